@@ -1,0 +1,1 @@
+//! Training sparse Mixture-of-Experts transformers with hand-written CUDA kernels and a small tape autograd.
