@@ -1,1 +1,5 @@
 //! Training sparse Mixture-of-Experts transformers with hand-written CUDA kernels and a small tape autograd.
+
+pub mod dtype;
+pub mod error;
+pub mod shape;
