@@ -3,3 +3,11 @@
 pub mod dtype;
 pub mod error;
 pub mod shape;
+
+pub mod cpu;
+pub mod device;
+pub mod dist;
+
+pub mod tensor;
+
+pub mod tape;
