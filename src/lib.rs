@@ -2,4 +2,5 @@
 
 pub mod dtype;
 pub mod error;
+pub mod random;
 pub mod shape;
