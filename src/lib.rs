@@ -2,6 +2,7 @@
 
 pub mod dtype;
 pub mod error;
+pub mod random;
 pub mod shape;
 
 pub mod cpu;
