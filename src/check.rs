@@ -43,7 +43,11 @@ impl Case {
         name: impl Into<String>,
         run: impl Fn(&Tape<'_>, &[Var]) -> Result<Vec<Var>> + Send + Sync + 'static,
     ) -> Self {
-        Case { name: name.into(), inputs: Vec::new(), run: Box::new(run) }
+        Case {
+            name: name.into(),
+            inputs: Vec::new(),
+            run: Box::new(run),
+        }
     }
 
     /// Adds an input of standard normal numbers.
@@ -56,7 +60,11 @@ impl Case {
     /// Adds an input with the given values.
     pub fn values(mut self, name: &'static str, shape: impl Into<Shape>, values: &[f64]) -> Self {
         let tensor = Tensor::from_slice(shape, values);
-        self.inputs.push(Input { name, tensor, differentiable: true });
+        self.inputs.push(Input {
+            name,
+            tensor,
+            differentiable: true,
+        });
         self
     }
 
@@ -82,9 +90,18 @@ impl Case {
             .iter()
             .enumerate()
             .map(|(i, input)| {
-                let values: Vec<T> = input.tensor.slice::<f64>().iter().map(|&x| T::of(x)).collect();
+                let values: Vec<T> = input
+                    .tensor
+                    .slice::<f64>()
+                    .iter()
+                    .map(|&x| T::of(x))
+                    .collect();
                 let tensor = Tensor::from_slice(input.tensor.shape(), &values);
-                if input.differentiable { Var::leaf(tensor, i) } else { Var::constant(tensor) }
+                if input.differentiable {
+                    Var::leaf(tensor, i)
+                } else {
+                    Var::constant(tensor)
+                }
             })
             .collect()
     }

@@ -1,4 +1,6 @@
 //! Training sparse Mixture-of-Experts transformers with hand-written CUDA kernels and a small tape autograd.
+//!
+//! Modules stand in the order of the floors: each uses only those above it.
 
 pub mod dtype;
 pub mod error;
@@ -12,3 +14,7 @@ pub mod dist;
 pub mod tensor;
 
 pub mod tape;
+
+pub mod check;
+
+pub mod ops;

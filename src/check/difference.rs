@@ -48,12 +48,22 @@ pub fn finite_differences(case: &Case) -> Result<Vec<GradientReport>> {
     let objective = |inputs: &[Var]| -> Result<f64> {
         let outputs = case.run(&Tape::without_gradients(), inputs)?;
         let dot = |(v, g): (&Var, &Tensor)| -> f64 {
-            v.tensor().slice::<f64>().iter().zip(g.slice::<f64>()).map(|(a, b)| a * b).sum()
+            v.tensor()
+                .slice::<f64>()
+                .iter()
+                .zip(g.slice::<f64>())
+                .map(|(a, b)| a * b)
+                .sum()
         };
         Ok(outputs.iter().zip(&seeds).map(dot).sum())
     };
     let mut reports = Vec::new();
-    for (i, input) in case.inputs.iter().enumerate().filter(|(_, input)| input.differentiable) {
+    for (i, input) in case
+        .inputs
+        .iter()
+        .enumerate()
+        .filter(|(_, input)| input.differentiable)
+    {
         let n = input.tensor.elements();
         let zeros = vec![0.0; n];
         let gradient = store.get(i).map_or(zeros.as_slice(), |t| t.slice::<f64>());
@@ -70,7 +80,9 @@ pub fn finite_differences(case: &Case) -> Result<Vec<GradientReport>> {
         let elements: Vec<usize> = if n <= ALL_ELEMENTS {
             (0..n).collect()
         } else {
-            (0..SAMPLED_ELEMENTS).map(|k| k * n / SAMPLED_ELEMENTS).collect()
+            (0..SAMPLED_ELEMENTS)
+                .map(|k| k * n / SAMPLED_ELEMENTS)
+                .collect()
         };
         let mut pairs = Vec::new();
         for &e in &elements {
@@ -109,7 +121,9 @@ fn central_difference(mut f: impl FnMut(f64) -> Result<f64>) -> Result<f64> {
 
 /// max |a − b| / max |a| over the pairs (a, b); 0 where all are 0.
 fn relative_error(pairs: &[(f64, f64)]) -> f64 {
-    let scale = pairs.iter().fold(0.0, |m, (a, b)| larger(m, larger(a.abs(), b.abs())));
+    let scale = pairs
+        .iter()
+        .fold(0.0, |m, (a, b)| larger(m, larger(a.abs(), b.abs())));
     let worst = pairs.iter().fold(0.0, |m, (a, b)| larger(m, (a - b).abs()));
     if scale == 0.0 { 0.0 } else { worst / scale }
 }
@@ -165,7 +179,12 @@ fn results<T: Real>(case: &Case) -> Result<Vec<(String, Vec<f64>)>> {
         found.push((format!("output {i}"), tensor.to_f64()?));
     }
     tape.backward_from(&pairs, &mut store)?;
-    for (i, input) in case.inputs.iter().enumerate().filter(|(_, input)| input.differentiable) {
+    for (i, input) in case
+        .inputs
+        .iter()
+        .enumerate()
+        .filter(|(_, input)| input.differentiable)
+    {
         let gradient = match store.get(i) {
             Some(t) => t.to_f64()?,
             None => vec![0.0; input.tensor.elements()],

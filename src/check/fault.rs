@@ -46,7 +46,10 @@ impl Fault {
 
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = Fault::ALL.iter().find(|(fault, _)| fault == self).map_or("", |(_, n)| n);
+        let name = Fault::ALL
+            .iter()
+            .find(|(fault, _)| fault == self)
+            .map_or("", |(_, n)| n);
         f.write_str(name)
     }
 }
@@ -70,7 +73,11 @@ thread_local! {
 /// The factor of a gradient's term: 0 while `fault` is planted on this thread, else 1. To be read
 /// before a parallel loop, not inside it.
 pub fn term(fault: Fault) -> f64 {
-    if PLANTED.get() == Some(fault) { 0.0 } else { 1.0 }
+    if PLANTED.get() == Some(fault) {
+        0.0
+    } else {
+        1.0
+    }
 }
 
 /// Plants a fault on this thread until dropped.

@@ -64,7 +64,7 @@ impl<'a, T> Mat<'a, T> {
     pub fn rows(self, first: usize, rows: usize) -> Self {
         assert!(first + rows <= self.rows);
         Mat {
-            data: if rows == 0 {
+            data: if rows == 0 || self.cols == 0 {
                 &[]
             } else {
                 &self.data[first * self.row_stride..]

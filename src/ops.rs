@@ -1,0 +1,32 @@
+//! The operations of a Mixture-of-Experts transformer, one a file, and their registry.
+//!
+//! A file holds, in order: the formula, the public function, the operation on the tape, the
+//! reference (generic over f32 and f64: it is the CPU device), the cases, tests worked by hand.
+
+pub mod add;
+pub mod linear;
+
+use crate::check::Case;
+
+/// An operation's entry in the registry.
+pub struct OpInfo {
+    pub name: &'static str,
+    /// The formula, in a line.
+    pub formula: &'static str,
+    /// What checks and benchmarks run.
+    pub cases: fn() -> Vec<Case>,
+}
+
+/// Every operation.
+pub const OPS: &[OpInfo] = &[
+    OpInfo {
+        name: "add",
+        formula: "y = a + b",
+        cases: add::cases,
+    },
+    OpInfo {
+        name: "linear",
+        formula: "y = x Wᵀ + b",
+        cases: linear::cases,
+    },
+];
