@@ -1,5 +1,6 @@
 //! Training sparse Mixture-of-Experts transformers with hand-written CUDA kernels and a small tape autograd.
 
+pub mod config;
 pub mod dtype;
 pub mod error;
 pub mod random;
