@@ -1,6 +1,7 @@
 //! Training sparse Mixture-of-Experts transformers with hand-written CUDA kernels and a small tape autograd.
 
 pub mod config;
+pub mod data;
 pub mod dtype;
 pub mod error;
 pub mod random;
