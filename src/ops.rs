@@ -4,7 +4,10 @@
 //! reference (generic over f32 and f64: it is the CPU device), the cases, tests worked by hand.
 
 pub mod add;
+pub mod layernorm;
 pub mod linear;
+pub mod rmsnorm;
+pub mod swiglu;
 
 use crate::check::Case;
 
@@ -28,5 +31,20 @@ pub const OPS: &[OpInfo] = &[
         name: "linear",
         formula: "y = x Wᵀ + b",
         cases: linear::cases,
+    },
+    OpInfo {
+        name: "swiglu",
+        formula: "y = silu(gate) ⊙ up",
+        cases: swiglu::cases,
+    },
+    OpInfo {
+        name: "rmsnorm",
+        formula: "y = x ⊙ w / √(mean(x²) + ε)",
+        cases: rmsnorm::cases,
+    },
+    OpInfo {
+        name: "layernorm",
+        formula: "y = (x − mean(x)) / √(var(x) + ε) ⊙ w + b",
+        cases: layernorm::cases,
     },
 ];
