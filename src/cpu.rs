@@ -4,8 +4,11 @@
 //! partial results are added in block order: the bytes do not depend on the number of threads.
 
 mod matmul;
+mod scratch;
+pub mod vector;
 
 pub use matmul::{Accumulate, Mat, MatMut, gemm, matmul};
+pub use scratch::Scratch;
 
 use rayon::prelude::*;
 
@@ -34,15 +37,21 @@ pub fn blocks<R: Send>(
         .collect()
 }
 
-/// Runs `f(first row, rows)` in parallel over blocks of rows of `out`, a matrix of `width` columns.
-pub fn each_row_block<T: Send>(out: &mut [T], width: usize, f: impl Fn(usize, &mut [T]) + Sync) {
+/// Runs `f(first row, rows)` in parallel over blocks of rows of `out`, a matrix of `width` columns;
+/// the results come in block order.
+pub fn each_row_block<T: Send, R: Send>(
+    out: &mut [T],
+    width: usize,
+    f: impl Fn(usize, &mut [T]) -> R + Sync,
+) -> Vec<R> {
     if out.is_empty() {
-        return;
+        return vec![];
     }
     let block = block_rows(out.len() / width);
     out.par_chunks_mut(block * width)
         .enumerate()
-        .for_each(|(i, rows)| f(i * block, rows));
+        .map(|(i, rows)| f(i * block, rows))
+        .collect()
 }
 
 /// Adds `terms` to `sum`, element by element.
@@ -61,6 +70,20 @@ pub fn add_assign<T: crate::dtype::Real>(sum: &mut [T], terms: &[T]) {
                 },
             );
         });
+}
+
+/// Writes the sum of `partials`, taken in order, to `out`; the sum of none is 0.
+pub fn write_sum<T: crate::dtype::Real>(
+    out: &mut [T],
+    accumulate: Accumulate,
+    partials: Vec<Vec<T>>,
+) {
+    if accumulate == Accumulate::Assign {
+        out.fill(T::zero());
+    }
+    for (o, s) in out.iter_mut().zip(sum_in_order(partials)) {
+        *o += s;
+    }
 }
 
 /// Adds partial sums of equal length into the first, in order.

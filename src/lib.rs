@@ -20,3 +20,5 @@ pub mod tape;
 pub mod check;
 
 pub mod ops;
+
+pub mod routers;

@@ -9,9 +9,12 @@ pub mod combine;
 pub mod dispatch;
 pub mod expert_mean;
 pub mod grouped_linear;
+pub mod layernorm;
 pub mod linear;
 pub mod renormalize;
+pub mod rmsnorm;
 pub mod router;
+pub mod swiglu;
 
 use crate::check::Case;
 
@@ -60,5 +63,20 @@ pub const OPS: &[OpInfo] = &[
         name: "linear",
         formula: "y = x Wᵀ + b",
         cases: linear::cases,
+    },
+    OpInfo {
+        name: "swiglu",
+        formula: "y = silu(gate) ⊙ up",
+        cases: swiglu::cases,
+    },
+    OpInfo {
+        name: "rmsnorm",
+        formula: "y = x ⊙ w / √(mean(x²) + ε)",
+        cases: rmsnorm::cases,
+    },
+    OpInfo {
+        name: "layernorm",
+        formula: "y = (x − mean(x)) / √(var(x) + ε) ⊙ w + b",
+        cases: layernorm::cases,
     },
 ];

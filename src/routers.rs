@@ -49,8 +49,8 @@ pub trait Router {
         Ok(())
     }
 
-    /// The state of one MoE layer at the start of training, in `dtype` of `like`; `layer` counts MoE
-    /// layers from 0.
+    /// The state of one MoE layer at the start of training, in f64: the model rounds it to its
+    /// dtype. `layer` counts MoE layers from 0.
     fn initial_state(&self, _model: &ModelConfig, _layer: usize, _seed: u64) -> Vec<StateTensor> {
         Vec::new()
     }

@@ -1,11 +1,13 @@
-//! Router probabilities and the choice of experts.
+//! Router logits, probabilities and the choice of experts.
 //!
+//! `z = x Wᵀ`, `x [T, D]`, `W [E, D]`; backward `dx = dz W`, `dW = dzᵀ x`.
 //! `p = softmax(z)` over all experts, `z [T, E]`; backward `dz_j = p_j (dp_j − Σ_i p_i dp_i)`: with
 //! `dp_i = s_i` on the chosen experts alone this is the gradient of TopK routing, with `dp_i = s_i`
 //! for all experts that of Default MoE and of dense routing (Default MoE, eq. 11 and 12).
 //! `top_k` takes the K largest scores of a row, ties to the lower expert.
 
 use super::dispatch::Selection;
+use super::linear::reference as linear;
 use crate::check::{Case, Fault, term};
 use crate::cpu;
 use crate::dtype::Real;
@@ -13,6 +15,19 @@ use crate::error::{Error, Result};
 use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
+
+/// Logits `x Wᵀ [T, E]` of `x [T, D]` with the router weight `[E, D]`.
+///
+/// # Errors
+/// When widths or dtypes differ.
+pub fn logits(tape: &Tape<'_>, x: &Var, weight: &Var) -> Result<Var> {
+    let shape = [weight.tensor().shape().rows(), x.tensor().shape().width()];
+    weight.tensor().expect_shape("router", "weight", shape)?;
+    weight
+        .tensor()
+        .expect_dtype("router", "weight", x.tensor().dtype())?;
+    tape.apply_one(Logits, &[x, weight])
+}
 
 /// `softmax(z)` of each row of `z [T, E]`.
 ///
@@ -68,6 +83,72 @@ pub fn top_k(scores: &Tensor, k: usize) -> Result<TopK> {
             first_non_finite,
         })
     })
+}
+
+struct Logits;
+
+impl Op for Logits {
+    fn name(&self) -> &'static str {
+        "router logits"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let (x, w) = (inputs[0], inputs[1]);
+        let shape = [x.shape().rows(), w.shape()[0]];
+        let mut z = Tensor::unspecified(x.device(), x.dtype(), shape);
+        with_real!(x.dtype(), "router", |T| {
+            linear::forward(z.slice_mut::<T>(), x.slice(), w.slice(), None, w.shape()[1]);
+            Ok(Forward {
+                outputs: vec![z],
+                saved: vec![x.clone(), w.clone()],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (x, w, Some(dz)) = (&saved[0], &saved[1], &douts[0]) else {
+            grads.none(0);
+            grads.none(1);
+            return Ok(());
+        };
+        let width = w.shape()[1];
+        with_real!(x.dtype(), "router", |T| {
+            if term(Fault::RouterInput) == 0.0 {
+                grads.none(0);
+            } else {
+                grads.write(0, x, |dx, accumulate| {
+                    linear::dx(
+                        dx.slice_mut::<T>(),
+                        accumulate,
+                        dz.slice(),
+                        w.slice(),
+                        width,
+                    );
+                    Ok(())
+                })?;
+            }
+            if term(Fault::RouterWeight) == 0.0 {
+                grads.none(1);
+            } else {
+                grads.write(1, w, |dw, accumulate| {
+                    linear::dw(
+                        dw.slice_mut::<T>(),
+                        accumulate,
+                        dz.slice(),
+                        x.slice(),
+                        width,
+                    );
+                    Ok(())
+                })?;
+            }
+            Ok(())
+        })
+    }
 }
 
 struct Softmax;
@@ -174,6 +255,11 @@ pub(super) mod reference {
 }
 
 pub(super) fn cases() -> Vec<Case> {
+    let logits_case = Case::new("router logits [37, 6] to 5", |tape, v| {
+        Ok(vec![logits(tape, &v[0], &v[1])?])
+    })
+    .input("x", [37, 6])
+    .input("weight", [5, 6]);
     [(1, 1), (5, 7), (130, 8)]
         .into_iter()
         .map(|(t, e)| {
@@ -182,6 +268,7 @@ pub(super) fn cases() -> Vec<Case> {
             })
             .input("z", [t, e])
         })
+        .chain([logits_case])
         .collect()
 }
 

@@ -100,7 +100,7 @@ impl Router for DefaultMoe {
     fn initial_state(&self, model: &ModelConfig, layer: usize, seed: u64) -> Vec<StateTensor> {
         let mut start = Tensor::zeros(Device::Cpu, DType::F64, [model.num_experts, model.hidden]);
         if self.init_std > 0.0 {
-            let stream = Stream::new(seed, Purpose::RouterInit, 0, layer);
+            let stream = Stream::new(seed, Purpose::DefaultVectors, 0, layer);
             stream.fill_normal(start.slice_mut::<f64>(), self.init_std);
         }
         vec![StateTensor { name: VECTORS, start }]
