@@ -4,9 +4,12 @@
 //! reference (generic over f32 and f64: it is the CPU device), the cases, tests worked by hand.
 
 pub mod add;
+pub mod attention;
+pub mod heads;
 pub mod layernorm;
 pub mod linear;
 pub mod rmsnorm;
+pub mod rope;
 pub mod swiglu;
 
 use crate::check::Case;
@@ -46,5 +49,15 @@ pub const OPS: &[OpInfo] = &[
         name: "layernorm",
         formula: "y = (x − mean(x)) / √(var(x) + ε) ⊙ w + b",
         cases: layernorm::cases,
+    },
+    OpInfo {
+        name: "rope",
+        formula: "(a, b) -> (a cos − b sin, b cos + a sin)",
+        cases: rope::cases,
+    },
+    OpInfo {
+        name: "attention",
+        formula: "o = softmax(q kᵀ / √hd, causal) v",
+        cases: attention::cases,
     },
 ];
