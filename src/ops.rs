@@ -5,12 +5,17 @@
 
 pub mod add;
 pub mod attention;
+pub mod cross_entropy;
+pub mod embedding;
 pub mod heads;
 pub mod layernorm;
 pub mod linear;
+pub mod qk_norm;
 pub mod rmsnorm;
 pub mod rope;
+pub mod sigmoid_gate;
 pub mod swiglu;
+mod tokens;
 
 use crate::check::Case;
 
@@ -59,5 +64,25 @@ pub const OPS: &[OpInfo] = &[
         name: "attention",
         formula: "o = softmax(q kᵀ / √hd, causal) v",
         cases: attention::cases,
+    },
+    OpInfo {
+        name: "cross_entropy",
+        formula: "Σ (logsumexp(z) − z[target]) / n, z = x Wᵀ",
+        cases: cross_entropy::cases,
+    },
+    OpInfo {
+        name: "embedding",
+        formula: "y_t = table[id_t]",
+        cases: embedding::cases,
+    },
+    OpInfo {
+        name: "sigmoid_gate",
+        formula: "y = σ(s) x",
+        cases: sigmoid_gate::cases,
+    },
+    OpInfo {
+        name: "qk_norm",
+        formula: "rmsnorm of the query and key heads of qkv",
+        cases: qk_norm::cases,
     },
 ];
