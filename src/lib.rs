@@ -2,6 +2,8 @@
 //!
 //! Modules stand in the order of the floors: each uses only those above it.
 
+pub mod config;
+pub mod data;
 pub mod dtype;
 pub mod error;
 pub mod random;
@@ -18,3 +20,5 @@ pub mod tape;
 pub mod check;
 
 pub mod ops;
+
+pub mod routers;

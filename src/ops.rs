@@ -14,6 +14,16 @@ pub mod qk_norm;
 pub mod rmsnorm;
 pub mod rope;
 pub mod sigmoid_gate;
+pub mod balance;
+pub mod combine;
+pub mod dispatch;
+pub mod expert_mean;
+pub mod grouped_linear;
+pub mod layernorm;
+pub mod linear;
+pub mod renormalize;
+pub mod rmsnorm;
+pub mod router;
 pub mod swiglu;
 mod tokens;
 
@@ -34,6 +44,31 @@ pub const OPS: &[OpInfo] = &[
         name: "add",
         formula: "y = a + b",
         cases: add::cases,
+    },
+    OpInfo {
+        name: "router",
+        formula: "p = softmax(z); A = top K of p",
+        cases: router::cases,
+    },
+    OpInfo {
+        name: "renormalize",
+        formula: "q_i = p_i / Σ_A p",
+        cases: renormalize::cases,
+    },
+    OpInfo {
+        name: "grouped_linear",
+        formula: "y_r = W_e(r) x_t(r)",
+        cases: grouped_linear::cases,
+    },
+    OpInfo {
+        name: "combine",
+        formula: "y = Σ_A w_i e_i + Σ_{i∉A} w_i ê_i",
+        cases: combine::cases,
+    },
+    OpInfo {
+        name: "balance",
+        formula: "E Σ f_i P_i; mean logsumexp²",
+        cases: balance::cases,
     },
     OpInfo {
         name: "linear",
