@@ -16,7 +16,7 @@ use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
 /// Runs a case's operation on its inputs, in order.
-type Run = Box<dyn Fn(&Tape<'_>, &[Var]) -> Result<Vec<Var>> + Send + Sync>;
+type Run = Box<dyn Fn(&Tape, &[Var]) -> Result<Vec<Var>> + Send + Sync>;
 
 /// One input of a case.
 pub struct Input {
@@ -41,7 +41,7 @@ impl Case {
     /// `run` takes them.
     pub fn new(
         name: impl Into<String>,
-        run: impl Fn(&Tape<'_>, &[Var]) -> Result<Vec<Var>> + Send + Sync + 'static,
+        run: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + Send + Sync + 'static,
     ) -> Self {
         Case {
             name: name.into(),
@@ -80,7 +80,7 @@ impl Case {
     ///
     /// # Errors
     /// Those of the operation.
-    pub fn run(&self, tape: &Tape<'_>, inputs: &[Var]) -> Result<Vec<Var>> {
+    pub fn run(&self, tape: &Tape, inputs: &[Var]) -> Result<Vec<Var>> {
         (self.run)(tape, inputs)
     }
 
