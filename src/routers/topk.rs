@@ -51,6 +51,10 @@ impl Router for TopK {
         } else {
             probabilities.clone()
         };
-        Ok(Routing { gates, probabilities, dispatch })
+        Ok(Routing {
+            gates,
+            probabilities,
+            dispatch,
+        })
     }
 }
