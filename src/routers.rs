@@ -130,9 +130,7 @@ fn find(name: &str) -> Result<&'static RouterInfo> {
             "router.name",
             format!("one of {}", names.join(", ")),
             format!("\"{name}\""),
-            close.map_or("choose one of them".into(), |n| {
-                format!("did you mean \"{n}\"?")
-            }),
+            close.map_or("choose one of them".into(), |n| format!("did you mean \"{n}\"?")),
         )
     })
 }
@@ -178,10 +176,7 @@ mod tests {
     use super::*;
 
     fn config(name: &str, settings: &str) -> RouterConfig {
-        RouterConfig {
-            name: name.into(),
-            settings: toml::from_str(settings).unwrap(),
-        }
+        RouterConfig { name: name.into(), settings: toml::from_str(settings).unwrap() }
     }
 
     #[test]

@@ -29,11 +29,7 @@ impl Router for Dense {
         let probabilities = softmax(tape, logits)?;
         let experts = probabilities.tensor().shape().width();
         let dispatch = layer.select(|| top_k(probabilities.tensor(), experts))?;
-        Ok(Routing {
-            gates: probabilities.clone(),
-            probabilities,
-            dispatch,
-        })
+        Ok(Routing { gates: probabilities.clone(), probabilities, dispatch })
     }
 
     fn balances(&self) -> bool {

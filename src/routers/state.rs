@@ -63,12 +63,7 @@ impl LayerState {
     pub(crate) fn new(tensors: Vec<StateTensor>) -> Self {
         let (names, committed): (_, Vec<Tensor>) =
             tensors.into_iter().map(|t| (t.name, t.start)).unzip();
-        LayerState {
-            names,
-            pending: committed.clone(),
-            committed,
-            ..Default::default()
-        }
+        LayerState { names, pending: committed.clone(), committed, ..Default::default() }
     }
 
     /// The committed tensors with their names, for checkpoints.
@@ -81,9 +76,7 @@ impl LayerState {
     /// # Errors
     /// When shape or dtype differ. A name that is not there is left alone and answered with false.
     pub fn restore(&mut self, name: &str, tensor: Tensor) -> Result<bool> {
-        let Some(i) = self.names.iter().position(|n| *n == name) else {
-            return Ok(false);
-        };
+        let Some(i) = self.names.iter().position(|n| *n == name) else { return Ok(false) };
         tensor.expect_shape("checkpoint", name, self.committed[i].shape())?;
         tensor.expect_dtype("checkpoint", name, self.committed[i].dtype())?;
         self.pending[i] = tensor.clone();
@@ -148,13 +141,7 @@ impl<'p> LayerPass<'p> {
         recomputing: bool,
     ) -> Self {
         let replaying = recomputing && pass.phase == Phase::Train || pass.phase == Phase::Frozen;
-        LayerPass {
-            pass,
-            layer,
-            top_k,
-            state,
-            replaying,
-        }
+        LayerPass { pass, layer, top_k, state, replaying }
     }
 
     /// Whether this pass may change state: training, and not a second run of a recompute segment.
@@ -170,10 +157,7 @@ impl<'p> LayerPass<'p> {
         if let (true, Some(selection)) = (self.replaying, &self.state.selection) {
             return Ok(Rc::new(Dispatch::new(selection.clone())));
         }
-        let TopK {
-            selection,
-            first_non_finite,
-        } = choose()?;
+        let TopK { selection, first_non_finite } = choose()?;
         if self.updates_state() {
             self.state.selection = Some(selection.clone());
             let first = &mut self.state.first_non_finite;
@@ -188,11 +172,7 @@ impl<'p> LayerPass<'p> {
     /// When the router did not declare it.
     pub fn state(&self, name: &str) -> &Tensor {
         let i = self.index(name);
-        if self.pass.phase == Phase::Evaluate {
-            &self.state.committed[i]
-        } else {
-            &self.state.pending[i]
-        }
+        if self.pass.phase == Phase::Evaluate { &self.state.committed[i] } else { &self.state.pending[i] }
     }
 
     /// A pending state tensor, to update.
@@ -200,10 +180,7 @@ impl<'p> LayerPass<'p> {
     /// # Panics
     /// When the router did not declare it, or this pass may not change state.
     pub fn state_mut(&mut self, name: &str) -> &mut Tensor {
-        assert!(
-            self.updates_state(),
-            "state changes in a first training pass alone"
-        );
+        assert!(self.updates_state(), "state changes in a first training pass alone");
         let i = self.index(name);
         &mut self.state.pending[i]
     }
@@ -227,10 +204,7 @@ impl<'p> LayerPass<'p> {
         if over_step {
             self.pass.dist.sum(&mut counts);
             if !self.state.step_counts.is_empty() {
-                counts
-                    .iter_mut()
-                    .zip(&self.state.step_counts)
-                    .for_each(|(c, s)| *c += s);
+                counts.iter_mut().zip(&self.state.step_counts).for_each(|(c, s)| *c += s);
             }
         }
         let slots: f64 = counts.iter().sum();
@@ -252,11 +226,7 @@ impl<'p> LayerPass<'p> {
         let stats = &mut self.state.stats;
         let counts = dispatch.selection().counts();
         stats.counts.resize(counts.len(), 0.0);
-        stats
-            .counts
-            .iter_mut()
-            .zip(counts)
-            .for_each(|(s, c)| *s += c as f64);
+        stats.counts.iter_mut().zip(counts).for_each(|(s, c)| *s += c as f64);
         stats.tokens += dispatch.selection().num_tokens() as f64;
         stats.entropy += entropy;
     }

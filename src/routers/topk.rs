@@ -51,10 +51,6 @@ impl Router for TopK {
         } else {
             probabilities.clone()
         };
-        Ok(Routing {
-            gates,
-            probabilities,
-            dispatch,
-        })
+        Ok(Routing { gates, probabilities, dispatch })
     }
 }
