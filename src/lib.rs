@@ -26,3 +26,5 @@ pub mod routers;
 pub mod model;
 pub mod optim;
 pub mod step;
+
+pub mod gradcheck;

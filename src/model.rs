@@ -127,6 +127,26 @@ impl Model {
             .losses(tape, weights, &hidden, &targets, &balance)
     }
 
+    /// MoE layer `layer` (from 0) alone: its output `[T, D]` for `x [T, D]`, and its balance losses
+    /// without their coefficients.
+    ///
+    /// # Errors
+    /// When there is no such layer or `x` does not fit.
+    pub fn moe_layer(
+        &self,
+        layer: usize,
+        tape: &Tape,
+        weights: &Weights,
+        x: &Var,
+        pass: Pass,
+    ) -> Result<(Var, Vec<Var>)> {
+        let (y, losses) = self.graph.moe_layer(layer, tape, weights, x, pass)?;
+        Ok((
+            y,
+            [losses.auxiliary, losses.z].into_iter().flatten().collect(),
+        ))
+    }
+
     /// The loss of every next token, `[sequences · S]`, in nats, at evaluation.
     ///
     /// # Errors

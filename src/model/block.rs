@@ -110,8 +110,12 @@ impl Block {
         }
     }
 
-    pub fn is_moe(&self) -> bool {
-        matches!(self.ffn, FeedForward::Moe(_))
+    /// Its mixture of experts, if it has one.
+    pub fn moe(&self) -> Option<&MoeLayer> {
+        match &self.ffn {
+            FeedForward::Moe(moe) => Some(moe),
+            FeedForward::Dense(_) => None,
+        }
     }
 
     /// The block's rows `[T, D]`, and a MoE layer's balance losses.

@@ -132,6 +132,27 @@ impl Graph {
         Ok((self.norm(tape, &x, weights, &self.final_norm)?, balance))
     }
 
+    /// MoE layer `layer`, from 0, alone.
+    pub fn moe_layer(
+        &self,
+        layer: usize,
+        tape: &Tape,
+        weights: &[Var],
+        x: &Var,
+        pass: Pass,
+    ) -> Result<(Var, BalanceLosses)> {
+        let mut layers = self.blocks.iter().filter_map(|b| b.moe());
+        let Some(moe) = layers.nth(layer) else {
+            return Err(Error::invalid(
+                "moe_layer",
+                format!("a MoE layer below {}", self.states.borrow().len()),
+                layer.to_string(),
+                "layers count from 0, dense ones left out",
+            ));
+        };
+        moe.forward(self, tape, weights, x, pass)
+    }
+
     /// The cross-entropy of `targets` and the balance losses, weighted and summed.
     pub fn losses(
         &self,
@@ -177,7 +198,7 @@ impl Graph {
         let Some(y) = outputs.next() else {
             unreachable!("a block gives its rows")
         };
-        let losses = block.is_moe().then(|| BalanceLosses {
+        let losses = block.moe().map(|_| BalanceLosses {
             auxiliary: if self.has_auxiliary_loss() {
                 outputs.next()
             } else {
