@@ -315,7 +315,13 @@ fn prepared(config: &Config) -> Result<Model> {
         if shape.len() < 2 {
             continue;
         }
-        let spread = 1.0 / (shape.width() as f64).sqrt();
+        // Rows of unit scale, however wide: a norm bends strongly around short ones.
+        let fan_in = if p.name.contains("embed") {
+            1
+        } else {
+            shape.width()
+        };
+        let spread = 1.0 / (fan_in as f64).sqrt();
         let numbers = normal_numbers(shape.elements(), 500 + i as u64);
         for (w, x) in p.value.slice_mut::<f64>().iter_mut().zip(numbers) {
             *w = spread * x;

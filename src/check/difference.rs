@@ -80,7 +80,9 @@ pub fn finite_differences(case: &Case) -> Result<Vec<GradientReport>> {
         if n > ALL_ELEMENTS {
             pairs.clear();
             for k in 0..DIRECTIONS {
-                let direction = normal_numbers(n, 2000 + k as u64);
+                let mut direction = normal_numbers(n, 2000 + k as u64);
+                let length = direction.iter().map(|x| x * x).sum::<f64>().sqrt();
+                direction.iter_mut().for_each(|x| *x /= length);
                 let expected: f64 = direction.iter().zip(gradient).map(|(a, b)| a * b).sum();
                 pairs.push((along(&|e| direction[e])?, expected));
             }
