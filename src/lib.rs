@@ -1,5 +1,6 @@
 //! Training sparse Mixture-of-Experts transformers with hand-written CUDA kernels and a small tape autograd.
 
+pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod dtype;
