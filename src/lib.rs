@@ -5,5 +5,7 @@ pub mod config;
 pub mod data;
 pub mod dtype;
 pub mod error;
+pub mod metrics;
+pub mod plots;
 pub mod random;
 pub mod shape;
