@@ -202,7 +202,7 @@ fn draw_load(area: &Area, records: &[Record], (rows, columns): (usize, usize)) -
     let font = |size: i32| (FONT, size).into_font().color(&INK);
     let (header, panels) = area.split_vertically(64);
     header.draw(&Text::new(
-        "Load of the experts, relative to a balanced one",
+        "Load of the experts over the steps, relative to a balanced one",
         (20, 22),
         font(22),
     ))?;
@@ -210,7 +210,9 @@ fn draw_load(area: &Area, records: &[Record], (rows, columns): (usize, usize)) -
     if rows * columns == 0 {
         return Ok(());
     }
-    let run = records.len().div_ceil(LOAD_COLUMNS);
+    let run = records
+        .len()
+        .div_ceil(LOAD_COLUMNS / columns.min(LOAD_COLUMNS));
     let last = records.last().map_or(1, |r| r.step) as f64;
     for (layer, panel) in panels.split_evenly((rows, columns)).iter().enumerate() {
         let experts = records[0].load.get(layer).map_or(0, Vec::len);
@@ -223,7 +225,7 @@ fn draw_load(area: &Area, records: &[Record], (rows, columns): (usize, usize)) -
             .margin_right(20)
             .x_label_area_size(26)
             .y_label_area_size(52)
-            .build_cartesian_2d(0.0..last, 0.0..experts as f64)?;
+            .build_cartesian_2d(0.0..last, -0.5..experts as f64 - 0.5)?;
         chart
             .configure_mesh()
             .disable_mesh()
@@ -247,7 +249,7 @@ fn draw_load(area: &Area, records: &[Record], (rows, columns): (usize, usize)) -
             let to = group[group.len() - 1].step as f64;
             chart.draw_series(sums.iter().enumerate().map(|(e, sum)| {
                 let relative = *sum as f64 * experts as f64 / total;
-                let corners = [(from, e as f64), (to, e as f64 + 1.0)];
+                let corners = [(from, e as f64 - 0.5), (to, e as f64 + 0.5)];
                 Rectangle::new(corners, load_color(relative).filled())
             }))?;
         }
