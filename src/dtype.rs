@@ -54,11 +54,7 @@ impl Element for i32 {
 
 /// The real numbers that reference code is generic over: `f32` to train, `f64` to verify.
 pub trait Real:
-    Element
-    + num_traits::Float
-    + num_traits::NumAssign
-    + std::iter::Sum
-    + Default
+    Element + num_traits::Float + num_traits::NumAssign + std::iter::Sum + Default
 {
     /// Rounds an `f64` to this type.
     fn of(x: f64) -> Self;
@@ -106,7 +102,15 @@ impl Real for f32 {
         let n = x * std::f32::consts::LOG2_E + ROUND - ROUND;
         let r = (x - n * LN2_HIGH) - n * LN2_LOW;
         let mut y = 1.0 / 5040.0;
-        for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
+        for c in [
+            1.0 / 720.0,
+            1.0 / 120.0,
+            1.0 / 24.0,
+            1.0 / 6.0,
+            0.5,
+            1.0,
+            1.0,
+        ] {
             y = y * r + c;
         }
         // Two factors, because 2^128 alone is not a finite f32.
@@ -114,7 +118,13 @@ impl Real for f32 {
         let power = |k: f32| f32::from_bits(((k as i32 + 127) << 23) as u32);
         let value = y * power(half) * power(n - half);
         let value = if self < -87.3 { 0.0 } else { value };
-        if self > 88.7 { f32::INFINITY } else if self.is_nan() { self } else { value }
+        if self > 88.7 {
+            f32::INFINITY
+        } else if self.is_nan() {
+            self
+        } else {
+            value
+        }
     }
 }
 

@@ -1,4 +1,6 @@
 //! Training sparse Mixture-of-Experts transformers with hand-written CUDA kernels and a small tape autograd.
+//!
+//! Modules stand in the order of the floors: each uses only those above it.
 
 pub mod checkpoint;
 pub mod config;
@@ -9,3 +11,17 @@ pub mod metrics;
 pub mod plots;
 pub mod random;
 pub mod shape;
+
+pub mod cpu;
+pub mod device;
+pub mod dist;
+
+pub mod tensor;
+
+pub mod tape;
+
+pub mod check;
+
+pub mod ops;
+
+pub mod routers;
