@@ -25,3 +25,7 @@ pub mod check;
 pub mod ops;
 
 pub mod routers;
+
+pub mod model;
+pub mod optim;
+pub mod step;
