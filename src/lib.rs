@@ -2,14 +2,8 @@
 //!
 //! Modules stand in the order of the floors: each uses only those above it.
 
-pub mod checkpoint;
-pub mod config;
-pub mod data;
 pub mod dtype;
 pub mod error;
-pub mod metrics;
-pub mod plots;
-pub mod random;
 pub mod shape;
 
 pub mod cpu;
@@ -24,8 +18,21 @@ pub mod check;
 
 pub mod ops;
 
+pub mod config;
+pub mod random;
+
 pub mod routers;
 
+pub mod data;
+pub mod metrics;
 pub mod model;
 pub mod optim;
+pub mod plots;
 pub mod step;
+
+pub mod checkpoint;
+pub mod eval;
+pub mod generate;
+pub mod train;
+
+pub mod cli;

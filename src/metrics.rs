@@ -27,6 +27,8 @@ pub struct Record {
     pub applied: bool,
     /// Rows routed to each expert, for each MoE layer: [L_moe][E].
     pub load: Vec<Vec<u64>>,
+    /// Mean entropy of the router's probabilities in nats, for each MoE layer: [L_moe].
+    pub router_entropy: Vec<Option<f64>>,
     /// Cross-entropy of the validation sequences, at steps that evaluate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
@@ -121,6 +123,7 @@ pub(crate) mod tests {
             learning_rate: 1e-3,
             applied: true,
             load: vec![vec![3, 1]],
+            router_entropy: vec![Some(0.5)],
             validation_loss: (step % 2 == 0).then_some(2.5),
             seconds: 0.25,
             tokens_per_second: 16384.0,

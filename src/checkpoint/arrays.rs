@@ -1,7 +1,10 @@
 //! Named arrays in safetensors files.
 
-use crate::dtype::{DType, Element};
+use crate::device::Device;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::shape::Shape;
+use crate::tensor::Tensor;
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -11,29 +14,29 @@ use std::path::{Path, PathBuf};
 /// A named array on its way to a file: f32, f64 or i32, row-major.
 pub struct Array<'a> {
     pub name: String,
-    pub shape: Vec<usize>,
+    pub shape: Shape,
     pub dtype: DType,
     pub bytes: Cow<'a, [u8]>,
 }
 
 impl<'a> Array<'a> {
-    /// An array that borrows `data`.
-    pub fn new<T: Element>(name: impl Into<String>, shape: &[usize], data: &'a [T]) -> Self {
+    /// An array that borrows a tensor.
+    pub fn borrowed(name: impl Into<String>, tensor: &'a Tensor) -> Self {
         Array {
             name: name.into(),
-            shape: shape.to_vec(),
-            dtype: T::DTYPE,
-            bytes: Cow::Borrowed(bytemuck::cast_slice(data)),
+            shape: tensor.shape(),
+            dtype: tensor.dtype(),
+            bytes: Cow::Borrowed(tensor.bytes()),
         }
     }
 
-    /// An array that holds `data`.
-    pub fn owned<T: Element>(name: impl Into<String>, shape: &[usize], data: Vec<T>) -> Self {
+    /// An array that holds a copy of a tensor.
+    pub fn copied(name: impl Into<String>, tensor: &Tensor) -> Self {
         Array {
             name: name.into(),
-            shape: shape.to_vec(),
-            dtype: T::DTYPE,
-            bytes: Cow::Owned(bytemuck::cast_slice(&data).to_vec()),
+            shape: tensor.shape(),
+            dtype: tensor.dtype(),
+            bytes: Cow::Owned(tensor.bytes().to_vec()),
         }
     }
 }
@@ -121,31 +124,27 @@ pub struct Arrays {
 }
 
 impl Arrays {
-    /// Takes out the array `name`, which must have this shape and element type.
-    pub fn take<T: Element>(&mut self, name: &str, shape: &[usize]) -> Result<Vec<T>> {
-        let expected = format!("tensor `{name}` of {} {shape:?}", T::DTYPE);
+    /// Takes out the array `name`, which must have this element type and shape.
+    pub fn take(&mut self, name: &str, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
+        let shape = shape.into();
+        let expected = format!("tensor `{name}` of {dtype} {shape}");
         let Some(stored) = self.arrays.remove(name) else {
             return Err(self.foreign(expected, "none of that name".into()));
         };
-        let dtype = match stored.dtype {
+        let found = match stored.dtype {
             Dtype::F64 => Some(DType::F64),
             Dtype::F32 => Some(DType::F32),
             Dtype::BF16 => Some(DType::Bf16),
             Dtype::I32 => Some(DType::I32),
             _ => None,
         };
-        if dtype != Some(T::DTYPE) || stored.shape != shape {
-            let dtype = dtype.map_or(format!("{:?}", stored.dtype), |d| d.to_string());
-            return Err(self.foreign(expected, format!("{dtype} {:?}", stored.shape)));
+        if found != Some(dtype) || stored.shape != *shape {
+            let found = found.map_or(format!("{:?}", stored.dtype), |d| d.to_string());
+            return Err(self.foreign(expected, format!("{found} {:?}", stored.shape)));
         }
-        let mut values = vec![T::zeroed(); shape.iter().product()];
-        bytemuck::cast_slice_mut(&mut values).copy_from_slice(&self.bytes[stored.range]);
-        Ok(values)
-    }
-
-    /// Whether an array `name` is there and not yet taken.
-    pub fn contains(&self, name: &str) -> bool {
-        self.arrays.contains_key(name)
+        let mut tensor = Tensor::unspecified(Device::Cpu, dtype, shape);
+        tensor.bytes_mut().copy_from_slice(&self.bytes[stored.range]);
+        Ok(tensor)
     }
 
     /// Refuses arrays that nothing took.

@@ -8,8 +8,10 @@
 
 mod arrays;
 mod fault;
+mod session;
 
 pub use arrays::{Array, Arrays};
+pub use session::{TrainerState, find, load_model, load_trainer, snapshot};
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};

@@ -1,6 +1,8 @@
 //! What checkpoints promise, short of killing the process (see `tests/`).
 
 use super::*;
+use crate::dtype::DType;
+use crate::tensor::Tensor;
 use serde_json::json;
 
 /// A snapshot whose content follows from its step.
@@ -10,10 +12,10 @@ fn snapshot(step: u64) -> Snapshot<'static> {
         step,
         config: json!({ "hidden_size": 2 }),
         model: vec![
-            Array::owned("norm.weight", &[2, 3], values),
-            Array::owned("ids", &[2], vec![step as i32, -1]),
+            Array::copied("norm.weight", &Tensor::from_slice([2, 3], &values)),
+            Array::copied("ids", &Tensor::from_slice([2], &[step as i32, -1])),
         ],
-        trainer: vec![Array::owned("exact", &[], vec![std::f64::consts::PI])],
+        trainer: vec![Array::copied("exact", &Tensor::scalar(std::f64::consts::PI))],
         state: json!({ "step": step }),
     }
 }
@@ -37,15 +39,14 @@ fn what_was_saved_comes_back_bit_for_bit() {
     assert_eq!(checkpoint.config().unwrap(), json!({ "hidden_size": 2 }));
     assert_eq!(checkpoint.state().unwrap(), json!({ "step": 7 }));
     let mut model = checkpoint.model().unwrap();
-    let weights: Vec<f32> = model.take("norm.weight", &[2, 3]).unwrap();
-    assert_eq!(weights, [7.0, 8.0, 9.0, 10.0, 11.0, 12.0]);
-    assert_eq!(model.take::<i32>("ids", &[2]).unwrap(), [7, -1]);
+    let weights = model.take("norm.weight", DType::F32, [2, 3]).unwrap();
+    assert_eq!(weights.slice::<f32>(), [7.0, 8.0, 9.0, 10.0, 11.0, 12.0]);
+    let ids = model.take("ids", DType::I32, [2]).unwrap();
+    assert_eq!(ids.slice::<i32>(), [7, -1]);
     model.finish().unwrap();
     let mut trainer = checkpoint.trainer().unwrap();
-    assert_eq!(
-        trainer.take::<f64>("exact", &[]).unwrap(),
-        [std::f64::consts::PI]
-    );
+    let exact = trainer.take("exact", DType::F64, []).unwrap();
+    assert_eq!(exact.item().unwrap(), std::f64::consts::PI);
 }
 
 #[test]
@@ -127,8 +128,8 @@ fn a_foreign_checkpoint_names_the_tensor() {
     save(dir.path(), &snapshot(1), 1).unwrap();
     let checkpoint = newest(dir.path()).unwrap().0.unwrap();
     let take = |name: &str, shape: &[usize]| {
-        let e = checkpoint.model().unwrap().take::<f32>(name, shape);
-        e.unwrap_err().to_string()
+        let taken = checkpoint.model().unwrap().take(name, DType::F32, shape);
+        taken.unwrap_err().to_string()
     };
     let e = take("lm_head.weight", &[4]);
     assert!(

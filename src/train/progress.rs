@@ -1,5 +1,6 @@
 //! What a run shows while it goes: a bar on a terminal, a line now and then elsewhere.
 
+use crate::metrics::Record;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -12,10 +13,11 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 pub(super) struct Progress {
     bar: ProgressBar,
     terminal: bool,
-    total: u64,
     begun: Instant,
     first: u64,
     last_line: Option<Instant>,
+    /// Of the last evaluation.
+    validation: Option<f64>,
     quiet: bool,
 }
 
@@ -35,31 +37,50 @@ impl Progress {
         Progress {
             bar,
             terminal,
-            total,
             begun: Instant::now(),
             first,
             last_line: None,
+            validation: None,
             quiet,
         }
     }
 
-    /// After `step` steps. `busiest` is the greatest load of an expert relative to a balanced one.
-    pub fn step(&mut self, step: u64, loss: f64, tokens_per_second: f64, busiest: f64) {
+    /// Lines at the beginning.
+    pub fn introduce(&self, lines: &[String]) {
+        if !self.quiet {
+            lines.iter().for_each(|line| self.note(line));
+        }
+    }
+
+    /// After a step of `total`.
+    pub fn step(&mut self, record: &Record, total: u64) {
+        let step = record.step;
         let done = (step - self.first).max(1) as f64;
-        let left = self.begun.elapsed().as_secs_f64() / done * (self.total - step) as f64;
-        let text = format!(
-            "loss {loss:.3}  {tokens_per_second:.0} tokens/s  busiest expert {busiest:.2}×  {} left",
+        let left = self.begun.elapsed().as_secs_f64() / done * (total - step) as f64;
+        let number = |x: Option<f64>| x.map_or("not finite".into(), |x| format!("{x:.3}"));
+        let mut text = format!(
+            "loss {}  {:.0} tokens/s  busiest expert {:.2}×  {} left",
+            number(record.loss),
+            record.tokens_per_second,
+            busiest(&record.load),
             clock(left)
         );
+        if record.validation_loss.is_some() {
+            self.validation = record.validation_loss;
+        }
+        if let Some(loss) = self.validation {
+            let _ = write!(text, "  validation {loss:.3}");
+        }
         if self.terminal {
             self.bar.set_position(step);
             self.bar.set_message(text);
             return;
         }
         let due = self.last_line.is_none_or(|t| t.elapsed() >= LINE_INTERVAL);
-        if (due || step == self.total) && !self.quiet {
+        let notable = step == total || record.validation_loss.is_some();
+        if (due || notable) && !self.quiet {
             self.last_line = Some(Instant::now());
-            eprintln!("step {step}/{}  {text}", self.total);
+            eprintln!("step {step}/{total}  {text}");
         }
     }
 
@@ -78,6 +99,16 @@ impl Progress {
     }
 }
 
+/// The greatest load of an expert in any layer, relative to a balanced one.
+fn busiest(load: &[Vec<u64>]) -> f64 {
+    load.iter()
+        .map(|counts| {
+            let most = counts.iter().copied().max().unwrap_or(0) as f64;
+            most * counts.len() as f64 / counts.iter().sum::<u64>().max(1) as f64
+        })
+        .fold(0.0, f64::max)
+}
+
 /// Seconds as 4:05 or 1:02:03.
 fn clock(seconds: f64) -> String {
     let s = seconds.round() as u64;
@@ -91,7 +122,14 @@ fn clock(seconds: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::clock;
+    use super::*;
+
+    #[test]
+    fn the_busiest_expert_is_that_of_the_worst_layer() {
+        assert_eq!(busiest(&[vec![2, 2], vec![1, 3]]), 1.5);
+        assert_eq!(busiest(&[vec![0, 0]]), 0.0);
+        assert_eq!(busiest(&[]), 0.0);
+    }
 
     #[test]
     fn times_read_as_on_a_clock() {
