@@ -2,18 +2,9 @@
 
 use crate::checkpoint;
 use crate::data::Corpus;
-use crate::dist::SingleRank;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::routers::{Pass, Phase};
 use std::path::{Path, PathBuf};
-
-/// The pass of an evaluation on one rank.
-pub(crate) const EVALUATE: Pass<'static> = Pass {
-    phase: Phase::Evaluate,
-    micro_batches: 1,
-    dist: &SingleRank,
-};
 
 /// What an evaluation found.
 #[derive(Clone, Debug)]
@@ -80,7 +71,7 @@ pub fn validation_loss(
     let width = windows.len() / n;
     let (mut sum, mut tokens) = (0.0, 0);
     for windows in windows.chunks(batch * width) {
-        let losses = model.token_losses(windows, windows.len() / width, EVALUATE)?;
+        let losses = model.token_losses(windows, windows.len() / width)?;
         sum += losses.iter().sum::<f64>();
         tokens += losses.len();
     }

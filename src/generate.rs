@@ -2,7 +2,6 @@
 
 use crate::checkpoint;
 use crate::error::{Error, Result};
-use crate::eval::EVALUATE;
 use crate::random::{Purpose, Stream};
 use std::io::Write;
 use std::path::Path;
@@ -90,7 +89,7 @@ pub fn run(
     writer.write(prompt.as_bytes())?;
     for index in 0..tokens {
         let from = text.len().saturating_sub(config.sequence_length);
-        let logits = model.next_token_logits(&text[from..], 1, EVALUATE)?;
+        let logits = model.next_token_logits(&text[from..], 1)?;
         if !logits.iter().all(|z| z.is_finite()) {
             return Err(Error::NonFinite {
                 what: format!("a logit of token {index}"),

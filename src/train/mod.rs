@@ -13,7 +13,6 @@ pub use schedule::learning_rate;
 use crate::checkpoint::{self, TrainerState};
 use crate::config::{Config, count};
 use crate::data::Corpus;
-use crate::dist::SingleRank;
 use crate::error::{Error, Result};
 use crate::eval::validation_loss;
 use crate::metrics::{Log, Record};
@@ -198,7 +197,7 @@ impl<'a> Run<'a> {
         let tokens = self.corpus.sequences(first..first + batch);
         let width = self.state.config.model.sequence_length + 1;
         let micro_batches: Vec<&[i32]> = tokens.chunks(micro * width).collect();
-        let report = self.trainer.step(&mut self.model, &micro_batches, micro, rate, &SingleRank)?;
+        let report = self.trainer.step(&mut self.model, &micro_batches, micro, rate)?;
         self.state.step += 1;
         self.state.optimizer_steps = self.trainer.optimizer.steps();
         self.state.skipped_in_a_row = match report.refused {
