@@ -148,7 +148,12 @@ impl Cli {
 
 fn set_threads(threads: usize) -> Result<()> {
     let invalid = |got: String| {
-        Error::invalid("--threads", "a number of threads from 1 up", got, "leave it out for all cores")
+        Error::invalid(
+            "--threads",
+            "a number of threads from 1 up",
+            got,
+            "leave it out for all cores",
+        )
     };
     if threads == 0 {
         return Err(invalid("0".into()));
@@ -175,7 +180,10 @@ fn train_command(args: TrainArgs) -> Result<()> {
     match report.outcome {
         Outcome::Finished => {
             if let Some(loss) = report.validation_loss {
-                println!("validation loss {loss:.4} nats per token after {} steps", report.step);
+                println!(
+                    "validation loss {loss:.4} nats per token after {} steps",
+                    report.step
+                );
             }
             println!("log, pictures and checkpoints: {place}");
             if options.checkpoints {
@@ -183,7 +191,10 @@ fn train_command(args: TrainArgs) -> Result<()> {
             }
         }
         Outcome::Stopped if options.checkpoints => {
-            println!("stopped and saved at step {}; go on with --out {place} --resume", report.step);
+            println!(
+                "stopped and saved at step {}; go on with --out {place} --resume",
+                report.step
+            );
         }
         Outcome::Stopped => println!("stopped at step {}", report.step),
     }
@@ -235,7 +246,12 @@ fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
             .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
             .map_err(|e| {
-                Error::invalid("train", "signal handlers", e.to_string(), "report this as a bug")
+                Error::invalid(
+                    "train",
+                    "signal handlers",
+                    e.to_string(),
+                    "report this as a bug",
+                )
             })?;
     }
     Ok(())

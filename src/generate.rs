@@ -75,17 +75,27 @@ pub fn run(
     let (model, _) = checkpoint::load_model(&found)?;
     let config = model.config();
     // Without a prompt the model begins as after the end of a document.
-    let prompt = if prompt.is_empty() { crate::data::DOCUMENT_END } else { prompt };
+    let prompt = if prompt.is_empty() {
+        crate::data::DOCUMENT_END
+    } else {
+        prompt
+    };
     let mut text: Vec<i32> = prompt.bytes().map(i32::from).collect();
     if let Some(byte) = text.iter().find(|b| **b as usize >= config.vocab_size) {
         return Err(Error::invalid(
             "--prompt",
-            format!("bytes below the model's vocabulary of {}", config.vocab_size),
+            format!(
+                "bytes below the model's vocabulary of {}",
+                config.vocab_size
+            ),
             format!("byte {byte}"),
             "use plain letters",
         ));
     }
-    let mut writer = Utf8Writer { out, held: Vec::new() };
+    let mut writer = Utf8Writer {
+        out,
+        held: Vec::new(),
+    };
     writer.write(prompt.as_bytes())?;
     for index in 0..tokens {
         let from = text.len().saturating_sub(config.sequence_length);
@@ -155,7 +165,11 @@ mod tests {
     use super::*;
 
     fn sampling(temperature: f64, top_k: usize) -> Sampling {
-        Sampling { temperature, top_k, seed: 7 }
+        Sampling {
+            temperature,
+            top_k,
+            seed: 7,
+        }
     }
 
     #[test]
@@ -182,20 +196,27 @@ mod tests {
     #[test]
     fn top_k_leaves_out_the_rest() {
         let logits = [0.0, 0.1, 0.2, 0.3];
-        let drawn: std::collections::BTreeSet<usize> =
-            (0..200).map(|i| sampling(1.0, 2).draw(&logits, i)).collect();
+        let drawn: std::collections::BTreeSet<usize> = (0..200)
+            .map(|i| sampling(1.0, 2).draw(&logits, i))
+            .collect();
         assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [2, 3]);
     }
 
     #[test]
     fn characters_appear_whole_and_broken_ones_are_marked() {
         let mut out = Vec::new();
-        let mut writer = Utf8Writer { out: &mut out, held: Vec::new() };
+        let mut writer = Utf8Writer {
+            out: &mut out,
+            held: Vec::new(),
+        };
         for byte in "a é€".bytes().chain([0xff, b'b', 0xe2, b'c', 0xe2, 0x82]) {
             writer.write(&[byte]).unwrap();
         }
         writer.finish().unwrap();
-        assert_eq!(String::from_utf8(out).unwrap(), "a é€\u{fffd}b\u{fffd}c\u{fffd}\n");
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "a é€\u{fffd}b\u{fffd}c\u{fffd}\n"
+        );
     }
 
     #[test]

@@ -143,7 +143,9 @@ impl Arrays {
             return Err(self.foreign(expected, format!("{found} {:?}", stored.shape)));
         }
         let mut tensor = Tensor::unspecified(Device::Cpu, dtype, shape);
-        tensor.bytes_mut().copy_from_slice(&self.bytes[stored.range]);
+        tensor
+            .bytes_mut()
+            .copy_from_slice(&self.bytes[stored.range]);
         Ok(tensor)
     }
 

@@ -74,7 +74,12 @@ pub fn snapshot<'a>(
         model: arrays,
         trainer: moments,
         state: serde_json::to_value(state).map_err(|e| {
-            Error::invalid("trainer.json", "values that JSON can hold", e.to_string(), "check the configuration")
+            Error::invalid(
+                "trainer.json",
+                "values that JSON can hold",
+                e.to_string(),
+                "check the configuration",
+            )
         })?,
     })
 }
@@ -84,7 +89,10 @@ fn router_state(layer: usize, name: &str) -> String {
 }
 
 fn moment_names(parameter: &str) -> [String; 2] {
-    [format!("{parameter}.first_moment"), format!("{parameter}.second_moment")]
+    [
+        format!("{parameter}.first_moment"),
+        format!("{parameter}.second_moment"),
+    ]
 }
 
 /// The checkpoint at `path`, or the newest whole one of the run there. Damaged newer ones are
@@ -100,7 +108,12 @@ pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
     match newest(&folder)? {
         (Some(checkpoint), damaged) => Ok((checkpoint, damaged)),
         (None, mut damaged) => Err(damaged.pop().unwrap_or_else(|| {
-            Error::file(&folder, "a checkpoint", "none", "train longer, or choose another run")
+            Error::file(
+                &folder,
+                "a checkpoint",
+                "none",
+                "train longer, or choose another run",
+            )
         })),
     }
 }
@@ -112,7 +125,12 @@ pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
 pub fn load_model(checkpoint: &Checkpoint) -> Result<(Model, TrainerState)> {
     let path = checkpoint.path();
     let foreign = |e: String| {
-        Error::file(path, "a checkpoint of this program", e, "use one that `train` wrote")
+        Error::file(
+            path,
+            "a checkpoint of this program",
+            e,
+            "use one that `train` wrote",
+        )
     };
     let state: TrainerState =
         serde_json::from_value(checkpoint.state()?).map_err(|e| foreign(e.to_string()))?;

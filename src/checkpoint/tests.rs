@@ -15,7 +15,10 @@ fn snapshot(step: u64) -> Snapshot<'static> {
             Array::copied("norm.weight", &Tensor::from_slice([2, 3], &values)),
             Array::copied("ids", &Tensor::from_slice([2], &[step as i32, -1])),
         ],
-        trainer: vec![Array::copied("exact", &Tensor::scalar(std::f64::consts::PI))],
+        trainer: vec![Array::copied(
+            "exact",
+            &Tensor::scalar(std::f64::consts::PI),
+        )],
         state: json!({ "step": step }),
     }
 }

@@ -110,7 +110,15 @@ impl<'a> Run<'a> {
         for damaged in &found.1 {
             progress.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
         }
-        let run = Run { options, corpus, model, trainer, state, log, progress };
+        let run = Run {
+            options,
+            corpus,
+            model,
+            trainer,
+            state,
+            log,
+            progress,
+        };
         run.introduce();
         Ok(run)
     }
@@ -186,7 +194,11 @@ impl<'a> Run<'a> {
             self.draw()?;
         }
         self.progress.finish();
-        Ok(Summary { outcome, step: self.state.step, validation_loss: validation })
+        Ok(Summary {
+            outcome,
+            step: self.state.step,
+            validation_loss: validation,
+        })
     }
 
     /// One optimizer step over the next sequences.
@@ -197,7 +209,9 @@ impl<'a> Run<'a> {
         let tokens = self.corpus.sequences(first..first + batch);
         let width = self.state.config.model.sequence_length + 1;
         let micro_batches: Vec<&[i32]> = tokens.chunks(micro * width).collect();
-        let report = self.trainer.step(&mut self.model, &micro_batches, micro, rate)?;
+        let report = self
+            .trainer
+            .step(&mut self.model, &micro_batches, micro, rate)?;
         self.state.step += 1;
         self.state.optimizer_steps = self.trainer.optimizer.steps();
         self.state.skipped_in_a_row = match report.refused {
@@ -231,7 +245,11 @@ impl<'a> Run<'a> {
                 .iter()
                 .map(|l| l.counts.iter().map(|c| *c as u64).collect())
                 .collect(),
-            router_entropy: report.layers.iter().map(|l| finite(l.entropy / l.tokens)).collect(),
+            router_entropy: report
+                .layers
+                .iter()
+                .map(|l| finite(l.entropy / l.tokens))
+                .collect(),
             validation_loss,
             seconds,
             tokens_per_second: per_step as f64 / seconds,
@@ -243,7 +261,10 @@ impl<'a> Run<'a> {
         let Some(what) = &report.refused else {
             return Ok(());
         };
-        let (row, most) = (self.state.skipped_in_a_row, self.state.config.train.max_skipped_steps);
+        let (row, most) = (
+            self.state.skipped_in_a_row,
+            self.state.config.train.max_skipped_steps,
+        );
         let step = self.state.step;
         self.progress.note(&format!(
             "step {step} was left out: {what} is not finite ({row} in a row)"
@@ -277,7 +298,13 @@ impl<'a> Run<'a> {
 fn start(config: Config, data: String) -> Result<(Model, Trainer, TrainerState)> {
     let model = Model::new(&config)?;
     let trainer = Trainer::new(&config.train, &model);
-    let state = TrainerState { step: 0, optimizer_steps: 0, skipped_in_a_row: 0, data, config };
+    let state = TrainerState {
+        step: 0,
+        optimizer_steps: 0,
+        skipped_in_a_row: 0,
+        data,
+        config,
+    };
     Ok((model, trainer, state))
 }
 
@@ -316,7 +343,9 @@ fn resume(
 }
 
 fn refuse_existing(out: &Path) -> Result<()> {
-    let holds = [CONFIG_FILE, METRICS_FILE, CHECKPOINTS].iter().any(|f| out.join(f).exists());
+    let holds = [CONFIG_FILE, METRICS_FILE, CHECKPOINTS]
+        .iter()
+        .any(|f| out.join(f).exists());
     if !holds {
         return Ok(());
     }

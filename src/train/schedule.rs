@@ -25,7 +25,9 @@ mod tests {
         let mut layers = Layers::preset("tiny");
         layers.set = set.iter().map(|s| s.to_string()).collect();
         let train = Config::load(&layers, &|_| Ok(())).unwrap().train;
-        (0..train.steps).map(|step| learning_rate(&train, step)).collect()
+        (0..train.steps)
+            .map(|step| learning_rate(&train, step))
+            .collect()
     }
 
     #[test]
