@@ -36,3 +36,4 @@ pub mod generate;
 pub mod train;
 
 pub mod cli;
+pub mod gradcheck;

@@ -5,25 +5,22 @@
 
 pub mod add;
 pub mod attention;
+pub mod balance;
+pub mod combine;
 pub mod cross_entropy;
+pub mod dispatch;
 pub mod embedding;
+pub mod expert_mean;
+pub mod grouped_linear;
 pub mod heads;
 pub mod layernorm;
 pub mod linear;
 pub mod qk_norm;
-pub mod rmsnorm;
-pub mod rope;
-pub mod sigmoid_gate;
-pub mod balance;
-pub mod combine;
-pub mod dispatch;
-pub mod expert_mean;
-pub mod grouped_linear;
-pub mod layernorm;
-pub mod linear;
 pub mod renormalize;
 pub mod rmsnorm;
+pub mod rope;
 pub mod router;
+pub mod sigmoid_gate;
 pub mod swiglu;
 mod tokens;
 

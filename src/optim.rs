@@ -51,7 +51,8 @@ struct Coefficients {
 impl AdamW {
     /// An optimizer that has made no step, its moments zero.
     pub fn new(config: &TrainConfig, parameters: &[Parameter]) -> Self {
-        let zeros = |p: &Parameter| Tensor::zeros(p.value.device(), p.value.dtype(), p.value.shape());
+        let zeros =
+            |p: &Parameter| Tensor::zeros(p.value.device(), p.value.dtype(), p.value.shape());
         AdamW {
             betas: config.betas,
             eps: config.eps,
@@ -59,7 +60,10 @@ impl AdamW {
             steps: 0,
             moments: parameters
                 .iter()
-                .map(|p| Moments { first: zeros(p), second: zeros(p) })
+                .map(|p| Moments {
+                    first: zeros(p),
+                    second: zeros(p),
+                })
                 .collect(),
         }
     }
@@ -120,12 +124,22 @@ impl AdamW {
                 rate: rate / (1.0 - beta1.powf(t)),
                 second_scale: 1.0 / (1.0 - beta2.powf(t)),
                 eps: self.eps,
-                keep: if p.decays { 1.0 - rate * self.weight_decay } else { 1.0 },
+                keep: if p.decays {
+                    1.0 - rate * self.weight_decay
+                } else {
+                    1.0
+                },
                 gradient: scale,
             };
             let (m, v) = (&mut moments.first, &mut moments.second);
             with_real!(p.value.dtype(), "adamw", |T| {
-                reference::update::<T>(p.value.slice_mut(), m.slice_mut(), v.slice_mut(), gradient.slice(), c);
+                reference::update::<T>(
+                    p.value.slice_mut(),
+                    m.slice_mut(),
+                    v.slice_mut(),
+                    gradient.slice(),
+                    c,
+                );
                 Ok(())
             })?;
         }
@@ -205,7 +219,12 @@ mod tests {
     use crate::tape::{Tape, Var};
 
     fn parameter(value: f64, decays: bool) -> Parameter {
-        Parameter { name: "w".into(), value: Tensor::from_slice([1], &[value]), parts: vec![], decays }
+        Parameter {
+            name: "w".into(),
+            value: Tensor::from_slice([1], &[value]),
+            parts: vec![],
+            decays,
+        }
     }
 
     /// A store whose leaf 0 has gradient `g`: that of `g · x` for a product with a constant.
@@ -213,33 +232,46 @@ mod tests {
         let mut store = Gradients::new(1);
         let tape = Tape::new();
         let x = Var::leaf(Tensor::from_slice([1], &[0.0]), 0);
-        let y = crate::ops::add::add(&tape, &x, &Var::constant(Tensor::from_slice([1], &[0.0]))).unwrap();
-        tape.backward_from(&[(&y, Tensor::from_slice([1], &[g]))], &mut store).unwrap();
+        let y = crate::ops::add::add(&tape, &x, &Var::constant(Tensor::from_slice([1], &[0.0])))
+            .unwrap();
+        tape.backward_from(&[(&y, Tensor::from_slice([1], &[g]))], &mut store)
+            .unwrap();
         store
     }
 
     #[test]
     fn two_updates_worked_by_hand() {
-        let mut config = Config::load(&Layers::preset("tiny"), &|_| Ok(())).unwrap().train;
+        let mut config = Config::load(&Layers::preset("tiny"), &|_| Ok(()))
+            .unwrap()
+            .train;
         (config.betas, config.eps, config.weight_decay) = ([0.5, 0.75], 0.0, 0.1);
         let mut parameters = [parameter(1.0, true)];
         let mut adam = AdamW::new(&config, &parameters);
         // t = 1: m = 1, v = 1; m / (1 − 1/2) = 2, v / (1 − 3/4) = 4: w = 1 · 0.99 − 0.1 · 2 / 2.
-        adam.update(&mut parameters, &gradient(2.0), 0.1, 1.0).unwrap();
+        adam.update(&mut parameters, &gradient(2.0), 0.1, 1.0)
+            .unwrap();
         approx::assert_relative_eq!(parameters[0].value.slice::<f64>()[0], 0.89, epsilon = 1e-15);
         // t = 2, g = −4 · 0.5: m = 0.5 − 1 = −0.5, v = 0.75 + 1 = 1.75.
         // m / (3/4) = −2/3, v / (7/16) = 4: w = 0.89 · 0.99 + 0.1 · (2/3) / 2.
-        adam.update(&mut parameters, &gradient(-4.0), 0.1, 0.5).unwrap();
+        adam.update(&mut parameters, &gradient(-4.0), 0.1, 0.5)
+            .unwrap();
         let expected = 0.89 * 0.99 + 0.1 / 3.0;
-        approx::assert_relative_eq!(parameters[0].value.slice::<f64>()[0], expected, epsilon = 1e-15);
+        approx::assert_relative_eq!(
+            parameters[0].value.slice::<f64>()[0],
+            expected,
+            epsilon = 1e-15
+        );
     }
 
     #[test]
     fn only_parameters_that_decay_decay() {
-        let config = Config::load(&Layers::preset("tiny"), &|_| Ok(())).unwrap().train;
+        let config = Config::load(&Layers::preset("tiny"), &|_| Ok(()))
+            .unwrap()
+            .train;
         let mut parameters = [parameter(1.0, false)];
         let mut adam = AdamW::new(&config, &parameters);
-        adam.update(&mut parameters, &gradient(0.0), 0.1, 1.0).unwrap();
+        adam.update(&mut parameters, &gradient(0.0), 0.1, 1.0)
+            .unwrap();
         assert_eq!(parameters[0].value.slice::<f64>(), [1.0]);
     }
 

@@ -2,7 +2,6 @@
 //! whatever the routers changed. A step that is not finite is not applied and leaves no trace.
 
 use crate::config::TrainConfig;
-use crate::dist::Collective;
 use crate::error::Result;
 use crate::model::Model;
 use crate::optim::{AdamW, gradient_norm};
@@ -56,43 +55,66 @@ impl Trainer {
         micro_batches: &[&[i32]],
         sequences: usize,
         rate: f64,
-        dist: &dyn Collective,
     ) -> Result<StepReport> {
         let share = 1.0 / micro_batches.len() as f64;
-        let pass = Pass { phase: Phase::Train, micro_batches: micro_batches.len(), dist };
+        let pass = Pass {
+            phase: Phase::Train,
+            micro_batches: micro_batches.len(),
+        };
         self.gradients.reset();
         let mut sums = [0.0; 3];
         for tokens in micro_batches {
-            let weights = model.variables();
+            let weights = model.weights();
             let tape = Tape::new();
             let losses = model.loss(&tape, &weights, tokens, sequences, pass)?;
             let parts = [losses.cross_entropy, losses.auxiliary, losses.z];
-            sums.iter_mut().zip(parts).for_each(|(sum, part)| *sum += share * part);
+            sums.iter_mut()
+                .zip(parts)
+                .for_each(|(sum, part)| *sum += share * part);
             tape.backward(&losses.total, share, &mut self.gradients)?;
         }
         let norm = gradient_norm(&self.gradients, model.parameters.len())?;
         let refused = refusal(model, sums[0], norm);
         if refused.is_none() {
-            let scale = if self.clip > 0.0 && norm > self.clip { self.clip / norm } else { 1.0 };
-            self.optimizer.update(&mut model.parameters, &self.gradients, rate, scale)?;
+            let scale = if self.clip > 0.0 && norm > self.clip {
+                self.clip / norm
+            } else {
+                1.0
+            };
+            self.optimizer
+                .update(&mut model.parameters, &self.gradients, rate, scale)?;
         }
         let mut states = model.layer_states_mut();
         let layers = states
             .iter_mut()
             .map(|state| {
-                if refused.is_none() { state.commit() } else { state.discard() }
+                if refused.is_none() {
+                    state.commit()
+                } else {
+                    state.discard()
+                }
                 state.take_stats()
             })
             .collect();
         let [cross_entropy, auxiliary, z] = sums;
-        Ok(StepReport { cross_entropy, auxiliary, z, gradient_norm: norm, refused, layers })
+        Ok(StepReport {
+            cross_entropy,
+            auxiliary,
+            z,
+            gradient_norm: norm,
+            refused,
+            layers,
+        })
     }
 }
 
 /// The first thing that is not finite: logits by layer and token, the loss, the gradient.
 fn refusal(model: &Model, loss: f64, norm: f64) -> Option<String> {
     let states = model.layer_states();
-    let flagged = states.iter().enumerate().find_map(|(l, s)| Some((l, s.first_non_finite()?)));
+    let flagged = states
+        .iter()
+        .enumerate()
+        .find_map(|(l, s)| Some((l, s.first_non_finite()?)));
     if let Some((layer, token)) = flagged {
         return Some(format!("router logits of MoE layer {layer}, token {token}"));
     }

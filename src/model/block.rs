@@ -1,6 +1,6 @@
 //! One transformer block: attention, then a dense or a mixture-of-experts feed-forward.
 
-use super::Model;
+use super::graph::Graph;
 use super::moe::{BalanceLosses, MoeLayer};
 use super::parameters::{Layout, NormSlots};
 use crate::config::{ModelConfig, QkNorm};
@@ -19,7 +19,8 @@ pub struct Block {
     attention_norm: NormSlots,
     qkv: usize,
     qkv_bias: Option<usize>,
-    qk_norm: Option<usize>,
+    /// Weights of the query and key norms.
+    qk_norm: Option<[usize; 2]>,
     output: usize,
     ffn_norm: NormSlots,
     ffn: FeedForward,
@@ -48,7 +49,7 @@ impl SwigluSlots {
     }
 
     /// `down(silu(gate(x)) ⊙ up(x))`.
-    pub fn forward(&self, tape: &Tape<'_>, weights: &[Var], x: &Var) -> Result<Var> {
+    pub fn forward(&self, tape: &Tape, weights: &[Var], x: &Var) -> Result<Var> {
         let h = linear(tape, x, &weights[self.gate_up], None)?;
         linear(tape, &swiglu(tape, &h)?, &weights[self.down], None)
     }
@@ -57,9 +58,13 @@ impl SwigluSlots {
 impl Block {
     pub fn new(layout: &mut Layout, config: &ModelConfig, layer: usize) -> Self {
         let prefix = format!("model.layers.{layer}");
-        let (q, kv) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+        let (q, kv) = (
+            config.heads * config.head_dim,
+            config.kv_heads * config.head_dim,
+        );
         let parts = |kind: &str| {
-            [("q", q), ("k", kv), ("v", kv)].map(|(m, n)| (format!("{prefix}.self_attn.{m}_proj.{kind}"), n))
+            [("q", q), ("k", kv), ("v", kv)]
+                .map(|(m, n)| (format!("{prefix}.self_attn.{m}_proj.{kind}"), n))
         };
         let attention_norm = layout.norm(&format!("{prefix}.input_layernorm"));
         let name = format!("{prefix}.self_attn.qkv_proj");
@@ -73,48 +78,78 @@ impl Block {
             QkNorm::Full => Some([q, kv]),
         };
         let qk_norm = lengths.map(|[q, k]| {
-            let parts = [("q", q), ("k", k)].map(|(m, n)| (format!("{prefix}.self_attn.{m}_norm.weight"), n));
-            layout.vectors(&format!("{prefix}.self_attn.qk_norm.weight"), &parts, 1.0)
+            [("q", q), ("k", k)].map(|(m, n)| {
+                let name = format!("{prefix}.self_attn.{m}_norm.weight");
+                layout.vectors(&name, &[(name.clone(), n)], 1.0)
+            })
         });
-        let output =
-            layout.residual(&format!("{prefix}.self_attn.o_proj.weight"), &[config.hidden, q]);
+        let output = layout.residual(
+            &format!("{prefix}.self_attn.o_proj.weight"),
+            &[config.hidden, q],
+        );
         let ffn_norm = layout.norm(&format!("{prefix}.post_attention_layernorm"));
         let moe_index = config.moe_layers().iter().position(|l| *l == layer);
         let mlp = format!("{prefix}.mlp");
         let ffn = match moe_index {
-            None => {
-                FeedForward::Dense(SwigluSlots::new(layout, &mlp, config.hidden, config.dense_ffn_width))
-            }
+            None => FeedForward::Dense(SwigluSlots::new(
+                layout,
+                &mlp,
+                config.hidden,
+                config.dense_ffn_width,
+            )),
             Some(index) => FeedForward::Moe(MoeLayer::new(layout, config, &mlp, index)),
         };
-        Block { attention_norm, qkv, qkv_bias, qk_norm, output, ffn_norm, ffn }
+        Block {
+            attention_norm,
+            qkv,
+            qkv_bias,
+            qk_norm,
+            output,
+            ffn_norm,
+            ffn,
+        }
     }
 
-    pub fn is_moe(&self) -> bool {
-        matches!(self.ffn, FeedForward::Moe(_))
+    /// Its mixture of experts, if it has one.
+    pub fn moe(&self) -> Option<&MoeLayer> {
+        match &self.ffn {
+            FeedForward::Moe(moe) => Some(moe),
+            FeedForward::Dense(_) => None,
+        }
     }
 
     /// The block's rows `[T, D]`, and a MoE layer's balance losses.
     pub fn forward(
         &self,
-        model: &Model,
-        tape: &Tape<'_>,
+        model: &Graph,
+        tape: &Tape,
         weights: &[Var],
         x: &Var,
         sequences: usize,
-        pass: Pass<'_>,
+        pass: Pass,
     ) -> Result<(Var, Option<BalanceLosses>)> {
         let heads = model.heads();
         let length = x.tensor().shape().rows() / sequences;
         let normed = model.norm(tape, x, weights, &self.attention_norm)?;
         let bias = self.qkv_bias.map(|slot| &weights[slot]);
         let mut qkv = linear(tape, &normed, &weights[self.qkv], bias)?;
-        if let Some(slot) = self.qk_norm {
-            qkv = qk_norm(tape, &qkv, &weights[slot], heads, model.config.norm_eps)?;
+        if let Some([q, k]) = self.qk_norm {
+            qkv = qk_norm(
+                tape,
+                &qkv,
+                &weights[q],
+                &weights[k],
+                heads,
+                model.config.norm_eps,
+            )?;
         }
-        let qkv = rope(tape, &qkv, &model.rope, heads, length)?;
+        let qkv = rope(tape, &qkv, heads, length, &model.rope)?;
         let attended = attention(tape, &qkv, heads, length)?;
-        let x = add(tape, x, &linear(tape, &attended, &weights[self.output], None)?)?;
+        let x = add(
+            tape,
+            x,
+            &linear(tape, &attended, &weights[self.output], None)?,
+        )?;
         let normed = model.norm(tape, &x, weights, &self.ffn_norm)?;
         let (y, losses) = match &self.ffn {
             FeedForward::Dense(slots) => (slots.forward(tape, weights, &normed)?, None),

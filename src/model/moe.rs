@@ -1,8 +1,8 @@
 //! The mixture-of-experts layer: router, dispatch, experts, combine. Which method routes, it does
 //! not know.
 
-use super::Model;
 use super::block::SwigluSlots;
+use super::graph::Graph;
 use super::parameters::Layout;
 use crate::config::{ModelConfig, Scope};
 use crate::cpu;
@@ -54,31 +54,61 @@ impl MoeLayer {
         let gate_up = layout.matrix(&format!("{prefix}.experts.gate_up_proj"), &[e, 2 * f, d]);
         let down = layout.residual(&format!("{prefix}.experts.down_proj"), &[e, d, f]);
         let shared = (config.shared_expert_width > 0).then(|| SharedExpert {
-            network: SwigluSlots::new(layout, &format!("{prefix}.shared_expert"), d, config.shared_expert_width),
+            network: SwigluSlots::new(
+                layout,
+                &format!("{prefix}.shared_expert"),
+                d,
+                config.shared_expert_width,
+            ),
             gate: layout.matrix(&format!("{prefix}.shared_expert_gate.weight"), &[1, d]),
         });
-        MoeLayer { index, router, gate_up, down, shared }
+        MoeLayer {
+            index,
+            router,
+            gate_up,
+            down,
+            shared,
+        }
     }
 
     /// The layer's output `[T, D]` for `x [T, D]`, and its balance losses.
     pub fn forward(
         &self,
-        model: &Model,
-        tape: &Tape<'_>,
+        model: &Graph,
+        tape: &Tape,
         weights: &[Var],
         x: &Var,
-        pass: Pass<'_>,
+        pass: Pass,
     ) -> Result<(Var, BalanceLosses)> {
         let mut states = model.states.borrow_mut();
         let state = &mut states[self.index];
         let k = model.config.top_k;
-        let mut layer = LayerPass::new(pass, self.index, k, state, tape.is_replaying());
+        let mut layer = LayerPass::new(
+            pass,
+            &*model.dist,
+            self.index,
+            k,
+            state,
+            tape.is_replaying(),
+        );
 
         let z = logits(tape, x, &weights[self.router])?;
         let routing = model.router.route(tape, &z, &mut layer)?;
-        let h = grouped_linear(tape, x, Rows::Tokens, &weights[self.gate_up], &routing.dispatch)?;
+        let h = grouped_linear(
+            tape,
+            x,
+            Rows::Tokens,
+            &weights[self.gate_up],
+            &routing.dispatch,
+        )?;
         let a = swiglu(tape, &h)?;
-        let e = grouped_linear(tape, &a, Rows::Dispatched, &weights[self.down], &routing.dispatch)?;
+        let e = grouped_linear(
+            tape,
+            &a,
+            Rows::Dispatched,
+            &weights[self.down],
+            &routing.dispatch,
+        )?;
         let defaults = model.router.defaults(e.tensor(), &routing, &mut layer)?;
         let mut y = combine(tape, &routing.gates, &e, defaults, &routing.dispatch)?;
         if let Some(shared) = &self.shared {
@@ -88,16 +118,19 @@ impl MoeLayer {
         }
 
         layer.count(&routing.dispatch, entropy(routing.probabilities.tensor())?);
-        let (auxiliary, z_wanted) = model.balance_wanted();
         let losses = BalanceLosses {
-            auxiliary: if auxiliary {
+            auxiliary: if model.has_auxiliary_loss() {
                 let over_step = model.balance.aux_scope == Scope::Global;
                 let fractions = layer.fractions(&routing.dispatch, over_step);
                 Some(auxiliary_loss(tape, &routing.probabilities, &fractions)?)
             } else {
                 None
             },
-            z: if z_wanted { Some(z_loss(tape, &z)?) } else { None },
+            z: if model.has_z_loss() {
+                Some(z_loss(tape, &z)?)
+            } else {
+                None
+            },
         };
         Ok((y, losses))
     }
@@ -110,7 +143,11 @@ fn entropy(p: &Tensor) -> Result<f64> {
         let p = p.slice::<T>();
         let partials = cpu::blocks(p.len() / width, 256, |_, rows| {
             let block = &p[rows.start * width..rows.end * width];
-            block.iter().filter(|p| **p > 0.0).map(|&p| -(p * p.ln()).f64()).sum::<f64>()
+            block
+                .iter()
+                .filter(|p| **p > 0.0)
+                .map(|&p| -(p * p.ln()).f64())
+                .sum::<f64>()
         });
         Ok(partials.into_iter().sum())
     })

@@ -53,7 +53,12 @@ enum Start {
 
 impl<'c> Layout<'c> {
     pub fn new(config: &'c ModelConfig, dtype: DType, seed: u64) -> Self {
-        Layout { config, dtype, seed, parameters: Vec::new() }
+        Layout {
+            config,
+            dtype,
+            seed,
+            parameters: Vec::new(),
+        }
     }
 
     pub fn into_parameters(self) -> Vec<Parameter> {
@@ -68,7 +73,10 @@ impl<'c> Layout<'c> {
     /// Matrices of one input, one above the other: (checkpoint name, rows).
     pub fn stacked(&mut self, name: &str, parts: &[(String, usize)], inputs: usize) -> usize {
         let rows = parts.iter().map(|(_, rows)| rows).sum();
-        let parts = parts.iter().map(|(n, rows)| part(n, &[*rows, inputs])).collect();
+        let parts = parts
+            .iter()
+            .map(|(n, rows)| part(n, &[*rows, inputs]))
+            .collect();
         self.push(name, parts, &[rows, inputs], self.plain(), true)
     }
 
@@ -80,7 +88,13 @@ impl<'c> Layout<'c> {
 
     /// The embedding, which does not decay.
     pub fn embedding(&mut self, name: &str, vocab_size: usize) -> usize {
-        self.push(name, vec![], &[vocab_size, self.config.hidden], self.plain(), false)
+        self.push(
+            name,
+            vec![],
+            &[vocab_size, self.config.hidden],
+            self.plain(),
+            false,
+        )
     }
 
     /// A vector of ones or zeros, or several behind each other: (checkpoint name, length).
@@ -92,18 +106,20 @@ impl<'c> Layout<'c> {
 
     /// A norm over the residual stream; `name` without `.weight`.
     pub fn norm(&mut self, name: &str) -> NormSlots {
-        let width = self.config.hidden;
+        let (width, kind) = (self.config.hidden, self.config.norm);
         let mut vector = |suffix: &str, value| {
             let name = format!("{name}.{suffix}");
             self.vectors(&name, &[(name.clone(), width)], value)
         };
         let weight = vector("weight", 1.0);
-        let bias = (self.config.norm == Norm::LayerNorm).then(|| vector("bias", 0.0));
+        let bias = (kind == Norm::LayerNorm).then(|| vector("bias", 0.0));
         NormSlots { weight, bias }
     }
 
     fn plain(&self) -> Start {
-        Start::Gaussian { std: (2.0 / (5.0 * self.config.hidden as f64)).sqrt() }
+        Start::Gaussian {
+            std: (2.0 / (5.0 * self.config.hidden as f64)).sqrt(),
+        }
     }
 
     fn push(
@@ -115,20 +131,32 @@ impl<'c> Layout<'c> {
         decays: bool,
     ) -> usize {
         let index = self.parameters.len();
-        let parts = if parts.is_empty() { vec![part(name, shape)] } else { parts };
+        let parts = if parts.is_empty() {
+            vec![part(name, shape)]
+        } else {
+            parts
+        };
         let mut value = Tensor::unspecified(Device::Cpu, self.dtype, shape);
         let stream = Stream::new(self.seed, Purpose::Weights, 0, index);
         match self.dtype {
             DType::F64 => fill(value.slice_mut::<f64>(), &start, stream),
             _ => fill(value.slice_mut::<f32>(), &start, stream),
         }
-        self.parameters.push(Parameter { name: name.into(), value, parts, decays });
+        self.parameters.push(Parameter {
+            name: name.into(),
+            value,
+            parts,
+            decays,
+        });
         index
     }
 }
 
 fn part(name: &str, shape: &[usize]) -> Part {
-    Part { name: name.into(), shape: shape.into() }
+    Part {
+        name: name.into(),
+        shape: shape.into(),
+    }
 }
 
 fn fill<T: Real>(out: &mut [T], start: &Start, stream: Stream) {

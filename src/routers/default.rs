@@ -84,11 +84,18 @@ impl DefaultMoe {
 
 impl Router for DefaultMoe {
     fn validate(&self, _model: &ModelConfig) -> Result<()> {
-        for (key, value, most) in [("beta", self.beta, 1.0), ("init_std", self.init_std, f64::MAX)] {
+        for (key, value, most) in [
+            ("beta", self.beta, 1.0),
+            ("init_std", self.init_std, f64::MAX),
+        ] {
             if !(value >= 0.0 && value < most) {
                 return Err(Error::invalid(
                     format!("router.{key}"),
-                    if most == 1.0 { "a number from 0 to below 1" } else { "a number from 0 up" },
+                    if most == 1.0 {
+                        "a number from 0 to below 1"
+                    } else {
+                        "a number from 0 up"
+                    },
                     value.to_string(),
                     format!("change it with --set router.{key}=…"),
                 ));
@@ -103,14 +110,21 @@ impl Router for DefaultMoe {
             let stream = Stream::new(seed, Purpose::DefaultVectors, 0, layer);
             stream.fill_normal(start.slice_mut::<f64>(), self.init_std);
         }
-        vec![StateTensor { name: VECTORS, start }]
+        vec![StateTensor {
+            name: VECTORS,
+            start,
+        }]
     }
 
-    fn route(&self, tape: &Tape<'_>, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
+    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
         let probabilities = softmax(tape, logits)?;
         let k = layer.top_k;
         let dispatch = layer.select(|| top_k(probabilities.tensor(), k))?;
-        Ok(Routing { gates: probabilities.clone(), probabilities, dispatch })
+        Ok(Routing {
+            gates: probabilities.clone(),
+            probabilities,
+            dispatch,
+        })
     }
 
     fn defaults(
@@ -121,8 +135,9 @@ impl Router for DefaultMoe {
     ) -> Result<Option<Defaults>> {
         if layer.updates_state() {
             let gates = routing.gates.tensor();
-            let (weighting, dist) = (self.weighting(), layer.pass.dist);
-            let (mean, rows) = expert_mean(expert_outputs, gates, weighting, &routing.dispatch, dist)?;
+            let (weighting, dist) = (self.weighting(), layer.dist);
+            let (mean, rows) =
+                expert_mean(expert_outputs, gates, weighting, &routing.dispatch, dist)?;
             let beta = self.beta.powf(1.0 / layer.pass.micro_batches as f64);
             update_average(layer.state_mut(VECTORS), &mean, &rows, beta)?;
         }
@@ -131,6 +146,9 @@ impl Router for DefaultMoe {
             return Ok(None);
         }
         let vectors = layer.state(VECTORS).clone();
-        Ok(Some(Defaults { vectors, in_forward: self.pass_forward }))
+        Ok(Some(Defaults {
+            vectors,
+            in_forward: self.pass_forward,
+        }))
     }
 }
