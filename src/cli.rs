@@ -299,22 +299,17 @@ fn generate_command(args: &GenerateArgs) -> Result<()> {
 }
 
 fn gradcheck_command(filter: &str) -> Result<()> {
-    say!(
-        "{:<24} {:<44} {:>8}  relative error",
-        "subject",
-        "case",
-        "compared"
-    );
+    say!("compared  relative error  what");
+    let mut written = Ok(());
     let rows = gradcheck::run(filter, None, |row| {
+        let (compared, error) = (row.compared, format!("{:.1e}", row.error));
         let verdict = if row.passes() { "" } else { "  FAILS" };
-        say!(
-            "{:<24} {:<44} {:>8}  {:.1e}{verdict}",
-            row.subject,
-            row.case,
-            row.compared,
-            row.error
-        );
+        let what = format!("{}: {}{verdict}", row.subject, row.case);
+        if written.is_ok() {
+            written = print(format_args!("{compared:>8}  {error:>14}  {what}"));
+        }
     })?;
+    written?;
     let failed = rows.iter().filter(|row| !row.passes()).count();
     if failed > 0 || rows.is_empty() {
         return Err(Error::invalid(
