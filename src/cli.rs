@@ -4,12 +4,22 @@ use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::routers::{self, ROUTERS};
 use crate::train::{self, Options, Outcome};
-use crate::{eval, generate};
+use crate::{eval, generate, gradcheck};
 use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;
+
+/// Writes a line to the standard output, or returns from the function with the error.
+macro_rules! say {
+    ($($arguments:tt)*) => { print(format_args!($($arguments)*))? };
+}
+
+fn print(line: std::fmt::Arguments) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").map_err(|e| Error::io("write", "the standard output", e))
+}
 
 /// Train and study sparse Mixture-of-Experts transformers.
 #[derive(Parser)]
@@ -45,6 +55,16 @@ Examples:
   routegrad generate --model runs/tiny-default --prompt 'My fellow citizens, '
   routegrad generate --model runs/tiny-default --temperature 0.5 --top-k 20 --seed 3")]
     Generate(GenerateArgs),
+    /// Check every gradient by finite differences in f64: operations, routers, whole models.
+    #[command(after_help = "\
+Examples:
+  routegrad gradcheck
+  routegrad gradcheck 'router default'")]
+    Gradcheck {
+        /// Check only what has this in its name.
+        #[arg(default_value = "", hide_default_value = true)]
+        filter: String,
+    },
     /// List the routers with their settings and defaults.
     Routers,
 }
@@ -141,6 +161,7 @@ impl Cli {
             Command::Train(args) => train_command(args),
             Command::Eval(args) => eval_command(&args),
             Command::Generate(args) => generate_command(&args),
+            Command::Gradcheck { filter } => gradcheck_command(&filter),
             Command::Routers => list_routers(),
         }
     }
@@ -180,23 +201,23 @@ fn train_command(args: TrainArgs) -> Result<()> {
     match report.outcome {
         Outcome::Finished => {
             if let Some(loss) = report.validation_loss {
-                println!(
+                say!(
                     "validation loss {loss:.4} nats per token after {} steps",
                     report.step
                 );
             }
-            println!("log, pictures and checkpoints: {place}");
+            say!("log, pictures and checkpoints: {place}");
             if options.checkpoints {
-                println!("see it speak: routegrad generate --model {place}");
+                say!("see it speak: routegrad generate --model {place}");
             }
         }
         Outcome::Stopped if options.checkpoints => {
-            println!(
+            say!(
                 "stopped and saved at step {}; go on with --out {place} --resume",
                 report.step
             );
         }
-        Outcome::Stopped => println!("stopped at step {}", report.step),
+        Outcome::Stopped => say!("stopped at step {}", report.step),
     }
     Ok(())
 }
@@ -215,7 +236,7 @@ impl TrainArgs {
         PathBuf::from("runs").join(name)
     }
 
-    fn layers(&self, out: &std::path::Path) -> Layers {
+    fn layers(&self, out: &Path) -> Layers {
         let number = |n: i64| Value::Integer(n);
         let text = |s: &String| Value::String(s.clone());
         let flags = [
@@ -259,11 +280,11 @@ fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
 
 fn eval_command(args: &EvalArgs) -> Result<()> {
     let report = eval::run(&args.model, args.data.as_deref(), args.sequences)?;
-    println!("model            {}", report.checkpoint.display());
-    println!("tokens           {}", report.tokens);
-    println!("validation loss  {:.4} nats per token", report.loss);
-    println!("perplexity       {:.4}", report.perplexity());
-    println!("bits per byte    {:.4}", report.bits_per_byte());
+    say!("model            {}", report.checkpoint.display());
+    say!("tokens           {}", report.tokens);
+    say!("validation loss  {:.4} nats per token", report.loss);
+    say!("perplexity       {:.4}", report.perplexity());
+    say!("bits per byte    {:.4}", report.bits_per_byte());
     Ok(())
 }
 
@@ -277,17 +298,46 @@ fn generate_command(args: &GenerateArgs) -> Result<()> {
     generate::run(&args.model, &args.prompt, args.tokens, &sampling, &mut out)
 }
 
+fn gradcheck_command(filter: &str) -> Result<()> {
+    say!("compared  relative error  what");
+    let mut written = Ok(());
+    let rows = gradcheck::run(filter, None, |row| {
+        let (compared, error) = (row.compared, format!("{:.1e}", row.error));
+        let verdict = if row.passes() { "" } else { "  FAILS" };
+        let what = format!("{}: {}{verdict}", row.subject, row.case);
+        if written.is_ok() {
+            written = print(format_args!("{compared:>8}  {error:>14}  {what}"));
+        }
+    })?;
+    written?;
+    let failed = rows.iter().filter(|row| !row.passes()).count();
+    if failed > 0 || rows.is_empty() {
+        return Err(Error::invalid(
+            "gradcheck",
+            format!("relative errors of at most {:.0e}", gradcheck::TOLERANCE),
+            match rows.len() {
+                0 => format!("nothing of the name `{filter}`"),
+                n => format!("{failed} of {n} checks above it"),
+            },
+            "see the table for what fails; without a filter it names everything",
+        ));
+    }
+    let compared: usize = rows.iter().map(|row| row.compared).sum();
+    say!("{} checks of {compared} derivatives pass", rows.len());
+    Ok(())
+}
+
 fn list_routers() -> Result<()> {
     for info in ROUTERS {
-        println!("{}  {}", info.name, info.summary);
-        println!("    source {}; cost {}", info.source, info.cost);
+        say!("{}  {}", info.name, info.summary);
+        say!("    source {}; cost {}", info.source, info.cost);
         let mut config = crate::config::RouterConfig {
             name: info.name.into(),
             ..Default::default()
         };
         routers::resolve(&mut config)?;
         for (key, value) in &config.settings {
-            println!("    router.{key} = {value}");
+            say!("    router.{key} = {value}");
         }
     }
     Ok(())

@@ -2,8 +2,7 @@
 
 use crate::metrics::Record;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::fmt::Write;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 /// Time between two lines where there is no terminal.
@@ -69,7 +68,7 @@ impl Progress {
             self.validation = record.validation_loss;
         }
         if let Some(loss) = self.validation {
-            let _ = write!(text, "  validation {loss:.3}");
+            text.push_str(&format!("  validation {loss:.3}"));
         }
         if self.terminal {
             self.bar.set_position(step);
@@ -80,7 +79,7 @@ impl Progress {
         let notable = step == total || record.validation_loss.is_some();
         if (due || notable) && !self.quiet {
             self.last_line = Some(Instant::now());
-            eprintln!("step {step}/{total}  {text}");
+            say(&format!("step {step}/{total}  {text}"));
         }
     }
 
@@ -89,7 +88,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(text);
         } else {
-            eprintln!("{text}");
+            say(text);
         }
     }
 
@@ -97,6 +96,11 @@ impl Progress {
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// A line on standard error; a run goes on when nobody listens.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// The greatest load of an expert in any layer, relative to a balanced one.
@@ -112,12 +116,10 @@ fn busiest(load: &[Vec<u64>]) -> f64 {
 /// Seconds as 4:05 or 1:02:03.
 fn clock(seconds: f64) -> String {
     let s = seconds.round() as u64;
-    let mut out = String::new();
-    let _ = match s / 3600 {
-        0 => write!(out, "{}:{:02}", s / 60, s % 60),
-        h => write!(out, "{h}:{:02}:{:02}", s / 60 % 60, s % 60),
-    };
-    out
+    match s / 3600 {
+        0 => format!("{}:{:02}", s / 60, s % 60),
+        h => format!("{h}:{:02}:{:02}", s / 60 % 60, s % 60),
+    }
 }
 
 #[cfg(test)]
