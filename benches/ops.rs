@@ -56,7 +56,7 @@ fn both(
     name: &str,
     throughput: Throughput,
     shapes: &[&[usize]],
-    run: impl Fn(&Tape<'_>, &[Var]) -> Result<Var>,
+    run: impl Fn(&Tape, &[Var]) -> Result<Var>,
 ) {
     let leaves: Vec<Var> = shapes
         .iter()

@@ -20,7 +20,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When `qkv` does not have the layout of `heads` or is no whole number of sequences.
-pub fn attention(tape: &Tape<'_>, qkv: &Var, heads: Heads, sequence: usize) -> Result<Var> {
+pub fn attention(tape: &Tape, qkv: &Var, heads: Heads, sequence: usize) -> Result<Var> {
     heads.check("attention", qkv.tensor(), sequence)?;
     tape.apply_one(Attention { heads, sequence }, &[qkv])
 }

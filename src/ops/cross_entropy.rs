@@ -25,7 +25,7 @@ use crate::with_real;
 /// When shapes or dtypes do not fit, or a target is not in the vocabulary (the error names target
 /// and position).
 pub fn cross_entropy(
-    tape: &Tape<'_>,
+    tape: &Tape,
     x: &Var,
     weight: &Var,
     targets: &Tensor,

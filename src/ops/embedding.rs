@@ -16,7 +16,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When an id is not in the table (the error names id and position), or the table is no matrix.
-pub fn embedding(tape: &Tape<'_>, table: &Var, ids: &Tensor) -> Result<Var> {
+pub fn embedding(tape: &Tape, table: &Var, ids: &Tensor) -> Result<Var> {
     let shape = table.tensor().shape();
     if shape.len() != 2 {
         return Err(Error::invalid(

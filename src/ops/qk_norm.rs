@@ -20,7 +20,7 @@ use crate::with_real;
 /// # Errors
 /// When shapes or dtypes do not fit.
 pub fn qk_norm(
-    tape: &Tape<'_>,
+    tape: &Tape,
     qkv: &Var,
     query_weight: &Var,
     key_weight: &Var,

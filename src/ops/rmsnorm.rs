@@ -17,7 +17,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When the weight's shape or dtype does not fit.
-pub fn rmsnorm(tape: &Tape<'_>, x: &Var, weight: &Var, eps: f64) -> Result<Var> {
+pub fn rmsnorm(tape: &Tape, x: &Var, weight: &Var, eps: f64) -> Result<Var> {
     let width = x.tensor().shape().width();
     weight.tensor().expect_shape("rmsnorm", "weight", [width])?;
     weight

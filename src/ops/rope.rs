@@ -61,7 +61,7 @@ impl RopeTables {
 /// When `qkv` does not have the layout of `heads`, or the tables are of another dtype or head width
 /// or shorter than a sequence.
 pub fn rope(
-    tape: &Tape<'_>,
+    tape: &Tape,
     qkv: &Var,
     heads: Heads,
     sequence: usize,

@@ -15,7 +15,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When shapes or dtypes do not fit.
-pub fn sigmoid_gate(tape: &Tape<'_>, scores: &Var, x: &Var) -> Result<Var> {
+pub fn sigmoid_gate(tape: &Tape, scores: &Var, x: &Var) -> Result<Var> {
     let shape = x.tensor().shape();
     if shape.len() != 2 {
         return Err(Error::invalid(

@@ -16,7 +16,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When `x` is not a matrix of even width.
-pub fn swiglu(tape: &Tape<'_>, x: &Var) -> Result<Var> {
+pub fn swiglu(tape: &Tape, x: &Var) -> Result<Var> {
     let shape = x.tensor().shape();
     if shape.len() != 2 || shape.width() % 2 != 0 {
         return Err(Error::invalid(
