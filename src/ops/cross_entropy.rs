@@ -163,7 +163,7 @@ impl Op for CrossEntropy {
 pub(super) mod reference {
     use super::*;
     use crate::cpu::vector::{exp_and_sum, max};
-    use crate::cpu::{Accumulate, Mat, Scratch, matmul};
+    use crate::cpu::{Accumulate, Mat, Scratch, matmul, matmul_over_inner};
     use rayon::prelude::*;
 
     /// Logits that exist at a time, at most (but for one token there are always V).
@@ -217,7 +217,7 @@ pub(super) mod reference {
                     let dlogits = Mat::new(logits, rows, vocabulary);
                     let dx = &mut gradient.dx[first * width..][..rows * width];
                     matmul(dx, Accumulate::Assign, dlogits, weight);
-                    matmul(gradient.dweight, accumulate, dlogits.t(), x);
+                    matmul_over_inner(gradient.dweight, accumulate, dlogits.t(), x);
                     accumulate = Accumulate::Add;
                 }
             }

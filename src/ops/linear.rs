@@ -138,7 +138,7 @@ pub(super) mod reference {
 
     pub fn dw<T: Real>(dw: &mut [T], accumulate: Accumulate, dy: &[T], x: &[T], inputs: usize) {
         let (rows, outputs) = (x.len() / inputs, dw.len() / inputs);
-        cpu::matmul(
+        cpu::matmul_over_inner(
             dw,
             accumulate,
             Mat::new(dy, rows, outputs).t(),
