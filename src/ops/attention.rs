@@ -197,12 +197,17 @@ pub(super) mod reference {
                 rows.values(kv_head, keys),
             );
             let weighted = product.chunks_exact(dim).zip(sums);
-            for (out, (product, sum)) in out[first..keys].iter_mut().zip(weighted) {
-                let factor = sum.recip();
-                for (o, &p) in out.iter_mut().zip(product) {
-                    *o = p * factor;
-                }
-            }
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for (out, (product, sum)) in out[first..keys].iter_mut().zip(weighted) {
+                        let factor = sum.recip();
+                        for (o, &p) in out.iter_mut().zip(product) {
+                            *o = p * factor;
+                        }
+                    }
+                },
+            );
         }
     }
 

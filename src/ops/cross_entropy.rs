@@ -169,7 +169,7 @@ pub(super) mod reference {
     /// Logits that exist at a time, at most (but for one token there are always V).
     const LOGITS: usize = 1 << 24;
     /// Tokens of a chunk, at most.
-    const TOKENS: usize = 1024;
+    const TOKENS: usize = 2048;
 
     /// The inputs.
     pub struct Head<'a, T> {
@@ -288,7 +288,7 @@ pub(super) fn cases() -> Vec<Case> {
         case(1, 3, 1),
         case(1, 3, 5),
         case(37, 6, 19),
-        case(1030, 2, 3), // two chunks
+        case(2050, 2, 3), // two chunks
     ]
 }
 
