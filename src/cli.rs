@@ -1,5 +1,6 @@
 //! The command line: what each command takes, and what it prints.
 
+use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::routers::{self, ROUTERS};
@@ -59,7 +60,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   routegrad gradcheck
-  routegrad gradcheck 'router default'")]
+  routegrad gradcheck default")]
     Gradcheck {
         /// Check only what has this in its name.
         #[arg(default_value = "", hide_default_value = true)]
@@ -158,7 +159,7 @@ impl Cli {
             set_threads(threads)?;
         }
         match self.command {
-            Command::Train(args) => train_command(args),
+            Command::Train(args) => train_command(&args),
             Command::Eval(args) => eval_command(&args),
             Command::Generate(args) => generate_command(&args),
             Command::Gradcheck { filter } => gradcheck_command(&filter),
@@ -185,9 +186,17 @@ fn set_threads(threads: usize) -> Result<()> {
         .map_err(|e| invalid(e.to_string()))
 }
 
-fn train_command(args: TrainArgs) -> Result<()> {
-    let out = args.folder();
-    let config = Config::load(&args.layers(&out), &routers::resolve)?;
+fn train_command(args: &TrainArgs) -> Result<()> {
+    // A run that goes on has its configuration in its folder; a new one may be named after it.
+    let (config, out) = if args.resume {
+        let out = args.folder(args.router.as_deref().unwrap_or("default"));
+        let file = Some(out.join(train::CONFIG_FILE));
+        (Config::load(&args.layers(file), &routers::resolve)?, out)
+    } else {
+        let config = Config::load(&args.layers(args.config.clone()), &routers::resolve)?;
+        let out = args.folder(&config.router.name);
+        (config, out)
+    };
     let stop = Arc::new(AtomicBool::new(false));
     watch_signals(&stop)?;
     let options = Options {
@@ -197,46 +206,41 @@ fn train_command(args: TrainArgs) -> Result<()> {
         quiet: args.quiet,
     };
     let report = train::run(config, &options, &stop)?;
-    let place = out.display();
+    let (place, step) = (out.display(), report.step);
+    if let (Outcome::Finished, Some(loss)) = (report.outcome, report.validation_loss) {
+        say!("validation loss {loss:.4} nats per token after {step} steps");
+    }
     match report.outcome {
-        Outcome::Finished => {
-            if let Some(loss) = report.validation_loss {
-                say!(
-                    "validation loss {loss:.4} nats per token after {} steps",
-                    report.step
-                );
-            }
-            say!("log, pictures and checkpoints: {place}");
-            if options.checkpoints {
-                say!("see it speak: routegrad generate --model {place}");
-            }
-        }
         Outcome::Stopped if options.checkpoints => {
             say!(
-                "stopped and saved at step {}; go on with --out {place} --resume",
-                report.step
+                "stopped and saved at step {step}; go on with: routegrad train --out {place} --resume"
             );
         }
-        Outcome::Stopped => say!("stopped at step {}", report.step),
+        Outcome::Stopped => say!("stopped at step {step}"),
+        Outcome::Finished if options.checkpoints => {
+            say!("log, pictures and checkpoints: {place}");
+            say!("see it speak: routegrad generate --model {place}");
+        }
+        Outcome::Finished => say!("log and pictures: {place}"),
     }
     Ok(())
 }
 
 impl TrainArgs {
-    fn folder(&self) -> PathBuf {
+    /// `--out`, or runs/NAME.
+    fn folder(&self, router: &str) -> PathBuf {
         if let Some(out) = &self.out {
             return out.clone();
         }
         let name = self.name.clone().unwrap_or_else(|| {
             let preset = self.preset.as_deref().unwrap_or("tiny");
-            let router = self.router.as_deref().unwrap_or("default");
             let parts = [Some(preset), self.experts.as_deref(), Some(router)];
             parts.into_iter().flatten().collect::<Vec<_>>().join("-")
         });
         PathBuf::from("runs").join(name)
     }
 
-    fn layers(&self, out: &Path) -> Layers {
+    fn layers(&self, file: Option<PathBuf>) -> Layers {
         let number = |n: i64| Value::Integer(n);
         let text = |s: &String| Value::String(s.clone());
         let flags = [
@@ -248,10 +252,7 @@ impl TrainArgs {
         Layers {
             preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
             experts: self.experts.clone(),
-            file: match self.resume {
-                true => Some(out.join(train::CONFIG_FILE)),
-                false => self.config.clone(),
-            },
+            file,
             set: self.set.clone(),
             flags: flags
                 .into_iter()
@@ -278,9 +279,20 @@ fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
     Ok(())
 }
 
+/// The checkpoint at `path`, or the newest whole one of the run there; damaged ones are named.
+fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
+    let (found, damaged) = checkpoint::find(path)?;
+    for damaged in damaged {
+        let warning = format!("warning: skipped a damaged checkpoint: {damaged}");
+        let _ = writeln!(std::io::stderr(), "{warning}");
+    }
+    Ok(found)
+}
+
 fn eval_command(args: &EvalArgs) -> Result<()> {
-    let report = eval::run(&args.model, args.data.as_deref(), args.sequences)?;
-    say!("model            {}", report.checkpoint.display());
+    let found = open_checkpoint(&args.model)?;
+    let report = eval::run(&found, args.data.as_deref(), args.sequences)?;
+    say!("model            {}", found.path().display());
     say!("tokens           {}", report.tokens);
     say!("validation loss  {:.4} nats per token", report.loss);
     say!("perplexity       {:.4}", report.perplexity());
@@ -294,8 +306,9 @@ fn generate_command(args: &GenerateArgs) -> Result<()> {
         top_k: args.top_k,
         seed: args.seed,
     };
+    let found = open_checkpoint(&args.model)?;
     let mut out = std::io::stdout().lock();
-    generate::run(&args.model, &args.prompt, args.tokens, &sampling, &mut out)
+    generate::run(&found, &args.prompt, args.tokens, &sampling, &mut out)
 }
 
 fn gradcheck_command(filter: &str) -> Result<()> {

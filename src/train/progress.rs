@@ -30,7 +30,7 @@ impl Progress {
             ProgressDrawTarget::hidden()
         };
         let bar = ProgressBar::with_draw_target(Some(total), target).with_position(first);
-        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}") {
+        if let Ok(style) = ProgressStyle::with_template("{bar:12} {pos}/{len}  {wide_msg}") {
             bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
         }
         Progress {
@@ -56,20 +56,19 @@ impl Progress {
         let step = record.step;
         let done = (step - self.first).max(1) as f64;
         let left = self.begun.elapsed().as_secs_f64() / done * (total - step) as f64;
-        let number = |x: Option<f64>| x.map_or("not finite".into(), |x| format!("{x:.3}"));
-        let mut text = format!(
-            "loss {}  {:.0} tokens/s  busiest expert {:.2}×  {} left",
-            number(record.loss),
-            record.tokens_per_second,
-            busiest(&record.load),
-            clock(left)
-        );
         if record.validation_loss.is_some() {
             self.validation = record.validation_loss;
         }
-        if let Some(loss) = self.validation {
-            text.push_str(&format!("  validation {loss:.3}"));
-        }
+        let number = |x: Option<f64>| x.map_or("not finite".into(), |x| format!("{x:.3}"));
+        let validation = self.validation.map(|x| format!(" (validation {x:.3})"));
+        let text = format!(
+            "loss {}{}  {:.0} tokens/s  {} left  busiest expert {:.2}×",
+            number(record.loss),
+            validation.unwrap_or_default(),
+            record.tokens_per_second,
+            clock(left),
+            busiest(&record.load),
+        );
         if self.terminal {
             self.bar.set_position(step);
             self.bar.set_message(text);
