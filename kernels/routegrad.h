@@ -1,0 +1,107 @@
+// The C interface of the kernels: every launcher of every build (CUDA, simulator and its variants) in one table.
+// Included by the .cu files and read by bindgen, so it includes <stdint.h> alone.
+//
+// A build is reached through one exported function that returns its table:
+//   routegrad_cuda()  kernels compiled by nvcc; the pointers are device memory, the launch is asynchronous on `stream`
+//   routegrad_sim()   the same sources on the SIMT simulator; host memory, the launch returns when it is done
+//
+// A launcher checks its arguments, launches, and returns a status. It never prints, allocates, synchronises, or reads
+// device memory from the host. Arguments run: outputs, saved, inputs, sizes, scalars, stream.
+#ifndef ROUTEGRAD_H
+#define ROUTEGRAD_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// 0 is success. Otherwise the low byte is a reason (routegrad_reason) and the bits above it say more: for an argument
+// its 1-based place in the launcher's parameter list, for ROUTEGRAD_CUDA_ERROR the cudaError_t.
+typedef int32_t routegrad_status;
+
+typedef enum routegrad_reason {
+  ROUTEGRAD_OK = 0,
+  // An argument was refused before anything was launched.
+  ROUTEGRAD_NULL_POINTER = 1,  // the pointer is null
+  ROUTEGRAD_MISALIGNED = 2,    // the pointer is not 16-byte aligned
+  ROUTEGRAD_NOT_MULTIPLE = 3,  // the size is not a multiple of 8 (bf16 rows must be whole 16-byte units)
+  ROUTEGRAD_OUT_OF_RANGE = 4,  // the value lies outside what the kernel can do
+  ROUTEGRAD_OVERFLOW = 5,      // a product of sizes does not fit its type
+  // The launch itself failed; `describe` says why.
+  ROUTEGRAD_CUDA_ERROR = 16,      // the CUDA runtime or driver refused
+  ROUTEGRAD_BAD_TENSOR_MAP = 17,  // a TMA descriptor could not be encoded
+  ROUTEGRAD_SIM_FAILED = 18,      // the simulator found a fault: deadlock, race, misuse of an instruction
+} routegrad_reason;
+
+// A cudaStream_t; ignored by the simulator.
+typedef void* routegrad_stream;
+
+// When an asynchronous copy or matrix product takes effect on the simulator.
+typedef enum routegrad_sim_async {
+  ROUTEGRAD_SIM_EARLY = 0,   // at the instruction
+  ROUTEGRAD_SIM_LATE = 1,    // at the wait that needs it
+  ROUTEGRAD_SIM_RANDOM = 2,  // anywhere between
+} routegrad_sim_async;
+
+// Which simulated thread runs next.
+typedef enum routegrad_sim_order {
+  ROUTEGRAD_SIM_FIFO = 0,
+  ROUTEGRAD_SIM_LIFO = 1,
+  ROUTEGRAD_SIM_SHUFFLED = 2,
+} routegrad_sim_order;
+
+// How the simulator runs; the environment variable ROUTEGRAD_SIM sets the same at start (kernels/sim/README.md).
+typedef struct routegrad_sim_options {
+  int32_t copies;           // routegrad_sim_async, for TMA and cp.async
+  int32_t products;         // routegrad_sim_async, for wgmma
+  int32_t order;            // routegrad_sim_order
+  int32_t threads;          // OS threads among which the blocks of a launch are divided
+  int32_t resident;         // blocks alive at once on one OS thread (at least a cluster's size)
+  int32_t poison;           // 1: shared memory starts as NaN, in-flight accumulators read as NaN
+  int32_t multiprocessors;  // what the launchers are told the GPU has
+  int32_t reserved;
+  uint64_t seed;  // of RANDOM and SHUFFLED
+} routegrad_sim_options;
+
+// What the launches since the last reset did; the sums do not depend on order or threads.
+typedef struct routegrad_sim_counters {
+  uint64_t launches;
+  uint64_t blocks;
+  uint64_t fiber_switches;
+  uint64_t tensor_flops;  // 2·m·n·k of every wgmma
+  uint64_t bytes_read;    // of global memory, by TMA, cp.async and ld_global
+  uint64_t bytes_written; // of global memory, by TMA and st_global
+} routegrad_sim_counters;
+
+// X(name, parameters): one row per launcher, grouped by source file. From this list come the declarations, the table,
+// the argument names of error texts, and the checks of kernels/README.md and kernels/limits.txt.
+#define ROUTEGRAD_LAUNCHERS(X) ROUTEGRAD_UNIT_LAUNCHERS(X)
+
+// unit.cu: single instructions, for the tests of simulator and hardware.
+#define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                            \
+  /* c[64, n] f32 = a[64, 64] · b[64, n]; a is stored [64, 64] (k or m contiguous), b [n, 64] or [64, n]. */   \
+  X(unit_wgmma, (float* c, const void* a, const void* b, int32_t n, int32_t a_mn_major, int32_t b_mn_major,    \
+                 int32_t b_swizzle, int32_t a_in_registers, routegrad_stream stream))
+
+typedef struct routegrad_launchers {
+  const char* build;  // "cuda", "sim", "sim-race", "sim-asan"
+  // Writes the text of a failed launcher's status, cut to `capacity` bytes with its final zero. Call it on the thread
+  // that got the status, before the next launch there.
+  void (*describe)(const char* launcher, routegrad_status status, char* text, uint64_t capacity);
+  // Null in the CUDA build.
+  void (*sim_get_options)(routegrad_sim_options* options);
+  routegrad_status (*sim_set_options)(const routegrad_sim_options* options);
+  void (*sim_take_counters)(routegrad_sim_counters* counters);  // reads and resets
+#define ROUTEGRAD_MEMBER(name, parameters) routegrad_status(*name) parameters;
+  ROUTEGRAD_LAUNCHERS(ROUTEGRAD_MEMBER)
+#undef ROUTEGRAD_MEMBER
+} routegrad_launchers;
+
+const routegrad_launchers* routegrad_cuda(void);
+const routegrad_launchers* routegrad_sim(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
