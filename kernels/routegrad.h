@@ -76,13 +76,78 @@ typedef struct routegrad_sim_counters {
 
 // X(name, parameters): one row per launcher, grouped by source file. From this list come the declarations, the table,
 // the argument names of error texts, and the checks of kernels/README.md and kernels/limits.txt.
-#define ROUTEGRAD_LAUNCHERS(X) ROUTEGRAD_UNIT_LAUNCHERS(X)
+#define ROUTEGRAD_LAUNCHERS(X)   \
+  ROUTEGRAD_UNIT_LAUNCHERS(X)     \
+  ROUTEGRAD_DISPATCH_LAUNCHERS(X) \
+  ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                            \
   /* c[64, n] f32 = a[64, 64] · b[64, n]; a is stored [64, 64] (k or m contiguous), b [n, 64] or [64, n]. */   \
   X(unit_wgmma, (float* c, const void* a, const void* b, int32_t n, int32_t a_mn_major, int32_t b_mn_major,    \
                  int32_t b_swizzle, int32_t a_in_registers, routegrad_stream stream))
+
+// Bits that dispatch sets in its `fault` word: the step must not be applied.
+typedef enum routegrad_fault {
+  ROUTEGRAD_FAULT_EXPERT = 1,    // a choice outside 0 ... E - 1
+  ROUTEGRAD_FAULT_CAPACITY = 2,  // more rows than row_capacity
+} routegrad_fault;
+
+// dispatch.cu: rows sorted by expert, and the maps between tokens, slots and rows. Shapes stand in the file's header.
+#define ROUTEGRAD_DISPATCH_LAUNCHERS(X)                                                                           \
+  X(dispatch_choices,                                                                                             \
+    (int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row, int32_t* fault, void* workspace, \
+     const int32_t* choices, int64_t tokens, int32_t experts, int32_t choices_per_token, int64_t row_capacity,    \
+     routegrad_stream stream))                                                                                    \
+  X(dispatch_mask,                                                                                                \
+    (int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row, int32_t* fault, void* workspace, \
+     const uint8_t* mask, int64_t tokens, int32_t experts, int64_t row_capacity, routegrad_stream stream))        \
+  /* On the host: bytes of `workspace` for `width` slots a token (choices_per_token, or experts with a mask). */  \
+  X(dispatch_workspace, (uint64_t* bytes, int64_t tokens, int32_t experts, int32_t width))
+
+// The three products of a grouped linear layer.
+typedef enum routegrad_gemm_product {
+  ROUTEGRAD_GEMM_FORWARD = 0,
+  ROUTEGRAD_GEMM_INPUT_GRADIENT = 1,
+  ROUTEGRAD_GEMM_WEIGHT_GRADIENT = 2,
+} routegrad_gemm_product;
+
+// The output tile of a block and how its two consumer warpgroups share it: cooperative, both on one tile; pingpong, each
+// on its own, one multiplying while the other stores.
+typedef enum routegrad_gemm_tile {
+  ROUTEGRAD_TILE_AUTO = 0,  // what grouped_gemm_plan says
+  ROUTEGRAD_TILE_COOPERATIVE_128X256 = 1,
+  ROUTEGRAD_TILE_COOPERATIVE_256X128 = 2,
+  ROUTEGRAD_TILE_COOPERATIVE_256X176 = 3,  // not for the weight gradient
+  ROUTEGRAD_TILE_PINGPONG_128X128 = 4,
+  ROUTEGRAD_TILE_PINGPONG_128X176 = 5,  // not for the weight gradient
+} routegrad_gemm_tile;
+
+typedef struct routegrad_gemm_plan {
+  int32_t tile;         // routegrad_gemm_tile
+  int32_t tile_rows;    // of the output
+  int32_t tile_columns;
+  int32_t stages;       // k-tiles of 64 in flight
+  int32_t blocks;       // the grid: at most one per multiprocessor
+  int32_t reserved;
+  int64_t clocks;       // the estimate by which the tile was chosen
+} routegrad_gemm_plan;
+
+// grouped_gemm.cu: row r belongs to expert e when offsets[e] <= r < offsets[e + 1]. Formulas stand in the file's header.
+#define ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X)                                                                           \
+  X(grouped_gemm_forward,                                                                                             \
+    (void* out, const void* x, const void* w, const int32_t* offsets, const int32_t* row_token, int64_t rows,         \
+     int64_t x_rows, int32_t experts, int32_t n, int32_t k, int32_t tile, routegrad_stream stream))                   \
+  X(grouped_gemm_input_gradient,                                                                                      \
+    (void* dx, const void* dout, const void* w, const int32_t* offsets, const int32_t* row_token, int64_t rows,       \
+     int64_t dout_rows, int32_t experts, int32_t n, int32_t k, int32_t tile, routegrad_stream stream))                \
+  X(grouped_gemm_weight_gradient,                                                                                     \
+    (float* dw, const void* dout, const void* x, const int32_t* offsets, const int32_t* dout_row_token,               \
+     const int32_t* x_row_token, int64_t rows, int64_t dout_rows, int64_t x_rows, int32_t experts, int32_t n,         \
+     int32_t k, int32_t accumulate, int32_t tile, routegrad_stream stream))                                           \
+  /* On the host: the tile and grid for a product (routegrad_gemm_product) of these sizes, a pure function. */        \
+  X(grouped_gemm_plan, (routegrad_gemm_plan* plan, int32_t product, int64_t rows, int32_t experts, int32_t n,         \
+                        int32_t k, int32_t multiprocessors))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"
