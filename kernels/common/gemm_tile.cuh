@@ -40,7 +40,8 @@ struct GemmTraits {
   // A tail of 64 rows is multiplied alone, unless the code for both cases would not fit the registers (ptxas 13.0 spills).
   static constexpr bool kHalfTail = ROW_BLOCKS == 2 && COLUMNS <= 128;
   // Registers a thread; producer + 2 consumer = 3 · 168.
-  static constexpr int kProducerRegisters = kCopies ? 40 : 24, kConsumerRegisters = kCopies ? 232 : 240;
+  static constexpr int kProducerRegisters = !kCopies ? 24 : kHalfTail ? 40 : 56;
+  static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / 2;
   using Schedule = std::conditional_t<RAGGED_DEPTH, RaggedK<kRows, COLUMNS>, RaggedM<kRows, COLUMNS>>;
 };
 
