@@ -74,6 +74,15 @@ typedef struct routegrad_sim_counters {
   uint64_t bytes_written; // of global memory, by TMA and st_global
 } routegrad_sim_counters;
 
+// A bf16 tensor of rank 2 or 3 and one box of it, innermost dimension first; passed by host address.
+typedef struct routegrad_unit_box {
+  int32_t rank;
+  int32_t extent[3];
+  int32_t box[3];
+  int32_t at[3];
+  int32_t swizzle;  // 0 none, 1 128, 2 64, 3 32 bytes
+} routegrad_unit_box;
+
 // X(name, parameters): one row per launcher, grouped by source file. From this list come the declarations, the table,
 // the argument names of error texts, and the checks of kernels/README.md and kernels/limits.txt.
 #define ROUTEGRAD_LAUNCHERS(X)   \
@@ -82,10 +91,23 @@ typedef struct routegrad_sim_counters {
   ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
-#define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                            \
-  /* c[64, n] f32 = a[64, 64] · b[64, n]; a is stored [64, 64] (k or m contiguous), b [n, 64] or [64, n]. */   \
-  X(unit_wgmma, (float* c, const void* a, const void* b, int32_t n, int32_t a_mn_major, int32_t b_mn_major,    \
-                 int32_t b_swizzle, int32_t a_in_registers, routegrad_stream stream))
+#define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
+  /* c[64, n] f32 = a[64, 64] b[64, n] in bf16; A is stored [64, 64], B [n, 64] (k contiguous) or [64, n] (mn major). */ \
+  X(unit_wgmma, (float* c, const void* a, const void* b, int32_t n, int32_t a_mn_major, int32_t b_mn_major,            \
+                 int32_t a_in_registers, int32_t swizzle, routegrad_stream stream))                                    \
+  /* The bytes of one box as TMA lays them in shared memory; and the way back. */                                      \
+  X(unit_tma_load, (void* out, const void* tensor, const routegrad_unit_box* box, routegrad_stream stream))            \
+  X(unit_tma_store, (void* tensor, const void* in, const routegrad_unit_box* box, routegrad_stream stream))            \
+  /* Clusters of two; out[2 clusters, rounds, 64, 64] = tensor[64 rounds, 64], half by half where a mask allows. */    \
+  X(unit_multicast, (void* out, const void* tensor, int32_t rounds, int32_t clusters, int32_t mask0, int32_t mask1,    \
+                     routegrad_stream stream))                                                                         \
+  /* out[64, 64] = rows in[index], negative or past `columns`: zero; each 8 x 8 transposed when asked. */              \
+  X(unit_gather, (void* out, const void* in, const int32_t* index, int32_t columns, int32_t transpose,                 \
+                  int32_t by_mbarrier, routegrad_stream stream))                                                       \
+  X(unit_softmax, (float* out, int32_t* warps_seen, const float* in, int32_t rows, int32_t columns,                    \
+                   routegrad_stream stream))                                                                           \
+  /* A kernel with fault number `fault` (kernels/unit_faults.cu); the CUDA build refuses to run it. */                 \
+  X(unit_fault, (int32_t* out, int32_t fault, routegrad_stream stream))
 
 // Bits that dispatch sets in its `fault` word: the step must not be applied.
 typedef enum routegrad_fault {
