@@ -61,6 +61,16 @@ DEV void tma_store_3d(const TensorMap* map, const void* src, int x, int y, int z
                       : "memory");)
   ON_SIM(sim::tma_store(map, shared_address(src, at), {x, y, z}, at);)
 }
+// The same for an f32 tensor, adding the box to what is there. Bitwise reproducible only where each element is added to
+// once per launch: the order of several additions is not fixed.
+DEV void tma_reduce_add_3d(const TensorMap* map, const void* src, int x, int y, int z,
+                           [[maybe_unused]] Where at = Where::current()) {
+  ON_GPU(asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::
+                          "l"(map),
+                      "r"(shared_address(src)), "r"(x), "r"(y), "r"(z)
+                      : "memory");)
+  ON_SIM(sim::tma_reduce_add(map, shared_address(src, at), {x, y, z}, at);)
+}
 // Closes the group of this thread's TMA stores since the last commit.
 DEV void bulk_commit() {
   ON_GPU(asm volatile("cp.async.bulk.commit_group;" ::: "memory");)

@@ -16,6 +16,11 @@
 #define __grid_constant__
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
+// The C library has private functions of these names.
+#define __expf(x) std::exp(static_cast<float>(x))
+#define __logf(x) std::log(static_cast<float>(x))
+#define __cosf(x) std::cos(static_cast<float>(x))
+#define __sinf(x) std::sin(static_cast<float>(x))
 
 namespace sim {
 
@@ -154,8 +159,6 @@ inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __uint_as_float(unsigned v) { return __builtin_bit_cast(float, v); }

@@ -38,8 +38,9 @@ void count_written(size_t bytes);
 
 // ---- threads of a block and of a warp
 void named_barrier(int id, int threads, bool wait, Where at);  // threads 0: all of the block
-enum class Collective : int { Sync, Shuffle, Ballot };
-// Every lane of `mask` calls it; Shuffle returns the value of lane `source`, Ballot the lanes whose value is odd.
+enum class Collective : int { Sync, Shuffle, Ballot, Gather };
+// Every lane of `mask` calls it. Shuffle returns the value of lane `source`, Ballot the lanes whose value is odd; Gather
+// leaves all values with the block.
 uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int source, Where at);
 int lane();
 void setmaxnreg(int registers, bool increase, Where at);
@@ -77,6 +78,7 @@ bool encode_tensor_map(TensorMap* map, const void* base, int rank, uint32_t elem
 void tma_load(uint32_t dst, const TensorMap* map, uint32_t bar, Coordinates at_box, uint16_t blocks, Where at);
 void tma_load_multicast(uint32_t dst, const TensorMap* map, uint32_t bar, Coordinates at_box, uint16_t blocks, Where at);
 void tma_store(const TensorMap* map, uint32_t src, Coordinates at_box, Where at);
+void tma_reduce_add(const TensorMap* map, uint32_t src, Coordinates at_box, Where at);
 void bulk_commit();
 void bulk_wait(int keep, bool read_only, Where at);
 
