@@ -14,7 +14,7 @@ DEV void tma_load_2d(void* dst, const TensorMap* map, uint64_t* bar, int x, int 
                       " [%0], [%1, {%3, %4}], [%2];" ::"r"(shared_address(dst)),
                       "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y)
                       : "memory");)
-  ON_SIM(sim::tma_load(shared_address(dst, at), map, shared_address(bar, at), {x, y}, 0, at);)
+  ON_SIM(sim::tma_load(shared_address(dst, at), map, shared_address(bar, at), {x, y}, at);)
 }
 DEV void tma_load_3d(void* dst, const TensorMap* map, uint64_t* bar, int x, int y, int z,
                      [[maybe_unused]] Where at = Where::current()) {
@@ -22,7 +22,7 @@ DEV void tma_load_3d(void* dst, const TensorMap* map, uint64_t* bar, int x, int 
                       " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_address(dst)),
                       "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z)
                       : "memory");)
-  ON_SIM(sim::tma_load(shared_address(dst, at), map, shared_address(bar, at), {x, y, z}, 0, at);)
+  ON_SIM(sim::tma_load(shared_address(dst, at), map, shared_address(bar, at), {x, y, z}, at);)
 }
 // The same into the same place of every block of the cluster whose bit stands in `blocks`, counted at each one's `bar`.
 DEV void tma_load_2d_multicast(void* dst, const TensorMap* map, uint64_t* bar, int x, int y, uint16_t blocks,

@@ -75,7 +75,7 @@ using Coordinates = std::initializer_list<int>;
 // False when the descriptor is invalid; describe_failure() says why.
 bool encode_tensor_map(TensorMap* map, const void* base, int rank, uint32_t element, const uint64_t* extent,
                        const uint64_t* stride_bytes, const uint32_t* box, uint32_t swizzle);
-void tma_load(uint32_t dst, const TensorMap* map, uint32_t bar, Coordinates at_box, uint16_t blocks, Where at);
+void tma_load(uint32_t dst, const TensorMap* map, uint32_t bar, Coordinates at_box, Where at);
 void tma_load_multicast(uint32_t dst, const TensorMap* map, uint32_t bar, Coordinates at_box, uint16_t blocks, Where at);
 void tma_store(const TensorMap* map, uint32_t src, Coordinates at_box, Where at);
 void tma_reduce_add(const TensorMap* map, uint32_t src, Coordinates at_box, Where at);
