@@ -1,1 +1,24 @@
 //! Training sparse Mixture-of-Experts transformers with hand-written CUDA kernels and a small tape autograd.
+//!
+//! Modules stand in the order of the floors: each uses only those above it.
+
+pub mod config;
+pub mod data;
+pub mod dtype;
+pub mod error;
+pub mod random;
+pub mod shape;
+
+pub mod cpu;
+pub mod device;
+pub mod dist;
+
+pub mod tensor;
+
+pub mod tape;
+
+pub mod check;
+
+pub mod ops;
+
+pub mod routers;

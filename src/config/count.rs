@@ -1,0 +1,170 @@
+//! What a model costs: parameters and floating-point operations, from its shapes alone.
+
+use super::{ModelConfig, Norm, QkNorm};
+
+/// Parameters of one projection set, norm and so on; `matrices` are those that a token multiplies.
+struct Parts {
+    embedding: u64,
+    head: u64,
+    attention_matrices: u64,
+    attention_vectors: u64,
+    norms: u64,
+    dense_ffn: u64,
+    router: u64,
+    expert: u64,
+    shared_expert: u64,
+    dense_layers: u64,
+    moe_layers: u64,
+}
+
+fn parts(m: &ModelConfig) -> Parts {
+    let wide = |n: usize| n as u64;
+    let (d, head_dim) = (wide(m.hidden), wide(m.head_dim));
+    let (q, kv) = (wide(m.heads) * head_dim, wide(m.kv_heads) * head_dim);
+    let norm = match m.norm {
+        Norm::LayerNorm => 2 * d,
+        Norm::RmsNorm => d,
+    };
+    let qk_norm = match m.qk_norm {
+        QkNorm::None => 0,
+        QkNorm::Head => 2 * head_dim,
+        QkNorm::Full => q + kv,
+    };
+    let bias = if m.qkv_bias { q + 2 * kv } else { 0 };
+    let shared = wide(m.shared_expert_width);
+    Parts {
+        embedding: wide(m.vocab_size) * d,
+        head: wide(m.vocab_size) * d,
+        attention_matrices: d * (q + 2 * kv) + q * d,
+        attention_vectors: bias + qk_norm,
+        norms: norm * (2 * wide(m.layers) + 1),
+        dense_ffn: 3 * d * wide(m.dense_ffn_width),
+        router: wide(m.num_experts) * d,
+        expert: 3 * d * wide(m.expert_ffn_width),
+        // Its sigmoid gate is one row.
+        shared_expert: if shared > 0 { 3 * d * shared + d } else { 0 },
+        dense_layers: wide(m.dense_layers.len()),
+        moe_layers: wide(m.layers - m.dense_layers.len()),
+    }
+}
+
+fn parameters(m: &ModelConfig, experts: usize) -> u64 {
+    let p = parts(m);
+    let head = if m.tied_embeddings { 0 } else { p.head };
+    p.embedding
+        + head
+        + p.norms
+        + m.layers as u64 * (p.attention_matrices + p.attention_vectors)
+        + p.dense_layers * p.dense_ffn
+        + p.moe_layers * (p.router + experts as u64 * p.expert + p.shared_expert)
+}
+
+/// Parameters of the whole model; default vectors are buffers and do not count.
+pub fn total_parameters(m: &ModelConfig) -> u64 {
+    parameters(m, m.num_experts)
+}
+
+/// Parameters that one token meets: K experts instead of E.
+pub fn active_parameters(m: &ModelConfig) -> u64 {
+    parameters(m, m.top_k)
+}
+
+/// Floating-point operations of training on one token: forward and backward of every matrix
+/// product (6 a parameter) and of the causal half of attention (6 S a layer and channel), none for
+/// recomputation, norms or the embedding's look-up.
+pub fn flops_per_token(m: &ModelConfig) -> u64 {
+    let p = parts(m);
+    let channels = (m.heads * m.head_dim) as u64;
+    let matrices = p.head
+        + m.layers as u64 * p.attention_matrices
+        + p.dense_layers * p.dense_ffn
+        + p.moe_layers * (p.router + m.top_k as u64 * p.expert + p.shared_expert);
+    6 * matrices + 6 * (m.layers * m.sequence_length) as u64 * channels
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Config, Layers};
+    use super::*;
+
+    fn model(preset: &str, experts: &str) -> ModelConfig {
+        let mut layers = Layers::preset(preset);
+        layers.experts = Some(experts.into());
+        Config::load(&layers, &|_| Ok(())).unwrap().model
+    }
+
+    #[test]
+    fn total_parameters_are_those_of_the_method() {
+        for (preset, eight, thirty_two) in [
+            ("557m", "556.7", "557.0"),
+            ("1.96b", "1964.0", "1964.6"),
+            ("7.33b", "7330.1", "7331.3"),
+        ] {
+            let millions = |e| format!("{:.1}", total_parameters(&model(preset, e)) as f64 / 1e6);
+            for e in ["8c1", "8c2"] {
+                assert_eq!(millions(e), eight, "{preset} {e}");
+            }
+            for e in ["32c1", "32c2", "32c4"] {
+                assert_eq!(millions(e), thirty_two, "{preset} {e}");
+            }
+        }
+        let tiny = total_parameters(&model("tiny", "8c1")) as f64;
+        assert_eq!(format!("{:.1}", tiny / 1e6), "3.7");
+        let small = total_parameters(&model("small", "8c1")) as f64;
+        assert_eq!(format!("{:.0}", small / 1e6), "24");
+    }
+
+    #[test]
+    fn active_parameters_and_flops_are_those_of_the_method() {
+        // Active parameters in millions, operations in 10^9, tokens/s at half of 989 TFLOP/s.
+        let table = [
+            ("557m", "8c1", "208.5", "1.008", 490_600),
+            ("557m", "8c2", "258.3", "1.306", 378_500),
+            ("557m", "32c1", "171.5", "0.786", 629_300),
+            ("557m", "32c2", "184.0", "0.860", 574_700),
+            ("557m", "32c4", "208.8", "1.010", 489_800),
+            ("1.96b", "8c1", "571.2", "2.941", 168_150),
+            ("1.96b", "8c2", "770.2", "4.135", 119_600),
+            ("1.96b", "32c1", "422.6", "2.049", 241_350),
+            ("1.96b", "32c2", "472.3", "2.347", 210_670),
+            ("1.96b", "32c4", "571.8", "2.944", 167_960),
+            ("7.33b", "8c1", "1759.0", "9.581", 51_610),
+            ("7.33b", "8c2", "2554.9", "14.356", 34_450),
+            ("7.33b", "32c1", "1163.3", "6.006", 82_330),
+            ("7.33b", "32c2", "1362.2", "7.200", 68_680),
+            ("7.33b", "32c4", "1760.2", "9.588", 51_580),
+        ];
+        for (preset, experts, active, giga, tokens) in table {
+            let m = model(preset, experts);
+            let case = format!("{preset} {experts}");
+            let millions = active_parameters(&m) as f64 / 1e6;
+            assert_eq!(format!("{millions:.1}"), active, "{case}");
+            let flops = flops_per_token(&m) as f64;
+            assert_eq!(format!("{:.3}", flops / 1e9), giga, "{case}");
+            // Tokens/s are rounded to hundreds at 557m, to tens above.
+            let unit = if preset == "557m" { 100.0 } else { 10.0 };
+            let rate = 0.5 * 989e12 / flops / unit;
+            assert_eq!(rate.round() as i64 * unit as i64, tokens, "{case}");
+        }
+    }
+
+    #[test]
+    fn options_add_their_parameters() {
+        let mut m = model("tiny", "8c1");
+        let base = total_parameters(&m);
+        m.tied_embeddings = true;
+        assert_eq!(total_parameters(&m), base - 256 * 128);
+        m.tied_embeddings = false;
+        m.qkv_bias = true;
+        assert_eq!(total_parameters(&m), base + 4 * 3 * 128);
+        m.qkv_bias = false;
+        m.qk_norm = QkNorm::Head;
+        assert_eq!(total_parameters(&m), base + 4 * 2 * 64);
+        m.qk_norm = QkNorm::None;
+        m.shared_expert_width = 10;
+        assert_eq!(total_parameters(&m), base + 3 * (3 * 128 * 10 + 128));
+        m.shared_expert_width = 0;
+        m.kv_heads = 1;
+        assert_eq!(total_parameters(&m), base - 4 * 2 * 128 * 64);
+    }
+}

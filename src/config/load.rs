@@ -1,0 +1,332 @@
+//! Where the values of a configuration come from. Later layers win: preset and `--experts`, then
+//! the file, then `--set key=value` in order, then the flags that stand for one key.
+//!
+//! Values are put in one key at a time and the whole is parsed after each, so that an error names
+//! the key at fault. Widths that nothing sets follow from the others at the end.
+
+use super::{Config, EXPERTS, PRESETS, RouterConfig, preset};
+use crate::error::{Error, Result};
+use std::path::{Path, PathBuf};
+use toml::{Table, Value};
+
+/// Checks a router's settings and fills in the defaults of those not given.
+pub type RouterCheck<'a> = dyn Fn(&mut RouterConfig) -> Result<()> + 'a;
+
+/// The layers of a configuration, lowest first.
+#[derive(Clone, Debug)]
+pub struct Layers {
+    /// Name of a model in [`PRESETS`].
+    pub preset: String,
+    /// Name of an expert setting in [`EXPERTS`]; its widths follow from the hidden size.
+    pub experts: Option<String>,
+    /// A TOML file with any of the keys.
+    pub file: Option<PathBuf>,
+    /// `section.key=value`, the value in TOML; a bare word is taken as a string.
+    pub set: Vec<String>,
+    /// Flags that stand for one key each: (flag, key, value).
+    pub flags: Vec<(&'static str, &'static str, Value)>,
+}
+
+impl Layers {
+    /// A preset as it is.
+    pub fn preset(name: &str) -> Self {
+        Layers {
+            preset: name.into(),
+            experts: None,
+            file: None,
+            set: Vec::new(),
+            flags: Vec::new(),
+        }
+    }
+}
+
+/// One value on its way in.
+struct Assignment {
+    /// Where it was given, for errors.
+    from: String,
+    key: String,
+    value: Value,
+}
+
+/// Merges the layers; shapes are not validated yet, and the router's settings not checked.
+pub(super) fn resolve(layers: &Layers) -> Result<Config> {
+    let mut table = embedded(preset::find("--preset", PRESETS, &layers.preset)?);
+    if let Some(name) = &layers.experts {
+        let experts = embedded(preset::find("--experts", EXPERTS, name)?);
+        for (key, value) in flatten(&experts) {
+            insert(&mut table, &key, value);
+        }
+    }
+    let known = known_keys(&table)?;
+    let mut assignments = Vec::new();
+    if let Some(path) = &layers.file {
+        assignments.push(read_file(path)?);
+    }
+    let flags: Vec<Assignment> = layers
+        .flags
+        .iter()
+        .map(|(flag, key, value)| Assignment {
+            from: (*flag).into(),
+            key: (*key).into(),
+            value: value.clone(),
+        })
+        .collect();
+    // A flag that names the router also stands before --set, whose settings are then its own.
+    assignments.push(
+        layers
+            .flags
+            .iter()
+            .filter(|(_, key, _)| *key == "router.name")
+            .map(|(flag, key, value)| Assignment {
+                from: (*flag).into(),
+                key: (*key).into(),
+                value: value.clone(),
+            })
+            .collect(),
+    );
+    assignments.push(
+        layers
+            .set
+            .iter()
+            .map(|s| parse_set(s))
+            .collect::<Result<_>>()?,
+    );
+    assignments.push(flags);
+
+    for mut layer in assignments {
+        // The router's name first: a new name drops the settings of the one before.
+        layer.sort_by_key(|a| a.key != "router.name");
+        for assignment in layer {
+            assign(&mut table, assignment, &known)?;
+        }
+    }
+    derive(&mut table, true)?;
+    parse(&table).map_err(|e| incomplete(&e))
+}
+
+/// Puts one value in and parses the whole.
+fn assign(table: &mut Table, a: Assignment, known: &[String]) -> Result<()> {
+    let free = a
+        .key
+        .strip_prefix("router.")
+        .is_some_and(|k| !k.contains('.'));
+    if !free && !known.contains(&a.key) {
+        return Err(unknown(&a, known));
+    }
+    if a.key == "router.name" && get(table, &a.key) != Some(&a.value) {
+        table.remove("router");
+    }
+    insert(table, &a.key, a.value.clone());
+    let mut whole = table.clone();
+    derive(&mut whole, false)?;
+    parse(&whole).map(drop).map_err(|e| {
+        let message = e.message().lines().next().unwrap_or_default().to_string();
+        let expected = message
+            .split_once(", expected ")
+            .map(|(_, e)| e.to_string());
+        Error::invalid(
+            format!("{} ({})", a.key, a.from),
+            expected.unwrap_or(message),
+            a.value.to_string(),
+            "change the value",
+        )
+    })
+}
+
+fn unknown(a: &Assignment, known: &[String]) -> Error {
+    // A key without its section is compared with the keys' last parts.
+    let near = if a.key.contains('.') {
+        nearest(&a.key, known.iter().map(String::as_str))
+    } else {
+        known.iter().map(String::as_str).max_by(|x, y| {
+            let last = |k: &str| similarity(&a.key, k.rsplit('.').next().unwrap_or(k));
+            last(x).total_cmp(&last(y)).then(y.cmp(x))
+        })
+    };
+    Error::invalid(
+        a.from.clone(),
+        "a key of the configuration",
+        format!("`{}`", a.key),
+        format!("did you mean `{}`?", near.unwrap_or("model.hidden")),
+    )
+}
+
+/// Widths that nothing has set. When `strict`, one that the rule leaves fractional is an error;
+/// otherwise it is rounded down, since keys still to come may change it.
+fn derive(table: &mut Table, strict: bool) -> Result<()> {
+    let Some(Value::Table(model)) = table.get_mut("model") else {
+        return Ok(());
+    };
+    // Wrong types and zeros are left for the parser and the validation to name.
+    let number = |key: &str| {
+        model
+            .get(key)
+            .and_then(Value::as_integer)
+            .filter(|n| *n > 0)
+    };
+    let (hidden, heads, experts) = (number("hidden"), number("heads"), number("num_experts"));
+    let wide = hidden.map(|d| d.saturating_mul(22));
+    for (key, dividend, divisor, rule) in [
+        ("kv_heads", heads, Some(1), "heads"),
+        ("head_dim", hidden, heads, "hidden / heads"),
+        (
+            "expert_ffn_width",
+            wide,
+            experts,
+            "22 · hidden / num_experts",
+        ),
+        ("dense_ffn_width", wide, Some(8), "22 · hidden / 8"),
+    ] {
+        let (Some(dividend), Some(divisor)) = (dividend, divisor) else {
+            model.entry(key).or_insert(Value::Integer(0));
+            continue;
+        };
+        if model.contains_key(key) {
+            continue;
+        }
+        if strict && dividend % divisor != 0 {
+            return Err(Error::invalid(
+                format!("model.{key}"),
+                format!("a whole number from its default, {rule}"),
+                format!("{dividend} / {divisor}"),
+                format!("set model.{key}, or change model.hidden"),
+            ));
+        }
+        model.insert(key.into(), Value::Integer(dividend / divisor));
+    }
+    Ok(())
+}
+
+fn parse(table: &Table) -> std::result::Result<Config, toml::de::Error> {
+    Value::Table(table.clone()).try_into()
+}
+
+fn incomplete(e: &toml::de::Error) -> Error {
+    Error::invalid(
+        "configuration",
+        "a complete configuration",
+        e.message().to_string(),
+        "start from a preset",
+    )
+}
+
+/// An embedded TOML file; a test parses each of them.
+fn embedded(text: &str) -> Table {
+    text.parse()
+        .expect("embedded configurations are valid TOML")
+}
+
+/// Every key there is, from the preset with all defaults written out.
+fn known_keys(preset: &Table) -> Result<Vec<String>> {
+    let mut whole = preset.clone();
+    derive(&mut whole, false)?;
+    let config = parse(&whole).map_err(|e| incomplete(&e))?;
+    let table = Table::try_from(&config).map_err(|e| {
+        Error::invalid(
+            "configuration",
+            "values that TOML can hold",
+            e.to_string(),
+            "start from a preset",
+        )
+    })?;
+    Ok(flatten(&table).into_iter().map(|(key, _)| key).collect())
+}
+
+/// Dotted keys and values; an empty section stands as itself.
+fn flatten(table: &Table) -> Vec<(String, Value)> {
+    let mut out = Vec::new();
+    for (key, value) in table {
+        match value {
+            Value::Table(inner) if !inner.is_empty() => out.extend(
+                flatten(inner)
+                    .into_iter()
+                    .map(|(k, v)| (format!("{key}.{k}"), v)),
+            ),
+            _ => out.push((key.clone(), value.clone())),
+        }
+    }
+    out
+}
+
+fn get<'a>(table: &'a Table, dotted: &str) -> Option<&'a Value> {
+    let (section, key) = dotted.split_once('.')?;
+    table.get(section)?.get(key)
+}
+
+fn insert(table: &mut Table, dotted: &str, value: Value) {
+    let Some((section, key)) = dotted.split_once('.') else {
+        table.insert(dotted.into(), value);
+        return;
+    };
+    let inner = table
+        .entry(section)
+        .or_insert_with(|| Value::Table(Table::new()));
+    if let Value::Table(inner) = inner {
+        inner.insert(key.into(), value);
+    }
+}
+
+fn read_file(path: &Path) -> Result<Vec<Assignment>> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+    let table: Table = text.parse().map_err(|e: toml::de::Error| {
+        let line = e.span().map_or(1, |s| {
+            text.get(..s.start).map_or(0, |t| t.matches('\n').count()) + 1
+        });
+        Error::file(
+            path,
+            "TOML",
+            format!("line {line}: {}", e.message()),
+            "mend the line",
+        )
+    })?;
+    Ok(flatten(&table)
+        .into_iter()
+        .map(|(key, value)| Assignment {
+            from: path.display().to_string(),
+            key,
+            value,
+        })
+        .collect())
+}
+
+fn parse_set(text: &str) -> Result<Assignment> {
+    let Some((key, value)) = text.split_once('=') else {
+        return Err(Error::invalid(
+            "--set",
+            "key=value, as in train.steps=100",
+            format!("`{text}`"),
+            "add the value",
+        ));
+    };
+    let (key, value) = (key.trim(), value.trim());
+    let value = format!("v = {value}")
+        .parse::<Table>()
+        .ok()
+        .and_then(|mut t| t.remove("v"))
+        .unwrap_or_else(|| Value::String(value.into()));
+    Ok(Assignment {
+        from: "--set".into(),
+        key: key.into(),
+        value,
+    })
+}
+
+/// The candidate that looks most like `word`; the first of equals.
+pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let mut best: Option<(f64, &str)> = None;
+    for candidate in candidates {
+        let s = similarity(word, candidate);
+        if best.is_none_or(|(b, _)| s > b) {
+            best = Some((s, candidate));
+        }
+    }
+    best.map(|(_, candidate)| candidate)
+}
+
+fn similarity(a: &str, b: &str) -> f64 {
+    strsim::normalized_damerau_levenshtein(a, b)
+}
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod tests;

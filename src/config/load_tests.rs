@@ -1,0 +1,215 @@
+//! What the layers of a configuration promise.
+
+use super::*;
+use crate::config::Norm;
+
+fn with(preset: &str, set: &[&str]) -> Result<Config> {
+    let mut layers = Layers::preset(preset);
+    layers.set = set.iter().map(|s| s.to_string()).collect();
+    Config::load(&layers, &|_| Ok(()))
+}
+
+fn error(set: &[&str]) -> String {
+    with("tiny", set).unwrap_err().to_string()
+}
+
+#[test]
+fn every_preset_with_every_expert_setting_is_valid_and_reads_back_equal() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.toml");
+    for (preset, _) in PRESETS {
+        for (experts, _) in EXPERTS {
+            let mut layers = Layers::preset(preset);
+            layers.experts = Some(experts.to_string());
+            layers.set = vec!["router.beta=0.5".into(), "train.recompute=[0, 1]".into()];
+            let config = Config::load(&layers, &|_| Ok(())).unwrap();
+            std::fs::write(&path, config.to_toml().unwrap()).unwrap();
+            assert_eq!(Config::read(&path, &|_| Ok(())).unwrap(), config);
+            // The same file as a layer changes nothing either.
+            let mut again = Layers::preset("tiny");
+            again.file = Some(path.clone());
+            assert_eq!(Config::load(&again, &|_| Ok(())).unwrap(), config);
+        }
+    }
+}
+
+#[test]
+fn tiny_is_what_the_method_says() {
+    let c = with("tiny", &[]).unwrap();
+    assert_eq!(c.model.expert_ffn_width, 352);
+    assert_eq!(c.model.dense_ffn_width, 352);
+    assert_eq!((c.model.head_dim, c.model.kv_heads), (64, 2));
+    assert_eq!(c.model.dense_layers, [0]);
+    assert_eq!(c.model.moe_layers(), [1, 2, 3]);
+    assert_eq!((c.train.steps, c.train.sequences_per_step), (600, 16));
+    assert_eq!(c.train.learning_rate, 3e-3);
+    assert_eq!(c.train.betas, [0.9, 0.95]);
+    assert_eq!(c.router.name, "default");
+    assert_eq!(c.balance.aux_coefficient, 0.01);
+}
+
+#[test]
+fn widths_of_experts_follow_the_hidden_size() {
+    let mut layers = Layers::preset("557m");
+    layers.experts = Some("32c4".into());
+    let m = Config::load(&layers, &|_| Ok(())).unwrap().model;
+    assert_eq!((m.num_experts, m.top_k), (32, 4));
+    assert_eq!((m.expert_ffn_width, m.dense_ffn_width), (352, 1408));
+    let m = with("tiny", &["model.hidden=64"]).unwrap().model;
+    assert_eq!((m.expert_ffn_width, m.dense_ffn_width), (176, 176));
+    assert_eq!((m.head_dim, m.kv_heads), (32, 2));
+    let e = error(&["model.num_experts=3", "model.top_k=1"]);
+    assert!(
+        e.contains("model.expert_ffn_width") && e.contains("2816 / 3"),
+        "{e}"
+    );
+}
+
+#[test]
+fn later_layers_win() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.toml");
+    std::fs::write(
+        &path,
+        "[train]\nsteps = 7\nseed = 7\n[model]\nnorm = \"layernorm\"",
+    )
+    .unwrap();
+    let mut layers = Layers::preset("tiny");
+    layers.file = Some(path);
+    layers.set = vec!["train.steps=8".into(), "train.learning_rate=1".into()];
+    layers.flags = vec![("--steps", "train.steps", Value::Integer(9))];
+    let c = Config::load(&layers, &|_| Ok(())).unwrap();
+    assert_eq!(c.model.norm, Norm::LayerNorm);
+    assert_eq!((c.train.seed, c.train.steps), (7, 9));
+    assert_eq!(c.train.learning_rate, 1.0);
+}
+
+#[test]
+fn another_router_drops_the_settings_of_the_one_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.toml");
+    std::fs::write(&path, "[router]\nbeta = 0.5\nname = \"default\"").unwrap();
+    let mut layers = Layers::preset("tiny");
+    layers.file = Some(path);
+    let c = Config::load(&layers, &|_| Ok(())).unwrap();
+    assert_eq!(c.router.settings["beta"].as_float(), Some(0.5));
+    layers.set = vec!["router.renormalize=true".into()];
+    layers.flags = vec![("--router", "router.name", Value::String("topk".into()))];
+    let c = Config::load(&layers, &|_| Ok(())).unwrap();
+    assert_eq!(c.router.name, "topk");
+    assert_eq!(
+        c.router.settings.keys().collect::<Vec<_>>(),
+        ["renormalize"]
+    );
+}
+
+#[test]
+fn bare_words_are_strings() {
+    let c = with("tiny", &["model.norm=layernorm", "data.source=my/books"]).unwrap();
+    assert_eq!(c.model.norm, Norm::LayerNorm);
+    assert_eq!(c.data.source, "my/books");
+}
+
+#[test]
+fn an_unknown_key_names_itself_and_the_nearest_right_one() {
+    for (set, near) in [
+        ("model.hiden=64", "`model.hidden`"),
+        ("train.lerning_rate=1", "`train.learning_rate`"),
+        ("num_expert=4", "`model.num_experts`"),
+        ("modle.heads=2", "`model.heads`"),
+        ("data.source.path=2", "`data.source`"),
+    ] {
+        let e = error(&[set]);
+        let key = set.split('=').next().unwrap();
+        assert!(e.contains(&format!("`{key}`")) && e.contains(near), "{e}");
+    }
+    let e = Config::load(&Layers::preset("tyni"), &|_| Ok(())).unwrap_err();
+    assert!(e.to_string().contains("did you mean `tiny`"), "{e}");
+    let mut layers = Layers::preset("tiny");
+    layers.experts = Some("8c3".into());
+    let e = Config::load(&layers, &|_| Ok(())).unwrap_err().to_string();
+    assert!(e.contains("--experts") && e.contains("`8c3`"), "{e}");
+}
+
+#[test]
+fn a_wrong_type_names_the_key_and_the_value() {
+    for (set, value) in [
+        ("model.hidden=wide", "wide"),
+        ("model.layers=-1", "-1"),
+        ("model.norm=batchnorm", "batchnorm"),
+        ("train.steps=1.5", "1.5"),
+        ("train.betas=[0.9]", "0.9"),
+        ("train.recompute=maybe", "maybe"),
+        ("router.name=3", "3"),
+    ] {
+        let e = error(&[set]);
+        let key = set.split('=').next().unwrap();
+        assert!(e.contains(key) && e.contains(value), "{e}");
+    }
+    assert!(error(&["train.steps"]).contains("key=value"));
+}
+
+#[test]
+fn an_impossible_shape_names_the_key_and_what_would_be_right() {
+    for (set, key, right) in [
+        (&["model.heads=3"][..], "model.head_dim", "hidden / heads"),
+        (&["model.top_k=9"], "model.top_k", "num_experts = 8"),
+        (&["model.head_dim=63"], "model.head_dim", "even"),
+        (&["model.kv_heads=4"], "model.kv_heads", "heads = 2"),
+        (&["model.hidden=0"], "model.hidden", "at least 1"),
+        (&["model.heads=0"], "model.heads", "at least 1"),
+        (&["model.num_experts=0"], "model.num_experts", "at least 1"),
+        (
+            &["model.sequence_length=0"],
+            "model.sequence_length",
+            "at least 1",
+        ),
+        (&["model.dense_layers=[4]"], "model.dense_layers", "0 to 3"),
+        (
+            &["model.dense_layers=[0,1,2,3]"],
+            "model.dense_layers",
+            "fewer",
+        ),
+        (&["train.micro_batch=5"], "train.micro_batch", "step = 16"),
+        (&["train.steps=0"], "train.steps", "1 to"),
+        (
+            &["train.learning_rate=nan"],
+            "train.learning_rate",
+            "finite",
+        ),
+        (&["train.betas=[0.9,1.0]"], "train.betas", "[0, 1)"),
+        (&["train.recompute=[9]"], "train.recompute", "0 to 3"),
+        (
+            &["balance.aux_coefficient=-1"],
+            "balance.aux_coefficient",
+            "from 0",
+        ),
+        (
+            &["data.validation_fraction=0"],
+            "data.validation_fraction",
+            "between",
+        ),
+    ] {
+        let e = error(set);
+        assert!(e.contains(key) && e.contains(right), "{set:?}: {e}");
+    }
+}
+
+#[test]
+fn a_broken_file_names_its_line() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.toml");
+    let mut layers = Layers::preset("tiny");
+    layers.file = Some(path.clone());
+    let e = Config::load(&layers, &|_| Ok(())).unwrap_err().to_string();
+    assert!(e.contains("cannot read") && e.contains("mine.toml"), "{e}");
+    std::fs::write(&path, "[train]\nsteps = = 3\n").unwrap();
+    let e = Config::load(&layers, &|_| Ok(())).unwrap_err().to_string();
+    assert!(e.contains("line 2"), "{e}");
+    std::fs::write(&path, "[trian]\nsteps = 3\n").unwrap();
+    let e = Config::load(&layers, &|_| Ok(())).unwrap_err().to_string();
+    assert!(
+        e.contains("`trian.steps`") && e.contains("`train.steps`"),
+        "{e}"
+    );
+}

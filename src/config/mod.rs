@@ -1,0 +1,363 @@
+//! The one typed configuration of a run: the model, its router, the balancing losses, the training
+//! and the data. Every key stands here with its meaning and default; [`load`] says where values
+//! come from, [`validate`] what they may be, [`count`] what a model of them costs.
+
+pub mod count;
+mod hub;
+mod load;
+mod preset;
+mod validate;
+
+pub use hub::ModelFile;
+pub use load::{Layers, RouterCheck, nearest};
+pub use preset::{EXPERTS, PRESETS};
+
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Everything a run needs to know, fully resolved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    pub model: ModelConfig,
+    #[serde(default)]
+    pub router: RouterConfig,
+    #[serde(default)]
+    pub balance: BalanceConfig,
+    pub train: TrainConfig,
+    #[serde(default)]
+    pub data: DataConfig,
+}
+
+/// Shapes of the transformer. Widths are in elements.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Distinct tokens.
+    pub vocab_size: usize,
+    /// Width D of the residual stream.
+    pub hidden: usize,
+    /// Transformer blocks, dense ones included.
+    pub layers: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads, a divisor of `heads`. Default: `heads`.
+    pub kv_heads: usize,
+    /// Width of one head, even (RoPE turns pairs). Default: `hidden / heads`.
+    pub head_dim: usize,
+    /// Experts E of one MoE layer.
+    pub num_experts: usize,
+    /// Experts K that one token uses.
+    pub top_k: usize,
+    /// Width F of one expert. Default: 22 `hidden` / E, which is 2.75 `hidden` at 8 experts.
+    pub expert_ffn_width: usize,
+    /// Width of the feed-forward of a dense layer. Default: 22 `hidden` / 8.
+    pub dense_ffn_width: usize,
+    /// Layers, from 0, whose feed-forward is dense instead of MoE.
+    #[serde(default = "first_layer")]
+    pub dense_layers: Vec<usize>,
+    pub norm: Norm,
+    #[serde(default = "norm_eps")]
+    pub norm_eps: f64,
+    #[serde(default = "rope_theta")]
+    pub rope_theta: f64,
+    /// The output head is the transposed embedding.
+    #[serde(default)]
+    pub tied_embeddings: bool,
+    /// Biases in the query, key and value projections.
+    #[serde(default)]
+    pub qkv_bias: bool,
+    #[serde(default)]
+    pub qk_norm: QkNorm,
+    /// Width of a shared expert that every token uses, scaled by a sigmoid gate; 0 for none.
+    #[serde(default)]
+    pub shared_expert_width: usize,
+    /// Tokens S of one sequence.
+    pub sequence_length: usize,
+}
+
+impl ModelConfig {
+    /// Layers that are MoE, in order.
+    pub fn moe_layers(&self) -> Vec<usize> {
+        (0..self.layers)
+            .filter(|l| !self.dense_layers.contains(l))
+            .collect()
+    }
+}
+
+/// Normalisation of the residual stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Norm {
+    LayerNorm,
+    RmsNorm,
+}
+
+/// RMS normalisation of queries and keys before RoPE.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QkNorm {
+    #[default]
+    None,
+    /// Over each head, one weight of `head_dim`.
+    Head,
+    /// Over all heads together.
+    Full,
+}
+
+/// Which router, and its settings; the registry of routers knows what each one takes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RouterConfig {
+    #[serde(default = "default_router")]
+    pub name: String,
+    #[serde(flatten)]
+    pub settings: toml::Table,
+}
+
+impl Default for RouterConfig {
+    fn default() -> Self {
+        RouterConfig {
+            name: default_router(),
+            settings: toml::Table::new(),
+        }
+    }
+}
+
+/// Losses that spread tokens over experts.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BalanceConfig {
+    /// α of the auxiliary (Switch) loss, 1 · α when balanced.
+    pub aux_coefficient: f64,
+    pub aux_scope: Scope,
+    /// How the MoE layers' auxiliary and z losses become one.
+    pub aux_reduction: Reduction,
+    /// c of c · mean(logsumexp(z)²).
+    pub z_coefficient: f64,
+}
+
+impl Default for BalanceConfig {
+    fn default() -> Self {
+        BalanceConfig {
+            aux_coefficient: 0.01,
+            aux_scope: Scope::Global,
+            aux_reduction: Reduction::Mean,
+            z_coefficient: 0.0,
+        }
+    }
+}
+
+/// Tokens whose routing counts enter the auxiliary loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Scope {
+    /// Those of the optimizer step so far, over all ranks.
+    Global,
+    /// Those of the micro-batch.
+    Micro,
+}
+
+/// Reduction over MoE layers; the two differ by their number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    Mean,
+    Sum,
+}
+
+/// The training loop and its optimizer, AdamW.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Sequences of one optimizer step, the global batch.
+    pub sequences_per_step: usize,
+    /// Sequences that go through the model at once, a divisor of `sequences_per_step`.
+    pub micro_batch: usize,
+    /// Highest learning rate.
+    pub learning_rate: f64,
+    /// Share of the steps in which the rate rises linearly from 0.
+    #[serde(default = "warmup_fraction")]
+    pub warmup_fraction: f64,
+    /// Rate at the end of the cosine, as a share of `learning_rate`.
+    #[serde(default = "final_rate")]
+    pub final_rate: f64,
+    /// Decay of AdamW's first and second moment.
+    #[serde(default = "betas")]
+    pub betas: [f64; 2],
+    #[serde(default = "eps")]
+    pub eps: f64,
+    /// Decoupled decay of matrices; norms and embeddings do not decay.
+    #[serde(default = "weight_decay")]
+    pub weight_decay: f64,
+    /// Greatest norm of the whole gradient; 0 leaves it alone.
+    #[serde(default = "gradient_clip")]
+    pub gradient_clip: f64,
+    #[serde(default)]
+    pub seed: u64,
+    /// Steps between checkpoints; one more is written at the end.
+    pub checkpoint_interval: u64,
+    /// Newest checkpoints that are kept.
+    #[serde(default = "keep_checkpoints")]
+    pub keep_checkpoints: usize,
+    /// Steps between evaluations; one more is done at the end.
+    pub eval_interval: u64,
+    /// Validation sequences of an evaluation during training, spread evenly; 0 for all.
+    #[serde(default = "eval_sequences")]
+    pub eval_sequences: usize,
+    /// Arithmetic on the CPU.
+    #[serde(default)]
+    pub dtype: Precision,
+    /// Layers whose activations are computed again in backward instead of kept.
+    #[serde(default)]
+    pub recompute: Recompute,
+    /// Non-finite steps in a row, each left out, before the run stops.
+    #[serde(default = "max_skipped_steps")]
+    pub max_skipped_steps: u64,
+}
+
+/// Arithmetic on the CPU.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    #[default]
+    F32,
+    F64,
+}
+
+impl Precision {
+    /// The dtype of weights and activations.
+    pub fn dtype(self) -> DType {
+        match self {
+            Precision::F32 => DType::F32,
+            Precision::F64 => DType::F64,
+        }
+    }
+}
+
+/// `false`, `true` for every layer, or a list of layers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Recompute {
+    All(bool),
+    Layers(Vec<usize>),
+}
+
+impl Default for Recompute {
+    fn default() -> Self {
+        Recompute::All(false)
+    }
+}
+
+impl Recompute {
+    /// Whether this layer's activations are computed again.
+    pub fn covers(&self, layer: usize) -> bool {
+        match self {
+            Recompute::All(all) => *all,
+            Recompute::Layers(layers) => layers.contains(&layer),
+        }
+    }
+}
+
+/// The text a run learns from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    /// `"embedded"`, or the path of a text file or of a folder of them.
+    pub source: String,
+    /// What separates the documents of one file; empty: a file is one document.
+    pub document_separator: String,
+    /// Share of the documents that is held out for validation, at least one.
+    pub validation_fraction: f64,
+}
+
+impl Default for DataConfig {
+    fn default() -> Self {
+        DataConfig {
+            source: "embedded".into(),
+            document_separator: "\n\n\n".into(),
+            validation_fraction: 0.05,
+        }
+    }
+}
+
+impl Config {
+    /// Resolves the layers of a configuration; see [`Layers`].
+    pub fn load(layers: &Layers, check_router: &RouterCheck) -> Result<Self> {
+        let mut config = load::resolve(layers)?;
+        check_router(&mut config.router)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Reads the `config.toml` that a run left: every key is there, nothing is added.
+    pub fn read(path: &Path, check_router: &RouterCheck) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+        let mut config: Config = toml::from_str(&text).map_err(|e| {
+            Error::file(
+                path,
+                "the resolved configuration of a run",
+                e.message().to_string(),
+                "restore the file that the run wrote",
+            )
+        })?;
+        check_router(&mut config.router)?;
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// The configuration as TOML; [`read`](Self::read) gives it back equal.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string(self).map_err(|e| {
+            Error::invalid(
+                "config.toml",
+                "values that TOML can hold",
+                e.to_string(),
+                "check the configuration's numbers",
+            )
+        })
+    }
+}
+
+fn first_layer() -> Vec<usize> {
+    vec![0]
+}
+fn norm_eps() -> f64 {
+    1e-5
+}
+fn rope_theta() -> f64 {
+    10_000.0
+}
+fn default_router() -> String {
+    "default".into()
+}
+fn warmup_fraction() -> f64 {
+    0.01
+}
+fn final_rate() -> f64 {
+    0.1
+}
+fn betas() -> [f64; 2] {
+    [0.9, 0.95]
+}
+fn eps() -> f64 {
+    1e-8
+}
+fn weight_decay() -> f64 {
+    0.1
+}
+fn gradient_clip() -> f64 {
+    1.0
+}
+fn keep_checkpoints() -> usize {
+    2
+}
+fn eval_sequences() -> usize {
+    64
+}
+fn max_skipped_steps() -> u64 {
+    10
+}

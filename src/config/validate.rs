@@ -1,0 +1,177 @@
+//! What the values of a configuration may be. Every error names the key, the value and what would
+//! be right.
+
+use super::{Config, ModelConfig, Recompute};
+use crate::error::{Error, Result};
+use crate::random::MAX_LAYERS;
+use std::fmt::Display;
+
+fn ensure(ok: bool, key: &str, expected: impl Into<String>, got: impl Display) -> Result<()> {
+    if ok {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        key,
+        expected,
+        got.to_string(),
+        format!("change it with --set {key}=…"),
+    ))
+}
+
+fn positive(key: &str, value: usize) -> Result<()> {
+    ensure(value > 0, key, "at least 1", value)
+}
+
+/// `low <= value <= high`, and finite.
+fn within(key: &str, value: f64, low: f64, high: f64) -> Result<()> {
+    let ok = value >= low && value <= high && value.is_finite();
+    let expected = if high == f64::MAX {
+        format!("a finite number from {low} up")
+    } else {
+        format!("a number from {low} to {high}")
+    };
+    ensure(ok, key, expected, value)
+}
+
+fn above_zero(key: &str, value: f64) -> Result<()> {
+    let ok = value > 0.0 && value.is_finite();
+    ensure(ok, key, "a finite number above 0", value)
+}
+
+impl Config {
+    /// Refuses values that no run can have.
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        self.validate_train()?;
+        let b = &self.balance;
+        within("balance.aux_coefficient", b.aux_coefficient, 0.0, f64::MAX)?;
+        within("balance.z_coefficient", b.z_coefficient, 0.0, f64::MAX)?;
+        let share = self.data.validation_fraction;
+        ensure(
+            share > 0.0 && share < 1.0,
+            "data.validation_fraction",
+            "a number between 0 and 1",
+            share,
+        )?;
+        ensure(
+            !self.data.source.is_empty(),
+            "data.source",
+            "\"embedded\" or a path",
+            "an empty string",
+        )
+    }
+
+    fn validate_train(&self) -> Result<()> {
+        let t = &self.train;
+        ensure(
+            t.steps > 0 && t.steps <= u64::from(u32::MAX),
+            "train.steps",
+            format!("1 to {}", u32::MAX),
+            t.steps,
+        )?;
+        positive("train.sequences_per_step", t.sequences_per_step)?;
+        positive("train.micro_batch", t.micro_batch)?;
+        ensure(
+            t.sequences_per_step % t.micro_batch == 0,
+            "train.micro_batch",
+            format!(
+                "a divisor of train.sequences_per_step = {}",
+                t.sequences_per_step
+            ),
+            t.micro_batch,
+        )?;
+        above_zero("train.learning_rate", t.learning_rate)?;
+        within("train.warmup_fraction", t.warmup_fraction, 0.0, 1.0)?;
+        within("train.final_rate", t.final_rate, 0.0, 1.0)?;
+        for beta in t.betas {
+            let ok = (0.0..1.0).contains(&beta);
+            ensure(ok, "train.betas", "two numbers in [0, 1)", beta)?;
+        }
+        above_zero("train.eps", t.eps)?;
+        within("train.weight_decay", t.weight_decay, 0.0, f64::MAX)?;
+        within("train.gradient_clip", t.gradient_clip, 0.0, f64::MAX)?;
+        ensure(
+            t.checkpoint_interval > 0,
+            "train.checkpoint_interval",
+            "at least 1",
+            0,
+        )?;
+        ensure(t.eval_interval > 0, "train.eval_interval", "at least 1", 0)?;
+        positive("train.keep_checkpoints", t.keep_checkpoints)?;
+        if let Recompute::Layers(layers) = &t.recompute {
+            layer_list("train.recompute", layers, self.model.layers)?;
+        }
+        Ok(())
+    }
+}
+
+impl ModelConfig {
+    /// Refuses shapes that no model can have.
+    pub fn validate(&self) -> Result<()> {
+        for (key, value) in [
+            ("model.vocab_size", self.vocab_size),
+            ("model.hidden", self.hidden),
+            ("model.layers", self.layers),
+            ("model.heads", self.heads),
+            ("model.num_experts", self.num_experts),
+            ("model.top_k", self.top_k),
+            ("model.kv_heads", self.kv_heads),
+            ("model.head_dim", self.head_dim),
+            ("model.expert_ffn_width", self.expert_ffn_width),
+            ("model.dense_ffn_width", self.dense_ffn_width),
+            ("model.sequence_length", self.sequence_length),
+        ] {
+            positive(key, value)?;
+            let most = i32::MAX as usize;
+            ensure(value <= most, key, format!("at most {most}"), value)?;
+        }
+        ensure(
+            self.layers < MAX_LAYERS,
+            "model.layers",
+            format!("fewer than {MAX_LAYERS}"),
+            self.layers,
+        )?;
+        ensure(
+            self.heads % self.kv_heads == 0,
+            "model.kv_heads",
+            format!("a divisor of model.heads = {}", self.heads),
+            self.kv_heads,
+        )?;
+        ensure(
+            self.head_dim % 2 == 0,
+            "model.head_dim",
+            "an even number, since RoPE turns pairs",
+            self.head_dim,
+        )?;
+        ensure(
+            self.top_k <= self.num_experts,
+            "model.top_k",
+            format!("at most model.num_experts = {}", self.num_experts),
+            self.top_k,
+        )?;
+        layer_list("model.dense_layers", &self.dense_layers, self.layers)?;
+        ensure(
+            self.dense_layers.len() < self.layers,
+            "model.dense_layers",
+            format!("fewer than all {} layers, so that one is MoE", self.layers),
+            format!("{:?}", self.dense_layers),
+        )?;
+        above_zero("model.norm_eps", self.norm_eps)?;
+        above_zero("model.rope_theta", self.rope_theta)
+    }
+}
+
+/// Layers from 0, each once.
+fn layer_list(key: &str, list: &[usize], layers: usize) -> Result<()> {
+    let increasing = list.windows(2).all(|w| w[0] < w[1]);
+    let inside = list.iter().all(|l| *l < layers);
+    ensure(
+        increasing && inside,
+        key,
+        format!(
+            "increasing layer numbers from 0 to {}",
+            layers.saturating_sub(1)
+        ),
+        format!("{list:?}"),
+    )
+}

@@ -1,0 +1,202 @@
+//! What the corpus promises.
+
+use super::*;
+use crate::config::{Config, Layers};
+use std::fs;
+use std::path::Path;
+
+fn model(set: &[&str]) -> Config {
+    let mut layers = Layers::preset("tiny");
+    layers.set = set.iter().map(|s| s.to_string()).collect();
+    Config::load(&layers, &|_| Ok(())).unwrap()
+}
+
+fn load(config: &Config) -> Result<Corpus> {
+    Corpus::load(&config.data, &config.model, config.train.seed)
+}
+
+fn from(source: &Path, set: &[&str]) -> Result<Corpus> {
+    let mut config = model(set);
+    config.data.source = source.display().to_string();
+    load(&config)
+}
+
+/// `n` documents of `length` letters, the n-th of the n-th letter.
+fn letters(n: usize, length: usize) -> String {
+    let docs: Vec<String> = (0..n)
+        .map(|i| char::from(b'a' + i as u8).to_string().repeat(length))
+        .collect();
+    docs.join(DOCUMENT_END)
+}
+
+#[test]
+fn the_embedded_corpus_is_whole_and_split_by_documents() {
+    let corpus = load(&model(&[])).unwrap();
+    assert_eq!(corpus.documents(), [221, 12]);
+    let [train, validation] = corpus.bytes();
+    // One separator is lost where the two sides part.
+    assert_eq!(train + validation + DOCUMENT_END.len(), 10_761_854);
+    let share = validation as f64 / (train + validation) as f64;
+    assert!((share - 0.05).abs() < 0.01, "{share}");
+}
+
+#[test]
+fn no_document_is_on_both_sides() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.txt");
+    fs::write(&path, letters(20, 300)).unwrap();
+    let corpus = from(&path, &["data.validation_fraction=0.2"]).unwrap();
+    assert_eq!(corpus.documents(), [16, 4]);
+    let inside = |side: &[u8]| -> Vec<u8> {
+        let mut found: Vec<u8> = side.iter().copied().filter(|b| *b != b'\n').collect();
+        found.dedup();
+        found
+    };
+    assert_eq!(inside(&corpus.validation), b"chmr");
+    assert_eq!(inside(&corpus.train), b"abdefgijklnopqst");
+}
+
+#[test]
+fn a_step_reads_the_same_sequences_however_it_is_divided() {
+    let corpus = load(&model(&[])).unwrap();
+    let whole = corpus.sequences(32..48);
+    let parts: Vec<i32> = [32..36, 36..40, 40..47, 47..48]
+        .into_iter()
+        .flat_map(|r| corpus.sequences(r))
+        .collect();
+    assert_eq!(whole.len(), 16 * 257);
+    assert_eq!(whole, parts);
+    let mut other = model(&[]);
+    other.train.seed = 1;
+    assert_ne!(load(&other).unwrap().sequences(32..48), whole);
+}
+
+#[test]
+fn an_epoch_predicts_almost_every_training_byte_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.txt");
+    let text: String = (0..5000u32).map(|i| format!("{i:05}\n")).collect();
+    let text = text[..15_000].to_string() + DOCUMENT_END + &text[15_000..];
+    fs::write(&path, text).unwrap();
+    let corpus = from(&path, &["model.sequence_length=64"]).unwrap();
+    let n = (corpus.train.len() - 64) / 64;
+    let tokens = corpus.sequences(0..n as u64);
+    let mut targets: Vec<&[i32]> = tokens.chunks(65).map(|w| &w[1..]).collect();
+    targets.sort_unstable();
+    targets.dedup();
+    assert_eq!(targets.len(), n, "a window came twice");
+}
+
+#[test]
+fn evaluation_windows_cover_the_validation_text() {
+    let corpus = load(&model(&[])).unwrap();
+    let (tokens, n) = corpus.evaluation(0);
+    assert_eq!(tokens.len(), n * 257);
+    let targets: Vec<u8> = tokens
+        .chunks(257)
+        .flat_map(|w| w[1..].iter().map(|t| *t as u8))
+        .collect();
+    assert_eq!(targets, corpus.validation[1..=n * 256]);
+    assert!(corpus.validation.len() - 1 - n * 256 < 256);
+    let (some, n) = corpus.evaluation(10);
+    assert_eq!((some.len(), n), (10 * 257, 10));
+    assert_eq!(corpus.evaluation(10).0, some);
+}
+
+#[test]
+fn the_shortest_text_gives_one_window() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.txt");
+    fs::write(&path, letters(2, 2)).unwrap();
+    let corpus = from(&path, &["model.sequence_length=1"]).unwrap();
+    assert_eq!(corpus.sequences(0..2), [97, 97, 97, 97]);
+    assert_eq!(corpus.evaluation(0), (vec![98, 98], 1));
+}
+
+#[test]
+fn folders_are_read_in_the_order_of_their_paths_and_may_be_compressed() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join("b")).unwrap();
+    fs::write(dir.path().join("c.txt"), letters(3, 300)).unwrap();
+    fs::write(dir.path().join("b/a.txt"), "b".repeat(300)).unwrap();
+    fs::write(dir.path().join("notes.md"), "not text of the corpus").unwrap();
+    let packed = ruzstd::encoding::compress_to_vec(
+        "z".repeat(300).as_bytes(),
+        ruzstd::encoding::CompressionLevel::Fastest,
+    );
+    // Two frames in one file are one text.
+    fs::write(
+        dir.path().join("a.txt.zst"),
+        [&packed[..], &packed].concat(),
+    )
+    .unwrap();
+    let corpus = from(dir.path(), &["data.validation_fraction=0.01"]).unwrap();
+    assert_eq!(corpus.documents(), [4, 1]);
+    let all: Vec<&[u8]> = corpus
+        .train
+        .split(|b| *b == b'\n')
+        .filter(|p| !p.is_empty())
+        .collect();
+    let lengths: Vec<(u8, usize)> = all.iter().map(|p| (p[0], p.len())).collect();
+    assert_eq!(
+        lengths,
+        [(b'z', 600), (b'b', 300), (b'b', 300), (b'c', 300)]
+    );
+}
+
+#[test]
+fn bad_text_is_named_with_its_fault() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        path
+    };
+    let error = |path: &Path, set: &[&str]| match from(path, set) {
+        Ok(_) => panic!("{} was accepted", path.display()),
+        Err(e) => e.to_string(),
+    };
+    let has = |e: String, parts: &[&str]| {
+        for part in parts {
+            assert!(e.contains(part), "no `{part}` in: {e}");
+        }
+    };
+    has(
+        error(&dir.path().join("none.txt"), &[]),
+        &["none.txt", "check the path"],
+    );
+    has(error(dir.path(), &[]), &["a folder with .txt"]);
+    has(error(&write("0.txt", b""), &[]), &["0.txt", "empty"]);
+    has(
+        error(&write("1.txt", b" \n\n\n \n"), &[]),
+        &["1.txt", "empty"],
+    );
+    has(
+        error(&write("2.txt", b"caf\xc3\xa9 caf\xe9."), &[]),
+        &["2.txt", "UTF-8", "offset 9"],
+    );
+    has(
+        error(&write("3.txt", "x".repeat(900).as_bytes()), &[]),
+        &["two documents", "got 1"],
+    );
+    has(
+        error(&write("4.txt", letters(4, 20).as_bytes()), &[]),
+        &["256 bytes", "sequence_length"],
+    );
+    has(
+        error(
+            &write("5.txt", letters(4, 300).as_bytes()),
+            &["model.vocab_size=99"],
+        ),
+        &["vocab_size = 99", "byte 100 at offset 606"],
+    );
+    let cut = &include_bytes!("../../data/embedded/sotu.txt.zst")[..100_000];
+    has(
+        error(&write("6.txt.zst", cut), &[]),
+        &["6.txt.zst", "cut-off"],
+    );
+    has(
+        error(&write("7.txt.zst", b"not zstd"), &[]),
+        &["7.txt.zst", "header"],
+    );
+}

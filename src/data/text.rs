@@ -1,0 +1,134 @@
+//! Documents from the embedded corpus, a file, or a folder: UTF-8, plain (`.txt`) or compressed
+//! with zstd (`.txt.zst`).
+
+use crate::config::DataConfig;
+use crate::error::{Error, Result};
+use ruzstd::decoding::StreamingDecoder;
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+
+/// State of the Union addresses; see `data/embedded/README.md`.
+const EMBEDDED: &[u8] = include_bytes!("../../data/embedded/sotu.txt.zst");
+
+/// The documents of `config.source` that hold more than white space, in order.
+pub(super) fn read(config: &DataConfig) -> Result<Vec<String>> {
+    let mut documents = Vec::new();
+    if config.source == "embedded" {
+        let name = Path::new("embedded corpus");
+        split(decompress(name, EMBEDDED)?, name, config, &mut documents)?;
+        return Ok(documents);
+    }
+    for path in files(Path::new(&config.source))? {
+        let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        let bytes = if path.extension().is_some_and(|e| e == "zst") {
+            decompress(&path, &bytes)?
+        } else {
+            bytes
+        };
+        split(bytes, &path, config, &mut documents)?;
+    }
+    Ok(documents)
+}
+
+/// The file itself, or the text files under a folder in the order of their paths.
+fn files(source: &Path) -> Result<Vec<PathBuf>> {
+    let meta = fs::metadata(source).map_err(|e| Error::io("read", source, e))?;
+    if !meta.is_dir() {
+        return Ok(vec![source.to_path_buf()]);
+    }
+    let mut found = Vec::new();
+    let mut folders = vec![source.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        let entries = fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
+        for entry in entries {
+            let entry = entry.map_err(|e| Error::io("list", &folder, e))?;
+            let path = entry.path();
+            // A link to a folder is not followed: it could lead back here.
+            if entry.file_type().is_ok_and(|t| t.is_dir()) {
+                folders.push(path);
+            } else if is_text(&path) && path.is_file() {
+                found.push(path);
+            }
+        }
+    }
+    if found.is_empty() {
+        return Err(Error::file(
+            source,
+            "a folder with .txt or .txt.zst files",
+            "none",
+            "choose another folder, or name a file",
+        ));
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn is_text(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    name.ends_with(".txt") || name.ends_with(".txt.zst")
+}
+
+/// All zstd frames of `bytes`, their checksums compared where they have one.
+fn decompress(path: &Path, bytes: &[u8]) -> Result<Vec<u8>> {
+    let bad = |got: String| {
+        Error::file(
+            path,
+            "whole zstd data",
+            got,
+            "copy or compress the file again",
+        )
+    };
+    let mut rest = bytes;
+    let mut out = Vec::new();
+    while !rest.is_empty() {
+        let mut decoder = StreamingDecoder::new(&mut rest)
+            .map_err(|e| bad(format!("a bad or cut-off frame header ({e})")))?;
+        decoder.read_to_end(&mut out).map_err(|e| {
+            bad(format!(
+                "bad or cut-off data after {} bytes of text ({e})",
+                out.len()
+            ))
+        })?;
+        let frame = decoder.into_frame_decoder();
+        let stored = frame.get_checksum_from_data();
+        if stored.is_some() && stored != frame.get_calculated_checksum() {
+            return Err(bad("data that its checksum does not match".into()));
+        }
+    }
+    Ok(out)
+}
+
+fn split(
+    bytes: Vec<u8>,
+    path: &Path,
+    config: &DataConfig,
+    documents: &mut Vec<String>,
+) -> Result<()> {
+    let text = String::from_utf8(bytes).map_err(|e| {
+        Error::file(
+            path,
+            "UTF-8 text",
+            format!(
+                "a byte that is not, at offset {}",
+                e.utf8_error().valid_up_to()
+            ),
+            "convert the file, for example with iconv",
+        )
+    })?;
+    if text.trim().is_empty() {
+        return Err(Error::file(
+            path,
+            "text",
+            "an empty file",
+            "remove it, or name another",
+        ));
+    }
+    if config.document_separator.is_empty() {
+        documents.push(text);
+    } else {
+        let parts = text.split(&config.document_separator);
+        documents.extend(parts.filter(|d| !d.trim().is_empty()).map(str::to_owned));
+    }
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! The operations of a Mixture-of-Experts transformer, one a file, and their registry.
+//!
+//! A file holds, in order: the formula, the public function, the operation on the tape, the
+//! reference (generic over f32 and f64: it is the CPU device), the cases, tests worked by hand.
+
+pub mod add;
+pub mod balance;
+pub mod combine;
+pub mod dispatch;
+pub mod expert_mean;
+pub mod grouped_linear;
+pub mod layernorm;
+pub mod linear;
+pub mod renormalize;
+pub mod rmsnorm;
+pub mod router;
+pub mod swiglu;
+
+use crate::check::Case;
+
+/// An operation's entry in the registry.
+pub struct OpInfo {
+    pub name: &'static str,
+    /// The formula, in a line.
+    pub formula: &'static str,
+    /// What checks and benchmarks run.
+    pub cases: fn() -> Vec<Case>,
+}
+
+/// Every operation.
+pub const OPS: &[OpInfo] = &[
+    OpInfo {
+        name: "add",
+        formula: "y = a + b",
+        cases: add::cases,
+    },
+    OpInfo {
+        name: "router",
+        formula: "p = softmax(z); A = top K of p",
+        cases: router::cases,
+    },
+    OpInfo {
+        name: "renormalize",
+        formula: "q_i = p_i / Σ_A p",
+        cases: renormalize::cases,
+    },
+    OpInfo {
+        name: "grouped_linear",
+        formula: "y_r = W_e(r) x_t(r)",
+        cases: grouped_linear::cases,
+    },
+    OpInfo {
+        name: "combine",
+        formula: "y = Σ_A w_i e_i + Σ_{i∉A} w_i ê_i",
+        cases: combine::cases,
+    },
+    OpInfo {
+        name: "balance",
+        formula: "E Σ f_i P_i; mean logsumexp²",
+        cases: balance::cases,
+    },
+    OpInfo {
+        name: "linear",
+        formula: "y = x Wᵀ + b",
+        cases: linear::cases,
+    },
+    OpInfo {
+        name: "swiglu",
+        formula: "y = silu(gate) ⊙ up",
+        cases: swiglu::cases,
+    },
+    OpInfo {
+        name: "rmsnorm",
+        formula: "y = x ⊙ w / √(mean(x²) + ε)",
+        cases: rmsnorm::cases,
+    },
+    OpInfo {
+        name: "layernorm",
+        formula: "y = (x − mean(x)) / √(var(x) + ε) ⊙ w + b",
+        cases: layernorm::cases,
+    },
+];

@@ -1,0 +1,67 @@
+//! Residual add: `y = a + b`, any shape. Both gradients are `dy`.
+
+use crate::check::Case;
+use crate::cpu;
+use crate::error::Result;
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// `a + b` of two tensors of one shape and dtype.
+///
+/// # Errors
+/// When shapes or dtypes differ.
+pub fn add(tape: &Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
+    b.tensor()
+        .expect_shape("add", "second term", a.tensor().shape())?;
+    b.tensor()
+        .expect_dtype("add", "second term", a.tensor().dtype())?;
+    tape.apply_one(Add, &[a, b])
+}
+
+struct Add;
+
+impl Op for Add {
+    fn name(&self) -> &'static str {
+        "add"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let mut sum = inputs[0].clone();
+        with_real!(sum.dtype(), "add", |T| {
+            cpu::add_assign(sum.slice_mut::<T>(), inputs[1].slice::<T>());
+            Ok(Forward {
+                outputs: vec![sum],
+                saved: vec![],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        _saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        for input in 0..2 {
+            match &douts[0] {
+                Some(dout) => grads.give(input, dout.clone())?,
+                None => grads.none(input),
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::new("add [3, 5]", |tape, v| Ok(vec![add(tape, &v[0], &v[1])?]))
+            .input("a", [3, 5])
+            .input("b", [3, 5]),
+        // One value in both places: its gradients are summed.
+        Case::new("add to itself [70, 3]", |tape, v| {
+            Ok(vec![add(tape, &v[0], &v[0])?])
+        })
+        .input("a", [70, 3]),
+    ]
+}

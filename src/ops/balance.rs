@@ -1,0 +1,244 @@
+//! The auxiliary load-balancing loss, the z-loss, and their sum with the cross-entropy.
+//!
+//! Switch loss of a layer: `E Σ_i f_i P_i`, `f [E]` the share of routed slots (a constant), `P_i`
+//! the mean of `p [T, E]` over the tokens; 1 when balanced. `dp_ti = E f_i / T`, so that behind the
+//! softmax `dz_j = (E / T) p_j (f_j − Σ_i p_i f_i)` (Switch Transformer, 2101.03961, eq. 4).
+//! z-loss: `mean_t logsumexp(z_t)²`, `dz_j = (2 / T) logsumexp(z) p_j` (ST-MoE, 2202.08906, eq. 5).
+
+use crate::check::{Case, Fault, term};
+use crate::dtype::Real;
+use crate::error::Result;
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// `E Σ_i f_i mean_t(p_ti)`: a scalar, without the coefficient.
+///
+/// # Errors
+/// When `fractions` has not one entry per expert.
+pub fn auxiliary_loss(tape: &Tape<'_>, p: &Var, fractions: &[f64]) -> Result<Var> {
+    let tokens = p.tensor().shape().rows();
+    p.tensor()
+        .expect_shape("auxiliary_loss", "probabilities", [tokens, fractions.len()])?;
+    tape.apply_one(
+        AuxiliaryLoss {
+            fractions: fractions.to_vec(),
+        },
+        &[p],
+    )
+}
+
+/// `mean_t logsumexp(z_t)²`: a scalar, without the coefficient.
+///
+/// # Errors
+/// When `z` is not real.
+pub fn z_loss(tape: &Tape<'_>, z: &Var) -> Result<Var> {
+    tape.apply_one(ZLoss, &[z])
+}
+
+/// `Σ_k c_k s_k` of scalars: the total loss.
+///
+/// # Errors
+/// When a term is not a real scalar.
+pub fn weighted_sum(tape: &Tape<'_>, terms: &[(&Var, f64)]) -> Result<Var> {
+    let (vars, coefficients): (Vec<&Var>, Vec<f64>) = terms.iter().copied().unzip();
+    tape.apply_one(WeightedSum { coefficients }, &vars)
+}
+
+struct AuxiliaryLoss {
+    fractions: Vec<f64>,
+}
+
+impl Op for AuxiliaryLoss {
+    fn name(&self) -> &'static str {
+        "auxiliary_loss"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let p = inputs[0];
+        let experts = self.fractions.len() as f64;
+        with_real!(p.dtype(), "auxiliary_loss", |T| {
+            let mut mean = vec![0.0; self.fractions.len()];
+            for row in p.slice::<T>().chunks(mean.len()) {
+                mean.iter_mut().zip(row).for_each(|(m, &p)| *m += p.f64());
+            }
+            let sum: f64 = mean.iter().zip(&self.fractions).map(|(m, f)| m * f).sum();
+            let loss = Tensor::scalar(T::of(experts * sum / p.shape().rows() as f64));
+            Ok(Forward {
+                outputs: vec![loss],
+                saved: vec![p.clone()],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (p, Some(dloss)) = (&saved[0], &douts[0]) else {
+            grads.none(0);
+            return Ok(());
+        };
+        let mut dp = p.unspecified_like();
+        let tokens = p.shape().rows() as f64;
+        let scale =
+            dloss.item()? * self.fractions.len() as f64 / tokens * term(Fault::AuxiliaryTerm);
+        with_real!(p.dtype(), "auxiliary_loss", |T| {
+            let row: Vec<T> = self.fractions.iter().map(|f| T::of(scale * f)).collect();
+            dp.slice_mut::<T>()
+                .chunks_mut(row.len())
+                .for_each(|dp| dp.copy_from_slice(&row));
+            grads.give(0, dp)
+        })
+    }
+}
+
+struct ZLoss;
+
+impl Op for ZLoss {
+    fn name(&self) -> &'static str {
+        "z_loss"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let z = inputs[0];
+        with_real!(z.dtype(), "z_loss", |T| {
+            let squares: f64 = z
+                .slice::<T>()
+                .chunks(z.shape().width())
+                .map(|row| log_sum_exp(row).f64().powi(2))
+                .sum();
+            let loss = Tensor::scalar(T::of(squares / z.shape().rows() as f64));
+            Ok(Forward {
+                outputs: vec![loss],
+                saved: vec![z.clone()],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (z, Some(dloss)) = (&saved[0], &douts[0]) else {
+            grads.none(0);
+            return Ok(());
+        };
+        let mut dz = z.unspecified_like();
+        let scale = 2.0 * dloss.item()? / z.shape().rows() as f64 * term(Fault::ZTerm);
+        let width = z.shape().width();
+        with_real!(z.dtype(), "z_loss", |T| {
+            let rows = dz
+                .slice_mut::<T>()
+                .chunks_mut(width)
+                .zip(z.slice::<T>().chunks(width));
+            for (dz, z) in rows {
+                let lse = log_sum_exp(z);
+                for (dz, &z) in dz.iter_mut().zip(z) {
+                    *dz = T::of(scale) * lse * (z - lse).exp();
+                }
+            }
+            grads.give(0, dz)
+        })
+    }
+}
+
+/// `ln Σ e^{z_j}`, with the maximum taken out.
+fn log_sum_exp<T: Real>(z: &[T]) -> T {
+    let max = z.iter().fold(T::neg_infinity(), |m, &x| m.max(x));
+    max + z.iter().map(|&x| (x - max).exp()).sum::<T>().ln()
+}
+
+struct WeightedSum {
+    coefficients: Vec<f64>,
+}
+
+impl Op for WeightedSum {
+    fn name(&self) -> &'static str {
+        "weighted_sum"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let mut sum = 0.0;
+        for (term, c) in inputs.iter().zip(&self.coefficients) {
+            sum += c * term.item()?;
+        }
+        with_real!(inputs[0].dtype(), "weighted_sum", |T| {
+            Ok(Forward {
+                outputs: vec![Tensor::scalar(T::of(sum))],
+                saved: vec![],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        _saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        for (i, c) in self.coefficients.iter().enumerate() {
+            match &douts[0] {
+                None => grads.none(i),
+                Some(dout) => {
+                    let scaled = c * dout.item()?;
+                    with_real!(dout.dtype(), "weighted_sum", |T| {
+                        grads.give(i, Tensor::scalar(T::of(scaled)))
+                    })?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let fractions = [0.5, 0.125, 0.25, 0.125];
+    vec![
+        Case::new(
+            "auxiliary_loss behind the softmax [6, 4]",
+            move |tape, v| {
+                let p = super::router::softmax(tape, &v[0])?;
+                Ok(vec![auxiliary_loss(tape, &p, &fractions)?])
+            },
+        )
+        .input("z", [6, 4]),
+        Case::new("z_loss [5, 3]", |tape, v| Ok(vec![z_loss(tape, &v[0])?])).input("z", [5, 3]),
+        Case::new("weighted_sum of 2 losses", |tape, v| {
+            Ok(vec![weighted_sum(tape, &[(&v[0], 1.0), (&v[1], -0.25)])?])
+        })
+        .input("a", [1])
+        .input("b", [1]),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn value(v: Var) -> f64 {
+        v.tensor().item().unwrap()
+    }
+
+    #[test]
+    fn the_auxiliary_loss_is_one_when_balanced_and_worked_by_hand() {
+        let tape = Tape::new();
+        let p = Var::constant(Tensor::from_slice([2, 4], &[0.25; 8]));
+        assert_eq!(value(auxiliary_loss(&tape, &p, &[0.25; 4]).unwrap()), 1.0);
+        // P = (0.75, 0.25), f = (1, 0): 2 · 0.75.
+        let p = Var::constant(Tensor::from_slice([2, 2], &[0.5, 0.5, 1.0, 0.0]));
+        assert_eq!(value(auxiliary_loss(&tape, &p, &[1.0, 0.0]).unwrap()), 1.5);
+    }
+
+    #[test]
+    fn the_z_loss_worked_by_hand() {
+        // logsumexp(0, 0) = ln 2, logsumexp(1000, -1000) = 1000: no overflow.
+        let z = Var::constant(Tensor::from_slice([2, 2], &[0.0, 0.0, 1000.0, -1000.0]));
+        let expected = (2f64.ln().powi(2) + 1e6) / 2.0;
+        approx::assert_relative_eq!(value(z_loss(&Tape::new(), &z).unwrap()), expected);
+    }
+}

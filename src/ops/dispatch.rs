@@ -1,0 +1,234 @@
+//! Dispatch: from the experts each token chose to rows sorted by expert.
+//!
+//! A *slot* is one (token, expert) pair, in token order and within a token in expert order; a *row*
+//! is the same pair in expert order and within an expert in token order. With R slots, T tokens and
+//! E experts: `offsets [E + 1]` are the first rows of the experts, `row_token [R]` the token of a
+//! row, `slot_row [R]` the row of a slot. Nothing here is differentiable.
+
+use crate::error::{Error, Result};
+
+/// The experts that each token chose: any number per token, ascending.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Selection {
+    num_experts: usize,
+    /// `[T + 1]`: first slot of each token.
+    token_slots: Vec<i32>,
+    /// `[R]`: expert of each slot.
+    slot_expert: Vec<i32>,
+}
+
+impl Selection {
+    /// A selection from `num_tokens` lists that `choose` appends to.
+    ///
+    /// # Errors
+    /// When a list is not strictly ascending or names an expert beyond `num_experts`, or there are
+    /// more slots than an i32 counts.
+    pub fn new(
+        num_tokens: usize,
+        num_experts: usize,
+        mut choose: impl FnMut(usize, &mut Vec<i32>),
+    ) -> Result<Self> {
+        let mut token_slots = vec![0];
+        let mut slot_expert = Vec::new();
+        for token in 0..num_tokens {
+            let first = slot_expert.len();
+            choose(token, &mut slot_expert);
+            let chosen = &slot_expert[first..];
+            let in_range = chosen.iter().all(|&e| (0..num_experts as i32).contains(&e));
+            let slots = i32::try_from(slot_expert.len());
+            match slots {
+                Ok(slots) if in_range && chosen.windows(2).all(|w| w[0] < w[1]) => {
+                    token_slots.push(slots);
+                }
+                _ => {
+                    return Err(Error::invalid(
+                        "dispatch",
+                        format!("ascending experts below {num_experts}, at most 2^31 slots"),
+                        format!("{chosen:?} for token {token}"),
+                        "this is a bug of the router",
+                    ));
+                }
+            }
+        }
+        Ok(Selection {
+            num_experts,
+            token_slots,
+            slot_expert,
+        })
+    }
+
+    pub fn num_tokens(&self) -> usize {
+        self.token_slots.len() - 1
+    }
+
+    pub fn num_experts(&self) -> usize {
+        self.num_experts
+    }
+
+    /// Number of (token, expert) pairs.
+    pub fn num_slots(&self) -> usize {
+        self.slot_expert.len()
+    }
+
+    /// The slots of a token.
+    pub fn slots(&self, token: usize) -> std::ops::Range<usize> {
+        self.token_slots[token] as usize..self.token_slots[token + 1] as usize
+    }
+
+    /// The expert of a slot.
+    pub fn expert(&self, slot: usize) -> usize {
+        self.slot_expert[slot] as usize
+    }
+
+    /// The experts of a token, ascending.
+    pub fn experts(&self, token: usize) -> &[i32] {
+        &self.slot_expert[self.slots(token)]
+    }
+
+    /// Tokens per expert.
+    pub fn counts(&self) -> Vec<usize> {
+        let mut counts = vec![0; self.num_experts];
+        for &e in &self.slot_expert {
+            counts[e as usize] += 1;
+        }
+        counts
+    }
+}
+
+/// The maps between slots and rows of a selection.
+#[derive(Clone, Debug)]
+pub struct Dispatch {
+    selection: Selection,
+    offsets: Vec<i32>,
+    row_token: Vec<i32>,
+    slot_row: Vec<i32>,
+}
+
+impl Dispatch {
+    /// A stable counting sort of the slots by expert.
+    pub fn new(selection: Selection) -> Self {
+        let mut offsets = vec![0; selection.num_experts + 1];
+        for (e, count) in selection.counts().into_iter().enumerate() {
+            offsets[e + 1] = offsets[e] + count as i32;
+        }
+        let mut next = offsets.clone();
+        let mut row_token = vec![0; selection.num_slots()];
+        let mut slot_row = vec![0; selection.num_slots()];
+        for token in 0..selection.num_tokens() {
+            for slot in selection.slots(token) {
+                let row = &mut next[selection.expert(slot)];
+                row_token[*row as usize] = token as i32;
+                slot_row[slot] = *row;
+                *row += 1;
+            }
+        }
+        Dispatch {
+            selection,
+            offsets,
+            row_token,
+            slot_row,
+        }
+    }
+
+    pub fn selection(&self) -> &Selection {
+        &self.selection
+    }
+
+    pub fn num_rows(&self) -> usize {
+        self.row_token.len()
+    }
+
+    /// The rows of an expert.
+    pub fn rows(&self, expert: usize) -> std::ops::Range<usize> {
+        self.offsets[expert] as usize..self.offsets[expert + 1] as usize
+    }
+
+    /// The token of a row.
+    pub fn token(&self, row: usize) -> usize {
+        self.row_token[row] as usize
+    }
+
+    /// The row of a slot.
+    pub fn row(&self, slot: usize) -> usize {
+        self.slot_row[slot] as usize
+    }
+
+    /// Blocks of at most `block` rows, none of them across two experts: (expert, rows).
+    pub fn row_blocks(&self, block: usize) -> Vec<(usize, std::ops::Range<usize>)> {
+        (0..self.selection.num_experts)
+            .flat_map(|e| {
+                let rows = self.rows(e);
+                rows.clone()
+                    .step_by(block)
+                    .map(move |r| (e, r..(r + block).min(rows.end)))
+            })
+            .collect()
+    }
+}
+
+/// `k` experts for each of `tokens` tokens, pseudo-random; odd experts stay empty where
+/// `skip_odd` says so.
+pub(super) fn scattered(tokens: usize, experts: usize, k: usize, skip_odd: bool) -> Selection {
+    let selection = Selection::new(tokens, experts, |t, chosen| {
+        let usable: Vec<i32> = (0..experts as i32)
+            .filter(|e| !skip_odd || e % 2 == 0)
+            .collect();
+        let start = (t * 7 + t / 3) % usable.len();
+        let mut own: Vec<i32> = (0..k.min(usable.len()))
+            .map(|i| usable[(start + i) % usable.len()])
+            .collect();
+        own.sort_unstable();
+        chosen.extend(own);
+    });
+    match selection {
+        Ok(selection) => selection,
+        Err(e) => unreachable!("ascending by construction: {e}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_sorted_by_expert_then_token_and_the_maps_are_inverse() {
+        for (t, e, k, skip) in [
+            (1, 1, 1, false),
+            (1, 8, 2, true),
+            (97, 7, 3, false),
+            (64, 4, 4, false),
+        ] {
+            let d = Dispatch::new(scattered(t, e, k, skip));
+            let mut seen = vec![false; d.num_rows()];
+            for token in 0..t {
+                for slot in d.selection().slots(token) {
+                    let row = d.row(slot);
+                    assert!(!std::mem::replace(&mut seen[row], true));
+                    assert_eq!(d.token(row), token);
+                    assert!(d.rows(d.selection().expert(slot)).contains(&row));
+                }
+            }
+            assert!(seen.into_iter().all(|s| s));
+            for expert in 0..e {
+                assert!(d.rows(expert).map(|r| d.token(r)).is_sorted());
+            }
+        }
+    }
+
+    #[test]
+    fn a_token_may_choose_no_expert() {
+        let s =
+            Selection::new(3, 2, |t, c| c.extend(if t == 1 { vec![] } else { vec![1] })).unwrap();
+        let d = Dispatch::new(s);
+        assert_eq!((d.rows(0), d.rows(1)), (0..0, 0..2));
+        assert_eq!((d.token(0), d.token(1)), (0, 2));
+    }
+
+    #[test]
+    fn an_expert_out_of_range_or_out_of_order_is_refused() {
+        assert!(Selection::new(1, 2, |_, c| c.push(2)).is_err());
+        assert!(Selection::new(1, 2, |_, c| c.push(-1)).is_err());
+        assert!(Selection::new(1, 2, |_, c| c.extend([1, 0])).is_err());
+        assert!(Selection::new(1, 2, |_, c| c.extend([1, 1])).is_err());
+    }
+}

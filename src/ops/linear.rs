@@ -1,0 +1,210 @@
+//! Linear map of rows: `y = x Wᵀ + b`.
+//!
+//! `x [R, I]`, `W [O, I]` (one row per output, as checkpoints hold it), `b [O]` or none, `y [R, O]`.
+//! `dx = dy W`, `dW = dyᵀ x`, `db = Σ_r dy_r`.
+
+use crate::check::Case;
+use crate::cpu::{self, Accumulate, Mat};
+use crate::dtype::Real;
+use crate::error::{Error, Result};
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// `x Wᵀ + b` for `x` of shape `[.., I]`; the result has shape `[.., O]`.
+///
+/// # Errors
+/// When widths or dtypes differ.
+pub fn linear(tape: &Tape<'_>, x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
+    let (x_shape, w_shape) = (x.tensor().shape(), weight.tensor().shape());
+    if w_shape.len() != 2 || x_shape.width() != w_shape[1] {
+        return Err(Error::invalid(
+            "linear",
+            "x [.., inputs] and a weight [outputs, inputs]",
+            format!("{x_shape} and {w_shape}"),
+            "pass tensors whose last extents are equal",
+        ));
+    }
+    weight
+        .tensor()
+        .expect_dtype("linear", "weight", x.tensor().dtype())?;
+    let mut inputs = vec![x, weight];
+    if let Some(bias) = bias {
+        bias.tensor().expect_shape("linear", "bias", [w_shape[0]])?;
+        bias.tensor()
+            .expect_dtype("linear", "bias", x.tensor().dtype())?;
+        inputs.push(bias);
+    }
+    tape.apply_one(Linear, &inputs)
+}
+
+struct Linear;
+
+impl Op for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let (x, w) = (inputs[0], inputs[1]);
+        let mut extents = x.shape().to_vec();
+        if let Some(width) = extents.last_mut() {
+            *width = w.shape()[0];
+        }
+        let mut y = Tensor::unspecified(x.device(), x.dtype(), extents.as_slice());
+        with_real!(x.dtype(), "linear", |T| {
+            let bias = inputs.get(2).map(|b| b.slice::<T>());
+            reference::forward(y.slice_mut::<T>(), x.slice(), w.slice(), bias, w.shape()[1]);
+            Ok(())
+        })?;
+        Ok(Forward {
+            outputs: vec![y],
+            saved: inputs.iter().map(|&t| t.clone()).collect(),
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (x, w) = (&saved[0], &saved[1]);
+        let Some(dy) = &douts[0] else {
+            (0..saved.len()).for_each(|i| grads.none(i));
+            return Ok(());
+        };
+        with_real!(x.dtype(), "linear", |T| {
+            let (inputs, outputs) = (w.shape()[1], w.shape()[0]);
+            grads.write(0, x, |dx, accumulate| {
+                reference::dx(
+                    dx.slice_mut::<T>(),
+                    accumulate,
+                    dy.slice(),
+                    w.slice(),
+                    inputs,
+                );
+                Ok(())
+            })?;
+            grads.write(1, w, |dw, accumulate| {
+                reference::dw(
+                    dw.slice_mut::<T>(),
+                    accumulate,
+                    dy.slice(),
+                    x.slice(),
+                    inputs,
+                );
+                Ok(())
+            })?;
+            if let Some(bias) = saved.get(2) {
+                grads.write(2, bias, |db, accumulate| {
+                    reference::db(db.slice_mut::<T>(), accumulate, dy.slice(), outputs);
+                    Ok(())
+                })?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The mathematics on plain slices; `inputs` is I, the width of `x`.
+pub(super) mod reference {
+    use super::*;
+
+    pub fn forward<T: Real>(y: &mut [T], x: &[T], w: &[T], bias: Option<&[T]>, inputs: usize) {
+        let (rows, outputs) = (x.len() / inputs, w.len() / inputs);
+        let weight = Mat::new(w, outputs, inputs).t();
+        cpu::matmul(y, Accumulate::Assign, Mat::new(x, rows, inputs), weight);
+        if let Some(bias) = bias {
+            cpu::each_row_block(y, outputs, |_, rows| {
+                for row in rows.chunks_mut(outputs) {
+                    for (y, &b) in row.iter_mut().zip(bias) {
+                        *y += b;
+                    }
+                }
+            });
+        }
+    }
+
+    pub fn dx<T: Real>(dx: &mut [T], accumulate: Accumulate, dy: &[T], w: &[T], inputs: usize) {
+        let (rows, outputs) = (dx.len() / inputs, w.len() / inputs);
+        cpu::matmul(
+            dx,
+            accumulate,
+            Mat::new(dy, rows, outputs),
+            Mat::new(w, outputs, inputs),
+        );
+    }
+
+    pub fn dw<T: Real>(dw: &mut [T], accumulate: Accumulate, dy: &[T], x: &[T], inputs: usize) {
+        let (rows, outputs) = (x.len() / inputs, dw.len() / inputs);
+        cpu::matmul(
+            dw,
+            accumulate,
+            Mat::new(dy, rows, outputs).t(),
+            Mat::new(x, rows, inputs),
+        );
+    }
+
+    pub fn db<T: Real>(db: &mut [T], accumulate: Accumulate, dy: &[T], outputs: usize) {
+        const BLOCK: usize = 256;
+        let partials = cpu::blocks(dy.len() / outputs, BLOCK, |_, rows| {
+            let mut sum = vec![T::zero(); outputs];
+            for row in dy[rows.start * outputs..rows.end * outputs].chunks(outputs) {
+                for (s, &d) in sum.iter_mut().zip(row) {
+                    *s += d;
+                }
+            }
+            sum
+        });
+        if accumulate == Accumulate::Assign {
+            db.fill(T::zero());
+        }
+        for (d, s) in db.iter_mut().zip(cpu::sum_in_order(partials)) {
+            *d += s;
+        }
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let plain = |r: usize, i: usize, o: usize| {
+        Case::new(format!("linear [{r}, {i}] to {o}"), |tape, v| {
+            Ok(vec![linear(tape, &v[0], &v[1], None)?])
+        })
+        .input("x", [r, i])
+        .input("weight", [o, i])
+    };
+    let biased = Case::new("linear [2, 9, 6] to 5, bias", |tape, v| {
+        Ok(vec![linear(tape, &v[0], &v[1], Some(&v[2]))?])
+    })
+    .input("x", [2, 9, 6])
+    .input("weight", [5, 6])
+    .input("bias", [5]);
+    vec![plain(1, 3, 2), plain(67, 8, 13), plain(300, 5, 1), biased]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_product_worked_by_hand() {
+        let x = Var::constant(Tensor::from_slice([1, 2], &[1.0, 2.0]));
+        let w = Var::constant(Tensor::from_slice([3, 2], &[1.0, 0.0, 0.0, 1.0, 3.0, 4.0]));
+        let b = Var::constant(Tensor::from_slice([3], &[0.5, 0.0, -1.0]));
+        let y = linear(&Tape::new(), &x, &w, Some(&b)).unwrap();
+        assert_eq!(y.tensor().slice::<f64>(), [1.5, 2.0, 10.0]);
+    }
+
+    #[test]
+    fn widths_that_differ_are_an_error() {
+        let x = Var::constant(Tensor::from_slice([1, 2], &[1.0, 2.0]));
+        let e = linear(
+            &Tape::new(),
+            &x,
+            &Var::constant(Tensor::from_slice([1, 3], &[0.0; 3])),
+            None,
+        );
+        assert!(e.unwrap_err().to_string().contains("[1, 2] and [1, 3]"));
+    }
+}

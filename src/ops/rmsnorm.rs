@@ -1,0 +1,194 @@
+//! RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of each row: `y = r x ⊙ w`,
+//! `r = 1 / √(mean(x²) + ε)`.
+//!
+//! `x [.., D]`, `w [D]`. With `g = dy ⊙ w`: `dx = r (g − r² mean(g ⊙ x) x)`, `dw = Σ_rows r dy ⊙ x`.
+//! Backward computes r again: it reads the row anyway.
+
+use crate::check::Case;
+use crate::cpu::vector::sum_over;
+use crate::cpu::{self, Accumulate};
+use crate::dtype::Real;
+use crate::error::Result;
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// RMSNorm over the last axis of `x [.., D]`, with `weight [D]` and `eps` added to the mean square.
+///
+/// # Errors
+/// When the weight's shape or dtype does not fit.
+pub fn rmsnorm(tape: &Tape<'_>, x: &Var, weight: &Var, eps: f64) -> Result<Var> {
+    let width = x.tensor().shape().width();
+    weight.tensor().expect_shape("rmsnorm", "weight", [width])?;
+    weight
+        .tensor()
+        .expect_dtype("rmsnorm", "weight", x.tensor().dtype())?;
+    tape.apply_one(RmsNorm { eps }, &[x, weight])
+}
+
+struct RmsNorm {
+    eps: f64,
+}
+
+impl Op for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rmsnorm"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let (x, w) = (inputs[0], inputs[1]);
+        let mut y = x.unspecified_like();
+        with_real!(x.dtype(), "rmsnorm", |T| {
+            reference::forward(y.slice_mut::<T>(), x.slice(), w.slice(), self.eps);
+            Ok(Forward {
+                outputs: vec![y],
+                saved: vec![x.clone(), w.clone()],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (x, w) = (&saved[0], &saved[1]);
+        let Some(dy) = &douts[0] else {
+            (0..2).for_each(|i| grads.none(i));
+            return Ok(());
+        };
+        with_real!(x.dtype(), "rmsnorm", |T| {
+            let mut partials = vec![];
+            let mut run = |dx: &mut Tensor, accumulate| {
+                partials = reference::backward(
+                    dx.slice_mut::<T>(),
+                    accumulate,
+                    dy.slice(),
+                    x.slice(),
+                    w.slice(),
+                    self.eps,
+                );
+                Ok(())
+            };
+            if !grads.wanted(0) {
+                run(&mut x.unspecified_like(), Accumulate::Assign)?;
+            }
+            grads.write(0, x, run)?;
+            grads.write(1, w, |dw, accumulate| {
+                cpu::write_sum(dw.slice_mut::<T>(), accumulate, partials);
+                Ok(())
+            })
+        })
+    }
+}
+
+/// The mathematics on plain slices; the width of a row is that of the weight.
+pub(super) mod reference {
+    use super::*;
+
+    #[inline(always)]
+    fn scale<T: Real>(x: &[T], eps: f64) -> T {
+        let mean = sum_over([x], |[x]| x * x) / T::of(x.len() as f64);
+        (mean + T::of(eps)).sqrt().recip()
+    }
+
+    pub fn forward<T: Real>(y: &mut [T], x: &[T], w: &[T], eps: f64) {
+        let width = w.len();
+        cpu::each_row_block(y, width, |first, y| {
+            let x = &x[first * width..];
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                        let r = scale(x, eps);
+                        for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+                            *y = x * r * w;
+                        }
+                    }
+                },
+            );
+        });
+    }
+
+    /// Writes `dx` and returns partial sums of `dw`, one per block of rows.
+    pub fn backward<T: Real>(
+        dx: &mut [T],
+        accumulate: Accumulate,
+        dy: &[T],
+        x: &[T],
+        w: &[T],
+        eps: f64,
+    ) -> Vec<Vec<T>> {
+        let width = w.len();
+        cpu::each_row_block(dx, width, |first, dx| {
+            let (x, dy) = (&x[first * width..], &dy[first * width..]);
+            let mut dw = vec![T::zero(); width];
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    let rows = x.chunks_exact(width).zip(dy.chunks_exact(width));
+                    for (dx, (x, dy)) in dx.chunks_exact_mut(width).zip(rows) {
+                        let r = scale(x, eps);
+                        let gx = sum_over([dy, w, x], |[dy, w, x]| dy * w * x);
+                        let back = r * r * r * gx / T::of(width as f64);
+                        let inputs = x.iter().zip(dy).zip(w);
+                        for ((dx, dw), ((&x, &dy), &w)) in dx.iter_mut().zip(&mut dw).zip(inputs) {
+                            *dx = accumulate.onto(*dx, dy * w * r - x * back);
+                            *dw += dy * x * r;
+                        }
+                    }
+                },
+            );
+            dw
+        })
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |shape: &[usize]| {
+        let width = shape[shape.len() - 1];
+        Case::new(format!("rmsnorm {shape:?}"), |tape, v| {
+            Ok(vec![rmsnorm(tape, &v[0], &v[1], 1e-5)?])
+        })
+        .input("x", shape)
+        .input("weight", [width])
+    };
+    let gradient_of_weight_alone = Case::new("rmsnorm of a constant [4, 3]", |tape, v| {
+        Ok(vec![rmsnorm(tape, &v[0], &v[1], 1e-5)?])
+    })
+    .input("x", [4, 3])
+    .constant()
+    .input("weight", [3]);
+    vec![
+        case(&[1, 5]),
+        case(&[67, 37]),
+        case(&[5, 3, 16]),
+        gradient_of_weight_alone,
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_worked_by_hand() {
+        // mean(x²) = (9 + 16) / 2 + 0.5 = 13 with eps 0.5, r = 1 / √13.
+        let x = Var::constant(Tensor::from_slice([1, 2], &[3.0, 4.0]));
+        let w = Var::constant(Tensor::from_slice([2], &[2.0, -1.0]));
+        let y = rmsnorm(&Tape::new(), &x, &w, 0.5).unwrap();
+        let r = 13f64.sqrt().recip();
+        for (y, expected) in y.tensor().slice::<f64>().iter().zip([6.0 * r, -4.0 * r]) {
+            assert!((y - expected).abs() <= 1e-15);
+        }
+    }
+
+    #[test]
+    fn a_weight_of_another_width_is_an_error() {
+        let x = Var::constant(Tensor::from_slice([1, 2], &[3.0, 4.0]));
+        let w = Var::constant(Tensor::from_slice([3], &[1.0; 3]));
+        let e = rmsnorm(&Tape::new(), &x, &w, 1e-5).unwrap_err().to_string();
+        assert!(e.contains("weight of shape [2], got [3]"), "{e}");
+    }
+}

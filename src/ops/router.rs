@@ -1,0 +1,329 @@
+//! Router logits, probabilities and the choice of experts.
+//!
+//! `z = x Wᵀ`, `x [T, D]`, `W [E, D]`; backward `dx = dz W`, `dW = dzᵀ x`.
+//! `p = softmax(z)` over all experts, `z [T, E]`; backward `dz_j = p_j (dp_j − Σ_i p_i dp_i)`: with
+//! `dp_i = s_i` on the chosen experts alone this is the gradient of TopK routing, with `dp_i = s_i`
+//! for all experts that of Default MoE and of dense routing (Default MoE, eq. 11 and 12).
+//! `top_k` takes the K largest scores of a row, ties to the lower expert.
+
+use super::dispatch::Selection;
+use super::linear::reference as linear;
+use crate::check::{Case, Fault, term};
+use crate::cpu;
+use crate::dtype::Real;
+use crate::error::{Error, Result};
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// Logits `x Wᵀ [T, E]` of `x [T, D]` with the router weight `[E, D]`.
+///
+/// # Errors
+/// When widths or dtypes differ.
+pub fn logits(tape: &Tape<'_>, x: &Var, weight: &Var) -> Result<Var> {
+    let shape = [weight.tensor().shape().rows(), x.tensor().shape().width()];
+    weight.tensor().expect_shape("router", "weight", shape)?;
+    weight
+        .tensor()
+        .expect_dtype("router", "weight", x.tensor().dtype())?;
+    tape.apply_one(Logits, &[x, weight])
+}
+
+/// `softmax(z)` of each row of `z [T, E]`.
+///
+/// # Errors
+/// When `z` is not a matrix of real numbers.
+pub fn softmax(tape: &Tape<'_>, z: &Var) -> Result<Var> {
+    if z.tensor().shape().len() != 2 {
+        return Err(Error::invalid(
+            "router",
+            "logits [tokens, experts]",
+            z.tensor().shape().to_string(),
+            "pass a matrix",
+        ));
+    }
+    tape.apply_one(Softmax, &[z])
+}
+
+/// What [`top_k`] found.
+pub struct TopK {
+    pub selection: Selection,
+    /// The first token whose scores hold a NaN or an infinity. Its experts are still in range.
+    pub first_non_finite: Option<usize>,
+}
+
+/// The `k` experts of largest score for each row of `scores [T, E]`, ties to the lower expert.
+///
+/// # Errors
+/// When `k` is 0 or larger than E.
+pub fn top_k(scores: &Tensor, k: usize) -> Result<TopK> {
+    let (tokens, experts) = (scores.shape()[0], scores.shape()[1]);
+    if k == 0 || k > experts {
+        return Err(Error::invalid(
+            "router",
+            format!("top_k from 1 to {experts}, the number of experts"),
+            k.to_string(),
+            "set model.top_k or model.num_experts",
+        ));
+    }
+    with_real!(scores.dtype(), "router", |T| {
+        let scores = scores.slice::<T>();
+        let mut first_non_finite = None;
+        let mut best: Vec<i32> = Vec::with_capacity(experts);
+        let selection = Selection::new(tokens, experts, |token, chosen| {
+            let row = &scores[token * experts..(token + 1) * experts];
+            if first_non_finite.is_none() && !row.iter().all(|x| x.is_finite()) {
+                first_non_finite = Some(token);
+            }
+            reference::top_k(row, k, &mut best);
+            chosen.extend_from_slice(&best);
+        })?;
+        Ok(TopK {
+            selection,
+            first_non_finite,
+        })
+    })
+}
+
+struct Logits;
+
+impl Op for Logits {
+    fn name(&self) -> &'static str {
+        "router logits"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let (x, w) = (inputs[0], inputs[1]);
+        let shape = [x.shape().rows(), w.shape()[0]];
+        let mut z = Tensor::unspecified(x.device(), x.dtype(), shape);
+        with_real!(x.dtype(), "router", |T| {
+            linear::forward(z.slice_mut::<T>(), x.slice(), w.slice(), None, w.shape()[1]);
+            Ok(Forward {
+                outputs: vec![z],
+                saved: vec![x.clone(), w.clone()],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (x, w, Some(dz)) = (&saved[0], &saved[1], &douts[0]) else {
+            grads.none(0);
+            grads.none(1);
+            return Ok(());
+        };
+        let width = w.shape()[1];
+        with_real!(x.dtype(), "router", |T| {
+            if term(Fault::RouterInput) == 0.0 {
+                grads.none(0);
+            } else {
+                grads.write(0, x, |dx, accumulate| {
+                    linear::dx(
+                        dx.slice_mut::<T>(),
+                        accumulate,
+                        dz.slice(),
+                        w.slice(),
+                        width,
+                    );
+                    Ok(())
+                })?;
+            }
+            if term(Fault::RouterWeight) == 0.0 {
+                grads.none(1);
+            } else {
+                grads.write(1, w, |dw, accumulate| {
+                    linear::dw(
+                        dw.slice_mut::<T>(),
+                        accumulate,
+                        dz.slice(),
+                        x.slice(),
+                        width,
+                    );
+                    Ok(())
+                })?;
+            }
+            Ok(())
+        })
+    }
+}
+
+struct Softmax;
+
+impl Op for Softmax {
+    fn name(&self) -> &'static str {
+        "router softmax"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let z = inputs[0];
+        let mut p = z.unspecified_like();
+        with_real!(z.dtype(), "router", |T| {
+            reference::softmax(p.slice_mut::<T>(), z.slice(), z.shape().width());
+            Ok(Forward {
+                saved: vec![p.clone()],
+                outputs: vec![p],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (p, Some(dp)) = (&saved[0], &douts[0]) else {
+            grads.none(0);
+            return Ok(());
+        };
+        let mut dz = p.unspecified_like();
+        with_real!(p.dtype(), "router", |T| {
+            reference::softmax_backward(
+                dz.slice_mut::<T>(),
+                p.slice(),
+                dp.slice(),
+                p.shape().width(),
+            );
+            grads.give(0, dz)
+        })
+    }
+}
+
+/// The mathematics on plain slices of rows of E numbers.
+pub(super) mod reference {
+    use super::*;
+
+    pub fn softmax<T: Real>(p: &mut [T], z: &[T], experts: usize) {
+        cpu::each_row_block(p, experts, |first, rows| {
+            for (p, z) in rows
+                .chunks_mut(experts)
+                .zip(z[first * experts..].chunks(experts))
+            {
+                let max = z.iter().fold(T::neg_infinity(), |m, &x| m.max(x));
+                let mut sum = T::zero();
+                for (p, &z) in p.iter_mut().zip(z) {
+                    *p = (z - max).exp();
+                    sum += *p;
+                }
+                for p in p {
+                    *p /= sum;
+                }
+            }
+        });
+    }
+
+    pub fn softmax_backward<T: Real>(dz: &mut [T], p: &[T], dp: &[T], experts: usize) {
+        let own = T::of(term(Fault::SoftmaxOwnTerm));
+        let mean = T::of(term(Fault::SoftmaxMeanTerm));
+        cpu::each_row_block(dz, experts, |first, rows| {
+            let at = first * experts;
+            let given = p[at..].chunks(experts).zip(dp[at..].chunks(experts));
+            for (dz, (p, dp)) in rows.chunks_mut(experts).zip(given) {
+                let average: T = p.iter().zip(dp).map(|(&p, &dp)| p * dp).sum();
+                for (dz, (&p, &dp)) in dz.iter_mut().zip(p.iter().zip(dp)) {
+                    *dz = p * (own * dp - mean * average);
+                }
+            }
+        });
+    }
+
+    /// The `k` largest of `scores`, ascending by index. NaN counts as smaller than everything.
+    pub fn top_k<T: Real>(scores: &[T], k: usize, best: &mut Vec<i32>) {
+        best.clear();
+        best.extend(0..scores.len() as i32);
+        let score = |e: &i32| {
+            let s = scores[*e as usize];
+            if s.is_nan() { T::neg_infinity() } else { s }
+        };
+        // Descending by score, then ascending by index: a total order, so the result is unique.
+        let order = |a: &i32, b: &i32| {
+            score(b)
+                .partial_cmp(&score(a))
+                .unwrap_or(std::cmp::Ordering::Equal)
+                .then(a.cmp(b))
+        };
+        if k < best.len() {
+            best.select_nth_unstable_by(k - 1, order);
+        }
+        best.truncate(k);
+        best.sort_unstable();
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let logits_case = Case::new("router logits [37, 6] to 5", |tape, v| {
+        Ok(vec![logits(tape, &v[0], &v[1])?])
+    })
+    .input("x", [37, 6])
+    .input("weight", [5, 6]);
+    [(1, 1), (5, 7), (130, 8)]
+        .into_iter()
+        .map(|(t, e)| {
+            Case::new(format!("router softmax [{t}, {e}]"), |tape, v| {
+                Ok(vec![softmax(tape, &v[0])?])
+            })
+            .input("z", [t, e])
+        })
+        .chain([logits_case])
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chosen(scores: &[f64], k: usize) -> TopK {
+        top_k(&Tensor::from_slice([1, scores.len()], scores), k).unwrap()
+    }
+
+    #[test]
+    fn softmax_worked_by_hand() {
+        // e^0 : e^ln 3 = 1 : 3.
+        let z = Var::constant(Tensor::from_slice([1, 2], &[0.0, 3f64.ln()]));
+        let p = softmax(&Tape::new(), &z).unwrap();
+        approx::assert_relative_eq!(p.tensor().slice::<f64>()[0], 0.25, epsilon = 1e-15);
+        approx::assert_relative_eq!(p.tensor().slice::<f64>()[1], 0.75, epsilon = 1e-15);
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_expert() {
+        assert_eq!(
+            chosen(&[1.0, 2.0, 2.0, 2.0], 2).selection.experts(0),
+            [1, 2]
+        );
+        assert_eq!(chosen(&[0.5; 6], 3).selection.experts(0), [0, 1, 2]);
+    }
+
+    #[test]
+    fn the_largest_scores_are_chosen_in_ascending_order_of_expert() {
+        assert_eq!(
+            chosen(&[0.1, 5.0, -3.0, 7.0], 2).selection.experts(0),
+            [1, 3]
+        );
+        assert_eq!(
+            chosen(&[0.1, 5.0, -3.0, 7.0], 4).selection.experts(0),
+            [0, 1, 2, 3]
+        );
+    }
+
+    #[test]
+    fn a_row_of_nan_is_flagged_and_stays_in_range() {
+        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let scores = Tensor::from_slice([2, 3], &[1.0, 2.0, 3.0, bad, bad, bad]);
+            let found = top_k(&scores, 2).unwrap();
+            assert_eq!(found.first_non_finite, Some(1));
+            assert_eq!(found.selection.experts(1), [0, 1]);
+        }
+        assert_eq!(chosen(&[1.0, 2.0], 1).first_non_finite, None);
+    }
+
+    #[test]
+    fn top_k_beyond_the_number_of_experts_is_an_error() {
+        let scores = Tensor::from_slice([1, 2], &[1.0, 2.0]);
+        assert!(top_k(&scores, 3).is_err() && top_k(&scores, 0).is_err());
+    }
+}

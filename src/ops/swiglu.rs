@@ -1,0 +1,159 @@
+//! SwiGLU (Shazeer, arXiv 2002.05202): `y = silu(gate) ⊙ up`, `silu(z) = z σ(z)`.
+//!
+//! `x [R, 2F]` holds gate, then up, in each row: one projection makes both. `y [R, F]`.
+//! `dgate = dy ⊙ up ⊙ σ (1 + gate (1 − σ))`, `dup = dy ⊙ gate σ`, σ = σ(gate), computed again.
+
+use crate::check::Case;
+use crate::cpu::vector::sigmoid;
+use crate::cpu::{self, Accumulate};
+use crate::dtype::Real;
+use crate::error::{Error, Result};
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// SwiGLU of `x [R, 2F]`, gate first; the result is `[R, F]`, where R may be 0.
+///
+/// # Errors
+/// When `x` is not a matrix of even width.
+pub fn swiglu(tape: &Tape<'_>, x: &Var) -> Result<Var> {
+    let shape = x.tensor().shape();
+    if shape.len() != 2 || shape.width() % 2 != 0 {
+        return Err(Error::invalid(
+            "swiglu",
+            "x [rows, 2 * width], gate then up in each row",
+            shape.to_string(),
+            "pass the output of the fused gate and up projection",
+        ));
+    }
+    tape.apply_one(SwiGlu, &[x])
+}
+
+struct SwiGlu;
+
+impl Op for SwiGlu {
+    fn name(&self) -> &'static str {
+        "swiglu"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let x = inputs[0];
+        let (rows, width) = (x.shape()[0], x.shape()[1] / 2);
+        let mut y = Tensor::unspecified(x.device(), x.dtype(), [rows, width]);
+        with_real!(x.dtype(), "swiglu", |T| {
+            reference::forward(y.slice_mut::<T>(), x.slice(), width);
+            Ok(Forward {
+                outputs: vec![y],
+                saved: vec![x.clone()],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let Some(dy) = &douts[0] else {
+            grads.none(0);
+            return Ok(());
+        };
+        let x = &saved[0];
+        with_real!(x.dtype(), "swiglu", |T| grads.write(
+            0,
+            x,
+            |dx, accumulate| {
+                let width = dy.shape().width();
+                reference::dx(
+                    dx.slice_mut::<T>(),
+                    accumulate,
+                    dy.slice(),
+                    x.slice(),
+                    width,
+                );
+                Ok(())
+            }
+        ))
+    }
+}
+
+/// The mathematics on plain slices; `width` is F.
+pub(super) mod reference {
+    use super::*;
+
+    pub fn forward<T: Real>(y: &mut [T], x: &[T], width: usize) {
+        cpu::each_row_block(y, width, |first, y| {
+            let x = &x[first * 2 * width..];
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(2 * width)) {
+                        let (gate, up) = x.split_at(width);
+                        for ((y, &gate), &up) in y.iter_mut().zip(gate).zip(up) {
+                            *y = gate * sigmoid(gate) * up;
+                        }
+                    }
+                },
+            );
+        });
+    }
+
+    pub fn dx<T: Real>(dx: &mut [T], accumulate: Accumulate, dy: &[T], x: &[T], width: usize) {
+        cpu::each_row_block(dx, 2 * width, |first, dx| {
+            let (x, dy) = (&x[first * 2 * width..], &dy[first * width..]);
+            let x = x.chunks_exact(2 * width);
+            let rows = dx.chunks_exact_mut(2 * width).zip(x);
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for ((dx, x), dy) in rows.zip(dy.chunks_exact(width)) {
+                        let (dgate, dup) = dx.split_at_mut(width);
+                        let (gate, up) = x.split_at(width);
+                        let inputs = gate.iter().zip(up).zip(dy);
+                        let outputs = dgate.iter_mut().zip(dup);
+                        for ((dgate, dup), ((&gate, &up), &dy)) in outputs.zip(inputs) {
+                            let s = sigmoid(gate);
+                            let slope = s * (T::one() + gate * (T::one() - s));
+                            *dgate = accumulate.onto(*dgate, dy * up * slope);
+                            *dup = accumulate.onto(*dup, dy * gate * s);
+                        }
+                    }
+                },
+            );
+        });
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |rows: usize, width: usize| {
+        Case::new(format!("swiglu [{rows}, {}]", 2 * width), |tape, v| {
+            Ok(vec![swiglu(tape, &v[0])?])
+        })
+        .input("x", [rows, 2 * width])
+    };
+    vec![case(1, 1), case(3, 7), case(70, 37), case(0, 4)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gate_comes_first_and_is_the_one_that_is_squashed() {
+        // gate (ln 3, 0), up (2, 5): σ(ln 3) = 3/4, so y = (ln 3 · 3/4 · 2, 0).
+        let ln3 = 3f64.ln();
+        let x = Var::constant(Tensor::from_slice([1, 4], &[ln3, 0.0, 2.0, 5.0]));
+        let y = swiglu(&Tape::new(), &x).unwrap();
+        let y = y.tensor().slice::<f64>();
+        assert!((y[0] - 1.5 * ln3).abs() <= 1e-15);
+        assert_eq!(y[1], 0.0);
+    }
+
+    #[test]
+    fn an_odd_width_is_an_error() {
+        let x = Var::constant(Tensor::from_slice([1, 3], &[0.0; 3]));
+        let e = swiglu(&Tape::new(), &x).unwrap_err().to_string();
+        assert!(e.contains("[1, 3]"), "{e}");
+    }
+}

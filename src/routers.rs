@@ -1,0 +1,208 @@
+//! The routers, one a file, and their registry.
+//!
+//! A router turns logits `z [T, E]` into gates `[T, E]` and, for every token, the experts that run:
+//! nothing outside this folder knows which method does so. A new router is a file here and a line in
+//! [`ROUTERS`]; or a type of one's own passed to [`Model::with_router`](crate::model::Model::with_router).
+
+pub mod default;
+pub mod dense;
+mod state;
+pub mod topk;
+
+pub use state::{LayerPass, LayerState, LayerStats, Pass, Phase};
+
+use crate::config::{ModelConfig, RouterConfig, nearest};
+use crate::error::{Error, Result};
+use crate::ops::combine::Defaults;
+use crate::ops::dispatch::Dispatch;
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::rc::Rc;
+
+/// What a router decided for one micro-batch of one layer.
+pub struct Routing {
+    /// `[T, E]`: weight of each expert's output; off the chosen experts that of its default vector,
+    /// if there is one, else unused.
+    pub gates: Var,
+    /// `[T, E]`: probabilities that the auxiliary loss and the statistics see.
+    pub probabilities: Var,
+    /// The experts that run for each token.
+    pub dispatch: Rc<Dispatch>,
+}
+
+/// A tensor that a router keeps from step to step, for one layer.
+pub struct StateTensor {
+    /// Name in checkpoints, behind the layer's prefix.
+    pub name: &'static str,
+    pub start: Tensor,
+}
+
+/// A method of routing. One value serves all layers; what differs by layer is in [`LayerPass`].
+pub trait Router {
+    /// Refuses models that the method cannot train.
+    ///
+    /// # Errors
+    /// Names the key to change.
+    fn validate(&self, _model: &ModelConfig) -> Result<()> {
+        Ok(())
+    }
+
+    /// The state of one MoE layer at the start of training, in f64: the model rounds it to its
+    /// dtype. `layer` counts MoE layers from 0.
+    fn initial_state(&self, _model: &ModelConfig, _layer: usize, _seed: u64) -> Vec<StateTensor> {
+        Vec::new()
+    }
+
+    /// Chooses experts and gates from the logits `[T, E]`.
+    ///
+    /// # Errors
+    /// When the logits do not fit.
+    fn route(&self, tape: &Tape<'_>, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing>;
+
+    /// Sees the outputs of the experts that ran, `[R, D]`, may update the layer's state, and gives
+    /// the default vectors of those that did not, if the method has any.
+    ///
+    /// # Errors
+    /// When the outputs do not fit.
+    fn defaults(
+        &self,
+        _expert_outputs: &Tensor,
+        _routing: &Routing,
+        _layer: &mut LayerPass<'_>,
+    ) -> Result<Option<Defaults>> {
+        Ok(None)
+    }
+
+    /// Whether the auxiliary loss applies: not where every expert gets every token.
+    fn balances(&self) -> bool {
+        true
+    }
+
+    /// Experts that run for a token at least and at most, of `num_experts`: for planning.
+    fn experts_run(&self, model: &ModelConfig) -> usize {
+        model.top_k
+    }
+}
+
+/// A router's entry in the registry.
+pub struct RouterInfo {
+    /// Name in configurations and on the command line.
+    pub name: &'static str,
+    /// What it does, in a line.
+    pub summary: &'static str,
+    /// Where it comes from.
+    pub source: &'static str,
+    /// What it costs beside `topk`.
+    pub cost: &'static str,
+    build: Build,
+}
+
+/// Reads settings: the router, and the settings with every default filled in.
+type Build = fn(&toml::Table) -> Result<(Box<dyn Router>, toml::Table)>;
+
+/// Every router.
+pub const ROUTERS: &[RouterInfo] = &[topk::INFO, default::INFO, dense::INFO];
+
+/// Builds the router that a configuration names.
+///
+/// # Errors
+/// When there is no such router, or it does not take a setting: both name the nearest right one.
+pub fn build(config: &RouterConfig) -> Result<Box<dyn Router>> {
+    Ok((find(&config.name)?.build)(&config.settings)?.0)
+}
+
+/// Checks a router's configuration and fills in its defaults.
+///
+/// # Errors
+/// As [`build`].
+pub fn resolve(config: &mut RouterConfig) -> Result<()> {
+    config.settings = (find(&config.name)?.build)(&config.settings)?.1;
+    Ok(())
+}
+
+fn find(name: &str) -> Result<&'static RouterInfo> {
+    ROUTERS.iter().find(|r| r.name == name).ok_or_else(|| {
+        let names: Vec<&str> = ROUTERS.iter().map(|r| r.name).collect();
+        let close = nearest(name, names.iter().copied());
+        Error::invalid(
+            "router.name",
+            format!("one of {}", names.join(", ")),
+            format!("\"{name}\""),
+            close.map_or("choose one of them".into(), |n| format!("did you mean \"{n}\"?")),
+        )
+    })
+}
+
+/// [`RouterInfo::build`] for a router whose fields are its settings.
+fn from_settings<R>(settings: &toml::Table) -> Result<(Box<dyn Router>, toml::Table)>
+where
+    R: Router + Default + Serialize + DeserializeOwned + 'static,
+{
+    let table = |router: &R| match toml::Table::try_from(router) {
+        Ok(table) => table,
+        Err(e) => unreachable!("settings are plain values: {e}"),
+    };
+    let known = table(&R::default());
+    if let Some(key) = settings.keys().find(|k| !known.contains_key(*k)) {
+        let keys: Vec<&str> = known.keys().map(String::as_str).collect();
+        let close = nearest(key, keys.iter().copied());
+        return Err(Error::invalid(
+            format!("router.{key}"),
+            if keys.is_empty() {
+                "no settings for this router".into()
+            } else {
+                format!("one of the settings {}", keys.join(", "))
+            },
+            format!("\"{key}\""),
+            close.map_or("remove it".into(), |k| format!("did you mean router.{k}?")),
+        ));
+    }
+    let router: R = settings.clone().try_into().map_err(|e: toml::de::Error| {
+        Error::invalid(
+            "router",
+            "settings of the right type",
+            e.message().to_string(),
+            "see `routegrad routers`",
+        )
+    })?;
+    let resolved = table(&router);
+    Ok((Box::new(router), resolved))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(name: &str, settings: &str) -> RouterConfig {
+        RouterConfig { name: name.into(), settings: toml::from_str(settings).unwrap() }
+    }
+
+    #[test]
+    fn every_router_builds_without_settings_and_resolves_to_itself() {
+        for info in ROUTERS {
+            let mut first = config(info.name, "");
+            resolve(&mut first).unwrap();
+            let mut second = first.clone();
+            resolve(&mut second).unwrap();
+            assert_eq!(first, second);
+            assert!(build(&first).is_ok());
+        }
+    }
+
+    #[test]
+    fn names_are_unique() {
+        for (i, a) in ROUTERS.iter().enumerate() {
+            assert!(ROUTERS[i + 1..].iter().all(|b| b.name != a.name));
+        }
+    }
+
+    #[test]
+    fn wrong_names_and_settings_name_the_nearest_right_one() {
+        let error = |c| build(&c).err().unwrap().to_string();
+        assert!(error(config("defualt", "")).contains("did you mean \"default\"?"));
+        assert!(error(config("default", "bta = 0.5")).contains("did you mean router.beta?"));
+        assert!(error(config("topk", "renormalize = 3")).contains("router"));
+    }
+}

@@ -1,0 +1,42 @@
+//! `dense`: every expert runs for every token, `y = Σ_i p_i e_i(x)`.
+//!
+//! The gradient is exact, the cost E / K times that of `topk`: the upper bound that Default MoE
+//! approximates, and the reference of the gradient analyses. The auxiliary loss would be a constant
+//! and is left out.
+
+use super::{LayerPass, Router, RouterInfo, Routing, from_settings};
+use crate::config::ModelConfig;
+use crate::error::Result;
+use crate::ops::router::{softmax, top_k};
+use crate::tape::{Tape, Var};
+use serde::{Deserialize, Serialize};
+
+pub(super) const INFO: RouterInfo = RouterInfo {
+    name: "dense",
+    summary: "every expert on every token: the exact router gradient",
+    source: "Default MoE, 2504.12463, section 3",
+    cost: "E / K times the experts of topk",
+    build: from_settings::<Dense>,
+};
+
+/// `dense` has no settings.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Dense {}
+
+impl Router for Dense {
+    fn route(&self, tape: &Tape<'_>, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
+        let probabilities = softmax(tape, logits)?;
+        let experts = probabilities.tensor().shape().width();
+        let dispatch = layer.select(|| top_k(probabilities.tensor(), experts))?;
+        Ok(Routing { gates: probabilities.clone(), probabilities, dispatch })
+    }
+
+    fn balances(&self) -> bool {
+        false
+    }
+
+    fn experts_run(&self, model: &ModelConfig) -> usize {
+        model.num_experts
+    }
+}

@@ -1,0 +1,233 @@
+//! What a router keeps and sees: state per layer, committed only with an accepted step.
+//!
+//! During a step a layer's tensors are changed in a *pending* copy; micro-batch m reads what m − 1
+//! left there. [`LayerState::commit`] makes it the state, [`LayerState::discard`] forgets it, so
+//! that a step which is not applied leaves no trace.
+
+use crate::dist::Collective;
+use crate::error::Result;
+use crate::ops::dispatch::{Dispatch, Selection};
+use crate::ops::router::TopK;
+use crate::tensor::Tensor;
+use std::rc::Rc;
+
+use super::StateTensor;
+
+/// What a forward pass is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Training: state is updated, statistics are counted.
+    Train,
+    /// Training's mathematics with state, counts and chosen experts as the last training pass left
+    /// them: a differentiable function, for finite differences and for comparisons.
+    Frozen,
+    /// Evaluation: state is read.
+    Evaluate,
+}
+
+/// One forward pass of the model over one micro-batch.
+#[derive(Clone, Copy)]
+pub struct Pass<'p> {
+    pub phase: Phase,
+    /// Micro-batches of this optimizer step.
+    pub micro_batches: usize,
+    pub dist: &'p dyn Collective,
+}
+
+/// Routing statistics of a layer, summed over what it saw since they were last taken.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct LayerStats {
+    pub tokens: f64,
+    /// Tokens per expert.
+    pub counts: Vec<f64>,
+    /// Sum over tokens of the entropy of p, in nats.
+    pub entropy: f64,
+}
+
+/// The state of one MoE layer.
+#[derive(Default)]
+pub struct LayerState {
+    names: Vec<&'static str>,
+    committed: Vec<Tensor>,
+    pending: Vec<Tensor>,
+    /// Tokens per expert of this optimizer step so far, over all ranks.
+    step_counts: Vec<f64>,
+    /// The choice and the balance fractions of the last training pass, which replays reuse.
+    selection: Option<Selection>,
+    fractions: Vec<f64>,
+    stats: LayerStats,
+    first_non_finite: Option<usize>,
+}
+
+impl LayerState {
+    pub(crate) fn new(tensors: Vec<StateTensor>) -> Self {
+        let (names, committed): (_, Vec<Tensor>) =
+            tensors.into_iter().map(|t| (t.name, t.start)).unzip();
+        LayerState { names, pending: committed.clone(), committed, ..Default::default() }
+    }
+
+    /// The committed tensors with their names, for checkpoints.
+    pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
+        self.names.iter().copied().zip(&self.committed)
+    }
+
+    /// Replaces a committed tensor, from a checkpoint.
+    ///
+    /// # Errors
+    /// When shape or dtype differ. A name that is not there is left alone and answered with false.
+    pub fn restore(&mut self, name: &str, tensor: Tensor) -> Result<bool> {
+        let Some(i) = self.names.iter().position(|n| *n == name) else { return Ok(false) };
+        tensor.expect_shape("checkpoint", name, self.committed[i].shape())?;
+        tensor.expect_dtype("checkpoint", name, self.committed[i].dtype())?;
+        self.pending[i] = tensor.clone();
+        self.committed[i] = tensor;
+        Ok(true)
+    }
+
+    /// Makes the pending state the state; begins a new step.
+    pub fn commit(&mut self) {
+        self.committed = self.pending.clone();
+        self.begin_step();
+    }
+
+    /// Forgets the pending state; begins a new step.
+    pub fn discard(&mut self) {
+        self.pending = self.committed.clone();
+        self.begin_step();
+    }
+
+    fn begin_step(&mut self) {
+        self.step_counts.clear();
+        self.first_non_finite = None;
+    }
+
+    /// Statistics since the last call.
+    pub fn take_stats(&mut self) -> LayerStats {
+        std::mem::take(&mut self.stats)
+    }
+
+    /// The first token of this step whose logits were not finite.
+    pub fn first_non_finite(&self) -> Option<usize> {
+        self.first_non_finite
+    }
+
+    /// The experts chosen in the last training pass.
+    pub fn selection(&self) -> Option<&Selection> {
+        self.selection.as_ref()
+    }
+
+    /// Sets the choice that the next [`Phase::Frozen`] pass takes: replay of a recorded routing.
+    pub fn set_selection(&mut self, selection: Selection) {
+        self.selection = Some(selection);
+    }
+}
+
+/// One layer in one pass, as a router sees it.
+pub struct LayerPass<'p> {
+    pub pass: Pass<'p>,
+    /// MoE layers from 0.
+    pub layer: usize,
+    pub top_k: usize,
+    state: &'p mut LayerState,
+    replaying: bool,
+}
+
+impl<'p> LayerPass<'p> {
+    pub(crate) fn new(
+        pass: Pass<'p>,
+        layer: usize,
+        top_k: usize,
+        state: &'p mut LayerState,
+        recomputing: bool,
+    ) -> Self {
+        let replaying = recomputing && pass.phase == Phase::Train || pass.phase == Phase::Frozen;
+        LayerPass { pass, layer, top_k, state, replaying }
+    }
+
+    /// Whether this pass may change state: training, and not a second run of a recompute segment.
+    pub fn updates_state(&self) -> bool {
+        self.pass.phase == Phase::Train && !self.replaying
+    }
+
+    /// The experts that run: chosen by `choose`, or in a replay those of the first run.
+    ///
+    /// # Errors
+    /// Those of `choose`.
+    pub fn select(&mut self, choose: impl FnOnce() -> Result<TopK>) -> Result<Rc<Dispatch>> {
+        if let (true, Some(selection)) = (self.replaying, &self.state.selection) {
+            return Ok(Rc::new(Dispatch::new(selection.clone())));
+        }
+        let TopK { selection, first_non_finite } = choose()?;
+        if self.updates_state() {
+            self.state.selection = Some(selection.clone());
+            let first = &mut self.state.first_non_finite;
+            *first = first.or(first_non_finite);
+        }
+        Ok(Rc::new(Dispatch::new(selection)))
+    }
+
+    /// A state tensor: the pending one in training, the committed one at evaluation.
+    ///
+    /// # Panics
+    /// When the router did not declare it.
+    pub fn state(&self, name: &str) -> &Tensor {
+        let i = self.index(name);
+        if self.pass.phase == Phase::Evaluate { &self.state.committed[i] } else { &self.state.pending[i] }
+    }
+
+    /// A pending state tensor, to update.
+    ///
+    /// # Panics
+    /// When the router did not declare it, or this pass may not change state.
+    pub fn state_mut(&mut self, name: &str) -> &mut Tensor {
+        assert!(self.updates_state(), "state changes in a first training pass alone");
+        let i = self.index(name);
+        &mut self.state.pending[i]
+    }
+
+    fn index(&self, name: &str) -> usize {
+        match self.state.names.iter().position(|n| *n == name) {
+            Some(i) => i,
+            None => panic!("the router declared no state {name:?}"),
+        }
+    }
+
+    /// Counts this micro-batch and gives `f_i`, the share of slots that went to expert i: over the
+    /// step so far and all ranks, or over this micro-batch alone.
+    pub fn fractions(&mut self, dispatch: &Dispatch, over_step: bool) -> Vec<f64> {
+        if self.replaying && !self.state.fractions.is_empty() {
+            return self.state.fractions.clone();
+        }
+        let selection = dispatch.selection();
+        let own: Vec<f64> = selection.counts().into_iter().map(|c| c as f64).collect();
+        let mut counts = own.clone();
+        if over_step {
+            self.pass.dist.sum(&mut counts);
+            if !self.state.step_counts.is_empty() {
+                counts.iter_mut().zip(&self.state.step_counts).for_each(|(c, s)| *c += s);
+            }
+        }
+        let slots: f64 = counts.iter().sum();
+        let fractions: Vec<f64> = counts.iter().map(|c| c / slots.max(1.0)).collect();
+        if self.updates_state() {
+            if over_step {
+                self.state.step_counts = counts;
+            }
+            self.state.fractions = fractions.clone();
+        }
+        fractions
+    }
+
+    /// Adds this micro-batch to the layer's statistics.
+    pub fn count(&mut self, dispatch: &Dispatch, entropy: f64) {
+        if self.replaying {
+            return;
+        }
+        let stats = &mut self.state.stats;
+        let counts = dispatch.selection().counts();
+        stats.counts.resize(counts.len(), 0.0);
+        stats.counts.iter_mut().zip(counts).for_each(|(s, c)| *s += c as f64);
+        stats.tokens += dispatch.selection().num_tokens() as f64;
+        stats.entropy += entropy;
+    }
+}

@@ -1,0 +1,56 @@
+//! `topk`: the K most probable experts run, weighted by their probabilities.
+//!
+//! `y = Σ_A p_i e_i(x)` (Default MoE, 2504.12463, eq. 2), the weights not renormalised; or, with
+//! `renormalize`, `q_i = p_i / Σ_A p`. Through the softmax the logits get
+//! `dz_j = p_j (1[j∈A] s_j − Σ_A p_i s_i)`, `s_i = ⟨g, e_i⟩`: the baseline, whose router learns from
+//! the chosen experts alone.
+
+use super::{LayerPass, Router, RouterInfo, Routing, from_settings};
+use crate::config::ModelConfig;
+use crate::error::{Error, Result};
+use crate::ops::renormalize::renormalize;
+use crate::ops::router::{softmax, top_k};
+use crate::tape::{Tape, Var};
+use serde::{Deserialize, Serialize};
+
+pub(super) const INFO: RouterInfo = RouterInfo {
+    name: "topk",
+    summary: "the K most probable experts, weighted by their probabilities; the baseline",
+    source: "Shazeer et al. 2017, 1701.06538; Default MoE, 2504.12463, eq. 2",
+    cost: "1",
+    build: from_settings::<TopK>,
+};
+
+/// Settings of `topk`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TopK {
+    /// Weights that sum to 1 over the chosen experts; needs K ≥ 2.
+    pub renormalize: bool,
+}
+
+impl Router for TopK {
+    fn validate(&self, model: &ModelConfig) -> Result<()> {
+        if self.renormalize && model.top_k == 1 {
+            return Err(Error::invalid(
+                "router.renormalize",
+                "model.top_k of 2 or more",
+                "1",
+                "with one expert the weight is always 1 and the router gets no gradient; set renormalize = false",
+            ));
+        }
+        Ok(())
+    }
+
+    fn route(&self, tape: &Tape<'_>, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
+        let probabilities = softmax(tape, logits)?;
+        let k = layer.top_k;
+        let dispatch = layer.select(|| top_k(probabilities.tensor(), k))?;
+        let gates = if self.renormalize {
+            renormalize(tape, &probabilities, dispatch.selection())?
+        } else {
+            probabilities.clone()
+        };
+        Ok(Routing { gates, probabilities, dispatch })
+    }
+}

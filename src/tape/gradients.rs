@@ -1,0 +1,208 @@
+//! Where gradients are kept and how an operation hands them over.
+//!
+//! The rule of accumulation, once: the first consumer of a value assigns its gradient, later ones
+//! add. Which of the two it is, the tape knows; an operation is told through [`Accumulate`].
+
+use super::Source;
+use crate::cpu::{self, Accumulate};
+use crate::error::Result;
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// Gradients of leaves, kept from one backward pass to the next.
+#[derive(Default)]
+pub struct Gradients {
+    slots: Vec<Slot>,
+}
+
+#[derive(Default)]
+struct Slot {
+    tensor: Option<Tensor>,
+    /// Whether the tensor holds a gradient, or only memory to reuse.
+    written: bool,
+}
+
+impl Gradients {
+    /// A store for leaves `0 .. leaves`.
+    pub fn new(leaves: usize) -> Self {
+        Gradients {
+            slots: (0..leaves).map(|_| Slot::default()).collect(),
+        }
+    }
+
+    /// The gradient of a leaf; none when nothing flowed to it since the last [`reset`](Self::reset).
+    pub fn get(&self, leaf: usize) -> Option<&Tensor> {
+        let slot = self.slots.get(leaf)?;
+        slot.tensor.as_ref().filter(|_| slot.written)
+    }
+
+    /// The gradient of a leaf, to change in place (clipping, sums over ranks).
+    pub fn get_mut(&mut self, leaf: usize) -> Option<&mut Tensor> {
+        let slot = self.slots.get_mut(leaf)?;
+        let written = slot.written;
+        slot.tensor.as_mut().filter(|_| written)
+    }
+
+    /// Adds `leaves` slots behind the present ones and says where they begin.
+    pub(super) fn extend(&mut self, leaves: usize) -> usize {
+        let first = self.slots.len();
+        self.slots.resize_with(first + leaves, Slot::default);
+        first
+    }
+
+    /// Takes off the slots from `first` on and gives back the gradients they hold.
+    pub(super) fn shrink(&mut self, first: usize) -> Vec<Option<Tensor>> {
+        let slots = self.slots.split_off(first);
+        slots
+            .into_iter()
+            .map(|s| s.tensor.filter(|_| s.written))
+            .collect()
+    }
+
+    /// Forgets all gradients and keeps their memory.
+    pub fn reset(&mut self) {
+        for slot in &mut self.slots {
+            slot.written = false;
+        }
+    }
+}
+
+/// The places for the gradients of one operation's inputs.
+pub struct Grads<'a> {
+    sources: &'a [Source],
+    pending: &'a mut [Vec<Option<Tensor>>],
+    store: &'a mut Gradients,
+    answered: Vec<bool>,
+}
+
+impl<'a> Grads<'a> {
+    pub(super) fn new(
+        sources: &'a [Source],
+        pending: &'a mut [Vec<Option<Tensor>>],
+        store: &'a mut Gradients,
+    ) -> Self {
+        Grads {
+            sources,
+            pending,
+            store,
+            answered: vec![false; sources.len()],
+        }
+    }
+
+    /// Whether input `input` needs a gradient; where not, computing it would be wasted.
+    pub fn wanted(&self, input: usize) -> bool {
+        self.sources[input] != Source::Constant
+    }
+
+    /// Says that no gradient flows to input `input`.
+    pub fn none(&mut self, input: usize) {
+        self.answer(input);
+    }
+
+    /// Hands over a gradient that is already computed.
+    ///
+    /// # Errors
+    /// When an earlier gradient of the same value has another shape or dtype.
+    pub fn give(&mut self, input: usize, gradient: Tensor) -> Result<()> {
+        self.answer(input);
+        match self.earlier(input) {
+            None => self.put(input, gradient),
+            Some(mut sum) => {
+                add(&mut sum, &gradient)?;
+                self.put(input, sum);
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets `f` write the gradient of input `input`, a tensor like `like`, in place: it gets the
+    /// destination and whether to assign or to add. Not called where no gradient is wanted.
+    ///
+    /// # Errors
+    /// Those of `f`.
+    pub fn write(
+        &mut self,
+        input: usize,
+        like: &Tensor,
+        f: impl FnOnce(&mut Tensor, Accumulate) -> Result<()>,
+    ) -> Result<()> {
+        self.answer(input);
+        if !self.wanted(input) {
+            return Ok(());
+        }
+        let (mut destination, accumulate) = match self.earlier(input) {
+            Some(sum) => (sum, Accumulate::Add),
+            None => (self.spare(input, like), Accumulate::Assign),
+        };
+        f(&mut destination, accumulate)?;
+        self.put(input, destination);
+        Ok(())
+    }
+
+    /// The store of leaves, for an operation that walks a tape of its own.
+    pub(super) fn store(&mut self) -> &mut Gradients {
+        self.store
+    }
+
+    fn answer(&mut self, input: usize) {
+        assert!(
+            !self.answered[input],
+            "input {input} was answered for twice"
+        );
+        self.answered[input] = true;
+    }
+
+    /// Takes out the gradient given so far.
+    fn earlier(&mut self, input: usize) -> Option<Tensor> {
+        match self.sources[input] {
+            Source::Constant => None,
+            Source::Entry { entry, output, .. } => self.pending[entry][output].take(),
+            Source::Leaf(leaf) => {
+                let slot = &mut self.store.slots[leaf];
+                if slot.written {
+                    slot.tensor.take()
+                } else {
+                    None
+                }
+            }
+        }
+    }
+
+    /// Memory for a first gradient: that of the last step where there is some.
+    fn spare(&mut self, input: usize, like: &Tensor) -> Tensor {
+        let kept = match self.sources[input] {
+            Source::Leaf(leaf) => self.store.slots[leaf].tensor.take(),
+            _ => None,
+        };
+        kept.filter(|t| t.shape() == like.shape() && t.dtype() == like.dtype())
+            .unwrap_or_else(|| like.unspecified_like())
+    }
+
+    fn put(&mut self, input: usize, gradient: Tensor) {
+        match self.sources[input] {
+            Source::Constant => {}
+            Source::Entry { entry, output, .. } => self.pending[entry][output] = Some(gradient),
+            Source::Leaf(leaf) => {
+                self.store.slots[leaf] = Slot {
+                    tensor: Some(gradient),
+                    written: true,
+                };
+            }
+        }
+    }
+
+    pub(super) fn finish(self, op: &str) {
+        for (input, answered) in self.answered.iter().enumerate() {
+            assert!(answered, "{op}: backward gave no answer for input {input}");
+        }
+    }
+}
+
+fn add(sum: &mut Tensor, term: &Tensor) -> Result<()> {
+    term.expect_shape("backward", "a further gradient", sum.shape())?;
+    term.expect_dtype("backward", "a further gradient", sum.dtype())?;
+    with_real!(sum.dtype(), "backward", |T| {
+        cpu::add_assign(sum.slice_mut::<T>(), term.slice::<T>());
+        Ok(())
+    })
+}

@@ -1,0 +1,221 @@
+//! Tensors: a shape and a dtype over shared memory, always contiguous and row-major.
+//!
+//! Cloning shares the memory; writing to shared memory copies it first, so a tensor is a value.
+
+use crate::device::{Device, Memory};
+use crate::dtype::{DType, Element};
+use crate::error::{Error, Result};
+use crate::shape::Shape;
+use crate::with_real;
+use std::fmt;
+use std::sync::Arc;
+
+/// An array of elements of one dtype on one device.
+#[derive(Clone)]
+pub struct Tensor {
+    memory: Arc<Memory>,
+    shape: Shape,
+    dtype: DType,
+    device: Device,
+}
+
+impl Tensor {
+    /// A tensor whose elements are unspecified until written.
+    pub fn unspecified(device: Device, dtype: DType, shape: impl Into<Shape>) -> Self {
+        let shape = shape.into();
+        Tensor {
+            memory: Arc::new(Memory::unspecified(shape.elements() * dtype.size())),
+            shape,
+            dtype,
+            device,
+        }
+    }
+
+    /// A tensor of zeros.
+    pub fn zeros(device: Device, dtype: DType, shape: impl Into<Shape>) -> Self {
+        let mut t = Self::unspecified(device, dtype, shape);
+        t.bytes_mut().fill(0);
+        t
+    }
+
+    /// A tensor on the CPU with the given elements.
+    ///
+    /// # Panics
+    /// When the number of elements is not that of the shape.
+    pub fn from_slice<T: Element>(shape: impl Into<Shape>, elements: &[T]) -> Self {
+        let mut t = Self::unspecified(Device::Cpu, T::DTYPE, shape);
+        t.slice_mut::<T>().copy_from_slice(elements);
+        t
+    }
+
+    /// A scalar on the CPU.
+    pub fn scalar<T: Element>(value: T) -> Self {
+        Self::from_slice(Shape::from([]), &[value])
+    }
+
+    /// A tensor like this one in shape, dtype and device, its elements unspecified.
+    pub fn unspecified_like(&self) -> Self {
+        Self::unspecified(self.device, self.dtype, self.shape)
+    }
+
+    pub fn shape(&self) -> Shape {
+        self.shape
+    }
+
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Number of elements.
+    pub fn elements(&self) -> usize {
+        self.shape.elements()
+    }
+
+    /// The elements.
+    ///
+    /// # Panics
+    /// When `T` is not the tensor's dtype: operations check dtypes before they come here.
+    pub fn slice<T: Element>(&self) -> &[T] {
+        assert_eq!(self.dtype, T::DTYPE, "dtype of the elements asked for");
+        bytemuck::cast_slice(self.memory.bytes())
+    }
+
+    /// The elements, to write; copies them first when the memory is shared.
+    ///
+    /// # Panics
+    /// When `T` is not the tensor's dtype.
+    pub fn slice_mut<T: Element>(&mut self) -> &mut [T] {
+        assert_eq!(self.dtype, T::DTYPE, "dtype of the elements asked for");
+        bytemuck::cast_slice_mut(self.bytes_mut())
+    }
+
+    /// The raw bytes.
+    pub fn bytes(&self) -> &[u8] {
+        self.memory.bytes()
+    }
+
+    /// The raw bytes, to write; copies them first when the memory is shared.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        if Arc::get_mut(&mut self.memory).is_none() {
+            let mut own = Memory::unspecified(self.memory.bytes().len());
+            own.bytes_mut().copy_from_slice(self.memory.bytes());
+            self.memory = Arc::new(own);
+        }
+        match Arc::get_mut(&mut self.memory) {
+            Some(memory) => memory.bytes_mut(),
+            None => unreachable!("the memory was made unique above"),
+        }
+    }
+
+    /// The same elements under another shape.
+    ///
+    /// # Errors
+    /// When the two shapes differ in their number of elements.
+    pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        if shape.elements() != self.shape.elements() {
+            return Err(Error::invalid(
+                "reshape",
+                format!("{} elements", self.shape.elements()),
+                format!("shape {shape}"),
+                "keep the number of elements",
+            ));
+        }
+        Ok(Tensor {
+            shape,
+            ..self.clone()
+        })
+    }
+
+    /// The value of a tensor of one real element.
+    ///
+    /// # Errors
+    /// When it has more than one element or is not real.
+    pub fn item(&self) -> Result<f64> {
+        if self.elements() != 1 {
+            return Err(Error::invalid(
+                "item",
+                "one element",
+                format!("shape {}", self.shape),
+                "reduce the tensor first",
+            ));
+        }
+        with_real!(self.dtype, "item", |T| Ok(crate::dtype::Real::f64(
+            self.slice::<T>()[0]
+        )))
+    }
+
+    /// All elements of a real tensor, widened.
+    ///
+    /// # Errors
+    /// When the dtype is not real.
+    pub fn to_f64(&self) -> Result<Vec<f64>> {
+        with_real!(self.dtype, "to_f64", |T| Ok(self
+            .slice::<T>()
+            .iter()
+            .map(|&x| crate::dtype::Real::f64(x))
+            .collect()))
+    }
+
+    /// Checks the shape for operation `op`; `what` names the tensor in the error.
+    pub fn expect_shape(&self, op: &str, what: &str, shape: impl Into<Shape>) -> Result<()> {
+        let shape = shape.into();
+        if self.shape == shape {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            op,
+            format!("{what} of shape {shape}"),
+            format!("{}", self.shape),
+            "pass tensors whose shapes fit together",
+        ))
+    }
+
+    /// Checks the dtype for operation `op`; `what` names the tensor in the error.
+    pub fn expect_dtype(&self, op: &str, what: &str, dtype: DType) -> Result<()> {
+        if self.dtype == dtype {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            op,
+            format!("{what} of dtype {dtype}"),
+            self.dtype.to_string(),
+            "pass tensors of one dtype",
+        ))
+    }
+}
+
+impl fmt::Debug for Tensor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Tensor({} {} on {})",
+            self.dtype, self.shape, self.device
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writing_to_a_shared_tensor_leaves_the_other_owner_alone() {
+        let a = Tensor::from_slice([2], &[1f32, 2.0]);
+        let mut b = a.clone();
+        b.slice_mut::<f32>()[0] = 5.0;
+        assert_eq!(a.slice::<f32>(), [1.0, 2.0]);
+        assert_eq!(b.slice::<f32>(), [5.0, 2.0]);
+    }
+
+    #[test]
+    fn reshape_refuses_another_number_of_elements() {
+        let a = Tensor::zeros(Device::Cpu, DType::F32, [2, 3]);
+        assert_eq!(*a.reshape([3, 2]).unwrap().shape(), [3, 2]);
+        assert!(a.reshape([4]).is_err());
+    }
+}
