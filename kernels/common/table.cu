@@ -9,12 +9,14 @@
 #include "../sim/options.hpp"
 #endif
 
-#ifndef ROUTEGRAD_BUILD_NAME
-#ifdef __CUDACC__
+#define ROUTEGRAD_TEXT_OF(x) #x
+#define ROUTEGRAD_TEXT(x) ROUTEGRAD_TEXT_OF(x)
+#if defined(__CUDACC__)
 #define ROUTEGRAD_BUILD_NAME "cuda"
+#elif defined(ROUTEGRAD_SIM_VARIANT)
+#define ROUTEGRAD_BUILD_NAME "sim-" ROUTEGRAD_TEXT(ROUTEGRAD_SIM_VARIANT)
 #else
 #define ROUTEGRAD_BUILD_NAME "sim"
-#endif
 #endif
 
 namespace ROUTEGRAD_VARIANT {

@@ -171,6 +171,7 @@ struct Launch {
   uint64_t failed_wave = ~0ull;  // the first one in order, so that the report is the same for any thread count
   std::string failure;
   routegrad_sim_counters counters{};
+  race::Global global;
 
   void work() {
     std::unique_ptr<Machine> m = take_machine();
@@ -180,6 +181,7 @@ struct Launch {
     m->counters = {};
     m->body = body;
     m->captured = captured;
+    m->race_global = &global;
     language::blockDim = dim3(shape.threads);
     language::gridDim = shape.grid;
     for (uint64_t i; (i = next.fetch_add(wave)) < blocks && i < failed();) {
@@ -225,7 +227,6 @@ routegrad_status launch(const LaunchShape& shape, void (*body)(void*), void* cap
   const uint64_t blocks = static_cast<uint64_t>(shape.grid.x) * shape.grid.y * shape.grid.z;
   const uint64_t wave = std::max<uint64_t>(static_cast<uint64_t>(o.resident) / shape.cluster, 1) * shape.cluster;
   Launch l(shape, body, captured, o, blocks, wave);
-  race::begin_launch();
   const uint64_t threads = std::min<uint64_t>(static_cast<uint64_t>(o.threads), (blocks + wave - 1) / wave);
   std::vector<std::thread> helpers;
   for (uint64_t i = 1; i < threads; ++i) helpers.emplace_back([&] { l.work(); });

@@ -148,6 +148,7 @@ struct Block {
   uint3 index{};
   Block* cluster = nullptr;  // first block of the cluster; the others follow it
   int rank = 0, cluster_size = 1;
+  int slot = 0;              // of the cluster's first block in the wave
   std::vector<Thread> threads;
   int live = 0;
   char* arena = nullptr;
@@ -166,6 +167,7 @@ struct Block {
 
 // One OS thread's simulator: it runs a wave of blocks at a time.
 struct Machine {
+  alignas(64) float product_a[16 * 64], product_b[256 * 16];  // operands of the product being computed
   routegrad_sim_options options{};
   routegrad_sim_counters counters{};
   Stacks stacks;
@@ -186,6 +188,7 @@ struct Machine {
   std::list<TmaCopy> copies;
   std::vector<Thread*> cp_queues;  // threads with cp.async under way
   race::Domain race;
+  race::Global* race_global = nullptr;
   ~Machine();
 };
 extern constinit thread_local Machine* machine;

@@ -7,8 +7,11 @@
 // how much of actor a happened before; `fenced[a]` is how much of a's ordinary writes happened before and passed a's own
 // proxy fence, which is what an asynchronous unit may read.
 #pragma once
+#include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <source_location>
+#include <unordered_map>
 #include <vector>
 
 namespace sim {
@@ -58,6 +61,12 @@ struct BlockShadow {
   std::vector<Granule> granules;
   std::vector<MbarrierSync> mbarriers;
 };
+// What a launch did to global memory, which all its blocks share.
+struct Global {
+  std::mutex lock;
+  std::unordered_map<uint64_t, Granule> granules;
+  std::unordered_map<uint64_t, Sync> atomics;
+};
 // The clocks of one cluster's (or wave's) threads, indexed by actor; threads come first.
 struct Domain {
   uint32_t id = 0;
@@ -68,7 +77,6 @@ struct Domain {
   std::vector<std::pair<const char*, uint32_t>> names;  // of actors
 };
 
-void begin_launch();
 void begin_wave(Block* blocks, int count, uint32_t id);
 void release(Sync& sync);                             // by the current thread
 void release_of(const Thread& thread, Sync& sync);
@@ -96,6 +104,7 @@ void bytes_arrive(Block& block, uint32_t bar);
 void async_global_access(const TensorMap& map, const int* at_box, bool write, Actor actor, const Stamp& stamp, Where at);
 // The arrival of cp.async group number `clock` of a thread at an mbarrier.
 void cp_async_arrive(const Thread& thread, Block& block, uint32_t bar, uint32_t clock);
+bool in_kernel();                                     // on a simulated thread, not in a launcher's host code
 void thread_fence();
 void atomic_access(const void* p);                    // a relaxed atomic: joins what fences make visible
 
@@ -112,12 +121,12 @@ struct MbarrierSync {
   Sync current, done;
 };
 struct BlockShadow {};
+struct Global {};
 struct Domain {};
 inline MbarrierSync& mbarrier_sync(Block&, uint32_t) {
   static MbarrierSync none;
   return none;
 }
-inline void begin_launch() {}
 inline void begin_wave(Block*, int, uint32_t) {}
 inline void release(Sync&) {}
 inline void release_of(const Thread&, Sync&) {}

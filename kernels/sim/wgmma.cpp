@@ -80,7 +80,8 @@ static void for_fragment(int t, int columns, F f) {
 }
 
 static void run_product(Warpgroup& w, Product& p, Block& block) {
-  alignas(64) static thread_local float a[kDepth * kRows], b[256 * kDepth];
+  float* const a = machine->product_a;
+  float* const b = machine->product_b;
   if (p.a_in_registers)
     load_register_operand(p, a);
   else
