@@ -1,0 +1,72 @@
+// What a GEMM epilogue is, and the shared memory through which it stores.
+//
+// An epilogue is a struct passed to the kernel as a __grid_constant__ (tensor maps and pointers) with
+//   template <int COLUMNS>
+//   DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const;
+// All 128 threads of a consumer warpgroup call it with one product of 64 rows: d is the thread's accumulator fragment,
+// `at` says where it lies. Data per row (a routing weight) is looked up by at.row(h), data per expert by at.group; sums
+// over an expert's rows go to partials by (at.group, at.first_row / 64), added later in that order.
+#pragma once
+#include "gemm_schedule.cuh"
+#include "ptx.cuh"
+
+namespace ROUTEGRAD_VARIANT {
+
+// The part of a tile that a warpgroup hands over: 64 rows by all columns. Thread t holds d[4 j + 2 h + e] at row(h),
+// column(j) + e.
+struct Fragment {
+  int group;
+  int first_row, rows;  // rows past `rows` (1 … 64) belong to another group or to nobody: they must not be stored
+  int first_column;
+  DEV Fragment(const Tile& tile, int block)
+      : group(tile.group),
+        first_row(tile.row + 64 * block),
+        rows(tile.rows - 64 * block < 64 ? tile.rows - 64 * block : 64),
+        first_column(tile.column) {}
+  // Within the fragment.
+  DEV int local_row(int h) const { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h; }
+  DEV int row(int h) const { return first_row + local_row(h); }
+  DEV int column(int j) const { return first_column + 8 * j + threadIdx.x % 4 * 2; }
+};
+
+// Two buffers of 64 rows by 128 bytes per warpgroup: one is filled while the store of the other is under way. Chunks of
+// 16 bytes are XORed by the row, as TMA expects them and so that column-wise writes do not share banks.
+constexpr int kStagingBytes = 64 * 128;
+struct StagingBuffers {
+  alignas(1024) uint8_t bytes[2][kStagingBytes];
+};
+class Staging {
+ public:
+  DEV Staging(StagingBuffers& buffers, int warpgroup) : buffers_(buffers), barrier_(1 + warpgroup) {}
+
+  static DEV int byte(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
+  DEV bool issuer() const { return threadIdx.x % 128 == 0; }
+
+  // The buffer to fill: the store that read it last is done with it.
+  DEV uint8_t* acquire() {
+    if (issuer()) bulk_wait_read<1>();
+    named_bar_sync(barrier_, 128);
+    next_ ^= 1;
+    return buffers_.bytes[next_];
+  }
+  // After filling: what all threads wrote is visible to all, and to TMA.
+  DEV void publish() {
+    fence_proxy_async();
+    named_bar_sync(barrier_, 128);
+  }
+  // Ends the use of a buffer; every acquire has one, also when no TMA store was issued, so that acquire can count.
+  DEV void commit() {
+    if (issuer()) bulk_commit();
+  }
+  // Before the block's shared memory goes away.
+  DEV void drain() {
+    if (issuer()) bulk_wait_read<0>();
+  }
+
+ private:
+  StagingBuffers& buffers_;
+  int barrier_;
+  int next_ = 0;
+};
+
+}  // namespace ROUTEGRAD_VARIANT

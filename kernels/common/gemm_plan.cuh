@@ -1,0 +1,85 @@
+// Which tile and schedule a product gets: a pure function of its sizes, from an estimate of its clocks on one H200.
+// Group sizes live on the device, so the rows are taken as evenly spread. The constants are reckoned from the data sheet
+// (wgmma m64nNk16: N / 2 clocks) and from published bandwidths; they rank tiles, they do not predict times.
+#pragma once
+#include "gemm_schedule.cuh"
+
+namespace ROUTEGRAD_VARIANT {
+
+struct TileShape {
+  int tile;        // routegrad_gemm_tile
+  int row_blocks;  // products of 64 rows per consumer warpgroup
+  int columns;
+  bool pingpong;
+  constexpr int rows() const { return row_blocks * (pingpong ? 64 : 128); }
+};
+constexpr TileShape kTileShapes[] = {
+    {ROUTEGRAD_TILE_COOPERATIVE_128X256, 1, 256, false}, {ROUTEGRAD_TILE_COOPERATIVE_256X128, 2, 128, false},
+    {ROUTEGRAD_TILE_COOPERATIVE_256X176, 2, 176, false}, {ROUTEGRAD_TILE_PINGPONG_128X128, 2, 128, true},
+    {ROUTEGRAD_TILE_PINGPONG_128X176, 2, 176, true},
+};
+constexpr int kTileShapeCount = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
+
+// 227 KB of shared memory, less the staging buffers (32 KB), barriers and room to align.
+constexpr int tile_stages(const TileShape& t, bool b_mn_major) {
+  const int columns = b_mn_major ? (t.columns + 63) / 64 * 64 : t.columns;
+  const int stages = (227 * 1024 - 32 * 1024 - 2 * 1024 - 128) / ((t.rows() + columns) * kGemmDepth * 2);
+  return stages < 8 ? stages : 8;
+}
+
+// The output is [rows, columns] per group, or in all where the rows are ragged.
+struct ProductSizes {
+  bool ragged_depth;
+  int64_t rows, columns, depth;  // ragged: the sum over the groups
+  int groups;
+};
+inline ProductSizes product_sizes(int product, int64_t rows, int experts, int n, int k) {
+  if (product == ROUTEGRAD_GEMM_FORWARD) return {false, rows, n, k, experts};
+  if (product == ROUTEGRAD_GEMM_INPUT_GRADIENT) return {false, rows, k, n, experts};
+  return {true, n, k, rows, experts};
+}
+constexpr bool tile_serves(const TileShape& t, int product) {
+  return product != ROUTEGRAD_GEMM_WEIGHT_GRADIENT || t.columns % 64 == 0;
+}
+
+constexpr int64_t ceil_div_wide(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Output tiles, at most, whatever the group sizes are.
+constexpr int64_t most_tiles(const TileShape& t, const ProductSizes& p) {
+  const int64_t column_tiles = ceil_div_wide(p.columns, t.columns);
+  if (p.ragged_depth) return p.groups * ceil_div_wide(p.rows, t.rows()) * column_tiles;
+  return (p.rows / t.rows() + (p.groups < p.rows ? p.groups : p.rows)) * column_tiles;
+}
+
+constexpr int64_t estimate_clocks(const TileShape& t, const ProductSizes& p, int multiprocessors) {
+  constexpr int kLoadBytesPerClock = 48;    // L2 to one multiprocessor, all reading
+  constexpr int kStoreBytesPerClock = 48;   // registers to L2, through the staging buffers
+  constexpr int kTileClocks = 600;          // latencies that a cooperative tile cannot hide
+  const int64_t groups = p.ragged_depth || p.groups < p.rows ? p.groups : p.rows;
+  const int64_t rows = p.ragged_depth ? p.rows : ceil_div_wide(p.rows, groups);
+  const int64_t depth = p.ragged_depth ? ceil_div_wide(p.depth, groups) : p.depth;
+  const int64_t row_tiles = ceil_div_wide(rows, t.rows());
+  const int64_t tiles = groups * row_tiles * ceil_div_wide(p.columns, t.columns);
+  // Products of 64 rows in a tile, on average, in 64ths: a tail costs only what it holds.
+  const int64_t row_blocks_64 = ceil_div_wide(rows, 64) * 64 / row_tiles;
+  const int64_t steps = ceil_div_wide(depth, kGemmDepth);
+  const int64_t multiply = row_blocks_64 * 2 * t.columns / 64;
+  const int64_t load = (row_blocks_64 + t.columns) * kGemmDepth * 2 / kLoadBytesPerClock;
+  const int64_t mainloop = steps * (multiply > load ? multiply : load);
+  const int64_t store = row_blocks_64 * t.columns * (p.ragged_depth ? 4 : 2) / kStoreBytesPerClock;
+  // Pingpong hides one warpgroup's store behind the other's products.
+  const int64_t overlapped = (mainloop + store) / 2;
+  const int64_t tile = t.pingpong ? (mainloop > overlapped ? mainloop : overlapped) : mainloop + store + kTileClocks;
+  return ceil_div_wide(tiles, multiprocessors) * tile + kTileClocks;
+}
+
+inline const TileShape& choose_tile(int product, const ProductSizes& p, int multiprocessors) {
+  int best = 0;
+  for (int i = 1; i < kTileShapeCount; ++i)
+    if (tile_serves(kTileShapes[i], product) &&
+        estimate_clocks(kTileShapes[i], p, multiprocessors) < estimate_clocks(kTileShapes[best], p, multiprocessors))
+      best = i;
+  return kTileShapes[best];
+}
+
+}  // namespace ROUTEGRAD_VARIANT

@@ -1,0 +1,194 @@
+// The C interface of the kernels: every launcher of every build (CUDA, simulator and its variants) in one table.
+// Included by the .cu files and read by bindgen, so it includes <stdint.h> alone.
+//
+// A build is reached through one exported function that returns its table:
+//   routegrad_cuda()  kernels compiled by nvcc; the pointers are device memory, the launch is asynchronous on `stream`
+//   routegrad_sim()   the same sources on the SIMT simulator; host memory, the launch returns when it is done
+//
+// A launcher checks its arguments, launches, and returns a status. It never prints, allocates, synchronises, or reads
+// device memory from the host. Arguments run: outputs, saved, inputs, sizes, scalars, stream.
+#ifndef ROUTEGRAD_H
+#define ROUTEGRAD_H
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// 0 is success. Otherwise the low byte is a reason (routegrad_reason) and the bits above it say more: for an argument
+// its 1-based place in the launcher's parameter list, for ROUTEGRAD_CUDA_ERROR the cudaError_t.
+typedef int32_t routegrad_status;
+
+typedef enum routegrad_reason {
+  ROUTEGRAD_OK = 0,
+  // An argument was refused before anything was launched.
+  ROUTEGRAD_NULL_POINTER = 1,  // the pointer is null
+  ROUTEGRAD_MISALIGNED = 2,    // the pointer is not 16-byte aligned
+  ROUTEGRAD_NOT_MULTIPLE = 3,  // the size is not a multiple of 8 (bf16 rows must be whole 16-byte units)
+  ROUTEGRAD_OUT_OF_RANGE = 4,  // the value lies outside what the kernel can do
+  ROUTEGRAD_OVERFLOW = 5,      // a product of sizes does not fit its type
+  // The launch itself failed; `describe` says why.
+  ROUTEGRAD_CUDA_ERROR = 16,      // the CUDA runtime or driver refused
+  ROUTEGRAD_BAD_TENSOR_MAP = 17,  // a TMA descriptor could not be encoded
+  ROUTEGRAD_SIM_FAILED = 18,      // the simulator found a fault: deadlock, race, misuse of an instruction
+} routegrad_reason;
+
+// A cudaStream_t; ignored by the simulator.
+typedef void* routegrad_stream;
+
+// When an asynchronous copy or matrix product takes effect on the simulator.
+typedef enum routegrad_sim_async {
+  ROUTEGRAD_SIM_EARLY = 0,   // at the instruction
+  ROUTEGRAD_SIM_LATE = 1,    // at the wait that needs it
+  ROUTEGRAD_SIM_RANDOM = 2,  // anywhere between
+} routegrad_sim_async;
+
+// Which simulated thread runs next.
+typedef enum routegrad_sim_order {
+  ROUTEGRAD_SIM_FIFO = 0,
+  ROUTEGRAD_SIM_LIFO = 1,
+  ROUTEGRAD_SIM_SHUFFLED = 2,
+} routegrad_sim_order;
+
+// How the simulator runs; the environment variable ROUTEGRAD_SIM sets the same at start (kernels/sim/README.md).
+typedef struct routegrad_sim_options {
+  int32_t copies;           // routegrad_sim_async, for TMA and cp.async
+  int32_t products;         // routegrad_sim_async, for wgmma
+  int32_t order;            // routegrad_sim_order
+  int32_t threads;          // OS threads among which the blocks of a launch are divided
+  int32_t resident;         // blocks alive at once on one OS thread (at least a cluster's size)
+  int32_t poison;           // 1: shared memory starts as NaN, in-flight accumulators read as NaN
+  int32_t multiprocessors;  // what the launchers are told the GPU has
+  int32_t reserved;
+  uint64_t seed;  // of RANDOM and SHUFFLED
+} routegrad_sim_options;
+
+// What the launches since the last reset did; the sums do not depend on order or threads.
+typedef struct routegrad_sim_counters {
+  uint64_t launches;
+  uint64_t blocks;
+  uint64_t fiber_switches;
+  uint64_t tensor_flops;  // 2·m·n·k of every wgmma
+  uint64_t bytes_read;    // of global memory, by TMA, cp.async and ld_global
+  uint64_t bytes_written; // of global memory, by TMA and st_global
+} routegrad_sim_counters;
+
+// A bf16 tensor of rank 2 or 3 and one box of it, innermost dimension first; passed by host address.
+typedef struct routegrad_unit_box {
+  int32_t rank;
+  int32_t extent[3];
+  int32_t box[3];
+  int32_t at[3];
+  int32_t swizzle;  // 0 none, 1 128, 2 64, 3 32 bytes
+} routegrad_unit_box;
+
+// X(name, parameters): one row per launcher, grouped by source file. From this list come the declarations, the table,
+// the argument names of error texts, and the checks of kernels/README.md and kernels/limits.txt.
+#define ROUTEGRAD_LAUNCHERS(X)   \
+  ROUTEGRAD_UNIT_LAUNCHERS(X)     \
+  ROUTEGRAD_DISPATCH_LAUNCHERS(X) \
+  ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X)
+
+// unit.cu: single instructions, for the tests of simulator and hardware.
+#define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
+  /* c[64, n] f32 = a[64, 64] b[64, n] in bf16; A is stored [64, 64], B [n, 64] (k contiguous) or [64, n] (mn major). */ \
+  X(unit_wgmma, (float* c, const void* a, const void* b, int32_t n, int32_t a_mn_major, int32_t b_mn_major,            \
+                 int32_t a_in_registers, int32_t swizzle, routegrad_stream stream))                                    \
+  /* The bytes of one box as TMA lays them in shared memory; and the way back. */                                      \
+  X(unit_tma_load, (void* out, const void* tensor, const routegrad_unit_box* box, routegrad_stream stream))            \
+  X(unit_tma_store, (void* tensor, const void* in, const routegrad_unit_box* box, routegrad_stream stream))            \
+  /* Clusters of two; out[2 clusters, rounds, 64, 64] = tensor[64 rounds, 64], half by half where a mask allows. */    \
+  X(unit_multicast, (void* out, const void* tensor, int32_t rounds, int32_t clusters, int32_t mask0, int32_t mask1,    \
+                     routegrad_stream stream))                                                                         \
+  /* out[64, 64] = rows in[index], negative or past `columns`: zero; each 8 x 8 transposed when asked. */              \
+  X(unit_gather, (void* out, const void* in, const int32_t* index, int32_t columns, int32_t transpose,                 \
+                  int32_t by_mbarrier, routegrad_stream stream))                                                       \
+  X(unit_softmax, (float* out, int32_t* warps_seen, const float* in, int32_t rows, int32_t columns,                    \
+                   routegrad_stream stream))                                                                           \
+  /* A kernel with fault number `fault` (kernels/unit_faults.cu); the CUDA build refuses to run it. */                 \
+  X(unit_fault, (int32_t* out, int32_t fault, routegrad_stream stream))
+
+// Bits that dispatch sets in its `fault` word: the step must not be applied.
+typedef enum routegrad_fault {
+  ROUTEGRAD_FAULT_EXPERT = 1,    // a choice outside 0 ... E - 1
+  ROUTEGRAD_FAULT_CAPACITY = 2,  // more rows than row_capacity
+} routegrad_fault;
+
+// dispatch.cu: rows sorted by expert, and the maps between tokens, slots and rows. Shapes stand in the file's header.
+#define ROUTEGRAD_DISPATCH_LAUNCHERS(X)                                                                           \
+  X(dispatch_choices,                                                                                             \
+    (int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row, int32_t* fault, void* workspace, \
+     const int32_t* choices, int64_t tokens, int32_t experts, int32_t choices_per_token, int64_t row_capacity,    \
+     routegrad_stream stream))                                                                                    \
+  X(dispatch_mask,                                                                                                \
+    (int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row, int32_t* fault, void* workspace, \
+     const uint8_t* mask, int64_t tokens, int32_t experts, int64_t row_capacity, routegrad_stream stream))        \
+  /* On the host: bytes of `workspace` for `width` slots a token (choices_per_token, or experts with a mask). */  \
+  X(dispatch_workspace, (uint64_t* bytes, int64_t tokens, int32_t experts, int32_t width))
+
+// The three products of a grouped linear layer.
+typedef enum routegrad_gemm_product {
+  ROUTEGRAD_GEMM_FORWARD = 0,
+  ROUTEGRAD_GEMM_INPUT_GRADIENT = 1,
+  ROUTEGRAD_GEMM_WEIGHT_GRADIENT = 2,
+} routegrad_gemm_product;
+
+// The output tile of a block and how its two consumer warpgroups share it: cooperative, both on one tile; pingpong, each
+// on its own, one multiplying while the other stores.
+typedef enum routegrad_gemm_tile {
+  ROUTEGRAD_TILE_AUTO = 0,  // what grouped_gemm_plan says
+  ROUTEGRAD_TILE_COOPERATIVE_128X256 = 1,
+  ROUTEGRAD_TILE_COOPERATIVE_256X128 = 2,
+  ROUTEGRAD_TILE_COOPERATIVE_256X176 = 3,  // not for the weight gradient
+  ROUTEGRAD_TILE_PINGPONG_128X128 = 4,
+  ROUTEGRAD_TILE_PINGPONG_128X176 = 5,  // not for the weight gradient
+} routegrad_gemm_tile;
+
+typedef struct routegrad_gemm_plan {
+  int32_t tile;         // routegrad_gemm_tile
+  int32_t tile_rows;    // of the output
+  int32_t tile_columns;
+  int32_t stages;       // k-tiles of 64 in flight
+  int32_t blocks;       // the grid: at most one per multiprocessor
+  int32_t reserved;
+  int64_t clocks;       // the estimate by which the tile was chosen
+} routegrad_gemm_plan;
+
+// grouped_gemm.cu: row r belongs to expert e when offsets[e] <= r < offsets[e + 1]. Formulas stand in the file's header.
+#define ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X)                                                                           \
+  X(grouped_gemm_forward,                                                                                             \
+    (void* out, const void* x, const void* w, const int32_t* offsets, const int32_t* row_token, int64_t rows,         \
+     int64_t x_rows, int32_t experts, int32_t n, int32_t k, int32_t tile, routegrad_stream stream))                   \
+  X(grouped_gemm_input_gradient,                                                                                      \
+    (void* dx, const void* dout, const void* w, const int32_t* offsets, const int32_t* row_token, int64_t rows,       \
+     int64_t dout_rows, int32_t experts, int32_t n, int32_t k, int32_t tile, routegrad_stream stream))                \
+  X(grouped_gemm_weight_gradient,                                                                                     \
+    (float* dw, const void* dout, const void* x, const int32_t* offsets, const int32_t* dout_row_token,               \
+     const int32_t* x_row_token, int64_t rows, int64_t dout_rows, int64_t x_rows, int32_t experts, int32_t n,         \
+     int32_t k, int32_t accumulate, int32_t tile, routegrad_stream stream))                                           \
+  /* On the host: the tile and grid for a product (routegrad_gemm_product) of these sizes, a pure function. */        \
+  X(grouped_gemm_plan, (routegrad_gemm_plan* plan, int32_t product, int64_t rows, int32_t experts, int32_t n,         \
+                        int32_t k, int32_t multiprocessors))
+
+typedef struct routegrad_launchers {
+  const char* build;  // "cuda", "sim", "sim-race", "sim-asan"
+  // Writes the text of a failed launcher's status, cut to `capacity` bytes with its final zero. Call it on the thread
+  // that got the status, before the next launch there.
+  void (*describe)(const char* launcher, routegrad_status status, char* text, uint64_t capacity);
+  // Null in the CUDA build.
+  void (*sim_get_options)(routegrad_sim_options* options);
+  routegrad_status (*sim_set_options)(const routegrad_sim_options* options);
+  void (*sim_take_counters)(routegrad_sim_counters* counters);  // reads and resets
+#define ROUTEGRAD_MEMBER(name, parameters) routegrad_status(*name) parameters;
+  ROUTEGRAD_LAUNCHERS(ROUTEGRAD_MEMBER)
+#undef ROUTEGRAD_MEMBER
+} routegrad_launchers;
+
+const routegrad_launchers* routegrad_cuda(void);
+const routegrad_launchers* routegrad_sim(void);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

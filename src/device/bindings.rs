@@ -1,0 +1,468 @@
+// Made by bindgen from kernels/routegrad.h; scripts/update-bindings writes it anew.
+
+pub type routegrad_status = i32;
+pub const ROUTEGRAD_OK: routegrad_reason = 0;
+pub const ROUTEGRAD_NULL_POINTER: routegrad_reason = 1;
+pub const ROUTEGRAD_MISALIGNED: routegrad_reason = 2;
+pub const ROUTEGRAD_NOT_MULTIPLE: routegrad_reason = 3;
+pub const ROUTEGRAD_OUT_OF_RANGE: routegrad_reason = 4;
+pub const ROUTEGRAD_OVERFLOW: routegrad_reason = 5;
+pub const ROUTEGRAD_CUDA_ERROR: routegrad_reason = 16;
+pub const ROUTEGRAD_BAD_TENSOR_MAP: routegrad_reason = 17;
+pub const ROUTEGRAD_SIM_FAILED: routegrad_reason = 18;
+pub type routegrad_reason = ::std::os::raw::c_uint;
+pub type routegrad_stream = *mut ::std::os::raw::c_void;
+pub const ROUTEGRAD_SIM_EARLY: routegrad_sim_async = 0;
+pub const ROUTEGRAD_SIM_LATE: routegrad_sim_async = 1;
+pub const ROUTEGRAD_SIM_RANDOM: routegrad_sim_async = 2;
+pub type routegrad_sim_async = ::std::os::raw::c_uint;
+pub const ROUTEGRAD_SIM_FIFO: routegrad_sim_order = 0;
+pub const ROUTEGRAD_SIM_LIFO: routegrad_sim_order = 1;
+pub const ROUTEGRAD_SIM_SHUFFLED: routegrad_sim_order = 2;
+pub type routegrad_sim_order = ::std::os::raw::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct routegrad_sim_options {
+    pub copies: i32,
+    pub products: i32,
+    pub order: i32,
+    pub threads: i32,
+    pub resident: i32,
+    pub poison: i32,
+    pub multiprocessors: i32,
+    pub reserved: i32,
+    pub seed: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of routegrad_sim_options",
+    ][::std::mem::size_of::<routegrad_sim_options>() - 40usize];
+    [
+        "Alignment of routegrad_sim_options",
+    ][::std::mem::align_of::<routegrad_sim_options>() - 8usize];
+    [
+        "Offset of field: routegrad_sim_options::copies",
+    ][::std::mem::offset_of!(routegrad_sim_options, copies) - 0usize];
+    [
+        "Offset of field: routegrad_sim_options::products",
+    ][::std::mem::offset_of!(routegrad_sim_options, products) - 4usize];
+    [
+        "Offset of field: routegrad_sim_options::order",
+    ][::std::mem::offset_of!(routegrad_sim_options, order) - 8usize];
+    [
+        "Offset of field: routegrad_sim_options::threads",
+    ][::std::mem::offset_of!(routegrad_sim_options, threads) - 12usize];
+    [
+        "Offset of field: routegrad_sim_options::resident",
+    ][::std::mem::offset_of!(routegrad_sim_options, resident) - 16usize];
+    [
+        "Offset of field: routegrad_sim_options::poison",
+    ][::std::mem::offset_of!(routegrad_sim_options, poison) - 20usize];
+    [
+        "Offset of field: routegrad_sim_options::multiprocessors",
+    ][::std::mem::offset_of!(routegrad_sim_options, multiprocessors) - 24usize];
+    [
+        "Offset of field: routegrad_sim_options::reserved",
+    ][::std::mem::offset_of!(routegrad_sim_options, reserved) - 28usize];
+    [
+        "Offset of field: routegrad_sim_options::seed",
+    ][::std::mem::offset_of!(routegrad_sim_options, seed) - 32usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct routegrad_sim_counters {
+    pub launches: u64,
+    pub blocks: u64,
+    pub fiber_switches: u64,
+    pub tensor_flops: u64,
+    pub bytes_read: u64,
+    pub bytes_written: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of routegrad_sim_counters",
+    ][::std::mem::size_of::<routegrad_sim_counters>() - 48usize];
+    [
+        "Alignment of routegrad_sim_counters",
+    ][::std::mem::align_of::<routegrad_sim_counters>() - 8usize];
+    [
+        "Offset of field: routegrad_sim_counters::launches",
+    ][::std::mem::offset_of!(routegrad_sim_counters, launches) - 0usize];
+    [
+        "Offset of field: routegrad_sim_counters::blocks",
+    ][::std::mem::offset_of!(routegrad_sim_counters, blocks) - 8usize];
+    [
+        "Offset of field: routegrad_sim_counters::fiber_switches",
+    ][::std::mem::offset_of!(routegrad_sim_counters, fiber_switches) - 16usize];
+    [
+        "Offset of field: routegrad_sim_counters::tensor_flops",
+    ][::std::mem::offset_of!(routegrad_sim_counters, tensor_flops) - 24usize];
+    [
+        "Offset of field: routegrad_sim_counters::bytes_read",
+    ][::std::mem::offset_of!(routegrad_sim_counters, bytes_read) - 32usize];
+    [
+        "Offset of field: routegrad_sim_counters::bytes_written",
+    ][::std::mem::offset_of!(routegrad_sim_counters, bytes_written) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct routegrad_unit_box {
+    pub rank: i32,
+    pub extent: [i32; 3usize],
+    pub box_: [i32; 3usize],
+    pub at: [i32; 3usize],
+    pub swizzle: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of routegrad_unit_box",
+    ][::std::mem::size_of::<routegrad_unit_box>() - 44usize];
+    [
+        "Alignment of routegrad_unit_box",
+    ][::std::mem::align_of::<routegrad_unit_box>() - 4usize];
+    [
+        "Offset of field: routegrad_unit_box::rank",
+    ][::std::mem::offset_of!(routegrad_unit_box, rank) - 0usize];
+    [
+        "Offset of field: routegrad_unit_box::extent",
+    ][::std::mem::offset_of!(routegrad_unit_box, extent) - 4usize];
+    [
+        "Offset of field: routegrad_unit_box::box_",
+    ][::std::mem::offset_of!(routegrad_unit_box, box_) - 16usize];
+    [
+        "Offset of field: routegrad_unit_box::at",
+    ][::std::mem::offset_of!(routegrad_unit_box, at) - 28usize];
+    [
+        "Offset of field: routegrad_unit_box::swizzle",
+    ][::std::mem::offset_of!(routegrad_unit_box, swizzle) - 40usize];
+};
+pub const ROUTEGRAD_FAULT_EXPERT: routegrad_fault = 1;
+pub const ROUTEGRAD_FAULT_CAPACITY: routegrad_fault = 2;
+pub type routegrad_fault = ::std::os::raw::c_uint;
+pub const ROUTEGRAD_GEMM_FORWARD: routegrad_gemm_product = 0;
+pub const ROUTEGRAD_GEMM_INPUT_GRADIENT: routegrad_gemm_product = 1;
+pub const ROUTEGRAD_GEMM_WEIGHT_GRADIENT: routegrad_gemm_product = 2;
+pub type routegrad_gemm_product = ::std::os::raw::c_uint;
+pub const ROUTEGRAD_TILE_AUTO: routegrad_gemm_tile = 0;
+pub const ROUTEGRAD_TILE_COOPERATIVE_128X256: routegrad_gemm_tile = 1;
+pub const ROUTEGRAD_TILE_COOPERATIVE_256X128: routegrad_gemm_tile = 2;
+pub const ROUTEGRAD_TILE_COOPERATIVE_256X176: routegrad_gemm_tile = 3;
+pub const ROUTEGRAD_TILE_PINGPONG_128X128: routegrad_gemm_tile = 4;
+pub const ROUTEGRAD_TILE_PINGPONG_128X176: routegrad_gemm_tile = 5;
+pub type routegrad_gemm_tile = ::std::os::raw::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct routegrad_gemm_plan {
+    pub tile: i32,
+    pub tile_rows: i32,
+    pub tile_columns: i32,
+    pub stages: i32,
+    pub blocks: i32,
+    pub reserved: i32,
+    pub clocks: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of routegrad_gemm_plan",
+    ][::std::mem::size_of::<routegrad_gemm_plan>() - 32usize];
+    [
+        "Alignment of routegrad_gemm_plan",
+    ][::std::mem::align_of::<routegrad_gemm_plan>() - 8usize];
+    [
+        "Offset of field: routegrad_gemm_plan::tile",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, tile) - 0usize];
+    [
+        "Offset of field: routegrad_gemm_plan::tile_rows",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, tile_rows) - 4usize];
+    [
+        "Offset of field: routegrad_gemm_plan::tile_columns",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, tile_columns) - 8usize];
+    [
+        "Offset of field: routegrad_gemm_plan::stages",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, stages) - 12usize];
+    [
+        "Offset of field: routegrad_gemm_plan::blocks",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, blocks) - 16usize];
+    [
+        "Offset of field: routegrad_gemm_plan::reserved",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, reserved) - 20usize];
+    [
+        "Offset of field: routegrad_gemm_plan::clocks",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, clocks) - 24usize];
+};
+#[repr(C)]
+#[derive(Copy, Clone)]
+pub struct routegrad_launchers {
+    pub build: *const ::std::os::raw::c_char,
+    pub describe: ::std::option::Option<
+        unsafe extern "C" fn(
+            launcher: *const ::std::os::raw::c_char,
+            status: routegrad_status,
+            text: *mut ::std::os::raw::c_char,
+            capacity: u64,
+        ),
+    >,
+    pub sim_get_options: ::std::option::Option<
+        unsafe extern "C" fn(options: *mut routegrad_sim_options),
+    >,
+    pub sim_set_options: ::std::option::Option<
+        unsafe extern "C" fn(options: *const routegrad_sim_options) -> routegrad_status,
+    >,
+    pub sim_take_counters: ::std::option::Option<
+        unsafe extern "C" fn(counters: *mut routegrad_sim_counters),
+    >,
+    pub unit_wgmma: ::std::option::Option<
+        unsafe extern "C" fn(
+            c: *mut f32,
+            a: *const ::std::os::raw::c_void,
+            b: *const ::std::os::raw::c_void,
+            n: i32,
+            a_mn_major: i32,
+            b_mn_major: i32,
+            a_in_registers: i32,
+            swizzle: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub unit_tma_load: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut ::std::os::raw::c_void,
+            tensor: *const ::std::os::raw::c_void,
+            box_: *const routegrad_unit_box,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub unit_tma_store: ::std::option::Option<
+        unsafe extern "C" fn(
+            tensor: *mut ::std::os::raw::c_void,
+            in_: *const ::std::os::raw::c_void,
+            box_: *const routegrad_unit_box,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub unit_multicast: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut ::std::os::raw::c_void,
+            tensor: *const ::std::os::raw::c_void,
+            rounds: i32,
+            clusters: i32,
+            mask0: i32,
+            mask1: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub unit_gather: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut ::std::os::raw::c_void,
+            in_: *const ::std::os::raw::c_void,
+            index: *const i32,
+            columns: i32,
+            transpose: i32,
+            by_mbarrier: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub unit_softmax: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut f32,
+            warps_seen: *mut i32,
+            in_: *const f32,
+            rows: i32,
+            columns: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub unit_fault: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut i32,
+            fault: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub dispatch_choices: ::std::option::Option<
+        unsafe extern "C" fn(
+            offsets: *mut i32,
+            row_token: *mut i32,
+            row_slot: *mut i32,
+            slot_row: *mut i32,
+            fault: *mut i32,
+            workspace: *mut ::std::os::raw::c_void,
+            choices: *const i32,
+            tokens: i64,
+            experts: i32,
+            choices_per_token: i32,
+            row_capacity: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub dispatch_mask: ::std::option::Option<
+        unsafe extern "C" fn(
+            offsets: *mut i32,
+            row_token: *mut i32,
+            row_slot: *mut i32,
+            slot_row: *mut i32,
+            fault: *mut i32,
+            workspace: *mut ::std::os::raw::c_void,
+            mask: *const u8,
+            tokens: i64,
+            experts: i32,
+            row_capacity: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub dispatch_workspace: ::std::option::Option<
+        unsafe extern "C" fn(
+            bytes: *mut u64,
+            tokens: i64,
+            experts: i32,
+            width: i32,
+        ) -> routegrad_status,
+    >,
+    pub grouped_gemm_forward: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut ::std::os::raw::c_void,
+            x: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            offsets: *const i32,
+            row_token: *const i32,
+            rows: i64,
+            x_rows: i64,
+            experts: i32,
+            n: i32,
+            k: i32,
+            tile: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub grouped_gemm_input_gradient: ::std::option::Option<
+        unsafe extern "C" fn(
+            dx: *mut ::std::os::raw::c_void,
+            dout: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            offsets: *const i32,
+            row_token: *const i32,
+            rows: i64,
+            dout_rows: i64,
+            experts: i32,
+            n: i32,
+            k: i32,
+            tile: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub grouped_gemm_weight_gradient: ::std::option::Option<
+        unsafe extern "C" fn(
+            dw: *mut f32,
+            dout: *const ::std::os::raw::c_void,
+            x: *const ::std::os::raw::c_void,
+            offsets: *const i32,
+            dout_row_token: *const i32,
+            x_row_token: *const i32,
+            rows: i64,
+            dout_rows: i64,
+            x_rows: i64,
+            experts: i32,
+            n: i32,
+            k: i32,
+            accumulate: i32,
+            tile: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub grouped_gemm_plan: ::std::option::Option<
+        unsafe extern "C" fn(
+            plan: *mut routegrad_gemm_plan,
+            product: i32,
+            rows: i64,
+            experts: i32,
+            n: i32,
+            k: i32,
+            multiprocessors: i32,
+        ) -> routegrad_status,
+    >,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of routegrad_launchers",
+    ][::std::mem::size_of::<routegrad_launchers>() - 152usize];
+    [
+        "Alignment of routegrad_launchers",
+    ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
+    [
+        "Offset of field: routegrad_launchers::build",
+    ][::std::mem::offset_of!(routegrad_launchers, build) - 0usize];
+    [
+        "Offset of field: routegrad_launchers::describe",
+    ][::std::mem::offset_of!(routegrad_launchers, describe) - 8usize];
+    [
+        "Offset of field: routegrad_launchers::sim_get_options",
+    ][::std::mem::offset_of!(routegrad_launchers, sim_get_options) - 16usize];
+    [
+        "Offset of field: routegrad_launchers::sim_set_options",
+    ][::std::mem::offset_of!(routegrad_launchers, sim_set_options) - 24usize];
+    [
+        "Offset of field: routegrad_launchers::sim_take_counters",
+    ][::std::mem::offset_of!(routegrad_launchers, sim_take_counters) - 32usize];
+    [
+        "Offset of field: routegrad_launchers::unit_wgmma",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_wgmma) - 40usize];
+    [
+        "Offset of field: routegrad_launchers::unit_tma_load",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_tma_load) - 48usize];
+    [
+        "Offset of field: routegrad_launchers::unit_tma_store",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_tma_store) - 56usize];
+    [
+        "Offset of field: routegrad_launchers::unit_multicast",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_multicast) - 64usize];
+    [
+        "Offset of field: routegrad_launchers::unit_gather",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_gather) - 72usize];
+    [
+        "Offset of field: routegrad_launchers::unit_softmax",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_softmax) - 80usize];
+    [
+        "Offset of field: routegrad_launchers::unit_fault",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_fault) - 88usize];
+    [
+        "Offset of field: routegrad_launchers::dispatch_choices",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 96usize];
+    [
+        "Offset of field: routegrad_launchers::dispatch_mask",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 104usize];
+    [
+        "Offset of field: routegrad_launchers::dispatch_workspace",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 112usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 120usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_input_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_input_gradient)
+        - 128usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_weight_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_weight_gradient)
+        - 136usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_plan",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 144usize];
+};
+impl Default for routegrad_launchers {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+unsafe extern "C" {
+    pub fn routegrad_cuda() -> *const routegrad_launchers;
+    pub fn routegrad_sim() -> *const routegrad_launchers;
+}
