@@ -1,5 +1,6 @@
 //! The command line: what each command takes, and what it prints.
 
+use crate::check::Fault;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
@@ -60,11 +61,15 @@ Examples:
     #[command(after_help = "\
 Examples:
   routegrad gradcheck
-  routegrad gradcheck default")]
+  routegrad gradcheck default
+  routegrad gradcheck default --plant default-dot")]
     Gradcheck {
         /// Check only what has this in its name.
         #[arg(default_value = "", hide_default_value = true)]
         filter: String,
+        /// Leave out this term of a gradient first: the check must then fail.
+        #[arg(long, value_name = "FAULT")]
+        plant: Option<Fault>,
     },
     /// List the routers with their settings and defaults.
     Routers,
@@ -162,7 +167,7 @@ impl Cli {
             Command::Train(args) => train_command(&args),
             Command::Eval(args) => eval_command(&args),
             Command::Generate(args) => generate_command(&args),
-            Command::Gradcheck { filter } => gradcheck_command(&filter),
+            Command::Gradcheck { filter, plant } => gradcheck_command(&filter, plant),
             Command::Routers => list_routers(),
         }
     }
@@ -311,10 +316,10 @@ fn generate_command(args: &GenerateArgs) -> Result<()> {
     generate::run(&found, &args.prompt, args.tokens, &sampling, &mut out)
 }
 
-fn gradcheck_command(filter: &str) -> Result<()> {
+fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()> {
     say!("compared  relative error  what");
     let mut written = Ok(());
-    let rows = gradcheck::run(filter, None, |row| {
+    let rows = gradcheck::run(filter, plant, |row| {
         let (compared, error) = (row.compared, format!("{:.1e}", row.error));
         let verdict = if row.passes() { "" } else { "  FAILS" };
         let what = format!("{}: {}{verdict}", row.subject, row.case);
