@@ -61,7 +61,7 @@ Examples:
     #[command(after_help = "\
 Examples:
   routegrad gradcheck
-  routegrad gradcheck default
+  routegrad gradcheck 'router default'
   routegrad gradcheck default --plant default-dot")]
     Gradcheck {
         /// Check only what has this in its name.
