@@ -57,7 +57,9 @@ fn candidates() -> Vec<PathBuf> {
     if let Some(path) = std::env::var_os("PATH") {
         paths.extend(std::env::split_paths(&path).map(|folder| folder.join("nvcc")));
     }
-    paths.push(Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join(".toolkit/cuda/bin/nvcc"));
+    paths.push(
+        Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join(".toolkit/cuda/bin/nvcc"),
+    );
     paths
 }
 
@@ -74,7 +76,9 @@ fn build(nvcc: &Path) {
     let jobs: Vec<(PathBuf, PathBuf)> = sources::kernels()
         .into_iter()
         .map(|source| {
-            let object = out.join(source.file_name().unwrap()).with_extension("cuda.o");
+            let object = out
+                .join(source.file_name().unwrap())
+                .with_extension("cuda.o");
             (source, object)
         })
         .collect();
@@ -88,7 +92,10 @@ fn build(nvcc: &Path) {
 
 /// One nvcc a file, as many at once as Cargo was told to use.
 fn compile_all(nvcc: &Path, jobs: &[(PathBuf, PathBuf)]) {
-    let at_once = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let at_once = std::env::var("NUM_JOBS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(1);
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -108,7 +115,12 @@ fn compile_all(nvcc: &Path, jobs: &[(PathBuf, PathBuf)]) {
 
 fn compile_one(nvcc: &Path, source: &Path, object: &Path) -> Result<(), String> {
     let output = Command::new(nvcc)
-        .args(["-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a"])
+        .args([
+            "-std=c++20",
+            "-O3",
+            "-gencode",
+            "arch=compute_90a,code=sm_90a",
+        ])
         .args(["-Ikernels", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c"])
         .arg(source)
         .arg("-o")
@@ -124,7 +136,10 @@ fn compile_one(nvcc: &Path, source: &Path, object: &Path) -> Result<(), String> 
 
 /// The static CUDA runtime: it finds the driver when the first call needs it, so the binary starts without one.
 fn link_runtime(nvcc: &Path) {
-    let home = nvcc.canonicalize().ok().and_then(|p| Some(p.parent()?.parent()?.to_path_buf()));
+    let home = nvcc
+        .canonicalize()
+        .ok()
+        .and_then(|p| Some(p.parent()?.parent()?.to_path_buf()));
     for folder in ["lib64", "lib", "targets/x86_64-linux/lib"] {
         if let Some(path) = home.as_ref().map(|h| h.join(folder)).filter(|p| p.is_dir()) {
             println!("cargo::rustc-link-search=native={}", path.display());
