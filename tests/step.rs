@@ -158,9 +158,12 @@ fn a_step_that_is_not_finite_names_the_place_and_leaves_no_trace() {
         .unwrap();
     let (weights_before, state_before) = (weights(&model), state(&model));
 
-    // The last token's embedding is poisoned: NaN reaches the router where that byte stands.
-    let poisoned = tokens[LENGTH - 1] as usize;
-    let first = tokens.iter().position(|t| *t as usize == poisoned).unwrap();
+    // A byte of the last sequence alone is poisoned: NaN reaches the router there first.
+    let last = (SEQUENCES - 1) * (LENGTH + 1);
+    let poisoned = tokens[last..last + LENGTH]
+        .iter()
+        .find(|t| !tokens[..last].contains(t));
+    let poisoned = *poisoned.unwrap() as usize;
     let kept = model.parameters[0].value.clone();
     model.parameters[0].value.slice_mut::<f64>()[poisoned * 16] = f64::NAN;
     let report = trainer
