@@ -6,7 +6,7 @@
 mod difference;
 mod fault;
 
-pub use difference::{GradientReport, compare_precisions, finite_differences};
+pub use difference::{GradientReport, compare_precisions, finite_differences, gradients};
 pub use fault::{Fault, FaultGuard, term};
 
 use crate::dtype::Real;
@@ -16,12 +16,12 @@ use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 
 /// Runs a case's operation on its inputs, in order.
-type Run = Box<dyn Fn(&Tape<'_>, &[Var]) -> Result<Vec<Var>> + Send + Sync>;
+type Run = Box<dyn Fn(&Tape, &[Var]) -> Result<Vec<Var>>>;
 
 /// One input of a case.
 pub struct Input {
     /// Name in reports.
-    pub name: &'static str,
+    pub name: String,
     /// Values, in f64; a check converts them to the dtype it runs in.
     pub tensor: Tensor,
     /// Whether its gradient is checked.
@@ -41,7 +41,7 @@ impl Case {
     /// `run` takes them.
     pub fn new(
         name: impl Into<String>,
-        run: impl Fn(&Tape<'_>, &[Var]) -> Result<Vec<Var>> + Send + Sync + 'static,
+        run: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + 'static,
     ) -> Self {
         Case {
             name: name.into(),
@@ -51,14 +51,20 @@ impl Case {
     }
 
     /// Adds an input of standard normal numbers.
-    pub fn input(self, name: &'static str, shape: impl Into<Shape>) -> Self {
+    pub fn input(self, name: impl Into<String>, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
         let seed = self.inputs.len() as u64 + 1;
         self.values(name, shape, &normal_numbers(shape.elements(), seed))
     }
 
     /// Adds an input with the given values.
-    pub fn values(mut self, name: &'static str, shape: impl Into<Shape>, values: &[f64]) -> Self {
+    pub fn values(
+        mut self,
+        name: impl Into<String>,
+        shape: impl Into<Shape>,
+        values: &[f64],
+    ) -> Self {
+        let name = name.into();
         let tensor = Tensor::from_slice(shape, values);
         self.inputs.push(Input {
             name,
@@ -80,7 +86,7 @@ impl Case {
     ///
     /// # Errors
     /// Those of the operation.
-    pub fn run(&self, tape: &Tape<'_>, inputs: &[Var]) -> Result<Vec<Var>> {
+    pub fn run(&self, tape: &Tape, inputs: &[Var]) -> Result<Vec<Var>> {
         (self.run)(tape, inputs)
     }
 

@@ -92,16 +92,21 @@ impl Real for f32 {
 
     /// Cody–Waite reduction to |r| ≤ ln 2 / 2, then the Taylor polynomial of degree 7 (its
     /// remainder there is 5e-9), then scaling by 2^n through the exponent bits.
+    ///
+    /// Fused multiply-adds, and no conversion to an integer: Rust's saturates, which costs more
+    /// than all the rest.
     #[inline(always)]
     fn exp_vector(self) -> Self {
         const LN2_HIGH: f32 = 0.693_359_4; // 11 significant bits: n · LN2_HIGH is exact
         const LN2_LOW: f32 = -2.121_944_4e-4;
-        let x = self.clamp(-87.3, 88.7);
-        // Adding and subtracting 1.5 · 2^23 rounds to the nearest integer.
+        let x = if self > 88.7 { 88.7 } else { self };
+        let x = if x < -87.3 { -87.3 } else { x };
+        // Adding 1.5 · 2^23 rounds to an integer, which then stands in the lowest bits.
         const ROUND: f32 = 12_582_912.0;
-        let n = x * std::f32::consts::LOG2_E + ROUND - ROUND;
-        let r = (x - n * LN2_HIGH) - n * LN2_LOW;
-        let mut y = 1.0 / 5040.0;
+        let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+        let n = shifted - ROUND;
+        let r = (-n).mul_add(LN2_LOW, (-n).mul_add(LN2_HIGH, x));
+        let mut y: f32 = 1.0 / 5040.0;
         for c in [
             1.0 / 720.0,
             1.0 / 120.0,
@@ -111,20 +116,13 @@ impl Real for f32 {
             1.0,
             1.0,
         ] {
-            y = y * r + c;
+            y = y.mul_add(r, c);
         }
-        // Two factors, because 2^128 alone is not a finite f32.
-        let half = (n * 0.5 + ROUND) - ROUND;
-        let power = |k: f32| f32::from_bits(((k as i32 + 127) << 23) as u32);
-        let value = y * power(half) * power(n - half);
+        // Within the clamp y · 2^n is normal and finite, so n may be added to y's exponent.
+        let value = f32::from_bits(y.to_bits().wrapping_add(shifted.to_bits() << 23));
         let value = if self < -87.3 { 0.0 } else { value };
-        if self > 88.7 {
-            f32::INFINITY
-        } else if self.is_nan() {
-            self
-        } else {
-            value
-        }
+        let value = if self > 88.7 { f32::INFINITY } else { value };
+        if self.is_nan() { self } else { value }
     }
 }
 

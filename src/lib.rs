@@ -2,11 +2,8 @@
 //!
 //! Modules stand in the order of the floors: each uses only those above it.
 
-pub mod config;
-pub mod data;
 pub mod dtype;
 pub mod error;
-pub mod random;
 pub mod shape;
 
 pub mod cpu;
@@ -21,4 +18,22 @@ pub mod check;
 
 pub mod ops;
 
+pub mod config;
+pub mod random;
+
 pub mod routers;
+
+pub mod data;
+pub mod metrics;
+pub mod model;
+pub mod optim;
+pub mod plots;
+pub mod step;
+
+pub mod checkpoint;
+pub mod eval;
+pub mod generate;
+pub mod train;
+
+pub mod cli;
+pub mod gradcheck;

@@ -4,17 +4,25 @@
 //! reference (generic over f32 and f64: it is the CPU device), the cases, tests worked by hand.
 
 pub mod add;
+pub mod attention;
 pub mod balance;
 pub mod combine;
+pub mod cross_entropy;
 pub mod dispatch;
+pub mod embedding;
 pub mod expert_mean;
 pub mod grouped_linear;
+pub mod heads;
 pub mod layernorm;
 pub mod linear;
+pub mod qk_norm;
 pub mod renormalize;
 pub mod rmsnorm;
+pub mod rope;
 pub mod router;
+pub mod sigmoid_gate;
 pub mod swiglu;
+mod tokens;
 
 use crate::check::Case;
 
@@ -78,5 +86,35 @@ pub const OPS: &[OpInfo] = &[
         name: "layernorm",
         formula: "y = (x − mean(x)) / √(var(x) + ε) ⊙ w + b",
         cases: layernorm::cases,
+    },
+    OpInfo {
+        name: "rope",
+        formula: "(a, b) -> (a cos − b sin, b cos + a sin)",
+        cases: rope::cases,
+    },
+    OpInfo {
+        name: "attention",
+        formula: "o = softmax(q kᵀ / √hd, causal) v",
+        cases: attention::cases,
+    },
+    OpInfo {
+        name: "cross_entropy",
+        formula: "Σ (logsumexp(z) − z[target]) / n, z = x Wᵀ",
+        cases: cross_entropy::cases,
+    },
+    OpInfo {
+        name: "embedding",
+        formula: "y_t = table[id_t]",
+        cases: embedding::cases,
+    },
+    OpInfo {
+        name: "sigmoid_gate",
+        formula: "y = σ(s) x",
+        cases: sigmoid_gate::cases,
+    },
+    OpInfo {
+        name: "qk_norm",
+        formula: "rmsnorm of the query and key heads of qkv",
+        cases: qk_norm::cases,
     },
 ];

@@ -59,7 +59,7 @@ pub trait Router {
     ///
     /// # Errors
     /// When the logits do not fit.
-    fn route(&self, tape: &Tape<'_>, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing>;
+    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing>;
 
     /// Sees the outputs of the experts that ran, `[R, D]`, may update the layer's state, and gives
     /// the default vectors of those that did not, if the method has any.
@@ -130,7 +130,9 @@ fn find(name: &str) -> Result<&'static RouterInfo> {
             "router.name",
             format!("one of {}", names.join(", ")),
             format!("\"{name}\""),
-            close.map_or("choose one of them".into(), |n| format!("did you mean \"{n}\"?")),
+            close.map_or("choose one of them".into(), |n| {
+                format!("did you mean \"{n}\"?")
+            }),
         )
     })
 }
@@ -176,7 +178,10 @@ mod tests {
     use super::*;
 
     fn config(name: &str, settings: &str) -> RouterConfig {
-        RouterConfig { name: name.into(), settings: toml::from_str(settings).unwrap() }
+        RouterConfig {
+            name: name.into(),
+            settings: toml::from_str(settings).unwrap(),
+        }
     }
 
     #[test]

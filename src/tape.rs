@@ -99,22 +99,22 @@ impl Var {
 }
 
 /// One recorded operation.
-struct Entry<'a> {
-    op: Box<dyn Op + 'a>,
+struct Entry {
+    op: Box<dyn Op>,
     inputs: Vec<Source>,
     saved: Vec<Tensor>,
     outputs: usize,
 }
 
-/// A record of operations. `'a` is how long borrowed operations (recompute segments) live.
-pub struct Tape<'a> {
+/// A record of operations.
+pub struct Tape {
     id: u64,
-    entries: RefCell<Vec<Entry<'a>>>,
+    entries: RefCell<Vec<Entry>>,
     recording: bool,
     replaying: bool,
 }
 
-impl<'a> Tape<'a> {
+impl Tape {
     fn with(recording: bool, replaying: bool) -> Self {
         static NEXT_ID: AtomicU64 = AtomicU64::new(0);
         Tape {
@@ -159,7 +159,7 @@ impl<'a> Tape<'a> {
     ///
     /// # Errors
     /// Those of the operation.
-    pub fn apply(&self, op: impl Op + 'a, inputs: &[&Var]) -> Result<Vec<Var>> {
+    pub fn apply(&self, op: impl Op + 'static, inputs: &[&Var]) -> Result<Vec<Var>> {
         let tensors: Vec<&Tensor> = inputs.iter().map(|v| &v.tensor).collect();
         let Forward { outputs, saved } = op.forward(&tensors)?;
         let record = self.recording && inputs.iter().any(|v| v.needs_gradient());
@@ -170,7 +170,7 @@ impl<'a> Tape<'a> {
     ///
     /// # Errors
     /// Those of the operation.
-    pub fn apply_one(&self, op: impl Op + 'a, inputs: &[&Var]) -> Result<Var> {
+    pub fn apply_one(&self, op: impl Op + 'static, inputs: &[&Var]) -> Result<Var> {
         let mut outputs = self.apply(op, inputs)?;
         assert_eq!(
             outputs.len(),
@@ -183,7 +183,7 @@ impl<'a> Tape<'a> {
     fn record(
         &self,
         record: bool,
-        op: Box<dyn Op + 'a>,
+        op: Box<dyn Op>,
         inputs: &[&Var],
         saved: Vec<Tensor>,
         outputs: Vec<Tensor>,
@@ -272,7 +272,7 @@ impl<'a> Tape<'a> {
     }
 }
 
-impl Default for Tape<'_> {
+impl Default for Tape {
     fn default() -> Self {
         Self::new()
     }

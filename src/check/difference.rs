@@ -17,7 +17,7 @@ const DIRECTIONS: usize = 3;
 #[derive(Clone, Debug)]
 pub struct GradientReport {
     pub case: String,
-    pub input: &'static str,
+    pub input: String,
     /// Derivatives compared: elements and directions.
     pub compared: usize,
     /// max |difference − gradient| / max |difference|, the larger of elements and directions.
@@ -31,20 +31,7 @@ pub struct GradientReport {
 /// Those of the operation.
 pub fn finite_differences(case: &Case) -> Result<Vec<GradientReport>> {
     let variables = case.variables::<f64>();
-    let mut store = Gradients::new(variables.len());
-    let tape = Tape::new();
-    let outputs = case.run(&tape, &variables)?;
-    let seeds: Vec<Tensor> = outputs
-        .iter()
-        .enumerate()
-        .map(|(i, v)| {
-            let shape = v.tensor().shape();
-            Tensor::from_slice(shape, &normal_numbers(shape.elements(), 1000 + i as u64))
-        })
-        .collect();
-    let pairs: Vec<(&Var, Tensor)> = outputs.iter().zip(seeds.iter().cloned()).collect();
-    tape.backward_from(&pairs, &mut store)?;
-
+    let (seeds, store) = differentiate(case, &variables)?;
     let objective = |inputs: &[Var]| -> Result<f64> {
         let outputs = case.run(&Tape::without_gradients(), inputs)?;
         let dot = |(v, g): (&Var, &Tensor)| -> f64 {
@@ -93,7 +80,9 @@ pub fn finite_differences(case: &Case) -> Result<Vec<GradientReport>> {
         if n > ALL_ELEMENTS {
             pairs.clear();
             for k in 0..DIRECTIONS {
-                let direction = normal_numbers(n, 2000 + k as u64);
+                let mut direction = normal_numbers(n, 2000 + k as u64);
+                let length = direction.iter().map(|x| x * x).sum::<f64>().sqrt();
+                direction.iter_mut().for_each(|x| *x /= length);
                 let expected: f64 = direction.iter().zip(gradient).map(|(a, b)| a * b).sum();
                 pairs.push((along(&|e| direction[e])?, expected));
             }
@@ -102,12 +91,53 @@ pub fn finite_differences(case: &Case) -> Result<Vec<GradientReport>> {
         }
         reports.push(GradientReport {
             case: case.name.clone(),
-            input: input.name,
+            input: input.name.clone(),
             compared,
             relative_error: error,
         });
     }
     Ok(reports)
+}
+
+/// The gradient of every differentiable input in f64, by name, with incoming gradients that depend
+/// on the outputs' shapes alone.
+///
+/// # Errors
+/// Those of the operation.
+pub fn gradients(case: &Case) -> Result<Vec<(String, Vec<f64>)>> {
+    let (_, store) = differentiate(case, &case.variables::<f64>())?;
+    let inputs = case
+        .inputs
+        .iter()
+        .enumerate()
+        .filter(|(_, input)| input.differentiable);
+    inputs
+        .map(|(i, input)| {
+            let gradient = match store.get(i) {
+                Some(t) => t.to_f64()?,
+                None => vec![0.0; input.tensor.elements()],
+            };
+            Ok((input.name.clone(), gradient))
+        })
+        .collect()
+}
+
+/// Runs forward and backward: the random incoming gradients, and the gradients of the leaves.
+fn differentiate(case: &Case, variables: &[Var]) -> Result<(Vec<Tensor>, Gradients)> {
+    let tape = Tape::new();
+    let outputs = case.run(&tape, variables)?;
+    let seeds: Vec<Tensor> = outputs
+        .iter()
+        .enumerate()
+        .map(|(i, v)| {
+            let shape = v.tensor().shape();
+            Tensor::from_slice(shape, &normal_numbers(shape.elements(), 1000 + i as u64))
+        })
+        .collect();
+    let pairs: Vec<(&Var, Tensor)> = outputs.iter().zip(seeds.iter().cloned()).collect();
+    let mut store = Gradients::new(variables.len());
+    tape.backward_from(&pairs, &mut store)?;
+    Ok((seeds, store))
 }
 
 /// f′(0) ≈ (8 (f(h) − f(−h)) − (f(2h) − f(−2h))) / 12h. With h = 1e-3 both the truncation, h⁴ f⁗′/30,

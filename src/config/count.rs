@@ -2,23 +2,23 @@
 
 use super::{ModelConfig, Norm, QkNorm};
 
-/// Parameters of one projection set, norm and so on; `matrices` are those that a token multiplies.
+/// Parameters of each part of the model, of one layer where there are several.
 struct Parts {
-    embedding: u64,
-    head: u64,
-    attention_matrices: u64,
-    attention_vectors: u64,
-    norms: u64,
-    dense_ffn: u64,
-    router: u64,
-    expert: u64,
-    shared_expert: u64,
-    dense_layers: u64,
-    moe_layers: u64,
+    embedding: u128,
+    head: u128,
+    attention_matrices: u128,
+    attention_vectors: u128,
+    norms: u128,
+    dense_ffn: u128,
+    router: u128,
+    expert: u128,
+    shared_expert: u128,
+    dense_layers: u128,
+    moe_layers: u128,
 }
 
 fn parts(m: &ModelConfig) -> Parts {
-    let wide = |n: usize| n as u64;
+    let wide = |n: usize| n as u128;
     let (d, head_dim) = (wide(m.hidden), wide(m.head_dim));
     let (q, kv) = (wide(m.heads) * head_dim, wide(m.kv_heads) * head_dim);
     let norm = match m.norm {
@@ -48,25 +48,30 @@ fn parts(m: &ModelConfig) -> Parts {
     }
 }
 
-fn parameters(m: &ModelConfig, experts: usize) -> u64 {
+fn parameters(m: &ModelConfig, experts: usize) -> u128 {
     let p = parts(m);
     let head = if m.tied_embeddings { 0 } else { p.head };
     p.embedding
         + head
         + p.norms
-        + m.layers as u64 * (p.attention_matrices + p.attention_vectors)
+        + m.layers as u128 * (p.attention_matrices + p.attention_vectors)
         + p.dense_layers * p.dense_ffn
-        + p.moe_layers * (p.router + experts as u64 * p.expert + p.shared_expert)
+        + p.moe_layers * (p.router + experts as u128 * p.expert + p.shared_expert)
+}
+
+/// Shapes that pass validation cannot overflow 128 bits; absurd ones end at the largest number.
+fn saturating(n: u128) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
 }
 
 /// Parameters of the whole model; default vectors are buffers and do not count.
 pub fn total_parameters(m: &ModelConfig) -> u64 {
-    parameters(m, m.num_experts)
+    saturating(parameters(m, m.num_experts))
 }
 
 /// Parameters that one token meets: K experts instead of E.
 pub fn active_parameters(m: &ModelConfig) -> u64 {
-    parameters(m, m.top_k)
+    saturating(parameters(m, m.top_k))
 }
 
 /// Floating-point operations of training on one token: forward and backward of every matrix
@@ -74,12 +79,13 @@ pub fn active_parameters(m: &ModelConfig) -> u64 {
 /// recomputation, norms or the embedding's look-up.
 pub fn flops_per_token(m: &ModelConfig) -> u64 {
     let p = parts(m);
-    let channels = (m.heads * m.head_dim) as u64;
+    let channels = (m.heads * m.head_dim) as u128;
     let matrices = p.head
-        + m.layers as u64 * p.attention_matrices
+        + m.layers as u128 * p.attention_matrices
         + p.dense_layers * p.dense_ffn
-        + p.moe_layers * (p.router + m.top_k as u64 * p.expert + p.shared_expert);
-    6 * matrices + 6 * (m.layers * m.sequence_length) as u64 * channels
+        + p.moe_layers * (p.router + m.top_k as u128 * p.expert + p.shared_expert);
+    let attention = (m.layers * m.sequence_length) as u128 * channels;
+    saturating(6 * (matrices + attention))
 }
 
 #[cfg(test)]

@@ -15,7 +15,6 @@ pub use preset::{EXPERTS, PRESETS};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
-use std::path::Path;
 
 /// Everything a run needs to know, fully resolved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -293,23 +292,7 @@ impl Config {
         Ok(config)
     }
 
-    /// Reads the `config.toml` that a run left: every key is there, nothing is added.
-    pub fn read(path: &Path, check_router: &RouterCheck) -> Result<Self> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        let mut config: Config = toml::from_str(&text).map_err(|e| {
-            Error::file(
-                path,
-                "the resolved configuration of a run",
-                e.message().to_string(),
-                "restore the file that the run wrote",
-            )
-        })?;
-        check_router(&mut config.router)?;
-        config.validate()?;
-        Ok(config)
-    }
-
-    /// The configuration as TOML; [`read`](Self::read) gives it back equal.
+    /// The configuration as TOML; as [`Layers::file`] it gives itself back.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(|e| {
             Error::invalid(

@@ -3,8 +3,10 @@
 
 use super::{Config, ModelConfig, Recompute};
 use crate::error::{Error, Result};
-use crate::random::MAX_LAYERS;
 use std::fmt::Display;
+
+/// Upper bound of every size, far above any model: products of four of them fit 128 bits.
+const MOST: usize = 1 << 24;
 
 fn ensure(ok: bool, key: &str, expected: impl Into<String>, got: impl Display) -> Result<()> {
     if ok {
@@ -70,6 +72,12 @@ impl Config {
             t.steps,
         )?;
         positive("train.sequences_per_step", t.sequences_per_step)?;
+        ensure(
+            t.sequences_per_step <= MOST,
+            "train.sequences_per_step",
+            format!("at most {MOST}"),
+            t.sequences_per_step,
+        )?;
         positive("train.micro_batch", t.micro_batch)?;
         ensure(
             t.sequences_per_step % t.micro_batch == 0,
@@ -122,15 +130,8 @@ impl ModelConfig {
             ("model.sequence_length", self.sequence_length),
         ] {
             positive(key, value)?;
-            let most = i32::MAX as usize;
-            ensure(value <= most, key, format!("at most {most}"), value)?;
+            ensure(value <= MOST, key, format!("at most {MOST}"), value)?;
         }
-        ensure(
-            self.layers < MAX_LAYERS,
-            "model.layers",
-            format!("fewer than {MAX_LAYERS}"),
-            self.layers,
-        )?;
         ensure(
             self.heads % self.kv_heads == 0,
             "model.kv_heads",

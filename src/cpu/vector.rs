@@ -43,6 +43,59 @@ pub fn sum_over<T: Real, const N: usize>(slices: [&[T]; N], f: impl Fn([T; N]) -
     sums[0]
 }
 
+/// Writes `f([a_i, b_i, ..], old)` to the outputs, element by element, where `old` are the values they
+/// hold. Parts of [`LANES`] elements go through local arrays, so that the compiler need not prove
+/// that outputs and inputs do not overlap: past a few slices it gives up and emits scalar code.
+///
+/// # Panics
+/// When a slice is shorter than the first input.
+#[inline(always)]
+pub fn map_over<T: Real, const O: usize, const I: usize>(
+    mut outputs: [&mut [T]; O],
+    inputs: [&[T]; I],
+    f: impl Fn([T; I], [T; O]) -> [T; O],
+) {
+    let n = inputs[0].len();
+    let whole = n - n % LANES;
+    let inputs = inputs.map(|s| &s[..n]);
+    for output in &mut outputs {
+        *output = &mut std::mem::take(output)[..n];
+    }
+    let mut i = 0;
+    while i < whole {
+        let mut new = [[T::zero(); LANES]; O];
+        let mut given = [[T::zero(); LANES]; I];
+        for (new, output) in new.iter_mut().zip(&outputs) {
+            new.copy_from_slice(&output[i..i + LANES]);
+        }
+        for (given, input) in given.iter_mut().zip(&inputs) {
+            given.copy_from_slice(&input[i..i + LANES]);
+        }
+        for lane in 0..LANES {
+            let results = f(
+                std::array::from_fn(|k| given[k][lane]),
+                std::array::from_fn(|k| new[k][lane]),
+            );
+            for (new, result) in new.iter_mut().zip(results) {
+                new[lane] = result;
+            }
+        }
+        for (output, new) in outputs.iter_mut().zip(&new) {
+            output[i..i + LANES].copy_from_slice(new);
+        }
+        i += LANES;
+    }
+    for i in whole..n {
+        let results = f(
+            std::array::from_fn(|k| inputs[k][i]),
+            std::array::from_fn(|k| outputs[k][i]),
+        );
+        for (output, result) in outputs.iter_mut().zip(results) {
+            output[i] = result;
+        }
+    }
+}
+
 /// The largest of `values`, -∞ for none. NaN is passed over: whoever exponentiates meets it.
 #[inline(always)]
 pub fn max<T: Real>(values: &[T]) -> T {
@@ -76,13 +129,16 @@ pub fn sigmoid<T: Real>(x: T) -> T {
 }
 
 impl Accumulate {
-    /// What a place that holds `old` holds after `value` was written to it.
+    /// What a place that holds `old` holds after `value` was written to it. Written as a selection
+    /// and a sum, not as two ways, so that loops over it become vector code.
     #[inline(always)]
     pub fn onto<T: Real>(self, old: T, value: T) -> T {
-        match self {
-            Accumulate::Assign => value,
-            Accumulate::Add => old + value,
-        }
+        let kept = if self == Accumulate::Add {
+            old
+        } else {
+            T::zero()
+        };
+        kept + value
     }
 }
 

@@ -11,7 +11,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When shapes or dtypes differ.
-pub fn add(tape: &Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
+pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
     b.tensor()
         .expect_shape("add", "second term", a.tensor().shape())?;
     b.tensor()

@@ -16,7 +16,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When `fractions` has not one entry per expert.
-pub fn auxiliary_loss(tape: &Tape<'_>, p: &Var, fractions: &[f64]) -> Result<Var> {
+pub fn auxiliary_loss(tape: &Tape, p: &Var, fractions: &[f64]) -> Result<Var> {
     let tokens = p.tensor().shape().rows();
     p.tensor()
         .expect_shape("auxiliary_loss", "probabilities", [tokens, fractions.len()])?;
@@ -32,7 +32,7 @@ pub fn auxiliary_loss(tape: &Tape<'_>, p: &Var, fractions: &[f64]) -> Result<Var
 ///
 /// # Errors
 /// When `z` is not real.
-pub fn z_loss(tape: &Tape<'_>, z: &Var) -> Result<Var> {
+pub fn z_loss(tape: &Tape, z: &Var) -> Result<Var> {
     tape.apply_one(ZLoss, &[z])
 }
 
@@ -40,7 +40,7 @@ pub fn z_loss(tape: &Tape<'_>, z: &Var) -> Result<Var> {
 ///
 /// # Errors
 /// When a term is not a real scalar.
-pub fn weighted_sum(tape: &Tape<'_>, terms: &[(&Var, f64)]) -> Result<Var> {
+pub fn weighted_sum(tape: &Tape, terms: &[(&Var, f64)]) -> Result<Var> {
     let (vars, coefficients): (Vec<&Var>, Vec<f64>) = terms.iter().copied().unzip();
     tape.apply_one(WeightedSum { coefficients }, &vars)
 }

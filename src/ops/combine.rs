@@ -29,7 +29,7 @@ pub struct Defaults {
 /// # Errors
 /// When the shapes do not fit each other or the dispatch.
 pub fn combine(
-    tape: &Tape<'_>,
+    tape: &Tape,
     gates: &Var,
     expert_outputs: &Var,
     defaults: Option<Defaults>,

@@ -31,7 +31,7 @@ pub enum Rows {
 /// # Errors
 /// When the shapes do not fit each other or the dispatch.
 pub fn grouped_linear(
-    tape: &Tape<'_>,
+    tape: &Tape,
     x: &Var,
     rows: Rows,
     weight: &Var,

@@ -18,7 +18,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When shapes or dtypes of weight and bias do not fit.
-pub fn layernorm(tape: &Tape<'_>, x: &Var, weight: &Var, bias: &Var, eps: f64) -> Result<Var> {
+pub fn layernorm(tape: &Tape, x: &Var, weight: &Var, bias: &Var, eps: f64) -> Result<Var> {
     let width = x.tensor().shape().width();
     for (what, v) in [("weight", weight), ("bias", bias)] {
         v.tensor().expect_shape("layernorm", what, [width])?;
@@ -161,7 +161,7 @@ pub(super) mod reference {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let run = |tape: &Tape<'_>, v: &[Var]| Ok(vec![layernorm(tape, &v[0], &v[1], &v[2], 1e-5)?]);
+    let run = |tape: &Tape, v: &[Var]| Ok(vec![layernorm(tape, &v[0], &v[1], &v[2], 1e-5)?]);
     let case = |shape: &[usize]| {
         let width = shape[shape.len() - 1];
         Case::new(format!("layernorm {shape:?}"), run)

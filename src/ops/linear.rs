@@ -15,7 +15,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When widths or dtypes differ.
-pub fn linear(tape: &Tape<'_>, x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
+pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
     let (x_shape, w_shape) = (x.tensor().shape(), weight.tensor().shape());
     if w_shape.len() != 2 || x_shape.width() != w_shape[1] {
         return Err(Error::invalid(

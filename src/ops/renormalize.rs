@@ -15,7 +15,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When `p` does not fit the selection.
-pub fn renormalize(tape: &Tape<'_>, p: &Var, selection: &Selection) -> Result<Var> {
+pub fn renormalize(tape: &Tape, p: &Var, selection: &Selection) -> Result<Var> {
     let shape = [selection.num_tokens(), selection.num_experts()];
     p.tensor()
         .expect_shape("renormalize", "probabilities", shape)?;

@@ -17,7 +17,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When the weight's shape or dtype does not fit.
-pub fn rmsnorm(tape: &Tape<'_>, x: &Var, weight: &Var, eps: f64) -> Result<Var> {
+pub fn rmsnorm(tape: &Tape, x: &Var, weight: &Var, eps: f64) -> Result<Var> {
     let width = x.tensor().shape().width();
     weight.tensor().expect_shape("rmsnorm", "weight", [width])?;
     weight
@@ -87,10 +87,41 @@ impl Op for RmsNorm {
 pub(super) mod reference {
     use super::*;
 
+    /// r of one row.
     #[inline(always)]
     fn scale<T: Real>(x: &[T], eps: f64) -> T {
         let mean = sum_over([x], |[x]| x * x) / T::of(x.len() as f64);
         (mean + T::of(eps)).sqrt().recip()
+    }
+
+    /// One row of forward.
+    #[inline(always)]
+    pub fn normalize<T: Real>(y: &mut [T], x: &[T], w: &[T], eps: f64) {
+        let r = scale(x, eps);
+        for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+            *y = x * r * w;
+        }
+    }
+
+    /// One row of backward: writes `dx`, adds to `dw`.
+    #[inline(always)]
+    pub fn normalize_back<T: Real>(
+        dx: &mut [T],
+        dw: &mut [T],
+        accumulate: Accumulate,
+        dy: &[T],
+        x: &[T],
+        w: &[T],
+        eps: f64,
+    ) {
+        let r = scale(x, eps);
+        let gx = sum_over([dy, w, x], |[dy, w, x]| dy * w * x);
+        let back = r * r * r * gx / T::of(w.len() as f64);
+        let inputs = x.iter().zip(dy).zip(w);
+        for ((dx, dw), ((&x, &dy), &w)) in dx.iter_mut().zip(dw).zip(inputs) {
+            *dx = accumulate.onto(*dx, dy * w * r - x * back);
+            *dw += dy * x * r;
+        }
     }
 
     pub fn forward<T: Real>(y: &mut [T], x: &[T], w: &[T], eps: f64) {
@@ -101,10 +132,7 @@ pub(super) mod reference {
                 #[inline(always)]
                 || {
                     for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                        let r = scale(x, eps);
-                        for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
-                            *y = x * r * w;
-                        }
+                        normalize(y, x, w, eps);
                     }
                 },
             );
@@ -129,14 +157,7 @@ pub(super) mod reference {
                 || {
                     let rows = x.chunks_exact(width).zip(dy.chunks_exact(width));
                     for (dx, (x, dy)) in dx.chunks_exact_mut(width).zip(rows) {
-                        let r = scale(x, eps);
-                        let gx = sum_over([dy, w, x], |[dy, w, x]| dy * w * x);
-                        let back = r * r * r * gx / T::of(width as f64);
-                        let inputs = x.iter().zip(dy).zip(w);
-                        for ((dx, dw), ((&x, &dy), &w)) in dx.iter_mut().zip(&mut dw).zip(inputs) {
-                            *dx = accumulate.onto(*dx, dy * w * r - x * back);
-                            *dw += dy * x * r;
-                        }
+                        normalize_back(dx, &mut dw, accumulate, dy, x, w, eps);
                     }
                 },
             );

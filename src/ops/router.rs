@@ -20,7 +20,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When widths or dtypes differ.
-pub fn logits(tape: &Tape<'_>, x: &Var, weight: &Var) -> Result<Var> {
+pub fn logits(tape: &Tape, x: &Var, weight: &Var) -> Result<Var> {
     let shape = [weight.tensor().shape().rows(), x.tensor().shape().width()];
     weight.tensor().expect_shape("router", "weight", shape)?;
     weight
@@ -33,7 +33,7 @@ pub fn logits(tape: &Tape<'_>, x: &Var, weight: &Var) -> Result<Var> {
 ///
 /// # Errors
 /// When `z` is not a matrix of real numbers.
-pub fn softmax(tape: &Tape<'_>, z: &Var) -> Result<Var> {
+pub fn softmax(tape: &Tape, z: &Var) -> Result<Var> {
     if z.tensor().shape().len() != 2 {
         return Err(Error::invalid(
             "router",

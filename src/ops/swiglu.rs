@@ -4,7 +4,7 @@
 //! `dgate = dy ⊙ up ⊙ σ (1 + gate (1 − σ))`, `dup = dy ⊙ gate σ`, σ = σ(gate), computed again.
 
 use crate::check::Case;
-use crate::cpu::vector::sigmoid;
+use crate::cpu::vector::{map_over, sigmoid};
 use crate::cpu::{self, Accumulate};
 use crate::dtype::Real;
 use crate::error::{Error, Result};
@@ -16,7 +16,7 @@ use crate::with_real;
 ///
 /// # Errors
 /// When `x` is not a matrix of even width.
-pub fn swiglu(tape: &Tape<'_>, x: &Var) -> Result<Var> {
+pub fn swiglu(tape: &Tape, x: &Var) -> Result<Var> {
     let shape = x.tensor().shape();
     if shape.len() != 2 || shape.width() % 2 != 0 {
         return Err(Error::invalid(
@@ -90,9 +90,7 @@ pub(super) mod reference {
                 || {
                     for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(2 * width)) {
                         let (gate, up) = x.split_at(width);
-                        for ((y, &gate), &up) in y.iter_mut().zip(gate).zip(up) {
-                            *y = gate * sigmoid(gate) * up;
-                        }
+                        map_over([y], [gate, up], |[gate, up], _| [gate * sigmoid(gate) * up]);
                     }
                 },
             );
@@ -110,14 +108,12 @@ pub(super) mod reference {
                     for ((dx, x), dy) in rows.zip(dy.chunks_exact(width)) {
                         let (dgate, dup) = dx.split_at_mut(width);
                         let (gate, up) = x.split_at(width);
-                        let inputs = gate.iter().zip(up).zip(dy);
-                        let outputs = dgate.iter_mut().zip(dup);
-                        for ((dgate, dup), ((&gate, &up), &dy)) in outputs.zip(inputs) {
+                        map_over([dgate, dup], [gate, up, dy], |[gate, up, dy], old| {
                             let s = sigmoid(gate);
                             let slope = s * (T::one() + gate * (T::one() - s));
-                            *dgate = accumulate.onto(*dgate, dy * up * slope);
-                            *dup = accumulate.onto(*dup, dy * gate * s);
-                        }
+                            let dgate = accumulate.onto(old[0], dy * up * slope);
+                            [dgate, accumulate.onto(old[1], dy * gate * s)]
+                        });
                     }
                 },
             );

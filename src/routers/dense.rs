@@ -25,11 +25,15 @@ pub(super) const INFO: RouterInfo = RouterInfo {
 pub struct Dense {}
 
 impl Router for Dense {
-    fn route(&self, tape: &Tape<'_>, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
+    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
         let probabilities = softmax(tape, logits)?;
         let experts = probabilities.tensor().shape().width();
         let dispatch = layer.select(|| top_k(probabilities.tensor(), experts))?;
-        Ok(Routing { gates: probabilities.clone(), probabilities, dispatch })
+        Ok(Routing {
+            gates: probabilities.clone(),
+            probabilities,
+            dispatch,
+        })
     }
 
     fn balances(&self) -> bool {

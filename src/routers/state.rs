@@ -26,12 +26,19 @@ pub enum Phase {
 }
 
 /// One forward pass of the model over one micro-batch.
-#[derive(Clone, Copy)]
-pub struct Pass<'p> {
+#[derive(Clone, Copy, Debug)]
+pub struct Pass {
     pub phase: Phase,
     /// Micro-batches of this optimizer step.
     pub micro_batches: usize,
-    pub dist: &'p dyn Collective,
+}
+
+impl Pass {
+    /// Evaluation, which knows no micro-batches.
+    pub const EVALUATE: Pass = Pass {
+        phase: Phase::Evaluate,
+        micro_batches: 1,
+    };
 }
 
 /// Routing statistics of a layer, summed over what it saw since they were last taken.
@@ -63,7 +70,12 @@ impl LayerState {
     pub(crate) fn new(tensors: Vec<StateTensor>) -> Self {
         let (names, committed): (_, Vec<Tensor>) =
             tensors.into_iter().map(|t| (t.name, t.start)).unzip();
-        LayerState { names, pending: committed.clone(), committed, ..Default::default() }
+        LayerState {
+            names,
+            pending: committed.clone(),
+            committed,
+            ..Default::default()
+        }
     }
 
     /// The committed tensors with their names, for checkpoints.
@@ -76,7 +88,9 @@ impl LayerState {
     /// # Errors
     /// When shape or dtype differ. A name that is not there is left alone and answered with false.
     pub fn restore(&mut self, name: &str, tensor: Tensor) -> Result<bool> {
-        let Some(i) = self.names.iter().position(|n| *n == name) else { return Ok(false) };
+        let Some(i) = self.names.iter().position(|n| *n == name) else {
+            return Ok(false);
+        };
         tensor.expect_shape("checkpoint", name, self.committed[i].shape())?;
         tensor.expect_dtype("checkpoint", name, self.committed[i].dtype())?;
         self.pending[i] = tensor.clone();
@@ -124,7 +138,8 @@ impl LayerState {
 
 /// One layer in one pass, as a router sees it.
 pub struct LayerPass<'p> {
-    pub pass: Pass<'p>,
+    pub pass: Pass,
+    pub dist: &'p dyn Collective,
     /// MoE layers from 0.
     pub layer: usize,
     pub top_k: usize,
@@ -134,14 +149,22 @@ pub struct LayerPass<'p> {
 
 impl<'p> LayerPass<'p> {
     pub(crate) fn new(
-        pass: Pass<'p>,
+        pass: Pass,
+        dist: &'p dyn Collective,
         layer: usize,
         top_k: usize,
         state: &'p mut LayerState,
         recomputing: bool,
     ) -> Self {
         let replaying = recomputing && pass.phase == Phase::Train || pass.phase == Phase::Frozen;
-        LayerPass { pass, layer, top_k, state, replaying }
+        LayerPass {
+            pass,
+            dist,
+            layer,
+            top_k,
+            state,
+            replaying,
+        }
     }
 
     /// Whether this pass may change state: training, and not a second run of a recompute segment.
@@ -157,7 +180,10 @@ impl<'p> LayerPass<'p> {
         if let (true, Some(selection)) = (self.replaying, &self.state.selection) {
             return Ok(Rc::new(Dispatch::new(selection.clone())));
         }
-        let TopK { selection, first_non_finite } = choose()?;
+        let TopK {
+            selection,
+            first_non_finite,
+        } = choose()?;
         if self.updates_state() {
             self.state.selection = Some(selection.clone());
             let first = &mut self.state.first_non_finite;
@@ -172,7 +198,11 @@ impl<'p> LayerPass<'p> {
     /// When the router did not declare it.
     pub fn state(&self, name: &str) -> &Tensor {
         let i = self.index(name);
-        if self.pass.phase == Phase::Evaluate { &self.state.committed[i] } else { &self.state.pending[i] }
+        if self.pass.phase == Phase::Evaluate {
+            &self.state.committed[i]
+        } else {
+            &self.state.pending[i]
+        }
     }
 
     /// A pending state tensor, to update.
@@ -180,7 +210,10 @@ impl<'p> LayerPass<'p> {
     /// # Panics
     /// When the router did not declare it, or this pass may not change state.
     pub fn state_mut(&mut self, name: &str) -> &mut Tensor {
-        assert!(self.updates_state(), "state changes in a first training pass alone");
+        assert!(
+            self.updates_state(),
+            "state changes in a first training pass alone"
+        );
         let i = self.index(name);
         &mut self.state.pending[i]
     }
@@ -202,9 +235,12 @@ impl<'p> LayerPass<'p> {
         let own: Vec<f64> = selection.counts().into_iter().map(|c| c as f64).collect();
         let mut counts = own.clone();
         if over_step {
-            self.pass.dist.sum(&mut counts);
+            self.dist.sum(&mut counts);
             if !self.state.step_counts.is_empty() {
-                counts.iter_mut().zip(&self.state.step_counts).for_each(|(c, s)| *c += s);
+                counts
+                    .iter_mut()
+                    .zip(&self.state.step_counts)
+                    .for_each(|(c, s)| *c += s);
             }
         }
         let slots: f64 = counts.iter().sum();
@@ -226,7 +262,11 @@ impl<'p> LayerPass<'p> {
         let stats = &mut self.state.stats;
         let counts = dispatch.selection().counts();
         stats.counts.resize(counts.len(), 0.0);
-        stats.counts.iter_mut().zip(counts).for_each(|(s, c)| *s += c as f64);
+        stats
+            .counts
+            .iter_mut()
+            .zip(counts)
+            .for_each(|(s, c)| *s += c as f64);
         stats.tokens += dispatch.selection().num_tokens() as f64;
         stats.entropy += entropy;
     }

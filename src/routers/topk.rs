@@ -42,7 +42,7 @@ impl Router for TopK {
         Ok(())
     }
 
-    fn route(&self, tape: &Tape<'_>, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
+    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
         let probabilities = softmax(tape, logits)?;
         let k = layer.top_k;
         let dispatch = layer.select(|| top_k(probabilities.tensor(), k))?;
@@ -51,6 +51,10 @@ impl Router for TopK {
         } else {
             probabilities.clone()
         };
-        Ok(Routing { gates, probabilities, dispatch })
+        Ok(Routing {
+            gates,
+            probabilities,
+            dispatch,
+        })
     }
 }

@@ -9,9 +9,9 @@ struct Segment<F> {
     run: F,
 }
 
-impl<'a, F> Op for Segment<F>
+impl<F> Op for Segment<F>
 where
-    F: Fn(&Tape<'a>, &[Var]) -> Result<Vec<Var>>,
+    F: Fn(&Tape, &[Var]) -> Result<Vec<Var>>,
 {
     fn name(&self) -> &'static str {
         "recompute"
@@ -65,7 +65,7 @@ where
     }
 }
 
-impl<'a> Tape<'a> {
+impl Tape {
     /// Runs `run` on `inputs` without recording it; backward runs it a second time on a tape that
     /// says [`is_replaying`](Tape::is_replaying). `run` gets its activations as arguments and may
     /// capture leaves, but no other variable of this tape.
@@ -75,7 +75,7 @@ impl<'a> Tape<'a> {
     pub fn recompute(
         &self,
         inputs: &[&Var],
-        run: impl Fn(&Tape<'a>, &[Var]) -> Result<Vec<Var>> + 'a,
+        run: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + 'static,
     ) -> Result<Vec<Var>> {
         if !self.recording {
             let inputs: Vec<Var> = inputs.iter().map(|&v| v.clone()).collect();

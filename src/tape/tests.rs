@@ -67,7 +67,7 @@ impl Op for Forgetful {
     }
 }
 
-fn multiply<'a>(tape: &Tape<'a>, x: &Var, y: &Var) -> Var {
+fn multiply(tape: &Tape, x: &Var, y: &Var) -> Var {
     tape.apply_one(Multiply, &[x, y]).unwrap()
 }
 
@@ -129,21 +129,21 @@ fn an_unused_leaf_has_no_gradient() {
 #[test]
 fn recomputed_segments_give_the_same_gradients_and_run_twice() {
     let (x, w) = (leaf(3.0, 0), leaf(5.0, 1));
-    let runs = std::cell::Cell::new(0);
+    let runs = std::rc::Rc::new(std::cell::Cell::new(0));
     let mut store = Gradients::new(2);
     {
         let tape = Tape::new();
         let a = multiply(&tape, &x, &x);
         // Captures the leaf w, gets the activation a: a (a w).
-        let (w, runs) = (&w, &runs);
+        let (captured, counter) = (w.clone(), runs.clone());
         let b = tape
-            .recompute(&[&a], |t, v| {
-                assert_eq!(t.is_replaying(), runs.get() == 1);
-                runs.set(runs.get() + 1);
-                Ok(vec![multiply(t, &v[0], &multiply(t, &v[0], w))])
+            .recompute(&[&a], move |t, v| {
+                assert_eq!(t.is_replaying(), counter.get() == 1);
+                counter.set(counter.get() + 1);
+                Ok(vec![multiply(t, &v[0], &multiply(t, &v[0], &captured))])
             })
             .unwrap();
-        let f = multiply(&tape, &b[0], w);
+        let f = multiply(&tape, &b[0], &w);
         tape.backward(&f, 1.0, &mut store).unwrap();
     }
     // f = x^4 w^2: df/dx = 4 x^3 w^2, df/dw = 2 x^4 w.

@@ -1,0 +1,327 @@
+//! Checkpoints that survive a crash at any moment.
+//!
+//! `checkpoints/step-N/` holds `config.json` and `model.safetensors` (the model, in Hugging Face's
+//! names), `trainer.safetensors` and `trainer.json` (optimizer, router state, where the run stood)
+//! and `manifest.json` (size and BLAKE3 digest of each). A checkpoint is written under another name,
+//! each file synced, the manifest last; then the folder is renamed and its parent synced. A reader
+//! thus finds a checkpoint whole or not at all, and the digests catch what the disk itself did.
+
+mod arrays;
+mod fault;
+mod session;
+
+pub use arrays::{Array, Arrays};
+pub use session::{TrainerState, find, load_model, load_trainer, snapshot};
+
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+const CONFIG: &str = "config.json";
+const MODEL: &str = "model.safetensors";
+const TRAINER: &str = "trainer.safetensors";
+const STATE: &str = "trainer.json";
+const MANIFEST: &str = "manifest.json";
+
+/// Begins the names of folders that are being written or removed; never a checkpoint's.
+const UNFINISHED: &str = ".unfinished-";
+
+/// What a checkpoint holds.
+pub struct Snapshot<'a> {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// `config.json`: what the model is.
+    pub config: Value,
+    /// Weights and buffers of the model.
+    pub model: Vec<Array<'a>>,
+    /// Optimizer moments and whatever else training resumes from.
+    pub trainer: Vec<Array<'a>>,
+    /// `trainer.json`: the same, as far as it is not arrays.
+    pub state: Value,
+}
+
+/// Size and digest of every file of a checkpoint.
+#[derive(Serialize, Deserialize)]
+struct Manifest {
+    step: u64,
+    files: BTreeMap<String, Entry>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Entry {
+    bytes: u64,
+    blake3: String,
+}
+
+/// Writes `snapshot` to `folder/step-N` and then removes all but the `keep` newest checkpoints up
+/// to it. A whole checkpoint of the same step stays as it is: a run is deterministic.
+///
+/// # Errors
+/// A full disk, a read-only folder and the like; earlier checkpoints are then untouched.
+pub fn save(folder: &Path, snapshot: &Snapshot, keep: usize) -> Result<PathBuf> {
+    fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
+    fault::point();
+    remove_unfinished(folder)?;
+    let name = format!("step-{}", snapshot.step);
+    let target = folder.join(&name);
+    if target.exists() {
+        if Checkpoint::open(&target).and_then(|c| c.verify()).is_ok() {
+            return Ok(target);
+        }
+        retire(&target)?;
+    }
+    let temporary = folder.join(format!("{UNFINISHED}{name}"));
+    let written = write(&temporary, snapshot);
+    if written.is_err() {
+        // Gives the space back; the first error is the one to report.
+        let _ = fs::remove_dir_all(&temporary);
+    }
+    written?;
+    fs::rename(&temporary, &target).map_err(|e| Error::io("rename", &temporary, e))?;
+    fault::point();
+    sync(folder)?;
+    for step in steps(folder)?
+        .into_iter()
+        .filter(|s| *s < snapshot.step)
+        .rev()
+        .skip(keep.max(1) - 1)
+    {
+        retire(&folder.join(format!("step-{step}")))?;
+    }
+    Ok(target)
+}
+
+/// All files of a checkpoint, synced, with the manifest last.
+fn write(temporary: &Path, snapshot: &Snapshot) -> Result<()> {
+    fs::create_dir(temporary).map_err(|e| Error::io("create", temporary, e))?;
+    fault::point();
+    let mut files = BTreeMap::new();
+    let mut add = |name: &str, content: &dyn Fn(&Path) -> Result<()>| -> Result<()> {
+        let path = temporary.join(name);
+        content(&path)?;
+        fault::point();
+        sync(&path)?;
+        files.insert(name.to_string(), digest(&path)?);
+        Ok(())
+    };
+    add(CONFIG, &|path| write_json(path, &snapshot.config))?;
+    add(MODEL, &|path| arrays::write(path, &snapshot.model))?;
+    add(TRAINER, &|path| arrays::write(path, &snapshot.trainer))?;
+    add(STATE, &|path| write_json(path, &snapshot.state))?;
+    let manifest = Manifest {
+        step: snapshot.step,
+        files,
+    };
+    let path = temporary.join(MANIFEST);
+    write_json(&path, &manifest)?;
+    fault::point();
+    sync(&path)?;
+    sync(temporary)
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|e| {
+        Error::file(
+            path,
+            "values that JSON can hold",
+            e.to_string(),
+            "report this as a bug",
+        )
+    })?;
+    text.push('\n');
+    File::create(path)
+        .and_then(|mut f| f.write_all(text.as_bytes()))
+        .map_err(|e| Error::io("write", path, e))
+}
+
+/// Forces a file or a folder to the disk.
+fn sync(path: &Path) -> Result<()> {
+    File::open(path)
+        .and_then(|f| f.sync_all())
+        .map_err(|e| Error::io("sync", path, e))?;
+    fault::point();
+    Ok(())
+}
+
+fn digest(path: &Path) -> Result<Entry> {
+    let read = || {
+        let file = File::open(path)?;
+        let bytes = file.metadata()?.len();
+        let mut hash = blake3::Hasher::new();
+        hash.update_reader(file)?;
+        Ok((bytes, hash))
+    };
+    let (bytes, hash) = read().map_err(|e| Error::io("read", path, e))?;
+    Ok(Entry {
+        bytes,
+        blake3: hash.finalize().to_hex().to_string(),
+    })
+}
+
+/// Removes a checkpoint under another name, so that a crash leaves no half of one behind.
+fn retire(path: &Path) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let away = path.with_file_name(format!("{UNFINISHED}removed-{name}"));
+    fs::rename(path, &away).map_err(|e| Error::io("rename", path, e))?;
+    fault::point();
+    fs::remove_dir_all(&away).map_err(|e| Error::io("remove", &away, e))
+}
+
+/// What earlier, interrupted saves left.
+fn remove_unfinished(folder: &Path) -> Result<()> {
+    for name in names(folder)?.iter().filter(|n| n.starts_with(UNFINISHED)) {
+        let path = folder.join(name);
+        fs::remove_dir_all(&path).map_err(|e| Error::io("remove", &path, e))?;
+    }
+    Ok(())
+}
+
+fn names(folder: &Path) -> Result<Vec<String>> {
+    let list = || -> std::io::Result<Vec<String>> {
+        fs::read_dir(folder)?
+            .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+            .collect()
+    };
+    list().map_err(|e| Error::io("list", folder, e))
+}
+
+/// Steps of the checkpoints in `folder`, whole or not, increasing.
+fn steps(folder: &Path) -> Result<Vec<u64>> {
+    let mut steps: Vec<u64> = names(folder)?
+        .iter()
+        .filter_map(|n| n.strip_prefix("step-")?.parse().ok())
+        .collect();
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+/// The newest whole checkpoint in `folder`, if any, and what is wrong with each newer one.
+pub fn newest(folder: &Path) -> Result<(Option<Checkpoint>, Vec<Error>)> {
+    let mut damaged = Vec::new();
+    if !folder.exists() {
+        return Ok((None, damaged));
+    }
+    for step in steps(folder)?.into_iter().rev() {
+        let opened = Checkpoint::open(&folder.join(format!("step-{step}")));
+        match opened.and_then(|c| c.verify().map(|()| c)) {
+            Ok(checkpoint) => return Ok((Some(checkpoint), damaged)),
+            Err(e) => damaged.push(e),
+        }
+    }
+    Ok((None, damaged))
+}
+
+/// A checkpoint on disk. What is read from it is compared with its digest.
+pub struct Checkpoint {
+    path: PathBuf,
+    manifest: Manifest,
+}
+
+impl Checkpoint {
+    /// Reads the manifest of the checkpoint at `path`.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = path.join(MANIFEST);
+        if path.is_dir() && !file.exists() {
+            return Err(Error::file(
+                path,
+                "a checkpoint",
+                format!("a folder without {MANIFEST}"),
+                "choose a folder step-N that `train` wrote",
+            ));
+        }
+        let text = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
+        let manifest = serde_json::from_str(&text).map_err(|e| damaged(&file, e.to_string()))?;
+        Ok(Checkpoint {
+            path: path.to_path_buf(),
+            manifest,
+        })
+    }
+
+    /// Compares every file with its digest.
+    pub fn verify(&self) -> Result<()> {
+        for name in [CONFIG, MODEL, TRAINER, STATE] {
+            let found = digest(&self.path.join(name))?;
+            self.compare(name, found)?;
+        }
+        Ok(())
+    }
+
+    fn compare(&self, name: &str, found: Entry) -> Result<()> {
+        let path = self.path.join(name);
+        let Some(entry) = self.manifest.files.get(name) else {
+            return Err(damaged(&path, format!("no digest of it in {MANIFEST}")));
+        };
+        if found.bytes != entry.bytes {
+            let got = format!("{} bytes instead of {}", found.bytes, entry.bytes);
+            return Err(damaged(&path, got));
+        }
+        if found.blake3 != entry.blake3 {
+            return Err(damaged(&path, "another digest".into()));
+        }
+        Ok(())
+    }
+
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Optimizer steps done.
+    pub fn step(&self) -> u64 {
+        self.manifest.step
+    }
+
+    /// `config.json`.
+    pub fn config(&self) -> Result<Value> {
+        self.json(CONFIG)
+    }
+
+    /// `trainer.json`.
+    pub fn state(&self) -> Result<Value> {
+        self.json(STATE)
+    }
+
+    /// The arrays of the model.
+    pub fn model(&self) -> Result<Arrays> {
+        arrays::parse(&self.path.join(MODEL), self.bytes(MODEL)?)
+    }
+
+    /// The arrays of the trainer.
+    pub fn trainer(&self) -> Result<Arrays> {
+        arrays::parse(&self.path.join(TRAINER), self.bytes(TRAINER)?)
+    }
+
+    fn json(&self, name: &str) -> Result<Value> {
+        serde_json::from_slice(&self.bytes(name)?)
+            .map_err(|e| damaged(&self.path.join(name), e.to_string()))
+    }
+
+    fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let path = self.path.join(name);
+        let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+        self.compare(
+            name,
+            Entry {
+                bytes: bytes.len() as u64,
+                blake3: blake3::hash(&bytes).to_hex().to_string(),
+            },
+        )?;
+        Ok(bytes)
+    }
+}
+
+fn damaged(path: &Path, got: String) -> Error {
+    Error::file(
+        path,
+        "the file that was saved",
+        got,
+        "the checkpoint is damaged: use another one",
+    )
+}
+
+#[cfg(test)]
+mod tests;

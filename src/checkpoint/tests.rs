@@ -1,0 +1,183 @@
+//! What checkpoints promise, short of killing the process (see `tests/`).
+
+use super::*;
+use crate::dtype::DType;
+use crate::tensor::Tensor;
+use serde_json::json;
+
+/// A snapshot whose content follows from its step.
+fn snapshot(step: u64) -> Snapshot<'static> {
+    let values: Vec<f32> = (0..6).map(|i| i as f32 + step as f32).collect();
+    Snapshot {
+        step,
+        config: json!({ "hidden_size": 2 }),
+        model: vec![
+            Array::copied("norm.weight", &Tensor::from_slice([2, 3], &values)),
+            Array::copied("ids", &Tensor::from_slice([2], &[step as i32, -1])),
+        ],
+        trainer: vec![Array::copied(
+            "exact",
+            &Tensor::scalar(std::f64::consts::PI),
+        )],
+        state: json!({ "step": step }),
+    }
+}
+
+fn folders(folder: &Path) -> Vec<String> {
+    let mut names = names(folder).unwrap();
+    names.sort();
+    names
+}
+
+#[test]
+fn what_was_saved_comes_back_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("runs/a/checkpoints");
+    let path = save(&folder, &snapshot(7), 2).unwrap();
+    assert_eq!(path, folder.join("step-7"));
+    let (found, damaged) = newest(&folder).unwrap();
+    let checkpoint = found.unwrap();
+    assert!(damaged.is_empty());
+    assert_eq!((checkpoint.step(), checkpoint.path()), (7, path.as_path()));
+    assert_eq!(checkpoint.config().unwrap(), json!({ "hidden_size": 2 }));
+    assert_eq!(checkpoint.state().unwrap(), json!({ "step": 7 }));
+    let mut model = checkpoint.model().unwrap();
+    let weights = model.take("norm.weight", DType::F32, [2, 3]).unwrap();
+    assert_eq!(weights.slice::<f32>(), [7.0, 8.0, 9.0, 10.0, 11.0, 12.0]);
+    let ids = model.take("ids", DType::I32, [2]).unwrap();
+    assert_eq!(ids.slice::<i32>(), [7, -1]);
+    model.finish().unwrap();
+    let mut trainer = checkpoint.trainer().unwrap();
+    let exact = trainer.take("exact", DType::F64, []).unwrap();
+    assert_eq!(exact.item().unwrap(), std::f64::consts::PI);
+}
+
+#[test]
+fn only_the_newest_are_kept_and_leftovers_go() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join(".unfinished-step-3")).unwrap();
+    fs::write(
+        dir.path().join(".unfinished-step-3/model.safetensors"),
+        "half",
+    )
+    .unwrap();
+    for step in [2, 9, 10, 11] {
+        save(dir.path(), &snapshot(step), 2).unwrap();
+    }
+    assert_eq!(folders(dir.path()), ["step-10", "step-11"]);
+    save(dir.path(), &snapshot(12), 1).unwrap();
+    assert_eq!(folders(dir.path()), ["step-12"]);
+}
+
+#[test]
+fn the_newest_whole_checkpoint_wins_and_damaged_ones_are_named() {
+    for (file, fault) in [
+        (CONFIG, "digest"),
+        (MODEL, "digest"),
+        (TRAINER, "digest"),
+        (STATE, "digest"),
+        (MODEL, "cut"),
+        (MANIFEST, "cut"),
+        (MODEL, "gone"),
+        (MANIFEST, "gone"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &snapshot(1), 3).unwrap();
+        save(dir.path(), &snapshot(2), 3).unwrap();
+        let path = dir.path().join("step-2").join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        match fault {
+            "digest" => {
+                *bytes.last_mut().unwrap() ^= 1;
+                fs::write(&path, bytes).unwrap();
+            }
+            "cut" => fs::write(&path, &bytes[..bytes.len() / 2]).unwrap(),
+            _ => fs::remove_file(&path).unwrap(),
+        }
+        let (found, damaged) = newest(dir.path()).unwrap();
+        assert_eq!(found.unwrap().step(), 1, "{file} {fault}");
+        assert_eq!(damaged.len(), 1);
+        let e = damaged[0].to_string();
+        assert!(e.contains("step-2") && e.contains(file), "{e}");
+        // Training passes step 2 again: the damaged folder makes way.
+        save(dir.path(), &snapshot(2), 3).unwrap();
+        assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 2);
+        assert_eq!(folders(dir.path()), ["step-1", "step-2"]);
+    }
+}
+
+#[test]
+fn a_whole_checkpoint_is_never_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = save(dir.path(), &snapshot(5), 2).unwrap();
+    let before = fs::metadata(path.join(MODEL)).unwrap().modified().unwrap();
+    save(dir.path(), &snapshot(5), 2).unwrap();
+    let after = fs::metadata(path.join(MODEL)).unwrap().modified().unwrap();
+    assert_eq!(before, after);
+}
+
+#[test]
+fn a_damaged_newer_checkpoint_does_not_cost_the_one_just_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), &snapshot(10), 1).unwrap();
+    fs::remove_file(dir.path().join("step-10").join(MODEL)).unwrap();
+    save(dir.path(), &snapshot(4), 1).unwrap();
+    assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 4);
+}
+
+#[test]
+fn a_foreign_checkpoint_names_the_tensor() {
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), &snapshot(1), 1).unwrap();
+    let checkpoint = newest(dir.path()).unwrap().0.unwrap();
+    let take = |name: &str, shape: &[usize]| {
+        let taken = checkpoint.model().unwrap().take(name, DType::F32, shape);
+        taken.unwrap_err().to_string()
+    };
+    let e = take("lm_head.weight", &[4]);
+    assert!(
+        e.contains("`lm_head.weight`") && e.contains("none of that name"),
+        "{e}"
+    );
+    let e = take("norm.weight", &[3, 2]);
+    assert!(e.contains("f32 [3, 2]") && e.contains("f32 [2, 3]"), "{e}");
+    let e = take("ids", &[2]);
+    assert!(e.contains("i32 [2]"), "{e}");
+    let e = checkpoint
+        .model()
+        .unwrap()
+        .finish()
+        .unwrap_err()
+        .to_string();
+    assert!(e.contains("`ids`"), "{e}");
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let e = save(&file.join("checkpoints"), &snapshot(1), 1).unwrap_err();
+    assert!(e.to_string().starts_with("cannot create"), "{e}");
+    let e = Checkpoint::open(dir.path()).err().unwrap().to_string();
+    assert!(e.contains("manifest.json"), "{e}");
+    let e = Checkpoint::open(&dir.path().join("none"))
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(e.contains("check the path"), "{e}");
+    assert!(newest(&dir.path().join("none")).unwrap().0.is_none());
+}
+
+#[test]
+fn the_same_snapshot_gives_the_same_bytes() {
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    for dir in &dirs {
+        save(dir.path(), &snapshot(3), 1).unwrap();
+    }
+    for file in [CONFIG, MODEL, TRAINER, STATE, MANIFEST] {
+        let [a, b] =
+            [&dirs[0], &dirs[1]].map(|d| fs::read(d.path().join("step-3").join(file)).unwrap());
+        assert_eq!(a, b, "{file}");
+    }
+}

@@ -1,0 +1,294 @@
+//! The command line: what each command takes, and what it prints.
+
+use crate::config::{Config, Layers};
+use crate::error::{Error, Result};
+use crate::routers::{self, ROUTERS};
+use crate::train::{self, Options, Outcome};
+use crate::{eval, generate};
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use toml::Value;
+
+/// Train and study sparse Mixture-of-Experts transformers.
+#[derive(Parser)]
+#[command(name = "routegrad", version, about, arg_required_else_help = true)]
+pub struct Cli {
+    /// Threads to compute with; the results do not depend on it [default: all cores].
+    #[arg(long, global = true, value_name = "N")]
+    threads: Option<usize>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a model and leave its checkpoints, log and pictures in a folder.
+    #[command(after_help = "\
+Examples:
+  routegrad train
+  routegrad train --preset tiny --router topk --steps 300 --out runs/baseline
+  routegrad train --experts 32c4 --set router.beta=0.95 --set train.seed=1 --name wide
+  routegrad train --data my-books/ --set model.sequence_length=512
+  routegrad train --name wide --resume")]
+    Train(TrainArgs),
+    /// Measure a model's validation loss, perplexity and bits per byte.
+    #[command(after_help = "\
+Examples:
+  routegrad eval --model runs/tiny-default
+  routegrad eval --model runs/tiny-default/checkpoints/step-600 --data other.txt")]
+    Eval(EvalArgs),
+    /// Continue a prompt.
+    #[command(after_help = "\
+Examples:
+  routegrad generate --model runs/tiny-default --prompt 'My fellow citizens, '
+  routegrad generate --model runs/tiny-default --temperature 0.5 --top-k 20 --seed 3")]
+    Generate(GenerateArgs),
+    /// List the routers with their settings and defaults.
+    Routers,
+}
+
+#[derive(Args)]
+struct TrainArgs {
+    /// Model to train [default: tiny].
+    #[arg(long, value_name = "NAME")]
+    preset: Option<String>,
+    /// Experts and active experts of a MoE layer, as in 32c4.
+    #[arg(long, value_name = "NcK")]
+    experts: Option<String>,
+    /// TOML file with any keys of the configuration.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Set one key of the configuration; may be given again.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Router to train with; `routegrad routers` lists them.
+    #[arg(long, value_name = "NAME")]
+    router: Option<String>,
+    /// Optimizer steps.
+    #[arg(long, value_name = "N")]
+    steps: Option<i64>,
+    /// Seed of the weights, the order of the data and the sampling routers.
+    #[arg(long, value_name = "N")]
+    seed: Option<i64>,
+    /// Text file or folder of text files, instead of the embedded corpus.
+    #[arg(long, value_name = "PATH")]
+    data: Option<String>,
+    /// Folder of the run [default: runs/NAME].
+    #[arg(long, value_name = "DIR", conflicts_with = "name")]
+    out: Option<PathBuf>,
+    /// Name of the run [default: the preset, the experts if given, and the router].
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
+    /// Go on from the newest whole checkpoint of the run, with its configuration; --set and flags
+    /// may change what the training still allows.
+    #[arg(long, conflicts_with_all = ["preset", "experts", "config"])]
+    resume: bool,
+    /// Write no checkpoints: for timing.
+    #[arg(long)]
+    no_checkpoint: bool,
+    /// Show no progress.
+    #[arg(long)]
+    quiet: bool,
+}
+
+#[derive(Args)]
+struct EvalArgs {
+    /// Run, or one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Text whose validation documents to use [default: what the model was trained on].
+    #[arg(long, value_name = "PATH")]
+    data: Option<String>,
+    /// Validation sequences, spread evenly; 0 for all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    sequences: usize,
+}
+
+#[derive(Args)]
+struct GenerateArgs {
+    /// Run, or one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Text to continue.
+    #[arg(long, value_name = "TEXT", default_value = "My fellow citizens, ")]
+    prompt: String,
+    /// Tokens to add.
+    #[arg(long, value_name = "N", default_value_t = 400)]
+    tokens: usize,
+    /// Divides the logits; 0 takes the likeliest token.
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    temperature: f64,
+    /// Sample among this many likeliest tokens; 0 for all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Seed of the sampling.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    seed: u64,
+}
+
+impl Cli {
+    /// Runs the command.
+    ///
+    /// # Errors
+    /// Whatever the command meets; nothing has been printed of it yet.
+    pub fn run(self) -> Result<()> {
+        if let Some(threads) = self.threads {
+            set_threads(threads)?;
+        }
+        match self.command {
+            Command::Train(args) => train_command(args),
+            Command::Eval(args) => eval_command(&args),
+            Command::Generate(args) => generate_command(&args),
+            Command::Routers => list_routers(),
+        }
+    }
+}
+
+fn set_threads(threads: usize) -> Result<()> {
+    let invalid = |got: String| {
+        Error::invalid(
+            "--threads",
+            "a number of threads from 1 up",
+            got,
+            "leave it out for all cores",
+        )
+    };
+    if threads == 0 {
+        return Err(invalid("0".into()));
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|e| invalid(e.to_string()))
+}
+
+fn train_command(args: TrainArgs) -> Result<()> {
+    let out = args.folder();
+    let config = Config::load(&args.layers(&out), &routers::resolve)?;
+    let stop = Arc::new(AtomicBool::new(false));
+    watch_signals(&stop)?;
+    let options = Options {
+        out: out.clone(),
+        resume: args.resume,
+        checkpoints: !args.no_checkpoint,
+        quiet: args.quiet,
+    };
+    let report = train::run(config, &options, &stop)?;
+    let place = out.display();
+    match report.outcome {
+        Outcome::Finished => {
+            if let Some(loss) = report.validation_loss {
+                println!(
+                    "validation loss {loss:.4} nats per token after {} steps",
+                    report.step
+                );
+            }
+            println!("log, pictures and checkpoints: {place}");
+            if options.checkpoints {
+                println!("see it speak: routegrad generate --model {place}");
+            }
+        }
+        Outcome::Stopped if options.checkpoints => {
+            println!(
+                "stopped and saved at step {}; go on with --out {place} --resume",
+                report.step
+            );
+        }
+        Outcome::Stopped => println!("stopped at step {}", report.step),
+    }
+    Ok(())
+}
+
+impl TrainArgs {
+    fn folder(&self) -> PathBuf {
+        if let Some(out) = &self.out {
+            return out.clone();
+        }
+        let name = self.name.clone().unwrap_or_else(|| {
+            let preset = self.preset.as_deref().unwrap_or("tiny");
+            let router = self.router.as_deref().unwrap_or("default");
+            let parts = [Some(preset), self.experts.as_deref(), Some(router)];
+            parts.into_iter().flatten().collect::<Vec<_>>().join("-")
+        });
+        PathBuf::from("runs").join(name)
+    }
+
+    fn layers(&self, out: &std::path::Path) -> Layers {
+        let number = |n: i64| Value::Integer(n);
+        let text = |s: &String| Value::String(s.clone());
+        let flags = [
+            ("--router", "router.name", self.router.as_ref().map(text)),
+            ("--steps", "train.steps", self.steps.map(number)),
+            ("--seed", "train.seed", self.seed.map(number)),
+            ("--data", "data.source", self.data.as_ref().map(text)),
+        ];
+        Layers {
+            preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
+            experts: self.experts.clone(),
+            file: match self.resume {
+                true => Some(out.join(train::CONFIG_FILE)),
+                false => self.config.clone(),
+            },
+            set: self.set.clone(),
+            flags: flags
+                .into_iter()
+                .filter_map(|(flag, key, value)| Some((flag, key, value?)))
+                .collect(),
+        }
+    }
+}
+
+/// The first SIGINT or SIGTERM sets `stop`; a second one ends the process at once.
+fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
+            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
+            .map_err(|e| {
+                Error::invalid(
+                    "train",
+                    "signal handlers",
+                    e.to_string(),
+                    "report this as a bug",
+                )
+            })?;
+    }
+    Ok(())
+}
+
+fn eval_command(args: &EvalArgs) -> Result<()> {
+    let report = eval::run(&args.model, args.data.as_deref(), args.sequences)?;
+    println!("model            {}", report.checkpoint.display());
+    println!("tokens           {}", report.tokens);
+    println!("validation loss  {:.4} nats per token", report.loss);
+    println!("perplexity       {:.4}", report.perplexity());
+    println!("bits per byte    {:.4}", report.bits_per_byte());
+    Ok(())
+}
+
+fn generate_command(args: &GenerateArgs) -> Result<()> {
+    let sampling = generate::Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        seed: args.seed,
+    };
+    let mut out = std::io::stdout().lock();
+    generate::run(&args.model, &args.prompt, args.tokens, &sampling, &mut out)
+}
+
+fn list_routers() -> Result<()> {
+    for info in ROUTERS {
+        println!("{}  {}", info.name, info.summary);
+        println!("    source {}; cost {}", info.source, info.cost);
+        let mut config = crate::config::RouterConfig {
+            name: info.name.into(),
+            ..Default::default()
+        };
+        routers::resolve(&mut config)?;
+        for (key, value) in &config.settings {
+            println!("    router.{key} = {value}");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,331 @@
+//! Every gradient against finite differences: operations, routers, and a whole model.
+//!
+//! A router is checked in a mixture-of-experts layer, from its input and its parameters to its
+//! output and its balance losses; a model from all its parameters to its loss. Chosen experts,
+//! default vectors and balance fractions are first set by a training pass and then held, which makes
+//! the forward pass differentiable ([`Phase::Frozen`]). An estimator, whose gradient is on purpose
+//! not that of its own forward pass, is held against the method whose gradient it equals.
+
+use crate::check::{Case, Fault, FaultGuard, finite_differences, gradients, normal_numbers};
+use crate::config::{Config, Layers};
+use crate::error::Result;
+use crate::model::{Model, Weights};
+use crate::ops::OPS;
+use crate::routers::{self, Pass, Phase};
+use crate::tape::{Tape, Var};
+
+/// The largest relative error that passes.
+pub const TOLERANCE: f64 = 1e-6;
+
+/// One line of the report.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Operation, router or model.
+    pub subject: String,
+    /// What it was run on.
+    pub case: String,
+    /// Derivatives compared.
+    pub compared: usize,
+    /// The input with the largest error …
+    pub worst: String,
+    /// … and that error, relative.
+    pub error: f64,
+}
+
+impl Row {
+    pub fn passes(&self) -> bool {
+        self.error <= TOLERANCE
+    }
+}
+
+/// A router in a layer: name, what is set, what its gradient must equal.
+struct RouterCase {
+    router: &'static str,
+    set: &'static [&'static str],
+    against: Against,
+}
+
+/// What a router's gradient is held against.
+enum Against {
+    Differences,
+    /// The gradient of the same router with another setting, at the same incoming gradient.
+    GradientWith(&'static str),
+}
+
+const ROUTER_CASES: &[RouterCase] = &[
+    RouterCase {
+        router: "topk",
+        set: &["model.top_k=1"],
+        against: Against::Differences,
+    },
+    RouterCase {
+        router: "topk",
+        set: &["model.top_k=3"],
+        against: Against::Differences,
+    },
+    RouterCase {
+        router: "topk",
+        set: &["model.top_k=2", "router.renormalize=true"],
+        against: Against::Differences,
+    },
+    RouterCase {
+        router: "default",
+        set: &["model.top_k=1"],
+        against: Against::Differences,
+    },
+    RouterCase {
+        router: "default",
+        set: &[
+            "model.top_k=2",
+            "router.weight_norm=\"count\"",
+            "router.init_std=0.5",
+        ],
+        against: Against::Differences,
+    },
+    RouterCase {
+        router: "default",
+        set: &["model.top_k=2", "router.weighted=false", "router.beta=0.3"],
+        against: Against::Differences,
+    },
+    RouterCase {
+        router: "default",
+        set: &["model.top_k=2", "router.pass_forward=false"],
+        against: Against::GradientWith("router.pass_forward=true"),
+    },
+    RouterCase {
+        router: "dense",
+        set: &[],
+        against: Against::Differences,
+    },
+];
+
+/// Checks whatever has `filter` in its name; `each` sees every row as it is done.
+///
+/// # Errors
+/// When an operation fails.
+pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Result<Vec<Row>> {
+    let _guard = plant.map(FaultGuard::plant);
+    let mut rows = Vec::new();
+    let mut push = |row: Row| {
+        each(&row);
+        rows.push(row);
+    };
+    for op in OPS.iter().filter(|op| op.name.contains(filter)) {
+        for case in (op.cases)() {
+            push(by_differences(format!("op {}", op.name), &case)?);
+        }
+    }
+    for case in ROUTER_CASES.iter().filter(|c| c.router.contains(filter)) {
+        push(router_row(case)?);
+    }
+    for router in routers::ROUTERS.iter().map(|r| r.name) {
+        if "model".contains(filter) || router.contains(filter) {
+            let case = model_case(&config(
+                router,
+                &["model.layers=3", "model.dense_layers=[0]"],
+            )?)?;
+            push(by_differences(format!("model {router}"), &case)?);
+        }
+    }
+    Ok(rows)
+}
+
+fn by_differences(subject: String, case: &Case) -> Result<Row> {
+    let mut row = Row {
+        subject,
+        case: case.name.clone(),
+        compared: 0,
+        worst: String::new(),
+        error: 0.0,
+    };
+    for report in finite_differences(case)? {
+        row.compared += report.compared;
+        if row.worst.is_empty() || !(report.relative_error <= row.error) {
+            (row.worst, row.error) = (report.input, report.relative_error);
+        }
+    }
+    Ok(row)
+}
+
+fn router_row(router: &RouterCase) -> Result<Row> {
+    let subject = format!("router {}", router.router);
+    let case = layer_case(&config(router.router, router.set)?)?;
+    let name = router.set.join(" ");
+    match router.against {
+        Against::Differences => Ok(Row {
+            case: name,
+            ..by_differences(subject, &case)?
+        }),
+        Against::GradientWith(setting) => {
+            let other: Vec<&str> = router.set.iter().copied().chain([setting]).collect();
+            let other = layer_case(&config(router.router, &other)?)?;
+            let (own, expected) = (gradients(&case)?, gradients(&other)?);
+            let mut row = Row {
+                subject,
+                case: format!("{name}: as {setting}"),
+                compared: 0,
+                worst: String::new(),
+                error: 0.0,
+            };
+            for ((input, own), (_, expected)) in own.iter().zip(&expected) {
+                let scale = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+                let worst = own
+                    .iter()
+                    .zip(expected)
+                    .fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
+                let error = if scale == 0.0 { worst } else { worst / scale };
+                row.compared += own.len();
+                if row.worst.is_empty() || !(error <= row.error) {
+                    (row.worst, row.error) = (input.clone(), error);
+                }
+            }
+            Ok(row)
+        }
+    }
+}
+
+/// A small model in f64 with every balance loss on, so that every term is seen.
+fn config(router: &str, set: &[&str]) -> Result<Config> {
+    let mut layers = Layers::preset("tiny");
+    let small = [
+        "model.vocab_size=11",
+        "model.hidden=8",
+        "model.heads=2",
+        "model.head_dim=4",
+        "model.layers=1",
+        "model.dense_layers=[]",
+        "model.num_experts=5",
+        "model.expert_ffn_width=6",
+        "model.dense_ffn_width=6",
+        "model.sequence_length=7",
+        "model.top_k=2",
+        "train.dtype=\"f64\"",
+        "balance.aux_coefficient=0.5",
+        "balance.z_coefficient=0.25",
+    ];
+    layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
+    layers.set.push(format!("router.name=\"{router}\""));
+    Config::load(&layers, &routers::resolve)
+}
+
+/// The first MoE layer of a model: inputs x and its parameters; outputs y and the balance losses.
+fn layer_case(config: &Config) -> Result<Case> {
+    const TOKENS: usize = 13;
+    let model = prepared(config)?;
+    let width = config.model.hidden;
+    let x = normal_numbers(TOKENS * width, 77);
+    let own: Vec<usize> = (0..model.parameters.len())
+        .filter(|&i| model.parameters[i].name.contains(".mlp."))
+        .collect();
+    let inputs: Vec<(String, Vec<usize>, Vec<f64>)> = own
+        .iter()
+        .map(|&i| {
+            let p = &model.parameters[i];
+            Ok((p.name.clone(), p.value.shape().to_vec(), p.value.to_f64()?))
+        })
+        .collect::<Result<_>>()?;
+    let place = move |v: &[Var], weights: &Weights| -> Weights {
+        let mut all: Vec<Var> = weights.iter().map(Var::detached).collect();
+        own.iter()
+            .zip(&v[1..])
+            .for_each(|(&i, v)| all[i] = v.clone());
+        all.into()
+    };
+    let run = move |tape: &Tape, v: &[Var], phase: Phase| {
+        let weights = place(v, &model.weights());
+        let (y, losses) = model.moe_layer(
+            0,
+            tape,
+            &weights,
+            &v[0],
+            Pass {
+                phase,
+                micro_batches: 1,
+            },
+        )?;
+        Ok(std::iter::once(y).chain(losses).collect::<Vec<Var>>())
+    };
+    // A training pass chooses the experts and moves the default vectors; then they are held.
+    let held = std::cell::Cell::new(false);
+    let case = Case::new("layer", move |tape, v| {
+        if !held.replace(true) {
+            run(&Tape::without_gradients(), v, Phase::Train)?;
+        }
+        run(tape, v, Phase::Frozen)
+    });
+    let case = case.values("x", [TOKENS, width], &x);
+    Ok(inputs
+        .into_iter()
+        .fold(case, |case, (name, shape, values)| {
+            case.values(name, shape.as_slice(), &values)
+        }))
+}
+
+/// A whole model: inputs are all its parameters, the output is its loss.
+fn model_case(config: &Config) -> Result<Case> {
+    const SEQUENCES: usize = 2;
+    let model = prepared(config)?;
+    let count = SEQUENCES * (config.model.sequence_length + 1);
+    let vocabulary = config.model.vocab_size;
+    let tokens: Vec<i32> = normal_numbers(count, 78)
+        .iter()
+        .map(|x| (x.abs() * 1e6) as usize % vocabulary)
+        .map(|token| token as i32)
+        .collect();
+    let inputs: Vec<(String, Vec<usize>, Vec<f64>)> = model
+        .parameters
+        .iter()
+        .map(|p| Ok((p.name.clone(), p.value.shape().to_vec(), p.value.to_f64()?)))
+        .collect::<Result<_>>()?;
+    let held = std::cell::Cell::new(false);
+    let case = Case::new(
+        format!("{} layers, loss", config.model.layers),
+        move |tape, v| {
+            let weights: Weights = v.to_vec().into();
+            let run = |tape: &Tape, phase| {
+                model.loss(
+                    tape,
+                    &weights,
+                    &tokens,
+                    SEQUENCES,
+                    Pass {
+                        phase,
+                        micro_batches: 1,
+                    },
+                )
+            };
+            if !held.replace(true) {
+                run(&Tape::without_gradients(), Phase::Train)?;
+            }
+            Ok(vec![run(tape, Phase::Frozen)?.total])
+        },
+    );
+    Ok(inputs
+        .into_iter()
+        .fold(case, |case, (name, shape, values)| {
+            case.values(name, shape.as_slice(), &values)
+        }))
+}
+
+/// A model whose matrices are drawn wide enough that no part of the loss hides behind another.
+fn prepared(config: &Config) -> Result<Model> {
+    let mut model = Model::new(config)?;
+    for (i, p) in model.parameters.iter_mut().enumerate() {
+        let shape = p.value.shape();
+        if shape.len() < 2 {
+            continue;
+        }
+        // Rows of unit scale, however wide: a norm bends strongly around short ones.
+        let fan_in = if p.name.contains("embed") {
+            1
+        } else {
+            shape.width()
+        };
+        let spread = 1.0 / (fan_in as f64).sqrt();
+        let numbers = normal_numbers(shape.elements(), 500 + i as u64);
+        for (w, x) in p.value.slice_mut::<f64>().iter_mut().zip(numbers) {
+            *w = spread * x;
+        }
+    }
+    Ok(model)
+}

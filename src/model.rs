@@ -1,0 +1,214 @@
+//! The model: a decoder-only transformer, pre-norm, whose feed-forward layers are mixtures of experts.
+//!
+//! `x += attn(norm₁(x)); x += ffn(norm₂(x))`, a final norm, an output head; causal attention with
+//! RoPE, SwiGLU, the first layer's feed-forward dense (Default MoE, 2504.12463, section 4.1 and A.2).
+
+mod block;
+mod graph;
+mod moe;
+mod parameters;
+
+pub use parameters::{Parameter, Part};
+
+use crate::config::{Config, ModelConfig};
+use crate::device::Device;
+use crate::dist::{Collective, SingleRank};
+use crate::dtype::{DType, Real};
+use crate::error::{Error, Result};
+use crate::ops::cross_entropy::token_losses;
+use crate::ops::linear::linear;
+use crate::routers::{self, LayerState, Pass, Router};
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+use graph::Graph;
+use parameters::Layout;
+use std::cell::{Ref, RefMut};
+use std::rc::Rc;
+
+/// A model: its parameters, and what runs on them.
+pub struct Model {
+    /// In the order of their gradients' slots.
+    pub parameters: Vec<Parameter>,
+    graph: Rc<Graph>,
+}
+
+/// The parameters as variables of a tape, leaves in their order.
+pub type Weights = Rc<[Var]>;
+
+/// The losses of one micro-batch: the total on the tape, its parts as numbers.
+pub struct Losses {
+    /// Cross-entropy plus weighted auxiliary and z-loss, a scalar.
+    pub total: Var,
+    /// Mean cross-entropy of the next token, in nats.
+    pub cross_entropy: f64,
+    /// The auxiliary loss, coefficient and reduction over layers included.
+    pub auxiliary: f64,
+    /// The z-loss, coefficient and reduction over layers included.
+    pub z: f64,
+}
+
+impl Model {
+    /// A freshly initialised model on one rank, its weights drawn from the configuration's seed.
+    ///
+    /// # Errors
+    /// When the router cannot be built or cannot train this model.
+    pub fn new(config: &Config) -> Result<Self> {
+        Self::with_router(
+            config,
+            routers::build(&config.router)?,
+            Box::new(SingleRank),
+        )
+    }
+
+    /// A model with a router of one's own instead of the configuration's, as one of several ranks.
+    ///
+    /// # Errors
+    /// When the router refuses the model.
+    pub fn with_router(
+        config: &Config,
+        router: Box<dyn Router>,
+        dist: Box<dyn Collective>,
+    ) -> Result<Self> {
+        router.validate(&config.model)?;
+        let mut layout = Layout::new(&config.model, config.train.dtype.dtype(), config.train.seed);
+        let graph = Graph::new(&mut layout, config, router, dist)?;
+        Ok(Model {
+            parameters: layout.into_parameters(),
+            graph: Rc::new(graph),
+        })
+    }
+
+    /// The model's shapes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.graph.config
+    }
+
+    /// The dtype of weights and activations.
+    pub fn dtype(&self) -> DType {
+        self.graph.dtype
+    }
+
+    /// The parameters as variables. Drop them before updating the parameters in place: shared
+    /// memory is copied when written.
+    pub fn weights(&self) -> Weights {
+        self.parameters
+            .iter()
+            .enumerate()
+            .map(|(i, p)| Var::leaf(p.value.clone(), i))
+            .collect()
+    }
+
+    /// The state of the MoE layers, first MoE layer first.
+    pub fn layer_states(&self) -> Ref<'_, Vec<LayerState>> {
+        self.graph.states.borrow()
+    }
+
+    /// The state of the MoE layers, to change.
+    pub fn layer_states_mut(&self) -> RefMut<'_, Vec<LayerState>> {
+        self.graph.states.borrow_mut()
+    }
+
+    /// Losses of `tokens`, `[sequences, S + 1]` in row order: each row's first S predict its last S.
+    ///
+    /// # Errors
+    /// When the tokens do not fit, or one is beyond the vocabulary.
+    pub fn loss(
+        &self,
+        tape: &Tape,
+        weights: &Weights,
+        tokens: &[i32],
+        sequences: usize,
+        pass: Pass,
+    ) -> Result<Losses> {
+        let (inputs, targets) = split(tokens, sequences)?;
+        let (hidden, balance) = self.graph.hidden(tape, weights, &inputs, sequences, pass)?;
+        self.graph
+            .losses(tape, weights, &hidden, &targets, &balance)
+    }
+
+    /// MoE layer `layer` (from 0) alone: its output `[T, D]` for `x [T, D]`, and its balance losses
+    /// without their coefficients.
+    ///
+    /// # Errors
+    /// When there is no such layer or `x` does not fit.
+    pub fn moe_layer(
+        &self,
+        layer: usize,
+        tape: &Tape,
+        weights: &Weights,
+        x: &Var,
+        pass: Pass,
+    ) -> Result<(Var, Vec<Var>)> {
+        let (y, losses) = self.graph.moe_layer(layer, tape, weights, x, pass)?;
+        Ok((
+            y,
+            [losses.auxiliary, losses.z].into_iter().flatten().collect(),
+        ))
+    }
+
+    /// The loss of every next token, `[sequences · S]`, in nats, at evaluation.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn token_losses(&self, tokens: &[i32], sequences: usize) -> Result<Vec<f64>> {
+        let (inputs, targets) = split(tokens, sequences)?;
+        let (weights, tape) = (self.weights(), Tape::without_gradients());
+        let (hidden, _) = self
+            .graph
+            .hidden(&tape, &weights, &inputs, sequences, Pass::EVALUATE)?;
+        token_losses(hidden.tensor(), weights[self.graph.head].tensor(), &targets)?.to_f64()
+    }
+
+    /// Logits `[sequences · V]` of the token that follows each of `sequences` equally long
+    /// sequences, at evaluation.
+    ///
+    /// # Errors
+    /// When a token is beyond the vocabulary, or the sequences are longer than the model's.
+    pub fn next_token_logits(&self, tokens: &[i32], sequences: usize) -> Result<Vec<f64>> {
+        let (weights, tape) = (self.weights(), Tape::without_gradients());
+        let (hidden, _) = self
+            .graph
+            .hidden(&tape, &weights, tokens, sequences, Pass::EVALUATE)?;
+        let (length, width) = (tokens.len() / sequences, self.config().hidden);
+        let mut last = Tensor::unspecified(Device::Cpu, self.dtype(), [sequences, width]);
+        with_real!(self.dtype(), "logits", |T| {
+            let hidden = hidden.tensor().slice::<T>();
+            for (s, row) in last.slice_mut::<T>().chunks_mut(width).enumerate() {
+                let at = ((s + 1) * length - 1) * width;
+                row.copy_from_slice(&hidden[at..at + width]);
+            }
+            Ok(())
+        })?;
+        let logits = linear(&tape, &Var::constant(last), &weights[self.graph.head], None)?;
+        logits.tensor().to_f64()
+    }
+}
+
+/// Inputs and targets of `[sequences, S + 1]` tokens.
+fn split(tokens: &[i32], sequences: usize) -> Result<(Vec<i32>, Tensor)> {
+    let length = tokens.len() / sequences.max(1);
+    if sequences == 0 || length < 2 || length * sequences != tokens.len() {
+        return Err(Error::invalid(
+            "model",
+            "at least one sequence of at least two tokens, all of one length",
+            format!("{} tokens for {sequences} sequences", tokens.len()),
+            "pass [sequences, S + 1] tokens",
+        ));
+    }
+    let rows = || tokens.chunks(length);
+    let inputs = rows().flat_map(|r| &r[..length - 1]).copied().collect();
+    let targets: Vec<i32> = rows().flat_map(|r| &r[1..]).copied().collect();
+    Ok((inputs, Tensor::from_slice([targets.len()], &targets)))
+}
+
+/// An f64 tensor in another real dtype.
+fn rounded(t: &Tensor, dtype: DType) -> Result<Tensor> {
+    let mut out = Tensor::unspecified(t.device(), dtype, t.shape());
+    with_real!(dtype, "model", |T| {
+        for (o, &x) in out.slice_mut::<T>().iter_mut().zip(t.slice::<f64>()) {
+            *o = T::of(x);
+        }
+        Ok(out)
+    })
+}

@@ -1,0 +1,163 @@
+//! One transformer block: attention, then a dense or a mixture-of-experts feed-forward.
+
+use super::graph::Graph;
+use super::moe::{BalanceLosses, MoeLayer};
+use super::parameters::{Layout, NormSlots};
+use crate::config::{ModelConfig, QkNorm};
+use crate::error::Result;
+use crate::ops::add::add;
+use crate::ops::attention::attention;
+use crate::ops::linear::linear;
+use crate::ops::qk_norm::qk_norm;
+use crate::ops::rope::rope;
+use crate::ops::swiglu::swiglu;
+use crate::routers::Pass;
+use crate::tape::{Tape, Var};
+
+/// Where a block's parameters are.
+pub struct Block {
+    attention_norm: NormSlots,
+    qkv: usize,
+    qkv_bias: Option<usize>,
+    /// Weights of the query and key norms.
+    qk_norm: Option<[usize; 2]>,
+    output: usize,
+    ffn_norm: NormSlots,
+    ffn: FeedForward,
+}
+
+enum FeedForward {
+    Dense(SwigluSlots),
+    Moe(MoeLayer),
+}
+
+/// Where the parameters of one SwiGLU network are.
+pub struct SwigluSlots {
+    /// `[2F, D]`: gate above up.
+    pub gate_up: usize,
+    /// `[D, F]`.
+    pub down: usize,
+}
+
+impl SwigluSlots {
+    pub fn new(layout: &mut Layout, prefix: &str, hidden: usize, width: usize) -> Self {
+        let parts = ["gate", "up"].map(|m| (format!("{prefix}.{m}_proj.weight"), width));
+        SwigluSlots {
+            gate_up: layout.stacked(&format!("{prefix}.gate_up_proj.weight"), &parts, hidden),
+            down: layout.residual(&format!("{prefix}.down_proj.weight"), &[hidden, width]),
+        }
+    }
+
+    /// `down(silu(gate(x)) ⊙ up(x))`.
+    pub fn forward(&self, tape: &Tape, weights: &[Var], x: &Var) -> Result<Var> {
+        let h = linear(tape, x, &weights[self.gate_up], None)?;
+        linear(tape, &swiglu(tape, &h)?, &weights[self.down], None)
+    }
+}
+
+impl Block {
+    pub fn new(layout: &mut Layout, config: &ModelConfig, layer: usize) -> Self {
+        let prefix = format!("model.layers.{layer}");
+        let (q, kv) = (
+            config.heads * config.head_dim,
+            config.kv_heads * config.head_dim,
+        );
+        let parts = |kind: &str| {
+            [("q", q), ("k", kv), ("v", kv)]
+                .map(|(m, n)| (format!("{prefix}.self_attn.{m}_proj.{kind}"), n))
+        };
+        let attention_norm = layout.norm(&format!("{prefix}.input_layernorm"));
+        let name = format!("{prefix}.self_attn.qkv_proj");
+        let qkv = layout.stacked(&format!("{name}.weight"), &parts("weight"), config.hidden);
+        let qkv_bias = config
+            .qkv_bias
+            .then(|| layout.vectors(&format!("{name}.bias"), &parts("bias"), 0.0));
+        let lengths = match config.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Head => Some([config.head_dim, config.head_dim]),
+            QkNorm::Full => Some([q, kv]),
+        };
+        let qk_norm = lengths.map(|[q, k]| {
+            [("q", q), ("k", k)].map(|(m, n)| {
+                let name = format!("{prefix}.self_attn.{m}_norm.weight");
+                layout.vectors(&name, &[(name.clone(), n)], 1.0)
+            })
+        });
+        let output = layout.residual(
+            &format!("{prefix}.self_attn.o_proj.weight"),
+            &[config.hidden, q],
+        );
+        let ffn_norm = layout.norm(&format!("{prefix}.post_attention_layernorm"));
+        let moe_index = config.moe_layers().iter().position(|l| *l == layer);
+        let mlp = format!("{prefix}.mlp");
+        let ffn = match moe_index {
+            None => FeedForward::Dense(SwigluSlots::new(
+                layout,
+                &mlp,
+                config.hidden,
+                config.dense_ffn_width,
+            )),
+            Some(index) => FeedForward::Moe(MoeLayer::new(layout, config, &mlp, index)),
+        };
+        Block {
+            attention_norm,
+            qkv,
+            qkv_bias,
+            qk_norm,
+            output,
+            ffn_norm,
+            ffn,
+        }
+    }
+
+    /// Its mixture of experts, if it has one.
+    pub fn moe(&self) -> Option<&MoeLayer> {
+        match &self.ffn {
+            FeedForward::Moe(moe) => Some(moe),
+            FeedForward::Dense(_) => None,
+        }
+    }
+
+    /// The block's rows `[T, D]`, and a MoE layer's balance losses.
+    pub fn forward(
+        &self,
+        model: &Graph,
+        tape: &Tape,
+        weights: &[Var],
+        x: &Var,
+        sequences: usize,
+        pass: Pass,
+    ) -> Result<(Var, Option<BalanceLosses>)> {
+        let heads = model.heads();
+        let length = x.tensor().shape().rows() / sequences;
+        let normed = model.norm(tape, x, weights, &self.attention_norm)?;
+        let bias = self.qkv_bias.map(|slot| &weights[slot]);
+        let mut qkv = linear(tape, &normed, &weights[self.qkv], bias)?;
+        if let Some([q, k]) = self.qk_norm {
+            qkv = qk_norm(
+                tape,
+                &qkv,
+                &weights[q],
+                &weights[k],
+                heads,
+                model.config.norm_eps,
+            )?;
+        }
+        let qkv = rope(tape, &qkv, heads, length, &model.rope)?;
+        let attended = attention(tape, &qkv, heads, length)?;
+        let x = add(
+            tape,
+            x,
+            &linear(tape, &attended, &weights[self.output], None)?,
+        )?;
+        let normed = model.norm(tape, &x, weights, &self.ffn_norm)?;
+        let (y, losses) = match &self.ffn {
+            FeedForward::Dense(slots) => (slots.forward(tape, weights, &normed)?, None),
+            FeedForward::Moe(moe) => {
+                let (y, losses) = moe.forward(model, tape, weights, &normed, pass)?;
+                (y, Some(losses))
+            }
+        };
+        Ok((add(tape, &x, &y)?, losses))
+    }
+}

@@ -1,0 +1,242 @@
+//! The model as a function of its weights: what runs, without the weights themselves.
+
+use super::block::Block;
+use super::moe::BalanceLosses;
+use super::parameters::{Layout, NormSlots};
+use super::{Losses, rounded};
+use crate::config::{BalanceConfig, Config, ModelConfig, Norm, Recompute, Reduction};
+use crate::dist::Collective;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::ops::balance::weighted_sum;
+use crate::ops::cross_entropy::cross_entropy;
+use crate::ops::embedding::embedding;
+use crate::ops::heads::Heads;
+use crate::ops::layernorm::layernorm;
+use crate::ops::rmsnorm::rmsnorm;
+use crate::ops::rope::RopeTables;
+use crate::routers::{LayerState, Pass, Router};
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+use std::cell::RefCell;
+use std::rc::Rc;
+
+/// Configuration, places of the parameters, router and its state.
+pub struct Graph {
+    pub config: ModelConfig,
+    pub balance: BalanceConfig,
+    recompute: Recompute,
+    blocks: Vec<Rc<Block>>,
+    embedding: usize,
+    final_norm: NormSlots,
+    /// The output head's parameter.
+    pub head: usize,
+    pub router: Box<dyn Router>,
+    /// Of each MoE layer.
+    pub states: RefCell<Vec<LayerState>>,
+    pub rope: RopeTables,
+    pub dtype: DType,
+    pub dist: Box<dyn Collective>,
+}
+
+impl Graph {
+    /// The graph of a configuration, and the parameters in `layout`.
+    pub fn new(
+        layout: &mut Layout,
+        config: &Config,
+        router: Box<dyn Router>,
+        dist: Box<dyn Collective>,
+    ) -> Result<Self> {
+        let model = &config.model;
+        let (dtype, seed) = (config.train.dtype.dtype(), config.train.seed);
+        let embedding = layout.embedding("model.embed_tokens.weight", model.vocab_size);
+        let blocks = (0..model.layers)
+            .map(|l| Rc::new(Block::new(layout, model, l)))
+            .collect();
+        let final_norm = layout.norm("model.norm");
+        let head = if model.tied_embeddings {
+            embedding
+        } else {
+            layout.matrix("lm_head.weight", &[model.vocab_size, model.hidden])
+        };
+        let states = (0..model.moe_layers().len()).map(|layer| {
+            let mut tensors = router.initial_state(model, layer, seed);
+            for t in &mut tensors {
+                t.start = rounded(&t.start, dtype)?;
+            }
+            Ok(LayerState::new(tensors))
+        });
+        Ok(Graph {
+            states: RefCell::new(states.collect::<Result<_>>()?),
+            config: model.clone(),
+            balance: config.balance.clone(),
+            recompute: config.train.recompute.clone(),
+            blocks,
+            embedding,
+            final_norm,
+            head,
+            router,
+            rope: RopeTables::new(
+                dtype,
+                model.sequence_length,
+                model.head_dim,
+                model.rope_theta,
+            )?,
+            dtype,
+            dist,
+        })
+    }
+
+    /// The final hidden rows `[sequences · S, D]` and the balance losses of every MoE layer.
+    pub fn hidden(
+        self: &Rc<Self>,
+        tape: &Tape,
+        weights: &Rc<[Var]>,
+        inputs: &[i32],
+        sequences: usize,
+        pass: Pass,
+    ) -> Result<(Var, Vec<BalanceLosses>)> {
+        let length = inputs.len() / sequences.max(1);
+        let longest = self.config.sequence_length;
+        if length == 0 || length > longest || length * sequences != inputs.len() {
+            return Err(Error::invalid(
+                "model",
+                format!("sequences of equal length, from 1 to model.sequence_length = {longest}"),
+                format!("{} tokens for {sequences} sequences", inputs.len()),
+                "cut or pad the tokens, or raise model.sequence_length",
+            ));
+        }
+        let ids = Tensor::from_slice([inputs.len()], inputs);
+        let mut x = embedding(tape, &weights[self.embedding], &ids)?;
+        let mut balance = Vec::new();
+        for (layer, block) in self.blocks.iter().enumerate() {
+            let (graph, weights, own) = (self.clone(), weights.clone(), block.clone());
+            let run =
+                move |tape: &Tape, x: &Var| own.forward(&graph, tape, &weights, x, sequences, pass);
+            let losses;
+            (x, losses) = if self.recompute.covers(layer) {
+                let outputs = tape.recompute(&[&x], move |tape, v| {
+                    let (y, losses) = run(tape, &v[0])?;
+                    let losses = losses
+                        .into_iter()
+                        .flat_map(|l| [l.auxiliary, l.z])
+                        .flatten();
+                    Ok(std::iter::once(y).chain(losses).collect())
+                })?;
+                self.unpack(block, outputs)
+            } else {
+                run(tape, &x)?
+            };
+            balance.extend(losses);
+        }
+        Ok((self.norm(tape, &x, weights, &self.final_norm)?, balance))
+    }
+
+    /// MoE layer `layer`, from 0, alone.
+    pub fn moe_layer(
+        &self,
+        layer: usize,
+        tape: &Tape,
+        weights: &[Var],
+        x: &Var,
+        pass: Pass,
+    ) -> Result<(Var, BalanceLosses)> {
+        let mut layers = self.blocks.iter().filter_map(|b| b.moe());
+        let Some(moe) = layers.nth(layer) else {
+            return Err(Error::invalid(
+                "moe_layer",
+                format!("a MoE layer below {}", self.states.borrow().len()),
+                layer.to_string(),
+                "layers count from 0, dense ones left out",
+            ));
+        };
+        moe.forward(self, tape, weights, x, pass)
+    }
+
+    /// The cross-entropy of `targets` and the balance losses, weighted and summed.
+    pub fn losses(
+        &self,
+        tape: &Tape,
+        weights: &[Var],
+        hidden: &Var,
+        targets: &Tensor,
+        balance: &[BalanceLosses],
+    ) -> Result<Losses> {
+        let tokens = targets.elements() as f64;
+        let cross = cross_entropy(tape, hidden, &weights[self.head], targets, tokens)?;
+        let layers = match self.balance.aux_reduction {
+            Reduction::Mean => balance.len().max(1) as f64,
+            Reduction::Sum => 1.0,
+        };
+        let auxiliary: Vec<&Var> = balance
+            .iter()
+            .filter_map(|l| l.auxiliary.as_ref())
+            .collect();
+        let z: Vec<&Var> = balance.iter().filter_map(|l| l.z.as_ref()).collect();
+        let aux_scale = self.balance.aux_coefficient / layers;
+        let z_scale = self.balance.z_coefficient / layers;
+        let mut terms = vec![(&cross, 1.0)];
+        terms.extend(auxiliary.iter().map(|l| (*l, aux_scale)));
+        terms.extend(z.iter().map(|l| (*l, z_scale)));
+        let sum = |losses: &[&Var]| {
+            losses
+                .iter()
+                .map(|l| l.tensor().item())
+                .sum::<Result<f64>>()
+        };
+        Ok(Losses {
+            total: weighted_sum(tape, &terms)?,
+            cross_entropy: cross.tensor().item()?,
+            auxiliary: aux_scale * sum(&auxiliary)?,
+            z: z_scale * sum(&z)?,
+        })
+    }
+
+    /// A recomputed block's outputs: its rows, then whichever balance losses it has.
+    fn unpack(&self, block: &Block, outputs: Vec<Var>) -> (Var, Option<BalanceLosses>) {
+        let mut outputs = outputs.into_iter();
+        let Some(y) = outputs.next() else {
+            unreachable!("a block gives its rows")
+        };
+        let losses = block.moe().map(|_| BalanceLosses {
+            auxiliary: if self.has_auxiliary_loss() {
+                outputs.next()
+            } else {
+                None
+            },
+            z: if self.has_z_loss() {
+                outputs.next()
+            } else {
+                None
+            },
+        });
+        (y, losses)
+    }
+
+    /// Whether MoE layers give an auxiliary loss.
+    pub fn has_auxiliary_loss(&self) -> bool {
+        self.router.balances() && self.balance.aux_coefficient != 0.0
+    }
+
+    /// Whether MoE layers give a z-loss.
+    pub fn has_z_loss(&self) -> bool {
+        self.router.balances() && self.balance.z_coefficient != 0.0
+    }
+
+    pub fn heads(&self) -> Heads {
+        let c = &self.config;
+        Heads {
+            query: c.heads,
+            key_value: c.kv_heads,
+            dim: c.head_dim,
+        }
+    }
+
+    pub fn norm(&self, tape: &Tape, x: &Var, weights: &[Var], slots: &NormSlots) -> Result<Var> {
+        let (weight, eps) = (&weights[slots.weight], self.config.norm_eps);
+        match (self.config.norm, slots.bias) {
+            (Norm::LayerNorm, Some(bias)) => layernorm(tape, x, weight, &weights[bias], eps),
+            _ => rmsnorm(tape, x, weight, eps),
+        }
+    }
+}

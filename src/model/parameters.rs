@@ -1,0 +1,167 @@
+//! The parameters: names, shapes and initial values.
+//!
+//! Projections that are multiplied by the same input are one parameter (query, key and value; gate
+//! and up), as the kernels want them; [`Part`]s name the matrices that a checkpoint holds instead.
+//! Gaussian with standard deviation √(2 / 5D), for matrices that write into the residual stream
+//! 2 / (L √D), D the model width, L all layers; norm weights 1, biases 0 (Default MoE, A.2).
+
+use crate::config::{ModelConfig, Norm};
+use crate::device::Device;
+use crate::dtype::{DType, Real};
+use crate::random::{Purpose, Stream};
+use crate::shape::Shape;
+use crate::tensor::Tensor;
+
+/// A trainable tensor.
+pub struct Parameter {
+    /// Name in reports; that of the checkpoint where there is one part.
+    pub name: String,
+    pub value: Tensor,
+    /// What a checkpoint holds: consecutive rows of the value, in order.
+    pub parts: Vec<Part>,
+    /// Whether weight decay applies.
+    pub decays: bool,
+}
+
+/// Rows of a parameter under the name that a checkpoint gives them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    pub name: String,
+    pub shape: Shape,
+}
+
+/// Where a norm's parameters are.
+#[derive(Clone, Copy)]
+pub struct NormSlots {
+    pub weight: usize,
+    pub bias: Option<usize>,
+}
+
+/// Collects the parameters in order and draws their initial values.
+pub struct Layout<'c> {
+    config: &'c ModelConfig,
+    dtype: DType,
+    seed: u64,
+    parameters: Vec<Parameter>,
+}
+
+/// How a parameter begins.
+enum Start {
+    Value(f64),
+    Gaussian { std: f64 },
+}
+
+impl<'c> Layout<'c> {
+    pub fn new(config: &'c ModelConfig, dtype: DType, seed: u64) -> Self {
+        Layout {
+            config,
+            dtype,
+            seed,
+            parameters: Vec::new(),
+        }
+    }
+
+    pub fn into_parameters(self) -> Vec<Parameter> {
+        self.parameters
+    }
+
+    /// A matrix, or a stack of matrices.
+    pub fn matrix(&mut self, name: &str, shape: &[usize]) -> usize {
+        self.push(name, vec![], shape, self.plain(), true)
+    }
+
+    /// Matrices of one input, one above the other: (checkpoint name, rows).
+    pub fn stacked(&mut self, name: &str, parts: &[(String, usize)], inputs: usize) -> usize {
+        let rows = parts.iter().map(|(_, rows)| rows).sum();
+        let parts = parts
+            .iter()
+            .map(|(n, rows)| part(n, &[*rows, inputs]))
+            .collect();
+        self.push(name, parts, &[rows, inputs], self.plain(), true)
+    }
+
+    /// A matrix, or a stack of matrices, that writes into the residual stream.
+    pub fn residual(&mut self, name: &str, shape: &[usize]) -> usize {
+        let std = 2.0 / (self.config.layers as f64 * (self.config.hidden as f64).sqrt());
+        self.push(name, vec![], shape, Start::Gaussian { std }, true)
+    }
+
+    /// The embedding, which does not decay.
+    pub fn embedding(&mut self, name: &str, vocab_size: usize) -> usize {
+        self.push(
+            name,
+            vec![],
+            &[vocab_size, self.config.hidden],
+            self.plain(),
+            false,
+        )
+    }
+
+    /// A vector of ones or zeros, or several behind each other: (checkpoint name, length).
+    pub fn vectors(&mut self, name: &str, parts: &[(String, usize)], value: f64) -> usize {
+        let length = parts.iter().map(|(_, n)| n).sum();
+        let parts = parts.iter().map(|(name, n)| part(name, &[*n])).collect();
+        self.push(name, parts, &[length], Start::Value(value), false)
+    }
+
+    /// A norm over the residual stream; `name` without `.weight`.
+    pub fn norm(&mut self, name: &str) -> NormSlots {
+        let (width, kind) = (self.config.hidden, self.config.norm);
+        let mut vector = |suffix: &str, value| {
+            let name = format!("{name}.{suffix}");
+            self.vectors(&name, &[(name.clone(), width)], value)
+        };
+        let weight = vector("weight", 1.0);
+        let bias = (kind == Norm::LayerNorm).then(|| vector("bias", 0.0));
+        NormSlots { weight, bias }
+    }
+
+    fn plain(&self) -> Start {
+        Start::Gaussian {
+            std: (2.0 / (5.0 * self.config.hidden as f64)).sqrt(),
+        }
+    }
+
+    fn push(
+        &mut self,
+        name: &str,
+        parts: Vec<Part>,
+        shape: &[usize],
+        start: Start,
+        decays: bool,
+    ) -> usize {
+        let index = self.parameters.len();
+        let parts = if parts.is_empty() {
+            vec![part(name, shape)]
+        } else {
+            parts
+        };
+        let mut value = Tensor::unspecified(Device::Cpu, self.dtype, shape);
+        let stream = Stream::new(self.seed, Purpose::Weights, 0, index);
+        match self.dtype {
+            DType::F64 => fill(value.slice_mut::<f64>(), &start, stream),
+            _ => fill(value.slice_mut::<f32>(), &start, stream),
+        }
+        self.parameters.push(Parameter {
+            name: name.into(),
+            value,
+            parts,
+            decays,
+        });
+        index
+    }
+}
+
+fn part(name: &str, shape: &[usize]) -> Part {
+    Part {
+        name: name.into(),
+        shape: shape.into(),
+    }
+}
+
+fn fill<T: Real>(out: &mut [T], start: &Start, stream: Stream) {
+    match start {
+        Start::Value(value) => out.fill(T::of(*value)),
+        Start::Gaussian { std } => stream.fill_normal(out, *std),
+    }
+}

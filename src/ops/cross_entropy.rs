@@ -1,0 +1,360 @@
+//! Output head and cross-entropy in one: `loss = Σ_t (logsumexp(z_t) − z_t[target_t]) / n`,
+//! `z = x Wᵀ`.
+//!
+//! `x [T, D]`, `W [V, D]`, `targets [T]` (i32), `n` given (T for the mean). With
+//! `dz = (softmax(z) − onehot(target)) / n`: `dx = dz W`, `dW = dzᵀ x`.
+//!
+//! Logits exist for one chunk of tokens at a time. Where a gradient is wanted it is formed in
+//! forward, while they do: three products instead of the four that forming them again would take.
+//! Backward then only multiplies by the incoming scalar.
+
+use super::tokens;
+use crate::check::Case;
+use crate::cpu;
+use crate::device::Device;
+use crate::dtype::Real;
+use crate::error::{Error, Result};
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// Cross-entropy in nats of the logits `x Wᵀ` against `targets`, summed over the tokens and divided
+/// by `denominator`; `x [T, D]`, `weight [V, D]`, `targets` i32, T of them.
+///
+/// # Errors
+/// When shapes or dtypes do not fit, or a target is not in the vocabulary (the error names target
+/// and position).
+pub fn cross_entropy(
+    tape: &Tape,
+    x: &Var,
+    weight: &Var,
+    targets: &Tensor,
+    denominator: f64,
+) -> Result<Var> {
+    check(x.tensor(), weight.tensor(), targets)?;
+    let op = CrossEntropy {
+        targets: targets.clone(),
+        denominator,
+        gradients: tape.is_recording() && (x.needs_gradient() || weight.needs_gradient()),
+    };
+    tape.apply_one(op, &[x, weight])
+}
+
+/// Cross-entropy in nats of each token, `[T]`, without a gradient: for evaluation.
+///
+/// # Errors
+/// Those of [`cross_entropy`].
+pub fn token_losses(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    check(x, weight, targets)?;
+    let mut losses = Tensor::unspecified(x.device(), x.dtype(), [x.shape()[0]]);
+    with_real!(x.dtype(), "cross_entropy", |T| {
+        let head = reference::Head {
+            x: x.slice::<T>(),
+            weight: weight.slice(),
+            targets: targets.slice(),
+            width: x.shape()[1],
+        };
+        head.losses(losses.slice_mut(), None);
+        Ok(losses)
+    })
+}
+
+fn check(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<()> {
+    let (x_shape, w_shape) = (x.shape(), weight.shape());
+    if x_shape.len() != 2 || w_shape.len() != 2 || x_shape[1] != w_shape[1] {
+        return Err(Error::invalid(
+            "cross_entropy",
+            "x [tokens, width] and a weight [vocabulary, width]",
+            format!("{x_shape} and {w_shape}"),
+            "pass the final hidden states and the output head",
+        ));
+    }
+    if w_shape.elements() == 0 {
+        return Err(Error::invalid(
+            "cross_entropy",
+            "a vocabulary and a width above 0",
+            w_shape.to_string(),
+            "pass the final hidden states and the output head",
+        ));
+    }
+    weight.expect_dtype("cross_entropy", "weight", x.dtype())?;
+    if targets.elements() != x_shape[0] {
+        return Err(Error::invalid(
+            "cross_entropy",
+            format!("{} targets, one for each token", x_shape[0]),
+            format!("shape {}", targets.shape()),
+            "pass the token that follows each input token",
+        ));
+    }
+    tokens::check("cross_entropy", "target", targets, w_shape[0])
+}
+
+struct CrossEntropy {
+    targets: Tensor,
+    denominator: f64,
+    /// Whether backward will be asked.
+    gradients: bool,
+}
+
+impl Op for CrossEntropy {
+    fn name(&self) -> &'static str {
+        "cross_entropy"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let (x, weight) = (inputs[0], inputs[1]);
+        with_real!(x.dtype(), "cross_entropy", |T| {
+            let head = reference::Head {
+                x: x.slice::<T>(),
+                weight: weight.slice(),
+                targets: self.targets.slice(),
+                width: x.shape()[1],
+            };
+            let mut losses = cpu::Scratch::<T>::new(x.shape()[0]);
+            let mut saved = vec![];
+            if self.gradients {
+                let (mut dx, mut dweight) = (x.unspecified_like(), weight.unspecified_like());
+                let gradient = reference::Gradient {
+                    dx: dx.slice_mut(),
+                    dweight: dweight.slice_mut(),
+                    factor: T::of(self.denominator.recip()),
+                };
+                head.losses(&mut losses, Some(gradient));
+                saved = vec![dx, dweight];
+            } else {
+                head.losses(&mut losses, None);
+            }
+            let sum: f64 = losses.iter().map(|&l| l.f64()).sum();
+            let mut loss = Tensor::unspecified(Device::Cpu, x.dtype(), []);
+            loss.slice_mut()[0] = T::of(sum / self.denominator);
+            Ok(Forward {
+                outputs: vec![loss],
+                saved,
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let Some(dloss) = &douts[0] else {
+            (0..2).for_each(|i| grads.none(i));
+            return Ok(());
+        };
+        with_real!(dloss.dtype(), "cross_entropy", |T| {
+            let factor = dloss.slice::<T>()[0];
+            for (input, gradient) in saved.iter().enumerate() {
+                grads.write(input, gradient, |dst, accumulate| {
+                    let width = gradient.shape().width();
+                    let gradient = gradient.slice();
+                    reference::scaled(dst.slice_mut(), accumulate, gradient, factor, width);
+                    Ok(())
+                })?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The mathematics on plain slices.
+pub(super) mod reference {
+    use super::*;
+    use crate::cpu::vector::{exp_and_sum, max};
+    use crate::cpu::{Accumulate, Mat, Scratch, matmul};
+    use rayon::prelude::*;
+
+    /// Logits that exist at a time, at most (but for one token there are always V).
+    const LOGITS: usize = 1 << 24;
+    /// Tokens of a chunk, at most.
+    const TOKENS: usize = 1024;
+
+    /// The inputs.
+    pub struct Head<'a, T> {
+        pub x: &'a [T],         // [T, D]
+        pub weight: &'a [T],    // [V, D]
+        pub targets: &'a [i32], // [T]
+        /// D.
+        pub width: usize,
+    }
+
+    /// Where gradients go, and the factor of every loss.
+    pub struct Gradient<'a, T> {
+        pub dx: &'a mut [T],      // [T, D]
+        pub dweight: &'a mut [T], // [V, D]
+        pub factor: T,
+    }
+
+    impl<T: Real> Head<'_, T> {
+        /// Writes each token's loss and, if asked, the gradient of `factor · Σ losses`.
+        pub fn losses(&self, losses: &mut [T], mut gradient: Option<Gradient<T>>) {
+            let (tokens, width) = (self.targets.len(), self.width);
+            let vocabulary = self.weight.len() / width;
+            let weight = Mat::new(self.weight, vocabulary, width);
+            let chunk = (LOGITS / vocabulary).clamp(1, TOKENS);
+            let mut logits = Scratch::<T>::new(chunk.min(tokens) * vocabulary);
+            let mut accumulate = Accumulate::Assign;
+            if let Some(gradient) = gradient.as_mut().filter(|_| tokens == 0) {
+                gradient.dweight.fill(T::zero());
+            }
+            for first in (0..tokens).step_by(chunk) {
+                let rows = chunk.min(tokens - first);
+                let logits = &mut logits[..rows * vocabulary];
+                let x = Mat::new(&self.x[first * width..][..rows * width], rows, width);
+                matmul(logits, Accumulate::Assign, x, weight.t());
+                let block = cpu::block_rows(rows);
+                let factor = gradient.as_ref().map(|g| g.factor);
+                logits
+                    .par_chunks_mut(block * vocabulary)
+                    .zip(losses[first..][..rows].par_chunks_mut(block))
+                    .zip(self.targets[first..][..rows].par_chunks(block))
+                    .for_each(|((logits, losses), targets)| {
+                        softmax_losses(logits, losses, targets, factor);
+                    });
+                if let Some(gradient) = &mut gradient {
+                    let dlogits = Mat::new(logits, rows, vocabulary);
+                    let dx = &mut gradient.dx[first * width..][..rows * width];
+                    matmul(dx, Accumulate::Assign, dlogits, weight);
+                    matmul(gradient.dweight, accumulate, dlogits.t(), x);
+                    accumulate = Accumulate::Add;
+                }
+            }
+        }
+    }
+
+    /// Losses of the rows of `logits`; with a factor, the rows become their gradients.
+    fn softmax_losses<T: Real>(
+        logits: &mut [T],
+        losses: &mut [T],
+        targets: &[i32],
+        factor: Option<T>,
+    ) {
+        let vocabulary = logits.len() / targets.len();
+        cpu::vectorized(
+            #[inline(always)]
+            || {
+                let rows = logits.chunks_exact_mut(vocabulary);
+                for ((row, loss), &target) in rows.zip(losses).zip(targets) {
+                    let of_target = row[target as usize];
+                    let largest = max(row);
+                    let sum = exp_and_sum(row, T::one(), largest);
+                    *loss = sum.ln() + largest - of_target;
+                    if let Some(factor) = factor {
+                        let scale = factor / sum;
+                        row.iter_mut().for_each(|z| *z *= scale);
+                        row[target as usize] -= factor;
+                    }
+                }
+            },
+        );
+    }
+
+    /// Writes `factor · values`, rows of `width`.
+    pub fn scaled<T: Real>(
+        out: &mut [T],
+        accumulate: Accumulate,
+        values: &[T],
+        factor: T,
+        width: usize,
+    ) {
+        cpu::each_row_block(out, width, |first, out| {
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for (o, &v) in out.iter_mut().zip(&values[first * width..]) {
+                        *o = accumulate.onto(*o, v * factor);
+                    }
+                },
+            );
+        });
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |tokens: usize, width: usize, vocabulary: usize| {
+        let name = format!("cross_entropy [{tokens}, {width}], vocabulary {vocabulary}");
+        let targets: Vec<i32> = (0..tokens).map(|t| (t * t % vocabulary) as i32).collect();
+        let targets = Tensor::from_slice([tokens], &targets);
+        Case::new(name, move |tape, v| {
+            let loss = cross_entropy(tape, &v[0], &v[1], &targets, tokens as f64 + 0.5)?;
+            Ok(vec![loss])
+        })
+        .input("x", [tokens, width])
+        .input("weight", [vocabulary, width])
+    };
+    vec![
+        case(1, 3, 1),
+        case(1, 3, 5),
+        case(37, 6, 19),
+        case(1030, 2, 3), // two chunks
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tape::Gradients;
+
+    #[test]
+    fn loss_and_gradient_worked_by_hand() {
+        // x = 1, W = (ln 3, 0): probabilities (3/4, 1/4). Targets 0 and 1: the losses are ln(4/3)
+        // and ln 4. Over n = 2, dz is (−1/8, 1/8) and (3/8, −3/8);
+        // dx = dz · W = (−ln 3 / 8, 3 ln 3 / 8), dW = (2/8, −2/8).
+        let ln3 = 3f64.ln();
+        let x = Var::leaf(Tensor::from_slice([2, 1], &[1.0, 1.0]), 0);
+        let w = Var::leaf(Tensor::from_slice([2, 1], &[ln3, 0.0]), 1);
+        let targets = Tensor::from_slice([2], &[0, 1]);
+        let tape = Tape::new();
+        let loss = cross_entropy(&tape, &x, &w, &targets, 2.0).unwrap();
+        let (first, second) = ((4f64 / 3.0).ln(), 4f64.ln());
+        let value = loss.tensor().item().unwrap();
+        assert!((value - (first + second) / 2.0).abs() <= 1e-15);
+        let mut store = Gradients::new(2);
+        tape.backward(&loss, 8.0, &mut store).unwrap();
+        for (leaf, expected) in [(0, [-ln3, 3.0 * ln3]), (1, [2.0, -2.0])] {
+            let found = store.get(leaf).unwrap().slice::<f64>();
+            for (a, b) in found.iter().zip(expected) {
+                assert!((a - b).abs() <= 1e-14, "{a} for {b}");
+            }
+        }
+        let each = token_losses(x.tensor(), w.tensor(), &targets).unwrap();
+        for (a, b) in each.slice::<f64>().iter().zip([first, second]) {
+            assert!((a - b).abs() <= 1e-15);
+        }
+    }
+
+    #[test]
+    fn logits_far_apart_stay_finite() {
+        let x = Tensor::from_slice([1, 1], &[1f32]);
+        let w = Tensor::from_slice([2, 1], &[3e4f32, -3e4]);
+        let targets = Tensor::from_slice([1], &[1]);
+        let loss = token_losses(&x, &w, &targets).unwrap();
+        assert_eq!(loss.slice::<f32>(), [6e4]);
+    }
+
+    #[test]
+    fn a_nan_shows_in_the_loss() {
+        let x = Tensor::from_slice([1, 1], &[f32::NAN]);
+        let w = Tensor::from_slice([2, 1], &[1f32, 2.0]);
+        let loss = token_losses(&x, &w, &Tensor::from_slice([1], &[1])).unwrap();
+        assert!(loss.slice::<f32>()[0].is_nan());
+    }
+
+    #[test]
+    fn a_target_outside_the_vocabulary_is_named_with_its_position() {
+        let x = Tensor::from_slice([2, 1], &[1.0, 1.0]);
+        let w = Tensor::from_slice([3, 1], &[0.0; 3]);
+        let e = token_losses(&x, &w, &Tensor::from_slice([2], &[2, 3])).unwrap_err();
+        assert!(e.to_string().contains("got 3 at position 1"), "{e}");
+    }
+
+    #[test]
+    fn too_few_targets_are_an_error() {
+        let x = Tensor::from_slice([2, 1], &[1.0, 1.0]);
+        let w = Tensor::from_slice([3, 1], &[0.0; 3]);
+        let e = token_losses(&x, &w, &Tensor::from_slice([1], &[2])).unwrap_err();
+        assert!(e.to_string().contains("2 targets"), "{e}");
+    }
+}

@@ -1,0 +1,193 @@
+//! Token embedding: `y_t = table[id_t]`.
+//!
+//! `table [V, D]`, `ids [T]` (i32), `y [T, D]`. `dtable_v = Σ over t with id_t = v of dy_t`, in the
+//! order of the tokens: ids are sorted, so that each row of the gradient belongs to one thread.
+
+use super::tokens;
+use crate::check::Case;
+use crate::cpu::{self, Accumulate};
+use crate::dtype::Real;
+use crate::error::{Error, Result};
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// Rows `ids` (i32, any shape, T in all) of `table [V, D]`; the result is `[T, D]`.
+///
+/// # Errors
+/// When an id is not in the table (the error names id and position), or the table is no matrix.
+pub fn embedding(tape: &Tape, table: &Var, ids: &Tensor) -> Result<Var> {
+    let shape = table.tensor().shape();
+    if shape.len() != 2 {
+        return Err(Error::invalid(
+            "embedding",
+            "a table [vocabulary, width]",
+            shape.to_string(),
+            "pass the embedding matrix",
+        ));
+    }
+    tokens::check("embedding", "token", ids, shape[0])?;
+    tape.apply_one(Embedding { ids: ids.clone() }, &[table])
+}
+
+struct Embedding {
+    ids: Tensor,
+}
+
+impl Op for Embedding {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let table = inputs[0];
+        let width = table.shape()[1];
+        let shape = [self.ids.elements(), width];
+        let mut y = Tensor::unspecified(table.device(), table.dtype(), shape);
+        with_real!(table.dtype(), "embedding", |T| {
+            reference::forward(y.slice_mut::<T>(), table.slice(), self.ids.slice(), width);
+            Ok(Forward {
+                outputs: vec![y],
+                saved: vec![table.clone()],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let table = &saved[0];
+        let Some(dy) = &douts[0] else {
+            grads.none(0);
+            return Ok(());
+        };
+        with_real!(table.dtype(), "embedding", |T| grads.write(
+            0,
+            table,
+            |dtable, accumulate| {
+                let width = table.shape()[1];
+                reference::dtable(
+                    dtable.slice_mut::<T>(),
+                    accumulate,
+                    dy.slice(),
+                    self.ids.slice(),
+                    width,
+                );
+                Ok(())
+            }
+        ))
+    }
+}
+
+/// The mathematics on plain slices; `width` is D.
+pub(super) mod reference {
+    use super::*;
+
+    pub fn forward<T: Real>(y: &mut [T], table: &[T], ids: &[i32], width: usize) {
+        cpu::each_row_block(y, width, |first, y| {
+            for (y, &id) in y.chunks_exact_mut(width).zip(&ids[first..]) {
+                y.copy_from_slice(&table[id as usize * width..][..width]);
+            }
+        });
+    }
+
+    pub fn dtable<T: Real>(
+        dtable: &mut [T],
+        accumulate: Accumulate,
+        dy: &[T],
+        ids: &[i32],
+        width: usize,
+    ) {
+        if dtable.is_empty() {
+            return;
+        }
+        let (ends, order) = sort(ids, dtable.len() / width);
+        cpu::each_row_block(dtable, width, |first, dtable| {
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for (i, sum) in dtable.chunks_exact_mut(width).enumerate() {
+                        if accumulate == Accumulate::Assign {
+                            sum.fill(T::zero());
+                        }
+                        let id = first + i;
+                        let start = if id == 0 { 0 } else { ends[id - 1] };
+                        for &token in &order[start..ends[id]] {
+                            for (s, &d) in sum.iter_mut().zip(&dy[token * width..][..width]) {
+                                *s += d;
+                            }
+                        }
+                    }
+                },
+            );
+        });
+    }
+
+    /// Positions in the order of their ids, equal ids in the order of positions, and for each id
+    /// where its positions end.
+    fn sort(ids: &[i32], vocabulary: usize) -> (Vec<usize>, Vec<usize>) {
+        let mut next = vec![0; vocabulary + 1];
+        for &id in ids {
+            next[id as usize + 1] += 1;
+        }
+        for id in 0..vocabulary {
+            next[id + 1] += next[id];
+        }
+        let mut order = vec![0; ids.len()];
+        for (position, &id) in ids.iter().enumerate() {
+            order[next[id as usize]] = position;
+            next[id as usize] += 1;
+        }
+        (next, order)
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |vocabulary: usize, width: usize, ids: Vec<i32>| {
+        let name = format!("embedding [{vocabulary}, {width}], {} tokens", ids.len());
+        let ids = Tensor::from_slice([ids.len()], &ids);
+        Case::new(name, move |tape, v| Ok(vec![embedding(tape, &v[0], &ids)?]))
+            .input("table", [vocabulary, width])
+    };
+    vec![
+        case(1, 3, vec![0]),
+        case(7, 5, vec![6, 0, 3, 3, 6, 3]),
+        case(70, 9, (0..150).map(|i| i * i % 67).collect()),
+        case(4, 2, vec![]),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tape::Gradients;
+
+    #[test]
+    fn a_row_used_twice_gets_both_gradients_and_an_unused_one_zero() {
+        let table = Tensor::from_slice([3, 2], &[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        let table = Var::leaf(table, 0);
+        let ids = Tensor::from_slice([3], &[2, 0, 2]);
+        let tape = Tape::new();
+        let y = embedding(&tape, &table, &ids).unwrap();
+        assert_eq!(y.tensor().slice::<f64>(), [5.0, 6.0, 1.0, 2.0, 5.0, 6.0]);
+        let dy = Tensor::from_slice([3, 2], &[1.0, 10.0, 2.0, 20.0, 4.0, 40.0]);
+        let mut store = Gradients::new(1);
+        tape.backward_from(&[(&y, dy)], &mut store).unwrap();
+        let expected = [2.0, 20.0, 0.0, 0.0, 5.0, 50.0];
+        assert_eq!(store.get(0).unwrap().slice::<f64>(), expected);
+    }
+
+    #[test]
+    fn a_token_outside_the_vocabulary_is_named_with_its_position() {
+        let table = Var::constant(Tensor::from_slice([3, 1], &[0.0; 3]));
+        for bad in [3, -1] {
+            let ids = Tensor::from_slice([3], &[0, 2, bad]);
+            let e = embedding(&Tape::new(), &table, &ids).unwrap_err();
+            let expected = format!("got {bad} at position 2");
+            assert!(e.to_string().contains(&expected), "{e}");
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Rotary position embedding (Su et al., arXiv 2104.09864), the rotate-half form.
+//!
+//! On rows of the fused projection `[T, (H + 2 KV) hd]`: each query and key head `(a, b)`, halves of
+//! hd/2, becomes `(a cos − b sin, b cos + a sin)` with angles `position · θ^(−2i/hd)`, i < hd/2;
+//! values are copied. A row's position is its index modulo the sequence length. Backward turns by
+//! the opposite angles.
+
+use super::heads::Heads;
+use crate::check::Case;
+use crate::cpu::{self, Accumulate};
+use crate::device::Device;
+use crate::dtype::{DType, Real};
+use crate::error::{Error, Result};
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// Cosines and sines of every position, computed once and shared by all layers.
+#[derive(Clone)]
+pub struct RopeTables {
+    cos: Tensor, // [positions, hd/2]
+    sin: Tensor, // [positions, hd/2]
+}
+
+impl RopeTables {
+    /// Tables for positions `0 .. positions` of heads of width `dim`; angles are formed in f64.
+    ///
+    /// # Errors
+    /// When the width is odd, or the dtype not real.
+    pub fn new(dtype: DType, positions: usize, dim: usize, theta: f64) -> Result<Self> {
+        if dim % 2 != 0 {
+            return Err(Error::invalid(
+                "rope",
+                "heads of even width",
+                dim.to_string(),
+                "choose an even head_dim",
+            ));
+        }
+        let half = dim / 2;
+        let angle = |i: usize| (i / half) as f64 * theta.powf(-((i % half) as f64) / half as f64);
+        let table = |f: fn(f64) -> f64| {
+            let mut table = Tensor::unspecified(Device::Cpu, dtype, [positions, half]);
+            with_real!(dtype, "rope", |T| {
+                for (i, t) in table.slice_mut::<T>().iter_mut().enumerate() {
+                    *t = T::of(f(angle(i)));
+                }
+                Ok(())
+            })?;
+            Ok(table)
+        };
+        Ok(RopeTables {
+            cos: table(f64::cos)?,
+            sin: table(f64::sin)?,
+        })
+    }
+}
+
+/// Rotates the query and key heads of `qkv [B·S, (H + 2 KV) hd]`, with S = `sequence`.
+///
+/// # Errors
+/// When `qkv` does not have the layout of `heads`, or the tables are of another dtype or head width
+/// or shorter than a sequence.
+pub fn rope(
+    tape: &Tape,
+    qkv: &Var,
+    heads: Heads,
+    sequence: usize,
+    tables: &RopeTables,
+) -> Result<Var> {
+    heads.check("rope", qkv.tensor(), sequence)?;
+    let found = tables.cos.shape();
+    if found[0] < sequence || found[1] * 2 != heads.dim {
+        return Err(Error::invalid(
+            "rope",
+            format!("tables for {sequence} positions, heads of {}", heads.dim),
+            format!("{} positions, heads of {}", found[0], found[1] * 2),
+            "make the tables for the model's longest sequence and its head_dim",
+        ));
+    }
+    tables
+        .cos
+        .expect_dtype("rope", "tables", qkv.tensor().dtype())?;
+    let tables = tables.clone();
+    tape.apply_one(
+        Rope {
+            heads,
+            sequence,
+            tables,
+        },
+        &[qkv],
+    )
+}
+
+struct Rope {
+    heads: Heads,
+    sequence: usize,
+    tables: RopeTables,
+}
+
+impl Rope {
+    /// Turns `x` forwards or back into `y`.
+    fn turn<T: Real>(&self, y: &mut Tensor, accumulate: Accumulate, x: &Tensor, back: bool) {
+        let rotated = (self.heads.query + self.heads.key_value) * self.heads.dim;
+        let sin = self.tables.sin.slice::<T>();
+        let tables = reference::Tables {
+            cos: &self.tables.cos.slice::<T>()[..self.sequence * self.heads.dim / 2],
+            sin: &sin[..self.sequence * self.heads.dim / 2],
+            half: self.heads.dim / 2,
+        };
+        let (y, width) = (y.slice_mut::<T>(), self.heads.row_width());
+        if back {
+            reference::turn::<T, true>(y, accumulate, x.slice(), width, rotated, tables);
+        } else {
+            reference::turn::<T, false>(y, accumulate, x.slice(), width, rotated, tables);
+        }
+    }
+}
+
+impl Op for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let mut y = inputs[0].unspecified_like();
+        with_real!(y.dtype(), "rope", |T| {
+            self.turn::<T>(&mut y, Accumulate::Assign, inputs[0], false);
+            Ok(Forward {
+                outputs: vec![y],
+                saved: vec![],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        _saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let Some(dy) = &douts[0] else {
+            grads.none(0);
+            return Ok(());
+        };
+        with_real!(dy.dtype(), "rope", |T| grads.write(
+            0,
+            dy,
+            |dx, accumulate| {
+                self.turn::<T>(dx, accumulate, dy, true);
+                Ok(())
+            }
+        ))
+    }
+}
+
+/// The mathematics on plain slices.
+pub(super) mod reference {
+    use super::*;
+
+    /// Angles by position, `half` to a position; as many positions as a sequence is long.
+    pub struct Tables<'a, T> {
+        pub cos: &'a [T],
+        pub sin: &'a [T],
+        pub half: usize,
+    }
+
+    /// Turns the first `rotated` elements of each row of `width`, head by head, and copies the rest.
+    pub fn turn<T: Real, const BACK: bool>(
+        y: &mut [T],
+        accumulate: Accumulate,
+        x: &[T],
+        width: usize,
+        rotated: usize,
+        tables: Tables<T>,
+    ) {
+        let half = tables.half;
+        let sequence = tables.cos.len() / half;
+        cpu::each_row_block(y, width, |first, y| {
+            let x = &x[first * width..];
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    let rows = y.chunks_exact_mut(width).zip(x.chunks_exact(width));
+                    for (i, (y, x)) in rows.enumerate() {
+                        let start = (first + i) % sequence * half;
+                        let cos = &tables.cos[start..start + half];
+                        let sin = &tables.sin[start..start + half];
+                        let (y, y_rest) = y.split_at_mut(rotated);
+                        let (x, x_rest) = x.split_at(rotated);
+                        let heads = y.chunks_exact_mut(2 * half);
+                        for (y, x) in heads.zip(x.chunks_exact(2 * half)) {
+                            let (y_a, y_b) = y.split_at_mut(half);
+                            let (x_a, x_b) = x.split_at(half);
+                            let angles = cos.iter().zip(sin);
+                            let pairs = x_a.iter().zip(x_b).zip(angles);
+                            for ((y_a, y_b), ((&a, &b), (&cos, &sin))) in
+                                y_a.iter_mut().zip(y_b).zip(pairs)
+                            {
+                                let sin = if BACK { -sin } else { sin };
+                                *y_a = accumulate.onto(*y_a, a * cos - b * sin);
+                                *y_b = accumulate.onto(*y_b, b * cos + a * sin);
+                            }
+                        }
+                        for (y, &x) in y_rest.iter_mut().zip(x_rest) {
+                            *y = accumulate.onto(*y, x);
+                        }
+                    }
+                },
+            );
+        });
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let case = |batch: usize, sequence: usize, heads: Heads| {
+        let name = format!("rope, {batch} sequences of {sequence}, {heads:?}");
+        Case::new(name, move |tape, v| {
+            let dtype = v[0].tensor().dtype();
+            let tables = RopeTables::new(dtype, sequence + 2, heads.dim, 10_000.0)?;
+            Ok(vec![rope(tape, &v[0], heads, sequence, &tables)?])
+        })
+        .input("qkv", [batch * sequence, heads.row_width()])
+    };
+    let heads = |query, key_value, dim| Heads {
+        query,
+        key_value,
+        dim,
+    };
+    vec![
+        case(1, 1, heads(1, 1, 2)),
+        case(3, 7, heads(4, 2, 6)),
+        case(2, 33, heads(2, 2, 8)),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADS: Heads = Heads {
+        query: 1,
+        key_value: 1,
+        dim: 2,
+    };
+
+    #[test]
+    fn positions_restart_with_each_sequence_and_values_stay() {
+        // hd = 2: one angle, equal to the position. q = (1, 0), k = (0, 1), v = (5, 6) in each row.
+        let row = [1.0, 0.0, 0.0, 1.0, 5.0, 6.0];
+        let qkv = Var::constant(Tensor::from_slice([4, 6], &row.repeat(4)));
+        let tables = RopeTables::new(DType::F64, 2, 2, 10_000.0).unwrap();
+        let y = rope(&Tape::new(), &qkv, HEADS, 2, &tables).unwrap();
+        let (cos, sin) = (1f64.cos(), 1f64.sin());
+        let turned = [cos, sin, -sin, cos, 5.0, 6.0];
+        assert_eq!(
+            y.tensor().slice::<f64>(),
+            [row, turned, row, turned].concat()
+        );
+    }
+
+    #[test]
+    fn tables_that_end_before_the_sequence_are_an_error() {
+        let qkv = Var::constant(Tensor::from_slice([3, 6], &[0.0; 18]));
+        let tables = RopeTables::new(DType::F64, 2, 2, 10_000.0).unwrap();
+        let e = rope(&Tape::new(), &qkv, HEADS, 3, &tables).unwrap_err();
+        assert!(e.to_string().contains("got 2 positions"), "{e}");
+        assert!(RopeTables::new(DType::F64, 2, 3, 10_000.0).is_err());
+    }
+}

@@ -1,0 +1,111 @@
+//! Whether a run can fit in memory, before it begins.
+
+use crate::config::{Config, count};
+use crate::error::{Error, Result};
+use std::fs;
+
+/// Bytes that training takes at least: each parameter with its gradient and two moments, and what
+/// backward keeps of one micro-batch. Per token and layer that is about 8 D numbers of the
+/// attention half and 2 D + 3 F of each expert; a recomputed layer keeps only its input.
+pub fn least(config: &Config) -> u64 {
+    let m = &config.model;
+    let size = config.train.dtype.dtype().size() as u64;
+    let weights = count::total_parameters(m).saturating_mul(4);
+    let tokens = config.train.micro_batch as u64 * m.sequence_length as u64;
+    let d = m.hidden as u64;
+    let per_token: u64 = (0..m.layers)
+        .map(|layer| {
+            let ffn = if m.dense_layers.contains(&layer) {
+                m.dense_ffn_width as u64 * 3
+            } else {
+                m.top_k as u64 * (2 * d + 3 * m.expert_ffn_width as u64)
+            };
+            if config.train.recompute.covers(layer) {
+                d
+            } else {
+                8 * d + ffn
+            }
+        })
+        .sum();
+    // The tokens of the whole step lie in memory as i32.
+    let batch = config.train.sequences_per_step as u64 * m.sequence_length as u64 * 4;
+    weights
+        .saturating_add(tokens.saturating_mul(per_token))
+        .saturating_mul(size)
+        .saturating_add(batch)
+}
+
+/// Refuses a run that needs more than the machine can give.
+pub(super) fn check(config: &Config) -> Result<()> {
+    fits(least(config), available())
+}
+
+fn fits(needed: u64, available: Option<u64>) -> Result<()> {
+    match available {
+        Some(available) if needed > available => Err(Error::invalid(
+            "train",
+            format!(
+                "a model that fits in {:.1} GB of free memory",
+                gigabytes(available)
+            ),
+            format!(
+                "one whose training takes at least {:.1} GB",
+                gigabytes(needed)
+            ),
+            "choose a smaller --preset, or lower train.micro_batch or model.sequence_length",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn gigabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e9
+}
+
+/// Free memory, or the container's limit where that is less; none where the system does not say.
+fn available() -> Option<u64> {
+    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = meminfo
+        .lines()
+        .find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let free = line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024;
+    let read = |name| {
+        fs::read_to_string(format!("/sys/fs/cgroup/{name}"))
+            .ok()?
+            .trim()
+            .parse::<u64>()
+            .ok()
+    };
+    let limit =
+        read("memory.max").map(|max| max.saturating_sub(read("memory.current").unwrap_or(0)));
+    Some(limit.map_or(free, |l| l.min(free)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Layers;
+
+    #[test]
+    fn tiny_fits_and_the_error_names_both_sizes() {
+        let config = Config::load(&Layers::preset("tiny"), &|_| Ok(())).unwrap();
+        check(&config).unwrap();
+        // 3.7 M parameters of 16 bytes, and about 30 kB for each of 4,096 tokens.
+        let least = least(&config);
+        assert!((150_000_000..300_000_000).contains(&least), "{least}");
+        let e = fits(50_000_000_000, Some(24_000_000_000))
+            .unwrap_err()
+            .to_string();
+        assert!(e.contains("24.0 GB") && e.contains("50.0 GB"), "{e}");
+        fits(u64::MAX, None).unwrap();
+    }
+
+    #[test]
+    fn recomputed_layers_need_less() {
+        let mut layers = Layers::preset("tiny");
+        let plain = Config::load(&layers, &|_| Ok(())).unwrap();
+        layers.set = vec!["train.recompute=true".into()];
+        let recomputed = Config::load(&layers, &|_| Ok(())).unwrap();
+        assert!(least(&recomputed) < least(&plain));
+    }
+}

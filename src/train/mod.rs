@@ -1,0 +1,366 @@
+//! A training run: from a configuration to a folder with its log, pictures and checkpoints.
+//!
+//! Every step is a pure function of the configuration and the step before it, so that a run that was
+//! interrupted and resumed ends in the same bytes as one that was not.
+
+mod memory;
+mod progress;
+mod schedule;
+
+pub use memory::least as least_memory;
+pub use schedule::learning_rate;
+
+use crate::checkpoint::{self, TrainerState};
+use crate::config::{Config, count};
+use crate::data::Corpus;
+use crate::error::{Error, Result};
+use crate::eval::validation_loss;
+use crate::metrics::{Log, Record};
+use crate::model::Model;
+use crate::plots;
+use crate::step::{StepReport, Trainer};
+use progress::Progress;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// The resolved configuration in a run's folder.
+pub const CONFIG_FILE: &str = "config.toml";
+/// The log in a run's folder.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+/// The folder of checkpoints in a run's folder.
+pub const CHECKPOINTS: &str = "checkpoints";
+
+/// What a run needs beside its configuration.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Folder of the run.
+    pub out: PathBuf,
+    /// Go on from the newest whole checkpoint in `out`.
+    pub resume: bool,
+    /// Whether to write checkpoints.
+    pub checkpoints: bool,
+    /// Whether to show no progress.
+    pub quiet: bool,
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished,
+    /// It was asked to stop, and saved.
+    Stopped,
+}
+
+/// What a run came to.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    pub outcome: Outcome,
+    /// Steps done.
+    pub step: u64,
+    /// Of the last evaluation in this process.
+    pub validation_loss: Option<f64>,
+}
+
+/// Trains until the last step, or until `stop` is set: the step at hand is finished and saved.
+///
+/// # Errors
+/// When text, folder or checkpoint cannot be used, the model does not fit in memory, or too many
+/// steps in a row are not finite. What was saved before stays.
+pub fn run(config: Config, options: &Options, stop: &AtomicBool) -> Result<Summary> {
+    Run::begin(config, options)?.finish(stop)
+}
+
+/// A run under way.
+struct Run<'a> {
+    options: &'a Options,
+    corpus: Corpus,
+    model: Model,
+    trainer: Trainer,
+    state: TrainerState,
+    log: Log,
+    progress: Progress,
+}
+
+impl<'a> Run<'a> {
+    /// Everything up to the first step.
+    fn begin(config: Config, options: &'a Options) -> Result<Self> {
+        let out = &options.out;
+        if !options.resume {
+            refuse_existing(out)?;
+        }
+        memory::check(&config)?;
+        let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+        let found = match options.resume {
+            true => checkpoint::newest(&out.join(CHECKPOINTS))?,
+            false => (None, Vec::new()),
+        };
+        let data = corpus.fingerprint();
+        let steps = config.train.steps;
+        let (model, trainer, state) = match &found.0 {
+            None => start(config, data)?,
+            Some(saved) => resume(saved, config, data)?,
+        };
+        fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        write_config(out, &state.config)?;
+        let log = Log::open(&out.join(METRICS_FILE), state.step)?;
+        let progress = Progress::new(state.step, steps, options.quiet);
+        for damaged in &found.1 {
+            progress.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
+        }
+        let run = Run {
+            options,
+            corpus,
+            model,
+            trainer,
+            state,
+            log,
+            progress,
+        };
+        run.introduce();
+        Ok(run)
+    }
+
+    fn introduce(&self) {
+        let c = &self.state.config;
+        let m = &c.model;
+        let millions = |n: u64| n as f64 / 1e6;
+        self.progress.introduce(&[
+            format!(
+                "{:.1} M parameters, {:.1} M active; router {}, {} experts, {} active; {} on {} threads",
+                millions(count::total_parameters(m)),
+                millions(count::active_parameters(m)),
+                c.router.name,
+                m.num_experts,
+                m.top_k,
+                self.model.dtype(),
+                rayon::current_num_threads(),
+            ),
+            format!(
+                "{}: {} documents, {:.1} MB; {} held out, {:.1} MB",
+                c.data.source,
+                self.corpus.documents()[0],
+                self.corpus.bytes()[0] as f64 / 1e6,
+                self.corpus.documents()[1],
+                self.corpus.bytes()[1] as f64 / 1e6,
+            ),
+            match self.state.step {
+                0 => format!("{} steps into {}", c.train.steps, self.options.out.display()),
+                n => format!(
+                    "from step {n} to {} in {}",
+                    c.train.steps,
+                    self.options.out.display()
+                ),
+            },
+        ]);
+    }
+
+    fn finish(mut self, stop: &AtomicBool) -> Result<Summary> {
+        let train = self.state.config.train.clone();
+        let mut validation = None;
+        let mut outcome = Outcome::Finished;
+        while self.state.step < train.steps {
+            if stop.load(Ordering::SeqCst) {
+                outcome = Outcome::Stopped;
+                break;
+            }
+            let begun = Instant::now();
+            let rate = learning_rate(&train, self.state.step);
+            let report = self.step(rate)?;
+            let seconds = begun.elapsed().as_secs_f64();
+            let step = self.state.step;
+            let last = step == train.steps;
+            let evaluate = last || step % train.eval_interval == 0;
+            if evaluate {
+                let (most, batch) = (train.eval_sequences, train.micro_batch);
+                let (loss, _) = validation_loss(&self.model, &self.corpus, most, batch)?;
+                validation = Some(loss).filter(|l| l.is_finite());
+            }
+            let record = self.record(&report, rate, seconds, validation.filter(|_| evaluate));
+            self.log.append(&record)?;
+            self.progress.step(&record, train.steps);
+            self.check_finite(&report)?;
+            if last || step % train.checkpoint_interval == 0 {
+                self.save()?;
+            }
+            if evaluate {
+                self.draw()?;
+            }
+        }
+        if outcome == Outcome::Stopped && self.state.step > 0 {
+            self.save()?;
+            self.draw()?;
+        }
+        self.progress.finish();
+        Ok(Summary {
+            outcome,
+            step: self.state.step,
+            validation_loss: validation,
+        })
+    }
+
+    /// One optimizer step over the next sequences.
+    fn step(&mut self, rate: f64) -> Result<StepReport> {
+        let train = &self.state.config.train;
+        let (batch, micro) = (train.sequences_per_step as u64, train.micro_batch);
+        let first = self.state.step * batch;
+        let tokens = self.corpus.sequences(first..first + batch);
+        let width = self.state.config.model.sequence_length + 1;
+        let micro_batches: Vec<&[i32]> = tokens.chunks(micro * width).collect();
+        let report = self
+            .trainer
+            .step(&mut self.model, &micro_batches, micro, rate)?;
+        self.state.step += 1;
+        self.state.optimizer_steps = self.trainer.optimizer.steps();
+        self.state.skipped_in_a_row = match report.refused {
+            None => 0,
+            Some(_) => self.state.skipped_in_a_row + 1,
+        };
+        Ok(report)
+    }
+
+    fn record(
+        &self,
+        report: &StepReport,
+        learning_rate: f64,
+        seconds: f64,
+        validation_loss: Option<f64>,
+    ) -> Record {
+        let config = &self.state.config;
+        let per_step = config.train.sequences_per_step * config.model.sequence_length;
+        let finite = |x: f64| Some(x).filter(|x| x.is_finite());
+        Record {
+            step: self.state.step,
+            tokens: self.state.step * per_step as u64,
+            loss: finite(report.cross_entropy),
+            auxiliary_loss: finite(report.auxiliary),
+            z_loss: finite(report.z),
+            gradient_norm: finite(report.gradient_norm),
+            learning_rate,
+            applied: report.refused.is_none(),
+            load: report
+                .layers
+                .iter()
+                .map(|l| l.counts.iter().map(|c| *c as u64).collect())
+                .collect(),
+            router_entropy: report
+                .layers
+                .iter()
+                .map(|l| finite(l.entropy / l.tokens))
+                .collect(),
+            validation_loss,
+            seconds,
+            tokens_per_second: per_step as f64 / seconds,
+        }
+    }
+
+    /// Notes a step that was left out; stops after too many in a row.
+    fn check_finite(&self, report: &StepReport) -> Result<()> {
+        let Some(what) = &report.refused else {
+            return Ok(());
+        };
+        let (row, most) = (
+            self.state.skipped_in_a_row,
+            self.state.config.train.max_skipped_steps,
+        );
+        let step = self.state.step;
+        self.progress.note(&format!(
+            "step {step} was left out: {what} is not finite ({row} in a row)"
+        ));
+        if row < most.max(1) {
+            return Ok(());
+        }
+        Err(Error::NonFinite {
+            what: format!("{what} at step {step}, as in {row} steps in a row,"),
+            help: "lower train.learning_rate or check the data; what was saved before stays".into(),
+        })
+    }
+
+    fn save(&self) -> Result<()> {
+        if !self.options.checkpoints {
+            return Ok(());
+        }
+        // The checkpoint counts on the log up to its step.
+        self.log.sync()?;
+        let snapshot = checkpoint::snapshot(&self.model, &self.trainer, &self.state)?;
+        let folder = self.options.out.join(CHECKPOINTS);
+        checkpoint::save(&folder, &snapshot, self.state.config.train.keep_checkpoints)?;
+        Ok(())
+    }
+
+    fn draw(&self) -> Result<()> {
+        plots::write(&self.options.out.join(METRICS_FILE), &self.options.out)
+    }
+}
+
+fn start(config: Config, data: String) -> Result<(Model, Trainer, TrainerState)> {
+    let model = Model::new(&config)?;
+    let trainer = Trainer::new(&config.train, &model);
+    let state = TrainerState {
+        step: 0,
+        optimizer_steps: 0,
+        skipped_in_a_row: 0,
+        data,
+        config,
+    };
+    Ok((model, trainer, state))
+}
+
+/// Goes on from `saved` with a configuration that may differ in what does not make it another run.
+fn resume(
+    saved: &checkpoint::Checkpoint,
+    config: Config,
+    data: String,
+) -> Result<(Model, Trainer, TrainerState)> {
+    let (model, mut state) = checkpoint::load_model(saved)?;
+    let old = &state.config;
+    for (what, same) in [
+        ("model", old.model == config.model),
+        ("router", old.router == config.router),
+        ("train.seed", old.train.seed == config.train.seed),
+        ("train.dtype", old.train.dtype == config.train.dtype),
+        (
+            "train.sequences_per_step",
+            old.train.sequences_per_step == config.train.sequences_per_step,
+        ),
+        ("data", state.data == data),
+    ] {
+        if !same {
+            return Err(Error::invalid(
+                "train --resume",
+                format!("the {what} that the run began with"),
+                "another one",
+                "put it back, or begin a new run under another --name",
+            ));
+        }
+    }
+    let mut trainer = Trainer::new(&config.train, &model);
+    checkpoint::load_trainer(saved, &state, &model, &mut trainer)?;
+    state.config = config;
+    Ok((model, trainer, state))
+}
+
+fn refuse_existing(out: &Path) -> Result<()> {
+    let holds = [CONFIG_FILE, METRICS_FILE, CHECKPOINTS]
+        .iter()
+        .any(|f| out.join(f).exists());
+    if !holds {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "train",
+        "a new folder for the run",
+        format!("{}, which holds a run", out.display()),
+        "go on with it by --resume, or choose another --name or --out",
+    ))
+}
+
+/// Replaces the run's configuration, whole or not at all.
+fn write_config(out: &Path, config: &Config) -> Result<()> {
+    let temporary = out.join("config.toml.unfinished");
+    let text = config.to_toml()?;
+    fs::write(&temporary, text).map_err(|e| Error::io("write", &temporary, e))?;
+    fs::rename(&temporary, out.join(CONFIG_FILE)).map_err(|e| Error::io("rename", &temporary, e))
+}
