@@ -16,6 +16,8 @@ pub fn generate() {
         .derive_default(true)
         .raw_line("// Made by bindgen from kernels/routegrad.h; scripts/update-bindings writes it anew.")
         .disable_header_comment()
+        // Not rustfmt, whose style depends on where it runs.
+        .formatter(bindgen::Formatter::Prettyplease)
         .generate()
         .expect("bindgen cannot read kernels/routegrad.h")
         .write_to_file(&out)

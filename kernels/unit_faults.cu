@@ -150,13 +150,23 @@ static void race_without_barrier(FaultTile& s, int* out, const TensorMap*) {
   s.words[threadIdx.x] = static_cast<int>(threadIdx.x);
   out[threadIdx.x] = s.words[threadIdx.x ^ 32];
 }
-static void race_through_an_atomic_without_fence(FaultTile& s, int* out, const TensorMap*) {
+// Thread 0 hands a value to thread 32 by a flag.
+static void hand_over(FaultTile& s, int* out, bool fenced) {
   if (threadIdx.x == 0) s.words[0] = 0;
   __syncthreads();
-  s.words[1 + threadIdx.x % 128] = 0;  // by two warps
-  if (threadIdx.x % 32 == 0) atomicAdd(&s.words[0], 1);
-  out[threadIdx.x] = 0;
+  if (threadIdx.x == 0) {
+    s.words[1] = 7;
+    if (fenced) __threadfence();
+    atomicAdd(&s.words[0], 1);
+  }
+  if (threadIdx.x == 32) {
+    while (!atomicAdd(&s.words[0], 0)) __nanosleep(1);
+    if (fenced) __threadfence();
+    out[0] = s.words[1];
+  }
 }
+static void race_through_a_flag_without_fence(FaultTile& s, int* out, const TensorMap*) { hand_over(s, out, false); }
+static void no_race_through_a_flag_with_fences(FaultTile& s, int* out, const TensorMap*) { hand_over(s, out, true); }
 static void race_in_global_memory(FaultTile&, int* out, const TensorMap*) { out[0] = static_cast<int>(threadIdx.x); }
 static void store_without_proxy_fence(FaultTile& s, int*, const TensorMap* map) {
   if (threadIdx.x < 64) s.words[threadIdx.x] = 1;
@@ -201,9 +211,9 @@ static const Fault kFaults[] = {
     {too_many_arrivals},                     {load_at_a_misaligned_address},      {multicast_beyond_the_cluster},
     {ends_with_a_load_under_way},            {ends_with_a_store_unread},          {product_without_fence},
     {product_not_waited_for},                {threads_disagree_on_a_product},     {lanes_in_different_collectives},
-    {race_between_threads},                  {race_without_barrier},              {race_through_an_atomic_without_fence},
+    {race_between_threads},                  {race_without_barrier},              {race_through_a_flag_without_fence},
     {race_in_global_memory},                 {store_without_proxy_fence},         {reads_before_the_load_is_waited_for},
-    {overwrites_what_a_store_still_reads},
+    {overwrites_what_a_store_still_reads},   {no_race_through_a_flag_with_fences},
 };
 
 static void fault_kernel(int* out, int fault, const TensorMap map) {
@@ -221,7 +231,7 @@ routegrad_status unit_fault(int32_t* out, int32_t fault, routegrad_stream stream
 #else
   const int count = static_cast<int>(sizeof kFaults / sizeof *kFaults);
   REQUIRE(unit_fault, fault, 0 <= fault && fault < count, ROUTEGRAD_OUT_OF_RANGE);
-  alignas(128) static thread_local bf16 square[64 * 64];
+  alignas(128) static bf16 square[64 * 64];  // what it holds does not matter
   TensorMap map;
   if (const routegrad_status bad =
           make_tensor_map<2>(&map, {square, Element::Bf16, {64, 64}, {128}, {64, 64}, Swizzle::Span128}))

@@ -109,12 +109,12 @@ static void prepare_block(Machine& m, Block& block, const LaunchShape& shape, ui
 static void check_registers(const Block& block) {
   for (const Thread& t : block.threads)
     if (t.registers != block.threads[static_cast<size_t>(t.id / kWarpgroup * kWarpgroup)].registers)
-      fail("setmaxnreg was executed by a part of a warpgroup only", Where::current());
+      fail("setmaxnreg was executed by a part of a warpgroup only");
 }
 
 static void run_wave(Machine& m, const LaunchShape& shape, uint64_t first, size_t count) {
   if (!m.stacks.reserve(count * shape.threads) || !reserve_arenas(m, count))
-    fail("the simulator cannot get memory for the wave's stacks and shared memory", Where::current());
+    fail("the simulator cannot get memory for the wave's stacks and shared memory");
   m.random_state = ((m.options.seed * 0x9E3779B97F4A7C15ull) ^ ((first + 1) * 0xD1B54A32D192ED03ull)) | 1;
   m.ready.clear(), m.yielded.clear(), m.copies.clear(), m.cp_queues.clear();
   m.ready_head = 0, m.idle_rounds = 0;

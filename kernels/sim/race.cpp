@@ -57,7 +57,7 @@ void begin_wave(Block* blocks, int count, uint32_t id) {
 
 static Actor new_actor(const char* kind, uint32_t which) {
   Domain& d = domain();
-  if (d.names.size() == d.capacity) fail("race detector: too many asynchronous units", Where::current());
+  if (d.names.size() == d.capacity) fail("race detector: too many asynchronous units");
   d.names.emplace_back(kind, which);
   return static_cast<Actor>(d.names.size() - 1);
 }

@@ -53,8 +53,7 @@ static Order order(const Access& earlier, const Access& later, const Knowledge& 
   fail(format("race at %s: %s %s it (%s) after %s by %s (%s)%s", address.c_str(), actor_name(later).c_str(), verb,
               place_name(later.place).c_str(), earlier.write ? "a write" : "a read", actor_name(earlier).c_str(),
               place_name(earlier.place).c_str(),
-              found == Order::NotFenced ? ", ordered but without the writer's fence_proxy_async" : ", with no order between"),
-       Where::current());
+              found == Order::NotFenced ? ", ordered but without the writer's fence_proxy_async" : ", with no order between"));
 }
 
 // Checks an access to some bytes of a granule and remembers it.

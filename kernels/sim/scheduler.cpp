@@ -47,16 +47,19 @@ static void jump(Thread* next, bool current_ends = false) {
   switch_fiber(from, next ? next->fiber : m.main, current_ends);
 }
 
-void fail(const std::string& what, Where at) {
+void fail(const std::string& what) {
   Machine& m = *machine;
   m.failed = true;
-  m.failure = what + format(" [%s:%u", file_name(at), static_cast<unsigned>(at.line()));
+  m.failure = what;
   const uint3& b = language::blockIdx;
-  if (m.current) m.failure += format(", block (%u, %u, %u) thread %d", b.x, b.y, b.z, m.current->id);
-  m.failure += "]";
+  if (m.current) m.failure += format(", in block (%u, %u, %u) thread %d", b.x, b.y, b.z, m.current->id);
   if (!m.current) throw Fault{};
   jump(nullptr, true);
   __builtin_unreachable();
+}
+
+void fail(const std::string& what, Where at) {
+  fail(what + format(" at %s:%u", file_name(at), static_cast<unsigned>(at.line())));
 }
 
 void wake(Thread* t) {
@@ -139,8 +142,7 @@ void* dynamic_shared(size_t alignment, size_t bytes) {
   if (start + bytes > b.shared_end)
     fail(format("the kernel uses %zu bytes of dynamic shared memory aligned to %zu; the launch gave %u (ask for "
                 "shared_bytes<T>)",
-                bytes, alignment, b.shared_end - kSharedBase),
-         Where::current());
+                bytes, alignment, b.shared_end - kSharedBase));
   return b.arena + start;
 }
 

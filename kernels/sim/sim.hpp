@@ -16,7 +16,8 @@ using Where = std::source_location;
 using language::dim3;
 
 // Ends the launch: the running block's fault.
-[[noreturn]] void fail(const std::string& what, Where at);
+[[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail(const std::string& what, Where at);  // with the line of the kernel
 
 // ---- launch
 struct LaunchShape {

@@ -132,7 +132,7 @@ using Copy = std::list<TmaCopy>::iterator;
 static void run_load(TmaCopy& c) {
   Block& block = *c.target;
   const uint32_t bytes = box_bytes(c.map);
-  if (!block.live) fail("TMA load into a block of the cluster that has ended", c.where);
+  if (!block.live) fail("TMA load into a block that has ended", c.where);
   race::MbarrierSync& sync = race::mbarrier_sync(block, c.bar);
   c.stamp.clock = sync.phase;
   race::async_access(block, c.shared, bytes, true, sync.actor, c.stamp, c.where);

@@ -35,27 +35,39 @@ pub struct routegrad_sim_options {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_sim_options"][::std::mem::size_of::<routegrad_sim_options>() - 40usize];
-    ["Alignment of routegrad_sim_options"]
-        [::std::mem::align_of::<routegrad_sim_options>() - 8usize];
-    ["Offset of field: routegrad_sim_options::copies"]
-        [::std::mem::offset_of!(routegrad_sim_options, copies) - 0usize];
-    ["Offset of field: routegrad_sim_options::products"]
-        [::std::mem::offset_of!(routegrad_sim_options, products) - 4usize];
-    ["Offset of field: routegrad_sim_options::order"]
-        [::std::mem::offset_of!(routegrad_sim_options, order) - 8usize];
-    ["Offset of field: routegrad_sim_options::threads"]
-        [::std::mem::offset_of!(routegrad_sim_options, threads) - 12usize];
-    ["Offset of field: routegrad_sim_options::resident"]
-        [::std::mem::offset_of!(routegrad_sim_options, resident) - 16usize];
-    ["Offset of field: routegrad_sim_options::poison"]
-        [::std::mem::offset_of!(routegrad_sim_options, poison) - 20usize];
-    ["Offset of field: routegrad_sim_options::multiprocessors"]
-        [::std::mem::offset_of!(routegrad_sim_options, multiprocessors) - 24usize];
-    ["Offset of field: routegrad_sim_options::reserved"]
-        [::std::mem::offset_of!(routegrad_sim_options, reserved) - 28usize];
-    ["Offset of field: routegrad_sim_options::seed"]
-        [::std::mem::offset_of!(routegrad_sim_options, seed) - 32usize];
+    [
+        "Size of routegrad_sim_options",
+    ][::std::mem::size_of::<routegrad_sim_options>() - 40usize];
+    [
+        "Alignment of routegrad_sim_options",
+    ][::std::mem::align_of::<routegrad_sim_options>() - 8usize];
+    [
+        "Offset of field: routegrad_sim_options::copies",
+    ][::std::mem::offset_of!(routegrad_sim_options, copies) - 0usize];
+    [
+        "Offset of field: routegrad_sim_options::products",
+    ][::std::mem::offset_of!(routegrad_sim_options, products) - 4usize];
+    [
+        "Offset of field: routegrad_sim_options::order",
+    ][::std::mem::offset_of!(routegrad_sim_options, order) - 8usize];
+    [
+        "Offset of field: routegrad_sim_options::threads",
+    ][::std::mem::offset_of!(routegrad_sim_options, threads) - 12usize];
+    [
+        "Offset of field: routegrad_sim_options::resident",
+    ][::std::mem::offset_of!(routegrad_sim_options, resident) - 16usize];
+    [
+        "Offset of field: routegrad_sim_options::poison",
+    ][::std::mem::offset_of!(routegrad_sim_options, poison) - 20usize];
+    [
+        "Offset of field: routegrad_sim_options::multiprocessors",
+    ][::std::mem::offset_of!(routegrad_sim_options, multiprocessors) - 24usize];
+    [
+        "Offset of field: routegrad_sim_options::reserved",
+    ][::std::mem::offset_of!(routegrad_sim_options, reserved) - 28usize];
+    [
+        "Offset of field: routegrad_sim_options::seed",
+    ][::std::mem::offset_of!(routegrad_sim_options, seed) - 32usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -69,21 +81,30 @@ pub struct routegrad_sim_counters {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_sim_counters"][::std::mem::size_of::<routegrad_sim_counters>() - 48usize];
-    ["Alignment of routegrad_sim_counters"]
-        [::std::mem::align_of::<routegrad_sim_counters>() - 8usize];
-    ["Offset of field: routegrad_sim_counters::launches"]
-        [::std::mem::offset_of!(routegrad_sim_counters, launches) - 0usize];
-    ["Offset of field: routegrad_sim_counters::blocks"]
-        [::std::mem::offset_of!(routegrad_sim_counters, blocks) - 8usize];
-    ["Offset of field: routegrad_sim_counters::fiber_switches"]
-        [::std::mem::offset_of!(routegrad_sim_counters, fiber_switches) - 16usize];
-    ["Offset of field: routegrad_sim_counters::tensor_flops"]
-        [::std::mem::offset_of!(routegrad_sim_counters, tensor_flops) - 24usize];
-    ["Offset of field: routegrad_sim_counters::bytes_read"]
-        [::std::mem::offset_of!(routegrad_sim_counters, bytes_read) - 32usize];
-    ["Offset of field: routegrad_sim_counters::bytes_written"]
-        [::std::mem::offset_of!(routegrad_sim_counters, bytes_written) - 40usize];
+    [
+        "Size of routegrad_sim_counters",
+    ][::std::mem::size_of::<routegrad_sim_counters>() - 48usize];
+    [
+        "Alignment of routegrad_sim_counters",
+    ][::std::mem::align_of::<routegrad_sim_counters>() - 8usize];
+    [
+        "Offset of field: routegrad_sim_counters::launches",
+    ][::std::mem::offset_of!(routegrad_sim_counters, launches) - 0usize];
+    [
+        "Offset of field: routegrad_sim_counters::blocks",
+    ][::std::mem::offset_of!(routegrad_sim_counters, blocks) - 8usize];
+    [
+        "Offset of field: routegrad_sim_counters::fiber_switches",
+    ][::std::mem::offset_of!(routegrad_sim_counters, fiber_switches) - 16usize];
+    [
+        "Offset of field: routegrad_sim_counters::tensor_flops",
+    ][::std::mem::offset_of!(routegrad_sim_counters, tensor_flops) - 24usize];
+    [
+        "Offset of field: routegrad_sim_counters::bytes_read",
+    ][::std::mem::offset_of!(routegrad_sim_counters, bytes_read) - 32usize];
+    [
+        "Offset of field: routegrad_sim_counters::bytes_written",
+    ][::std::mem::offset_of!(routegrad_sim_counters, bytes_written) - 40usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -96,18 +117,27 @@ pub struct routegrad_unit_box {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_unit_box"][::std::mem::size_of::<routegrad_unit_box>() - 44usize];
-    ["Alignment of routegrad_unit_box"][::std::mem::align_of::<routegrad_unit_box>() - 4usize];
-    ["Offset of field: routegrad_unit_box::rank"]
-        [::std::mem::offset_of!(routegrad_unit_box, rank) - 0usize];
-    ["Offset of field: routegrad_unit_box::extent"]
-        [::std::mem::offset_of!(routegrad_unit_box, extent) - 4usize];
-    ["Offset of field: routegrad_unit_box::box_"]
-        [::std::mem::offset_of!(routegrad_unit_box, box_) - 16usize];
-    ["Offset of field: routegrad_unit_box::at"]
-        [::std::mem::offset_of!(routegrad_unit_box, at) - 28usize];
-    ["Offset of field: routegrad_unit_box::swizzle"]
-        [::std::mem::offset_of!(routegrad_unit_box, swizzle) - 40usize];
+    [
+        "Size of routegrad_unit_box",
+    ][::std::mem::size_of::<routegrad_unit_box>() - 44usize];
+    [
+        "Alignment of routegrad_unit_box",
+    ][::std::mem::align_of::<routegrad_unit_box>() - 4usize];
+    [
+        "Offset of field: routegrad_unit_box::rank",
+    ][::std::mem::offset_of!(routegrad_unit_box, rank) - 0usize];
+    [
+        "Offset of field: routegrad_unit_box::extent",
+    ][::std::mem::offset_of!(routegrad_unit_box, extent) - 4usize];
+    [
+        "Offset of field: routegrad_unit_box::box_",
+    ][::std::mem::offset_of!(routegrad_unit_box, box_) - 16usize];
+    [
+        "Offset of field: routegrad_unit_box::at",
+    ][::std::mem::offset_of!(routegrad_unit_box, at) - 28usize];
+    [
+        "Offset of field: routegrad_unit_box::swizzle",
+    ][::std::mem::offset_of!(routegrad_unit_box, swizzle) - 40usize];
 };
 pub const ROUTEGRAD_FAULT_EXPERT: routegrad_fault = 1;
 pub const ROUTEGRAD_FAULT_CAPACITY: routegrad_fault = 2;
@@ -136,22 +166,33 @@ pub struct routegrad_gemm_plan {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_gemm_plan"][::std::mem::size_of::<routegrad_gemm_plan>() - 32usize];
-    ["Alignment of routegrad_gemm_plan"][::std::mem::align_of::<routegrad_gemm_plan>() - 8usize];
-    ["Offset of field: routegrad_gemm_plan::tile"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, tile) - 0usize];
-    ["Offset of field: routegrad_gemm_plan::tile_rows"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, tile_rows) - 4usize];
-    ["Offset of field: routegrad_gemm_plan::tile_columns"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, tile_columns) - 8usize];
-    ["Offset of field: routegrad_gemm_plan::stages"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, stages) - 12usize];
-    ["Offset of field: routegrad_gemm_plan::blocks"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, blocks) - 16usize];
-    ["Offset of field: routegrad_gemm_plan::reserved"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, reserved) - 20usize];
-    ["Offset of field: routegrad_gemm_plan::clocks"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, clocks) - 24usize];
+    [
+        "Size of routegrad_gemm_plan",
+    ][::std::mem::size_of::<routegrad_gemm_plan>() - 32usize];
+    [
+        "Alignment of routegrad_gemm_plan",
+    ][::std::mem::align_of::<routegrad_gemm_plan>() - 8usize];
+    [
+        "Offset of field: routegrad_gemm_plan::tile",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, tile) - 0usize];
+    [
+        "Offset of field: routegrad_gemm_plan::tile_rows",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, tile_rows) - 4usize];
+    [
+        "Offset of field: routegrad_gemm_plan::tile_columns",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, tile_columns) - 8usize];
+    [
+        "Offset of field: routegrad_gemm_plan::stages",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, stages) - 12usize];
+    [
+        "Offset of field: routegrad_gemm_plan::blocks",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, blocks) - 16usize];
+    [
+        "Offset of field: routegrad_gemm_plan::reserved",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, reserved) - 20usize];
+    [
+        "Offset of field: routegrad_gemm_plan::clocks",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, clocks) - 24usize];
 };
 #[repr(C)]
 #[derive(Copy, Clone)]
@@ -165,13 +206,15 @@ pub struct routegrad_launchers {
             capacity: u64,
         ),
     >,
-    pub sim_get_options:
-        ::std::option::Option<unsafe extern "C" fn(options: *mut routegrad_sim_options)>,
+    pub sim_get_options: ::std::option::Option<
+        unsafe extern "C" fn(options: *mut routegrad_sim_options),
+    >,
     pub sim_set_options: ::std::option::Option<
         unsafe extern "C" fn(options: *const routegrad_sim_options) -> routegrad_status,
     >,
-    pub sim_take_counters:
-        ::std::option::Option<unsafe extern "C" fn(counters: *mut routegrad_sim_counters)>,
+    pub sim_take_counters: ::std::option::Option<
+        unsafe extern "C" fn(counters: *mut routegrad_sim_counters),
+    >,
     pub unit_wgmma: ::std::option::Option<
         unsafe extern "C" fn(
             c: *mut f32,
@@ -344,46 +387,71 @@ pub struct routegrad_launchers {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_launchers"][::std::mem::size_of::<routegrad_launchers>() - 152usize];
-    ["Alignment of routegrad_launchers"][::std::mem::align_of::<routegrad_launchers>() - 8usize];
-    ["Offset of field: routegrad_launchers::build"]
-        [::std::mem::offset_of!(routegrad_launchers, build) - 0usize];
-    ["Offset of field: routegrad_launchers::describe"]
-        [::std::mem::offset_of!(routegrad_launchers, describe) - 8usize];
-    ["Offset of field: routegrad_launchers::sim_get_options"]
-        [::std::mem::offset_of!(routegrad_launchers, sim_get_options) - 16usize];
-    ["Offset of field: routegrad_launchers::sim_set_options"]
-        [::std::mem::offset_of!(routegrad_launchers, sim_set_options) - 24usize];
-    ["Offset of field: routegrad_launchers::sim_take_counters"]
-        [::std::mem::offset_of!(routegrad_launchers, sim_take_counters) - 32usize];
-    ["Offset of field: routegrad_launchers::unit_wgmma"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_wgmma) - 40usize];
-    ["Offset of field: routegrad_launchers::unit_tma_load"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_tma_load) - 48usize];
-    ["Offset of field: routegrad_launchers::unit_tma_store"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_tma_store) - 56usize];
-    ["Offset of field: routegrad_launchers::unit_multicast"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_multicast) - 64usize];
-    ["Offset of field: routegrad_launchers::unit_gather"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_gather) - 72usize];
-    ["Offset of field: routegrad_launchers::unit_softmax"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_softmax) - 80usize];
-    ["Offset of field: routegrad_launchers::unit_fault"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_fault) - 88usize];
-    ["Offset of field: routegrad_launchers::dispatch_choices"]
-        [::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 96usize];
-    ["Offset of field: routegrad_launchers::dispatch_mask"]
-        [::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 104usize];
-    ["Offset of field: routegrad_launchers::dispatch_workspace"]
-        [::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 112usize];
-    ["Offset of field: routegrad_launchers::grouped_gemm_forward"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 120usize];
-    ["Offset of field: routegrad_launchers::grouped_gemm_input_gradient"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_gemm_input_gradient) - 128usize];
-    ["Offset of field: routegrad_launchers::grouped_gemm_weight_gradient"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_gemm_weight_gradient) - 136usize];
-    ["Offset of field: routegrad_launchers::grouped_gemm_plan"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 144usize];
+    [
+        "Size of routegrad_launchers",
+    ][::std::mem::size_of::<routegrad_launchers>() - 152usize];
+    [
+        "Alignment of routegrad_launchers",
+    ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
+    [
+        "Offset of field: routegrad_launchers::build",
+    ][::std::mem::offset_of!(routegrad_launchers, build) - 0usize];
+    [
+        "Offset of field: routegrad_launchers::describe",
+    ][::std::mem::offset_of!(routegrad_launchers, describe) - 8usize];
+    [
+        "Offset of field: routegrad_launchers::sim_get_options",
+    ][::std::mem::offset_of!(routegrad_launchers, sim_get_options) - 16usize];
+    [
+        "Offset of field: routegrad_launchers::sim_set_options",
+    ][::std::mem::offset_of!(routegrad_launchers, sim_set_options) - 24usize];
+    [
+        "Offset of field: routegrad_launchers::sim_take_counters",
+    ][::std::mem::offset_of!(routegrad_launchers, sim_take_counters) - 32usize];
+    [
+        "Offset of field: routegrad_launchers::unit_wgmma",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_wgmma) - 40usize];
+    [
+        "Offset of field: routegrad_launchers::unit_tma_load",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_tma_load) - 48usize];
+    [
+        "Offset of field: routegrad_launchers::unit_tma_store",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_tma_store) - 56usize];
+    [
+        "Offset of field: routegrad_launchers::unit_multicast",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_multicast) - 64usize];
+    [
+        "Offset of field: routegrad_launchers::unit_gather",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_gather) - 72usize];
+    [
+        "Offset of field: routegrad_launchers::unit_softmax",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_softmax) - 80usize];
+    [
+        "Offset of field: routegrad_launchers::unit_fault",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_fault) - 88usize];
+    [
+        "Offset of field: routegrad_launchers::dispatch_choices",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 96usize];
+    [
+        "Offset of field: routegrad_launchers::dispatch_mask",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 104usize];
+    [
+        "Offset of field: routegrad_launchers::dispatch_workspace",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 112usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 120usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_input_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_input_gradient)
+        - 128usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_weight_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_weight_gradient)
+        - 136usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_plan",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 144usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

@@ -26,6 +26,10 @@ pub struct Launchers {
     _library: Option<libloading::Library>,
 }
 
+// SAFETY: a table of functions and one constant text; nothing writes to it.
+unsafe impl Send for Launchers {}
+unsafe impl Sync for Launchers {}
+
 /// The simulator's launchers, which take host memory and return when the kernel is done.
 ///
 /// # Errors

@@ -4,6 +4,7 @@
 //! The kernels of `kernels/` will join as two further devices that share one table of launchers.
 
 #[allow(non_camel_case_types, non_upper_case_globals)]
+#[rustfmt::skip]
 pub mod bindings;
 pub mod launchers;
 mod memory;
