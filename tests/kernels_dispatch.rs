@@ -12,7 +12,10 @@ use support::schedules::{counted, is_plain, schedules, table};
 /// What every slot of a batch names.
 #[derive(Clone)]
 enum Named {
-    Choices { per_token: usize, experts_of: Vec<i32> },
+    Choices {
+        per_token: usize,
+        experts_of: Vec<i32>,
+    },
     Mask(Vec<u8>),
 }
 
@@ -35,10 +38,15 @@ impl Batch {
     /// The expert of each slot, where it has one.
     fn slots(&self) -> Vec<Option<usize>> {
         match &self.named {
-            Named::Choices { experts_of, .. } => {
-                experts_of.iter().map(|&e| usize::try_from(e).ok().filter(|&e| e < self.experts)).collect()
-            }
-            Named::Mask(mask) => mask.iter().enumerate().map(|(s, &m)| (m != 0).then_some(s % self.experts)).collect(),
+            Named::Choices { experts_of, .. } => experts_of
+                .iter()
+                .map(|&e| usize::try_from(e).ok().filter(|&e| e < self.experts))
+                .collect(),
+            Named::Mask(mask) => mask
+                .iter()
+                .enumerate()
+                .map(|(s, &m)| (m != 0).then_some(s % self.experts))
+                .collect(),
         }
     }
 
@@ -51,14 +59,33 @@ impl Batch {
             random.shuffle(&mut all);
             experts_of.extend(&all[..per_token]);
         }
-        Self { tokens, experts, named: Named::Choices { per_token, experts_of }, capacity: tokens * per_token }
+        Self {
+            tokens,
+            experts,
+            named: Named::Choices {
+                per_token,
+                experts_of,
+            },
+            capacity: tokens * per_token,
+        }
     }
 
     /// Every (token, expert) with probability `share`.
     fn random_mask(tokens: usize, experts: usize, share: f64, seed: u64) -> Self {
         let mut random = Random(seed);
-        let mask = (0..tokens * experts).map(|_| if random.unit() < share { 1 + random.below(255) as u8 } else { 0 });
-        Self { tokens, experts, named: Named::Mask(mask.collect()), capacity: tokens * experts }
+        let mask = (0..tokens * experts).map(|_| {
+            if random.unit() < share {
+                1 + random.below(255) as u8
+            } else {
+                0
+            }
+        });
+        Self {
+            tokens,
+            experts,
+            named: Named::Mask(mask.collect()),
+            capacity: tokens * experts,
+        }
     }
 
     fn map_experts(mut self, map: impl Fn(i32) -> i32) -> Self {
@@ -69,7 +96,13 @@ impl Batch {
     }
 
     fn label(&self) -> String {
-        format!("{} tokens, {} experts, {} slots a token, capacity {}", self.tokens, self.experts, self.width(), self.capacity)
+        format!(
+            "{} tokens, {} experts, {} slots a token, capacity {}",
+            self.tokens,
+            self.experts,
+            self.width(),
+            self.capacity
+        )
     }
 }
 
@@ -93,7 +126,11 @@ fn reference(batch: &Batch) -> Sorted {
     };
     let mut row = 0;
     for expert in 0..batch.experts {
-        for (slot, _) in slots.iter().enumerate().filter(|(_, named)| **named == Some(expert)) {
+        for (slot, _) in slots
+            .iter()
+            .enumerate()
+            .filter(|(_, named)| **named == Some(expert))
+        {
             if row < batch.capacity {
                 sorted.row_token[row] = (slot / width) as i32;
                 sorted.row_slot[row] = slot as i32;
@@ -115,19 +152,36 @@ fn run(batch: &Batch) -> Sorted {
     let (width, slots) = (batch.width(), batch.tokens * batch.width());
     let mut bytes = 0u64;
     // Safety: one u64 is written.
-    unsafe { launch!(table(), dispatch_workspace(&mut bytes, batch.tokens as i64, batch.experts as i32, width as i32)) }
-        .unwrap_or_else(|e| panic!("{e}"));
+    unsafe {
+        launch!(
+            table(),
+            dispatch_workspace(
+                &mut bytes,
+                batch.tokens as i64,
+                batch.experts as i32,
+                width as i32
+            )
+        )
+    }
+    .unwrap_or_else(|e| panic!("{e}"));
     let mut offsets = Guarded::<i32>::poisoned(batch.experts + 1);
     let mut row_token = Guarded::<i32>::poisoned(batch.capacity);
     let mut row_slot = Guarded::<i32>::poisoned(batch.capacity);
     let mut slot_row = Guarded::<i32>::poisoned(slots);
     let mut fault = Guarded::<i32>::from_slice(&[0]);
     let mut workspace = Guarded::<u8>::poisoned(bytes as usize);
-    let (tokens, experts, capacity) = (batch.tokens as i64, batch.experts as i32, batch.capacity as i64);
+    let (tokens, experts, capacity) = (
+        batch.tokens as i64,
+        batch.experts as i32,
+        batch.capacity as i64,
+    );
     // Safety: every buffer has the size that the launcher's header states.
     let launched = unsafe {
         match &batch.named {
-            Named::Choices { per_token, experts_of } => {
+            Named::Choices {
+                per_token,
+                experts_of,
+            } => {
                 let choices = Guarded::from_slice(experts_of);
                 launch!(
                     table(),
@@ -169,7 +223,13 @@ fn run(batch: &Batch) -> Sorted {
         }
     };
     launched.unwrap_or_else(|e| panic!("{}: {e}", batch.label()));
-    for (name, buffer) in [("offsets", &offsets), ("row_token", &row_token), ("row_slot", &row_slot), ("slot_row", &slot_row), ("fault", &fault)] {
+    for (name, buffer) in [
+        ("offsets", &offsets),
+        ("row_token", &row_token),
+        ("row_slot", &row_slot),
+        ("slot_row", &slot_row),
+        ("fault", &fault),
+    ] {
         buffer.check_guards(name);
     }
     workspace.check_guards("workspace");
@@ -203,7 +263,16 @@ fn rows_are_sorted_by_expert_then_token_for_any_shape() {
     if !is_plain() {
         return;
     }
-    for (experts, per_token) in [(1, 1), (7, 1), (8, 2), (32, 4), (64, 16), (128, 2), (256, 4), (8, 8)] {
+    for (experts, per_token) in [
+        (1, 1),
+        (7, 1),
+        (8, 2),
+        (32, 4),
+        (64, 16),
+        (128, 2),
+        (256, 4),
+        (8, 8),
+    ] {
         check(&Batch::random(2039, experts, per_token, experts as u64));
     }
     check(&Batch::random(61, 128, 128, 9));
@@ -212,7 +281,13 @@ fn rows_are_sorted_by_expert_then_token_for_any_shape() {
 
 #[test]
 fn a_token_may_have_any_number_of_experts() {
-    for (tokens, experts, share) in [(1, 1, 1.0), (1, 8, 0.0), (130, 7, 0.5), (257, 64, 0.1), (33, 256, 1.0)] {
+    for (tokens, experts, share) in [
+        (1, 1, 1.0),
+        (1, 8, 0.0),
+        (130, 7, 0.5),
+        (257, 64, 0.1),
+        (33, 256, 1.0),
+    ] {
         if is_plain() || tokens * experts < 2000 {
             check(&Batch::random_mask(tokens, experts, share, 11));
         }
@@ -238,17 +313,33 @@ fn an_expert_out_of_range_raises_the_flag_and_gets_no_row() {
 #[test]
 fn rows_past_the_capacity_raise_the_flag_and_are_written_nowhere() {
     for capacity in [1, 50, 599] {
-        let batch = Batch { capacity, ..Batch::random(300, 16, 2, 16) };
+        let batch = Batch {
+            capacity,
+            ..Batch::random(300, 16, 2, 16)
+        };
         check(&batch);
         assert_eq!(run(&batch).fault, ROUTEGRAD_FAULT_CAPACITY as i32);
     }
-    let exact = Batch { capacity: 600, ..Batch::random(300, 16, 2, 16) };
+    let exact = Batch {
+        capacity: 600,
+        ..Batch::random(300, 16, 2, 16)
+    };
     assert_eq!(run(&exact).fault, 0);
-    let mask = Batch { capacity: 40, ..Batch::random_mask(67, 33, 0.3, 5) };
+    let mask = Batch {
+        capacity: 40,
+        ..Batch::random_mask(67, 33, 0.3, 5)
+    };
     check(&mask);
     // Entries past offsets[E] keep what they held.
-    let roomy = Batch { capacity: 700, ..Batch::random(300, 16, 2, 16) };
-    assert!(run(&roomy).row_token[600..].iter().all(|&t| t == i32::from_ne_bytes([POISON; 4])));
+    let roomy = Batch {
+        capacity: 700,
+        ..Batch::random(300, 16, 2, 16)
+    };
+    assert!(
+        run(&roomy).row_token[600..]
+            .iter()
+            .all(|&t| t == i32::from_ne_bytes([POISON; 4]))
+    );
 }
 
 #[test]
@@ -256,7 +347,12 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
     for batch in small_batches() {
         let first = reference(&batch);
         for schedule in schedules() {
-            assert_eq!(schedule.run(|| run(&batch)), first, "{} under {schedule:?}", batch.label());
+            assert_eq!(
+                schedule.run(|| run(&batch)),
+                first,
+                "{} under {schedule:?}",
+                batch.label()
+            );
         }
     }
 }
@@ -273,7 +369,13 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let mut room = Guarded::<i32>::poisoned(64);
     let good = room.as_mut_ptr() as usize;
     let call = |change: &dyn Fn(&mut Call)| {
-        let mut a = Call { pointers: [good; 7], tokens: 4, experts: 8, per_token: 2, capacity: 8 };
+        let mut a = Call {
+            pointers: [good; 7],
+            tokens: 4,
+            experts: 8,
+            per_token: 2,
+            capacity: 8,
+        };
         change(&mut a);
         let p = a.pointers;
         // Safety: only refused calls are made, which touch no memory.
@@ -300,10 +402,24 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let refused = |change: &dyn Fn(&mut Call), why: &str, name: &str| {
         let mut text = String::new();
         let launches = counted(|| text = call(change).expect_err(name).to_string()).launches;
-        assert!(text.contains(&format!("argument `{name}` {why}")), "{name} {why}: {text}");
+        assert!(
+            text.contains(&format!("argument `{name}` {why}")),
+            "{name} {why}: {text}"
+        );
         assert_eq!(launches, 0, "{name}: something was launched");
     };
-    for (i, name) in ["offsets", "row_token", "row_slot", "slot_row", "fault", "workspace", "choices"].iter().enumerate() {
+    for (i, name) in [
+        "offsets",
+        "row_token",
+        "row_slot",
+        "slot_row",
+        "fault",
+        "workspace",
+        "choices",
+    ]
+    .iter()
+    .enumerate()
+    {
         refused(&|a| a.pointers[i] = 0, "is a null pointer", name);
         refused(&|a| a.pointers[i] += 2, "is not 16-byte aligned", name);
     }
@@ -315,5 +431,9 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     refused(&|a| a.per_token = 9, out_of_range, "choices_per_token");
     refused(&|a| a.capacity = 0, out_of_range, "row_capacity");
     refused(&|a| a.capacity = 1 << 31, out_of_range, "row_capacity");
-    refused(&|a| a.tokens = 1 << 30, "makes a product of sizes overflow", "tokens");
+    refused(
+        &|a| a.tokens = 1 << 30,
+        "makes a product of sizes overflow",
+        "tokens",
+    );
 }

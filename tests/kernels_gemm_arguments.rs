@@ -16,8 +16,21 @@ const H200_MULTIPROCESSORS: i32 = 132;
 fn plan(product: i32, rows: i64, experts: i32, n: i32, k: i32) -> routegrad_gemm_plan {
     let mut plan = routegrad_gemm_plan::default();
     // Safety: one struct is written.
-    unsafe { launch!(table(), grouped_gemm_plan(&mut plan, product, rows, experts, n, k, H200_MULTIPROCESSORS)) }
-        .unwrap_or_else(|e| panic!("{e}"));
+    unsafe {
+        launch!(
+            table(),
+            grouped_gemm_plan(
+                &mut plan,
+                product,
+                rows,
+                experts,
+                n,
+                k,
+                H200_MULTIPROCESSORS
+            )
+        )
+    }
+    .unwrap_or_else(|e| panic!("{e}"));
     plan
 }
 
@@ -25,7 +38,12 @@ fn plan(product: i32, rows: i64, experts: i32, n: i32, k: i32) -> routegrad_gemm
 fn paper_layers() -> Vec<(i64, i32, i32, i32)> {
     let mut layers = vec![];
     for (hidden, width8) in [(512, 1408), (1024, 2816), (2048, 5632)] {
-        for (experts, width, top_k) in [(8, width8, 1), (8, width8, 2), (32, width8 / 4, 1), (32, width8 / 4, 4)] {
+        for (experts, width, top_k) in [
+            (8, width8, 1),
+            (8, width8, 2),
+            (32, width8 / 4, 1),
+            (32, width8 / 4, 4),
+        ] {
             layers.push((16384 * top_k, experts, 2 * width, hidden)); // gate and up
             layers.push((16384 * top_k, experts, hidden, width)); // down
         }
@@ -37,12 +55,22 @@ fn paper_layers() -> Vec<(i64, i32, i32, i32)> {
 fn the_plan_is_a_pure_function_with_a_grid_that_fits() {
     for (rows, experts, n, k) in paper_layers() {
         for product in [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT] {
-            let (first, second) = (plan(product, rows, experts, n, k), plan(product, rows, experts, n, k));
-            assert_eq!(first, second);
-            assert!(1 <= first.blocks && first.blocks <= H200_MULTIPROCESSORS, "{first:?}");
+            let (first, second) = (
+                plan(product, rows, experts, n, k),
+                plan(product, rows, experts, n, k),
+            );
+            assert_eq!(format!("{first:?}"), format!("{second:?}"));
+            assert!(
+                1 <= first.blocks && first.blocks <= H200_MULTIPROCESSORS,
+                "{first:?}"
+            );
             assert!(first.stages >= 3, "{first:?}");
-            let floor = 2.0 * rows as f64 * f64::from(n) * f64::from(k) / (4096.0 * f64::from(H200_MULTIPROCESSORS));
-            assert!(first.clocks as f64 >= floor, "{first:?}: fewer clocks than the tensor cores need, {floor}");
+            let floor = 2.0 * rows as f64 * f64::from(n) * f64::from(k)
+                / (4096.0 * f64::from(H200_MULTIPROCESSORS));
+            assert!(
+                first.clocks as f64 >= floor,
+                "{first:?}: fewer clocks than the tensor cores need, {floor}"
+            );
         }
     }
 }
@@ -55,20 +83,43 @@ fn the_plan_wastes_little_of_the_papers_layers() {
             let columns = if product == FORWARD { n } else { k };
             let computed = (columns as u32).next_multiple_of(p.tile_columns as u32);
             let waste = f64::from(computed) / f64::from(columns) - 1.0;
-            assert!(waste <= 0.1, "product {product}, {rows} rows, n {n}, k {k}: {p:?} computes {computed} columns");
+            assert!(
+                waste <= 0.1,
+                "product {product}, {rows} rows, n {n}, k {k}: {p:?} computes {computed} columns"
+            );
         }
     }
 }
 
 #[test]
 fn the_plan_is_what_it_was() {
-    // One line per paper layer and product; a change of the estimate must be meant.
+    // One number per paper layer (routegrad_gemm_tile); a change of the estimate must be meant.
     let tile = |product, (rows, experts, n, k)| plan(product, rows, experts, n, k).tile;
     let layers = paper_layers();
-    let chosen = |product| layers.iter().map(|&layer| tile(product, layer)).collect::<Vec<_>>();
-    assert_eq!(chosen(FORWARD), [0; 0]);
-    assert_eq!(chosen(INPUT_GRADIENT), [0; 0]);
-    assert_eq!(chosen(WEIGHT_GRADIENT), [0; 0]);
+    let chosen = |product| {
+        layers
+            .iter()
+            .map(|&layer| tile(product, layer))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        chosen(FORWARD),
+        [
+            5, 1, 5, 1, 5, 5, 5, 5, 3, 1, 1, 1, 3, 1, 3, 1, 1, 1, 1, 1, 3, 1, 1, 1
+        ]
+    );
+    assert_eq!(
+        chosen(INPUT_GRADIENT),
+        [
+            1, 5, 1, 5, 1, 5, 1, 5, 1, 3, 1, 3, 1, 3, 1, 3, 1, 3, 1, 1, 1, 3, 1, 3
+        ]
+    );
+    assert_eq!(
+        chosen(WEIGHT_GRADIENT),
+        [
+            1, 4, 1, 4, 4, 4, 2, 4, 1, 1, 1, 1, 4, 4, 1, 1, 1, 1, 1, 1, 4, 4, 1, 2
+        ]
+    );
 }
 
 #[test]
@@ -98,23 +149,66 @@ struct Call {
 
 fn call(product: i32, c: &Call) -> routegrad::error::Result<()> {
     let (out, a, b) = (c.out as *mut _, c.a as *const _, c.b as *const _);
-    let (offsets, a_index, b_index) = (c.offsets as *const i32, c.a_index as *const i32, c.b_index as *const i32);
+    let (offsets, a_index, b_index) = (
+        c.offsets as *const i32,
+        c.a_index as *const i32,
+        c.b_index as *const i32,
+    );
     // Safety: only refused calls are made, which touch no memory.
     unsafe {
         match product {
             FORWARD => launch!(
                 table(),
-                grouped_gemm_forward(out, a, b, offsets, a_index, c.rows, c.a_rows, c.experts, c.n, c.k, c.tile, null_mut())
+                grouped_gemm_forward(
+                    out,
+                    a,
+                    b,
+                    offsets,
+                    a_index,
+                    c.rows,
+                    c.a_rows,
+                    c.experts,
+                    c.n,
+                    c.k,
+                    c.tile,
+                    null_mut()
+                )
             ),
             INPUT_GRADIENT => launch!(
                 table(),
-                grouped_gemm_input_gradient(out, a, b, offsets, a_index, c.rows, c.a_rows, c.experts, c.n, c.k, c.tile, null_mut())
+                grouped_gemm_input_gradient(
+                    out,
+                    a,
+                    b,
+                    offsets,
+                    a_index,
+                    c.rows,
+                    c.a_rows,
+                    c.experts,
+                    c.n,
+                    c.k,
+                    c.tile,
+                    null_mut()
+                )
             ),
             _ => launch!(
                 table(),
                 grouped_gemm_weight_gradient(
-                    out.cast(), a, b, offsets, a_index, b_index, c.rows, c.a_rows, c.b_rows, c.experts, c.n, c.k,
-                    c.accumulate, c.tile, null_mut()
+                    out.cast(),
+                    a,
+                    b,
+                    offsets,
+                    a_index,
+                    b_index,
+                    c.rows,
+                    c.a_rows,
+                    c.b_rows,
+                    c.experts,
+                    c.n,
+                    c.k,
+                    c.accumulate,
+                    c.tile,
+                    null_mut()
                 )
             ),
         }
@@ -126,8 +220,20 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let mut room = Guarded::<i32>::poisoned(64);
     let good = room.as_mut_ptr() as usize;
     let valid = Call {
-        out: good, a: good, b: good, offsets: good, a_index: 0, b_index: 0, rows: 4, a_rows: 4, b_rows: 4, experts: 2,
-        n: 16, k: 8, accumulate: 0, tile: 0,
+        out: good,
+        a: good,
+        b: good,
+        offsets: good,
+        a_index: 0,
+        b_index: 0,
+        rows: 4,
+        a_rows: 4,
+        b_rows: 4,
+        experts: 2,
+        n: 16,
+        k: 8,
+        accumulate: 0,
+        tile: 0,
     };
     let null = "is a null pointer";
     let misaligned = "is not 16-byte aligned";
@@ -145,8 +251,12 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
             let mut arguments = valid.clone();
             change(&mut arguments);
             let mut text = String::new();
-            let launches = counted(|| text = call(product, &arguments).expect_err(name).to_string()).launches;
-            assert!(text.contains(&format!("argument `{name}` {why}")), "{name} {why}: {text}");
+            let launches =
+                counted(|| text = call(product, &arguments).expect_err(name).to_string()).launches;
+            assert!(
+                text.contains(&format!("argument `{name}` {why}")),
+                "{name} {why}: {text}"
+            );
             assert_eq!(launches, 0, "{name}: something was launched");
         };
         refused(&|c| c.out = 0, null, out);
@@ -169,12 +279,28 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         refused(&|c| (c.n, c.k) = (1 << 20, 1 << 20), overflow, "k");
         if product == WEIGHT_GRADIENT {
             refused(&|c| c.b_rows = 3, range, "x_rows");
-            refused(&|c| (c.a_index, c.b_index) = (good, good), range, "x_row_token");
+            refused(
+                &|c| (c.a_index, c.b_index) = (good, good),
+                range,
+                "x_row_token",
+            );
             refused(&|c| c.accumulate = 2, range, "accumulate");
-            refused(&|c| c.tile = ROUTEGRAD_TILE_PINGPONG_128X176 as i32, range, "tile");
-            refused(&|c| (c.experts, c.n, c.k) = (1 << 16, 1 << 17, 1 << 17), overflow, "rows");
+            refused(
+                &|c| c.tile = ROUTEGRAD_TILE_PINGPONG_128X176 as i32,
+                range,
+                "tile",
+            );
+            refused(
+                &|c| (c.experts, c.n, c.k) = (1 << 16, 1 << 17, 1 << 17),
+                overflow,
+                "rows",
+            );
         } else {
-            refused(&|c| (c.rows, c.a_rows, c.n, c.k) = (1 << 30, 1 << 30, 1 << 16, 1 << 16), overflow, "rows");
+            refused(
+                &|c| (c.rows, c.a_rows, c.n, c.k) = (1 << 30, 1 << 30, 1 << 16, 1 << 16),
+                overflow,
+                "rows",
+            );
         }
     }
 }

@@ -52,7 +52,7 @@ constexpr int64_t most_tiles(const TileShape& t, const ProductSizes& p) {
 }
 
 constexpr int64_t estimate_clocks(const TileShape& t, const ProductSizes& p, int multiprocessors) {
-  constexpr int kLoadBytesPerClock = 56;    // L2 to one multiprocessor
+  constexpr int kLoadBytesPerClock = 48;    // L2 to one multiprocessor, all reading
   constexpr int kStoreBytesPerClock = 48;   // registers to L2, through the staging buffers
   constexpr int kTileClocks = 600;          // latencies that a cooperative tile cannot hide
   const int64_t groups = p.ragged_depth || p.groups < p.rows ? p.groups : p.rows;

@@ -150,14 +150,14 @@ DEV void produce_with_copies(GemmShared<T>& s, const GemmOperand& a, const GemmO
 }
 
 // ---- consumer
-// BLOCKS products of 64 rows, from box `first_box` of A: the tile's k-tiles, then the epilogue.
+// d = A · B over the k-tiles of a tile, for BLOCKS products of 64 rows from box `first_box` of A.
 template <class T, int BLOCKS>
 DEV void multiply(GemmShared<T>& s, float (&d)[BLOCKS][T::kColumns / 2], Ring<T::kStages>& ring, int steps, int first_box) {
   int previous = 0;
+#pragma unroll
+  for (int i = 0; i < BLOCKS; ++i) pin_registers(d[i]);
   for (int step = 0; step < steps; ++step, ring.advance()) {
     mbar_wait(&s.full[ring.stage], ring.parity);
-#pragma unroll
-    for (int i = 0; i < BLOCKS; ++i) pin_registers(d[i]);
     wgmma_fence();
 #pragma unroll
     for (int k16 = 0; k16 < kGemmDepth / 16; ++k16) {

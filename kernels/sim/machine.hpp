@@ -109,13 +109,23 @@ struct Accumulator {
   }
 };
 
-struct Product {
+// What the threads of a warpgroup must agree on.
+struct ProductRequest {
   Operand a, b;
-  bool a_in_registers = false, accumulate = false, done = false;
-  int columns = 0, group = 0, issued = 0, waited = 0;
+  bool a_in_registers = false, accumulate = false;
+  int columns = 0, group = 0;
+  Where where;
+  bool same(const ProductRequest& o) const {
+    return a == o.a && b == o.b && a_in_registers == o.a_in_registers && accumulate == o.accumulate &&
+           columns == o.columns && group == o.group;
+  }
+};
+
+struct Product : ProductRequest {
+  bool done = false;
+  int issued = 0, waited = 0;
   Accumulator* accumulator = nullptr;
   std::vector<uint32_t> a_registers;  // [128][4]
-  Where where;
   race::Stamp stamp;
 };
 

@@ -94,7 +94,7 @@ static void move_row(const TensorMap& map, int x, char* global_row, bool row_ins
   const int64_t extent = static_cast<int64_t>(map.extent[0]);
   for (uint32_t chunk = 0; chunk < row_bytes; chunk += 16) {
     char* s = shared_base + swizzled(shared_row + chunk, map.swizzle);
-    const int64_t first = x + chunk / map.element, count = 16 / map.element;
+    const int64_t first = static_cast<int64_t>(x) + chunk / map.element, count = 16 / map.element;
     char* g = global_row + first * map.element;
     if (row_inside && first >= 0 && first + count <= extent) {
       move_bytes(move, s, g, 16);

@@ -12,21 +12,30 @@ constexpr int kRows = 64, kDepth = 16;
 static Warpgroup& warpgroup(const Thread& t) { return t.block->warpgroups[static_cast<size_t>(t.id / kWarpgroup)]; }
 
 // ---- operands in shared memory
-// Address of the 16-byte chunk that holds element (mn, k), with mn or k (the contiguous one) a multiple of 8.
-static uint32_t chunk_address(const Operand& o, int mn, int k) {
-  const uint64_t d = o.descriptor;
-  const uint32_t start = (d & 0x3fff) << 4, leading = (d >> 16 & 0x3fff) << 4, stride = (d >> 32 & 0x3fff) << 4;
-  const uint32_t mode = d >> 62, span = mode == 1 ? 128 : mode == 2 ? 64 : mode == 3 ? 32 : 0;
-  uint32_t offset;
-  if (!o.mn_major) {
-    offset = span ? mn % 8 * span + mn / 8 * stride + k / 8 * 16 : mn % 8 * 16 + mn / 8 * stride + k / 8 * leading;
-  } else {
-    const int q = mn / 8, chunks = static_cast<int>(span / 16);
-    offset = span ? q % chunks * 16 + q / chunks * leading + k % 8 * span + k / 8 * stride
-                  : q * stride + k % 8 * 16 + k / 8 * leading;
+// A descriptor's fields, in bytes.
+struct Layout {
+  uint32_t start, leading, stride, span, row_bits;
+  explicit Layout(uint64_t d)
+      : start((d & 0x3fff) << 4), leading((d >> 16 & 0x3fff) << 4), stride((d >> 32 & 0x3fff) << 4) {
+    constexpr uint32_t spans[] = {0, 128, 64, 32}, rows[] = {0, 7, 3, 1};
+    span = spans[d >> 62];
+    row_bits = rows[d >> 62];
   }
-  return swizzled(start + offset, span);
-}
+  // Address of the 16-byte chunk that holds element (mn, k); the contiguous one of both is a multiple of 8.
+  uint32_t chunk(bool mn_major, uint32_t mn, uint32_t k) const {
+    uint32_t offset;
+    if (!mn_major) {
+      offset = span ? mn % 8 * span + mn / 8 * stride + k / 8 * 16 : mn % 8 * 16 + mn / 8 * stride + k / 8 * leading;
+    } else if (span) {
+      const uint32_t byte = mn * 2;  // the span is a power of two
+      offset = byte % span + byte / span * leading + k % 8 * span + k / 8 * stride;
+    } else {
+      offset = mn / 8 * stride + k % 8 * 16 + k / 8 * leading;
+    }
+    const uint32_t address = start + offset;
+    return address ^ (address >> 7 & row_bits) << 4;
+  }
+};
 
 static void check_operand(const Operand& o, Where at) {
   const uint64_t d = o.descriptor;
@@ -42,9 +51,10 @@ static float widen(uint16_t bits) { return __builtin_bit_cast(float, static_cast
 // out[mn · mn_step + k · k_step], for mn < rows, k < 16.
 static void load_operand(const Operand& o, int rows, float* out, int mn_step, int k_step, const Product& p, Block& block,
                          race::Actor actor) {
+  const Layout layout(o.descriptor);
   for (int mn = 0; mn < rows; mn += o.mn_major ? 8 : 1)
     for (int k = 0; k < kDepth; k += o.mn_major ? 1 : 8) {
-      const uint32_t address = chunk_address(o, mn, k);
+      const uint32_t address = layout.chunk(o.mn_major, static_cast<uint32_t>(mn), static_cast<uint32_t>(k));
       uint16_t chunk[8];
       memcpy(chunk, shared_bytes(block, address, 16, "wgmma operand", p.where), 16);
       race::async_access(block, address, 16, false, actor, p.stamp, p.where);
@@ -103,7 +113,7 @@ static Accumulator* find_accumulator(Warpgroup& w, int t, const float* d) {
   return nullptr;
 }
 
-static Product& open_product(Warpgroup& w, Thread* t, float* d, const Product& request) {
+static Product& open_product(Warpgroup& w, Thread* t, float* d, const ProductRequest& request) {
   Accumulator* acc = find_accumulator(w, t->id % kWarpgroup, d);
   if (!acc) {
     acc = &w.accumulators.emplace_back();
@@ -113,7 +123,8 @@ static Product& open_product(Warpgroup& w, Thread* t, float* d, const Product& r
   if (acc->columns != request.columns) fail("wgmma: accumulators under way are used with another N", request.where);
   ++acc->unfinished;
   acc->last_group = request.group;
-  Product& p = w.products.emplace_back(request);
+  Product& p = w.products.emplace_back();
+  static_cast<ProductRequest&>(p) = request;
   p.accumulator = acc;
   if (p.a_in_registers) p.a_registers.resize(kWarpgroup * 4);
   p.stamp.clock = ++w.clock;
@@ -141,7 +152,7 @@ static void run_issued(Warpgroup& w, Block& block) {
   }
 }
 
-static void issue(float* d, const uint32_t* a_registers, const Product& request) {
+static void issue(float* d, const uint32_t* a_registers, const ProductRequest& request) {
   Thread* t = machine->current;
   Block& block = *machine->block;
   Warpgroup& w = warpgroup(*t);
@@ -151,8 +162,7 @@ static void issue(float* d, const uint32_t* a_registers, const Product& request)
   const int number = t->products_issued++;
   const bool first = number == w.first + static_cast<int>(w.products.size());
   Product& p = first ? open_product(w, t, d, request) : w.products[static_cast<size_t>(number - w.first)];
-  if (!(p.a == request.a && p.b == request.b && p.columns == request.columns && p.accumulate == request.accumulate &&
-        p.group == request.group && p.a_in_registers == request.a_in_registers))
+  if (!p.same(request))
     fail("wgmma: threads of one warpgroup disagree on the operation", at);
   if (a_registers) {
     if (!t->fenced) fail("wgmma: registers of A are used without a wgmma_fence since the last wait", at);
@@ -170,19 +180,12 @@ static void issue(float* d, const uint32_t* a_registers, const Product& request)
 void wgmma(float* d, int columns, Operand a, Operand b, bool accumulate, Where at) {
   check_operand(a, at);
   check_operand(b, at);
-  Product p;
-  p.a = a, p.b = b, p.accumulate = accumulate, p.columns = columns, p.where = at;
-  p.group = machine->current->groups_committed;
-  issue(d, nullptr, p);
+  issue(d, nullptr, {a, b, false, accumulate, columns, machine->current->groups_committed, at});
 }
 
 void wgmma_a_registers(float* d, int columns, const uint32_t* a, Operand b, bool accumulate, Where at) {
   check_operand(b, at);
-  Product p;
-  p.a = Operand{}, p.b = b, p.accumulate = accumulate, p.columns = columns, p.where = at;
-  p.a_in_registers = true;
-  p.group = machine->current->groups_committed;
-  issue(d, a, p);
+  issue(d, a, {Operand{}, b, true, accumulate, columns, machine->current->groups_committed, at});
 }
 
 void wgmma_fence(Where) { machine->current->fenced = true; }

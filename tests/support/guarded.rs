@@ -24,7 +24,12 @@ impl<T: Pod> Guarded<T> {
         let start = bytes.as_ptr() as usize + GUARD_BYTES;
         let first = GUARD_BYTES + start.next_multiple_of(ALIGNMENT) - start;
         bytes[first..first + size].fill(POISON);
-        Self { bytes, first, size, kind: PhantomData }
+        Self {
+            bytes,
+            first,
+            size,
+            kind: PhantomData,
+        }
     }
 
     pub fn from_slice(values: &[T]) -> Self {
@@ -59,7 +64,10 @@ impl<T: Pod> Guarded<T> {
         let outside = (0..self.first).chain(end..self.bytes.len());
         for at in outside {
             let from_start = at as i64 - self.first as i64;
-            assert!(self.bytes[at] == GUARD, "{name}: the byte {from_start} from its start was overwritten");
+            assert!(
+                self.bytes[at] == GUARD,
+                "{name}: the byte {from_start} from its start was overwritten"
+            );
         }
     }
 }

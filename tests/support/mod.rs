@@ -2,6 +2,7 @@
 //! the simulator under one schedule after another.
 #![allow(dead_code)]
 
+pub mod gemm;
 pub mod guarded;
 pub mod numbers;
 pub mod schedules;

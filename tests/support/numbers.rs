@@ -43,7 +43,11 @@ impl Random {
 
 /// Half the distance between neighbouring bf16 at `x`.
 pub fn half_ulp_bf16(x: f64) -> f64 {
-    if x == 0.0 { 0.0 } else { x.abs().log2().floor().exp2() / 256.0 }
+    if x == 0.0 {
+        0.0
+    } else {
+        x.abs().log2().floor().exp2() / 256.0
+    }
 }
 
 /// Unit roundoff of f32.
@@ -60,13 +64,21 @@ impl Errors {
     /// Panics when |got − want| exceeds `bound`, or is not a number.
     pub fn add(&mut self, got: f64, want: f64, bound: f64, place: impl Fn() -> String) {
         let error = (got - want).abs();
-        assert!(error <= bound, "{}: got {got}, want {want}, |error| {error:.3e} > {bound:.3e}", place());
+        assert!(
+            error <= bound,
+            "{}: got {got}, want {want}, |error| {error:.3e} > {bound:.3e}",
+            place()
+        );
         self.squared_error += error * error;
         self.squared_value += want * want;
     }
 
     /// ‖got − want‖ / ‖want‖; 0 for 0 / 0.
     pub fn relative(&self) -> f64 {
-        if self.squared_error == 0.0 { 0.0 } else { (self.squared_error / self.squared_value).sqrt() }
+        if self.squared_error == 0.0 {
+            0.0
+        } else {
+            (self.squared_error / self.squared_value).sqrt()
+        }
     }
 }

@@ -18,9 +18,13 @@ pub fn with_options<R>(change: impl FnOnce(&mut Options), body: impl FnOnce() ->
     let before = table().options().expect("a simulator");
     let mut options = before;
     change(&mut options);
-    table().set_options(&options).unwrap_or_else(|e| panic!("{e}"));
+    table()
+        .set_options(&options)
+        .unwrap_or_else(|e| panic!("{e}"));
     let result = body();
-    table().set_options(&before).unwrap_or_else(|e| panic!("{e}"));
+    table()
+        .set_options(&before)
+        .unwrap_or_else(|e| panic!("{e}"));
     result
 }
 
@@ -55,7 +59,12 @@ impl Schedule {
 
 /// Early, late, last-woken-first, ten at random (two in the slow builds); on one and on two OS threads.
 pub fn schedules() -> Vec<Schedule> {
-    let fixed = |effects, order, threads| Schedule { effects, order, threads, seed: 1 };
+    let fixed = |effects, order, threads| Schedule {
+        effects,
+        order,
+        threads,
+        seed: 1,
+    };
     let mut all = vec![
         fixed(ROUTEGRAD_SIM_EARLY, ROUTEGRAD_SIM_FIFO, 1),
         fixed(ROUTEGRAD_SIM_LATE, ROUTEGRAD_SIM_FIFO, 1),
