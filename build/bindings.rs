@@ -14,7 +14,9 @@ pub fn generate() {
         .prepend_enum_name(false)
         .merge_extern_blocks(true)
         .derive_default(true)
-        .raw_line("// Made by bindgen from kernels/routegrad.h; scripts/update-bindings writes it anew.")
+        .raw_line(
+            "// Made by bindgen from kernels/routegrad.h; scripts/update-bindings writes it anew.",
+        )
         .disable_header_comment()
         // Not rustfmt, whose style depends on where it runs.
         .formatter(bindgen::Formatter::Prettyplease)
@@ -29,7 +31,8 @@ pub fn generate() {
 fn find_libclang() {
     println!("cargo::rerun-if-env-changed=LIBCLANG_PATH");
     println!("cargo::rerun-if-changed=.toolkit/libclang.stamp");
-    let own = std::path::Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join(".toolkit/wheels/clang/native");
+    let own = std::path::Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap())
+        .join(".toolkit/wheels/clang/native");
     if std::env::var_os("LIBCLANG_PATH").is_none() && own.is_dir() {
         // SAFETY: the build script has one thread.
         unsafe { std::env::set_var("LIBCLANG_PATH", own) };

@@ -57,7 +57,9 @@ fn candidates() -> Vec<PathBuf> {
     if let Some(path) = std::env::var_os("PATH") {
         paths.extend(std::env::split_paths(&path).map(|folder| folder.join("nvcc")));
     }
-    paths.push(Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join(".toolkit/cuda/bin/nvcc"));
+    paths.push(
+        Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap()).join(".toolkit/cuda/bin/nvcc"),
+    );
     paths
 }
 
@@ -74,7 +76,9 @@ fn build(nvcc: &Path) {
     let jobs: Vec<(PathBuf, PathBuf)> = sources::kernels()
         .into_iter()
         .map(|source| {
-            let object = out.join(source.file_name().unwrap()).with_extension("cuda.o");
+            let object = out
+                .join(source.file_name().unwrap())
+                .with_extension("cuda.o");
             (source, object)
         })
         .collect();
@@ -84,11 +88,25 @@ fn build(nvcc: &Path) {
         .compile("routegrad_cuda");
     link_runtime(nvcc);
     println!("cargo::rustc-cfg=routegrad_cuda");
+    let hashes: Vec<String> = jobs
+        .iter()
+        .map(|(source, object)| {
+            format!(
+                "{}={:016x}",
+                source.file_stem().unwrap().display(),
+                code_hash(object)
+            )
+        })
+        .collect();
+    println!("cargo::rustc-env=ROUTEGRAD_CODE={}", hashes.join(";"));
 }
 
 /// One nvcc a file, as many at once as Cargo was told to use.
 fn compile_all(nvcc: &Path, jobs: &[(PathBuf, PathBuf)]) {
-    let at_once = std::env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let at_once = std::env::var("NUM_JOBS")
+        .ok()
+        .and_then(|n| n.parse().ok())
+        .unwrap_or(1);
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -108,7 +126,12 @@ fn compile_all(nvcc: &Path, jobs: &[(PathBuf, PathBuf)]) {
 
 fn compile_one(nvcc: &Path, source: &Path, object: &Path) -> Result<(), String> {
     let output = Command::new(nvcc)
-        .args(["-std=c++20", "-O3", "-gencode", "arch=compute_90a,code=sm_90a"])
+        .args([
+            "-std=c++20",
+            "-O3",
+            "-gencode",
+            "arch=compute_90a,code=sm_90a",
+        ])
         .args(["-Ikernels", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c"])
         .arg(source)
         .arg("-o")
@@ -122,9 +145,29 @@ fn compile_one(nvcc: &Path, source: &Path, object: &Path) -> Result<(), String> 
     Err(format!("nvcc cannot compile {}:\n{text}", source.display()))
 }
 
+/// FNV-1a of a compiled kernel file, launchers included: what records of GPU runs are tied to.
+fn code_hash(object: &Path) -> u64 {
+    let mut bytes =
+        std::fs::read(object).unwrap_or_else(|e| panic!("cannot read {}: {e}", object.display()));
+    // nvcc writes eight hexadecimal digits that depend on the folder or the process, not on the code, after these.
+    for marker in [&b"_GLOBAL__N__"[..], b"_cu_", b"tmpxft_"] {
+        for at in 0..bytes.len().saturating_sub(marker.len() + 8) {
+            if bytes[at..].starts_with(marker) {
+                bytes[at + marker.len()..at + marker.len() + 8].fill(b'0');
+            }
+        }
+    }
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}
+
 /// The static CUDA runtime: it finds the driver when the first call needs it, so the binary starts without one.
 fn link_runtime(nvcc: &Path) {
-    let home = nvcc.canonicalize().ok().and_then(|p| Some(p.parent()?.parent()?.to_path_buf()));
+    let home = nvcc
+        .canonicalize()
+        .ok()
+        .and_then(|p| Some(p.parent()?.parent()?.to_path_buf()));
     for folder in ["lib64", "lib", "targets/x86_64-linux/lib"] {
         if let Some(path) = home.as_ref().map(|h| h.join(folder)).filter(|p| p.is_dir()) {
             println!("cargo::rustc-link-search=native={}", path.display());

@@ -37,3 +37,4 @@ pub mod train;
 
 pub mod cli;
 pub mod gradcheck;
+pub mod hardware;
