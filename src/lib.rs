@@ -35,6 +35,7 @@ pub mod eval;
 pub mod generate;
 pub mod train;
 
+pub mod hardware;
+
 pub mod cli;
 pub mod gradcheck;
-pub mod hardware;

@@ -86,41 +86,36 @@ pub fn check(options: &Options) -> Result<()> {
             ));
         }
     };
+    let mut visit = Visit::new(gpu);
     let start = Instant::now();
-    let (mut failed, mut left) = (0, 0);
+    let (mut ran, mut failed) = (0, 0);
     for (i, task) in tasks.iter().enumerate() {
         let remaining = options.budget - start.elapsed().as_secs_f64();
         if remaining < task.estimate {
-            left += 1;
-            continue;
+            continue; // a shorter one may still fit
         }
-        let record = run(task, &gpu, remaining)?;
-        println!(
-            "{:4}/{}  {:9}  {:6.1} s  {}: {}",
-            i + 1,
-            tasks.len(),
-            label(record.ending),
-            record.seconds,
-            task.name(),
-            record.detail
-        );
+        let Some(record) = visit.run(task, remaining)? else {
+            continue;
+        };
+        let (ending, seconds) = (label(record.ending), record.seconds);
+        let (place, name, detail) = (i + 1, task.name(), &record.detail);
+        println!("{place:4}  {ending:9}  {seconds:6.1} s  {name}: {detail}");
+        ran += 1;
         failed += usize::from(matches!(record.ending, Ending::Failed | Ending::TimedOut));
         records.insert(record);
-        records.save(&gpu)?;
+        records.save(&visit.gpu)?;
     }
-    println!(
-        "{} ran, {failed} failed, {left} left for want of time; records: {}",
-        tasks.len() - left,
-        options.out.display()
-    );
+    let (left, out) = (tasks.len() - ran, options.out.display());
+    println!("{ran} ran, {failed} failed, {left} left for want of time; records: {out}");
     if failed == 0 {
         return Ok(());
     }
     let help = "their records say what; a kernel that differs from the simulator is a bug of both";
+    let got = format!("{failed} that failed");
     Err(Error::invalid(
         "hardware-check",
         "every task to pass",
-        format!("{failed} that failed"),
+        got,
         help,
     ))
 }
@@ -165,26 +160,56 @@ fn pending(options: &Options, records: &Records, gpu: Option<&str>) -> (Vec<Task
     (tasks, done)
 }
 
-/// Runs a task in a process of its own.
-fn run(task: &Task, gpu: &str, remaining: f64) -> Result<Record> {
-    let before = machine::state();
-    let start = Instant::now();
-    let outcome = machine::in_child(task, task.limit().min(remaining + 10.0))?;
-    Ok(Record {
-        gpu: gpu.into(),
-        task: task.name(),
-        code: task::code(task.source).unwrap_or("none").into(),
-        ending: outcome.ending,
-        detail: outcome.detail,
-        measured: outcome.measured,
-        date: record::now(),
-        commit: machine::commit(),
-        driver: machine::driver(),
-        system: machine::system(),
-        seconds: start.elapsed().as_secs_f64(),
-        before,
-        after: machine::state(),
-    })
+/// What every record of one run of the program shares.
+struct Visit {
+    gpu: String,
+    commit: String,
+    driver: String,
+    system: String,
+    /// The GPU's state after the last task.
+    state: serde_json::Value,
+}
+
+impl Visit {
+    fn new(gpu: String) -> Self {
+        let (commit, driver, system) = (machine::commit(), machine::driver(), machine::system());
+        let state = machine::state();
+        Self {
+            gpu,
+            commit,
+            driver,
+            system,
+            state,
+        }
+    }
+
+    /// Runs a task in a process of its own; no record when the time ran out before the task's own limit.
+    fn run(&mut self, task: &Task, remaining: f64) -> Result<Option<Record>> {
+        let start = Instant::now();
+        let limit = task.limit().min(remaining + 10.0);
+        let outcome = machine::in_child(task, limit)?;
+        let seconds = start.elapsed().as_secs_f64();
+        if outcome.ending == Ending::TimedOut && limit < task.limit() {
+            return Ok(None);
+        }
+        let after = machine::state();
+        let before = std::mem::replace(&mut self.state, after.clone());
+        Ok(Some(Record {
+            gpu: self.gpu.clone(),
+            task: task.name(),
+            code: task::code(task.source).unwrap_or("none").into(),
+            ending: outcome.ending,
+            detail: outcome.detail,
+            measured: outcome.measured,
+            date: record::now(),
+            commit: self.commit.clone(),
+            driver: self.driver.clone(),
+            system: self.system.clone(),
+            seconds,
+            before,
+            after,
+        }))
+    }
 }
 
 /// Takes the records of `file` into those of `folder`.

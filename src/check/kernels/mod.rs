@@ -9,6 +9,7 @@ pub mod dispatch;
 pub mod grouped_gemm;
 pub mod machine;
 pub mod numbers;
+pub mod operands;
 pub mod unit;
 
 pub use machine::{Guarded, Machine, Simulator};
