@@ -93,7 +93,7 @@ fn build(nvcc: &Path) {
         .map(|(source, object)| {
             format!(
                 "{}={:016x}",
-                source.file_stem().unwrap().display(),
+                source.file_stem().unwrap().to_string_lossy(),
                 code_hash(object)
             )
         })

@@ -248,9 +248,9 @@ impl Operands {
     fn line(&self, line: usize) -> Line {
         let Shape { n, k, .. } = self.shape;
         let mut sums = vec![(0.0, 0.0); self.lines().1];
-        let mut add = |scale: bf16, values: &mut dyn Iterator<Item = bf16>| {
-            for (sum, value) in sums.iter_mut().zip(values) {
-                let term = scale.to_f64() * value.to_f64();
+        let mut add = |scale: bf16, values: &[bf16]| {
+            for (sum, &value) in sums.iter_mut().zip(values) {
+                let term = exact(scale) * exact(value);
                 *sum = (sum.0 + term, sum.1 + term.abs());
             }
         };
@@ -258,10 +258,7 @@ impl Operands {
             let (expert, channel) = (line / n, line % n);
             for row in self.offsets[expert] as usize..self.offsets[expert + 1] as usize {
                 let (dout, x) = (self.row_of(Gather::A, row), self.row_of(Gather::B, row));
-                add(
-                    self.a[dout * n + channel],
-                    &mut self.b[x * k..(x + 1) * k].iter().copied(),
-                );
+                add(self.a[dout * n + channel], &self.b[x * k..(x + 1) * k]);
             }
             return sums;
         }
@@ -273,17 +270,14 @@ impl Operands {
         let from = self.row_of(Gather::A, line);
         if self.product == InputGradient {
             for l in 0..n {
-                add(
-                    self.a[from * n + l],
-                    &mut w[l * k..(l + 1) * k].iter().copied(),
-                );
+                add(self.a[from * n + l], &w[l * k..(l + 1) * k]);
             }
             return sums;
         }
         let x = &self.a[from * k..(from + 1) * k];
         for (sum, w) in sums.iter_mut().zip(w.chunks(k)) {
             for (x, w) in x.iter().zip(w) {
-                let term = x.to_f64() * w.to_f64();
+                let term = exact(*x) * exact(*w);
                 *sum = (sum.0 + term, sum.1 + term.abs());
             }
         }
@@ -325,4 +319,9 @@ impl Operands {
             self.product, self.gather
         )
     }
+}
+
+/// The value of a bf16: the upper half of an f32. (`to_f64` treats NaN apart, which keeps loops from being vector code.)
+fn exact(x: bf16) -> f64 {
+    f64::from(f32::from_bits(u32::from(x.to_bits()) << 16))
 }
