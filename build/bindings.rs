@@ -30,7 +30,6 @@ pub fn generate() {
 #[cfg(feature = "bindgen")]
 fn find_libclang() {
     println!("cargo::rerun-if-env-changed=LIBCLANG_PATH");
-    println!("cargo::rerun-if-changed=.toolkit/libclang.stamp");
     let own = std::path::Path::new(&std::env::var("CARGO_MANIFEST_DIR").unwrap())
         .join(".toolkit/wheels/clang/native");
     if std::env::var_os("LIBCLANG_PATH").is_none() && own.is_dir() {

@@ -5,5 +5,8 @@
 fn committed_bindings_equal_the_generated_ones() {
     let committed = include_str!("../src/device/bindings.rs");
     let generated = include_str!(concat!(env!("OUT_DIR"), "/bindings.rs"));
-    assert!(committed == generated, "kernels/routegrad.h changed: run scripts/update-bindings and commit the result");
+    assert!(
+        committed == generated,
+        "kernels/routegrad.h changed: run scripts/update-bindings and commit the result"
+    );
 }

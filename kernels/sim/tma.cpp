@@ -87,23 +87,29 @@ static void move_bytes(Move move, char* shared, char* global, size_t bytes) {
   machine->counters.bytes_written += bytes;
 }
 
-// One row of the box, in 16-byte chunks; elements outside the tensor are zero (load) or left alone.
+// One row of the box, in 16-byte chunks; elements outside the tensor are zero (load) or left alone. A swizzled row is one
+// span, so all its chunks are XORed alike.
 static void move_row(const TensorMap& map, int x, char* global_row, bool row_inside, char* shared_base, uint32_t shared_row,
                      Move move) {
-  const uint32_t row_bytes = map.box[0] * map.element;
+  const uint32_t row_bytes = map.box[0] * map.element, flip = swizzled(shared_row, map.swizzle) ^ shared_row;
   const int64_t extent = static_cast<int64_t>(map.extent[0]);
-  for (uint32_t chunk = 0; chunk < row_bytes; chunk += 16) {
-    char* s = shared_base + swizzled(shared_row + chunk, map.swizzle);
-    const int64_t first = static_cast<int64_t>(x) + chunk / map.element, count = 16 / map.element;
-    char* g = global_row + first * map.element;
-    if (row_inside && first >= 0 && first + count <= extent) {
-      move_bytes(move, s, g, 16);
-      continue;
+  char* const global = global_row + static_cast<int64_t>(x) * map.element;
+  if (row_inside && x >= 0 && static_cast<int64_t>(x) + map.box[0] <= extent && move != Move::Add) {
+    const bool load = move == Move::Load;
+    for (uint32_t chunk = 0; chunk < row_bytes; chunk += 16) {
+      char* s = shared_base + ((shared_row + chunk) ^ flip);
+      load ? memcpy(s, global + chunk, 16) : memcpy(global + chunk, s, 16);
     }
-    if (move == Move::Load) memset(s, 0, 16);
-    for (int64_t e = 0; e < count; ++e)
-      if (row_inside && first + e >= 0 && first + e < extent)
-        move_bytes(move, s + e * map.element, g + e * map.element, map.element);
+    (load ? machine->counters.bytes_read : machine->counters.bytes_written) += row_bytes;
+    return;
+  }
+  for (uint32_t byte = 0; byte < row_bytes; byte += map.element) {
+    char* s = shared_base + ((shared_row + byte) ^ flip);
+    const int64_t column = static_cast<int64_t>(x) + byte / map.element;
+    if (row_inside && 0 <= column && column < extent)
+      move_bytes(move, s, global + byte, map.element);
+    else if (move == Move::Load)
+      memset(s, 0, map.element);
   }
 }
 

@@ -39,11 +39,19 @@ pub fn sim() -> Result<&'static Launchers> {
     let loaded = SIM.get_or_init(|| match std::env::var_os(LIBRARY_VARIABLE) {
         Some(path) => load(path.as_ref()).map_err(|e| e.to_string()),
         // SAFETY: the function returns a table with the life of the program.
-        None => Ok(Launchers { table: unsafe { &*bindings::routegrad_sim() }, _library: None }),
+        None => Ok(Launchers {
+            table: unsafe { &*bindings::routegrad_sim() },
+            _library: None,
+        }),
     });
     loaded.as_ref().map_err(|why| {
         let help = format!("build one with scripts/sim-variant, or unset {LIBRARY_VARIABLE}");
-        Error::invalid("simulator", "a shared object that exports routegrad_sim", why, help)
+        Error::invalid(
+            "simulator",
+            "a shared object that exports routegrad_sim",
+            why,
+            help,
+        )
     })
 }
 
@@ -53,7 +61,10 @@ pub fn cuda() -> Option<&'static Launchers> {
     {
         static CUDA: OnceLock<Launchers> = OnceLock::new();
         // SAFETY: as for the simulator.
-        Some(CUDA.get_or_init(|| Launchers { table: unsafe { &*bindings::routegrad_cuda() }, _library: None }))
+        Some(CUDA.get_or_init(|| Launchers {
+            table: unsafe { &*bindings::routegrad_cuda() },
+            _library: None,
+        }))
     }
     #[cfg(not(routegrad_cuda))]
     None
@@ -68,14 +79,19 @@ fn load(path: &std::path::Path) -> Result<Launchers, libloading::Error> {
         let entry: libloading::Symbol<Entry> = library.get(b"routegrad_sim\0")?;
         &*entry()
     };
-    Ok(Launchers { table, _library: Some(library) })
+    Ok(Launchers {
+        table,
+        _library: Some(library),
+    })
 }
 
 impl Launchers {
     /// "cuda", "sim", or the variant's name such as "sim-race".
     pub fn build(&self) -> &'static str {
         // SAFETY: every table names its build with a constant.
-        unsafe { CStr::from_ptr(self.table.build) }.to_str().unwrap_or("unknown")
+        unsafe { CStr::from_ptr(self.table.build) }
+            .to_str()
+            .unwrap_or("unknown")
     }
 
     /// The raw functions; see [`launch!`](crate::launch).
@@ -92,13 +108,23 @@ impl Launchers {
         let text = self.describe(launcher, status);
         let reason = (status & 0xff) as u32;
         if reason < bindings::ROUTEGRAD_CUDA_ERROR {
-            return Err(Error::invalid(launcher, "arguments that the kernel can take", text, "nothing was launched"));
+            return Err(Error::invalid(
+                launcher,
+                "arguments that the kernel can take",
+                text,
+                "nothing was launched",
+            ));
         }
         let help = match reason {
             bindings::ROUTEGRAD_SIM_FAILED => "a bug of the kernel, found by the simulator",
             _ => "nothing was launched, or an earlier launch failed; see the text",
         };
-        Err(Error::Device { op: launcher.into(), status, text, help: help.into() })
+        Err(Error::Device {
+            op: launcher.into(),
+            status,
+            text,
+            help: help.into(),
+        })
     }
 
     fn describe(&self, launcher: &str, status: bindings::routegrad_status) -> String {
@@ -107,7 +133,14 @@ impl Launchers {
             return format!("status {status}");
         };
         // SAFETY: the buffer is as long as said, and the text is ended by a zero within it.
-        unsafe { describe(name.as_ptr(), status, text.as_mut_ptr().cast::<c_char>(), text.len() as u64) };
+        unsafe {
+            describe(
+                name.as_ptr(),
+                status,
+                text.as_mut_ptr().cast::<c_char>(),
+                text.len() as u64,
+            )
+        };
         let text = CStr::from_bytes_until_nul(&text).unwrap_or_default();
         text.to_string_lossy().into_owned()
     }
@@ -128,9 +161,17 @@ impl Launchers {
     pub fn set_options(&self, options: &Options) -> Result<()> {
         let wrong = |got: String| {
             let help = "see routegrad_sim_options in kernels/routegrad.h";
-            Error::invalid("simulator options", "values of the ranges in routegrad.h", got, help)
+            Error::invalid(
+                "simulator options",
+                "values of the ranges in routegrad.h",
+                got,
+                help,
+            )
         };
-        let set = self.table.sim_set_options.ok_or_else(|| wrong("a GPU's launchers".into()))?;
+        let set = self
+            .table
+            .sim_set_options
+            .ok_or_else(|| wrong("a GPU's launchers".into()))?;
         // SAFETY: it reads one struct.
         match unsafe { set(options) } {
             0 => Ok(()),
