@@ -119,15 +119,13 @@ mod gpu {
         problem.judged(&runs[0].fresh_outputs()?)?;
 
         let peer = Cublas::open(gpu).and_then(|cublas| {
-            Matmul::new(&cublas, case.product, &case.shape).map(|m| (cublas, m))
+            let matmul = Matmul::new(&cublas, case.product, &case.shape)?;
+            Ok((cublas, matmul))
         });
-        let peer = match peer {
-            Ok((cublas, matmul)) => {
-                judge_peer(gpu, &problem, &mut runs[0], &matmul)
-                    .map_err(|e| format!("cuBLAS: {e}"))?;
-                Ok((cublas, matmul))
-            }
-            Err(why) => Err(why),
+        // cuBLAS may choose an algorithm that rounds partial sums: noted, not a failure of ours.
+        let peer_differs = match &peer {
+            Ok((_, matmul)) => judge_peer(gpu, &problem, &mut runs[0], matmul).err(),
+            Err(_) => None,
         };
         let ours = |i: usize| runs[i % sets].launch();
         let theirs = |i: usize| match &peer {
@@ -145,7 +143,9 @@ mod gpu {
             }
             passes.push((median(&mine), (!other.is_empty()).then(|| median(&other))));
         }
-        Ok(report(case, &passes, peer.err()))
+        let (detail, mut measured) = report(case, &passes, peer.err());
+        measured["cublas_outside_bound"] = json!(peer_differs);
+        Ok((detail, measured))
     }
 
     /// Seconds of one launch, over several in a row, each on the next set of buffers.
