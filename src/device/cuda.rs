@@ -218,7 +218,7 @@ impl DeviceMemory {
 
     /// The address of a range inside.
     fn place(&self, at: usize, count: usize) -> Result<sys::CUdeviceptr> {
-        if !at.checked_add(count).is_some_and(|end| end <= self.bytes) {
+        if at.checked_add(count).is_none_or(|end| end > self.bytes) {
             let got = format!("{count} bytes from byte {at}");
             return Err(Error::invalid(
                 "device memory",

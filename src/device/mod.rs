@@ -3,7 +3,7 @@
 //! `cpu` is the reference: plain Rust, generic over f32 and f64 ([`crate::cpu`] holds its tools).
 //! The kernels of `kernels/` will join as two further devices that share one table of launchers.
 
-#[allow(non_camel_case_types, non_upper_case_globals)]
+#[allow(non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
 #[rustfmt::skip]
 pub mod bindings;
 #[cfg(feature = "cuda")]

@@ -117,10 +117,10 @@ impl Records {
     /// Adds a record, unless one of the same key is later.
     pub fn insert(&mut self, record: Record) {
         let key = record.key();
-        if !self
+        if self
             .by_key
             .get(&key)
-            .is_some_and(|known| known.date > record.date)
+            .is_none_or(|known| known.date <= record.date)
         {
             self.by_key.insert(key, record);
         }

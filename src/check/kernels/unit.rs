@@ -116,8 +116,8 @@ fn wgmma(n: usize, swizzle: usize, a_mn: bool, b_mn: bool, registers: bool) -> P
 /// Boxes inside, across each edge, and wholly outside of a tensor [z 5, y 40, x 72].
 fn boxes() -> Vec<routegrad_unit_box> {
     let mut all = Vec::new();
-    for swizzle in 0..4 {
-        let width = SPAN[swizzle] as i32;
+    for (swizzle, &span) in SPAN.iter().enumerate() {
+        let width = span as i32;
         for rank in [2, 3] {
             for at in [
                 [8, 4, 1],
