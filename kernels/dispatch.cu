@@ -1,4 +1,4 @@
-// dispatch: sorts the slots of a batch by expert, so that the grouped GEMMs see each expert's tokens as one run of rows.
+// dispatch: sorts the slots of a batch by expert, so that a grouped GEMM sees each expert's tokens as one run of rows.
 //
 // A slot is one place where a token may name an expert; slot s belongs to token s / W.
 //   dispatch_choices  choices [T, K] int32   W = K; slot t·K + k names expert choices[t, k]
@@ -55,7 +55,7 @@ struct Mask {
   const uint8_t* mask;
   int experts;
   DEV int expert(int64_t slot) const {
-    return ld_global_readonly(mask + slot) ? static_cast<int>(slot % experts) : experts;
+    return ld_global_readonly(mask + slot) ? static_cast<int>(static_cast<uint32_t>(slot) % experts) : experts;
   }
 };
 
@@ -131,11 +131,18 @@ __global__ void __launch_bounds__(kThreads)
   const int e = threadIdx.x, lane = e % 32, warp = e / 32;
   int32_t total = 0;
   if (e < experts) {
-    for (int b = 0; b < blocks; ++b) {
-      int32_t* cell = block_counts + static_cast<int64_t>(b) * experts + e;
-      const int32_t count = *cell;
-      *cell = total;
-      total += count;
+    // Loads of a batch are under way together: one at a time, the walk would cost a memory latency per block.
+    constexpr int kBatch = 32;
+    for (int first = 0; first < blocks; first += kBatch) {
+      int32_t counts[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        counts[i] = first + i < blocks ? ld_global(block_counts + (first + i) * experts + e) : 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i < blocks) st_global(block_counts + (first + i) * experts + e, total);
+        total += counts[i];
+      }
     }
   }
   int32_t through = total;  // of the experts up to and with e
@@ -177,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
         const bool fits = row < capacity;
         st_global(slot_row + slot, fits ? row : -1);
         if (fits) {
-          st_global(row_token + row, static_cast<int32_t>(slot / slots.width));
+          st_global(row_token + row, static_cast<int32_t>(static_cast<uint32_t>(slot) / slots.width));
           st_global(row_slot + row, static_cast<int32_t>(slot));
         }
       },
@@ -204,16 +211,16 @@ routegrad_status dispatch(int32_t* offsets, int32_t* row_token, int32_t* row_slo
 }  // namespace
 
 // What both forms refuse. `source` is the argument that names the experts.
-#define REQUIRE_DISPATCH(launcher, source)                                                            \
-  REQUIRE_POINTER(launcher, offsets);                                                                 \
-  REQUIRE_POINTER(launcher, row_token);                                                               \
-  REQUIRE_POINTER(launcher, row_slot);                                                                \
-  REQUIRE_POINTER(launcher, slot_row);                                                                \
-  REQUIRE_POINTER(launcher, fault);                                                                   \
-  REQUIRE_POINTER(launcher, workspace);                                                               \
-  REQUIRE_POINTER(launcher, source);                                                                  \
-  REQUIRE(launcher, tokens, tokens >= 1, ROUTEGRAD_OUT_OF_RANGE);                                     \
-  REQUIRE(launcher, experts, 1 <= experts && experts <= kMaxExperts, ROUTEGRAD_OUT_OF_RANGE);         \
+#define REQUIRE_DISPATCH(launcher, source)                                                    \
+  REQUIRE_POINTER(launcher, offsets);                                                         \
+  REQUIRE_POINTER(launcher, row_token);                                                       \
+  REQUIRE_POINTER(launcher, row_slot);                                                        \
+  REQUIRE_POINTER(launcher, slot_row);                                                        \
+  REQUIRE_POINTER(launcher, fault);                                                           \
+  REQUIRE_POINTER(launcher, workspace);                                                       \
+  REQUIRE_POINTER(launcher, source);                                                          \
+  REQUIRE(launcher, tokens, tokens >= 1, ROUTEGRAD_OUT_OF_RANGE);                             \
+  REQUIRE(launcher, experts, 1 <= experts && experts <= kMaxExperts, ROUTEGRAD_OUT_OF_RANGE); \
   REQUIRE(launcher, row_capacity, 1 <= row_capacity && row_capacity <= INT32_MAX, ROUTEGRAD_OUT_OF_RANGE)
 
 routegrad_status dispatch_workspace(uint64_t* bytes, int64_t tokens, int32_t experts, int32_t width) {
@@ -227,9 +234,9 @@ routegrad_status dispatch_workspace(uint64_t* bytes, int64_t tokens, int32_t exp
 }
 
 routegrad_status dispatch_choices(int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row,
-                                             int32_t* fault, void* workspace, const int32_t* choices, int64_t tokens,
-                                             int32_t experts, int32_t choices_per_token, int64_t row_capacity,
-                                             routegrad_stream stream) {
+                                  int32_t* fault, void* workspace, const int32_t* choices, int64_t tokens,
+                                  int32_t experts, int32_t choices_per_token, int64_t row_capacity,
+                                  routegrad_stream stream) {
   REQUIRE_DISPATCH(dispatch_choices, choices);
   REQUIRE(dispatch_choices, choices_per_token, 1 <= choices_per_token && choices_per_token <= experts,
           ROUTEGRAD_OUT_OF_RANGE);
@@ -239,8 +246,8 @@ routegrad_status dispatch_choices(int32_t* offsets, int32_t* row_token, int32_t*
 }
 
 routegrad_status dispatch_mask(int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row,
-                                          int32_t* fault, void* workspace, const uint8_t* mask, int64_t tokens,
-                                          int32_t experts, int64_t row_capacity, routegrad_stream stream) {
+                               int32_t* fault, void* workspace, const uint8_t* mask, int64_t tokens, int32_t experts,
+                               int64_t row_capacity, routegrad_stream stream) {
   REQUIRE_DISPATCH(dispatch_mask, mask);
   REQUIRE(dispatch_mask, tokens, tokens <= INT32_MAX / experts, ROUTEGRAD_OVERFLOW);
   return dispatch(offsets, row_token, row_slot, slot_row, fault, static_cast<int32_t*>(workspace), Mask{mask, experts},

@@ -1,15 +1,27 @@
 //! The command line: what each command takes, and what it prints.
 
+use crate::check::Fault;
+use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::routers::{self, ROUTERS};
 use crate::train::{self, Options, Outcome};
-use crate::{eval, generate, hardware};
+use crate::{eval, generate, gradcheck, hardware};
 use clap::{Args, Parser, Subcommand};
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;
+
+/// Writes a line to the standard output, or returns from the function with the error.
+macro_rules! say {
+    ($($arguments:tt)*) => { print(format_args!($($arguments)*))? };
+}
+
+fn print(line: std::fmt::Arguments) -> Result<()> {
+    writeln!(std::io::stdout(), "{line}").map_err(|e| Error::io("write", "the standard output", e))
+}
 
 /// Train and study sparse Mixture-of-Experts transformers.
 #[derive(Parser)]
@@ -45,6 +57,20 @@ Examples:
   routegrad generate --model runs/tiny-default --prompt 'My fellow citizens, '
   routegrad generate --model runs/tiny-default --temperature 0.5 --top-k 20 --seed 3")]
     Generate(GenerateArgs),
+    /// Check every gradient by finite differences in f64: operations, routers, whole models.
+    #[command(after_help = "\
+Examples:
+  routegrad gradcheck
+  routegrad gradcheck 'router default'
+  routegrad gradcheck default --plant default-dot")]
+    Gradcheck {
+        /// Check only what has this in its name.
+        #[arg(default_value = "", hide_default_value = true)]
+        filter: String,
+        /// Leave out this term of a gradient first: the check must then fail.
+        #[arg(long, value_name = "FAULT")]
+        plant: Option<Fault>,
+    },
     /// List the routers with their settings and defaults.
     Routers,
     /// Prove and time the kernels on a GPU: whatever has no record yet, most important first.
@@ -183,9 +209,10 @@ impl Cli {
             set_threads(threads)?;
         }
         match self.command {
-            Command::Train(args) => train_command(args),
+            Command::Train(args) => train_command(&args),
             Command::Eval(args) => eval_command(&args),
             Command::Generate(args) => generate_command(&args),
+            Command::Gradcheck { filter, plant } => gradcheck_command(&filter, plant),
             Command::Routers => list_routers(),
             Command::HardwareCheck(args) => hardware_check(args),
             Command::Status(args) => status(&args),
@@ -211,9 +238,17 @@ fn set_threads(threads: usize) -> Result<()> {
         .map_err(|e| invalid(e.to_string()))
 }
 
-fn train_command(args: TrainArgs) -> Result<()> {
-    let out = args.folder();
-    let config = Config::load(&args.layers(&out), &routers::resolve)?;
+fn train_command(args: &TrainArgs) -> Result<()> {
+    // A run that goes on has its configuration in its folder; a new one may be named after it.
+    let (config, out) = if args.resume {
+        let out = args.folder(args.router.as_deref().unwrap_or("default"));
+        let file = Some(out.join(train::CONFIG_FILE));
+        (Config::load(&args.layers(file), &routers::resolve)?, out)
+    } else {
+        let config = Config::load(&args.layers(args.config.clone()), &routers::resolve)?;
+        let out = args.folder(&config.router.name);
+        (config, out)
+    };
     let stop = Arc::new(AtomicBool::new(false));
     watch_signals(&stop)?;
     let options = Options {
@@ -223,46 +258,41 @@ fn train_command(args: TrainArgs) -> Result<()> {
         quiet: args.quiet,
     };
     let report = train::run(config, &options, &stop)?;
-    let place = out.display();
+    let (place, step) = (out.display(), report.step);
+    if let (Outcome::Finished, Some(loss)) = (report.outcome, report.validation_loss) {
+        say!("validation loss {loss:.4} nats per token after {step} steps");
+    }
     match report.outcome {
-        Outcome::Finished => {
-            if let Some(loss) = report.validation_loss {
-                println!(
-                    "validation loss {loss:.4} nats per token after {} steps",
-                    report.step
-                );
-            }
-            println!("log, pictures and checkpoints: {place}");
-            if options.checkpoints {
-                println!("see it speak: routegrad generate --model {place}");
-            }
-        }
         Outcome::Stopped if options.checkpoints => {
-            println!(
-                "stopped and saved at step {}; go on with --out {place} --resume",
-                report.step
+            say!(
+                "stopped and saved at step {step}; go on with: routegrad train --out {place} --resume"
             );
         }
-        Outcome::Stopped => println!("stopped at step {}", report.step),
+        Outcome::Stopped => say!("stopped at step {step}"),
+        Outcome::Finished if options.checkpoints => {
+            say!("log, pictures and checkpoints: {place}");
+            say!("see it speak: routegrad generate --model {place}");
+        }
+        Outcome::Finished => say!("log and pictures: {place}"),
     }
     Ok(())
 }
 
 impl TrainArgs {
-    fn folder(&self) -> PathBuf {
+    /// `--out`, or runs/NAME.
+    fn folder(&self, router: &str) -> PathBuf {
         if let Some(out) = &self.out {
             return out.clone();
         }
         let name = self.name.clone().unwrap_or_else(|| {
             let preset = self.preset.as_deref().unwrap_or("tiny");
-            let router = self.router.as_deref().unwrap_or("default");
             let parts = [Some(preset), self.experts.as_deref(), Some(router)];
             parts.into_iter().flatten().collect::<Vec<_>>().join("-")
         });
         PathBuf::from("runs").join(name)
     }
 
-    fn layers(&self, out: &std::path::Path) -> Layers {
+    fn layers(&self, file: Option<PathBuf>) -> Layers {
         let number = |n: i64| Value::Integer(n);
         let text = |s: &String| Value::String(s.clone());
         let flags = [
@@ -274,10 +304,7 @@ impl TrainArgs {
         Layers {
             preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
             experts: self.experts.clone(),
-            file: match self.resume {
-                true => Some(out.join(train::CONFIG_FILE)),
-                false => self.config.clone(),
-            },
+            file,
             set: self.set.clone(),
             flags: flags
                 .into_iter()
@@ -304,13 +331,24 @@ fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
     Ok(())
 }
 
+/// The checkpoint at `path`, or the newest whole one of the run there; damaged ones are named.
+fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
+    let (found, damaged) = checkpoint::find(path)?;
+    for damaged in damaged {
+        let warning = format!("warning: skipped a damaged checkpoint: {damaged}");
+        let _ = writeln!(std::io::stderr(), "{warning}");
+    }
+    Ok(found)
+}
+
 fn eval_command(args: &EvalArgs) -> Result<()> {
-    let report = eval::run(&args.model, args.data.as_deref(), args.sequences)?;
-    println!("model            {}", report.checkpoint.display());
-    println!("tokens           {}", report.tokens);
-    println!("validation loss  {:.4} nats per token", report.loss);
-    println!("perplexity       {:.4}", report.perplexity());
-    println!("bits per byte    {:.4}", report.bits_per_byte());
+    let found = open_checkpoint(&args.model)?;
+    let report = eval::run(&found, args.data.as_deref(), args.sequences)?;
+    say!("model            {}", found.path().display());
+    say!("tokens           {}", report.tokens);
+    say!("validation loss  {:.4} nats per token", report.loss);
+    say!("perplexity       {:.4}", report.perplexity());
+    say!("bits per byte    {:.4}", report.bits_per_byte());
     Ok(())
 }
 
@@ -320,8 +358,38 @@ fn generate_command(args: &GenerateArgs) -> Result<()> {
         top_k: args.top_k,
         seed: args.seed,
     };
+    let found = open_checkpoint(&args.model)?;
     let mut out = std::io::stdout().lock();
-    generate::run(&args.model, &args.prompt, args.tokens, &sampling, &mut out)
+    generate::run(&found, &args.prompt, args.tokens, &sampling, &mut out)
+}
+
+fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()> {
+    say!("compared  relative error  what");
+    let mut written = Ok(());
+    let rows = gradcheck::run(filter, plant, |row| {
+        let (compared, error) = (row.compared, format!("{:.1e}", row.error));
+        let verdict = if row.passes() { "" } else { "  FAILS" };
+        let what = format!("{}: {}{verdict}", row.subject, row.case);
+        if written.is_ok() {
+            written = print(format_args!("{compared:>8}  {error:>14}  {what}"));
+        }
+    })?;
+    written?;
+    let failed = rows.iter().filter(|row| !row.passes()).count();
+    if failed > 0 || rows.is_empty() {
+        return Err(Error::invalid(
+            "gradcheck",
+            format!("relative errors of at most {:.0e}", gradcheck::TOLERANCE),
+            match rows.len() {
+                0 => format!("nothing of the name `{filter}`"),
+                n => format!("{failed} of {n} checks above it"),
+            },
+            "see the table for what fails; without a filter it names everything",
+        ));
+    }
+    let compared: usize = rows.iter().map(|row| row.compared).sum();
+    say!("{} checks of {compared} derivatives pass", rows.len());
+    Ok(())
 }
 
 fn hardware_check(args: HardwareArgs) -> Result<()> {
@@ -331,8 +399,21 @@ fn hardware_check(args: HardwareArgs) -> Result<()> {
     if !args.merge.is_empty() {
         return hardware::merge(&args.out, &args.merge);
     }
-    let HardwareArgs { out, budget, list, only, again, .. } = args;
-    hardware::check(&hardware::Options { out, budget, list, only, again })
+    let HardwareArgs {
+        out,
+        budget,
+        list,
+        only,
+        again,
+        ..
+    } = args;
+    hardware::check(&hardware::Options {
+        out,
+        budget,
+        list,
+        only,
+        again,
+    })
 }
 
 fn status(args: &StatusArgs) -> Result<()> {
@@ -340,7 +421,7 @@ fn status(args: &StatusArgs) -> Result<()> {
     match &args.update {
         Some(page) => hardware::status::update(page, &table),
         None => {
-            print!("{table}");
+            say!("{}", table.trim_end());
             Ok(())
         }
     }
@@ -348,15 +429,15 @@ fn status(args: &StatusArgs) -> Result<()> {
 
 fn list_routers() -> Result<()> {
     for info in ROUTERS {
-        println!("{}  {}", info.name, info.summary);
-        println!("    source {}; cost {}", info.source, info.cost);
+        say!("{}  {}", info.name, info.summary);
+        say!("    source {}; cost {}", info.source, info.cost);
         let mut config = crate::config::RouterConfig {
             name: info.name.into(),
             ..Default::default()
         };
         routers::resolve(&mut config)?;
         for (key, value) in &config.settings {
-            println!("    router.{key} = {value}");
+            say!("    router.{key} = {value}");
         }
     }
     Ok(())

@@ -3,10 +3,12 @@
 //! Work is cut into blocks whose bounds depend on shapes alone, each block runs on one thread, and
 //! partial results are added in block order: the bytes do not depend on the number of threads.
 
+mod inner;
 mod matmul;
 mod scratch;
 pub mod vector;
 
+pub use inner::matmul_over_inner;
 pub use matmul::{Accumulate, Mat, MatMut, gemm, matmul};
 pub use scratch::Scratch;
 

@@ -1,16 +1,13 @@
 //! How well a model predicts text that it did not learn from.
 
-use crate::checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::data::Corpus;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use std::path::{Path, PathBuf};
 
 /// What an evaluation found.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// The checkpoint that was measured.
-    pub checkpoint: PathBuf,
     /// Tokens predicted.
     pub tokens: usize,
     /// Mean cross-entropy of a token, in nats.
@@ -29,14 +26,13 @@ impl Report {
     }
 }
 
-/// Measures the model at `path`, a run or a checkpoint, on the validation documents of `data`, or
-/// of what it was trained on; `sequences` of them, or all if 0.
+/// Measures the model of a checkpoint on the validation documents of `data`, or of what it was
+/// trained on; on `sequences` sequences of them, or all if 0.
 ///
 /// # Errors
 /// When checkpoint or text cannot be read, or the loss is not finite.
-pub fn run(path: &Path, data: Option<&str>, sequences: usize) -> Result<Report> {
-    let (found, _) = checkpoint::find(path)?;
-    let (model, state) = checkpoint::load_model(&found)?;
+pub fn run(found: &Checkpoint, data: Option<&str>, sequences: usize) -> Result<Report> {
+    let (model, state) = checkpoint::load_model(found)?;
     let mut config = state.config;
     if let Some(data) = data {
         config.data.source = data.into();
@@ -49,11 +45,7 @@ pub fn run(path: &Path, data: Option<&str>, sequences: usize) -> Result<Report> 
             help: "the model diverged: use an earlier checkpoint".into(),
         });
     }
-    Ok(Report {
-        checkpoint: found.path().to_path_buf(),
-        tokens,
-        loss,
-    })
+    Ok(Report { tokens, loss })
 }
 
 /// Mean cross-entropy over `most` validation sequences (all if 0), `batch` of them at a time, and

@@ -1,10 +1,9 @@
 //! A prompt continued, token by token.
 
-use crate::checkpoint;
+use crate::checkpoint::{self, Checkpoint};
 use crate::error::{Error, Result};
 use crate::random::{Purpose, Stream};
 use std::io::Write;
-use std::path::Path;
 
 /// How the next token is drawn from the logits.
 #[derive(Clone, Copy, Debug)]
@@ -57,22 +56,21 @@ impl Sampling {
     }
 }
 
-/// Writes `prompt` and `tokens` further tokens of the model at `path`, a run or a checkpoint, to
-/// `out` as they come. The model sees the last `sequence_length` tokens.
+/// Writes `prompt` and `tokens` further tokens of a checkpoint's model to `out` as
+/// they come. The model sees the last `sequence_length` tokens.
 ///
 /// # Errors
 /// When the checkpoint cannot be read, the prompt does not fit the vocabulary, or a logit is not
 /// finite.
 pub fn run(
-    path: &Path,
+    found: &Checkpoint,
     prompt: &str,
     tokens: usize,
     sampling: &Sampling,
     out: &mut impl Write,
 ) -> Result<()> {
     sampling.validate()?;
-    let (found, _) = checkpoint::find(path)?;
-    let (model, _) = checkpoint::load_model(&found)?;
+    let (model, _) = checkpoint::load_model(found)?;
     let config = model.config();
     // Without a prompt the model begins as after the end of a document.
     let prompt = if prompt.is_empty() {

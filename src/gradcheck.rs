@@ -45,6 +45,12 @@ struct RouterCase {
     against: Against,
 }
 
+impl RouterCase {
+    fn subject(&self) -> String {
+        format!("router {}", self.router)
+    }
+}
+
 /// What a router's gradient is held against.
 enum Against {
     Differences,
@@ -99,7 +105,7 @@ const ROUTER_CASES: &[RouterCase] = &[
     },
 ];
 
-/// Checks whatever has `filter` in its name; `each` sees every row as it is done.
+/// Checks every subject ("op linear", "router topk", "model dense") that `filter` is part of; `each` sees every row as it is done.
 ///
 /// # Errors
 /// When an operation fails.
@@ -110,21 +116,27 @@ pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Re
         each(&row);
         rows.push(row);
     };
-    for op in OPS.iter().filter(|op| op.name.contains(filter)) {
-        for case in (op.cases)() {
-            push(by_differences(format!("op {}", op.name), &case)?);
+    for op in OPS {
+        let subject = format!("op {}", op.name);
+        if subject.contains(filter) {
+            for case in (op.cases)() {
+                push(by_differences(subject.clone(), &case)?);
+            }
         }
     }
-    for case in ROUTER_CASES.iter().filter(|c| c.router.contains(filter)) {
-        push(router_row(case)?);
+    for case in ROUTER_CASES {
+        if case.subject().contains(filter) {
+            push(router_row(case)?);
+        }
     }
-    for router in routers::ROUTERS.iter().map(|r| r.name) {
-        if "model".contains(filter) || router.contains(filter) {
-            let case = model_case(&config(
-                router,
-                &["model.layers=3", "model.dense_layers=[0]"],
-            )?)?;
-            push(by_differences(format!("model {router}"), &case)?);
+    for router in routers::ROUTERS {
+        let subject = format!("model {}", router.name);
+        if subject.contains(filter) {
+            let set = ["model.layers=3", "model.dense_layers=[0]"];
+            push(by_differences(
+                subject,
+                &model_case(&config(router.name, &set)?)?,
+            )?);
         }
     }
     Ok(rows)
@@ -148,7 +160,7 @@ fn by_differences(subject: String, case: &Case) -> Result<Row> {
 }
 
 fn router_row(router: &RouterCase) -> Result<Row> {
-    let subject = format!("router {}", router.router);
+    let subject = router.subject();
     let case = layer_case(&config(router.router, router.set)?)?;
     let name = router.set.join(" ");
     match router.against {

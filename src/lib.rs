@@ -2,12 +2,15 @@
 //!
 //! Modules stand in the order of the floors: each uses only those above it.
 
-pub mod dtype;
 pub mod error;
+
+pub mod dtype;
+pub mod random;
 pub mod shape;
 
-pub mod cpu;
 pub mod device;
+
+pub mod cpu;
 pub mod dist;
 
 pub mod tensor;
@@ -19,7 +22,6 @@ pub mod check;
 pub mod ops;
 
 pub mod config;
-pub mod random;
 
 pub mod routers;
 
@@ -33,9 +35,9 @@ pub mod step;
 pub mod checkpoint;
 pub mod eval;
 pub mod generate;
+pub mod gradcheck;
 pub mod train;
 
 pub mod hardware;
 
 pub mod cli;
-pub mod gradcheck;

@@ -42,6 +42,18 @@ pub trait Op {
     -> Result<()>;
 }
 
+/// The gradient of an operation's only output. It is there: backward runs only for an operation
+/// that something used.
+///
+/// # Panics
+/// When the operation has several outputs.
+pub fn only(douts: &[Option<Tensor>]) -> &Tensor {
+    match douts {
+        [Some(dout)] => dout,
+        _ => panic!("one output with a gradient, got {}", douts.len()),
+    }
+}
+
 /// Where a variable's gradient goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {

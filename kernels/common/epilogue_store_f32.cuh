@@ -23,8 +23,10 @@ struct StoreF32 {
             make_float2(d[FIRST / 2 + 4 * j + 2 * h], d[FIRST / 2 + 4 * j + 2 * h + 1]);
     staging.publish();
     if (staging.issuer()) {
-      if (accumulate) tma_reduce_add_3d(&map, buffer, column, at.first_row, at.group);
-      else tma_store_3d(&map, buffer, column, at.first_row, at.group);
+      if (accumulate)
+        tma_reduce_add_3d(&map, buffer, column, at.first_row, at.group);
+      else
+        tma_store_3d(&map, buffer, column, at.first_row, at.group);
     }
     staging.commit();
     if constexpr (FIRST + 32 < COLUMNS) store<COLUMNS, FIRST + 32>(d, at, staging);

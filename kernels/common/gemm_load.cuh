@@ -1,7 +1,7 @@
 // The producer side of a GEMM: one operand tile into shared memory, by TMA or by cp.async.
 //
-// A tile is a row of boxes; a box is 64 rows of 64 bf16 of a row-major matrix, 128 bytes a row, chunks of 16 bytes XORed
-// by the row (8 KB). Both majors are made of the same boxes:
+// A tile is a row of boxes; a box is 64 rows of 64 bf16 of a row-major matrix, 128 bytes a row, chunks of 16 bytes
+// XORed by the row (8 KB). Both majors are made of the same boxes:
 //   K-major   a box holds 64 rows of m or n, and 64 of k: boxes follow each other along the rows of the matrix
 //   MN-major  a box holds 64 rows of k, and 64 of m or n: boxes follow each other along its columns
 // cp.async does what TMA cannot: rows that an index names, and rows that end inside a box (zero-filled, not read).
@@ -32,7 +32,8 @@ DEV BoxPlace box_place(int first, int box, int k) {
 
 // cp.async of `boxes` boxes by the 128 threads of the producer warpgroup: thread t copies chunk t % 8 of rows
 // t / 8 + 16 i. Rows of the product from `last` (K-major) or `last_k` (MN-major) on, and columns past the matrix, are
-// zero. The row index is read again for every box (from L1), since keeping the rows costs more registers than there are.
+// zero. The row index is read again for every box (from L1), since keeping the rows costs more registers than there
+// are.
 template <Major MAJOR>
 DEV void copy_boxes(bf16* tile, const GemmOperand& operand, int boxes, int first, int last, int k, int last_k) {
   const int chunk = threadIdx.x % 8;
@@ -45,8 +46,11 @@ DEV void copy_boxes(bf16* tile, const GemmOperand& operand, int boxes, int first
       const bool valid = row < end && column < operand.width;
       int64_t source = 0;
       if (valid)
-        source = static_cast<int64_t>(operand.row_index ? ld_global_readonly(operand.row_index + row) : row) * operand.width + column;
-      cp_async_16(tile + box * kBoxElements + in_box * kBoxColumns + (chunk ^ (in_box & 7)) * 8, operand.data + source, valid ? 16 : 0);
+        source = static_cast<int64_t>(operand.row_index ? ld_global_readonly(operand.row_index + row) : row) *
+                     operand.width +
+                 column;
+      cp_async_16(tile + box * kBoxElements + in_box * kBoxColumns + (chunk ^ (in_box & 7)) * 8, operand.data + source,
+                  valid ? 16 : 0);
     }
   }
 }

@@ -1,6 +1,6 @@
 // Which tile and schedule a product gets: a pure function of its sizes, from an estimate of its clocks on one H200.
-// Group sizes live on the device, so the rows are taken as evenly spread. The constants are reckoned from the data sheet
-// (wgmma m64nNk16: N / 2 clocks) and from published bandwidths; they rank tiles, they do not predict times.
+// Group sizes live on the device, so the rows are taken as evenly spread. The constants are reckoned from the data
+// sheet (wgmma m64nNk16: N / 2 clocks) and from published bandwidths; they rank tiles, they do not predict times.
 #pragma once
 #include "gemm_schedule.cuh"
 
@@ -52,9 +52,9 @@ constexpr int64_t most_tiles(const TileShape& t, const ProductSizes& p) {
 }
 
 constexpr int64_t estimate_clocks(const TileShape& t, const ProductSizes& p, int multiprocessors) {
-  constexpr int kLoadBytesPerClock = 48;    // L2 to one multiprocessor, all reading
-  constexpr int kStoreBytesPerClock = 48;   // registers to L2, through the staging buffers
-  constexpr int kTileClocks = 600;          // latencies that a cooperative tile cannot hide
+  constexpr int kLoadBytesPerClock = 48;   // L2 to one multiprocessor, all reading
+  constexpr int kStoreBytesPerClock = 48;  // registers to L2, through the staging buffers
+  constexpr int kTileClocks = 600;         // latencies that a cooperative tile cannot hide
   const int64_t groups = p.ragged_depth || p.groups < p.rows ? p.groups : p.rows;
   const int64_t rows = p.ragged_depth ? p.rows : ceil_div_wide(p.rows, groups);
   const int64_t depth = p.ragged_depth ? ceil_div_wide(p.depth, groups) : p.depth;

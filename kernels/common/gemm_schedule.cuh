@@ -2,8 +2,8 @@
 //
 // Block b of G takes tiles b, b + G, b + 2 G, …; nothing is communicated, and the order is a function of the sizes and
 // the offsets alone.
-//   RaggedM  the rows of the output are cut by `offsets` (forward, input gradient); no offsets: one group, the dense GEMM
-//   RaggedK  the reduction is cut by `offsets`, the output is [groups, rows, columns] (weight gradient)
+//   RaggedM  the rows of the output are cut by `offsets` (forward, input gradient); no offsets: one group, the dense
+//   GEMM RaggedK  the reduction is cut by `offsets`, the output is [groups, rows, columns] (weight gradient)
 #pragma once
 #include "simt.cuh"
 
@@ -13,9 +13,9 @@ constexpr int kGemmDepth = 64;  // k of a k-tile: one 128-byte swizzle span of b
 
 struct Tile {
   int group;
-  int row, rows;          // first row of the output, and how many from there belong to the tile
-  int column;             // first column
-  int first_k, last_k;    // the reduction, [first_k, last_k)
+  int row, rows;        // first row of the output, and how many from there belong to the tile
+  int column;           // first column
+  int first_k, last_k;  // the reduction, [first_k, last_k)
 
   HOST_DEV int depth_steps() const { return (last_k - first_k + kGemmDepth - 1) / kGemmDepth; }
 };
@@ -44,8 +44,8 @@ struct RaggedM {
 
   struct Walk {
     const RaggedM& shape;
-    int index = blockIdx.x;    // of the next tile
-    int group = 0, before = 0; // tiles of earlier groups
+    int index = blockIdx.x;     // of the next tile
+    int group = 0, before = 0;  // tiles of earlier groups
     DEV explicit Walk(const RaggedM& s) : shape(s) {}
 
     DEV bool next(Tile& tile) {
@@ -57,7 +57,8 @@ struct RaggedM {
         if (index < before + tiles) {
           const Place place = place_in_bands(index - before, row_tiles, column_tiles, kBandRows / TILE_ROWS);
           const int row = first + place.row_tile * TILE_ROWS;
-          tile = {group, row, last - row < TILE_ROWS ? last - row : TILE_ROWS, place.column_tile * TILE_COLUMNS, 0, shape.depth};
+          tile = {group, row,        last - row < TILE_ROWS ? last - row : TILE_ROWS, place.column_tile * TILE_COLUMNS,
+                  0,     shape.depth};
           index += gridDim.x;
           return true;
         }
@@ -73,7 +74,7 @@ struct RaggedK {
   static constexpr bool kRaggedDepth = true;
   const int32_t* offsets;  // [groups + 1], device; null: one group of `depth`
   int groups, rows, columns, depth;
-  bool skip_empty = false; // when nothing is to be added to the output of an empty group
+  bool skip_empty = false;  // when nothing is to be added to the output of an empty group
 
   struct Walk {
     const RaggedK& shape;
@@ -88,9 +89,12 @@ struct RaggedK {
         const int first = shape.offsets ? ld_global_readonly(shape.offsets + group) : 0;
         const int last = shape.offsets ? ld_global_readonly(shape.offsets + group + 1) : shape.depth;
         if (shape.skip_empty && first == last) continue;
-        const Place place = place_in_bands(static_cast<int>(index % tiles), row_tiles, column_tiles, kBandRows / TILE_ROWS);
+        const Place place =
+            place_in_bands(static_cast<int>(index % tiles), row_tiles, column_tiles, kBandRows / TILE_ROWS);
         const int row = place.row_tile * TILE_ROWS;
-        tile = {group, row, shape.rows - row < TILE_ROWS ? shape.rows - row : TILE_ROWS, place.column_tile * TILE_COLUMNS, first, last};
+        tile = {
+            group, row, shape.rows - row < TILE_ROWS ? shape.rows - row : TILE_ROWS, place.column_tile * TILE_COLUMNS,
+            first, last};
         index += gridDim.x;
         return true;
       }

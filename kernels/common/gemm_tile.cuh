@@ -20,7 +20,8 @@ constexpr int kOrderBarrier = 3;  // 3 and 4: whose turn it is; 1 and 2 belong t
 enum class Gather { None, A, B };
 
 // ROW_BLOCKS: products of 64 rows per consumer warpgroup.
-template <int ROW_BLOCKS, int COLUMNS, bool PINGPONG, int STAGES, Major A_MAJOR, Major B_MAJOR, bool RAGGED_DEPTH, Gather GATHER>
+template <int ROW_BLOCKS, int COLUMNS, bool PINGPONG, int STAGES, Major A_MAJOR, Major B_MAJOR, bool RAGGED_DEPTH,
+          Gather GATHER>
 struct GemmTraits {
   static constexpr int kRowBlocks = ROW_BLOCKS, kColumns = COLUMNS, kStages = STAGES;
   static constexpr bool kPingpong = PINGPONG;
@@ -37,7 +38,8 @@ struct GemmTraits {
   static constexpr int kCopyLag = GATHER == Gather::None ? 0 : STAGES - 2;
   static constexpr int kFullArrivals = 1 + (kCopies ? 4 : 0);
   static constexpr int kEmptyArrivals = PINGPONG ? 4 : 8;
-  // A tail of 64 rows is multiplied alone, unless the code for both cases would not fit the registers (ptxas 13.0 spills).
+  // A tail of 64 rows is multiplied alone, unless the code for both cases would not fit the registers (ptxas 13.0
+  // spills).
   static constexpr bool kHalfTail = ROW_BLOCKS == 2 && COLUMNS <= 128;
   // Registers a thread; producer + 2 consumer = 3 · 168.
   static constexpr int kProducerRegisters = !kCopies ? 24 : kHalfTail ? 40 : 56;
@@ -89,7 +91,8 @@ DEV void load_b_tma(GemmShared<T>& s, const GemmOperand& b, const Tile& tile, in
 }
 
 template <class T>
-DEV void produce_by_tma(GemmShared<T>& s, const GemmOperand& a, const GemmOperand& b, const typename T::Schedule& schedule) {
+DEV void produce_by_tma(GemmShared<T>& s, const GemmOperand& a, const GemmOperand& b,
+                        const typename T::Schedule& schedule) {
   typename T::Schedule::Walk walk(schedule);
   Ring<T::kStages> ring;
   Tile tile;
@@ -109,7 +112,8 @@ DEV void produce_by_tma(GemmShared<T>& s, const GemmOperand& a, const GemmOperan
 // ---- producer with cp.async: four warps. A gathered operand is copied; so are both in the last, partial k-tile of a
 // ragged reduction. Thread 0 loads the rest by TMA.
 template <class T>
-DEV void produce_with_copies(GemmShared<T>& s, const GemmOperand& a, const GemmOperand& b, const typename T::Schedule& schedule) {
+DEV void produce_with_copies(GemmShared<T>& s, const GemmOperand& a, const GemmOperand& b,
+                             const typename T::Schedule& schedule) {
   constexpr bool kRaggedDepth = T::Schedule::kRaggedDepth;
   typename T::Schedule::Walk walk(schedule);
   Ring<T::kStages> ring, done;
@@ -152,7 +156,8 @@ DEV void produce_with_copies(GemmShared<T>& s, const GemmOperand& a, const GemmO
 // ---- consumer
 // d = A · B over the k-tiles of a tile, for BLOCKS products of 64 rows from box `first_box` of A.
 template <class T, int BLOCKS>
-DEV void multiply(GemmShared<T>& s, float (&d)[BLOCKS][T::kColumns / 2], Ring<T::kStages>& ring, int steps, int first_box) {
+DEV void multiply(GemmShared<T>& s, float (&d)[BLOCKS][T::kColumns / 2], Ring<T::kStages>& ring, int steps,
+                  int first_box) {
   int previous = 0;
 #pragma unroll
   for (int i = 0; i < BLOCKS; ++i) pin_registers(d[i]);
@@ -164,7 +169,8 @@ DEV void multiply(GemmShared<T>& s, float (&d)[BLOCKS][T::kColumns / 2], Ring<T:
       const uint64_t b = wgmma_descriptor<T::kMajorB>(s.b[ring.stage], k16, T::kColumns, kGemmDepth);
 #pragma unroll
       for (int i = 0; i < BLOCKS; ++i) {
-        const uint64_t a = wgmma_descriptor<T::kMajorA>(s.a[ring.stage] + (first_box + i) * kBoxElements, k16, 64, kGemmDepth);
+        const uint64_t a =
+            wgmma_descriptor<T::kMajorA>(s.a[ring.stage] + (first_box + i) * kBoxElements, k16, 64, kGemmDepth);
         wgmma<T::kColumns, T::kMajorA, T::kMajorB>(d[i], a, b, step > 0 || k16 > 0);
       }
     }
@@ -188,8 +194,8 @@ DEV void end_turn(int warpgroup) {
 }
 
 template <class T, int BLOCKS, class Epilogue>
-DEV void consume_tile(GemmShared<T>& s, const Epilogue& epilogue, const Tile& tile, Ring<T::kStages>& ring, Staging& staging,
-                      int warpgroup, int first_box, int row_blocks) {
+DEV void consume_tile(GemmShared<T>& s, const Epilogue& epilogue, const Tile& tile, Ring<T::kStages>& ring,
+                      Staging& staging, int warpgroup, int first_box, int row_blocks) {
   float d[BLOCKS][T::kColumns / 2];
   const int steps = tile.depth_steps();
   begin_turn<T>(warpgroup);
@@ -229,6 +235,7 @@ DEV void consume(GemmShared<T>& s, const Epilogue& epilogue, const typename T::S
     } else {  // no rows for this warpgroup: it gives its stages back unread
       for (int step = tile.depth_steps(); step > 0; --step, ring.advance()) {
         mbar_wait(&s.full[ring.stage], ring.parity);
+        __syncwarp();  // lane 0 speaks for lanes that have seen this phase, else they could miss it for ever
         if (threadIdx.x % 32 == 0) mbar_arrive(&s.empty[ring.stage]);
       }
     }

@@ -49,6 +49,11 @@ impl<'a, T> Mat<'a, T> {
         Self::strided(data, rows, cols, cols)
     }
 
+    /// Number of rows.
+    pub fn row_count(&self) -> usize {
+        self.rows
+    }
+
     /// The transposed view.
     pub fn t(self) -> Self {
         Mat {

@@ -32,6 +32,12 @@ pub fn sum_over<T: Real, const N: usize>(slices: [&[T]; N], f: impl Fn([T; N]) -
     for (lane, sum) in sums.iter_mut().enumerate().take(n - whole) {
         *sum += f(slices.map(|s| s[whole + lane]));
     }
+    total(sums)
+}
+
+/// The sum of interleaved parts, by halves.
+#[inline(always)]
+fn total<T: Real>(mut sums: [T; LANES]) -> T {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -116,10 +122,17 @@ pub fn max<T: Real>(values: &[T]) -> T {
 /// Replaces each value by `e^(scale (value - shift))` and returns their sum.
 #[inline(always)]
 pub fn exp_and_sum<T: Real>(values: &mut [T], scale: T, shift: T) -> T {
-    for v in values.iter_mut() {
-        *v = ((*v - shift) * scale).exp_vector();
-    }
-    sum_over([&*values], |[v]| v)
+    let mut sums = [T::zero(); LANES];
+    let mut step = |part: &mut [T]| {
+        for (sum, v) in sums.iter_mut().zip(part) {
+            *v = ((*v - shift) * scale).exp_vector();
+            *sum += *v;
+        }
+    };
+    let mut parts = values.chunks_exact_mut(LANES);
+    parts.by_ref().for_each(&mut step);
+    step(parts.into_remainder());
+    total(sums)
 }
 
 /// 1 / (1 + e^-x).

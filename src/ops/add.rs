@@ -3,7 +3,7 @@
 use crate::check::Case;
 use crate::cpu;
 use crate::error::Result;
-use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 
@@ -44,10 +44,7 @@ impl Op for Add {
         grads: &mut Grads,
     ) -> Result<()> {
         for input in 0..2 {
-            match &douts[0] {
-                Some(dout) => grads.give(input, dout.clone())?,
-                None => grads.none(input),
-            }
+            grads.give(input, only(douts).clone())?;
         }
         Ok(())
     }

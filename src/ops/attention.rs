@@ -12,7 +12,7 @@ use super::heads::Heads;
 use crate::check::Case;
 use crate::dtype::Real;
 use crate::error::Result;
-use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 
@@ -62,10 +62,7 @@ impl Op for Attention {
         grads: &mut Grads,
     ) -> Result<()> {
         let (qkv, out, lse) = (&saved[0], &saved[1], &saved[2]);
-        let Some(dout) = &douts[0] else {
-            grads.none(0);
-            return Ok(());
-        };
+        let dout = only(douts);
         with_real!(qkv.dtype(), "attention", |T| grads.write(
             0,
             qkv,
@@ -197,12 +194,17 @@ pub(super) mod reference {
                 rows.values(kv_head, keys),
             );
             let weighted = product.chunks_exact(dim).zip(sums);
-            for (out, (product, sum)) in out[first..keys].iter_mut().zip(weighted) {
-                let factor = sum.recip();
-                for (o, &p) in out.iter_mut().zip(product) {
-                    *o = p * factor;
-                }
-            }
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for (out, (product, sum)) in out[first..keys].iter_mut().zip(weighted) {
+                        let factor = sum.recip();
+                        for (o, &p) in out.iter_mut().zip(product) {
+                            *o = p * factor;
+                        }
+                    }
+                },
+            );
         }
     }
 

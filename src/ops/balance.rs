@@ -8,7 +8,7 @@
 use crate::check::{Case, Fault, term};
 use crate::dtype::Real;
 use crate::error::Result;
-use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 
@@ -77,10 +77,7 @@ impl Op for AuxiliaryLoss {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
-        let (p, Some(dloss)) = (&saved[0], &douts[0]) else {
-            grads.none(0);
-            return Ok(());
-        };
+        let (p, dloss) = (&saved[0], only(douts));
         let mut dp = p.unspecified_like();
         let tokens = p.shape().rows() as f64;
         let scale =
@@ -124,10 +121,7 @@ impl Op for ZLoss {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
-        let (z, Some(dloss)) = (&saved[0], &douts[0]) else {
-            grads.none(0);
-            return Ok(());
-        };
+        let (z, dloss) = (&saved[0], only(douts));
         let mut dz = z.unspecified_like();
         let scale = 2.0 * dloss.item()? / z.shape().rows() as f64 * term(Fault::ZTerm);
         let width = z.shape().width();
@@ -181,16 +175,12 @@ impl Op for WeightedSum {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
+        let dout = only(douts);
         for (i, c) in self.coefficients.iter().enumerate() {
-            match &douts[0] {
-                None => grads.none(i),
-                Some(dout) => {
-                    let scaled = c * dout.item()?;
-                    with_real!(dout.dtype(), "weighted_sum", |T| {
-                        grads.give(i, Tensor::scalar(T::of(scaled)))
-                    })?;
-                }
-            }
+            let scaled = c * dout.item()?;
+            with_real!(dout.dtype(), "weighted_sum", |T| {
+                grads.give(i, Tensor::scalar(T::of(scaled)))
+            })?;
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use crate::check::{Case, Fault, term};
 use crate::cpu::{self, Accumulate, Mat, MatMut};
 use crate::dtype::Real;
 use crate::error::Result;
-use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 use std::rc::Rc;
@@ -104,11 +104,7 @@ impl Op for Combine {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
-        let (gates, outputs, Some(dy)) = (&saved[0], &saved[1], &douts[0]) else {
-            grads.none(0);
-            grads.none(1);
-            return Ok(());
-        };
+        let (gates, outputs, dy) = (&saved[0], &saved[1], only(douts));
         with_real!(gates.dtype(), "combine", |T| {
             let vectors = self.defaults.as_ref().map(|d| d.vectors.slice::<T>());
             let width = outputs.shape().width();

@@ -7,7 +7,7 @@ use crate::check::Case;
 use crate::cpu::{self, Accumulate, Mat};
 use crate::dtype::Real;
 use crate::error::{Error, Result};
-use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 
@@ -70,10 +70,7 @@ impl Op for Linear {
         grads: &mut Grads,
     ) -> Result<()> {
         let (x, w) = (&saved[0], &saved[1]);
-        let Some(dy) = &douts[0] else {
-            (0..saved.len()).for_each(|i| grads.none(i));
-            return Ok(());
-        };
+        let dy = only(douts);
         with_real!(x.dtype(), "linear", |T| {
             let (inputs, outputs) = (w.shape()[1], w.shape()[0]);
             grads.write(0, x, |dx, accumulate| {
@@ -138,7 +135,7 @@ pub(super) mod reference {
 
     pub fn dw<T: Real>(dw: &mut [T], accumulate: Accumulate, dy: &[T], x: &[T], inputs: usize) {
         let (rows, outputs) = (x.len() / inputs, dw.len() / inputs);
-        cpu::matmul(
+        cpu::matmul_over_inner(
             dw,
             accumulate,
             Mat::new(dy, rows, outputs).t(),

@@ -7,7 +7,7 @@ use super::dispatch::Selection;
 use crate::check::Case;
 use crate::dtype::Real;
 use crate::error::Result;
-use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 
@@ -54,10 +54,7 @@ impl Op for Renormalize {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
-        let (p, q, Some(dq)) = (&saved[0], &saved[1], &douts[0]) else {
-            grads.none(0);
-            return Ok(());
-        };
+        let (p, q, dq) = (&saved[0], &saved[1], only(douts));
         let mut dp = p.unspecified_like();
         with_real!(p.dtype(), "renormalize", |T| {
             reference::backward(

@@ -11,7 +11,7 @@ use crate::cpu::{self, Accumulate};
 use crate::device::Device;
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
-use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 
@@ -138,10 +138,7 @@ impl Op for Rope {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
-        let Some(dy) = &douts[0] else {
-            grads.none(0);
-            return Ok(());
-        };
+        let dy = only(douts);
         with_real!(dy.dtype(), "rope", |T| grads.write(
             0,
             dy,

@@ -2,8 +2,7 @@
 
 use crate::metrics::Record;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::fmt::Write;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 /// Time between two lines where there is no terminal.
@@ -31,7 +30,7 @@ impl Progress {
             ProgressDrawTarget::hidden()
         };
         let bar = ProgressBar::with_draw_target(Some(total), target).with_position(first);
-        if let Ok(style) = ProgressStyle::with_template("{bar:24} {pos}/{len}  {msg}") {
+        if let Ok(style) = ProgressStyle::with_template("{bar:12} {pos}/{len}  {wide_msg}") {
             bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
         }
         Progress {
@@ -57,20 +56,19 @@ impl Progress {
         let step = record.step;
         let done = (step - self.first).max(1) as f64;
         let left = self.begun.elapsed().as_secs_f64() / done * (total - step) as f64;
-        let number = |x: Option<f64>| x.map_or("not finite".into(), |x| format!("{x:.3}"));
-        let mut text = format!(
-            "loss {}  {:.0} tokens/s  busiest expert {:.2}×  {} left",
-            number(record.loss),
-            record.tokens_per_second,
-            busiest(&record.load),
-            clock(left)
-        );
         if record.validation_loss.is_some() {
             self.validation = record.validation_loss;
         }
-        if let Some(loss) = self.validation {
-            let _ = write!(text, "  validation {loss:.3}");
-        }
+        let number = |x: Option<f64>| x.map_or("not finite".into(), |x| format!("{x:.3}"));
+        let validation = self.validation.map(|x| format!(" (validation {x:.3})"));
+        let text = format!(
+            "loss {}{}  {:.0} tokens/s  {} left  busiest expert {:.2}×",
+            number(record.loss),
+            validation.unwrap_or_default(),
+            record.tokens_per_second,
+            clock(left),
+            busiest(&record.load),
+        );
         if self.terminal {
             self.bar.set_position(step);
             self.bar.set_message(text);
@@ -80,7 +78,7 @@ impl Progress {
         let notable = step == total || record.validation_loss.is_some();
         if (due || notable) && !self.quiet {
             self.last_line = Some(Instant::now());
-            eprintln!("step {step}/{total}  {text}");
+            say(&format!("step {step}/{total}  {text}"));
         }
     }
 
@@ -89,7 +87,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(text);
         } else {
-            eprintln!("{text}");
+            say(text);
         }
     }
 
@@ -97,6 +95,11 @@ impl Progress {
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// A line on standard error; a run goes on when nobody listens.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// The greatest load of an expert in any layer, relative to a balanced one.
@@ -112,12 +115,10 @@ fn busiest(load: &[Vec<u64>]) -> f64 {
 /// Seconds as 4:05 or 1:02:03.
 fn clock(seconds: f64) -> String {
     let s = seconds.round() as u64;
-    let mut out = String::new();
-    let _ = match s / 3600 {
-        0 => write!(out, "{}:{:02}", s / 60, s % 60),
-        h => write!(out, "{h}:{:02}:{:02}", s / 60 % 60, s % 60),
-    };
-    out
+    match s / 3600 {
+        0 => format!("{}:{:02}", s / 60, s % 60),
+        h => format!("{h}:{:02}:{:02}", s / 60 % 60, s % 60),
+    }
 }
 
 #[cfg(test)]

@@ -1,0 +1,183 @@
+//! The optimizer step: recomputation and micro-batches change nothing, a refused step leaves no trace.
+
+use routegrad::config::{Config, Layers};
+use routegrad::model::Model;
+use routegrad::routers::{self, ROUTERS};
+use routegrad::step::{StepReport, Trainer};
+
+const LENGTH: usize = 12;
+const SEQUENCES: usize = 4;
+
+fn config(router: &str, set: &[&str]) -> Config {
+    let mut layers = Layers::preset("tiny");
+    let small = [
+        "model.hidden=16",
+        "model.heads=2",
+        "model.layers=3",
+        "model.expert_ffn_width=24",
+        "model.dense_ffn_width=24",
+        "model.sequence_length=12",
+        "train.dtype=\"f64\"",
+    ];
+    layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
+    layers.set.push(format!("router.name=\"{router}\""));
+    Config::load(&layers, &routers::resolve).unwrap()
+}
+
+fn tokens() -> Vec<i32> {
+    (0..SEQUENCES * (LENGTH + 1))
+        .map(|i| (i * i * 7 + 3 * i) as i32 % 256)
+        .collect()
+}
+
+/// One step in `micro_batches` parts: the report, all weights and all state behind it.
+fn step(config: &Config, micro_batches: usize) -> (StepReport, Vec<f64>, Vec<f64>) {
+    let mut model = Model::new(config).unwrap();
+    let mut trainer = Trainer::new(&config.train, &model);
+    let tokens = tokens();
+    let parts: Vec<&[i32]> = tokens.chunks(tokens.len() / micro_batches).collect();
+    let report = trainer
+        .step(&mut model, &parts, SEQUENCES / micro_batches, 1e-3)
+        .unwrap();
+    (report, weights(&model), state(&model))
+}
+
+fn weights(model: &Model) -> Vec<f64> {
+    model
+        .parameters
+        .iter()
+        .flat_map(|p| p.value.to_f64().unwrap())
+        .collect()
+}
+
+fn state(model: &Model) -> Vec<f64> {
+    let states = model.layer_states();
+    states
+        .iter()
+        .flat_map(|s| {
+            s.tensors()
+                .flat_map(|(_, t)| t.to_f64().unwrap())
+                .collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+fn distance(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter()
+        .zip(b)
+        .fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()))
+}
+
+#[test]
+fn recomputed_layers_give_the_same_bytes() {
+    for router in ROUTERS {
+        let plain = step(&config(router.name, &[]), 2);
+        for recompute in ["train.recompute=true", "train.recompute=[1]"] {
+            let again = step(&config(router.name, &[recompute]), 2);
+            assert!(
+                plain.1 == again.1,
+                "weights of {} with {recompute}",
+                router.name
+            );
+            assert!(
+                plain.2 == again.2,
+                "state of {} with {recompute}",
+                router.name
+            );
+            assert_eq!(
+                plain.0.layers, again.0.layers,
+                "counted twice by {}",
+                router.name
+            );
+        }
+    }
+}
+
+#[test]
+fn micro_batches_give_the_gradient_of_the_whole_batch() {
+    // Without the auxiliary loss, whose fractions depend on the micro-batch by design.
+    for router in ["topk", "dense"] {
+        let config = config(router, &["balance.aux_coefficient=0"]);
+        let whole = step(&config, 1);
+        for n in [2, 4] {
+            let parts = step(&config, n);
+            assert!(
+                distance(&whole.1, &parts.1) <= 1e-9,
+                "{router} in {n} parts"
+            );
+            assert!((whole.0.cross_entropy - parts.0.cross_entropy).abs() <= 1e-12);
+            assert!((whole.0.gradient_norm / parts.0.gradient_norm - 1.0).abs() <= 1e-12);
+        }
+    }
+}
+
+#[test]
+fn the_decay_of_default_vectors_is_per_step_and_not_per_micro_batch() {
+    // From a start of ones and with experts that answer nothing, ê decays by β a step for every
+    // expert that all micro-batches chose: dense routing by K = E chooses all.
+    let set = [
+        "model.num_experts=2",
+        "model.top_k=2",
+        "router.beta=0.25",
+        "router.init_std=1",
+    ];
+    let config = config("default", &set);
+    for n in [1, 2, 4] {
+        let mut model = Model::new(&config).unwrap();
+        for p in model
+            .parameters
+            .iter_mut()
+            .filter(|p| p.name.ends_with("down_proj"))
+        {
+            p.value.slice_mut::<f64>().fill(0.0);
+        }
+        let before = state(&model);
+        let mut trainer = Trainer::new(&config.train, &model);
+        let tokens = tokens();
+        let parts: Vec<&[i32]> = tokens.chunks(tokens.len() / n).collect();
+        trainer
+            .step(&mut model, &parts, SEQUENCES / n, 0.0)
+            .unwrap();
+        let expected: Vec<f64> = before.iter().map(|x| 0.25 * x).collect();
+        assert!(
+            distance(&state(&model), &expected) <= 1e-15,
+            "{n} micro-batches"
+        );
+    }
+}
+
+#[test]
+fn a_step_that_is_not_finite_names_the_place_and_leaves_no_trace() {
+    let config = config("default", &[]);
+    let mut model = Model::new(&config).unwrap();
+    let mut trainer = Trainer::new(&config.train, &model);
+    let tokens = tokens();
+    trainer
+        .step(&mut model, &[&tokens], SEQUENCES, 1e-3)
+        .unwrap();
+    let (weights_before, state_before) = (weights(&model), state(&model));
+
+    // The last token's embedding is poisoned: NaN reaches the router where that byte stands.
+    let poisoned = tokens[LENGTH - 1] as usize;
+    let first = tokens.iter().position(|t| *t as usize == poisoned).unwrap();
+    let kept = model.parameters[0].value.clone();
+    model.parameters[0].value.slice_mut::<f64>()[poisoned * 16] = f64::NAN;
+    let report = trainer
+        .step(&mut model, &[&tokens], SEQUENCES, 1e-3)
+        .unwrap();
+    let refused = report.refused.unwrap();
+    assert!(
+        refused.contains(&format!("MoE layer 0, token {first}")),
+        "{refused}"
+    );
+    assert_eq!(trainer.optimizer.steps(), 1);
+    model.parameters[0].value = kept;
+    assert!(weights(&model) == weights_before);
+    assert!(state(&model) == state_before);
+
+    let report = trainer
+        .step(&mut model, &[&tokens], SEQUENCES, 1e-3)
+        .unwrap();
+    assert!(report.refused.is_none() && trainer.optimizer.steps() == 2);
+}
