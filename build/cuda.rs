@@ -91,6 +91,17 @@ fn build(nvcc: &Path) {
         .compile("routegrad_cuda");
     link_runtime(nvcc);
     println!("cargo::rustc-cfg=routegrad_cuda");
+    let hashes: Vec<String> = jobs
+        .iter()
+        .map(|(source, object)| {
+            format!(
+                "{}={:016x}",
+                source.file_stem().unwrap().to_string_lossy(),
+                code_hash(object)
+            )
+        })
+        .collect();
+    println!("cargo::rustc-env=ROUTEGRAD_CODE={}", hashes.join(";"));
 }
 
 /// One nvcc a file, as many at once as Cargo was told to use.
@@ -135,6 +146,23 @@ fn compile_one(nvcc: &Path, source: &Path, object: &Path) -> Result<(), String> 
     }
     let text = String::from_utf8_lossy(&output.stderr);
     Err(format!("nvcc cannot compile {}:\n{text}", source.display()))
+}
+
+/// FNV-1a of a compiled kernel file, launchers included: what records of GPU runs are tied to.
+fn code_hash(object: &Path) -> u64 {
+    let mut bytes =
+        std::fs::read(object).unwrap_or_else(|e| panic!("cannot read {}: {e}", object.display()));
+    // nvcc writes eight hexadecimal digits that depend on the folder or the process, not on the code, after these.
+    for marker in [&b"_GLOBAL__N__"[..], b"_cu_", b"tmpxft_"] {
+        for at in 0..bytes.len().saturating_sub(marker.len() + 8) {
+            if bytes[at..].starts_with(marker) {
+                bytes[at + marker.len()..at + marker.len() + 8].fill(b'0');
+            }
+        }
+    }
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    })
 }
 
 /// The static CUDA runtime: it finds the driver when the first call needs it, so the binary starts without one.

@@ -17,7 +17,28 @@ pub fn compile() {
         .flag("-fvisibility=hidden")
         .files(sources::kernels())
         .files(sources::simulator());
+    find_static_library(&build);
     build.compile("routegrad_sim");
+}
+
+/// A static C++ library (`CXXSTDLIB=static=stdc++`, as scripts/bundle asks for) lies where only the compiler knows.
+fn find_static_library(build: &cc::Build) {
+    println!("cargo::rerun-if-env-changed=CXXSTDLIB");
+    if !std::env::var("CXXSTDLIB").is_ok_and(|name| name.starts_with("static=")) {
+        return;
+    }
+    let output = build
+        .get_compiler()
+        .to_command()
+        .arg("-print-file-name=libstdc++.a")
+        .output();
+    let path = output
+        .ok()
+        .and_then(|o| String::from_utf8(o.stdout).ok())
+        .unwrap_or_default();
+    if let Some(folder) = std::path::Path::new(path.trim()).parent() {
+        println!("cargo::rustc-link-search=native={}", folder.display());
+    }
 }
 
 /// Off: the note on passing 128-byte aligned structs, `#pragma unroll`, defaults left out of aggregates, and a false alarm

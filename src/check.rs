@@ -5,6 +5,7 @@
 
 mod difference;
 mod fault;
+pub mod kernels;
 
 pub use difference::{GradientReport, compare_precisions, finite_differences, gradients};
 pub use fault::{Fault, FaultGuard, term};

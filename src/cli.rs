@@ -6,7 +6,7 @@ use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::routers::{self, ROUTERS};
 use crate::train::{self, Options, Outcome};
-use crate::{eval, generate, gradcheck};
+use crate::{eval, generate, gradcheck, hardware};
 use clap::{Args, Parser, Subcommand};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -73,6 +73,16 @@ Examples:
     },
     /// List the routers with their settings and defaults.
     Routers,
+    /// Prove and time the kernels on a GPU: whatever has no record yet, most important first.
+    #[command(after_help = "\
+Examples:
+  routegrad hardware-check --list
+  routegrad hardware-check --budget 600
+  routegrad hardware-check --only 'agrees: unit'
+  routegrad hardware-check --merge /tmp/node/hardware-nvidia-h200.jsonl")]
+    HardwareCheck(HardwareArgs),
+    /// Print how far each kernel is proven, as a Markdown table.
+    Status(StatusArgs),
 }
 
 #[derive(Args)]
@@ -154,6 +164,41 @@ struct GenerateArgs {
     seed: u64,
 }
 
+#[derive(Args)]
+struct HardwareArgs {
+    /// Folder of the records.
+    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
+    out: PathBuf,
+    /// End within so many seconds; what is left waits for the next time.
+    #[arg(long, value_name = "SECONDS", default_value_t = 540.0)]
+    budget: f64,
+    /// Say what would run, in order, with estimates; run nothing.
+    #[arg(long, visible_alias = "dry-run")]
+    list: bool,
+    /// Only tasks whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Also what has passed before.
+    #[arg(long)]
+    again: bool,
+    /// Take the records of these files into the folder, and run nothing.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["list", "only", "again"])]
+    merge: Vec<PathBuf>,
+    /// Run one task in this process and print its outcome: how a task is run.
+    #[arg(long, value_name = "TASK", hide = true)]
+    one: Option<String>,
+}
+
+#[derive(Args)]
+struct StatusArgs {
+    /// Folder of the records.
+    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
+    records: PathBuf,
+    /// Replace the table of this page instead of printing it.
+    #[arg(long, value_name = "FILE")]
+    update: Option<PathBuf>,
+}
+
 impl Cli {
     /// Runs the command.
     ///
@@ -169,6 +214,8 @@ impl Cli {
             Command::Generate(args) => generate_command(&args),
             Command::Gradcheck { filter, plant } => gradcheck_command(&filter, plant),
             Command::Routers => list_routers(),
+            Command::HardwareCheck(args) => hardware_check(args),
+            Command::Status(args) => status(&args),
         }
     }
 }
@@ -343,6 +390,41 @@ fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()> {
     let compared: usize = rows.iter().map(|row| row.compared).sum();
     say!("{} checks of {compared} derivatives pass", rows.len());
     Ok(())
+}
+
+fn hardware_check(args: HardwareArgs) -> Result<()> {
+    if let Some(task) = &args.one {
+        return hardware::one::run(task);
+    }
+    if !args.merge.is_empty() {
+        return hardware::merge(&args.out, &args.merge);
+    }
+    let HardwareArgs {
+        out,
+        budget,
+        list,
+        only,
+        again,
+        ..
+    } = args;
+    hardware::check(&hardware::Options {
+        out,
+        budget,
+        list,
+        only,
+        again,
+    })
+}
+
+fn status(args: &StatusArgs) -> Result<()> {
+    let table = hardware::status::table(&hardware::record::Records::open(&args.records)?);
+    match &args.update {
+        Some(page) => hardware::status::update(page, &table),
+        None => {
+            say!("{}", table.trim_end());
+            Ok(())
+        }
+    }
 }
 
 fn list_routers() -> Result<()> {

@@ -38,4 +38,6 @@ pub mod generate;
 pub mod gradcheck;
 pub mod train;
 
+pub mod hardware;
+
 pub mod cli;

@@ -1,367 +1,61 @@
-//! The simulator's own tests: single instructions against their definition, and faults that it must name. The launchers
-//! are ordinary ones (`kernels/unit.cu`), so that the first group can be held against hardware too.
+//! The simulator's own tests: single instructions against their definition (the library's cases, which hold hardware to the
+//! same), and faults that it must name.
 
 mod support;
 
-use half::bf16;
-use routegrad::device::bindings::{ROUTEGRAD_SIM_LATE, routegrad_unit_box};
+use routegrad::device::bindings::ROUTEGRAD_SIM_LATE;
 use routegrad::error::Error;
 use routegrad::launch;
 use std::ptr::{null, null_mut};
-use support::guarded::Guarded;
-use support::numbers::Random;
-use support::schedules::{counted, is_plain, schedules, table, with_options};
-
-const SPAN_ELEMENTS: [usize; 4] = [8, 64, 32, 16];
-
-fn small_integers(random: &mut Random, len: usize) -> Guarded<bf16> {
-    let values: Vec<bf16> = (0..len)
-        .map(|_| bf16::from_f32(random.below(15) as f32 - 7.0))
-        .collect();
-    Guarded::from_slice(&values)
-}
+use support::check_schedules;
+use support::schedules::{counted, is_plain, table, with_options};
 
 #[test]
 fn wgmma_is_exact_on_small_integers_in_every_layout() {
-    let mut random = Random(1);
-    for schedule in schedules().into_iter().take(5) {
-        for n in [16, 64, 96, 128, 176, 256] {
-            for layout in 0..24 {
-                let (swizzle, a_mn, b_mn, registers) =
-                    (1 + layout % 3, layout / 3 % 2, layout / 6 % 2, layout / 12);
-                if (b_mn == 1 && n % SPAN_ELEMENTS[swizzle] != 0) || (registers == 1 && a_mn == 1) {
-                    continue;
-                }
-                let (a, b) = (
-                    small_integers(&mut random, 64 * 64),
-                    small_integers(&mut random, 64 * n),
-                );
-                let mut c = Guarded::<f32>::poisoned(64 * n);
-                // SAFETY: A is [64, 64], B [n, 64] or [64, n], C [64, n].
-                let status = schedule.run(|| unsafe {
-                    launch!(
-                        table(),
-                        unit_wgmma(
-                            c.as_mut_ptr(),
-                            a.as_ptr().cast(),
-                            b.as_ptr().cast(),
-                            n as i32,
-                            a_mn as i32,
-                            b_mn as i32,
-                            registers as i32,
-                            swizzle as i32,
-                            null_mut()
-                        )
-                    )
-                });
-                status.unwrap_or_else(|e| panic!("{e}"));
-                c.check_guards("c");
-                for (i, j) in (0..64).flat_map(|i| (0..n).map(move |j| (i, j))) {
-                    let want: f32 = (0..64)
-                        .map(|k| {
-                            let x = a.as_slice()[if a_mn == 1 { k * 64 + i } else { i * 64 + k }];
-                            let y = b.as_slice()[if b_mn == 1 { k * n + j } else { j * 64 + k }];
-                            x.to_f32() * y.to_f32()
-                        })
-                        .sum();
-                    let place = format!(
-                        "n {n} swizzle {swizzle} a_mn {a_mn} b_mn {b_mn} registers {registers} [{i}, {j}]"
-                    );
-                    assert!(
-                        c.as_slice()[i * n + j] == want,
-                        "{place}: {} instead of {want}",
-                        c.as_slice()[i * n + j]
-                    );
-                }
-            }
-        }
-    }
-}
-
-/// Boxes inside, across each edge, and wholly outside of a tensor [z 5, y 40, x 72].
-fn boxes() -> Vec<routegrad_unit_box> {
-    let mut all = Vec::new();
-    for (swizzle, span) in SPAN_ELEMENTS.into_iter().enumerate() {
-        let width = span as i32;
-        for rank in [2, 3] {
-            for at in [
-                [8, 4, 1],
-                [-3, 4, 1],
-                [69, 4, 1],
-                [8, -2, 1],
-                [8, 37, 1],
-                [8, 4, -1],
-                [8, 4, 4],
-                [80, 4, 1],
-                [-3, 38, 4],
-            ] {
-                if rank == 2 && at[2] != 1 {
-                    continue;
-                }
-                let extent = [72, 40, 5];
-                all.push(routegrad_unit_box {
-                    rank,
-                    extent,
-                    box_: [width, 8, 2],
-                    at,
-                    swizzle: swizzle as i32,
-                });
-            }
-        }
-    }
-    all
-}
-
-/// Index in the tensor of element (x, y, z) of the box, where that is inside.
-fn element(b: &routegrad_unit_box, x: i32, y: i32, z: i32) -> Option<usize> {
-    let [x, y, z] = [
-        b.at[0] + x,
-        b.at[1] + y,
-        if b.rank == 3 { b.at[2] + z } else { 0 },
-    ];
-    let depth = if b.rank == 3 { b.extent[2] } else { 1 };
-    let inside =
-        (0..b.extent[0]).contains(&x) && (0..b.extent[1]).contains(&y) && (0..depth).contains(&z);
-    inside.then_some(((z * b.extent[1] + y) * b.extent[0] + x) as usize)
-}
-
-/// Where the box's element lies in shared memory, in elements: rows follow each other, and the 16-byte chunks of a row are
-/// XORed by the row's place in the pattern.
-fn place(b: &routegrad_unit_box, x: i32, y: i32, z: i32) -> usize {
-    let row = (z * b.box_[1] + y) as usize;
-    let (chunk, within) = (x as usize / 8, x as usize % 8);
-    let chunk = match b.swizzle {
-        1 => chunk ^ (row & 7),
-        2 => chunk ^ (row >> 1 & 3),
-        3 => chunk ^ (row >> 2 & 1),
-        _ => chunk,
-    };
-    row * b.box_[0] as usize + chunk * 8 + within
-}
-
-fn elements(b: &routegrad_unit_box) -> impl Iterator<Item = (i32, i32, i32)> + use<> {
-    let [w, h, d] = [
-        b.box_[0],
-        b.box_[1],
-        if b.rank == 3 { b.box_[2] } else { 1 },
-    ];
-    (0..d).flat_map(move |z| (0..h).flat_map(move |y| (0..w).map(move |x| (x, y, z))))
+    check_schedules("unit_wgmma");
 }
 
 #[test]
 fn tma_loads_swizzle_as_specified_and_fill_with_zeros_outside() {
-    let tensor: Vec<u16> = (0..72 * 40 * 5).map(|i| i as u16 + 1).collect();
-    let tensor = Guarded::from_slice(&tensor);
-    for b in boxes() {
-        let mut out = Guarded::<u16>::poisoned(elements(&b).count());
-        // SAFETY: the tensor has the extents of the box's description; the result the size of the box.
-        unsafe {
-            launch!(
-                table(),
-                unit_tma_load(
-                    out.as_mut_ptr().cast(),
-                    tensor.as_ptr().cast(),
-                    &b,
-                    null_mut()
-                )
-            )
-        }
-        .unwrap_or_else(|e| panic!("{b:?}: {e}"));
-        out.check_guards("box");
-        for (x, y, z) in elements(&b) {
-            let want = element(&b, x, y, z).map_or(0, |i| tensor.as_slice()[i]);
-            assert_eq!(
-                out.as_slice()[place(&b, x, y, z)],
-                want,
-                "{b:?} at ({x}, {y}, {z})"
-            );
-        }
-    }
+    check_schedules("unit_tma_load");
 }
 
 #[test]
 fn tma_stores_write_the_inside_of_a_box_and_nothing_else() {
-    for b in boxes() {
-        let count = elements(&b).count();
-        let shared: Vec<u16> = (0..count).map(|i| i as u16 + 1).collect();
-        let shared = Guarded::from_slice(&shared);
-        let mut tensor = Guarded::<u16>::poisoned(72 * 40 * if b.rank == 3 { 5 } else { 1 });
-        // SAFETY: as above.
-        unsafe {
-            launch!(
-                table(),
-                unit_tma_store(
-                    tensor.as_mut_ptr().cast(),
-                    shared.as_ptr().cast(),
-                    &b,
-                    null_mut()
-                )
-            )
-        }
-        .unwrap_or_else(|e| panic!("{b:?}: {e}"));
-        tensor.check_guards("tensor");
-        let mut want = vec![u16::MAX; tensor.as_slice().len()];
-        for (x, y, z) in elements(&b) {
-            if let Some(i) = element(&b, x, y, z) {
-                want[i] = shared.as_slice()[place(&b, x, y, z)];
-            }
-        }
-        assert!(tensor.as_slice() == want, "{b:?}");
-    }
+    check_schedules("unit_tma_store");
 }
 
 #[test]
 fn multicast_reaches_the_blocks_of_the_mask_and_no_other() {
-    const ROUNDS: usize = 5;
-    let tensor: Vec<u16> = (0..ROUNDS * 4096).map(|i| (i * 7) as u16).collect();
-    let tensor = Guarded::from_slice(&tensor);
-    for schedule in schedules() {
-        // Each block to both; each to itself; each to the other; both to the first.
-        for masks in [[3, 3], [1, 2], [2, 1], [1, 1]] {
-            let mut out = Guarded::<u16>::poisoned(4 * ROUNDS * 4096);
-            // SAFETY: the tensor is [64 rounds, 64], the result [2 clusters of 2, rounds, 64, 64].
-            let status = schedule.run(|| unsafe {
-                launch!(
-                    table(),
-                    unit_multicast(
-                        out.as_mut_ptr().cast(),
-                        tensor.as_ptr().cast(),
-                        ROUNDS as i32,
-                        2,
-                        masks[0],
-                        masks[1],
-                        null_mut()
-                    )
-                )
-            });
-            status.unwrap_or_else(|e| panic!("{masks:?} {schedule:?}: {e}"));
-            for (i, &got) in out.as_slice().iter().enumerate() {
-                let (block, round, half) =
-                    (i / (ROUNDS * 4096), i / 4096 % ROUNDS, i % 4096 / 2048);
-                let received = masks[half] >> (block % 2) & 1 == 1;
-                let want = if received {
-                    tensor.as_slice()[round * 4096 + i % 4096]
-                } else {
-                    u16::MAX
-                };
-                assert_eq!(got, want, "{masks:?} {schedule:?} element {i}");
-            }
-        }
-    }
+    check_schedules("unit_multicast");
 }
 
 #[test]
 fn gathered_rows_arrive_whole_cut_or_as_zeros_and_matrices_transpose() {
-    let input: Vec<u16> = (0..100 * 64).map(|i| i as u16 + 1).collect();
-    let input = Guarded::from_slice(&input);
-    let mut random = Random(2);
-    let index: Vec<i32> = (0..64).map(|_| random.below(110) as i32 - 10).collect();
-    let index = Guarded::from_slice(&index);
-    for schedule in schedules() {
-        for (columns, transpose, by_mbarrier) in
-            [(64, 0, 0), (64, 1, 0), (37, 0, 1), (37, 1, 1), (0, 0, 0)]
-        {
-            let mut out = Guarded::<u16>::poisoned(64 * 64);
-            // SAFETY: the indices are below the 100 rows of the input; the result is [64, 64].
-            let status = schedule.run(|| unsafe {
-                launch!(
-                    table(),
-                    unit_gather(
-                        out.as_mut_ptr().cast(),
-                        input.as_ptr().cast(),
-                        index.as_ptr(),
-                        columns,
-                        transpose,
-                        by_mbarrier,
-                        null_mut()
-                    )
-                )
-            });
-            status.unwrap_or_else(|e| panic!("{schedule:?}: {e}"));
-            for (row, column) in (0..64).flat_map(|r| (0..64).map(move |c| (r, c))) {
-                let (r, c) = match transpose {
-                    1 => (row / 8 * 8 + column % 8, column / 8 * 8 + row % 8),
-                    _ => (row, column),
-                };
-                let from = index.as_slice()[r];
-                let want = if from < 0 || c >= columns as usize {
-                    0
-                } else {
-                    input.as_slice()[from as usize * 64 + c]
-                };
-                assert_eq!(
-                    out.as_slice()[row * 64 + column],
-                    want,
-                    "{schedule:?} [{row}, {column}]"
-                );
-            }
-        }
-    }
+    check_schedules("unit_gather");
 }
 
 #[test]
 fn shuffles_barriers_and_atomics_make_a_softmax() {
-    const ROWS: usize = 9;
-    const COLUMNS: usize = 777;
-    let mut random = Random(3);
-    let input: Vec<f32> = (0..ROWS * COLUMNS).map(|_| random.normal()).collect();
-    let mut bytes = Vec::new();
-    for schedule in schedules() {
-        let mut out = Guarded::<f32>::poisoned(ROWS * COLUMNS);
-        let mut warps = 0i32;
-        let input = Guarded::from_slice(&input);
-        // SAFETY: both are [rows, columns].
-        let status = schedule.run(|| unsafe {
-            launch!(
-                table(),
-                unit_softmax(
-                    out.as_mut_ptr(),
-                    &mut warps,
-                    input.as_ptr(),
-                    ROWS as i32,
-                    COLUMNS as i32,
-                    null_mut()
-                )
-            )
-        });
-        status.unwrap_or_else(|e| panic!("{schedule:?}: {e}"));
-        assert_eq!(warps, ROWS as i32 * 8);
-        for (got, x) in out
-            .as_slice()
-            .chunks(COLUMNS)
-            .zip(input.as_slice().chunks(COLUMNS))
-        {
-            let sum: f64 = x.iter().map(|&v| f64::from(v).exp()).sum();
-            for (&g, &v) in got.iter().zip(x) {
-                let want = f64::from(v).exp() / sum;
-                assert!(
-                    (f64::from(g) - want).abs() <= 1e-5 * want,
-                    "{g} instead of {want}"
-                );
-            }
-        }
-        bytes.push(out.as_bytes().to_vec());
-    }
-    assert!(
-        bytes.windows(2).all(|w| w[0] == w[1]),
-        "the result depends on the schedule"
-    );
+    check_schedules("unit_softmax");
+}
+
+/// Memory aligned as launchers demand.
+fn aligned(bytes: usize) -> Vec<u128> {
+    vec![u128::MAX; bytes / 16]
 }
 
 #[test]
 fn counters_equal_what_the_instructions_moved() {
-    let (a, b) = (
-        Guarded::<bf16>::poisoned(64 * 64),
-        Guarded::<bf16>::poisoned(128 * 64),
-    );
-    let mut c = Guarded::<f32>::poisoned(64 * 128);
+    let (a, b) = (aligned(64 * 64 * 2), aligned(128 * 64 * 2));
+    let mut c = aligned(64 * 128 * 4);
     let counters = counted(|| {
         // SAFETY: the shapes of unit_wgmma with n = 128.
         unsafe {
             launch!(
                 table(),
                 unit_wgmma(
-                    c.as_mut_ptr(),
+                    c.as_mut_ptr().cast(),
                     a.as_ptr().cast(),
                     b.as_ptr().cast(),
                     128,
@@ -382,14 +76,17 @@ fn counters_equal_what_the_instructions_moved() {
 
 /// The text with which the simulator ends a launch of fault number `fault`; none when it ran through.
 fn fault_text(fault: i32) -> Option<String> {
-    let mut out = Guarded::<i32>::poisoned(512);
+    let mut out = aligned(512 * 4);
     let late = |o: &mut routegrad::device::launchers::Options| {
         o.copies = ROUTEGRAD_SIM_LATE as i32;
         o.products = ROUTEGRAD_SIM_LATE as i32;
     };
     // SAFETY: the kernels write at most 384 words.
     let status = with_options(late, || unsafe {
-        launch!(table(), unit_fault(out.as_mut_ptr(), fault, null_mut()))
+        launch!(
+            table(),
+            unit_fault(out.as_mut_ptr().cast(), fault, null_mut())
+        )
     });
     status.err().map(|e| match e {
         Error::Device { text, .. } => text,
@@ -470,9 +167,9 @@ fn a_launch_after_a_fault_is_whole() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let buffer = Guarded::<f32>::poisoned(64 * 64);
-    let before = buffer.as_bytes().to_vec();
-    let p = buffer.as_ptr().cast_mut();
+    let buffer = aligned(64 * 64 * 4);
+    let before = buffer.clone();
+    let p = buffer.as_ptr().cast_mut().cast::<f32>();
     let call = |c: *mut f32, b: *const std::ffi::c_void, n: i32| {
         // SAFETY: refused before any access.
         let counters = counted(|| {
@@ -501,7 +198,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     call(p.wrapping_byte_add(4), p.cast(), 64);
     call(p, null(), 64);
     call(p, p.cast(), 65);
-    assert_eq!(buffer.as_bytes(), before);
+    assert_eq!(buffer, before);
 }
 
 #[test]

@@ -6,6 +6,8 @@
 #[allow(non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
 #[rustfmt::skip]
 pub mod bindings;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod launchers;
 mod memory;
 

@@ -1,8 +1,60 @@
-//! What the kernel tests share: buffers between guard bands, seeded random numbers, bf16, and ways to run a launcher on
-//! the simulator under one schedule after another.
+//! What the kernel tests share: the library's cases run on the simulator, and ways to run a launcher under one schedule
+//! after another.
 #![allow(dead_code)]
 
-pub mod gemm;
-pub mod guarded;
-pub mod numbers;
 pub mod schedules;
+
+use routegrad::check::kernels::{Case, Problem, Simulator, cases};
+use schedules::{is_plain, schedules};
+
+/// The simulator, or the instrumented build that ROUTEGRAD_SIM_LIBRARY names.
+pub fn simulator() -> Simulator {
+    Simulator::new().unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// What the problem's outputs hold after one run; guard bands and inputs are as they were.
+pub fn outputs(problem: &Problem) -> Vec<Vec<u8>> {
+    problem
+        .outputs(&simulator())
+        .unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Runs the problem and holds it against its reference.
+pub fn check(problem: &Problem) {
+    problem
+        .check(&simulator())
+        .unwrap_or_else(|e| panic!("{e}"));
+}
+
+/// The cases of a launcher; the instrumented builds are slow and run the small ones.
+fn cases_of(launcher: &str) -> Vec<Case> {
+    let wanted = |case: &Case| case.launcher == launcher && (case.small || is_plain());
+    let cases: Vec<Case> = cases().into_iter().filter(wanted).collect();
+    assert!(!cases.is_empty(), "{launcher} has no case");
+    cases
+}
+
+/// Every problem of the launcher agrees with its reference.
+pub fn check_cases(launcher: &str) {
+    for make in cases_of(launcher).iter().flat_map(|case| &case.problems) {
+        check(&make().unwrap_or_else(|e| panic!("{e}")));
+    }
+}
+
+/// Every small problem of the launcher gives the same bytes, which agree, under every schedule.
+pub fn check_schedules(launcher: &str) {
+    let cases = cases_of(launcher);
+    for make in cases
+        .iter()
+        .filter(|case| case.small)
+        .flat_map(|case| &case.problems)
+    {
+        let problem = make().unwrap_or_else(|e| panic!("{e}"));
+        let first = outputs(&problem);
+        problem.judged(&first).unwrap_or_else(|e| panic!("{e}"));
+        for schedule in schedules() {
+            let other = schedule.run(|| outputs(&problem));
+            assert!(other == first, "{} under {schedule:?}", problem.label);
+        }
+    }
+}

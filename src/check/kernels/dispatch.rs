@@ -1,0 +1,354 @@
+//! Dispatch (`kernels/dispatch.cu`) against a counting sort: every index exactly, in every output.
+
+use super::numbers::{Errors, Random};
+use super::{Buffer, Case, MakeProblem, Problem, exactly};
+use crate::device::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
+use crate::device::launchers::{self, Launchers};
+use crate::error::Result;
+use crate::launch;
+use std::sync::Arc;
+
+/// What every slot of a batch names.
+#[derive(Clone)]
+pub enum Named {
+    Choices {
+        per_token: usize,
+        experts_of: Vec<i32>,
+    },
+    Mask(Vec<u8>),
+}
+
+/// Tokens that name experts.
+#[derive(Clone)]
+pub struct Batch {
+    pub tokens: usize,
+    pub experts: usize,
+    pub named: Named,
+    /// Rows that the outputs have room for.
+    pub capacity: usize,
+}
+
+impl Batch {
+    /// Slots of a token.
+    pub fn width(&self) -> usize {
+        match &self.named {
+            Named::Choices { per_token, .. } => *per_token,
+            Named::Mask(_) => self.experts,
+        }
+    }
+
+    /// The expert of each slot, where it has one.
+    fn slots(&self) -> Vec<Option<usize>> {
+        match &self.named {
+            Named::Choices { experts_of, .. } => experts_of
+                .iter()
+                .map(|&e| usize::try_from(e).ok().filter(|&e| e < self.experts))
+                .collect(),
+            Named::Mask(mask) => mask
+                .iter()
+                .enumerate()
+                .map(|(s, &m)| (m != 0).then_some(s % self.experts))
+                .collect(),
+        }
+    }
+
+    /// `per_token` different experts for each token, at random.
+    pub fn random(tokens: usize, experts: usize, per_token: usize, seed: u64) -> Self {
+        let mut random = Random(seed);
+        let mut all: Vec<i32> = (0..experts as i32).collect();
+        let mut experts_of = Vec::new();
+        for _ in 0..tokens {
+            random.shuffle(&mut all);
+            experts_of.extend(&all[..per_token]);
+        }
+        Self {
+            tokens,
+            experts,
+            named: Named::Choices {
+                per_token,
+                experts_of,
+            },
+            capacity: tokens * per_token,
+        }
+    }
+
+    /// Every (token, expert) with probability `share`.
+    pub fn random_mask(tokens: usize, experts: usize, share: f64, seed: u64) -> Self {
+        let mut random = Random(seed);
+        let mask = (0..tokens * experts).map(|_| {
+            if random.unit() < share {
+                1 + random.below(255) as u8
+            } else {
+                0
+            }
+        });
+        Self {
+            tokens,
+            experts,
+            named: Named::Mask(mask.collect()),
+            capacity: tokens * experts,
+        }
+    }
+
+    /// The same with other experts.
+    pub fn map_experts(mut self, map: impl Fn(i32) -> i32) -> Self {
+        if let Named::Choices { experts_of, .. } = &mut self.named {
+            experts_of.iter_mut().for_each(|e| *e = map(*e));
+        }
+        self
+    }
+
+    /// The same with room for so many rows.
+    pub fn with_capacity(self, capacity: usize) -> Self {
+        Self { capacity, ..self }
+    }
+
+    pub fn label(&self) -> String {
+        let (width, capacity) = (self.width(), self.capacity);
+        format!(
+            "{} tokens, {} experts, {width} slots a token, capacity {capacity}",
+            self.tokens, self.experts
+        )
+    }
+
+    /// A counting sort.
+    pub fn sorted(&self) -> Sorted {
+        let (width, slots) = (self.width(), self.slots());
+        let mut sorted = Sorted {
+            offsets: vec![0],
+            row_token: vec![-1; self.capacity],
+            row_slot: vec![-1; self.capacity],
+            slot_row: vec![-1; slots.len()],
+            fault: 0,
+        };
+        let mut row = 0;
+        for expert in 0..self.experts {
+            for (slot, _) in slots
+                .iter()
+                .enumerate()
+                .filter(|(_, named)| **named == Some(expert))
+            {
+                if row < self.capacity {
+                    sorted.row_token[row] = (slot / width) as i32;
+                    sorted.row_slot[row] = slot as i32;
+                    sorted.slot_row[slot] = row as i32;
+                } else {
+                    sorted.fault |= ROUTEGRAD_FAULT_CAPACITY as i32;
+                }
+                row += 1;
+            }
+            sorted.offsets.push(row.min(self.capacity) as i32);
+        }
+        if matches!(self.named, Named::Choices { .. }) && slots.contains(&None) {
+            sorted.fault |= ROUTEGRAD_FAULT_EXPERT as i32;
+        }
+        sorted
+    }
+
+    /// As a launch. Outputs: offsets, row_token, row_slot, slot_row, fault.
+    ///
+    /// # Errors
+    /// When the sizes are outside what the kernel can do.
+    pub fn problem(&self) -> Result<Problem> {
+        let workspace = workspace_bytes(launchers::sim()?, self)?;
+        let (width, capacity) = (self.width(), self.capacity);
+        let named = match &self.named {
+            Named::Choices { experts_of, .. } => Buffer::input("choices", experts_of),
+            Named::Mask(mask) => Buffer::input("mask", mask),
+        };
+        let buffers = vec![
+            Buffer::output("offsets", (self.experts + 1) * 4),
+            Buffer::output("row_token", capacity * 4),
+            Buffer::output("row_slot", capacity * 4),
+            Buffer::output("slot_row", self.tokens * width * 4),
+            Buffer::changed("fault", &[0i32]),
+            Buffer::workspace("workspace", workspace),
+            named,
+        ];
+        let (by_choice, tokens, experts) = (
+            matches!(self.named, Named::Choices { .. }),
+            self.tokens as i64,
+            self.experts as i32,
+        );
+        let want = self.sorted();
+        Ok(Problem {
+            label: self.label(),
+            buffers,
+            launch: Box::new(move |launchers, p, stream| {
+                let (offsets, row_token, row_slot, slot_row) =
+                    (p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast());
+                let (fault, workspace, capacity) = (p[4].cast(), p[5].cast(), capacity as i64);
+                // SAFETY: every buffer has the size that the launcher's header states.
+                unsafe {
+                    if by_choice {
+                        launch!(
+                            launchers,
+                            dispatch_choices(
+                                offsets,
+                                row_token,
+                                row_slot,
+                                slot_row,
+                                fault,
+                                workspace,
+                                p[6].cast(),
+                                tokens,
+                                experts,
+                                width as i32,
+                                capacity,
+                                stream
+                            )
+                        )
+                    } else {
+                        launch!(
+                            launchers,
+                            dispatch_mask(
+                                offsets,
+                                row_token,
+                                row_slot,
+                                slot_row,
+                                fault,
+                                workspace,
+                                p[6].cast(),
+                                tokens,
+                                experts,
+                                capacity,
+                                stream
+                            )
+                        )
+                    }
+                }
+            }),
+            judge: Box::new(move |out| {
+                let columns = [
+                    &want.offsets,
+                    &want.row_token,
+                    &want.row_slot,
+                    &want.slot_row,
+                    &vec![want.fault],
+                ];
+                let names = ["offsets", "row_token", "row_slot", "slot_row", "fault"];
+                let mut errors = Errors::default();
+                for ((name, out), want) in names.into_iter().zip(out).zip(columns) {
+                    errors.merge(exactly::<i32>(name, out, |i| want[i])?);
+                }
+                Ok(errors)
+            }),
+        })
+    }
+}
+
+/// What dispatch writes. Entries of `row_token` and `row_slot` past offsets\[E\] keep the poison, −1.
+#[derive(PartialEq, Debug)]
+pub struct Sorted {
+    pub offsets: Vec<i32>,
+    pub row_token: Vec<i32>,
+    pub row_slot: Vec<i32>,
+    pub slot_row: Vec<i32>,
+    pub fault: i32,
+}
+
+/// A pure function on the host, the same in every build.
+fn workspace_bytes(launchers: &Launchers, batch: &Batch) -> Result<usize> {
+    let mut bytes = 0u64;
+    let (tokens, experts, width) = (
+        batch.tokens as i64,
+        batch.experts as i32,
+        batch.width() as i32,
+    );
+    // SAFETY: one u64 is written.
+    unsafe {
+        launch!(
+            launchers,
+            dispatch_workspace(&mut bytes, tokens, experts, width)
+        )
+    }?;
+    Ok(bytes as usize)
+}
+
+/// Batches that every build runs, under every schedule.
+pub fn small_batches() -> Vec<Batch> {
+    vec![
+        Batch::random(1, 1, 1, 1),
+        Batch::random(1, 8, 2, 2),
+        Batch::random(101, 7, 7, 3),
+        Batch::random(700, 32, 4, 4),
+        Batch::random_mask(67, 33, 0.3, 5),
+    ]
+}
+
+/// Numbers of experts and choices up to the limits, and more slots than one block's share.
+pub fn covering_batches() -> Vec<Batch> {
+    let mut all: Vec<Batch> = [
+        (1, 1),
+        (7, 1),
+        (8, 2),
+        (32, 4),
+        (64, 16),
+        (128, 2),
+        (256, 4),
+        (8, 8),
+    ]
+    .into_iter()
+    .map(|(experts, per_token)| Batch::random(2039, experts, per_token, experts as u64))
+    .collect();
+    all.push(Batch::random(61, 128, 128, 9));
+    all.push(Batch::random(40_000, 64, 2, 10));
+    all.extend(
+        [
+            (1, 1, 1.0),
+            (1, 8, 0.0),
+            (130, 7, 0.5),
+            (257, 64, 0.1),
+            (33, 256, 1.0),
+        ]
+        .map(|(tokens, experts, share)| Batch::random_mask(tokens, experts, share, 11)),
+    );
+    all
+}
+
+/// Empty experts, choices out of range, rows past the capacity.
+pub fn edge_batches() -> Vec<Batch> {
+    let mut all = vec![
+        Batch::random(300, 16, 2, 12).map_experts(|e| e / 2 * 2),
+        Batch::random(300, 16, 1, 13).map_experts(|_| 5),
+        Batch::random(300, 16, 1, 14).map_experts(|_| 15),
+        Batch::random_mask(67, 33, 0.3, 5).with_capacity(40),
+    ];
+    all.extend([-1, 16, 255, 256, i32::MIN, i32::MAX].map(|wrong| {
+        Batch::random(300, 16, 2, 15).map_experts(|e| if e == 3 { wrong } else { e })
+    }));
+    all.extend(
+        [1, 50, 599, 600, 700]
+            .map(|capacity| Batch::random(300, 16, 2, 16).with_capacity(capacity)),
+    );
+    all
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (name, batches, small) in [
+        ("small", small_batches(), true),
+        ("edges", edge_batches(), true),
+        ("covering", covering_batches(), false),
+    ] {
+        for (launcher, by_choice) in [("dispatch_choices", true), ("dispatch_mask", false)] {
+            let of_launcher = batches
+                .iter()
+                .filter(|b| matches!(b.named, Named::Choices { .. }) == by_choice);
+            let problems = of_launcher
+                .map(|batch| {
+                    let batch = Arc::new(batch.clone());
+                    Box::new(move || batch.problem()) as MakeProblem
+                })
+                .collect();
+            cases.push(Case {
+                name: format!("{launcher} {name}"),
+                launcher,
+                source: "dispatch",
+                problems,
+                small,
+            });
+        }
+    }
+    cases
+}

@@ -1,0 +1,277 @@
+//! The grouped GEMMs (`kernels/grouped_gemm.cu`) against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, half_ulp_bf16};
+use super::operands::Line;
+pub use super::operands::{Gather, Operands, Product, Shape, TILES};
+use super::{Buffer, Case, MakeProblem, Problem, machine::POISON, values};
+use crate::device::bindings::*;
+use crate::launch;
+use Product::*;
+use half::bf16;
+use rayon::prelude::*;
+use std::ptr::null;
+use std::sync::{Arc, LazyLock};
+
+/// Shapes for every build and schedule: a single row, empty groups, tails of every kind, widths that divide nothing.
+pub fn small_shapes() -> Vec<Shape> {
+    vec![
+        Shape::new(&[1], 8, 8),
+        Shape::new(&[0, 130, 0, 1, 127, 0, 65], 72, 136),
+        Shape::new(&[300, 64], 184, 200),
+    ]
+}
+
+/// Prime numbers of tokens, 1 to 128 experts, half of them empty, all tokens to one.
+pub fn covering_shapes() -> Vec<Shape> {
+    let any = |_| true;
+    vec![
+        Shape::routed(2039, 1, 1, any, 136, 72),
+        Shape::routed(2039, 7, 2, any, 264, 88),
+        Shape::routed(509, 8, 8, any, 104, 120),
+        Shape::routed(1021, 32, 4, |e| e % 2 == 0, 176, 64),
+        Shape::routed(700, 32, 1, |e| e == 17, 352, 40),
+        Shape::routed(257, 64, 4, any, 40, 264),
+        Shape::routed(127, 128, 2, any, 24, 168),
+        Shape::new(&[512, 513], 704, 512),
+    ]
+}
+
+/// Judges output bytes: each element within the bound of its arithmetic, rows past the last expert's as they were.
+///
+/// # Errors
+/// The text names the element.
+pub fn judge(operands: &Operands, bytes: &[u8]) -> Result<Errors, String> {
+    let (lines, width) = operands.lines();
+    let size = if operands.product == WeightGradient {
+        4
+    } else {
+        2
+    };
+    let (written, rest) = bytes.split_at(lines * width * size);
+    if !rest.iter().all(|&b| b == POISON) {
+        return Err("rows past the last expert's were written".into());
+    }
+    let judged: Result<Vec<Errors>, String> = operands
+        .reference()
+        .par_iter()
+        .map(|(line, want)| {
+            judge_line(
+                operands,
+                *line,
+                want,
+                &written[line * width * size..(line + 1) * width * size],
+            )
+        })
+        .collect();
+    let mut errors = Errors::default();
+    judged?.into_iter().for_each(|line| errors.merge(line));
+    // The root mean square of rounding to 8 bits is 1.6e-3 of the value. In f32 a tensor core may cut off the sum, not
+    // round it, at every step of 16 products: an error of one sign that grows with the steps.
+    let deepest = operands.shape.counts.iter().max().copied().unwrap_or(0);
+    let limit = match operands.product {
+        WeightGradient => 1e-6 + 2.0 * F32_ROUNDOFF * deepest as f64 / 16.0,
+        _ => 2e-3,
+    };
+    if !(errors.relative() <= limit) {
+        return Err(format!(
+            "relative error {:.2e} > {limit:.0e}",
+            errors.relative()
+        ));
+    }
+    Ok(errors)
+}
+
+fn judge_line(
+    operands: &Operands,
+    line: usize,
+    want: &Line,
+    bytes: &[u8],
+) -> Result<Errors, String> {
+    let width = want.len();
+    let place = |i: usize| move || format!("line {line}, element {i}");
+    let mut errors = Errors::default();
+    if operands.product == WeightGradient {
+        let depth = operands.shape.counts[line / operands.shape.n] as f64 + 1.0;
+        let got: Vec<f32> = values(bytes);
+        for (i, (got, &(want, magnitude))) in got.into_iter().zip(want).enumerate() {
+            let before = operands
+                .added_to
+                .as_ref()
+                .map_or(0.0, |b| f64::from(b[line * width + i]));
+            let want = want + before;
+            let bound = F32_ROUNDOFF * (depth * magnitude + want.abs() + before.abs());
+            errors.add(f64::from(got), want, bound, place(i))?;
+        }
+        return Ok(errors);
+    }
+    let depth = if operands.product == Forward {
+        operands.shape.k
+    } else {
+        operands.shape.n
+    };
+    let got: Vec<bf16> = values(bytes);
+    for (i, (got, &(want, magnitude))) in got.into_iter().zip(want).enumerate() {
+        let sum = F32_ROUNDOFF * depth as f64 * magnitude;
+        errors.add(
+            got.to_f64(),
+            want,
+            half_ulp_bf16(want.abs() + sum) + sum,
+            place(i),
+        )?;
+    }
+    Ok(errors)
+}
+
+/// The launch of `operands` with `tile`. Buffers: output, a, b, offsets and, where rows are gathered, the index.
+pub fn problem(operands: &Arc<Operands>, tile: routegrad_gemm_tile) -> Problem {
+    let o = operands.clone();
+    let output = match &o.added_to {
+        Some(before) => Buffer::changed("dw", before),
+        None => Buffer::output(
+            if o.product == WeightGradient {
+                "dw"
+            } else {
+                "out"
+            },
+            o.output_bytes(),
+        ),
+    };
+    let mut buffers = vec![
+        output,
+        Buffer::input("a", &o.a),
+        Buffer::input("b", &o.b),
+        Buffer::input("offsets", &o.offsets),
+    ];
+    buffers.extend(o.index.as_ref().map(|index| Buffer::input("index", index)));
+    let (product, gather, accumulate) = (o.product, o.gather, i32::from(o.added_to.is_some()));
+    let (experts, n, k) = (
+        o.shape.counts.len() as i32,
+        o.shape.n as i32,
+        o.shape.k as i32,
+    );
+    let (rows, a_height, b_height, tile_number) = (
+        o.rows_given as i64,
+        o.a_height as i64,
+        o.b_height as i64,
+        tile as i32,
+    );
+    Problem {
+        label: operands.label(tile),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let (out, a, b, offsets) = (p[0], p[1].cast(), p[2].cast(), p[3].cast());
+            let index = |of| {
+                if gather == of {
+                    p[4].cast::<i32>().cast_const()
+                } else {
+                    null()
+                }
+            };
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                match product {
+                    Forward => launch!(
+                        launchers,
+                        grouped_gemm_forward(
+                            out.cast(),
+                            a,
+                            b,
+                            offsets,
+                            index(Gather::A),
+                            rows,
+                            a_height,
+                            experts,
+                            n,
+                            k,
+                            tile_number,
+                            stream
+                        )
+                    ),
+                    InputGradient => launch!(
+                        launchers,
+                        grouped_gemm_input_gradient(
+                            out.cast(),
+                            a,
+                            b,
+                            offsets,
+                            index(Gather::A),
+                            rows,
+                            a_height,
+                            experts,
+                            n,
+                            k,
+                            tile_number,
+                            stream
+                        )
+                    ),
+                    WeightGradient => launch!(
+                        launchers,
+                        grouped_gemm_weight_gradient(
+                            out.cast(),
+                            a,
+                            b,
+                            offsets,
+                            index(Gather::A),
+                            index(Gather::B),
+                            rows,
+                            a_height,
+                            b_height,
+                            experts,
+                            n,
+                            k,
+                            accumulate,
+                            tile_number,
+                            stream
+                        )
+                    ),
+                }
+            }
+        }),
+        judge: Box::new(move |out| judge(&o, &out[0])),
+    }
+}
+
+/// Every tile and the automatic choice, for every gather, over `shapes`.
+fn problems(product: Product, accumulate: bool, shapes: &[Shape]) -> Vec<MakeProblem> {
+    let mut problems: Vec<MakeProblem> = Vec::new();
+    for shape in shapes {
+        for &gather in product.gathers() {
+            // One set of operands for all tiles.
+            let shape = shape.clone();
+            let operands = Arc::new(LazyLock::new(move || {
+                Arc::new(Operands::new(product, gather, accumulate, &shape))
+            }));
+            for tile in product.tiles().chain([ROUTEGRAD_TILE_AUTO]) {
+                let operands = operands.clone();
+                problems.push(Box::new(move || Ok(problem(&operands, tile))));
+            }
+        }
+    }
+    problems
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (name, shapes, small) in [
+        ("small", small_shapes(), true),
+        ("covering", covering_shapes(), false),
+    ] {
+        for (product, accumulate) in [
+            (Forward, false),
+            (InputGradient, false),
+            (WeightGradient, false),
+            (WeightGradient, true),
+        ] {
+            let launcher = product.launcher();
+            let mode = if accumulate { " accumulated" } else { "" };
+            cases.push(Case {
+                name: format!("{launcher} {name}{mode}"),
+                launcher,
+                source: "grouped_gemm",
+                problems: problems(product, accumulate, &shapes),
+                small,
+            });
+        }
+    }
+    cases
+}

@@ -1,0 +1,195 @@
+//! Where a kernel case runs: the simulator on host memory, or a GPU on its own.
+
+use crate::device::bindings::routegrad_stream;
+use crate::device::launchers::{self, Launchers};
+use crate::error::{Error, Result};
+
+/// A build of the kernels with the memory it works on.
+pub trait Machine {
+    fn launchers(&self) -> &'static Launchers;
+    /// The stream to launch on from this thread.
+    fn stream(&self) -> Result<routegrad_stream>;
+    /// `bytes` bytes, aligned to 128, content unspecified.
+    fn allocate(&self, bytes: usize) -> Result<Box<dyn Block + '_>>;
+    /// Waits for every launch, and says what failed in one.
+    fn finish(&self) -> Result<()>;
+}
+
+/// Memory of a machine. The copies come after every launch so far, and are done on return.
+pub trait Block {
+    fn address(&self) -> usize;
+    fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()>;
+    fn fill(&mut self, at: usize, count: usize, byte: u8) -> Result<()>;
+    fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()>;
+}
+
+/// The simulator.
+pub struct Simulator {
+    launchers: &'static Launchers,
+}
+
+impl Simulator {
+    /// # Errors
+    /// When the variant named in the environment cannot be loaded.
+    pub fn new() -> Result<Self> {
+        Ok(Self {
+            launchers: launchers::sim()?,
+        })
+    }
+}
+
+impl Machine for Simulator {
+    fn launchers(&self) -> &'static Launchers {
+        self.launchers
+    }
+    fn stream(&self) -> Result<routegrad_stream> {
+        Ok(std::ptr::null_mut())
+    }
+    fn allocate(&self, bytes: usize) -> Result<Box<dyn Block + '_>> {
+        Ok(Box::new(Lines(vec![Line([0; 128]); bytes.div_ceil(128)])))
+    }
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+#[repr(C, align(128))]
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+struct Line([u8; 128]);
+
+struct Lines(Vec<Line>);
+
+impl Block for Lines {
+    fn address(&self) -> usize {
+        self.0.as_ptr() as usize
+    }
+    fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
+        bytemuck::cast_slice_mut(&mut self.0)[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+    fn fill(&mut self, at: usize, count: usize, byte: u8) -> Result<()> {
+        bytemuck::cast_slice_mut(&mut self.0)[at..at + count].fill(byte);
+        Ok(())
+    }
+    fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
+        bytes.copy_from_slice(&bytemuck::cast_slice(&self.0)[at..at + bytes.len()]);
+        Ok(())
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Machine for crate::device::cuda::Gpu {
+    fn launchers(&self) -> &'static Launchers {
+        self.launchers()
+    }
+    fn stream(&self) -> Result<routegrad_stream> {
+        Ok(self.stream()?.cast())
+    }
+    fn allocate(&self, bytes: usize) -> Result<Box<dyn Block + '_>> {
+        Ok(Box::new(self.allocate(bytes)?))
+    }
+    fn finish(&self) -> Result<()> {
+        self.finish()
+    }
+}
+
+#[cfg(feature = "cuda")]
+impl Block for crate::device::cuda::DeviceMemory {
+    fn address(&self) -> usize {
+        self.address()
+    }
+    fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
+        self.write(at, bytes)
+    }
+    fn fill(&mut self, at: usize, count: usize, byte: u8) -> Result<()> {
+        self.fill(at, count, byte)
+    }
+    fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
+        self.read(at, bytes)
+    }
+}
+
+const GUARD_BYTES: usize = 4096;
+const GUARD: u8 = 0xA5;
+/// What every byte that a kernel has to write holds before: a NaN in bf16 and f32, −1 in integers.
+pub const POISON: u8 = 0xFF;
+
+/// A buffer between two bands that a kernel must leave as they are. The second begins at its last byte, so that one
+/// element too many shows.
+pub struct Guarded<'m> {
+    block: Box<dyn Block + 'm>,
+    bytes: usize,
+}
+
+impl<'m> Guarded<'m> {
+    /// A poisoned buffer.
+    pub fn new(machine: &'m dyn Machine, bytes: usize) -> Result<Self> {
+        let mut block = machine.allocate(GUARD_BYTES + bytes + GUARD_BYTES)?;
+        block.fill(0, GUARD_BYTES, GUARD)?;
+        block.fill(GUARD_BYTES + bytes, GUARD_BYTES, GUARD)?;
+        let mut guarded = Self { block, bytes };
+        guarded.poison()?;
+        Ok(guarded)
+    }
+
+    /// Address on the machine.
+    pub fn pointer(&self) -> *mut u8 {
+        (self.block.address() + GUARD_BYTES) as *mut u8
+    }
+
+    pub fn poison(&mut self) -> Result<()> {
+        self.block.fill(GUARD_BYTES, self.bytes, POISON)
+    }
+
+    /// Replaces the first bytes.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        if bytes.len() > self.bytes {
+            let got = format!("{} bytes", bytes.len());
+            return Err(Error::invalid(
+                "guarded buffer",
+                format!("at most {} bytes", self.bytes),
+                got,
+                "a bug",
+            ));
+        }
+        self.block.write(GUARD_BYTES, bytes)
+    }
+
+    pub fn read(&self) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; self.bytes];
+        self.block.read(GUARD_BYTES, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Where the first byte outside that changed lies, in bytes from the buffer's start.
+    pub fn overwritten(&self) -> Result<Option<i64>> {
+        for (start, from_buffer) in [
+            (0, -(GUARD_BYTES as i64)),
+            (GUARD_BYTES + self.bytes, self.bytes as i64),
+        ] {
+            let mut band = vec![0; GUARD_BYTES];
+            self.block.read(start, &mut band)?;
+            if let Some(at) = band.iter().position(|&b| b != GUARD) {
+                return Ok(Some(from_buffer + at as i64));
+            }
+        }
+        Ok(None)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_on_either_side_of_a_buffer_is_noticed() {
+        let machine = Simulator::new().unwrap();
+        for (at, place) in [(4095, -1), (4096 + 10, 10), (4096 + 9 + 4096, 9 + 4096)] {
+            let mut buffer = Guarded::new(&machine, 10).unwrap();
+            assert_eq!(buffer.read().unwrap(), [POISON; 10]);
+            assert_eq!(buffer.overwritten().unwrap(), None);
+            buffer.block.write(at, &[0]).unwrap();
+            assert_eq!(buffer.overwritten().unwrap(), Some(place));
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Cases of the kernels: one declaration of shapes, inputs, launch, float64 reference and bound, which runs on the
+//! simulator (the tests) and on a GPU (`hardware-check`) alike.
+//!
+//! A [`Case`] is a named group of [`Problem`]s of one launcher. A problem lists its buffers, launches, and judges what the
+//! outputs hold. [`Run`] puts it on a [`Machine`]: every buffer lies between guard bands, every output starts poisoned,
+//! inputs must come back unchanged.
+
+pub mod dispatch;
+pub mod grouped_gemm;
+pub mod machine;
+pub mod numbers;
+pub mod operands;
+pub mod unit;
+
+pub use machine::{Guarded, Machine, Simulator};
+pub use numbers::Errors;
+
+use crate::device::bindings::routegrad_stream;
+use crate::device::launchers::Launchers;
+use crate::error::Result;
+
+/// One buffer of a problem.
+pub struct Buffer {
+    pub name: &'static str,
+    pub content: Content,
+}
+
+/// What a buffer holds before the launch, and whose it is after.
+pub enum Content {
+    /// Read only.
+    Input(Vec<u8>),
+    /// So many poisoned bytes, judged after the launch.
+    Output(usize),
+    /// Changed in place, judged after the launch.
+    Changed(Vec<u8>),
+    /// So many poisoned bytes for the kernel's own use.
+    Workspace(usize),
+}
+
+impl Buffer {
+    pub fn input<T: bytemuck::NoUninit>(name: &'static str, values: &[T]) -> Self {
+        Self {
+            name,
+            content: Content::Input(bytemuck::cast_slice(values).to_vec()),
+        }
+    }
+    pub fn output(name: &'static str, bytes: usize) -> Self {
+        Self {
+            name,
+            content: Content::Output(bytes),
+        }
+    }
+    pub fn changed<T: bytemuck::NoUninit>(name: &'static str, values: &[T]) -> Self {
+        Self {
+            name,
+            content: Content::Changed(bytemuck::cast_slice(values).to_vec()),
+        }
+    }
+    pub fn workspace(name: &'static str, bytes: usize) -> Self {
+        Self {
+            name,
+            content: Content::Workspace(bytes),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match &self.content {
+            Content::Input(bytes) | Content::Changed(bytes) => bytes.len(),
+            Content::Output(bytes) | Content::Workspace(bytes) => *bytes,
+        }
+    }
+}
+
+/// Launches on the buffers' addresses, in the order of the problem's list.
+type Launch = Box<dyn Fn(&Launchers, &[*mut u8], routegrad_stream) -> Result<()> + Send + Sync>;
+/// Judges the content of the outputs and changed buffers, in the order of the problem's list.
+type Judge = Box<dyn Fn(&[Vec<u8>]) -> Result<Errors, String> + Send + Sync>;
+
+/// One launch with its inputs and its reference.
+pub struct Problem {
+    /// Shape and settings, for reports.
+    pub label: String,
+    pub buffers: Vec<Buffer>,
+    pub launch: Launch,
+    pub judge: Judge,
+}
+
+/// Makes a problem when its turn comes: the inputs of large ones fill gigabytes.
+pub type MakeProblem = Box<dyn Fn() -> Result<Problem> + Send + Sync>;
+
+/// A named group of problems.
+pub struct Case {
+    /// Unique among all cases; part of the key of a record.
+    pub name: String,
+    /// Its row in `kernels/routegrad.h`.
+    pub launcher: &'static str,
+    /// The `.cu` file, without its ending.
+    pub source: &'static str,
+    pub problems: Vec<MakeProblem>,
+    /// Small enough for instruments that slow a kernel a thousandfold.
+    pub small: bool,
+}
+
+/// Every case that any machine can run, in the order in which a first visit to a GPU should.
+pub fn cases() -> Vec<Case> {
+    let mut all = unit::cases();
+    all.extend(dispatch::cases());
+    all.extend(grouped_gemm::cases());
+    all
+}
+
+/// A problem on a machine.
+pub struct Run<'a> {
+    machine: &'a dyn Machine,
+    problem: &'a Problem,
+    buffers: Vec<Guarded<'a>>,
+}
+
+impl<'a> Run<'a> {
+    /// Allocates and fills every buffer.
+    ///
+    /// # Errors
+    /// When the machine has too little memory.
+    pub fn new(machine: &'a dyn Machine, problem: &'a Problem) -> Result<Self> {
+        let mut buffers = Vec::new();
+        for buffer in &problem.buffers {
+            let mut guarded = Guarded::new(machine, buffer.bytes())?;
+            if let Content::Input(bytes) | Content::Changed(bytes) = &buffer.content {
+                guarded.write(bytes)?;
+            }
+            buffers.push(guarded);
+        }
+        Ok(Self {
+            machine,
+            problem,
+            buffers,
+        })
+    }
+
+    /// Puts every buffer that a launch may write back to what it held before the first.
+    pub fn reset(&mut self) -> Result<()> {
+        for (buffer, guarded) in self.problem.buffers.iter().zip(&mut self.buffers) {
+            match &buffer.content {
+                Content::Input(_) => {}
+                Content::Output(_) | Content::Workspace(_) => guarded.poison()?,
+                Content::Changed(bytes) => guarded.write(bytes)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Addresses of the buffers on the machine.
+    pub fn pointers(&self) -> Vec<*mut u8> {
+        self.buffers.iter().map(Guarded::pointer).collect()
+    }
+
+    /// Launches; on a GPU it may still run on return.
+    pub fn launch(&self) -> Result<()> {
+        (self.problem.launch)(
+            self.machine.launchers(),
+            &self.pointers(),
+            self.machine.stream()?,
+        )
+    }
+
+    /// Waits, then gives what the outputs hold.
+    ///
+    /// # Errors
+    /// The text says what failed: a launch, a guard band, or an input that was changed.
+    pub fn outputs(&self) -> Result<Vec<Vec<u8>>, String> {
+        let label = &self.problem.label;
+        self.machine.finish().map_err(|e| format!("{label}: {e}"))?;
+        let mut outputs = Vec::new();
+        for (buffer, guarded) in self.problem.buffers.iter().zip(&self.buffers) {
+            let name = buffer.name;
+            if let Some(at) = guarded.overwritten().map_err(|e| e.to_string())? {
+                return Err(format!(
+                    "{label}: `{name}` was written {at} bytes from its start, outside of it"
+                ));
+            }
+            let bytes = guarded.read().map_err(|e| e.to_string())?;
+            match &buffer.content {
+                Content::Input(before) if *before != bytes => {
+                    return Err(format!("{label}: the input `{name}` was changed"));
+                }
+                Content::Input(_) | Content::Workspace(_) => {}
+                Content::Output(_) | Content::Changed(_) => outputs.push(bytes),
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// Launches from the first state and gives what the outputs hold after.
+    ///
+    /// # Errors
+    /// As [`outputs`](Self::outputs).
+    pub fn fresh_outputs(&mut self) -> Result<Vec<Vec<u8>>, String> {
+        self.reset().map_err(|e| e.to_string())?;
+        self.launch()
+            .map_err(|e| format!("{}: {e}", self.problem.label))?;
+        self.outputs()
+    }
+}
+
+impl Problem {
+    /// Runs it once and gives what the outputs hold.
+    ///
+    /// # Errors
+    /// The text says what failed.
+    pub fn outputs(&self, machine: &dyn Machine) -> Result<Vec<Vec<u8>>, String> {
+        Run::new(machine, self)
+            .map_err(|e| format!("{}: {e}", self.label))?
+            .fresh_outputs()
+    }
+
+    /// Runs it once and judges the outputs.
+    ///
+    /// # Errors
+    /// The text says what failed, or which element is how far off.
+    pub fn check(&self, machine: &dyn Machine) -> Result<Errors, String> {
+        self.judged(&self.outputs(machine)?)
+    }
+
+    /// Judges outputs that a run left.
+    ///
+    /// # Errors
+    /// The text names the problem and the element.
+    pub fn judged(&self, outputs: &[Vec<u8>]) -> Result<Errors, String> {
+        (self.judge)(outputs).map_err(|why| format!("{}: {why}", self.label))
+    }
+}
+
+/// The values that `bytes` hold, at any alignment.
+pub fn values<T: bytemuck::Pod>(bytes: &[u8]) -> Vec<T> {
+    bytes
+        .chunks_exact(size_of::<T>())
+        .map(bytemuck::pod_read_unaligned)
+        .collect()
+}
+
+/// The outputs' values compared one by one, equal or an error.
+fn exactly<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(
+    name: &str,
+    bytes: &[u8],
+    want: impl Fn(usize) -> T,
+) -> Result<Errors, String> {
+    let got: Vec<T> = values(bytes);
+    for (i, got) in got.iter().enumerate() {
+        let want = want(i);
+        if *got != want {
+            return Err(format!("{name}[{i}] is {got:?} instead of {want:?}"));
+        }
+    }
+    Ok(Errors::none(got.len()))
+}

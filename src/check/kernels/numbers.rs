@@ -1,0 +1,168 @@
+//! Seeded numbers and error bounds of kernel cases.
+
+use half::bf16;
+use rayon::prelude::*;
+
+/// SplitMix64.
+pub struct Random(pub u64);
+
+impl Random {
+    pub fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    /// Uniform in 0 … `end` − 1.
+    pub fn below(&mut self, end: usize) -> usize {
+        ((u128::from(self.bits()) * end as u128) >> 64) as usize
+    }
+
+    /// Uniform in (0, 1].
+    pub fn unit(&mut self) -> f64 {
+        ((self.bits() >> 11) + 1) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Standard normal (Box–Muller).
+    pub fn normal(&mut self) -> f32 {
+        let radius = (-2.0 * self.unit().ln()).sqrt();
+        (radius * (std::f64::consts::TAU * self.unit()).cos()) as f32
+    }
+
+    /// Standard normals, rounded to bf16; made in parallel, the same for any number of threads.
+    pub fn normals_bf16(&mut self, len: usize) -> Vec<bf16> {
+        let seed = self.bits();
+        let mut values = vec![bf16::ZERO; len];
+        values
+            .par_chunks_mut(1 << 16)
+            .enumerate()
+            .for_each(|(block, values)| {
+                let mut random = Random(seed ^ (block as u64).wrapping_mul(0xD6E8_FEB8_6659_FD93));
+                values
+                    .iter_mut()
+                    .for_each(|v| *v = bf16::from_f32(random.normal()));
+            });
+        values
+    }
+
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for i in (1..items.len()).rev() {
+            items.swap(i, self.below(i + 1));
+        }
+    }
+}
+
+/// Half the distance between neighbouring bf16 at `x`.
+pub fn half_ulp_bf16(x: f64) -> f64 {
+    if x == 0.0 {
+        0.0
+    } else {
+        x.abs().log2().floor().exp2() / 256.0
+    }
+}
+
+/// Unit roundoff of f32.
+pub const F32_ROUNDOFF: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// Relative L2 error, and the worst element as a share of its bound, gathered value by value.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Errors {
+    pub values: u64,
+    squared_error: f64,
+    squared_value: f64,
+    worst: f64,
+}
+
+impl Errors {
+    /// Of so many values that are all exact.
+    pub fn none(values: usize) -> Self {
+        Self {
+            values: values as u64,
+            ..Self::default()
+        }
+    }
+
+    /// # Errors
+    /// When |got − want| exceeds `bound`, or is not a number.
+    pub fn add(
+        &mut self,
+        got: f64,
+        want: f64,
+        bound: f64,
+        place: impl Fn() -> String,
+    ) -> Result<(), String> {
+        let error = (got - want).abs();
+        if !(error <= bound) {
+            return Err(format!(
+                "{}: got {got}, want {want}, |error| {error:.3e} > {bound:.3e}",
+                place()
+            ));
+        }
+        self.values += 1;
+        self.squared_error += error * error;
+        self.squared_value += want * want;
+        if bound > 0.0 {
+            self.worst = self.worst.max(error / bound);
+        }
+        Ok(())
+    }
+
+    /// Joins the errors of two parts of a result.
+    pub fn merge(&mut self, other: Errors) {
+        self.values += other.values;
+        self.squared_error += other.squared_error;
+        self.squared_value += other.squared_value;
+        self.worst = self.worst.max(other.worst);
+    }
+
+    /// ‖got − want‖ / ‖want‖; 0 for 0 / 0.
+    pub fn relative(&self) -> f64 {
+        if self.squared_error == 0.0 {
+            0.0
+        } else {
+            (self.squared_error / self.squared_value).sqrt()
+        }
+    }
+
+    /// The largest error as a share of what its element was allowed.
+    pub fn worst(&self) -> f64 {
+        self.worst
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_over_its_bound_or_nan_is_refused_and_the_rest_is_summed() {
+        let mut errors = Errors::default();
+        errors.add(3.5, 3.0, 0.5, String::new).unwrap();
+        errors.add(4.0, 4.0, 0.0, String::new).unwrap();
+        assert_eq!(
+            (errors.relative(), errors.worst(), errors.values),
+            (0.1, 1.0, 2)
+        );
+        assert!(errors.add(f64::NAN, 1.0, 1.0, String::new).is_err());
+        assert!(
+            errors
+                .add(1.0, 1.25, 0.2, || "here".into())
+                .unwrap_err()
+                .starts_with("here")
+        );
+    }
+
+    #[test]
+    fn half_an_ulp_is_half_the_distance_to_the_next_bf16() {
+        for x in [1.0f32, 1.5, 0.75, 1e-20, 3e30] {
+            let x = bf16::from_f32(x);
+            let next = bf16::from_bits(x.to_bits() + 1);
+            assert_eq!(
+                half_ulp_bf16(x.to_f64()),
+                (next.to_f64() - x.to_f64()) / 2.0
+            );
+        }
+    }
+}

@@ -1,0 +1,327 @@
+//! The operands of the grouped GEMMs over ragged groups, and their products in float64, line by line: a line is a row of
+//! `out` or `dx`, or one output channel of an expert's dW.
+
+use super::numbers::Random;
+use crate::device::bindings::*;
+use half::bf16;
+use rayon::prelude::*;
+use std::sync::OnceLock;
+
+/// The three products of a grouped linear layer.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Product {
+    Forward,
+    InputGradient,
+    WeightGradient,
+}
+use Product::*;
+
+impl Product {
+    pub const ALL: [Product; 3] = [Forward, InputGradient, WeightGradient];
+
+    pub fn launcher(self) -> &'static str {
+        match self {
+            Forward => "grouped_gemm_forward",
+            InputGradient => "grouped_gemm_input_gradient",
+            WeightGradient => "grouped_gemm_weight_gradient",
+        }
+    }
+
+    /// The tiles that it can be told to take.
+    pub fn tiles(self) -> impl Iterator<Item = routegrad_gemm_tile> {
+        TILES
+            .iter()
+            .filter(move |t| self != WeightGradient || t.2 != 176)
+            .map(|t| t.0)
+    }
+
+    pub fn gathers(self) -> &'static [Gather] {
+        if self == WeightGradient {
+            &[Gather::None, Gather::A, Gather::B]
+        } else {
+            &[Gather::None, Gather::A]
+        }
+    }
+}
+
+/// Which operand's rows are named by an index instead of standing in order.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gather {
+    None,
+    A,
+    B,
+}
+
+/// Every tile with its rows and columns.
+pub const TILES: [(routegrad_gemm_tile, usize, usize); 5] = [
+    (ROUTEGRAD_TILE_COOPERATIVE_128X256, 128, 256),
+    (ROUTEGRAD_TILE_COOPERATIVE_256X128, 256, 128),
+    (ROUTEGRAD_TILE_COOPERATIVE_256X176, 256, 176),
+    (ROUTEGRAD_TILE_PINGPONG_128X128, 128, 128),
+    (ROUTEGRAD_TILE_PINGPONG_128X176, 128, 176),
+];
+
+/// Rows of each expert, and the widths of W [E, n, k].
+#[derive(Clone, Debug)]
+pub struct Shape {
+    pub counts: Vec<usize>,
+    pub n: usize,
+    pub k: usize,
+}
+
+impl Shape {
+    pub fn new(counts: &[usize], n: usize, k: usize) -> Self {
+        Self {
+            counts: counts.to_vec(),
+            n,
+            k,
+        }
+    }
+
+    /// `per_token` different experts of `usable` for each of `tokens`.
+    pub fn routed(
+        tokens: usize,
+        experts: usize,
+        per_token: usize,
+        usable: impl Fn(usize) -> bool,
+        n: usize,
+        k: usize,
+    ) -> Self {
+        let mut random = Random((tokens * experts + per_token) as u64);
+        let mut pool: Vec<usize> = (0..experts).filter(|&e| usable(e)).collect();
+        let mut counts = vec![0; experts];
+        for _ in 0..tokens {
+            random.shuffle(&mut pool);
+            pool[..per_token].iter().for_each(|&e| counts[e] += 1);
+        }
+        Self { counts, n, k }
+    }
+
+    pub fn rows(&self) -> usize {
+        self.counts.iter().sum()
+    }
+
+    /// 2·R·N·K, the same for the three products.
+    pub fn flops(&self) -> f64 {
+        2.0 * self.rows() as f64 * self.n as f64 * self.k as f64
+    }
+}
+
+/// The operands of a product. Rows past the last expert's hold NaN, and their index leads far outside.
+pub struct Operands {
+    pub product: Product,
+    pub gather: Gather,
+    pub shape: Shape,
+    /// More than there are: the rest must not matter.
+    pub rows_given: usize,
+    pub offsets: Vec<i32>,
+    pub index: Option<Vec<i32>>,
+    /// x or dout.
+    pub a: Vec<bf16>,
+    /// W, or x for the weight gradient.
+    pub b: Vec<bf16>,
+    /// Rows of `a` and of `b`, where `b` has rows.
+    pub a_height: usize,
+    pub b_height: usize,
+    /// dW before, to accumulate on.
+    pub added_to: Option<Vec<f32>>,
+    /// How many lines are judged; all, where there are no more.
+    lines_judged: usize,
+    /// The judged lines with their numbers, once they are needed; the same for every tile.
+    reference: OnceLock<Vec<(usize, Line)>>,
+}
+
+/// Value and sum of the terms' magnitudes of each element.
+pub type Line = Vec<(f64, f64)>;
+
+impl Operands {
+    pub fn new(product: Product, gather: Gather, accumulate: bool, shape: &Shape) -> Self {
+        let mut operands = Self::with_spare_rows(product, gather, accumulate, shape, 3);
+        operands.lines_judged = usize::MAX;
+        operands
+    }
+
+    /// For shapes at which every line in float64 would take minutes: 64 lines are judged.
+    pub fn sampled(product: Product, shape: &Shape) -> Self {
+        Self::with_spare_rows(product, Gather::None, false, shape, 0)
+    }
+
+    fn with_spare_rows(
+        product: Product,
+        gather: Gather,
+        accumulate: bool,
+        shape: &Shape,
+        spare: usize,
+    ) -> Self {
+        let (n, k, rows, experts) = (shape.n, shape.k, shape.rows(), shape.counts.len());
+        let mut random = Random((n * 31 + k * 17 + rows) as u64);
+        let rows_given = rows + spare;
+        let a_width = if product == Forward { k } else { n };
+        let tokens = rows / 2 + 1;
+        let height = |gathered| if gathered { tokens } else { rows_given };
+        let (a_height, b_height) = (height(gather == Gather::A), height(gather == Gather::B));
+        let mut a = random.normals_bf16(a_height * a_width);
+        let mut b = random.normals_bf16(if product == WeightGradient {
+            b_height * k
+        } else {
+            experts * n * k
+        });
+        if gather != Gather::A {
+            a[rows * a_width..].fill(bf16::NAN);
+        }
+        if product == WeightGradient && gather != Gather::B {
+            b[rows * k..].fill(bf16::NAN);
+        }
+        let index = (gather != Gather::None).then(|| {
+            (0..rows_given)
+                .map(|r| {
+                    if r < rows {
+                        random.below(tokens) as i32
+                    } else {
+                        i32::MAX
+                    }
+                })
+                .collect()
+        });
+        let ends = shape.counts.iter().scan(0, |sum, &count| {
+            *sum += count as i32;
+            Some(*sum)
+        });
+        let offsets = std::iter::once(0).chain(ends).collect();
+        let added_to = accumulate.then(|| (0..experts * n * k).map(|_| random.normal()).collect());
+        let shape = shape.clone();
+        let (lines_judged, reference) = (64, OnceLock::new());
+        Self {
+            product,
+            gather,
+            shape,
+            rows_given,
+            offsets,
+            index,
+            a,
+            b,
+            a_height,
+            b_height,
+            added_to,
+            lines_judged,
+            reference,
+        }
+    }
+
+    fn row_of(&self, operand: Gather, row: usize) -> usize {
+        match &self.index {
+            Some(index) if self.gather == operand => index[row] as usize,
+            _ => row,
+        }
+    }
+
+    /// Number of lines that are written, and elements of one.
+    pub fn lines(&self) -> (usize, usize) {
+        let Shape { n, k, ref counts } = self.shape;
+        match self.product {
+            Forward => (self.shape.rows(), n),
+            InputGradient => (self.shape.rows(), k),
+            WeightGradient => (counts.len() * n, k),
+        }
+    }
+
+    /// Bytes of the output, spare rows included.
+    pub fn output_bytes(&self) -> usize {
+        let (lines, width) = self.lines();
+        match self.product {
+            WeightGradient => lines * width * 4,
+            _ => self.rows_given * width * 2,
+        }
+    }
+
+    /// The judged lines with their numbers, computed when first asked for.
+    pub fn reference(&self) -> &[(usize, Line)] {
+        self.reference.get_or_init(|| {
+            self.judged_lines()
+                .into_par_iter()
+                .map(|line| (line, self.line(line)))
+                .collect()
+        })
+    }
+
+    /// One line in float64.
+    fn line(&self, line: usize) -> Line {
+        let Shape { n, k, .. } = self.shape;
+        let mut sums = vec![(0.0, 0.0); self.lines().1];
+        let mut add = |scale: bf16, values: &[bf16]| {
+            for (sum, &value) in sums.iter_mut().zip(values) {
+                let term = exact(scale) * exact(value);
+                *sum = (sum.0 + term, sum.1 + term.abs());
+            }
+        };
+        if self.product == WeightGradient {
+            let (expert, channel) = (line / n, line % n);
+            for row in self.offsets[expert] as usize..self.offsets[expert + 1] as usize {
+                let (dout, x) = (self.row_of(Gather::A, row), self.row_of(Gather::B, row));
+                add(self.a[dout * n + channel], &self.b[x * k..(x + 1) * k]);
+            }
+            return sums;
+        }
+        let expert = self
+            .offsets
+            .partition_point(|&offset| offset as usize <= line)
+            - 1;
+        let w = &self.b[expert * n * k..(expert + 1) * n * k];
+        let from = self.row_of(Gather::A, line);
+        if self.product == InputGradient {
+            for l in 0..n {
+                add(self.a[from * n + l], &w[l * k..(l + 1) * k]);
+            }
+            return sums;
+        }
+        let x = &self.a[from * k..(from + 1) * k];
+        for (sum, w) in sums.iter_mut().zip(w.chunks(k)) {
+            for (x, w) in x.iter().zip(w) {
+                let term = exact(*x) * exact(*w);
+                *sum = (sum.0 + term, sum.1 + term.abs());
+            }
+        }
+        sums
+    }
+
+    /// The lines that are judged: all, or some of every part with the first and last row of each expert among them.
+    fn judged_lines(&self) -> Vec<usize> {
+        let lines = self.lines().0;
+        if lines <= self.lines_judged {
+            return (0..lines).collect();
+        }
+        let mut random = Random(lines as u64);
+        let mut chosen: Vec<usize> = (0..self.lines_judged)
+            .map(|_| random.below(lines))
+            .collect();
+        if self.product != WeightGradient {
+            chosen.extend(
+                self.offsets
+                    .windows(2)
+                    .filter(|o| o[0] < o[1])
+                    .flat_map(|o| [o[0] as usize, o[1] as usize - 1]),
+            );
+        }
+        chosen.sort_unstable();
+        chosen.dedup();
+        chosen
+    }
+
+    pub fn label(&self, tile: routegrad_gemm_tile) -> String {
+        let Shape { n, k, ref counts } = self.shape;
+        let mode = if self.added_to.is_some() {
+            "accumulated"
+        } else {
+            "assigned"
+        };
+        format!(
+            "{:?} {mode}, gather {:?}, tile {tile}, {counts:?} rows, n {n}, k {k}",
+            self.product, self.gather
+        )
+    }
+}
+
+/// The value of a bf16: the upper half of an f32. (`to_f64` treats NaN apart, which keeps loops from being vector code.)
+fn exact(x: bf16) -> f64 {
+    f64::from(f32::from_bits(u32::from(x.to_bits()) << 16))
+}

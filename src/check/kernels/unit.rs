@@ -1,0 +1,398 @@
+//! Single instructions (`kernels/unit.cu`) against their definition. They come first on a GPU: wgmma descriptors and
+//! fragments, TMA's bytes in shared memory, stores that end inside a box, clusters with multicast, and arrivals of a part
+//! of a warp (the two lanes that free a multicast buffer).
+
+use super::numbers::{Errors, Random};
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use crate::device::bindings::routegrad_unit_box;
+use crate::launch;
+use half::bf16;
+
+/// Elements of a swizzle span, by its number: none, 128, 64, 32 bytes.
+const SPAN: [usize; 4] = [8, 64, 32, 16];
+
+pub fn cases() -> Vec<Case> {
+    let case = |name: &str, launcher, problems| Case {
+        name: format!("{launcher} {name}"),
+        launcher,
+        source: "unit",
+        problems,
+        small: true,
+    };
+    vec![
+        case("every layout", "unit_wgmma", layouts()),
+        case(
+            "boxes across every edge",
+            "unit_tma_load",
+            boxes().into_iter().map(tma_load).collect(),
+        ),
+        case(
+            "boxes across every edge",
+            "unit_tma_store",
+            boxes().into_iter().map(tma_store).collect(),
+        ),
+        case("masks of a cluster of two", "unit_multicast", multicasts()),
+        case("rows whole, cut and absent", "unit_gather", gathers()),
+        case(
+            "shuffles, barriers, atomics",
+            "unit_softmax",
+            vec![Box::new(|| Ok(softmax()))],
+        ),
+    ]
+}
+
+fn small_integers(random: &mut Random, len: usize) -> Vec<bf16> {
+    (0..len)
+        .map(|_| bf16::from_f32(random.below(15) as f32 - 7.0))
+        .collect()
+}
+
+/// C[64, n] = A[64, 64] B[64, n] on small integers, exact in f32.
+fn layouts() -> Vec<MakeProblem> {
+    let mut problems: Vec<MakeProblem> = Vec::new();
+    for n in [16, 64, 96, 128, 176, 256] {
+        for layout in 0..24 {
+            let (swizzle, a_mn, b_mn, registers) = (
+                1 + layout % 3,
+                layout / 3 % 2 == 1,
+                layout / 6 % 2 == 1,
+                layout / 12 == 1,
+            );
+            if (b_mn && n % SPAN[swizzle] != 0) || (registers && a_mn) {
+                continue;
+            }
+            problems.push(Box::new(move || {
+                Ok(wgmma(n, swizzle, a_mn, b_mn, registers))
+            }));
+        }
+    }
+    problems
+}
+
+fn wgmma(n: usize, swizzle: usize, a_mn: bool, b_mn: bool, registers: bool) -> Problem {
+    let mut random = Random((n * 4 + swizzle) as u64);
+    let (a, b) = (
+        small_integers(&mut random, 64 * 64),
+        small_integers(&mut random, 64 * n),
+    );
+    let at = move |a: &[bf16], b: &[bf16], i: usize, j: usize| -> f32 {
+        let x = |k: usize| a[if a_mn { k * 64 + i } else { i * 64 + k }].to_f32();
+        let y = |k: usize| b[if b_mn { k * n + j } else { j * 64 + k }].to_f32();
+        (0..64).map(|k| x(k) * y(k)).sum()
+    };
+    Problem {
+        label: format!(
+            "n {n}, swizzle {swizzle}, A mn-major {a_mn}, B mn-major {b_mn}, A in registers {registers}"
+        ),
+        buffers: vec![
+            Buffer::output("c", 64 * n * 4),
+            Buffer::input("a", &a),
+            Buffer::input("b", &b),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let (a_mn, b_mn, registers) = (i32::from(a_mn), i32::from(b_mn), i32::from(registers));
+            // SAFETY: A is [64, 64], B [n, 64] or [64, n], C [64, n].
+            unsafe {
+                launch!(
+                    launchers,
+                    unit_wgmma(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        n as i32,
+                        a_mn,
+                        b_mn,
+                        registers,
+                        swizzle as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| exactly::<f32>("c", &out[0], |i| at(&a, &b, i / n, i % n))),
+    }
+}
+
+/// Boxes inside, across each edge, and wholly outside of a tensor [z 5, y 40, x 72].
+fn boxes() -> Vec<routegrad_unit_box> {
+    let mut all = Vec::new();
+    for (swizzle, &span) in SPAN.iter().enumerate() {
+        let width = span as i32;
+        for rank in [2, 3] {
+            for at in [
+                [8, 4, 1],
+                [-3, 4, 1],
+                [69, 4, 1],
+                [8, -2, 1],
+                [8, 37, 1],
+                [8, 4, -1],
+                [8, 4, 4],
+                [80, 4, 1],
+                [-3, 38, 4],
+            ] {
+                if rank == 3 || at[2] == 1 {
+                    let extent = [72, 40, 5];
+                    all.push(routegrad_unit_box {
+                        rank,
+                        extent,
+                        box_: [width, 8, 2],
+                        at,
+                        swizzle: swizzle as i32,
+                    });
+                }
+            }
+        }
+    }
+    all
+}
+
+/// Index in the tensor of element (x, y, z) of the box, where that is inside.
+fn element(b: &routegrad_unit_box, [x, y, z]: [i32; 3]) -> Option<usize> {
+    let [x, y, z] = [
+        b.at[0] + x,
+        b.at[1] + y,
+        if b.rank == 3 { b.at[2] + z } else { 0 },
+    ];
+    let depth = if b.rank == 3 { b.extent[2] } else { 1 };
+    let inside =
+        (0..b.extent[0]).contains(&x) && (0..b.extent[1]).contains(&y) && (0..depth).contains(&z);
+    inside.then_some(((z * b.extent[1] + y) * b.extent[0] + x) as usize)
+}
+
+/// Where the box's element lies in shared memory, in elements: rows follow each other, and the 16-byte chunks of a row are
+/// XORed by the row's place in the pattern.
+fn place(b: &routegrad_unit_box, [x, y, z]: [i32; 3]) -> usize {
+    let row = (z * b.box_[1] + y) as usize;
+    let (chunk, within) = (x as usize / 8, x as usize % 8);
+    let chunk = match b.swizzle {
+        1 => chunk ^ (row & 7),
+        2 => chunk ^ (row >> 1 & 3),
+        3 => chunk ^ (row >> 2 & 1),
+        _ => chunk,
+    };
+    row * b.box_[0] as usize + chunk * 8 + within
+}
+
+fn elements(b: &routegrad_unit_box) -> impl Iterator<Item = [i32; 3]> + use<> {
+    let [w, h, d] = [
+        b.box_[0],
+        b.box_[1],
+        if b.rank == 3 { b.box_[2] } else { 1 },
+    ];
+    (0..d).flat_map(move |z| (0..h).flat_map(move |y| (0..w).map(move |x| [x, y, z])))
+}
+
+fn numbered(len: usize) -> Vec<u16> {
+    (0..len).map(|i| i as u16 + 1).collect()
+}
+
+fn tma_load(b: routegrad_unit_box) -> MakeProblem {
+    Box::new(move || {
+        let tensor = numbered(72 * 40 * 5);
+        let mut want = vec![0u16; elements(&b).count()];
+        for at in elements(&b) {
+            want[place(&b, at)] = element(&b, at).map_or(0, |i| tensor[i]);
+        }
+        Ok(Problem {
+            label: format!("{b:?}"),
+            buffers: vec![
+                Buffer::output("box", want.len() * 2),
+                Buffer::input("tensor", &tensor),
+            ],
+            launch: Box::new(move |launchers, p, stream| {
+                // SAFETY: the tensor has the extents of the box's description; the result the size of the box.
+                unsafe {
+                    launch!(
+                        launchers,
+                        unit_tma_load(p[0].cast(), p[1].cast(), &b, stream)
+                    )
+                }
+            }),
+            judge: Box::new(move |out| exactly::<u16>("box", &out[0], |i| want[i])),
+        })
+    })
+}
+
+fn tma_store(b: routegrad_unit_box) -> MakeProblem {
+    Box::new(move || {
+        let shared = numbered(elements(&b).count());
+        let mut want = vec![u16::MAX; 72 * 40 * if b.rank == 3 { 5 } else { 1 }];
+        for at in elements(&b) {
+            if let Some(i) = element(&b, at) {
+                want[i] = shared[place(&b, at)];
+            }
+        }
+        Ok(Problem {
+            label: format!("{b:?}"),
+            buffers: vec![
+                Buffer::output("tensor", want.len() * 2),
+                Buffer::input("box", &shared),
+            ],
+            launch: Box::new(move |launchers, p, stream| {
+                // SAFETY: as for the load.
+                unsafe {
+                    launch!(
+                        launchers,
+                        unit_tma_store(p[0].cast(), p[1].cast(), &b, stream)
+                    )
+                }
+            }),
+            judge: Box::new(move |out| exactly::<u16>("tensor", &out[0], |i| want[i])),
+        })
+    })
+}
+
+/// Each block to both; each to itself; each to the other; both to the first.
+fn multicasts() -> Vec<MakeProblem> {
+    [[3, 3], [1, 2], [2, 1], [1, 1]]
+        .into_iter()
+        .map(|masks| Box::new(move || Ok(multicast(masks))) as MakeProblem)
+        .collect()
+}
+
+fn multicast(masks: [i32; 2]) -> Problem {
+    const ROUNDS: usize = 5;
+    let tensor: Vec<u16> = (0..ROUNDS * 4096).map(|i| (i * 7) as u16).collect();
+    let input = Buffer::input("tensor", &tensor);
+    Problem {
+        label: format!("masks {masks:?}"),
+        buffers: vec![Buffer::output("out", 4 * ROUNDS * 4096 * 2), input],
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: the tensor is [64 rounds, 64], the result [2 clusters of 2, rounds, 64, 64].
+            unsafe {
+                launch!(
+                    launchers,
+                    unit_multicast(
+                        p[0].cast(),
+                        p[1].cast(),
+                        ROUNDS as i32,
+                        2,
+                        masks[0],
+                        masks[1],
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            exactly::<u16>("out", &out[0], |i| {
+                let (block, round, half) =
+                    (i / (ROUNDS * 4096), i / 4096 % ROUNDS, i % 4096 / 2048);
+                let received = masks[half] >> (block % 2) & 1 == 1;
+                if received {
+                    tensor[round * 4096 + i % 4096]
+                } else {
+                    u16::MAX
+                }
+            })
+        }),
+    }
+}
+
+fn gathers() -> Vec<MakeProblem> {
+    [
+        (64, false, false),
+        (64, true, false),
+        (37, false, true),
+        (37, true, true),
+        (0, false, false),
+    ]
+    .into_iter()
+    .map(|(columns, transpose, by_mbarrier)| {
+        Box::new(move || Ok(gather(columns, transpose, by_mbarrier))) as MakeProblem
+    })
+    .collect()
+}
+
+fn gather(columns: usize, transpose: bool, by_mbarrier: bool) -> Problem {
+    let input = numbered(100 * 64);
+    let mut random = Random(2);
+    let index: Vec<i32> = (0..64).map(|_| random.below(110) as i32 - 10).collect();
+    let buffers = vec![
+        Buffer::output("out", 64 * 64 * 2),
+        Buffer::input("in", &input),
+        Buffer::input("index", &index),
+    ];
+    Problem {
+        label: format!("{columns} columns, transposed {transpose}, by mbarrier {by_mbarrier}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let (transpose, by_mbarrier) = (i32::from(transpose), i32::from(by_mbarrier));
+            // SAFETY: the indices are below the 100 rows of the input; the result is [64, 64].
+            unsafe {
+                launch!(
+                    launchers,
+                    unit_gather(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        columns as i32,
+                        transpose,
+                        by_mbarrier,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            exactly::<u16>("out", &out[0], |i| {
+                let (row, column) = (i / 64, i % 64);
+                let (r, c) = match transpose {
+                    true => (row / 8 * 8 + column % 8, column / 8 * 8 + row % 8),
+                    false => (row, column),
+                };
+                if index[r] < 0 || c >= columns {
+                    0
+                } else {
+                    input[index[r] as usize * 64 + c]
+                }
+            })
+        }),
+    }
+}
+
+fn softmax() -> Problem {
+    const ROWS: usize = 9;
+    const COLUMNS: usize = 777;
+    let mut random = Random(3);
+    let input: Vec<f32> = (0..ROWS * COLUMNS).map(|_| random.normal()).collect();
+    Problem {
+        label: format!("{ROWS} rows of {COLUMNS}"),
+        buffers: vec![
+            Buffer::output("out", ROWS * COLUMNS * 4),
+            Buffer::changed("warps_seen", &[0i32]),
+            Buffer::input("in", &input),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: both are [rows, columns]; one word is counted up.
+            unsafe {
+                launch!(
+                    launchers,
+                    unit_softmax(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        ROWS as i32,
+                        COLUMNS as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            exactly::<i32>("warps_seen", &out[1], |_| ROWS as i32 * 8)?;
+            let mut errors = Errors::default();
+            let got: Vec<f32> = values(&out[0]);
+            for (row, (got, x)) in got.chunks(COLUMNS).zip(input.chunks(COLUMNS)).enumerate() {
+                let sum: f64 = x.iter().map(|&v| f64::from(v).exp()).sum();
+                for (i, (&g, &v)) in got.iter().zip(x).enumerate() {
+                    let want = f64::from(v).exp() / sum;
+                    errors.add(f64::from(g), want, 1e-5 * want, || {
+                        format!("out[{row}, {i}]")
+                    })?;
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}

@@ -1,0 +1,314 @@
+//! One GPU through the CUDA driver, whose library is loaded at run time: the program starts on machines without it.
+//!
+//! [`Gpu::open`] says why there is none to use. Launches go to one stream of the GPU's own; nothing here uses the default
+//! stream, and cudarc's event tracking is off, since it would break graph capture.
+
+use super::launchers::{self, Launchers};
+use crate::error::{Error, Result};
+use cudarc::driver::result;
+use cudarc::driver::sys::{
+    self, CUdevice_attribute_enum as Attribute, CUevent_flags, CUgraphInstantiate_flags,
+};
+use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError};
+use std::sync::Arc;
+
+/// A Hopper GPU with the kernels compiled for it.
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+    launchers: &'static Launchers,
+    /// As the driver names it, such as "NVIDIA H200".
+    pub name: String,
+    /// Version of CUDA that the driver speaks, as (13, 0).
+    pub driver: (i32, i32),
+}
+
+/// CUDA that the kernels are compiled with; an older driver cannot load them.
+pub const NEEDED_DRIVER: (i32, i32) = (13, 0);
+/// Compute capability that the kernels' instructions exist on, and on no other.
+pub const NEEDED_CAPABILITY: (i32, i32) = (9, 0);
+
+impl Gpu {
+    /// The first GPU of the machine.
+    ///
+    /// # Errors
+    /// One sentence that says why there is none to use: kernels not compiled in, no driver library, a driver too old, no
+    /// GPU, or not a Hopper.
+    pub fn open() -> Result<Self, String> {
+        let launchers = launchers::cuda()
+            .ok_or("the kernels are not compiled in: no nvcc was found at build time")?;
+        // SAFETY: the function only tries to load the library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err("no CUDA driver: libcuda.so cannot be loaded".into());
+        }
+        let failed = |what: &str, e: DriverError| {
+            format!("the CUDA driver cannot {what}: {}", error_text(e))
+        };
+        result::init().map_err(|e| failed("start", e))?;
+        let driver = driver_version().map_err(|e| failed("tell its version", e))?;
+        require_driver(driver)?;
+        if CudaContext::device_count().map_err(|e| failed("count its GPUs", e))? == 0 {
+            return Err("the CUDA driver finds no GPU".into());
+        }
+        let context = CudaContext::new(0).map_err(|e| failed("open the GPU", e))?;
+        // SAFETY: there is no allocation yet, and everything here runs on one stream.
+        unsafe { context.disable_event_tracking() };
+        let name = context.name().map_err(|e| failed("name the GPU", e))?;
+        let capability = context
+            .compute_capability()
+            .map_err(|e| failed("describe the GPU", e))?;
+        require_capability(&name, capability)?;
+        let stream = context
+            .new_stream()
+            .map_err(|e| failed("make a stream", e))?;
+        Ok(Self {
+            context,
+            stream,
+            launchers,
+            name,
+            driver,
+        })
+    }
+
+    pub fn launchers(&self) -> &'static Launchers {
+        self.launchers
+    }
+
+    /// The stream of every launch. The GPU becomes the calling thread's own.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn stream(&self) -> Result<sys::CUstream> {
+        self.context
+            .bind_to_thread()
+            .map_err(|e| error("bind the GPU to a thread", e))?;
+        Ok(self.stream.cu_stream())
+    }
+
+    /// Bytes of the L2 cache.
+    pub fn cache_bytes(&self) -> Result<usize> {
+        let bytes = self
+            .context
+            .attribute(Attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE);
+        bytes
+            .map(|bytes| bytes as usize)
+            .map_err(|e| error("read an attribute", e))
+    }
+
+    /// Waits for every launch.
+    ///
+    /// # Errors
+    /// What a launch since the last wait met.
+    pub fn finish(&self) -> Result<()> {
+        self.stream
+            .synchronize()
+            .map_err(|e| error("wait for its launches", e))
+    }
+
+    /// `bytes` bytes of unspecified content.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn allocate(&self, bytes: usize) -> Result<DeviceMemory> {
+        self.stream()?;
+        // SAFETY: freed by DeviceMemory alone.
+        let address = unsafe { result::malloc_sync(bytes.max(1)) }
+            .map_err(|e| error(&format!("allocate {bytes} bytes"), e))?;
+        Ok(DeviceMemory {
+            address,
+            bytes,
+            context: self.context.clone(),
+            stream: self.stream.clone(),
+        })
+    }
+
+    /// A point in time on the stream: after every launch so far.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn mark(&self) -> Result<CudaEvent> {
+        self.stream
+            .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
+            .map_err(|e| error("record an event", e))
+    }
+
+    /// Seconds between two marks; waits for the second.
+    ///
+    /// # Errors
+    /// What a launch before it met.
+    pub fn seconds(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f64> {
+        from.elapsed_ms(to)
+            .map(|ms| f64::from(ms) * 1e-3)
+            .map_err(|e| error("time its launches", e))
+    }
+
+    /// Records the launches of `body` as a graph instead of running them.
+    ///
+    /// # Errors
+    /// What `body` answered, or that it did something a capture forbids.
+    pub fn capture(&self, body: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        self.stream
+            .begin_capture(mode)
+            .map_err(|e| error("begin a capture", e))?;
+        let done = body();
+        let graph = self
+            .stream
+            .end_capture(CUgraphInstantiate_flags(0))
+            .map_err(|e| error("end a capture", e));
+        done?;
+        graph?.ok_or_else(|| {
+            error(
+                "capture a graph",
+                DriverError(sys::CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED),
+            )
+        })
+    }
+
+    /// Runs a captured graph.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn replay(&self, graph: &CudaGraph) -> Result<()> {
+        graph.launch().map_err(|e| error("launch a graph", e))
+    }
+}
+
+/// Memory of a GPU; copies wait for the stream and are done on return.
+pub struct DeviceMemory {
+    address: sys::CUdeviceptr,
+    bytes: usize,
+    context: Arc<CudaContext>,
+    stream: Arc<CudaStream>,
+}
+
+impl DeviceMemory {
+    /// Aligned to 256 bytes.
+    pub fn address(&self) -> usize {
+        self.address as usize
+    }
+
+    pub fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
+        let to = self.place(at, bytes.len())?;
+        // SAFETY: the range lies inside, and the copy is over when this returns. (The driver's synchronous copy may still
+        // be on its way then, and a stream of our own would not wait for it.)
+        let copied = unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) };
+        copied
+            .and_then(|()| self.stream.synchronize())
+            .map_err(|e| error("copy to the GPU", e))
+    }
+
+    pub fn fill(&mut self, at: usize, count: usize, byte: u8) -> Result<()> {
+        let to = self.place(at, count)?;
+        // SAFETY: the range lies inside.
+        let filled = unsafe { result::memset_d8_async(to, byte, count, self.stream.cu_stream()) };
+        filled
+            .and_then(|()| self.stream.synchronize())
+            .map_err(|e| error("fill memory", e))
+    }
+
+    pub fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
+        let from = self.place(at, bytes.len())?;
+        // SAFETY: as above.
+        let copied = unsafe { result::memcpy_dtoh_async(bytes, from, self.stream.cu_stream()) };
+        copied
+            .and_then(|()| self.stream.synchronize())
+            .map_err(|e| error("copy from the GPU", e))
+    }
+
+    /// The address of a range inside.
+    fn place(&self, at: usize, count: usize) -> Result<sys::CUdeviceptr> {
+        if at.checked_add(count).is_none_or(|end| end > self.bytes) {
+            let got = format!("{count} bytes from byte {at}");
+            return Err(Error::invalid(
+                "device memory",
+                format!("a range within {} bytes", self.bytes),
+                got,
+                "a bug",
+            ));
+        }
+        self.context
+            .bind_to_thread()
+            .map_err(|e| error("bind the GPU to a thread", e))?;
+        Ok(self.address + at as u64)
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        // After a fault of a kernel the driver refuses everything, and the process is about to end.
+        let _ = self.context.bind_to_thread();
+        // SAFETY: nothing else frees it; the driver waits for what still uses it.
+        let _ = unsafe { result::free_sync(self.address) };
+    }
+}
+
+/// An [`Error::Device`] of something that the driver refused.
+pub fn error(what: &str, e: DriverError) -> Error {
+    let help = "see `nvidia-smi` for what else uses the GPU; after a fault of a kernel the process must start anew";
+    Error::Device {
+        op: format!("the CUDA driver cannot {what}"),
+        status: e.0 as i32,
+        text: error_text(e),
+        help: help.into(),
+    }
+}
+
+fn error_text(e: DriverError) -> String {
+    let name = e.error_name().map(|n| n.to_string_lossy().into_owned());
+    let text = e.error_string().map(|t| t.to_string_lossy().into_owned());
+    match (name, text) {
+        (Ok(name), Ok(text)) => format!("{name}, {text}"),
+        _ => format!("error {}", e.0 as i32),
+    }
+}
+
+fn driver_version() -> Result<(i32, i32), DriverError> {
+    let mut version = 0;
+    // SAFETY: one int is written; the library is present.
+    unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
+    Ok((version / 1000, version % 1000 / 10))
+}
+
+fn require_driver(got: (i32, i32)) -> Result<(), String> {
+    if got >= NEEDED_DRIVER {
+        return Ok(());
+    }
+    let (major, minor) = NEEDED_DRIVER;
+    Err(format!(
+        "the CUDA driver is too old: it speaks CUDA {}.{}, the kernels need {major}.{minor} (driver 580)",
+        got.0, got.1
+    ))
+}
+
+fn require_capability(name: &str, got: (i32, i32)) -> Result<(), String> {
+    if got == NEEDED_CAPABILITY {
+        return Ok(());
+    }
+    Err(format!(
+        "{name} is not a Hopper GPU: its compute capability is {}.{}, the kernels need 9.0",
+        got.0, got.1
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_driver_or_another_architecture_is_refused_with_what_is_needed() {
+        assert!(
+            require_driver((12, 9))
+                .unwrap_err()
+                .contains("CUDA 12.9, the kernels need 13.0")
+        );
+        assert!(require_driver((13, 0)).is_ok() && require_driver((13, 2)).is_ok());
+        assert!(
+            require_capability("NVIDIA A100", (8, 0))
+                .unwrap_err()
+                .contains("NVIDIA A100 is not a Hopper")
+        );
+        assert!(require_capability("NVIDIA B200", (10, 0)).is_err());
+        assert!(require_capability("NVIDIA H200", (9, 0)).is_ok());
+    }
+}

@@ -1,0 +1,295 @@
+//! The processes that tasks run in, and what the machine says about itself.
+
+use super::one::Outcome;
+use super::record::Ending;
+use super::task::{Kind, Task};
+use crate::error::{Error, Result};
+use serde_json::{Value, json};
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Exit code with which compute-sanitizer is told to report that it found something.
+const FOUND: i32 = 86;
+
+/// Runs a task in a process of its own, killed after `limit` seconds.
+///
+/// # Errors
+/// When this program cannot be started a second time.
+pub fn in_child(task: &Task, limit: f64) -> Result<Outcome> {
+    let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
+    // The instruments watch the run that otherwise compares results.
+    let mut command = match task.kind {
+        Kind::Memcheck | Kind::Racecheck => match sanitizer() {
+            Some(path) => {
+                let mut command = Command::new(path);
+                let tool = if task.kind == Kind::Memcheck {
+                    "memcheck"
+                } else {
+                    "racecheck"
+                };
+                command
+                    .args(["--tool", tool, "--error-exitcode", &FOUND.to_string()])
+                    .arg(&program);
+                command
+            }
+            None => {
+                return Ok(Outcome::new(
+                    Ending::Unavailable,
+                    "compute-sanitizer is not installed",
+                ));
+            }
+        },
+        _ => Command::new(&program),
+    };
+    command
+        .args(["hardware-check", "--one", &task.name()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command.process_group(0);
+    let mut child = command
+        .spawn()
+        .map_err(|e| Error::io("start", &program, e))?;
+    let text = both_streams(&mut child);
+    let Some(status) = wait(&mut child, limit) else {
+        return Ok(Outcome::new(
+            Ending::TimedOut,
+            format!("killed after {limit:.0} s"),
+        ));
+    };
+    let text = text();
+    if matches!(task.kind, Kind::Memcheck | Kind::Racecheck) {
+        return Ok(sanitized(&text, status.code()));
+    }
+    let told = text
+        .lines()
+        .rev()
+        .find_map(|line| serde_json::from_str::<Outcome>(line).ok());
+    Ok(told.unwrap_or_else(|| {
+        let last: Vec<&str> = text.lines().rev().take(5).collect();
+        Outcome::new(
+            Ending::Failed,
+            format!("the process ended with {status}: {}", last.join(" | ")),
+        )
+    }))
+}
+
+/// Reads standard output and error on threads of their own, so that neither pipe fills; the result waits for both.
+fn both_streams(child: &mut Child) -> impl FnOnce() -> String + use<> {
+    let read = |stream: Option<Box<dyn Read + Send>>| {
+        std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            if let Some(mut stream) = stream {
+                let _ = stream.read_to_end(&mut bytes);
+            }
+            String::from_utf8_lossy(&bytes).into_owned()
+        })
+    };
+    let error = read(
+        child
+            .stderr
+            .take()
+            .map(|s| Box::new(s) as Box<dyn Read + Send>),
+    );
+    let output = read(
+        child
+            .stdout
+            .take()
+            .map(|s| Box::new(s) as Box<dyn Read + Send>),
+    );
+    // The outcome's line comes last.
+    move || {
+        format!(
+            "{}\n{}",
+            error.join().unwrap_or_default(),
+            output.join().unwrap_or_default()
+        )
+    }
+}
+
+/// The exit status; none when the process had to be killed.
+fn wait(child: &mut Child, limit: f64) -> Option<std::process::ExitStatus> {
+    if let Some(status) = ended_within(child, limit) {
+        return Some(status);
+    }
+    // The whole group: an instrument's own child would live on, and keep the GPU.
+    let group = format!("-{}", child.id());
+    let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
+    // A process that the driver holds may take its time to die; it must not hold up the rest for long.
+    ended_within(child, 10.0);
+    None
+}
+
+fn ended_within(child: &mut Child, seconds: f64) -> Option<std::process::ExitStatus> {
+    let start = Instant::now();
+    while start.elapsed().as_secs_f64() < seconds {
+        if let Ok(Some(status)) = child.try_wait() {
+            return Some(status);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    None
+}
+
+/// What compute-sanitizer's text says.
+fn sanitized(text: &str, code: Option<i32>) -> Outcome {
+    let summary = text
+        .lines()
+        .rev()
+        .find(|line| line.contains("SUMMARY:"))
+        .map(|line| line.trim_matches(['=', ' ']));
+    let first: Vec<&str> = text
+        .lines()
+        .filter(|line| line.starts_with("========="))
+        .take(12)
+        .collect();
+    let ran = text.lines().any(|line| {
+        serde_json::from_str::<Outcome>(line).is_ok_and(|o| o.ending == Ending::Passed)
+    });
+    match summary {
+        Some(summary) if ran && code == Some(0) => Outcome::new(Ending::Passed, summary),
+        Some(summary) if code == Some(FOUND) && ran => Outcome {
+            measured: json!({ "report": first }),
+            ..Outcome::new(Ending::Failed, summary)
+        },
+        _ => Outcome {
+            measured: json!({ "report": first }),
+            ..Outcome::new(
+                Ending::Unavailable,
+                "compute-sanitizer did not run the program",
+            )
+        },
+    }
+}
+
+fn sanitizer() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut folders: Vec<PathBuf> = std::env::split_paths(&path).collect();
+    folders.extend(std::env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin")));
+    folders.push("/usr/local/cuda/bin".into());
+    folders
+        .into_iter()
+        .map(|folder| folder.join("compute-sanitizer"))
+        .find(|path| path.is_file())
+}
+
+/// Clocks, temperature, power and what holds the clocks back; null where nvidia-smi is missing.
+pub fn state() -> Value {
+    const FIELDS: [&str; 6] = [
+        "clocks.sm",
+        "clocks.mem",
+        "temperature.gpu",
+        "power.draw",
+        "clocks_event_reasons.active",
+        "utilization.gpu",
+    ];
+    match nvidia_smi(&FIELDS) {
+        Some(values) => FIELDS
+            .iter()
+            .zip(values)
+            .map(|(field, value)| (field.to_string(), Value::String(value)))
+            .collect(),
+        None => Value::Null,
+    }
+}
+
+/// Version of the driver.
+pub fn driver() -> String {
+    nvidia_smi(&["driver_version"])
+        .and_then(|values| values.into_iter().next())
+        .unwrap_or_else(|| "unknown".into())
+}
+
+fn nvidia_smi(fields: &[&str]) -> Option<Vec<String>> {
+    let query = format!("--query-gpu={}", fields.join(","));
+    let output = Command::new("nvidia-smi")
+        .args([&query, "--format=csv,noheader,nounits", "--id=0"])
+        .output()
+        .ok()?;
+    let text = String::from_utf8(output.stdout)
+        .ok()
+        .filter(|_| output.status.success())?;
+    let values: Vec<String> = text
+        .lines()
+        .next()?
+        .split(',')
+        .map(|value| value.trim().to_string())
+        .collect();
+    (values.len() == fields.len()).then_some(values)
+}
+
+/// The commit that was built: told by the bundle's script, or asked of git.
+pub fn commit() -> String {
+    if let Ok(commit) = std::env::var("ROUTEGRAD_COMMIT") {
+        return commit;
+    }
+    let output = Command::new("git")
+        .args([
+            "describe",
+            "--always",
+            "--dirty",
+            "--abbrev=12",
+            "--exclude=*",
+        ])
+        .output();
+    let text = output
+        .ok()
+        .filter(|o| o.status.success())
+        .and_then(|o| String::from_utf8(o.stdout).ok());
+    text.map_or_else(|| "unknown".into(), |text| text.trim().to_string())
+}
+
+/// Release of the operating system's kernel.
+pub fn system() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_or_else(|_| "unknown".into(), |text| text.trim().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> Child {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).process_group(0);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    }
+
+    #[test]
+    fn a_process_that_hangs_is_killed_with_its_children() {
+        let mut child = shell("sleep 60; true");
+        let text = both_streams(&mut child);
+        let start = Instant::now();
+        assert!(wait(&mut child, 0.2).is_none());
+        text(); // ends when the last holder of the pipes is gone
+        assert!(start.elapsed().as_secs() < 8);
+    }
+
+    #[test]
+    fn much_output_does_not_block_a_process_and_the_last_line_is_kept() {
+        let mut child = shell("head -c 1000000 /dev/zero | tr '\\0' x >&2; echo end");
+        let text = both_streams(&mut child);
+        assert!(wait(&mut child, 60.0).is_some_and(|status| status.success()));
+        assert!(text().ends_with("end\n"));
+    }
+
+    #[test]
+    fn the_instruments_report_is_read_as_it_is_meant() {
+        let line = serde_json::to_string(&Outcome::new(Ending::Passed, "")).unwrap();
+        let clean =
+            format!("========= COMPUTE-SANITIZER\n{line}\n========= ERROR SUMMARY: 0 errors\n");
+        assert_eq!(sanitized(&clean, Some(0)).ending, Ending::Passed);
+        let found = clean.replace("0 errors", "2 errors");
+        assert_eq!(sanitized(&found, Some(FOUND)).ending, Ending::Failed);
+        assert_eq!(
+            sanitized(&found, Some(FOUND)).detail,
+            "ERROR SUMMARY: 2 errors"
+        );
+        let refused = "========= COMPUTE-SANITIZER\n========= Error: Device not supported\n";
+        assert_eq!(sanitized(refused, Some(1)).ending, Ending::Unavailable);
+    }
+}

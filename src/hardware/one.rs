@@ -1,0 +1,147 @@
+//! One task, in the process made for it.
+
+use super::record::Ending;
+use crate::error::Result;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// What a task's process tells the one that started it, as one line of JSON.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Outcome {
+    pub ending: Ending,
+    pub detail: String,
+    pub measured: Value,
+}
+
+impl Outcome {
+    pub fn new(ending: Ending, detail: impl Into<String>) -> Self {
+        Self {
+            ending,
+            detail: detail.into(),
+            measured: Value::Null,
+        }
+    }
+}
+
+/// Runs the task called `name` on the GPU and prints its outcome.
+///
+/// # Errors
+/// When it cannot be printed.
+pub fn run(name: &str) -> Result<()> {
+    let outcome = outcome(name).unwrap_or_else(|why| Outcome::new(Ending::Failed, why));
+    println!(
+        "{}",
+        serde_json::to_string(&outcome).map_err(|e| crate::error::Error::io(
+            "write",
+            "the outcome",
+            e.into()
+        ))?
+    );
+    Ok(())
+}
+
+#[cfg(not(feature = "cuda"))]
+fn outcome(_name: &str) -> Result<Outcome, String> {
+    super::gpu_name().map(|gpu| Outcome::new(Ending::Failed, gpu))
+}
+
+#[cfg(feature = "cuda")]
+fn outcome(name: &str) -> Result<Outcome, String> {
+    use super::task::{self, Kind};
+    use super::timing;
+    let task = task::queue()
+        .into_iter()
+        .find(|task| task.name() == name)
+        .ok_or(format!("there is no task \"{name}\""))?;
+    let gpu = crate::device::cuda::Gpu::open()?;
+    if task.kind == Kind::Timed {
+        let case = timing::cases()
+            .into_iter()
+            .find(|case| case.name == task.case)
+            .ok_or("there is no such timing")?;
+        let (detail, measured) = timing::time(&gpu, &case)?;
+        return Ok(Outcome {
+            measured,
+            ..Outcome::new(Ending::Passed, detail)
+        });
+    }
+    let case = crate::check::kernels::cases()
+        .into_iter()
+        .find(|case| case.name == task.case)
+        .ok_or("there is no such case")?;
+    match task.kind {
+        Kind::Replays => cases::replays(&gpu, &case),
+        _ => cases::agrees(&gpu, &case),
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cases {
+    use super::{Ending, Outcome};
+    use crate::check::kernels::{Case, Errors, Run};
+    use crate::device::cuda::Gpu;
+    use serde_json::json;
+
+    /// Every problem twice: within its bounds, and the same bytes.
+    pub fn agrees(gpu: &Gpu, case: &Case) -> Result<Outcome, String> {
+        let mut errors = Errors::default();
+        let mut worst_relative = 0.0f64;
+        for make in &case.problems {
+            let problem = make().map_err(|e| e.to_string())?;
+            let mut run = Run::new(gpu, &problem).map_err(|e| e.to_string())?;
+            let first = run.fresh_outputs()?;
+            let judged = problem.judged(&first)?;
+            worst_relative = worst_relative.max(judged.relative());
+            errors.merge(judged);
+            if run.fresh_outputs()? != first {
+                return Err(format!("{}: a second run gives other bytes", problem.label));
+            }
+        }
+        let problems = case.problems.len();
+        let measured = json!({
+            "problems": problems, "values": errors.values, "worst_share_of_bound": errors.worst(),
+            "worst_relative_error": worst_relative,
+        });
+        let detail = format!(
+            "{problems} problems, {} values, equal bytes twice",
+            errors.values
+        );
+        Ok(Outcome {
+            measured,
+            ..Outcome::new(Ending::Passed, detail)
+        })
+    }
+
+    /// Every problem captured and replayed twice: the bytes of the eager run.
+    pub fn replays(gpu: &Gpu, case: &Case) -> Result<Outcome, String> {
+        for make in &case.problems {
+            let problem = make().map_err(|e| e.to_string())?;
+            let text = |e: crate::error::Error| format!("{}: {e}", problem.label);
+            let mut run = Run::new(gpu, &problem).map_err(text)?;
+            let eager = run.fresh_outputs()?;
+            run.reset().map_err(text)?;
+            let untouched = run.outputs()?;
+            let graph = gpu.capture(|| run.launch()).map_err(text)?;
+            if run.outputs()? != untouched {
+                return Err(format!(
+                    "{}: the captured launch ran at once",
+                    problem.label
+                ));
+            }
+            for _ in 0..2 {
+                run.reset().map_err(text)?;
+                gpu.replay(&graph).map_err(text)?;
+                if run.outputs()? != eager {
+                    return Err(format!(
+                        "{}: the graph gives other bytes than the launch",
+                        problem.label
+                    ));
+                }
+            }
+        }
+        Ok(Outcome::new(
+            Ending::Passed,
+            format!("{} problems captured, replayed twice", case.problems.len()),
+        ))
+    }
+}

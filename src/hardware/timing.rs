@@ -1,0 +1,239 @@
+//! Timing a GEMM beside cuBLAS: one process, interleaved, random data, inputs rotated past the L2 cache, both sides timed
+//! twice, medians.
+
+use crate::check::kernels::grouped_gemm::{Product, Shape};
+
+/// Ceilings measured on one H200: FLOP/s of bf16 products and bytes/s of a copy.
+pub const PEAK_FLOPS: f64 = 790e12;
+pub const PEAK_BYTES: f64 = 4.3e12;
+
+/// A product at a shape of the core set.
+pub struct TimedCase {
+    pub name: String,
+    pub product: Product,
+    pub shape: Shape,
+}
+
+impl TimedCase {
+    /// Bytes that must move once: operands and result.
+    pub fn bytes(&self) -> f64 {
+        let Shape { n, k, ref counts } = self.shape;
+        let (rows, experts, n, k) = (
+            self.shape.rows() as f64,
+            counts.len() as f64,
+            n as f64,
+            k as f64,
+        );
+        match self.product {
+            Product::WeightGradient => 2.0 * rows * (n + k) + 4.0 * experts * n * k,
+            _ => 2.0 * (rows * (n + k) + experts * n * k),
+        }
+    }
+
+    /// Seconds that no version goes below: max(FLOPs / 790e12, bytes / 4.3e12).
+    pub fn floor(&self) -> f64 {
+        (self.shape.flops() / PEAK_FLOPS).max(self.bytes() / PEAK_BYTES)
+    }
+
+    /// Seconds of the whole task: start, random inputs, float64 of the sampled lines, and the runs.
+    pub fn estimate(&self) -> f64 {
+        3.0 + self.bytes() * 2e-9 + self.floor() * 4.0 * f64::from(SAMPLES * LAUNCHES)
+    }
+}
+
+/// Samples of each side and pass, each of so many launches.
+pub const SAMPLES: u32 = 15;
+pub const LAUNCHES: u32 = 4;
+
+/// Dense 4096³ and 8192³, then the expert layers of 1.96b and 7.33b at 16 Ki tokens with equal groups.
+pub fn cases() -> Vec<TimedCase> {
+    let mut cases = Vec::new();
+    for side in [4096, 8192] {
+        for product in Product::ALL {
+            let shape = Shape::new(&[side], side, side);
+            cases.push(TimedCase {
+                name: format!("{} dense {side}", product.launcher()),
+                product,
+                shape,
+            });
+        }
+    }
+    // The expert's width at 8 experts; with 4 times as many it is a quarter.
+    for (model, hidden, width) in [("1.96b", 1024, 2816), ("7.33b", 2048, 5632)] {
+        for (experts, top_k) in [(8, 1), (8, 2), (32, 4)] {
+            let width = width * 8 / experts;
+            for (matrix, n, k) in [("gate-up", 2 * width, hidden), ("down", hidden, width)] {
+                for product in Product::ALL {
+                    let shape = Shape::new(&vec![16_384 * top_k / experts; experts], n, k);
+                    let name = format!("{} {model} {experts}c{top_k} {matrix}", product.launcher());
+                    cases.push(TimedCase {
+                        name,
+                        product,
+                        shape,
+                    });
+                }
+            }
+        }
+    }
+    cases
+}
+
+/// Median, and the spread of the middle half as a share of it.
+pub fn median(samples: &[f64]) -> (f64, f64) {
+    let mut sorted = samples.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
+    (at(0.5), (at(0.75) - at(0.25)) / at(0.5))
+}
+
+#[cfg(feature = "cuda")]
+pub use gpu::time;
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::super::cublas::{Cublas, Matmul};
+    use super::{LAUNCHES, SAMPLES, TimedCase, median};
+    use crate::check::kernels::grouped_gemm::{self, Operands};
+    use crate::check::kernels::{Problem, Run};
+    use crate::device::bindings::ROUTEGRAD_TILE_AUTO;
+    use crate::device::cuda::Gpu;
+    use crate::error::Result;
+    use serde_json::{Value, json};
+    use std::sync::Arc;
+
+    /// Times `case`, judging both sides' results first.
+    ///
+    /// # Errors
+    /// The text says which side failed, and how.
+    pub fn time(gpu: &Gpu, case: &TimedCase) -> Result<(String, Value), String> {
+        let text = |e: crate::error::Error| e.to_string();
+        let operands = Arc::new(Operands::sampled(case.product, &case.shape));
+        let problem = grouped_gemm::problem(&operands, ROUTEGRAD_TILE_AUTO);
+        // Enough sets of buffers that one is out of the cache when its turn comes again.
+        let cache = gpu.cache_bytes().map_err(text)? as f64;
+        let sets = ((2.0 * cache / case.bytes()).ceil() as usize + 1).clamp(2, 12);
+        let mut runs = (0..sets)
+            .map(|_| Run::new(gpu, &problem))
+            .collect::<Result<Vec<_>>>()
+            .map_err(text)?;
+        problem.judged(&runs[0].fresh_outputs()?)?;
+
+        let peer = Cublas::open(gpu).and_then(|cublas| {
+            let matmul = Matmul::new(&cublas, case.product, &case.shape)?;
+            Ok((cublas, matmul))
+        });
+        // cuBLAS may choose an algorithm that rounds partial sums: noted, not a failure of ours.
+        let peer_differs = match &peer {
+            Ok((_, matmul)) => judge_peer(gpu, &problem, &mut runs[0], matmul).err(),
+            Err(_) => None,
+        };
+        let ours = |i: usize| runs[i % sets].launch();
+        let theirs = |i: usize| match &peer {
+            Ok((_, matmul)) => matmul.launch(gpu, &runs[i % sets].pointers()),
+            Err(_) => Ok(()),
+        };
+        let mut passes = Vec::new();
+        for _ in 0..2 {
+            let (mut mine, mut other) = (Vec::new(), Vec::new());
+            for sample in 0..SAMPLES {
+                mine.push(seconds(gpu, sample, &ours).map_err(text)?);
+                if peer.is_ok() {
+                    other.push(seconds(gpu, sample, &theirs).map_err(text)?);
+                }
+            }
+            passes.push((median(&mine), (!other.is_empty()).then(|| median(&other))));
+        }
+        let (detail, mut measured) = report(case, &passes, peer.err());
+        measured["cublas_outside_bound"] = json!(peer_differs);
+        Ok((detail, measured))
+    }
+
+    /// Seconds of one launch, over several in a row, each on the next set of buffers.
+    fn seconds(gpu: &Gpu, sample: u32, launch: &dyn Fn(usize) -> Result<()>) -> Result<f64> {
+        let first = (sample * LAUNCHES) as usize;
+        launch(first)?; // the clocks and the queue are warm when the first mark is passed
+        let from = gpu.mark()?;
+        for i in 1..=LAUNCHES as usize {
+            launch(first + i)?;
+        }
+        let to = gpu.mark()?;
+        Ok(gpu.seconds(&from, &to)? / f64::from(LAUNCHES))
+    }
+
+    fn judge_peer(
+        gpu: &Gpu,
+        problem: &Problem,
+        run: &mut Run,
+        matmul: &Matmul,
+    ) -> Result<(), String> {
+        run.reset().map_err(|e| e.to_string())?;
+        matmul
+            .launch(gpu, &run.pointers())
+            .map_err(|e| e.to_string())?;
+        problem.judged(&run.outputs()?).map(|_| ())
+    }
+
+    type Timing = (f64, f64);
+
+    fn report(
+        case: &TimedCase,
+        passes: &[(Timing, Option<Timing>)],
+        no_peer: Option<String>,
+    ) -> (String, Value) {
+        let side = |times: Vec<Timing>| {
+            let seconds = times.iter().map(|t| t.0).fold(f64::INFINITY, f64::min);
+            json!({
+                "microseconds_of_each_pass": times.iter().map(|t| t.0 * 1e6).collect::<Vec<_>>(),
+                "spread_of_each_pass": times.iter().map(|t| t.1).collect::<Vec<_>>(),
+                "tflops": case.shape.flops() / seconds / 1e12,
+                "share_of_floor": case.floor() / seconds,
+            })
+        };
+        let ours = side(passes.iter().map(|p| p.0).collect());
+        let theirs = passes
+            .iter()
+            .map(|p| p.1)
+            .collect::<Option<Vec<_>>>()
+            .map(side);
+        let ratio = theirs
+            .as_ref()
+            .and_then(|t| Some(ours["tflops"].as_f64()? / t["tflops"].as_f64()?));
+        let mut detail = format!("{:.0} TFLOP/s", ours["tflops"].as_f64().unwrap_or(f64::NAN));
+        match (&ratio, &no_peer) {
+            (Some(ratio), _) => detail += &format!(", {ratio:.3} x cuBLAS"),
+            (None, Some(why)) => detail += &format!(", no cuBLAS: {why}"),
+            (None, None) => {}
+        }
+        let measured = json!({
+            "ours": ours, "cublas": theirs, "ratio_to_cublas": ratio, "floor_microseconds": case.floor() * 1e6,
+            "rows": case.shape.rows(), "experts": case.shape.counts.len(), "n": case.shape.n, "k": case.shape.k,
+        });
+        (detail, measured)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_is_not_moved_by_one_outlier() {
+        assert_eq!(median(&[3.0, 1.0, 2.0, 100.0, 2.0]), (2.0, 0.5));
+    }
+
+    #[test]
+    fn floors_are_those_of_the_papers_layers() {
+        let case = |name: &str| cases().into_iter().find(|c| c.name == name).unwrap();
+        let gate_up = case("grouped_gemm_forward 7.33b 8c1 gate-up");
+        assert!(
+            (gate_up.floor() * 1e6 - 957.0).abs() < 1.0,
+            "{}",
+            gate_up.floor()
+        );
+        assert_eq!(gate_up.shape.counts, [2048; 8]);
+        assert_eq!(
+            case("grouped_gemm_weight_gradient 1.96b 32c4 down").shape.n,
+            1024
+        );
+    }
+}
