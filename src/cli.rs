@@ -79,7 +79,7 @@ Examples:
   routegrad hardware-check --list
   routegrad hardware-check --budget 600
   routegrad hardware-check --only 'agrees: unit'
-  routegrad hardware-check --merge /tmp/node/hardware-nvidia-h200.jsonl")]
+  routegrad hardware-check --merge from-node/hardware-nvidia-h200.jsonl")]
     HardwareCheck(HardwareArgs),
     /// Print how far each kernel is proven, as a Markdown table.
     Status(StatusArgs),

@@ -105,6 +105,31 @@ const ROUTER_CASES: &[RouterCase] = &[
     },
 ];
 
+/// What is set in the models that are checked; the first stands for the defaults.
+const MODEL_OPTIONS: &[&[&str]] = &[
+    &[],
+    &[
+        "model.norm=\"layernorm\"",
+        "model.qkv_bias=true",
+        "model.tied_embeddings=true",
+    ],
+    &[
+        "model.kv_heads=1",
+        "model.qk_norm=\"head\"",
+        "model.shared_expert_width=5",
+    ],
+    &[
+        "model.head_dim=6",
+        "model.qk_norm=\"full\"",
+        "train.recompute=true",
+    ],
+    &[
+        "balance.aux_scope=\"micro\"",
+        "balance.aux_reduction=\"sum\"",
+        "model.dense_layers=[1]",
+    ],
+];
+
 /// Checks every subject ("op linear", "router topk", "model dense") that `filter` is part of; `each` sees every row as it is done.
 ///
 /// # Errors
@@ -131,12 +156,25 @@ pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Re
     }
     for router in routers::ROUTERS {
         let subject = format!("model {}", router.name);
-        if subject.contains(filter) {
-            let set = ["model.layers=3", "model.dense_layers=[0]"];
-            push(by_differences(
-                subject,
-                &model_case(&config(router.name, &set)?)?,
-            )?);
+        if !subject.contains(filter) {
+            continue;
+        }
+        let plain = &MODEL_OPTIONS[..1];
+        let options = if router.name == "default" {
+            MODEL_OPTIONS
+        } else {
+            plain
+        };
+        for set in options {
+            let layers = ["model.layers=3", "model.dense_layers=[0]"];
+            let all: Vec<&str> = layers.iter().chain(*set).copied().collect();
+            let row = by_differences(subject.clone(), &model_case(&config(router.name, &all)?)?)?;
+            push(Row {
+                case: format!("3 layers, loss {}", set.join(" "))
+                    .trim_end()
+                    .into(),
+                ..row
+            });
         }
     }
     Ok(rows)
