@@ -1,4 +1,4 @@
-//! Verification: a case declared once is differentiated, compared between precisions, and timed.
+//! Verification: a case declared once is differentiated and compared between precisions.
 //!
 //! A [`Case`] names an operation's inputs and runs it; [`finite_differences`] holds its gradients
 //! against central differences in f64, [`compare_precisions`] its f32 results against f64.
@@ -29,7 +29,7 @@ pub struct Input {
     pub differentiable: bool,
 }
 
-/// An operation on given inputs: what every check and benchmark starts from.
+/// An operation on given inputs: what every check starts from.
 pub struct Case {
     /// Operation and shapes, for reports.
     pub name: String,

@@ -31,7 +31,7 @@ pub struct OpInfo {
     pub name: &'static str,
     /// The formula, in a line.
     pub formula: &'static str,
-    /// What checks and benchmarks run.
+    /// What the checks run.
     pub cases: fn() -> Vec<Case>,
 }
 
