@@ -29,7 +29,7 @@ pub enum Kind {
     Ties,
     /// Every token's highest score by far is the last expert's.
     OneExpert,
-    /// Tokens 1, 17 and the last hold NaN or infinities.
+    /// Token 1 overflows to infinity in one logit; token 17 holds NaN, the last an infinity.
     NonFinite,
     /// Logits up to some hundreds.
     Large,
@@ -82,14 +82,17 @@ impl Batch {
                 w[(experts - 1) * hidden] = 50.0;
             }
             NonFinite => {
-                let last = tokens - 1;
-                for (token, wrong) in [
-                    (last, f32::NEG_INFINITY),
-                    (17, f32::INFINITY),
-                    (1, f32::NAN),
-                ] {
+                let (last, spare) = (tokens - 1, hidden / 2 - 1);
+                for (token, wrong) in [(last, f32::NEG_INFINITY), (17, f32::NAN)] {
                     x[token.min(last) * hidden + hidden / 2] = bf16::from_f32(wrong);
                 }
+                // A column in which token 1 alone is not zero, and expert 0 too large for it.
+                x.iter_mut()
+                    .skip(spare)
+                    .step_by(hidden)
+                    .for_each(|v| *v = bf16::ZERO);
+                x[last.min(1) * hidden + spare] = bf16::from_f32(64.0);
+                w[spare] = 3e38;
             }
             Ordinary | Biased | Large => {}
         }
@@ -268,7 +271,8 @@ fn judge(batch: &Batch, bytes: &[Vec<u8>]) -> Result<Errors, String> {
         choices: values(&bytes[2]),
         statistics: values(&bytes[4]),
     };
-    let non_finite = |t: &usize| (0..experts).any(|e| !batch.logits[t * experts + e].0.is_finite());
+    let finite = |i: usize| (batch.logits[i].0 as f32).is_finite();
+    let non_finite = |t: &usize| !(0..experts).all(|e| finite(t * experts + e));
     let flag = (0..tokens).find(non_finite).unwrap_or(i32::MAX as usize);
     exactly::<i32>("first_non_finite", &bytes[3], |_| flag as i32)?;
     if choices == 0 {
