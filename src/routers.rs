@@ -1,6 +1,6 @@
 //! The routers, one a file, and their registry.
 //!
-//! A router turns logits `z [T, E]` into gates `[T, E]` and, for every token, the experts that run:
+//! A router turns a layer's input `x [T, D]` into gates `[T, E]` and, for every token, the experts that run:
 //! nothing outside this folder knows which method does so. A new router is a file here and a line in
 //! [`ROUTERS`]; or a type of one's own passed to [`Model::with_router`](crate::model::Model::with_router).
 
@@ -15,6 +15,8 @@ use crate::config::{ModelConfig, RouterConfig, nearest};
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
 use crate::ops::dispatch::Dispatch;
+use crate::ops::expert_mean::{ExpertSums, Weighting};
+use crate::ops::routing::Scores;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use serde::Serialize;
@@ -26,10 +28,26 @@ pub struct Routing {
     /// `[T, E]`: weight of each expert's output; off the chosen experts that of its default vector,
     /// if there is one, else unused.
     pub gates: Var,
-    /// `[T, E]`: probabilities that the auxiliary loss and the statistics see.
-    pub probabilities: Var,
+    /// What the balance losses and the statistics see.
+    pub scores: Scores,
     /// The experts that run for each token.
     pub dispatch: Rc<Dispatch>,
+}
+
+impl Routing {
+    /// The layer's K experts of largest score run, weighted by their scores.
+    ///
+    /// # Errors
+    /// When K is 0 or larger than E.
+    pub fn by_scores(scores: Scores, layer: &mut LayerPass<'_>) -> Result<Self> {
+        let k = layer.top_k;
+        let dispatch = layer.select(|| scores.choose(k))?;
+        Ok(Routing {
+            gates: scores.values.clone(),
+            scores,
+            dispatch,
+        })
+    }
 }
 
 /// A tensor that a router keeps from step to step, for one layer.
@@ -55,21 +73,33 @@ pub trait Router {
         Vec::new()
     }
 
-    /// Chooses experts and gates from the logits `[T, E]`.
+    /// Chooses experts and gates from the layer's input `[T, D]` and its router weight `[E, D]`.
     ///
     /// # Errors
-    /// When the logits do not fit.
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing>;
+    /// When the two do not fit.
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing>;
 
-    /// Sees the outputs of the experts that ran, `[R, D]`, may update the layer's state, and gives
-    /// the default vectors of those that did not, if the method has any.
+    /// How the experts' outputs are to be summed for [`defaults`](Self::defaults); none if the
+    /// method does not need them.
+    fn weighting(&self) -> Option<Weighting> {
+        None
+    }
+
+    /// Gives the default vectors of the experts that did not run, if the method has any. `sums` are
+    /// those of the experts that ran; they are there when the router asked for them and the pass
+    /// may change state.
     ///
     /// # Errors
-    /// When the outputs do not fit.
+    /// When the sums do not fit the state.
     fn defaults(
         &self,
-        _expert_outputs: &Tensor,
-        _routing: &Routing,
+        _sums: Option<ExpertSums>,
         _layer: &mut LayerPass<'_>,
     ) -> Result<Option<Defaults>> {
         Ok(None)

@@ -5,6 +5,7 @@ use super::moe::BalanceLosses;
 use super::parameters::{Layout, NormSlots};
 use super::{Losses, rounded};
 use crate::config::{BalanceConfig, Config, ModelConfig, Norm, Recompute, Reduction};
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -36,6 +37,7 @@ pub struct Graph {
     pub states: RefCell<Vec<LayerState>>,
     pub rope: RopeTables,
     pub dtype: DType,
+    pub device: Device,
     pub dist: Box<dyn Collective>,
 }
 
@@ -62,7 +64,7 @@ impl Graph {
         let states = (0..model.moe_layers().len()).map(|layer| {
             let mut tensors = router.initial_state(model, layer, seed);
             for t in &mut tensors {
-                t.start = rounded(&t.start, dtype)?;
+                t.start = rounded(&t.start, dtype)?.on(config.train.device);
             }
             Ok(LayerState::new(tensors))
         });
@@ -83,6 +85,7 @@ impl Graph {
                 model.rope_theta,
             )?,
             dtype,
+            device: config.train.device,
             dist,
         })
     }

@@ -7,7 +7,7 @@
 use super::{LayerPass, Router, RouterInfo, Routing, from_settings};
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::ops::router::{softmax, top_k};
+use crate::ops::routing::{Score, scores};
 use crate::tape::{Tape, Var};
 use serde::{Deserialize, Serialize};
 
@@ -25,13 +25,19 @@ pub(super) const INFO: RouterInfo = RouterInfo {
 pub struct Dense {}
 
 impl Router for Dense {
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let probabilities = softmax(tape, logits)?;
-        let experts = probabilities.tensor().shape().width();
-        let dispatch = layer.select(|| top_k(probabilities.tensor(), experts))?;
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let experts = weight.tensor().shape().rows();
+        let scores = scores(tape, x, weight, Score::Softmax, experts)?;
+        let dispatch = layer.select(|| scores.choose(experts))?;
         Ok(Routing {
-            gates: probabilities.clone(),
-            probabilities,
+            gates: scores.values.clone(),
+            scores,
             dispatch,
         })
     }

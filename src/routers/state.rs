@@ -93,6 +93,7 @@ impl LayerState {
         };
         tensor.expect_shape("checkpoint", name, self.committed[i].shape())?;
         tensor.expect_dtype("checkpoint", name, self.committed[i].dtype())?;
+        let tensor = tensor.on(self.committed[i].device());
         self.pending[i] = tensor.clone();
         self.committed[i] = tensor;
         Ok(true)
