@@ -283,16 +283,7 @@ fn layer_case(config: &Config) -> Result<Case> {
     };
     let run = move |tape: &Tape, v: &[Var], phase: Phase| {
         let weights = place(v, &model.weights());
-        let (y, losses) = model.moe_layer(
-            0,
-            tape,
-            &weights,
-            &v[0],
-            Pass {
-                phase,
-                micro_batches: 1,
-            },
-        )?;
+        let (y, losses) = model.moe_layer(0, tape, &weights, &v[0], Pass::single(phase))?;
         Ok(std::iter::once(y).chain(losses).collect::<Vec<Var>>())
     };
     // A training pass chooses the experts and moves the default vectors; then they are held.
@@ -333,16 +324,7 @@ fn model_case(config: &Config) -> Result<Case> {
         move |tape, v| {
             let weights: Weights = v.to_vec().into();
             let run = |tape: &Tape, phase| {
-                model.loss(
-                    tape,
-                    &weights,
-                    &tokens,
-                    SEQUENCES,
-                    Pass {
-                        phase,
-                        micro_batches: 1,
-                    },
-                )
+                model.loss(tape, &weights, &tokens, SEQUENCES, Pass::single(phase))
             };
             if !held.replace(true) {
                 run(&Tape::without_gradients(), Phase::Train)?;

@@ -6,15 +6,20 @@
 
 pub mod default;
 pub mod dense;
+pub mod densemixer;
+pub mod lossfree;
+pub mod remoe;
+pub mod sparsemixer;
 mod state;
 pub mod topk;
 
 pub use state::{LayerPass, LayerState, LayerStats, Pass, Phase};
 
 use crate::config::{ModelConfig, RouterConfig, nearest};
+use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
-use crate::ops::dispatch::Dispatch;
+use crate::ops::dispatch::{Dispatch, Selection};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use serde::Serialize;
@@ -30,6 +35,50 @@ pub struct Routing {
     pub probabilities: Var,
     /// The experts that run for each token.
     pub dispatch: Rc<Dispatch>,
+    /// The experts that count as chosen, where those that run are others.
+    pub chosen: Option<Selection>,
+    /// The loss of a router with [`Balance::Own`], a scalar with its coefficient.
+    pub penalty: Option<Var>,
+}
+
+impl Routing {
+    /// Experts that run because they were chosen, and no loss.
+    pub fn new(gates: Var, probabilities: Var, dispatch: Rc<Dispatch>) -> Self {
+        Routing {
+            gates,
+            probabilities,
+            dispatch,
+            chosen: None,
+            penalty: None,
+        }
+    }
+
+    /// The experts whose counts balance losses and statistics see.
+    pub fn chosen(&self) -> &Selection {
+        self.chosen
+            .as_ref()
+            .unwrap_or_else(|| self.dispatch.selection())
+    }
+}
+
+/// The loss that keeps the experts' loads even.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Balance {
+    /// The auxiliary loss and the z-loss, as the configuration weights them.
+    Auxiliary,
+    /// The router's own, [`Routing::penalty`], which is added to the loss as it is.
+    Own,
+    /// None.
+    None,
+}
+
+/// A vector that a router learns, for one layer; it does not decay.
+pub struct OwnParameter {
+    /// Name in checkpoints, behind the layer's prefix.
+    pub name: &'static str,
+    pub length: usize,
+    /// What every entry begins with.
+    pub start: f64,
 }
 
 /// A tensor that a router keeps from step to step, for one layer.
@@ -55,6 +104,11 @@ pub trait Router {
         Vec::new()
     }
 
+    /// The vectors that the method learns in each MoE layer.
+    fn parameters(&self, _model: &ModelConfig) -> Vec<OwnParameter> {
+        Vec::new()
+    }
+
     /// Chooses experts and gates from the logits `[T, E]`.
     ///
     /// # Errors
@@ -75,12 +129,34 @@ pub trait Router {
         Ok(None)
     }
 
-    /// Whether the auxiliary loss applies: not where every expert gets every token.
-    fn balances(&self) -> bool {
-        true
+    /// What the method makes of the combined output `y [T, D]` with its own parameters.
+    ///
+    /// # Errors
+    /// When `y` does not fit.
+    fn output(&self, _tape: &Tape, y: Var, _own: &[Var]) -> Result<Var> {
+        Ok(y)
     }
 
-    /// Experts that run for a token at least and at most, of `num_experts`: for planning.
+    /// Changes the pending state of the layers at the end of an accepted optimizer step, before it
+    /// is committed. What a layer counted is this rank's: sums over ranks go through `dist`.
+    ///
+    /// # Errors
+    /// When a state tensor is not real.
+    fn end_step(
+        &self,
+        _model: &ModelConfig,
+        _layers: &mut [LayerState],
+        _dist: &dyn Collective,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// The loss that balances the experts.
+    fn balance(&self) -> Balance {
+        Balance::Auxiliary
+    }
+
+    /// Experts that run for a token in training at most: for planning.
     fn experts_run(&self, model: &ModelConfig) -> usize {
         model.top_k
     }
@@ -96,6 +172,8 @@ pub struct RouterInfo {
     pub source: &'static str,
     /// What it costs beside `topk`.
     pub cost: &'static str,
+    /// What each setting does.
+    pub settings: &'static [(&'static str, &'static str)],
     build: Build,
 }
 
@@ -103,7 +181,15 @@ pub struct RouterInfo {
 type Build = fn(&toml::Table) -> Result<(Box<dyn Router>, toml::Table)>;
 
 /// Every router.
-pub const ROUTERS: &[RouterInfo] = &[topk::INFO, default::INFO, dense::INFO];
+pub const ROUTERS: &[RouterInfo] = &[
+    topk::INFO,
+    default::INFO,
+    dense::INFO,
+    densemixer::INFO,
+    sparsemixer::INFO,
+    remoe::INFO,
+    lossfree::INFO,
+];
 
 /// Builds the router that a configuration names.
 ///
@@ -193,6 +279,18 @@ mod tests {
             resolve(&mut second).unwrap();
             assert_eq!(first, second);
             assert!(build(&first).is_ok());
+        }
+    }
+
+    #[test]
+    fn every_setting_has_a_line_of_help_and_no_other_has() {
+        for info in ROUTERS {
+            let mut resolved = config(info.name, "");
+            resolve(&mut resolved).unwrap();
+            let mut helped: Vec<&str> = info.settings.iter().map(|(key, _)| *key).collect();
+            helped.sort_unstable();
+            let keys: Vec<&str> = resolved.settings.keys().map(String::as_str).collect();
+            assert_eq!(helped, keys, "{}", info.name);
         }
     }
 

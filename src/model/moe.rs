@@ -41,7 +41,8 @@ struct SharedExpert {
     gate: usize,
 }
 
-/// A layer's balance losses, scalars without their coefficients; none where they do not apply.
+/// A layer's balance losses, scalars without the configuration's coefficients; none where they do
+/// not apply.
 pub struct BalanceLosses {
     pub auxiliary: Option<Var>,
     pub z: Option<Var>,
@@ -88,6 +89,7 @@ impl MoeLayer {
             &*model.dist,
             self.index,
             k,
+            model.seed,
             state,
             tape.is_replaying(),
         );
@@ -110,21 +112,28 @@ impl MoeLayer {
             &routing.dispatch,
         )?;
         let defaults = model.router.defaults(e.tensor(), &routing, &mut layer)?;
-        let mut y = combine(tape, &routing.gates, &e, defaults, &routing.dispatch)?;
+        let y = combine(tape, &routing.gates, &e, defaults, &routing.dispatch)?;
+        let own: Vec<Var> = model.router_parameters[self.index]
+            .iter()
+            .map(|&slot| weights[slot].clone())
+            .collect();
+        let mut y = model.router.output(tape, y, &own)?;
         if let Some(shared) = &self.shared {
             let own = shared.network.forward(tape, weights, x)?;
             let score = linear(tape, x, &weights[shared.gate], None)?;
             y = add(tape, &y, &sigmoid_gate(tape, &score, &own)?)?;
         }
 
-        layer.count(&routing.dispatch, entropy(routing.probabilities.tensor())?);
+        layer.count(routing.chosen(), entropy(routing.probabilities.tensor())?);
         let losses = BalanceLosses {
-            auxiliary: if model.has_auxiliary_loss() {
-                let over_step = model.balance.aux_scope == Scope::Global;
-                let fractions = layer.fractions(&routing.dispatch, over_step);
-                Some(auxiliary_loss(tape, &routing.probabilities, &fractions)?)
-            } else {
+            auxiliary: if !model.has_auxiliary_loss() {
                 None
+            } else if routing.penalty.is_some() {
+                routing.penalty
+            } else {
+                let over_step = model.balance.aux_scope == Scope::Global;
+                let fractions = layer.fractions(routing.chosen(), over_step);
+                Some(auxiliary_loss(tape, &routing.probabilities, &fractions)?)
             },
             z: if model.has_z_loss() {
                 Some(z_loss(tape, &z)?)

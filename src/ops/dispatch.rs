@@ -57,6 +57,16 @@ impl Selection {
         })
     }
 
+    /// Every expert for every token.
+    ///
+    /// # Errors
+    /// When there are more slots than an i32 counts.
+    pub fn all(num_tokens: usize, num_experts: usize) -> Result<Self> {
+        Selection::new(num_tokens, num_experts, |_, chosen| {
+            chosen.extend(0..num_experts as i32);
+        })
+    }
+
     pub fn num_tokens(&self) -> usize {
         self.token_slots.len() - 1
     }

@@ -25,6 +25,29 @@ pub(super) const INFO: RouterInfo = RouterInfo {
               a dense gradient for the router",
     source: "Default MoE, 2504.12463",
     cost: "topk + 2 passes over the layer's output; E · D numbers a layer",
+    settings: &[
+        (
+            "beta",
+            "decay of the moving average per optimizer step, from 0 to below 1",
+        ),
+        (
+            "weighted",
+            "whether a token counts by its probability, or all alike",
+        ),
+        (
+            "weight_norm",
+            "what a weighted mean is divided by: \"sum_p\" or \"count\"",
+        ),
+        (
+            "init_std",
+            "standard deviation of the vectors at the start; 0 for zeros",
+        ),
+        (
+            "pass_forward",
+            "whether the vectors enter the output, or the router's gradient alone",
+        ),
+        ("use_at_evaluation", "whether evaluation uses them"),
+    ],
     build: from_settings::<DefaultMoe>,
 };
 
@@ -120,11 +143,7 @@ impl Router for DefaultMoe {
         let probabilities = softmax(tape, logits)?;
         let k = layer.top_k;
         let dispatch = layer.select(|| top_k(probabilities.tensor(), k))?;
-        Ok(Routing {
-            gates: probabilities.clone(),
-            probabilities,
-            dispatch,
-        })
+        Ok(Routing::new(probabilities.clone(), probabilities, dispatch))
     }
 
     fn defaults(
@@ -198,11 +217,8 @@ mod tests {
         }]);
 
         let (tape, mut store) = (Tape::new(), Gradients::new(2));
-        let pass = Pass {
-            phase: Phase::Train,
-            micro_batches: 1,
-        };
-        let mut layer = LayerPass::new(pass, &SingleRank, 0, 1, &mut state, false);
+        let pass = Pass::single(Phase::Train);
+        let mut layer = LayerPass::new(pass, &SingleRank, 0, 1, 0, &mut state, false);
         let routing = router.route(&tape, &z, &mut layer).unwrap();
         let defaults = router.defaults(e.tensor(), &routing, &mut layer).unwrap();
         let y = combine(

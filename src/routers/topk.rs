@@ -18,6 +18,10 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     summary: "the K most probable experts, weighted by their probabilities; the baseline",
     source: "Shazeer et al. 2017, 1701.06538; Default MoE, 2504.12463, eq. 2",
     cost: "1",
+    settings: &[(
+        "renormalize",
+        "weights that sum to 1 over the chosen experts; needs K of 2 or more",
+    )],
     build: from_settings::<TopK>,
 };
 
@@ -51,10 +55,6 @@ impl Router for TopK {
         } else {
             probabilities.clone()
         };
-        Ok(Routing {
-            gates,
-            probabilities,
-            dispatch,
-        })
+        Ok(Routing::new(gates, probabilities, dispatch))
     }
 }
