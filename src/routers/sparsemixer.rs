@@ -15,7 +15,8 @@
 //! then. None of them is the dense gradient, nor that of the deterministic TopK.
 
 use super::{LayerPass, OwnParameter, Phase, Router, RouterInfo, Routing, from_settings};
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, RouterConfig};
+use crate::dtype::Real;
 use crate::error::{Error, Result};
 use crate::ops::add::add;
 use crate::ops::dispatch::Selection;
@@ -60,9 +61,9 @@ pub struct SparseMixer {
     pub version: Version,
     /// ε of the mask.
     pub epsilon: f64,
-    /// Gates h = c for every token: the function whose derivative the estimator is, for checks.
+    /// See [`surrogate`].
     #[serde(skip)]
-    pub surrogate: bool,
+    surrogate: bool,
 }
 
 impl Default for SparseMixer {
@@ -73,6 +74,27 @@ impl Default for SparseMixer {
             surrogate: false,
         }
     }
+}
+
+/// The router with the same choices whose gates are `c p_a` in place of `h p_a`, for checks: the
+/// derivative of its forward pass by the logits is what the estimator gives, whatever h is.
+///
+/// # Errors
+/// When the settings are not those of `sparsemixer`.
+pub fn surrogate(config: &RouterConfig) -> Result<Box<dyn Router>> {
+    let router = config.settings.clone().try_into::<SparseMixer>();
+    let router = router.map_err(|e| {
+        Error::invalid(
+            "router",
+            "the settings of sparsemixer",
+            e.message().to_string(),
+            "see `routegrad routers`",
+        )
+    })?;
+    Ok(Box::new(SparseMixer {
+        surrogate: true,
+        ..router
+    }))
 }
 
 impl SparseMixer {
@@ -113,8 +135,7 @@ impl SparseMixer {
             };
             if self.surrogate && draws.is_some() {
                 with_real!(z.dtype(), "sparsemixer", |T| {
-                    let c = <T as crate::dtype::Real>::of(c);
-                    choice.factor.slice_mut::<T>().fill(c);
+                    choice.factor.slice_mut::<T>().fill(T::of(c));
                     Ok(())
                 })?;
             }
