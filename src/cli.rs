@@ -445,7 +445,8 @@ fn list_routers() -> Result<()> {
         };
         routers::resolve(&mut config)?;
         for (key, value) in &config.settings {
-            say!("    router.{key} = {value}");
+            let help = info.settings.iter().find(|(k, _)| k == key);
+            say!("    router.{key} = {value}  {}", help.map_or("", |h| h.1));
         }
     }
     Ok(())

@@ -114,6 +114,23 @@ impl Model {
         self.graph.states.borrow_mut()
     }
 
+    /// What is summed over the ranks of the run.
+    pub fn dist(&self) -> &dyn Collective {
+        &*self.graph.dist
+    }
+
+    /// Lets the router change its pending state at the end of an accepted step.
+    ///
+    /// # Errors
+    /// Those of the router.
+    pub(crate) fn end_step(&self) -> Result<()> {
+        let graph = &self.graph;
+        let mut states = graph.states.borrow_mut();
+        graph
+            .router
+            .end_step(&graph.config, &mut states, &*graph.dist)
+    }
+
     /// Losses of `tokens`, `[sequences, S + 1]` in row order: each row's first S predict its last S.
     ///
     /// # Errors

@@ -6,6 +6,7 @@
 
 use super::{Array, Arrays, Checkpoint, Snapshot, newest};
 use crate::config::{Config, ModelFile};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::optim::Moments;

@@ -33,7 +33,8 @@ struct SharedExpert {
     gate: usize,
 }
 
-/// A layer's balance losses, scalars without their coefficients; none where they do not apply.
+/// A layer's balance losses, scalars without the configuration's coefficients; none where they do
+/// not apply.
 pub struct BalanceLosses {
     pub auxiliary: Option<Var>,
     pub z: Option<Var>,
@@ -80,6 +81,7 @@ impl MoeLayer {
             &*model.dist,
             self.index,
             k,
+            model.seed,
             state,
             tape.is_replaying(),
         );
@@ -94,23 +96,30 @@ impl MoeLayer {
             down: &weights[self.down],
         };
         let weighting = model.router.weighting().filter(|_| layer.updates_state());
-        let mut y = experts(tape, input, &routing.dispatch, weighting, |sums| {
+        let y = experts(tape, input, &routing.dispatch, weighting, |sums| {
             model.router.defaults(sums, &mut layer)
         })?;
+        let own: Vec<Var> = model.router_parameters[self.index]
+            .iter()
+            .map(|&slot| weights[slot].clone())
+            .collect();
+        let mut y = model.router.output(tape, y, &own)?;
         if let Some(shared) = &self.shared {
             let own = shared.network.forward(tape, weights, x)?;
             let score = linear(tape, x, &weights[shared.gate], None)?;
             y = add(tape, &y, &sigmoid_gate(tape, &score, &own)?)?;
         }
 
-        layer.count(&routing.dispatch, routing.scores.entropy()?);
+        layer.count(routing.chosen(), routing.scores.entropy()?);
         let losses = BalanceLosses {
-            auxiliary: if model.has_auxiliary_loss() {
-                let over_step = model.balance.aux_scope == Scope::Global;
-                let fractions = layer.fractions(&routing.dispatch, over_step);
-                Some(routing.scores.auxiliary_loss(tape, &fractions)?)
-            } else {
+            auxiliary: if !model.has_auxiliary_loss() {
                 None
+            } else if routing.penalty.is_some() {
+                routing.penalty
+            } else {
+                let over_step = model.balance.aux_scope == Scope::Global;
+                let fractions = layer.fractions(routing.chosen(), over_step);
+                Some(routing.scores.auxiliary_loss(tape, &fractions)?)
             },
             z: if model.has_z_loss() {
                 Some(routing.scores.z_loss(tape)?)

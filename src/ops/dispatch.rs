@@ -67,8 +67,8 @@ impl Selection {
     ///
     /// # Errors
     /// As [`new`](Self::new).
-    pub fn from_choices(choices: &[i32], top_k: usize, num_experts: usize) -> Result<Self> {
-        let tokens = choices.len() / top_k;
+    pub fn from_choices(choices: &[i32], tokens: usize, num_experts: usize) -> Result<Self> {
+        let top_k = choices.len() / tokens.max(1);
         Self::new(tokens, num_experts, |t, chosen| {
             chosen.extend_from_slice(&choices[t * top_k..(t + 1) * top_k]);
         })
@@ -79,6 +79,16 @@ impl Selection {
         let k = self.num_slots() / self.num_tokens().max(1);
         let uniform = self.token_slots.windows(2).all(|s| (s[1] - s[0]) as usize == k);
         uniform.then_some(k)
+    }
+
+    /// Every expert for every token.
+    ///
+    /// # Errors
+    /// When there are more slots than an i32 counts.
+    pub fn all(num_tokens: usize, num_experts: usize) -> Result<Self> {
+        Selection::new(num_tokens, num_experts, |_, chosen| {
+            chosen.extend(0..num_experts as i32);
+        })
     }
 
     pub fn num_tokens(&self) -> usize {

@@ -11,39 +11,71 @@
 use super::balance;
 use super::dispatch::Selection;
 use super::router::{self, TopK};
+use super::scores::{first_non_finite, positive, shares, sigmoid};
 use crate::cpu::Accumulate;
 use crate::device::Device;
-use crate::device::bindings::{ROUTEGRAD_SCORE_LOGITS, ROUTEGRAD_SCORE_SOFTMAX, routegrad_score};
+use crate::device::bindings::{
+    ROUTEGRAD_SCORE_LOGITS, ROUTEGRAD_SCORE_RELU, ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_SOFTMAX,
+    routegrad_score,
+};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
+use crate::with_real;
+use serde::{Deserialize, Serialize};
 use std::ptr::{null, null_mut};
 
 /// The function from a row's logits to its scores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Score {
     /// The logits themselves.
     Logits,
     /// `softmax(z)` over all experts.
     Softmax,
+    /// `1 / (1 + e^−z)`.
+    Sigmoid,
+    /// `max(z, 0)`.
+    Relu,
+}
+
+/// Which experts of a token are chosen: the `top_k` of largest score, ties to the lower expert.
+pub struct Choice {
+    pub top_k: usize,
+    /// `[E]`, added to the scores for the choice alone.
+    pub bias: Option<Tensor>,
+}
+
+impl Choice {
+    /// The `k` of largest score.
+    pub fn top_k(k: usize) -> Self {
+        Choice { top_k: k, bias: None }
+    }
+
+    /// None: the router chooses in another way.
+    pub fn none() -> Self {
+        Self::top_k(0)
+    }
 }
 
 /// The scores of one batch.
 pub struct Scores {
     /// `[T, E]`.
     pub values: Var,
+    score: Score,
     origin: Origin,
 }
 
 /// Where the choice and the balance losses come from.
 enum Origin {
     /// The CPU: from the scores and the logits `[T, E]`, when asked.
-    Logits(Var),
+    Logits { z: Var, choice: Choice },
     /// A kernel found them with the scores.
     Kernel {
-        chosen: Option<TopK>,
+        /// Empty without a choice, but its flag stands.
+        chosen: TopK,
         /// `[E]`.
         mean: Var,
         /// `mean_t logsumexp(z_t)²`.
@@ -53,26 +85,37 @@ enum Origin {
     },
 }
 
-/// Scores of `x [T, D]` with the router weight `[E, D]`, in f32 on devices with kernels. `top_k`
-/// says how many experts [`choose`](Scores::choose) will be asked for; 0 for none.
+/// Scores of `x [T, D]` with the router weight `[E, D]`, in f32 on devices with kernels.
 ///
 /// # Errors
-/// When widths or dtypes differ, or `top_k` is larger than E.
-pub fn scores(tape: &Tape, x: &Var, weight: &Var, score: Score, top_k: usize) -> Result<Scores> {
+/// When widths or dtypes differ, or more experts are to be chosen than there are.
+pub fn scores(
+    tape: &Tape,
+    x: &Var,
+    weight: &Var,
+    score: Score,
+    choice: Choice,
+) -> Result<Scores> {
     if x.tensor().device() == Device::Cpu {
         let z = router::logits(tape, x, weight)?;
-        return Scores::of_logits(tape, z, score);
+        return Scores::of_logits(tape, z, score, choice);
     }
-    let (op, run) = Router::run(x.tensor(), weight.tensor(), score, top_k)?;
-    let Run { forward, chosen, entropy } = run;
-    let mut outputs = tape.record_run(op, &[x, weight], forward).into_iter();
-    let (Some(values), Some(mean), Some(lse_square)) =
-        (outputs.next(), outputs.next(), outputs.next())
-    else {
+    let run = Router::run(x.tensor(), weight.tensor(), score, &choice)?;
+    let (chosen, entropy) = (run.chosen, run.entropy);
+    let outputs = tape.record_run(Router { score }, &[x, weight], run.forward);
+    let Ok([values, mean, lse_square]) = <[Var; 3]>::try_from(outputs) else {
         unreachable!("the router has three outputs")
     };
-    let origin = Origin::Kernel { chosen, mean, lse_square, entropy };
-    Ok(Scores { values, origin })
+    Ok(Scores {
+        values,
+        score,
+        origin: Origin::Kernel {
+            chosen,
+            mean,
+            lse_square,
+            entropy,
+        },
+    })
 }
 
 impl Scores {
@@ -80,25 +123,53 @@ impl Scores {
     ///
     /// # Errors
     /// When `z` is not a matrix.
-    pub fn of_logits(tape: &Tape, z: Var, score: Score) -> Result<Self> {
+    pub fn of_logits(tape: &Tape, z: Var, score: Score, choice: Choice) -> Result<Self> {
         Ok(Scores {
             values: match score {
-                Score::Logits => z.clone(),
+                // The positive part is taken on the selection, which a replay holds.
+                Score::Logits | Score::Relu => z.clone(),
                 Score::Softmax => router::softmax(tape, &z)?,
+                Score::Sigmoid => sigmoid(tape, &z)?,
             },
-            origin: Origin::Logits(z),
+            score,
+            origin: Origin::Logits { z, choice },
         })
     }
 
-    /// The `top_k` experts of largest score of each token.
+    /// The experts of largest score of each token, as the choice says.
     ///
     /// # Errors
-    /// When `top_k` is 0 or larger than E.
-    pub fn choose(&self, top_k: usize) -> Result<TopK> {
+    /// When there are fewer experts than to be chosen, or none is to be.
+    pub fn choose(&self) -> Result<TopK> {
         match &self.origin {
-            Origin::Kernel { chosen: Some(chosen), .. } => Ok(chosen.clone()),
-            _ => router::top_k(self.values.tensor(), top_k),
+            Origin::Kernel { chosen, .. } => Ok(chosen.clone()),
+            Origin::Logits { z, choice } => {
+                let values = self.values.tensor();
+                let chosen = match &choice.bias {
+                    None => router::top_k(values, choice.top_k)?,
+                    Some(bias) => router::top_k(&shifted(values, bias)?, choice.top_k)?,
+                };
+                Ok(TopK {
+                    first_non_finite: first_non_finite(z.tensor())?,
+                    ..chosen
+                })
+            }
         }
+    }
+
+    /// The experts of positive score, any number for each token.
+    ///
+    /// # Errors
+    /// When the scores are not real.
+    pub fn positive(&self) -> Result<TopK> {
+        let chosen = positive(self.values.tensor())?;
+        Ok(match &self.origin {
+            Origin::Logits { .. } => chosen,
+            Origin::Kernel { chosen: found, .. } => TopK {
+                first_non_finite: found.first_non_finite,
+                ..chosen
+            },
+        })
     }
 
     /// `E Σ_i f_i P_i`, a scalar, without its coefficient; see [`balance::auxiliary_loss`].
@@ -107,7 +178,7 @@ impl Scores {
     /// When `fractions` has not one entry per expert.
     pub fn auxiliary_loss(&self, tape: &Tape, fractions: &[f64]) -> Result<Var> {
         match &self.origin {
-            Origin::Logits(_) => balance::auxiliary_loss(tape, &self.values, fractions),
+            Origin::Logits { .. } => balance::auxiliary_loss(tape, &self.values, fractions),
             Origin::Kernel { mean, .. } => balance::auxiliary_loss(tape, mean, fractions),
         }
     }
@@ -118,22 +189,37 @@ impl Scores {
     /// When the logits are not real.
     pub fn z_loss(&self, tape: &Tape) -> Result<Var> {
         match &self.origin {
-            Origin::Logits(z) => balance::z_loss(tape, z),
+            Origin::Logits { z, .. } => balance::z_loss(tape, z),
             Origin::Kernel { lse_square, .. } => Ok(lse_square.clone()),
         }
     }
 
-    /// Entropy of the scores summed over the tokens, in nats.
+    /// Entropy of the scores, as shares of their sum, summed over the tokens, in nats.
     ///
     /// # Errors
     /// When the scores are not real.
     pub fn entropy(&self) -> Result<f64> {
         let values = self.values.tensor();
-        match &self.origin {
-            Origin::Logits(_) => router::entropy(values),
-            Origin::Kernel { entropy, .. } => Ok(entropy * values.shape().rows() as f64),
+        match (&self.origin, self.score) {
+            (Origin::Kernel { entropy, .. }, Score::Softmax) => {
+                Ok(entropy * values.shape().rows() as f64)
+            }
+            (_, Score::Softmax) => router::entropy(values),
+            _ => router::entropy(&shares(values)?),
         }
     }
+}
+
+/// Every row of `scores [T, E]` plus `bias [E]`.
+fn shifted(scores: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let mut sum = scores.clone();
+    with_real!(scores.dtype(), "scores", |T| {
+        let bias = bias.slice::<T>();
+        for row in sum.slice_mut::<T>().chunks_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(s, &b)| *s += b);
+        }
+        Ok(sum)
+    })
 }
 
 /// The kernels of `kernels/router.cu` and `kernels/router_backward.cu`.
@@ -143,12 +229,13 @@ struct Router {
 
 struct Run {
     forward: Forward,
-    chosen: Option<TopK>,
+    chosen: TopK,
     entropy: f64,
 }
 
 impl Router {
-    fn run(x: &Tensor, w: &Tensor, score: Score, top_k: usize) -> Result<(Self, Run)> {
+    fn run(x: &Tensor, w: &Tensor, score: Score, choice: &Choice) -> Result<Run> {
+        let top_k = choice.top_k;
         let (tokens, hidden, experts) = (x.shape().rows(), x.shape().width(), w.shape()[0]);
         x.expect_dtype("router", "x", DType::Bf16)?;
         w.expect_dtype("router", "weight", DType::F32)?;
@@ -177,7 +264,7 @@ impl Router {
                     bad.pointer_mut(),
                     x.pointer(),
                     w.pointer(),
-                    null(),
+                    choice.bias.as_ref().map_or(null(), Tensor::pointer),
                     t,
                     e,
                     d,
@@ -198,29 +285,24 @@ impl Router {
             )?;
         }
         let statistics = statistics.slice::<f32>();
-        let chosen = match top_k {
-            0 => None,
-            _ => Some(TopK {
-                selection: Selection::from_choices(choices.slice(), top_k, experts)?,
-                first_non_finite: usize::try_from(bad.slice::<i32>()[0])
-                    .ok()
-                    .filter(|&t| t < tokens),
-            }),
+        let first = bad.slice::<i32>()[0] as usize;
+        let chosen = TopK {
+            selection: Selection::from_choices(choices.slice(), tokens, experts)?,
+            first_non_finite: (first < tokens).then_some(first),
         };
         let outputs = vec![
             values.clone(),
             Tensor::from_slice([experts], &statistics[..experts]).on(device),
             Tensor::from_slice([], &statistics[2 * experts..2 * experts + 1]).on(device),
         ];
-        let run = Run {
+        Ok(Run {
             forward: Forward {
                 outputs,
                 saved: vec![x.clone(), w.clone(), values, lse],
             },
             chosen,
             entropy: f64::from(statistics[2 * experts + 1]),
-        };
-        Ok((Router { score }, run))
+        })
     }
 }
 
@@ -229,6 +311,8 @@ impl Score {
         match self {
             Score::Logits => ROUTEGRAD_SCORE_LOGITS,
             Score::Softmax => ROUTEGRAD_SCORE_SOFTMAX,
+            Score::Sigmoid => ROUTEGRAD_SCORE_SIGMOID,
+            Score::Relu => ROUTEGRAD_SCORE_RELU,
         }
     }
 }

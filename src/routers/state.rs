@@ -8,6 +8,7 @@ use crate::dist::Collective;
 use crate::error::Result;
 use crate::ops::dispatch::{Dispatch, Selection};
 use crate::ops::router::TopK;
+use crate::random::{Purpose, Stream};
 use crate::tensor::Tensor;
 use std::rc::Rc;
 
@@ -31,14 +32,25 @@ pub struct Pass {
     pub phase: Phase,
     /// Micro-batches of this optimizer step.
     pub micro_batches: usize,
+    /// Updates that the optimizer made before: part of the key of a router's draws.
+    pub step: u64,
+    /// Place of this micro-batch's first token in the global batch: the other part.
+    pub first_token: u64,
 }
 
 impl Pass {
     /// Evaluation, which knows no micro-batches.
-    pub const EVALUATE: Pass = Pass {
-        phase: Phase::Evaluate,
-        micro_batches: 1,
-    };
+    pub const EVALUATE: Pass = Pass::single(Phase::Evaluate);
+
+    /// The only micro-batch of a first step.
+    pub const fn single(phase: Phase) -> Self {
+        Pass {
+            phase,
+            micro_batches: 1,
+            step: 0,
+            first_token: 0,
+        }
+    }
 }
 
 /// Routing statistics of a layer, summed over what it saw since they were last taken.
@@ -59,9 +71,14 @@ pub struct LayerState {
     pending: Vec<Tensor>,
     /// Tokens per expert of this optimizer step so far, over all ranks.
     step_counts: Vec<f64>,
-    /// The choice and the balance fractions of the last training pass, which replays reuse.
+    /// The choice, the balance fractions and whatever else the router decided in the last training
+    /// pass, which replays reuse.
     selection: Option<Selection>,
     fractions: Vec<f64>,
+    held: Vec<Tensor>,
+    /// Tokens, and tokens per expert, of this optimizer step so far on this rank.
+    step_tokens: f64,
+    step_load: Vec<f64>,
     stats: LayerStats,
     first_non_finite: Option<usize>,
 }
@@ -113,7 +130,35 @@ impl LayerState {
 
     fn begin_step(&mut self) {
         self.step_counts.clear();
+        self.step_tokens = 0.0;
+        self.step_load.clear();
         self.first_non_finite = None;
+    }
+
+    /// Tokens that this rank trained on since the last commitment.
+    pub fn step_tokens(&self) -> f64 {
+        self.step_tokens
+    }
+
+    /// How many of them chose each expert, `[E]`; empty before the first.
+    pub fn step_load(&self) -> &[f64] {
+        &self.step_load
+    }
+
+    /// A pending tensor, to update at the end of a step.
+    ///
+    /// # Panics
+    /// When the router did not declare it.
+    pub fn pending_mut(&mut self, name: &str) -> &mut Tensor {
+        let i = self.index(name);
+        &mut self.pending[i]
+    }
+
+    fn index(&self, name: &str) -> usize {
+        match self.names.iter().position(|n| *n == name) {
+            Some(i) => i,
+            None => panic!("the router declared no state {name:?}"),
+        }
     }
 
     /// Statistics since the last call.
@@ -144,6 +189,7 @@ pub struct LayerPass<'p> {
     /// MoE layers from 0.
     pub layer: usize,
     pub top_k: usize,
+    seed: u64,
     state: &'p mut LayerState,
     replaying: bool,
 }
@@ -154,6 +200,7 @@ impl<'p> LayerPass<'p> {
         dist: &'p dyn Collective,
         layer: usize,
         top_k: usize,
+        seed: u64,
         state: &'p mut LayerState,
         recomputing: bool,
     ) -> Self {
@@ -163,6 +210,7 @@ impl<'p> LayerPass<'p> {
             dist,
             layer,
             top_k,
+            seed,
             state,
             replaying,
         }
@@ -193,12 +241,34 @@ impl<'p> LayerPass<'p> {
         Ok(Rc::new(Dispatch::new(selection)))
     }
 
+    /// What else a router decides once for a micro-batch: `decide` gives it, or in a replay the
+    /// first run did.
+    ///
+    /// # Errors
+    /// Those of `decide`.
+    pub fn hold(&mut self, decide: impl FnOnce() -> Result<Vec<Tensor>>) -> Result<Vec<Tensor>> {
+        if self.replaying && !self.state.held.is_empty() {
+            return Ok(self.state.held.clone());
+        }
+        let decided = decide()?;
+        if self.updates_state() {
+            self.state.held = decided.clone();
+        }
+        Ok(decided)
+    }
+
+    /// The random numbers of this layer and step. Their index begins with a token's place in the
+    /// global batch, [`Pass::first_token`] and on.
+    pub fn draws(&self) -> Stream {
+        Stream::new(self.seed, Purpose::Routing, self.pass.step, self.layer)
+    }
+
     /// A state tensor: the pending one in training, the committed one at evaluation.
     ///
     /// # Panics
     /// When the router did not declare it.
     pub fn state(&self, name: &str) -> &Tensor {
-        let i = self.index(name);
+        let i = self.state.index(name);
         if self.pass.phase == Phase::Evaluate {
             &self.state.committed[i]
         } else {
@@ -215,24 +285,15 @@ impl<'p> LayerPass<'p> {
             self.updates_state(),
             "state changes in a first training pass alone"
         );
-        let i = self.index(name);
-        &mut self.state.pending[i]
-    }
-
-    fn index(&self, name: &str) -> usize {
-        match self.state.names.iter().position(|n| *n == name) {
-            Some(i) => i,
-            None => panic!("the router declared no state {name:?}"),
-        }
+        self.state.pending_mut(name)
     }
 
     /// Counts this micro-batch and gives `f_i`, the share of slots that went to expert i: over the
     /// step so far and all ranks, or over this micro-batch alone.
-    pub fn fractions(&mut self, dispatch: &Dispatch, over_step: bool) -> Vec<f64> {
+    pub fn fractions(&mut self, selection: &Selection, over_step: bool) -> Vec<f64> {
         if self.replaying && !self.state.fractions.is_empty() {
             return self.state.fractions.clone();
         }
-        let selection = dispatch.selection();
         let own: Vec<f64> = selection.counts().into_iter().map(|c| c as f64).collect();
         let mut counts = own.clone();
         if over_step {
@@ -255,20 +316,25 @@ impl<'p> LayerPass<'p> {
         fractions
     }
 
-    /// Adds this micro-batch to the layer's statistics.
-    pub fn count(&mut self, dispatch: &Dispatch, entropy: f64) {
+    /// Adds this micro-batch to the layer's statistics and to what the end of the step sees.
+    pub fn count(&mut self, selection: &Selection, entropy: f64) {
         if self.replaying {
             return;
         }
+        let (counts, tokens) = (selection.counts(), selection.num_tokens() as f64);
+        let add = |sums: &mut Vec<f64>| {
+            sums.resize(counts.len(), 0.0);
+            sums.iter_mut()
+                .zip(&counts)
+                .for_each(|(s, c)| *s += *c as f64);
+        };
         let stats = &mut self.state.stats;
-        let counts = dispatch.selection().counts();
-        stats.counts.resize(counts.len(), 0.0);
-        stats
-            .counts
-            .iter_mut()
-            .zip(counts)
-            .for_each(|(s, c)| *s += c as f64);
-        stats.tokens += dispatch.selection().num_tokens() as f64;
+        add(&mut stats.counts);
+        stats.tokens += tokens;
         stats.entropy += entropy;
+        if self.updates_state() {
+            add(&mut self.state.step_load);
+            self.state.step_tokens += tokens;
+        }
     }
 }

@@ -9,7 +9,7 @@ use super::{LayerPass, Router, RouterInfo, Routing, from_settings};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::ops::renormalize::renormalize;
-use crate::ops::routing::{Score, scores};
+use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +18,10 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     summary: "the K most probable experts, weighted by their probabilities; the baseline",
     source: "Shazeer et al. 2017, 1701.06538; Default MoE, 2504.12463, eq. 2",
     cost: "1",
+    settings: &[(
+        "renormalize",
+        "weights that sum to 1 over the chosen experts; needs K of 2 or more",
+    )],
     build: from_settings::<TopK>,
 };
 
@@ -49,7 +53,8 @@ impl Router for TopK {
         weight: &Var,
         layer: &mut LayerPass<'_>,
     ) -> Result<Routing> {
-        let scores = scores(tape, x, weight, Score::Softmax, layer.top_k)?;
+        let choice = Choice::top_k(layer.top_k);
+        let scores = scores(tape, x, weight, Score::Softmax, choice)?;
         let mut routing = Routing::by_scores(scores, layer)?;
         if self.renormalize {
             let selection = routing.dispatch.selection();
