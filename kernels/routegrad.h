@@ -88,7 +88,10 @@ typedef struct routegrad_unit_box {
 #define ROUTEGRAD_LAUNCHERS(X)   \
   ROUTEGRAD_UNIT_LAUNCHERS(X)     \
   ROUTEGRAD_DISPATCH_LAUNCHERS(X) \
-  ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X)
+  ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X) \
+  ROUTEGRAD_EXPERT_MEAN_LAUNCHERS(X) \
+  ROUTEGRAD_COMBINE_LAUNCHERS(X) \
+  ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -170,6 +173,33 @@ typedef struct routegrad_gemm_plan {
   /* On the host: the tile and grid for a product (routegrad_gemm_product) of these sizes, a pure function. */        \
   X(grouped_gemm_plan, (routegrad_gemm_plan* plan, int32_t product, int64_t rows, int32_t experts, int32_t n,         \
                         int32_t k, int32_t multiprocessors))
+
+// What a row counts in an expert's mean, and what the sum is divided by.
+typedef enum routegrad_weighting {
+  ROUTEGRAD_WEIGHTING_PLAIN = 0,  // every row counts 1; divided by the number of rows
+  ROUTEGRAD_WEIGHTING_SUM_P = 1,  // a row counts its gate; divided by the sum of the gates
+  ROUTEGRAD_WEIGHTING_COUNT = 2,  // a row counts its gate; divided by the number of rows
+} routegrad_weighting;
+
+// expert_mean.cu: sums of the experts' outputs, and the default vectors that are their moving average.
+#define ROUTEGRAD_EXPERT_MEAN_LAUNCHERS(X)                                                                            \
+  X(expert_sums, (float* sums, float* masses, const float* column_sums, const float* gates, const int32_t* offsets,   \
+                  const int32_t* row_token, int64_t rows, int64_t tokens, int32_t experts, int32_t hidden,            \
+                  routegrad_stream stream))                                                                           \
+  X(expert_mean_update, (float* average, const float* sums, const float* masses, const float* beta, int32_t experts,  \
+                         int32_t hidden, int32_t weighting, routegrad_stream stream))
+
+// combine.cu: every token's sum of its rows, and of the default vectors of the experts that it did not choose.
+#define ROUTEGRAD_COMBINE_LAUNCHERS(X)                                                                                \
+  X(combine, (void* y, const void* rows_in, const float* gates, const int32_t* slot_row, const int32_t* choices,      \
+              const float* vectors, int64_t tokens, int64_t rows, int32_t experts, int32_t hidden, int32_t slots,     \
+              int32_t accumulate, routegrad_stream stream))
+
+// gate_gradient.cu: the gradient of every gate.
+#define ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X)                                                                          \
+  X(gate_gradient, (float* dgates, const float* dots, const void* g, const float* vectors, const int32_t* slot_row,   \
+                    const int32_t* choices, int64_t tokens, int64_t rows, int32_t experts, int32_t hidden,            \
+                    int32_t slots, int32_t dot_columns, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"
