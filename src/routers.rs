@@ -13,7 +13,7 @@ pub mod sparsemixer;
 mod state;
 pub mod topk;
 
-pub use state::{LayerPass, LayerState, LayerStats, Pass, Phase};
+pub use state::{Disagreement, LayerPass, LayerState, LayerStats, Pass, Phase};
 
 use crate::config::{ModelConfig, RouterConfig, nearest};
 use crate::dist::Collective;
