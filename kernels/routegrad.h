@@ -87,6 +87,7 @@ typedef struct routegrad_unit_box {
 // the argument names of error texts, and the checks of kernels/README.md and kernels/limits.txt.
 #define ROUTEGRAD_LAUNCHERS(X)   \
   ROUTEGRAD_UNIT_LAUNCHERS(X)     \
+  ROUTEGRAD_ROUTER_LAUNCHERS(X)   \
   ROUTEGRAD_DISPATCH_LAUNCHERS(X) \
   ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X) \
   ROUTEGRAD_EXPERT_MEAN_LAUNCHERS(X) \
@@ -111,6 +112,33 @@ typedef struct routegrad_unit_box {
                    routegrad_stream stream))                                                                           \
   /* A kernel with fault number `fault` (kernels/unit_faults.cu); the CUDA build refuses to run it. */                 \
   X(unit_fault, (int32_t* out, int32_t fault, routegrad_stream stream))
+
+// What the router makes of its logits.
+typedef enum routegrad_score {
+  ROUTEGRAD_SCORE_LOGITS = 0,
+  ROUTEGRAD_SCORE_SOFTMAX = 1,
+  ROUTEGRAD_SCORE_SIGMOID = 2,
+  ROUTEGRAD_SCORE_RELU = 3,
+} routegrad_score;
+
+// router.cu, router_backward.cu: shapes and formulas stand in the files' headers.
+#define ROUTEGRAD_ROUTER_LAUNCHERS(X)                                                                                  \
+  X(router_forward, (float* scores, float* log_sum_exp, int32_t* choices, float* partials, int32_t* first_non_finite,  \
+                     const void* x, const float* w, const float* selection_bias, int64_t tokens, int32_t experts,      \
+                     int32_t hidden, int32_t choices_per_token, int32_t score, routegrad_stream stream))               \
+  /* On the host: floats of `partials`. */                                                                             \
+  X(router_partials, (uint64_t* floats, int64_t tokens, int32_t experts))                                              \
+  /* statistics [2 E + 2]: mean score and tokens of each expert, mean lse², mean entropy. */                           \
+  X(router_statistics,                                                                                                 \
+    (float* statistics, const float* partials, int64_t tokens, int32_t experts, routegrad_stream stream))              \
+  X(router_backward, (void* dx, float* dz, float* dw_partials, const float* scores, const float* log_sum_exp,          \
+                      const float* dscores, const float* dmean, const float* dlse2, const void* x, const float* w,     \
+                      int64_t tokens, int32_t experts, int32_t hidden, int32_t score, int32_t accumulate,              \
+                      routegrad_stream stream))                                                                        \
+  X(router_weight_gradient, (float* dw, const float* dw_partials, int64_t tokens, int32_t experts, int32_t hidden,     \
+                             int32_t accumulate, routegrad_stream stream))                                             \
+  /* On the host: floats of `dw_partials`. */                                                                          \
+  X(router_backward_workspace, (uint64_t* floats, int64_t tokens, int32_t experts, int32_t hidden))
 
 // Bits that dispatch sets in its `fault` word: the step must not be applied.
 typedef enum routegrad_fault {

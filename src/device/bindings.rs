@@ -139,6 +139,11 @@ const _: () = {
         "Offset of field: routegrad_unit_box::swizzle",
     ][::std::mem::offset_of!(routegrad_unit_box, swizzle) - 40usize];
 };
+pub const ROUTEGRAD_SCORE_LOGITS: routegrad_score = 0;
+pub const ROUTEGRAD_SCORE_SOFTMAX: routegrad_score = 1;
+pub const ROUTEGRAD_SCORE_SIGMOID: routegrad_score = 2;
+pub const ROUTEGRAD_SCORE_RELU: routegrad_score = 3;
+pub type routegrad_score = ::std::os::raw::c_uint;
 pub const ROUTEGRAD_FAULT_EXPERT: routegrad_fault = 1;
 pub const ROUTEGRAD_FAULT_CAPACITY: routegrad_fault = 2;
 pub type routegrad_fault = ::std::os::raw::c_uint;
@@ -283,6 +288,79 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
+    pub router_forward: ::std::option::Option<
+        unsafe extern "C" fn(
+            scores: *mut f32,
+            log_sum_exp: *mut f32,
+            choices: *mut i32,
+            partials: *mut f32,
+            first_non_finite: *mut i32,
+            x: *const ::std::os::raw::c_void,
+            w: *const f32,
+            selection_bias: *const f32,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            choices_per_token: i32,
+            score: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_partials: ::std::option::Option<
+        unsafe extern "C" fn(
+            floats: *mut u64,
+            tokens: i64,
+            experts: i32,
+        ) -> routegrad_status,
+    >,
+    pub router_statistics: ::std::option::Option<
+        unsafe extern "C" fn(
+            statistics: *mut f32,
+            partials: *const f32,
+            tokens: i64,
+            experts: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dx: *mut ::std::os::raw::c_void,
+            dz: *mut f32,
+            dw_partials: *mut f32,
+            scores: *const f32,
+            log_sum_exp: *const f32,
+            dscores: *const f32,
+            dmean: *const f32,
+            dlse2: *const f32,
+            x: *const ::std::os::raw::c_void,
+            w: *const f32,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            score: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_weight_gradient: ::std::option::Option<
+        unsafe extern "C" fn(
+            dw: *mut f32,
+            dw_partials: *const f32,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_backward_workspace: ::std::option::Option<
+        unsafe extern "C" fn(
+            floats: *mut u64,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+        ) -> routegrad_status,
+    >,
     pub dispatch_choices: ::std::option::Option<
         unsafe extern "C" fn(
             offsets: *mut i32,
@@ -389,7 +467,7 @@ pub struct routegrad_launchers {
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 152usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 200usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -430,28 +508,46 @@ const _: () = {
         "Offset of field: routegrad_launchers::unit_fault",
     ][::std::mem::offset_of!(routegrad_launchers, unit_fault) - 88usize];
     [
+        "Offset of field: routegrad_launchers::router_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, router_forward) - 96usize];
+    [
+        "Offset of field: routegrad_launchers::router_partials",
+    ][::std::mem::offset_of!(routegrad_launchers, router_partials) - 104usize];
+    [
+        "Offset of field: routegrad_launchers::router_statistics",
+    ][::std::mem::offset_of!(routegrad_launchers, router_statistics) - 112usize];
+    [
+        "Offset of field: routegrad_launchers::router_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, router_backward) - 120usize];
+    [
+        "Offset of field: routegrad_launchers::router_weight_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, router_weight_gradient) - 128usize];
+    [
+        "Offset of field: routegrad_launchers::router_backward_workspace",
+    ][::std::mem::offset_of!(routegrad_launchers, router_backward_workspace) - 136usize];
+    [
         "Offset of field: routegrad_launchers::dispatch_choices",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 96usize];
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 144usize];
     [
         "Offset of field: routegrad_launchers::dispatch_mask",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 104usize];
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 152usize];
     [
         "Offset of field: routegrad_launchers::dispatch_workspace",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 112usize];
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 160usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 120usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 168usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_input_gradient",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_input_gradient)
-        - 128usize];
+        - 176usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_weight_gradient",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_weight_gradient)
-        - 136usize];
+        - 184usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_plan",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 144usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 192usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {
