@@ -36,6 +36,7 @@ pub mod checkpoint;
 pub mod eval;
 pub mod generate;
 pub mod gradcheck;
+pub mod device_check;
 pub mod train;
 
 pub mod hardware;
