@@ -181,6 +181,15 @@ impl Tape {
         self.len() == 0
     }
 
+    /// What is kept for backward: (operation, tensor), shared ones as often as they are kept.
+    pub fn kept(&self) -> Vec<(&'static str, Tensor)> {
+        let entries = self.entries.borrow();
+        let kept = entries
+            .iter()
+            .flat_map(|e| e.saved.iter().map(|t| (e.op.name(), t.clone())));
+        kept.collect()
+    }
+
     /// Runs `op` on `inputs` and records it if any of them needs a gradient.
     ///
     /// # Errors
