@@ -194,6 +194,10 @@ const _: () = {
         "Offset of field: routegrad_gemm_plan::clocks",
     ][::std::mem::offset_of!(routegrad_gemm_plan, clocks) - 24usize];
 };
+pub const ROUTEGRAD_WEIGHTING_PLAIN: routegrad_weighting = 0;
+pub const ROUTEGRAD_WEIGHTING_SUM_P: routegrad_weighting = 1;
+pub const ROUTEGRAD_WEIGHTING_COUNT: routegrad_weighting = 2;
+pub type routegrad_weighting = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub struct routegrad_launchers {
@@ -384,12 +388,73 @@ pub struct routegrad_launchers {
             multiprocessors: i32,
         ) -> routegrad_status,
     >,
+    pub expert_sums: ::std::option::Option<
+        unsafe extern "C" fn(
+            sums: *mut f32,
+            masses: *mut f32,
+            column_sums: *const f32,
+            gates: *const f32,
+            offsets: *const i32,
+            row_token: *const i32,
+            rows: i64,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub expert_mean_update: ::std::option::Option<
+        unsafe extern "C" fn(
+            average: *mut f32,
+            sums: *const f32,
+            masses: *const f32,
+            beta: *const f32,
+            experts: i32,
+            hidden: i32,
+            weighting: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub combine: ::std::option::Option<
+        unsafe extern "C" fn(
+            y: *mut ::std::os::raw::c_void,
+            rows_in: *const ::std::os::raw::c_void,
+            gates: *const f32,
+            slot_row: *const i32,
+            choices: *const i32,
+            vectors: *const f32,
+            tokens: i64,
+            rows: i64,
+            experts: i32,
+            hidden: i32,
+            slots: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub gate_gradient: ::std::option::Option<
+        unsafe extern "C" fn(
+            dgates: *mut f32,
+            dots: *const f32,
+            g: *const ::std::os::raw::c_void,
+            vectors: *const f32,
+            slot_row: *const i32,
+            choices: *const i32,
+            tokens: i64,
+            rows: i64,
+            experts: i32,
+            hidden: i32,
+            slots: i32,
+            dot_columns: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 152usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 184usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -452,6 +517,18 @@ const _: () = {
     [
         "Offset of field: routegrad_launchers::grouped_gemm_plan",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 144usize];
+    [
+        "Offset of field: routegrad_launchers::expert_sums",
+    ][::std::mem::offset_of!(routegrad_launchers, expert_sums) - 152usize];
+    [
+        "Offset of field: routegrad_launchers::expert_mean_update",
+    ][::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 160usize];
+    [
+        "Offset of field: routegrad_launchers::combine",
+    ][::std::mem::offset_of!(routegrad_launchers, combine) - 168usize];
+    [
+        "Offset of field: routegrad_launchers::gate_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 176usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {
