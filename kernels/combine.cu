@@ -105,7 +105,7 @@ struct Experts {
 // ê of one slice, high and low terms: boxes of 64 columns, one 128-byte row per expert, chunks XORed by the row.
 template <class N>
 struct alignas(1024) SplitVectors {
-  bf16 term[2][N::kSlice / 64][N::kCount * 64];
+  uint8_t term[2][N::kSlice / 64][N::kCount * 128];
 };
 
 // Splits a pair of floats: high + low holds 16 bits of each.
@@ -130,7 +130,7 @@ DEV void load_vectors(SplitVectors<N>& s, const Combine& p, int first_column) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int n = c / 32 * 32 + c % 8 / 4 * 16 + 8 * half + c % 32 / 8 * 2;
-      const int at = expert * 64 + ((n % 64 / 8) ^ (expert & 7)) * 8 + n % 8;
+      const int at = expert * 128 + ((n % 64 / 8) ^ (expert & 7)) * 16 + n % 8 * 2;
       *reinterpret_cast<uint32_t*>(&s.term[0][n / 64][at]) = high[half];
       *reinterpret_cast<uint32_t*>(&s.term[1][n / 64][at]) = low[half];
     }

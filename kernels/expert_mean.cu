@@ -12,7 +12,7 @@
 //
 // Deterministic: warp w of a block adds blocks w, w + 8, ... in order, then the eight warps are added in order; gates
 // likewise, thread by thread.
-// Bytes: sums 4·D·(R / 64 + E) + 8·R + 16·E, the update 12·E·D. FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s; at
+// Bytes: sums 4·D·(R / 64 + 2 E) + 8·R + 16·E at most, the update 12·E·D (its three scalars apart). FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s; at
 // the paper's shapes (1 to 9 MB) the two launches cost as much.
 #include "common/slots.cuh"
 
@@ -106,10 +106,8 @@ __global__ void __launch_bounds__(kThreads)
                               bool by_sum) {
   const int e = static_cast<int>(blockIdx.y);
   const int column = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * 4;
-  const float rows = ld_global_readonly(masses + 2 * e + 1);
-  const float divisor = by_sum ? ld_global_readonly(masses + 2 * e) : rows;
+  const float rows = masses[2 * e + 1], divisor = by_sum ? masses[2 * e] : rows, keep = *beta;
   if (column >= hidden || !(rows > 0) || divisor == 0) return;
-  const float keep = ld_global_readonly(beta);
   float4* const at = reinterpret_cast<float4*>(average + int64_t{e} * hidden + column);
   const float4 old = ld_global(at);
   const float4 sum = ld_global_readonly(reinterpret_cast<const float4*>(sums + int64_t{e} * hidden + column));

@@ -5,11 +5,16 @@
 //! outputs hold. [`Run`] puts it on a [`Machine`]: every buffer lies between guard bands, every output starts poisoned,
 //! inputs must come back unchanged.
 
+pub mod combine;
+pub mod costs;
 pub mod dispatch;
+pub mod expert_mean;
+pub mod gate_gradient;
 pub mod grouped_gemm;
 pub mod machine;
 pub mod numbers;
 pub mod operands;
+pub mod routed;
 pub mod unit;
 
 pub use machine::{Guarded, Machine, Simulator};
@@ -106,6 +111,9 @@ pub fn cases() -> Vec<Case> {
     let mut all = unit::cases();
     all.extend(dispatch::cases());
     all.extend(grouped_gemm::cases());
+    all.extend(expert_mean::cases());
+    all.extend(combine::cases());
+    all.extend(gate_gradient::cases());
     all
 }
 
