@@ -6,7 +6,10 @@
 //! inputs must come back unchanged.
 
 pub mod dispatch;
+pub mod experts;
+pub mod grouped_down;
 pub mod grouped_gemm;
+pub mod grouped_swiglu;
 pub mod machine;
 pub mod numbers;
 pub mod operands;
@@ -106,6 +109,8 @@ pub fn cases() -> Vec<Case> {
     let mut all = unit::cases();
     all.extend(dispatch::cases());
     all.extend(grouped_gemm::cases());
+    all.extend(grouped_swiglu::cases());
+    all.extend(grouped_down::cases());
     all
 }
 
