@@ -303,11 +303,7 @@ impl TrainArgs {
             ("--steps", "train.steps", self.steps.map(number)),
             ("--seed", "train.seed", self.seed.map(number)),
             ("--data", "data.source", self.data.as_ref().map(text)),
-            (
-                "--device",
-                "train.device",
-                self.device.as_ref().map(text),
-            ),
+            ("--device", "train.device", self.device.as_ref().map(text)),
         ];
         Layers {
             preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),

@@ -33,10 +33,10 @@ pub mod plots;
 pub mod step;
 
 pub mod checkpoint;
+pub mod device_check;
 pub mod eval;
 pub mod generate;
 pub mod gradcheck;
-pub mod device_check;
 pub mod train;
 
 pub mod hardware;

@@ -5,7 +5,6 @@
 //! latter is linear. All `[T, E]`.
 
 use super::dispatch::Selection;
-use super::router::TopK;
 use crate::check::Case;
 use crate::cpu::vector::sigmoid as sigmoid_of;
 use crate::dtype::Real;
@@ -26,18 +25,14 @@ pub fn sigmoid(tape: &Tape, z: &Var) -> Result<Var> {
 ///
 /// # Errors
 /// When `z` is not real.
-pub fn positive(z: &Tensor) -> Result<TopK> {
+pub fn positive(z: &Tensor) -> Result<Selection> {
     let experts = z.shape().width();
     with_real!(z.dtype(), "scores", |T| {
         let scores = z.slice::<T>();
-        let selection = Selection::new(z.shape().rows(), experts, |token, chosen| {
+        Selection::new(z.shape().rows(), experts, |token, chosen| {
             let row = &scores[token * experts..(token + 1) * experts];
             let positive = (0..).zip(row).filter(|(_, z)| **z > 0.0);
             chosen.extend(positive.map(|(e, _): (i32, _)| e));
-        })?;
-        Ok(TopK {
-            selection,
-            first_non_finite: first_non_finite(z)?,
         })
     })
 }
