@@ -108,7 +108,7 @@ DEV uint32_t take_term(float& low, float& high) {
 
 template <class T>
 DEV void store_terms(bf16 (&terms)[T::kTerms][T::kElements], float (&v)[8], int row, int chunk) {
-  const int at = chunk / 8 * T::kRows * 64 + row * 64 + (chunk % 8 ^ (row & 7)) * 8;
+  uint8_t* to = reinterpret_cast<uint8_t*>(terms) + chunk / 8 * T::kRows * 128 + row * 128 + (chunk % 8 ^ (row & 7)) * 16;
 #pragma unroll
   for (int term = 0; term < T::kTerms; ++term) {
     uint4 packed;
@@ -116,7 +116,7 @@ DEV void store_terms(bf16 (&terms)[T::kTerms][T::kElements], float (&v)[8], int 
     packed.y = take_term(v[2], v[3]);
     packed.z = take_term(v[4], v[5]);
     packed.w = take_term(v[6], v[7]);
-    *reinterpret_cast<uint4*>(&terms[term][at]) = packed;
+    *reinterpret_cast<uint4*>(to + term * T::kElements * 2) = packed;
   }
 }
 
@@ -131,6 +131,9 @@ DEV void load_stages(RouterStages<T>& s, const TensorMap* x, const F32Matrix& m,
   constexpr bool kAlongTokens = T::kMajor == Major::MN;
   constexpr int kChunks = T::kRows * T::kColumns / 8 / 128;  // of 8 values, a thread and stage
   constexpr int kBatch = kChunks < T::kBatch ? kChunks : T::kBatch;
+  // A thread loads one chunk of 8 columns of every kRowsApart-th row.
+  constexpr int kRowsApart = 128 * 8 / T::kColumns;
+  const int my_row = static_cast<int>(threadIdx.x) / (T::kColumns / 8), my_chunk = threadIdx.x % (T::kColumns / 8);
   if (x && threadIdx.x == 0) tma_prefetch(x);
   for (int i = 0; i < steps; ++i) {
     const Step<T> at(i);
@@ -146,17 +149,14 @@ DEV void load_stages(RouterStages<T>& s, const TensorMap* x, const F32Matrix& m,
 #pragma unroll 1
     for (int batch = 0; batch < kChunks; batch += kBatch) {
       float v[kBatch][8];
-      int row[kBatch], chunk[kBatch];
+      const int first_row = my_row + batch * kRowsApart;
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) {
-        const int index = (batch + j) * 128 + static_cast<int>(threadIdx.x);
-        row[j] = index / (T::kColumns / 8);
-        chunk[j] = index % (T::kColumns / 8);
-        load_eight(v[j], m, row[j] + (kAlongTokens ? token : 0), chunk[j] * 8 + (kAlongTokens ? 0 : column));
-      }
+      for (int j = 0; j < kBatch; ++j)
+        load_eight(v[j], m, first_row + j * kRowsApart + (kAlongTokens ? token : 0),
+                   my_chunk * 8 + (kAlongTokens ? 0 : column));
       if (batch == 0) mbar_wait(&s.empty[at.stage], at.parity ^ 1);
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) store_terms<T>(s.terms[at.stage], v[j], row[j], chunk[j]);
+      for (int j = 0; j < kBatch; ++j) store_terms<T>(s.terms[at.stage], v[j], first_row + j * kRowsApart, my_chunk);
     }
     fence_proxy_async();
     __syncwarp();  // lane 0 speaks for lanes that have written
