@@ -34,6 +34,7 @@ pub mod step;
 
 pub mod checkpoint;
 pub mod eval;
+pub mod floors;
 pub mod generate;
 pub mod gradcheck;
 pub mod train;
