@@ -118,6 +118,9 @@ struct TrainArgs {
     /// Optimizer steps.
     #[arg(long, value_name = "N")]
     steps: Option<i64>,
+    /// Where the model runs: cpu, or sim, the kernels on the simulator [default: cpu].
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
     /// Seed of the weights, the order of the data and the sampling routers.
     #[arg(long, value_name = "N")]
     seed: Option<i64>,
@@ -314,6 +317,11 @@ impl TrainArgs {
             ("--steps", "train.steps", self.steps.map(number)),
             ("--seed", "train.seed", self.seed.map(number)),
             ("--data", "data.source", self.data.as_ref().map(text)),
+            (
+                "--device",
+                "train.device",
+                self.device.as_ref().map(text),
+            ),
         ];
         Layers {
             preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
@@ -461,7 +469,8 @@ fn list_routers() -> Result<()> {
         };
         routers::resolve(&mut config)?;
         for (key, value) in &config.settings {
-            say!("    router.{key} = {value}");
+            let help = info.settings.iter().find(|(k, _)| k == key);
+            say!("    router.{key} = {value}  {}", help.map_or("", |h| h.1));
         }
     }
     Ok(())

@@ -37,6 +37,7 @@ pub mod eval;
 pub mod floors;
 pub mod generate;
 pub mod gradcheck;
+pub mod device_check;
 pub mod train;
 
 pub mod hardware;

@@ -10,7 +10,10 @@ pub mod costs;
 pub mod dispatch;
 pub mod expert_mean;
 pub mod gate_gradient;
+pub mod experts;
+pub mod grouped_down;
 pub mod grouped_gemm;
+pub mod grouped_swiglu;
 pub mod machine;
 pub mod numbers;
 pub mod operands;
@@ -114,6 +117,8 @@ pub fn cases() -> Vec<Case> {
     all.extend(expert_mean::cases());
     all.extend(combine::cases());
     all.extend(gate_gradient::cases());
+    all.extend(grouped_swiglu::cases());
+    all.extend(grouped_down::cases());
     all
 }
 
