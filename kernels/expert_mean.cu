@@ -2,11 +2,11 @@
 //   expert_sums          sums[e, :]    = Σ over the blocks of 64 rows of expert e of column_sums[block, :]
 //                        masses[e, 0]  = Σ over the rows r of expert e of gates[row_token[r], e], or their number where
 //                                        gates is null;  masses[e, 1] = their number
-//   expert_mean_update   ê[e, :] ← β ê[e, :] + (1 − β) sums[e, :] / divisor[e], where expert e has rows
+//   expert_mean_update   ê[e, :] ← β ê[e, :] + (1 − β) sums[e, :] / divisor[e], where the divisor is not 0
 // Blocks of expert e: offsets[e] / 64 + e + b for b < ⌈rows of e / 64⌉, as grouped_down_forward wrote them; the others
 // are not read. divisor = masses[e, 0] with ROUTEGRAD_WEIGHTING_SUM_P, masses[e, 1] with _PLAIN and _COUNT (they differ in
-// what the rows were weighted with). An expert without rows, or whose divisor is 0, keeps its ê. Between the two, sums and
-// masses may be added over ranks.
+// what the rows were weighted with); so an expert without rows keeps its ê. Between the two, sums and masses may be added
+// over ranks.
 //   column_sums [R / 64 + E, D] f32, gates [T, E] f32, offsets [E + 1], row_token [R], sums [E, D], masses [E, 2], ê [E, D],
 //   beta [1] in device memory.  1 <= E <= 256, D a multiple of 8. sums and masses are assigned, ê is changed.
 //
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kThreads)
                               bool by_sum) {
   const int e = static_cast<int>(blockIdx.y);
   const int column = static_cast<int>(blockIdx.x * kThreads + threadIdx.x) * 4;
-  const float rows = masses[2 * e + 1], divisor = by_sum ? masses[2 * e] : rows, keep = *beta;
-  if (column >= hidden || !(rows > 0) || divisor == 0) return;
+  const float divisor = by_sum ? masses[2 * e] : masses[2 * e + 1], keep = *beta;
+  if (column >= hidden || divisor == 0) return;
   float4* const at = reinterpret_cast<float4*>(average + int64_t{e} * hidden + column);
   const float4 old = ld_global(at);
   const float4 sum = ld_global_readonly(reinterpret_cast<const float4*>(sums + int64_t{e} * hidden + column));

@@ -12,8 +12,9 @@
 // high + low, in shared memory, and multiply both with g, which is exact: the error is 2^-16 of Σ |g ê| and that of f32
 // sums.
 //
-// Bytes: 4·T·E + 4·slots·T + 4·S·C, S the slots with a row, and 4·slots·T with choices; with vectors
-// (2·T + 4·E·T / 128)·D for every 64 experts, of which only 2·T·D leave the L2 cache.
+// Bytes: 4·T·E + 4·slots·T + 4·S·C, S the slots with a row, and 4·slots·T with choices (without vectors each gate looks
+// its expert up in them, from cache); with vectors 2·T·D + 4·E·D. (Every 64 experts read g again and every 128 tokens ê,
+// from cache.)
 // FLOPs: 4·T·E'·D with vectors, E' = E rounded up to 16, 32 or a multiple of 64, T to 128, D to 64; else none.
 // Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
 #include "common/ptx.cuh"

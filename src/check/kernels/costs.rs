@@ -62,6 +62,101 @@ pub struct Sizes {
     pub rows: usize,
 }
 
+/// Experts as the router's and the combine's tiles have them.
+fn padded_experts(experts: usize) -> usize {
+    match experts {
+        0..=16 => 16,
+        17..=32 => 32,
+        33..=64 => 64,
+        65..=128 => 128,
+        _ => 256,
+    }
+}
+
+/// `kernels/router.cu`, with choices; W comes from cache for all tokens but the first.
+pub fn router_forward(s: &Sizes) -> Cost {
+    let flops = 6
+        * s.tokens.next_multiple_of(128)
+        * s.hidden.next_multiple_of(64)
+        * padded_experts(s.experts);
+    Cost::new(
+        flops,
+        2 * s.tokens * s.hidden + 4 * s.tokens * (s.experts + s.slots + 1),
+    )
+}
+
+/// `kernels/router_backward.cu`: dz, dx (assigned or accumulated) and dW.
+pub fn router_backward(s: &Sizes, accumulate: bool) -> Cost {
+    let flops = 12
+        * s.tokens.next_multiple_of(128)
+        * s.hidden.next_multiple_of(128)
+        * padded_experts(s.experts);
+    let passes = if accumulate { 3 } else { 2 };
+    Cost::new(
+        flops,
+        2 * passes * s.tokens * s.hidden + 12 * s.tokens * s.experts,
+    )
+}
+
+/// `kernels/dispatch.cu` with a list of choices.
+pub fn dispatch_choices(s: &Sizes) -> Cost {
+    Cost::new(0, 12 * s.tokens * s.slots + 8 * s.rows)
+}
+
+/// `kernels/grouped_swiglu.cu`, forward.
+pub fn grouped_swiglu_forward(s: &Sizes) -> Cost {
+    let Sizes {
+        rows,
+        hidden,
+        ffn,
+        experts,
+        ..
+    } = *s;
+    Cost::new(
+        4 * rows * ffn * hidden,
+        2 * rows * (hidden + 3 * ffn) + 4 * experts * ffn * hidden,
+    )
+}
+
+/// `kernels/grouped_swiglu.cu`, backward, with `dot_columns` partial dots a row.
+pub fn grouped_swiglu_backward(s: &Sizes, dot_columns: usize) -> Cost {
+    let Sizes {
+        rows,
+        hidden,
+        ffn,
+        experts,
+        ..
+    } = *s;
+    Cost::new(
+        2 * rows * ffn * hidden,
+        2 * rows * (hidden + 5 * ffn) + 2 * experts * ffn * hidden + 4 * rows * (dot_columns + 2),
+    )
+}
+
+/// `kernels/grouped_down.cu`, with or without the column sums of which the experts' means are made.
+pub fn grouped_down_forward(s: &Sizes, column_sums: bool) -> Cost {
+    let forward = grouped_gemm(s.rows, s.experts, s.hidden, s.ffn);
+    let sums = 4 * s.hidden * (s.rows / 64 + s.experts) + 8 * s.rows;
+    forward + Cost::new(0, if column_sums { sums } else { 0 })
+}
+
+/// `kernels/grouped_gemm.cu`, forward or input gradient: `rows` times W [groups, n, k] in bf16.
+pub fn grouped_gemm(rows: usize, groups: usize, n: usize, k: usize) -> Cost {
+    Cost::new(2 * rows * n * k, 2 * (rows * k + groups * n * k + rows * n))
+}
+
+/// `kernels/grouped_gemm.cu`, gradient of W [groups, n, k] in f32.
+pub fn grouped_gemm_weight_gradient(
+    rows: usize,
+    groups: usize,
+    n: usize,
+    k: usize,
+    accumulate: bool,
+) -> Cost {
+    let weights = if accumulate { 8 } else { 4 } * groups * n * k;
+    Cost::new(2 * rows * n * k, 2 * rows * (n + k) + weights)
+}
+
 /// `kernels/expert_mean.cu`: at most; an expert's last block of 64 rows may be short.
 pub fn expert_sums(s: &Sizes) -> Cost {
     let lines = s.rows / 64 + s.experts;
@@ -88,14 +183,10 @@ pub fn combine(s: &Sizes, gates: bool, vectors: bool, accumulate: bool) -> Cost 
     if !vectors {
         return Cost::new(0, bytes + if gates { 4 * s.rows } else { 0 });
     }
-    let experts = match s.experts {
-        0..=16 => 16,
-        17..=32 => 32,
-        33..=64 => 64,
-        65..=128 => 128,
-        _ => 256,
-    };
-    let flops = 6 * s.tokens.next_multiple_of(64) * experts * s.hidden.next_multiple_of(128);
+    let flops = 6
+        * s.tokens.next_multiple_of(64)
+        * padded_experts(s.experts)
+        * s.hidden.next_multiple_of(128);
     Cost::new(flops, bytes + 4 * s.experts * (s.tokens + s.hidden))
 }
 

@@ -106,6 +106,7 @@ pub fn small_batches() -> Vec<Batch> {
         Batch::random(40, 24, 1, 5).map_experts(|_| 23),
         Batch::random(33, 20, 6, 6),
         Batch::random_mask(67, 33, 0.2, 7),
+        Batch::random(9, 130, 3, 18),
     ]
 }
 
