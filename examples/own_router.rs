@@ -14,7 +14,7 @@ use routegrad::error::Result;
 use routegrad::model::Model;
 use routegrad::ops::dispatch::Selection;
 use routegrad::ops::router::{TopK, softmax};
-use routegrad::routers::{self, LayerPass, Router, Routing};
+use routegrad::routers::{self, Balance, LayerPass, Router, Routing};
 use routegrad::step::Trainer;
 use routegrad::tape::{Tape, Var};
 
@@ -39,16 +39,12 @@ impl Router for Hashed {
                 first_non_finite: None,
             })
         })?;
-        Ok(Routing {
-            gates: probabilities.clone(),
-            probabilities,
-            dispatch,
-        })
+        Ok(Routing::new(probabilities.clone(), probabilities, dispatch))
     }
 
     /// The choice is balanced already.
-    fn balances(&self) -> bool {
-        false
+    fn balance(&self) -> Balance {
+        Balance::None
     }
 
     fn experts_run(&self, model: &ModelConfig) -> usize {
