@@ -6,7 +6,7 @@ use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::routers::{self, ROUTERS};
 use crate::train::{self, Options, Outcome};
-use crate::{eval, generate, gradcheck, hardware};
+use crate::{eval, floors, generate, gradcheck, hardware};
 use clap::{Args, Parser, Subcommand};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -73,6 +73,19 @@ Examples:
     },
     /// List the routers with their settings and defaults.
     Routers,
+    /// Print what a MoE layer cannot cost less than on one H200, and what `default` adds to `topk`, as Markdown.
+    #[command(after_help = "\
+Examples:
+  routegrad floors
+  routegrad floors --preset 557m --tokens 65536")]
+    Floors {
+        /// Model whose layer to reckon with; may be given again [default: 1.96b and 7.33b].
+        #[arg(long, value_name = "NAME")]
+        preset: Vec<String>,
+        /// Tokens of a micro-batch.
+        #[arg(long, value_name = "N", default_value_t = floors::TOKENS)]
+        tokens: usize,
+    },
     /// Prove and time the kernels on a GPU: whatever has no record yet, most important first.
     #[command(after_help = "\
 Examples:
@@ -105,6 +118,9 @@ struct TrainArgs {
     /// Optimizer steps.
     #[arg(long, value_name = "N")]
     steps: Option<i64>,
+    /// Where the model runs: cpu, or sim, the kernels on the simulator [default: cpu].
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
     /// Seed of the weights, the order of the data and the sampling routers.
     #[arg(long, value_name = "N")]
     seed: Option<i64>,
@@ -214,6 +230,7 @@ impl Cli {
             Command::Generate(args) => generate_command(&args),
             Command::Gradcheck { filter, plant } => gradcheck_command(&filter, plant),
             Command::Routers => list_routers(),
+            Command::Floors { preset, tokens } => print_floors(&preset, tokens),
             Command::HardwareCheck(args) => hardware_check(args),
             Command::Status(args) => status(&args),
         }
@@ -300,6 +317,7 @@ impl TrainArgs {
             ("--steps", "train.steps", self.steps.map(number)),
             ("--seed", "train.seed", self.seed.map(number)),
             ("--data", "data.source", self.data.as_ref().map(text)),
+            ("--device", "train.device", self.device.as_ref().map(text)),
         ];
         Layers {
             preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
@@ -425,6 +443,16 @@ fn status(args: &StatusArgs) -> Result<()> {
             Ok(())
         }
     }
+}
+
+fn print_floors(presets: &[String], tokens: usize) -> Result<()> {
+    let presets: Vec<&str> = presets.iter().map(String::as_str).collect();
+    let page = match presets.as_slice() {
+        [] => floors::page(&floors::PRESETS, tokens)?,
+        named => floors::page(named, tokens)?,
+    };
+    say!("{}", page.trim_end());
+    Ok(())
 }
 
 fn list_routers() -> Result<()> {

@@ -1,6 +1,6 @@
 //! The routers, one a file, and their registry.
 //!
-//! A router turns logits `z [T, E]` into gates `[T, E]` and, for every token, the experts that run:
+//! A router turns a layer's input `x [T, D]` into gates `[T, E]` and, for every token, the experts that run:
 //! nothing outside this folder knows which method does so. A new router is a file here and a line in
 //! [`ROUTERS`]; or a type of one's own passed to [`Model::with_router`](crate::model::Model::with_router).
 
@@ -13,13 +13,15 @@ pub mod sparsemixer;
 mod state;
 pub mod topk;
 
-pub use state::{LayerPass, LayerState, LayerStats, Pass, Phase};
+pub use state::{Disagreement, LayerPass, LayerState, LayerStats, Pass, Phase};
 
 use crate::config::{ModelConfig, RouterConfig, nearest};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
 use crate::ops::dispatch::{Dispatch, Selection};
+use crate::ops::expert_mean::{ExpertSums, Weighting};
+use crate::ops::routing::Scores;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use serde::Serialize;
@@ -31,8 +33,8 @@ pub struct Routing {
     /// `[T, E]`: weight of each expert's output; off the chosen experts that of its default vector,
     /// if there is one, else unused.
     pub gates: Var,
-    /// `[T, E]`: probabilities that the auxiliary loss and the statistics see.
-    pub probabilities: Var,
+    /// What the balance losses and the statistics see.
+    pub scores: Scores,
     /// The experts that run for each token.
     pub dispatch: Rc<Dispatch>,
     /// The experts that count as chosen, where those that run are others.
@@ -43,14 +45,23 @@ pub struct Routing {
 
 impl Routing {
     /// Experts that run because they were chosen, and no loss.
-    pub fn new(gates: Var, probabilities: Var, dispatch: Rc<Dispatch>) -> Self {
+    pub fn new(gates: Var, scores: Scores, dispatch: Rc<Dispatch>) -> Self {
         Routing {
             gates,
-            probabilities,
+            scores,
             dispatch,
             chosen: None,
             penalty: None,
         }
+    }
+
+    /// The chosen experts run, weighted by their scores.
+    ///
+    /// # Errors
+    /// When a choice cannot be made.
+    pub fn by_scores(scores: Scores, layer: &mut LayerPass<'_>) -> Result<Self> {
+        let dispatch = layer.select(|| scores.choose())?;
+        Ok(Self::new(scores.values.clone(), scores, dispatch))
     }
 
     /// The experts whose counts balance losses and statistics see.
@@ -109,21 +120,33 @@ pub trait Router {
         Vec::new()
     }
 
-    /// Chooses experts and gates from the logits `[T, E]`.
+    /// Chooses experts and gates from the layer's input `[T, D]` and its router weight `[E, D]`.
     ///
     /// # Errors
-    /// When the logits do not fit.
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing>;
+    /// When the two do not fit.
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing>;
 
-    /// Sees the outputs of the experts that ran, `[R, D]`, may update the layer's state, and gives
-    /// the default vectors of those that did not, if the method has any.
+    /// How the experts' outputs are to be summed for [`defaults`](Self::defaults); none if the
+    /// method does not need them.
+    fn weighting(&self) -> Option<Weighting> {
+        None
+    }
+
+    /// Gives the default vectors of the experts that did not run, if the method has any. `sums` are
+    /// those of the experts that ran; they are there when the router asked for them and the pass
+    /// may change state.
     ///
     /// # Errors
-    /// When the outputs do not fit.
+    /// When the sums do not fit the state.
     fn defaults(
         &self,
-        _expert_outputs: &Tensor,
-        _routing: &Routing,
+        _sums: Option<ExpertSums>,
         _layer: &mut LayerPass<'_>,
     ) -> Result<Option<Defaults>> {
         Ok(None)

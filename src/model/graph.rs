@@ -5,6 +5,7 @@ use super::moe::BalanceLosses;
 use super::parameters::{Layout, NormSlots};
 use super::{Losses, rounded};
 use crate::config::{BalanceConfig, Config, ModelConfig, Norm, Recompute, Reduction};
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -40,6 +41,7 @@ pub struct Graph {
     pub states: RefCell<Vec<LayerState>>,
     pub rope: RopeTables,
     pub dtype: DType,
+    pub device: Device,
     pub dist: Box<dyn Collective>,
 }
 
@@ -78,7 +80,7 @@ impl Graph {
         let states = (0..model.moe_layers().len()).map(|layer| {
             let mut tensors = router.initial_state(model, layer, seed);
             for t in &mut tensors {
-                t.start = rounded(&t.start, dtype)?;
+                t.start = rounded(&t.start, dtype)?.on(config.train.device);
             }
             Ok(LayerState::new(tensors))
         });
@@ -101,6 +103,7 @@ impl Graph {
                 model.rope_theta,
             )?,
             dtype,
+            device: config.train.device,
             dist,
         })
     }

@@ -7,7 +7,7 @@
 use super::{Balance, LayerPass, Router, RouterInfo, Routing, from_settings};
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::ops::router::{softmax, top_k};
+use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use serde::{Deserialize, Serialize};
 
@@ -26,11 +26,16 @@ pub(super) const INFO: RouterInfo = RouterInfo {
 pub struct Dense {}
 
 impl Router for Dense {
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let probabilities = softmax(tape, logits)?;
-        let experts = probabilities.tensor().shape().width();
-        let dispatch = layer.select(|| top_k(probabilities.tensor(), experts))?;
-        Ok(Routing::new(probabilities.clone(), probabilities, dispatch))
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let scores = scores(tape, x, weight, Score::Softmax, Choice::none())?;
+        let dispatch = layer.select(|| scores.all())?;
+        Ok(Routing::new(scores.values.clone(), scores, dispatch))
     }
 
     fn balance(&self) -> Balance {

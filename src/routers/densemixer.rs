@@ -9,7 +9,7 @@ use super::{LayerPass, Phase, Router, RouterInfo, Routing, from_settings};
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::ops::dispatch::{Dispatch, Selection};
-use crate::ops::router::{softmax, top_k};
+use crate::ops::routing::{Choice, Score, scores};
 use crate::ops::straight_through::straight_through;
 use crate::tape::{Tape, Var};
 use serde::{Deserialize, Serialize};
@@ -37,19 +37,25 @@ pub struct DenseMixer {
 }
 
 impl Router for DenseMixer {
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let probabilities = softmax(tape, logits)?;
-        let k = layer.top_k;
-        let chosen = layer.select(|| top_k(probabilities.tensor(), k))?;
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let choice = Choice::top_k(layer.top_k);
+        let scores = scores(tape, x, weight, Score::Softmax, choice)?;
+        let chosen = layer.select(|| scores.choose())?;
         let selection = chosen.selection();
-        let gates = straight_through(tape, &probabilities, selection, self.renormalize)?;
+        let gates = straight_through(tape, &scores.values, selection, self.renormalize)?;
         if layer.pass.phase == Phase::Evaluate {
-            return Ok(Routing::new(gates, probabilities, chosen));
+            return Ok(Routing::new(gates, scores, chosen));
         }
         let all = Selection::all(selection.num_tokens(), selection.num_experts())?;
         Ok(Routing {
             chosen: Some(selection.clone()),
-            ..Routing::new(gates, probabilities, Rc::new(Dispatch::new(all)))
+            ..Routing::new(gates, scores, Rc::new(Dispatch::new(all)))
         })
     }
 

@@ -16,8 +16,7 @@ use crate::dist::Collective;
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::ops::renormalize::renormalize;
-use crate::ops::router::{TopK, softmax, top_k};
-use crate::ops::scores::{first_non_finite, shares, sigmoid};
+use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -42,14 +41,6 @@ pub(super) const INFO: RouterInfo = RouterInfo {
 
 /// The name of b in checkpoints, that of models which are trained so.
 const BIAS: &str = "gate.e_score_correction_bias";
-
-/// What makes scores of logits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Score {
-    Softmax,
-    Sigmoid,
-}
 
 /// Settings of `lossfree`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -82,6 +73,14 @@ impl Router for LossFree {
                 "change it with --set router.update_rate=…",
             ));
         }
+        if !matches!(self.score, Score::Softmax | Score::Sigmoid) {
+            return Err(Error::invalid(
+                "router.score",
+                "\"softmax\" or \"sigmoid\"",
+                format!("{:?}", self.score).to_lowercase(),
+                "change it with --set router.score=…",
+            ));
+        }
         if self.renormalize && model.top_k == 1 {
             return Err(Error::invalid(
                 "router.renormalize",
@@ -100,28 +99,24 @@ impl Router for LossFree {
         }]
     }
 
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let scores = match self.score {
-            Score::Softmax => softmax(tape, logits)?,
-            Score::Sigmoid => sigmoid(tape, logits)?,
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let choice = Choice {
+            top_k: layer.top_k,
+            bias: Some(layer.state(BIAS).clone()),
         };
-        let (bias, k) = (layer.state(BIAS).clone(), layer.top_k);
-        let dispatch = layer.select(|| {
-            Ok(TopK {
-                first_non_finite: first_non_finite(logits.tensor())?,
-                ..top_k(&shifted(scores.tensor(), &bias)?, k)?
-            })
-        })?;
-        let probabilities = match self.score {
-            Score::Softmax => scores.clone(),
-            Score::Sigmoid => shares(scores.tensor())?,
-        };
-        let gates = if self.renormalize {
-            renormalize(tape, &scores, dispatch.selection())?
-        } else {
-            scores
-        };
-        Ok(Routing::new(gates, probabilities, dispatch))
+        let scores = scores(tape, x, weight, self.score, choice)?;
+        let mut routing = Routing::by_scores(scores, layer)?;
+        if self.renormalize {
+            let selection = routing.dispatch.selection();
+            routing.gates = renormalize(tape, &routing.gates, selection)?;
+        }
+        Ok(routing)
     }
 
     fn end_step(
@@ -149,16 +144,4 @@ impl Router for LossFree {
     fn balance(&self) -> Balance {
         Balance::None
     }
-}
-
-/// Every row of `scores [T, E]` plus `bias [E]`.
-fn shifted(scores: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    let mut sum = scores.clone();
-    with_real!(scores.dtype(), "lossfree", |T| {
-        let bias = bias.slice::<T>();
-        for row in sum.slice_mut::<T>().chunks_mut(bias.len()) {
-            row.iter_mut().zip(bias).for_each(|(s, &b)| *s += b);
-        }
-        Ok(sum)
-    })
 }

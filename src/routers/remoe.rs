@@ -16,7 +16,8 @@ use crate::dist::Collective;
 use crate::dtype::Real;
 use crate::error::{Error, Result};
 use crate::ops::balance::{auxiliary_loss, weighted_sum};
-use crate::ops::scores::{on_selection, positive, shares};
+use crate::ops::routing::{Choice, Score, scores};
+use crate::ops::scores::on_selection;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -85,10 +86,17 @@ impl Router for ReMoe {
         }]
     }
 
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let dispatch = layer.select(|| positive(logits.tensor()))?;
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let scores = scores(tape, x, weight, Score::Relu, Choice::none())?;
+        let dispatch = layer.select(|| scores.positive())?;
         let selection = dispatch.selection();
-        let gates = on_selection(tape, logits, selection)?;
+        let gates = on_selection(tape, &scores.values, selection)?;
         // E Σ_i f_i mean_t(p_ti) with f_i = n_i / (K T).
         let slots = (layer.top_k * selection.num_tokens()) as f64;
         let counts = selection.counts().into_iter();
@@ -96,10 +104,9 @@ impl Router for ReMoe {
         let loss = auxiliary_loss(tape, &gates, &fractions)?;
         let lambda = layer.state(LAMBDA).item()?;
         let penalty = weighted_sum(tape, &[(&loss, lambda)])?;
-        let probabilities = shares(gates.tensor())?;
         Ok(Routing {
             penalty: Some(penalty),
-            ..Routing::new(gates, probabilities, dispatch)
+            ..Routing::new(gates, scores, dispatch)
         })
     }
 

@@ -20,7 +20,8 @@ use crate::dtype::Real;
 use crate::error::{Error, Result};
 use crate::ops::add::add;
 use crate::ops::dispatch::Selection;
-use crate::ops::router::{TopK, softmax};
+use crate::ops::router::TopK;
+use crate::ops::routing::{self, Score, Scores, scores};
 use crate::ops::sampled_gate::{Choice, Draw, choose, sampled_gate};
 use crate::ops::scale::scale;
 use crate::ops::scores::first_non_finite;
@@ -188,7 +189,14 @@ impl Router for SparseMixer {
         }
     }
 
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let logits = scores(tape, x, weight, Score::Logits, routing::Choice::none())?.values;
         let (z, stages) = (logits.tensor(), layer.top_k);
         // Each token has a block of random numbers, in it each stage its E ξ and then its u.
         let (stream, first, experts) = (layer.draws(), layer.pass.first_token, z.shape().width());
@@ -219,8 +227,9 @@ impl Router for SparseMixer {
                 first_non_finite: first_non_finite(z)?,
             })
         })?;
-        let gates = self.gates(tape, logits, &choices)?;
-        Ok(Routing::new(gates, softmax(tape, logits)?, dispatch))
+        let gates = self.gates(tape, &logits, &choices)?;
+        let scores = Scores::of_logits(tape, logits, Score::Softmax, routing::Choice::none())?;
+        Ok(Routing::new(gates, scores, dispatch))
     }
 
     fn output(&self, tape: &Tape, y: Var, own: &[Var]) -> Result<Var> {

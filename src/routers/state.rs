@@ -10,6 +10,7 @@ use crate::ops::dispatch::{Dispatch, Selection};
 use crate::ops::router::TopK;
 use crate::random::{Purpose, Stream};
 use crate::tensor::Tensor;
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::StateTensor;
@@ -81,6 +82,21 @@ pub struct LayerState {
     step_load: Vec<f64>,
     stats: LayerStats,
     first_non_finite: Option<usize>,
+    /// The choices of the present step's micro-batches, and of the step before.
+    choices: Vec<Selection>,
+    last_choices: Vec<Selection>,
+    replay: VecDeque<Selection>,
+    disagreements: Vec<Disagreement>,
+}
+
+/// A token whose replayed choice is not the one that the router would have made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Disagreement {
+    pub token: usize,
+    /// The experts of the replayed choice.
+    pub replayed: Vec<i32>,
+    /// The experts of the router's own.
+    pub own: Vec<i32>,
 }
 
 impl LayerState {
@@ -110,6 +126,7 @@ impl LayerState {
         };
         tensor.expect_shape("checkpoint", name, self.committed[i].shape())?;
         tensor.expect_dtype("checkpoint", name, self.committed[i].dtype())?;
+        let tensor = tensor.on(self.committed[i].device());
         self.pending[i] = tensor.clone();
         self.committed[i] = tensor;
         Ok(true)
@@ -132,6 +149,24 @@ impl LayerState {
         self.step_tokens = 0.0;
         self.step_load.clear();
         self.first_non_finite = None;
+        self.last_choices = std::mem::take(&mut self.choices);
+    }
+
+    /// The choices of the last step, a selection for each micro-batch: a record to
+    /// [`replay`](Self::replay).
+    pub fn last_choices(&self) -> &[Selection] {
+        &self.last_choices
+    }
+
+    /// Lets the next training passes take these choices instead of the router's own, one a
+    /// micro-batch: two routers then do the same work, or two devices the same sums.
+    pub fn replay(&mut self, choices: &[Selection]) {
+        self.replay.extend(choices.iter().cloned());
+    }
+
+    /// Where replayed choices were not the router's own, since the last call.
+    pub fn take_disagreements(&mut self) -> Vec<Disagreement> {
+        std::mem::take(&mut self.disagreements)
     }
 
     /// Tokens that this rank trained on since the last commitment.
@@ -179,6 +214,16 @@ impl LayerState {
     pub fn set_selection(&mut self, selection: Selection) {
         self.selection = Some(selection);
     }
+}
+
+fn disagreements(replayed: &Selection, own: &Selection) -> Vec<Disagreement> {
+    let tokens = (0..replayed.num_tokens()).filter(|&t| replayed.experts(t) != own.experts(t));
+    let of = |token| Disagreement {
+        token,
+        replayed: replayed.experts(token).to_vec(),
+        own: own.experts(token).to_vec(),
+    };
+    tokens.map(of).collect()
 }
 
 /// One layer in one pass, as a router sees it.
@@ -229,10 +274,17 @@ impl<'p> LayerPass<'p> {
             return Ok(Rc::new(Dispatch::new(selection.clone())));
         }
         let TopK {
-            selection,
+            mut selection,
             first_non_finite,
         } = choose()?;
         if self.updates_state() {
+            if let Some(replayed) = self.state.replay.pop_front() {
+                self.state
+                    .disagreements
+                    .extend(disagreements(&replayed, &selection));
+                selection = replayed;
+            }
+            self.state.choices.push(selection.clone());
             self.state.selection = Some(selection.clone());
             let first = &mut self.state.first_non_finite;
             *first = first.or(first_non_finite);

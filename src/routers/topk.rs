@@ -9,7 +9,7 @@ use super::{LayerPass, Router, RouterInfo, Routing, from_settings};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::ops::renormalize::renormalize;
-use crate::ops::router::{softmax, top_k};
+use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use serde::{Deserialize, Serialize};
 
@@ -46,15 +46,20 @@ impl Router for TopK {
         Ok(())
     }
 
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let probabilities = softmax(tape, logits)?;
-        let k = layer.top_k;
-        let dispatch = layer.select(|| top_k(probabilities.tensor(), k))?;
-        let gates = if self.renormalize {
-            renormalize(tape, &probabilities, dispatch.selection())?
-        } else {
-            probabilities.clone()
-        };
-        Ok(Routing::new(gates, probabilities, dispatch))
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let choice = Choice::top_k(layer.top_k);
+        let scores = scores(tape, x, weight, Score::Softmax, choice)?;
+        let mut routing = Routing::by_scores(scores, layer)?;
+        if self.renormalize {
+            let selection = routing.dispatch.selection();
+            routing.gates = renormalize(tape, &routing.gates, selection)?;
+        }
+        Ok(routing)
     }
 }

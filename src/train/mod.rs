@@ -341,7 +341,7 @@ fn resume(
     config: Config,
     data: String,
 ) -> Result<(Model, Trainer, TrainerState)> {
-    let (model, mut state) = checkpoint::load_model(saved)?;
+    let (model, mut state) = checkpoint::load_model_on(saved, Some(config.train.device))?;
     let old = &state.config;
     for (what, same) in [
         ("model", old.model == config.model),
