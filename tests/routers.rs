@@ -51,7 +51,7 @@ fn variations(set: &[&str], steps: u64) -> Vec<f64> {
     bias.slice_mut::<f32>()[0] = 4.0;
     let router = parameter(&mut model, "gate.weight").slice_mut::<f32>();
     for (expert, row) in router.chunks_mut(16).enumerate() {
-        row[0] = 0.05 * expert as f32;
+        row[0] = 0.08 * expert as f32;
     }
     let mut trainer = Trainer::new(&config.train, &model);
     let width = config.model.sequence_length + 1;
@@ -73,11 +73,13 @@ fn variations(set: &[&str], steps: u64) -> Vec<f64> {
 fn loss_free_balancing_evens_a_skewed_load_within_500_steps() {
     for set in [&[][..], &["router.score=\"softmax\""], &["model.top_k=2"]] {
         let found = variations(set, 500);
-        assert!(found[0] >= 0.99, "{set:?} begins at {}", found[0]);
+        assert!(found[0] >= 1.0, "{set:?} begins at {}", found[0]);
         let steps = found.iter().position(|v| *v < 0.1);
         println!(
-            "{set:?}: variation {:.2} at first, below 0.1 after {steps:?} steps, {:.3} at the end",
-            found[0], found[499]
+            "{set:?}: variation {:.2} at first, below 0.1 after {steps:?} steps, {:.3} on average \
+             over the last 100",
+            found[0],
+            found[400..].iter().sum::<f64>() / 100.0
         );
         assert!(steps.is_some(), "{set:?} ends at {}", found[499]);
     }
