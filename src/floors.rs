@@ -216,7 +216,7 @@ faster; how much slower it is has to be measured.
 
 Numbers are microseconds of one micro-batch, spread evenly over the experts: what `topk` needs, + what `default` adds to
 it. The time of a step is that of the model's FLOPs at half of 989 TFLOP/s, without recomputation. The last row is a
-prediction, made before any of these kernels ran on a GPU: what `default` adds runs at 85% of the floors, and its two more
+prediction, made before any of these kernels ran on a GPU: what `default` adds runs at 85% of its floor, and its two more
 launches cost 2 microseconds each. Nearly all of it is one more read of dy, by the gradient of the gates.
 ";
 
