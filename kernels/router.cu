@@ -16,8 +16,8 @@
 //
 // Deterministic: a block owns 128 tokens whatever the device, sums run in a fixed order, the flag is an integer minimum.
 // Bytes: x once, 2·T·D; W from L2 once per 128 tokens, 4·E·D·ceil(T / 128); 4·T·(E + 1 + K) + 4·(2 E + 2)·ceil(T / 128)
-// written; the bias is read K + 1 times a token, 4·E·T·(K + 1), from L1. FLOPs on tensor cores: 6·T'·D'·E', each rounded up:
-// T' to 128, D' to 64, E' to 16, 32, 64, 128 or 256.
+// written; the bias once per token, 4·T·E, from L1. FLOPs on tensor cores: 6·T'·D'·E', each rounded up: T' to 128, D' to 64,
+// E' to 16, 32, 64, 128 or 256.
 // Floor: max(6·T·D·E / 790e12, (2·T·D + 4·T·(E + K + 1)) / 4.3e12) s; up to E = 64 the copy.
 #include "common/router_scores.cuh"
 
@@ -45,10 +45,10 @@ __global__ void __launch_bounds__(kRouterThreads, ForwardTiles<EXPERTS>::kBlocks
   const int steps = (forward.w.width + kRouterDepth - 1) / kRouterDepth;
   init_stages<T>(s.stages);
   if (threadIdx.x < 128) {
-    take_registers<T>(true);
+    if constexpr (T::kBlocksPerSm == 1) setmaxnreg_dec<72>();
     load_stages<T>(s.stages, &x, forward.w, {first_token, 0}, steps);
   } else {
-    take_registers<T>(false);
+    if constexpr (T::kBlocksPerSm == 1) setmaxnreg_inc<216>();
     float logits[EXPERTS / 2];
     multiply_stages<T>(s.stages, logits, steps);
     finish_tokens<EXPERTS>(logits, forward, first_token, s.sums);

@@ -119,11 +119,12 @@ impl Model {
         &*self.graph.dist
     }
 
-    /// Lets the router change its pending state at the end of an accepted step.
+    /// Lets the router change its pending state: at the end of an accepted step, before the states
+    /// are committed. [`Trainer::step`](crate::step::Trainer::step) does both.
     ///
     /// # Errors
     /// Those of the router.
-    pub(crate) fn end_step(&self) -> Result<()> {
+    pub fn end_step(&self) -> Result<()> {
         let graph = &self.graph;
         let mut states = graph.states.borrow_mut();
         graph

@@ -197,9 +197,6 @@ impl Tape {
     pub fn apply(&self, op: impl Op + 'static, inputs: &[&Var]) -> Result<Vec<Var>> {
         let tensors: Vec<&Tensor> = inputs.iter().map(|v| &v.tensor).collect();
         let device = fallback::device_of(&tensors);
-        if device == Device::Sim {
-            fallback::count(op.name(), op.runs_on(device));
-        }
         if !op.runs_on(device) {
             let op = Fallback {
                 op,
@@ -220,6 +217,9 @@ impl Tape {
         inputs: &[&Var],
         forward: Forward,
     ) -> Vec<Var> {
+        if inputs.iter().any(|v| v.tensor.device() == Device::Sim) {
+            fallback::count(op.name(), op.runs_on(Device::Sim));
+        }
         let record = self.recording && inputs.iter().any(|v| v.needs_gradient());
         self.record(record, Box::new(op), inputs, forward.saved, forward.outputs)
     }

@@ -3,7 +3,9 @@
 use routegrad::check::Fault;
 use routegrad::config::{Config, Layers};
 use routegrad::device::Device;
-use routegrad::device_check::{Load, TOLERANCE, compare_layer, compare_step, directional};
+use routegrad::device_check::{
+    DIRECTIONAL_TOLERANCE, Load, TOLERANCE, compare_layer, compare_step, directional,
+};
 use routegrad::model::Model;
 use routegrad::routers::{self, Pass, Phase};
 use routegrad::tape::{Tape, Var, take_ran};
@@ -25,7 +27,10 @@ fn layer(router: &str, experts: usize, top_k: usize, set: &[&str]) -> Config {
         "balance.z_coefficient=0.25".into(),
     ];
     let mut layers = Layers::preset("tiny");
-    layers.set = own.into_iter().chain(set.iter().map(|s| s.to_string())).collect();
+    layers.set = own
+        .into_iter()
+        .chain(set.iter().map(|s| s.to_string()))
+        .collect();
     Config::load(&layers, &routers::resolve).unwrap()
 }
 
@@ -41,11 +46,24 @@ fn agrees(router: &str, experts: usize, top_k: usize, tokens: usize, load: Load)
     let found = compare_layer(&config, tokens, load, None).unwrap();
     let (what, difference) = found.worst();
     let case = format!("{router} {experts}c{top_k} T {tokens} {load:?}");
-    println!("{case}: worst {difference:.1e} ({what}), flips {}", found.flips);
-    assert!(difference <= TOLERANCE, "{case}: {what} differs by {difference:.1e}");
-    assert!(found.largest_margin <= MARGIN, "{case}: margin {:.1e}", found.largest_margin);
+    println!(
+        "{case}: worst {difference:.1e} ({what}), flips {}",
+        found.flips
+    );
+    assert!(
+        difference <= TOLERANCE,
+        "{case}: {what} differs by {difference:.1e}"
+    );
+    assert!(
+        found.largest_margin <= MARGIN,
+        "{case}: margin {:.1e}",
+        found.largest_margin
+    );
     if load == Load::OddEmpty && router != "dense" && tokens > 1 {
-        assert!(found.counts.iter().skip(1).step_by(2).all(|c| *c == 0), "{case}");
+        assert!(
+            found.counts.iter().skip(1).step_by(2).all(|c| *c == 0),
+            "{case}"
+        );
     }
     if load == Load::OneHot && router != "dense" {
         assert_eq!(found.counts[experts / 2], tokens, "{case}");
@@ -98,7 +116,10 @@ fn every_option_of_default_agrees_with_the_cpu() {
     ] {
         let found = compare_layer(&layer("default", 8, 2, &[set]), 211, Load::Zipf, None).unwrap();
         let (what, difference) = found.worst();
-        assert!(difference <= TOLERANCE, "{set}: {what} differs by {difference:.1e}");
+        assert!(
+            difference <= TOLERANCE,
+            "{set}: {what} differs by {difference:.1e}"
+        );
     }
 }
 
@@ -126,7 +147,11 @@ fn directional_derivatives_of_the_layer_agree_with_its_gradients() {
             for d in directional(&layer(router, experts, top_k, &[]), 61, Load::Balanced).unwrap() {
                 let error = d.relative_error();
                 println!("{router} {experts}c{top_k} {}: {error:.1e}", d.input);
-                assert!(error <= 0.02, "{router} {experts}c{top_k} {}: {error:.1e}", d.input);
+                assert!(
+                    error <= 0.02,
+                    "{router} {experts}c{top_k} {}: {error:.1e}",
+                    d.input
+                );
             }
         }
     }
@@ -143,11 +168,17 @@ fn the_layer_keeps_its_input_the_hidden_rows_and_the_scores_alone() {
         let x = Tensor::from_slice([tokens, d], &vec![0.5f32; tokens * d]);
         let x = Var::leaf(x.narrowed().on(Device::Sim), model.parameters.len());
         take_ran();
-        model.moe_layer(0, &tape, &weights, &x, Pass::single(Phase::Train)).unwrap();
+        model
+            .moe_layer(0, &tape, &weights, &x, Pass::single(Phase::Train))
+            .unwrap();
         let mut kept: Vec<(usize, usize)> = tape
             .kept()
             .iter()
-            .filter(|(_, t)| !weights.iter().any(|w| w.tensor().bytes().as_ptr() == t.bytes().as_ptr()))
+            .filter(|(_, t)| {
+                !weights
+                    .iter()
+                    .any(|w| w.tensor().bytes().as_ptr() == t.bytes().as_ptr())
+            })
             .map(|(_, t)| (t.bytes().as_ptr() as usize, t.bytes().len()))
             .collect();
         kept.sort_unstable();
@@ -155,7 +186,10 @@ fn the_layer_keeps_its_input_the_hidden_rows_and_the_scores_alone() {
         let bytes: usize = kept.iter().map(|(_, bytes)| bytes).sum();
         // And of the router one logsumexp a token, of the balance losses E means.
         let bound = 2 * tokens * d + 4 * tokens * k * f + 4 * tokens * e;
-        assert!(bytes <= bound + 4 * tokens + 4 * e, "{router} keeps {bytes} bytes, {bound} allowed");
+        assert!(
+            bytes <= bound + 4 * tokens + 4 * e,
+            "{router} keeps {bytes} bytes, {bound} allowed"
+        );
         let ran = take_ran();
         for op in ["router", "experts"] {
             assert_eq!((ran[op].kernels, ran[op].fallback), (1, 0), "{op}");
@@ -165,7 +199,9 @@ fn the_layer_keeps_its_input_the_hidden_rows_and_the_scores_alone() {
 
 /// Two sequences of made-up text for the tiny model.
 fn tokens(length: usize, sequences: usize) -> Vec<i32> {
-    (0..(length + 1) * sequences).map(|i| ((i * i + i / 7) % 97) as i32 + 32).collect()
+    (0..(length + 1) * sequences)
+        .map(|i| ((i * i + i / 7) % 97) as i32 + 32)
+        .collect()
 }
 
 /// Two sequences a step of the tiny model.
@@ -192,7 +228,10 @@ fn a_first_step_of_tiny_gives_the_gradients_of_the_cpu() {
             println!("{router} {difference:.1e} {what}");
         }
         let (what, difference) = found.worst();
-        assert!(difference <= TOLERANCE, "{router}: {what} differs by {difference:.1e}");
+        assert!(
+            difference <= TOLERANCE,
+            "{router}: {what} differs by {difference:.1e}"
+        );
     }
 }
 

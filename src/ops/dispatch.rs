@@ -10,8 +10,8 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::tensor::Tensor;
-use std::sync::OnceLock;
 use std::ptr::null_mut;
+use std::sync::OnceLock;
 
 /// The experts that each token chose: any number per token, ascending.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,7 +77,10 @@ impl Selection {
     /// Experts per token, where every token has as many.
     pub fn experts_per_token(&self) -> Option<usize> {
         let k = self.num_slots() / self.num_tokens().max(1);
-        let uniform = self.token_slots.windows(2).all(|s| (s[1] - s[0]) as usize == k);
+        let uniform = self
+            .token_slots
+            .windows(2)
+            .all(|s| (s[1] - s[0]) as usize == k);
         uniform.then_some(k)
     }
 
@@ -138,15 +141,19 @@ impl Selection {
         let (t, e) = (tokens as i64, experts as i32);
         let mut bytes = 0u64;
         // SAFETY: it writes the size of the workspace.
-        unsafe { launch!(launchers, dispatch_workspace(&mut bytes, t, e, slots as i32)) }?;
+        unsafe {
+            launch!(
+                launchers,
+                dispatch_workspace(&mut bytes, t, e, slots as i32)
+            )
+        }?;
         let new = |count: usize| Tensor::unspecified(device, DType::I32, [count]);
         let mut offsets = new(experts + 1);
         let (mut row_token, mut row_slot) = (new(rows.max(1)), new(rows.max(1)));
         let mut slot_row = Tensor::unspecified(device, DType::I32, [tokens, slots]);
         let mut fault = Tensor::from_slice([1], &[0i32]).on(device);
         let mut workspace = new((bytes as usize).div_ceil(4));
-        let choices =
-            top_k.map(|k| Tensor::from_slice([tokens, k], &self.slot_expert).on(device));
+        let choices = top_k.map(|k| Tensor::from_slice([tokens, k], &self.slot_expert).on(device));
         // SAFETY: the tensors have the shapes that dispatch.cu's header names.
         unsafe {
             match &choices {

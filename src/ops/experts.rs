@@ -51,7 +51,12 @@ pub fn experts(
     weighting: Option<Weighting>,
     defaults: impl FnOnce(Option<ExpertSums>) -> Result<Option<Defaults>>,
 ) -> Result<Var> {
-    let Experts { x, gates, gate_up, down } = input;
+    let Experts {
+        x,
+        gates,
+        gate_up,
+        down,
+    } = input;
     if x.tensor().device() == Device::Cpu {
         let h = grouped_linear(tape, x, Rows::Tokens, gate_up, dispatch)?;
         let a = swiglu(tape, &h)?;
@@ -144,8 +149,8 @@ impl Layer {
         let (mut h, mut a) = (self.new_rows(x, 2 * s.ffn), self.new_rows(x, s.ffn));
         let mut e = self.new_rows(x, s.hidden);
         let blocks = s.rows as usize / 64 + s.experts as usize;
-        let mut partials = weighting
-            .map(|_| Tensor::unspecified(device, DType::F32, [blocks, s.hidden as usize]));
+        let mut partials =
+            weighting.map(|_| Tensor::unspecified(device, DType::F32, [blocks, s.hidden as usize]));
         let weights = match weighting {
             Some(Weighting::Plain) | None => null(),
             Some(_) => gates.pointer::<f32>(),
@@ -203,10 +208,22 @@ impl Layer {
         let vectors = self.defaults.as_ref().filter(|d| d.in_forward);
         let mut y = x.unspecified_like();
         let vectors = vectors.map(|d| &d.vectors);
-        self.combine(launchers, &mut y, Accumulate::Assign, &e, Some(gates), vectors, maps)?;
+        self.combine(
+            launchers,
+            &mut y,
+            Accumulate::Assign,
+            &e,
+            Some(gates),
+            vectors,
+            maps,
+        )?;
         Ok(Forward {
             outputs: vec![y],
-            saved: [x, gates, gate_up, down].into_iter().cloned().chain([h]).collect(),
+            saved: [x, gates, gate_up, down]
+                .into_iter()
+                .cloned()
+                .chain([h])
+                .collect(),
         })
     }
 
@@ -355,7 +372,12 @@ impl Op for Layer {
         unreachable!("the experts run before they are recorded")
     }
 
-    fn backward(&self, saved: &[Tensor], douts: &[Option<Tensor>], grads: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
         let [x, gates, gate_up, down, h] = saved else {
             unreachable!("the experts keep five tensors")
         };

@@ -51,7 +51,10 @@ pub struct Choice {
 impl Choice {
     /// The `k` of largest score.
     pub fn top_k(k: usize) -> Self {
-        Choice { top_k: k, bias: None }
+        Choice {
+            top_k: k,
+            bias: None,
+        }
     }
 
     /// None: the router chooses in another way.
@@ -89,13 +92,7 @@ enum Origin {
 ///
 /// # Errors
 /// When widths or dtypes differ, or more experts are to be chosen than there are.
-pub fn scores(
-    tape: &Tape,
-    x: &Var,
-    weight: &Var,
-    score: Score,
-    choice: Choice,
-) -> Result<Scores> {
+pub fn scores(tape: &Tape, x: &Var, weight: &Var, score: Score, choice: Choice) -> Result<Scores> {
     if x.tensor().device() == Device::Cpu {
         let z = router::logits(tape, x, weight)?;
         return Scores::of_logits(tape, z, score, choice);
@@ -143,17 +140,37 @@ impl Scores {
     pub fn choose(&self) -> Result<TopK> {
         match &self.origin {
             Origin::Kernel { chosen, .. } => Ok(chosen.clone()),
-            Origin::Logits { z, choice } => {
+            Origin::Logits { choice, .. } => {
                 let values = self.values.tensor();
                 let chosen = match &choice.bias {
                     None => router::top_k(values, choice.top_k)?,
                     Some(bias) => router::top_k(&shifted(values, bias)?, choice.top_k)?,
                 };
                 Ok(TopK {
-                    first_non_finite: first_non_finite(z.tensor())?,
+                    first_non_finite: self.first_non_finite()?,
                     ..chosen
                 })
             }
+        }
+    }
+
+    /// Every expert for every token.
+    ///
+    /// # Errors
+    /// When there are more pairs than an i32 counts.
+    pub fn all(&self) -> Result<TopK> {
+        let shape = self.values.tensor().shape();
+        Ok(TopK {
+            selection: Selection::all(shape[0], shape[1])?,
+            first_non_finite: self.first_non_finite()?,
+        })
+    }
+
+    /// The first token whose logits hold a NaN or an infinity.
+    fn first_non_finite(&self) -> Result<Option<usize>> {
+        match &self.origin {
+            Origin::Logits { z, .. } => first_non_finite(z.tensor()),
+            Origin::Kernel { chosen, .. } => Ok(chosen.first_non_finite),
         }
     }
 
@@ -162,13 +179,9 @@ impl Scores {
     /// # Errors
     /// When the scores are not real.
     pub fn positive(&self) -> Result<TopK> {
-        let chosen = positive(self.values.tensor())?;
-        Ok(match &self.origin {
-            Origin::Logits { .. } => chosen,
-            Origin::Kernel { chosen: found, .. } => TopK {
-                first_non_finite: found.first_non_finite,
-                ..chosen
-            },
+        Ok(TopK {
+            selection: positive(self.values.tensor())?,
+            first_non_finite: self.first_non_finite()?,
         })
     }
 
@@ -330,7 +343,12 @@ impl Op for Router {
         unreachable!("the router runs before it is recorded")
     }
 
-    fn backward(&self, saved: &[Tensor], douts: &[Option<Tensor>], grads: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
         let [x, w, values, lse] = saved else {
             unreachable!("the router keeps four tensors")
         };

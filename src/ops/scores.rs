@@ -5,7 +5,6 @@
 //! latter is linear. All `[T, E]`.
 
 use super::dispatch::Selection;
-use super::router::TopK;
 use crate::check::Case;
 use crate::cpu::vector::sigmoid as sigmoid_of;
 use crate::dtype::Real;
@@ -26,18 +25,14 @@ pub fn sigmoid(tape: &Tape, z: &Var) -> Result<Var> {
 ///
 /// # Errors
 /// When `z` is not real.
-pub fn positive(z: &Tensor) -> Result<TopK> {
+pub fn positive(z: &Tensor) -> Result<Selection> {
     let experts = z.shape().width();
     with_real!(z.dtype(), "scores", |T| {
         let scores = z.slice::<T>();
-        let selection = Selection::new(z.shape().rows(), experts, |token, chosen| {
+        Selection::new(z.shape().rows(), experts, |token, chosen| {
             let row = &scores[token * experts..(token + 1) * experts];
             let positive = (0..).zip(row).filter(|(_, z)| **z > 0.0);
             chosen.extend(positive.map(|(e, _): (i32, _)| e));
-        })?;
-        Ok(TopK {
-            selection,
-            first_non_finite: first_non_finite(z)?,
         })
     })
 }
@@ -197,22 +192,21 @@ mod tests {
     fn any_number_of_experts_is_positive_and_zero_is_not() {
         let z = Tensor::from_slice([3, 3], &[1.0, 0.0, 2.0, -1.0, -0.0, 0.0, 1.0, 1.0, 1.0]);
         let found = positive(&z).unwrap();
-        let chosen: Vec<&[i32]> = (0..3).map(|t| found.selection.experts(t)).collect();
+        let chosen: Vec<&[i32]> = (0..3).map(|t| found.experts(t)).collect();
         assert_eq!(chosen, [&[0, 2][..], &[], &[0, 1, 2]]);
-        assert_eq!(found.first_non_finite, None);
     }
 
     #[test]
     fn scores_that_are_not_finite_are_flagged_before_the_sigmoid_hides_them() {
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let z = Tensor::from_slice([2, 2], &[1.0, 2.0, bad, 0.0]);
-            assert_eq!(positive(&z).unwrap().first_non_finite, Some(1));
+            assert_eq!(first_non_finite(&z).unwrap(), Some(1));
         }
     }
 
     #[test]
     fn shares_sum_to_one_and_a_row_of_zeros_stays() {
         let shares = shares(&Tensor::from_slice([2, 2], &[1.0, 3.0, 0.0, 0.0])).unwrap();
-        assert_eq!(shares.tensor().slice::<f64>(), [0.25, 0.75, 0.0, 0.0]);
+        assert_eq!(shares.slice::<f64>(), [0.25, 0.75, 0.0, 0.0]);
     }
 }

@@ -6,7 +6,7 @@
 //! `dp_j = dw_j / S` off it. All `[T, E]`. Source: DenseMixer (Yao et al. 2025) and its code.
 
 use super::dispatch::Selection;
-use crate::check::Case;
+use crate::check::{Case, Fault, term};
 use crate::dtype::Real;
 use crate::error::Result;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
@@ -55,12 +55,8 @@ impl Op for StraightThrough {
                 &self.chosen,
                 self.renormalize,
             );
-            let saved = match self.renormalize {
-                true => vec![p.clone(), w.clone()],
-                false => vec![],
-            };
             Ok(Forward {
-                saved,
+                saved: vec![p.clone(), w.clone()],
                 outputs: vec![w],
             })
         })
@@ -72,10 +68,7 @@ impl Op for StraightThrough {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
-        let dw = only(douts);
-        let [p, w] = saved else {
-            return grads.give(0, dw.clone());
-        };
+        let (p, w, dw) = (&saved[0], &saved[1], only(douts));
         let mut dp = p.unspecified_like();
         with_real!(p.dtype(), "straight_through", |T| {
             reference::backward(
@@ -84,6 +77,7 @@ impl Op for StraightThrough {
                 p.slice(),
                 w.slice(),
                 &self.chosen,
+                self.renormalize,
             );
             grads.give(0, dp)
         })
@@ -114,21 +108,31 @@ mod reference {
         }
     }
 
-    /// Of the renormalised gates.
-    pub fn backward<T: Real>(dp: &mut [T], dw: &[T], p: &[T], w: &[T], chosen: &Selection) {
+    pub fn backward<T: Real>(
+        dp: &mut [T],
+        dw: &[T],
+        p: &[T],
+        w: &[T],
+        chosen: &Selection,
+        renormalize: bool,
+    ) {
         let width = chosen.num_experts();
+        let unchosen = T::of(term(Fault::UnchosenGate));
         for t in 0..chosen.num_tokens() {
             let row = t * width..(t + 1) * width;
             let (dp, dw) = (&mut dp[row.clone()], &dw[row.clone()]);
             let (p, w) = (&p[row.clone()], &w[row]);
             let own = chosen.experts(t);
-            let divisor = divisor(p, own, true);
-            let mean: T = own.iter().map(|&e| w[e as usize] * dw[e as usize]).sum();
+            let divisor = divisor(p, own, renormalize);
+            let mean: T = match renormalize {
+                true => own.iter().map(|&e| w[e as usize] * dw[e as usize]).sum(),
+                false => T::zero(),
+            };
             for (dp, &dw) in dp.iter_mut().zip(dw) {
-                *dp = dw / divisor;
+                *dp = unchosen * dw / divisor;
             }
             for &e in own {
-                dp[e as usize] -= mean / divisor;
+                dp[e as usize] = (dw[e as usize] - mean) / divisor;
             }
         }
     }

@@ -33,8 +33,9 @@ impl Router for Dense {
         weight: &Var,
         layer: &mut LayerPass<'_>,
     ) -> Result<Routing> {
-        let all = Choice::top_k(weight.tensor().shape().rows());
-        Routing::by_scores(scores(tape, x, weight, Score::Softmax, all)?, layer)
+        let scores = scores(tape, x, weight, Score::Softmax, Choice::none())?;
+        let dispatch = layer.select(|| scores.all())?;
+        Ok(Routing::new(scores.values.clone(), scores, dispatch))
     }
 
     fn balance(&self) -> Balance {

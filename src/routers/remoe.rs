@@ -148,3 +148,81 @@ impl Router for ReMoe {
         model.num_experts
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dist::SingleRank;
+    use crate::ops::dispatch::Selection;
+    use crate::routers::{Pass, Phase};
+
+    const EXPERTS: usize = 4;
+
+    /// Two layers that have seen one micro-batch, each of whose tokens chose so many experts.
+    fn layers(chosen: [&[usize]; 2]) -> Vec<LayerState> {
+        let start = |value: f64| StateTensor {
+            name: LAMBDA,
+            start: Tensor::from_slice([1], &[value]),
+        };
+        let layer = |own: &&[usize]| {
+            let selection =
+                Selection::new(own.len(), EXPERTS, |t, c| c.extend(0..own[t] as i32)).unwrap();
+            let mut state = LayerState::new(vec![start(0.5)]);
+            let pass = Pass::single(Phase::Train);
+            LayerPass::new(pass, &SingleRank, 0, 2, 0, &mut state, false).count(&selection, 0.0);
+            state
+        };
+        chosen.iter().map(layer).collect()
+    }
+
+    /// λ of both layers after the end of a step, K = 2.
+    fn lambda(chosen: [&[usize]; 2], dist: &dyn Collective) -> Vec<f64> {
+        let mut layers = layers(chosen);
+        let mut model = crate::config::Config::load(
+            &crate::config::Layers::preset("tiny"),
+            &crate::routers::resolve,
+        )
+        .unwrap()
+        .model;
+        model.top_k = 2;
+        ReMoe::default()
+            .end_step(&model, &mut layers, dist)
+            .unwrap();
+        let value = |l: &mut LayerState| {
+            l.commit();
+            l.tensors().next().unwrap().1.item().unwrap()
+        };
+        layers.iter_mut().map(value).collect()
+    }
+
+    #[test]
+    fn lambda_follows_the_mean_sparsity_over_the_layers() {
+        // Mean experts a token: 2.25, 1.75, 2.
+        assert_eq!(lambda([&[4, 4], &[1, 0]], &SingleRank), [0.6, 0.6]);
+        let less = [0.5 * (1.0 / 1.2); 2];
+        assert_eq!(lambda([&[3, 3], &[1, 0]], &SingleRank), less);
+        assert_eq!(lambda([&[4, 4], &[0, 0]], &SingleRank), [0.5, 0.5]);
+    }
+
+    /// This rank, and another one that has these sums.
+    struct WithAnother([f64; 2]);
+
+    impl Collective for WithAnother {
+        fn rank(&self) -> usize {
+            0
+        }
+        fn size(&self) -> usize {
+            2
+        }
+        fn sum(&self, values: &mut [f64]) {
+            values.iter_mut().zip(self.0).for_each(|(v, o)| *v += o);
+        }
+    }
+
+    #[test]
+    fn the_other_ranks_count() {
+        // Here 7 pairs of 4 tokens, too few; there 10 of 4.
+        let other = WithAnother([10.0, 4.0]);
+        assert_eq!(lambda([&[3, 3], &[1, 0]], &other), [0.6, 0.6]);
+    }
+}

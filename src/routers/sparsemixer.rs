@@ -25,7 +25,6 @@ use crate::ops::routing::{self, Score, Scores, scores};
 use crate::ops::sampled_gate::{Choice, Draw, choose, sampled_gate};
 use crate::ops::scale::scale;
 use crate::ops::scores::first_non_finite;
-use crate::random::Stream;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -107,34 +106,24 @@ impl SparseMixer {
         }
     }
 
-    /// The experts of `stages` stages.
-    fn choices(&self, z: &Tensor, stages: usize, draws: Option<Draws>) -> Result<Vec<Choice>> {
+    /// The experts of `stages` stages; without draws the likeliest.
+    fn choices(&self, z: &Tensor, stages: usize, draws: Option<Draws<'_>>) -> Result<Vec<Choice>> {
         let (c, threshold, untrusted) = self.constants();
-        let per_stage = z.shape().width() + 1;
         let mut choices: Vec<Choice> = Vec::new();
         for stage in 0..stages {
             let excluded = choices.last().map(|first| &first.expert);
-            // Each token has a block of draws, in it each stage its E exponentials and a uniform.
-            let index = |draws: &Draws, token: usize, i: usize| {
-                let place = draws.first_token + token as u64;
-                place * (stages * per_stage) as u64 + (stage * per_stage + i) as u64
+            let Some(draws) = &draws else {
+                choices.push(choose(z, excluded, self.epsilon, Draw::Likeliest)?);
+                continue;
             };
-            let mut choice = match &draws {
-                None => choose(z, excluded, self.epsilon, Draw::Likeliest)?,
-                Some(draws) => {
-                    let exponential = |t, i| draws.stream.exponential(index(draws, t, i));
-                    let uniform =
-                        |t| f64::from(draws.stream.uniform(index(draws, t, per_stage - 1)));
-                    let draw = Draw::Sampled {
-                        exponential: &exponential,
-                        uniform: &uniform,
-                        threshold,
-                        untrusted,
-                    };
-                    choose(z, excluded, self.epsilon, draw)?
-                }
+            let draw = Draw::Sampled {
+                exponential: &|token, expert| (draws.exponential)(token, stage, expert),
+                uniform: &|token| (draws.uniform)(token, stage),
+                threshold,
+                untrusted,
             };
-            if self.surrogate && draws.is_some() {
+            let mut choice = choose(z, excluded, self.epsilon, draw)?;
+            if self.surrogate {
                 with_real!(z.dtype(), "sparsemixer", |T| {
                     choice.factor.slice_mut::<T>().fill(T::of(c));
                     Ok(())
@@ -144,12 +133,24 @@ impl SparseMixer {
         }
         Ok(choices)
     }
+
+    /// The gates `[T, E]` of all stages.
+    fn gates(&self, tape: &Tape, logits: &Var, choices: &[Choice]) -> Result<Var> {
+        let (c, ..) = self.constants();
+        let mut gates = sampled_gate(tape, logits, &choices[0], c)?;
+        for choice in &choices[1..] {
+            gates = add(tape, &gates, &sampled_gate(tape, logits, choice, c)?)?;
+        }
+        Ok(gates)
+    }
 }
 
-/// Random numbers of a training pass.
-struct Draws {
-    stream: Stream,
-    first_token: u64,
+/// The random numbers of a training pass.
+struct Draws<'a> {
+    /// ξ of (token, stage, expert).
+    exponential: &'a (dyn Fn(usize, usize, usize) -> f64 + Sync),
+    /// u of (token, stage).
+    uniform: &'a (dyn Fn(usize, usize) -> f64 + Sync),
 }
 
 impl Router for SparseMixer {
@@ -197,10 +198,17 @@ impl Router for SparseMixer {
     ) -> Result<Routing> {
         let logits = scores(tape, x, weight, Score::Logits, routing::Choice::none())?.values;
         let (z, stages) = (logits.tensor(), layer.top_k);
-        let draws = (layer.pass.phase != Phase::Evaluate).then(|| Draws {
-            stream: layer.draws(),
-            first_token: layer.pass.first_token,
-        });
+        // Each token has a block of random numbers, in it each stage its E ξ and then its u.
+        let (stream, first, experts) = (layer.draws(), layer.pass.first_token, z.shape().width());
+        let index = |token: usize, stage: usize, i: usize| {
+            let block = (first + token as u64) * stages as u64 + stage as u64;
+            block * (experts as u64 + 1) + i as u64
+        };
+        let draws = Draws {
+            exponential: &|t, stage, i| stream.exponential(index(t, stage, i)),
+            uniform: &|t, stage| f64::from(stream.uniform(index(t, stage, experts))),
+        };
+        let draws = (layer.pass.phase != Phase::Evaluate).then_some(draws);
         let held = layer.hold(|| {
             let choices = self.choices(z, stages, draws)?.into_iter();
             Ok(choices.flat_map(|c| [c.expert, c.factor, c.kept]).collect())
@@ -219,11 +227,7 @@ impl Router for SparseMixer {
                 first_non_finite: first_non_finite(z)?,
             })
         })?;
-        let (c, ..) = self.constants();
-        let mut gates = sampled_gate(tape, &logits, &choices[0], c)?;
-        for choice in &choices[1..] {
-            gates = add(tape, &gates, &sampled_gate(tape, &logits, choice, c)?)?;
-        }
+        let gates = self.gates(tape, &logits, &choices)?;
         let scores = Scores::of_logits(tape, logits, Score::Softmax, routing::Choice::none())?;
         Ok(Routing::new(gates, scores, dispatch))
     }
@@ -244,3 +248,6 @@ fn selection(z: &Tensor, choices: &[Choice]) -> Result<Selection> {
         chosen[first..].sort_unstable();
     })
 }
+
+#[cfg(test)]
+mod tests;

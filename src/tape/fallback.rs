@@ -38,7 +38,11 @@ pub(super) fn device_of(inputs: &[&Tensor]) -> Device {
 pub(super) fn count(op: &'static str, kernels: bool) {
     RAN.with_borrow_mut(|ran| {
         let ran = ran.entry(op).or_default();
-        *if kernels { &mut ran.kernels } else { &mut ran.fallback } += 1;
+        *if kernels {
+            &mut ran.kernels
+        } else {
+            &mut ran.fallback
+        } += 1;
     });
 }
 
@@ -60,7 +64,11 @@ impl<O: Op> Op for Fallback<O> {
         // What an f32 input or a scalar is made of stays exact: logits, probabilities, losses.
         let rounds = self.inputs.contains(&DType::Bf16) && !self.inputs.contains(&DType::F32);
         let outputs = outputs.into_iter().map(|t| {
-            let t = if rounds && !t.shape().is_empty() { t.narrowed() } else { t };
+            let t = if rounds && !t.shape().is_empty() {
+                t.narrowed()
+            } else {
+                t
+            };
             t.on(Device::Sim)
         });
         Ok(Forward {
@@ -69,11 +77,19 @@ impl<O: Op> Op for Fallback<O> {
         })
     }
 
-    fn backward(&self, saved: &[Tensor], douts: &[Option<Tensor>], grads: &mut Grads) -> Result<()> {
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
         let wide: Vec<Option<Tensor>> = douts.iter().map(|d| d.as_ref().map(to_cpu)).collect();
         let sources: Vec<Source> = (0..self.inputs.len())
             .map(|i| match grads.wanted(i) {
-                true => Source::Leaf { slot: i, exact: true },
+                true => Source::Leaf {
+                    slot: i,
+                    exact: true,
+                },
                 false => Source::Constant,
             })
             .collect();

@@ -9,8 +9,8 @@ pub mod combine;
 pub mod costs;
 pub mod dispatch;
 pub mod expert_mean;
-pub mod gate_gradient;
 pub mod experts;
+pub mod gate_gradient;
 pub mod grouped_down;
 pub mod grouped_gemm;
 pub mod grouped_swiglu;
@@ -18,6 +18,8 @@ pub mod machine;
 pub mod numbers;
 pub mod operands;
 pub mod routed;
+pub mod router;
+pub mod router_backward;
 pub mod unit;
 
 pub use machine::{Guarded, Machine, Simulator};
@@ -112,6 +114,8 @@ pub struct Case {
 /// Every case that any machine can run, in the order in which a first visit to a GPU should.
 pub fn cases() -> Vec<Case> {
     let mut all = unit::cases();
+    all.extend(router::cases());
+    all.extend(router_backward::cases());
     all.extend(dispatch::cases());
     all.extend(grouped_gemm::cases());
     all.extend(expert_mean::cases());
