@@ -14,10 +14,10 @@
 // dW has the accuracy of an f32 product: x is exact, dz is split into three terms (common/router_tiles.cuh).
 //
 // Deterministic: a block owns 128 tokens of dx, or 128 columns of a run of tokens of dW; runs depend on T, D and E alone.
-// Bytes, C = ceil(D / 128) column tiles, P runs, M = 2 for softmax (its second read of a row is from L1), else 1:
-//   dz, dx   reads M·(4 or 8)·T·E, 4·T·E·M for dmean (L1), 4·T or 0, W from L2 4·E·D·ceil(T / 128), 2·T·D to accumulate;
-//            writes 4·T·E + 2·T·D
-//   dW       reads 2·T·D + 4·T·E·C (L2), writes 4·P·E·D; then reads it, and dW to accumulate, and writes 4·E·D
+// Bytes, C = ceil(D / 128) column tiles, P runs:
+//   dz, dx   reads scores, dscores and dmean, 4·T·E each (dmean from L1), for softmax twice (then from L1); 32·T for dlse2
+//            (L1); W from L2, 4·E·D·ceil(T / 128); dx to accumulate, 2·T·D. Writes 4·T·E + 2·T·D
+//   dW       reads 2·T·D, and dz from L2, 4·T·E·C; writes 4·P·E·D, then reads it, and writes 4·E·D (reads it to accumulate)
 // FLOPs on tensor cores: 6·T'·D'·E' for dx and for dW, rounded up as in router.cu (dW: T' to 64, D' to 128).
 // Floor: max(12·T·D·E / 790e12, (4·T·D + 2·T·D to accumulate + 12·T·E) / 4.3e12) s.
 #include "common/router_tiles.cuh"

@@ -311,7 +311,14 @@ fn judge(batch: &Batch, bytes: &[Vec<u8>]) -> Result<Errors, String> {
 /// # Errors
 /// When the sizes are outside what the kernel can do.
 pub fn problem(shape: Shape) -> Result<Problem> {
-    let batch = Batch::new(shape);
+    problem_of(Batch::new(shape))
+}
+
+/// The same for a batch of its own making.
+///
+/// # Errors
+/// As [`problem`].
+pub fn problem_of(batch: Batch) -> Result<Problem> {
     let Shape {
         tokens,
         experts,
@@ -319,7 +326,7 @@ pub fn problem(shape: Shape) -> Result<Problem> {
         choices,
         score,
         ..
-    } = shape;
+    } = batch.shape;
     let partials = partials_floats(tokens, experts)?;
     let mut buffers = vec![
         Buffer::output("scores", tokens * experts * 4),
@@ -492,8 +499,8 @@ pub fn cases() -> Vec<Case> {
         });
     }
     for (name, sizes, small) in [
-        ("small", vec![(1, 1), (300, 20)], true),
-        ("covering", vec![(100_000, 64), (5000, 256)], false),
+        ("small", vec![(1, 1), (300, 20), (5000, 3)], true),
+        ("covering", vec![(100_000, 64), (9000, 256)], false),
     ] {
         let problems = sizes
             .into_iter()
