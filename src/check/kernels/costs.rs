@@ -73,29 +73,29 @@ fn padded_experts(experts: usize) -> usize {
     }
 }
 
-/// `kernels/router.cu`, with choices; W comes from cache for all tokens but the first.
+/// `kernels/router.cu`: `router_forward` and `router_statistics`.
 pub fn router_forward(s: &Sizes) -> Cost {
-    let flops = 6
-        * s.tokens.next_multiple_of(128)
-        * s.hidden.next_multiple_of(64)
-        * padded_experts(s.experts);
-    Cost::new(
-        flops,
-        2 * s.tokens * s.hidden + 4 * s.tokens * (s.experts + s.slots + 1),
-    )
+    let blocks = s.tokens.div_ceil(128);
+    let flops = 6 * 128 * blocks * s.hidden.next_multiple_of(64) * padded_experts(s.experts);
+    let scores = 4 * s.tokens * (s.experts + 1 + s.slots);
+    let statistics = 4 * (2 * s.experts + 2) * (2 * blocks + 1);
+    let read = 2 * s.tokens * s.hidden + 4 * s.experts * s.hidden;
+    Cost::new(flops, read + scores + statistics)
 }
 
-/// `kernels/router_backward.cu`: dz, dx (assigned or accumulated) and dW.
-pub fn router_backward(s: &Sizes, accumulate: bool) -> Cost {
-    let flops = 12
-        * s.tokens.next_multiple_of(128)
-        * s.hidden.next_multiple_of(128)
-        * padded_experts(s.experts);
-    let passes = if accumulate { 3 } else { 2 };
-    Cost::new(
-        flops,
-        2 * passes * s.tokens * s.hidden + 12 * s.tokens * s.experts,
-    )
+/// `kernels/router_backward.cu`: `router_backward`, with dx assigned or accumulated, and `router_weight_gradient`, with
+/// dW likewise, through so many partial sums of \[E, D\].
+pub fn router_backward(s: &Sizes, accumulate: bool, partials: usize) -> Cost {
+    let experts = padded_experts(s.experts);
+    let flops_dx = 6 * s.tokens.next_multiple_of(128) * s.hidden.next_multiple_of(64) * experts;
+    let flops_dw = 6 * s.tokens.next_multiple_of(64) * s.hidden.next_multiple_of(128) * experts;
+    let passes = if accumulate { 2 } else { 1 };
+    let (x, w) = (2 * s.tokens * s.hidden, 4 * s.experts * s.hidden);
+    // Scores and their gradient are read, dz is written and read.
+    let logits = 16 * s.tokens * s.experts + 4 * s.tokens + 4 * s.experts;
+    let dx = w + passes * x;
+    let dw = x + 2 * partials * w + passes * w;
+    Cost::new(flops_dx + flops_dw, logits + dx + dw)
 }
 
 /// `kernels/dispatch.cu` with a list of choices.
