@@ -45,10 +45,10 @@ __global__ void __launch_bounds__(kRouterThreads, ForwardTiles<EXPERTS>::kBlocks
   const int steps = (forward.w.width + kRouterDepth - 1) / kRouterDepth;
   init_stages<T>(s.stages);
   if (threadIdx.x < 128) {
-    take_registers<T>(true);
+    if constexpr (T::kBlocksPerSm == 1) setmaxnreg_dec<72>();
     load_stages<T>(s.stages, &x, forward.w, {first_token, 0}, steps);
   } else {
-    take_registers<T>(false);
+    if constexpr (T::kBlocksPerSm == 1) setmaxnreg_inc<216>();
     float logits[EXPERTS / 2];
     multiply_stages<T>(s.stages, logits, steps);
     finish_tokens<EXPERTS>(logits, forward, first_token, s.sums);

@@ -203,10 +203,10 @@ __global__ void __launch_bounds__(kRouterThreads, InputTiles<EXPERTS>::kBlocksPe
   const int steps = (backward.w.width + kRouterDepth - 1) / kRouterDepth;
   init_stages<T>(s.stages);
   if (threadIdx.x < 128) {
-    take_registers<T>(true);
+    if constexpr (T::kBlocksPerSm == 1) setmaxnreg_dec<72>();
     load_stages<T>(s.stages, backward.accumulate ? &dx : nullptr, backward.w, {first_token, 0}, steps);
   } else {
-    take_registers<T>(false);
+    if constexpr (T::kBlocksPerSm == 1) setmaxnreg_inc<216>();
     input_gradients<EXPERTS>(s, dx, backward, first_token + (static_cast<int>(threadIdx.x) / 128 - 1) * 64, steps);
   }
 }

@@ -6,8 +6,8 @@ use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::routers::{self, ROUTERS};
 use crate::train::{self, Options, Outcome};
-use crate::{eval, floors, generate, gradcheck, hardware};
-use clap::{Args, Parser, Subcommand};
+use crate::{device_check, eval, floors, generate, gradcheck, hardware};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,7 +62,8 @@ Examples:
 Examples:
   routegrad gradcheck
   routegrad gradcheck 'router default'
-  routegrad gradcheck default --plant default-dot")]
+  routegrad gradcheck default --plant default-dot
+  routegrad gradcheck --device sim")]
     Gradcheck {
         /// Check only what has this in its name.
         #[arg(default_value = "", hide_default_value = true)]
@@ -70,6 +71,26 @@ Examples:
         /// Leave out this term of a gradient first: the check must then fail.
         #[arg(long, value_name = "FAULT")]
         plant: Option<Fault>,
+        /// cpu, or sim: the MoE layer of each router in kernels, by directional derivatives.
+        #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
+        device: CheckedDevice,
+    },
+    /// Show which operations of a training step run as kernels on the simulator, and which fall back
+    /// to the CPU's reference with bf16 rounding.
+    #[command(after_help = "\
+Examples:
+  routegrad ops
+  routegrad ops --router remoe --set model.norm=layernorm")]
+    Ops {
+        /// Model to run a step of.
+        #[arg(long, value_name = "NAME", default_value = "tiny")]
+        preset: String,
+        /// Its router.
+        #[arg(long, value_name = "NAME", default_value = "default")]
+        router: String,
+        /// Set one key of the configuration; may be given again.
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
     },
     /// List the routers with their settings and defaults.
     Routers,
@@ -96,6 +117,13 @@ Examples:
     HardwareCheck(HardwareArgs),
     /// Print how far each kernel is proven, as a Markdown table.
     Status(StatusArgs),
+}
+
+/// Where gradients are checked.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CheckedDevice {
+    Cpu,
+    Sim,
 }
 
 #[derive(Args)]
@@ -228,7 +256,19 @@ impl Cli {
             Command::Train(args) => train_command(&args),
             Command::Eval(args) => eval_command(&args),
             Command::Generate(args) => generate_command(&args),
-            Command::Gradcheck { filter, plant } => gradcheck_command(&filter, plant),
+            Command::Gradcheck {
+                filter,
+                plant,
+                device,
+            } => match device {
+                CheckedDevice::Cpu => gradcheck_command(&filter, plant),
+                CheckedDevice::Sim => gradcheck_on_simulator(&filter, plant),
+            },
+            Command::Ops {
+                preset,
+                router,
+                set,
+            } => list_ops(&preset, &router, set),
             Command::Routers => list_routers(),
             Command::Floors { preset, tokens } => print_floors(&preset, tokens),
             Command::HardwareCheck(args) => hardware_check(args),
@@ -407,6 +447,63 @@ fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()> {
     }
     let compared: usize = rows.iter().map(|row| row.compared).sum();
     say!("{} checks of {compared} derivatives pass", rows.len());
+    Ok(())
+}
+
+fn gradcheck_on_simulator(filter: &str, plant: Option<Fault>) -> Result<()> {
+    if let Some(fault) = plant {
+        return Err(Error::invalid(
+            "gradcheck --device sim",
+            "no planted fault, since kernels have no term to leave out",
+            format!("--plant {fault}"),
+            "leave out --device sim; kernels' faults are planted by scripts/planted-bugs",
+        ));
+    }
+    say!("relative error  what");
+    let (mut checks, mut failed) = (0, 0);
+    for router in ROUTERS {
+        if !format!("router {}", router.name).contains(filter) {
+            continue;
+        }
+        for check in device_check::router_directions(router.name)? {
+            let error = check.relative_error();
+            let passes = error <= device_check::DIRECTIONAL_TOLERANCE;
+            let (name, input) = (router.name, &check.input);
+            let verdict = if passes { "" } else { "  FAILS" };
+            say!("{error:>14.1e}  router {name}: along {input}{verdict}");
+            checks += 1;
+            failed += usize::from(!passes);
+        }
+    }
+    if failed > 0 || checks == 0 {
+        let limit = device_check::DIRECTIONAL_TOLERANCE;
+        return Err(Error::invalid(
+            "gradcheck --device sim",
+            format!("relative errors of at most {limit}"),
+            format!("{failed} of {checks} checks above it"),
+            "see the table for what fails; without a filter it names every router",
+        ));
+    }
+    say!("{checks} directional derivatives pass");
+    Ok(())
+}
+
+fn list_ops(preset: &str, router: &str, set: Vec<String>) -> Result<()> {
+    let mut layers = Layers::preset(preset);
+    layers.set = set;
+    let name = Value::String(router.into());
+    layers.flags = vec![("--router", "router.name", name)];
+    let ran = device_check::operations(&Config::load(&layers, &routers::resolve)?)?;
+    say!("calls  on the simulator  operation");
+    for (op, ran) in ran {
+        let calls = ran.kernels + ran.fallback;
+        let how = if ran.fallback == 0 {
+            "kernels"
+        } else {
+            "CPU fallback"
+        };
+        say!("{calls:>5}  {how:<16}  {op}");
+    }
     Ok(())
 }
 

@@ -6,14 +6,15 @@
 //! worth a few parts in a thousand; a missing or wrong term is worth far more.
 
 use crate::check::{Fault, FaultGuard, normal_numbers};
-use crate::config::Config;
+use crate::config::{Config, Layers};
 use crate::device::Device;
 use crate::error::Result;
 use crate::model::Model;
-use crate::routers::{Disagreement, Pass, Phase};
+use crate::routers::{self, Disagreement, Pass, Phase};
 use crate::step::{StepReport, Trainer};
-use crate::tape::{Gradients, Tape, Var};
+use crate::tape::{Gradients, Ran, Tape, Var, take_ran};
 use crate::tensor::Tensor;
+use std::collections::BTreeMap;
 
 /// The largest relative difference that passes.
 pub const TOLERANCE: f64 = 0.01;
@@ -162,6 +163,41 @@ impl Directional {
     pub fn relative_error(&self) -> f64 {
         (self.predicted - self.found).abs() / self.found.abs()
     }
+}
+
+/// The largest relative error of a directional derivative that passes.
+pub const DIRECTIONAL_TOLERANCE: f64 = 0.02;
+
+/// [`directional`] of a layer of 8 experts, 2 active, with this router.
+///
+/// # Errors
+/// When there is no such router.
+pub fn router_directions(router: &str) -> Result<Vec<Directional>> {
+    let mut layers = Layers::preset("tiny");
+    layers.set = ["model.layers=1", "model.dense_layers=[]", "model.top_k=2"]
+        .map(String::from)
+        .to_vec();
+    layers.set.push(format!("router.name={router}"));
+    let config = Config::load(&layers, &routers::resolve)?;
+    directional(&config, 61, Load::Balanced)
+}
+
+/// The operations of one training step on the simulator, and how each ran.
+///
+/// # Errors
+/// When the model cannot run.
+pub fn operations(config: &Config) -> Result<BTreeMap<&'static str, Ran>> {
+    let mut config = config.clone();
+    config.train.device = Device::Sim;
+    let mut model = Model::new(&config)?;
+    let mut trainer = Trainer::new(&config.train, &model);
+    let vocabulary = config.model.vocab_size;
+    let tokens: Vec<i32> = (0..config.model.sequence_length + 1)
+        .map(|i| (i * i % vocabulary) as i32)
+        .collect();
+    take_ran();
+    trainer.step(&mut model, &[&tokens], 1, 0.0)?;
+    Ok(take_ran())
 }
 
 /// Directional derivatives of the first MoE layer on the simulator, choices and default vectors held:

@@ -3,7 +3,9 @@
 use routegrad::check::Fault;
 use routegrad::config::{Config, Layers};
 use routegrad::device::Device;
-use routegrad::device_check::{Load, TOLERANCE, compare_layer, compare_step, directional};
+use routegrad::device_check::{
+    DIRECTIONAL_TOLERANCE, Load, TOLERANCE, compare_layer, compare_step, directional,
+};
 use routegrad::model::Model;
 use routegrad::routers::{self, Pass, Phase};
 use routegrad::tape::{Tape, Var, take_ran};

@@ -57,20 +57,21 @@ template <int EXPERTS>
 struct TokenRows {
   float (&v)[EXPERTS / 2];  // logits, then scores
   const RouterForward& r;
-  int token[2];
-  int experts, first_expert = threadIdx.x % 4 * 2;  // of the thread
+  int first_token;                                  // of the thread's two rows
+  int experts, first_expert = threadIdx.x % 4 * 2;  // of all; of the thread
 
-  DEV TokenRows(float (&logits)[EXPERTS / 2], const RouterForward& forward, int first_token)
-      : v(logits), r(forward), experts(forward.experts) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      token[h] = first_token + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
-  }
+  DEV TokenRows(float (&logits)[EXPERTS / 2], const RouterForward& forward, int token)
+      : v(logits),
+        r(forward),
+        first_token(token + static_cast<int>(threadIdx.x) % 128 / 32 * 16 + threadIdx.x % 32 / 4),
+        experts(forward.experts) {}
+
+  DEV int token(int h) const { return first_token + 8 * h; }
 
   // The expert of element i, and whether there is such a one.
   DEV int expert_of(int i) const { return i / 4 * 8 + first_expert + i % 2; }
   DEV bool padded(int i) const { return expert_of(i) >= experts; }
-  // Between phases: without it the compiler keeps every expert_of and padded in a register from one to the next.
+  // Between passes: without it the compiler keeps every expert_of and padded in a register from one to the next.
   DEV void forget() {
     forget_origin(experts);
     forget_origin(first_expert);
@@ -93,6 +94,7 @@ struct TokenRows {
         highest = fmaxf(highest, v[i]);
       }
       highest = quad_max(highest);
+      forget();
       float sum = 0, weighted = 0;
 #pragma unroll
       for (int n = 0; n < EXPERTS / 4; ++n) {
@@ -108,6 +110,7 @@ struct TokenRows {
           v[i] = v[i] < 0 ? 0 : v[i];
       }
       sum = quad_sum(sum);
+      forget();
       weighted = quad_sum(weighted);
       if (r.score == ROUTEGRAD_SCORE_SOFTMAX) {
         const float scale = 1 / sum;
@@ -115,12 +118,12 @@ struct TokenRows {
         for (int n = 0; n < EXPERTS / 4; ++n) v[element(n, h)] *= scale;
       }
       const uint32_t finite_lanes = __ballot_sync(~0u, finite);
-      if (threadIdx.x % 4 || token[h] >= r.tokens) continue;
+      if (threadIdx.x % 4 || token(h) >= r.tokens) continue;
       const float lse = highest + logf(sum);
-      st_global(r.log_sum_exp + token[h], lse);
+      st_global(r.log_sum_exp + token(h), lse);
       square += lse * lse;
       if (r.score == ROUTEGRAD_SCORE_SOFTMAX) entropy += logf(sum) - weighted / sum;
-      if ((finite_lanes >> threadIdx.x % 32 & 15) != 15) atomicMin(r.first_non_finite, token[h]);
+      if ((finite_lanes >> threadIdx.x % 32 & 15) != 15) atomicMin(r.first_non_finite, token(h));
     }
   }
 
@@ -129,7 +132,7 @@ struct TokenRows {
     const bool pairs = experts % 2 == 0;  // then every pair is 8-byte aligned
 #pragma unroll
     for (int i = 0; i < EXPERTS / 2; i += 2) {
-      const int row = token[i / 2 % 2];
+      const int row = token(i / 2 % 2);
       if (row >= r.tokens || padded(i)) continue;
       float* to = r.scores + static_cast<int64_t>(row) * experts + expert_of(i);
       if (pairs) {
@@ -147,7 +150,7 @@ struct TokenRows {
 #pragma unroll
     for (int n = 0; n < EXPERTS / 4; ++n) {
       const int i = element(n, 0);
-      const float sum = sum_of_quads((token[0] < r.tokens ? v[i] : 0) + (token[1] < r.tokens ? v[i + 2] : 0));
+      const float sum = sum_of_quads((token(0) < r.tokens ? v[i] : 0) + (token(1) < r.tokens ? v[i + 2] : 0));
       if (threadIdx.x % 32 < 4 && !padded(i)) sums[expert_of(i)] = sum;
     }
   }
@@ -204,7 +207,7 @@ struct TokenRows {
         for (int e = 0; e < 2; ++e) {
           const int i = 4 * j + 2 * h + e;
           const bool wanted = r.choices_per_token ? !last[h].before({v[i], expert_of(i)}) : v[i] > 0;
-          chosen[e] = wanted && token[h] < r.tokens && !padded(i);
+          chosen[e] = wanted && token(h) < r.tokens && !padded(i);
           votes[e] = __ballot_sync(~0u, chosen[e]);
           chose[e] += __popc(votes[e] & 0x11111111u << lane % 4);
         }
@@ -212,7 +215,7 @@ struct TokenRows {
         const uint32_t below = (1u << lane % 4) - 1;
         int place = chosen_below[h] + __popc(even & below) + __popc(odd & below);
         if (r.choices_per_token) {
-          int32_t* to = r.choices + static_cast<int64_t>(token[h]) * r.choices_per_token;
+          int32_t* to = r.choices + static_cast<int64_t>(token(h)) * r.choices_per_token;
           if (chosen[0]) st_global(to + place++, expert_of(4 * j));
           if (chosen[1]) st_global(to + place, expert_of(4 * j + 1));
         }
@@ -236,12 +239,12 @@ DEV void finish_tokens(float (&logits)[EXPERTS / 2], const RouterForward& forwar
   rows.score(square, entropy);
   rows.store_scores();
   named_bar_sync(kBarrier, 256);  // both warpgroups have multiplied
-  rows.sum_scores(sums.of_warp[warp]);
-  if (forward.choices_per_token) rows.rank_scores();
-  rows.choose(sums.of_warp[warp] + experts);
   square = sum_of_quads(square);
   entropy = sum_of_quads(entropy);
   if (thread % 32 == 0) sums.of_warp[warp][2 * experts] = square, sums.of_warp[warp][2 * experts + 1] = entropy;
+  rows.sum_scores(sums.of_warp[warp]);
+  if (forward.choices_per_token) rows.rank_scores();
+  rows.choose(sums.of_warp[warp] + experts);
   named_bar_sync(kBarrier, 256);
   for (int i = thread; i < 2 * experts + 2; i += 256) {
     float sum = 0;

@@ -36,7 +36,6 @@ struct RouterTiles {
   static constexpr int kAtoms = (kColumns + 63) / 64;
   static constexpr int kElements = kRows * kAtoms * 64;  // of one term in shared memory
   static constexpr int kBlocksPerSm = BLOCKS;
-  static constexpr int kBatch = BLOCKS == 2 ? 4 : 8;  // loads of 8 values that a thread has under way
 };
 
 template <class T>
@@ -66,27 +65,20 @@ DEV void init_stages(RouterStages<T>& s) {
   __syncthreads();
 }
 
-// With one block a multiprocessor, warpgroup 0 gives registers to the others: 104 + 2 · 200 = 3 · 168.
-template <class T>
-DEV void take_registers(bool loads) {
-  if constexpr (T::kBlocksPerSm == 1) {
-    if (loads)
-      setmaxnreg_dec<104>();
-    else
-      setmaxnreg_inc<200>();
-  }
-}
-
 // ---- loading
 struct F32Matrix {
   const float* data;  // [height, width]
   int height, width;
 };
 
-// Columns column … column + 7 of a row, zero outside of the matrix.
+// Columns column … column + 7 of a row, zero outside of the matrix. WHOLE: its width is a multiple of 8.
+template <bool WHOLE>
 DEV void load_eight(float (&v)[8], const F32Matrix& m, int row, int column) {
   const float* source = m.data + static_cast<int64_t>(row) * m.width + column;
-  if (row < m.height && m.width % 4 == 0 && column + 8 <= m.width) {
+  if (WHOLE && (row >= m.height || column >= m.width)) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) v[i] = 0;
+  } else if (WHOLE || (row < m.height && m.width % 4 == 0 && column + 8 <= m.width)) {
 #pragma unroll
     for (int i = 0; i < 8; i += 4) {
       const float4 four = ld_global_readonly(reinterpret_cast<const float4*>(source + i));
@@ -130,7 +122,7 @@ template <class T>
 DEV void load_stages(RouterStages<T>& s, const TensorMap* x, const F32Matrix& m, const RouterOrigin& origin, int steps) {
   constexpr bool kAlongTokens = T::kMajor == Major::MN;
   constexpr int kChunks = T::kRows * T::kColumns / 8 / 128;  // of 8 values, a thread and stage
-  constexpr int kBatch = kChunks < T::kBatch ? kChunks : T::kBatch;
+  constexpr int kBatch = kChunks < 4 ? kChunks : 4;          // under way at once: more would not fit the registers
   // A thread loads one chunk of 8 columns of every kRowsApart-th row.
   constexpr int kRowsApart = 128 * 8 / T::kColumns;
   const int my_row = static_cast<int>(threadIdx.x) / (T::kColumns / 8), my_chunk = threadIdx.x % (T::kColumns / 8);
@@ -152,8 +144,8 @@ DEV void load_stages(RouterStages<T>& s, const TensorMap* x, const F32Matrix& m,
       const int first_row = my_row + batch * kRowsApart;
 #pragma unroll
       for (int j = 0; j < kBatch; ++j)
-        load_eight(v[j], m, first_row + j * kRowsApart + (kAlongTokens ? token : 0),
-                   my_chunk * 8 + (kAlongTokens ? 0 : column));
+        load_eight<!kAlongTokens>(v[j], m, first_row + j * kRowsApart + (kAlongTokens ? token : 0),
+                                  my_chunk * 8 + (kAlongTokens ? 0 : column));
       if (batch == 0) mbar_wait(&s.empty[at.stage], at.parity ^ 1);
 #pragma unroll
       for (int j = 0; j < kBatch; ++j) store_terms<T>(s.terms[at.stage], v[j], first_row + j * kRowsApart, my_chunk);

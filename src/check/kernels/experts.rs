@@ -10,6 +10,8 @@ pub struct Layer {
     pub counts: Vec<usize>,
     pub hidden: usize,
     pub ffn: usize,
+    /// One expert of all rows, told by leaving the offsets out.
+    pub dense: bool,
 }
 
 impl Layer {
@@ -18,6 +20,23 @@ impl Layer {
             counts: counts.to_vec(),
             hidden,
             ffn,
+            dense: false,
+        }
+    }
+
+    pub fn dense(rows: usize, hidden: usize, ffn: usize) -> Self {
+        Self {
+            dense: true,
+            ..Self::new(&[rows], hidden, ffn)
+        }
+    }
+
+    /// What the launcher is told of the rows, when the buffers have room for `given`: their bound and their offsets.
+    pub fn bounds(&self, given: usize, offsets: *mut u8) -> (i64, *const i32) {
+        if self.dense {
+            (self.rows() as i64, std::ptr::null())
+        } else {
+            (given as i64, offsets.cast_const().cast())
         }
     }
 
@@ -35,8 +54,10 @@ impl Layer {
             counts,
             hidden,
             ffn,
+            dense,
         } = self;
-        format!("{counts:?} rows, hidden {hidden}, ffn {ffn}")
+        let kind = if *dense { " dense" } else { "" };
+        format!("{counts:?}{kind} rows, hidden {hidden}, ffn {ffn}")
     }
 }
 
@@ -46,16 +67,16 @@ pub fn small_layers() -> Vec<Layer> {
         Layer::new(&[1], 8, 8),
         Layer::new(&[0, 130, 0, 1, 127, 0, 65], 72, 136),
         Layer::new(&[300, 64], 184, 200),
+        Layer::dense(77, 72, 88),
     ]
 }
 
 /// Prime numbers of tokens, 1 to 128 experts, half of them empty, all tokens to one.
 pub fn covering_layers() -> Vec<Layer> {
     let any = |_| true;
-    let routed = |tokens, experts, per_token, usable: fn(usize) -> bool, hidden, ffn| Layer {
-        counts: Shape::routed(tokens, experts, per_token, usable, 8, 8).counts,
-        hidden,
-        ffn,
+    let routed = |tokens, experts, per_token, usable: fn(usize) -> bool, hidden, ffn| {
+        let shape = Shape::routed(tokens, experts, per_token, usable, 8, 8);
+        Layer::new(&shape.counts, hidden, ffn)
     };
     vec![
         routed(2039, 1, 1, any, 72, 136),

@@ -153,12 +153,13 @@ pub fn problem(down: &Arc<Down>, tile: routegrad_gemm_tile) -> Problem {
     if d.sums != Sums::None {
         buffers.push(Buffer::output("column_sums", d.blocks() * hidden * 4));
     }
-    let (sums, rows, tokens) = (d.sums, d.operands.rows_given as i64, d.tokens as i64);
-    let experts = d.layer.counts.len() as i32;
+    let (sums, given, tokens) = (d.sums, d.operands.rows_given, d.tokens as i64);
+    let (layer, experts) = (d.layer.clone(), d.layer.counts.len() as i32);
     Problem {
         label: format!("down, sums {sums:?}, tile {tile}, {}", d.layer.label()),
         buffers,
         launch: Box::new(move |launchers, p, stream| {
+            let (rows, offsets) = layer.bounds(given, p[3]);
             let column_sums = p.get(6).map_or(null_mut(), |p| p.cast());
             let gates = if sums == Sums::Gated {
                 p[4].cast::<f32>().cast_const()
@@ -175,7 +176,7 @@ pub fn problem(down: &Arc<Down>, tile: routegrad_gemm_tile) -> Problem {
                         p[1].cast(),
                         p[2].cast(),
                         gates,
-                        p[3].cast(),
+                        offsets,
                         p[5].cast(),
                         rows,
                         tokens,

@@ -25,7 +25,7 @@ pub const BACKWARD_TILES: [(routegrad_gemm_tile, usize); 2] = [
 
 pub struct Forward {
     pub layer: Layer,
-    /// x, gathered, and W [E, 2F, D].
+    /// x, gathered or in order, and W [E, 2F, D].
     pub operands: Operands,
 }
 
@@ -81,7 +81,7 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
     ];
     buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
     let (x_rows, experts) = (o.a_height as i64, f.layer.counts.len() as i32);
-    let gather = o.gather;
+    let (gather, layer) = (o.gather, f.layer.clone());
     Problem {
         label: format!(
             "swiglu forward, gather {gather:?}, tile {tile}, {}",
@@ -89,6 +89,7 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
         ),
         buffers,
         launch: Box::new(move |launchers, p, stream| {
+            let (rows, offsets) = layer.bounds(given, p[4]);
             let row_token = p.get(5).map_or(std::ptr::null(), |p| p.cast_const().cast());
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
@@ -99,9 +100,9 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
                         p[1].cast(),
                         p[2].cast(),
                         p[3].cast(),
-                        p[4].cast(),
+                        offsets,
                         row_token,
-                        given as i64,
+                        rows,
                         x_rows,
                         experts,
                         ffn,
@@ -118,7 +119,7 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
 
 pub struct Backward {
     pub layer: Layer,
-    /// dout, gathered, and W [E, D, F].
+    /// dout, gathered or in order, and W [E, D, F].
     pub operands: Operands,
     /// [R, 2F], NaN past the last expert's rows.
     pub h: Vec<bf16>,
@@ -126,10 +127,10 @@ pub struct Backward {
 }
 
 impl Backward {
-    pub fn new(layer: &Layer) -> Self {
+    pub fn new(layer: &Layer, gather: Gather) -> Self {
         let shape = layer.shape(layer.hidden, layer.ffn);
         let operands =
-            Operands::new(Product::InputGradient, Gather::A, false, &shape).with_unit_sums();
+            Operands::new(Product::InputGradient, gather, false, &shape).with_unit_sums();
         let mut random = Random((layer.hidden + 31 * layer.ffn) as u64);
         let width = 2 * layer.ffn;
         let mut h = random.normals_bf16(operands.rows_given * width);
@@ -224,8 +225,7 @@ pub fn backward_problem(
     let o = &b.operands;
     let (hidden, ffn, given) = (b.layer.hidden as i32, b.layer.ffn as i32, o.rows_given);
     let dot_columns = b.layer.ffn.div_ceil(tile_columns);
-    let index = o.index.as_deref().unwrap_or_default();
-    let buffers = vec![
+    let mut buffers = vec![
         Buffer::output("dh", given * b.layer.ffn * 4),
         Buffer::output("scaled_a", given * b.layer.ffn * 2),
         Buffer::output("dots", given * dot_columns * 4),
@@ -234,13 +234,19 @@ pub fn backward_problem(
         Buffer::input("h", &b.h),
         Buffer::input("gates", &b.gates),
         Buffer::input("offsets", &o.offsets),
-        Buffer::input("row_token", index),
     ];
+    buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
     let (dout_rows, experts) = (o.a_height as i64, b.layer.counts.len() as i32);
+    let (gather, layer) = (o.gather, b.layer.clone());
     Problem {
-        label: format!("swiglu backward, tile {tile}, {}", b.layer.label()),
+        label: format!(
+            "swiglu backward, gather {gather:?}, tile {tile}, {}",
+            b.layer.label()
+        ),
         buffers,
         launch: Box::new(move |launchers, p, stream| {
+            let (rows, offsets) = layer.bounds(given, p[7]);
+            let row_token = p.get(8).map_or(std::ptr::null(), |p| p.cast_const().cast());
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(
@@ -253,9 +259,9 @@ pub fn backward_problem(
                         p[4].cast(),
                         p[5].cast(),
                         p[6].cast(),
-                        p[7].cast(),
-                        p[8].cast(),
-                        given as i64,
+                        offsets,
+                        row_token,
+                        rows,
                         dout_rows,
                         experts,
                         hidden,
@@ -292,11 +298,14 @@ fn forward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
 fn backward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
     let mut problems: Vec<MakeProblem> = Vec::new();
     for layer in layers {
-        let layer = layer.clone();
-        let backward = Arc::new(LazyLock::new(move || Arc::new(Backward::new(&layer))));
-        for tile in BACKWARD_TILES {
-            let backward = backward.clone();
-            problems.push(Box::new(move || Ok(backward_problem(&backward, tile))));
+        for gather in [Gather::A, Gather::None] {
+            let layer = layer.clone();
+            let backward = LazyLock::new(move || Arc::new(Backward::new(&layer, gather)));
+            let backward = Arc::new(backward);
+            for tile in BACKWARD_TILES {
+                let backward = backward.clone();
+                problems.push(Box::new(move || Ok(backward_problem(&backward, tile))));
+            }
         }
     }
     problems
