@@ -554,16 +554,26 @@ fn print_floors(presets: &[String], tokens: usize) -> Result<()> {
 
 fn list_routers() -> Result<()> {
     for info in ROUTERS {
-        say!("{}  {}", info.name, info.summary);
-        say!("    source {}; cost {}", info.source, info.cost);
         let mut config = crate::config::RouterConfig {
             name: info.name.into(),
             ..Default::default()
         };
         routers::resolve(&mut config)?;
-        for (key, value) in &config.settings {
-            let help = info.settings.iter().find(|(k, _)| k == key);
-            say!("    router.{key} = {value}  {}", help.map_or("", |h| h.1));
+        say!("{}", info.name);
+        say!("    {}", info.summary);
+        say!("    source: {}", info.source);
+        say!("    cost: {}", info.cost);
+        let settings = info.settings.iter().map(|(key, help)| {
+            let value = config.settings.get(*key).map(Value::to_string);
+            (
+                format!("router.{key} = {}", value.unwrap_or_default()),
+                help,
+            )
+        });
+        let settings: Vec<_> = settings.collect();
+        let width = settings.iter().map(|(s, _)| s.len()).max().unwrap_or(0);
+        for (setting, help) in settings {
+            say!("    {setting:width$}  {help}");
         }
     }
     Ok(())

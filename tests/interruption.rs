@@ -32,7 +32,7 @@ fn stopping_and_resuming_changes_no_byte_with_any_router() {
         let mut command = place.train("cut", &options);
         let mut child = command.spawn().unwrap();
         let mut stops = 0;
-        for (n, at) in [7 + i, 30 + 11 * i, 90].into_iter().enumerate() {
+        for (n, at) in [7 + i, 30 + 5 * i, 90].into_iter().enumerate() {
             if !wait_for_step(&mut child, &out, at) {
                 break;
             }

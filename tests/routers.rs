@@ -162,3 +162,69 @@ fn sparsemixer_refuses_more_experts_than_its_version_has() {
         }
     }
 }
+
+#[test]
+fn default_vectors_begin_at_zero_or_as_gaussians_of_the_given_spread() {
+    for (std, set) in [(0.0, "router.init_std=0"), (0.5, "router.init_std=0.5")] {
+        let sets = [set, "model.hidden=512", "train.dtype=\"f64\""];
+        let model = Model::new(&config("default", &sets)).unwrap();
+        let states = model.layer_states();
+        let (name, vectors) = states[0].tensors().next().unwrap();
+        assert_eq!(
+            (name, &*vectors.shape()),
+            ("default_vectors", &[8, 512][..])
+        );
+        let numbers = vectors.to_f64().unwrap();
+        let n = numbers.len() as f64;
+        let mean = numbers.iter().sum::<f64>() / n;
+        let square = numbers.iter().map(|x| x * x).sum::<f64>() / n;
+        // Five standard errors of the mean and of the mean square.
+        assert!(mean.abs() <= 5.0 * std / n.sqrt(), "mean {mean}");
+        let variance = std * std;
+        let tolerance = 5.0 * variance * (2.0 / n).sqrt();
+        assert!(
+            (square - variance).abs() <= tolerance,
+            "mean square {square}"
+        );
+    }
+}
+
+#[test]
+fn draws_differ_between_steps_layers_and_seeds_and_not_between_ways_to_cut_a_batch() {
+    let tokens: Vec<i32> = (0..4 * 33).map(|i| i * i % 251).collect();
+    // The experts of both layers for the whole batch, from passes over parts of it.
+    let chosen = |seed: &str, step: u64, parts: usize| -> Vec<Vec<i32>> {
+        let sets = ["model.layers=3", "router.epsilon=10", seed];
+        let model = Model::new(&config("sparsemixer", &sets)).unwrap();
+        // Equal logits everywhere: the draws alone decide.
+        let mut weights: Vec<Var> = model.weights().to_vec();
+        for (w, p) in weights.iter_mut().zip(&model.parameters) {
+            if p.name.ends_with("gate.weight") {
+                let zeros = vec![0f32; p.value.elements()];
+                *w = Var::constant(Tensor::from_slice(p.value.shape(), &zeros));
+            }
+        }
+        let weights = weights.into();
+        let mut layers = vec![Vec::new(); 2];
+        for (m, own) in tokens.chunks(tokens.len() / parts).enumerate() {
+            let pass = Pass {
+                step,
+                first_token: (m * 4 / parts * 32) as u64,
+                ..Pass::single(Phase::Train)
+            };
+            let tape = Tape::without_gradients();
+            model.loss(&tape, &weights, own, 4 / parts, pass).unwrap();
+            for (layer, state) in layers.iter_mut().zip(model.layer_states().iter()) {
+                let selection = state.selection().unwrap();
+                (0..selection.num_tokens()).for_each(|t| layer.extend(selection.experts(t)));
+            }
+        }
+        layers
+    };
+    let base = chosen("train.seed=0", 0, 1);
+    assert!(base == chosen("train.seed=0", 0, 2));
+    assert!(base == chosen("train.seed=0", 0, 4));
+    assert!(base[0] != base[1]);
+    assert!(base != chosen("train.seed=0", 1, 1));
+    assert!(base != chosen("train.seed=1", 0, 1));
+}

@@ -24,7 +24,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     summary: "topk, and a moving average of its outputs for every expert that did not run: \
               a dense gradient for the router",
     source: "Default MoE, 2504.12463",
-    cost: "topk + 2 passes over the layer's output; E · D numbers a layer",
+    cost: "topk, 2 passes over the layer's output, E · D numbers a layer",
     settings: &[
         (
             "beta",

@@ -20,7 +20,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     summary: "the output of topk; in training every expert runs, so that the router's gradient is \
               the dense one, straight through the choice",
     source: "DenseMixer, Yao et al. 2025, code yaof20/DenseMixer",
-    cost: "E / K times the experts of topk in training, 1 at evaluation",
+    cost: "E / K times the experts of topk in training, topk at evaluation",
     settings: &[(
         "renormalize",
         "weights that sum to 1 over the chosen experts",

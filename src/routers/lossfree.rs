@@ -27,7 +27,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     summary: "topk of score + bias, the bias moved against each expert's load after every step; no \
               auxiliary loss",
     source: "Loss-Free Balancing, 2408.15664",
-    cost: "1; E numbers a layer",
+    cost: "topk, and E numbers a layer",
     settings: &[
         ("score", "\"sigmoid\", as in the source, or \"softmax\""),
         (

@@ -28,7 +28,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     summary: "ReLU of the logits as weights: any number of experts for a token, K of E on average \
               by an adaptive regulariser",
     source: "ReMoE, 2412.14711, code thu-ml/ReMoE",
-    cost: "1 once the sparsity is reached, up to E / K times the experts of topk before",
+    cost: "up to E / K times the experts of topk until the sparsity is reached, then topk on average",
     settings: &[
         ("initial_lambda", "weight of the regulariser at the start"),
         (

@@ -35,7 +35,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     summary: "one or two experts sampled among the likely ones, and an estimate of the gradient \
               through the sampling",
     source: "SparseMixer, 2310.00811 (v1) and 2409.12136 (v2), code microsoft/SparseMixer",
-    cost: "1, and E + 1 random numbers for each choice; v1 learns D numbers a layer",
+    cost: "topk, and E + 1 random numbers for each choice; v1 learns D numbers a layer",
     settings: &[
         ("version", "\"v1\" (K = 1) or \"v2\" (K = 1 or 2)"),
         (

@@ -17,7 +17,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     name: "topk",
     summary: "the K most probable experts, weighted by their probabilities; the baseline",
     source: "Shazeer et al. 2017, 1701.06538; Default MoE, 2504.12463, eq. 2",
-    cost: "1",
+    cost: "K experts a token",
     settings: &[(
         "renormalize",
         "weights that sum to 1 over the chosen experts; needs K of 2 or more",
