@@ -94,7 +94,7 @@ pub fn compare_layer(
     })
 }
 
-/// One optimizer step of a model on both devices: the gradient of every parameter and the state of
+/// One optimizer step of a model on both devices, their weights rounded to bf16: the gradient of every parameter and the state of
 /// every layer after it; `fault` is planted on the CPU alone.
 ///
 /// # Errors
@@ -109,6 +109,9 @@ pub fn compare_step(
         let mut config = config.clone();
         config.train.device = device;
         let mut model = Model::new(&config)?;
+        for p in &mut model.parameters {
+            p.value = p.working(Device::Sim).widened().on(Device::Cpu);
+        }
         if let Some(other) = replay {
             let mut states = model.layer_states_mut();
             for (own, other) in states.iter_mut().zip(other.layer_states().iter()) {
