@@ -85,11 +85,15 @@ typedef struct routegrad_unit_box {
 
 // X(name, parameters): one row per launcher, grouped by source file. From this list come the declarations, the table,
 // the argument names of error texts, and the checks of kernels/README.md and kernels/limits.txt.
-#define ROUTEGRAD_LAUNCHERS(X)   \
-  ROUTEGRAD_UNIT_LAUNCHERS(X)     \
-  ROUTEGRAD_ROUTER_LAUNCHERS(X)   \
+#define ROUTEGRAD_LAUNCHERS(X) \
+  ROUTEGRAD_UNIT_LAUNCHERS(X) \
+  ROUTEGRAD_ROUTER_LAUNCHERS(X) \
   ROUTEGRAD_DISPATCH_LAUNCHERS(X) \
-  ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X)
+  ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X) \
+  ROUTEGRAD_EXPERT_LAUNCHERS(X) \
+  ROUTEGRAD_EXPERT_MEAN_LAUNCHERS(X) \
+  ROUTEGRAD_COMBINE_LAUNCHERS(X) \
+  ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -155,11 +159,15 @@ typedef enum routegrad_fault {
   /* On the host: bytes of `workspace` for `width` slots a token (choices_per_token, or experts with a mask). */  \
   X(dispatch_workspace, (uint64_t* bytes, int64_t tokens, int32_t experts, int32_t width))
 
-// The three products of a grouped linear layer.
+// The three products of a grouped linear layer with W [E, n, k], and the three that carry an expert's elementwise part:
+// gate and up (n = 2F, k = D), down (n = D, k = F), and the gradient of the down projection's input (n = D, k = F).
 typedef enum routegrad_gemm_product {
   ROUTEGRAD_GEMM_FORWARD = 0,
   ROUTEGRAD_GEMM_INPUT_GRADIENT = 1,
   ROUTEGRAD_GEMM_WEIGHT_GRADIENT = 2,
+  ROUTEGRAD_GEMM_SWIGLU_FORWARD = 3,
+  ROUTEGRAD_GEMM_DOWN_FORWARD = 4,
+  ROUTEGRAD_GEMM_SWIGLU_BACKWARD = 5,
 } routegrad_gemm_product;
 
 // The output tile of a block and how its two consumer warpgroups share it: cooperative, both on one tile; pingpong, each
@@ -168,9 +176,9 @@ typedef enum routegrad_gemm_tile {
   ROUTEGRAD_TILE_AUTO = 0,  // what grouped_gemm_plan says
   ROUTEGRAD_TILE_COOPERATIVE_128X256 = 1,
   ROUTEGRAD_TILE_COOPERATIVE_256X128 = 2,
-  ROUTEGRAD_TILE_COOPERATIVE_256X176 = 3,  // not for the weight gradient
+  ROUTEGRAD_TILE_COOPERATIVE_256X176 = 3,
   ROUTEGRAD_TILE_PINGPONG_128X128 = 4,
-  ROUTEGRAD_TILE_PINGPONG_128X176 = 5,  // not for the weight gradient
+  ROUTEGRAD_TILE_PINGPONG_128X176 = 5,
 } routegrad_gemm_tile;
 
 typedef struct routegrad_gemm_plan {
@@ -198,6 +206,51 @@ typedef struct routegrad_gemm_plan {
   /* On the host: the tile and grid for a product (routegrad_gemm_product) of these sizes, a pure function. */        \
   X(grouped_gemm_plan, (routegrad_gemm_plan* plan, int32_t product, int64_t rows, int32_t experts, int32_t n,         \
                         int32_t k, int32_t multiprocessors))
+
+// grouped_swiglu.cu, grouped_down.cu: an expert's two projections with what stands between and after them. F is `ffn`, D
+// is `hidden`; formulas stand in the files' headers.
+#define ROUTEGRAD_EXPERT_LAUNCHERS(X)                                                                                 \
+  X(grouped_swiglu_forward,                                                                                           \
+    (void* h, void* a, const void* x, const void* w, const int32_t* offsets, const int32_t* row_token, int64_t rows,  \
+     int64_t x_rows, int32_t experts, int32_t ffn, int32_t hidden, int32_t tile, routegrad_stream stream))            \
+  X(grouped_down_forward,                                                                                             \
+    (void* out, float* column_sums, const void* a, const void* w, const float* gates, const int32_t* offsets,         \
+     const int32_t* row_token, int64_t rows, int64_t tokens, int32_t experts, int32_t hidden, int32_t ffn,            \
+     int32_t tile, routegrad_stream stream))                                                                          \
+  X(grouped_swiglu_backward,                                                                                          \
+    (void* dh, void* scaled_a, float* dots, const void* dout, const void* w, const void* h, const float* gates,       \
+     const int32_t* offsets, const int32_t* row_token, int64_t rows, int64_t dout_rows, int32_t experts,              \
+     int32_t hidden, int32_t ffn, int32_t dot_columns, int32_t tile, routegrad_stream stream))                        \
+  /* On the host: how many parts the dots of a row have with this tile on the current device. */                       \
+  X(grouped_swiglu_dot_columns, (int32_t* columns, int64_t rows, int32_t experts, int32_t hidden, int32_t ffn,        \
+                                 int32_t tile))
+
+// What a row counts in an expert's mean, and what the sum is divided by.
+typedef enum routegrad_weighting {
+  ROUTEGRAD_WEIGHTING_PLAIN = 0,  // every row counts 1; divided by the number of rows
+  ROUTEGRAD_WEIGHTING_SUM_P = 1,  // a row counts its gate; divided by the sum of the gates
+  ROUTEGRAD_WEIGHTING_COUNT = 2,  // a row counts its gate; divided by the number of rows
+} routegrad_weighting;
+
+// expert_mean.cu: sums of the experts' outputs, and the default vectors that are their moving average.
+#define ROUTEGRAD_EXPERT_MEAN_LAUNCHERS(X)                                                                            \
+  X(expert_sums, (float* sums, float* masses, const float* column_sums, const float* gates, const int32_t* offsets,   \
+                  const int32_t* row_token, int64_t rows, int64_t tokens, int32_t experts, int32_t hidden,            \
+                  routegrad_stream stream))                                                                           \
+  X(expert_mean_update, (float* average, const float* sums, const float* masses, const float* beta, int32_t experts,  \
+                         int32_t hidden, int32_t weighting, routegrad_stream stream))
+
+// combine.cu: every token's sum of its rows, and of the default vectors of the experts that it did not choose.
+#define ROUTEGRAD_COMBINE_LAUNCHERS(X)                                                                                \
+  X(combine, (void* y, const void* rows_in, const float* gates, const int32_t* slot_row, const int32_t* choices,      \
+              const float* vectors, int64_t tokens, int64_t rows, int32_t experts, int32_t hidden, int32_t slots,     \
+              int32_t accumulate, routegrad_stream stream))
+
+// gate_gradient.cu: the gradient of every gate.
+#define ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X)                                                                          \
+  X(gate_gradient, (float* dgates, const float* dots, const void* g, const float* vectors, const int32_t* slot_row,   \
+                    const int32_t* choices, int64_t tokens, int64_t rows, int32_t experts, int32_t hidden,            \
+                    int32_t slots, int32_t dot_columns, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

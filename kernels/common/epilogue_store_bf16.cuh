@@ -1,49 +1,71 @@
-// Epilogue: out[row, column] = bf16(d), assigned. Whole 64 x 64 pieces leave by TMA; where rows end inside a fragment,
-// or fewer than 64 columns are left of a tile, the threads copy the valid 16-byte chunks themselves.
+// Bf16Output: a bf16 matrix that an epilogue writes, in pieces of 64 rows by at most 64 columns. Whole pieces leave by TMA;
+// where rows end inside a fragment, or fewer than 64 columns are left of a tile, the threads copy the valid 16-byte
+// chunks themselves. StoreBf16: the epilogue out[row, column] = bf16(d), assigned.
 #pragma once
 #include "gemm_epilogue.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 
-struct StoreBf16 {
-  TensorMap map;  // (columns, rows, 1), boxes of 64 x 64
-  bf16* out;      // [rows, width]
-  int width;
+struct Bf16Output {
+  TensorMap map;     // (width, parts, rows), boxes of 64 x 1 x 64
+  bf16* out;         // [rows, parts, width]: parts side by side in a row, each clipped at its own width
+  int width, parts;
 
-  template <int COLUMNS, int FIRST = 0>
-  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const {
-    constexpr int kPiece = COLUMNS - FIRST < 64 ? COLUMNS - FIRST : 64;
-    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32, column = at.first_column + FIRST;
-    if (column >= width) return;
+  // One piece at `column` of `part`. pair(j, h) packs the thread's two elements of row h in the j-th 8 columns.
+  template <int PIECE, class Pair>
+  DEV void store(const Fragment& at, int column, int part, Staging& staging, const Pair& pair) const {
     uint8_t* buffer = staging.acquire();
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     // Per 16 columns of the warp's 16 rows: four 8 x 8 matrices, (rows 0 and 8) of columns 0, then of columns 8.
 #pragma unroll
-    for (int j = 0; j < kPiece / 8; j += 2) {
-      const float* v = d + FIRST / 2 + 4 * j;
-      stmatrix_x4(buffer + Staging::byte(warp * 16 + lane % 16, j + lane / 16), pack_bf16(v[0], v[1]),
-                  pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+    for (int j = 0; j < PIECE / 8; j += 2) {
+      const bool both = j + 1 < PIECE / 8;
+      stmatrix_x4(buffer + Staging::byte(warp * 16 + lane % 16, j + lane / 16), pair(j, 0), pair(j, 1),
+                  both ? pair(j + 1, 0) : 0, both ? pair(j + 1, 1) : 0);
     }
     staging.publish();
-    if (at.rows == 64 && kPiece == 64) {
-      if (staging.issuer()) tma_store_3d(&map, buffer, column, at.first_row, 0);
+    if (leaves_by_tma<PIECE>(at)) {
+      if (staging.issuer()) tma_store_3d(&map, buffer, column, part, at.first_row);
     } else {
-      copy_out(buffer, at, column, kPiece);
+      copy_out<PIECE>(buffer, at, column, part);
     }
     staging.commit();
-    if constexpr (FIRST + 64 < COLUMNS) store<COLUMNS, FIRST + 64>(d, at, staging);
   }
 
- private:
-  DEV void copy_out(const uint8_t* buffer, const Fragment& at, int column, int columns) const {
+  template <int PIECE>
+  DEV static bool leaves_by_tma(const Fragment& at) {
+    return at.rows == 64 && PIECE == 64;
+  }
+
+  // A piece from `buffer`, by all threads of the warpgroup.
+  template <int PIECE>
+  DEV void copy_out(const uint8_t* buffer, const Fragment& at, int column, int part) const {
     const int chunk = threadIdx.x % 8;
-    if (chunk * 8 >= columns || column + chunk * 8 >= width) return;
+    if (chunk * 8 >= PIECE || column + chunk * 8 >= width) return;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = threadIdx.x % 128 / 8 + 16 * i;
+      const int64_t place = (static_cast<int64_t>(at.first_row + row) * parts + part) * width + column + chunk * 8;
       if (row < at.rows)
-        st_global(reinterpret_cast<uint4*>(out + static_cast<int64_t>(at.first_row + row) * width + column + chunk * 8),
+        st_global(reinterpret_cast<uint4*>(out + place),
                   *reinterpret_cast<const uint4*>(buffer + Staging::byte(row, chunk)));
     }
+  }
+};
+
+struct StoreBf16 : PlainEpilogue {
+  Bf16Output out;
+
+  template <int COLUMNS, int FIRST = 0>
+  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const {
+    constexpr int kPiece = piece_columns(COLUMNS, FIRST);
+    const int column = at.first_column + FIRST;
+    if (column >= out.width) return;
+    out.store<kPiece>(at, column, 0, staging, [&](int j, int h) {
+      const float* v = d + FIRST / 2 + 4 * j + 2 * h;
+      return pack_bf16(v[0], v[1]);
+    });
+    if constexpr (FIRST + 64 < COLUMNS) store<COLUMNS, FIRST + 64>(d, at, staging);
   }
 };
 

@@ -5,7 +5,7 @@
 
 namespace ROUTEGRAD_VARIANT {
 
-struct StoreF32 {
+struct StoreF32 : PlainEpilogue {
   TensorMap map;  // (columns, rows, groups), boxes of 32 x 64 x 1
   int width;
   bool accumulate;

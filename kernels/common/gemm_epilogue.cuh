@@ -2,10 +2,14 @@
 //
 // An epilogue is a struct passed to the kernel as a __grid_constant__ (tensor maps and pointers) with
 //   template <int COLUMNS>
-//   DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const;
+//   DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Port& port) const;
 // All 128 threads of a consumer warpgroup call it with one product of 64 rows: d is the thread's accumulator fragment,
-// `at` says where it lies. Data per row (a routing weight) is looked up by at.row(h), data per expert by at.group; sums
-// over an expert's rows go to partials by (at.group, at.first_row / 64), added later in that order.
+// `at` says where it lies. Data per row (a gate) is looked up by at.row(h), data per expert by at.group; sums over an
+// expert's rows go to partials by block of 64 rows, added later in that order.
+//   Port        the warpgroup's own shared memory and how it is shared with TMA; Staging serves an epilogue that only stores
+//   kGateUp     whether the columns of B are two ranges, half of the tile each: the left half of d is a tile of the gate,
+//               the right half the same columns of up; columns are then counted in one range
+//   kPrefetch   whether it reads: prefetch(at, port) is called with a tile's first fragment, before its products
 #pragma once
 #include "gemm_schedule.cuh"
 #include "ptx.cuh"
@@ -15,29 +19,37 @@ namespace ROUTEGRAD_VARIANT {
 // The part of a tile that a warpgroup hands over: 64 rows by all columns. Thread t holds d[4 j + 2 h + e] at row(h),
 // column(j) + e.
 struct Fragment {
-  int group;
-  int first_row, rows;  // rows past `rows` (1 … 64) belong to another group or to nobody: they must not be stored
+  int group, group_row;  // of the rows' group: its number, its first row
+  int first_row, rows;   // rows past `rows` (1 … 64) belong to another group or to nobody: they must not be stored
   int first_column;
-  DEV Fragment(const Tile& tile, int block)
+  bool more;  // the next 64 rows of the tile are the warpgroup's next fragment
+  DEV Fragment(const Tile& tile, int block, bool more_follow)
       : group(tile.group),
+        group_row(tile.group_row),
         first_row(tile.row + 64 * block),
         rows(tile.rows - 64 * block < 64 ? tile.rows - 64 * block : 64),
-        first_column(tile.column) {}
+        first_column(tile.column),
+        more(more_follow) {}
   // Within the fragment.
   DEV int local_row(int h) const { return threadIdx.x % 128 / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h; }
   DEV int row(int h) const { return first_row + local_row(h); }
   DEV int column(int j) const { return first_column + 8 * j + threadIdx.x % 4 * 2; }
 };
 
+// Columns of the piece that begins at column `first` of a fragment: what one staging buffer holds, or what is left.
+HOST_DEV constexpr int piece_columns(int columns, int first) { return columns - first < 64 ? columns - first : 64; }
+
 // Two buffers of 64 rows by 128 bytes per warpgroup: one is filled while the store of the other is under way. Chunks of
 // 16 bytes are XORed by the row, as TMA expects them and so that column-wise writes do not share banks.
 constexpr int kStagingBytes = 64 * 128;
-struct StagingBuffers {
-  alignas(1024) uint8_t bytes[2][kStagingBytes];
-};
 class Staging {
  public:
-  DEV Staging(StagingBuffers& buffers, int warpgroup) : buffers_(buffers), barrier_(1 + warpgroup) {}
+  static constexpr int kBuffers = 2;
+  struct Buffers {
+    alignas(1024) uint8_t bytes[kBuffers][kStagingBytes];
+  };
+  DEV Staging(Buffers& buffers, uint64_t* /* it loads nothing */, int warpgroup)
+      : buffers_(buffers), barrier_(1 + warpgroup) {}
 
   static DEV int byte(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
   DEV bool issuer() const { return threadIdx.x % 128 == 0; }
@@ -64,9 +76,15 @@ class Staging {
   }
 
  private:
-  StagingBuffers& buffers_;
+  Buffers& buffers_;
   int barrier_;
   int next_ = 0;
+};
+
+// An epilogue that stores columns as they are and reads nothing.
+struct PlainEpilogue {
+  using Port = Staging;
+  static constexpr bool kGateUp = false, kPrefetch = false;
 };
 
 }  // namespace ROUTEGRAD_VARIANT

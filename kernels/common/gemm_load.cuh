@@ -19,6 +19,7 @@ struct GemmOperand {
   const bf16* data;          // [rows, width], for cp.async
   const int32_t* row_index;  // the row of `data` for each row of the product; null: the same row
   int width;
+  int up_row = 0;  // of W [E, 2F, D]: where up begins
 };
 
 // The place of box `box` of an operand at depth k, in its matrix.

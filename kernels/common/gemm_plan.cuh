@@ -20,26 +20,56 @@ constexpr TileShape kTileShapes[] = {
 };
 constexpr int kTileShapeCount = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
 
-// 227 KB of shared memory, less the staging buffers (32 KB), barriers and room to align.
-constexpr int tile_stages(const TileShape& t, bool b_mn_major) {
-  const int columns = b_mn_major ? (t.columns + 63) / 64 * 64 : t.columns;
-  const int stages = (227 * 1024 - 32 * 1024 - 2 * 1024 - 128) / ((t.rows() + columns) * kGemmDepth * 2);
+// B is K-major when its rows are the output's columns.
+constexpr bool b_is_mn_major(int product) {
+  return product == ROUTEGRAD_GEMM_INPUT_GRADIENT || product == ROUTEGRAD_GEMM_WEIGHT_GRADIENT ||
+         product == ROUTEGRAD_GEMM_SWIGLU_BACKWARD;
+}
+
+// 227 KB of shared memory, less the epilogue's buffers of 8 KB per warpgroup, barriers and room to align.
+constexpr int tile_stages(const TileShape& t, int product) {
+  const int buffers = product == ROUTEGRAD_GEMM_SWIGLU_BACKWARD ? 6 : 2;
+  const int columns = b_is_mn_major(product) ? (t.columns + 63) / 64 * 64 : t.columns;
+  const int stages = (227 * 1024 - 2 * buffers * 8 * 1024 - 2 * 1024 - 128) / ((t.rows() + columns) * kGemmDepth * 2);
   return stages < 8 ? stages : 8;
 }
 
-// The output is [rows, columns] per group, or in all where the rows are ragged.
+// The output is [rows, columns] per group, or in all where the rows are ragged. Gate and up count as columns each.
 struct ProductSizes {
   bool ragged_depth;
   int64_t rows, columns, depth;  // ragged: the sum over the groups
   int groups;
+  int epilogue_bytes;  // moved per element of the output
 };
 inline ProductSizes product_sizes(int product, int64_t rows, int experts, int n, int k) {
-  if (product == ROUTEGRAD_GEMM_FORWARD) return {false, rows, n, k, experts};
-  if (product == ROUTEGRAD_GEMM_INPUT_GRADIENT) return {false, rows, k, n, experts};
-  return {true, n, k, rows, experts};
+  switch (product) {
+    case ROUTEGRAD_GEMM_SWIGLU_FORWARD:
+      return {false, rows, n, k, experts, 3};  // h, and half as many of a
+    case ROUTEGRAD_GEMM_INPUT_GRADIENT:
+      return {false, rows, k, n, experts, 2};
+    case ROUTEGRAD_GEMM_SWIGLU_BACKWARD:
+      return {false, rows, k, n, experts, 10};  // h, dh and scaled_a
+    case ROUTEGRAD_GEMM_WEIGHT_GRADIENT:
+      return {true, n, k, rows, experts, 4};
+    default:
+      return {false, rows, n, k, experts, 2};
+  }
 }
+
+// The kernels that are compiled; a fused epilogue costs registers, shared memory and time to build.
 constexpr bool tile_serves(const TileShape& t, int product) {
-  return product != ROUTEGRAD_GEMM_WEIGHT_GRADIENT || t.columns % 64 == 0;
+  switch (product) {
+    case ROUTEGRAD_GEMM_WEIGHT_GRADIENT:
+      return t.columns % 64 == 0;
+    case ROUTEGRAD_GEMM_SWIGLU_FORWARD:
+      return t.columns == 256 || t.columns == 176;
+    case ROUTEGRAD_GEMM_DOWN_FORWARD:
+      return t.columns == 256 || (t.columns == 128 && t.pingpong);
+    case ROUTEGRAD_GEMM_SWIGLU_BACKWARD:
+      return t.pingpong;  // a long epilogue, hidden behind the other warpgroup's products
+    default:
+      return true;
+  }
 }
 
 constexpr int64_t ceil_div_wide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -66,7 +96,7 @@ constexpr int64_t estimate_clocks(const TileShape& t, const ProductSizes& p, int
   const int64_t multiply = row_blocks_64 * 2 * t.columns / 64;
   const int64_t load = (row_blocks_64 + t.columns) * kGemmDepth * 2 / kLoadBytesPerClock;
   const int64_t mainloop = steps * (multiply > load ? multiply : load);
-  const int64_t store = row_blocks_64 * t.columns * (p.ragged_depth ? 4 : 2) / kStoreBytesPerClock;
+  const int64_t store = row_blocks_64 * t.columns * p.epilogue_bytes / kStoreBytesPerClock;
   // Pingpong hides one warpgroup's store behind the other's products.
   const int64_t overlapped = (mainloop + store) / 2;
   const int64_t tile = t.pingpong ? (mainloop > overlapped ? mainloop : overlapped) : mainloop + store + kTileClocks;
@@ -74,12 +104,12 @@ constexpr int64_t estimate_clocks(const TileShape& t, const ProductSizes& p, int
 }
 
 inline const TileShape& choose_tile(int product, const ProductSizes& p, int multiprocessors) {
-  int best = 0;
-  for (int i = 1; i < kTileShapeCount; ++i)
-    if (tile_serves(kTileShapes[i], product) &&
-        estimate_clocks(kTileShapes[i], p, multiprocessors) < estimate_clocks(kTileShapes[best], p, multiprocessors))
-      best = i;
-  return kTileShapes[best];
+  const TileShape* best = nullptr;
+  for (const TileShape& t : kTileShapes)
+    if (tile_serves(t, product) &&
+        (!best || estimate_clocks(t, p, multiprocessors) < estimate_clocks(*best, p, multiprocessors)))
+      best = &t;
+  return *best;
 }
 
 }  // namespace ROUTEGRAD_VARIANT

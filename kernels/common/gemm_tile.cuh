@@ -21,8 +21,10 @@ enum class Gather { None, A, B };
 
 // ROW_BLOCKS: products of 64 rows per consumer warpgroup.
 template <int ROW_BLOCKS, int COLUMNS, bool PINGPONG, int STAGES, Major A_MAJOR, Major B_MAJOR, bool RAGGED_DEPTH,
-          Gather GATHER>
+          Gather GATHER, class EPILOGUE>
 struct GemmTraits {
+  using Epilogue = EPILOGUE;
+  using Port = typename EPILOGUE::Port;
   static constexpr int kRowBlocks = ROW_BLOCKS, kColumns = COLUMNS, kStages = STAGES;
   static constexpr bool kPingpong = PINGPONG;
   static constexpr Major kMajorA = A_MAJOR, kMajorB = B_MAJOR;
@@ -40,19 +42,20 @@ struct GemmTraits {
   static constexpr int kEmptyArrivals = PINGPONG ? 4 : 8;
   // A tail of 64 rows is multiplied alone, unless the code for both cases would not fit the registers (ptxas 13.0
   // spills).
-  static constexpr bool kHalfTail = ROW_BLOCKS == 2 && COLUMNS <= 128;
+  static constexpr bool kHalfTail = ROW_BLOCKS == 2 && COLUMNS <= 128 && !EPILOGUE::kPrefetch;
   // Registers a thread; producer + 2 consumer = 3 · 168.
-  static constexpr int kProducerRegisters = !kCopies ? 24 : kHalfTail ? 40 : 56;
+  static constexpr int kProducerRegisters = !kCopies ? 24 : kHalfTail || EPILOGUE::kPrefetch ? 40 : 56;
   static constexpr int kConsumerRegisters = (3 * 168 - kProducerRegisters) / 2;
-  using Schedule = std::conditional_t<RAGGED_DEPTH, RaggedK<kRows, COLUMNS>, RaggedM<kRows, COLUMNS>>;
+  static constexpr int kTileColumns = EPILOGUE::kGateUp ? COLUMNS / 2 : COLUMNS;
+  using Schedule = std::conditional_t<RAGGED_DEPTH, RaggedK<kRows, kTileColumns>, RaggedM<kRows, kTileColumns>>;
 };
 
 template <class T>
 struct alignas(1024) GemmShared {
   bf16 a[T::kStages][T::kRows * kGemmDepth];
   bf16 b[T::kStages][T::kLoadedColumns * kGemmDepth];
-  StagingBuffers staging[2];  // of each consumer warpgroup
-  uint64_t full[T::kStages], empty[T::kStages];
+  typename T::Port::Buffers port[2];  // of each consumer warpgroup
+  uint64_t full[T::kStages], empty[T::kStages], port_full[2][2];  // the last for ports that load
 };
 
 // A place in the ring of stages and the parity of the round.
@@ -78,11 +81,14 @@ DEV void load_a_tma(GemmShared<T>& s, const GemmOperand& a, const Tile& tile, in
     tma_load_3d(s.a[stage] + box * kBoxElements, &a.map, &s.full[stage], place.column, place.row, 0);
   }
 }
-// A K-major B is one box of all its rows. B is a weight of its own per group unless the reduction is ragged.
+// A K-major B is one box of all its rows, or one of gate and one of up. B is a weight of its own per group unless the
+// reduction is ragged.
 template <class T>
 DEV void load_b_tma(GemmShared<T>& s, const GemmOperand& b, const Tile& tile, int group, int k, int stage) {
   if constexpr (T::kMajorB == Major::K) {
     tma_load_3d(s.b[stage], &b.map, &s.full[stage], k, tile.column, group);
+    if constexpr (T::Epilogue::kGateUp)
+      tma_load_3d(s.b[stage] + T::kTileColumns * kGemmDepth, &b.map, &s.full[stage], k, b.up_row + tile.column, group);
   } else {
 #pragma unroll
     for (int box = 0; box < T::kBoxesB; ++box)
@@ -193,11 +199,12 @@ DEV void end_turn(int warpgroup) {
   if constexpr (T::kPingpong) named_bar_arrive(kOrderBarrier + (warpgroup ^ 1), 256);
 }
 
-template <class T, int BLOCKS, class Epilogue>
-DEV void consume_tile(GemmShared<T>& s, const Epilogue& epilogue, const Tile& tile, Ring<T::kStages>& ring,
-                      Staging& staging, int warpgroup, int first_box, int row_blocks) {
+template <class T, int BLOCKS>
+DEV void consume_tile(GemmShared<T>& s, const typename T::Epilogue& epilogue, const Tile& tile, Ring<T::kStages>& ring,
+                      typename T::Port& port, int warpgroup, int first_box, int row_blocks) {
   float d[BLOCKS][T::kColumns / 2];
   const int steps = tile.depth_steps();
+  if constexpr (T::Epilogue::kPrefetch) epilogue.prefetch(Fragment(tile, first_box, false), port);
   begin_turn<T>(warpgroup);
   if (!T::Schedule::kRaggedDepth || steps > 0) {
     multiply<T, BLOCKS>(s, d, ring, steps, first_box);
@@ -210,16 +217,19 @@ DEV void consume_tile(GemmShared<T>& s, const Epilogue& epilogue, const Tile& ti
   end_turn<T>(warpgroup);
 #pragma unroll
   for (int i = 0; i < BLOCKS; ++i)
-    if (i < row_blocks) epilogue.template store<T::kColumns>(d[i], Fragment(tile, first_box + i), staging);
+    if (i < row_blocks) {
+      const bool more = i + 1 < BLOCKS && i + 1 < row_blocks;
+      epilogue.template store<T::kColumns>(d[i], Fragment(tile, first_box + i, more), port);
+    }
 }
 
-template <class T, class Epilogue>
-DEV void consume(GemmShared<T>& s, const Epilogue& epilogue, const typename T::Schedule& schedule) {
+template <class T>
+DEV void consume(GemmShared<T>& s, const typename T::Epilogue& epilogue, const typename T::Schedule& schedule) {
   const int warpgroup = threadIdx.x / 128 - 1;
   const int first_box = T::kPingpong ? 0 : warpgroup * T::kRowBlocks;
   typename T::Schedule::Walk walk(schedule);
   Ring<T::kStages> ring;
-  Staging staging(s.staging[warpgroup], warpgroup);
+  typename T::Port port(s.port[warpgroup], s.port_full[warpgroup], warpgroup);
   Tile tile;
   if (T::kPingpong && warpgroup == 1) named_bar_arrive(kOrderBarrier, 256);  // the first turn is warpgroup 0's
   for (int turn = 0; walk.next(tile); ++turn) {
@@ -229,9 +239,9 @@ DEV void consume(GemmShared<T>& s, const Epilogue& epilogue, const typename T::S
     }
     const int row_blocks = ceil_div(tile.rows, 64) - first_box;
     if (T::kHalfTail && row_blocks == 1) {
-      consume_tile<T, 1>(s, epilogue, tile, ring, staging, warpgroup, first_box, 1);
+      consume_tile<T, 1>(s, epilogue, tile, ring, port, warpgroup, first_box, 1);
     } else if (row_blocks > 0) {
-      consume_tile<T, T::kRowBlocks>(s, epilogue, tile, ring, staging, warpgroup, first_box, row_blocks);
+      consume_tile<T, T::kRowBlocks>(s, epilogue, tile, ring, port, warpgroup, first_box, row_blocks);
     } else {  // no rows for this warpgroup: it gives its stages back unread
       for (int step = tile.depth_steps(); step > 0; --step, ring.advance()) {
         mbar_wait(&s.full[ring.stage], ring.parity);
@@ -240,13 +250,14 @@ DEV void consume(GemmShared<T>& s, const Epilogue& epilogue, const typename T::S
       }
     }
   }
-  staging.drain();
+  port.drain();
 }
 
-template <class T, class Epilogue>
+template <class T>
 __global__ void __launch_bounds__(kGemmThreads, 1)
     gemm_kernel(const __grid_constant__ GemmOperand a, const __grid_constant__ GemmOperand b,
-                const __grid_constant__ Epilogue epilogue, const __grid_constant__ typename T::Schedule schedule) {
+                const __grid_constant__ typename T::Epilogue epilogue,
+                const __grid_constant__ typename T::Schedule schedule) {
   static_assert(T::kRowBlocks <= 2 && T::kCopyLag < T::kStages - 1);
   DYNAMIC_SHARED(GemmShared<T>, s);
   if (threadIdx.x == 0) {
@@ -254,6 +265,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       mbar_init(&s.full[stage], T::kFullArrivals);
       mbar_init(&s.empty[stage], T::kEmptyArrivals);
     }
+    for (int i = 0; i < 4; ++i) mbar_init(&s.port_full[i / 2][i % 2], 1);
     fence_mbar_init();
   }
   __syncthreads();

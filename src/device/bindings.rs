@@ -150,6 +150,9 @@ pub type routegrad_fault = ::std::os::raw::c_uint;
 pub const ROUTEGRAD_GEMM_FORWARD: routegrad_gemm_product = 0;
 pub const ROUTEGRAD_GEMM_INPUT_GRADIENT: routegrad_gemm_product = 1;
 pub const ROUTEGRAD_GEMM_WEIGHT_GRADIENT: routegrad_gemm_product = 2;
+pub const ROUTEGRAD_GEMM_SWIGLU_FORWARD: routegrad_gemm_product = 3;
+pub const ROUTEGRAD_GEMM_DOWN_FORWARD: routegrad_gemm_product = 4;
+pub const ROUTEGRAD_GEMM_SWIGLU_BACKWARD: routegrad_gemm_product = 5;
 pub type routegrad_gemm_product = ::std::os::raw::c_uint;
 pub const ROUTEGRAD_TILE_AUTO: routegrad_gemm_tile = 0;
 pub const ROUTEGRAD_TILE_COOPERATIVE_128X256: routegrad_gemm_tile = 1;
@@ -199,6 +202,10 @@ const _: () = {
         "Offset of field: routegrad_gemm_plan::clocks",
     ][::std::mem::offset_of!(routegrad_gemm_plan, clocks) - 24usize];
 };
+pub const ROUTEGRAD_WEIGHTING_PLAIN: routegrad_weighting = 0;
+pub const ROUTEGRAD_WEIGHTING_SUM_P: routegrad_weighting = 1;
+pub const ROUTEGRAD_WEIGHTING_COUNT: routegrad_weighting = 2;
+pub type routegrad_weighting = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub struct routegrad_launchers {
@@ -462,12 +469,139 @@ pub struct routegrad_launchers {
             multiprocessors: i32,
         ) -> routegrad_status,
     >,
+    pub grouped_swiglu_forward: ::std::option::Option<
+        unsafe extern "C" fn(
+            h: *mut ::std::os::raw::c_void,
+            a: *mut ::std::os::raw::c_void,
+            x: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            offsets: *const i32,
+            row_token: *const i32,
+            rows: i64,
+            x_rows: i64,
+            experts: i32,
+            ffn: i32,
+            hidden: i32,
+            tile: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub grouped_down_forward: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut ::std::os::raw::c_void,
+            column_sums: *mut f32,
+            a: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            gates: *const f32,
+            offsets: *const i32,
+            row_token: *const i32,
+            rows: i64,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            ffn: i32,
+            tile: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub grouped_swiglu_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dh: *mut ::std::os::raw::c_void,
+            scaled_a: *mut ::std::os::raw::c_void,
+            dots: *mut f32,
+            dout: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            h: *const ::std::os::raw::c_void,
+            gates: *const f32,
+            offsets: *const i32,
+            row_token: *const i32,
+            rows: i64,
+            dout_rows: i64,
+            experts: i32,
+            hidden: i32,
+            ffn: i32,
+            dot_columns: i32,
+            tile: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub grouped_swiglu_dot_columns: ::std::option::Option<
+        unsafe extern "C" fn(
+            columns: *mut i32,
+            rows: i64,
+            experts: i32,
+            hidden: i32,
+            ffn: i32,
+            tile: i32,
+        ) -> routegrad_status,
+    >,
+    pub expert_sums: ::std::option::Option<
+        unsafe extern "C" fn(
+            sums: *mut f32,
+            masses: *mut f32,
+            column_sums: *const f32,
+            gates: *const f32,
+            offsets: *const i32,
+            row_token: *const i32,
+            rows: i64,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub expert_mean_update: ::std::option::Option<
+        unsafe extern "C" fn(
+            average: *mut f32,
+            sums: *const f32,
+            masses: *const f32,
+            beta: *const f32,
+            experts: i32,
+            hidden: i32,
+            weighting: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub combine: ::std::option::Option<
+        unsafe extern "C" fn(
+            y: *mut ::std::os::raw::c_void,
+            rows_in: *const ::std::os::raw::c_void,
+            gates: *const f32,
+            slot_row: *const i32,
+            choices: *const i32,
+            vectors: *const f32,
+            tokens: i64,
+            rows: i64,
+            experts: i32,
+            hidden: i32,
+            slots: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub gate_gradient: ::std::option::Option<
+        unsafe extern "C" fn(
+            dgates: *mut f32,
+            dots: *const f32,
+            g: *const ::std::os::raw::c_void,
+            vectors: *const f32,
+            slot_row: *const i32,
+            choices: *const i32,
+            tokens: i64,
+            rows: i64,
+            experts: i32,
+            hidden: i32,
+            slots: i32,
+            dot_columns: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 200usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 264usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -548,6 +682,31 @@ const _: () = {
     [
         "Offset of field: routegrad_launchers::grouped_gemm_plan",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 192usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_swiglu_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_forward) - 200usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_down_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_down_forward) - 208usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_swiglu_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_backward) - 216usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_swiglu_dot_columns",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_dot_columns)
+        - 224usize];
+    [
+        "Offset of field: routegrad_launchers::expert_sums",
+    ][::std::mem::offset_of!(routegrad_launchers, expert_sums) - 232usize];
+    [
+        "Offset of field: routegrad_launchers::expert_mean_update",
+    ][::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 240usize];
+    [
+        "Offset of field: routegrad_launchers::combine",
+    ][::std::mem::offset_of!(routegrad_launchers, combine) - 248usize];
+    [
+        "Offset of field: routegrad_launchers::gate_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 256usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

@@ -5,11 +5,19 @@
 //! outputs hold. [`Run`] puts it on a [`Machine`]: every buffer lies between guard bands, every output starts poisoned,
 //! inputs must come back unchanged.
 
+pub mod combine;
+pub mod costs;
 pub mod dispatch;
+pub mod expert_mean;
+pub mod experts;
+pub mod gate_gradient;
+pub mod grouped_down;
 pub mod grouped_gemm;
+pub mod grouped_swiglu;
 pub mod machine;
 pub mod numbers;
 pub mod operands;
+pub mod routed;
 pub mod router;
 pub mod router_backward;
 pub mod unit;
@@ -110,6 +118,11 @@ pub fn cases() -> Vec<Case> {
     all.extend(router_backward::cases());
     all.extend(dispatch::cases());
     all.extend(grouped_gemm::cases());
+    all.extend(expert_mean::cases());
+    all.extend(combine::cases());
+    all.extend(gate_gradient::cases());
+    all.extend(grouped_swiglu::cases());
+    all.extend(grouped_down::cases());
     all
 }
 

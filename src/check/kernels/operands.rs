@@ -208,11 +208,33 @@ impl Operands {
         }
     }
 
-    fn row_of(&self, operand: Gather, row: usize) -> usize {
+    /// The row of `operand` that row `row` of the product uses.
+    pub fn row_of(&self, operand: Gather, row: usize) -> usize {
         match &self.index {
             Some(index) if self.gather == operand => index[row] as usize,
             _ => row,
         }
+    }
+
+    /// Divides W by a power of two near √depth, so that sums are of unit scale like what they are made of.
+    pub fn with_unit_sums(mut self) -> Self {
+        let depth = if self.product == Forward {
+            self.shape.k
+        } else {
+            self.shape.n
+        };
+        let scale = ((depth as f32).log2() / 2.0).round().exp2();
+        for w in &mut self.b {
+            *w = bf16::from_f32(w.to_f32() / scale);
+        }
+        self
+    }
+
+    /// The expert that row `row` belongs to.
+    pub fn expert_of(&self, row: usize) -> usize {
+        self.offsets
+            .partition_point(|&offset| offset as usize <= row)
+            - 1
     }
 
     /// Number of lines that are written, and elements of one.
@@ -262,10 +284,7 @@ impl Operands {
             }
             return sums;
         }
-        let expert = self
-            .offsets
-            .partition_point(|&offset| offset as usize <= line)
-            - 1;
+        let expert = self.expert_of(line);
         let w = &self.b[expert * n * k..(expert + 1) * n * k];
         let from = self.row_of(Gather::A, line);
         if self.product == InputGradient {
@@ -322,6 +341,6 @@ impl Operands {
 }
 
 /// The value of a bf16: the upper half of an f32. (`to_f64` treats NaN apart, which keeps loops from being vector code.)
-fn exact(x: bf16) -> f64 {
+pub fn exact(x: bf16) -> f64 {
     f64::from(f32::from_bits(u32::from(x.to_bits()) << 16))
 }

@@ -1,0 +1,202 @@
+//! What the cases of the experts' fused products share: shapes, gates, SwiGLU in float64 with the error that f32 may make.
+
+use super::machine::POISON;
+use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
+use super::operands::Shape;
+
+/// Widths and rows of an expert layer.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    pub counts: Vec<usize>,
+    pub hidden: usize,
+    pub ffn: usize,
+    /// One expert of all rows, told by leaving the offsets out.
+    pub dense: bool,
+}
+
+impl Layer {
+    pub fn new(counts: &[usize], hidden: usize, ffn: usize) -> Self {
+        Self {
+            counts: counts.to_vec(),
+            hidden,
+            ffn,
+            dense: false,
+        }
+    }
+
+    pub fn dense(rows: usize, hidden: usize, ffn: usize) -> Self {
+        Self {
+            dense: true,
+            ..Self::new(&[rows], hidden, ffn)
+        }
+    }
+
+    /// What the launcher is told of the rows, when the buffers have room for `given`: their bound and their offsets.
+    pub fn bounds(&self, given: usize, offsets: *mut u8) -> (i64, *const i32) {
+        if self.dense {
+            (self.rows() as i64, std::ptr::null())
+        } else {
+            (given as i64, offsets.cast_const().cast())
+        }
+    }
+
+    /// The product with W [E, n, k].
+    pub fn shape(&self, n: usize, k: usize) -> Shape {
+        Shape::new(&self.counts, n, k)
+    }
+
+    pub fn rows(&self) -> usize {
+        self.counts.iter().sum()
+    }
+
+    pub fn label(&self) -> String {
+        let Self {
+            counts,
+            hidden,
+            ffn,
+            dense,
+        } = self;
+        let kind = if *dense { " dense" } else { "" };
+        format!("{counts:?}{kind} rows, hidden {hidden}, ffn {ffn}")
+    }
+}
+
+/// Shapes for every build and schedule: a single row, empty experts, tails of every kind, widths that divide nothing.
+pub fn small_layers() -> Vec<Layer> {
+    vec![
+        Layer::new(&[1], 8, 8),
+        Layer::new(&[0, 130, 0, 1, 127, 0, 65], 72, 136),
+        Layer::new(&[300, 64], 184, 200),
+        Layer::dense(77, 72, 88),
+    ]
+}
+
+/// Prime numbers of tokens, 1 to 128 experts, half of them empty, all tokens to one.
+pub fn covering_layers() -> Vec<Layer> {
+    let any = |_| true;
+    let routed = |tokens, experts, per_token, usable: fn(usize) -> bool, hidden, ffn| {
+        let shape = Shape::routed(tokens, experts, per_token, usable, 8, 8);
+        Layer::new(&shape.counts, hidden, ffn)
+    };
+    vec![
+        routed(2039, 1, 1, any, 72, 136),
+        routed(2039, 7, 2, any, 88, 264),
+        routed(509, 8, 8, any, 120, 104),
+        routed(1021, 32, 4, |e| e % 2 == 0, 64, 352),
+        routed(700, 32, 1, |e| e == 17, 352, 40),
+        routed(257, 64, 4, any, 264, 40),
+        routed(127, 128, 2, any, 24, 168),
+        Layer::new(&[512, 513], 256, 704),
+    ]
+}
+
+/// Gates [T, E] in (0, 1], a tenth of them 0.
+pub fn gates(tokens: usize, experts: usize) -> Vec<f32> {
+    let mut random = Random((tokens * 7 + experts) as u64);
+    (0..tokens * experts)
+        .map(|_| {
+            if random.below(10) == 0 {
+                0.0
+            } else {
+                random.unit() as f32
+            }
+        })
+        .collect()
+}
+
+/// A number with a bound on what f32 arithmetic may make of it.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounded {
+    pub value: f64,
+    pub error: f64,
+}
+
+impl Bounded {
+    pub fn exact(value: f64) -> Self {
+        Self { value, error: 0.0 }
+    }
+
+    /// A sum of `depth` products of the given value and sum of magnitudes.
+    pub fn sum(depth: usize, (value, magnitude): (f64, f64)) -> Self {
+        Self {
+            value,
+            error: F32_ROUNDOFF * depth as f64 * magnitude,
+        }
+    }
+
+    /// One multiplication.
+    pub fn times(self, other: Self) -> Self {
+        let value = self.value * other.value;
+        let error = self.error * other.value.abs()
+            + other.error * self.value.abs()
+            + self.error * other.error;
+        Self {
+            value,
+            error: error + F32_ROUNDOFF * (value.abs() + error),
+        }
+    }
+
+    /// What is left of it in bf16.
+    pub fn bound_in_bf16(self) -> f64 {
+        half_ulp_bf16(self.value.abs() + self.error) + self.error + f64::from(f32::MIN_POSITIVE)
+    }
+}
+
+/// silu(g) and its derivative. The GPU's exp is good to 2 + 1.2 |g| units in the last place, its quotient to 2 and 0 below
+/// the smallest normal number.
+pub fn swiglu(gate: Bounded) -> (Bounded, Bounded) {
+    let g = gate.value;
+    let s = 1.0 / (1.0 + (-g).exp());
+    let relative = F32_ROUNDOFF * (16.0 + 4.0 * g.abs());
+    let (slope, flushed) = (s * (1.0 + g * (1.0 - s)), f64::from(f32::MIN_POSITIVE));
+    // |silu'| < 1.1 and |silu''| <= 1/2.
+    let silu = Bounded {
+        value: g * s,
+        error: (s * relative + flushed) * g.abs() + 1.1 * gate.error,
+    };
+    let slope = Bounded {
+        value: slope,
+        error: (s * relative + flushed) * (1.0 + 2.0 * g.abs()) + 0.5 * gate.error,
+    };
+    (silu, slope)
+}
+
+/// Adds a bf16 element.
+///
+/// # Errors
+/// When it is not within its bound.
+pub fn add_bf16(
+    errors: &mut Errors,
+    got: half::bf16,
+    want: Bounded,
+    place: impl Fn() -> String,
+) -> Result<(), String> {
+    errors.add(got.to_f64(), want.value, want.bound_in_bf16(), place)
+}
+
+/// The part of an output that is written, when the rest is as it was.
+///
+/// # Errors
+/// When something past `bytes` was written.
+pub fn written<'a>(name: &str, output: &'a [u8], bytes: usize) -> Result<&'a [u8], String> {
+    let (written, rest) = output.split_at(bytes);
+    if rest.iter().all(|&b| b == POISON) {
+        Ok(written)
+    } else {
+        Err(format!(
+            "rows of `{name}` past the last expert's were written"
+        ))
+    }
+}
+
+/// The root mean square of rounding to 8 bits is 1.6e-3 of the value.
+///
+/// # Errors
+/// When the relative error is larger than rounding alone explains.
+pub fn rounding_alone(errors: Errors) -> Result<Errors, String> {
+    if errors.relative() <= 2.5e-3 {
+        Ok(errors)
+    } else {
+        Err(format!("relative error {:.2e} > 2.5e-3", errors.relative()))
+    }
+}

@@ -1,0 +1,225 @@
+//! The experts' down projection with its column sums (`kernels/grouped_down.cu`) against float64.
+
+use super::experts::{
+    Bounded, Layer, add_bf16, covering_layers, gates, rounding_alone, small_layers, written,
+};
+use super::machine::POISON;
+use super::numbers::{Errors, Random};
+use super::operands::{Gather, Line, Operands, Product};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::device::bindings::*;
+use crate::launch;
+use half::bf16;
+use std::ptr::{null, null_mut};
+use std::sync::{Arc, LazyLock};
+
+pub const TILES: [routegrad_gemm_tile; 2] = [
+    ROUTEGRAD_TILE_COOPERATIVE_128X256,
+    ROUTEGRAD_TILE_PINGPONG_128X128,
+];
+
+/// What a problem asks for beside the product.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Sums {
+    None,
+    Plain,
+    Gated,
+}
+
+pub struct Down {
+    pub layer: Layer,
+    /// a [R, F] and W [E, D, F].
+    pub operands: Operands,
+    pub sums: Sums,
+    pub tokens: usize,
+    pub gates: Vec<f32>,
+    pub row_token: Vec<i32>,
+}
+
+impl Down {
+    pub fn new(layer: &Layer, sums: Sums) -> Self {
+        let shape = layer.shape(layer.hidden, layer.ffn);
+        let operands =
+            Operands::new(Product::Forward, Gather::None, false, &shape).with_unit_sums();
+        let (rows, experts) = (layer.rows(), layer.counts.len());
+        let tokens = rows / 2 + 1;
+        let mut random = Random(rows as u64);
+        let token = |r| {
+            if r < rows {
+                random.below(tokens) as i32
+            } else {
+                i32::MAX
+            }
+        };
+        Self {
+            sums,
+            tokens,
+            gates: gates(tokens, experts),
+            row_token: (0..operands.rows_given).map(token).collect(),
+            operands,
+            layer: layer.clone(),
+        }
+    }
+
+    /// Blocks that `column_sums` has room for.
+    pub fn blocks(&self) -> usize {
+        self.operands.rows_given / 64 + self.layer.counts.len()
+    }
+
+    fn gate(&self, row: usize) -> f64 {
+        let experts = self.layer.counts.len();
+        match self.sums {
+            Sums::Gated => f64::from(
+                self.gates[self.row_token[row] as usize * experts + self.operands.expert_of(row)],
+            ),
+            _ => 1.0,
+        }
+    }
+
+    fn judge(&self, outputs: &[Vec<u8>]) -> Result<Errors, String> {
+        let (rows, hidden) = (self.layer.rows(), self.layer.hidden);
+        let out: Vec<bf16> = values(written("out", &outputs[0], rows * hidden * 2)?);
+        let mut errors = Errors::default();
+        let reference = self.operands.reference();
+        for (row, line) in reference {
+            for (i, &want) in line.iter().enumerate() {
+                let place = || format!("out row {row}, element {i}");
+                let want = Bounded::sum(self.layer.ffn, want);
+                add_bf16(&mut errors, out[row * hidden + i], want, place)?;
+            }
+        }
+        let errors = rounding_alone(errors)?;
+        if self.sums != Sums::None {
+            self.judge_sums(reference, &outputs[1])?;
+        }
+        Ok(errors)
+    }
+
+    /// Every block's sum in f32, and nothing else written.
+    fn judge_sums(&self, reference: &[(usize, Line)], bytes: &[u8]) -> Result<(), String> {
+        let hidden = self.layer.hidden;
+        let got: Vec<f32> = values(bytes);
+        let mut is_block = vec![false; self.blocks()];
+        for (expert, &count) in self.layer.counts.iter().enumerate() {
+            let first = self.operands.offsets[expert] as usize;
+            for b in 0..count.div_ceil(64) {
+                let block = first / 64 + expert + b;
+                is_block[block] = true;
+                let rows = first + 64 * b..first + count.min(64 * (b + 1));
+                let mut sums = vec![(0.0, 0.0, 0.0); hidden];
+                for (row, line) in &reference[rows] {
+                    let gate = self.gate(*row);
+                    for (sum, &term) in sums.iter_mut().zip(line) {
+                        let term = Bounded::sum(self.layer.ffn, term).times(Bounded::exact(gate));
+                        sum.0 += term.value;
+                        sum.1 += term.value.abs();
+                        sum.2 += term.error;
+                    }
+                }
+                let mut errors = Errors::default();
+                for (i, &(value, magnitude, error)) in sums.iter().enumerate() {
+                    let bound = error + Bounded::sum(64, (value, magnitude)).error;
+                    let place = || format!("column sum {i} of block {b} of expert {expert}");
+                    errors.add(f64::from(got[block * hidden + i]), value, bound, place)?;
+                }
+                if !(errors.relative() <= 1e-5) {
+                    return Err(format!("column sums: relative error {}", errors.relative()));
+                }
+            }
+        }
+        for (block, _) in is_block.iter().enumerate().filter(|(_, is)| !**is) {
+            let entry = &bytes[block * hidden * 4..(block + 1) * hidden * 4];
+            if entry.iter().any(|&b| b != POISON) {
+                return Err(format!(
+                    "entry {block} of column_sums is no block, but written"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+pub fn problem(down: &Arc<Down>, tile: routegrad_gemm_tile) -> Problem {
+    let d = down.clone();
+    let (hidden, ffn) = (d.layer.hidden, d.layer.ffn);
+    let mut buffers = vec![
+        Buffer::output("out", d.operands.output_bytes()),
+        Buffer::input("a", &d.operands.a),
+        Buffer::input("w", &d.operands.b),
+        Buffer::input("offsets", &d.operands.offsets),
+        Buffer::input("gates", &d.gates),
+        Buffer::input("row_token", &d.row_token),
+    ];
+    if d.sums != Sums::None {
+        buffers.push(Buffer::output("column_sums", d.blocks() * hidden * 4));
+    }
+    let (sums, given, tokens) = (d.sums, d.operands.rows_given, d.tokens as i64);
+    let (layer, experts) = (d.layer.clone(), d.layer.counts.len() as i32);
+    Problem {
+        label: format!("down, sums {sums:?}, tile {tile}, {}", d.layer.label()),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let (rows, offsets) = layer.bounds(given, p[3]);
+            let column_sums = p.get(6).map_or(null_mut(), |p| p.cast());
+            let gates = if sums == Sums::Gated {
+                p[4].cast::<f32>().cast_const()
+            } else {
+                null()
+            };
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    grouped_down_forward(
+                        p[0].cast(),
+                        column_sums,
+                        p[1].cast(),
+                        p[2].cast(),
+                        gates,
+                        offsets,
+                        p[5].cast(),
+                        rows,
+                        tokens,
+                        experts,
+                        hidden as i32,
+                        ffn as i32,
+                        tile as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |outputs| d.judge(outputs)),
+    }
+}
+
+fn problems(layers: &[Layer]) -> Vec<MakeProblem> {
+    let mut problems: Vec<MakeProblem> = Vec::new();
+    for layer in layers {
+        for sums in [Sums::Gated, Sums::Plain, Sums::None] {
+            let layer = layer.clone();
+            let down = Arc::new(LazyLock::new(move || Arc::new(Down::new(&layer, sums))));
+            for tile in TILES.into_iter().chain([ROUTEGRAD_TILE_AUTO]) {
+                let down = down.clone();
+                problems.push(Box::new(move || Ok(problem(&down, tile))));
+            }
+        }
+    }
+    problems
+}
+
+pub fn cases() -> Vec<Case> {
+    [
+        ("small", small_layers(), true),
+        ("covering", covering_layers(), false),
+    ]
+    .into_iter()
+    .map(|(name, layers, small)| Case {
+        name: format!("grouped_down_forward {name}"),
+        launcher: "grouped_down_forward",
+        source: "grouped_down",
+        problems: problems(&layers),
+        small,
+    })
+    .collect()
+}

@@ -1,0 +1,334 @@
+//! The experts' gate and up projection with SwiGLU, and its backward (`kernels/grouped_swiglu.cu`), against float64.
+
+use super::experts::{
+    Bounded, Layer, add_bf16, covering_layers, gates, rounding_alone, small_layers, swiglu, written,
+};
+use super::numbers::{Errors, Random};
+use super::operands::{Gather, Line, Operands, Product, exact};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::device::bindings::*;
+use crate::launch;
+use half::bf16;
+use rayon::prelude::*;
+use std::sync::{Arc, LazyLock};
+
+pub const FORWARD_TILES: [routegrad_gemm_tile; 3] = [
+    ROUTEGRAD_TILE_COOPERATIVE_128X256,
+    ROUTEGRAD_TILE_COOPERATIVE_256X176,
+    ROUTEGRAD_TILE_PINGPONG_128X176,
+];
+/// With their columns, which cut the dots.
+pub const BACKWARD_TILES: [(routegrad_gemm_tile, usize); 2] = [
+    (ROUTEGRAD_TILE_PINGPONG_128X128, 128),
+    (ROUTEGRAD_TILE_PINGPONG_128X176, 176),
+];
+
+pub struct Forward {
+    pub layer: Layer,
+    /// x, gathered or in order, and W [E, 2F, D].
+    pub operands: Operands,
+}
+
+impl Forward {
+    pub fn new(layer: &Layer, gather: Gather) -> Self {
+        let shape = layer.shape(2 * layer.ffn, layer.hidden);
+        let operands = Operands::new(Product::Forward, gather, false, &shape).with_unit_sums();
+        Self {
+            layer: layer.clone(),
+            operands,
+        }
+    }
+
+    fn judge(&self, outputs: &[Vec<u8>]) -> Result<Errors, String> {
+        let (rows, ffn) = (self.layer.rows(), self.layer.ffn);
+        let h: Vec<bf16> = values(written("h", &outputs[0], rows * ffn * 4)?);
+        let a: Vec<bf16> = values(written("a", &outputs[1], rows * ffn * 2)?);
+        let judged: Result<Vec<Errors>, String> = self
+            .operands
+            .reference()
+            .par_iter()
+            .map(|(row, line)| {
+                let mut errors = Errors::default();
+                let sum = |i: usize| Bounded::sum(self.layer.hidden, line[i]);
+                for i in 0..2 * ffn {
+                    let place = || format!("h row {row}, element {i}");
+                    add_bf16(&mut errors, h[row * 2 * ffn + i], sum(i), place)?;
+                }
+                for i in 0..ffn {
+                    let place = || format!("a row {row}, element {i}");
+                    let want = swiglu(sum(i)).0.times(sum(ffn + i));
+                    add_bf16(&mut errors, a[row * ffn + i], want, place)?;
+                }
+                Ok(errors)
+            })
+            .collect();
+        let mut errors = Errors::default();
+        judged?.into_iter().for_each(|row| errors.merge(row));
+        rounding_alone(errors)
+    }
+}
+
+pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Problem {
+    let f = forward.clone();
+    let o = &f.operands;
+    let (hidden, ffn, given) = (f.layer.hidden as i32, f.layer.ffn as i32, o.rows_given);
+    let mut buffers = vec![
+        Buffer::output("h", given * f.layer.ffn * 4),
+        Buffer::output("a", given * f.layer.ffn * 2),
+        Buffer::input("x", &o.a),
+        Buffer::input("w", &o.b),
+        Buffer::input("offsets", &o.offsets),
+    ];
+    buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
+    let (x_rows, experts) = (o.a_height as i64, f.layer.counts.len() as i32);
+    let (gather, layer) = (o.gather, f.layer.clone());
+    Problem {
+        label: format!(
+            "swiglu forward, gather {gather:?}, tile {tile}, {}",
+            f.layer.label()
+        ),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let (rows, offsets) = layer.bounds(given, p[4]);
+            let row_token = p.get(5).map_or(std::ptr::null(), |p| p.cast_const().cast());
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    grouped_swiglu_forward(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        p[3].cast(),
+                        offsets,
+                        row_token,
+                        rows,
+                        x_rows,
+                        experts,
+                        ffn,
+                        hidden,
+                        tile as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |outputs| f.judge(outputs)),
+    }
+}
+
+pub struct Backward {
+    pub layer: Layer,
+    /// dout, gathered or in order, and W [E, D, F].
+    pub operands: Operands,
+    /// [R, 2F], NaN past the last expert's rows.
+    pub h: Vec<bf16>,
+    pub gates: Vec<f32>,
+}
+
+impl Backward {
+    pub fn new(layer: &Layer, gather: Gather) -> Self {
+        let shape = layer.shape(layer.hidden, layer.ffn);
+        let operands =
+            Operands::new(Product::InputGradient, gather, false, &shape).with_unit_sums();
+        let mut random = Random((layer.hidden + 31 * layer.ffn) as u64);
+        let width = 2 * layer.ffn;
+        let mut h = random.normals_bf16(operands.rows_given * width);
+        // Some far out, where σ is 0 or 1.
+        for value in h.iter_mut().step_by(37) {
+            *value = bf16::from_f32(value.to_f32() * 40.0);
+        }
+        h[layer.rows() * width..].fill(bf16::NAN);
+        Self {
+            gates: gates(operands.a_height, layer.counts.len()),
+            layer: layer.clone(),
+            operands,
+            h,
+        }
+    }
+
+    fn judge(&self, tile_columns: usize, outputs: &[Vec<u8>]) -> Result<Errors, String> {
+        let (rows, ffn) = (self.layer.rows(), self.layer.ffn);
+        let dot_columns = ffn.div_ceil(tile_columns);
+        let dh: Vec<bf16> = values(written("dh", &outputs[0], rows * ffn * 4)?);
+        let scaled_a: Vec<bf16> = values(written("scaled_a", &outputs[1], rows * ffn * 2)?);
+        let dots: Vec<f32> = values(written("dots", &outputs[2], rows * dot_columns * 4)?);
+        let judged: Result<Vec<Errors>, String> = self
+            .operands
+            .reference()
+            .par_iter()
+            .map(|(row, line)| {
+                let dots = &dots[row * dot_columns..(row + 1) * dot_columns];
+                let dh = &dh[row * 2 * ffn..(row + 1) * 2 * ffn];
+                self.judge_row(*row, line, tile_columns, dh, &scaled_a[row * ffn..], dots)
+            })
+            .collect();
+        let mut errors = Errors::default();
+        judged?.into_iter().for_each(|row| errors.merge(row));
+        rounding_alone(errors)
+    }
+
+    fn judge_row(
+        &self,
+        row: usize,
+        line: &Line,
+        tile_columns: usize,
+        dh: &[bf16],
+        scaled_a: &[bf16],
+        dots: &[f32],
+    ) -> Result<Errors, String> {
+        let (ffn, experts) = (self.layer.ffn, self.layer.counts.len());
+        let token = self.operands.row_of(Gather::A, row);
+        let gate_index = token * experts + self.operands.expert_of(row);
+        let w = Bounded::exact(f64::from(self.gates[gate_index]));
+        let h = |i: usize| Bounded::exact(exact(self.h[row * 2 * ffn + i]));
+        let mut errors = Errors::default();
+        // Value, sum of magnitudes and of the terms' errors, per tile of columns.
+        let mut parts = vec![(0.0, 0.0, 0.0); dots.len()];
+        for i in 0..ffn {
+            let da = Bounded::sum(self.layer.hidden, line[i]);
+            let ((silu, slope), up) = (swiglu(h(i)), h(ffn + i));
+            let a = silu.times(up);
+            for (name, got, want) in [
+                ("dh of gate", dh[i], w.times(da).times(up).times(slope)),
+                ("dh of up", dh[ffn + i], w.times(da).times(silu)),
+                ("scaled_a", scaled_a[i], w.times(a)),
+            ] {
+                add_bf16(&mut errors, got, want, || {
+                    format!("{name}, row {row}, element {i}")
+                })?;
+            }
+            let (term, part) = (da.times(a), &mut parts[i / tile_columns]);
+            *part = (
+                part.0 + term.value,
+                part.1 + term.value.abs(),
+                part.2 + term.error,
+            );
+        }
+        for (c, (&got, &(value, magnitude, error))) in dots.iter().zip(&parts).enumerate() {
+            let bound = error + Bounded::sum(tile_columns, (value, magnitude)).error;
+            // Not among `errors`, whose relative error is that of bf16.
+            Errors::default().add(f64::from(got), value, bound, || {
+                format!("dot {c}, row {row}")
+            })?;
+        }
+        Ok(errors)
+    }
+}
+
+/// `tile` with its columns.
+pub fn backward_problem(
+    backward: &Arc<Backward>,
+    (tile, tile_columns): (routegrad_gemm_tile, usize),
+) -> Problem {
+    let b = backward.clone();
+    let o = &b.operands;
+    let (hidden, ffn, given) = (b.layer.hidden as i32, b.layer.ffn as i32, o.rows_given);
+    let dot_columns = b.layer.ffn.div_ceil(tile_columns);
+    let mut buffers = vec![
+        Buffer::output("dh", given * b.layer.ffn * 4),
+        Buffer::output("scaled_a", given * b.layer.ffn * 2),
+        Buffer::output("dots", given * dot_columns * 4),
+        Buffer::input("dout", &o.a),
+        Buffer::input("w", &o.b),
+        Buffer::input("h", &b.h),
+        Buffer::input("gates", &b.gates),
+        Buffer::input("offsets", &o.offsets),
+    ];
+    buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
+    let (dout_rows, experts) = (o.a_height as i64, b.layer.counts.len() as i32);
+    let (gather, layer) = (o.gather, b.layer.clone());
+    Problem {
+        label: format!(
+            "swiglu backward, gather {gather:?}, tile {tile}, {}",
+            b.layer.label()
+        ),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let (rows, offsets) = layer.bounds(given, p[7]);
+            let row_token = p.get(8).map_or(std::ptr::null(), |p| p.cast_const().cast());
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    grouped_swiglu_backward(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        p[3].cast(),
+                        p[4].cast(),
+                        p[5].cast(),
+                        p[6].cast(),
+                        offsets,
+                        row_token,
+                        rows,
+                        dout_rows,
+                        experts,
+                        hidden,
+                        ffn,
+                        dot_columns as i32,
+                        tile as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |outputs| b.judge(tile_columns, outputs)),
+    }
+}
+
+fn forward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
+    let mut problems: Vec<MakeProblem> = Vec::new();
+    for layer in layers {
+        for gather in [Gather::A, Gather::None] {
+            let layer = layer.clone();
+            // One set of operands for all tiles.
+            let forward = Arc::new(LazyLock::new(move || {
+                Arc::new(Forward::new(&layer, gather))
+            }));
+            for tile in FORWARD_TILES.into_iter().chain([ROUTEGRAD_TILE_AUTO]) {
+                let forward = forward.clone();
+                problems.push(Box::new(move || Ok(forward_problem(&forward, tile))));
+            }
+        }
+    }
+    problems
+}
+
+fn backward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
+    let mut problems: Vec<MakeProblem> = Vec::new();
+    for layer in layers {
+        for gather in [Gather::A, Gather::None] {
+            let layer = layer.clone();
+            let backward = LazyLock::new(move || Arc::new(Backward::new(&layer, gather)));
+            let backward = Arc::new(backward);
+            for tile in BACKWARD_TILES {
+                let backward = backward.clone();
+                problems.push(Box::new(move || Ok(backward_problem(&backward, tile))));
+            }
+        }
+    }
+    problems
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (name, layers, small) in [
+        ("small", small_layers(), true),
+        ("covering", covering_layers(), false),
+    ] {
+        for (launcher, problems) in [
+            ("grouped_swiglu_forward", forward_problems(&layers)),
+            ("grouped_swiglu_backward", backward_problems(&layers)),
+        ] {
+            cases.push(Case {
+                name: format!("{launcher} {name}"),
+                launcher,
+                source: "grouped_swiglu",
+                problems,
+                small,
+            });
+        }
+    }
+    cases
+}
