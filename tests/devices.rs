@@ -1,5 +1,7 @@
 //! The mixture-of-experts layer on the simulator, through the tape, against the CPU device.
 
+mod common;
+
 use routegrad::check::Fault;
 use routegrad::config::{Config, Layers};
 use routegrad::data::Corpus;
@@ -262,4 +264,37 @@ fn the_loss_of_tiny_falls_as_on_the_cpu() {
     let difference = (mean(&device) / mean(&cpu) - 1.0).abs();
     println!("mean loss of steps 11 to 20 differs by {difference:.1e}");
     assert!(difference <= 0.01, "{device:?} and {cpu:?}");
+}
+
+#[test]
+fn a_run_on_the_simulator_resumes_in_the_same_bytes_and_goes_on_on_the_cpu() {
+    let place = common::Place::new();
+    let end = |mut command: std::process::Command| {
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{}", common::text(&done.stderr));
+    };
+    let weights = |out: &str, step: u64| {
+        let file = format!("{out}/checkpoints/step-{step}/model.safetensors");
+        std::fs::read(place.path(&file)).unwrap()
+    };
+    let on_sim = ["--device", "sim", "--set", "train.checkpoint_interval=3"];
+    let straight = [&on_sim[..], &["--steps", "6"]].concat();
+    end(place.train("straight", &straight));
+    let first = [
+        &on_sim[..],
+        &["--steps", "6", "--set", "train.keep_checkpoints=9"],
+    ]
+    .concat();
+    end(place.train("stopped", &first));
+    std::fs::remove_dir_all(place.path("stopped/checkpoints/step-6")).unwrap();
+    end(place.resume("stopped"));
+    assert!(
+        weights("straight", 6) == weights("stopped", 6),
+        "other bytes"
+    );
+
+    let mut on_cpu = place.resume("stopped");
+    on_cpu.args(["--device", "cpu", "--steps", "9"]);
+    end(on_cpu);
+    assert_eq!(weights("stopped", 9).len(), weights("straight", 6).len());
 }
