@@ -3,8 +3,9 @@
 
 mod support;
 
+use routegrad::check::kernels::costs::{self, Cost, Sizes};
 use routegrad::check::kernels::router::{Batch, Kind, Shape, problem, problem_of};
-use routegrad::check::kernels::{Buffer, router_backward, values};
+use routegrad::check::kernels::{Buffer, Problem, router_backward, values};
 use routegrad::device::bindings::*;
 use routegrad::launch;
 use std::ptr::null_mut;
@@ -74,38 +75,51 @@ fn the_flag_keeps_an_earlier_token() {
     }
 }
 
+/// Holds a run against the formula exactly; `again`: bytes that caches serve a second time.
+fn counts_are(problem: &Problem, cost: Cost, again: usize) {
+    let counters = counted(|| check(problem));
+    assert_eq!(counters.tensor_flops as f64, cost.flops);
+    let bytes = (counters.bytes_read + counters.bytes_written) as f64;
+    assert_eq!(bytes, cost.bytes + again as f64);
+}
+
+fn sizes((tokens, experts, hidden): (usize, usize, usize), slots: usize) -> Sizes {
+    Sizes {
+        tokens,
+        hidden,
+        ffn: 0,
+        experts,
+        slots,
+        rows: tokens * slots,
+    }
+}
+
 #[test]
 fn forward_moves_the_bytes_and_multiplies_what_its_header_says() {
-    for (t, e, d, k, kind, padded) in [
-        (300, 20, 136, 3, Kind::Biased, 32),
-        (128, 7, 64, 0, Kind::Ordinary, 16),
-        (257, 64, 328, 8, Kind::Ordinary, 64),
+    for (t, e, d, k, kind) in [
+        (300, 20, 136, 3, Kind::Biased),
+        (128, 7, 64, 0, Kind::Ordinary),
+        (257, 64, 328, 8, Kind::Ordinary),
     ] {
         let problem = problem(shape(t, e, d, k, kind)).unwrap_or_else(|e| panic!("{e}"));
-        let counters = counted(|| check(&problem));
+        // W once per 128 tokens; the bias once per token.
         let blocks = t.div_ceil(128);
-        let partials = 4 * (2 * e + 2) * blocks;
         let bias = if kind == Kind::Biased {
             4 * 128 * blocks * e
         } else {
             0
         };
-        // router_statistics reads the partials and writes one row.
-        let read = 2 * t * d + 4 * e * d * blocks + bias + partials;
-        let written = 4 * t * (e + 1 + k) + partials + 4 * (2 * e + 2);
-        let flops = 6 * 128 * blocks * d.next_multiple_of(64) * padded;
-        assert_eq!(counters.bytes_read, read as u64);
-        assert_eq!(counters.bytes_written, written as u64);
-        assert_eq!(counters.tensor_flops, flops as u64);
+        let again = 4 * e * d * (blocks - 1) + bias;
+        counts_are(&problem, costs::router_forward(&sizes((t, e, d), k)), again);
     }
 }
 
 #[test]
 fn backward_moves_the_bytes_and_multiplies_what_its_header_says() {
-    for (t, e, d, padded, runs, score, accumulate) in [
-        (331, 20, 136, 32, 2, ROUTEGRAD_SCORE_SOFTMAX, true),
-        (131, 7, 64, 16, 1, ROUTEGRAD_SCORE_SOFTMAX, false),
-        (600, 64, 328, 64, 3, ROUTEGRAD_SCORE_LOGITS, false),
+    for (t, e, d, runs, score, accumulate) in [
+        (331, 20, 136, 2, ROUTEGRAD_SCORE_SOFTMAX, true),
+        (131, 7, 64, 1, ROUTEGRAD_SCORE_SOFTMAX, false),
+        (600, 64, 328, 3, ROUTEGRAD_SCORE_LOGITS, false),
     ] {
         let problem = router_backward::problem(router_backward::Shape {
             tokens: t,
@@ -116,25 +130,17 @@ fn backward_moves_the_bytes_and_multiplies_what_its_header_says() {
             given: [true; 3],
         });
         let problem = problem.unwrap_or_else(|e| panic!("{e}"));
-        let counters = counted(|| check(&problem));
-        let (blocks, columns, add) = (t.div_ceil(128), d.div_ceil(128), usize::from(accumulate));
+        // Softmax reads a row's scores, their gradient and the means' twice; all lanes of a quad read a token's scalars
+        // (32 bytes); dz once per 128 columns; W once per 128 tokens.
         let passes = if score == ROUTEGRAD_SCORE_SOFTMAX {
             2
         } else {
             1
         };
-        let logit_gradients = passes * 12 * t * e + 32 * t;
-        let input = 4 * e * d * blocks + add * 2 * t * d;
-        let weight = 2 * t * d + 4 * t * e * columns + 4 * (runs + add) * e * d;
-        assert_eq!(
-            counters.bytes_read,
-            (logit_gradients + input + weight) as u64
-        );
-        let written = 4 * t * e + 2 * t * d + 4 * (runs + 1) * e * d;
-        assert_eq!(counters.bytes_written, written as u64);
-        let input = 6 * 128 * blocks * d.next_multiple_of(64) * padded;
-        let weight = 6 * t.next_multiple_of(64) * 128 * columns * padded;
-        assert_eq!(counters.tensor_flops, (input + weight) as u64);
+        let (blocks, columns) = (t.div_ceil(128), d.div_ceil(128));
+        let again = (12 * passes + 4 * columns - 12) * t * e + 28 * t - 4 * e;
+        let cost = costs::router_backward(&sizes((t, e, d), 0), accumulate, runs);
+        counts_are(&problem, cost, again + 4 * e * d * (blocks - 1));
     }
 }
 
