@@ -13,8 +13,9 @@ use routegrad::dist::SingleRank;
 use routegrad::error::Result;
 use routegrad::model::Model;
 use routegrad::ops::dispatch::Selection;
-use routegrad::ops::router::{TopK, softmax};
-use routegrad::routers::{self, LayerPass, Router, Routing};
+use routegrad::ops::router::TopK;
+use routegrad::ops::routing::{Choice, Score, scores};
+use routegrad::routers::{self, Balance, LayerPass, Router, Routing};
 use routegrad::step::Trainer;
 use routegrad::tape::{Tape, Var};
 
@@ -22,9 +23,15 @@ use routegrad::tape::{Tape, Var};
 struct Hashed;
 
 impl Router for Hashed {
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let probabilities = softmax(tape, logits)?;
-        let shape = probabilities.tensor().shape();
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let scores = scores(tape, x, weight, Score::Softmax, Choice::none())?;
+        let shape = scores.values.tensor().shape();
         let (tokens, experts, k, depth) = (shape[0], shape[1], layer.top_k, layer.layer);
         // `select` keeps the choice, so that recomputed activations see the same one.
         let dispatch = layer.select(|| {
@@ -39,16 +46,12 @@ impl Router for Hashed {
                 first_non_finite: None,
             })
         })?;
-        Ok(Routing {
-            gates: probabilities.clone(),
-            probabilities,
-            dispatch,
-        })
+        Ok(Routing::new(scores.values.clone(), scores, dispatch))
     }
 
     /// The choice is balanced already.
-    fn balances(&self) -> bool {
-        false
+    fn balance(&self) -> Balance {
+        Balance::None
     }
 
     fn experts_run(&self, model: &ModelConfig) -> usize {

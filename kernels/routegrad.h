@@ -85,11 +85,15 @@ typedef struct routegrad_unit_box {
 
 // X(name, parameters): one row per launcher, grouped by source file. From this list come the declarations, the table,
 // the argument names of error texts, and the checks of kernels/README.md and kernels/limits.txt.
-#define ROUTEGRAD_LAUNCHERS(X)          \
-  ROUTEGRAD_UNIT_LAUNCHERS(X)         \
-  ROUTEGRAD_DISPATCH_LAUNCHERS(X)     \
+#define ROUTEGRAD_LAUNCHERS(X) \
+  ROUTEGRAD_UNIT_LAUNCHERS(X) \
+  ROUTEGRAD_ROUTER_LAUNCHERS(X) \
+  ROUTEGRAD_DISPATCH_LAUNCHERS(X) \
   ROUTEGRAD_GROUPED_GEMM_LAUNCHERS(X) \
-  ROUTEGRAD_EXPERT_LAUNCHERS(X)
+  ROUTEGRAD_EXPERT_LAUNCHERS(X) \
+  ROUTEGRAD_EXPERT_MEAN_LAUNCHERS(X) \
+  ROUTEGRAD_COMBINE_LAUNCHERS(X) \
+  ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -109,6 +113,33 @@ typedef struct routegrad_unit_box {
                    routegrad_stream stream))                                                                           \
   /* A kernel with fault number `fault` (kernels/unit_faults.cu); the CUDA build refuses to run it. */                 \
   X(unit_fault, (int32_t* out, int32_t fault, routegrad_stream stream))
+
+// What the router makes of its logits.
+typedef enum routegrad_score {
+  ROUTEGRAD_SCORE_LOGITS = 0,
+  ROUTEGRAD_SCORE_SOFTMAX = 1,
+  ROUTEGRAD_SCORE_SIGMOID = 2,
+  ROUTEGRAD_SCORE_RELU = 3,
+} routegrad_score;
+
+// router.cu, router_backward.cu: shapes and formulas stand in the files' headers.
+#define ROUTEGRAD_ROUTER_LAUNCHERS(X)                                                                                  \
+  X(router_forward, (float* scores, float* log_sum_exp, int32_t* choices, float* partials, int32_t* first_non_finite,  \
+                     const void* x, const float* w, const float* selection_bias, int64_t tokens, int32_t experts,      \
+                     int32_t hidden, int32_t choices_per_token, int32_t score, routegrad_stream stream))               \
+  /* On the host: floats of `partials`. */                                                                             \
+  X(router_partials, (uint64_t* floats, int64_t tokens, int32_t experts))                                              \
+  /* statistics [2 E + 2]: mean score and tokens of each expert, mean lse², mean entropy. */                           \
+  X(router_statistics,                                                                                                 \
+    (float* statistics, const float* partials, int64_t tokens, int32_t experts, routegrad_stream stream))              \
+  X(router_backward, (void* dx, float* dz, float* dw_partials, const float* scores, const float* log_sum_exp,          \
+                      const float* dscores, const float* dmean, const float* dlse2, const void* x, const float* w,     \
+                      int64_t tokens, int32_t experts, int32_t hidden, int32_t score, int32_t accumulate,              \
+                      routegrad_stream stream))                                                                        \
+  X(router_weight_gradient, (float* dw, const float* dw_partials, int64_t tokens, int32_t experts, int32_t hidden,     \
+                             int32_t accumulate, routegrad_stream stream))                                             \
+  /* On the host: floats of `dw_partials`. */                                                                          \
+  X(router_backward_workspace, (uint64_t* floats, int64_t tokens, int32_t experts, int32_t hidden))
 
 // Bits that dispatch sets in its `fault` word: the step must not be applied.
 typedef enum routegrad_fault {
@@ -193,6 +224,33 @@ typedef struct routegrad_gemm_plan {
   /* On the host: how many parts the dots of a row have with this tile on the current device. */                       \
   X(grouped_swiglu_dot_columns, (int32_t* columns, int64_t rows, int32_t experts, int32_t hidden, int32_t ffn,        \
                                  int32_t tile))
+
+// What a row counts in an expert's mean, and what the sum is divided by.
+typedef enum routegrad_weighting {
+  ROUTEGRAD_WEIGHTING_PLAIN = 0,  // every row counts 1; divided by the number of rows
+  ROUTEGRAD_WEIGHTING_SUM_P = 1,  // a row counts its gate; divided by the sum of the gates
+  ROUTEGRAD_WEIGHTING_COUNT = 2,  // a row counts its gate; divided by the number of rows
+} routegrad_weighting;
+
+// expert_mean.cu: sums of the experts' outputs, and the default vectors that are their moving average.
+#define ROUTEGRAD_EXPERT_MEAN_LAUNCHERS(X)                                                                            \
+  X(expert_sums, (float* sums, float* masses, const float* column_sums, const float* gates, const int32_t* offsets,   \
+                  const int32_t* row_token, int64_t rows, int64_t tokens, int32_t experts, int32_t hidden,            \
+                  routegrad_stream stream))                                                                           \
+  X(expert_mean_update, (float* average, const float* sums, const float* masses, const float* beta, int32_t experts,  \
+                         int32_t hidden, int32_t weighting, routegrad_stream stream))
+
+// combine.cu: every token's sum of its rows, and of the default vectors of the experts that it did not choose.
+#define ROUTEGRAD_COMBINE_LAUNCHERS(X)                                                                                \
+  X(combine, (void* y, const void* rows_in, const float* gates, const int32_t* slot_row, const int32_t* choices,      \
+              const float* vectors, int64_t tokens, int64_t rows, int32_t experts, int32_t hidden, int32_t slots,     \
+              int32_t accumulate, routegrad_stream stream))
+
+// gate_gradient.cu: the gradient of every gate.
+#define ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X)                                                                          \
+  X(gate_gradient, (float* dgates, const float* dots, const void* g, const float* vectors, const int32_t* slot_row,   \
+                    const int32_t* choices, int64_t tokens, int64_t rows, int32_t experts, int32_t hidden,            \
+                    int32_t slots, int32_t dot_columns, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

@@ -6,8 +6,8 @@ use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::routers::{self, ROUTERS};
 use crate::train::{self, Options, Outcome};
-use crate::{eval, generate, gradcheck, hardware};
-use clap::{Args, Parser, Subcommand};
+use crate::{device_check, eval, floors, generate, gradcheck, hardware};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -62,7 +62,8 @@ Examples:
 Examples:
   routegrad gradcheck
   routegrad gradcheck 'router default'
-  routegrad gradcheck default --plant default-dot")]
+  routegrad gradcheck default --plant default-dot
+  routegrad gradcheck --device sim")]
     Gradcheck {
         /// Check only what has this in its name.
         #[arg(default_value = "", hide_default_value = true)]
@@ -70,9 +71,42 @@ Examples:
         /// Leave out this term of a gradient first: the check must then fail.
         #[arg(long, value_name = "FAULT")]
         plant: Option<Fault>,
+        /// cpu, or sim: the MoE layer of each router in kernels, by directional derivatives.
+        #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
+        device: CheckedDevice,
+    },
+    /// Show which operations of a training step run as kernels on the simulator, and which fall back
+    /// to the CPU's reference with bf16 rounding.
+    #[command(after_help = "\
+Examples:
+  routegrad ops
+  routegrad ops --router remoe --set model.norm=layernorm")]
+    Ops {
+        /// Model to run a step of.
+        #[arg(long, value_name = "NAME", default_value = "tiny")]
+        preset: String,
+        /// Its router.
+        #[arg(long, value_name = "NAME", default_value = "default")]
+        router: String,
+        /// Set one key of the configuration; may be given again.
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
     },
     /// List the routers with their settings and defaults.
     Routers,
+    /// Print what a MoE layer cannot cost less than on one H200, and what `default` adds to `topk`, as Markdown.
+    #[command(after_help = "\
+Examples:
+  routegrad floors
+  routegrad floors --preset 557m --tokens 65536")]
+    Floors {
+        /// Model whose layer to reckon with; may be given again [default: 1.96b and 7.33b].
+        #[arg(long, value_name = "NAME")]
+        preset: Vec<String>,
+        /// Tokens of a micro-batch.
+        #[arg(long, value_name = "N", default_value_t = floors::TOKENS)]
+        tokens: usize,
+    },
     /// Prove and time the kernels on a GPU: whatever has no record yet, most important first.
     #[command(after_help = "\
 Examples:
@@ -83,6 +117,13 @@ Examples:
     HardwareCheck(HardwareArgs),
     /// Print how far each kernel is proven, as a Markdown table.
     Status(StatusArgs),
+}
+
+/// Where gradients are checked.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum CheckedDevice {
+    Cpu,
+    Sim,
 }
 
 #[derive(Args)]
@@ -105,6 +146,9 @@ struct TrainArgs {
     /// Optimizer steps.
     #[arg(long, value_name = "N")]
     steps: Option<i64>,
+    /// Where the model runs: cpu, or sim, the kernels on the simulator [default: cpu].
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
     /// Seed of the weights, the order of the data and the sampling routers.
     #[arg(long, value_name = "N")]
     seed: Option<i64>,
@@ -212,8 +256,21 @@ impl Cli {
             Command::Train(args) => train_command(&args),
             Command::Eval(args) => eval_command(&args),
             Command::Generate(args) => generate_command(&args),
-            Command::Gradcheck { filter, plant } => gradcheck_command(&filter, plant),
+            Command::Gradcheck {
+                filter,
+                plant,
+                device,
+            } => match device {
+                CheckedDevice::Cpu => gradcheck_command(&filter, plant),
+                CheckedDevice::Sim => gradcheck_on_simulator(&filter, plant),
+            },
+            Command::Ops {
+                preset,
+                router,
+                set,
+            } => list_ops(&preset, &router, set),
             Command::Routers => list_routers(),
+            Command::Floors { preset, tokens } => print_floors(&preset, tokens),
             Command::HardwareCheck(args) => hardware_check(args),
             Command::Status(args) => status(&args),
         }
@@ -300,6 +357,7 @@ impl TrainArgs {
             ("--steps", "train.steps", self.steps.map(number)),
             ("--seed", "train.seed", self.seed.map(number)),
             ("--data", "data.source", self.data.as_ref().map(text)),
+            ("--device", "train.device", self.device.as_ref().map(text)),
         ];
         Layers {
             preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
@@ -392,6 +450,63 @@ fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()> {
     Ok(())
 }
 
+fn gradcheck_on_simulator(filter: &str, plant: Option<Fault>) -> Result<()> {
+    if let Some(fault) = plant {
+        return Err(Error::invalid(
+            "gradcheck --device sim",
+            "no planted fault, since kernels have no term to leave out",
+            format!("--plant {fault}"),
+            "leave out --device sim; kernels' faults are planted by scripts/planted-bugs",
+        ));
+    }
+    say!("relative error  what");
+    let (mut checks, mut failed) = (0, 0);
+    for router in ROUTERS {
+        if !format!("router {}", router.name).contains(filter) {
+            continue;
+        }
+        for check in device_check::router_directions(router.name)? {
+            let error = check.relative_error();
+            let passes = error <= device_check::DIRECTIONAL_TOLERANCE;
+            let (name, input) = (router.name, &check.input);
+            let verdict = if passes { "" } else { "  FAILS" };
+            say!("{error:>14.1e}  router {name}: along {input}{verdict}");
+            checks += 1;
+            failed += usize::from(!passes);
+        }
+    }
+    if failed > 0 || checks == 0 {
+        let limit = device_check::DIRECTIONAL_TOLERANCE;
+        return Err(Error::invalid(
+            "gradcheck --device sim",
+            format!("relative errors of at most {limit}"),
+            format!("{failed} of {checks} checks above it"),
+            "see the table for what fails; without a filter it names every router",
+        ));
+    }
+    say!("{checks} directional derivatives pass");
+    Ok(())
+}
+
+fn list_ops(preset: &str, router: &str, set: Vec<String>) -> Result<()> {
+    let mut layers = Layers::preset(preset);
+    layers.set = set;
+    let name = Value::String(router.into());
+    layers.flags = vec![("--router", "router.name", name)];
+    let ran = device_check::operations(&Config::load(&layers, &routers::resolve)?)?;
+    say!("calls  on the simulator  operation");
+    for (op, ran) in ran {
+        let calls = ran.kernels + ran.fallback;
+        let how = if ran.fallback == 0 {
+            "kernels"
+        } else {
+            "CPU fallback"
+        };
+        say!("{calls:>5}  {how:<16}  {op}");
+    }
+    Ok(())
+}
+
 fn hardware_check(args: HardwareArgs) -> Result<()> {
     if let Some(task) = &args.one {
         return hardware::one::run(task);
@@ -427,17 +542,38 @@ fn status(args: &StatusArgs) -> Result<()> {
     }
 }
 
+fn print_floors(presets: &[String], tokens: usize) -> Result<()> {
+    let presets: Vec<&str> = presets.iter().map(String::as_str).collect();
+    let page = match presets.as_slice() {
+        [] => floors::page(&floors::PRESETS, tokens)?,
+        named => floors::page(named, tokens)?,
+    };
+    say!("{}", page.trim_end());
+    Ok(())
+}
+
 fn list_routers() -> Result<()> {
     for info in ROUTERS {
-        say!("{}  {}", info.name, info.summary);
-        say!("    source {}; cost {}", info.source, info.cost);
         let mut config = crate::config::RouterConfig {
             name: info.name.into(),
             ..Default::default()
         };
         routers::resolve(&mut config)?;
-        for (key, value) in &config.settings {
-            say!("    router.{key} = {value}");
+        say!("{}", info.name);
+        say!("    {}", info.summary);
+        say!("    source: {}", info.source);
+        say!("    cost: {}", info.cost);
+        let settings = info.settings.iter().map(|(key, help)| {
+            let value = config.settings.get(*key).map(Value::to_string);
+            (
+                format!("router.{key} = {}", value.unwrap_or_default()),
+                help,
+            )
+        });
+        let settings: Vec<_> = settings.collect();
+        let width = settings.iter().map(|(s, _)| s.len()).max().unwrap_or(0);
+        for (setting, help) in settings {
+            say!("    {setting:width$}  {help}");
         }
     }
     Ok(())

@@ -21,6 +21,14 @@ impl DType {
             DType::Bf16 => 2,
         }
     }
+
+    /// The dtype of arithmetic on such elements: f32 for bf16.
+    pub fn arithmetic(self) -> DType {
+        match self {
+            DType::Bf16 => DType::F32,
+            other => other,
+        }
+    }
 }
 
 impl fmt::Display for DType {

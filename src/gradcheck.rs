@@ -4,10 +4,11 @@
 //! output and its balance losses; a model from all its parameters to its loss. Chosen experts,
 //! default vectors and balance fractions are first set by a training pass and then held, which makes
 //! the forward pass differentiable ([`Phase::Frozen`]). An estimator, whose gradient is on purpose
-//! not that of its own forward pass, is held against the method whose gradient it equals.
+//! not that of its own forward pass, is held against the method or function whose gradient it equals.
 
 use crate::check::{Case, Fault, FaultGuard, finite_differences, gradients, normal_numbers};
 use crate::config::{Config, Layers};
+use crate::dist::SingleRank;
 use crate::error::Result;
 use crate::model::{Model, Weights};
 use crate::ops::OPS;
@@ -42,6 +43,8 @@ impl Row {
 struct RouterCase {
     router: &'static str,
     set: &'static [&'static str],
+    /// Parts of the names of the inputs that are compared; none stands for all.
+    inputs: &'static [&'static str],
     against: Against,
 }
 
@@ -54,56 +57,135 @@ impl RouterCase {
 /// What a router's gradient is held against.
 enum Against {
     Differences,
-    /// The gradient of the same router with another setting, at the same incoming gradient.
-    GradientWith(&'static str),
+    /// The gradient of a router with a further setting, at the same incoming gradient.
+    Gradient(&'static str, &'static str),
+    /// The gradient of SparseMixer's surrogate, which the differences of it are then held against.
+    Surrogate,
 }
 
+const fn differences(router: &'static str, set: &'static [&'static str]) -> RouterCase {
+    RouterCase {
+        router,
+        set,
+        inputs: &[],
+        against: Against::Differences,
+    }
+}
+
+/// DenseMixer at K = 2 and K = 1: the router's gradient is that of `dense`, the experts' that of
+/// `topk`. The auxiliary loss, which `dense` has not, is off.
+const fn densemixer(
+    set: &'static [&'static str],
+    inputs: &'static [&'static str],
+    like: &'static str,
+) -> RouterCase {
+    RouterCase {
+        router: "densemixer",
+        set,
+        inputs,
+        against: Against::Gradient(like, ""),
+    }
+}
+
+/// SparseMixer: the experts' gradients are those of the forward pass, …
+const fn sparsemixer_experts(set: &'static [&'static str]) -> RouterCase {
+    RouterCase {
+        inputs: &[".experts.", "omega"],
+        ..differences("sparsemixer", set)
+    }
+}
+
+/// … the router's is that of the gates c p in the place of h p: c / h times the derivative.
+const fn sparsemixer_router(set: &'static [&'static str]) -> RouterCase {
+    RouterCase {
+        router: "sparsemixer",
+        set,
+        inputs: &["gate.weight"],
+        against: Against::Surrogate,
+    }
+}
+
+const UNBALANCED_1: &[&str] = &[
+    "model.top_k=1",
+    "balance.aux_coefficient=0",
+    "balance.z_coefficient=0",
+];
+const UNBALANCED_2: &[&str] = &[
+    "model.top_k=2",
+    "balance.aux_coefficient=0",
+    "balance.z_coefficient=0",
+];
+const UNBALANCED_RENORMALIZED: &[&str] = &[
+    "model.top_k=2",
+    "balance.aux_coefficient=0",
+    "balance.z_coefficient=0",
+    "router.renormalize=true",
+];
+
 const ROUTER_CASES: &[RouterCase] = &[
-    RouterCase {
-        router: "topk",
-        set: &["model.top_k=1"],
-        against: Against::Differences,
-    },
-    RouterCase {
-        router: "topk",
-        set: &["model.top_k=3"],
-        against: Against::Differences,
-    },
-    RouterCase {
-        router: "topk",
-        set: &["model.top_k=2", "router.renormalize=true"],
-        against: Against::Differences,
-    },
-    RouterCase {
-        router: "default",
-        set: &["model.top_k=1"],
-        against: Against::Differences,
-    },
-    RouterCase {
-        router: "default",
-        set: &[
+    differences("topk", &["model.top_k=1"]),
+    differences("topk", &["model.top_k=3"]),
+    differences("topk", &["model.top_k=2", "router.renormalize=true"]),
+    differences("default", &["model.top_k=1"]),
+    differences(
+        "default",
+        &[
             "model.top_k=2",
             "router.weight_norm=\"count\"",
             "router.init_std=0.5",
         ],
-        against: Against::Differences,
-    },
-    RouterCase {
-        router: "default",
-        set: &["model.top_k=2", "router.weighted=false", "router.beta=0.3"],
-        against: Against::Differences,
-    },
+    ),
+    differences(
+        "default",
+        &["model.top_k=2", "router.weighted=false", "router.beta=0.3"],
+    ),
     RouterCase {
         router: "default",
         set: &["model.top_k=2", "router.pass_forward=false"],
-        against: Against::GradientWith("router.pass_forward=true"),
+        inputs: &[],
+        against: Against::Gradient("default", "router.pass_forward=true"),
     },
-    RouterCase {
-        router: "dense",
-        set: &[],
-        against: Against::Differences,
-    },
+    differences("dense", &[]),
+    densemixer(UNBALANCED_1, &["gate.weight"], "dense"),
+    densemixer(UNBALANCED_2, &["gate.weight"], "dense"),
+    densemixer(UNBALANCED_2, &[".experts."], "topk"),
+    densemixer(UNBALANCED_RENORMALIZED, &[".experts."], "topk"),
+    differences("densemixer", &["model.top_k=5"]),
+    differences("densemixer", &["model.top_k=5", "router.renormalize=true"]),
+    sparsemixer_experts(&["model.top_k=1", "router.version=\"v1\""]),
+    sparsemixer_experts(&["model.top_k=1"]),
+    sparsemixer_experts(&["model.top_k=2", "router.epsilon=0.5"]),
+    sparsemixer_router(&[
+        "model.top_k=1",
+        "router.version=\"v1\"",
+        "router.epsilon=0.5",
+    ]),
+    sparsemixer_router(&["model.top_k=1"]),
+    sparsemixer_router(&["model.top_k=2", "router.epsilon=0.5"]),
+    differences("remoe", &["router.initial_lambda=0.5"]),
+    differences("remoe", &["model.top_k=1", "router.initial_lambda=10"]),
+    differences("lossfree", &["model.top_k=1"]),
+    differences("lossfree", &["model.top_k=2", "router.renormalize=true"]),
+    differences("lossfree", &["model.top_k=1", "router.score=\"softmax\""]),
+    differences(
+        "lossfree",
+        &[
+            "model.top_k=3",
+            "router.score=\"softmax\"",
+            "router.renormalize=true",
+        ],
+    ),
 ];
+
+/// What makes the forward pass of a whole model differentiable, or a term of its loss large enough
+/// to be seen.
+fn model_setting(router: &str) -> Option<&'static str> {
+    match router {
+        "densemixer" => Some("model.top_k=5"),
+        "remoe" => Some("router.initial_lambda=0.5"),
+        _ => None,
+    }
+}
 
 /// What is set in the models that are checked; the first stands for the defaults.
 const MODEL_OPTIONS: &[&[&str]] = &[
@@ -151,7 +233,7 @@ pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Re
     }
     for case in ROUTER_CASES {
         if case.subject().contains(filter) {
-            push(router_row(case)?);
+            router_rows(case)?.into_iter().for_each(&mut push);
         }
     }
     for router in routers::ROUTERS {
@@ -167,10 +249,16 @@ pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Re
         };
         for set in options {
             let layers = ["model.layers=3", "model.dense_layers=[0]"];
-            let all: Vec<&str> = layers.iter().chain(*set).copied().collect();
-            let row = by_differences(subject.clone(), &model_case(&config(router.name, &all)?)?)?;
+            let setting = model_setting(router.name);
+            let own = set.iter().copied().chain(setting);
+            let all: Vec<&str> = layers.into_iter().chain(own.clone()).collect();
+            let config = config(router.name, &all)?;
+            let surrogate = router.name == "sparsemixer";
+            let case = model_case(&config, prepared(&config, surrogate)?)?;
+            let row = by_differences(subject.clone(), &case)?;
+            let shown: Vec<&str> = own.chain(surrogate.then_some("(surrogate)")).collect();
             push(Row {
-                case: format!("3 layers, loss {}", set.join(" "))
+                case: format!("3 layers, loss {}", shown.join(" "))
                     .trim_end()
                     .into(),
                 ..row
@@ -197,41 +285,69 @@ fn by_differences(subject: String, case: &Case) -> Result<Row> {
     Ok(row)
 }
 
-fn router_row(router: &RouterCase) -> Result<Row> {
+fn router_rows(router: &RouterCase) -> Result<Vec<Row>> {
     let subject = router.subject();
-    let case = layer_case(&config(router.router, router.set)?)?;
-    let name = router.set.join(" ");
+    let own_config = config(router.router, router.set)?;
+    let own = || layer_case(&own_config, prepared(&own_config, false)?, router.inputs);
+    let name = match router.inputs {
+        [] => router.set.join(" "),
+        inputs => format!("{}: {}", router.set.join(" "), inputs.join(" ")),
+    };
     match router.against {
-        Against::Differences => Ok(Row {
-            case: name,
-            ..by_differences(subject, &case)?
-        }),
-        Against::GradientWith(setting) => {
-            let other: Vec<&str> = router.set.iter().copied().chain([setting]).collect();
-            let other = layer_case(&config(router.router, &other)?)?;
-            let (own, expected) = (gradients(&case)?, gradients(&other)?);
-            let mut row = Row {
-                subject,
-                case: format!("{name}: as {setting}"),
-                compared: 0,
-                worst: String::new(),
-                error: 0.0,
+        Against::Differences => {
+            let row = by_differences(subject, &own()?)?;
+            Ok(vec![Row { case: name, ..row }])
+        }
+        Against::Gradient(other, setting) => {
+            let further = (!setting.is_empty()).then_some(setting);
+            let set: Vec<&str> = router.set.iter().copied().chain(further).collect();
+            let config = if other == "dense" {
+                config(other, UNBALANCED_2)?
+            } else {
+                config(other, &set)?
             };
-            for ((input, own), (_, expected)) in own.iter().zip(&expected) {
-                let scale = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
-                let worst = own
-                    .iter()
-                    .zip(expected)
-                    .fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
-                let error = if scale == 0.0 { worst } else { worst / scale };
-                row.compared += own.len();
-                if row.worst.is_empty() || !(error <= row.error) {
-                    (row.worst, row.error) = (input.clone(), error);
-                }
-            }
-            Ok(row)
+            let expected = layer_case(&config, prepared(&config, false)?, router.inputs)?;
+            let case = format!("{name}: as {}", further.unwrap_or(other));
+            Ok(vec![by_gradients(subject, case, &own()?, &expected)?])
+        }
+        Against::Surrogate => {
+            let surrogate = |inputs| layer_case(&own_config, prepared(&own_config, true)?, inputs);
+            let equal = by_gradients(
+                subject.clone(),
+                format!("{name}: as its surrogate"),
+                &own()?,
+                &surrogate(router.inputs)?,
+            )?;
+            let row = by_differences(subject, &surrogate(&[])?)?;
+            let case = format!("{} (surrogate)", router.set.join(" "));
+            Ok(vec![equal, Row { case, ..row }])
         }
     }
+}
+
+/// Holds the gradient of `own` against that of `other`, input by input.
+fn by_gradients(subject: String, case: String, own: &Case, other: &Case) -> Result<Row> {
+    let (own, expected) = (gradients(own)?, gradients(other)?);
+    let mut row = Row {
+        subject,
+        case,
+        compared: 0,
+        worst: String::new(),
+        error: 0.0,
+    };
+    for ((input, own), (_, expected)) in own.iter().zip(&expected) {
+        let scale = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        let worst = own
+            .iter()
+            .zip(expected)
+            .fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
+        let error = if scale == 0.0 { worst } else { worst / scale };
+        row.compared += own.len();
+        if row.worst.is_empty() || !(error <= row.error) {
+            (row.worst, row.error) = (input.clone(), error);
+        }
+    }
+    Ok(row)
 }
 
 /// A small model in f64 with every balance loss on, so that every term is seen.
@@ -259,9 +375,19 @@ fn config(router: &str, set: &[&str]) -> Result<Config> {
 }
 
 /// The first MoE layer of a model: inputs x and its parameters; outputs y and the balance losses.
-fn layer_case(config: &Config) -> Result<Case> {
+/// With gradients of the inputs that have one of `inputs` in their names, or of all.
+fn layer_case(config: &Config, model: Model, inputs: &[&str]) -> Result<Case> {
     const TOKENS: usize = 13;
-    let model = prepared(config)?;
+    let wanted = |name: &str| inputs.is_empty() || inputs.iter().any(|i| name.contains(i));
+    let wanted: Vec<bool> = std::iter::once(wanted("x"))
+        .chain(
+            model
+                .parameters
+                .iter()
+                .filter(|p| p.name.contains(".mlp."))
+                .map(|p| wanted(&p.name)),
+        )
+        .collect();
     let width = config.model.hidden;
     let x = normal_numbers(TOKENS * width, 77);
     let own: Vec<usize> = (0..model.parameters.len())
@@ -283,16 +409,7 @@ fn layer_case(config: &Config) -> Result<Case> {
     };
     let run = move |tape: &Tape, v: &[Var], phase: Phase| {
         let weights = place(v, &model.weights());
-        let (y, losses) = model.moe_layer(
-            0,
-            tape,
-            &weights,
-            &v[0],
-            Pass {
-                phase,
-                micro_batches: 1,
-            },
-        )?;
+        let (y, losses) = model.moe_layer(0, tape, &weights, &v[0], Pass::single(phase))?;
         Ok(std::iter::once(y).chain(losses).collect::<Vec<Var>>())
     };
     // A training pass chooses the experts and moves the default vectors; then they are held.
@@ -303,18 +420,19 @@ fn layer_case(config: &Config) -> Result<Case> {
         }
         run(tape, v, Phase::Frozen)
     });
-    let case = case.values("x", [TOKENS, width], &x);
-    Ok(inputs
-        .into_iter()
-        .fold(case, |case, (name, shape, values)| {
-            case.values(name, shape.as_slice(), &values)
-        }))
+    let mut case = case.values("x", [TOKENS, width], &x);
+    for (name, shape, values) in inputs {
+        case = case.values(name, shape.as_slice(), &values);
+    }
+    for (input, wanted) in case.inputs.iter_mut().zip(wanted) {
+        input.differentiable = wanted;
+    }
+    Ok(case)
 }
 
 /// A whole model: inputs are all its parameters, the output is its loss.
-fn model_case(config: &Config) -> Result<Case> {
+fn model_case(config: &Config, model: Model) -> Result<Case> {
     const SEQUENCES: usize = 2;
-    let model = prepared(config)?;
     let count = SEQUENCES * (config.model.sequence_length + 1);
     let vocabulary = config.model.vocab_size;
     let tokens: Vec<i32> = normal_numbers(count, 78)
@@ -333,16 +451,7 @@ fn model_case(config: &Config) -> Result<Case> {
         move |tape, v| {
             let weights: Weights = v.to_vec().into();
             let run = |tape: &Tape, phase| {
-                model.loss(
-                    tape,
-                    &weights,
-                    &tokens,
-                    SEQUENCES,
-                    Pass {
-                        phase,
-                        micro_batches: 1,
-                    },
-                )
+                model.loss(tape, &weights, &tokens, SEQUENCES, Pass::single(phase))
             };
             if !held.replace(true) {
                 run(&Tape::without_gradients(), Phase::Train)?;
@@ -358,8 +467,14 @@ fn model_case(config: &Config) -> Result<Case> {
 }
 
 /// A model whose matrices are drawn wide enough that no part of the loss hides behind another.
-fn prepared(config: &Config) -> Result<Model> {
-    let mut model = Model::new(config)?;
+/// With SparseMixer's surrogate for a router on demand.
+fn prepared(config: &Config, surrogate: bool) -> Result<Model> {
+    let mut model = if surrogate {
+        let router = routers::sparsemixer::surrogate(&config.router)?;
+        Model::with_router(config, router, Box::new(SingleRank))?
+    } else {
+        Model::new(config)?
+    };
     for (i, p) in model.parameters.iter_mut().enumerate() {
         let shape = p.value.shape();
         if shape.len() < 2 {

@@ -33,7 +33,9 @@ pub mod plots;
 pub mod step;
 
 pub mod checkpoint;
+pub mod device_check;
 pub mod eval;
+pub mod floors;
 pub mod generate;
 pub mod gradcheck;
 pub mod train;

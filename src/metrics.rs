@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -29,6 +30,13 @@ pub struct Record {
     pub load: Vec<Vec<u64>>,
     /// Mean entropy of the router's probabilities in nats, for each MoE layer: [L_moe].
     pub router_entropy: Vec<Option<f64>>,
+    /// Share of (token, expert) pairs that were not chosen, the mean over the MoE layers.
+    #[serde(default)]
+    pub sparsity: Option<f64>,
+    /// What the router keeps beside matrices, by name, for each MoE layer, after the step: the bias
+    /// of `lossfree` [L_moe][E], λ of `remoe` [L_moe][1].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub router_state: BTreeMap<String, Vec<Vec<f64>>>,
     /// Cross-entropy of the validation sequences, at steps that evaluate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
@@ -124,6 +132,8 @@ pub(crate) mod tests {
             applied: true,
             load: vec![vec![3, 1]],
             router_entropy: vec![Some(0.5)],
+            sparsity: Some(0.5),
+            router_state: BTreeMap::from([("bias".into(), vec![vec![1e-3, -1e-3]])]),
             validation_loss: (step % 2 == 0).then_some(2.5),
             seconds: 0.25,
             tokens_per_second: 16384.0,

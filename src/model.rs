@@ -84,7 +84,12 @@ impl Model {
         &self.graph.config
     }
 
-    /// The dtype of weights and activations.
+    /// Where it runs.
+    pub fn device(&self) -> Device {
+        self.graph.device
+    }
+
+    /// The dtype of weights and router state, and on the CPU of activations.
     pub fn dtype(&self) -> DType {
         self.graph.dtype
     }
@@ -95,7 +100,7 @@ impl Model {
         self.parameters
             .iter()
             .enumerate()
-            .map(|(i, p)| Var::leaf(p.value.clone(), i))
+            .map(|(i, p)| Var::parameter(p.working(self.graph.device), i))
             .collect()
     }
 
@@ -107,6 +112,24 @@ impl Model {
     /// The state of the MoE layers, to change.
     pub fn layer_states_mut(&self) -> RefMut<'_, Vec<LayerState>> {
         self.graph.states.borrow_mut()
+    }
+
+    /// What is summed over the ranks of the run.
+    pub fn dist(&self) -> &dyn Collective {
+        &*self.graph.dist
+    }
+
+    /// Lets the router change its pending state: at the end of an accepted step, before the states
+    /// are committed. [`Trainer::step`](crate::step::Trainer::step) does both.
+    ///
+    /// # Errors
+    /// Those of the router.
+    pub fn end_step(&self) -> Result<()> {
+        let graph = &self.graph;
+        let mut states = graph.states.borrow_mut();
+        graph
+            .router
+            .end_step(&graph.config, &mut states, &*graph.dist)
     }
 
     /// Losses of `tokens`, `[sequences, S + 1]` in row order: each row's first S predict its last S.
@@ -157,7 +180,8 @@ impl Model {
         let (hidden, _) = self
             .graph
             .hidden(&tape, &weights, &inputs, sequences, Pass::EVALUATE)?;
-        token_losses(hidden.tensor(), weights[self.graph.head].tensor(), &targets)?.to_f64()
+        let head = weights[self.graph.head].tensor();
+        token_losses(&hidden.tensor().widened(), &head.widened(), &targets)?.to_f64()
     }
 
     /// Logits `[sequences · V]` of the token that follows each of `sequences` equally long
@@ -173,14 +197,16 @@ impl Model {
         let (length, width) = (tokens.len() / sequences, self.config().hidden);
         let mut last = Tensor::unspecified(Device::Cpu, self.dtype(), [sequences, width]);
         with_real!(self.dtype(), "logits", |T| {
-            let hidden = hidden.tensor().slice::<T>();
+            let hidden = hidden.tensor().widened();
+            let hidden = hidden.slice::<T>();
             for (s, row) in last.slice_mut::<T>().chunks_mut(width).enumerate() {
                 let at = ((s + 1) * length - 1) * width;
                 row.copy_from_slice(&hidden[at..at + width]);
             }
             Ok(())
         })?;
-        let logits = linear(&tape, &Var::constant(last), &weights[self.graph.head], None)?;
+        let head = Var::constant(weights[self.graph.head].tensor().widened().on(Device::Cpu));
+        let logits = linear(&tape, &Var::constant(last), &head, None)?;
         logits.tensor().to_f64()
     }
 }

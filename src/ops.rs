@@ -11,6 +11,7 @@ pub mod cross_entropy;
 pub mod dispatch;
 pub mod embedding;
 pub mod expert_mean;
+pub mod experts;
 pub mod grouped_linear;
 pub mod heads;
 pub mod layernorm;
@@ -20,7 +21,12 @@ pub mod renormalize;
 pub mod rmsnorm;
 pub mod rope;
 pub mod router;
+pub mod routing;
+pub mod sampled_gate;
+pub mod scale;
+pub mod scores;
 pub mod sigmoid_gate;
+pub mod straight_through;
 pub mod swiglu;
 mod tokens;
 
@@ -51,6 +57,26 @@ pub const OPS: &[OpInfo] = &[
         name: "renormalize",
         formula: "q_i = p_i / Σ_A p",
         cases: renormalize::cases,
+    },
+    OpInfo {
+        name: "scores",
+        formula: "σ(z); z on A, A the experts of positive z",
+        cases: scores::cases,
+    },
+    OpInfo {
+        name: "straight_through",
+        formula: "w_i = p_i on A, or p_i / Σ_A p; backward: on and off A",
+        cases: straight_through::cases,
+    },
+    OpInfo {
+        name: "sampled_gate",
+        formula: "w_a = h p_a, p softmax over the kept; backward: c p_a (1[j=a] − p_j)",
+        cases: sampled_gate::cases,
+    },
+    OpInfo {
+        name: "scale",
+        formula: "y = x ⊙ w",
+        cases: scale::cases,
     },
     OpInfo {
         name: "grouped_linear",

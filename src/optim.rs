@@ -224,6 +224,7 @@ mod tests {
             value: Tensor::from_slice([1], &[value]),
             parts: vec![],
             decays,
+            exact: false,
         }
     }
 

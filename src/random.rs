@@ -78,6 +78,14 @@ impl Stream {
         (self.bits(index)[0] >> 8) as f32 * (1.0 / (1 << 24) as f32)
     }
 
+    /// Exponential of mean 1: `−ln v`, v in (0, 1) an odd multiple of 2^-24, exact in f32, from the
+    /// top 23 bits of word 0. From 6e-8 to 16.6, so that its logarithm is finite too.
+    #[inline]
+    pub fn exponential(&self, index: u64) -> f64 {
+        let v = (f64::from(self.bits(index)[0] >> 9) + 0.5) * (1.0 / (1 << 23) as f64);
+        -v.ln()
+    }
+
     /// Standard normal by Box–Muller in f64: words 0 and 1 make the radius, words 2 and 3 the
     /// angle, each a multiple of 2^-53, the first in (0, 1] so that its logarithm is finite.
     #[inline]
@@ -190,6 +198,8 @@ mod tests {
             0.5,
             (1.0f64 / 12.0).sqrt(),
         );
+        close(mean(&|i| s.exponential(i)), 1.0, 1.0);
+        close(mean(&|i| s.exponential(i).powi(2)), 2.0, 20f64.sqrt());
         close(mean(&|i| s.normal(i)), 0.0, 1.0);
         close(mean(&|i| s.normal(i).powi(2)), 1.0, 2f64.sqrt());
         close(mean(&|i| s.normal(i).powi(4)), 3.0, 96f64.sqrt());

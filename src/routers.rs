@@ -1,20 +1,27 @@
 //! The routers, one a file, and their registry.
 //!
-//! A router turns logits `z [T, E]` into gates `[T, E]` and, for every token, the experts that run:
+//! A router turns a layer's input `x [T, D]` into gates `[T, E]` and, for every token, the experts that run:
 //! nothing outside this folder knows which method does so. A new router is a file here and a line in
 //! [`ROUTERS`]; or a type of one's own passed to [`Model::with_router`](crate::model::Model::with_router).
 
 pub mod default;
 pub mod dense;
+pub mod densemixer;
+pub mod lossfree;
+pub mod remoe;
+pub mod sparsemixer;
 mod state;
 pub mod topk;
 
-pub use state::{LayerPass, LayerState, LayerStats, Pass, Phase};
+pub use state::{Disagreement, LayerPass, LayerState, LayerStats, Pass, Phase};
 
 use crate::config::{ModelConfig, RouterConfig, nearest};
+use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
-use crate::ops::dispatch::Dispatch;
+use crate::ops::dispatch::{Dispatch, Selection};
+use crate::ops::expert_mean::{ExpertSums, Weighting};
+use crate::ops::routing::Scores;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use serde::Serialize;
@@ -26,10 +33,63 @@ pub struct Routing {
     /// `[T, E]`: weight of each expert's output; off the chosen experts that of its default vector,
     /// if there is one, else unused.
     pub gates: Var,
-    /// `[T, E]`: probabilities that the auxiliary loss and the statistics see.
-    pub probabilities: Var,
+    /// What the balance losses and the statistics see.
+    pub scores: Scores,
     /// The experts that run for each token.
     pub dispatch: Rc<Dispatch>,
+    /// The experts that count as chosen, where those that run are others.
+    pub chosen: Option<Selection>,
+    /// The loss of a router with [`Balance::Own`], a scalar with its coefficient.
+    pub penalty: Option<Var>,
+}
+
+impl Routing {
+    /// Experts that run because they were chosen, and no loss.
+    pub fn new(gates: Var, scores: Scores, dispatch: Rc<Dispatch>) -> Self {
+        Routing {
+            gates,
+            scores,
+            dispatch,
+            chosen: None,
+            penalty: None,
+        }
+    }
+
+    /// The chosen experts run, weighted by their scores.
+    ///
+    /// # Errors
+    /// When a choice cannot be made.
+    pub fn by_scores(scores: Scores, layer: &mut LayerPass<'_>) -> Result<Self> {
+        let dispatch = layer.select(|| scores.choose())?;
+        Ok(Self::new(scores.values.clone(), scores, dispatch))
+    }
+
+    /// The experts whose counts balance losses and statistics see.
+    pub fn chosen(&self) -> &Selection {
+        self.chosen
+            .as_ref()
+            .unwrap_or_else(|| self.dispatch.selection())
+    }
+}
+
+/// The loss that keeps the experts' loads even.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Balance {
+    /// The auxiliary loss and the z-loss, as the configuration weights them.
+    Auxiliary,
+    /// The router's own, [`Routing::penalty`], which is added to the loss as it is.
+    Own,
+    /// None.
+    None,
+}
+
+/// A vector that a router learns, for one layer; it does not decay.
+pub struct OwnParameter {
+    /// Name in checkpoints, behind the layer's prefix.
+    pub name: &'static str,
+    pub length: usize,
+    /// What every entry begins with.
+    pub start: f64,
 }
 
 /// A tensor that a router keeps from step to step, for one layer.
@@ -55,32 +115,71 @@ pub trait Router {
         Vec::new()
     }
 
-    /// Chooses experts and gates from the logits `[T, E]`.
-    ///
-    /// # Errors
-    /// When the logits do not fit.
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing>;
+    /// The vectors that the method learns in each MoE layer.
+    fn parameters(&self, _model: &ModelConfig) -> Vec<OwnParameter> {
+        Vec::new()
+    }
 
-    /// Sees the outputs of the experts that ran, `[R, D]`, may update the layer's state, and gives
-    /// the default vectors of those that did not, if the method has any.
+    /// Chooses experts and gates from the layer's input `[T, D]` and its router weight `[E, D]`.
     ///
     /// # Errors
-    /// When the outputs do not fit.
+    /// When the two do not fit.
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing>;
+
+    /// How the experts' outputs are to be summed for [`defaults`](Self::defaults); none if the
+    /// method does not need them.
+    fn weighting(&self) -> Option<Weighting> {
+        None
+    }
+
+    /// Gives the default vectors of the experts that did not run, if the method has any. `sums` are
+    /// those of the experts that ran; they are there when the router asked for them and the pass
+    /// may change state.
+    ///
+    /// # Errors
+    /// When the sums do not fit the state.
     fn defaults(
         &self,
-        _expert_outputs: &Tensor,
-        _routing: &Routing,
+        _sums: Option<ExpertSums>,
         _layer: &mut LayerPass<'_>,
     ) -> Result<Option<Defaults>> {
         Ok(None)
     }
 
-    /// Whether the auxiliary loss applies: not where every expert gets every token.
-    fn balances(&self) -> bool {
-        true
+    /// What the method makes of the combined output `y [T, D]` with its own parameters.
+    ///
+    /// # Errors
+    /// When `y` does not fit.
+    fn output(&self, _tape: &Tape, y: Var, _own: &[Var]) -> Result<Var> {
+        Ok(y)
     }
 
-    /// Experts that run for a token at least and at most, of `num_experts`: for planning.
+    /// Changes the pending state of the layers at the end of an accepted optimizer step, before it
+    /// is committed. What a layer counted is this rank's: sums over ranks go through `dist`.
+    ///
+    /// # Errors
+    /// When a state tensor is not real.
+    fn end_step(
+        &self,
+        _model: &ModelConfig,
+        _layers: &mut [LayerState],
+        _dist: &dyn Collective,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// The loss that balances the experts.
+    fn balance(&self) -> Balance {
+        Balance::Auxiliary
+    }
+
+    /// Experts that run for a token in training at most: for planning.
     fn experts_run(&self, model: &ModelConfig) -> usize {
         model.top_k
     }
@@ -96,6 +195,8 @@ pub struct RouterInfo {
     pub source: &'static str,
     /// What it costs beside `topk`.
     pub cost: &'static str,
+    /// What each setting does.
+    pub settings: &'static [(&'static str, &'static str)],
     build: Build,
 }
 
@@ -103,7 +204,15 @@ pub struct RouterInfo {
 type Build = fn(&toml::Table) -> Result<(Box<dyn Router>, toml::Table)>;
 
 /// Every router.
-pub const ROUTERS: &[RouterInfo] = &[topk::INFO, default::INFO, dense::INFO];
+pub const ROUTERS: &[RouterInfo] = &[
+    topk::INFO,
+    default::INFO,
+    dense::INFO,
+    densemixer::INFO,
+    sparsemixer::INFO,
+    remoe::INFO,
+    lossfree::INFO,
+];
 
 /// Builds the router that a configuration names.
 ///
@@ -193,6 +302,18 @@ mod tests {
             resolve(&mut second).unwrap();
             assert_eq!(first, second);
             assert!(build(&first).is_ok());
+        }
+    }
+
+    #[test]
+    fn every_setting_has_a_line_of_help_and_no_other_has() {
+        for info in ROUTERS {
+            let mut resolved = config(info.name, "");
+            resolve(&mut resolved).unwrap();
+            let mut helped: Vec<&str> = info.settings.iter().map(|(key, _)| *key).collect();
+            helped.sort_unstable();
+            let keys: Vec<&str> = resolved.settings.keys().map(String::as_str).collect();
+            assert_eq!(helped, keys, "{}", info.name);
         }
     }
 

@@ -57,13 +57,19 @@ impl Trainer {
         rate: f64,
     ) -> Result<StepReport> {
         let share = 1.0 / micro_batches.len() as f64;
-        let pass = Pass {
-            phase: Phase::Train,
-            micro_batches: micro_batches.len(),
-        };
+        let n = micro_batches.len();
         self.gradients.reset();
         let mut sums = [0.0; 3];
-        for tokens in micro_batches {
+        for (m, tokens) in micro_batches.iter().enumerate() {
+            // Ranks hold consecutive parts of the global batch; a sequence of S + 1 trains S tokens.
+            let place = model.dist().rank() * n + m;
+            let own = tokens.len().saturating_sub(sequences);
+            let pass = Pass {
+                phase: Phase::Train,
+                micro_batches: n,
+                step: self.optimizer.steps(),
+                first_token: (place * own) as u64,
+            };
             let weights = model.weights();
             let tape = Tape::new();
             let losses = model.loss(&tape, &weights, tokens, sequences, pass)?;
@@ -83,6 +89,7 @@ impl Trainer {
             };
             self.optimizer
                 .update(&mut model.parameters, &self.gradients, rate, scale)?;
+            model.end_step()?;
         }
         let mut states = model.layer_states_mut();
         let layers = states

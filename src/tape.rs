@@ -4,13 +4,17 @@
 //! answers for each of its inputs: a gradient, or explicitly none. Gradients of parameters and other
 //! leaves land in a [`Gradients`] store that outlives the tape, so that micro-batches accumulate.
 
+mod fallback;
 mod gradients;
 mod recompute;
 
+pub use fallback::{Ran, take_ran};
 pub use gradients::{Gradients, Grads};
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+use fallback::Fallback;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -26,6 +30,11 @@ pub struct Forward {
 pub trait Op {
     /// Name in errors and traces.
     fn name(&self) -> &'static str;
+
+    /// Whether it runs on tensors of `device`: an operation without kernels on the CPU alone.
+    fn runs_on(&self, device: Device) -> bool {
+        device == Device::Cpu
+    }
 
     /// Computes the outputs.
     ///
@@ -59,8 +68,8 @@ pub fn only(douts: &[Option<Tensor>]) -> &Tensor {
 enum Source {
     /// Nowhere.
     Constant,
-    /// To slot `index` of the [`Gradients`] store.
-    Leaf(usize),
+    /// To a slot of the [`Gradients`] store; `exact` keeps it in f32 where the value is bf16.
+    Leaf { slot: usize, exact: bool },
     /// To output `output` of entry `entry` of the tape with this id.
     Entry {
         tape: u64,
@@ -85,13 +94,18 @@ impl Var {
         }
     }
 
-    /// A value whose gradient goes to slot `index` of the [`Gradients`] store: a parameter, or an
-    /// input to be differentiated.
-    pub fn leaf(tensor: Tensor, index: usize) -> Self {
-        Var {
-            tensor,
-            source: Source::Leaf(index),
-        }
+    /// A value whose gradient goes to slot `slot` of the [`Gradients`] store, in the value's dtype:
+    /// an input to be differentiated.
+    pub fn leaf(tensor: Tensor, slot: usize) -> Self {
+        let source = Source::Leaf { slot, exact: false };
+        Var { tensor, source }
+    }
+
+    /// A leaf whose gradient is kept in f32 where the value is bf16: small terms of many
+    /// micro-batches are added to it.
+    pub fn parameter(tensor: Tensor, slot: usize) -> Self {
+        let source = Source::Leaf { slot, exact: true };
+        Var { tensor, source }
     }
 
     /// The value.
@@ -167,15 +181,47 @@ impl Tape {
         self.len() == 0
     }
 
+    /// What is kept for backward: (operation, tensor), shared ones as often as they are kept.
+    pub fn kept(&self) -> Vec<(&'static str, Tensor)> {
+        let entries = self.entries.borrow();
+        let kept = entries
+            .iter()
+            .flat_map(|e| e.saved.iter().map(|t| (e.op.name(), t.clone())));
+        kept.collect()
+    }
+
     /// Runs `op` on `inputs` and records it if any of them needs a gradient.
     ///
     /// # Errors
     /// Those of the operation.
     pub fn apply(&self, op: impl Op + 'static, inputs: &[&Var]) -> Result<Vec<Var>> {
         let tensors: Vec<&Tensor> = inputs.iter().map(|v| &v.tensor).collect();
-        let Forward { outputs, saved } = op.forward(&tensors)?;
+        let device = fallback::device_of(&tensors);
+        if !op.runs_on(device) {
+            let op = Fallback {
+                op,
+                inputs: tensors.iter().map(|t| t.dtype()).collect(),
+            };
+            let forward = op.forward(&tensors)?;
+            return Ok(self.record_run(op, inputs, forward));
+        }
+        let forward = op.forward(&tensors)?;
+        Ok(self.record_run(op, inputs, forward))
+    }
+
+    /// Records `op`, whose forward ran already and gave `forward`, if an input needs a gradient: for
+    /// an operation that asks someone between its kernels.
+    pub(crate) fn record_run(
+        &self,
+        op: impl Op + 'static,
+        inputs: &[&Var],
+        forward: Forward,
+    ) -> Vec<Var> {
+        if inputs.iter().any(|v| v.tensor.device() == Device::Sim) {
+            fallback::count(op.name(), op.runs_on(Device::Sim));
+        }
         let record = self.recording && inputs.iter().any(|v| v.needs_gradient());
-        Ok(self.record(record, Box::new(op), inputs, saved, outputs))
+        self.record(record, Box::new(op), inputs, forward.saved, forward.outputs)
     }
 
     /// [`apply`](Self::apply) for an operation with one output.

@@ -7,6 +7,8 @@ use crate::dtype::{DType, Element};
 use crate::error::{Error, Result};
 use crate::shape::Shape;
 use crate::with_real;
+use half::bf16;
+use half::slice::HalfFloatSliceExt;
 use std::fmt;
 use std::sync::Arc;
 
@@ -111,6 +113,47 @@ impl Tensor {
         }
     }
 
+    /// The same elements on another device; `cpu` and `sim` share the host's memory, so that
+    /// nothing is copied.
+    pub fn on(&self, device: Device) -> Self {
+        Tensor {
+            device,
+            ..self.clone()
+        }
+    }
+
+    /// bf16 widened to f32 (exact); any other tensor itself.
+    pub fn widened(&self) -> Self {
+        if self.dtype != DType::Bf16 {
+            return self.clone();
+        }
+        let mut out = Self::unspecified(self.device, DType::F32, self.shape);
+        self.slice::<bf16>()
+            .convert_to_f32_slice(out.slice_mut::<f32>());
+        out
+    }
+
+    /// f32 rounded to bf16, ties to even as kernels round activations; any other tensor itself.
+    pub fn narrowed(&self) -> Self {
+        if self.dtype != DType::F32 {
+            return self.clone();
+        }
+        let mut out = Self::unspecified(self.device, DType::Bf16, self.shape);
+        out.slice_mut::<bf16>()
+            .convert_from_f32_slice(self.slice::<f32>());
+        out
+    }
+
+    /// Address of the elements for a kernel that reads them.
+    pub fn pointer<T>(&self) -> *const T {
+        self.memory.bytes().as_ptr().cast()
+    }
+
+    /// Address of the elements for a kernel that writes them; copies them first when shared.
+    pub fn pointer_mut<T>(&mut self) -> *mut T {
+        self.bytes_mut().as_mut_ptr().cast()
+    }
+
     /// The same elements under another shape.
     ///
     /// # Errors
@@ -154,7 +197,8 @@ impl Tensor {
     /// # Errors
     /// When the dtype is not real.
     pub fn to_f64(&self) -> Result<Vec<f64>> {
-        with_real!(self.dtype, "to_f64", |T| Ok(self
+        let own = self.widened();
+        with_real!(own.dtype, "to_f64", |T| Ok(own
             .slice::<T>()
             .iter()
             .map(|&x| crate::dtype::Real::f64(x))

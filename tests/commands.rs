@@ -276,3 +276,19 @@ fn help_and_the_list_of_routers_name_what_there_is() {
     let (out, _) = succeed(program().args(["gradcheck", "rope"]));
     assert!(out.contains("derivatives pass"), "{out}");
 }
+
+#[test]
+fn the_floors_in_docs_are_what_the_command_prints() {
+    let (out, _) = succeed(program().arg("floors"));
+    assert!(
+        out == include_str!("../docs/moe-layer-floors.md"),
+        "run: routegrad floors > docs/moe-layer-floors.md"
+    );
+    for (arguments, part) in [
+        (["--preset", "1.96"], "`1.96b`"),
+        (["--tokens", "0"], "--tokens"),
+    ] {
+        let line = fail(program().arg("floors").args(arguments));
+        assert!(line.contains(part), "{line}");
+    }
+}

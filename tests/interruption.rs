@@ -18,22 +18,21 @@ fn signal(pid: u32, signal: i32) {
 
 #[test]
 fn stopping_and_resuming_changes_no_byte_with_any_router() {
-    for (i, info) in ROUTERS.iter().enumerate() {
+    let first_version = (
+        "sparsemixer",
+        &["model.top_k=1", "router.version=\"v1\""][..],
+    );
+    let all = ROUTERS.iter().map(|r| (r.name, &["model.top_k=2"][..]));
+    for (i, (router, set)) in all.chain([first_version]).enumerate() {
         let place = Place::new();
-        let options = [
-            "--router",
-            info.name,
-            "--steps",
-            "120",
-            "--set",
-            "model.top_k=2",
-        ];
+        let mut options = vec!["--router", router, "--steps", "120"];
+        set.iter().for_each(|s| options.extend(["--set", s]));
         succeed(&mut place.train("whole", &options));
         let out = place.path("cut");
         let mut command = place.train("cut", &options);
         let mut child = command.spawn().unwrap();
         let mut stops = 0;
-        for (n, at) in [7 + i, 30 + 11 * i, 90].into_iter().enumerate() {
+        for (n, at) in [7 + i, 30 + 5 * i, 90].into_iter().enumerate() {
             if !wait_for_step(&mut child, &out, at) {
                 break;
             }
@@ -48,8 +47,7 @@ fn stopping_and_resuming_changes_no_byte_with_any_router() {
         assert!(output.status.success(), "{}", text(&output.stderr));
         assert!(
             stops >= 2,
-            "{}: only {stops} stops came before the end",
-            info.name
+            "{router}: only {stops} stops came before the end"
         );
         assert_same_end(&place.path("whole"), &out, 120);
     }

@@ -2,13 +2,14 @@
 
 mod support;
 
+use routegrad::check::kernels::costs::{Sizes, dispatch_choices};
 use routegrad::check::kernels::dispatch::{Batch, edge_batches};
 use routegrad::check::kernels::values;
 use routegrad::device::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
 use routegrad::launch;
 use std::ptr::null_mut;
 use support::schedules::{counted, table};
-use support::{check_cases, check_schedules, outputs};
+use support::{check_cases, check_schedules, counts_agree, outputs};
 
 #[test]
 fn rows_are_sorted_by_expert_then_token_for_any_shape() {
@@ -73,6 +74,23 @@ fn the_cases_hold_empty_experts_and_both_flags() {
             .iter()
             .any(|s| s.offsets.windows(2).filter(|o| o[0] == o[1]).count() == 15)
     );
+}
+
+#[test]
+fn bytes_are_those_of_the_formula() {
+    let sizes = Sizes {
+        tokens: 9000,
+        hidden: 0,
+        ffn: 0,
+        experts: 8,
+        slots: 2,
+        rows: 18_000,
+    };
+    let batch = Batch::random(sizes.tokens, sizes.experts, sizes.slots, 1);
+    let mut cost = dispatch_choices(&sizes);
+    // The scatter reads its choices a second time, from cache.
+    cost.bytes += (4 * sizes.tokens * sizes.slots) as f64;
+    counts_agree(&batch.problem().unwrap_or_else(|e| panic!("{e}")), cost);
 }
 
 #[test]

@@ -4,6 +4,7 @@
 mod support;
 
 use half::bf16;
+use routegrad::check::kernels::costs::{grouped_gemm, grouped_gemm_weight_gradient};
 use routegrad::check::kernels::grouped_gemm::{
     Gather, Operands, Product, Product::*, Shape, TILES, problem,
 };
@@ -13,7 +14,7 @@ use routegrad::launch;
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
 use support::schedules::{counted, table, with_options};
-use support::{check_cases, check_schedules, outputs, simulator};
+use support::{check_cases, check_schedules, counts_agree, outputs, simulator};
 
 #[test]
 fn forward_is_within_half_an_ulp_of_float64() {
@@ -258,5 +259,36 @@ fn every_output_byte_is_written_once_and_tails_of_64_rows_cost_64_rows() {
             "{}",
             operands.label(tile)
         );
+    }
+}
+
+/// At one tile per expert each operand is read once, and the formulas hold as they stand.
+#[test]
+fn work_and_bytes_are_those_of_the_formula() {
+    let (experts, depth) = (2, 2048);
+    for product in Product::ALL {
+        for (tile, rows, columns) in TILES {
+            if !product.tiles().any(|t| t == tile) {
+                continue;
+            }
+            let (shape, cost) = match product {
+                Forward => (
+                    Shape::new(&[rows; 2], columns, depth),
+                    grouped_gemm(experts * rows, experts, columns, depth),
+                ),
+                InputGradient => (
+                    Shape::new(&[rows; 2], depth, columns),
+                    grouped_gemm(experts * rows, experts, depth, columns),
+                ),
+                WeightGradient => (
+                    Shape::new(&[depth; 2], rows, columns),
+                    grouped_gemm_weight_gradient(experts * depth, experts, rows, columns, false),
+                ),
+            };
+            counts_agree(
+                &problem(&Arc::new(operands(product, false, &shape)), tile),
+                cost,
+            );
+        }
     }
 }

@@ -10,6 +10,11 @@ DEV uint32_t shared_address(const void* p, [[maybe_unused]] Where at = Where::cu
   ON_SIM(return sim::shared_address(p, at);)
 }
 
+// Hides from the compiler where a value comes from: it works out anew what depends on it, and so keeps no registers for it.
+DEV void forget_origin([[maybe_unused]] int& value) {
+  ON_GPU(asm volatile("" : "+r"(value));)
+}
+
 // ---- registers: a warpgroup gives registers back (dec) or takes them (inc), to REGISTERS a thread.
 // Every warp of the warpgroup executes it. inc blocks until the block's pool has them.
 template <int REGISTERS>

@@ -23,6 +23,10 @@ pub enum Fault {
     AuxiliaryTerm,
     /// z-loss: `2 logsumexp(z) p_j`.
     ZTerm,
+    /// DenseMixer: the gates of experts that were not chosen.
+    UnchosenGate,
+    /// SparseMixer: `1[j=a]` of `p_a (1[j=a] − p_j)`.
+    SampledOwnTerm,
     /// The router's part of the layer's input gradient: `Wᵀ dz`.
     RouterInput,
     /// The router weight's gradient: `Σ_t dz xᵀ`.
@@ -31,7 +35,7 @@ pub enum Fault {
 
 impl Fault {
     /// Every fault, with its name on the command line.
-    pub const ALL: [(Fault, &'static str); 9] = [
+    pub const ALL: [(Fault, &'static str); 11] = [
         (Fault::SoftmaxOwnTerm, "softmax-own-term"),
         (Fault::SoftmaxMeanTerm, "softmax-mean-term"),
         (Fault::ActiveDot, "active-dot"),
@@ -39,6 +43,8 @@ impl Fault {
         (Fault::ExpertOutput, "expert-output"),
         (Fault::AuxiliaryTerm, "auxiliary-term"),
         (Fault::ZTerm, "z-term"),
+        (Fault::UnchosenGate, "unchosen-gate"),
+        (Fault::SampledOwnTerm, "sampled-own-term"),
         (Fault::RouterInput, "router-input"),
         (Fault::RouterWeight, "router-weight"),
     ];

@@ -6,6 +6,7 @@
 
 use super::{Array, Arrays, Checkpoint, Snapshot, newest};
 use crate::config::{Config, ModelFile};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::optim::Moments;
@@ -123,6 +124,17 @@ pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
 /// # Errors
 /// When a file is damaged, the tensors are of another model, or a weight is not finite.
 pub fn load_model(checkpoint: &Checkpoint) -> Result<(Model, TrainerState)> {
+    load_model_on(checkpoint, None)
+}
+
+/// The same on a device of choice instead of the run's: checkpoints are the same on all.
+///
+/// # Errors
+/// As [`load_model`].
+pub fn load_model_on(
+    checkpoint: &Checkpoint,
+    device: Option<Device>,
+) -> Result<(Model, TrainerState)> {
     let path = checkpoint.path();
     let foreign = |e: String| {
         Error::file(
@@ -132,13 +144,14 @@ pub fn load_model(checkpoint: &Checkpoint) -> Result<(Model, TrainerState)> {
             "use one that `train` wrote",
         )
     };
-    let state: TrainerState =
+    let mut state: TrainerState =
         serde_json::from_value(checkpoint.state()?).map_err(|e| foreign(e.to_string()))?;
     state.config.validate()?;
     let file = ModelFile::from_json(&checkpoint.config()?)?;
     if file.model != state.config.model || file.router != state.config.router {
         return Err(foreign("config.json and trainer.json of two models".into()));
     }
+    state.config.train.device = device.unwrap_or(state.config.train.device);
     let mut model = Model::new(&state.config)?;
     restore_model(&mut model, &state.config, checkpoint.model()?)?;
     Ok((model, state))

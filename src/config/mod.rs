@@ -12,6 +12,7 @@ pub use hub::ModelFile;
 pub use load::{Layers, RouterCheck, nearest};
 pub use preset::{EXPERTS, PRESETS};
 
+use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -207,7 +208,10 @@ pub struct TrainConfig {
     /// Validation sequences of an evaluation during training, spread evenly; 0 for all.
     #[serde(default = "eval_sequences")]
     pub eval_sequences: usize,
-    /// Arithmetic on the CPU.
+    /// Where the model runs: "cpu", or "sim", the kernels on the simulator in bf16.
+    #[serde(default)]
+    pub device: Device,
+    /// Arithmetic on the CPU, and of weights and optimizer everywhere.
     #[serde(default)]
     pub dtype: Precision,
     /// Layers whose activations are computed again in backward instead of kept.

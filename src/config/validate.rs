@@ -1,7 +1,8 @@
 //! What the values of a configuration may be. Every error names the key, the value and what would
 //! be right.
 
-use super::{Config, ModelConfig, Recompute};
+use super::{Config, ModelConfig, Precision, Recompute};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use std::fmt::Display;
 
@@ -106,6 +107,12 @@ impl Config {
         )?;
         ensure(t.eval_interval > 0, "train.eval_interval", "at least 1", 0)?;
         positive("train.keep_checkpoints", t.keep_checkpoints)?;
+        ensure(
+            t.device == Device::Cpu || t.dtype == Precision::F32,
+            "train.dtype",
+            "f32 where kernels run",
+            "f64",
+        )?;
         if let Recompute::Layers(layers) = &t.recompute {
             layer_list("train.recompute", layers, self.model.layers)?;
         }

@@ -139,6 +139,11 @@ const _: () = {
         "Offset of field: routegrad_unit_box::swizzle",
     ][::std::mem::offset_of!(routegrad_unit_box, swizzle) - 40usize];
 };
+pub const ROUTEGRAD_SCORE_LOGITS: routegrad_score = 0;
+pub const ROUTEGRAD_SCORE_SOFTMAX: routegrad_score = 1;
+pub const ROUTEGRAD_SCORE_SIGMOID: routegrad_score = 2;
+pub const ROUTEGRAD_SCORE_RELU: routegrad_score = 3;
+pub type routegrad_score = ::std::os::raw::c_uint;
 pub const ROUTEGRAD_FAULT_EXPERT: routegrad_fault = 1;
 pub const ROUTEGRAD_FAULT_CAPACITY: routegrad_fault = 2;
 pub type routegrad_fault = ::std::os::raw::c_uint;
@@ -197,6 +202,10 @@ const _: () = {
         "Offset of field: routegrad_gemm_plan::clocks",
     ][::std::mem::offset_of!(routegrad_gemm_plan, clocks) - 24usize];
 };
+pub const ROUTEGRAD_WEIGHTING_PLAIN: routegrad_weighting = 0;
+pub const ROUTEGRAD_WEIGHTING_SUM_P: routegrad_weighting = 1;
+pub const ROUTEGRAD_WEIGHTING_COUNT: routegrad_weighting = 2;
+pub type routegrad_weighting = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Copy, Clone)]
 pub struct routegrad_launchers {
@@ -284,6 +293,79 @@ pub struct routegrad_launchers {
             out: *mut i32,
             fault: i32,
             stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_forward: ::std::option::Option<
+        unsafe extern "C" fn(
+            scores: *mut f32,
+            log_sum_exp: *mut f32,
+            choices: *mut i32,
+            partials: *mut f32,
+            first_non_finite: *mut i32,
+            x: *const ::std::os::raw::c_void,
+            w: *const f32,
+            selection_bias: *const f32,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            choices_per_token: i32,
+            score: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_partials: ::std::option::Option<
+        unsafe extern "C" fn(
+            floats: *mut u64,
+            tokens: i64,
+            experts: i32,
+        ) -> routegrad_status,
+    >,
+    pub router_statistics: ::std::option::Option<
+        unsafe extern "C" fn(
+            statistics: *mut f32,
+            partials: *const f32,
+            tokens: i64,
+            experts: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dx: *mut ::std::os::raw::c_void,
+            dz: *mut f32,
+            dw_partials: *mut f32,
+            scores: *const f32,
+            log_sum_exp: *const f32,
+            dscores: *const f32,
+            dmean: *const f32,
+            dlse2: *const f32,
+            x: *const ::std::os::raw::c_void,
+            w: *const f32,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            score: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_weight_gradient: ::std::option::Option<
+        unsafe extern "C" fn(
+            dw: *mut f32,
+            dw_partials: *const f32,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_backward_workspace: ::std::option::Option<
+        unsafe extern "C" fn(
+            floats: *mut u64,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
         ) -> routegrad_status,
     >,
     pub dispatch_choices: ::std::option::Option<
@@ -453,12 +535,73 @@ pub struct routegrad_launchers {
             tile: i32,
         ) -> routegrad_status,
     >,
+    pub expert_sums: ::std::option::Option<
+        unsafe extern "C" fn(
+            sums: *mut f32,
+            masses: *mut f32,
+            column_sums: *const f32,
+            gates: *const f32,
+            offsets: *const i32,
+            row_token: *const i32,
+            rows: i64,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub expert_mean_update: ::std::option::Option<
+        unsafe extern "C" fn(
+            average: *mut f32,
+            sums: *const f32,
+            masses: *const f32,
+            beta: *const f32,
+            experts: i32,
+            hidden: i32,
+            weighting: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub combine: ::std::option::Option<
+        unsafe extern "C" fn(
+            y: *mut ::std::os::raw::c_void,
+            rows_in: *const ::std::os::raw::c_void,
+            gates: *const f32,
+            slot_row: *const i32,
+            choices: *const i32,
+            vectors: *const f32,
+            tokens: i64,
+            rows: i64,
+            experts: i32,
+            hidden: i32,
+            slots: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub gate_gradient: ::std::option::Option<
+        unsafe extern "C" fn(
+            dgates: *mut f32,
+            dots: *const f32,
+            g: *const ::std::os::raw::c_void,
+            vectors: *const f32,
+            slot_row: *const i32,
+            choices: *const i32,
+            tokens: i64,
+            rows: i64,
+            experts: i32,
+            hidden: i32,
+            slots: i32,
+            dot_columns: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 184usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 264usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -499,41 +642,71 @@ const _: () = {
         "Offset of field: routegrad_launchers::unit_fault",
     ][::std::mem::offset_of!(routegrad_launchers, unit_fault) - 88usize];
     [
+        "Offset of field: routegrad_launchers::router_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, router_forward) - 96usize];
+    [
+        "Offset of field: routegrad_launchers::router_partials",
+    ][::std::mem::offset_of!(routegrad_launchers, router_partials) - 104usize];
+    [
+        "Offset of field: routegrad_launchers::router_statistics",
+    ][::std::mem::offset_of!(routegrad_launchers, router_statistics) - 112usize];
+    [
+        "Offset of field: routegrad_launchers::router_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, router_backward) - 120usize];
+    [
+        "Offset of field: routegrad_launchers::router_weight_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, router_weight_gradient) - 128usize];
+    [
+        "Offset of field: routegrad_launchers::router_backward_workspace",
+    ][::std::mem::offset_of!(routegrad_launchers, router_backward_workspace) - 136usize];
+    [
         "Offset of field: routegrad_launchers::dispatch_choices",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 96usize];
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 144usize];
     [
         "Offset of field: routegrad_launchers::dispatch_mask",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 104usize];
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 152usize];
     [
         "Offset of field: routegrad_launchers::dispatch_workspace",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 112usize];
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 160usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 120usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 168usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_input_gradient",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_input_gradient)
-        - 128usize];
+        - 176usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_weight_gradient",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_weight_gradient)
-        - 136usize];
+        - 184usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_plan",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 144usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 192usize];
     [
         "Offset of field: routegrad_launchers::grouped_swiglu_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_forward) - 152usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_forward) - 200usize];
     [
         "Offset of field: routegrad_launchers::grouped_down_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_down_forward) - 160usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_down_forward) - 208usize];
     [
         "Offset of field: routegrad_launchers::grouped_swiglu_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_backward) - 168usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_backward) - 216usize];
     [
         "Offset of field: routegrad_launchers::grouped_swiglu_dot_columns",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_dot_columns)
-        - 176usize];
+        - 224usize];
+    [
+        "Offset of field: routegrad_launchers::expert_sums",
+    ][::std::mem::offset_of!(routegrad_launchers, expert_sums) - 232usize];
+    [
+        "Offset of field: routegrad_launchers::expert_mean_update",
+    ][::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 240usize];
+    [
+        "Offset of field: routegrad_launchers::combine",
+    ][::std::mem::offset_of!(routegrad_launchers, combine) - 248usize];
+    [
+        "Offset of field: routegrad_launchers::gate_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 256usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

@@ -1,7 +1,8 @@
 //! Where tensors live and operations run.
 //!
 //! `cpu` is the reference: plain Rust, generic over f32 and f64 ([`crate::cpu`] holds its tools).
-//! The kernels of `kernels/` will join as two further devices that share one table of launchers.
+//! `sim` runs the kernels of `kernels/` on the SIMT simulator, in the arithmetic that they have on a
+//! GPU: bf16 weights and activations, f32 sums, router and parameter gradients.
 
 #[allow(non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
 #[rustfmt::skip]
@@ -13,19 +14,45 @@ mod memory;
 
 pub use memory::Memory;
 
+use crate::error::{Error, Result};
+use launchers::Launchers;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// A place where tensors live and operations run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Device {
     /// Reference code on the host.
+    #[default]
     Cpu,
+    /// The CUDA kernels on the simulator. Its memory is the host's.
+    Sim,
+}
+
+impl Device {
+    /// The kernels of this device.
+    ///
+    /// # Errors
+    /// On the CPU, which has none, and when the simulator cannot be loaded.
+    pub fn launchers(self) -> Result<&'static Launchers> {
+        match self {
+            Device::Sim => launchers::sim(),
+            Device::Cpu => Err(Error::invalid(
+                "kernels",
+                "tensors on a device with kernels",
+                "tensors on cpu",
+                "a bug: the operation should have taken its reference",
+            )),
+        }
+    }
 }
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Device::Cpu => "cpu",
+            Device::Sim => "sim",
         })
     }
 }

@@ -5,6 +5,7 @@ use super::moe::BalanceLosses;
 use super::parameters::{Layout, NormSlots};
 use super::{Losses, rounded};
 use crate::config::{BalanceConfig, Config, ModelConfig, Norm, Recompute, Reduction};
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -15,7 +16,7 @@ use crate::ops::heads::Heads;
 use crate::ops::layernorm::layernorm;
 use crate::ops::rmsnorm::rmsnorm;
 use crate::ops::rope::RopeTables;
-use crate::routers::{LayerState, Pass, Router};
+use crate::routers::{Balance, LayerState, Pass, Router};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::cell::RefCell;
@@ -32,10 +33,15 @@ pub struct Graph {
     /// The output head's parameter.
     pub head: usize,
     pub router: Box<dyn Router>,
+    /// Where the parameters of the router's own are, for each MoE layer.
+    pub router_parameters: Vec<Vec<usize>>,
+    /// Of the router's draws.
+    pub seed: u64,
     /// Of each MoE layer.
     pub states: RefCell<Vec<LayerState>>,
     pub rope: RopeTables,
     pub dtype: DType,
+    pub device: Device,
     pub dist: Box<dyn Collective>,
 }
 
@@ -59,10 +65,22 @@ impl Graph {
         } else {
             layout.matrix("lm_head.weight", &[model.vocab_size, model.hidden])
         };
+        // Behind all others, so that every router begins with the same weights.
+        let router_parameters = model
+            .moe_layers()
+            .iter()
+            .map(|layer| {
+                let own = router.parameters(model).into_iter().map(|p| {
+                    let name = format!("model.layers.{layer}.mlp.{}", p.name);
+                    layout.vectors(&name, &[(name.clone(), p.length)], p.start)
+                });
+                own.collect()
+            })
+            .collect();
         let states = (0..model.moe_layers().len()).map(|layer| {
             let mut tensors = router.initial_state(model, layer, seed);
             for t in &mut tensors {
-                t.start = rounded(&t.start, dtype)?;
+                t.start = rounded(&t.start, dtype)?.on(config.train.device);
             }
             Ok(LayerState::new(tensors))
         });
@@ -76,6 +94,8 @@ impl Graph {
             final_norm,
             head,
             router,
+            router_parameters,
+            seed,
             rope: RopeTables::new(
                 dtype,
                 model.sequence_length,
@@ -83,6 +103,7 @@ impl Graph {
                 model.rope_theta,
             )?,
             dtype,
+            device: config.train.device,
             dist,
         })
     }
@@ -168,12 +189,15 @@ impl Graph {
             Reduction::Mean => balance.len().max(1) as f64,
             Reduction::Sum => 1.0,
         };
+        let aux_scale = match self.router.balance() {
+            Balance::Own => 1.0,
+            _ => self.balance.aux_coefficient / layers,
+        };
         let auxiliary: Vec<&Var> = balance
             .iter()
             .filter_map(|l| l.auxiliary.as_ref())
             .collect();
         let z: Vec<&Var> = balance.iter().filter_map(|l| l.z.as_ref()).collect();
-        let aux_scale = self.balance.aux_coefficient / layers;
         let z_scale = self.balance.z_coefficient / layers;
         let mut terms = vec![(&cross, 1.0)];
         terms.extend(auxiliary.iter().map(|l| (*l, aux_scale)));
@@ -215,12 +239,16 @@ impl Graph {
 
     /// Whether MoE layers give an auxiliary loss.
     pub fn has_auxiliary_loss(&self) -> bool {
-        self.router.balances() && self.balance.aux_coefficient != 0.0
+        match self.router.balance() {
+            Balance::Auxiliary => self.balance.aux_coefficient != 0.0,
+            Balance::Own => true,
+            Balance::None => false,
+        }
     }
 
     /// Whether MoE layers give a z-loss.
     pub fn has_z_loss(&self) -> bool {
-        self.router.balances() && self.balance.z_coefficient != 0.0
+        self.router.balance() == Balance::Auxiliary && self.balance.z_coefficient != 0.0
     }
 
     pub fn heads(&self) -> Heads {

@@ -5,21 +5,13 @@ use super::block::SwigluSlots;
 use super::graph::Graph;
 use super::parameters::Layout;
 use crate::config::{ModelConfig, Scope};
-use crate::cpu;
-use crate::dtype::Real;
 use crate::error::Result;
 use crate::ops::add::add;
-use crate::ops::balance::{auxiliary_loss, z_loss};
-use crate::ops::combine::combine;
-use crate::ops::grouped_linear::{Rows, grouped_linear};
+use crate::ops::experts::{Experts, experts};
 use crate::ops::linear::linear;
-use crate::ops::router::logits;
 use crate::ops::sigmoid_gate::sigmoid_gate;
-use crate::ops::swiglu::swiglu;
 use crate::routers::{LayerPass, Pass};
 use crate::tape::{Tape, Var};
-use crate::tensor::Tensor;
-use crate::with_real;
 
 /// Where a MoE layer's parameters are.
 pub struct MoeLayer {
@@ -41,7 +33,8 @@ struct SharedExpert {
     gate: usize,
 }
 
-/// A layer's balance losses, scalars without their coefficients; none where they do not apply.
+/// A layer's balance losses, scalars without the configuration's coefficients; none where they do
+/// not apply.
 pub struct BalanceLosses {
     pub auxiliary: Option<Var>,
     pub z: Option<Var>,
@@ -50,7 +43,7 @@ pub struct BalanceLosses {
 impl MoeLayer {
     pub fn new(layout: &mut Layout, config: &ModelConfig, prefix: &str, index: usize) -> Self {
         let (e, d, f) = (config.num_experts, config.hidden, config.expert_ffn_width);
-        let router = layout.matrix(&format!("{prefix}.gate.weight"), &[e, d]);
+        let router = layout.router(&format!("{prefix}.gate.weight"), &[e, d]);
         let gate_up = layout.matrix(&format!("{prefix}.experts.gate_up_proj"), &[e, 2 * f, d]);
         let down = layout.residual(&format!("{prefix}.experts.down_proj"), &[e, d, f]);
         let shared = (config.shared_expert_width > 0).then(|| SharedExpert {
@@ -88,67 +81,52 @@ impl MoeLayer {
             &*model.dist,
             self.index,
             k,
+            model.seed,
             state,
             tape.is_replaying(),
         );
 
-        let z = logits(tape, x, &weights[self.router])?;
-        let routing = model.router.route(tape, &z, &mut layer)?;
-        let h = grouped_linear(
-            tape,
+        let routing = model
+            .router
+            .route(tape, x, &weights[self.router], &mut layer)?;
+        let input = Experts {
             x,
-            Rows::Tokens,
-            &weights[self.gate_up],
-            &routing.dispatch,
-        )?;
-        let a = swiglu(tape, &h)?;
-        let e = grouped_linear(
-            tape,
-            &a,
-            Rows::Dispatched,
-            &weights[self.down],
-            &routing.dispatch,
-        )?;
-        let defaults = model.router.defaults(e.tensor(), &routing, &mut layer)?;
-        let mut y = combine(tape, &routing.gates, &e, defaults, &routing.dispatch)?;
+            gates: &routing.gates,
+            gate_up: &weights[self.gate_up],
+            down: &weights[self.down],
+        };
+        let weighting = model.router.weighting().filter(|_| layer.updates_state());
+        let y = experts(tape, input, &routing.dispatch, weighting, |sums| {
+            model.router.defaults(sums, &mut layer)
+        })?;
+        let own: Vec<Var> = model.router_parameters[self.index]
+            .iter()
+            .map(|&slot| weights[slot].clone())
+            .collect();
+        let mut y = model.router.output(tape, y, &own)?;
         if let Some(shared) = &self.shared {
             let own = shared.network.forward(tape, weights, x)?;
             let score = linear(tape, x, &weights[shared.gate], None)?;
             y = add(tape, &y, &sigmoid_gate(tape, &score, &own)?)?;
         }
 
-        layer.count(&routing.dispatch, entropy(routing.probabilities.tensor())?);
+        layer.count(routing.chosen(), routing.scores.entropy()?);
         let losses = BalanceLosses {
-            auxiliary: if model.has_auxiliary_loss() {
-                let over_step = model.balance.aux_scope == Scope::Global;
-                let fractions = layer.fractions(&routing.dispatch, over_step);
-                Some(auxiliary_loss(tape, &routing.probabilities, &fractions)?)
-            } else {
+            auxiliary: if !model.has_auxiliary_loss() {
                 None
+            } else if routing.penalty.is_some() {
+                routing.penalty
+            } else {
+                let over_step = model.balance.aux_scope == Scope::Global;
+                let fractions = layer.fractions(routing.chosen(), over_step);
+                Some(routing.scores.auxiliary_loss(tape, &fractions)?)
             },
             z: if model.has_z_loss() {
-                Some(z_loss(tape, &z)?)
+                Some(routing.scores.z_loss(tape)?)
             } else {
                 None
             },
         };
         Ok((y, losses))
     }
-}
-
-/// `−Σ_t Σ_i p_ti ln p_ti`, in nats.
-fn entropy(p: &Tensor) -> Result<f64> {
-    let width = p.shape().width();
-    with_real!(p.dtype(), "entropy", |T| {
-        let p = p.slice::<T>();
-        let partials = cpu::blocks(p.len() / width, 256, |_, rows| {
-            let block = &p[rows.start * width..rows.end * width];
-            block
-                .iter()
-                .filter(|p| **p > 0.0)
-                .map(|&p| -(p * p.ln()).f64())
-                .sum::<f64>()
-        });
-        Ok(partials.into_iter().sum())
-    })
 }

@@ -11,6 +11,7 @@ use crate::dtype::{DType, Real};
 use crate::random::{Purpose, Stream};
 use crate::shape::Shape;
 use crate::tensor::Tensor;
+use half::bf16;
 
 /// A trainable tensor.
 pub struct Parameter {
@@ -21,6 +22,24 @@ pub struct Parameter {
     pub parts: Vec<Part>,
     /// Whether weight decay applies.
     pub decays: bool,
+    /// Whether operations read it in f32 on every device: the router's weight.
+    pub exact: bool,
+}
+
+impl Parameter {
+    /// The value that operations on `device` read: with kernels rounded to bf16, ties away from
+    /// zero, as a GPU keeps it beside the rest of the f32 value.
+    pub fn working(&self, device: Device) -> Tensor {
+        if device == Device::Cpu || self.exact {
+            return self.value.on(device);
+        }
+        let mut rounded = Tensor::unspecified(device, DType::Bf16, self.value.shape());
+        let values = self.value.slice::<f32>();
+        for (r, x) in rounded.slice_mut::<bf16>().iter_mut().zip(values) {
+            *r = bf16::from_bits((x.to_bits().wrapping_add(0x8000) >> 16) as u16);
+        }
+        rounded
+    }
 }
 
 /// Rows of a parameter under the name that a checkpoint gives them.
@@ -63,6 +82,13 @@ impl<'c> Layout<'c> {
 
     pub fn into_parameters(self) -> Vec<Parameter> {
         self.parameters
+    }
+
+    /// The router's weight, kept in f32 on every device.
+    pub fn router(&mut self, name: &str, shape: &[usize]) -> usize {
+        let index = self.matrix(name, shape);
+        self.parameters[index].exact = true;
+        index
     }
 
     /// A matrix, or a stack of matrices.
@@ -147,6 +173,7 @@ impl<'c> Layout<'c> {
             value,
             parts,
             decays,
+            exact: false,
         });
         index
     }

@@ -12,14 +12,16 @@ use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 
-/// `E Σ_i f_i mean_t(p_ti)`: a scalar, without the coefficient.
+/// `E Σ_i f_i mean_t(p_ti)`: a scalar, without the coefficient. `p` is `[T, E]`, or its mean `[E]`.
 ///
 /// # Errors
 /// When `fractions` has not one entry per expert.
 pub fn auxiliary_loss(tape: &Tape, p: &Var, fractions: &[f64]) -> Result<Var> {
-    let tokens = p.tensor().shape().rows();
+    let mut shape = p.tensor().shape().to_vec();
+    shape.pop();
+    shape.push(fractions.len());
     p.tensor()
-        .expect_shape("auxiliary_loss", "probabilities", [tokens, fractions.len()])?;
+        .expect_shape("auxiliary_loss", "probabilities", &shape[..])?;
     tape.apply_one(
         AuxiliaryLoss {
             fractions: fractions.to_vec(),

@@ -5,7 +5,13 @@
 //! E experts: `offsets [E + 1]` are the first rows of the experts, `row_token [R]` the token of a
 //! row, `slot_row [R]` the row of a slot. Nothing here is differentiable.
 
+use crate::device::Device;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::launch;
+use crate::tensor::Tensor;
+use std::ptr::null_mut;
+use std::sync::OnceLock;
 
 /// The experts that each token chose: any number per token, ascending.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,6 +63,37 @@ impl Selection {
         })
     }
 
+    /// From `choices [T, top_k]`, ascending in each row.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn from_choices(choices: &[i32], tokens: usize, num_experts: usize) -> Result<Self> {
+        let top_k = choices.len() / tokens.max(1);
+        Self::new(tokens, num_experts, |t, chosen| {
+            chosen.extend_from_slice(&choices[t * top_k..(t + 1) * top_k]);
+        })
+    }
+
+    /// Experts per token, where every token has as many.
+    pub fn experts_per_token(&self) -> Option<usize> {
+        let k = self.num_slots() / self.num_tokens().max(1);
+        let uniform = self
+            .token_slots
+            .windows(2)
+            .all(|s| (s[1] - s[0]) as usize == k);
+        uniform.then_some(k)
+    }
+
+    /// Every expert for every token.
+    ///
+    /// # Errors
+    /// When there are more slots than an i32 counts.
+    pub fn all(num_tokens: usize, num_experts: usize) -> Result<Self> {
+        Selection::new(num_tokens, num_experts, |_, chosen| {
+            chosen.extend(0..num_experts as i32);
+        })
+    }
+
     pub fn num_tokens(&self) -> usize {
         self.token_slots.len() - 1
     }
@@ -95,6 +132,84 @@ impl Selection {
     }
 }
 
+impl Selection {
+    fn maps(&self, device: Device, rows: usize) -> Result<DeviceMaps> {
+        let launchers = device.launchers()?;
+        let (tokens, experts) = (self.num_tokens(), self.num_experts);
+        let top_k = self.experts_per_token().filter(|k| *k > 0);
+        let slots = top_k.unwrap_or(experts);
+        let (t, e) = (tokens as i64, experts as i32);
+        let mut bytes = 0u64;
+        // SAFETY: it writes the size of the workspace.
+        unsafe {
+            launch!(
+                launchers,
+                dispatch_workspace(&mut bytes, t, e, slots as i32)
+            )
+        }?;
+        let new = |count: usize| Tensor::unspecified(device, DType::I32, [count]);
+        let mut offsets = new(experts + 1);
+        let (mut row_token, mut row_slot) = (new(rows.max(1)), new(rows.max(1)));
+        let mut slot_row = Tensor::unspecified(device, DType::I32, [tokens, slots]);
+        let mut fault = Tensor::from_slice([1], &[0i32]).on(device);
+        let mut workspace = new((bytes as usize).div_ceil(4));
+        let choices = top_k.map(|k| Tensor::from_slice([tokens, k], &self.slot_expert).on(device));
+        // SAFETY: the tensors have the shapes that dispatch.cu's header names.
+        unsafe {
+            match &choices {
+                Some(choices) => launch!(
+                    launchers,
+                    dispatch_choices(
+                        offsets.pointer_mut(),
+                        row_token.pointer_mut(),
+                        row_slot.pointer_mut(),
+                        slot_row.pointer_mut(),
+                        fault.pointer_mut(),
+                        workspace.pointer_mut(),
+                        choices.pointer(),
+                        t,
+                        e,
+                        slots as i32,
+                        rows as i64,
+                        null_mut(),
+                    )
+                )?,
+                None => {
+                    let mut mask = vec![0u8; tokens * experts];
+                    for token in 0..tokens {
+                        for &expert in self.experts(token) {
+                            mask[token * experts + expert as usize] = 1;
+                        }
+                    }
+                    launch!(
+                        launchers,
+                        dispatch_mask(
+                            offsets.pointer_mut(),
+                            row_token.pointer_mut(),
+                            row_slot.pointer_mut(),
+                            slot_row.pointer_mut(),
+                            fault.pointer_mut(),
+                            workspace.pointer_mut(),
+                            mask.as_ptr(),
+                            t,
+                            e,
+                            rows.max(1) as i64,
+                            null_mut(),
+                        )
+                    )?;
+                }
+            }
+        }
+        Ok(DeviceMaps {
+            offsets,
+            row_token,
+            slot_row,
+            choices,
+            slots,
+        })
+    }
+}
+
 /// The maps between slots and rows of a selection.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
@@ -102,6 +217,22 @@ pub struct Dispatch {
     offsets: Vec<i32>,
     row_token: Vec<i32>,
     slot_row: Vec<i32>,
+    device: OnceLock<DeviceMaps>,
+}
+
+/// The same maps as the kernels of `kernels/dispatch.cu` make them, for other kernels. Every token
+/// has `slots` slots there: K, or, where the number of its experts varies, E with gaps.
+#[derive(Clone, Debug)]
+pub struct DeviceMaps {
+    /// `[E + 1]`.
+    pub offsets: Tensor,
+    /// `[R]`.
+    pub row_token: Tensor,
+    /// `[T, slots]`; −1 in a gap.
+    pub slot_row: Tensor,
+    /// `[T, slots]`: expert of each slot; none where slot i is that of expert i.
+    pub choices: Option<Tensor>,
+    pub slots: usize,
 }
 
 impl Dispatch {
@@ -127,7 +258,20 @@ impl Dispatch {
             offsets,
             row_token,
             slot_row,
+            device: OnceLock::new(),
         }
+    }
+
+    /// The maps on a device with kernels, made there when first asked for.
+    ///
+    /// # Errors
+    /// When a kernel fails.
+    pub fn maps(&self, device: Device) -> Result<&DeviceMaps> {
+        if let Some(maps) = self.device.get() {
+            return Ok(maps);
+        }
+        let maps = self.selection.maps(device, self.num_rows())?;
+        Ok(self.device.get_or_init(|| maps))
     }
 
     pub fn selection(&self) -> &Selection {

@@ -6,12 +6,19 @@
 //! Sums and masses are added over ranks before the division. Nothing here is differentiable.
 
 use super::dispatch::Dispatch;
+use crate::device::Device;
+use crate::device::bindings::{
+    ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
+    routegrad_weighting,
+};
 use crate::dist::Collective;
-use crate::dtype::Real;
+use crate::dtype::{DType, Real};
 use crate::error::Result;
+use crate::launch;
 use crate::tensor::Tensor;
 use crate::with_real;
 use rayon::prelude::*;
+use std::ptr::null_mut;
 
 /// What a row counts, and what the sum is divided by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,83 +31,146 @@ pub enum Weighting {
     ByCount,
 }
 
-/// The mean output of every expert over all ranks: `m [E, D]`, and how many rows each is the mean
-/// of; where that is 0, `m` holds zeros.
-///
-/// # Errors
-/// When shapes or dtypes do not fit.
-pub fn expert_mean(
-    outputs: &Tensor,
-    gates: &Tensor,
+/// Sums over the rows of every expert, of one micro-batch or of all ranks.
+pub struct ExpertSums {
+    /// `Σ_r a_r e_r [E, D]`: f64 on the CPU, f32 on devices with kernels.
+    sums: Tensor,
+    /// `Σ_r p_r` and the number of rows, `[E, 2]`.
+    masses: Tensor,
     weighting: Weighting,
-    dispatch: &Dispatch,
-    dist: &dyn Collective,
-) -> Result<(Tensor, Vec<usize>)> {
-    let selection = dispatch.selection();
-    let (experts, width) = (selection.num_experts(), outputs.shape().width());
-    outputs.expect_shape(
-        "expert_mean",
-        "expert outputs",
-        [dispatch.num_rows(), width],
-    )?;
-    gates.expect_shape("expert_mean", "gates", [selection.num_tokens(), experts])?;
-    gates.expect_dtype("expert_mean", "gates", outputs.dtype())?;
-    let mut mean = Tensor::zeros(outputs.device(), outputs.dtype(), [experts, width]);
-    with_real!(outputs.dtype(), "expert_mean", |T| {
-        let weight = |row: usize, expert: usize| match weighting {
-            Weighting::Plain => T::of(1.0),
-            _ => gates.slice::<T>()[dispatch.token(row) * experts + expert],
-        };
-        let (mut sums, mut totals) = reference::sums(outputs.slice::<T>(), weight, dispatch, width);
-        if dist.size() > 1 {
-            dist.sum(&mut sums);
-            dist.sum(&mut totals);
-        }
-        let mean = mean.slice_mut::<T>();
-        let mut rows = Vec::with_capacity(experts);
-        for (e, total) in totals.chunks(2).enumerate() {
-            let (mass, count) = (total[0], total[1]);
-            let divisor = if weighting == Weighting::ByCount {
-                count
-            } else {
-                mass
-            };
-            rows.push(count as usize);
-            if count > 0.0 {
-                let sums = &sums[e * width..(e + 1) * width];
-                for (m, s) in mean[e * width..(e + 1) * width].iter_mut().zip(sums) {
-                    *m = T::of(s / divisor);
-                }
-            }
-        }
-        Ok(rows)
-    })
-    .map(|rows| (mean, rows))
 }
 
-/// `average ← β average + (1 − β) mean` for the experts with rows.
-///
-/// # Errors
-/// When shapes or dtypes differ.
-pub fn update_average(
-    average: &mut Tensor,
-    mean: &Tensor,
-    rows: &[usize],
-    beta: f64,
-) -> Result<()> {
-    mean.expect_shape("expert_mean", "mean", average.shape())?;
-    mean.expect_dtype("expert_mean", "mean", average.dtype())?;
-    let width = mean.shape().width();
-    with_real!(mean.dtype(), "expert_mean", |T| {
-        let average = average.slice_mut::<T>().chunks_mut(width);
-        let pairs = average.zip(mean.slice::<T>().chunks(width));
-        for ((average, mean), _) in pairs.zip(rows).filter(|(_, rows)| **rows > 0) {
-            for (a, &m) in average.iter_mut().zip(mean) {
-                *a = T::of(beta) * *a + T::of(1.0 - beta) * m;
+impl ExpertSums {
+    /// Sums of the rows `[R, D]`, on the CPU.
+    ///
+    /// # Errors
+    /// When shapes or dtypes do not fit.
+    pub fn of_rows(
+        outputs: &Tensor,
+        gates: &Tensor,
+        weighting: Weighting,
+        dispatch: &Dispatch,
+    ) -> Result<Self> {
+        let selection = dispatch.selection();
+        let (experts, width) = (selection.num_experts(), outputs.shape().width());
+        let shape = [dispatch.num_rows(), width];
+        outputs.expect_shape("expert_mean", "expert outputs", shape)?;
+        gates.expect_shape("expert_mean", "gates", [selection.num_tokens(), experts])?;
+        gates.expect_dtype("expert_mean", "gates", outputs.dtype())?;
+        with_real!(outputs.dtype(), "expert_mean", |T| {
+            let weight = |row: usize, expert: usize| match weighting {
+                Weighting::Plain => T::of(1.0),
+                _ => gates.slice::<T>()[dispatch.token(row) * experts + expert],
+            };
+            let (sums, masses) = reference::sums(outputs.slice::<T>(), weight, dispatch, width);
+            Ok(ExpertSums {
+                sums: Tensor::from_slice([experts, width], &sums),
+                masses: Tensor::from_slice([experts, 2], &masses),
+                weighting,
+            })
+        })
+    }
+
+    /// Sums of the partial sums that the down projection's kernel left, one a block of 64 rows
+    /// (`kernels/grouped_swiglu.cu`), on a device with kernels.
+    ///
+    /// # Errors
+    /// When a kernel fails.
+    pub fn of_partials(
+        partials: &Tensor,
+        gates: &Tensor,
+        weighting: Weighting,
+        dispatch: &Dispatch,
+    ) -> Result<Self> {
+        let (device, launchers) = (partials.device(), partials.device().launchers()?);
+        let (experts, width) = (gates.shape().width(), partials.shape().width());
+        let mut sums = Tensor::unspecified(device, DType::F32, [experts, width]);
+        let mut masses = Tensor::unspecified(device, DType::F32, [experts, 2]);
+        let maps = dispatch.maps(device)?;
+        // SAFETY: the tensors have the shapes that expert_mean.cu's header names.
+        unsafe {
+            launch!(
+                launchers,
+                expert_sums(
+                    sums.pointer_mut(),
+                    masses.pointer_mut(),
+                    partials.pointer(),
+                    gates.pointer(),
+                    maps.offsets.pointer(),
+                    maps.row_token.pointer(),
+                    dispatch.num_rows().max(1) as i64,
+                    gates.shape().rows() as i64,
+                    experts as i32,
+                    width as i32,
+                    null_mut(),
+                )
+            )?;
+        }
+        Ok(ExpertSums {
+            sums,
+            masses,
+            weighting,
+        })
+    }
+
+    /// Adds those of the other ranks.
+    pub fn over_ranks(mut self, dist: &dyn Collective) -> Result<Self> {
+        if dist.size() > 1 {
+            for part in [&mut self.sums, &mut self.masses] {
+                let mut values = part.to_f64()?;
+                dist.sum(&mut values);
+                with_real!(part.dtype(), "expert_mean", |T| {
+                    let part = part.slice_mut::<T>().iter_mut();
+                    part.zip(values).for_each(|(p, v)| *p = T::of(v));
+                    Ok(())
+                })?;
             }
         }
-        Ok(())
-    })
+        Ok(self)
+    }
+
+    /// `average ← β average + (1 − β) m` for the experts with rows, m their mean output.
+    ///
+    /// # Errors
+    /// When the shapes differ, or a kernel fails.
+    pub fn update(&self, average: &mut Tensor, beta: f64) -> Result<()> {
+        average.expect_shape("expert_mean", "average", self.sums.shape())?;
+        if average.device() == Device::Cpu {
+            return with_real!(average.dtype(), "expert_mean", |T| {
+                let (sums, masses) = (self.sums.slice(), self.masses.slice());
+                reference::update::<T>(average.slice_mut(), sums, masses, self.weighting, beta);
+                Ok(())
+            });
+        }
+        let (experts, width) = (average.shape()[0], average.shape()[1]);
+        let beta = [beta as f32];
+        // SAFETY: the tensors have the shapes that expert_mean.cu's header names.
+        unsafe {
+            launch!(
+                average.device().launchers()?,
+                expert_mean_update(
+                    average.pointer_mut(),
+                    self.sums.pointer(),
+                    self.masses.pointer(),
+                    beta.as_ptr(),
+                    experts as i32,
+                    width as i32,
+                    self.weighting.kernel() as i32,
+                    null_mut(),
+                )
+            )
+        }
+    }
+}
+
+impl Weighting {
+    fn kernel(self) -> routegrad_weighting {
+        match self {
+            Weighting::Plain => ROUTEGRAD_WEIGHTING_PLAIN,
+            Weighting::BySumOfProbabilities => ROUTEGRAD_WEIGHTING_SUM_P,
+            Weighting::ByCount => ROUTEGRAD_WEIGHTING_COUNT,
+        }
+    }
 }
 
 mod reference {
@@ -142,6 +212,30 @@ mod reference {
         }
         (sums, totals)
     }
+
+    pub fn update<T: Real>(
+        average: &mut [T],
+        sums: &[f64],
+        masses: &[f64],
+        weighting: Weighting,
+        beta: f64,
+    ) {
+        let width = sums.len() / (masses.len() / 2);
+        let experts = average.chunks_mut(width).zip(sums.chunks(width));
+        for ((average, sums), mass) in experts.zip(masses.chunks(2)) {
+            let (mass, count) = (mass[0], mass[1]);
+            if count == 0.0 {
+                continue;
+            }
+            let divisor = match weighting {
+                Weighting::ByCount => count,
+                _ => mass,
+            };
+            for (a, s) in average.iter_mut().zip(sums) {
+                *a = T::of(beta) * *a + T::of(1.0 - beta) * T::of(s / divisor);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -152,33 +246,29 @@ mod tests {
 
     /// Tokens 0 and 1 chose expert 0 with p = 1/4 and 3/4, none chose expert 1.
     /// e_0(x_0) = (4, 0), e_0(x_1) = (0, 8).
-    fn mean(weighting: Weighting) -> (Vec<f64>, Vec<usize>) {
+    fn updated(weighting: Weighting, start: [f64; 4], beta: f64) -> Vec<f64> {
         let dispatch = Dispatch::new(Selection::new(2, 2, |_, c| c.push(0)).unwrap());
         let outputs = Tensor::from_slice([2, 2], &[4.0, 0.0, 0.0, 8.0]);
         let gates = Tensor::from_slice([2, 2], &[0.25, 0.75, 0.75, 0.25]);
-        let (m, rows) = expert_mean(&outputs, &gates, weighting, &dispatch, &SingleRank).unwrap();
-        (m.to_f64().unwrap(), rows)
+        let sums = ExpertSums::of_rows(&outputs, &gates, weighting, &dispatch).unwrap();
+        let mut average = Tensor::from_slice([2, 2], &start);
+        let sums = sums.over_ranks(&SingleRank).unwrap();
+        sums.update(&mut average, beta).unwrap();
+        average.to_f64().unwrap()
     }
 
     #[test]
     fn means_worked_by_hand_in_all_three_weightings() {
-        assert_eq!(
-            mean(Weighting::Plain),
-            (vec![2.0, 4.0, 0.0, 0.0], vec![2, 0])
-        );
+        let mean = |weighting| updated(weighting, [0.0; 4], 0.0);
+        assert_eq!(mean(Weighting::Plain), [2.0, 4.0, 0.0, 0.0]);
         // (1/4 (4, 0) + 3/4 (0, 8)) / 1, and / 2.
-        assert_eq!(
-            mean(Weighting::BySumOfProbabilities).0,
-            [1.0, 6.0, 0.0, 0.0]
-        );
-        assert_eq!(mean(Weighting::ByCount).0, [0.5, 3.0, 0.0, 0.0]);
+        assert_eq!(mean(Weighting::BySumOfProbabilities), [1.0, 6.0, 0.0, 0.0]);
+        assert_eq!(mean(Weighting::ByCount), [0.5, 3.0, 0.0, 0.0]);
     }
 
     #[test]
     fn an_expert_without_tokens_keeps_its_default_vector() {
-        let mut average = Tensor::from_slice([2, 2], &[1.0, 1.0, 5.0, 7.0]);
-        let m = Tensor::from_slice([2, 2], &[2.0, 4.0, 0.0, 0.0]);
-        update_average(&mut average, &m, &[2, 0], 0.75).unwrap();
-        assert_eq!(average.slice::<f64>(), [1.25, 1.75, 5.0, 7.0]);
+        let found = updated(Weighting::Plain, [1.0, 1.0, 5.0, 7.0], 0.75);
+        assert_eq!(found, [1.25, 1.75, 5.0, 7.0]);
     }
 }

@@ -79,7 +79,7 @@ pub fn rope(
     }
     tables
         .cos
-        .expect_dtype("rope", "tables", qkv.tensor().dtype())?;
+        .expect_dtype("rope", "tables", qkv.tensor().dtype().arithmetic())?;
     let tables = tables.clone();
     tape.apply_one(
         Rope {

@@ -46,6 +46,7 @@ pub fn softmax(tape: &Tape, z: &Var) -> Result<Var> {
 }
 
 /// What [`top_k`] found.
+#[derive(Clone)]
 pub struct TopK {
     pub selection: Selection,
     /// The first token whose scores hold a NaN or an infinity. Its experts are still in range.
@@ -82,6 +83,23 @@ pub fn top_k(scores: &Tensor, k: usize) -> Result<TopK> {
             selection,
             first_non_finite,
         })
+    })
+}
+
+/// `−Σ_t Σ_i p_ti ln p_ti`, in nats.
+pub(super) fn entropy(p: &Tensor) -> Result<f64> {
+    let width = p.shape().width();
+    with_real!(p.dtype(), "entropy", |T| {
+        let p = p.slice::<T>();
+        let partials = cpu::blocks(p.len() / width, 256, |_, rows| {
+            let block = &p[rows.start * width..rows.end * width];
+            block
+                .iter()
+                .filter(|p| **p > 0.0)
+                .map(|&p| -(p * p.ln()).f64())
+                .sum::<f64>()
+        });
+        Ok(partials.into_iter().sum())
     })
 }
 

@@ -12,8 +12,8 @@ use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
-use crate::ops::expert_mean::{Weighting, expert_mean, update_average};
-use crate::ops::router::{softmax, top_k};
+use crate::ops::expert_mean::{ExpertSums, Weighting};
+use crate::ops::routing::{Choice, Score, scores};
 use crate::random::{Purpose, Stream};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -24,7 +24,30 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     summary: "topk, and a moving average of its outputs for every expert that did not run: \
               a dense gradient for the router",
     source: "Default MoE, 2504.12463",
-    cost: "topk + 2 passes over the layer's output; E · D numbers a layer",
+    cost: "topk, 2 passes over the layer's output, E · D numbers a layer",
+    settings: &[
+        (
+            "beta",
+            "decay of the moving average per optimizer step, from 0 to below 1",
+        ),
+        (
+            "weighted",
+            "whether a token counts by its probability, or all alike",
+        ),
+        (
+            "weight_norm",
+            "what a weighted mean is divided by: \"sum_p\" or \"count\"",
+        ),
+        (
+            "init_std",
+            "standard deviation of the vectors at the start; 0 for zeros",
+        ),
+        (
+            "pass_forward",
+            "whether the vectors enter the output, or the router's gradient alone",
+        ),
+        ("use_at_evaluation", "whether evaluation uses them"),
+    ],
     build: from_settings::<DefaultMoe>,
 };
 
@@ -72,16 +95,6 @@ impl Default for DefaultMoe {
     }
 }
 
-impl DefaultMoe {
-    fn weighting(&self) -> Weighting {
-        match (self.weighted, self.weight_norm) {
-            (false, _) => Weighting::Plain,
-            (true, WeightNorm::SumP) => Weighting::BySumOfProbabilities,
-            (true, WeightNorm::Count) => Weighting::ByCount,
-        }
-    }
-}
-
 impl Router for DefaultMoe {
     fn validate(&self, _model: &ModelConfig) -> Result<()> {
         for (key, value, most) in [
@@ -116,30 +129,34 @@ impl Router for DefaultMoe {
         }]
     }
 
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let probabilities = softmax(tape, logits)?;
-        let k = layer.top_k;
-        let dispatch = layer.select(|| top_k(probabilities.tensor(), k))?;
-        Ok(Routing {
-            gates: probabilities.clone(),
-            probabilities,
-            dispatch,
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let choice = Choice::top_k(layer.top_k);
+        Routing::by_scores(scores(tape, x, weight, Score::Softmax, choice)?, layer)
+    }
+
+    fn weighting(&self) -> Option<Weighting> {
+        Some(match (self.weighted, self.weight_norm) {
+            (false, _) => Weighting::Plain,
+            (true, WeightNorm::SumP) => Weighting::BySumOfProbabilities,
+            (true, WeightNorm::Count) => Weighting::ByCount,
         })
     }
 
     fn defaults(
         &self,
-        expert_outputs: &Tensor,
-        routing: &Routing,
+        sums: Option<ExpertSums>,
         layer: &mut LayerPass<'_>,
     ) -> Result<Option<Defaults>> {
-        if layer.updates_state() {
-            let gates = routing.gates.tensor();
-            let (weighting, dist) = (self.weighting(), layer.dist);
-            let (mean, rows) =
-                expert_mean(expert_outputs, gates, weighting, &routing.dispatch, dist)?;
+        if let Some(sums) = sums {
+            let sums = sums.over_ranks(layer.dist)?;
             let beta = self.beta.powf(1.0 / layer.pass.micro_batches as f64);
-            update_average(layer.state_mut(VECTORS), &mean, &rows, beta)?;
+            sums.update(layer.state_mut(VECTORS), beta)?;
         }
         let evaluating = layer.pass.phase == Phase::Evaluate;
         if evaluating && !(self.use_at_evaluation && self.pass_forward) {
@@ -198,13 +215,15 @@ mod tests {
         }]);
 
         let (tape, mut store) = (Tape::new(), Gradients::new(2));
-        let pass = Pass {
-            phase: Phase::Train,
-            micro_batches: 1,
-        };
-        let mut layer = LayerPass::new(pass, &SingleRank, 0, 1, &mut state, false);
-        let routing = router.route(&tape, &z, &mut layer).unwrap();
-        let defaults = router.defaults(e.tensor(), &routing, &mut layer).unwrap();
+        let pass = Pass::single(Phase::Train);
+        let mut layer = LayerPass::new(pass, &SingleRank, 0, 1, 0, &mut state, false);
+        // With the identity as the router's weight the logits are the layer's input.
+        let identity = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0];
+        let weight = Var::constant(Tensor::from_slice([3, 3], &identity));
+        let routing = router.route(&tape, &z, &weight, &mut layer).unwrap();
+        let (gates, weighting) = (routing.gates.tensor(), router.weighting().unwrap());
+        let sums = ExpertSums::of_rows(e.tensor(), gates, weighting, &routing.dispatch).unwrap();
+        let defaults = router.defaults(Some(sums), &mut layer).unwrap();
         let y = combine(
             &tape,
             &routing.gates,

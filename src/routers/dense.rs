@@ -4,10 +4,10 @@
 //! approximates, and the reference of the gradient analyses. The auxiliary loss would be a constant
 //! and is left out.
 
-use super::{LayerPass, Router, RouterInfo, Routing, from_settings};
+use super::{Balance, LayerPass, Router, RouterInfo, Routing, from_settings};
 use crate::config::ModelConfig;
 use crate::error::Result;
-use crate::ops::router::{softmax, top_k};
+use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     summary: "every expert on every token: the exact router gradient",
     source: "Default MoE, 2504.12463, section 3",
     cost: "E / K times the experts of topk",
+    settings: &[],
     build: from_settings::<Dense>,
 };
 
@@ -25,19 +26,20 @@ pub(super) const INFO: RouterInfo = RouterInfo {
 pub struct Dense {}
 
 impl Router for Dense {
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let probabilities = softmax(tape, logits)?;
-        let experts = probabilities.tensor().shape().width();
-        let dispatch = layer.select(|| top_k(probabilities.tensor(), experts))?;
-        Ok(Routing {
-            gates: probabilities.clone(),
-            probabilities,
-            dispatch,
-        })
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let scores = scores(tape, x, weight, Score::Softmax, Choice::none())?;
+        let dispatch = layer.select(|| scores.all())?;
+        Ok(Routing::new(scores.values.clone(), scores, dispatch))
     }
 
-    fn balances(&self) -> bool {
-        false
+    fn balance(&self) -> Balance {
+        Balance::None
     }
 
     fn experts_run(&self, model: &ModelConfig) -> usize {

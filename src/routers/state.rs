@@ -8,7 +8,9 @@ use crate::dist::Collective;
 use crate::error::Result;
 use crate::ops::dispatch::{Dispatch, Selection};
 use crate::ops::router::TopK;
+use crate::random::{Purpose, Stream};
 use crate::tensor::Tensor;
+use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::StateTensor;
@@ -31,14 +33,25 @@ pub struct Pass {
     pub phase: Phase,
     /// Micro-batches of this optimizer step.
     pub micro_batches: usize,
+    /// Updates that the optimizer made before: part of the key of a router's draws.
+    pub step: u64,
+    /// Place of this micro-batch's first token in the global batch: the other part.
+    pub first_token: u64,
 }
 
 impl Pass {
     /// Evaluation, which knows no micro-batches.
-    pub const EVALUATE: Pass = Pass {
-        phase: Phase::Evaluate,
-        micro_batches: 1,
-    };
+    pub const EVALUATE: Pass = Pass::single(Phase::Evaluate);
+
+    /// The only micro-batch of a first step.
+    pub const fn single(phase: Phase) -> Self {
+        Pass {
+            phase,
+            micro_batches: 1,
+            step: 0,
+            first_token: 0,
+        }
+    }
 }
 
 /// Routing statistics of a layer, summed over what it saw since they were last taken.
@@ -59,11 +72,31 @@ pub struct LayerState {
     pending: Vec<Tensor>,
     /// Tokens per expert of this optimizer step so far, over all ranks.
     step_counts: Vec<f64>,
-    /// The choice and the balance fractions of the last training pass, which replays reuse.
+    /// The choice, the balance fractions and whatever else the router decided in the last training
+    /// pass, which replays reuse.
     selection: Option<Selection>,
     fractions: Vec<f64>,
+    held: Vec<Tensor>,
+    /// Tokens, and tokens per expert, of this optimizer step so far on this rank.
+    step_tokens: f64,
+    step_load: Vec<f64>,
     stats: LayerStats,
     first_non_finite: Option<usize>,
+    /// The choices of the present step's micro-batches, and of the step before.
+    choices: Vec<Selection>,
+    last_choices: Vec<Selection>,
+    replay: VecDeque<Selection>,
+    disagreements: Vec<Disagreement>,
+}
+
+/// A token whose replayed choice is not the one that the router would have made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Disagreement {
+    pub token: usize,
+    /// The experts of the replayed choice.
+    pub replayed: Vec<i32>,
+    /// The experts of the router's own.
+    pub own: Vec<i32>,
 }
 
 impl LayerState {
@@ -93,6 +126,7 @@ impl LayerState {
         };
         tensor.expect_shape("checkpoint", name, self.committed[i].shape())?;
         tensor.expect_dtype("checkpoint", name, self.committed[i].dtype())?;
+        let tensor = tensor.on(self.committed[i].device());
         self.pending[i] = tensor.clone();
         self.committed[i] = tensor;
         Ok(true)
@@ -112,7 +146,53 @@ impl LayerState {
 
     fn begin_step(&mut self) {
         self.step_counts.clear();
+        self.step_tokens = 0.0;
+        self.step_load.clear();
         self.first_non_finite = None;
+        self.last_choices = std::mem::take(&mut self.choices);
+    }
+
+    /// The choices of the last step, a selection for each micro-batch: a record to
+    /// [`replay`](Self::replay).
+    pub fn last_choices(&self) -> &[Selection] {
+        &self.last_choices
+    }
+
+    /// Lets the next training passes take these choices instead of the router's own, one a
+    /// micro-batch: two routers then do the same work, or two devices the same sums.
+    pub fn replay(&mut self, choices: &[Selection]) {
+        self.replay.extend(choices.iter().cloned());
+    }
+
+    /// Where replayed choices were not the router's own, since the last call.
+    pub fn take_disagreements(&mut self) -> Vec<Disagreement> {
+        std::mem::take(&mut self.disagreements)
+    }
+
+    /// Tokens that this rank trained on since the last commitment.
+    pub fn step_tokens(&self) -> f64 {
+        self.step_tokens
+    }
+
+    /// How many of them chose each expert, `[E]`; empty before the first.
+    pub fn step_load(&self) -> &[f64] {
+        &self.step_load
+    }
+
+    /// A pending tensor, to update at the end of a step.
+    ///
+    /// # Panics
+    /// When the router did not declare it.
+    pub fn pending_mut(&mut self, name: &str) -> &mut Tensor {
+        let i = self.index(name);
+        &mut self.pending[i]
+    }
+
+    fn index(&self, name: &str) -> usize {
+        match self.names.iter().position(|n| *n == name) {
+            Some(i) => i,
+            None => panic!("the router declared no state {name:?}"),
+        }
     }
 
     /// Statistics since the last call.
@@ -136,6 +216,16 @@ impl LayerState {
     }
 }
 
+fn disagreements(replayed: &Selection, own: &Selection) -> Vec<Disagreement> {
+    let tokens = (0..replayed.num_tokens()).filter(|&t| replayed.experts(t) != own.experts(t));
+    let of = |token| Disagreement {
+        token,
+        replayed: replayed.experts(token).to_vec(),
+        own: own.experts(token).to_vec(),
+    };
+    tokens.map(of).collect()
+}
+
 /// One layer in one pass, as a router sees it.
 pub struct LayerPass<'p> {
     pub pass: Pass,
@@ -143,6 +233,7 @@ pub struct LayerPass<'p> {
     /// MoE layers from 0.
     pub layer: usize,
     pub top_k: usize,
+    seed: u64,
     state: &'p mut LayerState,
     replaying: bool,
 }
@@ -153,6 +244,7 @@ impl<'p> LayerPass<'p> {
         dist: &'p dyn Collective,
         layer: usize,
         top_k: usize,
+        seed: u64,
         state: &'p mut LayerState,
         recomputing: bool,
     ) -> Self {
@@ -162,6 +254,7 @@ impl<'p> LayerPass<'p> {
             dist,
             layer,
             top_k,
+            seed,
             state,
             replaying,
         }
@@ -181,10 +274,17 @@ impl<'p> LayerPass<'p> {
             return Ok(Rc::new(Dispatch::new(selection.clone())));
         }
         let TopK {
-            selection,
+            mut selection,
             first_non_finite,
         } = choose()?;
         if self.updates_state() {
+            if let Some(replayed) = self.state.replay.pop_front() {
+                self.state
+                    .disagreements
+                    .extend(disagreements(&replayed, &selection));
+                selection = replayed;
+            }
+            self.state.choices.push(selection.clone());
             self.state.selection = Some(selection.clone());
             let first = &mut self.state.first_non_finite;
             *first = first.or(first_non_finite);
@@ -192,12 +292,34 @@ impl<'p> LayerPass<'p> {
         Ok(Rc::new(Dispatch::new(selection)))
     }
 
+    /// What else a router decides once for a micro-batch: `decide` gives it, or in a replay the
+    /// first run did.
+    ///
+    /// # Errors
+    /// Those of `decide`.
+    pub fn hold(&mut self, decide: impl FnOnce() -> Result<Vec<Tensor>>) -> Result<Vec<Tensor>> {
+        if self.replaying && !self.state.held.is_empty() {
+            return Ok(self.state.held.clone());
+        }
+        let decided = decide()?;
+        if self.updates_state() {
+            self.state.held = decided.clone();
+        }
+        Ok(decided)
+    }
+
+    /// The random numbers of this layer and step. Their index begins with a token's place in the
+    /// global batch, [`Pass::first_token`] and on.
+    pub fn draws(&self) -> Stream {
+        Stream::new(self.seed, Purpose::Routing, self.pass.step, self.layer)
+    }
+
     /// A state tensor: the pending one in training, the committed one at evaluation.
     ///
     /// # Panics
     /// When the router did not declare it.
     pub fn state(&self, name: &str) -> &Tensor {
-        let i = self.index(name);
+        let i = self.state.index(name);
         if self.pass.phase == Phase::Evaluate {
             &self.state.committed[i]
         } else {
@@ -214,24 +336,15 @@ impl<'p> LayerPass<'p> {
             self.updates_state(),
             "state changes in a first training pass alone"
         );
-        let i = self.index(name);
-        &mut self.state.pending[i]
-    }
-
-    fn index(&self, name: &str) -> usize {
-        match self.state.names.iter().position(|n| *n == name) {
-            Some(i) => i,
-            None => panic!("the router declared no state {name:?}"),
-        }
+        self.state.pending_mut(name)
     }
 
     /// Counts this micro-batch and gives `f_i`, the share of slots that went to expert i: over the
     /// step so far and all ranks, or over this micro-batch alone.
-    pub fn fractions(&mut self, dispatch: &Dispatch, over_step: bool) -> Vec<f64> {
+    pub fn fractions(&mut self, selection: &Selection, over_step: bool) -> Vec<f64> {
         if self.replaying && !self.state.fractions.is_empty() {
             return self.state.fractions.clone();
         }
-        let selection = dispatch.selection();
         let own: Vec<f64> = selection.counts().into_iter().map(|c| c as f64).collect();
         let mut counts = own.clone();
         if over_step {
@@ -254,20 +367,25 @@ impl<'p> LayerPass<'p> {
         fractions
     }
 
-    /// Adds this micro-batch to the layer's statistics.
-    pub fn count(&mut self, dispatch: &Dispatch, entropy: f64) {
+    /// Adds this micro-batch to the layer's statistics and to what the end of the step sees.
+    pub fn count(&mut self, selection: &Selection, entropy: f64) {
         if self.replaying {
             return;
         }
+        let (counts, tokens) = (selection.counts(), selection.num_tokens() as f64);
+        let add = |sums: &mut Vec<f64>| {
+            sums.resize(counts.len(), 0.0);
+            sums.iter_mut()
+                .zip(&counts)
+                .for_each(|(s, c)| *s += *c as f64);
+        };
         let stats = &mut self.state.stats;
-        let counts = dispatch.selection().counts();
-        stats.counts.resize(counts.len(), 0.0);
-        stats
-            .counts
-            .iter_mut()
-            .zip(counts)
-            .for_each(|(s, c)| *s += c as f64);
-        stats.tokens += dispatch.selection().num_tokens() as f64;
+        add(&mut stats.counts);
+        stats.tokens += tokens;
         stats.entropy += entropy;
+        if self.updates_state() {
+            add(&mut self.state.step_load);
+            self.state.step_tokens += tokens;
+        }
     }
 }

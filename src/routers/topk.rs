@@ -9,7 +9,7 @@ use super::{LayerPass, Router, RouterInfo, Routing, from_settings};
 use crate::config::ModelConfig;
 use crate::error::{Error, Result};
 use crate::ops::renormalize::renormalize;
-use crate::ops::router::{softmax, top_k};
+use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use serde::{Deserialize, Serialize};
 
@@ -17,7 +17,11 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     name: "topk",
     summary: "the K most probable experts, weighted by their probabilities; the baseline",
     source: "Shazeer et al. 2017, 1701.06538; Default MoE, 2504.12463, eq. 2",
-    cost: "1",
+    cost: "K experts a token",
+    settings: &[(
+        "renormalize",
+        "weights that sum to 1 over the chosen experts; needs K of 2 or more",
+    )],
     build: from_settings::<TopK>,
 };
 
@@ -42,19 +46,20 @@ impl Router for TopK {
         Ok(())
     }
 
-    fn route(&self, tape: &Tape, logits: &Var, layer: &mut LayerPass<'_>) -> Result<Routing> {
-        let probabilities = softmax(tape, logits)?;
-        let k = layer.top_k;
-        let dispatch = layer.select(|| top_k(probabilities.tensor(), k))?;
-        let gates = if self.renormalize {
-            renormalize(tape, &probabilities, dispatch.selection())?
-        } else {
-            probabilities.clone()
-        };
-        Ok(Routing {
-            gates,
-            probabilities,
-            dispatch,
-        })
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let choice = Choice::top_k(layer.top_k);
+        let scores = scores(tape, x, weight, Score::Softmax, choice)?;
+        let mut routing = Routing::by_scores(scores, layer)?;
+        if self.renormalize {
+            let selection = routing.dispatch.selection();
+            routing.gates = renormalize(tape, &routing.gates, selection)?;
+        }
+        Ok(routing)
     }
 }

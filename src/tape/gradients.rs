@@ -5,6 +5,7 @@
 
 use super::Source;
 use crate::cpu::{self, Accumulate};
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -94,6 +95,15 @@ impl<'a> Grads<'a> {
         self.sources[input] != Source::Constant
     }
 
+    /// The dtype of the gradient of an input whose value has dtype `value`: that of the value, but
+    /// f32 for a parameter in bf16, because many small terms are added to it.
+    pub fn dtype(&self, input: usize, value: DType) -> DType {
+        match (self.sources[input], value) {
+            (Source::Leaf { exact: true, .. }, DType::Bf16) => DType::F32,
+            _ => value,
+        }
+    }
+
     /// Says that no gradient flows to input `input`.
     pub fn none(&mut self, input: usize) {
         self.answer(input);
@@ -115,8 +125,9 @@ impl<'a> Grads<'a> {
         Ok(())
     }
 
-    /// Lets `f` write the gradient of input `input`, a tensor like `like`, in place: it gets the
-    /// destination and whether to assign or to add. Not called where no gradient is wanted.
+    /// Lets `f` write the gradient of input `input`, a tensor like the value `like` (but see
+    /// [`dtype`](Self::dtype)), in place: it gets the destination and whether to assign or to add.
+    /// Not called where no gradient is wanted.
     ///
     /// # Errors
     /// Those of `f`.
@@ -157,8 +168,8 @@ impl<'a> Grads<'a> {
         match self.sources[input] {
             Source::Constant => None,
             Source::Entry { entry, output, .. } => self.pending[entry][output].take(),
-            Source::Leaf(leaf) => {
-                let slot = &mut self.store.slots[leaf];
+            Source::Leaf { slot, .. } => {
+                let slot = &mut self.store.slots[slot];
                 if slot.written {
                     slot.tensor.take()
                 } else {
@@ -171,19 +182,20 @@ impl<'a> Grads<'a> {
     /// Memory for a first gradient: that of the last step where there is some.
     fn spare(&mut self, input: usize, like: &Tensor) -> Tensor {
         let kept = match self.sources[input] {
-            Source::Leaf(leaf) => self.store.slots[leaf].tensor.take(),
+            Source::Leaf { slot, .. } => self.store.slots[slot].tensor.take(),
             _ => None,
         };
-        kept.filter(|t| t.shape() == like.shape() && t.dtype() == like.dtype())
-            .unwrap_or_else(|| like.unspecified_like())
+        let dtype = self.dtype(input, like.dtype());
+        kept.filter(|t| t.shape() == like.shape() && t.dtype() == dtype)
+            .unwrap_or_else(|| Tensor::unspecified(like.device(), dtype, like.shape()))
     }
 
     fn put(&mut self, input: usize, gradient: Tensor) {
         match self.sources[input] {
             Source::Constant => {}
             Source::Entry { entry, output, .. } => self.pending[entry][output] = Some(gradient),
-            Source::Leaf(leaf) => {
-                self.store.slots[leaf] = Slot {
+            Source::Leaf { slot, .. } => {
+                self.store.slots[slot] = Slot {
                     tensor: Some(gradient),
                     written: true,
                 };
@@ -201,6 +213,12 @@ impl<'a> Grads<'a> {
 fn add(sum: &mut Tensor, term: &Tensor) -> Result<()> {
     term.expect_shape("backward", "a further gradient", sum.shape())?;
     term.expect_dtype("backward", "a further gradient", sum.dtype())?;
+    if sum.dtype() == DType::Bf16 {
+        let mut wide = sum.widened();
+        cpu::add_assign(wide.slice_mut::<f32>(), term.widened().slice::<f32>());
+        *sum = wide.narrowed();
+        return Ok(());
+    }
     with_real!(sum.dtype(), "backward", |T| {
         cpu::add_assign(sum.slice_mut::<T>(), term.slice::<T>());
         Ok(())

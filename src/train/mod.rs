@@ -18,8 +18,10 @@ use crate::eval::validation_loss;
 use crate::metrics::{Log, Record};
 use crate::model::Model;
 use crate::plots;
+use crate::routers::LayerStats;
 use crate::step::{StepReport, Trainer};
 use progress::Progress;
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -250,10 +252,25 @@ impl<'a> Run<'a> {
                 .iter()
                 .map(|l| finite(l.entropy / l.tokens))
                 .collect(),
+            sparsity: sparsity(&report.layers),
+            router_state: self.router_state(),
             validation_loss,
             seconds,
             tokens_per_second: per_step as f64 / seconds,
         }
+    }
+
+    /// The router's vectors, by name and MoE layer.
+    fn router_state(&self) -> BTreeMap<String, Vec<Vec<f64>>> {
+        let mut found: BTreeMap<String, Vec<Vec<f64>>> = BTreeMap::new();
+        for state in self.model.layer_states().iter() {
+            for (name, tensor) in state.tensors().filter(|(_, t)| t.shape().len() == 1) {
+                // State is real: the model rounded it to its own dtype.
+                let values = tensor.to_f64().unwrap_or_default();
+                found.entry(name.into()).or_default().push(values);
+            }
+        }
+        found
     }
 
     /// Notes a step that was left out; stops after too many in a row.
@@ -295,6 +312,16 @@ impl<'a> Run<'a> {
     }
 }
 
+/// The mean over layers of the share of (token, expert) pairs that were not chosen.
+fn sparsity(layers: &[LayerStats]) -> Option<f64> {
+    let chosen = layers.iter().map(|l| {
+        let pairs = l.tokens * l.counts.len() as f64;
+        l.counts.iter().sum::<f64>() / pairs
+    });
+    let mean = 1.0 - chosen.sum::<f64>() / layers.len() as f64;
+    Some(mean).filter(|s| s.is_finite())
+}
+
 fn start(config: Config, data: String) -> Result<(Model, Trainer, TrainerState)> {
     let model = Model::new(&config)?;
     let trainer = Trainer::new(&config.train, &model);
@@ -314,7 +341,7 @@ fn resume(
     config: Config,
     data: String,
 ) -> Result<(Model, Trainer, TrainerState)> {
-    let (model, mut state) = checkpoint::load_model(saved)?;
+    let (model, mut state) = checkpoint::load_model_on(saved, Some(config.train.device))?;
     let old = &state.config;
     for (what, same) in [
         ("model", old.model == config.model),

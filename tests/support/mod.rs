@@ -2,10 +2,12 @@
 //! after another.
 #![allow(dead_code)]
 
+pub mod refusals;
 pub mod schedules;
 
+use routegrad::check::kernels::costs::Cost;
 use routegrad::check::kernels::{Case, Problem, Simulator, cases};
-use schedules::{is_plain, schedules};
+use schedules::{counted, is_plain, schedules};
 
 /// The simulator, or the instrumented build that ROUTEGRAD_SIM_LIBRARY names.
 pub fn simulator() -> Simulator {
@@ -57,4 +59,24 @@ pub fn check_schedules(launcher: &str) {
             assert!(other == first, "{} under {schedule:?}", problem.label);
         }
     }
+}
+
+/// What the simulator counts of one run is the formula's: operations exactly, bytes within 2 percent. The instrumented
+/// builds count the same, slowly.
+pub fn counts_agree(problem: &Problem, cost: Cost) {
+    if !is_plain() {
+        return;
+    }
+    let counters = counted(|| drop(outputs(problem)));
+    let (flops, bytes) = (
+        counters.tensor_flops as f64,
+        (counters.bytes_read + counters.bytes_written) as f64,
+    );
+    let label = &problem.label;
+    assert_eq!(flops, cost.flops, "{label}: operations");
+    assert!(
+        (bytes - cost.bytes).abs() <= 0.02 * cost.bytes,
+        "{label}: {bytes} bytes, {} by the formula",
+        cost.bytes
+    );
 }

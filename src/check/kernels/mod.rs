@@ -5,14 +5,21 @@
 //! outputs hold. [`Run`] puts it on a [`Machine`]: every buffer lies between guard bands, every output starts poisoned,
 //! inputs must come back unchanged.
 
+pub mod combine;
+pub mod costs;
 pub mod dispatch;
+pub mod expert_mean;
 pub mod experts;
+pub mod gate_gradient;
 pub mod grouped_down;
 pub mod grouped_gemm;
 pub mod grouped_swiglu;
 pub mod machine;
 pub mod numbers;
 pub mod operands;
+pub mod routed;
+pub mod router;
+pub mod router_backward;
 pub mod unit;
 
 pub use machine::{Guarded, Machine, Simulator};
@@ -107,8 +114,13 @@ pub struct Case {
 /// Every case that any machine can run, in the order in which a first visit to a GPU should.
 pub fn cases() -> Vec<Case> {
     let mut all = unit::cases();
+    all.extend(router::cases());
+    all.extend(router_backward::cases());
     all.extend(dispatch::cases());
     all.extend(grouped_gemm::cases());
+    all.extend(expert_mean::cases());
+    all.extend(combine::cases());
+    all.extend(gate_gradient::cases());
     all.extend(grouped_swiglu::cases());
     all.extend(grouped_down::cases());
     all

@@ -1,0 +1,262 @@
+//! Combine (`kernels/combine.cu`) against float64.
+
+use super::dispatch::Batch;
+use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
+use super::routed::{Routed, covering_batches, small_batches};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+use half::bf16;
+use rayon::prelude::*;
+use std::ptr::null;
+use std::sync::Arc;
+
+/// What a launch is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mode {
+    /// Without, every row counts 1.
+    pub gates: bool,
+    pub vectors: bool,
+    pub accumulate: bool,
+}
+
+/// Forward of `topk`, gradient of x assigned and added, forward of `default`, and the same added.
+pub const MODES: [Mode; 5] = [
+    Mode::new(true, false, false),
+    Mode::new(false, false, false),
+    Mode::new(false, false, true),
+    Mode::new(true, true, false),
+    Mode::new(true, true, true),
+];
+
+impl Mode {
+    const fn new(gates: bool, vectors: bool, accumulate: bool) -> Self {
+        Self {
+            gates,
+            vectors,
+            accumulate,
+        }
+    }
+}
+
+/// The inputs of one launch.
+pub struct Inputs {
+    pub routed: Routed,
+    pub hidden: usize,
+    pub mode: Mode,
+    /// `[rows_given, D]`; NaN where no slot names a row.
+    pub rows: Vec<bf16>,
+    /// `[E, D]`.
+    pub vectors: Vec<f32>,
+    /// `[T, D]`: what y holds before.
+    pub before: Vec<bf16>,
+}
+
+/// Relative error that two bf16 terms leave of a float: half an ulp of half an ulp.
+const SPLIT: f64 = 1.0 / 65536.0;
+
+impl Inputs {
+    pub fn new(batch: Batch, hidden: usize, mode: Mode) -> Self {
+        let routed = Routed::new(batch);
+        let mut random = Random(hidden as u64 + 17 * routed.rows_given as u64);
+        let mut rows = random.normals_bf16(routed.rows_given * hidden);
+        rows[routed.sorted.rows() * hidden..].fill(bf16::NAN);
+        Self {
+            hidden,
+            mode,
+            rows,
+            vectors: (0..routed.experts() * hidden)
+                .map(|_| random.normal())
+                .collect(),
+            before: random.normals_bf16(routed.tokens() * hidden),
+            routed,
+        }
+    }
+
+    /// Each element of y of one token, the sum of its terms' magnitudes, and that of the terms with ê alone.
+    fn token(&self, token: usize) -> Vec<(f64, f64, f64)> {
+        let (hidden, experts) = (self.hidden, self.routed.experts());
+        let mut sums = vec![(0.0, 0.0, 0.0); hidden];
+        let gate = |expert: usize| f64::from(self.routed.gates[token * experts + expert]);
+        for (row, expert) in self.routed.rows_of(token) {
+            let gate = if self.mode.gates { gate(expert) } else { 1.0 };
+            let row = &self.rows[row * hidden..(row + 1) * hidden];
+            for (sum, value) in sums.iter_mut().zip(row) {
+                let term = gate * value.to_f64();
+                *sum = (sum.0 + term, sum.1 + term.abs(), 0.0);
+            }
+        }
+        let rows = self.routed.row_of_expert(token);
+        for expert in (0..experts).filter(|&e| self.mode.vectors && rows[e].is_none()) {
+            let vector = &self.vectors[expert * hidden..(expert + 1) * hidden];
+            for (sum, &value) in sums.iter_mut().zip(vector) {
+                let term = gate(expert) * f64::from(value);
+                *sum = (sum.0 + term, sum.1 + term.abs(), sum.2 + term.abs());
+            }
+        }
+        if self.mode.accumulate {
+            let before = &self.before[token * hidden..(token + 1) * hidden];
+            for (sum, value) in sums.iter_mut().zip(before) {
+                let term = value.to_f64();
+                *sum = (sum.0 + term, sum.1 + term.abs(), sum.2);
+            }
+        }
+        sums
+    }
+
+    /// Every element within half an ulp of bf16 and the rounding of its sum; not finite where the reference is not.
+    ///
+    /// # Errors
+    /// The text names the element.
+    fn judge(&self, bytes: &[u8]) -> Result<Errors, String> {
+        let got: Vec<bf16> = values(bytes);
+        let terms = (self.routed.experts() + self.routed.slots() + 2) as f64;
+        let judged: Result<Vec<Errors>, String> = got
+            .par_chunks(self.hidden)
+            .enumerate()
+            .map(|(token, got)| {
+                let mut errors = Errors::default();
+                for (column, (got, want)) in got.iter().zip(self.token(token)).enumerate() {
+                    let (want, magnitude, of_vectors) = want;
+                    let place = || format!("token {token}, column {column}");
+                    if !want.is_finite() {
+                        if got.is_finite() {
+                            return Err(format!("{}: got {got} instead of {want}", place()));
+                        }
+                        continue;
+                    }
+                    let sum = terms * F32_ROUNDOFF * magnitude + 3.0 * SPLIT * of_vectors;
+                    let bound = half_ulp_bf16(want.abs() + sum) + sum;
+                    errors.add(got.to_f64(), want, bound, place)?;
+                }
+                Ok(errors)
+            })
+            .collect();
+        let mut errors = Errors::default();
+        judged?.into_iter().for_each(|token| errors.merge(token));
+        if !(errors.relative() <= 2e-3) {
+            return Err(format!("relative error {:.2e} > 2e-3", errors.relative()));
+        }
+        Ok(errors)
+    }
+
+    pub fn label(&self) -> String {
+        format!(
+            "{:?}, {}, D {}",
+            self.mode,
+            self.routed.label(),
+            self.hidden
+        )
+    }
+}
+
+/// The launch of these inputs. Buffers: y, rows, gates, vectors, slot_row, choices.
+pub fn problem(inputs: &Arc<Inputs>) -> Problem {
+    let i = inputs.clone();
+    let mode = i.mode;
+    let mut buffers = vec![
+        match mode.accumulate {
+            true => Buffer::changed("y", &i.before),
+            false => Buffer::output("y", i.before.len() * 2),
+        },
+        Buffer::input("rows_in", &i.rows),
+        Buffer::input("gates", &i.routed.gates),
+        Buffer::input("vectors", &i.vectors),
+    ];
+    buffers.extend(i.routed.slot_buffers());
+    let has_choices = i.routed.has_choices();
+    let (tokens, rows) = (i.routed.tokens() as i64, i.routed.rows_given as i64);
+    let (experts, slots) = (i.routed.experts() as i32, i.routed.slots() as i32);
+    let hidden = i.hidden as i32;
+    Problem {
+        label: i.label(),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let gates = if mode.gates { p[2].cast() } else { null() };
+            let vectors = if mode.vectors { p[3].cast() } else { null() };
+            let choices = if has_choices { p[5].cast() } else { null() };
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    combine(
+                        p[0].cast(),
+                        p[1].cast(),
+                        gates,
+                        p[4].cast(),
+                        choices,
+                        vectors,
+                        tokens,
+                        rows,
+                        experts,
+                        hidden,
+                        slots,
+                        i32::from(mode.accumulate),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| i.judge(&out[0])),
+    }
+}
+
+/// Rows and gates that are not finite: they must spoil their own tokens alone.
+fn spoilt(mode: Mode) -> Inputs {
+    let mut inputs = Inputs::new(Batch::random(70, 16, 2, 20), 136, mode);
+    let hidden = inputs.hidden;
+    inputs.rows[3 * hidden..4 * hidden].fill(bf16::NAN);
+    inputs.rows[40 * hidden..41 * hidden].fill(bf16::INFINITY);
+    inputs.routed.gates[33 * 16..34 * 16].fill(f32::NAN);
+    inputs.routed.gates[69 * 16 + 5] = f32::INFINITY;
+    inputs
+}
+
+pub fn cases() -> Vec<Case> {
+    let widths = [8, 136, 264, 72, 384, 1032, 520];
+    MODES
+        .iter()
+        .flat_map(|&mode| {
+            let shapes = move |batches: Vec<Batch>| -> Vec<MakeProblem> {
+                let make = move |(batch, hidden): (Batch, usize)| {
+                    Box::new(move || {
+                        Ok(problem(&Arc::new(Inputs::new(batch.clone(), hidden, mode))))
+                    }) as MakeProblem
+                };
+                batches
+                    .into_iter()
+                    .zip(widths.into_iter().cycle())
+                    .map(make)
+                    .collect()
+            };
+            let mut small = shapes(small_batches());
+            small.push(Box::new(move || Ok(problem(&Arc::new(spoilt(mode))))));
+            [
+                ("small", small, true),
+                ("covering", shapes(covering_batches()), false),
+            ]
+            .map(|(name, problems, small)| Case {
+                name: format!("combine {name} {}", mode.name()),
+                launcher: "combine",
+                source: "combine",
+                problems,
+                small,
+            })
+        })
+        .collect()
+}
+
+impl Mode {
+    fn name(self) -> String {
+        let parts = [
+            (self.gates, "gates"),
+            (self.vectors, "vectors"),
+            (self.accumulate, "accumulated"),
+        ];
+        let on: Vec<&str> = parts.iter().filter(|p| p.0).map(|p| p.1).collect();
+        if on.is_empty() {
+            "rows alone".into()
+        } else {
+            on.join(" ")
+        }
+    }
+}

@@ -1,0 +1,209 @@
+//! What a kernel costs: its floating-point operations on tensor cores and the bytes it must move, from its sizes. The
+//! formulas are those of the headers in `kernels/`; the tests hold the simulator's counters against them.
+
+use std::iter::Sum;
+use std::ops::Add;
+
+/// Tensor-core operations and global memory traffic, each byte counted once however often a cache serves it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    pub flops: f64,
+    pub bytes: f64,
+}
+
+/// What one H200 was measured to do: bf16 products per second through cuBLAS, and bytes read and written by a copy.
+pub const FLOPS_PER_SECOND: f64 = 790e12;
+pub const BYTES_PER_SECOND: f64 = 4.3e12;
+
+impl Cost {
+    fn new(flops: usize, bytes: usize) -> Self {
+        Self {
+            flops: flops as f64,
+            bytes: bytes as f64,
+        }
+    }
+
+    /// Seconds that no kernel can go below on one H200.
+    pub fn floor(&self) -> f64 {
+        (self.flops / FLOPS_PER_SECOND).max(self.bytes / BYTES_PER_SECOND)
+    }
+}
+
+impl Add for Cost {
+    type Output = Cost;
+    fn add(self, other: Cost) -> Cost {
+        Cost {
+            flops: self.flops + other.flops,
+            bytes: self.bytes + other.bytes,
+        }
+    }
+}
+
+impl Sum for Cost {
+    fn sum<I: Iterator<Item = Cost>>(costs: I) -> Cost {
+        costs.fold(Cost::default(), Add::add)
+    }
+}
+
+/// The sizes of a MoE layer's kernels.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// T.
+    pub tokens: usize,
+    /// D.
+    pub hidden: usize,
+    /// F, the width of one expert.
+    pub ffn: usize,
+    /// E.
+    pub experts: usize,
+    /// Slots of a token, K.
+    pub slots: usize,
+    /// R: slots that have a row.
+    pub rows: usize,
+}
+
+/// Experts as the router's and the combine's tiles have them.
+fn padded_experts(experts: usize) -> usize {
+    match experts {
+        0..=16 => 16,
+        17..=32 => 32,
+        33..=64 => 64,
+        65..=128 => 128,
+        _ => 256,
+    }
+}
+
+/// `kernels/router.cu`: `router_forward` and `router_statistics`.
+pub fn router_forward(s: &Sizes) -> Cost {
+    let blocks = s.tokens.div_ceil(128);
+    let flops = 6 * 128 * blocks * s.hidden.next_multiple_of(64) * padded_experts(s.experts);
+    let scores = 4 * s.tokens * (s.experts + 1 + s.slots);
+    let statistics = 4 * (2 * s.experts + 2) * (2 * blocks + 1);
+    let read = 2 * s.tokens * s.hidden + 4 * s.experts * s.hidden;
+    Cost::new(flops, read + scores + statistics)
+}
+
+/// `kernels/router_backward.cu`: `router_backward`, with dx assigned or accumulated, and `router_weight_gradient`, with
+/// dW likewise, through so many partial sums of \[E, D\].
+pub fn router_backward(s: &Sizes, accumulate: bool, partials: usize) -> Cost {
+    let experts = padded_experts(s.experts);
+    let flops_dx = 6 * s.tokens.next_multiple_of(128) * s.hidden.next_multiple_of(64) * experts;
+    let flops_dw = 6 * s.tokens.next_multiple_of(64) * s.hidden.next_multiple_of(128) * experts;
+    let passes = if accumulate { 2 } else { 1 };
+    let (x, w) = (2 * s.tokens * s.hidden, 4 * s.experts * s.hidden);
+    // Scores and their gradient are read, dz is written and read.
+    let logits = 16 * s.tokens * s.experts + 4 * s.tokens + 4 * s.experts;
+    let dx = w + passes * x;
+    let dw = x + 2 * partials * w + passes * w;
+    Cost::new(flops_dx + flops_dw, logits + dx + dw)
+}
+
+/// `kernels/dispatch.cu` with a list of choices.
+pub fn dispatch_choices(s: &Sizes) -> Cost {
+    Cost::new(0, 12 * s.tokens * s.slots + 8 * s.rows)
+}
+
+/// `kernels/grouped_swiglu.cu`, forward.
+pub fn grouped_swiglu_forward(s: &Sizes) -> Cost {
+    let Sizes {
+        rows,
+        hidden,
+        ffn,
+        experts,
+        ..
+    } = *s;
+    Cost::new(
+        4 * rows * ffn * hidden,
+        2 * rows * (hidden + 3 * ffn) + 4 * experts * ffn * hidden,
+    )
+}
+
+/// `kernels/grouped_swiglu.cu`, backward, with `dot_columns` partial dots a row.
+pub fn grouped_swiglu_backward(s: &Sizes, dot_columns: usize) -> Cost {
+    let Sizes {
+        rows,
+        hidden,
+        ffn,
+        experts,
+        ..
+    } = *s;
+    Cost::new(
+        2 * rows * ffn * hidden,
+        2 * rows * (hidden + 5 * ffn) + 2 * experts * ffn * hidden + 4 * rows * (dot_columns + 2),
+    )
+}
+
+/// `kernels/grouped_down.cu`, with or without the column sums of which the experts' means are made.
+pub fn grouped_down_forward(s: &Sizes, column_sums: bool) -> Cost {
+    let forward = grouped_gemm(s.rows, s.experts, s.hidden, s.ffn);
+    let sums = 4 * s.hidden * (s.rows / 64 + s.experts) + 8 * s.rows;
+    forward + Cost::new(0, if column_sums { sums } else { 0 })
+}
+
+/// `kernels/grouped_gemm.cu`, forward or input gradient: `rows` times W [groups, n, k] in bf16.
+pub fn grouped_gemm(rows: usize, groups: usize, n: usize, k: usize) -> Cost {
+    Cost::new(2 * rows * n * k, 2 * (rows * k + groups * n * k + rows * n))
+}
+
+/// `kernels/grouped_gemm.cu`, gradient of W [groups, n, k] in f32.
+pub fn grouped_gemm_weight_gradient(
+    rows: usize,
+    groups: usize,
+    n: usize,
+    k: usize,
+    accumulate: bool,
+) -> Cost {
+    let weights = if accumulate { 8 } else { 4 } * groups * n * k;
+    Cost::new(2 * rows * n * k, 2 * rows * (n + k) + weights)
+}
+
+/// `kernels/expert_mean.cu`: at most; an expert's last block of 64 rows may be short.
+pub fn expert_sums(s: &Sizes) -> Cost {
+    let lines = s.rows / 64 + s.experts;
+    Cost::new(
+        0,
+        4 * s.hidden * (lines + s.experts) + 8 * s.rows + 16 * s.experts,
+    )
+}
+
+/// `kernels/expert_mean.cu`: every expert has rows.
+pub fn expert_mean_update(s: &Sizes) -> Cost {
+    Cost::new(0, 12 * s.experts * s.hidden)
+}
+
+/// `kernels/combine.cu` with a list of choices.
+pub fn combine(s: &Sizes, gates: bool, vectors: bool, accumulate: bool) -> Cost {
+    let mut bytes = 2 * s.hidden * (s.rows + s.tokens) + 4 * s.slots * s.tokens;
+    if accumulate {
+        bytes += 2 * s.hidden * s.tokens;
+    }
+    if gates {
+        bytes += 4 * s.slots * s.tokens;
+    }
+    if !vectors {
+        return Cost::new(0, bytes + if gates { 4 * s.rows } else { 0 });
+    }
+    let flops = 6
+        * s.tokens.next_multiple_of(64)
+        * padded_experts(s.experts)
+        * s.hidden.next_multiple_of(128);
+    Cost::new(flops, bytes + 4 * s.experts * (s.tokens + s.hidden))
+}
+
+/// `kernels/gate_gradient.cu` with a list of choices and `dot_columns` partial dots a row.
+pub fn gate_gradient(s: &Sizes, vectors: bool, dot_columns: usize) -> Cost {
+    let bytes = 4 * s.tokens * (s.experts + 2 * s.slots) + 4 * s.rows * dot_columns;
+    if !vectors {
+        return Cost::new(0, bytes);
+    }
+    let experts = match s.experts {
+        0..=16 => 16,
+        17..=32 => 32,
+        e => e.next_multiple_of(64),
+    };
+    let flops = 4 * s.tokens.next_multiple_of(128) * experts * s.hidden.next_multiple_of(64);
+    Cost::new(
+        flops,
+        bytes + 2 * s.tokens * s.hidden + 4 * s.experts * s.hidden,
+    )
+}

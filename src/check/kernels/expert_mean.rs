@@ -1,0 +1,278 @@
+//! Expert sums and the moving average of the means (`kernels/expert_mean.cu`) against float64.
+
+use super::dispatch::Batch;
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::routed::{Routed, covering_batches, small_batches};
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use crate::device::bindings::{
+    ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
+    routegrad_weighting,
+};
+use crate::launch;
+use std::ops::Range;
+use std::ptr::null;
+use std::sync::Arc;
+
+/// Rows behind one line of column sums.
+const BLOCK_ROWS: usize = 64;
+
+/// The inputs of `expert_sums`.
+pub struct Sums {
+    pub routed: Routed,
+    pub hidden: usize,
+    /// Whether rows count their gates.
+    pub weighted: bool,
+    /// `[rows_given / 64 + E, D]`; NaN in lines of no expert.
+    pub column_sums: Vec<f32>,
+}
+
+impl Sums {
+    pub fn new(batch: Batch, hidden: usize, weighted: bool) -> Self {
+        let routed = Routed::new(batch);
+        let lines = routed.rows_given / BLOCK_ROWS + routed.experts();
+        let mut sums = Self {
+            hidden,
+            weighted,
+            column_sums: vec![f32::NAN; lines * hidden],
+            routed,
+        };
+        let mut random = Random(hidden as u64 + 23 * lines as u64);
+        for expert in 0..sums.routed.experts() {
+            let lines = sums.lines(expert);
+            sums.column_sums[lines.start * hidden..lines.end * hidden]
+                .fill_with(|| random.normal());
+        }
+        sums
+    }
+
+    fn rows(&self, expert: usize) -> Range<usize> {
+        let offsets = &self.routed.sorted.offsets;
+        offsets[expert] as usize..offsets[expert + 1] as usize
+    }
+
+    /// The expert's lines of `column_sums`.
+    fn lines(&self, expert: usize) -> Range<usize> {
+        let rows = self.rows(expert);
+        let first = rows.start / BLOCK_ROWS + expert;
+        first..first + rows.len().div_ceil(BLOCK_ROWS)
+    }
+
+    /// Sums within the rounding of their terms, numbers of rows exactly.
+    ///
+    /// # Errors
+    /// The text names the element.
+    fn judge(&self, sums: &[u8], masses: &[u8]) -> Result<Errors, String> {
+        let (hidden, experts) = (self.hidden, self.routed.experts());
+        let (sums, masses): (Vec<f32>, Vec<f32>) = (values(sums), values(masses));
+        let mut errors = Errors::default();
+        let mut judge = |got: f32, terms: &mut dyn Iterator<Item = f32>, place: String| {
+            let (mut want, mut magnitude, mut count) = (0.0, 0.0, 0.0);
+            for term in terms {
+                want += f64::from(term);
+                magnitude += f64::from(term).abs();
+                count += 1.0;
+            }
+            let bound = F32_ROUNDOFF * count * magnitude;
+            errors.add(f64::from(got), want, bound, || place.clone())
+        };
+        for expert in 0..experts {
+            let lines = self.lines(expert);
+            for column in 0..hidden {
+                let mut terms = lines
+                    .clone()
+                    .map(|line| self.column_sums[line * hidden + column]);
+                let place = format!("sum of expert {expert}, column {column}");
+                judge(sums[expert * hidden + column], &mut terms, place)?;
+            }
+            let rows = self.rows(expert);
+            let count = rows.len() as f32;
+            let mut gates = rows.map(|row| {
+                let token = self.routed.sorted.row_token[row] as usize;
+                self.routed.gates[token * experts + expert]
+            });
+            let mass = masses[2 * expert];
+            if self.weighted {
+                judge(mass, &mut gates, format!("mass of expert {expert}"))?;
+            }
+            if masses[2 * expert + 1] != count || (!self.weighted && mass != count) {
+                let got = &masses[2 * expert..2 * expert + 2];
+                return Err(format!(
+                    "expert {expert}: masses {got:?} instead of {count} rows"
+                ));
+            }
+        }
+        Ok(errors)
+    }
+}
+
+/// The launch of `expert_sums`. Buffers: sums, masses, column_sums, gates, offsets, row_token.
+pub fn sums_problem(inputs: &Arc<Sums>) -> Problem {
+    let i = inputs.clone();
+    let experts = i.routed.experts();
+    // Rows past the last name no token.
+    let mut row_token = i.routed.sorted.row_token.clone();
+    row_token.resize(i.routed.rows_given, i32::MAX);
+    let buffers = vec![
+        Buffer::output("sums", experts * i.hidden * 4),
+        Buffer::output("masses", experts * 8),
+        Buffer::input("column_sums", &i.column_sums),
+        Buffer::input("gates", &i.routed.gates),
+        Buffer::input("offsets", &i.routed.sorted.offsets),
+        Buffer::input("row_token", &row_token),
+    ];
+    let (weighted, rows, tokens) = (
+        i.weighted,
+        i.routed.rows_given as i64,
+        i.routed.tokens() as i64,
+    );
+    let (experts, hidden) = (experts as i32, i.hidden as i32);
+    Problem {
+        label: format!("{}, D {hidden}, weighted {weighted}", i.routed.label()),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let gates = if weighted { p[3].cast() } else { null() };
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    expert_sums(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        gates,
+                        p[4].cast(),
+                        p[5].cast(),
+                        rows,
+                        tokens,
+                        experts,
+                        hidden,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| i.judge(&out[0], &out[1])),
+    }
+}
+
+/// `expert_mean_update` of so many experts: every third has no rows, and NaN sums; the last has rows of no mass.
+pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weighting) -> Problem {
+    let mut random = Random(experts as u64 * 29 + hidden as u64);
+    let mut normals = |len: usize| -> Vec<f32> { (0..len).map(|_| random.normal()).collect() };
+    let (average, mut sums) = (normals(experts * hidden), normals(experts * hidden));
+    let mut masses = Vec::new();
+    for expert in 0..experts {
+        let (rows, mass) = match expert {
+            e if e % 3 == 1 => (0.0, 0.0),
+            e if e + 1 == experts && e > 0 => (9.0, 0.0),
+            e => (e as f32 + 1.0, 0.3 * (e as f32 + 1.0)),
+        };
+        if rows == 0.0 {
+            sums[expert * hidden..(expert + 1) * hidden].fill(f32::NAN);
+        }
+        masses.extend([mass, rows]);
+    }
+    let beta = 0.9f32;
+    let buffers = vec![
+        Buffer::changed("average", &average),
+        Buffer::input("sums", &sums),
+        Buffer::input("masses", &masses),
+        Buffer::input("beta", &[beta]),
+    ];
+    Problem {
+        label: format!("{experts} experts, D {hidden}, weighting {weighting}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    expert_mean_update(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        p[3].cast(),
+                        experts as i32,
+                        hidden as i32,
+                        weighting as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<f32> = values(&out[0]);
+            let mut errors = Errors::default();
+            for expert in 0..experts {
+                let range = expert * hidden..(expert + 1) * hidden;
+                let (mass, rows) = (masses[2 * expert], masses[2 * expert + 1]);
+                let divisor = if weighting == ROUTEGRAD_WEIGHTING_SUM_P {
+                    mass
+                } else {
+                    rows
+                };
+                if rows == 0.0 || divisor == 0.0 {
+                    let bytes = &out[0][range.start * 4..range.end * 4];
+                    let kept = exactly::<f32>("average", bytes, |i| average[range.start + i]);
+                    errors.merge(kept.map_err(|why| format!("expert {expert}: {why}"))?);
+                    continue;
+                }
+                for i in range {
+                    let keep = f64::from(beta);
+                    let (old, sum) = (f64::from(average[i]), f64::from(sums[i]));
+                    let (kept, new) = (keep * old, (1.0 - keep) * sum / f64::from(divisor));
+                    // 1 − β, the quotient, two products and the sum.
+                    let bound =
+                        F32_ROUNDOFF * (2.0 * kept.abs() + 5.0 * new.abs() + (kept + new).abs());
+                    let place = || format!("expert {expert}, element {i}");
+                    errors.add(f64::from(got[i]), kept + new, bound, place)?;
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let widths = [8, 136, 264, 72, 128, 1032];
+    let shapes = |batches: Vec<Batch>| -> Vec<MakeProblem> {
+        let sized = batches.into_iter().zip(widths.into_iter().cycle());
+        sized
+            .flat_map(|(batch, hidden)| {
+                [false, true].map(|weighted| {
+                    let batch = batch.clone();
+                    Box::new(move || {
+                        let inputs = Sums::new(batch.clone(), hidden, weighted);
+                        Ok(sums_problem(&Arc::new(inputs)))
+                    }) as MakeProblem
+                })
+            })
+            .collect()
+    };
+    let updates = [(1, 8), (7, 136), (64, 1032), (256, 72)]
+        .into_iter()
+        .flat_map(|(experts, hidden)| {
+            [
+                ROUTEGRAD_WEIGHTING_PLAIN,
+                ROUTEGRAD_WEIGHTING_SUM_P,
+                ROUTEGRAD_WEIGHTING_COUNT,
+            ]
+            .map(|weighting| {
+                Box::new(move || Ok(update_problem(experts, hidden, weighting))) as MakeProblem
+            })
+        })
+        .collect();
+    [
+        ("expert_sums", "small", shapes(small_batches()), true),
+        ("expert_sums", "covering", shapes(covering_batches()), false),
+        ("expert_mean_update", "small", updates, true),
+    ]
+    .map(|(launcher, name, problems, small)| Case {
+        name: format!("{launcher} {name}"),
+        launcher,
+        source: "expert_mean",
+        problems,
+        small,
+    })
+    .into()
+}

@@ -1,0 +1,521 @@
+//! The router's forward (`kernels/router.cu`) against float64: scores and log-sum-exp within the bound of their
+//! arithmetic, choices and counts exactly as the scores that the kernel wrote demand.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::{Buffer, Case, MakeProblem, Problem, exactly, machine::POISON, values};
+use crate::device::bindings::*;
+use crate::device::launchers;
+use crate::error::Result;
+use crate::launch;
+use half::bf16;
+use rayon::prelude::*;
+use std::ptr::{null, null_mut};
+use std::sync::Arc;
+
+pub const SCORES: [routegrad_score; 4] = [
+    ROUTEGRAD_SCORE_LOGITS,
+    ROUTEGRAD_SCORE_SOFTMAX,
+    ROUTEGRAD_SCORE_SIGMOID,
+    ROUTEGRAD_SCORE_RELU,
+];
+
+/// What is special about a batch.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Kind {
+    Ordinary,
+    /// A bias of both signs, as large as the scores.
+    Biased,
+    /// Experts in pairs of equal weights.
+    Ties,
+    /// Every token's highest score by far is the last expert's.
+    OneExpert,
+    /// Token 1 overflows to infinity in one logit; token 17 holds NaN, the last an infinity.
+    NonFinite,
+    /// Logits up to some hundreds.
+    Large,
+}
+use Kind::*;
+
+/// Sizes and settings of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub tokens: usize,
+    pub experts: usize,
+    pub hidden: usize,
+    pub choices: usize,
+    pub score: routegrad_score,
+    pub kind: Kind,
+}
+
+/// x [T, D] and W [E, D] with their logits in float64, [T, E] values and Σ|x w|.
+pub struct Batch {
+    pub shape: Shape,
+    pub x: Vec<bf16>,
+    pub w: Vec<f32>,
+    pub bias: Option<Vec<f32>>,
+    pub logits: Vec<(f64, f64)>,
+}
+
+impl Batch {
+    pub fn new(shape: Shape) -> Self {
+        let Shape {
+            tokens,
+            experts,
+            hidden,
+            kind,
+            ..
+        } = shape;
+        let mut random = Random((tokens * 31 + experts * 17 + hidden) as u64);
+        let mut x = random.normals_bf16(tokens * hidden);
+        let scale = if kind == Large { 100.0 } else { 1.5 } / (hidden as f32).sqrt();
+        let mut w: Vec<f32> = (0..experts * hidden)
+            .map(|_| random.normal() * scale)
+            .collect();
+        match kind {
+            Ties => {
+                for pair in w.chunks_exact_mut(2 * hidden) {
+                    pair.copy_within(..hidden, hidden);
+                }
+            }
+            OneExpert => {
+                x.iter_mut().step_by(hidden).for_each(|v| *v = bf16::ONE);
+                w[(experts - 1) * hidden] = 50.0;
+            }
+            NonFinite => {
+                let (last, spare) = (tokens - 1, hidden / 2 - 1);
+                for (token, wrong) in [(last, f32::NEG_INFINITY), (17, f32::NAN)] {
+                    x[token.min(last) * hidden + hidden / 2] = bf16::from_f32(wrong);
+                }
+                // A column in which token 1 alone is not zero, and expert 0 too large for it.
+                x.iter_mut()
+                    .skip(spare)
+                    .step_by(hidden)
+                    .for_each(|v| *v = bf16::ZERO);
+                x[last.min(1) * hidden + spare] = bf16::from_f32(64.0);
+                w[spare] = 3e38;
+            }
+            Ordinary | Biased | Large => {}
+        }
+        let bias = (kind == Biased).then(|| (0..experts).map(|_| random.normal()).collect());
+        let logits = (0..tokens * experts)
+            .into_par_iter()
+            .map(|i| {
+                let (x, w) = (&x[i / experts * hidden..], &w[i % experts * hidden..]);
+                let products = (0..hidden).map(|d| x[d].to_f64() * f64::from(w[d]));
+                products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()))
+            })
+            .collect();
+        Self {
+            shape,
+            x,
+            w,
+            bias,
+            logits,
+        }
+    }
+
+    /// How far a logit with this Σ|x w| may be off: one rounding per addition, three terms of W a product.
+    fn logit_bound(&self, size: f64) -> f64 {
+        F32_ROUNDOFF * (self.shape.hidden as f64 + 4.0) * size
+    }
+
+    fn label(&self) -> String {
+        format!("{:?}", self.shape)
+    }
+}
+
+/// log Σ exp, without overflow.
+pub fn log_sum_exp(logits: impl Iterator<Item = f64> + Clone) -> f64 {
+    let highest = logits.clone().fold(f64::NEG_INFINITY, f64::max);
+    highest + logits.map(|z| (z - highest).exp()).sum::<f64>().ln()
+}
+
+/// The `count` experts of the highest score + bias, ascending; ties to the lower expert, NaN as −∞.
+pub fn chosen(scores: &[f32], bias: Option<&[f32]>, count: usize) -> Vec<usize> {
+    let value = |e: usize| {
+        let value = scores[e] + bias.map_or(0.0, |b| b[e]);
+        if value.is_nan() {
+            f32::NEG_INFINITY
+        } else {
+            value
+        }
+    };
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    order.sort_by(|&a, &b| value(b).total_cmp(&(value(a) + 0.0)).then(a.cmp(&b)));
+    order.truncate(count);
+    order.sort_unstable();
+    order
+}
+
+/// Holds the scores and log-sum-exp of one token against float64.
+fn judge_token(batch: &Batch, token: usize, scores: &[f32], lse: f32) -> Result<Errors, String> {
+    let Shape { experts, score, .. } = batch.shape;
+    let logits = &batch.logits[token * experts..][..experts];
+    let want_lse = log_sum_exp(logits.iter().map(|z| z.0));
+    let bounds: Vec<f64> = logits.iter().map(|z| batch.logit_bound(z.1)).collect();
+    let widest = bounds.iter().copied().fold(0.0, f64::max);
+    let mut errors = Errors::default();
+    let lse_bound = widest + F32_ROUNDOFF * (8.0 + 2.0 * want_lse.abs());
+    let mut unused = Errors::default();
+    unused.add(f64::from(lse), want_lse, lse_bound, || {
+        format!("log_sum_exp of token {token}")
+    })?;
+    for (e, &(z, _)) in logits.iter().enumerate() {
+        // Rounding of the exponent's argument, then relative errors of exp and the division.
+        let relative = F32_ROUNDOFF * (16.0 + 2.0 * z.abs() + want_lse.abs());
+        let (want, bound) = match score {
+            ROUTEGRAD_SCORE_SOFTMAX => {
+                let p = (z - want_lse).exp();
+                (p, p * ((2.0 * widest).exp_m1() + 2.0 * relative) + 1e-37)
+            }
+            ROUTEGRAD_SCORE_SIGMOID => {
+                let p = 1.0 / (1.0 + (-z).exp());
+                (p, p * (bounds[e].exp_m1() + relative) + 1e-37)
+            }
+            ROUTEGRAD_SCORE_RELU => (z.max(0.0), bounds[e]),
+            _ => (z, bounds[e]),
+        };
+        errors.add(f64::from(scores[e]), want, bound, || {
+            format!("score of token {token}, expert {e}")
+        })?;
+    }
+    Ok(errors)
+}
+
+/// What the kernel wrote.
+struct Outputs {
+    scores: Vec<f32>,
+    log_sum_exp: Vec<f32>,
+    choices: Vec<i32>,
+    statistics: Vec<f32>,
+}
+
+/// Holds the statistics against sums of what the kernel wrote.
+fn judge_statistics(batch: &Batch, out: &Outputs) -> Result<(), String> {
+    let Shape {
+        tokens,
+        experts,
+        choices,
+        score,
+        kind,
+        ..
+    } = batch.shape;
+    let mut counts = vec![0; experts];
+    if choices > 0 {
+        out.choices.iter().for_each(|&e| counts[e as usize] += 1);
+    } else {
+        let positive = |i: &usize| out.scores[*i] > 0.0;
+        (0..tokens * experts)
+            .filter(positive)
+            .for_each(|i| counts[i % experts] += 1);
+    }
+    for (e, &count) in counts.iter().enumerate() {
+        let got = out.statistics[experts + e];
+        if got != count as f32 {
+            return Err(format!("{got} tokens of expert {e} instead of {count}"));
+        }
+    }
+    if kind == NonFinite {
+        return Ok(()); // the sums are not numbers, the step is dropped
+    }
+    let mut unused = Errors::default();
+    // 128 additions a block at most, then one a block.
+    let terms = 128.0 + tokens as f64 / 128.0;
+    let mut mean = |name: &str, got: f32, of: &mut dyn Iterator<Item = f64>, slack: f64| {
+        let (sum, size) = of.fold((0.0, 0.0), |(sum, size), v| (sum + v, size + v.abs()));
+        let bound = F32_ROUNDOFF * (terms + 4.0) * size / tokens as f64 + slack;
+        let place = || format!("mean {name}");
+        unused.add(f64::from(got), sum / tokens as f64, bound, place)
+    };
+    for e in 0..experts {
+        let column = out.scores.iter().skip(e).step_by(experts);
+        let name = format!("score of expert {e}");
+        mean(
+            &name,
+            out.statistics[e],
+            &mut column.map(|&s| f64::from(s)),
+            0.0,
+        )?;
+    }
+    let squares = out.log_sum_exp.iter().map(|&v| f64::from(v).powi(2));
+    mean("lse²", out.statistics[2 * experts], &mut { squares }, 0.0)?;
+    let entropies = out.scores.chunks(experts).map(|row| {
+        if score != ROUTEGRAD_SCORE_SOFTMAX {
+            return 0.0;
+        }
+        let terms = row.iter().map(|&p| f64::from(p));
+        terms.filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum::<f64>()
+    });
+    // log S − Σ p (z − max z): both may be large where the entropy is small.
+    let slack = F32_ROUNDOFF * 64.0 * (experts as f64).ln().max(1.0);
+    mean(
+        "entropy",
+        out.statistics[2 * experts + 1],
+        &mut { entropies },
+        slack,
+    )
+}
+
+fn judge(batch: &Batch, bytes: &[Vec<u8>]) -> Result<Errors, String> {
+    let Shape {
+        tokens,
+        experts,
+        choices,
+        kind,
+        hidden,
+        ..
+    } = batch.shape;
+    let out = Outputs {
+        scores: values(&bytes[0]),
+        log_sum_exp: values(&bytes[1]),
+        choices: values(&bytes[2]),
+        statistics: values(&bytes[4]),
+    };
+    let finite = |i: usize| (batch.logits[i].0 as f32).is_finite();
+    let non_finite = |t: &usize| !(0..experts).all(|e| finite(t * experts + e));
+    let flag = (0..tokens).find(non_finite).unwrap_or(i32::MAX as usize);
+    exactly::<i32>("first_non_finite", &bytes[3], |_| flag as i32)?;
+    if choices == 0 {
+        if !bytes[2].iter().all(|&b| b == POISON) {
+            return Err("choices were written with K = 0".into());
+        }
+    } else {
+        for (t, got) in out.choices.chunks(choices).enumerate() {
+            let scores = &out.scores[t * experts..][..experts];
+            let want = chosen(scores, batch.bias.as_deref(), choices);
+            if !got.iter().map(|&e| e as usize).eq(want.iter().copied()) {
+                return Err(format!("token {t} chose {got:?} instead of {want:?}"));
+            }
+        }
+    }
+    judge_statistics(batch, &out)?;
+    let mut errors = Errors::default();
+    for t in (0..tokens).filter(|t| !non_finite(t)) {
+        let scores = &out.scores[t * experts..][..experts];
+        errors.merge(judge_token(batch, t, scores, out.log_sum_exp[t])?);
+    }
+    // Truncation at each step of 16 products; and exp magnifies an error of a logit z by |z| roundings.
+    let magnitude = if kind == Large || kind == OneExpert {
+        200.0
+    } else {
+        1.0
+    };
+    let limit = 1e-6 * magnitude + 2.0 * F32_ROUNDOFF * hidden as f64 / 16.0;
+    if !(errors.relative() <= limit) {
+        return Err(format!(
+            "relative error {:.2e} > {limit:.0e}",
+            errors.relative()
+        ));
+    }
+    Ok(errors)
+}
+
+/// Both launches of the forward. Outputs: scores, log_sum_exp, choices, first_non_finite, statistics.
+///
+/// # Errors
+/// When the sizes are outside what the kernel can do.
+pub fn problem(shape: Shape) -> Result<Problem> {
+    problem_of(Batch::new(shape))
+}
+
+/// The same for a batch of its own making.
+///
+/// # Errors
+/// As [`problem`].
+pub fn problem_of(batch: Batch) -> Result<Problem> {
+    let Shape {
+        tokens,
+        experts,
+        hidden,
+        choices,
+        score,
+        ..
+    } = batch.shape;
+    let partials = partials_floats(tokens, experts)?;
+    let mut buffers = vec![
+        Buffer::output("scores", tokens * experts * 4),
+        Buffer::output("log_sum_exp", tokens * 4),
+        Buffer::output("choices", tokens * choices.max(1) * 4),
+        Buffer::changed("first_non_finite", &[i32::MAX]),
+        Buffer::output("statistics", (2 * experts + 2) * 4),
+        Buffer::workspace("partials", partials * 4),
+        Buffer::input("x", &batch.x),
+        Buffer::input("w", &batch.w),
+    ];
+    buffers.extend(batch.bias.as_ref().map(|b| Buffer::input("bias", b)));
+    let (t, e, d, k, s) = (
+        tokens as i64,
+        experts as i32,
+        hidden as i32,
+        choices as i32,
+        score as i32,
+    );
+    Ok(Problem {
+        label: batch.label(),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let chosen = if k == 0 { null_mut() } else { p[2].cast() };
+            let bias = p.get(8).map_or(null(), |b| b.cast::<f32>().cast_const());
+            let (scores, lse, flag) = (p[0].cast(), p[1].cast(), p[3].cast());
+            let (partials, x, w) = (p[5].cast(), p[6].cast(), p[7].cast());
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    router_forward(
+                        scores, lse, chosen, partials, flag, x, w, bias, t, e, d, k, s, stream
+                    )
+                )?;
+                launch!(
+                    launchers,
+                    router_statistics(p[4].cast(), partials, t, e, stream)
+                )
+            }
+        }),
+        judge: Box::new(move |out| judge(&batch, out)),
+    })
+}
+
+/// A pure function on the host, the same in every build.
+fn partials_floats(tokens: usize, experts: usize) -> Result<usize> {
+    let mut floats = 0u64;
+    // SAFETY: one u64 is written.
+    unsafe {
+        launch!(
+            launchers::sim()?,
+            router_partials(&mut floats, tokens as i64, experts as i32)
+        )
+    }?;
+    Ok(floats as usize)
+}
+
+/// Sums of random partials, as many as a large batch has.
+fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
+    let width = 2 * experts + 2;
+    let mut random = Random((tokens + experts) as u64);
+    let floats = partials_floats(tokens, experts)?;
+    let partials: Vec<f32> = (0..floats).map(|_| random.normal()).collect();
+    let buffers = vec![
+        Buffer::output("statistics", width * 4),
+        Buffer::input("partials", &partials),
+    ];
+    let partials = Arc::new(partials);
+    Ok(Problem {
+        label: format!("{tokens} tokens, {experts} experts"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let (t, e) = (tokens as i64, experts as i32);
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    router_statistics(p[0].cast(), p[1].cast(), t, e, stream)
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let mut errors = Errors::default();
+            for (column, got) in values::<f32>(&out[0]).into_iter().enumerate() {
+                let terms = partials.iter().skip(column).step_by(width);
+                let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), &v| {
+                    (sum + f64::from(v), size + f64::from(v.abs()))
+                });
+                let count = (experts..2 * experts).contains(&column);
+                let divisor = if count { 1.0 } else { tokens as f64 };
+                let bound = F32_ROUNDOFF * (floats / width + 2) as f64 * size / divisor;
+                errors.add(f64::from(got), sum / divisor, bound, || {
+                    format!("statistic {column}")
+                })?;
+            }
+            Ok(errors)
+        }),
+    })
+}
+
+/// Tokens, experts, hidden, choices.
+type Sizes = (usize, usize, usize, usize);
+
+fn shape((tokens, experts, hidden, choices): Sizes, score: routegrad_score, kind: Kind) -> Shape {
+    Shape {
+        tokens,
+        experts,
+        hidden,
+        choices,
+        score,
+        kind,
+    }
+}
+
+/// Shapes that every build runs, under every schedule.
+pub fn small_shapes() -> Vec<Shape> {
+    let softmax = ROUTEGRAD_SCORE_SOFTMAX;
+    let mut all: Vec<Shape> = [(1, 1, 8, 1), (1, 8, 200, 2), (131, 7, 136, 3)]
+        .into_iter()
+        .map(|sizes| shape(sizes, softmax, Ordinary))
+        .collect();
+    all.extend(SCORES.map(|score| shape((67, 33, 328, 4), score, Biased)));
+    all.extend([
+        shape((40, 8, 72, 3), softmax, Ties),
+        shape((40, 8, 72, 8), softmax, NonFinite),
+        shape((70, 9, 40, 0), ROUTEGRAD_SCORE_RELU, Ordinary),
+    ]);
+    all
+}
+
+/// Every padded number of experts with every score; prime numbers of tokens; widths that divide nothing.
+pub fn covering_shapes() -> Vec<Shape> {
+    let sizes = [
+        (2039, 8, 72, 1),
+        (509, 16, 1032, 16),
+        (509, 32, 136, 4),
+        (300, 64, 264, 8),
+        (257, 128, 72, 2),
+        (130, 256, 200, 16),
+    ];
+    let mut all: Vec<Shape> = sizes
+        .into_iter()
+        .flat_map(|sizes| SCORES.map(|score| shape(sizes, score, Ordinary)))
+        .collect();
+    for kind in [Biased, Ties, OneExpert, NonFinite, Large] {
+        let score = |i: usize| SCORES[(i + kind as usize) % 4];
+        let more = [(300, 16, 72, 4), (131, 64, 136, 2), (70, 255, 40, 16)];
+        all.extend((0..3).map(|i| shape(more[i], score(i), kind)));
+    }
+    all.push(shape((300, 48, 72, 0), ROUTEGRAD_SCORE_RELU, NonFinite));
+    all
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (name, shapes, small) in [
+        ("small", small_shapes(), true),
+        ("covering", covering_shapes(), false),
+    ] {
+        let problems = shapes
+            .into_iter()
+            .map(|shape| Box::new(move || problem(shape)) as MakeProblem);
+        cases.push(Case {
+            name: format!("router_forward {name}"),
+            launcher: "router_forward",
+            source: "router",
+            problems: problems.collect(),
+            small,
+        });
+    }
+    for (name, sizes, small) in [
+        ("small", vec![(1, 1), (300, 20), (5000, 3)], true),
+        ("covering", vec![(100_000, 64), (9000, 256)], false),
+    ] {
+        let problems = sizes
+            .into_iter()
+            .map(|(tokens, experts)| Box::new(move || statistics(tokens, experts)) as MakeProblem);
+        cases.push(Case {
+            name: format!("router_statistics {name}"),
+            launcher: "router_statistics",
+            source: "router",
+            problems: problems.collect(),
+            small,
+        });
+    }
+    cases
+}

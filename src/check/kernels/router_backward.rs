@@ -1,0 +1,385 @@
+//! The router's backward (`kernels/router_backward.cu`) against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
+use super::router::{SCORES, log_sum_exp};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::device::bindings::*;
+use crate::device::launchers;
+use crate::error::Result;
+use crate::launch;
+use half::bf16;
+use rayon::prelude::*;
+use std::ptr::null;
+
+/// Sizes and settings of a launch.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub tokens: usize,
+    pub experts: usize,
+    pub hidden: usize,
+    pub score: routegrad_score,
+    /// dx and dW are added to.
+    pub accumulate: bool,
+    /// Which of dscores, dmean and dlse2 are given.
+    pub given: [bool; 3],
+}
+
+/// Inputs with what they demand.
+struct Batch {
+    shape: Shape,
+    scores: Vec<f32>,
+    log_sum_exp: Vec<f32>,
+    dscores: Option<Vec<f32>>,
+    dmean: Option<Vec<f32>>,
+    dlse2: Option<f32>,
+    x: Vec<bf16>,
+    w: Vec<f32>,
+    dx_before: Option<Vec<bf16>>,
+    dw_before: Option<Vec<f32>>,
+    /// dz in float64, and how far off it may be.
+    dz: Vec<(f64, f64)>,
+}
+
+impl Batch {
+    fn new(shape: Shape) -> Self {
+        let Shape {
+            tokens,
+            experts,
+            hidden,
+            score,
+            accumulate,
+            given,
+        } = shape;
+        let mut random = Random((tokens * 37 + experts * 11 + hidden) as u64);
+        let logits: Vec<f64> = (0..tokens * experts)
+            .map(|_| f64::from(random.normal()) * 2.0)
+            .collect();
+        let rows = logits.chunks(experts);
+        let log_sum_exp: Vec<f32> = rows
+            .map(|row| log_sum_exp(row.iter().copied()) as f32)
+            .collect();
+        let score_of = |i: usize| match score {
+            ROUTEGRAD_SCORE_SOFTMAX => (logits[i] - f64::from(log_sum_exp[i / experts])).exp(),
+            ROUTEGRAD_SCORE_SIGMOID => 1.0 / (1.0 + (-logits[i]).exp()),
+            ROUTEGRAD_SCORE_RELU => logits[i].max(0.0),
+            _ => logits[i],
+        };
+        let mut normals = |len: usize| (0..len).map(|_| random.normal()).collect::<Vec<f32>>();
+        let mut batch = Self {
+            shape,
+            scores: (0..tokens * experts).map(|i| score_of(i) as f32).collect(),
+            log_sum_exp,
+            dscores: given[0].then(|| normals(tokens * experts)),
+            // A mean's gradient reaches every token divided by T: as large as the others here.
+            dmean: given[1].then(|| normals(experts).iter().map(|v| v * tokens as f32).collect()),
+            dlse2: given[2].then_some(0.3 * tokens as f32),
+            w: normals(experts * hidden),
+            dw_before: accumulate.then(|| normals(experts * hidden)),
+            x: random.normals_bf16(tokens * hidden),
+            dx_before: accumulate.then(|| random.normals_bf16(tokens * hidden)),
+            dz: Vec::new(),
+        };
+        batch.dz = (0..tokens).flat_map(|t| batch.dz_of(t)).collect();
+        batch
+    }
+
+    /// dz of a token and its bounds.
+    fn dz_of(&self, token: usize) -> Vec<(f64, f64)> {
+        let Shape {
+            tokens,
+            experts,
+            score,
+            ..
+        } = self.shape;
+        let row = token * experts..(token + 1) * experts;
+        let p: Vec<f64> = self.scores[row.clone()].iter().map(|&p| p.into()).collect();
+        // d and the sum of its terms' magnitudes.
+        let d: Vec<(f64, f64)> = row
+            .enumerate()
+            .map(|(e, i)| {
+                let own = self.dscores.as_ref().map_or(0.0, |d| f64::from(d[i]));
+                let mean = self.dmean.as_ref().map_or(0.0, |d| f64::from(d[e]));
+                let mean = mean / tokens as f64;
+                (own + mean, own.abs() + mean.abs())
+            })
+            .collect();
+        let lse = f64::from(self.log_sum_exp[token]);
+        let square = self.dlse2.map_or(0.0, f64::from) * 2.0 / tokens as f64 * lse;
+        let dot: f64 = p.iter().zip(&d).map(|(p, d)| p * d.0).sum();
+        let dot_size: f64 = p.iter().zip(&d).map(|(p, d)| p * d.1).sum();
+        let roundings = |count: f64, size: f64| F32_ROUNDOFF * count * size;
+        let sum = experts as f64 / 4.0 + 8.0;
+        p.iter()
+            .zip(&d)
+            .map(|(&p, &(d, size))| match score {
+                ROUTEGRAD_SCORE_SOFTMAX => {
+                    let size = size + dot_size + square.abs();
+                    (p * (d - dot + square), roundings(sum, p * size))
+                }
+                ROUTEGRAD_SCORE_SIGMOID => (p * (1.0 - p) * d, roundings(8.0, p * size)),
+                ROUTEGRAD_SCORE_RELU => (if p > 0.0 { d } else { 0.0 }, roundings(4.0, size)),
+                _ => {
+                    let part = square * (p - lse).exp();
+                    let exponent = 8.0 + 2.0 * (p.abs() + lse.abs());
+                    let bound = roundings(4.0, size) + roundings(exponent, part.abs());
+                    (d + part, bound)
+                }
+            })
+            .collect()
+    }
+
+    fn judge_dz(&self, got: &[f32]) -> Result<Errors, String> {
+        let mut errors = Errors::default();
+        for (i, (&got, &(want, bound))) in got.iter().zip(&self.dz).enumerate() {
+            let place = || format!("dz[{i}]");
+            errors.add(f64::from(got), want, bound, place)?;
+        }
+        Ok(errors)
+    }
+
+    /// Σ_e dz W, with two terms of each factor and without the product of the smaller two.
+    fn judge_dx(&self, got: &[bf16]) -> Result<Errors, String> {
+        let Shape {
+            experts, hidden, ..
+        } = self.shape;
+        let rows = got.par_chunks(hidden).enumerate().map(|(t, got)| {
+            let mut errors = Errors::default();
+            let dz = &self.dz[t * experts..][..experts];
+            for (d, got) in got.iter().enumerate() {
+                let (mut want, mut size, mut bound) = (0.0, 0.0, 0.0);
+                for (e, &(dz, off)) in dz.iter().enumerate() {
+                    let w = f64::from(self.w[e * hidden + d]);
+                    want += dz * w;
+                    size += (dz * w).abs();
+                    bound += off * w.abs();
+                }
+                let before = self.dx_before.as_ref();
+                let before = before.map_or(0.0, |b| b[t * hidden + d].to_f64());
+                want += before;
+                bound += size * (3.0 / f64::from(1 << 18) + F32_ROUNDOFF * experts as f64);
+                bound += F32_ROUNDOFF * 2.0 * (before.abs() + want.abs());
+                bound += half_ulp_bf16(want.abs() + bound);
+                errors.add(got.to_f64(), want, bound, || {
+                    format!("dx of token {t}, column {d}")
+                })?;
+            }
+            Ok(errors)
+        });
+        merged(rows.collect())
+    }
+
+    fn judge_dw(&self, got: &[f32]) -> Result<Errors, String> {
+        let Shape {
+            tokens,
+            experts,
+            hidden,
+            ..
+        } = self.shape;
+        let rows = got.par_chunks(hidden).enumerate().map(|(e, got)| {
+            let mut errors = Errors::default();
+            let mut sums = vec![(0.0, 0.0); hidden];
+            for t in 0..tokens {
+                let (dz, off) = self.dz[t * experts + e];
+                for (d, (sum, bound)) in sums.iter_mut().enumerate() {
+                    let x = self.x[t * hidden + d].to_f64();
+                    *sum += dz * x;
+                    *bound += (off + dz.abs() * F32_ROUNDOFF * (tokens as f64 + 8.0)) * x.abs();
+                }
+            }
+            for (d, (&got, &(sum, bound))) in got.iter().zip(&sums).enumerate() {
+                let before = self.dw_before.as_ref();
+                let before = before.map_or(0.0, |b| f64::from(b[e * hidden + d]));
+                let runs = F32_ROUNDOFF * 256.0 * before.abs();
+                errors.add(f64::from(got), sum + before, bound + runs, || {
+                    format!("dW of expert {e}, column {d}")
+                })?;
+            }
+            Ok(errors)
+        });
+        merged(rows.collect())
+    }
+
+    fn judge(&self, bytes: &[Vec<u8>]) -> Result<Errors, String> {
+        let exact = 1e-6 + 2.0 * F32_ROUNDOFF * self.shape.tokens as f64 / 16.0;
+        let mut all = Errors::default();
+        let dx = self.judge_dx(&values(&bytes[0]))?;
+        // The root mean square of rounding to 8 bits is 1.6e-3 of the value; of a few values it may be the largest, 2^-8.
+        let rounding = if dx.values < 1000 { 4e-3 } else { 2e-3 };
+        for (name, errors, limit) in [
+            ("dz", self.judge_dz(&values(&bytes[1]))?, 1e-6),
+            ("dx", dx, rounding),
+            ("dW", self.judge_dw(&values(&bytes[2]))?, exact),
+        ] {
+            if !(errors.relative() <= limit) {
+                let got = errors.relative();
+                return Err(format!("{name}: relative error {got:.2e} > {limit:.0e}"));
+            }
+            all.merge(errors);
+        }
+        Ok(all)
+    }
+}
+
+fn merged(parts: Result<Vec<Errors>, String>) -> Result<Errors, String> {
+    let mut errors = Errors::default();
+    parts?.into_iter().for_each(|part| errors.merge(part));
+    Ok(errors)
+}
+
+/// Both launches of the backward. Outputs: dx, dz, dW.
+///
+/// # Errors
+/// When the sizes are outside what the kernel can do.
+pub fn problem(shape: Shape) -> Result<Problem> {
+    let batch = Batch::new(shape);
+    let Shape {
+        tokens,
+        experts,
+        hidden,
+        score,
+        accumulate,
+        given,
+    } = shape;
+    let (t, e, d) = (tokens as i64, experts as i32, hidden as i32);
+    let mut floats = 0u64;
+    // SAFETY: one u64 is written.
+    unsafe {
+        launch!(
+            launchers::sim()?,
+            router_backward_workspace(&mut floats, t, e, d)
+        )
+    }?;
+    let none = [0.0f32; 4];
+    let dx = match &batch.dx_before {
+        Some(before) => Buffer::changed("dx", before),
+        None => Buffer::output("dx", tokens * hidden * 2),
+    };
+    let dw = match &batch.dw_before {
+        Some(before) => Buffer::changed("dw", before),
+        None => Buffer::output("dw", experts * hidden * 4),
+    };
+    let buffers = vec![
+        dx,
+        Buffer::output("dz", tokens * experts * 4),
+        dw,
+        Buffer::workspace("dw_partials", floats as usize * 4),
+        Buffer::input("scores", &batch.scores),
+        Buffer::input("log_sum_exp", &batch.log_sum_exp),
+        Buffer::input("dscores", batch.dscores.as_deref().unwrap_or(&none)),
+        Buffer::input("dmean", batch.dmean.as_deref().unwrap_or(&none)),
+        Buffer::input("dlse2", &[batch.dlse2.unwrap_or(0.0)]),
+        Buffer::input("x", &batch.x),
+        Buffer::input("w", &batch.w),
+    ];
+    let (s, add) = (score as i32, i32::from(accumulate));
+    Ok(Problem {
+        label: format!("{shape:?}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let optional = |i: usize| {
+                if given[i] {
+                    p[6 + i].cast::<f32>().cast_const()
+                } else {
+                    null()
+                }
+            };
+            let (dx, dz, dw, partials) = (p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast());
+            let (scores, lse, x, w) = (p[4].cast(), p[5].cast(), p[9].cast(), p[10].cast());
+            let (dscores, dmean, dlse2) = (optional(0), optional(1), optional(2));
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    router_backward(
+                        dx, dz, partials, scores, lse, dscores, dmean, dlse2, x, w, t, e, d, s,
+                        add, stream
+                    )
+                )?;
+                launch!(
+                    launchers,
+                    router_weight_gradient(dw, partials, t, e, d, add, stream)
+                )
+            }
+        }),
+        judge: Box::new(move |out| batch.judge(out)),
+    })
+}
+
+/// Every part of the gradient that the score knows.
+fn all_given(score: routegrad_score) -> [bool; 3] {
+    let squares = score == ROUTEGRAD_SCORE_SOFTMAX || score == ROUTEGRAD_SCORE_LOGITS;
+    [true, true, squares]
+}
+
+fn shape(
+    (tokens, experts, hidden): (usize, usize, usize),
+    score: routegrad_score,
+    accumulate: bool,
+    given: [bool; 3],
+) -> Shape {
+    Shape {
+        tokens,
+        experts,
+        hidden,
+        score,
+        accumulate,
+        given,
+    }
+}
+
+/// Shapes that every build runs, under every schedule.
+pub fn small_shapes() -> Vec<Shape> {
+    let softmax = ROUTEGRAD_SCORE_SOFTMAX;
+    let mut all = vec![
+        shape((1, 1, 8), softmax, false, [true; 3]),
+        shape((1, 8, 200), softmax, true, [true, false, false]),
+        shape((331, 7, 136), softmax, false, [false, true, true]),
+    ];
+    let score = |(i, score)| shape((67, 33, 328), score, i % 2 == 0, all_given(score));
+    all.extend(SCORES.into_iter().enumerate().map(score));
+    all
+}
+
+/// Every padded number of experts with every score, assigned and accumulated; prime numbers of tokens.
+pub fn covering_shapes() -> Vec<Shape> {
+    let sizes = [
+        (2039, 8, 72),
+        (509, 16, 1032),
+        (1021, 32, 136),
+        (300, 64, 264),
+        (257, 128, 72),
+        (130, 256, 200),
+    ];
+    let mut all = Vec::new();
+    for (i, sizes) in sizes.into_iter().enumerate() {
+        for (j, score) in SCORES.into_iter().enumerate() {
+            all.push(shape(sizes, score, (i + j) % 2 == 0, all_given(score)));
+        }
+    }
+    for given in [[true, false, false], [false, false, true], [false; 3]] {
+        all.push(shape((70, 48, 72), ROUTEGRAD_SCORE_SOFTMAX, true, given));
+        all.push(shape((70, 255, 72), ROUTEGRAD_SCORE_LOGITS, false, given));
+    }
+    all
+}
+
+pub fn cases() -> Vec<Case> {
+    [
+        ("small", small_shapes(), true),
+        ("covering", covering_shapes(), false),
+    ]
+    .into_iter()
+    .map(|(name, shapes, small)| {
+        let problems = shapes
+            .into_iter()
+            .map(|shape| Box::new(move || problem(shape)) as MakeProblem);
+        Case {
+            name: format!("router_backward {name}"),
+            launcher: "router_backward",
+            source: "router_backward",
+            problems: problems.collect(),
+            small,
+        }
+    })
+    .collect()
+}

@@ -1,0 +1,414 @@
+//! Scores of the experts for every token, the choice among them, and what the balance losses see:
+//! the front of a MoE layer in one operation.
+//!
+//! `z = x Wᵀ`, `p = score(z) [T, E]`; A = the K largest of `p + bias`, ties to the lower expert;
+//! the batch means `P_i = mean_t p_ti` and `mean_t logsumexp(z_t)²`. On the CPU it is a composition of
+//! the operations of [`router`](super::router) and [`balance`](super::balance). On a device with
+//! kernels it is one operation, whose backward gets dp, dP and the z-loss's gradient together: with
+//! `d = dp + dP / T`, softmax `dz_j = p_j (d_j − Σ_i p_i d_i) + dl (2 / T) logsumexp(z) p_j`;
+//! then `dx = dz W`, `dW = dzᵀ x`. It keeps x, p and logsumexp: 2·T·D + 4·T·(E + 1) bytes.
+
+use super::balance;
+use super::dispatch::Selection;
+use super::router::{self, TopK};
+use super::scores::{first_non_finite, positive, shares, sigmoid};
+use crate::cpu::Accumulate;
+use crate::device::Device;
+use crate::device::bindings::{
+    ROUTEGRAD_SCORE_LOGITS, ROUTEGRAD_SCORE_RELU, ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_SOFTMAX,
+    routegrad_score,
+};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::launch;
+use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+use serde::{Deserialize, Serialize};
+use std::ptr::{null, null_mut};
+
+/// The function from a row's logits to its scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Score {
+    /// The logits themselves.
+    Logits,
+    /// `softmax(z)` over all experts.
+    Softmax,
+    /// `1 / (1 + e^−z)`.
+    Sigmoid,
+    /// `max(z, 0)`.
+    Relu,
+}
+
+/// Which experts of a token are chosen: the `top_k` of largest score, ties to the lower expert.
+pub struct Choice {
+    pub top_k: usize,
+    /// `[E]`, added to the scores for the choice alone.
+    pub bias: Option<Tensor>,
+}
+
+impl Choice {
+    /// The `k` of largest score.
+    pub fn top_k(k: usize) -> Self {
+        Choice {
+            top_k: k,
+            bias: None,
+        }
+    }
+
+    /// None: the router chooses in another way.
+    pub fn none() -> Self {
+        Self::top_k(0)
+    }
+}
+
+/// The scores of one batch.
+pub struct Scores {
+    /// `[T, E]`.
+    pub values: Var,
+    score: Score,
+    origin: Origin,
+}
+
+/// Where the choice and the balance losses come from.
+enum Origin {
+    /// The CPU: from the scores and the logits `[T, E]`, when asked.
+    Logits { z: Var, choice: Choice },
+    /// A kernel found them with the scores.
+    Kernel {
+        /// Empty without a choice, but its flag stands.
+        chosen: TopK,
+        /// `[E]`.
+        mean: Var,
+        /// `mean_t logsumexp(z_t)²`.
+        lse_square: Var,
+        /// Mean entropy of a row, in nats.
+        entropy: f64,
+    },
+}
+
+/// Scores of `x [T, D]` with the router weight `[E, D]`, in f32 on devices with kernels.
+///
+/// # Errors
+/// When widths or dtypes differ, or more experts are to be chosen than there are.
+pub fn scores(tape: &Tape, x: &Var, weight: &Var, score: Score, choice: Choice) -> Result<Scores> {
+    if x.tensor().device() == Device::Cpu {
+        let z = router::logits(tape, x, weight)?;
+        return Scores::of_logits(tape, z, score, choice);
+    }
+    let run = Router::run(x.tensor(), weight.tensor(), score, &choice)?;
+    let (chosen, entropy) = (run.chosen, run.entropy);
+    let outputs = tape.record_run(Router { score }, &[x, weight], run.forward);
+    let Ok([values, mean, lse_square]) = <[Var; 3]>::try_from(outputs) else {
+        unreachable!("the router has three outputs")
+    };
+    Ok(Scores {
+        values,
+        score,
+        origin: Origin::Kernel {
+            chosen,
+            mean,
+            lse_square,
+            entropy,
+        },
+    })
+}
+
+impl Scores {
+    /// Scores of logits `[T, E]` that are there already.
+    ///
+    /// # Errors
+    /// When `z` is not a matrix.
+    pub fn of_logits(tape: &Tape, z: Var, score: Score, choice: Choice) -> Result<Self> {
+        Ok(Scores {
+            values: match score {
+                // The positive part is taken on the selection, which a replay holds.
+                Score::Logits | Score::Relu => z.clone(),
+                Score::Softmax => router::softmax(tape, &z)?,
+                Score::Sigmoid => sigmoid(tape, &z)?,
+            },
+            score,
+            origin: Origin::Logits { z, choice },
+        })
+    }
+
+    /// The experts of largest score of each token, as the choice says.
+    ///
+    /// # Errors
+    /// When there are fewer experts than to be chosen, or none is to be.
+    pub fn choose(&self) -> Result<TopK> {
+        match &self.origin {
+            Origin::Kernel { chosen, .. } => Ok(chosen.clone()),
+            Origin::Logits { choice, .. } => {
+                let values = self.values.tensor();
+                let chosen = match &choice.bias {
+                    None => router::top_k(values, choice.top_k)?,
+                    Some(bias) => router::top_k(&shifted(values, bias)?, choice.top_k)?,
+                };
+                Ok(TopK {
+                    first_non_finite: self.first_non_finite()?,
+                    ..chosen
+                })
+            }
+        }
+    }
+
+    /// Every expert for every token.
+    ///
+    /// # Errors
+    /// When there are more pairs than an i32 counts.
+    pub fn all(&self) -> Result<TopK> {
+        let shape = self.values.tensor().shape();
+        Ok(TopK {
+            selection: Selection::all(shape[0], shape[1])?,
+            first_non_finite: self.first_non_finite()?,
+        })
+    }
+
+    /// The first token whose logits hold a NaN or an infinity.
+    fn first_non_finite(&self) -> Result<Option<usize>> {
+        match &self.origin {
+            Origin::Logits { z, .. } => first_non_finite(z.tensor()),
+            Origin::Kernel { chosen, .. } => Ok(chosen.first_non_finite),
+        }
+    }
+
+    /// The experts of positive score, any number for each token.
+    ///
+    /// # Errors
+    /// When the scores are not real.
+    pub fn positive(&self) -> Result<TopK> {
+        Ok(TopK {
+            selection: positive(self.values.tensor())?,
+            first_non_finite: self.first_non_finite()?,
+        })
+    }
+
+    /// `E Σ_i f_i P_i`, a scalar, without its coefficient; see [`balance::auxiliary_loss`].
+    ///
+    /// # Errors
+    /// When `fractions` has not one entry per expert.
+    pub fn auxiliary_loss(&self, tape: &Tape, fractions: &[f64]) -> Result<Var> {
+        match &self.origin {
+            Origin::Logits { .. } => balance::auxiliary_loss(tape, &self.values, fractions),
+            Origin::Kernel { mean, .. } => balance::auxiliary_loss(tape, mean, fractions),
+        }
+    }
+
+    /// `mean_t logsumexp(z_t)²`, a scalar, without its coefficient.
+    ///
+    /// # Errors
+    /// When the logits are not real.
+    pub fn z_loss(&self, tape: &Tape) -> Result<Var> {
+        match &self.origin {
+            Origin::Logits { z, .. } => balance::z_loss(tape, z),
+            Origin::Kernel { lse_square, .. } => Ok(lse_square.clone()),
+        }
+    }
+
+    /// Entropy of the scores, as shares of their sum, summed over the tokens, in nats.
+    ///
+    /// # Errors
+    /// When the scores are not real.
+    pub fn entropy(&self) -> Result<f64> {
+        let values = self.values.tensor();
+        match (&self.origin, self.score) {
+            (Origin::Kernel { entropy, .. }, Score::Softmax) => {
+                Ok(entropy * values.shape().rows() as f64)
+            }
+            (_, Score::Softmax) => router::entropy(values),
+            _ => router::entropy(&shares(values)?),
+        }
+    }
+}
+
+/// Every row of `scores [T, E]` plus `bias [E]`.
+fn shifted(scores: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    let mut sum = scores.clone();
+    with_real!(scores.dtype(), "scores", |T| {
+        let bias = bias.slice::<T>();
+        for row in sum.slice_mut::<T>().chunks_mut(bias.len()) {
+            row.iter_mut().zip(bias).for_each(|(s, &b)| *s += b);
+        }
+        Ok(sum)
+    })
+}
+
+/// The kernels of `kernels/router.cu` and `kernels/router_backward.cu`.
+struct Router {
+    score: Score,
+}
+
+struct Run {
+    forward: Forward,
+    chosen: TopK,
+    entropy: f64,
+}
+
+impl Router {
+    fn run(x: &Tensor, w: &Tensor, score: Score, choice: &Choice) -> Result<Run> {
+        let top_k = choice.top_k;
+        let (tokens, hidden, experts) = (x.shape().rows(), x.shape().width(), w.shape()[0]);
+        x.expect_dtype("router", "x", DType::Bf16)?;
+        w.expect_dtype("router", "weight", DType::F32)?;
+        w.expect_shape("router", "weight", [experts, hidden])?;
+        let (device, launchers) = (x.device(), x.device().launchers()?);
+        let (t, e, d, k) = (tokens as i64, experts as i32, hidden as i32, top_k as i32);
+        let mut floats = 0u64;
+        // SAFETY: it writes the number of floats of the workspace.
+        unsafe { launch!(launchers, router_partials(&mut floats, t, e)) }?;
+        let new = |dtype, shape: &[usize]| Tensor::unspecified(device, dtype, shape);
+        let mut values = new(DType::F32, &[tokens, experts]);
+        let mut lse = new(DType::F32, &[tokens]);
+        let mut choices = new(DType::I32, &[tokens, top_k]);
+        let mut partials = new(DType::F32, &[floats as usize]);
+        let mut statistics = new(DType::F32, &[2 * experts + 2]);
+        let mut bad = Tensor::from_slice([1], &[i32::MAX]).on(device);
+        // SAFETY: the tensors have the shapes that router.cu's header names.
+        unsafe {
+            launch!(
+                launchers,
+                router_forward(
+                    values.pointer_mut(),
+                    lse.pointer_mut(),
+                    choices.pointer_mut(),
+                    partials.pointer_mut(),
+                    bad.pointer_mut(),
+                    x.pointer(),
+                    w.pointer(),
+                    choice.bias.as_ref().map_or(null(), Tensor::pointer),
+                    t,
+                    e,
+                    d,
+                    k,
+                    score.kernel() as i32,
+                    null_mut(),
+                )
+            )?;
+            launch!(
+                launchers,
+                router_statistics(
+                    statistics.pointer_mut(),
+                    partials.pointer(),
+                    t,
+                    e,
+                    null_mut()
+                )
+            )?;
+        }
+        let statistics = statistics.slice::<f32>();
+        let first = bad.slice::<i32>()[0] as usize;
+        let chosen = TopK {
+            selection: Selection::from_choices(choices.slice(), tokens, experts)?,
+            first_non_finite: (first < tokens).then_some(first),
+        };
+        let outputs = vec![
+            values.clone(),
+            Tensor::from_slice([experts], &statistics[..experts]).on(device),
+            Tensor::from_slice([], &statistics[2 * experts..2 * experts + 1]).on(device),
+        ];
+        Ok(Run {
+            forward: Forward {
+                outputs,
+                saved: vec![x.clone(), w.clone(), values, lse],
+            },
+            chosen,
+            entropy: f64::from(statistics[2 * experts + 1]),
+        })
+    }
+}
+
+impl Score {
+    fn kernel(self) -> routegrad_score {
+        match self {
+            Score::Logits => ROUTEGRAD_SCORE_LOGITS,
+            Score::Softmax => ROUTEGRAD_SCORE_SOFTMAX,
+            Score::Sigmoid => ROUTEGRAD_SCORE_SIGMOID,
+            Score::Relu => ROUTEGRAD_SCORE_RELU,
+        }
+    }
+}
+
+impl Op for Router {
+    fn name(&self) -> &'static str {
+        "router"
+    }
+
+    fn runs_on(&self, device: Device) -> bool {
+        device != Device::Cpu
+    }
+
+    fn forward(&self, _inputs: &[&Tensor]) -> Result<Forward> {
+        unreachable!("the router runs before it is recorded")
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let [x, w, values, lse] = saved else {
+            unreachable!("the router keeps four tensors")
+        };
+        let launchers = x.device().launchers()?;
+        let (tokens, hidden, experts) = (x.shape().rows(), x.shape().width(), w.shape()[0]);
+        let (t, e, d) = (tokens as i64, experts as i32, hidden as i32);
+        let mut floats = 0u64;
+        // SAFETY: it writes the number of floats of the workspace.
+        unsafe { launch!(launchers, router_backward_workspace(&mut floats, t, e, d)) }?;
+        let mut partials = Tensor::unspecified(x.device(), DType::F32, [floats as usize]);
+        let mut dz = values.unspecified_like();
+        let given = |i: usize| douts[i].as_ref().map_or(null(), Tensor::pointer::<f32>);
+        let mut backward = |dx: &mut Tensor, accumulate: Accumulate| {
+            // SAFETY: the tensors have the shapes that router_backward.cu's header names.
+            unsafe {
+                launch!(
+                    launchers,
+                    router_backward(
+                        dx.pointer_mut(),
+                        dz.pointer_mut(),
+                        partials.pointer_mut(),
+                        values.pointer(),
+                        lse.pointer(),
+                        given(0),
+                        given(1),
+                        given(2),
+                        x.pointer(),
+                        w.pointer(),
+                        t,
+                        e,
+                        d,
+                        self.score.kernel() as i32,
+                        (accumulate == Accumulate::Add).into(),
+                        null_mut(),
+                    )
+                )
+            }
+        };
+        if grads.wanted(0) {
+            grads.write(0, x, backward)?;
+        } else {
+            grads.none(0);
+            backward(&mut x.unspecified_like(), Accumulate::Assign)?;
+        }
+        grads.write(1, w, |dw, accumulate| {
+            // SAFETY: as above.
+            unsafe {
+                launch!(
+                    launchers,
+                    router_weight_gradient(
+                        dw.pointer_mut(),
+                        partials.pointer(),
+                        t,
+                        e,
+                        d,
+                        (accumulate == Accumulate::Add).into(),
+                        null_mut(),
+                    )
+                )
+            }
+        })
+    }
+}

@@ -1,0 +1,212 @@
+//! Scores of the experts other than the softmax: the sigmoid, and the positive part.
+//!
+//! `σ = 1 / (1 + e^−z)`, backward `dz = σ (1 − σ) dσ`. Positive part: `w = z` on the selection A of
+//! the experts with `z > 0`, 0 off it, backward `dz = dw` on A, 0 off it and at 0. With A held the
+//! latter is linear. All `[T, E]`.
+
+use super::dispatch::Selection;
+use crate::check::Case;
+use crate::cpu::vector::sigmoid as sigmoid_of;
+use crate::dtype::Real;
+use crate::error::Result;
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// `σ(z)`, element by element.
+///
+/// # Errors
+/// When `z` is not real.
+pub fn sigmoid(tape: &Tape, z: &Var) -> Result<Var> {
+    tape.apply_one(Sigmoid, &[z])
+}
+
+/// The experts whose score is positive, any number for each token of `z [T, E]`.
+///
+/// # Errors
+/// When `z` is not real.
+pub fn positive(z: &Tensor) -> Result<Selection> {
+    let experts = z.shape().width();
+    with_real!(z.dtype(), "scores", |T| {
+        let scores = z.slice::<T>();
+        Selection::new(z.shape().rows(), experts, |token, chosen| {
+            let row = &scores[token * experts..(token + 1) * experts];
+            let positive = (0..).zip(row).filter(|(_, z)| **z > 0.0);
+            chosen.extend(positive.map(|(e, _): (i32, _)| e));
+        })
+    })
+}
+
+/// `z [T, E]` on the selection, 0 off it.
+///
+/// # Errors
+/// When `z` does not fit the selection.
+pub fn on_selection(tape: &Tape, z: &Var, selection: &Selection) -> Result<Var> {
+    let shape = [selection.num_tokens(), selection.num_experts()];
+    z.tensor().expect_shape("scores", "logits", shape)?;
+    tape.apply_one(
+        OnSelection {
+            selection: selection.clone(),
+        },
+        &[z],
+    )
+}
+
+/// The first row of `[T, E]` that holds a NaN or an infinity.
+///
+/// # Errors
+/// When `z` is not real.
+pub fn first_non_finite(z: &Tensor) -> Result<Option<usize>> {
+    let width = z.shape().width();
+    with_real!(z.dtype(), "scores", |T| Ok(z
+        .slice::<T>()
+        .chunks(width)
+        .position(|row| !row.iter().all(|x| x.is_finite()))))
+}
+
+/// The positive part of rows of scores `[T, E]` divided by its sum, without a gradient: distributions
+/// for statistics. A row without positive scores gives zeros.
+///
+/// # Errors
+/// When `scores` is not real.
+pub fn shares(scores: &Tensor) -> Result<Tensor> {
+    let mut out = scores.clone();
+    let width = scores.shape().width();
+    with_real!(scores.dtype(), "scores", |T| {
+        for row in out.slice_mut::<T>().chunks_mut(width) {
+            row.iter_mut().for_each(|x| *x = x.max(T::of(0.0)));
+            let sum: T = row.iter().copied().sum();
+            if sum > 0.0 {
+                row.iter_mut().for_each(|x| *x /= sum);
+            }
+        }
+        Ok(out)
+    })
+}
+
+struct Sigmoid;
+
+impl Op for Sigmoid {
+    fn name(&self) -> &'static str {
+        "sigmoid"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let mut s = inputs[0].unspecified_like();
+        with_real!(s.dtype(), "scores", |T| {
+            let pairs = s.slice_mut::<T>().iter_mut().zip(inputs[0].slice::<T>());
+            pairs.for_each(|(s, &z)| *s = sigmoid_of(z));
+            Ok(Forward {
+                saved: vec![s.clone()],
+                outputs: vec![s],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (s, ds) = (&saved[0], only(douts));
+        let mut dz = s.unspecified_like();
+        with_real!(s.dtype(), "scores", |T| {
+            let given = s.slice::<T>().iter().zip(ds.slice::<T>());
+            for (dz, (&s, &ds)) in dz.slice_mut::<T>().iter_mut().zip(given) {
+                *dz = s * (T::of(1.0) - s) * ds;
+            }
+            grads.give(0, dz)
+        })
+    }
+}
+
+struct OnSelection {
+    selection: Selection,
+}
+
+impl OnSelection {
+    /// `x` on the selection, 0 off it: forward and backward alike.
+    fn masked(&self, x: &Tensor) -> Result<Tensor> {
+        let mut out = Tensor::zeros(x.device(), x.dtype(), x.shape());
+        let width = x.shape().width();
+        with_real!(x.dtype(), "scores", |T| {
+            let (to, from) = (out.slice_mut::<T>(), x.slice::<T>());
+            for t in 0..self.selection.num_tokens() {
+                for &e in self.selection.experts(t) {
+                    let at = t * width + e as usize;
+                    to[at] = from[at];
+                }
+            }
+            Ok(out)
+        })
+    }
+}
+
+impl Op for OnSelection {
+    fn name(&self) -> &'static str {
+        "positive part"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        Ok(Forward {
+            outputs: vec![self.masked(inputs[0])?],
+            saved: vec![],
+        })
+    }
+
+    fn backward(
+        &self,
+        _saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        grads.give(0, self.masked(only(douts))?)
+    }
+}
+
+pub(super) fn cases() -> Vec<Case> {
+    let sizes = [(1, 1), (5, 7), (130, 8)];
+    let sigmoids = sizes.map(|(t, e)| {
+        Case::new(format!("sigmoid [{t}, {e}]"), |tape, v| {
+            Ok(vec![sigmoid(tape, &v[0])?])
+        })
+        .input("z", [t, e])
+    });
+    let parts = [(1, 4, 2, false), (23, 7, 2, true), (9, 3, 3, false)].map(|(t, e, k, skip)| {
+        let selection = super::dispatch::scattered(t, e, k, skip);
+        Case::new(
+            format!("scores on a selection [{t}, {e}]"),
+            move |tape, v| Ok(vec![on_selection(tape, &v[0], &selection)?]),
+        )
+        .input("z", [t, e])
+    });
+    sigmoids.into_iter().chain(parts).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_number_of_experts_is_positive_and_zero_is_not() {
+        let z = Tensor::from_slice([3, 3], &[1.0, 0.0, 2.0, -1.0, -0.0, 0.0, 1.0, 1.0, 1.0]);
+        let found = positive(&z).unwrap();
+        let chosen: Vec<&[i32]> = (0..3).map(|t| found.experts(t)).collect();
+        assert_eq!(chosen, [&[0, 2][..], &[], &[0, 1, 2]]);
+    }
+
+    #[test]
+    fn scores_that_are_not_finite_are_flagged_before_the_sigmoid_hides_them() {
+        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let z = Tensor::from_slice([2, 2], &[1.0, 2.0, bad, 0.0]);
+            assert_eq!(first_non_finite(&z).unwrap(), Some(1));
+        }
+    }
+
+    #[test]
+    fn shares_sum_to_one_and_a_row_of_zeros_stays() {
+        let shares = shares(&Tensor::from_slice([2, 2], &[1.0, 3.0, 0.0, 0.0])).unwrap();
+        assert_eq!(shares.slice::<f64>(), [0.25, 0.75, 0.0, 0.0]);
+    }
+}

@@ -1,0 +1,199 @@
+//! Gates whose value is that of TopK and whose gradient sees every expert (DenseMixer).
+//!
+//! Forward `w_i = p_i` on the chosen experts A, 0 off them; backward lets `dw` through for all:
+//! `dp_i = dw_i`. Renormalised, with `S = Σ_A p`: `w_i = p_i / S` on A; backward takes an expert off A
+//! for one with the gate `p_i / S`, S constant: `dp_j = (dw_j − Σ_A w_i dw_i) / S` on A,
+//! `dp_j = dw_j / S` off it. All `[T, E]`. Source: DenseMixer (Yao et al. 2025) and its code.
+
+use super::dispatch::Selection;
+use crate::check::{Case, Fault, term};
+use crate::dtype::Real;
+use crate::error::Result;
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tensor::Tensor;
+use crate::with_real;
+
+/// Gates from the probabilities `p [T, E]`, of the chosen experts alone.
+///
+/// # Errors
+/// When `p` does not fit the selection.
+pub fn straight_through(
+    tape: &Tape,
+    p: &Var,
+    chosen: &Selection,
+    renormalize: bool,
+) -> Result<Var> {
+    let shape = [chosen.num_tokens(), chosen.num_experts()];
+    p.tensor()
+        .expect_shape("straight_through", "probabilities", shape)?;
+    tape.apply_one(
+        StraightThrough {
+            chosen: chosen.clone(),
+            renormalize,
+        },
+        &[p],
+    )
+}
+
+struct StraightThrough {
+    chosen: Selection,
+    renormalize: bool,
+}
+
+impl Op for StraightThrough {
+    fn name(&self) -> &'static str {
+        "straight_through"
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let p = inputs[0];
+        let mut w = Tensor::zeros(p.device(), p.dtype(), p.shape());
+        with_real!(p.dtype(), "straight_through", |T| {
+            reference::forward(
+                w.slice_mut::<T>(),
+                p.slice(),
+                &self.chosen,
+                self.renormalize,
+            );
+            Ok(Forward {
+                saved: vec![p.clone(), w.clone()],
+                outputs: vec![w],
+            })
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (p, w, dw) = (&saved[0], &saved[1], only(douts));
+        let mut dp = p.unspecified_like();
+        with_real!(p.dtype(), "straight_through", |T| {
+            reference::backward(
+                dp.slice_mut::<T>(),
+                dw.slice(),
+                p.slice(),
+                w.slice(),
+                &self.chosen,
+                self.renormalize,
+            );
+            grads.give(0, dp)
+        })
+    }
+}
+
+mod reference {
+    use super::*;
+
+    /// `Σ_A p` of a token; 1 without renormalisation.
+    fn divisor<T: Real>(p: &[T], chosen: &[i32], renormalize: bool) -> T {
+        if renormalize {
+            chosen.iter().map(|&e| p[e as usize]).sum()
+        } else {
+            T::one()
+        }
+    }
+
+    /// `w` holds zeros.
+    pub fn forward<T: Real>(w: &mut [T], p: &[T], chosen: &Selection, renormalize: bool) {
+        let width = chosen.num_experts();
+        for (t, (w, p)) in w.chunks_mut(width).zip(p.chunks(width)).enumerate() {
+            let own = chosen.experts(t);
+            let divisor = divisor(p, own, renormalize);
+            for &e in own {
+                w[e as usize] = p[e as usize] / divisor;
+            }
+        }
+    }
+
+    pub fn backward<T: Real>(
+        dp: &mut [T],
+        dw: &[T],
+        p: &[T],
+        w: &[T],
+        chosen: &Selection,
+        renormalize: bool,
+    ) {
+        let width = chosen.num_experts();
+        let unchosen = T::of(term(Fault::UnchosenGate));
+        for t in 0..chosen.num_tokens() {
+            let row = t * width..(t + 1) * width;
+            let (dp, dw) = (&mut dp[row.clone()], &dw[row.clone()]);
+            let (p, w) = (&p[row.clone()], &w[row]);
+            let own = chosen.experts(t);
+            let divisor = divisor(p, own, renormalize);
+            let mean: T = match renormalize {
+                true => own.iter().map(|&e| w[e as usize] * dw[e as usize]).sum(),
+                false => T::zero(),
+            };
+            for (dp, &dw) in dp.iter_mut().zip(dw) {
+                *dp = unchosen * dw / divisor;
+            }
+            for &e in own {
+                dp[e as usize] = (dw[e as usize] - mean) / divisor;
+            }
+        }
+    }
+}
+
+/// Where all experts are chosen the gradient is that of the value; what it is elsewhere, the
+/// router's own check holds against the dense router and the tests against worked numbers.
+pub(super) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (t, e) in [(1, 1), (5, 7)] {
+        for renormalize in [false, true] {
+            let positive: Vec<f64> = crate::check::normal_numbers(t * e, 7)
+                .iter()
+                .map(|x| 1.0 + x * x)
+                .collect();
+            let name = format!("straight_through [{t}, {e}] all chosen, renormalize {renormalize}");
+            let case = Case::new(name, move |tape, v| {
+                let all = Selection::all(t, e)?;
+                Ok(vec![straight_through(tape, &v[0], &all, renormalize)?])
+            });
+            cases.push(case.values("p", [t, e], &positive));
+        }
+    }
+    cases
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tape::Gradients;
+
+    /// p = (1/2, 1/4, 1/8, 1/8), A = {0, 1}, dw = (8, 4, 2, −1).
+    fn worked(renormalize: bool) -> (Vec<f64>, Vec<f64>) {
+        let p = Var::leaf(Tensor::from_slice([1, 4], &[0.5, 0.25, 0.125, 0.125]), 0);
+        let chosen = Selection::new(1, 4, |_, c| c.extend([0, 1])).unwrap();
+        let tape = Tape::new();
+        let w = straight_through(&tape, &p, &chosen, renormalize).unwrap();
+        let mut store = Gradients::new(1);
+        let dw = Tensor::from_slice([1, 4], &[8.0, 4.0, 2.0, -1.0]);
+        tape.backward_from(&[(&w, dw)], &mut store).unwrap();
+        let of = |t: &Tensor| t.to_f64().unwrap();
+        (of(w.tensor()), of(store.get(0).unwrap()))
+    }
+
+    #[test]
+    fn every_gate_gets_its_gradient_and_only_the_chosen_a_value() {
+        assert_eq!(
+            worked(false),
+            (vec![0.5, 0.25, 0.0, 0.0], vec![8.0, 4.0, 2.0, -1.0])
+        );
+    }
+
+    #[test]
+    fn renormalised_gates_worked_by_hand() {
+        // S = 3/4, w = (2/3, 1/3), Σ_A w dw = 16/3 + 4/3 = 20/3:
+        // dp = ((8 − 20/3) / S, (4 − 20/3) / S, 2 / S, −1 / S).
+        let (w, dp) = worked(true);
+        let expected = [16.0 / 9.0, -32.0 / 9.0, 8.0 / 3.0, -4.0 / 3.0];
+        assert_eq!(w, [2.0 / 3.0, 1.0 / 3.0, 0.0, 0.0]);
+        for (found, expected) in dp.iter().zip(expected) {
+            approx::assert_relative_eq!(*found, expected, epsilon = 1e-14);
+        }
+    }
+}

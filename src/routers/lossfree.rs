@@ -1,0 +1,147 @@
+//! `lossfree`: loads are balanced by a bias on the choice alone, without an auxiliary loss.
+//!
+//! `A = TopK(score + b)`; the weights are the scores of A: softmax p, or sigmoid σ, renormalised over
+//! A or not. Softmax: gradients as `topk`. Sigmoid: `dz_j = 1[j∈A] σ_j (1 − σ_j) s_j`, renormalised
+//! `w = σ / Σ_A σ`: `dz_j = 1[j∈A] w_j (1 − σ_j) (s_j − Σ_A w_i s_i)`. b gets no gradient.
+//! Once per accepted optimizer step, over the whole global batch:
+//! `b_i ← b_i + u sign(mean count − count_i)`, sign(0) = 0 (2408.15664, algorithm 1). b is 0 at the
+//! start, is not centred, and does not change at evaluation.
+
+use super::{
+    Balance, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor, from_settings,
+};
+use crate::config::ModelConfig;
+use crate::device::Device;
+use crate::dist::Collective;
+use crate::dtype::{DType, Real};
+use crate::error::{Error, Result};
+use crate::ops::renormalize::renormalize;
+use crate::ops::routing::{Choice, Score, scores};
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+use serde::{Deserialize, Serialize};
+
+pub(super) const INFO: RouterInfo = RouterInfo {
+    name: "lossfree",
+    summary: "topk of score + bias, the bias moved against each expert's load after every step; no \
+              auxiliary loss",
+    source: "Loss-Free Balancing, 2408.15664",
+    cost: "topk, and E numbers a layer",
+    settings: &[
+        ("score", "\"sigmoid\", as in the source, or \"softmax\""),
+        (
+            "renormalize",
+            "weights that sum to 1 over the chosen experts; needs K of 2 or more",
+        ),
+        ("update_rate", "u, what the bias moves by in a step"),
+    ],
+    build: from_settings::<LossFree>,
+};
+
+/// The name of b in checkpoints, that of models which are trained so.
+const BIAS: &str = "gate.e_score_correction_bias";
+
+/// Settings of `lossfree`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LossFree {
+    pub score: Score,
+    /// Weights that sum to 1 over the chosen experts; needs K ≥ 2.
+    pub renormalize: bool,
+    /// What the bias moves by in a step.
+    pub update_rate: f64,
+}
+
+impl Default for LossFree {
+    fn default() -> Self {
+        LossFree {
+            score: Score::Sigmoid,
+            renormalize: false,
+            update_rate: 1e-3,
+        }
+    }
+}
+
+impl Router for LossFree {
+    fn validate(&self, model: &ModelConfig) -> Result<()> {
+        if !(self.update_rate >= 0.0 && self.update_rate.is_finite()) {
+            return Err(Error::invalid(
+                "router.update_rate",
+                "a number from 0 up",
+                self.update_rate.to_string(),
+                "change it with --set router.update_rate=…",
+            ));
+        }
+        if !matches!(self.score, Score::Softmax | Score::Sigmoid) {
+            return Err(Error::invalid(
+                "router.score",
+                "\"softmax\" or \"sigmoid\"",
+                format!("{:?}", self.score).to_lowercase(),
+                "change it with --set router.score=…",
+            ));
+        }
+        if self.renormalize && model.top_k == 1 {
+            return Err(Error::invalid(
+                "router.renormalize",
+                "model.top_k of 2 or more",
+                "1",
+                "with one expert the weight is always 1 and the router gets no gradient; set renormalize = false",
+            ));
+        }
+        Ok(())
+    }
+
+    fn initial_state(&self, model: &ModelConfig, _layer: usize, _seed: u64) -> Vec<StateTensor> {
+        vec![StateTensor {
+            name: BIAS,
+            start: Tensor::zeros(Device::Cpu, DType::F64, [model.num_experts]),
+        }]
+    }
+
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let choice = Choice {
+            top_k: layer.top_k,
+            bias: Some(layer.state(BIAS).clone()),
+        };
+        let scores = scores(tape, x, weight, self.score, choice)?;
+        let mut routing = Routing::by_scores(scores, layer)?;
+        if self.renormalize {
+            let selection = routing.dispatch.selection();
+            routing.gates = renormalize(tape, &routing.gates, selection)?;
+        }
+        Ok(routing)
+    }
+
+    fn end_step(
+        &self,
+        _model: &ModelConfig,
+        layers: &mut [LayerState],
+        dist: &dyn Collective,
+    ) -> Result<()> {
+        for layer in layers {
+            let mut counts = layer.step_load().to_vec();
+            dist.sum(&mut counts);
+            let mean = counts.iter().sum::<f64>() / counts.len() as f64;
+            let bias = layer.pending_mut(BIAS);
+            with_real!(bias.dtype(), "lossfree", |T| {
+                for (b, count) in bias.slice_mut::<T>().iter_mut().zip(&counts) {
+                    let sign = f64::from(mean > *count) - f64::from(mean < *count);
+                    *b += T::of(self.update_rate * sign);
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn balance(&self) -> Balance {
+        Balance::None
+    }
+}

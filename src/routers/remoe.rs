@@ -1,0 +1,228 @@
+//! `remoe`: the positive logits are the weights, so that a token has any number of experts, none
+//! included; a regulariser drives their mean number to K.
+//!
+//! `p = ReLU(z)`, `y = Σ p_i e_i(x)`, 0 for a token without experts. Added to the loss, for every MoE
+//! layer and micro-batch of T tokens, n_i of them with `p_i > 0`: `λ E / (K T²) Σ_i n_i Σ_t p_ti`, n a
+//! constant, so that `dz_i = 1[z_i>0] (s_i + λ E n_i / (K T²))`, 0 at z = 0 (2412.14711; its code, not
+//! its eq. 10, which has another 1 / L). One λ for the model: after every accepted step it is
+//! multiplied by 1.2 if the mean sparsity, over MoE layers, micro-batches and ranks, was below
+//! `1 − K/E`, divided by 1.2 if above. Evaluation routes in the same way.
+
+use super::{
+    Balance, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor, from_settings,
+};
+use crate::config::ModelConfig;
+use crate::dist::Collective;
+use crate::dtype::Real;
+use crate::error::{Error, Result};
+use crate::ops::balance::{auxiliary_loss, weighted_sum};
+use crate::ops::routing::{Choice, Score, scores};
+use crate::ops::scores::on_selection;
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+use crate::with_real;
+use serde::{Deserialize, Serialize};
+
+pub(super) const INFO: RouterInfo = RouterInfo {
+    name: "remoe",
+    summary: "ReLU of the logits as weights: any number of experts for a token, K of E on average \
+              by an adaptive regulariser",
+    source: "ReMoE, 2412.14711, code thu-ml/ReMoE",
+    cost: "up to E / K times the experts of topk until the sparsity is reached, then topk on average",
+    settings: &[
+        ("initial_lambda", "weight of the regulariser at the start"),
+        (
+            "lambda_factor",
+            "what the weight is multiplied or divided by after a step",
+        ),
+    ],
+    build: from_settings::<ReMoe>,
+};
+
+/// The name of λ in checkpoints; every layer holds the same.
+const LAMBDA: &str = "lambda";
+
+/// Settings of `remoe`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReMoe {
+    /// λ at the start.
+    pub initial_lambda: f64,
+    /// Its change in a step.
+    pub lambda_factor: f64,
+}
+
+impl Default for ReMoe {
+    fn default() -> Self {
+        ReMoe {
+            initial_lambda: 1e-8,
+            lambda_factor: 1.2,
+        }
+    }
+}
+
+impl Router for ReMoe {
+    fn validate(&self, _model: &ModelConfig) -> Result<()> {
+        for (key, value, least) in [
+            ("initial_lambda", self.initial_lambda, 0.0),
+            ("lambda_factor", self.lambda_factor, 1.0),
+        ] {
+            if !(value >= least && value.is_finite()) {
+                return Err(Error::invalid(
+                    format!("router.{key}"),
+                    format!("a number from {least} up"),
+                    value.to_string(),
+                    format!("change it with --set router.{key}=…"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn initial_state(&self, _model: &ModelConfig, _layer: usize, _seed: u64) -> Vec<StateTensor> {
+        vec![StateTensor {
+            name: LAMBDA,
+            start: Tensor::from_slice([1], &[self.initial_lambda]),
+        }]
+    }
+
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let scores = scores(tape, x, weight, Score::Relu, Choice::none())?;
+        let dispatch = layer.select(|| scores.positive())?;
+        let selection = dispatch.selection();
+        let gates = on_selection(tape, &scores.values, selection)?;
+        // E Σ_i f_i mean_t(p_ti) with f_i = n_i / (K T).
+        let slots = (layer.top_k * selection.num_tokens()) as f64;
+        let counts = selection.counts().into_iter();
+        let fractions: Vec<f64> = counts.map(|n| n as f64 / slots).collect();
+        let loss = auxiliary_loss(tape, &gates, &fractions)?;
+        let lambda = layer.state(LAMBDA).item()?;
+        let penalty = weighted_sum(tape, &[(&loss, lambda)])?;
+        Ok(Routing {
+            penalty: Some(penalty),
+            ..Routing::new(gates, scores, dispatch)
+        })
+    }
+
+    fn end_step(
+        &self,
+        model: &ModelConfig,
+        layers: &mut [LayerState],
+        dist: &dyn Collective,
+    ) -> Result<()> {
+        let pairs = layers.iter().map(|l| l.step_load().iter().sum::<f64>());
+        let tokens = layers.iter().map(LayerState::step_tokens);
+        let mut sums = [pairs.sum::<f64>(), tokens.sum::<f64>()];
+        dist.sum(&mut sums);
+        // Sparsity is 1 − pairs / (E tokens): compared as whole numbers, so that equal is equal.
+        let (pairs, target) = (sums[0], model.top_k as f64 * sums[1]);
+        let factor = if pairs > target {
+            self.lambda_factor
+        } else if pairs < target {
+            1.0 / self.lambda_factor
+        } else {
+            1.0
+        };
+        for layer in layers {
+            let lambda = layer.pending_mut(LAMBDA);
+            with_real!(lambda.dtype(), "remoe", |T| {
+                let value = &mut lambda.slice_mut::<T>()[0];
+                *value = T::of(value.f64() * factor);
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
+    fn balance(&self) -> Balance {
+        Balance::Own
+    }
+
+    fn experts_run(&self, model: &ModelConfig) -> usize {
+        model.num_experts
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dist::SingleRank;
+    use crate::ops::dispatch::Selection;
+    use crate::routers::{Pass, Phase};
+
+    const EXPERTS: usize = 4;
+
+    /// Two layers that have seen one micro-batch, each of whose tokens chose so many experts.
+    fn layers(chosen: [&[usize]; 2]) -> Vec<LayerState> {
+        let start = |value: f64| StateTensor {
+            name: LAMBDA,
+            start: Tensor::from_slice([1], &[value]),
+        };
+        let layer = |own: &&[usize]| {
+            let selection =
+                Selection::new(own.len(), EXPERTS, |t, c| c.extend(0..own[t] as i32)).unwrap();
+            let mut state = LayerState::new(vec![start(0.5)]);
+            let pass = Pass::single(Phase::Train);
+            LayerPass::new(pass, &SingleRank, 0, 2, 0, &mut state, false).count(&selection, 0.0);
+            state
+        };
+        chosen.iter().map(layer).collect()
+    }
+
+    /// λ of both layers after the end of a step, K = 2.
+    fn lambda(chosen: [&[usize]; 2], dist: &dyn Collective) -> Vec<f64> {
+        let mut layers = layers(chosen);
+        let mut model = crate::config::Config::load(
+            &crate::config::Layers::preset("tiny"),
+            &crate::routers::resolve,
+        )
+        .unwrap()
+        .model;
+        model.top_k = 2;
+        ReMoe::default()
+            .end_step(&model, &mut layers, dist)
+            .unwrap();
+        let value = |l: &mut LayerState| {
+            l.commit();
+            l.tensors().next().unwrap().1.item().unwrap()
+        };
+        layers.iter_mut().map(value).collect()
+    }
+
+    #[test]
+    fn lambda_follows_the_mean_sparsity_over_the_layers() {
+        // Mean experts a token: 2.25, 1.75, 2.
+        assert_eq!(lambda([&[4, 4], &[1, 0]], &SingleRank), [0.6, 0.6]);
+        let less = [0.5 * (1.0 / 1.2); 2];
+        assert_eq!(lambda([&[3, 3], &[1, 0]], &SingleRank), less);
+        assert_eq!(lambda([&[4, 4], &[0, 0]], &SingleRank), [0.5, 0.5]);
+    }
+
+    /// This rank, and another one that has these sums.
+    struct WithAnother([f64; 2]);
+
+    impl Collective for WithAnother {
+        fn rank(&self) -> usize {
+            0
+        }
+        fn size(&self) -> usize {
+            2
+        }
+        fn sum(&self, values: &mut [f64]) {
+            values.iter_mut().zip(self.0).for_each(|(v, o)| *v += o);
+        }
+    }
+
+    #[test]
+    fn the_other_ranks_count() {
+        // Here 7 pairs of 4 tokens, too few; there 10 of 4.
+        let other = WithAnother([10.0, 4.0]);
+        assert_eq!(lambda([&[3, 3], &[1, 0]], &other), [0.6, 0.6]);
+    }
+}

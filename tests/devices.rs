@@ -1,0 +1,300 @@
+//! The mixture-of-experts layer on the simulator, through the tape, against the CPU device.
+
+mod common;
+
+use routegrad::check::Fault;
+use routegrad::config::{Config, Layers};
+use routegrad::data::Corpus;
+use routegrad::device::Device;
+use routegrad::device_check::{
+    DIRECTIONAL_TOLERANCE, Load, TOLERANCE, compare_layer, compare_step, directional,
+};
+use routegrad::model::Model;
+use routegrad::routers::{self, Pass, Phase};
+use routegrad::step::Trainer;
+use routegrad::tape::{Tape, Var, take_ran};
+use routegrad::tensor::Tensor;
+
+/// One MoE layer of width 128, its experts of the paper's proportion, 22 D / E.
+fn layer(router: &str, experts: usize, top_k: usize, set: &[&str]) -> Config {
+    let width = 22 * 128 / experts;
+    let own = [
+        "model.hidden=128".to_string(),
+        "model.layers=1".into(),
+        "model.dense_layers=[]".into(),
+        format!("model.num_experts={experts}"),
+        format!("model.top_k={top_k}"),
+        format!("model.expert_ffn_width={width}"),
+        format!("model.dense_ffn_width={width}"),
+        format!("router.name={router}"),
+        "balance.aux_coefficient=0.5".into(),
+        "balance.z_coefficient=0.25".into(),
+    ];
+    let mut layers = Layers::preset("tiny");
+    layers.set = own
+        .into_iter()
+        .chain(set.iter().map(|s| s.to_string()))
+        .collect();
+    Config::load(&layers, &routers::resolve).unwrap()
+}
+
+const SHAPES: [(usize, usize); 5] = [(8, 1), (8, 2), (32, 1), (32, 2), (32, 4)];
+const LOADS: [Load; 4] = [Load::Balanced, Load::Zipf, Load::OneHot, Load::OddEmpty];
+
+/// The share of ‖x‖ ‖w_a − w_b‖ that a logit may be off by before the CPU and the kernels choose apart:
+/// the inputs are the same bf16 numbers, so it is the rounding of f32 sums.
+const MARGIN: f64 = 1e-5;
+
+fn agrees(router: &str, experts: usize, top_k: usize, tokens: usize, load: Load) {
+    let config = layer(router, experts, top_k, &[]);
+    let found = compare_layer(&config, tokens, load, None).unwrap();
+    let (what, difference) = found.worst();
+    let case = format!("{router} {experts}c{top_k} T {tokens} {load:?}");
+    println!(
+        "{case}: worst {difference:.1e} ({what}), flips {}",
+        found.flips
+    );
+    assert!(
+        difference <= TOLERANCE,
+        "{case}: {what} differs by {difference:.1e}"
+    );
+    assert!(
+        found.largest_margin <= MARGIN,
+        "{case}: margin {:.1e}",
+        found.largest_margin
+    );
+    if load == Load::OddEmpty && router != "dense" && tokens > 1 {
+        assert!(
+            found.counts.iter().skip(1).step_by(2).all(|c| *c == 0),
+            "{case}"
+        );
+    }
+    if load == Load::OneHot && router != "dense" {
+        assert_eq!(found.counts[experts / 2], tokens, "{case}");
+    }
+}
+
+fn agrees_everywhere(router: &str) {
+    for (experts, top_k) in SHAPES {
+        for load in LOADS {
+            agrees(router, experts, top_k, 211, load);
+        }
+        agrees(router, experts, top_k, 1, Load::Balanced);
+    }
+}
+
+#[test]
+fn topk_agrees_with_the_cpu_for_every_shape_and_load() {
+    agrees_everywhere("topk");
+}
+
+#[test]
+fn default_agrees_with_the_cpu_for_every_shape_and_load() {
+    agrees_everywhere("default");
+}
+
+#[test]
+fn dense_agrees_with_the_cpu_for_every_shape() {
+    for (experts, top_k) in [(8, 1), (32, 4)] {
+        agrees("dense", experts, top_k, 211, Load::Balanced);
+        agrees("dense", experts, top_k, 1, Load::Balanced);
+    }
+}
+
+#[test]
+fn every_other_router_agrees_with_the_cpu() {
+    for router in routers::ROUTERS {
+        if !["topk", "default", "dense"].contains(&router.name) {
+            agrees(router.name, 8, 2, 211, Load::Balanced);
+        }
+    }
+}
+
+#[test]
+fn every_option_of_default_agrees_with_the_cpu() {
+    for set in [
+        "router.weighted=false",
+        "router.weight_norm=\"count\"",
+        "router.pass_forward=false",
+        "router.init_std=0.5",
+    ] {
+        let found = compare_layer(&layer("default", 8, 2, &[set]), 211, Load::Zipf, None).unwrap();
+        let (what, difference) = found.worst();
+        assert!(
+            difference <= TOLERANCE,
+            "{set}: {what} differs by {difference:.1e}"
+        );
+    }
+}
+
+#[test]
+fn every_missing_term_shows_in_the_layer() {
+    for (fault, name) in Fault::ALL {
+        let config = layer(router_of(fault), 8, 2, &[]);
+        let found = compare_layer(&config, 211, Load::Balanced, Some(fault)).unwrap();
+        assert!(!(found.worst().1 <= TOLERANCE), "{name} did not show");
+    }
+}
+
+/// A router whose backward has the term.
+fn router_of(fault: Fault) -> &'static str {
+    match fault {
+        Fault::SampledOwnTerm => "sparsemixer",
+        Fault::UnchosenGate => "densemixer",
+        _ => "default",
+    }
+}
+
+#[test]
+fn directional_derivatives_of_the_layer_agree_with_its_gradients() {
+    for router in ["topk", "default", "dense"] {
+        for (experts, top_k) in [(8, 1), (32, 4)] {
+            for d in directional(&layer(router, experts, top_k, &[]), 61, Load::Balanced).unwrap() {
+                let error = d.relative_error();
+                println!("{router} {experts}c{top_k} {}: {error:.1e}", d.input);
+                assert!(
+                    error <= DIRECTIONAL_TOLERANCE,
+                    "{router} {experts}c{top_k} {}: {error:.1e}",
+                    d.input
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_layer_keeps_its_input_the_hidden_rows_and_the_scores_alone() {
+    let (tokens, d, f, e, k) = (211, 128, 352, 8, 2);
+    for router in ["topk", "default"] {
+        let mut config = layer(router, e, k, &[]);
+        config.train.device = Device::Sim;
+        let model = Model::new(&config).unwrap();
+        let (tape, weights) = (Tape::new(), model.weights());
+        let x = Tensor::from_slice([tokens, d], &vec![0.5f32; tokens * d]);
+        let x = Var::leaf(x.narrowed().on(Device::Sim), model.parameters.len());
+        take_ran();
+        model
+            .moe_layer(0, &tape, &weights, &x, Pass::single(Phase::Train))
+            .unwrap();
+        let mut kept: Vec<(usize, usize)> = tape
+            .kept()
+            .iter()
+            .filter(|(_, t)| {
+                !weights
+                    .iter()
+                    .any(|w| w.tensor().bytes().as_ptr() == t.bytes().as_ptr())
+            })
+            .map(|(_, t)| (t.bytes().as_ptr() as usize, t.bytes().len()))
+            .collect();
+        kept.sort_unstable();
+        kept.dedup();
+        let bytes: usize = kept.iter().map(|(_, bytes)| bytes).sum();
+        // And of the router one logsumexp a token, of the balance losses E means.
+        let bound = 2 * tokens * d + 4 * tokens * k * f + 4 * tokens * e;
+        assert!(
+            bytes <= bound + 4 * tokens + 4 * e,
+            "{router} keeps {bytes} bytes, {bound} allowed"
+        );
+        let ran = take_ran();
+        for op in ["router", "experts"] {
+            assert_eq!((ran[op].kernels, ran[op].fallback), (1, 0), "{op}");
+        }
+    }
+}
+
+/// The tiny model, and the first sequences that it would train on.
+fn tiny(router: &str, sequences: usize) -> (Config, Corpus) {
+    let mut layers = Layers::preset("tiny");
+    layers.set = vec![
+        format!("train.sequences_per_step={sequences}"),
+        format!("train.micro_batch={sequences}"),
+        "balance.z_coefficient=0.01".into(),
+        format!("router.name={router}"),
+    ];
+    let config = Config::load(&layers, &routers::resolve).unwrap();
+    let corpus = Corpus::load(&config.data, &config.model, 0).unwrap();
+    (config, corpus)
+}
+
+#[test]
+fn a_first_step_of_tiny_gives_the_gradients_of_the_cpu() {
+    for router in ["topk", "default"] {
+        let (config, corpus) = tiny(router, 16);
+        let tokens = corpus.sequences(0..16);
+        let found = compare_step(&config, &tokens, 16, None).unwrap();
+        for (what, difference) in &found.differences {
+            println!("{router} {difference:.1e} {what}");
+        }
+        let (what, difference) = found.worst();
+        assert!(
+            difference <= TOLERANCE,
+            "{router}: {what} differs by {difference:.1e}"
+        );
+    }
+}
+
+#[test]
+fn every_missing_term_shows_in_a_first_step_of_tiny() {
+    for (fault, name) in Fault::ALL {
+        let (config, corpus) = tiny(router_of(fault), 2);
+        let found = compare_step(&config, &corpus.sequences(0..2), 2, Some(fault)).unwrap();
+        let allowed = 2.0 * TOLERANCE;
+        assert!(!(found.worst().1 <= allowed), "{name} did not show");
+    }
+}
+
+#[test]
+fn the_loss_of_tiny_falls_as_on_the_cpu() {
+    let losses = |device: Device| -> Vec<f64> {
+        let (mut config, corpus) = tiny("default", 2);
+        config.train.device = device;
+        let mut model = Model::new(&config).unwrap();
+        let mut trainer = Trainer::new(&config.train, &model);
+        let step = |step: u64| {
+            let tokens = corpus.sequences(2 * step..2 * step + 2);
+            let report = trainer.step(&mut model, &[&tokens], 2, 1e-3).unwrap();
+            assert_eq!(report.refused, None);
+            report.cross_entropy
+        };
+        (0..20).map(step).collect()
+    };
+    let (device, cpu) = (losses(Device::Sim), losses(Device::Cpu));
+    let mean = |losses: &[f64]| losses[10..].iter().sum::<f64>() / 10.0;
+    assert!(mean(&cpu) < 0.9 * cpu[0], "the loss falls: {cpu:?}");
+    let difference = (mean(&device) / mean(&cpu) - 1.0).abs();
+    println!("mean loss of steps 11 to 20 differs by {difference:.1e}");
+    assert!(difference <= 0.01, "{device:?} and {cpu:?}");
+}
+
+#[test]
+fn a_run_on_the_simulator_resumes_in_the_same_bytes_and_goes_on_on_the_cpu() {
+    let place = common::Place::new();
+    let end = |mut command: std::process::Command| {
+        let done = command.output().unwrap();
+        assert!(done.status.success(), "{}", common::text(&done.stderr));
+    };
+    let weights = |out: &str, step: u64| {
+        let file = format!("{out}/checkpoints/step-{step}/model.safetensors");
+        std::fs::read(place.path(&file)).unwrap()
+    };
+    let on_sim = ["--device", "sim", "--set", "train.checkpoint_interval=3"];
+    let straight = [&on_sim[..], &["--steps", "6"]].concat();
+    end(place.train("straight", &straight));
+    let first = [
+        &on_sim[..],
+        &["--steps", "6", "--set", "train.keep_checkpoints=9"],
+    ]
+    .concat();
+    end(place.train("stopped", &first));
+    std::fs::remove_dir_all(place.path("stopped/checkpoints/step-6")).unwrap();
+    end(place.resume("stopped"));
+    assert!(
+        weights("straight", 6) == weights("stopped", 6),
+        "other bytes"
+    );
+
+    let mut on_cpu = place.resume("stopped");
+    on_cpu.args(["--device", "cpu", "--steps", "9"]);
+    end(on_cpu);
+    assert_eq!(weights("stopped", 9).len(), weights("straight", 6).len());
+}

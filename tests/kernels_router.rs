@@ -1,0 +1,391 @@
+//! The router's kernels on the simulator: every case of the library, every schedule, exact counts of work and bytes, what
+//! they refuse.
+
+mod support;
+
+use routegrad::check::kernels::router::{Batch, Kind, Shape, problem, problem_of};
+use routegrad::check::kernels::{Buffer, router_backward, values};
+use routegrad::device::bindings::*;
+use routegrad::launch;
+use std::ptr::null_mut;
+use support::schedules::{counted, table};
+use support::{check, check_cases, check_schedules, outputs};
+
+#[test]
+fn forward_has_the_accuracy_of_f32_and_chooses_by_its_own_scores() {
+    check_cases("router_forward");
+}
+
+#[test]
+fn statistics_are_the_sums_of_all_blocks() {
+    check_cases("router_statistics");
+}
+
+#[test]
+fn backward_is_within_f32_roundoff_and_one_rounding_to_bf16() {
+    check_cases("router_backward");
+}
+
+#[test]
+fn every_schedule_and_thread_count_gives_the_same_bytes() {
+    for launcher in ["router_forward", "router_statistics", "router_backward"] {
+        check_schedules(launcher);
+    }
+}
+
+fn shape(tokens: usize, experts: usize, hidden: usize, choices: usize, kind: Kind) -> Shape {
+    Shape {
+        tokens,
+        experts,
+        hidden,
+        choices,
+        score: ROUTEGRAD_SCORE_SOFTMAX,
+        kind,
+    }
+}
+
+#[test]
+fn equal_logits_give_equal_shares_the_first_experts_and_the_entropy_of_all() {
+    let mut batch = Batch::new(shape(130, 12, 40, 3, Kind::Ordinary));
+    batch.w.fill(0.0);
+    batch.logits.fill((0.0, 0.0));
+    let problem = problem_of(batch).unwrap_or_else(|e| panic!("{e}"));
+    let out = outputs(&problem);
+    let (scores, choices): (Vec<f32>, Vec<i32>) = (values(&out[0]), values(&out[2]));
+    assert!(scores.iter().all(|&p| (p * 12.0 - 1.0).abs() < 1e-6));
+    assert!(choices.chunks(3).all(|c| c == [0, 1, 2]));
+    let statistics: Vec<f32> = values(&out[4]);
+    assert_eq!(
+        statistics[12..24],
+        [[130.0; 3].as_slice(), &[0.0; 9]].concat()
+    );
+    for mean in [statistics[24].sqrt(), statistics[25]] {
+        assert!((mean - 12f32.ln()).abs() < 1e-5, "{mean}");
+    }
+}
+
+#[test]
+fn the_flag_keeps_an_earlier_token() {
+    for (before, after) in [(i32::MAX, 1), (5, 1), (0, 0)] {
+        let made = problem(shape(40, 8, 72, 2, Kind::NonFinite));
+        let mut problem = made.unwrap_or_else(|e| panic!("{e}"));
+        problem.buffers[3] = Buffer::changed("first_non_finite", &[before]);
+        assert_eq!(values::<i32>(&outputs(&problem)[3]), [after]);
+    }
+}
+
+#[test]
+fn forward_moves_the_bytes_and_multiplies_what_its_header_says() {
+    for (t, e, d, k, kind, padded) in [
+        (300, 20, 136, 3, Kind::Biased, 32),
+        (128, 7, 64, 0, Kind::Ordinary, 16),
+        (257, 64, 328, 8, Kind::Ordinary, 64),
+    ] {
+        let problem = problem(shape(t, e, d, k, kind)).unwrap_or_else(|e| panic!("{e}"));
+        let counters = counted(|| check(&problem));
+        let blocks = t.div_ceil(128);
+        let partials = 4 * (2 * e + 2) * blocks;
+        let bias = if kind == Kind::Biased {
+            4 * 128 * blocks * e
+        } else {
+            0
+        };
+        // router_statistics reads the partials and writes one row.
+        let read = 2 * t * d + 4 * e * d * blocks + bias + partials;
+        let written = 4 * t * (e + 1 + k) + partials + 4 * (2 * e + 2);
+        let flops = 6 * 128 * blocks * d.next_multiple_of(64) * padded;
+        assert_eq!(counters.bytes_read, read as u64);
+        assert_eq!(counters.bytes_written, written as u64);
+        assert_eq!(counters.tensor_flops, flops as u64);
+    }
+}
+
+#[test]
+fn backward_moves_the_bytes_and_multiplies_what_its_header_says() {
+    for (t, e, d, padded, runs, score, accumulate) in [
+        (331, 20, 136, 32, 2, ROUTEGRAD_SCORE_SOFTMAX, true),
+        (131, 7, 64, 16, 1, ROUTEGRAD_SCORE_SOFTMAX, false),
+        (600, 64, 328, 64, 3, ROUTEGRAD_SCORE_LOGITS, false),
+    ] {
+        let problem = router_backward::problem(router_backward::Shape {
+            tokens: t,
+            experts: e,
+            hidden: d,
+            score,
+            accumulate,
+            given: [true; 3],
+        });
+        let problem = problem.unwrap_or_else(|e| panic!("{e}"));
+        let counters = counted(|| check(&problem));
+        let (blocks, columns, add) = (t.div_ceil(128), d.div_ceil(128), usize::from(accumulate));
+        let passes = if score == ROUTEGRAD_SCORE_SOFTMAX {
+            2
+        } else {
+            1
+        };
+        let logit_gradients = passes * 12 * t * e + 32 * t;
+        let input = 4 * e * d * blocks + add * 2 * t * d;
+        let weight = 2 * t * d + 4 * t * e * columns + 4 * (runs + add) * e * d;
+        assert_eq!(
+            counters.bytes_read,
+            (logit_gradients + input + weight) as u64
+        );
+        let written = 4 * t * e + 2 * t * d + 4 * (runs + 1) * e * d;
+        assert_eq!(counters.bytes_written, written as u64);
+        let input = 6 * 128 * blocks * d.next_multiple_of(64) * padded;
+        let weight = 6 * t.next_multiple_of(64) * 128 * columns * padded;
+        assert_eq!(counters.tensor_flops, (input + weight) as u64);
+    }
+}
+
+/// Arguments of a launcher, by name; only refused calls are made, which touch no memory.
+struct Call {
+    pointers: Vec<(&'static str, usize)>,
+    tokens: i64,
+    experts: i32,
+    hidden: i32,
+    choices: i32,
+    score: i32,
+    accumulate: i32,
+}
+
+impl Call {
+    fn pointer<T>(&self, name: &str) -> *mut T {
+        let found = self.pointers.iter().find(|p| p.0 == name);
+        found.unwrap_or_else(|| panic!("no pointer {name}")).1 as *mut T
+    }
+}
+
+type Launch = fn(&Call) -> routegrad::error::Result<()>;
+
+fn forward(a: &Call) -> routegrad::error::Result<()> {
+    let (scores, lse, choices) = (
+        a.pointer("scores"),
+        a.pointer("log_sum_exp"),
+        a.pointer("choices"),
+    );
+    let (partials, flag) = (a.pointer("partials"), a.pointer("first_non_finite"));
+    let (x, w, bias) = (
+        a.pointer::<u8>("x"),
+        a.pointer("w"),
+        a.pointer("selection_bias"),
+    );
+    let (t, e, d, k, s) = (a.tokens, a.experts, a.hidden, a.choices, a.score);
+    // SAFETY: only refused calls are made.
+    unsafe {
+        launch!(
+            table(),
+            router_forward(
+                scores,
+                lse,
+                choices,
+                partials,
+                flag,
+                x.cast(),
+                w,
+                bias,
+                t,
+                e,
+                d,
+                k,
+                s,
+                null_mut()
+            )
+        )
+    }
+}
+
+fn backward(a: &Call) -> routegrad::error::Result<()> {
+    let (dx, dz, partials) = (
+        a.pointer::<u8>("dx"),
+        a.pointer("dz"),
+        a.pointer("dw_partials"),
+    );
+    let (scores, lse, x) = (
+        a.pointer("scores"),
+        a.pointer("log_sum_exp"),
+        a.pointer::<u8>("x"),
+    );
+    let (dscores, dmean, dlse2) = (a.pointer("dscores"), a.pointer("dmean"), a.pointer("dlse2"));
+    let (t, e, d, s, add) = (a.tokens, a.experts, a.hidden, a.score, a.accumulate);
+    let w = a.pointer("w");
+    // SAFETY: only refused calls are made.
+    unsafe {
+        launch!(
+            table(),
+            router_backward(
+                dx.cast(),
+                dz,
+                partials,
+                scores,
+                lse,
+                dscores,
+                dmean,
+                dlse2,
+                x.cast(),
+                w,
+                t,
+                e,
+                d,
+                s,
+                add,
+                null_mut()
+            )
+        )
+    }
+}
+
+fn statistics(a: &Call) -> routegrad::error::Result<()> {
+    let (statistics, partials) = (a.pointer("statistics"), a.pointer("partials"));
+    // SAFETY: only refused calls are made.
+    unsafe {
+        launch!(
+            table(),
+            router_statistics(statistics, partials, a.tokens, a.experts, null_mut())
+        )
+    }
+}
+
+fn weight_gradient(a: &Call) -> routegrad::error::Result<()> {
+    let (dw, partials) = (a.pointer("dw"), a.pointer("dw_partials"));
+    let (t, e, d, add) = (a.tokens, a.experts, a.hidden, a.accumulate);
+    // SAFETY: only refused calls are made.
+    unsafe {
+        launch!(
+            table(),
+            router_weight_gradient(dw, partials, t, e, d, add, null_mut())
+        )
+    }
+}
+
+/// The call with one change is refused with this reason, by name, and nothing is launched.
+fn refused(
+    launch: Launch,
+    names: &[&'static str],
+    change: &dyn Fn(&mut Call),
+    why: &str,
+    name: &str,
+) {
+    let room = [0u128; 16];
+    let mut call = Call {
+        pointers: names.iter().map(|&n| (n, room.as_ptr() as usize)).collect(),
+        tokens: 4,
+        experts: 8,
+        hidden: 64,
+        choices: 2,
+        score: ROUTEGRAD_SCORE_SOFTMAX as i32,
+        accumulate: 0,
+    };
+    change(&mut call);
+    let mut text = String::new();
+    let counters = counted(|| text = launch(&call).expect_err(name).to_string());
+    assert!(
+        text.contains(&format!("argument `{name}` {why}")),
+        "{name} {why}: {text}"
+    );
+    assert_eq!(counters.launches, 0, "{name}: something was launched");
+}
+
+#[test]
+fn a_refused_argument_is_named_and_nothing_is_launched() {
+    let range = "is outside what the kernel can do";
+    // Launcher, its pointers, and how many of them, from the last, may be null or belong to an array.
+    let launchers: [(Launch, &[&'static str], &[&str]); 4] = [
+        (
+            forward,
+            &[
+                "scores",
+                "log_sum_exp",
+                "choices",
+                "partials",
+                "first_non_finite",
+                "x",
+                "w",
+                "selection_bias",
+            ],
+            &["selection_bias"],
+        ),
+        (
+            backward,
+            &[
+                "dx",
+                "dz",
+                "dw_partials",
+                "scores",
+                "log_sum_exp",
+                "dscores",
+                "dmean",
+                "dlse2",
+                "x",
+                "w",
+            ],
+            &["dscores", "dmean", "dlse2"],
+        ),
+        (statistics, &["statistics", "partials"], &[]),
+        (weight_gradient, &["dw", "dw_partials"], &[]),
+    ];
+    for (launch, names, nullable) in launchers {
+        for (i, name) in names.iter().enumerate() {
+            if !nullable.contains(name) {
+                refused(
+                    launch,
+                    names,
+                    &|a| a.pointers[i].1 = 0,
+                    "is a null pointer",
+                    name,
+                );
+            }
+            if !["first_non_finite", "dlse2"].contains(name) {
+                refused(
+                    launch,
+                    names,
+                    &|a| a.pointers[i].1 += 4,
+                    "is not 16-byte aligned",
+                    name,
+                );
+            }
+        }
+        refused(launch, names, &|a| a.tokens = 0, range, "tokens");
+        refused(launch, names, &|a| a.tokens = 1 << 31, range, "tokens");
+        refused(launch, names, &|a| a.experts = 0, range, "experts");
+        refused(launch, names, &|a| a.experts = 257, range, "experts");
+    }
+    for launcher in [0, 1, 3] {
+        let (launch, names, _) = launchers[launcher];
+        refused(launch, names, &|a| a.hidden = 0, range, "hidden");
+        refused(
+            launch,
+            names,
+            &|a| a.hidden = 60,
+            "is not a multiple of 8",
+            "hidden",
+        );
+    }
+    for launcher in [1, 3] {
+        let (launch, names, _) = launchers[launcher];
+        refused(launch, names, &|a| a.accumulate = 2, range, "accumulate");
+    }
+    let (launch, names, _) = launchers[0];
+    for wrong in [-1, 9] {
+        refused(
+            launch,
+            names,
+            &|a| a.choices = wrong,
+            range,
+            "choices_per_token",
+        );
+    }
+    let many = |a: &mut Call| (a.experts, a.choices) = (32, 17);
+    refused(launch, names, &many, range, "choices_per_token");
+    for launcher in [0, 1] {
+        let (launch, names, _) = launchers[launcher];
+        for wrong in [-1, 4] {
+            refused(launch, names, &|a| a.score = wrong, range, "score");
+        }
+    }
+    // Sigmoid and relu leave no softmax behind from which the gradient of mean lse² could come.
+    let (launch, names, _) = launchers[1];
+    for score in [ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_RELU] {
+        refused(launch, names, &|a| a.score = score as i32, range, "dlse2");
+    }
+}

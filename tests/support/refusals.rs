@@ -1,0 +1,21 @@
+//! What a launcher says of an argument that it refuses.
+
+use super::schedules::counted;
+use routegrad::error::Result;
+
+pub const NULL: &str = "is a null pointer";
+pub const MISALIGNED: &str = "is not 16-byte aligned";
+pub const NOT_MULTIPLE: &str = "is not a multiple of 8";
+pub const OUT_OF_RANGE: &str = "is outside what the kernel can do";
+pub const OVERFLOW: &str = "makes a product of sizes overflow";
+
+/// The call is refused for `argument`, and nothing is launched.
+pub fn refused(call: impl FnOnce() -> Result<()>, why: &str, argument: &str) {
+    let mut text = String::new();
+    let counters = counted(|| text = call().expect_err(argument).to_string());
+    assert!(
+        text.contains(&format!("argument `{argument}` {why}")),
+        "{argument} {why}: {text}"
+    );
+    assert_eq!(counters.launches, 0, "{argument}: something was launched");
+}
