@@ -1,12 +1,12 @@
 // grouped_down: the down projection of the experts, with what the mean of each expert's outputs is made of. Rows r of
-// expert e are offsets[e] <= r < offsets[e + 1]; t(r) is row_token[r], or r where that is null; R = `rows` is an upper bound,
-// rows from offsets[E] on are neither used nor written.
+// expert e are offsets[e] <= r < offsets[e + 1]; t(r) is row_token[r], or r where that is null; R = `rows` is an upper
+// bound, rows from offsets[E] on are neither used nor written.
 //   out[r] = W[e] a[r]                                a [R, F] bf16, W [E, D, F] bf16, out [R, D] bf16, assigned
 //   column_sums[offsets[e] / 64 + e + b] = Σ_r w_r W[e] a[r] over rows r of block b
 //                                                     [R / 64 + E, D] f32, assigned; w_r = gates[t(r), e], or 1
 // Block b of an expert is its rows 64 b … 64 b + 63, as many as there are; blocks of different experts are disjoint by
 // their index, and entries without a block are not written. Sums are of the f32 products before they are rounded to
-// bf16. column_sums may be null, then gates and row_token are not read. D and F multiples of 8, pointers 16-byte aligned.
+// bf16. column_sums may be null, then gates and row_token are not read. D, F multiples of 8, pointers 16-byte aligned.
 //
 // Deterministic: each element belongs to one tile, each block's sum to one warpgroup, in one order whatever the tile.
 // FLOPs: 2·R·D·F. Bytes: 2·R·(F + D) + 2·E·D·F, and for the sums 4·D·(R / 64 + E) written, 8·R read per tile of
@@ -31,9 +31,8 @@ routegrad_status grouped_down_forward(void* out, float* column_sums, const void*
   epilogue.sums = column_sums;
   if (const auto status = make_output(&epilogue.rows.out, out, hidden, 1, rows)) return status;
   const GemmArguments arguments{
-      a,       w,    nullptr,
-      nullptr, rows, hidden,
-      offsets, product_sizes(ROUTEGRAD_GEMM_DOWN_FORWARD, rows, experts, hidden, ffn)};
+      a,    w,      nullptr, nullptr,
+      rows, hidden, offsets, product_sizes(ROUTEGRAD_GEMM_DOWN_FORWARD, rows, experts, hidden, ffn)};
   return launch_gemm<ROUTEGRAD_GEMM_DOWN_FORWARD, Gather::None>(arguments, epilogue, tile, stream);
 }
 

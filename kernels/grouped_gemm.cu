@@ -54,8 +54,8 @@ routegrad_status grouped_gemm_forward(void* out, const void* x, const void* w, c
   REQUIRE_POINTER(grouped_gemm_forward, w);
   REQUIRE_GEMM_LAUNCH(grouped_gemm_forward, ROUTEGRAD_GEMM_FORWARD, n, k, 1);
   REQUIRE_HEIGHT(grouped_gemm_forward, x_rows, row_token);
-  const GemmArguments arguments{
-      x, w, row_token, nullptr, x_rows, n, offsets, product_sizes(ROUTEGRAD_GEMM_FORWARD, rows, experts, n, k)};
+  const GemmArguments arguments{x,      w, row_token, nullptr,
+                                x_rows, n, offsets,   product_sizes(ROUTEGRAD_GEMM_FORWARD, rows, experts, n, k)};
   return row_token ? launch_ragged_m<ROUTEGRAD_GEMM_FORWARD, Gather::A>(arguments, out, tile, stream)
                    : launch_ragged_m<ROUTEGRAD_GEMM_FORWARD, Gather::None>(arguments, out, tile, stream);
 }
@@ -69,7 +69,8 @@ routegrad_status grouped_gemm_input_gradient(void* dx, const void* dout, const v
   REQUIRE_GEMM_LAUNCH(grouped_gemm_input_gradient, ROUTEGRAD_GEMM_INPUT_GRADIENT, n, k, 1);
   REQUIRE_HEIGHT(grouped_gemm_input_gradient, dout_rows, row_token);
   const GemmArguments arguments{
-      dout, w, row_token, nullptr, dout_rows, n, offsets, product_sizes(ROUTEGRAD_GEMM_INPUT_GRADIENT, rows, experts, n, k)};
+      dout,      w, row_token, nullptr,
+      dout_rows, n, offsets,   product_sizes(ROUTEGRAD_GEMM_INPUT_GRADIENT, rows, experts, n, k)};
   return row_token ? launch_ragged_m<ROUTEGRAD_GEMM_INPUT_GRADIENT, Gather::A>(arguments, dx, tile, stream)
                    : launch_ragged_m<ROUTEGRAD_GEMM_INPUT_GRADIENT, Gather::None>(arguments, dx, tile, stream);
 }
@@ -87,7 +88,8 @@ routegrad_status grouped_gemm_weight_gradient(float* dw, const void* dout, const
   REQUIRE_HEIGHT(grouped_gemm_weight_gradient, x_rows, x_row_token);
   REQUIRE(grouped_gemm_weight_gradient, accumulate, accumulate == 0 || accumulate == 1, ROUTEGRAD_OUT_OF_RANGE);
   const GemmArguments arguments{
-      dout, x, dout_row_token, x_row_token, dout_rows, x_rows, offsets, product_sizes(ROUTEGRAD_GEMM_WEIGHT_GRADIENT, rows, experts, n, k)};
+      dout,      x,      dout_row_token, x_row_token,
+      dout_rows, x_rows, offsets,        product_sizes(ROUTEGRAD_GEMM_WEIGHT_GRADIENT, rows, experts, n, k)};
   if (dout_row_token) return launch_ragged_k<Gather::A>(arguments, dw, accumulate, tile, stream);
   if (x_row_token) return launch_ragged_k<Gather::B>(arguments, dw, accumulate, tile, stream);
   return launch_ragged_k<Gather::None>(arguments, dw, accumulate, tile, stream);

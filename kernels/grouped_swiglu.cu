@@ -1,21 +1,23 @@
-// grouped_swiglu: the gate and up projection of the experts with SwiGLU, and its backward from the gradient of the layer's
-// output. Rows r of expert e are offsets[e] <= r < offsets[e + 1]; t(r) is row_token[r], or r where that is null; R = `rows`
-// is an upper bound, rows from offsets[E] on are neither used nor written. h is [R, 2F]: gate in columns 0 … F - 1, then up.
-//   forward   h[r] = W[e] x[t(r)]                     x [X, D], W [E, 2F, D], gate first; h [R, 2F]
-//             a[r] = silu(gate) ⊙ up                  a [R, F], from the f32 sums, not from h as rounded
-//   backward  dA'  = dout[t(r)] W[e]                  dout [T, D], W [E, D, F], the down projection; dA' [R, F] is not stored
-//             A    = silu(gate) ⊙ up, from h          w_r = gates[t(r), e], gates [T, E] f32
-//             scaled_a[r] = w_r A                     [R, F], for the gradient of W: Σ_r dout[t(r)] scaled_a[r]ᵀ
-//             dh[r] = w_r dA' ⊙ (up silu'(gate), silu(gate))   [R, 2F]
-//             dots[r, c] = Σ dA' A over column tile c          [R, dot_columns] f32; their sum over c is ⟨dout, e(x)⟩, the
-//                                                              gate's gradient
+// grouped_swiglu: the gate and up projection of the experts with SwiGLU, and its backward from the gradient of the
+// layer's output. Rows r of expert e are offsets[e] <= r < offsets[e + 1]; t(r) is row_token[r], or r where that is
+// null; R = `rows` is an upper bound, rows from offsets[E] on are neither used nor written. h is [R, 2F]: gate in
+// columns 0 … F - 1, then up.
+//   forward   h[r] = W[e] x[t(r)]               x [X, D], W [E, 2F, D], gate first; h [R, 2F]
+//             a[r] = silu(gate) ⊙ up            a [R, F], from the f32 sums, not from h as rounded
+//   backward  dA'  = dout[t(r)] W[e]            dout [T, D], W [E, D, F], the down projection; dA' is not stored
+//             A    = silu(gate) ⊙ up, from h    w_r = gates[t(r), e], gates [T, E] f32
+//             scaled_a[r] = w_r A               [R, F], for the gradient of W: Σ_r dout[t(r)] scaled_a[r]ᵀ
+//             dh[r] = w_r dA' ⊙ (up silu'(gate), silu(gate))        [R, 2F]
+//             dots[r, c] = Σ dA' A over column tile c               [R, dot_columns] f32
+// The sum of a row's dots is ⟨dout, e(x)⟩, the gate's gradient, e(x) being the expert's output.
 // bf16 unless said; sums and SwiGLU in f32; every output is assigned. D and F multiples of 8, pointers 16-byte aligned.
 // dh must not be h: neighbouring tiles read the edge of each other's h.
 //
 // Deterministic: each element belongs to one tile, and sums run in one order; dots depend on the tile (their number and
 // the order of their sum), nothing else does.
 // FLOPs: forward 4·R·F·D, backward 2·R·F·D, on tensor cores. Bytes: forward 2·R·(D + 3F) + 4·E·F·D, backward
-// 2·R·(D + 5F) + 2·E·F·D + 4·R·(dot_columns + 2). Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
+// 2·R·(D + 5F) + 2·E·F·D + 4·R·(dot_columns + 2); row_token is read again, from L1, for every 16 bytes copied.
+// Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
 #include "common/epilogue_swiglu.cuh"
 #include "common/epilogue_swiglu_backward.cuh"
 #include "common/gemm_launch.cuh"
@@ -35,9 +37,8 @@ routegrad_status grouped_swiglu_forward(void* h, void* a, const void* x, const v
   if (const auto status = make_output(&store.h, h, ffn, 2, rows)) return status;
   if (const auto status = make_output(&store.a, a, ffn, 1, rows)) return status;
   const GemmArguments arguments{
-      x,      w,         row_token,
-      nullptr, x_rows,   2 * ffn,
-      offsets, product_sizes(ROUTEGRAD_GEMM_SWIGLU_FORWARD, rows, experts, 2 * ffn, hidden)};
+      x,      w,       row_token, nullptr,
+      x_rows, 2 * ffn, offsets,   product_sizes(ROUTEGRAD_GEMM_SWIGLU_FORWARD, rows, experts, 2 * ffn, hidden)};
   return launch_gemm<ROUTEGRAD_GEMM_SWIGLU_FORWARD, Gather::A>(arguments, store, tile, stream);
 }
 
@@ -68,8 +69,8 @@ routegrad_status grouped_swiglu_backward(void* dh, void* scaled_a, float* dots, 
   REQUIRE_POINTER(grouped_swiglu_backward, gates);
   REQUIRE_GEMM_LAUNCH(grouped_swiglu_backward, ROUTEGRAD_GEMM_SWIGLU_BACKWARD, hidden, ffn, 1);
   REQUIRE_HEIGHT(grouped_swiglu_backward, dout_rows, row_token);
-  REQUIRE(grouped_swiglu_backward, dot_columns,
-          dot_columns == dot_columns_of(rows, experts, hidden, ffn, tile), ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE(grouped_swiglu_backward, dot_columns, dot_columns == dot_columns_of(rows, experts, hidden, ffn, tile),
+          ROUTEGRAD_OUT_OF_RANGE);
   SwigluBackward epilogue{};
   epilogue.dots = dots;
   epilogue.dot_columns = dot_columns;
@@ -78,9 +79,8 @@ routegrad_status grouped_swiglu_backward(void* dh, void* scaled_a, float* dots, 
   if (const auto status = make_output(&epilogue.dh, dh, ffn, 2, rows)) return status;
   if (const auto status = make_output(&epilogue.scaled_a, scaled_a, ffn, 1, rows)) return status;
   const GemmArguments arguments{
-      dout,    w,        row_token,
-      nullptr, dout_rows, hidden,
-      offsets, product_sizes(ROUTEGRAD_GEMM_SWIGLU_BACKWARD, rows, experts, hidden, ffn)};
+      dout,      w,      row_token, nullptr,
+      dout_rows, hidden, offsets,   product_sizes(ROUTEGRAD_GEMM_SWIGLU_BACKWARD, rows, experts, hidden, ffn)};
   return launch_gemm<ROUTEGRAD_GEMM_SWIGLU_BACKWARD, Gather::A>(arguments, epilogue, tile, stream);
 }
 

@@ -2,7 +2,7 @@
 // column sums Σ_r w_r d[r, :] of the f32 sums before rounding, w_r the row's gate: what the mean of an expert's outputs
 // is made of.
 //
-// Order of a sum: rows r and r + 8 of a warp in a thread; then over the warp's 8 lanes of a column by halves (16, 8, 4);
+// Order of a sum: rows r and r + 8 of a warp in a thread; then the warp's 8 lanes of a column by halves (16, 8, 4);
 // then warps 0 to 3. The same for every tile shape.
 #pragma once
 #include "epilogue_store_bf16.cuh"
@@ -36,9 +36,10 @@ struct StoreAndSumColumns : PlainEpilogue {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const float* rows_of = d + first / 2 + i / 2 * 4 + i % 2;
-        v[i] = (at.local_row(0) < at.rows ? w[0] * rows_of[0] : 0) + (at.local_row(1) < at.rows ? w[1] * rows_of[2] : 0);
+        v[i] =
+            (at.local_row(0) < at.rows ? w[0] * rows_of[0] : 0) + (at.local_row(1) < at.rows ? w[1] * rows_of[2] : 0);
       }
-      // By halves: a lane keeps one half of its columns and gives the other away, until it has one, summed over 8 lanes.
+      // By halves: a lane keeps one half of its columns and gives the other away, until it has one, of 8 lanes.
 #pragma unroll
       for (int half = 4; half; half /= 2) {
         const bool upper = lane & 4 * half;

@@ -1,14 +1,14 @@
-// Bf16Output: a bf16 matrix that an epilogue writes, in pieces of 64 rows by at most 64 columns. Whole pieces leave by TMA;
-// where rows end inside a fragment, or fewer than 64 columns are left of a tile, the threads copy the valid 16-byte
-// chunks themselves. StoreBf16: the epilogue out[row, column] = bf16(d), assigned.
+// Bf16Output: a bf16 matrix that an epilogue writes, in pieces of 64 rows by at most 64 columns. Whole pieces leave by
+// TMA; where rows end inside a fragment, or fewer than 64 columns are left of a tile, the threads copy the valid
+// 16-byte chunks themselves. StoreBf16: the epilogue out[row, column] = bf16(d), assigned.
 #pragma once
 #include "gemm_epilogue.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 
 struct Bf16Output {
-  TensorMap map;     // (width, parts, rows), boxes of 64 x 1 x 64
-  bf16* out;         // [rows, parts, width]: parts side by side in a row, each clipped at its own width
+  TensorMap map;  // (width, parts, rows), boxes of 64 x 1 x 64
+  bf16* out;      // [rows, parts, width]: parts side by side in a row, each clipped at its own width
   int width, parts;
 
   // One piece at `column` of `part`. pair(j, h) packs the thread's two elements of row h in the j-th 8 columns.

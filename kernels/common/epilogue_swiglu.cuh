@@ -1,5 +1,5 @@
-// Epilogue of the gate and up projection: h = bf16(d), and a = bf16(silu(gate) ⊙ up) from the f32 sums, both assigned. A
-// tile's left half is gate, its right half the same columns of up, so that a thread holds both of every pair.
+// Epilogue of the gate and up projection: h = bf16(d), and a = bf16(silu(gate) ⊙ up) from the f32 sums, both assigned.
+// A tile's left half is gate, its right half the same columns of up, so that a thread holds both of every pair.
 #pragma once
 #include "epilogue_store_bf16.cuh"
 #include "swiglu.cuh"

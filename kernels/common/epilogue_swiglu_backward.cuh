@@ -3,7 +3,7 @@
 //   A = silu(gate) ⊙ up                     from h as stored; not written
 //   scaled_a = bf16(w_r A)                  for the gradient of the down projection's weight
 //   dh = bf16(w_r dA' ⊙ (up silu'(gate)))   over gate; bf16(w_r dA' ⊙ silu(gate)) over up
-//   dots[r, c] = Σ dA' A                    over the tile's columns, c the column tile: the parts of the gate's gradient
+//   dots[r, c] = Σ dA' A                    over the columns of tile c: the parts of the gate's gradient
 // Order of a dot: a thread's columns ascending, then over the four lanes of a row (1, 2).
 #pragma once
 #include "epilogue_store_bf16.cuh"
@@ -12,8 +12,8 @@
 
 namespace ROUTEGRAD_VARIANT {
 
-// Pieces of h come by TMA into one of two sets of buffers, are replaced there by dh, and leave by TMA beside scaled_a. The
-// next piece is fetched while one is computed.
+// Pieces of h come by TMA into one of two sets of buffers, are replaced there by dh, and leave by TMA beside scaled_a.
+// The next piece is fetched while one is computed.
 class LoadingPort {
  public:
   enum Buffer { kGate, kUp, kScaledA, kPieceBuffers };

@@ -6,9 +6,9 @@
 // All 128 threads of a consumer warpgroup call it with one product of 64 rows: d is the thread's accumulator fragment,
 // `at` says where it lies. Data per row (a gate) is looked up by at.row(h), data per expert by at.group; sums over an
 // expert's rows go to partials by block of 64 rows, added later in that order.
-//   Port        the warpgroup's own shared memory and how it is shared with TMA; Staging serves an epilogue that only stores
-//   kGateUp     whether the columns of B are two ranges, half of the tile each: the left half of d is a tile of the gate,
-//               the right half the same columns of up; columns are then counted in one range
+//   Port        the warpgroup's own shared memory, and how it is shared with TMA: Staging, where nothing is read
+//   kGateUp     whether the left half of d is a tile of gate, and the right half the same columns of up; a tile's
+//               columns are then counted in one of them
 //   kPrefetch   whether it reads: prefetch(at, port) is called with a tile's first fragment, before its products
 #pragma once
 #include "gemm_schedule.cuh"

@@ -104,21 +104,21 @@ inline bool tiles_fit(const ProductSizes& p) {
 }  // namespace ROUTEGRAD_VARIANT
 
 // W is [E, n_times · n, k], by the names that the launcher's arguments have. TMA: 2^40 bytes.
-#define REQUIRE_GEMM_SIZES(launcher, product_, n, k, n_times)                                          \
-  REQUIRE(launcher, rows, 1 <= rows && rows <= kMaxRows, ROUTEGRAD_OUT_OF_RANGE);                      \
-  REQUIRE(launcher, experts, 1 <= experts && experts <= kMaxExperts, ROUTEGRAD_OUT_OF_RANGE);          \
-  REQUIRE(launcher, n, 1 <= n && n <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);                              \
-  REQUIRE_MULTIPLE_OF_8(launcher, n);                                                                  \
-  REQUIRE(launcher, k, 1 <= k && k <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);                              \
-  REQUIRE_MULTIPLE_OF_8(launcher, k);                                                                  \
-  REQUIRE(launcher, k, int64_t{n_times} * n * k <= (int64_t{1} << 36), ROUTEGRAD_OVERFLOW);            \
-  REQUIRE(launcher, rows, tiles_fit(product_sizes(product_, rows, experts, n_times * n, k)), ROUTEGRAD_OVERFLOW)
+#define REQUIRE_GEMM_SIZES(launcher, product_, n, k, n_times)                                   \
+  REQUIRE(launcher, rows, 1 <= rows && rows <= kMaxRows, ROUTEGRAD_OUT_OF_RANGE);               \
+  REQUIRE(launcher, experts, 1 <= experts && experts <= kMaxExperts, ROUTEGRAD_OUT_OF_RANGE);   \
+  REQUIRE(launcher, n, 1 <= n && n <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);                       \
+  REQUIRE_MULTIPLE_OF_8(launcher, n);                                                           \
+  REQUIRE(launcher, k, 1 <= k && k <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);                       \
+  REQUIRE_MULTIPLE_OF_8(launcher, k);                                                           \
+  REQUIRE(launcher, k, int64_t{n_times} * (n) * (k) <= (int64_t{1} << 36), ROUTEGRAD_OVERFLOW); \
+  REQUIRE(launcher, rows, tiles_fit(product_sizes(product_, rows, experts, (n_times) * (n), k)), ROUTEGRAD_OVERFLOW)
 #define REQUIRE_GEMM_LAUNCH(launcher, product_, n, k, n_times)                            \
   REQUIRE_GEMM_SIZES(launcher, product_, n, k, n_times);                                  \
   REQUIRE(launcher, offsets, offsets != nullptr || experts == 1, ROUTEGRAD_NULL_POINTER); \
   REQUIRE(launcher, tile, tile_exists(tile, product_), ROUTEGRAD_OUT_OF_RANGE);           \
   if (multiprocessors() < 1) return ROUTEGRAD_CUDA_ERROR | 100 << 8 /* cudaErrorNoDevice */
 // An array that is not gathered holds every row of the product.
-#define REQUIRE_HEIGHT(launcher, height, row_token)                                                            \
+#define REQUIRE_HEIGHT(launcher, height, row_token)                                                        \
   REQUIRE(launcher, height, 1 <= height && height <= kMaxRows && (row_token != nullptr || height >= rows), \
           ROUTEGRAD_OUT_OF_RANGE)

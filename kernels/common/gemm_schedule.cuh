@@ -13,9 +13,9 @@ constexpr int kGemmDepth = 64;  // k of a k-tile: one 128-byte swizzle span of b
 
 struct Tile {
   int group, group_row;  // and its first row of the output (ragged reduction: 0)
-  int row, rows;        // first row of the output, and how many from there belong to the tile
-  int column;           // first column
-  int first_k, last_k;  // the reduction, [first_k, last_k)
+  int row, rows;         // first row of the output, and how many from there belong to the tile
+  int column;            // first column
+  int first_k, last_k;   // the reduction, [first_k, last_k)
 
   HOST_DEV int depth_steps() const { return (last_k - first_k + kGemmDepth - 1) / kGemmDepth; }
 };
@@ -57,13 +57,9 @@ struct RaggedM {
         if (index < before + tiles) {
           const Place place = place_in_bands(index - before, row_tiles, column_tiles, kBandRows / TILE_ROWS);
           const int row = first + place.row_tile * TILE_ROWS;
-          tile = {group,
-                  first,
-                  row,
-                  last - row < TILE_ROWS ? last - row : TILE_ROWS,
-                  place.column_tile * TILE_COLUMNS,
-                  0,
-                  shape.depth};
+          tile = {
+              group, first,      row, last - row < TILE_ROWS ? last - row : TILE_ROWS, place.column_tile * TILE_COLUMNS,
+              0,     shape.depth};
           index += gridDim.x;
           return true;
         }
@@ -97,9 +93,13 @@ struct RaggedK {
         const Place place =
             place_in_bands(static_cast<int>(index % tiles), row_tiles, column_tiles, kBandRows / TILE_ROWS);
         const int row = place.row_tile * TILE_ROWS;
-        tile = {
-            group, 0,   row,  shape.rows - row < TILE_ROWS ? shape.rows - row : TILE_ROWS, place.column_tile * TILE_COLUMNS,
-            first, last};
+        tile = {group,
+                0,
+                row,
+                shape.rows - row < TILE_ROWS ? shape.rows - row : TILE_ROWS,
+                place.column_tile * TILE_COLUMNS,
+                first,
+                last};
         index += gridDim.x;
         return true;
       }

@@ -41,7 +41,7 @@ struct GemmTraits {
   static constexpr int kFullArrivals = 1 + (kCopies ? 4 : 0);
   static constexpr int kEmptyArrivals = PINGPONG ? 4 : 8;
   // A tail of 64 rows is multiplied alone, unless the code for both cases would not fit the registers (ptxas 13.0
-  // spills).
+  // spills): at 176 columns, and before an epilogue that reads.
   static constexpr bool kHalfTail = ROW_BLOCKS == 2 && COLUMNS <= 128 && !EPILOGUE::kPrefetch;
   // Registers a thread; producer + 2 consumer = 3 · 168.
   static constexpr int kProducerRegisters = !kCopies ? 24 : kHalfTail || EPILOGUE::kPrefetch ? 40 : 56;
