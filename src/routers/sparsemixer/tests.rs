@@ -364,9 +364,9 @@ fn two_experts_of_the_second_version_are_biased_by_what_the_first_choice_does_to
     let expectation = |z: &[f64], value: &dyn Fn(usize, usize) -> f64| -> f64 {
         let p = masked_softmax(z, &all);
         let mut sum = 0.0;
-        for a in 0..5 {
+        for (a, pa) in p.iter().enumerate() {
             let q = masked_softmax(z, &without(a));
-            sum += (0..5).map(|b| p[a] * q[b] * value(a, b)).sum::<f64>();
+            sum += (0..5).map(|b| pa * q[b] * value(a, b)).sum::<f64>();
         }
         sum
     };
