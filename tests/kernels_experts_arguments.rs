@@ -136,7 +136,9 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let range = "is outside what the kernel can do";
     let overflow = "makes a product of sizes overflow";
     let multiple = "is not a multiple of 8";
-    let launchers: [(&str, &[&str], &[&str], &str, i32); 3] = [
+    /// Launcher, outputs, inputs, the size that bounds a gather, and a tile that it has no kernel for.
+    type Signature<'a> = (&'a str, &'a [&'a str], &'a [&'a str], &'a str, i32);
+    let launchers: [Signature; 3] = [
         (
             "grouped_swiglu_forward",
             &["h", "a"],
