@@ -13,8 +13,8 @@
 // and multiplies them with 128 columns of ê on tensor cores: gates as A in registers, with zeros for the chosen experts,
 // and ê as B in shared memory, where each block holds its slice of ê for all its tokens. Both are split into two bf16
 // terms, high + low; three of the four products are taken, so the error is 3·2^-16 of Σ |gate ê| at most, a fiftieth of
-// what rounding to bf16 may be. B's columns are permuted so that a thread's accumulators are runs of 8 columns: rows are added to them straight
-// from global memory.
+// what rounding to bf16 may be. B's columns are permuted so that a thread's accumulators are runs of 8 columns: rows are
+// added to them straight from global memory.
 //
 // Bytes: 2·D·(S + T) + 4·slots·T, S the slots with a row; 4·(slots + S) with choices or gates; with vectors 4·E·(T + D);
 // 2·D·T to accumulate. (What is per token and expert is read again, from cache, for every slice of 512, 256 or 128 columns.)

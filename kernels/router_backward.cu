@@ -8,7 +8,7 @@
 //   dx [T, D] bf16 = or += dz W
 //   dW [E, D] f32  = or += dzᵀ x, in two steps: router_backward assigns one partial [E, D] per run of tokens to dw_partials,
 //                    router_weight_gradient adds these in order
-// dscores, dmean and dlse2 may be null: zero. scores and log_sum_exp are router_forward's. D a multiple of 8, E <= 256.
+// dscores, dmean and dlse2 may be null: zero. scores and log_sum_exp are router_forward's, the latter read for dlse2 alone. D a multiple of 8, E <= 256.
 //
 // dx is as good as one rounding to bf16: dz and W as two bf16 terms each, the three larger of their four products, f32 sums.
 // dW has the accuracy of an f32 product: x is exact, dz is split into three terms (common/router_tiles.cuh).
@@ -64,7 +64,13 @@ struct GradientRow {
   float scale, dot, lse, square_scale;  // 1 / T; Σ p d; its lse; d(mean lse²)/d(lse)
 
   DEV GradientRow(const RouterBackward& backward, int row)
-      : r(backward), token(row), valid(row < backward.tokens), scale(1.0f / static_cast<float>(backward.tokens)), dot(0), lse(0), square_scale(0) {
+      : r(backward),
+        token(row),
+        valid(row < backward.tokens),
+        scale(1.0f / static_cast<float>(backward.tokens)),
+        dot(0),
+        lse(0),
+        square_scale(0) {
     if (r.dlse2 && valid) {
       lse = ld_global_readonly(r.log_sum_exp + token);
       square_scale = ld_global_readonly(r.dlse2) * 2 * scale * lse;
@@ -295,7 +301,7 @@ routegrad_status router_backward(void* dx, float* dz, float* dw_partials, const 
   REQUIRE_POINTER(router_backward, dz);
   REQUIRE_POINTER(router_backward, dw_partials);
   REQUIRE_POINTER(router_backward, scores);
-  REQUIRE_POINTER(router_backward, log_sum_exp);
+  if (dlse2) REQUIRE_POINTER(router_backward, log_sum_exp);
   if (dscores) REQUIRE_POINTER(router_backward, dscores);
   if (dmean) REQUIRE_POINTER(router_backward, dmean);
   REQUIRE_POINTER(router_backward, x);

@@ -6,7 +6,7 @@
 //! the operations of [`router`](super::router) and [`balance`](super::balance). On a device with
 //! kernels it is one operation, whose backward gets dp, dP and the z-loss's gradient together: with
 //! `d = dp + dP / T`, softmax `dz_j = p_j (d_j − Σ_i p_i d_i) + dl (2 / T) logsumexp(z) p_j`;
-//! then `dx = dz W`, `dW = dzᵀ x`. It keeps x, p and logsumexp: 2·T·D + 4·T·(E + 1) bytes.
+//! then `dx = dz W`, `dW = dzᵀ x`. It keeps x and p, 2·T·D + 4·T·E bytes, and for the z-loss logsumexp.
 
 use super::balance;
 use super::dispatch::Selection;
@@ -25,7 +25,9 @@ use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
 use serde::{Deserialize, Serialize};
+use std::cell::OnceCell;
 use std::ptr::{null, null_mut};
+use std::rc::Rc;
 
 /// The function from a row's logits to its scores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,6 +85,9 @@ enum Origin {
         mean: Var,
         /// `mean_t logsumexp(z_t)²`.
         lse_square: Var,
+        /// `logsumexp(z_t) [T]`, and where the operation keeps it once the z-loss was asked for.
+        lse: Tensor,
+        kept_lse: Rc<OnceCell<Tensor>>,
         /// Mean entropy of a row, in nats.
         entropy: f64,
     },
@@ -98,8 +103,12 @@ pub fn scores(tape: &Tape, x: &Var, weight: &Var, score: Score, choice: Choice) 
         return Scores::of_logits(tape, z, score, choice);
     }
     let run = Router::run(x.tensor(), weight.tensor(), score, &choice)?;
-    let (chosen, entropy) = (run.chosen, run.entropy);
-    let outputs = tape.record_run(Router { score }, &[x, weight], run.forward);
+    let kept_lse = Rc::new(OnceCell::new());
+    let op = Router {
+        score,
+        lse: kept_lse.clone(),
+    };
+    let outputs = tape.record_run(op, &[x, weight], run.forward);
     let Ok([values, mean, lse_square]) = <[Var; 3]>::try_from(outputs) else {
         unreachable!("the router has three outputs")
     };
@@ -107,10 +116,12 @@ pub fn scores(tape: &Tape, x: &Var, weight: &Var, score: Score, choice: Choice) 
         values,
         score,
         origin: Origin::Kernel {
-            chosen,
+            chosen: run.chosen,
             mean,
             lse_square,
-            entropy,
+            lse: run.lse,
+            kept_lse,
+            entropy: run.entropy,
         },
     })
 }
@@ -203,7 +214,15 @@ impl Scores {
     pub fn z_loss(&self, tape: &Tape) -> Result<Var> {
         match &self.origin {
             Origin::Logits { z, .. } => balance::z_loss(tape, z),
-            Origin::Kernel { lse_square, .. } => Ok(lse_square.clone()),
+            Origin::Kernel {
+                lse_square,
+                lse,
+                kept_lse,
+                ..
+            } => {
+                kept_lse.get_or_init(|| lse.clone());
+                Ok(lse_square.clone())
+            }
         }
     }
 
@@ -238,11 +257,14 @@ fn shifted(scores: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// The kernels of `kernels/router.cu` and `kernels/router_backward.cu`.
 struct Router {
     score: Score,
+    /// `logsumexp(z) [T]`, kept for the z-loss alone.
+    lse: Rc<OnceCell<Tensor>>,
 }
 
 struct Run {
     forward: Forward,
     chosen: TopK,
+    lse: Tensor,
     entropy: f64,
 }
 
@@ -311,9 +333,10 @@ impl Router {
         Ok(Run {
             forward: Forward {
                 outputs,
-                saved: vec![x.clone(), w.clone(), values, lse],
+                saved: vec![x.clone(), w.clone(), values],
             },
             chosen,
+            lse,
             entropy: f64::from(statistics[2 * experts + 1]),
         })
     }
@@ -349,8 +372,8 @@ impl Op for Router {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
-        let [x, w, values, lse] = saved else {
-            unreachable!("the router keeps four tensors")
+        let [x, w, values] = saved else {
+            unreachable!("the router keeps three tensors")
         };
         let launchers = x.device().launchers()?;
         let (tokens, hidden, experts) = (x.shape().rows(), x.shape().width(), w.shape()[0]);
@@ -371,7 +394,7 @@ impl Op for Router {
                         dz.pointer_mut(),
                         partials.pointer_mut(),
                         values.pointer(),
-                        lse.pointer(),
+                        self.lse.get().map_or(null(), Tensor::pointer),
                         given(0),
                         given(1),
                         given(2),
