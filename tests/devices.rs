@@ -8,6 +8,7 @@ use routegrad::data::Corpus;
 use routegrad::device::Device;
 use routegrad::device_check::{
     DIRECTIONAL_TOLERANCE, Load, TOLERANCE, compare_layer, compare_step, directional,
+    router_directions,
 };
 use routegrad::model::Model;
 use routegrad::routers::{self, Pass, Phase};
@@ -158,6 +159,27 @@ fn directional_derivatives_of_the_layer_agree_with_its_gradients() {
                     d.input
                 );
             }
+        }
+    }
+}
+
+#[test]
+fn directional_derivatives_pass_for_every_router_and_a_wrong_gradient_fails() {
+    for router in routers::ROUTERS {
+        let found = router_directions(router.name).unwrap();
+        assert!(found.len() >= 2, "{}", router.name);
+        for mut d in found {
+            assert!(
+                d.relative_error() <= DIRECTIONAL_TOLERANCE,
+                "{} {}",
+                router.name,
+                d.input
+            );
+            d.predicted *= 1.05;
+            assert!(
+                !(d.relative_error() <= DIRECTIONAL_TOLERANCE),
+                "5% off passes"
+            );
         }
     }
 }
