@@ -71,6 +71,7 @@ impl Model {
         dist: Box<dyn Collective>,
     ) -> Result<Self> {
         router.validate(&config.model)?;
+        config.train.device.prepare()?;
         let mut layout = Layout::new(&config.model, config.train.dtype.dtype(), config.train.seed);
         let graph = Graph::new(&mut layout, config, router, dist)?;
         Ok(Model {

@@ -31,6 +31,22 @@ pub enum Device {
 }
 
 impl Device {
+    /// To be called once on a thread that will launch kernels: the simulator divides the blocks of a
+    /// launch among all cores. What is computed does not depend on it.
+    ///
+    /// # Errors
+    /// When the simulator cannot be loaded.
+    pub fn prepare(self) -> Result<()> {
+        if self == Device::Sim {
+            let launchers = self.launchers()?;
+            if let Some(mut options) = launchers.options() {
+                options.threads = rayon::current_num_threads() as i32;
+                launchers.set_options(&options)?;
+            }
+        }
+        Ok(())
+    }
+
     /// The kernels of this device.
     ///
     /// # Errors
