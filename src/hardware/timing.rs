@@ -1,11 +1,8 @@
 //! Timing a GEMM beside cuBLAS: one process, interleaved, random data, inputs rotated past the L2 cache, both sides timed
 //! twice, medians.
 
+use crate::check::kernels::costs::{self, Cost};
 use crate::check::kernels::grouped_gemm::{Product, Shape};
-
-/// Ceilings measured on one H200: FLOP/s of bf16 products and bytes/s of a copy.
-pub const PEAK_FLOPS: f64 = 790e12;
-pub const PEAK_BYTES: f64 = 4.3e12;
 
 /// A product at a shape of the core set.
 pub struct TimedCase {
@@ -15,29 +12,22 @@ pub struct TimedCase {
 }
 
 impl TimedCase {
-    /// Bytes that must move once: operands and result.
-    pub fn bytes(&self) -> f64 {
+    /// What the product must do, and the bytes that must move once: operands and result.
+    pub fn cost(&self) -> Cost {
         let Shape { n, k, ref counts } = self.shape;
-        let (rows, experts, n, k) = (
-            self.shape.rows() as f64,
-            counts.len() as f64,
-            n as f64,
-            k as f64,
-        );
+        let (rows, experts) = (self.shape.rows(), counts.len());
         match self.product {
-            Product::WeightGradient => 2.0 * rows * (n + k) + 4.0 * experts * n * k,
-            _ => 2.0 * (rows * (n + k) + experts * n * k),
+            Product::WeightGradient => {
+                costs::grouped_gemm_weight_gradient(rows, experts, n, k, false)
+            }
+            _ => costs::grouped_gemm(rows, experts, n, k),
         }
-    }
-
-    /// Seconds that no version goes below: max(FLOPs / 790e12, bytes / 4.3e12).
-    pub fn floor(&self) -> f64 {
-        (self.shape.flops() / PEAK_FLOPS).max(self.bytes() / PEAK_BYTES)
     }
 
     /// Seconds of the whole task: start, random inputs, float64 of the sampled lines, and the runs.
     pub fn estimate(&self) -> f64 {
-        3.0 + self.bytes() * 2e-9 + self.floor() * 4.0 * f64::from(SAMPLES * LAUNCHES)
+        let cost = self.cost();
+        3.0 + cost.bytes * 2e-9 + cost.floor() * 4.0 * f64::from(SAMPLES * LAUNCHES)
     }
 }
 
@@ -111,7 +101,7 @@ mod gpu {
         let problem = grouped_gemm::problem(&operands, ROUTEGRAD_TILE_AUTO);
         // Enough sets of buffers that one is out of the cache when its turn comes again.
         let cache = gpu.cache_bytes().map_err(text)? as f64;
-        let sets = ((2.0 * cache / case.bytes()).ceil() as usize + 1).clamp(2, 12);
+        let sets = ((2.0 * cache / case.cost().bytes).ceil() as usize + 1).clamp(2, 12);
         let mut runs = (0..sets)
             .map(|_| Run::new(gpu, &problem))
             .collect::<Result<Vec<_>>>()
@@ -185,8 +175,8 @@ mod gpu {
             json!({
                 "microseconds_of_each_pass": times.iter().map(|t| t.0 * 1e6).collect::<Vec<_>>(),
                 "spread_of_each_pass": times.iter().map(|t| t.1).collect::<Vec<_>>(),
-                "tflops": case.shape.flops() / seconds / 1e12,
-                "share_of_floor": case.floor() / seconds,
+                "tflops": case.cost().flops / seconds / 1e12,
+                "share_of_floor": case.cost().floor() / seconds,
             })
         };
         let ours = side(passes.iter().map(|p| p.0).collect());
@@ -205,7 +195,7 @@ mod gpu {
             (None, None) => {}
         }
         let measured = json!({
-            "ours": ours, "cublas": theirs, "ratio_to_cublas": ratio, "floor_microseconds": case.floor() * 1e6,
+            "ours": ours, "cublas": theirs, "ratio_to_cublas": ratio, "floor_microseconds": case.cost().floor() * 1e6,
             "rows": case.shape.rows(), "experts": case.shape.counts.len(), "n": case.shape.n, "k": case.shape.k,
         });
         (detail, measured)
@@ -226,9 +216,9 @@ mod tests {
         let case = |name: &str| cases().into_iter().find(|c| c.name == name).unwrap();
         let gate_up = case("grouped_gemm_forward 7.33b 8c1 gate-up");
         assert!(
-            (gate_up.floor() * 1e6 - 957.0).abs() < 1.0,
+            (gate_up.cost().floor() * 1e6 - 957.0).abs() < 1.0,
             "{}",
-            gate_up.floor()
+            gate_up.cost().floor()
         );
         assert_eq!(gate_up.shape.counts, [2048; 8]);
         assert_eq!(

@@ -100,11 +100,6 @@ impl Shape {
     pub fn rows(&self) -> usize {
         self.counts.iter().sum()
     }
-
-    /// 2·R·N·K, the same for the three products.
-    pub fn flops(&self) -> f64 {
-        2.0 * self.rows() as f64 * self.n as f64 * self.k as f64
-    }
 }
 
 /// The operands of a product. Rows past the last expert's hold NaN, and their index leads far outside.
