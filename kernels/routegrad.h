@@ -122,7 +122,14 @@ typedef enum routegrad_score {
   ROUTEGRAD_SCORE_RELU = 3,
 } routegrad_score;
 
-// router.cu, router_backward.cu: shapes and formulas stand in the files' headers.
+// Which random numbers router_sample draws: a place in device memory, so that a captured step draws new ones.
+typedef struct routegrad_draws {
+  uint64_t seed;
+  uint64_t step;         // below 2^32
+  uint64_t first_token;  // of the launch, in the global batch
+} routegrad_draws;
+
+// router.cu, router_backward.cu, router_sample.cu: shapes and formulas stand in the files' headers.
 #define ROUTEGRAD_ROUTER_LAUNCHERS(X)                                                                                  \
   X(router_forward, (float* scores, float* log_sum_exp, int32_t* choices, float* partials, int32_t* first_non_finite,  \
                      const void* x, const float* w, const float* selection_bias, int64_t tokens, int32_t experts,      \
@@ -138,6 +145,9 @@ typedef enum routegrad_score {
                       routegrad_stream stream))                                                                        \
   X(router_weight_gradient, (float* dw, const float* dw_partials, int64_t tokens, int32_t experts, int32_t hidden,     \
                              int32_t accumulate, routegrad_stream stream))                                             \
+  X(router_sample, (int32_t* experts_chosen, float* factors, int32_t* kept, int32_t* choices, const float* logits,     \
+                    const routegrad_draws* draws, int64_t tokens, int32_t experts, int32_t stages, int32_t layer,      \
+                    double epsilon, double threshold, float untrusted, routegrad_stream stream))                       \
   /* On the host: floats of `dw_partials`. */                                                                          \
   X(router_backward_workspace, (uint64_t* floats, int64_t tokens, int32_t experts, int32_t hidden))
 

@@ -5,10 +5,10 @@ mod support;
 
 use routegrad::check::kernels::costs::{self, Cost, Sizes};
 use routegrad::check::kernels::router::{Batch, Kind, Shape, problem, problem_of};
-use routegrad::check::kernels::{Buffer, Problem, router_backward, values};
+use routegrad::check::kernels::{Buffer, Problem, router_backward, router_sample, values};
 use routegrad::device::bindings::*;
 use routegrad::launch;
-use std::ptr::null_mut;
+use std::ptr::{null, null_mut};
 use support::schedules::{counted, table};
 use support::{check, check_cases, check_schedules, outputs};
 
@@ -28,8 +28,18 @@ fn backward_is_within_f32_roundoff_and_one_rounding_to_bf16() {
 }
 
 #[test]
+fn sampling_draws_what_the_cpu_draws() {
+    check_cases("router_sample");
+}
+
+#[test]
 fn every_schedule_and_thread_count_gives_the_same_bytes() {
-    for launcher in ["router_forward", "router_statistics", "router_backward"] {
+    for launcher in [
+        "router_forward",
+        "router_statistics",
+        "router_backward",
+        "router_sample",
+    ] {
         check_schedules(launcher);
     }
 }
@@ -144,6 +154,22 @@ fn backward_moves_the_bytes_and_multiplies_what_its_header_says() {
     }
 }
 
+#[test]
+fn sampling_moves_the_bytes_that_its_header_says() {
+    let (t, e, s) = (301, 33, 2);
+    let problem = router_sample::problem(router_sample::Shape {
+        tokens: t,
+        experts: e,
+        stages: s,
+        sampled: true,
+        logits: router_sample::Logits::Near,
+    });
+    let problem = problem.unwrap_or_else(|e| panic!("{e}"));
+    let counters = counted(|| check(&problem));
+    assert_eq!(counters.bytes_read, (4 * t * e + 24 * 32 * t) as u64);
+    assert_eq!(counters.bytes_written, (4 * t * s * (e + 3)) as u64);
+}
+
 /// Arguments of a launcher, by name; only refused calls are made, which touch no memory.
 struct Call {
     pointers: Vec<(&'static str, usize)>,
@@ -153,6 +179,8 @@ struct Call {
     choices: i32,
     score: i32,
     accumulate: i32,
+    layer: i32,
+    epsilon: f64,
 }
 
 impl Call {
@@ -264,6 +292,34 @@ fn weight_gradient(a: &Call) -> routegrad::error::Result<()> {
     }
 }
 
+fn sample(a: &Call) -> routegrad::error::Result<()> {
+    let (chosen, factors) = (a.pointer("experts_chosen"), a.pointer("factors"));
+    let (kept, choices, logits) = (a.pointer("kept"), a.pointer("choices"), a.pointer("logits"));
+    let (t, e, stages, layer) = (a.tokens, a.experts, a.choices, a.layer);
+    // SAFETY: only refused calls are made.
+    unsafe {
+        launch!(
+            table(),
+            router_sample(
+                chosen,
+                factors,
+                kept,
+                choices,
+                logits,
+                null(),
+                t,
+                e,
+                stages,
+                layer,
+                a.epsilon,
+                0.5,
+                0.5,
+                null_mut()
+            )
+        )
+    }
+}
+
 /// The call with one change is refused with this reason, by name, and nothing is launched.
 fn refused(
     launch: Launch,
@@ -281,6 +337,8 @@ fn refused(
         choices: 2,
         score: ROUTEGRAD_SCORE_SOFTMAX as i32,
         accumulate: 0,
+        layer: 0,
+        epsilon: 0.1,
     };
     change(&mut call);
     let mut text = String::new();
@@ -296,7 +354,7 @@ fn refused(
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let range = "is outside what the kernel can do";
     // Launcher, its pointers, and how many of them, from the last, may be null or belong to an array.
-    let launchers: [(Launch, &[&'static str], &[&str]); 4] = [
+    let launchers: [(Launch, &[&'static str], &[&str]); 5] = [
         (
             forward,
             &[
@@ -329,6 +387,11 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         ),
         (statistics, &["statistics", "partials"], &[]),
         (weight_gradient, &["dw", "dw_partials"], &[]),
+        (
+            sample,
+            &["experts_chosen", "factors", "kept", "choices", "logits"],
+            &[],
+        ),
     ];
     for (launch, names, nullable) in launchers {
         for (i, name) in names.iter().enumerate() {
@@ -393,5 +456,17 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let (launch, names, _) = launchers[1];
     for score in [ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_RELU] {
         refused(launch, names, &|a| a.score = score as i32, range, "dlse2");
+    }
+    let (launch, names, _) = launchers[4];
+    for wrong in [0, 3] {
+        refused(launch, names, &|a| a.choices = wrong, range, "stages");
+    }
+    let one = |a: &mut Call| (a.experts, a.choices) = (1, 2);
+    refused(launch, names, &one, range, "stages");
+    for wrong in [-1, 1 << 24] {
+        refused(launch, names, &|a| a.layer = wrong, range, "layer");
+    }
+    for wrong in [-0.1, f64::NAN] {
+        refused(launch, names, &|a| a.epsilon = wrong, range, "epsilon");
     }
 }

@@ -144,6 +144,27 @@ pub const ROUTEGRAD_SCORE_SOFTMAX: routegrad_score = 1;
 pub const ROUTEGRAD_SCORE_SIGMOID: routegrad_score = 2;
 pub const ROUTEGRAD_SCORE_RELU: routegrad_score = 3;
 pub type routegrad_score = ::std::os::raw::c_uint;
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct routegrad_draws {
+    pub seed: u64,
+    pub step: u64,
+    pub first_token: u64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of routegrad_draws"][::std::mem::size_of::<routegrad_draws>() - 24usize];
+    ["Alignment of routegrad_draws"][::std::mem::align_of::<routegrad_draws>() - 8usize];
+    [
+        "Offset of field: routegrad_draws::seed",
+    ][::std::mem::offset_of!(routegrad_draws, seed) - 0usize];
+    [
+        "Offset of field: routegrad_draws::step",
+    ][::std::mem::offset_of!(routegrad_draws, step) - 8usize];
+    [
+        "Offset of field: routegrad_draws::first_token",
+    ][::std::mem::offset_of!(routegrad_draws, first_token) - 16usize];
+};
 pub const ROUTEGRAD_FAULT_EXPERT: routegrad_fault = 1;
 pub const ROUTEGRAD_FAULT_CAPACITY: routegrad_fault = 2;
 pub type routegrad_fault = ::std::os::raw::c_uint;
@@ -357,6 +378,24 @@ pub struct routegrad_launchers {
             experts: i32,
             hidden: i32,
             accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub router_sample: ::std::option::Option<
+        unsafe extern "C" fn(
+            experts_chosen: *mut i32,
+            factors: *mut f32,
+            kept: *mut i32,
+            choices: *mut i32,
+            logits: *const f32,
+            draws: *const routegrad_draws,
+            tokens: i64,
+            experts: i32,
+            stages: i32,
+            layer: i32,
+            epsilon: f64,
+            threshold: f64,
+            untrusted: f32,
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
@@ -601,7 +640,7 @@ pub struct routegrad_launchers {
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 264usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 272usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -657,56 +696,59 @@ const _: () = {
         "Offset of field: routegrad_launchers::router_weight_gradient",
     ][::std::mem::offset_of!(routegrad_launchers, router_weight_gradient) - 128usize];
     [
+        "Offset of field: routegrad_launchers::router_sample",
+    ][::std::mem::offset_of!(routegrad_launchers, router_sample) - 136usize];
+    [
         "Offset of field: routegrad_launchers::router_backward_workspace",
-    ][::std::mem::offset_of!(routegrad_launchers, router_backward_workspace) - 136usize];
+    ][::std::mem::offset_of!(routegrad_launchers, router_backward_workspace) - 144usize];
     [
         "Offset of field: routegrad_launchers::dispatch_choices",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 144usize];
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 152usize];
     [
         "Offset of field: routegrad_launchers::dispatch_mask",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 152usize];
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 160usize];
     [
         "Offset of field: routegrad_launchers::dispatch_workspace",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 160usize];
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 168usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 168usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 176usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_input_gradient",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_input_gradient)
-        - 176usize];
+        - 184usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_weight_gradient",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_weight_gradient)
-        - 184usize];
+        - 192usize];
     [
         "Offset of field: routegrad_launchers::grouped_gemm_plan",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 192usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 200usize];
     [
         "Offset of field: routegrad_launchers::grouped_swiglu_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_forward) - 200usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_forward) - 208usize];
     [
         "Offset of field: routegrad_launchers::grouped_down_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_down_forward) - 208usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_down_forward) - 216usize];
     [
         "Offset of field: routegrad_launchers::grouped_swiglu_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_backward) - 216usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_backward) - 224usize];
     [
         "Offset of field: routegrad_launchers::grouped_swiglu_dot_columns",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_dot_columns)
-        - 224usize];
+        - 232usize];
     [
         "Offset of field: routegrad_launchers::expert_sums",
-    ][::std::mem::offset_of!(routegrad_launchers, expert_sums) - 232usize];
+    ][::std::mem::offset_of!(routegrad_launchers, expert_sums) - 240usize];
     [
         "Offset of field: routegrad_launchers::expert_mean_update",
-    ][::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 240usize];
+    ][::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 248usize];
     [
         "Offset of field: routegrad_launchers::combine",
-    ][::std::mem::offset_of!(routegrad_launchers, combine) - 248usize];
+    ][::std::mem::offset_of!(routegrad_launchers, combine) - 256usize];
     [
         "Offset of field: routegrad_launchers::gate_gradient",
-    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 256usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 264usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

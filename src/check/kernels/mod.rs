@@ -20,6 +20,7 @@ pub mod operands;
 pub mod routed;
 pub mod router;
 pub mod router_backward;
+pub mod router_sample;
 pub mod unit;
 
 pub use machine::{Guarded, Machine, Simulator};
@@ -116,6 +117,7 @@ pub fn cases() -> Vec<Case> {
     let mut all = unit::cases();
     all.extend(router::cases());
     all.extend(router_backward::cases());
+    all.extend(router_sample::cases());
     all.extend(dispatch::cases());
     all.extend(grouped_gemm::cases());
     all.extend(expert_mean::cases());
