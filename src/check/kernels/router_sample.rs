@@ -27,6 +27,8 @@ pub enum Logits {
     /// Of both signs: most are left out.
     Far,
     Zero,
+    /// So that the largest is not the one of the largest magnitude.
+    Negative,
     /// Equal in pairs.
     Ties,
     /// With NaN and infinities, and a row of NaN.
@@ -127,6 +129,7 @@ pub fn problem(shape: Shape) -> Result<Problem> {
             Logits::Near => 2.0 + 0.1 * random.normal(),
             Logits::Far => 2.0 * random.normal(),
             Logits::Zero => 0.0,
+            Logits::Negative => -1.0 - 0.2 * random.normal().abs(),
             Logits::Ties => (i % experts / 2) as f32,
             Logits::NonFinite if i / experts == 1 => f32::NAN,
             Logits::NonFinite => match random.below(12) {
@@ -201,6 +204,8 @@ pub fn cases() -> Vec<Case> {
         shape((67, 7, 2), true, Near),
         shape((40, 33, 2), true, Far),
         shape((9, 8, 2), true, NonFinite),
+        shape((9, 8, 1), true, Zero),
+        shape((40, 16, 2), true, Negative),
         shape((9, 8, 2), false, Ties),
     ];
     let mut covering = Vec::new();
@@ -211,7 +216,7 @@ pub fn cases() -> Vec<Case> {
         (300, 2, 2),
         (61, 100, 1),
     ] {
-        for logits in [Near, Far, Zero, Ties, NonFinite] {
+        for logits in [Near, Far, Zero, Negative, Ties, NonFinite] {
             covering.push(shape(sizes, true, logits));
             covering.push(shape(sizes, false, logits));
         }
