@@ -30,6 +30,8 @@ pub enum Load {
     OneHot,
     /// Odd experts get no token (as long as K experts are left).
     OddEmpty,
+    /// All logits far below zero, so that a router by sign chooses nobody.
+    Nobody,
 }
 
 /// What two devices were compared on.
@@ -349,6 +351,7 @@ fn prepared(config: &Config, device: Device, load: Load) -> Result<Model> {
                             0.0
                         }
                     }
+                    Load::Nobody => -12.0,
                     Load::OddEmpty => {
                         if expert % 2 == 1 {
                             -12.0

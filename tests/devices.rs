@@ -112,6 +112,13 @@ fn every_other_router_agrees_with_the_cpu() {
 }
 
 #[test]
+fn a_layer_whose_experts_get_no_token_at_all_agrees_with_the_cpu() {
+    let found = compare_layer(&layer("remoe", 8, 2, &[]), 67, Load::Nobody, None).unwrap();
+    assert_eq!(found.counts, [0; 8]);
+    assert_eq!(found.worst().1, 0.0, "{:?}", found.differences);
+}
+
+#[test]
 fn every_option_of_default_agrees_with_the_cpu() {
     for set in [
         "router.weighted=false",
