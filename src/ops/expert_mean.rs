@@ -224,13 +224,14 @@ mod reference {
         let experts = average.chunks_mut(width).zip(sums.chunks(width));
         for ((average, sums), mass) in experts.zip(masses.chunks(2)) {
             let (mass, count) = (mass[0], mass[1]);
-            if count == 0.0 {
-                continue;
-            }
             let divisor = match weighting {
                 Weighting::ByCount => count,
                 _ => mass,
             };
+            // No rows, or all of them of no weight: nothing to learn the mean from.
+            if divisor == 0.0 {
+                continue;
+            }
             for (a, s) in average.iter_mut().zip(sums) {
                 *a = T::of(beta) * *a + T::of(1.0 - beta) * T::of(s / divisor);
             }
