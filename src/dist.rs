@@ -145,10 +145,11 @@ impl ThreadRank {
         std::thread::scope(|scope| {
             let ranks = Self::group(size).into_iter();
             let threads: Vec<_> = ranks.map(|rank| scope.spawn(move || f(rank))).collect();
-            let joined = threads.into_iter().map(|thread| thread.join());
-            joined
-                .map(|answer| answer.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-                .collect()
+            let joined = threads.into_iter().map(|thread| match thread.join() {
+                Ok(answer) => answer,
+                Err(panic) => std::panic::resume_unwind(panic),
+            });
+            joined.collect()
         })
     }
 }
