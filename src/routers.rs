@@ -164,7 +164,7 @@ pub trait Router {
     /// is committed. What a layer counted is this rank's: sums over ranks go through `dist`.
     ///
     /// # Errors
-    /// When a state tensor is not real.
+    /// When a state tensor is not real, or a sum over ranks fails.
     fn end_step(
         &self,
         _model: &ModelConfig,

@@ -1,12 +1,20 @@
 //! One optimizer step: micro-batches forward and backward, clipping, update, and the commitment of
 //! whatever the routers changed. A step that is not finite is not applied and leaves no trace.
+//!
+//! On several ranks micro-batch m of the step is cut into equal, consecutive parts
+//! ([`Collective::part`]); losses, gradients and statistics are those of the global batch, and all
+//! ranks make the same update, or refuse it for the same reason.
 
 use crate::config::TrainConfig;
-use crate::error::Result;
+use crate::dist::Collective;
+use crate::dtype::Real;
+use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::optim::{AdamW, gradient_norm};
 use crate::routers::{LayerStats, Pass, Phase};
 use crate::tape::{Gradients, Tape};
+use crate::with_real;
+use std::cmp::Ordering;
 
 /// What a step did.
 #[derive(Clone, Debug)]
@@ -39,16 +47,17 @@ impl Trainer {
         }
     }
 
-    /// The gradients of the last step, before clipping.
+    /// The gradients of the last step, of the global batch, before clipping.
     pub fn gradients(&self) -> &Gradients {
         &self.gradients
     }
 
-    /// Trains on `micro_batches`, each `[sequences, S + 1]` tokens of `sequences` sequences, at
-    /// learning rate `rate`. The loss is the mean over all of them.
+    /// Trains on `micro_batches`, each `[sequences, S + 1]` tokens of `sequences` sequences, this
+    /// rank's part of them, at learning rate `rate`. The loss is the mean over all of them.
     ///
     /// # Errors
-    /// When the tokens do not fit the model, or an operation fails.
+    /// When the tokens do not fit the model, the ranks do not share them equally, or an operation
+    /// fails.
     pub fn step(
         &mut self,
         model: &mut Model,
@@ -56,13 +65,15 @@ impl Trainer {
         sequences: usize,
         rate: f64,
     ) -> Result<StepReport> {
-        let share = 1.0 / micro_batches.len() as f64;
         let n = micro_batches.len();
+        let (rank, ranks) = (model.dist().rank(), model.dist().size());
+        equal_shares(model.dist(), micro_batches, sequences)?;
+        let share = 1.0 / (n * ranks) as f64;
         self.gradients.reset();
         let mut sums = [0.0; 3];
         for (m, tokens) in micro_batches.iter().enumerate() {
-            // Ranks hold consecutive parts of the global batch; a sequence of S + 1 trains S tokens.
-            let place = model.dist().rank() * n + m;
+            // The ranks' parts of a micro-batch follow one another; a sequence of S + 1 trains S tokens.
+            let place = m * ranks + rank;
             let own = tokens.len().saturating_sub(sequences);
             let pass = Pass {
                 phase: Phase::Train,
@@ -79,8 +90,10 @@ impl Trainer {
                 .for_each(|(sum, part)| *sum += share * part);
             tape.backward(&losses.total, share, &mut self.gradients)?;
         }
+        model.dist().sum(&mut sums)?;
+        sum_gradients(model, &mut self.gradients)?;
         let norm = gradient_norm(&self.gradients, model.parameters.len())?;
-        let refused = refusal(model, sums[0], norm);
+        let refused = refusal(model, sums[0], norm)?;
         if refused.is_none() {
             let scale = if self.clip > 0.0 && norm > self.clip {
                 self.clip / norm
@@ -100,9 +113,9 @@ impl Trainer {
                 } else {
                     state.discard()
                 }
-                state.take_stats()
+                state.take_stats().over_ranks(model.dist())
             })
-            .collect();
+            .collect::<Result<_>>()?;
         let [cross_entropy, auxiliary, z] = sums;
         Ok(StepReport {
             cross_entropy,
@@ -115,18 +128,59 @@ impl Trainer {
     }
 }
 
-/// The first thing that is not finite: logits by layer and token, the loss, the gradient.
-fn refusal(model: &Model, loss: f64, norm: f64) -> Option<String> {
+/// Refuses micro-batches whose equal weight would not make the mean over the global batch.
+fn equal_shares(dist: &dyn Collective, micro_batches: &[&[i32]], sequences: usize) -> Result<()> {
+    let own = [micro_batches.len(), sequences];
+    let all = dist.gather(&own.map(|n| n as f64))?;
+    if all.chunks(2).all(|rank| rank == own.map(|n| n as f64)) {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "step",
+        "equally many micro-batches and sequences on every rank",
+        format!("(micro-batches, sequences) by rank: {all:?}"),
+        "give every rank its part of each micro-batch, as Collective::part does",
+    ))
+}
+
+/// Sums the gradients over the ranks.
+fn sum_gradients(model: &Model, gradients: &mut Gradients) -> Result<()> {
+    let dist = model.dist();
+    if dist.size() == 1 {
+        return Ok(());
+    }
+    for (i, parameter) in model.parameters.iter().enumerate() {
+        // A rank without a gradient counts with zeros.
+        let gradient = gradients.get_or_zeros(i, &parameter.value);
+        let mut values = gradient.to_f64()?;
+        dist.sum(&mut values)?;
+        with_real!(gradient.dtype(), "step", |T| {
+            let pairs = gradient.slice_mut::<T>().iter_mut().zip(values);
+            pairs.for_each(|(g, v)| *g = T::of(v));
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The first thing that is not finite on any rank: logits by layer and token, the loss, the
+/// gradient.
+fn refusal(model: &Model, loss: f64, norm: f64) -> Result<Option<String>> {
     let states = model.layer_states();
     let flagged = states
         .iter()
         .enumerate()
-        .find_map(|(l, s)| Some((l, s.first_non_finite()?)));
-    if let Some((layer, token)) = flagged {
-        return Some(format!("router logits of MoE layer {layer}, token {token}"));
-    }
-    if !loss.is_finite() {
-        return Some("the loss".into());
-    }
-    (!norm.is_finite()).then(|| "the gradient".into())
+        .find_map(|(l, s)| Some([l as f64, s.first_non_finite()? as f64]));
+    let all = model
+        .dist()
+        .gather(&flagged.unwrap_or([f64::INFINITY; 2]))?;
+    let first = all.chunks(2).map(|f| (f[0], f[1]));
+    let first = first.min_by(|a, b| a.partial_cmp(b).unwrap_or(Ordering::Equal));
+    Ok(match first {
+        Some((layer, token)) if layer.is_finite() => {
+            Some(format!("router logits of MoE layer {layer}, token {token}"))
+        }
+        _ if !loss.is_finite() => Some("the loss".into()),
+        _ => (!norm.is_finite()).then(|| "the gradient".into()),
+    })
 }

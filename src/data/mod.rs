@@ -59,7 +59,8 @@ impl Corpus {
     }
 
     /// Training sequences by their global index, [indices, S + 1] row-major. Step t of n sequences
-    /// takes indices t · n to (t + 1) · n, however micro-batches and ranks divide them.
+    /// takes indices t · n to (t + 1) · n, however micro-batches and ranks divide them; a rank's part
+    /// of a micro-batch is [`Collective::part`](crate::dist::Collective::part).
     pub fn sequences(&self, indices: Range<u64>) -> Vec<i32> {
         let starts = indices.map(|i| self.order.start(i) as usize);
         self.windows(&self.train, starts)

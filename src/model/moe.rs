@@ -118,7 +118,7 @@ impl MoeLayer {
                 routing.penalty
             } else {
                 let over_step = model.balance.aux_scope == Scope::Global;
-                let fractions = layer.fractions(routing.chosen(), over_step);
+                let fractions = layer.fractions(routing.chosen(), over_step)?;
                 Some(routing.scores.auxiliary_loss(tape, &fractions)?)
             },
             z: if model.has_z_loss() {

@@ -127,7 +127,7 @@ impl Router for LossFree {
     ) -> Result<()> {
         for layer in layers {
             let mut counts = layer.step_load().to_vec();
-            dist.sum(&mut counts);
+            dist.sum(&mut counts)?;
             let mean = counts.iter().sum::<f64>() / counts.len() as f64;
             let bias = layer.pending_mut(BIAS);
             with_real!(bias.dtype(), "lossfree", |T| {

@@ -4,9 +4,10 @@
 //! `p = ReLU(z)`, `y = Σ p_i e_i(x)`, 0 for a token without experts. Added to the loss, for every MoE
 //! layer and micro-batch of T tokens, n_i of them with `p_i > 0`: `λ E / (K T²) Σ_i n_i Σ_t p_ti`, n a
 //! constant, so that `dz_i = 1[z_i>0] (s_i + λ E n_i / (K T²))`, 0 at z = 0 (2412.14711; its code, not
-//! its eq. 10, which has another 1 / L). One λ for the model: after every accepted step it is
-//! multiplied by 1.2 if the mean sparsity, over MoE layers, micro-batches and ranks, was below
-//! `1 − K/E`, divided by 1.2 if above. Evaluation routes in the same way.
+//! its eq. 10, which has another 1 / L). n_i and T count all ranks' parts of the micro-batch. One λ
+//! for the model: after every accepted step it is multiplied by 1.2 if the mean sparsity, over MoE
+//! layers, micro-batches and ranks, was below `1 − K/E`, divided by 1.2 if above. Evaluation routes in
+//! the same way.
 
 use super::{
     Balance, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor, from_settings,
@@ -98,9 +99,13 @@ impl Router for ReMoe {
         let selection = dispatch.selection();
         let gates = on_selection(tape, &scores.values, selection)?;
         // E Σ_i f_i mean_t(p_ti) with f_i = n_i / (K T).
-        let slots = (layer.top_k * selection.num_tokens()) as f64;
-        let counts = selection.counts().into_iter();
-        let fractions: Vec<f64> = counts.map(|n| n as f64 / slots).collect();
+        let own = selection.counts().into_iter().map(|n| n as f64);
+        let mut counted: Vec<f64> = own.chain([selection.num_tokens() as f64]).collect();
+        layer.sum_over_ranks(&mut counted)?;
+        let held = layer.hold(|| Ok(vec![Tensor::from_slice([counted.len()], &counted)]))?;
+        let (counts, tokens) = held[0].slice::<f64>().split_at(counted.len() - 1);
+        let slots = layer.top_k as f64 * tokens[0];
+        let fractions: Vec<f64> = counts.iter().map(|n| n / slots).collect();
         let loss = auxiliary_loss(tape, &gates, &fractions)?;
         let lambda = layer.state(LAMBDA).item()?;
         let penalty = weighted_sum(tape, &[(&loss, lambda)])?;
@@ -119,7 +124,7 @@ impl Router for ReMoe {
         let pairs = layers.iter().map(|l| l.step_load().iter().sum::<f64>());
         let tokens = layers.iter().map(LayerState::step_tokens);
         let mut sums = [pairs.sum::<f64>(), tokens.sum::<f64>()];
-        dist.sum(&mut sums);
+        dist.sum(&mut sums)?;
         // Sparsity is 1 − pairs / (E tokens): compared as whole numbers, so that equal is equal.
         let (pairs, target) = (sums[0], model.top_k as f64 * sums[1]);
         let factor = if pairs > target {
@@ -214,8 +219,9 @@ mod tests {
         fn size(&self) -> usize {
             2
         }
-        fn sum(&self, values: &mut [f64]) {
+        fn sum(&self, values: &mut [f64]) -> Result<()> {
             values.iter_mut().zip(self.0).for_each(|(v, o)| *v += o);
+            Ok(())
         }
     }
 

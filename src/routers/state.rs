@@ -64,6 +64,20 @@ pub struct LayerStats {
     pub entropy: f64,
 }
 
+impl LayerStats {
+    /// Adds those of the other ranks.
+    ///
+    /// # Errors
+    /// Those of [`Collective::sum`].
+    pub fn over_ranks(mut self, dist: &dyn Collective) -> Result<Self> {
+        let mut sums = [&[self.tokens, self.entropy][..], &self.counts].concat();
+        dist.sum(&mut sums)?;
+        (self.tokens, self.entropy) = (sums[0], sums[1]);
+        self.counts = sums.split_off(2);
+        Ok(self)
+    }
+}
+
 /// The state of one MoE layer.
 #[derive(Default)]
 pub struct LayerState {
@@ -200,7 +214,8 @@ impl LayerState {
         std::mem::take(&mut self.stats)
     }
 
-    /// The first token of this step whose logits were not finite.
+    /// The first of this rank's tokens in this step whose logits were not finite, by its place in
+    /// the global batch.
     pub fn first_non_finite(&self) -> Option<usize> {
         self.first_non_finite
     }
@@ -287,7 +302,8 @@ impl<'p> LayerPass<'p> {
             self.state.choices.push(selection.clone());
             self.state.selection = Some(selection.clone());
             let first = &mut self.state.first_non_finite;
-            *first = first.or(first_non_finite);
+            let place = |token| self.pass.first_token as usize + token;
+            *first = first.or(first_non_finite.map(place));
         }
         Ok(Rc::new(Dispatch::new(selection)))
     }
@@ -341,14 +357,17 @@ impl<'p> LayerPass<'p> {
 
     /// Counts this micro-batch and gives `f_i`, the share of slots that went to expert i: over the
     /// step so far and all ranks, or over this micro-batch alone.
-    pub fn fractions(&mut self, selection: &Selection, over_step: bool) -> Vec<f64> {
+    ///
+    /// # Errors
+    /// When a sum over ranks fails.
+    pub fn fractions(&mut self, selection: &Selection, over_step: bool) -> Result<Vec<f64>> {
         if self.replaying && !self.state.fractions.is_empty() {
-            return self.state.fractions.clone();
+            return Ok(self.state.fractions.clone());
         }
         let own: Vec<f64> = selection.counts().into_iter().map(|c| c as f64).collect();
         let mut counts = own.clone();
         if over_step {
-            self.dist.sum(&mut counts);
+            self.sum_over_ranks(&mut counts)?;
             if !self.state.step_counts.is_empty() {
                 counts
                     .iter_mut()
@@ -364,7 +383,19 @@ impl<'p> LayerPass<'p> {
             }
             self.state.fractions = fractions.clone();
         }
-        fractions
+        Ok(fractions)
+    }
+
+    /// Adds up what the ranks counted in their parts of a micro-batch, in a pass that changes state;
+    /// any other is this rank's own affair and sums nothing.
+    ///
+    /// # Errors
+    /// Those of [`Collective::sum`].
+    pub fn sum_over_ranks(&self, values: &mut [f64]) -> Result<()> {
+        if self.updates_state() {
+            self.dist.sum(values)?;
+        }
+        Ok(())
     }
 
     /// Adds this micro-batch to the layer's statistics and to what the end of the step sees.

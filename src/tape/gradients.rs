@@ -44,6 +44,16 @@ impl Gradients {
         slot.tensor.as_mut().filter(|_| written)
     }
 
+    /// The gradient of a leaf, to change in place; zeros like `value` when nothing flowed to it.
+    pub fn get_or_zeros(&mut self, leaf: usize, value: &Tensor) -> &mut Tensor {
+        let slot = &mut self.slots[leaf];
+        let gradient = slot.tensor.take().filter(|_| slot.written);
+        slot.written = true;
+        slot.tensor.insert(
+            gradient.unwrap_or_else(|| Tensor::zeros(value.device(), value.dtype(), value.shape())),
+        )
+    }
+
     /// Adds `leaves` slots behind the present ones and says where they begin.
     pub(super) fn extend(&mut self, leaves: usize) -> usize {
         let first = self.slots.len();
