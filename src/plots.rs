@@ -47,7 +47,9 @@ pub(crate) fn svg(size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result
         area.fill(&WHITE)
             .map_err(|e| e.into())
             .and_then(|()| draw(&area))
-            .map_err(|e| Error::invalid("plot", "a picture", e.to_string(), "report this as a bug"))?;
+            .map_err(|e| {
+                Error::invalid("plot", "a picture", e.to_string(), "report this as a bug")
+            })?;
     }
     Ok(text)
 }

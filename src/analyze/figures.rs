@@ -50,15 +50,26 @@ pub fn charts(charts: &[Chart], axes: &Axes, mark: Mark) -> Result<String> {
     };
     let low = values().fold(0.0, f64::min);
     let high = values().fold(0.0, f64::max);
-    let high = if high > low { high + 0.06 * (high - low) } else { 1.0 };
-    let low = if low < 0.0 { low - 0.06 * (high - low) } else { 0.0 };
+    let high = if high > low {
+        high + 0.06 * (high - low)
+    } else {
+        1.0
+    };
+    let low = if low < 0.0 {
+        low - 0.06 * (high - low)
+    } else {
+        0.0
+    };
     let size = (320 * columns.max(2) as u32, 40 + 250 * rows as u32);
     svg(size, |area| {
         let (header, panels) = area.split_vertically(36);
         let names = charts.first().map_or(&[][..], |c| &c.series);
         for (i, series) in names.iter().enumerate() {
             let left = 16 + 150 * i as i32;
-            header.draw(&Rectangle::new([(left, 12), (left + 14, 26)], COLORS[i % 2].filled()))?;
+            header.draw(&Rectangle::new(
+                [(left, 12), (left + 14, 26)],
+                COLORS[i % 2].filled(),
+            ))?;
             header.draw(&Text::new(series.name.clone(), (left + 20, 12), font(14)))?;
         }
         for (chart, panel) in charts.iter().zip(panels.split_evenly((rows, columns))) {
@@ -68,8 +79,19 @@ pub fn charts(charts: &[Chart], axes: &Axes, mark: Mark) -> Result<String> {
     })
 }
 
-fn draw_chart(panel: &Area, chart: &Chart, axes: &Axes, mark: Mark, (low, high): (f64, f64)) -> Drawn {
-    let places = || chart.series.iter().flat_map(|s| s.points.iter().map(|p| p.0));
+fn draw_chart(
+    panel: &Area,
+    chart: &Chart,
+    axes: &Axes,
+    mark: Mark,
+    (low, high): (f64, f64),
+) -> Drawn {
+    let places = || {
+        chart
+            .series
+            .iter()
+            .flat_map(|s| s.points.iter().map(|p| p.0))
+    };
     let first = places().min().unwrap_or(0) as f64;
     let last = places().max().unwrap_or(0) as f64;
     let mut context = ChartBuilder::on(panel)
@@ -96,7 +118,10 @@ fn draw_chart(panel: &Area, chart: &Chart, axes: &Axes, mark: Mark, (low, high):
     let width = 0.8 / chart.series.len().max(1) as f64;
     for (i, series) in chart.series.iter().enumerate() {
         let color = COLORS[i % 2];
-        let known = series.points.iter().filter_map(|(x, y)| Some((*x as f64, (*y)?)));
+        let known = series
+            .points
+            .iter()
+            .filter_map(|(x, y)| Some((*x as f64, (*y)?)));
         match mark {
             Mark::Line => {
                 let points: Vec<(f64, f64)> = known.collect();
@@ -124,7 +149,12 @@ pub struct Heatmap {
 
 /// Heatmaps in a grid; `color` maps a value to −1 (blue), 0 (white), 1 (orange). `scale` says what
 /// the ends and the middle mean.
-pub fn heatmaps(maps: &[Heatmap], axes: &Axes, scale: &str, color: fn(f64) -> f64) -> Result<String> {
+pub fn heatmaps(
+    maps: &[Heatmap],
+    axes: &Axes,
+    scale: &str,
+    color: fn(f64) -> f64,
+) -> Result<String> {
     let labels = maps.iter().flat_map(|m| &m.rows).map(|r| r.chars().count());
     let left = 30 + 7 * labels.max().unwrap_or(0).min(28) as u32;
     let most = |f: fn(&Heatmap) -> usize| maps.iter().map(f).max().unwrap_or(1).max(1) as u32;
@@ -133,7 +163,10 @@ pub fn heatmaps(maps: &[Heatmap], axes: &Axes, scale: &str, color: fn(f64) -> f6
     let across = (1100 / (left + cell * wide + 20)).max(1) as usize;
     let (rows, columns) = grid(maps.len(), across);
     let panel = (left + cell * wide + 20, 66 + cell * tall);
-    let size = ((panel.0 * columns as u32).max(420), 34 + panel.1 * rows as u32);
+    let size = (
+        (panel.0 * columns as u32).max(420),
+        34 + panel.1 * rows as u32,
+    );
     svg(size, |area| {
         area.draw(&Text::new(scale.to_owned(), (12, 10), font(14)))?;
         for (i, map) in maps.iter().enumerate() {
@@ -170,7 +203,11 @@ fn draw_heatmap(
             let square = [corner, (corner.0 + cell, corner.1 + cell)];
             area.draw(&Rectangle::new(square, fill.filled()))?;
             if let (Some(value), true) = (value, cell >= 28) {
-                let text = Text::new(format!("{value:.2}"), (corner.0 + 4, row + cell / 2 - 5), font(11));
+                let text = Text::new(
+                    format!("{value:.2}"),
+                    (corner.0 + 4, row + cell / 2 - 5),
+                    font(11),
+                );
                 area.draw(&text)?;
             }
         }
@@ -178,10 +215,18 @@ fn draw_heatmap(
     let bottom = top + cell * map.rows.len() as i32 + 3;
     for (c, name) in map.columns.iter().enumerate() {
         if cell >= 14 || c % 4 == 0 {
-            area.draw(&Text::new(name.clone(), (x + left + cell * c as i32 + cell / 3, bottom), font(12)))?;
+            area.draw(&Text::new(
+                name.clone(),
+                (x + left + cell * c as i32 + cell / 3, bottom),
+                font(12),
+            ))?;
         }
     }
-    area.draw(&Text::new(axes.x.to_owned(), (x + left, bottom + 14), font(13)))?;
+    area.draw(&Text::new(
+        axes.x.to_owned(),
+        (x + left, bottom + 14),
+        font(13),
+    ))?;
     let turned = font(13).transform(FontTransform::Rotate270);
     area.draw(&Text::new(axes.y.to_owned(), (x + 6, bottom - 4), turned))?;
     Ok(())

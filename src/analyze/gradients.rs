@@ -88,7 +88,10 @@ pub fn fill_vectors(
         let tape = Tape::without_gradients();
         let pass = Pass::single(Phase::Train);
         model.loss(&tape, &weights, &tokens, config.train.micro_batch, pass)?;
-        model.layer_states_mut().iter_mut().for_each(LayerState::commit);
+        model
+            .layer_states_mut()
+            .iter_mut()
+            .for_each(LayerState::commit);
         watched.take();
     }
     vectors_of(model)
@@ -197,15 +200,18 @@ pub fn dense_similarity(
     batch: &Batch,
 ) -> Result<[Vec<Vec<Option<f64>>>; 2]> {
     let experts = config.model.num_experts;
-    let of = |router: Box<dyn Router>, k| {
-        router_gradients(config, source, vectors, router, k, batch)
-    };
+    let of =
+        |router: Box<dyn Router>, k| router_gradients(config, source, vectors, router, k, batch);
     let dense = of(Box::new(Dense {}), experts)?;
     let similar = |method: Method| -> Result<Vec<Vec<Option<f64>>>> {
         (1..experts)
             .map(|k| {
                 let gradients = of(method.router(config)?, k)?;
-                Ok(gradients.iter().zip(&dense).map(|(g, d)| cosine(g, d)).collect())
+                Ok(gradients
+                    .iter()
+                    .zip(&dense)
+                    .map(|(g, d)| cosine(g, d))
+                    .collect())
             })
             .collect()
     };
@@ -259,7 +265,8 @@ impl LayerAt<'_> {
         let (tape, mut store) = (Tape::new(), Gradients::new(1));
         let z = Var::leaf(self.z.clone(), 0);
         let routing = router.route(&tape, &z, &Var::constant(identity), &mut layer)?;
-        let [x, gate_up, down] = [self.x, self.gate_up, self.down].map(|t| Var::constant(t.clone()));
+        let [x, gate_up, down] =
+            [self.x, self.gate_up, self.down].map(|t| Var::constant(t.clone()));
         let input = Experts {
             x: &x,
             gates: &routing.gates,

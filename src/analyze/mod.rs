@@ -28,7 +28,7 @@ use crate::tensor::Tensor;
 use gradients::Batch;
 use probe::Watched;
 use serde::Serialize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Micro-batches of training text that give default vectors to a model without: 0.9^64 = 0.1% of
 /// their zeros at the start is left.
@@ -106,14 +106,6 @@ pub fn default_folder(found: &Checkpoint) -> PathBuf {
             path.with_file_name(format!("{name}-analysis"))
         }
     }
-}
-
-/// Makes sure that a report can be written to `folder`, before the work.
-///
-/// # Errors
-/// When it is a file or cannot be created.
-pub fn prepare(folder: &Path) -> Result<()> {
-    std::fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))
 }
 
 /// Analyses the model of a checkpoint.

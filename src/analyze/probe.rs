@@ -13,9 +13,7 @@ use crate::ops::combine::Defaults;
 use crate::ops::dispatch::Selection;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
 use crate::routers::default::VECTORS;
-use crate::routers::{
-    Balance, LayerPass, LayerState, OwnParameter, Router, Routing, StateTensor,
-};
+use crate::routers::{Balance, LayerPass, LayerState, OwnParameter, Router, Routing, StateTensor};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::cell::{Cell, RefCell};
@@ -25,8 +23,6 @@ use std::rc::Rc;
 pub struct Seen {
     /// The layer's input `[T, D]`.
     pub x: Tensor,
-    /// Weights of the experts' outputs `[T, E]`.
-    pub gates: Tensor,
     /// The experts that count as chosen.
     pub chosen: Selection,
     /// Default vectors before their update and the means m `[E, D]` that they are updated with, in a
@@ -116,7 +112,6 @@ impl Router for Probe {
         let routing = self.inner.route(tape, x, weight, layer)?;
         self.record.borrow_mut().push(Seen {
             x: x.tensor().clone(),
-            gates: routing.gates.tensor().clone(),
             chosen: routing.chosen().clone(),
             update: None,
         });

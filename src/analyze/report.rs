@@ -98,7 +98,12 @@ impl Table {
 pub fn write(report: &Report, folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
     let json = serde_json::to_string_pretty(report).map_err(|e| {
-        Error::file(folder, "values that JSON can hold", e.to_string(), "report this as a bug")
+        Error::file(
+            folder,
+            "values that JSON can hold",
+            e.to_string(),
+            "report this as a bug",
+        )
     })?;
     publish(&folder.join("analysis.json"), &(json + "\n"))?;
     for analysis in report.analyses.iter().filter(|a| !a.table.rows.is_empty()) {
@@ -162,7 +167,10 @@ fn section(page: &mut String, number: usize, analysis: &Analysis) {
     if analysis.table.rows.is_empty() {
         return;
     }
-    let _ = write!(page, "<details><summary>The numbers</summary>\n<table>\n<tr>");
+    let _ = write!(
+        page,
+        "<details><summary>The numbers</summary>\n<table>\n<tr>"
+    );
     for column in &analysis.table.columns {
         let _ = write!(page, "<th>{}</th>", escaped(column));
     }
@@ -184,9 +192,16 @@ mod tests {
     #[test]
     fn a_table_becomes_csv_with_quotes_only_where_needed() {
         let mut table = Table::new(&["source", "count", "share"]);
-        table.rows.push(vec!["a, \"b\"".into(), 3usize.into(), 0.25.into()]);
-        table.rows.push(vec!["c".into(), 0usize.into(), f64::NAN.into()]);
-        assert_eq!(table.csv(), "source,count,share\n\"a, \"\"b\"\"\",3,0.25\nc,0,\n");
+        table
+            .rows
+            .push(vec!["a, \"b\"".into(), 3usize.into(), 0.25.into()]);
+        table
+            .rows
+            .push(vec!["c".into(), 0usize.into(), f64::NAN.into()]);
+        assert_eq!(
+            table.csv(),
+            "source,count,share\n\"a, \"\"b\"\"\",3,0.25\nc,0,\n"
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! How tokens are routed at evaluation: entropy, frequency, co-activation.
 
-use super::probe::Watched;
 use super::gradients::Batch;
+use super::probe::Watched;
 use crate::error::Result;
 use crate::ops::dispatch::Selection;
 
@@ -82,7 +82,10 @@ mod tests {
         layer.add(&Selection::from_choices(&choices, 4, 4).unwrap());
         assert_eq!((layer.tokens, &layer.counts), (4, &vec![3, 3, 2, 0]));
         let part = |n: f64, of: f64| Some(n / of);
-        assert_eq!(layer.frequency(), [part(3.0, 8.0), part(3.0, 8.0), part(2.0, 8.0), Some(0.0)]);
+        assert_eq!(
+            layer.frequency(),
+            [part(3.0, 8.0), part(3.0, 8.0), part(2.0, 8.0), Some(0.0)]
+        );
         assert_eq!(
             layer.co_activation(),
             [

@@ -111,7 +111,9 @@ pub fn vector_similarity(config: &Config, trained: &[Tensor]) -> Result<Analysis
 fn push_matrix(table: &mut Table, layer: usize, values: &[Vec<Option<f64>>]) {
     for (i, row) in values.iter().enumerate() {
         for (j, value) in row.iter().enumerate() {
-            table.rows.push(vec![layer.into(), i.into(), j.into(), (*value).into()]);
+            table
+                .rows
+                .push(vec![layer.into(), i.into(), j.into(), (*value).into()]);
         }
     }
 }
@@ -125,7 +127,12 @@ fn square(layer: usize, values: Vec<Vec<Option<f64>>>) -> Heatmap {
     }
 }
 
-fn picture(maps: &[Heatmap], axes: &Axes, scale: &str, color: fn(f64) -> f64) -> Result<Option<String>> {
+fn picture(
+    maps: &[Heatmap],
+    axes: &Axes,
+    scale: &str,
+    color: fn(f64) -> f64,
+) -> Result<Option<String>> {
     match maps {
         [] => Ok(None),
         maps => Ok(Some(heatmaps(maps, axes, scale, color)?)),
@@ -133,7 +140,10 @@ fn picture(maps: &[Heatmap], axes: &Axes, scale: &str, color: fn(f64) -> f64) ->
 }
 
 /// `similarity` as [`super::gradients::dense_similarity`] gives it.
-pub fn dense_similarity(similarity: &[Vec<Vec<Option<f64>>>; 2], notes: Vec<String>) -> Result<Analysis> {
+pub fn dense_similarity(
+    similarity: &[Vec<Vec<Option<f64>>>; 2],
+    notes: Vec<String>,
+) -> Result<Analysis> {
     let mut table = Table::new(&["moe_layer", "top_k", "method", "cosine"]);
     let layers = similarity[0].first().map_or(0, Vec::len);
     let mut panels = Vec::new();
@@ -141,7 +151,12 @@ pub fn dense_similarity(similarity: &[Vec<Vec<Option<f64>>>; 2], notes: Vec<Stri
         let lines = Method::BOTH.iter().zip(similarity).map(|(method, by_k)| {
             for (k, values) in by_k.iter().enumerate() {
                 let name: Cell = method.name().into();
-                table.rows.push(vec![layer.into(), (k + 1).into(), name, values[layer].into()]);
+                table.rows.push(vec![
+                    layer.into(),
+                    (k + 1).into(),
+                    name,
+                    values[layer].into(),
+                ]);
             }
             series(method.name(), by_k.iter().map(|values| values[layer]), 1)
         });
@@ -178,7 +193,9 @@ pub fn frequency(config: &Config, routed: &[Routed]) -> Result<Analysis> {
         let shares = routed.frequency();
         for (expert, (count, share)) in routed.counts.iter().zip(&shares).enumerate() {
             let count = Cell::Count(*count);
-            table.rows.push(vec![layer.into(), expert.into(), count, (*share).into()]);
+            table
+                .rows
+                .push(vec![layer.into(), expert.into(), count, (*share).into()]);
         }
         panels.push(Chart {
             caption: layer_caption(layer),
@@ -239,12 +256,22 @@ pub fn co_activation(config: &Config, routed: &[Routed]) -> Result<Analysis> {
 
 /// `by_source`: name, and what each MoE layer did with its text.
 pub fn by_source(by_source: &[(String, Vec<Routed>)], short: &[String]) -> Result<Analysis> {
-    let mut table = Table::new(&["source", "moe_layer", "expert", "tokens", "share", "relative"]);
+    let mut table = Table::new(&[
+        "source",
+        "moe_layer",
+        "expert",
+        "tokens",
+        "share",
+        "relative",
+    ]);
     let layers = by_source.first().map_or(0, |(_, routed)| routed.len());
     let mut maps = Vec::new();
     for layer in 0..layers {
         // An expert's share of a source beside the mean of its shares over the sources.
-        let shares: Vec<_> = by_source.iter().map(|(_, r)| r[layer].frequency()).collect();
+        let shares: Vec<_> = by_source
+            .iter()
+            .map(|(_, r)| r[layer].frequency())
+            .collect();
         let experts = shares.first().map_or(0, Vec::len);
         let mean = |e: usize| {
             let known: Vec<f64> = shares.iter().filter_map(|s| s[e]).collect();
@@ -285,7 +312,10 @@ pub fn by_source(by_source: &[(String, Vec<Routed>)], short: &[String]) -> Resul
     let scale = "share of a source's tokens over the mean share: ¼ blue, 1 white, 4 orange";
     let mut notes = Vec::new();
     if !short.is_empty() {
-        notes.push(format!("Left out, shorter than one sequence: {}.", short.join(", ")));
+        notes.push(format!(
+            "Left out, shorter than one sequence: {}.",
+            short.join(", ")
+        ));
     }
     if by_source.len() == 1 {
         notes.push("There is one source: nothing to compare it with.".into());
@@ -310,7 +340,9 @@ pub fn gradient_error(error: &[Vec<Option<f64>>; 2], notes: Vec<String>) -> Resu
     let mut bars = Vec::new();
     for (method, values) in Method::BOTH.iter().zip(error) {
         for (layer, value) in values.iter().enumerate() {
-            table.rows.push(vec![layer.into(), method.name().into(), (*value).into()]);
+            table
+                .rows
+                .push(vec![layer.into(), method.name().into(), (*value).into()]);
         }
         bars.push(series(method.name(), values.iter().copied(), 0));
     }
@@ -340,7 +372,9 @@ pub fn drift(config: &Config, drifts: &[Vec<Option<f64>>]) -> Result<Analysis> {
     let mut panels = Vec::new();
     for (layer, values) in drifts.iter().enumerate() {
         for (expert, value) in values.iter().enumerate() {
-            table.rows.push(vec![layer.into(), expert.into(), (*value).into()]);
+            table
+                .rows
+                .push(vec![layer.into(), expert.into(), (*value).into()]);
         }
         panels.push(Chart {
             caption: layer_caption(layer),

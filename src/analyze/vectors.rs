@@ -77,7 +77,6 @@ mod tests {
         let means = Tensor::from_slice([3, 2], &[3.0, 4.0, 1.0, 1.0, 2.0, 2.0f64]);
         let seen = Seen {
             x: Tensor::from_slice([2, 1], &[0.0f64; 2]),
-            gates: Tensor::from_slice([2, 3], &[0.0f64; 6]),
             chosen: Selection::from_choices(&[0, 1], 2, 3).unwrap(),
             update: Some([vectors, means]),
         };

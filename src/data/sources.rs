@@ -48,7 +48,14 @@ pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>,
         }
         n => {
             let documents: Vec<String> = files.into_iter().flat_map(|f| f.1).collect();
-            runs(documents, if n == 1 { "documents" } else { "documents of files" })
+            runs(
+                documents,
+                if n == 1 {
+                    "documents"
+                } else {
+                    "documents of files"
+                },
+            )
         }
     };
     let mut short = Vec::new();
@@ -112,12 +119,19 @@ mod tests {
     #[test]
     fn the_files_of_a_folder_are_its_sources_and_short_ones_are_named() {
         let folder = tempfile::tempdir().unwrap();
-        for (name, text) in [("b.txt", "bbbbbbbbb"), ("a.txt", "aaaa\n\n\naa"), ("c.txt", "cc")] {
+        for (name, text) in [
+            ("b.txt", "bbbbbbbbb"),
+            ("a.txt", "aaaa\n\n\naa"),
+            ("c.txt", "cc"),
+        ] {
             fs::write(folder.path().join(name), text).unwrap();
         }
         let (found, short) = of(folder.path(), 4).unwrap();
         let names: Vec<&str> = found.iter().map(|s| s.name.as_str()).collect();
-        assert_eq!((names, short), (vec!["a.txt", "b.txt"], vec!["c.txt".into()]));
+        assert_eq!(
+            (names, short),
+            (vec!["a.txt", "b.txt"], vec!["c.txt".into()])
+        );
         // Nine bytes hold two windows of four tokens and the byte after the last.
         assert_eq!(found[1].windows(9), (vec![i32::from(b'b'); 10], 2));
         let first = b"aaaa\n".map(i32::from).to_vec();
@@ -133,7 +147,10 @@ mod tests {
         fs::write(&path, documents.join(DOCUMENT_END)).unwrap();
         let (found, _) = of(&path, 4).unwrap();
         assert_eq!(found.len(), MOST);
-        assert_eq!((&*found[0].name, &*found[MOST - 1].name), ("documents 1–2", "documents 28–30"));
+        assert_eq!(
+            (&*found[0].name, &*found[MOST - 1].name),
+            ("documents 1–2", "documents 28–30")
+        );
         let all: Vec<u8> = found
             .iter()
             .map(|s| s.text.clone())
