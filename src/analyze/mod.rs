@@ -111,7 +111,7 @@ pub fn default_folder(found: &Checkpoint) -> PathBuf {
 /// Analyses the model of a checkpoint.
 ///
 /// # Errors
-/// When checkpoint or text cannot be used, or the model has no MoE layer.
+/// When checkpoint or text cannot be used, or no sequences are asked for.
 pub fn run(found: &Checkpoint, options: &Options) -> Result<Report> {
     let (model, state) = checkpoint::load_model_on(found, Some(Device::Cpu))?;
     let mut config = state.config;
@@ -128,14 +128,6 @@ fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> Resul
             "a number of sequences from 1 up",
             "0",
             "leave it out for the default",
-        ));
-    }
-    if config.model.moe_layers().is_empty() {
-        return Err(Error::invalid(
-            "analyze",
-            "a model with MoE layers",
-            "one whose layers are all dense",
-            "analyse a model with fewer model.dense_layers",
         ));
     }
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
