@@ -6,7 +6,7 @@ use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::routers::{self, ROUTERS};
 use crate::train::{self, Options, Outcome};
-use crate::{device_check, eval, floors, generate, gradcheck, hardware};
+use crate::{analyze, device_check, eval, floors, generate, gradcheck, hardware};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -51,6 +51,13 @@ Examples:
   routegrad eval --model runs/tiny-default
   routegrad eval --model runs/tiny-default/checkpoints/step-600 --data other.txt")]
     Eval(EvalArgs),
+    /// Show what a model's router does and learns: entropy, load, similarity to the dense gradient
+    /// and more, as JSON, CSV and a page with figures.
+    #[command(after_help = "\
+Examples:
+  routegrad analyze --model runs/tiny-default
+  routegrad analyze --model runs/tiny-topk --data my-books/ --sequences 64 --out report")]
+    Analyze(AnalyzeArgs),
     /// Continue a prompt.
     #[command(after_help = "\
 Examples:
@@ -187,6 +194,22 @@ struct EvalArgs {
 }
 
 #[derive(Args)]
+struct AnalyzeArgs {
+    /// Run, or one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Text file or folder to analyse on [default: what the model was trained on].
+    #[arg(long, value_name = "PATH")]
+    data: Option<String>,
+    /// Held-out sequences, spread evenly, and as many of each source of the text.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    sequences: usize,
+    /// Folder of the report [default: `analysis` in the run's folder].
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+#[derive(Args)]
 struct GenerateArgs {
     /// Run, or one of its checkpoints.
     #[arg(long, value_name = "DIR")]
@@ -255,6 +278,7 @@ impl Cli {
         match self.command {
             Command::Train(args) => train_command(&args),
             Command::Eval(args) => eval_command(&args),
+            Command::Analyze(args) => analyze_command(&args),
             Command::Generate(args) => generate_command(&args),
             Command::Gradcheck {
                 filter,
@@ -407,6 +431,27 @@ fn eval_command(args: &EvalArgs) -> Result<()> {
     say!("validation loss  {:.4} nats per token", report.loss);
     say!("perplexity       {:.4}", report.perplexity());
     say!("bits per byte    {:.4}", report.bits_per_byte());
+    Ok(())
+}
+
+fn analyze_command(args: &AnalyzeArgs) -> Result<()> {
+    let found = open_checkpoint(&args.model)?;
+    let default = || analyze::default_folder(&found);
+    let out = args.out.clone().unwrap_or_else(default);
+    let options = analyze::Options {
+        data: args.data.clone(),
+        sequences: args.sequences,
+    };
+    let report = analyze::run(&found, &options)?;
+    analyze::write(&report, &out)?;
+    for analysis in &report.analyses {
+        let rows = analysis.table.rows.len();
+        say!("{:<28} {rows:>5} numbers", analysis.name);
+        for note in &analysis.notes {
+            say!("    {note}");
+        }
+    }
+    say!("report: {}", out.join("report.html").display());
     Ok(())
 }
 

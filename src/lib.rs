@@ -40,6 +40,8 @@ pub mod generate;
 pub mod gradcheck;
 pub mod train;
 
+pub mod analyze;
+
 pub mod hardware;
 
 pub mod cli;

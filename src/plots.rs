@@ -11,12 +11,12 @@ use std::path::Path;
 const COLUMNS: usize = 480;
 const LOAD_COLUMNS: usize = 120;
 
-const INK: RGBColor = RGBColor(51, 51, 51);
-const GRID: RGBColor = RGBColor(230, 230, 230);
+pub(crate) const INK: RGBColor = RGBColor(51, 51, 51);
+pub(crate) const GRID: RGBColor = RGBColor(230, 230, 230);
 const TRAIN_RAW: RGBColor = RGBColor(190, 214, 235);
-const TRAIN: RGBColor = RGBColor(31, 103, 168);
-const VALIDATION: RGBColor = RGBColor(217, 95, 2);
-const FONT: &str = "sans-serif";
+pub(crate) const TRAIN: RGBColor = RGBColor(31, 103, 168);
+pub(crate) const VALIDATION: RGBColor = RGBColor(217, 95, 2);
+pub(crate) const FONT: &str = "sans-serif";
 
 /// Draws both pictures from the log at `metrics` into `folder`. Does nothing before the first step.
 pub fn write(metrics: &Path, folder: &Path) -> Result<()> {
@@ -36,22 +36,35 @@ pub fn write(metrics: &Path, folder: &Path) -> Result<()> {
     })
 }
 
-type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub(crate) type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
+pub(crate) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Draws in memory, writes under another name, renames: a reader never finds half a picture.
-fn save(path: &Path, size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result<()> {
+/// A picture on white, as SVG text.
+pub(crate) fn svg(size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result<String> {
     let mut text = String::new();
     {
         let area = SVGBackend::with_string(&mut text, size).into_drawing_area();
         area.fill(&WHITE)
             .map_err(|e| e.into())
             .and_then(|()| draw(&area))
-            .map_err(|e| Error::file(path, "a picture", e.to_string(), "report this as a bug"))?;
+            .map_err(|e| {
+                Error::invalid("plot", "a picture", e.to_string(), "report this as a bug")
+            })?;
     }
-    let temporary = path.with_extension("svg.unfinished");
-    std::fs::write(&temporary, text).map_err(|e| Error::io("write", &temporary, e))?;
-    std::fs::rename(&temporary, path).map_err(|e| Error::io("rename", &temporary, e))
+    Ok(text)
+}
+
+fn save(path: &Path, size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result<()> {
+    publish(path, &svg(size, draw)?)
+}
+
+/// Writes under another name, then renames: a reader never finds half a file.
+pub(crate) fn publish(path: &Path, text: &str) -> Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".unfinished");
+    let temporary = Path::new(&name);
+    std::fs::write(temporary, text).map_err(|e| Error::io("write", temporary, e))?;
+    std::fs::rename(temporary, path).map_err(|e| Error::io("rename", temporary, e))
 }
 
 /// Means of `values` over at most `columns` runs of equal length: (x, mean).
@@ -192,7 +205,12 @@ fn grouped(x: f64) -> String {
 /// Colour of an expert's load relative to a balanced one, on a scale of powers of two: white at 1,
 /// blue below, orange above, full at a quarter and at four times.
 fn load_color(relative: f64) -> RGBColor {
-    let t = relative.max(1e-9).log2().clamp(-2.0, 2.0) / 2.0;
+    diverging(relative.max(1e-9).log2() / 2.0)
+}
+
+/// White at 0, blue towards −1, orange towards 1, saturated beyond.
+pub(crate) fn diverging(t: f64) -> RGBColor {
+    let t = t.clamp(-1.0, 1.0);
     let end = if t < 0.0 { (24, 79, 149) } else { (190, 74, 0) };
     let mix = |full: u8| (255.0 + (f64::from(full) - 255.0) * t.abs()).round() as u8;
     RGBColor(mix(end.0), mix(end.1), mix(end.2))

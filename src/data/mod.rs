@@ -6,7 +6,10 @@
 //! are joined by [`DOCUMENT_END`], and a window may span several.
 
 mod order;
+mod sources;
 mod text;
+
+pub use sources::{Source, sources};
 
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};

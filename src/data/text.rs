@@ -13,11 +13,17 @@ const EMBEDDED: &[u8] = include_bytes!("../../data/embedded/sotu.txt.zst");
 
 /// The documents of `config.source` that hold more than white space, in order.
 pub(super) fn read(config: &DataConfig) -> Result<Vec<String>> {
-    let mut documents = Vec::new();
+    Ok(read_files(config)?.into_iter().flat_map(|f| f.1).collect())
+}
+
+/// The files of `config.source` in order, each with its documents.
+pub(super) fn read_files(config: &DataConfig) -> Result<Vec<(PathBuf, Vec<String>)>> {
+    let mut found = Vec::new();
     if config.source == "embedded" {
         let name = Path::new("embedded corpus");
+        let mut documents = Vec::new();
         split(decompress(name, EMBEDDED)?, name, config, &mut documents)?;
-        return Ok(documents);
+        return Ok(vec![(name.into(), documents)]);
     }
     for path in files(Path::new(&config.source))? {
         let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
@@ -26,9 +32,11 @@ pub(super) fn read(config: &DataConfig) -> Result<Vec<String>> {
         } else {
             bytes
         };
+        let mut documents = Vec::new();
         split(bytes, &path, config, &mut documents)?;
+        found.push((path, documents));
     }
-    Ok(documents)
+    Ok(found)
 }
 
 /// The file itself, or the text files under a folder in the order of their paths.

@@ -51,8 +51,8 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     build: from_settings::<DefaultMoe>,
 };
 
-/// The name of ê in checkpoints.
-const VECTORS: &str = "default_vectors";
+/// The name of ê `[E, D]` in state and checkpoints.
+pub const VECTORS: &str = "default_vectors";
 
 /// How the weighted mean is normalised; the paper says only that it is weighted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,0 +1,406 @@
+//! The eight analyses in words, tables and figures.
+
+use super::figures::{Axes, Chart, Heatmap, Mark, Series, charts, heatmaps};
+use super::gradients::Method;
+use super::report::{Cell, Table};
+use super::routing::Routed;
+use super::{Analysis, FILL_PASSES, vectors};
+use crate::config::Config;
+use crate::error::Result;
+use crate::tensor::Tensor;
+
+fn layer_caption(layer: usize) -> String {
+    format!("MoE layer {layer}")
+}
+
+fn numbered(n: usize) -> Vec<String> {
+    (0..n).map(|i| i.to_string()).collect()
+}
+
+fn series(name: &str, values: impl IntoIterator<Item = Option<f64>>, first: usize) -> Series {
+    Series {
+        name: name.into(),
+        points: (first..).zip(values).collect(),
+    }
+}
+
+fn has_no_vectors(config: &Config) -> String {
+    format!(
+        "Does not apply: the router {} keeps no default vectors.",
+        config.router.name
+    )
+}
+
+/// What the two analyses of gradients say about this model.
+pub fn gradient_notes(config: &Config, filled: bool) -> Vec<String> {
+    let router = &config.router.name;
+    let mut notes = Vec::new();
+    if filled {
+        notes.push(format!(
+            "The router {router} keeps no default vectors: those of `default` were filled by {FILL_PASSES} \
+             micro-batches of training text with the weights as they are (β = 0.9, from zero)."
+        ));
+    }
+    if !matches!(router.as_str(), "topk" | "default" | "dense" | "densemixer") {
+        notes.push(format!(
+            "The model was trained with {router}: here its experts are weighted by the softmax of its \
+             logits, without what is its own."
+        ));
+    }
+    if config.model.num_experts == 1 {
+        notes.push("With one expert there is no choice to compare.".into());
+    }
+    notes
+}
+
+pub fn entropy(routed: &[Routed]) -> Result<Analysis> {
+    let mut table = Table::new(&["moe_layer", "entropy_nats"]);
+    for (layer, routed) in routed.iter().enumerate() {
+        table.rows.push(vec![layer.into(), routed.entropy.into()]);
+    }
+    let chart = Chart {
+        caption: String::new(),
+        series: vec![series("entropy", routed.iter().map(|r| Some(r.entropy)), 0)],
+    };
+    let axes = Axes {
+        x: "MoE layer",
+        y: "nats",
+    };
+    Ok(Analysis {
+        name: "router-entropy",
+        title: "Router entropy",
+        shows: "How undecided the router of each MoE layer is: the entropy of a token's probabilities, \
+                the mean over the held-out tokens. ln E is a router that knows nothing, 0 one that is sure.",
+        formula: "mean over t of −Σ_i p_ti ln p_ti",
+        notes: Vec::new(),
+        table,
+        figure: Some(charts(&[chart], &axes, Mark::Bar)?),
+    })
+}
+
+pub fn vector_similarity(config: &Config, trained: &[Tensor]) -> Result<Analysis> {
+    let mut table = Table::new(&["moe_layer", "expert", "other_expert", "cosine"]);
+    let mut maps = Vec::new();
+    for (layer, tensor) in trained.iter().enumerate() {
+        let values = vectors::similarity(tensor)?;
+        push_matrix(&mut table, layer, &values);
+        maps.push(square(layer, values));
+    }
+    let axes = Axes {
+        x: "expert",
+        y: "expert",
+    };
+    let scale = "cosine: −1 blue, 0 white, 1 orange";
+    Ok(Analysis {
+        name: "default-vector-similarity",
+        title: "Similarity of the default vectors",
+        shows: "How alike the default vectors of a layer's experts are: near 1, experts answer alike on \
+                the mean; near 0, they differ.",
+        formula: "⟨ê_i, ê_j⟩ / (‖ê_i‖ ‖ê_j‖)",
+        notes: if trained.is_empty() {
+            vec![has_no_vectors(config)]
+        } else {
+            Vec::new()
+        },
+        table,
+        figure: picture(&maps, &axes, scale, |c| c)?,
+    })
+}
+
+/// The values of `[E][E]` as rows of a table.
+fn push_matrix(table: &mut Table, layer: usize, values: &[Vec<Option<f64>>]) {
+    for (i, row) in values.iter().enumerate() {
+        for (j, value) in row.iter().enumerate() {
+            table
+                .rows
+                .push(vec![layer.into(), i.into(), j.into(), (*value).into()]);
+        }
+    }
+}
+
+fn square(layer: usize, values: Vec<Vec<Option<f64>>>) -> Heatmap {
+    Heatmap {
+        caption: layer_caption(layer),
+        rows: numbered(values.len()),
+        columns: numbered(values.len()),
+        values,
+    }
+}
+
+fn picture(
+    maps: &[Heatmap],
+    axes: &Axes,
+    scale: &str,
+    color: fn(f64) -> f64,
+) -> Result<Option<String>> {
+    match maps {
+        [] => Ok(None),
+        maps => Ok(Some(heatmaps(maps, axes, scale, color)?)),
+    }
+}
+
+/// `similarity` as [`super::gradients::dense_similarity`] gives it.
+pub fn dense_similarity(
+    similarity: &[Vec<Vec<Option<f64>>>; 2],
+    notes: Vec<String>,
+) -> Result<Analysis> {
+    let mut table = Table::new(&["moe_layer", "top_k", "method", "cosine"]);
+    let layers = similarity[0].first().map_or(0, Vec::len);
+    let mut panels = Vec::new();
+    for layer in 0..layers {
+        let lines = Method::BOTH.iter().zip(similarity).map(|(method, by_k)| {
+            for (k, values) in by_k.iter().enumerate() {
+                let name: Cell = method.name().into();
+                table.rows.push(vec![
+                    layer.into(),
+                    (k + 1).into(),
+                    name,
+                    values[layer].into(),
+                ]);
+            }
+            series(method.name(), by_k.iter().map(|values| values[layer]), 1)
+        });
+        panels.push(Chart {
+            series: lines.collect(),
+            caption: layer_caption(layer),
+        });
+    }
+    let axes = Axes {
+        x: "K",
+        y: "cosine",
+    };
+    Ok(Analysis {
+        name: "dense-gradient-similarity",
+        title: "Similarity to the dense router gradient",
+        shows: "How near the router's gradient under topk and under default comes to the one with every \
+                expert active, on these weights and this text, when K is changed in all MoE layers \
+                together. Default vectors are frozen, the loss is the cross-entropy alone.",
+        formula: "⟨G_K, G_E⟩ / (‖G_K‖ ‖G_E‖), G [E, D] = ∂loss/∂W of a layer's router, flattened",
+        notes,
+        figure: if panels.is_empty() {
+            None
+        } else {
+            Some(charts(&panels, &axes, Mark::Line)?)
+        },
+        table,
+    })
+}
+
+pub fn frequency(config: &Config, routed: &[Routed]) -> Result<Analysis> {
+    let mut table = Table::new(&["moe_layer", "expert", "tokens", "share"]);
+    let mut panels = Vec::new();
+    for (layer, routed) in routed.iter().enumerate() {
+        let shares = routed.frequency();
+        for (expert, (count, share)) in routed.counts.iter().zip(&shares).enumerate() {
+            let count = Cell::Count(*count);
+            table
+                .rows
+                .push(vec![layer.into(), expert.into(), count, (*share).into()]);
+        }
+        panels.push(Chart {
+            caption: layer_caption(layer),
+            series: vec![series("share of the routed slots", shares, 0)],
+        });
+    }
+    let axes = Axes {
+        x: "expert",
+        y: "share",
+    };
+    let every = config.router.name == "dense";
+    Ok(Analysis {
+        name: "routing-frequency",
+        title: "Routing frequency",
+        shows: "How often each expert is chosen on held-out text; 1 / E is a balanced load.",
+        formula: "f_i = tokens that chose i / Σ_j tokens that chose j",
+        notes: every
+            .then(|| "With dense every expert takes every token: the shares are equal.".into())
+            .into_iter()
+            .collect(),
+        table,
+        figure: Some(charts(&panels, &axes, Mark::Bar)?),
+    })
+}
+
+pub fn co_activation(config: &Config, routed: &[Routed]) -> Result<Analysis> {
+    let mut table = Table::new(&["moe_layer", "expert", "other_expert", "share"]);
+    let mut maps = Vec::new();
+    let shared = |r: &Routed| r.counts.iter().sum::<u64>() > r.tokens;
+    let applies = routed.iter().any(shared);
+    for (layer, routed) in routed.iter().enumerate().filter(|_| applies) {
+        let values = routed.co_activation();
+        push_matrix(&mut table, layer, &values);
+        maps.push(square(layer, values));
+    }
+    let axes = Axes {
+        x: "also chosen",
+        y: "expert",
+    };
+    Ok(Analysis {
+        name: "co-activation",
+        title: "Co-activation",
+        shows: "Which experts are chosen together: of the tokens that chose the expert of the row, the \
+                share that also chose that of the column.",
+        formula: "n_ij / n_i, n_ij tokens that chose i and j",
+        notes: if applies {
+            Vec::new()
+        } else {
+            vec![format!(
+                "Does not apply: with K = {} no token has two experts.",
+                config.model.top_k
+            )]
+        },
+        table,
+        figure: picture(&maps, &axes, "share: 0 white, 1 orange", |share| share)?,
+    })
+}
+
+/// `by_source`: name, and what each MoE layer did with its text.
+pub fn by_source(by_source: &[(String, Vec<Routed>)], short: &[String]) -> Result<Analysis> {
+    let mut table = Table::new(&[
+        "source",
+        "moe_layer",
+        "expert",
+        "tokens",
+        "share",
+        "relative",
+    ]);
+    let layers = by_source.first().map_or(0, |(_, routed)| routed.len());
+    let mut maps = Vec::new();
+    for layer in 0..layers {
+        // An expert's share of a source beside the mean of its shares over the sources.
+        let shares: Vec<_> = by_source
+            .iter()
+            .map(|(_, r)| r[layer].frequency())
+            .collect();
+        let experts = shares.first().map_or(0, Vec::len);
+        let mean = |e: usize| {
+            let known: Vec<f64> = shares.iter().filter_map(|s| s[e]).collect();
+            known.iter().sum::<f64>() / known.len() as f64
+        };
+        let means: Vec<f64> = (0..experts).map(mean).collect();
+        let relative = |shares: &Vec<Option<f64>>| -> Vec<Option<f64>> {
+            let pairs = shares.iter().zip(&means);
+            let ratio = |(share, mean): (&Option<f64>, &f64)| {
+                Some((*share)? / mean).filter(|r| r.is_finite())
+            };
+            pairs.map(ratio).collect()
+        };
+        let values: Vec<_> = shares.iter().map(relative).collect();
+        for (((name, routed), shares), values) in by_source.iter().zip(&shares).zip(&values) {
+            for (expert, (share, value)) in shares.iter().zip(values).enumerate() {
+                table.rows.push(vec![
+                    name.as_str().into(),
+                    layer.into(),
+                    expert.into(),
+                    Cell::Count(routed[layer].counts[expert]),
+                    (*share).into(),
+                    (*value).into(),
+                ]);
+            }
+        }
+        maps.push(Heatmap {
+            caption: layer_caption(layer),
+            rows: by_source.iter().map(|(name, _)| name.clone()).collect(),
+            columns: numbered(experts),
+            values,
+        });
+    }
+    let axes = Axes {
+        x: "expert",
+        y: "source",
+    };
+    let scale = "share of a source's tokens over the mean share: ¼ blue, 1 white, 4 orange";
+    let mut notes = Vec::new();
+    if !short.is_empty() {
+        notes.push(format!(
+            "Left out, shorter than one sequence: {}.",
+            short.join(", ")
+        ));
+    }
+    if by_source.len() == 1 {
+        notes.push("There is one source: nothing to compare it with.".into());
+    }
+    Ok(Analysis {
+        name: "routing-by-source",
+        title: "Domain specialisation",
+        shows: "Whether experts specialise: each expert's share of the tokens of a source of the text, \
+                relative to the mean of its shares over the sources. Sources are the files of a folder, \
+                or the documents of one text in runs of equal number, in order; text trained on is \
+                among them.",
+        formula: "f_si / mean over s of f_si, f_si = share of source s that went to expert i",
+        notes,
+        table,
+        figure: picture(&maps, &axes, scale, |r| r.max(1e-9).log2() / 2.0)?,
+    })
+}
+
+/// `error` as [`super::gradients::gradient_error`] gives it.
+pub fn gradient_error(error: &[Vec<Option<f64>>; 2], notes: Vec<String>) -> Result<Analysis> {
+    let mut table = Table::new(&["moe_layer", "method", "relative_error"]);
+    let mut bars = Vec::new();
+    for (method, values) in Method::BOTH.iter().zip(error) {
+        for (layer, value) in values.iter().enumerate() {
+            table
+                .rows
+                .push(vec![layer.into(), method.name().into(), (*value).into()]);
+        }
+        bars.push(series(method.name(), values.iter().copied(), 0));
+    }
+    let chart = Chart {
+        caption: String::new(),
+        series: bars,
+    };
+    let axes = Axes {
+        x: "MoE layer",
+        y: "relative error",
+    };
+    Ok(Analysis {
+        name: "gradient-error",
+        title: "Error of the router's gradient",
+        shows: "How much of the gradient of the logits a method misses because it did not run every \
+                expert, at the incoming gradient that the method itself has (Default MoE, eq. 7 and 9). \
+                0 is what densemixer gets; 1 is as far from it as no gradient at all.",
+        formula: "‖dz_densemixer − dz_method‖ / ‖dz_densemixer‖ over all tokens of a layer",
+        notes,
+        table,
+        figure: Some(charts(&[chart], &axes, Mark::Bar)?),
+    })
+}
+
+pub fn drift(config: &Config, drifts: &[Vec<Option<f64>>]) -> Result<Analysis> {
+    let mut table = Table::new(&["moe_layer", "expert", "relative_distance"]);
+    let mut panels = Vec::new();
+    for (layer, values) in drifts.iter().enumerate() {
+        for (expert, value) in values.iter().enumerate() {
+            table
+                .rows
+                .push(vec![layer.into(), expert.into(), (*value).into()]);
+        }
+        panels.push(Chart {
+            caption: layer_caption(layer),
+            series: vec![series("‖m − ê‖ / ‖m‖", values.iter().copied(), 0)],
+        });
+    }
+    let axes = Axes {
+        x: "expert",
+        y: "‖m − ê‖ / ‖m‖",
+    };
+    Ok(Analysis {
+        name: "default-vector-distance",
+        title: "Default vectors and present outputs",
+        shows: "How far an expert's mean output on the next training micro-batch is from its default \
+                vector, which averages those of the steps before: the method assumes that it is small.",
+        formula: "‖m_i − ê_i‖ / ‖m_i‖, m_i as the router's settings weight it, ê_i before its update",
+        notes: if drifts.is_empty() {
+            vec![has_no_vectors(config)]
+        } else {
+            Vec::new()
+        },
+        figure: if panels.is_empty() {
+            None
+        } else {
+            Some(charts(&panels, &axes, Mark::Bar)?)
+        },
+        table,
+    })
+}
