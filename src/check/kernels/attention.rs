@@ -351,9 +351,11 @@ pub fn small_shapes() -> Vec<Shape> {
     vec![
         Shape::new(1, 1, 1, 1, 64),
         Shape::new(2, 1, 1, 1, 128).packed(),
-        Shape::new(2, 17, 2, 1, 64),
+        Shape::new(2, 17, 4, 2, 64),
         Shape::new(2, 300, 2, 1, 64).packed(),
         Shape::new(1, 255, 2, 2, 128),
+        // More key tiles than ring stages, and more query tiles than blocks at once.
+        Shape::new(2, 430, 2, 1, 128),
     ]
 }
 
