@@ -95,7 +95,8 @@ typedef struct routegrad_unit_box {
   ROUTEGRAD_COMBINE_LAUNCHERS(X) \
   ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X) \
   ROUTEGRAD_NORM_LAUNCHERS(X) \
-  ROUTEGRAD_ATTENTION_LAUNCHERS(X)
+  ROUTEGRAD_ATTENTION_LAUNCHERS(X) \
+  ROUTEGRAD_CROSS_ENTROPY_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -180,6 +181,7 @@ typedef enum routegrad_gemm_product {
   ROUTEGRAD_GEMM_SWIGLU_FORWARD = 3,
   ROUTEGRAD_GEMM_DOWN_FORWARD = 4,
   ROUTEGRAD_GEMM_SWIGLU_BACKWARD = 5,
+  ROUTEGRAD_GEMM_HEAD_FORWARD = 6,  // logits in f32, one group
 } routegrad_gemm_product;
 
 // The output tile of a block and how its two consumer warpgroups share it: cooperative, both on one tile; pingpong, each
@@ -285,6 +287,17 @@ typedef enum routegrad_weighting {
                          int32_t heads, int32_t key_value_heads, int32_t head_width, routegrad_stream stream))        \
   /* On the host: floats of `workspace`. */                                                                            \
   X(attention_backward_workspace, (uint64_t* floats, int64_t tokens, int32_t sequence, int32_t heads))
+
+// cross_entropy.cu: the output head's logits and loss.
+#define ROUTEGRAD_CROSS_ENTROPY_LAUNCHERS(X)                                                                          \
+  X(head_logits, (float* logits, const void* x, const void* w, int64_t tokens, int32_t vocabulary, int32_t hidden,    \
+                  int32_t tile, routegrad_stream stream))                                                             \
+  X(cross_entropy_rows, (float* losses, void* dlogits, const float* logits, const int32_t* targets, int64_t tokens,   \
+                         int32_t vocabulary, float factor, routegrad_stream stream))                                  \
+  X(cross_entropy_mean,                                                                                               \
+    (float* loss, const float* losses, int64_t tokens, float factor, routegrad_stream stream))                        \
+  X(gradient_scale, (void* out, const void* in, const float* factor, int64_t elements, int32_t bf16_elements,         \
+                     int32_t accumulate, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

@@ -216,7 +216,7 @@ impl Model {
             Pass::EVALUATE,
         )?;
         let head = weights[self.graph.head].tensor();
-        token_losses(&hidden.tensor().widened(), &head.widened(), &targets)?.to_f64()
+        token_losses(hidden.tensor(), head, &targets)?.to_f64()
     }
 
     /// Logits `[sequences · V]` of the token that follows each of `sequences` equally long

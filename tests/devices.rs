@@ -306,7 +306,14 @@ fn a_run_on_the_simulator_resumes_in_the_same_bytes_and_goes_on_on_the_cpu() {
         let file = format!("{out}/checkpoints/step-{step}/model.safetensors");
         std::fs::read(place.path(&file)).unwrap()
     };
-    let on_sim = ["--device", "sim", "--set", "train.checkpoint_interval=3"];
+    let on_sim = [
+        "--device",
+        "sim",
+        "--set",
+        "train.checkpoint_interval=3",
+        "--set",
+        "model.dense_ffn_width=48",
+    ];
     let straight = [&on_sim[..], &["--steps", "6"]].concat();
     end(place.train("straight", &straight));
     let first = [

@@ -51,6 +51,8 @@ inline ProductSizes product_sizes(int product, int64_t rows, int experts, int n,
       return {false, rows, k, n, experts, 10};  // h, dh and scaled_a
     case ROUTEGRAD_GEMM_WEIGHT_GRADIENT:
       return {true, n, k, rows, experts, 4};
+    case ROUTEGRAD_GEMM_HEAD_FORWARD:
+      return {false, rows, n, k, experts, 4};
     default:
       return {false, rows, n, k, experts, 2};
   }
@@ -64,6 +66,7 @@ constexpr bool tile_serves(const TileShape& t, int product) {
     case ROUTEGRAD_GEMM_SWIGLU_FORWARD:
       return t.columns == 256 || t.columns == 176;
     case ROUTEGRAD_GEMM_DOWN_FORWARD:
+    case ROUTEGRAD_GEMM_HEAD_FORWARD:
       return t.columns == 256 || (t.columns == 128 && t.pingpong);
     case ROUTEGRAD_GEMM_SWIGLU_BACKWARD:
       return t.pingpong;  // a long epilogue, hidden behind the other warpgroup's products

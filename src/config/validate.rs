@@ -120,6 +120,19 @@ impl Config {
             "f32 where kernels run",
             "f64",
         )?;
+        if t.device != Device::Cpu {
+            let m = &self.model;
+            for (key, width) in [
+                ("model.vocab_size", m.vocab_size),
+                ("model.hidden", m.hidden),
+                ("model.expert_ffn_width", m.expert_ffn_width),
+                ("model.dense_ffn_width", m.dense_ffn_width),
+                ("model.shared_expert_width", m.shared_expert_width),
+            ] {
+                let expected = "a multiple of 8 where kernels run (16-byte rows)";
+                ensure(width % 8 == 0, key, expected, width)?;
+            }
+        }
         if let Recompute::Layers(layers) = &t.recompute {
             layer_list("train.recompute", layers, self.model.layers)?;
         }

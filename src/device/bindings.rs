@@ -174,6 +174,7 @@ pub const ROUTEGRAD_GEMM_WEIGHT_GRADIENT: routegrad_gemm_product = 2;
 pub const ROUTEGRAD_GEMM_SWIGLU_FORWARD: routegrad_gemm_product = 3;
 pub const ROUTEGRAD_GEMM_DOWN_FORWARD: routegrad_gemm_product = 4;
 pub const ROUTEGRAD_GEMM_SWIGLU_BACKWARD: routegrad_gemm_product = 5;
+pub const ROUTEGRAD_GEMM_HEAD_FORWARD: routegrad_gemm_product = 6;
 pub type routegrad_gemm_product = ::std::os::raw::c_uint;
 pub const ROUTEGRAD_TILE_AUTO: routegrad_gemm_tile = 0;
 pub const ROUTEGRAD_TILE_COOPERATIVE_128X256: routegrad_gemm_tile = 1;
@@ -720,12 +721,56 @@ pub struct routegrad_launchers {
             heads: i32,
         ) -> routegrad_status,
     >,
+    pub head_logits: ::std::option::Option<
+        unsafe extern "C" fn(
+            logits: *mut f32,
+            x: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            tokens: i64,
+            vocabulary: i32,
+            hidden: i32,
+            tile: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub cross_entropy_rows: ::std::option::Option<
+        unsafe extern "C" fn(
+            losses: *mut f32,
+            dlogits: *mut ::std::os::raw::c_void,
+            logits: *const f32,
+            targets: *const i32,
+            tokens: i64,
+            vocabulary: i32,
+            factor: f32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub cross_entropy_mean: ::std::option::Option<
+        unsafe extern "C" fn(
+            loss: *mut f32,
+            losses: *const f32,
+            tokens: i64,
+            factor: f32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub gradient_scale: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut ::std::os::raw::c_void,
+            in_: *const ::std::os::raw::c_void,
+            factor: *const f32,
+            elements: i64,
+            bf16_elements: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 328usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 360usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -856,6 +901,18 @@ const _: () = {
         "Offset of field: routegrad_launchers::attention_backward_workspace",
     ][::std::mem::offset_of!(routegrad_launchers, attention_backward_workspace)
         - 320usize];
+    [
+        "Offset of field: routegrad_launchers::head_logits",
+    ][::std::mem::offset_of!(routegrad_launchers, head_logits) - 328usize];
+    [
+        "Offset of field: routegrad_launchers::cross_entropy_rows",
+    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_rows) - 336usize];
+    [
+        "Offset of field: routegrad_launchers::cross_entropy_mean",
+    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_mean) - 344usize];
+    [
+        "Offset of field: routegrad_launchers::gradient_scale",
+    ][::std::mem::offset_of!(routegrad_launchers, gradient_scale) - 352usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

@@ -7,16 +7,22 @@
 //! Logits exist for one chunk of tokens at a time. Where a gradient is wanted it is formed in
 //! forward, while they do: three products instead of the four that forming them again would take.
 //! Backward then only multiplies by the incoming scalar.
+//!
+//! On a device with kernels (`kernels/cross_entropy.cu`, `kernels/grouped_gemm.cu`) x and W are bf16,
+//! logits and losses f32, dx bf16 and dW f32.
 
+use super::linear::kernels as product;
 use super::tokens;
 use crate::check::Case;
-use crate::cpu;
+use crate::cpu::{self, Accumulate};
 use crate::device::Device;
-use crate::dtype::Real;
+use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
+use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::ptr::null_mut;
 
 /// Cross-entropy in nats of the logits `x Wᵀ` against `targets`, summed over the tokens and divided
 /// by `denominator`; `x [T, D]`, `weight [V, D]`, `targets` i32, T of them.
@@ -46,6 +52,9 @@ pub fn cross_entropy(
 /// Those of [`cross_entropy`].
 pub fn token_losses(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
     check(x, weight, targets)?;
+    if x.device() != Device::Cpu {
+        return kernels::losses(x, weight, targets, None);
+    }
     let mut losses = Tensor::unspecified(x.device(), x.dtype(), [x.shape()[0]]);
     with_real!(x.dtype(), "cross_entropy", |T| {
         let head = reference::Head {
@@ -101,8 +110,15 @@ impl Op for CrossEntropy {
         "cross_entropy"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let (x, weight) = (inputs[0], inputs[1]);
+        if x.device() != Device::Cpu {
+            return kernels::forward(x, weight, self);
+        }
         with_real!(x.dtype(), "cross_entropy", |T| {
             let head = reference::Head {
                 x: x.slice::<T>(),
@@ -141,6 +157,9 @@ impl Op for CrossEntropy {
         grads: &mut Grads,
     ) -> Result<()> {
         let dloss = only(douts);
+        if dloss.device() != Device::Cpu {
+            return kernels::backward(saved, dloss, grads);
+        }
         with_real!(dloss.dtype(), "cross_entropy", |T| {
             let factor = dloss.slice::<T>()[0];
             for (input, gradient) in saved.iter().enumerate() {
@@ -156,11 +175,156 @@ impl Op for CrossEntropy {
     }
 }
 
+/// The kernels, a chunk of tokens at a time.
+mod kernels {
+    use super::*;
+
+    /// Tokens of a chunk: its logits at V = 128,256 are 1 GB.
+    const TOKENS: usize = 2048;
+    /// The tile that the kernels' own plan takes.
+    const TILE_AUTO: i32 = 0;
+
+    /// Where gradients go, and the factor of every loss.
+    pub struct Gradient<'a> {
+        pub dx: &'a mut Tensor,      // [T, D] bf16
+        pub dweight: &'a mut Tensor, // [V, D] f32
+        pub factor: f32,
+    }
+
+    pub fn forward(x: &Tensor, weight: &Tensor, op: &CrossEntropy) -> Result<Forward> {
+        let factor = op.denominator.recip() as f32;
+        let mut saved = vec![];
+        let losses = if op.gradients {
+            let mut dx = x.unspecified_like();
+            let mut dweight = Tensor::unspecified(x.device(), DType::F32, weight.shape());
+            let gradient = Gradient {
+                dx: &mut dx,
+                dweight: &mut dweight,
+                factor,
+            };
+            let losses = losses(x, weight, &op.targets, Some(gradient))?;
+            saved = vec![dx, dweight];
+            losses
+        } else {
+            losses(x, weight, &op.targets, None)?
+        };
+        let mut loss = Tensor::unspecified(x.device(), DType::F32, []);
+        // SAFETY: the tensors have the shapes that cross_entropy.cu's header names.
+        unsafe {
+            launch!(
+                x.device().launchers()?,
+                cross_entropy_mean(
+                    loss.pointer_mut(),
+                    losses.pointer(),
+                    losses.elements() as i64,
+                    factor,
+                    null_mut(),
+                )
+            )?;
+        }
+        let outputs = vec![loss];
+        Ok(Forward { outputs, saved })
+    }
+
+    /// Each token's loss, `[T]` f32.
+    pub fn losses(
+        x: &Tensor,
+        weight: &Tensor,
+        targets: &Tensor,
+        mut gradient: Option<Gradient<'_>>,
+    ) -> Result<Tensor> {
+        x.expect_dtype("cross_entropy", "x", DType::Bf16)?;
+        let (device, launchers) = (x.device(), x.device().launchers()?);
+        let (tokens, [vocabulary, width]) = (x.shape()[0], [weight.shape()[0], weight.shape()[1]]);
+        let targets = targets.on(device);
+        let mut losses = Tensor::unspecified(device, DType::F32, [tokens]);
+        let chunk = TOKENS.min(tokens);
+        let mut logits = Tensor::unspecified(device, DType::F32, [chunk, vocabulary]);
+        let mut dlogits = gradient
+            .is_some()
+            .then(|| Tensor::unspecified(device, DType::Bf16, [chunk, vocabulary]));
+        for first in (0..tokens).step_by(chunk) {
+            let rows = chunk.min(tokens - first) as i64;
+            // SAFETY: row `first` lies in a tensor of so many rows of this width.
+            let x = unsafe { x.pointer::<u16>().add(first * width) };
+            // SAFETY: the tensors have the shapes that cross_entropy.cu's header names.
+            unsafe {
+                launch!(
+                    launchers,
+                    head_logits(
+                        logits.pointer_mut(),
+                        x.cast(),
+                        weight.pointer(),
+                        rows,
+                        vocabulary as i32,
+                        width as i32,
+                        TILE_AUTO,
+                        null_mut(),
+                    )
+                )?;
+                launch!(
+                    launchers,
+                    cross_entropy_rows(
+                        losses.pointer_mut::<f32>().add(first),
+                        dlogits.as_mut().map_or(null_mut(), Tensor::pointer_mut),
+                        logits.pointer(),
+                        targets.pointer::<i32>().add(first),
+                        rows,
+                        vocabulary as i32,
+                        gradient.as_ref().map_or(0.0, |g| g.factor),
+                        null_mut(),
+                    )
+                )?;
+                if let (Some(g), Some(dlogits)) = (&mut gradient, &dlogits) {
+                    let (dlogits, dx) = (dlogits.pointer(), g.dx.pointer_mut::<u16>());
+                    let dx = dx.add(first * width).cast();
+                    product::input_gradient_of(launchers, dx, dlogits, weight, rows)?;
+                    let accumulate = match first {
+                        0 => Accumulate::Assign,
+                        _ => Accumulate::Add,
+                    };
+                    let x = x.cast();
+                    product::weight_gradient_of(
+                        launchers, g.dweight, accumulate, dlogits, x, rows,
+                    )?;
+                }
+            }
+        }
+        Ok(losses)
+    }
+
+    /// What forward saved, times the incoming gradient.
+    pub fn backward(saved: &[Tensor], dloss: &Tensor, grads: &mut Grads) -> Result<()> {
+        for (input, gradient) in saved.iter().enumerate() {
+            let like = gradient;
+            grads.write(input, like, |out, accumulate| {
+                out.expect_dtype("cross_entropy", "a gradient", gradient.dtype())?;
+                // SAFETY: both tensors have the same elements, and the factor is one f32.
+                unsafe {
+                    launch!(
+                        gradient.device().launchers()?,
+                        gradient_scale(
+                            out.pointer_mut(),
+                            gradient.pointer(),
+                            dloss.pointer(),
+                            gradient.elements() as i64,
+                            (gradient.dtype() == DType::Bf16).into(),
+                            (accumulate == Accumulate::Add).into(),
+                            null_mut(),
+                        )
+                    )
+                }
+            })?;
+        }
+        Ok(())
+    }
+}
+
 /// The mathematics on plain slices.
 pub(super) mod reference {
     use super::*;
     use crate::cpu::vector::{exp_and_sum, max};
-    use crate::cpu::{Accumulate, Mat, Scratch, matmul, matmul_over_inner};
+    use crate::cpu::{Mat, Scratch, matmul, matmul_over_inner};
     use rayon::prelude::*;
 
     /// Logits that exist at a time, at most (but for one token there are always V).

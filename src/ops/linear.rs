@@ -2,14 +2,22 @@
 //!
 //! `x [R, I]`, `W [O, I]` (one row per output, as checkpoints hold it), `b [O]` or none, `y [R, O]`.
 //! `dx = dy W`, `dW = dyᵀ x`, `db = Σ_r dy_r`.
+//!
+//! On a device with kernels it is the dense case of `kernels/grouped_gemm.cu`: one group, no offsets. A
+//! bias has no kernel yet.
 
 use crate::check::Case;
 use crate::cpu::{self, Accumulate, Mat};
-use crate::dtype::Real;
+use crate::device::Device;
+use crate::device::launchers::Launchers;
+use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
+use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::ffi::c_void;
+use std::ptr::{null, null_mut};
 
 /// `x Wᵀ + b` for `x` of shape `[.., I]`; the result has shape `[.., O]`.
 ///
@@ -35,14 +43,21 @@ pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Result<
             .expect_dtype("linear", "bias", x.tensor().dtype())?;
         inputs.push(bias);
     }
-    tape.apply_one(Linear, &inputs)
+    let with_bias = bias.is_some();
+    tape.apply_one(Linear { with_bias }, &inputs)
 }
 
-struct Linear;
+struct Linear {
+    with_bias: bool,
+}
 
 impl Op for Linear {
     fn name(&self) -> &'static str {
         "linear"
+    }
+
+    fn runs_on(&self, device: Device) -> bool {
+        device == Device::Cpu || !self.with_bias
     }
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
@@ -52,6 +67,12 @@ impl Op for Linear {
             *width = w.shape()[0];
         }
         let mut y = Tensor::unspecified(x.device(), x.dtype(), extents.as_slice());
+        let saved = inputs.iter().map(|&t| t.clone()).collect();
+        if x.device() != Device::Cpu {
+            kernels::forward(&mut y, x, w)?;
+            let outputs = vec![y];
+            return Ok(Forward { outputs, saved });
+        }
         with_real!(x.dtype(), "linear", |T| {
             let bias = inputs.get(2).map(|b| b.slice::<T>());
             reference::forward(y.slice_mut::<T>(), x.slice(), w.slice(), bias, w.shape()[1]);
@@ -59,7 +80,7 @@ impl Op for Linear {
         })?;
         Ok(Forward {
             outputs: vec![y],
-            saved: inputs.iter().map(|&t| t.clone()).collect(),
+            saved,
         })
     }
 
@@ -71,6 +92,18 @@ impl Op for Linear {
     ) -> Result<()> {
         let (x, w) = (&saved[0], &saved[1]);
         let dy = only(douts);
+        if x.device() != Device::Cpu {
+            if grads.wanted(0) {
+                let mut dx = x.unspecified_like();
+                kernels::input_gradient(&mut dx, dy, w)?;
+                grads.give(0, dx)?;
+            } else {
+                grads.none(0);
+            }
+            return grads.write(1, w, |dw, accumulate| {
+                kernels::weight_gradient(dw, accumulate, dy, x)
+            });
+        }
         with_real!(x.dtype(), "linear", |T| {
             let (inputs, outputs) = (w.shape()[1], w.shape()[0]);
             grads.write(0, x, |dx, accumulate| {
@@ -101,6 +134,145 @@ impl Op for Linear {
             }
             Ok(())
         })
+    }
+}
+
+/// `kernels/grouped_gemm.cu` with one group. Tensors are bf16, but a weight's gradient is f32.
+pub(super) mod kernels {
+    use super::*;
+
+    /// The tile that the kernels' own plan takes.
+    const TILE_AUTO: i32 = 0;
+
+    /// `y = x Wᵀ`.
+    ///
+    /// # Errors
+    /// When a dtype or a width is not one of the kernel's.
+    pub fn forward(y: &mut Tensor, x: &Tensor, w: &Tensor) -> Result<()> {
+        let rows = x.shape().rows() as i64;
+        let (outputs, inputs) = (w.shape()[0] as i32, w.shape()[1] as i32);
+        for (what, t) in [("x", x), ("weight", w)] {
+            t.expect_dtype("linear", what, DType::Bf16)?;
+        }
+        // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
+        unsafe {
+            launch!(
+                x.device().launchers()?,
+                grouped_gemm_forward(
+                    y.pointer_mut(),
+                    x.pointer(),
+                    w.pointer(),
+                    null(),
+                    null(),
+                    rows,
+                    rows,
+                    1,
+                    outputs,
+                    inputs,
+                    TILE_AUTO,
+                    null_mut(),
+                )
+            )
+        }
+    }
+
+    /// `dx = dy W`.
+    ///
+    /// # Errors
+    /// As [`forward`].
+    pub fn input_gradient(dx: &mut Tensor, dy: &Tensor, w: &Tensor) -> Result<()> {
+        dy.expect_dtype("linear", "the gradient of y", DType::Bf16)?;
+        let (launchers, rows) = (w.device().launchers()?, dy.shape().rows() as i64);
+        // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
+        unsafe { input_gradient_of(launchers, dx.pointer_mut(), dy.pointer(), w, rows) }
+    }
+
+    /// [`input_gradient`] of so many rows from these places on.
+    ///
+    /// # Safety
+    /// dx and dy are bf16 arrays of `rows` rows, as wide as w's inputs and outputs.
+    pub unsafe fn input_gradient_of(
+        launchers: &Launchers,
+        dx: *mut c_void,
+        dy: *const c_void,
+        w: &Tensor,
+        rows: i64,
+    ) -> Result<()> {
+        let (outputs, inputs) = (w.shape()[0] as i32, w.shape()[1] as i32);
+        // SAFETY: as the caller says.
+        unsafe {
+            launch!(
+                launchers,
+                grouped_gemm_input_gradient(
+                    dx,
+                    dy,
+                    w.pointer(),
+                    null(),
+                    null(),
+                    rows,
+                    rows,
+                    1,
+                    outputs,
+                    inputs,
+                    TILE_AUTO,
+                    null_mut(),
+                )
+            )
+        }
+    }
+
+    /// `dW (+)= dyᵀ x`, rows in order.
+    ///
+    /// # Errors
+    /// As [`forward`].
+    pub fn weight_gradient(
+        dw: &mut Tensor,
+        accumulate: Accumulate,
+        dy: &Tensor,
+        x: &Tensor,
+    ) -> Result<()> {
+        let (launchers, rows) = (x.device().launchers()?, dy.shape().rows() as i64);
+        // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
+        unsafe { weight_gradient_of(launchers, dw, accumulate, dy.pointer(), x.pointer(), rows) }
+    }
+
+    /// [`weight_gradient`] of so many rows from these places on.
+    ///
+    /// # Safety
+    /// dy and x are bf16 arrays of `rows` rows, as wide as dw's outputs and inputs.
+    pub unsafe fn weight_gradient_of(
+        launchers: &Launchers,
+        dw: &mut Tensor,
+        accumulate: Accumulate,
+        dy: *const c_void,
+        x: *const c_void,
+        rows: i64,
+    ) -> Result<()> {
+        let (outputs, inputs) = (dw.shape()[0] as i32, dw.shape()[1] as i32);
+        dw.expect_dtype("linear", "the weight's gradient", DType::F32)?;
+        // SAFETY: as the caller says.
+        unsafe {
+            launch!(
+                launchers,
+                grouped_gemm_weight_gradient(
+                    dw.pointer_mut(),
+                    dy,
+                    x,
+                    null(),
+                    null(),
+                    null(),
+                    rows,
+                    rows,
+                    rows,
+                    1,
+                    outputs,
+                    inputs,
+                    (accumulate == Accumulate::Add).into(),
+                    TILE_AUTO,
+                    null_mut(),
+                )
+            )
+        }
     }
 }
 

@@ -9,6 +9,7 @@ pub mod attention;
 pub mod attention_backward;
 pub mod combine;
 pub mod costs;
+pub mod cross_entropy;
 pub mod dispatch;
 pub mod expert_mean;
 pub mod experts;
@@ -131,6 +132,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(norm::cases());
     all.extend(attention::cases());
     all.extend(attention_backward::cases());
+    all.extend(cross_entropy::cases());
     all
 }
 

@@ -1,0 +1,219 @@
+// cross_entropy: the output head's loss, a chunk of tokens at a time. For token t with logits z = x_t Wᵀ and target y:
+//   head_logits           z = x Wᵀ, kept in f32: in bf16 a logit of 20 would be off by up to 1/16
+//   cross_entropy_rows    losses[t] = logsumexp(z_t) − z_t[y_t]
+//                         dlogits[t, v] = factor (softmax(z_t)[v] − [v = y_t]), rounded to bf16; may be null
+//   cross_entropy_mean    loss[0] = factor Σ_t losses[t]
+//   gradient_scale        out = or += factor[0] in, element by element, both f32 or both bf16: what backward has left to
+//                         do, since dx = dlogits W and dW = Σ dlogitsᵀ x are formed in forward by grouped_gemm
+// x [T, D] bf16, W [V, D] bf16, logits [T, V] f32, targets [T] i32, losses [T] f32, dlogits [T, V] bf16. D and V multiples
+// of 8, pointers 16-byte aligned. All are assigned, out as `accumulate` says. A target outside 0 … V − 1 makes its loss
+// NaN, so that the step is refused, and has no term in dlogits.
+//
+// A block has a token. Its threads keep a running maximum m and Σ exp(z − m), so that logits of any size neither overflow
+// nor need a pass of their own for the maximum; the row is read a second time for the gradient.
+// Deterministic: a sum goes over a thread's columns, a warp's lanes, the warps in order; that of the losses likewise.
+// Bytes: logits 2·(T·D + V·D) + 4·T·V, rows 4·T·V, with gradient 10·T·V, + 12·T; mean 4·T; scale 8 or 4 an element, 12 or
+// 6 to accumulate. FLOPs: 2·T·V·D of the logits. Floor: max(FLOPs / 790e12, bytes / 4.3e12) s; of 2,048 tokens and V =
+// 128,256 the rows take 0.61 ms, the three products at D = 2048 4.1 ms.
+#include "common/epilogue_store_f32.cuh"
+#include "common/gemm_launch.cuh"
+#include "common/ptx.cuh"
+
+namespace ROUTEGRAD_VARIANT {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr float kLog2E = 1.44269504f;
+constexpr int kMaxVocabulary = 1 << 24;
+
+DEV float exp_difference(float a, float b) { return exp2_approximate((a - b) * kLog2E); }
+
+// m = max z and Σ exp(z − m) of the logits seen so far.
+struct Softmax {
+  float largest = -3.402823466e38f, sum = 0;  // not −∞: −∞ − (−∞) would be NaN
+
+  DEV void see(float4 z) {
+    const float most = fmaxf(fmaxf(z.x, z.y), fmaxf(z.z, z.w));
+    if (most > largest) {
+      sum *= exp_difference(largest, most);
+      largest = most;
+    }
+    sum += exp_difference(z.x, largest) + exp_difference(z.y, largest) + exp_difference(z.z, largest) +
+           exp_difference(z.w, largest);
+  }
+  DEV void join(Softmax other) {
+    const float most = fmaxf(largest, other.largest);
+    sum = sum * exp_difference(largest, most) + other.sum * exp_difference(other.largest, most);
+    largest = most;
+  }
+};
+
+struct RowShared {
+  Softmax warp[kWarps];
+};
+
+// Of the whole row, the same in every thread.
+DEV Softmax softmax_of_row(const float* z, int vocabulary, RowShared& s) {
+  Softmax own;
+  for (int column = 8 * static_cast<int>(threadIdx.x); column < vocabulary; column += 8 * kThreads) {
+    const float4 low = ld_global(reinterpret_cast<const float4*>(z + column));
+    const float4 high = ld_global(reinterpret_cast<const float4*>(z + column + 4));
+    own.see(low);
+    own.see(high);
+  }
+  for (int distance = 16; distance > 0; distance /= 2) {
+    Softmax other;
+    other.largest = __shfl_xor_sync(~0u, own.largest, distance);
+    other.sum = __shfl_xor_sync(~0u, own.sum, distance);
+    own.join(other);
+  }
+  if (threadIdx.x % 32 == 0) s.warp[threadIdx.x / 32] = own;
+  __syncthreads();
+  Softmax all = s.warp[0];
+  for (int w = 1; w < kWarps; ++w) all.join(s.warp[w]);
+  return all;
+}
+
+// Grid: a block a token.
+__global__ void __launch_bounds__(kThreads)
+    cross_entropy_rows_kernel(float* losses, bf16* dlogits, const float* logits, const int32_t* targets, int vocabulary,
+                              float factor) {
+  DYNAMIC_SHARED(RowShared, s);
+  const int64_t token = blockIdx.x;
+  const float* z = logits + token * vocabulary;
+  const Softmax row = softmax_of_row(z, vocabulary, s);
+  const int target = ld_global_readonly(targets + token);
+  const bool inside = 0 <= target && target < vocabulary;
+  if (threadIdx.x == 0) {
+    const float of_target = inside ? ld_global(z + target) : NAN;
+    st_global(losses + token, row.largest - of_target + logf(row.sum));
+  }
+  if (!dlogits) return;
+  const float scale = factor / row.sum;
+  bf16* to = dlogits + token * vocabulary;
+  for (int column = 8 * static_cast<int>(threadIdx.x); column < vocabulary; column += 8 * kThreads) {
+    const float4 low = ld_global(reinterpret_cast<const float4*>(z + column));
+    const float4 high = ld_global(reinterpret_cast<const float4*>(z + column + 4));
+    const auto gradient = [&](float logit, int at) {
+      return scale * exp_difference(logit, row.largest) - (column + at == target ? factor : 0.0f);
+    };
+    st_global(reinterpret_cast<uint4*>(to + column),
+              make_uint4(pack_bf16(gradient(low.x, 0), gradient(low.y, 1)), pack_bf16(gradient(low.z, 2), gradient(low.w, 3)),
+                         pack_bf16(gradient(high.x, 4), gradient(high.y, 5)),
+                         pack_bf16(gradient(high.z, 6), gradient(high.w, 7))));
+  }
+}
+
+struct MeanShared {
+  float warp[kWarps];
+};
+
+// One block.
+__global__ void __launch_bounds__(kThreads)
+    cross_entropy_mean_kernel(float* loss, const float* losses, int64_t tokens, float factor) {
+  DYNAMIC_SHARED(MeanShared, s);
+  float sum = 0;
+  for (int64_t token = threadIdx.x; token < tokens; token += kThreads) sum += ld_global_readonly(losses + token);
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  if (threadIdx.x % 32 == 0) s.warp[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int w = 1; w < kWarps; ++w) sum += s.warp[w];
+  st_global(loss, factor * sum);
+}
+
+DEV float4 scaled(float4 v, float factor, float4 old) {
+  return make_float4(factor * v.x + old.x, factor * v.y + old.y, factor * v.z + old.z, factor * v.w + old.w);
+}
+DEV uint32_t scaled(uint32_t v, float factor, uint32_t old) {
+  return pack_bf16(factor * low_bf16(v) + low_bf16(old), factor * high_bf16(v) + high_bf16(old));
+}
+DEV uint4 scaled(uint4 v, float factor, uint4 old) {
+  return make_uint4(scaled(v.x, factor, old.x), scaled(v.y, factor, old.y), scaled(v.z, factor, old.z),
+                    scaled(v.w, factor, old.w));
+}
+
+// 16 bytes a thread: 4 of f32, 8 of bf16. A zero has the same bits in both.
+template <class Chunk>
+__global__ void __launch_bounds__(kThreads)
+    gradient_scale_kernel(Chunk* out, const Chunk* in, const float* factor, int64_t chunks, bool accumulate) {
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (at >= chunks) return;
+  st_global(out + at, scaled(ld_global_readonly(in + at), *factor, accumulate ? ld_global(out + at) : Chunk{}));
+}
+
+template <class Chunk>
+routegrad_status scale_chunks(void* out, const void* in, const float* factor, int64_t chunks, bool accumulate,
+                              routegrad_stream stream) {
+  const dim3 grid(static_cast<uint32_t>((chunks + kThreads - 1) / kThreads));
+  return launch(gradient_scale_kernel<Chunk>, {grid, kThreads}, stream, static_cast<Chunk*>(out),
+                static_cast<const Chunk*>(in), factor, chunks, accumulate);
+}
+
+}  // namespace
+
+routegrad_status head_logits(float* logits, const void* x, const void* w, int64_t tokens, int32_t vocabulary,
+                             int32_t hidden, int32_t tile, routegrad_stream stream) {
+  REQUIRE_POINTER(head_logits, logits);
+  REQUIRE_POINTER(head_logits, x);
+  REQUIRE_POINTER(head_logits, w);
+  REQUIRE(head_logits, tokens, 1 <= tokens && tokens <= kMaxRows, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE(head_logits, vocabulary, 1 <= vocabulary && vocabulary <= kMaxVocabulary, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE_MULTIPLE_OF_8(head_logits, vocabulary);
+  REQUIRE(head_logits, hidden, 1 <= hidden && hidden <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE_MULTIPLE_OF_8(head_logits, hidden);
+  REQUIRE(head_logits, hidden, int64_t{vocabulary} * hidden <= int64_t{1} << 36, ROUTEGRAD_OVERFLOW);
+  const ProductSizes sizes = product_sizes(ROUTEGRAD_GEMM_HEAD_FORWARD, tokens, 1, vocabulary, hidden);
+  REQUIRE(head_logits, tokens, tiles_fit(sizes), ROUTEGRAD_OVERFLOW);
+  REQUIRE(head_logits, tile, tile_exists(tile, ROUTEGRAD_GEMM_HEAD_FORWARD), ROUTEGRAD_OUT_OF_RANGE);
+  if (multiprocessors() < 1) return ROUTEGRAD_CUDA_ERROR | 100 << 8 /* cudaErrorNoDevice */;
+  StoreF32 store{{}, {}, vocabulary, false};
+  const auto width = static_cast<uint64_t>(vocabulary), height = static_cast<uint64_t>(tokens);
+  if (const auto status = make_tensor_map<3>(&store.map, {logits,
+                                                          Element::F32,
+                                                          {width, height, 1},
+                                                          {width * 4, width * height * 4},
+                                                          {32, 64, 1},
+                                                          Swizzle::Span128}))
+    return status;
+  const GemmArguments arguments{x, w, nullptr, nullptr, tokens, vocabulary, nullptr, sizes};
+  return launch_gemm<ROUTEGRAD_GEMM_HEAD_FORWARD, Gather::None>(arguments, store, tile, stream);
+}
+
+routegrad_status cross_entropy_rows(float* losses, void* dlogits, const float* logits, const int32_t* targets,
+                                    int64_t tokens, int32_t vocabulary, float factor, routegrad_stream stream) {
+  REQUIRE_POINTER(cross_entropy_rows, losses);
+  if (dlogits) REQUIRE_POINTER(cross_entropy_rows, dlogits);
+  REQUIRE_POINTER(cross_entropy_rows, logits);
+  REQUIRE_POINTER(cross_entropy_rows, targets);
+  REQUIRE(cross_entropy_rows, tokens, 1 <= tokens && tokens <= INT32_MAX, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE(cross_entropy_rows, vocabulary, 1 <= vocabulary && vocabulary <= kMaxVocabulary, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE_MULTIPLE_OF_8(cross_entropy_rows, vocabulary);
+  const dim3 grid(static_cast<uint32_t>(tokens));
+  return launch(cross_entropy_rows_kernel, {grid, kThreads, shared_bytes<RowShared>}, stream, losses,
+                static_cast<bf16*>(dlogits), logits, targets, vocabulary, factor);
+}
+
+routegrad_status cross_entropy_mean(float* loss, const float* losses, int64_t tokens, float factor,
+                                    routegrad_stream stream) {
+  REQUIRE(cross_entropy_mean, loss, loss != nullptr, ROUTEGRAD_NULL_POINTER);
+  REQUIRE_POINTER(cross_entropy_mean, losses);
+  REQUIRE(cross_entropy_mean, tokens, 1 <= tokens && tokens <= INT32_MAX, ROUTEGRAD_OUT_OF_RANGE);
+  return launch(cross_entropy_mean_kernel, {dim3(1), kThreads, shared_bytes<MeanShared>}, stream, loss, losses, tokens,
+                factor);
+}
+
+routegrad_status gradient_scale(void* out, const void* in, const float* factor, int64_t elements, int32_t bf16_elements,
+                                int32_t accumulate, routegrad_stream stream) {
+  REQUIRE_POINTER(gradient_scale, out);
+  REQUIRE_POINTER(gradient_scale, in);
+  REQUIRE(gradient_scale, factor, factor != nullptr, ROUTEGRAD_NULL_POINTER);
+  REQUIRE(gradient_scale, elements, 1 <= elements && elements <= int64_t{1} << 38, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE_MULTIPLE_OF_8(gradient_scale, elements);
+  REQUIRE(gradient_scale, bf16_elements, bf16_elements == 0 || bf16_elements == 1, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE(gradient_scale, accumulate, accumulate == 0 || accumulate == 1, ROUTEGRAD_OUT_OF_RANGE);
+  return bf16_elements ? scale_chunks<uint4>(out, in, factor, elements / 8, accumulate != 0, stream)
+                       : scale_chunks<float4>(out, in, factor, elements / 4, accumulate != 0, stream);
+}
+
+}  // namespace ROUTEGRAD_VARIANT

@@ -1,0 +1,351 @@
+//! The output head and its loss (`kernels/cross_entropy.cu`) against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
+use super::operands::exact;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+use half::bf16;
+use std::ptr::null_mut;
+
+/// The tile that the kernel's own plan takes.
+const TILE_AUTO: i32 = 0;
+
+/// A target that is in no vocabulary.
+pub const NO_TARGET: i32 = -7;
+
+/// The launch of `head_logits`. Buffers: logits, x, w.
+pub fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize) -> Problem {
+    let mut random = Random((tokens * 31 + vocabulary) as u64);
+    let x = random.normals_bf16(tokens * hidden);
+    let w = random.normals_bf16(vocabulary * hidden);
+    let buffers = vec![
+        Buffer::output("logits", 4 * tokens * vocabulary),
+        Buffer::input("x", &x),
+        Buffer::input("w", &w),
+    ];
+    Problem {
+        label: format!("T {tokens}, V {vocabulary}, D {hidden}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    head_logits(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        tokens as i64,
+                        vocabulary as i32,
+                        hidden as i32,
+                        TILE_AUTO,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<f32> = values(&out[0]);
+            let mut errors = Errors::default();
+            for (token, x) in x.chunks(hidden).enumerate() {
+                for (v, w) in w.chunks(hidden).enumerate() {
+                    let terms = || x.iter().zip(w).map(|(a, b)| exact(*a) * exact(*b));
+                    let magnitude: f64 = terms().map(f64::abs).sum();
+                    // Products are exact in f32; so many additions, in an order of the tensor core's own.
+                    let bound = (hidden + 8) as f64 * F32_ROUNDOFF * magnitude;
+                    let place = || format!("logit {v} of token {token}");
+                    let got = f64::from(got[token * vocabulary + v]);
+                    errors.add(got, terms().sum(), bound, place)?;
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+/// Logits and targets of a problem.
+#[derive(Clone)]
+pub struct Rows {
+    pub tokens: usize,
+    pub vocabulary: usize,
+    logits: Vec<f32>,  // [T, V]
+    targets: Vec<i32>, // [T]
+}
+
+impl Rows {
+    /// Logits normal with deviation `spread`. Of more than four tokens, one has no valid target, one has all its mass on
+    /// one logit, one has infinitely negative logits, one a NaN.
+    pub fn new(tokens: usize, vocabulary: usize, spread: f32) -> Self {
+        let mut random = Random((tokens * 131 + vocabulary) as u64);
+        let logits = (0..tokens * vocabulary).map(|_| spread * random.normal());
+        let mut rows = Rows {
+            tokens,
+            vocabulary,
+            logits: logits.collect(),
+            targets: (0..tokens)
+                .map(|_| random.below(vocabulary) as i32)
+                .collect(),
+        };
+        if tokens > 4 {
+            let row = |t: usize| t * vocabulary..(t + 1) * vocabulary;
+            rows.targets[1] = NO_TARGET;
+            let at = rows.targets[2] as usize;
+            rows.logits[row(2)][at] = 3e4;
+            rows.logits[row(3)][..vocabulary / 2].fill(f32::NEG_INFINITY);
+            rows.targets[3] = vocabulary as i32 - 1;
+            rows.logits[row(4)][vocabulary / 3] = f32::NAN;
+        }
+        rows
+    }
+
+    /// logsumexp and the softmax of a token's row.
+    fn softmax(&self, token: usize) -> (f64, Vec<f64>) {
+        let z = &self.logits[token * self.vocabulary..][..self.vocabulary];
+        let z: Vec<f64> = z.iter().map(|&z| f64::from(z)).collect();
+        let most = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = z.iter().map(|z| (z - most).exp()).sum();
+        let p = z.iter().map(|z| (z - most).exp() / sum).collect();
+        (most + sum.ln(), p)
+    }
+}
+
+/// The launch of `cross_entropy_rows`. Buffers: losses, dlogits, logits, targets.
+pub fn rows_problem(rows: Rows, factor: f32, with_gradient: bool) -> Problem {
+    let (tokens, vocabulary) = (rows.tokens, rows.vocabulary);
+    let buffers = vec![
+        Buffer::output("losses", 4 * tokens),
+        match with_gradient {
+            true => Buffer::output("dlogits", 2 * tokens * vocabulary),
+            false => Buffer::workspace("dlogits", 16),
+        },
+        Buffer::input("logits", &rows.logits),
+        Buffer::input("targets", &rows.targets),
+    ];
+    Problem {
+        label: format!("T {tokens}, V {vocabulary}, gradient {with_gradient}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let dlogits = if with_gradient {
+                p[1].cast()
+            } else {
+                null_mut()
+            };
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    cross_entropy_rows(
+                        p[0].cast(),
+                        dlogits,
+                        p[2].cast(),
+                        p[3].cast(),
+                        tokens as i64,
+                        vocabulary as i32,
+                        factor,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let losses: Vec<f32> = values(&out[0]);
+            let dlogits: Vec<bf16> = if with_gradient {
+                values(&out[1])
+            } else {
+                vec![]
+            };
+            let mut errors = Errors::default();
+            for (token, &loss) in losses.iter().enumerate() {
+                let (target, (log_sum_exp, p)) = (rows.targets[token], rows.softmax(token));
+                let of_target = usize::try_from(target).map_or(f64::NAN, |at| {
+                    f64::from(rows.logits[token * vocabulary + at])
+                });
+                let want = log_sum_exp - of_target;
+                let place = || format!("loss of token {token}");
+                let got = f64::from(loss);
+                match want.is_nan() {
+                    true if got.is_nan() => {}
+                    true => return Err(format!("{}: got {got}, want NaN", place())),
+                    false => {
+                        let scale = log_sum_exp.abs() + of_target.abs();
+                        errors.add(got, want, 16.0 * F32_ROUNDOFF * (1.0 + scale), place)?;
+                    }
+                }
+                for (v, got) in dlogits
+                    .iter()
+                    .skip(token * vocabulary)
+                    .take(p.len())
+                    .enumerate()
+                {
+                    let hit = if v as i32 == target { 1.0 } else { 0.0 };
+                    let want = f64::from(factor) * (p[v] - hit);
+                    let place = || format!("gradient of logit {v} of token {token}");
+                    if want.is_nan() {
+                        match got.is_nan() {
+                            true => continue,
+                            false => return Err(format!("{}: got {got}, want NaN", place())),
+                        }
+                    }
+                    // The argument of exp is rounded where it is large: |z − m| log₂e of it, twice.
+                    let z = f64::from(rows.logits[token * vocabulary + v]);
+                    let far = if z.is_finite() {
+                        (log_sum_exp - z).abs()
+                    } else {
+                        0.0
+                    };
+                    let own = (16.0 + 4.0 * far) * F32_ROUNDOFF * p[v] * f64::from(factor);
+                    // Below the least normal float exp is 0.
+                    let error = own.abs() + F32_ROUNDOFF * want.abs() + 1.2e-38;
+                    let bound = half_ulp_bf16(want.abs() + error) + error;
+                    errors.add(exact(*got), want, bound, place)?;
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+/// The launch of `cross_entropy_mean`. Buffers: loss, losses.
+pub fn mean_problem(tokens: usize, factor: f32) -> Problem {
+    let mut random = Random(tokens as u64);
+    let losses: Vec<f32> = (0..tokens).map(|_| random.normal() + 3.0).collect();
+    Problem {
+        label: format!("T {tokens}"),
+        buffers: vec![Buffer::output("loss", 4), Buffer::input("losses", &losses)],
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    cross_entropy_mean(p[0].cast(), p[1].cast(), tokens as i64, factor, stream)
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let mut errors = Errors::default();
+            let sum: f64 = losses.iter().map(|&l| f64::from(l)).sum();
+            let magnitude: f64 = losses.iter().map(|&l| f64::from(l.abs())).sum();
+            let (got, want) = (values::<f32>(&out[0])[0], f64::from(factor) * sum);
+            let depth = (tokens.div_ceil(256) + 14) as f64;
+            let bound = depth * F32_ROUNDOFF * magnitude * f64::from(factor);
+            errors.add(f64::from(got), want, bound, || "loss".into())?;
+            Ok(errors)
+        }),
+    }
+}
+
+/// The launch of `gradient_scale` on f32 or bf16. Buffers: out, in, factor.
+pub fn scale_problem(elements: usize, narrow: bool, accumulate: bool) -> Problem {
+    const FACTOR: f32 = 0.37;
+    let mut random = Random(elements as u64 + 3);
+    let (input, before) = (random.normals_bf16(elements), random.normals_bf16(elements));
+    let wide = |of: &[bf16]| of.iter().map(|v| v.to_f32()).collect::<Vec<f32>>();
+    let (input, before) = (wide(&input), wide(&before));
+    let buffer = |name, of: &[f32], changed: bool| {
+        let narrowed: Vec<bf16> = of.iter().map(|&v| bf16::from_f32(v)).collect();
+        match (narrow, changed) {
+            (true, true) => Buffer::changed(name, &narrowed),
+            (true, false) => Buffer::input(name, &narrowed),
+            (false, true) => Buffer::changed(name, of),
+            (false, false) => Buffer::input(name, of),
+        }
+    };
+    let size = if narrow { 2 } else { 4 };
+    Problem {
+        label: format!("{elements} elements, bf16 {narrow}, accumulate {accumulate}"),
+        buffers: vec![
+            match accumulate {
+                true => buffer("out", &before, true),
+                false => Buffer::output("out", size * elements),
+            },
+            buffer("in", &input, false),
+            Buffer::input("factor", &[FACTOR]),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    gradient_scale(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        elements as i64,
+                        narrow.into(),
+                        accumulate.into(),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<f64> = match narrow {
+                true => values::<bf16>(&out[0]).into_iter().map(exact).collect(),
+                false => values::<f32>(&out[0]).into_iter().map(f64::from).collect(),
+            };
+            let mut errors = Errors::default();
+            for (i, got) in got.into_iter().enumerate() {
+                let old = if accumulate {
+                    f64::from(before[i])
+                } else {
+                    0.0
+                };
+                let term = f64::from(FACTOR) * f64::from(input[i]);
+                let want = term + old;
+                let error = 2.0 * F32_ROUNDOFF * (term.abs() + old.abs());
+                let bound = match narrow {
+                    true => half_ulp_bf16(want.abs() + error) + error,
+                    false => error,
+                };
+                errors.add(got, want, bound, || format!("element {i}"))?;
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let mut cases: [(&str, &str, Vec<MakeProblem>, bool); 5] = [
+        ("head_logits", "small", vec![], true),
+        ("cross_entropy_rows", "small", vec![], true),
+        ("cross_entropy_rows", "large vocabulary", vec![], false),
+        ("cross_entropy_mean", "small", vec![], true),
+        ("gradient_scale", "small", vec![], true),
+    ];
+    for (tokens, vocabulary, hidden) in [(1, 8, 8), (67, 264, 72), (131, 1000, 136), (300, 24, 64)]
+    {
+        let make = move || Ok(logits_problem(tokens, vocabulary, hidden));
+        cases[0].2.push(Box::new(make));
+    }
+    for (tokens, vocabulary, spread) in
+        [(1, 8, 1.0), (7, 264, 4.0), (5, 2056, 30.0), (37, 1000, 1.0)]
+    {
+        for with_gradient in [false, true] {
+            let rows = move || Rows::new(tokens, vocabulary, spread);
+            let make = move || Ok(rows_problem(rows(), 1.0 / tokens as f32, with_gradient));
+            cases[1].2.push(Box::new(make));
+        }
+    }
+    let large = || Ok(rows_problem(Rows::new(6, 128_256, 2.0), 1e-4, true));
+    cases[2].2.push(Box::new(large));
+    for tokens in [1, 255, 2039, 16_384] {
+        let make = move || Ok(mean_problem(tokens, 1.0 / tokens as f32));
+        cases[3].2.push(Box::new(make));
+    }
+    for (narrow, accumulate) in [(false, false), (false, true), (true, false), (true, true)] {
+        for elements in [8, 2056, 40_008] {
+            let make = move || Ok(scale_problem(elements, narrow, accumulate));
+            cases[4].2.push(Box::new(make));
+        }
+    }
+    cases
+        .into_iter()
+        .map(|(launcher, name, problems, small)| Case {
+            name: format!("{launcher} {name}"),
+            launcher,
+            source: "cross_entropy",
+            problems,
+            small,
+        })
+        .collect()
+}
