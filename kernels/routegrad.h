@@ -96,7 +96,8 @@ typedef struct routegrad_unit_box {
   ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X) \
   ROUTEGRAD_NORM_LAUNCHERS(X) \
   ROUTEGRAD_ATTENTION_LAUNCHERS(X) \
-  ROUTEGRAD_CROSS_ENTROPY_LAUNCHERS(X)
+  ROUTEGRAD_CROSS_ENTROPY_LAUNCHERS(X) \
+  ROUTEGRAD_SWIGLU_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -298,6 +299,12 @@ typedef enum routegrad_weighting {
     (float* loss, const float* losses, int64_t tokens, float factor, routegrad_stream stream))                        \
   X(gradient_scale, (void* out, const void* in, const float* factor, int64_t elements, int32_t bf16_elements,         \
                      int32_t accumulate, routegrad_stream stream))
+
+// swiglu.cu: the activation of dense layers.
+#define ROUTEGRAD_SWIGLU_LAUNCHERS(X)                                                                         \
+  X(swiglu_forward, (void* a, const void* h, int64_t rows, int32_t ffn, routegrad_stream stream))             \
+  X(swiglu_backward,                                                                                          \
+    (void* dh, const void* da, const void* h, int64_t rows, int32_t ffn, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

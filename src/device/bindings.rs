@@ -765,12 +765,31 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
+    pub swiglu_forward: ::std::option::Option<
+        unsafe extern "C" fn(
+            a: *mut ::std::os::raw::c_void,
+            h: *const ::std::os::raw::c_void,
+            rows: i64,
+            ffn: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub swiglu_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dh: *mut ::std::os::raw::c_void,
+            da: *const ::std::os::raw::c_void,
+            h: *const ::std::os::raw::c_void,
+            rows: i64,
+            ffn: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 360usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 376usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -913,6 +932,12 @@ const _: () = {
     [
         "Offset of field: routegrad_launchers::gradient_scale",
     ][::std::mem::offset_of!(routegrad_launchers, gradient_scale) - 352usize];
+    [
+        "Offset of field: routegrad_launchers::swiglu_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, swiglu_forward) - 360usize];
+    [
+        "Offset of field: routegrad_launchers::swiglu_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, swiglu_backward) - 368usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

@@ -2,15 +2,21 @@
 //!
 //! `x [R, 2F]` holds gate, then up, in each row: one projection makes both. `y [R, F]`.
 //! `dgate = dy ⊙ up ⊙ σ (1 + gate (1 − σ))`, `dup = dy ⊙ gate σ`, σ = σ(gate), computed again.
+//!
+//! On a device with kernels: `kernels/swiglu.cu`. Only dense layers come here then; the experts' is part
+//! of their projections.
 
 use crate::check::Case;
 use crate::cpu::vector::{map_over, sigmoid};
 use crate::cpu::{self, Accumulate};
-use crate::dtype::Real;
+use crate::device::Device;
+use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
+use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::ptr::null_mut;
 
 /// SwiGLU of `x [R, 2F]`, gate first; the result is `[R, F]`, where R may be 0.
 ///
@@ -36,10 +42,21 @@ impl Op for SwiGlu {
         "swiglu"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let x = inputs[0];
         let (rows, width) = (x.shape()[0], x.shape()[1] / 2);
         let mut y = Tensor::unspecified(x.device(), x.dtype(), [rows, width]);
+        if x.device() != Device::Cpu {
+            kernels::forward(&mut y, x)?;
+            return Ok(Forward {
+                outputs: vec![y],
+                saved: vec![x.clone()],
+            });
+        }
         with_real!(x.dtype(), "swiglu", |T| {
             reference::forward(y.slice_mut::<T>(), x.slice(), width);
             Ok(Forward {
@@ -57,6 +74,11 @@ impl Op for SwiGlu {
     ) -> Result<()> {
         let dy = only(douts);
         let x = &saved[0];
+        if x.device() != Device::Cpu {
+            let mut dx = x.unspecified_like();
+            kernels::backward(&mut dx, dy, x)?;
+            return grads.give(0, dx);
+        }
         with_real!(x.dtype(), "swiglu", |T| grads.write(
             0,
             x,
@@ -72,6 +94,42 @@ impl Op for SwiGlu {
                 Ok(())
             }
         ))
+    }
+}
+
+/// `kernels/swiglu.cu`; tensors are bf16.
+mod kernels {
+    use super::*;
+
+    pub fn forward(y: &mut Tensor, x: &Tensor) -> Result<()> {
+        x.expect_dtype("swiglu", "x", DType::Bf16)?;
+        let (rows, width) = (y.shape().rows() as i64, y.shape().width() as i32);
+        // SAFETY: the tensors have the shapes that swiglu.cu's header names.
+        unsafe {
+            launch!(
+                x.device().launchers()?,
+                swiglu_forward(y.pointer_mut(), x.pointer(), rows, width, null_mut())
+            )
+        }
+    }
+
+    pub fn backward(dx: &mut Tensor, dy: &Tensor, x: &Tensor) -> Result<()> {
+        dy.expect_dtype("swiglu", "the gradient of y", DType::Bf16)?;
+        let (rows, width) = (dy.shape().rows() as i64, dy.shape().width() as i32);
+        // SAFETY: the tensors have the shapes that swiglu.cu's header names.
+        unsafe {
+            launch!(
+                x.device().launchers()?,
+                swiglu_backward(
+                    dx.pointer_mut(),
+                    dy.pointer(),
+                    x.pointer(),
+                    rows,
+                    width,
+                    null_mut(),
+                )
+            )
+        }
     }
 }
 

@@ -25,6 +25,7 @@ pub mod routed;
 pub mod router;
 pub mod router_backward;
 pub mod router_sample;
+pub mod swiglu;
 pub mod unit;
 
 pub use machine::{Guarded, Machine, Simulator};
@@ -133,6 +134,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(attention::cases());
     all.extend(attention_backward::cases());
     all.extend(cross_entropy::cases());
+    all.extend(swiglu::cases());
     all
 }
 

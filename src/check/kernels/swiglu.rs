@@ -1,0 +1,101 @@
+//! SwiGLU of dense layers (`kernels/swiglu.cu`) against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
+use super::operands::exact;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+use half::bf16;
+
+/// σ and products in f32: two hardware approximations of 2 units in the last place, and a rounding each for the rest; the
+/// argument of exp is rounded where it is large, |z| log₂e of it.
+fn bound(want: f64, magnitude: f64, gate: f64) -> f64 {
+    let error = (24.0 + 2.0 * gate.abs()) * F32_ROUNDOFF * magnitude + 1e-37;
+    half_ulp_bf16(want.abs() + error) + error
+}
+
+/// h is normal with a deviation of `spread`. Buffers: a, h; or dh, da, h.
+pub fn problem(rows: usize, ffn: usize, spread: f32, backward: bool) -> Problem {
+    let mut random = Random((rows * 31 + ffn) as u64);
+    let mut h = random.normals_bf16(rows * 2 * ffn);
+    h.iter_mut()
+        .for_each(|v| *v = bf16::from_f32(spread * v.to_f32()));
+    let da = random.normals_bf16(rows * ffn);
+    let (output, input) = match backward {
+        true => ("dh", Buffer::input("da", &da)),
+        false => ("a", Buffer::workspace("none", 16)),
+    };
+    let bytes = if backward { 4 } else { 2 } * rows * ffn;
+    Problem {
+        label: format!("T {rows}, F {ffn}, spread {spread}"),
+        buffers: vec![Buffer::output(output, bytes), input, Buffer::input("h", &h)],
+        launch: Box::new(move |launchers, p, stream| {
+            let (rows, ffn) = (rows as i64, ffn as i32);
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                match backward {
+                    true => launch!(
+                        launchers,
+                        swiglu_backward(p[0].cast(), p[1].cast(), p[2].cast(), rows, ffn, stream)
+                    ),
+                    false => launch!(
+                        launchers,
+                        swiglu_forward(p[0].cast(), p[2].cast(), rows, ffn, stream)
+                    ),
+                }
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<bf16> = values(&out[0]);
+            let mut errors = Errors::default();
+            let mut judge = |at: usize, want: f64, magnitude: f64, gate: f64| {
+                let allowed = bound(want, magnitude, gate);
+                errors.add(exact(got[at]), want, allowed, || format!("element {at}"))
+            };
+            for row in 0..rows {
+                for column in 0..ffn {
+                    let (at, at_a) = (2 * row * ffn + column, row * ffn + column);
+                    let (gate, up) = (exact(h[at]), exact(h[at + ffn]));
+                    let s = 1.0 / (1.0 + (-gate).exp());
+                    if backward {
+                        let d = exact(da[at_a]);
+                        // 1 + gate (1 − σ) may cancel: its terms are what is rounded.
+                        let terms = (d * up * s).abs() * (1.0 + (gate * (1.0 - s)).abs());
+                        judge(at, d * up * s * (1.0 + gate * (1.0 - s)), terms, gate)?;
+                        judge(at + ffn, d * gate * s, (d * gate * s).abs(), gate)?;
+                    } else {
+                        judge(at_a, gate * s * up, (gate * s * up).abs(), gate)?;
+                    }
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    [false, true]
+        .map(|backward| {
+            let shapes = [
+                (1, 8, 1.0),
+                (67, 40, 4.0),
+                (13, 1408, 1.0),
+                (2039, 72, 20.0),
+            ];
+            let problems = shapes.map(|(rows, ffn, spread)| {
+                Box::new(move || Ok(problem(rows, ffn, spread, backward))) as MakeProblem
+            });
+            let launcher = if backward {
+                "swiglu_backward"
+            } else {
+                "swiglu_forward"
+            };
+            Case {
+                name: format!("{launcher} small"),
+                launcher,
+                source: "swiglu",
+                problems: problems.into(),
+                small: true,
+            }
+        })
+        .into()
+}

@@ -1,0 +1,112 @@
+//! SwiGLU of dense layers on the simulator: every case of the library, every schedule, refusals, and the operation that
+//! launches them.
+
+mod support;
+
+use routegrad::check::normal_numbers;
+use routegrad::device::Device;
+use routegrad::launch;
+use routegrad::ops::swiglu::swiglu;
+use routegrad::tape::{Gradients, Tape, Var, take_ran};
+use routegrad::tensor::Tensor;
+use std::ptr::null_mut;
+use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, refused};
+use support::schedules::table;
+use support::{check_cases, check_schedules};
+
+#[test]
+fn activations_and_gradients_are_within_half_an_ulp_and_f32_roundoff_of_float64() {
+    check_cases("swiglu_forward");
+    check_cases("swiglu_backward");
+}
+
+#[test]
+fn every_schedule_and_thread_count_gives_the_same_bytes() {
+    check_schedules("swiglu_forward");
+    check_schedules("swiglu_backward");
+}
+
+#[test]
+fn a_refused_argument_is_named_and_nothing_is_launched() {
+    let room = [0u128; 16];
+    let good = room.as_ptr() as usize;
+    let forward = |p: [usize; 2], rows: i64, ffn: i32| {
+        // Safety: only refused calls are made, which touch no memory.
+        unsafe {
+            launch!(
+                table(),
+                swiglu_forward(p[0] as *mut _, p[1] as *const _, rows, ffn, null_mut())
+            )
+        }
+    };
+    let backward = |p: [usize; 3], rows: i64, ffn: i32| {
+        // Safety: as above.
+        unsafe {
+            launch!(
+                table(),
+                swiglu_backward(
+                    p[0] as *mut _,
+                    p[1] as *const _,
+                    p[2] as *const _,
+                    rows,
+                    ffn,
+                    null_mut()
+                )
+            )
+        }
+    };
+    refused(|| forward([0, good], 4, 64), NULL, "a");
+    refused(|| forward([good, good + 8], 4, 64), MISALIGNED, "h");
+    for (i, name) in ["dh", "da", "h"].into_iter().enumerate() {
+        let with = |pointer| {
+            let mut p = [good; 3];
+            p[i] = pointer;
+            backward(p, 4, 64)
+        };
+        refused(|| with(0), NULL, name);
+        refused(|| with(good + 8), MISALIGNED, name);
+    }
+    for (rows, ffn, why, name) in [
+        (0, 64, OUT_OF_RANGE, "rows"),
+        (1 << 31, 64, OUT_OF_RANGE, "rows"),
+        (4, 0, OUT_OF_RANGE, "ffn"),
+        (4, 12, NOT_MULTIPLE, "ffn"),
+        ((1 << 31) - 1, 1 << 24, OVERFLOW, "rows"),
+    ] {
+        refused(|| forward([good; 2], rows, ffn), why, name);
+        refused(|| backward([good; 3], rows, ffn), why, name);
+    }
+}
+
+#[test]
+fn the_operation_runs_as_kernels_and_agrees_with_the_cpu() {
+    let run = |device: Device| {
+        let numbers = |seed, shape: [usize; 2]| {
+            let values = normal_numbers(shape[0] * shape[1], seed);
+            let values: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
+            let rounded = Tensor::from_slice(shape, &values).narrowed();
+            match device {
+                Device::Cpu => rounded.widened(),
+                Device::Sim => rounded.on(device),
+            }
+        };
+        let (tape, x) = (Tape::new(), Var::leaf(numbers(1, [67, 80]), 0));
+        let y = swiglu(&tape, &x).unwrap();
+        let mut store = Gradients::new(1);
+        tape.backward_from(&[(&y, numbers(2, [67, 40]))], &mut store)
+            .unwrap();
+        [y.tensor(), store.get(0).unwrap()].map(|t| t.to_f64().unwrap())
+    };
+    take_ran();
+    let device = run(Device::Sim);
+    let ran = take_ran()["swiglu"];
+    assert_eq!((ran.kernels, ran.fallback), (1, 0));
+    for (device, cpu) in device.iter().zip(&run(Device::Cpu)) {
+        let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
+        let error = squares(&mut device.iter().zip(cpu).map(|(a, b)| a - b));
+        assert!(
+            error <= 0.004 * squares(&mut cpu.iter().copied()),
+            "{error:.1e}"
+        );
+    }
+}
