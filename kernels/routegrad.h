@@ -95,7 +95,8 @@ typedef struct routegrad_unit_box {
   ROUTEGRAD_COMBINE_LAUNCHERS(X) \
   ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X) \
   ROUTEGRAD_NORM_LAUNCHERS(X) \
-  ROUTEGRAD_ATTENTION_LAUNCHERS(X)
+  ROUTEGRAD_ATTENTION_LAUNCHERS(X) \
+  ROUTEGRAD_ROPE_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -285,6 +286,11 @@ typedef enum routegrad_weighting {
                          int32_t heads, int32_t key_value_heads, int32_t head_width, routegrad_stream stream))        \
   /* On the host: floats of `workspace`. */                                                                            \
   X(attention_backward_workspace, (uint64_t* floats, int64_t tokens, int32_t sequence, int32_t heads))
+
+// rope.cu: rotation of queries and keys by their positions; back turns by the opposite angles.
+#define ROUTEGRAD_ROPE_LAUNCHERS(X)                                                                                    \
+  X(rope, (void* y, const void* x, const float* cosines, const float* sines, int64_t tokens, int32_t sequence,         \
+           int32_t heads, int32_t key_value_heads, int32_t head_width, int32_t back, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

@@ -20,6 +20,7 @@ pub mod machine;
 pub mod norm;
 pub mod numbers;
 pub mod operands;
+pub mod rope;
 pub mod routed;
 pub mod router;
 pub mod router_backward;
@@ -131,6 +132,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(norm::cases());
     all.extend(attention::cases());
     all.extend(attention_backward::cases());
+    all.extend(rope::cases());
     all
 }
 
