@@ -97,7 +97,8 @@ typedef struct routegrad_unit_box {
   ROUTEGRAD_NORM_LAUNCHERS(X) \
   ROUTEGRAD_ATTENTION_LAUNCHERS(X) \
   ROUTEGRAD_CROSS_ENTROPY_LAUNCHERS(X) \
-  ROUTEGRAD_SWIGLU_LAUNCHERS(X)
+  ROUTEGRAD_SWIGLU_LAUNCHERS(X) \
+  ROUTEGRAD_ROPE_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -305,6 +306,11 @@ typedef enum routegrad_weighting {
   X(swiglu_forward, (void* a, const void* h, int64_t rows, int32_t ffn, routegrad_stream stream))             \
   X(swiglu_backward,                                                                                          \
     (void* dh, const void* da, const void* h, int64_t rows, int32_t ffn, routegrad_stream stream))
+
+// rope.cu: rotation of queries and keys by their positions; back turns by the opposite angles.
+#define ROUTEGRAD_ROPE_LAUNCHERS(X)                                                                                    \
+  X(rope, (void* y, const void* x, const float* cosines, const float* sines, int64_t tokens, int32_t sequence,         \
+           int32_t heads, int32_t key_value_heads, int32_t head_width, int32_t back, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

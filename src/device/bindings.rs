@@ -784,12 +784,27 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
+    pub rope: ::std::option::Option<
+        unsafe extern "C" fn(
+            y: *mut ::std::os::raw::c_void,
+            x: *const ::std::os::raw::c_void,
+            cosines: *const f32,
+            sines: *const f32,
+            tokens: i64,
+            sequence: i32,
+            heads: i32,
+            key_value_heads: i32,
+            head_width: i32,
+            back: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 376usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 384usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -938,6 +953,9 @@ const _: () = {
     [
         "Offset of field: routegrad_launchers::swiglu_backward",
     ][::std::mem::offset_of!(routegrad_launchers, swiglu_backward) - 368usize];
+    [
+        "Offset of field: routegrad_launchers::rope",
+    ][::std::mem::offset_of!(routegrad_launchers, rope) - 376usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

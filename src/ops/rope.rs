@@ -11,9 +11,11 @@ use crate::cpu::{self, Accumulate};
 use crate::device::Device;
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
+use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::ptr::null_mut;
 
 /// Cosines and sines of every position, computed once and shared by all layers.
 #[derive(Clone)]
@@ -159,12 +161,53 @@ impl Rope {
     }
 }
 
+impl Rope {
+    /// The kernel's `x`, turned forwards or back.
+    fn turn_on_device(&self, x: &Tensor, back: bool) -> Result<Tensor> {
+        let (heads, tables) = (self.heads, &self.tables);
+        x.expect_dtype("rope", "qkv", DType::Bf16)?;
+        tables.cos.expect_dtype("rope", "tables", DType::F32)?;
+        let mut y = x.unspecified_like();
+        // SAFETY: the tensors have the shapes that rope.cu's header names; the simulator reads the host's tables.
+        unsafe {
+            launch!(
+                x.device().launchers()?,
+                rope(
+                    y.pointer_mut(),
+                    x.pointer(),
+                    tables.cos.pointer(),
+                    tables.sin.pointer(),
+                    x.shape().rows() as i64,
+                    self.sequence as i32,
+                    heads.query as i32,
+                    heads.key_value as i32,
+                    heads.dim as i32,
+                    back.into(),
+                    null_mut(),
+                )
+            )
+        }?;
+        Ok(y)
+    }
+}
+
 impl Op for Rope {
     fn name(&self) -> &'static str {
         "rope"
     }
 
+    /// The kernel turns 8 elements of each half at a time.
+    fn runs_on(&self, device: Device) -> bool {
+        device == Device::Cpu || self.heads.dim % 16 == 0
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        if inputs[0].device() != Device::Cpu {
+            return Ok(Forward {
+                outputs: vec![self.turn_on_device(inputs[0], false)?],
+                saved: vec![],
+            });
+        }
         let mut y = inputs[0].unspecified_like();
         with_real!(y.dtype(), "rope", |T| {
             self.turn::<T>(&mut y, Accumulate::Assign, inputs[0], false);
@@ -182,6 +225,9 @@ impl Op for Rope {
         grads: &mut Grads,
     ) -> Result<()> {
         let dy = only(douts);
+        if dy.device() != Device::Cpu {
+            return grads.give(0, self.turn_on_device(dy, true)?);
+        }
         with_real!(dy.dtype(), "rope", |T| grads.write(
             0,
             dy,

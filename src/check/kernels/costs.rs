@@ -278,3 +278,15 @@ pub fn attention_backward(s: &AttentionSizes) -> Cost {
         2 * elements + statistics,
     )
 }
+
+/// `kernels/rope.cu`, forward or back.
+pub fn rope(
+    tokens: usize,
+    sequence: usize,
+    heads: usize,
+    key_value_heads: usize,
+    width: usize,
+) -> Cost {
+    let row = (heads + 2 * key_value_heads) * width;
+    Cost::new(0, 4 * tokens * row + 4 * sequence * width)
+}

@@ -21,6 +21,7 @@ pub mod machine;
 pub mod norm;
 pub mod numbers;
 pub mod operands;
+pub mod rope;
 pub mod routed;
 pub mod router;
 pub mod router_backward;
@@ -135,6 +136,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(attention_backward::cases());
     all.extend(cross_entropy::cases());
     all.extend(swiglu::cases());
+    all.extend(rope::cases());
     all
 }
 

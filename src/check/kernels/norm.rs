@@ -122,7 +122,7 @@ impl Moments {
 }
 
 /// Adds a bf16 result whose f32 value may be off by `error`; where NaN is right, it must be NaN.
-fn judge_bf16(
+pub(super) fn judge_bf16(
     errors: &mut Errors,
     got: bf16,
     want: f64,

@@ -1,0 +1,19 @@
+// Eight bf16 as floats: what a thread makes of one load or store of 16 bytes.
+#pragma once
+#include "ptx_copy.cuh"
+
+namespace ROUTEGRAD_VARIANT {
+
+struct Eight {
+  float value[8];
+};
+DEV Eight unpack(uint4 v) {
+  return {{low_bf16(v.x), high_bf16(v.x), low_bf16(v.y), high_bf16(v.y), low_bf16(v.z), high_bf16(v.z), low_bf16(v.w),
+           high_bf16(v.w)}};
+}
+DEV uint4 pack(const Eight& e) {
+  const auto& v = e.value;
+  return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
+}
+
+}  // namespace ROUTEGRAD_VARIANT

@@ -1,0 +1,168 @@
+//! Rotary position embedding (`kernels/rope.cu`) against float64.
+
+use super::norm::judge_bf16;
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::operands::exact;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+use half::bf16;
+
+const THETA: f64 = 10_000.0;
+
+/// What is turned.
+#[derive(Clone, Copy, Debug)]
+pub struct Shape {
+    pub sequences: usize,
+    /// S.
+    pub sequence: usize,
+    /// H.
+    pub heads: usize,
+    pub key_value_heads: usize,
+    /// d, of a head.
+    pub width: usize,
+}
+
+impl Shape {
+    pub fn tokens(&self) -> usize {
+        self.sequences * self.sequence
+    }
+
+    fn row(&self) -> usize {
+        (self.heads + 2 * self.key_value_heads) * self.width
+    }
+
+    /// The angle of element `i` of a half, in float64.
+    fn angle(&self, row: usize, i: usize) -> f64 {
+        (row % self.sequence) as f64 * THETA.powf(-2.0 * i as f64 / self.width as f64)
+    }
+}
+
+/// The launch of `rope`, in place or not. Buffers: y, x, cosines, sines.
+pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
+    let (tokens, row, half) = (shape.tokens(), shape.row(), shape.width / 2);
+    let mut x = Random((tokens * 31 + row) as u64).normals_bf16(tokens * row);
+    // Of a row that is NaN, no other may feel anything.
+    if tokens > 2 {
+        x[row..2 * row].fill(bf16::NAN);
+    }
+    let table = |f: fn(f64) -> f64| -> Vec<f32> {
+        (0..shape.sequence * half)
+            .map(|i| f(shape.angle(i / half, i % half)) as f32)
+            .collect()
+    };
+    let buffers = vec![
+        match in_place {
+            true => Buffer::changed("y", &x),
+            false => Buffer::output("y", 2 * x.len()),
+        },
+        Buffer::input("x", &x),
+        Buffer::input("cosines", &table(f64::cos)),
+        Buffer::input("sines", &table(f64::sin)),
+    ];
+    Problem {
+        label: format!("{shape:?}, back {back}, in place {in_place}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    rope(
+                        p[0].cast(),
+                        p[usize::from(!in_place)].cast_const().cast(),
+                        p[2].cast_const().cast(),
+                        p[3].cast_const().cast(),
+                        tokens as i64,
+                        shape.sequence as i32,
+                        shape.heads as i32,
+                        shape.key_value_heads as i32,
+                        shape.width as i32,
+                        back.into(),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| judge(&shape, &x, back, &values(&out[0]))),
+    }
+}
+
+fn judge(shape: &Shape, x: &[bf16], back: bool, y: &[bf16]) -> Result<Errors, String> {
+    let half = shape.width / 2;
+    let turned = (shape.heads + shape.key_value_heads) * shape.width;
+    let mut errors = Errors::default();
+    for (at, &got) in y.iter().enumerate() {
+        let (row, column) = (at / shape.row(), at % shape.row());
+        let place = || format!("y of row {row}, column {column}");
+        if column >= turned {
+            if got.to_bits() != x[at].to_bits() {
+                return Err(format!("{}: got {got}, not the value {}", place(), x[at]));
+            }
+            errors.merge(Errors::none(1));
+            continue;
+        }
+        let i = column % shape.width;
+        let (sine, cosine) = shape.angle(row, i % half).sin_cos();
+        let sine = if back { -sine } else { sine };
+        let (along, across) = match i < half {
+            true => (exact(x[at]) * cosine, -exact(x[at + half]) * sine),
+            false => (exact(x[at]) * cosine, exact(x[at - half]) * sine),
+        };
+        // A table's number, a product and the sum are rounded once each.
+        let error = 4.0 * F32_ROUNDOFF * (along.abs() + across.abs());
+        judge_bf16(&mut errors, got, along + across, error, place)?;
+    }
+    Ok(errors)
+}
+
+const fn shape(
+    sequences: usize,
+    sequence: usize,
+    heads: usize,
+    key_value_heads: usize,
+    width: usize,
+) -> Shape {
+    Shape {
+        sequences,
+        sequence,
+        heads,
+        key_value_heads,
+        width,
+    }
+}
+
+/// One token, odd numbers of them, several sequences, every ratio of heads, widths that are no power of two.
+const SMALL: [Shape; 5] = [
+    shape(1, 1, 1, 1, 16),
+    shape(1, 17, 3, 1, 48),
+    shape(3, 7, 4, 2, 64),
+    shape(2, 5, 2, 2, 128),
+    shape(1, 13, 5, 5, 80),
+];
+/// The last position of a long sequence, a prime of tokens, wide heads.
+const COVERING: [Shape; 3] = [
+    shape(1, 8192, 1, 1, 32),
+    shape(1, 2039, 4, 2, 64),
+    shape(2, 331, 16, 4, 128),
+];
+
+pub fn cases() -> Vec<Case> {
+    let problems = |shapes: &[Shape]| -> Vec<MakeProblem> {
+        let mut problems: Vec<MakeProblem> = Vec::new();
+        for &shape in shapes {
+            for (back, in_place) in [(false, false), (true, false), (true, true)] {
+                problems.push(Box::new(move || Ok(problem(shape, back, in_place))));
+            }
+        }
+        problems
+    };
+    [("small", &SMALL[..], true), ("covering", &COVERING, false)]
+        .map(|(name, shapes, small)| Case {
+            name: format!("rope {name}"),
+            launcher: "rope",
+            source: "rope",
+            problems: problems(shapes),
+            small,
+        })
+        .into()
+}

@@ -1,0 +1,151 @@
+//! Rotary position embedding on the simulator: every case of the library, every schedule, exact counts of bytes, refusals,
+//! and the operation that launches it.
+
+mod support;
+
+use routegrad::check::kernels::costs;
+use routegrad::check::kernels::rope::{Shape, problem};
+use routegrad::check::normal_numbers;
+use routegrad::device::Device;
+use routegrad::dtype::DType;
+use routegrad::launch;
+use routegrad::ops::heads::Heads;
+use routegrad::ops::rope::{RopeTables, rope};
+use routegrad::tape::{Gradients, Tape, Var, take_ran};
+use routegrad::tensor::Tensor;
+use std::ptr::null_mut;
+use support::refusals::{MISALIGNED, NULL, OUT_OF_RANGE, OVERFLOW, refused};
+use support::schedules::table;
+use support::{check_cases, check_schedules, counts_agree};
+
+#[test]
+fn heads_are_turned_within_half_an_ulp_of_float64_up_to_position_8191() {
+    check_cases("rope");
+}
+
+#[test]
+fn every_schedule_and_thread_count_gives_the_same_bytes() {
+    check_schedules("rope");
+}
+
+#[test]
+fn bytes_are_those_of_the_formula() {
+    let shape = Shape {
+        sequences: 11,
+        sequence: 101,
+        heads: 4,
+        key_value_heads: 2,
+        width: 64,
+    };
+    counts_agree(
+        &problem(shape, false, false),
+        costs::rope(shape.tokens(), shape.sequence, 4, 2, 64),
+    );
+}
+
+#[test]
+fn a_refused_argument_is_named_and_nothing_is_launched() {
+    let room = [0u128; 16];
+    let good = room.as_ptr() as usize;
+    // y, x, cosines, sines; tokens; sequence, heads, key and value heads, head width, back
+    let turn = |p: [usize; 4], tokens: i64, s: [i32; 5]| {
+        // SAFETY: only refused calls are made, which touch no memory.
+        unsafe {
+            launch!(
+                table(),
+                rope(
+                    p[0] as *mut _,
+                    p[1] as *const _,
+                    p[2] as *const f32,
+                    p[3] as *const f32,
+                    tokens,
+                    s[0],
+                    s[1],
+                    s[2],
+                    s[3],
+                    s[4],
+                    null_mut()
+                )
+            )
+        }
+    };
+    let sizes = [4, 2, 1, 16, 0];
+    for (i, name) in ["y", "x", "cosines", "sines"].into_iter().enumerate() {
+        let with = |pointer| {
+            let mut p = [good; 4];
+            p[i] = pointer;
+            turn(p, 4, sizes)
+        };
+        refused(|| with(0), NULL, name);
+        refused(|| with(good + 8), MISALIGNED, name);
+    }
+    for tokens in [0, 1 << 31] {
+        refused(|| turn([good; 4], tokens, sizes), OUT_OF_RANGE, "tokens");
+    }
+    let wide = [4, 1024, 1024, 1024, 0];
+    refused(
+        || turn([good; 4], i32::MAX.into(), wide),
+        OVERFLOW,
+        "tokens",
+    );
+    for (i, bad, name) in [
+        (0, 0, "sequence"),
+        (1, 0, "heads"),
+        (1, 1025, "heads"),
+        (2, 0, "key_value_heads"),
+        (2, 3, "key_value_heads"),
+        (3, 0, "head_width"),
+        (3, 24, "head_width"),
+        (3, 1040, "head_width"),
+        (4, 2, "back"),
+    ] {
+        let mut s = sizes;
+        s[i] = bad;
+        refused(|| turn([good; 4], 4, s), OUT_OF_RANGE, name);
+    }
+}
+
+const SEQUENCE: usize = 13;
+
+/// Output, then gradient, of the operation on three sequences; and whether kernels ran.
+fn run(device: Device, heads: Heads) -> ([Vec<f64>; 2], bool) {
+    let shape = [3 * SEQUENCE, heads.row_width()];
+    let tensor = |seed| {
+        let numbers = normal_numbers(shape[0] * shape[1], seed);
+        let values: Vec<f32> = numbers.into_iter().map(|x| x as f32).collect();
+        let rounded = Tensor::from_slice(shape, &values).narrowed();
+        match device {
+            Device::Cpu => rounded.widened(),
+            Device::Sim => rounded.on(device),
+        }
+    };
+    let tables = RopeTables::new(DType::F32, SEQUENCE + 3, heads.dim, 10_000.0).unwrap();
+    take_ran();
+    let tape = Tape::new();
+    let y = rope(&tape, &Var::leaf(tensor(1), 0), heads, SEQUENCE, &tables).unwrap();
+    let mut store = Gradients::new(1);
+    tape.backward_from(&[(&y, tensor(2))], &mut store).unwrap();
+    let found = [y.tensor(), store.get(0).unwrap()].map(|t| t.to_f64().unwrap());
+    let kernels = take_ran().get("rope").is_some_and(|ran| ran.kernels == 1);
+    (found, kernels)
+}
+
+#[test]
+fn the_operation_runs_as_a_kernel_and_agrees_with_the_cpu() {
+    // A width that is no multiple of 16 goes the CPU's way.
+    for (dim, kernel) in [(48, true), (64, true), (24, false)] {
+        let heads = Heads {
+            query: 4,
+            key_value: 2,
+            dim,
+        };
+        let (device, ran) = run(Device::Sim, heads);
+        assert_eq!(ran, kernel, "head width {dim}");
+        let (cpu, _) = run(Device::Cpu, heads);
+        for (device, cpu) in device.iter().zip(&cpu) {
+            let error: f64 = device.iter().zip(cpu).map(|(a, b)| (a - b).powi(2)).sum();
+            let size: f64 = cpu.iter().map(|x| x * x).sum();
+            assert!(error.sqrt() <= 0.004 * size.sqrt(), "head width {dim}");
+        }
+    }
+}
