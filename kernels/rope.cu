@@ -5,7 +5,7 @@
 // x, y [T, (H + 2 KV) d] bf16; cosines, sines [S, d/2] f32; d a multiple of 16. Assigned. In place: y may be x.
 //
 // The angles come as a table that the host formed in float64: a cosine or sine is within 2^-25 of itself at any position.
-// (An f32 product of position and frequency is off by 5e-4 at position 8191.) Products and sums in f32.
+// (An f32 product of position and frequency may be off by 5e-4 at position 8191.) Products and sums in f32.
 // Deterministic: every element has one writer and no sum is longer than two terms.
 //
 // A thread turns 8 neighbours of each half of a head, so it loads and stores 16 bytes four times. The tables are read once
