@@ -15,16 +15,14 @@
 // Bytes: logits 2·(T·D + V·D) + 4·T·V, rows 4·T·V, with gradient 10·T·V, + 12·T; mean 4·T; scale 8 or 4 an element, 12 or
 // 6 to accumulate. FLOPs: 2·T·V·D of the logits. Floor: max(FLOPs / 790e12, bytes / 4.3e12) s; of 2,048 tokens and V =
 // 128,256 the rows take 0.61 ms, the three products at D = 2048 4.1 ms.
-#include "common/epilogue_store_f32.cuh"
+#include "common/eight.cuh"
 #include "common/gemm_launch.cuh"
-#include "common/ptx.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr float kLog2E = 1.44269504f;
-constexpr int kMaxVocabulary = 1 << 24;
 
 DEV float exp_difference(float a, float b) { return exp2_approximate((a - b) * kLog2E); }
 
@@ -56,10 +54,8 @@ struct RowShared {
 DEV Softmax softmax_of_row(const float* z, int vocabulary, RowShared& s) {
   Softmax own;
   for (int column = 8 * static_cast<int>(threadIdx.x); column < vocabulary; column += 8 * kThreads) {
-    const float4 low = ld_global(reinterpret_cast<const float4*>(z + column));
-    const float4 high = ld_global(reinterpret_cast<const float4*>(z + column + 4));
-    own.see(low);
-    own.see(high);
+    own.see(ld_global(reinterpret_cast<const float4*>(z + column)));
+    own.see(ld_global(reinterpret_cast<const float4*>(z + column + 4)));
   }
   for (int distance = 16; distance > 0; distance /= 2) {
     Softmax other;
@@ -92,15 +88,12 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = factor / row.sum;
   bf16* to = dlogits + token * vocabulary;
   for (int column = 8 * static_cast<int>(threadIdx.x); column < vocabulary; column += 8 * kThreads) {
-    const float4 low = ld_global(reinterpret_cast<const float4*>(z + column));
-    const float4 high = ld_global(reinterpret_cast<const float4*>(z + column + 4));
-    const auto gradient = [&](float logit, int at) {
-      return scale * exp_difference(logit, row.largest) - (column + at == target ? factor : 0.0f);
-    };
-    st_global(reinterpret_cast<uint4*>(to + column),
-              make_uint4(pack_bf16(gradient(low.x, 0), gradient(low.y, 1)), pack_bf16(gradient(low.z, 2), gradient(low.w, 3)),
-                         pack_bf16(gradient(high.x, 4), gradient(high.y, 5)),
-                         pack_bf16(gradient(high.z, 6), gradient(high.w, 7))));
+    Eight d = join(ld_global(reinterpret_cast<const float4*>(z + column)),
+                   ld_global(reinterpret_cast<const float4*>(z + column + 4)));
+#pragma unroll
+    for (int k = 0; k < 8; ++k)
+      d.value[k] = scale * exp_difference(d.value[k], row.largest) - (column + k == target ? factor : 0.0f);
+    st_global(reinterpret_cast<uint4*>(to + column), pack(d));
   }
 }
 
@@ -125,12 +118,12 @@ __global__ void __launch_bounds__(kThreads)
 DEV float4 scaled(float4 v, float factor, float4 old) {
   return make_float4(factor * v.x + old.x, factor * v.y + old.y, factor * v.z + old.z, factor * v.w + old.w);
 }
-DEV uint32_t scaled(uint32_t v, float factor, uint32_t old) {
-  return pack_bf16(factor * low_bf16(v) + low_bf16(old), factor * high_bf16(v) + high_bf16(old));
-}
 DEV uint4 scaled(uint4 v, float factor, uint4 old) {
-  return make_uint4(scaled(v.x, factor, old.x), scaled(v.y, factor, old.y), scaled(v.z, factor, old.z),
-                    scaled(v.w, factor, old.w));
+  Eight sum = unpack(v);
+  const Eight before = unpack(old);
+#pragma unroll
+  for (int k = 0; k < 8; ++k) sum.value[k] = factor * sum.value[k] + before.value[k];
+  return pack(sum);
 }
 
 // 16 bytes a thread: 4 of f32, 8 of bf16. A zero has the same bits in both.
@@ -158,24 +151,11 @@ routegrad_status head_logits(float* logits, const void* x, const void* w, int64_
   REQUIRE_POINTER(head_logits, x);
   REQUIRE_POINTER(head_logits, w);
   REQUIRE(head_logits, tokens, 1 <= tokens && tokens <= kMaxRows, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE(head_logits, vocabulary, 1 <= vocabulary && vocabulary <= kMaxVocabulary, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE_MULTIPLE_OF_8(head_logits, vocabulary);
-  REQUIRE(head_logits, hidden, 1 <= hidden && hidden <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE_MULTIPLE_OF_8(head_logits, hidden);
-  REQUIRE(head_logits, hidden, int64_t{vocabulary} * hidden <= int64_t{1} << 36, ROUTEGRAD_OVERFLOW);
+  REQUIRE_PRODUCT(head_logits, ROUTEGRAD_GEMM_HEAD_FORWARD, tokens, 1, vocabulary, hidden, 1);
+  REQUIRE_TILE(head_logits, ROUTEGRAD_GEMM_HEAD_FORWARD);
+  StoreF32 store{};
+  if (const auto status = make_f32_output(&store, logits, vocabulary, tokens, 1, false)) return status;
   const ProductSizes sizes = product_sizes(ROUTEGRAD_GEMM_HEAD_FORWARD, tokens, 1, vocabulary, hidden);
-  REQUIRE(head_logits, tokens, tiles_fit(sizes), ROUTEGRAD_OVERFLOW);
-  REQUIRE(head_logits, tile, tile_exists(tile, ROUTEGRAD_GEMM_HEAD_FORWARD), ROUTEGRAD_OUT_OF_RANGE);
-  if (multiprocessors() < 1) return ROUTEGRAD_CUDA_ERROR | 100 << 8 /* cudaErrorNoDevice */;
-  StoreF32 store{{}, {}, vocabulary, false};
-  const auto width = static_cast<uint64_t>(vocabulary), height = static_cast<uint64_t>(tokens);
-  if (const auto status = make_tensor_map<3>(&store.map, {logits,
-                                                          Element::F32,
-                                                          {width, height, 1},
-                                                          {width * 4, width * height * 4},
-                                                          {32, 64, 1},
-                                                          Swizzle::Span128}))
-    return status;
   const GemmArguments arguments{x, w, nullptr, nullptr, tokens, vocabulary, nullptr, sizes};
   return launch_gemm<ROUTEGRAD_GEMM_HEAD_FORWARD, Gather::None>(arguments, store, tile, stream);
 }
@@ -187,7 +167,7 @@ routegrad_status cross_entropy_rows(float* losses, void* dlogits, const float* l
   REQUIRE_POINTER(cross_entropy_rows, logits);
   REQUIRE_POINTER(cross_entropy_rows, targets);
   REQUIRE(cross_entropy_rows, tokens, 1 <= tokens && tokens <= INT32_MAX, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE(cross_entropy_rows, vocabulary, 1 <= vocabulary && vocabulary <= kMaxVocabulary, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE(cross_entropy_rows, vocabulary, 1 <= vocabulary && vocabulary <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE_MULTIPLE_OF_8(cross_entropy_rows, vocabulary);
   const dim3 grid(static_cast<uint32_t>(tokens));
   return launch(cross_entropy_rows_kernel, {grid, kThreads, shared_bytes<RowShared>}, stream, losses,

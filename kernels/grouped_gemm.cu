@@ -13,8 +13,6 @@
 // Deterministic: each output element belongs to one tile, and a tile's sum runs in one order.
 // FLOPs: 2·R·N·K each. Bytes: forward 2·(R·K + E·N·K + R·N), input gradient the same, weight gradient
 // 2·R·(N + K) + 4·E·N·K, and 4·E·N·K more to accumulate. Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
-#include "common/epilogue_store_bf16.cuh"
-#include "common/epilogue_store_f32.cuh"
 #include "common/gemm_launch.cuh"
 
 namespace ROUTEGRAD_VARIANT {
@@ -31,15 +29,8 @@ template <Gather GATHER>
 routegrad_status launch_ragged_k(GemmArguments arguments, float* dw, bool accumulate, int tile,
                                  routegrad_stream stream) {
   const ProductSizes& p = arguments.sizes;
-  const auto width = static_cast<uint64_t>(p.columns), height = static_cast<uint64_t>(p.rows);
-  StoreF32 store{{}, {}, static_cast<int>(p.columns), accumulate};
-  if (const auto status = make_tensor_map<3>(&store.map, {dw,
-                                                          Element::F32,
-                                                          {width, height, static_cast<uint64_t>(p.groups)},
-                                                          {width * 4, width * height * 4},
-                                                          {32, 64, 1},
-                                                          Swizzle::Span128}))
-    return status;
+  StoreF32 store{};
+  if (const auto status = make_f32_output(&store, dw, p.columns, p.rows, p.groups, accumulate)) return status;
   arguments.skip_empty = accumulate;
   return launch_gemm<ROUTEGRAD_GEMM_WEIGHT_GRADIENT, GATHER>(arguments, store, tile, stream);
 }

@@ -34,8 +34,7 @@ struct Rope {
 
 // 8 angles' cosines or sines: from L1 after the first head, so the simulator does not count them.
 DEV Eight angles(const float* from) {
-  const float4 a = __ldg(reinterpret_cast<const float4*>(from)), b = __ldg(reinterpret_cast<const float4*>(from + 4));
-  return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+  return join(__ldg(reinterpret_cast<const float4*>(from)), __ldg(reinterpret_cast<const float4*>(from + 4)));
 }
 
 // Grid: a thread a pair, in order.

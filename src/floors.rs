@@ -4,8 +4,8 @@
 use crate::check::kernels::costs::{self, Cost, Sizes};
 use crate::config::count::flops_per_token;
 use crate::config::{Config, Layers};
-use crate::device::bindings::ROUTEGRAD_TILE_AUTO;
 use crate::device::launchers;
+use crate::device::launchers::TILE_AUTO;
 use crate::error::{Error, Result};
 use crate::launch;
 
@@ -121,14 +121,13 @@ impl Plan {
         let (experts, hidden, ffn) = (s.experts as i32, s.hidden as i32, s.ffn as i32);
         // SAFETY: one number is written each.
         let asked = unsafe {
-            let tile = ROUTEGRAD_TILE_AUTO as i32;
             launch!(
                 sim,
                 router_backward_workspace(&mut floats, tokens, experts, hidden)
             )
             .and(launch!(
                 sim,
-                grouped_swiglu_dot_columns(&mut columns, rows, experts, hidden, ffn, tile)
+                grouped_swiglu_dot_columns(&mut columns, rows, experts, hidden, ffn, TILE_AUTO)
             ))
         };
         sim.set_options(&before)?;

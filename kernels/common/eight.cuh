@@ -1,4 +1,4 @@
-// Eight bf16 as floats: what a thread makes of one load or store of 16 bytes.
+// Eight floats: what a thread makes of 16 bytes of bf16, or of two loads of four floats.
 #pragma once
 #include "ptx_copy.cuh"
 
@@ -15,5 +15,7 @@ DEV uint4 pack(const Eight& e) {
   const auto& v = e.value;
   return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
 }
+
+DEV Eight join(float4 a, float4 b) { return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}}; }
 
 }  // namespace ROUTEGRAD_VARIANT

@@ -1,6 +1,7 @@
 // The host side of a grouped product: refusing arguments, TMA descriptors, choosing and launching a tile.
 #pragma once
 #include "epilogue_store_bf16.cuh"
+#include "epilogue_store_f32.cuh"
 #include "gemm_plan.cuh"
 #include "gemm_tile.cuh"
 
@@ -36,6 +37,19 @@ inline routegrad_status output_map(TensorMap* map, const void* base, int64_t wid
 inline routegrad_status make_output(Bf16Output* output, void* base, int64_t width, int parts, int64_t rows) {
   *output = {{}, static_cast<bf16*>(base), static_cast<int>(width), parts};
   return output_map(&output->map, base, width, parts, rows);
+}
+
+// The f32 matrices [groups, rows, width].
+inline routegrad_status make_f32_output(StoreF32* store, float* base, int64_t width, int64_t rows, int64_t groups,
+                                        bool accumulate) {
+  *store = {{}, {}, static_cast<int>(width), accumulate};
+  const auto pitch = static_cast<uint64_t>(width) * 4, height = static_cast<uint64_t>(rows);
+  return make_tensor_map<3>(&store->map, {base,
+                                          Element::F32,
+                                          {static_cast<uint64_t>(width), height, static_cast<uint64_t>(groups)},
+                                          {pitch, pitch * height},
+                                          {32, 64, 1},
+                                          Swizzle::Span128});
 }
 
 struct GemmArguments {
@@ -103,21 +117,26 @@ inline bool tiles_fit(const ProductSizes& p) {
 
 }  // namespace ROUTEGRAD_VARIANT
 
-// W is [E, n_times · n, k], by the names that the launcher's arguments have. TMA: 2^40 bytes.
-#define REQUIRE_GEMM_SIZES(launcher, product_, n, k, n_times)                                   \
-  REQUIRE(launcher, rows, 1 <= rows && rows <= kMaxRows, ROUTEGRAD_OUT_OF_RANGE);               \
-  REQUIRE(launcher, experts, 1 <= experts && experts <= kMaxExperts, ROUTEGRAD_OUT_OF_RANGE);   \
+// A product of `rows` rows, at most kMaxRows, by `groups` matrices [n_times · n, k], by the names that the launcher's
+// arguments have. TMA: 2^40 bytes.
+#define REQUIRE_PRODUCT(launcher, product_, rows, groups, n, k, n_times)                        \
   REQUIRE(launcher, n, 1 <= n && n <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);                       \
   REQUIRE_MULTIPLE_OF_8(launcher, n);                                                           \
   REQUIRE(launcher, k, 1 <= k && k <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);                       \
   REQUIRE_MULTIPLE_OF_8(launcher, k);                                                           \
   REQUIRE(launcher, k, int64_t{n_times} * (n) * (k) <= (int64_t{1} << 36), ROUTEGRAD_OVERFLOW); \
-  REQUIRE(launcher, rows, tiles_fit(product_sizes(product_, rows, experts, (n_times) * (n), k)), ROUTEGRAD_OVERFLOW)
+  REQUIRE(launcher, rows, tiles_fit(product_sizes(product_, rows, groups, (n_times) * (n), k)), ROUTEGRAD_OVERFLOW)
+#define REQUIRE_TILE(launcher, product_)                                                  \
+  REQUIRE(launcher, tile, tile_exists(tile, product_), ROUTEGRAD_OUT_OF_RANGE);           \
+  if (multiprocessors() < 1) return ROUTEGRAD_CUDA_ERROR | 100 << 8 /* cudaErrorNoDevice */
+#define REQUIRE_GEMM_SIZES(launcher, product_, n, k, n_times)                                 \
+  REQUIRE(launcher, rows, 1 <= rows && rows <= kMaxRows, ROUTEGRAD_OUT_OF_RANGE);             \
+  REQUIRE(launcher, experts, 1 <= experts && experts <= kMaxExperts, ROUTEGRAD_OUT_OF_RANGE); \
+  REQUIRE_PRODUCT(launcher, product_, rows, experts, n, k, n_times)
 #define REQUIRE_GEMM_LAUNCH(launcher, product_, n, k, n_times)                            \
   REQUIRE_GEMM_SIZES(launcher, product_, n, k, n_times);                                  \
   REQUIRE(launcher, offsets, offsets != nullptr || experts == 1, ROUTEGRAD_NULL_POINTER); \
-  REQUIRE(launcher, tile, tile_exists(tile, product_), ROUTEGRAD_OUT_OF_RANGE);           \
-  if (multiprocessors() < 1) return ROUTEGRAD_CUDA_ERROR | 100 << 8 /* cudaErrorNoDevice */
+  REQUIRE_TILE(launcher, product_)
 // An array that is not gathered holds every row of the product.
 #define REQUIRE_HEIGHT(launcher, height, row_token)                                                        \
   REQUIRE(launcher, height, 1 <= height && height <= kMaxRows && (row_token != nullptr || height >= rows), \

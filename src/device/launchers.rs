@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 /// Names a shared object whose simulator is used instead of the linked one: the race, sanitizer and mutant builds.
 pub const LIBRARY_VARIABLE: &str = "ROUTEGRAD_SIM_LIBRARY";
 
+/// The tile of a product that the kernels' own plan takes.
+pub const TILE_AUTO: i32 = bindings::ROUTEGRAD_TILE_AUTO as i32;
+
 /// One build's launchers.
 pub struct Launchers {
     table: &'static bindings::routegrad_launchers,

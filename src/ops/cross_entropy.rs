@@ -16,6 +16,7 @@ use super::tokens;
 use crate::check::Case;
 use crate::cpu::{self, Accumulate};
 use crate::device::Device;
+use crate::device::launchers::TILE_AUTO;
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
@@ -181,8 +182,6 @@ mod kernels {
 
     /// Tokens of a chunk: its logits at V = 128,256 are 1 GB.
     const TOKENS: usize = 2048;
-    /// The tile that the kernels' own plan takes.
-    const TILE_AUTO: i32 = 0;
 
     /// Where gradients go, and the factor of every loss.
     pub struct Gradient<'a> {
@@ -193,21 +192,16 @@ mod kernels {
 
     pub fn forward(x: &Tensor, weight: &Tensor, op: &CrossEntropy) -> Result<Forward> {
         let factor = op.denominator.recip() as f32;
-        let mut saved = vec![];
-        let losses = if op.gradients {
-            let mut dx = x.unspecified_like();
-            let mut dweight = Tensor::unspecified(x.device(), DType::F32, weight.shape());
-            let gradient = Gradient {
-                dx: &mut dx,
-                dweight: &mut dweight,
-                factor,
-            };
-            let losses = losses(x, weight, &op.targets, Some(gradient))?;
-            saved = vec![dx, dweight];
-            losses
-        } else {
-            losses(x, weight, &op.targets, None)?
-        };
+        let mut gradients = op.gradients.then(|| {
+            let dweight = Tensor::unspecified(x.device(), DType::F32, weight.shape());
+            [x.unspecified_like(), dweight]
+        });
+        let gradient = gradients.as_mut().map(|[dx, dweight]| Gradient {
+            dx,
+            dweight,
+            factor,
+        });
+        let losses = losses(x, weight, &op.targets, gradient)?;
         let mut loss = Tensor::unspecified(x.device(), DType::F32, []);
         // SAFETY: the tensors have the shapes that cross_entropy.cu's header names.
         unsafe {
@@ -222,8 +216,10 @@ mod kernels {
                 )
             )?;
         }
-        let outputs = vec![loss];
-        Ok(Forward { outputs, saved })
+        Ok(Forward {
+            outputs: vec![loss],
+            saved: gradients.into_iter().flatten().collect(),
+        })
     }
 
     /// Each token's loss, `[T]` f32.
@@ -296,8 +292,7 @@ mod kernels {
     /// What forward saved, times the incoming gradient.
     pub fn backward(saved: &[Tensor], dloss: &Tensor, grads: &mut Grads) -> Result<()> {
         for (input, gradient) in saved.iter().enumerate() {
-            let like = gradient;
-            grads.write(input, like, |out, accumulate| {
+            grads.write(input, gradient, |out, accumulate| {
                 out.expect_dtype("cross_entropy", "a gradient", gradient.dtype())?;
                 // SAFETY: both tensors have the same elements, and the factor is one f32.
                 unsafe {

@@ -17,7 +17,7 @@ use super::grouped_linear::{Rows, grouped_linear};
 use super::swiglu::swiglu;
 use crate::cpu::Accumulate;
 use crate::device::Device;
-use crate::device::launchers::Launchers;
+use crate::device::launchers::{Launchers, TILE_AUTO};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
@@ -127,9 +127,6 @@ impl Sizes {
         })
     }
 }
-
-/// The tile that the kernels' own plan takes.
-const TILE_AUTO: i32 = 0;
 
 impl Layer {
     fn new_rows(&self, like: &Tensor, width: i32) -> Tensor {

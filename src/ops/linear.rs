@@ -9,7 +9,7 @@
 use crate::check::Case;
 use crate::cpu::{self, Accumulate, Mat};
 use crate::device::Device;
-use crate::device::launchers::Launchers;
+use crate::device::launchers::{Launchers, TILE_AUTO};
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
@@ -140,9 +140,6 @@ impl Op for Linear {
 /// `kernels/grouped_gemm.cu` with one group. Tensors are bf16, but a weight's gradient is f32.
 pub(super) mod kernels {
     use super::*;
-
-    /// The tile that the kernels' own plan takes.
-    const TILE_AUTO: i32 = 0;
 
     /// `y = x Wᵀ`.
     ///

@@ -159,9 +159,7 @@ impl Rope {
             reference::turn::<T, false>(y, accumulate, x.slice(), width, rotated, tables);
         }
     }
-}
 
-impl Rope {
     /// The kernel's `x`, turned forwards or back.
     fn turn_on_device(&self, x: &Tensor, back: bool) -> Result<Tensor> {
         let (heads, tables) = (self.heads, &self.tables);

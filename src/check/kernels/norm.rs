@@ -1,7 +1,7 @@
 //! RMSNorm and LayerNorm with the residual add before them (`kernels/norm.cu`) against float64.
 
 use super::costs::norm_runs;
-use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
 use crate::launch;
@@ -121,24 +121,6 @@ impl Moments {
     }
 }
 
-/// Adds a bf16 result whose f32 value may be off by `error`; where NaN is right, it must be NaN.
-pub(super) fn judge_bf16(
-    errors: &mut Errors,
-    got: bf16,
-    want: f64,
-    error: f64,
-    place: impl Fn() -> String,
-) -> Result<(), String> {
-    if want.is_nan() {
-        return match got.is_nan() {
-            true => Ok(()),
-            false => Err(format!("{}: got {got}, want NaN", place())),
-        };
-    }
-    let bound = half_ulp_bf16(want.abs() + error) + error;
-    errors.add(exact(got), want, bound, place)
-}
-
 /// The launch of `norm_forward`. Buffers: y, sum, x, residual, weight, bias; in place, sum is x.
 pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
     let i = inputs.clone();
@@ -220,7 +202,7 @@ pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
                         + F32_ROUNDOFF * (normal + bias).abs();
                     let place = || format!("y of row {row}, column {column}");
                     let got = y[row * i.hidden + column];
-                    judge_bf16(&mut errors, got, normal + bias, error, place)?;
+                    errors.add_bf16(got, normal + bias, error, place)?;
                 }
             }
             Ok(errors)
@@ -349,7 +331,7 @@ fn judge_backward(
                     + shift * (along.abs() + normal(c).abs() * magnitude_g))
                 + F32_ROUNDOFF * want.abs();
             let place = || format!("dx of row {row}, column {c}");
-            judge_bf16(&mut errors, dx[row * hidden + c], want, error, place)?;
+            errors.add_bf16(dx[row * hidden + c], want, error, place)?;
             let (d, x) = (exact(dy[c]), normal(c));
             for (sum, (term, off)) in sums[c]
                 .iter_mut()

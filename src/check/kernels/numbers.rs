@@ -109,6 +109,27 @@ impl Errors {
         Ok(())
     }
 
+    /// Adds a bf16 result whose f32 value may be off by `error`; where NaN is right, it must be NaN.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add).
+    pub fn add_bf16(
+        &mut self,
+        got: bf16,
+        want: f64,
+        error: f64,
+        place: impl Fn() -> String,
+    ) -> Result<(), String> {
+        if want.is_nan() {
+            return match got.is_nan() {
+                true => Ok(()),
+                false => Err(format!("{}: got {got}, want NaN", place())),
+            };
+        }
+        let bound = half_ulp_bf16(want.abs() + error) + error;
+        self.add(got.to_f64(), want, bound, place)
+    }
+
     /// Joins the errors of two parts of a result.
     pub fn merge(&mut self, other: Errors) {
         self.values += other.values;

@@ -1,6 +1,5 @@
 //! Rotary position embedding (`kernels/rope.cu`) against float64.
 
-use super::norm::judge_bf16;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
 use super::{Buffer, Case, MakeProblem, Problem, values};
@@ -110,7 +109,7 @@ fn judge(shape: &Shape, x: &[bf16], back: bool, y: &[bf16]) -> Result<Errors, St
         };
         // A table's number, a product and the sum are rounded once each.
         let error = 4.0 * F32_ROUNDOFF * (along.abs() + across.abs());
-        judge_bf16(&mut errors, got, along + across, error, place)?;
+        errors.add_bf16(got, along + across, error, place)?;
     }
     Ok(errors)
 }
