@@ -10,7 +10,7 @@ use routegrad::check::kernels::costs;
 use routegrad::launch;
 use std::ptr::null_mut;
 use std::sync::Arc;
-use support::refusals::{MISALIGNED, NULL, OUT_OF_RANGE, OVERFLOW, refused};
+use support::refusals::{OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};
 use support::schedules::{is_plain, table, with_options};
 use support::{check_cases, check_schedules, counts_agree, outputs};
 
@@ -209,17 +209,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     };
     let sizes = [4, 2, 4, 2, 64];
     let names = ["out", "log_sum_exp", "qkv", "first_key"];
-    for (i, name) in names.into_iter().enumerate() {
-        let with = |pointer| {
-            let mut p = [good; 4];
-            p[i] = pointer;
-            call_forward(p, sizes)
-        };
-        if name != "first_key" {
-            refused(|| with(0), NULL, name);
-        }
-        refused(|| with(good + 4), MISALIGNED, name);
-    }
+    refuses_pointers(names, &["first_key"], good, |p| call_forward(p, sizes));
     let names = [
         "dqkv",
         "workspace",
@@ -229,17 +219,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         "log_sum_exp",
         "first_key",
     ];
-    for (i, name) in names.into_iter().enumerate() {
-        let with = |pointer| {
-            let mut p = [good; 7];
-            p[i] = pointer;
-            call_backward(p, sizes)
-        };
-        if name != "first_key" {
-            refused(|| with(0), NULL, name);
-        }
-        refused(|| with(good + 4), MISALIGNED, name);
-    }
+    refuses_pointers(names, &["first_key"], good, |p| call_backward(p, sizes));
     for (i, wrong, why, name) in [
         (0, 0, OUT_OF_RANGE, "tokens"),
         (0, 1 << 31, OUT_OF_RANGE, "tokens"),

@@ -3,16 +3,18 @@
 
 mod support;
 
-use routegrad::check::normal_numbers;
 use routegrad::device::Device;
 use routegrad::launch;
 use routegrad::ops::cross_entropy::{cross_entropy, token_losses};
 use routegrad::ops::linear::linear;
-use routegrad::tape::{Gradients, Tape, Var, take_ran};
+use routegrad::tape::{Gradients, Tape, take_ran};
 use routegrad::tensor::Tensor;
 use std::ptr::null_mut;
-use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, refused};
+use support::refusals::{
+    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers,
+};
 use support::schedules::table;
+use support::tape::{close, var};
 use support::{check_cases, check_schedules};
 
 const LAUNCHERS: [&str; 4] = [
@@ -74,15 +76,9 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
             )
         }
     };
-    for (i, name) in ["logits", "x", "w"].into_iter().enumerate() {
-        let with = |pointer| {
-            let mut p = [good; 3];
-            p[i] = pointer;
-            logits(p, (4, 64, 64, 0))
-        };
-        refused(|| with(0), NULL, name);
-        refused(|| with(good + 8), MISALIGNED, name);
-    }
+    refuses_pointers(["logits", "x", "w"], &[], good, |p| {
+        logits(p, (4, 64, 64, 0))
+    });
     for (sizes, why, name) in [
         ((0, 64, 64, 0), OUT_OF_RANGE, "tokens"),
         ((4, 0, 64, 0), OUT_OF_RANGE, "vocabulary"),
@@ -95,20 +91,12 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     ] {
         refused(|| logits([good; 3], sizes), why, name);
     }
-    for (i, name) in ["losses", "dlogits", "logits", "targets"]
-        .into_iter()
-        .enumerate()
-    {
-        let with = |pointer| {
-            let mut p = [good; 4];
-            p[i] = pointer;
-            rows(p, 4, 64)
-        };
-        if name != "dlogits" {
-            refused(|| with(0), NULL, name);
-        }
-        refused(|| with(good + 8), MISALIGNED, name);
-    }
+    refuses_pointers(
+        ["losses", "dlogits", "logits", "targets"],
+        &["dlogits"],
+        good,
+        |p| rows(p, 4, 64),
+    );
     refused(|| rows([good; 4], 0, 64), OUT_OF_RANGE, "tokens");
     refused(|| rows([good; 4], 4, 0), OUT_OF_RANGE, "vocabulary");
     refused(|| rows([good; 4], 4, 12), NOT_MULTIPLE, "vocabulary");
@@ -158,26 +146,8 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     refused(|| scale([good; 3], 8, 0, 2), OUT_OF_RANGE, "accumulate");
 }
 
-fn var(slot: usize, shape: [usize; 2], device: Device, parameter: bool) -> Var {
-    let values = normal_numbers(shape[0] * shape[1], slot as u64 + 1);
-    let values: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
-    let rounded = Tensor::from_slice(shape, &values).narrowed();
-    let tensor = match device {
-        Device::Cpu => rounded.widened(),
-        Device::Sim => rounded.on(device),
-    };
-    match parameter {
-        true => Var::parameter(tensor, slot),
-        false => Var::leaf(tensor, slot),
-    }
-}
-
-fn close(what: &str, device: &Tensor, cpu: &Tensor) {
-    let (device, cpu) = (device.to_f64().unwrap(), cpu.to_f64().unwrap());
-    let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    let error = squares(&mut device.iter().zip(&cpu).map(|(a, b)| a - b));
-    let error = error / squares(&mut cpu.iter().copied());
-    assert!(error <= 0.004, "{what} is off by {error:.1e}");
+fn agree(what: &str, device: &Tensor, cpu: &Tensor) {
+    close(what, &device.to_f64().unwrap(), &cpu.to_f64().unwrap());
 }
 
 /// Loss and gradients of x and W after two passes, each seeded with `seed`.
@@ -212,7 +182,7 @@ fn the_loss_runs_as_kernels_and_agrees_with_the_cpu_over_chunks_and_micro_batche
         let cpu = head(Device::Cpu, tokens, seed);
         let what = ["loss", "dx", "dW", "the tokens' losses"];
         for ((what, device), cpu) in what.iter().zip(&device).zip(&cpu) {
-            close(&format!("{what} of {tokens} tokens"), device, cpu);
+            agree(&format!("{what} of {tokens} tokens"), device, cpu);
         }
     }
 }
@@ -242,7 +212,7 @@ fn a_projection_runs_as_kernels_and_agrees_with_the_cpu() {
     let ran = take_ran()["linear"];
     assert_eq!((ran.kernels, ran.fallback), (2, 0));
     for (i, (device, cpu)) in device.iter().zip(&run(Device::Cpu)).enumerate() {
-        close(&format!("result {i}"), device, cpu);
+        agree(&format!("result {i}"), device, cpu);
     }
 }
 

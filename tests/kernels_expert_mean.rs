@@ -9,7 +9,7 @@ use routegrad::device::bindings::*;
 use routegrad::launch;
 use std::ptr::null_mut;
 use std::sync::Arc;
-use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused};
+use support::refusals::{NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused, refuses_pointers};
 use support::schedules::table;
 use support::{check_cases, check_schedules, counts_agree};
 
@@ -78,27 +78,19 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         }
     };
     let sizes = [4, 4, 8, 64];
-    for (i, name) in [
-        "sums",
-        "masses",
-        "column_sums",
-        "gates",
-        "offsets",
-        "row_token",
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let with = |pointer| {
-            let mut p = [good; 6];
-            p[i] = pointer;
-            sums(p, sizes)
-        };
-        if name != "gates" {
-            refused(|| with(0), NULL, name);
-        }
-        refused(|| with(good + 4), MISALIGNED, name);
-    }
+    refuses_pointers(
+        [
+            "sums",
+            "masses",
+            "column_sums",
+            "gates",
+            "offsets",
+            "row_token",
+        ],
+        &["gates"],
+        good,
+        |p| sums(p, sizes),
+    );
     for (i, wrong, why, name) in [
         (0, 0, OUT_OF_RANGE, "rows"),
         (0, 1 << 31, OUT_OF_RANGE, "rows"),

@@ -9,7 +9,7 @@ use routegrad::check::kernels::gate_gradient::{Inputs, problem};
 use routegrad::launch;
 use std::ptr::null_mut;
 use std::sync::Arc;
-use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, refused};
+use support::refusals::{NOT_MULTIPLE, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};
 use support::schedules::table;
 use support::{check_cases, check_schedules, counts_agree};
 
@@ -79,20 +79,13 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     };
     let sizes = [4, 8, 8, 64, 2, 3];
     let names = ["dgates", "dots", "g", "vectors", "slot_row", "choices"];
-    for (i, name) in names.into_iter().enumerate() {
-        let with = |pointer| {
-            let mut p = [good; 6];
-            p[i] = pointer;
-            call(p, sizes)
-        };
-        // Without choices every expert is a slot; without vectors nothing is wrong.
-        match name {
-            "choices" => refused(|| with(0), OUT_OF_RANGE, "slots"),
-            "vectors" => {}
-            _ => refused(|| with(0), NULL, name),
-        }
-        refused(|| with(good + 4), MISALIGNED, name);
-    }
+    refuses_pointers(names, &["choices", "vectors"], good, |p| call(p, sizes));
+    // Without choices every expert is a slot; without vectors nothing is wrong.
+    refused(
+        || call([good, good, good, good, good, 0], sizes),
+        OUT_OF_RANGE,
+        "slots",
+    );
     for (i, wrong, why, name) in [
         (0, 0, OUT_OF_RANGE, "tokens"),
         (0, 1 << 31, OUT_OF_RANGE, "tokens"),

@@ -7,7 +7,6 @@ use routegrad::check::kernels::costs::{norm_backward, norm_forward};
 use routegrad::check::kernels::norm::{
     Added, Inputs, Kind, STANDARD, backward_problem, forward_problem,
 };
-use routegrad::check::normal_numbers;
 use routegrad::device::Device;
 use routegrad::launch;
 use routegrad::ops::{add::add, add_norm::add_norm, layernorm::layernorm, rmsnorm::rmsnorm};
@@ -15,8 +14,9 @@ use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
 use std::ptr::null_mut;
 use std::sync::Arc;
-use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused};
+use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused, refuses_pointers};
 use support::schedules::{table, with_options};
+use support::tape::{close, var};
 use support::{check_cases, check_schedules, counts_agree, outputs};
 
 #[test]
@@ -93,20 +93,12 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         }
     };
     let sizes = (4, 64, 1e-5);
-    for (i, name) in ["y", "sum", "x", "residual", "weight", "bias"]
-        .into_iter()
-        .enumerate()
-    {
-        let with = |pointer| {
-            let mut p = [good; 6];
-            p[i] = pointer;
-            forward(p, sizes)
-        };
-        if name != "bias" {
-            refused(|| with(0), NULL, name);
-        }
-        refused(|| with(good + 8), MISALIGNED, name);
-    }
+    refuses_pointers(
+        ["y", "sum", "x", "residual", "weight", "bias"],
+        &["bias"],
+        good,
+        |p| forward(p, sizes),
+    );
     let bad_sizes = [
         ((0, 64, 1e-5), OUT_OF_RANGE, "rows"),
         ((1 << 31, 64, 1e-5), OUT_OF_RANGE, "rows"),
@@ -141,20 +133,12 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
             )
         }
     };
-    for (i, name) in ["dx", "partials", "dy", "skip", "x", "weight"]
-        .into_iter()
-        .enumerate()
-    {
-        let with = |pointer| {
-            let mut p = [good; 6];
-            p[i] = pointer;
-            backward(p, sizes, 0)
-        };
-        if name != "skip" {
-            refused(|| with(0), NULL, name);
-        }
-        refused(|| with(good + 8), MISALIGNED, name);
-    }
+    refuses_pointers(
+        ["dx", "partials", "dy", "skip", "x", "weight"],
+        &["skip"],
+        good,
+        |p| backward(p, sizes, 0),
+    );
     for (sizes, why, name) in bad_sizes {
         refused(|| backward([good; 6], sizes, 1), why, name);
     }
@@ -190,37 +174,20 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
 
 const SHAPE: [usize; 2] = [37, 264];
 
-fn var(slot: usize, shape: &[usize], device: Device, parameter: bool) -> Var {
-    let len = shape.iter().product();
-    let values: Vec<f32> = normal_numbers(len, slot as u64 + 1)
-        .into_iter()
-        .map(|x| x as f32)
-        .collect();
-    let rounded = Tensor::from_slice(shape, &values).narrowed();
-    let tensor = match device {
-        Device::Cpu => rounded.widened(),
-        Device::Sim => rounded.on(device),
-    };
-    match parameter {
-        true => Var::parameter(tensor, slot),
-        false => Var::leaf(tensor, slot),
-    }
-}
-
 /// Outputs, then gradients, of an operation on x, a term, weight and bias.
 fn run(device: Device, op: impl Fn(&Tape, &[Var]) -> Vec<Var>) -> Vec<Option<Vec<f64>>> {
     let (tape, d) = (Tape::new(), [SHAPE[1]]);
     let v = [
-        var(0, &SHAPE, device, false),
-        var(1, &SHAPE, device, false),
-        var(2, &d, device, true),
-        var(3, &d, device, true),
+        var(0, SHAPE, device, false),
+        var(1, SHAPE, device, false),
+        var(2, d, device, true),
+        var(3, d, device, true),
     ];
     let outputs = op(&tape, &v);
     let seeds: Vec<(&Var, Tensor)> = outputs
         .iter()
         .enumerate()
-        .map(|(i, o)| (o, var(10 + i, &SHAPE, device, false).tensor().clone()))
+        .map(|(i, o)| (o, var(10 + i, SHAPE, device, false).tensor().clone()))
         .collect();
     let mut found: Vec<Option<Vec<f64>>> = outputs
         .iter()
@@ -246,10 +213,7 @@ fn agree(name: &str, op: impl Fn(&Tape, &[Var]) -> Vec<Var>) {
         let (Some(device), Some(cpu)) = (device, cpu) else {
             continue;
         };
-        let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-        let error = squares(&mut device.iter().zip(cpu).map(|(a, b)| a - b));
-        let error = error / squares(&mut cpu.iter().copied());
-        assert!(error <= 0.004, "{name}: result {i} is off by {error:.1e}");
+        close(&format!("{name}: result {i}"), device, cpu);
     }
 }
 
@@ -296,8 +260,8 @@ fn one_pass_gives_the_bytes_of_the_add_and_the_norm_one_after_the_other() {
 
 #[test]
 fn a_width_that_the_kernel_cannot_take_is_an_error_that_says_so() {
-    let x = var(0, &[3, 12], Device::Sim, false);
-    let w = var(1, &[12], Device::Sim, true);
+    let x = var(0, [3, 12], Device::Sim, false);
+    let w = var(1, [12], Device::Sim, true);
     let text = rmsnorm(&Tape::new(), &x, &w, 1e-5).unwrap_err().to_string();
     assert!(
         text.contains("argument `hidden` is not a multiple of 8"),

@@ -5,17 +5,16 @@ mod support;
 
 use routegrad::check::kernels::costs;
 use routegrad::check::kernels::rope::{Shape, problem};
-use routegrad::check::normal_numbers;
 use routegrad::device::Device;
 use routegrad::dtype::DType;
 use routegrad::launch;
 use routegrad::ops::heads::Heads;
 use routegrad::ops::rope::{RopeTables, rope};
-use routegrad::tape::{Gradients, Tape, Var, take_ran};
-use routegrad::tensor::Tensor;
+use routegrad::tape::{Gradients, Tape, take_ran};
 use std::ptr::null_mut;
-use support::refusals::{MISALIGNED, NULL, OUT_OF_RANGE, OVERFLOW, refused};
+use support::refusals::{OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};
 use support::schedules::table;
+use support::tape::{close, tensor, var};
 use support::{check_cases, check_schedules, counts_agree};
 
 #[test]
@@ -70,15 +69,9 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         }
     };
     let sizes = [4, 2, 1, 16, 0];
-    for (i, name) in ["y", "x", "cosines", "sines"].into_iter().enumerate() {
-        let with = |pointer| {
-            let mut p = [good; 4];
-            p[i] = pointer;
-            turn(p, 4, sizes)
-        };
-        refused(|| with(0), NULL, name);
-        refused(|| with(good + 8), MISALIGNED, name);
-    }
+    refuses_pointers(["y", "x", "cosines", "sines"], &[], good, |p| {
+        turn(p, 4, sizes)
+    });
     for tokens in [0, 1 << 31] {
         refused(|| turn([good; 4], tokens, sizes), OUT_OF_RANGE, "tokens");
     }
@@ -110,21 +103,20 @@ const SEQUENCE: usize = 13;
 /// Output, then gradient, of the operation on three sequences; and whether kernels ran.
 fn run(device: Device, heads: Heads) -> ([Vec<f64>; 2], bool) {
     let shape = [3 * SEQUENCE, heads.row_width()];
-    let tensor = |seed| {
-        let numbers = normal_numbers(shape[0] * shape[1], seed);
-        let values: Vec<f32> = numbers.into_iter().map(|x| x as f32).collect();
-        let rounded = Tensor::from_slice(shape, &values).narrowed();
-        match device {
-            Device::Cpu => rounded.widened(),
-            Device::Sim => rounded.on(device),
-        }
-    };
     let tables = RopeTables::new(DType::F32, SEQUENCE + 3, heads.dim, 10_000.0).unwrap();
     take_ran();
     let tape = Tape::new();
-    let y = rope(&tape, &Var::leaf(tensor(1), 0), heads, SEQUENCE, &tables).unwrap();
+    let y = rope(
+        &tape,
+        &var(0, shape, device, false),
+        heads,
+        SEQUENCE,
+        &tables,
+    )
+    .unwrap();
     let mut store = Gradients::new(1);
-    tape.backward_from(&[(&y, tensor(2))], &mut store).unwrap();
+    tape.backward_from(&[(&y, tensor(2, shape, device))], &mut store)
+        .unwrap();
     let found = [y.tensor(), store.get(0).unwrap()].map(|t| t.to_f64().unwrap());
     let kernels = take_ran().get("rope").is_some_and(|ran| ran.kernels == 1);
     (found, kernels)
@@ -143,9 +135,7 @@ fn the_operation_runs_as_a_kernel_and_agrees_with_the_cpu() {
         assert_eq!(ran, kernel, "head width {dim}");
         let (cpu, _) = run(Device::Cpu, heads);
         for (device, cpu) in device.iter().zip(&cpu) {
-            let error: f64 = device.iter().zip(cpu).map(|(a, b)| (a - b).powi(2)).sum();
-            let size: f64 = cpu.iter().map(|x| x * x).sum();
-            assert!(error.sqrt() <= 0.004 * size.sqrt(), "head width {dim}");
+            close(&format!("head width {dim}"), device, cpu);
         }
     }
 }

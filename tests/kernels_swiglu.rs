@@ -3,15 +3,16 @@
 
 mod support;
 
-use routegrad::check::normal_numbers;
 use routegrad::device::Device;
 use routegrad::launch;
 use routegrad::ops::swiglu::swiglu;
-use routegrad::tape::{Gradients, Tape, Var, take_ran};
-use routegrad::tensor::Tensor;
+use routegrad::tape::{Gradients, Tape, take_ran};
 use std::ptr::null_mut;
-use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, refused};
+use support::refusals::{
+    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers,
+};
 use support::schedules::table;
+use support::tape::{close, tensor, var};
 use support::{check_cases, check_schedules};
 
 #[test]
@@ -57,15 +58,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     };
     refused(|| forward([0, good], 4, 64), NULL, "a");
     refused(|| forward([good, good + 8], 4, 64), MISALIGNED, "h");
-    for (i, name) in ["dh", "da", "h"].into_iter().enumerate() {
-        let with = |pointer| {
-            let mut p = [good; 3];
-            p[i] = pointer;
-            backward(p, 4, 64)
-        };
-        refused(|| with(0), NULL, name);
-        refused(|| with(good + 8), MISALIGNED, name);
-    }
+    refuses_pointers(["dh", "da", "h"], &[], good, |p| backward(p, 4, 64));
     for (rows, ffn, why, name) in [
         (0, 64, OUT_OF_RANGE, "rows"),
         (1 << 31, 64, OUT_OF_RANGE, "rows"),
@@ -81,19 +74,10 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
 #[test]
 fn the_operation_runs_as_kernels_and_agrees_with_the_cpu() {
     let run = |device: Device| {
-        let numbers = |seed, shape: [usize; 2]| {
-            let values = normal_numbers(shape[0] * shape[1], seed);
-            let values: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
-            let rounded = Tensor::from_slice(shape, &values).narrowed();
-            match device {
-                Device::Cpu => rounded.widened(),
-                Device::Sim => rounded.on(device),
-            }
-        };
-        let (tape, x) = (Tape::new(), Var::leaf(numbers(1, [67, 80]), 0));
+        let (tape, x) = (Tape::new(), var(0, [67, 80], device, false));
         let y = swiglu(&tape, &x).unwrap();
         let mut store = Gradients::new(1);
-        tape.backward_from(&[(&y, numbers(2, [67, 40]))], &mut store)
+        tape.backward_from(&[(&y, tensor(2, [67, 40], device))], &mut store)
             .unwrap();
         [y.tensor(), store.get(0).unwrap()].map(|t| t.to_f64().unwrap())
     };
@@ -101,12 +85,7 @@ fn the_operation_runs_as_kernels_and_agrees_with_the_cpu() {
     let device = run(Device::Sim);
     let ran = take_ran()["swiglu"];
     assert_eq!((ran.kernels, ran.fallback), (1, 0));
-    for (device, cpu) in device.iter().zip(&run(Device::Cpu)) {
-        let squares = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-        let error = squares(&mut device.iter().zip(cpu).map(|(a, b)| a - b));
-        assert!(
-            error <= 0.004 * squares(&mut cpu.iter().copied()),
-            "{error:.1e}"
-        );
+    for ((what, device), cpu) in ["y", "dx"].iter().zip(&device).zip(&run(Device::Cpu)) {
+        close(what, device, cpu);
     }
 }

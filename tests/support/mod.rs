@@ -4,6 +4,7 @@
 
 pub mod refusals;
 pub mod schedules;
+pub mod tape;
 
 use routegrad::check::kernels::costs::Cost;
 use routegrad::check::kernels::{Case, Problem, Simulator, cases};

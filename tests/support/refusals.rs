@@ -19,3 +19,24 @@ pub fn refused(call: impl FnOnce() -> Result<()>, why: &str, argument: &str) {
     );
     assert_eq!(counters.launches, 0, "{argument}: something was launched");
 }
+
+/// `call` with one of its pointers wrong, the others `good`: each is refused when it is misaligned and, but for the
+/// `optional` ones, when it is null.
+pub fn refuses_pointers<const N: usize>(
+    names: [&str; N],
+    optional: &[&str],
+    good: usize,
+    call: impl Fn([usize; N]) -> Result<()>,
+) {
+    for (i, name) in names.into_iter().enumerate() {
+        let with = |pointer| {
+            let mut p = [good; N];
+            p[i] = pointer;
+            call(p)
+        };
+        if !optional.contains(&name) {
+            refused(|| with(0), NULL, name);
+        }
+        refused(|| with(good + 8), MISALIGNED, name);
+    }
+}
