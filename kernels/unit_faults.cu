@@ -98,6 +98,17 @@ static void ends_with_a_load_under_way(FaultTile& s, int*, const TensorMap* map)
     tma_load_2d(s.tile, map, &s.bar, 0, 0);
   }
 }
+static void load_of_half_a_chunk(FaultTile& s, int*, const TensorMap* map) {
+  if (threadIdx.x == 0) {
+    mbar_init(&s.bar, 1);
+    fence_mbar_init();
+    mbar_expect_tx(&s.bar, 64 * 64 * 2);
+    tma_load_2d(s.tile, map, &s.bar, 4, 0);
+  }
+}
+static void store_before_the_first_row(FaultTile& s, int*, const TensorMap* map) {
+  if (threadIdx.x == 0) tma_store_2d(map, s.tile, 0, -8);
+}
 static void ends_with_a_store_unread(FaultTile& s, int*, const TensorMap* map) {
   if (threadIdx.x == 0) {
     fence_proxy_async();
@@ -205,15 +216,16 @@ struct Fault {
   void (*body)(FaultTile&, int*, const TensorMap*);
 };
 static const Fault kFaults[] = {
-    {waits_for_an_arrival_that_never_comes}, {waits_for_more_bytes_than_come},    {barrier_lacks_a_warp},
-    {takes_more_registers_than_there_are},   {barrier_takes_part_of_a_warp},      {setmaxnreg_by_half_a_warpgroup},
-    {mbarrier_without_initialisation},       {mbarrier_initialised_twice},        {load_without_mbarrier_fence},
-    {too_many_arrivals},                     {load_at_a_misaligned_address},      {multicast_beyond_the_cluster},
-    {ends_with_a_load_under_way},            {ends_with_a_store_unread},          {product_without_fence},
-    {product_not_waited_for},                {threads_disagree_on_a_product},     {lanes_in_different_collectives},
-    {race_between_threads},                  {race_without_barrier},              {race_through_a_flag_without_fence},
-    {race_in_global_memory},                 {store_without_proxy_fence},         {reads_before_the_load_is_waited_for},
-    {overwrites_what_a_store_still_reads},   {no_race_through_a_flag_with_fences},
+    {waits_for_an_arrival_that_never_comes}, {waits_for_more_bytes_than_come}, {barrier_lacks_a_warp},
+    {takes_more_registers_than_there_are}, {barrier_takes_part_of_a_warp}, {setmaxnreg_by_half_a_warpgroup},
+    {mbarrier_without_initialisation}, {mbarrier_initialised_twice}, {load_without_mbarrier_fence},
+    {too_many_arrivals}, {load_at_a_misaligned_address}, {load_of_half_a_chunk},
+    {store_before_the_first_row}, {multicast_beyond_the_cluster}, {ends_with_a_load_under_way},
+    {ends_with_a_store_unread}, {product_without_fence}, {product_not_waited_for},
+    {threads_disagree_on_a_product}, {lanes_in_different_collectives}, {race_between_threads},
+    {race_without_barrier}, {race_through_a_flag_without_fence}, {race_in_global_memory},
+    {store_without_proxy_fence}, {reads_before_the_load_is_waited_for}, {overwrites_what_a_store_still_reads},
+    {no_race_through_a_flag_with_fences},
 };
 
 static void fault_kernel(int* out, int fault, const TensorMap map) {

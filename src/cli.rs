@@ -179,7 +179,7 @@ struct TrainArgs {
     /// Optimizer steps.
     #[arg(long, value_name = "N")]
     steps: Option<i64>,
-    /// Where the model runs: cpu, or sim, the kernels on the simulator [default: cpu].
+    /// Where the model runs: cpu; sim, the kernels on the simulator; cuda, the kernels on a GPU [default: cpu].
     #[arg(long, value_name = "DEVICE")]
     device: Option<String>,
     /// Seed of the weights, the order of the data and the sampling routers.

@@ -200,6 +200,7 @@ impl Tape {
         if !op.runs_on(device) {
             let op = Fallback {
                 op,
+                device,
                 inputs: tensors.iter().map(|t| t.dtype()).collect(),
             };
             let forward = op.forward(&tensors)?;
@@ -217,8 +218,10 @@ impl Tape {
         inputs: &[&Var],
         forward: Forward,
     ) -> Vec<Var> {
-        if inputs.iter().any(|v| v.tensor.device() == Device::Sim) {
-            fallback::count(op.name(), op.runs_on(Device::Sim));
+        let tensors: Vec<&Tensor> = inputs.iter().map(|v| &v.tensor).collect();
+        let device = fallback::device_of(&tensors);
+        if device != Device::Cpu {
+            fallback::count(op.name(), op.runs_on(device));
         }
         let record = self.recording && inputs.iter().any(|v| v.needs_gradient());
         self.record(record, Box::new(op), inputs, forward.saved, forward.outputs)

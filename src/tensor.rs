@@ -114,8 +114,7 @@ impl Tensor {
         }
     }
 
-    /// The same elements on another device; `cpu` and `sim` share the host's memory, so that
-    /// nothing is copied.
+    /// The same elements on another device. Nothing is copied: [`Memory`] does, when it must.
     pub fn on(&self, device: Device) -> Self {
         Tensor {
             device,
@@ -146,13 +145,46 @@ impl Tensor {
     }
 
     /// Address of the elements for a kernel that reads them.
+    ///
+    /// # Panics
+    /// When the GPU has no room.
     pub fn pointer<T>(&self) -> *const T {
+        #[cfg(feature = "cuda")]
+        if self.kernels_are_on_gpu() {
+            let address = self.memory.gpu_address();
+            return address.unwrap_or_else(|e| panic!("{e}")) as *const T;
+        }
         self.memory.bytes().as_ptr().cast()
     }
 
     /// Address of the elements for a kernel that writes them; copies them first when shared.
+    ///
+    /// # Panics
+    /// As [`pointer`](Self::pointer).
     pub fn pointer_mut<T>(&mut self) -> *mut T {
+        #[cfg(feature = "cuda")]
+        if self.kernels_are_on_gpu() {
+            if Arc::get_mut(&mut self.memory).is_none() {
+                self.bytes_mut();
+            }
+            let memory = Arc::get_mut(&mut self.memory).map(Memory::gpu_address_mut);
+            return match memory {
+                Some(Ok(address)) => address as *mut T,
+                Some(Err(e)) => panic!("{e}"),
+                None => unreachable!("the memory was made unique above"),
+            };
+        }
         self.bytes_mut().as_mut_ptr().cast()
+    }
+
+    /// Small arrays, such as the tokens, are made on `cpu` and go to whatever kernels read them.
+    #[cfg(feature = "cuda")]
+    fn kernels_are_on_gpu(&self) -> bool {
+        match self.device {
+            Device::Cuda => true,
+            Device::Cpu => crate::device::cuda::opened().is_some(),
+            Device::Sim => false,
+        }
     }
 
     /// Replaces the elements of a real tensor by their sums over the ranks, taken in f64.

@@ -95,7 +95,7 @@ fn fault_text(fault: i32) -> Option<String> {
 }
 
 /// What the report of each fault of `kernels/unit_faults.cu` must say, in their order there.
-const FAULTS: [&str; 18] = [
+const FAULTS: [&str; 20] = [
     "1 of 2 arrivals and 0 bytes missing",
     "16 bytes missing",
     "barrier 1, 64 of 96 threads arrived",
@@ -107,6 +107,8 @@ const FAULTS: [&str; 18] = [
     "initialised without fence_mbar_init",
     "more arrivals in one phase than the 2 expected",
     "is not aligned to 1024",
+    "begins at element 4 of a row",
+    "a store to a box that begins at -8",
     "mask 0x3 in a cluster of 1",
     "TMA load into a block that has ended",
     "may still read shared memory",

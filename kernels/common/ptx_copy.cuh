@@ -7,7 +7,7 @@
 namespace ROUTEGRAD_VARIANT {
 
 // ---- TMA loads: the box at (x, y[, z]), in elements, innermost first, into `dst`; its bytes count at `bar`.
-// Elements outside the tensor read as zero and count as bytes.
+// Elements outside the tensor read as zero and count as bytes. x may be negative, but begins on 16 bytes of its row.
 DEV void tma_load_2d(void* dst, const TensorMap* map, uint64_t* bar, int x, int y,
                      [[maybe_unused]] Where at = Where::current()) {
   ON_GPU(asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
@@ -47,6 +47,7 @@ DEV void tma_prefetch(const TensorMap* map) {
 }
 
 // ---- TMA stores: the box from `src` to (x, y[, z]); elements outside the tensor are not written.
+// The box begins on 16 bytes of its row, and at no negative place.
 DEV void tma_store_2d(const TensorMap* map, const void* src, int x, int y,
                       [[maybe_unused]] Where at = Where::current()) {
   ON_GPU(asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),

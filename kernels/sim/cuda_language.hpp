@@ -159,7 +159,8 @@ inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __popcll(unsigned long long v) { return __builtin_popcountll(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
-inline float __fdividef(float x, float y) { return x / y; }
+// The GPU's reciprocal is 0 before a denominator overflows (CUDA C++ Programming Guide, intrinsic functions).
+inline float __fdividef(float x, float y) { return std::fabs(y) > 0x1p126f ? 0.0f * x : x / y; }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float __uint_as_float(unsigned v) { return __builtin_bit_cast(float, v); }
 inline float __int_as_float(int v) { return __builtin_bit_cast(float, v); }

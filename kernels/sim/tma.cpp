@@ -54,6 +54,15 @@ static uint32_t box_bytes(const TensorMap& map) {
   return bytes;
 }
 
+// What an H200 refuses as an illegal instruction.
+static void check_place(const TensorMap* map, bool load, Coordinates at_box, Where at) {
+  const int x = *at_box.begin();
+  if (x * static_cast<int>(map->element) % 16)
+    fail(format("TMA: the box begins at element %d of a row, which is not a multiple of 16 bytes", x), at);
+  for (int place : at_box)
+    if (!load && place < 0) fail(format("TMA: a store to a box that begins at %d", place), at);
+}
+
 static void check_map(const TensorMap* map, uint32_t shared, int coordinates, Where at) {
   if (reinterpret_cast<uintptr_t>(map) % 64) fail("TMA: the tensor map is not 64-byte aligned", at);
   if (map->magic != kMapMagic) fail("TMA: not a tensor map", at);
@@ -217,6 +226,7 @@ void check_stores_read(Thread* t) {
 // ---- instructions
 static TmaCopy& submit(bool load, const TensorMap* map, uint32_t shared, Coordinates at_box, Where at) {
   check_map(map, shared, static_cast<int>(at_box.size()), at);
+  check_place(map, load, at_box, at);
   TmaCopy& c = machine->copies.emplace_back();
   c.load = load;
   c.map = *map;

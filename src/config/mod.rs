@@ -212,7 +212,7 @@ pub struct TrainConfig {
     /// `analysis/step-N` of the run; 0 for none. On the CPU alone.
     #[serde(default)]
     pub analyze_interval: u64,
-    /// Where the model runs: "cpu", or "sim", the kernels on the simulator in bf16.
+    /// Where the model runs: "cpu"; "sim", the kernels on the simulator in bf16; "cuda", the kernels on a GPU.
     #[serde(default)]
     pub device: Device,
     /// Arithmetic on the CPU, and of weights and optimizer everywhere.

@@ -10,7 +10,7 @@ use cudarc::driver::sys::{
     self, CUdevice_attribute_enum as Attribute, CUevent_flags, CUgraphInstantiate_flags,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A Hopper GPU with the kernels compiled for it.
 pub struct Gpu {
@@ -27,6 +27,24 @@ pub struct Gpu {
 pub const NEEDED_DRIVER: (i32, i32) = (13, 0);
 /// Compute capability that the kernels' instructions exist on, and on no other.
 pub const NEEDED_CAPABILITY: (i32, i32) = (9, 0);
+
+static GPU: OnceLock<Result<Gpu, String>> = OnceLock::new();
+
+/// The GPU of this process, opened at the first call.
+///
+/// # Errors
+/// As [`Gpu::open`].
+pub fn gpu() -> Result<&'static Gpu> {
+    GPU.get_or_init(Gpu::open).as_ref().map_err(|why| {
+        let help = "use device = \"cpu\" or \"sim\", or a machine with a Hopper GPU and its driver";
+        Error::invalid("device cuda", "a Hopper GPU", why, help)
+    })
+}
+
+/// The same, if it was opened.
+pub fn opened() -> Option<&'static Gpu> {
+    GPU.get()?.as_ref().ok()
+}
 
 impl Gpu {
     /// The first GPU of the machine.
@@ -93,6 +111,11 @@ impl Gpu {
         bytes
             .map(|bytes| bytes as usize)
             .map_err(|e| error("read an attribute", e))
+    }
+
+    /// The stream for a launcher, which opens the GPU's primary context on its thread itself.
+    pub fn raw_stream(&self) -> *mut std::ffi::c_void {
+        self.stream.cu_stream().cast()
     }
 
     /// Waits for every launch.
@@ -186,6 +209,11 @@ impl DeviceMemory {
     /// Aligned to 256 bytes.
     pub fn address(&self) -> usize {
         self.address as usize
+    }
+
+    /// How many there are.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 
     pub fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()> {

@@ -1,11 +1,15 @@
-//! Host memory of tensors: aligned blocks that return to a pool when dropped.
+//! Memory of tensors: a block of the host, of the GPU, or of both.
 //!
-//! A training step frees and asks for the same sizes again and again. Handing the pages back to the
-//! operating system each time would cost a page fault per 4 KB; the pool keeps them.
+//! The host reads and writes through [`Memory::bytes`], kernels through addresses. Memory that both use is kept on both
+//! sides and copied when one side asks for what the other wrote last: code that has no kernel yet runs on the host and
+//! gives the same result, only slower. On the simulator both sides are the host's.
+//!
+//! Blocks return to a pool when dropped: a training step frees and asks for the same sizes again and again, and handing
+//! the pages back each time would cost a page fault per 4 KB.
 
 use bytemuck::{Pod, Zeroable};
 use std::collections::HashMap;
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
 
 /// The unit of allocation; its alignment (128 bytes) serves vector loads and the kernels' bulk copies.
 #[repr(C, align(128))]
@@ -14,16 +18,64 @@ struct Line([u8; 128]);
 
 static POOL: Mutex<Option<HashMap<usize, Vec<Vec<Line>>>>> = Mutex::new(None);
 
-/// A block of host memory, at least as long as was asked for.
+/// A block, at least as long as was asked for.
 pub struct Memory {
-    lines: Vec<Line>,
     bytes: usize,
+    host: OnceLock<Host>,
+    #[cfg(feature = "cuda")]
+    gpu: gpu::Side,
 }
 
 impl Memory {
-    /// A block of `bytes` bytes whose content is unspecified (in debug builds 0xFF: NaN in every
-    /// float type, so that reading before writing shows).
+    /// A block of `bytes` bytes whose content is unspecified (on the host of a debug build 0xFF: NaN in every float
+    /// type, so that reading before writing shows).
     pub fn unspecified(bytes: usize) -> Self {
+        Memory {
+            bytes,
+            host: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            gpu: gpu::Side::default(),
+        }
+    }
+
+    /// The block's bytes; waits for what kernels write there.
+    ///
+    /// # Panics
+    /// When the GPU failed: the process must start anew.
+    pub fn bytes(&self) -> &[u8] {
+        #[cfg(feature = "cuda")]
+        self.gpu.bring(self);
+        self.host_block().slice(self.bytes)
+    }
+
+    /// The block's bytes, to write.
+    ///
+    /// # Panics
+    /// As [`bytes`](Self::bytes).
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        #[cfg(feature = "cuda")]
+        {
+            self.gpu.bring(self);
+            self.gpu.forget();
+        }
+        self.host_block();
+        let bytes = self.bytes;
+        match self.host.get_mut() {
+            Some(host) => &mut bytemuck::cast_slice_mut(&mut host.0)[..bytes],
+            None => unreachable!("the block was made above"),
+        }
+    }
+
+    fn host_block(&self) -> &Host {
+        self.host.get_or_init(|| Host::new(self.bytes))
+    }
+}
+
+/// A block of host memory.
+struct Host(Vec<Line>);
+
+impl Host {
+    fn new(bytes: usize) -> Self {
         let count = rounded_lines(bytes);
         let pooled = POOL
             .lock()
@@ -34,28 +86,147 @@ impl Memory {
         if cfg!(debug_assertions) {
             lines.fill(Line([0xFF; 128]));
         }
-        Memory { lines, bytes }
+        Host(lines)
     }
 
-    /// The block's bytes.
-    pub fn bytes(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.bytes]
-    }
-
-    /// The block's bytes, to write.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.bytes]
+    fn slice(&self, bytes: usize) -> &[u8] {
+        &bytemuck::cast_slice(&self.0)[..bytes]
     }
 }
 
-impl Drop for Memory {
+impl Drop for Host {
     fn drop(&mut self) {
-        let lines = std::mem::take(&mut self.lines);
+        let lines = std::mem::take(&mut self.0);
         let mut pool = POOL.lock().unwrap_or_else(|e| e.into_inner());
         pool.get_or_insert_default()
             .entry(lines.len())
             .or_default()
             .push(lines);
+    }
+}
+
+/// The GPU's side of a block.
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::{Host, Memory, rounded_bytes};
+    use crate::device::cuda::{self, DeviceMemory};
+    use crate::error::Result;
+    use std::collections::HashMap;
+    use std::sync::{Mutex, MutexGuard};
+
+    static POOL: Mutex<Option<HashMap<usize, Vec<DeviceMemory>>>> = Mutex::new(None);
+
+    /// Who wrote last.
+    #[derive(Clone, Copy, Default, PartialEq)]
+    enum Newest {
+        /// The host, or nobody.
+        #[default]
+        Host,
+        Gpu,
+        /// Both sides hold the same.
+        Both,
+    }
+
+    #[derive(Default)]
+    struct State {
+        block: Option<DeviceMemory>,
+        newest: Newest,
+    }
+
+    #[derive(Default)]
+    pub struct Side(Mutex<State>);
+
+    impl Side {
+        fn state(&self) -> MutexGuard<'_, State> {
+            self.0.lock().unwrap_or_else(|e| e.into_inner())
+        }
+
+        /// Brings to the host what the GPU wrote last.
+        pub fn bring(&self, memory: &Memory) {
+            let mut state = self.state();
+            if state.newest != Newest::Gpu {
+                return;
+            }
+            let mut host = Host::new(memory.bytes);
+            if let Some(block) = &state.block {
+                let bytes = &mut bytemuck::cast_slice_mut(&mut host.0)[..memory.bytes];
+                block.read(0, bytes).unwrap_or_else(|e| panic!("{e}"));
+            }
+            // Nobody holds a slice of an older host block: kernels wrote through `&mut`, which took it away.
+            let _ = memory.host.set(host);
+            state.newest = Newest::Both;
+        }
+
+        /// The host is about to write.
+        pub fn forget(&self) {
+            self.state().newest = Newest::Host;
+        }
+    }
+
+    impl Memory {
+        /// Address on the GPU for a kernel that reads.
+        ///
+        /// # Errors
+        /// When there is no room.
+        pub fn gpu_address(&self) -> Result<usize> {
+            let state = &mut *self.gpu.state();
+            let fresh = state.block.is_none();
+            let block = own(&mut state.block, self.bytes)?;
+            if state.newest == Newest::Host {
+                if let Some(host) = self.host.get() {
+                    block.write(0, host.slice(self.bytes))?;
+                    state.newest = Newest::Both;
+                } else if fresh && cfg!(debug_assertions) {
+                    block.fill(0, self.bytes, 0xFF)?;
+                }
+            }
+            Ok(block.address())
+        }
+
+        /// Address on the GPU for a kernel that writes, and may read what is there.
+        ///
+        /// # Errors
+        /// As [`gpu_address`](Self::gpu_address).
+        pub fn gpu_address_mut(&mut self) -> Result<usize> {
+            let address = self.gpu_address()?;
+            self.gpu.state().newest = Newest::Gpu;
+            self.host.take();
+            Ok(address)
+        }
+    }
+
+    fn own(block: &mut Option<DeviceMemory>, bytes: usize) -> Result<&mut DeviceMemory> {
+        if block.is_none() {
+            let bytes = rounded_bytes(bytes as u64) as usize;
+            let pooled = POOL
+                .lock()
+                .unwrap_or_else(|e| e.into_inner())
+                .as_mut()
+                .and_then(|pool| pool.get_mut(&bytes)?.pop());
+            *block = Some(match pooled {
+                Some(block) => block,
+                None => cuda::gpu()?.allocate(bytes).or_else(|_| {
+                    // What the pool keeps for other sizes may be the room that is missing.
+                    POOL.lock().unwrap_or_else(|e| e.into_inner()).take();
+                    cuda::gpu()?.allocate(bytes)
+                })?,
+            });
+        }
+        match block {
+            Some(block) => Ok(block),
+            None => unreachable!("made above"),
+        }
+    }
+
+    impl Drop for Side {
+        fn drop(&mut self) {
+            // Launches run one after another, so that the next owner writes after the last has read.
+            if let Some(block) = self.state().block.take() {
+                let mut pool = POOL.lock().unwrap_or_else(|e| e.into_inner());
+                let blocks = pool.get_or_insert_default();
+                blocks.entry(block.bytes()).or_default().push(block);
+            }
+        }
     }
 }
 

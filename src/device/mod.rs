@@ -2,7 +2,8 @@
 //!
 //! `cpu` is the reference: plain Rust, generic over f32 and f64 ([`crate::cpu`] holds its tools).
 //! `sim` runs the kernels of `kernels/` on the SIMT simulator, in the arithmetic that they have on a
-//! GPU: bf16 weights and activations, f32 sums, router and parameter gradients.
+//! GPU: bf16 weights and activations, f32 sums, router and parameter gradients. `cuda` runs the same
+//! kernels on a GPU; [`Memory`] says how the host sees what they wrote.
 
 #[allow(non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
 #[rustfmt::skip]
@@ -28,6 +29,8 @@ pub enum Device {
     Cpu,
     /// The CUDA kernels on the simulator. Its memory is the host's.
     Sim,
+    /// The CUDA kernels on a GPU.
+    Cuda,
 }
 
 impl Device {
@@ -35,8 +38,12 @@ impl Device {
     /// launch among all cores. What is computed does not depend on it.
     ///
     /// # Errors
-    /// When the simulator cannot be loaded.
+    /// When the simulator cannot be loaded, or there is no GPU to use.
     pub fn prepare(self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if self == Device::Cuda {
+            cuda::gpu()?;
+        }
         if self == Device::Sim {
             let launchers = self.launchers()?;
             if let Some(mut options) = launchers.options() {
@@ -54,6 +61,15 @@ impl Device {
     pub fn launchers(self) -> Result<&'static Launchers> {
         match self {
             Device::Sim => launchers::sim(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda => Ok(cuda::gpu()?.launchers()),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda => Err(Error::invalid(
+                "device cuda",
+                "a build with it",
+                "one without",
+                "build with --features cuda",
+            )),
             Device::Cpu => Err(Error::invalid(
                 "kernels",
                 "tensors on a device with kernels",
@@ -64,11 +80,21 @@ impl Device {
     }
 }
 
+/// The stream that kernels are launched on: the GPU's where one is open; the simulator has none.
+pub fn stream() -> bindings::routegrad_stream {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = cuda::opened() {
+        return gpu.raw_stream();
+    }
+    std::ptr::null_mut()
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Device::Cpu => "cpu",
             Device::Sim => "sim",
+            Device::Cuda => "cuda",
         })
     }
 }

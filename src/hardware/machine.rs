@@ -146,15 +146,19 @@ fn sanitized(text: &str, code: Option<i32>) -> Outcome {
         .filter(|line| line.starts_with("========="))
         .take(12)
         .collect();
-    let ran = text.lines().any(|line| {
-        serde_json::from_str::<Outcome>(line).is_ok_and(|o| o.ending == Ending::Passed)
-    });
+    let told = text
+        .lines()
+        .rev()
+        .find_map(|line| serde_json::from_str::<Outcome>(line).ok());
+    let ran = told.as_ref().is_some_and(|o| o.ending == Ending::Passed);
     match summary {
         Some(summary) if ran && code == Some(0) => Outcome::new(Ending::Passed, summary),
         Some(summary) if code == Some(FOUND) && ran => Outcome {
             measured: json!({ "report": first }),
             ..Outcome::new(Ending::Failed, summary)
         },
+        // The program ran and says itself what was wrong.
+        Some(_) if let Some(told) = told => told,
         _ => Outcome {
             measured: json!({ "report": first }),
             ..Outcome::new(

@@ -27,7 +27,7 @@ impl TimedCase {
     /// Seconds of the whole task: start, random inputs, float64 of the sampled lines, and the runs.
     pub fn estimate(&self) -> f64 {
         let cost = self.cost();
-        3.0 + cost.bytes * 2e-9 + cost.floor() * 4.0 * f64::from(SAMPLES * LAUNCHES)
+        3.0 + cost.bytes * 2e-9 + cost.floor() * 8.0 * f64::from(SAMPLES * LAUNCHES)
     }
 }
 
@@ -85,11 +85,24 @@ mod gpu {
     use super::{LAUNCHES, SAMPLES, TimedCase, median};
     use crate::check::kernels::grouped_gemm::{self, Operands};
     use crate::check::kernels::{Problem, Run};
-    use crate::device::bindings::ROUTEGRAD_TILE_AUTO;
+    use crate::device::bindings::{
+        ROUTEGRAD_TILE_AUTO, ROUTEGRAD_TILE_COOPERATIVE_128X256,
+        ROUTEGRAD_TILE_COOPERATIVE_256X128, ROUTEGRAD_TILE_COOPERATIVE_256X176,
+        ROUTEGRAD_TILE_PINGPONG_128X128, ROUTEGRAD_TILE_PINGPONG_128X176, routegrad_gemm_tile,
+    };
     use crate::device::cuda::Gpu;
     use crate::error::Result;
     use serde_json::{Value, json};
     use std::sync::Arc;
+
+    /// Those that a caller may name.
+    const TILES: [(&str, routegrad_gemm_tile); 5] = [
+        ("cooperative 128x256", ROUTEGRAD_TILE_COOPERATIVE_128X256),
+        ("cooperative 256x128", ROUTEGRAD_TILE_COOPERATIVE_256X128),
+        ("cooperative 256x176", ROUTEGRAD_TILE_COOPERATIVE_256X176),
+        ("pingpong 128x128", ROUTEGRAD_TILE_PINGPONG_128X128),
+        ("pingpong 128x176", ROUTEGRAD_TILE_PINGPONG_128X176),
+    ];
 
     /// Times `case`, judging both sides' results first.
     ///
@@ -133,7 +146,19 @@ mod gpu {
             }
             passes.push((median(&mine), (!other.is_empty()).then(|| median(&other))));
         }
+        let mut tiles = serde_json::Map::new();
+        for (name, tile) in TILES {
+            let problem = grouped_gemm::problem(&operands, tile);
+            let launch = |i: usize| runs[i % sets].launch_as(&problem);
+            if launch(0).is_err() {
+                continue; // not compiled for this product
+            }
+            let samples = (0..SAMPLES / 2).map(|sample| seconds(gpu, sample, &launch));
+            let samples = samples.collect::<Result<Vec<_>>>().map_err(text)?;
+            tiles.insert(name.into(), json!(median(&samples).0 * 1e6));
+        }
         let (detail, mut measured) = report(case, &passes, peer.err());
+        measured["microseconds_of_each_tile"] = tiles.into();
         measured["cublas_outside_bound"] = json!(peer_differs);
         Ok((detail, measured))
     }

@@ -10,14 +10,14 @@
 
 use super::heads::Heads;
 use crate::check::Case;
-use crate::device::Device;
+use crate::device::{Device, stream};
 use crate::dtype::{DType, Real};
 use crate::error::Result;
 use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 
 /// Causal attention of `qkv [B·S, (H + 2 KV) hd]`, S = `sequence`; the result is `[B·S, H hd]`.
 ///
@@ -138,7 +138,7 @@ impl Attention {
                     query,
                     key_value,
                     dim,
-                    null_mut(),
+                    stream(),
                 )
             )?;
         }
@@ -180,7 +180,7 @@ impl Attention {
                     query,
                     key_value,
                     dim,
-                    null_mut(),
+                    stream(),
                 )
             )?;
         }

@@ -15,8 +15,8 @@ use super::linear::kernels as product;
 use super::tokens;
 use crate::check::Case;
 use crate::cpu::{self, Accumulate};
-use crate::device::Device;
 use crate::device::launchers::TILE_AUTO;
+use crate::device::{Device, stream};
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
@@ -212,7 +212,7 @@ mod kernels {
                     losses.pointer(),
                     losses.elements() as i64,
                     factor,
-                    null_mut(),
+                    stream(),
                 )
             )?;
         }
@@ -255,7 +255,7 @@ mod kernels {
                         vocabulary as i32,
                         width as i32,
                         TILE_AUTO,
-                        null_mut(),
+                        stream(),
                     )
                 )?;
                 launch!(
@@ -268,7 +268,7 @@ mod kernels {
                         rows,
                         vocabulary as i32,
                         gradient.as_ref().map_or(0.0, |g| g.factor),
-                        null_mut(),
+                        stream(),
                     )
                 )?;
                 if let (Some(g), Some(dlogits)) = (&mut gradient, &dlogits) {
@@ -305,7 +305,7 @@ mod kernels {
                             gradient.elements() as i64,
                             (gradient.dtype() == DType::Bf16).into(),
                             (accumulate == Accumulate::Add).into(),
-                            null_mut(),
+                            stream(),
                         )
                     )
                 }

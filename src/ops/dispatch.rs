@@ -5,12 +5,11 @@
 //! E experts: `offsets [E + 1]` are the first rows of the experts, `row_token [R]` the token of a
 //! row, `slot_row [R]` the row of a slot. Nothing here is differentiable.
 
-use crate::device::Device;
+use crate::device::{Device, stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::tensor::Tensor;
-use std::ptr::null_mut;
 use std::sync::OnceLock;
 
 /// The experts that each token chose: any number per token, ascending.
@@ -171,7 +170,7 @@ impl Selection {
                         e,
                         slots as i32,
                         rows as i64,
-                        null_mut(),
+                        stream(),
                     )
                 )?,
                 None => {
@@ -194,7 +193,7 @@ impl Selection {
                             t,
                             e,
                             rows.max(1) as i64,
-                            null_mut(),
+                            stream(),
                         )
                     )?;
                 }

@@ -6,11 +6,11 @@
 //! Sums and masses are added over ranks before the division. Nothing here is differentiable.
 
 use super::dispatch::Dispatch;
-use crate::device::Device;
 use crate::device::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
 };
+use crate::device::{Device, stream};
 use crate::dist::Collective;
 use crate::dtype::{DType, Real};
 use crate::error::Result;
@@ -18,7 +18,6 @@ use crate::launch;
 use crate::tensor::Tensor;
 use crate::with_real;
 use rayon::prelude::*;
-use std::ptr::null_mut;
 
 /// What a row counts, and what the sum is divided by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,7 +101,7 @@ impl ExpertSums {
                     gates.shape().rows() as i64,
                     experts as i32,
                     width as i32,
-                    null_mut(),
+                    stream(),
                 )
             )?;
         }
@@ -150,7 +149,7 @@ impl ExpertSums {
                     experts as i32,
                     width as i32,
                     self.weighting.kernel() as i32,
-                    null_mut(),
+                    stream(),
                 )
             )
         }

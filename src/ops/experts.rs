@@ -16,8 +16,8 @@ use super::expert_mean::{ExpertSums, Weighting};
 use super::grouped_linear::{Rows, grouped_linear};
 use super::swiglu::swiglu;
 use crate::cpu::Accumulate;
-use crate::device::Device;
 use crate::device::launchers::{Launchers, TILE_AUTO};
+use crate::device::{Device, stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
@@ -169,7 +169,7 @@ impl Layer {
                     s.ffn,
                     s.hidden,
                     TILE_AUTO,
-                    null_mut(),
+                    stream(),
                 )
             )?;
             launch!(
@@ -188,7 +188,7 @@ impl Layer {
                     s.hidden,
                     s.ffn,
                     TILE_AUTO,
-                    null_mut(),
+                    stream(),
                 )
             )?;
         }
@@ -255,7 +255,7 @@ impl Layer {
                     s.hidden,
                     maps.slots as i32,
                     (accumulate == Accumulate::Add).into(),
-                    null_mut(),
+                    stream(),
                 )
             )
         }
@@ -314,7 +314,7 @@ impl Layer {
                     k,
                     (accumulate == Accumulate::Add).into(),
                     TILE_AUTO,
-                    null_mut(),
+                    stream(),
                 )
             )
         }
@@ -348,7 +348,7 @@ impl Layer {
                     s.hidden,
                     maps.slots as i32,
                     dots.shape().width() as i32,
-                    null_mut(),
+                    stream(),
                 )
             )?;
         }
@@ -423,7 +423,7 @@ impl Op for Layer {
                     s.ffn,
                     columns,
                     TILE_AUTO,
-                    null_mut(),
+                    stream(),
                 )
             )?;
         }
@@ -458,7 +458,7 @@ impl Op for Layer {
                         2 * s.ffn,
                         s.hidden,
                         TILE_AUTO,
-                        null_mut(),
+                        stream(),
                     )
                 )?;
             }

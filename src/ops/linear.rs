@@ -8,8 +8,8 @@
 
 use crate::check::Case;
 use crate::cpu::{self, Accumulate, Mat};
-use crate::device::Device;
 use crate::device::launchers::{Launchers, TILE_AUTO};
+use crate::device::{Device, stream};
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
@@ -17,7 +17,7 @@ use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 use std::ffi::c_void;
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 
 /// `x Wᵀ + b` for `x` of shape `[.., I]`; the result has shape `[.., O]`.
 ///
@@ -167,7 +167,7 @@ pub(super) mod kernels {
                     outputs,
                     inputs,
                     TILE_AUTO,
-                    null_mut(),
+                    stream(),
                 )
             )
         }
@@ -212,7 +212,7 @@ pub(super) mod kernels {
                     outputs,
                     inputs,
                     TILE_AUTO,
-                    null_mut(),
+                    stream(),
                 )
             )
         }
@@ -266,7 +266,7 @@ pub(super) mod kernels {
                     inputs,
                     (accumulate == Accumulate::Add).into(),
                     TILE_AUTO,
-                    null_mut(),
+                    stream(),
                 )
             )
         }

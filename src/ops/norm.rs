@@ -2,6 +2,7 @@
 //! in `rmsnorm` and `layernorm`.
 
 use crate::cpu::Accumulate;
+use crate::device::stream;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
@@ -69,7 +70,7 @@ pub(super) fn forward(
                 x.shape().rows() as i64,
                 x.shape().width() as i32,
                 eps as f32,
-                null_mut(),
+                stream(),
             )
         )
     }
@@ -142,7 +143,7 @@ impl Norm<'_> {
                     hidden,
                     (self.kind == Kind::Layer).into(),
                     self.eps as f32,
-                    null_mut(),
+                    stream(),
                 )
             )?;
         }
@@ -182,7 +183,7 @@ impl Partials {
                             self.rows,
                             self.hidden,
                             (accumulate == Accumulate::Add).into(),
-                            null_mut(),
+                            stream(),
                         )
                     )
                 }

@@ -8,14 +8,13 @@
 use super::heads::Heads;
 use crate::check::Case;
 use crate::cpu::{self, Accumulate};
-use crate::device::Device;
+use crate::device::{Device, stream};
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
-use std::ptr::null_mut;
 
 /// Cosines and sines of every position, computed once and shared by all layers.
 #[derive(Clone)]
@@ -181,7 +180,7 @@ impl Rope {
                     heads.key_value as i32,
                     heads.dim as i32,
                     back.into(),
-                    null_mut(),
+                    stream(),
                 )
             )
         }?;

@@ -13,11 +13,11 @@ use super::dispatch::Selection;
 use super::router::{self, TopK};
 use super::scores::{first_non_finite, positive, shares, sigmoid};
 use crate::cpu::Accumulate;
-use crate::device::Device;
 use crate::device::bindings::{
     ROUTEGRAD_SCORE_LOGITS, ROUTEGRAD_SCORE_RELU, ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_SOFTMAX,
     routegrad_score,
 };
+use crate::device::{Device, stream};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
@@ -26,7 +26,7 @@ use crate::tensor::Tensor;
 use crate::with_real;
 use serde::{Deserialize, Serialize};
 use std::cell::OnceCell;
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 use std::rc::Rc;
 
 /// The function from a row's logits to its scores.
@@ -298,18 +298,12 @@ impl Router {
                     d,
                     k,
                     score.kernel() as i32,
-                    null_mut(),
+                    stream(),
                 )
             )?;
             launch!(
                 launchers,
-                router_statistics(
-                    statistics.pointer_mut(),
-                    partials.pointer(),
-                    t,
-                    e,
-                    null_mut()
-                )
+                router_statistics(statistics.pointer_mut(), partials.pointer(), t, e, stream())
             )?;
         }
         let statistics = statistics.slice::<f32>();
@@ -398,7 +392,7 @@ impl Op for Router {
                         d,
                         self.score.kernel() as i32,
                         (accumulate == Accumulate::Add).into(),
-                        null_mut(),
+                        stream(),
                     )
                 )
             }
@@ -421,7 +415,7 @@ impl Op for Router {
                         e,
                         d,
                         (accumulate == Accumulate::Add).into(),
-                        null_mut(),
+                        stream(),
                     )
                 )
             }

@@ -9,14 +9,13 @@
 use crate::check::Case;
 use crate::cpu::vector::{map_over, sigmoid};
 use crate::cpu::{self, Accumulate};
-use crate::device::Device;
+use crate::device::{Device, stream};
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
-use std::ptr::null_mut;
 
 /// SwiGLU of `x [R, 2F]`, gate first; the result is `[R, F]`, where R may be 0.
 ///
@@ -108,7 +107,7 @@ mod kernels {
         unsafe {
             launch!(
                 x.device().launchers()?,
-                swiglu_forward(y.pointer_mut(), x.pointer(), rows, width, null_mut())
+                swiglu_forward(y.pointer_mut(), x.pointer(), rows, width, stream())
             )
         }
     }
@@ -126,7 +125,7 @@ mod kernels {
                     x.pointer(),
                     rows,
                     width,
-                    null_mut(),
+                    stream(),
                 )
             )
         }

@@ -1,8 +1,8 @@
-//! Operations without a kernel, on the simulator: the CPU's reference in f32 on widened inputs, its
-//! results rounded to bf16.
+//! Operations without a kernel, on a device that has kernels: the CPU's reference in f32 on widened
+//! inputs, its results rounded to bf16.
 //!
-//! It exists while kernels are being written, so that a whole model runs on `sim`; a GPU answers
-//! such an operation with an error instead. [`take_ran`] says which operations ran how.
+//! Whatever a model needs, it runs; on a GPU the copies to the host and back cost time.
+//! [`take_ran`] says which operations ran how.
 
 use super::{Forward, Gradients, Grads, Op, Source};
 use crate::device::Device;
@@ -12,7 +12,7 @@ use crate::tensor::Tensor;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
-/// How often an operation's forward ran on the simulator, as kernels and as this fallback.
+/// How often an operation's forward ran on a device with kernels, as kernels and as this fallback.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Ran {
     pub kernels: usize,
@@ -23,18 +23,20 @@ thread_local! {
     static RAN: RefCell<BTreeMap<&'static str, Ran>> = RefCell::default();
 }
 
-/// The operations that ran on the simulator from this thread since the last call.
+/// The operations that ran on a device with kernels from this thread since the last call.
 pub fn take_ran() -> BTreeMap<&'static str, Ran> {
     RAN.take()
 }
 
 /// Where the operation's kernels would run, if it has them.
 pub(super) fn device_of(inputs: &[&Tensor]) -> Device {
-    let on_sim = inputs.iter().any(|t| t.device() == Device::Sim);
-    if on_sim { Device::Sim } else { Device::Cpu }
+    let mut devices = inputs.iter().map(|t| t.device());
+    devices
+        .find(|&device| device != Device::Cpu)
+        .unwrap_or_default()
 }
 
-/// Counts one forward of `op` on the simulator.
+/// Counts one forward of `op` on a device with kernels.
 pub(super) fn count(op: &'static str, kernels: bool) {
     RAN.with_borrow_mut(|ran| {
         let ran = ran.entry(op).or_default();
@@ -46,9 +48,11 @@ pub(super) fn count(op: &'static str, kernels: bool) {
     });
 }
 
-/// The reference of an operation on tensors of the simulator.
+/// The reference of an operation on tensors of a device with kernels.
 pub(super) struct Fallback<O> {
     pub op: O,
+    /// Where the tensors are.
+    pub device: Device,
     /// Dtypes of the inputs.
     pub inputs: Vec<DType>,
 }
@@ -69,7 +73,7 @@ impl<O: Op> Op for Fallback<O> {
             } else {
                 t
             };
-            t.on(Device::Sim)
+            t.on(self.device)
         });
         Ok(Forward {
             outputs: outputs.collect(),
@@ -101,9 +105,9 @@ impl<O: Op> Op for Fallback<O> {
             match gradient {
                 None => grads.none(i),
                 Some(g) if grads.dtype(i, *dtype) == DType::Bf16 => {
-                    grads.give(i, g.narrowed().on(Device::Sim))?;
+                    grads.give(i, g.narrowed().on(self.device))?;
                 }
-                Some(g) => grads.give(i, g.on(Device::Sim))?,
+                Some(g) => grads.give(i, g.on(self.device))?,
             }
         }
         Ok(())

@@ -14,7 +14,7 @@ pub fn tensor(seed: u64, shape: impl Into<Shape>, device: Device) -> Tensor {
     let rounded = Tensor::from_slice(shape, &values).narrowed();
     match device {
         Device::Cpu => rounded.widened(),
-        Device::Sim => rounded.on(device),
+        _ => rounded.on(device),
     }
 }
 

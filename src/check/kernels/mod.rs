@@ -187,7 +187,15 @@ impl<'a> Run<'a> {
 
     /// Launches; on a GPU it may still run on return.
     pub fn launch(&self) -> Result<()> {
-        (self.problem.launch)(
+        self.launch_as(self.problem)
+    }
+
+    /// Launches another problem of the same buffers.
+    ///
+    /// # Errors
+    /// When the launcher refuses.
+    pub fn launch_as(&self, problem: &Problem) -> Result<()> {
+        (problem.launch)(
             self.machine.launchers(),
             &self.pointers(),
             self.machine.stream()?,

@@ -7,9 +7,11 @@ use crate::launch;
 use half::bf16;
 
 /// What a product of `magnitude` may be off by. σ and products in f32: two hardware approximations of 2 units in the last
-/// place, and a rounding each for the rest; the argument of exp is rounded where it is large, |z| log₂e of it.
+/// place, and a rounding each for the rest; the argument of exp is rounded where it is large, |z| log₂e of it. σ below
+/// 2^-126, at -126 ln 2, may be 0.
 fn error(magnitude: f64, gate: f64) -> f64 {
-    (24.0 + 2.0 * gate.abs()) * F32_ROUNDOFF * magnitude + 1e-37
+    let lost = if gate < -87.3 { magnitude } else { 0.0 };
+    (24.0 + 2.0 * gate.abs()) * F32_ROUNDOFF * magnitude + lost + 1e-37
 }
 
 /// h is normal with a deviation of `spread`. Buffers: a, h; or dh, da, h.
