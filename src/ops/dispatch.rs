@@ -174,10 +174,12 @@ impl Selection {
                     )
                 )?,
                 None => {
-                    let mut mask = vec![0u8; tokens * experts];
+                    // One byte for each token and expert.
+                    let mut mask = Tensor::zeros(device, DType::I32, [(tokens * experts).div_ceil(4)]);
+                    let bytes = mask.bytes_mut();
                     for token in 0..tokens {
                         for &expert in self.experts(token) {
-                            mask[token * experts + expert as usize] = 1;
+                            bytes[token * experts + expert as usize] = 1;
                         }
                     }
                     launch!(
@@ -189,7 +191,7 @@ impl Selection {
                             slot_row.pointer_mut(),
                             fault.pointer_mut(),
                             workspace.pointer_mut(),
-                            mask.as_ptr(),
+                            mask.pointer(),
                             t,
                             e,
                             rows.max(1) as i64,

@@ -136,7 +136,7 @@ impl ExpertSums {
             });
         }
         let (experts, width) = (average.shape()[0], average.shape()[1]);
-        let beta = [beta as f32];
+        let beta = Tensor::from_slice([1], &[beta as f32]).on(average.device());
         // SAFETY: the tensors have the shapes that expert_mean.cu's header names.
         unsafe {
             launch!(
@@ -145,7 +145,7 @@ impl ExpertSums {
                     average.pointer_mut(),
                     self.sums.pointer(),
                     self.masses.pointer(),
-                    beta.as_ptr(),
+                    beta.pointer(),
                     experts as i32,
                     width as i32,
                     self.weighting.kernel() as i32,
