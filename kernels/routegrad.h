@@ -98,7 +98,8 @@ typedef struct routegrad_unit_box {
   ROUTEGRAD_ATTENTION_LAUNCHERS(X) \
   ROUTEGRAD_CROSS_ENTROPY_LAUNCHERS(X) \
   ROUTEGRAD_SWIGLU_LAUNCHERS(X) \
-  ROUTEGRAD_ROPE_LAUNCHERS(X)
+  ROUTEGRAD_ROPE_LAUNCHERS(X) \
+  ROUTEGRAD_EMBEDDING_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -311,6 +312,19 @@ typedef enum routegrad_weighting {
 #define ROUTEGRAD_ROPE_LAUNCHERS(X)                                                                                    \
   X(rope, (void* y, const void* x, const float* cosines, const float* sines, int64_t tokens, int32_t sequence,         \
            int32_t heads, int32_t key_value_heads, int32_t head_width, int32_t back, routegrad_stream stream))
+
+// embedding.cu: rows of a table by id, the tokens' order by id, and the table's gradient.
+#define ROUTEGRAD_EMBEDDING_LAUNCHERS(X)                                                                              \
+  X(embedding_forward, (void* y, const void* w, const int32_t* ids, int64_t tokens, int32_t vocabulary,               \
+                        int32_t hidden, routegrad_stream stream))                                                     \
+  X(embedding_order, (int32_t* order, int32_t* keys, const int32_t* previous, const int32_t* row_token,               \
+                      const int32_t* ids, int64_t tokens, int32_t vocabulary, int32_t shift, int32_t whole,           \
+                      routegrad_stream stream))                                                                       \
+  X(embedding_gradient, (float* dw, float* parts, const void* dy, const int32_t* order, const int32_t* keys,          \
+                         int64_t tokens, int32_t vocabulary, int32_t hidden, int32_t accumulate,                      \
+                         routegrad_stream stream))                                                                    \
+  /* On the host: floats of `parts`. */                                                                               \
+  X(embedding_parts, (uint64_t* floats, int64_t tokens, int32_t hidden))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

@@ -2,15 +2,21 @@
 //!
 //! `table [V, D]`, `ids [T]` (i32), `y [T, D]`. `dtable_v = Σ over t with id_t = v of dy_t`, in the
 //! order of the tokens: ids are sorted, so that each row of the gradient belongs to one thread.
+//!
+//! On a device with kernels (`kernels/embedding.cu`, `kernels/dispatch.cu`) the table is bf16, its
+//! gradient f32, and the ids are sorted there, a byte at a time.
 
 use super::tokens;
 use crate::check::Case;
 use crate::cpu::{self, Accumulate};
-use crate::dtype::Real;
+use crate::device::Device;
+use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
+use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::ptr::{null, null_mut};
 
 /// Rows `ids` (i32, any shape, T in all) of `table [V, D]`; the result is `[T, D]`.
 ///
@@ -39,11 +45,22 @@ impl Op for Embedding {
         "embedding"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let table = inputs[0];
         let width = table.shape()[1];
         let shape = [self.ids.elements(), width];
         let mut y = Tensor::unspecified(table.device(), table.dtype(), shape);
+        if table.device() != Device::Cpu {
+            kernels::forward(&mut y, table, &self.ids)?;
+            return Ok(Forward {
+                outputs: vec![y],
+                saved: vec![table.clone()],
+            });
+        }
         with_real!(table.dtype(), "embedding", |T| {
             reference::forward(y.slice_mut::<T>(), table.slice(), self.ids.slice(), width);
             Ok(Forward {
@@ -61,6 +78,11 @@ impl Op for Embedding {
     ) -> Result<()> {
         let table = &saved[0];
         let dy = only(douts);
+        if table.device() != Device::Cpu {
+            return grads.write(0, table, |dtable, accumulate| {
+                kernels::dtable(dtable, accumulate, dy, &self.ids)
+            });
+        }
         with_real!(table.dtype(), "embedding", |T| grads.write(
             0,
             table,
@@ -76,6 +98,130 @@ impl Op for Embedding {
                 Ok(())
             }
         ))
+    }
+}
+
+/// The kernels.
+mod kernels {
+    use super::*;
+
+    pub fn forward(y: &mut Tensor, table: &Tensor, ids: &Tensor) -> Result<()> {
+        table.expect_dtype("embedding", "table", DType::Bf16)?;
+        let (tokens, [vocabulary, width]) =
+            (ids.elements() as i64, [0, 1].map(|i| table.shape()[i]));
+        // SAFETY: the tensors have the shapes that embedding.cu's header names.
+        unsafe {
+            launch!(
+                table.device().launchers()?,
+                embedding_forward(
+                    y.pointer_mut(),
+                    table.pointer(),
+                    ids.on(table.device()).pointer(),
+                    tokens,
+                    vocabulary as i32,
+                    width as i32,
+                    null_mut(),
+                )
+            )
+        }
+    }
+
+    pub fn dtable(
+        dtable: &mut Tensor,
+        accumulate: Accumulate,
+        dy: &Tensor,
+        ids: &Tensor,
+    ) -> Result<()> {
+        dtable.expect_dtype("embedding", "the table's gradient", DType::F32)?;
+        let (device, launchers) = (dy.device(), dy.device().launchers()?);
+        let [vocabulary, width] = [0, 1].map(|i| dtable.shape()[i]);
+        let (order, keys) = sorted(&ids.on(device), vocabulary)?;
+        let (tokens, width) = (ids.elements() as i64, width as i32);
+        let mut floats = 0u64;
+        // SAFETY: it writes one number.
+        unsafe { launch!(launchers, embedding_parts(&mut floats, tokens, width)) }?;
+        let mut parts = Tensor::unspecified(device, DType::F32, [floats as usize]);
+        // SAFETY: the tensors have the shapes that embedding.cu's header names.
+        unsafe {
+            launch!(
+                launchers,
+                embedding_gradient(
+                    dtable.pointer_mut(),
+                    parts.pointer_mut(),
+                    dy.pointer(),
+                    order.pointer(),
+                    keys.pointer(),
+                    tokens,
+                    vocabulary as i32,
+                    width,
+                    (accumulate == Accumulate::Add).into(),
+                    null_mut(),
+                )
+            )
+        }
+    }
+
+    /// The tokens in the order of their ids, equal ids in the order of tokens; and the ids so.
+    fn sorted(ids: &Tensor, vocabulary: usize) -> Result<(Tensor, Tensor)> {
+        /// Values of a byte: the experts of the dispatch.
+        const BYTE: i32 = 256;
+        let (device, launchers) = (ids.device(), ids.device().launchers()?);
+        let tokens = ids.elements();
+        let count = tokens as i64;
+        let new = |count: usize| Tensor::unspecified(device, DType::I32, [count]);
+        let mut bytes = 0u64;
+        // SAFETY: it writes one number.
+        unsafe { launch!(launchers, dispatch_workspace(&mut bytes, count, BYTE, 1)) }?;
+        let (mut offsets, mut workspace) =
+            (new(BYTE as usize + 1), new((bytes as usize).div_ceil(4)));
+        let (mut row_token, mut row_slot, mut slot_row) = (new(tokens), new(tokens), new(tokens));
+        let mut fault = Tensor::from_slice([1], &[0i32]).on(device);
+        let (mut order, mut keys, mut previous) = (new(tokens), new(tokens), new(tokens));
+        // An id outside the table sorts as V, so V must fit.
+        let passes = (usize::BITS - vocabulary.leading_zeros()).div_ceil(8) as i32;
+        for pass in 0..=passes {
+            let earlier = |t: &Tensor| if pass == 0 { null() } else { t.pointer() };
+            let whole = pass == passes;
+            std::mem::swap(&mut order, &mut previous);
+            // SAFETY: the tensors have the shapes that the headers of embedding.cu and dispatch.cu name.
+            unsafe {
+                launch!(
+                    launchers,
+                    embedding_order(
+                        order.pointer_mut(),
+                        keys.pointer_mut(),
+                        earlier(&previous),
+                        earlier(&row_token),
+                        ids.pointer(),
+                        count,
+                        vocabulary as i32,
+                        if whole { 0 } else { 8 * pass },
+                        whole.into(),
+                        null_mut(),
+                    )
+                )?;
+                if !whole {
+                    launch!(
+                        launchers,
+                        dispatch_choices(
+                            offsets.pointer_mut(),
+                            row_token.pointer_mut(),
+                            row_slot.pointer_mut(),
+                            slot_row.pointer_mut(),
+                            fault.pointer_mut(),
+                            workspace.pointer_mut(),
+                            keys.pointer(),
+                            count,
+                            BYTE,
+                            1,
+                            count,
+                            null_mut(),
+                        )
+                    )?;
+                }
+            }
+        }
+        Ok((order, keys))
     }
 }
 

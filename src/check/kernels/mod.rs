@@ -11,6 +11,7 @@ pub mod combine;
 pub mod costs;
 pub mod cross_entropy;
 pub mod dispatch;
+pub mod embedding;
 pub mod expert_mean;
 pub mod experts;
 pub mod gate_gradient;
@@ -137,6 +138,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(cross_entropy::cases());
     all.extend(swiglu::cases());
     all.extend(rope::cases());
+    all.extend(embedding::cases());
     all
 }
 

@@ -1,0 +1,262 @@
+//! Token embedding (`kernels/embedding.cu`): rows and their order exactly, gradients against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::operands::exact;
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use crate::launch;
+use half::bf16;
+use std::ptr::null;
+
+/// Which ids the tokens have.
+#[derive(Clone, Copy, Debug)]
+pub enum Ids {
+    /// Any, all as likely.
+    Uniform,
+    /// Half of them one id: a run over many blocks.
+    OneOften,
+    /// Some outside the table.
+    SomeOutside,
+}
+use Ids::{OneOften, SomeOutside, Uniform};
+
+fn ids(of: Ids, tokens: usize, vocabulary: usize) -> Vec<i32> {
+    let mut random = Random((tokens * 7 + vocabulary) as u64);
+    let often = random.below(vocabulary) as i32;
+    let one = |t: usize| match of {
+        OneOften if random.below(2) == 0 => often,
+        SomeOutside if t % 5 == 1 => [-1, vocabulary as i32, i32::MAX][t % 3],
+        _ => random.below(vocabulary) as i32,
+    };
+    (0..tokens).map(one).collect()
+}
+
+/// The id, or V where it is not in the table.
+fn key(id: i32, vocabulary: usize) -> i32 {
+    match (0..vocabulary as i32).contains(&id) {
+        true => id,
+        false => vocabulary as i32,
+    }
+}
+
+/// The launch of `embedding_forward`. Buffers: y, w, ids.
+pub fn forward_problem(of: Ids, tokens: usize, vocabulary: usize, hidden: usize) -> Problem {
+    let table = Random(5).normals_bf16(vocabulary * hidden);
+    let ids = ids(of, tokens, vocabulary);
+    Problem {
+        label: format!("{of:?}, T {tokens}, V {vocabulary}, D {hidden}"),
+        buffers: vec![
+            Buffer::output("y", 2 * tokens * hidden),
+            Buffer::input("w", &table),
+            Buffer::input("ids", &ids),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    embedding_forward(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        tokens as i64,
+                        vocabulary as i32,
+                        hidden as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            exactly::<u16>("y", &out[0], |i| {
+                match key(ids[i / hidden], vocabulary) as usize {
+                    id if id < vocabulary => table[id * hidden + i % hidden].to_bits(),
+                    _ => bf16::NAN.to_bits(),
+                }
+            })
+        }),
+    }
+}
+
+/// The launch of `embedding_order`: a first one, or one after a stable sort by the lowest byte. Buffers: order, keys,
+/// previous, row_token, ids.
+pub fn order_problem(tokens: usize, vocabulary: usize, first: bool, whole: bool) -> Problem {
+    let ids = ids(SomeOutside, tokens, vocabulary);
+    let mut random = Random(tokens as u64);
+    let mut shuffled = || {
+        let mut items: Vec<i32> = (0..tokens as i32).collect();
+        random.shuffle(&mut items);
+        items
+    };
+    let (previous, row_token) = (shuffled(), shuffled());
+    let shift = if first { 0 } else { 8 };
+    let order: Vec<i32> = match first {
+        true => (0..tokens as i32).collect(),
+        false => row_token.iter().map(|&r| previous[r as usize]).collect(),
+    };
+    let keys: Vec<i32> = order
+        .iter()
+        .map(|&t| key(ids[t as usize], vocabulary) >> shift)
+        .map(|key| if whole { key } else { key & 255 })
+        .collect();
+    Problem {
+        label: format!("T {tokens}, V {vocabulary}, first {first}, whole {whole}"),
+        buffers: vec![
+            Buffer::output("order", 4 * tokens),
+            Buffer::output("keys", 4 * tokens),
+            Buffer::input("previous", &previous),
+            Buffer::input("row_token", &row_token),
+            Buffer::input("ids", &ids),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let earlier = |p: *mut u8| {
+                if first { null() } else { p.cast_const().cast() }
+            };
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    embedding_order(
+                        p[0].cast(),
+                        p[1].cast(),
+                        earlier(p[2]),
+                        earlier(p[3]),
+                        p[4].cast(),
+                        tokens as i64,
+                        vocabulary as i32,
+                        shift,
+                        whole.into(),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let mut errors = exactly::<i32>("order", &out[0], |i| order[i])?;
+            errors.merge(exactly::<i32>("keys", &out[1], |i| keys[i])?);
+            Ok(errors)
+        }),
+    }
+}
+
+/// The launch of `embedding_gradient`. Buffers: dw, parts, dy, order, keys.
+pub fn gradient_problem(
+    of: Ids,
+    [tokens, vocabulary, hidden]: [usize; 3],
+    accumulate: bool,
+) -> Problem {
+    let mut random = Random((tokens + vocabulary) as u64);
+    let dy = random.normals_bf16(tokens * hidden);
+    let before: Vec<f32> = (0..vocabulary * hidden).map(|_| random.normal()).collect();
+    let ids = ids(of, tokens, vocabulary);
+    let mut order: Vec<i32> = (0..tokens as i32).collect();
+    order.sort_by_key(|&t| key(ids[t as usize], vocabulary));
+    let keys: Vec<i32> = order
+        .iter()
+        .map(|&t| key(ids[t as usize], vocabulary))
+        .collect();
+    let buffers = vec![
+        match accumulate {
+            true => Buffer::changed("dw", &before),
+            false => Buffer::output("dw", 4 * vocabulary * hidden),
+        },
+        Buffer::workspace("parts", 4 * tokens.div_ceil(64) * 2 * hidden),
+        Buffer::input("dy", &dy),
+        Buffer::input("order", &order),
+        Buffer::input("keys", &keys),
+    ];
+    Problem {
+        label: format!("{of:?}, T {tokens}, V {vocabulary}, D {hidden}, accumulate {accumulate}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    embedding_gradient(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        p[3].cast(),
+                        p[4].cast(),
+                        tokens as i64,
+                        vocabulary as i32,
+                        hidden as i32,
+                        accumulate.into(),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<f32> = values(&out[0]);
+            // Σ, Σ of magnitudes, number of terms.
+            let mut sums = vec![(0.0, 0.0); vocabulary * hidden];
+            let mut terms = vec![0usize; vocabulary];
+            for (token, &id) in ids.iter().enumerate() {
+                let Some(count) = terms.get_mut(key(id, vocabulary) as usize) else {
+                    continue;
+                };
+                *count += 1;
+                for column in 0..hidden {
+                    let d = exact(dy[token * hidden + column]);
+                    let sum = &mut sums[id as usize * hidden + column];
+                    *sum = (sum.0 + d, sum.1 + d.abs());
+                }
+            }
+            let mut errors = Errors::default();
+            for (i, (&got, (sum, magnitude))) in got.iter().zip(sums).enumerate() {
+                let old = if accumulate {
+                    f64::from(before[i])
+                } else {
+                    0.0
+                };
+                // Additions on the way of one term: those of its block, then one a block.
+                let count = terms[i / hidden];
+                let depth = (count.min(64) + count.div_ceil(64) + 2) as f64;
+                let bound = F32_ROUNDOFF * (depth * magnitude + (old + sum).abs());
+                let place = || format!("dw of id {}, column {}", i / hidden, i % hidden);
+                errors.add(f64::from(got), old + sum, bound, place)?;
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let shapes = [
+        [1, 1, 8],
+        [67, 300, 72],
+        [300, 5, 40],
+        [2039, 131, 16],
+        [131, 9, 2056],
+    ];
+    let mut cases: [(&str, Vec<MakeProblem>); 3] = [
+        ("embedding_forward", vec![]),
+        ("embedding_order", vec![]),
+        ("embedding_gradient", vec![]),
+    ];
+    for shape @ [tokens, vocabulary, hidden] in shapes {
+        for of in [Uniform, OneOften, SomeOutside] {
+            let make = move || Ok(forward_problem(of, tokens, vocabulary, hidden));
+            cases[0].1.push(Box::new(make));
+            for accumulate in [false, true] {
+                let make = move || Ok(gradient_problem(of, shape, accumulate));
+                cases[2].1.push(Box::new(make));
+            }
+        }
+    }
+    for (first, whole) in [(true, false), (false, false), (false, true), (true, true)] {
+        let make = move || Ok(order_problem(1031, 70_000, first, whole));
+        cases[1].1.push(Box::new(make));
+    }
+    cases
+        .into_iter()
+        .map(|(launcher, problems)| Case {
+            name: format!("{launcher} small"),
+            launcher,
+            source: "embedding",
+            problems,
+            small: true,
+        })
+        .collect()
+}
