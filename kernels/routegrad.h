@@ -99,7 +99,8 @@ typedef struct routegrad_unit_box {
   ROUTEGRAD_CROSS_ENTROPY_LAUNCHERS(X) \
   ROUTEGRAD_SWIGLU_LAUNCHERS(X) \
   ROUTEGRAD_ROPE_LAUNCHERS(X) \
-  ROUTEGRAD_EMBEDDING_LAUNCHERS(X)
+  ROUTEGRAD_EMBEDDING_LAUNCHERS(X) \
+  ROUTEGRAD_ADAMW_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -325,6 +326,15 @@ typedef enum routegrad_weighting {
                          routegrad_stream stream))                                                                    \
   /* On the host: floats of `parts`. */                                                                               \
   X(embedding_parts, (uint64_t* floats, int64_t tokens, int32_t hidden))
+
+// adamw.cu: the optimizer's update, the sum of squares of a gradient, and the weights as other kernels read them.
+#define ROUTEGRAD_ADAMW_LAUNCHERS(X)                                                                                  \
+  X(adamw_update, (float* w, float* m, float* v, const float* gradient, const float* coefficients, int64_t numbers,   \
+                   routegrad_stream stream))                                                                          \
+  X(square_sums, (double* parts, const float* gradient, int64_t numbers, routegrad_stream stream))                    \
+  X(round_weights, (void* r, const float* w, int64_t numbers, routegrad_stream stream))                               \
+  /* On the host: numbers of `parts`. */                                                                              \
+  X(square_parts, (uint64_t* parts, int64_t numbers))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

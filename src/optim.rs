@@ -3,11 +3,15 @@
 //! With gradient g, step t from 1: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
 //! `w ← w (1 − η λ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)` (Loshchilov and Hutter, 1711.05101).
 //! λ applies to matrices alone, not to norms, biases and the embedding.
+//!
+//! Where the gradients are on a device with kernels, both run there (`kernels/adamw.cu`).
 
 use crate::config::TrainConfig;
 use crate::cpu::vectorized;
-use crate::dtype::Real;
+use crate::device::{Device, stream};
+use crate::dtype::{DType, Real};
 use crate::error::Result;
+use crate::launch;
 use crate::model::Parameter;
 use crate::tape::Gradients;
 use crate::tensor::Tensor;
@@ -132,6 +136,10 @@ impl AdamW {
                 gradient: scale,
             };
             let (m, v) = (&mut moments.first, &mut moments.second);
+            if gradient.device() != Device::Cpu {
+                kernels::update(&mut p.value, m, v, gradient, c)?;
+                continue;
+            }
             with_real!(p.value.dtype(), "adamw", |T| {
                 reference::update::<T>(
                     p.value.slice_mut(),
@@ -153,12 +161,87 @@ impl AdamW {
 /// When a dtype is not real.
 pub fn gradient_norm(gradients: &Gradients, parameters: usize) -> Result<f64> {
     let mut squares = 0.0;
-    for g in (0..parameters).filter_map(|i| gradients.get(i)) {
+    let all = || (0..parameters).filter_map(|i| gradients.get(i));
+    let on_device: Vec<&Tensor> = all().filter(|g| g.device() != Device::Cpu).collect();
+    if !on_device.is_empty() {
+        squares += kernels::sum_of_squares(&on_device)?;
+    }
+    for g in all().filter(|g| g.device() == Device::Cpu) {
         squares += with_real!(g.dtype(), "gradient_norm", |T| {
             Ok(reference::sum_of_squares(g.slice::<T>()))
         })?;
     }
     Ok(squares.sqrt())
+}
+
+/// `kernels/adamw.cu`. Everything is f32.
+mod kernels {
+    use super::*;
+
+    pub fn update(
+        w: &mut Tensor,
+        m: &mut Tensor,
+        v: &mut Tensor,
+        gradient: &Tensor,
+        c: Coefficients,
+    ) -> Result<()> {
+        gradient.expect_dtype("adamw", "gradient", DType::F32)?;
+        gradient.expect_shape("adamw", "gradient", w.shape())?;
+        let device = gradient.device();
+        let Coefficients {
+            beta1,
+            beta2,
+            rate,
+            second_scale,
+            eps,
+            keep,
+            gradient: scale,
+        } = c;
+        let numbers = [beta1, beta2, rate, second_scale, eps, keep, scale].map(|x| x as f32);
+        let coefficients = Tensor::from_slice([7], &numbers).on(device);
+        // SAFETY: the tensors have the same number of elements.
+        unsafe {
+            launch!(
+                device.launchers()?,
+                adamw_update(
+                    w.pointer_mut(),
+                    m.pointer_mut(),
+                    v.pointer_mut(),
+                    gradient.pointer(),
+                    coefficients.pointer(),
+                    gradient.elements() as i64,
+                    stream(),
+                )
+            )
+        }
+    }
+
+    /// Σ g² over all of them.
+    pub fn sum_of_squares(gradients: &[&Tensor]) -> Result<f64> {
+        let device = gradients[0].device();
+        let launchers = device.launchers()?;
+        let mut counts = Vec::new();
+        for g in gradients {
+            g.expect_dtype("gradient_norm", "gradient", DType::F32)?;
+            let mut parts = 0u64;
+            // SAFETY: it writes one number.
+            unsafe { launch!(launchers, square_parts(&mut parts, g.elements() as i64)) }?;
+            counts.push(parts as usize);
+        }
+        let mut parts = Tensor::unspecified(device, DType::F64, [counts.iter().sum()]);
+        let mut at = parts.pointer_mut::<f64>();
+        for (g, count) in gradients.iter().zip(counts) {
+            // SAFETY: `at` leaves room for the parts of this gradient and those after it.
+            unsafe {
+                launch!(
+                    launchers,
+                    square_sums(at, g.pointer(), g.elements() as i64, stream())
+                )?;
+                at = at.add(count);
+            }
+        }
+        Ok(parts.slice::<f64>().iter().sum())
+    }
 }
 
 mod reference {

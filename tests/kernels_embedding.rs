@@ -3,7 +3,6 @@
 
 mod support;
 
-use routegrad::check::normal_numbers;
 use routegrad::device::Device;
 use routegrad::launch;
 use routegrad::ops::embedding::embedding;
@@ -12,6 +11,7 @@ use routegrad::tensor::Tensor;
 use std::ptr::null_mut;
 use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused};
 use support::schedules::table;
+use support::tape::tensor;
 use support::{check_cases, check_schedules};
 
 const LAUNCHERS: [&str; 3] = ["embedding_forward", "embedding_order", "embedding_gradient"];
@@ -140,15 +140,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
 /// y, and the table's gradient after two passes.
 fn run(device: Device, tokens: usize, vocabulary: usize) -> [Vec<f64>; 2] {
     const D: usize = 40;
-    let numbers = |seed, shape: [usize; 2]| {
-        let values = normal_numbers(shape[0] * shape[1], seed);
-        let values: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
-        let rounded = Tensor::from_slice(shape, &values).narrowed();
-        match device {
-            Device::Cpu => rounded.widened(),
-            Device::Sim => rounded.on(device),
-        }
-    };
+    let numbers = |seed, shape: [usize; 2]| tensor(seed, shape, device);
     let ids: Vec<i32> = (0..tokens)
         .map(|t| {
             if t % 3 == 0 {

@@ -799,12 +799,88 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
+    pub embedding_forward: ::std::option::Option<
+        unsafe extern "C" fn(
+            y: *mut ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            ids: *const i32,
+            tokens: i64,
+            vocabulary: i32,
+            hidden: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub embedding_order: ::std::option::Option<
+        unsafe extern "C" fn(
+            order: *mut i32,
+            keys: *mut i32,
+            previous: *const i32,
+            row_token: *const i32,
+            ids: *const i32,
+            tokens: i64,
+            vocabulary: i32,
+            shift: i32,
+            whole: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub embedding_gradient: ::std::option::Option<
+        unsafe extern "C" fn(
+            dw: *mut f32,
+            parts: *mut f32,
+            dy: *const ::std::os::raw::c_void,
+            order: *const i32,
+            keys: *const i32,
+            tokens: i64,
+            vocabulary: i32,
+            hidden: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub embedding_parts: ::std::option::Option<
+        unsafe extern "C" fn(
+            floats: *mut u64,
+            tokens: i64,
+            hidden: i32,
+        ) -> routegrad_status,
+    >,
+    pub adamw_update: ::std::option::Option<
+        unsafe extern "C" fn(
+            w: *mut f32,
+            m: *mut f32,
+            v: *mut f32,
+            gradient: *const f32,
+            coefficients: *const f32,
+            numbers: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub square_sums: ::std::option::Option<
+        unsafe extern "C" fn(
+            parts: *mut f64,
+            gradient: *const f32,
+            numbers: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub round_weights: ::std::option::Option<
+        unsafe extern "C" fn(
+            r: *mut ::std::os::raw::c_void,
+            w: *const f32,
+            numbers: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub square_parts: ::std::option::Option<
+        unsafe extern "C" fn(parts: *mut u64, numbers: i64) -> routegrad_status,
+    >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 384usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 448usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -956,6 +1032,30 @@ const _: () = {
     [
         "Offset of field: routegrad_launchers::rope",
     ][::std::mem::offset_of!(routegrad_launchers, rope) - 376usize];
+    [
+        "Offset of field: routegrad_launchers::embedding_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_forward) - 384usize];
+    [
+        "Offset of field: routegrad_launchers::embedding_order",
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_order) - 392usize];
+    [
+        "Offset of field: routegrad_launchers::embedding_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_gradient) - 400usize];
+    [
+        "Offset of field: routegrad_launchers::embedding_parts",
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_parts) - 408usize];
+    [
+        "Offset of field: routegrad_launchers::adamw_update",
+    ][::std::mem::offset_of!(routegrad_launchers, adamw_update) - 416usize];
+    [
+        "Offset of field: routegrad_launchers::square_sums",
+    ][::std::mem::offset_of!(routegrad_launchers, square_sums) - 424usize];
+    [
+        "Offset of field: routegrad_launchers::round_weights",
+    ][::std::mem::offset_of!(routegrad_launchers, round_weights) - 432usize];
+    [
+        "Offset of field: routegrad_launchers::square_parts",
+    ][::std::mem::offset_of!(routegrad_launchers, square_parts) - 440usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

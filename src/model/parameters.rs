@@ -6,12 +6,12 @@
 //! 2 / (L √D), D the model width, L all layers; norm weights 1, biases 0 (Default MoE, A.2).
 
 use crate::config::{ModelConfig, Norm};
-use crate::device::Device;
+use crate::device::{Device, stream};
 use crate::dtype::{DType, Real};
+use crate::launch;
 use crate::random::{Purpose, Stream};
 use crate::shape::Shape;
 use crate::tensor::Tensor;
-use half::bf16;
 
 /// A trainable tensor.
 pub struct Parameter {
@@ -29,15 +29,30 @@ pub struct Parameter {
 impl Parameter {
     /// The value that operations on `device` read: with kernels rounded to bf16, ties away from
     /// zero, as a GPU keeps it beside the rest of the f32 value.
+    ///
+    /// # Panics
+    /// When the device has no room, or failed.
     pub fn working(&self, device: Device) -> Tensor {
         if device == Device::Cpu || self.exact {
             return self.value.on(device);
         }
         let mut rounded = Tensor::unspecified(device, DType::Bf16, self.value.shape());
-        let values = self.value.slice::<f32>();
-        for (r, x) in rounded.slice_mut::<bf16>().iter_mut().zip(values) {
-            *r = bf16::from_bits((x.to_bits().wrapping_add(0x8000) >> 16) as u16);
-        }
+        let numbers = self.value.elements() as i64;
+        let launched = device.launchers().and_then(|launchers| {
+            // SAFETY: both have so many elements, f32 and bf16.
+            unsafe {
+                launch!(
+                    launchers,
+                    round_weights(
+                        rounded.pointer_mut(),
+                        self.value.pointer(),
+                        numbers,
+                        stream()
+                    )
+                )
+            }
+        });
+        launched.unwrap_or_else(|e| panic!("{e}"));
         rounded
     }
 }

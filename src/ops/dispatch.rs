@@ -175,7 +175,8 @@ impl Selection {
                 )?,
                 None => {
                     // One byte for each token and expert.
-                    let mut mask = Tensor::zeros(device, DType::I32, [(tokens * experts).div_ceil(4)]);
+                    let mut mask =
+                        Tensor::zeros(device, DType::I32, [(tokens * experts).div_ceil(4)]);
                     let bytes = mask.bytes_mut();
                     for token in 0..tokens {
                         for &expert in self.experts(token) {

@@ -9,14 +9,14 @@
 use super::tokens;
 use crate::check::Case;
 use crate::cpu::{self, Accumulate};
-use crate::device::Device;
+use crate::device::{Device, stream};
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 
 /// Rows `ids` (i32, any shape, T in all) of `table [V, D]`; the result is `[T, D]`.
 ///
@@ -120,7 +120,7 @@ mod kernels {
                     tokens,
                     vocabulary as i32,
                     width as i32,
-                    null_mut(),
+                    stream(),
                 )
             )
         }
@@ -155,7 +155,7 @@ mod kernels {
                     vocabulary as i32,
                     width,
                     (accumulate == Accumulate::Add).into(),
-                    null_mut(),
+                    stream(),
                 )
             )
         }
@@ -197,7 +197,7 @@ mod kernels {
                         vocabulary as i32,
                         if whole { 0 } else { 8 * pass },
                         whole.into(),
-                        null_mut(),
+                        stream(),
                     )
                 )?;
                 if !whole {
@@ -215,7 +215,7 @@ mod kernels {
                             BYTE,
                             1,
                             count,
-                            null_mut(),
+                            stream(),
                         )
                     )?;
                 }

@@ -5,6 +5,7 @@
 //! outputs hold. [`Run`] puts it on a [`Machine`]: every buffer lies between guard bands, every output starts poisoned,
 //! inputs must come back unchanged.
 
+pub mod adamw;
 pub mod attention;
 pub mod attention_backward;
 pub mod combine;
@@ -137,6 +138,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(attention_backward::cases());
     all.extend(cross_entropy::cases());
     all.extend(swiglu::cases());
+    all.extend(adamw::cases());
     all.extend(rope::cases());
     all.extend(embedding::cases());
     all
