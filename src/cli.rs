@@ -201,6 +201,9 @@ struct TrainArgs {
     /// Write no checkpoints: for timing.
     #[arg(long)]
     no_checkpoint: bool,
+    /// On a GPU, show where the time of the last step goes, and write timeline.json.
+    #[arg(long)]
+    timeline: bool,
     /// Show no progress.
     #[arg(long)]
     quiet: bool,

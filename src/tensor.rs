@@ -36,9 +36,13 @@ impl Tensor {
 
     /// A tensor of zeros.
     pub fn zeros(device: Device, dtype: DType, shape: impl Into<Shape>) -> Self {
-        let mut t = Self::unspecified(device, dtype, shape);
-        t.bytes_mut().fill(0);
-        t
+        let shape = shape.into();
+        Tensor {
+            memory: Arc::new(Memory::zeros(shape.elements() * dtype.size())),
+            shape,
+            dtype,
+            device,
+        }
     }
 
     /// A tensor on the CPU with the given elements.

@@ -146,6 +146,12 @@ DEV void produce_with_copies(GemmShared<T>& s, const GemmOperand& a, const GemmO
       }
       if (copy_a) copy_boxes<T::kMajorA>(s.a[ring.stage], a, boxes, tile.row, tile.row + tile.rows, k, tile.last_k);
       if (copy_b) copy_boxes<T::kMajorB>(s.b[ring.stage], b, T::kBoxesB, tile.column, 0, k, tile.last_k);
+      if (T::kGather == Gather::None && !partial) {  // nothing to wait for, and no proxy fence, which costs most here
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) mbar_arrive(&s.full[ring.stage]);
+        done.advance();
+        continue;
+      }
       cp_async_commit();
       if (under_way == T::kCopyLag) {
         cp_async_wait<T::kCopyLag>();

@@ -229,6 +229,7 @@ fn one(out: &Path, run: &Run, quiet: bool, stop: &AtomicBool) -> Result<()> {
         out: place,
         resume: true,
         checkpoints: true,
+        timeline: false,
         quiet,
     };
     let note = failure(out, &run.name);

@@ -58,6 +58,7 @@ pub(super) fn train_command(args: &TrainArgs) -> Result<()> {
         out: out.clone(),
         resume: args.resume,
         checkpoints: !args.no_checkpoint,
+        timeline: args.timeline,
         quiet: args.quiet,
     };
     let report = train::run(config, &options, &stop)?;

@@ -201,7 +201,10 @@ macro_rules! launch {
     ($launchers:expr, $name:ident($($argument:expr),* $(,)?)) => {{
         let launchers: &$crate::device::launchers::Launchers = $launchers;
         match launchers.table().$name {
-            Some(function) => launchers.check(stringify!($name), function($($argument),*)),
+            Some(function) => {
+                let _span = $crate::device::timeline::Span::begin(stringify!($name));
+                launchers.check(stringify!($name), function($($argument),*))
+            }
             None => Err($crate::error::Error::invalid(
                 stringify!($name),
                 "a launcher of this build",

@@ -21,6 +21,8 @@ static POOL: Mutex<Option<HashMap<usize, Vec<Vec<Line>>>>> = Mutex::new(None);
 /// A block, at least as long as was asked for.
 pub struct Memory {
     bytes: usize,
+    /// What neither side has written yet is 0.
+    zeros: bool,
     host: OnceLock<Host>,
     #[cfg(feature = "cuda")]
     gpu: gpu::Side,
@@ -32,9 +34,18 @@ impl Memory {
     pub fn unspecified(bytes: usize) -> Self {
         Memory {
             bytes,
+            zeros: false,
             host: OnceLock::new(),
             #[cfg(feature = "cuda")]
             gpu: gpu::Side::default(),
+        }
+    }
+
+    /// A block of zeros, written where they are asked for first.
+    pub fn zeros(bytes: usize) -> Self {
+        Memory {
+            zeros: true,
+            ..Self::unspecified(bytes)
         }
     }
 
@@ -67,7 +78,13 @@ impl Memory {
     }
 
     fn host_block(&self) -> &Host {
-        self.host.get_or_init(|| Host::new(self.bytes))
+        self.host.get_or_init(|| {
+            let mut host = Host::new(self.bytes);
+            if self.zeros {
+                host.0.fill(Line::zeroed());
+            }
+            host
+        })
     }
 }
 
@@ -110,6 +127,7 @@ impl Drop for Host {
 mod gpu {
     use super::{Host, Memory, rounded_bytes};
     use crate::device::cuda::{self, DeviceMemory};
+    use crate::device::timeline;
     use crate::error::Result;
     use std::collections::HashMap;
     use std::sync::{Mutex, MutexGuard};
@@ -151,6 +169,7 @@ mod gpu {
             if let Some(block) = &state.block {
                 let bytes = &mut bytemuck::cast_slice_mut(&mut host.0)[..memory.bytes];
                 block.read(0, bytes).unwrap_or_else(|e| panic!("{e}"));
+                timeline::copied(true, memory.bytes);
             }
             // Nobody holds a slice of an older host block: kernels wrote through `&mut`, which took it away.
             let _ = memory.host.set(host);
@@ -175,9 +194,10 @@ mod gpu {
             if state.newest == Newest::Host {
                 if let Some(host) = self.host.get() {
                     block.write(0, host.slice(self.bytes))?;
+                    timeline::copied(false, self.bytes);
                     state.newest = Newest::Both;
-                } else if fresh && cfg!(debug_assertions) {
-                    block.fill(0, self.bytes, 0xFF)?;
+                } else if fresh && (self.zeros || cfg!(debug_assertions)) {
+                    block.fill(0, self.bytes, if self.zeros { 0 } else { 0xFF })?;
                 }
             }
             Ok(block.address())

@@ -12,6 +12,7 @@ pub mod bindings;
 pub mod cuda;
 pub mod launchers;
 mod memory;
+pub mod timeline;
 
 pub use memory::{Memory, rounded_bytes};
 

@@ -14,6 +14,7 @@ use crate::analyze;
 use crate::checkpoint::{self, TrainerState};
 use crate::config::{Config, count};
 use crate::data::Corpus;
+use crate::device::timeline::{self, Timeline};
 use crate::error::{Error, Result};
 use crate::eval::validation_loss;
 use crate::metrics::{Log, Record};
@@ -46,6 +47,8 @@ pub struct Options {
     pub resume: bool,
     /// Whether to write checkpoints.
     pub checkpoints: bool,
+    /// Whether to record where the time of the last step goes, on a GPU.
+    pub timeline: bool,
     /// Whether to show no progress.
     pub quiet: bool,
 }
@@ -173,8 +176,15 @@ impl<'a> Run<'a> {
             }
             let begun = Instant::now();
             let rate = learning_rate(&train, self.state.step);
+            let recorded = self.options.timeline && self.state.step + 1 == train.steps;
+            if recorded {
+                timeline::start()?;
+            }
             let report = self.step(rate)?;
             let seconds = begun.elapsed().as_secs_f64();
+            if let Some(timeline) = timeline::finish()?.filter(|_| recorded) {
+                self.keep_timeline(&timeline)?;
+            }
             let step = self.state.step;
             let last = step == train.steps;
             let evaluate = last || step % train.eval_interval == 0;
@@ -339,6 +349,15 @@ impl<'a> Run<'a> {
             "step {step}: the router analysed in {seconds:.1} s, {}",
             folder.join("report.html").display()
         ));
+        Ok(())
+    }
+
+    fn keep_timeline(&self, timeline: &Timeline) -> Result<()> {
+        let path = self.options.out.join("timeline.json");
+        let bytes = serde_json::to_vec_pretty(timeline);
+        let bytes = bytes.map_err(|e| Error::io("write", &path, e.into()))?;
+        std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))?;
+        self.progress.note(&timeline.to_string());
         Ok(())
     }
 

@@ -1,0 +1,207 @@
+//! Where the time of a step on a GPU goes: launches by launcher, and copies between host and GPU.
+
+use serde::Serialize;
+use std::fmt;
+
+/// What one launcher's kernels took.
+#[derive(Clone, Debug, Serialize)]
+pub struct Entry {
+    pub launcher: &'static str,
+    pub launches: usize,
+    pub seconds: f64,
+}
+
+/// What ran between [`start`] and [`finish`].
+#[derive(Clone, Debug, Serialize)]
+pub struct Timeline {
+    /// The longest first.
+    pub entries: Vec<Entry>,
+    /// Number and bytes of the copies to the GPU and to the host.
+    pub to_gpu: Copies,
+    pub to_host: Copies,
+    /// Seconds by the clock on the wall.
+    pub wall: f64,
+}
+
+/// Copies in one direction.
+#[derive(Clone, Copy, Debug, Default, Serialize)]
+pub struct Copies {
+    pub count: usize,
+    pub bytes: u64,
+}
+
+impl Timeline {
+    /// Seconds in which a kernel ran.
+    pub fn busy(&self) -> f64 {
+        self.entries.iter().map(|e| e.seconds).sum()
+    }
+}
+
+impl fmt::Display for Timeline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "      ms  of step  launches  launcher")?;
+        let share = |seconds: f64| 100.0 * seconds / self.wall;
+        for e in &self.entries {
+            let (ms, share) = (e.seconds * 1e3, share(e.seconds));
+            writeln!(
+                f,
+                "{ms:8.2}  {share:6.1}%  {:8}  {}",
+                e.launches, e.launcher
+            )?;
+        }
+        let idle = self.wall - self.busy();
+        writeln!(
+            f,
+            "{:8.2}  {:6.1}%            no kernel",
+            idle * 1e3,
+            share(idle)
+        )?;
+        writeln!(f, "{:8.2}            the step", self.wall * 1e3)?;
+        for (to, copies) in [("GPU", self.to_gpu), ("host", self.to_host)] {
+            let mb = copies.bytes as f64 / 1e6;
+            writeln!(f, "{} copies to the {to}, {mb:.1} MB", copies.count)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(feature = "cuda")]
+pub use gpu::{Span, copied, finish, start};
+
+#[cfg(feature = "cuda")]
+mod gpu {
+    use super::{Copies, Entry, Timeline};
+    use crate::device::cuda;
+    use crate::error::Result;
+    use cudarc::driver::CudaEvent;
+    use std::collections::BTreeMap;
+    use std::sync::Mutex;
+    use std::time::Instant;
+
+    struct Recording {
+        begun: Instant,
+        launches: Vec<(&'static str, CudaEvent, CudaEvent)>,
+        copies: [Copies; 2],
+    }
+
+    static RECORDING: Mutex<Option<Recording>> = Mutex::new(None);
+
+    fn recording() -> std::sync::MutexGuard<'static, Option<Recording>> {
+        RECORDING.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Begins to record, if a GPU is open.
+    ///
+    /// # Errors
+    /// What a launch before met.
+    pub fn start() -> Result<()> {
+        let Some(gpu) = cuda::opened() else {
+            return Ok(());
+        };
+        gpu.finish()?;
+        *recording() = Some(Recording {
+            begun: Instant::now(),
+            launches: Vec::new(),
+            copies: Default::default(),
+        });
+        Ok(())
+    }
+
+    /// Ends it and gives what was recorded.
+    ///
+    /// # Errors
+    /// What a launch met.
+    pub fn finish() -> Result<Option<Timeline>> {
+        let Some(gpu) = cuda::opened() else {
+            return Ok(None);
+        };
+        gpu.finish()?;
+        let Some(found) = recording().take() else {
+            return Ok(None);
+        };
+        let wall = found.begun.elapsed().as_secs_f64();
+        let mut sums: BTreeMap<&'static str, (usize, f64)> = BTreeMap::new();
+        for (launcher, from, to) in &found.launches {
+            let sum = sums.entry(launcher).or_default();
+            sum.0 += 1;
+            sum.1 += gpu.seconds(from, to)?;
+        }
+        let entries = sums
+            .into_iter()
+            .map(|(launcher, (launches, seconds))| Entry {
+                launcher,
+                launches,
+                seconds,
+            });
+        let mut entries: Vec<Entry> = entries.collect();
+        entries.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+        let [to_gpu, to_host] = found.copies;
+        Ok(Some(Timeline {
+            entries,
+            to_gpu,
+            to_host,
+            wall,
+        }))
+    }
+
+    /// Counts a copy.
+    pub fn copied(to_host: bool, bytes: usize) {
+        if let Some(recording) = recording().as_mut() {
+            let copies = &mut recording.copies[usize::from(to_host)];
+            copies.count += 1;
+            copies.bytes += bytes as u64;
+        }
+    }
+
+    /// From before a launch to its end.
+    pub struct Span(Option<(&'static str, CudaEvent)>);
+
+    impl Span {
+        /// Begins where launches are recorded, else costs nothing.
+        pub fn begin(launcher: &'static str) -> Self {
+            let on = cuda::opened().filter(|_| recording().is_some());
+            Span(on.and_then(|gpu| Some((launcher, gpu.mark().ok()?))))
+        }
+    }
+
+    impl Drop for Span {
+        fn drop(&mut self) {
+            let Some((launcher, from)) = self.0.take() else {
+                return;
+            };
+            let to = cuda::opened().and_then(|gpu| gpu.mark().ok());
+            if let (Some(recording), Some(to)) = (recording().as_mut(), to) {
+                recording.launches.push((launcher, from, to));
+            }
+        }
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+pub use none::{Span, finish, start};
+
+#[cfg(not(feature = "cuda"))]
+mod none {
+    use super::Timeline;
+    use crate::error::Result;
+
+    /// As with the feature `cuda`: without it there is nothing to record.
+    pub fn start() -> Result<()> {
+        Ok(())
+    }
+
+    /// As [`start`].
+    pub fn finish() -> Result<Option<Timeline>> {
+        Ok(None)
+    }
+
+    /// As [`start`].
+    pub struct Span;
+
+    impl Span {
+        /// Costs nothing.
+        pub fn begin(_launcher: &'static str) -> Self {
+            Span
+        }
+    }
+}
