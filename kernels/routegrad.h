@@ -221,6 +221,8 @@ typedef struct routegrad_gemm_plan {
     (float* dw, const void* dout, const void* x, const int32_t* offsets, const int32_t* dout_row_token,               \
      const int32_t* x_row_token, int64_t rows, int64_t dout_rows, int64_t x_rows, int32_t experts, int32_t n,         \
      int32_t k, int32_t accumulate, int32_t tile, routegrad_stream stream))                                           \
+  X(sum_parts, (float* out, const float* parts, int32_t count, int64_t elements, int32_t accumulate,                  \
+                routegrad_stream stream))                                                                             \
   /* On the host: the tile and grid for a product (routegrad_gemm_product) of these sizes, a pure function. */        \
   X(grouped_gemm_plan, (routegrad_gemm_plan* plan, int32_t product, int64_t rows, int32_t experts, int32_t n,         \
                         int32_t k, int32_t multiprocessors))

@@ -69,6 +69,7 @@ impl Trainer {
         let share = 1.0 / (n * ranks) as f64;
         self.gradients.reset();
         let mut sums = [0.0; 3];
+        let weights = model.weights();
         for (m, tokens) in micro_batches.iter().enumerate() {
             // The ranks' parts of a micro-batch follow one another; a sequence of S + 1 trains S tokens.
             let place = m * ranks + rank;
@@ -79,7 +80,6 @@ impl Trainer {
                 step: self.optimizer.steps(),
                 first_token: (place * own) as u64,
             };
-            let weights = model.weights();
             let tape = Tape::new();
             let losses = model.loss(&tape, &weights, tokens, sequences, pass)?;
             let parts = [losses.cross_entropy, losses.auxiliary, losses.z];
@@ -88,6 +88,7 @@ impl Trainer {
                 .for_each(|(sum, part)| *sum += share * part);
             tape.backward(&losses.total, share, &mut self.gradients)?;
         }
+        drop(weights); // else the update would copy what they share
         model.dist().sum(&mut sums)?;
         sum_gradients(model, &mut self.gradients)?;
         let norm = gradient_norm(&self.gradients, model.parameters.len())?;

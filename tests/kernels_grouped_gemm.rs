@@ -9,11 +9,15 @@ use routegrad::check::kernels::grouped_gemm::{
     Gather, Operands, Product, Product::*, Shape, TILES, problem,
 };
 use routegrad::check::kernels::{Guarded, values};
+use routegrad::device::Device;
 use routegrad::device::bindings::{ROUTEGRAD_TILE_AUTO, routegrad_gemm_tile};
 use routegrad::launch;
+use routegrad::ops::linear::linear;
+use routegrad::tape::{Gradients, Tape};
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
 use support::schedules::{counted, table, with_options};
+use support::tape::{close, tensor, var};
 use support::{check_cases, check_schedules, counts_agree, outputs, simulator};
 
 #[test]
@@ -29,6 +33,12 @@ fn input_gradient_is_within_half_an_ulp_of_float64() {
 #[test]
 fn weight_gradient_is_within_f32_roundoff_of_float64() {
     check_cases("grouped_gemm_weight_gradient");
+}
+
+#[test]
+fn parts_are_summed_within_f32_roundoff_of_float64() {
+    check_cases("sum_parts");
+    check_schedules("sum_parts");
 }
 
 #[test]
@@ -291,4 +301,30 @@ fn work_and_bytes_are_those_of_the_formula() {
             );
         }
     }
+}
+
+/// Rows enough for two parts, the second of which ends inside a k-tile.
+#[test]
+fn the_weight_gradient_of_a_small_projection_of_many_rows_is_taken_in_parts_and_agrees_with_the_cpu()
+ {
+    const ROWS: usize = 2100;
+    let run = |device| {
+        let (x, w) = (
+            var(0, [ROWS, 16], device, false),
+            var(1, [24, 16], device, true),
+        );
+        let mut store = Gradients::new(2);
+        for _ in 0..2 {
+            let tape = Tape::new();
+            let y = linear(&tape, &x, &w, None).unwrap();
+            tape.backward_from(&[(&y, tensor(3, [ROWS, 24], device))], &mut store)
+                .unwrap();
+        }
+        store.get(1).unwrap().clone()
+    };
+    let mut device = None;
+    let counters = counted(|| device = Some(run(Device::Sim)));
+    // Twice: forward, input gradient, weight gradient, and the sum of its parts.
+    assert_eq!(counters.launches, 8);
+    close("dW", &device.unwrap(), &run(Device::Cpu));
 }

@@ -498,6 +498,16 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
+    pub sum_parts: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut f32,
+            parts: *const f32,
+            count: i32,
+            elements: i64,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
     pub grouped_gemm_plan: ::std::option::Option<
         unsafe extern "C" fn(
             plan: *mut routegrad_gemm_plan,
@@ -880,7 +890,7 @@ pub struct routegrad_launchers {
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 448usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 456usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -962,100 +972,103 @@ const _: () = {
     ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_weight_gradient)
         - 192usize];
     [
+        "Offset of field: routegrad_launchers::sum_parts",
+    ][::std::mem::offset_of!(routegrad_launchers, sum_parts) - 200usize];
+    [
         "Offset of field: routegrad_launchers::grouped_gemm_plan",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 200usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 208usize];
     [
         "Offset of field: routegrad_launchers::grouped_swiglu_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_forward) - 208usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_forward) - 216usize];
     [
         "Offset of field: routegrad_launchers::grouped_down_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_down_forward) - 216usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_down_forward) - 224usize];
     [
         "Offset of field: routegrad_launchers::grouped_swiglu_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_backward) - 224usize];
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_backward) - 232usize];
     [
         "Offset of field: routegrad_launchers::grouped_swiglu_dot_columns",
     ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_dot_columns)
-        - 232usize];
+        - 240usize];
     [
         "Offset of field: routegrad_launchers::expert_sums",
-    ][::std::mem::offset_of!(routegrad_launchers, expert_sums) - 240usize];
+    ][::std::mem::offset_of!(routegrad_launchers, expert_sums) - 248usize];
     [
         "Offset of field: routegrad_launchers::expert_mean_update",
-    ][::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 248usize];
+    ][::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 256usize];
     [
         "Offset of field: routegrad_launchers::combine",
-    ][::std::mem::offset_of!(routegrad_launchers, combine) - 256usize];
+    ][::std::mem::offset_of!(routegrad_launchers, combine) - 264usize];
     [
         "Offset of field: routegrad_launchers::gate_gradient",
-    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 264usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 272usize];
     [
         "Offset of field: routegrad_launchers::norm_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, norm_forward) - 272usize];
+    ][::std::mem::offset_of!(routegrad_launchers, norm_forward) - 280usize];
     [
         "Offset of field: routegrad_launchers::norm_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, norm_backward) - 280usize];
+    ][::std::mem::offset_of!(routegrad_launchers, norm_backward) - 288usize];
     [
         "Offset of field: routegrad_launchers::norm_weight_gradient",
-    ][::std::mem::offset_of!(routegrad_launchers, norm_weight_gradient) - 288usize];
+    ][::std::mem::offset_of!(routegrad_launchers, norm_weight_gradient) - 296usize];
     [
         "Offset of field: routegrad_launchers::norm_partials",
-    ][::std::mem::offset_of!(routegrad_launchers, norm_partials) - 296usize];
+    ][::std::mem::offset_of!(routegrad_launchers, norm_partials) - 304usize];
     [
         "Offset of field: routegrad_launchers::attention_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, attention_forward) - 304usize];
+    ][::std::mem::offset_of!(routegrad_launchers, attention_forward) - 312usize];
     [
         "Offset of field: routegrad_launchers::attention_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, attention_backward) - 312usize];
+    ][::std::mem::offset_of!(routegrad_launchers, attention_backward) - 320usize];
     [
         "Offset of field: routegrad_launchers::attention_backward_workspace",
     ][::std::mem::offset_of!(routegrad_launchers, attention_backward_workspace)
-        - 320usize];
+        - 328usize];
     [
         "Offset of field: routegrad_launchers::head_logits",
-    ][::std::mem::offset_of!(routegrad_launchers, head_logits) - 328usize];
+    ][::std::mem::offset_of!(routegrad_launchers, head_logits) - 336usize];
     [
         "Offset of field: routegrad_launchers::cross_entropy_rows",
-    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_rows) - 336usize];
+    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_rows) - 344usize];
     [
         "Offset of field: routegrad_launchers::cross_entropy_mean",
-    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_mean) - 344usize];
+    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_mean) - 352usize];
     [
         "Offset of field: routegrad_launchers::gradient_scale",
-    ][::std::mem::offset_of!(routegrad_launchers, gradient_scale) - 352usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gradient_scale) - 360usize];
     [
         "Offset of field: routegrad_launchers::swiglu_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, swiglu_forward) - 360usize];
+    ][::std::mem::offset_of!(routegrad_launchers, swiglu_forward) - 368usize];
     [
         "Offset of field: routegrad_launchers::swiglu_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, swiglu_backward) - 368usize];
+    ][::std::mem::offset_of!(routegrad_launchers, swiglu_backward) - 376usize];
     [
         "Offset of field: routegrad_launchers::rope",
-    ][::std::mem::offset_of!(routegrad_launchers, rope) - 376usize];
+    ][::std::mem::offset_of!(routegrad_launchers, rope) - 384usize];
     [
         "Offset of field: routegrad_launchers::embedding_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_forward) - 384usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_forward) - 392usize];
     [
         "Offset of field: routegrad_launchers::embedding_order",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_order) - 392usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_order) - 400usize];
     [
         "Offset of field: routegrad_launchers::embedding_gradient",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_gradient) - 400usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_gradient) - 408usize];
     [
         "Offset of field: routegrad_launchers::embedding_parts",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_parts) - 408usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_parts) - 416usize];
     [
         "Offset of field: routegrad_launchers::adamw_update",
-    ][::std::mem::offset_of!(routegrad_launchers, adamw_update) - 416usize];
+    ][::std::mem::offset_of!(routegrad_launchers, adamw_update) - 424usize];
     [
         "Offset of field: routegrad_launchers::square_sums",
-    ][::std::mem::offset_of!(routegrad_launchers, square_sums) - 424usize];
+    ][::std::mem::offset_of!(routegrad_launchers, square_sums) - 432usize];
     [
         "Offset of field: routegrad_launchers::round_weights",
-    ][::std::mem::offset_of!(routegrad_launchers, round_weights) - 432usize];
+    ][::std::mem::offset_of!(routegrad_launchers, round_weights) - 440usize];
     [
         "Offset of field: routegrad_launchers::square_parts",
-    ][::std::mem::offset_of!(routegrad_launchers, square_parts) - 440usize];
+    ][::std::mem::offset_of!(routegrad_launchers, square_parts) - 448usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

@@ -229,8 +229,74 @@ pub(super) mod kernels {
         x: &Tensor,
     ) -> Result<()> {
         let (launchers, rows) = (x.device().launchers()?, dy.shape().rows() as i64);
+        let parts = parts(rows as usize, dw.shape()[0], dw.shape()[1]);
+        if parts > 1 {
+            return in_parts(dw, accumulate, dy, x, parts);
+        }
         // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
         unsafe { weight_gradient_of(launchers, dw, accumulate, dy.pointer(), x.pointer(), rows) }
+    }
+
+    /// Parts that the rows of a weight gradient `[outputs, inputs]` are cut into, so that its tiles (of
+    /// 128 x 256) fill the 132 multiprocessors of an H200. A part has 1024 rows or more. The same on every
+    /// device, since it decides the order of a sum.
+    fn parts(rows: usize, outputs: usize, inputs: usize) -> usize {
+        let tiles = outputs.div_ceil(128) * inputs.div_ceil(256);
+        (132 / tiles).min(rows / 1024).max(1)
+    }
+
+    /// [`weight_gradient`]: the rows as groups of a product of their own, whose results are summed.
+    fn in_parts(
+        dw: &mut Tensor,
+        accumulate: Accumulate,
+        dy: &Tensor,
+        x: &Tensor,
+        parts: usize,
+    ) -> Result<()> {
+        dw.expect_dtype("linear", "the weight's gradient", DType::F32)?;
+        let (device, rows) = (x.device(), dy.shape().rows());
+        let launchers = device.launchers()?;
+        let [outputs, inputs] = [0, 1].map(|i| dw.shape()[i]);
+        // Whole k-tiles of 64 rows, but for the last.
+        let height = rows.div_ceil(parts).div_ceil(64) * 64;
+        let offsets: Vec<i32> = (0..=parts).map(|p| (p * height).min(rows) as i32).collect();
+        let offsets = Tensor::from_slice([parts + 1], &offsets).on(device);
+        let mut each = Tensor::unspecified(device, DType::F32, [parts, outputs, inputs]);
+        let rows = rows as i64;
+        // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
+        unsafe {
+            launch!(
+                launchers,
+                grouped_gemm_weight_gradient(
+                    each.pointer_mut(),
+                    dy.pointer(),
+                    x.pointer(),
+                    offsets.pointer(),
+                    null(),
+                    null(),
+                    rows,
+                    rows,
+                    rows,
+                    parts as i32,
+                    outputs as i32,
+                    inputs as i32,
+                    0,
+                    TILE_AUTO,
+                    stream(),
+                )
+            )?;
+            launch!(
+                launchers,
+                sum_parts(
+                    dw.pointer_mut(),
+                    each.pointer(),
+                    parts as i32,
+                    dw.elements() as i64,
+                    (accumulate == Accumulate::Add).into(),
+                    stream(),
+                )
+            )
+        }
     }
 
     /// [`weight_gradient`] of so many rows from these places on.

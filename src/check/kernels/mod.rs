@@ -28,6 +28,7 @@ pub mod routed;
 pub mod router;
 pub mod router_backward;
 pub mod router_sample;
+pub mod sum_parts;
 pub mod swiglu;
 pub mod unit;
 
@@ -139,6 +140,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(cross_entropy::cases());
     all.extend(swiglu::cases());
     all.extend(adamw::cases());
+    all.extend(sum_parts::cases());
     all.extend(rope::cases());
     all.extend(embedding::cases());
     all

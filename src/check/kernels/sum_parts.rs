@@ -1,0 +1,72 @@
+//! Sums of the parts of a weight gradient (`sum_parts` of `kernels/grouped_gemm.cu`) against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+
+/// Buffers: out, parts.
+fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
+    let mut random = Random((count * elements) as u64);
+    let mut normals = |n: usize| -> Vec<f32> { (0..n).map(|_| random.normal()).collect() };
+    let (before, parts) = (normals(elements), normals(count * elements));
+    Problem {
+        label: format!("{count} parts of {elements}, accumulate {accumulate}"),
+        buffers: vec![
+            match accumulate {
+                true => Buffer::changed("out", &before),
+                false => Buffer::output("out", 4 * elements),
+            },
+            Buffer::input("parts", &parts),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    sum_parts(
+                        p[0].cast(),
+                        p[1].cast(),
+                        count as i32,
+                        elements as i64,
+                        accumulate.into(),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let mut errors = Errors::default();
+            for (i, got) in values::<f32>(&out[0]).into_iter().enumerate() {
+                let first = accumulate.then(|| before[i]);
+                let terms = || {
+                    let parts = (0..count).map(|p| parts[p * elements + i]);
+                    first.into_iter().chain(parts).map(f64::from)
+                };
+                let size: f64 = terms().map(f64::abs).sum();
+                let bound = count as f64 * F32_ROUNDOFF * size;
+                errors.add(f64::from(got), terms().sum(), bound, || {
+                    format!("element {i}")
+                })?;
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let sizes = [(1, 8), (3, 1000), (6, 4104), (8, 2048)];
+    let problems = sizes
+        .into_iter()
+        .flat_map(|(count, elements)| [(count, elements, false), (count, elements, true)])
+        .map(|(count, elements, add)| {
+            Box::new(move || Ok(problem(count, elements, add))) as MakeProblem
+        })
+        .collect();
+    vec![Case {
+        name: "sum_parts small".into(),
+        launcher: "sum_parts",
+        source: "grouped_gemm",
+        problems,
+        small: true,
+    }]
+}
