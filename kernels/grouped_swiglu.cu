@@ -4,7 +4,7 @@
 // columns 0 … F - 1, then up.
 //   forward   h[r] = W[e] x[t(r)]               x [X, D], W [E, 2F, D], gate first; h [R, 2F]
 //             a[r] = silu(gate) ⊙ up            a [R, F], from the f32 sums, not from h as rounded
-//   backward  dA'  = dout[t(r)] W[e]            dout [T, D], W [E, D, F], the down projection; dA' is not stored
+//   backward  dA'  = dout[t'(r)] W[e]           t'(r) is dout_row_token[r], or r where that is null; dout [X, D], W [E, D, F], the down projection; dA' is not stored
 //             A    = silu(gate) ⊙ up, from h    w_r = gates[t(r), e], gates [T, E] f32
 //             scaled_a[r] = w_r A               [R, F], for the gradient of W: Σ_r dout[t(r)] scaled_a[r]ᵀ
 //             dh[r] = w_r dA' ⊙ (up silu'(gate), silu(gate))        [R, 2F]
@@ -39,6 +39,7 @@ routegrad_status grouped_swiglu_forward(void* h, void* a, const void* x, const v
   const GemmArguments arguments{
       x,      w,       row_token, nullptr,
       x_rows, 2 * ffn, offsets,   product_sizes(ROUTEGRAD_GEMM_SWIGLU_FORWARD, rows, experts, 2 * ffn, hidden)};
+  if (!row_token) return launch_gemm<ROUTEGRAD_GEMM_SWIGLU_FORWARD, Gather::None>(arguments, store, tile, stream);
   return launch_gemm<ROUTEGRAD_GEMM_SWIGLU_FORWARD, Gather::A>(arguments, store, tile, stream);
 }
 
@@ -56,8 +57,8 @@ int dot_columns_of(int64_t rows, int experts, int hidden, int ffn, int tile) {
 
 routegrad_status grouped_swiglu_backward(void* dh, void* scaled_a, float* dots, const void* dout, const void* w,
                                          const void* h, const float* gates, const int32_t* offsets,
-                                         const int32_t* row_token, int64_t rows, int64_t dout_rows, int32_t experts,
-                                         int32_t hidden, int32_t ffn, int32_t dot_columns, int32_t tile,
+                                         const int32_t* row_token, const int32_t* dout_row_token, int64_t rows,
+                                         int64_t dout_rows, int32_t experts, int32_t hidden, int32_t ffn, int32_t dot_columns, int32_t tile,
                                          routegrad_stream stream) {
   REQUIRE_POINTER(grouped_swiglu_backward, dh);
   REQUIRE_POINTER(grouped_swiglu_backward, scaled_a);
@@ -68,7 +69,7 @@ routegrad_status grouped_swiglu_backward(void* dh, void* scaled_a, float* dots, 
   REQUIRE(grouped_swiglu_backward, h, h != dh, ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE_POINTER(grouped_swiglu_backward, gates);
   REQUIRE_GEMM_LAUNCH(grouped_swiglu_backward, ROUTEGRAD_GEMM_SWIGLU_BACKWARD, hidden, ffn, 1);
-  REQUIRE_HEIGHT(grouped_swiglu_backward, dout_rows, row_token);
+  REQUIRE_HEIGHT(grouped_swiglu_backward, dout_rows, dout_row_token);
   REQUIRE(grouped_swiglu_backward, dot_columns, dot_columns == dot_columns_of(rows, experts, hidden, ffn, tile),
           ROUTEGRAD_OUT_OF_RANGE);
   SwigluBackward epilogue{};
@@ -79,8 +80,10 @@ routegrad_status grouped_swiglu_backward(void* dh, void* scaled_a, float* dots, 
   if (const auto status = make_output(&epilogue.dh, dh, ffn, 2, rows)) return status;
   if (const auto status = make_output(&epilogue.scaled_a, scaled_a, ffn, 1, rows)) return status;
   const GemmArguments arguments{
-      dout,      w,      row_token, nullptr,
+      dout,      w,      dout_row_token, nullptr,
       dout_rows, hidden, offsets,   product_sizes(ROUTEGRAD_GEMM_SWIGLU_BACKWARD, rows, experts, hidden, ffn)};
+  if (!dout_row_token)
+    return launch_gemm<ROUTEGRAD_GEMM_SWIGLU_BACKWARD, Gather::None>(arguments, epilogue, tile, stream);
   return launch_gemm<ROUTEGRAD_GEMM_SWIGLU_BACKWARD, Gather::A>(arguments, epilogue, tile, stream);
 }
 

@@ -239,8 +239,9 @@ typedef struct routegrad_gemm_plan {
      int32_t tile, routegrad_stream stream))                                                                          \
   X(grouped_swiglu_backward,                                                                                          \
     (void* dh, void* scaled_a, float* dots, const void* dout, const void* w, const void* h, const float* gates,       \
-     const int32_t* offsets, const int32_t* row_token, int64_t rows, int64_t dout_rows, int32_t experts,              \
-     int32_t hidden, int32_t ffn, int32_t dot_columns, int32_t tile, routegrad_stream stream))                        \
+     const int32_t* offsets, const int32_t* row_token, const int32_t* dout_row_token, int64_t rows,                   \
+     int64_t dout_rows, int32_t experts, int32_t hidden, int32_t ffn, int32_t dot_columns, int32_t tile,              \
+     routegrad_stream stream))                                                                                        \
   /* On the host: how many parts the dots of a row have with this tile on the current device. */                       \
   X(grouped_swiglu_dot_columns, (int32_t* columns, int64_t rows, int32_t experts, int32_t hidden, int32_t ffn,        \
                                  int32_t tile))

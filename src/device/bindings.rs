@@ -565,6 +565,7 @@ pub struct routegrad_launchers {
             gates: *const f32,
             offsets: *const i32,
             row_token: *const i32,
+            dout_row_token: *const i32,
             rows: i64,
             dout_rows: i64,
             experts: i32,

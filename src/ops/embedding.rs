@@ -102,9 +102,13 @@ impl Op for Embedding {
 }
 
 /// The kernels.
-mod kernels {
+pub(super) mod kernels {
     use super::*;
 
+    /// `y_t = table[id_t]`; NaN for an id that is not in the table.
+    ///
+    /// # Errors
+    /// When a dtype or the width is not one of the kernel's.
     pub fn forward(y: &mut Tensor, table: &Tensor, ids: &Tensor) -> Result<()> {
         table.expect_dtype("embedding", "table", DType::Bf16)?;
         let (tokens, [vocabulary, width]) =

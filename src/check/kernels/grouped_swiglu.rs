@@ -261,6 +261,7 @@ pub fn backward_problem(
                         p[6].cast(),
                         offsets,
                         row_token,
+                        row_token,
                         rows,
                         dout_rows,
                         experts,
