@@ -99,6 +99,7 @@ fn call(launcher: &str, c: &Call) -> Result<()> {
                     gates,
                     offsets,
                     row_token,
+                    row_token,
                     c.rows,
                     c.tokens,
                     c.experts,
