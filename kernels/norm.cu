@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 2) norm_backward_kernel(const __grid
     row_gradient<LAYER>(gradient[0], gradient[1], team, s.parts, p, int64_t{first + i} * p.hidden);
   // The teams add their sums to those of the teams before, the last one stores.
   for (int turn = 0; turn < team.count; ++turn) {
-    __syncthreads();
+    if (turn > 0) __syncthreads();
     if (turn != team.index) continue;
 #pragma unroll
     for (int v = 0; v < Shared::kVectors; ++v)

@@ -31,19 +31,19 @@ DEV BoxPlace box_place(int first, int box, int k) {
   return MAJOR == Major::K ? BoxPlace{k, first + 64 * box} : BoxPlace{first + 64 * box, k};
 }
 
-// cp.async of `boxes` boxes by the first THREADS threads of the block: thread t copies chunk t % 8 of rows
-// t / 8 + THREADS / 8 · i. Rows of the product from `last` (K-major) or `last_k` (MN-major) on, and columns past the matrix, are
+// cp.async of `boxes` boxes by the 128 threads of the producer warpgroup: thread t copies chunk t % 8 of rows
+// t / 8 + 16 i. Rows of the product from `last` (K-major) or `last_k` (MN-major) on, and columns past the matrix, are
 // zero. The row index is read again for every box (from L1), since keeping the rows costs more registers than there
 // are.
-template <Major MAJOR, int THREADS = 128>
+template <Major MAJOR>
 DEV void copy_boxes(bf16* tile, const GemmOperand& operand, int boxes, int first, int last, int k, int last_k) {
   const int chunk = threadIdx.x % 8;
   for (int box = 0; box < boxes; ++box) {
     const BoxPlace place = box_place<MAJOR>(first, box, k);
     const int column = place.column + chunk * 8, end = MAJOR == Major::K ? last : last_k;
-#pragma unroll 4
-    for (int i = 0; i < 64 * 8 / THREADS; ++i) {
-      const int in_box = static_cast<int>(threadIdx.x) / 8 + THREADS / 8 * i, row = place.row + in_box;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int in_box = static_cast<int>(threadIdx.x) % 128 / 8 + 16 * i, row = place.row + in_box;
       const bool valid = row < end && column < operand.width;
       int64_t source = 0;
       if (valid)

@@ -34,11 +34,11 @@ struct GemmTraits {
   static constexpr int kLoadedColumns = B_MAJOR == Major::MN ? (COLUMNS + 63) / 64 * 64 : COLUMNS;
   static constexpr int kBoxesB = (kLoadedColumns + 63) / 64;
   // Without cp.async one thread issues everything. A ragged reduction ends inside a k-tile, which cp.async fills.
-  static constexpr bool kRaggedDepth = RAGGED_DEPTH, kCopies = RAGGED_DEPTH || GATHER != Gather::None;
+  static constexpr bool kCopies = RAGGED_DEPTH || GATHER != Gather::None;
   // Stages whose copies are still under way when the next stage's are issued. One stage must be left for the consumer
   // to finish and one to multiply, or the ring stands still.
-  static constexpr int kCopyLag = STAGES - 2;
-  static constexpr int kFullArrivals = 1 + (GATHER != Gather::None ? 4 : 0);
+  static constexpr int kCopyLag = GATHER == Gather::None ? 0 : STAGES - 2;
+  static constexpr int kFullArrivals = 1 + (kCopies ? 4 : 0);
   static constexpr int kEmptyArrivals = PINGPONG ? 4 : 8;
   // A tail of 64 rows is multiplied alone, unless the code for both cases would not fit the registers (ptxas 13.0
   // spills): at 176 columns, and before an epilogue that reads.
@@ -115,38 +115,6 @@ DEV void produce_by_tma(GemmShared<T>& s, const GemmOperand& a, const GemmOperan
   }
 }
 
-// ---- producer of a ragged reduction: one warp. Its first lane loads whole k-tiles by TMA; all copy the last, partial one.
-// (With four warps the waiting of 128 threads slowed the tensor cores down.)
-template <class T>
-DEV void produce_ragged_depth(GemmShared<T>& s, const GemmOperand& a, const GemmOperand& b,
-                              const typename T::Schedule& schedule) {
-  typename T::Schedule::Walk walk(schedule);
-  Ring<T::kStages> ring;
-  Tile tile;
-  const bool first_lane = threadIdx.x == 0;
-  while (walk.next(tile)) {
-    const int boxes = ceil_div(tile.rows, 64);
-    for (int k = tile.first_k; k < tile.last_k; k += kGemmDepth, ring.advance()) {
-      if (first_lane) mbar_wait(&s.empty[ring.stage], ring.parity ^ 1);
-      if (k + kGemmDepth <= tile.last_k) {
-        if (!first_lane) continue;
-        mbar_expect_tx(&s.full[ring.stage], boxes * kBoxBytes + T::kLoadedColumns * kGemmDepth * 2);
-        load_a_tma<T>(s, a, tile, boxes, k, ring.stage);
-        load_b_tma<T>(s, b, tile, 0, k, ring.stage);
-        continue;
-      }
-      __syncwarp();
-      copy_boxes<T::kMajorA, 32>(s.a[ring.stage], a, boxes, tile.row, tile.row + tile.rows, k, tile.last_k);
-      copy_boxes<T::kMajorB, 32>(s.b[ring.stage], b, T::kBoxesB, tile.column, 0, k, tile.last_k);
-      cp_async_commit();
-      cp_async_wait<0>();
-      fence_proxy_async();
-      __syncwarp();
-      if (first_lane) mbar_arrive(&s.full[ring.stage]);
-    }
-  }
-}
-
 // ---- producer with cp.async: four warps. A gathered operand is copied; so are both in the last, partial k-tile of a
 // ragged reduction. Thread 0 loads the rest by TMA.
 template <class T>
@@ -169,8 +137,7 @@ DEV void produce_with_copies(GemmShared<T>& s, const GemmOperand& a, const GemmO
     for (int k = tile.first_k; k < tile.last_k; k += kGemmDepth, ring.advance()) {
       const bool partial = kRaggedDepth && k + kGemmDepth > tile.last_k;
       const bool copy_a = T::kGather == Gather::A || partial, copy_b = T::kGather == Gather::B || partial;
-      if (threadIdx.x % 32 == 0) mbar_wait(&s.empty[ring.stage], ring.parity ^ 1);  // fewer threads that poll
-      __syncwarp();
+      mbar_wait(&s.empty[ring.stage], ring.parity ^ 1);
       if (threadIdx.x == 0) {
         mbar_expect_tx(&s.full[ring.stage],
                        (copy_a ? 0 : boxes * kBoxBytes) + (copy_b ? 0 : T::kLoadedColumns * kGemmDepth * 2));
@@ -304,10 +271,8 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   __syncthreads();
   if (threadIdx.x < 128) {
     setmaxnreg_dec<T::kProducerRegisters>();
-    if constexpr (T::kGather != Gather::None) {
+    if constexpr (T::kCopies) {
       produce_with_copies<T>(s, a, b, schedule);
-    } else if constexpr (T::kRaggedDepth) {
-      if (threadIdx.x < 32) produce_ragged_depth<T>(s, a, b, schedule);
     } else {
       if (threadIdx.x == 0) produce_by_tma<T>(s, a, b, schedule);
     }
