@@ -10,9 +10,6 @@
 // GEMM. R = `rows` is an upper bound: the host does not know offsets[E].
 // N and K multiples of 8, pointers 16-byte aligned.
 //
-//   sum_parts       out = or += Σ_p parts[p], p ascending    out [elements], parts [count, elements], f32: joins the parts
-//                   of a weight gradient whose rows were cut into groups so that it fills the GPU
-//
 // Deterministic: each output element belongs to one tile, and a tile's sum runs in one order.
 // FLOPs: 2·R·N·K each. Bytes: forward 2·(R·K + E·N·K + R·N), input gradient the same, weight gradient
 // 2·R·(N + K) + 4·E·N·K, and 4·E·N·K more to accumulate. Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
@@ -38,36 +35,7 @@ routegrad_status launch_ragged_k(GemmArguments arguments, float* dw, bool accumu
   return launch_gemm<ROUTEGRAD_GEMM_WEIGHT_GRADIENT, GATHER>(arguments, store, tile, stream);
 }
 
-constexpr int kSumThreads = 256;
-
-__global__ void __launch_bounds__(kSumThreads)
-    sum_parts_kernel(float4* out, const float4* parts, int count, int64_t chunks, bool accumulate) {
-  const int64_t at = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
-  if (at >= chunks) return;
-  float4 sum = accumulate ? ld_global(out + at) : make_float4(0, 0, 0, 0);
-#pragma unroll 4
-  for (int p = 0; p < count; ++p) {
-    const float4 part = ld_global_readonly(parts + p * chunks + at);
-    sum = make_float4(sum.x + part.x, sum.y + part.y, sum.z + part.z, sum.w + part.w);
-  }
-  st_global(out + at, sum);
-}
-
 }  // namespace
-
-routegrad_status sum_parts(float* out, const float* parts, int32_t count, int64_t elements, int32_t accumulate,
-                           routegrad_stream stream) {
-  REQUIRE_POINTER(sum_parts, out);
-  REQUIRE_POINTER(sum_parts, parts);
-  REQUIRE(sum_parts, count, 1 <= count && count <= 1 << 16, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE(sum_parts, elements, 1 <= elements && elements <= int64_t{1} << 36, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE_MULTIPLE_OF_8(sum_parts, elements);
-  REQUIRE(sum_parts, accumulate, accumulate == 0 || accumulate == 1, ROUTEGRAD_OUT_OF_RANGE);
-  const int64_t chunks = elements / 4;
-  return launch(sum_parts_kernel, {dim3(static_cast<uint32_t>((chunks + kSumThreads - 1) / kSumThreads)), kSumThreads},
-                stream, reinterpret_cast<float4*>(out), reinterpret_cast<const float4*>(parts), count, chunks,
-                accumulate != 0);
-}
 
 routegrad_status grouped_gemm_forward(void* out, const void* x, const void* w, const int32_t* offsets,
                                       const int32_t* row_token, int64_t rows, int64_t x_rows, int32_t experts,

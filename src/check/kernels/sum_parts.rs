@@ -1,4 +1,4 @@
-//! Sums of the parts of a weight gradient (`sum_parts` of `kernels/grouped_gemm.cu`) against float64.
+//! Sums of the parts of a weight gradient (`kernels/sum_parts.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, values};
@@ -65,7 +65,7 @@ pub fn cases() -> Vec<Case> {
     vec![Case {
         name: "sum_parts small".into(),
         launcher: "sum_parts",
-        source: "grouped_gemm",
+        source: "sum_parts",
         problems,
         small: true,
     }]
