@@ -52,6 +52,23 @@ struct Coefficients {
     gradient: f64,
 }
 
+impl Coefficients {
+    /// In the order and the dtype of `kernels/adamw.cu`.
+    fn tensor(self) -> Tensor {
+        let Coefficients {
+            beta1,
+            beta2,
+            rate,
+            second_scale,
+            eps,
+            keep,
+            gradient,
+        } = self;
+        let all = [beta1, beta2, rate, second_scale, eps, keep, gradient];
+        Tensor::from_slice([7], &all.map(|x| x as f32))
+    }
+}
+
 impl AdamW {
     /// An optimizer that has made no step, its moments zero.
     pub fn new(config: &TrainConfig, parameters: &[Parameter]) -> Self {
@@ -113,6 +130,22 @@ impl AdamW {
         self.steps += 1;
         let t = self.steps as f64;
         let [beta1, beta2] = self.betas;
+        let coefficients = |decays: bool| Coefficients {
+            beta1,
+            beta2,
+            rate: rate / (1.0 - beta1.powf(t)),
+            second_scale: 1.0 / (1.0 - beta2.powf(t)),
+            eps: self.eps,
+            keep: if decays {
+                1.0 - rate * self.weight_decay
+            } else {
+                1.0
+            },
+            gradient: scale,
+        };
+        let coefficients = [false, true].map(coefficients);
+        // Copied to a device once, not for every parameter.
+        let for_kernels = coefficients.map(Coefficients::tensor);
         for (i, (p, moments)) in parameters.iter_mut().zip(&mut self.moments).enumerate() {
             let zeros;
             let gradient = match gradients.get(i) {
@@ -122,22 +155,10 @@ impl AdamW {
                     &zeros
                 }
             };
-            let c = Coefficients {
-                beta1,
-                beta2,
-                rate: rate / (1.0 - beta1.powf(t)),
-                second_scale: 1.0 / (1.0 - beta2.powf(t)),
-                eps: self.eps,
-                keep: if p.decays {
-                    1.0 - rate * self.weight_decay
-                } else {
-                    1.0
-                },
-                gradient: scale,
-            };
+            let decays = usize::from(p.decays);
             let (m, v) = (&mut moments.first, &mut moments.second);
             if gradient.device() != Device::Cpu {
-                kernels::update(&mut p.value, m, v, gradient, c)?;
+                kernels::update(&mut p.value, m, v, gradient, &for_kernels[decays])?;
                 continue;
             }
             with_real!(p.value.dtype(), "adamw", |T| {
@@ -146,7 +167,7 @@ impl AdamW {
                     m.slice_mut(),
                     v.slice_mut(),
                     gradient.slice(),
-                    c,
+                    coefficients[decays],
                 );
                 Ok(())
             })?;
@@ -161,12 +182,13 @@ impl AdamW {
 /// When a dtype is not real.
 pub fn gradient_norm(gradients: &Gradients, parameters: usize) -> Result<f64> {
     let mut squares = 0.0;
-    let all = || (0..parameters).filter_map(|i| gradients.get(i));
-    let on_device: Vec<&Tensor> = all().filter(|g| g.device() != Device::Cpu).collect();
+    let (on_cpu, on_device): (Vec<&Tensor>, Vec<&Tensor>) = (0..parameters)
+        .filter_map(|i| gradients.get(i))
+        .partition(|g| g.device() == Device::Cpu);
     if !on_device.is_empty() {
         squares += kernels::sum_of_squares(&on_device)?;
     }
-    for g in all().filter(|g| g.device() == Device::Cpu) {
+    for g in on_cpu {
         squares += with_real!(g.dtype(), "gradient_norm", |T| {
             Ok(reference::sum_of_squares(g.slice::<T>()))
         })?;
@@ -183,26 +205,15 @@ mod kernels {
         m: &mut Tensor,
         v: &mut Tensor,
         gradient: &Tensor,
-        c: Coefficients,
+        coefficients: &Tensor,
     ) -> Result<()> {
         gradient.expect_dtype("adamw", "gradient", DType::F32)?;
         gradient.expect_shape("adamw", "gradient", w.shape())?;
-        let device = gradient.device();
-        let Coefficients {
-            beta1,
-            beta2,
-            rate,
-            second_scale,
-            eps,
-            keep,
-            gradient: scale,
-        } = c;
-        let numbers = [beta1, beta2, rate, second_scale, eps, keep, scale].map(|x| x as f32);
-        let coefficients = Tensor::from_slice([7], &numbers).on(device);
+        let launchers = gradient.device().launchers()?;
         // SAFETY: the tensors have the same number of elements.
         unsafe {
             launch!(
-                device.launchers()?,
+                launchers,
                 adamw_update(
                     w.pointer_mut(),
                     m.pointer_mut(),

@@ -196,7 +196,7 @@ impl Tape {
     /// Those of the operation.
     pub fn apply(&self, op: impl Op + 'static, inputs: &[&Var]) -> Result<Vec<Var>> {
         let tensors: Vec<&Tensor> = inputs.iter().map(|v| &v.tensor).collect();
-        let device = fallback::device_of(&tensors);
+        let device = fallback::device_of(inputs);
         if !op.runs_on(device) {
             let op = Fallback {
                 op,
@@ -218,8 +218,7 @@ impl Tape {
         inputs: &[&Var],
         forward: Forward,
     ) -> Vec<Var> {
-        let tensors: Vec<&Tensor> = inputs.iter().map(|v| &v.tensor).collect();
-        let device = fallback::device_of(&tensors);
+        let device = fallback::device_of(inputs);
         if device != Device::Cpu {
             fallback::count(op.name(), op.runs_on(device));
         }

@@ -107,13 +107,18 @@ impl Tensor {
 
     /// The raw bytes, to write; copies them first when the memory is shared.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
+        self.own_memory().bytes_mut()
+    }
+
+    /// The memory, to write; a copy when it is shared.
+    fn own_memory(&mut self) -> &mut Memory {
         if Arc::get_mut(&mut self.memory).is_none() {
             let mut own = Memory::unspecified(self.memory.bytes().len());
             own.bytes_mut().copy_from_slice(self.memory.bytes());
             self.memory = Arc::new(own);
         }
         match Arc::get_mut(&mut self.memory) {
-            Some(memory) => memory.bytes_mut(),
+            Some(memory) => memory,
             None => unreachable!("the memory was made unique above"),
         }
     }
@@ -168,15 +173,8 @@ impl Tensor {
     pub fn pointer_mut<T>(&mut self) -> *mut T {
         #[cfg(feature = "cuda")]
         if self.kernels_are_on_gpu() {
-            if Arc::get_mut(&mut self.memory).is_none() {
-                self.bytes_mut();
-            }
-            let memory = Arc::get_mut(&mut self.memory).map(Memory::gpu_address_mut);
-            return match memory {
-                Some(Ok(address)) => address as *mut T,
-                Some(Err(e)) => panic!("{e}"),
-                None => unreachable!("the memory was made unique above"),
-            };
+            let address = self.own_memory().gpu_address_mut();
+            return address.unwrap_or_else(|e| panic!("{e}")) as *mut T;
         }
         self.bytes_mut().as_mut_ptr().cast()
     }

@@ -8,15 +8,36 @@
 //! the pages back each time would cost a page fault per 4 KB.
 
 use bytemuck::{Pod, Zeroable};
-use std::collections::HashMap;
-use std::sync::{Mutex, OnceLock};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, OnceLock};
 
 /// The unit of allocation; its alignment (128 bytes) serves vector loads and the kernels' bulk copies.
 #[repr(C, align(128))]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Line([u8; 128]);
 
-static POOL: Mutex<Option<HashMap<usize, Vec<Vec<Line>>>>> = Mutex::new(None);
+/// Blocks that nobody uses, by their size.
+struct Pool<T>(Mutex<BTreeMap<usize, Vec<T>>>);
+
+impl<T> Pool<T> {
+    const fn new() -> Self {
+        Pool(Mutex::new(BTreeMap::new()))
+    }
+
+    fn blocks(&self) -> MutexGuard<'_, BTreeMap<usize, Vec<T>>> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn take(&self, size: usize) -> Option<T> {
+        self.blocks().get_mut(&size)?.pop()
+    }
+
+    fn give(&self, size: usize, block: T) {
+        self.blocks().entry(size).or_default().push(block);
+    }
+}
+
+static POOL: Pool<Vec<Line>> = Pool::new();
 
 /// A block, at least as long as was asked for.
 pub struct Memory {
@@ -94,12 +115,9 @@ struct Host(Vec<Line>);
 impl Host {
     fn new(bytes: usize) -> Self {
         let count = rounded_lines(bytes);
-        let pooled = POOL
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .as_mut()
-            .and_then(|pool| pool.get_mut(&count)?.pop());
-        let mut lines = pooled.unwrap_or_else(|| vec![Line::zeroed(); count]);
+        let mut lines = POOL
+            .take(count)
+            .unwrap_or_else(|| vec![Line::zeroed(); count]);
         if cfg!(debug_assertions) {
             lines.fill(Line([0xFF; 128]));
         }
@@ -114,25 +132,20 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.0);
-        let mut pool = POOL.lock().unwrap_or_else(|e| e.into_inner());
-        pool.get_or_insert_default()
-            .entry(lines.len())
-            .or_default()
-            .push(lines);
+        POOL.give(lines.len(), lines);
     }
 }
 
 /// The GPU's side of a block.
 #[cfg(feature = "cuda")]
 mod gpu {
-    use super::{Host, Memory, rounded_bytes};
+    use super::{Host, Memory, Pool, rounded_bytes};
     use crate::device::cuda::{self, DeviceMemory};
     use crate::device::timeline;
     use crate::error::Result;
-    use std::collections::HashMap;
     use std::sync::{Mutex, MutexGuard};
 
-    static POOL: Mutex<Option<HashMap<usize, Vec<DeviceMemory>>>> = Mutex::new(None);
+    static POOL: Pool<DeviceMemory> = Pool::new();
 
     /// Who wrote last.
     #[derive(Clone, Copy, Default, PartialEq)]
@@ -218,16 +231,11 @@ mod gpu {
     fn own(block: &mut Option<DeviceMemory>, bytes: usize) -> Result<&mut DeviceMemory> {
         if block.is_none() {
             let bytes = rounded_bytes(bytes as u64) as usize;
-            let pooled = POOL
-                .lock()
-                .unwrap_or_else(|e| e.into_inner())
-                .as_mut()
-                .and_then(|pool| pool.get_mut(&bytes)?.pop());
-            *block = Some(match pooled {
+            *block = Some(match POOL.take(bytes) {
                 Some(block) => block,
                 None => cuda::gpu()?.allocate(bytes).or_else(|_| {
                     // What the pool keeps for other sizes may be the room that is missing.
-                    POOL.lock().unwrap_or_else(|e| e.into_inner()).take();
+                    POOL.blocks().clear();
                     cuda::gpu()?.allocate(bytes)
                 })?,
             });
@@ -242,9 +250,7 @@ mod gpu {
         fn drop(&mut self) {
             // Launches run one after another, so that the next owner writes after the last has read.
             if let Some(block) = self.state().block.take() {
-                let mut pool = POOL.lock().unwrap_or_else(|e| e.into_inner());
-                let blocks = pool.get_or_insert_default();
-                blocks.entry(block.bytes()).or_default().push(block);
+                POOL.give(block.bytes(), block);
             }
         }
     }

@@ -41,11 +41,7 @@ impl Device {
     /// # Errors
     /// When the simulator cannot be loaded, or there is no GPU to use.
     pub fn prepare(self) -> Result<()> {
-        #[cfg(feature = "cuda")]
-        if self == Device::Cuda {
-            cuda::gpu()?;
-        }
-        if self == Device::Sim {
+        if self != Device::Cpu {
             let launchers = self.launchers()?;
             if let Some(mut options) = launchers.options() {
                 options.threads = rayon::current_num_threads() as i32;

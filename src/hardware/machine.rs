@@ -64,10 +64,7 @@ pub fn in_child(task: &Task, limit: f64) -> Result<Outcome> {
     if matches!(task.kind, Kind::Memcheck | Kind::Racecheck) {
         return Ok(sanitized(&text, status.code()));
     }
-    let told = text
-        .lines()
-        .rev()
-        .find_map(|line| serde_json::from_str::<Outcome>(line).ok());
+    let told = told(&text);
     Ok(told.unwrap_or_else(|| {
         let last: Vec<&str> = text.lines().rev().take(5).collect();
         Outcome::new(
@@ -134,6 +131,13 @@ fn ended_within(child: &mut Child, seconds: f64) -> Option<std::process::ExitSta
     None
 }
 
+/// The outcome that a task's process printed last.
+fn told(text: &str) -> Option<Outcome> {
+    text.lines()
+        .rev()
+        .find_map(|line| serde_json::from_str(line).ok())
+}
+
 /// What compute-sanitizer's text says.
 fn sanitized(text: &str, code: Option<i32>) -> Outcome {
     let summary = text
@@ -146,10 +150,7 @@ fn sanitized(text: &str, code: Option<i32>) -> Outcome {
         .filter(|line| line.starts_with("========="))
         .take(12)
         .collect();
-    let told = text
-        .lines()
-        .rev()
-        .find_map(|line| serde_json::from_str::<Outcome>(line).ok());
+    let told = told(text);
     let ran = told.as_ref().is_some_and(|o| o.ending == Ending::Passed);
     match summary {
         Some(summary) if ran && code == Some(0) => Outcome::new(Ending::Passed, summary),

@@ -281,7 +281,7 @@ mod kernels {
                     };
                     let x = x.cast();
                     product::weight_gradient_of(
-                        launchers, g.dweight, accumulate, dlogits, x, rows,
+                        launchers, g.dweight, accumulate, dlogits, x, rows, None,
                     )?;
                 }
             }

@@ -133,83 +133,105 @@ impl Selection {
 
 impl Selection {
     fn maps(&self, device: Device, rows: usize) -> Result<DeviceMaps> {
-        let launchers = device.launchers()?;
         let (tokens, experts) = (self.num_tokens(), self.num_experts);
-        let top_k = self.experts_per_token().filter(|k| *k > 0);
-        let slots = top_k.unwrap_or(experts);
-        let (t, e) = (tokens as i64, experts as i32);
-        let mut bytes = 0u64;
-        // SAFETY: it writes the size of the workspace.
-        unsafe {
-            launch!(
-                launchers,
-                dispatch_workspace(&mut bytes, t, e, slots as i32)
-            )
-        }?;
-        let new = |count: usize| Tensor::unspecified(device, DType::I32, [count]);
-        let mut offsets = new(experts + 1);
-        let (mut row_token, mut row_slot) = (new(rows.max(1)), new(rows.max(1)));
-        let mut slot_row = Tensor::unspecified(device, DType::I32, [tokens, slots]);
-        let mut fault = Tensor::from_slice([1], &[0i32]).on(device);
-        let mut workspace = new((bytes as usize).div_ceil(4));
-        let choices = top_k.map(|k| Tensor::from_slice([tokens, k], &self.slot_expert).on(device));
-        // SAFETY: the tensors have the shapes that dispatch.cu's header names.
-        unsafe {
-            match &choices {
-                Some(choices) => launch!(
-                    launchers,
-                    dispatch_choices(
-                        offsets.pointer_mut(),
-                        row_token.pointer_mut(),
-                        row_slot.pointer_mut(),
-                        slot_row.pointer_mut(),
-                        fault.pointer_mut(),
-                        workspace.pointer_mut(),
-                        choices.pointer(),
-                        t,
-                        e,
-                        slots as i32,
-                        rows as i64,
-                        stream(),
-                    )
-                )?,
-                None => {
-                    // One byte for each token and expert.
-                    let mut mask =
-                        Tensor::zeros(device, DType::I32, [(tokens * experts).div_ceil(4)]);
-                    let bytes = mask.bytes_mut();
-                    for token in 0..tokens {
-                        for &expert in self.experts(token) {
-                            bytes[token * experts + expert as usize] = 1;
-                        }
-                    }
-                    launch!(
-                        launchers,
-                        dispatch_mask(
-                            offsets.pointer_mut(),
-                            row_token.pointer_mut(),
-                            row_slot.pointer_mut(),
-                            slot_row.pointer_mut(),
-                            fault.pointer_mut(),
-                            workspace.pointer_mut(),
-                            mask.pointer(),
-                            t,
-                            e,
-                            rows.max(1) as i64,
-                            stream(),
-                        )
-                    )?;
-                }
+        if let Some(k) = self.experts_per_token().filter(|k| *k > 0) {
+            let choices = Tensor::from_slice([tokens, k], &self.slot_expert).on(device);
+            return maps_of(Chosen::Experts(choices), experts, rows);
+        }
+        // One byte for each token and expert.
+        let mut mask = Tensor::zeros(device, DType::I32, [(tokens * experts).div_ceil(4)]);
+        let bytes = mask.bytes_mut();
+        for token in 0..tokens {
+            for &expert in self.experts(token) {
+                bytes[token * experts + expert as usize] = 1;
             }
         }
-        Ok(DeviceMaps {
-            offsets,
-            row_token,
-            slot_row,
-            choices,
-            slots,
-        })
+        maps_of(Chosen::Mask { mask, tokens }, experts, rows)
     }
+}
+
+/// What tokens chose, as the kernels of `kernels/dispatch.cu` take it.
+pub(super) enum Chosen {
+    /// `[T, K]`.
+    Experts(Tensor),
+    /// A byte for each token and expert.
+    Mask { mask: Tensor, tokens: usize },
+}
+
+/// The maps that the kernels make of `rows` choices.
+///
+/// # Errors
+/// When a kernel fails.
+pub(super) fn maps_of(chosen: Chosen, experts: usize, rows: usize) -> Result<DeviceMaps> {
+    let (like, tokens, slots) = match &chosen {
+        Chosen::Experts(choices) => (choices, choices.shape()[0], choices.shape()[1]),
+        Chosen::Mask { mask, tokens } => (mask, *tokens, experts),
+    };
+    let (device, launchers) = (like.device(), like.device().launchers()?);
+    let (t, e) = (tokens as i64, experts as i32);
+    let mut bytes = 0u64;
+    // SAFETY: it writes the size of the workspace.
+    unsafe {
+        launch!(
+            launchers,
+            dispatch_workspace(&mut bytes, t, e, slots as i32)
+        )
+    }?;
+    let new = |count: usize| Tensor::unspecified(device, DType::I32, [count]);
+    let mut offsets = new(experts + 1);
+    let (mut row_token, mut row_slot) = (new(rows.max(1)), new(rows.max(1)));
+    let mut slot_row = Tensor::unspecified(device, DType::I32, [tokens, slots]);
+    let mut fault = Tensor::from_slice([1], &[0i32]).on(device);
+    let mut workspace = new((bytes as usize).div_ceil(4));
+    // SAFETY: the tensors have the shapes that dispatch.cu's header names.
+    unsafe {
+        match &chosen {
+            Chosen::Experts(choices) => launch!(
+                launchers,
+                dispatch_choices(
+                    offsets.pointer_mut(),
+                    row_token.pointer_mut(),
+                    row_slot.pointer_mut(),
+                    slot_row.pointer_mut(),
+                    fault.pointer_mut(),
+                    workspace.pointer_mut(),
+                    choices.pointer(),
+                    t,
+                    e,
+                    slots as i32,
+                    rows as i64,
+                    stream(),
+                )
+            )?,
+            Chosen::Mask { mask, .. } => launch!(
+                launchers,
+                dispatch_mask(
+                    offsets.pointer_mut(),
+                    row_token.pointer_mut(),
+                    row_slot.pointer_mut(),
+                    slot_row.pointer_mut(),
+                    fault.pointer_mut(),
+                    workspace.pointer_mut(),
+                    mask.pointer(),
+                    t,
+                    e,
+                    rows.max(1) as i64,
+                    stream(),
+                )
+            )?,
+        }
+    }
+    let choices = match chosen {
+        Chosen::Experts(choices) => Some(choices),
+        Chosen::Mask { .. } => None,
+    };
+    Ok(DeviceMaps {
+        offsets,
+        row_token,
+        slot_row,
+        choices,
+        slots,
+    })
 }
 
 /// The maps between slots and rows of a selection.

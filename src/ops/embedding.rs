@@ -6,6 +6,7 @@
 //! On a device with kernels (`kernels/embedding.cu`, `kernels/dispatch.cu`) the table is bf16, its
 //! gradient f32, and the ids are sorted there, a byte at a time.
 
+use super::dispatch::{Chosen, maps_of};
 use super::tokens;
 use crate::check::Case;
 use crate::cpu::{self, Accumulate};
@@ -168,62 +169,47 @@ pub(super) mod kernels {
     /// The tokens in the order of their ids, equal ids in the order of tokens; and the ids so.
     fn sorted(ids: &Tensor, vocabulary: usize) -> Result<(Tensor, Tensor)> {
         /// Values of a byte: the experts of the dispatch.
-        const BYTE: i32 = 256;
-        let (device, launchers) = (ids.device(), ids.device().launchers()?);
+        const BYTE: usize = 256;
         let tokens = ids.elements();
-        let count = tokens as i64;
-        let new = |count: usize| Tensor::unspecified(device, DType::I32, [count]);
-        let mut bytes = 0u64;
-        // SAFETY: it writes one number.
-        unsafe { launch!(launchers, dispatch_workspace(&mut bytes, count, BYTE, 1)) }?;
-        let (mut offsets, mut workspace) =
-            (new(BYTE as usize + 1), new((bytes as usize).div_ceil(4)));
-        let (mut row_token, mut row_slot, mut slot_row) = (new(tokens), new(tokens), new(tokens));
-        let mut fault = Tensor::from_slice([1], &[0i32]).on(device);
-        let (mut order, mut keys, mut previous) = (new(tokens), new(tokens), new(tokens));
         // An id outside the table sorts as V, so V must fit.
         let passes = (usize::BITS - vocabulary.leading_zeros()).div_ceil(8) as i32;
-        for pass in 0..=passes {
-            let earlier = |t: &Tensor| if pass == 0 { null() } else { t.pointer() };
-            let whole = pass == passes;
-            std::mem::swap(&mut order, &mut previous);
-            // SAFETY: the tensors have the shapes that the headers of embedding.cu and dispatch.cu name.
-            unsafe {
-                launch!(
-                    launchers,
-                    embedding_order(
-                        order.pointer_mut(),
-                        keys.pointer_mut(),
-                        earlier(&previous),
-                        earlier(&row_token),
-                        ids.pointer(),
-                        count,
-                        vocabulary as i32,
-                        if whole { 0 } else { 8 * pass },
-                        whole.into(),
-                        stream(),
-                    )
-                )?;
-                if !whole {
-                    launch!(
-                        launchers,
-                        dispatch_choices(
-                            offsets.pointer_mut(),
-                            row_token.pointer_mut(),
-                            row_slot.pointer_mut(),
-                            slot_row.pointer_mut(),
-                            fault.pointer_mut(),
-                            workspace.pointer_mut(),
-                            keys.pointer(),
-                            count,
-                            BYTE,
-                            1,
-                            count,
-                            stream(),
-                        )
-                    )?;
-                }
-            }
+        let mut so_far = None;
+        for pass in 0..passes {
+            let (order, byte) = next(ids, vocabulary, so_far.as_ref(), Some(8 * pass))?;
+            let maps = maps_of(Chosen::Experts(byte), BYTE, tokens)?;
+            so_far = Some((order, maps.row_token));
+        }
+        next(ids, vocabulary, so_far.as_ref(), None)
+    }
+
+    /// The tokens as `so_far` sorts them (an order, and a sort of it), and in that order a byte of their
+    /// ids, as many bits up as it is told, or the whole ids.
+    fn next(
+        ids: &Tensor,
+        vocabulary: usize,
+        so_far: Option<&(Tensor, Tensor)>,
+        byte: Option<i32>,
+    ) -> Result<(Tensor, Tensor)> {
+        let (device, tokens) = (ids.device(), ids.elements());
+        let new = || Tensor::unspecified(device, DType::I32, [tokens, 1]);
+        let (mut order, mut keys) = (new(), new());
+        // SAFETY: the tensors have the shapes that embedding.cu's header names.
+        unsafe {
+            launch!(
+                device.launchers()?,
+                embedding_order(
+                    order.pointer_mut(),
+                    keys.pointer_mut(),
+                    so_far.map_or(null(), |(order, _)| order.pointer()),
+                    so_far.map_or(null(), |(_, sort)| sort.pointer()),
+                    ids.pointer(),
+                    tokens as i64,
+                    vocabulary as i32,
+                    byte.unwrap_or(0),
+                    byte.is_none().into(),
+                    stream(),
+                )
+            )?;
         }
         Ok((order, keys))
     }

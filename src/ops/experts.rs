@@ -15,6 +15,7 @@ use super::dispatch::{DeviceMaps, Dispatch};
 use super::embedding;
 use super::expert_mean::{ExpertSums, Weighting};
 use super::grouped_linear::{Rows, grouped_linear};
+use super::linear::kernels as product;
 use super::swiglu::swiglu;
 use crate::cpu::Accumulate;
 use crate::device::launchers::{Launchers, TILE_AUTO};
@@ -278,36 +279,13 @@ impl Layer {
         launchers: &Launchers,
         dw: &mut Tensor,
         accumulate: Accumulate,
-        dout: &Tensor,
-        x: &Tensor,
+        [dout, x]: [&Tensor; 2],
         maps: &DeviceMaps,
     ) -> Result<()> {
-        dw.expect_dtype("experts", "a weight's gradient", DType::F32)?;
-        let (n, k) = (dw.shape()[1] as i32, dw.shape()[2] as i32);
+        let (dout, x, offsets) = (dout.pointer(), x.pointer(), Some(&maps.offsets));
         let rows = self.sizes.rows;
-        // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
-        unsafe {
-            launch!(
-                launchers,
-                grouped_gemm_weight_gradient(
-                    dw.pointer_mut(),
-                    dout.pointer(),
-                    x.pointer(),
-                    maps.offsets.pointer(),
-                    null(),
-                    null(),
-                    rows,
-                    rows,
-                    rows,
-                    self.sizes.experts,
-                    n,
-                    k,
-                    (accumulate == Accumulate::Add).into(),
-                    TILE_AUTO,
-                    stream(),
-                )
-            )
-        }
+        // SAFETY: both are sorted by expert, and the maps are theirs.
+        unsafe { product::weight_gradient_of(launchers, dw, accumulate, dout, x, rows, offsets) }
     }
 
     /// dw `[T, E]`: the dots of the rows on A, those of the default vectors off it.
@@ -425,11 +403,11 @@ impl Op for Layer {
             grads.none(1);
         }
         grads.write(3, down, |dw, accumulate| {
-            self.weight_gradient(launchers, dw, accumulate, &dy_rows, &weighted_a, maps)
+            self.weight_gradient(launchers, dw, accumulate, [&dy_rows, &weighted_a], maps)
         })?;
         grads.write(2, gate_up, |dw, accumulate| {
             let x = self.sorted(x, maps)?;
-            self.weight_gradient(launchers, dw, accumulate, &dh, &x, maps)
+            self.weight_gradient(launchers, dw, accumulate, [&dh, &x], maps)
         })?;
         grads.write(0, x, |dx, accumulate| {
             let mut rows = self.new_rows(x, s.hidden);

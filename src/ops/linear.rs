@@ -234,7 +234,10 @@ pub(super) mod kernels {
             return in_parts(dw, accumulate, dy, x, parts);
         }
         // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
-        unsafe { weight_gradient_of(launchers, dw, accumulate, dy.pointer(), x.pointer(), rows) }
+        unsafe {
+            let (dy, x) = (dy.pointer(), x.pointer());
+            weight_gradient_of(launchers, dw, accumulate, dy, x, rows, None)
+        }
     }
 
     /// Parts that the rows of a weight gradient `[outputs, inputs]` are cut into, so that its tiles (of
@@ -262,28 +265,17 @@ pub(super) mod kernels {
         let offsets: Vec<i32> = (0..=parts).map(|p| (p * height).min(rows) as i32).collect();
         let offsets = Tensor::from_slice([parts + 1], &offsets).on(device);
         let mut each = Tensor::unspecified(device, DType::F32, [parts, outputs, inputs]);
-        let rows = rows as i64;
         // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
         unsafe {
-            launch!(
+            let (dy, x) = (dy.pointer(), x.pointer());
+            weight_gradient_of(
                 launchers,
-                grouped_gemm_weight_gradient(
-                    each.pointer_mut(),
-                    dy.pointer(),
-                    x.pointer(),
-                    offsets.pointer(),
-                    null(),
-                    null(),
-                    rows,
-                    rows,
-                    rows,
-                    parts as i32,
-                    outputs as i32,
-                    inputs as i32,
-                    0,
-                    TILE_AUTO,
-                    stream(),
-                )
+                &mut each,
+                Accumulate::Assign,
+                dy,
+                x,
+                rows as i64,
+                Some(&offsets),
             )?;
             launch!(
                 launchers,
@@ -299,10 +291,11 @@ pub(super) mod kernels {
         }
     }
 
-    /// [`weight_gradient`] of so many rows from these places on.
+    /// [`weight_gradient`] of so many rows from these places on; with offsets `[G + 1]`, dw is `[G, outputs, inputs]`, a
+    /// matrix for each group of rows.
     ///
     /// # Safety
-    /// dy and x are bf16 arrays of `rows` rows, as wide as dw's outputs and inputs.
+    /// dy and x are bf16 arrays of `rows` rows, as wide as dw's outputs and inputs; the offsets end at most there.
     pub unsafe fn weight_gradient_of(
         launchers: &Launchers,
         dw: &mut Tensor,
@@ -310,9 +303,13 @@ pub(super) mod kernels {
         dy: *const c_void,
         x: *const c_void,
         rows: i64,
+        offsets: Option<&Tensor>,
     ) -> Result<()> {
-        let (outputs, inputs) = (dw.shape()[0] as i32, dw.shape()[1] as i32);
         dw.expect_dtype("linear", "the weight's gradient", DType::F32)?;
+        let (groups, outputs, inputs) = match *dw.shape() {
+            [groups, outputs, inputs] => (groups, outputs, inputs),
+            _ => (1, dw.shape()[0], dw.shape()[1]),
+        };
         // SAFETY: as the caller says.
         unsafe {
             launch!(
@@ -321,15 +318,15 @@ pub(super) mod kernels {
                     dw.pointer_mut(),
                     dy,
                     x,
-                    null(),
+                    offsets.map_or(null(), Tensor::pointer),
                     null(),
                     null(),
                     rows,
                     rows,
                     rows,
-                    1,
-                    outputs,
-                    inputs,
+                    groups as i32,
+                    outputs as i32,
+                    inputs as i32,
                     (accumulate == Accumulate::Add).into(),
                     TILE_AUTO,
                     stream(),

@@ -4,7 +4,7 @@
 //! Whatever a model needs, it runs; on a GPU the copies to the host and back cost time.
 //! [`take_ran`] says which operations ran how.
 
-use super::{Forward, Gradients, Grads, Op, Source};
+use super::{Forward, Gradients, Grads, Op, Source, Var};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::Result;
@@ -29,8 +29,8 @@ pub fn take_ran() -> BTreeMap<&'static str, Ran> {
 }
 
 /// Where the operation's kernels would run, if it has them.
-pub(super) fn device_of(inputs: &[&Tensor]) -> Device {
-    let mut devices = inputs.iter().map(|t| t.device());
+pub(super) fn device_of(inputs: &[&Var]) -> Device {
+    let mut devices = inputs.iter().map(|v| v.tensor.device());
     devices
         .find(|&device| device != Device::Cpu)
         .unwrap_or_default()

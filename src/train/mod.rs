@@ -182,7 +182,8 @@ impl<'a> Run<'a> {
             }
             let report = self.step(rate)?;
             let seconds = begun.elapsed().as_secs_f64();
-            if let Some(timeline) = timeline::finish()?.filter(|_| recorded) {
+            // It waits for the GPU, so only where it is asked for.
+            if recorded && let Some(timeline) = timeline::finish()? {
                 self.keep_timeline(&timeline)?;
             }
             let step = self.state.step;

@@ -154,10 +154,7 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     let i = inputs.clone();
     let mode = i.mode;
     let mut buffers = vec![
-        match mode.accumulate {
-            true => Buffer::changed("y", &i.before),
-            false => Buffer::output("y", i.before.len() * 2),
-        },
+        Buffer::added_to("y", &i.before, mode.accumulate),
         Buffer::input("rows_in", &i.rows),
         Buffer::input("gates", &i.routed.gates),
         Buffer::input("vectors", &i.vectors),

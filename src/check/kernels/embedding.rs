@@ -155,10 +155,7 @@ pub fn gradient_problem(
         .map(|&t| key(ids[t as usize], vocabulary))
         .collect();
     let buffers = vec![
-        match accumulate {
-            true => Buffer::changed("dw", &before),
-            false => Buffer::output("dw", 4 * vocabulary * hidden),
-        },
+        Buffer::added_to("dw", &before, accumulate),
         Buffer::workspace("parts", 4 * tokens.div_ceil(64) * 2 * hidden),
         Buffer::input("dy", &dy),
         Buffer::input("order", &order),

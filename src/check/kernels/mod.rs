@@ -76,6 +76,18 @@ impl Buffer {
             content: Content::Changed(bytemuck::cast_slice(values).to_vec()),
         }
     }
+
+    /// What is added to, or assigned whatever was there.
+    pub fn added_to<T: bytemuck::NoUninit>(
+        name: &'static str,
+        before: &[T],
+        accumulate: bool,
+    ) -> Self {
+        match accumulate {
+            true => Self::changed(name, before),
+            false => Self::output(name, size_of_val(before)),
+        }
+    }
     pub fn workspace(name: &'static str, bytes: usize) -> Self {
         Self {
             name,

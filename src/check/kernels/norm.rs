@@ -218,10 +218,7 @@ pub fn backward_problem(inputs: &Arc<Inputs>, added: Added, accumulate: bool) ->
     let runs = norm_runs(i.rows);
     let mut random = Random(i.hidden as u64 + 7);
     let before: Vec<f32> = (0..2 * i.hidden).map(|_| random.normal()).collect();
-    let parameter = |name, of: &[f32]| match accumulate {
-        true => Buffer::changed(name, of),
-        false => Buffer::output(name, 4 * of.len()),
-    };
+    let parameter = |name, of: &[f32]| Buffer::added_to(name, of, accumulate);
     let vectors = if i.kind == Layer { 2 } else { 1 };
     let buffers = vec![
         match added {
@@ -374,10 +371,7 @@ pub fn sum_problem(rows: usize, hidden: usize, accumulate: bool) -> Problem {
     }
     partials.extend(vec![f32::NAN; hidden]);
     let buffers = vec![
-        match accumulate {
-            true => Buffer::changed("gradient", &before),
-            false => Buffer::output("gradient", 4 * hidden),
-        },
+        Buffer::added_to("gradient", &before, accumulate),
         Buffer::input("partials", &partials),
     ];
     Problem {

@@ -12,10 +12,7 @@ fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
     Problem {
         label: format!("{count} parts of {elements}, accumulate {accumulate}"),
         buffers: vec![
-            match accumulate {
-                true => Buffer::changed("out", &before),
-                false => Buffer::output("out", 4 * elements),
-            },
+            Buffer::added_to("out", &before, accumulate),
             Buffer::input("parts", &parts),
         ],
         launch: Box::new(move |launchers, p, stream| {
