@@ -1,53 +1,86 @@
-// adamw: one update of a parameter, the sum of squares of its gradient, and the copy of it that other kernels read.
+// adamw: one update of all parameters, and the sums of squares of their gradients.
 //   adamw_update   g = scale·gradient;  m = β₁ m + (1 − β₁) g;  v = β₂ v + (1 − β₂) g²;
 //                  w = keep·w − rate·m / (√(v·second_scale) + ε)               (Loshchilov and Hutter, 1711.05101)
-//   square_sums    parts[b] = Σ gradient² over the b-th 8192 numbers, in f64; square_parts says how many parts there are
-//   round_weights  r = w as bf16, to nearest, ties away from zero
-// w, m, v, gradient [N] f32; r [N] bf16; parts f64. coefficients [7] f32, on the device so that a graph may be replayed
-// at another rate: β₁, β₂, rate = η / (1 − β₁ᵗ), second_scale = 1 / (1 − β₂ᵗ), ε, keep = 1 − ηλ or 1, scale.
-// Deterministic: no atomics; the order of each sum is fixed by N.
+//   square_sums    parts[b] = Σ gradient² over the numbers of block b, in f64
+// Both take a table of parameters (routegrad_parameter) whose numbers are cut into blocks of 8192: block_parameter[b] is the
+// parameter that block b works on, the first of a parameter's blocks stands in its row. A parameter without a gradient counts
+// as one whose gradient is 0.
 //
-// Bytes: update 28·N, square_sums 4·N, round_weights 6·N. FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s; for the
-// 7.33b model 48, 7 and 10 ms.
+// A value w is whole, in f32, or split: upper, w as bf16 to nearest with ties away from zero, which is what other kernels
+// read, and lower, an int16 with bits(w) = (upper << 16) + lower modulo 2^32. That is exact for every bit pattern.
+// The coefficients of decaying and other parameters come from `outcome` (step.cu), on the device, so that a graph may be
+// replayed at another rate; where it says that the step is refused, nothing is written.
+// Deterministic: no atomics; the order of each sum is fixed by the table.
+//
+// Bytes: update 28·N, square_sums 4·N. FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s; for the 7.33b model 48 and 7 ms.
 #include "common/simt.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kEach = 8;                        // numbers of a thread, kThreads apart
-constexpr int kBlockNumbers = kThreads * kEach;
-constexpr int kSquares = 32;                    // the same for square_sums
-constexpr int kPartNumbers = kThreads * kSquares;
+constexpr int kEach = 8;                              // numbers of a thread at a time, kThreads apart
+constexpr int kBlockNumbers = 8192;
+constexpr int kRound = kThreads * kEach;
 
-DEV int64_t place(int i, int each) { return int64_t{blockIdx.x} * kThreads * each + i * kThreads + threadIdx.x; }
+struct Place {
+  routegrad_parameter parameter;
+  int64_t first;  // of the block's numbers
+};
+
+DEV Place place(const routegrad_parameter* parameters, const int32_t* block_parameter) {
+  const routegrad_parameter* row = parameters + ld_global_readonly(block_parameter + blockIdx.x);
+  Place p{*row, 0};
+  p.first = (int64_t{blockIdx.x} - p.parameter.first_block) * kBlockNumbers;
+  return p;
+}
+
+DEV float ld_value(const routegrad_parameter& p, int64_t at) {
+  if (p.whole) return ld_global(p.whole + at);
+  const uint32_t upper = ld_global(p.upper + at);
+  return __uint_as_float((upper << 16) + static_cast<uint32_t>(static_cast<int32_t>(ld_global(p.lower + at))));
+}
+
+DEV void st_value(const routegrad_parameter& p, int64_t at, float w) {
+  if (p.whole) return st_global(p.whole + at, w);
+  const uint32_t bits = __float_as_uint(w), upper = (bits + 0x8000u) >> 16;
+  st_global(p.upper + at, static_cast<uint16_t>(upper));
+  st_global(p.lower + at, static_cast<int16_t>(bits - (upper << 16)));
+}
 
 __global__ void __launch_bounds__(kThreads)
-    adamw_update_kernel(float* w, float* m, float* v, const float* gradient, const float* coefficients, int64_t count) {
+    adamw_update_kernel(const routegrad_parameter* parameters, const int32_t* block_parameter,
+                        const routegrad_step_outcome* outcome) {
+  if (!ld_global_readonly(&outcome->accepted)) return;
+  const Place block = place(parameters, block_parameter);
+  const routegrad_parameter& p = block.parameter;
+  const float* coefficients = outcome->coefficients[p.decays ? 1 : 0];
   float c[7];
 #pragma unroll
   for (int i = 0; i < 7; ++i) c[i] = ld_global_readonly(coefficients + i);
   const float beta1 = c[0], beta2 = c[1], rate = c[2], second_scale = c[3], eps = c[4], keep = c[5], scale = c[6];
-  float old[kEach][4];  // all loads before the first store
+  for (int64_t from = block.first; from < block.first + kBlockNumbers && from < p.elements; from += kRound) {
+    float old[kEach][4];  // all loads before the first store
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int64_t at = place(i, kEach);
-    if (at >= count) continue;
-    old[i][0] = ld_global(w + at);
-    old[i][1] = ld_global(m + at);
-    old[i][2] = ld_global(v + at);
-    old[i][3] = ld_global_readonly(gradient + at);
-  }
+    for (int i = 0; i < kEach; ++i) {
+      const int64_t at = from + i * kThreads + threadIdx.x;
+      if (at >= p.elements) continue;
+      old[i][0] = ld_value(p, at);
+      old[i][1] = ld_global(p.first + at);
+      old[i][2] = ld_global(p.second + at);
+      old[i][3] = p.gradient ? ld_global_readonly(p.gradient + at) : 0.0f;
+    }
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int64_t at = place(i, kEach);
-    if (at >= count) continue;
-    const float g = old[i][3] * scale;
-    const float first = beta1 * old[i][1] + (1.0f - beta1) * g;
-    const float second = beta2 * old[i][2] + (1.0f - beta2) * (g * g);
-    st_global(m + at, first);
-    st_global(v + at, second);
-    st_global(w + at, keep * old[i][0] - rate * first / (sqrtf(second * second_scale) + eps));
+    for (int i = 0; i < kEach; ++i) {
+      const int64_t at = from + i * kThreads + threadIdx.x;
+      if (at >= p.elements) continue;
+      const float g = old[i][3] * scale;
+      const float first = beta1 * old[i][1] + (1.0f - beta1) * g;
+      const float second = beta2 * old[i][2] + (1.0f - beta2) * (g * g);
+      st_global(p.first + at, first);
+      st_global(p.second + at, second);
+      st_value(p, at, keep * old[i][0] - rate * first / (sqrtf(second * second_scale) + eps));
+    }
   }
 }
 
@@ -55,13 +88,16 @@ struct SquaresShared {
   double sum[kThreads];
 };
 
-__global__ void __launch_bounds__(kThreads) square_sums_kernel(double* parts, const float* gradient, int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    square_sums_kernel(double* parts, const routegrad_parameter* parameters, const int32_t* block_parameter) {
   DYNAMIC_SHARED(SquaresShared, s);
+  const Place block = place(parameters, block_parameter);
+  const routegrad_parameter& p = block.parameter;
   double sum = 0;
 #pragma unroll 8
-  for (int i = 0; i < kSquares; ++i) {
-    const int64_t at = place(i, kSquares);
-    const double g = at < count ? ld_global_readonly(gradient + at) : 0.0f;
+  for (int i = 0; i < kBlockNumbers / kThreads; ++i) {
+    const int64_t at = block.first + i * kThreads + threadIdx.x;
+    const double g = p.gradient && at < p.elements ? ld_global_readonly(p.gradient + at) : 0.0f;
     sum += g * g;
   }
   s.sum[threadIdx.x] = sum;
@@ -72,54 +108,29 @@ __global__ void __launch_bounds__(kThreads) square_sums_kernel(double* parts, co
   if (threadIdx.x == 0) st_global(parts + blockIdx.x, s.sum[0]);
 }
 
-__global__ void __launch_bounds__(kThreads) round_weights_kernel(uint16_t* r, const float* w, int64_t count) {
-#pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int64_t at = place(i, kEach);
-    if (at < count) st_global(r + at, static_cast<uint16_t>((__float_as_uint(ld_global_readonly(w + at)) + 0x8000u) >> 16));
-  }
-}
-
-uint32_t blocks_of(int64_t count, int size) { return static_cast<uint32_t>((count + size - 1) / size); }
-
 }  // namespace
 
-#define REQUIRE_NUMBERS(launcher) \
-  REQUIRE(launcher, numbers, 1 <= numbers && numbers <= int64_t{INT32_MAX} * kBlockNumbers, ROUTEGRAD_OUT_OF_RANGE)
+#define REQUIRE_BLOCKS(launcher) \
+  REQUIRE(launcher, blocks, 1 <= blocks && blocks <= INT32_MAX, ROUTEGRAD_OUT_OF_RANGE)
 
-routegrad_status adamw_update(float* w, float* m, float* v, const float* gradient, const float* coefficients,
-                              int64_t numbers, routegrad_stream stream) {
-  REQUIRE_POINTER(adamw_update, w);
-  REQUIRE_POINTER(adamw_update, m);
-  REQUIRE_POINTER(adamw_update, v);
-  REQUIRE_POINTER(adamw_update, gradient);
-  REQUIRE_POINTER(adamw_update, coefficients);
-  REQUIRE_NUMBERS(adamw_update);
-  return launch(adamw_update_kernel, {dim3(blocks_of(numbers, kBlockNumbers)), kThreads}, stream, w, m, v, gradient,
-                coefficients, numbers);
+routegrad_status adamw_update(const routegrad_parameter* parameters, const int32_t* block_parameter,
+                              const routegrad_step_outcome* outcome, int64_t blocks, routegrad_stream stream) {
+  REQUIRE_POINTER(adamw_update, parameters);
+  REQUIRE_POINTER(adamw_update, block_parameter);
+  REQUIRE_POINTER(adamw_update, outcome);
+  REQUIRE_BLOCKS(adamw_update);
+  return launch(adamw_update_kernel, {dim3(static_cast<uint32_t>(blocks)), kThreads}, stream, parameters, block_parameter,
+                outcome);
 }
 
-routegrad_status square_parts(uint64_t* parts, int64_t numbers) {
-  REQUIRE(square_parts, parts, parts != nullptr, ROUTEGRAD_NULL_POINTER);
-  REQUIRE_NUMBERS(square_parts);
-  *parts = blocks_of(numbers, kPartNumbers);
-  return ROUTEGRAD_OK;
-}
-
-routegrad_status square_sums(double* parts, const float* gradient, int64_t numbers, routegrad_stream stream) {
-  REQUIRE(square_sums, parts, parts != nullptr, ROUTEGRAD_NULL_POINTER);
-  REQUIRE_POINTER(square_sums, gradient);
-  REQUIRE_NUMBERS(square_sums);
-  return launch(square_sums_kernel, {dim3(blocks_of(numbers, kPartNumbers)), kThreads, shared_bytes<SquaresShared>},
-                stream, parts, gradient, numbers);
-}
-
-routegrad_status round_weights(void* r, const float* w, int64_t numbers, routegrad_stream stream) {
-  REQUIRE_POINTER(round_weights, r);
-  REQUIRE_POINTER(round_weights, w);
-  REQUIRE_NUMBERS(round_weights);
-  return launch(round_weights_kernel, {dim3(blocks_of(numbers, kBlockNumbers)), kThreads}, stream,
-                static_cast<uint16_t*>(r), w, numbers);
+routegrad_status square_sums(double* parts, const routegrad_parameter* parameters, const int32_t* block_parameter,
+                             int64_t blocks, routegrad_stream stream) {
+  REQUIRE_POINTER(square_sums, parts);
+  REQUIRE_POINTER(square_sums, parameters);
+  REQUIRE_POINTER(square_sums, block_parameter);
+  REQUIRE_BLOCKS(square_sums);
+  return launch(square_sums_kernel, {dim3(static_cast<uint32_t>(blocks)), kThreads, shared_bytes<SquaresShared>}, stream,
+                parts, parameters, block_parameter);
 }
 
 }  // namespace ROUTEGRAD_VARIANT

@@ -100,7 +100,9 @@ typedef struct routegrad_unit_box {
   ROUTEGRAD_SWIGLU_LAUNCHERS(X) \
   ROUTEGRAD_ROPE_LAUNCHERS(X) \
   ROUTEGRAD_EMBEDDING_LAUNCHERS(X) \
-  ROUTEGRAD_ADAMW_LAUNCHERS(X)
+  ROUTEGRAD_ADAMW_LAUNCHERS(X) \
+  ROUTEGRAD_STEP_LAUNCHERS(X) \
+  ROUTEGRAD_TALLY_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -330,14 +332,74 @@ typedef enum routegrad_weighting {
   /* On the host: floats of `parts`. */                                                                               \
   X(embedding_parts, (uint64_t* floats, int64_t tokens, int32_t hidden))
 
-// adamw.cu: the optimizer's update, the sum of squares of a gradient, and the weights as other kernels read them.
+// A parameter with its moments and gradient, in device memory. Its value is whole, or split into upper and lower.
+typedef struct routegrad_parameter {
+  float* whole;           // null where it is split
+  uint16_t* upper;        // bf16
+  int16_t* lower;
+  float* first;           // moments
+  float* second;
+  const float* gradient;  // null: 0
+  int64_t elements;
+  int64_t first_block;    // of its blocks of 8192 numbers, among those of all parameters
+  int32_t decays;
+  int32_t reserved;
+} routegrad_parameter;
+
+// What the host tells an optimizer step.
+typedef struct routegrad_step_settings {
+  double rate;
+  double clip;  // largest norm of the gradient; 0: any
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+} routegrad_step_settings;
+
+// What became of it.
+typedef struct routegrad_step_outcome {
+  uint64_t updates;   // accepted so far
+  double norm;        // of the gradient, before clipping
+  double losses[3];   // cross-entropy, auxiliary, z
+  int32_t accepted;
+  int32_t layer;      // the first MoE layer that raised a flag; -1
+  int32_t token;      // its first token whose logits were not finite, in the global batch; INT32_MAX
+  int32_t fault;      // its routegrad_fault bits
+  float coefficients[2][7];  // of parameters that do not and that do decay: beta1, beta2, rate, second_scale, eps, keep, scale
+} routegrad_step_outcome;
+
+// A tensor that a step may change, of 4-byte words, as it was before the step and as it is.
+typedef struct routegrad_state {
+  uint32_t* committed;
+  uint32_t* pending;
+  int64_t words;
+} routegrad_state;
+
+// adamw.cu: the optimizer's update of all parameters, and the sums of squares of their gradients.
 #define ROUTEGRAD_ADAMW_LAUNCHERS(X)                                                                                  \
-  X(adamw_update, (float* w, float* m, float* v, const float* gradient, const float* coefficients, int64_t numbers,   \
-                   routegrad_stream stream))                                                                          \
-  X(square_sums, (double* parts, const float* gradient, int64_t numbers, routegrad_stream stream))                    \
-  X(round_weights, (void* r, const float* w, int64_t numbers, routegrad_stream stream))                               \
-  /* On the host: numbers of `parts`. */                                                                              \
-  X(square_parts, (uint64_t* parts, int64_t numbers))
+  X(adamw_update, (const routegrad_parameter* parameters, const int32_t* block_parameter,                             \
+                   const routegrad_step_outcome* outcome, int64_t blocks, routegrad_stream stream))                   \
+  X(square_sums, (double* parts, const routegrad_parameter* parameters, const int32_t* block_parameter,               \
+                  int64_t blocks, routegrad_stream stream))
+
+// step.cu: what stands around the update.
+#define ROUTEGRAD_STEP_LAUNCHERS(X)                                                                                   \
+  X(losses_add, (double* sums, const float* cross_entropy, const float* auxiliary, const float* z, double share,      \
+                 int32_t first, routegrad_stream stream))                                                             \
+  X(step_decide, (routegrad_step_outcome* outcome, const routegrad_step_settings* settings, const double* losses,     \
+                  const int32_t* flags, const double* parts, int64_t count, int32_t layers, routegrad_stream stream)) \
+  X(state_commit, (const routegrad_state* states, const routegrad_step_outcome* outcome, int32_t count,               \
+                   int64_t most_words, routegrad_stream stream))
+
+// layer_tally.cu: what a MoE layer counts.
+#define ROUTEGRAD_TALLY_LAUNCHERS(X)                                                                                  \
+  X(layer_tally, (double* stats, double* load, int32_t* flags, float* fractions, const int32_t* offsets,              \
+                  const int32_t* first_non_finite, const int32_t* fault, const float* mean_entropy,                   \
+                  const double* entropy_parts, int64_t tokens, int64_t first_token, int32_t parts, int32_t experts,   \
+                  int32_t trains, int32_t first_of_stats, int32_t first_of_step, int32_t over_step,                   \
+                  routegrad_stream stream))                                                                           \
+  X(share_entropy, (double* parts, const float* scores, int64_t tokens, int32_t experts, routegrad_stream stream))    \
+  X(lossfree_update, (float* bias, const double* load, int32_t experts, float rate, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

@@ -9,7 +9,7 @@ use crate::check::{Fault, FaultGuard, normal_numbers};
 use crate::config::{Config, Layers};
 use crate::device::Device;
 use crate::error::Result;
-use crate::model::{Model, Parameter};
+use crate::model::Model;
 use crate::ops::dispatch::Selection;
 use crate::routers::{self, Disagreement, Pass, Phase};
 use crate::step::{StepReport, Trainer};
@@ -110,7 +110,10 @@ pub fn compare_step(
         let mut config = config.clone();
         config.train.device = device;
         let mut model = Model::new(&config)?;
-        model.parameters.iter_mut().for_each(round_to_bf16);
+        model
+            .parameters
+            .iter_mut()
+            .for_each(|p| p.value.round_to_bf16());
         for (layer, state) in model.layer_states_mut().iter_mut().enumerate() {
             state.record();
             if let Some(choices) = choices.get(layer) {
@@ -246,7 +249,7 @@ pub fn directional(config: &Config, tokens: usize, load: Load) -> Result<Vec<Dir
         };
         let gradient = gradient.to_f64()?;
         let (name, exact, start) = match model.parameters.get(input) {
-            Some(p) => (p.name.clone(), p.exact, p.value.to_f64()?),
+            Some(p) => (p.name.clone(), is_router(&p.name), p.value.to_f64()?),
             None => ("x".into(), false, x.to_f64()?),
         };
         let step = STEP * norm(&start) / norm(&gradient);
@@ -271,11 +274,9 @@ pub fn directional(config: &Config, tokens: usize, load: Load) -> Result<Vec<Dir
                     .on(Device::Sim);
                 return pass(&model, &x, Phase::Frozen, None);
             }
-            let shape = model.parameters[input].value.shape();
-            let old = std::mem::replace(
-                &mut model.parameters[input].value,
-                Tensor::from_slice(shape, values),
-            );
+            let old = model.parameters[input].value.clone();
+            let moved = Tensor::from_slice(old.shape(), values);
+            model.parameters[input].value.set(&moved);
             let value = pass(&model, &x, Phase::Frozen, None);
             model.parameters[input].value = old;
             value
@@ -302,9 +303,9 @@ fn random_rows(tokens: usize, width: usize) -> (Vec<f64>, Vec<f64>) {
     (x, normal_numbers(tokens * width, 902))
 }
 
-/// Makes the weights numbers that either device computes with.
-fn round_to_bf16(parameter: &mut Parameter) {
-    parameter.value = parameter.working(Device::Sim).widened().on(Device::Cpu);
+/// Whether a parameter is a router's weight, which operations read in f32 on every device.
+fn is_router(name: &str) -> bool {
+    name.ends_with(".gate.weight")
 }
 
 /// f32 numbers rounded to bf16.
@@ -343,25 +344,25 @@ fn prepared(config: &Config, device: Device, load: Load) -> Result<Model> {
         if shape.len() >= 2 {
             let spread = 1.0 / (shape.width() as f64).sqrt();
             let numbers = normal_numbers(shape.elements(), 500 + i as u64);
-            let values = p.value.slice_mut::<f32>().iter_mut();
-            values
-                .zip(numbers)
-                .for_each(|(w, x)| *w = (spread * x) as f32);
+            let numbers: Vec<f32> = numbers.iter().map(|x| (spread * x) as f32).collect();
+            p.value.set(&Tensor::from_slice(shape, &numbers));
         }
-        if p.exact {
-            let rows = p.value.slice_mut::<f32>().chunks_mut(width).enumerate();
-            for (expert, row) in rows.filter(|(e, _)| *e < experts) {
-                row[0] = match load {
-                    Load::Balanced => row[0],
-                    Load::Zipf => -1.5 * ((expert + 1) as f32).ln(),
-                    Load::OneHot if expert == experts / 2 => 12.0,
-                    Load::OddEmpty if expert % 2 == 1 => -12.0,
-                    Load::OneHot | Load::OddEmpty => 0.0,
-                    Load::Nobody => -12.0,
-                };
-            }
+        if is_router(&p.name) {
+            p.value.change(|value| {
+                let rows = value.slice_mut::<f32>().chunks_mut(width).enumerate();
+                for (expert, row) in rows.filter(|(e, _)| *e < experts) {
+                    row[0] = match load {
+                        Load::Balanced => row[0],
+                        Load::Zipf => -1.5 * ((expert + 1) as f32).ln(),
+                        Load::OneHot if expert == experts / 2 => 12.0,
+                        Load::OddEmpty if expert % 2 == 1 => -12.0,
+                        Load::OneHot | Load::OddEmpty => 0.0,
+                        Load::Nobody => -12.0,
+                    };
+                }
+            });
         }
-        round_to_bf16(p);
+        p.value.round_to_bf16();
     }
     Ok(model)
 }
@@ -418,7 +419,7 @@ fn differences(device: &[Named], cpu: &[Named]) -> Result<Vec<(String, f64)>> {
 /// one that only the CPU would have.
 fn margins(model: &Model, x: &[f64], flips: &[Disagreement]) -> Result<f64> {
     let width = model.config().hidden;
-    let Some(router) = model.parameters.iter().find(|p| p.exact) else {
+    let Some(router) = model.parameters.iter().find(|p| is_router(&p.name)) else {
         return Ok(0.0);
     };
     let w = router.value.to_f64()?;

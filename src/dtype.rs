@@ -9,6 +9,7 @@ pub enum DType {
     F64,
     F32,
     Bf16,
+    I16,
     I32,
 }
 
@@ -18,7 +19,7 @@ impl DType {
         match self {
             DType::F64 => 8,
             DType::F32 | DType::I32 => 4,
-            DType::Bf16 => 2,
+            DType::Bf16 | DType::I16 => 2,
         }
     }
 
@@ -37,6 +38,7 @@ impl fmt::Display for DType {
             DType::F64 => "f64",
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
+            DType::I16 => "i16",
             DType::I32 => "i32",
         })
     }
@@ -55,6 +57,9 @@ impl Element for f32 {
 }
 impl Element for half::bf16 {
     const DTYPE: DType = DType::Bf16;
+}
+impl Element for i16 {
+    const DTYPE: DType = DType::I16;
 }
 impl Element for i32 {
     const DTYPE: DType = DType::I32;

@@ -488,9 +488,9 @@ fn prepared(config: &Config, surrogate: bool) -> Result<Model> {
         };
         let spread = 1.0 / (fan_in as f64).sqrt();
         let numbers = normal_numbers(shape.elements(), 500 + i as u64);
-        for (w, x) in p.value.slice_mut::<f64>().iter_mut().zip(numbers) {
-            *w = spread * x;
-        }
+        let numbers: Vec<f64> = numbers.iter().map(|x| spread * x).collect();
+        p.value
+            .set(&crate::tensor::Tensor::from_slice(shape, &numbers));
     }
     Ok(model)
 }

@@ -9,9 +9,11 @@ mod moe;
 mod parameters;
 mod rows;
 mod score;
+mod weight;
 
 pub use parameters::{Parameter, Part};
 pub use score::Scored;
+pub use weight::{Places, Weight};
 
 use crate::config::{Config, ModelConfig};
 use crate::device::Device;
@@ -20,7 +22,7 @@ use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::ops::cross_entropy::{cross_entropy, token_losses};
 use crate::ops::linear::linear;
-use crate::routers::{self, LayerState, Pass, Router};
+use crate::routers::{self, DeviceTally, LayerState, Pass, Router};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -40,16 +42,31 @@ pub struct Model {
 /// The parameters as variables of a tape, leaves in their order.
 pub type Weights = Rc<[Var]>;
 
-/// The losses of one micro-batch: the total on the tape, its parts as numbers.
+/// The losses of one micro-batch, scalars on the tape.
 pub struct Losses {
-    /// Cross-entropy plus weighted auxiliary and z-loss, a scalar.
+    /// Cross-entropy plus weighted auxiliary and z-loss.
     pub total: Var,
     /// Mean cross-entropy of the next token, in nats.
-    pub cross_entropy: f64,
-    /// The auxiliary loss, coefficient and reduction over layers included.
-    pub auxiliary: f64,
-    /// The z-loss, coefficient and reduction over layers included.
-    pub z: f64,
+    pub cross_entropy: Var,
+    /// The auxiliary loss, coefficient and reduction over layers included, if there is one.
+    pub auxiliary: Option<Var>,
+    /// The z-loss, coefficient and reduction over layers included, if there is one.
+    pub z: Option<Var>,
+}
+
+impl Losses {
+    /// Cross-entropy, auxiliary and z-loss as numbers; waits for the kernels that form them.
+    ///
+    /// # Errors
+    /// When a loss is not real.
+    pub fn parts(&self) -> Result<[f64; 3]> {
+        let number = |loss: Option<&Var>| loss.map_or(Ok(0.0), |loss| loss.tensor().item());
+        Ok([
+            number(Some(&self.cross_entropy))?,
+            number(self.auxiliary.as_ref())?,
+            number(self.z.as_ref())?,
+        ])
+    }
 }
 
 impl Model {
@@ -76,7 +93,12 @@ impl Model {
     ) -> Result<Self> {
         router.validate(&config.model)?;
         config.train.device.prepare()?;
-        let mut layout = Layout::new(&config.model, config.train.dtype.dtype(), config.train.seed);
+        let mut layout = Layout::new(
+            &config.model,
+            config.train.dtype.dtype(),
+            config.train.device,
+            config.train.seed,
+        );
         let graph = Graph::new(&mut layout, config, router, dist)?;
         Ok(Model {
             parameters: layout.into_parameters(),
@@ -105,7 +127,7 @@ impl Model {
         self.parameters
             .iter()
             .enumerate()
-            .map(|(i, p)| Var::parameter(p.working(self.graph.device), i))
+            .map(|(i, p)| Var::parameter(p.value.working().clone(), i))
             .collect()
     }
 
@@ -117,6 +139,11 @@ impl Model {
     /// The state of the MoE layers, to change.
     pub fn layer_states_mut(&self) -> RefMut<'_, Vec<LayerState>> {
         self.graph.states.borrow_mut()
+    }
+
+    /// The flags of all MoE layers in device memory, if they are there.
+    pub(crate) fn device_tally(&self) -> Option<Rc<DeviceTally>> {
+        self.graph.tally.clone()
     }
 
     /// What is summed over the ranks of the run.

@@ -11,15 +11,17 @@ pub mod lossfree;
 pub mod remoe;
 pub mod sparsemixer;
 mod state;
+mod tally;
 pub mod topk;
 
 pub use state::{Disagreement, LayerPass, LayerState, LayerStats, Pass, Phase};
+pub(crate) use tally::DeviceTally;
 
 use crate::config::{ModelConfig, RouterConfig, nearest};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
-use crate::ops::dispatch::{Dispatch, Selection};
+use crate::ops::dispatch::Dispatch;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
 use crate::ops::renormalize::renormalize;
 use crate::ops::routing::Scores;
@@ -39,7 +41,7 @@ pub struct Routing {
     /// The experts that run for each token.
     pub dispatch: Rc<Dispatch>,
     /// The experts that count as chosen, where those that run are others.
-    pub chosen: Option<Selection>,
+    pub chosen: Option<Rc<Dispatch>>,
     /// The loss of a router with [`Balance::Own`], a scalar with its coefficient.
     pub penalty: Option<Var>,
 }
@@ -75,10 +77,8 @@ impl Routing {
     }
 
     /// The experts whose counts balance losses and statistics see.
-    pub fn chosen(&self) -> &Selection {
-        self.chosen
-            .as_ref()
-            .unwrap_or_else(|| self.dispatch.selection())
+    pub fn chosen(&self) -> &Dispatch {
+        self.chosen.as_ref().unwrap_or(&self.dispatch)
     }
 }
 

@@ -6,12 +6,14 @@
 //! ranks make the same update, or refuse it for the same reason.
 
 use crate::config::TrainConfig;
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::optim::{AdamW, gradient_norm};
-use crate::routers::{LayerStats, Pass, Phase};
+use crate::optim::{AdamW, DeviceStep, Outcome, gradient_norm};
+use crate::routers::{LayerState, LayerStats, Pass, Phase};
 use crate::tape::{Gradients, Tape};
+use crate::tensor::Tensor;
 use std::cmp::Ordering;
 
 /// What a step did.
@@ -34,14 +36,18 @@ pub struct Trainer {
     pub optimizer: AdamW,
     gradients: Gradients,
     clip: f64,
+    /// What the end of a step needs on a device with kernels.
+    device: Option<DeviceStep>,
 }
 
 impl Trainer {
     pub fn new(config: &TrainConfig, model: &Model) -> Self {
+        let device = model.device();
         Trainer {
             optimizer: AdamW::new(config, &model.parameters),
             gradients: Gradients::new(model.parameters.len()),
             clip: config.gradient_clip,
+            device: (device != Device::Cpu).then(|| DeviceStep::new(device, &model.parameters)),
         }
     }
 
@@ -53,6 +59,9 @@ impl Trainer {
     /// Trains on `micro_batches`, each `[sequences, S + 1]` tokens of `sequences` sequences, this
     /// rank's part of them, at learning rate `rate`. The loss is the mean over all of them.
     ///
+    /// On a device with kernels the whole step is launched without waiting for any of it, and what
+    /// became of it is read at its end.
+    ///
     /// # Errors
     /// When the tokens do not fit the model, the ranks do not share them equally, or an operation
     /// fails.
@@ -63,6 +72,22 @@ impl Trainer {
         sequences: usize,
         rate: f64,
     ) -> Result<StepReport> {
+        let sums = self.launch(model, micro_batches, sequences, rate)?;
+        self.report(model, sums)
+    }
+
+    /// The step up to its update, which on a device with kernels includes it. Gives the summed
+    /// losses where the host knows them.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn launch(
+        &mut self,
+        model: &mut Model,
+        micro_batches: &[&[i32]],
+        sequences: usize,
+        rate: f64,
+    ) -> Result<Launched> {
         let n = micro_batches.len();
         let (rank, ranks) = (model.dist().rank(), model.dist().size());
         equal_shares(model.dist(), micro_batches, sequences)?;
@@ -82,15 +107,73 @@ impl Trainer {
             };
             let tape = Tape::new();
             let losses = model.loss(&tape, &weights, tokens, sequences, pass)?;
-            let parts = [losses.cross_entropy, losses.auxiliary, losses.z];
-            sums.iter_mut()
-                .zip(parts)
-                .for_each(|(sum, part)| *sum += share * part);
+            match &mut self.device {
+                Some(device) => device.add_losses(&losses, share, m == 0)?,
+                None => {
+                    let parts = losses.parts()?;
+                    sums.iter_mut()
+                        .zip(parts)
+                        .for_each(|(sum, part)| *sum += share * part);
+                }
+            }
             tape.backward(&losses.total, share, &mut self.gradients)?;
         }
         drop(weights); // else the update would copy what they share
-        model.dist().sum(&mut sums)?;
         sum_gradients(model, &mut self.gradients)?;
+        if let Some(device) = &mut self.device {
+            let settings = self.optimizer.settings(rate, self.clip);
+            let tally = model.device_tally();
+            let flags = tally.as_ref().map(|t| t.flags());
+            if ranks > 1 {
+                device.agree(flags, model.dist())?;
+            }
+            let (optimizer, gradients) = (&mut self.optimizer, &self.gradients);
+            device.update(optimizer, &mut model.parameters, gradients, flags, settings)?;
+            // Whatever a refused step leaves pending is forgotten by the commitment.
+            model.end_step()?;
+            device.commit(&mut model.layer_states_mut())?;
+        }
+        Ok(Launched { sums, rate })
+    }
+
+    /// What became of a launched step.
+    ///
+    /// # Errors
+    /// When a sum over ranks or the update on the CPU fails.
+    pub fn report(&mut self, model: &mut Model, launched: Launched) -> Result<StepReport> {
+        let (sums, norm, refused) = match &mut self.device {
+            Some(device) => {
+                let outcome = device.outcome(&mut self.optimizer);
+                model
+                    .layer_states_mut()
+                    .iter_mut()
+                    .for_each(LayerState::begin_step);
+                (outcome.losses, outcome.norm, refusal_of(&outcome))
+            }
+            None => self.update_on_cpu(model, launched)?,
+        };
+        let mut states = model.layer_states_mut();
+        let layers = states
+            .iter_mut()
+            .map(|state| state.take_stats().over_ranks(model.dist()))
+            .collect::<Result<_>>()?;
+        let [cross_entropy, auxiliary, z] = sums;
+        Ok(StepReport {
+            cross_entropy,
+            auxiliary,
+            z,
+            gradient_norm: norm,
+            refused,
+            layers,
+        })
+    }
+
+    fn update_on_cpu(
+        &mut self,
+        model: &mut Model,
+        Launched { mut sums, rate }: Launched,
+    ) -> Result<([f64; 3], f64, Option<String>)> {
+        model.dist().sum(&mut sums)?;
         let norm = gradient_norm(&self.gradients, model.parameters.len())?;
         let refused = refusal(model, sums[0], norm)?;
         if refused.is_none() {
@@ -103,28 +186,37 @@ impl Trainer {
                 .update(&mut model.parameters, &self.gradients, rate, scale)?;
             model.end_step()?;
         }
-        let mut states = model.layer_states_mut();
-        let layers = states
-            .iter_mut()
-            .map(|state| {
-                if refused.is_none() {
-                    state.commit()
-                } else {
-                    state.discard()
-                }
-                state.take_stats().over_ranks(model.dist())
-            })
-            .collect::<Result<_>>()?;
-        let [cross_entropy, auxiliary, z] = sums;
-        Ok(StepReport {
-            cross_entropy,
-            auxiliary,
-            z,
-            gradient_norm: norm,
-            refused,
-            layers,
-        })
+        for state in model.layer_states_mut().iter_mut() {
+            match refused {
+                None => state.commit(),
+                Some(_) => state.discard(),
+            }
+        }
+        Ok((sums, norm, refused))
     }
+}
+
+/// A step between its launch and its report.
+pub struct Launched {
+    sums: [f64; 3],
+    rate: f64,
+}
+
+/// What was not finite in a step on a device with kernels.
+fn refusal_of(outcome: &Outcome) -> Option<String> {
+    if outcome.accepted != 0 {
+        return None;
+    }
+    Some(match outcome {
+        o if o.layer >= 0 && o.token < i32::MAX => logits_of(o.layer as usize, o.token as usize),
+        o if o.layer >= 0 => format!("the dispatch of MoE layer {} (fault {})", o.layer, o.fault),
+        o if !o.losses[0].is_finite() => "the loss".into(),
+        _ => "the gradient".into(),
+    })
+}
+
+fn logits_of(layer: usize, token: usize) -> String {
+    format!("router logits of MoE layer {layer}, token {token}")
 }
 
 /// Refuses micro-batches whose equal weight would not make the mean over the global batch.
@@ -151,7 +243,10 @@ fn sum_gradients(model: &Model, gradients: &mut Gradients) -> Result<()> {
     for (i, parameter) in model.parameters.iter().enumerate() {
         // A rank without a gradient counts with zeros.
         gradients
-            .get_or_zeros(i, &parameter.value)
+            .get_or(i, || {
+                let value = &parameter.value;
+                Tensor::zeros(value.device(), value.dtype(), value.shape())
+            })
             .sum_over_ranks(dist)?;
     }
     Ok(())
@@ -172,7 +267,7 @@ fn refusal(model: &Model, loss: f64, norm: f64) -> Result<Option<String>> {
     let first = first.min_by(|a, b| a.partial_cmp(b).unwrap_or(Ordering::Equal));
     Ok(match first {
         Some((layer, token)) if layer.is_finite() => {
-            Some(format!("router logits of MoE layer {layer}, token {token}"))
+            Some(logits_of(layer as usize, token as usize))
         }
         _ if !loss.is_finite() => Some("the loss".into()),
         _ => (!norm.is_finite()).then(|| "the gradient".into()),

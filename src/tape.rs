@@ -13,6 +13,7 @@ pub use gradients::{Gradients, Grads};
 
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::shape::Shape;
 use crate::tensor::Tensor;
 use fallback::Fallback;
 use std::cell::RefCell;
@@ -288,8 +289,10 @@ impl Tape {
     /// # Errors
     /// When `loss` is not a real scalar, or an operation fails.
     pub fn backward(self, loss: &Var, scale: f64, store: &mut Gradients) -> Result<()> {
-        loss.tensor.item()?;
-        let mut seed = loss.tensor.unspecified_like();
+        loss.tensor
+            .expect_shape("backward", "a loss", Shape::from([]))?;
+        let (shape, dtype) = (loss.tensor.shape(), loss.tensor.dtype());
+        let mut seed = Tensor::unspecified(loss.tensor.device(), dtype, shape);
         crate::with_real!(seed.dtype(), "backward", |T| {
             seed.slice_mut::<T>()[0] = crate::dtype::Real::of(scale);
             Ok::<(), Error>(())

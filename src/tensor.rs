@@ -11,6 +11,7 @@ use crate::with_real;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// An array of elements of one dtype on one device.
@@ -110,11 +111,44 @@ impl Tensor {
         self.own_memory().bytes_mut()
     }
 
+    /// A copy of some of the raw bytes, for large tensors on their way to a file: where kernels wrote them, no copy stays
+    /// with the tensor.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn copied_bytes(&self, range: Range<usize>) -> Result<Vec<u8>> {
+        self.memory.copied(range)
+    }
+
+    /// A copy of consecutive elements from `first` on, made where they are.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    ///
+    /// # Panics
+    /// When there are fewer elements.
+    pub fn part(&self, first: usize, shape: impl Into<Shape>) -> Result<Self> {
+        let (shape, size) = (shape.into(), self.dtype.size());
+        assert!(
+            first + shape.elements() <= self.elements(),
+            "elements of the part"
+        );
+        let bytes = first * size..(first + shape.elements()) * size;
+        Ok(Tensor {
+            memory: Arc::new(self.memory.duplicate(bytes)?),
+            shape,
+            ..*self
+        })
+    }
+
     /// The memory, to write; a copy when it is shared.
+    ///
+    /// # Panics
+    /// When the device has no room for a copy.
     fn own_memory(&mut self) -> &mut Memory {
         if Arc::get_mut(&mut self.memory).is_none() {
-            let mut own = Memory::unspecified(self.memory.bytes().len());
-            own.bytes_mut().copy_from_slice(self.memory.bytes());
+            let all = 0..self.elements() * self.dtype.size();
+            let own = self.memory.duplicate(all).unwrap_or_else(|e| panic!("{e}"));
             self.memory = Arc::new(own);
         }
         match Arc::get_mut(&mut self.memory) {
@@ -153,17 +187,13 @@ impl Tensor {
         out
     }
 
-    /// Address of the elements for a kernel that reads them.
+    /// Address of the elements for a kernel of the tensor's device that reads them.
     ///
     /// # Panics
-    /// When the GPU has no room.
+    /// When the device has no room, or no kernels.
     pub fn pointer<T>(&self) -> *const T {
-        #[cfg(feature = "cuda")]
-        if self.kernels_are_on_gpu() {
-            let address = self.memory.gpu_address();
-            return address.unwrap_or_else(|e| panic!("{e}")) as *const T;
-        }
-        self.memory.bytes().as_ptr().cast()
+        let address = self.memory.address(self.device);
+        address.unwrap_or_else(|e| panic!("{e}")) as *const T
     }
 
     /// Address of the elements for a kernel that writes them; copies them first when shared.
@@ -171,22 +201,9 @@ impl Tensor {
     /// # Panics
     /// As [`pointer`](Self::pointer).
     pub fn pointer_mut<T>(&mut self) -> *mut T {
-        #[cfg(feature = "cuda")]
-        if self.kernels_are_on_gpu() {
-            let address = self.own_memory().gpu_address_mut();
-            return address.unwrap_or_else(|e| panic!("{e}")) as *mut T;
-        }
-        self.bytes_mut().as_mut_ptr().cast()
-    }
-
-    /// Small arrays, such as the tokens, are made on `cpu` and go to whatever kernels read them.
-    #[cfg(feature = "cuda")]
-    fn kernels_are_on_gpu(&self) -> bool {
-        match self.device {
-            Device::Cuda => true,
-            Device::Cpu => crate::device::cuda::opened().is_some(),
-            Device::Sim => false,
-        }
+        let device = self.device;
+        let address = self.own_memory().address_mut(device);
+        address.unwrap_or_else(|e| panic!("{e}")) as *mut T
     }
 
     /// Replaces the elements of a real tensor by their sums over the ranks, taken in f64.

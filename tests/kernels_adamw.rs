@@ -2,16 +2,26 @@
 
 mod support;
 
+use routegrad::device::bindings::routegrad_step_outcome as Outcome;
 use routegrad::launch;
 use std::ptr::null_mut;
 use support::refusals::{NULL, OUT_OF_RANGE, refused, refuses_pointers};
 use support::schedules::table;
 use support::{check_cases, check_schedules};
 
-const LAUNCHERS: [&str; 3] = ["adamw_update", "square_sums", "round_weights"];
+const LAUNCHERS: [&str; 8] = [
+    "adamw_update",
+    "square_sums",
+    "losses_add",
+    "step_decide",
+    "state_commit",
+    "layer_tally",
+    "share_entropy",
+    "lossfree_update",
+];
 
 #[test]
-fn updates_sums_and_rounded_weights_are_within_roundoff_of_float64() {
+fn updates_decisions_and_counts_are_within_roundoff_of_float64() {
     LAUNCHERS.into_iter().for_each(check_cases);
 }
 
@@ -24,57 +34,107 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    let update = |p: [usize; 5], numbers: i64| {
+    let update = |p: [usize; 3], blocks: i64| {
+        let (rows, of_block) = (p[0] as *const _, p[1] as *const i32);
+        let outcome = p[2] as *const Outcome;
         // SAFETY: only refused calls are made, which touch no memory.
         unsafe {
             launch!(
                 table(),
-                adamw_update(
-                    p[0] as *mut f32,
-                    p[1] as *mut f32,
-                    p[2] as *mut f32,
-                    p[3] as *const f32,
-                    p[4] as *const f32,
-                    numbers,
-                    null_mut()
-                )
+                adamw_update(rows, of_block, outcome, blocks, null_mut())
             )
         }
     };
-    let names = ["w", "m", "v", "gradient", "coefficients"];
+    let names = ["parameters", "block_parameter", "outcome"];
     refuses_pointers(names, &[], good, |p| update(p, 8));
-    let sums = |parts: usize, gradient: usize, numbers: i64| {
+    let sums = |p: [usize; 3], blocks: i64| {
+        let (parts, rows, of_block) = (p[0] as *mut f64, p[1] as *const _, p[2] as *const i32);
         // SAFETY: as above.
         unsafe {
             launch!(
                 table(),
-                square_sums(
-                    parts as *mut f64,
-                    gradient as *const f32,
-                    numbers,
+                square_sums(parts, rows, of_block, blocks, null_mut())
+            )
+        }
+    };
+    let names = ["parts", "parameters", "block_parameter"];
+    refuses_pointers(names, &[], good, |p| sums(p, 8));
+    for blocks in [0, -1, 1 << 31] {
+        refused(|| update([good; 3], blocks), OUT_OF_RANGE, "blocks");
+        refused(|| sums([good; 3], blocks), OUT_OF_RANGE, "blocks");
+    }
+
+    let decide = |p: [usize; 5], count: i64, layers: i32| {
+        let (outcome, settings) = (p[0] as *mut Outcome, p[1] as *const _);
+        let (losses, flags, parts) = (p[2] as *const f64, p[3] as *const i32, p[4] as *const f64);
+        // SAFETY: as above.
+        unsafe {
+            launch!(
+                table(),
+                step_decide(
+                    outcome,
+                    settings,
+                    losses,
+                    flags,
+                    parts,
+                    count,
+                    layers,
                     null_mut()
                 )
             )
         }
     };
-    refuses_pointers(["gradient"], &[], good, |[g]| sums(good, g, 8));
-    refused(|| sums(0, good, 8), NULL, "parts");
-    let round = |p: [usize; 2], numbers: i64| {
+    let names = ["outcome", "settings", "losses", "flags", "parts"];
+    refuses_pointers(names, &[], good, |p| decide(p, 8, 2));
+    refused(|| decide([good; 5], 0, 2), OUT_OF_RANGE, "count");
+    refused(|| decide([good; 5], 8, -1), OUT_OF_RANGE, "layers");
+    let commit = |p: [usize; 2], count: i32, most: i64| {
+        let (states, outcome) = (p[0] as *const _, p[1] as *const Outcome);
         // SAFETY: as above.
         unsafe {
             launch!(
                 table(),
-                round_weights(p[0] as *mut _, p[1] as *const f32, numbers, null_mut())
+                state_commit(states, outcome, count, most, null_mut())
             )
         }
     };
-    refuses_pointers(["r", "w"], &[], good, |p| round(p, 8));
-    // SAFETY: as above.
-    let parts = || unsafe { launch!(table(), square_parts(null_mut(), 8)) };
-    refused(parts, NULL, "parts");
-    for numbers in [0, -1, 1 << 43] {
-        refused(|| update([good; 5], numbers), OUT_OF_RANGE, "numbers");
-        refused(|| sums(good, good, numbers), OUT_OF_RANGE, "numbers");
-        refused(|| round([good; 2], numbers), OUT_OF_RANGE, "numbers");
+    refuses_pointers(["states", "outcome"], &[], good, |p| commit(p, 2, 8));
+    refused(|| commit([good; 2], 0, 8), OUT_OF_RANGE, "count");
+    refused(|| commit([good; 2], 2, 0), OUT_OF_RANGE, "most_words");
+
+    let tally = |experts: i32, tokens: i64, first: i64, stats: usize| {
+        let (p, i) = (good as *mut f64, good as *mut i32);
+        // SAFETY: as above.
+        unsafe {
+            launch!(
+                table(),
+                layer_tally(
+                    stats as *mut f64,
+                    p,
+                    i,
+                    p.cast(),
+                    i,
+                    i,
+                    i,
+                    p.cast(),
+                    p,
+                    tokens,
+                    first,
+                    0,
+                    experts,
+                    1,
+                    0,
+                    0,
+                    0,
+                    null_mut()
+                )
+            )
+        }
+    };
+    refused(|| tally(8, 4, 0, 0), NULL, "stats");
+    for experts in [0, 257] {
+        refused(|| tally(experts, 4, 0, good), OUT_OF_RANGE, "experts");
     }
+    refused(|| tally(8, 0, 0, good), OUT_OF_RANGE, "tokens");
+    refused(|| tally(8, 4, 1 << 31, good), OUT_OF_RANGE, "first_token");
 }

@@ -335,7 +335,8 @@ fn a_nan_on_one_rank_is_refused_by_all_and_leaves_no_trace() {
                     if place == BAD {
                         // The embedding of a byte that this rank reads.
                         let first = tokens[0][0] as usize * config.model.hidden;
-                        rank.model.parameters[0].value.slice_mut::<f64>()[first] = f64::NAN;
+                        let embedding = &mut rank.model.parameters[0].value;
+                        embedding.change(|w| w.slice_mut::<f64>()[first] = f64::NAN);
                     }
                     rank.step(&tokens).unwrap();
                     rank.model.parameters[0].value = kept;

@@ -55,7 +55,8 @@ fn model(fixture: &Value, case: &Value) -> Model {
     for p in &mut model.parameters {
         if let Some(field) = field(&p.name) {
             let values = numbers(&fixture["shared"][field]);
-            p.value.slice_mut::<f64>().copy_from_slice(&values);
+            p.value
+                .change(|w| w.slice_mut::<f64>().copy_from_slice(&values));
         }
     }
     for (name, field) in [

@@ -132,7 +132,7 @@ fn the_decay_of_default_vectors_is_per_step_and_not_per_micro_batch() {
             .iter_mut()
             .filter(|p| p.name.ends_with("down_proj"))
         {
-            p.value.slice_mut::<f64>().fill(0.0);
+            p.value.change(|w| w.slice_mut::<f64>().fill(0.0));
         }
         let before = state(&model);
         let mut trainer = Trainer::new(&config.train, &model);
@@ -173,7 +173,8 @@ fn refuses_and_leaves_no_trace(router: &str) {
         .find(|t| !tokens[..last].contains(t));
     let poisoned = *poisoned.unwrap() as usize;
     let kept = model.parameters[0].value.clone();
-    model.parameters[0].value.slice_mut::<f64>()[poisoned * 16] = f64::NAN;
+    let embedding = &mut model.parameters[0].value;
+    embedding.change(|w| w.slice_mut::<f64>()[poisoned * 16] = f64::NAN);
     let report = trainer
         .step(&mut model, &[&tokens], SEQUENCES, 1e-3)
         .unwrap();

@@ -302,7 +302,7 @@ pub fn gradient_error(
             slots(model, "experts.gate_up_proj")?,
             slots(model, "experts.down_proj")?,
         ];
-        let value = |slot: usize| &model.parameters[slot].value;
+        let value = |slot: usize| model.parameters[slot].value.working();
         // Squared norms of the difference and of the reference.
         let mut sums = vec![[0.0f64; 2]; layers];
         backward(&watched, batch, |store| {

@@ -70,7 +70,7 @@ impl Watched {
         for parameter in &mut model.parameters {
             let own = source.parameters.iter().find(|p| p.name == parameter.name);
             if let Some(own) = own {
-                parameter.value = own.value.clone();
+                parameter.value.set(&own.value.whole());
             }
         }
         for (state, own) in model
@@ -112,7 +112,7 @@ impl Router for Probe {
         let routing = self.inner.route(tape, x, weight, layer)?;
         self.record.borrow_mut().push(Seen {
             x: x.tensor().clone(),
-            chosen: routing.chosen().clone(),
+            chosen: routing.chosen().selection().clone(),
             update: None,
         });
         Ok(routing)

@@ -3,12 +3,14 @@
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::model::Weight;
 use crate::shape::Shape;
 use crate::tensor::Tensor;
 use safetensors::tensor::{Dtype, SafeTensors, View};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// A named array on its way to a file: f32, f64 or i32, row-major.
@@ -16,7 +18,16 @@ pub struct Array<'a> {
     pub name: String,
     pub shape: Shape,
     pub dtype: DType,
-    pub bytes: Cow<'a, [u8]>,
+    pub content: Content<'a>,
+}
+
+/// Where an array's bytes come from, when it is written: at any time those of one array alone are in the host's memory
+/// beside what was there before.
+pub enum Content<'a> {
+    Bytes(Vec<u8>),
+    Tensor(&'a Tensor),
+    /// Consecutive numbers of a parameter.
+    Weight(&'a Weight, Range<usize>),
 }
 
 impl<'a> Array<'a> {
@@ -26,7 +37,7 @@ impl<'a> Array<'a> {
             name: name.into(),
             shape: tensor.shape(),
             dtype: tensor.dtype(),
-            bytes: Cow::Borrowed(tensor.bytes()),
+            content: Content::Tensor(tensor),
         }
     }
 
@@ -36,7 +47,7 @@ impl<'a> Array<'a> {
             name: name.into(),
             shape: tensor.shape(),
             dtype: tensor.dtype(),
-            bytes: Cow::Owned(tensor.bytes().to_vec()),
+            content: Content::Bytes(tensor.bytes().to_vec()),
         }
     }
 }
@@ -47,6 +58,7 @@ impl View for &Array<'_> {
             DType::F64 => Dtype::F64,
             DType::F32 => Dtype::F32,
             DType::Bf16 => Dtype::BF16,
+            DType::I16 => Dtype::I16,
             DType::I32 => Dtype::I32,
         }
     }
@@ -54,10 +66,19 @@ impl View for &Array<'_> {
         &self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
+        let copied = match &self.content {
+            Content::Bytes(bytes) => return Cow::Borrowed(bytes),
+            Content::Tensor(tensor) if tensor.device() == Device::Cpu => {
+                return Cow::Borrowed(tensor.bytes());
+            }
+            Content::Tensor(tensor) => tensor.copied_bytes(0..self.data_len()),
+            Content::Weight(weight, numbers) => weight.bytes(numbers.clone()),
+        };
+        // As everywhere, a device that failed ends the process.
+        Cow::Owned(copied.unwrap_or_else(|e| panic!("{e}")))
     }
     fn data_len(&self) -> usize {
-        self.bytes.len()
+        self.shape.elements() * self.dtype.size()
     }
 }
 
@@ -138,6 +159,7 @@ impl Arrays {
             Dtype::F64 => Some(DType::F64),
             Dtype::F32 => Some(DType::F32),
             Dtype::BF16 => Some(DType::Bf16),
+            Dtype::I16 => Some(DType::I16),
             Dtype::I32 => Some(DType::I32),
             _ => None,
         };

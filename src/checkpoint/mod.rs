@@ -11,7 +11,7 @@ mod fault;
 mod session;
 
 pub(crate) use arrays::write as write_arrays;
-pub use arrays::{Array, Arrays};
+pub use arrays::{Array, Arrays, Content};
 pub(crate) use session::router_state;
 pub use session::{TrainerState, find, load_model, load_model_with, load_trainer, snapshot};
 

@@ -4,6 +4,7 @@
 //! router's state stands behind its layer's prefix, as in `model.layers.1.mlp.default_vectors`, and
 //! the optimizer's moments carry the name of their parameter.
 
+use super::arrays::Content;
 use super::{Array, Arrays, Checkpoint, Snapshot, newest};
 use crate::config::{Config, ModelFile};
 use crate::error::{Error, Result};
@@ -12,7 +13,6 @@ use crate::optim::Moments;
 use crate::step::Trainer;
 use crate::tensor::Tensor;
 use serde::{Deserialize, Serialize};
-use std::borrow::Cow;
 use std::path::Path;
 
 /// `trainer.json`: where the run stood, and all it was told.
@@ -38,16 +38,14 @@ pub fn snapshot<'a>(
     let config = &state.config;
     let mut arrays = Vec::new();
     for parameter in &model.parameters {
-        let value = &parameter.value;
-        let bytes = value.bytes();
         let mut from = 0;
         for part in &parameter.parts {
-            let to = from + part.shape.elements() * value.dtype().size();
+            let to = from + part.shape.elements();
             arrays.push(Array {
                 name: part.name.clone(),
                 shape: part.shape,
-                dtype: value.dtype(),
-                bytes: Cow::Borrowed(&bytes[from..to]),
+                dtype: parameter.value.dtype(),
+                content: Content::Weight(&parameter.value, from..to),
             });
             from = to;
         }
@@ -167,7 +165,9 @@ fn restore_model(model: &mut Model, config: &Config, mut arrays: Arrays) -> Resu
             finite(&part.name, &tensor)?;
             let bytes = tensor.bytes();
             let to = from + bytes.len();
-            parameter.value.bytes_mut()[from..to].copy_from_slice(bytes);
+            parameter
+                .value
+                .change(|value| value.bytes_mut()[from..to].copy_from_slice(bytes));
             from = to;
         }
     }

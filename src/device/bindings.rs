@@ -229,6 +229,180 @@ pub const ROUTEGRAD_WEIGHTING_SUM_P: routegrad_weighting = 1;
 pub const ROUTEGRAD_WEIGHTING_COUNT: routegrad_weighting = 2;
 pub type routegrad_weighting = ::std::os::raw::c_uint;
 #[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct routegrad_parameter {
+    pub whole: *mut f32,
+    pub upper: *mut u16,
+    pub lower: *mut i16,
+    pub first: *mut f32,
+    pub second: *mut f32,
+    pub gradient: *const f32,
+    pub elements: i64,
+    pub first_block: i64,
+    pub decays: i32,
+    pub reserved: i32,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of routegrad_parameter",
+    ][::std::mem::size_of::<routegrad_parameter>() - 72usize];
+    [
+        "Alignment of routegrad_parameter",
+    ][::std::mem::align_of::<routegrad_parameter>() - 8usize];
+    [
+        "Offset of field: routegrad_parameter::whole",
+    ][::std::mem::offset_of!(routegrad_parameter, whole) - 0usize];
+    [
+        "Offset of field: routegrad_parameter::upper",
+    ][::std::mem::offset_of!(routegrad_parameter, upper) - 8usize];
+    [
+        "Offset of field: routegrad_parameter::lower",
+    ][::std::mem::offset_of!(routegrad_parameter, lower) - 16usize];
+    [
+        "Offset of field: routegrad_parameter::first",
+    ][::std::mem::offset_of!(routegrad_parameter, first) - 24usize];
+    [
+        "Offset of field: routegrad_parameter::second",
+    ][::std::mem::offset_of!(routegrad_parameter, second) - 32usize];
+    [
+        "Offset of field: routegrad_parameter::gradient",
+    ][::std::mem::offset_of!(routegrad_parameter, gradient) - 40usize];
+    [
+        "Offset of field: routegrad_parameter::elements",
+    ][::std::mem::offset_of!(routegrad_parameter, elements) - 48usize];
+    [
+        "Offset of field: routegrad_parameter::first_block",
+    ][::std::mem::offset_of!(routegrad_parameter, first_block) - 56usize];
+    [
+        "Offset of field: routegrad_parameter::decays",
+    ][::std::mem::offset_of!(routegrad_parameter, decays) - 64usize];
+    [
+        "Offset of field: routegrad_parameter::reserved",
+    ][::std::mem::offset_of!(routegrad_parameter, reserved) - 68usize];
+};
+impl Default for routegrad_parameter {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct routegrad_step_settings {
+    pub rate: f64,
+    pub clip: f64,
+    pub beta1: f64,
+    pub beta2: f64,
+    pub eps: f64,
+    pub weight_decay: f64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of routegrad_step_settings",
+    ][::std::mem::size_of::<routegrad_step_settings>() - 48usize];
+    [
+        "Alignment of routegrad_step_settings",
+    ][::std::mem::align_of::<routegrad_step_settings>() - 8usize];
+    [
+        "Offset of field: routegrad_step_settings::rate",
+    ][::std::mem::offset_of!(routegrad_step_settings, rate) - 0usize];
+    [
+        "Offset of field: routegrad_step_settings::clip",
+    ][::std::mem::offset_of!(routegrad_step_settings, clip) - 8usize];
+    [
+        "Offset of field: routegrad_step_settings::beta1",
+    ][::std::mem::offset_of!(routegrad_step_settings, beta1) - 16usize];
+    [
+        "Offset of field: routegrad_step_settings::beta2",
+    ][::std::mem::offset_of!(routegrad_step_settings, beta2) - 24usize];
+    [
+        "Offset of field: routegrad_step_settings::eps",
+    ][::std::mem::offset_of!(routegrad_step_settings, eps) - 32usize];
+    [
+        "Offset of field: routegrad_step_settings::weight_decay",
+    ][::std::mem::offset_of!(routegrad_step_settings, weight_decay) - 40usize];
+};
+#[repr(C)]
+#[derive(Debug, Default, Copy, Clone)]
+pub struct routegrad_step_outcome {
+    pub updates: u64,
+    pub norm: f64,
+    pub losses: [f64; 3usize],
+    pub accepted: i32,
+    pub layer: i32,
+    pub token: i32,
+    pub fault: i32,
+    pub coefficients: [[f32; 7usize]; 2usize],
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    [
+        "Size of routegrad_step_outcome",
+    ][::std::mem::size_of::<routegrad_step_outcome>() - 112usize];
+    [
+        "Alignment of routegrad_step_outcome",
+    ][::std::mem::align_of::<routegrad_step_outcome>() - 8usize];
+    [
+        "Offset of field: routegrad_step_outcome::updates",
+    ][::std::mem::offset_of!(routegrad_step_outcome, updates) - 0usize];
+    [
+        "Offset of field: routegrad_step_outcome::norm",
+    ][::std::mem::offset_of!(routegrad_step_outcome, norm) - 8usize];
+    [
+        "Offset of field: routegrad_step_outcome::losses",
+    ][::std::mem::offset_of!(routegrad_step_outcome, losses) - 16usize];
+    [
+        "Offset of field: routegrad_step_outcome::accepted",
+    ][::std::mem::offset_of!(routegrad_step_outcome, accepted) - 40usize];
+    [
+        "Offset of field: routegrad_step_outcome::layer",
+    ][::std::mem::offset_of!(routegrad_step_outcome, layer) - 44usize];
+    [
+        "Offset of field: routegrad_step_outcome::token",
+    ][::std::mem::offset_of!(routegrad_step_outcome, token) - 48usize];
+    [
+        "Offset of field: routegrad_step_outcome::fault",
+    ][::std::mem::offset_of!(routegrad_step_outcome, fault) - 52usize];
+    [
+        "Offset of field: routegrad_step_outcome::coefficients",
+    ][::std::mem::offset_of!(routegrad_step_outcome, coefficients) - 56usize];
+};
+#[repr(C)]
+#[derive(Debug, Copy, Clone)]
+pub struct routegrad_state {
+    pub committed: *mut u32,
+    pub pending: *mut u32,
+    pub words: i64,
+}
+#[allow(clippy::unnecessary_operation, clippy::identity_op)]
+const _: () = {
+    ["Size of routegrad_state"][::std::mem::size_of::<routegrad_state>() - 24usize];
+    ["Alignment of routegrad_state"][::std::mem::align_of::<routegrad_state>() - 8usize];
+    [
+        "Offset of field: routegrad_state::committed",
+    ][::std::mem::offset_of!(routegrad_state, committed) - 0usize];
+    [
+        "Offset of field: routegrad_state::pending",
+    ][::std::mem::offset_of!(routegrad_state, pending) - 8usize];
+    [
+        "Offset of field: routegrad_state::words",
+    ][::std::mem::offset_of!(routegrad_state, words) - 16usize];
+};
+impl Default for routegrad_state {
+    fn default() -> Self {
+        let mut s = ::std::mem::MaybeUninit::<Self>::uninit();
+        unsafe {
+            ::std::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
+            s.assume_init()
+        }
+    }
+}
+#[repr(C)]
 #[derive(Copy, Clone)]
 pub struct routegrad_launchers {
     pub build: *const ::std::os::raw::c_char,
@@ -858,40 +1032,100 @@ pub struct routegrad_launchers {
     >,
     pub adamw_update: ::std::option::Option<
         unsafe extern "C" fn(
-            w: *mut f32,
-            m: *mut f32,
-            v: *mut f32,
-            gradient: *const f32,
-            coefficients: *const f32,
-            numbers: i64,
+            parameters: *const routegrad_parameter,
+            block_parameter: *const i32,
+            outcome: *const routegrad_step_outcome,
+            blocks: i64,
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
     pub square_sums: ::std::option::Option<
         unsafe extern "C" fn(
             parts: *mut f64,
-            gradient: *const f32,
-            numbers: i64,
+            parameters: *const routegrad_parameter,
+            block_parameter: *const i32,
+            blocks: i64,
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
-    pub round_weights: ::std::option::Option<
+    pub losses_add: ::std::option::Option<
         unsafe extern "C" fn(
-            r: *mut ::std::os::raw::c_void,
-            w: *const f32,
-            numbers: i64,
+            sums: *mut f64,
+            cross_entropy: *const f32,
+            auxiliary: *const f32,
+            z: *const f32,
+            share: f64,
+            first: i32,
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
-    pub square_parts: ::std::option::Option<
-        unsafe extern "C" fn(parts: *mut u64, numbers: i64) -> routegrad_status,
+    pub step_decide: ::std::option::Option<
+        unsafe extern "C" fn(
+            outcome: *mut routegrad_step_outcome,
+            settings: *const routegrad_step_settings,
+            losses: *const f64,
+            flags: *const i32,
+            parts: *const f64,
+            count: i64,
+            layers: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub state_commit: ::std::option::Option<
+        unsafe extern "C" fn(
+            states: *const routegrad_state,
+            outcome: *const routegrad_step_outcome,
+            count: i32,
+            most_words: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub layer_tally: ::std::option::Option<
+        unsafe extern "C" fn(
+            stats: *mut f64,
+            load: *mut f64,
+            flags: *mut i32,
+            fractions: *mut f32,
+            offsets: *const i32,
+            first_non_finite: *const i32,
+            fault: *const i32,
+            mean_entropy: *const f32,
+            entropy_parts: *const f64,
+            tokens: i64,
+            first_token: i64,
+            parts: i32,
+            experts: i32,
+            trains: i32,
+            first_of_stats: i32,
+            first_of_step: i32,
+            over_step: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub share_entropy: ::std::option::Option<
+        unsafe extern "C" fn(
+            parts: *mut f64,
+            scores: *const f32,
+            tokens: i64,
+            experts: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub lossfree_update: ::std::option::Option<
+        unsafe extern "C" fn(
+            bias: *mut f32,
+            load: *const f64,
+            experts: i32,
+            rate: f32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
     >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 456usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 488usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -1065,11 +1299,23 @@ const _: () = {
         "Offset of field: routegrad_launchers::square_sums",
     ][::std::mem::offset_of!(routegrad_launchers, square_sums) - 432usize];
     [
-        "Offset of field: routegrad_launchers::round_weights",
-    ][::std::mem::offset_of!(routegrad_launchers, round_weights) - 440usize];
+        "Offset of field: routegrad_launchers::losses_add",
+    ][::std::mem::offset_of!(routegrad_launchers, losses_add) - 440usize];
     [
-        "Offset of field: routegrad_launchers::square_parts",
-    ][::std::mem::offset_of!(routegrad_launchers, square_parts) - 448usize];
+        "Offset of field: routegrad_launchers::step_decide",
+    ][::std::mem::offset_of!(routegrad_launchers, step_decide) - 448usize];
+    [
+        "Offset of field: routegrad_launchers::state_commit",
+    ][::std::mem::offset_of!(routegrad_launchers, state_commit) - 456usize];
+    [
+        "Offset of field: routegrad_launchers::layer_tally",
+    ][::std::mem::offset_of!(routegrad_launchers, layer_tally) - 464usize];
+    [
+        "Offset of field: routegrad_launchers::share_entropy",
+    ][::std::mem::offset_of!(routegrad_launchers, share_entropy) - 472usize];
+    [
+        "Offset of field: routegrad_launchers::lossfree_update",
+    ][::std::mem::offset_of!(routegrad_launchers, lossfree_update) - 480usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

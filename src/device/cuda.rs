@@ -4,19 +4,21 @@
 //! stream, and cudarc's event tracking is off, since it would break graph capture.
 
 use super::launchers::{self, Launchers};
+use super::timeline;
 use crate::error::{Error, Result};
 use cudarc::driver::result;
 use cudarc::driver::sys::{
     self, CUdevice_attribute_enum as Attribute, CUevent_flags, CUgraphInstantiate_flags,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// A Hopper GPU with the kernels compiled for it.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     launchers: &'static Launchers,
+    staging: Mutex<Staging>,
     /// As the driver names it, such as "NVIDIA H200".
     pub name: String,
     /// Version of CUDA that the driver speaks, as (13, 0).
@@ -83,6 +85,7 @@ impl Gpu {
             context,
             stream,
             launchers,
+            staging: Mutex::new(Staging::new().map_err(|e| failed("pin memory of the host", e))?),
             name,
             driver,
         })
@@ -145,6 +148,80 @@ impl Gpu {
         })
     }
 
+    /// Address of `bytes` bytes of unspecified content that are never given back.
+    ///
+    /// # Errors
+    /// When there is no room: the text says how much there is.
+    pub fn chunk(&self, bytes: usize) -> Result<usize> {
+        self.stream()?;
+        // SAFETY: nothing frees it.
+        let address = unsafe { result::malloc_sync(bytes) };
+        address.map(|a| a as usize).map_err(|e| {
+            let free = result::mem_get_info().map_or(0, |(free, _)| free);
+            let what = format!(
+                "allocate {:.1} GiB, {:.1} GiB are free",
+                gibibytes(bytes),
+                gibibytes(free)
+            );
+            error(&what, e)
+        })
+    }
+
+    /// Copies to the GPU behind the launches so far; the bytes may be changed when it returns.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn upload(&self, to: usize, bytes: &[u8]) -> Result<()> {
+        let stream = self.stream()?;
+        timeline::copied(false, bytes.len());
+        let mut staging = self.staging.lock().unwrap_or_else(|e| e.into_inner());
+        let staged = staging.stage(bytes, || self.mark())?;
+        let from = staged.unwrap_or(bytes);
+        // SAFETY: the caller owns the range, and the source lives until the copy is over: the staging buffer is not
+        // written again before a mark behind the copy, and for anything larger this waits.
+        unsafe { result::memcpy_htod_async(to as u64, from, stream) }
+            .map_err(|e| error("copy to the GPU", e))?;
+        if staged.is_none() {
+            self.finish()?;
+        }
+        Ok(())
+    }
+
+    /// Copies to the host, after the launches so far.
+    ///
+    /// # Errors
+    /// What a launch met.
+    pub fn download(&self, from: usize, bytes: &mut [u8]) -> Result<()> {
+        let stream = self.stream()?;
+        timeline::copied(true, bytes.len());
+        // SAFETY: the caller owns the range, and the copy is over when this returns.
+        unsafe { result::memcpy_dtoh_async(bytes, from as u64, stream) }
+            .map_err(|e| error("copy from the GPU", e))?;
+        self.finish()
+    }
+
+    /// Sets `count` bytes, behind the launches so far.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn fill(&self, to: usize, byte: u8, count: usize) -> Result<()> {
+        let stream = self.stream()?;
+        // SAFETY: the caller owns the range.
+        unsafe { result::memset_d8_async(to as u64, byte, count, stream) }
+            .map_err(|e| error("fill memory", e))
+    }
+
+    /// Copies within the GPU, behind the launches so far.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn copy(&self, to: usize, from: usize, count: usize) -> Result<()> {
+        let stream = self.stream()?;
+        // SAFETY: the caller owns both ranges.
+        unsafe { result::memcpy_dtod_async(to as u64, from as u64, count, stream) }
+            .map_err(|e| error("copy within the GPU", e))
+    }
+
     /// A point in time on the stream: after every launch so far.
     ///
     /// # Errors
@@ -195,6 +272,66 @@ impl Gpu {
     pub fn replay(&self, graph: &CudaGraph) -> Result<()> {
         graph.launch().map_err(|e| error("launch a graph", e))
     }
+}
+
+/// Pinned memory of the host that small copies go through, so that none of them has to wait: two halves, each filled from
+/// its start while the copies out of the other are under way.
+struct Staging {
+    halves: [*mut u8; 2],
+    /// Behind the last copy out of each half.
+    left: [Option<CudaEvent>; 2],
+    current: usize,
+    at: usize,
+}
+
+// SAFETY: the memory belongs to the struct, and a mutex guards it.
+unsafe impl Send for Staging {}
+
+impl Staging {
+    const HALF: usize = 8 << 20;
+
+    fn new() -> Result<Self, DriverError> {
+        // SAFETY: the memory lives as long as the process.
+        let half = || unsafe { result::malloc_host(Self::HALF, 0) }.map(|p| p.cast());
+        Ok(Staging {
+            halves: [half()?, half()?],
+            left: [None, None],
+            current: 0,
+            at: 0,
+        })
+    }
+
+    /// A copy of `bytes` in pinned memory, where they fit; `mark` records a point behind the copies so far.
+    fn stage(
+        &mut self,
+        bytes: &[u8],
+        mark: impl Fn() -> Result<CudaEvent>,
+    ) -> Result<Option<&'static [u8]>> {
+        if bytes.len() > Self::HALF {
+            return Ok(None);
+        }
+        if self.at + bytes.len() > Self::HALF {
+            self.left[self.current] = Some(mark()?);
+            self.current = 1 - self.current;
+            self.at = 0;
+            if let Some(left) = self.left[self.current].take() {
+                left.synchronize()
+                    .map_err(|e| error("wait for its copies", e))?;
+            }
+        }
+        // SAFETY: the range lies inside the half, and no copy reads it any more.
+        let staged = unsafe {
+            let to = self.halves[self.current].add(self.at);
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
+            std::slice::from_raw_parts(to, bytes.len())
+        };
+        self.at += bytes.len();
+        Ok(Some(staged))
+    }
+}
+
+fn gibibytes(bytes: usize) -> f64 {
+    bytes as f64 / (1u64 << 30) as f64
 }
 
 /// Memory of a GPU; copies wait for the stream and are done on return.

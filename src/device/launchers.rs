@@ -202,6 +202,7 @@ macro_rules! launch {
         let launchers: &$crate::device::launchers::Launchers = $launchers;
         match launchers.table().$name {
             Some(function) => {
+                $crate::device::counters::launched();
                 let _span = $crate::device::timeline::Span::begin(stringify!($name));
                 launchers.check(stringify!($name), function($($argument),*))
             }

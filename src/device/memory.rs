@@ -1,43 +1,43 @@
-//! Memory of tensors: a block of the host, of the GPU, or of both.
+//! Memory of tensors: a block of the host, of a device with kernels, or of both.
 //!
 //! The host reads and writes through [`Memory::bytes`], kernels through addresses. Memory that both use is kept on both
-//! sides and copied when one side asks for what the other wrote last: code that has no kernel yet runs on the host and
-//! gives the same result, only slower. On the simulator both sides are the host's.
+//! sides and copied when one side asks for what the other wrote last. The simulator's kernels have memory of their own too,
+//! so that what a GPU would have to copy is copied, and counted ([`super::counters`]), there as well.
 //!
-//! Blocks return to a pool when dropped: a training step frees and asks for the same sizes again and again, and handing
-//! the pages back each time would cost a page fault per 4 KB.
+//! Host blocks return to a pool when dropped: training frees and asks for the same sizes again and again, and handing the
+//! pages back each time would cost a page fault per 4 KB. A device's blocks are cut from its [`Arena`](super::arena).
 
+use super::side::Block;
+use super::{Device, counters};
+use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
-/// The unit of allocation; its alignment (128 bytes) serves vector loads and the kernels' bulk copies.
+/// The unit of the host's allocation; its alignment (128 bytes) serves vector loads.
 #[repr(C, align(128))]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Line([u8; 128]);
 
-/// Blocks that nobody uses, by their size.
-struct Pool<T>(Mutex<BTreeMap<usize, Vec<T>>>);
+/// Host blocks that nobody uses, by their lines.
+static POOL: Mutex<BTreeMap<usize, Vec<Vec<Line>>>> = Mutex::new(BTreeMap::new());
 
-impl<T> Pool<T> {
-    const fn new() -> Self {
-        Pool(Mutex::new(BTreeMap::new()))
-    }
-
-    fn blocks(&self) -> MutexGuard<'_, BTreeMap<usize, Vec<T>>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
-    }
-
-    fn take(&self, size: usize) -> Option<T> {
-        self.blocks().get_mut(&size)?.pop()
-    }
-
-    fn give(&self, size: usize, block: T) {
-        self.blocks().entry(size).or_default().push(block);
-    }
+fn pool() -> MutexGuard<'static, BTreeMap<usize, Vec<Vec<Line>>>> {
+    POOL.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-static POOL: Pool<Vec<Line>> = Pool::new();
+/// Who wrote last.
+#[derive(Clone, Copy, PartialEq)]
+#[repr(u8)]
+enum Newest {
+    /// The host, or nobody.
+    Host,
+    Kernels,
+    /// Both sides hold the same.
+    Both,
+}
 
 /// A block, at least as long as was asked for.
 pub struct Memory {
@@ -45,20 +45,20 @@ pub struct Memory {
     /// What neither side has written yet is 0.
     zeros: bool,
     host: OnceLock<Host>,
-    #[cfg(feature = "cuda")]
-    gpu: gpu::Side,
+    block: Mutex<Option<Block>>,
+    newest: AtomicU8,
 }
 
 impl Memory {
-    /// A block of `bytes` bytes whose content is unspecified (on the host of a debug build 0xFF: NaN in every float
-    /// type, so that reading before writing shows).
+    /// A block of `bytes` bytes whose content is unspecified (in a debug build 0xFF: NaN in every float type, so that
+    /// reading before writing shows).
     pub fn unspecified(bytes: usize) -> Self {
         Memory {
             bytes,
             zeros: false,
             host: OnceLock::new(),
-            #[cfg(feature = "cuda")]
-            gpu: gpu::Side::default(),
+            block: Mutex::default(),
+            newest: AtomicU8::new(Newest::Host as u8),
         }
     }
 
@@ -75,8 +75,9 @@ impl Memory {
     /// # Panics
     /// When the GPU failed: the process must start anew.
     pub fn bytes(&self) -> &[u8] {
-        #[cfg(feature = "cuda")]
-        self.gpu.bring(self);
+        if self.newest(Newest::Kernels) {
+            self.bring();
+        }
         self.host_block().slice(self.bytes)
     }
 
@@ -85,17 +86,111 @@ impl Memory {
     /// # Panics
     /// As [`bytes`](Self::bytes).
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        #[cfg(feature = "cuda")]
-        {
-            self.gpu.bring(self);
-            self.gpu.forget();
+        if self.newest(Newest::Kernels) {
+            self.bring();
         }
+        self.set(Newest::Host);
         self.host_block();
         let bytes = self.bytes;
         match self.host.get_mut() {
             Some(host) => &mut bytemuck::cast_slice_mut(&mut host.0)[..bytes],
             None => unreachable!("the block was made above"),
         }
+    }
+
+    /// A copy of some of the bytes that leaves no host block behind where kernels wrote them: for large arrays on their way
+    /// to a file.
+    ///
+    /// # Errors
+    /// When the GPU failed.
+    pub fn copied(&self, range: Range<usize>) -> Result<Vec<u8>> {
+        let block = self.own_block();
+        match &*block {
+            Some(block) if self.newest(Newest::Kernels) => {
+                let mut out = vec![0; range.len()];
+                block.read(range.start, &mut out)?;
+                Ok(out)
+            }
+            _ => Ok(self.host_block().slice(self.bytes)[range].to_vec()),
+        }
+    }
+
+    /// A block of its own with some of the bytes, made where they are.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn duplicate(&self, range: Range<usize>) -> Result<Self> {
+        let mut copy = Memory::unspecified(range.len());
+        let block = self.own_block();
+        match &*block {
+            Some(block) if !self.newest(Newest::Host) => {
+                let own = Block::new(block.device(), range.len())?;
+                own.copy_from(block, range)?;
+                *copy.own_block() = Some(own);
+                copy.set(Newest::Kernels);
+            }
+            _ => {
+                let all = self.host_block().slice(self.bytes);
+                copy.bytes_mut().copy_from_slice(&all[range]);
+            }
+        }
+        Ok(copy)
+    }
+
+    /// Address on `device` for a kernel that reads.
+    ///
+    /// # Errors
+    /// When there is no room.
+    pub fn address(&self, device: Device) -> Result<usize> {
+        let slot = &mut *self.own_block();
+        let fresh = slot.is_none();
+        let block = match slot {
+            Some(block) => block,
+            None => slot.insert(Block::new(device, self.bytes)?),
+        };
+        assert_eq!(
+            block.device(),
+            device,
+            "memory of one device given to another"
+        );
+        if self.newest(Newest::Host) {
+            if let Some(host) = self.host.get() {
+                block.write(host.slice(self.bytes))?;
+                self.set(Newest::Both);
+            } else if fresh && self.zeros {
+                block.fill(0, self.bytes)?;
+            } else if fresh && cfg!(debug_assertions) {
+                block.fill(0xFF, self.bytes)?;
+            }
+        }
+        counters::addressed(block.address());
+        Ok(block.address())
+    }
+
+    /// Address on `device` for a kernel that writes, and may read what is there.
+    ///
+    /// # Errors
+    /// As [`address`](Self::address).
+    pub fn address_mut(&mut self, device: Device) -> Result<usize> {
+        let address = self.address(device)?;
+        self.set(Newest::Kernels);
+        self.host.take();
+        Ok(address)
+    }
+
+    /// Brings to the host what kernels wrote last.
+    fn bring(&self) {
+        let block = self.own_block();
+        // Another thread may have done it meanwhile.
+        let Some(block) = block.as_ref().filter(|_| self.newest(Newest::Kernels)) else {
+            return;
+        };
+        let mut host = Host::new(self.bytes);
+        let bytes = &mut bytemuck::cast_slice_mut(&mut host.0)[..self.bytes];
+        block.read(0, bytes).unwrap_or_else(|e| panic!("{e}"));
+        // Nobody holds a slice of an older host block: kernels wrote through `&mut`, which took it away.
+        let _ = self.host.set(host);
+        self.set(Newest::Both);
     }
 
     fn host_block(&self) -> &Host {
@@ -107,6 +202,18 @@ impl Memory {
             host
         })
     }
+
+    fn own_block(&self) -> MutexGuard<'_, Option<Block>> {
+        self.block.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn newest(&self, is: Newest) -> bool {
+        self.newest.load(Ordering::Acquire) == is as u8
+    }
+
+    fn set(&self, newest: Newest) {
+        self.newest.store(newest as u8, Ordering::Release);
+    }
 }
 
 /// A block of host memory.
@@ -115,9 +222,8 @@ struct Host(Vec<Line>);
 impl Host {
     fn new(bytes: usize) -> Self {
         let count = rounded_lines(bytes);
-        let mut lines = POOL
-            .take(count)
-            .unwrap_or_else(|| vec![Line::zeroed(); count]);
+        let pooled = pool().get_mut(&count).and_then(Vec::pop);
+        let mut lines = pooled.unwrap_or_else(|| vec![Line::zeroed(); count]);
         if cfg!(debug_assertions) {
             lines.fill(Line([0xFF; 128]));
         }
@@ -132,131 +238,11 @@ impl Host {
 impl Drop for Host {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.0);
-        POOL.give(lines.len(), lines);
+        pool().entry(lines.len()).or_default().push(lines);
     }
 }
 
-/// The GPU's side of a block.
-#[cfg(feature = "cuda")]
-mod gpu {
-    use super::{Host, Memory, Pool, rounded_bytes};
-    use crate::device::cuda::{self, DeviceMemory};
-    use crate::device::timeline;
-    use crate::error::Result;
-    use std::sync::{Mutex, MutexGuard};
-
-    static POOL: Pool<DeviceMemory> = Pool::new();
-
-    /// Who wrote last.
-    #[derive(Clone, Copy, Default, PartialEq)]
-    enum Newest {
-        /// The host, or nobody.
-        #[default]
-        Host,
-        Gpu,
-        /// Both sides hold the same.
-        Both,
-    }
-
-    #[derive(Default)]
-    struct State {
-        block: Option<DeviceMemory>,
-        newest: Newest,
-    }
-
-    #[derive(Default)]
-    pub struct Side(Mutex<State>);
-
-    impl Side {
-        fn state(&self) -> MutexGuard<'_, State> {
-            self.0.lock().unwrap_or_else(|e| e.into_inner())
-        }
-
-        /// Brings to the host what the GPU wrote last.
-        pub fn bring(&self, memory: &Memory) {
-            let mut state = self.state();
-            if state.newest != Newest::Gpu {
-                return;
-            }
-            let mut host = Host::new(memory.bytes);
-            if let Some(block) = &state.block {
-                let bytes = &mut bytemuck::cast_slice_mut(&mut host.0)[..memory.bytes];
-                block.read(0, bytes).unwrap_or_else(|e| panic!("{e}"));
-                timeline::copied(true, memory.bytes);
-            }
-            // Nobody holds a slice of an older host block: kernels wrote through `&mut`, which took it away.
-            let _ = memory.host.set(host);
-            state.newest = Newest::Both;
-        }
-
-        /// The host is about to write.
-        pub fn forget(&self) {
-            self.state().newest = Newest::Host;
-        }
-    }
-
-    impl Memory {
-        /// Address on the GPU for a kernel that reads.
-        ///
-        /// # Errors
-        /// When there is no room.
-        pub fn gpu_address(&self) -> Result<usize> {
-            let state = &mut *self.gpu.state();
-            let fresh = state.block.is_none();
-            let block = own(&mut state.block, self.bytes)?;
-            if state.newest == Newest::Host {
-                if let Some(host) = self.host.get() {
-                    block.write(0, host.slice(self.bytes))?;
-                    timeline::copied(false, self.bytes);
-                    state.newest = Newest::Both;
-                } else if fresh && (self.zeros || cfg!(debug_assertions)) {
-                    block.fill(0, self.bytes, if self.zeros { 0 } else { 0xFF })?;
-                }
-            }
-            Ok(block.address())
-        }
-
-        /// Address on the GPU for a kernel that writes, and may read what is there.
-        ///
-        /// # Errors
-        /// As [`gpu_address`](Self::gpu_address).
-        pub fn gpu_address_mut(&mut self) -> Result<usize> {
-            let address = self.gpu_address()?;
-            self.gpu.state().newest = Newest::Gpu;
-            self.host.take();
-            Ok(address)
-        }
-    }
-
-    fn own(block: &mut Option<DeviceMemory>, bytes: usize) -> Result<&mut DeviceMemory> {
-        if block.is_none() {
-            let bytes = rounded_bytes(bytes as u64) as usize;
-            *block = Some(match POOL.take(bytes) {
-                Some(block) => block,
-                None => cuda::gpu()?.allocate(bytes).or_else(|_| {
-                    // What the pool keeps for other sizes may be the room that is missing.
-                    POOL.blocks().clear();
-                    cuda::gpu()?.allocate(bytes)
-                })?,
-            });
-        }
-        match block {
-            Some(block) => Ok(block),
-            None => unreachable!("made above"),
-        }
-    }
-
-    impl Drop for Side {
-        fn drop(&mut self) {
-            // Launches run one after another, so that the next owner writes after the last has read.
-            if let Some(block) = self.state().block.take() {
-                POOL.give(block.bytes(), block);
-            }
-        }
-    }
-}
-
-/// Bytes of the block that holds `bytes`.
+/// Bytes of the host block that holds `bytes`.
 pub fn rounded_bytes(bytes: u64) -> u64 {
     let line = size_of::<Line>();
     (rounded_lines(bytes as usize) * line) as u64
@@ -289,6 +275,63 @@ mod tests {
             let m = Memory::unspecified(bytes);
             assert_eq!(m.bytes().len(), bytes);
             assert_eq!(m.bytes().as_ptr() as usize % 128, 0);
+            assert_eq!(m.address(Device::Sim).unwrap() % 128, 0);
         }
+    }
+
+    /// What a kernel would write.
+    fn write_as_kernel(m: &mut Memory, byte: u8) {
+        let address = m.address_mut(Device::Sim).unwrap();
+        // SAFETY: the block has so many bytes, and this thread alone uses it.
+        unsafe { std::ptr::write_bytes(address as *mut u8, byte, m.bytes) };
+    }
+
+    fn read_as_kernel(m: &Memory) -> Vec<u8> {
+        let address = m.address(Device::Sim).unwrap();
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts(address as *const u8, m.bytes) }.to_vec()
+    }
+
+    #[test]
+    fn each_side_sees_what_the_other_wrote_last_and_only_then_something_is_copied() {
+        let mut m = Memory::unspecified(300);
+        counters::take();
+        m.bytes_mut().fill(1);
+        assert_eq!(read_as_kernel(&m), [1; 300]);
+        assert_eq!(read_as_kernel(&m), [1; 300]);
+        assert_eq!(m.bytes(), [1; 300]);
+        assert_eq!((counters::take().uploads, counters::take().reads), (1, 0));
+        write_as_kernel(&mut m, 2);
+        write_as_kernel(&mut m, 3);
+        assert_eq!(m.copied(0..300).unwrap(), [3; 300]);
+        assert_eq!(m.bytes(), [3; 300]);
+        assert_eq!(m.bytes(), [3; 300]);
+        let counted = counters::take();
+        assert_eq!((counted.uploads, counted.reads), (0, 2));
+        m.bytes_mut()[0] = 4;
+        assert_eq!(read_as_kernel(&m)[..2], [4, 3]);
+        assert_eq!(counters::take().uploads, 1);
+    }
+
+    #[test]
+    fn a_duplicate_is_made_where_the_content_is_and_is_its_own() {
+        let mut m = Memory::zeros(500);
+        write_as_kernel(&mut m, 7);
+        counters::take();
+        let mut copy = m.duplicate(0..500).unwrap();
+        write_as_kernel(&mut m, 8);
+        assert_eq!(read_as_kernel(&copy), [7; 500]);
+        assert_eq!((counters::take().reads, counters::take().uploads), (0, 0));
+        copy.bytes_mut().fill(9);
+        assert_eq!(copy.duplicate(100..500).unwrap().bytes(), [9; 400]);
+        assert_eq!(m.bytes(), [8; 500]);
+    }
+
+    #[test]
+    fn zeros_are_zeros_on_whichever_side_asks_first() {
+        assert_eq!(Memory::zeros(1000).bytes(), [0; 1000]);
+        counters::take();
+        assert_eq!(read_as_kernel(&Memory::zeros(1000)), [0; 1000]);
+        assert_eq!(counters::take().uploads, 0);
     }
 }

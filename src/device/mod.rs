@@ -5,16 +5,20 @@
 //! GPU: bf16 weights and activations, f32 sums, router and parameter gradients. `cuda` runs the same
 //! kernels on a GPU; [`Memory`] says how the host sees what they wrote.
 
+mod arena;
 #[allow(non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
 #[rustfmt::skip]
 pub mod bindings;
+pub mod counters;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod launchers;
 mod memory;
+mod side;
 pub mod timeline;
 
 pub use memory::{Memory, rounded_bytes};
+pub use side::{reserve, take_peak};
 
 use crate::error::{Error, Result};
 use launchers::Launchers;
@@ -28,7 +32,7 @@ pub enum Device {
     /// Reference code on the host.
     #[default]
     Cpu,
-    /// The CUDA kernels on the simulator. Its memory is the host's.
+    /// The CUDA kernels on the simulator, whose memory is apart from the host's as a GPU's is.
     Sim,
     /// The CUDA kernels on a GPU.
     Cuda,

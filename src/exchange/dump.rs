@@ -71,7 +71,8 @@ pub fn dump(options: &Options, out: &Path) -> Result<Vec<String>> {
     ];
     for piece in &pieces {
         let like = &model.parameters[piece.parameter].value;
-        let gradient = store.get_or_zeros(piece.parameter, like);
+        let zeros = || crate::tensor::Tensor::zeros(like.device(), like.dtype(), like.shape());
+        let gradient = store.get_or(piece.parameter, zeros);
         let size = dtype.size();
         let range = piece.offset * size..(piece.offset + piece.elements()) * size;
         arrays.push(Output {

@@ -98,8 +98,10 @@ impl Source {
             let value = &mut model.parameters[piece.parameter].value;
             let (name, range) = (&piece.name, piece.offset..piece.offset + piece.elements());
             with_real!(value.dtype(), "model", |T| {
-                let to = &mut value.slice_mut::<T>()[range];
-                self.tensors.read(name, &piece.shape, to)
+                value.change(|value| {
+                    let to = &mut value.slice_mut::<T>()[range];
+                    self.tensors.read(name, &piece.shape, to)
+                })
             })?;
             left.remove(name.as_str());
         }

@@ -213,6 +213,7 @@ impl safetensors::View for &Output {
             DType::F64 => Dtype::F64,
             DType::F32 => Dtype::F32,
             DType::Bf16 => Dtype::BF16,
+            DType::I16 => Dtype::I16,
             DType::I32 => Dtype::I32,
         }
     }

@@ -6,7 +6,7 @@
 
 use super::Architecture;
 use super::architecture::uses_default_vectors;
-use crate::checkpoint::Array;
+use crate::checkpoint::{Array, Content};
 use crate::config::Config;
 use crate::dtype::{DType, Real};
 use crate::error::Result;
@@ -29,10 +29,11 @@ pub fn arrays<'a>(
     config: &Config,
     architecture: Architecture,
     dtype: DType,
-) -> Result<Vec<Array<'a>>> {
+) -> Result<Vec<Array<'static>>> {
     let own = architecture == Architecture::Routegrad;
     let mut arrays = Vec::new();
     for parameter in &model.parameters {
+        let value = parameter.value.whole();
         let mut from = 0;
         for part in &parameter.parts {
             let pieces = if own { vec![part.clone()] } else { split(part) };
@@ -42,7 +43,7 @@ pub fn arrays<'a>(
                     name,
                     shape,
                     dtype,
-                    bytes: rounded(&parameter.value, from..to, dtype)?,
+                    content: Content::Bytes(rounded(&value, from..to, dtype)?.into_owned()),
                 });
                 from = to;
             }
@@ -64,7 +65,7 @@ pub fn arrays<'a>(
                 name: format!("model.layers.{layer}.mlp.{name}"),
                 shape: tensor.shape(),
                 dtype,
-                bytes: Cow::Owned(bytes.into_owned()),
+                content: Content::Bytes(bytes.into_owned()),
             });
         }
     }
@@ -113,7 +114,7 @@ fn no_shared_expert(layer: usize, d: usize, dtype: DType) -> [Array<'static>; 4]
             name: format!("model.layers.{layer}.mlp.{name}.weight"),
             shape,
             dtype,
-            bytes: Cow::Owned(vec![0; shape.elements() * dtype.size()]),
+            content: Content::Bytes(vec![0; shape.elements() * dtype.size()]),
         }
     })
 }

@@ -18,7 +18,7 @@ use crate::ops::heads::Heads;
 use crate::ops::layernorm::layernorm;
 use crate::ops::rmsnorm::rmsnorm;
 use crate::ops::rope::RopeTables;
-use crate::routers::{Balance, LayerState, Pass, Router};
+use crate::routers::{Balance, DeviceTally, LayerState, Pass, Router};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::cell::RefCell;
@@ -44,6 +44,8 @@ pub struct Graph {
     pub rope: RopeTables,
     pub dtype: DType,
     pub device: Device,
+    /// What the MoE layers count, on a device with kernels.
+    pub tally: Option<Rc<DeviceTally>>,
     pub dist: Box<dyn Collective>,
 }
 
@@ -79,12 +81,17 @@ impl Graph {
                 own.collect()
             })
             .collect();
-        let states = (0..model.moe_layers().len()).map(|layer| {
+        let device = config.train.device;
+        let layers = model.moe_layers().len();
+        let tally = (device != Device::Cpu && layers > 0)
+            .then(|| DeviceTally::new(device, layers, model.num_experts));
+        let states = (0..layers).map(|layer| {
             let mut tensors = router.initial_state(model, layer, seed);
             for t in &mut tensors {
-                t.start = rounded(&t.start, dtype)?.on(config.train.device);
+                t.start = rounded(&t.start, dtype)?.on(device);
             }
-            Ok(LayerState::new(tensors))
+            let tally = tally.as_ref().map(|t| t.layer(layer));
+            Ok(LayerState::with_tally(tensors, tally.unwrap_or_default()))
         });
         Ok(Graph {
             states: RefCell::new(states.collect::<Result<_>>()?),
@@ -105,7 +112,8 @@ impl Graph {
                 model.rope_theta,
             )?,
             dtype,
-            device: config.train.device,
+            device,
+            tally,
             dist,
         })
     }
@@ -194,26 +202,21 @@ impl Graph {
             Balance::Own => 1.0,
             _ => self.balance.aux_coefficient / layers,
         };
-        let auxiliary: Vec<&Var> = balance
-            .iter()
-            .filter_map(|l| l.auxiliary.as_ref())
-            .collect();
-        let z: Vec<&Var> = balance.iter().filter_map(|l| l.z.as_ref()).collect();
         let z_scale = self.balance.z_coefficient / layers;
-        let mut terms = vec![(&cross, 1.0)];
-        terms.extend(auxiliary.iter().map(|l| (*l, aux_scale)));
-        terms.extend(z.iter().map(|l| (*l, z_scale)));
-        let sum = |losses: &[&Var]| {
-            losses
-                .iter()
-                .map(|l| l.tensor().item())
-                .sum::<Result<f64>>()
-        };
+        let auxiliary = balance.iter().filter_map(|l| l.auxiliary.as_ref());
+        let z = balance.iter().filter_map(|l| l.z.as_ref());
+        let auxiliary = scaled_sum(tape, auxiliary, aux_scale)?;
+        let z = scaled_sum(tape, z, z_scale)?;
+        let terms = [Some(&cross), auxiliary.as_ref(), z.as_ref()];
+        let terms: Vec<_> = terms.into_iter().flatten().map(|t| (t, 1.0)).collect();
         Ok(Losses {
-            total: weighted_sum(tape, &terms)?,
-            cross_entropy: cross.tensor().item()?,
-            auxiliary: aux_scale * sum(&auxiliary)?,
-            z: z_scale * sum(&z)?,
+            total: match &terms[..] {
+                [_] => cross.clone(),
+                terms => weighted_sum(tape, terms)?,
+            },
+            cross_entropy: cross,
+            auxiliary,
+            z,
         })
     }
 
@@ -282,4 +285,17 @@ impl Graph {
         };
         Ok((x.clone(), normed))
     }
+}
+
+/// `scale · Σ` of the losses, if there are any.
+fn scaled_sum<'v>(
+    tape: &Tape,
+    losses: impl Iterator<Item = &'v Var>,
+    scale: f64,
+) -> Result<Option<Var>> {
+    let terms: Vec<_> = losses.map(|loss| (loss, scale)).collect();
+    if terms.is_empty() {
+        return Ok(None);
+    }
+    weighted_sum(tape, &terms).map(Some)
 }

@@ -110,15 +110,14 @@ impl MoeLayer {
             y = add(tape, &y, &sigmoid_gate(tape, &score, &own)?)?;
         }
 
-        layer.count(routing.chosen(), routing.scores.entropy()?);
+        let over_step = model.balance.aux_scope == Scope::Global;
+        let fractions = layer.count(routing.chosen(), routing.scores.entropy()?, over_step)?;
         let losses = BalanceLosses {
             auxiliary: if !model.has_auxiliary_loss() {
                 None
             } else if routing.penalty.is_some() {
                 routing.penalty
             } else {
-                let over_step = model.balance.aux_scope == Scope::Global;
-                let fractions = layer.fractions(routing.chosen(), over_step)?;
                 Some(routing.scores.auxiliary_loss(tape, &fractions)?)
             },
             z: if model.has_z_loss() {

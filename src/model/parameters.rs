@@ -5,10 +5,10 @@
 //! Gaussian with standard deviation √(2 / 5D), for matrices that write into the residual stream
 //! 2 / (L √D), D the model width, L all layers; norm weights 1, biases 0 (Default MoE, A.2).
 
+use super::weight::Weight;
 use crate::config::{ModelConfig, Norm};
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::dtype::{DType, Real};
-use crate::launch;
 use crate::random::{Purpose, Stream};
 use crate::shape::Shape;
 use crate::tensor::Tensor;
@@ -17,44 +17,11 @@ use crate::tensor::Tensor;
 pub struct Parameter {
     /// Name in reports; that of the checkpoint where there is one part.
     pub name: String,
-    pub value: Tensor,
+    pub value: Weight,
     /// What a checkpoint holds: consecutive rows of the value, in order.
     pub parts: Vec<Part>,
     /// Whether weight decay applies.
     pub decays: bool,
-    /// Whether operations read it in f32 on every device: the router's weight.
-    pub exact: bool,
-}
-
-impl Parameter {
-    /// The value that operations on `device` read: with kernels rounded to bf16, ties away from
-    /// zero, as a GPU keeps it beside the rest of the f32 value.
-    ///
-    /// # Panics
-    /// When the device has no room, or failed.
-    pub fn working(&self, device: Device) -> Tensor {
-        if device == Device::Cpu || self.exact {
-            return self.value.on(device);
-        }
-        let mut rounded = Tensor::unspecified(device, DType::Bf16, self.value.shape());
-        let numbers = self.value.elements() as i64;
-        let launched = device.launchers().and_then(|launchers| {
-            // SAFETY: both have so many elements, f32 and bf16.
-            unsafe {
-                launch!(
-                    launchers,
-                    round_weights(
-                        rounded.pointer_mut(),
-                        self.value.pointer(),
-                        numbers,
-                        stream()
-                    )
-                )
-            }
-        });
-        launched.unwrap_or_else(|e| panic!("{e}"));
-        rounded
-    }
 }
 
 /// Rows of a parameter under the name that a checkpoint gives them.
@@ -75,6 +42,7 @@ pub struct NormSlots {
 pub struct Layout<'c> {
     config: &'c ModelConfig,
     dtype: DType,
+    device: Device,
     seed: u64,
     parameters: Vec<Parameter>,
 }
@@ -86,10 +54,12 @@ enum Start {
 }
 
 impl<'c> Layout<'c> {
-    pub fn new(config: &'c ModelConfig, dtype: DType, seed: u64) -> Self {
+    /// For parameters of `dtype` that operations on `device` read.
+    pub fn new(config: &'c ModelConfig, dtype: DType, device: Device, seed: u64) -> Self {
         Layout {
             config,
             dtype,
+            device,
             seed,
             parameters: Vec::new(),
         }
@@ -99,16 +69,15 @@ impl<'c> Layout<'c> {
         self.parameters
     }
 
-    /// The router's weight, kept in f32 on every device.
+    /// The router's weight, which operations read in f32 on every device.
     pub fn router(&mut self, name: &str, shape: &[usize]) -> usize {
-        let index = self.matrix(name, shape);
-        self.parameters[index].exact = true;
-        index
+        let start = self.plain();
+        self.push(name, vec![], shape, start, true, true)
     }
 
     /// A matrix, or a stack of matrices.
     pub fn matrix(&mut self, name: &str, shape: &[usize]) -> usize {
-        self.push(name, vec![], shape, self.plain(), true)
+        self.push(name, vec![], shape, self.plain(), true, false)
     }
 
     /// Matrices of one input, one above the other: (checkpoint name, rows).
@@ -118,13 +87,13 @@ impl<'c> Layout<'c> {
             .iter()
             .map(|(n, rows)| part(n, &[*rows, inputs]))
             .collect();
-        self.push(name, parts, &[rows, inputs], self.plain(), true)
+        self.push(name, parts, &[rows, inputs], self.plain(), true, false)
     }
 
     /// A matrix, or a stack of matrices, that writes into the residual stream.
     pub fn residual(&mut self, name: &str, shape: &[usize]) -> usize {
         let std = 2.0 / (self.config.layers as f64 * (self.config.hidden as f64).sqrt());
-        self.push(name, vec![], shape, Start::Gaussian { std }, true)
+        self.push(name, vec![], shape, Start::Gaussian { std }, true, false)
     }
 
     /// The embedding, which does not decay.
@@ -135,6 +104,7 @@ impl<'c> Layout<'c> {
             &[vocab_size, self.config.hidden],
             self.plain(),
             false,
+            false,
         )
     }
 
@@ -142,7 +112,7 @@ impl<'c> Layout<'c> {
     pub fn vectors(&mut self, name: &str, parts: &[(String, usize)], value: f64) -> usize {
         let length = parts.iter().map(|(_, n)| n).sum();
         let parts = parts.iter().map(|(name, n)| part(name, &[*n])).collect();
-        self.push(name, parts, &[length], Start::Value(value), false)
+        self.push(name, parts, &[length], Start::Value(value), false, false)
     }
 
     /// A norm over the residual stream; `name` without `.weight`.
@@ -170,6 +140,7 @@ impl<'c> Layout<'c> {
         shape: &[usize],
         start: Start,
         decays: bool,
+        exact: bool,
     ) -> usize {
         let index = self.parameters.len();
         let parts = if parts.is_empty() {
@@ -185,10 +156,9 @@ impl<'c> Layout<'c> {
         }
         self.parameters.push(Parameter {
             name: name.into(),
-            value,
+            value: Weight::new(value, self.device, exact),
             parts,
             decays,
-            exact: false,
         });
         index
     }

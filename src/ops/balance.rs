@@ -12,19 +12,20 @@ use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 
-/// `E Σ_i f_i mean_t(p_ti)`: a scalar, without the coefficient. `p` is `[T, E]`, or its mean `[E]`.
+/// `E Σ_i f_i mean_t(p_ti)`: a scalar, without the coefficient. `p` is `[T, E]`, or its mean `[E]`, and
+/// `fractions [E]` are the f_i.
 ///
 /// # Errors
 /// When `fractions` has not one entry per expert.
-pub fn auxiliary_loss(tape: &Tape, p: &Var, fractions: &[f64]) -> Result<Var> {
+pub fn auxiliary_loss(tape: &Tape, p: &Var, fractions: &Tensor) -> Result<Var> {
     let mut shape = p.tensor().shape().to_vec();
     shape.pop();
-    shape.push(fractions.len());
+    shape.push(fractions.elements());
     p.tensor()
         .expect_shape("auxiliary_loss", "probabilities", &shape[..])?;
     tape.apply_one(
         AuxiliaryLoss {
-            fractions: fractions.to_vec(),
+            fractions: fractions.to_f64()?,
         },
         &[p],
     )
@@ -189,7 +190,7 @@ impl Op for WeightedSum {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let fractions = [0.5, 0.125, 0.25, 0.125];
+    let fractions = Tensor::from_slice([4], &[0.5, 0.125, 0.25, 0.125]);
     vec![
         Case::new(
             "auxiliary_loss behind the softmax [6, 4]",
@@ -216,14 +217,24 @@ mod tests {
         v.tensor().item().unwrap()
     }
 
+    fn of<const E: usize>(fractions: [f64; E]) -> Tensor {
+        Tensor::from_slice([E], &fractions)
+    }
+
     #[test]
     fn the_auxiliary_loss_is_one_when_balanced_and_worked_by_hand() {
         let tape = Tape::new();
         let p = Var::constant(Tensor::from_slice([2, 4], &[0.25; 8]));
-        assert_eq!(value(auxiliary_loss(&tape, &p, &[0.25; 4]).unwrap()), 1.0);
+        assert_eq!(
+            value(auxiliary_loss(&tape, &p, &of([0.25; 4])).unwrap()),
+            1.0
+        );
         // P = (0.75, 0.25), f = (1, 0): 2 · 0.75.
         let p = Var::constant(Tensor::from_slice([2, 2], &[0.5, 0.5, 1.0, 0.0]));
-        assert_eq!(value(auxiliary_loss(&tape, &p, &[1.0, 0.0]).unwrap()), 1.5);
+        assert_eq!(
+            value(auxiliary_loss(&tape, &p, &of([1.0, 0.0])).unwrap()),
+            1.5
+        );
     }
 
     #[test]

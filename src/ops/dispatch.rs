@@ -10,25 +10,29 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::tensor::Tensor;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
-/// The experts that each token chose: any number per token, ascending.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// The experts that each token chose: any number per token, ascending. Where a kernel chose, the host knows them only when
+/// it asks, which waits for the kernel.
+#[derive(Clone, Debug)]
 pub struct Selection {
+    num_tokens: usize,
     num_experts: usize,
+    /// `[T, K]`, on a device with kernels.
+    choices: Option<Tensor>,
+    lists: OnceLock<Arc<Lists>>,
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Lists {
     /// `[T + 1]`: first slot of each token.
     token_slots: Vec<i32>,
     /// `[R]`: expert of each slot.
     slot_expert: Vec<i32>,
 }
 
-impl Selection {
-    /// A selection from `num_tokens` lists that `choose` appends to.
-    ///
-    /// # Errors
-    /// When a list is not strictly ascending or names an expert beyond `num_experts`, or there are
-    /// more slots than an i32 counts.
-    pub fn new(
+impl Lists {
+    fn new(
         num_tokens: usize,
         num_experts: usize,
         mut choose: impl FnMut(usize, &mut Vec<i32>),
@@ -55,11 +59,48 @@ impl Selection {
                 }
             }
         }
-        Ok(Selection {
-            num_experts,
+        Ok(Lists {
             token_slots,
             slot_expert,
         })
+    }
+
+    fn of_choices(choices: &[i32], tokens: usize, num_experts: usize) -> Result<Self> {
+        let top_k = choices.len() / tokens.max(1);
+        Self::new(tokens, num_experts, |t, chosen| {
+            chosen.extend_from_slice(&choices[t * top_k..(t + 1) * top_k]);
+        })
+    }
+}
+
+impl PartialEq for Selection {
+    fn eq(&self, other: &Self) -> bool {
+        self.num_experts == other.num_experts && self.lists() == other.lists()
+    }
+}
+
+impl Selection {
+    /// A selection from `num_tokens` lists that `choose` appends to.
+    ///
+    /// # Errors
+    /// When a list is not strictly ascending or names an expert beyond `num_experts`, or there are
+    /// more slots than an i32 counts.
+    pub fn new(
+        num_tokens: usize,
+        num_experts: usize,
+        choose: impl FnMut(usize, &mut Vec<i32>),
+    ) -> Result<Self> {
+        let lists = Lists::new(num_tokens, num_experts, choose)?;
+        Ok(Selection::of_lists(num_tokens, num_experts, lists))
+    }
+
+    fn of_lists(num_tokens: usize, num_experts: usize, lists: Lists) -> Self {
+        Selection {
+            num_tokens,
+            num_experts,
+            choices: None,
+            lists: OnceLock::from(Arc::new(lists)),
+        }
     }
 
     /// From `choices [T, top_k]`, ascending in each row.
@@ -67,20 +108,38 @@ impl Selection {
     /// # Errors
     /// As [`new`](Self::new).
     pub fn from_choices(choices: &[i32], tokens: usize, num_experts: usize) -> Result<Self> {
-        let top_k = choices.len() / tokens.max(1);
-        Self::new(tokens, num_experts, |t, chosen| {
-            chosen.extend_from_slice(&choices[t * top_k..(t + 1) * top_k]);
+        let lists = Lists::of_choices(choices, tokens, num_experts)?;
+        Ok(Selection::of_lists(tokens, num_experts, lists))
+    }
+
+    /// What a kernel chose, `[T, top_k]`, ascending in each row.
+    pub fn of_kernel(choices: Tensor, num_experts: usize) -> Self {
+        Selection {
+            num_tokens: choices.shape()[0],
+            num_experts,
+            choices: Some(choices),
+            lists: OnceLock::new(),
+        }
+    }
+
+    fn lists(&self) -> &Lists {
+        self.lists.get_or_init(|| {
+            let Some(choices) = &self.choices else {
+                unreachable!("either the host chose or a kernel")
+            };
+            let lists = Lists::of_choices(choices.slice(), self.num_tokens, self.num_experts);
+            Arc::new(lists.unwrap_or_else(|e| panic!("{e}")))
         })
     }
 
     /// Experts per token, where every token has as many.
     pub fn experts_per_token(&self) -> Option<usize> {
-        let k = self.num_slots() / self.num_tokens().max(1);
-        let uniform = self
-            .token_slots
-            .windows(2)
-            .all(|s| (s[1] - s[0]) as usize == k);
-        uniform.then_some(k)
+        if let Some(choices) = &self.choices {
+            return Some(choices.shape()[1]);
+        }
+        let k = self.num_slots() / self.num_tokens.max(1);
+        let mut slots = self.lists().token_slots.windows(2);
+        slots.all(|s| (s[1] - s[0]) as usize == k).then_some(k)
     }
 
     /// Every expert for every token.
@@ -94,7 +153,7 @@ impl Selection {
     }
 
     pub fn num_tokens(&self) -> usize {
-        self.token_slots.len() - 1
+        self.num_tokens
     }
 
     pub fn num_experts(&self) -> usize {
@@ -103,39 +162,44 @@ impl Selection {
 
     /// Number of (token, expert) pairs.
     pub fn num_slots(&self) -> usize {
-        self.slot_expert.len()
+        match &self.choices {
+            Some(choices) => choices.elements(),
+            None => self.lists().slot_expert.len(),
+        }
     }
 
     /// The slots of a token.
     pub fn slots(&self, token: usize) -> std::ops::Range<usize> {
-        self.token_slots[token] as usize..self.token_slots[token + 1] as usize
+        let first = &self.lists().token_slots;
+        first[token] as usize..first[token + 1] as usize
     }
 
     /// The expert of a slot.
     pub fn expert(&self, slot: usize) -> usize {
-        self.slot_expert[slot] as usize
+        self.lists().slot_expert[slot] as usize
     }
 
     /// The experts of a token, ascending.
     pub fn experts(&self, token: usize) -> &[i32] {
-        &self.slot_expert[self.slots(token)]
+        &self.lists().slot_expert[self.slots(token)]
     }
 
     /// Tokens per expert.
     pub fn counts(&self) -> Vec<usize> {
         let mut counts = vec![0; self.num_experts];
-        for &e in &self.slot_expert {
+        for &e in &self.lists().slot_expert {
             counts[e as usize] += 1;
         }
         counts
     }
-}
 
-impl Selection {
     fn maps(&self, device: Device, rows: usize) -> Result<DeviceMaps> {
-        let (tokens, experts) = (self.num_tokens(), self.num_experts);
+        let (tokens, experts) = (self.num_tokens, self.num_experts);
+        if let Some(choices) = &self.choices {
+            return maps_of(Chosen::Experts(choices.clone()), experts, rows);
+        }
         if let Some(k) = self.experts_per_token().filter(|k| *k > 0) {
-            let choices = Tensor::from_slice([tokens, k], &self.slot_expert).on(device);
+            let choices = Tensor::from_slice([tokens, k], &self.lists().slot_expert).on(device);
             return maps_of(Chosen::Experts(choices), experts, rows);
         }
         // One byte for each token and expert.
@@ -181,7 +245,7 @@ pub(super) fn maps_of(chosen: Chosen, experts: usize, rows: usize) -> Result<Dev
     let mut offsets = new(experts + 1);
     let (mut row_token, mut row_slot) = (new(rows.max(1)), new(rows.max(1)));
     let mut slot_row = Tensor::unspecified(device, DType::I32, [tokens, slots]);
-    let mut fault = Tensor::from_slice([1], &[0i32]).on(device);
+    let mut fault = Tensor::zeros(device, DType::I32, [1]);
     let mut workspace = new((bytes as usize).div_ceil(4));
     // SAFETY: the tensors have the shapes that dispatch.cu's header names.
     unsafe {
@@ -230,18 +294,24 @@ pub(super) fn maps_of(chosen: Chosen, experts: usize, rows: usize) -> Result<Dev
         row_token,
         slot_row,
         choices,
+        fault,
         slots,
     })
 }
 
-/// The maps between slots and rows of a selection.
+/// The maps between slots and rows of a selection, made where they are asked for.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
     selection: Selection,
+    host: OnceLock<HostMaps>,
+    device: OnceLock<DeviceMaps>,
+}
+
+#[derive(Clone, Debug)]
+struct HostMaps {
     offsets: Vec<i32>,
     row_token: Vec<i32>,
     slot_row: Vec<i32>,
-    device: OnceLock<DeviceMaps>,
 }
 
 /// The same maps as the kernels of `kernels/dispatch.cu` make them, for other kernels. Every token
@@ -256,12 +326,14 @@ pub struct DeviceMaps {
     pub slot_row: Tensor,
     /// `[T, slots]`: expert of each slot; none where slot i is that of expert i.
     pub choices: Option<Tensor>,
+    /// `[1]`: bits of `routegrad_fault`.
+    pub fault: Tensor,
     pub slots: usize,
 }
 
-impl Dispatch {
+impl HostMaps {
     /// A stable counting sort of the slots by expert.
-    pub fn new(selection: Selection) -> Self {
+    fn new(selection: &Selection) -> Self {
         let mut offsets = vec![0; selection.num_experts + 1];
         for (e, count) in selection.counts().into_iter().enumerate() {
             offsets[e + 1] = offsets[e] + count as i32;
@@ -277,13 +349,26 @@ impl Dispatch {
                 *row += 1;
             }
         }
-        Dispatch {
-            selection,
+        HostMaps {
             offsets,
             row_token,
             slot_row,
+        }
+    }
+}
+
+impl Dispatch {
+    /// The maps of a selection.
+    pub fn new(selection: Selection) -> Self {
+        Dispatch {
+            selection,
+            host: OnceLock::new(),
             device: OnceLock::new(),
         }
+    }
+
+    fn host(&self) -> &HostMaps {
+        self.host.get_or_init(|| HostMaps::new(&self.selection))
     }
 
     /// The maps on a device with kernels, made there when first asked for.
@@ -303,22 +388,23 @@ impl Dispatch {
     }
 
     pub fn num_rows(&self) -> usize {
-        self.row_token.len()
+        self.selection.num_slots()
     }
 
     /// The rows of an expert.
     pub fn rows(&self, expert: usize) -> std::ops::Range<usize> {
-        self.offsets[expert] as usize..self.offsets[expert + 1] as usize
+        let first = &self.host().offsets;
+        first[expert] as usize..first[expert + 1] as usize
     }
 
     /// The token of a row.
     pub fn token(&self, row: usize) -> usize {
-        self.row_token[row] as usize
+        self.host().row_token[row] as usize
     }
 
     /// The row of a slot.
     pub fn row(&self, slot: usize) -> usize {
-        self.slot_row[slot] as usize
+        self.host().slot_row[slot] as usize
     }
 
     /// Blocks of at most `block` rows, none of them across two experts: (expert, rows).

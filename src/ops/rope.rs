@@ -164,16 +164,17 @@ impl Rope {
         let (heads, tables) = (self.heads, &self.tables);
         x.expect_dtype("rope", "qkv", DType::Bf16)?;
         tables.cos.expect_dtype("rope", "tables", DType::F32)?;
+        let [cos, sin] = [&tables.cos, &tables.sin].map(|t| t.on(x.device()));
         let mut y = x.unspecified_like();
-        // SAFETY: the tensors have the shapes that rope.cu's header names; the simulator reads the host's tables.
+        // SAFETY: the tensors have the shapes that rope.cu's header names.
         unsafe {
             launch!(
                 x.device().launchers()?,
                 rope(
                     y.pointer_mut(),
                     x.pointer(),
-                    tables.cos.pointer(),
-                    tables.sin.pointer(),
+                    cos.pointer(),
+                    sin.pointer(),
                     x.shape().rows() as i64,
                     self.sequence as i32,
                     heads.query as i32,

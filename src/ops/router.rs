@@ -49,8 +49,15 @@ pub fn softmax(tape: &Tape, z: &Var) -> Result<Var> {
 #[derive(Clone)]
 pub struct TopK {
     pub selection: Selection,
-    /// The first token whose logits hold a NaN or an infinity. Its experts are still in range.
-    pub first_non_finite: Option<usize>,
+    pub non_finite: NonFinite,
+}
+
+/// The first token whose logits hold a NaN or an infinity. Its experts are still in range.
+#[derive(Clone)]
+pub enum NonFinite {
+    At(Option<usize>),
+    /// `[1]`, in device memory; none: `i32::MAX`.
+    OfKernel(Tensor),
 }
 
 /// The `k` experts of largest score for each row of `scores [T, E]`, ties to the lower expert.

@@ -10,7 +10,7 @@
 
 use super::balance;
 use super::dispatch::Selection;
-use super::router::{self, TopK};
+use super::router::{self, NonFinite, TopK};
 use super::scores::{first_non_finite, positive, shares, sigmoid};
 use crate::cpu::Accumulate;
 use crate::device::bindings::{
@@ -21,6 +21,7 @@ use crate::device::{Device, stream};
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
+use crate::shape::Shape;
 use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -88,9 +89,18 @@ enum Origin {
         /// `logsumexp(z_t) [T]`, and where the operation keeps it once the z-loss was asked for.
         lse: Tensor,
         kept_lse: Rc<OnceCell<Tensor>>,
-        /// Mean entropy of a row, in nats.
-        entropy: f64,
+        /// `[2 E + 2]`, of the router's kernel: they end with the mean entropy of a row, in nats, of the softmax.
+        statistics: Tensor,
     },
+}
+
+/// Entropy of the scores, as shares of their sum, summed over the tokens, in nats.
+pub enum Entropy {
+    Sum(f64),
+    /// What `router_statistics` gave.
+    OfKernel(Tensor),
+    /// That of these scores `[T, E]`, in device memory.
+    OfShares(Tensor),
 }
 
 /// Scores of `x [T, D]` with the router weight `[E, D]`, in f32 on devices with kernels.
@@ -121,7 +131,7 @@ pub fn scores(tape: &Tape, x: &Var, weight: &Var, score: Score, choice: Choice) 
             lse_square,
             lse: run.lse,
             kept_lse,
-            entropy: run.entropy,
+            statistics: run.statistics,
         },
     })
 }
@@ -174,9 +184,9 @@ impl Scores {
     fn chosen(&self, selection: Selection) -> Result<TopK> {
         Ok(TopK {
             selection,
-            first_non_finite: match &self.origin {
-                Origin::Logits { z, .. } => first_non_finite(z.tensor())?,
-                Origin::Kernel { chosen, .. } => chosen.first_non_finite,
+            non_finite: match &self.origin {
+                Origin::Logits { z, .. } => NonFinite::At(first_non_finite(z.tensor())?),
+                Origin::Kernel { chosen, .. } => chosen.non_finite.clone(),
             },
         })
     }
@@ -193,7 +203,7 @@ impl Scores {
     ///
     /// # Errors
     /// When `fractions` has not one entry per expert.
-    pub fn auxiliary_loss(&self, tape: &Tape, fractions: &[f64]) -> Result<Var> {
+    pub fn auxiliary_loss(&self, tape: &Tape, fractions: &Tensor) -> Result<Var> {
         match &self.origin {
             Origin::Logits { .. } => balance::auxiliary_loss(tape, &self.values, fractions),
             Origin::Kernel { mean, .. } => balance::auxiliary_loss(tape, mean, fractions),
@@ -219,19 +229,20 @@ impl Scores {
         }
     }
 
-    /// Entropy of the scores, as shares of their sum, summed over the tokens, in nats.
+    /// Entropy of the scores.
     ///
     /// # Errors
     /// When the scores are not real.
-    pub fn entropy(&self) -> Result<f64> {
+    pub fn entropy(&self) -> Result<Entropy> {
         let values = self.values.tensor();
-        match (&self.origin, self.score) {
-            (Origin::Kernel { entropy, .. }, Score::Softmax) => {
-                Ok(entropy * values.shape().rows() as f64)
+        Ok(match (&self.origin, self.score) {
+            (Origin::Kernel { statistics, .. }, Score::Softmax) => {
+                Entropy::OfKernel(statistics.clone())
             }
-            (_, Score::Softmax) => router::entropy(values),
-            _ => router::entropy(&shares(values)?),
-        }
+            (Origin::Kernel { .. }, _) => Entropy::OfShares(values.clone()),
+            (_, Score::Softmax) => Entropy::Sum(router::entropy(values)?),
+            _ => Entropy::Sum(router::entropy(&shares(values)?)?),
+        })
     }
 }
 
@@ -258,7 +269,7 @@ struct Run {
     forward: Forward,
     chosen: TopK,
     lse: Tensor,
-    entropy: f64,
+    statistics: Tensor,
 }
 
 impl Router {
@@ -306,16 +317,14 @@ impl Router {
                 router_statistics(statistics.pointer_mut(), partials.pointer(), t, e, stream())
             )?;
         }
-        let statistics = statistics.slice::<f32>();
-        let first = bad.slice::<i32>()[0] as usize;
         let chosen = TopK {
-            selection: Selection::from_choices(choices.slice(), tokens, experts)?,
-            first_non_finite: (first < tokens).then_some(first),
+            selection: Selection::of_kernel(choices, experts),
+            non_finite: NonFinite::OfKernel(bad),
         };
         let outputs = vec![
             values.clone(),
-            Tensor::from_slice([experts], &statistics[..experts]).on(device),
-            Tensor::from_slice([], &statistics[2 * experts..2 * experts + 1]).on(device),
+            statistics.part(0, [experts])?,
+            statistics.part(2 * experts, Shape::from([]))?,
         ];
         Ok(Run {
             forward: Forward {
@@ -324,7 +333,7 @@ impl Router {
             },
             chosen,
             lse,
-            entropy: f64::from(statistics[2 * experts + 1]),
+            statistics,
         })
     }
 }

@@ -53,7 +53,7 @@ impl Router for DenseMixer {
         }
         let all = Selection::all(selection.num_tokens(), selection.num_experts())?;
         Ok(Routing {
-            chosen: Some(selection.clone()),
+            chosen: Some(chosen.clone()),
             ..Routing::new(gates, scores, Rc::new(Dispatch::new(all)))
         })
     }

@@ -12,10 +12,11 @@ use super::{
     learns_renormalized, within,
 };
 use crate::config::ModelConfig;
-use crate::device::Device;
+use crate::device::{Device, stream};
 use crate::dist::Collective;
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
+use crate::launch;
 use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -60,6 +61,34 @@ impl Default for LossFree {
             renormalize: false,
             update_rate: 1e-3,
         }
+    }
+}
+
+impl LossFree {
+    /// Updates the bias of a layer whose load is in device memory, if it is.
+    fn updated_by_kernel(&self, layer: &mut LayerState) -> Result<bool> {
+        let mut bias = std::mem::replace(
+            layer.pending_mut(BIAS),
+            Tensor::zeros(Device::Cpu, DType::F32, [0]),
+        );
+        let updated = layer.tally().device_load(|load, first| {
+            let experts = bias.elements() as i32;
+            // SAFETY: both hold a number for each expert, the load from element `first` on.
+            unsafe {
+                launch!(
+                    bias.device().launchers()?,
+                    lossfree_update(
+                        bias.pointer_mut(),
+                        load.pointer::<f64>().add(first),
+                        experts,
+                        self.update_rate as f32,
+                        stream(),
+                    )
+                )
+            }
+        });
+        *layer.pending_mut(BIAS) = bias;
+        updated.transpose().map(|done| done.is_some())
     }
 }
 
@@ -113,7 +142,10 @@ impl Router for LossFree {
         dist: &dyn Collective,
     ) -> Result<()> {
         for layer in layers {
-            let mut counts = layer.step_load().to_vec();
+            if dist.size() == 1 && self.updated_by_kernel(layer)? {
+                continue;
+            }
+            let (_, mut counts) = layer.step_load();
             dist.sum(&mut counts)?;
             let mean = counts.iter().sum::<f64>() / counts.len() as f64;
             let bias = layer.pending_mut(BIAS);

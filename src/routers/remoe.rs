@@ -94,6 +94,7 @@ impl Router for ReMoe {
         let (counts, tokens) = held[0].slice::<f64>().split_at(counted.len() - 1);
         let slots = layer.top_k as f64 * tokens[0];
         let fractions: Vec<f64> = counts.iter().map(|n| n / slots).collect();
+        let fractions = Tensor::from_slice([fractions.len()], &fractions);
         let loss = auxiliary_loss(tape, &gates, &fractions)?;
         let lambda = layer.state(LAMBDA).item()?;
         let penalty = weighted_sum(tape, &[(&loss, lambda)])?;
@@ -109,9 +110,11 @@ impl Router for ReMoe {
         layers: &mut [LayerState],
         dist: &dyn Collective,
     ) -> Result<()> {
-        let pairs = layers.iter().map(|l| l.step_load().iter().sum::<f64>());
-        let tokens = layers.iter().map(LayerState::step_tokens);
-        let mut sums = [pairs.sum::<f64>(), tokens.sum::<f64>()];
+        let mut sums = [0.0; 2];
+        for (tokens, load) in layers.iter().map(LayerState::step_load) {
+            sums[0] += load.iter().sum::<f64>();
+            sums[1] += tokens;
+        }
         dist.sum(&mut sums)?;
         // Sparsity is 1 − pairs / (E tokens): compared as whole numbers, so that equal is equal.
         let (pairs, target) = (sums[0], model.top_k as f64 * sums[1]);
@@ -142,7 +145,8 @@ impl Router for ReMoe {
 mod tests {
     use super::*;
     use crate::dist::SingleRank;
-    use crate::ops::dispatch::Selection;
+    use crate::ops::dispatch::{Dispatch, Selection};
+    use crate::ops::routing::Entropy;
     use crate::routers::{Pass, Phase};
 
     const EXPERTS: usize = 4;
@@ -158,7 +162,9 @@ mod tests {
                 Selection::new(own.len(), EXPERTS, |t, c| c.extend(0..own[t] as i32)).unwrap();
             let mut state = LayerState::new(vec![start(0.5)]);
             let pass = Pass::single(Phase::Train);
-            LayerPass::new(pass, &SingleRank, 0, 2, 0, &mut state, false).count(&selection, 0.0);
+            LayerPass::new(pass, &SingleRank, 0, 2, 0, &mut state, false)
+                .count(&Dispatch::new(selection), Entropy::Sum(0.0), false)
+                .unwrap();
             state
         };
         chosen.iter().map(layer).collect()

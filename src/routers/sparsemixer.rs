@@ -20,7 +20,7 @@ use crate::dtype::Real;
 use crate::error::{Error, Result};
 use crate::ops::add::add;
 use crate::ops::dispatch::Selection;
-use crate::ops::router::TopK;
+use crate::ops::router::{NonFinite, TopK};
 use crate::ops::routing::{self, Score, Scores, scores};
 use crate::ops::sampled_gate::{Choice, Draw, choose, sampled_gate};
 use crate::ops::scale::scale;
@@ -216,7 +216,7 @@ impl Router for SparseMixer {
         let dispatch = layer.select(|| {
             Ok(TopK {
                 selection: selection(z, &choices)?,
-                first_non_finite: first_non_finite(z)?,
+                non_finite: NonFinite::At(first_non_finite(z)?),
             })
         })?;
         let gates = self.gates(tape, &logits, &choices)?;

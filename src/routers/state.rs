@@ -7,13 +7,15 @@
 use crate::dist::Collective;
 use crate::error::Result;
 use crate::ops::dispatch::{Dispatch, Selection};
-use crate::ops::router::TopK;
+use crate::ops::router::{NonFinite, TopK};
+use crate::ops::routing::Entropy;
 use crate::random::{Purpose, Stream};
 use crate::tensor::Tensor;
 use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::StateTensor;
+use super::tally::{Counted, Tally};
 
 /// What a forward pass is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,13 +89,9 @@ pub struct LayerState {
     /// The choice, the balance fractions and whatever else the router decided in the last training
     /// pass, which replays reuse.
     selection: Option<Selection>,
-    fractions: Vec<f64>,
+    fractions: Option<Tensor>,
     held: Vec<Tensor>,
-    /// Tokens, and tokens per expert, of this optimizer step so far on this rank.
-    step_tokens: f64,
-    step_load: Vec<f64>,
-    stats: LayerStats,
-    first_non_finite: Option<usize>,
+    tally: Tally,
     /// The choices made since they were last taken, if they are recorded.
     record: Option<Vec<Selection>>,
     replay: VecDeque<Selection>,
@@ -111,13 +109,20 @@ pub struct Disagreement {
 }
 
 impl LayerState {
+    /// The state of a layer that begins with `tensors`.
     pub(crate) fn new(tensors: Vec<StateTensor>) -> Self {
+        Self::with_tally(tensors, Tally::default())
+    }
+
+    /// The same, counting in `tally`.
+    pub(crate) fn with_tally(tensors: Vec<StateTensor>, tally: Tally) -> Self {
         let (names, committed): (_, Vec<Tensor>) =
             tensors.into_iter().map(|t| (t.name, t.start)).unzip();
         LayerState {
             names,
             pending: committed.clone(),
             committed,
+            tally,
             ..Default::default()
         }
     }
@@ -155,10 +160,14 @@ impl LayerState {
         self.begin_step();
     }
 
-    fn begin_step(&mut self) {
-        self.step_tokens = 0.0;
-        self.step_load.clear();
-        self.first_non_finite = None;
+    /// Begins a new step where kernels did what [`commit`](Self::commit) or [`discard`](Self::discard) do.
+    pub(crate) fn begin_step(&mut self) {
+        self.tally.begin_step();
+    }
+
+    /// Committed and pending tensors, for a kernel that commits or discards.
+    pub(crate) fn both(&mut self) -> impl Iterator<Item = (&mut Tensor, &mut Tensor)> {
+        self.committed.iter_mut().zip(&mut self.pending)
     }
 
     /// Begins to record the choices of training passes.
@@ -182,14 +191,15 @@ impl LayerState {
         std::mem::take(&mut self.disagreements)
     }
 
-    /// Tokens that this rank trained on since the last commitment.
-    pub fn step_tokens(&self) -> f64 {
-        self.step_tokens
+    /// Tokens that this rank trained on since the last commitment, and how many of them chose each expert, `[E]`; empty
+    /// before the first.
+    pub fn step_load(&self) -> (f64, Vec<f64>) {
+        self.tally.step_load()
     }
 
-    /// How many of them chose each expert, `[E]`; empty before the first.
-    pub fn step_load(&self) -> &[f64] {
-        &self.step_load
+    /// The same numbers where they are.
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.tally
     }
 
     /// A pending tensor, to update at the end of a step.
@@ -210,13 +220,13 @@ impl LayerState {
 
     /// Statistics since the last call.
     pub fn take_stats(&mut self) -> LayerStats {
-        std::mem::take(&mut self.stats)
+        self.tally.take_stats()
     }
 
     /// The first of this rank's tokens in this step whose logits were not finite, by its place in
     /// the global batch.
     pub fn first_non_finite(&self) -> Option<usize> {
-        self.first_non_finite
+        self.tally.first_non_finite()
     }
 }
 
@@ -240,6 +250,7 @@ pub struct LayerPass<'p> {
     seed: u64,
     state: &'p mut LayerState,
     replaying: bool,
+    non_finite: NonFinite,
 }
 
 impl<'p> LayerPass<'p> {
@@ -261,6 +272,7 @@ impl<'p> LayerPass<'p> {
             seed,
             state,
             replaying,
+            non_finite: NonFinite::At(None),
         }
     }
 
@@ -279,8 +291,9 @@ impl<'p> LayerPass<'p> {
         }
         let TopK {
             mut selection,
-            first_non_finite,
+            non_finite,
         } = choose()?;
+        self.non_finite = non_finite;
         if self.updates_state() {
             if let Some(replayed) = self.state.replay.pop_front() {
                 self.state
@@ -292,9 +305,6 @@ impl<'p> LayerPass<'p> {
                 record.push(selection.clone());
             }
             self.state.selection = Some(selection.clone());
-            let first = &mut self.state.first_non_finite;
-            let place = |token| self.pass.first_token as usize + token;
-            *first = first.or(first_non_finite.map(place));
         }
         Ok(Rc::new(Dispatch::new(selection)))
     }
@@ -346,30 +356,6 @@ impl<'p> LayerPass<'p> {
         self.state.pending_mut(name)
     }
 
-    /// `f_i`, the share of slots that went to expert i: over the step so far and all ranks, this
-    /// micro-batch [counted](Self::count) before, or over this micro-batch alone.
-    ///
-    /// # Errors
-    /// When a sum over ranks fails.
-    pub fn fractions(&mut self, selection: &Selection, over_step: bool) -> Result<Vec<f64>> {
-        if self.replaying && !self.state.fractions.is_empty() {
-            return Ok(self.state.fractions.clone());
-        }
-        let counts: Vec<f64> = if over_step && self.updates_state() {
-            let mut counts = self.state.step_load.clone();
-            self.dist.sum(&mut counts)?;
-            counts
-        } else {
-            selection.counts().into_iter().map(|c| c as f64).collect()
-        };
-        let slots: f64 = counts.iter().sum();
-        let fractions: Vec<f64> = counts.iter().map(|c| c / slots.max(1.0)).collect();
-        if self.updates_state() {
-            self.state.fractions = fractions.clone();
-        }
-        Ok(fractions)
-    }
-
     /// Adds up what the ranks counted in their parts of a micro-batch, in a pass that changes state;
     /// any other is this rank's own affair and sums nothing.
     ///
@@ -382,25 +368,37 @@ impl<'p> LayerPass<'p> {
         Ok(())
     }
 
-    /// Adds this micro-batch to the layer's statistics and to what the end of the step sees.
-    pub fn count(&mut self, selection: &Selection, entropy: f64) {
+    /// Adds this micro-batch to the layer's statistics and to what the end of the step sees. Gives `f_i [E]`, the share of
+    /// slots that went to expert i: of the step so far and all ranks (`over_step`), or of this micro-batch alone; a replay
+    /// counts nothing and gives those of the first run.
+    ///
+    /// # Errors
+    /// When a kernel or a sum over ranks fails.
+    pub fn count(
+        &mut self,
+        chosen: &Dispatch,
+        entropy: Entropy,
+        over_step: bool,
+    ) -> Result<Tensor> {
         if self.replaying {
-            return;
+            if let Some(fractions) = &self.state.fractions {
+                return Ok(fractions.clone());
+            }
+            return Ok(self.state.tally.fractions_of(chosen));
         }
-        let (counts, tokens) = (selection.counts(), selection.num_tokens() as f64);
-        let add = |sums: &mut Vec<f64>| {
-            sums.resize(counts.len(), 0.0);
-            sums.iter_mut()
-                .zip(&counts)
-                .for_each(|(s, c)| *s += *c as f64);
+        let trains = self.updates_state();
+        let counted = Counted {
+            chosen,
+            entropy,
+            non_finite: self.non_finite.clone(),
+            first_token: self.pass.first_token,
+            trains,
+            over_step: over_step && trains,
         };
-        let stats = &mut self.state.stats;
-        add(&mut stats.counts);
-        stats.tokens += tokens;
-        stats.entropy += entropy;
-        if self.updates_state() {
-            add(&mut self.state.step_load);
-            self.state.step_tokens += tokens;
+        let fractions = self.state.tally.count(&counted, self.dist)?;
+        if trains {
+            self.state.fractions = Some(fractions.clone());
         }
+        Ok(fractions)
     }
 }

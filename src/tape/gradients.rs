@@ -5,10 +5,13 @@
 
 use super::Source;
 use crate::cpu::{self, Accumulate};
+use crate::device::{Device, stream};
 use crate::dtype::DType;
 use crate::error::Result;
+use crate::launch;
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::ptr::null;
 
 /// Gradients of leaves, kept from one backward pass to the next.
 #[derive(Default)]
@@ -44,14 +47,12 @@ impl Gradients {
         slot.tensor.as_mut().filter(|_| written)
     }
 
-    /// The gradient of a leaf, to change in place; zeros like `value` when nothing flowed to it.
-    pub fn get_or_zeros(&mut self, leaf: usize, value: &Tensor) -> &mut Tensor {
+    /// The gradient of a leaf, to change in place; what `zeros` gives when nothing flowed to it.
+    pub fn get_or(&mut self, leaf: usize, zeros: impl FnOnce() -> Tensor) -> &mut Tensor {
         let slot = &mut self.slots[leaf];
         let gradient = slot.tensor.take().filter(|_| slot.written);
         slot.written = true;
-        slot.tensor.insert(
-            gradient.unwrap_or_else(|| Tensor::zeros(value.device(), value.dtype(), value.shape())),
-        )
+        slot.tensor.insert(gradient.unwrap_or_else(zeros))
     }
 
     /// Adds `leaves` slots behind the present ones and says where they begin.
@@ -223,14 +224,32 @@ impl<'a> Grads<'a> {
 fn add(sum: &mut Tensor, term: &Tensor) -> Result<()> {
     term.expect_shape("backward", "a further gradient", sum.shape())?;
     term.expect_dtype("backward", "a further gradient", sum.dtype())?;
-    if sum.dtype() == DType::Bf16 {
-        let mut wide = sum.widened();
-        cpu::add_assign(wide.slice_mut::<f32>(), term.widened().slice::<f32>());
-        *sum = wide.narrowed();
-        return Ok(());
+    if sum.device() != Device::Cpu {
+        return add_on_device(sum, term);
     }
     with_real!(sum.dtype(), "backward", |T| {
         cpu::add_assign(sum.slice_mut::<T>(), term.slice::<T>());
         Ok(())
     })
+}
+
+/// `sum += term` by the kernel of `kernels/cross_entropy.cu` that scales gradients.
+fn add_on_device(sum: &mut Tensor, term: &Tensor) -> Result<()> {
+    // The kernel takes eight elements at a time; blocks of a device are as long as that needs.
+    let elements = sum.elements().next_multiple_of(8);
+    // SAFETY: both blocks have so many elements; without a factor it is 1.
+    unsafe {
+        launch!(
+            sum.device().launchers()?,
+            gradient_scale(
+                sum.pointer_mut(),
+                term.pointer(),
+                null(),
+                elements as i64,
+                (sum.dtype() == DType::Bf16).into(),
+                1,
+                stream(),
+            )
+        )
+    }
 }

@@ -19,6 +19,7 @@ pub mod gate_gradient;
 pub mod grouped_down;
 pub mod grouped_gemm;
 pub mod grouped_swiglu;
+pub mod layer_tally;
 pub mod machine;
 pub mod norm;
 pub mod numbers;
@@ -28,6 +29,7 @@ pub mod routed;
 pub mod router;
 pub mod router_backward;
 pub mod router_sample;
+pub mod step;
 pub mod sum_parts;
 pub mod swiglu;
 pub mod unit;
@@ -49,6 +51,8 @@ pub struct Buffer {
 pub enum Content {
     /// Read only.
     Input(Vec<u8>),
+    /// So many bytes that hold addresses of other buffers, read only.
+    Table(usize, Fill),
     /// So many poisoned bytes, judged after the launch.
     Output(usize),
     /// Changed in place, judged after the launch.
@@ -57,7 +61,28 @@ pub enum Content {
     Workspace(usize),
 }
 
+/// The content of a table, from the addresses of the buffers in the order of the problem's list.
+type Fill = Box<dyn Fn(&[*mut u8]) -> Vec<u8> + Send + Sync>;
+
 impl Buffer {
+    /// Rows that `fill` makes of the buffers' addresses.
+    pub fn table<R: Copy>(
+        name: &'static str,
+        rows: usize,
+        fill: impl Fn(&[*mut u8]) -> Vec<R> + Send + Sync + 'static,
+    ) -> Self {
+        let bytes = rows * size_of::<R>();
+        let fill = move |addresses: &[*mut u8]| {
+            let rows = fill(addresses);
+            // SAFETY: the structs of routegrad.h have no padding.
+            unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), bytes) }.to_vec()
+        };
+        Self {
+            name,
+            content: Content::Table(bytes, Box::new(fill)),
+        }
+    }
+
     pub fn input<T: bytemuck::NoUninit>(name: &'static str, values: &[T]) -> Self {
         Self {
             name,
@@ -98,7 +123,7 @@ impl Buffer {
     fn bytes(&self) -> usize {
         match &self.content {
             Content::Input(bytes) | Content::Changed(bytes) => bytes.len(),
-            Content::Output(bytes) | Content::Workspace(bytes) => *bytes,
+            Content::Output(bytes) | Content::Workspace(bytes) | Content::Table(bytes, _) => *bytes,
         }
     }
 }
@@ -152,6 +177,8 @@ pub fn cases() -> Vec<Case> {
     all.extend(cross_entropy::cases());
     all.extend(swiglu::cases());
     all.extend(adamw::cases());
+    all.extend(step::cases());
+    all.extend(layer_tally::cases());
     all.extend(sum_parts::cases());
     all.extend(rope::cases());
     all.extend(embedding::cases());
@@ -179,6 +206,12 @@ impl<'a> Run<'a> {
             }
             buffers.push(guarded);
         }
+        let addresses: Vec<*mut u8> = buffers.iter().map(Guarded::pointer).collect();
+        for (buffer, guarded) in problem.buffers.iter().zip(&mut buffers) {
+            if let Content::Table(_, fill) = &buffer.content {
+                guarded.write(&fill(&addresses))?;
+            }
+        }
         Ok(Self {
             machine,
             problem,
@@ -190,7 +223,7 @@ impl<'a> Run<'a> {
     pub fn reset(&mut self) -> Result<()> {
         for (buffer, guarded) in self.problem.buffers.iter().zip(&mut self.buffers) {
             match &buffer.content {
-                Content::Input(_) => {}
+                Content::Input(_) | Content::Table(..) => {}
                 Content::Output(_) | Content::Workspace(_) => guarded.poison()?,
                 Content::Changed(bytes) => guarded.write(bytes)?,
             }
@@ -240,7 +273,10 @@ impl<'a> Run<'a> {
                 Content::Input(before) if *before != bytes => {
                     return Err(format!("{label}: the input `{name}` was changed"));
                 }
-                Content::Input(_) | Content::Workspace(_) => {}
+                Content::Table(_, fill) if fill(&self.pointers()) != bytes => {
+                    return Err(format!("{label}: the table `{name}` was changed"));
+                }
+                Content::Input(_) | Content::Table(..) | Content::Workspace(_) => {}
                 Content::Output(_) | Content::Changed(_) => outputs.push(bytes),
             }
         }

@@ -4,15 +4,17 @@
 //! `w ← w (1 − η λ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)` (Loshchilov and Hutter, 1711.05101).
 //! λ applies to matrices alone, not to norms, biases and the embedding.
 //!
-//! Where the gradients are on a device with kernels, both run there (`kernels/adamw.cu`).
+//! On a device with kernels [`DeviceStep`] does both there.
+
+mod device;
+
+pub use device::{DeviceStep, Outcome, Settings};
 
 use crate::config::TrainConfig;
 use crate::cpu::vectorized;
-use crate::device::{Device, stream};
-use crate::dtype::{DType, Real};
-use crate::error::Result;
-use crate::launch;
-use crate::model::Parameter;
+use crate::dtype::Real;
+use crate::error::{Error, Result};
+use crate::model::{Parameter, Places};
 use crate::tape::Gradients;
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -52,23 +54,6 @@ struct Coefficients {
     gradient: f64,
 }
 
-impl Coefficients {
-    /// In the order and the dtype of `kernels/adamw.cu`.
-    fn tensor(self) -> Tensor {
-        let Coefficients {
-            beta1,
-            beta2,
-            rate,
-            second_scale,
-            eps,
-            keep,
-            gradient,
-        } = self;
-        let all = [beta1, beta2, rate, second_scale, eps, keep, gradient];
-        Tensor::from_slice([7], &all.map(|x| x as f32))
-    }
-}
-
 impl AdamW {
     /// An optimizer that has made no step, its moments zero.
     pub fn new(config: &TrainConfig, parameters: &[Parameter]) -> Self {
@@ -104,19 +89,32 @@ impl AdamW {
     /// # Errors
     /// When the moments do not fit the parameters.
     pub fn restore(&mut self, steps: u64, moments: Vec<Moments>) -> Result<()> {
-        for (own, new) in self.moments.iter().zip(&moments) {
-            for (own, new) in [(&own.first, &new.first), (&own.second, &new.second)] {
+        assert_eq!(self.moments.len(), moments.len(), "two moments a parameter");
+        for (own, new) in self.moments.iter_mut().zip(moments) {
+            for (own, new) in [(&mut own.first, new.first), (&mut own.second, new.second)] {
                 new.expect_shape("checkpoint", "optimizer moment", own.shape())?;
                 new.expect_dtype("checkpoint", "optimizer moment", own.dtype())?;
+                *own = new.on(own.device());
             }
         }
-        assert_eq!(self.moments.len(), moments.len(), "two moments a parameter");
-        (self.steps, self.moments) = (steps, moments);
+        self.steps = steps;
         Ok(())
     }
 
-    /// One update at learning rate `rate`, the gradient multiplied by `scale` first. A parameter
-    /// without a gradient counts as one whose gradient is 0.
+    /// What a step on a device needs of it.
+    pub fn settings(&self, rate: f64, clip: f64) -> Settings {
+        Settings {
+            rate,
+            clip,
+            beta1: self.betas[0],
+            beta2: self.betas[1],
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+        }
+    }
+
+    /// One update on the CPU at learning rate `rate`, the gradient multiplied by `scale` first. A
+    /// parameter without a gradient counts as one whose gradient is 0.
     ///
     /// # Errors
     /// When a dtype is not real.
@@ -144,30 +142,30 @@ impl AdamW {
             gradient: scale,
         };
         let coefficients = [false, true].map(coefficients);
-        // Copied to a device once, not for every parameter.
-        let for_kernels = coefficients.map(Coefficients::tensor);
         for (i, (p, moments)) in parameters.iter_mut().zip(&mut self.moments).enumerate() {
+            let Places::Whole(w) = p.value.places() else {
+                return Err(Error::invalid(
+                    "adamw",
+                    "parameters of the CPU",
+                    format!("`{}` in two halves", p.name),
+                    "a bug: a device with kernels updates its own",
+                ));
+            };
             let zeros;
             let gradient = match gradients.get(i) {
                 Some(g) => g,
                 None => {
-                    zeros = Tensor::zeros(p.value.device(), p.value.dtype(), p.value.shape());
+                    zeros = Tensor::zeros(w.device(), w.dtype(), w.shape());
                     &zeros
                 }
             };
-            let decays = usize::from(p.decays);
-            let (m, v) = (&mut moments.first, &mut moments.second);
-            if gradient.device() != Device::Cpu {
-                kernels::update(&mut p.value, m, v, gradient, &for_kernels[decays])?;
-                continue;
-            }
-            with_real!(p.value.dtype(), "adamw", |T| {
+            with_real!(w.dtype(), "adamw", |T| {
                 reference::update::<T>(
-                    p.value.slice_mut(),
-                    m.slice_mut(),
-                    v.slice_mut(),
+                    w.slice_mut(),
+                    moments.first.slice_mut(),
+                    moments.second.slice_mut(),
                     gradient.slice(),
-                    coefficients[decays],
+                    coefficients[usize::from(p.decays)],
                 );
                 Ok(())
             })?;
@@ -176,83 +174,18 @@ impl AdamW {
     }
 }
 
-/// √(Σ g²) over every gradient, summed in f64 in a fixed order.
+/// √(Σ g²) over every gradient of the CPU, summed in f64 in a fixed order.
 ///
 /// # Errors
 /// When a dtype is not real.
 pub fn gradient_norm(gradients: &Gradients, parameters: usize) -> Result<f64> {
     let mut squares = 0.0;
-    let (on_cpu, on_device): (Vec<&Tensor>, Vec<&Tensor>) = (0..parameters)
-        .filter_map(|i| gradients.get(i))
-        .partition(|g| g.device() == Device::Cpu);
-    if !on_device.is_empty() {
-        squares += kernels::sum_of_squares(&on_device)?;
-    }
-    for g in on_cpu {
+    for g in (0..parameters).filter_map(|i| gradients.get(i)) {
         squares += with_real!(g.dtype(), "gradient_norm", |T| {
             Ok(reference::sum_of_squares(g.slice::<T>()))
         })?;
     }
     Ok(squares.sqrt())
-}
-
-/// `kernels/adamw.cu`. Everything is f32.
-mod kernels {
-    use super::*;
-
-    pub fn update(
-        w: &mut Tensor,
-        m: &mut Tensor,
-        v: &mut Tensor,
-        gradient: &Tensor,
-        coefficients: &Tensor,
-    ) -> Result<()> {
-        gradient.expect_dtype("adamw", "gradient", DType::F32)?;
-        gradient.expect_shape("adamw", "gradient", w.shape())?;
-        let launchers = gradient.device().launchers()?;
-        // SAFETY: the tensors have the same number of elements.
-        unsafe {
-            launch!(
-                launchers,
-                adamw_update(
-                    w.pointer_mut(),
-                    m.pointer_mut(),
-                    v.pointer_mut(),
-                    gradient.pointer(),
-                    coefficients.pointer(),
-                    gradient.elements() as i64,
-                    stream(),
-                )
-            )
-        }
-    }
-
-    /// Σ g² over all of them.
-    pub fn sum_of_squares(gradients: &[&Tensor]) -> Result<f64> {
-        let device = gradients[0].device();
-        let launchers = device.launchers()?;
-        let mut counts = Vec::new();
-        for g in gradients {
-            g.expect_dtype("gradient_norm", "gradient", DType::F32)?;
-            let mut parts = 0u64;
-            // SAFETY: it writes one number.
-            unsafe { launch!(launchers, square_parts(&mut parts, g.elements() as i64)) }?;
-            counts.push(parts as usize);
-        }
-        let mut parts = Tensor::unspecified(device, DType::F64, [counts.iter().sum()]);
-        let mut at = parts.pointer_mut::<f64>();
-        for (g, count) in gradients.iter().zip(counts) {
-            // SAFETY: `at` leaves room for the parts of this gradient and those after it.
-            unsafe {
-                launch!(
-                    launchers,
-                    square_sums(at, g.pointer(), g.elements() as i64, stream())
-                )?;
-                at = at.add(count);
-            }
-        }
-        Ok(parts.slice::<f64>().iter().sum())
-    }
 }
 
 mod reference {
@@ -310,15 +243,16 @@ mod reference {
 mod tests {
     use super::*;
     use crate::config::{Config, Layers};
+    use crate::device::Device;
+    use crate::model::Weight;
     use crate::tape::{Tape, Var};
 
     fn parameter(value: f64, decays: bool) -> Parameter {
         Parameter {
             name: "w".into(),
-            value: Tensor::from_slice([1], &[value]),
+            value: Weight::new(Tensor::from_slice([1], &[value]), Device::Cpu, false),
             parts: vec![],
             decays,
-            exact: false,
         }
     }
 
@@ -345,14 +279,18 @@ mod tests {
         // t = 1: m = 1, v = 1; m / (1 − 1/2) = 2, v / (1 − 3/4) = 4: w = 1 · 0.99 − 0.1 · 2 / 2.
         adam.update(&mut parameters, &gradient(2.0), 0.1, 1.0)
             .unwrap();
-        approx::assert_relative_eq!(parameters[0].value.slice::<f64>()[0], 0.89, epsilon = 1e-15);
+        approx::assert_relative_eq!(
+            parameters[0].value.whole().slice::<f64>()[0],
+            0.89,
+            epsilon = 1e-15
+        );
         // t = 2, g = −4 · 0.5: m = 0.5 − 1 = −0.5, v = 0.75 + 1 = 1.75.
         // m / (3/4) = −2/3, v / (7/16) = 4: w = 0.89 · 0.99 + 0.1 · (2/3) / 2.
         adam.update(&mut parameters, &gradient(-4.0), 0.1, 0.5)
             .unwrap();
         let expected = 0.89 * 0.99 + 0.1 / 3.0;
         approx::assert_relative_eq!(
-            parameters[0].value.slice::<f64>()[0],
+            parameters[0].value.whole().slice::<f64>()[0],
             expected,
             epsilon = 1e-15
         );
@@ -367,7 +305,7 @@ mod tests {
         let mut adam = AdamW::new(&config, &parameters);
         adam.update(&mut parameters, &gradient(0.0), 0.1, 1.0)
             .unwrap();
-        assert_eq!(parameters[0].value.slice::<f64>(), [1.0]);
+        assert_eq!(parameters[0].value.whole().slice::<f64>(), [1.0]);
     }
 
     #[test]

@@ -1,0 +1,302 @@
+//! What a MoE layer counts (`kernels/layer_tally.cu`) against plain loops.
+
+use super::numbers::{Errors, Random};
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use crate::launch;
+use std::ptr::null;
+
+/// One launch of `layer_tally`.
+#[derive(Clone, Copy, Debug)]
+struct Tally {
+    experts: usize,
+    trains: bool,
+    first_of_stats: bool,
+    first_of_step: bool,
+    over_step: bool,
+    /// Whether the entropy comes as parts.
+    parts: bool,
+    /// The first token that is not finite, the first of the step before it, and fault bits.
+    bad: [i32; 2],
+    fault: i32,
+    /// Whether no token chose any expert.
+    nobody: bool,
+}
+
+const TOKENS: i64 = 211;
+const FIRST_TOKEN: i64 = 1000;
+const FAULT_BEFORE: i32 = 2;
+const PARTS: [f64; 3] = [1.5, 0.25, 100.0];
+const MEAN_ENTROPY: f32 = 1.25;
+
+fn tally(t: Tally) -> Problem {
+    let e = t.experts;
+    let mut random = Random(e as u64);
+    let counts: Vec<i32> = (0..e)
+        .map(|i| {
+            if t.nobody || i % 3 == 1 {
+                0
+            } else {
+                (random.normal().abs() * 40.0) as i32
+            }
+        })
+        .collect();
+    let mut offsets = vec![0i32];
+    offsets.extend(counts.iter().scan(0, |sum, n| {
+        *sum += n;
+        Some(*sum)
+    }));
+    let before = |n: usize| -> Vec<f64> { (0..n).map(|i| 10.0 + i as f64).collect() };
+    let buffers = vec![
+        Buffer::added_to("stats", &before(e + 2), !t.first_of_stats),
+        Buffer::changed("load", &before(e + 1)),
+        Buffer::changed("flags", &[t.bad[1], FAULT_BEFORE]),
+        Buffer::output("fractions", 4 * e),
+        Buffer::input("offsets", &offsets),
+        Buffer::input("first_non_finite", &[t.bad[0]]),
+        Buffer::input("fault", &[t.fault]),
+        Buffer::input("mean_entropy", &[MEAN_ENTROPY]),
+        Buffer::input("entropy_parts", &PARTS),
+    ];
+    Problem {
+        label: format!("{t:?}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let mean = if t.parts {
+                null()
+            } else {
+                p[7].cast_const().cast()
+            };
+            let parts = if t.parts { PARTS.len() as i32 } else { 0 };
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    layer_tally(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        p[3].cast(),
+                        p[4].cast(),
+                        p[5].cast(),
+                        p[6].cast(),
+                        mean,
+                        p[8].cast(),
+                        TOKENS,
+                        FIRST_TOKEN,
+                        parts,
+                        e as i32,
+                        t.trains.into(),
+                        t.first_of_stats.into(),
+                        t.first_of_step.into(),
+                        t.over_step.into(),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let old = |fresh: bool, i: usize| if fresh { 0.0 } else { 10.0 + i as f64 };
+            let count = |i: usize| f64::from(counts[i]);
+            let entropy = match t.parts {
+                true => PARTS.iter().sum::<f64>(),
+                false => TOKENS as f64 * f64::from(MEAN_ENTROPY),
+            };
+            let stat = |i: usize| {
+                if i < e {
+                    count(i)
+                } else {
+                    [TOKENS as f64, entropy][i - e]
+                }
+            };
+            exactly::<f64>("stats", &out[0], |i| stat(i) + old(t.first_of_stats, i))?;
+            let load = |i: usize| match t.trains {
+                true => stat(i) + old(t.first_of_step, i),
+                false => old(false, i),
+            };
+            exactly::<f64>("load", &out[1], load)?;
+            let token = match t.bad[0] {
+                i32::MAX => i32::MAX,
+                token => token + FIRST_TOKEN as i32,
+            };
+            let flags = match (t.trains, t.first_of_step) {
+                (false, _) => [t.bad[1], FAULT_BEFORE],
+                (true, true) => [token, t.fault],
+                (true, false) => [token.min(t.bad[1]), t.fault | FAULT_BEFORE],
+            };
+            exactly::<i32>("flags", &out[2], |i| flags[i])?;
+            let slots: Vec<f64> = match t.over_step && t.trains {
+                true => (0..e).map(load).collect(),
+                false => (0..e).map(count).collect(),
+            };
+            let all = slots.iter().sum::<f64>().max(1.0);
+            exactly::<f32>("fractions", &out[3], |i| (slots[i] / all) as f32)
+        }),
+    }
+}
+
+/// Entropies of random scores, some rows without a positive one.
+fn entropy(tokens: usize, experts: usize) -> Problem {
+    const PART: usize = 256;
+    let mut random = Random((tokens * experts) as u64);
+    let mut scores: Vec<f32> = (0..tokens * experts).map(|_| random.normal()).collect();
+    for row in scores.chunks_mut(experts).step_by(5) {
+        row.iter_mut().for_each(|s| *s = -s.abs());
+    }
+    Problem {
+        label: format!("{tokens} tokens, {experts} experts"),
+        buffers: vec![
+            Buffer::output("parts", tokens.div_ceil(PART) * 8),
+            Buffer::input("scores", &scores),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let (t, e) = (tokens as i64, experts as i32);
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    share_entropy(p[0].cast(), p[1].cast(), t, e, stream)
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let mut errors = Errors::default();
+            let parts = scores.chunks(PART * experts);
+            for (i, (got, part)) in values::<f64>(&out[0]).into_iter().zip(parts).enumerate() {
+                let entropies = part.chunks(experts).map(|row| {
+                    let positive = row.iter().filter(|s| **s > 0.0).map(|s| f64::from(*s));
+                    let sum: f64 = positive.clone().sum();
+                    -positive.map(|s| s / sum * (s / sum).ln()).sum::<f64>()
+                });
+                let want: f64 = entropies.sum();
+                // f32 logarithms and sums of at most E terms of each token.
+                let bound = 1e-6 * (experts * (part.len() / experts)) as f64;
+                errors.add(got, want, bound, || format!("part {i}"))?;
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+fn bias(experts: usize) -> Problem {
+    const RATE: f32 = 1e-3;
+    let mut random = Random(experts as u64 + 5);
+    let before: Vec<f32> = (0..experts).map(|_| random.normal()).collect();
+    // The mean is 10 where every count of a pair lies as far above as below it, so that some are equal.
+    let load: Vec<f64> = (0..experts)
+        .map(|i| match (i % 4, experts % 4) {
+            (_, rest) if i >= experts - rest => 10.0,
+            (0, _) => 7.0,
+            (1, _) => 13.0,
+            _ => 10.0,
+        })
+        .chain([1e9])
+        .collect();
+    Problem {
+        label: format!("{experts} experts"),
+        buffers: vec![
+            Buffer::changed("bias", &before),
+            Buffer::input("load", &load),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    lossfree_update(p[0].cast(), p[1].cast(), experts as i32, RATE, stream)
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            exactly::<f32>("bias", &out[0], |i| {
+                let sign = f32::from(load[i] < 10.0) - f32::from(load[i] > 10.0);
+                before[i] + RATE * sign
+            })
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let plain = Tally {
+        experts: 8,
+        trains: true,
+        first_of_stats: false,
+        first_of_step: false,
+        over_step: true,
+        parts: false,
+        bad: [i32::MAX; 2],
+        fault: 0,
+        nobody: false,
+    };
+    let tallies = [
+        plain,
+        Tally {
+            experts: 1,
+            first_of_stats: true,
+            first_of_step: true,
+            ..plain
+        },
+        Tally {
+            experts: 256,
+            parts: true,
+            over_step: false,
+            ..plain
+        },
+        Tally {
+            experts: 33,
+            trains: false,
+            over_step: false,
+            bad: [3, 900],
+            fault: 1,
+            ..plain
+        },
+        Tally {
+            experts: 32,
+            bad: [17, 900],
+            fault: 1,
+            ..plain
+        },
+        Tally {
+            experts: 7,
+            bad: [17, 2000],
+            first_of_stats: true,
+            ..plain
+        },
+        Tally {
+            first_of_step: true,
+            bad: [0, 5],
+            ..plain
+        },
+        Tally {
+            nobody: true,
+            over_step: false,
+            ..plain
+        },
+    ];
+    let case = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
+        name: format!("{launcher} small"),
+        launcher,
+        source: "layer_tally",
+        problems,
+        small: true,
+    };
+    vec![
+        case(
+            "layer_tally",
+            tallies
+                .map(|t| Box::new(move || Ok(tally(t))) as MakeProblem)
+                .into(),
+        ),
+        case(
+            "share_entropy",
+            [(1, 1), (255, 8), (1000, 33), (2039, 64)]
+                .map(|(t, e)| Box::new(move || Ok(entropy(t, e))) as MakeProblem)
+                .into(),
+        ),
+        case(
+            "lossfree_update",
+            [1, 8, 34, 256]
+                .map(|e| Box::new(move || Ok(bias(e))) as MakeProblem)
+                .into(),
+        ),
+    ]
+}

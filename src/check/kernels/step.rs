@@ -1,0 +1,332 @@
+//! The kernels around the optimizer's update (`kernels/step.cu`) against float64 and against what must come out exactly.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::{Buffer, Case, MakeProblem, Problem, exactly};
+use crate::device::bindings::{routegrad_state, routegrad_step_outcome, routegrad_step_settings};
+use crate::launch;
+use std::ptr::null;
+
+const SETTINGS: routegrad_step_settings = routegrad_step_settings {
+    rate: 1e-3,
+    clip: 1.0,
+    beta1: 0.9,
+    beta2: 0.95,
+    eps: 1e-8,
+    weight_decay: 0.1,
+};
+
+/// The sums of the losses after one micro-batch.
+fn losses(first: bool, with_balance: bool) -> Problem {
+    const BEFORE: [f64; 3] = [3.0, 0.25, -1.0];
+    const SHARE: f64 = 0.25;
+    let terms = [2.5f32, 0.0625, 1.5];
+    let buffers = vec![
+        Buffer::added_to("sums", &BEFORE, !first),
+        Buffer::input("terms", &terms),
+    ];
+    Problem {
+        label: format!("first {first}, balance losses {with_balance}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let term: *const f32 = p[1].cast_const().cast();
+            let balance = |i| match with_balance {
+                true => term.wrapping_add(i),
+                false => null(),
+            };
+            let sums = p[0].cast();
+            // SAFETY: three sums and three terms.
+            unsafe {
+                launch!(
+                    launchers,
+                    losses_add(
+                        sums,
+                        term,
+                        balance(1),
+                        balance(2),
+                        SHARE,
+                        first.into(),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            // Every number here is exact.
+            exactly::<f64>("sums", &out[0], |i| {
+                let term = if i == 0 || with_balance {
+                    terms[i]
+                } else {
+                    0.0
+                };
+                SHARE * f64::from(term) + if first { 0.0 } else { BEFORE[i] }
+            })
+        }),
+    }
+}
+
+/// What a step brings to its decision.
+#[derive(Clone, Copy)]
+struct Decision {
+    parts: usize,
+    /// Factor of every part.
+    size: f64,
+    loss: f64,
+    /// Layer and what its flags hold.
+    flag: Option<(usize, [i32; 2])>,
+    clip: f64,
+}
+
+const LAYERS: usize = 5;
+
+fn decide(d: Decision) -> Problem {
+    let mut random = Random(d.parts as u64);
+    let parts: Vec<f64> = (0..d.parts)
+        .map(|_| d.size * f64::from(random.normal()).powi(2))
+        .collect();
+    let mut flags = [[i32::MAX, 0]; LAYERS];
+    if let Some((layer, flag)) = d.flag {
+        flags[layer] = flag;
+        flags[LAYERS - 1] = [3, 0];
+    }
+    let settings = routegrad_step_settings {
+        clip: d.clip,
+        ..SETTINGS
+    };
+    let before = routegrad_step_outcome {
+        updates: 6,
+        ..Default::default()
+    };
+    let losses = [d.loss, 0.5, 0.0];
+    let buffers = vec![
+        Buffer::changed("outcome", &words(&before)),
+        Buffer::table("settings", 1, move |_| vec![settings]),
+        Buffer::input("losses", &losses),
+        Buffer::input("flags", flags.as_flattened()),
+        Buffer::input("parts", &parts),
+    ];
+    let count = parts.len() as i64;
+    Problem {
+        label: format!(
+            "{} parts, loss {}, flag {:?}, clip {}",
+            d.parts, d.loss, d.flag, d.clip
+        ),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    step_decide(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        p[3].cast(),
+                        p[4].cast(),
+                        count,
+                        LAYERS as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            // SAFETY: plain numbers, which may have any bits.
+            let got: routegrad_step_outcome =
+                unsafe { std::ptr::read_unaligned(out[0].as_ptr().cast()) };
+            let sum: f64 = parts.iter().sum();
+            judge(d, got, sum.sqrt())
+        }),
+    }
+}
+
+fn judge(d: Decision, got: routegrad_step_outcome, norm: f64) -> Result<Errors, String> {
+    let accepted = d.flag.is_none() && d.loss.is_finite() && norm.is_finite();
+    let (layer, [token, fault]) = d.flag.map_or((-1, [0, 0]), |(l, f)| (l as i32, f));
+    let facts = (
+        got.accepted != 0,
+        got.updates,
+        got.layer,
+        got.token,
+        got.fault,
+    );
+    let want = (accepted, 6 + u64::from(accepted), layer, token, fault);
+    if facts != want {
+        return Err(format!(
+            "(accepted, updates, layer, token, fault) is {facts:?} instead of {want:?}"
+        ));
+    }
+    if got.losses[0].to_bits() != d.loss.to_bits() || got.losses[1..] != [0.5, 0.0] {
+        return Err(format!("the losses are {:?}", got.losses));
+    }
+    let mut errors = Errors::default();
+    if norm.is_finite() {
+        errors.add(got.norm, norm, 1e-12 * norm, || "norm".into())?;
+    } else if got.norm.is_finite() {
+        return Err(format!("the norm is {}", got.norm));
+    }
+    for decays in [false, true] {
+        let clipped = d.clip > 0.0 && norm > d.clip;
+        let want = [
+            SETTINGS.beta1,
+            SETTINGS.beta2,
+            SETTINGS.rate / (1.0 - SETTINGS.beta1.powi(7)),
+            1.0 / (1.0 - SETTINGS.beta2.powi(7)),
+            SETTINGS.eps,
+            if decays {
+                1.0 - SETTINGS.rate * SETTINGS.weight_decay
+            } else {
+                1.0
+            },
+            if clipped { d.clip / norm } else { 1.0 },
+        ];
+        for (i, (got, want)) in got.coefficients[usize::from(decays)]
+            .iter()
+            .zip(want)
+            .enumerate()
+        {
+            let want = if accepted { want } else { 0.0 };
+            errors.add(f64::from(*got), want, 2.0 * F32_ROUNDOFF * want, || {
+                format!("coefficient {i}, decays {decays}")
+            })?;
+        }
+    }
+    Ok(errors)
+}
+
+/// The words of a struct without padding.
+fn words<R: Copy>(row: &R) -> Vec<u32> {
+    // SAFETY: the structs of routegrad.h are whole words without padding.
+    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(row).cast(), size_of::<R>() / 4) }
+        .to_vec()
+}
+
+/// Tensors of so many words, committed or put back.
+fn commit(sizes: &'static [usize], accepted: bool) -> Problem {
+    let numbers = |seed: u64, n: usize| -> Vec<f32> {
+        let mut random = Random(seed);
+        (0..n).map(|_| random.normal()).collect()
+    };
+    let mut buffers = Vec::new();
+    for (i, &n) in sizes.iter().enumerate() {
+        buffers.push(Buffer::changed("committed", &numbers(2 * i as u64, n)));
+        buffers.push(Buffer::changed("pending", &numbers(2 * i as u64 + 1, n)));
+    }
+    let outcome = routegrad_step_outcome {
+        accepted: accepted.into(),
+        ..Default::default()
+    };
+    buffers.push(Buffer::table("states", sizes.len(), move |addresses| {
+        let pairs = addresses.chunks(2).zip(sizes);
+        let row = |(pair, &words): (&[*mut u8], &usize)| routegrad_state {
+            committed: pair[0].cast(),
+            pending: pair[1].cast(),
+            words: words as i64,
+        };
+        pairs.map(row).collect()
+    }));
+    buffers.push(Buffer::table("outcome", 1, move |_| vec![outcome]));
+    let (count, most) = (sizes.len(), sizes.iter().max().copied().unwrap_or(1));
+    Problem {
+        label: format!("words {sizes:?}, accepted {accepted}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let (states, outcome) = (p[2 * count].cast(), p[2 * count + 1].cast());
+            // SAFETY: the table's rows point to buffers of so many words.
+            unsafe {
+                launch!(
+                    launchers,
+                    state_commit(states, outcome, count as i32, most as i64, stream)
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            for (i, (pair, &n)) in out.chunks(2).zip(sizes).enumerate() {
+                let kept = numbers(2 * i as u64 + u64::from(accepted), n);
+                for (name, bytes) in [("committed", &pair[0]), ("pending", &pair[1])] {
+                    exactly::<f32>(name, bytes, |at| kept[at])?;
+                }
+            }
+            Ok(Errors::none(out.len()))
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let case = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
+        name: format!("{launcher} small"),
+        launcher,
+        source: "step",
+        problems,
+        small: true,
+    };
+    let plain = Decision {
+        parts: 300,
+        size: 1e-4,
+        loss: 2.5,
+        flag: None,
+        clip: 1.0,
+    };
+    let decisions = [
+        plain,
+        Decision {
+            parts: 1,
+            clip: 0.0,
+            size: 4.0,
+            ..plain
+        },
+        Decision {
+            parts: 2049,
+            size: 1.0,
+            ..plain
+        },
+        Decision {
+            loss: f64::NAN,
+            ..plain
+        },
+        Decision {
+            loss: f64::INFINITY,
+            ..plain
+        },
+        Decision {
+            size: f64::NAN,
+            ..plain
+        },
+        Decision {
+            size: f64::INFINITY,
+            ..plain
+        },
+        Decision {
+            flag: Some((2, [77, 0])),
+            ..plain
+        },
+        Decision {
+            flag: Some((0, [i32::MAX, 2])),
+            ..plain
+        },
+    ];
+    let all = [false, true];
+    let pairs = all.into_iter().flat_map(|a| all.map(|b| (a, b)));
+    vec![
+        case(
+            "losses_add",
+            pairs
+                .map(|(a, b)| Box::new(move || Ok(losses(a, b))) as MakeProblem)
+                .collect(),
+        ),
+        case(
+            "step_decide",
+            decisions
+                .map(|d| Box::new(move || Ok(decide(d))) as MakeProblem)
+                .into(),
+        ),
+        case(
+            "state_commit",
+            all.into_iter()
+                .flat_map(|accepted| {
+                    [&[1usize][..], &[8, 20_000, 3]]
+                        .map(|sizes| Box::new(move || Ok(commit(sizes, accepted))) as MakeProblem)
+                })
+                .collect(),
+        ),
+    ]
+}

@@ -1,0 +1,188 @@
+//! The memory of devices with kernels: chunks, copies, and the blocks that are cut from an arena.
+
+use super::arena::{ALIGNMENT, Arena, block_bytes};
+use super::{Device, counters};
+use crate::error::{Error, Result};
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard};
+
+static SIMULATOR: Mutex<Arena> = Mutex::new(Arena::new());
+#[cfg(feature = "cuda")]
+static GPU: Mutex<Arena> = Mutex::new(Arena::new());
+
+/// Bytes that an arena grows by, at least.
+const CHUNK: usize = 64 << 20;
+
+fn arena(device: Device) -> MutexGuard<'static, Arena> {
+    let arena = match device {
+        Device::Sim => &SIMULATOR,
+        #[cfg(feature = "cuda")]
+        Device::Cuda => &GPU,
+        _ => panic!("{device} has no kernels: a tensor was not moved to where they run"),
+    };
+    arena.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// A block of a device's memory; it returns to the arena when dropped. Launches run one after another, so that the next
+/// owner writes after the last has read.
+pub struct Block {
+    device: Device,
+    address: usize,
+    bytes: usize,
+}
+
+impl Block {
+    /// A block of unspecified content.
+    ///
+    /// # Errors
+    /// When the device has no room.
+    pub fn new(device: Device, bytes: usize) -> Result<Self> {
+        let mut arena = arena(device);
+        let address = match arena.take(bytes) {
+            Some(address) => address,
+            None => {
+                grow(&mut arena, device, bytes.max(CHUNK))?;
+                arena
+                    .take(bytes)
+                    .unwrap_or_else(|| unreachable!("it has just grown"))
+            }
+        };
+        Ok(Block {
+            device,
+            address,
+            bytes,
+        })
+    }
+
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// Copies from the host.
+    pub fn write(&self, bytes: &[u8]) -> Result<()> {
+        debug_assert!(bytes.len() <= self.bytes);
+        counters::uploaded();
+        match self.device {
+            // SAFETY: the block has so many bytes, and no launch runs when a launcher has returned.
+            Device::Sim => unsafe {
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address as *mut u8, bytes.len());
+            },
+            #[cfg(feature = "cuda")]
+            _ => super::cuda::gpu()?.upload(self.address, bytes)?,
+            #[cfg(not(feature = "cuda"))]
+            _ => unreachable!("blocks are of the simulator"),
+        }
+        Ok(())
+    }
+
+    /// Copies from byte `at` on to the host, after every launch so far.
+    pub fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
+        debug_assert!(at + bytes.len() <= self.bytes);
+        counters::read();
+        match self.device {
+            // SAFETY: as above.
+            Device::Sim => unsafe {
+                let from = (self.address + at) as *const u8;
+                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len());
+            },
+            #[cfg(feature = "cuda")]
+            _ => super::cuda::gpu()?.download(self.address + at, bytes)?,
+            #[cfg(not(feature = "cuda"))]
+            _ => unreachable!("blocks are of the simulator"),
+        }
+        Ok(())
+    }
+
+    /// Sets the first `count` bytes.
+    pub fn fill(&self, byte: u8, count: usize) -> Result<()> {
+        debug_assert!(count <= self.bytes);
+        match self.device {
+            // SAFETY: as above.
+            Device::Sim => unsafe { std::ptr::write_bytes(self.address as *mut u8, byte, count) },
+            #[cfg(feature = "cuda")]
+            _ => super::cuda::gpu()?.fill(self.address, byte, count)?,
+            #[cfg(not(feature = "cuda"))]
+            _ => unreachable!("blocks are of the simulator"),
+        }
+        Ok(())
+    }
+
+    /// Copies a range of another block of the same device to the start of this one.
+    pub fn copy_from(&self, other: &Block, range: Range<usize>) -> Result<()> {
+        debug_assert!(range.len() <= self.bytes && range.end <= other.bytes);
+        debug_assert!(self.device == other.device);
+        let (from, count) = (other.address + range.start, range.len());
+        match self.device {
+            // SAFETY: as above; two blocks do not overlap.
+            Device::Sim => unsafe {
+                let (to, from) = (self.address as *mut u8, from as *const u8);
+                std::ptr::copy_nonoverlapping(from, to, count);
+            },
+            #[cfg(feature = "cuda")]
+            _ => super::cuda::gpu()?.copy(self.address, from, count)?,
+            #[cfg(not(feature = "cuda"))]
+            _ => unreachable!("blocks are of the simulator"),
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        arena(self.device).give(self.address, self.bytes);
+    }
+}
+
+/// Makes room for `bytes` in one piece before a run begins, so that no step has to ask for it.
+///
+/// # Errors
+/// When the device has less: the text says how much there is.
+pub fn reserve(device: Device, bytes: usize) -> Result<()> {
+    grow(&mut arena(device), device, bytes)
+}
+
+/// Bytes of the blocks in use at most, since the last call.
+pub fn take_peak(device: Device) -> usize {
+    let mut arena = arena(device);
+    let peak = arena.peak();
+    arena.forget_peak();
+    peak
+}
+
+fn grow(arena: &mut Arena, device: Device, bytes: usize) -> Result<()> {
+    let bytes = block_bytes(bytes);
+    counters::allocated();
+    let address = match device {
+        Device::Sim => host_chunk(bytes)?,
+        #[cfg(feature = "cuda")]
+        _ => super::cuda::gpu()?.chunk(bytes)?,
+        #[cfg(not(feature = "cuda"))]
+        _ => unreachable!("arenas are of the simulator"),
+    };
+    arena.grow(address, bytes);
+    Ok(())
+}
+
+/// Memory of the host that is never given back; its pages are touched when they are used.
+fn host_chunk(bytes: usize) -> Result<usize> {
+    let no_room = || {
+        let help = "choose a smaller model, or lower train.micro_batch";
+        Error::invalid(
+            "device sim",
+            "room for its memory",
+            format!("none for {bytes} bytes"),
+            help,
+        )
+    };
+    let layout = std::alloc::Layout::from_size_align(bytes, ALIGNMENT).map_err(|_| no_room())?;
+    // SAFETY: the size is not 0.
+    let address = unsafe { std::alloc::alloc(layout) };
+    if address.is_null() {
+        return Err(no_room());
+    }
+    Ok(address as usize)
+}

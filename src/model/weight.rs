@@ -1,0 +1,248 @@
+//! The value of a parameter: whole, or in two halves.
+//!
+//! Kernels read bf16 and the optimizer needs f32. A device with kernels keeps an f32 number w as `upper`, w rounded to bf16
+//! with ties away from zero, which is what operations read, and `lower`, an i16 with
+//! `bits(w) = (upper << 16) + lower` modulo 2^32: four bytes for both, exact for every bit pattern.
+
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::shape::Shape;
+use crate::tensor::Tensor;
+use half::bf16;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Numbers that one thread converts at a time.
+const BLOCK: usize = 1 << 16;
+
+/// The value of a parameter.
+#[derive(Clone)]
+pub struct Weight(Form);
+
+#[derive(Clone)]
+enum Form {
+    /// f64 or f32, on the CPU; f32 on any device where operations read it so.
+    Whole(Tensor),
+    Split {
+        upper: Tensor,
+        lower: Tensor,
+    },
+}
+
+/// Upper and lower half of an f32 number.
+fn split(w: f32) -> (bf16, i16) {
+    let bits = w.to_bits();
+    let upper = bits.wrapping_add(0x8000) >> 16;
+    let lower = bits.wrapping_sub(upper << 16);
+    (bf16::from_bits(upper as u16), lower as u16 as i16)
+}
+
+/// The number that the halves are of.
+fn join(upper: bf16, lower: i16) -> f32 {
+    let upper = u32::from(upper.to_bits()) << 16;
+    f32::from_bits(upper.wrapping_add_signed(i32::from(lower)))
+}
+
+impl Weight {
+    /// A value for operations on `device`, which read it in f32 if it is `exact`.
+    pub fn new(value: Tensor, device: Device, exact: bool) -> Self {
+        if device == Device::Cpu || exact {
+            return Weight(Form::Whole(value.on(device)));
+        }
+        let new = |dtype| Tensor::unspecified(device, dtype, value.shape());
+        let (mut upper, mut lower) = (new(DType::Bf16), new(DType::I16));
+        let halves = upper.slice_mut::<bf16>().par_chunks_mut(BLOCK);
+        let halves = halves.zip(lower.slice_mut::<i16>().par_chunks_mut(BLOCK));
+        let numbers = value.slice::<f32>().par_chunks(BLOCK);
+        halves.zip(numbers).for_each(|((upper, lower), numbers)| {
+            for ((u, l), &w) in upper.iter_mut().zip(lower).zip(numbers) {
+                (*u, *l) = split(w);
+            }
+        });
+        Weight(Form::Split { upper, lower })
+    }
+
+    /// What operations read.
+    pub fn working(&self) -> &Tensor {
+        match &self.0 {
+            Form::Whole(value) => value,
+            Form::Split { upper, .. } => upper,
+        }
+    }
+
+    /// The whole value; where it is split, a tensor of the CPU made for this call.
+    pub fn whole(&self) -> Tensor {
+        match &self.0 {
+            Form::Whole(value) => value.clone(),
+            Form::Split { upper, lower } => {
+                let mut value = Tensor::unspecified(Device::Cpu, DType::F32, upper.shape());
+                joined(value.slice_mut(), upper.slice(), lower.slice());
+                value
+            }
+        }
+    }
+
+    /// Changes the value as `f` does.
+    pub fn change<R>(&mut self, f: impl FnOnce(&mut Tensor) -> R) -> R {
+        match &mut self.0 {
+            Form::Whole(value) => f(value),
+            Form::Split { upper, .. } => {
+                let device = upper.device();
+                let mut value = self.whole();
+                let result = f(&mut value);
+                *self = Weight::new(value, device, false);
+                result
+            }
+        }
+    }
+
+    /// Replaces the value.
+    ///
+    /// # Panics
+    /// When the shapes differ.
+    pub fn set(&mut self, value: &Tensor) {
+        assert_eq!(value.shape(), self.shape(), "shape of a parameter");
+        let exact = matches!(self.0, Form::Whole(_));
+        *self = Weight::new(value.clone(), self.device(), exact);
+    }
+
+    /// Rounds the value to what operations of any device read: to bf16, unless they read f32.
+    pub fn round_to_bf16(&mut self) {
+        self.change(|value| {
+            let numbers = value.slice_mut::<f32>();
+            numbers.iter_mut().for_each(|w| *w = split(*w).0.to_f32());
+        });
+    }
+
+    /// All numbers, widened.
+    ///
+    /// # Errors
+    /// When the value is not real.
+    pub fn to_f64(&self) -> Result<Vec<f64>> {
+        self.whole().to_f64()
+    }
+
+    /// The bytes of some of its numbers, in [`dtype`](Self::dtype), made for this call: for files.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn bytes(&self, numbers: Range<usize>) -> Result<Vec<u8>> {
+        match &self.0 {
+            Form::Whole(value) => {
+                let size = value.dtype().size();
+                value.copied_bytes(numbers.start * size..numbers.end * size)
+            }
+            Form::Split { upper, lower } => {
+                let half = |t: &Tensor| t.copied_bytes(2 * numbers.start..2 * numbers.end);
+                let (upper, lower) = (half(upper)?, half(lower)?);
+                let mut bytes = vec![0; 4 * numbers.len()];
+                let halves = upper.par_chunks(2 * BLOCK).zip(lower.par_chunks(2 * BLOCK));
+                let out = bytes.par_chunks_mut(4 * BLOCK).zip(halves);
+                out.for_each(|(out, (upper, lower))| {
+                    let halves = upper.chunks_exact(2).zip(lower.chunks_exact(2));
+                    for (w, (u, l)) in out.chunks_exact_mut(4).zip(halves) {
+                        let upper = bf16::from_le_bytes([u[0], u[1]]);
+                        let lower = i16::from_le_bytes([l[0], l[1]]);
+                        w.copy_from_slice(&join(upper, lower).to_le_bytes());
+                    }
+                });
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// The whole tensor, if it is one, or its halves: for kernels that change it.
+    pub fn places(&mut self) -> Places<'_> {
+        match &mut self.0 {
+            Form::Whole(value) => Places::Whole(value),
+            Form::Split { upper, lower } => Places::Split([upper, lower]),
+        }
+    }
+
+    pub fn shape(&self) -> Shape {
+        self.working().shape()
+    }
+
+    pub fn elements(&self) -> usize {
+        self.working().elements()
+    }
+
+    pub fn device(&self) -> Device {
+        self.working().device()
+    }
+
+    /// The dtype of the whole value, and of its moments.
+    pub fn dtype(&self) -> DType {
+        self.working().dtype().arithmetic()
+    }
+}
+
+/// See [`Weight::places`].
+pub enum Places<'a> {
+    Whole(&'a mut Tensor),
+    /// Upper and lower half.
+    Split([&'a mut Tensor; 2]),
+}
+
+fn joined(out: &mut [f32], upper: &[bf16], lower: &[i16]) {
+    let halves = upper.par_chunks(BLOCK).zip(lower.par_chunks(BLOCK));
+    let out = out.par_chunks_mut(BLOCK).zip(halves);
+    out.for_each(|(out, (upper, lower))| {
+        for (w, (&u, &l)) in out.iter_mut().zip(upper.iter().zip(lower)) {
+            *w = join(u, l);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_bit_pattern_survives_the_split() {
+        let wrong = (0..=u16::MAX).into_par_iter().find_any(|&high| {
+            (0..=u16::MAX).any(|low| {
+                let bits = u32::from(high) << 16 | u32::from(low);
+                let (upper, lower) = split(f32::from_bits(bits));
+                join(upper, lower).to_bits() != bits
+            })
+        });
+        assert_eq!(wrong, None);
+    }
+
+    #[test]
+    fn the_upper_half_is_the_nearest_bf16_ties_away_from_zero() {
+        let nearest = |w: f32| split(w).0.to_f32();
+        assert_eq!(nearest(1.0 + 1.0 / 256.0), 1.0 + 1.0 / 128.0);
+        assert_eq!(nearest(-1.0 - 1.0 / 256.0), -1.0 - 1.0 / 128.0);
+        assert_eq!(nearest(1.0 + 0.99 / 256.0), 1.0);
+        for i in 0..100_000 {
+            let w = (i as f32 * 0.37).sin() * 3.0;
+            let away = (nearest(w) - w).abs();
+            assert!(away <= (bf16::from_f32(w).to_f32() - w).abs(), "{w}");
+        }
+    }
+
+    #[test]
+    fn a_split_value_is_the_value_to_every_reader() {
+        let numbers: Vec<f32> = (0..200_003).map(|i| (i as f32).sin() * 1e-3).collect();
+        let value = Tensor::from_slice([numbers.len()], &numbers);
+        let mut weight = Weight::new(value, Device::Sim, false);
+        assert_eq!(
+            (weight.dtype(), weight.working().dtype()),
+            (DType::F32, DType::Bf16)
+        );
+        assert_eq!(weight.whole().slice::<f32>(), numbers);
+        let bytes = weight.bytes(5..70_000).unwrap();
+        assert_eq!(
+            bytemuck::pod_collect_to_vec::<u8, f32>(&bytes),
+            numbers[5..70_000]
+        );
+        weight.change(|t| t.slice_mut::<f32>()[7] = 0.3);
+        assert_eq!(
+            weight.whole().slice::<f32>()[6..9],
+            [numbers[6], 0.3, numbers[8]]
+        );
+    }
+}

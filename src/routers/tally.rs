@@ -1,0 +1,328 @@
+//! What a MoE layer counts: statistics for the reports, and the loads of an optimizer step. On the CPU the host counts; on
+//! a device with kernels `kernels/layer_tally.cu` does, and the host reads it when a step is over.
+
+use super::LayerStats;
+use crate::device::{Device, stream};
+use crate::dist::Collective;
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::launch;
+use crate::ops::dispatch::Dispatch;
+use crate::ops::router::NonFinite;
+use crate::ops::routing::Entropy;
+use crate::tensor::Tensor;
+use std::cell::RefCell;
+use std::ptr::null;
+use std::rc::Rc;
+
+/// What one pass over one micro-batch lets a layer count.
+pub struct Counted<'a> {
+    /// The experts that count as chosen.
+    pub chosen: &'a Dispatch,
+    pub entropy: Entropy,
+    pub non_finite: NonFinite,
+    /// Place of the first token in the global batch.
+    pub first_token: u64,
+    /// Whether the step's loads change too.
+    pub trains: bool,
+    /// Whether the fractions are those of the step so far, of all ranks, or of these tokens alone.
+    pub over_step: bool,
+}
+
+/// The sums of one layer.
+pub enum Tally {
+    Host(HostTally),
+    Device {
+        sums: Rc<DeviceTally>,
+        layer: usize,
+        fresh: Fresh,
+    },
+}
+
+impl Default for Tally {
+    fn default() -> Self {
+        Tally::Host(HostTally::default())
+    }
+}
+
+#[derive(Default)]
+pub struct HostTally {
+    stats: LayerStats,
+    /// Tokens, and tokens per expert, of this optimizer step so far on this rank.
+    tokens: f64,
+    load: Vec<f64>,
+    first_non_finite: Option<usize>,
+}
+
+/// The sums of all layers in device memory, a row a layer.
+pub struct DeviceTally {
+    experts: usize,
+    /// `[layers, E + 2]` f64: tokens per expert, tokens, entropy.
+    stats: RefCell<Tensor>,
+    /// `[layers, E + 1]` f64: tokens per expert and tokens of the step so far.
+    load: RefCell<Tensor>,
+    /// `[layers, 2]`: the first token whose logits are not finite or `i32::MAX`, and the dispatch's fault bits.
+    flags: RefCell<Tensor>,
+}
+
+/// Which sums the next count begins anew.
+pub struct Fresh {
+    stats: bool,
+    step: bool,
+}
+
+impl DeviceTally {
+    /// Sums of `layers` layers of `experts` experts.
+    pub fn new(device: Device, layers: usize, experts: usize) -> Rc<Self> {
+        let zeros = |dtype, width| RefCell::new(Tensor::zeros(device, dtype, [layers, width]));
+        Rc::new(DeviceTally {
+            experts,
+            stats: zeros(DType::F64, experts + 2),
+            load: zeros(DType::F64, experts + 1),
+            flags: zeros(DType::I32, 2),
+        })
+    }
+
+    /// The tally of one layer.
+    pub fn layer(self: &Rc<Self>, layer: usize) -> Tally {
+        Tally::Device {
+            sums: self.clone(),
+            layer,
+            fresh: Fresh {
+                stats: true,
+                step: true,
+            },
+        }
+    }
+
+    /// The flags of all layers, for the kernel that decides on a step.
+    pub fn flags(&self) -> &RefCell<Tensor> {
+        &self.flags
+    }
+
+    fn upload(&self, fractions: &[f64]) -> Tensor {
+        let fractions: Vec<f32> = fractions.iter().map(|f| *f as f32).collect();
+        Tensor::from_slice([fractions.len()], &fractions).on(self.load.borrow().device())
+    }
+
+    fn row(tensor: &RefCell<Tensor>, layer: usize) -> Vec<f64> {
+        let tensor = tensor.borrow();
+        let width = tensor.shape().width();
+        tensor.slice::<f64>()[layer * width..][..width].to_vec()
+    }
+
+    /// Adds what was counted to row `layer`, and gives the fractions.
+    fn count(&self, layer: usize, counted: &Counted<'_>, fresh: &Fresh) -> Result<Tensor> {
+        let (mut stats, mut load) = (self.stats.borrow_mut(), self.load.borrow_mut());
+        let (mut flags, device) = (self.flags.borrow_mut(), stats.device());
+        let (launchers, experts) = (device.launchers()?, self.experts);
+        let maps = counted.chosen.maps(device)?;
+        let tokens = counted.chosen.selection().num_tokens() as i64;
+        let mut fractions = Tensor::unspecified(device, DType::F32, [experts]);
+        let (mean_entropy, parts) = match &counted.entropy {
+            // SAFETY: the statistics end with it.
+            Entropy::OfKernel(statistics) => unsafe {
+                (statistics.pointer::<f32>().add(2 * experts + 1), None)
+            },
+            Entropy::OfShares(scores) => (null(), Some(share_entropy(scores)?)),
+            Entropy::Sum(sum) => (null(), Some(Tensor::from_slice([1], &[*sum]).on(device))),
+        };
+        let non_finite = match &counted.non_finite {
+            NonFinite::OfKernel(flag) => flag.clone(),
+            NonFinite::At(token) => {
+                let token = token.map_or(i32::MAX, |token| token as i32);
+                Tensor::from_slice([1], &[token]).on(device)
+            }
+        };
+        // SAFETY: the tensors have the shapes that layer_tally.cu's header names, and a row for this layer.
+        unsafe {
+            launch!(
+                launchers,
+                layer_tally(
+                    stats.pointer_mut::<f64>().add(layer * (experts + 2)),
+                    load.pointer_mut::<f64>().add(layer * (experts + 1)),
+                    flags.pointer_mut::<i32>().add(layer * 2),
+                    fractions.pointer_mut(),
+                    maps.offsets.pointer(),
+                    non_finite.pointer(),
+                    maps.fault.pointer(),
+                    mean_entropy,
+                    parts.as_ref().map_or(null(), Tensor::pointer),
+                    tokens,
+                    counted.first_token as i64,
+                    parts.as_ref().map_or(0, Tensor::elements) as i32,
+                    experts as i32,
+                    counted.trains.into(),
+                    fresh.stats.into(),
+                    fresh.step.into(),
+                    counted.over_step.into(),
+                    stream(),
+                )
+            )?;
+        }
+        Ok(fractions)
+    }
+}
+
+/// Sums over 256 tokens each of the entropy of scores `[T, E]` as shares.
+fn share_entropy(scores: &Tensor) -> Result<Tensor> {
+    let (tokens, experts) = (scores.shape().rows(), scores.shape().width());
+    let mut parts = Tensor::unspecified(scores.device(), DType::F64, [tokens.div_ceil(256)]);
+    // SAFETY: the tensors have the shapes that layer_tally.cu's header names.
+    unsafe {
+        launch!(
+            scores.device().launchers()?,
+            share_entropy(
+                parts.pointer_mut(),
+                scores.pointer(),
+                tokens as i64,
+                experts as i32,
+                stream()
+            )
+        )?;
+    }
+    Ok(parts)
+}
+
+impl Tally {
+    /// Adds what was counted, and gives `f_i [E]`, the share of slots that went to expert i.
+    ///
+    /// # Errors
+    /// When a kernel or a sum over ranks fails.
+    pub fn count(&mut self, counted: &Counted<'_>, dist: &dyn Collective) -> Result<Tensor> {
+        match self {
+            Tally::Host(tally) => tally.count(counted, dist),
+            Tally::Device { sums, layer, fresh } => {
+                let fractions = sums.count(*layer, counted, fresh)?;
+                fresh.stats = false;
+                fresh.step &= !counted.trains;
+                if !counted.over_step || dist.size() == 1 {
+                    return Ok(fractions);
+                }
+                let mut load = DeviceTally::row(&sums.load, *layer);
+                load.pop();
+                dist.sum(&mut load)?;
+                Ok(sums.upload(&shares(&load)))
+            }
+        }
+    }
+
+    /// The shares `f_i [E]` of a selection alone, which is not counted.
+    pub fn fractions_of(&self, chosen: &Dispatch) -> Tensor {
+        let counts = chosen.selection().counts();
+        let counts: Vec<f64> = counts.into_iter().map(|c| c as f64).collect();
+        match self {
+            Tally::Host(_) => fractions(&counts),
+            Tally::Device { sums, .. } => sums.upload(&shares(&counts)),
+        }
+    }
+
+    /// Begins a new step.
+    pub fn begin_step(&mut self) {
+        match self {
+            Tally::Host(tally) => {
+                tally.tokens = 0.0;
+                tally.load.clear();
+                tally.first_non_finite = None;
+            }
+            Tally::Device { fresh, .. } => fresh.step = true,
+        }
+    }
+
+    /// Statistics since the last call.
+    pub fn take_stats(&mut self) -> LayerStats {
+        match self {
+            Tally::Host(tally) => std::mem::take(&mut tally.stats),
+            Tally::Device { fresh, .. } if fresh.stats => LayerStats::default(),
+            Tally::Device { sums, layer, fresh } => {
+                fresh.stats = true;
+                let mut counts = DeviceTally::row(&sums.stats, *layer);
+                let entropy = counts.pop().unwrap_or_default();
+                let tokens = counts.pop().unwrap_or_default();
+                LayerStats {
+                    tokens,
+                    counts,
+                    entropy,
+                }
+            }
+        }
+    }
+
+    /// Tokens of this rank in the step so far, and how many of them chose each expert; none before the first.
+    pub fn step_load(&self) -> (f64, Vec<f64>) {
+        match self {
+            Tally::Host(tally) => (tally.tokens, tally.load.clone()),
+            Tally::Device { fresh, .. } if fresh.step => (0.0, Vec::new()),
+            Tally::Device { sums, layer, .. } => {
+                let mut load = DeviceTally::row(&sums.load, *layer);
+                (load.pop().unwrap_or_default(), load)
+            }
+        }
+    }
+
+    /// The load in device memory, if it is there: `f` gets the tensor and the first element of this layer's.
+    pub fn device_load<R>(&self, f: impl FnOnce(&Tensor, usize) -> R) -> Option<R> {
+        match self {
+            Tally::Host(_) => None,
+            Tally::Device { sums, layer, .. } => {
+                let load = sums.load.borrow();
+                Some(f(&load, layer * (sums.experts + 1)))
+            }
+        }
+    }
+
+    /// The first of this rank's tokens in this step whose logits were not finite, by its place in the global batch.
+    pub fn first_non_finite(&self) -> Option<usize> {
+        match self {
+            Tally::Host(tally) => tally.first_non_finite,
+            Tally::Device { fresh, .. } if fresh.step => None,
+            Tally::Device { sums, layer, .. } => {
+                let flags = sums.flags.borrow();
+                let token = flags.slice::<i32>()[2 * layer];
+                (token < i32::MAX).then_some(token as usize)
+            }
+        }
+    }
+}
+
+impl HostTally {
+    fn count(&mut self, counted: &Counted<'_>, dist: &dyn Collective) -> Result<Tensor> {
+        let selection = counted.chosen.selection();
+        let counts: Vec<f64> = selection.counts().into_iter().map(|c| c as f64).collect();
+        let tokens = selection.num_tokens() as f64;
+        let add = |sums: &mut Vec<f64>| {
+            sums.resize(counts.len(), 0.0);
+            sums.iter_mut().zip(&counts).for_each(|(s, c)| *s += c);
+        };
+        add(&mut self.stats.counts);
+        self.stats.tokens += tokens;
+        if let Entropy::Sum(entropy) = counted.entropy {
+            self.stats.entropy += entropy;
+        }
+        if counted.trains {
+            add(&mut self.load);
+            self.tokens += tokens;
+            if let NonFinite::At(token) = counted.non_finite {
+                let place = token.map(|token| counted.first_token as usize + token);
+                self.first_non_finite = self.first_non_finite.or(place);
+            }
+        }
+        let slots = if counted.over_step {
+            let mut load = self.load.clone();
+            dist.sum(&mut load)?;
+            load
+        } else {
+            counts
+        };
+        Ok(fractions(&slots))
+    }
+}
+
+fn fractions(slots: &[f64]) -> Tensor {
+    Tensor::from_slice([slots.len()], &shares(slots))
+}
+
+fn shares(slots: &[f64]) -> Vec<f64> {
+    let all: f64 = slots.iter().sum();
+    slots.iter().map(|n| n / all.max(1.0)).collect()
+}
