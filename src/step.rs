@@ -93,6 +93,10 @@ impl Trainer {
         equal_shares(model.dist(), micro_batches, sequences)?;
         let share = 1.0 / (n * ranks) as f64;
         self.gradients.reset();
+        model
+            .layer_states_mut()
+            .iter_mut()
+            .for_each(LayerState::forget_pass);
         let mut sums = [0.0; 3];
         let weights = model.weights();
         for (m, tokens) in micro_batches.iter().enumerate() {

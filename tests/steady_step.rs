@@ -107,9 +107,9 @@ fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
         assert!(third.launches > 100, "{set:?}");
         assert_eq!((third.reads, third.allocations), (0, 0), "{set:?}");
         assert_eq!(third, fourth, "{set:?}");
-        // Tokens and targets and the loss's share of each micro-batch; the step's settings change with the rate alone.
+        // Of each micro-batch: tokens, targets, the loss's share, two lists of coefficients, and a flag for each MoE layer.
         assert!(
-            third.uploads <= 2 * 3 + 1,
+            third.uploads <= 2 * (5 + 2),
             "{set:?}: {} uploads",
             third.uploads
         );
