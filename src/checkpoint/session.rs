@@ -5,7 +5,9 @@
 //! the optimizer's moments carry the name of their parameter.
 
 use super::{Array, Arrays, Checkpoint, Snapshot, newest};
-use crate::config::{Config, ModelFile};
+use crate::config::{Config, DataConfig, ModelFile};
+use crate::data::Tokenizer;
+use crate::data::tokenizer::{BYTES, TOKENIZER_FILE};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::optim::Moments;
@@ -117,6 +119,36 @@ pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
             )
         })),
     }
+}
+
+/// The tokenizer that the run of a checkpoint, configured so, reads text with: its `tokenizer.json`
+/// lies beside the checkpoint's files, in the run's folder or where the tokens came from.
+///
+/// # Errors
+/// When it lies nowhere, or is another one than the run's.
+pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<Tokenizer> {
+    if matches!(config.tokenizer.as_str(), "" | BYTES) {
+        return Ok(Tokenizer::bytes());
+    }
+    let run = checkpoint.path().ancestors().nth(2);
+    let folders = [
+        Some(checkpoint.path()),
+        run,
+        Some(Path::new(&config.source)),
+    ];
+    let missing = || {
+        Error::file(
+            run.unwrap_or(checkpoint.path()).join(TOKENIZER_FILE),
+            format!("the tokenizer of fingerprint {}", config.tokenizer),
+            "none, nor one beside the checkpoint or the tokens",
+            "put the tokenizer.json that the run was trained with there",
+        )
+    };
+    let holds = |folder: &&Path| folder.join(TOKENIZER_FILE).exists();
+    let folder = folders.into_iter().flatten().find(holds);
+    let found = Tokenizer::of_folder(folder.ok_or_else(missing)?)?;
+    found.expect(&config.tokenizer)?;
+    Ok(found)
 }
 
 /// The model of a checkpoint, and what its run was told.

@@ -279,6 +279,9 @@ pub struct DataConfig {
     pub document_separator: String,
     /// Share of the documents that is held out for validation, at least one.
     pub validation_fraction: f64,
+    /// Fingerprint of the tokenizer that the tokens are made with, "bytes" for bytes. Left empty it
+    /// is that of the source, and a run keeps it.
+    pub tokenizer: String,
 }
 
 impl Default for DataConfig {
@@ -287,6 +290,7 @@ impl Default for DataConfig {
             source: "embedded".into(),
             document_separator: "\n\n\n".into(),
             validation_fraction: 0.05,
+            tokenizer: String::new(),
         }
     }
 }

@@ -5,12 +5,16 @@
 //! spread evenly over their order: number k is document ⌊(k + ½) n / m⌋. The documents of each side
 //! are joined by [`DOCUMENT_END`], and a window may span several.
 
+#[cfg_attr(not(feature = "text"), allow(dead_code))]
+mod guard;
 mod order;
 mod sources;
 mod text;
+pub mod tokenizer;
 
 pub use sources::{Source, sources};
 pub(crate) use text::read_text;
+pub use tokenizer::Tokenizer;
 
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
