@@ -4,6 +4,8 @@
 
 pub mod error;
 
+pub mod files;
+
 pub mod dtype;
 pub mod random;
 pub mod shape;

@@ -7,20 +7,22 @@
 //! thus finds a checkpoint whole or not at all, and the digests catch what the disk itself did.
 
 mod arrays;
-mod fault;
 mod session;
 
 pub(crate) use arrays::write as write_arrays;
 pub use arrays::{Array, Arrays, Content};
 pub(crate) use session::router_state;
-pub use session::{TrainerState, find, load_model, load_model_with, load_trainer, snapshot};
+pub use session::{
+    TrainerState, find, load_model, load_model_with, load_tokenizer, load_trainer, snapshot,
+};
 
 use crate::error::{Error, Result};
+use crate::files::fault;
+pub(crate) use crate::files::{UNFINISHED, sync, write_json};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 const CONFIG: &str = "config.json";
@@ -28,9 +30,6 @@ const MODEL: &str = "model.safetensors";
 const TRAINER: &str = "trainer.safetensors";
 const STATE: &str = "trainer.json";
 const MANIFEST: &str = "manifest.json";
-
-/// Begins the names of folders that are being written or removed; never a finished one's.
-pub(crate) const UNFINISHED: &str = ".unfinished-";
 
 /// What a checkpoint holds.
 pub struct Snapshot<'a> {
@@ -123,30 +122,6 @@ fn write(temporary: &Path, snapshot: &Snapshot) -> Result<()> {
     fault::point();
     sync(&path)?;
     sync(temporary)
-}
-
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(value).map_err(|e| {
-        Error::file(
-            path,
-            "values that JSON can hold",
-            e.to_string(),
-            "report this as a bug",
-        )
-    })?;
-    text.push('\n');
-    File::create(path)
-        .and_then(|mut f| f.write_all(text.as_bytes()))
-        .map_err(|e| Error::io("write", path, e))
-}
-
-/// Forces a file or a folder to the disk.
-pub(crate) fn sync(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|f| f.sync_all())
-        .map_err(|e| Error::io("sync", path, e))?;
-    fault::point();
-    Ok(())
 }
 
 fn digest(path: &Path) -> Result<Entry> {

@@ -6,7 +6,9 @@
 
 use super::arrays::Content;
 use super::{Array, Arrays, Checkpoint, Snapshot, newest};
-use crate::config::{Config, ModelFile};
+use crate::config::{Config, DataConfig, ModelFile};
+use crate::data::Tokenizer;
+use crate::data::tokenizer::{self, BYTES, TOKENIZER_FILE};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::optim::Moments;
@@ -115,6 +117,33 @@ pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
             )
         })),
     }
+}
+
+/// The tokenizer that the run of a checkpoint, configured so, reads text with: its `tokenizer.json`
+/// lies beside the checkpoint's files, in the run's folder or where the tokens came from.
+///
+/// # Errors
+/// When it lies nowhere, or is another one than the run's.
+pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<Tokenizer> {
+    if config.tokenizer == BYTES {
+        return Ok(Tokenizer::bytes());
+    }
+    let run = checkpoint.path().ancestors().nth(2);
+    let own = [Some(checkpoint.path()), run].into_iter().flatten();
+    let mut folders = own.chain(config.sources().map(Path::new));
+    let missing = || {
+        Error::file(
+            run.unwrap_or(checkpoint.path()).join(TOKENIZER_FILE),
+            format!("the tokenizer of fingerprint {}", config.tokenizer),
+            "none, nor one beside the checkpoint or the tokens",
+            "put the tokenizer.json that the run was trained with there",
+        )
+    };
+    let holds = |folder: &&Path| folder.join(TOKENIZER_FILE).exists();
+    let folder = folders.find(holds).ok_or_else(missing)?;
+    let found = Tokenizer::of_folder(folder)?;
+    tokenizer::expect(&config.tokenizer, found.fingerprint(), folder)?;
+    Ok(found)
 }
 
 /// The model of a checkpoint, and what its run was told.

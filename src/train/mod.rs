@@ -13,10 +13,12 @@ pub use schedule::learning_rate;
 use crate::analyze;
 use crate::checkpoint::{self, TrainerState};
 use crate::config::{Config, count};
-use crate::data::Corpus;
+use crate::data::tokenizer::BYTES;
+use crate::data::{Corpus, Counts};
 use crate::device::timeline::{self, Timeline};
 use crate::error::{Error, Result};
 use crate::eval::validation_loss;
+use crate::files::replace;
 use crate::metrics::{Log, Record};
 use crate::model::Model;
 use crate::plots;
@@ -113,6 +115,10 @@ impl<'a> Run<'a> {
         };
         fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         write_config(out, &state.config)?;
+        // A run that reads tokens can be spoken to where they are not.
+        for (name, content) in corpus.tokenizer_files()? {
+            replace(out, name, &content)?;
+        }
         let log = Log::open(&out.join(METRICS_FILE), state.step)?;
         let progress = Progress::new(state.step, steps, options.quiet);
         for damaged in &found.1 {
@@ -135,6 +141,15 @@ impl<'a> Run<'a> {
         let c = &self.state.config;
         let m = &c.model;
         let millions = |n: u64| n as f64 / 1e6;
+        let [documents, held_out] = self.corpus.counts();
+        let size = |counts: &Counts| match c.data.tokenizer == BYTES {
+            true => format!("{:.1} MB", millions(counts.bytes)),
+            false => format!(
+                "{:.1} MB in {:.1} M tokens",
+                millions(counts.bytes),
+                millions(counts.tokens)
+            ),
+        };
         self.progress.introduce(&[
             format!(
                 "{:.1} M parameters, {:.1} M active; router {}, {} experts, {} active; {} on {} threads",
@@ -147,12 +162,12 @@ impl<'a> Run<'a> {
                 rayon::current_num_threads(),
             ),
             format!(
-                "{}: {} documents, {:.1} MB; {} held out, {:.1} MB",
-                c.data.source,
-                self.corpus.documents()[0],
-                self.corpus.bytes()[0] as f64 / 1e6,
-                self.corpus.documents()[1],
-                self.corpus.bytes()[1] as f64 / 1e6,
+                "{}: {} documents, {}; {} held out, {}",
+                c.data.name(),
+                documents.documents,
+                size(&documents),
+                held_out.documents,
+                size(&held_out),
             ),
             match self.state.step {
                 0 => format!("{} steps into {}", c.train.steps, self.options.out.display()),
@@ -168,6 +183,7 @@ impl<'a> Run<'a> {
     fn finish(mut self, stop: &AtomicBool) -> Result<Summary> {
         let train = self.state.config.train.clone();
         let mut validation = None;
+        let mut by_source = Vec::new();
         let mut outcome = Outcome::Finished;
         while self.state.step < train.steps {
             if stop.load(Ordering::SeqCst) {
@@ -191,10 +207,13 @@ impl<'a> Run<'a> {
             let evaluate = last || step % train.eval_interval == 0;
             if evaluate {
                 let (most, batch) = (train.eval_sequences, train.micro_batch);
-                let (loss, _) = validation_loss(&self.model, &self.corpus, most, batch)?;
-                validation = Some(loss).filter(|l| l.is_finite());
+                let found = validation_loss(&self.model, &self.corpus, most, batch)?;
+                validation = Some(found.loss).filter(|l| l.is_finite());
+                by_source = found.sources;
             }
-            let record = self.record(&report, rate, seconds, validation.filter(|_| evaluate));
+            let mut record = self.record(&report, rate, seconds, validation.filter(|_| evaluate));
+            let finite = by_source.drain(..).filter(|(_, r)| r.loss.is_finite());
+            record.validation_by_source = finite.map(|(name, r)| (name, r.loss)).collect();
             self.log.append(&record)?;
             self.progress.step(&record, train.steps);
             self.check_finite(&report)?;
@@ -272,6 +291,7 @@ impl<'a> Run<'a> {
             sparsity: sparsity(&report.layers),
             router_state: self.router_state(),
             validation_loss,
+            validation_by_source: BTreeMap::new(),
             seconds,
             tokens_per_second: per_step as f64 / seconds,
         }

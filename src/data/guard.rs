@@ -1,0 +1,51 @@
+//! Panics of the libraries that read files of others, as errors.
+
+use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
+use std::sync::Once;
+
+thread_local! {
+    /// Whether this thread is inside [`no_panic`].
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// What `f` gives, or what it panicked with; nothing is printed then. For code of others on input
+/// of others: a panic of this crate is a bug and must be seen.
+pub(crate) fn no_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = take_hook();
+        set_hook(Box::new(move |info| {
+            if !GUARDED.get() {
+                before(info);
+            }
+        }));
+    });
+    let outer = GUARDED.replace(true);
+    // What `f` was given is given up where it panics.
+    let result = catch_unwind(AssertUnwindSafe(f));
+    GUARDED.set(outer);
+    result.map_err(|payload| {
+        let text = payload
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| payload.downcast_ref::<&str>().copied());
+        format!(
+            "what its reader fails at ({})",
+            text.unwrap_or("no reason given")
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_comes_back_as_its_words() {
+        assert_eq!(no_panic(|| 3), Ok(3));
+        let failed = no_panic(|| [1u8][std::hint::black_box(4)]);
+        assert!(failed.unwrap_err().contains("index out of bounds"));
+        assert!(!GUARDED.get());
+    }
+}

@@ -1,0 +1,140 @@
+use super::*;
+
+#[test]
+fn a_byte_is_a_token_and_back() {
+    let bytes = Tokenizer::bytes();
+    assert_eq!(bytes.encode("aé").unwrap(), [97, 0xc3, 0xa9]);
+    assert_eq!(bytes.decode(&[97, 0xc3, 0xa9]).unwrap(), "aé");
+    assert_eq!(
+        (bytes.vocab_size(), bytes.bos(), bytes.eos()),
+        (256, None, None)
+    );
+    for token in [-1, 256] {
+        let e = bytes.decode(&[token]).unwrap_err().to_string();
+        assert!(e.contains("below the vocabulary of 256"), "{e}");
+    }
+}
+
+#[test]
+fn characters_come_whole_and_broken_ones_are_marked() {
+    let bytes = Tokenizer::bytes();
+    let mut stream = TextStream::new(&bytes);
+    let mut text = String::new();
+    for byte in "a é€".bytes().chain([0xff, b'b', 0xe2, b'c', 0xff, 0xff]) {
+        text += &stream.push(&[i32::from(byte)]).unwrap();
+    }
+    // What can still change is not told yet.
+    assert_eq!(text, "a é€\u{fffd}b\u{fffd}c\u{fffd}");
+    for byte in [0xe2, 0x82] {
+        text += &stream.push(&[byte]).unwrap();
+    }
+    text += &stream.finish().unwrap();
+    assert_eq!(text, "a é€\u{fffd}b\u{fffd}c\u{fffd}\u{fffd}\u{fffd}");
+}
+
+#[cfg(not(feature = "text"))]
+#[test]
+fn a_program_without_the_feature_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join(TOKENIZER_FILE), "{}").unwrap();
+    let e = Tokenizer::of_folder(folder.path()).err().unwrap();
+    assert!(e.to_string().contains("build with --features text"), "{e}");
+}
+
+#[cfg(feature = "text")]
+mod file {
+    use super::*;
+    use std::fs;
+
+    /// Words of a tiny vocabulary, with U+2581 for the space before them, as SentencePiece writes it.
+    fn write(folder: &Path, added: serde_json::Value) -> std::path::PathBuf {
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": added,
+            "normalizer": null,
+            "pre_tokenizer": { "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true },
+            "post_processor": null,
+            "decoder": { "type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true },
+            "model": { "type": "WordLevel", "unk_token": "<unk>", "vocab": { "<unk>": 0, "▁one": 1, "▁two": 2 } },
+        });
+        let path = folder.join(TOKENIZER_FILE);
+        fs::write(&path, json.to_string()).unwrap();
+        path
+    }
+
+    fn added(id: u32, name: &str) -> serde_json::Value {
+        serde_json::json!({
+            "id": id, "content": name, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false, "special": true,
+        })
+    }
+
+    #[test]
+    fn a_file_encodes_decodes_and_names_its_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = write(
+            folder.path(),
+            vec![added(3, "<s>"), added(4, "</s>")].into(),
+        );
+        let t = Tokenizer::open(&path).unwrap();
+        assert_eq!((t.vocab_size(), t.bos(), t.eos()), (5, Some(3), Some(4)));
+        assert_eq!(t.encode("two one").unwrap(), [2, 1]);
+        assert_eq!(t.decode(&[3, 2, 1, 4]).unwrap(), "<s> two one</s>");
+        // A decoder that strips the first space of a text does not lose those between tokens.
+        let mut stream = TextStream::new(&t);
+        let parts: Vec<String> = [2, 1, 1, 2].map(|t| stream.push(&[t]).unwrap()).into();
+        assert_eq!(parts, ["two", " one", " one", " two"]);
+    }
+
+    #[test]
+    fn text_never_becomes_a_special_token() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = write(folder.path(), vec![added(3, "</s>")].into());
+        let t = Tokenizer::open(&path).unwrap();
+        assert_eq!(t.encode("one </s>").unwrap(), [1, 0]);
+    }
+
+    #[test]
+    fn the_files_of_a_tokenizer_make_it_again_with_its_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = write(
+            folder.path(),
+            vec![added(3, "<s>"), added(4, "<end>")].into(),
+        );
+        let mut t = Tokenizer::open(&path).unwrap();
+        assert_eq!(t.eos(), None);
+        t.set_special(true, Some("<end>")).unwrap();
+        t.set_special(false, None).unwrap();
+        let copy = tempfile::tempdir().unwrap();
+        for (name, content) in t.files() {
+            fs::write(copy.path().join(name), content).unwrap();
+        }
+        let again = Tokenizer::of_folder(copy.path()).unwrap();
+        assert_eq!((again.bos(), again.eos()), (None, Some(4)));
+        assert_eq!(again.fingerprint(), t.fingerprint());
+        let e = t.set_special(true, Some("<nobody>")).unwrap_err();
+        assert!(e.to_string().contains("--eos"), "{e}");
+    }
+
+    #[test]
+    fn what_is_no_tokenizer_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(TOKENIZER_FILE);
+        for text in ["", "{}", "[1]", "\u{0}", "{\"model\": 3}"] {
+            fs::write(&path, text).unwrap();
+            let e = Tokenizer::open(&path).err().unwrap().to_string();
+            assert!(e.contains("expected a tokenizer"), "{e}");
+        }
+        write(folder.path(), vec![added(3, "<s>")].into());
+        fs::write(
+            folder.path().join(TOKENIZER_CONFIG_FILE),
+            "{\"eos_token\": \"<none>\"}",
+        )
+        .unwrap();
+        let e = Tokenizer::open(&path).err().unwrap().to_string();
+        assert!(
+            e.contains("tokenizer_config.json") && e.contains("`<none>`"),
+            "{e}"
+        );
+    }
+}
