@@ -9,6 +9,7 @@ pub mod files;
 pub mod dtype;
 pub mod random;
 pub mod shape;
+pub mod version;
 
 pub mod device;
 
@@ -29,6 +30,7 @@ pub mod routers;
 
 pub mod data;
 pub mod metrics;
+pub mod events;
 pub mod model;
 pub mod optim;
 pub mod plots;

@@ -1,6 +1,7 @@
 //! Questions as tokens: what the model reads, and which tokens of it are scored.
 
 use super::question::Question;
+use crate::data::{DOCUMENT_END, Tokenizer};
 use crate::error::Result;
 use crate::ops::spans::Spans;
 
@@ -19,23 +20,43 @@ pub struct Request {
     pub truncated: bool,
 }
 
-/// The tokens of a prompt and an answer. As in the harness spaces at the prompt's end go to the
-/// answer, both are encoded together, and the end is kept.
+/// The tokens of a prompt and an answer. As in the harness spaces at the prompt's end go to the answer, both are encoded
+/// together, the answer is what lies behind as many tokens as the prompt alone has, and the end is kept.
 pub fn request(
     prompt: &str,
     answer: &str,
     longest: usize,
-    encode: &dyn Fn(&str) -> Result<Vec<i32>>,
+    tokenizer: &Tokenizer,
 ) -> Result<Request> {
-    let context = prompt.trim_end();
-    let whole = encode(&format!("{prompt}{answer}"))?;
-    let context = encode(context)?.len().min(whole.len().saturating_sub(1));
+    let mut whole = tokenizer.encode(&format!("{prompt}{answer}"))?;
+    let mut context = tokenizer.encode(trimmed(prompt))?.len();
+    if context == 0 {
+        let before = beginning(tokenizer)?;
+        context = before.len();
+        whole.splice(0..0, before);
+    }
+    let read = whole.len().saturating_sub(1);
     let from = whole.len().saturating_sub(longest + 1);
+    let scored = context.min(read).max(from + 1).min(whole.len());
     Ok(Request {
-        tokens: whole[from..whole.len() - 1].to_vec(),
-        scored: whole[context.max(from + 1)..].to_vec(),
+        tokens: whole[from..read].to_vec(),
+        scored: whole[scored..].to_vec(),
         truncated: from > 0,
     })
+}
+
+/// A prompt without white space at its end, as Python sees it.
+fn trimmed(prompt: &str) -> &str {
+    prompt.trim_end_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c))
+}
+
+/// What an answer without a prompt stands behind: the token of a text's beginning, or of its end, or the end of the
+/// document before.
+fn beginning(tokenizer: &Tokenizer) -> Result<Vec<i32>> {
+    match tokenizer.bos().or(tokenizer.eos()) {
+        Some(token) => Ok(vec![token]),
+        None => tokenizer.encode(DOCUMENT_END),
+    }
 }
 
 /// Requests of several questions in one pass.
@@ -101,11 +122,11 @@ impl Batch {
 pub fn requests(
     question: &Question,
     longest: usize,
-    encode: &dyn Fn(&str) -> Result<Vec<i32>>,
+    tokenizer: &Tokenizer,
 ) -> Result<Vec<Request>> {
     let answers = question.answers.iter();
     answers
-        .map(|(prompt, answer)| request(prompt, answer, longest, encode))
+        .map(|(prompt, answer)| request(prompt, answer, longest, tokenizer))
         .collect()
 }
 
@@ -113,36 +134,35 @@ pub fn requests(
 mod tests {
     use super::*;
 
-    fn bytes(text: &str) -> Result<Vec<i32>> {
-        Ok(text.bytes().map(i32::from).collect())
-    }
-
     fn ints(text: &str) -> Vec<i32> {
-        bytes(text).unwrap()
+        text.bytes().map(i32::from).collect()
     }
 
     #[test]
     fn a_request_keeps_its_end_and_scores_the_answer() {
-        let r = request("abc", " de", 10, &bytes).unwrap();
+        let r = request("abc", " de", 10, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("abc d"), ints(" de")));
         assert!(!r.truncated);
         // Four tokens are read, five kept.
-        let r = request("abc", " de", 4, &bytes).unwrap();
+        let r = request("abc", " de", 4, &Tokenizer::bytes()).unwrap();
         assert_eq!(
             (r.tokens, r.scored, r.truncated),
             (ints("bc d"), ints(" de"), true)
         );
         // An answer longer than what the model takes is scored by its end.
-        let r = request("abc", " defg", 3, &bytes).unwrap();
+        let r = request("abc", " defg", 3, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("def"), ints("efg")));
+        // Without a prompt an answer stands behind the end of a document.
+        let r = request("", "ab", 9, &Tokenizer::bytes()).unwrap();
+        assert_eq!((r.tokens, r.scored), (ints("\n\n\na"), ints("ab")));
         // The space belongs to the answer.
-        let r = request("ab ", "c", 9, &bytes).unwrap();
+        let r = request("ab ", "c", 9, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("ab "), ints(" c")));
     }
 
     #[test]
     fn what_answers_share_is_read_once_and_their_targets_lie_behind_it() {
-        let both = [" one", " only"].map(|a| request("a long prompt:", a, 99, &bytes).unwrap());
+        let both = [" one", " only"].map(|a| request("a long prompt:", a, 99, &Tokenizer::bytes()).unwrap());
         let mut batch = Batch::default();
         batch.add(&both).unwrap();
         // "a long prompt: on" is the whole of the first, and the second goes on with "l".

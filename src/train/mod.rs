@@ -3,6 +3,7 @@
 //! Every step is a pure function of the configuration and the step before it, so that a run that was
 //! interrupted and resumed ends in the same bytes as one that was not.
 
+mod benchmarks;
 mod memory;
 mod progress;
 mod schedule;
@@ -17,11 +18,14 @@ use crate::data::Corpus;
 use crate::device::timeline::{self, Timeline};
 use crate::error::{Error, Result};
 use crate::eval::validation_loss;
+use crate::events::{EVENTS_FILE, Events};
 use crate::metrics::{Log, Record};
 use crate::model::Model;
 use crate::plots;
 use crate::routers::LayerStats;
 use crate::step::{StepReport, Trainer};
+use crate::version;
+use benchmarks::Benchmarks;
 use progress::Progress;
 use std::collections::BTreeMap;
 use std::fs;
@@ -89,6 +93,8 @@ struct Run<'a> {
     trainer: Trainer,
     state: TrainerState,
     log: Log,
+    events: Events,
+    benchmarks: Option<Benchmarks>,
     progress: Progress,
 }
 
@@ -111,9 +117,11 @@ impl<'a> Run<'a> {
             None => start(config, data)?,
             Some(saved) => resume(saved, config, data)?,
         };
+        let benchmarks = Benchmarks::read(&state.config)?;
         fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         write_config(out, &state.config)?;
         let log = Log::open(&out.join(METRICS_FILE), state.step)?;
+        let events = open_events(out, &state)?;
         let progress = Progress::new(state.step, steps, options.quiet);
         for damaged in &found.1 {
             progress.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
@@ -125,6 +133,8 @@ impl<'a> Run<'a> {
             trainer,
             state,
             log,
+            events,
+            benchmarks,
             progress,
         };
         run.introduce();
@@ -194,15 +204,21 @@ impl<'a> Run<'a> {
                 let (loss, _) = validation_loss(&self.model, &self.corpus, most, batch)?;
                 validation = Some(loss).filter(|l| l.is_finite());
             }
-            let record = self.record(&report, rate, seconds, validation.filter(|_| evaluate));
+            let score =
+                train.tasks_interval > 0 && (last || step % train.tasks_interval == 0);
+            let mut record = self.record(&report, rate, seconds, validation.filter(|_| evaluate));
+            if let Some(benchmarks) = self.benchmarks.as_ref().filter(|_| score) {
+                record.tasks = benchmarks.score(&self.model, &self.state, &self.progress)?;
+            }
             self.log.append(&record)?;
+            self.events.record(&record)?;
             self.progress.step(&record, train.steps);
             self.check_finite(&report)?;
             // Pictures come first: where there is a checkpoint, they are those of its step. One that
             // cannot be written must not cost the checkpoint.
             let analyze =
                 train.analyze_interval > 0 && (last || step % train.analyze_interval == 0);
-            let shown = self.show(evaluate, analyze);
+            let shown = self.show(evaluate || score, analyze);
             if last || step % train.checkpoint_interval == 0 {
                 self.save()?;
             }
@@ -272,6 +288,7 @@ impl<'a> Run<'a> {
             sparsity: sparsity(&report.layers),
             router_state: self.router_state(),
             validation_loss,
+            tasks: BTreeMap::new(),
             seconds,
             tokens_per_second: per_step as f64 / seconds,
         }
@@ -318,6 +335,7 @@ impl<'a> Run<'a> {
         }
         // The checkpoint counts on the log up to its step.
         self.log.sync()?;
+        self.events.sync()?;
         let snapshot = checkpoint::snapshot(&self.model, &self.trainer, &self.state)?;
         let folder = self.options.out.join(CHECKPOINTS);
         checkpoint::save(&folder, &snapshot, self.state.config.train.keep_checkpoints)?;
@@ -444,13 +462,25 @@ pub(crate) fn refuse_existing(out: &Path) -> Result<()> {
     ))
 }
 
-/// Replaces the run's configuration, whole or not at all.
+/// The event file, with what the run is told from its next step on.
+fn open_events(out: &Path, state: &TrainerState) -> Result<Events> {
+    let mut events = Events::open(&out.join(EVENTS_FILE), state.step)?;
+    let next = state.step + 1;
+    events.text(next, "program", &version::program())?;
+    let config = state.config.to_toml()?;
+    // Four spaces make it code.
+    let lines: Vec<String> = config.lines().map(|line| format!("    {line}")).collect();
+    events.text(next, "config", &lines.join("\n"))?;
+    Ok(events)
+}
+
+/// Replaces the run's configuration, whole or not at all; its first line says which program ran.
 ///
 /// # Errors
 /// When the disk refuses.
 pub(crate) fn write_config(out: &Path, config: &Config) -> Result<()> {
     let temporary = out.join("config.toml.unfinished");
-    let text = config.to_toml()?;
+    let text = format!("# {}\n{}", version::program(), config.to_toml()?);
     fs::write(&temporary, text).map_err(|e| Error::io("write", &temporary, e))?;
     fs::rename(&temporary, out.join(CONFIG_FILE)).map_err(|e| Error::io("rename", &temporary, e))
 }
