@@ -28,13 +28,14 @@ pub fn request(
     longest: usize,
     tokenizer: &Tokenizer,
 ) -> Result<Request> {
-    let mut whole = tokenizer.encode(&format!("{prompt}{answer}"))?;
-    let mut context = tokenizer.encode(trimmed(prompt))?.len();
-    if context == 0 {
+    let (prompt_alone, text) = (trimmed(prompt), format!("{prompt}{answer}"));
+    let (whole, context) = if prompt_alone.is_empty() {
         let before = beginning(tokenizer)?;
-        context = before.len();
-        whole.splice(0..0, before);
-    }
+        ([&before[..], &tokenizer.encode(&text)?].concat(), before.len())
+    } else {
+        let context = tokenizer.encode_processed(prompt_alone)?.len();
+        (tokenizer.encode_processed(&text)?, context)
+    };
     let read = whole.len().saturating_sub(1);
     let from = whole.len().saturating_sub(longest + 1);
     let scored = context.min(read).max(from + 1).min(whole.len());
