@@ -1,6 +1,7 @@
 //! The command line: what each command takes. [`commands`] does them.
 
 mod commands;
+mod data;
 
 use crate::check::Fault;
 use crate::error::Result;
@@ -31,6 +32,9 @@ Examples:
   routegrad train --data my-books/ --set model.sequence_length=512
   routegrad train --name wide --resume")]
     Train(TrainArgs),
+    /// Make tokens of parquet, JSON lines or text, and look at them.
+    #[command(subcommand)]
+    Data(data::Command),
     /// Measure a model's validation loss, perplexity and bits per byte, or its benchmark scores.
     #[command(after_help = "\
 Examples:
@@ -186,7 +190,8 @@ struct TrainArgs {
     /// Seed of the weights, the order of the data and the sampling routers.
     #[arg(long, value_name = "N")]
     seed: Option<i64>,
-    /// Text file or folder of text files, instead of the embedded corpus.
+    /// Text file or folder of text files, or what `routegrad data prepare` made, instead of the
+    /// embedded corpus.
     #[arg(long, value_name = "PATH")]
     data: Option<String>,
     /// Folder of the run [default: runs/NAME].
@@ -427,6 +432,7 @@ impl Cli {
         }
         match self.command {
             Command::Train(args) => train_command(&args),
+            Command::Data(command) => data::run(command),
             Command::Eval(args) => eval_command(&args),
             Command::Analyze(args) => analyze_command(&args),
             Command::Ablate(args) => ablate_command(&args),

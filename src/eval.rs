@@ -8,12 +8,16 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 
 /// What an evaluation found.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Report {
     /// Tokens predicted.
     pub tokens: usize,
+    /// Bytes of their text.
+    pub bytes: f64,
     /// Mean cross-entropy of a token, in nats.
     pub loss: f64,
+    /// The same by source of the text, where there are several.
+    pub sources: Vec<(String, Report)>,
 }
 
 impl Report {
@@ -22,9 +26,21 @@ impl Report {
         self.loss.exp()
     }
 
-    /// Since a token is a byte, the loss in bits.
+    /// The loss in bits, of a byte of the text.
     pub fn bits_per_byte(&self) -> f64 {
-        self.loss / std::f64::consts::LN_2
+        self.loss * self.tokens as f64 / self.bytes / std::f64::consts::LN_2
+    }
+
+    /// Adds tokens whose losses sum to `sum`; `loss` is a sum until [`mean`](Self::mean).
+    fn add(&mut self, tokens: usize, bytes: f64, sum: f64) {
+        self.tokens += tokens;
+        self.bytes += bytes;
+        self.loss += sum;
+    }
+
+    fn mean(mut self) -> Self {
+        self.loss /= self.tokens as f64;
+        self
     }
 }
 
@@ -65,21 +81,21 @@ pub fn run(
     sequences: usize,
 ) -> Result<Report> {
     if let Some(data) = data {
-        config.data.source = data.into();
+        config.data.set_source(data);
     }
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
-    let (loss, tokens) = validation_loss(model, &corpus, sequences, config.train.micro_batch)?;
-    if !loss.is_finite() {
+    let report = validation_loss(model, &corpus, sequences, config.train.micro_batch)?;
+    if !report.loss.is_finite() {
         return Err(Error::NonFinite {
             what: "the validation loss".into(),
             help: "the model diverged: use an earlier checkpoint".into(),
         });
     }
-    Ok(Report { tokens, loss })
+    Ok(report)
 }
 
-/// Mean cross-entropy over `most` validation sequences (all if 0), `batch` of them at a time, and
-/// the number of tokens predicted. The model's state is left as it was.
+/// The loss on `most` validation sequences (all if 0), `batch` of them at a time. The model's state is
+/// left as it was.
 ///
 /// # Errors
 /// Those of the model.
@@ -88,18 +104,31 @@ pub fn validation_loss(
     corpus: &Corpus,
     most: usize,
     batch: usize,
-) -> Result<(f64, usize)> {
-    let (windows, n) = corpus.evaluation(most);
-    let width = windows.len() / n;
-    let (mut sum, mut tokens) = (0.0, 0);
-    for windows in windows.chunks(batch * width) {
-        let losses = model.token_losses(windows, windows.len() / width)?;
-        sum += losses.iter().sum::<f64>();
-        tokens += losses.len();
+) -> Result<Report> {
+    let windows = corpus.held_out(most);
+    let mut whole = Report::default();
+    let mut by_source = vec![Report::default(); corpus.sources().len()];
+    for windows in windows.chunks(batch) {
+        let losses = model.token_losses(&corpus.read(windows), windows.len())?;
+        let mut losses = losses.as_slice();
+        for share in windows.iter().flat_map(|w| corpus.shares(*w)) {
+            let (own, rest) = losses.split_at(share.tokens as usize);
+            let sum = own.iter().sum();
+            whole.add(own.len(), share.bytes, sum);
+            if let Some(source) = by_source.get_mut(share.source) {
+                source.add(own.len(), share.bytes, sum);
+            }
+            losses = rest;
+        }
     }
     // Routing statistics of training must not see these tokens.
     for state in model.layer_states_mut().iter_mut() {
         state.take_stats();
     }
-    Ok((sum / tokens as f64, tokens))
+    if by_source.len() > 1 {
+        let named = corpus.sources().iter().cloned().zip(by_source);
+        let seen = named.filter(|(_, report)| report.tokens > 0);
+        whole.sources = seen.map(|(name, report)| (name, report.mean())).collect();
+    }
+    Ok(whole.mean())
 }

@@ -9,6 +9,7 @@
 
 use crate::error::{Error, Result};
 use crate::metrics::Record;
+use crate::version;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -27,6 +28,20 @@ pub struct Events {
 }
 
 impl Events {
+    /// The event file of the run in `folder`, which goes on from `step` by this program and configuration: they are
+    /// written with the step that comes next.
+    ///
+    /// # Errors
+    /// When the disk refuses.
+    pub fn begin(folder: &Path, step: u64, config: &str) -> Result<Self> {
+        let mut events = Self::open(&folder.join(EVENTS_FILE), step)?;
+        events.text(step + 1, "program", &version::program())?;
+        // In Markdown four spaces make code of a line.
+        let lines: Vec<String> = config.lines().map(|line| format!("    {line}")).collect();
+        events.text(step + 1, "config", &lines.join("\n"))?;
+        Ok(events)
+    }
+
     /// Opens the file at `path`, or a new one, and cuts off what follows `step`: events of steps that a resumed run does
     /// again, and one that a crash left unfinished.
     ///
@@ -157,7 +172,10 @@ fn scalars(record: &Record) -> Vec<(String, f64)> {
         let tagged = scores.iter();
         tagged.map(move |(name, score)| (format!("tasks/{task}/{name}"), Some(*score)))
     });
-    let all = named.into_iter().chain(entropy).chain(load).chain(tasks);
+    let sources = record.validation_by_source.iter();
+    let sources = sources.map(|(name, loss)| (format!("loss/validation/{name}"), Some(*loss)));
+    let all = named.into_iter().chain(sources).chain(entropy);
+    let all = all.chain(load).chain(tasks);
     all.filter_map(|(tag, number)| Some((tag, number.filter(|x| x.is_finite())?)))
         .collect()
 }
@@ -265,7 +283,9 @@ mod tests {
         loop {
             let masked = |bytes: &[u8]| {
                 let crc = crc32c(bytes);
-                (crc >> 15 | crc << 17).wrapping_add(0xa282_ead8).to_le_bytes()
+                (crc >> 15 | crc << 17)
+                    .wrapping_add(0xa282_ead8)
+                    .to_le_bytes()
             };
             let (length, _) = take(8);
             assert_eq!(take(4).0, masked(length));

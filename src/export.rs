@@ -1,6 +1,6 @@
 //! A model for Hugging Face's transformers: a folder that `from_pretrained` reads.
 //!
-//! `config.json`, `model.safetensors` and, where tokens are bytes, a tokenizer. A model that an
+//! `config.json`, `model.safetensors` and the tokenizer. A model that an
 //! architecture of transformers computes is written as that one; any other brings the program in
 //! `src/export/hf/`, which computes it as at evaluation. Written under another name, synced and
 //! renamed: a reader finds the folder whole or not at all.
@@ -11,7 +11,8 @@ mod weights;
 
 pub use architecture::Architecture;
 
-use crate::checkpoint::{Checkpoint, UNFINISHED, sync, write_arrays, write_json};
+use crate::checkpoint::{self, Checkpoint, UNFINISHED, sync, write_arrays, write_json};
+use crate::data::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::eval;
@@ -39,8 +40,18 @@ pub struct Report {
     /// What no architecture of transformers has; empty where one was found.
     pub foreign: Vec<String>,
     pub tensors: usize,
-    /// Whether there is a tokenizer.
-    pub tokenizer: bool,
+    pub tokenizer: Exported,
+}
+
+/// Which tokenizer an export has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exported {
+    /// That of the run.
+    File,
+    /// One whose token n is byte n.
+    Bytes,
+    /// None: bytes, but another vocabulary.
+    None,
 }
 
 /// Writes the model of a checkpoint to the folder `out`, which must be new or empty, its weights
@@ -62,12 +73,18 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType) -> Result<Report> {
         texts.extend(PROGRAM);
         values.push(("generation_config.json", json!({ "use_cache": false })));
     }
-    let tokenizer = config.model.vocab_size == tokenizer::VOCABULARY;
-    if tokenizer {
+    let own = checkpoint::load_tokenizer(found, &config.data)?.files();
+    let bytes = own.is_empty() && config.model.vocab_size == tokenizer::VOCABULARY;
+    if bytes {
         let longest = config.model.sequence_length;
-        values.push(("tokenizer.json", tokenizer::tokenizer()));
-        values.push(("tokenizer_config.json", tokenizer::config(longest)));
+        values.push((TOKENIZER_FILE, tokenizer::tokenizer()));
+        values.push((TOKENIZER_CONFIG_FILE, tokenizer::config(longest)));
     }
+    let tokenizer = match own.is_empty() {
+        false => Exported::File,
+        true if bytes => Exported::Bytes,
+        true => Exported::None,
+    };
 
     let write = || -> Result<()> {
         fs::create_dir(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
@@ -76,7 +93,9 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType) -> Result<Report> {
             paths.push(temporary.join(name));
             write_json(&temporary.join(name), value)?;
         }
-        for (name, text) in &texts {
+        let texts = texts.iter().map(|(name, text)| (*name, text.as_bytes()));
+        let own = own.iter().map(|(name, text)| (*name, text.as_slice()));
+        for (name, text) in texts.chain(own) {
             let path = temporary.join(name);
             fs::write(&path, text).map_err(|e| Error::io("write", &path, e))?;
             paths.push(path);

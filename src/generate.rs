@@ -1,6 +1,8 @@
 //! A prompt continued, token by token.
 
 use crate::checkpoint::{self, Checkpoint};
+use crate::data::tokenizer::TextStream;
+use crate::data::{DOCUMENT_END, Tokenizer};
 use crate::error::{Error, Result};
 use crate::random::{Purpose, Stream};
 use std::io::Write;
@@ -56,8 +58,8 @@ impl Sampling {
     }
 }
 
-/// Writes `prompt` and `tokens` further tokens of a checkpoint's model to `out` as
-/// they come. The model sees the last `sequence_length` tokens.
+/// Writes `prompt` and `count` further tokens of a checkpoint's model to `out` as they come, or fewer
+/// where the model ends the text. The model sees the last `sequence_length` tokens.
 ///
 /// # Errors
 /// When the checkpoint cannot be read, the prompt does not fit the vocabulary, or a logit is not
@@ -65,97 +67,68 @@ impl Sampling {
 pub fn run(
     found: &Checkpoint,
     prompt: &str,
-    tokens: usize,
+    count: usize,
     sampling: &Sampling,
     out: &mut impl Write,
 ) -> Result<()> {
     sampling.validate()?;
-    let (model, _) = checkpoint::load_model(found)?;
+    let (model, state) = checkpoint::load_model(found)?;
+    let tokenizer = checkpoint::load_tokenizer(found, &state.config.data)?;
     let config = model.config();
-    // Without a prompt the model begins as after the end of a document.
-    let prompt = if prompt.is_empty() {
-        crate::data::DOCUMENT_END
-    } else {
-        prompt
-    };
-    let mut text: Vec<i32> = prompt.bytes().map(i32::from).collect();
-    if let Some(byte) = text.iter().find(|b| **b as usize >= config.vocab_size) {
+    let mut tokens = start(&tokenizer, prompt)?;
+    if let Some(token) = tokens.iter().find(|t| **t as usize >= config.vocab_size) {
         return Err(Error::invalid(
             "--prompt",
             format!(
-                "bytes below the model's vocabulary of {}",
+                "tokens below the model's vocabulary of {}",
                 config.vocab_size
             ),
-            format!("byte {byte}"),
+            format!("token {token}"),
             "use plain letters",
         ));
     }
-    let mut writer = Utf8Writer {
-        out,
-        held: Vec::new(),
+    let mut put = |text: &str| {
+        out.write_all(text.as_bytes())
+            .and_then(|()| out.flush())
+            .map_err(|e| Error::io("write", "the standard output", e))
     };
-    writer.write(prompt.as_bytes())?;
-    for index in 0..tokens {
-        let from = text.len().saturating_sub(config.sequence_length);
-        let logits = model.next_token_logits(&text[from..], 1)?;
+    let mut text = TextStream::new(&tokenizer);
+    // What the prompt was given with is shown as it is.
+    put(prompt)?;
+    text.push(&tokens)?;
+    for index in 0..count {
+        let from = tokens.len().saturating_sub(config.sequence_length);
+        let logits = model.next_token_logits(&tokens[from..], 1)?;
         if !logits.iter().all(|z| z.is_finite()) {
             return Err(Error::NonFinite {
                 what: format!("a logit of token {index}"),
                 help: "the model diverged: use an earlier checkpoint".into(),
             });
         }
-        // A vocabulary of more than the 256 bytes has tokens that training never saw.
-        let token = sampling.draw(&logits[..logits.len().min(256)], index as u64);
-        text.push(token as i32);
-        writer.write(&[token as u8])?;
-    }
-    writer.finish()
-}
-
-/// Writes bytes as text: holds back the beginning of a character until its end has come, and puts
-/// U+FFFD for what can become none.
-struct Utf8Writer<'a, W: Write> {
-    out: &'a mut W,
-    held: Vec<u8>,
-}
-
-impl<W: Write> Utf8Writer<'_, W> {
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.held.extend_from_slice(bytes);
-        let mut text = String::new();
-        let mut kept = 0;
-        for chunk in self.held.utf8_chunks() {
-            text.push_str(chunk.valid());
-            kept += chunk.valid().len();
-            let invalid = chunk.invalid();
-            let at_end = kept + invalid.len() == self.held.len();
-            // At the end, a cut-off character may still be completed.
-            if invalid.is_empty() || at_end && is_beginning(invalid) {
-                break;
-            }
-            text.push(char::REPLACEMENT_CHARACTER);
-            kept += invalid.len();
+        // A model may have more tokens than its tokenizer: training never saw them.
+        let known = logits.len().min(tokenizer.vocab_size());
+        let token = sampling.draw(&logits[..known], index as u64) as i32;
+        if Some(token) == tokenizer.eos() {
+            break;
         }
-        self.held.drain(..kept);
-        self.put(&text)
+        tokens.push(token);
+        put(&text.push(&[token])?)?;
     }
-
-    fn finish(mut self) -> Result<()> {
-        let rest = String::from_utf8_lossy(&self.held).into_owned();
-        self.put(&(rest + "\n"))
-    }
-
-    fn put(&mut self, text: &str) -> Result<()> {
-        self.out
-            .write_all(text.as_bytes())
-            .and_then(|()| self.out.flush())
-            .map_err(|e| Error::io("write", "the standard output", e))
-    }
+    put(&(text.finish()? + "\n"))
 }
 
-/// Whether more bytes could make `bytes` a character.
-fn is_beginning(bytes: &[u8]) -> bool {
-    std::str::from_utf8(bytes).is_err_and(|e| e.error_len().is_none())
+/// The tokens of a prompt, after that of a text's beginning. Without a prompt the model begins as after
+/// the end of a document.
+fn start(tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<i32>> {
+    let mut tokens: Vec<i32> = tokenizer.bos().into_iter().collect();
+    tokens.extend(tokenizer.encode(prompt)?);
+    if tokens.is_empty() {
+        tokens.extend(tokenizer.eos());
+    }
+    if tokens.is_empty() {
+        tokens = tokenizer.encode(DOCUMENT_END)?;
+    }
+    Ok(tokens)
 }
 
 #[cfg(test)]
@@ -198,23 +171,6 @@ mod tests {
             .map(|i| sampling(1.0, 2).draw(&logits, i))
             .collect();
         assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [2, 3]);
-    }
-
-    #[test]
-    fn characters_appear_whole_and_broken_ones_are_marked() {
-        let mut out = Vec::new();
-        let mut writer = Utf8Writer {
-            out: &mut out,
-            held: Vec::new(),
-        };
-        for byte in "a é€".bytes().chain([0xff, b'b', 0xe2, b'c', 0xe2, 0x82]) {
-            writer.write(&[byte]).unwrap();
-        }
-        writer.finish().unwrap();
-        assert_eq!(
-            String::from_utf8(out).unwrap(),
-            "a é€\u{fffd}b\u{fffd}c\u{fffd}\n"
-        );
     }
 
     #[test]

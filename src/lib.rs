@@ -29,8 +29,8 @@ pub mod config;
 pub mod routers;
 
 pub mod data;
-pub mod metrics;
 pub mod events;
+pub mod metrics;
 pub mod model;
 pub mod optim;
 pub mod plots;

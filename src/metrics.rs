@@ -44,6 +44,9 @@ pub struct Record {
     /// and `perplexity`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub tasks: BTreeMap<String, BTreeMap<String, f64>>,
+    /// The same by source of the text, where there are several.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub validation_by_source: BTreeMap<String, f64>,
     /// Time of the step, without evaluation and saving.
     pub seconds: f64,
     pub tokens_per_second: f64,
@@ -140,6 +143,7 @@ pub(crate) mod tests {
             router_state: BTreeMap::from([("bias".into(), vec![vec![1e-3, -1e-3]])]),
             validation_loss: (step % 2 == 0).then_some(2.5),
             tasks: BTreeMap::new(),
+            validation_by_source: BTreeMap::new(),
             seconds: 0.25,
             tokens_per_second: 16384.0,
         }

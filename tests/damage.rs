@@ -42,7 +42,8 @@ fn number(variable: &str, default: u64) -> u64 {
     let Ok(text) = std::env::var(variable) else {
         return default;
     };
-    text.parse().unwrap_or_else(|_| panic!("{variable} is a number, not `{text}`"))
+    text.parse()
+        .unwrap_or_else(|_| panic!("{variable} is a number, not `{text}`"))
 }
 
 /// Random whole numbers.
@@ -245,7 +246,10 @@ fn damaged_files_are_refused_or_read_and_do_no_harm() {
                 fs::write(&path, bytes).unwrap();
                 let read = catch_unwind(AssertUnwindSafe(|| (reader.read)(&copies[which])));
                 fs::write(&path, whole).unwrap();
-                if done.send((reader, told, read.map(|r| r.is_ok()).ok())).is_err() {
+                if done
+                    .send((reader, told, read.map(|r| r.is_ok()).ok()))
+                    .is_err()
+                {
                     return;
                 }
             }

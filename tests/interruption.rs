@@ -90,20 +90,41 @@ fn benchmark_scores_on_the_way_change_no_byte_of_the_training() {
     for router in ["default", "sparsemixer"] {
         let place = Place::new();
         let question = |i| {
-            format!(r#"{{"doc_id": {i}, "doc": {{"goal": "g{i}", "choices": ["a{i}", "b"], "gold": {}}}}}"#, i % 2)
+            format!(
+                r#"{{"doc_id": {i}, "doc": {{"goal": "g{i}", "choices": ["a{i}", "b"], "gold": {}}}}}"#,
+                i % 2
+            )
         };
         let questions: Vec<String> = (0..6).map(question).collect();
         std::fs::write(place.path("piqa.jsonl"), questions.join("\n")).unwrap();
-        let options = ["--router", router, "--steps", "30", "--set", "model.top_k=2"];
+        let options = [
+            "--router",
+            router,
+            "--steps",
+            "30",
+            "--set",
+            "model.top_k=2",
+        ];
         succeed(&mut place.train("plain", &options));
         let folder = format!("train.task_data={:?}", place.folder.path());
         let scored = [
             &options[..],
-            &["--set", "train.tasks_interval=10", "--set", &folder, "--set", "train.tasks_limit=5"],
+            &[
+                "--set",
+                "train.tasks_interval=10",
+                "--set",
+                &folder,
+                "--set",
+                "train.tasks_limit=5",
+            ],
         ]
         .concat();
         let (_, stderr) = succeed(&mut place.train("scored", &scored));
-        assert_eq!(stderr.matches("average of 1 benchmarks").count(), 3, "{stderr}");
+        assert_eq!(
+            stderr.matches("average of 1 benchmarks").count(),
+            3,
+            "{stderr}"
+        );
         let mut records = metrics(&place.path("scored"));
         let mut steps = Vec::new();
         for record in &mut records {

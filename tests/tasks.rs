@@ -160,9 +160,20 @@ fn a_folder_of_documents_becomes_a_table_and_files() {
     // Both, side by side: each as it is alone.
     let both = place.path("both");
     let out = both.to_str().unwrap();
-    let compared = ["--tasks", "piqa", "--limit", "4", "--out", out, "--compare-default-vectors"];
+    let compared = [
+        "--tasks",
+        "piqa",
+        "--limit",
+        "4",
+        "--out",
+        out,
+        "--compare-default-vectors",
+    ];
     let (table, error) = eval(&place, &compared);
-    assert!(table.contains("with vectors %") && table.contains("paper, default"), "{table}{error}");
+    assert!(
+        table.contains("with vectors %") && table.contains("paper, default"),
+        "{table}{error}"
+    );
     let read = |path: &str| fs::read_to_string(both.join(path)).unwrap();
     assert_eq!(read("piqa.jsonl"), answers);
     let alone = fs::read_to_string(without.join("piqa.jsonl")).unwrap();

@@ -8,6 +8,7 @@
 
 use super::names;
 use crate::config::{Config, Layers};
+use crate::data;
 use crate::error::{Error, Result};
 use crate::routers;
 use serde::{Deserialize, Serialize};
@@ -296,7 +297,7 @@ impl Grid {
                 _ => layers.set.push(format!("{key}={value}")),
             }
         }
-        let config = Config::load(&layers, &routers::resolve)?;
+        let config = data::configure(&layers, &routers::resolve)?;
         let Some(width) = width else {
             return Ok(config);
         };
@@ -320,7 +321,7 @@ impl Grid {
             }
             layers.set.push(format!("{key}={wide}"));
         }
-        Config::load(&layers, &routers::resolve)
+        data::configure(&layers, &routers::resolve)
     }
 }
 

@@ -101,7 +101,7 @@ pub fn run(found: &Checkpoint, options: &Options) -> Result<Report> {
     let (model, state) = checkpoint::load_model_with(found, |c| c.train.device = Device::Cpu)?;
     let mut config = state.config;
     if let Some(data) = &options.data {
-        config.data.source = data.clone();
+        config.data.set_source(data);
     }
     analyze(&config, &model, found.step(), options.sequences)
 }
@@ -170,7 +170,7 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
         top_k: config.model.top_k,
         sequences: n,
         sequence_length: config.model.sequence_length,
-        data: config.data.source.clone(),
+        data: config.data.name(),
         analyses: vec![
             sections::entropy(&routed)?,
             sections::vector_similarity(config, &trained)?,

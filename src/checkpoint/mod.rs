@@ -17,8 +17,8 @@ pub use session::{
 };
 
 use crate::error::{Error, Result};
-use crate::files::{fault, json};
 pub(crate) use crate::files::{UNFINISHED, sync, write_json};
+use crate::files::{fault, json};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;

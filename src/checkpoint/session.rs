@@ -7,7 +7,7 @@
 use super::{Array, Arrays, Checkpoint, Snapshot, newest};
 use crate::config::{Config, DataConfig, ModelFile};
 use crate::data::Tokenizer;
-use crate::data::tokenizer::{BYTES, TOKENIZER_FILE};
+use crate::data::tokenizer::{self, BYTES, TOKENIZER_FILE};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::optim::Moments;
@@ -131,11 +131,8 @@ pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<To
         return Ok(Tokenizer::bytes());
     }
     let run = checkpoint.path().ancestors().nth(2);
-    let folders = [
-        Some(checkpoint.path()),
-        run,
-        Some(Path::new(&config.source)),
-    ];
+    let own = [Some(checkpoint.path()), run].into_iter().flatten();
+    let mut folders = own.chain(config.sources().map(Path::new));
     let missing = || {
         Error::file(
             run.unwrap_or(checkpoint.path()).join(TOKENIZER_FILE),
@@ -145,9 +142,9 @@ pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<To
         )
     };
     let holds = |folder: &&Path| folder.join(TOKENIZER_FILE).exists();
-    let folder = folders.into_iter().flatten().find(holds);
-    let found = Tokenizer::of_folder(folder.ok_or_else(missing)?)?;
-    found.expect(&config.tokenizer)?;
+    let folder = folders.find(holds).ok_or_else(missing)?;
+    let found = Tokenizer::of_folder(folder)?;
+    tokenizer::expect(&config.tokenizer, found.fingerprint(), folder)?;
     Ok(found)
 }
 

@@ -7,7 +7,7 @@ use crate::dtype::DType;
 use crate::error::Error;
 use crate::routers::{self, ROUTERS};
 use crate::train::{self, Options, Outcome};
-use crate::{analyze, device_check, eval, exchange, export, generate, gradcheck, tasks};
+use crate::{analyze, data, device_check, eval, exchange, export, generate, gradcheck, tasks};
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ macro_rules! say {
     ($($arguments:tt)*) => { print(format_args!($($arguments)*))? };
 }
 
-fn print(line: std::fmt::Arguments) -> Result<()> {
+pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(|e| Error::io("write", "the standard output", e))
 }
 
@@ -48,7 +48,7 @@ pub(super) fn train_command(args: &TrainArgs) -> Result<()> {
         let file = Some(out.join(train::CONFIG_FILE));
         (Config::load(&args.layers(file), &routers::resolve)?, out)
     } else {
-        let config = Config::load(&args.layers(args.config.clone()), &routers::resolve)?;
+        let config = data::configure(&args.layers(args.config.clone()), &routers::resolve)?;
         let out = args.folder(&config.router.name);
         (config, out)
     };
@@ -175,6 +175,11 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
     say!("validation loss  {:.4} nats per token", report.loss);
     say!("perplexity       {:.4}", report.perplexity());
     say!("bits per byte    {:.4}", report.bits_per_byte());
+    for (name, source) in &report.sources {
+        let (loss, bits) = (source.loss, source.bits_per_byte());
+        let tokens = source.tokens;
+        say!("  {name}: {loss:.4} nats per token, {bits:.4} bits per byte, {tokens} tokens");
+    }
     Ok(())
 }
 
@@ -273,7 +278,7 @@ pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
         .into_iter()
         .filter_map(|(flag, key, value)| Some((flag, key, value?)));
     layers.flags = given.collect();
-    let config = Config::load(&layers, &routers::resolve)?;
+    let config = data::configure(&layers, &routers::resolve)?;
     let found = plan::plan(&config, args.device, rayon::current_num_threads());
     if args.json {
         say!("{:#}", serde_json::json!(found));
@@ -332,8 +337,9 @@ pub(super) fn export_command(args: &ExportArgs) -> Result<()> {
     say!(
         "tokenizer     {}",
         match report.tokenizer {
-            true => "token n is byte n",
-            false => "none: the vocabulary is not the 256 bytes",
+            export::Exported::File => "the run's own",
+            export::Exported::Bytes => "token n is byte n",
+            export::Exported::None => "none: the vocabulary is not the 256 bytes",
         }
     );
     Ok(())

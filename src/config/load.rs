@@ -38,6 +38,18 @@ impl Layers {
             flags: Vec::new(),
         }
     }
+
+    /// Whether a layer above the preset gives this key a value.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub fn gives(&self, key: &str) -> Result<bool> {
+        let file = self.file.as_deref().map(read_file).transpose()?;
+        let set = self.set.iter().map(|s| parse_set(s));
+        let set: Vec<Assignment> = set.collect::<Result<_>>()?;
+        let given = file.iter().flatten().chain(&set).any(|a| a.key == key);
+        Ok(given || self.flags.iter().any(|(_, k, _)| *k == key))
+    }
 }
 
 /// One value on its way in.

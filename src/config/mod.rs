@@ -285,8 +285,12 @@ impl Recompute {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// `"embedded"`, or the path of a text file or of a folder of them.
+    /// `"embedded"`, or the path of a text file, of a folder of them, or of a folder that
+    /// `routegrad data prepare` made.
     pub source: String,
+    /// Folders that `data prepare` made with one tokenizer, and the weights of their sequences, instead
+    /// of `source`: `[{source = "web", weight = 0.7}, {source = "books", weight = 0.3}]`.
+    pub mix: Vec<Weighted>,
     /// What separates the documents of one file; empty: a file is one document.
     pub document_separator: String,
     /// Share of the documents that is held out for validation, at least one.
@@ -300,11 +304,42 @@ impl Default for DataConfig {
     fn default() -> Self {
         DataConfig {
             source: "embedded".into(),
+            mix: Vec::new(),
             document_separator: "\n\n\n".into(),
             validation_fraction: 0.05,
             tokenizer: String::new(),
         }
     }
+}
+
+impl DataConfig {
+    /// The sources of the mix, or the one there is.
+    pub fn sources(&self) -> impl Iterator<Item = &str> {
+        let single = self.mix.is_empty().then_some(self.source.as_str());
+        single
+            .into_iter()
+            .chain(self.mix.iter().map(|w| w.source.as_str()))
+    }
+
+    /// What to call them.
+    pub fn name(&self) -> String {
+        self.sources().collect::<Vec<_>>().join(" + ")
+    }
+
+    /// Takes another source.
+    pub fn set_source(&mut self, source: &str) {
+        self.source = source.into();
+        self.mix.clear();
+    }
+}
+
+/// A part of a mix.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Weighted {
+    pub source: String,
+    /// Share of the sequences, in proportion to the others'.
+    pub weight: f64,
 }
 
 impl Config {

@@ -56,8 +56,11 @@ impl Config {
             "a number between 0 and 1",
             share,
         )?;
+        for part in &self.data.mix {
+            above_zero("data.mix", part.weight)?;
+        }
         ensure(
-            !self.data.source.is_empty(),
+            self.data.sources().all(|source| !source.is_empty()),
             "data.source",
             "\"embedded\" or a path",
             "an empty string",

@@ -157,7 +157,11 @@ pub(super) fn expect_size(path: &Path, bytes: Option<u64>) -> Result<()> {
         return Ok(());
     }
     let expected = bytes.map_or("more than a file holds".into(), |b| b.to_string());
-    Err(changed(path, format!("{expected} bytes"), format!("{found}")))
+    Err(changed(
+        path,
+        format!("{expected} bytes"),
+        format!("{found}"),
+    ))
 }
 
 fn changed(path: &Path, expected: String, got: String) -> Error {
@@ -221,7 +225,11 @@ impl Folder {
         let width = u64::from(self.manifest.token_bytes);
         if !matches!(width, 2 | 4) {
             let path = self.path.join(MANIFEST);
-            return Err(changed(&path, "tokens of 2 or 4 bytes".into(), width.to_string()));
+            return Err(changed(
+                &path,
+                "tokens of 2 or 4 bytes".into(),
+                width.to_string(),
+            ));
         }
         for shard in &self.manifest.shards {
             let counts = shard.counts;
@@ -258,7 +266,7 @@ impl Folder {
     /// # Errors
     /// At the first that differs.
     pub fn verify(&self) -> Result<()> {
-        self.tokenizer()?;
+        self.tokenizer_files()?;
         let files = self.manifest.shards.iter().flat_map(|shard| {
             [
                 (self.file(shard, "bin"), &shard.tokens),
@@ -278,30 +286,39 @@ impl Folder {
             .try_for_each(|side| self.documents(*side).map(drop))
     }
 
-    /// The tokenizer, compared with its fingerprint.
+    /// The files of the tokenizer, compared with their digests: names and contents. None for bytes.
     ///
     /// # Errors
-    /// When its files are missing or others.
-    pub fn tokenizer(&self) -> Result<Tokenizer> {
+    /// When they are missing, or others.
+    pub fn tokenizer_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let manifest = &self.manifest;
-        let found = match manifest.tokenizer.as_str() {
-            BYTES => Tokenizer::bytes(),
-            expected => {
-                let path = self.path.join(TOKENIZER_CONFIG_FILE);
-                let config = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-                expect_digest(&path, &manifest.tokenizer_config, &digest(&config))?;
-                let path = self.path.join(TOKENIZER_FILE);
-                let json = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-                expect_digest(&path, expected, &digest(&json))?;
-                Tokenizer::open(&path)?
-            }
-        };
-        if found.vocab_size() == manifest.vocab_size {
-            return Ok(found);
+        if manifest.tokenizer == BYTES {
+            return Ok(Vec::new());
         }
-        let got = format!("{} in {MANIFEST}", manifest.vocab_size);
-        let expected = format!("a vocabulary of {}", found.vocab_size());
-        Err(changed(&self.path, expected, got))
+        let mut files = Vec::new();
+        for (name, expected) in [
+            (TOKENIZER_FILE, &manifest.tokenizer),
+            (TOKENIZER_CONFIG_FILE, &manifest.tokenizer_config),
+        ] {
+            let path = self.path.join(name);
+            let content = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
+            expect_digest(&path, expected, &digest(&content))?;
+            files.push((name, content));
+        }
+        Ok(files)
+    }
+
+    /// The tokenizer.
+    ///
+    /// # Errors
+    /// As [`tokenizer_files`](Self::tokenizer_files); in a program without the feature `text`, unless
+    /// a token is a byte.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        self.tokenizer_files()?;
+        match self.manifest.tokenizer.as_str() {
+            BYTES => Ok(Tokenizer::bytes()),
+            _ => Tokenizer::open(&self.path.join(TOKENIZER_FILE)),
+        }
     }
 
     /// The tokens of one side, mapped.
@@ -315,6 +332,26 @@ impl Folder {
                 tokens.push(Arc::new(store), 0..n as usize);
             }
         }
+        Ok(tokens)
+    }
+
+    /// The tokens of document `i` of one side, those around its text included.
+    ///
+    /// # Errors
+    /// When there is no such document, or its shard cannot be read.
+    pub fn document(&self, side: Side, i: usize) -> Result<Vec<i32>> {
+        let documents = self.documents(side)?;
+        let Some(document) = documents.get(i) else {
+            return Err(Error::invalid(
+                "data",
+                format!("a document below {}", documents.len()),
+                i.to_string(),
+                "choose another",
+            ));
+        };
+        let begin = i.checked_sub(1).map_or(0, |i| documents[i].end);
+        let mut tokens = Vec::new();
+        self.tokens(side)?.copy(begin..document.end, &mut tokens);
         Ok(tokens)
     }
 

@@ -1,68 +1,116 @@
-//! The text that a model learns from: read, split into training and validation documents, and cut
-//! into windows of tokens. A token is a byte.
+//! The text that a model learns from, in training and validation documents, and cut into windows of
+//! tokens: a folder that [`prepare`] made, several of them in a mix, or text as bytes.
 //!
-//! Whole documents are held out: of n documents m = round(`validation_fraction` · n), at least one,
-//! spread evenly over their order: number k is document ⌊(k + ½) n / m⌋. The documents of each side
-//! are joined by [`DOCUMENT_END`], and a window may span several.
+//! Of text whole documents are held out: of n documents m = round(`validation_fraction` · n), at least
+//! one, spread evenly over their order: number k is document ⌊(k + ½) n / m⌋. The documents of each side
+//! are joined by [`DOCUMENT_END`]. A window may span several documents.
 
-#[cfg_attr(not(feature = "text"), allow(dead_code))]
+pub mod folder;
+mod frames;
 mod guard;
+mod mix;
 mod order;
+mod part;
+pub mod prepare;
 mod sources;
 mod text;
 pub mod tokenizer;
+mod tokens;
 
+pub use folder::{Counts, Folder};
+pub use part::Share;
 pub use sources::{Source, sources};
 pub(crate) use text::read_text;
 pub use tokenizer::Tokenizer;
 
-use crate::config::{DataConfig, ModelConfig};
+use crate::config::{Config, DataConfig, Layers, ModelConfig, RouterCheck};
 use crate::error::{Error, Result};
+use mix::Mix;
 use order::Order;
+use part::Part;
+use std::collections::BTreeSet;
 use std::ops::Range;
+use std::path::Path;
 
-/// What stands between two documents.
+/// What stands between two documents of bytes.
 pub const DOCUMENT_END: &str = "\n\n\n";
 
 /// Training and validation text, as windows of S + 1 tokens: S inputs and the S that follow them.
 pub struct Corpus {
-    train: Vec<u8>,
-    validation: Vec<u8>,
-    documents: [usize; 2],
-    sequence_length: usize,
-    order: Order,
+    parts: Vec<Part>,
+    /// The order of each part.
+    orders: Vec<Order>,
+    mix: Mix,
+    /// Names of the validation documents' sources.
+    sources: Vec<String>,
+    sequence_length: u64,
+    /// Where a tokenizer's files lie.
+    folder: Option<Folder>,
+    fingerprint: String,
+}
+
+/// Where S + 1 consecutive validation tokens begin.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    part: usize,
+    start: u64,
 }
 
 impl Corpus {
-    /// Reads `config.source` for a model that takes `model.sequence_length` tokens, in the order
-    /// that `seed` gives.
+    /// Reads `config.source`, or `config.mix`, for a model that takes `model.sequence_length` tokens,
+    /// in the order that `seed` gives.
     ///
     /// # Errors
-    /// Missing, empty, truncated or non-UTF-8 files; too few documents or too little text; a byte
-    /// that the vocabulary lacks.
+    /// Missing, empty, truncated or non-UTF-8 files; too few documents or too little text; a
+    /// vocabulary that is larger than the model's; folders of tokens that are unfinished or were
+    /// changed, or of another tokenizer than the run or each other.
     pub fn load(config: &DataConfig, model: &ModelConfig, seed: u64) -> Result<Self> {
-        let documents = text::read(config)?;
-        let held_out = held_out(documents.len(), config.validation_fraction)?;
-        let mut sides = [Vec::new(), Vec::new()];
-        for (i, document) in documents.iter().enumerate() {
-            let side = &mut sides[usize::from(held_out.contains(&i))];
-            if !side.is_empty() {
-                side.extend_from_slice(DOCUMENT_END.as_bytes());
+        let mut parts = Vec::new();
+        for source in config.sources() {
+            if !config.mix.is_empty() && !Folder::is(Path::new(source)) {
+                let help = "prepare the text: routegrad data prepare";
+                return Err(Error::file(
+                    source,
+                    "a folder of tokens in data.mix",
+                    "none",
+                    help,
+                ));
             }
-            side.extend_from_slice(document.as_bytes());
+            let part = Part::load(source, config, model)?;
+            let expected = match config.tokenizer.as_str() {
+                "" => parts.first().map_or("", |p: &Part| &p.tokenizer),
+                of_run => of_run,
+            };
+            tokenizer::expect(expected, &part.tokenizer, source)?;
+            parts.push(part);
         }
-        let [train, validation] = sides;
-        let s = model.sequence_length;
-        for (name, side) in [("training", &train), ("validation", &validation)] {
-            long_enough(name, side.len(), s)?;
-            in_vocabulary(name, side, model.vocab_size)?;
-        }
+        let s = model.sequence_length as u64;
+        let validation = parts.iter().map(|p| p.validation.len()).max().unwrap_or(0);
+        long_enough("validation", validation, s)?;
+        let names = parts
+            .iter()
+            .flat_map(|p| p.documents.iter().map(|d| &p.sources[d.source as usize]));
+        let sources: BTreeSet<&String> = names.collect();
+        let sources = sources.into_iter().cloned().collect();
         Ok(Corpus {
-            order: Order::new(train.len() as u64, s as u64, seed),
-            documents: [documents.len() - held_out.len(), held_out.len()],
+            sources,
+            mix: match config.mix.is_empty() {
+                true => Mix::single(),
+                false => Mix::new(&config.mix, seed)?,
+            },
+            orders: parts
+                .iter()
+                .map(|p| Order::new(p.train.len(), s, seed))
+                .collect(),
             sequence_length: s,
-            train,
-            validation,
+            folder: config
+                .sources()
+                .map(Path::new)
+                .find(|path| Folder::is(path))
+                .map(Folder::open)
+                .transpose()?,
+            fingerprint: fingerprint(&parts, config),
+            parts,
         })
     }
 
@@ -70,45 +118,146 @@ impl Corpus {
     /// takes indices t · n to (t + 1) · n, however micro-batches and ranks divide them; a rank's part
     /// of a micro-batch is [`Collective::part`](crate::dist::Collective::part).
     pub fn sequences(&self, indices: Range<u64>) -> Vec<i32> {
-        let starts = indices.map(|i| self.order.start(i) as usize);
-        self.windows(&self.train, starts)
+        let width = self.sequence_length + 1;
+        let mut tokens = Vec::with_capacity(((indices.end - indices.start) * width) as usize);
+        for index in indices {
+            let (part, local) = self.mix.place(index);
+            let start = self.orders[part].start(local);
+            self.parts[part]
+                .train
+                .copy(start..start + width, &mut tokens);
+        }
+        tokens
     }
 
-    /// Validation windows, [n, S + 1] row-major, and n. All of them predict each validation token
-    /// but the first once, save the last fewer than S; `most` > 0 takes that many, evenly spread.
-    pub fn evaluation(&self, most: usize) -> (Vec<i32>, usize) {
-        let all = (self.validation.len() - 1) / self.sequence_length;
+    /// Validation windows. All of them predict each validation token but the first of a part once,
+    /// save the last fewer than S; `most` > 0 takes that many, evenly spread.
+    pub fn held_out(&self, most: usize) -> Vec<Window> {
+        let s = self.sequence_length;
+        let of_part = |p: &Part| (p.validation.len().saturating_sub(1) / s) as usize;
+        let all: usize = self.parts.iter().map(of_part).sum();
         let n = if most == 0 { all } else { most.min(all) };
-        let starts = (0..n).map(|k| k * all / n * self.sequence_length);
-        (self.windows(&self.validation, starts), n)
+        let window = |k: usize| {
+            let (mut part, mut k) = (0, k * all / n);
+            while k >= of_part(&self.parts[part]) {
+                k -= of_part(&self.parts[part]);
+                part += 1;
+            }
+            let start = k as u64 * s;
+            Window { part, start }
+        };
+        (0..n).map(window).collect()
     }
 
-    fn windows(&self, side: &[u8], starts: impl Iterator<Item = usize>) -> Vec<i32> {
-        starts
-            .flat_map(|start| &side[start..=start + self.sequence_length])
-            .map(|byte| i32::from(*byte))
-            .collect()
+    /// The tokens of validation windows, [windows, S + 1] row-major.
+    pub fn read(&self, windows: &[Window]) -> Vec<i32> {
+        let width = self.sequence_length + 1;
+        let mut tokens = Vec::with_capacity(windows.len() * width as usize);
+        for Window { part, start } in windows {
+            self.parts[*part]
+                .validation
+                .copy(*start..start + width, &mut tokens);
+        }
+        tokens
     }
 
-    /// Documents to train on and documents held out.
-    pub fn documents(&self) -> [usize; 2] {
-        self.documents
+    /// Where the tokens that a validation window predicts come from: consecutive runs of them, S in
+    /// all, their sources as numbers into [`sources`](Self::sources).
+    pub fn shares(&self, window: Window) -> Vec<Share> {
+        let part = &self.parts[window.part];
+        let first = window.start + 1;
+        let mut shares = part.shares(first, first + self.sequence_length);
+        for share in &mut shares {
+            let name = part.sources.get(share.source);
+            let number = name.and_then(|name| self.sources.binary_search(name).ok());
+            share.source = number.unwrap_or(0);
+        }
+        shares
     }
 
-    /// Bytes to train on and bytes held out.
-    pub fn bytes(&self) -> [usize; 2] {
-        [self.train.len(), self.validation.len()]
+    /// Names of the validation documents' sources; none where the text has none.
+    pub fn sources(&self) -> &[String] {
+        &self.sources
+    }
+
+    /// [`held_out`](Self::held_out), read, and how many they are.
+    pub fn evaluation(&self, most: usize) -> (Vec<i32>, usize) {
+        let windows = self.held_out(most);
+        (self.read(&windows), windows.len())
+    }
+
+    /// What there is to train on, and what is held out.
+    pub fn counts(&self) -> [Counts; 2] {
+        let mut counts = [Counts::default(); 2];
+        for part in &self.parts {
+            counts
+                .iter_mut()
+                .zip(part.counts)
+                .for_each(|(sum, c)| sum.add(c));
+        }
+        counts
+    }
+
+    /// Fingerprint of the tokenizer that made the tokens.
+    pub fn tokenizer(&self) -> &str {
+        &self.parts[0].tokenizer
+    }
+
+    /// That tokenizer.
+    ///
+    /// # Errors
+    /// When its files cannot be read; in a program without the feature `text`, unless a token is a byte.
+    pub fn load_tokenizer(&self) -> Result<Tokenizer> {
+        let folder = self.folder.as_ref();
+        folder.map_or(Ok(Tokenizer::bytes()), Folder::tokenizer)
+    }
+
+    /// The files of that tokenizer, names and contents; none for bytes.
+    ///
+    /// # Errors
+    /// When they cannot be read.
+    pub fn tokenizer_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
+        self.folder
+            .as_ref()
+            .map_or(Ok(Vec::new()), Folder::tokenizer_files)
     }
 
     /// A digest of both sides: a resumed run must read what it began with.
     pub fn fingerprint(&self) -> String {
-        let mut hash = blake3::Hasher::new();
-        for side in [&self.train, &self.validation] {
-            hash.update(&(side.len() as u64).to_le_bytes());
-            hash.update(side);
-        }
-        hash.finalize().to_hex().to_string()
+        self.fingerprint.clone()
     }
+}
+
+fn fingerprint(parts: &[Part], config: &DataConfig) -> String {
+    if let [single] = parts {
+        return single.digest.clone();
+    }
+    let mut hash = blake3::Hasher::new();
+    for (part, weighted) in parts.iter().zip(&config.mix) {
+        hash.update(part.digest.as_bytes());
+        hash.update(&weighted.weight.to_le_bytes());
+    }
+    hash.finalize().to_hex().to_string()
+}
+
+/// The configuration of these layers; `model.vocab_size`, where none of them gives it, is that of the
+/// tokens, made a multiple of 8, which kernels want.
+///
+/// # Errors
+/// As [`Config::load`], and when a folder of tokens cannot be opened.
+pub fn configure(layers: &Layers, check_router: &RouterCheck) -> Result<Config> {
+    let mut config = Config::load(layers, check_router)?;
+    let folders = config.data.sources().map(Path::new);
+    let folders = folders.filter(|p| Folder::is(p)).map(Folder::open);
+    let folders: Vec<Folder> = folders.collect::<Result<_>>()?;
+    let needed = folders.iter().map(|f| f.manifest().vocab_size).max();
+    if let Some(needed) = needed
+        && !layers.gives("model.vocab_size")?
+    {
+        config.model.vocab_size = needed.next_multiple_of(8);
+        config.validate()?;
+    }
+    Ok(config)
 }
 
 /// Indices of the documents held out, increasing.
@@ -126,15 +275,15 @@ fn held_out(documents: usize, fraction: f64) -> Result<Vec<usize>> {
     Ok((0..m).map(|k| (2 * k + 1) * documents / (2 * m)).collect())
 }
 
-fn long_enough(side: &str, length: usize, sequence: usize) -> Result<()> {
+fn long_enough(side: &str, length: u64, sequence: u64) -> Result<()> {
     if length > sequence {
         return Ok(());
     }
     Err(Error::invalid(
         "data",
-        format!("{side} text of more than {sequence} bytes, one sequence and the byte after it"),
+        format!("{side} text of more than {sequence} tokens, one sequence and the token after it"),
         format!("{length}"),
-        "add text, or lower model.sequence_length",
+        "add text, hold out more of it, or lower model.sequence_length",
     ))
 }
 

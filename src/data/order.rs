@@ -43,7 +43,7 @@ impl Order {
 }
 
 /// Where `place` goes in a permutation of `0..n`.
-fn permute(place: u64, n: u64, stream: &Stream) -> u64 {
+pub(super) fn permute(place: u64, n: u64, stream: &Stream) -> u64 {
     let bits = 64 - n.saturating_sub(1).leading_zeros();
     let half = bits.div_ceil(2).max(1);
     let mask = (1u64 << half) - 1;

@@ -1,9 +1,13 @@
-//! The text by source: the files of a folder, or the documents of one file in runs of equal number.
-//! What no file name says, such as the year of a speech, is not known here.
+//! The text by source: the sources of a folder of tokens, the files of a folder of text, or the
+//! documents of one file in runs of equal number. What no file name says, such as the year of a speech,
+//! is not known here.
 
-use super::{DOCUMENT_END, in_vocabulary, text};
+use super::part::Part;
+use super::tokens::{Store, Tokens};
+use super::{DOCUMENT_END, Folder, in_vocabulary, text};
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Most sources: more files than this are taken together in runs, as documents are.
@@ -13,7 +17,7 @@ const MOST: usize = 12;
 pub struct Source {
     /// Its file, or the places of its documents, from 1.
     pub name: String,
-    text: Vec<u8>,
+    text: Tokens,
     sequence_length: usize,
 }
 
@@ -21,21 +25,27 @@ impl Source {
     /// At most `most` windows of its text, [n, S + 1] row-major, evenly spread, and n. Windows share
     /// no predicted token.
     pub fn windows(&self, most: usize) -> (Vec<i32>, usize) {
-        let s = self.sequence_length;
-        let all = (self.text.len() - 1) / s;
+        let s = self.sequence_length as u64;
+        let all = ((self.text.len() - 1) / s) as usize;
         let n = most.min(all);
-        let starts = (0..n).map(|k| k * all / n * s);
-        let windows = starts.flat_map(|start| &self.text[start..=start + s]);
-        (windows.map(|byte| i32::from(*byte)).collect(), n)
+        let mut windows = Vec::with_capacity(n * (self.sequence_length + 1));
+        for k in 0..n {
+            let start = (k * all / n) as u64 * s;
+            self.text.copy(start..start + s + 1, &mut windows);
+        }
+        (windows, n)
     }
 }
 
-/// The sources of `config.source`, documents held out included; and the names of those that are
-/// shorter than one sequence and the byte after it, which are left out.
+/// The sources of the text, documents held out included, and of tokens those alone; and the names of
+/// those that are shorter than one sequence and the token after it, which are left out.
 ///
 /// # Errors
 /// As [`Corpus::load`](super::Corpus::load); and when nothing is left.
 pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, Vec<String>)> {
+    if config.sources().any(|s| Folder::is(Path::new(s))) {
+        return of_folders(config, model);
+    }
     let files = text::read_files(config)?;
     let mut groups: Vec<(String, Vec<String>)> = match files.len() {
         2..=MOST => {
@@ -69,22 +79,58 @@ pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>,
         in_vocabulary(&name, &text, model.vocab_size)?;
         found.push(Source {
             name,
-            text,
+            text: Tokens::whole(Store::Bytes(text)),
             sequence_length: model.sequence_length,
         });
     }
-    if found.is_empty() {
-        return Err(Error::invalid(
-            "data",
-            format!(
-                "a source of more than {} bytes, one sequence and the byte after it",
-                model.sequence_length
-            ),
-            format!("{} shorter ones", short.len()),
-            "add text",
-        ));
+    any(found, short, model)
+}
+
+fn any(
+    found: Vec<Source>,
+    short: Vec<String>,
+    model: &ModelConfig,
+) -> Result<(Vec<Source>, Vec<String>)> {
+    if !found.is_empty() {
+        return Ok((found, short));
     }
-    Ok((found, short))
+    Err(Error::invalid(
+        "data",
+        format!(
+            "a source of more than {} tokens, one sequence and the token after it",
+            model.sequence_length
+        ),
+        format!("{} shorter ones", short.len()),
+        "add text",
+    ))
+}
+
+/// The sources of folders of tokens, the [`MOST`] with the most held out.
+fn of_folders(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, Vec<String>)> {
+    let mut by_name: BTreeMap<String, Tokens> = BTreeMap::new();
+    for source in config.sources() {
+        let part = Part::load(source, config, model)?;
+        let mut begin = 0;
+        for document in &part.documents {
+            let name = &part.sources[document.source as usize];
+            let text = by_name.entry(name.clone()).or_default();
+            text.append(&part.validation, begin..document.end);
+            begin = document.end;
+        }
+    }
+    let length = model.sequence_length;
+    let (long, short): (Vec<_>, Vec<_>) = by_name
+        .into_iter()
+        .partition(|(_, text)| text.len() > length as u64);
+    let sources = long.into_iter().map(|(name, text)| Source {
+        name,
+        text,
+        sequence_length: length,
+    });
+    let mut found: Vec<Source> = sources.collect();
+    found.sort_by_key(|s| std::cmp::Reverse(s.text.len()));
+    found.truncate(MOST);
+    any(found, short.into_iter().map(|s| s.0).collect(), model)
 }
 
 /// At most [`MOST`] runs of documents that differ in number by at most one.

@@ -21,6 +21,20 @@ fn from(source: &Path, set: &[&str]) -> Result<Corpus> {
     load(&config)
 }
 
+fn documents(corpus: &Corpus) -> [u64; 2] {
+    corpus.counts().map(|c| c.documents)
+}
+
+/// The training and the validation text.
+fn texts(corpus: &Corpus) -> [Vec<u8>; 2] {
+    let part = &corpus.parts[0];
+    [&part.train, &part.validation].map(|side| {
+        let mut tokens = Vec::new();
+        side.copy(0..side.len(), &mut tokens);
+        tokens.iter().map(|t| *t as u8).collect()
+    })
+}
+
 /// `n` documents of `length` letters, the n-th of the n-th letter.
 fn letters(n: usize, length: usize) -> String {
     let docs: Vec<String> = (0..n)
@@ -32,8 +46,8 @@ fn letters(n: usize, length: usize) -> String {
 #[test]
 fn the_embedded_corpus_is_whole_and_split_by_documents() {
     let corpus = load(&model(&[])).unwrap();
-    assert_eq!(corpus.documents(), [221, 12]);
-    let [train, validation] = corpus.bytes();
+    assert_eq!(documents(&corpus), [221, 12]);
+    let [train, validation] = corpus.counts().map(|c| c.bytes as usize);
     // One separator is lost where the two sides part.
     assert_eq!(train + validation + DOCUMENT_END.len(), 10_761_854);
     let share = validation as f64 / (train + validation) as f64;
@@ -46,14 +60,14 @@ fn no_document_is_on_both_sides() {
     let path = dir.path().join("a.txt");
     fs::write(&path, letters(20, 300)).unwrap();
     let corpus = from(&path, &["data.validation_fraction=0.2"]).unwrap();
-    assert_eq!(corpus.documents(), [16, 4]);
+    assert_eq!(documents(&corpus), [16, 4]);
     let inside = |side: &[u8]| -> Vec<u8> {
         let mut found: Vec<u8> = side.iter().copied().filter(|b| *b != b'\n').collect();
         found.dedup();
         found
     };
-    assert_eq!(inside(&corpus.validation), b"chmr");
-    assert_eq!(inside(&corpus.train), b"abdefgijklnopqst");
+    assert_eq!(inside(&texts(&corpus)[1]), b"chmr");
+    assert_eq!(inside(&texts(&corpus)[0]), b"abdefgijklnopqst");
 }
 
 #[test]
@@ -79,7 +93,7 @@ fn an_epoch_predicts_almost_every_training_byte_once() {
     let text = text[..15_000].to_string() + DOCUMENT_END + &text[15_000..];
     fs::write(&path, text).unwrap();
     let corpus = from(&path, &["model.sequence_length=64"]).unwrap();
-    let n = (corpus.train.len() - 64) / 64;
+    let n = (texts(&corpus)[0].len() - 64) / 64;
     let tokens = corpus.sequences(0..n as u64);
     let mut targets: Vec<&[i32]> = tokens.chunks(65).map(|w| &w[1..]).collect();
     targets.sort_unstable();
@@ -96,8 +110,9 @@ fn evaluation_windows_cover_the_validation_text() {
         .chunks(257)
         .flat_map(|w| w[1..].iter().map(|t| *t as u8))
         .collect();
-    assert_eq!(targets, corpus.validation[1..=n * 256]);
-    assert!(corpus.validation.len() - 1 - n * 256 < 256);
+    let validation = &texts(&corpus)[1];
+    assert_eq!(targets, validation[1..=n * 256]);
+    assert!(validation.len() - 1 - n * 256 < 256);
     let (some, n) = corpus.evaluation(10);
     assert_eq!((some.len(), n), (10 * 257, 10));
     assert_eq!(corpus.evaluation(10).0, some);
@@ -131,9 +146,9 @@ fn folders_are_read_in_the_order_of_their_paths_and_may_be_compressed() {
     )
     .unwrap();
     let corpus = from(dir.path(), &["data.validation_fraction=0.01"]).unwrap();
-    assert_eq!(corpus.documents(), [4, 1]);
-    let all: Vec<&[u8]> = corpus
-        .train
+    assert_eq!(documents(&corpus), [4, 1]);
+    let [train, _] = texts(&corpus);
+    let all: Vec<&[u8]> = train
         .split(|b| *b == b'\n')
         .filter(|p| !p.is_empty())
         .collect();
@@ -181,7 +196,7 @@ fn bad_text_is_named_with_its_fault() {
     );
     has(
         error(&write("4.txt", letters(4, 20).as_bytes()), &[]),
-        &["256 bytes", "sequence_length"],
+        &["256 tokens", "sequence_length"],
     );
     has(
         error(

@@ -1,9 +1,9 @@
 //! Documents from the embedded corpus, a file, or a folder: UTF-8, plain (`.txt`) or compressed
 //! with zstd (`.txt.zst`).
 
+use super::frames::Frames;
 use crate::config::DataConfig;
 use crate::error::{Error, Result};
-use ruzstd::decoding::StreamingDecoder;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -40,6 +40,20 @@ fn files(source: &Path) -> Result<Vec<PathBuf>> {
     if !meta.is_dir() {
         return Ok(vec![source.to_path_buf()]);
     }
+    let found = files_under(source, is_text)?;
+    if found.is_empty() {
+        return Err(Error::file(
+            source,
+            "a folder with .txt or .txt.zst files",
+            "none",
+            "choose another folder, or name a file; other formats: routegrad data prepare",
+        ));
+    }
+    Ok(found)
+}
+
+/// The files under a folder that `wanted` takes, in the order of their paths.
+pub(super) fn files_under(source: &Path, wanted: fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut folders = vec![source.to_path_buf()];
     while let Some(folder) = folders.pop() {
@@ -50,18 +64,10 @@ fn files(source: &Path) -> Result<Vec<PathBuf>> {
             // A link to a folder is not followed: it could lead back here.
             if entry.file_type().is_ok_and(|t| t.is_dir()) {
                 folders.push(path);
-            } else if is_text(&path) && path.is_file() {
+            } else if wanted(&path) && path.is_file() {
                 found.push(path);
             }
         }
-    }
-    if found.is_empty() {
-        return Err(Error::file(
-            source,
-            "a folder with .txt or .txt.zst files",
-            "none",
-            "choose another folder, or name a file",
-        ));
     }
     found.sort();
     Ok(found)
@@ -72,33 +78,13 @@ fn is_text(path: &Path) -> bool {
     name.ends_with(".txt") || name.ends_with(".txt.zst")
 }
 
-/// All zstd frames of `bytes`, their checksums compared where they have one.
+/// The text of all zstd frames of `bytes`.
 fn decompress(path: &Path, bytes: &[u8]) -> Result<Vec<u8>> {
-    let bad = |got: String| {
-        Error::file(
-            path,
-            "whole zstd data",
-            got,
-            "copy or compress the file again",
-        )
-    };
-    let mut rest = bytes;
     let mut out = Vec::new();
-    while !rest.is_empty() {
-        let mut decoder = StreamingDecoder::new(&mut rest)
-            .map_err(|e| bad(format!("a bad or cut-off frame header ({e})")))?;
-        decoder.read_to_end(&mut out).map_err(|e| {
-            bad(format!(
-                "bad or cut-off data after {} bytes of text ({e})",
-                out.len()
-            ))
-        })?;
-        let frame = decoder.into_frame_decoder();
-        let stored = frame.get_checksum_from_data();
-        if stored.is_some() && stored != frame.get_calculated_checksum() {
-            return Err(bad("data that its checksum does not match".into()));
-        }
-    }
+    Frames::new(bytes).read_to_end(&mut out).map_err(|e| {
+        let help = "copy or compress the file again";
+        Error::file(path, "whole zstd data", e.to_string(), help)
+    })?;
     Ok(out)
 }
 

@@ -122,22 +122,6 @@ impl Tokenizer {
         &self.fingerprint
     }
 
-    /// Refuses to be another tokenizer than that of this fingerprint; an empty one is any.
-    ///
-    /// # Errors
-    /// When it is another.
-    pub fn expect(&self, fingerprint: &str) -> Result<()> {
-        if fingerprint.is_empty() || fingerprint == self.fingerprint {
-            return Ok(());
-        }
-        Err(Error::invalid(
-            "data.tokenizer",
-            format!("the tokenizer {fingerprint}"),
-            format!("the tokenizer {}", self.fingerprint),
-            "prepare the text with the tokenizer of the model: routegrad data prepare",
-        ))
-    }
-
     /// Whether a token is a byte.
     pub fn is_bytes(&self) -> bool {
         matches!(self.kind, Kind::Bytes)
@@ -225,6 +209,22 @@ impl Tokenizer {
             false => Ok(Self::bytes()),
         }
     }
+}
+
+/// Refuses tokens of another tokenizer than that of the fingerprint `expected`; an empty one is any.
+///
+/// # Errors
+/// When `found`, that of the tokens in `place`, is another.
+pub(crate) fn expect(expected: &str, found: &str, place: impl AsRef<Path>) -> Result<()> {
+    if expected.is_empty() || expected == found {
+        return Ok(());
+    }
+    Err(Error::file(
+        place,
+        format!("tokens of the tokenizer {expected}"),
+        format!("those of {found}"),
+        "prepare the text with the same tokenizer: routegrad data prepare",
+    ))
 }
 
 /// What a program without the feature says to a file that needs it.

@@ -26,6 +26,7 @@ pub fn import(
     config.validate()?;
     train::refuse_existing(out)?;
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+    config.data.tokenizer = corpus.tokenizer().into();
     let (model, _) = source.model(&config)?;
     let trainer = Trainer::new(&config.train, &model);
     let state = TrainerState {

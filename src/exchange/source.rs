@@ -85,7 +85,10 @@ impl Source {
     /// When a tensor is missing, has another shape, or belongs to nothing.
     pub fn model(&self, config: &Config) -> Result<(Model, Vec<Piece>)> {
         // Before there is memory for it: a damaged config.json may speak of any size.
-        let (expected, found) = (count::total_parameters(&config.model), self.tensors.elements());
+        let (expected, found) = (
+            count::total_parameters(&config.model),
+            self.tensors.elements(),
+        );
         if expected > found {
             return Err(Error::file(
                 &self.folder,

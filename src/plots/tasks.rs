@@ -75,7 +75,9 @@ mod tests {
     fn a_score_by_likelihood_per_character_goes_before_accuracy() {
         let scores = |acc_norm: Option<f64>| {
             let named = [("acc", Some(0.25)), ("acc_norm", acc_norm)];
-            let there = named.into_iter().filter_map(|(n, v)| Some((n.to_owned(), v?)));
+            let there = named
+                .into_iter()
+                .filter_map(|(n, v)| Some((n.to_owned(), v?)));
             there.collect::<BTreeMap<_, _>>()
         };
         let mut records = vec![record(1), record(2)];

@@ -21,7 +21,10 @@ pub(super) struct Progress {
 
 /// Bytes that the model reads of a question, but for what its answers share.
 fn size(question: &Question) -> u64 {
-    let prompt = question.answers.first().map_or(0, |(prompt, _)| prompt.len());
+    let prompt = question
+        .answers
+        .first()
+        .map_or(0, |(prompt, _)| prompt.len());
     let answers = question.answers.iter().map(|(_, answer)| answer.len());
     (prompt + answers.sum::<usize>()) as u64
 }
@@ -69,7 +72,9 @@ impl Progress {
     pub fn scored(&self, score: &Score) {
         let (name, questions) = (score.task, score.questions);
         let headline = score.headline();
-        self.say(&format!("{name:<14} {questions:>6} questions  {headline:.2}%"));
+        self.say(&format!(
+            "{name:<14} {questions:>6} questions  {headline:.2}%"
+        ));
     }
 
     fn say(&self, line: &str) {

@@ -31,7 +31,10 @@ pub fn request(
     let (prompt_alone, text) = (trimmed(prompt), format!("{prompt}{answer}"));
     let (whole, context) = if prompt_alone.is_empty() {
         let before = beginning(tokenizer)?;
-        ([&before[..], &tokenizer.encode(&text)?].concat(), before.len())
+        (
+            [&before[..], &tokenizer.encode(&text)?].concat(),
+            before.len(),
+        )
     } else {
         let context = tokenizer.encode_processed(prompt_alone)?.len();
         (tokenizer.encode_processed(&text)?, context)
@@ -163,7 +166,8 @@ mod tests {
 
     #[test]
     fn what_answers_share_is_read_once_and_their_targets_lie_behind_it() {
-        let both = [" one", " only"].map(|a| request("a long prompt:", a, 99, &Tokenizer::bytes()).unwrap());
+        let both = [" one", " only"]
+            .map(|a| request("a long prompt:", a, 99, &Tokenizer::bytes()).unwrap());
         let mut batch = Batch::default();
         batch.add(&both).unwrap();
         // "a long prompt: on" is the whole of the first, and the second goes on with "l".

@@ -115,7 +115,12 @@ struct Pass<'a> {
 }
 
 impl<'a> Pass<'a> {
-    fn ask(&mut self, doc_id: &'a Value, question: &'a Question, requests: &[Request]) -> Result<()> {
+    fn ask(
+        &mut self,
+        doc_id: &'a Value,
+        question: &'a Question,
+        requests: &[Request],
+    ) -> Result<()> {
         self.batch.add(requests)?;
         let scored = requests.iter().map(|r| r.scored.len()).collect();
         let truncated = requests.iter().any(|r| r.truncated);

@@ -79,7 +79,9 @@ impl Results {
     pub fn summary(&self) -> String {
         let [score, improvement] = self.averages();
         let (tasks, seconds) = (self.scores.len(), self.seconds);
-        format!("average of {tasks} benchmarks {score:.1}%, improvement {improvement:.1}%, in {seconds:.1} s")
+        format!(
+            "average of {tasks} benchmarks {score:.1}%, improvement {improvement:.1}%, in {seconds:.1} s"
+        )
     }
 
     /// These scores beside those of the same questions in `other`, with the mean difference and its standard error over
@@ -87,7 +89,12 @@ impl Results {
     pub fn compared(&self, name: &str, other: &Results, other_name: &str) -> String {
         let mut lines = vec![format!(
             "{:<14} {:>9} {:>18} {:>18} {:>16} {:>25}",
-            "task", "questions", format!("{name} %"), format!("{other_name} %"), "difference", "improvement %"
+            "task",
+            "questions",
+            format!("{name} %"),
+            format!("{other_name} %"),
+            "difference",
+            "improvement %"
         )];
         for (a, b) in self.scores.iter().zip(&other.scores) {
             let of = |right: &[f64]| percent(&Value::of(right.iter().copied()));
@@ -104,11 +111,16 @@ impl Results {
             if let (Some(p), Some(q)) = (a.perplexity, b.perplexity) {
                 lines.push(format!(
                     "{:<14} {:>9} {:>18.2} {:>18.2} {:>16.2}",
-                    "", "perplexity", p.mean, q.mean, p.mean - q.mean
+                    "",
+                    "perplexity",
+                    p.mean,
+                    q.mean,
+                    p.mean - q.mean
                 ));
             }
         }
-        let ([score, improvement], [other_score, other_improvement]) = (self.averages(), other.averages());
+        let ([score, improvement], [other_score, other_improvement]) =
+            (self.averages(), other.averages());
         lines.push(format!(
             "{:<14} {:>9} {score:>18.2} {other_score:>18.2} {:>16.2} {:>25}",
             "average",
@@ -136,7 +148,13 @@ mod tests {
             lengths: vec![1, 1],
             gold: 1,
         };
-        let likelihoods = |right| if right { vec![-2.0, -1.0] } else { vec![-1.0, -2.0] };
+        let likelihoods = |right| {
+            if right {
+                vec![-2.0, -1.0]
+            } else {
+                vec![-1.0, -2.0]
+            }
+        };
         let answers = right.map(|r| Answer::new(0.into(), &question, likelihoods(r), false, false));
         Results {
             scores: vec![Score::of(find("piqa").unwrap(), &answers)],
@@ -146,18 +164,30 @@ mod tests {
 
     #[test]
     fn the_difference_of_two_models_is_that_of_each_question() {
-        let (a, b) = (results([true, true, true, false]), results([true, true, false, true]));
+        let (a, b) = (
+            results([true, true, true, false]),
+            results([true, true, false, true]),
+        );
         let table = a.compared("with", &b, "without");
         let line = table.lines().find(|l| l.starts_with("piqa")).unwrap();
         // Equal means; of the differences 0, 0, 1, −1 the standard error is √(2/3/4).
-        assert!(line.contains("75.00 ± 25.00") && line.contains("0.00 ± 40.82"), "{table}");
+        assert!(
+            line.contains("75.00 ± 25.00") && line.contains("0.00 ± 40.82"),
+            "{table}"
+        );
         assert!(line.contains("50.0, 50.0"), "{table}");
     }
 
     #[test]
     fn the_papers_averages_stand_beside_ours() {
         let table = results([true; 4]).table();
-        let line = |start: &str| table.lines().find(|l| l.starts_with(start)).unwrap().to_owned();
+        let line = |start: &str| {
+            table
+                .lines()
+                .find(|l| l.starts_with(start))
+                .unwrap()
+                .to_owned()
+        };
         // From guessing's 50% to 100%.
         assert!(line("this model").contains("100.0%") && line("this model").contains("1 task"));
         assert!(line("paper, topk").contains("46.9%") && line("paper, default").contains("54.9%"));

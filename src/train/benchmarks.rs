@@ -2,9 +2,8 @@
 
 use super::progress::Progress;
 use crate::checkpoint::TrainerState;
-use crate::config::Config;
-use crate::data::Tokenizer;
-use crate::data::tokenizer::BYTES;
+use crate::config::TrainConfig;
+use crate::data::{Corpus, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::tasks::{self, Benchmark};
@@ -22,24 +21,15 @@ impl Benchmarks {
     ///
     /// # Errors
     /// When a name is unknown, or documents cannot be read.
-    pub fn read(config: &Config) -> Result<Option<Self>> {
-        let (train, data) = (&config.train, &config.data);
-        if train.tasks_interval == 0 {
+    pub fn read(config: &TrainConfig, corpus: &Corpus) -> Result<Option<Self>> {
+        if config.tasks_interval == 0 {
             return Ok(None);
         }
-        let tokenizer = match data.tokenizer.as_str() {
-            "" | BYTES => Tokenizer::bytes(),
-            expected => {
-                let found = Tokenizer::of_folder(Path::new(&data.source))?;
-                found.expect(expected)?;
-                found
-            }
-        };
-        let folder = Path::new(&train.task_data);
-        let tasks = tasks::choose(&train.tasks, folder)?;
+        let folder = Path::new(&config.task_data);
+        let tasks = tasks::choose(&config.tasks, folder)?;
         Ok(Some(Benchmarks {
-            tokenizer,
-            benchmarks: tasks::read(&tasks, folder, train.tasks_limit)?,
+            tokenizer: corpus.load_tokenizer()?,
+            benchmarks: tasks::read(&tasks, folder, config.tasks_limit)?,
         }))
     }
 

@@ -14,11 +14,13 @@ pub use schedule::learning_rate;
 use crate::analyze;
 use crate::checkpoint::{self, TrainerState};
 use crate::config::{Config, count};
-use crate::data::Corpus;
+use crate::data::tokenizer::BYTES;
+use crate::data::{Corpus, Counts};
 use crate::device::timeline::{self, Timeline};
 use crate::error::{Error, Result};
 use crate::eval::validation_loss;
-use crate::events::{EVENTS_FILE, Events};
+use crate::events::Events;
+use crate::files::replace;
 use crate::metrics::{Log, Record};
 use crate::model::Model;
 use crate::plots;
@@ -100,7 +102,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Everything up to the first step.
-    fn begin(config: Config, options: &'a Options) -> Result<Self> {
+    fn begin(mut config: Config, options: &'a Options) -> Result<Self> {
         let out = &options.out;
         if !options.resume {
             refuse_existing(out)?;
@@ -111,17 +113,22 @@ impl<'a> Run<'a> {
             true => checkpoint::newest(&out.join(CHECKPOINTS))?,
             false => (None, Vec::new()),
         };
+        config.data.tokenizer = corpus.tokenizer().into();
         let data = corpus.fingerprint();
         let steps = config.train.steps;
         let (model, trainer, state) = match &found.0 {
             None => start(config, data)?,
             Some(saved) => resume(saved, config, data)?,
         };
-        let benchmarks = Benchmarks::read(&state.config)?;
+        let benchmarks = Benchmarks::read(&state.config.train, &corpus)?;
         fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         write_config(out, &state.config)?;
+        // A run that reads tokens can be spoken to where they are not.
+        for (name, content) in corpus.tokenizer_files()? {
+            replace(out, name, &content)?;
+        }
         let log = Log::open(&out.join(METRICS_FILE), state.step)?;
-        let events = open_events(out, &state)?;
+        let events = Events::begin(out, state.step, &state.config.to_toml()?)?;
         let progress = Progress::new(state.step, steps, options.quiet);
         for damaged in &found.1 {
             progress.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
@@ -145,6 +152,15 @@ impl<'a> Run<'a> {
         let c = &self.state.config;
         let m = &c.model;
         let millions = |n: u64| n as f64 / 1e6;
+        let [documents, held_out] = self.corpus.counts();
+        let size = |counts: &Counts| match c.data.tokenizer == BYTES {
+            true => format!("{:.1} MB", millions(counts.bytes)),
+            false => format!(
+                "{:.1} MB in {:.1} M tokens",
+                millions(counts.bytes),
+                millions(counts.tokens)
+            ),
+        };
         self.progress.introduce(&[
             format!(
                 "{:.1} M parameters, {:.1} M active; router {}, {} experts, {} active; {} on {} threads",
@@ -157,12 +173,12 @@ impl<'a> Run<'a> {
                 rayon::current_num_threads(),
             ),
             format!(
-                "{}: {} documents, {:.1} MB; {} held out, {:.1} MB",
-                c.data.source,
-                self.corpus.documents()[0],
-                self.corpus.bytes()[0] as f64 / 1e6,
-                self.corpus.documents()[1],
-                self.corpus.bytes()[1] as f64 / 1e6,
+                "{}: {} documents, {}; {} held out, {}",
+                c.data.name(),
+                documents.documents,
+                size(&documents),
+                held_out.documents,
+                size(&held_out),
             ),
             match self.state.step {
                 0 => format!("{} steps into {}", c.train.steps, self.options.out.display()),
@@ -178,6 +194,7 @@ impl<'a> Run<'a> {
     fn finish(mut self, stop: &AtomicBool) -> Result<Summary> {
         let train = self.state.config.train.clone();
         let mut validation = None;
+        let mut by_source = Vec::new();
         let mut outcome = Outcome::Finished;
         while self.state.step < train.steps {
             if stop.load(Ordering::SeqCst) {
@@ -201,15 +218,17 @@ impl<'a> Run<'a> {
             let evaluate = last || step % train.eval_interval == 0;
             if evaluate {
                 let (most, batch) = (train.eval_sequences, train.micro_batch);
-                let (loss, _) = validation_loss(&self.model, &self.corpus, most, batch)?;
-                validation = Some(loss).filter(|l| l.is_finite());
+                let found = validation_loss(&self.model, &self.corpus, most, batch)?;
+                validation = Some(found.loss).filter(|l| l.is_finite());
+                by_source = found.sources;
             }
-            let score =
-                train.tasks_interval > 0 && (last || step % train.tasks_interval == 0);
+            let score = train.tasks_interval > 0 && (last || step % train.tasks_interval == 0);
             let mut record = self.record(&report, rate, seconds, validation.filter(|_| evaluate));
             if let Some(benchmarks) = self.benchmarks.as_ref().filter(|_| score) {
                 record.tasks = benchmarks.score(&self.model, &self.state, &self.progress)?;
             }
+            let finite = by_source.drain(..).filter(|(_, r)| r.loss.is_finite());
+            record.validation_by_source = finite.map(|(name, r)| (name, r.loss)).collect();
             self.log.append(&record)?;
             self.events.record(&record)?;
             self.progress.step(&record, train.steps);
@@ -289,6 +308,7 @@ impl<'a> Run<'a> {
             router_state: self.router_state(),
             validation_loss,
             tasks: BTreeMap::new(),
+            validation_by_source: BTreeMap::new(),
             seconds,
             tokens_per_second: per_step as f64 / seconds,
         }
@@ -460,18 +480,6 @@ pub(crate) fn refuse_existing(out: &Path) -> Result<()> {
         format!("{}, which holds a run", out.display()),
         "go on with it by --resume, or choose another --name or --out",
     ))
-}
-
-/// The event file, with what the run is told from its next step on.
-fn open_events(out: &Path, state: &TrainerState) -> Result<Events> {
-    let mut events = Events::open(&out.join(EVENTS_FILE), state.step)?;
-    let next = state.step + 1;
-    events.text(next, "program", &version::program())?;
-    let config = state.config.to_toml()?;
-    // Four spaces make it code.
-    let lines: Vec<String> = config.lines().map(|line| format!("    {line}")).collect();
-    events.text(next, "config", &lines.join("\n"))?;
-    Ok(events)
 }
 
 /// Replaces the run's configuration, whole or not at all; its first line says which program ran.

@@ -1,0 +1,207 @@
+//! `routegrad data`: tokens from files of documents, and a look at them.
+
+use super::commands::print;
+use crate::data::folder::{Counts, Folder, Side};
+use crate::data::prepare::{self, Options};
+use crate::error::Result;
+use clap::{Args, Subcommand};
+use std::path::PathBuf;
+
+/// Writes a line to the standard output, or returns from the function with the error.
+macro_rules! say {
+    ($($arguments:tt)*) => { print(format_args!($($arguments)*))? };
+}
+
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Make a folder of tokens of parquet, JSON lines or text, for `train --data`.
+    ///
+    /// Killed at any time, the same command goes on where it was.
+    #[command(after_help = "\
+Examples:
+  routegrad data prepare fineweb-edu/ --tokenizer llama-3/tokenizer.json --out tokens/fineweb-edu
+  routegrad data prepare books.jsonl.zst --text-column content --validation held-out.jsonl --out tokens/books
+  routegrad data prepare my-texts/ --out tokens/bytes")]
+    Prepare(PrepareArgs),
+    /// Show what a folder of tokens holds: counts, sources, documents.
+    #[command(after_help = "\
+Examples:
+  routegrad data inspect tokens/fineweb-edu
+  routegrad data inspect tokens/fineweb-edu --verify --samples 5")]
+    Inspect(InspectArgs),
+}
+
+#[derive(Args)]
+pub(super) struct PrepareArgs {
+    /// Files that end in .parquet, .jsonl, .jsonl.zst, .txt or .txt.zst, or folders of them.
+    #[arg(value_name = "INPUT", required = true)]
+    inputs: Vec<PathBuf>,
+    /// New folder of the tokens.
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    /// A tokenizer.json of Hugging Face's, or its folder [default: a token is a byte].
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Token before each document; none for none [default: the tokenizer's, if it has one].
+    #[arg(long, value_name = "NAME")]
+    bos: Option<String>,
+    /// Token behind each document; none for none [default: the tokenizer's, if it has one; three line
+    /// feeds where a token is a byte].
+    #[arg(long, value_name = "NAME")]
+    eos: Option<String>,
+    /// Share of the documents to hold out, spread evenly.
+    #[arg(
+        long,
+        value_name = "SHARE",
+        default_value_t = 0.005,
+        conflicts_with = "validation"
+    )]
+    validation_fraction: f64,
+    /// File or folder of documents to hold out instead; may be given again.
+    #[arg(long, value_name = "INPUT")]
+    validation: Vec<PathBuf>,
+    /// Column of parquet, or field of an object, with the text.
+    #[arg(long, value_name = "NAME", default_value = "text")]
+    text_column: String,
+    /// The one that says where a document came from [default: dump where it is there, else the file].
+    #[arg(long, value_name = "NAME")]
+    source_column: Option<String>,
+    /// What separates the documents of a text file, \n for a line feed; empty: a file is one document.
+    #[arg(long, value_name = "TEXT", default_value = r"\n\n\n")]
+    separator: String,
+    /// Tokens of a shard: what a kill may cost.
+    #[arg(long, value_name = "N", default_value_t = 1 << 26)]
+    shard_tokens: u64,
+    /// Fail at a document that cannot be read, and do not leave it out.
+    #[arg(long)]
+    strict: bool,
+    /// Show no progress.
+    #[arg(long)]
+    quiet: bool,
+}
+
+#[derive(Args)]
+pub(super) struct InspectArgs {
+    /// Folder that `data prepare` made.
+    #[arg(value_name = "DIR")]
+    folder: PathBuf,
+    /// Compare every file with its checksum.
+    #[arg(long)]
+    verify: bool,
+    /// Documents of each side to show the beginning of, spread evenly.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    samples: usize,
+}
+
+pub(super) fn run(command: Command) -> Result<()> {
+    match command {
+        Command::Prepare(args) => prepare(args),
+        Command::Inspect(args) => inspect(&args),
+    }
+}
+
+fn prepare(args: PrepareArgs) -> Result<()> {
+    let options = Options {
+        inputs: args.inputs,
+        validation: args.validation,
+        out: args.out,
+        tokenizer: args.tokenizer,
+        bos: args.bos,
+        eos: args.eos,
+        validation_fraction: args.validation_fraction,
+        text_column: args.text_column,
+        source_column: args.source_column,
+        separator: args.separator.replace(r"\n", "\n").replace(r"\t", "\t"),
+        shard_tokens: args.shard_tokens,
+        strict: args.strict,
+        quiet: args.quiet,
+    };
+    let summary = prepare::run(&options)?;
+    let manifest = summary.manifest;
+    say!("{}", row("training", manifest.counts(Side::Train)));
+    say!("{}", row("validation", manifest.counts(Side::Validation)));
+    say!("{}", left_out(manifest.empty, manifest.unreadable));
+    let megabytes = summary.bytes as f64 / 1e6;
+    let (rate, seconds) = (megabytes / summary.seconds, summary.seconds);
+    say!("{megabytes:.1} MB of text in {seconds:.1} s, {rate:.1} MB/s");
+    say!(
+        "train on it: routegrad train --data {}",
+        options.out.display()
+    );
+    Ok(())
+}
+
+fn row(name: &str, counts: Counts) -> String {
+    let Counts {
+        documents,
+        tokens,
+        bytes,
+    } = counts;
+    let each = bytes as f64 / (tokens.max(1)) as f64;
+    let megabytes = bytes as f64 / 1e6;
+    format!(
+        "{name:<24} {documents:>10} documents {tokens:>14} tokens {megabytes:>10.1} MB  {each:.2} bytes/token"
+    )
+}
+
+fn left_out(empty: u64, unreadable: u64) -> String {
+    format!("left out: {empty} documents without text, {unreadable} that could not be read")
+}
+
+fn inspect(args: &InspectArgs) -> Result<()> {
+    let folder = Folder::open(&args.folder)?;
+    let manifest = folder.manifest();
+    say!(
+        "tokenizer   {}, {} tokens",
+        manifest.tokenizer,
+        manifest.vocab_size
+    );
+    let (before, after) = (&manifest.before, &manifest.after);
+    say!("around each document {before:?} … {after:?}");
+    let (shards, width) = (manifest.shards.len(), manifest.token_bytes);
+    say!("shards      {shards}, {width} bytes a token");
+    for side in Side::BOTH {
+        let name = match side {
+            Side::Train => "training",
+            Side::Validation => "validation",
+        };
+        say!("{}", row(name, manifest.counts(side)));
+        for source in &manifest.sources {
+            let counts = match side {
+                Side::Train => source.train,
+                Side::Validation => source.validation,
+            };
+            if manifest.sources.len() > 1 && counts.documents > 0 {
+                say!("{}", row(&format!("  {}", source.name), counts));
+            }
+        }
+    }
+    say!("{}", left_out(manifest.empty, manifest.unreadable));
+    if args.samples > 0 {
+        samples(&folder, args.samples)?;
+    }
+    if args.verify {
+        folder.verify()?;
+        say!("every file agrees with its checksum");
+    }
+    Ok(())
+}
+
+fn samples(folder: &Folder, count: usize) -> Result<()> {
+    let tokenizer = folder.tokenizer()?;
+    for side in Side::BOTH {
+        let documents = folder.documents(side)?;
+        let n = documents.len().min(count);
+        for k in 0..n {
+            let i = (2 * k + 1) * documents.len() / (2 * n);
+            let tokens = folder.document(side, i)?;
+            let source = &folder.manifest().sources[documents[i].source as usize].name;
+            let (all, text) = (
+                tokens.len(),
+                tokenizer.decode(&tokens[..tokens.len().min(60)])?,
+            );
+            say!("{side:?} document {i} of {source}, {all} tokens: {text:?}");
+        }
+    }
+    Ok(())
+}

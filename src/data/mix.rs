@@ -1,0 +1,123 @@
+//! Which part of a mix a training sequence comes from: a pure function of (seed, index).
+//!
+//! Of every [`BLOCK`] sequences each part has the number that its weight says, in an order shuffled by
+//! the block's own permutation, so that any index is found at once and the shares are exact.
+
+use super::order::permute;
+use crate::config::Weighted;
+use crate::error::{Error, Result};
+use crate::random::{Purpose, Stream};
+
+/// Sequences in which the shares are exact.
+const BLOCK: u64 = 4096;
+
+pub(super) struct Mix {
+    /// Where each part's share of a block ends; the last is [`BLOCK`].
+    ends: Vec<u64>,
+    seed: u64,
+}
+
+impl Mix {
+    /// All from one part.
+    pub fn single() -> Self {
+        Mix {
+            ends: vec![BLOCK],
+            seed: 0,
+        }
+    }
+
+    /// Shares in proportion to the weights, rounded to 1/4096 by largest remainders.
+    ///
+    /// # Errors
+    /// When a part has no share.
+    pub fn new(parts: &[Weighted], seed: u64) -> Result<Self> {
+        let sum: f64 = parts.iter().map(|p| p.weight).sum();
+        let exact: Vec<f64> = parts
+            .iter()
+            .map(|p| p.weight / sum * BLOCK as f64)
+            .collect();
+        let mut shares: Vec<u64> = exact.iter().map(|x| x.floor() as u64).collect();
+        let mut order: Vec<usize> = (0..parts.len()).collect();
+        order.sort_by(|a, b| {
+            exact[*b]
+                .fract()
+                .total_cmp(&exact[*a].fract())
+                .then(a.cmp(b))
+        });
+        let missing = BLOCK.saturating_sub(shares.iter().sum()) as usize;
+        order
+            .iter()
+            .cycle()
+            .take(missing)
+            .for_each(|i| shares[*i] += 1);
+        if let Some(none) = shares.iter().position(|n| *n == 0) {
+            return Err(Error::invalid(
+                "data.mix",
+                format!("weights of at least 1/{BLOCK} of their sum"),
+                format!("{} for {}", parts[none].weight, parts[none].source),
+                "give it a larger weight, or leave it out",
+            ));
+        }
+        let mut end = 0;
+        let ends = shares.iter().map(|n| {
+            end += n;
+            end
+        });
+        Ok(Mix {
+            ends: ends.collect(),
+            seed,
+        })
+    }
+
+    /// The part of sequence `index`, and which one of that part it is.
+    pub fn place(&self, index: u64) -> (usize, u64) {
+        if self.ends.len() == 1 {
+            return (0, index);
+        }
+        let (block, within) = (index / BLOCK, index % BLOCK);
+        let stream = Stream::new(self.seed, Purpose::DataOrder, block, 2);
+        let drawn = permute(within, BLOCK, &stream);
+        let part = self.ends.partition_point(|end| *end <= drawn);
+        let begin = part.checked_sub(1).map_or(0, |p| self.ends[p]);
+        let share = self.ends[part] - begin;
+        (part, block * share + drawn - begin)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    fn mix(weights: &[f64]) -> Result<Mix> {
+        let parts = weights.iter().map(|w| Weighted {
+            source: "some".into(),
+            weight: *w,
+        });
+        Mix::new(&parts.collect::<Vec<_>>(), 3)
+    }
+
+    #[test]
+    fn each_part_is_read_once_in_the_share_of_its_weight() {
+        let mix = mix(&[3.0, 1.0, 0.5]).unwrap();
+        let mut seen = [const { BTreeSet::new() }; 3];
+        for i in 0..3 * BLOCK {
+            let (part, local) = mix.place(i);
+            assert!(seen[part].insert(local), "twice");
+        }
+        for (seen, weight) in seen.iter().zip([3.0, 1.0, 0.5]) {
+            let n = seen.len() as u64;
+            assert_eq!(seen.last(), Some(&(n - 1)), "one was left out");
+            assert!((n as f64 / (3 * BLOCK) as f64 - weight / 4.5).abs() < 3e-4);
+        }
+        // Mixed well: the first 64 are not all of one part.
+        let first: BTreeSet<usize> = (0..64).map(|i| mix.place(i).0).collect();
+        assert_eq!(first.len(), 3);
+    }
+
+    #[test]
+    fn a_weight_too_small_to_count_is_refused() {
+        let e = mix(&[1.0, 1e-9]).err().unwrap().to_string();
+        assert!(e.contains("1/4096"), "{e}");
+    }
+}

@@ -1,0 +1,149 @@
+//! One part of a corpus: text that is read whole, or a folder of tokens.
+
+use super::folder::{Counts, Entry, Folder, Side};
+use super::tokenizer::BYTES;
+use super::tokens::{Store, Tokens};
+use super::{DOCUMENT_END, held_out, in_vocabulary, long_enough, text};
+use crate::config::{DataConfig, ModelConfig};
+use crate::error::{Error, Result};
+use std::path::Path;
+
+/// Folders of up to so many bytes are compared with their digests before a run.
+const VERIFIED: u64 = 4 << 30;
+
+/// Training and validation tokens of one origin.
+pub(super) struct Part {
+    /// Fingerprint of the tokenizer.
+    pub tokenizer: String,
+    pub train: Tokens,
+    pub validation: Tokens,
+    /// Of training and of validation.
+    pub counts: [Counts; 2],
+    /// The documents of the validation tokens; none where they are one text of bytes.
+    pub documents: Vec<Entry>,
+    /// Names of the sources of the documents.
+    pub sources: Vec<String>,
+    /// A digest of all of it.
+    pub digest: String,
+}
+
+impl Part {
+    /// Reads a folder of tokens, or text as bytes.
+    pub fn load(source: &str, config: &DataConfig, model: &ModelConfig) -> Result<Self> {
+        let part = match Folder::is(Path::new(source)) {
+            true => Self::folder(Path::new(source), model)?,
+            false => Self::text(config, model)?,
+        };
+        let s = model.sequence_length as u64;
+        long_enough("training", part.train.len(), s)?;
+        Ok(part)
+    }
+
+    fn text(config: &DataConfig, model: &ModelConfig) -> Result<Self> {
+        let documents = text::read(config)?;
+        let held_out = held_out(documents.len(), config.validation_fraction)?;
+        let mut sides = [Vec::new(), Vec::new()];
+        for (i, document) in documents.iter().enumerate() {
+            let side = &mut sides[usize::from(held_out.contains(&i))];
+            if !side.is_empty() {
+                side.extend_from_slice(DOCUMENT_END.as_bytes());
+            }
+            side.extend_from_slice(document.as_bytes());
+        }
+        let mut hash = blake3::Hasher::new();
+        for (name, side) in ["training", "validation"].iter().zip(&sides) {
+            long_enough(name, side.len() as u64, model.sequence_length as u64)?;
+            in_vocabulary(name, side, model.vocab_size)?;
+            hash.update(&(side.len() as u64).to_le_bytes());
+            hash.update(side);
+        }
+        let count = |documents: usize, side: &Vec<u8>| Counts {
+            documents: documents as u64,
+            tokens: side.len() as u64,
+            bytes: side.len() as u64,
+        };
+        let counts = [
+            count(documents.len() - held_out.len(), &sides[0]),
+            count(held_out.len(), &sides[1]),
+        ];
+        let [train, validation] = sides.map(|side| Tokens::whole(Store::Bytes(side)));
+        Ok(Part {
+            tokenizer: BYTES.into(),
+            train,
+            validation,
+            counts,
+            documents: Vec::new(),
+            sources: Vec::new(),
+            digest: hash.finalize().to_hex().to_string(),
+        })
+    }
+
+    fn folder(path: &Path, model: &ModelConfig) -> Result<Self> {
+        let folder = Folder::open(path)?;
+        let manifest = folder.manifest();
+        if manifest.vocab_size > model.vocab_size {
+            return Err(Error::invalid(
+                "model.vocab_size",
+                format!(
+                    "at least {}, the vocabulary of {}",
+                    manifest.vocab_size,
+                    path.display()
+                ),
+                model.vocab_size.to_string(),
+                "leave it out, or prepare the text with the model's tokenizer",
+            ));
+        }
+        if folder.bytes() <= VERIFIED {
+            folder.verify()?;
+        }
+        Ok(Part {
+            tokenizer: manifest.tokenizer.clone(),
+            train: folder.tokens(Side::Train)?,
+            validation: folder.tokens(Side::Validation)?,
+            counts: Side::BOTH.map(|side| manifest.counts(side)),
+            documents: folder.documents(Side::Validation)?,
+            sources: manifest.sources.iter().map(|s| s.name.clone()).collect(),
+            digest: manifest.checksum.clone(),
+        })
+    }
+
+    /// Where the validation tokens `from .. to` come from: a share for each document.
+    pub fn shares(&self, from: u64, to: u64) -> Vec<Share> {
+        if self.documents.is_empty() {
+            let tokens = to - from;
+            let bytes = tokens as f64;
+            return vec![Share {
+                source: 0,
+                tokens,
+                bytes,
+            }];
+        }
+        let first = self.documents.partition_point(|d| d.end <= from);
+        let mut begin = first.checked_sub(1).map_or(0, |i| self.documents[i].end);
+        let mut shares = Vec::new();
+        for document in &self.documents[first..] {
+            if begin >= to {
+                break;
+            }
+            let tokens = document.end.min(to) - begin.max(from);
+            let all = (document.end - begin) as f64;
+            shares.push(Share {
+                source: document.source as usize,
+                tokens,
+                bytes: document.bytes as f64 * tokens as f64 / all,
+            });
+            begin = document.end;
+        }
+        shares
+    }
+}
+
+/// Consecutive tokens of one document.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Share {
+    /// Number of its source.
+    pub source: usize,
+    pub tokens: u64,
+    /// The bytes of its text, in the share of its tokens.
+    pub bytes: f64,
+}

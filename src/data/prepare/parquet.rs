@@ -1,0 +1,239 @@
+//! Documents from parquet: one column the text, another, if it is there, the source.
+
+use super::inputs::{Documents, Item};
+use super::{Options, missing_column};
+use crate::data::guard::no_panic;
+use crate::error::{Error, Result};
+use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use std::collections::VecDeque;
+use std::fs::File;
+use std::path::Path;
+
+/// Rows that are decoded at a time.
+const BATCH: usize = 256;
+
+type Strings = ColumnReaderImpl<ByteArrayType>;
+
+/// The rows of a file.
+pub(super) struct Columns {
+    file: SerializedFileReader<File>,
+    bytes: u64,
+    text: Column,
+    source: Option<Column>,
+    /// The row group under way, and its rows that were not read yet.
+    group: Option<(Group, u64)>,
+    next_group: usize,
+    /// Rows read, of all row groups.
+    rows: u64,
+    ready: VecDeque<Item>,
+}
+
+/// A column of strings.
+#[derive(Clone, Copy)]
+struct Column {
+    index: usize,
+    /// Whether a row may have none.
+    optional: bool,
+}
+
+struct Group {
+    text: Strings,
+    source: Option<Strings>,
+}
+
+impl Columns {
+    /// # Errors
+    /// When the file is no parquet, was cut off, or has no such columns.
+    pub fn open(path: &Path, options: &Options) -> Result<Self> {
+        let bad = |got: String| {
+            let help = "copy the file again, or remove it";
+            Error::file(path, "a whole parquet file", got, help)
+        };
+        let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
+        let bytes = file
+            .metadata()
+            .map_err(|e| Error::io("read", path, e))?
+            .len();
+        let file = no_panic(|| SerializedFileReader::new(file).map_err(|e| e.to_string()))
+            .and_then(|opened| opened)
+            .map_err(bad)?;
+        let schema = file.metadata().file_metadata().schema_descr();
+        let names: Vec<String> = schema.columns().iter().map(|c| c.path().string()).collect();
+        let find = |name: &str| -> Result<Option<Column>> {
+            let Some(index) = names.iter().position(|n| n == name) else {
+                return Ok(None);
+            };
+            let column = schema.column(index);
+            let strings = column.physical_type() == parquet::basic::Type::BYTE_ARRAY;
+            if !strings || column.max_rep_level() > 0 || column.max_def_level() > 1 {
+                return Err(Error::file(
+                    path,
+                    format!("a column `{name}` of strings"),
+                    "a column of another type",
+                    "name another column",
+                ));
+            }
+            let optional = column.max_def_level() == 1;
+            Ok(Some(Column { index, optional }))
+        };
+        let all: Vec<&str> = names.iter().map(String::as_str).collect();
+        for name in options.required_columns() {
+            find(name)?.ok_or_else(|| missing_column(path, name, &all))?;
+        }
+        let name = &options.text_column;
+        let text = find(name)?.ok_or_else(|| missing_column(path, name, &all))?;
+        let source = find(options.source_column())?;
+        Ok(Columns {
+            bytes,
+            text,
+            source,
+            group: None,
+            next_group: 0,
+            rows: 0,
+            ready: VecDeque::new(),
+            file,
+        })
+    }
+
+    /// Opens the next row group; `None` behind the last.
+    fn open_group(&mut self) -> Option<()> {
+        let i = self.next_group;
+        if i >= self.file.num_row_groups() {
+            return None;
+        }
+        self.next_group += 1;
+        let (file, text, source) = (&self.file, self.text, self.source);
+        let opened = no_panic(|| {
+            let group = file.get_row_group(i).map_err(|e| e.to_string())?;
+            let strings = |column: Column| match group.get_column_reader(column.index) {
+                Ok(ColumnReader::ByteArrayColumnReader(reader)) => Ok(reader),
+                Ok(_) => Err("a column of another type".to_string()),
+                Err(e) => Err(e.to_string()),
+            };
+            Ok(Group {
+                text: strings(text)?,
+                source: source.map(strings).transpose()?,
+            })
+        });
+        let rows = self.file.metadata().row_group(i).num_rows().max(0) as u64;
+        match opened.and_then(|group| group) {
+            Ok(group) => self.group = Some((group, rows)),
+            Err(e) => self.give_up(rows, &e),
+        }
+        Some(())
+    }
+
+    /// Leaves out the rows of a row group that cannot be read.
+    fn give_up(&mut self, rows: u64, e: &str) {
+        let what = format!("the rest of row group {}: {e}", self.next_group - 1);
+        let rows = rows.max(1);
+        self.rows += rows;
+        self.ready.push_back(Item::Unreadable { rows, what });
+    }
+
+    /// Decodes some more rows of the row group under way.
+    fn read_batch(&mut self) {
+        let Some((mut group, left)) = self.group.take() else {
+            return;
+        };
+        if left == 0 {
+            return;
+        }
+        let n = (left as usize).min(BATCH);
+        let (text, source) = (self.text, self.source);
+        let read = no_panic(|| {
+            let texts = read(&mut group.text, text, n)?;
+            let sources = match (&mut group.source, source) {
+                (Some(reader), Some(column)) => read(reader, column, n)?,
+                _ => vec![None; n],
+            };
+            Ok::<_, ParquetError>((texts, sources))
+        });
+        match read.and_then(|read| read.map_err(|e| e.to_string())) {
+            Ok((texts, sources)) => {
+                self.rows += n as u64;
+                let items = texts.into_iter().zip(sources).map(|(t, s)| item(t, s));
+                self.ready.extend(items);
+                self.group = Some((group, left - n as u64));
+            }
+            Err(e) => self.give_up(left, &e),
+        }
+    }
+}
+
+fn item(text: Option<ByteArray>, source: Option<ByteArray>) -> Item {
+    let Some(text) = text else {
+        return Item::Empty;
+    };
+    let source = source.and_then(|s| String::from_utf8(s.data().to_vec()).ok());
+    match String::from_utf8(text.data().to_vec()) {
+        Ok(text) => Item::of(text, source),
+        Err(e) => {
+            let place = e.utf8_error().valid_up_to();
+            let what = format!("a byte that is not UTF-8 at offset {place} of it");
+            Item::Unreadable { rows: 1, what }
+        }
+    }
+}
+
+/// The next `n` values of a column.
+fn read(
+    reader: &mut Strings,
+    column: Column,
+    n: usize,
+) -> Result<Vec<Option<ByteArray>>, ParquetError> {
+    let (mut levels, mut values) = (Vec::new(), Vec::new());
+    let (records, ..) = reader.read_records(n, Some(&mut levels), None, &mut values)?;
+    if records != n {
+        let message = format!("a column of {records} more values, not {n}");
+        return Err(ParquetError::General(message));
+    }
+    if !column.optional {
+        return Ok(values.into_iter().map(Some).collect());
+    }
+    let mut values = values.into_iter();
+    Ok(levels
+        .iter()
+        .map(|l| if *l == 1 { values.next() } else { None })
+        .collect())
+}
+
+impl Documents for Columns {
+    fn next(&mut self) -> Option<Item> {
+        loop {
+            if let Some(item) = self.ready.pop_front() {
+                return Some(item);
+            }
+            match self.group {
+                Some((_, left)) if left > 0 => self.read_batch(),
+                _ => self.open_group()?,
+            }
+        }
+    }
+
+    fn skip(&mut self, rows: u64) {
+        // Row groups that lie before it are not even opened.
+        while let Some(group) = self.file.metadata().row_groups().get(self.next_group) {
+            let after = self.rows + (group.num_rows().max(1) as u64);
+            if after > rows {
+                break;
+            }
+            (self.rows, self.next_group) = (after, self.next_group + 1);
+        }
+        let mut passed = self.rows;
+        while passed < rows {
+            match self.next() {
+                Some(item) => passed += item.rows(),
+                None => return,
+            }
+        }
+    }
+
+    fn consumed(&self) -> u64 {
+        let all = self.file.metadata().file_metadata().num_rows().max(1) as f64;
+        (self.bytes as f64 * (self.rows as f64 / all).min(1.0)) as u64
+    }
+}
