@@ -216,7 +216,9 @@ fn copy(reader: &Reader, to: &Path) {
 fn damaged_files_are_refused_or_read_and_do_no_harm() {
     let place = Place::new();
     let readers = readers(&place);
-    let copies: Vec<PathBuf> = readers.iter().map(|r| place.path(r.name)).collect();
+    fs::create_dir(place.path("damaged")).unwrap();
+    let copies = readers.iter().map(|r| place.path("damaged").join(r.name));
+    let copies: Vec<PathBuf> = copies.collect();
     for (reader, copied) in readers.iter().zip(&copies) {
         copy(reader, copied);
         (reader.read)(copied).unwrap_or_else(|e| panic!("{} before any damage: {e}", reader.name));

@@ -126,7 +126,7 @@ fn a_folder_of_documents_becomes_a_table_and_files() {
         ],
     );
     assert!(
-        table.contains("piqa") && table.contains("average of 2 scores"),
+        table.contains("piqa") && table.contains("2 tasks"),
         "{table}"
     );
     assert!(

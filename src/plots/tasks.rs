@@ -46,7 +46,7 @@ pub(super) fn draw(area: &Area, records: &[Record]) -> Drawn {
         .draw()?;
     let mut ends = Vec::new();
     for (i, (task, points)) in series.iter().enumerate() {
-        let color = Palette99::pick(i).to_rgba();
+        let color = HSLColor(i as f64 / series.len() as f64, 0.8, 0.38).to_rgba();
         chart.draw_series(LineSeries::new(points.clone(), color.stroke_width(2)))?;
         chart.draw_series(points.iter().map(|p| Circle::new(*p, 3, color.filled())))?;
         if let Some((_, score)) = points.last() {

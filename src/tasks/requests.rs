@@ -29,16 +29,17 @@ pub fn request(
     tokenizer: &Tokenizer,
 ) -> Result<Request> {
     let (prompt_alone, text) = (trimmed(prompt), format!("{prompt}{answer}"));
-    let (whole, context) = if prompt_alone.is_empty() {
-        let before = beginning(tokenizer)?;
-        (
-            [&before[..], &tokenizer.encode(&text)?].concat(),
-            before.len(),
-        )
-    } else {
-        let context = tokenizer.encode_processed(prompt_alone)?.len();
-        (tokenizer.encode_processed(&text)?, context)
+    let mut whole = tokenizer.encode_processed(&text)?;
+    let mut context = match prompt_alone {
+        "" => 0,
+        prompt => tokenizer.encode_processed(prompt)?.len(),
     };
+    if context == 0 || whole.len() < 2 {
+        // No token stands before the answer.
+        let before = beginning(tokenizer)?;
+        context = before.len();
+        whole = [before, tokenizer.encode(&text)?].concat();
+    }
     let read = whole.len().saturating_sub(1);
     let from = whole.len().saturating_sub(longest + 1);
     let scored = context.min(read).max(from + 1).min(whole.len());
@@ -162,6 +163,51 @@ mod tests {
         // The space belongs to the answer.
         let r = request("ab ", "c", 9, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("ab "), ints(" c")));
+    }
+
+    /// Of the letters a and b, the pair of them and a space before it; `<s>` stands before every text if `adds` is set.
+    #[cfg(feature = "text")]
+    fn pairs(adds: bool) -> Tokenizer {
+        let post_processor = serde_json::json!({
+            "type": "TemplateProcessing",
+            "single": [{ "SpecialToken": { "id": "<s>", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+            "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 1 } }],
+            "special_tokens": { "<s>": { "id": "<s>", "ids": [5], "tokens": ["<s>"] } },
+        });
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": [{ "id": 5, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true }],
+            "normalizer": null, "pre_tokenizer": null, "decoder": null,
+            "post_processor": if adds { post_processor } else { serde_json::Value::Null },
+            "model": { "type": "BPE", "vocab": { "a": 0, "b": 1, " ": 2, "ab": 3, " ab": 4 },
+                "merges": [["a", "b"], [" ", "ab"]] },
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        std::fs::write(&path, json.to_string()).unwrap();
+        Tokenizer::open(&path).unwrap()
+    }
+
+    #[cfg(feature = "text")]
+    #[test]
+    fn an_answer_is_what_lies_behind_as_many_tokens_as_the_prompt_alone_has() {
+        let of = |prompt, answer, adds| {
+            let r = request(prompt, answer, 9, &pairs(adds)).unwrap();
+            (r.tokens, r.scored)
+        };
+        assert_eq!(of("b", " ab", false), (vec![1], vec![4]));
+        // The space at the prompt's end goes with the answer into one token.
+        assert_eq!(of("b ", "ab", false), (vec![1], vec![4]));
+        // Where a pair forms over the border, what is behind the prompt's two tokens is scored.
+        assert_eq!(of("ba", "bb", false), (vec![1, 3], vec![1]));
+        // And the last token at least.
+        assert_eq!(of("ba", "b", false), (vec![1], vec![3]));
+        // What the tokenizer puts before a text counts as the prompt's.
+        assert_eq!(of("b", " ab", true), (vec![5, 1], vec![4]));
+        assert_eq!(of("", "ab", true), (vec![5], vec![3]));
+        // A pair of prompt and answer stands behind the beginning of a text.
+        assert_eq!(of("a", "b", false), (vec![5], vec![3]));
     }
 
     #[test]
