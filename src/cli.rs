@@ -42,6 +42,7 @@ Examples:
   routegrad eval --model runs/tiny-default --without-default-vectors
   routegrad eval --model runs/tiny-default --tasks all --task-data eval/ --limit 200
   routegrad eval --model runs/small-topk --tasks hellaswag,lambada_openai --task-data eval/ --out scores
+  routegrad eval --model runs/tiny-default --tasks all --task-data eval/ --compare-default-vectors
   routegrad eval --model runs/tiny-default/checkpoints/step-600 --data other.txt")]
     Eval(EvalArgs),
     /// Show what a model's router does and learns: entropy, load, similarity to the dense gradient
@@ -228,6 +229,9 @@ struct EvalArgs {
     /// Leave out the default vectors of a model of the router `default`.
     #[arg(long)]
     without_default_vectors: bool,
+    /// Measure it with and without them, side by side.
+    #[arg(long, conflicts_with = "without_default_vectors")]
+    compare_default_vectors: bool,
     /// Benchmarks to score instead, with commas between them; `all` for those whose documents are there.
     #[arg(
         long,

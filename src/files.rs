@@ -13,6 +13,14 @@ pub(crate) const UNFINISHED: &str = ".unfinished-";
 
 /// Writes a value as JSON, not synced yet.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = json(path, value)?;
+    File::create(path)
+        .and_then(|mut f| f.write_all(text.as_bytes()))
+        .map_err(|e| Error::io("write", path, e))
+}
+
+/// What [`write_json`] writes to the file at `path`.
+pub(crate) fn json(path: &Path, value: &impl Serialize) -> Result<String> {
     let mut text = serde_json::to_string_pretty(value).map_err(|e| {
         Error::file(
             path,
@@ -22,9 +30,7 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
         )
     })?;
     text.push('\n');
-    File::create(path)
-        .and_then(|mut f| f.write_all(text.as_bytes()))
-        .map_err(|e| Error::io("write", path, e))
+    Ok(text)
 }
 
 /// Forces a file or a folder to the disk.

@@ -9,6 +9,7 @@ pub mod files;
 pub mod dtype;
 pub mod random;
 pub mod shape;
+pub mod version;
 
 pub mod device;
 
@@ -28,6 +29,7 @@ pub mod config;
 pub mod routers;
 
 pub mod data;
+pub mod events;
 pub mod metrics;
 pub mod model;
 pub mod optim;

@@ -5,6 +5,10 @@ use routegrad::cli::Cli;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    routegrad::version::set_commit(git_version::git_version!(
+        args = ["--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        fallback = ""
+    ));
     match Cli::parse().run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

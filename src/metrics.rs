@@ -40,6 +40,10 @@ pub struct Record {
     /// Cross-entropy of the validation sequences, at steps that evaluate.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
+    /// Benchmark scores, at steps that take them: of each task `acc`, `improvement` and, where it has them, `acc_norm`
+    /// and `perplexity`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub tasks: BTreeMap<String, BTreeMap<String, f64>>,
     /// The same by source of the text, where there are several.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub validation_by_source: BTreeMap<String, f64>,
@@ -138,6 +142,7 @@ pub(crate) mod tests {
             sparsity: Some(0.5),
             router_state: BTreeMap::from([("bias".into(), vec![vec![1e-3, -1e-3]])]),
             validation_loss: (step % 2 == 0).then_some(2.5),
+            tasks: BTreeMap::new(),
             validation_by_source: BTreeMap::new(),
             seconds: 0.25,
             tokens_per_second: 16384.0,

@@ -1,5 +1,8 @@
 //! The pictures of a run, as SVG: `loss.svg` (training and validation loss) and `load.svg` (the
-//! share of tokens of every expert over time, a panel for each MoE layer).
+//! share of tokens of every expert over time, a panel for each MoE layer); and `tasks.svg` where the
+//! run scored benchmarks.
+
+mod tasks;
 
 use crate::error::{Error, Result};
 use crate::metrics::{self, Record};
@@ -18,7 +21,7 @@ pub(crate) const TRAIN: RGBColor = RGBColor(31, 103, 168);
 pub(crate) const VALIDATION: RGBColor = RGBColor(217, 95, 2);
 pub(crate) const FONT: &str = "sans-serif";
 
-/// Draws both pictures from the log at `metrics` into `folder`. Does nothing before the first step.
+/// Draws the pictures from the log at `metrics` into `folder`. Does nothing before the first step.
 pub fn write(metrics: &Path, folder: &Path) -> Result<()> {
     let records: Vec<Record> = metrics::read(metrics)?.collect();
     if records.is_empty() {
@@ -33,6 +36,12 @@ pub fn write(metrics: &Path, folder: &Path) -> Result<()> {
     let height = 110 + 150 * rows as u32;
     save(&folder.join("load.svg"), (960, height), |area| {
         draw_load(area, &records, (rows, columns))
+    })?;
+    if records.iter().all(|r| r.tasks.is_empty()) {
+        return Ok(());
+    }
+    save(&folder.join("tasks.svg"), (960, 540), |area| {
+        tasks::draw(area, &records)
     })
 }
 

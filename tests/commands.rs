@@ -26,6 +26,7 @@ fn a_run_leaves_its_configuration_log_pictures_and_newest_checkpoints() {
     let expected = [
         "checkpoints",
         "config.toml",
+        "events.out.tfevents.routegrad",
         "load.svg",
         "loss.svg",
         "metrics.jsonl",

@@ -86,6 +86,110 @@ fn analyses_on_the_way_change_no_byte_of_the_training() {
 }
 
 #[test]
+fn benchmark_scores_on_the_way_change_no_byte_of_the_training() {
+    for router in ["default", "sparsemixer"] {
+        let place = Place::new();
+        let question = |i| {
+            format!(
+                r#"{{"doc_id": {i}, "doc": {{"goal": "g{i}", "choices": ["a{i}", "b"], "gold": {}}}}}"#,
+                i % 2
+            )
+        };
+        let questions: Vec<String> = (0..6).map(question).collect();
+        std::fs::write(place.path("piqa.jsonl"), questions.join("\n")).unwrap();
+        let options = [
+            "--router",
+            router,
+            "--steps",
+            "30",
+            "--set",
+            "model.top_k=2",
+        ];
+        succeed(&mut place.train("plain", &options));
+        let folder = format!("train.task_data={:?}", place.folder.path());
+        let scored = [
+            &options[..],
+            &[
+                "--set",
+                "train.tasks_interval=10",
+                "--set",
+                &folder,
+                "--set",
+                "train.tasks_limit=5",
+            ],
+        ]
+        .concat();
+        let (_, stderr) = succeed(&mut place.train("scored", &scored));
+        assert_eq!(
+            stderr.matches("average of 1 benchmarks").count(),
+            3,
+            "{stderr}"
+        );
+        let mut records = metrics(&place.path("scored"));
+        let mut steps = Vec::new();
+        for record in &mut records {
+            if let Some(tasks) = record.as_object_mut().unwrap().remove("tasks") {
+                assert!(tasks["piqa"]["acc"].is_f64() && tasks["piqa"]["improvement"].is_f64());
+                steps.push(record["step"].as_u64().unwrap());
+            }
+        }
+        assert_eq!(steps, [10, 20, 30]);
+        assert_eq!(metrics(&place.path("plain")), records);
+        assert!(place.path("scored/tasks.svg").is_file());
+        let file = |run: &str, name: &str| {
+            std::fs::read(place.path(&format!("{run}/checkpoints/step-30/{name}"))).unwrap()
+        };
+        for name in ["model.safetensors", "trainer.safetensors"] {
+            assert!(file("plain", name) == file("scored", name), "{name}");
+        }
+    }
+}
+
+/// Step of each event of the run's event file, and whether it has a step's numbers.
+fn events(run: &std::path::Path) -> Vec<(u64, bool)> {
+    let bytes = std::fs::read(run.join("events.out.tfevents.routegrad")).unwrap();
+    let (mut found, mut rest) = (Vec::new(), &bytes[..]);
+    while !rest.is_empty() {
+        let length = u64::from_le_bytes(rest[..8].try_into().unwrap()) as usize;
+        let event = &rest[12..12 + length];
+        // Behind the time, the key of the step and its one byte: these runs are short.
+        assert!(event[9] == 16 && event[10] < 128);
+        let numbers = event.windows(13).any(|w| w == b"loss/training");
+        found.push((event[10].into(), numbers));
+        rest = &rest[12 + length + 4..];
+    }
+    found
+}
+
+#[test]
+fn the_event_file_of_a_run_that_was_killed_and_resumed_has_every_step_once() {
+    let place = Place::new();
+    let out = place.path("run");
+    let mut child = place.train("run", &["--steps", "100"]).spawn().unwrap();
+    for at in [13, 37, 71] {
+        assert!(wait_for_step(&mut child, &out, at));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        // A crash of the machine may leave half of an event.
+        let file = out.join("events.out.tfevents.routegrad");
+        let mut bytes = std::fs::read(&file).unwrap();
+        bytes.extend_from_within(..20);
+        std::fs::write(&file, bytes).unwrap();
+        child = place.resume("run").spawn().unwrap();
+    }
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let events = events(&out);
+    let steps: Vec<u64> = events.iter().filter(|e| e.1).map(|e| e.0).collect();
+    assert_eq!(steps, (1..=100).collect::<Vec<_>>());
+    assert!(events.is_sorted_by_key(|e| e.0));
+    // The file's version, then what the run was told: at first, and at each of three resumptions but what was cut again.
+    assert_eq!(events.len(), 100 + 1 + 2 * 4);
+    let config = std::fs::read_to_string(out.join("config.toml")).unwrap();
+    assert!(config.starts_with("# routegrad "), "{config}");
+}
+
+#[test]
 fn the_number_of_threads_changes_no_byte() {
     let place = Place::new();
     for threads in ["1", "2", "4"] {

@@ -126,7 +126,7 @@ fn a_folder_of_documents_becomes_a_table_and_files() {
         ],
     );
     assert!(
-        table.contains("piqa") && table.contains("average of 2 scores"),
+        table.contains("piqa") && table.contains("2 tasks"),
         "{table}"
     );
     assert!(
@@ -157,7 +157,35 @@ fn a_folder_of_documents_becomes_a_table_and_files() {
         fs::read_to_string(without.join("piqa.jsonl")).unwrap()
     );
 
+    // Both, side by side: each as it is alone.
+    let both = place.path("both");
+    let out = both.to_str().unwrap();
+    let compared = [
+        "--tasks",
+        "piqa",
+        "--limit",
+        "4",
+        "--out",
+        out,
+        "--compare-default-vectors",
+    ];
+    let (table, error) = eval(&place, &compared);
+    assert!(
+        table.contains("with vectors %") && table.contains("paper, default"),
+        "{table}{error}"
+    );
+    let read = |path: &str| fs::read_to_string(both.join(path)).unwrap();
+    assert_eq!(read("piqa.jsonl"), answers);
+    let alone = fs::read_to_string(without.join("piqa.jsonl")).unwrap();
+    assert_eq!(read("without-default-vectors/piqa.jsonl"), alone);
+
     let error = |arguments: &[&str]| eval(&place, arguments).1;
+    let nothing = place.path("nothing");
+    fs::create_dir(&nothing).unwrap();
+    let mut command = program();
+    command.arg("eval").arg("--model").arg(place.path("m"));
+    let e = common::fail(command.args(["--tasks", "all", "--task-data"]).arg(nothing));
+    assert!(e.contains("expected documents of benchmarks"), "{e}");
     let e = error(&["--tasks", "hellaswag"]);
     assert!(e.contains("hellaswag.jsonl or hellaswag.jsonl.zst"), "{e}");
     let e = error(&["--tasks", "pica"]);

@@ -17,8 +17,8 @@ pub use session::{
 };
 
 use crate::error::{Error, Result};
-use crate::files::fault;
 pub(crate) use crate::files::{UNFINISHED, sync, write_json};
+use crate::files::{fault, json};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -47,12 +47,48 @@ pub struct Snapshot<'a> {
 
 /// Size and digest of every file of a checkpoint.
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Manifest {
     step: u64,
     files: BTreeMap<String, Entry>,
+    /// Digest of what stands above; older checkpoints have none.
+    #[serde(default)]
+    blake3: Option<String>,
+}
+
+impl Manifest {
+    fn new(step: u64, files: BTreeMap<String, Entry>) -> Self {
+        let blake3 = Some(Self::digest(step, &files));
+        Manifest {
+            step,
+            files,
+            blake3,
+        }
+    }
+
+    fn digest(step: u64, files: &BTreeMap<String, Entry>) -> String {
+        let content = serde_json::json!([step, files]).to_string();
+        blake3::hash(content.as_bytes()).to_hex().to_string()
+    }
+
+    /// Of the file at `path`, which is as it was written, to the byte.
+    fn read(path: &Path) -> Result<Self> {
+        let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+        let found: Manifest =
+            serde_json::from_slice(&bytes).map_err(|e| damaged(path, e.to_string()))?;
+        let Some(digest) = &found.blake3 else {
+            return Ok(found);
+        };
+        let same = *digest == Self::digest(found.step, &found.files);
+        match same && json(path, &found)?.as_bytes() == bytes {
+            true => Ok(found),
+            false => Err(damaged(path, "another digest".into())),
+        }
+    }
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Entry {
     bytes: u64,
     blake3: String,
@@ -113,10 +149,7 @@ fn write(temporary: &Path, snapshot: &Snapshot) -> Result<()> {
     add(MODEL, &|path| arrays::write(path, &snapshot.model, &[]))?;
     add(TRAINER, &|path| arrays::write(path, &snapshot.trainer, &[]))?;
     add(STATE, &|path| write_json(path, &snapshot.state))?;
-    let manifest = Manifest {
-        step: snapshot.step,
-        files,
-    };
+    let manifest = Manifest::new(snapshot.step, files);
     let path = temporary.join(MANIFEST);
     write_json(&path, &manifest)?;
     fault::point();
@@ -210,11 +243,9 @@ impl Checkpoint {
                 "choose a folder step-N that `train` wrote",
             ));
         }
-        let text = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
-        let manifest = serde_json::from_str(&text).map_err(|e| damaged(&file, e.to_string()))?;
         Ok(Checkpoint {
             path: path.to_path_buf(),
-            manifest,
+            manifest: Manifest::read(&file)?,
         })
     }
 

@@ -181,3 +181,25 @@ fn the_same_snapshot_gives_the_same_bytes() {
         assert_eq!(a, b, "{file}");
     }
 }
+
+#[test]
+fn a_manifest_without_a_digest_of_its_own_is_read_as_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = save(dir.path(), &snapshot(3), 1).unwrap().join(MANIFEST);
+    let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert!(manifest.as_object_mut().unwrap().remove("blake3").is_some());
+    fs::write(&path, manifest.to_string()).unwrap();
+    assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 3);
+}
+
+#[test]
+fn another_number_in_the_manifest_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = save(dir.path(), &snapshot(3), 1).unwrap().join(MANIFEST);
+    let text = fs::read_to_string(&path).unwrap();
+    for other in [text.replace("\"step\": 3", "\"step\": 7"), text + " "] {
+        fs::write(&path, other).unwrap();
+        let (found, damaged) = newest(dir.path()).unwrap();
+        assert!(found.is_none() && damaged.len() == 1);
+    }
+}

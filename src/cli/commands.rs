@@ -149,21 +149,29 @@ fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
 
 pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
     let found = open_checkpoint(&args.model)?;
-    let (model, config) = eval::load(&found, !args.without_default_vectors)?;
     say!("model            {}", found.path().display());
     if let Some(folder) = args.task_data.as_ref().filter(|_| !args.tasks.is_empty()) {
-        let options = tasks::Options {
-            tasks: tasks::choose(&args.tasks, folder)?,
-            folder: folder.clone(),
-            limit: args.limit,
-            tokens: config.train.micro_batch * config.model.sequence_length,
-            quiet: false,
-        };
-        let results = tasks::run(&model, &options, args.out.as_deref())?;
-        say!("{}", results.table());
+        return eval_tasks(args, &found, folder);
+    }
+    let measure = |default_vectors: bool| {
+        let (model, config) = eval::load(&found, default_vectors)?;
+        eval::run(&model, config, args.data.as_deref(), args.sequences)
+    };
+    if args.compare_default_vectors {
+        let [without, with] = [measure(false)?, measure(true)?];
+        say!("tokens           {}", with.tokens);
+        say!("                 with default vectors  without  difference");
+        for (name, of) in [
+            ("validation loss", (|r| r.loss) as fn(&eval::Report) -> f64),
+            ("perplexity", eval::Report::perplexity),
+            ("bits per byte", eval::Report::bits_per_byte),
+        ] {
+            let (a, b) = (of(&with), of(&without));
+            say!("{name:<15}  {a:>20.4}  {b:>7.4}  {:>10.4}", a - b);
+        }
         return Ok(());
     }
-    let report = eval::run(&model, config, args.data.as_deref(), args.sequences)?;
+    let report = measure(!args.without_default_vectors)?;
     say!("tokens           {}", report.tokens);
     say!("validation loss  {:.4} nats per token", report.loss);
     say!("perplexity       {:.4}", report.perplexity());
@@ -173,6 +181,30 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
         let tokens = source.tokens;
         say!("  {name}: {loss:.4} nats per token, {bits:.4} bits per byte, {tokens} tokens");
     }
+    Ok(())
+}
+
+/// Benchmark scores.
+fn eval_tasks(args: &EvalArgs, found: &Checkpoint, folder: &Path) -> Result<()> {
+    let benchmarks = tasks::read(&tasks::choose(&args.tasks, folder)?, folder, args.limit)?;
+    let score = |default_vectors: bool, out: Option<&Path>| {
+        let (model, config) = eval::load(found, default_vectors)?;
+        let tokenizer = checkpoint::load_tokenizer(found, &config.data)?;
+        let options = tasks::Options {
+            tokens: config.train.micro_batch * config.model.sequence_length,
+            quiet: false,
+        };
+        tasks::run(&model, &tokenizer, &benchmarks, &options, out)
+    };
+    let out = args.out.as_deref();
+    if args.compare_default_vectors {
+        let other = out.map(|out| out.join("without-default-vectors"));
+        let without = score(false, other.as_deref())?;
+        let with = score(true, out)?;
+        say!("{}", with.compared("with vectors", &without, "without"));
+        return Ok(());
+    }
+    say!("{}", score(!args.without_default_vectors, out)?.table());
     Ok(())
 }
 

@@ -212,6 +212,18 @@ pub struct TrainConfig {
     /// `analysis/step-N` of the run; 0 for none. On the CPU alone.
     #[serde(default)]
     pub analyze_interval: u64,
+    /// Steps between benchmark scores, with one more at the end; 0 for none. On the CPU alone.
+    #[serde(default)]
+    pub tasks_interval: u64,
+    /// The benchmarks: names of `routegrad eval --tasks`, or "all" for those whose documents are there.
+    #[serde(default = "all_tasks")]
+    pub tasks: Vec<String>,
+    /// Folder of their documents, as for `routegrad eval --task-data`.
+    #[serde(default)]
+    pub task_data: String,
+    /// Questions of each benchmark, the first ones; 0 for all.
+    #[serde(default = "tasks_limit")]
+    pub tasks_limit: usize,
     /// Where the model runs: "cpu"; "sim", the kernels on the simulator in bf16; "cuda", the kernels on a GPU.
     #[serde(default)]
     pub device: Device,
@@ -384,6 +396,12 @@ fn gradient_clip() -> f64 {
 }
 fn keep_checkpoints() -> usize {
     2
+}
+fn all_tasks() -> Vec<String> {
+    vec!["all".into()]
+}
+fn tasks_limit() -> usize {
+    200
 }
 fn eval_sequences() -> usize {
     64

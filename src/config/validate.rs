@@ -116,6 +116,20 @@ impl Config {
             "0 on a device other than the cpu: analyze its checkpoints",
             t.analyze_interval,
         )?;
+        if t.tasks_interval > 0 {
+            ensure(
+                t.device == Device::Cpu,
+                "train.tasks_interval",
+                "0 on a device other than the cpu: score its checkpoints with eval --tasks",
+                t.tasks_interval,
+            )?;
+            ensure(
+                !t.task_data.is_empty(),
+                "train.task_data",
+                "the folder of the benchmarks' documents, since train.tasks_interval is not 0",
+                "an empty string",
+            )?;
+        }
         positive("train.keep_checkpoints", t.keep_checkpoints)?;
         ensure(
             t.device == Device::Cpu || t.dtype == Precision::F32,

@@ -189,7 +189,21 @@ impl Corpus {
         counts
     }
 
-    /// The files of the tokenizer that made the tokens, names and contents; none for bytes.
+    /// Fingerprint of the tokenizer that made the tokens.
+    pub fn tokenizer(&self) -> &str {
+        &self.parts[0].tokenizer
+    }
+
+    /// That tokenizer.
+    ///
+    /// # Errors
+    /// When its files cannot be read; in a program without the feature `text`, unless a token is a byte.
+    pub fn load_tokenizer(&self) -> Result<Tokenizer> {
+        let folder = self.folder.as_ref();
+        folder.map_or(Ok(Tokenizer::bytes()), Folder::tokenizer)
+    }
+
+    /// The files of that tokenizer, names and contents; none for bytes.
     ///
     /// # Errors
     /// When they cannot be read.

@@ -135,7 +135,20 @@ impl Tokenizer {
         match &self.kind {
             Kind::Bytes => Ok(text.bytes().map(i32::from).collect()),
             #[cfg(feature = "text")]
-            Kind::File(file) => file.encode(text, self.vocab_size),
+            Kind::File(file) => file.encode(text, self.vocab_size, false),
+        }
+    }
+
+    /// The tokens of a text, with those that the file's own post-processor puts around every text: for benchmarks, whose
+    /// harness asks the tokenizer for no more and no less.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_processed(&self, text: &str) -> Result<Vec<i32>> {
+        match &self.kind {
+            Kind::Bytes => self.encode(text),
+            #[cfg(feature = "text")]
+            Kind::File(file) => file.encode(text, self.vocab_size, true),
         }
     }
 

@@ -55,6 +55,9 @@ fn defaults(model_type: &str) -> Option<Defaults> {
     })
 }
 
+/// No model has more of anything; what is counted so far may be looped over.
+const MOST: usize = 1 << 24;
+
 /// A `config.json` under reading.
 struct Keys<'a>(&'a Value);
 
@@ -80,7 +83,8 @@ impl Keys<'_> {
     fn count(&self, key: &str, default: Option<u64>) -> Result<usize> {
         let n = self.get(key).map_or(default, Value::as_u64);
         n.and_then(|n| usize::try_from(n).ok())
-            .ok_or_else(|| self.wrong(key, "a whole number"))
+            .filter(|n| *n <= MOST)
+            .ok_or_else(|| self.wrong(key, &format!("a whole number up to {MOST}")))
     }
 
     fn number(&self, key: &str, default: f64) -> Result<f64> {

@@ -3,7 +3,7 @@
 use super::keys;
 use super::tensors::Tensors;
 use crate::checkpoint;
-use crate::config::{Config, Layers, ModelFile};
+use crate::config::{Config, Layers, ModelFile, count};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::{Model, Part};
@@ -84,6 +84,19 @@ impl Source {
     /// # Errors
     /// When a tensor is missing, has another shape, or belongs to nothing.
     pub fn model(&self, config: &Config) -> Result<(Model, Vec<Piece>)> {
+        // Before there is memory for it: a damaged config.json may speak of any size.
+        let (expected, found) = (
+            count::total_parameters(&config.model),
+            self.tensors.elements(),
+        );
+        if expected > found {
+            return Err(Error::file(
+                &self.folder,
+                format!("the {expected} parameters of config.json"),
+                format!("tensors of {found} numbers"),
+                "the files do not belong to config.json, or one is missing",
+            ));
+        }
         let mut model = Model::new(config)?;
         let mut pieces = Vec::new();
         for (index, parameter) in model.parameters.iter().enumerate() {

@@ -100,6 +100,12 @@ impl Tensors {
         self.found.contains_key(name)
     }
 
+    /// Numbers in all tensors.
+    pub fn elements(&self) -> u64 {
+        let elements = |f: &Found| f.shape.iter().product::<usize>() as u64;
+        self.found.values().map(elements).sum()
+    }
+
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.found.keys().map(String::as_str)
     }

@@ -10,12 +10,13 @@
 //! the standard error of the mean log-likelihood (the harness draws bootstrap samples instead).
 
 mod documents;
+mod progress;
 mod question;
 mod requests;
 mod results;
 mod run;
+mod table;
 
-pub use documents::read;
 pub use question::{Question, TASKS, Task, choose, find};
 pub use results::{Answer, Results, Score, Value};
-pub use run::{Options, run};
+pub use run::{Benchmark, Options, read, run};

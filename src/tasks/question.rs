@@ -75,11 +75,20 @@ pub const TASKS: &[Task] = &[
 /// The tasks of these names; of `all`, those whose documents are in `folder`.
 ///
 /// # Errors
-/// When a name is unknown.
+/// When a name is unknown, or the folder has no documents at all.
 pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
     if names == ["all"] {
         let there = TASKS.iter().filter(|t| documents::file(folder, t).is_ok());
-        return Ok(there.collect());
+        let there: Vec<_> = there.collect();
+        return match there.is_empty() {
+            false => Ok(there),
+            true => Err(Error::file(
+                folder,
+                "documents of benchmarks, as hellaswag.jsonl or hellaswag.jsonl.zst",
+                "none",
+                "docs/evaluation.md names the files and what is in them",
+            )),
+        };
     }
     names.iter().map(|name| find(name)).collect()
 }
@@ -97,7 +106,7 @@ pub fn find(name: &str) -> Result<&'static Task> {
         Some(near) => format!("did you mean {near}?"),
         None => "give names with commas between them, or all".into(),
     };
-    Err(Error::invalid("--tasks", names.join(", "), name, help))
+    Err(Error::invalid("tasks", names.join(", "), name, help))
 }
 
 impl Task {

@@ -1,6 +1,7 @@
 //! Questions as tokens: what the model reads, and which tokens of it are scored.
 
 use super::question::Question;
+use crate::data::{DOCUMENT_END, Tokenizer};
 use crate::error::Result;
 use crate::ops::spans::Spans;
 
@@ -19,23 +20,48 @@ pub struct Request {
     pub truncated: bool,
 }
 
-/// The tokens of a prompt and an answer. As in the harness spaces at the prompt's end go to the
-/// answer, both are encoded together, and the end is kept.
+/// The tokens of a prompt and an answer. As in the harness spaces at the prompt's end go to the answer, both are encoded
+/// together, the answer is what lies behind as many tokens as the prompt alone has, and the end is kept.
 pub fn request(
     prompt: &str,
     answer: &str,
     longest: usize,
-    encode: &dyn Fn(&str) -> Result<Vec<i32>>,
+    tokenizer: &Tokenizer,
 ) -> Result<Request> {
-    let context = prompt.trim_end();
-    let whole = encode(&format!("{prompt}{answer}"))?;
-    let context = encode(context)?.len().min(whole.len().saturating_sub(1));
+    let (prompt_alone, text) = (trimmed(prompt), format!("{prompt}{answer}"));
+    let mut whole = tokenizer.encode_processed(&text)?;
+    let mut context = match prompt_alone {
+        "" => 0,
+        prompt => tokenizer.encode_processed(prompt)?.len(),
+    };
+    if context == 0 || whole.len() < 2 {
+        // No token stands before the answer.
+        let before = beginning(tokenizer)?;
+        context = before.len();
+        whole = [before, tokenizer.encode(&text)?].concat();
+    }
+    let read = whole.len().saturating_sub(1);
     let from = whole.len().saturating_sub(longest + 1);
+    let scored = context.min(read).max(from + 1).min(whole.len());
     Ok(Request {
-        tokens: whole[from..whole.len() - 1].to_vec(),
-        scored: whole[context.max(from + 1)..].to_vec(),
+        tokens: whole[from..read].to_vec(),
+        scored: whole[scored..].to_vec(),
         truncated: from > 0,
     })
+}
+
+/// A prompt without white space at its end, as Python sees it.
+fn trimmed(prompt: &str) -> &str {
+    prompt.trim_end_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c))
+}
+
+/// What an answer without a prompt stands behind: the token of a text's beginning, or of its end, or the end of the
+/// document before.
+fn beginning(tokenizer: &Tokenizer) -> Result<Vec<i32>> {
+    match tokenizer.bos().or(tokenizer.eos()) {
+        Some(token) => Ok(vec![token]),
+        None => tokenizer.encode(DOCUMENT_END),
+    }
 }
 
 /// Requests of several questions in one pass.
@@ -101,11 +127,11 @@ impl Batch {
 pub fn requests(
     question: &Question,
     longest: usize,
-    encode: &dyn Fn(&str) -> Result<Vec<i32>>,
+    tokenizer: &Tokenizer,
 ) -> Result<Vec<Request>> {
     let answers = question.answers.iter();
     answers
-        .map(|(prompt, answer)| request(prompt, answer, longest, encode))
+        .map(|(prompt, answer)| request(prompt, answer, longest, tokenizer))
         .collect()
 }
 
@@ -113,36 +139,81 @@ pub fn requests(
 mod tests {
     use super::*;
 
-    fn bytes(text: &str) -> Result<Vec<i32>> {
-        Ok(text.bytes().map(i32::from).collect())
-    }
-
     fn ints(text: &str) -> Vec<i32> {
-        bytes(text).unwrap()
+        text.bytes().map(i32::from).collect()
     }
 
     #[test]
     fn a_request_keeps_its_end_and_scores_the_answer() {
-        let r = request("abc", " de", 10, &bytes).unwrap();
+        let r = request("abc", " de", 10, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("abc d"), ints(" de")));
         assert!(!r.truncated);
         // Four tokens are read, five kept.
-        let r = request("abc", " de", 4, &bytes).unwrap();
+        let r = request("abc", " de", 4, &Tokenizer::bytes()).unwrap();
         assert_eq!(
             (r.tokens, r.scored, r.truncated),
             (ints("bc d"), ints(" de"), true)
         );
         // An answer longer than what the model takes is scored by its end.
-        let r = request("abc", " defg", 3, &bytes).unwrap();
+        let r = request("abc", " defg", 3, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("def"), ints("efg")));
+        // Without a prompt an answer stands behind the end of a document.
+        let r = request("", "ab", 9, &Tokenizer::bytes()).unwrap();
+        assert_eq!((r.tokens, r.scored), (ints("\n\n\na"), ints("ab")));
         // The space belongs to the answer.
-        let r = request("ab ", "c", 9, &bytes).unwrap();
+        let r = request("ab ", "c", 9, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("ab "), ints(" c")));
+    }
+
+    /// Of the letters a and b, the pair of them and a space before it; `<s>` stands before every text if `adds` is set.
+    #[cfg(feature = "text")]
+    fn pairs(adds: bool) -> Tokenizer {
+        let post_processor = serde_json::json!({
+            "type": "TemplateProcessing",
+            "single": [{ "SpecialToken": { "id": "<s>", "type_id": 0 } }, { "Sequence": { "id": "A", "type_id": 0 } }],
+            "pair": [{ "Sequence": { "id": "A", "type_id": 0 } }, { "Sequence": { "id": "B", "type_id": 1 } }],
+            "special_tokens": { "<s>": { "id": "<s>", "ids": [5], "tokens": ["<s>"] } },
+        });
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": [{ "id": 5, "content": "<s>", "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true }],
+            "normalizer": null, "pre_tokenizer": null, "decoder": null,
+            "post_processor": if adds { post_processor } else { serde_json::Value::Null },
+            "model": { "type": "BPE", "vocab": { "a": 0, "b": 1, " ": 2, "ab": 3, " ab": 4 },
+                "merges": [["a", "b"], [" ", "ab"]] },
+        });
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokenizer.json");
+        std::fs::write(&path, json.to_string()).unwrap();
+        Tokenizer::open(&path).unwrap()
+    }
+
+    #[cfg(feature = "text")]
+    #[test]
+    fn an_answer_is_what_lies_behind_as_many_tokens_as_the_prompt_alone_has() {
+        let of = |prompt, answer, adds| {
+            let r = request(prompt, answer, 9, &pairs(adds)).unwrap();
+            (r.tokens, r.scored)
+        };
+        assert_eq!(of("b", " ab", false), (vec![1], vec![4]));
+        // The space at the prompt's end goes with the answer into one token.
+        assert_eq!(of("b ", "ab", false), (vec![1], vec![4]));
+        // Where a pair forms over the border, what is behind the prompt's two tokens is scored.
+        assert_eq!(of("ba", "bb", false), (vec![1, 3], vec![1]));
+        // And the last token at least.
+        assert_eq!(of("ba", "b", false), (vec![1], vec![3]));
+        // What the tokenizer puts before a text counts as the prompt's.
+        assert_eq!(of("b", " ab", true), (vec![5, 1], vec![4]));
+        assert_eq!(of("", "ab", true), (vec![5], vec![3]));
+        // A pair of prompt and answer stands behind the beginning of a text.
+        assert_eq!(of("a", "b", false), (vec![5], vec![3]));
     }
 
     #[test]
     fn what_answers_share_is_read_once_and_their_targets_lie_behind_it() {
-        let both = [" one", " only"].map(|a| request("a long prompt:", a, 99, &bytes).unwrap());
+        let both = [" one", " only"]
+            .map(|a| request("a long prompt:", a, 99, &Tokenizer::bytes()).unwrap());
         let mut batch = Batch::default();
         batch.add(&both).unwrap();
         // "a long prompt: on" is the whole of the first, and the second goes on with "l".

@@ -2,6 +2,7 @@
 
 use super::question::{Question, Task};
 use serde::Serialize;
+use std::collections::BTreeMap;
 
 /// What the model made of one question.
 #[derive(Clone, Debug, Serialize)]
@@ -85,18 +86,26 @@ pub struct Score {
     pub baseline: f64,
     /// Share of the questions whose prompt lost its beginning.
     pub truncated: f64,
+    /// Of each question, in order, 1 if the headline counts it as right, else 0.
+    #[serde(skip)]
+    pub right: Vec<f64>,
 }
 
 impl Score {
     /// The scores of at least one answer.
     pub fn of(task: &Task, answers: &[Answer]) -> Self {
-        let share = |right: &dyn Fn(&Answer) -> bool| {
-            let values: Vec<f64> = answers
-                .iter()
-                .map(|a| f64::from(u8::from(right(a))))
-                .collect();
-            Value::of(values.into_iter())
+        let values = |right: &dyn Fn(&Answer) -> bool| -> Vec<f64> {
+            let right = answers.iter().map(|a| u8::from(right(a)));
+            right.map(f64::from).collect()
         };
+        let mean = |values: &[f64]| Value::of(values.iter().copied());
+        let acc = match task.last_word {
+            true => values(&|a| a.likeliest),
+            false => values(&|a| a.chosen == a.gold),
+        };
+        let acc_norm = task
+            .normalized
+            .then(|| values(&|a| a.chosen_normalized == a.gold));
         let perplexity = || {
             let words = Value::of(answers.iter().map(|a| a.log_likelihoods[0]));
             let mean = (-words.mean).exp();
@@ -108,16 +117,12 @@ impl Score {
         Score {
             task: task.name,
             questions: answers.len(),
-            acc: match task.last_word {
-                true => share(&|a| a.likeliest),
-                false => share(&|a| a.chosen == a.gold),
-            },
-            acc_norm: task
-                .normalized
-                .then(|| share(&|a| a.chosen_normalized == a.gold)),
+            acc: mean(&acc),
+            acc_norm: acc_norm.as_deref().map(mean),
             perplexity: task.last_word.then(perplexity),
             baseline: task.baseline,
-            truncated: share(&|a| a.truncated).mean,
+            truncated: mean(&values(&|a| a.truncated)).mean,
+            right: acc_norm.unwrap_or(acc),
         }
     }
 
@@ -130,10 +135,22 @@ impl Score {
     pub fn improvement(&self) -> f64 {
         100.0 * (self.headline() - self.baseline) / self.baseline
     }
+
+    /// The numbers by name, as a run's log has them.
+    pub fn numbers(&self) -> BTreeMap<String, f64> {
+        let named = [
+            ("acc", Some(self.acc.mean)),
+            ("acc_norm", self.acc_norm.map(|v| v.mean)),
+            ("improvement", Some(self.improvement())),
+            ("perplexity", self.perplexity.map(|v| v.mean)),
+        ];
+        let there = named.into_iter().filter_map(|(name, v)| Some((name, v?)));
+        there.map(|(name, v)| (name.to_owned(), v)).collect()
+    }
 }
 
 /// The scores of several tasks.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Results {
     pub scores: Vec<Score>,
     /// Tokens that the model read, and seconds it took.
@@ -144,61 +161,14 @@ pub struct Results {
 }
 
 impl Results {
-    /// A table, two averages as the paper forms them (over all tasks, improvement without LAMBADA),
-    /// and the paper's averages.
-    pub fn table(&self) -> String {
-        let mut lines = vec![format!(
-            "{:<14} {:>9} {:>15} {:>15} {:>9} {:>12} {:>9}",
-            "task", "questions", "acc %", "acc_norm %", "guessing", "improvement", "cut off"
-        )];
-        let percent = |v: &Value| match v.standard_error {
-            Some(error) => format!("{:.2} ± {:.2}", 100.0 * v.mean, 100.0 * error),
-            None => format!("{:.2}", 100.0 * v.mean),
-        };
-        for s in &self.scores {
-            lines.push(format!(
-                "{:<14} {:>9} {:>15} {:>15} {:>9.0} {:>11.1}% {:>8.1}%",
-                s.task,
-                s.questions,
-                percent(&s.acc),
-                s.acc_norm.as_ref().map(percent).unwrap_or_default(),
-                s.baseline,
-                s.improvement(),
-                100.0 * s.truncated
-            ));
-            if let Some(p) = s.perplexity {
-                let error = p
-                    .standard_error
-                    .map(|e| format!(" ± {e:.2}"))
-                    .unwrap_or_default();
-                lines.push(format!("{:<14} perplexity {:.2}{error}", "", p.mean));
-            }
-        }
+    /// The two averages as the paper forms them, in percent: of all scores, and of the improvement without LAMBADA.
+    pub fn averages(&self) -> [f64; 2] {
         let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len().max(1) as f64;
-        let without: Vec<f64> = self
-            .scores
-            .iter()
-            .filter(|s| s.perplexity.is_none())
-            .map(Score::improvement)
-            .collect();
-        lines.push(format!(
-            "average of {} scores {:.2}%; average improvement without LAMBADA {:.1}%",
-            self.scores.len(),
+        let choices = self.scores.iter().filter(|s| s.perplexity.is_none());
+        [
             mean(self.scores.iter().map(Score::headline).collect()),
-            mean(without)
-        ));
-        lines.push(
-            "The paper's averages (1.96b 8c1, 160B tokens, 13 tasks): topk 46.9, default 47.9; improvement 52.3%, 54.9%."
-                .into(),
-        );
-        lines.push(format!(
-            "{} tokens in {:.1} s, {:.0} tokens/s; {:.2} times as many without shared beginnings",
-            self.tokens,
-            self.seconds,
-            self.tokens as f64 / self.seconds,
-            self.unshared_tokens as f64 / self.tokens.max(1) as f64
-        ));
-        lines.join("\n")
+            mean(choices.map(Score::improvement).collect()),
+        ]
     }
 }
 

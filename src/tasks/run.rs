@@ -1,52 +1,64 @@
 //! Tasks put to a model.
 
-use super::documents::read;
+use super::documents;
+use super::progress::Progress;
 use super::question::{Question, Task};
 use super::requests::{Batch, Request, requests};
 use super::results::{Answer, Results, Score};
+use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::{Value, json};
 use std::fs;
-use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
-/// What is asked, and how.
+/// A task with its questions, each with its document's number.
+pub struct Benchmark {
+    pub task: &'static Task,
+    pub questions: Vec<(Value, Question)>,
+}
+
+/// The first `limit` questions (all if 0) of each task, from `folder`.
+///
+/// # Errors
+/// When a file is missing or damaged, or a line is no document of its task.
+pub fn read(tasks: &[&'static Task], folder: &Path, limit: usize) -> Result<Vec<Benchmark>> {
+    let tasks = tasks.iter();
+    tasks
+        .map(|task| {
+            Ok(Benchmark {
+                task,
+                questions: documents::read(folder, task, limit)?,
+            })
+        })
+        .collect()
+}
+
+/// How questions are asked.
 pub struct Options {
-    pub tasks: Vec<&'static Task>,
-    /// Folder of the documents.
-    pub folder: PathBuf,
-    /// Questions of each task; 0 for all.
-    pub limit: usize,
     /// Tokens that go through the model at once.
     pub tokens: usize,
+    /// Whether to show no progress.
     pub quiet: bool,
 }
 
-/// Puts the tasks to a model; into `out`, if given, go `scores.json` and for each task `TASK.jsonl`,
-/// a line for each question.
+/// Puts benchmarks to a model that reads what `tokenizer` makes of text; into `out`, if given, go `scores.json` and for
+/// each task `TASK.jsonl`, a line for each question. The model's state is left as it was.
 ///
 /// # Errors
-/// When documents cannot be read, a token is not the model's, a likelihood is not finite, or a file
-/// cannot be written.
-pub fn run(model: &Model, options: &Options, out: Option<&Path>) -> Result<Results> {
-    // Every file is read before the first pass: a missing one is told at once.
-    let mut questions = Vec::new();
-    for task in &options.tasks {
-        questions.push((*task, read(&options.folder, task, options.limit)?));
-    }
-    let total = questions.iter().map(|(_, q)| q.len()).sum();
-    let progress = progress(total, options.quiet);
-    let mut results = Results {
-        scores: Vec::new(),
-        tokens: 0,
-        seconds: 0.0,
-        unshared_tokens: 0,
-    };
-    for (task, questions) in questions {
-        progress.set_message(task.name);
+/// When a text cannot be encoded, a token is not the model's, a likelihood is not finite, or a file cannot be written.
+pub fn run(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    benchmarks: &[Benchmark],
+    options: &Options,
+    out: Option<&Path>,
+) -> Result<Results> {
+    let mut progress = Progress::new(benchmarks, options.quiet);
+    let mut results = Results::default();
+    for benchmark in benchmarks {
+        let task = benchmark.task;
         let mut pass = Pass {
             model,
             results: &mut results,
@@ -54,13 +66,13 @@ pub fn run(model: &Model, options: &Options, out: Option<&Path>) -> Result<Resul
             waiting: Vec::new(),
             answers: Vec::new(),
         };
-        for (doc_id, question) in questions {
-            let requests = requests(&question, model.config().sequence_length, &bytes)?;
-            pass.ask(doc_id, question, requests)?;
+        for (doc_id, question) in &benchmark.questions {
+            let requests = requests(question, model.config().sequence_length, tokenizer)?;
+            pass.ask(doc_id, question, &requests)?;
             if pass.batch.tokens.len() >= options.tokens {
                 pass.flush()?;
             }
-            progress.inc(1);
+            progress.asked(task, question);
         }
         pass.flush()?;
         let answers = pass.answers;
@@ -72,24 +84,18 @@ pub fn run(model: &Model, options: &Options, out: Option<&Path>) -> Result<Resul
             )?;
         }
         let score = Score::of(task, &answers);
-        if !options.quiet && !progress.is_hidden() {
-            progress.println(line(&score));
-        } else if !options.quiet {
-            // Nothing is lost when nobody reads.
-            let _ = writeln!(std::io::stderr(), "{}", line(&score));
-        }
+        progress.scored(&score);
         results.scores.push(score);
     }
-    progress.finish_and_clear();
+    progress.finish();
+    // Routing statistics of training must not see these tokens.
+    for state in model.layer_states_mut().iter_mut() {
+        state.take_stats();
+    }
     if let Some(out) = out {
         write(&out.join("scores.json"), &format!("{:#}\n", json!(results)))?;
     }
     Ok(results)
-}
-
-/// A token is a byte.
-fn bytes(text: &str) -> Result<Vec<i32>> {
-    Ok(text.bytes().map(i32::from).collect())
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
@@ -98,39 +104,24 @@ fn write(path: &Path, text: &str) -> Result<()> {
     fs::write(path, text).map_err(|e| Error::io("write", path, e))
 }
 
-fn line(score: &Score) -> String {
-    let headline = score.headline();
-    format!(
-        "{:<14} {:>6} questions  {headline:.2}%",
-        score.task, score.questions
-    )
-}
-
-fn progress(questions: usize, quiet: bool) -> ProgressBar {
-    let target = match std::io::stderr().is_terminal() && !quiet {
-        true => ProgressDrawTarget::stderr(),
-        false => ProgressDrawTarget::hidden(),
-    };
-    let bar = ProgressBar::with_draw_target(Some(questions as u64), target);
-    match ProgressStyle::with_template("{bar:12} {pos}/{len} questions  {eta} left  {msg}") {
-        Ok(style) => bar.with_style(style.progress_chars("█▉▊▋▌▍▎▏ ")),
-        Err(_) => bar,
-    }
-}
-
 /// Questions of a task on their way through the model.
 struct Pass<'a> {
     model: &'a Model,
     results: &'a mut Results,
     batch: Batch,
     /// Questions of the batch, with the scored tokens of each answer.
-    waiting: Vec<(Value, Question, Vec<usize>, bool)>,
+    waiting: Vec<(&'a Value, &'a Question, Vec<usize>, bool)>,
     answers: Vec<Answer>,
 }
 
-impl Pass<'_> {
-    fn ask(&mut self, doc_id: Value, question: Question, requests: Vec<Request>) -> Result<()> {
-        self.batch.add(&requests)?;
+impl<'a> Pass<'a> {
+    fn ask(
+        &mut self,
+        doc_id: &'a Value,
+        question: &'a Question,
+        requests: &[Request],
+    ) -> Result<()> {
+        self.batch.add(requests)?;
         let scored = requests.iter().map(|r| r.scored.len()).collect();
         let truncated = requests.iter().any(|r| r.truncated);
         self.waiting.push((doc_id, question, scored, truncated));
@@ -160,7 +151,7 @@ impl Pass<'_> {
                 })
             });
             let sums = sums.collect();
-            let answer = Answer::new(doc_id, &question, sums, likeliest, truncated);
+            let answer = Answer::new(doc_id.clone(), question, sums, likeliest, truncated);
             self.answers.push(answer);
         }
         Ok(())

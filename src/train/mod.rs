@@ -3,6 +3,7 @@
 //! Every step is a pure function of the configuration and the step before it, so that a run that was
 //! interrupted and resumed ends in the same bytes as one that was not.
 
+mod benchmarks;
 mod memory;
 mod progress;
 mod schedule;
@@ -18,12 +19,15 @@ use crate::data::{Corpus, Counts};
 use crate::device::timeline::{self, Timeline};
 use crate::error::{Error, Result};
 use crate::eval::validation_loss;
+use crate::events::Events;
 use crate::files::replace;
 use crate::metrics::{Log, Record};
 use crate::model::Model;
 use crate::plots;
 use crate::routers::LayerStats;
 use crate::step::{StepReport, Trainer};
+use crate::version;
+use benchmarks::Benchmarks;
 use progress::Progress;
 use std::collections::BTreeMap;
 use std::fs;
@@ -91,6 +95,8 @@ struct Run<'a> {
     trainer: Trainer,
     state: TrainerState,
     log: Log,
+    events: Events,
+    benchmarks: Option<Benchmarks>,
     progress: Progress,
 }
 
@@ -113,6 +119,7 @@ impl<'a> Run<'a> {
             None => start(config, data)?,
             Some(saved) => resume(saved, config, data)?,
         };
+        let benchmarks = Benchmarks::read(&state.config.train, &corpus)?;
         fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         write_config(out, &state.config)?;
         // A run that reads tokens can be spoken to where they are not.
@@ -120,6 +127,7 @@ impl<'a> Run<'a> {
             replace(out, name, &content)?;
         }
         let log = Log::open(&out.join(METRICS_FILE), state.step)?;
+        let events = Events::begin(out, state.step, &state.config.to_toml()?)?;
         let progress = Progress::new(state.step, steps, options.quiet);
         for damaged in &found.1 {
             progress.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
@@ -131,6 +139,8 @@ impl<'a> Run<'a> {
             trainer,
             state,
             log,
+            events,
+            benchmarks,
             progress,
         };
         run.introduce();
@@ -211,17 +221,22 @@ impl<'a> Run<'a> {
                 validation = Some(found.loss).filter(|l| l.is_finite());
                 by_source = found.sources;
             }
+            let score = train.tasks_interval > 0 && (last || step % train.tasks_interval == 0);
             let mut record = self.record(&report, rate, seconds, validation.filter(|_| evaluate));
+            if let Some(benchmarks) = self.benchmarks.as_ref().filter(|_| score) {
+                record.tasks = benchmarks.score(&self.model, &self.state, &self.progress)?;
+            }
             let finite = by_source.drain(..).filter(|(_, r)| r.loss.is_finite());
             record.validation_by_source = finite.map(|(name, r)| (name, r.loss)).collect();
             self.log.append(&record)?;
+            self.events.record(&record)?;
             self.progress.step(&record, train.steps);
             self.check_finite(&report)?;
             // Pictures come first: where there is a checkpoint, they are those of its step. One that
             // cannot be written must not cost the checkpoint.
             let analyze =
                 train.analyze_interval > 0 && (last || step % train.analyze_interval == 0);
-            let shown = self.show(evaluate, analyze);
+            let shown = self.show(evaluate || score, analyze);
             if last || step % train.checkpoint_interval == 0 {
                 self.save()?;
             }
@@ -291,6 +306,7 @@ impl<'a> Run<'a> {
             sparsity: sparsity(&report.layers),
             router_state: self.router_state(),
             validation_loss,
+            tasks: BTreeMap::new(),
             validation_by_source: BTreeMap::new(),
             seconds,
             tokens_per_second: per_step as f64 / seconds,
@@ -338,6 +354,7 @@ impl<'a> Run<'a> {
         }
         // The checkpoint counts on the log up to its step.
         self.log.sync()?;
+        self.events.sync()?;
         let snapshot = checkpoint::snapshot(&self.model, &self.trainer, &self.state)?;
         let folder = self.options.out.join(CHECKPOINTS);
         checkpoint::save(&folder, &snapshot, self.state.config.train.keep_checkpoints)?;
@@ -464,13 +481,13 @@ pub(crate) fn refuse_existing(out: &Path) -> Result<()> {
     ))
 }
 
-/// Replaces the run's configuration, whole or not at all.
+/// Replaces the run's configuration, whole or not at all; its first line says which program ran.
 ///
 /// # Errors
 /// When the disk refuses.
 pub(crate) fn write_config(out: &Path, config: &Config) -> Result<()> {
     let temporary = out.join("config.toml.unfinished");
-    let text = config.to_toml()?;
+    let text = format!("# {}\n{}", version::program(), config.to_toml()?);
     fs::write(&temporary, text).map_err(|e| Error::io("write", &temporary, e))?;
     fs::rename(&temporary, out.join(CONFIG_FILE)).map_err(|e| Error::io("rename", &temporary, e))
 }

@@ -101,7 +101,7 @@ impl File {
         &self.json
     }
 
-    pub fn encode(&self, text: &str, vocab_size: usize) -> Result<Vec<i32>> {
+    pub fn encode(&self, text: &str, vocab_size: usize, processed: bool) -> Result<Vec<i32>> {
         let bad = |got: String| {
             Error::invalid(
                 "tokenizer",
@@ -110,7 +110,7 @@ impl File {
                 "check the tokenizer and the text",
             )
         };
-        let encoding = no_panic(|| self.inner.encode_fast(text, false))
+        let encoding = no_panic(|| self.inner.encode_fast(text, processed))
             .and_then(|encoded| encoded.map_err(|e| e.to_string()))
             .map_err(bad)?;
         let tokens = encoding.get_ids().iter().map(|id| {

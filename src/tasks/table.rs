@@ -1,0 +1,195 @@
+//! Scores as tables.
+
+use super::results::{Results, Value};
+
+/// What the paper prints of 1.96b 8c1 after 160 billion tokens (2504.12463): averages of 13 tasks, and of 12 the
+/// improvement.
+const PAPER: [(&str, f64, f64); 2] = [("paper, topk", 46.9, 52.3), ("paper, default", 47.9, 54.9)];
+
+/// `mean ± standard error`, in percent.
+fn percent(v: &Value) -> String {
+    match v.standard_error {
+        Some(error) => format!("{:.2} ± {:.2}", 100.0 * v.mean, 100.0 * error),
+        None => format!("{:.2}", 100.0 * v.mean),
+    }
+}
+
+impl Results {
+    /// Every score, then the averages beside the paper's.
+    pub fn table(&self) -> String {
+        let mut lines = vec![format!(
+            "{:<14} {:>9} {:>15} {:>15} {:>9} {:>12} {:>9}",
+            "task", "questions", "acc %", "acc_norm %", "guessing", "improvement", "cut off"
+        )];
+        for s in &self.scores {
+            lines.push(format!(
+                "{:<14} {:>9} {:>15} {:>15} {:>9.0} {:>11.1}% {:>8.1}%",
+                s.task,
+                s.questions,
+                percent(&s.acc),
+                s.acc_norm.as_ref().map(percent).unwrap_or_default(),
+                s.baseline,
+                s.improvement(),
+                100.0 * s.truncated
+            ));
+            if let Some(p) = s.perplexity {
+                let error = p
+                    .standard_error
+                    .map(|e| format!(" ± {e:.2}"))
+                    .unwrap_or_default();
+                lines.push(format!("{:<14} perplexity {:.2}{error}", "", p.mean));
+            }
+        }
+        lines.push(String::new());
+        lines.push(self.beside_the_paper());
+        lines.push(self.speed());
+        lines.join("\n")
+    }
+
+    fn beside_the_paper(&self) -> String {
+        let [score, improvement] = self.averages();
+        let row = |name: &str, score: f64, improvement: f64, of: &str| {
+            format!("{name:<14} {score:>15.1}% {improvement:>24.1}%  {of}")
+        };
+        let mut lines = vec![format!(
+            "{:<14} {:>16} {:>25}",
+            "average", "of scores", "improvement, no LAMBADA"
+        )];
+        let tasks = match self.scores.len() {
+            1 => "1 task".to_owned(),
+            n => format!("{n} tasks"),
+        };
+        lines.push(row("this model", score, improvement, &tasks));
+        let of = "13 tasks; 1.96b 8c1, 160B tokens";
+        lines.extend(PAPER.map(|(name, score, improvement)| row(name, score, improvement, of)));
+        lines.join("\n")
+    }
+
+    fn speed(&self) -> String {
+        format!(
+            "{} tokens in {:.1} s, {:.0} tokens/s; {:.2} times as many without shared beginnings",
+            self.tokens,
+            self.seconds,
+            self.tokens as f64 / self.seconds,
+            self.unshared_tokens as f64 / self.tokens.max(1) as f64
+        )
+    }
+
+    /// The averages in a line.
+    pub fn summary(&self) -> String {
+        let [score, improvement] = self.averages();
+        let (tasks, seconds) = (self.scores.len(), self.seconds);
+        format!(
+            "average of {tasks} benchmarks {score:.1}%, improvement {improvement:.1}%, in {seconds:.1} s"
+        )
+    }
+
+    /// These scores beside those of the same questions in `other`, with the mean difference and its standard error over
+    /// the questions.
+    pub fn compared(&self, name: &str, other: &Results, other_name: &str) -> String {
+        let mut lines = vec![format!(
+            "{:<14} {:>9} {:>18} {:>18} {:>16} {:>25}",
+            "task",
+            "questions",
+            format!("{name} %"),
+            format!("{other_name} %"),
+            "difference",
+            "improvement %"
+        )];
+        for (a, b) in self.scores.iter().zip(&other.scores) {
+            let of = |right: &[f64]| percent(&Value::of(right.iter().copied()));
+            let pairs: Vec<f64> = a.right.iter().zip(&b.right).map(|(a, b)| a - b).collect();
+            lines.push(format!(
+                "{:<14} {:>9} {:>18} {:>18} {:>16} {:>25}",
+                a.task,
+                a.questions,
+                of(&a.right),
+                of(&b.right),
+                of(&pairs),
+                format!("{:.1}, {:.1}", a.improvement(), b.improvement())
+            ));
+            if let (Some(p), Some(q)) = (a.perplexity, b.perplexity) {
+                lines.push(format!(
+                    "{:<14} {:>9} {:>18.2} {:>18.2} {:>16.2}",
+                    "",
+                    "perplexity",
+                    p.mean,
+                    q.mean,
+                    p.mean - q.mean
+                ));
+            }
+        }
+        let ([score, improvement], [other_score, other_improvement]) =
+            (self.averages(), other.averages());
+        lines.push(format!(
+            "{:<14} {:>9} {score:>18.2} {other_score:>18.2} {:>16.2} {:>25}",
+            "average",
+            "",
+            score - other_score,
+            format!("{improvement:.1}, {other_improvement:.1}")
+        ));
+        lines.push(String::new());
+        lines.push(self.beside_the_paper());
+        lines.push(self.speed());
+        lines.join("\n")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::question::{Question, find};
+    use super::super::results::{Answer, Score};
+    use super::*;
+
+    /// Scores of four questions of two answers, right where `right` says.
+    fn results(right: [bool; 4]) -> Results {
+        let question = Question {
+            answers: vec![(String::new(), " a".into()), (String::new(), " b".into())],
+            lengths: vec![1, 1],
+            gold: 1,
+        };
+        let likelihoods = |right| {
+            if right {
+                vec![-2.0, -1.0]
+            } else {
+                vec![-1.0, -2.0]
+            }
+        };
+        let answers = right.map(|r| Answer::new(0.into(), &question, likelihoods(r), false, false));
+        Results {
+            scores: vec![Score::of(find("piqa").unwrap(), &answers)],
+            ..Results::default()
+        }
+    }
+
+    #[test]
+    fn the_difference_of_two_models_is_that_of_each_question() {
+        let (a, b) = (
+            results([true, true, true, false]),
+            results([true, true, false, true]),
+        );
+        let table = a.compared("with", &b, "without");
+        let line = table.lines().find(|l| l.starts_with("piqa")).unwrap();
+        // Equal means; of the differences 0, 0, 1, −1 the standard error is √(2/3/4).
+        assert!(
+            line.contains("75.00 ± 25.00") && line.contains("0.00 ± 40.82"),
+            "{table}"
+        );
+        assert!(line.contains("50.0, 50.0"), "{table}");
+    }
+
+    #[test]
+    fn the_papers_averages_stand_beside_ours() {
+        let table = results([true; 4]).table();
+        let line = |start: &str| {
+            table
+                .lines()
+                .find(|l| l.starts_with(start))
+                .unwrap()
+                .to_owned()
+        };
+        // From guessing's 50% to 100%.
+        assert!(line("this model").contains("100.0%") && line("this model").contains("1 task"));
+        assert!(line("paper, topk").contains("46.9%") && line("paper, default").contains("54.9%"));
+    }
+}
