@@ -5,10 +5,13 @@
 pub mod error;
 
 pub mod dtype;
+pub mod machine;
 pub mod random;
+pub mod records;
 pub mod shape;
 
 pub mod device;
+pub mod measure;
 
 pub mod cpu;
 pub mod dist;
@@ -47,6 +50,8 @@ pub mod train;
 pub mod ablate;
 pub mod exchange;
 pub mod plan;
+
+pub mod bench;
 
 pub mod hardware;
 

@@ -145,6 +145,17 @@ impl Gpu {
         })
     }
 
+    /// Copies all of one block to the beginning of another, on the stream.
+    ///
+    /// # Errors
+    /// When it does not fit, or the driver refuses.
+    pub fn copy(&self, to: &mut DeviceMemory, from: &DeviceMemory) -> Result<()> {
+        let (to, from, bytes) = (to.place(0, from.bytes)?, from.address, from.bytes);
+        // SAFETY: both ranges lie inside their blocks.
+        unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream.cu_stream()) }
+            .map_err(|e| error("copy on the GPU", e))
+    }
+
     /// A point in time on the stream: after every launch so far.
     ///
     /// # Errors

@@ -1,0 +1,284 @@
+//! One run of the benchmark: what its records share, and how they are printed.
+
+use super::case::{Case, Group, Work};
+use super::ceilings::{self, Ceilings};
+use super::page::CEILINGS;
+use super::record::{Measured, OURS, Record, Records};
+use super::timed::{self, Place, Timed};
+use super::{Options, estimate, groups};
+use crate::check::kernels::Simulator;
+use crate::device::Device;
+use crate::error::Result;
+use crate::machine;
+use crate::measure::{Timing, Wall};
+use crate::records::now;
+use serde_json::{Value, json};
+use std::time::Instant;
+
+/// What every record of a run on a device shares, as a record has it.
+pub fn head(device: Device) -> Value {
+    json!({
+        "machine": machine_name(device), "device": device, "run": run_name(), "commit": machine::commit(),
+        "system": machine::system(), "driver": driver(device),
+    })
+}
+
+/// Told by a script that measures with several programs, so that their records say that they belong together.
+fn run_name() -> String {
+    std::env::var("ROUTEGRAD_RUN").unwrap_or_else(|_| now())
+}
+
+fn machine_name(device: Device) -> String {
+    #[cfg(feature = "cuda")]
+    if device == Device::Cuda
+        && let Some(gpu) = crate::device::cuda::opened()
+    {
+        return gpu.name.clone();
+    }
+    let _ = device;
+    machine::processor()
+}
+
+fn driver(device: Device) -> String {
+    match device {
+        Device::Cuda => machine::driver(),
+        _ => String::new(),
+    }
+}
+
+/// A run under way.
+pub struct Session<'a> {
+    options: &'a Options,
+    records: Records,
+    run: String,
+    commit: String,
+    start: Instant,
+    left_out: usize,
+    /// Of this run.
+    pub measured: Vec<Record>,
+}
+
+impl<'a> Session<'a> {
+    /// # Errors
+    /// When the records so far cannot be read.
+    pub fn new(options: &'a Options) -> Result<Self> {
+        Ok(Self {
+            options,
+            records: Records::open(&options.out)?,
+            run: run_name(),
+            commit: machine::commit(),
+            start: Instant::now(),
+            left_out: 0,
+            measured: Vec::new(),
+        })
+    }
+
+    /// Every wanted group of a device, within the budget. Records are written group by group.
+    ///
+    /// # Errors
+    /// When a group fails, or a record cannot be written.
+    pub fn measure(&mut self, device: Device) -> Result<()> {
+        device.prepare()?;
+        let groups = groups(self.options, device)?;
+        if groups.is_empty() {
+            return Ok(());
+        }
+        let ceilings = self.ceilings(device)?;
+        println!(
+            "{:48} {:>10} {:>8} {:>6} {:>8} {:>6} {:>6}  times as fast as",
+            "case", "µs", "TFLOP/s", "TB/s", "of floor", "spread", "repeat"
+        );
+        for group in &groups {
+            let left = self.options.budget - self.start.elapsed().as_secs_f64();
+            if estimate(group, device)? > left {
+                self.left_out += 1; // a shorter one may still fit
+                continue;
+            }
+            self.group(group, device, ceilings.as_ref())?;
+        }
+        Ok(())
+    }
+
+    fn ceilings(&mut self, device: Device) -> Result<Option<Ceilings>> {
+        let found = match device {
+            Device::Cpu => Some(ceilings::of_cpu()?),
+            Device::Sim => None,
+            #[cfg(feature = "cuda")]
+            Device::Cuda => Some(ceilings::of_gpu(crate::device::cuda::gpu()?)?),
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda => None,
+        };
+        let name = machine_name(device);
+        match &found {
+            Some(c) => println!(
+                "\n{device}, {name}: {:.4} TFLOP/s, {:.4} TB/s ({})",
+                c.flops / 1e12,
+                c.bytes / 1e12,
+                c.of
+            ),
+            None => println!("\n{device}, {name}: no floors, since nothing here is a GPU's time"),
+        }
+        if let Some(c) = &found {
+            let case = Case {
+                name: CEILINGS.into(),
+                family: CEILINGS,
+                flops: c.flops,
+                costs: Vec::new(),
+            };
+            let record = Record {
+                bytes: c.bytes,
+                detail: c.of.clone(),
+                ..self.record(&case, device, None)
+            };
+            self.keep(record);
+        }
+        Ok(found)
+    }
+
+    fn group(&mut self, group: &Group, device: Device, ceilings: Option<&Ceilings>) -> Result<()> {
+        let options = self.options;
+        let wanted = |case: &Case| options.wants(case);
+        let before = state(device);
+        let all = match (&group.work, device) {
+            (Work::Operation(_) | Work::Step(_), _) => timed::on_host(group, device, &wanted)?,
+            #[cfg(feature = "cuda")]
+            (_, Device::Cuda) => {
+                let gpu = crate::device::cuda::gpu()?;
+                let place = Place {
+                    machine: gpu,
+                    clock: &crate::measure::Events(gpu),
+                    cache: gpu.cache_bytes()?,
+                    gpu: Some(gpu),
+                };
+                timed::kernels(&place, group, &wanted)?
+            }
+            _ => {
+                let place = Place {
+                    machine: &Simulator::new()?,
+                    clock: &Wall,
+                    cache: 0,
+                    #[cfg(feature = "cuda")]
+                    gpu: None,
+                };
+                timed::kernels(&place, group, &wanted)?
+            }
+        };
+        let after = state(device);
+        for timed in all {
+            let mut ours = self.record(&timed.case, device, ceilings);
+            ours.timing = Some(measured(&timed.ours, &timed, true));
+            (ours.before, ours.after) = (before.clone(), after.clone());
+            let mut ratios = Vec::new();
+            let peers = timed.peers.iter().map(|(name, result)| {
+                let mut theirs = Record {
+                    implementation: (*name).into(),
+                    version: String::new(),
+                    ..ours.clone()
+                };
+                match result {
+                    Ok(timing) => {
+                        theirs.timing =
+                            Some(measured(timing, &timed, *name == super::peers::CUBLAS));
+                        ratios.push(format!(
+                            "{name} {:.3}",
+                            timing.seconds() / timed.ours.seconds()
+                        ));
+                    }
+                    Err(why) => {
+                        theirs.timing = None;
+                        theirs.detail = why.clone();
+                        ratios.push(format!("{name}: {why}"));
+                    }
+                }
+                theirs
+            });
+            let peers: Vec<Record> = peers.collect();
+            print(&ours, &ratios.join(", "));
+            self.keep(ours);
+            peers.into_iter().for_each(|peer| self.keep(peer));
+        }
+        self.records.save(&machine_name(device))
+    }
+
+    fn record(&self, case: &Case, device: Device, ceilings: Option<&Ceilings>) -> Record {
+        Record {
+            machine: machine_name(device),
+            device: device.to_string(),
+            case: case.name.clone(),
+            family: case.family.into(),
+            implementation: OURS.into(),
+            version: self.commit.clone(),
+            run: self.run.clone(),
+            date: now(),
+            flops: case.flops,
+            bytes: case.bytes(),
+            timing: None,
+            floor_seconds: ceilings.map(|c| case.floor(c.flops, c.bytes)),
+            detail: String::new(),
+            system: machine::system(),
+            driver: driver(device),
+            before: Value::Null,
+            after: Value::Null,
+        }
+    }
+
+    fn keep(&mut self, record: Record) {
+        self.records.insert(record.clone());
+        self.measured.push(record);
+    }
+
+    /// The last line.
+    pub fn end(&self) {
+        let ran = self.measured.iter().filter(|r| r.timing.is_some()).count();
+        let (seconds, out) = (
+            self.start.elapsed().as_secs_f64(),
+            self.options.out.display(),
+        );
+        println!("{ran} timings in {seconds:.0} s; records: {out}");
+        if self.left_out > 0 {
+            println!(
+                "{} groups were left for want of time: give a larger --budget",
+                self.left_out
+            );
+        }
+    }
+}
+
+/// nvidia-smi's words on a GPU.
+fn state(device: Device) -> Value {
+    match device {
+        Device::Cuda => machine::state(),
+        _ => Value::Null,
+    }
+}
+
+fn measured(timing: &Timing, timed: &Timed, replayed: bool) -> Measured {
+    Measured {
+        seconds: timing.seconds(),
+        passes: timing.passes.iter().map(|p| p.0).collect(),
+        spread: timing.passes.iter().map(|p| p.1).collect(),
+        samples: timing.plan.samples,
+        launches: timing.plan.launches,
+        sets: timed.sets,
+        graph: timed.graph && replayed,
+    }
+}
+
+fn print(record: &Record, ratios: &str) {
+    let Some(timing) = &record.timing else {
+        return;
+    };
+    let number =
+        |x: Option<f64>, digits: usize| x.map_or("–".into(), |x| format!("{x:.digits$}"));
+    let spread = timing.spread.iter().copied().fold(0.0, f64::max);
+    println!(
+        "{:48} {:>10.1} {:>8} {:>6} {:>8} {:>6.3} {:>6.3}  {ratios}",
+        record.case,
+        1e6 * timing.seconds,
+        number(record.tflops(), 4),
+        number(record.terabytes(), 3),
+        number(record.share_of_floor(), 3),
+        spread,
+        timing.repeat_ratio(),
+    );
+}

@@ -1,0 +1,261 @@
+//! Times a group where it can run: kernels on a machine, operations and steps on the host's clock.
+
+use super::case::{Case, Group, Step, Work};
+use super::kernels::{self, Kernels};
+use super::steps::Training;
+use crate::check::kernels::{Machine, Run};
+use crate::device::Device;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::measure::{Clock, Plan, Side, Timing, Wall, in_turn, interleaved};
+use half::bf16;
+
+/// Where kernels are timed.
+pub struct Place<'a> {
+    pub machine: &'a dyn Machine,
+    pub clock: &'a dyn Clock,
+    /// Bytes of the cache past which inputs are rotated; 0: one set of inputs.
+    pub cache: usize,
+    #[cfg(feature = "cuda")]
+    pub gpu: Option<&'a crate::device::cuda::Gpu>,
+}
+
+impl Place<'_> {
+    /// A side that launches, from graphs where the machine has them.
+    fn side<'a>(
+        &'a self,
+        sets: usize,
+        launch: impl Fn(usize) -> Result<()> + 'a,
+    ) -> (Side<'a>, bool) {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.gpu {
+            return (crate::measure::replayed(gpu, sets, launch), true);
+        }
+        (in_turn(sets, launch), false)
+    }
+}
+
+/// Seconds that each side of a case may take.
+pub const SIDE_SECONDS: f64 = 0.3;
+/// Bytes that the sets of a group may fill together.
+const MOST_BYTES: f64 = 40e9;
+/// Bytes of an output that are looked at for numbers that no kernel wrote.
+const LOOKED_AT: usize = 64 << 20;
+
+/// How one case went: ours, then each peer with its timing or the reason why there is none.
+pub struct Timed {
+    pub case: Case,
+    pub ours: Timing,
+    pub sets: usize,
+    pub graph: bool,
+    pub peers: Vec<(&'static str, Result<Timing, String>)>,
+}
+
+/// Times every case of a group of kernels that `wanted` takes.
+///
+/// # Errors
+/// When there is no room, a launch fails, or an output holds what no kernel wrote.
+pub fn kernels(place: &Place, group: &Group, wanted: &dyn Fn(&Case) -> bool) -> Result<Vec<Timed>> {
+    let Some(kernels) = kernels::build(place.machine, group)? else {
+        return Ok(Vec::new());
+    };
+    let cases = group.cases()?;
+    let sets = sets(place, &kernels, &cases);
+    let mut runs = (0..sets)
+        .map(|_| Run::new(place.machine, &kernels.whole))
+        .collect::<Result<Vec<_>>>()?;
+    for run in &mut runs {
+        run.launch()?;
+    }
+    look_at(&runs[0], &kernels)?;
+    let mut timed = Vec::new();
+    for (case, part) in cases.into_iter().zip(&kernels.parts) {
+        if !wanted(&case) {
+            continue;
+        }
+        let launch = |set: usize| runs[set].launch_as(part);
+        let (side, graph) = place.side(sets, launch);
+        let mut sides = vec![side];
+        let peers = peers(place, group, &runs, &mut sides)?;
+        let (ours, others) = timings(place.clock, sides)?;
+        let mut others = others.into_iter();
+        let told = |(name, ran): (&'static str, Result<(), String>)| {
+            (
+                name,
+                ran.map(|()| others.next().expect("one timing a side")),
+            )
+        };
+        let peers = peers.into_iter().map(told).collect();
+        timed.push(Timed {
+            case,
+            ours,
+            sets,
+            graph,
+            peers,
+        });
+    }
+    Ok(timed)
+}
+
+/// Enough sets of buffers that one is out of the cache when its turn comes again, as far as there is room.
+fn sets(place: &Place, kernels: &Kernels, cases: &[Case]) -> usize {
+    if place.cache == 0 {
+        return 1;
+    }
+    let least = cases.iter().map(Case::bytes).fold(f64::INFINITY, f64::min);
+    let wanted = (2.0 * place.cache as f64 / least).ceil() + 1.0;
+    let room = MOST_BYTES / kernels.whole.bytes() as f64;
+    wanted.min(room).clamp(2.0, 12.0) as usize
+}
+
+/// Buffers start as NaN: one that is left shows a kernel that did not do its work.
+fn look_at(run: &Run, kernels: &Kernels) -> Result<()> {
+    for (place, name, dtype) in &kernels.outputs {
+        let bytes = run.content(*place, LOOKED_AT)?;
+        let numbers = numbers(&bytes, *dtype);
+        if let Some(at) = numbers.iter().position(|x| x.is_nan()) {
+            return Err(Error::NonFinite {
+                what: format!("{name}[{at}] of {}", kernels.whole.label),
+                help: "a kernel did not write it: run hardware-check".into(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// What an output's bytes hold.
+pub fn numbers(bytes: &[u8], dtype: DType) -> Vec<f32> {
+    match dtype {
+        DType::Bf16 => {
+            let all: Vec<bf16> = crate::check::kernels::values(bytes);
+            all.into_iter().map(bf16::to_f32).collect()
+        }
+        _ => crate::check::kernels::values(bytes),
+    }
+}
+
+/// One untimed launch each, a plan from how long the slowest takes, then all of them in turn: ours and the others.
+fn timings(clock: &dyn Clock, mut sides: Vec<Side>) -> Result<(Timing, Vec<Timing>)> {
+    let mut slowest = 0f64;
+    for side in &mut sides {
+        side(1)?;
+        slowest = slowest.max(clock.seconds(&mut || side(1))?);
+    }
+    let plan = Plan::within(SIDE_SECONDS, slowest);
+    let mut all = interleaved(clock, &mut sides, plan)?;
+    let ours = all.remove(0);
+    Ok((ours, all))
+}
+
+/// Adds the sides of the libraries that do the same in this process; each with the reason where it cannot.
+#[cfg(feature = "cuda")]
+fn peers<'a>(
+    place: &Place<'a>,
+    group: &'a Group,
+    runs: &'a [Run<'a>],
+    sides: &mut Vec<Side<'a>>,
+) -> Result<Vec<(&'static str, Result<(), String>)>> {
+    use super::cublas::{Cublas, Matmul};
+    use super::cublas_grouped::Grouped;
+    let (Work::Gemm { product, shape }, Some(gpu)) = (&group.work, place.gpu) else {
+        return Ok(Vec::new());
+    };
+    let mut peers = Vec::new();
+    let batched =
+        Cublas::open(gpu).and_then(|cublas| Ok((Matmul::new(&cublas, *product, shape)?, cublas)));
+    peers.push((
+        super::peers::CUBLAS,
+        batched.map(|(matmul, cublas)| {
+            let launch = move |set: usize| {
+                let _workspace = &cublas;
+                matmul.launch(gpu, &runs[set].pointers())
+            };
+            sides.push(crate::measure::replayed(gpu, runs.len(), launch));
+        }),
+    ));
+    if shape.counts.len() > 1 {
+        let pointers: Vec<_> = runs.iter().map(Run::pointers).collect();
+        let grouped = Grouped::new(gpu, *product, shape, &pointers);
+        peers.push((
+            super::peers::CUBLAS_GROUPED,
+            grouped.map(|grouped| {
+                // It copies its sizes to the GPU at every launch, which no graph takes.
+                sides.push(in_turn(runs.len(), move |set| grouped.launch(gpu, set)));
+            }),
+        ));
+    }
+    Ok(peers)
+}
+
+/// As with the feature: there is no library to compare with.
+#[cfg(not(feature = "cuda"))]
+fn peers<'a>(
+    _place: &Place<'a>,
+    _group: &'a Group,
+    _runs: &'a [Run<'a>],
+    _sides: &mut Vec<Side<'a>>,
+) -> Result<Vec<(&'static str, Result<(), String>)>> {
+    Ok(Vec::new())
+}
+
+/// Times an operation of the CPU, or steps on a device with the routers in turn.
+///
+/// # Errors
+/// Those of the operations.
+pub fn on_host(
+    group: &Group,
+    device: Device,
+    wanted: &dyn Fn(&Case) -> bool,
+) -> Result<Vec<Timed>> {
+    let mut cases = group.cases()?;
+    let mut sides: Vec<Side> = Vec::new();
+    match &group.work {
+        Work::Operation(operation) if wanted(&cases[0]) => {
+            let mut running = operation.build(&group.name)?;
+            sides.push(in_turn(1, move |_| running.run().map(drop)));
+        }
+        Work::Step(step) => {
+            let each = step.routers.iter().zip(&cases);
+            for (router, _) in each.filter(|(_, case)| wanted(case)) {
+                sides.push(step_side(step, router, device)?);
+            }
+        }
+        _ => {}
+    }
+    cases.retain(wanted);
+    if sides.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (first, others) = timings(&Wall, sides)?;
+    let timed = |(case, ours)| Timed {
+        case,
+        ours,
+        sets: 1,
+        graph: false,
+        peers: Vec::new(),
+    };
+    let all = std::iter::once(first).chain(others);
+    Ok(cases.into_iter().zip(all).map(timed).collect())
+}
+
+fn step_side(step: &Step, router: &str, device: Device) -> Result<Side<'static>> {
+    let mut training = Training::new(step, router, device)?;
+    Ok(in_turn(1, move |_| {
+        training.step()?;
+        finish(device)
+    }))
+}
+
+/// A step leaves launches behind that the host's clock must wait for.
+#[cfg(feature = "cuda")]
+fn finish(device: Device) -> Result<()> {
+    match device {
+        Device::Cuda => crate::device::cuda::gpu()?.finish(),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn finish(_device: Device) -> Result<()> {
+    Ok(())
+}
