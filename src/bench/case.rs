@@ -191,8 +191,11 @@ impl Group {
     }
 
     /// The sizes, for implementations in other languages.
-    pub fn sizes(&self) -> Value {
-        match &self.work {
+    ///
+    /// # Errors
+    /// When a preset is not known.
+    pub fn sizes(&self) -> Result<Value> {
+        Ok(match &self.work {
             Work::Gemm { product, shape } => {
                 json!({"work": "gemm", "product": product.launcher(), "counts": shape.counts, "n": shape.n, "k": shape.k})
             }
@@ -208,10 +211,8 @@ impl Group {
                 json!({"work": "attention", "sequences": s.sequences, "sequence": s.sequence, "heads": s.heads, "width": s.width})
             }
             Work::Operation(operation) => operation.sizes(),
-            Work::Step(s) => {
-                json!({"work": "step", "preset": s.preset, "experts": s.experts, "routers": s.routers, "sequences": s.sequences})
-            }
-        }
+            Work::Step(step) => super::steps::sizes(step)?,
+        })
     }
 }
 

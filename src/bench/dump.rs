@@ -49,7 +49,7 @@ pub fn dump(options: &Options, file: &Path) -> Result<usize> {
                 };
                 let run = Run::new(&machine, &kernels.whole)?;
                 run.launch()?;
-                let work = group.sizes();
+                let work = group.sizes()?;
                 let work = work["work"].as_str().unwrap_or_default();
                 for (place, output, dtype) in &kernels.outputs {
                     let bytes = run.content(*place, usize::MAX)?;

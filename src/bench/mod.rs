@@ -192,7 +192,7 @@ pub fn list_json(options: &Options) -> Result<String> {
                 serde_json::json!({"case": c.name, "family": c.family, "flops": c.flops, "bytes": c.bytes()})
             });
             let cases: Vec<_> = cases.collect();
-            let sizes = group.sizes();
+            let sizes = group.sizes()?;
             lines.push(serde_json::json!({"group": group.name, "device": device, "sizes": sizes, "cases": cases}));
         }
     }

@@ -85,7 +85,7 @@ impl<'a> Session<'a> {
         }
         let ceilings = self.ceilings(device)?;
         println!(
-            "{:48} {:>10} {:>8} {:>6} {:>8} {:>6} {:>6}  times as fast as",
+            "{:48} {:>10} {:>8} {:>8} {:>8} {:>6} {:>6}  times as fast as",
             "case", "µs", "TFLOP/s", "TB/s", "of floor", "spread", "repeat"
         );
         for group in &groups {
@@ -268,16 +268,21 @@ fn print(record: &Record, ratios: &str) {
     let Some(timing) = &record.timing else {
         return;
     };
-    let number =
-        |x: Option<f64>, digits: usize| x.map_or("–".into(), |x| format!("{x:.digits$}"));
+    // Three digits that tell something, on a GPU and on a CPU.
+    let number = |x: Option<f64>| match x {
+        Some(x) if x >= 99.95 => format!("{x:.0}"),
+        Some(x) if x >= 0.1 => format!("{x:.3}"),
+        Some(x) => format!("{x:.5}"),
+        None => "–".into(),
+    };
     let spread = timing.spread.iter().copied().fold(0.0, f64::max);
     println!(
-        "{:48} {:>10.1} {:>8} {:>6} {:>8} {:>6.3} {:>6.3}  {ratios}",
+        "{:48} {:>10.1} {:>8} {:>8} {:>8} {:>6.3} {:>6.3}  {ratios}",
         record.case,
         1e6 * timing.seconds,
-        number(record.tflops(), 4),
-        number(record.terabytes(), 3),
-        number(record.share_of_floor(), 3),
+        number(record.tflops()),
+        number(record.terabytes()),
+        number(record.share_of_floor()),
         spread,
         timing.repeat_ratio(),
     );

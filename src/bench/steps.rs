@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::routers;
 use crate::step::Trainer;
+use serde_json::{Value, json};
 
 /// A model and its next step.
 pub struct Training {
@@ -37,6 +38,21 @@ pub fn flops(step: &Step, router: &str) -> Result<f64> {
     let model = config(step, router)?.model;
     let tokens = step.sequences * model.sequence_length;
     Ok(count::flops_per_token(&model) as f64 * tokens as f64)
+}
+
+/// The model and its steps, for implementations in other languages.
+///
+/// # Errors
+/// When the preset is not known.
+pub fn sizes(step: &Step) -> Result<Value> {
+    let Config { model, train, .. } = config(step, "topk")?;
+    Ok(json!({
+        "work": "step", "preset": step.preset, "routers": step.routers, "sequences": step.sequences,
+        "micro_batch": train.micro_batch, "sequence": model.sequence_length, "vocabulary": model.vocab_size,
+        "hidden": model.hidden, "layers": model.layers, "heads": model.heads, "norm": model.norm,
+        "dense_ffn": model.dense_ffn_width, "ffn": model.expert_ffn_width, "experts": model.num_experts,
+        "top_k": model.top_k,
+    }))
 }
 
 impl Training {

@@ -37,6 +37,8 @@ impl Place<'_> {
 
 /// Seconds that each side of a case may take.
 pub const SIDE_SECONDS: f64 = 0.3;
+/// Bytes of a CPU's cache, of the larger ones.
+const CPU_CACHE: usize = 32 << 20;
 /// Bytes that the sets of a group may fill together.
 const MOST_BYTES: f64 = 40e9;
 /// Bytes of an output that are looked at for numbers that no kernel wrote.
@@ -97,15 +99,18 @@ pub fn kernels(place: &Place, group: &Group, wanted: &dyn Fn(&Case) -> bool) -> 
     Ok(timed)
 }
 
-/// Enough sets of buffers that one is out of the cache when its turn comes again, as far as there is room.
+/// Sets of buffers, so many that one is out of the cache when its turn comes again, as far as there is room.
 fn sets(place: &Place, kernels: &Kernels, cases: &[Case]) -> usize {
     if place.cache == 0 {
         return 1;
     }
     let least = cases.iter().map(Case::bytes).fold(f64::INFINITY, f64::min);
-    let wanted = (2.0 * place.cache as f64 / least).ceil() + 1.0;
-    let room = MOST_BYTES / kernels.whole.bytes() as f64;
-    wanted.min(room).clamp(2.0, 12.0) as usize
+    let room = (MOST_BYTES / kernels.whole.bytes() as f64) as usize;
+    rotated(place.cache, least).min(room.max(2))
+}
+
+fn rotated(cache: usize, bytes: f64) -> usize {
+    ((2.0 * cache as f64 / bytes).ceil() as usize + 1).clamp(2, 12)
 }
 
 /// Buffers start as NaN: one that is left shows a kernel that did not do its work.
@@ -208,11 +213,13 @@ pub fn on_host(
     wanted: &dyn Fn(&Case) -> bool,
 ) -> Result<Vec<Timed>> {
     let mut cases = group.cases()?;
-    let mut sides: Vec<Side> = Vec::new();
+    let (mut sides, mut sets): (Vec<Side>, usize) = (Vec::new(), 1);
     match &group.work {
         Work::Operation(operation) if wanted(&cases[0]) => {
-            let mut running = operation.build(&group.name)?;
-            sides.push(in_turn(1, move |_| running.run().map(drop)));
+            sets = rotated(CPU_CACHE, cases[0].bytes());
+            let made = (0..sets).map(|_| operation.build(&group.name));
+            let mut running = made.collect::<Result<Vec<_>>>()?;
+            sides.push(in_turn(sets, move |set| running[set].run().map(drop)));
         }
         Work::Step(step) => {
             let each = step.routers.iter().zip(&cases);
@@ -230,7 +237,7 @@ pub fn on_host(
     let timed = |(case, ours)| Timed {
         case,
         ours,
-        sets: 1,
+        sets,
         graph: false,
         peers: Vec::new(),
     };
