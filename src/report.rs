@@ -67,6 +67,11 @@ impl Cell {
         }
     }
 
+    /// Whether it reads from the left: text that is no number.
+    fn is_words(&self) -> bool {
+        matches!(self, Cell::Text(text) if text.starts_with(char::is_alphabetic))
+    }
+
     /// As a reader sees it: four digits after the point, none as a dash.
     fn shown(&self) -> String {
         match self {
@@ -229,6 +234,7 @@ details { overflow-x: auto }
 code { background: #f3f3f3; padding: 0 .3em }
 table { border-collapse: collapse; font-size: 13px }
 td, th { padding: .1em .8em; text-align: right; border-bottom: 1px solid #e6e6e6 }
+td.words { text-align: left }
 .note { color: #8a3b00 }";
 
 /// Pages one below the other, as HTML that needs no other file; the title is the first one's.
@@ -308,7 +314,12 @@ impl Page<'_> {
         for row in &table.rows {
             page.push_str("<tr>");
             for cell in row {
-                let _ = write!(page, "<td>{}</td>", escaped(&cell.shown()));
+                let class = if cell.is_words() {
+                    " class=\"words\""
+                } else {
+                    ""
+                };
+                let _ = write!(page, "<td{class}>{}</td>", escaped(&cell.shown()));
             }
             page.push_str("</tr>\n");
         }

@@ -155,14 +155,12 @@ def attention_sides(group, sets, cuda):
 
             def forward():
                 with sdpa_kernel(backend):
-                    return attention(*parts)
+                    return attention(*parts).transpose(1, 2)
 
-            if not back:
-                return forward
-            return gradient_of(forward(), parts, dout.transpose(1, 2).contiguous())
+            return gradient_of(forward(), parts, dout) if back else forward
 
         found += [
-            side(name, "attention_forward", lambda inputs, built=built: built(inputs, False), sets),
+            side(name, "attention_forward", lambda inputs, built=built: built(inputs, False), sets, ["out"]),
             side(name, "attention_backward", lambda inputs, built=built: built(inputs, True), sets),
         ]
     return found

@@ -22,7 +22,7 @@ import operations
 import products
 import steps
 from inputs import Inputs
-from measure import first_line, interleaved, prepare
+from measure import Side, first_line, interleaved, prepare
 
 SIDES = {
     "gemm": products.sides,
@@ -108,23 +108,29 @@ def record(head, case, side, sets):
     }
 
 
+def sets_of(group, device):
+    """So many sets of inputs that one is out of the cache when its turn comes again, as far as there is room."""
+    if group["sizes"]["work"] == "step":
+        return 1
+    bytes_of = [max(case["bytes"], 1) for case in group["cases"]]
+    wanted = min(12, max(2, 2 * CACHE[device] // bytes_of[0] + 1))
+    return int(max(1, min(wanted, MOST_BYTES // max(bytes_of))))
+
+
 def measured(head, group, only):
     """A record for each case and peer of a group."""
     device = "cuda" if head["device"] == "cuda" else "cpu"
-    cuda = device == "cuda"
-    least = min(case["bytes"] for case in group["cases"]) or 1e12
-    count = int(min(12, max(2, 2 * CACHE[device] // least + 1)))
-    largest = max(case["bytes"] for case in group["cases"])
-    count = max(1, min(count, int(MOST_BYTES / max(largest, 1))))
-    if group["sizes"]["work"] == "step":
-        count = 1
+    cuda, count = device == "cuda", sets_of(group, device)
     stream = torch.cuda.Stream() if cuda else None
+    cases = [case for case in group["cases"] if only in case["case"]]
     with torch.cuda.stream(stream) if cuda else contextlib.nullcontext():
-        sets = [Inputs(group["group"], device) for _ in range(count)]
-        sides = SIDES[group["sizes"]["work"]](group, sets, cuda)
-        for case in group["cases"]:
-            if only not in case["case"]:
-                continue
+        try:
+            sets = [Inputs(group["group"], device) for _ in range(count)]
+            sides = SIDES[group["sizes"]["work"]](group, sets, cuda)
+        except Exception as e:  # such as no room: the others go on
+            reason = f"{type(e).__name__}: {first_line(e)}"
+            sides = [Side("torch", torch.__version__, case["family"], reason=reason) for case in cases]
+        for case in cases:
             of_case = [s for s in sides if s.family == case["family"] and s.only in case["case"]]
             running = [s for s in of_case if not s.reason and prepare(s, cuda, stream)]
             if running:
@@ -146,6 +152,9 @@ def measure(chosen):
                 out.flush()
                 took = f"{1e6 * line['timing']['seconds']:10.1f} µs" if line["timing"] else " cannot run "
                 print(f"{took}  {line['case']:48} {line['implementation']}  {line['detail']}", flush=True)
+            torch.compiler.reset()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
 
 def difference(mine, theirs):

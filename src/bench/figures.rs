@@ -217,11 +217,15 @@ fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str) -> Drawn 
         for (kind, ratio) in bars {
             let bar = [(LEFT, y), (x(*ratio), y + ROW as i32 - 2)];
             area.draw(&Rectangle::new(bar, KINDS[*kind].1.filled()))?;
-            area.draw(&Text::new(
-                format!("{ratio:.2}"),
-                (x(*ratio) + 4, y - 1),
-                font(11),
-            ))?;
+            // Beside the line at 1, not across it.
+            let end = x(*ratio);
+            let at = if end < x(1.0) && end + 30 > x(1.0) {
+                x(1.0)
+            } else {
+                end
+            };
+            let label = Text::new(format!("{ratio:.2}"), (at + 4, y - 1), font(11));
+            area.draw(&label)?;
             y += ROW as i32;
         }
         y += ROW as i32;

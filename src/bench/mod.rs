@@ -219,7 +219,7 @@ pub fn run(options: &Options) -> Result<()> {
     for device in devices {
         session.measure(device)?;
     }
-    session.end();
+    session.end()?;
     match before {
         Some(before) => judged(&before, &session, options),
         None => Ok(()),

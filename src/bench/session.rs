@@ -1,16 +1,15 @@
 //! One run of the benchmark: what its records share, and how they are printed.
 
-use super::case::{Case, Group, Work};
+use super::case::{Case, Group};
 use super::ceilings::{self, Ceilings};
 use super::page::CEILINGS;
 use super::record::{Measured, OURS, Record, Records};
-use super::timed::{self, Place, Timed};
+use super::timed::{self, Ready};
 use super::{Options, estimate, groups};
-use crate::check::kernels::Simulator;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::machine;
-use crate::measure::{Timing, Wall};
+use crate::measure::Timing;
 use crate::records::now;
 use serde_json::{Value, json};
 use std::time::Instant;
@@ -54,6 +53,7 @@ pub struct Session<'a> {
     commit: String,
     start: Instant,
     left_out: usize,
+    failures: usize,
     /// Of this run.
     pub measured: Vec<Record>,
 }
@@ -69,6 +69,7 @@ impl<'a> Session<'a> {
             commit: machine::commit(),
             start: Instant::now(),
             left_out: 0,
+            failures: 0,
             measured: Vec::new(),
         })
     }
@@ -94,9 +95,29 @@ impl<'a> Session<'a> {
                 self.left_out += 1; // a shorter one may still fit
                 continue;
             }
-            self.group(group, device, ceilings.as_ref())?;
+            if let Err(why) = self.group(group, device, ceilings.as_ref()) {
+                self.failed(group, device, &why.to_string())?;
+            }
         }
         Ok(())
+    }
+
+    /// A group that fails is on record with the reason; the others go on.
+    fn failed(&mut self, group: &Group, device: Device, why: &str) -> Result<()> {
+        self.failures += 1;
+        println!("FAILED  {}: {why}", group.name);
+        for case in group
+            .cases()?
+            .iter()
+            .filter(|case| self.options.wants(case))
+        {
+            let record = Record {
+                detail: why.into(),
+                ..self.record(case, device, None)
+            };
+            self.keep(record);
+        }
+        self.records.save(&machine_name(device))
     }
 
     fn ceilings(&mut self, device: Device) -> Result<Option<Ceilings>> {
@@ -137,67 +158,63 @@ impl<'a> Session<'a> {
 
     fn group(&mut self, group: &Group, device: Device, ceilings: Option<&Ceilings>) -> Result<()> {
         let options = self.options;
-        let wanted = |case: &Case| options.wants(case);
         let before = state(device);
-        let all = match (&group.work, device) {
-            (Work::Operation(_) | Work::Step(_), _) => timed::on_host(group, device, &wanted)?,
-            #[cfg(feature = "cuda")]
-            (_, Device::Cuda) => {
-                let gpu = crate::device::cuda::gpu()?;
-                let place = Place {
-                    machine: gpu,
-                    clock: &crate::measure::Events(gpu),
-                    cache: gpu.cache_bytes()?,
-                    gpu: Some(gpu),
-                };
-                timed::kernels(&place, group, &wanted)?
-            }
-            _ => {
-                let place = Place {
-                    machine: &Simulator::new()?,
-                    clock: &Wall,
-                    cache: 0,
-                    #[cfg(feature = "cuda")]
-                    gpu: None,
-                };
-                timed::kernels(&place, group, &wanted)?
-            }
-        };
-        let after = state(device);
-        for timed in all {
-            let mut ours = self.record(&timed.case, device, ceilings);
-            ours.timing = Some(measured(&timed.ours, &timed, true));
-            (ours.before, ours.after) = (before.clone(), after.clone());
-            let mut ratios = Vec::new();
-            let peers = timed.peers.iter().map(|(name, result)| {
-                let mut theirs = Record {
-                    implementation: (*name).into(),
-                    version: String::new(),
-                    ..ours.clone()
-                };
-                match result {
-                    Ok(timing) => {
-                        theirs.timing =
-                            Some(measured(timing, &timed, *name == super::peers::CUBLAS));
-                        ratios.push(format!(
-                            "{name} {:.3}",
-                            timing.seconds() / timed.ours.seconds()
-                        ));
+        let mut records = Vec::new();
+        timed::visit(
+            group,
+            device,
+            &|case| options.wants(case),
+            &mut |mut ready| {
+                let timings = ready.time()?;
+                let (ours, theirs) = timings.split_at(ready.cases.len());
+                let mut theirs = theirs.iter();
+                for (case, timing) in ready.cases.iter().zip(ours) {
+                    let mut record = self.record(case, device, ceilings);
+                    record.timing = Some(measured(timing, &ready, ready.graph));
+                    let mut ratios = Vec::new();
+                    let mut peers = Vec::new();
+                    for (name, ran) in &ready.peers {
+                        let peer = self.peer(name, ran, &ready, &mut theirs, &record);
+                        ratios.push(match peer.seconds() {
+                            Some(seconds) => format!("{name} {:.3}", seconds / timing.seconds()),
+                            None => format!("{name}: {}", peer.detail),
+                        });
+                        peers.push(peer);
                     }
-                    Err(why) => {
-                        theirs.timing = None;
-                        theirs.detail = why.clone();
-                        ratios.push(format!("{name}: {why}"));
-                    }
+                    print(&record, &ratios.join(", "));
+                    records.push(record);
+                    records.append(&mut peers);
                 }
-                theirs
-            });
-            let peers: Vec<Record> = peers.collect();
-            print(&ours, &ratios.join(", "));
-            self.keep(ours);
-            peers.into_iter().for_each(|peer| self.keep(peer));
+                Ok(())
+            },
+        )?;
+        let after = state(device);
+        for mut record in records {
+            (record.before, record.after) = (before.clone(), after.clone());
+            self.keep(record);
         }
         self.records.save(&machine_name(device))
+    }
+
+    /// The record of a peer beside ours; takes the next timing where it ran.
+    fn peer<'t>(
+        &self,
+        name: &str,
+        ran: &Result<(), String>,
+        ready: &Ready,
+        timings: &mut impl Iterator<Item = &'t Timing>,
+        ours: &Record,
+    ) -> Record {
+        let timing = ran.as_ref().ok().and_then(|()| timings.next());
+        // Only the grouped call of cuBLAS is not replayed.
+        let replayed = ready.graph && name != super::peers::CUBLAS_GROUPED;
+        Record {
+            implementation: name.into(),
+            version: String::new(),
+            timing: timing.map(|timing| measured(timing, ready, replayed)),
+            detail: ran.as_ref().err().cloned().unwrap_or_default(),
+            ..ours.clone()
+        }
     }
 
     fn record(&self, case: &Case, device: Device, ceilings: Option<&Ceilings>) -> Record {
@@ -227,8 +244,11 @@ impl<'a> Session<'a> {
         self.measured.push(record);
     }
 
-    /// The last line.
-    pub fn end(&self) {
+    /// The last lines.
+    ///
+    /// # Errors
+    /// When a group failed.
+    pub fn end(&self) -> Result<()> {
         let ran = self.measured.iter().filter(|r| r.timing.is_some()).count();
         let (seconds, out) = (
             self.start.elapsed().as_secs_f64(),
@@ -241,6 +261,24 @@ impl<'a> Session<'a> {
                 self.left_out
             );
         }
+        if ran == 0 && self.failures == 0 && self.left_out == 0 {
+            let help = "routegrad bench --list shows the names of the cases";
+            return Err(Error::invalid(
+                "bench --only",
+                "a part of a case's name",
+                "none that has it",
+                help,
+            ));
+        }
+        match self.failures {
+            0 => Ok(()),
+            n => Err(Error::invalid(
+                "bench",
+                "every group to run",
+                format!("{n} that failed"),
+                "their records say why; `routegrad hardware-check` proves the kernels one by one",
+            )),
+        }
     }
 }
 
@@ -252,15 +290,15 @@ fn state(device: Device) -> Value {
     }
 }
 
-fn measured(timing: &Timing, timed: &Timed, replayed: bool) -> Measured {
+fn measured(timing: &Timing, ready: &Ready, graph: bool) -> Measured {
     Measured {
         seconds: timing.seconds(),
         passes: timing.passes.iter().map(|p| p.0).collect(),
         spread: timing.passes.iter().map(|p| p.1).collect(),
         samples: timing.plan.samples,
         launches: timing.plan.launches,
-        sets: timed.sets,
-        graph: timed.graph && replayed,
+        sets: ready.sets,
+        graph,
     }
 }
 

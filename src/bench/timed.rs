@@ -3,7 +3,7 @@
 use super::case::{Case, Group, Step, Work};
 use super::kernels::{self, Kernels};
 use super::steps::Training;
-use crate::check::kernels::{Machine, Run};
+use crate::check::kernels::{Machine, Run, Simulator};
 use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -11,13 +11,13 @@ use crate::measure::{Clock, Plan, Side, Timing, Wall, in_turn, interleaved};
 use half::bf16;
 
 /// Where kernels are timed.
-pub struct Place<'a> {
-    pub machine: &'a dyn Machine,
-    pub clock: &'a dyn Clock,
+struct Place<'a> {
+    machine: &'a dyn Machine,
+    clock: &'a dyn Clock,
     /// Bytes of the cache past which inputs are rotated; 0: one set of inputs.
-    pub cache: usize,
+    cache: usize,
     #[cfg(feature = "cuda")]
-    pub gpu: Option<&'a crate::device::cuda::Gpu>,
+    gpu: Option<&'a crate::device::cuda::Gpu>,
 }
 
 impl Place<'_> {
@@ -40,37 +40,93 @@ pub const SIDE_SECONDS: f64 = 0.3;
 /// Bytes of a CPU's cache, of the larger ones.
 const CPU_CACHE: usize = 32 << 20;
 /// Bytes that the sets of a group may fill together.
-const MOST_BYTES: f64 = 40e9;
+const MOST_BYTES: f64 = 20e9;
 /// Bytes of an output that are looked at for numbers that no kernel wrote.
 const LOOKED_AT: usize = 64 << 20;
 
-/// How one case went: ours, then each peer with its timing or the reason why there is none.
-pub struct Timed {
-    pub case: Case,
-    pub ours: Timing,
+/// Cases that are ready to be timed beside each other: our side of each, then those of other libraries.
+pub struct Ready<'a> {
+    pub cases: Vec<Case>,
+    pub clock: &'a dyn Clock,
+    pub sides: Vec<Side<'a>>,
+    /// Each that has a side, in order, and each that cannot with the reason.
+    pub peers: Vec<(&'static str, Result<(), String>)>,
+    /// Sets of inputs, and whether our launches are replayed from graphs.
     pub sets: usize,
     pub graph: bool,
-    pub peers: Vec<(&'static str, Result<Timing, String>)>,
 }
 
-/// Times every case of a group of kernels that `wanted` takes.
+impl Ready<'_> {
+    /// Times the sides in turn: one untimed launch each, a plan from how long the slowest takes, then all of them.
+    ///
+    /// # Errors
+    /// Those of the sides.
+    pub fn time(&mut self) -> Result<Vec<Timing>> {
+        let mut slowest = 0f64;
+        for side in &mut self.sides {
+            side(1)?;
+            slowest = slowest.max(self.clock.seconds(&mut || side(1))?);
+        }
+        interleaved(
+            self.clock,
+            &mut self.sides,
+            Plan::within(SIDE_SECONDS, slowest),
+        )
+    }
+}
+
+type Visit<'v> = &'v mut dyn FnMut(Ready) -> Result<()>;
+
+/// Makes each case of a group that `wanted` takes ready on a device, and shows it to `visit`.
 ///
 /// # Errors
-/// When there is no room, a launch fails, or an output holds what no kernel wrote.
-pub fn kernels(place: &Place, group: &Group, wanted: &dyn Fn(&Case) -> bool) -> Result<Vec<Timed>> {
+/// When there is no room, a launch fails, an output holds what no kernel wrote; and those of `visit`.
+pub fn visit(
+    group: &Group,
+    device: Device,
+    wanted: &dyn Fn(&Case) -> bool,
+    visit: Visit,
+) -> Result<()> {
+    if let Work::Operation(_) | Work::Step(_) = &group.work {
+        return on_host(group, device, wanted, visit);
+    }
+    #[cfg(feature = "cuda")]
+    if device == Device::Cuda {
+        let gpu = crate::device::cuda::gpu()?;
+        let place = Place {
+            machine: gpu,
+            clock: &crate::measure::Events(gpu),
+            cache: gpu.cache_bytes()?,
+            gpu: Some(gpu),
+        };
+        return on_kernels(&place, group, wanted, visit);
+    }
+    let place = Place {
+        machine: &Simulator::new()?,
+        clock: &Wall,
+        cache: 0,
+        #[cfg(feature = "cuda")]
+        gpu: None,
+    };
+    on_kernels(&place, group, wanted, visit)
+}
+
+fn on_kernels(
+    place: &Place,
+    group: &Group,
+    wanted: &dyn Fn(&Case) -> bool,
+    visit: Visit,
+) -> Result<()> {
     let Some(kernels) = kernels::build(place.machine, group)? else {
-        return Ok(Vec::new());
+        return Ok(());
     };
     let cases = group.cases()?;
     let sets = sets(place, &kernels, &cases);
-    let mut runs = (0..sets)
+    let runs = (0..sets)
         .map(|_| Run::new(place.machine, &kernels.whole))
         .collect::<Result<Vec<_>>>()?;
-    for run in &mut runs {
-        run.launch()?;
-    }
+    runs.iter().try_for_each(Run::launch)?;
     look_at(&runs[0], &kernels)?;
-    let mut timed = Vec::new();
     for (case, part) in cases.into_iter().zip(&kernels.parts) {
         if !wanted(&case) {
             continue;
@@ -79,24 +135,16 @@ pub fn kernels(place: &Place, group: &Group, wanted: &dyn Fn(&Case) -> bool) -> 
         let (side, graph) = place.side(sets, launch);
         let mut sides = vec![side];
         let peers = peers(place, group, &runs, &mut sides)?;
-        let (ours, others) = timings(place.clock, sides)?;
-        let mut others = others.into_iter();
-        let told = |(name, ran): (&'static str, Result<(), String>)| {
-            (
-                name,
-                ran.map(|()| others.next().expect("one timing a side")),
-            )
-        };
-        let peers = peers.into_iter().map(told).collect();
-        timed.push(Timed {
-            case,
-            ours,
+        visit(Ready {
+            cases: vec![case],
+            clock: place.clock,
+            sides,
+            peers,
             sets,
             graph,
-            peers,
-        });
+        })?;
     }
-    Ok(timed)
+    Ok(())
 }
 
 /// Sets of buffers, so many that one is out of the cache when its turn comes again, as far as there is room.
@@ -139,19 +187,6 @@ pub fn numbers(bytes: &[u8], dtype: DType) -> Vec<f32> {
     }
 }
 
-/// One untimed launch each, a plan from how long the slowest takes, then all of them in turn: ours and the others.
-fn timings(clock: &dyn Clock, mut sides: Vec<Side>) -> Result<(Timing, Vec<Timing>)> {
-    let mut slowest = 0f64;
-    for side in &mut sides {
-        side(1)?;
-        slowest = slowest.max(clock.seconds(&mut || side(1))?);
-    }
-    let plan = Plan::within(SIDE_SECONDS, slowest);
-    let mut all = interleaved(clock, &mut sides, plan)?;
-    let ours = all.remove(0);
-    Ok((ours, all))
-}
-
 /// Adds the sides of the libraries that do the same in this process; each with the reason where it cannot.
 #[cfg(feature = "cuda")]
 fn peers<'a>(
@@ -185,7 +220,7 @@ fn peers<'a>(
             super::peers::CUBLAS_GROUPED,
             grouped.map(|grouped| {
                 // It copies its sizes to the GPU at every launch, which no graph takes.
-                sides.push(in_turn(runs.len(), move |set| grouped.launch(gpu, set)));
+                sides.push(in_turn(runs.len(), move |set| grouped.launch(set)));
             }),
         ));
     }
@@ -203,15 +238,13 @@ fn peers<'a>(
     Ok(Vec::new())
 }
 
-/// Times an operation of the CPU, or steps on a device with the routers in turn.
-///
-/// # Errors
-/// Those of the operations.
-pub fn on_host(
+/// An operation of the CPU, or steps on a device with the routers in turn.
+fn on_host(
     group: &Group,
     device: Device,
     wanted: &dyn Fn(&Case) -> bool,
-) -> Result<Vec<Timed>> {
+    visit: Visit,
+) -> Result<()> {
     let mut cases = group.cases()?;
     let (mut sides, mut sets): (Vec<Side>, usize) = (Vec::new(), 1);
     match &group.work {
@@ -230,19 +263,17 @@ pub fn on_host(
         _ => {}
     }
     cases.retain(wanted);
-    if sides.is_empty() {
-        return Ok(Vec::new());
+    if cases.is_empty() {
+        return Ok(());
     }
-    let (first, others) = timings(&Wall, sides)?;
-    let timed = |(case, ours)| Timed {
-        case,
-        ours,
+    visit(Ready {
+        cases,
+        clock: &Wall,
+        sides,
+        peers: Vec::new(),
         sets,
         graph: false,
-        peers: Vec::new(),
-    };
-    let all = std::iter::once(first).chain(others);
-    Ok(cases.into_iter().zip(all).map(timed).collect())
+    })
 }
 
 fn step_side(step: &Step, router: &str, device: Device) -> Result<Side<'static>> {

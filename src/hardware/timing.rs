@@ -127,6 +127,7 @@ mod gpu {
             sides.push(in_turn(sets, launch));
         }
         let timings = interleaved(&Events(gpu), &mut sides, PLAN).map_err(text)?;
+        drop(sides);
         let mut tiles = serde_json::Map::new();
         for tile in case.product.tiles() {
             let problem = grouped_gemm::problem(&operands, tile);
