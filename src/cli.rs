@@ -5,7 +5,7 @@ mod data;
 
 use crate::check::Fault;
 use crate::error::Result;
-use crate::{ablate, floors, hardware, plan};
+use crate::{ablate, bench, floors, hardware, plan};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use commands::*;
 use std::path::PathBuf;
@@ -155,6 +155,18 @@ Examples:
     HardwareCheck(HardwareArgs),
     /// Print how far each kernel is proven, as a Markdown table.
     Status(StatusArgs),
+    /// Measure every kernel beside cuBLAS and its floor; report also on PyTorch and other open kernels.
+    ///
+    /// On a GPU the kernels, elsewhere the CPU's operations and the simulator. Records are kept, so that runs add up.
+    #[command(after_help = "\
+Examples:
+  routegrad bench
+  routegrad bench --only 'layer_forward 1.96b' --budget 60
+  routegrad bench --baseline before.jsonl --fail-slower 5%
+  routegrad bench --list --json > cases.jsonl; python3 benches/peers/run.py cases.jsonl --out peers.jsonl
+  routegrad bench --merge peers.jsonl
+  routegrad bench --report bench.html --pictures docs --update README.md")]
+    Bench(BenchArgs),
 }
 
 /// Where gradients are checked.
@@ -421,6 +433,60 @@ struct StatusArgs {
     update: Option<PathBuf>,
 }
 
+#[derive(Args)]
+struct BenchArgs {
+    /// Folder of the records.
+    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
+    out: PathBuf,
+    /// cpu, sim or cuda [default: cuda where there is a GPU, else cpu and sim].
+    #[arg(long, value_name = "DEVICE")]
+    device: Option<String>,
+    /// small, core or full [default: core on a GPU, else small].
+    #[arg(long, value_name = "SET", value_enum)]
+    set: Option<bench::case::Set>,
+    /// Only cases whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// End within so many seconds; what is left out is told.
+    #[arg(long, value_name = "SECONDS", default_value_t = 420.0)]
+    budget: f64,
+    /// Say what would be measured, in order, with estimates; measure nothing.
+    #[arg(long)]
+    list: bool,
+    /// The list as JSON lines, for benches/peers/run.py.
+    #[arg(long, requires = "list")]
+    json: bool,
+    /// Name the cases that are slower than in this file of records.
+    #[arg(long, value_name = "FILE")]
+    baseline: Option<PathBuf>,
+    /// Fail when a case is slower than the baseline by more than this, such as 5%.
+    #[arg(long, value_name = "PERCENT", requires = "baseline", value_parser = percent)]
+    fail_slower: Option<f64>,
+    /// Take the records of these files into the folder, and measure nothing.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["list", "only", "baseline"])]
+    merge: Vec<PathBuf>,
+    /// Write what the cases compute, once, to this safetensors file; measure nothing.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline"])]
+    dump: Option<PathBuf>,
+    /// Write one page of everything on record, and measure nothing.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
+    report: Option<PathBuf>,
+    /// With --report: also the main pictures, as SVG, into this folder.
+    #[arg(long, value_name = "DIR", requires = "report")]
+    pictures: Option<PathBuf>,
+    /// With --report: also the table of this page, between its marks.
+    #[arg(long, value_name = "FILE", requires = "report")]
+    update: Option<PathBuf>,
+}
+
+/// "5%" or "5" as 0.05.
+fn percent(text: &str) -> Result<f64, String> {
+    match text.trim().trim_end_matches('%').parse::<f64>() {
+        Ok(x) if x >= 0.0 && x.is_finite() => Ok(x / 100.0),
+        _ => Err("expected a percentage, such as 5%".into()),
+    }
+}
+
 impl Cli {
     /// Runs the command.
     ///
@@ -458,6 +524,7 @@ impl Cli {
             Command::Floors { preset, tokens } => print_floors(&preset, tokens),
             Command::HardwareCheck(args) => hardware_check(args),
             Command::Status(args) => status(&args),
+            Command::Bench(args) => bench_command(args),
         }
     }
 }

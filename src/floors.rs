@@ -139,9 +139,30 @@ impl Plan {
     }
 }
 
-/// The kernels of a layer's forward and backward, in order. Weight gradients are added to, as in every micro-batch of a
-/// step but the first; so is the gradient of x by the router.
-fn layer(s: &Sizes) -> Result<[Vec<Kernel>; 2]> {
+/// Partial dots of a row that the launchers plan for these sizes.
+///
+/// # Errors
+/// When they refuse the sizes.
+pub fn dot_columns(s: &Sizes) -> Result<usize> {
+    Ok(Plan::new(s)?.dot_columns)
+}
+
+/// Costs of the kernels of a layer's forward and backward, of `default` or of `topk`, weight gradients added to or
+/// assigned.
+///
+/// # Errors
+/// As [`dot_columns`].
+pub fn layer_costs(s: &Sizes, default: bool, accumulate: bool) -> Result<[Vec<Cost>; 2]> {
+    let costs = |kernels: Vec<Kernel>| {
+        let cost = |kernel: &Kernel| if default { kernel.default } else { kernel.topk };
+        kernels.iter().filter_map(cost).collect()
+    };
+    Ok(layer(s, accumulate)?.map(costs))
+}
+
+/// The kernels of a layer's forward and backward, in order. The gradient of x by the router is added to; so are weight
+/// gradients in every micro-batch of a step but the first.
+fn layer(s: &Sizes, accumulate: bool) -> Result<[Vec<Kernel>; 2]> {
     let Sizes {
         hidden,
         ffn,
@@ -175,11 +196,11 @@ fn layer(s: &Sizes) -> Result<[Vec<Kernel>; 2]> {
         ),
         Kernel::both(
             "grouped_gemm_weight_gradient, down",
-            costs::grouped_gemm_weight_gradient(rows, experts, hidden, ffn, true),
+            costs::grouped_gemm_weight_gradient(rows, experts, hidden, ffn, accumulate),
         ),
         Kernel::both(
             "grouped_gemm_weight_gradient, gate and up",
-            costs::grouped_gemm_weight_gradient(rows, experts, 2 * ffn, hidden, true),
+            costs::grouped_gemm_weight_gradient(rows, experts, 2 * ffn, hidden, accumulate),
         ),
         Kernel::both(
             "grouped_gemm_input_gradient",
@@ -224,7 +245,7 @@ fn column(preset: &str, experts: &str, tokens: usize) -> Result<Column> {
         rows: tokens * model.top_k,
     };
     Ok(Column {
-        kernels: layer(&sizes)?,
+        kernels: layer(&sizes, true)?,
         moe_layers: model.layers - model.dense_layers.len(),
         step_seconds: tokens as f64 * flops_per_token(&model) as f64 / (0.5 * PEAK),
         sizes,

@@ -7,11 +7,14 @@ pub mod error;
 pub mod files;
 
 pub mod dtype;
+pub mod machine;
 pub mod random;
+pub mod records;
 pub mod shape;
 pub mod version;
 
 pub mod device;
+pub mod measure;
 
 pub mod cpu;
 pub mod dist;
@@ -51,6 +54,8 @@ pub mod train;
 pub mod ablate;
 pub mod exchange;
 pub mod plan;
+
+pub mod bench;
 
 pub mod hardware;
 

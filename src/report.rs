@@ -67,6 +67,11 @@ impl Cell {
         }
     }
 
+    /// Whether it reads from the left: text that is no number.
+    fn is_words(&self) -> bool {
+        matches!(self, Cell::Text(text) if text.starts_with(char::is_alphabetic))
+    }
+
     /// As a reader sees it: four digits after the point, none as a dash.
     fn shown(&self) -> String {
         match self {
@@ -194,6 +199,27 @@ pub struct Page<'a> {
     pub open_rows: usize,
 }
 
+/// Replaces what stands between two marks of a page.
+///
+/// # Errors
+/// When the page cannot be read or written, or has no marks.
+pub fn replace_between(page: &Path, [begin, end]: [&str; 2], text: &str) -> Result<()> {
+    let whole = fs::read_to_string(page).map_err(|e| Error::io("read", page, e))?;
+    let parts = whole
+        .split_once(begin)
+        .and_then(|(before, rest)| Some((before, rest.split_once(end)?.1)));
+    let Some((before, after)) = parts else {
+        let marks = format!("the lines \"{begin}\" and \"{end}\"");
+        return Err(Error::file(
+            page,
+            marks,
+            "a page without them",
+            "add both where the table belongs",
+        ));
+    };
+    publish(page, &format!("{before}{begin}\n{text}{end}{after}"))
+}
+
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
@@ -208,34 +234,53 @@ details { overflow-x: auto }
 code { background: #f3f3f3; padding: 0 .3em }
 table { border-collapse: collapse; font-size: 13px }
 td, th { padding: .1em .8em; text-align: right; border-bottom: 1px solid #e6e6e6 }
+td.words { text-align: left }
 .note { color: #8a3b00 }";
+
+/// Pages one below the other, as HTML that needs no other file; the title is the first one's.
+pub fn document(pages: &[Page]) -> String {
+    let mut text = String::new();
+    let title = pages.first().map_or("", |page| &page.title);
+    // Writing to a string cannot fail.
+    let _ = write!(
+        text,
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>{}</title>\n\
+         <style>\n{STYLE}\n</style>\n",
+        escaped(title),
+    );
+    for (i, page) in pages.iter().enumerate() {
+        // Names of sections repeat from page to page.
+        let prefix = if i == 0 {
+            String::new()
+        } else {
+            format!("{}-", i + 1)
+        };
+        page.body(&mut text, &prefix);
+    }
+    text.push_str("</html>\n");
+    text
+}
 
 impl Page<'_> {
     /// HTML that needs no other file.
     pub fn html(&self) -> String {
-        let mut page = String::new();
-        // Writing to a string cannot fail.
-        let _ = write!(
-            page,
-            "<!DOCTYPE html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<title>{}</title>\n\
-             <style>\n{STYLE}\n</style>\n<h1>{}</h1>\n",
-            escaped(&self.title),
-            escaped(&self.heading),
-        );
-        for text in &self.introduction {
-            let _ = writeln!(page, "<p>{}</p>", escaped(text));
-        }
-        for (i, section) in self.sections.iter().enumerate() {
-            self.section(&mut page, i + 1, section);
-        }
-        page.push_str("</html>\n");
-        page
+        document(std::slice::from_ref(self))
     }
 
-    fn section(&self, page: &mut String, number: usize, section: &Section) {
+    fn body(&self, text: &mut String, prefix: &str) {
+        let _ = writeln!(text, "<h1>{}</h1>", escaped(&self.heading));
+        for paragraph in &self.introduction {
+            let _ = writeln!(text, "<p>{}</p>", escaped(paragraph));
+        }
+        for (i, section) in self.sections.iter().enumerate() {
+            self.section(text, prefix, i + 1, section);
+        }
+    }
+
+    fn section(&self, page: &mut String, prefix: &str, number: usize, section: &Section) {
         let _ = write!(
             page,
-            "<h2 id=\"{}\">{number}. {}</h2>\n<p>{}</p>\n",
+            "<h2 id=\"{prefix}{}\">{number}. {}</h2>\n<p>{}</p>\n",
             section.name,
             escaped(section.title),
             escaped(section.shows),
@@ -269,7 +314,12 @@ impl Page<'_> {
         for row in &table.rows {
             page.push_str("<tr>");
             for cell in row {
-                let _ = write!(page, "<td>{}</td>", escaped(&cell.shown()));
+                let class = if cell.is_words() {
+                    " class=\"words\""
+                } else {
+                    ""
+                };
+                let _ = write!(page, "<td{class}>{}</td>", escaped(&cell.shown()));
             }
             page.push_str("</tr>\n");
         }

@@ -5,7 +5,7 @@ mod dump;
 mod import;
 mod keys;
 mod source;
-mod tensors;
+pub mod tensors;
 
 pub use dump::{Options, dump};
 pub use import::import;

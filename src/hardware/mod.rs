@@ -4,16 +4,16 @@
 //! it goes. Each task runs in a process of its own with a time limit, so that a kernel that hangs or faults loses nothing
 //! but itself. [`status::table`] renders what is proven.
 
-#[cfg(feature = "cuda")]
-mod cublas;
-mod machine;
 pub mod one;
+mod process;
 pub mod record;
 pub mod status;
 pub mod task;
 pub mod timing;
 
 use crate::error::{Error, Result};
+use crate::machine;
+use crate::records;
 use record::{Ending, Record, Records};
 use std::path::PathBuf;
 use std::time::Instant;
@@ -187,7 +187,7 @@ impl Visit {
     fn run(&mut self, task: &Task, remaining: f64) -> Result<Option<Record>> {
         let start = Instant::now();
         let limit = task.limit().min(remaining + 10.0);
-        let outcome = machine::in_child(task, limit)?;
+        let outcome = process::in_child(task, limit)?;
         let seconds = start.elapsed().as_secs_f64();
         if outcome.ending == Ending::TimedOut && limit < task.limit() {
             return Ok(None);
@@ -201,7 +201,7 @@ impl Visit {
             ending: outcome.ending,
             detail: outcome.detail,
             measured: outcome.measured,
-            date: record::now(),
+            date: records::now(),
             commit: self.commit.clone(),
             driver: self.driver.clone(),
             system: self.system.clone(),
@@ -210,23 +210,6 @@ impl Visit {
             after,
         }))
     }
-}
-
-/// Takes the records of `file` into those of `folder`.
-///
-/// # Errors
-/// When one cannot be read or written.
-pub fn merge(folder: &std::path::Path, files: &[PathBuf]) -> Result<()> {
-    let mut records = Records::open(folder)?;
-    let before = records.iter().count();
-    files.iter().try_for_each(|file| records.read(file))?;
-    records.save_all()?;
-    println!(
-        "{} records, {} of them new",
-        records.iter().count(),
-        records.iter().count() - before
-    );
-    Ok(())
 }
 
 #[cfg(test)]

@@ -3,10 +3,8 @@
 //! A record is keyed by GPU model, task, and the hash of the kernel's compiled code, so that a changed kernel counts as
 //! unproven. Files merge: of two records with one key the later stays.
 
-use crate::error::{Error, Result};
+use crate::records::{self, Entry};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 /// How a task ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -46,166 +44,32 @@ pub struct Record {
     pub after: serde_json::Value,
 }
 
+/// The records of a folder.
+pub type Records = records::Records<Record>;
+
 /// What makes a record the answer to a task.
 pub type Key = (String, String, String);
 
-impl Record {
-    pub fn key(&self) -> Key {
+impl Entry for Record {
+    const PREFIX: &'static str = "hardware";
+    const BROKEN: &'static str = "remove the line; its task runs again";
+    type Key = Key;
+
+    fn key(&self) -> Key {
         (self.gpu.clone(), self.task.clone(), self.code.clone())
     }
-}
-
-/// The records of a folder.
-pub struct Records {
-    folder: PathBuf,
-    by_key: BTreeMap<Key, Record>,
-}
-
-impl Records {
-    /// Reads every `hardware-*.jsonl` of `folder`; none where the folder does not exist.
-    ///
-    /// # Errors
-    /// When a file cannot be read, or a line is no record.
-    pub fn open(folder: &Path) -> Result<Self> {
-        let mut records = Self {
-            folder: folder.to_path_buf(),
-            by_key: BTreeMap::new(),
-        };
-        let entries = match std::fs::read_dir(folder) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(records),
-            Err(e) => return Err(Error::io("list", folder, e)),
-        };
-        for entry in entries {
-            let path = entry.map_err(|e| Error::io("list", folder, e))?.path();
-            let name = path
-                .file_name()
-                .unwrap_or_default()
-                .to_string_lossy()
-                .into_owned();
-            if name.starts_with("hardware-") && name.ends_with(".jsonl") {
-                records.read(&path)?;
-            }
-        }
-        Ok(records)
+    fn machine(&self) -> &str {
+        &self.gpu
     }
-
-    /// Takes in the records of a file; later ones replace earlier ones of the same key. Nothing is written.
-    ///
-    /// # Errors
-    /// When the file cannot be read, or a line is no record.
-    pub fn read(&mut self, path: &Path) -> Result<()> {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-        for (i, line) in text
-            .lines()
-            .enumerate()
-            .filter(|(_, line)| !line.trim().is_empty())
-        {
-            let record: Record = serde_json::from_str(line).map_err(|e| {
-                Error::file(
-                    path,
-                    "one record a line",
-                    format!("line {}: {e}", i + 1),
-                    "remove the line; its task runs again",
-                )
-            })?;
-            self.insert(record);
-        }
-        Ok(())
+    fn date(&self) -> &str {
+        &self.date
     }
-
-    /// Adds a record, unless one of the same key is later.
-    pub fn insert(&mut self, record: Record) {
-        let key = record.key();
-        if self
-            .by_key
-            .get(&key)
-            .is_none_or(|known| known.date <= record.date)
-        {
-            self.by_key.insert(key, record);
-        }
-    }
-
-    pub fn get(&self, key: &Key) -> Option<&Record> {
-        self.by_key.get(key)
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = &Record> {
-        self.by_key.values()
-    }
-
-    /// Writes the file of one GPU model, whole or not at all.
-    ///
-    /// # Errors
-    /// When the folder or file cannot be written.
-    pub fn save(&self, gpu: &str) -> Result<()> {
-        std::fs::create_dir_all(&self.folder).map_err(|e| Error::io("create", &self.folder, e))?;
-        let path = self.folder.join(file_name(gpu));
-        let mut text = String::new();
-        for record in self.iter().filter(|record| record.gpu == gpu) {
-            let line = serde_json::to_string(record)
-                .map_err(|e| Error::file(&path, "a record", e.to_string(), "a bug"))?;
-            text.push_str(&line);
-            text.push('\n');
-        }
-        let draft = path.with_extension("draft");
-        std::fs::write(&draft, text).map_err(|e| Error::io("write", &draft, e))?;
-        std::fs::rename(&draft, &path).map_err(|e| Error::io("rename", &draft, e))
-    }
-
-    /// Writes the file of every GPU model.
-    ///
-    /// # Errors
-    /// As [`save`](Self::save).
-    pub fn save_all(&self) -> Result<()> {
-        let gpus: std::collections::BTreeSet<&str> =
-            self.iter().map(|record| record.gpu.as_str()).collect();
-        gpus.into_iter().try_for_each(|gpu| self.save(gpu))
-    }
-}
-
-/// "hardware-nvidia-h200.jsonl" of "NVIDIA H200".
-fn file_name(gpu: &str) -> String {
-    let words: Vec<String> = gpu
-        .split(|c: char| !c.is_ascii_alphanumeric())
-        .filter(|w| !w.is_empty())
-        .map(str::to_lowercase)
-        .collect();
-    format!("hardware-{}.jsonl", words.join("-"))
-}
-
-/// The time now as 2026-01-31T23:59:59Z.
-pub fn now() -> String {
-    let seconds = std::time::SystemTime::now()
-        .duration_since(std::time::UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_secs();
-    utc(seconds)
-}
-
-/// Days of the Gregorian calendar, counted in eras of 400 years that begin on 1 March.
-fn utc(seconds: u64) -> String {
-    let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
-    let (era, day) = (days / 146_097, days % 146_097);
-    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
-    let day = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day + 2) / 153;
-    let (day, month) = (
-        day - (153 * month + 2) / 5 + 1,
-        if month < 10 { month + 3 } else { month - 9 },
-    );
-    let year = era * 400 + year + u64::from(month <= 2);
-    format!(
-        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
-        rest / 3600,
-        rest / 60 % 60,
-        rest % 60
-    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::path::Path;
 
     fn record(task: &str, code: &str, date: &str) -> Record {
         Record {
@@ -227,10 +91,7 @@ mod tests {
 
     #[test]
     fn a_changed_kernel_is_unproven() {
-        let mut records = Records {
-            folder: PathBuf::new(),
-            by_key: BTreeMap::new(),
-        };
+        let mut records = Records::open(Path::new("/nonexistent")).unwrap();
         records.insert(record("agrees", "old", "2026-01-01"));
         assert!(records.get(&record("agrees", "old", "").key()).is_some());
         assert!(records.get(&record("agrees", "new", "").key()).is_none());
@@ -286,12 +147,5 @@ mod tests {
             text.contains("hardware-x.jsonl") && text.contains("line 2"),
             "{text}"
         );
-    }
-
-    #[test]
-    fn dates_are_of_the_calendar() {
-        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
-        assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
-        assert_eq!(utc(1_798_761_599), "2026-12-31T23:59:59Z");
     }
 }

@@ -3,7 +3,8 @@
 use super::record::{Ending, Record, Records};
 use super::task::{self, Kind, Task};
 use crate::check::kernels;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::report;
 use std::path::Path;
 
 /// The list of launchers that every build of the kernels is made from.
@@ -123,27 +124,13 @@ const END: &str = "<!-- end of kernel status -->";
 /// # Errors
 /// When the page cannot be read or written, or has no marks.
 pub fn update(page: &Path, table: &str) -> Result<()> {
-    let text = std::fs::read_to_string(page).map_err(|e| Error::io("read", page, e))?;
-    let parts = text
-        .split_once(BEGIN)
-        .and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
-    let Some((before, after)) = parts else {
-        let marks = format!("the lines \"{BEGIN}\" and \"{END}\"");
-        return Err(Error::file(
-            page,
-            marks,
-            "a page without them",
-            "add both where the table belongs",
-        ));
-    };
-    let whole = format!("{before}{BEGIN}\n{table}{END}{after}");
-    std::fs::write(page, whole).map_err(|e| Error::io("write", page, e))
+    report::replace_between(page, [BEGIN, END], table)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hardware::record::now;
+    use crate::records::now;
     use serde_json::json;
 
     #[test]

@@ -1,8 +1,8 @@
-//! Timing a GEMM beside cuBLAS: one process, interleaved, random data, inputs rotated past the L2 cache, both sides timed
-//! twice, medians.
+//! Timing a GEMM beside cuBLAS ([`crate::measure`]): random data, inputs rotated past the L2 cache.
 
 use crate::check::kernels::costs::{self, Cost};
 use crate::check::kernels::grouped_gemm::{Product, Shape};
+use crate::measure::HARDWARE_PLAN as PLAN;
 
 /// A product at a shape of the core set.
 pub struct TimedCase {
@@ -27,13 +27,9 @@ impl TimedCase {
     /// Seconds of the whole task: start, random inputs, float64 of the sampled lines, and the runs.
     pub fn estimate(&self) -> f64 {
         let cost = self.cost();
-        3.0 + cost.bytes * 2e-9 + cost.floor() * 8.0 * f64::from(SAMPLES * LAUNCHES)
+        3.0 + cost.bytes * 2e-9 + cost.floor() * 8.0 * (PLAN.samples * PLAN.launches) as f64
     }
 }
-
-/// Samples of each side and pass, each of so many launches.
-pub const SAMPLES: u32 = 15;
-pub const LAUNCHES: u32 = 4;
 
 /// Dense 4096³ and 8192³, then the expert layers of 1.96b and 7.33b at 16 Ki tokens with equal groups.
 pub fn cases() -> Vec<TimedCase> {
@@ -68,21 +64,13 @@ pub fn cases() -> Vec<TimedCase> {
     cases
 }
 
-/// Median, and the spread of the middle half as a share of it.
-pub fn median(samples: &[f64]) -> (f64, f64) {
-    let mut sorted = samples.to_vec();
-    sorted.sort_by(f64::total_cmp);
-    let at = |share: f64| sorted[((sorted.len() - 1) as f64 * share).round() as usize];
-    (at(0.5), (at(0.75) - at(0.25)) / at(0.5))
-}
-
 #[cfg(feature = "cuda")]
 pub use gpu::time;
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use super::super::cublas::{Cublas, Matmul};
-    use super::{LAUNCHES, SAMPLES, TimedCase, median};
+    use super::{PLAN, TimedCase};
+    use crate::bench::cublas::{Cublas, Matmul};
     use crate::check::kernels::grouped_gemm::{self, Operands};
     use crate::check::kernels::{Problem, Run};
     use crate::device::bindings::{
@@ -92,6 +80,7 @@ mod gpu {
     };
     use crate::device::cuda::Gpu;
     use crate::error::Result;
+    use crate::measure::{Events, Plan, Timing, in_turn, interleaved};
     use serde_json::{Value, json};
     use std::sync::Arc;
 
@@ -132,46 +121,34 @@ mod gpu {
             Ok((_, matmul)) => judge_peer(gpu, &problem, &mut runs[0], matmul).err(),
             Err(_) => None,
         };
-        let ours = |i: usize| runs[i % sets].launch();
-        let theirs = |i: usize| match &peer {
-            Ok((_, matmul)) => matmul.launch(gpu, &runs[i % sets].pointers()),
-            Err(_) => Ok(()),
-        };
-        let mut passes = Vec::new();
-        for _ in 0..2 {
-            let (mut mine, mut other) = (Vec::new(), Vec::new());
-            for sample in 0..SAMPLES {
-                mine.push(seconds(gpu, sample, &ours).map_err(text)?);
-                if peer.is_ok() {
-                    other.push(seconds(gpu, sample, &theirs).map_err(text)?);
-                }
-            }
-            passes.push((median(&mine), (!other.is_empty()).then(|| median(&other))));
+        let mut sides = vec![in_turn(sets, |set| runs[set].launch())];
+        if let Ok((_, matmul)) = &peer {
+            let launch = |set: usize| matmul.launch(gpu, &runs[set].pointers());
+            sides.push(in_turn(sets, launch));
         }
+        let timings = interleaved(&Events(gpu), &mut sides, PLAN).map_err(text)?;
+        drop(sides);
         let mut tiles = serde_json::Map::new();
         for tile in case.product.tiles() {
             let problem = grouped_gemm::problem(&operands, tile);
-            let launch = |i: usize| runs[i % sets].launch_as(&problem);
-            let samples = (0..SAMPLES / 2).map(|sample| seconds(gpu, sample, &launch));
-            let samples = samples.collect::<Result<Vec<_>>>().map_err(text)?;
-            tiles.insert(name(tile).into(), json!(median(&samples).0 * 1e6));
+            let side = in_turn(sets, |set| runs[set].launch_as(&problem));
+            let timed = interleaved(
+                &Events(gpu),
+                &mut [side],
+                Plan {
+                    samples: PLAN.samples / 4,
+                    ..PLAN
+                },
+            );
+            tiles.insert(
+                name(tile).into(),
+                json!(timed.map_err(text)?[0].seconds() * 1e6),
+            );
         }
-        let (detail, mut measured) = report(case, &passes, peer.err());
+        let (detail, mut measured) = report(case, &timings, peer.err());
         measured["microseconds_of_each_tile"] = tiles.into();
         measured["cublas_outside_bound"] = json!(peer_differs);
         Ok((detail, measured))
-    }
-
-    /// Seconds of one launch, over several in a row, each on the next set of buffers.
-    fn seconds(gpu: &Gpu, sample: u32, launch: &dyn Fn(usize) -> Result<()>) -> Result<f64> {
-        let first = (sample * LAUNCHES) as usize;
-        launch(first)?; // the clocks and the queue are warm when the first mark is passed
-        let from = gpu.mark()?;
-        for i in 1..=LAUNCHES as usize {
-            launch(first + i)?;
-        }
-        let to = gpu.mark()?;
-        Ok(gpu.seconds(&from, &to)? / f64::from(LAUNCHES))
     }
 
     fn judge_peer(
@@ -187,28 +164,17 @@ mod gpu {
         problem.judged(&run.outputs()?).map(|_| ())
     }
 
-    type Timing = (f64, f64);
-
-    fn report(
-        case: &TimedCase,
-        passes: &[(Timing, Option<Timing>)],
-        no_peer: Option<String>,
-    ) -> (String, Value) {
-        let side = |times: Vec<Timing>| {
-            let seconds = times.iter().map(|t| t.0).fold(f64::INFINITY, f64::min);
+    fn report(case: &TimedCase, timings: &[Timing], no_peer: Option<String>) -> (String, Value) {
+        let side = |timing: &Timing| {
+            let seconds = timing.seconds();
             json!({
-                "microseconds_of_each_pass": times.iter().map(|t| t.0 * 1e6).collect::<Vec<_>>(),
-                "spread_of_each_pass": times.iter().map(|t| t.1).collect::<Vec<_>>(),
+                "microseconds_of_each_pass": timing.passes.iter().map(|p| p.0 * 1e6).collect::<Vec<_>>(),
+                "spread_of_each_pass": timing.passes.iter().map(|p| p.1).collect::<Vec<_>>(),
                 "tflops": case.cost().flops / seconds / 1e12,
                 "share_of_floor": case.cost().floor() / seconds,
             })
         };
-        let ours = side(passes.iter().map(|p| p.0).collect());
-        let theirs = passes
-            .iter()
-            .map(|p| p.1)
-            .collect::<Option<Vec<_>>>()
-            .map(side);
+        let (ours, theirs) = (side(&timings[0]), timings.get(1).map(side));
         let ratio = theirs
             .as_ref()
             .and_then(|t| Some(ours["tflops"].as_f64()? / t["tflops"].as_f64()?));
@@ -229,11 +195,6 @@ mod gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_median_is_not_moved_by_one_outlier() {
-        assert_eq!(median(&[3.0, 1.0, 2.0, 100.0, 2.0]), (2.0, 0.5));
-    }
 
     #[test]
     fn floors_are_those_of_the_papers_layers() {

@@ -290,3 +290,13 @@ pub fn rope(
     let row = (heads + 2 * key_value_heads) * width;
     Cost::new(0, 4 * tokens * row + 4 * sequence * width)
 }
+
+/// `kernels/cross_entropy.cu`: `cross_entropy_rows` with the logits' gradient.
+pub fn cross_entropy_rows(tokens: usize, vocabulary: usize) -> Cost {
+    Cost::new(0, 10 * tokens * vocabulary + 8 * tokens)
+}
+
+/// `kernels/adamw.cu`: `adamw_update`.
+pub fn adamw(numbers: usize) -> Cost {
+    Cost::new(0, 28 * numbers)
+}

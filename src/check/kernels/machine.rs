@@ -156,7 +156,12 @@ impl<'m> Guarded<'m> {
     }
 
     pub fn read(&self) -> Result<Vec<u8>> {
-        let mut bytes = vec![0; self.bytes];
+        self.read_first(self.bytes)
+    }
+
+    /// At most so many bytes of it, the first ones.
+    pub fn read_first(&self, bytes: usize) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; bytes.min(self.bytes)];
         self.block.read(GUARD_BYTES, &mut bytes)?;
         Ok(bytes)
     }

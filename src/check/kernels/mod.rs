@@ -134,9 +134,9 @@ impl Buffer {
 }
 
 /// Launches on the buffers' addresses, in the order of the problem's list.
-type Launch = Box<dyn Fn(&Launchers, &[*mut u8], routegrad_stream) -> Result<()> + Send + Sync>;
+pub type Launch = Box<dyn Fn(&Launchers, &[*mut u8], routegrad_stream) -> Result<()> + Send + Sync>;
 /// Judges the content of the outputs and changed buffers, in the order of the problem's list.
-type Judge = Box<dyn Fn(&[Vec<u8>]) -> Result<Errors, String> + Send + Sync>;
+pub type Judge = Box<dyn Fn(&[Vec<u8>]) -> Result<Errors, String> + Send + Sync>;
 
 /// One launch with its inputs and its reference.
 pub struct Problem {
@@ -246,6 +246,15 @@ impl<'a> Run<'a> {
         self.buffers.iter().map(Guarded::pointer).collect()
     }
 
+    /// The first `bytes` bytes of a buffer, after every launch so far; fewer where it is shorter.
+    ///
+    /// # Errors
+    /// What a launch met.
+    pub fn content(&self, buffer: usize, bytes: usize) -> Result<Vec<u8>> {
+        self.machine.finish()?;
+        self.buffers[buffer].read_first(bytes)
+    }
+
     /// Launches; on a GPU it may still run on return.
     pub fn launch(&self) -> Result<()> {
         self.launch_as(self.problem)
@@ -322,6 +331,11 @@ impl Problem {
     /// The text says what failed, or which element is how far off.
     pub fn check(&self, machine: &dyn Machine) -> Result<Errors, String> {
         self.judged(&self.outputs(machine)?)
+    }
+
+    /// Bytes of all its buffers.
+    pub fn bytes(&self) -> usize {
+        self.buffers.iter().map(Buffer::bytes).sum()
     }
 
     /// Judges outputs that a run left.

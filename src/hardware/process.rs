@@ -1,10 +1,10 @@
-//! The processes that tasks run in, and what the machine says about itself.
+//! The processes that tasks run in.
 
 use super::one::Outcome;
 use super::record::Ending;
 use super::task::{Kind, Task};
 use crate::error::{Error, Result};
-use serde_json::{Value, json};
+use serde_json::json;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -179,78 +179,6 @@ fn sanitizer() -> Option<PathBuf> {
         .into_iter()
         .map(|folder| folder.join("compute-sanitizer"))
         .find(|path| path.is_file())
-}
-
-/// Clocks, temperature, power and what holds the clocks back; null where nvidia-smi is missing.
-pub fn state() -> Value {
-    const FIELDS: [&str; 6] = [
-        "clocks.sm",
-        "clocks.mem",
-        "temperature.gpu",
-        "power.draw",
-        "clocks_event_reasons.active",
-        "utilization.gpu",
-    ];
-    match nvidia_smi(&FIELDS) {
-        Some(values) => FIELDS
-            .iter()
-            .zip(values)
-            .map(|(field, value)| (field.to_string(), Value::String(value)))
-            .collect(),
-        None => Value::Null,
-    }
-}
-
-/// Version of the driver.
-pub fn driver() -> String {
-    nvidia_smi(&["driver_version"])
-        .and_then(|values| values.into_iter().next())
-        .unwrap_or_else(|| "unknown".into())
-}
-
-fn nvidia_smi(fields: &[&str]) -> Option<Vec<String>> {
-    let query = format!("--query-gpu={}", fields.join(","));
-    let output = Command::new("nvidia-smi")
-        .args([&query, "--format=csv,noheader,nounits", "--id=0"])
-        .output()
-        .ok()?;
-    let text = String::from_utf8(output.stdout)
-        .ok()
-        .filter(|_| output.status.success())?;
-    let values: Vec<String> = text
-        .lines()
-        .next()?
-        .split(',')
-        .map(|value| value.trim().to_string())
-        .collect();
-    (values.len() == fields.len()).then_some(values)
-}
-
-/// The commit that was built: told by the bundle's script, or asked of git.
-pub fn commit() -> String {
-    if let Ok(commit) = std::env::var("ROUTEGRAD_COMMIT") {
-        return commit;
-    }
-    let output = Command::new("git")
-        .args([
-            "describe",
-            "--always",
-            "--dirty",
-            "--abbrev=12",
-            "--exclude=*",
-        ])
-        .output();
-    let text = output
-        .ok()
-        .filter(|o| o.status.success())
-        .and_then(|o| String::from_utf8(o.stdout).ok());
-    text.map_or_else(|| "unknown".into(), |text| text.trim().to_string())
-}
-
-/// Release of the operating system's kernel.
-pub fn system() -> String {
-    std::fs::read_to_string("/proc/sys/kernel/osrelease")
-        .map_or_else(|_| "unknown".into(), |text| text.trim().to_string())
 }
 
 #[cfg(test)]

@@ -1,0 +1,200 @@
+//! Records of what a machine showed: one JSON object a line, one file a machine, `PREFIX-MACHINE.jsonl`. Files merge: of two
+//! records with one key the later stays.
+
+use crate::error::{Error, Result};
+use serde::{Serialize, de::DeserializeOwned};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// A line of such a file.
+pub trait Entry: Serialize + DeserializeOwned {
+    /// How the files are named.
+    const PREFIX: &'static str;
+    /// What a broken line means.
+    const BROKEN: &'static str;
+    /// What makes it the answer to a question.
+    type Key: Ord;
+
+    fn key(&self) -> Self::Key;
+    fn machine(&self) -> &str;
+    /// As [`now`] gives it.
+    fn date(&self) -> &str;
+}
+
+/// The records of a folder.
+pub struct Records<R: Entry> {
+    folder: PathBuf,
+    by_key: BTreeMap<R::Key, R>,
+}
+
+impl<R: Entry> Records<R> {
+    /// Reads every file of the kind in `folder`; none where the folder does not exist.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or a line is no record.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let mut records = Self {
+            folder: folder.to_path_buf(),
+            by_key: BTreeMap::new(),
+        };
+        let entries = match std::fs::read_dir(folder) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(records),
+            Err(e) => return Err(Error::io("list", folder, e)),
+        };
+        for entry in entries {
+            let path = entry.map_err(|e| Error::io("list", folder, e))?.path();
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
+            let own = name
+                .strip_prefix(R::PREFIX)
+                .is_some_and(|rest| rest.starts_with('-'));
+            if own && name.ends_with(".jsonl") {
+                records.read(&path)?;
+            }
+        }
+        Ok(records)
+    }
+
+    /// Takes in the records of a file; later ones replace earlier ones of the same key. Nothing is written.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or a line is no record.
+    pub fn read(&mut self, path: &Path) -> Result<()> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+        for (i, line) in text
+            .lines()
+            .enumerate()
+            .filter(|(_, line)| !line.trim().is_empty())
+        {
+            let record: R = serde_json::from_str(line).map_err(|e| {
+                Error::file(
+                    path,
+                    "one record a line",
+                    format!("line {}: {e}", i + 1),
+                    R::BROKEN,
+                )
+            })?;
+            self.insert(record);
+        }
+        Ok(())
+    }
+
+    /// Adds a record, unless one of the same key is later.
+    pub fn insert(&mut self, record: R) {
+        let key = record.key();
+        if self
+            .by_key
+            .get(&key)
+            .is_none_or(|known| known.date() <= record.date())
+        {
+            self.by_key.insert(key, record);
+        }
+    }
+
+    pub fn get(&self, key: &R::Key) -> Option<&R> {
+        self.by_key.get(key)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &R> {
+        self.by_key.values()
+    }
+
+    /// Writes the file of one machine, whole or not at all.
+    ///
+    /// # Errors
+    /// When the folder or file cannot be written.
+    pub fn save(&self, machine: &str) -> Result<()> {
+        std::fs::create_dir_all(&self.folder).map_err(|e| Error::io("create", &self.folder, e))?;
+        let path = self.folder.join(file_name(R::PREFIX, machine));
+        let mut text = String::new();
+        for record in self.iter().filter(|record| record.machine() == machine) {
+            let line = serde_json::to_string(record)
+                .map_err(|e| Error::file(&path, "a record", e.to_string(), "a bug"))?;
+            text.push_str(&line);
+            text.push('\n');
+        }
+        let draft = path.with_extension("draft");
+        std::fs::write(&draft, text).map_err(|e| Error::io("write", &draft, e))?;
+        std::fs::rename(&draft, &path).map_err(|e| Error::io("rename", &draft, e))
+    }
+
+    /// Writes the file of every machine.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save).
+    pub fn save_all(&self) -> Result<()> {
+        let machines: std::collections::BTreeSet<&str> =
+            self.iter().map(|record| record.machine()).collect();
+        machines
+            .into_iter()
+            .try_for_each(|machine| self.save(machine))
+    }
+
+    /// Takes the records of `files` into those of `folder`, writes them, and says what is new.
+    ///
+    /// # Errors
+    /// When one cannot be read or written.
+    pub fn merge(folder: &Path, files: &[PathBuf]) -> Result<String> {
+        let mut records = Self::open(folder)?;
+        let before = records.iter().count();
+        files.iter().try_for_each(|file| records.read(file))?;
+        records.save_all()?;
+        let now = records.iter().count();
+        Ok(format!("{now} records, {} of them new", now - before))
+    }
+}
+
+/// "hardware-nvidia-h200.jsonl" of "NVIDIA H200".
+fn file_name(prefix: &str, machine: &str) -> String {
+    let words: Vec<String> = machine
+        .split(|c: char| !c.is_ascii_alphanumeric())
+        .filter(|w| !w.is_empty())
+        .map(str::to_lowercase)
+        .collect();
+    format!("{prefix}-{}.jsonl", words.join("-"))
+}
+
+/// The time now as 2026-01-31T23:59:59Z.
+pub fn now() -> String {
+    let seconds = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
+    utc(seconds)
+}
+
+/// Days of the Gregorian calendar, counted in eras of 400 years that begin on 1 March.
+fn utc(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1_460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let (day, month) = (
+        day - (153 * month + 2) / 5 + 1,
+        if month < 10 { month + 3 } else { month - 9 },
+    );
+    let year = era * 400 + year + u64::from(month <= 2);
+    format!(
+        "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}Z",
+        rest / 3600,
+        rest / 60 % 60,
+        rest % 60
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_of_the_calendar() {
+        assert_eq!(utc(0), "1970-01-01T00:00:00Z");
+        assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(utc(1_798_761_599), "2026-12-31T23:59:59Z");
+    }
+}
