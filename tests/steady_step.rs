@@ -5,8 +5,9 @@
 
 use routegrad::config::{Config, Layers};
 use routegrad::data::Corpus;
-use routegrad::device::{Device, counters};
+use routegrad::device::{Device, counters, take_peak};
 use routegrad::model::Model;
+use routegrad::plan::{Memory, Target};
 use routegrad::routers;
 use routegrad::step::Trainer;
 use std::sync::{Mutex, MutexGuard};
@@ -20,6 +21,7 @@ fn alone() -> MutexGuard<'static, ()> {
 }
 
 struct Run {
+    config: Config,
     model: Model,
     trainer: Trainer,
     corpus: Corpus,
@@ -38,6 +40,7 @@ impl Run {
         let config = Config::load(&layers, &routers::resolve).unwrap();
         let model = Model::new(&config).unwrap();
         Run {
+            config: config.clone(),
             trainer: Trainer::new(&config.train, &model),
             corpus: Corpus::load(&config.data, &config.model, 0).unwrap(),
             model,
@@ -156,4 +159,29 @@ fn bits(numbers: &[Vec<f64>]) -> Vec<u64> {
 fn the_device_is_that_of_the_counters() {
     let _alone = alone();
     assert_eq!(Run::new(&[]).model.device(), Device::Sim);
+}
+
+#[test]
+fn the_planned_memory_is_what_a_step_takes() {
+    let _alone = alone();
+    for set in [
+        &["router.name=topk"][..],
+        &["router.name=default", "model.top_k=2"],
+        &["router.name=default", "train.recompute=true"],
+        &["router.name=dense"],
+    ] {
+        take_peak(Device::Sim);
+        let begun = take_peak(Device::Sim);
+        let mut run = Run::new(set);
+        run.step();
+        run.step();
+        let found = take_peak(Device::Sim) - begun;
+        let planned = Memory::of(&run.config, Target::H200);
+        let ratio = planned.total() as f64 / found as f64;
+        println!(
+            "{set:?}: {found} bytes, planned {} ({ratio:.3}): {planned:?}",
+            planned.total()
+        );
+        assert!((0.97..=1.03).contains(&ratio), "{set:?}: {ratio:.3}");
+    }
 }

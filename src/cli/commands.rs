@@ -63,7 +63,20 @@ pub(super) fn train_command(args: &TrainArgs) -> Result<()> {
         timeline: args.timeline,
         quiet: args.quiet,
     };
+    let device = config.train.device;
+    let planned = plan::Memory::of(&config, plan::Target::H200).total();
+    if device == Device::Cuda {
+        crate::device::reserve(device, planned as usize)?;
+    }
     let report = train::run(config, &options, &stop)?;
+    if device != Device::Cpu {
+        let peak = crate::device::take_peak(device) as f64;
+        say!(
+            "memory of {device}: {:.3} GB at most, {:.3} GB planned",
+            peak / 1e9,
+            planned as f64 / 1e9
+        );
+    }
     let (place, step) = (out.display(), report.step);
     if let (Outcome::Finished, Some(loss)) = (report.outcome, report.validation_loss) {
         say!("validation loss {loss:.4} nats per token after {step} steps");

@@ -19,6 +19,9 @@ use crate::error::{Error, Result};
 /// Names a shared object whose simulator is used instead of the linked one: the race, sanitizer and mutant builds.
 pub const LIBRARY_VARIABLE: &str = "ROUTEGRAD_SIM_LIBRARY";
 
+/// Set to 1: every launch on a GPU is waited for.
+pub const WAIT_VARIABLE: &str = "ROUTEGRAD_WAIT";
+
 /// The tile of a product that the kernels' own plan takes.
 pub const TILE_AUTO: i32 = bindings::ROUTEGRAD_TILE_AUTO as i32;
 
@@ -88,6 +91,34 @@ fn load(path: &std::path::Path) -> Result<Launchers, libloading::Error> {
     })
 }
 
+/// With `ROUTEGRAD_WAIT=1` in the environment waits for each launch on a GPU, so that a fault is blamed on the kernel that
+/// made it and not on whichever copy comes next.
+#[cfg(feature = "cuda")]
+fn waited(launcher: &str) -> Result<()> {
+    static WAITS: OnceLock<bool> = OnceLock::new();
+    let waits = WAITS.get_or_init(|| std::env::var_os(WAIT_VARIABLE).is_some_and(|v| v == "1"));
+    match super::cuda::opened().filter(|_| *waits) {
+        Some(gpu) => gpu.finish().map_err(|e| match e {
+            Error::Device {
+                status, text, help, ..
+            } => Error::Device {
+                op: launcher.into(),
+                status,
+                text,
+                help,
+            },
+            other => other,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Without a GPU a launch is over when its launcher returns.
+#[cfg(not(feature = "cuda"))]
+fn waited(_launcher: &str) -> Result<()> {
+    Ok(())
+}
+
 impl Launchers {
     /// "cuda", "sim", or the variant's name such as "sim-race".
     pub fn build(&self) -> &'static str {
@@ -106,7 +137,7 @@ impl Launchers {
     /// thread that launched, before its next launch.
     pub fn check(&self, launcher: &str, status: bindings::routegrad_status) -> Result<()> {
         if status == bindings::ROUTEGRAD_OK as i32 {
-            return Ok(());
+            return waited(launcher);
         }
         let text = self.describe(launcher, status);
         let reason = (status & 0xff) as u32;

@@ -142,7 +142,12 @@ impl Drop for Block {
 /// # Errors
 /// When the device has less: the text says how much there is.
 pub fn reserve(device: Device, bytes: usize) -> Result<()> {
-    grow(&mut arena(device), device, bytes)
+    grow(&mut arena(device), device, bytes).map_err(|e| {
+        let needed = format!("{:.1} GiB for this run", bytes as f64 / (1u64 << 30) as f64);
+        let help = "lower train.micro_batch, set train.recompute = true, or choose a smaller --preset; \
+                    `routegrad plan` says what fits";
+        Error::invalid("memory", needed, e.to_string(), help)
+    })
 }
 
 /// Bytes of the blocks in use at most, since the last call.
