@@ -462,7 +462,10 @@ fn a_run_on_tokens_stops_resumes_speaks_and_exports_with_its_tokenizer() {
     tokenizer(&whole, 1);
     let mut generate = program();
     let line = fail(generate.args(["generate", "--model"]).arg(&whole));
-    assert!(line.contains("expected tokens of the tokenizer"), "{line}");
+    assert!(
+        line.contains("expected the tokenizer of fingerprint"),
+        "{line}"
+    );
 }
 
 #[test]
