@@ -8,7 +8,7 @@ use super::arrays::Content;
 use super::{Array, Arrays, Checkpoint, Snapshot, newest};
 use crate::config::{Config, DataConfig, ModelFile};
 use crate::data::Tokenizer;
-use crate::data::tokenizer::{self, BYTES, TOKENIZER_FILE};
+use crate::data::tokenizer::{BYTES, TOKENIZER_FILE};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::optim::Moments;
@@ -131,19 +131,21 @@ pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<To
     let run = checkpoint.path().ancestors().nth(2);
     let own = [Some(checkpoint.path()), run].into_iter().flatten();
     let mut folders = own.chain(config.sources().map(Path::new));
-    let missing = || {
-        Error::file(
-            run.unwrap_or(checkpoint.path()).join(TOKENIZER_FILE),
-            format!("the tokenizer of fingerprint {}", config.tokenizer),
-            "none, nor one beside the checkpoint or the tokens",
-            "put the tokenizer.json that the run was trained with there",
-        )
+    let other = |folder: &Path, got: String| {
+        let expected = format!("the tokenizer of fingerprint {}", config.tokenizer);
+        let help = "put the tokenizer.json that the run was trained with there";
+        Error::file(folder.join(TOKENIZER_FILE), expected, got, help)
     };
     let holds = |folder: &&Path| folder.join(TOKENIZER_FILE).exists();
-    let folder = folders.find(holds).ok_or_else(missing)?;
+    let Some(folder) = folders.find(holds) else {
+        let got = "none, nor one beside the checkpoint or the tokens".into();
+        return Err(other(run.unwrap_or(checkpoint.path()), got));
+    };
     let found = Tokenizer::of_folder(folder)?;
-    tokenizer::expect(&config.tokenizer, found.fingerprint(), folder)?;
-    Ok(found)
+    match found.fingerprint() {
+        same if same == config.tokenizer => Ok(found),
+        another => Err(other(folder, format!("one of fingerprint {another}"))),
+    }
 }
 
 /// The model of a checkpoint, and what its run was told.

@@ -247,10 +247,6 @@ impl Folder {
         self.path.join(format!("{}.{extension}", shard.name))
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }

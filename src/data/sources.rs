@@ -197,11 +197,13 @@ mod tests {
             (&*found[0].name, &*found[MOST - 1].name),
             ("documents 1–2", "documents 28–30")
         );
-        let all: Vec<u8> = found
-            .iter()
-            .map(|s| s.text.clone())
-            .collect::<Vec<_>>()
-            .join(DOCUMENT_END.as_bytes());
+        let text = |source: &Source| -> Vec<u8> {
+            let mut tokens = Vec::new();
+            source.text.copy(0..source.text.len(), &mut tokens);
+            tokens.iter().map(|t| *t as u8).collect()
+        };
+        let all: Vec<Vec<u8>> = found.iter().map(text).collect();
+        let all = all.join(DOCUMENT_END.as_bytes());
         assert_eq!(all, documents.join(DOCUMENT_END).into_bytes());
     }
 }

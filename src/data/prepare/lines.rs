@@ -136,7 +136,10 @@ impl JsonLines {
         match value.get_mut(&self.text_column).map(Value::take) {
             Some(Value::String(text)) => Item::of(text, source),
             Some(Value::Null) => Item::Empty,
-            Some(other) => bad(format!("`{}` is no string: {other:.40}", self.text_column)),
+            Some(other) => {
+                let shown: String = other.to_string().chars().take(40).collect();
+                bad(format!("`{}` is no string: {shown}", self.text_column))
+            }
             None => bad(format!("no field `{}`", self.text_column)),
         }
     }
