@@ -40,7 +40,7 @@ fn unusable_text_is_named_and_leaves_no_run_behind() {
         ("empty.txt", "empty"),
         ("cut.txt.zst", "cut-off"),
         ("latin.txt", "offset 2"),
-        ("short.txt", "more than 16 bytes"),
+        ("short.txt", "more than 16 tokens"),
         ("folder", ".txt"),
     ] {
         let mut command = program();

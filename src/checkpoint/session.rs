@@ -127,7 +127,7 @@ pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
 /// # Errors
 /// When it lies nowhere, or is another one than the run's.
 pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<Tokenizer> {
-    if matches!(config.tokenizer.as_str(), "" | BYTES) {
+    if config.tokenizer == BYTES {
         return Ok(Tokenizer::bytes());
     }
     let run = checkpoint.path().ancestors().nth(2);

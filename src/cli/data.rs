@@ -75,6 +75,9 @@ pub(super) struct PrepareArgs {
     /// Fail at a document that cannot be read, and do not leave it out.
     #[arg(long)]
     strict: bool,
+    /// Decode every document again, and count those whose text does not come back.
+    #[arg(long)]
+    round_trip: bool,
     /// Show no progress.
     #[arg(long)]
     quiet: bool,
@@ -114,6 +117,7 @@ fn prepare(args: PrepareArgs) -> Result<()> {
         separator: args.separator.replace(r"\n", "\n").replace(r"\t", "\t"),
         shard_tokens: args.shard_tokens,
         strict: args.strict,
+        round_trip: args.round_trip,
         quiet: args.quiet,
     };
     let summary = prepare::run(&options)?;
@@ -121,6 +125,12 @@ fn prepare(args: PrepareArgs) -> Result<()> {
     say!("{}", row("training", manifest.counts(Side::Train)));
     say!("{}", row("validation", manifest.counts(Side::Validation)));
     say!("{}", left_out(manifest.empty, manifest.unreadable));
+    if options.round_trip {
+        say!(
+            "decoding gives another text for {} documents",
+            summary.altered
+        );
+    }
     let megabytes = summary.bytes as f64 / 1e6;
     let (rate, seconds) = (megabytes / summary.seconds, summary.seconds);
     say!("{megabytes:.1} MB of text in {seconds:.1} s, {rate:.1} MB/s");

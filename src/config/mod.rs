@@ -295,8 +295,8 @@ pub struct DataConfig {
     pub document_separator: String,
     /// Share of the documents that is held out for validation, at least one.
     pub validation_fraction: f64,
-    /// Fingerprint of the tokenizer that the tokens are made with, "bytes" for bytes. Left empty it
-    /// is that of the source, and a run keeps it.
+    /// Fingerprint of the tokenizer that made the tokens, "bytes" for bytes. Default: that of the
+    /// source.
     pub tokenizer: String,
 }
 
@@ -307,7 +307,7 @@ impl Default for DataConfig {
             mix: Vec::new(),
             document_separator: "\n\n\n".into(),
             validation_fraction: 0.05,
-            tokenizer: String::new(),
+            tokenizer: "bytes".into(),
         }
     }
 }

@@ -355,6 +355,16 @@ impl Folder {
         Ok(tokens)
     }
 
+    /// All tokens of one side, in memory.
+    ///
+    /// # Errors
+    /// When a shard cannot be read.
+    pub fn side(&self, side: Side) -> Result<Vec<i32>> {
+        let (tokens, mut all) = (self.tokens(side)?, Vec::new());
+        tokens.copy(0..tokens.len(), &mut all);
+        Ok(all)
+    }
+
     /// The documents of one side, their ends counted over its shards.
     ///
     /// # Errors

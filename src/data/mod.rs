@@ -77,11 +77,7 @@ impl Corpus {
                 ));
             }
             let part = Part::load(source, config, model)?;
-            let expected = match config.tokenizer.as_str() {
-                "" => parts.first().map_or("", |p: &Part| &p.tokenizer),
-                of_run => of_run,
-            };
-            tokenizer::expect(expected, &part.tokenizer, source)?;
+            tokenizer::expect(&config.tokenizer, &part.tokenizer, source)?;
             parts.push(part);
         }
         let s = model.sequence_length as u64;
@@ -103,12 +99,7 @@ impl Corpus {
                 .map(|p| Order::new(p.train.len(), s, seed))
                 .collect(),
             sequence_length: s,
-            folder: config
-                .sources()
-                .map(Path::new)
-                .find(|path| Folder::is(path))
-                .map(Folder::open)
-                .transpose()?,
+            folder: folders(config)?.into_iter().next(),
             fingerprint: fingerprint(&parts, config),
             parts,
         })
@@ -198,12 +189,7 @@ impl Corpus {
         counts
     }
 
-    /// Fingerprint of the tokenizer that made the tokens.
-    pub fn tokenizer(&self) -> &str {
-        &self.parts[0].tokenizer
-    }
-
-    /// That tokenizer.
+    /// The tokenizer that made the tokens.
     ///
     /// # Errors
     /// When its files cannot be read; in a program without the feature `text`, unless a token is a byte.
@@ -240,17 +226,17 @@ fn fingerprint(parts: &[Part], config: &DataConfig) -> String {
     hash.finalize().to_hex().to_string()
 }
 
-/// The configuration of these layers; `model.vocab_size`, where none of them gives it, is that of the
-/// tokens, made a multiple of 8, which kernels want.
+/// The configuration of these layers. What none of them gives is that of the tokens to train on:
+/// `data.tokenizer`, and `model.vocab_size`, made a multiple of 8, which kernels want.
 ///
 /// # Errors
 /// As [`Config::load`], and when a folder of tokens cannot be opened.
 pub fn configure(layers: &Layers, check_router: &RouterCheck) -> Result<Config> {
     let mut config = Config::load(layers, check_router)?;
-    let folders = config.data.sources().map(Path::new);
-    let folders = folders.filter(|p| Folder::is(p)).map(Folder::open);
-    let folders: Vec<Folder> = folders.collect::<Result<_>>()?;
-    let needed = folders.iter().map(|f| f.manifest().vocab_size).max();
+    if !layers.gives("data.tokenizer")? {
+        adopt_tokenizer(&mut config.data)?;
+    }
+    let needed = folders(&config.data)?.iter().map(vocabulary).max();
     if let Some(needed) = needed
         && !layers.gives("model.vocab_size")?
     {
@@ -258,6 +244,26 @@ pub fn configure(layers: &Layers, check_router: &RouterCheck) -> Result<Config> 
         config.validate()?;
     }
     Ok(config)
+}
+
+/// Takes `tokenizer` from the first folder of tokens, if there is one.
+///
+/// # Errors
+/// When a folder cannot be opened.
+pub fn adopt_tokenizer(config: &mut DataConfig) -> Result<()> {
+    if let Some(folder) = folders(config)?.first() {
+        config.tokenizer = folder.manifest().tokenizer.clone();
+    }
+    Ok(())
+}
+
+fn folders(config: &DataConfig) -> Result<Vec<Folder>> {
+    let paths = config.sources().map(Path::new);
+    paths.filter(|p| Folder::is(p)).map(Folder::open).collect()
+}
+
+fn vocabulary(folder: &Folder) -> usize {
+    folder.manifest().vocab_size
 }
 
 /// Indices of the documents held out, increasing.

@@ -7,15 +7,16 @@
 
 mod inputs;
 mod lines;
+mod options;
 #[cfg(feature = "text")]
 mod parquet;
 mod progress;
 mod shards;
 
-use super::DOCUMENT_END;
+pub use options::Options;
+
 use super::folder::{FORMAT, Folder, MANIFEST, Manifest, STATE, Side, digest};
-use super::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer};
-use crate::config::nearest;
+use super::tokenizer::{TOKENIZER_CONFIG_FILE, Tokenizer};
 use crate::error::{Error, Result};
 use crate::files::{UNFINISHED, replace};
 use inputs::{Input, Item};
@@ -24,110 +25,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shards::{Encoded, Place, Writer};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
 /// Bytes of text that are encoded in one piece, at least.
 const CHUNK: usize = 1 << 17;
-/// Where documents say by default where they came from.
-const SOURCE_COLUMN: &str = "dump";
-
-/// What is prepared, and how.
-#[derive(Clone, Debug)]
-pub struct Options {
-    /// Files, or folders of them.
-    pub inputs: Vec<PathBuf>,
-    /// Files of documents that are all held out; without any, `validation_fraction` of the inputs is.
-    pub validation: Vec<PathBuf>,
-    /// The new folder.
-    pub out: PathBuf,
-    /// A `tokenizer.json`; without one a token is a byte.
-    pub tokenizer: Option<PathBuf>,
-    /// Name of the token before each document; `none` for none. Default: the tokenizer's.
-    pub bos: Option<String>,
-    /// Name of the token behind each document; `none` for none. Default: the tokenizer's, and three
-    /// line feeds where a token is a byte.
-    pub eos: Option<String>,
-    pub validation_fraction: f64,
-    /// Column of parquet, or field of an object, that holds the text.
-    pub text_column: String,
-    /// The one that says where a document came from. Default: `dump`, where it is there.
-    pub source_column: Option<String>,
-    /// What separates the documents of a text file; empty: a file is one document.
-    pub separator: String,
-    /// Tokens at which shards are closed.
-    pub shard_tokens: u64,
-    /// A document that cannot be read is an error, and not left out.
-    pub strict: bool,
-    pub quiet: bool,
-}
-
-impl Options {
-    fn source_column(&self) -> &str {
-        self.source_column.as_deref().unwrap_or(SOURCE_COLUMN)
-    }
-
-    fn required_columns(&self) -> impl Iterator<Item = &String> {
-        [Some(&self.text_column), self.source_column.as_ref()]
-            .into_iter()
-            .flatten()
-    }
-
-    fn validate(&self) -> Result<()> {
-        let share = self.validation_fraction;
-        if !(0.0..1.0).contains(&share) {
-            return Err(Error::invalid(
-                "--validation-fraction",
-                "a number from 0 to below 1",
-                share.to_string(),
-                "give the share of the documents to hold out",
-            ));
-        }
-        if self.shard_tokens == 0 {
-            return Err(Error::invalid(
-                "--shard-tokens",
-                "at least 1",
-                "0",
-                "leave it out for the default",
-            ));
-        }
-        Ok(())
-    }
-
-    /// The tokenizer, with the tokens that are asked for around a document.
-    fn open_tokenizer(&self) -> Result<Tokenizer> {
-        let mut tokenizer = match &self.tokenizer {
-            None => Tokenizer::bytes(),
-            Some(path) if path.is_dir() => Tokenizer::open(&path.join(TOKENIZER_FILE))?,
-            Some(path) => Tokenizer::open(path)?,
-        };
-        for (eos, name) in [(false, &self.bos), (true, &self.eos)] {
-            if let Some(name) = name {
-                tokenizer.set_special(eos, (name != "none").then_some(name))?;
-            }
-        }
-        Ok(tokenizer)
-    }
-
-    fn behind_document(&self, tokenizer: &Tokenizer) -> Vec<i32> {
-        match tokenizer.is_bytes() && self.eos.is_none() {
-            true => DOCUMENT_END.bytes().map(i32::from).collect(),
-            false => tokenizer.eos().into_iter().collect(),
-        }
-    }
-}
-
-fn missing_column(path: &Path, column: &str, names: &[&str]) -> Error {
-    let near = nearest(column, names.iter().copied()).unwrap_or("none");
-    let option = match column {
-        SOURCE_COLUMN => "--source-column",
-        _ => "--text-column or --source-column",
-    };
-    let got = format!("only {}", names.join(", "));
-    let help = format!("name one with {option}, as `{near}`");
-    Error::file(path, format!("a column `{column}`"), got, help)
-}
 
 /// How far a preparation came.
 #[derive(Serialize, Deserialize)]
@@ -143,6 +46,8 @@ struct State {
 #[derive(Debug)]
 pub struct Summary {
     pub manifest: Manifest,
+    /// Documents whose text decoding does not give back, of those that were decoded.
+    pub altered: u64,
     /// Bytes of text that this process encoded, and how long it took.
     pub bytes: u64,
     pub seconds: f64,
@@ -169,7 +74,7 @@ pub fn run(options: &Options) -> Result<Summary> {
         let (shards, out) = (state.manifest.shards.len(), options.out.display());
         progress.note(&format!("goes on behind {shards} finished shards in {out}"));
     }
-    let mut writer = Writer::new(options, state, &progress)?;
+    let mut writer = Writer::new(options, state, &progress);
     let place = writer.place();
     let read = std::thread::scope(|threads| {
         let waiting = 4 * rayon::current_num_threads();
@@ -181,12 +86,13 @@ pub fn run(options: &Options) -> Result<Summary> {
         let written = written.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         written.and(read)
     });
-    let bytes = writer.encoded();
+    let (bytes, altered) = (writer.encoded(), writer.altered());
     let finished = read.and_then(|()| writer.finish());
     progress.finish();
     let manifest = finished.inspect_err(|_| shards::remove_unfinished(&options.out))?;
     Ok(Summary {
         manifest,
+        altered,
         bytes,
         seconds: begun.elapsed().as_secs_f64(),
     })
@@ -281,10 +187,8 @@ fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<S
 }
 
 fn write_missing(out: &Path, files: &[(&str, Vec<u8>)]) -> Result<()> {
-    let missing = files.iter().filter(|(name, _)| !out.join(name).exists());
-    missing
-        .into_iter()
-        .try_for_each(|(name, content)| replace(out, name, content))
+    let mut missing = files.iter().filter(|(name, _)| !out.join(name).exists());
+    missing.try_for_each(|(name, content)| replace(out, name, content))
 }
 
 /// The keys of two plans that differ.
@@ -352,8 +256,8 @@ fn read(
                         }
                         false => Side::Train,
                     };
-                    place.rows += item.rows();
-                    place.seen += item.rows();
+                    place.rows = place.rows.saturating_add(item.rows());
+                    place.seen = place.seen.saturating_add(item.rows());
                     size += match &item {
                         Item::Document { text, .. } => text.len() + 64,
                         _ => 64,
@@ -397,8 +301,9 @@ fn encode(options: &Options, tokenizer: &Tokenizer, names: &[&str], pending: Pen
     } = pending;
     let what = match item {
         Item::Document { text, source } => match tokens(options, tokenizer, &text) {
-            Ok((count, tokens)) => shards::What::Document {
+            Ok((count, tokens, altered)) => shards::What::Document {
                 side,
+                altered,
                 source: source.unwrap_or_else(|| names[input].to_string()),
                 bytes: text.len() as u64,
                 count,
@@ -420,15 +325,18 @@ fn encode(options: &Options, tokenizer: &Tokenizer, names: &[&str], pending: Pen
     }
 }
 
-fn tokens(options: &Options, tokenizer: &Tokenizer, text: &str) -> Result<(u64, Vec<u8>)> {
-    let mut all: Vec<i32> = tokenizer.bos().into_iter().collect();
-    all.extend(tokenizer.encode(text)?);
-    all.extend(options.behind_document(tokenizer));
+/// The number of a document's tokens, they themselves, and whether they were asked to decode to its
+/// text but do not.
+fn tokens(options: &Options, tokenizer: &Tokenizer, text: &str) -> Result<(u64, Vec<u8>, bool)> {
+    let own = tokenizer.encode(text)?;
+    let altered = options.round_trip && tokenizer.decode(&own)? != text;
+    let before: Vec<i32> = tokenizer.bos().into_iter().collect();
+    let all = [before, own, options.behind_document(tokenizer)].concat();
     let bytes = match tokenizer.vocab_size() <= 1 << 16 {
         true => all.iter().flat_map(|t| (*t as u16).to_le_bytes()).collect(),
         false => all.iter().flat_map(|t| (*t as u32).to_le_bytes()).collect(),
     };
-    Ok((all.len() as u64, bytes))
+    Ok((all.len() as u64, bytes, altered))
 }
 
 /// Writes what comes, until nothing does.
@@ -443,4 +351,19 @@ fn write(writer: &mut Writer, chunks: &Receiver<Receiver<Vec<Encoded>>>) -> Resu
 }
 
 #[cfg(test)]
-mod tests;
+mod tests {
+    use super::held_out;
+
+    #[test]
+    fn documents_are_held_out_in_their_share_evenly() {
+        for (fraction, expected) in [(0.0, 0), (0.005, 5), (0.25, 250), (0.9, 900)] {
+            let held: Vec<u64> = (0..1000).filter(|n| held_out(*n, fraction)).collect();
+            assert_eq!(held.len(), expected);
+            let gaps = held.windows(2).map(|w| (w[1] - w[0]) as f64);
+            assert!(
+                gaps.into_iter()
+                    .all(|gap| (gap - 1.0 / fraction).abs() <= 1.0)
+            );
+        }
+    }
+}

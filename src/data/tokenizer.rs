@@ -18,7 +18,7 @@ use std::path::Path;
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// The file beside it that names `bos_token` and `eos_token`.
 pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
-/// What stands for a fingerprint where a token is a byte.
+/// What stands for a fingerprint where a token is a byte; the default of `data.tokenizer`.
 pub const BYTES: &str = "bytes";
 
 /// Encodes text as tokens, numbers from 0 to below [`vocab_size`](Self::vocab_size), and back.
@@ -211,12 +211,12 @@ impl Tokenizer {
     }
 }
 
-/// Refuses tokens of another tokenizer than that of the fingerprint `expected`; an empty one is any.
+/// Refuses tokens of another tokenizer than that of the fingerprint `expected`.
 ///
 /// # Errors
 /// When `found`, that of the tokens in `place`, is another.
 pub(crate) fn expect(expected: &str, found: &str, place: impl AsRef<Path>) -> Result<()> {
-    if expected.is_empty() || expected == found {
+    if expected == found {
         return Ok(());
     }
     Err(Error::file(

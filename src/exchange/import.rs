@@ -3,7 +3,8 @@
 use super::source::Source;
 use crate::checkpoint::{self, TrainerState};
 use crate::config::Layers;
-use crate::data::Corpus;
+use crate::data::tokenizer::BYTES;
+use crate::data::{self, Corpus};
 use crate::error::Result;
 use crate::step::Trainer;
 use crate::train;
@@ -23,10 +24,10 @@ pub fn import(
     let source = Source::open(from)?;
     let mut config = source.config(layers)?;
     config.model.sequence_length = sequence_length.unwrap_or(source.file.model.sequence_length);
+    data::adopt_tokenizer(&mut config.data)?;
     config.validate()?;
     train::refuse_existing(out)?;
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
-    config.data.tokenizer = corpus.tokenizer().into();
     let (model, _) = source.model(&config)?;
     let trainer = Trainer::new(&config.train, &model);
     let state = TrainerState {
@@ -43,6 +44,9 @@ pub fn import(
         format!("model  {}", source.folder().display()),
         format!("run    {}, at step 0", out.display()),
         format!("next   routegrad train --resume --out {}", out.display()),
-        "Text is read as bytes: the model's own tokenizer is not used.".into(),
+        match state.config.data.tokenizer.as_str() {
+            BYTES => "Text is read as bytes: the model's own tokenizer is not used.".into(),
+            tokenizer => format!("Tokens are those of the tokenizer {tokenizer}."),
+        },
     ])
 }

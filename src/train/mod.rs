@@ -102,7 +102,7 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     /// Everything up to the first step.
-    fn begin(mut config: Config, options: &'a Options) -> Result<Self> {
+    fn begin(config: Config, options: &'a Options) -> Result<Self> {
         let out = &options.out;
         if !options.resume {
             refuse_existing(out)?;
@@ -113,7 +113,6 @@ impl<'a> Run<'a> {
             true => checkpoint::newest(&out.join(CHECKPOINTS))?,
             false => (None, Vec::new()),
         };
-        config.data.tokenizer = corpus.tokenizer().into();
         let data = corpus.fingerprint();
         let steps = config.train.steps;
         let (model, trainer, state) = match &found.0 {

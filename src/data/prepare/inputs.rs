@@ -51,7 +51,7 @@ pub(super) trait Documents: Send {
         let mut passed = 0;
         while passed < rows {
             match self.next() {
-                Some(item) => passed += item.rows(),
+                Some(item) => passed = item.rows().saturating_add(passed),
                 None => return,
             }
         }

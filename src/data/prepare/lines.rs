@@ -1,7 +1,7 @@
 //! Documents from plain files: JSON objects on lines, and texts with something between them.
 
-use super::Options;
 use super::inputs::{Counted, Documents, Item};
+use super::options::{Options, missing_column};
 use crate::error::Result;
 use serde_json::Value;
 use std::io::BufRead;
@@ -110,7 +110,7 @@ impl JsonLines {
             for column in options.required_columns() {
                 if !fields.contains_key(column) {
                     let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-                    return Err(super::missing_column(path, column, &names));
+                    return Err(missing_column(path, column, &names));
                 }
             }
         }

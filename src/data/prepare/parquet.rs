@@ -1,7 +1,7 @@
 //! Documents from parquet: one column the text, another, if it is there, the source.
 
 use super::inputs::{Documents, Item};
-use super::{Options, missing_column};
+use super::options::{Options, missing_column};
 use crate::data::guard::no_panic;
 use crate::error::{Error, Result};
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
@@ -130,7 +130,8 @@ impl Columns {
     fn give_up(&mut self, rows: u64, e: &str) {
         let what = format!("the rest of row group {}: {e}", self.next_group - 1);
         let rows = rows.max(1);
-        self.rows += rows;
+        // The number is the file's word, which may be anything.
+        self.rows = self.rows.saturating_add(rows);
         self.ready.push_back(Item::Unreadable { rows, what });
     }
 
@@ -217,7 +218,7 @@ impl Documents for Columns {
     fn skip(&mut self, rows: u64) {
         // Row groups that lie before it are not even opened.
         while let Some(group) = self.file.metadata().row_groups().get(self.next_group) {
-            let after = self.rows + (group.num_rows().max(1) as u64);
+            let after = self.rows.saturating_add(group.num_rows().max(1) as u64);
             if after > rows {
                 break;
             }
@@ -226,7 +227,7 @@ impl Documents for Columns {
         let mut passed = self.rows;
         while passed < rows {
             match self.next() {
-                Some(item) => passed += item.rows(),
+                Some(item) => passed = item.rows().saturating_add(passed),
                 None => return,
             }
         }

@@ -2,7 +2,6 @@
 
 use super::inputs::Input;
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::cell::Cell;
 use std::io::{IsTerminal, Write};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -15,7 +14,7 @@ pub(super) struct Progress {
     bar: ProgressBar,
     terminal: bool,
     quiet: bool,
-    last_line: Mutex<Cell<Instant>>,
+    last_line: Mutex<Instant>,
 }
 
 impl Progress {
@@ -35,7 +34,7 @@ impl Progress {
             bar,
             terminal,
             quiet,
-            last_line: Mutex::new(Cell::new(Instant::now())),
+            last_line: Mutex::new(Instant::now()),
         }
     }
 
@@ -47,9 +46,9 @@ impl Progress {
             self.bar.set_message(text);
             return;
         }
-        let last = self.last_line.lock().unwrap_or_else(|e| e.into_inner());
-        if !self.quiet && last.get().elapsed() >= LINE_INTERVAL {
-            last.set(Instant::now());
+        let mut last = self.last_line.lock().unwrap_or_else(|e| e.into_inner());
+        if !self.quiet && last.elapsed() >= LINE_INTERVAL {
+            *last = Instant::now();
             let all = HumanBytes(self.bar.length().unwrap_or(0));
             self.note(&format!("{} of {all}, {text}", HumanBytes(consumed)));
         }

@@ -44,6 +44,8 @@ pub(super) enum What {
         count: u64,
         /// As they stand in the shard.
         tokens: Vec<u8>,
+        /// Whether they do not decode to the text.
+        altered: bool,
     },
     Empty,
     Unreadable {
@@ -81,19 +83,20 @@ pub(super) struct Writer<'a> {
     sources: HashMap<String, usize>,
     /// Of what was taken here.
     encoded: u64,
+    altered: u64,
     tokens: u64,
     told: u64,
 }
 
 impl<'a> Writer<'a> {
     /// Goes on from `state`.
-    pub fn new(options: &'a Options, state: State, progress: &'a Progress) -> Result<Self> {
+    pub fn new(options: &'a Options, state: State, progress: &'a Progress) -> Self {
         let names = state.manifest.sources.iter().map(|s| s.name.clone());
         let numbers = state.manifest.shards.iter().filter_map(|s| {
             let (_, number) = s.name.rsplit_once('-')?;
             number.parse::<usize>().ok()
         });
-        Ok(Writer {
+        Writer {
             options,
             progress,
             place: state.place,
@@ -101,10 +104,11 @@ impl<'a> Writer<'a> {
             open: [None, None],
             sources: names.zip(0..).collect(),
             encoded: 0,
+            altered: 0,
             tokens: 0,
             told: 0,
             state,
-        })
+        }
     }
 
     /// Where reading goes on.
@@ -117,6 +121,11 @@ impl<'a> Writer<'a> {
         self.encoded
     }
 
+    /// Documents taken whose tokens do not decode to their text.
+    pub fn altered(&self) -> u64 {
+        self.altered
+    }
+
     /// Takes the next document.
     pub fn take(&mut self, encoded: Encoded) -> Result<()> {
         match encoded.what {
@@ -126,6 +135,7 @@ impl<'a> Writer<'a> {
                 bytes,
                 count,
                 tokens,
+                altered,
             } => {
                 let counts = Counts {
                     documents: 1,
@@ -143,6 +153,7 @@ impl<'a> Writer<'a> {
                 };
                 shard.write(&tokens, counts, source)?;
                 self.encoded += bytes;
+                self.altered += u64::from(altered);
                 self.tokens += count;
             }
             What::Empty => self.state.manifest.empty += 1,
@@ -196,7 +207,8 @@ impl<'a> Writer<'a> {
                 "mend the file, or leave out --strict to leave them out",
             ));
         }
-        self.state.manifest.unreadable += rows;
+        let unreadable = &mut self.state.manifest.unreadable;
+        *unreadable = unreadable.saturating_add(rows);
         self.told += 1;
         if self.told <= TOLD {
             let file = path.display();
