@@ -197,11 +197,12 @@ mod tests {
             (&*found[0].name, &*found[MOST - 1].name),
             ("documents 1–2", "documents 28–30")
         );
-        let all: Vec<u8> = found
-            .iter()
-            .map(|s| s.text.clone())
-            .collect::<Vec<_>>()
-            .join(DOCUMENT_END.as_bytes());
-        assert_eq!(all, documents.join(DOCUMENT_END).into_bytes());
+        let text = |source: &Source| {
+            let mut tokens = Vec::new();
+            source.text.copy(0..source.text.len(), &mut tokens);
+            tokens.into_iter().map(|t| t as u8 as char).collect::<String>()
+        };
+        let all: Vec<String> = found.iter().map(text).collect();
+        assert_eq!(all.join(DOCUMENT_END), documents.join(DOCUMENT_END));
     }
 }
