@@ -11,7 +11,7 @@ use routegrad::config::Layers;
 use routegrad::data::folder::{Folder, Side};
 use routegrad::data::prepare::{self, Options};
 use routegrad::data::tokenizer::TOKENIZER_FILE;
-use routegrad::data::{Corpus, Tokenizer, configure};
+use routegrad::data::{Corpus, Tokenizer, adopt_tokenizer, configure};
 use routegrad::random::{Purpose, Stream};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use tokens::*;
 /// Corruptions in all, over the kinds of files.
 fn budget() -> u64 {
     let given = std::env::var("ROUTEGRAD_CORRUPTIONS").ok();
-    given.and_then(|n| n.parse().ok()).unwrap_or(800)
+    given.and_then(|n| n.parse().ok()).unwrap_or(400)
 }
 
 /// Longest that one damaged file may take.
@@ -95,7 +95,8 @@ fn every_damage_of_a_folder_of_tokens_is_noticed() {
     let sets = ["model.sequence_length=16", "model.vocab_size=264"];
     layers.set = sets.map(str::to_string).to_vec();
     let mut config = configure(&layers, &|_| Ok(())).unwrap();
-    config.data.source = path("tokens").display().to_string();
+    config.data.set_source(&path("tokens").display().to_string());
+    adopt_tokenizer(&mut config.data).unwrap();
     Corpus::load(&config.data, &config.model, 0).unwrap();
     let names = [
         "manifest.json",
