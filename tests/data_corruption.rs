@@ -95,7 +95,9 @@ fn every_damage_of_a_folder_of_tokens_is_noticed() {
     let sets = ["model.sequence_length=16", "model.vocab_size=264"];
     layers.set = sets.map(str::to_string).to_vec();
     let mut config = configure(&layers, &|_| Ok(())).unwrap();
-    config.data.set_source(&path("tokens").display().to_string());
+    config
+        .data
+        .set_source(&path("tokens").display().to_string());
     adopt_tokenizer(&mut config.data).unwrap();
     Corpus::load(&config.data, &config.model, 0).unwrap();
     let names = [

@@ -200,7 +200,10 @@ mod tests {
         let text = |source: &Source| {
             let mut tokens = Vec::new();
             source.text.copy(0..source.text.len(), &mut tokens);
-            tokens.into_iter().map(|t| t as u8 as char).collect::<String>()
+            tokens
+                .into_iter()
+                .map(|t| t as u8 as char)
+                .collect::<String>()
         };
         let all: Vec<String> = found.iter().map(text).collect();
         assert_eq!(all.join(DOCUMENT_END), documents.join(DOCUMENT_END));
