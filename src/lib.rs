@@ -29,8 +29,9 @@ pub mod config;
 pub mod routers;
 
 pub mod data;
-pub mod events;
 pub mod metrics;
+
+pub mod events;
 pub mod model;
 pub mod optim;
 pub mod plots;
