@@ -32,8 +32,9 @@ pub mod config;
 pub mod routers;
 
 pub mod data;
-pub mod events;
 pub mod metrics;
+
+pub mod events;
 pub mod model;
 pub mod optim;
 pub mod plots;

@@ -189,12 +189,7 @@ impl Corpus {
         counts
     }
 
-    /// Fingerprint of the tokenizer that made the tokens.
-    pub fn tokenizer(&self) -> &str {
-        &self.parts[0].tokenizer
-    }
-
-    /// That tokenizer.
+    /// The tokenizer that made the tokens.
     ///
     /// # Errors
     /// When its files cannot be read; in a program without the feature `text`, unless a token is a byte.

@@ -84,12 +84,13 @@ impl Source {
     /// # Errors
     /// When a tensor is missing, has another shape, or belongs to nothing.
     pub fn model(&self, config: &Config) -> Result<(Model, Vec<Piece>)> {
-        // Before there is memory for it: a damaged config.json may speak of any size.
+        // A damaged config.json may speak of any size: there must not be memory for it. What is missing of a model that
+        // nearly fits is named below.
         let (expected, found) = (
             count::total_parameters(&config.model),
             self.tensors.elements(),
         );
-        if expected > found {
+        if expected / 2 > found {
             return Err(Error::file(
                 &self.folder,
                 format!("the {expected} parameters of config.json"),
