@@ -139,6 +139,9 @@ impl<'a> Session<'a> {
             ),
             None => println!("\n{device}, {name}: no floors, since nothing here is a GPU's time"),
         }
+        if device == Device::Cuda {
+            println!("{}", told_state(&state(device)));
+        }
         if let Some(c) = &found {
             let case = Case {
                 name: CEILINGS.into(),
@@ -288,6 +291,17 @@ fn state(device: Device) -> Value {
         Device::Cuda => machine::state(),
         _ => Value::Null,
     }
+}
+
+/// Clocks and temperature, or that they are not known.
+fn told_state(state: &Value) -> String {
+    let Some(fields) = state.as_object() else {
+        return "no nvidia-smi: clocks, temperature and throttling are not known".into();
+    };
+    let told = fields
+        .iter()
+        .map(|(field, value)| format!("{field} {}", value.as_str().unwrap_or("?")));
+    told.collect::<Vec<_>>().join(", ")
 }
 
 fn measured(timing: &Timing, ready: &Ready, graph: bool) -> Measured {

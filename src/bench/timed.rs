@@ -36,7 +36,7 @@ impl Place<'_> {
 }
 
 /// Seconds that each side of a case may take.
-pub const SIDE_SECONDS: f64 = 0.3;
+pub const SIDE_SECONDS: f64 = 0.15;
 /// Bytes of a CPU's cache, of the larger ones.
 const CPU_CACHE: usize = 32 << 20;
 /// Bytes that the sets of a group may fill together.
