@@ -172,7 +172,7 @@ pub fn list(options: &Options) -> Result<String> {
                 } else {
                     " ".repeat(7)
                 };
-                text += &format!("{device:4}  {seconds}  {}\n", case.name);
+                text += &format!("{:4}  {seconds}  {}\n", device.to_string(), case.name);
             }
         }
     }

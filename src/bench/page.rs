@@ -3,7 +3,7 @@
 use super::ceilings::Ceilings;
 use super::figures;
 use super::goals::{self, Verdict, geometric_mean};
-use super::record::{OURS, Record, Records, View};
+use super::record::{OURS, Record, Records, View, told};
 use crate::check::kernels::costs::{BYTES_PER_SECOND, FLOPS_PER_SECOND};
 use crate::error::{Error, Result};
 use crate::plots::publish;
@@ -158,15 +158,14 @@ impl<'a> Report<'a> {
             let Some(timing) = &record.timing else {
                 continue;
             };
-            let optional = |x: Option<f64>, digits| x.map_or("–".into(), |x| short(x, digits));
             let spread = timing.spread.iter().copied().fold(0.0, f64::max);
             table.rows.push(vec![
                 record.case.as_str().into(),
                 record.implementation.as_str().into(),
                 short(1e6 * timing.seconds, 1),
-                optional(record.tflops(), 2),
-                optional(record.terabytes(), 3),
-                optional(record.share_of_floor(), 3),
+                told(record.tflops()).into(),
+                told(record.terabytes()).into(),
+                told(record.share_of_floor()).into(),
                 short(spread, 3),
                 short(timing.repeat_ratio(), 3),
                 record.date.as_str().into(),
@@ -224,7 +223,9 @@ impl<'a> Report<'a> {
     fn facts(&self) -> Section {
         let mut table = Table::new(&["fact", "value"]);
         let mut row = |fact: &str, value: String| {
-            table.rows.push(vec![fact.into(), value.into()]);
+            if !value.is_empty() {
+                table.rows.push(vec![fact.into(), value.into()]);
+            }
         };
         row("machine", self.machine.into());
         row("device", self.device.into());
