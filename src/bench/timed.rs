@@ -67,11 +67,17 @@ impl Ready<'_> {
             side(1)?;
             slowest = slowest.max(self.clock.seconds(&mut || side(1))?);
         }
-        interleaved(
-            self.clock,
-            &mut self.sides,
-            Plan::within(SIDE_SECONDS, slowest),
-        )
+        let plan = Plan::within(SIDE_SECONDS, slowest);
+        if self.graph {
+            // Every graph that the samples will replay is captured now: places to begin repeat after so many samples.
+            for side in &mut self.sides {
+                for _ in 0..self.sets {
+                    side(1)?;
+                    side(plan.launches)?;
+                }
+            }
+        }
+        interleaved(self.clock, &mut self.sides, plan)
     }
 }
 
