@@ -6,75 +6,22 @@
 //! what `default` costs over `topk`.
 
 use criterion::{Criterion, Throughput, criterion_group};
-use rayon::prelude::*;
-use routegrad::config::{Config, Layers, count};
-use routegrad::cpu::{Accumulate, Mat, MatMut, gemm};
-use routegrad::data::Corpus;
-use routegrad::model::Model;
-use routegrad::routers;
-use routegrad::step::Trainer;
+use routegrad::bench::case::Step;
+use routegrad::bench::{ceilings, steps};
+use routegrad::device::Device;
 use std::time::Instant;
 
-/// A model and its next step.
-struct Training {
-    model: Model,
-    trainer: Trainer,
-    corpus: Corpus,
-    sequences: usize,
-    step: u64,
-    flops_per_step: f64,
-    tokens: u64,
-}
+const SEQUENCES: usize = 16;
+const TINY: Step = Step {
+    preset: "tiny",
+    experts: "8c1",
+    routers: &["topk", "default"],
+    sequences: SEQUENCES,
+};
+const TOKENS: u64 = SEQUENCES as u64 * 256;
 
-impl Training {
-    fn new(router: &str) -> Self {
-        let mut layers = Layers::preset("tiny");
-        layers.set = vec![format!("router.name=\"{router}\"")];
-        let config = Config::load(&layers, &routers::resolve).expect("a preset");
-        let model = Model::new(&config).expect("a preset");
-        let sequences = config.train.sequences_per_step;
-        let tokens = (sequences * config.model.sequence_length) as u64;
-        Training {
-            trainer: Trainer::new(&config.train, &model),
-            model,
-            corpus: Corpus::load(&config.data, &config.model, 0).expect("the embedded corpus"),
-            sequences,
-            step: 0,
-            flops_per_step: count::flops_per_token(&config.model) as f64 * tokens as f64,
-            tokens,
-        }
-    }
-
-    fn step(&mut self) {
-        let first = self.step * self.sequences as u64;
-        let tokens = self.corpus.sequences(first..first + self.sequences as u64);
-        let report = self
-            .trainer
-            .step(&mut self.model, &[&tokens], self.sequences, 1e-3);
-        assert!(report.expect("a step").refused.is_none());
-        self.step += 1;
-    }
-}
-
-/// GFLOP/s of one 1024³ product a thread, all threads at once.
-fn gemm_peak() -> f64 {
-    const N: usize = 1024;
-    let a: Vec<f32> = (0..N * N).map(|i| (i % 251) as f32 / 251.0 - 0.5).collect();
-    let threads = rayon::current_num_threads();
-    let run = || {
-        (0..threads).into_par_iter().for_each(|_| {
-            let mut c = vec![0f32; N * N];
-            gemm(
-                MatMut::new(&mut c, N, N),
-                Accumulate::Assign,
-                Mat::new(&a, N, N),
-                Mat::new(&a, N, N),
-            );
-        });
-    };
-    run();
-    let best = (0..10).map(|_| seconds(run)).fold(f64::MAX, f64::min);
-    2.0 * (N * N * N * threads) as f64 / best / 1e9
+fn training(router: &str) -> steps::Training {
+    steps::Training::new(&TINY, router, Device::Cpu).expect("a preset")
 }
 
 fn seconds(f: impl FnOnce()) -> f64 {
@@ -91,15 +38,16 @@ fn median(mut v: Vec<f64>) -> f64 {
 /// Interleaved steps, so that a drift of the machine meets both routers.
 fn compare() {
     const STEPS: usize = 30;
-    let mut both = ["topk", "default"].map(Training::new);
+    let mut both = ["topk", "default"].map(training);
     let mut times = [vec![], vec![]];
-    both.iter_mut().for_each(|t| (0..3).for_each(|_| t.step()));
+    let step = |training: &mut steps::Training| training.step().expect("a step");
+    both.iter_mut().for_each(|t| (0..3).for_each(|_| step(t)));
     for _ in 0..STEPS {
         for (training, times) in both.iter_mut().zip(&mut times) {
-            times.push(seconds(|| training.step()));
+            times.push(seconds(|| step(training)));
         }
     }
-    let peak = gemm_peak();
+    let peak = ceilings::of_cpu().expect("a clock").flops / 1e9;
     let threads = rayon::current_num_threads();
     println!("GEMM peak on {threads} threads: {peak:.0} GFLOP/s");
     let ratios = times[0]
@@ -108,11 +56,12 @@ fn compare() {
         .map(|(topk, default)| default / topk);
     let ratio = median(ratios.collect());
     let [topk, default] = times.map(median);
-    for (name, time, training) in [("topk", topk, &both[0]), ("default", default, &both[1])] {
+    for (name, time) in [("topk", topk), ("default", default)] {
+        let flops = steps::flops(&TINY, name).expect("a preset");
         println!(
             "tiny {name:8} {:6.0} tokens/s, {:4.1}% of the GEMM peak (median of {STEPS} steps)",
-            training.tokens as f64 / time,
-            100.0 * training.flops_per_step / time / 1e9 / peak,
+            TOKENS as f64 / time,
+            100.0 * flops / time / 1e9 / peak,
         );
     }
     println!(
@@ -121,18 +70,18 @@ fn compare() {
     );
 }
 
-fn steps(c: &mut Criterion) {
+fn tiny_steps(c: &mut Criterion) {
     let mut group = c.benchmark_group("tiny step");
     group.sample_size(10);
+    group.throughput(Throughput::Elements(TOKENS));
     for router in ["topk", "default"] {
-        let mut training = Training::new(router);
-        group.throughput(Throughput::Elements(training.tokens));
-        group.bench_function(router, |b| b.iter(|| training.step()));
+        let mut training = training(router);
+        group.bench_function(router, |b| b.iter(|| training.step().expect("a step")));
     }
     group.finish();
 }
 
-criterion_group!(benches, steps);
+criterion_group!(benches, tiny_steps);
 
 fn main() {
     benches();

@@ -80,7 +80,7 @@ def first_line(e):
     return lines[0][:200] if lines else type(e).__name__
 
 
-def interleaved(sides, cuda, budget=0.3):
+def interleaved(sides, cuda, budget=0.15):
     """Times the sides of one case in turn; each gets its passes."""
     slowest = max(seconds(lambda: side.run(1), cuda) for side in sides)
     launches = int(min(64, max(1, -(-1e-3 // max(slowest, 1e-9)))))

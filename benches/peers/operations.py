@@ -106,7 +106,10 @@ def adamw(sizes, inputs):
     count = [sizes["numbers"]]
     w = torch.nn.Parameter(inputs.normal("w", count))
     w.grad = inputs.normal("gradient", count)
-    optimizer = torch.optim.AdamW([w], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True)
+    cuda = inputs.device == "cuda"
+    optimizer = torch.optim.AdamW(
+        [w], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True, capturable=cuda
+    )
     state = {"exp_avg": inputs.normal("m", count), "exp_avg_sq": inputs.normal("v", count) ** 2}
     step = torch.tensor(2.0, device=inputs.device)
     optimizer.state[w] = {"step": step, **state}

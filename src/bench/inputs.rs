@@ -86,13 +86,13 @@ pub fn zipf(tokens: usize, per_token: usize, experts: usize) -> Vec<usize> {
     let mut counts = vec![0; experts];
     let mut left = tokens * per_token;
     // Those that the law gives more than all tokens get all tokens; the rest is divided among the others.
-    for expert in 0..experts {
+    for (expert, count) in counts.iter_mut().enumerate() {
         let weights: f64 = (expert..experts).map(|e| 1.0 / (e + 1) as f64).sum();
         let share = left as f64 / (expert + 1) as f64 / weights;
-        let count = (share.round() as usize).clamp(0, tokens.min(left));
+        let rounded = (share.round() as usize).clamp(0, tokens.min(left));
         // What is left must find room with the others.
-        counts[expert] = count.max(left.saturating_sub(tokens * (experts - expert - 1)));
-        left -= counts[expert];
+        *count = rounded.max(left.saturating_sub(tokens * (experts - expert - 1)));
+        left -= *count;
     }
     counts
 }

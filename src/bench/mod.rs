@@ -14,18 +14,21 @@ mod cublas_grouped;
 mod dump;
 pub mod figures;
 pub mod goals;
+mod hardware_records;
 pub mod inputs;
 mod kernels;
 mod layer;
+mod layer_steps;
 mod operations;
 pub mod page;
 pub mod peers;
 pub mod record;
 mod session;
-mod steps;
+pub mod steps;
 pub mod timed;
 
 pub use dump::dump;
+pub use hardware_records::read_all;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -169,7 +172,7 @@ pub fn list(options: &Options) -> Result<String> {
                 } else {
                     " ".repeat(7)
                 };
-                text += &format!("{device:4}  {seconds}  {}\n", case.name);
+                text += &format!("{:4}  {seconds}  {}\n", device.to_string(), case.name);
             }
         }
     }

@@ -3,13 +3,11 @@
 use super::ceilings::Ceilings;
 use super::figures;
 use super::goals::{self, Verdict, geometric_mean};
-use super::record::{Measured, OURS, Record, Records, View};
+use super::record::{OURS, Record, Records, View, told};
 use crate::check::kernels::costs::{BYTES_PER_SECOND, FLOPS_PER_SECOND};
 use crate::error::{Error, Result};
-use crate::measure::HARDWARE_PLAN;
 use crate::plots::publish;
 use crate::report::{Cell, Page, Section, Table, document, replace_between};
-use serde_json::Value;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -160,15 +158,14 @@ impl<'a> Report<'a> {
             let Some(timing) = &record.timing else {
                 continue;
             };
-            let optional = |x: Option<f64>, digits| x.map_or("–".into(), |x| short(x, digits));
             let spread = timing.spread.iter().copied().fold(0.0, f64::max);
             table.rows.push(vec![
                 record.case.as_str().into(),
                 record.implementation.as_str().into(),
                 short(1e6 * timing.seconds, 1),
-                optional(record.tflops(), 2),
-                optional(record.terabytes(), 3),
-                optional(record.share_of_floor(), 3),
+                told(record.tflops()).into(),
+                told(record.terabytes()).into(),
+                told(record.share_of_floor()).into(),
                 short(spread, 3),
                 short(timing.repeat_ratio(), 3),
                 record.date.as_str().into(),
@@ -226,7 +223,9 @@ impl<'a> Report<'a> {
     fn facts(&self) -> Section {
         let mut table = Table::new(&["fact", "value"]);
         let mut row = |fact: &str, value: String| {
-            table.rows.push(vec![fact.into(), value.into()]);
+            if !value.is_empty() {
+                table.rows.push(vec![fact.into(), value.into()]);
+            }
         };
         row("machine", self.machine.into());
         row("device", self.device.into());
@@ -331,85 +330,6 @@ fn short(x: f64, digits: usize) -> Cell {
     format!("{x:.digits$}").into()
 }
 
-/// Takes in what `hardware-check` timed: ours and cuBLAS at equal groups, before this command was there.
-///
-/// # Errors
-/// When a file cannot be read, or a line is no JSON.
-fn read_hardware_records(records: &mut Records, path: &Path) -> Result<()> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-    for (i, line) in text.lines().enumerate() {
-        let value: Value = serde_json::from_str(line).map_err(|e| {
-            let place = format!("line {}: {e}", i + 1);
-            Error::file(path, "one record a line", place, "remove the line")
-        })?;
-        let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
-        let task = text("task");
-        let (Some(case), "passed") = (task.strip_prefix("timed: "), text("ending").as_str()) else {
-            continue;
-        };
-        let measured = &value["measured"];
-        for (implementation, side) in [(OURS, "ours"), (super::peers::CUBLAS, "cublas")] {
-            let Some(timing) = old_timing(&measured[side]) else {
-                continue;
-            };
-            let floor = measured["floor_microseconds"].as_f64().map(|us| us * 1e-6);
-            let rate = measured[side]["tflops"].as_f64().unwrap_or(0.0) * 1e12;
-            let flops = rate * timing.seconds;
-            records.insert(Record {
-                machine: text("gpu"),
-                device: "cuda".into(),
-                case: case.into(),
-                family: case.split(' ').next().unwrap_or_default().into(),
-                implementation: implementation.into(),
-                version: if side == "ours" {
-                    text("commit")
-                } else {
-                    String::new()
-                },
-                run: format!(
-                    "hardware-check, {}",
-                    &text("date").get(..10).unwrap_or_default()
-                ),
-                date: text("date"),
-                flops,
-                bytes: bytes_of(case).unwrap_or(0.0),
-                timing: Some(timing),
-                floor_seconds: floor,
-                detail: "timed by hardware-check".into(),
-                system: text("system"),
-                driver: text("driver"),
-                before: value["before"].clone(),
-                after: value["after"].clone(),
-            });
-        }
-    }
-    Ok(())
-}
-
-fn old_timing(side: &Value) -> Option<Measured> {
-    let numbers = |key: &str, unit: f64| -> Option<Vec<f64>> {
-        let all = side[key].as_array()?.iter();
-        all.map(|x| Some(x.as_f64()? * unit)).collect()
-    };
-    let passes = numbers("microseconds_of_each_pass", 1e-6)?;
-    Some(Measured {
-        seconds: passes.iter().copied().reduce(f64::min)?,
-        spread: numbers("spread_of_each_pass", 1.0)?,
-        passes,
-        samples: HARDWARE_PLAN.samples,
-        launches: HARDWARE_PLAN.launches,
-        sets: 0,
-        graph: false,
-    })
-}
-
-/// Bytes that a case must move.
-fn bytes_of(name: &str) -> Option<f64> {
-    let mut groups = super::case::groups().into_iter();
-    let group = groups.find(|group| group.name == name)?;
-    Some(group.cases().ok()?.first()?.bytes())
-}
-
 /// The page of everything on record.
 ///
 /// # Errors
@@ -494,22 +414,4 @@ pub fn update(records: &Records, page: &Path) -> Result<()> {
     let report = &nonempty(records)?[0];
     let table = report.summary(super::peers::CUBLAS).markdown();
     replace_between(page, MARKS, &table)
-}
-
-/// Every record of a folder: of this command, and what `hardware-check` timed.
-///
-/// # Errors
-/// When a file cannot be read.
-pub fn read_all(folder: &Path) -> Result<Records> {
-    let mut records = Records::open(folder)?;
-    let Ok(entries) = std::fs::read_dir(folder) else {
-        return Ok(records);
-    };
-    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with("hardware-") && name.ends_with(".jsonl") {
-            read_hardware_records(&mut records, &path)?;
-        }
-    }
-    Ok(records)
 }

@@ -89,6 +89,16 @@ impl Record {
     }
 }
 
+/// Three digits that tell something, on a GPU and on a CPU; a dash for none.
+pub fn told(x: Option<f64>) -> String {
+    match x {
+        Some(x) if x >= 99.95 => format!("{x:.0}"),
+        Some(x) if x >= 0.1 => format!("{x:.3}"),
+        Some(x) => format!("{x:.5}"),
+        None => "–".into(),
+    }
+}
+
 /// All records of a folder.
 pub type Records = records::Records<Record>;
 

@@ -3,7 +3,7 @@
 use super::case::{Case, Group};
 use super::ceilings::{self, Ceilings};
 use super::page::CEILINGS;
-use super::record::{Measured, OURS, Record, Records};
+use super::record::{Measured, OURS, Record, Records, told};
 use super::timed::{self, Ready};
 use super::{Options, estimate, groups};
 use crate::device::Device;
@@ -138,6 +138,9 @@ impl<'a> Session<'a> {
                 c.of
             ),
             None => println!("\n{device}, {name}: no floors, since nothing here is a GPU's time"),
+        }
+        if device == Device::Cuda {
+            println!("{}", told_state(&state(device)));
         }
         if let Some(c) = &found {
             let case = Case {
@@ -290,6 +293,17 @@ fn state(device: Device) -> Value {
     }
 }
 
+/// Clocks and temperature, or that they are not known.
+fn told_state(state: &Value) -> String {
+    let Some(fields) = state.as_object() else {
+        return "no nvidia-smi: clocks, temperature and throttling are not known".into();
+    };
+    let told = fields
+        .iter()
+        .map(|(field, value)| format!("{field} {}", value.as_str().unwrap_or("?")));
+    told.collect::<Vec<_>>().join(", ")
+}
+
 fn measured(timing: &Timing, ready: &Ready, graph: bool) -> Measured {
     Measured {
         seconds: timing.seconds(),
@@ -306,21 +320,14 @@ fn print(record: &Record, ratios: &str) {
     let Some(timing) = &record.timing else {
         return;
     };
-    // Three digits that tell something, on a GPU and on a CPU.
-    let number = |x: Option<f64>| match x {
-        Some(x) if x >= 99.95 => format!("{x:.0}"),
-        Some(x) if x >= 0.1 => format!("{x:.3}"),
-        Some(x) => format!("{x:.5}"),
-        None => "–".into(),
-    };
     let spread = timing.spread.iter().copied().fold(0.0, f64::max);
     println!(
         "{:48} {:>10.1} {:>8} {:>8} {:>8} {:>6.3} {:>6.3}  {ratios}",
         record.case,
         1e6 * timing.seconds,
-        number(record.tflops()),
-        number(record.terabytes()),
-        number(record.share_of_floor()),
+        told(record.tflops()),
+        told(record.terabytes()),
+        told(record.share_of_floor()),
         spread,
         timing.repeat_ratio(),
     );

@@ -36,7 +36,7 @@ impl Place<'_> {
 }
 
 /// Seconds that each side of a case may take.
-pub const SIDE_SECONDS: f64 = 0.3;
+pub const SIDE_SECONDS: f64 = 0.15;
 /// Bytes of a CPU's cache, of the larger ones.
 const CPU_CACHE: usize = 32 << 20;
 /// Bytes that the sets of a group may fill together.
@@ -67,11 +67,17 @@ impl Ready<'_> {
             side(1)?;
             slowest = slowest.max(self.clock.seconds(&mut || side(1))?);
         }
-        interleaved(
-            self.clock,
-            &mut self.sides,
-            Plan::within(SIDE_SECONDS, slowest),
-        )
+        let plan = Plan::within(SIDE_SECONDS, slowest);
+        if self.graph {
+            // Every graph that the samples will replay is captured now: places to begin repeat after so many samples.
+            for side in &mut self.sides {
+                for _ in 0..self.sets {
+                    side(1)?;
+                    side(plan.launches)?;
+                }
+            }
+        }
+        interleaved(self.clock, &mut self.sides, plan)
     }
 }
 

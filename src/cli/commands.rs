@@ -516,7 +516,7 @@ pub(super) fn bench_command(args: BenchArgs) -> Result<()> {
 
 /// Reads what the command and `hardware-check` recorded, and writes the page and what else is asked for.
 fn bench_report(args: &BenchArgs, file: &Path) -> Result<()> {
-    let records = bench::page::read_all(&args.out)?;
+    let records = bench::read_all(&args.out)?;
     crate::plots::publish(file, &bench::page::html(&records)?)?;
     say!("{}", file.display());
     if let Some(folder) = &args.pictures {
