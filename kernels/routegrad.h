@@ -100,7 +100,11 @@ typedef struct routegrad_unit_box {
   ROUTEGRAD_SWIGLU_LAUNCHERS(X) \
   ROUTEGRAD_ROPE_LAUNCHERS(X) \
   ROUTEGRAD_EMBEDDING_LAUNCHERS(X) \
-  ROUTEGRAD_ADAMW_LAUNCHERS(X)
+  ROUTEGRAD_ADAMW_LAUNCHERS(X) \
+  ROUTEGRAD_BALANCE_LAUNCHERS(X) \
+  ROUTEGRAD_GATES_LAUNCHERS(X) \
+  ROUTEGRAD_ROWS_LAUNCHERS(X) \
+  ROUTEGRAD_QK_NORM_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -338,6 +342,49 @@ typedef enum routegrad_weighting {
   X(round_weights, (void* r, const float* w, int64_t numbers, routegrad_stream stream))                               \
   /* On the host: numbers of `parts`. */                                                                              \
   X(square_parts, (uint64_t* parts, int64_t numbers))
+
+// balance.cu: the auxiliary loss, and the sum of the losses. terms and dterms are arrays of the host's.
+#define ROUTEGRAD_BALANCE_LAUNCHERS(X)                                                                                 \
+  X(auxiliary_loss,                                                                                                    \
+    (float* loss, const float* mean, const float* fractions, int32_t experts, routegrad_stream stream))                \
+  X(auxiliary_loss_backward,                                                                                           \
+    (float* dmean, const float* dloss, const float* fractions, int32_t experts, routegrad_stream stream))              \
+  X(weighted_sum,                                                                                                      \
+    (float* out, const float* const* terms, const float* coefficients, int32_t count, routegrad_stream stream))        \
+  X(weighted_sum_backward,                                                                                             \
+    (float* const* dterms, const float* dout, const float* coefficients, int32_t count, routegrad_stream stream))
+
+// gates.cu: gates of chosen and of sampled experts, and the gradients of what they are made of.
+#define ROUTEGRAD_GATES_LAUNCHERS(X)                                                                                   \
+  X(selected_gates, (float* w, const float* p, const int32_t* slot_row, const int32_t* choices, int64_t tokens,        \
+                     int64_t rows, int32_t experts, int32_t slots, int32_t renormalize, routegrad_stream stream))      \
+  X(selected_gates_backward,                                                                                           \
+    (float* dp, const float* dw, const float* p, const int32_t* slot_row, const int32_t* choices, int64_t tokens,      \
+     int64_t rows, int32_t experts, int32_t slots, int32_t renormalize, int32_t through, routegrad_stream stream))     \
+  X(sampled_gates, (float* w, const float* factors, const float* logits, const int32_t* experts_chosen,                \
+                    const int32_t* kept, int64_t tokens, int32_t experts, int32_t stages, routegrad_stream stream))    \
+  X(sampled_gates_backward,                                                                                            \
+    (float* dz, const float* dw, const float* logits, const int32_t* experts_chosen, const int32_t* kept,              \
+     int64_t tokens, int32_t experts, int32_t stages, float estimator, routegrad_stream stream))
+
+// rows.cu: arithmetic of whole rows, sums of columns, rows behind a sigmoid gate.
+#define ROUTEGRAD_ROWS_LAUNCHERS(X)                                                                                    \
+  X(row_arithmetic, (void* out, const void* a, const void* b, int64_t rows, int64_t b_rows, int32_t width,             \
+                     int32_t multiply, routegrad_stream stream))                                                       \
+  X(column_sums, (float* parts, const void* x, const void* y, const float* scales, int64_t rows, int32_t width,        \
+                  int64_t pitch, int32_t piece, int32_t runs, routegrad_stream stream))                                \
+  X(gated_rows, (void* y, float* gates, const void* x, const void* w, const void* v, int64_t rows, int32_t width,      \
+                 routegrad_stream stream))                                                                             \
+  X(gated_rows_backward, (void* dx, void* dv, float* dscores, const void* dy, const float* gates, const void* v,       \
+                          const void* w, int64_t rows, int32_t width, int32_t accumulate, routegrad_stream stream))
+
+// qk_norm.cu: RMSNorm of pieces of rows; copies without w.
+#define ROUTEGRAD_QK_NORM_LAUNCHERS(X)                                                                                 \
+  X(qk_norm, (void* y, float* scales, const void* x, const void* w, int64_t rows, int32_t pieces, int32_t width,       \
+              int64_t pitch, float eps, routegrad_stream stream))                                                      \
+  X(qk_norm_backward,                                                                                                  \
+    (void* dx, const float* scales, const void* dy, const void* x, const void* w, int64_t rows, int32_t pieces,        \
+     int32_t width, int64_t pitch, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

@@ -886,12 +886,186 @@ pub struct routegrad_launchers {
     pub square_parts: ::std::option::Option<
         unsafe extern "C" fn(parts: *mut u64, numbers: i64) -> routegrad_status,
     >,
+    pub auxiliary_loss: ::std::option::Option<
+        unsafe extern "C" fn(
+            loss: *mut f32,
+            mean: *const f32,
+            fractions: *const f32,
+            experts: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub auxiliary_loss_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dmean: *mut f32,
+            dloss: *const f32,
+            fractions: *const f32,
+            experts: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub weighted_sum: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut f32,
+            terms: *const *const f32,
+            coefficients: *const f32,
+            count: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub weighted_sum_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dterms: *const *mut f32,
+            dout: *const f32,
+            coefficients: *const f32,
+            count: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub selected_gates: ::std::option::Option<
+        unsafe extern "C" fn(
+            w: *mut f32,
+            p: *const f32,
+            slot_row: *const i32,
+            choices: *const i32,
+            tokens: i64,
+            rows: i64,
+            experts: i32,
+            slots: i32,
+            renormalize: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub selected_gates_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dp: *mut f32,
+            dw: *const f32,
+            p: *const f32,
+            slot_row: *const i32,
+            choices: *const i32,
+            tokens: i64,
+            rows: i64,
+            experts: i32,
+            slots: i32,
+            renormalize: i32,
+            through: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub sampled_gates: ::std::option::Option<
+        unsafe extern "C" fn(
+            w: *mut f32,
+            factors: *const f32,
+            logits: *const f32,
+            experts_chosen: *const i32,
+            kept: *const i32,
+            tokens: i64,
+            experts: i32,
+            stages: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub sampled_gates_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dz: *mut f32,
+            dw: *const f32,
+            logits: *const f32,
+            experts_chosen: *const i32,
+            kept: *const i32,
+            tokens: i64,
+            experts: i32,
+            stages: i32,
+            estimator: f32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub row_arithmetic: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut ::std::os::raw::c_void,
+            a: *const ::std::os::raw::c_void,
+            b: *const ::std::os::raw::c_void,
+            rows: i64,
+            b_rows: i64,
+            width: i32,
+            multiply: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub column_sums: ::std::option::Option<
+        unsafe extern "C" fn(
+            parts: *mut f32,
+            x: *const ::std::os::raw::c_void,
+            y: *const ::std::os::raw::c_void,
+            scales: *const f32,
+            rows: i64,
+            width: i32,
+            pitch: i64,
+            piece: i32,
+            runs: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub gated_rows: ::std::option::Option<
+        unsafe extern "C" fn(
+            y: *mut ::std::os::raw::c_void,
+            gates: *mut f32,
+            x: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            v: *const ::std::os::raw::c_void,
+            rows: i64,
+            width: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub gated_rows_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dx: *mut ::std::os::raw::c_void,
+            dv: *mut ::std::os::raw::c_void,
+            dscores: *mut f32,
+            dy: *const ::std::os::raw::c_void,
+            gates: *const f32,
+            v: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            rows: i64,
+            width: i32,
+            accumulate: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub qk_norm: ::std::option::Option<
+        unsafe extern "C" fn(
+            y: *mut ::std::os::raw::c_void,
+            scales: *mut f32,
+            x: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            rows: i64,
+            pieces: i32,
+            width: i32,
+            pitch: i64,
+            eps: f32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub qk_norm_backward: ::std::option::Option<
+        unsafe extern "C" fn(
+            dx: *mut ::std::os::raw::c_void,
+            scales: *const f32,
+            dy: *const ::std::os::raw::c_void,
+            x: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            rows: i64,
+            pieces: i32,
+            width: i32,
+            pitch: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 456usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 568usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -1070,6 +1244,48 @@ const _: () = {
     [
         "Offset of field: routegrad_launchers::square_parts",
     ][::std::mem::offset_of!(routegrad_launchers, square_parts) - 448usize];
+    [
+        "Offset of field: routegrad_launchers::auxiliary_loss",
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss) - 456usize];
+    [
+        "Offset of field: routegrad_launchers::auxiliary_loss_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss_backward) - 464usize];
+    [
+        "Offset of field: routegrad_launchers::weighted_sum",
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum) - 472usize];
+    [
+        "Offset of field: routegrad_launchers::weighted_sum_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum_backward) - 480usize];
+    [
+        "Offset of field: routegrad_launchers::selected_gates",
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates) - 488usize];
+    [
+        "Offset of field: routegrad_launchers::selected_gates_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates_backward) - 496usize];
+    [
+        "Offset of field: routegrad_launchers::sampled_gates",
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates) - 504usize];
+    [
+        "Offset of field: routegrad_launchers::sampled_gates_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates_backward) - 512usize];
+    [
+        "Offset of field: routegrad_launchers::row_arithmetic",
+    ][::std::mem::offset_of!(routegrad_launchers, row_arithmetic) - 520usize];
+    [
+        "Offset of field: routegrad_launchers::column_sums",
+    ][::std::mem::offset_of!(routegrad_launchers, column_sums) - 528usize];
+    [
+        "Offset of field: routegrad_launchers::gated_rows",
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows) - 536usize];
+    [
+        "Offset of field: routegrad_launchers::gated_rows_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows_backward) - 544usize];
+    [
+        "Offset of field: routegrad_launchers::qk_norm",
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm) - 552usize];
+    [
+        "Offset of field: routegrad_launchers::qk_norm_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 560usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

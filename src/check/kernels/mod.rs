@@ -8,6 +8,7 @@
 pub mod adamw;
 pub mod attention;
 pub mod attention_backward;
+pub mod balance;
 pub mod combine;
 pub mod costs;
 pub mod cross_entropy;
@@ -16,6 +17,7 @@ pub mod embedding;
 pub mod expert_mean;
 pub mod experts;
 pub mod gate_gradient;
+pub mod gates;
 pub mod grouped_down;
 pub mod grouped_gemm;
 pub mod grouped_swiglu;
@@ -23,11 +25,14 @@ pub mod machine;
 pub mod norm;
 pub mod numbers;
 pub mod operands;
+pub mod qk_norm;
 pub mod rope;
 pub mod routed;
 pub mod router;
 pub mod router_backward;
 pub mod router_sample;
+pub mod rows;
+pub mod sampled_gates;
 pub mod sum_parts;
 pub mod swiglu;
 pub mod unit;
@@ -155,6 +160,11 @@ pub fn cases() -> Vec<Case> {
     all.extend(sum_parts::cases());
     all.extend(rope::cases());
     all.extend(embedding::cases());
+    all.extend(balance::cases());
+    all.extend(gates::cases());
+    all.extend(sampled_gates::cases());
+    all.extend(rows::cases());
+    all.extend(qk_norm::cases());
     all
 }
 

@@ -1,0 +1,148 @@
+//! The losses' scalars (`kernels/balance.cu`) against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+
+/// Values with the terms' sum in float64; the kernel's rounds once.
+fn judge_sum(out: &[u8], want: f64) -> Result<Errors, String> {
+    let mut errors = Errors::default();
+    let got = f64::from(values::<f32>(out)[0]);
+    let bound = 2.0 * F32_ROUNDOFF * want.abs() + 1e-37;
+    errors.add(got, want, bound, || "the sum".into())?;
+    Ok(errors)
+}
+
+/// Products of one factor with each number, some roundings off.
+fn judge_products(out: &[u8], factor: f64, numbers: &[f32]) -> Result<Errors, String> {
+    let mut errors = Errors::default();
+    for (i, (got, &number)) in values::<f32>(out).into_iter().zip(numbers).enumerate() {
+        let want = factor * f64::from(number);
+        let bound = 4.0 * F32_ROUNDOFF * want.abs();
+        errors.add(f64::from(got), want, bound, || format!("element {i}"))?;
+    }
+    Ok(errors)
+}
+
+fn sum_of_products(a: &[f32], b: &[f32]) -> f64 {
+    let products = a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b));
+    products.sum()
+}
+
+/// Buffers: loss, mean, fractions; or dmean, dloss, fractions.
+fn auxiliary(experts: usize, backward: bool) -> Problem {
+    let mut random = Random(experts as u64 + 5);
+    let mut shares = || -> Vec<f32> { (0..experts).map(|_| random.unit() as f32).collect() };
+    let (mean, fractions) = (shares(), shares());
+    let (e, dloss) = (experts as i32, [-1.75f32]);
+    let buffers = match backward {
+        true => vec![
+            Buffer::output("dmean", 4 * experts),
+            Buffer::input("dloss", &dloss),
+        ],
+        false => vec![Buffer::output("loss", 4), Buffer::input("mean", &mean)],
+    };
+    let fractions_buffer = Buffer::input("fractions", &fractions);
+    Problem {
+        label: format!("E {experts}"),
+        buffers: buffers.into_iter().chain([fractions_buffer]).collect(),
+        launch: Box::new(move |launchers, p, stream| {
+            let (to, from, fractions) = (p[0].cast(), p[1].cast(), p[2].cast());
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                match backward {
+                    true => launch!(
+                        launchers,
+                        auxiliary_loss_backward(to, from, fractions, e, stream)
+                    ),
+                    false => launch!(launchers, auxiliary_loss(to, from, fractions, e, stream)),
+                }
+            }
+        }),
+        judge: Box::new(move |out| {
+            let experts = experts as f64;
+            match backward {
+                true => judge_products(&out[0], experts * f64::from(dloss[0]), &fractions),
+                false => judge_sum(&out[0], experts * sum_of_products(&mean, &fractions)),
+            }
+        }),
+    }
+}
+
+/// Buffers: out, coefficients, then a scalar for each term; or dout, coefficients, the terms' gradients.
+fn weighted(count: usize, backward: bool) -> Problem {
+    let mut random = Random(count as u64 + 9);
+    let mut normals = || -> Vec<f32> { (0..count).map(|_| random.normal()).collect() };
+    let (coefficients, terms) = (normals(), normals());
+    let dout = [0.625f32];
+    let mut buffers = vec![
+        match backward {
+            true => Buffer::input("dout", &dout),
+            false => Buffer::output("out", 4),
+        },
+        Buffer::input("coefficients", &coefficients),
+    ];
+    buffers.extend(terms.iter().map(|term| match backward {
+        true => Buffer::output("dterms", 4),
+        false => Buffer::input("terms", &[*term]),
+    }));
+    Problem {
+        label: format!("{count} terms"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            let (at, coefficients, n) = (p[0].cast(), p[1].cast(), count as i32);
+            let scalars: Vec<*mut f32> = p[2..].iter().map(|p| p.cast()).collect();
+            // SAFETY: there are as many scalars as coefficients.
+            unsafe {
+                match backward {
+                    true => launch!(
+                        launchers,
+                        weighted_sum_backward(scalars.as_ptr(), at, coefficients, n, stream)
+                    ),
+                    false => launch!(
+                        launchers,
+                        weighted_sum(at, scalars.as_ptr().cast(), coefficients, n, stream)
+                    ),
+                }
+            }
+        }),
+        judge: Box::new(move |out| match backward {
+            true => judge_products(&out.concat(), f64::from(dout[0]), &coefficients),
+            false => {
+                // Terms may cancel: the sum in float64 is of the same numbers.
+                let size: f64 = terms.iter().zip(&coefficients).fold(0.0, |sum, (t, c)| {
+                    sum + f64::from(*t).abs() * f64::from(*c).abs()
+                });
+                let want = sum_of_products(&terms, &coefficients);
+                let got = f64::from(values::<f32>(&out[0])[0]);
+                let mut errors = Errors::default();
+                let bound = F32_ROUNDOFF * want.abs() + 1e-13 * size;
+                errors.add(got, want, bound, || "the sum".into())?;
+                Ok(errors)
+            }
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    const EXPERTS: [usize; 6] = [1, 5, 8, 33, 64, 256];
+    const TERMS: [usize; 5] = [1, 2, 9, 49, 128];
+    let case = |launcher, problems| Case {
+        name: format!("{launcher} small"),
+        launcher,
+        source: "balance",
+        problems,
+        small: true,
+    };
+    let of = |sizes: &[usize], make: fn(usize, bool) -> Problem, backward| -> Vec<MakeProblem> {
+        let sizes = sizes.iter().copied();
+        let made = sizes.map(|n| Box::new(move || Ok(make(n, backward))) as MakeProblem);
+        made.collect()
+    };
+    vec![
+        case("auxiliary_loss", of(&EXPERTS, auxiliary, false)),
+        case("auxiliary_loss_backward", of(&EXPERTS, auxiliary, true)),
+        case("weighted_sum", of(&TERMS, weighted, false)),
+        case("weighted_sum_backward", of(&TERMS, weighted, true)),
+    ]
+}

@@ -1,0 +1,200 @@
+//! Gates of chosen experts (`kernels/gates.cu`) against float64.
+
+use super::dispatch::{Batch, Named};
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::routed::{Routed, covering_batches, small_batches};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+use std::ptr::null;
+
+/// Which gates, and whether their gradient.
+#[derive(Clone, Copy, Debug)]
+struct Kind {
+    renormalize: bool,
+    /// Gradients of scores that were not chosen; none forward.
+    through: Option<bool>,
+}
+
+/// Gate, or gradient of a score, with the bound of its error; `w` sums over the chosen in float64.
+fn row(kind: Kind, p: &[f32], dw: &[f32], chosen: &[bool]) -> Vec<(f64, f64)> {
+    let on = || (0..p.len()).filter(|&e| chosen[e]);
+    let exact = |x: f32| f64::from(x);
+    let divisor = match kind.renormalize {
+        true => on().map(|e| exact(p[e])).sum(),
+        false => 1.0,
+    };
+    let roundings = (2 * on().count() + 8) as f64 * F32_ROUNDOFF;
+    let Some(through) = kind.through else {
+        let gate = |e: usize| {
+            if chosen[e] {
+                exact(p[e]) / divisor
+            } else {
+                0.0
+            }
+        };
+        return (0..p.len())
+            .map(|e| (gate(e), roundings * gate(e)))
+            .collect();
+    };
+    let products = || on().map(|e| exact(p[e]) / divisor * exact(dw[e]));
+    let (mean, size): (f64, f64) = match kind.renormalize {
+        true => (products().sum(), products().map(f64::abs).sum()),
+        false => (0.0, 0.0),
+    };
+    let gradient = |e: usize| match chosen[e] {
+        true => (
+            (exact(dw[e]) - mean) / divisor,
+            roundings * (exact(dw[e]).abs() + size) / divisor,
+        ),
+        false if through => {
+            let d = exact(dw[e]) / divisor;
+            (d, roundings * d.abs())
+        }
+        false => (0.0, 0.0),
+    };
+    (0..p.len()).map(gradient).collect()
+}
+
+/// What is not chosen holds NaN where it must not matter; some choices have no row, and so are none. Buffers: w or dp,
+/// p, slot_row, choices, dw.
+fn problem(batch: Batch, kind: Kind) -> Problem {
+    let mut routed = Routed::new(batch);
+    let slots = routed.slots();
+    if slots > 1 {
+        let choices = routed.sorted.slot_row.chunks_mut(slots);
+        choices.step_by(7).for_each(|of_token| of_token[0] = -1);
+    }
+    let (tokens, experts) = (routed.tokens(), routed.experts());
+    let mut random = Random((tokens * 3 + experts) as u64);
+    let mut dw: Vec<f32> = (0..tokens * experts).map(|_| random.normal()).collect();
+    let mut p = routed.gates.clone();
+    let chosen: Vec<Vec<bool>> = (0..tokens)
+        .map(|t| {
+            routed
+                .row_of_expert(t)
+                .iter()
+                .map(Option::is_some)
+                .collect()
+        })
+        .collect();
+    for (i, chosen) in chosen.iter().flatten().enumerate() {
+        if !chosen && i % 5 == 3 {
+            p[i] = f32::NAN;
+            if kind.through != Some(true) {
+                dw[i] = f32::NAN;
+            }
+        }
+    }
+    let mut buffers = vec![
+        Buffer::output("gates or gradients", 4 * tokens * experts),
+        Buffer::input("p", &p),
+    ];
+    buffers.extend(routed.slot_buffers());
+    buffers.push(Buffer::input("dw", &dw));
+    let (has_choices, slots) = (routed.has_choices(), slots as i32);
+    let (t, e, rows) = (tokens as i64, experts as i32, routed.rows_given as i64);
+    let renormalize = kind.renormalize.into();
+    Problem {
+        label: format!("{kind:?}, {}", routed.label()),
+        buffers,
+        launch: Box::new(move |launchers, b, stream| {
+            let (to, p, slot_row, dw) = (b[0].cast(), b[1].cast(), b[2].cast(), b[4].cast());
+            let choices = match has_choices {
+                true => b[3].cast_const().cast(),
+                false => null(),
+            };
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                match kind.through {
+                    None => launch!(
+                        launchers,
+                        selected_gates(
+                            to,
+                            p,
+                            slot_row,
+                            choices,
+                            t,
+                            rows,
+                            e,
+                            slots,
+                            renormalize,
+                            stream
+                        )
+                    ),
+                    Some(through) => launch!(
+                        launchers,
+                        selected_gates_backward(
+                            to,
+                            dw,
+                            p,
+                            slot_row,
+                            choices,
+                            t,
+                            rows,
+                            e,
+                            slots,
+                            renormalize,
+                            through.into(),
+                            stream
+                        )
+                    ),
+                }
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<f32> = values(&out[0]);
+            let mut errors = Errors::default();
+            for (t, chosen) in chosen.iter().enumerate() {
+                let at = t * experts..(t + 1) * experts;
+                let want = row(kind, &p[at.clone()], &dw[at.clone()], chosen);
+                for (e, (&got, (want, bound))) in got[at].iter().zip(want).enumerate() {
+                    let place = || format!("token {t}, expert {e}");
+                    errors.add(f64::from(got), want, bound, place)?;
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let kind = |renormalize, through| Kind {
+        renormalize,
+        through,
+    };
+    let forward = vec![kind(false, None), kind(true, None)];
+    let backward = [(false, false), (false, true), (true, false), (true, true)]
+        .map(|(renormalize, through)| kind(renormalize, Some(through)));
+    [
+        ("selected_gates", forward),
+        ("selected_gates_backward", backward.into()),
+    ]
+    .into_iter()
+    .flat_map(|(launcher, kinds)| {
+        [("small", true), ("covering", false)].map(|(name, small)| {
+            let problems = kinds.iter().copied().flat_map(|kind| {
+                let mut batches = if small {
+                    small_batches()
+                } else {
+                    covering_batches()
+                };
+                // More slots than lanes.
+                batches.push(Batch::random(9, 40, 36, 19));
+                // A token without an expert has nothing to divide by.
+                let lists = |b: &Batch| matches!(b.named, Named::Choices { .. });
+                let usable = move |b: &Batch| !kind.renormalize || lists(b);
+                batches.into_iter().filter(usable).map(move |batch| {
+                    Box::new(move || Ok(problem(batch.clone(), kind))) as MakeProblem
+                })
+            });
+            Case {
+                name: format!("{launcher} {name}"),
+                launcher,
+                source: "gates",
+                problems: problems.collect(),
+                small,
+            }
+        })
+    })
+    .collect()
+}

@@ -1,0 +1,170 @@
+//! RMSNorm of pieces of rows (`kernels/qk_norm.cu`) against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::operands::exact;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+use half::bf16;
+use std::ptr::{null, null_mut};
+
+const EPS: f32 = 1e-5;
+
+/// Rows with pieces between columns that are nobody's; without `weighted` they are copied.
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    rows: usize,
+    pieces: usize,
+    width: usize,
+    around: usize,
+    weighted: bool,
+}
+
+impl Shape {
+    fn pitch(&self) -> usize {
+        self.pieces * self.width + 2 * self.around
+    }
+    fn start(&self, piece: usize) -> usize {
+        let (row, within) = (piece / self.pieces, piece % self.pieces);
+        row * self.pitch() + self.around + within * self.width
+    }
+}
+
+/// 1 / √(mean(x²) + ε).
+fn scale(x: &[bf16]) -> f64 {
+    let squares: f64 = x.iter().map(|&x| exact(x) * exact(x)).sum();
+    (squares / x.len() as f64 + f64::from(EPS)).sqrt().recip()
+}
+
+/// What lies between the pieces must stay as it was. Buffers: y or dx, scales, x, w, dy.
+fn problem(s: Shape, backward: bool) -> Problem {
+    let mut random = Random((s.rows * s.pitch()) as u64);
+    let mut matrix = |n: usize| random.normals_bf16(n);
+    let (before, x, dy) = (
+        matrix(s.rows * s.pitch()),
+        matrix(s.rows * s.pitch()),
+        matrix(s.rows * s.pitch()),
+    );
+    let w = matrix(s.width);
+    let count = s.rows * s.pieces;
+    let piece_of = move |i: usize| s.start(i)..s.start(i) + s.width;
+    let scales: Vec<f32> = (0..count).map(|i| scale(&x[piece_of(i)]) as f32).collect();
+    let scales_buffer = match (backward, s.weighted) {
+        (false, true) => Buffer::output("scales", 4 * count),
+        _ => Buffer::input("scales", &scales),
+    };
+    Problem {
+        label: format!("{s:?}"),
+        buffers: vec![
+            Buffer::changed("y or dx", &before),
+            scales_buffer,
+            Buffer::input("x", &x),
+            Buffer::input("w", &w),
+            Buffer::input("dy", &dy),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let at = |p: *mut u8| p.wrapping_add(2 * s.around);
+            let (to, x, dy) = (at(p[0]).cast(), at(p[2]).cast(), at(p[4]).cast());
+            let (w, scales) = match s.weighted {
+                true => (p[3].cast_const().cast(), p[1].cast()),
+                false => (null(), null_mut()),
+            };
+            let (rows, pitch) = (s.rows as i64, s.pitch() as i64);
+            let (pieces, width) = (s.pieces as i32, s.width as i32);
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                match backward {
+                    true => launch!(
+                        launchers,
+                        qk_norm_backward(to, scales, dy, x, w, rows, pieces, width, pitch, stream)
+                    ),
+                    false => launch!(
+                        launchers,
+                        qk_norm(to, scales, x, w, rows, pieces, width, pitch, EPS, stream)
+                    ),
+                }
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<bf16> = values(&out[0]);
+            let mut errors = Errors::default();
+            let roundings = (s.width + 8) as f64 * F32_ROUNDOFF;
+            let mut seen = vec![false; got.len()];
+            for (piece, &given) in scales.iter().enumerate() {
+                let at = piece_of(piece);
+                let r = match backward {
+                    true => f64::from(given),
+                    false => scale(&x[at.clone()]),
+                };
+                let products = || {
+                    at.clone()
+                        .zip(&w)
+                        .map(|(i, &w)| exact(w) * exact(dy[i]) * exact(x[i]))
+                };
+                let mean = r * r * products().sum::<f64>() / s.width as f64;
+                let size = r * r * products().map(f64::abs).sum::<f64>() / s.width as f64;
+                if !backward && s.weighted {
+                    let found = f64::from(values::<f32>(&out[1])[piece]);
+                    errors.add(found, r, roundings * r, || format!("scale {piece}"))?;
+                }
+                for (i, &w) in at.clone().zip(&w) {
+                    seen[i] = true;
+                    let (w, x, d) = (exact(w), exact(x[i]), exact(dy[i]));
+                    let (want, error) = match (s.weighted, backward) {
+                        (true, false) => (x * r * w, roundings * (x * r * w).abs()),
+                        (true, true) => (
+                            r * (w * d - x * mean),
+                            r * (4.0 * F32_ROUNDOFF * (w * d).abs() + roundings * x.abs() * size),
+                        ),
+                        (false, true) => (d, 0.0),
+                        (false, false) => (x, 0.0),
+                    };
+                    errors.add_bf16(got[i], want, error, || format!("element {i}"))?;
+                }
+            }
+            let untouched = (0..got.len()).filter(|&i| !seen[i]);
+            for i in untouched {
+                if got[i].to_bits() != before[i].to_bits() {
+                    return Err(format!("element {i} lies between pieces and was written"));
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let shape = |rows, pieces, width, around, weighted| Shape {
+        rows,
+        pieces,
+        width,
+        around,
+        weighted,
+    };
+    let small = vec![
+        shape(1, 1, 8, 0, true),
+        shape(67, 3, 64, 64, true),
+        shape(5, 2, 128, 8, false),
+        shape(31, 1, 392, 128, true),
+    ];
+    let covering = vec![
+        shape(509, 4, 64, 128, true),
+        shape(130, 1, 2048, 256, true),
+        shape(257, 2, 128, 0, false),
+    ];
+    let mut all = Vec::new();
+    for (launcher, backward) in [("qk_norm", false), ("qk_norm_backward", true)] {
+        for (name, shapes, small) in [("small", &small, true), ("covering", &covering, false)] {
+            let problems = shapes.iter().copied();
+            all.push(Case {
+                name: format!("{launcher} {name}"),
+                launcher,
+                source: "qk_norm",
+                problems: problems
+                    .map(|s| Box::new(move || Ok(problem(s, backward))) as MakeProblem)
+                    .collect(),
+                small,
+            });
+        }
+    }
+    all
+}

@@ -1,0 +1,350 @@
+//! Arithmetic of rows, sums of columns and gated rows (`kernels/rows.cu`) against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::operands::exact;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+use half::bf16;
+use std::ptr::null;
+
+/// Buffers: out (or a, changed), a, b.
+fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place: bool) -> Problem {
+    let mut random = Random((rows * width) as u64);
+    let a = random.normals_bf16(rows * width);
+    let b_rows = if one_row { 1 } else { rows };
+    let b = random.normals_bf16(b_rows * width);
+    let first = match in_place {
+        true => Buffer::changed("out", &a),
+        false => Buffer::output("out", 2 * rows * width),
+    };
+    Problem {
+        label: format!(
+            "{rows} rows of {width}, one row {one_row}, multiply {multiply}, in place {in_place}"
+        ),
+        buffers: vec![first, Buffer::input("a", &a), Buffer::input("b", &b)],
+        launch: Box::new(move |launchers, p, stream| {
+            let a = if in_place { p[0] } else { p[1] }.cast_const().cast();
+            let (rows, b_rows, width) = (rows as i64, b_rows as i64, width as i32);
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    row_arithmetic(
+                        p[0].cast(),
+                        a,
+                        p[2].cast(),
+                        rows,
+                        b_rows,
+                        width,
+                        multiply.into(),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<bf16> = values(&out[0]);
+            let mut errors = Errors::default();
+            for (i, (&got, &a)) in got.iter().zip(&a).enumerate() {
+                let (a, b) = (exact(a), exact(b[i % b.len()]));
+                let want = if multiply { a * b } else { a + b };
+                errors.add_bf16(got, want, F32_ROUNDOFF * want.abs(), || {
+                    format!("element {i}")
+                })?;
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+/// The sizes of a sum of columns: rows, pieces, width of one, columns before and behind, runs; what is multiplied.
+#[derive(Clone, Copy, Debug)]
+struct Sums {
+    rows: usize,
+    pieces: usize,
+    piece: usize,
+    around: usize,
+    runs: usize,
+    y: bool,
+    scales: bool,
+}
+
+/// What lies around the columns holds NaN. Buffers: parts, x, y, scales.
+fn sums(s: Sums) -> Problem {
+    let mut random = Random((s.rows * s.piece + s.runs) as u64);
+    let (width, pitch) = (s.pieces * s.piece, s.pieces * s.piece + 2 * s.around);
+    let mut matrix = || {
+        let mut m = random.normals_bf16(s.rows * pitch);
+        let outside = |i: usize| !(s.around..s.around + width).contains(&(i % pitch));
+        let elements = m.iter_mut().enumerate();
+        elements.for_each(|(i, v)| {
+            if outside(i) {
+                *v = bf16::NAN;
+            }
+        });
+        m
+    };
+    let (x, y) = (matrix(), matrix());
+    let scales: Vec<f32> = (0..s.rows * s.pieces).map(|_| random.normal()).collect();
+    Problem {
+        label: format!("{s:?}"),
+        buffers: vec![
+            Buffer::output("parts", 4 * s.runs * width),
+            Buffer::input("x", &x),
+            Buffer::input("y", &y),
+            Buffer::input("scales", &scales),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let at = |p: *mut u8| p.wrapping_add(2 * s.around).cast_const().cast();
+            let y = if s.y { at(p[2]) } else { null() };
+            let scales = if s.scales {
+                p[3].cast_const().cast()
+            } else {
+                null()
+            };
+            let (rows, width, pitch) = (s.rows as i64, width as i32, pitch as i64);
+            let (piece, runs) = (s.piece as i32, s.runs as i32);
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    column_sums(
+                        p[0].cast(),
+                        at(p[1]),
+                        y,
+                        scales,
+                        rows,
+                        width,
+                        pitch,
+                        piece,
+                        runs,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<f32> = values(&out[0]);
+            let run = s.rows.div_ceil(s.runs);
+            let mut errors = Errors::default();
+            for (i, got) in got.into_iter().enumerate() {
+                let (part, column) = (i / width, i % width);
+                let rows = (part * run).min(s.rows)..((part + 1) * run).min(s.rows);
+                let terms = || {
+                    rows.clone().map(|row| {
+                        let at = row * pitch + s.around + column;
+                        let y = if s.y { exact(y[at]) } else { 1.0 };
+                        let scale = scales[row * s.pieces + column / s.piece];
+                        exact(x[at]) * y * if s.scales { f64::from(scale) } else { 1.0 }
+                    })
+                };
+                let size: f64 = terms().map(f64::abs).sum();
+                let bound = (run + 4) as f64 * F32_ROUNDOFF * size;
+                let place = || format!("run {part}, column {column}");
+                errors.add(f64::from(got), terms().sum(), bound, place)?;
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+/// Σ of products, and of their magnitudes.
+fn dot(a: &[bf16], b: &[bf16]) -> (f64, f64) {
+    let products = a.iter().zip(b).map(|(&a, &b)| exact(a) * exact(b));
+    products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()))
+}
+
+/// Rows whose scores are of unit scale. Buffers: y, gates, x, w, v.
+fn gated(rows: usize, width: usize) -> Problem {
+    let mut random = Random((rows * width + 1) as u64);
+    let (x, v) = (
+        random.normals_bf16(rows * width),
+        random.normals_bf16(rows * width),
+    );
+    let w: Vec<bf16> = random
+        .normals_bf16(width)
+        .iter()
+        .map(|w| bf16::from_f32(w.to_f32() / (width as f32).sqrt()))
+        .collect();
+    Problem {
+        label: format!("{rows} rows of {width}"),
+        buffers: vec![
+            Buffer::output("y", 2 * rows * width),
+            Buffer::output("gates", 4 * rows),
+            Buffer::input("x", &x),
+            Buffer::input("w", &w),
+            Buffer::input("v", &v),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let (x, w, v) = (p[2].cast(), p[3].cast(), p[4].cast());
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    gated_rows(
+                        p[0].cast(),
+                        p[1].cast(),
+                        x,
+                        w,
+                        v,
+                        rows as i64,
+                        width as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let (y, gates): (Vec<bf16>, Vec<f32>) = (values(&out[0]), values(&out[1]));
+            let mut errors = Errors::default();
+            for (row, &found) in gates.iter().enumerate() {
+                let at = row * width..(row + 1) * width;
+                let (score, size) = dot(&x[at.clone()], &w);
+                let gate = 1.0 / (1.0 + (-score).exp());
+                // σ has a slope of at most 1/4, and is itself off as in swiglu.cu.
+                let error =
+                    (width as f64 * size / 4.0 + (24.0 + 2.0 * score.abs()) * gate) * F32_ROUNDOFF;
+                errors.add(f64::from(found), gate, error, || format!("gate {row}"))?;
+                for i in at {
+                    let (want, size) = (gate * exact(v[i]), exact(v[i]).abs());
+                    errors.add_bf16(y[i], want, (error + F32_ROUNDOFF) * size, || {
+                        format!("element {i}")
+                    })?;
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+/// Buffers: dx, dv, dscores, dy, gates, v, w.
+fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
+    let mut random = Random((rows * width + 2) as u64);
+    let mut matrix = |n: usize| random.normals_bf16(n);
+    let (before, dy, v) = (
+        matrix(rows * width),
+        matrix(rows * width),
+        matrix(rows * width),
+    );
+    let w = matrix(width);
+    let gates: Vec<f32> = (0..rows).map(|_| random.unit() as f32).collect();
+    Problem {
+        label: format!("{rows} rows of {width}, accumulate {accumulate}"),
+        buffers: vec![
+            Buffer::added_to("dx", &before, accumulate),
+            Buffer::output("dv", 2 * rows * width),
+            Buffer::output("dscores", 4 * rows),
+            Buffer::input("dy", &dy),
+            Buffer::input("gates", &gates),
+            Buffer::input("v", &v),
+            Buffer::input("w", &w),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let (dy, gates, v, w) = (p[3].cast(), p[4].cast(), p[5].cast(), p[6].cast());
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    gated_rows_backward(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        dy,
+                        gates,
+                        v,
+                        w,
+                        rows as i64,
+                        width as i32,
+                        accumulate.into(),
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let (dx, dv): (Vec<bf16>, Vec<bf16>) = (values(&out[0]), values(&out[1]));
+            let dscores: Vec<f32> = values(&out[2]);
+            let mut errors = Errors::default();
+            for (row, &gate) in gates.iter().enumerate() {
+                let at = row * width..(row + 1) * width;
+                let gate = f64::from(gate);
+                let (sum, size) = dot(&dy[at.clone()], &v[at.clone()]);
+                let slope = gate * (1.0 - gate);
+                let error = (width as f64 + 4.0) * F32_ROUNDOFF * gate * size;
+                let want = slope * sum;
+                errors.add(f64::from(dscores[row]), want, error, || {
+                    format!("score {row}")
+                })?;
+                for (column, i) in at.enumerate() {
+                    let place = || format!("element {i}");
+                    let of_v = gate * exact(dy[i]);
+                    errors.add_bf16(dv[i], of_v, F32_ROUNDOFF * of_v.abs(), place)?;
+                    let old = if accumulate { exact(before[i]) } else { 0.0 };
+                    let term = want * exact(w[column]);
+                    let bound = error * exact(w[column]).abs()
+                        + 2.0 * F32_ROUNDOFF * (term.abs() + old.abs());
+                    errors.add_bf16(dx[i], old + term, bound, place)?;
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    fn made(make: impl Fn() -> Problem + Send + Sync + 'static) -> MakeProblem {
+        Box::new(move || Ok(make()))
+    }
+    let case = |launcher, problems| Case {
+        name: format!("{launcher} small"),
+        launcher,
+        source: "rows",
+        problems,
+        small: true,
+    };
+    let kinds = [
+        (false, false, false),
+        (true, false, true),
+        (true, true, false),
+        (false, false, true),
+    ];
+    let arithmetic = [(1, 8), (67, 40), (13, 1408), (509, 264)]
+        .into_iter()
+        .flat_map(|(rows, width)| {
+            kinds.map(|(one_row, multiply, in_place)| {
+                made(move || arithmetic(rows, width, one_row, multiply, in_place))
+            })
+        });
+    let sums = [
+        (1, 1, 8, 0, 1, false, false),
+        (67, 1, 264, 0, 1, false, true),
+        (300, 3, 64, 128, 2, true, true),
+        (130, 2, 40, 8, 7, true, false),
+        // A run without a row.
+        (10, 1, 520, 0, 4, false, false),
+        (2039, 1, 136, 0, 8, true, true),
+    ]
+    .map(|(rows, pieces, piece, around, runs, y, scales)| {
+        let sizes = Sums {
+            rows,
+            pieces,
+            piece,
+            around,
+            runs,
+            y,
+            scales,
+        };
+        made(move || sums(sizes))
+    });
+    let sizes = [(1, 8), (67, 40), (19, 1032), (300, 256)];
+    let forward = sizes.map(|(rows, width)| made(move || gated(rows, width)));
+    let backward = sizes.into_iter().flat_map(|(rows, width)| {
+        [false, true].map(|add| made(move || gated_backward(rows, width, add)))
+    });
+    vec![
+        case("row_arithmetic", arithmetic.collect()),
+        case("column_sums", sums.into()),
+        case("gated_rows", forward.into()),
+        case("gated_rows_backward", backward.collect()),
+    ]
+}

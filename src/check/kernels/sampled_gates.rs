@@ -1,0 +1,183 @@
+//! SparseMixer's gates and their estimator (`kernels/gates.cu`) against float64.
+
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::launch;
+
+/// Sizes, and how many times a standard normal the logits are.
+type Shape = (usize, usize, usize, f32);
+
+const ESTIMATOR: f32 = 2.0;
+
+struct Inputs {
+    logits: Vec<f32>,
+    dw: Vec<f32>,
+    /// Stage by stage.
+    chosen: Vec<i32>,
+    factors: Vec<f32>,
+    kept: Vec<i32>,
+}
+
+impl Inputs {
+    /// Every stage keeps some experts at random, its own among them; no stage keeps the other's.
+    fn new((tokens, experts, stages, spread): Shape) -> Self {
+        let mut random = Random((tokens * experts + stages) as u64);
+        let count = tokens * experts;
+        let mut inputs = Inputs {
+            logits: (0..count).map(|_| spread * random.normal()).collect(),
+            dw: (0..count).map(|_| random.normal()).collect(),
+            chosen: Vec::new(),
+            factors: Vec::new(),
+            kept: Vec::new(),
+        };
+        for stage in 0..stages {
+            for token in 0..tokens {
+                let before = (stage > 0).then(|| inputs.chosen[token]);
+                let mut expert = random.below(experts) as i32;
+                if Some(expert) == before {
+                    expert = (expert + 1) % experts as i32;
+                }
+                inputs.chosen.push(expert);
+                inputs.factors.push([1.0, 1.0 / 3.0][random.below(2)]);
+                inputs.kept.extend((0..experts as i32).map(|e| {
+                    let keeps = random.below(3) > 0 && Some(e) != before;
+                    i32::from(e == expert || keeps)
+                }));
+            }
+        }
+        inputs
+    }
+
+    /// q of a stage with the bounds of its errors; 0 without a bound where nothing is kept.
+    fn probabilities(&self, row: usize, z: &[f32]) -> Vec<(f64, f64)> {
+        let experts = z.len();
+        let kept = &self.kept[row * experts..(row + 1) * experts];
+        let live = || (0..experts).filter(|&e| kept[e] != 0);
+        let largest = live().map(|e| f64::from(z[e])).fold(f64::MIN, f64::max);
+        let exp = |e: usize| (f64::from(z[e]) - largest).exp();
+        let sum: f64 = live().map(exp).sum();
+        let of = |e: usize| match kept[e] {
+            0 => (0.0, 0.0),
+            _ => {
+                let distance = (f64::from(z[e]) - largest).abs();
+                let roundings = (experts as f64 + 12.0 + distance) * F32_ROUNDOFF;
+                (exp(e) / sum, roundings * exp(e) / sum + 1e-37)
+            }
+        };
+        (0..experts).map(of).collect()
+    }
+
+    /// Gates of a token, or gradients of its logits, with the bounds of their errors.
+    fn row(
+        &self,
+        token: usize,
+        (tokens, experts, stages, _): Shape,
+        backward: bool,
+    ) -> Vec<(f64, f64)> {
+        let z = &self.logits[token * experts..(token + 1) * experts];
+        let mut line = vec![(0.0, 0.0); experts];
+        for stage in 0..stages {
+            let row = stage * tokens + token;
+            let q = self.probabilities(row, z);
+            let a = self.chosen[row] as usize;
+            if !backward {
+                let h = f64::from(self.factors[row]);
+                line[a] = (h * q[a].0, h * (q[a].1 + 2.0 * F32_ROUNDOFF * q[a].0));
+                continue;
+            }
+            let s = f64::from(ESTIMATOR) * f64::from(self.dw[token * experts + a]);
+            for (j, line) in line.iter_mut().enumerate() {
+                let own = f64::from(u8::from(j == a));
+                let size = own + q[j].0;
+                let term = s * q[a].0 * (own - q[j].0);
+                let error =
+                    s.abs() * (q[a].1 * size + q[a].0 * (q[j].1 + 8.0 * F32_ROUNDOFF * size));
+                *line = (line.0 + term, line.1 + error);
+            }
+        }
+        line
+    }
+}
+
+/// Buffers: w or dz, factors or dw, logits, experts_chosen, kept.
+fn problem(shape: Shape, backward: bool) -> Problem {
+    let inputs = Inputs::new(shape);
+    let (tokens, experts, stages, _) = shape;
+    let second = match backward {
+        true => Buffer::input("dw", &inputs.dw),
+        false => Buffer::input("factors", &inputs.factors),
+    };
+    let (t, e, s) = (tokens as i64, experts as i32, stages as i32);
+    Problem {
+        label: format!("T, E, stages, spread {shape:?}"),
+        buffers: vec![
+            Buffer::output("gates or gradients", 4 * tokens * experts),
+            second,
+            Buffer::input("logits", &inputs.logits),
+            Buffer::input("experts_chosen", &inputs.chosen),
+            Buffer::input("kept", &inputs.kept),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let (to, second, z) = (p[0].cast(), p[1].cast(), p[2].cast());
+            let (chosen, kept) = (p[3].cast(), p[4].cast());
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                match backward {
+                    true => launch!(
+                        launchers,
+                        sampled_gates_backward(
+                            to, second, z, chosen, kept, t, e, s, ESTIMATOR, stream
+                        )
+                    ),
+                    false => launch!(
+                        launchers,
+                        sampled_gates(to, second, z, chosen, kept, t, e, s, stream)
+                    ),
+                }
+            }
+        }),
+        judge: Box::new(move |out| {
+            let got: Vec<f32> = values(&out[0]);
+            let mut errors = Errors::default();
+            for (token, got) in got.chunks(experts).enumerate() {
+                let want = inputs.row(token, shape, backward);
+                for (expert, (&got, (want, bound))) in got.iter().zip(want).enumerate() {
+                    let place = || format!("token {token}, expert {expert}");
+                    errors.add(f64::from(got), want, bound, place)?;
+                }
+            }
+            Ok(errors)
+        }),
+    }
+}
+
+pub fn cases() -> Vec<Case> {
+    let small: &[Shape] = &[
+        (1, 1, 1, 1.0),
+        (67, 7, 2, 1.0),
+        (40, 33, 2, 300.0),
+        (9, 8, 1, 4.0),
+    ];
+    let covering: &[Shape] = &[
+        (2039, 8, 2, 1.0),
+        (509, 32, 1, 3.0),
+        (130, 256, 2, 1.0),
+        (61, 100, 2, 1e4),
+    ];
+    let mut all = Vec::new();
+    for (launcher, backward) in [("sampled_gates", false), ("sampled_gates_backward", true)] {
+        for (name, shapes, small) in [("small", small, true), ("covering", covering, false)] {
+            let problems = shapes
+                .iter()
+                .map(|&shape| Box::new(move || Ok(problem(shape, backward))) as MakeProblem);
+            all.push(Case {
+                name: format!("{launcher} {name}"),
+                launcher,
+                source: "gates",
+                problems: problems.collect(),
+                small,
+            });
+        }
+    }
+    all
+}
