@@ -13,6 +13,8 @@ pub mod dispatch;
 pub mod embedding;
 pub mod expert_mean;
 pub mod experts;
+pub mod gated_rows;
+mod gates;
 pub mod grouped_linear;
 pub mod heads;
 pub mod layernorm;
@@ -24,6 +26,8 @@ pub mod rmsnorm;
 pub mod rope;
 pub mod router;
 pub mod routing;
+mod rows;
+pub mod sampled_experts;
 pub mod sampled_gate;
 pub mod scale;
 pub mod scores;
@@ -145,6 +149,11 @@ pub const OPS: &[OpInfo] = &[
         name: "sigmoid_gate",
         formula: "y = σ(s) x",
         cases: sigmoid_gate::cases,
+    },
+    OpInfo {
+        name: "gated_rows",
+        formula: "y_t = σ(⟨x_t, w⟩) v_t",
+        cases: gated_rows::cases,
     },
     OpInfo {
         name: "qk_norm",

@@ -70,7 +70,7 @@ impl Routing {
     /// # Errors
     /// When the gates do not fit the dispatch.
     pub fn renormalized(mut self, tape: &Tape) -> Result<Self> {
-        self.gates = renormalize(tape, &self.gates, self.dispatch.selection())?;
+        self.gates = renormalize(tape, &self.gates, &self.dispatch)?;
         Ok(self)
     }
 

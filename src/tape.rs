@@ -4,17 +4,16 @@
 //! answers for each of its inputs: a gradient, or explicitly none. Gradients of parameters and other
 //! leaves land in a [`Gradients`] store that outlives the tape, so that micro-batches accumulate.
 
-mod fallback;
 mod gradients;
+mod ran;
 mod recompute;
 
-pub use fallback::{Ran, take_ran};
 pub use gradients::{Gradients, Grads};
+pub use ran::take_ran;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
-use fallback::Fallback;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -193,18 +192,20 @@ impl Tape {
     /// Runs `op` on `inputs` and records it if any of them needs a gradient.
     ///
     /// # Errors
-    /// Those of the operation.
+    /// When the operation has no kernels on the inputs' device, and those of the operation.
     pub fn apply(&self, op: impl Op + 'static, inputs: &[&Var]) -> Result<Vec<Var>> {
         let tensors: Vec<&Tensor> = inputs.iter().map(|v| &v.tensor).collect();
-        let device = fallback::device_of(inputs);
+        let device = ran::device_of(inputs);
         if !op.runs_on(device) {
-            let op = Fallback {
-                op,
-                device,
-                inputs: tensors.iter().map(|t| t.dtype()).collect(),
-            };
-            let forward = op.forward(&tensors)?;
-            return Ok(self.record_run(op, inputs, forward));
+            return Err(Error::invalid(
+                op.name(),
+                format!(
+                    "an operation that has kernels, or inputs on {}",
+                    Device::Cpu
+                ),
+                format!("inputs on {device}"),
+                "train with --device cpu, or without the option that needs it",
+            ));
         }
         let forward = op.forward(&tensors)?;
         Ok(self.record_run(op, inputs, forward))
@@ -218,9 +219,8 @@ impl Tape {
         inputs: &[&Var],
         forward: Forward,
     ) -> Vec<Var> {
-        let device = fallback::device_of(inputs);
-        if device != Device::Cpu {
-            fallback::count(op.name(), op.runs_on(device));
+        if ran::device_of(inputs) != Device::Cpu {
+            ran::count(op.name());
         }
         let record = self.recording && inputs.iter().any(|v| v.needs_gradient());
         self.record(record, Box::new(op), inputs, forward.saved, forward.outputs)

@@ -169,8 +169,7 @@ fn the_operation_runs_as_kernels_and_agrees_with_the_cpu_for_one_two_and_three_b
     for (tokens, vocabulary) in [(1, 3), (700, 200), (700, 256), (700, 5000), (700, 70_000)] {
         take_ran();
         let device = run(Device::Sim, tokens, vocabulary);
-        let ran = take_ran()["embedding"];
-        assert_eq!((ran.kernels, ran.fallback), (2, 0));
+        assert_eq!(take_ran()["embedding"], 2);
         let cpu = run(Device::Cpu, tokens, vocabulary);
         assert!(device[0] == cpu[0], "rows, V {vocabulary}");
         for (a, b) in device[1].iter().zip(&cpu[1]) {

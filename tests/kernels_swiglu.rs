@@ -83,8 +83,7 @@ fn the_operation_runs_as_kernels_and_agrees_with_the_cpu() {
     };
     take_ran();
     let device = run(Device::Sim);
-    let ran = take_ran()["swiglu"];
-    assert_eq!((ran.kernels, ran.fallback), (1, 0));
+    assert_eq!(take_ran()["swiglu"], 1);
     for ((what, device), cpu) in ["y", "dx"].iter().zip(&device).zip(&run(Device::Cpu)) {
         close(what, device, cpu);
     }

@@ -132,6 +132,12 @@ impl Config {
                 let expected = "a multiple of 8 where kernels run (16-byte rows)";
                 ensure(width % 8 == 0, key, expected, width)?;
             }
+            let key = "model.head_dim";
+            let expected = "64 or 128 where kernels run, the widths that attention has kernels for";
+            ensure([64, 128].contains(&m.head_dim), key, expected, m.head_dim)?;
+            let (key, most) = ("model.num_experts", 256);
+            let expected = format!("at most {most} where kernels run");
+            ensure(m.num_experts <= most, key, expected, m.num_experts)?;
         }
         if let Recompute::Layers(layers) = &t.recompute {
             layer_list("train.recompute", layers, self.model.layers)?;

@@ -8,8 +8,7 @@ use crate::config::{ModelConfig, Scope};
 use crate::error::Result;
 use crate::ops::add::add;
 use crate::ops::experts::{Experts, experts};
-use crate::ops::linear::linear;
-use crate::ops::sigmoid_gate::sigmoid_gate;
+use crate::ops::gated_rows::gated_rows;
 use crate::routers::{LayerPass, Pass};
 use crate::tape::{Tape, Var};
 
@@ -106,8 +105,7 @@ impl MoeLayer {
         let mut y = model.router.output(tape, y, &own)?;
         if let Some(shared) = &self.shared {
             let own = shared.network.forward(tape, weights, x)?;
-            let score = linear(tape, x, &weights[shared.gate], None)?;
-            y = add(tape, &y, &sigmoid_gate(tape, &score, &own)?)?;
+            y = add(tape, &y, &gated_rows(tape, x, &weights[shared.gate], &own)?)?;
         }
 
         layer.count(routing.chosen(), routing.scores.entropy()?);

@@ -1,7 +1,9 @@
 //! Residual add: `y = a + b`, any shape. Both gradients are `dy`.
 
+use super::rows::{self, Arithmetic};
 use crate::check::Case;
 use crate::cpu;
+use crate::device::Device;
 use crate::error::Result;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
@@ -26,7 +28,17 @@ impl Op for Add {
         "add"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        if inputs[0].device() != Device::Cpu {
+            return Ok(Forward {
+                outputs: vec![rows::arithmetic(Arithmetic::Add, inputs[0], inputs[1])?],
+                saved: vec![],
+            });
+        }
         let mut sum = inputs[0].clone();
         with_real!(sum.dtype(), "add", |T| {
             cpu::add_assign(sum.slice_mut::<T>(), inputs[1].slice::<T>());

@@ -4,10 +4,15 @@
 //! the mean of `p [T, E]` over the tokens; 1 when balanced. `dp_ti = E f_i / T`, so that behind the
 //! softmax `dz_j = (E / T) p_j (f_j − Σ_i p_i f_i)` (Switch Transformer, 2101.03961, eq. 4).
 //! z-loss: `mean_t logsumexp(z_t)²`, `dz_j = (2 / T) logsumexp(z) p_j` (ST-MoE, 2202.08906, eq. 5).
+//!
+//! On a device with kernels (`kernels/balance.cu`) the router gives the means `P [E]` and the mean
+//! logsumexp²; fractions and coefficients lie in its memory.
 
 use crate::check::{Case, Fault, term};
-use crate::dtype::Real;
+use crate::device::{Device, stream};
+use crate::dtype::{DType, Real};
 use crate::error::Result;
+use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -56,8 +61,19 @@ impl Op for AuxiliaryLoss {
         "auxiliary_loss"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let p = inputs[0];
+        if p.device() != Device::Cpu {
+            let fractions = kernels::numbers(&self.fractions, p.device());
+            return Ok(Forward {
+                outputs: vec![kernels::auxiliary_loss(p, &fractions)?],
+                saved: vec![fractions],
+            });
+        }
         let experts = self.fractions.len() as f64;
         with_real!(p.dtype(), "auxiliary_loss", |T| {
             let mut mean = vec![0.0; self.fractions.len()];
@@ -80,6 +96,9 @@ impl Op for AuxiliaryLoss {
         grads: &mut Grads,
     ) -> Result<()> {
         let (p, dloss) = (&saved[0], only(douts));
+        if dloss.device() != Device::Cpu {
+            return grads.give(0, kernels::auxiliary_loss_backward(dloss, &saved[0])?);
+        }
         let mut dp = p.unspecified_like();
         let tokens = p.shape().rows() as f64;
         let scale =
@@ -158,7 +177,19 @@ impl Op for WeightedSum {
         "weighted_sum"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let device = inputs[0].device();
+        if device != Device::Cpu {
+            let coefficients = kernels::numbers(&self.coefficients, device);
+            return Ok(Forward {
+                outputs: vec![kernels::weighted_sum(inputs, &coefficients)?],
+                saved: vec![coefficients],
+            });
+        }
         let mut sum = 0.0;
         for (term, c) in inputs.iter().zip(&self.coefficients) {
             sum += c * term.item()?;
@@ -173,11 +204,16 @@ impl Op for WeightedSum {
 
     fn backward(
         &self,
-        _saved: &[Tensor],
+        saved: &[Tensor],
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
         let dout = only(douts);
+        if let [coefficients] = saved {
+            let dterms = kernels::weighted_sum_backward(dout, coefficients)?;
+            let mut dterms = dterms.into_iter().enumerate();
+            return dterms.try_for_each(|(i, d)| grads.give(i, d));
+        }
         for (i, c) in self.coefficients.iter().enumerate() {
             let scaled = c * dout.item()?;
             with_real!(dout.dtype(), "weighted_sum", |T| {
@@ -185,6 +221,104 @@ impl Op for WeightedSum {
             })?;
         }
         Ok(())
+    }
+}
+
+/// The kernels.
+mod kernels {
+    use super::*;
+
+    /// Numbers in f32 for kernels to read.
+    pub fn numbers(values: &[f64], device: Device) -> Tensor {
+        let values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
+        Tensor::from_slice([values.len()], &values).on(device)
+    }
+
+    fn scalar(device: Device) -> Tensor {
+        Tensor::unspecified(device, DType::F32, [])
+    }
+
+    pub fn auxiliary_loss(mean: &Tensor, fractions: &Tensor) -> Result<Tensor> {
+        let mut loss = scalar(mean.device());
+        mean.expect_dtype("auxiliary_loss", "mean probabilities", DType::F32)?;
+        mean.expect_shape("auxiliary_loss", "mean probabilities", fractions.shape())?;
+        // SAFETY: the tensors have the shapes that balance.cu's header names.
+        unsafe {
+            launch!(
+                mean.device().launchers()?,
+                auxiliary_loss(
+                    loss.pointer_mut(),
+                    mean.pointer(),
+                    fractions.pointer(),
+                    fractions.elements() as i32,
+                    stream(),
+                )
+            )
+        }?;
+        Ok(loss)
+    }
+
+    pub fn auxiliary_loss_backward(dloss: &Tensor, fractions: &Tensor) -> Result<Tensor> {
+        dloss.expect_dtype("auxiliary_loss", "the loss's gradient", DType::F32)?;
+        let mut dmean = fractions.unspecified_like();
+        // SAFETY: as above.
+        unsafe {
+            launch!(
+                dloss.device().launchers()?,
+                auxiliary_loss_backward(
+                    dmean.pointer_mut(),
+                    dloss.pointer(),
+                    fractions.pointer(),
+                    fractions.elements() as i32,
+                    stream(),
+                )
+            )
+        }?;
+        Ok(dmean)
+    }
+
+    pub fn weighted_sum(terms: &[&Tensor], coefficients: &Tensor) -> Result<Tensor> {
+        let mut out = scalar(coefficients.device());
+        for term in terms {
+            term.expect_dtype("weighted_sum", "a term", DType::F32)?;
+            term.expect_shape("weighted_sum", "a term", [])?;
+        }
+        let pointers: Vec<*const f32> = terms.iter().map(|t| t.pointer()).collect();
+        // SAFETY: there are as many scalars as coefficients.
+        unsafe {
+            launch!(
+                coefficients.device().launchers()?,
+                weighted_sum(
+                    out.pointer_mut(),
+                    pointers.as_ptr(),
+                    coefficients.pointer(),
+                    terms.len() as i32,
+                    stream(),
+                )
+            )
+        }?;
+        Ok(out)
+    }
+
+    pub fn weighted_sum_backward(dout: &Tensor, coefficients: &Tensor) -> Result<Vec<Tensor>> {
+        dout.expect_dtype("weighted_sum", "the sum's gradient", DType::F32)?;
+        let count = coefficients.elements();
+        let mut dterms: Vec<Tensor> = (0..count).map(|_| scalar(dout.device())).collect();
+        let pointers: Vec<*mut f32> = dterms.iter_mut().map(Tensor::pointer_mut).collect();
+        // SAFETY: as above.
+        unsafe {
+            launch!(
+                dout.device().launchers()?,
+                weighted_sum_backward(
+                    pointers.as_ptr(),
+                    dout.pointer(),
+                    coefficients.pointer(),
+                    count as i32,
+                    stream(),
+                )
+            )
+        }?;
+        Ok(dterms)
     }
 }
 

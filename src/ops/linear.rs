@@ -4,8 +4,9 @@
 //! `dx = dy W`, `dW = dyᵀ x`, `db = Σ_r dy_r`.
 //!
 //! On a device with kernels it is the dense case of `kernels/grouped_gemm.cu`: one group, no offsets. A
-//! bias has no kernel yet.
+//! bias is added to what the product left in bf16 (`kernels/rows.cu`).
 
+use super::rows::{self, Columns};
 use crate::check::Case;
 use crate::cpu::{self, Accumulate, Mat};
 use crate::device::launchers::{Launchers, TILE_AUTO};
@@ -43,21 +44,18 @@ pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Result<
             .expect_dtype("linear", "bias", x.tensor().dtype())?;
         inputs.push(bias);
     }
-    let with_bias = bias.is_some();
-    tape.apply_one(Linear { with_bias }, &inputs)
+    tape.apply_one(Linear, &inputs)
 }
 
-struct Linear {
-    with_bias: bool,
-}
+struct Linear;
 
 impl Op for Linear {
     fn name(&self) -> &'static str {
         "linear"
     }
 
-    fn runs_on(&self, device: Device) -> bool {
-        device == Device::Cpu || !self.with_bias
+    fn runs_on(&self, _device: Device) -> bool {
+        true
     }
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
@@ -70,6 +68,9 @@ impl Op for Linear {
         let saved = inputs.iter().map(|&t| t.clone()).collect();
         if x.device() != Device::Cpu {
             kernels::forward(&mut y, x, w)?;
+            if let Some(bias) = inputs.get(2) {
+                rows::add_to(&mut y, bias)?;
+            }
             let outputs = vec![y];
             return Ok(Forward { outputs, saved });
         }
@@ -100,9 +101,15 @@ impl Op for Linear {
             } else {
                 grads.none(0);
             }
-            return grads.write(1, w, |dw, accumulate| {
+            grads.write(1, w, |dw, accumulate| {
                 kernels::weight_gradient(dw, accumulate, dy, x)
-            });
+            })?;
+            if let Some(bias) = saved.get(2) {
+                grads.write(2, bias, |db, accumulate| {
+                    rows::column_sums(db, accumulate, dy, None, None, Columns::all(dy))
+                })?;
+            }
+            return Ok(());
         }
         with_real!(x.dtype(), "linear", |T| {
             let (inputs, outputs) = (w.shape()[1], w.shape()[0]);

@@ -3,16 +3,22 @@
 //! `qkv [T, (H + 2 KV) hd]`. The weights' lengths choose the form: `[hd]` normalizes each head by
 //! itself (Qwen3), `[H hd]` and `[KV hd]` all query and all key heads of a token as one row (OLMoE).
 //! Formula and gradient: [`rmsnorm`](super::rmsnorm).
+//!
+//! On a device with kernels (`kernels/qk_norm.cu`) queries, keys and values are a launch each.
 
 use super::heads::Heads;
 use super::rmsnorm::reference::{normalize, normalize_back};
+use super::rows::{Columns, column_sums};
 use crate::check::Case;
 use crate::cpu::{self, Accumulate};
-use crate::dtype::Real;
+use crate::device::{Device, stream};
+use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
+use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::ptr::null;
 
 /// Normalizes the query heads of `qkv [T, (H + 2 KV) hd]` with `query_weight` (`[hd]` or `[H hd]`)
 /// and its key heads with `key_weight` (`[hd]` or `[KV hd]`).
@@ -59,8 +65,15 @@ impl Op for QkNorm {
         "qk_norm"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let (x, wq, wk) = (inputs[0], inputs[1], inputs[2]);
+        if x.device() != Device::Cpu {
+            return self.forward_kernels(x, wq, wk);
+        }
         let mut y = x.unspecified_like();
         with_real!(x.dtype(), "qk_norm", |T| {
             let weights = [wq.slice::<T>(), wk.slice()];
@@ -80,6 +93,9 @@ impl Op for QkNorm {
     ) -> Result<()> {
         let x = &saved[0];
         let dy = only(douts);
+        if x.device() != Device::Cpu {
+            return self.backward_kernels(saved, dy, grads);
+        }
         with_real!(x.dtype(), "qk_norm", |T| {
             let weights = [saved[1].slice::<T>(), saved[2].slice()];
             let (mut dwq, mut dwk) = (vec![], vec![]);
@@ -110,6 +126,100 @@ impl Op for QkNorm {
             }
             Ok(())
         })
+    }
+}
+
+/// The kernels.
+impl QkNorm {
+    /// The queries, keys and values of a row, in pieces that are normalised by themselves.
+    fn parts(&self, wq: &Tensor, wk: &Tensor) -> [Columns; 3] {
+        let dim = self.heads.dim;
+        let [q, k] = [self.heads.query, self.heads.key_value].map(|heads| heads * dim);
+        let part = |first, all, width| Columns {
+            first,
+            pieces: all / width,
+            width,
+        };
+        [
+            part(0, q, wq.elements()),
+            part(q, k, wk.elements()),
+            part(q + k, k, dim),
+        ]
+    }
+
+    fn forward_kernels(&self, x: &Tensor, wq: &Tensor, wk: &Tensor) -> Result<Forward> {
+        x.expect_dtype("qk_norm", "qkv", DType::Bf16)?;
+        let (mut y, rows) = (x.unspecified_like(), x.shape().rows());
+        let mut saved = vec![x.clone(), wq.clone(), wk.clone()];
+        let weights = [Some(wq), Some(wk), None];
+        for (part, w) in self.parts(wq, wk).into_iter().zip(weights) {
+            let mut scales = Tensor::unspecified(x.device(), DType::F32, [rows, part.pieces]);
+            // SAFETY: the tensors have the shapes that qk_norm.cu's header names.
+            unsafe {
+                launch!(
+                    x.device().launchers()?,
+                    qk_norm(
+                        y.pointer_mut::<u16>().wrapping_add(part.first).cast(),
+                        scales.pointer_mut(),
+                        x.pointer::<u16>().wrapping_add(part.first).cast(),
+                        w.map_or(null(), Tensor::pointer),
+                        rows as i64,
+                        part.pieces as i32,
+                        part.width as i32,
+                        x.shape().width() as i64,
+                        self.eps as f32,
+                        stream(),
+                    )
+                )
+            }?;
+            if w.is_some() {
+                saved.push(scales);
+            }
+        }
+        Ok(Forward {
+            outputs: vec![y],
+            saved,
+        })
+    }
+
+    fn backward_kernels(&self, saved: &[Tensor], dy: &Tensor, grads: &mut Grads) -> Result<()> {
+        let [x, wq, wk, of_queries, of_keys] = saved else {
+            unreachable!("five tensors are kept")
+        };
+        let mut dx = x.unspecified_like();
+        let parts = self.parts(wq, wk);
+        let given = [
+            (Some(wq), Some(of_queries)),
+            (Some(wk), Some(of_keys)),
+            (None, None),
+        ];
+        for (part, (w, scales)) in parts.into_iter().zip(given) {
+            // SAFETY: as in forward.
+            unsafe {
+                launch!(
+                    x.device().launchers()?,
+                    qk_norm_backward(
+                        dx.pointer_mut::<u16>().wrapping_add(part.first).cast(),
+                        scales.map_or(null(), Tensor::pointer),
+                        dy.pointer::<u16>().wrapping_add(part.first).cast(),
+                        x.pointer::<u16>().wrapping_add(part.first).cast(),
+                        w.map_or(null(), Tensor::pointer),
+                        x.shape().rows() as i64,
+                        part.pieces as i32,
+                        part.width as i32,
+                        x.shape().width() as i64,
+                        stream(),
+                    )
+                )
+            }?;
+        }
+        grads.give(0, dx)?;
+        for (input, w, scales) in [(1, wq, of_queries), (2, wk, of_keys)] {
+            grads.write(input, w, |dw, accumulate| {
+                column_sums(dw, accumulate, dy, Some(x), Some(scales), parts[input - 1])
+            })?;
+        }
+        Ok(())
     }
 }
 

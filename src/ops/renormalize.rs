@@ -3,44 +3,60 @@
 //! `p [T, E]`, `q [T, E]`. Backward `dp_i = (dq_i − Σ_{j∈A} q_j dq_j) / Σ_A p` on A, 0 elsewhere.
 //! With one expert per token q is 1 and the gradient 0: a router trained so learns nothing.
 
-use super::dispatch::Selection;
+use super::dispatch::Dispatch;
+use super::gates::Selected;
 use crate::check::Case;
+use crate::device::Device;
 use crate::dtype::Real;
 use crate::error::Result;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::rc::Rc;
 
 /// Gates that sum to 1 over each token's chosen experts.
 ///
 /// # Errors
-/// When `p` does not fit the selection.
-pub fn renormalize(tape: &Tape, p: &Var, selection: &Selection) -> Result<Var> {
+/// When `p` does not fit the dispatch.
+pub fn renormalize(tape: &Tape, p: &Var, dispatch: &Rc<Dispatch>) -> Result<Var> {
+    let selection = dispatch.selection();
     let shape = [selection.num_tokens(), selection.num_experts()];
     p.tensor()
         .expect_shape("renormalize", "probabilities", shape)?;
-    tape.apply_one(
-        Renormalize {
-            selection: selection.clone(),
-        },
-        &[p],
-    )
+    let dispatch = dispatch.clone();
+    tape.apply_one(Renormalize { dispatch }, &[p])
 }
 
 struct Renormalize {
-    selection: Selection,
+    dispatch: Rc<Dispatch>,
 }
+
+/// On a device with kernels.
+const GATES: Selected = Selected {
+    renormalize: true,
+    through: false,
+};
 
 impl Op for Renormalize {
     fn name(&self) -> &'static str {
         "renormalize"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let p = inputs[0];
+        if p.device() != Device::Cpu {
+            return Ok(Forward {
+                outputs: vec![GATES.forward(p, &self.dispatch)?],
+                saved: vec![p.clone()],
+            });
+        }
         let mut q = p.unspecified_like();
         with_real!(p.dtype(), "renormalize", |T| {
-            reference::forward(q.slice_mut::<T>(), p.slice(), &self.selection);
+            reference::forward(q.slice_mut::<T>(), p.slice(), self.dispatch.selection());
             Ok(Forward {
                 saved: vec![p.clone(), q.clone()],
                 outputs: vec![q],
@@ -54,7 +70,11 @@ impl Op for Renormalize {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
-        let (p, q, dq) = (&saved[0], &saved[1], only(douts));
+        let (p, dq) = (&saved[0], only(douts));
+        if p.device() != Device::Cpu {
+            return grads.give(0, GATES.backward(dq, p, &self.dispatch)?);
+        }
+        let q = &saved[1];
         let mut dp = p.unspecified_like();
         with_real!(p.dtype(), "renormalize", |T| {
             reference::backward(
@@ -62,7 +82,7 @@ impl Op for Renormalize {
                 dq.slice(),
                 p.slice(),
                 q.slice(),
-                &self.selection,
+                self.dispatch.selection(),
             );
             grads.give(0, dp)
         })
@@ -71,6 +91,7 @@ impl Op for Renormalize {
 
 mod reference {
     use super::*;
+    use crate::ops::dispatch::Selection;
 
     pub fn forward<T: Real>(q: &mut [T], p: &[T], selection: &Selection) {
         let width = selection.num_experts();
@@ -100,6 +121,7 @@ mod reference {
 }
 
 pub(super) fn cases() -> Vec<Case> {
+    use super::dispatch::Selection;
     [(1, 2, 1), (5, 7, 3), (9, 4, 4)]
         .into_iter()
         .map(|(t, e, k)| {
@@ -114,7 +136,8 @@ pub(super) fn cases() -> Vec<Case> {
                     own.dedup();
                     c.extend(own);
                 })?;
-                Ok(vec![renormalize(tape, &v[0], &selection)?])
+                let dispatch = Rc::new(Dispatch::new(selection));
+                Ok(vec![renormalize(tape, &v[0], &dispatch)?])
             })
             .values("p", [t, e], &positive)
         })
@@ -124,6 +147,7 @@ pub(super) fn cases() -> Vec<Case> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::dispatch::Selection;
     use crate::tape::Gradients;
 
     #[test]
@@ -131,7 +155,7 @@ mod tests {
         let p = Var::leaf(Tensor::from_slice([1, 3], &[0.25, 0.25, 0.5]), 0);
         let selection = Selection::new(1, 3, |_, c| c.extend([0, 2])).unwrap();
         let tape = Tape::new();
-        let q = renormalize(&tape, &p, &selection).unwrap();
+        let q = renormalize(&tape, &p, &Rc::new(Dispatch::new(selection))).unwrap();
         assert_eq!(q.tensor().slice::<f64>(), [1.0 / 3.0, 0.0, 2.0 / 3.0]);
         // dq = (3, 9, 0): Σ q dq = 1, dp = ((3 − 1) / 0.75, 0, −1 / 0.75).
         let mut store = Gradients::new(1);

@@ -103,6 +103,9 @@ pub fn rope_at(
             sin: gathered(&tables.sin)?,
         },
     };
+    if qkv.device() != Device::Cpu {
+        return op.turn_on_device(qkv, false);
+    }
     let mut y = qkv.unspecified_like();
     with_real!(y.dtype(), "rope", |T| {
         op.turn::<T>(&mut y, Accumulate::Assign, qkv, false);
@@ -193,9 +196,8 @@ impl Op for Rope {
         "rope"
     }
 
-    /// The kernel turns 8 elements of each half at a time.
-    fn runs_on(&self, device: Device) -> bool {
-        device == Device::Cpu || self.heads.dim % 16 == 0
+    fn runs_on(&self, _device: Device) -> bool {
+        true
     }
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {

@@ -171,7 +171,10 @@ impl Scores {
     }
 
     /// A selection with the first token whose logits hold a NaN or an infinity.
-    fn chosen(&self, selection: Selection) -> Result<TopK> {
+    ///
+    /// # Errors
+    /// When the logits are not real.
+    pub fn chosen(&self, selection: Selection) -> Result<TopK> {
         Ok(TopK {
             selection,
             first_non_finite: match &self.origin {

@@ -2,8 +2,10 @@
 //!
 //! `dx = dy ⊙ w`, `dw = Σ_t dy_t ⊙ x_t`.
 
+use super::rows::{self, Arithmetic, Columns};
 use crate::check::Case;
 use crate::cpu::{self, Accumulate, block_rows};
+use crate::device::Device;
 use crate::dtype::Real;
 use crate::error::Result;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
@@ -28,8 +30,18 @@ impl Op for Scale {
         "scale"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let (x, w) = (inputs[0], inputs[1]);
+        if x.device() != Device::Cpu {
+            return Ok(Forward {
+                outputs: vec![rows::arithmetic(Arithmetic::Multiply, x, w)?],
+                saved: vec![x.clone(), w.clone()],
+            });
+        }
         let mut y = x.unspecified_like();
         with_real!(x.dtype(), "scale", |T| {
             reference::forward(y.slice_mut::<T>(), x.slice(), w.slice());
@@ -47,6 +59,12 @@ impl Op for Scale {
         grads: &mut Grads,
     ) -> Result<()> {
         let (x, w, dy) = (&saved[0], &saved[1], only(douts));
+        if x.device() != Device::Cpu {
+            grads.give(0, rows::arithmetic(Arithmetic::Multiply, dy, w)?)?;
+            return grads.write(1, w, |dw, accumulate| {
+                rows::column_sums(dw, accumulate, dy, Some(x), None, Columns::all(x))
+            });
+        }
         let mut dx = x.unspecified_like();
         with_real!(x.dtype(), "scale", |T| {
             reference::forward(dx.slice_mut::<T>(), dy.slice(), w.slice());

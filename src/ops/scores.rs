@@ -4,14 +4,17 @@
 //! the experts with `z > 0`, 0 off it, backward `dz = dw` on A, 0 off it and at 0. With A held the
 //! latter is linear. All `[T, E]`.
 
-use super::dispatch::Selection;
+use super::dispatch::{Dispatch, Selection};
+use super::gates::Selected;
 use crate::check::Case;
 use crate::cpu::vector::sigmoid as sigmoid_of;
+use crate::device::Device;
 use crate::dtype::Real;
 use crate::error::Result;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::rc::Rc;
 
 /// `σ(z)`, element by element.
 ///
@@ -41,15 +44,12 @@ pub fn positive(z: &Tensor) -> Result<Selection> {
 ///
 /// # Errors
 /// When `z` does not fit the selection.
-pub fn on_selection(tape: &Tape, z: &Var, selection: &Selection) -> Result<Var> {
+pub fn on_selection(tape: &Tape, z: &Var, dispatch: &Rc<Dispatch>) -> Result<Var> {
+    let selection = dispatch.selection();
     let shape = [selection.num_tokens(), selection.num_experts()];
     z.tensor().expect_shape("scores", "logits", shape)?;
-    tape.apply_one(
-        OnSelection {
-            selection: selection.clone(),
-        },
-        &[z],
-    )
+    let dispatch = dispatch.clone();
+    tape.apply_one(OnSelection { dispatch }, &[z])
 }
 
 /// The first row of `[T, E]` that holds a NaN or an infinity.
@@ -122,18 +122,26 @@ impl Op for Sigmoid {
 }
 
 struct OnSelection {
-    selection: Selection,
+    dispatch: Rc<Dispatch>,
 }
 
 impl OnSelection {
     /// `x` on the selection, 0 off it: forward and backward alike.
     fn masked(&self, x: &Tensor) -> Result<Tensor> {
+        if x.device() != Device::Cpu {
+            let gates = Selected {
+                renormalize: false,
+                through: false,
+            };
+            return gates.forward(x, &self.dispatch);
+        }
+        let selection = self.dispatch.selection();
         let mut out = Tensor::zeros(x.device(), x.dtype(), x.shape());
         let width = x.shape().width();
         with_real!(x.dtype(), "scores", |T| {
             let (to, from) = (out.slice_mut::<T>(), x.slice::<T>());
-            for t in 0..self.selection.num_tokens() {
-                for &e in self.selection.experts(t) {
+            for t in 0..selection.num_tokens() {
+                for &e in selection.experts(t) {
                     let at = t * width + e as usize;
                     to[at] = from[at];
                 }
@@ -146,6 +154,10 @@ impl OnSelection {
 impl Op for OnSelection {
     fn name(&self) -> &'static str {
         "positive part"
+    }
+
+    fn runs_on(&self, _device: Device) -> bool {
+        true
     }
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
@@ -174,10 +186,10 @@ pub(super) fn cases() -> Vec<Case> {
         .input("z", [t, e])
     });
     let parts = [(1, 4, 2, false), (23, 7, 2, true), (9, 3, 3, false)].map(|(t, e, k, skip)| {
-        let selection = super::dispatch::scattered(t, e, k, skip);
+        let dispatch = Rc::new(Dispatch::new(super::dispatch::scattered(t, e, k, skip)));
         Case::new(
             format!("scores on a selection [{t}, {e}]"),
-            move |tape, v| Ok(vec![on_selection(tape, &v[0], &selection)?]),
+            move |tape, v| Ok(vec![on_selection(tape, &v[0], &dispatch)?]),
         )
         .input("z", [t, e])
     });

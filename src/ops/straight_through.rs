@@ -5,25 +5,29 @@
 //! for one with the gate `p_i / S`, S constant: `dp_j = (dw_j − Σ_A w_i dw_i) / S` on A,
 //! `dp_j = dw_j / S` off it. All `[T, E]`. Source: DenseMixer (Yao et al. 2025) and its code.
 
-use super::dispatch::Selection;
+use super::dispatch::{Dispatch, Selection};
+use super::gates::Selected;
 use crate::check::{Case, Fault, term};
+use crate::device::Device;
 use crate::dtype::Real;
 use crate::error::Result;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use std::rc::Rc;
 
 /// Gates from the probabilities `p [T, E]`, of the chosen experts alone.
 ///
 /// # Errors
-/// When `p` does not fit the selection.
+/// When `p` does not fit the choice.
 pub fn straight_through(
     tape: &Tape,
     p: &Var,
-    chosen: &Selection,
+    chosen: &Rc<Dispatch>,
     renormalize: bool,
 ) -> Result<Var> {
-    let shape = [chosen.num_tokens(), chosen.num_experts()];
+    let selection = chosen.selection();
+    let shape = [selection.num_tokens(), selection.num_experts()];
     p.tensor()
         .expect_shape("straight_through", "probabilities", shape)?;
     tape.apply_one(
@@ -36,8 +40,18 @@ pub fn straight_through(
 }
 
 struct StraightThrough {
-    chosen: Selection,
+    chosen: Rc<Dispatch>,
     renormalize: bool,
+}
+
+impl StraightThrough {
+    /// On a device with kernels.
+    fn gates(&self) -> Selected {
+        Selected {
+            renormalize: self.renormalize,
+            through: true,
+        }
+    }
 }
 
 impl Op for StraightThrough {
@@ -45,14 +59,24 @@ impl Op for StraightThrough {
         "straight_through"
     }
 
+    fn runs_on(&self, _device: Device) -> bool {
+        true
+    }
+
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let p = inputs[0];
+        if p.device() != Device::Cpu {
+            return Ok(Forward {
+                outputs: vec![self.gates().forward(p, &self.chosen)?],
+                saved: vec![p.clone()],
+            });
+        }
         let mut w = Tensor::zeros(p.device(), p.dtype(), p.shape());
         with_real!(p.dtype(), "straight_through", |T| {
             reference::forward(
                 w.slice_mut::<T>(),
                 p.slice(),
-                &self.chosen,
+                self.chosen.selection(),
                 self.renormalize,
             );
             Ok(Forward {
@@ -68,7 +92,11 @@ impl Op for StraightThrough {
         douts: &[Option<Tensor>],
         grads: &mut Grads,
     ) -> Result<()> {
-        let (p, w, dw) = (&saved[0], &saved[1], only(douts));
+        let (p, dw) = (&saved[0], only(douts));
+        if p.device() != Device::Cpu {
+            return grads.give(0, self.gates().backward(dw, p, &self.chosen)?);
+        }
+        let w = &saved[1];
         let mut dp = p.unspecified_like();
         with_real!(p.dtype(), "straight_through", |T| {
             reference::backward(
@@ -76,7 +104,7 @@ impl Op for StraightThrough {
                 dw.slice(),
                 p.slice(),
                 w.slice(),
-                &self.chosen,
+                self.chosen.selection(),
                 self.renormalize,
             );
             grads.give(0, dp)
@@ -150,7 +178,7 @@ pub(super) fn cases() -> Vec<Case> {
                 .collect();
             let name = format!("straight_through [{t}, {e}] all chosen, renormalize {renormalize}");
             let case = Case::new(name, move |tape, v| {
-                let all = Selection::all(t, e)?;
+                let all = Rc::new(Dispatch::new(Selection::all(t, e)?));
                 Ok(vec![straight_through(tape, &v[0], &all, renormalize)?])
             });
             cases.push(case.values("p", [t, e], &positive));
@@ -168,7 +196,7 @@ mod tests {
     fn worked(renormalize: bool) -> (Vec<f64>, Vec<f64>) {
         let p = Var::leaf(Tensor::from_slice([1, 4], &[0.5, 0.25, 0.125, 0.125]), 0);
         let chosen = Selection::new(1, 4, |_, c| c.extend([0, 1])).unwrap();
-        let tape = Tape::new();
+        let (tape, chosen) = (Tape::new(), Rc::new(Dispatch::new(chosen)));
         let w = straight_through(&tape, &p, &chosen, renormalize).unwrap();
         let mut store = Gradients::new(1);
         let dw = Tensor::from_slice([1, 4], &[8.0, 4.0, 2.0, -1.0]);

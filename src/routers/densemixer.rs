@@ -46,11 +46,11 @@ impl Router for DenseMixer {
         let choice = Choice::top_k(layer.top_k);
         let scores = scores(tape, x, weight, Score::Softmax, choice)?;
         let chosen = layer.select(|| scores.choose())?;
-        let selection = chosen.selection();
-        let gates = straight_through(tape, &scores.values, selection, self.renormalize)?;
+        let gates = straight_through(tape, &scores.values, &chosen, self.renormalize)?;
         if layer.pass.phase == Phase::Evaluate {
             return Ok(Routing::new(gates, scores, chosen));
         }
+        let selection = chosen.selection();
         let all = Selection::all(selection.num_tokens(), selection.num_experts())?;
         Ok(Routing {
             chosen: Some(selection.clone()),

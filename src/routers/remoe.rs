@@ -13,6 +13,7 @@ use super::{
     Balance, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor, from_settings, within,
 };
 use crate::config::ModelConfig;
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::dtype::Real;
 use crate::error::Result;
@@ -85,7 +86,7 @@ impl Router for ReMoe {
         let scores = scores(tape, x, weight, Score::Relu, Choice::none())?;
         let dispatch = layer.select(|| scores.positive())?;
         let selection = dispatch.selection();
-        let gates = on_selection(tape, &scores.values, selection)?;
+        let gates = on_selection(tape, &scores.values, &dispatch)?;
         // E Σ_i f_i mean_t(p_ti) with f_i = n_i / (K T).
         let own = selection.counts().into_iter().map(|n| n as f64);
         let mut counted: Vec<f64> = own.chain([selection.num_tokens() as f64]).collect();
@@ -94,7 +95,11 @@ impl Router for ReMoe {
         let (counts, tokens) = held[0].slice::<f64>().split_at(counted.len() - 1);
         let slots = layer.top_k as f64 * tokens[0];
         let fractions: Vec<f64> = counts.iter().map(|n| n / slots).collect();
-        let loss = auxiliary_loss(tape, &gates, &fractions)?;
+        let loss = match x.tensor().device() {
+            Device::Cpu => auxiliary_loss(tape, &gates, &fractions)?,
+            // There the router's kernels gave ReLU(z), which are the gates, and their means.
+            _ => scores.auxiliary_loss(tape, &fractions)?,
+        };
         let lambda = layer.state(LAMBDA).item()?;
         let penalty = weighted_sum(tape, &[(&loss, lambda)])?;
         Ok(Routing {

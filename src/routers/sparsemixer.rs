@@ -16,15 +16,15 @@
 
 use super::{LayerPass, OwnParameter, Phase, Router, RouterInfo, Routing, from_settings, within};
 use crate::config::{ModelConfig, RouterConfig};
+use crate::device::Device;
 use crate::dtype::Real;
 use crate::error::{Error, Result};
 use crate::ops::add::add;
 use crate::ops::dispatch::Selection;
-use crate::ops::router::TopK;
 use crate::ops::routing::{self, Score, Scores, scores};
+use crate::ops::sampled_experts::{SampledExperts, Sampling, sample, sampled_gates};
 use crate::ops::sampled_gate::{Choice, Draw, choose, sampled_gate};
 use crate::ops::scale::scale;
-use crate::ops::scores::first_non_finite;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -145,6 +145,58 @@ impl SparseMixer {
     }
 }
 
+/// On a device with kernels, which sample all stages at once.
+impl SparseMixer {
+    /// The balance losses get a softmax of their own, from the same product made a second time.
+    fn route_on_device(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        logits: Scores,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<Routing> {
+        let z = &logits.values;
+        let (c, threshold, untrusted) = self.constants();
+        let sampling = Sampling {
+            stages: layer.top_k,
+            layer: layer.layer,
+            epsilon: self.epsilon,
+            threshold,
+            untrusted,
+        };
+        let draws = (layer.pass.phase != Phase::Evaluate).then(|| layer.draws_for_kernels());
+        let held = layer.hold(|| {
+            let mut sampled = sample(z.tensor(), sampling, draws)?;
+            if self.surrogate && draws.is_some() {
+                sampled.factors.slice_mut::<f32>().fill(c as f32);
+            }
+            let SampledExperts {
+                experts,
+                factors,
+                kept,
+                choices,
+            } = sampled;
+            Ok(vec![experts, factors, kept, choices])
+        })?;
+        let [experts, factors, kept, choices] = [0, 1, 2, 3].map(|i: usize| held[i].clone());
+        let sampled = SampledExperts {
+            experts,
+            factors,
+            kept,
+            choices,
+        };
+        let shape = z.tensor().shape();
+        let dispatch = layer.select(|| {
+            let choices = sampled.choices.slice();
+            logits.chosen(Selection::from_choices(choices, shape[0], shape[1])?)
+        })?;
+        let gates = sampled_gates(tape, z, &sampled, c)?;
+        let softmax = scores(tape, x, weight, Score::Softmax, routing::Choice::none())?;
+        Ok(Routing::new(gates, softmax, dispatch))
+    }
+}
+
 /// The random numbers of a training pass.
 struct Draws<'a> {
     /// ξ of (token, stage, expert).
@@ -188,7 +240,11 @@ impl Router for SparseMixer {
         weight: &Var,
         layer: &mut LayerPass<'_>,
     ) -> Result<Routing> {
-        let logits = scores(tape, x, weight, Score::Logits, routing::Choice::none())?.values;
+        let scores = scores(tape, x, weight, Score::Logits, routing::Choice::none())?;
+        if x.tensor().device() != Device::Cpu {
+            return self.route_on_device(tape, x, weight, scores, layer);
+        }
+        let logits = scores.values.clone();
         let (z, stages) = (logits.tensor(), layer.top_k);
         // Each token has a block of random numbers, in it each stage its E ξ and then its u.
         let (stream, first, experts) = (layer.draws(), layer.pass.first_token, z.shape().width());
@@ -213,12 +269,7 @@ impl Router for SparseMixer {
                 kept: c[2].clone(),
             })
             .collect();
-        let dispatch = layer.select(|| {
-            Ok(TopK {
-                selection: selection(z, &choices)?,
-                first_non_finite: first_non_finite(z)?,
-            })
-        })?;
+        let dispatch = layer.select(|| scores.chosen(selection(z, &choices)?))?;
         let gates = self.gates(tape, &logits, &choices)?;
         let scores = Scores::of_logits(tape, logits, Score::Softmax, routing::Choice::none())?;
         Ok(Routing::new(gates, scores, dispatch))

@@ -4,6 +4,7 @@
 //! left there. [`LayerState::commit`] makes it the state, [`LayerState::discard`] forgets it, so
 //! that a step which is not applied leaves no trace.
 
+use crate::device::bindings::routegrad_draws;
 use crate::dist::Collective;
 use crate::error::Result;
 use crate::ops::dispatch::{Dispatch, Selection};
@@ -319,6 +320,16 @@ impl<'p> LayerPass<'p> {
     /// global batch, [`Pass::first_token`] and on.
     pub fn draws(&self) -> Stream {
         Stream::new(self.seed, Purpose::Routing, self.pass.step, self.layer)
+    }
+
+    /// The seed, step and first token that [`draws`](Self::draws) and their index begin with, for kernels that
+    /// draw.
+    pub fn draws_for_kernels(&self) -> routegrad_draws {
+        routegrad_draws {
+            seed: self.seed,
+            step: self.pass.step,
+            first_token: self.pass.first_token,
+        }
     }
 
     /// A state tensor: the pending one in training, the committed one at evaluation.

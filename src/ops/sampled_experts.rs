@@ -1,0 +1,179 @@
+//! SparseMixer's choice and gates of all stages on a device with kernels (`kernels/router_sample.cu`,
+//! `kernels/gates.cu`): what [`sampled_gate`](super::sampled_gate) says of each stage, where the formulas
+//! stand too. The choices are those of the CPU with the same draws.
+//!
+//! Gates `w = Σ_r h_r p^r_{a_r}`, backward `dz_j = c Σ_r dw_{a_r} p^r_{a_r} (1[j=a_r] − p^r_j)`.
+
+use crate::device::bindings::routegrad_draws;
+use crate::device::{Device, stream};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::launch;
+use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tensor::Tensor;
+use std::ptr::null;
+
+/// How experts are sampled.
+#[derive(Clone, Copy, Debug)]
+pub struct Sampling {
+    pub stages: usize,
+    /// MoE layers from 0: part of the key of the draws.
+    pub layer: usize,
+    pub epsilon: f64,
+    /// Samples that are not the likeliest are trusted where u is above it, …
+    pub threshold: f64,
+    /// … and otherwise have this h.
+    pub untrusted: f64,
+}
+
+/// The experts of every stage and what their gates are made of; none of it has a gradient.
+#[derive(Clone, Debug)]
+pub struct SampledExperts {
+    /// a `[R, T]`, i32.
+    pub experts: Tensor,
+    /// h `[R, T]`.
+    pub factors: Tensor,
+    /// `[R, T, E]`, i32: 1 where a stage keeps the expert, else 0.
+    pub kept: Tensor,
+    /// `[T, R]`, i32: the experts of a token, ascending.
+    pub choices: Tensor,
+}
+
+/// Samples experts for the logits `z [T, E]`; without draws it takes the likeliest.
+///
+/// # Errors
+/// When the logits are not f32, or there are more stages than the kernel has or experts.
+pub fn sample(
+    z: &Tensor,
+    sampling: Sampling,
+    draws: Option<routegrad_draws>,
+) -> Result<SampledExperts> {
+    z.expect_dtype("sampled_experts", "logits", DType::F32)?;
+    let (tokens, experts, stages) = (z.shape()[0], z.shape()[1], sampling.stages);
+    let new = |dtype, shape: &[usize]| Tensor::unspecified(z.device(), dtype, shape);
+    let mut sampled = SampledExperts {
+        experts: new(DType::I32, &[stages, tokens]),
+        factors: new(DType::F32, &[stages, tokens]),
+        kept: new(DType::I32, &[stages, tokens, experts]),
+        choices: new(DType::I32, &[tokens, stages]),
+    };
+    let draws = draws.map(|d| {
+        let words: [i32; 6] = bytemuck::cast([d.seed, d.step, d.first_token]);
+        Tensor::from_slice([6], &words).on(z.device())
+    });
+    // SAFETY: the tensors have the shapes that router_sample.cu's header names; the words are those of a
+    // routegrad_draws.
+    unsafe {
+        launch!(
+            z.device().launchers()?,
+            router_sample(
+                sampled.experts.pointer_mut(),
+                sampled.factors.pointer_mut(),
+                sampled.kept.pointer_mut(),
+                sampled.choices.pointer_mut(),
+                z.pointer(),
+                draws.as_ref().map_or(null(), Tensor::pointer),
+                tokens as i64,
+                experts as i32,
+                stages as i32,
+                sampling.layer as i32,
+                sampling.epsilon,
+                sampling.threshold,
+                sampling.untrusted as f32,
+                stream(),
+            )
+        )
+    }?;
+    Ok(sampled)
+}
+
+/// Gates `[T, E]` of the sampled experts from the logits `z [T, E]`; `estimator` is the factor c of their
+/// gradient.
+///
+/// # Errors
+/// When the choice does not fit the logits.
+pub fn sampled_gates(
+    tape: &Tape,
+    z: &Var,
+    sampled: &SampledExperts,
+    estimator: f64,
+) -> Result<Var> {
+    let shape = z.tensor().shape();
+    let stages = sampled.experts.shape()[0];
+    let kept = [stages, shape[0], shape[1]];
+    sampled
+        .kept
+        .expect_shape("sampled_gates", "kept experts", kept)?;
+    let sampled = sampled.clone();
+    tape.apply_one(SampledGates { sampled, estimator }, &[z])
+}
+
+struct SampledGates {
+    sampled: SampledExperts,
+    estimator: f64,
+}
+
+impl Op for SampledGates {
+    fn name(&self) -> &'static str {
+        "sampled_gates"
+    }
+
+    fn runs_on(&self, device: Device) -> bool {
+        device != Device::Cpu
+    }
+
+    fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
+        let (z, s) = (inputs[0], &self.sampled);
+        let mut w = z.unspecified_like();
+        // SAFETY: the tensors have the shapes that gates.cu's header names.
+        unsafe {
+            launch!(
+                z.device().launchers()?,
+                sampled_gates(
+                    w.pointer_mut(),
+                    s.factors.pointer(),
+                    z.pointer(),
+                    s.experts.pointer(),
+                    s.kept.pointer(),
+                    z.shape()[0] as i64,
+                    z.shape()[1] as i32,
+                    s.experts.shape()[0] as i32,
+                    stream(),
+                )
+            )
+        }?;
+        Ok(Forward {
+            outputs: vec![w],
+            saved: vec![z.clone()],
+        })
+    }
+
+    fn backward(
+        &self,
+        saved: &[Tensor],
+        douts: &[Option<Tensor>],
+        grads: &mut Grads,
+    ) -> Result<()> {
+        let (z, s, dw) = (&saved[0], &self.sampled, only(douts));
+        let mut dz = z.unspecified_like();
+        // SAFETY: as in forward.
+        unsafe {
+            launch!(
+                z.device().launchers()?,
+                sampled_gates_backward(
+                    dz.pointer_mut(),
+                    dw.pointer(),
+                    z.pointer(),
+                    s.experts.pointer(),
+                    s.kept.pointer(),
+                    z.shape()[0] as i64,
+                    z.shape()[1] as i32,
+                    s.experts.shape()[0] as i32,
+                    self.estimator as f32,
+                    stream(),
+                )
+            )
+        }?;
+        grads.give(0, dz)
+    }
+}

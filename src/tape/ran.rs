@@ -1,0 +1,29 @@
+//! Which operations ran as kernels, and how often.
+
+use super::Var;
+use crate::device::Device;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+thread_local! {
+    static RAN: RefCell<BTreeMap<&'static str, usize>> = RefCell::default();
+}
+
+/// How often the forward of each operation ran on a device with kernels, from this thread since the last
+/// call.
+pub fn take_ran() -> BTreeMap<&'static str, usize> {
+    RAN.take()
+}
+
+/// Counts one forward of `op`.
+pub(super) fn count(op: &'static str) {
+    RAN.with_borrow_mut(|ran| *ran.entry(op).or_default() += 1);
+}
+
+/// The device of an operation on these inputs: one with kernels where any of them is there.
+pub(super) fn device_of(inputs: &[&Var]) -> Device {
+    let mut devices = inputs.iter().map(|v| v.tensor.device());
+    devices
+        .find(|&device| device != Device::Cpu)
+        .unwrap_or_default()
+}
