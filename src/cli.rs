@@ -97,12 +97,12 @@ Examples:
         /// Leave out this term of a gradient first: the check must then fail.
         #[arg(long, value_name = "FAULT")]
         plant: Option<Fault>,
-        /// cpu, or sim: the MoE layer of each router in kernels, by directional derivatives.
+        /// cpu, or sim: the MoE layer of each router and whole models in kernels, by directional derivatives.
         #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
         device: CheckedDevice,
     },
-    /// Show which operations of a training step run as kernels on the simulator, and which fall back
-    /// to the CPU's reference with bf16 rounding.
+    /// Show which operations a training step on the simulator has, each of them kernels, and how often they
+    /// run forward.
     #[command(after_help = "\
 Examples:
   routegrad ops

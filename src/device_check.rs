@@ -5,6 +5,10 @@
 //! ‖device − cpu‖ / ‖cpu‖. On the device activations are rounded to bf16 between operations, which is
 //! worth a few parts in a thousand; a missing or wrong term is worth far more.
 
+mod model;
+
+pub use model::{MODEL_TOLERANCE, ModelCheck, model_checks};
+
 use crate::check::{Fault, FaultGuard, normal_numbers};
 use crate::config::{Config, Layers};
 use crate::device::Device;
@@ -13,7 +17,7 @@ use crate::model::{Model, Parameter};
 use crate::ops::dispatch::Selection;
 use crate::routers::{self, Disagreement, Pass, Phase};
 use crate::step::{StepReport, Trainer};
-use crate::tape::{Gradients, Ran, Tape, Var, take_ran};
+use crate::tape::{Gradients, Tape, Var, take_ran};
 use crate::tensor::Tensor;
 use std::collections::BTreeMap;
 
@@ -186,13 +190,14 @@ pub fn router_directions(router: &str) -> Result<Vec<Directional>> {
     Ok(found)
 }
 
-/// The operations of one training step on the simulator, and how each ran.
+/// The operations of one training step on the simulator, and how often each ran.
 ///
 /// # Errors
 /// When the model cannot run.
-pub fn operations(config: &Config) -> Result<BTreeMap<&'static str, Ran>> {
+pub fn operations(config: &Config) -> Result<BTreeMap<&'static str, usize>> {
     let mut config = config.clone();
     config.train.device = Device::Sim;
+    config.validate()?;
     let mut model = Model::new(&config)?;
     let mut trainer = Trainer::new(&config.train, &model);
     let vocabulary = config.model.vocab_size;

@@ -3,6 +3,7 @@
 use super::*;
 use crate::checkpoint::{self, Checkpoint};
 use crate::config::{Config, Layers, Precision};
+use crate::device_check::Directional;
 use crate::dtype::DType;
 use crate::error::Error;
 use crate::routers::{self, ROUTERS};
@@ -336,36 +337,42 @@ pub(super) fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()
     Ok(())
 }
 
+/// The layer of every router, unless a fault is planted, and whole models.
 pub(super) fn gradcheck_on_simulator(filter: &str, plant: Option<Fault>) -> Result<()> {
-    if let Some(fault) = plant {
-        return Err(Error::invalid(
-            "gradcheck --device sim",
-            "no planted fault, since kernels have no term to leave out",
-            format!("--plant {fault}"),
-            "leave out --device sim; kernels' faults are planted by scripts/planted-bugs",
-        ));
-    }
     say!("relative error  what");
     let (mut checks, mut failed) = (0, 0);
-    for router in ROUTERS {
-        if !format!("router {}", router.name).contains(filter) {
-            continue;
-        }
-        for check in device_check::router_directions(router.name)? {
-            let error = check.relative_error();
-            let passes = error <= device_check::DIRECTIONAL_TOLERANCE;
-            let (name, input) = (router.name, &check.input);
+    let mut show = |subject: &str, found: Vec<Directional>, tolerance: f64| -> Result<()> {
+        for check in found {
+            let (error, input) = (check.relative_error(), &check.input);
+            let passes = error <= tolerance;
             let verdict = if passes { "" } else { "  FAILS" };
-            say!("{error:>14.1e}  router {name}: along {input}{verdict}");
+            say!("{error:>14.1e}  {subject}: along {input}{verdict}");
             checks += 1;
             failed += usize::from(!passes);
         }
+        Ok(())
+    };
+    for router in ROUTERS {
+        let subject = format!("router {}", router.name);
+        if plant.is_none() && subject.contains(filter) {
+            let found = device_check::router_directions(router.name)?;
+            show(&subject, found, device_check::DIRECTIONAL_TOLERANCE)?;
+        }
+    }
+    for model in device_check::model_checks() {
+        let subject = model.name();
+        if subject.contains(filter) {
+            show(&subject, model.run(plant)?, device_check::MODEL_TOLERANCE)?;
+        }
     }
     if failed > 0 || checks == 0 {
-        let limit = device_check::DIRECTIONAL_TOLERANCE;
         return Err(Error::invalid(
             "gradcheck --device sim",
-            format!("relative errors of at most {limit}"),
+            format!(
+                "relative errors of at most {} for a layer, {} for a model",
+                device_check::DIRECTIONAL_TOLERANCE,
+                device_check::MODEL_TOLERANCE
+            ),
             format!("{failed} of {checks} checks above it"),
             "see the table for what fails; without a filter it names every router",
         ));
@@ -380,15 +387,9 @@ pub(super) fn list_ops(preset: &str, router: &str, set: Vec<String>) -> Result<(
     let name = Value::String(router.into());
     layers.flags = vec![("--router", "router.name", name)];
     let ran = device_check::operations(&Config::load(&layers, &routers::resolve)?)?;
-    say!("calls  on the simulator  operation");
-    for (op, ran) in ran {
-        let calls = ran.kernels + ran.fallback;
-        let how = if ran.fallback == 0 {
-            "kernels"
-        } else {
-            "CPU fallback"
-        };
-        say!("{calls:>5}  {how:<16}  {op}");
+    say!("calls  operation");
+    for (op, calls) in ran {
+        say!("{calls:>5}  {op}");
     }
     Ok(())
 }
