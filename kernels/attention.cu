@@ -19,7 +19,8 @@
 // (32 KB) in 2048 (1024) clocks, 32 bytes a clock. Were all of it hidden, products would bound both (the exponentials of
 // d = 64 stand level with its products). Not hidden: at d = 128 some 10% around barriers and the first and last tile of a
 // row, at d = 64, where either unit waits for the other in turn, some 40%. Expected at S = 2048, with half of the diagonal
-// tile wasted (6%): 75 - 80% of the dense product's speed at d = 128, 50 - 55% at d = 64.
+// tile wasted (6%): 75 - 80% of the dense product's speed at d = 128, 50 - 55% at d = 64; of the peak of 989 TFLOP/s, which
+// a dense product uses to 80%, that is 60 - 64% and 40 - 44%. Nothing of this is measured yet.
 //
 // FLOPs: 4·128²·d·H·B·n (n + 1) / 2, n = ⌈S / 128⌉, without documents. Bytes: 4·T·(H + Hkv)·d + 4·T·H, and from L2 K and V
 // again for each tile of queries. Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.

@@ -90,15 +90,10 @@ DEV float dot_of_warp(const bf16* a, const bf16* b, int width) {
   return sum;
 }
 
-// to = or += scale · from, of a row.
-DEV void scale_row(bf16* to, const bf16* from, float scale, int width, bool accumulate) {
-  for (int column = 8 * static_cast<int>(threadIdx.x % 32); column < width; column += 256) {
-    Eight v = load(from + column), before{};
-    if (accumulate) before = load(to + column);
+DEV Eight scaled(Eight v, float scale) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) v.value[k] = scale * v.value[k] + before.value[k];
-    store(to + column, v);
-  }
+  for (int k = 0; k < 8; ++k) v.value[k] *= scale;
+  return v;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -107,19 +102,30 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= rows) return;
   const float gate = sigmoid(dot_of_warp(x + row * width, w, width));
   if (threadIdx.x % 32 == 0) st_global(gates + row, gate);
-  scale_row(y + row * width, v + row * width, gate, width, false);
+  for (int column = 8 * static_cast<int>(threadIdx.x % 32); column < width; column += 256)
+    store(y + row * width + column, scaled(load(v + row * width + column), gate));
 }
 
-__global__ void __launch_bounds__(kThreads)
+// Six blocks a multiprocessor: left alone, ptxas aims at eight and spills.
+__global__ void __launch_bounds__(kThreads, 6)
     gated_rows_backward_kernel(bf16* dx, bf16* dv, float* dscores, const bf16* dy, const float* gates, const bf16* v,
                                const bf16* w, int64_t rows, int width, bool accumulate) {
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
   if (row >= rows) return;
+  const int64_t first = row * width;
   const float gate = ld_global_readonly(gates + row);
-  const float dscore = gate * (1 - gate) * dot_of_warp(dy + row * width, v + row * width, width);
+  const float dscore = gate * (1 - gate) * dot_of_warp(dy + first, v + first, width);
   if (threadIdx.x % 32 == 0) st_global(dscores + row, dscore);
-  scale_row(dv + row * width, dy + row * width, gate, width, false);
-  scale_row(dx + row * width, w, dscore, width, accumulate);
+  for (int column = 8 * static_cast<int>(threadIdx.x % 32); column < width; column += 256) {
+    store(dv + first + column, scaled(load(dy + first + column), gate));
+    Eight d = scaled(load(w + column), dscore);
+    if (accumulate) {
+      const Eight before = load(dx + first + column);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) d.value[k] += before.value[k];
+    }
+    store(dx + first + column, d);
+  }
 }
 
 dim3 blocks(int64_t units, int each) { return dim3(static_cast<uint32_t>((units + each - 1) / each)); }

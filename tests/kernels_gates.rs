@@ -87,7 +87,10 @@ fn agree(what: &str, op: impl Fn(&Tape, &Var) -> Result<Var>) {
     assert_eq!(take_ran().values().sum::<usize>(), 1, "{what}");
     for (device, cpu) in device.iter().zip(run(Device::Cpu, &op)) {
         for (i, (a, b)) in device.iter().zip(cpu).enumerate() {
-            assert!((a - b).abs() <= 1e-5 * (1.0 + b.abs()), "{what}: {i} is {a}, not {b}");
+            assert!(
+                (a - b).abs() <= 1e-5 * (1.0 + b.abs()),
+                "{what}: {i} is {a}, not {b}"
+            );
         }
     }
 }
@@ -107,7 +110,9 @@ fn the_operations_on_chosen_experts_run_as_kernels_and_agree_with_the_cpu() {
         agree(what, |tape, p| renormalize(tape, p, &dispatch));
         agree(what, |tape, p| on_selection(tape, p, &dispatch));
         for renormalize in [false, true] {
-            agree(what, |tape, p| straight_through(tape, p, &dispatch, renormalize));
+            agree(what, |tape, p| {
+                straight_through(tape, p, &dispatch, renormalize)
+            });
         }
     }
     let none = dispatch(|t| t % 3);
@@ -130,7 +135,10 @@ fn gates_of_sampled_experts_agree_with_the_cpu_of_the_same_choice() {
     };
     let z = scores(1, [67, 24], Device::Sim);
     let sampled = sample(&z, sampling, Some(draws)).unwrap();
-    assert!(sampled.factors.slice::<f32>().contains(&0.25), "some are not trusted");
+    assert!(
+        sampled.factors.slice::<f32>().contains(&0.25),
+        "some are not trusted"
+    );
     let device = run(Device::Sim, |tape, z| sampled_gates(tape, z, &sampled, 2.0));
     let mut sum = [vec![0.0; 67 * 24], vec![0.0; 67 * 24]];
     for stage in 0..2 {
@@ -233,9 +241,12 @@ fn refused_gates_are_named_and_nothing_is_launched() {
     refuses_pointers(["w", "p", "slot_row", "choices"], &["choices"], good, |p| {
         forward(p, sizes)
     });
-    refuses_pointers(["dp", "dw", "p", "slot_row", "choices"], &["choices"], good, |p| {
-        backward(p, sizes, 0)
-    });
+    refuses_pointers(
+        ["dp", "dw", "p", "slot_row", "choices"],
+        &["choices"],
+        good,
+        |p| backward(p, sizes, 0),
+    );
     for (i, wrong, name) in [
         (0, 0, "tokens"),
         (0, 1 << 31, "tokens"),
@@ -252,7 +263,11 @@ fn refused_gates_are_named_and_nothing_is_launched() {
         refused(|| backward([good; 5], n, 0), OUT_OF_RANGE, name);
     }
     // Without a list slot i is that of expert i.
-    refused(|| forward([good, good, good, 0], sizes), OUT_OF_RANGE, "slots");
+    refused(
+        || forward([good, good, good, 0], sizes),
+        OUT_OF_RANGE,
+        "slots",
+    );
     refused(|| backward([good; 5], sizes, 2), OUT_OF_RANGE, "through");
 }
 
@@ -269,7 +284,17 @@ fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
             match back {
                 false => launch!(
                     table(),
-                    sampled_gates(to, from, z, chosen, kept, tokens, experts, stages, null_mut())
+                    sampled_gates(
+                        to,
+                        from,
+                        z,
+                        chosen,
+                        kept,
+                        tokens,
+                        experts,
+                        stages,
+                        null_mut()
+                    )
                 ),
                 true => launch!(
                     table(),
@@ -320,7 +345,11 @@ fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
             }
         }
     };
-    for (i, forward, back) in [(0, "loss", "dmean"), (1, "mean", "dloss"), (2, "fractions", "fractions")] {
+    for (i, forward, back) in [
+        (0, "loss", "dmean"),
+        (1, "mean", "dloss"),
+        (2, "fractions", "fractions"),
+    ] {
         let mut p = [good; 3];
         p[i] = 0;
         refused(|| auxiliary(p, 8, false), NULL, forward);
@@ -328,7 +357,11 @@ fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
     }
     for experts in [0, 257] {
         for back in [false, true] {
-            refused(|| auxiliary([good; 3], experts, back), OUT_OF_RANGE, "experts");
+            refused(
+                || auxiliary([good; 3], experts, back),
+                OUT_OF_RANGE,
+                "experts",
+            );
         }
     }
     let scalars = |term: usize, count: i32, back: bool| {

@@ -38,17 +38,16 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
     LAUNCHERS.into_iter().for_each(check_schedules);
 }
 
-/// The output of an operation on inputs of these shapes and the gradient of each; those behind the first are parameters
-/// from number `parameters` on.
+/// The output of an operation on inputs of these shapes and the gradient of each; `parameters` are numbers of inputs.
 fn run<const N: usize>(
     device: Device,
     shapes: [&[usize]; N],
-    parameters: usize,
+    parameters: &[usize],
     op: &impl Fn(&Tape, [&Var; N]) -> Result<Var>,
 ) -> Vec<Vec<f64>> {
     let tape = Tape::new();
     let inputs: Vec<Var> = (0..N)
-        .map(|i| var(i, shapes[i], device, i >= parameters))
+        .map(|i| var(i, shapes[i], device, parameters.contains(&i)))
         .collect();
     let y = op(&tape, std::array::from_fn(|i| &inputs[i])).unwrap();
     let mut store = Gradients::new(N);
@@ -62,27 +61,41 @@ fn run<const N: usize>(
 fn agrees<const N: usize>(
     name: &str,
     shapes: [&[usize]; N],
-    parameters: usize,
+    parameters: &[usize],
     op: impl Fn(&Tape, [&Var; N]) -> Result<Var>,
 ) {
     take_ran();
     let device = run(Device::Sim, shapes, parameters, &op);
     assert_eq!(take_ran()[name], 1);
-    for (i, (device, cpu)) in device.iter().zip(run(Device::Cpu, shapes, parameters, &op)).enumerate() {
+    for (i, (device, cpu)) in device
+        .iter()
+        .zip(run(Device::Cpu, shapes, parameters, &op))
+        .enumerate()
+    {
         close(&format!("{name}, output or gradient {i}"), device, &cpu);
     }
 }
 
 #[test]
 fn the_operations_run_as_kernels_and_agree_with_the_cpu() {
-    agrees("add", [&[67, 40], &[67, 40]], 2, |tape, [a, b]| add(tape, a, b));
-    agrees("scale", [&[67, 40], &[40]], 1, |tape, [x, w]| scale(tape, x, w));
-    agrees("linear", [&[300, 64], &[72, 64], &[72]], 1, |tape, [x, w, b]| {
-        linear(tape, x, w, Some(b))
+    agrees("add", [&[67, 40], &[67, 40]], &[], |tape, [a, b]| {
+        add(tape, a, b)
     });
-    agrees("gated_rows", [&[300, 64], &[1, 64], &[300, 64]], 3, |tape, [x, w, v]| {
-        gated_rows(tape, x, w, v)
+    agrees("scale", [&[67, 40], &[40]], &[1], |tape, [x, w]| {
+        scale(tape, x, w)
     });
+    agrees(
+        "linear",
+        [&[300, 64], &[72, 64], &[72]],
+        &[1, 2],
+        |tape, [x, w, b]| linear(tape, x, w, Some(b)),
+    );
+    agrees(
+        "gated_rows",
+        [&[300, 64], &[1, 64], &[300, 64]],
+        &[1],
+        |tape, [x, w, v]| gated_rows(tape, x, w, v),
+    );
     let heads = Heads {
         query: 4,
         key_value: 2,
@@ -90,9 +103,12 @@ fn the_operations_run_as_kernels_and_agree_with_the_cpu() {
     };
     let qkv: &[usize] = &[67, heads.row_width()];
     for [q, k] in [[64, 64], [256, 128], [64, 128]] {
-        agrees("qk_norm", [qkv, &[q], &[k]], 1, |tape, [x, wq, wk]| {
-            qk_norm(tape, x, wq, wk, heads, 1e-5)
-        });
+        agrees(
+            "qk_norm",
+            [qkv, &[q], &[k]],
+            &[1, 2],
+            |tape, [x, wq, wk]| qk_norm(tape, x, wq, wk, heads, 1e-5),
+        );
     }
 }
 
@@ -119,7 +135,9 @@ fn refused_rows_are_named_and_nothing_is_launched() {
             )
         }
     };
-    refuses_pointers(["out", "a", "b"], &[], good, |p| arithmetic(p, [4, 1, 64, 0]));
+    refuses_pointers(["out", "a", "b"], &[], good, |p| {
+        arithmetic(p, [4, 1, 64, 0])
+    });
     for (n, why, name) in [
         ([0, 1, 64, 0], OUT_OF_RANGE, "rows"),
         ([1 << 31, 1, 64, 0], OUT_OF_RANGE, "rows"),
@@ -154,7 +172,9 @@ fn refused_rows_are_named_and_nothing_is_launched() {
         }
     };
     let sizes = [4, 64, 64, 64, 1];
-    refuses_pointers(["parts", "x", "y", "scales"], &["y", "scales"], good, |p| sums(p, sizes));
+    refuses_pointers(["parts", "x", "y", "scales"], &["y", "scales"], good, |p| {
+        sums(p, sizes)
+    });
     for (i, wrong, why, name) in [
         (0, 0, OUT_OF_RANGE, "rows"),
         (1, 0, OUT_OF_RANGE, "width"),
@@ -210,7 +230,9 @@ fn refused_rows_are_named_and_nothing_is_launched() {
             )
         }
     };
-    refuses_pointers(["y", "gates", "x", "w", "v"], &[], good, |p| gated(p, 4, 64));
+    refuses_pointers(["y", "gates", "x", "w", "v"], &[], good, |p| {
+        gated(p, 4, 64)
+    });
     let names = ["dx", "dv", "dscores", "dy", "gates", "v", "w"];
     refuses_pointers(names, &[], good, |p| back(p, 4, 64, 0));
     for (rows, width, why, name) in [
@@ -270,7 +292,9 @@ fn refused_norms_of_pieces_are_named_and_nothing_is_launched() {
         }
     };
     let sizes = [4, 2, 64, 128];
-    refuses_pointers(["y", "scales", "x", "w"], &["w"], good, |p| forward(p, sizes));
+    refuses_pointers(["y", "scales", "x", "w"], &["w"], good, |p| {
+        forward(p, sizes)
+    });
     let names = ["dx", "scales", "dy", "x", "w"];
     refuses_pointers(names, &["w"], good, |p| backward(p, sizes));
     for (i, wrong, why, name) in [

@@ -140,7 +140,8 @@ mod tests {
     #[test]
     fn rows_worked_by_hand() {
         // ⟨x, w⟩ = 0 and ln 3, so that the gates are 1/2 and 3/4.
-        let var = |shape: [usize; 2], values: &[f64]| Var::constant(Tensor::from_slice(shape, values));
+        let var =
+            |shape: [usize; 2], values: &[f64]| Var::constant(Tensor::from_slice(shape, values));
         let x = var([2, 2], &[1.0, 1.0, 3f64.ln(), 0.0]);
         let y = gated_rows(
             &Tape::new(),

@@ -188,7 +188,11 @@ impl QkNorm {
         };
         let mut dx = x.unspecified_like();
         let parts = self.parts(wq, wk);
-        let given = [(Some(wq), Some(of_queries)), (Some(wk), Some(of_keys)), (None, None)];
+        let given = [
+            (Some(wq), Some(of_queries)),
+            (Some(wk), Some(of_keys)),
+            (None, None),
+        ];
         for (part, (w, scales)) in parts.into_iter().zip(given) {
             // SAFETY: as in forward.
             unsafe {

@@ -104,11 +104,7 @@ pub(super) fn column_sums(
     columns: Columns,
 ) -> Result<()> {
     to.expect_dtype("rows", "the sum of columns", DType::F32)?;
-    let (launchers, rows, pitch) = (
-        x.device().launchers()?,
-        x.shape().rows(),
-        x.shape().width(),
-    );
+    let (launchers, rows, pitch) = (x.device().launchers()?, x.shape().rows(), x.shape().width());
     let width = columns.pieces * columns.width;
     let runs = rows.div_ceil(RUN).clamp(1, MOST_RUNS);
     let mut parts = Tensor::unspecified(x.device(), DType::F32, [runs, width]);

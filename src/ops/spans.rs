@@ -209,6 +209,38 @@ mod tests {
     }
 
     #[test]
+    fn the_kernels_give_what_the_cpu_gives_to_a_hundredth() {
+        let heads = Heads {
+            query: 4,
+            key_value: 2,
+            dim: 64,
+        };
+        let tables = RopeTables::new(DType::F32, 200, heads.dim, 10_000.0).unwrap();
+        let mut spans = Spans::default();
+        spans.add(1);
+        let first = spans.add(70);
+        for length in [1, 130, 3] {
+            spans.add_behind(first, length).unwrap();
+        }
+        let numbers = normal_numbers(spans.rows() * heads.row_width(), 32);
+        let numbers: Vec<f32> = numbers.iter().map(|&x| x as f32).collect();
+        let shape = [spans.rows(), heads.row_width()];
+        let qkv = Tensor::from_slice(shape, &numbers).narrowed();
+        let found = spans.attention(&qkv.on(Device::Sim), heads, &tables);
+        let cpu = spans.attention(&qkv.widened(), heads, &tables).unwrap();
+        let (found, cpu) = (found.unwrap().to_f64().unwrap(), cpu.to_f64().unwrap());
+        for (row, (a, b)) in found.chunks(64).zip(cpu.chunks(64)).enumerate() {
+            let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+            let error = norm(&mut a.iter().zip(b).map(|(a, b)| a - b));
+            let size = norm(&mut b.iter().copied());
+            assert!(
+                error <= 0.01 * size,
+                "head row {row} is off by {error:.1e} of {size:.1e}"
+            );
+        }
+    }
+
+    #[test]
     fn a_span_goes_on_from_a_whole_sequence_alone() {
         let mut spans = Spans::default();
         let first = spans.add(3);

@@ -1,6 +1,6 @@
 //! Gates of chosen experts (`kernels/gates.cu`) against float64.
 
-use super::dispatch::Batch;
+use super::dispatch::{Batch, Named};
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
 use super::{Buffer, Case, MakeProblem, Problem, values};
@@ -25,8 +25,16 @@ fn row(kind: Kind, p: &[f32], dw: &[f32], chosen: &[bool]) -> Vec<(f64, f64)> {
     };
     let roundings = (2 * on().count() + 8) as f64 * F32_ROUNDOFF;
     let Some(through) = kind.through else {
-        let gate = |e: usize| if chosen[e] { exact(p[e]) / divisor } else { 0.0 };
-        return (0..p.len()).map(|e| (gate(e), roundings * gate(e))).collect();
+        let gate = |e: usize| {
+            if chosen[e] {
+                exact(p[e]) / divisor
+            } else {
+                0.0
+            }
+        };
+        return (0..p.len())
+            .map(|e| (gate(e), roundings * gate(e)))
+            .collect();
     };
     let products = || on().map(|e| exact(p[e]) / divisor * exact(dw[e]));
     let (mean, size): (f64, f64) = match kind.renormalize {
@@ -47,15 +55,27 @@ fn row(kind: Kind, p: &[f32], dw: &[f32], chosen: &[bool]) -> Vec<(f64, f64)> {
     (0..p.len()).map(gradient).collect()
 }
 
-/// What is not chosen holds NaN where it must not matter. Buffers: w or dp, p, slot_row, choices, dw.
+/// What is not chosen holds NaN where it must not matter; some choices have no row, and so are none. Buffers: w or dp,
+/// p, slot_row, choices, dw.
 fn problem(batch: Batch, kind: Kind) -> Problem {
-    let routed = Routed::new(batch);
+    let mut routed = Routed::new(batch);
+    let slots = routed.slots();
+    if slots > 1 {
+        let choices = routed.sorted.slot_row.chunks_mut(slots);
+        choices.step_by(7).for_each(|of_token| of_token[0] = -1);
+    }
     let (tokens, experts) = (routed.tokens(), routed.experts());
     let mut random = Random((tokens * 3 + experts) as u64);
     let mut dw: Vec<f32> = (0..tokens * experts).map(|_| random.normal()).collect();
     let mut p = routed.gates.clone();
     let chosen: Vec<Vec<bool>> = (0..tokens)
-        .map(|t| routed.row_of_expert(t).iter().map(Option::is_some).collect())
+        .map(|t| {
+            routed
+                .row_of_expert(t)
+                .iter()
+                .map(Option::is_some)
+                .collect()
+        })
         .collect();
     for (i, chosen) in chosen.iter().flatten().enumerate() {
         if !chosen && i % 5 == 3 {
@@ -71,7 +91,7 @@ fn problem(batch: Batch, kind: Kind) -> Problem {
     ];
     buffers.extend(routed.slot_buffers());
     buffers.push(Buffer::input("dw", &dw));
-    let (has_choices, slots) = (routed.has_choices(), routed.slots() as i32);
+    let (has_choices, slots) = (routed.has_choices(), slots as i32);
     let (t, e, rows) = (tokens as i64, experts as i32, routed.rows_given as i64);
     let renormalize = kind.renormalize.into();
     Problem {
@@ -89,7 +109,16 @@ fn problem(batch: Batch, kind: Kind) -> Problem {
                     None => launch!(
                         launchers,
                         selected_gates(
-                            to, p, slot_row, choices, t, rows, e, slots, renormalize, stream
+                            to,
+                            p,
+                            slot_row,
+                            choices,
+                            t,
+                            rows,
+                            e,
+                            slots,
+                            renormalize,
+                            stream
                         )
                     ),
                     Some(through) => launch!(
@@ -144,9 +173,16 @@ pub fn cases() -> Vec<Case> {
     .flat_map(|(launcher, kinds)| {
         [("small", true), ("covering", false)].map(|(name, small)| {
             let problems = kinds.iter().copied().flat_map(|kind| {
-                let batches = if small { small_batches() } else { covering_batches() };
+                let mut batches = if small {
+                    small_batches()
+                } else {
+                    covering_batches()
+                };
+                // More slots than lanes.
+                batches.push(Batch::random(9, 40, 36, 19));
                 // A token without an expert has nothing to divide by.
-                let usable = move |b: &Batch| !kind.renormalize || b.width() < b.experts || b.width() == 1;
+                let lists = |b: &Batch| matches!(b.named, Named::Choices { .. });
+                let usable = move |b: &Batch| !kind.renormalize || lists(b);
                 batches.into_iter().filter(usable).map(move |batch| {
                     Box::new(move || Ok(problem(batch.clone(), kind))) as MakeProblem
                 })

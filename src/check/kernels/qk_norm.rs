@@ -89,13 +89,17 @@ fn problem(s: Shape, backward: bool) -> Problem {
             let mut errors = Errors::default();
             let roundings = (s.width + 8) as f64 * F32_ROUNDOFF;
             let mut seen = vec![false; got.len()];
-            for piece in 0..count {
+            for (piece, &given) in scales.iter().enumerate() {
                 let at = piece_of(piece);
                 let r = match backward {
-                    true => f64::from(scales[piece]),
+                    true => f64::from(given),
                     false => scale(&x[at.clone()]),
                 };
-                let products = || at.clone().zip(&w).map(|(i, &w)| exact(w) * exact(dy[i]) * exact(x[i]));
+                let products = || {
+                    at.clone()
+                        .zip(&w)
+                        .map(|(i, &w)| exact(w) * exact(dy[i]) * exact(x[i]))
+                };
                 let mean = r * r * products().sum::<f64>() / s.width as f64;
                 let size = r * r * products().map(f64::abs).sum::<f64>() / s.width as f64;
                 if !backward && s.weighted {

@@ -18,7 +18,9 @@ fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place
         false => Buffer::output("out", 2 * rows * width),
     };
     Problem {
-        label: format!("{rows} rows of {width}, one row {one_row}, multiply {multiply}, in place {in_place}"),
+        label: format!(
+            "{rows} rows of {width}, one row {one_row}, multiply {multiply}, in place {in_place}"
+        ),
         buffers: vec![first, Buffer::input("a", &a), Buffer::input("b", &b)],
         launch: Box::new(move |launchers, p, stream| {
             let a = if in_place { p[0] } else { p[1] }.cast_const().cast();
@@ -46,7 +48,9 @@ fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place
             for (i, (&got, &a)) in got.iter().zip(&a).enumerate() {
                 let (a, b) = (exact(a), exact(b[i % b.len()]));
                 let want = if multiply { a * b } else { a + b };
-                errors.add_bf16(got, want, F32_ROUNDOFF * want.abs(), || format!("element {i}"))?;
+                errors.add_bf16(got, want, F32_ROUNDOFF * want.abs(), || {
+                    format!("element {i}")
+                })?;
             }
             Ok(errors)
         }),
@@ -93,7 +97,11 @@ fn sums(s: Sums) -> Problem {
         launch: Box::new(move |launchers, p, stream| {
             let at = |p: *mut u8| p.wrapping_add(2 * s.around).cast_const().cast();
             let y = if s.y { at(p[2]) } else { null() };
-            let scales = if s.scales { p[3].cast_const().cast() } else { null() };
+            let scales = if s.scales {
+                p[3].cast_const().cast()
+            } else {
+                null()
+            };
             let (rows, width, pitch) = (s.rows as i64, width as i32, pitch as i64);
             let (piece, runs) = (s.piece as i32, s.runs as i32);
             // SAFETY: every buffer has the size that the launcher's header states.
@@ -149,7 +157,10 @@ fn dot(a: &[bf16], b: &[bf16]) -> (f64, f64) {
 /// Rows whose scores are of unit scale. Buffers: y, gates, x, w, v.
 fn gated(rows: usize, width: usize) -> Problem {
     let mut random = Random((rows * width + 1) as u64);
-    let (x, v) = (random.normals_bf16(rows * width), random.normals_bf16(rows * width));
+    let (x, v) = (
+        random.normals_bf16(rows * width),
+        random.normals_bf16(rows * width),
+    );
     let w: Vec<bf16> = random
         .normals_bf16(width)
         .iter()
@@ -186,16 +197,19 @@ fn gated(rows: usize, width: usize) -> Problem {
         judge: Box::new(move |out| {
             let (y, gates): (Vec<bf16>, Vec<f32>) = (values(&out[0]), values(&out[1]));
             let mut errors = Errors::default();
-            for row in 0..rows {
+            for (row, &found) in gates.iter().enumerate() {
                 let at = row * width..(row + 1) * width;
                 let (score, size) = dot(&x[at.clone()], &w);
                 let gate = 1.0 / (1.0 + (-score).exp());
                 // σ has a slope of at most 1/4, and is itself off as in swiglu.cu.
-                let error = (width as f64 * size / 4.0 + (24.0 + 2.0 * score.abs()) * gate) * F32_ROUNDOFF;
-                errors.add(f64::from(gates[row]), gate, error, || format!("gate {row}"))?;
+                let error =
+                    (width as f64 * size / 4.0 + (24.0 + 2.0 * score.abs()) * gate) * F32_ROUNDOFF;
+                errors.add(f64::from(found), gate, error, || format!("gate {row}"))?;
                 for i in at {
                     let (want, size) = (gate * exact(v[i]), exact(v[i]).abs());
-                    errors.add_bf16(y[i], want, (error + F32_ROUNDOFF) * size, || format!("element {i}"))?;
+                    errors.add_bf16(y[i], want, (error + F32_ROUNDOFF) * size, || {
+                        format!("element {i}")
+                    })?;
                 }
             }
             Ok(errors)
@@ -207,7 +221,11 @@ fn gated(rows: usize, width: usize) -> Problem {
 fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
     let mut random = Random((rows * width + 2) as u64);
     let mut matrix = |n: usize| random.normals_bf16(n);
-    let (before, dy, v) = (matrix(rows * width), matrix(rows * width), matrix(rows * width));
+    let (before, dy, v) = (
+        matrix(rows * width),
+        matrix(rows * width),
+        matrix(rows * width),
+    );
     let w = matrix(width);
     let gates: Vec<f32> = (0..rows).map(|_| random.unit() as f32).collect();
     Problem {
@@ -247,21 +265,24 @@ fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
             let (dx, dv): (Vec<bf16>, Vec<bf16>) = (values(&out[0]), values(&out[1]));
             let dscores: Vec<f32> = values(&out[2]);
             let mut errors = Errors::default();
-            for row in 0..rows {
+            for (row, &gate) in gates.iter().enumerate() {
                 let at = row * width..(row + 1) * width;
-                let gate = f64::from(gates[row]);
+                let gate = f64::from(gate);
                 let (sum, size) = dot(&dy[at.clone()], &v[at.clone()]);
                 let slope = gate * (1.0 - gate);
                 let error = (width as f64 + 4.0) * F32_ROUNDOFF * gate * size;
                 let want = slope * sum;
-                errors.add(f64::from(dscores[row]), want, error, || format!("score {row}"))?;
+                errors.add(f64::from(dscores[row]), want, error, || {
+                    format!("score {row}")
+                })?;
                 for (column, i) in at.enumerate() {
                     let place = || format!("element {i}");
                     let of_v = gate * exact(dy[i]);
                     errors.add_bf16(dv[i], of_v, F32_ROUNDOFF * of_v.abs(), place)?;
                     let old = if accumulate { exact(before[i]) } else { 0.0 };
                     let term = want * exact(w[column]);
-                    let bound = error * exact(w[column]).abs() + 2.0 * F32_ROUNDOFF * (term.abs() + old.abs());
+                    let bound = error * exact(w[column]).abs()
+                        + 2.0 * F32_ROUNDOFF * (term.abs() + old.abs());
                     errors.add_bf16(dx[i], old + term, bound, place)?;
                 }
             }
@@ -271,45 +292,59 @@ fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
 }
 
 pub fn cases() -> Vec<Case> {
-    let make = |p: fn() -> Vec<Problem>| p;
-    let groups: [(&'static str, fn() -> Vec<Problem>); 4] = [
-        ("row_arithmetic", make(|| {
-            let sizes = [(1, 8), (67, 40), (13, 1408), (509, 264)];
-            let kinds = [(false, false, false), (true, false, true), (true, true, false), (false, false, true)];
-            let all = sizes.iter().flat_map(|&(r, w)| kinds.map(|(one, mul, place)| arithmetic(r, w, one, mul, place)));
-            all.collect()
-        })),
-        ("column_sums", make(|| {
-            let s = |rows, pieces, piece, around, runs, y, scales| {
-                sums(Sums { rows, pieces, piece, around, runs, y, scales })
-            };
-            vec![
-                s(1, 1, 8, 0, 1, false, false),
-                s(67, 1, 264, 0, 1, false, true),
-                s(300, 3, 64, 128, 2, true, true),
-                s(130, 2, 40, 8, 7, true, false),
-                // A run without a row.
-                s(10, 1, 520, 0, 4, false, false),
-                s(2039, 1, 136, 0, 8, true, true),
-            ]
-        })),
-        ("gated_rows", make(|| vec![gated(1, 8), gated(67, 40), gated(19, 1032), gated(300, 256)])),
-        ("gated_rows_backward", make(|| {
-            let sizes = [(1, 8), (67, 40), (19, 1032), (300, 256)];
-            let all = sizes.into_iter().flat_map(|(r, w)| [false, true].map(|add| gated_backward(r, w, add)));
-            all.collect()
-        })),
+    fn made(make: impl Fn() -> Problem + Send + Sync + 'static) -> MakeProblem {
+        Box::new(move || Ok(make()))
+    }
+    let case = |launcher, problems| Case {
+        name: format!("{launcher} small"),
+        launcher,
+        source: "rows",
+        problems,
+        small: true,
+    };
+    let kinds = [
+        (false, false, false),
+        (true, false, true),
+        (true, true, false),
+        (false, false, true),
     ];
-    groups
+    let arithmetic = [(1, 8), (67, 40), (13, 1408), (509, 264)]
         .into_iter()
-        .map(|(launcher, all)| Case {
-            name: format!("{launcher} small"),
-            launcher,
-            source: "rows",
-            problems: (0..all().len())
-                .map(|i| Box::new(move || Ok(all().swap_remove(i))) as MakeProblem)
-                .collect(),
-            small: true,
-        })
-        .collect()
+        .flat_map(|(rows, width)| {
+            kinds.map(|(one_row, multiply, in_place)| {
+                made(move || arithmetic(rows, width, one_row, multiply, in_place))
+            })
+        });
+    let sums = [
+        (1, 1, 8, 0, 1, false, false),
+        (67, 1, 264, 0, 1, false, true),
+        (300, 3, 64, 128, 2, true, true),
+        (130, 2, 40, 8, 7, true, false),
+        // A run without a row.
+        (10, 1, 520, 0, 4, false, false),
+        (2039, 1, 136, 0, 8, true, true),
+    ]
+    .map(|(rows, pieces, piece, around, runs, y, scales)| {
+        let sizes = Sums {
+            rows,
+            pieces,
+            piece,
+            around,
+            runs,
+            y,
+            scales,
+        };
+        made(move || sums(sizes))
+    });
+    let sizes = [(1, 8), (67, 40), (19, 1032), (300, 256)];
+    let forward = sizes.map(|(rows, width)| made(move || gated(rows, width)));
+    let backward = sizes.into_iter().flat_map(|(rows, width)| {
+        [false, true].map(|add| made(move || gated_backward(rows, width, add)))
+    });
+    vec![
+        case("row_arithmetic", arithmetic.collect()),
+        case("column_sums", sums.into()),
+        case("gated_rows", forward.into()),
+        case("gated_rows_backward", backward.collect()),
+    ]
 }

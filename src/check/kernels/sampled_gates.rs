@@ -68,7 +68,12 @@ impl Inputs {
     }
 
     /// Gates of a token, or gradients of its logits, with the bounds of their errors.
-    fn row(&self, token: usize, (tokens, experts, stages, _): Shape, backward: bool) -> Vec<(f64, f64)> {
+    fn row(
+        &self,
+        token: usize,
+        (tokens, experts, stages, _): Shape,
+        backward: bool,
+    ) -> Vec<(f64, f64)> {
         let z = &self.logits[token * experts..(token + 1) * experts];
         let mut line = vec![(0.0, 0.0); experts];
         for stage in 0..stages {
@@ -85,7 +90,8 @@ impl Inputs {
                 let own = f64::from(u8::from(j == a));
                 let size = own + q[j].0;
                 let term = s * q[a].0 * (own - q[j].0);
-                let error = s.abs() * (q[a].1 * size + q[a].0 * (q[j].1 + 8.0 * F32_ROUNDOFF * size));
+                let error =
+                    s.abs() * (q[a].1 * size + q[a].0 * (q[j].1 + 8.0 * F32_ROUNDOFF * size));
                 *line = (line.0 + term, line.1 + error);
             }
         }
@@ -161,9 +167,9 @@ pub fn cases() -> Vec<Case> {
     let mut all = Vec::new();
     for (launcher, backward) in [("sampled_gates", false), ("sampled_gates_backward", true)] {
         for (name, shapes, small) in [("small", small, true), ("covering", covering, false)] {
-            let problems = shapes.iter().map(|&shape| {
-                Box::new(move || Ok(problem(shape, backward))) as MakeProblem
-            });
+            let problems = shapes
+                .iter()
+                .map(|&shape| Box::new(move || Ok(problem(shape, backward))) as MakeProblem);
             all.push(Case {
                 name: format!("{launcher} {name}"),
                 launcher,

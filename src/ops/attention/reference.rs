@@ -1,9 +1,9 @@
 //! The mathematics of attention on plain slices: it is the CPU device.
 
-use crate::dtype::Real;
-use crate::ops::heads::Heads;
 use crate::cpu::vector::{exp_and_sum, max, sum_over};
 use crate::cpu::{self, Accumulate, Mat, MatMut, Scratch, gemm};
+use crate::dtype::Real;
+use crate::ops::heads::Heads;
 use rayon::prelude::*;
 
 /// Queries whose scores exist at a time.
@@ -52,13 +52,7 @@ fn scale<T: Real>(dim: usize) -> T {
 }
 
 /// Writes `out [B·S, H hd]` and `lse`, the logsumexp of the scaled scores, `[B, H, S]`.
-pub fn forward<T: Real>(
-    out: &mut [T],
-    lse: &mut [T],
-    qkv: &[T],
-    heads: Heads,
-    sequence: usize,
-) {
+pub fn forward<T: Real>(out: &mut [T], lse: &mut [T], qkv: &[T], heads: Heads, sequence: usize) {
     let group = heads.group();
     out.par_chunks_mut(sequence * heads.query * heads.dim)
         .zip(lse.par_chunks_mut(heads.query * sequence))
@@ -145,13 +139,7 @@ fn forward_head<T: Real>(
 /// Turns scores into e^(scale (s − max)), 0 for keys after the query; rows are not yet divided by
 /// their sums.
 #[inline(always)]
-fn softmax_rows<T: Real>(
-    scores: &mut [T],
-    lse: &mut [T],
-    sums: &mut [T],
-    first: usize,
-    scale: T,
-) {
+fn softmax_rows<T: Real>(scores: &mut [T], lse: &mut [T], sums: &mut [T], first: usize, scale: T) {
     let keys = first + lse.len();
     let rows = scores.chunks_exact_mut(keys).zip(lse).zip(sums);
     for (i, ((scores, lse), sum)) in rows.enumerate() {
