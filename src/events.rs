@@ -256,7 +256,7 @@ mod tests {
         for byte in bytes {
             crc ^= u32::from(*byte);
             for _ in 0..8 {
-                crc = crc >> 1 ^ 0x82f6_3b78 * (crc & 1);
+                crc = (crc >> 1) ^ (0x82f6_3b78 * (crc & 1));
             }
         }
         !crc
@@ -283,7 +283,7 @@ mod tests {
         loop {
             let masked = |bytes: &[u8]| {
                 let crc = crc32c(bytes);
-                (crc >> 15 | crc << 17)
+                crc.rotate_right(15)
                     .wrapping_add(0xa282_ead8)
                     .to_le_bytes()
             };

@@ -24,8 +24,8 @@ use std::ops::Range;
 ///
 /// # Errors
 /// When a tensor is not real.
-pub fn arrays<'a>(
-    model: &'a Model,
+pub fn arrays(
+    model: &Model,
     config: &Config,
     architecture: Architecture,
     dtype: DType,

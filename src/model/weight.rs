@@ -236,7 +236,10 @@ mod tests {
         assert_eq!(weight.whole().slice::<f32>(), numbers);
         let bytes = weight.bytes(5..70_000).unwrap();
         assert_eq!(
-            bytemuck::pod_collect_to_vec::<u8, f32>(&bytes),
+            bytes
+                .chunks_exact(4)
+                .map(bytemuck::pod_read_unaligned)
+                .collect::<Vec<f32>>(),
             numbers[5..70_000]
         );
         weight.change(|t| t.slice_mut::<f32>()[7] = 0.3);

@@ -79,19 +79,22 @@ enum Origin {
     /// The CPU: from the scores and the logits `[T, E]`, when asked.
     Logits { z: Var, choice: Choice },
     /// A kernel found them with the scores.
-    Kernel {
-        /// Empty without a choice, but its flag stands.
-        chosen: TopK,
-        /// `[E]`.
-        mean: Var,
-        /// `mean_t logsumexp(z_t)²`.
-        lse_square: Var,
-        /// `logsumexp(z_t) [T]`, and where the operation keeps it once the z-loss was asked for.
-        lse: Tensor,
-        kept_lse: Rc<OnceCell<Tensor>>,
-        /// `[2 E + 2]`, of the router's kernel: they end with the mean entropy of a row, in nats, of the softmax.
-        statistics: Tensor,
-    },
+    Kernel(Box<Found>),
+}
+
+/// What the router's kernels found.
+struct Found {
+    /// Empty without a choice, but its flag stands.
+    chosen: TopK,
+    /// `[E]`.
+    mean: Var,
+    /// `mean_t logsumexp(z_t)²`.
+    lse_square: Var,
+    /// `logsumexp(z_t) [T]`, and where the operation keeps it once the z-loss was asked for.
+    lse: Tensor,
+    kept_lse: Rc<OnceCell<Tensor>>,
+    /// `[2 E + 2]`: they end with the mean entropy of a row, in nats, of the softmax.
+    statistics: Tensor,
 }
 
 /// Entropy of the scores, as shares of their sum, summed over the tokens, in nats.
@@ -125,14 +128,14 @@ pub fn scores(tape: &Tape, x: &Var, weight: &Var, score: Score, choice: Choice) 
     Ok(Scores {
         values,
         score,
-        origin: Origin::Kernel {
+        origin: Origin::Kernel(Box::new(Found {
             chosen: run.chosen,
             mean,
             lse_square,
             lse: run.lse,
             kept_lse,
             statistics: run.statistics,
-        },
+        })),
     })
 }
 
@@ -160,7 +163,7 @@ impl Scores {
     /// When there are fewer experts than to be chosen, or none is to be.
     pub fn choose(&self) -> Result<TopK> {
         match &self.origin {
-            Origin::Kernel { chosen, .. } => Ok(chosen.clone()),
+            Origin::Kernel(found) => Ok(found.chosen.clone()),
             Origin::Logits { choice, .. } => {
                 let values = self.values.tensor();
                 self.chosen(match &choice.bias {
@@ -189,7 +192,7 @@ impl Scores {
             selection,
             non_finite: match &self.origin {
                 Origin::Logits { z, .. } => NonFinite::At(first_non_finite(z.tensor())?),
-                Origin::Kernel { chosen, .. } => chosen.non_finite.clone(),
+                Origin::Kernel(found) => found.chosen.non_finite.clone(),
             },
         })
     }
@@ -209,7 +212,7 @@ impl Scores {
     pub fn auxiliary_loss(&self, tape: &Tape, fractions: &Tensor) -> Result<Var> {
         match &self.origin {
             Origin::Logits { .. } => balance::auxiliary_loss(tape, &self.values, fractions),
-            Origin::Kernel { mean, .. } => balance::auxiliary_loss(tape, mean, fractions),
+            Origin::Kernel(found) => balance::auxiliary_loss(tape, &found.mean, fractions),
         }
     }
 
@@ -220,14 +223,9 @@ impl Scores {
     pub fn z_loss(&self, tape: &Tape) -> Result<Var> {
         match &self.origin {
             Origin::Logits { z, .. } => balance::z_loss(tape, z),
-            Origin::Kernel {
-                lse_square,
-                lse,
-                kept_lse,
-                ..
-            } => {
-                kept_lse.get_or_init(|| lse.clone());
-                Ok(lse_square.clone())
+            Origin::Kernel(found) => {
+                found.kept_lse.get_or_init(|| found.lse.clone());
+                Ok(found.lse_square.clone())
             }
         }
     }
@@ -239,10 +237,8 @@ impl Scores {
     pub fn entropy(&self) -> Result<Entropy> {
         let values = self.values.tensor();
         Ok(match (&self.origin, self.score) {
-            (Origin::Kernel { statistics, .. }, Score::Softmax) => {
-                Entropy::OfKernel(statistics.clone())
-            }
-            (Origin::Kernel { .. }, _) => Entropy::OfShares(values.clone()),
+            (Origin::Kernel(found), Score::Softmax) => Entropy::OfKernel(found.statistics.clone()),
+            (Origin::Kernel(_), _) => Entropy::OfShares(values.clone()),
             (_, Score::Softmax) => Entropy::Sum(router::entropy(values)?),
             _ => Entropy::Sum(router::entropy(&shares(values)?)?),
         })
