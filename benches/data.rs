@@ -38,6 +38,8 @@ mod measure {
         let prepared = |round: usize| {
             let options = Options {
                 tokenizer: Some(tokenizer.clone()),
+                // Enough for a window of validation, however small the inputs.
+                validation_fraction: 0.05,
                 ..Options::new(inputs, &out(round))
             };
             let summary = prepare::run(&options).expect("inputs that can be prepared");
