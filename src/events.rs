@@ -283,9 +283,7 @@ mod tests {
         loop {
             let masked = |bytes: &[u8]| {
                 let crc = crc32c(bytes);
-                crc.rotate_right(15)
-                    .wrapping_add(0xa282_ead8)
-                    .to_le_bytes()
+                crc.rotate_right(15).wrapping_add(0xa282_ead8).to_le_bytes()
             };
             let (length, _) = take(8);
             assert_eq!(take(4).0, masked(length));

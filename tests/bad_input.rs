@@ -197,13 +197,11 @@ fn a_weight_that_is_not_a_number_is_named() {
     );
     // Finite weights whose logits are not.
     let path = crafted(&place, "huge", |model| {
-        let head = model
-            .parameters
-            .last_mut()
-            .unwrap()
-            .value
-            .slice_mut::<f32>();
-        head.iter_mut().for_each(|w| *w = w.signum() * 3e38);
+        let head = &mut model.parameters.last_mut().unwrap().value;
+        head.change(|head| {
+            let numbers = head.slice_mut::<f32>().iter_mut();
+            numbers.for_each(|w| *w = w.signum() * 3e38);
+        });
     });
     has(&fail(&mut eval(&path)), &["validation loss", "not finite"]);
     let mut generate = program();

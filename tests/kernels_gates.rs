@@ -171,7 +171,12 @@ fn the_losses_run_as_kernels_and_agree_with_the_cpu() {
         let mean = Var::leaf(Tensor::from_slice([24], &mean).on(device), 0);
         let other = Var::leaf(Tensor::scalar(3.5f32).on(device), 1);
         let (tape, mut store) = (Tape::new(), Gradients::new(2));
-        let loss = auxiliary_loss(&tape, &mean, &fractions).unwrap();
+        let loss = auxiliary_loss(
+            &tape,
+            &mean,
+            &Tensor::from_slice([fractions.len()], &fractions),
+        )
+        .unwrap();
         let total = weighted_sum(&tape, &[(&loss, 0.5), (&other, -0.25)]).unwrap();
         tape.backward(&total, 2.0, &mut store).unwrap();
         let [mean, other] = [0, 1].map(|i| store.get(i).unwrap().to_f64().unwrap());
