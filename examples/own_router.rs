@@ -13,7 +13,7 @@ use routegrad::dist::SingleRank;
 use routegrad::error::Result;
 use routegrad::model::Model;
 use routegrad::ops::dispatch::Selection;
-use routegrad::ops::router::TopK;
+use routegrad::ops::router::{NonFinite, TopK};
 use routegrad::ops::routing::{Choice, Score, scores};
 use routegrad::routers::{self, Balance, LayerPass, Router, Routing};
 use routegrad::step::Trainer;
@@ -43,7 +43,7 @@ impl Router for Hashed {
             })?;
             Ok(TopK {
                 selection,
-                first_non_finite: None,
+                non_finite: NonFinite::At(None),
             })
         })?;
         Ok(Routing::new(scores.values.clone(), scores, dispatch))

@@ -8,7 +8,6 @@ use routegrad::check::kernels::rope::{Shape, problem};
 use routegrad::device::Device;
 use routegrad::dtype::DType;
 use routegrad::error::Result;
-use routegrad::error::Result;
 use routegrad::launch;
 use routegrad::ops::heads::Heads;
 use routegrad::ops::rope::{RopeTables, rope};

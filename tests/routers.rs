@@ -1,6 +1,7 @@
 //! What the routers promise over many steps, and at their edges.
 
 use routegrad::config::{Config, Layers};
+use routegrad::dtype::Element;
 use routegrad::model::Model;
 use routegrad::random::{Purpose, Stream};
 use routegrad::routers::{self, Pass, Phase};
@@ -24,9 +25,11 @@ fn config(router: &str, set: &[&str]) -> Config {
     Config::load(&layers, &routers::resolve).unwrap()
 }
 
-fn parameter<'m>(model: &'m mut Model, end: &str) -> &'m mut Tensor {
+/// Changes the numbers of the first parameter whose name ends so.
+fn change<T: Element>(model: &mut Model, end: &str, f: impl FnOnce(&mut [T])) {
     let mut all = model.parameters.iter_mut();
-    &mut all.find(|p| p.name.ends_with(end)).unwrap().value
+    let value = &mut all.find(|p| p.name.ends_with(end)).unwrap().value;
+    value.change(|w| f(w.slice_mut()));
 }
 
 fn variation(counts: &[f64]) -> f64 {
@@ -47,12 +50,13 @@ fn variations(set: &[&str], steps: u64) -> Vec<f64> {
     let config = config("lossfree", &set);
     let mut model = Model::new(&config).unwrap();
     // Every token has the same large first coordinate, by which the router prefers some experts.
-    let bias = parameter(&mut model, "layers.1.post_attention_layernorm.bias");
-    bias.slice_mut::<f32>()[0] = 4.0;
-    let router = parameter(&mut model, "gate.weight").slice_mut::<f32>();
-    for (expert, row) in router.chunks_mut(16).enumerate() {
-        row[0] = 0.08 * expert as f32;
-    }
+    let bias = "layers.1.post_attention_layernorm.bias";
+    change(&mut model, bias, |bias: &mut [f32]| bias[0] = 4.0);
+    change(&mut model, "gate.weight", |router: &mut [f32]| {
+        for (expert, row) in router.chunks_mut(16).enumerate() {
+            row[0] = 0.08 * expert as f32;
+        }
+    });
     let mut trainer = Trainer::new(&config.train, &model);
     let width = config.model.sequence_length + 1;
     (0..steps)
@@ -121,9 +125,7 @@ fn the_bias_of_loss_free_balancing_changes_the_choice_and_nothing_else() {
 fn a_layer_of_remoe_without_any_expert_gives_zeros_and_trains_on() {
     let config = config("remoe", &["train.dtype=\"f64\""]);
     let mut model = Model::new(&config).unwrap();
-    parameter(&mut model, "gate.weight")
-        .slice_mut::<f64>()
-        .fill(0.0);
+    change(&mut model, "gate.weight", |w: &mut [f64]| w.fill(0.0));
     let weights = model.weights();
     let numbers: Vec<f64> = (0..5 * 16).map(|i| (i as f64).sin()).collect();
     let x = Var::leaf(Tensor::from_slice([5, 16], &numbers), weights.len());
