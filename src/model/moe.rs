@@ -108,7 +108,8 @@ impl MoeLayer {
             y = add(tape, &y, &gated_rows(tape, x, &weights[shared.gate], &own)?)?;
         }
 
-        let over_step = model.balance.aux_scope == Scope::Global;
+        let balanced = model.has_auxiliary_loss() && routing.penalty.is_none();
+        let over_step = balanced && model.balance.aux_scope == Scope::Global;
         let fractions = layer.count(routing.chosen(), routing.scores.entropy()?, over_step)?;
         let losses = BalanceLosses {
             auxiliary: if !model.has_auxiliary_loss() {

@@ -24,8 +24,14 @@ fn kept_on_the_tape(config: &Config) -> u64 {
     let _losses = model
         .loss(&tape, &weights, &ids, config.train.micro_batch, pass)
         .unwrap();
-    let parameters: Vec<*const u8> = weights.iter().map(|w| w.tensor().pointer()).collect();
-    let kept = tape.kept().into_iter().map(|(_, t)| (t.pointer::<u8>(), t));
+    let parameters: Vec<*const u8> = weights
+        .iter()
+        .map(|w| w.tensor().bytes().as_ptr())
+        .collect();
+    let kept = tape
+        .kept()
+        .into_iter()
+        .map(|(_, t)| (t.bytes().as_ptr(), t));
     let unique: HashMap<*const u8, _> = kept.filter(|(p, _)| !parameters.contains(p)).collect();
     unique.values().map(|t| t.bytes().len() as u64).sum()
 }
