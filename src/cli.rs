@@ -1,7 +1,13 @@
 //! The command line: what each command takes. [`commands`] does them.
 
+/// Writes a line to the standard output, or returns from the function with the error.
+macro_rules! say {
+    ($($arguments:tt)*) => { $crate::cli::print(format_args!($($arguments)*))? };
+}
+
 mod commands;
 mod data;
+mod timings;
 
 use crate::check::Fault;
 use crate::error::Result;
@@ -524,7 +530,7 @@ impl Cli {
             Command::Floors { preset, tokens } => print_floors(&preset, tokens),
             Command::HardwareCheck(args) => hardware_check(args),
             Command::Status(args) => status(&args),
-            Command::Bench(args) => bench_command(args),
+            Command::Bench(args) => timings::run(args),
         }
     }
 }

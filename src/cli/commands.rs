@@ -16,11 +16,6 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;
 
-/// Writes a line to the standard output, or returns from the function with the error.
-macro_rules! say {
-    ($($arguments:tt)*) => { print(format_args!($($arguments)*))? };
-}
-
 pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(|e| Error::io("write", "the standard output", e))
 }
@@ -472,60 +467,6 @@ pub(super) fn hardware_check(args: HardwareArgs) -> Result<()> {
         only,
         again,
     })
-}
-
-pub(super) fn bench_command(args: BenchArgs) -> Result<()> {
-    if !args.merge.is_empty() {
-        say!("{}", bench::record::Records::merge(&args.out, &args.merge)?);
-        return Ok(());
-    }
-    if let Some(file) = &args.report {
-        return bench_report(&args, file);
-    }
-    let device = match args.device.as_deref() {
-        None => None,
-        Some("cpu") => Some(Device::Cpu),
-        Some("sim") => Some(Device::Sim),
-        Some("cuda") => Some(Device::Cuda),
-        Some(other) => {
-            let help = "leave it out for a GPU where there is one, else the CPU and the simulator";
-            return Err(Error::invalid("--device", "cpu, sim or cuda", other, help));
-        }
-    };
-    let options = bench::Options {
-        out: args.out,
-        device,
-        set: args.set,
-        only: args.only,
-        budget: args.budget,
-        baseline: args.baseline,
-        fail_slower: args.fail_slower,
-    };
-    if let Some(file) = &args.dump {
-        let count = bench::dump(&options, file)?;
-        say!("{count} arrays in {}", file.display());
-        return Ok(());
-    }
-    match (args.list, args.json) {
-        (true, true) => say!("{}", bench::list_json(&options)?),
-        (true, false) => say!("{}", bench::list(&options)?),
-        _ => bench::run(&options)?,
-    }
-    Ok(())
-}
-
-/// Reads what the command and `hardware-check` recorded, and writes the page and what else is asked for.
-fn bench_report(args: &BenchArgs, file: &Path) -> Result<()> {
-    let records = bench::read_all(&args.out)?;
-    crate::plots::publish(file, &bench::page::html(&records)?)?;
-    say!("{}", file.display());
-    if let Some(folder) = &args.pictures {
-        bench::page::write_pictures(&records, folder)?;
-    }
-    if let Some(page) = &args.update {
-        bench::page::update(&records, page)?;
-    }
-    Ok(())
 }
 
 pub(super) fn status(args: &StatusArgs) -> Result<()> {

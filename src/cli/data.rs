@@ -1,16 +1,10 @@
 //! `routegrad data`: tokens from files of documents, and a look at them.
 
-use super::commands::print;
 use crate::data::folder::{Counts, Folder, Side};
 use crate::data::prepare::{self, Options};
 use crate::error::Result;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
-
-/// Writes a line to the standard output, or returns from the function with the error.
-macro_rules! say {
-    ($($arguments:tt)*) => { print(format_args!($($arguments)*))? };
-}
 
 #[derive(Subcommand)]
 pub(super) enum Command {

@@ -30,6 +30,16 @@ pub enum Target {
     H200,
 }
 
+impl Target {
+    /// How many of its numbers an f32 takes: activations are of the run's dtype on the CPU, of bf16 on a GPU.
+    fn f32_numbers(self) -> u64 {
+        match self {
+            Target::Cpu => 1,
+            Target::H200 => 2,
+        }
+    }
+}
+
 /// Bytes by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
@@ -68,8 +78,9 @@ impl Memory {
         };
         let recomputed = |layer: &usize| config.train.recompute.covers(*layer);
         let widest = |layers: &mut dyn Iterator<Item = usize>,
-                      of: fn(&Config, usize) -> Vec<u64>| {
-            layers.map(|l| bytes(&of(config, l))).max().unwrap_or(0)
+                      of: fn(&Config, usize, Target) -> Vec<u64>| {
+            let each = layers.map(|l| bytes(&of(config, l, target)));
+            each.max().unwrap_or(0)
         };
         // The last norm's input and the loss's gradient of its output; that of the head.
         let d = m.hidden as u64;
@@ -77,7 +88,7 @@ impl Memory {
         for layer in 0..m.layers {
             activations += match recomputed(&layer) {
                 true => bytes(&[d]),
-                false => bytes(&kept(config, layer)),
+                false => bytes(&kept(config, layer, target)),
             };
         }
         activations += index_bytes(config, tokens);
@@ -126,13 +137,15 @@ fn attention_widths(m: &ModelConfig) -> [u64; 2] {
     ]
 }
 
-/// Numbers a token of each tensor that a layer keeps for backward.
-pub fn kept(config: &Config, layer: usize) -> Vec<u64> {
+/// Numbers a token of each tensor that a layer keeps for backward; on a GPU of bf16, an f32 being two. There the experts
+/// are one operation, which keeps gate and up but neither their product nor the outputs.
+pub fn kept(config: &Config, layer: usize, target: Target) -> Vec<u64> {
     let m = &config.model;
+    let f32s = |n: usize| n as u64 * target.f32_numbers();
     let [qkv, out] = attention_widths(m);
     let d = m.hidden as u64;
     // The norm's input and output; queries, keys and values turned; the output, its logsumexp.
-    let mut sizes = vec![d, d, qkv, out, m.heads as u64];
+    let mut sizes = vec![d, d, qkv, out, f32s(m.heads)];
     if m.qk_norm != QkNorm::None {
         sizes.push(qkv);
     }
@@ -145,8 +158,11 @@ pub fn kept(config: &Config, layer: usize) -> Vec<u64> {
     }
     let (rows, f) = (rows_per_token(config), m.expert_ffn_width as u64);
     // Gate and up, their product, the experts' outputs.
-    sizes.extend([rows * 2 * f, rows * f, rows * d]);
-    sizes.extend(vec![m.num_experts as u64; router_tensors(config)]);
+    sizes.push(rows * 2 * f);
+    if target == Target::Cpu {
+        sizes.extend([rows * f, rows * d]);
+    }
+    sizes.extend(vec![f32s(m.num_experts); router_tensors(config)]);
     if config
         .router
         .settings
@@ -177,7 +193,7 @@ fn router_tensors(config: &Config) -> usize {
 }
 
 /// Numbers a token of the tensors that live while a layer's backward runs, beside those kept.
-fn passing(config: &Config, layer: usize) -> Vec<u64> {
+fn passing(config: &Config, layer: usize, target: Target) -> Vec<u64> {
     let m = &config.model;
     let [qkv, out] = attention_widths(m);
     let d = m.hidden as u64;
@@ -191,7 +207,7 @@ fn passing(config: &Config, layer: usize) -> Vec<u64> {
         let (rows, f, e) = (
             rows_per_token(config),
             m.expert_ffn_width as u64,
-            m.num_experts as u64,
+            m.num_experts as u64 * target.f32_numbers(),
         );
         // Gradients of what `kept` names; rows gathered for a product, and its result.
         sizes.extend([rows * 2 * f, rows * f, rows * d, rows * d, e, e]);

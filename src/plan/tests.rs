@@ -73,7 +73,9 @@ fn what_a_layer_keeps_is_what_the_tape_keeps() {
         let config = config("tiny", &[&micro, case].concat());
         let m = &config.model;
         let tokens = (m.sequence_length * config.train.micro_batch) as u64;
-        let layers: u64 = (0..m.layers).flat_map(|l| kept(&config, l)).sum();
+        let layers: u64 = (0..m.layers)
+            .flat_map(|l| kept(&config, l, Target::Cpu))
+            .sum();
         let ends = 2 * m.hidden as u64;
         let head = (m.vocab_size * m.hidden) as u64;
         let planned = 8 * (tokens * (layers + ends) + head);
