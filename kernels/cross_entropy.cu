@@ -3,7 +3,7 @@
 //   cross_entropy_rows    losses[t] = logsumexp(z_t) − z_t[y_t]
 //                         dlogits[t, v] = factor (softmax(z_t)[v] − [v = y_t]), rounded to bf16; may be null
 //   cross_entropy_mean    loss[0] = factor Σ_t losses[t]
-//   gradient_scale        out = or += factor[0] in (1 where factor is null), both f32 or both bf16: what backward has left to
+//   gradient_scale        out = or += factor[0] in, element by element, both f32 or both bf16: what backward has left to
 //                         do, since dx = dlogits W and dW = Σ dlogitsᵀ x are formed in forward by grouped_gemm
 // x [T, D] bf16, W [V, D] bf16, logits [T, V] f32, targets [T] i32, losses [T] f32, dlogits [T, V] bf16. D and V multiples
 // of 8, pointers 16-byte aligned. All are assigned, out as `accumulate` says. A target outside 0 … V − 1 makes its loss
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads)
     gradient_scale_kernel(Chunk* out, const Chunk* in, const float* factor, int64_t chunks, bool accumulate) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (at >= chunks) return;
-  st_global(out + at, scaled(ld_global_readonly(in + at), factor ? *factor : 1.0f, accumulate ? ld_global(out + at) : Chunk{}));
+  st_global(out + at, scaled(ld_global_readonly(in + at), *factor, accumulate ? ld_global(out + at) : Chunk{}));
 }
 
 template <class Chunk>
@@ -187,6 +187,7 @@ routegrad_status gradient_scale(void* out, const void* in, const float* factor, 
                                 int32_t accumulate, routegrad_stream stream) {
   REQUIRE_POINTER(gradient_scale, out);
   REQUIRE_POINTER(gradient_scale, in);
+  REQUIRE(gradient_scale, factor, factor != nullptr, ROUTEGRAD_NULL_POINTER);
   REQUIRE(gradient_scale, elements, 1 <= elements && elements <= int64_t{1} << 38, ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE_MULTIPLE_OF_8(gradient_scale, elements);
   REQUIRE(gradient_scale, bf16_elements, bf16_elements == 0 || bf16_elements == 1, ROUTEGRAD_OUT_OF_RANGE);

@@ -139,6 +139,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     };
     refused(|| scale([0, good, good], 8, 0, 0), NULL, "out");
     refused(|| scale([good, good + 8, good], 8, 0, 0), MISALIGNED, "in");
+    refused(|| scale([good, good, 0], 8, 0, 0), NULL, "factor");
     refused(|| scale([good; 3], 0, 0, 0), OUT_OF_RANGE, "elements");
     refused(|| scale([good; 3], 12, 0, 0), NOT_MULTIPLE, "elements");
     refused(|| scale([good; 3], 8, 2, 0), OUT_OF_RANGE, "bf16_elements");

@@ -11,7 +11,6 @@ use crate::error::Result;
 use crate::launch;
 use crate::tensor::Tensor;
 use crate::with_real;
-use std::ptr::null;
 
 /// Gradients of leaves, kept from one backward pass to the next.
 #[derive(Default)]
@@ -237,14 +236,15 @@ fn add(sum: &mut Tensor, term: &Tensor) -> Result<()> {
 fn add_on_device(sum: &mut Tensor, term: &Tensor) -> Result<()> {
     // The kernel takes eight elements at a time; blocks of a device are as long as that needs.
     let elements = sum.elements().next_multiple_of(8);
-    // SAFETY: both blocks have so many elements; without a factor it is 1.
+    let one = Tensor::from_slice([1], &[1f32]).on(sum.device());
+    // SAFETY: both blocks have so many elements.
     unsafe {
         launch!(
             sum.device().launchers()?,
             gradient_scale(
                 sum.pointer_mut(),
                 term.pointer(),
-                null(),
+                one.pointer(),
                 elements as i64,
                 (sum.dtype() == DType::Bf16).into(),
                 1,
