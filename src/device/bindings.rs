@@ -35,27 +35,39 @@ pub struct routegrad_sim_options {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_sim_options"][::std::mem::size_of::<routegrad_sim_options>() - 40usize];
-    ["Alignment of routegrad_sim_options"]
-        [::std::mem::align_of::<routegrad_sim_options>() - 8usize];
-    ["Offset of field: routegrad_sim_options::copies"]
-        [::std::mem::offset_of!(routegrad_sim_options, copies) - 0usize];
-    ["Offset of field: routegrad_sim_options::products"]
-        [::std::mem::offset_of!(routegrad_sim_options, products) - 4usize];
-    ["Offset of field: routegrad_sim_options::order"]
-        [::std::mem::offset_of!(routegrad_sim_options, order) - 8usize];
-    ["Offset of field: routegrad_sim_options::threads"]
-        [::std::mem::offset_of!(routegrad_sim_options, threads) - 12usize];
-    ["Offset of field: routegrad_sim_options::resident"]
-        [::std::mem::offset_of!(routegrad_sim_options, resident) - 16usize];
-    ["Offset of field: routegrad_sim_options::poison"]
-        [::std::mem::offset_of!(routegrad_sim_options, poison) - 20usize];
-    ["Offset of field: routegrad_sim_options::multiprocessors"]
-        [::std::mem::offset_of!(routegrad_sim_options, multiprocessors) - 24usize];
-    ["Offset of field: routegrad_sim_options::reserved"]
-        [::std::mem::offset_of!(routegrad_sim_options, reserved) - 28usize];
-    ["Offset of field: routegrad_sim_options::seed"]
-        [::std::mem::offset_of!(routegrad_sim_options, seed) - 32usize];
+    [
+        "Size of routegrad_sim_options",
+    ][::std::mem::size_of::<routegrad_sim_options>() - 40usize];
+    [
+        "Alignment of routegrad_sim_options",
+    ][::std::mem::align_of::<routegrad_sim_options>() - 8usize];
+    [
+        "Offset of field: routegrad_sim_options::copies",
+    ][::std::mem::offset_of!(routegrad_sim_options, copies) - 0usize];
+    [
+        "Offset of field: routegrad_sim_options::products",
+    ][::std::mem::offset_of!(routegrad_sim_options, products) - 4usize];
+    [
+        "Offset of field: routegrad_sim_options::order",
+    ][::std::mem::offset_of!(routegrad_sim_options, order) - 8usize];
+    [
+        "Offset of field: routegrad_sim_options::threads",
+    ][::std::mem::offset_of!(routegrad_sim_options, threads) - 12usize];
+    [
+        "Offset of field: routegrad_sim_options::resident",
+    ][::std::mem::offset_of!(routegrad_sim_options, resident) - 16usize];
+    [
+        "Offset of field: routegrad_sim_options::poison",
+    ][::std::mem::offset_of!(routegrad_sim_options, poison) - 20usize];
+    [
+        "Offset of field: routegrad_sim_options::multiprocessors",
+    ][::std::mem::offset_of!(routegrad_sim_options, multiprocessors) - 24usize];
+    [
+        "Offset of field: routegrad_sim_options::reserved",
+    ][::std::mem::offset_of!(routegrad_sim_options, reserved) - 28usize];
+    [
+        "Offset of field: routegrad_sim_options::seed",
+    ][::std::mem::offset_of!(routegrad_sim_options, seed) - 32usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -69,21 +81,30 @@ pub struct routegrad_sim_counters {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_sim_counters"][::std::mem::size_of::<routegrad_sim_counters>() - 48usize];
-    ["Alignment of routegrad_sim_counters"]
-        [::std::mem::align_of::<routegrad_sim_counters>() - 8usize];
-    ["Offset of field: routegrad_sim_counters::launches"]
-        [::std::mem::offset_of!(routegrad_sim_counters, launches) - 0usize];
-    ["Offset of field: routegrad_sim_counters::blocks"]
-        [::std::mem::offset_of!(routegrad_sim_counters, blocks) - 8usize];
-    ["Offset of field: routegrad_sim_counters::fiber_switches"]
-        [::std::mem::offset_of!(routegrad_sim_counters, fiber_switches) - 16usize];
-    ["Offset of field: routegrad_sim_counters::tensor_flops"]
-        [::std::mem::offset_of!(routegrad_sim_counters, tensor_flops) - 24usize];
-    ["Offset of field: routegrad_sim_counters::bytes_read"]
-        [::std::mem::offset_of!(routegrad_sim_counters, bytes_read) - 32usize];
-    ["Offset of field: routegrad_sim_counters::bytes_written"]
-        [::std::mem::offset_of!(routegrad_sim_counters, bytes_written) - 40usize];
+    [
+        "Size of routegrad_sim_counters",
+    ][::std::mem::size_of::<routegrad_sim_counters>() - 48usize];
+    [
+        "Alignment of routegrad_sim_counters",
+    ][::std::mem::align_of::<routegrad_sim_counters>() - 8usize];
+    [
+        "Offset of field: routegrad_sim_counters::launches",
+    ][::std::mem::offset_of!(routegrad_sim_counters, launches) - 0usize];
+    [
+        "Offset of field: routegrad_sim_counters::blocks",
+    ][::std::mem::offset_of!(routegrad_sim_counters, blocks) - 8usize];
+    [
+        "Offset of field: routegrad_sim_counters::fiber_switches",
+    ][::std::mem::offset_of!(routegrad_sim_counters, fiber_switches) - 16usize];
+    [
+        "Offset of field: routegrad_sim_counters::tensor_flops",
+    ][::std::mem::offset_of!(routegrad_sim_counters, tensor_flops) - 24usize];
+    [
+        "Offset of field: routegrad_sim_counters::bytes_read",
+    ][::std::mem::offset_of!(routegrad_sim_counters, bytes_read) - 32usize];
+    [
+        "Offset of field: routegrad_sim_counters::bytes_written",
+    ][::std::mem::offset_of!(routegrad_sim_counters, bytes_written) - 40usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -96,18 +117,27 @@ pub struct routegrad_unit_box {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_unit_box"][::std::mem::size_of::<routegrad_unit_box>() - 44usize];
-    ["Alignment of routegrad_unit_box"][::std::mem::align_of::<routegrad_unit_box>() - 4usize];
-    ["Offset of field: routegrad_unit_box::rank"]
-        [::std::mem::offset_of!(routegrad_unit_box, rank) - 0usize];
-    ["Offset of field: routegrad_unit_box::extent"]
-        [::std::mem::offset_of!(routegrad_unit_box, extent) - 4usize];
-    ["Offset of field: routegrad_unit_box::box_"]
-        [::std::mem::offset_of!(routegrad_unit_box, box_) - 16usize];
-    ["Offset of field: routegrad_unit_box::at"]
-        [::std::mem::offset_of!(routegrad_unit_box, at) - 28usize];
-    ["Offset of field: routegrad_unit_box::swizzle"]
-        [::std::mem::offset_of!(routegrad_unit_box, swizzle) - 40usize];
+    [
+        "Size of routegrad_unit_box",
+    ][::std::mem::size_of::<routegrad_unit_box>() - 44usize];
+    [
+        "Alignment of routegrad_unit_box",
+    ][::std::mem::align_of::<routegrad_unit_box>() - 4usize];
+    [
+        "Offset of field: routegrad_unit_box::rank",
+    ][::std::mem::offset_of!(routegrad_unit_box, rank) - 0usize];
+    [
+        "Offset of field: routegrad_unit_box::extent",
+    ][::std::mem::offset_of!(routegrad_unit_box, extent) - 4usize];
+    [
+        "Offset of field: routegrad_unit_box::box_",
+    ][::std::mem::offset_of!(routegrad_unit_box, box_) - 16usize];
+    [
+        "Offset of field: routegrad_unit_box::at",
+    ][::std::mem::offset_of!(routegrad_unit_box, at) - 28usize];
+    [
+        "Offset of field: routegrad_unit_box::swizzle",
+    ][::std::mem::offset_of!(routegrad_unit_box, swizzle) - 40usize];
 };
 pub const ROUTEGRAD_SCORE_LOGITS: routegrad_score = 0;
 pub const ROUTEGRAD_SCORE_SOFTMAX: routegrad_score = 1;
@@ -125,12 +155,15 @@ pub struct routegrad_draws {
 const _: () = {
     ["Size of routegrad_draws"][::std::mem::size_of::<routegrad_draws>() - 24usize];
     ["Alignment of routegrad_draws"][::std::mem::align_of::<routegrad_draws>() - 8usize];
-    ["Offset of field: routegrad_draws::seed"]
-        [::std::mem::offset_of!(routegrad_draws, seed) - 0usize];
-    ["Offset of field: routegrad_draws::step"]
-        [::std::mem::offset_of!(routegrad_draws, step) - 8usize];
-    ["Offset of field: routegrad_draws::first_token"]
-        [::std::mem::offset_of!(routegrad_draws, first_token) - 16usize];
+    [
+        "Offset of field: routegrad_draws::seed",
+    ][::std::mem::offset_of!(routegrad_draws, seed) - 0usize];
+    [
+        "Offset of field: routegrad_draws::step",
+    ][::std::mem::offset_of!(routegrad_draws, step) - 8usize];
+    [
+        "Offset of field: routegrad_draws::first_token",
+    ][::std::mem::offset_of!(routegrad_draws, first_token) - 16usize];
 };
 pub const ROUTEGRAD_FAULT_EXPERT: routegrad_fault = 1;
 pub const ROUTEGRAD_FAULT_CAPACITY: routegrad_fault = 2;
@@ -163,22 +196,33 @@ pub struct routegrad_gemm_plan {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_gemm_plan"][::std::mem::size_of::<routegrad_gemm_plan>() - 32usize];
-    ["Alignment of routegrad_gemm_plan"][::std::mem::align_of::<routegrad_gemm_plan>() - 8usize];
-    ["Offset of field: routegrad_gemm_plan::tile"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, tile) - 0usize];
-    ["Offset of field: routegrad_gemm_plan::tile_rows"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, tile_rows) - 4usize];
-    ["Offset of field: routegrad_gemm_plan::tile_columns"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, tile_columns) - 8usize];
-    ["Offset of field: routegrad_gemm_plan::stages"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, stages) - 12usize];
-    ["Offset of field: routegrad_gemm_plan::blocks"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, blocks) - 16usize];
-    ["Offset of field: routegrad_gemm_plan::reserved"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, reserved) - 20usize];
-    ["Offset of field: routegrad_gemm_plan::clocks"]
-        [::std::mem::offset_of!(routegrad_gemm_plan, clocks) - 24usize];
+    [
+        "Size of routegrad_gemm_plan",
+    ][::std::mem::size_of::<routegrad_gemm_plan>() - 32usize];
+    [
+        "Alignment of routegrad_gemm_plan",
+    ][::std::mem::align_of::<routegrad_gemm_plan>() - 8usize];
+    [
+        "Offset of field: routegrad_gemm_plan::tile",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, tile) - 0usize];
+    [
+        "Offset of field: routegrad_gemm_plan::tile_rows",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, tile_rows) - 4usize];
+    [
+        "Offset of field: routegrad_gemm_plan::tile_columns",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, tile_columns) - 8usize];
+    [
+        "Offset of field: routegrad_gemm_plan::stages",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, stages) - 12usize];
+    [
+        "Offset of field: routegrad_gemm_plan::blocks",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, blocks) - 16usize];
+    [
+        "Offset of field: routegrad_gemm_plan::reserved",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, reserved) - 20usize];
+    [
+        "Offset of field: routegrad_gemm_plan::clocks",
+    ][::std::mem::offset_of!(routegrad_gemm_plan, clocks) - 24usize];
 };
 pub const ROUTEGRAD_WEIGHTING_PLAIN: routegrad_weighting = 0;
 pub const ROUTEGRAD_WEIGHTING_SUM_P: routegrad_weighting = 1;
@@ -200,28 +244,42 @@ pub struct routegrad_parameter {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_parameter"][::std::mem::size_of::<routegrad_parameter>() - 72usize];
-    ["Alignment of routegrad_parameter"][::std::mem::align_of::<routegrad_parameter>() - 8usize];
-    ["Offset of field: routegrad_parameter::whole"]
-        [::std::mem::offset_of!(routegrad_parameter, whole) - 0usize];
-    ["Offset of field: routegrad_parameter::upper"]
-        [::std::mem::offset_of!(routegrad_parameter, upper) - 8usize];
-    ["Offset of field: routegrad_parameter::lower"]
-        [::std::mem::offset_of!(routegrad_parameter, lower) - 16usize];
-    ["Offset of field: routegrad_parameter::first"]
-        [::std::mem::offset_of!(routegrad_parameter, first) - 24usize];
-    ["Offset of field: routegrad_parameter::second"]
-        [::std::mem::offset_of!(routegrad_parameter, second) - 32usize];
-    ["Offset of field: routegrad_parameter::gradient"]
-        [::std::mem::offset_of!(routegrad_parameter, gradient) - 40usize];
-    ["Offset of field: routegrad_parameter::elements"]
-        [::std::mem::offset_of!(routegrad_parameter, elements) - 48usize];
-    ["Offset of field: routegrad_parameter::first_block"]
-        [::std::mem::offset_of!(routegrad_parameter, first_block) - 56usize];
-    ["Offset of field: routegrad_parameter::decays"]
-        [::std::mem::offset_of!(routegrad_parameter, decays) - 64usize];
-    ["Offset of field: routegrad_parameter::reserved"]
-        [::std::mem::offset_of!(routegrad_parameter, reserved) - 68usize];
+    [
+        "Size of routegrad_parameter",
+    ][::std::mem::size_of::<routegrad_parameter>() - 72usize];
+    [
+        "Alignment of routegrad_parameter",
+    ][::std::mem::align_of::<routegrad_parameter>() - 8usize];
+    [
+        "Offset of field: routegrad_parameter::whole",
+    ][::std::mem::offset_of!(routegrad_parameter, whole) - 0usize];
+    [
+        "Offset of field: routegrad_parameter::upper",
+    ][::std::mem::offset_of!(routegrad_parameter, upper) - 8usize];
+    [
+        "Offset of field: routegrad_parameter::lower",
+    ][::std::mem::offset_of!(routegrad_parameter, lower) - 16usize];
+    [
+        "Offset of field: routegrad_parameter::first",
+    ][::std::mem::offset_of!(routegrad_parameter, first) - 24usize];
+    [
+        "Offset of field: routegrad_parameter::second",
+    ][::std::mem::offset_of!(routegrad_parameter, second) - 32usize];
+    [
+        "Offset of field: routegrad_parameter::gradient",
+    ][::std::mem::offset_of!(routegrad_parameter, gradient) - 40usize];
+    [
+        "Offset of field: routegrad_parameter::elements",
+    ][::std::mem::offset_of!(routegrad_parameter, elements) - 48usize];
+    [
+        "Offset of field: routegrad_parameter::first_block",
+    ][::std::mem::offset_of!(routegrad_parameter, first_block) - 56usize];
+    [
+        "Offset of field: routegrad_parameter::decays",
+    ][::std::mem::offset_of!(routegrad_parameter, decays) - 64usize];
+    [
+        "Offset of field: routegrad_parameter::reserved",
+    ][::std::mem::offset_of!(routegrad_parameter, reserved) - 68usize];
 };
 impl Default for routegrad_parameter {
     fn default() -> Self {
@@ -244,21 +302,30 @@ pub struct routegrad_step_settings {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_step_settings"][::std::mem::size_of::<routegrad_step_settings>() - 48usize];
-    ["Alignment of routegrad_step_settings"]
-        [::std::mem::align_of::<routegrad_step_settings>() - 8usize];
-    ["Offset of field: routegrad_step_settings::rate"]
-        [::std::mem::offset_of!(routegrad_step_settings, rate) - 0usize];
-    ["Offset of field: routegrad_step_settings::clip"]
-        [::std::mem::offset_of!(routegrad_step_settings, clip) - 8usize];
-    ["Offset of field: routegrad_step_settings::beta1"]
-        [::std::mem::offset_of!(routegrad_step_settings, beta1) - 16usize];
-    ["Offset of field: routegrad_step_settings::beta2"]
-        [::std::mem::offset_of!(routegrad_step_settings, beta2) - 24usize];
-    ["Offset of field: routegrad_step_settings::eps"]
-        [::std::mem::offset_of!(routegrad_step_settings, eps) - 32usize];
-    ["Offset of field: routegrad_step_settings::weight_decay"]
-        [::std::mem::offset_of!(routegrad_step_settings, weight_decay) - 40usize];
+    [
+        "Size of routegrad_step_settings",
+    ][::std::mem::size_of::<routegrad_step_settings>() - 48usize];
+    [
+        "Alignment of routegrad_step_settings",
+    ][::std::mem::align_of::<routegrad_step_settings>() - 8usize];
+    [
+        "Offset of field: routegrad_step_settings::rate",
+    ][::std::mem::offset_of!(routegrad_step_settings, rate) - 0usize];
+    [
+        "Offset of field: routegrad_step_settings::clip",
+    ][::std::mem::offset_of!(routegrad_step_settings, clip) - 8usize];
+    [
+        "Offset of field: routegrad_step_settings::beta1",
+    ][::std::mem::offset_of!(routegrad_step_settings, beta1) - 16usize];
+    [
+        "Offset of field: routegrad_step_settings::beta2",
+    ][::std::mem::offset_of!(routegrad_step_settings, beta2) - 24usize];
+    [
+        "Offset of field: routegrad_step_settings::eps",
+    ][::std::mem::offset_of!(routegrad_step_settings, eps) - 32usize];
+    [
+        "Offset of field: routegrad_step_settings::weight_decay",
+    ][::std::mem::offset_of!(routegrad_step_settings, weight_decay) - 40usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -274,25 +341,36 @@ pub struct routegrad_step_outcome {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_step_outcome"][::std::mem::size_of::<routegrad_step_outcome>() - 112usize];
-    ["Alignment of routegrad_step_outcome"]
-        [::std::mem::align_of::<routegrad_step_outcome>() - 8usize];
-    ["Offset of field: routegrad_step_outcome::updates"]
-        [::std::mem::offset_of!(routegrad_step_outcome, updates) - 0usize];
-    ["Offset of field: routegrad_step_outcome::norm"]
-        [::std::mem::offset_of!(routegrad_step_outcome, norm) - 8usize];
-    ["Offset of field: routegrad_step_outcome::losses"]
-        [::std::mem::offset_of!(routegrad_step_outcome, losses) - 16usize];
-    ["Offset of field: routegrad_step_outcome::accepted"]
-        [::std::mem::offset_of!(routegrad_step_outcome, accepted) - 40usize];
-    ["Offset of field: routegrad_step_outcome::layer"]
-        [::std::mem::offset_of!(routegrad_step_outcome, layer) - 44usize];
-    ["Offset of field: routegrad_step_outcome::token"]
-        [::std::mem::offset_of!(routegrad_step_outcome, token) - 48usize];
-    ["Offset of field: routegrad_step_outcome::fault"]
-        [::std::mem::offset_of!(routegrad_step_outcome, fault) - 52usize];
-    ["Offset of field: routegrad_step_outcome::coefficients"]
-        [::std::mem::offset_of!(routegrad_step_outcome, coefficients) - 56usize];
+    [
+        "Size of routegrad_step_outcome",
+    ][::std::mem::size_of::<routegrad_step_outcome>() - 112usize];
+    [
+        "Alignment of routegrad_step_outcome",
+    ][::std::mem::align_of::<routegrad_step_outcome>() - 8usize];
+    [
+        "Offset of field: routegrad_step_outcome::updates",
+    ][::std::mem::offset_of!(routegrad_step_outcome, updates) - 0usize];
+    [
+        "Offset of field: routegrad_step_outcome::norm",
+    ][::std::mem::offset_of!(routegrad_step_outcome, norm) - 8usize];
+    [
+        "Offset of field: routegrad_step_outcome::losses",
+    ][::std::mem::offset_of!(routegrad_step_outcome, losses) - 16usize];
+    [
+        "Offset of field: routegrad_step_outcome::accepted",
+    ][::std::mem::offset_of!(routegrad_step_outcome, accepted) - 40usize];
+    [
+        "Offset of field: routegrad_step_outcome::layer",
+    ][::std::mem::offset_of!(routegrad_step_outcome, layer) - 44usize];
+    [
+        "Offset of field: routegrad_step_outcome::token",
+    ][::std::mem::offset_of!(routegrad_step_outcome, token) - 48usize];
+    [
+        "Offset of field: routegrad_step_outcome::fault",
+    ][::std::mem::offset_of!(routegrad_step_outcome, fault) - 52usize];
+    [
+        "Offset of field: routegrad_step_outcome::coefficients",
+    ][::std::mem::offset_of!(routegrad_step_outcome, coefficients) - 56usize];
 };
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
@@ -305,12 +383,15 @@ pub struct routegrad_state {
 const _: () = {
     ["Size of routegrad_state"][::std::mem::size_of::<routegrad_state>() - 24usize];
     ["Alignment of routegrad_state"][::std::mem::align_of::<routegrad_state>() - 8usize];
-    ["Offset of field: routegrad_state::committed"]
-        [::std::mem::offset_of!(routegrad_state, committed) - 0usize];
-    ["Offset of field: routegrad_state::pending"]
-        [::std::mem::offset_of!(routegrad_state, pending) - 8usize];
-    ["Offset of field: routegrad_state::words"]
-        [::std::mem::offset_of!(routegrad_state, words) - 16usize];
+    [
+        "Offset of field: routegrad_state::committed",
+    ][::std::mem::offset_of!(routegrad_state, committed) - 0usize];
+    [
+        "Offset of field: routegrad_state::pending",
+    ][::std::mem::offset_of!(routegrad_state, pending) - 8usize];
+    [
+        "Offset of field: routegrad_state::words",
+    ][::std::mem::offset_of!(routegrad_state, words) - 16usize];
 };
 impl Default for routegrad_state {
     fn default() -> Self {
@@ -333,13 +414,15 @@ pub struct routegrad_launchers {
             capacity: u64,
         ),
     >,
-    pub sim_get_options:
-        ::std::option::Option<unsafe extern "C" fn(options: *mut routegrad_sim_options)>,
+    pub sim_get_options: ::std::option::Option<
+        unsafe extern "C" fn(options: *mut routegrad_sim_options),
+    >,
     pub sim_set_options: ::std::option::Option<
         unsafe extern "C" fn(options: *const routegrad_sim_options) -> routegrad_status,
     >,
-    pub sim_take_counters:
-        ::std::option::Option<unsafe extern "C" fn(counters: *mut routegrad_sim_counters)>,
+    pub sim_take_counters: ::std::option::Option<
+        unsafe extern "C" fn(counters: *mut routegrad_sim_counters),
+    >,
     pub unit_wgmma: ::std::option::Option<
         unsafe extern "C" fn(
             c: *mut f32,
@@ -427,7 +510,11 @@ pub struct routegrad_launchers {
         ) -> routegrad_status,
     >,
     pub router_partials: ::std::option::Option<
-        unsafe extern "C" fn(floats: *mut u64, tokens: i64, experts: i32) -> routegrad_status,
+        unsafe extern "C" fn(
+            floats: *mut u64,
+            tokens: i64,
+            experts: i32,
+        ) -> routegrad_status,
     >,
     pub router_statistics: ::std::option::Option<
         unsafe extern "C" fn(
@@ -774,7 +861,11 @@ pub struct routegrad_launchers {
         ) -> routegrad_status,
     >,
     pub norm_partials: ::std::option::Option<
-        unsafe extern "C" fn(floats: *mut u64, rows: i64, hidden: i32) -> routegrad_status,
+        unsafe extern "C" fn(
+            floats: *mut u64,
+            rows: i64,
+            hidden: i32,
+        ) -> routegrad_status,
     >,
     pub attention_forward: ::std::option::Option<
         unsafe extern "C" fn(
@@ -933,7 +1024,11 @@ pub struct routegrad_launchers {
         ) -> routegrad_status,
     >,
     pub embedding_parts: ::std::option::Option<
-        unsafe extern "C" fn(floats: *mut u64, tokens: i64, hidden: i32) -> routegrad_status,
+        unsafe extern "C" fn(
+            floats: *mut u64,
+            tokens: i64,
+            hidden: i32,
+        ) -> routegrad_status,
     >,
     pub adamw_update: ::std::option::Option<
         unsafe extern "C" fn(
@@ -1202,158 +1297,241 @@ pub struct routegrad_launchers {
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of routegrad_launchers"][::std::mem::size_of::<routegrad_launchers>() - 600usize];
-    ["Alignment of routegrad_launchers"][::std::mem::align_of::<routegrad_launchers>() - 8usize];
-    ["Offset of field: routegrad_launchers::build"]
-        [::std::mem::offset_of!(routegrad_launchers, build) - 0usize];
-    ["Offset of field: routegrad_launchers::describe"]
-        [::std::mem::offset_of!(routegrad_launchers, describe) - 8usize];
-    ["Offset of field: routegrad_launchers::sim_get_options"]
-        [::std::mem::offset_of!(routegrad_launchers, sim_get_options) - 16usize];
-    ["Offset of field: routegrad_launchers::sim_set_options"]
-        [::std::mem::offset_of!(routegrad_launchers, sim_set_options) - 24usize];
-    ["Offset of field: routegrad_launchers::sim_take_counters"]
-        [::std::mem::offset_of!(routegrad_launchers, sim_take_counters) - 32usize];
-    ["Offset of field: routegrad_launchers::unit_wgmma"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_wgmma) - 40usize];
-    ["Offset of field: routegrad_launchers::unit_tma_load"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_tma_load) - 48usize];
-    ["Offset of field: routegrad_launchers::unit_tma_store"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_tma_store) - 56usize];
-    ["Offset of field: routegrad_launchers::unit_multicast"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_multicast) - 64usize];
-    ["Offset of field: routegrad_launchers::unit_gather"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_gather) - 72usize];
-    ["Offset of field: routegrad_launchers::unit_softmax"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_softmax) - 80usize];
-    ["Offset of field: routegrad_launchers::unit_fault"]
-        [::std::mem::offset_of!(routegrad_launchers, unit_fault) - 88usize];
-    ["Offset of field: routegrad_launchers::router_forward"]
-        [::std::mem::offset_of!(routegrad_launchers, router_forward) - 96usize];
-    ["Offset of field: routegrad_launchers::router_partials"]
-        [::std::mem::offset_of!(routegrad_launchers, router_partials) - 104usize];
-    ["Offset of field: routegrad_launchers::router_statistics"]
-        [::std::mem::offset_of!(routegrad_launchers, router_statistics) - 112usize];
-    ["Offset of field: routegrad_launchers::router_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, router_backward) - 120usize];
-    ["Offset of field: routegrad_launchers::router_weight_gradient"]
-        [::std::mem::offset_of!(routegrad_launchers, router_weight_gradient) - 128usize];
-    ["Offset of field: routegrad_launchers::router_sample"]
-        [::std::mem::offset_of!(routegrad_launchers, router_sample) - 136usize];
-    ["Offset of field: routegrad_launchers::router_backward_workspace"]
-        [::std::mem::offset_of!(routegrad_launchers, router_backward_workspace) - 144usize];
-    ["Offset of field: routegrad_launchers::dispatch_choices"]
-        [::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 152usize];
-    ["Offset of field: routegrad_launchers::dispatch_mask"]
-        [::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 160usize];
-    ["Offset of field: routegrad_launchers::dispatch_workspace"]
-        [::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 168usize];
-    ["Offset of field: routegrad_launchers::grouped_gemm_forward"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 176usize];
-    ["Offset of field: routegrad_launchers::grouped_gemm_input_gradient"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_gemm_input_gradient) - 184usize];
-    ["Offset of field: routegrad_launchers::grouped_gemm_weight_gradient"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_gemm_weight_gradient) - 192usize];
-    ["Offset of field: routegrad_launchers::sum_parts"]
-        [::std::mem::offset_of!(routegrad_launchers, sum_parts) - 200usize];
-    ["Offset of field: routegrad_launchers::grouped_gemm_plan"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 208usize];
-    ["Offset of field: routegrad_launchers::grouped_swiglu_forward"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_forward) - 216usize];
-    ["Offset of field: routegrad_launchers::grouped_down_forward"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_down_forward) - 224usize];
-    ["Offset of field: routegrad_launchers::grouped_swiglu_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_backward) - 232usize];
-    ["Offset of field: routegrad_launchers::grouped_swiglu_dot_columns"]
-        [::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_dot_columns) - 240usize];
-    ["Offset of field: routegrad_launchers::expert_sums"]
-        [::std::mem::offset_of!(routegrad_launchers, expert_sums) - 248usize];
-    ["Offset of field: routegrad_launchers::expert_mean_update"]
-        [::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 256usize];
-    ["Offset of field: routegrad_launchers::combine"]
-        [::std::mem::offset_of!(routegrad_launchers, combine) - 264usize];
-    ["Offset of field: routegrad_launchers::gate_gradient"]
-        [::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 272usize];
-    ["Offset of field: routegrad_launchers::norm_forward"]
-        [::std::mem::offset_of!(routegrad_launchers, norm_forward) - 280usize];
-    ["Offset of field: routegrad_launchers::norm_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, norm_backward) - 288usize];
-    ["Offset of field: routegrad_launchers::norm_weight_gradient"]
-        [::std::mem::offset_of!(routegrad_launchers, norm_weight_gradient) - 296usize];
-    ["Offset of field: routegrad_launchers::norm_partials"]
-        [::std::mem::offset_of!(routegrad_launchers, norm_partials) - 304usize];
-    ["Offset of field: routegrad_launchers::attention_forward"]
-        [::std::mem::offset_of!(routegrad_launchers, attention_forward) - 312usize];
-    ["Offset of field: routegrad_launchers::attention_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, attention_backward) - 320usize];
-    ["Offset of field: routegrad_launchers::attention_backward_workspace"]
-        [::std::mem::offset_of!(routegrad_launchers, attention_backward_workspace) - 328usize];
-    ["Offset of field: routegrad_launchers::head_logits"]
-        [::std::mem::offset_of!(routegrad_launchers, head_logits) - 336usize];
-    ["Offset of field: routegrad_launchers::cross_entropy_rows"]
-        [::std::mem::offset_of!(routegrad_launchers, cross_entropy_rows) - 344usize];
-    ["Offset of field: routegrad_launchers::cross_entropy_mean"]
-        [::std::mem::offset_of!(routegrad_launchers, cross_entropy_mean) - 352usize];
-    ["Offset of field: routegrad_launchers::gradient_scale"]
-        [::std::mem::offset_of!(routegrad_launchers, gradient_scale) - 360usize];
-    ["Offset of field: routegrad_launchers::swiglu_forward"]
-        [::std::mem::offset_of!(routegrad_launchers, swiglu_forward) - 368usize];
-    ["Offset of field: routegrad_launchers::swiglu_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, swiglu_backward) - 376usize];
-    ["Offset of field: routegrad_launchers::rope"]
-        [::std::mem::offset_of!(routegrad_launchers, rope) - 384usize];
-    ["Offset of field: routegrad_launchers::embedding_forward"]
-        [::std::mem::offset_of!(routegrad_launchers, embedding_forward) - 392usize];
-    ["Offset of field: routegrad_launchers::embedding_order"]
-        [::std::mem::offset_of!(routegrad_launchers, embedding_order) - 400usize];
-    ["Offset of field: routegrad_launchers::embedding_gradient"]
-        [::std::mem::offset_of!(routegrad_launchers, embedding_gradient) - 408usize];
-    ["Offset of field: routegrad_launchers::embedding_parts"]
-        [::std::mem::offset_of!(routegrad_launchers, embedding_parts) - 416usize];
-    ["Offset of field: routegrad_launchers::adamw_update"]
-        [::std::mem::offset_of!(routegrad_launchers, adamw_update) - 424usize];
-    ["Offset of field: routegrad_launchers::square_sums"]
-        [::std::mem::offset_of!(routegrad_launchers, square_sums) - 432usize];
-    ["Offset of field: routegrad_launchers::losses_add"]
-        [::std::mem::offset_of!(routegrad_launchers, losses_add) - 440usize];
-    ["Offset of field: routegrad_launchers::step_decide"]
-        [::std::mem::offset_of!(routegrad_launchers, step_decide) - 448usize];
-    ["Offset of field: routegrad_launchers::state_commit"]
-        [::std::mem::offset_of!(routegrad_launchers, state_commit) - 456usize];
-    ["Offset of field: routegrad_launchers::layer_tally"]
-        [::std::mem::offset_of!(routegrad_launchers, layer_tally) - 464usize];
-    ["Offset of field: routegrad_launchers::share_entropy"]
-        [::std::mem::offset_of!(routegrad_launchers, share_entropy) - 472usize];
-    ["Offset of field: routegrad_launchers::lossfree_update"]
-        [::std::mem::offset_of!(routegrad_launchers, lossfree_update) - 480usize];
-    ["Offset of field: routegrad_launchers::auxiliary_loss"]
-        [::std::mem::offset_of!(routegrad_launchers, auxiliary_loss) - 488usize];
-    ["Offset of field: routegrad_launchers::auxiliary_loss_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, auxiliary_loss_backward) - 496usize];
-    ["Offset of field: routegrad_launchers::weighted_sum"]
-        [::std::mem::offset_of!(routegrad_launchers, weighted_sum) - 504usize];
-    ["Offset of field: routegrad_launchers::weighted_sum_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, weighted_sum_backward) - 512usize];
-    ["Offset of field: routegrad_launchers::selected_gates"]
-        [::std::mem::offset_of!(routegrad_launchers, selected_gates) - 520usize];
-    ["Offset of field: routegrad_launchers::selected_gates_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, selected_gates_backward) - 528usize];
-    ["Offset of field: routegrad_launchers::sampled_gates"]
-        [::std::mem::offset_of!(routegrad_launchers, sampled_gates) - 536usize];
-    ["Offset of field: routegrad_launchers::sampled_gates_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, sampled_gates_backward) - 544usize];
-    ["Offset of field: routegrad_launchers::row_arithmetic"]
-        [::std::mem::offset_of!(routegrad_launchers, row_arithmetic) - 552usize];
-    ["Offset of field: routegrad_launchers::column_sums"]
-        [::std::mem::offset_of!(routegrad_launchers, column_sums) - 560usize];
-    ["Offset of field: routegrad_launchers::gated_rows"]
-        [::std::mem::offset_of!(routegrad_launchers, gated_rows) - 568usize];
-    ["Offset of field: routegrad_launchers::gated_rows_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, gated_rows_backward) - 576usize];
-    ["Offset of field: routegrad_launchers::qk_norm"]
-        [::std::mem::offset_of!(routegrad_launchers, qk_norm) - 584usize];
-    ["Offset of field: routegrad_launchers::qk_norm_backward"]
-        [::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 592usize];
+    [
+        "Size of routegrad_launchers",
+    ][::std::mem::size_of::<routegrad_launchers>() - 600usize];
+    [
+        "Alignment of routegrad_launchers",
+    ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
+    [
+        "Offset of field: routegrad_launchers::build",
+    ][::std::mem::offset_of!(routegrad_launchers, build) - 0usize];
+    [
+        "Offset of field: routegrad_launchers::describe",
+    ][::std::mem::offset_of!(routegrad_launchers, describe) - 8usize];
+    [
+        "Offset of field: routegrad_launchers::sim_get_options",
+    ][::std::mem::offset_of!(routegrad_launchers, sim_get_options) - 16usize];
+    [
+        "Offset of field: routegrad_launchers::sim_set_options",
+    ][::std::mem::offset_of!(routegrad_launchers, sim_set_options) - 24usize];
+    [
+        "Offset of field: routegrad_launchers::sim_take_counters",
+    ][::std::mem::offset_of!(routegrad_launchers, sim_take_counters) - 32usize];
+    [
+        "Offset of field: routegrad_launchers::unit_wgmma",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_wgmma) - 40usize];
+    [
+        "Offset of field: routegrad_launchers::unit_tma_load",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_tma_load) - 48usize];
+    [
+        "Offset of field: routegrad_launchers::unit_tma_store",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_tma_store) - 56usize];
+    [
+        "Offset of field: routegrad_launchers::unit_multicast",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_multicast) - 64usize];
+    [
+        "Offset of field: routegrad_launchers::unit_gather",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_gather) - 72usize];
+    [
+        "Offset of field: routegrad_launchers::unit_softmax",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_softmax) - 80usize];
+    [
+        "Offset of field: routegrad_launchers::unit_fault",
+    ][::std::mem::offset_of!(routegrad_launchers, unit_fault) - 88usize];
+    [
+        "Offset of field: routegrad_launchers::router_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, router_forward) - 96usize];
+    [
+        "Offset of field: routegrad_launchers::router_partials",
+    ][::std::mem::offset_of!(routegrad_launchers, router_partials) - 104usize];
+    [
+        "Offset of field: routegrad_launchers::router_statistics",
+    ][::std::mem::offset_of!(routegrad_launchers, router_statistics) - 112usize];
+    [
+        "Offset of field: routegrad_launchers::router_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, router_backward) - 120usize];
+    [
+        "Offset of field: routegrad_launchers::router_weight_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, router_weight_gradient) - 128usize];
+    [
+        "Offset of field: routegrad_launchers::router_sample",
+    ][::std::mem::offset_of!(routegrad_launchers, router_sample) - 136usize];
+    [
+        "Offset of field: routegrad_launchers::router_backward_workspace",
+    ][::std::mem::offset_of!(routegrad_launchers, router_backward_workspace) - 144usize];
+    [
+        "Offset of field: routegrad_launchers::dispatch_choices",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 152usize];
+    [
+        "Offset of field: routegrad_launchers::dispatch_mask",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 160usize];
+    [
+        "Offset of field: routegrad_launchers::dispatch_workspace",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 168usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_forward) - 176usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_input_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_input_gradient)
+        - 184usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_weight_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_weight_gradient)
+        - 192usize];
+    [
+        "Offset of field: routegrad_launchers::sum_parts",
+    ][::std::mem::offset_of!(routegrad_launchers, sum_parts) - 200usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_gemm_plan",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_gemm_plan) - 208usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_swiglu_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_forward) - 216usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_down_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_down_forward) - 224usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_swiglu_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_backward) - 232usize];
+    [
+        "Offset of field: routegrad_launchers::grouped_swiglu_dot_columns",
+    ][::std::mem::offset_of!(routegrad_launchers, grouped_swiglu_dot_columns)
+        - 240usize];
+    [
+        "Offset of field: routegrad_launchers::expert_sums",
+    ][::std::mem::offset_of!(routegrad_launchers, expert_sums) - 248usize];
+    [
+        "Offset of field: routegrad_launchers::expert_mean_update",
+    ][::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 256usize];
+    [
+        "Offset of field: routegrad_launchers::combine",
+    ][::std::mem::offset_of!(routegrad_launchers, combine) - 264usize];
+    [
+        "Offset of field: routegrad_launchers::gate_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 272usize];
+    [
+        "Offset of field: routegrad_launchers::norm_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, norm_forward) - 280usize];
+    [
+        "Offset of field: routegrad_launchers::norm_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, norm_backward) - 288usize];
+    [
+        "Offset of field: routegrad_launchers::norm_weight_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, norm_weight_gradient) - 296usize];
+    [
+        "Offset of field: routegrad_launchers::norm_partials",
+    ][::std::mem::offset_of!(routegrad_launchers, norm_partials) - 304usize];
+    [
+        "Offset of field: routegrad_launchers::attention_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, attention_forward) - 312usize];
+    [
+        "Offset of field: routegrad_launchers::attention_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, attention_backward) - 320usize];
+    [
+        "Offset of field: routegrad_launchers::attention_backward_workspace",
+    ][::std::mem::offset_of!(routegrad_launchers, attention_backward_workspace)
+        - 328usize];
+    [
+        "Offset of field: routegrad_launchers::head_logits",
+    ][::std::mem::offset_of!(routegrad_launchers, head_logits) - 336usize];
+    [
+        "Offset of field: routegrad_launchers::cross_entropy_rows",
+    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_rows) - 344usize];
+    [
+        "Offset of field: routegrad_launchers::cross_entropy_mean",
+    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_mean) - 352usize];
+    [
+        "Offset of field: routegrad_launchers::gradient_scale",
+    ][::std::mem::offset_of!(routegrad_launchers, gradient_scale) - 360usize];
+    [
+        "Offset of field: routegrad_launchers::swiglu_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, swiglu_forward) - 368usize];
+    [
+        "Offset of field: routegrad_launchers::swiglu_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, swiglu_backward) - 376usize];
+    [
+        "Offset of field: routegrad_launchers::rope",
+    ][::std::mem::offset_of!(routegrad_launchers, rope) - 384usize];
+    [
+        "Offset of field: routegrad_launchers::embedding_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_forward) - 392usize];
+    [
+        "Offset of field: routegrad_launchers::embedding_order",
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_order) - 400usize];
+    [
+        "Offset of field: routegrad_launchers::embedding_gradient",
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_gradient) - 408usize];
+    [
+        "Offset of field: routegrad_launchers::embedding_parts",
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_parts) - 416usize];
+    [
+        "Offset of field: routegrad_launchers::adamw_update",
+    ][::std::mem::offset_of!(routegrad_launchers, adamw_update) - 424usize];
+    [
+        "Offset of field: routegrad_launchers::square_sums",
+    ][::std::mem::offset_of!(routegrad_launchers, square_sums) - 432usize];
+    [
+        "Offset of field: routegrad_launchers::losses_add",
+    ][::std::mem::offset_of!(routegrad_launchers, losses_add) - 440usize];
+    [
+        "Offset of field: routegrad_launchers::step_decide",
+    ][::std::mem::offset_of!(routegrad_launchers, step_decide) - 448usize];
+    [
+        "Offset of field: routegrad_launchers::state_commit",
+    ][::std::mem::offset_of!(routegrad_launchers, state_commit) - 456usize];
+    [
+        "Offset of field: routegrad_launchers::layer_tally",
+    ][::std::mem::offset_of!(routegrad_launchers, layer_tally) - 464usize];
+    [
+        "Offset of field: routegrad_launchers::share_entropy",
+    ][::std::mem::offset_of!(routegrad_launchers, share_entropy) - 472usize];
+    [
+        "Offset of field: routegrad_launchers::lossfree_update",
+    ][::std::mem::offset_of!(routegrad_launchers, lossfree_update) - 480usize];
+    [
+        "Offset of field: routegrad_launchers::auxiliary_loss",
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss) - 488usize];
+    [
+        "Offset of field: routegrad_launchers::auxiliary_loss_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss_backward) - 496usize];
+    [
+        "Offset of field: routegrad_launchers::weighted_sum",
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum) - 504usize];
+    [
+        "Offset of field: routegrad_launchers::weighted_sum_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum_backward) - 512usize];
+    [
+        "Offset of field: routegrad_launchers::selected_gates",
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates) - 520usize];
+    [
+        "Offset of field: routegrad_launchers::selected_gates_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates_backward) - 528usize];
+    [
+        "Offset of field: routegrad_launchers::sampled_gates",
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates) - 536usize];
+    [
+        "Offset of field: routegrad_launchers::sampled_gates_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates_backward) - 544usize];
+    [
+        "Offset of field: routegrad_launchers::row_arithmetic",
+    ][::std::mem::offset_of!(routegrad_launchers, row_arithmetic) - 552usize];
+    [
+        "Offset of field: routegrad_launchers::column_sums",
+    ][::std::mem::offset_of!(routegrad_launchers, column_sums) - 560usize];
+    [
+        "Offset of field: routegrad_launchers::gated_rows",
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows) - 568usize];
+    [
+        "Offset of field: routegrad_launchers::gated_rows_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows_backward) - 576usize];
+    [
+        "Offset of field: routegrad_launchers::qk_norm",
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm) - 584usize];
+    [
+        "Offset of field: routegrad_launchers::qk_norm_backward",
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 592usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {
