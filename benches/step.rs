@@ -9,6 +9,7 @@ use criterion::{Criterion, Throughput, criterion_group};
 use routegrad::bench::case::Step;
 use routegrad::bench::{ceilings, steps};
 use routegrad::device::Device;
+use routegrad::training::Training;
 use std::time::Instant;
 
 const SEQUENCES: usize = 16;
@@ -20,8 +21,8 @@ const TINY: Step = Step {
 };
 const TOKENS: u64 = SEQUENCES as u64 * 256;
 
-fn training(router: &str) -> steps::Training {
-    steps::Training::new(&TINY, router, Device::Cpu).expect("a preset")
+fn training(router: &str) -> Training {
+    steps::training(&TINY, router, Device::Cpu).expect("a preset")
 }
 
 fn seconds(f: impl FnOnce()) -> f64 {
@@ -40,7 +41,9 @@ fn compare() {
     const STEPS: usize = 30;
     let mut both = ["topk", "default"].map(training);
     let mut times = [vec![], vec![]];
-    let step = |training: &mut steps::Training| training.step().expect("a step");
+    let step = |training: &mut Training| {
+        training.step().expect("a step");
+    };
     both.iter_mut().for_each(|t| (0..3).for_each(|_| step(t)));
     for _ in 0..STEPS {
         for (training, times) in both.iter_mut().zip(&mut times) {

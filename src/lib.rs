@@ -55,6 +55,7 @@ pub mod train;
 pub mod ablate;
 pub mod exchange;
 pub mod plan;
+pub mod training;
 
 pub mod bench;
 

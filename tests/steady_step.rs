@@ -4,15 +4,11 @@
 //! The simulator's kernels have memory of their own, so that the counters are those of a GPU.
 
 use routegrad::config::{Config, Layers};
-use routegrad::data::Corpus;
 use routegrad::device::{Device, counters, take_peak};
-use routegrad::model::Model;
 use routegrad::plan::{Memory, Target};
 use routegrad::routers;
-use routegrad::step::Trainer;
+use routegrad::training::Training;
 use std::sync::{Mutex, MutexGuard};
-
-const SEQUENCES: usize = 2;
 
 /// Addresses are those of the whole process: one test at a time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -20,73 +16,25 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-struct Run {
-    config: Config,
-    model: Model,
-    trainer: Trainer,
-    corpus: Corpus,
-    step: u64,
+fn training(set: &[&str]) -> Training {
+    let mut layers = Layers::preset("tiny");
+    let small = [
+        "model.sequence_length=128",
+        "model.layers=3",
+        "train.micro_batch=2",
+        "train.sequences_per_step=4",
+        "train.device=\"sim\"",
+    ];
+    layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
+    Training::new(Config::load(&layers, &routers::resolve).unwrap()).unwrap()
 }
 
-impl Run {
-    fn new(set: &[&str]) -> Self {
-        let mut layers = Layers::preset("tiny");
-        let small = [
-            "model.sequence_length=128",
-            "model.layers=3",
-            "train.micro_batch=2",
-            "train.sequences_per_step=4",
-            "train.device=\"sim\"",
-        ];
-        layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
-        let config = Config::load(&layers, &routers::resolve).unwrap();
-        let model = Model::new(&config).unwrap();
-        Run {
-            config: config.clone(),
-            trainer: Trainer::new(&config.train, &model),
-            corpus: Corpus::load(&config.data, &config.model, 0).unwrap(),
-            model,
-            step: 0,
-        }
-    }
-
-    fn tokens(&self) -> Vec<i32> {
-        let n = 2 * SEQUENCES as u64;
-        self.corpus.sequences(self.step * n..(self.step + 1) * n)
-    }
-
-    /// A step of two micro-batches: what it counted up to its report, and what was refused.
-    fn step(&mut self) -> (counters::Counters, Option<String>) {
-        let tokens = self.tokens();
-        let parts: Vec<&[i32]> = tokens.chunks(tokens.len() / 2).collect();
-        counters::take();
-        let launched = self
-            .trainer
-            .launch(&mut self.model, &parts, SEQUENCES, 1e-3)
-            .unwrap();
-        let counted = counters::take();
-        let report = self.trainer.report(&mut self.model, launched).unwrap();
-        self.step += 1;
-        (counted, report.refused)
-    }
-
-    /// Weights, moments and router state.
-    fn state(&self) -> Vec<Vec<f64>> {
-        let weights = self
-            .model
-            .parameters
-            .iter()
-            .map(|p| p.value.to_f64().unwrap());
-        let moments = self.trainer.optimizer.moments().iter();
-        let moments = moments.flat_map(|m| [m.first.to_f64().unwrap(), m.second.to_f64().unwrap()]);
-        let states = self.model.layer_states();
-        let states = states.iter().flat_map(|s| {
-            s.tensors()
-                .map(|(_, t)| t.to_f64().unwrap())
-                .collect::<Vec<_>>()
-        });
-        weights.chain(moments).chain(states).collect()
-    }
+/// A step of two micro-batches: what it counted up to its report, and what was refused.
+fn step(training: &mut Training) -> (counters::Counters, Option<String>) {
+    counters::take();
+    let launched = training.launch().unwrap();
+    let counted = counters::take();
+    (counted, training.report(launched).unwrap().refused)
 }
 
 #[test]
@@ -103,11 +51,11 @@ fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
         &["router.name=lossfree"],
         &["router.name=lossfree", "router.score=\"softmax\""],
     ] {
-        let mut run = Run::new(set);
+        let mut run = training(set);
         for _ in 0..2 {
-            assert_eq!(run.step().1, None, "{set:?}");
+            assert_eq!(step(&mut run).1, None, "{set:?}");
         }
-        let [third, fourth] = [run.step().0, run.step().0];
+        let [third, fourth] = [step(&mut run).0, step(&mut run).0];
         println!("{set:?}: {fourth:?}");
         assert!(third.launches > 100, "{set:?}");
         assert_eq!((third.reads, third.allocations), (0, 0), "{set:?}");
@@ -126,9 +74,9 @@ fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
 fn a_step_that_is_not_finite_leaves_weights_moments_and_state_as_they_were() {
     let _alone = alone();
     for router in ["topk", "default", "lossfree"] {
-        let mut run = Run::new(&[&format!("router.name={router}")]);
+        let mut run = training(&[&format!("router.name={router}")]);
         for _ in 0..2 {
-            assert_eq!(run.step().1, None, "{router}");
+            assert_eq!(step(&mut run).1, None, "{router}");
         }
         // The embedding of a byte that the next step reads.
         let tokens = run.tokens();
@@ -139,29 +87,31 @@ fn a_step_that_is_not_finite_leaves_weights_moments_and_state_as_they_were() {
         let kept = run.model.parameters[0].value.clone();
         let embedding = &mut run.model.parameters[0].value;
         embedding.change(|w| w.slice_mut::<f32>()[byte * width] = f32::NAN);
-        let before = bits(&run.state());
-        let (_, refused) = run.step();
+        let before = run.digests().unwrap();
+        let (_, refused) = step(&mut run);
         let refused = refused.expect("a step with a NaN was accepted");
         assert!(
             refused.starts_with("router logits of MoE layer 0, token "),
             "{refused}"
         );
         assert_eq!(run.trainer.optimizer.steps(), 2, "{router}");
-        assert!(bits(&run.state()) == before, "{router}: something changed");
+        assert!(
+            run.digests().unwrap() == before,
+            "{router}: something changed"
+        );
         run.model.parameters[0].value = kept;
-        assert_eq!(run.step().1, None, "{router}");
-        assert!(bits(&run.state()) != before, "{router}: nothing changed");
+        assert_eq!(step(&mut run).1, None, "{router}");
+        assert!(
+            run.digests().unwrap() != before,
+            "{router}: nothing changed"
+        );
     }
-}
-
-fn bits(numbers: &[Vec<f64>]) -> Vec<u64> {
-    numbers.iter().flatten().map(|x| x.to_bits()).collect()
 }
 
 #[test]
 fn the_device_is_that_of_the_counters() {
     let _alone = alone();
-    assert_eq!(Run::new(&[]).model.device(), Device::Sim);
+    assert_eq!(training(&[]).model.device(), Device::Sim);
 }
 
 #[test]
@@ -175,9 +125,9 @@ fn the_planned_memory_is_what_a_step_takes() {
     ] {
         take_peak(Device::Sim);
         let begun = take_peak(Device::Sim);
-        let mut run = Run::new(set);
-        run.step();
-        run.step();
+        let mut run = training(set);
+        step(&mut run);
+        step(&mut run);
         let found = take_peak(Device::Sim) - begun;
         let planned = Memory::of(&run.config, Target::H200);
         let ratio = planned.total() as f64 / found as f64;

@@ -2,23 +2,11 @@
 
 use super::case::Step;
 use crate::config::{Config, Layers, count};
-use crate::data::Corpus;
 use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::model::Model;
+use crate::error::Result;
 use crate::routers;
-use crate::step::Trainer;
+use crate::training::Training;
 use serde_json::{Value, json};
-
-/// A model and its next step.
-pub struct Training {
-    model: Model,
-    trainer: Trainer,
-    corpus: Corpus,
-    sequences: usize,
-    micro_batch: usize,
-    step: u64,
-}
 
 fn config(step: &Step, router: &str) -> Result<Config> {
     let mut layers = Layers::preset(step.preset);
@@ -55,46 +43,12 @@ pub fn sizes(step: &Step) -> Result<Value> {
     }))
 }
 
-impl Training {
-    /// # Errors
-    /// When the model does not fit the device.
-    pub fn new(step: &Step, router: &str, device: Device) -> Result<Self> {
-        let (mut config, sequences) = (config(step, router)?, step.sequences);
-        config.train.device = device;
-        let model = Model::new(&config)?;
-        Ok(Training {
-            trainer: Trainer::new(&config.train, &model),
-            model,
-            corpus: Corpus::load(&config.data, &config.model, 0)?,
-            sequences,
-            micro_batch: config.train.micro_batch,
-            step: 0,
-        })
-    }
-
-    /// The next one.
-    ///
-    /// # Errors
-    /// Those of a step, and when a number in it was not finite.
-    pub fn step(&mut self) -> Result<()> {
-        let first = self.step * self.sequences as u64;
-        let micro = self.micro_batch as u64;
-        let parts = (0..self.sequences as u64 / micro).map(|m| {
-            let first = first + m * micro;
-            self.corpus.sequences(first..first + micro)
-        });
-        let parts: Vec<Vec<i32>> = parts.collect();
-        let parts: Vec<&[i32]> = parts.iter().map(Vec::as_slice).collect();
-        let report = self
-            .trainer
-            .step(&mut self.model, &parts, self.micro_batch, 1e-3)?;
-        self.step += 1;
-        match report.refused {
-            None => Ok(()),
-            Some(what) => Err(Error::NonFinite {
-                what,
-                help: "report this as a bug: the step is of a preset".into(),
-            }),
-        }
-    }
+/// The model, before its first step.
+///
+/// # Errors
+/// When the model does not fit the device.
+pub fn training(step: &Step, router: &str, device: Device) -> Result<Training> {
+    let mut config = config(step, router)?;
+    config.train.device = device;
+    Training::new(config)
 }

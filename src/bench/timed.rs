@@ -2,7 +2,7 @@
 
 use super::case::{Case, Group, Step, Work};
 use super::kernels::{self, Kernels};
-use super::steps::Training;
+use super::steps;
 use crate::check::kernels::{Machine, Run, Simulator};
 use crate::device::Device;
 use crate::dtype::DType;
@@ -283,7 +283,7 @@ fn on_host(
 }
 
 fn step_side(step: &Step, router: &str, device: Device) -> Result<Side<'static>> {
-    let mut training = Training::new(step, router, device)?;
+    let mut training = steps::training(step, router, device)?;
     Ok(in_turn(1, move |_| {
         training.step()?;
         finish(device)

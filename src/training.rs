@@ -1,0 +1,103 @@
+//! The steps of a configuration, one after another, without a run's folder: what tests, timings and the hardware check train.
+
+use crate::config::Config;
+use crate::data::Corpus;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::step::{Launched, StepReport, Trainer};
+use crate::tensor::Tensor;
+use crate::train::learning_rate;
+
+/// A model, its optimizer and the text that its next step reads.
+pub struct Training {
+    pub config: Config,
+    pub model: Model,
+    pub trainer: Trainer,
+    corpus: Corpus,
+    step: u64,
+}
+
+impl Training {
+    /// # Errors
+    /// When the text cannot be read, or the model does not fit the device.
+    pub fn new(config: Config) -> Result<Self> {
+        let model = Model::new(&config)?;
+        Ok(Training {
+            trainer: Trainer::new(&config.train, &model),
+            corpus: Corpus::load(&config.data, &config.model, config.train.seed)?,
+            model,
+            config,
+            step: 0,
+        })
+    }
+
+    /// Those of the next step, S + 1 of each sequence.
+    pub fn tokens(&self) -> Vec<i32> {
+        let n = self.config.train.sequences_per_step as u64;
+        self.corpus.sequences(self.step * n..(self.step + 1) * n)
+    }
+
+    /// Launches the next step, as [`Trainer::launch`] does.
+    ///
+    /// # Errors
+    /// Those of a step.
+    pub fn launch(&mut self) -> Result<Launched> {
+        let tokens = self.tokens();
+        let (train, width) = (&self.config.train, self.config.model.sequence_length + 1);
+        let parts: Vec<&[i32]> = tokens.chunks(train.micro_batch * width).collect();
+        let rate = learning_rate(train, self.step);
+        let (model, sequences) = (&mut self.model, train.micro_batch);
+        self.trainer.launch(model, &parts, sequences, rate)
+    }
+
+    /// What became of it.
+    ///
+    /// # Errors
+    /// Those of a step.
+    pub fn report(&mut self, launched: Launched) -> Result<StepReport> {
+        self.step += 1;
+        self.trainer.report(&mut self.model, launched)
+    }
+
+    /// A whole step.
+    ///
+    /// # Errors
+    /// Those of a step, and when a number in it was not finite.
+    pub fn step(&mut self) -> Result<StepReport> {
+        let launched = self.launch()?;
+        let report = self.report(launched)?;
+        match report.refused {
+            None => Ok(report),
+            Some(what) => Err(Error::NonFinite {
+                what: format!("{what} in step {}", self.step),
+                help: "lower train.learning_rate; if the preset's is set, report a bug".into(),
+            }),
+        }
+    }
+
+    /// Name and digest of everything that a step may change: weights, moments, what routers keep, the number of steps.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn digests(&self) -> Result<Vec<(String, blake3::Hash)>> {
+        let all = |t: &Tensor| t.copied_bytes(0..t.elements() * t.dtype().size());
+        let mut found = Vec::new();
+        let mut add = |name: String, bytes: &[u8]| found.push((name, blake3::hash(bytes)));
+        for (p, moments) in (self.model.parameters.iter()).zip(self.trainer.optimizer.moments()) {
+            add(p.name.clone(), &p.value.bytes(0..p.value.elements())?);
+            add(format!("first moment of {}", p.name), &all(&moments.first)?);
+            add(
+                format!("second moment of {}", p.name),
+                &all(&moments.second)?,
+            );
+        }
+        for (layer, state) in self.model.layer_states().iter().enumerate() {
+            for (name, tensor) in state.tensors() {
+                add(format!("{name} of MoE layer {layer}"), &all(tensor)?);
+            }
+        }
+        let steps = self.trainer.optimizer.steps();
+        add("number of steps".into(), &steps.to_le_bytes());
+        Ok(found)
+    }
+}
