@@ -7,6 +7,7 @@ macro_rules! say {
 
 mod commands;
 mod data;
+mod proofs;
 mod timings;
 
 use crate::check::Fault;
@@ -151,16 +152,17 @@ Examples:
         #[arg(long, value_name = "N", default_value_t = floors::TOKENS)]
         tokens: usize,
     },
-    /// Prove and time the kernels on a GPU: whatever has no record yet, most important first.
+    /// Prove and time kernels and whole training steps on a GPU: whatever has no record yet, most important first.
     #[command(after_help = "\
 Examples:
   routegrad hardware-check --list
   routegrad hardware-check --budget 600
   routegrad hardware-check --only 'agrees: unit'
+  routegrad hardware-check --device sim --out /tmp/records
   routegrad hardware-check --merge from-node/hardware-nvidia-h200.jsonl")]
-    HardwareCheck(HardwareArgs),
+    HardwareCheck(proofs::HardwareArgs),
     /// Print how far each kernel is proven, as a Markdown table.
-    Status(StatusArgs),
+    Status(proofs::StatusArgs),
     /// Measure every kernel beside cuBLAS and its floor; report also on PyTorch and other open kernels.
     ///
     /// On a GPU the kernels, elsewhere the CPU's operations and the simulator. Records are kept, so that runs add up.
@@ -405,41 +407,6 @@ enum ExportedDtype {
 }
 
 #[derive(Args)]
-struct HardwareArgs {
-    /// Folder of the records.
-    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
-    out: PathBuf,
-    /// End within so many seconds; what is left waits for the next time.
-    #[arg(long, value_name = "SECONDS", default_value_t = 540.0)]
-    budget: f64,
-    /// Say what would run, in order, with estimates; run nothing.
-    #[arg(long, visible_alias = "dry-run")]
-    list: bool,
-    /// Only tasks whose name contains this.
-    #[arg(long, value_name = "TEXT")]
-    only: Option<String>,
-    /// Also what has passed before.
-    #[arg(long)]
-    again: bool,
-    /// Take the records of these files into the folder, and run nothing.
-    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["list", "only", "again"])]
-    merge: Vec<PathBuf>,
-    /// Run one task in this process and print its outcome: how a task is run.
-    #[arg(long, value_name = "TASK", hide = true)]
-    one: Option<String>,
-}
-
-#[derive(Args)]
-struct StatusArgs {
-    /// Folder of the records.
-    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
-    records: PathBuf,
-    /// Replace the table of this page instead of printing it.
-    #[arg(long, value_name = "FILE")]
-    update: Option<PathBuf>,
-}
-
-#[derive(Args)]
 struct BenchArgs {
     /// Folder of the records.
     #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
@@ -528,8 +495,8 @@ impl Cli {
             Command::Import(args) => import_command(&args),
             Command::Plan(args) => plan_command(&args),
             Command::Floors { preset, tokens } => print_floors(&preset, tokens),
-            Command::HardwareCheck(args) => hardware_check(args),
-            Command::Status(args) => status(&args),
+            Command::HardwareCheck(args) => proofs::check(args),
+            Command::Status(args) => proofs::status(&args),
             Command::Bench(args) => timings::run(args),
         }
     }

@@ -1,5 +1,5 @@
-//! `hardware-check` and `status` on a machine without a usable GPU: what they list, why they cannot run, and what a driver
-//! would have to be.
+//! `hardware-check` and `status` on a machine without a usable GPU: what they list, why they cannot run, what a driver
+//! would have to be; and the tasks of whole steps on the simulator, with and without something planted.
 
 use std::path::Path;
 use std::process::{Command, Output};
@@ -56,10 +56,18 @@ fn a_dry_run_lists_every_task_in_order_and_says_why_it_cannot_run() {
         "agrees: dispatch_choices small",
         "agrees: grouped_gemm_weight_gradient covering accumulated",
         "replays: grouped_gemm_forward small",
-        "memcheck: dispatch_mask small",
+        "steady: tiny default  (needs",
+        "repeats: 557m default 4 layers",
+        "learns: small default",
+        "memcheck: dispatch_mask small  (needs compute-sanitizer)",
         "racecheck: grouped_gemm_forward small",
+        "trains: 7.33b default  (needs 141.9 GB of the device)",
+        "resumes: 1.96b default  (needs 43.8 GB of the device, 23.6 GB of disk)",
+        "timed: attention_forward 2048 x 64",
+        "timed: attention_backward 8192 x 128 grouped 16 on 4",
         "timed: grouped_gemm_forward dense 4096",
         "timed: grouped_gemm_weight_gradient 7.33b 32c4 down",
+        "bench: core set",
     ] {
         let at = listed[from..].find(task);
         from += at.unwrap_or_else(|| panic!("{task} is missing, or out of order:\n{listed}"));
@@ -233,4 +241,92 @@ fn a_gpu_without_room_for_the_run_says_how_much_is_free_before_the_run_begins() 
         "{error}"
     );
     assert!(!out.exists(), "a run began");
+}
+
+/// The records that a rehearsal on the simulator left, by task.
+fn rehearsed(arguments: &[&str]) -> (Output, Vec<serde_json::Value>) {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    let mut all = vec!["hardware-check", "--device", "sim", "--out", out];
+    all.extend(arguments);
+    let output = routegrad(&all, None);
+    let file = folder.path().join("hardware-simulator.jsonl");
+    let records = std::fs::read_to_string(file).unwrap_or_default();
+    let records = records
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap());
+    (output, records.collect())
+}
+
+/// What is asked of whole steps, in the order of the records.
+const STEP_TASKS: [&str; 6] = [
+    "bench: small set",
+    "learns: tiny default",
+    "repeats: tiny default",
+    "resumes: tiny default",
+    "steady: tiny default",
+    "trains: tiny default",
+];
+
+#[test]
+fn every_task_of_whole_steps_passes_on_the_simulator_and_records_what_it_saw() {
+    let (output, records) = rehearsed(&[]);
+    assert!(output.status.success(), "{}", text(&output.stdout));
+    let tasks: Vec<&str> = records
+        .iter()
+        .map(|r| r["task"].as_str().unwrap())
+        .collect();
+    assert_eq!(tasks, STEP_TASKS);
+    for record in &records {
+        assert_eq!(record["ending"], "passed", "{record}");
+        assert_eq!(record["gpu"], "simulator");
+    }
+    let [bench, learns, repeats, resumes, steady, trains] =
+        [0, 1, 2, 3, 4, 5].map(|i| &records[i]["measured"]);
+    assert_eq!(bench["cases"], 1);
+    assert_eq!(learns["losses"].as_array().map(Vec::len), Some(6));
+    assert!(learns["relative_difference"].as_f64().unwrap().abs() < 0.01);
+    assert!(repeats["arrays"].as_u64() > Some(50));
+    let seconds = |record: &serde_json::Value, key: &str| record[key].as_f64().unwrap();
+    // The simulator's steps are slow, and the checkpoint is small.
+    assert!((0.0..1.0).contains(&seconds(resumes, "share_of_time_blocked")));
+    assert!(seconds(resumes, "checkpoint_bytes") > 1e6);
+    let third = &steady["third_step"];
+    assert_eq!((&third["reads"], &third["waits"]), (&0.into(), &0.into()));
+    assert!(third["launches"].as_u64() > Some(100));
+    assert_eq!(
+        trains["seconds_of_each_step"].as_array().map(Vec::len),
+        Some(2)
+    );
+    let rate = seconds(trains, "tokens_per_step") / seconds(trains, "tokens_per_second");
+    assert!(rate > 0.0 && seconds(trains, "share_of_peak") < 1e-3);
+}
+
+#[test]
+fn what_is_planted_in_a_task_of_whole_steps_is_told_as_failure() {
+    let (output, records) = rehearsed(&["--plant"]);
+    assert_eq!(output.status.code(), Some(1));
+    let told: Vec<&[&str]> = vec![
+        &["the bench ended with"],
+        &["not within 1%: mean loss"],
+        &["differ in", "first in loss and gradient norm of step 1"],
+        &["did the first 3 steps again"],
+        &[
+            "reads: 2",
+            "the memory is not within 3% of the plan",
+            "a refused step changed: model.layers.0",
+        ],
+        &["the memory is not within 3% of the plan"],
+    ];
+    assert_eq!(records.len(), told.len());
+    for ((record, name), told) in records.iter().zip(STEP_TASKS).zip(told) {
+        assert_eq!(
+            (&record["task"], &record["ending"]),
+            (&name.into(), &"failed".into())
+        );
+        let detail = record["detail"].as_str().unwrap();
+        for text in told {
+            assert!(detail.contains(text), "{name}: {detail}");
+        }
+    }
 }

@@ -82,13 +82,15 @@ fn old_timing(side: &Value) -> Option<Measured> {
         let all = side[key].as_array()?.iter();
         all.map(|x| Some(x.as_f64()? * unit)).collect()
     };
+    // Products are timed with one plan, which their records do not repeat.
+    let count = |key: &str, plan: usize| side[key].as_u64().map_or(plan, |n| n as usize);
     let passes = numbers("microseconds_of_each_pass", 1e-6)?;
     Some(Measured {
         seconds: passes.iter().copied().reduce(f64::min)?,
         spread: numbers("spread_of_each_pass", 1.0)?,
         passes,
-        samples: HARDWARE_PLAN.samples,
-        launches: HARDWARE_PLAN.launches,
+        samples: count("samples", HARDWARE_PLAN.samples),
+        launches: count("launches", HARDWARE_PLAN.launches),
         sets: 0,
         graph: false,
     })
@@ -96,7 +98,7 @@ fn old_timing(side: &Value) -> Option<Measured> {
 
 /// Bytes that a case must move.
 fn bytes_of(name: &str) -> Option<f64> {
-    let mut groups = case::groups().into_iter();
-    let group = groups.find(|group| group.name == name)?;
-    Some(group.cases().ok()?.first()?.bytes())
+    let groups = case::groups().into_iter();
+    let mut cases = groups.filter_map(|group| group.cases().ok()).flatten();
+    Some(cases.find(|case| case.name == name)?.bytes())
 }

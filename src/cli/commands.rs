@@ -441,45 +441,6 @@ pub(super) fn list_ops(preset: &str, router: &str, set: Vec<String>) -> Result<(
     Ok(())
 }
 
-pub(super) fn hardware_check(args: HardwareArgs) -> Result<()> {
-    if let Some(task) = &args.one {
-        return hardware::one::run(task);
-    }
-    if !args.merge.is_empty() {
-        say!(
-            "{}",
-            hardware::record::Records::merge(&args.out, &args.merge)?
-        );
-        return Ok(());
-    }
-    let HardwareArgs {
-        out,
-        budget,
-        list,
-        only,
-        again,
-        ..
-    } = args;
-    hardware::check(&hardware::Options {
-        out,
-        budget,
-        list,
-        only,
-        again,
-    })
-}
-
-pub(super) fn status(args: &StatusArgs) -> Result<()> {
-    let table = hardware::status::table(&hardware::record::Records::open(&args.records)?);
-    match &args.update {
-        Some(page) => hardware::status::update(page, &table),
-        None => {
-            say!("{}", table.trim_end());
-            Ok(())
-        }
-    }
-}
-
 pub(super) fn print_floors(presets: &[String], tokens: usize) -> Result<()> {
     let presets: Vec<&str> = presets.iter().map(String::as_str).collect();
     let page = match presets.as_slice() {

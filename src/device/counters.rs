@@ -13,6 +13,8 @@ pub struct Counters {
     pub allocations: u64,
     /// Copies from the device to the host, each of which waits for all launches before it.
     pub reads: u64,
+    /// Times that the host waited for a GPU, copies included.
+    pub waits: u64,
     /// Copies to the device, which wait for nothing.
     pub uploads: u64,
     /// A digest of all addresses that kernels were given, in order.
@@ -45,6 +47,11 @@ pub(super) fn allocated() {
 
 pub(super) fn read() {
     change(|c| c.reads += 1);
+}
+
+#[cfg(feature = "cuda")]
+pub(super) fn waited() {
+    change(|c| c.waits += 1);
 }
 
 pub(super) fn uploaded() {

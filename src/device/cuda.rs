@@ -4,7 +4,7 @@
 //! stream, and cudarc's event tracking is off, since it would break graph capture.
 
 use super::launchers::{self, Launchers};
-use super::timeline;
+use super::{counters, timeline};
 use crate::error::{Error, Result};
 use cudarc::driver::result;
 use cudarc::driver::sys::{
@@ -126,6 +126,7 @@ impl Gpu {
     /// # Errors
     /// What a launch since the last wait met.
     pub fn finish(&self) -> Result<()> {
+        counters::waited();
         self.stream
             .synchronize()
             .map_err(|e| error("wait for its launches", e))
@@ -315,6 +316,7 @@ impl Staging {
             self.current = 1 - self.current;
             self.at = 0;
             if let Some(left) = self.left[self.current].take() {
+                counters::waited();
                 left.synchronize()
                     .map_err(|e| error("wait for its copies", e))?;
             }

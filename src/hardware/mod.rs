@@ -2,15 +2,26 @@
 //!
 //! [`check`] runs every task that has no record yet, most important first, within a time budget, and writes the records as
 //! it goes. Each task runs in a process of its own with a time limit, so that a kernel that hangs or faults loses nothing
-//! but itself. [`status::table`] renders what is proven.
+//! but itself. On the simulator the tasks of whole steps run at a small size, which shows that they would tell what is wrong.
+//! [`status::table`] renders what is proven.
 
+pub mod attention;
+mod benched;
+pub mod code;
+pub mod learns;
 pub mod one;
 mod process;
 pub mod record;
+mod repeats;
+mod resumes;
 pub mod status;
+mod steady;
+mod steps;
 pub mod task;
 pub mod timing;
+mod trains;
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::machine;
 use crate::records;
@@ -22,10 +33,20 @@ use task::Task;
 /// Where records are kept.
 pub const FOLDER: &str = "benches/results";
 
-/// What [`check`] is asked to do.
-pub struct Options {
+/// Where tasks run.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// A GPU, or the simulator.
+    pub device: Device,
     /// Folder of the records.
     pub out: PathBuf,
+    /// Every task of a whole step does something wrong on purpose, which it must tell.
+    pub planted: bool,
+}
+
+/// What [`check`] is asked to do.
+pub struct Options {
+    pub place: Place,
     /// Seconds to end within; no task starts that is likely to end later.
     pub budget: f64,
     /// Say what would run, and run nothing.
@@ -43,6 +64,14 @@ fn gpu_name() -> Result<String, String> {
     crate::device::cuda::Gpu::open().map(|gpu| gpu.name.clone())
 }
 
+/// The machine that the records are of; or one sentence that says why there is none.
+fn machine_name(device: Device) -> Result<String, String> {
+    match device {
+        Device::Sim => Ok("simulator".into()),
+        _ => gpu_name(),
+    }
+}
+
 /// As with the feature.
 #[cfg(not(feature = "cuda"))]
 fn gpu_name() -> Result<String, String> {
@@ -54,8 +83,8 @@ fn gpu_name() -> Result<String, String> {
 /// # Errors
 /// When there is no usable GPU, a record cannot be written, or a task failed.
 pub fn check(options: &Options) -> Result<()> {
-    let mut records = Records::open(&options.out)?;
-    let gpu = gpu_name();
+    let mut records = Records::open(&options.place.out)?;
+    let gpu = machine_name(options.place.device);
     let (tasks, done) = pending(options, &records, gpu.as_deref().ok());
     let total: f64 = tasks.iter().map(|task| task.estimate).sum();
     match &gpu {
@@ -70,7 +99,16 @@ pub fn check(options: &Options) -> Result<()> {
     }
     if options.list || gpu.is_err() {
         for (i, task) in tasks.iter().enumerate() {
-            println!("{:4}  {:4.0} s  {}", i + 1, task.estimate, task.name());
+            let needs = match task.needs.as_str() {
+                "" => String::new(),
+                needs => format!("  (needs {needs})"),
+            };
+            println!(
+                "{:4}  {:4.0} s  {}{needs}",
+                i + 1,
+                task.estimate,
+                task.name()
+            );
         }
     }
     let gpu = match gpu {
@@ -86,7 +124,7 @@ pub fn check(options: &Options) -> Result<()> {
             ));
         }
     };
-    let mut visit = Visit::new(gpu);
+    let mut visit = Visit::new(gpu, options.place.clone());
     let start = Instant::now();
     let (mut ran, mut failed) = (0, 0);
     for (i, task) in tasks.iter().enumerate() {
@@ -105,7 +143,7 @@ pub fn check(options: &Options) -> Result<()> {
         records.insert(record);
         records.save(&visit.gpu)?;
     }
-    let (left, out) = (tasks.len() - ran, options.out.display());
+    let (left, out) = (tasks.len() - ran, options.place.out.display());
     println!("{ran} ran, {failed} failed, {left} left for want of time; records: {out}");
     if failed == 0 {
         return Ok(());
@@ -138,14 +176,13 @@ fn pending(options: &Options, records: &Records, gpu: Option<&str>) -> (Vec<Task
             .is_none_or(|only| task.name().contains(only.as_str()))
     };
     let ending = |task: &Task| {
-        let key = (
-            gpu?.to_string(),
-            task.name(),
-            task::code(task.source)?.to_string(),
-        );
+        let key = (gpu?.to_string(), task.name(), code::code(task.source)?);
         Some(records.get(&key)?.ending)
     };
-    let all: Vec<Task> = task::queue().into_iter().filter(wanted).collect();
+    let all: Vec<Task> = task::queue(options.place.device)
+        .into_iter()
+        .filter(wanted)
+        .collect();
     let count = all.len();
     let again = |task: &Task| {
         options.again || matches!(ending(task), Some(Ending::Failed | Ending::TimedOut))
@@ -163,6 +200,7 @@ fn pending(options: &Options, records: &Records, gpu: Option<&str>) -> (Vec<Task
 /// What every record of one run of the program shares.
 struct Visit {
     gpu: String,
+    place: Place,
     commit: String,
     driver: String,
     system: String,
@@ -171,11 +209,12 @@ struct Visit {
 }
 
 impl Visit {
-    fn new(gpu: String) -> Self {
+    fn new(gpu: String, place: Place) -> Self {
         let (commit, driver, system) = (machine::commit(), machine::driver(), machine::system());
         let state = machine::state();
         Self {
             gpu,
+            place,
             commit,
             driver,
             system,
@@ -187,7 +226,7 @@ impl Visit {
     fn run(&mut self, task: &Task, remaining: f64) -> Result<Option<Record>> {
         let start = Instant::now();
         let limit = task.limit().min(remaining + 10.0);
-        let outcome = process::in_child(task, limit)?;
+        let outcome = process::in_child(task, &self.place, limit)?;
         let seconds = start.elapsed().as_secs_f64();
         if outcome.ending == Ending::TimedOut && limit < task.limit() {
             return Ok(None);
@@ -197,7 +236,7 @@ impl Visit {
         Ok(Some(Record {
             gpu: self.gpu.clone(),
             task: task.name(),
-            code: task::code(task.source).unwrap_or("none").into(),
+            code: code::code(task.source).unwrap_or("none".into()),
             ending: outcome.ending,
             detail: outcome.detail,
             measured: outcome.measured,
@@ -219,7 +258,11 @@ mod tests {
 
     fn options(only: Option<&str>) -> Options {
         Options {
-            out: PathBuf::new(),
+            place: Place {
+                device: Device::Cuda,
+                out: PathBuf::new(),
+                planted: false,
+            },
             budget: 0.0,
             list: true,
             only: only.map(String::from),
@@ -239,7 +282,7 @@ mod tests {
                 .collect::<Vec<_>>()
         };
         let all = names(&records, &options(None));
-        assert_eq!(all.len(), task::queue().len());
+        assert_eq!(all.len(), task::queue(Device::Cuda).len());
         if !cfg!(routegrad_cuda) {
             return; // without code there are no keys
         }
@@ -262,7 +305,7 @@ mod tests {
                 after: null,
             });
         };
-        let code = task::code("unit").unwrap();
+        let code = &code::code("unit").unwrap();
         add(&all[0], Ending::Passed, code);
         add(&all[1], Ending::Failed, code);
         add(&all[2], Ending::Passed, "of another build");

@@ -1,7 +1,9 @@
 //! One task, in the process made for it.
 
 use super::record::Ending;
-use crate::error::Result;
+use super::task::{self, Kind};
+use super::{Place, benched, steps};
+use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -21,57 +23,78 @@ impl Outcome {
             measured: Value::Null,
         }
     }
+
+    /// Failed with everything that is `wrong`, or passed with what was `right`.
+    pub fn judged(wrong: impl IntoIterator<Item = String>, right: String, measured: Value) -> Self {
+        let wrong: Vec<String> = wrong.into_iter().collect();
+        let outcome = match wrong.is_empty() {
+            true => Self::new(Ending::Passed, right),
+            false => Self::new(Ending::Failed, wrong.join("; ")),
+        };
+        Self {
+            measured,
+            ..outcome
+        }
+    }
 }
 
-/// Runs the task called `name` on the GPU and prints its outcome.
+/// Runs the task called `name` and prints its outcome.
 ///
 /// # Errors
 /// When it cannot be printed.
-pub fn run(name: &str) -> Result<()> {
-    let outcome = outcome(name).unwrap_or_else(|why| Outcome::new(Ending::Failed, why));
+pub fn run(name: &str, place: &Place) -> Result<()> {
+    let outcome = outcome(name, place).unwrap_or_else(|why| Outcome::new(Ending::Failed, why));
+    let line = serde_json::to_string(&outcome);
     println!(
         "{}",
-        serde_json::to_string(&outcome).map_err(|e| crate::error::Error::io(
-            "write",
-            "the outcome",
-            e.into()
-        ))?
+        line.map_err(|e| Error::io("write", "the outcome", e.into()))?
     );
     Ok(())
 }
 
+fn outcome(name: &str, place: &Place) -> Result<Outcome, String> {
+    let task = task::queue(place.device)
+        .into_iter()
+        .find(|task| task.name() == name)
+        .ok_or(format!("there is no task \"{name}\""))?;
+    match task.kind {
+        Kind::Steady | Kind::Repeats | Kind::Learns | Kind::Trains | Kind::Resumes => {
+            let case = steps::cases(place.device)
+                .into_iter()
+                .find(|case| case.kind == task.kind && case.name == task.case)
+                .ok_or("there is no such case")?;
+            case.run(place).map_err(|e| e.to_string())
+        }
+        Kind::Bench => benched::check(place).map_err(|e| e.to_string()),
+        _ => of_kernel(&task),
+    }
+}
+
 #[cfg(not(feature = "cuda"))]
-fn outcome(_name: &str) -> Result<Outcome, String> {
+fn of_kernel(_task: &task::Task) -> Result<Outcome, String> {
     super::gpu_name().map(|gpu| Outcome::new(Ending::Failed, gpu))
 }
 
 #[cfg(feature = "cuda")]
-fn outcome(name: &str) -> Result<Outcome, String> {
-    use super::task::{self, Kind};
-    use super::timing;
-    let task = task::queue()
-        .into_iter()
-        .find(|task| task.name() == name)
-        .ok_or(format!("there is no task \"{name}\""))?;
-    let gpu = crate::device::cuda::Gpu::open()?;
+fn of_kernel(task: &task::Task) -> Result<Outcome, String> {
+    use super::{attention, timing};
+    let gpu = crate::device::cuda::gpu().map_err(|e| e.to_string())?;
     if task.kind == Kind::Timed {
-        let case = timing::cases()
-            .into_iter()
-            .find(|case| case.name == task.case)
-            .ok_or("there is no such timing")?;
-        let (detail, measured) = timing::time(&gpu, &case)?;
-        return Ok(Outcome {
-            measured,
-            ..Outcome::new(Ending::Passed, detail)
-        });
+        let gemm = timing::cases().into_iter().find(|c| c.name == task.case);
+        let (detail, measured) = match gemm {
+            Some(case) => timing::time(gpu, &case)?,
+            None => attention::time(&task.case, crate::device::Device::Cuda)
+                .map_err(|e| e.to_string())?,
+        };
+        return Ok(Outcome::judged(None, detail, measured));
     }
     let case = crate::check::kernels::cases()
         .into_iter()
         .find(|case| case.name == task.case)
         .ok_or("there is no such case")?;
     match task.kind {
-        Kind::Replays => cases::replays(&gpu, &case),
-        _ => cases::agrees(&gpu, &case),
+        Kind::Replays => cases::replays(gpu, &case),
+        _ => cases::agrees(gpu, &case),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The processes that tasks run in.
 
+use super::Place;
 use super::one::Outcome;
 use super::record::Ending;
 use super::task::{Kind, Task};
@@ -18,7 +19,7 @@ const FOUND: i32 = 86;
 ///
 /// # Errors
 /// When this program cannot be started a second time.
-pub fn in_child(task: &Task, limit: f64) -> Result<Outcome> {
+pub fn in_child(task: &Task, place: &Place, limit: f64) -> Result<Outcome> {
     let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
     // The instruments watch the run that otherwise compares results.
     let mut command = match task.kind {
@@ -46,6 +47,10 @@ pub fn in_child(task: &Task, limit: f64) -> Result<Outcome> {
     };
     command
         .args(["hardware-check", "--one", &task.name()])
+        .args(["--device", &place.device.to_string()])
+        .args(place.planted.then_some("--plant"))
+        .arg("--out")
+        .arg(&place.out)
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());

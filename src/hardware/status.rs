@@ -1,8 +1,10 @@
 //! The table of kernels and how far each is proven, rendered from the records.
 
+use super::code::code;
 use super::record::{Ending, Record, Records};
 use super::task::{self, Kind, Task};
 use crate::check::kernels;
+use crate::device::Device;
 use crate::error::Result;
 use crate::report;
 use std::path::Path;
@@ -23,7 +25,7 @@ fn launchers() -> Vec<&'static str> {
 /// A Markdown table: one row a kernel. "Proven" counts the tasks that have passed on that GPU with the code of this build;
 /// "measured" is the best rate of any shape, beside its floor and cuBLAS.
 pub fn table(records: &Records) -> String {
-    let queue = task::queue();
+    let queue = task::queue(Device::Cuda);
     let mut text = String::from(
         "| kernel | reference | simulator | compiled | proven on GPU | measured |\n|---|---|---|---|---|---|\n",
     );
@@ -34,9 +36,9 @@ pub fn table(records: &Records) -> String {
     {
         let tasks: Vec<&Task> = queue
             .iter()
-            .filter(|task| task.launcher == launcher)
+            .filter(|task| task.launcher == Some(launcher))
             .collect();
-        let compiled = match tasks.first().and_then(|task| task::code(task.source)) {
+        let compiled = match tasks.first().and_then(|task| code(task.source)) {
             Some(_) => "sm_90a",
             None => "not in this build",
         };
@@ -56,10 +58,10 @@ pub fn table(records: &Records) -> String {
 
 /// Records of this build's code, of one task.
 fn current<'a>(task: &'a Task, records: &'a Records) -> impl Iterator<Item = &'a Record> {
-    let (name, code) = (task.name(), task::code(task.source));
+    let (name, code) = (task.name(), code(task.source));
     records
         .iter()
-        .filter(move |record| record.task == name && Some(record.code.as_str()) == code)
+        .filter(move |record| record.task == name && Some(&record.code) == code.as_ref())
 }
 
 fn proven(tasks: &[&Task], records: &Records) -> String {
@@ -155,10 +157,10 @@ mod tests {
         }
         let folder = tempfile::tempdir().unwrap();
         let mut records = Records::open(folder.path()).unwrap();
-        let queue = task::queue();
+        let queue = task::queue(Device::Cuda);
         let tasks: Vec<&Task> = queue
             .iter()
-            .filter(|task| task.launcher == "dispatch_mask")
+            .filter(|task| task.launcher == Some("dispatch_mask"))
             .collect();
         let mut add = |task: &Task, ending, code: &str, measured| {
             records.insert(Record {
@@ -177,7 +179,7 @@ mod tests {
                 after: json!(null),
             });
         };
-        let code = task::code("dispatch").unwrap();
+        let code = &code("dispatch").unwrap();
         let needed: Vec<&&Task> = tasks
             .iter()
             .filter(|t| matches!(t.kind, Kind::Agrees | Kind::Replays))

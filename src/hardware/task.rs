@@ -1,7 +1,12 @@
 //! What there is to prove and to measure on a GPU, most important first.
 
+use super::attention;
+use super::benched;
+use super::code::STEP;
+use super::steps::{self, StepCase};
 use super::timing;
 use crate::check::kernels::{self, Case};
+use crate::device::Device;
 
 /// What is asked of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -10,12 +15,24 @@ pub enum Kind {
     Agrees,
     /// Captured as a graph and replayed, it gives the bytes of the eager run.
     Replays,
+    /// A whole step waits for nothing, repeats its addresses, takes the planned memory; with a NaN it leaves no trace.
+    Steady,
+    /// Two runs give the same bytes.
+    Repeats,
+    /// The loss is that of the processor.
+    Learns,
     /// `compute-sanitizer --tool memcheck` finds nothing.
     Memcheck,
     /// `compute-sanitizer --tool racecheck` finds nothing.
     Racecheck,
-    /// How fast, beside cuBLAS.
+    /// How fast whole steps are.
+    Trains,
+    /// A run that was killed goes on from its checkpoint, and what saving costs.
+    Resumes,
+    /// How fast a kernel is, products beside cuBLAS.
     Timed,
+    /// The benchmark's core set, peers included.
+    Bench,
 }
 
 impl Kind {
@@ -23,9 +40,15 @@ impl Kind {
         match self {
             Kind::Agrees => "agrees",
             Kind::Replays => "replays",
+            Kind::Steady => "steady",
+            Kind::Repeats => "repeats",
+            Kind::Learns => "learns",
             Kind::Memcheck => "memcheck",
             Kind::Racecheck => "racecheck",
+            Kind::Trains => "trains",
+            Kind::Resumes => "resumes",
             Kind::Timed => "timed",
+            Kind::Bench => "bench",
         }
     }
 }
@@ -36,9 +59,12 @@ pub struct Task {
     pub kind: Kind,
     /// Name of the case.
     pub case: String,
-    pub launcher: &'static str,
-    /// The `.cu` file whose code it depends on.
+    /// Of a task that is about one kernel.
+    pub launcher: Option<&'static str>,
+    /// The `.cu` file whose code it depends on, or [`STEP`].
     pub source: &'static str,
+    /// What the machine must have, beside the GPU.
+    pub needs: String,
     /// Seconds that it should take, start of the process included.
     pub estimate: f64,
 }
@@ -53,22 +79,49 @@ impl Task {
     pub fn limit(&self) -> f64 {
         30.0 + 5.0 * self.estimate
     }
+
+    fn of_kernel(kind: Kind, case: &Case, needs: &str, estimate: f64) -> Self {
+        Task {
+            kind,
+            case: case.name.clone(),
+            launcher: Some(case.launcher),
+            source: case.source,
+            needs: needs.into(),
+            estimate,
+        }
+    }
+
+    fn of_step(case: StepCase) -> Self {
+        Task {
+            kind: case.kind,
+            needs: case.needs(),
+            case: case.name,
+            launcher: None,
+            source: STEP,
+            estimate: case.estimate,
+        }
+    }
 }
 
-/// The whole queue: single instructions, then the kernels' cases; graphs; instruments; timings.
-pub fn queue() -> Vec<Task> {
-    let cases = kernels::cases();
-    let of = |kind, case: &Case, estimate| Task {
-        kind,
-        case: case.name.clone(),
-        launcher: case.launcher,
-        source: case.source,
-        estimate,
-    };
+/// The whole queue on a GPU: single instructions, then the kernels' cases; graphs; whole steps; instruments; timings of steps
+/// and kernels; the benchmark. On the simulator whole steps and the benchmark at small sizes: the tests have the kernels.
+pub fn queue(device: Device) -> Vec<Task> {
+    let (correct, timed): (Vec<StepCase>, Vec<StepCase>) = steps::cases(device)
+        .into_iter()
+        .partition(|case| !matches!(case.kind, Kind::Trains | Kind::Resumes));
+    let (correct, timed) = (correct.into_iter(), timed.into_iter());
+    let (correct, timed) = (correct.map(Task::of_step), timed.map(Task::of_step));
     let mut tasks = Vec::new();
+    if device == Device::Sim {
+        tasks.extend(correct.chain(timed));
+        tasks.push(bench("small", 10.0));
+        return tasks;
+    }
+    let cases = kernels::cases();
     // Seconds: opening the GPU takes about one, a small problem a few milliseconds, a covering one its float64 reference.
     let estimate =
         |case: &Case| 1.5 + case.problems.len() as f64 * if case.small { 0.01 } else { 0.1 };
+    let of = |kind, case, estimate| Task::of_kernel(kind, case, "", estimate);
     tasks.extend(
         cases
             .iter()
@@ -76,35 +129,61 @@ pub fn queue() -> Vec<Task> {
     );
     let small = || cases.iter().filter(|case| case.small);
     tasks.extend(small().map(|case| of(Kind::Replays, case, 1.0 + estimate(case))));
+    tasks.extend(correct);
     // An instrument takes seconds to start and slows kernels a hundredfold and more.
     for kind in [Kind::Memcheck, Kind::Racecheck] {
-        tasks.extend(small().map(|case| of(kind, case, 8.0 + 20.0 * (estimate(case) - 1.5))));
+        tasks.extend(small().map(|case| {
+            let seconds = 8.0 + 20.0 * (estimate(case) - 1.5);
+            Task::of_kernel(kind, case, "compute-sanitizer", seconds)
+        }));
     }
-    tasks.extend(timing::cases().into_iter().map(|case| Task {
-        kind: Kind::Timed,
-        launcher: case.product.launcher(),
-        source: "grouped_gemm",
-        estimate: case.estimate(),
-        case: case.name,
-    }));
+    tasks.extend(timed);
+    tasks.extend(timings());
+    tasks.push(bench("core", benched::SECONDS));
     tasks
 }
 
-/// The hash of the compiled code of a `.cu` file; none in a build without nvcc.
-pub fn code(source: &str) -> Option<&'static str> {
-    let hashes = option_env!("ROUTEGRAD_CODE")?;
-    hashes
-        .split(';')
-        .find_map(|entry| entry.strip_prefix(source)?.strip_prefix('='))
+fn timings() -> Vec<Task> {
+    let products = timing::cases().into_iter().map(|case| Task {
+        kind: Kind::Timed,
+        launcher: Some(case.product.launcher()),
+        source: "grouped_gemm",
+        needs: "cuBLAS, to compare with".into(),
+        estimate: case.estimate(),
+        case: case.name,
+    });
+    // What the kernels refuse to plan for shows when it is asked for.
+    let attention = attention::cases().unwrap_or_default().into_iter();
+    let attention = attention.map(|case| Task {
+        kind: Kind::Timed,
+        launcher: Some(case.family),
+        source: "attention",
+        needs: String::new(),
+        estimate: 4.0,
+        case: case.name,
+    });
+    attention.chain(products).collect()
+}
+
+fn bench(set: &str, estimate: f64) -> Task {
+    Task {
+        kind: Kind::Bench,
+        case: format!("{set} set"),
+        launcher: None,
+        source: STEP,
+        needs: "Python with PyTorch, for the peers".into(),
+        estimate,
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::code::code;
     use super::*;
 
     #[test]
     fn names_are_unique_and_instructions_come_first() {
-        let queue = queue();
+        let queue = queue(Device::Cuda);
         let names: std::collections::BTreeSet<String> = queue.iter().map(Task::name).collect();
         assert_eq!(names.len(), queue.len());
         let last_unit = queue
@@ -112,24 +191,36 @@ mod tests {
             .rposition(|t| t.kind == Kind::Agrees && t.source == "unit");
         let first_kernel = queue.iter().position(|t| t.source != "unit");
         assert!(last_unit < first_kernel, "{last_unit:?} {first_kernel:?}");
-        assert_eq!(queue[0].launcher, "unit_wgmma");
-        assert_eq!(queue.last().map(|t| t.kind), Some(Kind::Timed));
+        assert_eq!(queue[0].launcher, Some("unit_wgmma"));
+        // In the order of the kinds, so that what must hold comes before how fast it is.
+        let kinds: Vec<Kind> = queue.iter().map(|t| t.kind).collect();
+        assert!(kinds.windows(2).all(|w| w[0] as u8 <= w[1] as u8));
+        assert_eq!(kinds.last(), Some(&Kind::Bench));
     }
 
     #[test]
-    fn every_task_names_a_source_that_is_compiled() {
-        for task in queue() {
-            assert!(
-                std::path::Path::new("kernels")
-                    .join(task.source)
-                    .with_extension("cu")
-                    .is_file(),
-                "{}",
-                task.name()
-            );
+    fn every_task_names_code_that_is_compiled() {
+        for task in queue(Device::Cuda) {
+            let file = std::path::Path::new("kernels").join(task.source);
+            let known = task.source == STEP || file.with_extension("cu").is_file();
+            assert!(known, "{}", task.name());
             if cfg!(routegrad_cuda) {
-                assert_eq!(code(task.source).map(str::len), Some(16), "{}", task.name());
+                let code = code(task.source);
+                assert_eq!(code.map(|c| c.len()), Some(16), "{}", task.name());
             }
+        }
+    }
+
+    #[test]
+    fn every_kind_that_no_other_test_has_runs_on_the_simulator() {
+        let kinds = |device| -> Vec<Kind> { queue(device).iter().map(|t| t.kind).collect() };
+        let rehearsed = kinds(Device::Sim);
+        for kind in kinds(Device::Cuda) {
+            let of_a_kernel = matches!(
+                kind,
+                Kind::Agrees | Kind::Replays | Kind::Memcheck | Kind::Racecheck | Kind::Timed
+            );
+            assert!(of_a_kernel || rehearsed.contains(&kind), "{kind:?}");
         }
     }
 }

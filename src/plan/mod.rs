@@ -10,7 +10,7 @@ use serde::Serialize;
 
 /// Dense bf16 peak of the H200's data sheet, FLOP/s, and the share of it that a step is taken to reach:
 /// METHOD's tokens/s are of half.
-const H200_PEAK: f64 = 989e12;
+pub const H200_PEAK: f64 = 989e12;
 const H200_SHARE: f64 = 0.5;
 /// Memory of one H200, bytes: 139 GiB.
 const H200_MEMORY: u64 = 139 << 30;

@@ -1,0 +1,102 @@
+//! `routegrad hardware-check` and `routegrad status`: what a GPU has shown, and what it still has to.
+
+use super::*;
+use crate::device::Device;
+use crate::hardware::{Options, Place, code, learns, one, record, status};
+
+#[derive(Args)]
+pub(super) struct HardwareArgs {
+    /// Folder of the records.
+    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
+    out: PathBuf,
+    /// End within so many seconds; what is left waits for the next time.
+    #[arg(long, value_name = "SECONDS", default_value_t = 540.0)]
+    budget: f64,
+    /// Say what would run, in order, with what it needs and estimates; run nothing.
+    #[arg(long, visible_alias = "dry-run")]
+    list: bool,
+    /// Only tasks whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Also what has passed before.
+    #[arg(long)]
+    again: bool,
+    /// cuda; or sim, where whole steps run at a small size to see that the tasks themselves work.
+    #[arg(long, value_name = "DEVICE", value_enum, default_value = "cuda")]
+    device: Checked,
+    /// Take the records of these files into the folder, and run nothing.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["list", "only", "again"])]
+    merge: Vec<PathBuf>,
+    /// Train on the processor what losses on a GPU are compared with, into the folder; minutes.
+    #[arg(long, conflicts_with_all = ["list", "again", "merge"])]
+    record_curves: bool,
+    /// Run one task in this process and print its outcome: how a task is run.
+    #[arg(long, value_name = "TASK", hide = true)]
+    one: Option<String>,
+    /// Do something wrong in every task of whole steps, to see it told.
+    #[arg(long, hide = true)]
+    plant: bool,
+    /// Print the digest of the sources that records of whole steps are tied to: for scripts/bundle.
+    #[arg(long, hide = true)]
+    sources: bool,
+}
+
+/// Where the tasks run.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Checked {
+    Cuda,
+    Sim,
+}
+
+#[derive(Args)]
+pub(super) struct StatusArgs {
+    /// Folder of the records.
+    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
+    records: PathBuf,
+    /// Replace the table of this page instead of printing it.
+    #[arg(long, value_name = "FILE")]
+    update: Option<PathBuf>,
+}
+
+pub(super) fn check(args: HardwareArgs) -> Result<()> {
+    if args.sources {
+        say!("{}", code::sources().unwrap_or_default());
+        return Ok(());
+    }
+    if args.record_curves {
+        return learns::record(&args.out, args.only.as_deref());
+    }
+    if !args.merge.is_empty() {
+        say!("{}", record::Records::merge(&args.out, &args.merge)?);
+        return Ok(());
+    }
+    let place = Place {
+        device: match args.device {
+            Checked::Cuda => Device::Cuda,
+            Checked::Sim => Device::Sim,
+        },
+        out: args.out,
+        planted: args.plant,
+    };
+    if let Some(task) = &args.one {
+        return one::run(task, &place);
+    }
+    hardware::check(&Options {
+        place,
+        budget: args.budget,
+        list: args.list,
+        only: args.only,
+        again: args.again,
+    })
+}
+
+pub(super) fn status(args: &StatusArgs) -> Result<()> {
+    let table = status::table(&record::Records::open(&args.records)?);
+    match &args.update {
+        Some(page) => status::update(page, &table),
+        None => {
+            say!("{}", table.trim_end());
+            Ok(())
+        }
+    }
+}
