@@ -161,7 +161,7 @@ Examples:
   routegrad hardware-check --device sim --out /tmp/records
   routegrad hardware-check --merge from-node/hardware-nvidia-h200.jsonl")]
     HardwareCheck(proofs::HardwareArgs),
-    /// Print how far each kernel is proven, as a Markdown table.
+    /// Print how far each kernel is proven and what whole steps showed, as Markdown tables.
     Status(proofs::StatusArgs),
     /// Measure every kernel beside cuBLAS and its floor; report also on PyTorch and other open kernels.
     ///

@@ -91,11 +91,12 @@ pub(super) fn check(args: HardwareArgs) -> Result<()> {
 }
 
 pub(super) fn status(args: &StatusArgs) -> Result<()> {
-    let table = status::table(&record::Records::open(&args.records)?);
+    let records = record::Records::open(&args.records)?;
+    let table = status::table(&records);
     match &args.update {
         Some(page) => status::update(page, &table),
         None => {
-            say!("{}", table.trim_end());
+            say!("{table}\n{}", status::steps(&records).trim_end());
             Ok(())
         }
     }

@@ -1,4 +1,4 @@
-//! The table of kernels and how far each is proven, rendered from the records.
+//! The tables of kernels and whole steps, and how far each is proven, rendered from the records.
 
 use super::code::code;
 use super::record::{Ending, Record, Records};
@@ -52,6 +52,24 @@ pub fn table(records: &Records) -> String {
             &measured(&tasks, records),
         ];
         text += &format!("| {} |\n", cells.join(" | "));
+    }
+    text
+}
+
+/// A Markdown table: one row a task that is about whole steps, with the latest record of this build's code on each GPU.
+pub fn steps(records: &Records) -> String {
+    let mut text = String::from("| whole steps | on | ending | what it saw |\n|---|---|---|---|\n");
+    let queue = task::queue(Device::Cuda);
+    for task in queue.iter().filter(|task| task.launcher.is_none()) {
+        let mut rows = current(task, records).peekable();
+        if rows.peek().is_none() {
+            text += &format!("| {} | no | | |\n", task.name());
+        }
+        for record in rows {
+            let (ending, date) = (super::label(record.ending), &record.date);
+            let (name, gpu, detail) = (&record.task, &record.gpu, &record.detail);
+            text += &format!("| {name} | {gpu} | {ending}, {date} | {detail} |\n");
+        }
     }
     text
 }
@@ -148,6 +166,12 @@ mod tests {
             assert!(row.ends_with("| no | no |"), "{row}");
         }
         assert!(!table.contains("unit_"));
+        let steps = steps(&records);
+        assert!(
+            steps.contains("| trains: 7.33b default | no | | |"),
+            "{steps}"
+        );
+        assert!(!steps.contains("grouped_gemm"), "{steps}");
     }
 
     #[test]
