@@ -6,7 +6,9 @@ mod tasks;
 
 use crate::error::{Error, Result};
 use crate::metrics::{self, Record};
+use plotters::chart::MeshStyle;
 use plotters::coord::Shift;
+use plotters::coord::ranged1d::Ranged;
 use plotters::prelude::*;
 use std::path::Path;
 
@@ -47,6 +49,23 @@ pub fn write(metrics: &Path, folder: &Path) -> Result<()> {
 
 pub(crate) type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
 pub(crate) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// Text in ink, of so many pixels.
+pub(crate) fn font(size: i32) -> TextStyle<'static> {
+    (FONT, size).into_font().color(&INK)
+}
+
+/// The look of a chart's axes: a pale grid, numbers of so many pixels and names one larger.
+pub(crate) fn styled<'m, 'a, 'b, X: Ranged, Y: Ranged, B: DrawingBackend>(
+    mesh: &'m mut MeshStyle<'a, 'b, X, Y, B>,
+    size: i32,
+) -> &'m mut MeshStyle<'a, 'b, X, Y, B> {
+    mesh.bold_line_style(GRID)
+        .light_line_style(TRANSPARENT)
+        .axis_style(INK)
+        .label_style(font(size))
+        .axis_desc_style(font(size + 1))
+}
 
 /// A picture on white, as SVG text.
 pub(crate) fn svg(size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result<String> {
@@ -120,19 +139,13 @@ fn draw_loss(area: &Area, records: &[Record]) -> Drawn {
     let margin = 0.05 * (high - low).max(0.1);
 
     let mut chart = ChartBuilder::on(area)
-        .caption("Loss", (FONT, 22).into_font().color(&INK))
+        .caption("Loss", font(22))
         .margin(16)
         .margin_right(96)
         .x_label_area_size(48)
         .y_label_area_size(64)
         .build_cartesian_2d(0.0..last, low - margin..high + margin)?;
-    chart
-        .configure_mesh()
-        .bold_line_style(GRID)
-        .light_line_style(TRANSPARENT)
-        .axis_style(INK)
-        .label_style((FONT, 14).into_font().color(&INK))
-        .axis_desc_style((FONT, 15).into_font().color(&INK))
+    styled(&mut chart.configure_mesh(), 14)
         .x_desc("step")
         .y_desc("cross-entropy, nats per token")
         .x_labels(9)
@@ -191,7 +204,7 @@ fn draw_loss(area: &Area, records: &[Record]) -> Drawn {
         .position(SeriesLabelPosition::UpperRight)
         .background_style(WHITE.mix(0.9))
         .border_style(GRID)
-        .label_font((FONT, 15).into_font().color(&INK))
+        .label_font(font(15))
         .legend_area_size(32)
         .margin(12)
         .draw()?;
@@ -226,7 +239,6 @@ pub(crate) fn diverging(t: f64) -> RGBColor {
 }
 
 fn draw_load(area: &Area, records: &[Record], (rows, columns): (usize, usize)) -> Drawn {
-    let font = |size: i32| (FONT, size).into_font().color(&INK);
     let (header, panels) = area.split_vertically(64);
     header.draw(&Text::new(
         "Load of the experts over the steps, relative to a balanced one",
@@ -295,11 +307,7 @@ fn draw_scale(area: &Area, left: i32) -> Drawn {
     area.draw(&Rectangle::new([(left, 16), (left + WIDTH, 32)], INK))?;
     for (i, label) in ["¼", "½", "1", "2", "4 ×"].iter().enumerate() {
         let x = left + i as i32 * WIDTH / 4;
-        area.draw(&Text::new(
-            *label,
-            (x - 3, 38),
-            (FONT, 14).into_font().color(&INK),
-        ))?;
+        area.draw(&Text::new(*label, (x - 3, 38), font(14)))?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The figures of a report: curves with bands, and the final losses of all runs.
 
 use crate::error::Result;
-use crate::plots::{Area, COLUMNS, Drawn, FONT, GRID, INK, svg, thin};
+use crate::plots::{Area, COLUMNS, Drawn, INK, font, styled, svg, thin};
 use plotters::prelude::*;
 
 /// Colours of the groups in turn, apart in hue and lightness also for colour-blind eyes (Okabe and
@@ -24,10 +24,6 @@ pub struct Line {
     pub label: String,
     /// Tokens, mean, deviation.
     pub points: Vec<(f64, f64, f64)>,
-}
-
-fn font<'a>(size: i32) -> TextStyle<'a> {
-    (FONT, size).into_font().color(&INK)
 }
 
 fn color(i: usize) -> RGBColor {
@@ -116,13 +112,7 @@ fn draw_curves(area: &Area, lines: &[Line], y: &str, (first, last): (f64, f64)) 
         .y_label_area_size(64)
         .build_cartesian_2d(first..last, low..high)?;
     let places = if high - low < 0.1 { 3 } else { 2 };
-    chart
-        .configure_mesh()
-        .bold_line_style(GRID)
-        .light_line_style(TRANSPARENT)
-        .axis_style(INK)
-        .label_style(font(13))
-        .axis_desc_style(font(14))
+    styled(&mut chart.configure_mesh(), 13)
         .x_desc("tokens")
         .y_desc(y)
         .x_labels(6)
@@ -196,14 +186,8 @@ pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
             .margin_right(90)
             .x_label_area_size(44)
             .build_cartesian_2d(low - margin..high + margin, -0.5..count - 0.5)?;
-        chart
-            .configure_mesh()
-            .bold_line_style(GRID)
-            .light_line_style(TRANSPARENT)
+        styled(&mut chart.configure_mesh(), 13)
             .disable_y_mesh()
-            .axis_style(INK)
-            .label_style(font(13))
-            .axis_desc_style(font(14))
             .x_desc(x)
             .x_labels(9)
             .x_label_formatter(&|x| format!("{x:.3}"))

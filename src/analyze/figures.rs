@@ -1,7 +1,7 @@
 //! The figures: panels of lines, bars or heatmaps, as SVG.
 
 use crate::error::Result;
-use crate::plots::{Area, Drawn, FONT, GRID, INK, TRAIN, VALIDATION, diverging, svg};
+use crate::plots::{Area, Drawn, GRID, TRAIN, VALIDATION, diverging, font, styled, svg};
 use plotters::prelude::*;
 
 const COLORS: [RGBColor; 2] = [TRAIN, VALIDATION];
@@ -29,10 +29,6 @@ pub struct Chart {
 pub struct Axes<'a> {
     pub x: &'a str,
     pub y: &'a str,
-}
-
-fn font<'a>(size: i32) -> TextStyle<'a> {
-    (FONT, size).into_font().color(&INK)
 }
 
 /// Panels side by side, at most `across` of them; all have one scale.
@@ -100,14 +96,8 @@ fn draw_chart(
         .x_label_area_size(36)
         .y_label_area_size(56)
         .build_cartesian_2d(first - 0.6..last + 0.6, low..high)?;
-    context
-        .configure_mesh()
-        .bold_line_style(GRID)
-        .light_line_style(TRANSPARENT)
+    styled(&mut context.configure_mesh(), 12)
         .disable_x_mesh()
-        .axis_style(INK)
-        .label_style(font(12))
-        .axis_desc_style(font(13))
         .x_desc(axes.x)
         .y_desc(axes.y)
         .x_labels((last - first + 1.0).min(9.0) as usize)

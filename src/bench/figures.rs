@@ -3,7 +3,7 @@
 use super::ceilings::Ceilings;
 use super::record::{Record, View};
 use crate::error::Result;
-use crate::plots::{Area, Drawn, FONT, GRID, INK, svg};
+use crate::plots::{Area, Drawn, GRID, INK, font, styled, svg};
 use plotters::prelude::*;
 use std::collections::BTreeMap;
 
@@ -58,10 +58,7 @@ fn draw_roofline(area: &Area, points: &[(usize, (f64, f64))], ceilings: &Ceiling
     let right = all(|p| p.0).fold(4.0 * ridge, f64::max) * 1.5;
     let low = all(|p| p.1).fold(0.5 * bytes, f64::min) / 2.0;
     let mut chart = ChartBuilder::on(area)
-        .caption(
-            "Kernels below the machine's roof",
-            (FONT, 22).into_font().color(&INK),
-        )
+        .caption("Kernels below the machine's roof", font(22))
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(64)
@@ -73,13 +70,7 @@ fn draw_roofline(area: &Area, points: &[(usize, (f64, f64))], ceilings: &Ceiling
             format!("{x}")
         }
     };
-    chart
-        .configure_mesh()
-        .bold_line_style(GRID)
-        .light_line_style(TRANSPARENT)
-        .axis_style(INK)
-        .label_style((FONT, 14).into_font().color(&INK))
-        .axis_desc_style((FONT, 15).into_font().color(&INK))
+    styled(&mut chart.configure_mesh(), 14)
         .x_desc("FLOPs a byte (kernels without products at 1)")
         .y_desc("TFLOP/s (without products: TB/s)")
         .x_label_formatter(&number)
@@ -89,11 +80,7 @@ fn draw_roofline(area: &Area, points: &[(usize, (f64, f64))], ceilings: &Ceiling
     chart.draw_series(LineSeries::new(roof, INK.stroke_width(2)))?;
     let label = format!("{flops:.3} TFLOP/s, {bytes:.3} TB/s");
     let at = chart.backend_coord(&(right, flops));
-    area.draw(&Text::new(
-        label,
-        (at.0 - 190, at.1 - 22),
-        (FONT, 14).into_font().color(&INK),
-    ))?;
+    area.draw(&Text::new(label, (at.0 - 190, at.1 - 22), font(14)))?;
     for (number, (name, color)) in KINDS.iter().enumerate() {
         let of_kind: Vec<(f64, f64)> = points
             .iter()
@@ -114,7 +101,7 @@ fn draw_roofline(area: &Area, points: &[(usize, (f64, f64))], ceilings: &Ceiling
         .position(SeriesLabelPosition::LowerRight)
         .background_style(WHITE.mix(0.9))
         .border_style(GRID)
-        .label_font((FONT, 15).into_font().color(&INK))
+        .label_font(font(15))
         .margin(12)
         .draw()?;
     Ok(())
@@ -167,7 +154,6 @@ const ROW: u32 = 12;
 const LEFT: i32 = 250;
 
 fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str) -> Drawn {
-    let font = |size: i32| (FONT, size).into_font().color(&INK);
     let all = || shapes.values().flatten();
     let largest = all().map(|bar| bar.1).fold(1.0, f64::max) * 1.1;
     let width = 960 - LEFT - 70;

@@ -3,6 +3,7 @@
 use super::case::{self, Work};
 use super::peers::*;
 use super::record::{Record, View};
+use crate::plan::H200_PEAK;
 
 /// What the records say of a goal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -293,14 +294,14 @@ fn default_over_topk(view: &View) -> Goal {
     }
 }
 
-/// Of the H200's data sheet.
-const PEAK: f64 = 989e12;
-
 fn whole_steps(view: &View) -> Goal {
     let cases = ["step 1.96b 8c1 topk", "step 7.33b 8c1 topk"];
     let share = |case: &&str| {
         let record = view.of(case, super::record::OURS)?;
-        Some((case.to_string(), record.flops / record.seconds()? / PEAK))
+        Some((
+            case.to_string(),
+            record.flops / record.seconds()? / H200_PEAK,
+        ))
     };
     let demand = Demand {
         what: "share of 989 TFLOP/s",
@@ -419,7 +420,7 @@ mod tests {
     #[test]
     fn a_step_is_held_against_the_data_sheets_peak() {
         let step = |model: &str, share: f64| Record {
-            flops: share * PEAK,
+            flops: share * H200_PEAK,
             ..record(&format!("step {model} 8c1 topk"), OURS, 1.0)
         };
         let whole = |a: f64, b: f64| {

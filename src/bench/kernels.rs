@@ -42,6 +42,16 @@ pub fn whole(label: &str, buffers: Vec<Buffer>, launch: Launch) -> Problem {
     }
 }
 
+/// A launch on buffers, to write as a closure of them: the stream comes last in every launcher.
+macro_rules! on {
+    (|$p:ident| $launcher:ident($($argument:expr),* $(,)?)) => {
+        move |launchers: &Launchers, $p: &[*mut u8], stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe { launch!(launchers, $launcher($($argument),*, stream)) }
+        }
+    };
+}
+
 /// The kernels of a group; none where it has no kernels.
 ///
 /// # Errors
@@ -93,70 +103,20 @@ fn gemm(inputs: &Inputs, product: Product, shape: &Shape) -> Kernels {
         b,
         Buffer::input("offsets", &offsets),
     ];
+    let (rows, experts, n, k) = (rows as i64, experts as i32, n as i32, k as i32);
     let launch = move || -> Launch {
-        Box::new(move |launchers: &Launchers, p: &[*mut u8], stream| {
-            let (rows, experts, n, k) = (rows as i64, experts as i32, n as i32, k as i32);
-            let (out, a, b, offsets) = (p[0], p[1].cast(), p[2].cast(), p[3].cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                match product {
-                    Product::Forward => launch!(
-                        launchers,
-                        grouped_gemm_forward(
-                            out.cast(),
-                            a,
-                            b,
-                            offsets,
-                            null(),
-                            rows,
-                            rows,
-                            experts,
-                            n,
-                            k,
-                            TILE_AUTO,
-                            stream
-                        )
-                    ),
-                    Product::InputGradient => launch!(
-                        launchers,
-                        grouped_gemm_input_gradient(
-                            out.cast(),
-                            a,
-                            b,
-                            offsets,
-                            null(),
-                            rows,
-                            rows,
-                            experts,
-                            n,
-                            k,
-                            TILE_AUTO,
-                            stream
-                        )
-                    ),
-                    Product::WeightGradient => launch!(
-                        launchers,
-                        grouped_gemm_weight_gradient(
-                            out.cast(),
-                            a,
-                            b,
-                            offsets,
-                            null(),
-                            null(),
-                            rows,
-                            rows,
-                            rows,
-                            experts,
-                            n,
-                            k,
-                            0,
-                            TILE_AUTO,
-                            stream
-                        )
-                    ),
-                }
-            }
-        })
+        match product {
+            Product::Forward => Box::new(on! { |p| grouped_gemm_forward(
+                p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), null(), rows, rows, experts, n, k, TILE_AUTO
+            ) }),
+            Product::InputGradient => Box::new(on! { |p| grouped_gemm_input_gradient(
+                p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), null(), rows, rows, experts, n, k, TILE_AUTO
+            ) }),
+            Product::WeightGradient => Box::new(on! { |p| grouped_gemm_weight_gradient(
+                p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), null(), null(), rows, rows, rows, experts, n, k, 0,
+                TILE_AUTO
+            ) }),
+        }
     };
     Kernels {
         whole: whole(inputs.0, buffers, launch()),
@@ -191,49 +151,19 @@ fn norm(machine: &dyn Machine, inputs: &Inputs, rows: usize, hidden: usize) -> R
         vector("bias"),
         matrix("dy"),
     ];
-    // SAFETY, here and below: every buffer has the size that the launcher's header states.
-    let forward = move |launchers: &Launchers, p: &[*mut u8], stream| unsafe {
-        launch!(
-            launchers,
-            norm_forward(
-                p[0].cast(),
-                p[1].cast(),
-                p[6].cast(),
-                p[7].cast(),
-                p[8].cast(),
-                p[9].cast(),
-                r,
-                d,
-                EPS,
-                stream
-            )
-        )
-    };
-    let backward = move |launchers: &Launchers, p: &[*mut u8], stream| unsafe {
-        launch!(
-            launchers,
-            norm_backward(
-                p[2].cast(),
-                p[5].cast(),
-                p[10].cast(),
-                null(),
-                p[1].cast(),
-                p[8].cast(),
-                r,
-                d,
-                1,
-                EPS,
-                stream
-            )
-        )?;
-        for (vector, gradient) in [p[3], p[4]].into_iter().enumerate() {
-            let partials = p[5].cast::<f32>().add(vector * floats);
-            launch!(
-                launchers,
-                norm_weight_gradient(gradient.cast(), partials, r, d, 0, stream)
-            )?;
-        }
-        Ok(())
+    let forward = on! { |p| norm_forward(
+        p[0].cast(), p[1].cast(), p[6].cast(), p[7].cast(), p[8].cast(), p[9].cast(), r, d, EPS
+    ) };
+    let of_rows = on! { |p| norm_backward(
+        p[2].cast(), p[5].cast(), p[10].cast(), null(), p[1].cast(), p[8].cast(), r, d, 1, EPS
+    ) };
+    let of_weight = on! { |p| norm_weight_gradient(p[3].cast(), p[5].cast(), r, d, 0) };
+    let of_bias =
+        on! { |p| norm_weight_gradient(p[4].cast(), p[5].cast::<f32>().add(floats), r, d, 0) };
+    let backward = move |launchers: &Launchers, p: &[*mut u8], stream| {
+        of_rows(launchers, p, stream)?;
+        of_weight(launchers, p, stream)?;
+        of_bias(launchers, p, stream)
     };
     let both = move |launchers: &Launchers, p: &[*mut u8], stream| {
         forward(launchers, p, stream)?;
@@ -261,25 +191,8 @@ fn cross_entropy(inputs: &Inputs, tokens: usize, vocabulary: usize) -> Kernels {
         Buffer::input("logits", &inputs.f32("logits", tokens * vocabulary, 2.0)),
         Buffer::input("targets", &inputs.ids("targets", tokens, vocabulary)),
     ];
-    let launch = move |launchers: &Launchers, p: &[*mut u8], stream| {
-        let (t, v) = (tokens as i64, vocabulary as i32);
-        // SAFETY: every buffer has the size that the launcher's header states.
-        unsafe {
-            launch!(
-                launchers,
-                cross_entropy_rows(
-                    p[0].cast(),
-                    p[1].cast(),
-                    p[2].cast(),
-                    p[3].cast(),
-                    t,
-                    v,
-                    1.0 / tokens as f32,
-                    stream
-                )
-            )
-        }
-    };
+    let (t, v, share) = (tokens as i64, vocabulary as i32, 1.0 / tokens as f32);
+    let launch = on! { |p| cross_entropy_rows(p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), t, v, share) };
     Kernels {
         whole: whole(inputs.0, buffers, Box::new(launch)),
         parts: vec![part(Box::new(launch))],
@@ -333,16 +246,8 @@ fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
             }]
         }),
     ];
-    let launch = move |launchers: &Launchers, p: &[*mut u8], stream| {
-        let blocks = numbers.div_ceil(ADAMW_BLOCK) as i64;
-        // SAFETY: every buffer has the size that the launcher's header states.
-        unsafe {
-            launch!(
-                launchers,
-                adamw_update(p[4].cast(), p[5].cast(), p[6].cast(), blocks, stream)
-            )
-        }
-    };
+    let blocks = numbers.div_ceil(ADAMW_BLOCK) as i64;
+    let launch = on! { |p| adamw_update(p[4].cast(), p[5].cast(), p[6].cast(), blocks) };
     let f32 = DType::F32;
     Kernels {
         whole: whole(inputs.0, buffers, Box::new(launch)),
@@ -377,44 +282,13 @@ fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> 
         Buffer::input("qkv", &inputs.bf16("qkv", tokens * qkv, 1.0)),
         Buffer::input("dout", &inputs.bf16("dout", tokens * row, 1.0)),
     ];
-    // SAFETY, here and below: every buffer has the size that the launcher's header states.
-    let forward = move |launchers: &Launchers, p: &[*mut u8], stream| unsafe {
-        launch!(
-            launchers,
-            attention_forward(
-                p[0].cast(),
-                p[1].cast(),
-                p[4].cast(),
-                null(),
-                t,
-                sequence,
-                heads,
-                key_heads,
-                width,
-                stream
-            )
-        )
-    };
-    let backward = move |launchers: &Launchers, p: &[*mut u8], stream| unsafe {
-        launch!(
-            launchers,
-            attention_backward(
-                p[2].cast(),
-                p[3].cast(),
-                p[5].cast(),
-                p[4].cast(),
-                p[0].cast(),
-                p[1].cast(),
-                null(),
-                t,
-                sequence,
-                heads,
-                key_heads,
-                width,
-                stream
-            )
-        )
-    };
+    let forward = on! { |p| attention_forward(
+        p[0].cast(), p[1].cast(), p[4].cast(), null(), t, sequence, heads, key_heads, width
+    ) };
+    let backward = on! { |p| attention_backward(
+        p[2].cast(), p[3].cast(), p[5].cast(), p[4].cast(), p[0].cast(), p[1].cast(), null(), t, sequence, heads, key_heads,
+        width
+    ) };
     let both = move |launchers: &Launchers, p: &[*mut u8], stream| {
         forward(launchers, p, stream)?;
         backward(launchers, p, stream)

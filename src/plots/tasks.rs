@@ -1,6 +1,6 @@
 //! `tasks.svg`: benchmark scores over the steps.
 
-use super::{Area, Drawn, FONT, GRID, INK, grouped};
+use super::{Area, Drawn, FONT, font, grouped, styled};
 use crate::metrics::Record;
 use plotters::prelude::*;
 use std::collections::BTreeMap;
@@ -26,19 +26,13 @@ pub(super) fn draw(area: &Area, records: &[Record]) -> Drawn {
     let scores = || series.values().flatten().map(|(_, y)| *y);
     let (low, high) = (scores().fold(100.0, f64::min), scores().fold(0.0, f64::max));
     let mut chart = ChartBuilder::on(area)
-        .caption("Benchmark scores", (FONT, 22).into_font().color(&INK))
+        .caption("Benchmark scores", font(22))
         .margin(16)
         .margin_right(150)
         .x_label_area_size(48)
         .y_label_area_size(64)
         .build_cartesian_2d(0.0..last, (low - 2.0).max(0.0)..(high + 2.0).min(100.0))?;
-    chart
-        .configure_mesh()
-        .bold_line_style(GRID)
-        .light_line_style(TRANSPARENT)
-        .axis_style(INK)
-        .label_style((FONT, 14).into_font().color(&INK))
-        .axis_desc_style((FONT, 15).into_font().color(&INK))
+    styled(&mut chart.configure_mesh(), 14)
         .x_desc("step")
         .y_desc("acc_norm, or acc, in percent")
         .x_label_formatter(&|x| grouped(*x))
