@@ -316,7 +316,9 @@ impl Staging {
             self.current = 1 - self.current;
             self.at = 0;
             if let Some(left) = self.left[self.current].take() {
-                counters::waited();
+                if !left.is_complete() {
+                    counters::waited();
+                }
                 left.synchronize()
                     .map_err(|e| error("wait for its copies", e))?;
             }

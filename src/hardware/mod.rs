@@ -163,7 +163,7 @@ fn label(ending: Ending) -> &'static str {
         Ending::Passed => "passed",
         Ending::Failed => "FAILED",
         Ending::TimedOut => "TIMED OUT",
-        Ending::Unavailable => "no tool",
+        Ending::Unavailable => "not here",
     }
 }
 

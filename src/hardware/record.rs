@@ -16,7 +16,7 @@ pub enum Ending {
     Failed,
     /// It did not end within its time and was killed.
     TimedOut,
-    /// The machine has no such instrument, or does not let it work.
+    /// The machine has no such instrument or not the memory, or does not let it work.
     Unavailable,
 }
 

@@ -22,7 +22,7 @@ const SAVED: usize = 3;
 /// # Errors
 /// When a run ends before it is killed, or a file cannot be read.
 pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
-    let folder = Folder::new()?;
+    let folder = Folder::new(&place.out)?;
     let mut first = vec!["--preset".to_string(), case.preset.into()];
     for set in &case.set {
         first.extend(["--set".to_string(), set.clone()]);
@@ -205,8 +205,12 @@ impl Drop for Killed {
 struct Folder(PathBuf);
 
 impl Folder {
-    fn new() -> Result<Self> {
-        let path = std::env::temp_dir().join(format!("routegrad-resumes-{}", std::process::id()));
+    /// One for each folder of records, so that what a killed task left there is found and removed.
+    fn new(records: &Path) -> Result<Self> {
+        let whole = std::path::absolute(records).unwrap_or_else(|_| records.into());
+        let name = blake3::hash(whole.to_string_lossy().as_bytes()).to_hex();
+        let path = std::env::temp_dir().join(format!("routegrad-resumes-{}", &name[..16]));
+        drop(Folder(path.clone()));
         fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, e))?;
         Ok(Folder(path))
     }

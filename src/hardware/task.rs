@@ -118,9 +118,9 @@ pub fn queue(device: Device) -> Vec<Task> {
         return tasks;
     }
     let cases = kernels::cases();
-    // Seconds: opening the GPU takes about one, a small problem a few milliseconds, a covering one its float64 reference.
+    // Seconds beside an H200: opening the GPU, small problems of some milliseconds, covering ones with a float64 reference.
     let estimate =
-        |case: &Case| 1.5 + case.problems.len() as f64 * if case.small { 0.01 } else { 0.1 };
+        |case: &Case| 0.4 + case.problems.len() as f64 * if case.small { 0.005 } else { 0.03 };
     let of = |kind, case, estimate| Task::of_kernel(kind, case, "", estimate);
     tasks.extend(
         cases
@@ -128,14 +128,15 @@ pub fn queue(device: Device) -> Vec<Task> {
             .map(|case| of(Kind::Agrees, case, estimate(case))),
     );
     let small = || cases.iter().filter(|case| case.small);
-    tasks.extend(small().map(|case| of(Kind::Replays, case, 1.0 + estimate(case))));
+    tasks.extend(small().map(|case| of(Kind::Replays, case, estimate(case))));
     tasks.extend(correct);
-    // An instrument takes seconds to start and slows kernels a hundredfold and more.
-    for kind in [Kind::Memcheck, Kind::Racecheck] {
-        tasks.extend(small().map(|case| {
-            let seconds = 8.0 + 20.0 * (estimate(case) - 1.5);
-            Task::of_kernel(kind, case, "compute-sanitizer", seconds)
-        }));
+    // An instrument slows a kernel, that of races by far the most.
+    for (kind, slower) in [(Kind::Memcheck, 1.5), (Kind::Racecheck, 8.0)] {
+        tasks.extend(
+            small().map(|case| {
+                Task::of_kernel(kind, case, "compute-sanitizer", slower * estimate(case))
+            }),
+        );
     }
     tasks.extend(timed);
     tasks.extend(timings());
