@@ -259,12 +259,9 @@ impl<'a> Run<'a> {
         let train = &self.state.config.train;
         let (batch, micro) = (train.sequences_per_step as u64, train.micro_batch);
         let first = self.state.step * batch;
-        let tokens = self.corpus.sequences(first..first + batch);
-        let width = self.state.config.model.sequence_length + 1;
-        let micro_batches: Vec<&[i32]> = tokens.chunks(micro * width).collect();
-        let report = self
-            .trainer
-            .step(&mut self.model, &micro_batches, micro, rate)?;
+        let batch = self.corpus.sequences(first..first + batch);
+        let micro_batches: Vec<_> = batch.chunks(micro).collect();
+        let report = self.trainer.step(&mut self.model, &micro_batches, rate)?;
         self.state.step += 1;
         self.state.optimizer_steps = self.trainer.optimizer.steps();
         self.state.skipped_in_a_row = match report.refused {
@@ -446,6 +443,10 @@ fn resume(
             old.train.sequences_per_step == config.train.sequences_per_step,
         ),
         ("data", state.data == data),
+        (
+            "data.document_boundaries",
+            old.data.document_boundaries == config.data.document_boundaries,
+        ),
     ] {
         if !same {
             return Err(Error::invalid(
