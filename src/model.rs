@@ -5,12 +5,14 @@
 
 mod block;
 mod graph;
+mod inputs;
 mod moe;
 mod parameters;
 mod rows;
 mod score;
 mod weight;
 
+pub use inputs::Inputs;
 pub use parameters::{Parameter, Part};
 pub use score::Scored;
 pub use weight::{Places, Weight};
@@ -176,11 +178,25 @@ impl Model {
         sequences: Sequences,
         pass: Pass,
     ) -> Result<Losses> {
-        let (inputs, targets) = split(sequences)?;
-        let rows = Rows::new(sequences, self.device());
-        let (hidden, balance) = self.graph.hidden(tape, weights, &inputs, &rows, pass)?;
-        self.graph
-            .losses(tape, weights, &hidden, &targets, &balance)
+        self.loss_of(tape, weights, &Inputs::new(sequences, self.device())?, pass)
+    }
+
+    /// The same of sequences that are where the model reads them.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn loss_of(
+        &self,
+        tape: &Tape,
+        weights: &Weights,
+        inputs: &Inputs,
+        pass: Pass,
+    ) -> Result<Losses> {
+        let Inputs {
+            ids, targets, rows, ..
+        } = inputs;
+        let (hidden, balance) = self.graph.hidden(tape, weights, ids, rows, pass)?;
+        self.graph.losses(tape, weights, &hidden, targets, &balance)
     }
 
     /// Logits `[sequences · S, V]` of sequences as in [`loss`](Self::loss), and their mean
@@ -195,9 +211,10 @@ impl Model {
         sequences: Sequences,
         pass: Pass,
     ) -> Result<(Tensor, Var)> {
-        let (inputs, targets) = split(sequences)?;
-        let rows = Rows::new(sequences, self.device());
-        let (hidden, _) = self.graph.hidden(tape, weights, &inputs, &rows, pass)?;
+        let Inputs {
+            ids, targets, rows, ..
+        } = Inputs::new(sequences, self.device())?;
+        let (hidden, _) = self.graph.hidden(tape, weights, &ids, &rows, pass)?;
         let head = &weights[self.graph.head];
         let constant = |v: &Var| Var::constant(v.tensor().clone());
         let logits = linear(tape, &constant(&hidden), &constant(head), None)?;
@@ -231,10 +248,11 @@ impl Model {
     /// # Errors
     /// As [`loss`](Self::loss).
     pub fn token_losses(&self, sequences: Sequences) -> Result<Vec<f64>> {
-        let (inputs, targets) = split(sequences)?;
-        let (weights, tape) = (self.weights(), Tape::without_gradients());
-        let (rows, pass) = (Rows::new(sequences, self.device()), Pass::EVALUATE);
-        let (hidden, _) = self.graph.hidden(&tape, &weights, &inputs, &rows, pass)?;
+        let Inputs {
+            ids, targets, rows, ..
+        } = Inputs::new(sequences, self.device())?;
+        let (weights, tape, pass) = (self.weights(), Tape::without_gradients(), Pass::EVALUATE);
+        let (hidden, _) = self.graph.hidden(&tape, &weights, &ids, &rows, pass)?;
         let head = weights[self.graph.head].tensor();
         token_losses(hidden.tensor(), head, &targets)?.to_f64()
     }
@@ -249,7 +267,7 @@ impl Model {
         let (hidden, _) = self.graph.hidden(
             &tape,
             &weights,
-            tokens,
+            &Tensor::from_slice([tokens.len()], tokens),
             &Rows::Equal(sequences),
             Pass::EVALUATE,
         )?;
@@ -268,15 +286,6 @@ impl Model {
         let logits = linear(&tape, &Var::constant(last), &head, None)?;
         logits.tensor().to_f64()
     }
-}
-
-/// Inputs and targets of sequences.
-fn split(sequences: Sequences) -> Result<(Vec<i32>, Tensor)> {
-    let length = sequences.length()?;
-    let rows = || sequences.tokens.chunks(length + 1);
-    let inputs = rows().flat_map(|r| &r[..length]).copied().collect();
-    let targets: Vec<i32> = rows().flat_map(|r| &r[1..]).copied().collect();
-    Ok((inputs, Tensor::from_slice([targets.len()], &targets)))
 }
 
 /// An f64 tensor in another real dtype.
