@@ -26,6 +26,7 @@ use crate::error::Result;
 use crate::ops::cross_entropy::{cross_entropy, token_losses};
 use crate::ops::linear::linear;
 use crate::routers::{self, DeviceTally, LayerState, Pass, Router};
+use crate::shape::Shape;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -107,6 +108,31 @@ impl Model {
             parameters: layout.into_parameters(),
             graph: Rc::new(graph),
         })
+    }
+
+    /// A model of this configuration, of the same shapes and router, with this one's weights and state: in another
+    /// precision, say.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and when a shape differs.
+    pub fn converted(&self, config: &Config) -> Result<Self> {
+        let mut other = Self::new(config)?;
+        let dtype = other.dtype();
+        let numbers =
+            |values: Vec<f64>, shape: Shape| rounded(&Tensor::from_slice(shape, &values), dtype);
+        for (to, from) in other.parameters.iter_mut().zip(&self.parameters) {
+            let value = numbers(from.value.to_f64()?, from.value.shape())?;
+            value.expect_shape("model", &to.name, to.value.shape())?;
+            to.value.set(&value);
+        }
+        let mut states = other.layer_states_mut();
+        for (to, from) in states.iter_mut().zip(self.layer_states().iter()) {
+            for (name, tensor) in from.tensors() {
+                to.restore(name, numbers(tensor.to_f64()?, tensor.shape())?)?;
+            }
+        }
+        drop(states);
+        Ok(other)
     }
 
     /// The model's shapes.

@@ -81,7 +81,10 @@ impl Run {
         let tokens = self.tokens();
         let parts: Vec<_> = tokens.chunks(SEQUENCES).collect();
         counters::take();
-        let launched = self.trainer.launch(&mut self.model, &parts, 1e-3 / (self.step + 1) as f64).unwrap();
+        let launched = self
+            .trainer
+            .launch(&mut self.model, &parts, 1e-3 / (self.step + 1) as f64)
+            .unwrap();
         let counted = counters::take();
         let report = self.trainer.report(&mut self.model, launched).unwrap();
         self.step += 1;
