@@ -5,6 +5,7 @@
 //! one, spread evenly over their order: number k is document ⌊(k + ½) n / m⌋. The documents of each side
 //! are joined by [`DOCUMENT_END`]. A window may span several documents.
 
+mod ahead;
 pub mod folder;
 mod frames;
 mod guard;
@@ -17,6 +18,7 @@ mod text;
 pub mod tokenizer;
 mod tokens;
 
+pub use ahead::Ahead;
 pub use folder::{Counts, Folder};
 pub use part::Share;
 pub use sources::{Source, sources};

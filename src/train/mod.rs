@@ -17,7 +17,7 @@ use crate::analyze;
 use crate::checkpoint::{self, TrainerState};
 use crate::config::{Config, count};
 use crate::data::tokenizer::BYTES;
-use crate::data::{Corpus, Counts};
+use crate::data::{Ahead, Corpus, Counts};
 use crate::device::timeline::{self, Timeline};
 use crate::error::{Error, Result};
 use crate::eval::validation_loss;
@@ -35,6 +35,7 @@ use saving::Saving;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -93,7 +94,9 @@ pub fn run(config: Config, options: &Options, stop: &AtomicBool) -> Result<Summa
 /// A run under way.
 struct Run<'a> {
     options: &'a Options,
-    corpus: Corpus,
+    corpus: Arc<Corpus>,
+    /// The sequences of each step.
+    ahead: Ahead<Vec<i32>>,
     model: Model,
     trainer: Trainer,
     state: TrainerState,
@@ -136,8 +139,10 @@ impl<'a> Run<'a> {
         for damaged in &found.1 {
             progress.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
         }
+        let corpus = Arc::new(corpus);
         let run = Run {
             options,
+            ahead: read_ahead(&corpus, &state)?,
             saving: Saving::new(out, state.config.train.keep_checkpoints),
             corpus,
             model,
@@ -266,9 +271,8 @@ impl<'a> Run<'a> {
     /// One optimizer step over the next sequences.
     fn step(&mut self, rate: f64) -> Result<StepReport> {
         let train = &self.state.config.train;
-        let (batch, micro) = (train.sequences_per_step as u64, train.micro_batch);
-        let first = self.state.step * batch;
-        let tokens = self.corpus.sequences(first..first + batch);
+        let micro = train.micro_batch;
+        let tokens = self.ahead.take(self.state.step);
         let width = self.state.config.model.sequence_length + 1;
         let micro_batches: Vec<&[i32]> = tokens.chunks(micro * width).collect();
         let report = self
@@ -413,6 +417,14 @@ impl<'a> Run<'a> {
     fn draw(&self) -> Result<()> {
         plots::write(&self.options.out.join(METRICS_FILE), &self.options.out)
     }
+}
+
+/// What each step from the present one on takes: step t of n sequences those from t · n on.
+fn read_ahead(corpus: &Arc<Corpus>, state: &TrainerState) -> Result<Ahead<Vec<i32>>> {
+    let (corpus, train) = (corpus.clone(), &state.config.train);
+    let batch = train.sequences_per_step as u64;
+    let read = move |step: u64| corpus.sequences(step * batch..(step + 1) * batch);
+    Ahead::new(state.step..train.steps, read)
 }
 
 /// The mean over layers of the share of (token, expert) pairs that were not chosen.
