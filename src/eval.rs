@@ -109,7 +109,7 @@ pub fn validation_loss(
     let mut whole = Report::default();
     let mut by_source = vec![Report::default(); corpus.sources().len()];
     for windows in windows.chunks(batch) {
-        let losses = model.token_losses(&corpus.read(windows), windows.len())?;
+        let losses = model.token_losses(corpus.read(windows).all())?;
         let mut losses = losses.as_slice();
         for share in windows.iter().flat_map(|w| corpus.shares(*w)) {
             let (own, rest) = losses.split_at(share.tokens as usize);

@@ -15,11 +15,12 @@ pub use parameters::{Parameter, Part};
 pub use score::Scored;
 pub use weight::{Places, Weight};
 
+use crate::batch::Sequences;
 use crate::config::{Config, ModelConfig};
 use crate::device::Device;
 use crate::dist::{Collective, SingleRank};
 use crate::dtype::{DType, Real};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::cross_entropy::{cross_entropy, token_losses};
 use crate::ops::linear::linear;
 use crate::routers::{self, DeviceTally, LayerState, Pass, Router};
@@ -164,27 +165,25 @@ impl Model {
             .end_step(&graph.config, &mut states, &*graph.dist)
     }
 
-    /// Losses of `tokens`, `[sequences, S + 1]` in row order: each row's first S predict its last S.
+    /// Losses of sequences: each one's first S tokens predict its last S.
     ///
     /// # Errors
-    /// When the tokens do not fit, or one is beyond the vocabulary.
+    /// When the sequences do not fit, or a token is beyond the vocabulary.
     pub fn loss(
         &self,
         tape: &Tape,
         weights: &Weights,
-        tokens: &[i32],
-        sequences: usize,
+        sequences: Sequences,
         pass: Pass,
     ) -> Result<Losses> {
-        let (inputs, targets) = split(tokens, sequences)?;
-        let (hidden, balance) =
-            self.graph
-                .hidden(tape, weights, &inputs, &Rows::Equal(sequences), pass)?;
+        let (inputs, targets) = split(sequences)?;
+        let rows = Rows::new(sequences, self.device());
+        let (hidden, balance) = self.graph.hidden(tape, weights, &inputs, &rows, pass)?;
         self.graph
             .losses(tape, weights, &hidden, &targets, &balance)
     }
 
-    /// Logits `[sequences · S, V]` of `tokens` as in [`loss`](Self::loss), and their mean
+    /// Logits `[sequences · S, V]` of sequences as in [`loss`](Self::loss), and their mean
     /// cross-entropy alone.
     ///
     /// # Errors
@@ -193,12 +192,11 @@ impl Model {
         &self,
         tape: &Tape,
         weights: &Weights,
-        tokens: &[i32],
-        sequences: usize,
+        sequences: Sequences,
         pass: Pass,
     ) -> Result<(Tensor, Var)> {
-        let (inputs, targets) = split(tokens, sequences)?;
-        let rows = Rows::Equal(sequences);
+        let (inputs, targets) = split(sequences)?;
+        let rows = Rows::new(sequences, self.device());
         let (hidden, _) = self.graph.hidden(tape, weights, &inputs, &rows, pass)?;
         let head = &weights[self.graph.head];
         let constant = |v: &Var| Var::constant(v.tensor().clone());
@@ -232,16 +230,11 @@ impl Model {
     ///
     /// # Errors
     /// As [`loss`](Self::loss).
-    pub fn token_losses(&self, tokens: &[i32], sequences: usize) -> Result<Vec<f64>> {
-        let (inputs, targets) = split(tokens, sequences)?;
+    pub fn token_losses(&self, sequences: Sequences) -> Result<Vec<f64>> {
+        let (inputs, targets) = split(sequences)?;
         let (weights, tape) = (self.weights(), Tape::without_gradients());
-        let (hidden, _) = self.graph.hidden(
-            &tape,
-            &weights,
-            &inputs,
-            &Rows::Equal(sequences),
-            Pass::EVALUATE,
-        )?;
+        let (rows, pass) = (Rows::new(sequences, self.device()), Pass::EVALUATE);
+        let (hidden, _) = self.graph.hidden(&tape, &weights, &inputs, &rows, pass)?;
         let head = weights[self.graph.head].tensor();
         token_losses(hidden.tensor(), head, &targets)?.to_f64()
     }
@@ -277,19 +270,11 @@ impl Model {
     }
 }
 
-/// Inputs and targets of `[sequences, S + 1]` tokens.
-fn split(tokens: &[i32], sequences: usize) -> Result<(Vec<i32>, Tensor)> {
-    let length = tokens.len() / sequences.max(1);
-    if sequences == 0 || length < 2 || length * sequences != tokens.len() {
-        return Err(Error::invalid(
-            "model",
-            "at least one sequence of at least two tokens, all of one length",
-            format!("{} tokens for {sequences} sequences", tokens.len()),
-            "pass [sequences, S + 1] tokens",
-        ));
-    }
-    let rows = || tokens.chunks(length);
-    let inputs = rows().flat_map(|r| &r[..length - 1]).copied().collect();
+/// Inputs and targets of sequences.
+fn split(sequences: Sequences) -> Result<(Vec<i32>, Tensor)> {
+    let length = sequences.length()?;
+    let rows = || sequences.tokens.chunks(length + 1);
+    let inputs = rows().flat_map(|r| &r[..length]).copied().collect();
     let targets: Vec<i32> = rows().flat_map(|r| &r[1..]).copied().collect();
     Ok((inputs, Tensor::from_slice([targets.len()], &targets)))
 }

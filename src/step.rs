@@ -5,6 +5,7 @@
 //! ([`Collective::part`]); losses, gradients and statistics are those of the global batch, and all
 //! ranks make the same update, or refuse it for the same reason.
 
+use crate::batch::Sequences;
 use crate::config::TrainConfig;
 use crate::device::Device;
 use crate::dist::Collective;
@@ -56,24 +57,23 @@ impl Trainer {
         &self.gradients
     }
 
-    /// Trains on `micro_batches`, each `[sequences, S + 1]` tokens of `sequences` sequences, this
-    /// rank's part of them, at learning rate `rate`. The loss is the mean over all of them.
+    /// Trains on `micro_batches`, equally many sequences each, this rank's part of them, at learning rate
+    /// `rate`. The loss is the mean over all of them.
     ///
     /// On a device with kernels the whole step is launched without waiting for any of it, and what
     /// became of it is read at its end.
     ///
     /// # Errors
-    /// When the tokens do not fit the model, the ranks do not share them equally, or an operation
+    /// When the sequences do not fit the model, micro-batches differ in size, the ranks do not share them equally, or an operation
     /// fails.
     pub fn step(
         &mut self,
         model: &mut Model,
-        micro_batches: &[&[i32]],
-        sequences: usize,
+        micro_batches: &[Sequences],
         rate: f64,
     ) -> Result<StepReport> {
-        let sums = self.launch(model, micro_batches, sequences, rate)?;
-        self.report(model, sums)
+        let launched = self.launch(model, micro_batches, rate)?;
+        self.report(model, launched)
     }
 
     /// The step up to its update, which on a device with kernels includes it. Gives the summed
@@ -84,13 +84,12 @@ impl Trainer {
     pub fn launch(
         &mut self,
         model: &mut Model,
-        micro_batches: &[&[i32]],
-        sequences: usize,
+        micro_batches: &[Sequences],
         rate: f64,
     ) -> Result<Launched> {
         let n = micro_batches.len();
         let (rank, ranks) = (model.dist().rank(), model.dist().size());
-        equal_shares(model.dist(), micro_batches, sequences)?;
+        equal_shares(model.dist(), micro_batches)?;
         let share = 1.0 / (n * ranks) as f64;
         self.gradients.reset();
         model
@@ -99,10 +98,10 @@ impl Trainer {
             .for_each(LayerState::forget_pass);
         let mut sums = [0.0; 3];
         let weights = model.weights();
-        for (m, tokens) in micro_batches.iter().enumerate() {
+        for (m, sequences) in micro_batches.iter().enumerate() {
             // The ranks' parts of a micro-batch follow one another; a sequence of S + 1 trains S tokens.
             let place = m * ranks + rank;
-            let own = tokens.len().saturating_sub(sequences);
+            let own = sequences.tokens.len().saturating_sub(sequences.count);
             let pass = Pass {
                 phase: Phase::Train,
                 micro_batches: n,
@@ -110,7 +109,7 @@ impl Trainer {
                 first_token: (place * own) as u64,
             };
             let tape = Tape::new();
-            let losses = model.loss(&tape, &weights, tokens, sequences, pass)?;
+            let losses = model.loss(&tape, &weights, *sequences, pass)?;
             match &mut self.device {
                 Some(device) => device.add_losses(&losses, share, m == 0)?,
                 None => {
@@ -224,16 +223,18 @@ fn logits_of(layer: usize, token: usize) -> String {
 }
 
 /// Refuses micro-batches whose equal weight would not make the mean over the global batch.
-fn equal_shares(dist: &dyn Collective, micro_batches: &[&[i32]], sequences: usize) -> Result<()> {
-    let own = [micro_batches.len(), sequences];
-    let all = dist.gather(&own.map(|n| n as f64))?;
-    if all.chunks(2).all(|rank| rank == own.map(|n| n as f64)) {
+fn equal_shares(dist: &dyn Collective, micro_batches: &[Sequences]) -> Result<()> {
+    let sequences = micro_batches.iter().map(|m| m.count);
+    let (least, most) = (sequences.clone().min(), sequences.max());
+    let own = [micro_batches.len(), least.unwrap_or(0), most.unwrap_or(0)].map(|n| n as f64);
+    let all = dist.gather(&own)?;
+    if own[1] == own[2] && all.chunks(3).all(|rank| rank == own) {
         return Ok(());
     }
     Err(Error::invalid(
         "step",
         "equally many micro-batches and sequences on every rank",
-        format!("(micro-batches, sequences) by rank: {all:?}"),
+        format!("(micro-batches, fewest and most sequences) by rank: {all:?}"),
         "give every rank its part of each micro-batch, as Collective::part does",
     ))
 }

@@ -3,6 +3,7 @@
 //!
 //! The simulator's kernels have memory of their own, so that the counters are those of a GPU.
 
+use routegrad::batch::Batch;
 use routegrad::config::{Config, Layers};
 use routegrad::data::Corpus;
 use routegrad::device::{Device, counters, take_peak};
@@ -50,7 +51,7 @@ impl Run {
         }
     }
 
-    fn tokens(&self) -> Vec<i32> {
+    fn tokens(&self) -> Batch {
         let n = 2 * SEQUENCES as u64;
         self.corpus.sequences(self.step * n..(self.step + 1) * n)
     }
@@ -58,12 +59,9 @@ impl Run {
     /// A step of two micro-batches: what it counted up to its report, and what was refused.
     fn step(&mut self) -> (counters::Counters, Option<String>) {
         let tokens = self.tokens();
-        let parts: Vec<&[i32]> = tokens.chunks(tokens.len() / 2).collect();
+        let parts: Vec<_> = tokens.chunks(SEQUENCES).collect();
         counters::take();
-        let launched = self
-            .trainer
-            .launch(&mut self.model, &parts, SEQUENCES, 1e-3)
-            .unwrap();
+        let launched = self.trainer.launch(&mut self.model, &parts, 1e-3).unwrap();
         let counted = counters::take();
         let report = self.trainer.report(&mut self.model, launched).unwrap();
         self.step += 1;
@@ -100,6 +98,7 @@ fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
             "model.top_k=2",
             "train.recompute=true",
         ],
+        &["router.name=default", "data.document_boundaries=true"],
         &["router.name=lossfree"],
         &["router.name=lossfree", "router.score=\"softmax\""],
     ] {
@@ -112,10 +111,10 @@ fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
         assert!(third.launches > 100, "{set:?}");
         assert_eq!((third.reads, third.allocations), (0, 0), "{set:?}");
         assert_eq!(third, fourth, "{set:?}");
-        // Of each micro-batch: tokens, targets, the loss's share, two lists of coefficients; of each MoE layer a flag, once
+        // Of each micro-batch: tokens, targets, first keys, the loss's share, two lists of coefficients; of each MoE layer a flag, once
         // more where it is computed again, the decay of the default vectors, and a factor where gradients meet.
         assert!(
-            third.uploads <= 2 * (5 + 2 * 4),
+            third.uploads <= 2 * (6 + 2 * 4),
             "{set:?}: {} uploads",
             third.uploads
         );
@@ -134,7 +133,7 @@ fn a_step_that_is_not_finite_leaves_weights_moments_and_state_as_they_were() {
         let tokens = run.tokens();
         let (width, byte) = (
             run.model.config().hidden,
-            tokens[tokens.len() / 2 + 5] as usize,
+            tokens.tokens[tokens.tokens.len() / 2 + 5] as usize,
         );
         let kept = run.model.parameters[0].value.clone();
         let embedding = &mut run.model.parameters[0].value;

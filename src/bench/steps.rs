@@ -78,16 +78,9 @@ impl Training {
     /// Those of a step, and when a number in it was not finite.
     pub fn step(&mut self) -> Result<()> {
         let first = self.step * self.sequences as u64;
-        let micro = self.micro_batch as u64;
-        let parts = (0..self.sequences as u64 / micro).map(|m| {
-            let first = first + m * micro;
-            self.corpus.sequences(first..first + micro)
-        });
-        let parts: Vec<Vec<i32>> = parts.collect();
-        let parts: Vec<&[i32]> = parts.iter().map(Vec::as_slice).collect();
-        let report = self
-            .trainer
-            .step(&mut self.model, &parts, self.micro_batch, 1e-3)?;
+        let batch = self.corpus.sequences(first..first + self.sequences as u64);
+        let parts: Vec<_> = batch.chunks(self.micro_batch).collect();
+        let report = self.trainer.step(&mut self.model, &parts, 1e-3)?;
         self.step += 1;
         match report.refused {
             None => Ok(()),

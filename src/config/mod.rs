@@ -295,6 +295,8 @@ pub struct DataConfig {
     pub document_separator: String,
     /// Share of the documents that is held out for validation, at least one.
     pub validation_fraction: f64,
+    /// Whether attention stays within a document where several share a sequence.
+    pub document_boundaries: bool,
     /// Fingerprint of the tokenizer that made the tokens, "bytes" for bytes. Default: that of the
     /// source.
     pub tokenizer: String,
@@ -307,6 +309,7 @@ impl Default for DataConfig {
             mix: Vec::new(),
             document_separator: "\n\n\n".into(),
             validation_fraction: 0.05,
+            document_boundaries: false,
             tokenizer: "bytes".into(),
         }
     }

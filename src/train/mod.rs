@@ -14,6 +14,7 @@ pub use memory::{available as available_memory, least as least_memory};
 pub use schedule::learning_rate;
 
 use crate::analyze;
+use crate::batch::Batch;
 use crate::checkpoint::{self, TrainerState};
 use crate::config::{Config, count};
 use crate::data::tokenizer::BYTES;
@@ -96,7 +97,7 @@ struct Run<'a> {
     options: &'a Options,
     corpus: Arc<Corpus>,
     /// The sequences of each step.
-    ahead: Ahead<Vec<i32>>,
+    ahead: Ahead<Batch>,
     model: Model,
     trainer: Trainer,
     state: TrainerState,
@@ -271,13 +272,9 @@ impl<'a> Run<'a> {
     /// One optimizer step over the next sequences.
     fn step(&mut self, rate: f64) -> Result<StepReport> {
         let train = &self.state.config.train;
-        let micro = train.micro_batch;
-        let tokens = self.ahead.take(self.state.step);
-        let width = self.state.config.model.sequence_length + 1;
-        let micro_batches: Vec<&[i32]> = tokens.chunks(micro * width).collect();
-        let report = self
-            .trainer
-            .step(&mut self.model, &micro_batches, micro, rate)?;
+        let batch = self.ahead.take(self.state.step);
+        let micro_batches: Vec<_> = batch.chunks(train.micro_batch).collect();
+        let report = self.trainer.step(&mut self.model, &micro_batches, rate)?;
         self.state.step += 1;
         self.state.optimizer_steps = self.trainer.optimizer.steps();
         self.state.skipped_in_a_row = match report.refused {
@@ -420,7 +417,7 @@ impl<'a> Run<'a> {
 }
 
 /// What each step from the present one on takes: step t of n sequences those from t · n on.
-fn read_ahead(corpus: &Arc<Corpus>, state: &TrainerState) -> Result<Ahead<Vec<i32>>> {
+fn read_ahead(corpus: &Arc<Corpus>, state: &TrainerState) -> Result<Ahead<Batch>> {
     let (corpus, train) = (corpus.clone(), &state.config.train);
     let batch = train.sequences_per_step as u64;
     let read = move |step: u64| corpus.sequences(step * batch..(step + 1) * batch);

@@ -39,6 +39,10 @@ pub(super) fn resume(
             old.train.sequences_per_step == config.train.sequences_per_step,
         ),
         ("data", state.data == data),
+        (
+            "data.document_boundaries",
+            old.data.document_boundaries == config.data.document_boundaries,
+        ),
     ] {
         if !same {
             return Err(Error::invalid(

@@ -56,7 +56,7 @@ pub fn forward(
     Ok([out, lse])
 }
 
-/// The gradient of qkv, from that of the output and what [`forward`] without `first_key` gave.
+/// The gradient of qkv, from that of the output and what [`forward`] gave.
 ///
 /// # Errors
 /// As [`forward`].
@@ -64,6 +64,7 @@ pub fn backward(
     dout: &Tensor,
     qkv: &Tensor,
     [out, lse]: [&Tensor; 2],
+    first_key: Option<&Tensor>,
     heads: Heads,
     sequence: usize,
 ) -> Result<Tensor> {
@@ -92,7 +93,7 @@ pub fn backward(
                 qkv.pointer(),
                 out.pointer(),
                 lse.pointer(),
-                null(),
+                first_key.map_or(null(), Tensor::pointer),
                 tokens,
                 sequence,
                 query,
