@@ -65,8 +65,8 @@ impl<'a> Array<'a> {
         })
     }
 
-    /// Length in bytes.
-    pub fn len(&self) -> usize {
+    /// Bytes that it takes.
+    pub fn size(&self) -> usize {
         self.shape.elements() * self.dtype.size()
     }
 
@@ -77,7 +77,7 @@ impl<'a> Array<'a> {
             Content::Tensor(tensor) if tensor.device() == Device::Cpu => {
                 Ok(Cow::Borrowed(tensor.bytes()))
             }
-            Content::Tensor(tensor) => tensor.copied_bytes(0..self.len()).map(Cow::Owned),
+            Content::Tensor(tensor) => tensor.copied_bytes(0..self.size()).map(Cow::Owned),
             Content::Weight(weight, numbers) => weight.bytes(numbers.clone()),
             Content::Made(make) => make().map(Cow::Owned),
         }
@@ -102,7 +102,7 @@ impl View for &Array<'_> {
         self.bytes().unwrap_or_else(|e| panic!("{e}"))
     }
     fn data_len(&self) -> usize {
-        self.len()
+        self.size()
     }
 }
 

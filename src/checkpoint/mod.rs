@@ -58,7 +58,7 @@ impl Snapshot<'_> {
     /// Bytes of its arrays.
     pub fn bytes(&self) -> u64 {
         let arrays = self.model.iter().chain(&self.trainer);
-        arrays.map(|a| a.len() as u64).sum()
+        arrays.map(|a| a.size() as u64).sum()
     }
 
     /// The same in memory of its own: what it was taken of may change.

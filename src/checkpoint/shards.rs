@@ -36,7 +36,7 @@ impl<'a, 'b> Shards<'a, 'b> {
         let mut groups: Vec<Vec<&Array>> = vec![Vec::new()];
         let (mut total, mut size) = (0, 0);
         for array in arrays {
-            let bytes = array.len() as u64;
+            let bytes = array.size() as u64;
             let last = groups.len() - 1;
             if size + bytes > limit && !groups[last].is_empty() {
                 groups.push(vec![array]);
