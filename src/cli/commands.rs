@@ -1,7 +1,7 @@
 //! What each command does: reads its arguments, calls the module that does the work, prints.
 
 use super::*;
-use crate::checkpoint::{self, Checkpoint};
+use crate::checkpoint::{self, Checkpoint, SHARD_BYTES};
 use crate::config::{Config, Layers};
 use crate::device::Device;
 use crate::device_check::Directional;
@@ -333,7 +333,12 @@ pub(super) fn export_command(args: &ExportArgs) -> Result<()> {
         ExportedDtype::F32 => DType::F32,
         ExportedDtype::Bf16 => DType::Bf16,
     };
-    let report = export::run(&open_checkpoint(&args.model)?, &args.out, dtype)?;
+    let report = export::run(
+        &open_checkpoint(&args.model)?,
+        &args.out,
+        dtype,
+        SHARD_BYTES,
+    )?;
     say!("folder        {}", args.out.display());
     say!("architecture  {}", report.architecture);
     if !report.foreign.is_empty() {

@@ -6,6 +6,7 @@
 //! are joined by [`DOCUMENT_END`]. A window may span several documents; where `document_boundaries` are on,
 //! its batch says where they begin.
 
+mod ahead;
 mod boundaries;
 pub mod folder;
 mod frames;
@@ -19,6 +20,7 @@ mod text;
 pub mod tokenizer;
 mod tokens;
 
+pub use ahead::Ahead;
 pub use folder::{Counts, Folder};
 pub use part::Share;
 pub use sources::{Source, sources};

@@ -221,6 +221,21 @@ fn bad_text_is_named_with_its_fault() {
 }
 
 #[test]
+fn what_is_read_ahead_is_what_is_read_at_once_also_from_a_step_in_the_middle() {
+    let corpus = std::sync::Arc::new(load(&model(&[])).unwrap());
+    for first in [0, 3, 1000] {
+        let read = corpus.clone();
+        let steps = first..first + 20;
+        let read = move |step| read.sequences(step * 16..(step + 1) * 16);
+        let mut ahead = Ahead::new(steps.clone(), read).unwrap();
+        for step in steps {
+            let direct = corpus.sequences(step * 16..(step + 1) * 16);
+            assert!(ahead.take(step) == direct, "step {step} from {first}");
+        }
+    }
+}
+
+#[test]
 fn a_batch_knows_where_the_documents_of_its_text_begin_on_demand() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.txt");
