@@ -71,8 +71,8 @@ fn main() -> Result<()> {
         let mut trainer = Trainer::new(&config.train, &model);
         for step in 0..config.train.steps {
             let first = step * sequences as u64;
-            let tokens = corpus.sequences(first..first + sequences as u64);
-            let report = trainer.step(&mut model, &[&tokens], sequences, 3e-3)?;
+            let batch = corpus.sequences(first..first + sequences as u64);
+            let report = trainer.step(&mut model, &[batch.all()], 3e-3)?;
             if step % 20 == 19 {
                 let loss = report.cross_entropy;
                 println!("{name:7} step {:3}  loss {loss:.3} nats per byte", step + 1);

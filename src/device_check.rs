@@ -9,6 +9,7 @@ mod model;
 
 pub use model::{MODEL_TOLERANCE, ModelCheck, model_checks};
 
+use crate::batch::{Batch, Sequences};
 use crate::check::{Fault, FaultGuard, normal_numbers};
 use crate::config::{Config, Layers};
 use crate::device::Device;
@@ -106,8 +107,7 @@ pub fn compare_layer(
 /// When the configuration cannot run.
 pub fn compare_step(
     config: &Config,
-    tokens: &[i32],
-    sequences: usize,
+    sequences: Sequences,
     fault: Option<Fault>,
 ) -> Result<Comparison> {
     let step = |device: Device, choices: &[Vec<Selection>]| -> Result<(Model, Vec<Named>)> {
@@ -125,7 +125,7 @@ pub fn compare_step(
             }
         }
         let mut trainer = Trainer::new(&config.train, &model);
-        let _report: StepReport = trainer.step(&mut model, &[tokens], sequences, 0.0)?;
+        let _report: StepReport = trainer.step(&mut model, &[sequences], 0.0)?;
         let mut found = named_gradients(&model, trainer.gradients());
         for (layer, state) in model.layer_states().iter().enumerate() {
             for (name, tensor) in state.tensors() {
@@ -208,7 +208,7 @@ pub fn operations(config: &Config) -> Result<BTreeMap<&'static str, usize>> {
         .map(|i| (i * i % vocabulary) as i32)
         .collect();
     take_ran();
-    trainer.step(&mut model, &[&tokens], 1, 0.0)?;
+    trainer.step(&mut model, &[Sequences::new(&tokens, 1)], 0.0)?;
     Ok(take_ran())
 }
 
@@ -298,6 +298,35 @@ pub fn directional(config: &Config, tokens: usize, load: Load) -> Result<Vec<Dir
 
 fn norm(v: &[f64]) -> f64 {
     v.iter().map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// `sequences` random sequences of a model, in documents where the data has boundaries.
+pub(crate) fn random_batch(config: &Config, sequences: usize) -> Batch {
+    let (length, vocabulary) = (config.model.sequence_length, config.model.vocab_size);
+    let numbers = normal_numbers(sequences * (length + 1), 78).into_iter();
+    let tokens = numbers.map(|x| ((x.abs() * 1e6) as usize % vocabulary) as i32);
+    let tokens: Vec<i32> = tokens.collect();
+    // A document begins with every fourth number or so.
+    let first_keys = |sequence: &[i32]| -> Vec<i32> {
+        let mut begin = 0;
+        let inputs = sequence[..length].iter().zip(0..);
+        let rows = inputs.map(|(token, row)| {
+            if token % 4 == 0 {
+                begin = row;
+            }
+            begin
+        });
+        rows.collect()
+    };
+    let first_key = config.data.document_boundaries.then(|| {
+        let sequences = tokens.chunks(length + 1);
+        sequences.flat_map(first_keys).collect()
+    });
+    Batch {
+        tokens,
+        sequences,
+        first_key,
+    }
 }
 
 /// Random input and incoming gradients `[tokens, width]` of a layer. The first number of every input

@@ -134,16 +134,6 @@ impl Events {
             .write_all(&framed)
             .map_err(|e| Error::io("write", &self.path, e))
     }
-
-    /// Forces the file to the disk, before a checkpoint that counts on it.
-    ///
-    /// # Errors
-    /// When the disk refuses.
-    pub fn sync(&self) -> Result<()> {
-        self.file
-            .sync_data()
-            .map_err(|e| Error::io("sync", &self.path, e))
-    }
 }
 
 /// What of a step is shown over the steps, by name.

@@ -1,6 +1,6 @@
 //! A model for Hugging Face's transformers: a folder that `from_pretrained` reads.
 //!
-//! `config.json`, `model.safetensors` and the tokenizer. A model that an
+//! `config.json`, `model.safetensors` (several files with an index where it is large) and the tokenizer. A model that an
 //! architecture of transformers computes is written as that one; any other brings the program in
 //! `src/export/hf/`, which computes it as at evaluation. Written under another name, synced and
 //! renamed: a reader finds the folder whole or not at all.
@@ -11,7 +11,7 @@ mod weights;
 
 pub use architecture::Architecture;
 
-use crate::checkpoint::{self, Checkpoint, UNFINISHED, sync, write_arrays, write_json};
+use crate::checkpoint::{self, Checkpoint, Shards, UNFINISHED, sync, write_arrays, write_json};
 use crate::data::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -55,15 +55,16 @@ pub enum Exported {
 }
 
 /// Writes the model of a checkpoint to the folder `out`, which must be new or empty, its weights
-/// rounded to `dtype`, f32 or bf16.
+/// rounded to `dtype`, f32 or bf16, up to `shard_bytes` of them to a file (see [`checkpoint::SHARD_BYTES`]).
 ///
 /// # Errors
 /// When the checkpoint cannot be read, or the folder not be written; nothing is left of it then.
-pub fn run(found: &Checkpoint, out: &Path, dtype: DType) -> Result<Report> {
+pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Result<Report> {
     let temporary = place(out)?;
-    let (model, config) = eval::load(found, true)?;
+    let (model, config) = eval::load(found, true, None)?;
     let (architecture, foreign) = architecture::choose(&config.model, &config.router);
-    let arrays = weights::arrays(&model, &config, architecture, dtype)?;
+    let arrays = weights::arrays(&model, &config, architecture, dtype);
+    let shards = Shards::new("model", &arrays, shard_bytes);
     let mut texts = vec![];
     let mut values = vec![(
         "config.json",
@@ -100,10 +101,16 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType) -> Result<Report> {
             fs::write(&path, text).map_err(|e| Error::io("write", &path, e))?;
             paths.push(path);
         }
-        let path = temporary.join("model.safetensors");
-        // Readers of several frameworks ask whose tensors these are.
-        write_arrays(&path, &arrays, &[("format", "pt")])?;
-        paths.push(path);
+        for (name, arrays) in &shards.files {
+            let path = temporary.join(name);
+            // Readers of several frameworks ask whose tensors these are.
+            write_arrays(&path, arrays, &[("format", "pt")])?;
+            paths.push(path);
+        }
+        if let Some((name, index)) = &shards.index {
+            paths.push(temporary.join(name));
+            write_json(&temporary.join(name), index)?;
+        }
         paths.iter().try_for_each(|path| sync(path))?;
         sync(&temporary)?;
         fs::rename(&temporary, out).map_err(|e| Error::io("rename", &temporary, e))

@@ -8,6 +8,7 @@
 
 use crate::check::{Case, Fault, FaultGuard, finite_differences, gradients, normal_numbers};
 use crate::config::{Config, Layers};
+use crate::device_check::random_batch;
 use crate::dist::SingleRank;
 use crate::error::Result;
 use crate::model::{Model, Weights};
@@ -204,6 +205,7 @@ const MODEL_OPTIONS: &[&[&str]] = &[
         "model.head_dim=6",
         "model.qk_norm=\"full\"",
         "train.recompute=true",
+        "data.document_boundaries=true",
     ],
     &[
         "balance.aux_scope=\"micro\"",
@@ -432,14 +434,7 @@ fn layer_case(config: &Config, model: Model, inputs: &[&str]) -> Result<Case> {
 
 /// A whole model: inputs are all its parameters, the output is its loss.
 fn model_case(config: &Config, model: Model) -> Result<Case> {
-    const SEQUENCES: usize = 2;
-    let count = SEQUENCES * (config.model.sequence_length + 1);
-    let vocabulary = config.model.vocab_size;
-    let tokens: Vec<i32> = normal_numbers(count, 78)
-        .iter()
-        .map(|x| (x.abs() * 1e6) as usize % vocabulary)
-        .map(|token| token as i32)
-        .collect();
+    let batch = random_batch(config, 2);
     let inputs: Vec<(String, Vec<usize>, Vec<f64>)> = model
         .parameters
         .iter()
@@ -450,9 +445,8 @@ fn model_case(config: &Config, model: Model) -> Result<Case> {
         format!("{} layers, loss", config.model.layers),
         move |tape, v| {
             let weights: Weights = v.to_vec().into();
-            let run = |tape: &Tape, phase| {
-                model.loss(tape, &weights, &tokens, SEQUENCES, Pass::single(phase))
-            };
+            let run =
+                |tape: &Tape, phase| model.loss(tape, &weights, batch.all(), Pass::single(phase));
             if !held.replace(true) {
                 run(&Tape::without_gradients(), Phase::Train)?;
             }

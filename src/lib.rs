@@ -2,6 +2,7 @@
 //!
 //! Modules stand in the order of the floors: each uses only those above it.
 
+pub mod batch;
 pub mod error;
 
 pub mod files;

@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 /// What one optimizer step did. Losses are in nats per token; those that are not finite are null.
-/// `seconds` and `tokens_per_second` are the only fields that differ between two equal runs.
+/// `seconds`, `tokens_per_second` and `saved` are the only fields that differ between two equal runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
     /// Steps done, this one included.
@@ -50,6 +50,24 @@ pub struct Record {
     /// Time of the step, without evaluation and saving.
     pub seconds: f64,
     pub tokens_per_second: f64,
+    /// The checkpoints that were finished since the record before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub saved: Vec<Saved>,
+}
+
+/// What saving a checkpoint took.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Steps done before it.
+    pub step: u64,
+    /// Of its arrays.
+    pub bytes: u64,
+    /// Whether training went on meanwhile.
+    pub background: bool,
+    /// For which training stood still: to wait for the save before, to copy, or to write where that was in the foreground.
+    pub blocked_seconds: f64,
+    /// From the first file to the checkpoint under its name.
+    pub write_seconds: f64,
 }
 
 /// The file of a run, open for appending.
@@ -106,13 +124,6 @@ impl Log {
             .write_all(line.as_bytes())
             .map_err(|e| Error::io("write", &self.path, e))
     }
-
-    /// Forces the log to the disk, before a checkpoint that counts on it.
-    pub fn sync(&self) -> Result<()> {
-        self.file
-            .sync_data()
-            .map_err(|e| Error::io("sync", &self.path, e))
-    }
 }
 
 /// The records of a log, up to the first line that is not one.
@@ -146,6 +157,7 @@ pub(crate) mod tests {
             validation_by_source: BTreeMap::new(),
             seconds: 0.25,
             tokens_per_second: 16384.0,
+            saved: Vec::new(),
         }
     }
 

@@ -1,5 +1,6 @@
 //! The steps of a configuration, one after another, without a run's folder: what tests, timings and the hardware check train.
 
+use crate::batch::Batch;
 use crate::config::Config;
 use crate::data::Corpus;
 use crate::error::{Error, Result};
@@ -31,8 +32,8 @@ impl Training {
         })
     }
 
-    /// Those of the next step, S + 1 of each sequence.
-    pub fn tokens(&self) -> Vec<i32> {
+    /// Those of the next step.
+    pub fn sequences(&self) -> Batch {
         let n = self.config.train.sequences_per_step as u64;
         self.corpus.sequences(self.step * n..(self.step + 1) * n)
     }
@@ -42,12 +43,11 @@ impl Training {
     /// # Errors
     /// Those of a step.
     pub fn launch(&mut self) -> Result<Launched> {
-        let tokens = self.tokens();
-        let (train, width) = (&self.config.train, self.config.model.sequence_length + 1);
-        let parts: Vec<&[i32]> = tokens.chunks(train.micro_batch * width).collect();
+        let batch = self.sequences();
+        let train = &self.config.train;
+        let parts: Vec<_> = batch.chunks(train.micro_batch).collect();
         let rate = learning_rate(train, self.step);
-        let (model, sequences) = (&mut self.model, train.micro_batch);
-        self.trainer.launch(model, &parts, sequences, rate)
+        self.trainer.launch(&mut self.model, &parts, rate)
     }
 
     /// What became of it.

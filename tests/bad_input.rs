@@ -177,7 +177,7 @@ fn crafted(place: &Place, name: &str, change: impl FnOnce(&mut Model)) -> std::p
         config,
     };
     let snapshot = checkpoint::snapshot(&model, &trainer, &state).unwrap();
-    checkpoint::save(&place.path(name), &snapshot, 1).unwrap()
+    checkpoint::save(&place.path(name), &snapshot, 1, checkpoint::SHARD_BYTES).unwrap()
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! No token sees a later one at evaluation, under any router.
 
+use routegrad::batch::Sequences;
 use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
 use routegrad::routers::{self, ROUTERS};
@@ -24,14 +25,18 @@ fn a_later_token_changes_no_earlier_loss() {
         // A step, so that default vectors are not zero.
         let mut trainer = Trainer::new(&config.train, &model);
         trainer
-            .step(&mut model, &[&tokens], SEQUENCES, 1e-2)
+            .step(&mut model, &[Sequences::new(&tokens, SEQUENCES)], 1e-2)
             .unwrap();
 
-        let before = model.token_losses(&tokens, SEQUENCES).unwrap();
+        let before = model
+            .token_losses(Sequences::new(&tokens, SEQUENCES))
+            .unwrap();
         for at in [1, LENGTH / 2, LENGTH] {
             let mut changed = tokens.clone();
             changed[at] = (changed[at] + 1) % 256;
-            let after = model.token_losses(&changed, SEQUENCES).unwrap();
+            let after = model
+                .token_losses(Sequences::new(&changed, SEQUENCES))
+                .unwrap();
             // Loss k predicts token k + 1: those before `at` must keep their bits, its own and, if
             // there is one, the next must change.
             assert_eq!(before[..at - 1], after[..at - 1], "{} at {at}", router.name);

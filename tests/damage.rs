@@ -134,9 +134,20 @@ fn read_logs(folder: &Path) -> Result<()> {
     Events::open(&folder.join(EVENTS_FILE), 1).map(|_| ())
 }
 
+/// The checkpoint of a run again, in files of up to 100 kB.
+fn shard(run: &Path, to: &Path) -> PathBuf {
+    let (found, _) = checkpoint::find(run).unwrap();
+    let (model, state) = checkpoint::load_model(&found).unwrap();
+    let mut trainer = Trainer::new(&state.config.train, &model);
+    checkpoint::load_trainer(&found, &state, &model, &mut trainer).unwrap();
+    let snapshot = checkpoint::snapshot(&model, &trainer, &state).unwrap();
+    checkpoint::save(to, &snapshot, 1, 100_000).unwrap()
+}
+
 fn readers(place: &Place) -> Vec<Reader> {
     succeed(&mut place.train("run", &["--steps", "3"]));
     let run = place.path("run");
+    let sharded = shard(&run, &place.path("sharded"));
     let documents = place.path("documents");
     fs::create_dir(&documents).unwrap();
     let lines: Vec<String> = (0..40)
@@ -154,6 +165,20 @@ fn readers(place: &Place) -> Vec<Reader> {
                 "model.safetensors",
                 "trainer.safetensors",
                 "trainer.json",
+                "manifest.json",
+            ],
+            read: read_checkpoint,
+            checked: true,
+        },
+        Reader {
+            name: "checkpoint in several files",
+            folder: sharded,
+            files: vec![
+                "model-00001-of-00002.safetensors",
+                "model-00002-of-00002.safetensors",
+                "model.safetensors.index.json",
+                "trainer-00002-of-00003.safetensors",
+                "trainer.safetensors.index.json",
                 "manifest.json",
             ],
             read: read_checkpoint,

@@ -493,14 +493,14 @@ fn a_step_reads_the_same_tokens_however_it_is_divided_from_a_mix_too() {
         load(&format!("data.source={:?}", a.display().to_string())),
         load(&mix),
     ] {
-        let whole = corpus.sequences(4090..4110);
+        let whole = corpus.sequences(4090..4110).tokens;
         let parts: Vec<i32> = [4090..4093, 4093..4100, 4100..4110]
             .into_iter()
-            .flat_map(|r| corpus.sequences(r))
+            .flat_map(|r| corpus.sequences(r).tokens)
             .collect();
         assert_eq!(whole.len(), 20 * 17);
         assert_eq!(whole, parts);
-        let (_, n) = corpus.evaluation(0);
+        let n = corpus.evaluation(0).sequences;
         let windows = corpus.held_out(0);
         assert_eq!(windows.len(), n);
         for window in windows {

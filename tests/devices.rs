@@ -250,8 +250,8 @@ fn tiny(router: &str, sequences: usize) -> (Config, Corpus) {
 fn a_first_step_of_tiny_gives_the_gradients_of_the_cpu() {
     for router in ["topk", "default"] {
         let (config, corpus) = tiny(router, 16);
-        let tokens = corpus.sequences(0..16);
-        let found = compare_step(&config, &tokens, 16, None).unwrap();
+        let batch = corpus.sequences(0..16);
+        let found = compare_step(&config, batch.all(), None).unwrap();
         for (what, difference) in &found.differences {
             println!("{router} {difference:.1e} {what}");
         }
@@ -269,6 +269,11 @@ const OPTIONS: &[&[&str]] = &[
     &["model.qk_norm=\"head\"", "model.kv_heads=1"],
     &["model.qk_norm=\"full\"", "model.tied_embeddings=true"],
     &["model.shared_expert_width=64", "train.recompute=true"],
+    // A line is a document.
+    &[
+        "data.document_boundaries=true",
+        "data.document_separator=\"\\n\"",
+    ],
     &[
         "router.name=topk",
         "router.renormalize=true",
@@ -312,7 +317,7 @@ fn a_first_step_with_every_option_gives_the_gradients_of_the_cpu() {
     let replayed = |set: &&&[&str]| !set[0].contains("sparsemixer");
     for set in OPTIONS.iter().filter(replayed) {
         let (config, corpus) = with_option(set, 128);
-        let found = compare_step(&config, &corpus.sequences(0..2), 2, None).unwrap();
+        let found = compare_step(&config, corpus.sequences(0..2).all(), None).unwrap();
         let (what, difference) = found.worst();
         println!("{set:?}: worst {difference:.1e} ({what})");
         // Over 256 tokens roundings even out less than over thousands, least in the gradients of gates, which are small
@@ -331,9 +336,9 @@ fn a_model_with_every_option_learns_on_the_simulator() {
         config.train.device = Device::Sim;
         let mut model = Model::new(&config).unwrap();
         let mut trainer = Trainer::new(&config.train, &model);
-        let tokens = corpus.sequences(0..2);
+        let batch = corpus.sequences(0..2);
         let losses = (0..4).map(|_| {
-            let report = trainer.step(&mut model, &[&tokens], 2, 3e-3).unwrap();
+            let report = trainer.step(&mut model, &[batch.all()], 3e-3).unwrap();
             assert_eq!(report.refused, None, "{set:?}");
             report.cross_entropy
         });
@@ -399,7 +404,7 @@ fn every_missing_term_shows_in_a_directional_derivative_of_a_model() {
 fn every_missing_term_shows_in_a_first_step_of_tiny() {
     for (fault, name) in Fault::ALL {
         let (config, corpus) = tiny(router_of(fault), 2);
-        let found = compare_step(&config, &corpus.sequences(0..2), 2, Some(fault)).unwrap();
+        let found = compare_step(&config, corpus.sequences(0..2).all(), Some(fault)).unwrap();
         let allowed = 2.0 * TOLERANCE;
         assert!(!(found.worst().1 <= allowed), "{name} did not show");
     }
@@ -413,8 +418,8 @@ fn the_loss_of_tiny_falls_as_on_the_cpu() {
         let mut model = Model::new(&config).unwrap();
         let mut trainer = Trainer::new(&config.train, &model);
         let step = |step: u64| {
-            let tokens = corpus.sequences(2 * step..2 * step + 2);
-            let report = trainer.step(&mut model, &[&tokens], 2, 1e-3).unwrap();
+            let batch = corpus.sequences(2 * step..2 * step + 2);
+            let report = trainer.step(&mut model, &[batch.all()], 1e-3).unwrap();
             assert_eq!(report.refused, None);
             report.cross_entropy
         };

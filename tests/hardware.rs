@@ -259,12 +259,13 @@ fn rehearsed(arguments: &[&str]) -> (Output, Vec<serde_json::Value>) {
 }
 
 /// What is asked of whole steps, in the order of the records.
-const STEP_TASKS: [&str; 6] = [
+const STEP_TASKS: [&str; 7] = [
     "bench: small set",
     "learns: tiny default",
     "repeats: tiny default",
     "resumes: tiny default",
     "steady: tiny default",
+    "steady: tiny default eager",
     "trains: tiny default",
 ];
 
@@ -281,8 +282,8 @@ fn every_task_of_whole_steps_passes_on_the_simulator_and_records_what_it_saw() {
         assert_eq!(record["ending"], "passed", "{record}");
         assert_eq!(record["gpu"], "simulator");
     }
-    let [bench, learns, repeats, resumes, steady, trains] =
-        [0, 1, 2, 3, 4, 5].map(|i| &records[i]["measured"]);
+    let [bench, learns, repeats, resumes, steady, eager, trains] =
+        [0, 1, 2, 3, 4, 5, 6].map(|i| &records[i]["measured"]);
     assert_eq!(bench["cases"], 1);
     assert_eq!(learns["losses"].as_array().map(Vec::len), Some(6));
     assert!(learns["relative_difference"].as_f64().unwrap().abs() < 0.01);
@@ -290,10 +291,12 @@ fn every_task_of_whole_steps_passes_on_the_simulator_and_records_what_it_saw() {
     let seconds = |record: &serde_json::Value, key: &str| record[key].as_f64().unwrap();
     // The simulator's steps are slow, and the checkpoint is small.
     assert!((0.0..1.0).contains(&seconds(resumes, "share_of_time_blocked")));
-    assert!(seconds(resumes, "checkpoint_bytes") > 1e6);
-    let third = &steady["third_step"];
-    assert_eq!((&third["reads"], &third["waits"]), (&0.into(), &0.into()));
-    assert!(third["launches"].as_u64() > Some(100));
+    assert!(seconds(&resumes["saved"], "bytes") > 1e6);
+    for step in [&steady["step"], &eager["step"]] {
+        assert_eq!((&step["reads"], &step["waits"]), (&0.into(), &0.into()));
+    }
+    assert_eq!(steady["step"]["replays"], 1);
+    assert!(eager["step"]["launches"].as_u64() > Some(100));
     assert_eq!(
         trains["seconds_of_each_step"].as_array().map(Vec::len),
         Some(2)
@@ -311,6 +314,11 @@ fn what_is_planted_in_a_task_of_whole_steps_is_told_as_failure() {
         &["not within 1%: mean loss"],
         &["differ in", "first in loss and gradient norm of step 1"],
         &["did the first 3 steps again"],
+        &[
+            "reads: 2",
+            "the memory is not within 3% of the plan",
+            "a refused step changed: model.layers.0",
+        ],
         &[
             "reads: 2",
             "the memory is not within 3% of the plan",

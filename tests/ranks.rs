@@ -6,6 +6,7 @@
 //! penalty of `remoe` counts within one. With `balance.aux_scope = "micro"` the auxiliary loss counts
 //! within a rank's own part, and depends on the number of ranks too.
 
+use routegrad::batch::Batch;
 use routegrad::config::{Config, Layers};
 use routegrad::data::Corpus;
 use routegrad::dist::{Collective, SingleRank, ThreadRank};
@@ -80,18 +81,17 @@ impl Rank {
     }
 
     /// This rank's tokens of the `n` micro-batches of a step.
-    fn tokens(&self, step: u64, n: u64) -> Result<Vec<Vec<i32>>> {
-        let parts = (step * n..(step + 1) * n).map(|m| -> Result<Vec<i32>> {
+    fn tokens(&self, step: u64, n: u64) -> Result<Vec<Batch>> {
+        let parts = (step * n..(step + 1) * n).map(|m| -> Result<Batch> {
             let own = self.model.dist().part(m * SEQUENCES..(m + 1) * SEQUENCES)?;
             Ok(self.corpus.sequences(own))
         });
         parts.collect()
     }
 
-    fn step(&mut self, tokens: &[Vec<i32>]) -> Result<()> {
-        let parts: Vec<&[i32]> = tokens.iter().map(Vec::as_slice).collect();
-        let own = parts[0].len() / (LENGTH + 1);
-        let report = self.trainer.step(&mut self.model, &parts, own, 1e-3)?;
+    fn step(&mut self, batches: &[Batch]) -> Result<()> {
+        let parts: Vec<_> = batches.iter().map(Batch::all).collect();
+        let report = self.trainer.step(&mut self.model, &parts, 1e-3)?;
         self.reports.push(report);
         Ok(())
     }
@@ -334,7 +334,7 @@ fn a_nan_on_one_rank_is_refused_by_all_and_leaves_no_trace() {
                     let kept = rank.model.parameters[0].value.clone();
                     if place == BAD {
                         // The embedding of a byte that this rank reads.
-                        let first = tokens[0][0] as usize * config.model.hidden;
+                        let first = tokens[0].tokens[0] as usize * config.model.hidden;
                         let embedding = &mut rank.model.parameters[0].value;
                         embedding.change(|w| w.slice_mut::<f64>()[first] = f64::NAN);
                     }
@@ -370,7 +370,7 @@ fn an_error_on_one_rank_ends_the_others_with_an_error() {
         let mut rank = Rank::new(config, Box::new(rank)).unwrap();
         let mut tokens = rank.tokens(0, 1).unwrap();
         if place == 1 {
-            tokens[0][3] = 256;
+            tokens[0].tokens[3] = 256;
         }
         rank.step(&tokens).unwrap_err().to_string()
     });

@@ -1,5 +1,6 @@
 //! What the routers promise over many steps, and at their edges.
 
+use routegrad::batch::Sequences;
 use routegrad::config::{Config, Layers};
 use routegrad::dtype::Element;
 use routegrad::model::Model;
@@ -66,7 +67,7 @@ fn variations(set: &[&str], steps: u64) -> Vec<f64> {
                 .map(|i| (stream.uniform(i) * 256.0) as i32)
                 .collect();
             let report = trainer
-                .step(&mut model, &[&tokens], SEQUENCES, 0.0)
+                .step(&mut model, &[Sequences::new(&tokens, SEQUENCES)], 0.0)
                 .unwrap();
             variation(&report.layers[0].counts)
         })
@@ -100,7 +101,9 @@ fn gradients_with_bias(bias: [f64; 8]) -> (Vec<Vec<f64>>, Vec<i32>) {
     let (tape, weights) = (Tape::new(), model.weights());
     let pass = Pass::single(Phase::Train);
     model.layer_states_mut()[0].record();
-    let losses = model.loss(&tape, &weights, &tokens, 2, pass).unwrap();
+    let losses = model
+        .loss(&tape, &weights, Sequences::new(&tokens, 2), pass)
+        .unwrap();
     let mut store = Gradients::new(weights.len());
     tape.backward(&losses.total, 1.0, &mut store).unwrap();
     let gradients = (0..weights.len()).map(|i| store.get(i).unwrap().to_f64().unwrap());
@@ -144,7 +147,9 @@ fn a_layer_of_remoe_without_any_expert_gives_zeros_and_trains_on() {
     drop(weights);
     let mut trainer = Trainer::new(&config.train, &model);
     let tokens: Vec<i32> = (0..66).map(|i| i * i % 251).collect();
-    let report = trainer.step(&mut model, &[&tokens], 2, 1e-3).unwrap();
+    let report = trainer
+        .step(&mut model, &[Sequences::new(&tokens, 2)], 1e-3)
+        .unwrap();
     assert!(report.refused.is_none(), "{report:?}");
     assert_eq!(report.layers[0].counts, [0.0; 8]);
 }
@@ -216,7 +221,9 @@ fn draws_differ_between_steps_layers_and_seeds_and_not_between_ways_to_cut_a_bat
             };
             let tape = Tape::without_gradients();
             model.layer_states_mut().iter_mut().for_each(|s| s.record());
-            model.loss(&tape, &weights, own, 4 / parts, pass).unwrap();
+            model
+                .loss(&tape, &weights, Sequences::new(own, 4 / parts), pass)
+                .unwrap();
             for (layer, state) in layers.iter_mut().zip(model.layer_states_mut().iter_mut()) {
                 let selection = &state.take_record()[0];
                 (0..selection.num_tokens()).for_each(|t| layer.extend(selection.experts(t)));

@@ -3,12 +3,18 @@
 //!
 //! The simulator's kernels have memory of their own, so that the counters are those of a GPU.
 
+use routegrad::batch::Batch;
 use routegrad::config::{Config, Layers};
+use routegrad::data::Corpus;
 use routegrad::device::{Device, counters, take_peak};
+use routegrad::model::Model;
 use routegrad::plan::{Memory, Target};
 use routegrad::routers;
-use routegrad::training::Training;
+use routegrad::step::{StepReport, Trainer};
+use routegrad::tensor::Tensor;
 use std::sync::{Mutex, MutexGuard};
+
+const SEQUENCES: usize = 2;
 
 /// Addresses are those of the whole process: one test at a time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -16,102 +22,220 @@ fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-fn training(set: &[&str]) -> Training {
-    let mut layers = Layers::preset("tiny");
-    let small = [
-        "model.sequence_length=128",
-        "model.layers=3",
-        "train.micro_batch=2",
-        "train.sequences_per_step=4",
-        "train.device=\"sim\"",
-    ];
-    layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
-    Training::new(Config::load(&layers, &routers::resolve).unwrap()).unwrap()
+/// Routers whose step the host need not follow, with what changes the launches.
+const STEADY: &[&[&str]] = &[
+    &["router.name=topk"],
+    &["router.name=default"],
+    &[
+        "router.name=default",
+        "model.top_k=2",
+        "train.recompute=true",
+    ],
+    &["router.name=default", "data.document_boundaries=true"],
+    &["router.name=lossfree"],
+    &["router.name=lossfree", "router.score=\"softmax\""],
+];
+
+struct Run {
+    config: Config,
+    model: Model,
+    trainer: Trainer,
+    corpus: Corpus,
+    step: u64,
 }
 
-/// A step of two micro-batches: what it counted up to its report, and what was refused.
-fn step(training: &mut Training) -> (counters::Counters, Option<String>) {
-    counters::take();
-    let launched = training.launch().unwrap();
-    let counted = counters::take();
-    (counted, training.report(launched).unwrap().refused)
+impl Run {
+    fn new(set: &[&str]) -> Self {
+        let mut layers = Layers::preset("tiny");
+        let small = [
+            "model.sequence_length=128",
+            "model.layers=3",
+            "train.micro_batch=2",
+            "train.sequences_per_step=4",
+            "train.device=\"sim\"",
+        ];
+        layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
+        let config = Config::load(&layers, &routers::resolve).unwrap();
+        let model = Model::new(&config).unwrap();
+        Run {
+            config: config.clone(),
+            trainer: Trainer::new(&config.train, &model),
+            corpus: Corpus::load(&config.data, &config.model, 0).unwrap(),
+            model,
+            step: 0,
+        }
+    }
+
+    fn tokens(&self) -> Batch {
+        let n = 2 * SEQUENCES as u64;
+        self.corpus.sequences(self.step * n..(self.step + 1) * n)
+    }
+
+    /// A step of two micro-batches: what it counted up to its report, and what was refused.
+    fn step(&mut self) -> (counters::Counters, Option<String>) {
+        let (counted, report) = self.reported_step();
+        (counted, report.refused)
+    }
+
+    fn reported_step(&mut self) -> (counters::Counters, StepReport) {
+        let tokens = self.tokens();
+        let parts: Vec<_> = tokens.chunks(SEQUENCES).collect();
+        counters::take();
+        let launched = self
+            .trainer
+            .launch(&mut self.model, &parts, 1e-3 / (self.step + 1) as f64)
+            .unwrap();
+        let counted = counters::take();
+        let report = self.trainer.report(&mut self.model, launched).unwrap();
+        self.step += 1;
+        (counted, report)
+    }
+
+    /// Weights, moments and router state.
+    fn state(&self) -> Vec<Vec<f64>> {
+        let weights = self
+            .model
+            .parameters
+            .iter()
+            .map(|p| p.value.to_f64().unwrap());
+        let moments = self.trainer.optimizer.moments().iter();
+        let moments = moments.flat_map(|m| [m.first.to_f64().unwrap(), m.second.to_f64().unwrap()]);
+        let states = self.model.layer_states();
+        let states = states.iter().flat_map(|s| {
+            s.tensors()
+                .map(|(_, t)| t.to_f64().unwrap())
+                .collect::<Vec<_>>()
+        });
+        weights.chain(moments).chain(states).collect()
+    }
 }
 
 #[test]
 fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
     let _alone = alone();
-    for set in [
-        &["router.name=topk"][..],
-        &["router.name=default"],
-        &[
-            "router.name=default",
-            "model.top_k=2",
-            "train.recompute=true",
-        ],
-        &["router.name=lossfree"],
-        &["router.name=lossfree", "router.score=\"softmax\""],
-    ] {
-        let mut run = training(set);
+    for set in STEADY {
+        let mut run = Run::new(&[&["train.graph=false"], *set].concat());
         for _ in 0..2 {
-            assert_eq!(step(&mut run).1, None, "{set:?}");
+            assert_eq!(run.step().1, None, "{set:?}");
         }
-        let [third, fourth] = [step(&mut run).0, step(&mut run).0];
+        let [third, fourth] = [run.step().0, run.step().0];
         println!("{set:?}: {fourth:?}");
         assert!(third.launches > 100, "{set:?}");
         assert_eq!((third.reads, third.allocations), (0, 0), "{set:?}");
         assert_eq!(third, fourth, "{set:?}");
-        // Of each micro-batch: tokens, targets, the loss's share, two lists of coefficients; of each MoE layer a flag, once
-        // more where it is computed again, the decay of the default vectors, and a factor where gradients meet.
-        assert!(
-            third.uploads <= 2 * (5 + 2 * 4),
-            "{set:?}: {} uploads",
-            third.uploads
-        );
+        // Before the step: tokens, targets and first keys of each micro-batch, and the learning rate.
+        assert!(third.uploads <= 2 * 3 + 1, "{set:?}: {}", third.uploads);
     }
+}
+
+/// A replay must not differ from the step itself in any bit, whatever happens between steps.
+#[test]
+fn a_replayed_step_does_what_the_step_itself_does() {
+    let _alone = alone();
+    for set in STEADY {
+        let mut runs = ["true", "false"].map(|on| {
+            let graph = format!("train.graph={on}");
+            Run::new(&[&[graph.as_str()], *set].concat())
+        });
+        let mut replays = 0;
+        for step in 0..9 {
+            let [replayed, itself] = runs.each_mut().map(|run| {
+                match step {
+                    // The host reads what kernels write, and takes memory of its own.
+                    5 => {
+                        let tokens = run.tokens();
+                        run.model.token_losses(tokens.all()).unwrap();
+                        run.model.layer_states_mut().iter_mut().for_each(|s| {
+                            s.take_stats();
+                        });
+                    }
+                    // A weight is written by the host, then put back elsewhere.
+                    6 => run.model.parameters[1].value.change(|w| {
+                        w.slice_mut::<f32>()[0] += 0.5;
+                    }),
+                    7 => {
+                        let weights = run.model.parameters[1].value.to_f64().unwrap();
+                        let weights: Vec<f32> = weights.iter().map(|w| *w as f32).collect();
+                        let shape = run.model.parameters[1].value.shape();
+                        let tensor = Tensor::from_slice(shape, &weights);
+                        run.model.parameters[1].value.set(&tensor);
+                    }
+                    _ => (),
+                }
+                let (counted, report) = run.reported_step();
+                (counted, format!("{report:?}"), bits(&run.state()))
+            });
+            assert_eq!(replayed.1, itself.1, "{set:?}: report of step {step}");
+            assert!(replayed.2 == itself.2, "{set:?}: state after step {step}");
+            assert_eq!(itself.0.replays, 0);
+            replays += replayed.0.replays;
+            if replayed.0.replays == 1 && step != 2 {
+                println!("{set:?} step {step}: {:?}", replayed.0);
+            }
+        }
+        assert!(replays >= 5, "{set:?}: {replays} replays");
+    }
+}
+
+#[test]
+fn a_router_that_draws_anew_each_step_waits_for_nothing_and_is_not_replayed() {
+    let _alone = alone();
+    let mut run = Run::new(&["router.name=sparsemixer", "model.top_k=2"]);
+    for step in 0..5 {
+        let counted = run.step().0;
+        assert_eq!((counted.replays, counted.reads), (0, 0), "step {step}");
+        assert!(step < 2 || counted.allocations == 0, "step {step}");
+    }
+}
+
+#[test]
+fn a_router_whose_choices_the_host_counts_is_not_replayed() {
+    let _alone = alone();
+    let mut run = Run::new(&["router.name=remoe"]);
+    let replays = (0..5).map(|_| run.step().0.replays).sum::<u64>();
+    assert_eq!(replays, 0);
 }
 
 #[test]
 fn a_step_that_is_not_finite_leaves_weights_moments_and_state_as_they_were() {
     let _alone = alone();
     for router in ["topk", "default", "lossfree"] {
-        let mut run = training(&[&format!("router.name={router}")]);
+        let mut run = Run::new(&[&format!("router.name={router}")]);
         for _ in 0..2 {
-            assert_eq!(step(&mut run).1, None, "{router}");
+            assert_eq!(run.step().1, None, "{router}");
         }
         // The embedding of a byte that the next step reads.
         let tokens = run.tokens();
         let (width, byte) = (
             run.model.config().hidden,
-            tokens[tokens.len() / 2 + 5] as usize,
+            tokens.tokens[tokens.tokens.len() / 2 + 5] as usize,
         );
         let kept = run.model.parameters[0].value.clone();
         let embedding = &mut run.model.parameters[0].value;
         embedding.change(|w| w.slice_mut::<f32>()[byte * width] = f32::NAN);
-        let before = run.digests().unwrap();
-        let (_, refused) = step(&mut run);
+        let before = bits(&run.state());
+        let (_, refused) = run.step();
         let refused = refused.expect("a step with a NaN was accepted");
         assert!(
             refused.starts_with("router logits of MoE layer 0, token "),
             "{refused}"
         );
         assert_eq!(run.trainer.optimizer.steps(), 2, "{router}");
-        assert!(
-            run.digests().unwrap() == before,
-            "{router}: something changed"
-        );
+        assert!(bits(&run.state()) == before, "{router}: something changed");
         run.model.parameters[0].value = kept;
-        assert_eq!(step(&mut run).1, None, "{router}");
-        assert!(
-            run.digests().unwrap() != before,
-            "{router}: nothing changed"
-        );
+        assert_eq!(run.step().1, None, "{router}");
+        assert!(bits(&run.state()) != before, "{router}: nothing changed");
     }
+}
+
+fn bits(numbers: &[Vec<f64>]) -> Vec<u64> {
+    numbers.iter().flatten().map(|x| x.to_bits()).collect()
 }
 
 #[test]
 fn the_device_is_that_of_the_counters() {
     let _alone = alone();
-    assert_eq!(training(&[]).model.device(), Device::Sim);
+    assert_eq!(Run::new(&[]).model.device(), Device::Sim);
 }
 
 #[test]
@@ -125,9 +249,9 @@ fn the_planned_memory_is_what_a_step_takes() {
     ] {
         take_peak(Device::Sim);
         let begun = take_peak(Device::Sim);
-        let mut run = training(set);
-        step(&mut run);
-        step(&mut run);
+        let mut run = Run::new(set);
+        run.step();
+        run.step();
         let found = take_peak(Device::Sim) - begun;
         let planned = Memory::of(&run.config, Target::H200);
         let ratio = planned.total() as f64 / found as f64;

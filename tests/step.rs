@@ -1,5 +1,6 @@
 //! The optimizer step: recomputation and micro-batches change nothing, a refused step leaves no trace.
 
+use routegrad::batch::Batch;
 use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
 use routegrad::routers::{self, ROUTERS};
@@ -24,21 +25,22 @@ fn config(router: &str, set: &[&str]) -> Config {
     Config::load(&layers, &routers::resolve).unwrap()
 }
 
-fn tokens() -> Vec<i32> {
-    (0..SEQUENCES * (LENGTH + 1))
-        .map(|i| (i * i * 7 + 3 * i) as i32 % 256)
-        .collect()
+fn batch() -> Batch {
+    let tokens = (0..SEQUENCES * (LENGTH + 1)).map(|i| (i * i * 7 + 3 * i) as i32 % 256);
+    Batch {
+        tokens: tokens.collect(),
+        sequences: SEQUENCES,
+        first_key: None,
+    }
 }
 
 /// One step in `micro_batches` parts: the report, all weights and all state behind it.
 fn step(config: &Config, micro_batches: usize) -> (StepReport, Vec<f64>, Vec<f64>) {
     let mut model = Model::new(config).unwrap();
     let mut trainer = Trainer::new(&config.train, &model);
-    let tokens = tokens();
-    let parts: Vec<&[i32]> = tokens.chunks(tokens.len() / micro_batches).collect();
-    let report = trainer
-        .step(&mut model, &parts, SEQUENCES / micro_batches, 1e-3)
-        .unwrap();
+    let batch = batch();
+    let parts: Vec<_> = batch.chunks(SEQUENCES / micro_batches).collect();
+    let report = trainer.step(&mut model, &parts, 1e-3).unwrap();
     (report, weights(&model), state(&model))
 }
 
@@ -136,11 +138,9 @@ fn the_decay_of_default_vectors_is_per_step_and_not_per_micro_batch() {
         }
         let before = state(&model);
         let mut trainer = Trainer::new(&config.train, &model);
-        let tokens = tokens();
-        let parts: Vec<&[i32]> = tokens.chunks(tokens.len() / n).collect();
-        trainer
-            .step(&mut model, &parts, SEQUENCES / n, 0.0)
-            .unwrap();
+        let batch = batch();
+        let parts: Vec<_> = batch.chunks(SEQUENCES / n).collect();
+        trainer.step(&mut model, &parts, 0.0).unwrap();
         let expected: Vec<f64> = before.iter().map(|x| 0.25 * x).collect();
         assert!(
             distance(&state(&model), &expected) <= 1e-15,
@@ -160,10 +160,9 @@ fn refuses_and_leaves_no_trace(router: &str) {
     let config = config(router, &[]);
     let mut model = Model::new(&config).unwrap();
     let mut trainer = Trainer::new(&config.train, &model);
-    let tokens = tokens();
-    trainer
-        .step(&mut model, &[&tokens], SEQUENCES, 1e-3)
-        .unwrap();
+    let batch = batch();
+    let tokens = &batch.tokens;
+    trainer.step(&mut model, &[batch.all()], 1e-3).unwrap();
     let (weights_before, state_before) = (weights(&model), state(&model));
 
     // A byte of the last sequence alone is poisoned: NaN reaches the router there first.
@@ -175,9 +174,7 @@ fn refuses_and_leaves_no_trace(router: &str) {
     let kept = model.parameters[0].value.clone();
     let embedding = &mut model.parameters[0].value;
     embedding.change(|w| w.slice_mut::<f64>()[poisoned * 16] = f64::NAN);
-    let report = trainer
-        .step(&mut model, &[&tokens], SEQUENCES, 1e-3)
-        .unwrap();
+    let report = trainer.step(&mut model, &[batch.all()], 1e-3).unwrap();
     let refused = report.refused.unwrap();
     let token = refused
         .strip_prefix("router logits of MoE layer 0, token ")
@@ -189,9 +186,7 @@ fn refuses_and_leaves_no_trace(router: &str) {
     assert!(weights(&model) == weights_before, "{router}");
     assert!(state(&model) == state_before, "{router}");
 
-    let report = trainer
-        .step(&mut model, &[&tokens], SEQUENCES, 1e-3)
-        .unwrap();
+    let report = trainer.step(&mut model, &[batch.all()], 1e-3).unwrap();
     assert!(report.refused.is_none() && trainer.optimizer.steps() == 2);
     // What has state changes it in an accepted step.
     assert!(

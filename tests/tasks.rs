@@ -3,6 +3,7 @@
 mod common;
 
 use common::{MICRO, Place, program};
+use routegrad::batch::Sequences;
 use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
 use routegrad::ops::spans::Spans;
@@ -41,7 +42,7 @@ fn answers_behind_a_shared_beginning_score_as_whole_texts_alone() {
         let mut found = model.score(&tokens, spans, &targets).unwrap().into_iter();
         for answer in &answers {
             let whole = [&prompt[..], answer].concat();
-            let losses = model.token_losses(&whole, 1).unwrap();
+            let losses = model.token_losses(Sequences::new(&whole, 1)).unwrap();
             for expected in &losses[prompt.len() - 1..] {
                 let scored = found.next().unwrap();
                 let error = (scored.log_probability + expected).abs();

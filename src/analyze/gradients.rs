@@ -2,6 +2,7 @@
 //! the same incoming gradient.
 
 use super::probe::Watched;
+use crate::batch::{Batch, Sequences};
 use crate::config::Config;
 use crate::data::Corpus;
 use crate::device::Device;
@@ -45,19 +46,16 @@ impl Method {
     }
 }
 
-/// Sequences `[n, S + 1]` for the gradients, a micro-batch at a time.
-pub struct Batch<'a> {
-    pub tokens: &'a [i32],
-    pub sequences: usize,
+/// Sequences for the gradients, a micro-batch at a time.
+pub struct MicroBatches {
+    pub all: Batch,
     pub micro_batch: usize,
 }
 
-impl<'a> Batch<'a> {
-    /// The micro-batches: tokens and number of sequences.
-    pub fn parts(&self) -> impl Iterator<Item = (&'a [i32], usize)> {
-        let width = self.tokens.len() / self.sequences;
-        let chunks = self.tokens.chunks(self.micro_batch * width);
-        chunks.map(move |part| (part, part.len() / width))
+impl MicroBatches {
+    /// The micro-batches.
+    pub fn parts(&self) -> impl Iterator<Item = Sequences<'_>> {
+        self.all.chunks(self.micro_batch)
     }
 }
 
@@ -84,10 +82,10 @@ pub fn fill_vectors(
     let (model, n) = (&watched.model, config.train.micro_batch as u64);
     let weights = model.weights();
     for pass in 0..passes as u64 {
-        let tokens = corpus.sequences(pass * n..(pass + 1) * n);
+        let batch = corpus.sequences(pass * n..(pass + 1) * n);
         let tape = Tape::without_gradients();
         let pass = Pass::single(Phase::Train);
-        model.loss(&tape, &weights, &tokens, config.train.micro_batch, pass)?;
+        model.loss(&tape, &weights, batch.all(), pass)?;
         model
             .layer_states_mut()
             .iter_mut()
@@ -130,16 +128,16 @@ fn estimator(
 /// each micro-batch sees its store of gradients before it is emptied.
 fn backward(
     watched: &Watched,
-    batch: &Batch,
+    batch: &MicroBatches,
     mut after: impl FnMut(&Gradients) -> Result<()>,
 ) -> Result<()> {
     let model = &watched.model;
     let mut store = Gradients::new(watched.slots());
-    for (tokens, sequences) in batch.parts() {
+    for sequences in batch.parts() {
         let (tape, weights) = (Tape::new(), model.weights());
         let pass = Pass::single(Phase::Frozen);
-        let losses = model.loss(&tape, &weights, tokens, sequences, pass)?;
-        let share = sequences as f64 / batch.sequences as f64;
+        let losses = model.loss(&tape, &weights, sequences, pass)?;
+        let share = sequences.count as f64 / batch.all.sequences as f64;
         store.reset();
         tape.backward(&losses.total, share, &mut store)?;
         after(&store)?;
@@ -172,7 +170,7 @@ pub fn router_gradients(
     vectors: &[Tensor],
     router: Box<dyn Router>,
     top_k: usize,
-    batch: &Batch,
+    batch: &MicroBatches,
 ) -> Result<Vec<Vec<f64>>> {
     let watched = estimator(config, source, vectors, router, top_k)?;
     let slots = slots(&watched.model, "gate.weight")?;
@@ -197,7 +195,7 @@ pub fn dense_similarity(
     config: &Config,
     source: &Model,
     vectors: &[Tensor],
-    batch: &Batch,
+    batch: &MicroBatches,
 ) -> Result<[Vec<Vec<Option<f64>>>; 2]> {
     let experts = config.model.num_experts;
     let of =
@@ -291,7 +289,7 @@ pub fn gradient_error(
     config: &Config,
     source: &Model,
     vectors: &[Tensor],
-    batch: &Batch,
+    batch: &MicroBatches,
 ) -> Result<[Vec<Option<f64>>; 2]> {
     let top_k = config.model.top_k;
     let error_of = |method: Method| -> Result<Vec<Option<f64>>> {

@@ -26,7 +26,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::routers;
 use crate::tensor::Tensor;
-use gradients::Batch;
+use gradients::MicroBatches;
 use probe::Watched;
 use serde::Serialize;
 use std::path::PathBuf;
@@ -120,11 +120,9 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
         ));
     }
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
-    let (tokens, n) = corpus.evaluation(sequences);
     let micro_batch = config.train.micro_batch;
-    let batch = Batch {
-        tokens: &tokens,
-        sequences: n,
+    let batch = MicroBatches {
+        all: corpus.evaluation(sequences),
         micro_batch,
     };
 
@@ -134,10 +132,8 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
     let by_source = parts
         .iter()
         .map(|source| {
-            let (tokens, n) = source.windows(sequences);
-            let batch = Batch {
-                tokens: &tokens,
-                sequences: n,
+            let batch = MicroBatches {
+                all: source.windows(sequences),
                 micro_batch,
             };
             Ok((source.name.clone(), routing::routed(&own, &batch)?))
@@ -157,8 +153,8 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
         // The micro-batch that training would take next.
         false => {
             let first = step * config.train.sequences_per_step as u64;
-            let tokens = corpus.sequences(first..first + micro_batch as u64);
-            vectors::drifts(config, model, &tokens, micro_batch)?
+            let next = corpus.sequences(first..first + micro_batch as u64);
+            vectors::drifts(config, model, next.all())?
         }
     };
 
@@ -168,7 +164,7 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
         step,
         num_experts: config.model.num_experts,
         top_k: config.model.top_k,
-        sequences: n,
+        sequences: batch.all.sequences,
         sequence_length: config.model.sequence_length,
         data: config.data.name(),
         analyses: vec![

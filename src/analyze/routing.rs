@@ -1,6 +1,6 @@
 //! How tokens are routed at evaluation: entropy, frequency, co-activation.
 
-use super::gradients::Batch;
+use super::gradients::MicroBatches;
 use super::probe::Watched;
 use crate::error::Result;
 use crate::ops::dispatch::Selection;
@@ -54,11 +54,11 @@ impl Routed {
 }
 
 /// What every MoE layer does with the batch at evaluation.
-pub fn routed(watched: &Watched, batch: &Batch) -> Result<Vec<Routed>> {
+pub fn routed(watched: &Watched, batch: &MicroBatches) -> Result<Vec<Routed>> {
     let model = &watched.model;
     let mut layers = vec![Routed::default(); model.layer_states().len()];
-    for (tokens, sequences) in batch.parts() {
-        model.token_losses(tokens, sequences)?;
+    for sequences in batch.parts() {
+        model.token_losses(sequences)?;
         for (layer, seen) in layers.iter_mut().zip(watched.take()) {
             layer.add(&seen.chosen);
         }

@@ -1,9 +1,10 @@
 //! The analyses against plain loops over the formulas, and what the report says where one does not
 //! apply.
 
-use super::gradients::{Batch, Method, cosine, gradient_error, router_gradients};
+use super::gradients::{Method, MicroBatches, cosine, gradient_error, router_gradients};
 use super::probe::Watched;
 use super::{Report, analyze};
+use crate::batch::{Batch, Sequences};
 use crate::check::normal_numbers;
 use crate::config::{Config, Layers};
 use crate::dtype::DType;
@@ -116,9 +117,12 @@ fn router_gradients_and_their_errors_are_those_of_the_formulas_in_plain_loops() 
     let tokens: Vec<i32> = (0..SEQUENCES as i32 * 17)
         .map(|i| (i * i + 5 * i) % 256)
         .collect();
-    let batch = Batch {
-        tokens: &tokens,
-        sequences: SEQUENCES,
+    let batch = MicroBatches {
+        all: Batch {
+            tokens: tokens.clone(),
+            sequences: SEQUENCES,
+            first_key: None,
+        },
         micro_batch: SEQUENCES,
     };
     let errors = gradient_error(&config, &model, &tensors, &batch).unwrap();
@@ -145,7 +149,7 @@ fn router_gradients_and_their_errors_are_those_of_the_formulas_in_plain_loops() 
         let pass = Pass::single(Phase::Frozen);
         let losses = watched
             .model
-            .loss(&tape, &weights, &tokens, SEQUENCES, pass)
+            .loss(&tape, &weights, Sequences::new(&tokens, SEQUENCES), pass)
             .unwrap();
         let mut store = Gradients::new(watched.slots());
         tape.backward(&losses.total, 1.0, &mut store).unwrap();

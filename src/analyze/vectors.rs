@@ -2,6 +2,7 @@
 
 use super::gradients::cosine;
 use super::probe::{Seen, Watched};
+use crate::batch::Sequences;
 use crate::config::Config;
 use crate::error::Result;
 use crate::model::Model;
@@ -43,13 +44,12 @@ pub fn drift(seen: &Seen) -> Result<Vec<Option<f64>>> {
 pub fn drifts(
     config: &Config,
     source: &Model,
-    tokens: &[i32],
-    sequences: usize,
+    sequences: Sequences,
 ) -> Result<Vec<Vec<Option<f64>>>> {
     let watched = Watched::new(config, routers::build(&config.router)?, source)?;
     let (model, tape) = (&watched.model, Tape::without_gradients());
     let pass = Pass::single(Phase::Train);
-    model.loss(&tape, &model.weights(), tokens, sequences, pass)?;
+    model.loss(&tape, &model.weights(), sequences, pass)?;
     watched.take().iter().map(drift).collect()
 }
 

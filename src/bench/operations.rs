@@ -180,7 +180,9 @@ impl Operation {
                     experts(tape, input, &dispatch, None, |_| Ok(None))
                 })
             }
-            Operation::Attention => Box::new(|tape, v| attention(tape, &v[0], HEADS, SEQUENCE)),
+            Operation::Attention => {
+                Box::new(|tape, v| attention(tape, &v[0], HEADS, SEQUENCE, None))
+            }
             Operation::CrossEntropy => {
                 let ids = ids();
                 Box::new(move |tape, v| cross_entropy(tape, &v[0], &v[1], &ids, TOKENS as f64))

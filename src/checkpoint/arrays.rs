@@ -1,4 +1,4 @@
-//! Named arrays in safetensors files.
+//! Named arrays on their way to safetensors files.
 
 use crate::device::Device;
 use crate::dtype::DType;
@@ -6,12 +6,11 @@ use crate::error::{Error, Result};
 use crate::model::Weight;
 use crate::shape::Shape;
 use crate::tensor::Tensor;
-use safetensors::tensor::{Dtype, SafeTensors, View};
+use safetensors::tensor::{Dtype, View};
 use std::borrow::Cow;
-use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// A named array on its way to a file: f32, f64 or i32, row-major.
 pub struct Array<'a> {
@@ -28,6 +27,8 @@ pub enum Content<'a> {
     Tensor(&'a Tensor),
     /// Consecutive numbers of a parameter.
     Weight(&'a Weight, Range<usize>),
+    /// Made when they are asked for.
+    Made(Box<dyn Fn() -> Result<Vec<u8>> + Send + 'a>),
 }
 
 impl<'a> Array<'a> {
@@ -50,6 +51,37 @@ impl<'a> Array<'a> {
             content: Content::Bytes(tensor.bytes().to_vec()),
         }
     }
+
+    /// The same, with its bytes in memory of its own.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn owned(&self) -> Result<Array<'static>> {
+        Ok(Array {
+            name: self.name.clone(),
+            shape: self.shape,
+            dtype: self.dtype,
+            content: Content::Bytes(self.bytes()?.into_owned()),
+        })
+    }
+
+    /// Bytes that it takes.
+    pub fn size(&self) -> usize {
+        self.shape.elements() * self.dtype.size()
+    }
+
+    /// Its bytes: borrowed where the host has them as the file will.
+    fn bytes(&self) -> Result<Cow<'_, [u8]>> {
+        match &self.content {
+            Content::Bytes(bytes) => Ok(Cow::Borrowed(bytes)),
+            Content::Tensor(tensor) if tensor.device() == Device::Cpu => {
+                Ok(Cow::Borrowed(tensor.bytes()))
+            }
+            Content::Tensor(tensor) => tensor.copied_bytes(0..self.size()).map(Cow::Owned),
+            Content::Weight(weight, numbers) => weight.bytes(numbers.clone()),
+            Content::Made(make) => make().map(Cow::Owned),
+        }
+    }
 }
 
 impl View for &Array<'_> {
@@ -66,26 +98,18 @@ impl View for &Array<'_> {
         &self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        let copied = match &self.content {
-            Content::Bytes(bytes) => return Cow::Borrowed(bytes),
-            Content::Tensor(tensor) if tensor.device() == Device::Cpu => {
-                return Cow::Borrowed(tensor.bytes());
-            }
-            Content::Tensor(tensor) => tensor.copied_bytes(0..self.data_len()),
-            Content::Weight(weight, numbers) => weight.bytes(numbers.clone()),
-        };
         // As everywhere, a device that failed ends the process.
-        Cow::Owned(copied.unwrap_or_else(|e| panic!("{e}")))
+        self.bytes().unwrap_or_else(|e| panic!("{e}"))
     }
     fn data_len(&self) -> usize {
-        self.shape.elements() * self.dtype.size()
+        self.size()
     }
 }
 
 /// Writes `arrays` and at most one pair of metadata to a new file, beside a `config.json`; the bytes
 /// depend on nothing else.
-pub(crate) fn write(path: &Path, arrays: &[Array], metadata: &[(&str, &str)]) -> Result<()> {
-    let named = arrays.iter().map(|a| (a.name.as_str(), a));
+pub(crate) fn write(path: &Path, arrays: &[&Array], metadata: &[(&str, &str)]) -> Result<()> {
+    let named = arrays.iter().map(|a| (a.name.as_str(), *a));
     let owned = |(key, value): &(&str, &str)| (key.to_string(), value.to_string());
     let metadata = (!metadata.is_empty()).then(|| metadata.iter().map(owned).collect());
     safetensors::serialize_to_file(named, metadata, path).map_err(|e| match e {
@@ -103,94 +127,4 @@ pub(crate) fn write(path: &Path, arrays: &[Array], metadata: &[(&str, &str)]) ->
     fs::metadata(&probe)
         .and_then(|m| fs::set_permissions(path, m.permissions()))
         .map_err(|e| Error::io("set the mode of", path, e))
-}
-
-/// The arrays of a file, to be taken out by name.
-pub(super) fn parse(path: &Path, bytes: Vec<u8>) -> Result<Arrays> {
-    let mut arrays = BTreeMap::new();
-    let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| {
-        Error::file(
-            path,
-            "a safetensors file",
-            e.to_string(),
-            "use another checkpoint",
-        )
-    })?;
-    // The data begin after eight bytes of header length and the header.
-    let start = 8 + header;
-    for (name, info) in metadata.tensors() {
-        let (from, to) = info.data_offsets;
-        let stored = Stored {
-            dtype: info.dtype,
-            shape: info.shape.clone(),
-            range: start + from..start + to,
-        };
-        arrays.insert(name, stored);
-    }
-    Ok(Arrays {
-        path: path.to_path_buf(),
-        bytes,
-        arrays,
-    })
-}
-
-struct Stored {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    range: std::ops::Range<usize>,
-}
-
-/// The arrays of one file. Each is taken once; [`finish`](Arrays::finish) names those left over.
-pub struct Arrays {
-    path: PathBuf,
-    bytes: Vec<u8>,
-    arrays: BTreeMap<String, Stored>,
-}
-
-impl Arrays {
-    /// Takes out the array `name`, which must have this element type and shape.
-    pub fn take(&mut self, name: &str, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
-        let shape = shape.into();
-        let expected = format!("tensor `{name}` of {dtype} {shape}");
-        let Some(stored) = self.arrays.remove(name) else {
-            return Err(self.foreign(expected, "none of that name".into()));
-        };
-        let found = match stored.dtype {
-            Dtype::F64 => Some(DType::F64),
-            Dtype::F32 => Some(DType::F32),
-            Dtype::BF16 => Some(DType::Bf16),
-            Dtype::I16 => Some(DType::I16),
-            Dtype::I32 => Some(DType::I32),
-            _ => None,
-        };
-        if found != Some(dtype) || stored.shape != *shape {
-            let found = found.map_or(format!("{:?}", stored.dtype), |d| d.to_string());
-            return Err(self.foreign(expected, format!("{found} {:?}", stored.shape)));
-        }
-        let mut tensor = Tensor::unspecified(Device::Cpu, dtype, shape);
-        tensor
-            .bytes_mut()
-            .copy_from_slice(&self.bytes[stored.range]);
-        Ok(tensor)
-    }
-
-    /// Refuses arrays that nothing took.
-    pub fn finish(self) -> Result<()> {
-        match self.arrays.keys().next() {
-            None => Ok(()),
-            Some(name) => {
-                let expected = "only the tensors of this model".into();
-                Err(self.foreign(expected, format!("tensor `{name}`")))
-            }
-        }
-    }
-
-    fn foreign(&self, expected: String, got: String) -> Error {
-        Error::file(
-            &self.path,
-            expected,
-            got,
-            "the checkpoint is of another model or program: use one that fits",
-        )
-    }
 }

@@ -2,32 +2,41 @@
 //!
 //! `checkpoints/step-N/` holds `config.json` and `model.safetensors` (the model, in Hugging Face's
 //! names), `trainer.safetensors` and `trainer.json` (optimizer, router state, where the run stood)
-//! and `manifest.json` (size and BLAKE3 digest of each). A checkpoint is written under another name,
+//! and `manifest.json` (size and BLAKE3 digest of each). Arrays of more than 5 GB stand in several files beside an index.
+//! A checkpoint is written under another name,
 //! each file synced, the manifest last; then the folder is renamed and its parent synced. A reader
 //! thus finds a checkpoint whole or not at all, and the digests catch what the disk itself did.
 
-mod arrays;
-mod session;
+mod arrays; // what is written
+mod background; // while training goes on
+mod read; // and taken out again
+mod session; // a model and its training as arrays
+mod shards; // which file has which array
 
 pub(crate) use arrays::write as write_arrays;
-pub use arrays::{Array, Arrays, Content};
+pub use arrays::{Array, Content};
+pub use background::{Place, Saver};
+pub use read::Arrays;
 pub(crate) use session::router_state;
 pub use session::{
     TrainerState, find, load_model, load_model_with, load_tokenizer, load_trainer, snapshot,
 };
+pub use shards::SHARD_BYTES;
+pub(crate) use shards::Shards;
 
 use crate::error::{Error, Result};
 pub(crate) use crate::files::{UNFINISHED, sync, write_json};
 use crate::files::{fault, json};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 const CONFIG: &str = "config.json";
-const MODEL: &str = "model.safetensors";
-const TRAINER: &str = "trainer.safetensors";
+/// How the names of the files begin that hold the model, and the trainer.
+const MODEL: &str = "model";
+const TRAINER: &str = "trainer";
 const STATE: &str = "trainer.json";
 const MANIFEST: &str = "manifest.json";
 
@@ -43,6 +52,29 @@ pub struct Snapshot<'a> {
     pub trainer: Vec<Array<'a>>,
     /// `trainer.json`: the same, as far as it is not arrays.
     pub state: Value,
+}
+
+impl Snapshot<'_> {
+    /// Bytes of its arrays.
+    pub fn bytes(&self) -> u64 {
+        let arrays = self.model.iter().chain(&self.trainer);
+        arrays.map(|a| a.size() as u64).sum()
+    }
+
+    /// The same in memory of its own: what it was taken of may change.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn owned(&self) -> Result<Snapshot<'static>> {
+        let owned = |arrays: &[Array]| -> Result<_> { arrays.iter().map(Array::owned).collect() };
+        Ok(Snapshot {
+            step: self.step,
+            config: self.config.clone(),
+            model: owned(&self.model)?,
+            trainer: owned(&self.trainer)?,
+            state: self.state.clone(),
+        })
+    }
 }
 
 /// Size and digest of every file of a checkpoint.
@@ -94,12 +126,13 @@ struct Entry {
     blake3: String,
 }
 
-/// Writes `snapshot` to `folder/step-N` and then removes all but the `keep` newest checkpoints up
-/// to it. A whole checkpoint of the same step stays as it is: a run is deterministic.
+/// Writes `snapshot` to `folder/step-N`, up to `shard_bytes` of arrays to a file (see [`SHARD_BYTES`]), and then removes
+/// all but the `keep` newest checkpoints up to it. A whole checkpoint of the same step stays as it is: a run is
+/// deterministic.
 ///
 /// # Errors
 /// A full disk, a read-only folder and the like; earlier checkpoints are then untouched.
-pub fn save(folder: &Path, snapshot: &Snapshot, keep: usize) -> Result<PathBuf> {
+pub fn save(folder: &Path, snapshot: &Snapshot, keep: usize, shard_bytes: u64) -> Result<PathBuf> {
     fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
     fault::point();
     remove_unfinished(folder)?;
@@ -112,7 +145,7 @@ pub fn save(folder: &Path, snapshot: &Snapshot, keep: usize) -> Result<PathBuf> 
         retire(&target)?;
     }
     let temporary = folder.join(format!("{UNFINISHED}{name}"));
-    let written = write(&temporary, snapshot);
+    let written = write(&temporary, snapshot, shard_bytes);
     if written.is_err() {
         // Gives the space back; the first error is the one to report.
         let _ = fs::remove_dir_all(&temporary);
@@ -133,27 +166,36 @@ pub fn save(folder: &Path, snapshot: &Snapshot, keep: usize) -> Result<PathBuf> 
 }
 
 /// All files of a checkpoint, synced, with the manifest last.
-fn write(temporary: &Path, snapshot: &Snapshot) -> Result<()> {
+fn write(temporary: &Path, snapshot: &Snapshot, shard_bytes: u64) -> Result<()> {
     fs::create_dir(temporary).map_err(|e| Error::io("create", temporary, e))?;
     fault::point();
-    let mut files = BTreeMap::new();
-    let mut add = |name: &str, content: &dyn Fn(&Path) -> Result<()>| -> Result<()> {
+    let put = |name: &str, content: &dyn Fn(&Path) -> Result<()>| -> Result<PathBuf> {
         let path = temporary.join(name);
+        fault::disk().map_err(|e| Error::io("write", &path, e))?;
         content(&path)?;
         fault::point();
         sync(&path)?;
+        Ok(path)
+    };
+    let mut files = BTreeMap::new();
+    let mut add = |name: &str, content: &dyn Fn(&Path) -> Result<()>| -> Result<()> {
+        let path = put(name, content)?;
         files.insert(name.to_string(), digest(&path)?);
         Ok(())
     };
     add(CONFIG, &|path| write_json(path, &snapshot.config))?;
-    add(MODEL, &|path| arrays::write(path, &snapshot.model, &[]))?;
-    add(TRAINER, &|path| arrays::write(path, &snapshot.trainer, &[]))?;
+    for (stem, arrays) in [(MODEL, &snapshot.model), (TRAINER, &snapshot.trainer)] {
+        let shards = Shards::new(stem, arrays, shard_bytes);
+        for (name, arrays) in &shards.files {
+            add(name, &|path| arrays::write(path, arrays, &[]))?;
+        }
+        if let Some((name, index)) = &shards.index {
+            add(name, &|path| write_json(path, index))?;
+        }
+    }
     add(STATE, &|path| write_json(path, &snapshot.state))?;
     let manifest = Manifest::new(snapshot.step, files);
-    let path = temporary.join(MANIFEST);
-    write_json(&path, &manifest)?;
-    fault::point();
-    sync(&path)?;
+    put(MANIFEST, &|path| write_json(path, &manifest))?;
     sync(temporary)
 }
 
@@ -251,11 +293,23 @@ impl Checkpoint {
 
     /// Compares every file with its digest.
     pub fn verify(&self) -> Result<()> {
-        for name in [CONFIG, MODEL, TRAINER, STATE] {
+        let arrays = [MODEL, TRAINER].map(|stem| match shards::index(stem) {
+            index if self.has(&index) => index,
+            _ => shards::single(stem),
+        });
+        let needed = [CONFIG, STATE].into_iter();
+        let needed = needed.chain(arrays.iter().map(String::as_str));
+        let listed = self.manifest.files.keys().map(String::as_str);
+        for name in needed.chain(listed).collect::<BTreeSet<_>>() {
             let found = digest(&self.path.join(name))?;
             self.compare(name, found)?;
         }
         Ok(())
+    }
+
+    /// Whether it was saved with a file of this name.
+    fn has(&self, name: &str) -> bool {
+        self.manifest.files.contains_key(name)
     }
 
     fn compare(&self, name: &str, found: Entry) -> Result<()> {
@@ -294,13 +348,19 @@ impl Checkpoint {
     }
 
     /// The arrays of the model.
-    pub fn model(&self) -> Result<Arrays> {
-        arrays::parse(&self.path.join(MODEL), self.bytes(MODEL)?)
+    ///
+    /// # Errors
+    /// When a file is missing or damaged.
+    pub fn model(&self) -> Result<Arrays<'_>> {
+        Arrays::open(self, MODEL)
     }
 
     /// The arrays of the trainer.
-    pub fn trainer(&self) -> Result<Arrays> {
-        arrays::parse(&self.path.join(TRAINER), self.bytes(TRAINER)?)
+    ///
+    /// # Errors
+    /// As [`model`](Self::model).
+    pub fn trainer(&self) -> Result<Arrays<'_>> {
+        Arrays::open(self, TRAINER)
     }
 
     fn json(&self, name: &str) -> Result<Value> {

@@ -187,7 +187,7 @@ pub fn load_model_with(
     Ok((model, state))
 }
 
-fn restore_model(model: &mut Model, config: &Config, mut arrays: Arrays) -> Result<()> {
+fn restore_model(model: &mut Model, config: &Config, mut arrays: Arrays<'_>) -> Result<()> {
     let dtype = model.dtype();
     for parameter in &mut model.parameters {
         let mut from = 0;

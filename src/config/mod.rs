@@ -233,6 +233,9 @@ pub struct TrainConfig {
     /// Layers whose activations are computed again in backward instead of kept.
     #[serde(default)]
     pub recompute: Recompute,
+    /// Whether a device with kernels replays a step as a graph where it can.
+    #[serde(default = "on")]
+    pub graph: bool,
     /// Non-finite steps in a row, each left out, before the run stops.
     #[serde(default = "max_skipped_steps")]
     pub max_skipped_steps: u64,
@@ -295,6 +298,8 @@ pub struct DataConfig {
     pub document_separator: String,
     /// Share of the documents that is held out for validation, at least one.
     pub validation_fraction: f64,
+    /// Whether attention stays within a document where several share a sequence.
+    pub document_boundaries: bool,
     /// Fingerprint of the tokenizer that made the tokens, "bytes" for bytes. Default: that of the
     /// source.
     pub tokenizer: String,
@@ -307,6 +312,7 @@ impl Default for DataConfig {
             mix: Vec::new(),
             document_separator: "\n\n\n".into(),
             validation_fraction: 0.05,
+            document_boundaries: false,
             tokenizer: "bytes".into(),
         }
     }
@@ -400,6 +406,10 @@ fn keep_checkpoints() -> usize {
 fn all_tasks() -> Vec<String> {
     vec!["all".into()]
 }
+fn on() -> bool {
+    true
+}
+
 fn tasks_limit() -> usize {
     200
 }

@@ -3,8 +3,11 @@
 //!
 //! Of text whole documents are held out: of n documents m = round(`validation_fraction` · n), at least
 //! one, spread evenly over their order: number k is document ⌊(k + ½) n / m⌋. The documents of each side
-//! are joined by [`DOCUMENT_END`]. A window may span several documents.
+//! are joined by [`DOCUMENT_END`]. A window may span several documents; where `document_boundaries` are on,
+//! its batch says where they begin.
 
+mod ahead;
+mod boundaries;
 pub mod folder;
 mod frames;
 mod guard;
@@ -17,14 +20,17 @@ mod text;
 pub mod tokenizer;
 mod tokens;
 
+pub use ahead::Ahead;
 pub use folder::{Counts, Folder};
 pub use part::Share;
 pub use sources::{Source, sources};
 pub(crate) use text::read_text;
 pub use tokenizer::Tokenizer;
 
+use crate::batch::Batch;
 use crate::config::{Config, DataConfig, Layers, ModelConfig, RouterCheck};
 use crate::error::{Error, Result};
+use folder::Side;
 use mix::Mix;
 use order::Order;
 use part::Part;
@@ -105,20 +111,21 @@ impl Corpus {
         })
     }
 
-    /// Training sequences by their global index, [indices, S + 1] row-major. Step t of n sequences
+    /// Training sequences by their global index. Step t of n sequences
     /// takes indices t · n to (t + 1) · n, however micro-batches and ranks divide them; a rank's part
     /// of a micro-batch is [`Collective::part`](crate::dist::Collective::part).
-    pub fn sequences(&self, indices: Range<u64>) -> Vec<i32> {
-        let width = self.sequence_length + 1;
-        let mut tokens = Vec::with_capacity(((indices.end - indices.start) * width) as usize);
+    pub fn sequences(&self, indices: Range<u64>) -> Batch {
+        let mut batch = Batch::default();
+        let count = (indices.end - indices.start) as usize;
+        batch
+            .tokens
+            .reserve(count * (self.sequence_length as usize + 1));
         for index in indices {
             let (part, local) = self.mix.place(index);
             let start = self.orders[part].start(local);
-            self.parts[part]
-                .train
-                .copy(start..start + width, &mut tokens);
+            self.parts[part].copy(Side::Train, start, self.sequence_length, &mut batch);
         }
-        tokens
+        batch
     }
 
     /// Validation windows. All of them predict each validation token but the first of a part once,
@@ -140,16 +147,14 @@ impl Corpus {
         (0..n).map(window).collect()
     }
 
-    /// The tokens of validation windows, [windows, S + 1] row-major.
-    pub fn read(&self, windows: &[Window]) -> Vec<i32> {
-        let width = self.sequence_length + 1;
-        let mut tokens = Vec::with_capacity(windows.len() * width as usize);
+    /// Validation windows, read.
+    pub fn read(&self, windows: &[Window]) -> Batch {
+        let mut batch = Batch::default();
         for Window { part, start } in windows {
-            self.parts[*part]
-                .validation
-                .copy(*start..start + width, &mut tokens);
+            let (part, length) = (&self.parts[*part], self.sequence_length);
+            part.copy(Side::Validation, *start, length, &mut batch);
         }
-        tokens
+        batch
     }
 
     /// Where the tokens that a validation window predicts come from: consecutive runs of them, S in
@@ -171,10 +176,9 @@ impl Corpus {
         &self.sources
     }
 
-    /// [`held_out`](Self::held_out), read, and how many they are.
-    pub fn evaluation(&self, most: usize) -> (Vec<i32>, usize) {
-        let windows = self.held_out(most);
-        (self.read(&windows), windows.len())
+    /// [`held_out`](Self::held_out), read.
+    pub fn evaluation(&self, most: usize) -> Batch {
+        self.read(&self.held_out(most))
     }
 
     /// What there is to train on, and what is held out.

@@ -1,9 +1,11 @@
 //! One part of a corpus: text that is read whole, or a folder of tokens.
 
+use super::boundaries::Boundaries;
 use super::folder::{Counts, Entry, Folder, Side};
 use super::tokenizer::BYTES;
 use super::tokens::{Store, Tokens};
 use super::{DOCUMENT_END, held_out, in_vocabulary, long_enough, text};
+use crate::batch::Batch;
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
 use std::path::Path;
@@ -23,6 +25,8 @@ pub(super) struct Part {
     pub documents: Vec<Entry>,
     /// Names of the sources of the documents.
     pub sources: Vec<String>,
+    /// Where training and validation documents end, if attention is to know.
+    pub boundaries: Option<[Boundaries; 2]>,
     /// A digest of all of it.
     pub digest: String,
 }
@@ -31,7 +35,7 @@ impl Part {
     /// Reads a folder of tokens, or text as bytes.
     pub fn load(source: &str, config: &DataConfig, model: &ModelConfig) -> Result<Self> {
         let part = match Folder::is(Path::new(source)) {
-            true => Self::folder(Path::new(source), model)?,
+            true => Self::folder(Path::new(source), config, model)?,
             false => Self::text(config, model)?,
         };
         let s = model.sequence_length as u64;
@@ -43,12 +47,16 @@ impl Part {
         let documents = text::read(config)?;
         let held_out = held_out(documents.len(), config.validation_fraction)?;
         let mut sides = [Vec::new(), Vec::new()];
+        let mut lengths = [Vec::new(), Vec::new()];
         for (i, document) in documents.iter().enumerate() {
-            let side = &mut sides[usize::from(held_out.contains(&i))];
-            if !side.is_empty() {
+            let number = usize::from(held_out.contains(&i));
+            let side = &mut sides[number];
+            if let Some(before) = lengths[number].last_mut() {
                 side.extend_from_slice(DOCUMENT_END.as_bytes());
+                *before += DOCUMENT_END.len();
             }
             side.extend_from_slice(document.as_bytes());
+            lengths[number].push(document.len());
         }
         let mut hash = blake3::Hasher::new();
         for (name, side) in ["training", "validation"].iter().zip(&sides) {
@@ -74,11 +82,14 @@ impl Part {
             counts,
             documents: Vec::new(),
             sources: Vec::new(),
+            boundaries: config
+                .document_boundaries
+                .then(|| lengths.map(Boundaries::of_lengths)),
             digest: hash.finalize().to_hex().to_string(),
         })
     }
 
-    fn folder(path: &Path, model: &ModelConfig) -> Result<Self> {
+    fn folder(path: &Path, config: &DataConfig, model: &ModelConfig) -> Result<Self> {
         let folder = Folder::open(path)?;
         let manifest = folder.manifest();
         if manifest.vocab_size > model.vocab_size {
@@ -96,15 +107,38 @@ impl Part {
         if folder.bytes() <= VERIFIED {
             folder.verify()?;
         }
+        let documents = folder.documents(Side::Validation)?;
+        let boundaries = match config.document_boundaries {
+            true => Some([
+                Boundaries::new(&folder.documents(Side::Train)?),
+                Boundaries::new(&documents),
+            ]),
+            false => None,
+        };
         Ok(Part {
             tokenizer: manifest.tokenizer.clone(),
             train: folder.tokens(Side::Train)?,
             validation: folder.tokens(Side::Validation)?,
             counts: Side::BOTH.map(|side| manifest.counts(side)),
-            documents: folder.documents(Side::Validation)?,
+            documents,
+            boundaries,
             sources: manifest.sources.iter().map(|s| s.name.clone()).collect(),
             digest: manifest.checksum.clone(),
         })
+    }
+
+    /// Adds the window of S + 1 tokens from `start` on to a batch.
+    pub fn copy(&self, side: Side, start: u64, sequence: u64, batch: &mut Batch) {
+        let tokens = match side {
+            Side::Train => &self.train,
+            Side::Validation => &self.validation,
+        };
+        tokens.copy(start..start + sequence + 1, &mut batch.tokens);
+        if let Some(boundaries) = &self.boundaries {
+            let first_key = batch.first_key.get_or_insert_default();
+            boundaries[side as usize].first_keys(start, sequence, first_key);
+        }
+        batch.sequences += 1;
     }
 
     /// Where the validation tokens `from .. to` come from: a share for each document.

@@ -5,6 +5,7 @@
 use super::part::Part;
 use super::tokens::{Store, Tokens};
 use super::{DOCUMENT_END, Folder, in_vocabulary, text};
+use crate::batch::Batch;
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
@@ -22,18 +23,20 @@ pub struct Source {
 }
 
 impl Source {
-    /// At most `most` windows of its text, [n, S + 1] row-major, evenly spread, and n. Windows share
+    /// At most `most` windows of its text, evenly spread, without boundaries of documents. Windows share
     /// no predicted token.
-    pub fn windows(&self, most: usize) -> (Vec<i32>, usize) {
+    pub fn windows(&self, most: usize) -> Batch {
         let s = self.sequence_length as u64;
         let all = ((self.text.len() - 1) / s) as usize;
-        let n = most.min(all);
-        let mut windows = Vec::with_capacity(n * (self.sequence_length + 1));
-        for k in 0..n {
-            let start = (k * all / n) as u64 * s;
-            self.text.copy(start..start + s + 1, &mut windows);
+        let mut batch = Batch {
+            sequences: most.min(all),
+            ..Batch::default()
+        };
+        for k in 0..batch.sequences {
+            let start = (k * all / batch.sequences) as u64 * s;
+            self.text.copy(start..start + s + 1, &mut batch.tokens);
         }
-        (windows, n)
+        batch
     }
 }
 
@@ -179,9 +182,12 @@ mod tests {
             (vec!["a.txt", "b.txt"], vec!["c.txt".into()])
         );
         // Nine bytes hold two windows of four tokens and the byte after the last.
-        assert_eq!(found[1].windows(9), (vec![i32::from(b'b'); 10], 2));
-        let first = b"aaaa\n".map(i32::from).to_vec();
-        assert_eq!(found[0].windows(1), (first, 1));
+        let windows = found[1].windows(9);
+        assert_eq!(windows.tokens, vec![i32::from(b'b'); 10]);
+        assert_eq!(windows.sequences, 2);
+        let windows = found[0].windows(1);
+        assert_eq!(windows.tokens, b"aaaa\n".map(i32::from));
+        assert_eq!(windows.sequences, 1);
         assert!(of(folder.path(), 100).is_err());
     }
 

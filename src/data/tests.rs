@@ -73,16 +73,16 @@ fn no_document_is_on_both_sides() {
 #[test]
 fn a_step_reads_the_same_sequences_however_it_is_divided() {
     let corpus = load(&model(&[])).unwrap();
-    let whole = corpus.sequences(32..48);
+    let whole = corpus.sequences(32..48).tokens;
     let parts: Vec<i32> = [32..36, 36..40, 40..47, 47..48]
         .into_iter()
-        .flat_map(|r| corpus.sequences(r))
+        .flat_map(|r| corpus.sequences(r).tokens)
         .collect();
     assert_eq!(whole.len(), 16 * 257);
     assert_eq!(whole, parts);
     let mut other = model(&[]);
     other.train.seed = 1;
-    assert_ne!(load(&other).unwrap().sequences(32..48), whole);
+    assert_ne!(load(&other).unwrap().sequences(32..48).tokens, whole);
 }
 
 #[test]
@@ -94,7 +94,7 @@ fn an_epoch_predicts_almost_every_training_byte_once() {
     fs::write(&path, text).unwrap();
     let corpus = from(&path, &["model.sequence_length=64"]).unwrap();
     let n = (texts(&corpus)[0].len() - 64) / 64;
-    let tokens = corpus.sequences(0..n as u64);
+    let tokens = corpus.sequences(0..n as u64).tokens;
     let mut targets: Vec<&[i32]> = tokens.chunks(65).map(|w| &w[1..]).collect();
     targets.sort_unstable();
     targets.dedup();
@@ -104,7 +104,11 @@ fn an_epoch_predicts_almost_every_training_byte_once() {
 #[test]
 fn evaluation_windows_cover_the_validation_text() {
     let corpus = load(&model(&[])).unwrap();
-    let (tokens, n) = corpus.evaluation(0);
+    let Batch {
+        tokens,
+        sequences: n,
+        ..
+    } = corpus.evaluation(0);
     assert_eq!(tokens.len(), n * 257);
     let targets: Vec<u8> = tokens
         .chunks(257)
@@ -113,9 +117,9 @@ fn evaluation_windows_cover_the_validation_text() {
     let validation = &texts(&corpus)[1];
     assert_eq!(targets, validation[1..=n * 256]);
     assert!(validation.len() - 1 - n * 256 < 256);
-    let (some, n) = corpus.evaluation(10);
-    assert_eq!((some.len(), n), (10 * 257, 10));
-    assert_eq!(corpus.evaluation(10).0, some);
+    let some = corpus.evaluation(10);
+    assert_eq!((some.tokens.len(), some.sequences), (10 * 257, 10));
+    assert_eq!(corpus.evaluation(10), some);
 }
 
 #[test]
@@ -124,8 +128,8 @@ fn the_shortest_text_gives_one_window() {
     let path = dir.path().join("a.txt");
     fs::write(&path, letters(2, 2)).unwrap();
     let corpus = from(&path, &["model.sequence_length=1"]).unwrap();
-    assert_eq!(corpus.sequences(0..2), [97, 97, 97, 97]);
-    assert_eq!(corpus.evaluation(0), (vec![98, 98], 1));
+    assert_eq!(corpus.sequences(0..2).tokens, [97, 97, 97, 97]);
+    assert_eq!(corpus.evaluation(0).tokens, [98, 98]);
 }
 
 #[test]
@@ -214,4 +218,50 @@ fn bad_text_is_named_with_its_fault() {
         error(&write("7.txt.zst", b"not zstd"), &[]),
         &["7.txt.zst", "header"],
     );
+}
+
+#[test]
+fn what_is_read_ahead_is_what_is_read_at_once_also_from_a_step_in_the_middle() {
+    let corpus = std::sync::Arc::new(load(&model(&[])).unwrap());
+    for first in [0, 3, 1000] {
+        let read = corpus.clone();
+        let steps = first..first + 20;
+        let read = move |step| read.sequences(step * 16..(step + 1) * 16);
+        let mut ahead = Ahead::new(steps.clone(), read).unwrap();
+        for step in steps {
+            let direct = corpus.sequences(step * 16..(step + 1) * 16);
+            assert!(ahead.take(step) == direct, "step {step} from {first}");
+        }
+    }
+}
+
+#[test]
+fn a_batch_knows_where_the_documents_of_its_text_begin_on_demand() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.txt");
+    fs::write(&path, letters(20, 11)).unwrap();
+    let set = [
+        "model.sequence_length=24",
+        "data.validation_fraction=0.3",
+        "data.document_boundaries=true",
+    ];
+    let corpus = from(&path, &set).unwrap();
+    assert_eq!(
+        from(&path, &set[..2]).unwrap().sequences(0..4).first_key,
+        None
+    );
+    for batch in [corpus.sequences(0..9), corpus.evaluation(0)] {
+        for sequences in batch.chunks(1) {
+            assert_eq!(sequences.length().unwrap(), 24);
+            // The text is a run of a letter for each document, then what stands between them.
+            let tokens: Vec<u8> = sequences.tokens.iter().map(|t| *t as u8).collect();
+            let mut begin = 0;
+            for (row, first) in sequences.first_key.unwrap().iter().enumerate() {
+                if row > 0 && tokens[row - 1] == b'\n' && tokens[row] != b'\n' {
+                    begin = row;
+                }
+                assert_eq!(*first as usize, begin, "row {row} of {tokens:?}");
+            }
+        }
+    }
 }

@@ -4,7 +4,8 @@
 //! [`CHANGE`]. A gradient that lacks a term predicts another change; to see that the check notices, a fault
 //! is planted in gradients of the CPU's, which then stand for the kernels'.
 
-use super::{Directional, is_router, norm, rounded};
+use super::{Directional, is_router, norm, random_batch, rounded};
+use crate::batch::Batch;
 use crate::check::{Fault, FaultGuard, normal_numbers};
 use crate::config::{Config, Layers};
 use crate::device::Device;
@@ -59,6 +60,7 @@ const OPTIONS: &[&[&str]] = &[
         "model.qk_norm=\"full\"",
         "train.recompute=true",
         "router.pass_forward=false",
+        "data.document_boundaries=true",
     ],
 ];
 
@@ -132,16 +134,21 @@ impl ModelCheck {
         Ok(model)
     }
 
+    fn batch(&self) -> Result<Batch> {
+        Ok(random_batch(&self.config(Device::Sim)?, SEQUENCES))
+    }
+
     /// The derivatives along every parameter's gradient; predicted by gradients with `fault`, if there is one.
     ///
     /// # Errors
     /// When the model cannot run.
     pub fn run(&self, fault: Option<Fault>) -> Result<Vec<Directional>> {
         let mut model = self.model(Device::Sim)?;
+        let batch = self.batch()?;
         let mut store = Gradients::new(model.parameters.len());
         model.layer_states_mut().iter_mut().for_each(|s| s.record());
-        loss(&model, Phase::Train, None)?;
-        loss(&model, Phase::Frozen, Some(&mut store))?;
+        loss(&model, &batch, Phase::Train, None)?;
+        loss(&model, &batch, Phase::Frozen, Some(&mut store))?;
         let faulty = fault.map(|f| self.faulty(&model, f)).transpose()?;
         let mut found = Vec::new();
         for i in 0..model.parameters.len() {
@@ -176,7 +183,7 @@ impl ModelCheck {
                 let old = model.parameters[i].value.clone();
                 let moved = Tensor::from_slice(shape, values);
                 model.parameters[i].value.set(&moved);
-                let value = loss(&model, Phase::Frozen, None);
+                let value = loss(&model, &batch, Phase::Frozen, None);
                 model.parameters[i].value = old;
                 value
             };
@@ -201,22 +208,17 @@ impl ModelCheck {
             own.replay(&other.take_record());
         }
         let mut store = Gradients::new(on_cpu.parameters.len());
-        loss(&on_cpu, Phase::Train, None)?;
+        loss(&on_cpu, &self.batch()?, Phase::Train, None)?;
         let _guard = FaultGuard::plant(fault);
-        loss(&on_cpu, Phase::Frozen, Some(&mut store))?;
+        loss(&on_cpu, &self.batch()?, Phase::Frozen, Some(&mut store))?;
         Ok(store)
     }
 }
 
-/// The loss of the check's tokens, and its gradients.
-fn loss(model: &Model, phase: Phase, store: Option<&mut Gradients>) -> Result<f64> {
-    let count = SEQUENCES * (model.config().sequence_length + 1);
-    let vocabulary = model.config().vocab_size;
-    let tokens = normal_numbers(count, 78).into_iter();
-    let tokens = tokens.map(|x| ((x.abs() * 1e6) as usize % vocabulary) as i32);
-    let tokens: Vec<i32> = tokens.collect();
+/// The loss of a batch, and its gradients.
+fn loss(model: &Model, batch: &Batch, phase: Phase, store: Option<&mut Gradients>) -> Result<f64> {
     let (tape, weights) = (Tape::new(), model.weights());
-    let losses = model.loss(&tape, &weights, &tokens, SEQUENCES, Pass::single(phase))?;
+    let losses = model.loss(&tape, &weights, batch.all(), Pass::single(phase))?;
     let value = losses.total.tensor().item()?;
     if let Some(store) = store {
         tape.backward(&losses.total, 1.0, store)?;

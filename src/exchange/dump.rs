@@ -2,6 +2,7 @@
 
 use super::source::Source;
 use super::tensors::{Output, Tensors, write};
+use crate::batch::Sequences;
 use crate::checkpoint;
 use crate::config::{Layers, Precision};
 use crate::error::{Error, Result};
@@ -50,7 +51,8 @@ pub fn dump(options: &Options, out: &Path) -> Result<Vec<String>> {
     };
     let (tape, weights) = (Tape::new(), model.weights());
     let pass = Pass::single(phase);
-    let (logits, loss) = model.logits_and_loss(&tape, &weights, &tokens, sequences, pass)?;
+    let (logits, loss) =
+        model.logits_and_loss(&tape, &weights, Sequences::new(&tokens, sequences), pass)?;
     let mut store = Gradients::new(weights.len());
     let (vocabulary, value) = (logits.shape().width(), loss.tensor().clone());
     tape.backward(&loss, 1.0, &mut store)?;

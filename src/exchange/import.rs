@@ -38,7 +38,8 @@ pub fn import(
         config,
     };
     let snapshot = checkpoint::snapshot(&model, &trainer, &state)?;
-    checkpoint::save(&out.join(train::CHECKPOINTS), &snapshot, 1)?;
+    let folder = out.join(train::CHECKPOINTS);
+    checkpoint::save(&folder, &snapshot, 1, checkpoint::SHARD_BYTES)?;
     train::write_config(out, &state.config)?;
     Ok(vec![
         format!("model  {}", source.folder().display()),

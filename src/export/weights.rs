@@ -17,23 +17,19 @@ use crate::shape::Shape;
 use crate::tensor::Tensor;
 use crate::with_real;
 use half::bf16;
-use std::borrow::Cow;
 use std::ops::Range;
 
-/// Every tensor of the model in `dtype`.
-///
-/// # Errors
-/// When a tensor is not real.
-pub fn arrays(
-    model: &Model,
+/// Every tensor of the model in `dtype`, rounded when it is written.
+pub fn arrays<'a>(
+    model: &'a Model,
     config: &Config,
     architecture: Architecture,
     dtype: DType,
-) -> Result<Vec<Array<'static>>> {
+) -> Vec<Array<'a>> {
     let own = architecture == Architecture::Routegrad;
     let mut arrays = Vec::new();
     for parameter in &model.parameters {
-        let value = parameter.value.whole();
+        let value = &parameter.value;
         let mut from = 0;
         for part in &parameter.parts {
             let pieces = if own { vec![part.clone()] } else { split(part) };
@@ -43,7 +39,9 @@ pub fn arrays(
                     name,
                     shape,
                     dtype,
-                    content: Content::Bytes(rounded(&value, from..to, dtype)?.into_owned()),
+                    content: Content::Made(Box::new(move || {
+                        rounded(&value.whole(), from..to, dtype)
+                    })),
                 });
                 from = to;
             }
@@ -60,12 +58,14 @@ pub fn arrays(
             if !read {
                 continue;
             }
-            let bytes = rounded(tensor, 0..tensor.elements(), dtype)?;
+            let tensor = tensor.clone();
             arrays.push(Array {
                 name: format!("model.layers.{layer}.mlp.{name}"),
                 shape: tensor.shape(),
                 dtype,
-                content: Content::Bytes(bytes.into_owned()),
+                content: Content::Made(Box::new(move || {
+                    rounded(&tensor, 0..tensor.elements(), dtype)
+                })),
             });
         }
     }
@@ -75,7 +75,7 @@ pub fn arrays(
             arrays.extend(no_shared_expert(layer, d, dtype));
         }
     }
-    Ok(arrays)
+    arrays
 }
 
 /// A joined tensor's experts, in the order in which they lie in it; any other part as it is.
@@ -120,19 +120,21 @@ fn no_shared_expert(layer: usize, d: usize, dtype: DType) -> [Array<'static>; 4]
 }
 
 /// Elements of a tensor in f32 or bf16, to the nearest, ties to even.
-fn rounded(tensor: &Tensor, range: Range<usize>, dtype: DType) -> Result<Cow<'_, [u8]>> {
+///
+/// # Errors
+/// When the tensor is not real.
+fn rounded(tensor: &Tensor, range: Range<usize>, dtype: DType) -> Result<Vec<u8>> {
     if tensor.dtype() == dtype {
         let size = dtype.size();
-        let bytes = &tensor.bytes()[range.start * size..range.end * size];
-        return Ok(Cow::Borrowed(bytes));
+        return Ok(tensor.bytes()[range.start * size..range.end * size].to_vec());
     }
     with_real!(tensor.dtype(), "export", |T| {
         let values = tensor.slice::<T>()[range].iter().map(|x| x.f64());
-        Ok(Cow::Owned(match dtype {
+        Ok(match dtype {
             DType::Bf16 => {
                 bytemuck::cast_slice(&values.map(bf16::from_f64).collect::<Vec<_>>()).to_vec()
             }
             _ => bytemuck::cast_slice(&values.map(f32::of).collect::<Vec<_>>()).to_vec(),
-        }))
+        })
     })
 }

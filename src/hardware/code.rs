@@ -7,8 +7,9 @@ use std::sync::OnceLock;
 pub const STEP: &str = "a whole step";
 
 /// Where it is decided what a step launches, trains on and saves, and what it is held against.
-const SOURCES: [&str; 21] = [
+const SOURCES: [&str; 23] = [
     "configs",
+    "src/batch.rs",
     "src/checkpoint",
     "src/config",
     "src/data",
@@ -23,6 +24,7 @@ const SOURCES: [&str; 21] = [
     "src/random.rs",
     "src/routers",
     "src/routers.rs",
+    "src/step",
     "src/step.rs",
     "src/tape",
     "src/tape.rs",

@@ -6,7 +6,7 @@ use super::Place;
 use super::one::Outcome;
 use super::steps::StepCase;
 use crate::error::{Error, Result};
-use crate::metrics::Record;
+use crate::metrics::{Record, Saved};
 use crate::train::{CHECKPOINTS, METRICS_FILE};
 use serde_json::json;
 use std::fs;
@@ -36,33 +36,33 @@ pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
     first.extend(["--steps".to_string(), "1000".into()]);
     let saved = folder.0.join(CHECKPOINTS).join(format!("step-{SAVED}"));
     let steps = case.steps as usize;
-    let before = Watched::run(&folder.0, place, &first, steps, Some(&saved))?;
-    let bytes = size(&saved)?;
+    let before = Watched::run(&folder.0, place, &first, steps, true)?;
     if place.planted {
         damage(&saved.join("model.safetensors"))?;
     }
     let again = ["--resume", "--no-checkpoint"].map(String::from);
-    let after = Watched::run(&folder.0, place, &again, steps, None)?;
+    let after = Watched::run(&folder.0, place, &again, steps, false)?;
 
     let records = before.records()?;
     let seconds = |step: usize| records[step - 1].seconds;
-    // A line is written when its step is done, and before it is saved.
-    let blocked = before.between(SAVED, SAVED + 1) - seconds(SAVED + 1);
-    let written = before
-        .whole
-        .map(|at| at.duration_since(before.times[SAVED - 1]));
-    let written = written.map_or(f64::NAN, |time| time.as_secs_f64());
+    let Some(saved) = before.saved()? else {
+        unreachable!("the run was watched until it told of it")
+    };
+    // The same from outside: a line is written when its step is done, and before it is saved.
+    let seen = before.until(SAVED + 1) - before.until(SAVED) - seconds(SAVED + 1);
     let interval = case.config(place.device)?.train.checkpoint_interval;
+    let blocked = saved.blocked_seconds;
     let share = blocked / (blocked + interval as f64 * seconds(SAVED));
     let text = format!(
         "resumed at step {SAVED} in {:.1} s and equal to the run before; saving {:.2} GB blocked {blocked:.2} s and took \
-         {written:.1} s, {:.2}% of the time at every {interval} of these steps",
+         {:.1} s, {:.2}% of the time at every {interval} of these steps",
         after.until(SAVED + 1),
-        bytes as f64 / 1e9,
+        saved.bytes as f64 / 1e9,
+        saved.write_seconds,
         100.0 * share,
     );
     let measured = json!({
-        "checkpoint_bytes": bytes, "blocked_seconds": blocked, "seconds_until_whole": written,
+        "saved": saved, "blocked_seconds_seen": seen,
         "seconds_of_each_step": records.iter().map(|r| r.seconds).collect::<Vec<_>>(),
         "share_of_time_blocked": share, "steps_between_checkpoints": interval,
         "seconds_to_the_first_step": before.until(1), "seconds_to_the_first_step_resumed": after.until(SAVED + 1),
@@ -83,6 +83,7 @@ fn differs(before: &Watched, after: &Watched) -> Result<Option<String>> {
         let untimed = |r: Record| Record {
             seconds: 0.0,
             tokens_per_second: 0.0,
+            saved: Vec::new(),
             ..r
         };
         records.into_iter().map(untimed).collect()
@@ -101,18 +102,16 @@ struct Watched {
     /// Of its log, and when each was there.
     lines: Vec<String>,
     times: Vec<Instant>,
-    /// When the checkpoint was there.
-    whole: Option<Instant>,
 }
 
 impl Watched {
-    /// Trains until the log has `steps` lines and `saved` is there, then kills.
+    /// Trains until the log has `steps` lines and, if it `saves`, tells of the checkpoint; then kills.
     fn run(
         out: &Path,
         place: &Place,
         arguments: &[String],
         steps: usize,
-        saved: Option<&Path>,
+        saves: bool,
     ) -> Result<Self> {
         let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
         let errors = out.with_extension("stderr");
@@ -130,7 +129,6 @@ impl Watched {
             begun,
             lines: Vec::new(),
             times: Vec::new(),
-            whole: None,
         };
         // The resumed run's log begins with the lines before its checkpoint, and may end with later ones until it opens it.
         let stale = fs::read_to_string(&log).unwrap_or_default();
@@ -143,10 +141,8 @@ impl Watched {
             if text != stale {
                 watched.look(&text);
             }
-            if watched.whole.is_none() && saved.is_some_and(|path| path.is_dir()) {
-                watched.whole = Some(Instant::now());
-            }
-            if watched.lines.len() >= steps && (saved.is_none() || watched.whole.is_some()) {
+            let saved = !saves || watched.saved()?.is_some();
+            if watched.lines.len() >= steps && saved {
                 return Ok(watched);
             }
             if let Some(status) = ended {
@@ -186,8 +182,10 @@ impl Watched {
             .as_secs_f64()
     }
 
-    fn between(&self, from: usize, to: usize) -> f64 {
-        self.until(to) - self.until(from)
+    /// What the log tells of the checkpoint.
+    fn saved(&self) -> Result<Option<Saved>> {
+        let all = self.records()?.into_iter().flat_map(|r| r.saved);
+        Ok(all.into_iter().find(|saved| saved.step == SAVED as u64))
     }
 }
 
@@ -221,16 +219,6 @@ impl Drop for Folder {
         let _ = fs::remove_dir_all(&self.0);
         let _ = fs::remove_file(self.0.with_extension("stderr"));
     }
-}
-
-/// Bytes of the files in a folder.
-fn size(folder: &Path) -> Result<u64> {
-    let io = |e| Error::io("list", folder, e);
-    let mut bytes = 0;
-    for entry in fs::read_dir(folder).map_err(io)? {
-        bytes += entry.and_then(|e| e.metadata()).map_err(io)?.len();
-    }
-    Ok(bytes)
 }
 
 /// Changes a byte in the middle of a file.

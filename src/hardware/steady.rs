@@ -2,7 +2,7 @@
 //! addresses of the step before; a step that is not finite leaves no trace; the memory is what was planned.
 
 use super::one::Outcome;
-use super::steps::{memory_judged, planned, unplanned};
+use super::steps::{WARM, memory_judged, planned, unplanned};
 use crate::config::Config;
 use crate::device::counters::{self, Counters};
 use crate::device::take_peak;
@@ -17,38 +17,42 @@ use serde_json::{Value, json};
 /// When a step cannot be taken.
 pub fn check(config: Config, planted: bool) -> Result<Outcome> {
     let planned = planned(&config);
-    let device = config.train.device;
+    let (device, graph) = (config.train.device, config.train.graph);
     take_peak(device);
     let before = take_peak(device);
     let mut training = Training::new(config)?;
     let held = planted.then(|| unplanned(&training)).transpose()?;
-    for _ in 0..2 {
+    for _ in 0..WARM {
         training.step()?;
     }
-    let third = counted(&mut training, planted)?.0;
-    let fourth = counted(&mut training, planted)?.0;
+    let steps = [0, 1].map(|_| counted(&mut training, planted));
+    let [one, next] = steps;
+    let (one, next) = (one?.0, next?.0);
     let peak = (take_peak(device) - before) as u64;
     drop(held);
     let (memory, unfit) = memory_judged(peak, planned);
     let (refusal, traces) = not_finite(&mut training, planted)?;
-    let wrong: Vec<String> = [unsteady(third, fourth), unfit, traces]
+    let wrong: Vec<String> = [unsteady(one, next, graph), unfit, traces]
         .into_iter()
         .flatten()
         .collect();
     let measured = json!({
-        "third_step": of(third), "fourth_step": of(fourth), "refused": refusal,
+        "step": of(one), "next_step": of(next), "refused": refusal,
         "peak_bytes": peak, "planned_bytes": planned,
     });
-    let launches = third.launches;
+    let did = match graph {
+        true => "replayed".to_string(),
+        false => format!("{} launches", one.launches),
+    };
     let right = format!(
-        "{launches} launches, no wait, nothing allocated, the same addresses; a NaN leaves no trace; {memory}"
+        "{did}, no wait, nothing allocated, the same addresses; a NaN leaves no trace; {memory}"
     );
     Ok(Outcome::judged(wrong, right, measured))
 }
 
 fn of(c: Counters) -> Value {
     json!({
-        "launches": c.launches, "allocations": c.allocations, "reads": c.reads, "waits": c.waits, "uploads": c.uploads,
+        "launches": c.launches, "allocations": c.allocations, "reads": c.reads, "waits": c.waits, "uploads": c.uploads, "replays": c.replays,
         "addresses": format!("{:016x}", c.addresses),
     })
 }
@@ -64,17 +68,28 @@ fn counted(training: &mut Training, planted: bool) -> Result<(Counters, StepRepo
     Ok((counted, training.report(launched)?))
 }
 
-fn unsteady(third: Counters, fourth: Counters) -> Option<String> {
-    let quiet = (third.reads, third.waits, third.allocations) == (0, 0, 0);
-    (!quiet || third != fourth || third.launches == 0).then(|| {
-        format!("a step should read, wait for and allocate nothing, and repeat its addresses: {third:?}, then {fourth:?}")
+fn unsteady(one: Counters, next: Counters, graph: bool) -> Option<String> {
+    let quiet = (one.reads, one.waits, one.allocations) == (0, 0, 0);
+    let done = match graph {
+        true => one.replays == 1 && one.launches == 0,
+        false => one.replays == 0 && one.launches > 0,
+    };
+    let how = if graph {
+        "replay its graph"
+    } else {
+        "launch its kernels"
+    };
+    (!quiet || !done || one != next).then(|| {
+        format!(
+            "a step should {how}, read, wait for and allocate nothing, and repeat its addresses: {one:?}, then {next:?}"
+        )
     })
 }
 
 /// What a step with a NaN was refused for, and what is wrong where it left a trace. `planted`: a weight is changed behind it.
 fn not_finite(training: &mut Training, planted: bool) -> Result<(Option<String>, Option<String>)> {
     // The embedding of a token that the second micro-batch reads.
-    let tokens = training.tokens();
+    let tokens = training.sequences().tokens;
     let (width, token) = (
         training.model.config().hidden,
         tokens[tokens.len() / 2 + 5] as usize,

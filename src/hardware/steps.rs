@@ -167,8 +167,10 @@ pub fn cases(device: Device) -> Vec<StepCase> {
 fn of_gpu() -> Vec<StepCase> {
     let small = |extra: &[&'static str]| [&SMALL, extra].concat();
     let recomputed = small(&["model.top_k=2", "train.recompute=true"]);
+    let eager = small(&["train.graph=false"]);
     let mut all = vec![
         case(Kind::Steady, "tiny", "default", &small(&[]), 4, 3.0),
+        case(Kind::Steady, "tiny", "default", &eager, 4, 3.0).named("tiny default eager"),
         case(Kind::Steady, "tiny", "topk", &small(&[]), 4, 3.0),
         case(Kind::Steady, "tiny", "default", &recomputed, 4, 3.0)
             .named("tiny 8c2 default recomputed"),
@@ -208,8 +210,8 @@ fn of_gpu() -> Vec<StepCase> {
     all
 }
 
-/// Steps before those that are timed: the first of a process load kernels.
-pub const WARM: u64 = 2;
+/// Steps before those that are looked at or timed: the first load kernels, a later one is captured as a graph.
+pub const WARM: u64 = 4;
 
 /// Models whose loss is held against the processor's, recorded beforehand.
 pub fn curves() -> [StepCase; 2] {
@@ -236,8 +238,10 @@ pub fn curves() -> [StepCase; 2] {
 /// Every kind at a size for the simulator, so that what would be told of a GPU can be seen to work without one.
 fn rehearsal() -> Vec<StepCase> {
     let short = [&SMALL[..], &["train.steps=6"]].concat();
+    let eager = [&SMALL[..], &["train.graph=false"]].concat();
     vec![
         case(Kind::Steady, "tiny", "default", &SMALL, 4, 8.0),
+        case(Kind::Steady, "tiny", "default", &eager, 4, 8.0).named("tiny default eager"),
         case(Kind::Repeats, "tiny", "default", &SMALL, 2, 8.0),
         case(Kind::Learns, "tiny", "default", &short, 6, 8.0),
         case(Kind::Trains, "tiny", "default", &SMALL, 2, 8.0),

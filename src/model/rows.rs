@@ -1,11 +1,14 @@
 //! How the rows of one pass divide into sequences.
 
+use crate::batch::Sequences;
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::attention::attention;
 use crate::ops::heads::Heads;
 use crate::ops::rope::{RopeTables, rope};
 use crate::ops::spans::Spans;
 use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
 use std::rc::Rc;
 
 /// The sequences of a pass.
@@ -13,15 +16,59 @@ use std::rc::Rc;
 pub enum Rows {
     /// So many, all of one length.
     Equal(usize),
+    /// So many, all of one length, and the first key that each row sees, `[rows]`.
+    Packed(usize, Tensor),
     /// Of any length, some going on where another ends; without gradients.
     Spans(Rc<Spans>),
 }
 
 impl Rows {
+    /// The inputs of these sequences.
+    pub fn new(sequences: Sequences, device: Device) -> Self {
+        match sequences.first_key {
+            None => Rows::Equal(sequences.count),
+            Some(first_key) => {
+                let first_key = Tensor::from_slice([first_key.len()], first_key);
+                Rows::Packed(sequences.count, first_key.on(device))
+            }
+        }
+    }
+
+    /// Takes other sequences, if they are as many and divided the same way.
+    pub fn set(&mut self, sequences: Sequences) -> bool {
+        match (self, sequences.first_key) {
+            (Rows::Equal(count), None) => *count == sequences.count,
+            (Rows::Packed(count, tensor), Some(first_key)) => {
+                let fits = *count == sequences.count && tensor.elements() == first_key.len();
+                if fits {
+                    tensor.slice_mut::<i32>().copy_from_slice(first_key);
+                }
+                fits
+            }
+            _ => false,
+        }
+    }
+
+    /// Sequences of one length; 0 of others.
+    pub fn count(&self) -> usize {
+        match self {
+            Rows::Equal(count) | Rows::Packed(count, _) => *count,
+            Rows::Spans(_) => 0,
+        }
+    }
+
+    /// The first key that each row sees, where documents have boundaries.
+    pub fn first_key(&self) -> Option<&Tensor> {
+        match self {
+            Rows::Packed(_, first_key) => Some(first_key),
+            _ => None,
+        }
+    }
+
     /// Checks that `tokens` make such sequences, none longer than `longest`.
     pub fn check(&self, tokens: usize, longest: usize) -> Result<()> {
         let (fits, got) = match self {
-            Rows::Equal(sequences) => {
+            Rows::Equal(sequences) | Rows::Packed(sequences, _) => {
                 let length = tokens / (*sequences).max(1);
                 let fits = (1..=longest).contains(&length) && length * sequences == tokens;
                 (fits, format!("{tokens} tokens for {sequences} sequences"))
@@ -39,7 +86,7 @@ impl Rows {
             return Ok(());
         }
         let kind = match self {
-            Rows::Equal(_) => "sequences of equal length",
+            Rows::Equal(_) | Rows::Packed(..) => "sequences of equal length",
             Rows::Spans(_) => "sequences",
         };
         Err(Error::invalid(
@@ -58,21 +105,17 @@ impl Rows {
         heads: Heads,
         tables: &RopeTables,
     ) -> Result<Var> {
-        match self {
-            Rows::Equal(sequences) => {
-                let length = qkv.tensor().shape().rows() / sequences;
-                attention(
-                    tape,
-                    &rope(tape, qkv, heads, length, tables)?,
-                    heads,
-                    length,
-                )
+        let (sequences, first_key) = match self {
+            Rows::Equal(sequences) => (sequences, None),
+            Rows::Packed(sequences, first_key) => (sequences, Some(first_key)),
+            Rows::Spans(spans) => {
+                let attended = spans.attention(qkv.tensor(), heads, tables)?;
+                return Ok(Var::constant(attended));
             }
-            Rows::Spans(spans) => Ok(Var::constant(spans.attention(
-                qkv.tensor(),
-                heads,
-                tables,
-            )?)),
-        }
+        };
+        // Positions go on over the ends of documents: RoPE knows distances alone.
+        let length = qkv.tensor().shape().rows() / sequences;
+        let turned = rope(tape, qkv, heads, length, tables)?;
+        attention(tape, &turned, heads, length, first_key)
     }
 }

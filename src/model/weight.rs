@@ -11,6 +11,7 @@ use crate::shape::Shape;
 use crate::tensor::Tensor;
 use half::bf16;
 use rayon::prelude::*;
+use std::borrow::Cow;
 use std::ops::Range;
 
 /// Numbers that one thread converts at a time.
@@ -123,15 +124,20 @@ impl Weight {
         self.whole().to_f64()
     }
 
-    /// The bytes of some of its numbers, in [`dtype`](Self::dtype), made for this call: for files.
+    /// The bytes of some of its numbers, in [`dtype`](Self::dtype), for files: made for this call, unless they lie so in
+    /// the host's memory.
     ///
     /// # Errors
     /// When the device failed.
-    pub fn bytes(&self, numbers: Range<usize>) -> Result<Vec<u8>> {
+    pub fn bytes(&self, numbers: Range<usize>) -> Result<Cow<'_, [u8]>> {
         match &self.0 {
             Form::Whole(value) => {
                 let size = value.dtype().size();
-                value.copied_bytes(numbers.start * size..numbers.end * size)
+                let range = numbers.start * size..numbers.end * size;
+                match value.device() {
+                    Device::Cpu => Ok(Cow::Borrowed(&value.bytes()[range])),
+                    _ => value.copied_bytes(range).map(Cow::Owned),
+                }
             }
             Form::Split { upper, lower } => {
                 let half = |t: &Tensor| t.copied_bytes(2 * numbers.start..2 * numbers.end);
@@ -147,7 +153,7 @@ impl Weight {
                         w.copy_from_slice(&join(upper, lower).to_le_bytes());
                     }
                 });
-                Ok(bytes)
+                Ok(Cow::Owned(bytes))
             }
         }
     }

@@ -2,6 +2,7 @@
 //!
 //! `qkv [B·S, (H + 2 KV) hd]`, `o [B·S, H hd]`. For each sequence and query head, with the key and
 //! value head of its group: `P = softmax(Q Kᵀ / √hd)` over the keys at or before the query, `O = P V`.
+//! Where documents share a sequence, row r sees the keys `first_key[r] … r`, those of its document.
 //! Backward: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P ⊙ (dP − rowsum(dO ⊙ O))`, `dQ = dS K / √hd`,
 //! `dK = dSᵀ Q / √hd`.
 //!
@@ -14,23 +15,43 @@ pub(super) mod reference;
 use super::heads::Heads;
 use crate::check::Case;
 use crate::device::Device;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
 
 /// Causal attention of `qkv [B·S, (H + 2 KV) hd]`, S = `sequence`; the result is `[B·S, H hd]`.
+/// `first_key [B·S]`, i32: the first key that each row sees, a place in its sequence, at most its own
+/// and not before that of the row before (none: 0).
 ///
 /// # Errors
-/// When `qkv` does not have the layout of `heads` or is no whole number of sequences.
-pub fn attention(tape: &Tape, qkv: &Var, heads: Heads, sequence: usize) -> Result<Var> {
+/// When `qkv` does not have the layout of `heads` or is no whole number of sequences, or `first_key`
+/// does not have a number for each row.
+pub fn attention(
+    tape: &Tape,
+    qkv: &Var,
+    heads: Heads,
+    sequence: usize,
+    first_key: Option<&Tensor>,
+) -> Result<Var> {
     heads.check("attention", qkv.tensor(), sequence)?;
-    tape.apply_one(Attention { heads, sequence }, &[qkv])
+    if let Some(first_key) = first_key {
+        first_key.expect_dtype("attention", "first_key", DType::I32)?;
+        first_key.expect_shape("attention", "first_key", [qkv.tensor().shape()[0]])?;
+    }
+    let op = Attention {
+        heads,
+        sequence,
+        first_key: first_key.cloned(),
+    };
+    tape.apply_one(op, &[qkv])
 }
 
 struct Attention {
     heads: Heads,
     sequence: usize,
+    first_key: Option<Tensor>,
 }
 
 impl Op for Attention {
@@ -45,7 +66,8 @@ impl Op for Attention {
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let (qkv, heads) = (inputs[0], self.heads);
         if qkv.device() != Device::Cpu {
-            let [out, lse] = kernels::forward(qkv, None, heads, self.sequence)?;
+            let first_key = self.first_key.as_ref();
+            let [out, lse] = kernels::forward(qkv, first_key, heads, self.sequence)?;
             return Ok(Forward {
                 saved: vec![qkv.clone(), out.clone(), lse],
                 outputs: vec![out],
@@ -59,6 +81,7 @@ impl Op for Attention {
                 out.slice_mut::<T>(),
                 lse.slice_mut(),
                 qkv.slice(),
+                self.first_key.as_ref().map(Tensor::slice),
                 heads,
                 self.sequence,
             );
@@ -82,7 +105,8 @@ impl Op for Attention {
                 grads.none(0);
                 return Ok(());
             }
-            let dqkv = kernels::backward(dout, qkv, [out, lse], self.heads, self.sequence)?;
+            let (saved, first_key) = ([out, lse], self.first_key.as_ref());
+            let dqkv = kernels::backward(dout, qkv, saved, first_key, self.heads, self.sequence)?;
             return grads.give(0, dqkv);
         }
         with_real!(qkv.dtype(), "attention", |T| grads.write(
@@ -98,6 +122,7 @@ impl Op for Attention {
                         out: out.slice(),
                         lse: lse.slice(),
                     },
+                    self.first_key.as_ref().map(Tensor::slice),
                     self.heads,
                     self.sequence,
                 );
@@ -108,24 +133,42 @@ impl Op for Attention {
 }
 
 pub(super) fn cases() -> Vec<Case> {
-    let case = |batch: usize, sequence: usize, query: usize, key_value: usize, dim: usize| {
+    let case = |batch: usize, sequence: usize, heads: [usize; 3], documents: &[i32]| {
+        let [query, key_value, dim] = heads;
         let heads = Heads {
             query,
             key_value,
             dim,
         };
-        let name = format!("attention, {batch} sequences of {sequence}, {heads:?}");
+        let name = format!(
+            "attention, {batch} sequences of {sequence}, {heads:?}, documents from {documents:?}"
+        );
+        let first_key = (documents.len() > 1).then(|| packed(batch, sequence, documents));
         Case::new(name, move |tape, v| {
-            Ok(vec![attention(tape, &v[0], heads, sequence)?])
+            let first_key = first_key.as_ref();
+            Ok(vec![attention(tape, &v[0], heads, sequence, first_key)?])
         })
         .input("qkv", [batch * sequence, heads.row_width()])
     };
     vec![
-        case(1, 1, 1, 1, 4),
-        case(2, 5, 4, 2, 6),
-        case(1, 67, 3, 1, 8),
-        case(3, 64, 2, 2, 5),
+        case(1, 1, [1, 1, 4], &[0]),
+        case(2, 5, [4, 2, 6], &[0]),
+        case(1, 67, [3, 1, 8], &[0]),
+        case(3, 64, [2, 2, 5], &[0]),
+        case(2, 7, [4, 2, 3], &[0, 3, 4]),
+        // One begins within a block of queries, one with it, one in the last.
+        case(1, 131, [2, 1, 4], &[0, 30, 64, 130]),
     ]
+}
+
+/// The first keys of `batch` sequences with documents that begin at these places.
+fn packed(batch: usize, sequence: usize, documents: &[i32]) -> Tensor {
+    let of_row = |row: usize| {
+        let begun = documents.iter().rev().find(|d| **d <= row as i32);
+        begun.copied().unwrap_or(0)
+    };
+    let rows: Vec<i32> = (0..batch).flat_map(|_| (0..sequence).map(of_row)).collect();
+    Tensor::from_slice([rows.len()], &rows)
 }
 
 #[cfg(test)]
@@ -135,7 +178,7 @@ mod tests {
 
     fn attend(qkv: &[f64], tokens: usize, heads: Heads, sequence: usize) -> Vec<f64> {
         let qkv = Tensor::from_slice([tokens, heads.row_width()], qkv);
-        let y = attention(&Tape::new(), &Var::constant(qkv), heads, sequence).unwrap();
+        let y = attention(&Tape::new(), &Var::constant(qkv), heads, sequence, None).unwrap();
         y.tensor().slice::<f64>().to_vec()
     }
 
@@ -158,7 +201,7 @@ mod tests {
 
     #[test]
     fn the_kernels_give_what_the_reference_gives_to_a_hundredth() {
-        for dim in [64, 128] {
+        for (dim, documents) in [(64, &[0][..]), (128, &[0]), (64, &[0, 1, 40, 64])] {
             let heads = Heads {
                 query: 4,
                 key_value: 2,
@@ -171,9 +214,12 @@ mod tests {
                 Tensor::from_slice([tokens, width], &numbers).narrowed()
             };
             let (qkv, dout) = (numbers(heads.row_width(), 1), numbers(4 * dim, 2));
+            let first_key = packed(2, sequence, documents);
             let run = |qkv: Tensor, dout: Tensor| {
                 let tape = Tape::new();
-                let y = attention(&tape, &Var::leaf(qkv, 0), heads, sequence).unwrap();
+                let first_key = first_key.clone().on(qkv.device());
+                let qkv = Var::leaf(qkv, 0);
+                let y = attention(&tape, &qkv, heads, sequence, Some(&first_key)).unwrap();
                 let output = y.tensor().clone();
                 let mut gradients = Gradients::new(1);
                 tape.backward_from(&[(&y, dout)], &mut gradients).unwrap();
@@ -218,7 +264,46 @@ mod tests {
             dim: 2,
         };
         let qkv = Var::constant(Tensor::from_slice([3, 6], &[0.0; 18]));
-        let e = attention(&Tape::new(), &qkv, heads, 2).unwrap_err();
+        let e = attention(&Tape::new(), &qkv, heads, 2, None).unwrap_err();
         assert!(e.to_string().contains("whole sequences of 2 tokens"), "{e}");
+    }
+
+    #[test]
+    fn each_document_of_a_sequence_is_attended_as_if_it_stood_alone() {
+        let heads = Heads {
+            query: 4,
+            key_value: 2,
+            dim: 6,
+        };
+        // Documents of 1, 69, 60 and 1 rows.
+        let (sequence, documents, width) = (131, [0, 1, 70, 130], heads.row_width());
+        let qkv = crate::check::normal_numbers(sequence * width, 3);
+        let first_key = packed(1, sequence, &documents);
+        let whole = Var::constant(Tensor::from_slice([sequence, width], &qkv));
+        let y = attention(&Tape::new(), &whole, heads, sequence, Some(&first_key)).unwrap();
+        let alone = documents
+            .iter()
+            .zip([1, 70, 130, 131])
+            .flat_map(|(&begin, end)| {
+                let rows = end - begin as usize;
+                attend(&qkv[begin as usize * width..end * width], rows, heads, rows)
+            });
+        let alone: Vec<f64> = alone.collect();
+        for (y, alone) in y.tensor().slice::<f64>().iter().zip(alone) {
+            assert!((y - alone).abs() <= 1e-12, "{y} for {alone}");
+        }
+    }
+
+    #[test]
+    fn first_keys_that_are_not_one_a_row_are_an_error() {
+        let heads = Heads {
+            query: 1,
+            key_value: 1,
+            dim: 2,
+        };
+        let qkv = Var::constant(Tensor::from_slice([4, 6], &[0.0; 24]));
+        let few = Tensor::from_slice([3], &[0i32; 3]);
+        let e = attention(&Tape::new(), &qkv, heads, 2, Some(&few)).unwrap_err();
+        assert!(e.to_string().contains("first_key"), "{e}");
     }
 }

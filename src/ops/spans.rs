@@ -172,7 +172,7 @@ mod tests {
         let qkv = Tensor::from_slice([length, HEADS.row_width()], qkv);
         let tape = Tape::new();
         let turned = rope(&tape, &Var::constant(qkv), HEADS, length, &tables()).unwrap();
-        let out = attention(&tape, &turned, HEADS, length).unwrap();
+        let out = attention(&tape, &turned, HEADS, length, None).unwrap();
         out.tensor().slice::<f64>().to_vec()
     }
 

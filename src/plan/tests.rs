@@ -1,4 +1,5 @@
 use super::*;
+use crate::batch::Sequences;
 use crate::config::Layers;
 use crate::model::Model;
 use crate::routers;
@@ -22,7 +23,12 @@ fn kept_on_the_tape(config: &Config) -> u64 {
     let (tape, weights) = (Tape::new(), model.weights());
     let pass = Pass::single(crate::routers::Phase::Train);
     let _losses = model
-        .loss(&tape, &weights, &ids, config.train.micro_batch, pass)
+        .loss(
+            &tape,
+            &weights,
+            Sequences::new(&ids, config.train.micro_batch),
+            pass,
+        )
         .unwrap();
     let parameters: Vec<*const u8> = weights
         .iter()

@@ -27,8 +27,8 @@ pub fn least(config: &Config) -> u64 {
             }
         })
         .sum();
-    // The tokens of the whole step lie in memory as i32.
-    let batch = config.train.sequences_per_step as u64 * m.sequence_length as u64 * 4;
+    // The tokens of the whole step and of the two that are read ahead lie in memory as i32.
+    let batch = 3 * config.train.sequences_per_step as u64 * m.sequence_length as u64 * 4;
     weights
         .saturating_add(tokens.saturating_mul(per_token))
         .saturating_mul(size)

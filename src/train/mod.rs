@@ -6,16 +6,19 @@
 mod benchmarks;
 mod memory;
 mod progress;
+mod saving;
 mod schedule;
+mod start;
 
 pub use memory::{available as available_memory, least as least_memory};
 pub use schedule::learning_rate;
 
 use crate::analyze;
+use crate::batch::Batch;
 use crate::checkpoint::{self, TrainerState};
 use crate::config::{Config, count};
 use crate::data::tokenizer::BYTES;
-use crate::data::{Corpus, Counts};
+use crate::data::{Ahead, Corpus, Counts};
 use crate::device::timeline::{self, Timeline};
 use crate::error::{Error, Result};
 use crate::eval::validation_loss;
@@ -29,9 +32,11 @@ use crate::step::{StepReport, Trainer};
 use crate::version;
 use benchmarks::Benchmarks;
 use progress::Progress;
+use saving::Saving;
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
@@ -90,7 +95,9 @@ pub fn run(config: Config, options: &Options, stop: &AtomicBool) -> Result<Summa
 /// A run under way.
 struct Run<'a> {
     options: &'a Options,
-    corpus: Corpus,
+    corpus: Arc<Corpus>,
+    /// The sequences of each step.
+    ahead: Ahead<Batch>,
     model: Model,
     trainer: Trainer,
     state: TrainerState,
@@ -98,6 +105,7 @@ struct Run<'a> {
     events: Events,
     benchmarks: Option<Benchmarks>,
     progress: Progress,
+    saving: Saving,
 }
 
 impl<'a> Run<'a> {
@@ -116,8 +124,8 @@ impl<'a> Run<'a> {
         let data = corpus.fingerprint();
         let steps = config.train.steps;
         let (model, trainer, state) = match &found.0 {
-            None => start(config, data)?,
-            Some(saved) => resume(saved, config, data)?,
+            None => start::anew(config, data)?,
+            Some(saved) => start::resume(saved, config, data)?,
         };
         let benchmarks = Benchmarks::read(&state.config.train, &corpus)?;
         fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
@@ -132,8 +140,11 @@ impl<'a> Run<'a> {
         for damaged in &found.1 {
             progress.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
         }
+        let corpus = Arc::new(corpus);
         let run = Run {
             options,
+            ahead: read_ahead(&corpus, &state)?,
+            saving: Saving::new(out, state.config.train.keep_checkpoints),
             corpus,
             model,
             trainer,
@@ -200,6 +211,9 @@ impl<'a> Run<'a> {
                 outcome = Outcome::Stopped;
                 break;
             }
+            // A save that failed meanwhile ends the run here.
+            let (saved, said) = self.saving.ended()?;
+            said.iter().for_each(|said| self.progress.note(said));
             let begun = Instant::now();
             let rate = learning_rate(&train, self.state.step);
             let recorded = self.options.timeline && self.state.step + 1 == train.steps;
@@ -223,6 +237,7 @@ impl<'a> Run<'a> {
             }
             let score = train.tasks_interval > 0 && (last || step % train.tasks_interval == 0);
             let mut record = self.record(&report, rate, seconds, validation.filter(|_| evaluate));
+            record.saved = saved;
             if let Some(benchmarks) = self.benchmarks.as_ref().filter(|_| score) {
                 record.tasks = benchmarks.score(&self.model, &self.state, &self.progress)?;
             }
@@ -238,12 +253,12 @@ impl<'a> Run<'a> {
                 train.analyze_interval > 0 && (last || step % train.analyze_interval == 0);
             let shown = self.show(evaluate || score, analyze);
             if last || step % train.checkpoint_interval == 0 {
-                self.save()?;
+                self.save(last)?;
             }
             shown?;
         }
         if outcome == Outcome::Stopped && self.state.step > 0 {
-            self.save()?;
+            self.save(true)?;
             self.draw()?;
         }
         self.progress.finish();
@@ -257,14 +272,9 @@ impl<'a> Run<'a> {
     /// One optimizer step over the next sequences.
     fn step(&mut self, rate: f64) -> Result<StepReport> {
         let train = &self.state.config.train;
-        let (batch, micro) = (train.sequences_per_step as u64, train.micro_batch);
-        let first = self.state.step * batch;
-        let tokens = self.corpus.sequences(first..first + batch);
-        let width = self.state.config.model.sequence_length + 1;
-        let micro_batches: Vec<&[i32]> = tokens.chunks(micro * width).collect();
-        let report = self
-            .trainer
-            .step(&mut self.model, &micro_batches, micro, rate)?;
+        let batch = self.ahead.take(self.state.step);
+        let micro_batches: Vec<_> = batch.chunks(train.micro_batch).collect();
+        let report = self.trainer.step(&mut self.model, &micro_batches, rate)?;
         self.state.step += 1;
         self.state.optimizer_steps = self.trainer.optimizer.steps();
         self.state.skipped_in_a_row = match report.refused {
@@ -310,6 +320,7 @@ impl<'a> Run<'a> {
             validation_by_source: BTreeMap::new(),
             seconds,
             tokens_per_second: per_step as f64 / seconds,
+            saved: Vec::new(),
         }
     }
 
@@ -348,17 +359,18 @@ impl<'a> Run<'a> {
         })
     }
 
-    fn save(&self) -> Result<()> {
+    /// Saves while training goes on, or, after its `last` step, before it ends.
+    fn save(&mut self, last: bool) -> Result<()> {
         if !self.options.checkpoints {
             return Ok(());
         }
-        // The checkpoint counts on the log up to its step.
-        self.log.sync()?;
-        self.events.sync()?;
         let snapshot = checkpoint::snapshot(&self.model, &self.trainer, &self.state)?;
-        let folder = self.options.out.join(CHECKPOINTS);
-        checkpoint::save(&folder, &snapshot, self.state.config.train.keep_checkpoints)?;
-        Ok(())
+        if last {
+            let said = self.saving.last(&snapshot)?;
+            self.progress.introduce(&[said]);
+            return Ok(());
+        }
+        self.saving.save(&snapshot)
     }
 
     fn show(&self, draw: bool, analyze: bool) -> Result<()> {
@@ -404,6 +416,14 @@ impl<'a> Run<'a> {
     }
 }
 
+/// What each step from the present one on takes: step t of n sequences those from t · n on.
+fn read_ahead(corpus: &Arc<Corpus>, state: &TrainerState) -> Result<Ahead<Batch>> {
+    let (corpus, train) = (corpus.clone(), &state.config.train);
+    let batch = train.sequences_per_step as u64;
+    let read = move |step: u64| corpus.sequences(step * batch..(step + 1) * batch);
+    Ahead::new(state.step..train.steps, read)
+}
+
 /// The mean over layers of the share of (token, expert) pairs that were not chosen.
 fn sparsity(layers: &[LayerStats]) -> Option<f64> {
     let chosen = layers.iter().map(|l| {
@@ -412,54 +432,6 @@ fn sparsity(layers: &[LayerStats]) -> Option<f64> {
     });
     let mean = 1.0 - chosen.sum::<f64>() / layers.len() as f64;
     Some(mean).filter(|s| s.is_finite())
-}
-
-fn start(config: Config, data: String) -> Result<(Model, Trainer, TrainerState)> {
-    let model = Model::new(&config)?;
-    let trainer = Trainer::new(&config.train, &model);
-    let state = TrainerState {
-        step: 0,
-        optimizer_steps: 0,
-        skipped_in_a_row: 0,
-        data,
-        config,
-    };
-    Ok((model, trainer, state))
-}
-
-/// Goes on from `saved` with a configuration that may differ in what does not make it another run.
-fn resume(
-    saved: &checkpoint::Checkpoint,
-    config: Config,
-    data: String,
-) -> Result<(Model, Trainer, TrainerState)> {
-    let (model, mut state) =
-        checkpoint::load_model_with(saved, |c| c.train.device = config.train.device)?;
-    let old = &state.config;
-    for (what, same) in [
-        ("model", old.model == config.model),
-        ("router", old.router == config.router),
-        ("train.seed", old.train.seed == config.train.seed),
-        ("train.dtype", old.train.dtype == config.train.dtype),
-        (
-            "train.sequences_per_step",
-            old.train.sequences_per_step == config.train.sequences_per_step,
-        ),
-        ("data", state.data == data),
-    ] {
-        if !same {
-            return Err(Error::invalid(
-                "train --resume",
-                format!("the {what} that the run began with"),
-                "another one",
-                "put it back, or begin a new run under another --name",
-            ));
-        }
-    }
-    let mut trainer = Trainer::new(&config.train, &model);
-    checkpoint::load_trainer(saved, &state, &model, &mut trainer)?;
-    state.config = config;
-    Ok((model, trainer, state))
 }
 
 /// Refuses a folder that holds a run.

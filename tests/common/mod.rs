@@ -139,6 +139,7 @@ pub fn metrics(out: &Path) -> Vec<serde_json::Value> {
         let fields = record.as_object_mut().unwrap();
         assert!(fields.remove("seconds").is_some());
         assert!(fields.remove("tokens_per_second").is_some());
+        fields.remove("saved");
         record
     });
     lines.collect()

@@ -3,9 +3,9 @@
 use crate::device::stream;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::launch;
 use crate::ops::heads::Heads;
 use crate::tensor::Tensor;
+use crate::{launch, query};
 use std::ptr::null;
 
 /// Sequence, heads, key and value heads, and their width, as the kernels take them.
@@ -56,7 +56,7 @@ pub fn forward(
     Ok([out, lse])
 }
 
-/// The gradient of qkv, from that of the output and what [`forward`] without `first_key` gave.
+/// The gradient of qkv, from that of the output and what [`forward`] gave.
 ///
 /// # Errors
 /// As [`forward`].
@@ -64,6 +64,7 @@ pub fn backward(
     dout: &Tensor,
     qkv: &Tensor,
     [out, lse]: [&Tensor; 2],
+    first_key: Option<&Tensor>,
     heads: Heads,
     sequence: usize,
 ) -> Result<Tensor> {
@@ -74,7 +75,7 @@ pub fn backward(
     let mut floats = 0u64;
     // SAFETY: it writes one number.
     unsafe {
-        launch!(
+        query!(
             launchers,
             attention_backward_workspace(&mut floats, tokens, sequence, query)
         )?;
@@ -92,7 +93,7 @@ pub fn backward(
                 qkv.pointer(),
                 out.pointer(),
                 lse.pointer(),
-                null(),
+                first_key.map_or(null(), Tensor::pointer),
                 tokens,
                 sequence,
                 query,

@@ -1,10 +1,14 @@
 //! The mathematics of attention on plain slices: it is the CPU device.
+//!
+//! Of a block of queries the scores are formed with the keys that any of them sees, from the first key of
+//! its first row on: first keys do not decrease.
 
 use crate::cpu::vector::{exp_and_sum, max, sum_over};
 use crate::cpu::{self, Accumulate, Mat, MatMut, Scratch, gemm};
 use crate::dtype::Real;
 use crate::ops::heads::Heads;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Queries whose scores exist at a time.
 const QUERIES: usize = 64;
@@ -27,12 +31,28 @@ impl<'a, T: Real> Sequence<'a, T> {
         self.head(head, first, rows)
     }
 
-    fn keys(self, kv_head: usize, rows: usize) -> Mat<'a, T> {
-        self.head(self.heads.query + kv_head, 0, rows)
+    fn keys(self, kv_head: usize, rows: Range<usize>) -> Mat<'a, T> {
+        self.head(self.heads.query + kv_head, rows.start, rows.len())
     }
 
-    fn values(self, kv_head: usize, rows: usize) -> Mat<'a, T> {
-        self.head(self.heads.query + self.heads.key_value + kv_head, 0, rows)
+    fn values(self, kv_head: usize, rows: Range<usize>) -> Mat<'a, T> {
+        let head = self.heads.query + self.heads.key_value + kv_head;
+        self.head(head, rows.start, rows.len())
+    }
+}
+
+/// The first key that each row of a sequence sees, `[S]`; none: key 0.
+#[derive(Clone, Copy)]
+struct FirstKeys<'a>(Option<&'a [i32]>);
+
+impl<'a> FirstKeys<'a> {
+    /// Of sequence `number`, of all of them.
+    fn of_sequence(all: Option<&'a [i32]>, number: usize, length: usize) -> Self {
+        FirstKeys(all.map(|all| &all[number * length..][..length]))
+    }
+
+    fn of_row(self, row: usize) -> usize {
+        self.0.map_or(0, |first| first[row] as usize)
     }
 }
 
@@ -51,20 +71,30 @@ fn scale<T: Real>(dim: usize) -> T {
     T::of((dim as f64).sqrt().recip())
 }
 
-/// Writes `out [B·S, H hd]` and `lse`, the logsumexp of the scaled scores, `[B, H, S]`.
-pub fn forward<T: Real>(out: &mut [T], lse: &mut [T], qkv: &[T], heads: Heads, sequence: usize) {
+/// Writes `out [B·S, H hd]` and `lse`, the logsumexp of the scaled scores, `[B, H, S]`. Row r of a
+/// sequence sees the keys `first_key[r] … r` (`[B·S]`, places in the sequence; none: 0).
+pub fn forward<T: Real>(
+    out: &mut [T],
+    lse: &mut [T],
+    qkv: &[T],
+    first_key: Option<&[i32]>,
+    heads: Heads,
+    sequence: usize,
+) {
     let group = heads.group();
     out.par_chunks_mut(sequence * heads.query * heads.dim)
         .zip(lse.par_chunks_mut(heads.query * sequence))
         .zip(qkv.par_chunks(sequence * heads.row_width()))
-        .for_each(|((out, lse), qkv)| {
+        .enumerate()
+        .for_each(|(number, ((out, lse), qkv))| {
             let rows = Sequence { qkv, heads };
+            let first_keys = FirstKeys::of_sequence(first_key, number, sequence);
             panels(out, heads.query, heads.dim)
                 .into_par_iter()
                 .zip(lse.par_chunks_mut(sequence))
                 .enumerate()
                 .for_each(|(head, (mut out, lse))| {
-                    forward_head(&mut out, lse, rows, head, head / group, 0);
+                    forward_head(&mut out, lse, rows, first_keys, [head, head / group], 0);
                 });
         });
 }
@@ -79,17 +109,18 @@ pub fn forward_from<T: Real>(out: &mut [T], qkv: &[T], heads: Heads, begin: usiz
         .for_each(|(head, mut out)| {
             let mut lse = Scratch::<T>::new(out.len());
             let rows = Sequence { qkv, heads };
-            forward_head(&mut out, &mut lse, rows, head, head / group, begin);
+            let (all, heads) = (FirstKeys(None), [head, head / group]);
+            forward_head(&mut out, &mut lse, rows, all, heads, begin);
         });
 }
 
-/// Rows `begin ..` of one head of a sequence.
+/// Rows `begin ..` of one query head of a sequence, with its key and value head.
 fn forward_head<T: Real>(
     out: &mut [&mut [T]],
     lse: &mut [T],
     rows: Sequence<T>,
-    head: usize,
-    kv_head: usize,
+    first_keys: FirstKeys,
+    [head, kv_head]: [usize; 2],
     begin: usize,
 ) {
     let (sequence, dim) = (begin + lse.len(), rows.heads.dim);
@@ -97,34 +128,35 @@ fn forward_head<T: Real>(
     let mut product = Scratch::<T>::new(QUERIES.min(lse.len()) * dim);
     for first in (begin..sequence).step_by(QUERIES) {
         let queries = QUERIES.min(sequence - first);
-        let keys = first + queries;
-        let scores = &mut scores[..queries * keys];
+        let keys = first_keys.of_row(first)..first + queries;
+        let own = first - begin..first + queries - begin;
+        let scores = &mut scores[..queries * keys.len()];
         let product = &mut product[..queries * dim];
         gemm(
-            MatMut::new(scores, queries, keys),
+            MatMut::new(scores, queries, keys.len()),
             Accumulate::Assign,
             rows.query(head, first, queries),
-            rows.keys(kv_head, keys).t(),
+            rows.keys(kv_head, keys.clone()).t(),
         );
         let mut sums = [T::zero(); QUERIES];
         cpu::vectorized(
             #[inline(always)]
             || {
-                let lse = &mut lse[first - begin..keys - begin];
-                softmax_rows(scores, lse, &mut sums, first, scale(dim));
+                let lse = &mut lse[own.clone()];
+                softmax_rows(scores, lse, &mut sums, first_keys, &keys, scale(dim));
             },
         );
         gemm(
             MatMut::new(product, queries, dim),
             Accumulate::Assign,
-            Mat::new(scores, queries, keys),
+            Mat::new(scores, queries, keys.len()),
             rows.values(kv_head, keys),
         );
         let weighted = product.chunks_exact(dim).zip(sums);
         cpu::vectorized(
             #[inline(always)]
             || {
-                let out = out[first - begin..keys - begin].iter_mut();
+                let out = out[own].iter_mut();
                 for (out, (product, sum)) in out.zip(weighted) {
                     let factor = sum.recip();
                     for (o, &p) in out.iter_mut().zip(product) {
@@ -136,17 +168,26 @@ fn forward_head<T: Real>(
     }
 }
 
-/// Turns scores into e^(scale (s − max)), 0 for keys after the query; rows are not yet divided by
-/// their sums.
+/// Turns the scores of the last queries of `keys` into e^(scale (s − max)), 0 for keys that a query does
+/// not see; rows are not yet divided by their sums.
 #[inline(always)]
-fn softmax_rows<T: Real>(scores: &mut [T], lse: &mut [T], sums: &mut [T], first: usize, scale: T) {
-    let keys = first + lse.len();
-    let rows = scores.chunks_exact_mut(keys).zip(lse).zip(sums);
-    for (i, ((scores, lse), sum)) in rows.enumerate() {
-        let (seen, later) = scores.split_at_mut(first + i + 1);
+fn softmax_rows<T: Real>(
+    scores: &mut [T],
+    lse: &mut [T],
+    sums: &mut [T],
+    first_keys: FirstKeys,
+    keys: &Range<usize>,
+    scale: T,
+) {
+    let first = keys.end - lse.len();
+    let rows = scores.chunks_exact_mut(keys.len()).zip(lse).zip(sums);
+    for (row, ((scores, lse), sum)) in (first..).zip(rows) {
+        let (scores, later) = scores.split_at_mut(row + 1 - keys.start);
+        let (before, seen) = scores.split_at_mut(first_keys.of_row(row) - keys.start);
         let largest = max(seen);
         *sum = exp_and_sum(seen, scale, largest);
         *lse = largest * scale + sum.ln();
+        before.fill(T::zero());
         later.fill(T::zero());
     }
 }
@@ -165,6 +206,7 @@ pub fn backward<T: Real>(
     accumulate: Accumulate,
     dout: &[T],
     saved: Saved<T>,
+    first_key: Option<&[i32]>,
     heads: Heads,
     sequence: usize,
 ) {
@@ -174,8 +216,10 @@ pub fn backward<T: Real>(
         .zip(saved.qkv.par_chunks(sequence * heads.row_width()))
         .zip(saved.out.par_chunks(sequence * width))
         .zip(saved.lse.par_chunks(heads.query * sequence))
-        .for_each(|((((dqkv, dout), qkv), out), lse)| {
+        .enumerate()
+        .for_each(|(number, ((((dqkv, dout), qkv), out), lse))| {
             let rows = Sequence { qkv, heads };
+            let first_keys = FirstKeys::of_sequence(first_key, number, sequence);
             let count = heads.query + 2 * heads.key_value;
             let mut dq = panels(dqkv, count, heads.dim);
             let mut dk = dq.split_off(heads.query);
@@ -195,7 +239,7 @@ pub fn backward<T: Real>(
                             out,
                             lse: &lse[head * sequence..][..sequence],
                         };
-                        of_head.backward(dq, &mut sums, accumulate, rows);
+                        of_head.backward(dq, &mut sums, accumulate, rows, first_keys);
                     }
                     let one = T::one();
                     write_rows(dk, &sums.dk, scale(heads.dim), accumulate);
@@ -262,6 +306,7 @@ impl<T: Real> HeadGradient<'_, T> {
         sums: &mut KeyValueSums<T>,
         accumulate: Accumulate,
         rows: Sequence<T>,
+        first_keys: FirstKeys,
     ) {
         let (sequence, dim) = (self.lse.len(), rows.heads.dim);
         let width = rows.heads.query * dim;
@@ -271,14 +316,15 @@ impl<T: Real> HeadGradient<'_, T> {
         let mut product = Scratch::<T>::new(block * dim);
         for first in (0..sequence).step_by(QUERIES) {
             let queries = QUERIES.min(sequence - first);
-            let keys = first + queries;
+            let seen = first_keys.of_row(first)..first + queries;
+            let keys = seen.len();
             let p = &mut probabilities[..queries * keys];
             let ds = &mut dscores[..queries * keys];
             let place = first * width + self.head * dim;
             let dout = &self.dout[place..];
             let dout_rows = Mat::strided(dout, queries, dim, width);
             let query = rows.query(self.head, first, queries);
-            let key = rows.keys(self.kv_head, keys);
+            let key = rows.keys(self.kv_head, seen.clone());
             gemm(
                 MatMut::new(p, queries, keys),
                 Accumulate::Assign,
@@ -289,7 +335,7 @@ impl<T: Real> HeadGradient<'_, T> {
                 MatMut::new(ds, queries, keys),
                 Accumulate::Assign,
                 dout_rows,
-                rows.values(self.kv_head, keys).t(),
+                rows.values(self.kv_head, seen.clone()).t(),
             );
             cpu::vectorized(
                 #[inline(always)]
@@ -297,28 +343,31 @@ impl<T: Real> HeadGradient<'_, T> {
                     let out = self.out[place..].chunks(width);
                     let pairs = dout.chunks(width).zip(out);
                     let score_rows = p.chunks_exact_mut(keys).zip(ds.chunks_exact_mut(keys));
-                    let lse = &self.lse[first..keys];
-                    for (i, (((p, ds), &lse), (dout, out))) in
-                        score_rows.zip(lse).zip(pairs).enumerate()
+                    let lse = &self.lse[first..seen.end];
+                    for (row, (((p, ds), &lse), (dout, out))) in
+                        (first..).zip(score_rows.zip(lse).zip(pairs))
                     {
                         let mean = sum_over([&dout[..dim], &out[..dim]], |[d, o]| d * o);
-                        let seen = first + i + 1;
-                        score_gradient(&mut p[..seen], &mut ds[..seen], lse, mean, scale(dim));
-                        p[seen..].fill(T::zero());
-                        ds[seen..].fill(T::zero());
+                        let own = first_keys.of_row(row) - seen.start..row + 1 - seen.start;
+                        let (own_p, own_ds) = (&mut p[own.clone()], &mut ds[own.clone()]);
+                        score_gradient(own_p, own_ds, lse, mean, scale(dim));
+                        for unseen in [0..own.start, own.end..keys] {
+                            p[unseen.clone()].fill(T::zero());
+                            ds[unseen].fill(T::zero());
+                        }
                     }
                 },
             );
             let product = &mut product[..queries * dim];
             let (p, ds) = (Mat::new(p, queries, keys), Mat::new(ds, queries, keys));
             gemm(
-                MatMut::new(&mut sums.dv[..], keys, dim),
+                MatMut::new(&mut sums.dv[seen.start * dim..], keys, dim),
                 Accumulate::Add,
                 p.t(),
                 dout_rows,
             );
             gemm(
-                MatMut::new(&mut sums.dk[..], keys, dim),
+                MatMut::new(&mut sums.dk[seen.start * dim..], keys, dim),
                 Accumulate::Add,
                 ds.t(),
                 query,
@@ -329,7 +378,7 @@ impl<T: Real> HeadGradient<'_, T> {
                 ds,
                 key,
             );
-            let dq = dq[first..keys].iter_mut().map(|row| &mut **row);
+            let dq = dq[first..seen.end].iter_mut().map(|row| &mut **row);
             write_rows(dq, product, scale(dim), accumulate);
         }
     }

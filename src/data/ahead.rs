@@ -1,0 +1,131 @@
+//! Reading ahead: while a step runs, a thread reads what the next two take, so that training never waits for pages of a
+//! file that are not in memory yet.
+
+use crate::error::{Error, Result};
+use std::ops::Range;
+use std::panic::resume_unwind;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{self, JoinHandle};
+
+/// What a function gives for each step of a range, in order, read before it is asked for.
+pub struct Ahead<T> {
+    next: u64,
+    /// Both are there until it is dropped.
+    parts: Option<(Receiver<T>, JoinHandle<()>)>,
+}
+
+impl<T: Send + 'static> Ahead<T> {
+    /// Begins to read for the first of `steps`.
+    ///
+    /// # Errors
+    /// When the system has no thread to spare.
+    pub fn new(steps: Range<u64>, read: impl Fn(u64) -> T + Send + 'static) -> Result<Self> {
+        let next = steps.start;
+        // One waits in the channel and one in the thread's hands.
+        let (sender, receiver) = sync_channel(1);
+        let thread = thread::Builder::new()
+            .name("read".into())
+            .spawn(move || {
+                for step in steps {
+                    if sender.send(read(step)).is_err() {
+                        return;
+                    }
+                }
+            })
+            .map_err(|e| {
+                let help = "raise the limit of threads (ulimit -u), or end other programs";
+                Error::invalid("data", "a thread to read ahead", e.to_string(), help)
+            })?;
+        Ok(Ahead {
+            next,
+            parts: Some((receiver, thread)),
+        })
+    }
+
+    /// What was read for `step`.
+    ///
+    /// # Panics
+    /// When the steps are not taken one after another up to the last, or reading panicked.
+    pub fn take(&mut self, step: u64) -> T {
+        assert_eq!(step, self.next, "the step that was read for");
+        self.next += 1;
+        let received = self.parts.as_ref().and_then(|(r, _)| r.recv().ok());
+        received.unwrap_or_else(|| self.fail(step))
+    }
+
+    /// Ends with the panic that ended the thread.
+    fn fail(&mut self, step: u64) -> ! {
+        if let Some((_, thread)) = self.parts.take()
+            && let Err(panic) = thread.join()
+        {
+            resume_unwind(panic);
+        }
+        panic!("nothing was read for step {step}: it is past the last");
+    }
+}
+
+impl<T> Drop for Ahead<T> {
+    fn drop(&mut self) {
+        if let Some((receiver, thread)) = self.parts.take() {
+            // Without a receiver the thread ends with what it is reading.
+            drop(receiver);
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
+
+    #[test]
+    fn two_steps_are_read_ahead_and_no_more() {
+        let reads = Arc::new(AtomicU64::new(0));
+        let counted = reads.clone();
+        let mut ahead = Ahead::new(5..100, move |step| {
+            counted.fetch_add(1, Ordering::SeqCst);
+            step * 10
+        })
+        .unwrap();
+        for step in 5..50 {
+            assert_eq!(ahead.take(step), step * 10);
+            let most = step - 5 + 1 + 2;
+            while reads.load(Ordering::SeqCst) < most {
+                std::thread::yield_now();
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            assert_eq!(reads.load(Ordering::SeqCst), most);
+        }
+    }
+
+    #[test]
+    fn dropped_early_late_or_at_once_it_does_not_hang() {
+        for taken in [0, 1, 7, 10] {
+            let mut ahead = Ahead::new(0..10, |step| vec![step; 1000]).unwrap();
+            (0..taken).for_each(|step| assert_eq!(ahead.take(step)[0], step));
+        }
+        drop(Ahead::new(3..3, |step| step).unwrap());
+    }
+
+    #[test]
+    #[should_panic(expected = "no page 2")]
+    fn a_panic_of_the_reader_is_that_of_who_takes() {
+        let mut ahead = Ahead::new(0..4, |step| {
+            assert!(step < 2, "no page {step}");
+            step
+        })
+        .unwrap();
+        (0..4).for_each(|step| assert_eq!(ahead.take(step), step));
+    }
+
+    #[test]
+    #[should_panic(expected = "past the last")]
+    fn nothing_is_past_the_last_step() {
+        let mut ahead = Ahead::new(0..1, |step| step).unwrap();
+        ahead.take(0);
+        ahead.take(1);
+    }
+}

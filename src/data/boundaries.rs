@@ -1,0 +1,56 @@
+//! Where the documents of a row of tokens end.
+
+use crate::data::folder::Entry;
+
+/// The ends of documents, increasing; tokens between two documents belong to the one before.
+pub(super) struct Boundaries(Vec<u64>);
+
+impl Boundaries {
+    pub fn new(documents: &[Entry]) -> Self {
+        Boundaries(documents.iter().map(|d| d.end).collect())
+    }
+
+    /// Of documents of these lengths.
+    pub fn of_lengths(lengths: impl IntoIterator<Item = usize>) -> Self {
+        let mut end = 0;
+        let ends = lengths.into_iter().map(|length| {
+            end += length as u64;
+            end
+        });
+        Boundaries(ends.collect())
+    }
+
+    /// Adds to `out` for each of the `length` tokens from `start` on the place in them where its document
+    /// begins, 0 for one that began before.
+    pub fn first_keys(&self, start: u64, length: u64, out: &mut Vec<i32>) {
+        let mut begin = 0;
+        let mut next = self.0.partition_point(|end| *end <= start);
+        for at in start..start + length {
+            while self.0.get(next).is_some_and(|end| *end <= at) {
+                begin = at - start;
+                next += 1;
+            }
+            out.push(begin as i32);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_token_knows_where_its_document_begins_in_the_window() {
+        let boundaries = Boundaries::of_lengths([3, 1, 4, 0, 2]);
+        let document = [0, 0, 0, 3, 4, 4, 4, 4, 8, 8];
+        for start in 0..10u64 {
+            for length in 0..=10 - start {
+                let mut found = Vec::new();
+                boundaries.first_keys(start, length, &mut found);
+                let expected = document[start as usize..][..length as usize].iter();
+                let expected = expected.map(|begin| (begin - start as i32).max(0));
+                assert!(expected.eq(found.iter().copied()), "{start} {length}");
+            }
+        }
+    }
+}
