@@ -339,7 +339,7 @@ fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
         unsafe {
             launch!(
                 launchers,
-                adamw_update(p[4].cast(), p[5].cast(), p[6].cast(), blocks, stream)
+                adamw_update(p[4].cast(), p[5].cast(), p[6].cast(), blocks, 0, stream)
             )
         }
     };
