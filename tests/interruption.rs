@@ -23,7 +23,8 @@ fn stopping_and_resuming_changes_no_byte_with_any_router() {
         &["model.top_k=1", "router.version=\"v1\""][..],
     );
     let all = ROUTERS.iter().map(|r| (r.name, &["model.top_k=2"][..]));
-    for (i, (router, set)) in all.chain([first_version]).enumerate() {
+    let rounded = ("topk", &["train.bf16_moments=true"][..]);
+    for (i, (router, set)) in all.chain([first_version, rounded]).enumerate() {
         let place = Place::new();
         let mut options = vec!["--router", router, "--steps", "120"];
         set.iter().for_each(|s| options.extend(["--set", s]));
