@@ -10,6 +10,7 @@ mod data;
 mod timings;
 
 use crate::check::Fault;
+use crate::config::Precision;
 use crate::error::Result;
 use crate::{ablate, bench, floors, hardware, plan};
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -250,6 +251,10 @@ struct EvalArgs {
     /// Measure it with and without them, side by side.
     #[arg(long, conflicts_with = "without_default_vectors")]
     compare_default_vectors: bool,
+    /// Arithmetic [default: that of training]. In f32 a token whose two best experts are equal to rounding may go to either,
+    /// here or in another program; f64 tells such a difference from a mistake.
+    #[arg(long, value_name = "DTYPE")]
+    dtype: Option<Arithmetic>,
     /// Benchmarks to score instead, with commas between them; `all` for those whose documents are there.
     #[arg(
         long,
@@ -269,6 +274,22 @@ struct EvalArgs {
     out: Option<PathBuf>,
 }
 
+/// A precision of the CPU's arithmetic.
+#[derive(Clone, Copy, ValueEnum)]
+enum Arithmetic {
+    F32,
+    F64,
+}
+
+impl From<Arithmetic> for Precision {
+    fn from(arithmetic: Arithmetic) -> Self {
+        match arithmetic {
+            Arithmetic::F32 => Precision::F32,
+            Arithmetic::F64 => Precision::F64,
+        }
+    }
+}
+
 #[derive(Args)]
 struct DumpArgs {
     /// Folder with config.json and safetensors files; or a run, or one of its checkpoints.
@@ -280,9 +301,9 @@ struct DumpArgs {
     /// File of `logits`, `loss` and `grad.NAME` of every parameter.
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
-    /// Arithmetic: f64 or f32.
-    #[arg(long, value_name = "DTYPE", default_value = "f64", value_parser = ["f64", "f32"])]
-    dtype: String,
+    /// Arithmetic.
+    #[arg(long, value_name = "DTYPE", default_value = "f64")]
+    dtype: Arithmetic,
     /// As a pass of training: the router's state is updated once, and written too.
     #[arg(long)]
     train: bool,

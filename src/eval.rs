@@ -1,7 +1,7 @@
 //! How well a model predicts text that it did not learn from.
 
 use crate::checkpoint::{self, Checkpoint};
-use crate::config::Config;
+use crate::config::{Config, Precision};
 use crate::data::Corpus;
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -44,13 +44,17 @@ impl Report {
     }
 }
 
-/// The model of a checkpoint as it is evaluated: on the CPU, and `default` without its vectors if
-/// they are not wanted.
+/// The model of a checkpoint as it is evaluated: on the CPU, in another precision on demand, and `default`
+/// without its vectors if they are not wanted.
 ///
 /// # Errors
 /// When the checkpoint cannot be read, or its router has no default vectors.
-pub fn load(found: &Checkpoint, default_vectors: bool) -> Result<(Model, Config)> {
-    let (model, state) = checkpoint::load_model_with(found, |config| {
+pub fn load(
+    found: &Checkpoint,
+    default_vectors: bool,
+    precision: Option<Precision>,
+) -> Result<(Model, Config)> {
+    let (mut model, mut state) = checkpoint::load_model_with(found, |config| {
         config.train.device = Device::Cpu;
         if !default_vectors && config.router.name == "default" {
             let settings = &mut config.router.settings;
@@ -65,6 +69,10 @@ pub fn load(found: &Checkpoint, default_vectors: bool) -> Result<(Model, Config)
             format!("router {router}"),
             "leave the flag out: there are no default vectors",
         ));
+    }
+    if let Some(precision) = precision.filter(|p| *p != state.config.train.dtype) {
+        state.config.train.dtype = precision;
+        model = model.converted(&state.config)?;
     }
     Ok((model, state.config))
 }

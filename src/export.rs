@@ -61,7 +61,7 @@ pub enum Exported {
 /// When the checkpoint cannot be read, or the folder not be written; nothing is left of it then.
 pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Result<Report> {
     let temporary = place(out)?;
-    let (model, config) = eval::load(found, true)?;
+    let (model, config) = eval::load(found, true, None)?;
     let (architecture, foreign) = architecture::choose(&config.model, &config.router);
     let arrays = weights::arrays(&model, &config, architecture, dtype);
     let shards = Shards::new("model", &arrays, shard_bytes);

@@ -7,7 +7,7 @@ use crate::config::{Config, Layers};
 use crate::device::launchers;
 use crate::device::launchers::TILE_AUTO;
 use crate::error::{Error, Result};
-use crate::launch;
+use crate::query;
 
 /// Expert settings of the page's columns.
 pub const EXPERTS: [&str; 5] = ["8c1", "8c2", "32c1", "32c2", "32c4"];
@@ -121,11 +121,11 @@ impl Plan {
         let (experts, hidden, ffn) = (s.experts as i32, s.hidden as i32, s.ffn as i32);
         // SAFETY: one number is written each.
         let asked = unsafe {
-            launch!(
+            query!(
                 sim,
                 router_backward_workspace(&mut floats, tokens, experts, hidden)
             )
-            .and(launch!(
+            .and(query!(
                 sim,
                 grouped_swiglu_dot_columns(&mut columns, rows, experts, hidden, ffn, TILE_AUTO)
             ))

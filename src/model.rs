@@ -5,12 +5,14 @@
 
 mod block;
 mod graph;
+mod inputs;
 mod moe;
 mod parameters;
 mod rows;
 mod score;
 mod weight;
 
+pub use inputs::Inputs;
 pub use parameters::{Parameter, Part};
 pub use score::Scored;
 pub use weight::{Places, Weight};
@@ -24,6 +26,7 @@ use crate::error::Result;
 use crate::ops::cross_entropy::{cross_entropy, token_losses};
 use crate::ops::linear::linear;
 use crate::routers::{self, DeviceTally, LayerState, Pass, Router};
+use crate::shape::Shape;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -107,6 +110,31 @@ impl Model {
         })
     }
 
+    /// A model of this configuration, of the same shapes and router, with this one's weights and state: in another
+    /// precision, say.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and when a shape differs.
+    pub fn converted(&self, config: &Config) -> Result<Self> {
+        let mut other = Self::new(config)?;
+        let dtype = other.dtype();
+        let numbers =
+            |values: Vec<f64>, shape: Shape| rounded(&Tensor::from_slice(shape, &values), dtype);
+        for (to, from) in other.parameters.iter_mut().zip(&self.parameters) {
+            let value = numbers(from.value.to_f64()?, from.value.shape())?;
+            value.expect_shape("model", &to.name, to.value.shape())?;
+            to.value.set(&value);
+        }
+        let mut states = other.layer_states_mut();
+        for (to, from) in states.iter_mut().zip(self.layer_states().iter()) {
+            for (name, tensor) in from.tensors() {
+                to.restore(name, numbers(tensor.to_f64()?, tensor.shape())?)?;
+            }
+        }
+        drop(states);
+        Ok(other)
+    }
+
     /// The model's shapes.
     pub fn config(&self) -> &ModelConfig {
         &self.graph.config
@@ -176,11 +204,25 @@ impl Model {
         sequences: Sequences,
         pass: Pass,
     ) -> Result<Losses> {
-        let (inputs, targets) = split(sequences)?;
-        let rows = Rows::new(sequences, self.device());
-        let (hidden, balance) = self.graph.hidden(tape, weights, &inputs, &rows, pass)?;
-        self.graph
-            .losses(tape, weights, &hidden, &targets, &balance)
+        self.loss_of(tape, weights, &Inputs::new(sequences, self.device())?, pass)
+    }
+
+    /// The same of sequences that are where the model reads them.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn loss_of(
+        &self,
+        tape: &Tape,
+        weights: &Weights,
+        inputs: &Inputs,
+        pass: Pass,
+    ) -> Result<Losses> {
+        let Inputs {
+            ids, targets, rows, ..
+        } = inputs;
+        let (hidden, balance) = self.graph.hidden(tape, weights, ids, rows, pass)?;
+        self.graph.losses(tape, weights, &hidden, targets, &balance)
     }
 
     /// Logits `[sequences · S, V]` of sequences as in [`loss`](Self::loss), and their mean
@@ -195,9 +237,10 @@ impl Model {
         sequences: Sequences,
         pass: Pass,
     ) -> Result<(Tensor, Var)> {
-        let (inputs, targets) = split(sequences)?;
-        let rows = Rows::new(sequences, self.device());
-        let (hidden, _) = self.graph.hidden(tape, weights, &inputs, &rows, pass)?;
+        let Inputs {
+            ids, targets, rows, ..
+        } = Inputs::new(sequences, self.device())?;
+        let (hidden, _) = self.graph.hidden(tape, weights, &ids, &rows, pass)?;
         let head = &weights[self.graph.head];
         let constant = |v: &Var| Var::constant(v.tensor().clone());
         let logits = linear(tape, &constant(&hidden), &constant(head), None)?;
@@ -231,10 +274,11 @@ impl Model {
     /// # Errors
     /// As [`loss`](Self::loss).
     pub fn token_losses(&self, sequences: Sequences) -> Result<Vec<f64>> {
-        let (inputs, targets) = split(sequences)?;
-        let (weights, tape) = (self.weights(), Tape::without_gradients());
-        let (rows, pass) = (Rows::new(sequences, self.device()), Pass::EVALUATE);
-        let (hidden, _) = self.graph.hidden(&tape, &weights, &inputs, &rows, pass)?;
+        let Inputs {
+            ids, targets, rows, ..
+        } = Inputs::new(sequences, self.device())?;
+        let (weights, tape, pass) = (self.weights(), Tape::without_gradients(), Pass::EVALUATE);
+        let (hidden, _) = self.graph.hidden(&tape, &weights, &ids, &rows, pass)?;
         let head = weights[self.graph.head].tensor();
         token_losses(hidden.tensor(), head, &targets)?.to_f64()
     }
@@ -249,7 +293,7 @@ impl Model {
         let (hidden, _) = self.graph.hidden(
             &tape,
             &weights,
-            tokens,
+            &Tensor::from_slice([tokens.len()], tokens),
             &Rows::Equal(sequences),
             Pass::EVALUATE,
         )?;
@@ -268,15 +312,6 @@ impl Model {
         let logits = linear(&tape, &Var::constant(last), &head, None)?;
         logits.tensor().to_f64()
     }
-}
-
-/// Inputs and targets of sequences.
-fn split(sequences: Sequences) -> Result<(Vec<i32>, Tensor)> {
-    let length = sequences.length()?;
-    let rows = || sequences.tokens.chunks(length + 1);
-    let inputs = rows().flat_map(|r| &r[..length]).copied().collect();
-    let targets: Vec<i32> = rows().flat_map(|r| &r[1..]).copied().collect();
-    Ok((inputs, Tensor::from_slice([targets.len()], &targets)))
 }
 
 /// An f64 tensor in another real dtype.

@@ -35,7 +35,7 @@ pub mod sigmoid_gate;
 pub mod spans;
 pub mod straight_through;
 pub mod swiglu;
-mod tokens;
+pub(crate) mod tokens;
 
 use crate::check::Case;
 

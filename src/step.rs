@@ -5,16 +5,19 @@
 //! ([`Collective::part`]); losses, gradients and statistics are those of the global batch, and all
 //! ranks make the same update, or refuse it for the same reason.
 
+mod replay;
+
 use crate::batch::Sequences;
 use crate::config::TrainConfig;
-use crate::device::Device;
+use crate::device::{Device, counters, launchers, timeline};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
-use crate::model::Model;
-use crate::optim::{AdamW, DeviceStep, Outcome, gradient_norm};
+use crate::model::{Inputs, Model};
+use crate::optim::{AdamW, DeviceStep, Outcome, Settings, gradient_norm};
 use crate::routers::{LayerState, LayerStats, Pass, Phase};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
+use replay::Replay;
 use std::cmp::Ordering;
 
 /// What a step did.
@@ -37,8 +40,12 @@ pub struct Trainer {
     pub optimizer: AdamW,
     gradients: Gradients,
     clip: f64,
+    /// The micro-batches of the step.
+    inputs: Vec<Inputs>,
     /// What the end of a step needs on a device with kernels.
     device: Option<DeviceStep>,
+    /// Steps replayed there, unless the configuration has them off.
+    replay: Option<Replay>,
 }
 
 impl Trainer {
@@ -48,6 +55,8 @@ impl Trainer {
             optimizer: AdamW::new(config, &model.parameters),
             gradients: Gradients::new(model.parameters.len()),
             clip: config.gradient_clip,
+            inputs: Vec::new(),
+            replay: (device != Device::Cpu && config.graph).then(Replay::default),
             device: (device != Device::Cpu).then(|| DeviceStep::new(device, &model.parameters)),
         }
     }
@@ -87,29 +96,107 @@ impl Trainer {
         micro_batches: &[Sequences],
         rate: f64,
     ) -> Result<Launched> {
-        let n = micro_batches.len();
-        let (rank, ranks) = (model.dist().rank(), model.dist().size());
         equal_shares(model.dist(), micro_batches)?;
+        let states = || model.layer_states_mut();
+        states().iter_mut().for_each(LayerState::forget_pass);
+        self.take_inputs(model, micro_batches)?;
+        let settings = self.optimizer.settings(rate, self.clip);
+        let possible = self.prepare(model, settings)?;
+        let Some(mut replay) = self.replay.take_if(|_| possible) else {
+            return self.run(model, settings);
+        };
+        let launched = self.replayed(model, settings, &mut replay);
+        self.replay = Some(replay);
+        launched
+    }
+
+    /// The step by its graph, or by itself where that is not there yet or no more.
+    fn replayed(
+        &mut self,
+        model: &mut Model,
+        settings: Settings,
+        replay: &mut Replay,
+    ) -> Result<Launched> {
+        let (device, shape) = (
+            model.device(),
+            self.inputs.iter().map(Inputs::places).collect(),
+        );
+        let mut done = replay.run(device, &shape)?;
+        if !done && replay.is_steady() {
+            let step = || self.run(model, settings).map(drop);
+            let captured = replay.capture(device, shape.clone(), step);
+            let mut states = model.layer_states_mut();
+            states.iter_mut().for_each(LayerState::forget_pass);
+            states.iter_mut().for_each(|s| s.set_counted(false));
+            drop(states);
+            done = captured.is_ok() && replay.run(device, &shape)?;
+        }
+        if !done {
+            return replay.watch(|| self.run(model, settings));
+        }
+        counters::replayed();
+        let mut states = model.layer_states_mut();
+        states.iter_mut().for_each(|s| s.set_counted(true));
+        Ok(Launched {
+            sums: [0.0; 3],
+            rate: settings.rate,
+        })
+    }
+
+    /// Puts the micro-batches where the model reads them.
+    fn take_inputs(&mut self, model: &Model, micro_batches: &[Sequences]) -> Result<()> {
+        self.inputs.truncate(micro_batches.len());
+        for (m, sequences) in micro_batches.iter().enumerate() {
+            match self.inputs.get_mut(m) {
+                Some(inputs) => inputs.set(*sequences)?,
+                None => self.inputs.push(Inputs::new(*sequences, model.device())?),
+            }
+            self.inputs[m].check(model.config().vocab_size)?;
+        }
+        Ok(())
+    }
+
+    /// Copies to a device with kernels what changes from step to step. Answers whether the step may be captured or
+    /// replayed: of one rank, its choices neither recorded nor given, its launches neither timed nor waited for.
+    fn prepare(&mut self, model: &mut Model, settings: Settings) -> Result<bool> {
+        let Some(device) = &mut self.device else {
+            return Ok(false);
+        };
+        let (optimizer, gradients) = (&mut self.optimizer, &mut self.gradients);
+        let moved = device.prepare(optimizer, &mut model.parameters, gradients, settings)?;
+        let mut states = model.layer_states_mut();
+        let moved = device.prepare_states(&mut states) || moved;
+        let plain = states.iter().all(LayerState::is_plain);
+        drop(states);
+        if let Some(tally) = model.device_tally() {
+            tally.keep_in_place();
+        }
+        if let Some(replay) = self.replay.as_mut().filter(|_| moved) {
+            replay.forget();
+        }
+        let alone = model.dist().size() == 1;
+        Ok(plain && alone && !timeline::recorded() && !launchers::waits())
+    }
+
+    /// Forward and backward of all micro-batches, and on a device with kernels all that follows, launched.
+    fn run(&mut self, model: &mut Model, settings: Settings) -> Result<Launched> {
+        let n = self.inputs.len();
+        let (rank, ranks) = (model.dist().rank(), model.dist().size());
         let share = 1.0 / (n * ranks) as f64;
         self.gradients.reset();
-        model
-            .layer_states_mut()
-            .iter_mut()
-            .for_each(LayerState::forget_pass);
         let mut sums = [0.0; 3];
         let weights = model.weights();
-        for (m, sequences) in micro_batches.iter().enumerate() {
-            // The ranks' parts of a micro-batch follow one another; a sequence of S + 1 trains S tokens.
+        for (m, inputs) in self.inputs.iter().enumerate() {
+            // The ranks' parts of a micro-batch follow one another.
             let place = m * ranks + rank;
-            let own = sequences.tokens.len().saturating_sub(sequences.count);
             let pass = Pass {
                 phase: Phase::Train,
                 micro_batches: n,
                 step: self.optimizer.steps(),
-                first_token: (place * own) as u64,
+                first_token: (place * inputs.tokens()) as u64,
             };
             let tape = Tape::new();
-            let losses = model.loss(&tape, &weights, *sequences, pass)?;
+            let losses = model.loss_of(&tape, &weights, inputs, pass)?;
             match &mut self.device {
                 Some(device) => device.add_losses(&losses, share, m == 0)?,
                 None => {
@@ -124,18 +211,18 @@ impl Trainer {
         drop(weights); // else the update would copy what they share
         sum_gradients(model, &mut self.gradients)?;
         if let Some(device) = &mut self.device {
-            let settings = self.optimizer.settings(rate, self.clip);
             let tally = model.device_tally();
             let flags = tally.as_ref().map(|t| t.flags());
             if ranks > 1 {
                 device.agree(flags, model.dist())?;
             }
-            let (optimizer, gradients) = (&mut self.optimizer, &self.gradients);
+            let (optimizer, gradients) = (&mut self.optimizer, &mut self.gradients);
             device.update(optimizer, &mut model.parameters, gradients, flags, settings)?;
             // Whatever a refused step leaves pending is forgotten by the commitment.
             model.end_step()?;
             device.commit(&mut model.layer_states_mut())?;
         }
+        let rate = settings.rate;
         Ok(Launched { sums, rate })
     }
 

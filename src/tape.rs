@@ -292,11 +292,10 @@ impl Tape {
         loss.tensor
             .expect_shape("backward", "a loss", Shape::from([]))?;
         let (shape, dtype) = (loss.tensor.shape(), loss.tensor.dtype());
-        let mut seed = Tensor::unspecified(loss.tensor.device(), dtype, shape);
-        crate::with_real!(seed.dtype(), "backward", |T| {
-            seed.slice_mut::<T>()[0] = crate::dtype::Real::of(scale);
-            Ok::<(), Error>(())
-        })?;
+        let device = loss.tensor.device();
+        let seed = crate::with_real!(dtype, "backward", |T| Ok::<_, Error>(
+            Tensor::constant::<T>(device, shape, &[crate::dtype::Real::of(scale)])
+        ))?;
         self.backward_from(&[(loss, seed)], store)
     }
 

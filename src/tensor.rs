@@ -10,6 +10,8 @@ use crate::shape::Shape;
 use crate::with_real;
 use half::bf16;
 use half::slice::HalfFloatSliceExt;
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -54,6 +56,28 @@ impl Tensor {
         let mut t = Self::unspecified(Device::Cpu, T::DTYPE, shape);
         t.slice_mut::<T>().copy_from_slice(elements);
         t
+    }
+
+    /// A tensor on `device` with the given elements, for numbers that every step asks for: on a device with kernels it is
+    /// made once and kept, so that they are not copied there again.
+    pub fn constant<T: Element>(device: Device, shape: impl Into<Shape>, elements: &[T]) -> Self {
+        thread_local! {
+            static KEPT: RefCell<HashMap<(Device, DType, Vec<u8>), Tensor>> = RefCell::default();
+        }
+        let shape = shape.into();
+        let new = || Self::from_slice(shape, elements).on(device);
+        if device == Device::Cpu {
+            return new();
+        }
+        let bytes = bytemuck::cast_slice(elements).to_vec();
+        KEPT.with_borrow_mut(|kept| {
+            let kept = kept.entry((device, T::DTYPE, bytes)).or_insert_with(new);
+            kept.pointer::<T>(); // there from the start, for copies of it
+            Tensor {
+                shape,
+                ..kept.clone()
+            }
+        })
     }
 
     /// A scalar on the CPU.

@@ -7,7 +7,7 @@ use half::bf16;
 use routegrad::check::kernels::attention::{Inputs, Shape, problem};
 use routegrad::check::kernels::attention_backward::{self as backward, Gradient, workspace};
 use routegrad::check::kernels::costs;
-use routegrad::launch;
+use routegrad::{launch, query};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use support::refusals::{OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};
@@ -144,7 +144,7 @@ fn the_workspace_holds_two_floats_for_every_padded_row() {
         let (tokens, sequence) = (shape.tokens() as i64, shape.sizes.sequence as i32);
         // Safety: it writes one number.
         unsafe {
-            launch!(
+            query!(
                 table(),
                 attention_backward_workspace(
                     &mut floats,

@@ -4,10 +4,10 @@
 mod support;
 
 use routegrad::device::Device;
-use routegrad::launch;
 use routegrad::ops::embedding::embedding;
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
+use routegrad::{launch, query};
 use std::ptr::null_mut;
 use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused};
 use support::schedules::table;
@@ -133,7 +133,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     refused(|| order(good, good, 32, 0), OUT_OF_RANGE, "shift");
     refused(|| order(good, good, 0, 2), OUT_OF_RANGE, "whole");
     // SAFETY: as above.
-    let parts = || unsafe { launch!(table(), embedding_parts(null_mut(), 4, 8)) };
+    let parts = || unsafe { query!(table(), embedding_parts(null_mut(), 4, 8)) };
     refused(parts, NULL, "floats");
 }
 

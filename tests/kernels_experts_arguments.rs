@@ -7,7 +7,7 @@ use routegrad::check::kernels::grouped_swiglu::{BACKWARD_TILES, Backward, backwa
 use routegrad::check::kernels::operands::Gather;
 use routegrad::device::bindings::*;
 use routegrad::error::Result;
-use routegrad::launch;
+use routegrad::{launch, query};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use support::outputs;
@@ -34,7 +34,7 @@ fn dot_columns(rows: i64, experts: i32, hidden: i32, ffn: i32, tile: i32) -> Res
     let mut columns = 0;
     // SAFETY: one integer is written.
     unsafe {
-        launch!(
+        query!(
             table(),
             grouped_swiglu_dot_columns(&mut columns, rows, experts, hidden, ffn, tile)
         )
@@ -254,7 +254,7 @@ fn the_plan_of_the_papers_layers_is_what_it_was() {
         let mut plan = routegrad_gemm_plan::default();
         // SAFETY: one struct is written.
         unsafe {
-            launch!(
+            query!(
                 table(),
                 grouped_gemm_plan(&mut plan, product as i32, rows, experts, n, k, 132)
             )

@@ -3,7 +3,7 @@
 mod support;
 
 use routegrad::device::bindings::*;
-use routegrad::launch;
+use routegrad::{launch, query};
 use std::ptr::null_mut;
 use support::schedules::{counted, table};
 
@@ -16,7 +16,7 @@ fn plan(product: i32, rows: i64, experts: i32, n: i32, k: i32) -> routegrad_gemm
     let mut plan = routegrad_gemm_plan::default();
     // Safety: one struct is written.
     unsafe {
-        launch!(
+        query!(
             table(),
             grouped_gemm_plan(
                 &mut plan,

@@ -8,10 +8,10 @@ use routegrad::check::kernels::norm::{
     Added, Inputs, Kind, STANDARD, backward_problem, forward_problem,
 };
 use routegrad::device::Device;
-use routegrad::launch;
 use routegrad::ops::{add::add, add_norm::add_norm, layernorm::layernorm, rmsnorm::rmsnorm};
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
+use routegrad::{launch, query};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused, refuses_pointers};
@@ -167,7 +167,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     refused(|| sum([good; 2], 4, 64, 2), OUT_OF_RANGE, "accumulate");
     let partials = |floats: *mut u64| {
         // Safety: as above.
-        unsafe { launch!(table(), norm_partials(floats, 4, 64)) }
+        unsafe { query!(table(), norm_partials(floats, 4, 64)) }
     };
     refused(|| partials(null_mut()), NULL, "floats");
 }

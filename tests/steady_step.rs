@@ -10,7 +10,8 @@ use routegrad::device::{Device, counters, take_peak};
 use routegrad::model::Model;
 use routegrad::plan::{Memory, Target};
 use routegrad::routers;
-use routegrad::step::Trainer;
+use routegrad::step::{StepReport, Trainer};
+use routegrad::tensor::Tensor;
 use std::sync::{Mutex, MutexGuard};
 
 const SEQUENCES: usize = 2;
@@ -20,6 +21,20 @@ fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(|e| e.into_inner())
 }
+
+/// Routers whose step the host need not follow, with what changes the launches.
+const STEADY: &[&[&str]] = &[
+    &["router.name=topk"],
+    &["router.name=default"],
+    &[
+        "router.name=default",
+        "model.top_k=2",
+        "train.recompute=true",
+    ],
+    &["router.name=default", "data.document_boundaries=true"],
+    &["router.name=lossfree"],
+    &["router.name=lossfree", "router.score=\"softmax\""],
+];
 
 struct Run {
     config: Config,
@@ -58,14 +73,22 @@ impl Run {
 
     /// A step of two micro-batches: what it counted up to its report, and what was refused.
     fn step(&mut self) -> (counters::Counters, Option<String>) {
+        let (counted, report) = self.reported_step();
+        (counted, report.refused)
+    }
+
+    fn reported_step(&mut self) -> (counters::Counters, StepReport) {
         let tokens = self.tokens();
         let parts: Vec<_> = tokens.chunks(SEQUENCES).collect();
         counters::take();
-        let launched = self.trainer.launch(&mut self.model, &parts, 1e-3).unwrap();
+        let launched = self
+            .trainer
+            .launch(&mut self.model, &parts, 1e-3 / (self.step + 1) as f64)
+            .unwrap();
         let counted = counters::take();
         let report = self.trainer.report(&mut self.model, launched).unwrap();
         self.step += 1;
-        (counted, report.refused)
+        (counted, report)
     }
 
     /// Weights, moments and router state.
@@ -90,19 +113,8 @@ impl Run {
 #[test]
 fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
     let _alone = alone();
-    for set in [
-        &["router.name=topk"][..],
-        &["router.name=default"],
-        &[
-            "router.name=default",
-            "model.top_k=2",
-            "train.recompute=true",
-        ],
-        &["router.name=default", "data.document_boundaries=true"],
-        &["router.name=lossfree"],
-        &["router.name=lossfree", "router.score=\"softmax\""],
-    ] {
-        let mut run = Run::new(set);
+    for set in STEADY {
+        let mut run = Run::new(&[&["train.graph=false"], *set].concat());
         for _ in 0..2 {
             assert_eq!(run.step().1, None, "{set:?}");
         }
@@ -111,14 +123,77 @@ fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
         assert!(third.launches > 100, "{set:?}");
         assert_eq!((third.reads, third.allocations), (0, 0), "{set:?}");
         assert_eq!(third, fourth, "{set:?}");
-        // Of each micro-batch: tokens, targets, first keys, the loss's share, two lists of coefficients; of each MoE layer a flag, once
-        // more where it is computed again, the decay of the default vectors, and a factor where gradients meet.
-        assert!(
-            third.uploads <= 2 * (6 + 2 * 4),
-            "{set:?}: {} uploads",
-            third.uploads
-        );
+        // Before the step: tokens, targets and first keys of each micro-batch, and the learning rate.
+        assert!(third.uploads <= 2 * 3 + 1, "{set:?}: {}", third.uploads);
     }
+}
+
+/// A replay must not differ from the step itself in any bit, whatever happens between steps.
+#[test]
+fn a_replayed_step_does_what_the_step_itself_does() {
+    let _alone = alone();
+    for set in STEADY {
+        let mut runs = ["true", "false"].map(|on| {
+            let graph = format!("train.graph={on}");
+            Run::new(&[&[graph.as_str()], *set].concat())
+        });
+        let mut replays = 0;
+        for step in 0..9 {
+            let [replayed, itself] = runs.each_mut().map(|run| {
+                match step {
+                    // The host reads what kernels write, and takes memory of its own.
+                    5 => {
+                        let tokens = run.tokens();
+                        run.model.token_losses(tokens.all()).unwrap();
+                        run.model.layer_states_mut().iter_mut().for_each(|s| {
+                            s.take_stats();
+                        });
+                    }
+                    // A weight is written by the host, then put back elsewhere.
+                    6 => run.model.parameters[1].value.change(|w| {
+                        w.slice_mut::<f32>()[0] += 0.5;
+                    }),
+                    7 => {
+                        let weights = run.model.parameters[1].value.to_f64().unwrap();
+                        let weights: Vec<f32> = weights.iter().map(|w| *w as f32).collect();
+                        let shape = run.model.parameters[1].value.shape();
+                        let tensor = Tensor::from_slice(shape, &weights);
+                        run.model.parameters[1].value.set(&tensor);
+                    }
+                    _ => (),
+                }
+                let (counted, report) = run.reported_step();
+                (counted, format!("{report:?}"), bits(&run.state()))
+            });
+            assert_eq!(replayed.1, itself.1, "{set:?}: report of step {step}");
+            assert!(replayed.2 == itself.2, "{set:?}: state after step {step}");
+            assert_eq!(itself.0.replays, 0);
+            replays += replayed.0.replays;
+            if replayed.0.replays == 1 && step != 2 {
+                println!("{set:?} step {step}: {:?}", replayed.0);
+            }
+        }
+        assert!(replays >= 5, "{set:?}: {replays} replays");
+    }
+}
+
+#[test]
+fn a_router_that_draws_anew_each_step_waits_for_nothing_and_is_not_replayed() {
+    let _alone = alone();
+    let mut run = Run::new(&["router.name=sparsemixer", "model.top_k=2"]);
+    for step in 0..5 {
+        let counted = run.step().0;
+        assert_eq!((counted.replays, counted.reads), (0, 0), "step {step}");
+        assert!(step < 2 || counted.allocations == 0, "step {step}");
+    }
+}
+
+#[test]
+fn a_router_whose_choices_the_host_counts_is_not_replayed() {
+    let _alone = alone();
+    let mut run = Run::new(&["router.name=remoe"]);
+    let replays = (0..5).map(|_| run.step().0.replays).sum::<u64>();
+    assert_eq!(replays, 0);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use crate::device::bindings::{routegrad_parameter, routegrad_step_outcome};
 use crate::device::launchers::{Launchers, TILE_AUTO};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::launch;
+use crate::{launch, query};
 use std::ptr::null;
 
 /// A group on kernels.
@@ -173,7 +173,7 @@ fn norm(machine: &dyn Machine, inputs: &Inputs, rows: usize, hidden: usize) -> R
     let mut floats = 0u64;
     let (r, d) = (rows as i64, hidden as i32);
     // SAFETY: it writes one number.
-    unsafe { launch!(machine.launchers(), norm_partials(&mut floats, r, d)) }?;
+    unsafe { query!(machine.launchers(), norm_partials(&mut floats, r, d)) }?;
     let floats = floats as usize;
     let matrix = |name| Buffer::input(name, &inputs.bf16(name, rows * hidden, 1.0));
     let vector = |name| Buffer::input(name, &inputs.bf16(name, hidden, 1.0));
@@ -360,7 +360,7 @@ fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> 
     let mut floats = 0u64;
     // SAFETY: it writes one number.
     unsafe {
-        launch!(
+        query!(
             machine.launchers(),
             attention_backward_workspace(&mut floats, t, sequence, heads)
         )

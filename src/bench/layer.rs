@@ -12,7 +12,7 @@ use crate::check::kernels::{Buffer, Launch, Machine};
 use crate::device::launchers::{Launchers, TILE_AUTO};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::launch;
+use crate::query;
 
 fn forward(default: bool) -> Vec<Step> {
     let mut steps = vec![
@@ -110,16 +110,16 @@ fn spaces(launchers: &Launchers, sizes: &mut Sizes) -> Result<Spaces> {
     let (mut scores, mut bytes, mut router, mut columns) = (0u64, 0u64, 0u64, 0i32);
     // SAFETY: each writes one number.
     unsafe {
-        launch!(launchers, router_partials(&mut scores, tokens, experts))?;
-        launch!(
+        query!(launchers, router_partials(&mut scores, tokens, experts))?;
+        query!(
             launchers,
             dispatch_workspace(&mut bytes, tokens, experts, top_k)
         )?;
-        launch!(
+        query!(
             launchers,
             router_backward_workspace(&mut router, tokens, experts, hidden)
         )?;
-        launch!(
+        query!(
             launchers,
             grouped_swiglu_dot_columns(&mut columns, rows, experts, hidden, ffn, TILE_AUTO)
         )?;

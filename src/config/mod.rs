@@ -233,6 +233,9 @@ pub struct TrainConfig {
     /// Layers whose activations are computed again in backward instead of kept.
     #[serde(default)]
     pub recompute: Recompute,
+    /// Whether a device with kernels replays a step as a graph where it can.
+    #[serde(default = "on")]
+    pub graph: bool,
     /// Non-finite steps in a row, each left out, before the run stops.
     #[serde(default = "max_skipped_steps")]
     pub max_skipped_steps: u64,
@@ -403,6 +406,10 @@ fn keep_checkpoints() -> usize {
 fn all_tasks() -> Vec<String> {
     vec!["all".into()]
 }
+fn on() -> bool {
+    true
+}
+
 fn tasks_limit() -> usize {
     200
 }

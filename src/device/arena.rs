@@ -77,6 +77,11 @@ impl Arena {
         self.free.insert(start, size);
     }
 
+    /// First address and bytes of each free range.
+    pub fn free_ranges(&self) -> &BTreeMap<usize, usize> {
+        &self.free
+    }
+
     /// Bytes of the blocks taken, at most so far.
     pub fn peak(&self) -> usize {
         self.peak

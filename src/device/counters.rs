@@ -15,6 +15,8 @@ pub struct Counters {
     pub reads: u64,
     /// Copies to the device, which wait for nothing.
     pub uploads: u64,
+    /// Replays of captured launches, which count as none.
+    pub replays: u64,
     /// A digest of all addresses that kernels were given, in order.
     pub addresses: u64,
 }
@@ -28,6 +30,11 @@ pub fn take() -> Counters {
     COUNTERS.take()
 }
 
+/// What this thread did since the last [`take`], which goes on.
+pub fn now() -> Counters {
+    COUNTERS.get()
+}
+
 fn change(f: impl FnOnce(&mut Counters)) {
     let mut counters = COUNTERS.get();
     f(&mut counters);
@@ -37,6 +44,11 @@ fn change(f: impl FnOnce(&mut Counters)) {
 /// Counts a launch.
 pub fn launched() {
     change(|c| c.launches += 1);
+}
+
+/// Counts a replay.
+pub fn replayed() {
+    change(|c| c.replays += 1);
 }
 
 pub(super) fn allocated() {

@@ -12,8 +12,8 @@
 use std::ffi::{CStr, CString, c_char};
 use std::sync::OnceLock;
 
-use super::bindings;
 pub use super::bindings::{routegrad_sim_counters as Counters, routegrad_sim_options as Options};
+use super::{bindings, graph};
 use crate::error::{Error, Result};
 
 /// Names a shared object whose simulator is used instead of the linked one: the race, sanitizer and mutant builds.
@@ -91,13 +91,17 @@ fn load(path: &std::path::Path) -> Result<Launchers, libloading::Error> {
     })
 }
 
+/// Whether launches are waited for.
+pub fn waits() -> bool {
+    static WAITS: OnceLock<bool> = OnceLock::new();
+    *WAITS.get_or_init(|| std::env::var_os(WAIT_VARIABLE).is_some_and(|v| v == "1"))
+}
+
 /// With `ROUTEGRAD_WAIT=1` in the environment waits for each launch on a GPU, so that a fault is blamed on the kernel that
 /// made it and not on whichever copy comes next.
 #[cfg(feature = "cuda")]
 fn waited(launcher: &str) -> Result<()> {
-    static WAITS: OnceLock<bool> = OnceLock::new();
-    let waits = WAITS.get_or_init(|| std::env::var_os(WAIT_VARIABLE).is_some_and(|v| v == "1"));
-    match super::cuda::opened().filter(|_| *waits) {
+    match super::cuda::opened().filter(|_| waits()) {
         Some(gpu) => gpu.finish().map_err(|e| match e {
             Error::Device {
                 status, text, help, ..
@@ -131,6 +135,27 @@ impl Launchers {
     /// The raw functions; see [`launch!`](crate::launch).
     pub fn table(&self) -> &bindings::routegrad_launchers {
         self.table
+    }
+
+    /// Runs `call`, a launch of `launcher`, or records it.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check).
+    pub fn launch(
+        &self,
+        launcher: &'static str,
+        call: impl Fn() -> bindings::routegrad_status + 'static,
+    ) -> Result<()> {
+        super::counters::launched();
+        if self.table.sim_set_options.is_some() && graph::capturing() {
+            graph::record(move || match call() {
+                0 => Ok(()),
+                status => sim()?.check(launcher, status),
+            });
+            return Ok(());
+        }
+        let _span = super::timeline::Span::begin(launcher);
+        self.check(launcher, call())
     }
 
     /// Turns the status of `launcher` into an error that says what the kernel's build says about it. To be called on the
@@ -223,26 +248,48 @@ impl Launchers {
     }
 }
 
-/// Calls a launcher by name and checks its status: `unsafe { launch!(launchers, name(arguments...)) }?`.
+/// Launches by name and checks the status: `unsafe { launch!(launchers, name(arguments...)) }?`. Within
+/// [`graph::capture`](crate::device::graph::capture) the launch is recorded instead.
 ///
 /// # Safety
 /// The pointers must be to memory of the launchers' device, of the sizes that the kernel's header gives.
 #[macro_export]
 macro_rules! launch {
+    // Arguments are computed once, now; each gets a name of its own, since names of two expansions differ.
+    (@bind $launchers:expr, $name:ident, ($($bound:ident)*) $argument:expr, $($rest:expr,)*) => {{
+        let argument = $argument;
+        $crate::launch!(@bind $launchers, $name, ($($bound)* argument) $($rest,)*)
+    }};
+    (@bind $launchers:expr, $name:ident, ($($bound:ident)*)) => {{
+        let launchers: &$crate::device::launchers::Launchers = $launchers;
+        match launchers.table().$name {
+            Some(function) => launchers.launch(stringify!($name), move || function($($bound),*)),
+            None => Err($crate::device::launchers::missing(stringify!($name))),
+        }
+    }};
+    ($launchers:expr, $name:ident($($argument:expr),* $(,)?)) => {
+        $crate::launch!(@bind $launchers, $name, () $($argument,)*)
+    };
+}
+
+/// Asks a launcher that only computes on the host, such as for the size of a workspace, and checks its status:
+/// `unsafe { query!(launchers, name(arguments...)) }?`.
+///
+/// # Safety
+/// Pointers must be to memory of the host.
+#[macro_export]
+macro_rules! query {
     ($launchers:expr, $name:ident($($argument:expr),* $(,)?)) => {{
         let launchers: &$crate::device::launchers::Launchers = $launchers;
         match launchers.table().$name {
-            Some(function) => {
-                $crate::device::counters::launched();
-                let _span = $crate::device::timeline::Span::begin(stringify!($name));
-                launchers.check(stringify!($name), function($($argument),*))
-            }
-            None => Err($crate::error::Error::invalid(
-                stringify!($name),
-                "a launcher of this build",
-                "none",
-                "build the kernels and the crate from one checkout",
-            )),
+            Some(function) => launchers.check(stringify!($name), function($($argument),*)),
+            None => Err($crate::device::launchers::missing(stringify!($name))),
         }
     }};
+}
+
+/// The error of a launcher that is not in the table.
+pub fn missing(name: &str) -> Error {
+    let help = "build the kernels and the crate from one checkout";
+    Error::invalid(name, "a launcher of this build", "none", help)
 }

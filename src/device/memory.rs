@@ -8,7 +8,7 @@
 //! pages back each time would cost a page fault per 4 KB. A device's blocks are cut from its [`Arena`](super::arena).
 
 use super::side::Block;
-use super::{Device, counters};
+use super::{Device, counters, graph};
 use crate::error::Result;
 use bytemuck::{Pod, Zeroable};
 use std::collections::BTreeMap;
@@ -155,8 +155,12 @@ impl Memory {
         );
         if self.newest(Newest::Host) {
             if let Some(host) = self.host.get() {
-                block.write(host.slice(self.bytes))?;
-                self.set(Newest::Both);
+                if graph::capturing() {
+                    graph::spoil("a copy to the device");
+                } else {
+                    block.write(host.slice(self.bytes))?;
+                    self.set(Newest::Both);
+                }
             } else if fresh && self.zeros {
                 block.fill(0, self.bytes)?;
             } else if fresh && cfg!(debug_assertions) {

@@ -12,13 +12,14 @@ pub mod bindings;
 pub mod counters;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod graph;
 pub mod launchers;
 mod memory;
 mod side;
 pub mod timeline;
 
 pub use memory::{Memory, rounded_bytes};
-pub use side::{reserve, take_peak};
+pub use side::{reserve, take_peak, with_free_ranges};
 
 use crate::error::{Error, Result};
 use launchers::Launchers;

@@ -1,8 +1,9 @@
 //! The memory of devices with kernels: chunks, copies, and the blocks that are cut from an arena.
 
 use super::arena::{ALIGNMENT, Arena, block_bytes};
-use super::{Device, counters};
+use super::{Device, counters, graph};
 use crate::error::{Error, Result};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
 
@@ -66,68 +67,111 @@ impl Block {
     pub fn write(&self, bytes: &[u8]) -> Result<()> {
         debug_assert!(bytes.len() <= self.bytes);
         counters::uploaded();
-        match self.device {
-            // SAFETY: the block has so many bytes, and no launch runs when a launcher has returned.
-            Device::Sim => unsafe {
-                std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address as *mut u8, bytes.len());
-            },
-            #[cfg(feature = "cuda")]
-            _ => super::cuda::gpu()?.upload(self.address, bytes)?,
-            #[cfg(not(feature = "cuda"))]
-            _ => unreachable!("blocks are of the simulator"),
-        }
-        Ok(())
+        copies(self.device)?.write(self.address, bytes)
     }
 
     /// Copies from byte `at` on to the host, after every launch so far.
+    ///
+    /// # Panics
+    /// Within a capture, where nothing is there to be read.
     pub fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
         debug_assert!(at + bytes.len() <= self.bytes);
+        assert!(!graph::capturing(), "a copy to the host within a capture");
         counters::read();
-        match self.device {
-            // SAFETY: as above.
-            Device::Sim => unsafe {
-                let from = (self.address + at) as *const u8;
-                std::ptr::copy_nonoverlapping(from, bytes.as_mut_ptr(), bytes.len());
-            },
-            #[cfg(feature = "cuda")]
-            _ => super::cuda::gpu()?.download(self.address + at, bytes)?,
-            #[cfg(not(feature = "cuda"))]
-            _ => unreachable!("blocks are of the simulator"),
-        }
-        Ok(())
+        copies(self.device)?.read(self.address + at, bytes)
     }
 
     /// Sets the first `count` bytes.
     pub fn fill(&self, byte: u8, count: usize) -> Result<()> {
         debug_assert!(count <= self.bytes);
-        match self.device {
-            // SAFETY: as above.
-            Device::Sim => unsafe { std::ptr::write_bytes(self.address as *mut u8, byte, count) },
-            #[cfg(feature = "cuda")]
-            _ => super::cuda::gpu()?.fill(self.address, byte, count)?,
-            #[cfg(not(feature = "cuda"))]
-            _ => unreachable!("blocks are of the simulator"),
-        }
-        Ok(())
+        copies(self.device)?.fill(self.address, byte, count)
     }
 
     /// Copies a range of another block of the same device to the start of this one.
     pub fn copy_from(&self, other: &Block, range: Range<usize>) -> Result<()> {
         debug_assert!(range.len() <= self.bytes && range.end <= other.bytes);
         debug_assert!(self.device == other.device);
-        let (from, count) = (other.address + range.start, range.len());
-        match self.device {
-            // SAFETY: as above; two blocks do not overlap.
-            Device::Sim => unsafe {
-                let (to, from) = (self.address as *mut u8, from as *const u8);
-                std::ptr::copy_nonoverlapping(from, to, count);
-            },
-            #[cfg(feature = "cuda")]
-            _ => super::cuda::gpu()?.copy(self.address, from, count)?,
-            #[cfg(not(feature = "cuda"))]
-            _ => unreachable!("blocks are of the simulator"),
+        let from = other.address + range.start;
+        copies(self.device)?.copy(self.address, from, range.len())
+    }
+}
+
+/// Copies to, from and within a device's memory, at addresses of its blocks.
+trait Copies {
+    fn write(&self, to: usize, bytes: &[u8]) -> Result<()>;
+    fn read(&self, from: usize, bytes: &mut [u8]) -> Result<()>;
+    fn fill(&self, to: usize, byte: u8, count: usize) -> Result<()>;
+    fn copy(&self, to: usize, from: usize, count: usize) -> Result<()>;
+}
+
+fn copies(device: Device) -> Result<&'static dyn Copies> {
+    match device {
+        Device::Sim => Ok(&Simulator),
+        #[cfg(feature = "cuda")]
+        _ => Ok(super::cuda::gpu()?),
+        #[cfg(not(feature = "cuda"))]
+        _ => unreachable!("blocks are of the simulator"),
+    }
+}
+
+/// No launch runs when a launcher has returned, so everything is done at once.
+struct Simulator;
+
+// SAFETY of all four: blocks have the bytes that Block checks, and two blocks do not overlap.
+impl Copies for Simulator {
+    fn write(&self, to: usize, bytes: &[u8]) -> Result<()> {
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
+        Ok(())
+    }
+
+    fn read(&self, from: usize, bytes: &mut [u8]) -> Result<()> {
+        unsafe {
+            std::ptr::copy_nonoverlapping(from as *const u8, bytes.as_mut_ptr(), bytes.len());
         }
         Ok(())
+    }
+
+    fn fill(&self, to: usize, byte: u8, count: usize) -> Result<()> {
+        let fill = move || {
+            unsafe { std::ptr::write_bytes(to as *mut u8, byte, count) };
+            Ok(())
+        };
+        now_or_recorded(fill)
+    }
+
+    fn copy(&self, to: usize, from: usize, count: usize) -> Result<()> {
+        let copy = move || {
+            unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, count) };
+            Ok(())
+        };
+        now_or_recorded(copy)
+    }
+}
+
+fn now_or_recorded(operation: impl Fn() -> Result<()> + 'static) -> Result<()> {
+    if !graph::capturing() {
+        return operation();
+    }
+    graph::record(operation);
+    Ok(())
+}
+
+#[cfg(feature = "cuda")]
+impl Copies for super::cuda::Gpu {
+    fn write(&self, to: usize, bytes: &[u8]) -> Result<()> {
+        self.upload(to, bytes)
+    }
+
+    fn read(&self, from: usize, bytes: &mut [u8]) -> Result<()> {
+        self.download(from, bytes)
+    }
+
+    fn fill(&self, to: usize, byte: u8, count: usize) -> Result<()> {
+        self.fill(to, byte, count)
+    }
+
+    fn copy(&self, to: usize, from: usize, count: usize) -> Result<()> {
+        self.copy(to, from, count)
     }
 }
 
@@ -148,6 +192,11 @@ pub fn reserve(device: Device, bytes: usize) -> Result<()> {
                     `routegrad plan` says what fits";
         Error::invalid("memory", needed, e.to_string(), help)
     })
+}
+
+/// Does `work` with the free ranges of the memory as they are: nobody takes a block meanwhile.
+pub fn with_free_ranges<R>(device: Device, work: impl FnOnce(&BTreeMap<usize, usize>) -> R) -> R {
+    work(arena(device).free_ranges())
 }
 
 /// Bytes of the blocks in use at most, since the last call.

@@ -66,7 +66,7 @@ impl fmt::Display for Timeline {
 }
 
 #[cfg(feature = "cuda")]
-pub use gpu::{Span, copied, finish, start};
+pub use gpu::{Span, copied, finish, recorded, start};
 
 #[cfg(feature = "cuda")]
 mod gpu {
@@ -105,6 +105,11 @@ mod gpu {
             copies: Default::default(),
         });
         Ok(())
+    }
+
+    /// Whether launches are recorded.
+    pub fn recorded() -> bool {
+        recording().is_some()
     }
 
     /// Ends it and gives what was recorded.
@@ -178,7 +183,7 @@ mod gpu {
 }
 
 #[cfg(not(feature = "cuda"))]
-pub use none::{Span, finish, start};
+pub use none::{Span, finish, recorded, start};
 
 #[cfg(not(feature = "cuda"))]
 mod none {
@@ -188,6 +193,11 @@ mod none {
     /// As with the feature `cuda`: without it there is nothing to record.
     pub fn start() -> Result<()> {
         Ok(())
+    }
+
+    /// As [`start`].
+    pub fn recorded() -> bool {
+        false
     }
 
     /// As [`start`].

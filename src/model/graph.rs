@@ -118,18 +118,17 @@ impl Graph {
         })
     }
 
-    /// The final hidden rows `[T, D]` and the balance losses of every MoE layer.
+    /// The final hidden rows `[T, D]` of tokens `[T]`, i32, and the balance losses of every MoE layer.
     pub fn hidden(
         self: &Rc<Self>,
         tape: &Tape,
         weights: &Rc<[Var]>,
-        inputs: &[i32],
+        ids: &Tensor,
         rows: &Rows,
         pass: Pass,
     ) -> Result<(Var, Vec<BalanceLosses>)> {
-        rows.check(inputs.len(), self.config.sequence_length)?;
-        let ids = Tensor::from_slice([inputs.len()], inputs);
-        let mut stream = Stream::new(embedding(tape, &weights[self.embedding], &ids)?);
+        rows.check(ids.elements(), self.config.sequence_length)?;
+        let mut stream = Stream::new(embedding(tape, &weights[self.embedding], ids)?);
         let mut balance = Vec::new();
         for (layer, block) in self.blocks.iter().enumerate() {
             let (graph, weights, own) = (self.clone(), weights.clone(), block.clone());

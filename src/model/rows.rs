@@ -34,6 +34,37 @@ impl Rows {
         }
     }
 
+    /// Takes other sequences, if they are as many and divided the same way.
+    pub fn set(&mut self, sequences: Sequences) -> bool {
+        match (self, sequences.first_key) {
+            (Rows::Equal(count), None) => *count == sequences.count,
+            (Rows::Packed(count, tensor), Some(first_key)) => {
+                let fits = *count == sequences.count && tensor.elements() == first_key.len();
+                if fits {
+                    tensor.slice_mut::<i32>().copy_from_slice(first_key);
+                }
+                fits
+            }
+            _ => false,
+        }
+    }
+
+    /// Sequences of one length; 0 of others.
+    pub fn count(&self) -> usize {
+        match self {
+            Rows::Equal(count) | Rows::Packed(count, _) => *count,
+            Rows::Spans(_) => 0,
+        }
+    }
+
+    /// The first key that each row sees, where documents have boundaries.
+    pub fn first_key(&self) -> Option<&Tensor> {
+        match self {
+            Rows::Packed(_, first_key) => Some(first_key),
+            _ => None,
+        }
+    }
+
     /// Checks that `tokens` make such sequences, none longer than `longest`.
     pub fn check(&self, tokens: usize, longest: usize) -> Result<()> {
         let (fits, got) = match self {

@@ -53,9 +53,10 @@ impl Model {
         }
         let (weights, tape) = (self.weights(), Tape::without_gradients());
         let rows = Rows::Spans(Rc::new(spans));
+        let ids = Tensor::from_slice([tokens.len()], tokens);
         let (hidden, _) = self
             .graph
-            .hidden(&tape, &weights, tokens, &rows, Pass::EVALUATE)?;
+            .hidden(&tape, &weights, &ids, &rows, Pass::EVALUATE)?;
         let hidden = hidden.tensor().widened();
         let head = Var::constant(weights[self.graph.head].tensor().widened().on(Device::Cpu));
         let mut found = Vec::with_capacity(targets.len());

@@ -9,7 +9,7 @@
 //! logsumexp²; fractions and coefficients lie in its memory.
 
 use crate::check::{Case, Fault, term};
-use crate::device::{Device, stream};
+use crate::device::{Device, graph, stream};
 use crate::dtype::{DType, Real};
 use crate::error::Result;
 use crate::launch;
@@ -191,7 +191,8 @@ impl Op for WeightedSum {
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let device = inputs[0].device();
         if device != Device::Cpu {
-            let coefficients = kernels::numbers(&self.coefficients, device);
+            let values: Vec<f32> = self.coefficients.iter().map(|&c| c as f32).collect();
+            let coefficients = Tensor::constant(device, [values.len()], &values);
             return Ok(Forward {
                 outputs: vec![kernels::weighted_sum(inputs, &coefficients)?],
                 saved: vec![coefficients],
@@ -297,7 +298,7 @@ mod kernels {
                 coefficients.device().launchers()?,
                 weighted_sum(
                     out.pointer_mut(),
-                    pointers.as_ptr(),
+                    graph::kept(&pointers),
                     coefficients.pointer(),
                     terms.len() as i32,
                     stream(),
@@ -317,7 +318,7 @@ mod kernels {
             launch!(
                 dout.device().launchers()?,
                 weighted_sum_backward(
-                    pointers.as_ptr(),
+                    graph::kept(&pointers),
                     dout.pointer(),
                     coefficients.pointer(),
                     count as i32,

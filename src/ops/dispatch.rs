@@ -8,8 +8,8 @@
 use crate::device::{Device, stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::launch;
 use crate::tensor::Tensor;
+use crate::{launch, query};
 use std::sync::{Arc, OnceLock};
 
 /// The experts that each token chose: any number per token, ascending. Where a kernel chose, the host knows them only when
@@ -236,7 +236,7 @@ pub(super) fn maps_of(chosen: Chosen, experts: usize, rows: usize) -> Result<Dev
     let mut bytes = 0u64;
     // SAFETY: it writes the size of the workspace.
     unsafe {
-        launch!(
+        query!(
             launchers,
             dispatch_workspace(&mut bytes, t, e, slots as i32)
         )

@@ -13,10 +13,10 @@ use crate::cpu::{self, Accumulate};
 use crate::device::{Device, stream};
 use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
-use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::with_real;
+use crate::{launch, query};
 use std::ptr::null;
 
 /// Rows `ids` (i32, any shape, T in all) of `table [V, D]`; the result is `[T, D]`.
@@ -144,7 +144,7 @@ pub(super) mod kernels {
         let (tokens, width) = (ids.elements() as i64, width as i32);
         let mut floats = 0u64;
         // SAFETY: it writes one number.
-        unsafe { launch!(launchers, embedding_parts(&mut floats, tokens, width)) }?;
+        unsafe { query!(launchers, embedding_parts(&mut floats, tokens, width)) }?;
         let mut parts = Tensor::unspecified(device, DType::F32, [floats as usize]);
         // SAFETY: the tensors have the shapes that embedding.cu's header names.
         unsafe {

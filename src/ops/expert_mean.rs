@@ -136,7 +136,7 @@ impl ExpertSums {
             });
         }
         let (experts, width) = (average.shape()[0], average.shape()[1]);
-        let beta = Tensor::from_slice([1], &[beta as f32]).on(average.device());
+        let beta = Tensor::constant(average.device(), [1], &[beta as f32]);
         // SAFETY: the tensors have the shapes that expert_mean.cu's header names.
         unsafe {
             launch!(

@@ -22,9 +22,9 @@ use crate::device::launchers::{Launchers, TILE_AUTO};
 use crate::device::{Device, stream};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::{launch, query};
 use std::ptr::{null, null_mut};
 use std::rc::Rc;
 
@@ -354,7 +354,7 @@ impl Op for Layer {
         let mut columns = 0i32;
         // SAFETY: it writes one number.
         unsafe {
-            launch!(
+            query!(
                 launchers,
                 grouped_swiglu_dot_columns(
                     &mut columns,

@@ -270,7 +270,7 @@ pub(super) mod kernels {
         // Whole k-tiles of 64 rows, but for the last.
         let height = rows.div_ceil(parts).div_ceil(64) * 64;
         let offsets: Vec<i32> = (0..=parts).map(|p| (p * height).min(rows) as i32).collect();
-        let offsets = Tensor::from_slice([parts + 1], &offsets).on(device);
+        let offsets = Tensor::constant(device, [parts + 1], &offsets);
         let mut each = Tensor::unspecified(device, DType::F32, [parts, outputs, inputs]);
         // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
         unsafe {

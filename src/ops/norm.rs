@@ -5,9 +5,9 @@ use crate::cpu::Accumulate;
 use crate::device::stream;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::launch;
 use crate::tape::Grads;
 use crate::tensor::Tensor;
+use crate::{launch, query};
 use std::ptr::{null, null_mut};
 
 /// Which norm.
@@ -119,7 +119,7 @@ impl Norm<'_> {
         let (rows, hidden) = (x.shape().rows() as i64, x.shape().width() as i32);
         let mut floats = 0u64;
         // SAFETY: it writes one number.
-        unsafe { launch!(launchers, norm_partials(&mut floats, rows, hidden)) }?;
+        unsafe { query!(launchers, norm_partials(&mut floats, rows, hidden)) }?;
         let shape = [self.kind.vectors(), floats as usize];
         let mut values = Tensor::unspecified(x.device(), DType::F32, shape);
         let to = dx.pointer_mut();

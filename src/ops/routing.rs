@@ -20,11 +20,11 @@ use crate::device::bindings::{
 use crate::device::{Device, stream};
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::launch;
 use crate::shape::Shape;
 use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
+use crate::{launch, query};
 use serde::{Deserialize, Serialize};
 use std::cell::OnceCell;
 use std::ptr::null;
@@ -282,14 +282,14 @@ impl Router {
         let (t, e, d, k) = (tokens as i64, experts as i32, hidden as i32, top_k as i32);
         let mut floats = 0u64;
         // SAFETY: it writes the number of floats of the workspace.
-        unsafe { launch!(launchers, router_partials(&mut floats, t, e)) }?;
+        unsafe { query!(launchers, router_partials(&mut floats, t, e)) }?;
         let new = |dtype, shape: &[usize]| Tensor::unspecified(device, dtype, shape);
         let mut values = new(DType::F32, &[tokens, experts]);
         let mut lse = new(DType::F32, &[tokens]);
         let mut choices = new(DType::I32, &[tokens, top_k]);
         let mut partials = new(DType::F32, &[floats as usize]);
         let mut statistics = new(DType::F32, &[2 * experts + 2]);
-        let mut bad = Tensor::from_slice([1], &[i32::MAX]).on(device);
+        let mut bad = Tensor::constant(device, [1], &[i32::MAX]);
         // SAFETY: the tensors have the shapes that router.cu's header names.
         unsafe {
             launch!(
@@ -375,7 +375,7 @@ impl Op for Router {
         let (t, e, d) = (tokens as i64, experts as i32, hidden as i32);
         let mut floats = 0u64;
         // SAFETY: it writes the number of floats of the workspace.
-        unsafe { launch!(launchers, router_backward_workspace(&mut floats, t, e, d)) }?;
+        unsafe { query!(launchers, router_backward_workspace(&mut floats, t, e, d)) }?;
         let mut partials = Tensor::unspecified(x.device(), DType::F32, [floats as usize]);
         let mut dz = values.unspecified_like();
         let given = |i: usize| douts[i].as_ref().map_or(null(), Tensor::pointer::<f32>);

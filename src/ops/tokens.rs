@@ -6,7 +6,7 @@ use crate::tensor::Tensor;
 
 /// Checks, for operation `op`, that `ids` are i32 numbers in `0 .. vocabulary`; `what` names one of
 /// them in the error.
-pub(super) fn check(op: &str, what: &str, ids: &Tensor, vocabulary: usize) -> Result<()> {
+pub(crate) fn check(op: &str, what: &str, ids: &Tensor, vocabulary: usize) -> Result<()> {
     ids.expect_dtype(op, what, DType::I32)?;
     let outside = |id: &i32| usize::try_from(*id).map_or(true, |id| id >= vocabulary);
     match ids.slice::<i32>().iter().position(outside) {

@@ -109,6 +109,42 @@ impl DeviceStep {
         Ok(())
     }
 
+    /// Copies to the device what [`update`](Self::update) will need, as far as it is known before the step. Answers whether
+    /// a parameter, moment or gradient lies elsewhere than in the last step.
+    ///
+    /// # Errors
+    /// When a gradient is not f32.
+    pub fn prepare(
+        &mut self,
+        optimizer: &mut AdamW,
+        parameters: &mut [Parameter],
+        gradients: &mut Gradients,
+        settings: Settings,
+    ) -> Result<bool> {
+        if self.updates != optimizer.steps {
+            // Training goes on from a checkpoint.
+            let outcome = Outcome {
+                updates: optimizer.steps,
+                ..Default::default()
+            };
+            self.outcome
+                .bytes_mut()
+                .copy_from_slice(bytes_of(&[outcome]));
+        }
+        self.settings.set(&[settings]);
+        // What the host has read goes to the kernels again.
+        for kept in [&mut self.outcome, &mut self.losses] {
+            kept.pointer_mut::<u8>();
+        }
+        let rows = rows(optimizer, parameters, gradients)?;
+        Ok(self.parameters.set(&rows))
+    }
+
+    /// The same of the layers' states, for [`commit`](Self::commit).
+    pub fn prepare_states(&mut self, states: &mut [LayerState]) -> bool {
+        self.states.set(&state_rows(states))
+    }
+
     /// Decides on the step, and updates the parameters if it is accepted.
     ///
     /// # Errors
@@ -117,23 +153,13 @@ impl DeviceStep {
         &mut self,
         optimizer: &mut AdamW,
         parameters: &mut [Parameter],
-        gradients: &Gradients,
+        gradients: &mut Gradients,
         flags: Option<&RefCell<Tensor>>,
         settings: Settings,
     ) -> Result<()> {
         let launchers = self.device.launchers()?;
-        if self.updates != optimizer.steps {
-            // Training goes on from a checkpoint.
-            let outcome = routegrad_step_outcome {
-                updates: optimizer.steps,
-                ..Default::default()
-            };
-            self.outcome
-                .bytes_mut()
-                .copy_from_slice(bytes_of(&[outcome]));
-        }
-        let rows = rows(optimizer, parameters, gradients)?;
-        self.parameters.set(&rows);
+        self.parameters
+            .set(&rows(optimizer, parameters, gradients)?);
         self.settings.set(&[settings]);
         let flags = flags.map(RefCell::borrow);
         let layers = flags.as_ref().map_or(0, |f| f.shape()[0]);
@@ -182,14 +208,7 @@ impl DeviceStep {
     /// # Errors
     /// When a kernel fails.
     pub fn commit(&mut self, states: &mut [LayerState]) -> Result<()> {
-        let both = states.iter_mut().flat_map(LayerState::both);
-        let rows: Vec<_> = both
-            .map(|(committed, pending)| routegrad_state {
-                words: (committed.elements() * committed.dtype().size() / 4) as i64,
-                committed: committed.pointer_mut(),
-                pending: pending.pointer_mut(),
-            })
-            .collect();
+        let rows = state_rows(states);
         let Some(most) = rows.iter().map(|row| row.words).max() else {
             return Ok(());
         };
@@ -211,16 +230,10 @@ impl DeviceStep {
 
     /// What became of the step; waits for it, and tells the optimizer.
     pub fn outcome(&mut self, optimizer: &mut AdamW) -> Outcome {
-        let outcome: Outcome = Outcome::default();
+        let bytes = self.outcome.bytes();
+        assert_eq!(bytes.len(), size_of::<Outcome>());
         // SAFETY: plain numbers, which may have any bits, and as many bytes.
-        let outcome = unsafe {
-            let mut outcome = outcome;
-            let bytes = self.outcome.bytes();
-            assert_eq!(bytes.len(), size_of::<Outcome>());
-            let to = std::ptr::from_mut(&mut outcome).cast::<u8>();
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
-            outcome
-        };
+        let outcome: Outcome = unsafe { bytes.as_ptr().cast::<Outcome>().read_unaligned() };
         self.updates = outcome.updates;
         optimizer.steps = outcome.updates;
         outcome
@@ -231,14 +244,14 @@ impl DeviceStep {
 fn rows(
     optimizer: &mut AdamW,
     parameters: &mut [Parameter],
-    gradients: &Gradients,
+    gradients: &mut Gradients,
 ) -> Result<Vec<routegrad_parameter>> {
     let mut first_block = 0;
     let mut rows = Vec::with_capacity(parameters.len());
     let moments = optimizer.moments.iter_mut();
     for (i, (parameter, moments)) in parameters.iter_mut().zip(moments).enumerate() {
-        let gradient = gradients.get(i);
-        if let Some(gradient) = gradient {
+        let gradient = gradients.get_mut(i);
+        if let Some(gradient) = &gradient {
             gradient.expect_dtype("adamw", "gradient", DType::F32)?;
             gradient.expect_shape("adamw", "gradient", parameter.value.shape())?;
         }
@@ -253,7 +266,7 @@ fn rows(
             lower,
             first: moments.first.pointer_mut(),
             second: moments.second.pointer_mut(),
-            gradient: gradient.map_or(null(), Tensor::pointer),
+            gradient: gradient.map_or(null(), |g| g.pointer_mut::<f32>().cast_const()),
             elements: elements as i64,
             first_block,
             decays: parameter.decays.into(),
@@ -262,6 +275,17 @@ fn rows(
         first_block += elements.div_ceil(BLOCK) as i64;
     }
     Ok(rows)
+}
+
+/// The table of the states, committed and pending.
+fn state_rows(states: &mut [LayerState]) -> Vec<routegrad_state> {
+    let both = states.iter_mut().flat_map(LayerState::both);
+    both.map(|(committed, pending)| routegrad_state {
+        words: (committed.elements() * committed.dtype().size() / 4) as i64,
+        committed: committed.pointer_mut(),
+        pending: pending.pointer_mut(),
+    })
+    .collect()
 }
 
 /// Rows of plain numbers and addresses in device memory, copied there when they change.
@@ -278,9 +302,10 @@ impl<R: Copy> Table<R> {
         }
     }
 
-    fn set(&mut self, rows: &[R]) {
+    /// Takes rows, and answers whether they are others than before.
+    fn set(&mut self, rows: &[R]) -> bool {
         if bytes_of(&self.rows) == bytes_of(rows) {
-            return;
+            return false;
         }
         self.rows = rows.to_vec();
         let bytes = bytes_of(rows);
@@ -289,6 +314,8 @@ impl<R: Copy> Table<R> {
             self.tensor = Tensor::unspecified(device, DType::I32, [bytes.len() / 4]);
         }
         self.tensor.bytes_mut().copy_from_slice(bytes);
+        self.pointer(); // copies them
+        true
     }
 
     fn pointer(&self) -> *const R {

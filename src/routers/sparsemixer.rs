@@ -186,11 +186,9 @@ impl SparseMixer {
             kept,
             choices,
         };
-        let shape = z.tensor().shape();
-        let dispatch = layer.select(|| {
-            let choices = sampled.choices.slice();
-            logits.chosen(Selection::from_choices(choices, shape[0], shape[1])?)
-        })?;
+        let experts = z.tensor().shape().width();
+        let dispatch = layer
+            .select(|| logits.chosen(Selection::of_kernel(sampled.choices.clone(), experts)))?;
         let gates = sampled_gates(tape, z, &sampled, c)?;
         let softmax = scores(tape, x, weight, Score::Softmax, routing::Choice::none())?;
         Ok(Routing::new(gates, softmax, dispatch))

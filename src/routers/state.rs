@@ -166,6 +166,17 @@ impl LayerState {
         self.tally.begin_step();
     }
 
+    /// Notes whether a training step, that the host did not follow, was counted.
+    pub(crate) fn set_counted(&mut self, counted: bool) {
+        self.tally.set_counted(counted);
+    }
+
+    /// Whether the next training step depends on nothing that the host would have to follow: choices are neither recorded
+    /// nor replayed, and the sums begin anew.
+    pub(crate) fn is_plain(&self) -> bool {
+        self.record.is_none() && self.replay.is_empty() && self.tally.is_fresh()
+    }
+
     /// Forgets what the last training pass decided, so that a step begins with the memory of the step before.
     pub(crate) fn forget_pass(&mut self) {
         self.selection = None;

@@ -95,6 +95,13 @@ impl DeviceTally {
         }
     }
 
+    /// Leaves to kernels what the host read.
+    pub fn keep_in_place(&self) {
+        for sums in [&self.stats, &self.load, &self.flags] {
+            sums.borrow_mut().pointer_mut::<u8>();
+        }
+    }
+
     /// The flags of all layers, for the kernel that decides on a step.
     pub fn flags(&self) -> &RefCell<Tensor> {
         &self.flags
@@ -131,7 +138,7 @@ impl DeviceTally {
             NonFinite::OfKernel(flag) => flag.clone(),
             NonFinite::At(token) => {
                 let token = token.map_or(i32::MAX, |token| token as i32);
-                Tensor::from_slice([1], &[token]).on(device)
+                Tensor::constant(device, [1], &[token])
             }
         };
         // SAFETY: the tensors have the shapes that layer_tally.cu's header names, and a row for this layer.
@@ -226,6 +233,24 @@ impl Tally {
                 tally.first_non_finite = None;
             }
             Tally::Device { fresh, .. } => fresh.step = true,
+        }
+    }
+
+    /// Whether the next count begins all sums anew.
+    pub fn is_fresh(&self) -> bool {
+        match self {
+            Tally::Host(_) => false,
+            Tally::Device { fresh, .. } => fresh.stats && fresh.step,
+        }
+    }
+
+    /// Notes that kernels counted a whole training step anew, or did not after all.
+    pub fn set_counted(&mut self, counted: bool) {
+        if let Tally::Device { fresh, .. } = self {
+            *fresh = Fresh {
+                stats: !counted,
+                step: !counted,
+            };
         }
     }
 

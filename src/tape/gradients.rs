@@ -236,7 +236,7 @@ fn add(sum: &mut Tensor, term: &Tensor) -> Result<()> {
 fn add_on_device(sum: &mut Tensor, term: &Tensor) -> Result<()> {
     // The kernel takes eight elements at a time; blocks of a device are as long as that needs.
     let elements = sum.elements().next_multiple_of(8);
-    let one = Tensor::from_slice([1], &[1f32]).on(sum.device());
+    let one = Tensor::constant(sum.device(), [1], &[1f32]);
     // SAFETY: both blocks have so many elements.
     unsafe {
         launch!(

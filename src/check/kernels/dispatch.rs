@@ -5,7 +5,7 @@ use super::{Buffer, Case, MakeProblem, Problem, exactly};
 use crate::device::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
 use crate::device::launchers::{self, Launchers};
 use crate::error::Result;
-use crate::launch;
+use crate::{launch, query};
 use std::sync::Arc;
 
 /// What every slot of a batch names.
@@ -257,7 +257,7 @@ fn workspace_bytes(launchers: &Launchers, batch: &Batch) -> Result<usize> {
     );
     // SAFETY: one u64 is written.
     unsafe {
-        launch!(
+        query!(
             launchers,
             dispatch_workspace(&mut bytes, tokens, experts, width)
         )

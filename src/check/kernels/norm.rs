@@ -4,7 +4,7 @@ use super::costs::norm_runs;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
-use crate::launch;
+use crate::{launch, query};
 use half::bf16;
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
@@ -250,7 +250,7 @@ pub fn backward_problem(inputs: &Arc<Inputs>, added: Added, accumulate: bool) ->
             let mut floats = 0u64;
             // SAFETY: every buffer has the size that the launcher's header states; guards show whether `partials` is.
             unsafe {
-                launch!(launchers, norm_partials(&mut floats, rows, hidden))?;
+                query!(launchers, norm_partials(&mut floats, rows, hidden))?;
                 launch!(
                     launchers,
                     norm_backward(

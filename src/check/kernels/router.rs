@@ -6,7 +6,7 @@ use super::{Buffer, Case, MakeProblem, Problem, exactly, machine::POISON, values
 use crate::device::bindings::*;
 use crate::device::launchers;
 use crate::error::Result;
-use crate::launch;
+use crate::{launch, query};
 use half::bf16;
 use rayon::prelude::*;
 use std::ptr::{null, null_mut};
@@ -381,7 +381,7 @@ fn partials_floats(tokens: usize, experts: usize) -> Result<usize> {
     let mut floats = 0u64;
     // SAFETY: one u64 is written.
     unsafe {
-        launch!(
+        query!(
             launchers::sim()?,
             router_partials(&mut floats, tokens as i64, experts as i32)
         )

@@ -6,7 +6,7 @@ use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::device::bindings::*;
 use crate::device::launchers;
 use crate::error::Result;
-use crate::launch;
+use crate::{launch, query};
 use half::bf16;
 use rayon::prelude::*;
 use std::ptr::null;
@@ -244,7 +244,7 @@ pub fn problem(shape: Shape) -> Result<Problem> {
     let mut floats = 0u64;
     // SAFETY: one u64 is written.
     unsafe {
-        launch!(
+        query!(
             launchers::sim()?,
             router_backward_workspace(&mut floats, t, e, d)
         )

@@ -5,6 +5,7 @@
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
 use crate::device::bindings::routegrad_unit_box;
+use crate::device::graph;
 use crate::launch;
 use half::bf16;
 
@@ -208,7 +209,7 @@ fn tma_load(b: routegrad_unit_box) -> MakeProblem {
                 unsafe {
                     launch!(
                         launchers,
-                        unit_tma_load(p[0].cast(), p[1].cast(), &b, stream)
+                        unit_tma_load(p[0].cast(), p[1].cast(), graph::kept(&[b]), stream)
                     )
                 }
             }),
@@ -237,7 +238,7 @@ fn tma_store(b: routegrad_unit_box) -> MakeProblem {
                 unsafe {
                     launch!(
                         launchers,
-                        unit_tma_store(p[0].cast(), p[1].cast(), &b, stream)
+                        unit_tma_store(p[0].cast(), p[1].cast(), graph::kept(&[b]), stream)
                     )
                 }
             }),

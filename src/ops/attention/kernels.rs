@@ -3,9 +3,9 @@
 use crate::device::stream;
 use crate::dtype::DType;
 use crate::error::Result;
-use crate::launch;
 use crate::ops::heads::Heads;
 use crate::tensor::Tensor;
+use crate::{launch, query};
 use std::ptr::null;
 
 /// Sequence, heads, key and value heads, and their width, as the kernels take them.
@@ -75,7 +75,7 @@ pub fn backward(
     let mut floats = 0u64;
     // SAFETY: it writes one number.
     unsafe {
-        launch!(
+        query!(
             launchers,
             attention_backward_workspace(&mut floats, tokens, sequence, query)
         )?;

@@ -1,0 +1,78 @@
+//! A micro-batch where the model reads it.
+
+use super::rows::Rows;
+use crate::batch::Sequences;
+use crate::device::Device;
+use crate::error::Result;
+use crate::ops::tokens;
+use crate::tensor::Tensor;
+
+/// Input tokens, the tokens that follow them, and how they divide into sequences.
+pub struct Inputs {
+    device: Device,
+    /// `[sequences · S]` each, i32.
+    pub(super) ids: Tensor,
+    pub(super) targets: Tensor,
+    pub(super) rows: Rows,
+}
+
+impl Inputs {
+    /// Those of sequences, for a model on `device`.
+    ///
+    /// # Errors
+    /// When they are no sequences.
+    pub fn new(sequences: Sequences, device: Device) -> Result<Self> {
+        let tokens = sequences.count * sequences.length()?;
+        let empty = || Tensor::unspecified(device, crate::dtype::DType::I32, [tokens]);
+        let mut inputs = Inputs {
+            device,
+            ids: empty(),
+            targets: empty(),
+            rows: Rows::new(sequences, device),
+        };
+        inputs.set(sequences)?;
+        Ok(inputs)
+    }
+
+    /// Takes other sequences; as many of the same length keep their place in memory.
+    ///
+    /// # Errors
+    /// When they are no sequences.
+    pub fn set(&mut self, sequences: Sequences) -> Result<()> {
+        let length = sequences.length()?;
+        if self.ids.elements() != sequences.count * length || !self.rows.set(sequences) {
+            *self = Inputs::new(sequences, self.device)?;
+            return Ok(());
+        }
+        let rows = sequences.tokens.chunks(length + 1);
+        let ids = self.ids.slice_mut::<i32>().chunks_mut(length);
+        let targets = self.targets.slice_mut::<i32>().chunks_mut(length);
+        for ((row, ids), targets) in rows.zip(ids).zip(targets) {
+            ids.copy_from_slice(&row[..length]);
+            targets.copy_from_slice(&row[1..]);
+        }
+        Ok(())
+    }
+
+    /// Tokens that are read, and as many that are predicted.
+    pub fn tokens(&self) -> usize {
+        self.ids.elements()
+    }
+
+    /// Checks the tokens, which a replayed step does not.
+    ///
+    /// # Errors
+    /// When one is not below `vocabulary`.
+    pub fn check(&self, vocabulary: usize) -> Result<()> {
+        tokens::check("embedding", "token", &self.ids, vocabulary)?;
+        tokens::check("cross_entropy", "target", &self.targets, vocabulary)
+    }
+
+    /// Copies to a device with kernels what they read: how many sequences and tokens there are, and where.
+    pub(crate) fn places(&self) -> [usize; 5] {
+        let place = |tensor: &Tensor| tensor.pointer::<i32>() as usize;
+        let first_key = self.rows.first_key().map_or(0, place);
+        let [ids, targets] = [&self.ids, &self.targets].map(place);
+        [self.rows.count(), self.tokens(), ids, targets, first_key]
+    }
+}

@@ -1,0 +1,87 @@
+//! Replaying a step on a device with kernels: once a step has copied nothing and asked for no memory, the next one is
+//! recorded as a graph, and those after it replay it.
+//!
+//! A graph repeats addresses and numbers. What changes from step to step, tokens and the optimizer's settings, is written to
+//! the same places before; and a graph is used only while the tables of all parameters and states are as they were, the same
+//! memory is free, and micro-batches have the same shape. Otherwise the step runs as the first did.
+
+use crate::device::graph::{self, Graph};
+use crate::device::{Device, counters, with_free_ranges};
+use crate::error::Result;
+use std::collections::BTreeMap;
+
+/// Sequences and tokens of each micro-batch, and where they lie.
+pub type Shape = Vec<[usize; 5]>;
+
+/// The graph of a step, if there is one, and whether there may be one.
+#[derive(Default)]
+pub struct Replay {
+    /// The last step that ran by itself did nothing that a graph could not repeat.
+    steady: bool,
+    captured: Option<Captured>,
+}
+
+struct Captured {
+    graph: Graph,
+    shape: Shape,
+    /// Free ranges of the device's memory: what the step takes for a while lies there.
+    free: BTreeMap<usize, usize>,
+}
+
+impl Replay {
+    /// Forgets the graph: an address in it is another's now.
+    pub fn forget(&mut self) {
+        self.captured = None;
+    }
+
+    /// Replays the graph, if it is one of such micro-batches and the memory that it uses is free.
+    ///
+    /// # Errors
+    /// Those of the launches.
+    pub fn run(&self, device: Device, shape: &Shape) -> Result<bool> {
+        let Some(own) = self.captured.as_ref().filter(|own| own.shape == *shape) else {
+            return Ok(false);
+        };
+        with_free_ranges(device, |free| match *free == own.free {
+            true => own.graph.replay().map(|()| true),
+            false => Ok(false),
+        })
+    }
+
+    /// Whether the next step can be captured.
+    pub fn is_steady(&self) -> bool {
+        self.steady
+    }
+
+    /// Runs a step by itself, and sees what it does.
+    ///
+    /// # Errors
+    /// Those of `step`.
+    pub fn watch<R>(&mut self, step: impl FnOnce() -> Result<R>) -> Result<R> {
+        let before = counters::now();
+        let done = step()?;
+        let now = counters::now();
+        self.steady = (before.reads, before.uploads, before.allocations)
+            == (now.reads, now.uploads, now.allocations);
+        Ok(done)
+    }
+
+    /// Captures a step of such micro-batches. One that cannot be captured after all ends the attempts until another was
+    /// watched.
+    ///
+    /// # Errors
+    /// Those of `step`, and that it did more than launch.
+    pub fn capture(
+        &mut self,
+        device: Device,
+        shape: Shape,
+        step: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let free = with_free_ranges(device, BTreeMap::clone);
+        self.steady = false;
+        let graph = graph::capture(device, step)?;
+        self.steady = true;
+        self.captured = Some(Captured { graph, shape, free });
+        Ok(())
+    }
+}
