@@ -208,7 +208,7 @@ fn resumed_from(stderr: &str) -> usize {
 
 #[test]
 fn kills_at_every_point_of_a_save_and_at_any_time_lose_at_most_the_save_under_way() {
-    const STEPS: usize = 900;
+    const STEPS: usize = 1200;
     const INTERVAL: usize = 10;
     let place = Place::new();
     let steps = STEPS.to_string();
