@@ -341,8 +341,8 @@ typedef struct routegrad_parameter {
   float* whole;           // null where it is split
   uint16_t* upper;        // bf16
   int16_t* lower;
-  float* first;           // moments
-  float* second;
+  void* first;            // moments, f32 or bf16
+  void* second;
   const float* gradient;  // null: 0
   int64_t elements;
   int64_t first_block;    // of its blocks of 8192 numbers, among those of all parameters
@@ -382,7 +382,8 @@ typedef struct routegrad_state {
 // adamw.cu: the optimizer's update of all parameters, and the sums of squares of their gradients.
 #define ROUTEGRAD_ADAMW_LAUNCHERS(X)                                                                                  \
   X(adamw_update, (const routegrad_parameter* parameters, const int32_t* block_parameter,                             \
-                   const routegrad_step_outcome* outcome, int64_t blocks, routegrad_stream stream))                   \
+                   const routegrad_step_outcome* outcome, int64_t blocks, int32_t bf16_moments,                       \
+                   routegrad_stream stream))                                                                          \
   X(square_sums, (double* parts, const routegrad_parameter* parameters, const int32_t* block_parameter,               \
                   int64_t blocks, routegrad_stream stream))
 

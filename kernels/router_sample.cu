@@ -16,6 +16,7 @@
 // 1 <= S <= 2, S <= E <= 256. A warp a token; nothing depends on the order of threads.
 // Bytes: 4·T·E read (and the draws, 24 a lane, from L1), 4·T·S·(E + 3) written. FLOPs: none on tensor cores. Floor: bytes /
 // 4.3e12 s; two logarithms in f64 an expert and stage cost about as much.
+#include "common/philox.cuh"
 #include "common/ptx.cuh"
 
 namespace ROUTEGRAD_VARIANT {
@@ -25,28 +26,11 @@ constexpr int kWarps = 8;
 constexpr int kMaxExperts = 256, kPerLane = kMaxExperts / 32;
 constexpr uint32_t kRoutingPurpose = 2;  // Purpose::Routing of src/random.rs
 
-struct Philox {
-  uint32_t key[2], step, purpose_and_layer;
-  // Word 0 of the four.
-  DEV uint32_t word(uint64_t index) const {
-    uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = step, c3 = purpose_and_layer;
-    uint32_t k0 = key[0], k1 = key[1];
-#pragma unroll
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p = uint64_t{0xD2511F53} * c0, q = uint64_t{0xCD9E8D57} * c2;
-      c0 = static_cast<uint32_t>(q >> 32) ^ c1 ^ k0;
-      c1 = static_cast<uint32_t>(q);
-      c2 = static_cast<uint32_t>(p >> 32) ^ c3 ^ k1;
-      c3 = static_cast<uint32_t>(p);
-      k0 += 0x9E3779B9, k1 += 0xBB67AE85;
-    }
-    return c0;
-  }
-  DEV double exponential(uint64_t index) const {
-    return -log(((word(index) >> 9) + 0.5) * (1.0 / (1 << 23)));
-  }
-  DEV double uniform(uint64_t index) const { return (word(index) >> 8) * (1.0 / (1 << 24)); }
-};
+DEV uint32_t word(const Philox& random, uint64_t index) { return random.words(index).at[0]; }
+DEV double exponential(const Philox& random, uint64_t index) {
+  return -log(((word(random, index) >> 9) + 0.5) * (1.0 / (1 << 23)));
+}
+DEV double uniform(const Philox& random, uint64_t index) { return (word(random, index) >> 8) * (1.0 / (1 << 24)); }
 
 struct Sampling {
   int32_t* experts_chosen;
@@ -116,13 +100,13 @@ __global__ void __launch_bounds__(32 * kWarps) router_sample_kernel(const Sampli
       const bool keep = expert != excluded && !dropped;
       st_global(s.kept + (stage * s.tokens + token) * s.experts + expert, static_cast<int32_t>(keep));
       if (!keep || !s.draws) continue;
-      const Ranked candidate{z[i] - log(random.exponential(first_draw + expert)), expert};
+      const Ranked candidate{z[i] - log(exponential(random, first_draw + expert)), expert};
       if (candidate.before(sampled)) sampled = candidate;
     }
     if (s.draws) sampled = first_of_warp(sampled);
     const int expert = s.draws ? sampled.expert : likeliest.expert;
     if (lane == 0) {
-      const bool trusted = expert == likeliest.expert || random.uniform(first_draw + s.experts) > s.threshold;
+      const bool trusted = expert == likeliest.expert || uniform(random, first_draw + s.experts) > s.threshold;
       st_global(s.experts_chosen + stage * s.tokens + token, expert);
       st_global(s.factors + stage * s.tokens + token, trusted ? 1.0f : s.untrusted);
       if (stage == 1) {

@@ -2,11 +2,11 @@
 //!
 //! Modules stand in the order of the floors: each uses only those above it.
 
-pub mod batch;
 pub mod error;
 
 pub mod files;
 
+pub mod batch;
 pub mod dtype;
 pub mod machine;
 pub mod random;

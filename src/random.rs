@@ -32,6 +32,8 @@ pub enum Purpose {
     Generation = 4,
     /// Inputs and incoming gradients of checks.
     Check = 5,
+    /// Stochastic rounding of the optimizer's moments; `step` is the number of the update, `layer` the parameter.
+    Rounding = 6,
 }
 
 /// Layers that counter 3 has room for.

@@ -61,8 +61,9 @@ impl Tensor {
     /// A tensor on `device` with the given elements, for numbers that every step asks for: on a device with kernels it is
     /// made once and kept, so that they are not copied there again.
     pub fn constant<T: Element>(device: Device, shape: impl Into<Shape>, elements: &[T]) -> Self {
+        type Key = (Device, DType, Vec<u8>);
         thread_local! {
-            static KEPT: RefCell<HashMap<(Device, DType, Vec<u8>), Tensor>> = RefCell::default();
+            static KEPT: RefCell<HashMap<Key, Tensor>> = RefCell::default();
         }
         let shape = shape.into();
         let new = || Self::from_slice(shape, elements).on(device);

@@ -271,6 +271,7 @@ const OPTIONS: &[&[&str]] = &[
     &["model.shared_expert_width=64", "train.recompute=true"],
     // A line is a document.
     &[
+        "train.bf16_moments=true",
         "data.document_boundaries=true",
         "data.document_separator=\"\\n\"",
     ],

@@ -34,19 +34,19 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    let update = |p: [usize; 3], blocks: i64| {
+    let update = |p: [usize; 3], blocks: i64, bf16: i32| {
         let (rows, of_block) = (p[0] as *const _, p[1] as *const i32);
         let outcome = p[2] as *const Outcome;
         // SAFETY: only refused calls are made, which touch no memory.
         unsafe {
             launch!(
                 table(),
-                adamw_update(rows, of_block, outcome, blocks, null_mut())
+                adamw_update(rows, of_block, outcome, blocks, bf16, null_mut())
             )
         }
     };
     let names = ["parameters", "block_parameter", "outcome"];
-    refuses_pointers(names, &[], good, |p| update(p, 8));
+    refuses_pointers(names, &[], good, |p| update(p, 8, 0));
     let sums = |p: [usize; 3], blocks: i64| {
         let (parts, rows, of_block) = (p[0] as *mut f64, p[1] as *const _, p[2] as *const i32);
         // SAFETY: as above.
@@ -60,9 +60,11 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let names = ["parts", "parameters", "block_parameter"];
     refuses_pointers(names, &[], good, |p| sums(p, 8));
     for blocks in [0, -1, 1 << 31] {
-        refused(|| update([good; 3], blocks), OUT_OF_RANGE, "blocks");
+        refused(|| update([good; 3], blocks, 0), OUT_OF_RANGE, "blocks");
         refused(|| sums([good; 3], blocks), OUT_OF_RANGE, "blocks");
     }
+
+    refused(|| update([good; 3], 8, 2), OUT_OF_RANGE, "bf16_moments");
 
     let decide = |p: [usize; 5], count: i64, layers: i32| {
         let (outcome, settings) = (p[0] as *mut Outcome, p[1] as *const _);

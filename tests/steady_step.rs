@@ -31,7 +31,11 @@ const STEADY: &[&[&str]] = &[
         "model.top_k=2",
         "train.recompute=true",
     ],
-    &["router.name=default", "data.document_boundaries=true"],
+    &[
+        "router.name=default",
+        "data.document_boundaries=true",
+        "train.bf16_moments=true",
+    ],
     &["router.name=lossfree"],
     &["router.name=lossfree", "router.score=\"softmax\""],
 ];
@@ -246,6 +250,7 @@ fn the_planned_memory_is_what_a_step_takes() {
         &["router.name=default", "model.top_k=2"],
         &["router.name=default", "train.recompute=true"],
         &["router.name=dense"],
+        &["router.name=topk", "train.bf16_moments=true"],
     ] {
         take_peak(Device::Sim);
         let begun = take_peak(Device::Sim);

@@ -247,7 +247,7 @@ fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
         }),
     ];
     let blocks = numbers.div_ceil(ADAMW_BLOCK) as i64;
-    let launch = on! { |p| adamw_update(p[4].cast(), p[5].cast(), p[6].cast(), blocks) };
+    let launch = on! { |p| adamw_update(p[4].cast(), p[5].cast(), p[6].cast(), blocks, 0) };
     let f32 = DType::F32;
     Kernels {
         whole: whole(inputs.0, buffers, Box::new(launch)),

@@ -239,12 +239,14 @@ pub fn load_trainer(
     trainer: &mut Trainer,
 ) -> Result<()> {
     let mut arrays = checkpoint.trainer()?;
+    let own = trainer.optimizer.moments().iter();
     let moments = model
         .parameters
         .iter()
-        .map(|p| {
+        .zip(own)
+        .map(|(p, own)| {
             let [first, second] = moment_names(&p.name);
-            let (dtype, shape) = (p.value.dtype(), p.value.shape());
+            let (dtype, shape) = (own.first.dtype(), p.value.shape());
             Ok(Moments {
                 first: arrays.take(&first, dtype, shape)?,
                 second: arrays.take(&second, dtype, shape)?,

@@ -233,6 +233,10 @@ pub struct TrainConfig {
     /// Layers whose activations are computed again in backward instead of kept.
     #[serde(default)]
     pub recompute: Recompute,
+    /// Whether the optimizer's moments are bf16, rounded stochastically: 12 instead of 16 bytes a parameter on a device with
+    /// kernels.
+    #[serde(default)]
+    pub bf16_moments: bool,
     /// Whether a device with kernels replays a step as a graph where it can.
     #[serde(default = "on")]
     pub graph: bool,

@@ -156,6 +156,14 @@ impl Config {
             let expected = format!("at most {most} where kernels run");
             ensure(m.num_experts <= most, key, expected, m.num_experts)?;
         }
+        if t.bf16_moments && t.dtype == Precision::F64 {
+            return Err(Error::invalid(
+                "train.bf16_moments",
+                "false where train.dtype is f64",
+                "true",
+                "leave one of the two out",
+            ));
+        }
         if let Recompute::Layers(layers) = &t.recompute {
             layer_list("train.recompute", layers, self.model.layers)?;
         }

@@ -197,6 +197,7 @@ impl DeviceStep {
                     self.block_parameter.pointer(),
                     self.outcome.pointer(),
                     blocks,
+                    optimizer.bf16_moments.into(),
                     stream(),
                 )
             )

@@ -2,17 +2,19 @@
 //!
 //! With gradient g, step t from 1: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
 //! `w ← w (1 − η λ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)` (Loshchilov and Hutter, 1711.05101).
-//! λ applies to matrices alone, not to norms, biases and the embedding.
+//! λ applies to matrices alone, not to norms, biases and the embedding. Moments have the weights' precision, or are bf16
+//! rounded stochastically ([`rounding`]).
 //!
 //! On a device with kernels [`DeviceStep`] does both there.
 
 mod device;
+mod rounding;
 
 pub use device::{DeviceStep, Outcome, Settings};
 
 use crate::config::TrainConfig;
 use crate::cpu::vectorized;
-use crate::dtype::Real;
+use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::model::{Parameter, Places};
 use crate::tape::Gradients;
@@ -30,6 +32,7 @@ pub struct AdamW {
     weight_decay: f64,
     steps: u64,
     moments: Vec<Moments>,
+    bf16_moments: bool,
 }
 
 /// First and second moment of one parameter's gradient.
@@ -57,13 +60,19 @@ struct Coefficients {
 impl AdamW {
     /// An optimizer that has made no step, its moments zero.
     pub fn new(config: &TrainConfig, parameters: &[Parameter]) -> Self {
-        let zeros =
-            |p: &Parameter| Tensor::zeros(p.value.device(), p.value.dtype(), p.value.shape());
+        let zeros = |p: &Parameter| {
+            let dtype = match config.bf16_moments {
+                true => DType::Bf16,
+                false => p.value.dtype(),
+            };
+            Tensor::zeros(p.value.device(), dtype, p.value.shape())
+        };
         AdamW {
             betas: config.betas,
             eps: config.eps,
             weight_decay: config.weight_decay,
             steps: 0,
+            bf16_moments: config.bf16_moments,
             moments: parameters
                 .iter()
                 .map(|p| Moments {
@@ -159,16 +168,21 @@ impl AdamW {
                     &zeros
                 }
             };
-            with_real!(w.dtype(), "adamw", |T| {
-                reference::update::<T>(
-                    w.slice_mut(),
-                    moments.first.slice_mut(),
-                    moments.second.slice_mut(),
-                    gradient.slice(),
-                    coefficients[usize::from(p.decays)],
-                );
-                Ok(())
-            })?;
+            let coefficients = coefficients[usize::from(p.decays)];
+            let mut update = |m: &mut Tensor, v: &mut Tensor| {
+                with_real!(w.dtype(), "adamw", |T| {
+                    let (w, m, v) = (w.slice_mut(), m.slice_mut(), v.slice_mut());
+                    reference::update::<T>(w, m, v, gradient.slice(), coefficients);
+                    Ok(())
+                })
+            };
+            if self.bf16_moments {
+                let [mut m, mut v] = [&moments.first, &moments.second].map(Tensor::widened);
+                update(&mut m, &mut v)?;
+                rounding::store(moments, [&m, &v], self.steps, i);
+            } else {
+                update(&mut moments.first, &mut moments.second)?;
+            }
         }
         Ok(())
     }

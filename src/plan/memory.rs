@@ -100,7 +100,7 @@ impl Memory {
         Memory {
             weights: parameters * full,
             gradients: parameters * full,
-            optimizer: 2 * parameters * full,
+            optimizer: 2 * parameters * if config.train.bf16_moments { 2 } else { full },
             router_state: moe_layers * full * router_numbers(config),
             activations,
             workspace: again + backward + logits,

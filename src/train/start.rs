@@ -35,6 +35,10 @@ pub(super) fn resume(
         ("train.seed", old.train.seed == config.train.seed),
         ("train.dtype", old.train.dtype == config.train.dtype),
         (
+            "train.bf16_moments",
+            old.train.bf16_moments == config.train.bf16_moments,
+        ),
+        (
             "train.sequences_per_step",
             old.train.sequences_per_step == config.train.sequences_per_step,
         ),

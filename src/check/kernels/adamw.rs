@@ -5,6 +5,8 @@ use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
 use crate::device::bindings::{routegrad_parameter, routegrad_step_outcome};
 use crate::launch;
+use crate::random::{Purpose, Stream};
+use half::bf16;
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
 
@@ -17,8 +19,14 @@ const COEFFICIENTS: [[f32; 7]; 2] = [
     [0.9, 0.95, 2.2e-3, 7.01, 1e-8, 0.9996, 0.37],
 ];
 
+/// The number of that step.
+const UPDATE: u64 = 3;
+
 /// A parameter and what it starts from.
 struct Parameter {
+    number: usize,
+    /// Moments are bf16.
+    bf16: bool,
     w: Vec<f32>,
     m: Vec<f32>,
     v: Vec<f32>,
@@ -28,11 +36,13 @@ struct Parameter {
 }
 
 impl Parameter {
-    fn new(count: usize, i: usize) -> Self {
+    fn new(count: usize, i: usize, bf16: bool) -> Self {
         let mut random = Random((count + 7 * i) as u64);
         let mut normals = || -> Vec<f32> { (0..count).map(|_| random.normal()).collect() };
         let (mut w, m, g) = (normals(), normals(), normals());
-        let v = normals().iter().map(|x| x * x).collect();
+        let v: Vec<f32> = normals().iter().map(|x| x * x).collect();
+        let moment = |x: f32| if bf16 { bf16::from_f32(x).to_f32() } else { x };
+        let [m, v] = [m, v].map(|x| x.into_iter().map(moment).collect());
         // Numbers whose upper half is a tie, up and down.
         for (i, bits) in [0x3f80_8000u32, 0xbf81_8000, 0x3f80_7fff, 0x0000_8000]
             .into_iter()
@@ -41,6 +51,8 @@ impl Parameter {
             w[i % count] = f32::from_bits(bits);
         }
         Parameter {
+            number: i,
+            bf16,
             w,
             m,
             v,
@@ -67,10 +79,11 @@ struct Table {
 }
 
 impl Table {
-    fn new(counts: &[usize]) -> Self {
+    fn new(counts: &[usize], bf16: bool) -> Self {
         let parameters = counts.iter().enumerate();
+        let parameters = parameters.map(|(i, n)| Parameter::new(*n, i, bf16));
         Table {
-            parameters: parameters.map(|(i, n)| Parameter::new(*n, i)).collect(),
+            parameters: parameters.collect(),
         }
     }
 
@@ -93,8 +106,13 @@ impl Table {
             };
             if changed {
                 buffers.push(Buffer::changed("w", &values));
-                buffers.push(Buffer::changed("m", &p.m));
-                buffers.push(Buffer::changed("v", &p.v));
+                for (name, moment) in [("m", &p.m), ("v", &p.v)] {
+                    let bits = moment.iter().map(|x| bf16::from_f32(*x).to_bits());
+                    buffers.push(match p.bf16 {
+                        true => Buffer::changed(name, &bits.collect::<Vec<u16>>()),
+                        false => Buffer::changed(name, moment),
+                    });
+                }
             }
             buffers.push(Buffer::input(
                 "gradient",
@@ -163,20 +181,25 @@ fn lower_half(count: usize) -> usize {
 fn outcome(accepted: bool) -> routegrad_step_outcome {
     routegrad_step_outcome {
         accepted: accepted.into(),
+        updates: UPDATE,
         coefficients: COEFFICIENTS,
         ..Default::default()
     }
 }
 
-fn update(counts: &[usize], accepted: bool) -> Problem {
-    let table = Arc::new(Table::new(counts));
+fn update(counts: &[usize], accepted: bool, bf16: bool) -> Problem {
+    let table = Arc::new(Table::new(counts, bf16));
     let mut buffers = table.buffers(true);
     buffers.push(Buffer::table("outcome", 1, move |_| {
         vec![outcome(accepted)]
     }));
     let (at, blocks) = (4 * counts.len(), table.blocks());
     Problem {
-        label: format!("N {counts:?}{}", if accepted { "" } else { ", refused" }),
+        label: format!(
+            "N {counts:?}{}{}",
+            if bf16 { ", bf16 moments" } else { "" },
+            if accepted { "" } else { ", refused" }
+        ),
         buffers,
         launch: Box::new(move |launchers, p, stream| {
             let (rows, of_block, outcome) = (p[at].cast(), p[at + 1].cast(), p[at + 2].cast());
@@ -184,7 +207,7 @@ fn update(counts: &[usize], accepted: bool) -> Problem {
             unsafe {
                 launch!(
                     launchers,
-                    adamw_update(rows, of_block, outcome, blocks, stream)
+                    adamw_update(rows, of_block, outcome, blocks, bf16.into(), stream)
                 )
             }
         }),
@@ -199,6 +222,14 @@ fn update(counts: &[usize], accepted: bool) -> Problem {
 }
 
 impl Parameter {
+    fn moments(&self, bytes: &[u8]) -> Vec<f32> {
+        if !self.bf16 {
+            return values(bytes);
+        }
+        let bits = values::<u16>(bytes).into_iter();
+        bits.map(|bits| bf16::from_bits(bits).to_f32()).collect()
+    }
+
     /// The value that its buffer holds.
     fn value(&self, bytes: &[u8]) -> Vec<f32> {
         if !self.split {
@@ -214,7 +245,9 @@ impl Parameter {
     }
 
     fn judge(&self, out: &[Vec<u8>], accepted: bool, errors: &mut Errors) -> Result<(), String> {
-        let [w, m, v] = [self.value(&out[0]), values(&out[1]), values(&out[2])];
+        let [m, v] = [&out[1], &out[2]].map(|bytes| self.moments(bytes));
+        let w = self.value(&out[0]);
+        let draws = Stream::new(0, Purpose::Rounding, UPDATE, self.number);
         let [beta1, beta2, rate, second_scale, eps, keep, scale] =
             COEFFICIENTS[usize::from(self.decays)].map(f64::from);
         // 1 − β is rounded to f32 too, as the reference does.
@@ -237,8 +270,24 @@ impl Parameter {
             let divisor = (second * second_scale).sqrt() + eps;
             let kept = keep * f64::from(self.w[i]);
             let terms = rate * (a.abs() + b.abs()) / divisor;
-            judge("m", m[i], a + b, 4.0 * (a.abs() + b.abs()))?;
-            judge("v", v[i], second, 6.0 * second)?;
+            let draw = draws.bits((i / 1024 * 256 + i % 256) as u64)[i / 256 % 4];
+            for (what, got, want, size, random) in [
+                ("m", m[i], a + b, 4.0 * (a.abs() + b.abs()), draw & 0xffff),
+                ("v", v[i], second, 6.0 * second, draw >> 16),
+            ] {
+                if !self.bf16 {
+                    judge(what, got, want, size)?;
+                    continue;
+                }
+                // What is rounded is within roundoff of `want`, and rounding keeps the order.
+                let error = size * F32_ROUNDOFF + 1e-44;
+                let ends = [want - error, want + error].map(|x| {
+                    let bits = (x as f32).to_bits().wrapping_add(random);
+                    f64::from(f32::from_bits(bits & 0xffff_0000))
+                });
+                let nearest = f64::from(got).clamp(ends[0], ends[1]);
+                judge(what, got, nearest, 0.0)?;
+            }
             let want = kept - rate * (a + b) / divisor;
             judge("w", w[i], want, 3.0 * kept.abs() + 14.0 * terms)?;
             if self.split {
@@ -252,7 +301,7 @@ impl Parameter {
 }
 
 fn squares(counts: &[usize]) -> Problem {
-    let table = Arc::new(Table::new(counts));
+    let table = Arc::new(Table::new(counts, false));
     let (at, blocks) = (counts.len(), table.blocks());
     let mut buffers = table.buffers(false);
     buffers.push(Buffer::output("parts", blocks as usize * 8));
@@ -287,11 +336,11 @@ fn squares(counts: &[usize]) -> Problem {
 
 pub fn cases() -> Vec<Case> {
     const COUNTS: [&[usize]; 3] = [&[1], &[5, 2048, 8192, 3], &[20_011, 7, 8193, 64, 300]];
-    let updates = COUNTS.map(|counts| {
-        let make = move || Ok(update(counts, true));
-        Box::new(make) as MakeProblem
+    let updates = [false, true].into_iter().flat_map(|bf16| {
+        COUNTS.map(|counts| Box::new(move || Ok(update(counts, true, bf16))) as MakeProblem)
     });
-    let refused = || Ok(update(COUNTS[1], false));
+    let refused = [false, true]
+        .map(|bf16| Box::new(move || Ok(update(COUNTS[1], false, bf16))) as MakeProblem);
     let sums = COUNTS.map(|counts| Box::new(move || Ok(squares(counts))) as MakeProblem);
     let case = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
         name: format!("{launcher} small"),
@@ -300,9 +349,7 @@ pub fn cases() -> Vec<Case> {
         problems,
         small: true,
     };
-    let updates = updates
-        .into_iter()
-        .chain([Box::new(refused) as MakeProblem]);
+    let updates = updates.chain(refused);
     vec![
         case("adamw_update", updates.collect()),
         case("square_sums", sums.into()),
