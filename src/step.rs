@@ -73,8 +73,8 @@ impl Trainer {
     /// became of it is read at its end.
     ///
     /// # Errors
-    /// When the sequences do not fit the model, micro-batches differ in size, the ranks do not share them equally, or an operation
-    /// fails.
+    /// When the sequences do not fit the model, micro-batches differ in size, the ranks do not share them
+    /// equally, or an operation fails.
     pub fn step(
         &mut self,
         model: &mut Model,
@@ -97,8 +97,10 @@ impl Trainer {
         rate: f64,
     ) -> Result<Launched> {
         equal_shares(model.dist(), micro_batches)?;
-        let states = || model.layer_states_mut();
-        states().iter_mut().for_each(LayerState::forget_pass);
+        model
+            .layer_states_mut()
+            .iter_mut()
+            .for_each(LayerState::forget_pass);
         self.take_inputs(model, micro_batches)?;
         let settings = self.optimizer.settings(rate, self.clip);
         let possible = self.prepare(model, settings)?;
@@ -124,12 +126,12 @@ impl Trainer {
         let mut done = replay.run(device, &shape)?;
         if !done && replay.is_steady() {
             let step = || self.run(model, settings).map(drop);
-            let captured = replay.capture(device, shape.clone(), step);
+            replay.capture(device, &shape, step);
             let mut states = model.layer_states_mut();
             states.iter_mut().for_each(LayerState::forget_pass);
             states.iter_mut().for_each(|s| s.set_counted(false));
             drop(states);
-            done = captured.is_ok() && replay.run(device, &shape)?;
+            done = replay.run(device, &shape)?;
         }
         if !done {
             return replay.watch(|| self.run(model, settings));
@@ -224,6 +226,11 @@ impl Trainer {
         }
         let rate = settings.rate;
         Ok(Launched { sums, rate })
+    }
+
+    /// Why steps are launched one by one where a graph was to be replayed, if one could not be captured.
+    pub fn graph_refused(&self) -> Option<&Error> {
+        self.replay.as_ref().and_then(Replay::refused)
     }
 
     /// What became of a launched step.

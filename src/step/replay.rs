@@ -7,7 +7,7 @@
 
 use crate::device::graph::{self, Graph};
 use crate::device::{Device, counters, with_free_ranges};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 
 /// Sequences and tokens of each micro-batch, and where they lie.
@@ -19,6 +19,8 @@ pub struct Replay {
     /// The last step that ran by itself did nothing that a graph could not repeat.
     steady: bool,
     captured: Option<Captured>,
+    /// Why a step could not be captured, after which none is tried.
+    refused: Option<Error>,
 }
 
 struct Captured {
@@ -61,27 +63,26 @@ impl Replay {
         let before = counters::now();
         let done = step()?;
         let now = counters::now();
-        self.steady = (before.reads, before.uploads, before.allocations)
-            == (now.reads, now.uploads, now.allocations);
+        self.steady = self.refused.is_none()
+            && (before.reads, before.uploads, before.allocations)
+                == (now.reads, now.uploads, now.allocations);
         Ok(done)
     }
 
-    /// Captures a step of such micro-batches. One that cannot be captured after all ends the attempts until another was
-    /// watched.
-    ///
-    /// # Errors
-    /// Those of `step`, and that it did more than launch.
-    pub fn capture(
-        &mut self,
-        device: Device,
-        shape: Shape,
-        step: impl FnOnce() -> Result<()>,
-    ) -> Result<()> {
+    /// Captures a step of such micro-batches. If it cannot be captured after all, that is not tried again.
+    pub fn capture(&mut self, device: Device, shape: &Shape, step: impl FnOnce() -> Result<()>) {
         let free = with_free_ranges(device, BTreeMap::clone);
-        self.steady = false;
-        let graph = graph::capture(device, step)?;
-        self.steady = true;
-        self.captured = Some(Captured { graph, shape, free });
-        Ok(())
+        match graph::capture(device, step) {
+            Ok(graph) => {
+                let shape = shape.clone();
+                self.captured = Some(Captured { graph, shape, free });
+            }
+            Err(why) => (self.steady, self.refused) = (false, Some(why)),
+        }
+    }
+
+    /// Why a step could not be captured, if that happened.
+    pub fn refused(&self) -> Option<&Error> {
+        self.refused.as_ref()
     }
 }

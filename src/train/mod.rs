@@ -261,6 +261,10 @@ impl<'a> Run<'a> {
             self.save(true)?;
             self.draw()?;
         }
+        if let Some(why) = self.trainer.graph_refused() {
+            let note = format!("steps were launched one by one, not as a graph: {why}");
+            self.progress.note(&note);
+        }
         self.progress.finish();
         Ok(Summary {
             outcome,
