@@ -114,7 +114,8 @@ pub(super) fn spoil(what: &'static str) {
     });
 }
 
-/// The place of a list of the host that a launch reads: within a capture it lives as long as the graph.
+/// The place of a list of the host that a launch reads: the list's own, which must outlive the launch, and within a capture
+/// that of a copy which lives as long as the graph.
 pub(crate) fn kept<T: Clone + 'static>(list: &[T]) -> *const T {
     CAPTURE.with_borrow_mut(|capture| match capture {
         None => list.as_ptr(),

@@ -94,8 +94,12 @@ impl Memory {
         activations += index_bytes(config, tokens);
         let again = widest(&mut (0..m.layers).filter(recomputed), kept);
         let backward = widest(&mut (0..m.layers), passing);
-        let logits = LOGITS.min(LOGIT_TOKENS * m.vocab_size as u64);
-        let logits = full * logits.min(tokens * m.vocab_size as u64);
+        let logits = tokens.min(LOGIT_TOKENS) * m.vocab_size as u64;
+        let workspace = match target {
+            Target::Cpu => again + backward + full * logits.min(LOGITS),
+            // The head's logits in f32 and their gradients in bf16 are gone when the layers' backward begins.
+            Target::H200 => (again + backward).max((F32 + 2) * logits),
+        };
         let moe_layers = m.moe_layers().len() as u64;
         Memory {
             weights: parameters * full,
@@ -103,7 +107,7 @@ impl Memory {
             optimizer: 2 * parameters * if config.train.bf16_moments { 2 } else { full },
             router_state: moe_layers * full * router_numbers(config),
             activations,
-            workspace: again + backward + logits,
+            workspace,
             program: program(config, target),
         }
     }

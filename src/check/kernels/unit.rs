@@ -205,11 +205,12 @@ fn tma_load(b: routegrad_unit_box) -> MakeProblem {
                 Buffer::input("tensor", &tensor),
             ],
             launch: Box::new(move |launchers, p, stream| {
+                let boxes = [b];
                 // SAFETY: the tensor has the extents of the box's description; the result the size of the box.
                 unsafe {
                     launch!(
                         launchers,
-                        unit_tma_load(p[0].cast(), p[1].cast(), graph::kept(&[b]), stream)
+                        unit_tma_load(p[0].cast(), p[1].cast(), graph::kept(&boxes), stream)
                     )
                 }
             }),
@@ -234,11 +235,12 @@ fn tma_store(b: routegrad_unit_box) -> MakeProblem {
                 Buffer::input("box", &shared),
             ],
             launch: Box::new(move |launchers, p, stream| {
+                let boxes = [b];
                 // SAFETY: as for the load.
                 unsafe {
                     launch!(
                         launchers,
-                        unit_tma_store(p[0].cast(), p[1].cast(), graph::kept(&[b]), stream)
+                        unit_tma_store(p[0].cast(), p[1].cast(), graph::kept(&boxes), stream)
                     )
                 }
             }),
