@@ -3,9 +3,12 @@
 //! ```no_run
 //! # fn main() -> routegrad::error::Result<()> {
 //! use routegrad::{device::launchers, launch};
-//! let (mut out, mut warps, row) = ([0f32; 4], 0i32, [0f32; 4]);
+//! let (mut out, mut warps, row) = ([0f32; 4], [0i32; 1], [0f32; 4]);
 //! // SAFETY: the pointers are to host memory of the sizes given, as the simulator needs.
-//! unsafe { launch!(launchers::sim()?, unit_softmax(out.as_mut_ptr(), &mut warps, row.as_ptr(), 1, 4, std::ptr::null_mut())) }?;
+//! unsafe {
+//!     let (out, warps, row) = (out.as_mut_ptr(), warps.as_mut_ptr(), row.as_ptr());
+//!     launch!(launchers::sim()?, unit_softmax(out, warps, row, 1, 4, std::ptr::null_mut()))
+//! }?;
 //! # Ok(()) }
 //! ```
 
