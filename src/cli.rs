@@ -256,7 +256,7 @@ struct EvalArgs {
     /// Arithmetic [default: that of training]. In f32 a token whose two best experts are equal to rounding may go to either,
     /// here or in another program; f64 tells such a difference from a mistake.
     #[arg(long, value_name = "DTYPE")]
-    dtype: Option<Arithmetic>,
+    dtype: Option<Precision>,
     /// Benchmarks to score instead, with commas between them; `all` for those whose documents are there.
     #[arg(
         long,
@@ -276,22 +276,6 @@ struct EvalArgs {
     out: Option<PathBuf>,
 }
 
-/// A precision of the CPU's arithmetic.
-#[derive(Clone, Copy, ValueEnum)]
-enum Arithmetic {
-    F32,
-    F64,
-}
-
-impl From<Arithmetic> for Precision {
-    fn from(arithmetic: Arithmetic) -> Self {
-        match arithmetic {
-            Arithmetic::F32 => Precision::F32,
-            Arithmetic::F64 => Precision::F64,
-        }
-    }
-}
-
 #[derive(Args)]
 struct DumpArgs {
     /// Folder with config.json and safetensors files; or a run, or one of its checkpoints.
@@ -305,7 +289,7 @@ struct DumpArgs {
     out: PathBuf,
     /// Arithmetic.
     #[arg(long, value_name = "DTYPE", default_value = "f64")]
-    dtype: Arithmetic,
+    dtype: Precision,
     /// As a pass of training: the router's state is updated once, and written too.
     #[arg(long)]
     train: bool,

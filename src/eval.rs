@@ -72,7 +72,8 @@ pub fn load(
     }
     if let Some(precision) = precision.filter(|p| *p != state.config.train.dtype) {
         state.config.train.dtype = precision;
-        model = model.converted(&state.config)?;
+        let trained = std::mem::replace(&mut model, Model::new(&state.config)?);
+        model.take_over(&trained)?;
     }
     Ok((model, state.config))
 }

@@ -26,7 +26,6 @@ use crate::error::Result;
 use crate::ops::cross_entropy::{cross_entropy, token_losses};
 use crate::ops::linear::linear;
 use crate::routers::{self, DeviceTally, LayerState, Pass, Router};
-use crate::shape::Shape;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::with_real;
@@ -110,29 +109,34 @@ impl Model {
         })
     }
 
-    /// A model of this configuration, of the same shapes and router, with this one's weights and state: in another
-    /// precision, say.
+    /// Takes the weights, by name, and the state, by layer, of another model wherever it has them, in this one's precision.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and when a shape differs.
-    pub fn converted(&self, config: &Config) -> Result<Self> {
-        let mut other = Self::new(config)?;
-        let dtype = other.dtype();
-        let numbers =
-            |values: Vec<f64>, shape: Shape| rounded(&Tensor::from_slice(shape, &values), dtype);
-        for (to, from) in other.parameters.iter_mut().zip(&self.parameters) {
-            let value = numbers(from.value.to_f64()?, from.value.shape())?;
-            value.expect_shape("model", &to.name, to.value.shape())?;
-            to.value.set(&value);
-        }
-        let mut states = other.layer_states_mut();
-        for (to, from) in states.iter_mut().zip(self.layer_states().iter()) {
-            for (name, tensor) in from.tensors() {
-                to.restore(name, numbers(tensor.to_f64()?, tensor.shape())?)?;
+    /// When a shape differs.
+    pub fn take_over(&mut self, other: &Model) -> Result<()> {
+        let dtype = self.dtype();
+        let own = |tensor: Tensor| match tensor.dtype() == dtype {
+            true => Ok(tensor),
+            false => rounded(
+                &Tensor::from_slice(tensor.shape(), &tensor.to_f64()?),
+                dtype,
+            ),
+        };
+        for parameter in &mut self.parameters {
+            let theirs = other.parameters.iter().find(|p| p.name == parameter.name);
+            if let Some(theirs) = theirs {
+                let value = own(theirs.value.whole())?;
+                value.expect_shape("model", &parameter.name, parameter.value.shape())?;
+                parameter.value.set(&value);
             }
         }
-        drop(states);
-        Ok(other)
+        let mut states = self.layer_states_mut();
+        for (state, theirs) in states.iter_mut().zip(other.layer_states().iter()) {
+            for (name, tensor) in theirs.tensors() {
+                state.restore(name, own(tensor.clone())?)?;
+            }
+        }
+        Ok(())
     }
 
     /// The model's shapes.

@@ -6,6 +6,7 @@
 //! ranks make the same update, or refuse it for the same reason.
 
 mod replay;
+mod telling;
 
 use crate::batch::Sequences;
 use crate::config::TrainConfig;
@@ -19,6 +20,8 @@ use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
 use replay::Replay;
 use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use telling::Telling;
 
 /// What a step did.
 #[derive(Clone, Debug)]
@@ -33,6 +36,8 @@ pub struct StepReport {
     pub refused: Option<String>,
     /// Routing statistics of every MoE layer.
     pub layers: Vec<LayerStats>,
+    /// The vectors that the router keeps, as the step left them, by name and MoE layer.
+    pub router_state: BTreeMap<&'static str, Vec<Vec<f64>>>,
 }
 
 /// What changes from step to step beside the model: optimizer and gradient memory.
@@ -70,7 +75,7 @@ impl Trainer {
     /// `rate`. The loss is the mean over all of them.
     ///
     /// On a device with kernels the whole step is launched without waiting for any of it, and what
-    /// became of it is read at its end.
+    /// became of it is read when it is over.
     ///
     /// # Errors
     /// When the sequences do not fit the model, micro-batches differ in size, the ranks do not share them
@@ -85,8 +90,8 @@ impl Trainer {
         self.report(model, launched)
     }
 
-    /// The step up to its update, which on a device with kernels includes it. Gives the summed
-    /// losses where the host knows them.
+    /// The step up to its update, which on a device with kernels includes it. There the next step may be launched before
+    /// this one's [`report`](Self::report), if this one [was replayed](Launched::was_replayed).
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -104,45 +109,52 @@ impl Trainer {
         self.take_inputs(model, micro_batches)?;
         let settings = self.optimizer.settings(rate, self.clip);
         let possible = self.prepare(model, settings)?;
-        let Some(mut replay) = self.replay.take_if(|_| possible) else {
-            return self.run(model, settings);
+        let mut launched = Launched {
+            rate,
+            sums: [0.0; 3],
+            replayed: false,
+            told: None,
         };
-        let launched = self.replayed(model, settings, &mut replay);
-        self.replay = Some(replay);
-        launched
+        match self.replay.take_if(|_| possible) {
+            None => launched.sums = self.run(model)?,
+            Some(mut replay) => {
+                let replayed = self.replayed(model, &mut replay);
+                self.replay = Some(replay);
+                launched.replayed = replayed?;
+            }
+        }
+        if let Some(device) = &self.device {
+            launched.told = Some(tell(model, device)?);
+            let mut states = model.layer_states_mut();
+            states.iter_mut().for_each(LayerState::count_anew);
+        }
+        Ok(launched)
     }
 
-    /// The step by its graph, or by itself where that is not there yet or no more.
-    fn replayed(
-        &mut self,
-        model: &mut Model,
-        settings: Settings,
-        replay: &mut Replay,
-    ) -> Result<Launched> {
+    /// The step by its graph, or, answered with false, by itself where that is not there yet or no more.
+    fn replayed(&mut self, model: &mut Model, replay: &mut Replay) -> Result<bool> {
         let (device, shape) = (
             model.device(),
             self.inputs.iter().map(Inputs::places).collect(),
         );
+        for inputs in &self.inputs {
+            inputs.check(model.config().vocab_size)?;
+        }
         let mut done = replay.run(device, &shape)?;
         if !done && replay.is_steady() {
-            let step = || self.run(model, settings).map(drop);
+            let step = || self.run(model).map(drop);
             replay.capture(device, &shape, step);
             let mut states = model.layer_states_mut();
             states.iter_mut().for_each(LayerState::forget_pass);
-            states.iter_mut().for_each(|s| s.set_counted(false));
+            states.iter_mut().for_each(LayerState::count_anew);
             drop(states);
             done = replay.run(device, &shape)?;
         }
-        if !done {
-            return replay.watch(|| self.run(model, settings));
+        match done {
+            true => counters::replayed(),
+            false => drop(replay.watch(|| self.run(model))?),
         }
-        counters::replayed();
-        let mut states = model.layer_states_mut();
-        states.iter_mut().for_each(|s| s.set_counted(true));
-        Ok(Launched {
-            sums: [0.0; 3],
-            rate: settings.rate,
-        })
+        Ok(done)
     }
 
     /// Puts the micro-batches where the model reads them.
@@ -153,7 +165,6 @@ impl Trainer {
                 Some(inputs) => inputs.set(*sequences)?,
                 None => self.inputs.push(Inputs::new(*sequences, model.device())?),
             }
-            self.inputs[m].check(model.config().vocab_size)?;
         }
         Ok(())
     }
@@ -180,8 +191,9 @@ impl Trainer {
         Ok(plain && alone && !timeline::recorded() && !launchers::waits())
     }
 
-    /// Forward and backward of all micro-batches, and on a device with kernels all that follows, launched.
-    fn run(&mut self, model: &mut Model, settings: Settings) -> Result<Launched> {
+    /// Forward and backward of all micro-batches, and on a device with kernels all that follows, launched. Gives the summed
+    /// losses where the host knows them.
+    fn run(&mut self, model: &mut Model) -> Result<[f64; 3]> {
         let n = self.inputs.len();
         let (rank, ranks) = (model.dist().rank(), model.dist().size());
         let share = 1.0 / (n * ranks) as f64;
@@ -219,13 +231,12 @@ impl Trainer {
                 device.agree(flags, model.dist())?;
             }
             let (optimizer, gradients) = (&mut self.optimizer, &mut self.gradients);
-            device.update(optimizer, &mut model.parameters, gradients, flags, settings)?;
+            device.update(optimizer, &mut model.parameters, gradients, flags)?;
             // Whatever a refused step leaves pending is forgotten by the commitment.
             model.end_step()?;
             device.commit(&mut model.layer_states_mut())?;
         }
-        let rate = settings.rate;
-        Ok(Launched { sums, rate })
+        Ok(sums)
     }
 
     /// Why steps are launched one by one where a graph was to be replayed, if one could not be captured.
@@ -233,43 +244,46 @@ impl Trainer {
         self.replay.as_ref().and_then(Replay::refused)
     }
 
-    /// What became of a launched step.
+    /// What became of a launched step; steps are reported in their order.
     ///
     /// # Errors
-    /// When a sum over ranks or the update on the CPU fails.
+    /// When a sum over ranks, the update on the CPU or a kernel fails.
     pub fn report(&mut self, model: &mut Model, launched: Launched) -> Result<StepReport> {
-        let (sums, norm, refused) = match &mut self.device {
-            Some(device) => {
-                let outcome = device.outcome(&mut self.optimizer);
-                model
-                    .layer_states_mut()
-                    .iter_mut()
-                    .for_each(LayerState::begin_step);
-                (outcome.losses, outcome.norm, refusal_of(&outcome))
-            }
-            None => self.update_on_cpu(model, launched)?,
+        let mut report = match launched.told {
+            Some(told) => self.report_of(model, &told.received()?)?,
+            None => self.update_on_cpu(model, launched.sums, launched.rate)?,
         };
-        let mut states = model.layer_states_mut();
-        let layers = states
-            .iter_mut()
-            .map(|state| state.take_stats().over_ranks(model.dist()))
-            .collect::<Result<_>>()?;
-        let [cross_entropy, auxiliary, z] = sums;
+        for layer in &mut report.layers {
+            *layer = std::mem::take(layer).over_ranks(model.dist())?;
+        }
+        Ok(report)
+    }
+
+    /// What a device with kernels [told](tell).
+    fn report_of(&mut self, model: &Model, told: &[Tensor]) -> Result<StepReport> {
+        let (Some(device), [outcome, stats, vectors @ ..]) = (&mut self.device, told) else {
+            unreachable!("a device tells its outcome and statistics")
+        };
+        let outcome = device.outcome(outcome, &mut self.optimizer);
+        let states = model.layer_states();
+        let names = vectors_of(&states).map(|(name, _)| name);
         Ok(StepReport {
-            cross_entropy,
-            auxiliary,
-            z,
-            gradient_norm: norm,
-            refused,
-            layers,
+            cross_entropy: outcome.losses[0],
+            auxiliary: outcome.losses[1],
+            z: outcome.losses[2],
+            gradient_norm: outcome.norm,
+            refused: refusal_of(&outcome),
+            layers: LayerStats::of_rows(stats),
+            router_state: by_name(names.zip(vectors))?,
         })
     }
 
     fn update_on_cpu(
         &mut self,
         model: &mut Model,
-        Launched { mut sums, rate }: Launched,
-    ) -> Result<([f64; 3], f64, Option<String>)> {
+        mut sums: [f64; 3],
+        rate: f64,
+    ) -> Result<StepReport> {
         model.dist().sum(&mut sums)?;
         let norm = gradient_norm(&self.gradients, model.parameters.len())?;
         let refused = refusal(model, sums[0], norm)?;
@@ -283,20 +297,70 @@ impl Trainer {
                 .update(&mut model.parameters, &self.gradients, rate, scale)?;
             model.end_step()?;
         }
-        for state in model.layer_states_mut().iter_mut() {
+        let mut states = model.layer_states_mut();
+        for state in states.iter_mut() {
             match refused {
                 None => state.commit(),
                 Some(_) => state.discard(),
             }
         }
-        Ok((sums, norm, refused))
+        let [cross_entropy, auxiliary, z] = sums;
+        Ok(StepReport {
+            cross_entropy,
+            auxiliary,
+            z,
+            gradient_norm: norm,
+            refused,
+            layers: states.iter_mut().map(LayerState::take_stats).collect(),
+            router_state: by_name(vectors_of(&states))?,
+        })
     }
 }
 
 /// A step between its launch and its report.
 pub struct Launched {
-    sums: [f64; 3],
     rate: f64,
+    sums: [f64; 3],
+    replayed: bool,
+    /// By a device with kernels.
+    told: Option<Telling>,
+}
+
+impl Launched {
+    /// Whether the step was a graph's: the next one is too, unless something changes in between, and depends on nothing that
+    /// this one's report would tell the host.
+    pub fn was_replayed(&self) -> bool {
+        self.replayed
+    }
+}
+
+/// Begins to tell the host how a step ends: its outcome, the statistics of its layers, the vectors that the router keeps.
+fn tell(model: &Model, device: &DeviceStep) -> Result<Telling> {
+    let (states, tally) = (model.layer_states(), model.device_tally());
+    let stats = tally.as_ref().map(|tally| tally.stats().borrow());
+    let vectors = vectors_of(&states).map(|(_, vector)| vector);
+    let ends = stats.as_deref().into_iter().chain(vectors);
+    let all: Vec<_> = [device.outcome_in_place()]
+        .into_iter()
+        .chain(ends)
+        .collect();
+    Telling::begin(model.device(), &all)
+}
+
+/// The vectors that a router keeps, layer by layer.
+fn vectors_of(states: &[LayerState]) -> impl Iterator<Item = (&'static str, &Tensor)> {
+    let all = states.iter().flat_map(LayerState::tensors);
+    all.filter(|(_, tensor)| tensor.shape().len() == 1)
+}
+
+fn by_name<'t>(
+    vectors: impl Iterator<Item = (&'static str, &'t Tensor)>,
+) -> Result<BTreeMap<&'static str, Vec<Vec<f64>>>> {
+    let mut found: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for (name, tensor) in vectors {
+        found.entry(name).or_default().push(tensor.to_f64()?);
+    }
+    Ok(found)
 }
 
 /// What was not finite in a step on a device with kernels.

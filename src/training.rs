@@ -15,6 +15,7 @@ pub struct Training {
     pub model: Model,
     pub trainer: Trainer,
     corpus: Corpus,
+    /// Steps launched.
     step: u64,
 }
 
@@ -47,6 +48,7 @@ impl Training {
         let train = &self.config.train;
         let parts: Vec<_> = batch.chunks(train.micro_batch).collect();
         let rate = learning_rate(train, self.step);
+        self.step += 1;
         self.trainer.launch(&mut self.model, &parts, rate)
     }
 
@@ -55,7 +57,6 @@ impl Training {
     /// # Errors
     /// Those of a step.
     pub fn report(&mut self, launched: Launched) -> Result<StepReport> {
-        self.step += 1;
         self.trainer.report(&mut self.model, launched)
     }
 

@@ -435,6 +435,46 @@ fn the_loss_of_tiny_falls_as_on_the_cpu() {
 }
 
 #[test]
+fn a_run_that_launches_steps_before_the_last_is_reported_leaves_what_one_that_does_not_leaves() {
+    let place = common::Place::new();
+    let runs = ["true", "false"].map(|graph| {
+        let mut set = vec![
+            "--device".into(),
+            "sim".into(),
+            "--steps".into(),
+            "12".into(),
+        ];
+        for option in [
+            "router.name=lossfree",
+            "model.dense_ffn_width=48",
+            "model.head_dim=64",
+            "train.checkpoint_interval=8",
+            "train.eval_interval=10",
+            &format!("train.graph={graph}"),
+        ] {
+            set.extend(["--set".to_string(), option.to_string()]);
+        }
+        let set: Vec<&str> = set.iter().map(String::as_str).collect();
+        common::succeed(&mut place.train(graph, &set));
+        let out = place.path(graph);
+        let files = [8, 12].map(|step| {
+            let file = |name| std::fs::read(out.join(format!("checkpoints/step-{step}/{name}")));
+            ["model.safetensors", "trainer.safetensors"].map(|name| file(name).unwrap())
+        });
+        (common::metrics(&out), files)
+    });
+    let [ahead, in_turn] = runs;
+    assert_eq!(ahead.0.len(), 12);
+    assert!(
+        ahead.0[7]["router_state"]["bias"][0][0].is_f64(),
+        "{}",
+        ahead.0[7]
+    );
+    assert_eq!(ahead.0, in_turn.0);
+    assert!(ahead.1 == in_turn.1, "other bytes");
+}
+
+#[test]
 fn a_run_on_the_simulator_resumes_in_the_same_bytes_and_goes_on_on_the_cpu() {
     let place = common::Place::new();
     let end = |mut command: std::process::Command| {

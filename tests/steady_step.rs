@@ -3,18 +3,15 @@
 //!
 //! The simulator's kernels have memory of their own, so that the counters are those of a GPU.
 
-use routegrad::batch::Batch;
 use routegrad::config::{Config, Layers};
-use routegrad::data::Corpus;
 use routegrad::device::{Device, counters, take_peak};
-use routegrad::model::Model;
 use routegrad::plan::{Memory, Target};
 use routegrad::routers;
-use routegrad::step::{StepReport, Trainer};
+use routegrad::step::StepReport;
 use routegrad::tensor::Tensor;
+use routegrad::training::Training;
+use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard};
-
-const SEQUENCES: usize = 2;
 
 /// Addresses are those of the whole process: one test at a time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -40,89 +37,51 @@ const STEADY: &[&[&str]] = &[
     &["router.name=lossfree", "router.score=\"softmax\""],
 ];
 
-struct Run {
-    config: Config,
-    model: Model,
-    trainer: Trainer,
-    corpus: Corpus,
-    step: u64,
+fn training(set: &[&str]) -> Training {
+    let mut layers = Layers::preset("tiny");
+    let small = [
+        "model.sequence_length=128",
+        "model.layers=3",
+        "train.micro_batch=2",
+        "train.sequences_per_step=4",
+        "train.device=\"sim\"",
+    ];
+    layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
+    Training::new(Config::load(&layers, &routers::resolve).unwrap()).unwrap()
 }
 
-impl Run {
-    fn new(set: &[&str]) -> Self {
-        let mut layers = Layers::preset("tiny");
-        let small = [
-            "model.sequence_length=128",
-            "model.layers=3",
-            "train.micro_batch=2",
-            "train.sequences_per_step=4",
-            "train.device=\"sim\"",
-        ];
-        layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
-        let config = Config::load(&layers, &routers::resolve).unwrap();
-        let model = Model::new(&config).unwrap();
-        Run {
-            config: config.clone(),
-            trainer: Trainer::new(&config.train, &model),
-            corpus: Corpus::load(&config.data, &config.model, 0).unwrap(),
-            model,
-            step: 0,
-        }
-    }
+/// A step of two micro-batches: what it counted, its report included, and the report.
+fn counted_step(run: &mut Training) -> (counters::Counters, StepReport) {
+    counters::take();
+    let launched = run.launch().unwrap();
+    let report = run.report(launched).unwrap();
+    (counters::take(), report)
+}
 
-    fn tokens(&self) -> Batch {
-        let n = 2 * SEQUENCES as u64;
-        self.corpus.sequences(self.step * n..(self.step + 1) * n)
-    }
-
-    /// A step of two micro-batches: what it counted up to its report, and what was refused.
-    fn step(&mut self) -> (counters::Counters, Option<String>) {
-        let (counted, report) = self.reported_step();
-        (counted, report.refused)
-    }
-
-    fn reported_step(&mut self) -> (counters::Counters, StepReport) {
-        let tokens = self.tokens();
-        let parts: Vec<_> = tokens.chunks(SEQUENCES).collect();
-        counters::take();
-        let launched = self
-            .trainer
-            .launch(&mut self.model, &parts, 1e-3 / (self.step + 1) as f64)
-            .unwrap();
-        let counted = counters::take();
-        let report = self.trainer.report(&mut self.model, launched).unwrap();
-        self.step += 1;
-        (counted, report)
-    }
-
-    /// Weights, moments and router state.
-    fn state(&self) -> Vec<Vec<f64>> {
-        let weights = self
-            .model
-            .parameters
-            .iter()
-            .map(|p| p.value.to_f64().unwrap());
-        let moments = self.trainer.optimizer.moments().iter();
-        let moments = moments.flat_map(|m| [m.first.to_f64().unwrap(), m.second.to_f64().unwrap()]);
-        let states = self.model.layer_states();
-        let states = states.iter().flat_map(|s| {
-            s.tensors()
-                .map(|(_, t)| t.to_f64().unwrap())
-                .collect::<Vec<_>>()
-        });
-        weights.chain(moments).chain(states).collect()
-    }
+/// Weights, moments and router state, as the host reads them.
+fn bits(run: &Training) -> Vec<u64> {
+    let numbers = |t: &Tensor| t.to_f64().unwrap();
+    let weights = run.model.parameters.iter();
+    let weights = weights.map(|p| p.value.to_f64().unwrap());
+    let moments = run.trainer.optimizer.moments().iter();
+    let moments = moments.flat_map(|m| [numbers(&m.first), numbers(&m.second)]);
+    let states = run.model.layer_states();
+    let states = states
+        .iter()
+        .flat_map(|s| s.tensors().map(|(_, t)| numbers(t)).collect::<Vec<_>>());
+    let all = weights.chain(moments).chain(states);
+    all.flatten().map(f64::to_bits).collect()
 }
 
 #[test]
 fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
     let _alone = alone();
     for set in STEADY {
-        let mut run = Run::new(&[&["train.graph=false"], *set].concat());
+        let mut run = training(&[&["train.graph=false"], *set].concat());
         for _ in 0..2 {
-            assert_eq!(run.step().1, None, "{set:?}");
+            assert_eq!(counted_step(&mut run).1.refused, None, "{set:?}");
         }
-        let [third, fourth] = [run.step().0, run.step().0];
+        let [third, fourth] = [counted_step(&mut run).0, counted_step(&mut run).0];
         println!("{set:?}: {fourth:?}");
         assert!(third.launches > 100, "{set:?}");
         assert_eq!((third.reads, third.allocations), (0, 0), "{set:?}");
@@ -139,7 +98,7 @@ fn a_replayed_step_does_what_the_step_itself_does() {
     for set in STEADY {
         let mut runs = ["true", "false"].map(|on| {
             let graph = format!("train.graph={on}");
-            Run::new(&[&[graph.as_str()], *set].concat())
+            training(&[&[graph.as_str()], *set].concat())
         });
         let mut replays = 0;
         for step in 0..9 {
@@ -147,7 +106,7 @@ fn a_replayed_step_does_what_the_step_itself_does() {
                 match step {
                     // The host reads what kernels write, and takes memory of its own.
                     5 => {
-                        let tokens = run.tokens();
+                        let tokens = run.sequences();
                         run.model.token_losses(tokens.all()).unwrap();
                         run.model.layer_states_mut().iter_mut().for_each(|s| {
                             s.take_stats();
@@ -166,8 +125,8 @@ fn a_replayed_step_does_what_the_step_itself_does() {
                     }
                     _ => (),
                 }
-                let (counted, report) = run.reported_step();
-                (counted, format!("{report:?}"), bits(&run.state()))
+                let (counted, report) = counted_step(run);
+                (counted, format!("{report:?}"), bits(run))
             });
             assert_eq!(replayed.1, itself.1, "{set:?}: report of step {step}");
             assert!(replayed.2 == itself.2, "{set:?}: state after step {step}");
@@ -182,11 +141,39 @@ fn a_replayed_step_does_what_the_step_itself_does() {
 }
 
 #[test]
+fn a_step_launched_before_the_last_one_is_reported_is_the_same_step() {
+    let _alone = alone();
+    const STEPS: usize = 9;
+    for set in [STEADY[2], STEADY[4]] {
+        let [mut ahead, mut in_turn] = [training(set), training(set)];
+        let mut under_way = VecDeque::new();
+        let (mut launched, mut early) = (0, 0);
+        for step in 0..STEPS {
+            while launched <= step {
+                under_way.push_back(ahead.launch().unwrap());
+                launched += 1;
+            }
+            if under_way[0].was_replayed() && launched < STEPS {
+                under_way.push_back(ahead.launch().unwrap());
+                launched += 1;
+                early += 1;
+            }
+            let this = under_way.pop_front().unwrap();
+            let reports = [ahead.report(this).unwrap(), in_turn.step().unwrap()];
+            let [found, expected] = reports.map(|report| format!("{report:?}"));
+            assert_eq!(found, expected, "{set:?}: report of step {step}");
+        }
+        assert!(early >= 5, "{set:?}: {early} steps");
+        assert!(bits(&ahead) == bits(&in_turn), "{set:?}: state");
+    }
+}
+
+#[test]
 fn a_router_that_draws_anew_each_step_waits_for_nothing_and_is_not_replayed() {
     let _alone = alone();
-    let mut run = Run::new(&["router.name=sparsemixer", "model.top_k=2"]);
+    let mut run = training(&["router.name=sparsemixer", "model.top_k=2"]);
     for step in 0..5 {
-        let counted = run.step().0;
+        let counted = counted_step(&mut run).0;
         assert_eq!((counted.replays, counted.reads), (0, 0), "step {step}");
         assert!(step < 2 || counted.allocations == 0, "step {step}");
     }
@@ -195,8 +182,10 @@ fn a_router_that_draws_anew_each_step_waits_for_nothing_and_is_not_replayed() {
 #[test]
 fn a_router_whose_choices_the_host_counts_is_not_replayed() {
     let _alone = alone();
-    let mut run = Run::new(&["router.name=remoe"]);
-    let replays = (0..5).map(|_| run.step().0.replays).sum::<u64>();
+    let mut run = training(&["router.name=remoe"]);
+    let replays = (0..5)
+        .map(|_| counted_step(&mut run).0.replays)
+        .sum::<u64>();
     assert_eq!(replays, 0);
 }
 
@@ -204,12 +193,12 @@ fn a_router_whose_choices_the_host_counts_is_not_replayed() {
 fn a_step_that_is_not_finite_leaves_weights_moments_and_state_as_they_were() {
     let _alone = alone();
     for router in ["topk", "default", "lossfree"] {
-        let mut run = Run::new(&[&format!("router.name={router}")]);
+        let mut run = training(&[&format!("router.name={router}")]);
         for _ in 0..2 {
-            assert_eq!(run.step().1, None, "{router}");
+            assert_eq!(counted_step(&mut run).1.refused, None, "{router}");
         }
         // The embedding of a byte that the next step reads.
-        let tokens = run.tokens();
+        let tokens = run.sequences();
         let (width, byte) = (
             run.model.config().hidden,
             tokens.tokens[tokens.tokens.len() / 2 + 5] as usize,
@@ -217,29 +206,25 @@ fn a_step_that_is_not_finite_leaves_weights_moments_and_state_as_they_were() {
         let kept = run.model.parameters[0].value.clone();
         let embedding = &mut run.model.parameters[0].value;
         embedding.change(|w| w.slice_mut::<f32>()[byte * width] = f32::NAN);
-        let before = bits(&run.state());
-        let (_, refused) = run.step();
+        let before = bits(&run);
+        let refused = counted_step(&mut run).1.refused;
         let refused = refused.expect("a step with a NaN was accepted");
         assert!(
             refused.starts_with("router logits of MoE layer 0, token "),
             "{refused}"
         );
         assert_eq!(run.trainer.optimizer.steps(), 2, "{router}");
-        assert!(bits(&run.state()) == before, "{router}: something changed");
+        assert!(bits(&run) == before, "{router}: something changed");
         run.model.parameters[0].value = kept;
-        assert_eq!(run.step().1, None, "{router}");
-        assert!(bits(&run.state()) != before, "{router}: nothing changed");
+        assert_eq!(counted_step(&mut run).1.refused, None, "{router}");
+        assert!(bits(&run) != before, "{router}: nothing changed");
     }
-}
-
-fn bits(numbers: &[Vec<f64>]) -> Vec<u64> {
-    numbers.iter().flatten().map(|x| x.to_bits()).collect()
 }
 
 #[test]
 fn the_device_is_that_of_the_counters() {
     let _alone = alone();
-    assert_eq!(Run::new(&[]).model.device(), Device::Sim);
+    assert_eq!(training(&[]).model.device(), Device::Sim);
 }
 
 #[test]
@@ -256,9 +241,9 @@ fn the_planned_memory_is_what_a_step_takes() {
     ] {
         take_peak(Device::Sim);
         let begun = take_peak(Device::Sim);
-        let mut run = Run::new(set);
-        run.step();
-        run.step();
+        let mut run = training(set);
+        counted_step(&mut run);
+        counted_step(&mut run);
         let found = take_peak(Device::Sim) - begun;
         let planned = Memory::of(&run.config, Target::H200);
         let ratio = planned.total() as f64 / found as f64;

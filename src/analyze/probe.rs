@@ -67,21 +67,7 @@ impl Watched {
         };
         let mut model = Model::with_router(&config, Box::new(probe), Box::new(SingleRank))?;
         first_slot.set(model.parameters.len());
-        for parameter in &mut model.parameters {
-            let own = source.parameters.iter().find(|p| p.name == parameter.name);
-            if let Some(own) = own {
-                parameter.value.set(&own.value.whole());
-            }
-        }
-        for (state, own) in model
-            .layer_states_mut()
-            .iter_mut()
-            .zip(source.layer_states().iter())
-        {
-            for (name, tensor) in own.tensors() {
-                state.restore(name, tensor.clone())?;
-            }
-        }
+        model.take_over(source)?;
         Ok(Watched { model, record })
     }
 

@@ -163,7 +163,7 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
         return eval_tasks(args, &found, folder);
     }
     let measure = |default_vectors: bool| {
-        let (model, config) = eval::load(&found, default_vectors, args.dtype.map(Into::into))?;
+        let (model, config) = eval::load(&found, default_vectors, args.dtype)?;
         eval::run(&model, config, args.data.as_deref(), args.sequences)
     };
     if args.compare_default_vectors {
@@ -197,7 +197,7 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
 fn eval_tasks(args: &EvalArgs, found: &Checkpoint, folder: &Path) -> Result<()> {
     let benchmarks = tasks::read(&tasks::choose(&args.tasks, folder)?, folder, args.limit)?;
     let score = |default_vectors: bool, out: Option<&Path>| {
-        let (model, config) = eval::load(found, default_vectors, args.dtype.map(Into::into))?;
+        let (model, config) = eval::load(found, default_vectors, args.dtype)?;
         let tokenizer = checkpoint::load_tokenizer(found, &config.data)?;
         let options = tasks::Options {
             tokens: config.train.micro_batch * config.model.sequence_length,
@@ -221,7 +221,7 @@ pub(super) fn dump_command(args: &DumpArgs) -> Result<()> {
     let options = exchange::Options {
         model: args.model.clone(),
         tokens: args.tokens.clone(),
-        dtype: args.dtype.into(),
+        dtype: args.dtype,
         train: args.train,
     };
     for line in exchange::dump(&options, &args.out)? {

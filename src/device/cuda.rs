@@ -4,6 +4,7 @@
 //! stream, and cudarc's event tracking is off, since it would break graph capture.
 
 use super::launchers::{self, Launchers};
+use super::pinned::{Landing, Landings, Staging};
 use super::{counters, timeline};
 use crate::error::{Error, Result};
 use cudarc::driver::result;
@@ -19,6 +20,7 @@ pub struct Gpu {
     stream: Arc<CudaStream>,
     launchers: &'static Launchers,
     staging: Mutex<Staging>,
+    landings: Landings,
     /// As the driver names it, such as "NVIDIA H200".
     pub name: String,
     /// Version of CUDA that the driver speaks, as (13, 0).
@@ -86,6 +88,7 @@ impl Gpu {
             stream,
             launchers,
             staging: Mutex::new(Staging::new().map_err(|e| failed("pin memory of the host", e))?),
+            landings: Landings::default(),
             name,
             driver,
         })
@@ -201,6 +204,35 @@ impl Gpu {
         self.finish()
     }
 
+    /// Begins to copy ranges, by address and bytes, to the host, behind the launches so far.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn send(&self, ranges: &[(usize, usize)]) -> Result<Landing> {
+        let stream = self.stream()?;
+        let bytes = ranges.iter().map(|(_, bytes)| bytes).sum();
+        let mut landing = self.landings.take(bytes)?;
+        let mut to = landing.bytes_mut();
+        for &(from, count) in ranges {
+            let (part, rest) = to.split_at_mut(count);
+            timeline::copied(true, count);
+            // SAFETY: the caller owns the range, and the landing is neither read nor given back before its mark.
+            unsafe { result::memcpy_dtoh_async(part, from as u64, stream) }
+                .map_err(|e| error("copy from the GPU", e))?;
+            to = rest;
+        }
+        Ok(landing.over_at(self.mark()?))
+    }
+
+    /// Gives what was sent, when it is there; launches behind it need not be over.
+    ///
+    /// # Errors
+    /// What a launch before it met.
+    pub fn receive(&self, landing: Landing) -> Result<Vec<u8>> {
+        self.stream()?;
+        self.landings.receive(landing)
+    }
+
     /// Sets `count` bytes, behind the launches so far.
     ///
     /// # Errors
@@ -272,65 +304,6 @@ impl Gpu {
     /// When the driver refuses.
     pub fn replay(&self, graph: &CudaGraph) -> Result<()> {
         graph.launch().map_err(|e| error("launch a graph", e))
-    }
-}
-
-/// Pinned memory of the host that small copies go through, so that none of them has to wait: two halves, each filled from
-/// its start while the copies out of the other are under way.
-struct Staging {
-    halves: [*mut u8; 2],
-    /// Behind the last copy out of each half.
-    left: [Option<CudaEvent>; 2],
-    current: usize,
-    at: usize,
-}
-
-// SAFETY: the memory belongs to the struct, and a mutex guards it.
-unsafe impl Send for Staging {}
-
-impl Staging {
-    const HALF: usize = 8 << 20;
-
-    fn new() -> Result<Self, DriverError> {
-        // SAFETY: the memory lives as long as the process.
-        let half = || unsafe { result::malloc_host(Self::HALF, 0) }.map(|p| p.cast());
-        Ok(Staging {
-            halves: [half()?, half()?],
-            left: [None, None],
-            current: 0,
-            at: 0,
-        })
-    }
-
-    /// A copy of `bytes` in pinned memory, where they fit; `mark` records a point behind the copies so far.
-    fn stage(
-        &mut self,
-        bytes: &[u8],
-        mark: impl Fn() -> Result<CudaEvent>,
-    ) -> Result<Option<&'static [u8]>> {
-        if bytes.len() > Self::HALF {
-            return Ok(None);
-        }
-        if self.at + bytes.len() > Self::HALF {
-            self.left[self.current] = Some(mark()?);
-            self.current = 1 - self.current;
-            self.at = 0;
-            if let Some(left) = self.left[self.current].take() {
-                if !left.is_complete() {
-                    counters::waited();
-                }
-                left.synchronize()
-                    .map_err(|e| error("wait for its copies", e))?;
-            }
-        }
-        // SAFETY: the range lies inside the half, and no copy reads it any more.
-        let staged = unsafe {
-            let to = self.halves[self.current].add(self.at);
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
-            std::slice::from_raw_parts(to, bytes.len())
-        };
-        self.at += bytes.len();
-        Ok(Some(staged))
     }
 }
 

@@ -3,7 +3,7 @@
 //! A replay repeats addresses and numbers as they were. So nothing may be copied between host and device within a capture:
 //! what changes from one replay to the next is written to device memory before it.
 
-use super::{Device, counters};
+use super::Device;
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::cell::RefCell;
@@ -26,7 +26,6 @@ thread_local! {
 /// What [`capture`] recorded.
 pub struct Graph {
     work: Work,
-    launches: u64,
     /// Lists of the host that launches read.
     _kept: Vec<Box<dyn Any>>,
 }
@@ -43,7 +42,6 @@ enum Work {
 /// What `body` answered, or that it copied between host and device.
 pub fn capture(device: Device, body: impl FnOnce() -> Result<()>) -> Result<Graph> {
     CAPTURE.set(Some(Capture::default()));
-    let before = counters::now().launches;
     let work = match device {
         Device::Sim => body().map(|()| Work::Simulator(Vec::new())),
         #[cfg(feature = "cuda")]
@@ -67,7 +65,6 @@ pub fn capture(device: Device, body: impl FnOnce() -> Result<()>) -> Result<Grap
     }
     Ok(Graph {
         work,
-        launches: counters::now().launches - before,
         _kept: found.kept,
     })
 }
@@ -83,11 +80,6 @@ impl Graph {
             #[cfg(feature = "cuda")]
             Work::Gpu(graph) => super::cuda::gpu()?.replay(graph),
         }
-    }
-
-    /// Launches in it.
-    pub fn launches(&self) -> u64 {
-        self.launches
     }
 }
 

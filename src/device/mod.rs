@@ -15,11 +15,13 @@ pub mod cuda;
 pub mod graph;
 pub mod launchers;
 mod memory;
+#[cfg(feature = "cuda")]
+mod pinned;
 mod side;
 pub mod timeline;
 
 pub use memory::{Memory, rounded_bytes};
-pub use side::{reserve, take_peak, with_free_ranges};
+pub use side::{Sent, reserve, send, take_peak, with_free_ranges};
 
 use crate::error::{Error, Result};
 use launchers::Launchers;

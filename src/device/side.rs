@@ -102,6 +102,40 @@ trait Copies {
     fn read(&self, from: usize, bytes: &mut [u8]) -> Result<()>;
     fn fill(&self, to: usize, byte: u8, count: usize) -> Result<()>;
     fn copy(&self, to: usize, from: usize, count: usize) -> Result<()>;
+    fn send(&self, ranges: &[(usize, usize)]) -> Result<Sent>;
+}
+
+/// A copy of device memory on its way to the host.
+pub enum Sent {
+    Arrived(Vec<u8>),
+    #[cfg(feature = "cuda")]
+    UnderWay(super::pinned::Landing),
+}
+
+/// Begins to copy ranges of a device's blocks, by address and bytes, to the host, behind the launches so far.
+///
+/// # Errors
+/// When the device failed.
+///
+/// # Panics
+/// Within a capture, where nothing is there to be read.
+pub fn send(device: Device, ranges: &[(usize, usize)]) -> Result<Sent> {
+    assert!(!graph::capturing(), "a copy to the host within a capture");
+    copies(device)?.send(ranges)
+}
+
+impl Sent {
+    /// The bytes of the ranges one after another, when they are there; launches behind them need not be over.
+    ///
+    /// # Errors
+    /// What a launch before them met.
+    pub fn receive(self) -> Result<Vec<u8>> {
+        match self {
+            Sent::Arrived(bytes) => Ok(bytes),
+            #[cfg(feature = "cuda")]
+            Sent::UnderWay(landing) => super::cuda::gpu()?.receive(landing),
+        }
+    }
 }
 
 fn copies(device: Device) -> Result<&'static dyn Copies> {
@@ -117,7 +151,7 @@ fn copies(device: Device) -> Result<&'static dyn Copies> {
 /// No launch runs when a launcher has returned, so everything is done at once.
 struct Simulator;
 
-// SAFETY of all four: blocks have the bytes that Block checks, and two blocks do not overlap.
+// SAFETY of all: blocks have the bytes that Block checks, and two blocks do not overlap.
 impl Copies for Simulator {
     fn write(&self, to: usize, bytes: &[u8]) -> Result<()> {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to as *mut u8, bytes.len()) };
@@ -146,6 +180,15 @@ impl Copies for Simulator {
         };
         now_or_recorded(copy)
     }
+
+    fn send(&self, ranges: &[(usize, usize)]) -> Result<Sent> {
+        let bytes = |&(from, count): &(usize, usize)| unsafe {
+            std::slice::from_raw_parts(from as *const u8, count)
+        };
+        Ok(Sent::Arrived(
+            ranges.iter().flat_map(bytes).copied().collect(),
+        ))
+    }
 }
 
 fn now_or_recorded(operation: impl Fn() -> Result<()> + 'static) -> Result<()> {
@@ -172,6 +215,10 @@ impl Copies for super::cuda::Gpu {
 
     fn copy(&self, to: usize, from: usize, count: usize) -> Result<()> {
         self.copy(to, from, count)
+    }
+
+    fn send(&self, ranges: &[(usize, usize)]) -> Result<Sent> {
+        self.send(ranges).map(Sent::UnderWay)
     }
 }
 

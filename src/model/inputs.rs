@@ -3,6 +3,7 @@
 use super::rows::Rows;
 use crate::batch::Sequences;
 use crate::device::Device;
+use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::tokens;
 use crate::tensor::Tensor;
@@ -22,15 +23,15 @@ impl Inputs {
     /// # Errors
     /// When they are no sequences.
     pub fn new(sequences: Sequences, device: Device) -> Result<Self> {
-        let tokens = sequences.count * sequences.length()?;
-        let empty = || Tensor::unspecified(device, crate::dtype::DType::I32, [tokens]);
+        let length = sequences.length()?;
+        let empty = || Tensor::unspecified(device, DType::I32, [sequences.count * length]);
         let mut inputs = Inputs {
             device,
             ids: empty(),
             targets: empty(),
             rows: Rows::new(sequences, device),
         };
-        inputs.set(sequences)?;
+        inputs.fill(sequences.tokens, length);
         Ok(inputs)
     }
 
@@ -42,16 +43,20 @@ impl Inputs {
         let length = sequences.length()?;
         if self.ids.elements() != sequences.count * length || !self.rows.set(sequences) {
             *self = Inputs::new(sequences, self.device)?;
-            return Ok(());
+        } else {
+            self.fill(sequences.tokens, length);
         }
-        let rows = sequences.tokens.chunks(length + 1);
+        Ok(())
+    }
+
+    fn fill(&mut self, tokens: &[i32], length: usize) {
+        let rows = tokens.chunks(length + 1);
         let ids = self.ids.slice_mut::<i32>().chunks_mut(length);
         let targets = self.targets.slice_mut::<i32>().chunks_mut(length);
         for ((row, ids), targets) in rows.zip(ids).zip(targets) {
             ids.copy_from_slice(&row[..length]);
             targets.copy_from_slice(&row[1..]);
         }
-        Ok(())
     }
 
     /// Tokens that are read, and as many that are predicted.

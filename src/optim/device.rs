@@ -145,7 +145,7 @@ impl DeviceStep {
         self.states.set(&state_rows(states))
     }
 
-    /// Decides on the step, and updates the parameters if it is accepted.
+    /// Decides on the step that was [prepared](Self::prepare), and updates the parameters if it is accepted.
     ///
     /// # Errors
     /// When a gradient is not f32, or a kernel fails.
@@ -155,12 +155,10 @@ impl DeviceStep {
         parameters: &mut [Parameter],
         gradients: &mut Gradients,
         flags: Option<&RefCell<Tensor>>,
-        settings: Settings,
     ) -> Result<()> {
         let launchers = self.device.launchers()?;
         self.parameters
             .set(&rows(optimizer, parameters, gradients)?);
-        self.settings.set(&[settings]);
         let flags = flags.map(RefCell::borrow);
         let layers = flags.as_ref().map_or(0, |f| f.shape()[0]);
         let blocks = self.block_parameter.elements() as i64;
@@ -229,9 +227,14 @@ impl DeviceStep {
         }
     }
 
-    /// What became of the step; waits for it, and tells the optimizer.
-    pub fn outcome(&mut self, optimizer: &mut AdamW) -> Outcome {
-        let bytes = self.outcome.bytes();
+    /// What becomes of the step, in device memory.
+    pub fn outcome_in_place(&self) -> &Tensor {
+        &self.outcome
+    }
+
+    /// What became of a step, from a copy of its outcome; tells the optimizer.
+    pub fn outcome(&mut self, copy: &Tensor, optimizer: &mut AdamW) -> Outcome {
+        let bytes = copy.bytes();
         assert_eq!(bytes.len(), size_of::<Outcome>());
         // SAFETY: plain numbers, which may have any bits, and as many bytes.
         let outcome: Outcome = unsafe { bytes.as_ptr().cast::<Outcome>().read_unaligned() };

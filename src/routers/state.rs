@@ -68,6 +68,24 @@ pub struct LayerStats {
 }
 
 impl LayerStats {
+    /// Of a row `[E + 2]` that `kernels/layer_tally.cu` counted: tokens per expert, tokens, entropy.
+    pub(crate) fn of_row(row: &[f64]) -> Self {
+        let [counts @ .., tokens, entropy] = row else {
+            unreachable!("a row has two numbers behind the experts'")
+        };
+        LayerStats {
+            tokens: *tokens,
+            counts: counts.to_vec(),
+            entropy: *entropy,
+        }
+    }
+
+    /// Of the rows of all layers.
+    pub(crate) fn of_rows(rows: &Tensor) -> Vec<Self> {
+        let rows = rows.slice::<f64>().chunks(rows.shape().width());
+        rows.map(Self::of_row).collect()
+    }
+
     /// Adds those of the other ranks.
     ///
     /// # Errors
@@ -152,23 +170,18 @@ impl LayerState {
     /// Makes the pending state the state; begins a new step.
     pub fn commit(&mut self) {
         self.committed = self.pending.clone();
-        self.begin_step();
+        self.tally.begin_step();
     }
 
     /// Forgets the pending state; begins a new step.
     pub fn discard(&mut self) {
         self.pending = self.committed.clone();
-        self.begin_step();
-    }
-
-    /// Begins a new step where kernels did what [`commit`](Self::commit) or [`discard`](Self::discard) do.
-    pub(crate) fn begin_step(&mut self) {
         self.tally.begin_step();
     }
 
-    /// Notes whether a training step, that the host did not follow, was counted.
-    pub(crate) fn set_counted(&mut self, counted: bool) {
-        self.tally.set_counted(counted);
+    /// Lets the next count of kernels begin all sums anew.
+    pub(crate) fn count_anew(&mut self) {
+        self.tally.count_anew();
     }
 
     /// Whether the next training step depends on nothing that the host would have to follow: choices are neither recorded

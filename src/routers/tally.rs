@@ -102,6 +102,11 @@ impl DeviceTally {
         }
     }
 
+    /// The statistics of all layers, as [`LayerStats::of_rows`] reads them.
+    pub fn stats(&self) -> &RefCell<Tensor> {
+        &self.stats
+    }
+
     /// The flags of all layers, for the kernel that decides on a step.
     pub fn flags(&self) -> &RefCell<Tensor> {
         &self.flags
@@ -244,12 +249,12 @@ impl Tally {
         }
     }
 
-    /// Notes that kernels counted a whole training step anew, or did not after all.
-    pub fn set_counted(&mut self, counted: bool) {
+    /// Lets the next count of kernels begin all sums anew.
+    pub fn count_anew(&mut self) {
         if let Tally::Device { fresh, .. } = self {
             *fresh = Fresh {
-                stats: !counted,
-                step: !counted,
+                stats: true,
+                step: true,
             };
         }
     }
@@ -261,14 +266,7 @@ impl Tally {
             Tally::Device { fresh, .. } if fresh.stats => LayerStats::default(),
             Tally::Device { sums, layer, fresh } => {
                 fresh.stats = true;
-                let mut counts = DeviceTally::row(&sums.stats, *layer);
-                let entropy = counts.pop().unwrap_or_default();
-                let tokens = counts.pop().unwrap_or_default();
-                LayerStats {
-                    tokens,
-                    counts,
-                    entropy,
-                }
+                LayerStats::of_row(&DeviceTally::row(&sums.stats, *layer))
             }
         }
     }

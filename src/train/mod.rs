@@ -4,11 +4,13 @@
 //! interrupted and resumed ends in the same bytes as one that was not.
 
 mod benchmarks;
+mod due;
 mod memory;
 mod progress;
 mod saving;
 mod schedule;
 mod start;
+mod steps;
 
 pub use memory::{available as available_memory, least as least_memory};
 pub use schedule::learning_rate;
@@ -19,26 +21,26 @@ use crate::checkpoint::{self, TrainerState};
 use crate::config::{Config, count};
 use crate::data::tokenizer::BYTES;
 use crate::data::{Ahead, Corpus, Counts};
-use crate::device::timeline::{self, Timeline};
+use crate::device::timeline::Timeline;
 use crate::error::{Error, Result};
 use crate::eval::validation_loss;
 use crate::events::Events;
 use crate::files::replace;
-use crate::metrics::{Log, Record};
+use crate::metrics::Log;
 use crate::model::Model;
 use crate::plots;
-use crate::routers::LayerStats;
 use crate::step::{StepReport, Trainer};
 use crate::version;
 use benchmarks::Benchmarks;
+use due::Due;
 use progress::Progress;
 use saving::Saving;
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
+use steps::UnderWay;
 
 /// The resolved configuration in a run's folder.
 pub const CONFIG_FILE: &str = "config.toml";
@@ -100,6 +102,11 @@ struct Run<'a> {
     ahead: Ahead<Batch>,
     model: Model,
     trainer: Trainer,
+    /// The next step, where it was launched before the one at hand was reported.
+    under_way: Option<UnderWay>,
+    /// When a step was last reported.
+    reported: Instant,
+    /// After the last step that was reported.
     state: TrainerState,
     log: Log,
     events: Events,
@@ -148,6 +155,8 @@ impl<'a> Run<'a> {
             corpus,
             model,
             trainer,
+            under_way: None,
+            reported: Instant::now(),
             state,
             log,
             events,
@@ -207,38 +216,25 @@ impl<'a> Run<'a> {
         let mut by_source = Vec::new();
         let mut outcome = Outcome::Finished;
         while self.state.step < train.steps {
-            if stop.load(Ordering::SeqCst) {
+            let stopping = stop.load(Ordering::SeqCst);
+            if stopping && self.under_way.is_none() {
                 outcome = Outcome::Stopped;
                 break;
             }
             // A save that failed meanwhile ends the run here.
             let (saved, said) = self.saving.ended()?;
             said.iter().for_each(|said| self.progress.note(said));
-            let begun = Instant::now();
-            let rate = learning_rate(&train, self.state.step);
-            let recorded = self.options.timeline && self.state.step + 1 == train.steps;
-            if recorded {
-                timeline::start()?;
-            }
-            let report = self.step(rate)?;
-            let seconds = begun.elapsed().as_secs_f64();
-            // It waits for the GPU, so only where it is asked for.
-            if recorded && let Some(timeline) = timeline::finish()? {
-                self.keep_timeline(&timeline)?;
-            }
-            let step = self.state.step;
-            let last = step == train.steps;
-            let evaluate = last || step % train.eval_interval == 0;
-            if evaluate {
+            let (report, mut record) = self.step(stopping)?;
+            let due = Due::after(record.step, &train);
+            if due.evaluate {
                 let (most, batch) = (train.eval_sequences, train.micro_batch);
                 let found = validation_loss(&self.model, &self.corpus, most, batch)?;
                 validation = Some(found.loss).filter(|l| l.is_finite());
+                record.validation_loss = validation;
                 by_source = found.sources;
             }
-            let score = train.tasks_interval > 0 && (last || step % train.tasks_interval == 0);
-            let mut record = self.record(&report, rate, seconds, validation.filter(|_| evaluate));
             record.saved = saved;
-            if let Some(benchmarks) = self.benchmarks.as_ref().filter(|_| score) {
+            if let Some(benchmarks) = self.benchmarks.as_ref().filter(|_| due.score) {
                 record.tasks = benchmarks.score(&self.model, &self.state, &self.progress)?;
             }
             let finite = by_source.drain(..).filter(|(_, r)| r.loss.is_finite());
@@ -249,11 +245,9 @@ impl<'a> Run<'a> {
             self.check_finite(&report)?;
             // Pictures come first: where there is a checkpoint, they are those of its step. One that
             // cannot be written must not cost the checkpoint.
-            let analyze =
-                train.analyze_interval > 0 && (last || step % train.analyze_interval == 0);
-            let shown = self.show(evaluate || score, analyze);
-            if last || step % train.checkpoint_interval == 0 {
-                self.save(last)?;
+            let shown = self.show(due.evaluate || due.score, due.analyze);
+            if due.save {
+                self.save(record.step == train.steps)?;
             }
             shown?;
         }
@@ -271,74 +265,6 @@ impl<'a> Run<'a> {
             step: self.state.step,
             validation_loss: validation,
         })
-    }
-
-    /// One optimizer step over the next sequences.
-    fn step(&mut self, rate: f64) -> Result<StepReport> {
-        let train = &self.state.config.train;
-        let batch = self.ahead.take(self.state.step);
-        let micro_batches: Vec<_> = batch.chunks(train.micro_batch).collect();
-        let report = self.trainer.step(&mut self.model, &micro_batches, rate)?;
-        self.state.step += 1;
-        self.state.optimizer_steps = self.trainer.optimizer.steps();
-        self.state.skipped_in_a_row = match report.refused {
-            None => 0,
-            Some(_) => self.state.skipped_in_a_row + 1,
-        };
-        Ok(report)
-    }
-
-    fn record(
-        &self,
-        report: &StepReport,
-        learning_rate: f64,
-        seconds: f64,
-        validation_loss: Option<f64>,
-    ) -> Record {
-        let config = &self.state.config;
-        let per_step = config.train.sequences_per_step * config.model.sequence_length;
-        let finite = |x: f64| Some(x).filter(|x| x.is_finite());
-        Record {
-            step: self.state.step,
-            tokens: self.state.step * per_step as u64,
-            loss: finite(report.cross_entropy),
-            auxiliary_loss: finite(report.auxiliary),
-            z_loss: finite(report.z),
-            gradient_norm: finite(report.gradient_norm),
-            learning_rate,
-            applied: report.refused.is_none(),
-            load: report
-                .layers
-                .iter()
-                .map(|l| l.counts.iter().map(|c| *c as u64).collect())
-                .collect(),
-            router_entropy: report
-                .layers
-                .iter()
-                .map(|l| finite(l.entropy / l.tokens))
-                .collect(),
-            sparsity: sparsity(&report.layers),
-            router_state: self.router_state(),
-            validation_loss,
-            tasks: BTreeMap::new(),
-            validation_by_source: BTreeMap::new(),
-            seconds,
-            tokens_per_second: per_step as f64 / seconds,
-            saved: Vec::new(),
-        }
-    }
-
-    /// The router's vectors, by name and MoE layer.
-    fn router_state(&self) -> BTreeMap<String, Vec<Vec<f64>>> {
-        let mut found: BTreeMap<String, Vec<Vec<f64>>> = BTreeMap::new();
-        for state in self.model.layer_states().iter() {
-            for (name, tensor) in state.tensors().filter(|(_, t)| t.shape().len() == 1) {
-                // State is real: the model rounded it to its own dtype.
-                let values = tensor.to_f64().unwrap_or_default();
-                found.entry(name.into()).or_default().push(values);
-            }
-        }
-        found
     }
 
     /// Notes a step that was left out; stops after too many in a row.
@@ -426,16 +352,6 @@ fn read_ahead(corpus: &Arc<Corpus>, state: &TrainerState) -> Result<Ahead<Batch>
     let batch = train.sequences_per_step as u64;
     let read = move |step: u64| corpus.sequences(step * batch..(step + 1) * batch);
     Ahead::new(state.step..train.steps, read)
-}
-
-/// The mean over layers of the share of (token, expert) pairs that were not chosen.
-fn sparsity(layers: &[LayerStats]) -> Option<f64> {
-    let chosen = layers.iter().map(|l| {
-        let pairs = l.tokens * l.counts.len() as f64;
-        l.counts.iter().sum::<f64>() / pairs
-    });
-    let mean = 1.0 - chosen.sum::<f64>() / layers.len() as f64;
-    Some(mean).filter(|s| s.is_finite())
 }
 
 /// Refuses a folder that holds a run.
