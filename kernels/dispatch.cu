@@ -2,7 +2,8 @@
 //
 // A slot is one place where a token may name an expert; slot s belongs to token s / W.
 //   dispatch_choices  choices [T, K] int32   W = K; slot t·K + k names expert choices[t, k]
-//   dispatch_mask     mask [T, E] uint8      W = E; slot t·E + e names expert e where mask[t, e] != 0, else none
+//   dispatch_positive scores [T, E] float    W = E; slot t·E + e names expert e where scores[t, e] > 0, else none (as a NaN
+//                     does); without scores every slot names its expert
 // Rows are the named slots in order (expert, slot): a stable counting sort, tokens ascend within an expert.
 //   offsets [E + 1]   rows of expert e are offsets[e] … offsets[e + 1] − 1; offsets[E] is the number of rows
 //   row_token [C], row_slot [C]   token and slot of each row; entries past offsets[E] are not written
@@ -15,7 +16,7 @@
 // rank among equal experts of its warp comes from ballots, ranks across warps and blocks from prefix sums of integers,
 // so the result is the same bytes on every run. The host never learns a count.
 //
-// Bytes, S = T·W slots of B bytes (4 or 1), R rows: 2·S·B + 4·S + 8·R + 8·G·E for G <= 256 blocks. FLOPs: none.
+// Bytes, S = T·W slots, R rows: 12·S (4·S without scores) + 8·R + 8·G·E for G <= 256 blocks. FLOPs: none.
 // Floor: bytes / 4.3e12 s; below about 1 MB the three launches cost more.
 #include "common/ptx.cuh"
 
@@ -50,12 +51,13 @@ struct Choices {
   int experts;
   DEV int expert(int64_t slot) const { return ld_global_readonly(choices + slot); }
 };
-struct Mask {
+struct Positive {
   static constexpr bool kMayNameNone = true;
-  const uint8_t* mask;
+  const float* scores;
   int experts;
   DEV int expert(int64_t slot) const {
-    return ld_global_readonly(mask + slot) ? static_cast<int>(static_cast<uint32_t>(slot) % experts) : experts;
+    const bool named = scores == nullptr || ld_global_readonly(scores + slot) > 0;
+    return named ? static_cast<int>(static_cast<uint32_t>(slot) % experts) : experts;
   }
 };
 
@@ -210,15 +212,14 @@ routegrad_status dispatch(int32_t* offsets, int32_t* row_token, int32_t* row_slo
 
 }  // namespace
 
-// What both forms refuse. `source` is the argument that names the experts.
-#define REQUIRE_DISPATCH(launcher, source)                                                    \
+// What both forms refuse.
+#define REQUIRE_DISPATCH(launcher)                                                            \
   REQUIRE_POINTER(launcher, offsets);                                                         \
   REQUIRE_POINTER(launcher, row_token);                                                       \
   REQUIRE_POINTER(launcher, row_slot);                                                        \
   REQUIRE_POINTER(launcher, slot_row);                                                        \
   REQUIRE_POINTER(launcher, fault);                                                           \
   REQUIRE_POINTER(launcher, workspace);                                                       \
-  REQUIRE_POINTER(launcher, source);                                                          \
   REQUIRE(launcher, tokens, tokens >= 1, ROUTEGRAD_OUT_OF_RANGE);                             \
   REQUIRE(launcher, experts, 1 <= experts && experts <= kMaxExperts, ROUTEGRAD_OUT_OF_RANGE); \
   REQUIRE(launcher, row_capacity, 1 <= row_capacity && row_capacity <= INT32_MAX, ROUTEGRAD_OUT_OF_RANGE)
@@ -237,7 +238,8 @@ routegrad_status dispatch_choices(int32_t* offsets, int32_t* row_token, int32_t*
                                   int32_t* fault, void* workspace, const int32_t* choices, int64_t tokens,
                                   int32_t experts, int32_t choices_per_token, int64_t row_capacity,
                                   routegrad_stream stream) {
-  REQUIRE_DISPATCH(dispatch_choices, choices);
+  REQUIRE_DISPATCH(dispatch_choices);
+  REQUIRE_POINTER(dispatch_choices, choices);
   REQUIRE(dispatch_choices, choices_per_token, 1 <= choices_per_token && choices_per_token <= experts,
           ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE(dispatch_choices, tokens, tokens <= INT32_MAX / choices_per_token, ROUTEGRAD_OVERFLOW);
@@ -245,13 +247,13 @@ routegrad_status dispatch_choices(int32_t* offsets, int32_t* row_token, int32_t*
                   Choices{choices, experts}, cut_slots(tokens, choices_per_token), row_capacity, stream);
 }
 
-routegrad_status dispatch_mask(int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row,
-                               int32_t* fault, void* workspace, const uint8_t* mask, int64_t tokens, int32_t experts,
-                               int64_t row_capacity, routegrad_stream stream) {
-  REQUIRE_DISPATCH(dispatch_mask, mask);
-  REQUIRE(dispatch_mask, tokens, tokens <= INT32_MAX / experts, ROUTEGRAD_OVERFLOW);
-  return dispatch(offsets, row_token, row_slot, slot_row, fault, static_cast<int32_t*>(workspace), Mask{mask, experts},
-                  cut_slots(tokens, experts), row_capacity, stream);
+routegrad_status dispatch_positive(int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row,
+                                   int32_t* fault, void* workspace, const float* scores, int64_t tokens,
+                                   int32_t experts, int64_t row_capacity, routegrad_stream stream) {
+  REQUIRE_DISPATCH(dispatch_positive);
+  REQUIRE(dispatch_positive, tokens, tokens <= INT32_MAX / experts, ROUTEGRAD_OVERFLOW);
+  return dispatch(offsets, row_token, row_slot, slot_row, fault, static_cast<int32_t*>(workspace),
+                  Positive{scores, experts}, cut_slots(tokens, experts), row_capacity, stream);
 }
 
 }  // namespace ROUTEGRAD_VARIANT

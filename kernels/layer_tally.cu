@@ -9,6 +9,8 @@
 // E <= 256. Deterministic: sums in the order of the experts, or of a fixed tree.
 // Bytes: about 24·E; share_entropy 4·T·E. FLOPs: none. Nothing beside a launch.
 //   lossfree_update   b_e += u · sign(Σ load / E − load_e), the balancing of 2408.15664; sign(0) = 0
+//   remoe_fractions   f_e = λ n_e / slots, slots = K·T: the regulariser of 2412.14711 is E Σ_e f_e P_e, P the mean scores
+//   remoe_update      λ ·= factor^sign(N − K·T), N and T the pairs and tokens of all layers' loads [layers, E + 1]
 #include "common/simt.cuh"
 
 namespace ROUTEGRAD_VARIANT {
@@ -105,6 +107,37 @@ __global__ void __launch_bounds__(kThreads) lossfree_update_kernel(float* bias, 
   st_global(bias + e, ld_global(bias + e) + rate * sign);
 }
 
+__global__ void __launch_bounds__(kThreads)
+    remoe_fractions_kernel(float* fractions, const float* lambda, const int32_t* offsets, int64_t slots, int experts) {
+  const int e = threadIdx.x;
+  if (e >= experts) return;
+  const double n = ld_global_readonly(offsets + e + 1) - ld_global_readonly(offsets + e);
+  st_global(fractions + e, static_cast<float>(ld_global_readonly(lambda) * n / static_cast<double>(slots)));
+}
+
+struct RemoeShared {
+  double surplus[kThreads];
+};
+
+// The surplus of pairs over K·T is a sum of whole numbers, exact in any order.
+__global__ void __launch_bounds__(kThreads)
+    remoe_update_kernel(float* lambda, const double* load, int layers, int experts, int top_k, double factor) {
+  DYNAMIC_SHARED(RemoeShared, s);
+  double surplus = 0;
+  for (int i = threadIdx.x; i < layers * (experts + 1); i += kThreads) {
+    const double count = ld_global_readonly(load + i);
+    surplus += i % (experts + 1) < experts ? count : -top_k * count;
+  }
+  s.surplus[threadIdx.x] = surplus;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) s.surplus[threadIdx.x] += s.surplus[threadIdx.x + half];
+  }
+  if (threadIdx.x > 0) return;
+  const double change = s.surplus[0] > 0 ? factor : s.surplus[0] < 0 ? 1 / factor : 1;
+  st_global(lambda, static_cast<float>(ld_global(lambda) * change));
+}
+
 }  // namespace
 
 #define REQUIRE_EXPERTS(launcher) \
@@ -151,6 +184,28 @@ routegrad_status lossfree_update(float* bias, const double* load, int32_t expert
   REQUIRE_PRESENT(lossfree_update, load);
   REQUIRE_EXPERTS(lossfree_update);
   return launch(lossfree_update_kernel, {dim3(1), kThreads}, stream, bias, load, experts, rate);
+}
+
+routegrad_status remoe_fractions(float* fractions, const float* lambda, const int32_t* offsets, int64_t slots,
+                                 int32_t experts, routegrad_stream stream) {
+  REQUIRE_PRESENT(remoe_fractions, fractions);
+  REQUIRE_PRESENT(remoe_fractions, lambda);
+  REQUIRE_PRESENT(remoe_fractions, offsets);
+  REQUIRE(remoe_fractions, slots, slots >= 1, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE_EXPERTS(remoe_fractions);
+  return launch(remoe_fractions_kernel, {dim3(1), kThreads}, stream, fractions, lambda, offsets, slots, experts);
+}
+
+routegrad_status remoe_update(float* lambda, const double* load, int32_t layers, int32_t experts, int32_t top_k,
+                              double factor, routegrad_stream stream) {
+  REQUIRE_PRESENT(remoe_update, lambda);
+  REQUIRE_PRESENT(remoe_update, load);
+  REQUIRE_EXPERTS(remoe_update);
+  REQUIRE(remoe_update, layers, 1 <= layers && layers <= INT32_MAX / (experts + 1), ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE(remoe_update, top_k, 1 <= top_k && top_k <= experts, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE(remoe_update, factor, factor >= 1, ROUTEGRAD_OUT_OF_RANGE);
+  const LaunchShape shape{dim3(1), kThreads, shared_bytes<RemoeShared>};
+  return launch(remoe_update_kernel, shape, stream, lambda, load, layers, experts, top_k, factor);
 }
 
 }  // namespace ROUTEGRAD_VARIANT

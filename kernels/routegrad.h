@@ -176,10 +176,10 @@ typedef enum routegrad_fault {
     (int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row, int32_t* fault, void* workspace, \
      const int32_t* choices, int64_t tokens, int32_t experts, int32_t choices_per_token, int64_t row_capacity,    \
      routegrad_stream stream))                                                                                    \
-  X(dispatch_mask,                                                                                                \
+  X(dispatch_positive,                                                                                            \
     (int32_t* offsets, int32_t* row_token, int32_t* row_slot, int32_t* slot_row, int32_t* fault, void* workspace, \
-     const uint8_t* mask, int64_t tokens, int32_t experts, int64_t row_capacity, routegrad_stream stream))        \
-  /* On the host: bytes of `workspace` for `width` slots a token (choices_per_token, or experts with a mask). */  \
+     const float* scores, int64_t tokens, int32_t experts, int64_t row_capacity, routegrad_stream stream))        \
+  /* On the host: bytes of `workspace` for `width` slots a token (choices_per_token, or experts with scores). */ \
   X(dispatch_workspace, (uint64_t* bytes, int64_t tokens, int32_t experts, int32_t width))
 
 // The three products of a grouped linear layer with W [E, n, k], and the three that carry an expert's elementwise part:
@@ -404,7 +404,11 @@ typedef struct routegrad_state {
                   int32_t trains, int32_t first_of_stats, int32_t first_of_step, int32_t over_step,                   \
                   routegrad_stream stream))                                                                           \
   X(share_entropy, (double* parts, const float* scores, int64_t tokens, int32_t experts, routegrad_stream stream))    \
-  X(lossfree_update, (float* bias, const double* load, int32_t experts, float rate, routegrad_stream stream))
+  X(lossfree_update, (float* bias, const double* load, int32_t experts, float rate, routegrad_stream stream))         \
+  X(remoe_fractions, (float* fractions, const float* lambda, const int32_t* offsets, int64_t slots, int32_t experts,  \
+                      routegrad_stream stream))                                                                       \
+  X(remoe_update, (float* lambda, const double* load, int32_t layers, int32_t experts, int32_t top_k, double factor,  \
+                   routegrad_stream stream))
 
 // balance.cu: the auxiliary loss, and the sum of the losses. terms and dterms are arrays of the host's.
 #define ROUTEGRAD_BALANCE_LAUNCHERS(X)                                                                                 \

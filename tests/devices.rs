@@ -466,7 +466,7 @@ fn a_run_that_launches_steps_before_the_last_is_reported_leaves_what_one_that_do
     let [ahead, in_turn] = runs;
     assert_eq!(ahead.0.len(), 12);
     assert!(
-        ahead.0[7]["router_state"]["bias"][0][0].is_f64(),
+        ahead.0[7]["router_state"]["gate.e_score_correction_bias"][0][0].is_f64(),
         "{}",
         ahead.0[7]
     );

@@ -59,7 +59,7 @@ fn a_dry_run_lists_every_task_in_order_and_says_why_it_cannot_run() {
         "steady: tiny default  (needs",
         "repeats: 557m default 4 layers",
         "learns: small default",
-        "memcheck: dispatch_mask small  (needs compute-sanitizer)",
+        "memcheck: dispatch_positive small  (needs compute-sanitizer)",
         "racecheck: grouped_gemm_forward small",
         "trains: 7.33b default  (needs 142.0 GB of the device)",
         "resumes: 1.96b default  (needs 44.6 GB of the device, 23.6 GB of disk)",

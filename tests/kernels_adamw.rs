@@ -9,7 +9,7 @@ use support::refusals::{NULL, OUT_OF_RANGE, refused, refuses_pointers};
 use support::schedules::table;
 use support::{check_cases, check_schedules};
 
-const LAUNCHERS: [&str; 8] = [
+const LAUNCHERS: [&str; 10] = [
     "adamw_update",
     "square_sums",
     "losses_add",
@@ -18,6 +18,8 @@ const LAUNCHERS: [&str; 8] = [
     "layer_tally",
     "share_entropy",
     "lossfree_update",
+    "remoe_fractions",
+    "remoe_update",
 ];
 
 #[test]
@@ -139,4 +141,43 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     }
     refused(|| tally(8, 0, 0, good), OUT_OF_RANGE, "tokens");
     refused(|| tally(8, 4, 1 << 31, good), OUT_OF_RANGE, "first_token");
+
+    let fractions = |p: [usize; 3], slots: i64, experts: i32| {
+        let (f, lambda, offsets) = (p[0] as *mut f32, p[1] as *const f32, p[2] as *const i32);
+        // SAFETY: as above.
+        unsafe {
+            launch!(
+                table(),
+                remoe_fractions(f, lambda, offsets, slots, experts, null_mut())
+            )
+        }
+    };
+    let update = |p: [usize; 2], layers: i32, experts: i32, top_k: i32, factor: f64| {
+        let (lambda, load) = (p[0] as *mut f32, p[1] as *const f64);
+        // SAFETY: as above.
+        unsafe {
+            launch!(
+                table(),
+                remoe_update(lambda, load, layers, experts, top_k, factor, null_mut())
+            )
+        }
+    };
+    for (absent, name) in ["fractions", "lambda", "offsets"].into_iter().enumerate() {
+        let mut p = [good; 3];
+        p[absent] = 0;
+        refused(|| fractions(p, 8, 4), NULL, name);
+    }
+    refused(|| fractions([good; 3], 0, 4), OUT_OF_RANGE, "slots");
+    refused(|| fractions([good; 3], 8, 257), OUT_OF_RANGE, "experts");
+    refused(|| update([0, good], 1, 8, 2, 1.2), NULL, "lambda");
+    refused(|| update([good, 0], 1, 8, 2, 1.2), NULL, "load");
+    refused(|| update([good; 2], 0, 8, 2, 1.2), OUT_OF_RANGE, "layers");
+    refused(|| update([good; 2], 1, 8, 9, 1.2), OUT_OF_RANGE, "top_k");
+    for factor in [0.5, f64::NAN] {
+        refused(
+            || update([good; 2], 1, 8, 2, factor),
+            OUT_OF_RANGE,
+            "factor",
+        );
+    }
 }

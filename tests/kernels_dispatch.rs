@@ -18,13 +18,13 @@ fn rows_are_sorted_by_expert_then_token_for_any_shape() {
 
 #[test]
 fn a_token_may_have_any_number_of_experts() {
-    check_cases("dispatch_mask");
+    check_cases("dispatch_positive");
 }
 
 #[test]
 fn every_schedule_and_thread_count_gives_the_same_bytes() {
     check_schedules("dispatch_choices");
-    check_schedules("dispatch_mask");
+    check_schedules("dispatch_positive");
 }
 
 /// Offsets, row → token, and the flag.

@@ -598,7 +598,7 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
-    pub dispatch_mask: ::std::option::Option<
+    pub dispatch_positive: ::std::option::Option<
         unsafe extern "C" fn(
             offsets: *mut i32,
             row_token: *mut i32,
@@ -606,7 +606,7 @@ pub struct routegrad_launchers {
             slot_row: *mut i32,
             fault: *mut i32,
             workspace: *mut ::std::os::raw::c_void,
-            mask: *const u8,
+            scores: *const f32,
             tokens: i64,
             experts: i32,
             row_capacity: i64,
@@ -1121,6 +1121,27 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
+    pub remoe_fractions: ::std::option::Option<
+        unsafe extern "C" fn(
+            fractions: *mut f32,
+            lambda: *const f32,
+            offsets: *const i32,
+            slots: i64,
+            experts: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub remoe_update: ::std::option::Option<
+        unsafe extern "C" fn(
+            lambda: *mut f32,
+            load: *const f64,
+            layers: i32,
+            experts: i32,
+            top_k: i32,
+            factor: f64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
     pub auxiliary_loss: ::std::option::Option<
         unsafe extern "C" fn(
             loss: *mut f32,
@@ -1300,7 +1321,7 @@ pub struct routegrad_launchers {
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 600usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 616usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -1365,8 +1386,8 @@ const _: () = {
         "Offset of field: routegrad_launchers::dispatch_choices",
     ][::std::mem::offset_of!(routegrad_launchers, dispatch_choices) - 152usize];
     [
-        "Offset of field: routegrad_launchers::dispatch_mask",
-    ][::std::mem::offset_of!(routegrad_launchers, dispatch_mask) - 160usize];
+        "Offset of field: routegrad_launchers::dispatch_positive",
+    ][::std::mem::offset_of!(routegrad_launchers, dispatch_positive) - 160usize];
     [
         "Offset of field: routegrad_launchers::dispatch_workspace",
     ][::std::mem::offset_of!(routegrad_launchers, dispatch_workspace) - 168usize];
@@ -1492,47 +1513,53 @@ const _: () = {
         "Offset of field: routegrad_launchers::lossfree_update",
     ][::std::mem::offset_of!(routegrad_launchers, lossfree_update) - 480usize];
     [
+        "Offset of field: routegrad_launchers::remoe_fractions",
+    ][::std::mem::offset_of!(routegrad_launchers, remoe_fractions) - 488usize];
+    [
+        "Offset of field: routegrad_launchers::remoe_update",
+    ][::std::mem::offset_of!(routegrad_launchers, remoe_update) - 496usize];
+    [
         "Offset of field: routegrad_launchers::auxiliary_loss",
-    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss) - 488usize];
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss) - 504usize];
     [
         "Offset of field: routegrad_launchers::auxiliary_loss_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss_backward) - 496usize];
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss_backward) - 512usize];
     [
         "Offset of field: routegrad_launchers::weighted_sum",
-    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum) - 504usize];
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum) - 520usize];
     [
         "Offset of field: routegrad_launchers::weighted_sum_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum_backward) - 512usize];
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum_backward) - 528usize];
     [
         "Offset of field: routegrad_launchers::selected_gates",
-    ][::std::mem::offset_of!(routegrad_launchers, selected_gates) - 520usize];
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates) - 536usize];
     [
         "Offset of field: routegrad_launchers::selected_gates_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, selected_gates_backward) - 528usize];
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates_backward) - 544usize];
     [
         "Offset of field: routegrad_launchers::sampled_gates",
-    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates) - 536usize];
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates) - 552usize];
     [
         "Offset of field: routegrad_launchers::sampled_gates_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates_backward) - 544usize];
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates_backward) - 560usize];
     [
         "Offset of field: routegrad_launchers::row_arithmetic",
-    ][::std::mem::offset_of!(routegrad_launchers, row_arithmetic) - 552usize];
+    ][::std::mem::offset_of!(routegrad_launchers, row_arithmetic) - 568usize];
     [
         "Offset of field: routegrad_launchers::column_sums",
-    ][::std::mem::offset_of!(routegrad_launchers, column_sums) - 560usize];
+    ][::std::mem::offset_of!(routegrad_launchers, column_sums) - 576usize];
     [
         "Offset of field: routegrad_launchers::gated_rows",
-    ][::std::mem::offset_of!(routegrad_launchers, gated_rows) - 568usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows) - 584usize];
     [
         "Offset of field: routegrad_launchers::gated_rows_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, gated_rows_backward) - 576usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows_backward) - 592usize];
     [
         "Offset of field: routegrad_launchers::qk_norm",
-    ][::std::mem::offset_of!(routegrad_launchers, qk_norm) - 584usize];
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm) - 600usize];
     [
         "Offset of field: routegrad_launchers::qk_norm_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 592usize];
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 608usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

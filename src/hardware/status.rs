@@ -184,7 +184,7 @@ mod tests {
         let queue = task::queue(Device::Cuda);
         let tasks: Vec<&Task> = queue
             .iter()
-            .filter(|task| task.launcher == Some("dispatch_mask"))
+            .filter(|task| task.launcher == Some("dispatch_positive"))
             .collect();
         let mut add = |task: &Task, ending, code: &str, measured| {
             records.insert(Record {

@@ -6,10 +6,11 @@
 //! row, `slot_row [R]` the row of a slot. Nothing here is differentiable.
 
 use crate::device::{Device, stream};
-use crate::dtype::DType;
+use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use crate::{launch, query};
+use std::ptr::null;
 use std::sync::{Arc, OnceLock};
 
 /// The experts that each token chose: any number per token, ascending. Where a kernel chose, the host knows them only when
@@ -18,9 +19,21 @@ use std::sync::{Arc, OnceLock};
 pub struct Selection {
     num_tokens: usize,
     num_experts: usize,
-    /// `[T, K]`, on a device with kernels.
-    choices: Option<Tensor>,
+    chosen: Chosen,
     lists: OnceLock<Arc<Lists>>,
+}
+
+/// Who chose.
+#[derive(Clone, Debug)]
+enum Chosen {
+    /// The host, whose lists are there.
+    Host,
+    /// A kernel: K experts of each token, `[T, K]`.
+    Experts(Tensor),
+    /// Whatever scores `[T, E]` of a kernel are positive.
+    Positive(Tensor),
+    /// Nobody: every expert of every token.
+    All,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -71,6 +84,14 @@ impl Lists {
             chosen.extend_from_slice(&choices[t * top_k..(t + 1) * top_k]);
         })
     }
+
+    fn positive<T: Real>(scores: &[T], tokens: usize, num_experts: usize) -> Result<Self> {
+        Self::new(tokens, num_experts, |t, chosen| {
+            let row = &scores[t * num_experts..(t + 1) * num_experts];
+            let positive = (0..).zip(row).filter(|(_, s)| s.f64() > 0.0);
+            chosen.extend(positive.map(|(e, _)| e));
+        })
+    }
 }
 
 impl PartialEq for Selection {
@@ -98,7 +119,7 @@ impl Selection {
         Selection {
             num_tokens,
             num_experts,
-            choices: None,
+            chosen: Chosen::Host,
             lists: OnceLock::from(Arc::new(lists)),
         }
     }
@@ -112,44 +133,74 @@ impl Selection {
         Ok(Selection::of_lists(tokens, num_experts, lists))
     }
 
+    /// The experts of positive score, any number for each token.
+    ///
+    /// # Errors
+    /// When there are more slots than an i32 counts.
+    pub fn positive<T: Real>(scores: &[T], tokens: usize, num_experts: usize) -> Result<Self> {
+        let lists = Lists::positive(scores, tokens, num_experts)?;
+        Ok(Selection::of_lists(tokens, num_experts, lists))
+    }
+
     /// What a kernel chose, `[T, top_k]`, ascending in each row.
     pub fn of_kernel(choices: Tensor, num_experts: usize) -> Self {
         Selection {
             num_tokens: choices.shape()[0],
             num_experts,
-            choices: Some(choices),
+            chosen: Chosen::Experts(choices),
             lists: OnceLock::new(),
+        }
+    }
+
+    /// The experts whose scores `[T, E]`, which a kernel gave in f32, are positive.
+    pub fn positive_of_kernel(scores: Tensor) -> Self {
+        Selection {
+            num_tokens: scores.shape()[0],
+            num_experts: scores.shape()[1],
+            chosen: Chosen::Positive(scores),
+            lists: OnceLock::new(),
+        }
+    }
+
+    /// The same by the host's lists alone, for any device; waits for the kernel that chose.
+    pub fn on_host(self) -> Self {
+        self.lists();
+        Selection {
+            chosen: Chosen::Host,
+            ..self
         }
     }
 
     fn lists(&self) -> &Lists {
         self.lists.get_or_init(|| {
-            let Some(choices) = &self.choices else {
-                unreachable!("either the host chose or a kernel")
+            let (tokens, experts) = (self.num_tokens, self.num_experts);
+            let lists = match &self.chosen {
+                Chosen::Host => unreachable!("the host's lists are there"),
+                Chosen::Experts(choices) => Lists::of_choices(choices.slice(), tokens, experts),
+                Chosen::Positive(scores) => Lists::positive(scores.slice::<f32>(), tokens, experts),
+                Chosen::All => Lists::new(tokens, experts, |_, chosen| {
+                    chosen.extend(0..experts as i32);
+                }),
             };
-            let lists = Lists::of_choices(choices.slice(), self.num_tokens, self.num_experts);
             Arc::new(lists.unwrap_or_else(|e| panic!("{e}")))
         })
     }
 
-    /// Experts per token, where every token has as many.
-    pub fn experts_per_token(&self) -> Option<usize> {
-        if let Some(choices) = &self.choices {
-            return Some(choices.shape()[1]);
-        }
+    /// Experts per token, where the host's lists give every token as many.
+    fn experts_per_token(&self) -> Option<usize> {
         let k = self.num_slots() / self.num_tokens.max(1);
         let mut slots = self.lists().token_slots.windows(2);
         slots.all(|s| (s[1] - s[0]) as usize == k).then_some(k)
     }
 
     /// Every expert for every token.
-    ///
-    /// # Errors
-    /// When there are more slots than an i32 counts.
-    pub fn all(num_tokens: usize, num_experts: usize) -> Result<Self> {
-        Selection::new(num_tokens, num_experts, |_, chosen| {
-            chosen.extend(0..num_experts as i32);
-        })
+    pub fn all(num_tokens: usize, num_experts: usize) -> Self {
+        Selection {
+            num_tokens,
+            num_experts,
+            chosen: Chosen::All,
+            lists: OnceLock::new(),
+        }
     }
 
     pub fn num_tokens(&self) -> usize {
@@ -160,11 +211,12 @@ impl Selection {
         self.num_experts
     }
 
-    /// Number of (token, expert) pairs.
+    /// Number of (token, expert) pairs; at most so many where only a kernel knows.
     pub fn num_slots(&self) -> usize {
-        match &self.choices {
-            Some(choices) => choices.elements(),
-            None => self.lists().slot_expert.len(),
+        match &self.chosen {
+            Chosen::Host => self.lists().slot_expert.len(),
+            Chosen::Experts(choices) => choices.elements(),
+            Chosen::Positive(_) | Chosen::All => self.num_tokens * self.num_experts,
         }
     }
 
@@ -195,43 +247,53 @@ impl Selection {
 
     fn maps(&self, device: Device, rows: usize) -> Result<DeviceMaps> {
         let (tokens, experts) = (self.num_tokens, self.num_experts);
-        if let Some(choices) = &self.choices {
-            return maps_of(Chosen::Experts(choices.clone()), experts, rows);
-        }
-        if let Some(k) = self.experts_per_token().filter(|k| *k > 0) {
-            let choices = Tensor::from_slice([tokens, k], &self.lists().slot_expert).on(device);
-            return maps_of(Chosen::Experts(choices), experts, rows);
-        }
-        // One byte for each token and expert.
-        let mut mask = Tensor::zeros(device, DType::I32, [(tokens * experts).div_ceil(4)]);
-        let bytes = mask.bytes_mut();
-        for token in 0..tokens {
-            for &expert in self.experts(token) {
-                bytes[token * experts + expert as usize] = 1;
-            }
-        }
-        maps_of(Chosen::Mask { mask, tokens }, experts, rows)
+        let named = match &self.chosen {
+            Chosen::Experts(choices) => Named::Experts(choices.clone()),
+            Chosen::Positive(scores) => Named::Positive(Some(scores.clone())),
+            Chosen::All => Named::Positive(None),
+            Chosen::Host => match self.experts_per_token().filter(|k| *k > 0) {
+                Some(k) => {
+                    let choices = Tensor::from_slice([tokens, k], &self.lists().slot_expert);
+                    Named::Experts(choices.on(device))
+                }
+                None => {
+                    let mut scores = vec![0f32; tokens * experts];
+                    for (token, row) in scores.chunks_mut(experts).enumerate() {
+                        let chosen = self.experts(token).iter();
+                        chosen.for_each(|&expert| row[expert as usize] = 1.0);
+                    }
+                    let scores = Tensor::from_slice([tokens, experts], &scores);
+                    Named::Positive(Some(scores.on(device)))
+                }
+            },
+        };
+        maps_of(device, named, [tokens, experts], rows)
     }
 }
 
 /// What tokens chose, as the kernels of `kernels/dispatch.cu` take it.
-pub(super) enum Chosen {
+pub(super) enum Named {
     /// `[T, K]`.
     Experts(Tensor),
-    /// A byte for each token and expert.
-    Mask { mask: Tensor, tokens: usize },
+    /// Where scores `[T, E]` are positive; everywhere without them.
+    Positive(Option<Tensor>),
 }
 
-/// The maps that the kernels make of `rows` choices.
+/// The maps that the kernels make of at most `rows` choices of `[T, E]`.
 ///
 /// # Errors
 /// When a kernel fails.
-pub(super) fn maps_of(chosen: Chosen, experts: usize, rows: usize) -> Result<DeviceMaps> {
-    let (like, tokens, slots) = match &chosen {
-        Chosen::Experts(choices) => (choices, choices.shape()[0], choices.shape()[1]),
-        Chosen::Mask { mask, tokens } => (mask, *tokens, experts),
+pub(super) fn maps_of(
+    device: Device,
+    named: Named,
+    [tokens, experts]: [usize; 2],
+    rows: usize,
+) -> Result<DeviceMaps> {
+    let slots = match &named {
+        Named::Experts(choices) => choices.shape()[1],
+        Named::Positive(_) => experts,
     };
-    let (device, launchers) = (like.device(), like.device().launchers()?);
+    let launchers = device.launchers()?;
     let (t, e) = (tokens as i64, experts as i32);
     let mut bytes = 0u64;
     // SAFETY: it writes the size of the workspace.
@@ -249,8 +311,8 @@ pub(super) fn maps_of(chosen: Chosen, experts: usize, rows: usize) -> Result<Dev
     let mut workspace = new((bytes as usize).div_ceil(4));
     // SAFETY: the tensors have the shapes that dispatch.cu's header names.
     unsafe {
-        match &chosen {
-            Chosen::Experts(choices) => launch!(
+        match &named {
+            Named::Experts(choices) => launch!(
                 launchers,
                 dispatch_choices(
                     offsets.pointer_mut(),
@@ -267,16 +329,16 @@ pub(super) fn maps_of(chosen: Chosen, experts: usize, rows: usize) -> Result<Dev
                     stream(),
                 )
             )?,
-            Chosen::Mask { mask, .. } => launch!(
+            Named::Positive(scores) => launch!(
                 launchers,
-                dispatch_mask(
+                dispatch_positive(
                     offsets.pointer_mut(),
                     row_token.pointer_mut(),
                     row_slot.pointer_mut(),
                     slot_row.pointer_mut(),
                     fault.pointer_mut(),
                     workspace.pointer_mut(),
-                    mask.pointer(),
+                    scores.as_ref().map_or(null(), Tensor::pointer),
                     t,
                     e,
                     rows.max(1) as i64,
@@ -285,9 +347,9 @@ pub(super) fn maps_of(chosen: Chosen, experts: usize, rows: usize) -> Result<Dev
             )?,
         }
     }
-    let choices = match chosen {
-        Chosen::Experts(choices) => Some(choices),
-        Chosen::Mask { .. } => None,
+    let choices = match named {
+        Named::Experts(choices) => Some(choices),
+        Named::Positive(_) => None,
     };
     Ok(DeviceMaps {
         offsets,

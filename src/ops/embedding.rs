@@ -6,7 +6,7 @@
 //! On a device with kernels (`kernels/embedding.cu`, `kernels/dispatch.cu`) the table is bf16, its
 //! gradient f32, and the ids are sorted there, a byte at a time.
 
-use super::dispatch::{Chosen, maps_of};
+use super::dispatch::{Named, maps_of};
 use super::tokens;
 use crate::check::Case;
 use crate::cpu::{self, Accumulate};
@@ -176,7 +176,7 @@ pub(super) mod kernels {
         let mut so_far = None;
         for pass in 0..passes {
             let (order, byte) = next(ids, vocabulary, so_far.as_ref(), Some(8 * pass))?;
-            let maps = maps_of(Chosen::Experts(byte), BYTE, tokens)?;
+            let maps = maps_of(ids.device(), Named::Experts(byte), [tokens, BYTE], tokens)?;
             so_far = Some((order, maps.row_token));
         }
         next(ids, vocabulary, so_far.as_ref(), None)

@@ -177,10 +177,10 @@ impl Scores {
     /// Every expert for every token.
     ///
     /// # Errors
-    /// When there are more pairs than an i32 counts.
+    /// When the logits are not real.
     pub fn all(&self) -> Result<TopK> {
         let shape = self.values.tensor().shape();
-        self.chosen(Selection::all(shape[0], shape[1])?)
+        self.chosen(Selection::all(shape[0], shape[1]))
     }
 
     /// A selection with the first token whose logits hold a NaN or an infinity.
@@ -202,7 +202,11 @@ impl Scores {
     /// # Errors
     /// When the scores are not real.
     pub fn positive(&self) -> Result<TopK> {
-        self.chosen(positive(self.values.tensor())?)
+        let values = self.values.tensor();
+        self.chosen(match &self.origin {
+            Origin::Logits { .. } => positive(values)?,
+            Origin::Kernel(_) => Selection::positive_of_kernel(values.clone()),
+        })
     }
 
     /// `E Σ_i f_i P_i`, a scalar, without its coefficient; see [`balance::auxiliary_loss`].

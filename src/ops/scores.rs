@@ -29,15 +29,12 @@ pub fn sigmoid(tape: &Tape, z: &Var) -> Result<Var> {
 /// # Errors
 /// When `z` is not real.
 pub fn positive(z: &Tensor) -> Result<Selection> {
-    let experts = z.shape().width();
-    with_real!(z.dtype(), "scores", |T| {
-        let scores = z.slice::<T>();
-        Selection::new(z.shape().rows(), experts, |token, chosen| {
-            let row = &scores[token * experts..(token + 1) * experts];
-            let positive = (0..).zip(row).filter(|(_, z)| **z > 0.0);
-            chosen.extend(positive.map(|(e, _): (i32, _)| e));
-        })
-    })
+    let (tokens, experts) = (z.shape().rows(), z.shape().width());
+    with_real!(z.dtype(), "scores", |T| Selection::positive::<T>(
+        z.slice(),
+        tokens,
+        experts
+    ))
 }
 
 /// `z [T, E]` on the selection, 0 off it.

@@ -178,7 +178,7 @@ pub(super) fn cases() -> Vec<Case> {
                 .collect();
             let name = format!("straight_through [{t}, {e}] all chosen, renormalize {renormalize}");
             let case = Case::new(name, move |tape, v| {
-                let all = Rc::new(Dispatch::new(Selection::all(t, e)?));
+                let all = Rc::new(Dispatch::new(Selection::all(t, e)));
                 Ok(vec![straight_through(tape, &v[0], &all, renormalize)?])
             });
             cases.push(case.values("p", [t, e], &positive));

@@ -51,7 +51,7 @@ impl Router for DenseMixer {
             return Ok(Routing::new(gates, scores, chosen));
         }
         let selection = chosen.selection();
-        let all = Selection::all(selection.num_tokens(), selection.num_experts())?;
+        let all = Selection::all(selection.num_tokens(), selection.num_experts());
         Ok(Routing {
             chosen: Some(chosen.clone()),
             ..Routing::new(gates, scores, Rc::new(Dispatch::new(all)))

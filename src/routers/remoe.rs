@@ -13,11 +13,13 @@ use super::{
     Balance, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor, from_settings, within,
 };
 use crate::config::ModelConfig;
-use crate::device::Device;
+use crate::device::{Device, stream};
 use crate::dist::Collective;
-use crate::dtype::Real;
+use crate::dtype::{DType, Real};
 use crate::error::Result;
+use crate::launch;
 use crate::ops::balance::{auxiliary_loss, weighted_sum};
+use crate::ops::dispatch::Dispatch;
 use crate::ops::routing::{Choice, Score, scores};
 use crate::ops::scores::on_selection;
 use crate::tape::{Tape, Var};
@@ -63,6 +65,62 @@ impl Default for ReMoe {
     }
 }
 
+impl ReMoe {
+    /// Changes λ of every layer where the layers' loads are in device memory, if they are.
+    fn updated_by_kernel(&self, top_k: usize, layers: &mut [LayerState]) -> Result<bool> {
+        for layer in layers {
+            let nothing = Tensor::zeros(Device::Cpu, DType::F32, [0]);
+            let mut lambda = std::mem::replace(layer.pending_mut(LAMBDA), nothing);
+            let updated = layer.tally().device_load(|load, _| {
+                let [layers, width] = [load.shape()[0], load.shape()[1]];
+                // SAFETY: one λ, and a load of so many layers and experts.
+                unsafe {
+                    launch!(
+                        lambda.device().launchers()?,
+                        remoe_update(
+                            lambda.pointer_mut(),
+                            load.pointer(),
+                            layers as i32,
+                            width as i32 - 1,
+                            top_k as i32,
+                            self.lambda_factor,
+                            stream(),
+                        )
+                    )
+                }
+            });
+            *layer.pending_mut(LAMBDA) = lambda;
+            if updated.transpose()?.is_none() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+}
+
+/// λ n_i / (K T) in device memory, `[E]`: λ is the device's, and so are the counts.
+fn weighted_fractions(lambda: &Tensor, dispatch: &Dispatch, top_k: usize) -> Result<Tensor> {
+    let (device, selection) = (lambda.device(), dispatch.selection());
+    let experts = selection.num_experts();
+    let mut fractions = Tensor::unspecified(device, DType::F32, [experts]);
+    let slots = top_k * selection.num_tokens();
+    // SAFETY: the tensors have the shapes that layer_tally.cu's header names.
+    unsafe {
+        launch!(
+            device.launchers()?,
+            remoe_fractions(
+                fractions.pointer_mut(),
+                lambda.pointer(),
+                dispatch.maps(device)?.offsets.pointer(),
+                slots as i64,
+                experts as i32,
+                stream(),
+            )
+        )?;
+    }
+    Ok(fractions)
+}
+
 impl Router for ReMoe {
     fn validate(&self, _model: &ModelConfig) -> Result<()> {
         within("initial_lambda", self.initial_lambda, 0.0, None)?;
@@ -87,6 +145,15 @@ impl Router for ReMoe {
         let dispatch = layer.select(|| scores.positive())?;
         let selection = dispatch.selection();
         let gates = on_selection(tape, &scores.values, &dispatch)?;
+        let lambda = layer.state(LAMBDA);
+        if lambda.device() != Device::Cpu && layer.dist.size() == 1 {
+            // There the router's kernels gave ReLU(z), which are the gates, and their means.
+            let fractions = weighted_fractions(lambda, &dispatch, layer.top_k)?;
+            return Ok(Routing {
+                penalty: Some(scores.auxiliary_loss(tape, &fractions)?),
+                ..Routing::new(gates, scores, dispatch)
+            });
+        }
         // E Σ_i f_i mean_t(p_ti) with f_i = n_i / (K T).
         let own = selection.counts().into_iter().map(|n| n as f64);
         let mut counted: Vec<f64> = own.chain([selection.num_tokens() as f64]).collect();
@@ -98,7 +165,6 @@ impl Router for ReMoe {
         let fractions = Tensor::from_slice([fractions.len()], &fractions);
         let loss = match x.tensor().device() {
             Device::Cpu => auxiliary_loss(tape, &gates, &fractions)?,
-            // There the router's kernels gave ReLU(z), which are the gates, and their means.
             _ => scores.auxiliary_loss(tape, &fractions)?,
         };
         let lambda = layer.state(LAMBDA).item()?;
@@ -115,6 +181,9 @@ impl Router for ReMoe {
         layers: &mut [LayerState],
         dist: &dyn Collective,
     ) -> Result<()> {
+        if dist.size() == 1 && self.updated_by_kernel(model.top_k, layers)? {
+            return Ok(());
+        }
         let mut sums = [0.0; 2];
         for (tokens, load) in layers.iter().map(LayerState::step_load) {
             sums[0] += load.iter().sum::<f64>();
@@ -150,7 +219,7 @@ impl Router for ReMoe {
 mod tests {
     use super::*;
     use crate::dist::SingleRank;
-    use crate::ops::dispatch::{Dispatch, Selection};
+    use crate::ops::dispatch::Selection;
     use crate::ops::routing::Entropy;
     use crate::routers::{Pass, Phase};
 

@@ -209,7 +209,8 @@ impl LayerState {
 
     /// Ends the record and gives it, a selection for each micro-batch, to [`replay`](Self::replay).
     pub fn take_record(&mut self) -> Vec<Selection> {
-        self.record.take().unwrap_or_default()
+        let record = self.record.take().unwrap_or_default();
+        record.into_iter().map(Selection::on_host).collect()
     }
 
     /// Lets the next training passes take these choices instead of the router's own, one a

@@ -6,6 +6,7 @@ use crate::device::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
 use crate::device::launchers::{self, Launchers};
 use crate::error::Result;
 use crate::{launch, query};
+use std::ptr::null;
 use std::sync::Arc;
 
 /// What every slot of a batch names.
@@ -15,7 +16,8 @@ pub enum Named {
         per_token: usize,
         experts_of: Vec<i32>,
     },
-    Mask(Vec<u8>),
+    /// Experts of positive score; every one without scores.
+    Positive(Option<Vec<f32>>),
 }
 
 /// Tokens that name experts.
@@ -33,7 +35,7 @@ impl Batch {
     pub fn width(&self) -> usize {
         match &self.named {
             Named::Choices { per_token, .. } => *per_token,
-            Named::Mask(_) => self.experts,
+            Named::Positive(_) => self.experts,
         }
     }
 
@@ -44,10 +46,11 @@ impl Batch {
                 .iter()
                 .map(|&e| usize::try_from(e).ok().filter(|&e| e < self.experts))
                 .collect(),
-            Named::Mask(mask) => mask
-                .iter()
-                .enumerate()
-                .map(|(s, &m)| (m != 0).then_some(s % self.experts))
+            Named::Positive(scores) => (0..self.tokens * self.experts)
+                .map(|s| match scores {
+                    Some(scores) if !(scores[s] > 0.0) => None,
+                    _ => Some(s % self.experts),
+                })
                 .collect(),
         }
     }
@@ -72,20 +75,29 @@ impl Batch {
         }
     }
 
-    /// Every (token, expert) with probability `share`.
-    pub fn random_mask(tokens: usize, experts: usize, share: f64, seed: u64) -> Self {
+    /// Scores that are positive with probability `share`.
+    pub fn random_scores(tokens: usize, experts: usize, share: f64, seed: u64) -> Self {
         let mut random = Random(seed);
-        let mask = (0..tokens * experts).map(|_| {
+        let others = [0.0, -0.0, -1.5, f32::NAN, f32::NEG_INFINITY];
+        let scores = (0..tokens * experts).map(|_| {
             if random.unit() < share {
-                1 + random.below(255) as u8
+                [f32::from_bits(1), 0.5, f32::INFINITY][random.below(3)]
             } else {
-                0
+                others[random.below(others.len())]
             }
         });
         Self {
+            named: Named::Positive(Some(scores.collect())),
+            ..Self::all(tokens, experts)
+        }
+    }
+
+    /// Every expert for every token.
+    pub fn all(tokens: usize, experts: usize) -> Self {
+        Self {
             tokens,
             experts,
-            named: Named::Mask(mask.collect()),
+            named: Named::Positive(None),
             capacity: tokens * experts,
         }
     }
@@ -154,7 +166,8 @@ impl Batch {
         let (width, capacity) = (self.width(), self.capacity);
         let named = match &self.named {
             Named::Choices { experts_of, .. } => Buffer::input("choices", experts_of),
-            Named::Mask(mask) => Buffer::input("mask", mask),
+            Named::Positive(Some(scores)) => Buffer::input("scores", scores),
+            Named::Positive(None) => Buffer::input("no scores", &[f32::NAN]),
         };
         let buffers = vec![
             Buffer::output("offsets", (self.experts + 1) * 4),
@@ -170,6 +183,7 @@ impl Batch {
             self.tokens as i64,
             self.experts as i32,
         );
+        let all = matches!(self.named, Named::Positive(None));
         let want = self.sorted();
         Ok(Problem {
             label: self.label(),
@@ -201,14 +215,14 @@ impl Batch {
                     } else {
                         launch!(
                             launchers,
-                            dispatch_mask(
+                            dispatch_positive(
                                 offsets,
                                 row_token,
                                 row_slot,
                                 slot_row,
                                 fault,
                                 workspace,
-                                p[6].cast(),
+                                if all { null() } else { p[6].cast() },
                                 tokens,
                                 experts,
                                 capacity,
@@ -272,7 +286,8 @@ pub fn small_batches() -> Vec<Batch> {
         Batch::random(1, 8, 2, 2),
         Batch::random(101, 7, 7, 3),
         Batch::random(700, 32, 4, 4),
-        Batch::random_mask(67, 33, 0.3, 5),
+        Batch::random_scores(67, 33, 0.3, 5),
+        Batch::all(19, 7),
     ]
 }
 
@@ -301,8 +316,9 @@ pub fn covering_batches() -> Vec<Batch> {
             (257, 64, 0.1),
             (33, 256, 1.0),
         ]
-        .map(|(tokens, experts, share)| Batch::random_mask(tokens, experts, share, 11)),
+        .map(|(tokens, experts, share)| Batch::random_scores(tokens, experts, share, 11)),
     );
+    all.extend([Batch::all(1, 1), Batch::all(700, 64)]);
     all
 }
 
@@ -312,7 +328,7 @@ pub fn edge_batches() -> Vec<Batch> {
         Batch::random(300, 16, 2, 12).map_experts(|e| e / 2 * 2),
         Batch::random(300, 16, 1, 13).map_experts(|_| 5),
         Batch::random(300, 16, 1, 14).map_experts(|_| 15),
-        Batch::random_mask(67, 33, 0.3, 5).with_capacity(40),
+        Batch::random_scores(67, 33, 0.3, 5).with_capacity(40),
     ];
     all.extend([-1, 16, 255, 256, i32::MIN, i32::MAX].map(|wrong| {
         Batch::random(300, 16, 2, 15).map_experts(|e| if e == 3 { wrong } else { e })
@@ -331,7 +347,7 @@ pub fn cases() -> Vec<Case> {
         ("edges", edge_batches(), true),
         ("covering", covering_batches(), false),
     ] {
-        for (launcher, by_choice) in [("dispatch_choices", true), ("dispatch_mask", false)] {
+        for (launcher, by_choice) in [("dispatch_choices", true), ("dispatch_positive", false)] {
             let of_launcher = batches
                 .iter()
                 .filter(|b| matches!(b.named, Named::Choices { .. }) == by_choice);

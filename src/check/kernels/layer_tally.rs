@@ -215,6 +215,86 @@ fn bias(experts: usize) -> Problem {
     }
 }
 
+/// λ n_e / slots of uneven offsets.
+fn fractions(experts: usize) -> Problem {
+    const LAMBDA: f32 = 3e-5;
+    const SLOTS: i64 = 1_000_003;
+    let mut random = Random(experts as u64 + 6);
+    let mut offsets = vec![0i32];
+    for _ in 0..experts {
+        let last = offsets[offsets.len() - 1];
+        offsets.push(last + random.below(1000) as i32 * random.below(3) as i32);
+    }
+    Problem {
+        label: format!("{experts} experts"),
+        buffers: vec![
+            Buffer::output("fractions", experts * 4),
+            Buffer::input("lambda", &[LAMBDA]),
+            Buffer::input("offsets", &offsets),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let e = experts as i32;
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    remoe_fractions(p[0].cast(), p[1].cast(), p[2].cast(), SLOTS, e, stream)
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            exactly::<f32>("fractions", &out[0], |i| {
+                let n = f64::from(offsets[i + 1] - offsets[i]);
+                (f64::from(LAMBDA) * n / SLOTS as f64) as f32
+            })
+        }),
+    }
+}
+
+/// λ after a step of `layers` layers, in which tokens had K experts on average and `surplus` pairs more.
+fn lambda(layers: usize, experts: usize, surplus: i32) -> Problem {
+    const BEFORE: f32 = 7.3e-9;
+    const FACTOR: f64 = 1.2;
+    const TOKENS: usize = 4096;
+    let top_k = experts.div_ceil(3);
+    // Layer by layer K pairs a token, but shifted from one layer to the next.
+    let mut load = vec![0.0; layers * (experts + 1)];
+    for (l, row) in load.chunks_mut(experts + 1).enumerate() {
+        row[experts] = (TOKENS + l) as f64;
+        for pair in 0..top_k * (TOKENS + l) {
+            row[pair % experts] += 1.0;
+        }
+        row[0] += if l == 0 { 40.0 } else { 0.0 };
+        row[experts - 1] -= if l + 1 == layers { 40.0 } else { 0.0 };
+    }
+    load[experts / 2] += f64::from(surplus);
+    Problem {
+        label: format!("{layers} layers, {experts} experts, {surplus} pairs more than wanted"),
+        buffers: vec![
+            Buffer::changed("lambda", &[BEFORE]),
+            Buffer::input("load", &load),
+        ],
+        launch: Box::new(move |launchers, p, stream| {
+            let (l, e, k) = (layers as i32, experts as i32, top_k as i32);
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    remoe_update(p[0].cast(), p[1].cast(), l, e, k, FACTOR, stream)
+                )
+            }
+        }),
+        judge: Box::new(move |out| {
+            let change = match surplus {
+                0 => 1.0,
+                1.. => FACTOR,
+                _ => 1.0 / FACTOR,
+            };
+            exactly::<f32>("lambda", &out[0], |_| (f64::from(BEFORE) * change) as f32)
+        }),
+    }
+}
+
 pub fn cases() -> Vec<Case> {
     let plain = Tally {
         experts: 8,
@@ -297,6 +377,25 @@ pub fn cases() -> Vec<Case> {
             [1, 8, 34, 256]
                 .map(|e| Box::new(move || Ok(bias(e))) as MakeProblem)
                 .into(),
+        ),
+        case(
+            "remoe_fractions",
+            [1, 8, 33, 256]
+                .map(|e| Box::new(move || Ok(fractions(e))) as MakeProblem)
+                .into(),
+        ),
+        case(
+            "remoe_update",
+            [
+                (1, 1, 0),
+                (1, 8, 1),
+                (2, 8, -1),
+                (3, 33, 0),
+                (24, 256, 1),
+                (24, 256, -1),
+            ]
+            .map(|(l, e, more)| Box::new(move || Ok(lambda(l, e, more))) as MakeProblem)
+            .into(),
         ),
     ]
 }

@@ -62,7 +62,7 @@ impl Routed {
             let row = usize::try_from(self.sorted.slot_row[slot]).ok()?;
             let expert = match &self.batch.named {
                 Named::Choices { experts_of, .. } => experts_of[slot] as usize,
-                Named::Mask(_) => slot % width,
+                Named::Positive(_) => slot % width,
             };
             Some((row, expert))
         })
@@ -81,7 +81,7 @@ impl Routed {
     pub fn slot_buffers(&self) -> [Buffer; 2] {
         let choices = match &self.batch.named {
             Named::Choices { experts_of, .. } => Buffer::input("choices", experts_of),
-            Named::Mask(_) => Buffer::input("choices", &[-1i32]),
+            Named::Positive(_) => Buffer::input("choices", &[-1i32]),
         };
         [Buffer::input("slot_row", &self.sorted.slot_row), choices]
     }
@@ -105,7 +105,7 @@ pub fn small_batches() -> Vec<Batch> {
         Batch::random(131, 16, 1, 4).map_experts(|e| e / 2 * 2),
         Batch::random(40, 24, 1, 5).map_experts(|_| 23),
         Batch::random(33, 20, 6, 6),
-        Batch::random_mask(67, 33, 0.2, 7),
+        Batch::random_scores(67, 33, 0.2, 7),
         Batch::random(9, 130, 3, 18),
     ]
 }
@@ -124,8 +124,8 @@ pub fn covering_batches() -> Vec<Batch> {
         Batch::random(257, 128, 2, 13),
         Batch::random(127, 256, 5, 14),
         Batch::random(61, 96, 96, 15),
-        Batch::random_mask(200, 256, 0.05, 16),
-        Batch::random_mask(130, 8, 0.0, 17),
+        Batch::random_scores(200, 256, 0.05, 16),
+        Batch::random_scores(130, 8, 0.0, 17),
     ]
 }
 
