@@ -1,12 +1,14 @@
 """The MoE layer: on torch._grouped_mm under torch.compile, and SonicMoE's. Both get our routing."""
 
+import functools
+
 import torch
 import torch._functorch.config as functorch
 from torch.nn import functional as F
 
-from measure import Side, first_line
+from measure import Side, version
 
-VERSION = torch.__version__
+functorch.donated_buffer = False  # a backward that is run again keeps its buffers
 
 
 class Layer:
@@ -65,67 +67,64 @@ def torch_layer(x, router, gate_up, down, choices):
 
 
 def sonic_layer(x, router, gate_up, down, choices):
-    """Their layer for any routing; gate above up, as ours."""
+    """What their layer for K experts a token launches, with our choices where it has those of its top-k; the router in bf16
+    and gate above up, as theirs can be."""
+    from sonicmoe import functional as sonic
     from sonicmoe.enums import ActivationType
-    from sonicmoe.functional import moe_general_routing_inputs
 
-    tokens, top_k = choices.shape
-    scores = F.softmax(x.float() @ router.T, dim=-1).gather(1, choices)
-    token_of = torch.arange(tokens, device=x.device, dtype=torch.int32).repeat_interleave(top_k)
-    stream = torch.cuda.current_stream().cuda_stream
-    return moe_general_routing_inputs(
-        x, scores.flatten(), token_of, choices.flatten().to(torch.int32), gate_up.permute(1, 2, 0), None,
-        down.permute(1, 2, 0), None, len(router), stream, ActivationType.SWIGLU, concat_layout=True,
-    )[0]
+    (tokens, top_k), count = choices.shape, len(router)
+    gates = F.softmax(F.linear(x, router.to(x.dtype)), dim=-1, dtype=torch.float32).gather(1, choices)
+    ints = lambda n: torch.empty(n, dtype=torch.int32, device=x.device)
+    rows = tokens * top_k
+    frequency, offsets, token_of, scatter, reverse = map(ints, (count, count + 1, rows, rows, rows))
+    sonic.TC_topk_router_metadata_triton(
+        choices.to(torch.int32), count, frequency, offsets, token_of, scatter, reverse
+    )
+    a, h = sonic._UpProjection.apply(
+        x, gate_up.permute(1, 2, 0), None, offsets, rows, top_k, token_of, scatter, reverse, None, False,
+        ActivationType.SWIGLU, False, True,
+    )
+    return sonic._DownProjection.apply(
+        a, h, down.permute(1, 2, 0), None, gates, offsets, tokens, top_k, token_of, scatter, reverse, None, False,
+        ActivationType.SWIGLU,
+    )
 
 
-def both_passes(run, layer):
-    """Forward, and backward alone on a kept forward."""
+def forward(run, layer):
+    leaves = layer.leaves()
+    return lambda: run(*leaves, layer.choices)
+
+
+def backward(run, layer):
+    """Alone, on a kept forward."""
     leaves = layer.leaves()
     out = run(*leaves, layer.choices)
-    forward = lambda: run(*leaves, layer.choices)
-    backward = lambda: torch.autograd.grad(out, leaves, layer.dy, retain_graph=True)
-    return forward, backward
+    return lambda: torch.autograd.grad(out, leaves, layer.dy, retain_graph=True)
 
 
-def router(layer):
+def router(run, layer):
+    x, w, top_k = layer.x.detach(), layer.router.detach(), layer.choices.shape[1]
+    return lambda: run(x, w, top_k)
+
+
+def scored(x, w, top_k):
     """As torch would do it: scores, the K best, and what a balance loss needs."""
-    top_k = layer.choices.shape[1]
-
-    def run(x, w):
-        scores = F.softmax(x.float() @ w.T, dim=-1)
-        return scores, *scores.topk(top_k, dim=-1), scores.mean(0)
-
-    compiled = torch.compile(run)
-    return lambda: compiled(layer.x, layer.router)
+    scores = F.softmax(x.float() @ w.T, dim=-1)
+    return scores, *scores.topk(top_k, dim=-1), scores.mean(0)
 
 
 def sides(group, sets, cuda):
-    functorch.donated_buffer = False  # a backward that is run again keeps its buffers
-    families = [case["family"] for case in group["cases"]]
-    layers = [Layer(group["sizes"], inputs) for inputs in sets]
-    found = []
-    for name, run, version in [
-        ("torch layer, compiled", torch.compile(torch_layer), lambda: VERSION),
-        ("SonicMoE", sonic_layer, lambda: __import__("importlib.metadata").metadata.version("sonic-moe")),
-    ]:
-        passes = [
-            Side(name, "", "layer_forward", gives=["y"]),
-            Side(name, "", "layer_backward", gives=["dx", "drouter", "dgate_up", "ddown"]),
-        ]
-        try:
-            if name == "SonicMoE" and not cuda:
-                raise RuntimeError("its kernels need a GPU")
-            both = [both_passes(run, layer) for layer in layers]
-            for side, launches in zip(passes, zip(*both)):
-                side.version, side.launches = version(), list(launches)
-        except Exception as e:
-            for side in passes:
-                side.reason = f"{type(e).__name__}: {first_line(e)}"
-        found += passes
-    scores = Side("torch, compiled", VERSION, "router_forward", detail="top-k included")
-    scores.launches = [router(layer) for layer in layers]
-    return [side for side in found + [scores] if side.family in families]
+    made = functools.cache(lambda: [Layer(group["sizes"], inputs) for inputs in sets])
+    launches = lambda kind, run: lambda: [kind(run, layer) for layer in made()]
+    layer, gradients = torch.compile(torch_layer), ["dx", "drouter", "dgate_up", "ddown"]
+    torch_name, sonic = "torch layer, compiled", {"version": version("sonic-moe"), "detail": "router in bf16", "late": True}
+    return [
+        Side(torch_name, "layer_forward", launches(forward, layer), ["y"]),
+        Side(torch_name, "layer_backward", launches(backward, layer), gradients),
+        Side("SonicMoE", "layer_forward", launches(forward, sonic_layer), ["y"], **sonic),
+        Side("SonicMoE", "layer_backward", launches(backward, sonic_layer), gradients, **sonic),
+        Side("torch, compiled", "router_forward", launches(router, torch.compile(scored)), detail="top-k included"),
+    ]
 
 
 def outputs(group, inputs, default=True, beta=0.9):

@@ -4,21 +4,15 @@ import torch
 from torch.nn import functional as F
 
 from layers import expert_by_expert
-from measure import Side, first_line
+from measure import Side
 
-VERSION = torch.__version__
 EPS = 1e-5
 BF16 = torch.bfloat16
 
 
 def side(name, family, build, sets, gives=(), detail=""):
-    """A side whose launches `build` makes of each set, or the reason why it cannot."""
-    made = Side(name, VERSION, family, gives=list(gives), detail=detail)
-    try:
-        made.launches = [build(inputs) for inputs in sets]
-    except Exception as e:
-        made.launches, made.reason = [], f"{type(e).__name__}: {first_line(e)}"
-    return made
+    """A side whose launches `build` makes of each set."""
+    return Side(name, family, lambda: [build(inputs) for inputs in sets], gives, detail)
 
 
 def gradient_of(out, leaves, dout):
@@ -145,27 +139,29 @@ def attention(q, k, v):
 def attention_sides(group, sets, cuda):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    found = []
-    backends = [
-        ("torch, cuDNN attention", SDPBackend.CUDNN_ATTENTION),
-        ("torch, flash attention", SDPBackend.FLASH_ATTENTION),
-    ]
-    for name, backend in backends:
-
-        def built(inputs, back, backend=backend):
+    def build(backend, back):
+        def built(inputs):
             qkv, dout = attention_inputs(group["sizes"], inputs)
-            parts = [part.requires_grad_(back) for part in qkv.permute(2, 0, 3, 1, 4).contiguous().unbind(0)]
+            # Heads of a token beside each other, as a projection leaves them, and the same of outputs and gradients: no
+            # backend has to copy one into another's order.
+            leaves = [part.contiguous().requires_grad_(back) for part in qkv.unbind(2)]
 
             def forward():
                 with sdpa_kernel(backend):
-                    return attention(*parts).transpose(1, 2)
+                    return attention(*(leaf.transpose(1, 2) for leaf in leaves)).transpose(1, 2)
 
-            return gradient_of(forward(), parts, dout) if back else forward
+            return gradient_of(forward(), leaves, dout) if back else forward
 
-        found += [
-            side(name, "attention_forward", lambda inputs, built=built: built(inputs, False), sets, ["out"]),
-            side(name, "attention_backward", lambda inputs, built=built: built(inputs, True), sets),
-        ]
+        return built
+
+    joined = lambda *gradients: {"dqkv": torch.stack(gradients, 2)}
+    found = []
+    for name, backend in [
+        ("torch, cuDNN attention", SDPBackend.CUDNN_ATTENTION),
+        ("torch, flash attention", SDPBackend.FLASH_ATTENTION),
+    ]:
+        found.append(side(name, "attention_forward", build(backend, False), sets, ["out"]))
+        found.append(side(name, "attention_backward", build(backend, True), sets, joined))
     return found
 
 

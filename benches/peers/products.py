@@ -1,10 +1,14 @@
 """Grouped and dense products: torch.mm, torch._grouped_mm, and the Triton kernels of moe-ops."""
 
+import functools
+import os
+
 import torch
 
-from measure import Side, first_line
+from measure import Side, version
 
-VERSION = torch.__version__
+# On the CPU, Triton's interpreter runs the kernels of moe-ops; it knows no products of bf16, so operands are f32 there.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RESULT = {"grouped_gemm_forward": "out", "grouped_gemm_input_gradient": "dx", "grouped_gemm_weight_gradient": "dw"}
 
 
@@ -41,8 +45,23 @@ def torch_product(product, a, b, ends):
     return lambda: torch._grouped_mm(a.T, b, offs=ends)
 
 
-def triton_product(product, a, b, ends):
+def interpreted():
+    """moe-ops with its kernels for Hopper on the CPU, in one configuration each."""
     import moe_ops
+    from moe_ops import grouped_gemm_ops, grouped_gemm_ops_sm90
+
+    for kernel in (grouped_gemm_ops.gmm_gradB_kernel, grouped_gemm_ops_sm90.grouped_matmul_tma_kernel):
+        del kernel.configs[1:]
+    grouped_gemm_ops_sm90.supports_tma = lambda dtype=None: True
+    grouped_gemm_ops_sm90.num_sms = lambda: 4
+    return moe_ops
+
+
+def triton_product(product, a, b, ends):
+    if INTERPRETED:
+        moe_ops, a, b = interpreted(), a.float(), b.float()
+    else:
+        import moe_ops
 
     offsets = torch.cat([ends.new_zeros(1), ends])
     if product == "grouped_gemm_forward":
@@ -57,22 +76,15 @@ def triton_product(product, a, b, ends):
 
 
 def sides(group, sets, cuda):
-    sizes, families = group["sizes"], [case["family"] for case in group["cases"]]
-    dense = len(sizes["counts"]) == 1
-    gives = [RESULT[sizes["product"]]]
-    theirs = Side("torch" if dense else "torch._grouped_mm", VERSION, families[0], gives=gives)
-    theirs.detail = "weight gradients in bf16" if families[0].endswith("weight_gradient") else ""
-    theirs.launches = [torch_product(sizes["product"], *operands(sizes, inputs)) for inputs in sets]
-    found = [theirs]
+    sizes, family = group["sizes"], group["cases"][0]["family"]
+    dense, gives = len(sizes["counts"]) == 1, [RESULT[sizes["product"]]]
+    made = functools.cache(lambda: [operands(sizes, inputs) for inputs in sets])
+    launches = lambda product: lambda: [product(sizes["product"], *each) for each in made()]
+    detail = "weight gradients in bf16" if family.endswith("weight_gradient") else ""
+    found = [Side("torch" if dense else "torch._grouped_mm", family, launches(torch_product), gives, detail)]
     if not dense:
-        triton = Side("moe-ops (Triton)", "", families[0], gives=gives, detail=theirs.detail)
-        try:
-            if not cuda:
-                raise RuntimeError("its kernels need a GPU")
-            triton.version = __import__("importlib.metadata").metadata.version("moe-ops")
-            triton.launches = [triton_product(sizes["product"], *operands(sizes, inputs)) for inputs in sets]
-        except Exception as e:
-            triton.reason = f"{type(e).__name__}: {first_line(e)}"
+        # As it comes: its products with weights are tuned at the first shape of each number of experts.
+        triton = Side("moe-ops (Triton)", family, launches(triton_product), gives, detail, version("moe-ops"), late=True)
         found.append(triton)
     return found
 

@@ -1,11 +1,15 @@
-"""Whole training steps of a model in PyTorch: the same shapes, losses and optimizer; experts on torch._grouped_mm."""
+"""Whole training steps of a model in PyTorch: the same shapes, losses and optimizer; on a GPU experts on torch._grouped_mm.
+
+`compare_steps.py` holds a step against ours. One thing differs: where a step has several micro-batches, each moves the averages
+of the experts' outputs here, the whole step with us.
+"""
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from layers import expert_by_expert, experts
-from measure import Side, first_line
+from measure import Side
 
 AUXILIARY, BETA, EPS = 0.01, 0.9, 1e-5
 
@@ -51,8 +55,9 @@ class SwiGLU(nn.Module):
 class MixtureOfExperts(nn.Module):
     """The K best experts of each token; with `default`, moving averages of the experts' outputs stand in for the others."""
 
-    def __init__(self, sizes, default):
+    def __init__(self, sizes, default, grouped):
         super().__init__()
+        self.run = experts if grouped else expert_by_expert
         count, hidden, ffn = sizes["experts"], sizes["hidden"], sizes["ffn"]
         self.router, self.default, self.top_k = linear(hidden, count), default, sizes["top_k"]
         self.gate_up = nn.Parameter(torch.randn(count, 2 * ffn, hidden) * hidden**-0.5)
@@ -69,8 +74,7 @@ class MixtureOfExperts(nn.Module):
         share = torch.zeros_like(p).scatter(1, chosen, 1.0)
         auxiliary = p.shape[1] * (share.mean(0) / self.top_k * p.mean(0)).sum()
         kind = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        run = experts if x.is_cuda else expert_by_expert
-        y = run(rows.to(kind), gates, self.gate_up.to(kind), self.down.to(kind), chosen)
+        y = self.run(rows.to(kind), gates, self.gate_up.to(kind), self.down.to(kind), chosen)
         if not self.default:
             return y.view_as(x), auxiliary
         if self.top_k > 1:
@@ -86,13 +90,13 @@ class MixtureOfExperts(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, sizes, router):
+    def __init__(self, sizes, router, grouped):
         super().__init__()
         hidden, count = sizes["hidden"], sizes["layers"]
         self.embedding, self.head = nn.Embedding(sizes["vocabulary"], hidden), linear(hidden, sizes["vocabulary"])
         self.norms = nn.ModuleList(norm(sizes) for _ in range(2 * count + 1))
         self.attention = nn.ModuleList(Attention(sizes) for _ in range(count))
-        moe = [MixtureOfExperts(sizes, router == "default") for _ in range(count - 1)]
+        moe = [MixtureOfExperts(sizes, router == "default", grouped) for _ in range(count - 1)]
         self.ffn = nn.ModuleList([SwiGLU(hidden, sizes["dense_ffn"]), *moe])
         head = hidden // sizes["heads"]
         frequency = 10000.0 ** (-torch.arange(head // 2) / (head // 2))
@@ -101,7 +105,7 @@ class Model(nn.Module):
         self.register_buffer("sin", angle.sin())
 
     def forward(self, tokens):
-        """Cross-entropy and the auxiliary loss, the mean over its layers."""
+        """Cross-entropy, and the auxiliary loss as it is added: the mean over its layers."""
         x, auxiliary = self.embedding(tokens[:, :-1]), 0
         for layer, (attention, ffn) in enumerate(zip(self.attention, self.ffn)):
             x = x + attention(self.norms[2 * layer](x), self.cos, self.sin)
@@ -111,45 +115,51 @@ class Model(nn.Module):
                 auxiliary = auxiliary + loss
             x = x + y
         logits = self.head(self.norms[-1](x)).flatten(0, 1)
-        return F.cross_entropy(logits.float(), tokens[:, 1:].flatten()) + AUXILIARY * auxiliary / (len(self.ffn) - 1)
+        loss = F.cross_entropy(logits.float(), tokens[:, 1:].flatten())
+        return loss, AUXILIARY * auxiliary / (len(self.ffn) - 1)
 
 
 class Training:
     """A model with its optimizer; `step` does the next one, in micro-batches."""
 
-    def __init__(self, sizes, router, device, compiled):
+    def __init__(self, sizes, router, device, compiled, grouped, bf16):
         torch.manual_seed(0)
-        self.sizes, self.device = sizes, device
-        model = Model(sizes, router).to(device)
-        self.parameters = list(model.parameters())
-        self.loss = torch.compile(model) if compiled else model
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
+        self.sizes, self.device, self.bf16 = sizes, device, bf16
+        self.model = Model(sizes, router, grouped).to(device)
+        self.parameters = list(self.model.parameters())
+        self.losses = torch.compile(self.model) if compiled else self.model
+        # Norms and the embedding do not decay.
+        kept = {id(p) for p in self.parameters if p.dim() == 1} | {id(self.model.embedding.weight)}
+        groups = [
+            {"params": [p for p in self.parameters if (id(p) in kept) == keep], "weight_decay": 0.0 if keep else 0.1}
+            for keep in (False, True)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), fused=True)
 
-    def step(self):
+    def step(self, batches=None):
+        """Of these tokens, or of random bytes; gives the last micro-batch's losses and the norm of the gradient."""
         parts = self.sizes["sequences"] // self.sizes["micro_batch"]
         shape = (self.sizes["micro_batch"], self.sizes["sequence"] + 1)
         self.optimizer.zero_grad()
-        for _ in range(parts):
+        for part in range(parts):
             # Bytes, whatever the vocabulary, as our corpus has them.
-            tokens = torch.randint(0, 256, shape, device=self.device)
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.device == "cuda"):
-                loss = self.loss(tokens)
-            (loss / parts).backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            tokens = batches[part] if batches else torch.randint(0, 256, shape, device=self.device)
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                loss, auxiliary = self.losses(tokens)
+            ((loss + auxiliary) / parts).backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
+        return loss.detach(), auxiliary.detach(), norm
 
 
 def sides(group, sets, cuda):
     found, device = [], "cuda" if cuda else "cpu"
     for router in group["sizes"]["routers"]:
         for compiled in [True] if cuda else [False, True]:
+
+            def make(router=router, compiled=compiled):
+                return [Training(group["sizes"], router, device, compiled, grouped=cuda, bf16=cuda).step]
+
             name = "torch model, compiled" if compiled else "torch model, eager"
-            side = Side(name, torch.__version__, "step", only=f" {router}", steps=True)
-            try:
-                side.launches = [Training(group["sizes"], router, device, compiled).step]
-            except Exception as e:
-                side.reason = f"{type(e).__name__}: {first_line(e)}"
-            found.append(side)
+            found.append(Side(name, "step", make, only=f" {router}", steps=True))
     return found
