@@ -17,6 +17,8 @@ pub struct Training {
     corpus: Corpus,
     /// Steps launched.
     step: u64,
+    /// The last of them, where its report is still to be read.
+    under_way: Option<Launched>,
 }
 
 impl Training {
@@ -30,6 +32,7 @@ impl Training {
             model,
             config,
             step: 0,
+            under_way: None,
         })
     }
 
@@ -65,12 +68,34 @@ impl Training {
     /// # Errors
     /// Those of a step, and when a number in it was not finite.
     pub fn step(&mut self) -> Result<StepReport> {
-        let launched = self.launch()?;
+        let launched = match self.under_way.take() {
+            Some(launched) => launched,
+            None => self.launch()?,
+        };
+        self.accepted(launched)
+    }
+
+    /// The same, the step behind it launched before its report is read where that may be: as a run does.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_ahead(&mut self) -> Result<StepReport> {
+        let launched = match self.under_way.take() {
+            Some(launched) => launched,
+            None => self.launch()?,
+        };
+        if launched.was_replayed() {
+            self.under_way = Some(self.launch()?);
+        }
+        self.accepted(launched)
+    }
+
+    fn accepted(&mut self, launched: Launched) -> Result<StepReport> {
         let report = self.report(launched)?;
         match report.refused {
             None => Ok(report),
             Some(what) => Err(Error::NonFinite {
-                what: format!("{what} in step {}", self.step),
+                what: format!("{what} at step {} or the one before", self.step),
                 help: "lower train.learning_rate; if the preset's is set, report a bug".into(),
             }),
         }

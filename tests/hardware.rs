@@ -60,7 +60,6 @@ fn a_dry_run_lists_every_task_in_order_and_says_why_it_cannot_run() {
         "repeats: 557m default 4 layers",
         "learns: small default",
         "memcheck: dispatch_positive small  (needs compute-sanitizer)",
-        "racecheck: grouped_gemm_forward small",
         "trains: 7.33b default  (needs 142.0 GB of the device)",
         "resumes: 1.96b default  (needs 44.6 GB of the device, 23.6 GB of disk)",
         "timed: attention_forward 2048 x 64",
@@ -68,6 +67,7 @@ fn a_dry_run_lists_every_task_in_order_and_says_why_it_cannot_run() {
         "timed: grouped_gemm_forward dense 4096",
         "timed: grouped_gemm_weight_gradient 7.33b 32c4 down",
         "bench: core set",
+        "racecheck: grouped_gemm_forward small",
     ] {
         let at = listed[from..].find(task);
         from += at.unwrap_or_else(|| panic!("{task} is missing, or out of order:\n{listed}"));

@@ -207,8 +207,14 @@ fn peers<'a>(
         return Ok(Vec::new());
     };
     let mut peers = Vec::new();
-    let batched =
-        Cublas::open(gpu).and_then(|cublas| Ok((Matmul::new(&cublas, *product, shape)?, cublas)));
+    let batched = Cublas::open(gpu).and_then(|cublas| {
+        let matmul = Matmul::new(&cublas, *product, shape)?;
+        // Once before it is captured, as in the ceilings.
+        let done = matmul.launch(gpu, &runs[0].pointers());
+        done.and_then(|()| gpu.finish())
+            .map_err(|e| e.to_string())?;
+        Ok((matmul, cublas))
+    });
     peers.push((
         super::peers::CUBLAS,
         batched.map(|(matmul, cublas)| {

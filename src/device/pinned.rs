@@ -20,7 +20,8 @@ pub(super) struct Staging {
 unsafe impl Send for Staging {}
 
 impl Staging {
-    const HALF: usize = 8 << 20;
+    /// More than the tokens and targets of a step of the paper's models, so that the next one's never wait for this one.
+    const HALF: usize = 32 << 20;
 
     pub fn new() -> Result<Self, DriverError> {
         // SAFETY: the memory lives as long as the process.

@@ -10,6 +10,7 @@ use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 /// Exit code with which compute-sanitizer is told to report that it found something.
@@ -79,37 +80,39 @@ pub fn in_child(task: &Task, place: &Place, limit: f64) -> Result<Outcome> {
     }))
 }
 
-/// Reads standard output and error on threads of their own, so that neither pipe fills; the result waits for both.
+/// Seconds for which the pipes are read on when the process has ended: one that it left behind may hold them for ever.
+const AFTERWARDS: Duration = Duration::from_secs(5);
+
+/// Reads standard output and error on threads of their own, so that neither pipe fills; the result waits for both, but not
+/// for ever. The outcome's line comes last.
 fn both_streams(child: &mut Child) -> impl FnOnce() -> String + use<> {
-    let read = |stream: Option<Box<dyn Read + Send>>| {
-        std::thread::spawn(move || {
-            let mut bytes = Vec::new();
-            if let Some(mut stream) = stream {
-                let _ = stream.read_to_end(&mut bytes);
-            }
-            String::from_utf8_lossy(&bytes).into_owned()
-        })
-    };
-    let error = read(
-        child
-            .stderr
-            .take()
-            .map(|s| Box::new(s) as Box<dyn Read + Send>),
-    );
-    let output = read(
-        child
-            .stdout
-            .take()
-            .map(|s| Box::new(s) as Box<dyn Read + Send>),
-    );
-    // The outcome's line comes last.
+    let error = child.stderr.take().map(|s| pieces(Box::new(s)));
+    let output = child.stdout.take().map(|s| pieces(Box::new(s)));
     move || {
-        format!(
-            "{}\n{}",
-            error.join().unwrap_or_default(),
-            output.join().unwrap_or_default()
-        )
+        let end = Instant::now() + AFTERWARDS;
+        let text = |pieces: Option<Receiver<Vec<u8>>>| {
+            let pieces = pieces.into_iter().flat_map(|pieces| {
+                let left = move || end.saturating_duration_since(Instant::now());
+                std::iter::from_fn(move || pieces.recv_timeout(left()).ok())
+            });
+            String::from_utf8_lossy(&pieces.flatten().collect::<Vec<u8>>()).into_owned()
+        };
+        format!("{}\n{}", text(error), text(output))
     }
+}
+
+/// What a thread reads from `stream`, piece by piece to its end.
+fn pieces(mut stream: Box<dyn Read + Send>) -> Receiver<Vec<u8>> {
+    let (sender, receiver) = channel();
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 1 << 16];
+        while let Ok(count @ 1..) = stream.read(&mut buffer) {
+            if sender.send(buffer[..count].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
 }
 
 /// The exit status; none when the process had to be killed.
@@ -213,6 +216,17 @@ mod tests {
         let text = both_streams(&mut child);
         assert!(wait(&mut child, 60.0).is_some_and(|status| status.success()));
         assert!(text().ends_with("end\n"));
+    }
+
+    #[test]
+    fn what_a_process_left_behind_does_not_hold_up_its_end() {
+        let mut child = shell("sleep 60 & echo end");
+        let (text, start) = (both_streams(&mut child), Instant::now());
+        assert!(wait(&mut child, 60.0).is_some_and(|status| status.success()));
+        assert!(text().ends_with("end\n"));
+        assert!(start.elapsed() < 3 * AFTERWARDS);
+        let group = format!("-{}", child.id());
+        let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! Two runs give the same bytes: of every loss, weight, moment and whatever a router keeps.
 
 use super::one::Outcome;
+use super::steps::uncaptured;
 use crate::config::Config;
 use crate::error::Result;
 use crate::training::Training;
@@ -13,15 +14,15 @@ type Digest = (String, blake3::Hash);
 /// # Errors
 /// When a step cannot be taken.
 pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
-    let first = run(config, steps)?;
+    let (first, uncaptured) = run(config, steps)?;
     let mut config = config.clone();
     config.train.seed += u64::from(planted);
-    let second = run(&config, steps)?;
+    let second = run(&config, steps)?.0;
     let differ: Vec<&str> = (first.iter().zip(&second))
         .filter(|(a, b)| a != b)
         .map(|((name, _), _)| name.as_str())
         .collect();
-    let wrong = differ.first().map(|name| {
+    let unequal = differ.first().map(|name| {
         let (count, all) = (differ.len(), first.len());
         format!("two runs of {steps} steps differ in {count} of {all} arrays, first in {name}")
     });
@@ -36,11 +37,12 @@ pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
     );
     let measured =
         json!({"steps": steps, "arrays": first.len(), "digest": digest, "differ": differ});
+    let wrong = [uncaptured, unequal].into_iter().flatten();
     Ok(Outcome::judged(wrong, right, measured))
 }
 
-/// Digests of the losses, one a step, and of all that is trained.
-fn run(config: &Config, steps: u64) -> Result<Vec<Digest>> {
+/// Digests of the losses, one a step, and of all that is trained; and why no graph was replayed.
+fn run(config: &Config, steps: u64) -> Result<(Vec<Digest>, Option<String>)> {
     let mut training = Training::new(config.clone())?;
     let mut found = Vec::new();
     for step in 1..=steps {
@@ -50,5 +52,5 @@ fn run(config: &Config, steps: u64) -> Result<Vec<Digest>> {
         found.push((name, blake3::hash(&numbers.concat())));
     }
     found.extend(training.digests()?);
-    Ok(found)
+    Ok((found, uncaptured(&training)))
 }

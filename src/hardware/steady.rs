@@ -2,7 +2,7 @@
 //! addresses of the step before; a step that is not finite leaves no trace; the memory is what was planned.
 
 use super::one::Outcome;
-use super::steps::{WARM, memory_judged, planned, unplanned};
+use super::steps::{WARM, memory_judged, planned, uncaptured, unplanned};
 use crate::config::Config;
 use crate::device::counters::{self, Counters};
 use crate::device::take_peak;
@@ -32,10 +32,8 @@ pub fn check(config: Config, planted: bool) -> Result<Outcome> {
     drop(held);
     let (memory, unfit) = memory_judged(peak, planned);
     let (refusal, traces) = not_finite(&mut training, planted)?;
-    let wrong: Vec<String> = [unsteady(one, next, graph), unfit, traces]
-        .into_iter()
-        .flatten()
-        .collect();
+    let uncaptured = uncaptured(&training);
+    let wrong = [uncaptured, unsteady(one, next, graph), unfit, traces];
     let measured = json!({
         "step": of(one), "next_step": of(next), "refused": refusal,
         "peak_bytes": peak, "planned_bytes": planned,
@@ -47,7 +45,11 @@ pub fn check(config: Config, planted: bool) -> Result<Outcome> {
     let right = format!(
         "{did}, no wait, nothing allocated, the same addresses; a NaN leaves no trace; {memory}"
     );
-    Ok(Outcome::judged(wrong, right, measured))
+    Ok(Outcome::judged(
+        wrong.into_iter().flatten(),
+        right,
+        measured,
+    ))
 }
 
 fn of(c: Counters) -> Value {

@@ -25,6 +25,12 @@ pub struct StepCase {
     pub estimate: f64,
 }
 
+/// Why steps were launched one by one, where that is not as it should be.
+pub fn uncaptured(training: &Training) -> Option<String> {
+    let why = training.trainer.graph_refused()?;
+    Some(format!("steps could not be captured as a graph: {why}"))
+}
+
 /// Half a second of a step on the simulator, and what a GPU can also be asked.
 const SMALL: [&str; 4] = [
     "model.sequence_length=128",

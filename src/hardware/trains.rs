@@ -1,10 +1,10 @@
 //! How fast whole steps are: tokens a second, the share of the GPU's peak, memory beside the plan, time by kernel.
 
 use super::one::Outcome;
-use super::steps::{WARM, memory_judged, planned, unplanned};
+use super::steps::{WARM, memory_judged, planned, uncaptured, unplanned};
 use crate::config::{Config, count};
-use crate::device::take_peak;
 use crate::device::timeline::{self, Timeline};
+use crate::device::{counters, take_peak};
 use crate::error::Result;
 use crate::measure::median;
 use crate::plan::H200_PEAK;
@@ -12,7 +12,7 @@ use crate::training::Training;
 use serde_json::{Value, json};
 use std::time::Instant;
 
-/// Times `steps` steps by the clock on the wall, reports included, and one more kernel by kernel.
+/// Times `steps` steps by the clock on the wall, from report to report as in a run, and one more kernel by kernel.
 ///
 /// # Errors
 /// When a step cannot be taken.
@@ -32,11 +32,14 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
         first.push(timed(&mut training)?.0);
     }
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    counters::take();
     for _ in 0..steps {
         let (step, loss) = timed(&mut training)?;
         seconds.push(step);
         losses.push(loss);
     }
+    let replays = counters::take().replays;
+    training.step()?; // the one under way
     timeline::start()?;
     training.step()?;
     let timeline = timeline::finish()?;
@@ -55,14 +58,15 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
         "tokens_per_step": tokens, "flops_per_step": flops, "seconds_to_begin": ready, "seconds_of_first_steps": first,
         "seconds_of_each_step": seconds, "spread": spread, "tokens_per_second": rate, "tflops": flops / step / 1e12,
         "share_of_peak": share, "peak_bytes": peak, "planned_bytes": planned, "losses": losses,
-        "timeline": timeline.as_ref().map(of),
+        "replays": replays, "timeline": timeline.as_ref().map(of),
     });
-    Ok(Outcome::judged(unfit, text, measured))
+    let wrong = [uncaptured(&training), unfit].into_iter().flatten();
+    Ok(Outcome::judged(wrong, text, measured))
 }
 
 fn timed(training: &mut Training) -> Result<(f64, f64)> {
     let begun = Instant::now();
-    let loss = training.step()?.cross_entropy;
+    let loss = training.step_ahead()?.cross_entropy;
     Ok((begun.elapsed().as_secs_f64(), loss))
 }
 

@@ -1,6 +1,7 @@
 //! Whether a run can fit in memory, before it begins.
 
 use crate::config::{Config, count};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use std::fs;
 
@@ -35,9 +36,12 @@ pub fn least(config: &Config) -> u64 {
         .saturating_add(batch)
 }
 
-/// Refuses a run that needs more than the machine can give.
+/// Refuses a run that needs more than the machine can give. A GPU has memory of its own, which is reserved before the run.
 pub(super) fn check(config: &Config) -> Result<()> {
-    fits(least(config), available())
+    match config.train.device {
+        Device::Cuda => Ok(()),
+        _ => fits(least(config), available()),
+    }
 }
 
 fn fits(needed: u64, available: Option<u64>) -> Result<()> {
