@@ -1,6 +1,8 @@
 // attention_backward: the gradient of attention_forward, from its outputs and dout.
 //   delta[r] = ⟨dout[r], out[r]⟩;  P = exp(S / √d - log_sum_exp), S = Q Kᵀ;  dS = P ⊙ (dout Vᵀ - delta) / √d
 //   dQ = dS K;  dK = dSᵀ Q and dV = Pᵀ dout, summed over the query heads of a key head
+// Where cosines and sines [S, d/2] f32 are given, qkv was turned by them (rope.cu), and dQ and dK are turned back before they
+// are rounded: dqkv is the gradient of what was turned.
 // dqkv [T, (H + 2 Hkv)·d] bf16, assigned; dout, out [T, H·d] bf16; qkv, log_sum_exp, first_key and sizes as
 // attention_forward has them. workspace: attention_backward_workspace floats, of each row log_sum_exp for powers of two
 // (+inf for rows that see nothing: their P is 0) and delta, rows padded to S' = S rounded up to 128.
@@ -23,6 +25,7 @@
 // a tile of 128 sees. Bytes: 6·T·(H + Hkv)·d + 2·T·H·d + 16·B·H·S', tiles of other rows again from L2.
 // Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
 #include "common/attention_shape.cuh"
+#include "common/rope_fragment.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
@@ -166,7 +169,7 @@ DEV void accumulate(float (&sum)[T::D / 2], const uint32_t (&a)[T::kStep / 16][4
 
 template <class T>
 DEV void consume(BackwardShared<T>& s, const BackwardMaps& maps, const RowStatistics& statistics,
-                 const AttentionShape& shape, const AttentionOrder& order) {
+                 const RopeTables& tables, const AttentionShape& shape, const AttentionOrder& order) {
   constexpr int D = T::D, kStep = T::kStep;
   const int warpgroup = threadIdx.x / 128 - 1;
   Staging staging(s.staging[warpgroup], nullptr, warpgroup);
@@ -247,6 +250,12 @@ DEV void consume(BackwardShared<T>& s, const BackwardMaps& maps, const RowStatis
     if (T::kSumsLinger && number != first_number) give_back(number - 1);
     release(&s.held_empty);
     if (first_row >= shape.sequence) continue;
+    if (tables.cosines) {
+      int position[2];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) position[h] = min(first_row + fragment_row(h), shape.sequence - 1);
+      turn_heads<D>(sum, tables, position, 1, -1.0f);
+    }
     const float scaled[2] = {kScoreScale<D>, kScoreScale<D>}, plain[2] = {1, 1};
     const int column = (T::kOfKeys ? shape.heads + place.head : place.head) * D;
     store_head<D>(staging, &maps.dqkv, sum, scaled, column, first_row, sequence);
@@ -259,7 +268,8 @@ DEV void consume(BackwardShared<T>& s, const BackwardMaps& maps, const RowStatis
 template <class T>
 __global__ void __launch_bounds__(kAttentionThreads, 1)
     attention_backward_kernel(const __grid_constant__ BackwardMaps maps, const __grid_constant__ RowStatistics statistics,
-                              const __grid_constant__ AttentionShape shape, const __grid_constant__ AttentionOrder order) {
+                              const __grid_constant__ RopeTables tables, const __grid_constant__ AttentionShape shape,
+                              const __grid_constant__ AttentionOrder order) {
   DYNAMIC_SHARED(BackwardShared<T>, s);
   static_assert(shared_bytes<BackwardShared<T>> <= 227 * 1024);
   if (threadIdx.x == 0) {
@@ -277,13 +287,13 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     if (threadIdx.x == 0) produce<T>(s, maps, shape, order);
   } else {
     setmaxnreg_inc<240>();
-    consume<T>(s, maps, statistics, shape, order);
+    consume<T>(s, maps, statistics, tables, shape, order);
   }
 }
 
 template <class T>
-routegrad_status launch_pass(const BackwardMaps& maps, const RowStatistics& statistics, const AttentionShape& shape,
-                             routegrad_stream stream) {
+routegrad_status launch_pass(const BackwardMaps& maps, const RowStatistics& statistics, const RopeTables& tables,
+                             const AttentionShape& shape, routegrad_stream stream) {
   const int group = shape.heads / shape.key_value_heads;
   const int64_t bytes = int64_t{4} * shape.sequence * T::D;  // of the two tensors streamed, for a head
   const AttentionOrder order = T::kOfKeys ? attention_order(shape, shape.key_value_heads, 1, bytes * group, false)
@@ -292,13 +302,13 @@ routegrad_status launch_pass(const BackwardMaps& maps, const RowStatistics& stat
   return launch(attention_backward_kernel<T>,
                 {dim3(static_cast<uint32_t>(tiles < room ? tiles : room)), kAttentionThreads,
                  shared_bytes<BackwardShared<T>>},
-                stream, maps, statistics, shape, order);
+                stream, maps, statistics, tables, shape, order);
 }
 
 template <int D>
 routegrad_status launch_backward(void* dqkv, const RowStatistics& statistics, const void* dout, const void* qkv,
-                                 const void* out, const float* log_sum_exp, const AttentionShape& shape,
-                                 routegrad_stream stream) {
+                                 const void* out, const float* log_sum_exp, const RopeTables& tables,
+                                 const AttentionShape& shape, routegrad_stream stream) {
   BackwardMaps maps;
   const int64_t width = int64_t{shape.heads} * D, qkv_width = width + int64_t{2} * shape.key_value_heads * D;
   routegrad_status status = sequence_map(&maps.qkv, qkv, shape, qkv_width);
@@ -314,27 +324,31 @@ routegrad_status launch_backward(void* dqkv, const RowStatistics& statistics, co
                     {dim3(static_cast<uint32_t>((threads + kStatisticsThreads - 1) / kStatisticsThreads)),
                      kStatisticsThreads},
                     stream, statistics, static_cast<const bf16*>(dout), static_cast<const bf16*>(out), log_sum_exp, shape);
-  if (status == ROUTEGRAD_OK) status = launch_pass<Pass<D, true>>(maps, statistics, shape, stream);
-  if (status == ROUTEGRAD_OK) status = launch_pass<Pass<D, false>>(maps, statistics, shape, stream);
+  if (status == ROUTEGRAD_OK) status = launch_pass<Pass<D, true>>(maps, statistics, tables, shape, stream);
+  if (status == ROUTEGRAD_OK) status = launch_pass<Pass<D, false>>(maps, statistics, tables, shape, stream);
   return status;
 }
 
 }  // namespace
 
 routegrad_status attention_backward(void* dqkv, float* workspace, const void* dout, const void* qkv, const void* out,
-                                    const float* log_sum_exp, const int32_t* first_key, int64_t tokens, int32_t sequence,
-                                    int32_t heads, int32_t key_value_heads, int32_t head_width, routegrad_stream stream) {
+                                    const float* log_sum_exp, const int32_t* first_key, const float* cosines,
+                                    const float* sines, int64_t tokens, int32_t sequence, int32_t heads,
+                                    int32_t key_value_heads, int32_t head_width, routegrad_stream stream) {
   REQUIRE_POINTER(attention_backward, dqkv);
   REQUIRE_POINTER(attention_backward, workspace);
   REQUIRE_POINTER(attention_backward, dout);
   REQUIRE_POINTER(attention_backward, out);
   REQUIRE_POINTER(attention_backward, log_sum_exp);
+  if (cosines) REQUIRE_POINTER(attention_backward, cosines);
+  if (cosines) REQUIRE_POINTER(attention_backward, sines);
+  if (cosines) REQUIRE(attention_backward, sequence, sequence <= kMaxPositions, ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE_ATTENTION(attention_backward);
   const AttentionShape shape{first_key, static_cast<int>(tokens / sequence), sequence, heads, key_value_heads};
   const RowStatistics statistics{workspace, int64_t{shape.sequences} * heads, padded_sequence(sequence)};
   return head_width == 64
-             ? launch_backward<64>(dqkv, statistics, dout, qkv, out, log_sum_exp, shape, stream)
-             : launch_backward<128>(dqkv, statistics, dout, qkv, out, log_sum_exp, shape, stream);
+             ? launch_backward<64>(dqkv, statistics, dout, qkv, out, log_sum_exp, {cosines, sines}, shape, stream)
+             : launch_backward<128>(dqkv, statistics, dout, qkv, out, log_sum_exp, {cosines, sines}, shape, stream);
 }
 
 routegrad_status attention_backward_workspace(uint64_t* floats, int64_t tokens, int32_t sequence, int32_t heads) {

@@ -192,6 +192,7 @@ typedef enum routegrad_gemm_product {
   ROUTEGRAD_GEMM_DOWN_FORWARD = 4,
   ROUTEGRAD_GEMM_SWIGLU_BACKWARD = 5,
   ROUTEGRAD_GEMM_HEAD_FORWARD = 6,  // logits in f32, one group
+  ROUTEGRAD_GEMM_QKV_FORWARD = 7,   // with rotary position embedding, one group
 } routegrad_gemm_product;
 
 // The output tile of a block and how its two consumer warpgroups share it: cooperative, both on one tile; pingpong, each
@@ -296,8 +297,9 @@ typedef enum routegrad_weighting {
                         int32_t sequence, int32_t heads, int32_t key_value_heads, int32_t head_width,                 \
                         routegrad_stream stream))                                                                     \
   X(attention_backward, (void* dqkv, float* workspace, const void* dout, const void* qkv, const void* out,            \
-                         const float* log_sum_exp, const int32_t* first_key, int64_t tokens, int32_t sequence,        \
-                         int32_t heads, int32_t key_value_heads, int32_t head_width, routegrad_stream stream))        \
+                         const float* log_sum_exp, const int32_t* first_key, const float* cosines,                    \
+                         const float* sines, int64_t tokens, int32_t sequence, int32_t heads,                         \
+                         int32_t key_value_heads, int32_t head_width, routegrad_stream stream))                       \
   /* On the host: floats of `workspace`. */                                                                            \
   X(attention_backward_workspace, (uint64_t* floats, int64_t tokens, int32_t sequence, int32_t heads))
 
@@ -321,7 +323,10 @@ typedef enum routegrad_weighting {
 // rope.cu: rotation of queries and keys by their positions; back turns by the opposite angles.
 #define ROUTEGRAD_ROPE_LAUNCHERS(X)                                                                                    \
   X(rope, (void* y, const void* x, const float* cosines, const float* sines, int64_t tokens, int32_t sequence,         \
-           int32_t heads, int32_t key_value_heads, int32_t head_width, int32_t back, routegrad_stream stream))
+           int32_t heads, int32_t key_value_heads, int32_t head_width, int32_t back, routegrad_stream stream))         \
+  X(qkv_rope_forward, (void* out, const void* x, const void* w, const float* cosines, const float* sines,              \
+                       int64_t tokens, int32_t sequence, int32_t heads, int32_t key_value_heads, int32_t head_width,   \
+                       int32_t hidden, int32_t tile, routegrad_stream stream))
 
 // embedding.cu: rows of a table by id, the tokens' order by id, and the table's gradient.
 #define ROUTEGRAD_EMBEDDING_LAUNCHERS(X)                                                                              \

@@ -163,8 +163,8 @@ fn the_workspace_holds_two_floats_for_every_padded_row() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    // dqkv, workspace, dout, qkv, out, log_sum_exp, first_key; tokens, sequence, heads, key_value_heads, head_width
-    let call_backward = |p: [usize; 7], n: [i64; 5]| {
+    // dqkv, workspace, dout, qkv, out, log_sum_exp, first_key, cosines, sines; tokens, sequence, heads, key_value_heads, head_width
+    let call_backward = |p: [usize; 9], n: [i64; 5]| {
         // Safety: only refused calls are made, which touch no memory.
         unsafe {
             launch!(
@@ -177,6 +177,8 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
                     p[4] as *const _,
                     p[5] as *const f32,
                     p[6] as *const i32,
+                    p[7] as *const f32,
+                    p[8] as *const f32,
                     n[0],
                     n[1] as i32,
                     n[2] as i32,
@@ -218,8 +220,11 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         "out",
         "log_sum_exp",
         "first_key",
+        "cosines",
+        "sines",
     ];
-    refuses_pointers(names, &["first_key"], good, |p| call_backward(p, sizes));
+    let may_be_absent = ["first_key", "cosines"];
+    refuses_pointers(names, &may_be_absent, good, |p| call_backward(p, sizes));
     for (i, wrong, why, name) in [
         (0, 0, OUT_OF_RANGE, "tokens"),
         (0, 1 << 31, OUT_OF_RANGE, "tokens"),
@@ -237,6 +242,6 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         let mut n = sizes;
         n[i] = wrong;
         refused(|| call_forward([good; 4], n), why, name);
-        refused(|| call_backward([good; 7], n), why, name);
+        refused(|| call_backward([good; 9], n), why, name);
     }
 }

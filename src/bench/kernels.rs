@@ -286,8 +286,8 @@ fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> 
         p[0].cast(), p[1].cast(), p[4].cast(), null(), t, sequence, heads, key_heads, width
     ) };
     let backward = on! { |p| attention_backward(
-        p[2].cast(), p[3].cast(), p[5].cast(), p[4].cast(), p[0].cast(), p[1].cast(), null(), t, sequence, heads, key_heads,
-        width
+        p[2].cast(), p[3].cast(), p[5].cast(), p[4].cast(), p[0].cast(), p[1].cast(), null(), null(), null(), t, sequence,
+        heads, key_heads, width
     ) };
     let both = move |launchers: &Launchers, p: &[*mut u8], stream| {
         forward(launchers, p, stream)?;

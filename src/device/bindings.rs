@@ -175,6 +175,7 @@ pub const ROUTEGRAD_GEMM_SWIGLU_FORWARD: routegrad_gemm_product = 3;
 pub const ROUTEGRAD_GEMM_DOWN_FORWARD: routegrad_gemm_product = 4;
 pub const ROUTEGRAD_GEMM_SWIGLU_BACKWARD: routegrad_gemm_product = 5;
 pub const ROUTEGRAD_GEMM_HEAD_FORWARD: routegrad_gemm_product = 6;
+pub const ROUTEGRAD_GEMM_QKV_FORWARD: routegrad_gemm_product = 7;
 pub type routegrad_gemm_product = ::std::os::raw::c_uint;
 pub const ROUTEGRAD_TILE_AUTO: routegrad_gemm_tile = 0;
 pub const ROUTEGRAD_TILE_COOPERATIVE_128X256: routegrad_gemm_tile = 1;
@@ -890,6 +891,8 @@ pub struct routegrad_launchers {
             out: *const ::std::os::raw::c_void,
             log_sum_exp: *const f32,
             first_key: *const i32,
+            cosines: *const f32,
+            sines: *const f32,
             tokens: i64,
             sequence: i32,
             heads: i32,
@@ -981,6 +984,23 @@ pub struct routegrad_launchers {
             key_value_heads: i32,
             head_width: i32,
             back: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub qkv_rope_forward: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut ::std::os::raw::c_void,
+            x: *const ::std::os::raw::c_void,
+            w: *const ::std::os::raw::c_void,
+            cosines: *const f32,
+            sines: *const f32,
+            tokens: i64,
+            sequence: i32,
+            heads: i32,
+            key_value_heads: i32,
+            head_width: i32,
+            hidden: i32,
+            tile: i32,
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
@@ -1321,7 +1341,7 @@ pub struct routegrad_launchers {
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 616usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 624usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -1477,89 +1497,92 @@ const _: () = {
         "Offset of field: routegrad_launchers::rope",
     ][::std::mem::offset_of!(routegrad_launchers, rope) - 384usize];
     [
+        "Offset of field: routegrad_launchers::qkv_rope_forward",
+    ][::std::mem::offset_of!(routegrad_launchers, qkv_rope_forward) - 392usize];
+    [
         "Offset of field: routegrad_launchers::embedding_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_forward) - 392usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_forward) - 400usize];
     [
         "Offset of field: routegrad_launchers::embedding_order",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_order) - 400usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_order) - 408usize];
     [
         "Offset of field: routegrad_launchers::embedding_gradient",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_gradient) - 408usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_gradient) - 416usize];
     [
         "Offset of field: routegrad_launchers::embedding_parts",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_parts) - 416usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_parts) - 424usize];
     [
         "Offset of field: routegrad_launchers::adamw_update",
-    ][::std::mem::offset_of!(routegrad_launchers, adamw_update) - 424usize];
+    ][::std::mem::offset_of!(routegrad_launchers, adamw_update) - 432usize];
     [
         "Offset of field: routegrad_launchers::square_sums",
-    ][::std::mem::offset_of!(routegrad_launchers, square_sums) - 432usize];
+    ][::std::mem::offset_of!(routegrad_launchers, square_sums) - 440usize];
     [
         "Offset of field: routegrad_launchers::losses_add",
-    ][::std::mem::offset_of!(routegrad_launchers, losses_add) - 440usize];
+    ][::std::mem::offset_of!(routegrad_launchers, losses_add) - 448usize];
     [
         "Offset of field: routegrad_launchers::step_decide",
-    ][::std::mem::offset_of!(routegrad_launchers, step_decide) - 448usize];
+    ][::std::mem::offset_of!(routegrad_launchers, step_decide) - 456usize];
     [
         "Offset of field: routegrad_launchers::state_commit",
-    ][::std::mem::offset_of!(routegrad_launchers, state_commit) - 456usize];
+    ][::std::mem::offset_of!(routegrad_launchers, state_commit) - 464usize];
     [
         "Offset of field: routegrad_launchers::layer_tally",
-    ][::std::mem::offset_of!(routegrad_launchers, layer_tally) - 464usize];
+    ][::std::mem::offset_of!(routegrad_launchers, layer_tally) - 472usize];
     [
         "Offset of field: routegrad_launchers::share_entropy",
-    ][::std::mem::offset_of!(routegrad_launchers, share_entropy) - 472usize];
+    ][::std::mem::offset_of!(routegrad_launchers, share_entropy) - 480usize];
     [
         "Offset of field: routegrad_launchers::lossfree_update",
-    ][::std::mem::offset_of!(routegrad_launchers, lossfree_update) - 480usize];
+    ][::std::mem::offset_of!(routegrad_launchers, lossfree_update) - 488usize];
     [
         "Offset of field: routegrad_launchers::remoe_fractions",
-    ][::std::mem::offset_of!(routegrad_launchers, remoe_fractions) - 488usize];
+    ][::std::mem::offset_of!(routegrad_launchers, remoe_fractions) - 496usize];
     [
         "Offset of field: routegrad_launchers::remoe_update",
-    ][::std::mem::offset_of!(routegrad_launchers, remoe_update) - 496usize];
+    ][::std::mem::offset_of!(routegrad_launchers, remoe_update) - 504usize];
     [
         "Offset of field: routegrad_launchers::auxiliary_loss",
-    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss) - 504usize];
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss) - 512usize];
     [
         "Offset of field: routegrad_launchers::auxiliary_loss_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss_backward) - 512usize];
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss_backward) - 520usize];
     [
         "Offset of field: routegrad_launchers::weighted_sum",
-    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum) - 520usize];
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum) - 528usize];
     [
         "Offset of field: routegrad_launchers::weighted_sum_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum_backward) - 528usize];
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum_backward) - 536usize];
     [
         "Offset of field: routegrad_launchers::selected_gates",
-    ][::std::mem::offset_of!(routegrad_launchers, selected_gates) - 536usize];
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates) - 544usize];
     [
         "Offset of field: routegrad_launchers::selected_gates_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, selected_gates_backward) - 544usize];
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates_backward) - 552usize];
     [
         "Offset of field: routegrad_launchers::sampled_gates",
-    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates) - 552usize];
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates) - 560usize];
     [
         "Offset of field: routegrad_launchers::sampled_gates_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates_backward) - 560usize];
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates_backward) - 568usize];
     [
         "Offset of field: routegrad_launchers::row_arithmetic",
-    ][::std::mem::offset_of!(routegrad_launchers, row_arithmetic) - 568usize];
+    ][::std::mem::offset_of!(routegrad_launchers, row_arithmetic) - 576usize];
     [
         "Offset of field: routegrad_launchers::column_sums",
-    ][::std::mem::offset_of!(routegrad_launchers, column_sums) - 576usize];
+    ][::std::mem::offset_of!(routegrad_launchers, column_sums) - 584usize];
     [
         "Offset of field: routegrad_launchers::gated_rows",
-    ][::std::mem::offset_of!(routegrad_launchers, gated_rows) - 584usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows) - 592usize];
     [
         "Offset of field: routegrad_launchers::gated_rows_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, gated_rows_backward) - 592usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows_backward) - 600usize];
     [
         "Offset of field: routegrad_launchers::qk_norm",
-    ][::std::mem::offset_of!(routegrad_launchers, qk_norm) - 600usize];
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm) - 608usize];
     [
         "Offset of field: routegrad_launchers::qk_norm_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 608usize];
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 616usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

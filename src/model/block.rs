@@ -150,19 +150,18 @@ impl Block {
     ) -> Result<(Stream, Option<BalanceLosses>)> {
         let heads = model.heads();
         let (x, normed) = model.norm(tape, stream, weights, &self.attention_norm)?;
-        let bias = self.qkv_bias.map(|slot| &weights[slot]);
-        let mut qkv = linear(tape, &normed, &weights[self.qkv], bias)?;
-        if let Some([q, k]) = self.qk_norm {
-            qkv = qk_norm(
-                tape,
-                &qkv,
-                &weights[q],
-                &weights[k],
-                heads,
-                model.config.norm_eps,
-            )?;
-        }
-        let attended = rows.attention(tape, &qkv, heads, &model.rope)?;
+        let (weight, rope) = (&weights[self.qkv], &model.rope);
+        let attended = if self.qkv_bias.is_none() && self.qk_norm.is_none() {
+            rows.projected_attention(tape, &normed, weight, heads, rope)?
+        } else {
+            let bias = self.qkv_bias.map(|slot| &weights[slot]);
+            let mut qkv = linear(tape, &normed, weight, bias)?;
+            if let Some([q, k]) = self.qk_norm {
+                let (q, k) = (&weights[q], &weights[k]);
+                qkv = qk_norm(tape, &qkv, q, k, heads, model.config.norm_eps)?;
+            }
+            rows.attention(tape, &qkv, heads, rope)?
+        };
         let pending = Some(linear(tape, &attended, &weights[self.output], None)?);
         let (x, normed) = model.norm(tape, &Stream { x, pending }, weights, &self.ffn_norm)?;
         let (y, losses) = match &self.ffn {

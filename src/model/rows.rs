@@ -3,9 +3,10 @@
 use crate::batch::Sequences;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::ops::attention::attention;
+use crate::ops::attention::rotary::{Places, projected_attention, rotary_attention};
 use crate::ops::heads::Heads;
-use crate::ops::rope::{RopeTables, rope};
+use crate::ops::linear::linear;
+use crate::ops::rope::RopeTables;
 use crate::ops::spans::Spans;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -105,17 +106,40 @@ impl Rows {
         heads: Heads,
         tables: &RopeTables,
     ) -> Result<Var> {
+        if let Rows::Spans(spans) = self {
+            let attended = spans.attention(qkv.tensor(), heads, tables)?;
+            return Ok(Var::constant(attended));
+        }
+        rotary_attention(tape, qkv, &self.places(qkv, heads, tables))
+    }
+
+    /// The projection `x Wᵀ`, then the same.
+    pub fn projected_attention(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        heads: Heads,
+        tables: &RopeTables,
+    ) -> Result<Var> {
+        if let Rows::Spans(_) = self {
+            return self.attention(tape, &linear(tape, x, weight, None)?, heads, tables);
+        }
+        projected_attention(tape, x, weight, &self.places(x, heads, tables))
+    }
+
+    fn places<'a>(&'a self, rows: &Var, heads: Heads, tables: &'a RopeTables) -> Places<'a> {
         let (sequences, first_key) = match self {
             Rows::Equal(sequences) => (sequences, None),
             Rows::Packed(sequences, first_key) => (sequences, Some(first_key)),
-            Rows::Spans(spans) => {
-                let attended = spans.attention(qkv.tensor(), heads, tables)?;
-                return Ok(Var::constant(attended));
-            }
+            Rows::Spans(_) => unreachable!("spans have places of their own"),
         };
-        // Positions go on over the ends of documents: RoPE knows distances alone.
-        let length = qkv.tensor().shape().rows() / sequences;
-        let turned = rope(tape, qkv, heads, length, tables)?;
-        attention(tape, &turned, heads, length, first_key)
+        Places {
+            heads,
+            // Positions go on over the ends of documents: RoPE knows distances alone.
+            sequence: rows.tensor().shape().rows() / sequences,
+            tables,
+            first_key,
+        }
     }
 }

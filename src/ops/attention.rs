@@ -11,6 +11,7 @@
 
 pub(super) mod kernels;
 pub(super) mod reference;
+pub mod rotary;
 
 use super::heads::Heads;
 use crate::check::Case;
@@ -106,7 +107,8 @@ impl Op for Attention {
                 return Ok(());
             }
             let (saved, first_key) = ([out, lse], self.first_key.as_ref());
-            let dqkv = kernels::backward(dout, qkv, saved, first_key, self.heads, self.sequence)?;
+            let dqkv =
+                kernels::backward(dout, qkv, saved, first_key, None, self.heads, self.sequence)?;
             return grads.give(0, dqkv);
         }
         with_real!(qkv.dtype(), "attention", |T| grads.write(

@@ -94,16 +94,7 @@ impl Op for Linear {
         let (x, w) = (&saved[0], &saved[1]);
         let dy = only(douts);
         if x.device() != Device::Cpu {
-            if grads.wanted(0) {
-                let mut dx = x.unspecified_like();
-                kernels::input_gradient(&mut dx, dy, w)?;
-                grads.give(0, dx)?;
-            } else {
-                grads.none(0);
-            }
-            grads.write(1, w, |dw, accumulate| {
-                kernels::weight_gradient(dw, accumulate, dy, x)
-            })?;
+            kernels::backward(grads, x, w, dy)?;
             if let Some(bias) = saved.get(2) {
                 grads.write(2, bias, |db, accumulate| {
                     rows::column_sums(db, accumulate, dy, None, None, Columns::all(dy))
@@ -147,6 +138,23 @@ impl Op for Linear {
 /// `kernels/grouped_gemm.cu` with one group. Tensors are bf16, but a weight's gradient is f32.
 pub(super) mod kernels {
     use super::*;
+
+    /// Gives the gradients of x and W, the first two inputs.
+    ///
+    /// # Errors
+    /// As [`forward`].
+    pub fn backward(grads: &mut Grads, x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<()> {
+        if grads.wanted(0) {
+            let mut dx = x.unspecified_like();
+            input_gradient(&mut dx, dy, w)?;
+            grads.give(0, dx)?;
+        } else {
+            grads.none(0);
+        }
+        grads.write(1, w, |dw, accumulate| {
+            weight_gradient(dw, accumulate, dy, x)
+        })
+    }
 
     /// `y = x Wᵀ`.
     ///

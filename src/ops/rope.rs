@@ -55,6 +55,24 @@ impl RopeTables {
         })
     }
 
+    /// The tables, when they serve `positions` positions of such heads.
+    ///
+    /// # Errors
+    /// When they do not.
+    pub(super) fn of(&self, positions: usize, heads: Heads) -> Result<Self> {
+        self.check(positions, heads, self.cos.dtype())?;
+        Ok(self.clone())
+    }
+
+    /// Cosines and sines for kernels.
+    ///
+    /// # Errors
+    /// When they are not f32.
+    pub(super) fn on(&self, device: Device) -> Result<[Tensor; 2]> {
+        self.cos.expect_dtype("rope", "tables", DType::F32)?;
+        Ok([&self.cos, &self.sin].map(|t| t.on(device)))
+    }
+
     fn check(&self, positions: usize, heads: Heads, dtype: DType) -> Result<()> {
         let found = self.cos.shape();
         if found[0] < positions || found[1] * 2 != heads.dim {
@@ -104,7 +122,7 @@ pub fn rope_at(
         },
     };
     if qkv.device() != Device::Cpu {
-        return op.turn_on_device(qkv, false);
+        return turned(qkv, &op.tables, heads, rows, false);
     }
     let mut y = qkv.unspecified_like();
     with_real!(y.dtype(), "rope", |T| {
@@ -145,6 +163,11 @@ struct Rope {
 }
 
 impl Rope {
+    /// [`turned`] by its own tables.
+    fn turned(&self, x: &Tensor, back: bool) -> Result<Tensor> {
+        turned(x, &self.tables, self.heads, self.sequence, back)
+    }
+
     /// Turns `x` forwards or back into `y`.
     fn turn<T: Real>(&self, y: &mut Tensor, accumulate: Accumulate, x: &Tensor, back: bool) {
         let rotated = (self.heads.query + self.heads.key_value) * self.heads.dim;
@@ -161,35 +184,42 @@ impl Rope {
             reference::turn::<T, false>(y, accumulate, x.slice(), width, rotated, tables);
         }
     }
+}
 
-    /// The kernel's `x`, turned forwards or back.
-    fn turn_on_device(&self, x: &Tensor, back: bool) -> Result<Tensor> {
-        let (heads, tables) = (self.heads, &self.tables);
-        x.expect_dtype("rope", "qkv", DType::Bf16)?;
-        tables.cos.expect_dtype("rope", "tables", DType::F32)?;
-        let [cos, sin] = [&tables.cos, &tables.sin].map(|t| t.on(x.device()));
-        let mut y = x.unspecified_like();
-        // SAFETY: the tensors have the shapes that rope.cu's header names.
-        unsafe {
-            launch!(
-                x.device().launchers()?,
-                rope(
-                    y.pointer_mut(),
-                    x.pointer(),
-                    cos.pointer(),
-                    sin.pointer(),
-                    x.shape().rows() as i64,
-                    self.sequence as i32,
-                    heads.query as i32,
-                    heads.key_value as i32,
-                    heads.dim as i32,
-                    back.into(),
-                    stream(),
-                )
+/// `x` on a device with kernels, turned forwards or back.
+///
+/// # Errors
+/// When a dtype or a size is not one of the kernel's.
+pub(super) fn turned(
+    x: &Tensor,
+    tables: &RopeTables,
+    heads: Heads,
+    sequence: usize,
+    back: bool,
+) -> Result<Tensor> {
+    x.expect_dtype("rope", "qkv", DType::Bf16)?;
+    let [cos, sin] = tables.on(x.device())?;
+    let mut y = x.unspecified_like();
+    // SAFETY: the tensors have the shapes that rope.cu's header names.
+    unsafe {
+        launch!(
+            x.device().launchers()?,
+            rope(
+                y.pointer_mut(),
+                x.pointer(),
+                cos.pointer(),
+                sin.pointer(),
+                x.shape().rows() as i64,
+                sequence as i32,
+                heads.query as i32,
+                heads.key_value as i32,
+                heads.dim as i32,
+                back.into(),
+                stream(),
             )
-        }?;
-        Ok(y)
-    }
+        )
+    }?;
+    Ok(y)
 }
 
 impl Op for Rope {
@@ -204,7 +234,7 @@ impl Op for Rope {
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         if inputs[0].device() != Device::Cpu {
             return Ok(Forward {
-                outputs: vec![self.turn_on_device(inputs[0], false)?],
+                outputs: vec![self.turned(inputs[0], false)?],
                 saved: vec![],
             });
         }
@@ -226,7 +256,7 @@ impl Op for Rope {
     ) -> Result<()> {
         let dy = only(douts);
         if dy.device() != Device::Cpu {
-            return grads.give(0, self.turn_on_device(dy, true)?);
+            return grads.give(0, self.turned(dy, true)?);
         }
         with_real!(dy.dtype(), "rope", |T| grads.write(
             0,

@@ -8,9 +8,15 @@ use routegrad::tensor::Tensor;
 
 /// Normal numbers rounded to bf16: as bf16 on a device with kernels, widened on the CPU.
 pub fn tensor(seed: u64, shape: impl Into<Shape>, device: Device) -> Tensor {
+    scaled(seed, 1.0, shape, device)
+}
+
+/// The same with deviation `scale`.
+#[allow(dead_code)]
+pub fn scaled(seed: u64, scale: f64, shape: impl Into<Shape>, device: Device) -> Tensor {
     let shape = shape.into();
-    let values = normal_numbers(shape.elements(), seed);
-    let values: Vec<f32> = values.into_iter().map(|x| x as f32).collect();
+    let values = normal_numbers(shape.elements(), seed).into_iter();
+    let values: Vec<f32> = values.map(|x| (scale * x) as f32).collect();
     let rounded = Tensor::from_slice(shape, &values).narrowed();
     match device {
         Device::Cpu => rounded.widened(),

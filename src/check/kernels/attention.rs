@@ -24,6 +24,8 @@ pub struct Shape {
     pub documents: bool,
     /// Queries are so many times a standard normal.
     pub magnitude: f32,
+    /// Backward turns the gradients of queries and keys back.
+    pub turned: bool,
 }
 
 impl Shape {
@@ -40,6 +42,7 @@ impl Shape {
             sizes,
             documents: false,
             magnitude: 1.0,
+            turned: false,
         }
     }
 
@@ -52,6 +55,13 @@ impl Shape {
 
     pub fn with_magnitude(self, magnitude: f32) -> Self {
         Self { magnitude, ..self }
+    }
+
+    pub fn turned(self) -> Self {
+        Self {
+            turned: true,
+            ..self
+        }
     }
 
     pub fn tokens(&self) -> usize {

@@ -6,6 +6,7 @@ use super::attention::{
 };
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
+use super::rope::{angle, tables};
 use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::launch;
 use half::bf16;
@@ -41,6 +42,22 @@ fn add(line: &mut Line, factor: f64, factor_error: f64, values: &[f64]) {
             line.1 + (factor_error + 64.0 * F32_ROUNDOFF * factor.abs()) * value.abs(),
         );
     }
+}
+
+/// A gradient of a head at `position`, turned back.
+fn turned_back(position: usize, line: &Line) -> Line {
+    let half = line.len() / 2;
+    let turned = (0..line.len()).map(|i| {
+        let (sine, cosine) = angle(position, i % half, line.len()).sin_cos();
+        let (own, other) = (line[i], line[(i + half) % line.len()]);
+        let across = if i < half { sine } else { -sine };
+        let (along, across) = (own.0 * cosine, other.0 * across);
+        // A table's number, a product and the sum are rounded once each.
+        let rounding = 4.0 * F32_ROUNDOFF * (along.abs() + across.abs());
+        let error = own.1 * cosine.abs() + other.1 * sine.abs();
+        (along + across, error + rounding)
+    });
+    turned.collect()
 }
 
 impl Gradient {
@@ -190,6 +207,9 @@ impl Gradient {
                     .map(|head| self.dkv(sequence, head, row))
                     .collect();
                 lines.extend(keys.iter().map(|k| k[0].clone()));
+                if shape.turned {
+                    lines = lines.iter().map(|line| turned_back(row, line)).collect();
+                }
                 lines.extend(keys.iter().map(|k| k[1].clone()));
                 let at = (sequence * sizes.sequence + row) * shape.qkv_width();
                 let got = &got[at..][..shape.qkv_width()];
@@ -222,7 +242,8 @@ pub fn workspace(shape: &Shape) -> usize {
     2 * s.sequences * s.heads * s.sequence.next_multiple_of(128)
 }
 
-/// The launch of these inputs. Buffers: dqkv, workspace, dout, qkv, out, log_sum_exp, first_key.
+/// The launch of these inputs. Buffers: dqkv, workspace, dout, qkv, out, log_sum_exp; where there are, first_key; cosines,
+/// sines.
 pub fn problem(gradient: &Arc<Gradient>) -> Problem {
     let g = gradient.clone();
     let shape = g.inputs.shape;
@@ -237,11 +258,22 @@ pub fn problem(gradient: &Arc<Gradient>) -> Problem {
     if let Some(first_key) = &g.inputs.first_key {
         buffers.push(Buffer::input("first_key", first_key));
     }
+    let packed = usize::from(g.inputs.first_key.is_some());
+    if shape.turned {
+        let [cosines, sines] = tables(shape.sizes.sequence, shape.sizes.width);
+        buffers.push(Buffer::input("cosines", &cosines));
+        buffers.push(Buffer::input("sines", &sines));
+    }
     Problem {
         label: format!("backward, {shape:?}"),
         buffers,
         launch: Box::new(move |launchers, p, stream| {
-            let first_key = p.get(6).map_or(null(), |p| p.cast_const().cast());
+            let first_key = p[6..6 + packed].first();
+            let first_key = first_key.map_or(null(), |p| p.cast_const().cast());
+            let table = |i: usize| {
+                p.get(6 + packed + i)
+                    .map_or(null(), |p| p.cast_const().cast())
+            };
             let (tokens, sequence, heads, key_value_heads, width) = arguments(&shape);
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
@@ -255,6 +287,8 @@ pub fn problem(gradient: &Arc<Gradient>) -> Problem {
                         p[4].cast(),
                         p[5].cast(),
                         first_key,
+                        table(0),
+                        table(1),
                         tokens,
                         sequence,
                         heads,
@@ -279,8 +313,14 @@ pub fn cases() -> Vec<Case> {
         Shape::new(1, 2048, 1, 1, 64).packed(),
         Shape::new(1, 1000, 2, 1, 128),
     ];
+    let turned = vec![
+        Shape::new(2, 70, 4, 2, 64).turned(),
+        Shape::new(1, 131, 2, 1, 128).packed().turned(),
+        Shape::new(3, 1, 1, 1, 128).turned(),
+    ];
     [
         ("small", small_shapes(), true),
+        ("turned", turned, true),
         ("covering", covering_shapes(), false),
         ("long", long, false),
     ]

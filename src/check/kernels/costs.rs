@@ -291,6 +291,12 @@ pub fn rope(
     Cost::new(0, 4 * tokens * row + 4 * sequence * width)
 }
 
+/// `kernels/qkv_rope.cu`, of so many columns of queries, keys and values.
+pub fn qkv_rope_forward(tokens: usize, columns: usize, hidden: usize) -> Cost {
+    let elements = tokens * hidden + columns * hidden + tokens * columns;
+    Cost::new(2 * tokens * columns * hidden, 2 * elements)
+}
+
 /// `kernels/cross_entropy.cu`: `cross_entropy_rows` with the logits' gradient.
 pub fn cross_entropy_rows(tokens: usize, vocabulary: usize) -> Cost {
     Cost::new(0, 10 * tokens * vocabulary + 8 * tokens)

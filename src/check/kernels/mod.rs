@@ -27,6 +27,7 @@ pub mod norm;
 pub mod numbers;
 pub mod operands;
 pub mod qk_norm;
+pub mod qkv_rope;
 pub mod rope;
 pub mod routed;
 pub mod router;
@@ -186,6 +187,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(layer_tally::cases());
     all.extend(sum_parts::cases());
     all.extend(rope::cases());
+    all.extend(qkv_rope::cases());
     all.extend(embedding::cases());
     all.extend(balance::cases());
     all.extend(gates::cases());

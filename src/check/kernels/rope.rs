@@ -26,37 +26,49 @@ impl Shape {
         self.sequences * self.sequence
     }
 
-    fn row(&self) -> usize {
+    /// Elements of a row.
+    pub fn row(&self) -> usize {
         (self.heads + 2 * self.key_value_heads) * self.width
     }
 
     /// The angle of element `i` of a half, in float64.
-    fn angle(&self, row: usize, i: usize) -> f64 {
-        (row % self.sequence) as f64 * THETA.powf(-2.0 * i as f64 / self.width as f64)
+    pub fn angle(&self, row: usize, i: usize) -> f64 {
+        angle(row % self.sequence, i, self.width)
     }
+}
+
+/// The angle of element `i` of a half of a head, in float64.
+pub fn angle(position: usize, i: usize, width: usize) -> f64 {
+    position as f64 * THETA.powf(-2.0 * i as f64 / width as f64)
+}
+
+/// Cosines and sines of the angles of so many positions, `[positions, width / 2]`.
+pub fn tables(positions: usize, width: usize) -> [Vec<f32>; 2] {
+    let half = width / 2;
+    [f64::cos, f64::sin].map(|f: fn(f64) -> f64| {
+        (0..positions * half)
+            .map(|i| f(angle(i / half, i % half, width)) as f32)
+            .collect()
+    })
 }
 
 /// The launch of `rope`, in place or not. Buffers: y, x, cosines, sines.
 pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
-    let (tokens, row, half) = (shape.tokens(), shape.row(), shape.width / 2);
+    let (tokens, row) = (shape.tokens(), shape.row());
     let mut x = Random((tokens * 31 + row) as u64).normals_bf16(tokens * row);
     // Of a row that is NaN, no other may feel anything.
     if tokens > 2 {
         x[row..2 * row].fill(bf16::NAN);
     }
-    let table = |f: fn(f64) -> f64| -> Vec<f32> {
-        (0..shape.sequence * half)
-            .map(|i| f(shape.angle(i / half, i % half)) as f32)
-            .collect()
-    };
+    let [cosines, sines] = tables(shape.sequence, shape.width);
     let buffers = vec![
         match in_place {
             true => Buffer::changed("y", &x),
             false => Buffer::output("y", 2 * x.len()),
         },
         Buffer::input("x", &x),
-        Buffer::input("cosines", &table(f64::cos)),
-        Buffer::input("sines", &table(f64::sin)),
+        Buffer::input("cosines", &cosines),
+        Buffer::input("sines", &sines),
     ];
     Problem {
         label: format!("{shape:?}, back {back}, in place {in_place}"),

@@ -1,9 +1,11 @@
-//! The kernels of `kernels/attention.cu` and `kernels/attention_backward.cu`.
+//! The kernels of `kernels/attention.cu`, `kernels/attention_backward.cu` and `kernels/qkv_rope.cu`.
 
+use crate::device::launchers::TILE_AUTO;
 use crate::device::stream;
 use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::heads::Heads;
+use crate::ops::rope::RopeTables;
 use crate::tensor::Tensor;
 use crate::{launch, query};
 use std::ptr::null;
@@ -17,6 +19,48 @@ fn sizes(heads: Heads, sequence: usize) -> (i32, i32, i32, i32) {
     } = heads;
     let [s, h, kv, d] = [sequence, query, key_value, dim].map(|n| n as i32);
     (s, h, kv, d)
+}
+
+/// `x Wᵀ [T, (H + 2 KV) hd]`, its queries and keys turned.
+///
+/// # Errors
+/// When x or W is not bf16, or a size is not one of the kernel's.
+pub fn project(
+    x: &Tensor,
+    w: &Tensor,
+    tables: &RopeTables,
+    heads: Heads,
+    sequence: usize,
+) -> Result<Tensor> {
+    for (what, t) in [("x", x), ("weight", w)] {
+        t.expect_dtype("attention", what, DType::Bf16)?;
+    }
+    let (device, tokens) = (x.device(), x.shape().rows());
+    let [cosines, sines] = tables.on(device)?;
+    let mut qkv = Tensor::unspecified(device, DType::Bf16, [tokens, heads.row_width()]);
+    let (sequence, query, key_value, dim) = sizes(heads, sequence);
+    // SAFETY: the tensors have the shapes that qkv_rope.cu's header names.
+    unsafe {
+        launch!(
+            device.launchers()?,
+            qkv_rope_forward(
+                qkv.pointer_mut(),
+                x.pointer(),
+                w.pointer(),
+                cosines.pointer(),
+                sines.pointer(),
+                tokens as i64,
+                sequence,
+                query,
+                key_value,
+                dim,
+                x.shape().width() as i32,
+                TILE_AUTO,
+                stream(),
+            )
+        )?;
+    }
+    Ok(qkv)
 }
 
 /// The output `[T, H hd]`, and log Σ exp of the scaled scores `[T / S, H, S]`, S = `sequence`. Row r of a
@@ -56,7 +100,7 @@ pub fn forward(
     Ok([out, lse])
 }
 
-/// The gradient of qkv, from that of the output and what [`forward`] gave.
+/// The gradient of qkv, from that of the output and what [`forward`] gave; with `tables` of what was turned to qkv.
 ///
 /// # Errors
 /// As [`forward`].
@@ -65,6 +109,7 @@ pub fn backward(
     qkv: &Tensor,
     [out, lse]: [&Tensor; 2],
     first_key: Option<&Tensor>,
+    tables: Option<&RopeTables>,
     heads: Heads,
     sequence: usize,
 ) -> Result<Tensor> {
@@ -81,6 +126,8 @@ pub fn backward(
         )?;
     }
     let mut workspace = Tensor::unspecified(device, DType::F32, [floats as usize]);
+    let tables = tables.map(|tables| tables.on(device)).transpose()?;
+    let table = |i: usize| tables.as_ref().map_or(null(), |tables| tables[i].pointer());
     let mut dqkv = Tensor::unspecified(device, DType::Bf16, qkv.shape());
     // SAFETY: the tensors have the shapes that attention_backward.cu's header names.
     unsafe {
@@ -94,6 +141,8 @@ pub fn backward(
                 out.pointer(),
                 lse.pointer(),
                 first_key.map_or(null(), Tensor::pointer),
+                table(0),
+                table(1),
                 tokens,
                 sequence,
                 query,

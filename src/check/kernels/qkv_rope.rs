@@ -1,0 +1,183 @@
+//! The fused projection with rotary position embedding (`kernels/qkv_rope.cu`) against float64.
+
+use super::experts::Bounded;
+use super::grouped_down::TILES;
+use super::numbers::{Errors, F32_ROUNDOFF, Random};
+use super::operands::exact;
+use super::rope::{Shape, tables};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::device::bindings::routegrad_gemm_tile;
+use crate::device::launchers::TILE_AUTO;
+use crate::launch;
+use half::bf16;
+use rayon::prelude::*;
+use std::sync::Arc;
+
+/// x `[T, D]` and W `[(H + 2 KV) d, D]`.
+pub struct Inputs {
+    shape: Shape,
+    hidden: usize,
+    x: Vec<bf16>,
+    w: Vec<bf16>,
+}
+
+impl Inputs {
+    pub fn new(shape: Shape, hidden: usize) -> Self {
+        let mut random = Random((shape.tokens() * 31 + shape.row() + hidden) as u64);
+        let mut x = random.normals_bf16(shape.tokens() * hidden);
+        // Of a row that is NaN, no other may feel anything.
+        if shape.tokens() > 2 {
+            x[hidden..2 * hidden].fill(bf16::NAN);
+        }
+        Inputs {
+            w: random.normals_bf16(shape.row() * hidden),
+            shape,
+            hidden,
+            x,
+        }
+    }
+
+    /// A row of x Wᵀ, which tensor cores sum in an order of their own.
+    fn product(&self, token: usize) -> Vec<Bounded> {
+        let x = &self.x[token * self.hidden..][..self.hidden];
+        let lines = self.w.chunks(self.hidden).map(|w| {
+            let terms = || x.iter().zip(w).map(|(a, b)| exact(*a) * exact(*b));
+            let magnitude = terms().map(f64::abs).sum();
+            Bounded::sum(self.hidden + 8, (terms().sum(), magnitude))
+        });
+        lines.collect()
+    }
+
+    fn judge(&self, out: &[bf16]) -> Result<Errors, String> {
+        let (shape, half) = (self.shape, self.shape.width / 2);
+        let turned = (shape.heads + shape.key_value_heads) * shape.width;
+        let rows: Result<Vec<Errors>, String> = out
+            .par_chunks(shape.row())
+            .enumerate()
+            .map(|(token, got)| {
+                let (product, mut errors) = (self.product(token), Errors::default());
+                for (column, &got) in got.iter().enumerate() {
+                    let i = column % shape.width;
+                    let (sine, cosine) = shape.angle(token, i % half).sin_cos();
+                    let want = match (column < turned, i < half) {
+                        (false, _) => product[column],
+                        (_, true) => turn(product[column], product[column + half], [cosine, -sine]),
+                        (_, false) => turn(product[column], product[column - half], [cosine, sine]),
+                    };
+                    let place = || format!("token {token}, column {column}");
+                    errors.add_bf16(got, want.value, want.error, place)?;
+                }
+                Ok(errors)
+            })
+            .collect();
+        let mut errors = Errors::default();
+        rows?.into_iter().for_each(|row| errors.merge(row));
+        Ok(errors)
+    }
+}
+
+/// `own · cosine + other · sine`, with numbers of a table that is rounded to f32.
+fn turn(own: Bounded, other: Bounded, factors: [f64; 2]) -> Bounded {
+    let [own, other] = [(own, factors[0]), (other, factors[1])].map(|(x, factor)| {
+        x.times(Bounded {
+            value: factor,
+            error: F32_ROUNDOFF,
+        })
+    });
+    let terms = own.value.abs() + own.error + other.value.abs() + other.error;
+    Bounded {
+        value: own.value + other.value,
+        error: own.error + other.error + F32_ROUNDOFF * terms,
+    }
+}
+
+/// The launch of these inputs. Buffers: out, x, w, cosines, sines.
+pub fn problem(inputs: &Arc<Inputs>, tile: routegrad_gemm_tile) -> Problem {
+    let i = inputs.clone();
+    let (shape, hidden) = (i.shape, i.hidden);
+    let [cosines, sines] = tables(shape.sequence, shape.width);
+    let buffers = vec![
+        Buffer::output("out", 2 * shape.tokens() * shape.row()),
+        Buffer::input("x", &i.x),
+        Buffer::input("w", &i.w),
+        Buffer::input("cosines", &cosines),
+        Buffer::input("sines", &sines),
+    ];
+    Problem {
+        label: format!("{shape:?}, D {hidden}, tile {tile}"),
+        buffers,
+        launch: Box::new(move |launchers, p, stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe {
+                launch!(
+                    launchers,
+                    qkv_rope_forward(
+                        p[0].cast(),
+                        p[1].cast(),
+                        p[2].cast(),
+                        p[3].cast_const().cast(),
+                        p[4].cast_const().cast(),
+                        shape.tokens() as i64,
+                        shape.sequence as i32,
+                        shape.heads as i32,
+                        shape.key_value_heads as i32,
+                        shape.width as i32,
+                        hidden as i32,
+                        tile as i32,
+                        stream
+                    )
+                )
+            }
+        }),
+        judge: Box::new(move |out| i.judge(&values(&out[0]))),
+    }
+}
+
+const fn shape(b: usize, s: usize, heads: usize, key_value_heads: usize, width: usize) -> Shape {
+    Shape {
+        sequences: b,
+        sequence: s,
+        heads,
+        key_value_heads,
+        width,
+    }
+}
+
+/// One token; sequences shorter than a tile; a tile that ends within the query heads, one that is half values.
+const SMALL: [(Shape, usize); 4] = [
+    (shape(1, 1, 1, 1, 64), 8),
+    (shape(3, 7, 4, 2, 64), 24),
+    (shape(2, 5, 2, 2, 128), 72),
+    (shape(2, 67, 3, 1, 64), 40),
+];
+const COVERING: [(Shape, usize); 3] = [
+    (shape(1, 300, 4, 2, 128), 64),
+    (shape(5, 61, 16, 4, 64), 136),
+    (shape(1, 2039, 1, 1, 128), 8),
+];
+
+pub fn cases() -> Vec<Case> {
+    let problems = |shapes: &[(Shape, usize)]| -> Vec<MakeProblem> {
+        let mut problems: Vec<MakeProblem> = Vec::new();
+        for &(shape, hidden) in shapes {
+            for tile in TILES.into_iter().chain([TILE_AUTO as routegrad_gemm_tile]) {
+                problems.push(Box::new(move || {
+                    Ok(problem(&Arc::new(Inputs::new(shape, hidden)), tile))
+                }));
+            }
+        }
+        problems
+    };
+    [
+        ("small", &SMALL[..], true),
+        ("covering", &COVERING[..], false),
+    ]
+    .map(|(name, shapes, small)| Case {
+        name: format!("qkv_rope_forward {name}"),
+        launcher: "qkv_rope_forward",
+        source: "qkv_rope",
+        problems: problems(shapes),
+        small,
+    })
+    .into()
+}
