@@ -89,7 +89,7 @@ routegrad_status grouped_gemm_weight_gradient(float* dw, const void* dout, const
 routegrad_status grouped_gemm_plan(routegrad_gemm_plan* plan, int32_t product, int64_t rows, int32_t experts, int32_t n,
                                    int32_t k, int32_t multiprocessors) {
   REQUIRE(grouped_gemm_plan, plan, plan != nullptr, ROUTEGRAD_NULL_POINTER);
-  REQUIRE(grouped_gemm_plan, product, ROUTEGRAD_GEMM_FORWARD <= product && product <= ROUTEGRAD_GEMM_QKV_FORWARD,
+  REQUIRE(grouped_gemm_plan, product, ROUTEGRAD_GEMM_FORWARD <= product && product <= ROUTEGRAD_GEMM_HEAD_FORWARD,
           ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE_GEMM_SIZES(grouped_gemm_plan, product, n, k, 1);
   REQUIRE(grouped_gemm_plan, multiprocessors, multiprocessors >= 1, ROUTEGRAD_OUT_OF_RANGE);

@@ -14,6 +14,8 @@
 namespace ROUTEGRAD_VARIANT {
 namespace {
 
+constexpr int kProduct = ROUTEGRAD_GEMM_DOWN_FORWARD;  // its tiles are whole heads, too
+
 template <int WIDTH>
 struct TurnAndStore : PlainEpilogue {
   StoreBf16 rows;
@@ -42,7 +44,7 @@ routegrad_status launch_turned(void* out, const GemmArguments& arguments, const 
   epilogue.turned_columns = turned_columns;
   const ProductSizes& p = arguments.sizes;
   if (const auto status = make_output(&epilogue.rows.out, out, p.columns, 1, p.rows)) return status;
-  return launch_gemm<ROUTEGRAD_GEMM_QKV_FORWARD, Gather::None>(arguments, epilogue, tile, stream);
+  return launch_gemm<kProduct, Gather::None>(arguments, epilogue, tile, stream);
 }
 
 }  // namespace
@@ -64,9 +66,9 @@ routegrad_status qkv_rope_forward(void* out, const void* x, const void* w, const
   REQUIRE(qkv_rope_forward, hidden, 1 <= hidden && hidden <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE_MULTIPLE_OF_8(qkv_rope_forward, hidden);
   REQUIRE(qkv_rope_forward, hidden, int64_t{columns} * hidden <= (int64_t{1} << 36), ROUTEGRAD_OVERFLOW);
-  const ProductSizes sizes = product_sizes(ROUTEGRAD_GEMM_QKV_FORWARD, tokens, 1, columns, hidden);
+  const ProductSizes sizes = product_sizes(kProduct, tokens, 1, columns, hidden);
   REQUIRE(qkv_rope_forward, tokens, tiles_fit(sizes), ROUTEGRAD_OVERFLOW);
-  REQUIRE_TILE(qkv_rope_forward, ROUTEGRAD_GEMM_QKV_FORWARD);
+  REQUIRE_TILE(qkv_rope_forward, kProduct);
   const GemmArguments arguments{x, w, nullptr, nullptr, tokens, columns, nullptr, sizes};
   const int turned_columns = (heads + key_value_heads) * head_width;
   return head_width == 64

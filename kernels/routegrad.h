@@ -192,7 +192,6 @@ typedef enum routegrad_gemm_product {
   ROUTEGRAD_GEMM_DOWN_FORWARD = 4,
   ROUTEGRAD_GEMM_SWIGLU_BACKWARD = 5,
   ROUTEGRAD_GEMM_HEAD_FORWARD = 6,  // logits in f32, one group
-  ROUTEGRAD_GEMM_QKV_FORWARD = 7,   // with rotary position embedding, one group
 } routegrad_gemm_product;
 
 // The output tile of a block and how its two consumer warpgroups share it: cooperative, both on one tile; pingpong, each

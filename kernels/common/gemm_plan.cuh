@@ -67,7 +67,6 @@ constexpr bool tile_serves(const TileShape& t, int product) {
       return t.columns == 256 || t.columns == 176;
     case ROUTEGRAD_GEMM_DOWN_FORWARD:
     case ROUTEGRAD_GEMM_HEAD_FORWARD:
-    case ROUTEGRAD_GEMM_QKV_FORWARD:
       return t.columns == 256 || (t.columns == 128 && t.pingpong);
     case ROUTEGRAD_GEMM_SWIGLU_BACKWARD:
       return t.pingpong;  // a long epilogue, hidden behind the other warpgroup's products

@@ -175,7 +175,6 @@ pub const ROUTEGRAD_GEMM_SWIGLU_FORWARD: routegrad_gemm_product = 3;
 pub const ROUTEGRAD_GEMM_DOWN_FORWARD: routegrad_gemm_product = 4;
 pub const ROUTEGRAD_GEMM_SWIGLU_BACKWARD: routegrad_gemm_product = 5;
 pub const ROUTEGRAD_GEMM_HEAD_FORWARD: routegrad_gemm_product = 6;
-pub const ROUTEGRAD_GEMM_QKV_FORWARD: routegrad_gemm_product = 7;
 pub type routegrad_gemm_product = ::std::os::raw::c_uint;
 pub const ROUTEGRAD_TILE_AUTO: routegrad_gemm_tile = 0;
 pub const ROUTEGRAD_TILE_COOPERATIVE_128X256: routegrad_gemm_tile = 1;
