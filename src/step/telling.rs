@@ -37,7 +37,9 @@ impl Telling {
         let mut next = |(dtype, shape): (DType, Shape)| {
             let mut tensor = Tensor::unspecified(Device::Cpu, dtype, shape);
             let own = tensor.bytes_mut();
-            own.copy_from_slice(rest.split_off(..own.len()).unwrap_or_default());
+            let (first, others) = rest.split_at(own.len());
+            own.copy_from_slice(first);
+            rest = others;
             tensor
         };
         Ok(self.kinds.into_iter().map(&mut next).collect())
