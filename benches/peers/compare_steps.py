@@ -1,10 +1,10 @@
-"""Holds a training step of the PyTorch model in steps.py against ours, at equal weights, moments and tokens, on the CPU in f32.
+"""Holds a training step of the PyTorch model in steps.py against ours: equal weights, moments and tokens, on the CPU, in f32.
 
     python benches/peers/compare_steps.py target/release/routegrad
 
 Trains two steps of a small model of each router and norm on one known text, takes the first step's checkpoint into PyTorch
-and does the second there: losses, gradient norm, updated weights and averages have to agree. So have they on torch._grouped_mm
-and compiled; in bf16 too, as a GPU runs it, the losses.
+and does the second there: losses, gradient norm, updated weights and averages have to agree. So have they on
+torch._grouped_mm and compiled; in bf16 too, as a GPU runs it, the losses.
 """
 
 import json
@@ -142,17 +142,21 @@ EAGER = {"compiled": False, "grouped": False, "bf16": False}
 GROUPED = {"compiled": True, "grouped": True, "bf16": False}
 KINDS = {"eager": EAGER, "grouped, compiled": GROUPED, "grouped, compiled, bf16": GROUPED | {"bf16": True}}
 # Router, norm, and whether it is compiled as well: that takes minutes.
-MODELS = [("topk", "rmsnorm", True), ("topk", "layernorm", False), ("default", "rmsnorm", False), ("default", "layernorm", True)]
+MODELS = [
+    ("topk", "rmsnorm", True),
+    ("topk", "layernorm", False),
+    ("default", "rmsnorm", False),
+    ("default", "layernorm", True),
+]
 
 
 def main(program):
     failed = 0
     for router, norm, compiled in MODELS:
+        kinds = {name: kind for name, kind in KINDS.items() if compiled or not kind["compiled"]}
         with tempfile.TemporaryDirectory() as folder:
             run, tokens = trained(program, pathlib.Path(folder), router, norm)
-            for name, kind in KINDS.items():
-                if kind["compiled"] and not compiled:
-                    continue
+            for name, kind in kinds.items():
                 torch.compiler.reset()
                 for what, error, tolerance in compare(run, tokens, router, **kind):
                     good = error <= tolerance

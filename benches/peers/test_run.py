@@ -29,13 +29,14 @@ def work():
 
 def fake_sides(group, sets, cuda):
     """Two good ones, and one for each way to fail."""
-    count, again = len(sets), iter(range(12))
+    count = len(sets)
     good = lambda: [work] * count
+    timed = Side("raises when timed", "fake", lambda: [lambda: fail(StopIteration()) if timed.passes else None] * count)
     return [
         Side("good", "fake", good),
         Side("cannot be made", "fake", lambda: fail(MemoryError("no room\nfor it"))),
         Side("raises", "fake", lambda: [lambda: fail(ValueError())] * count),
-        Side("raises when timed", "fake", lambda: [lambda: next(again)] * count),
+        timed,
         Side("ends the process", "fake", lambda: [end] * count),
         Side("also good", "fake", good),
     ]
@@ -61,7 +62,7 @@ def each_peer_gets_its_figures_or_the_reason_why_not(folder):
         for name, reason in [
             ("cannot be made", "MemoryError: no room"),
             ("raises", "ValueError"),
-            ("raises when timed", "StopIteration"),
+            ("raises when timed", "StopIteration"),  # in its second pass
             ("ends the process", "took its process down in one, exit code -9"),
         ]:
             assert of_case[name]["timing"] is None and of_case[name]["detail"] == reason, of_case[name]
