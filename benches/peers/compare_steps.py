@@ -1,4 +1,4 @@
-"""Holds a training step of the PyTorch model in steps.py against ours: equal weights, moments and tokens, on the CPU, in f32.
+"""Holds a training step of the PyTorch model in steps.py against ours: equal weights, moments, tokens; on the CPU in f32.
 
     python benches/peers/compare_steps.py target/release/routegrad
 

@@ -1,7 +1,7 @@
 """Whole training steps of a model in PyTorch: the same shapes, losses and optimizer; on a GPU experts on torch._grouped_mm.
 
-`compare_steps.py` holds a step against ours. One thing differs: where a step has several micro-batches, each of them moves the
-averages of the experts' outputs here, the whole step with us.
+`compare_steps.py` holds a step against ours. One thing differs: where a step has several micro-batches, each of them moves
+the averages of the experts' outputs here, the whole step with us.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""That one peer cannot spoil another's figures: `python benches/peers/test_run.py`, on the CPU in seconds."""
+"""That one peer cannot spoil another's figures: `python benches/peers/test_jobs.py`, on the CPU in seconds."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import tempfile
 import time
 import types
 
+import jobs
 import measure
-import run
 from measure import Side
 
 
@@ -44,13 +44,13 @@ def fake_sides(group, sets, cuda):
 
 def measured(sides, groups, folder, **options):
     """The records of groups of one case each."""
-    run.SIDES["fake"] = sides
+    jobs.SIDES["fake"] = sides
     head = {"head": True, "machine": "m", "device": "cpu", "run": "r", "system": "", "driver": ""}
     case = lambda name: {"case": f"fake {name}", "family": "fake", "flops": 1.0, "bytes": 1 << 30}
     lines = [head] + [{"group": name, "sizes": {"work": "fake", "name": name}, "cases": [case(name)]} for name in groups]
     cases, out = folder / "cases.jsonl", folder / "peers.jsonl"
     cases.write_text("\n".join(map(json.dumps, lines)))
-    run.measure(types.SimpleNamespace(**{"cases": cases, "out": out, "only": "", "budget": 60} | options))
+    jobs.measure(types.SimpleNamespace(**{"cases": cases, "out": out, "only": "", "budget": 60} | options), time.monotonic())
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
@@ -76,12 +76,12 @@ def without_time_nothing_is_measured(folder):
 def what_is_ended_from_outside_keeps_its_records_and_leaves_no_process(folder):
     """The second case never ends."""
     code = """
-import pathlib, sys, time, test_run
+import pathlib, sys, time, test_jobs
 from measure import Side
 hang = lambda group, sets, cuda: [
     Side("good" if group["group"] == "one" else "hangs", "fake", lambda: [
-        test_run.work if group["group"] == "one" else lambda: (print("hangs", flush=True), time.sleep(600))])]
-test_run.measured(hang, ["one", "two"], pathlib.Path(sys.argv[1]))
+        test_jobs.work if group["group"] == "one" else lambda: (print("hangs", flush=True), time.sleep(600))])]
+test_jobs.measured(hang, ["one", "two"], pathlib.Path(sys.argv[1]))
 """
     here = pathlib.Path(__file__).parent
     program = subprocess.Popen([sys.executable, "-c", code, str(folder)], cwd=here, stdout=subprocess.PIPE, text=True)
@@ -97,9 +97,9 @@ test_run.measured(hang, ["one", "two"], pathlib.Path(sys.argv[1]))
 def late_peers_come_last_and_whole_steps_before_them(folder):
     groups = [("gemm", "a"), ("gemm", "b"), ("layer", "x"), ("layer", "sonic y"), ("step", "s"), ("norm", "n")]
     entries = [({}, {"group": name, "sizes": {"work": work, "name": name}}) for work, name in groups]
-    jobs = [(group["group"], late) for _, group, late in run.in_order(entries)]
-    assert [name for name, late in jobs if not late] == ["a", "x", "n", "b", "sonic y", "s"], jobs
-    assert [name for name, late in jobs if late] == ["sonic y", "a", "x", "b"] and jobs[-1][1], jobs
+    order = [(group["group"], late) for _, group, late in jobs.in_order(entries)]
+    assert [name for name, late in order if not late] == ["a", "x", "n", "b", "sonic y", "s"], order
+    assert [name for name, late in order if late] == ["sonic y", "a", "x", "b"] and order[-1][1], order
 
 
 def medians_are_of_interleaved_samples_without_the_untimed_launch(folder):
