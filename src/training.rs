@@ -68,10 +68,7 @@ impl Training {
     /// # Errors
     /// Those of a step, and when a number in it was not finite.
     pub fn step(&mut self) -> Result<StepReport> {
-        let launched = match self.under_way.take() {
-            Some(launched) => launched,
-            None => self.launch()?,
-        };
+        let launched = self.next_launched()?;
         self.accepted(launched)
     }
 
@@ -80,22 +77,28 @@ impl Training {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn step_ahead(&mut self) -> Result<StepReport> {
-        let launched = match self.under_way.take() {
-            Some(launched) => launched,
-            None => self.launch()?,
-        };
+        let launched = self.next_launched()?;
         if launched.was_replayed() {
             self.under_way = Some(self.launch()?);
         }
         self.accepted(launched)
     }
 
+    /// The step that is under way, or else the next.
+    fn next_launched(&mut self) -> Result<Launched> {
+        match self.under_way.take() {
+            Some(launched) => Ok(launched),
+            None => self.launch(),
+        }
+    }
+
     fn accepted(&mut self, launched: Launched) -> Result<StepReport> {
         let report = self.report(launched)?;
+        let step = self.step - u64::from(self.under_way.is_some());
         match report.refused {
             None => Ok(report),
             Some(what) => Err(Error::NonFinite {
-                what: format!("{what} at step {} or the one before", self.step),
+                what: format!("{what} in step {step}"),
                 help: "lower train.learning_rate; if the preset's is set, report a bug".into(),
             }),
         }

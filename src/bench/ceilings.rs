@@ -68,7 +68,7 @@ pub fn of_cpu() -> Result<Ceilings> {
 /// When there is no room, or a launch fails.
 #[cfg(feature = "cuda")]
 pub fn of_gpu(gpu: &crate::device::cuda::Gpu) -> Result<Ceilings> {
-    use super::cublas::{Cublas, Matmul};
+    use super::cublas::Matmul;
     use super::inputs::Inputs;
     use crate::check::kernels::costs::FLOPS_PER_SECOND;
     use crate::check::kernels::grouped_gemm::{Product, Shape};
@@ -90,13 +90,7 @@ pub fn of_gpu(gpu: &crate::device::cuda::Gpu) -> Result<Ceilings> {
     let out = gpu.allocate(2 * SIDE * SIDE)?;
     let pointers = [&out, &operands[0], &operands[1]].map(|b| b.address() as *mut u8);
     let shape = Shape::new(&[SIDE], SIDE, SIDE);
-    let matmul = Cublas::open(gpu).and_then(|cublas| {
-        let matmul = Matmul::new(&cublas, Product::Forward, &shape)?;
-        // What the library sets up at its first product need not be allowed while a graph is captured.
-        let done = matmul.launch(gpu, &pointers).and_then(|()| gpu.finish());
-        done.map_err(|e| e.to_string())?;
-        Ok((matmul, cublas))
-    });
+    let matmul = Matmul::started(gpu, Product::Forward, &shape, &pointers);
     Ok(match &matmul {
         Ok((matmul, _cublas)) => {
             let mut side = [replayed(gpu, 1, |_| matmul.launch(gpu, &pointers))];

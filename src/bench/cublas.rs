@@ -51,6 +51,24 @@ pub struct Matmul {
 struct Matrix(u64, u64, bool, sys::cudaDataType_t);
 
 impl Matmul {
+    /// A product that has run once, as `pointers` say: what the library sets up then need not be allowed while a graph is
+    /// captured.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and when the product does not run.
+    pub fn started(
+        gpu: &Gpu,
+        product: Product,
+        shape: &Shape,
+        pointers: &[*mut u8],
+    ) -> Result<(Self, Cublas), String> {
+        let cublas = Cublas::open(gpu)?;
+        let matmul = Self::new(&cublas, product, shape)?;
+        let done = matmul.launch(gpu, pointers).and_then(|()| gpu.finish());
+        done.map_err(|e| e.to_string())?;
+        Ok((matmul, cublas))
+    }
+
     /// # Errors
     /// One sentence when the groups differ in size, or cuBLASLt has no algorithm.
     pub fn new(cublas: &Cublas, product: Product, shape: &Shape) -> Result<Self, String> {

@@ -201,20 +201,13 @@ fn peers<'a>(
     runs: &'a [Run<'a>],
     sides: &mut Vec<Side<'a>>,
 ) -> Result<Vec<(&'static str, Result<(), String>)>> {
-    use super::cublas::{Cublas, Matmul};
+    use super::cublas::Matmul;
     use super::cublas_grouped::Grouped;
     let (Work::Gemm { product, shape }, Some(gpu)) = (&group.work, place.gpu) else {
         return Ok(Vec::new());
     };
     let mut peers = Vec::new();
-    let batched = Cublas::open(gpu).and_then(|cublas| {
-        let matmul = Matmul::new(&cublas, *product, shape)?;
-        // Once before it is captured, as in the ceilings.
-        let done = matmul.launch(gpu, &runs[0].pointers());
-        done.and_then(|()| gpu.finish())
-            .map_err(|e| e.to_string())?;
-        Ok((matmul, cublas))
-    });
+    let batched = Matmul::started(gpu, *product, shape, &runs[0].pointers());
     peers.push((
         super::peers::CUBLAS,
         batched.map(|(matmul, cublas)| {

@@ -67,11 +67,7 @@ impl Default for LossFree {
 impl LossFree {
     /// Updates the bias of a layer whose load is in device memory, if it is.
     fn updated_by_kernel(&self, layer: &mut LayerState) -> Result<bool> {
-        let mut bias = std::mem::replace(
-            layer.pending_mut(BIAS),
-            Tensor::zeros(Device::Cpu, DType::F32, [0]),
-        );
-        let updated = layer.tally().device_load(|load, first| {
+        layer.change_by_load(BIAS, |bias, load, first| {
             let experts = bias.elements() as i32;
             // SAFETY: both hold a number for each expert, the load from element `first` on.
             unsafe {
@@ -86,9 +82,7 @@ impl LossFree {
                     )
                 )
             }
-        });
-        *layer.pending_mut(BIAS) = bias;
-        updated.transpose().map(|done| done.is_some())
+        })
     }
 }
 

@@ -69,9 +69,7 @@ impl ReMoe {
     /// Changes λ of every layer where the layers' loads are in device memory, if they are.
     fn updated_by_kernel(&self, top_k: usize, layers: &mut [LayerState]) -> Result<bool> {
         for layer in layers {
-            let nothing = Tensor::zeros(Device::Cpu, DType::F32, [0]);
-            let mut lambda = std::mem::replace(layer.pending_mut(LAMBDA), nothing);
-            let updated = layer.tally().device_load(|load, _| {
+            let updated = layer.change_by_load(LAMBDA, |lambda, load, _| {
                 let [layers, width] = [load.shape()[0], load.shape()[1]];
                 // SAFETY: one λ, and a load of so many layers and experts.
                 unsafe {
@@ -88,9 +86,8 @@ impl ReMoe {
                         )
                     )
                 }
-            });
-            *layer.pending_mut(LAMBDA) = lambda;
-            if updated.transpose()?.is_none() {
+            })?;
+            if !updated {
                 return Ok(false);
             }
         }

@@ -230,9 +230,25 @@ impl LayerState {
         self.tally.step_load()
     }
 
-    /// The same numbers where they are.
-    pub(crate) fn tally(&self) -> &Tally {
-        &self.tally
+    /// Lets kernels change a pending tensor by the layers' loads where those are in device memory: `change` gets it, the loads
+    /// and the first element of this layer's. Answers whether they are there.
+    ///
+    /// # Errors
+    /// Those of `change`.
+    ///
+    /// # Panics
+    /// When the router did not declare the tensor.
+    pub(crate) fn change_by_load(
+        &mut self,
+        name: &str,
+        change: impl FnOnce(&mut Tensor, &Tensor, usize) -> Result<()>,
+    ) -> Result<bool> {
+        let i = self.index(name);
+        let pending = &mut self.pending[i];
+        let done = self
+            .tally
+            .device_load(|load, first| change(pending, load, first));
+        done.transpose().map(|done| done.is_some())
     }
 
     /// A pending tensor, to update at the end of a step.

@@ -6,7 +6,7 @@ use super::attention::{
 };
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
-use super::rope::{angle, tables};
+use super::rope::{tables, turned};
 use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::launch;
 use half::bf16;
@@ -42,22 +42,6 @@ fn add(line: &mut Line, factor: f64, factor_error: f64, values: &[f64]) {
             line.1 + (factor_error + 64.0 * F32_ROUNDOFF * factor.abs()) * value.abs(),
         );
     }
-}
-
-/// A gradient of a head at `position`, turned back.
-fn turned_back(position: usize, line: &Line) -> Line {
-    let half = line.len() / 2;
-    let turned = (0..line.len()).map(|i| {
-        let (sine, cosine) = angle(position, i % half, line.len()).sin_cos();
-        let (own, other) = (line[i], line[(i + half) % line.len()]);
-        let across = if i < half { sine } else { -sine };
-        let (along, across) = (own.0 * cosine, other.0 * across);
-        // A table's number, a product and the sum are rounded once each.
-        let rounding = 4.0 * F32_ROUNDOFF * (along.abs() + across.abs());
-        let error = own.1 * cosine.abs() + other.1 * sine.abs();
-        (along + across, error + rounding)
-    });
-    turned.collect()
 }
 
 impl Gradient {
@@ -208,7 +192,7 @@ impl Gradient {
                     .collect();
                 lines.extend(keys.iter().map(|k| k[0].clone()));
                 if shape.turned {
-                    lines = lines.iter().map(|line| turned_back(row, line)).collect();
+                    lines = lines.iter().map(|line| turned(row, line, true)).collect();
                 }
                 lines.extend(keys.iter().map(|k| k[1].clone()));
                 let at = (sequence * sizes.sequence + row) * shape.qkv_width();

@@ -98,30 +98,43 @@ pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
     }
 }
 
+/// The numbers of a head with bounds of their errors, turned forwards or back as at `position`.
+pub fn turned(position: usize, line: &[(f64, f64)], back: bool) -> Vec<(f64, f64)> {
+    let half = line.len() / 2;
+    let turned = (0..line.len()).map(|i| {
+        let (sine, cosine) = angle(position, i % half, line.len()).sin_cos();
+        let (own, other) = (line[i], line[(i + half) % line.len()]);
+        let across = if (i < half) == back { sine } else { -sine };
+        let (along, across) = (own.0 * cosine, other.0 * across);
+        // A table's number, a product and the sum are rounded once each.
+        let rounding = 4.0 * F32_ROUNDOFF * (along.abs() + across.abs());
+        let error = own.1 * cosine.abs() + other.1 * sine.abs();
+        (along + across, error + rounding)
+    });
+    turned.collect()
+}
+
 fn judge(shape: &Shape, x: &[bf16], back: bool, y: &[bf16]) -> Result<Errors, String> {
-    let half = shape.width / 2;
-    let turned = (shape.heads + shape.key_value_heads) * shape.width;
+    let heads = shape.row() / shape.width;
     let mut errors = Errors::default();
-    for (at, &got) in y.iter().enumerate() {
-        let (row, column) = (at / shape.row(), at % shape.row());
-        let place = || format!("y of row {row}, column {column}");
-        if column >= turned {
-            if got.to_bits() != x[at].to_bits() {
-                return Err(format!("{}: got {got}, not the value {}", place(), x[at]));
+    let lines = x.chunks(shape.width).zip(y.chunks(shape.width));
+    for (number, (x, y)) in lines.enumerate() {
+        let (row, head) = (number / heads, number % heads);
+        let place = |i| format!("y of row {row}, column {}", head * shape.width + i);
+        if head >= shape.heads + shape.key_value_heads {
+            for (i, (got, value)) in y.iter().zip(x).enumerate() {
+                if got.to_bits() != value.to_bits() {
+                    return Err(format!("{}: got {got}, not the value {value}", place(i)));
+                }
+                errors.merge(Errors::none(1));
             }
-            errors.merge(Errors::none(1));
             continue;
         }
-        let i = column % shape.width;
-        let (sine, cosine) = shape.angle(row, i % half).sin_cos();
-        let sine = if back { -sine } else { sine };
-        let (along, across) = match i < half {
-            true => (exact(x[at]) * cosine, -exact(x[at + half]) * sine),
-            false => (exact(x[at]) * cosine, exact(x[at - half]) * sine),
-        };
-        // A table's number, a product and the sum are rounded once each.
-        let error = 4.0 * F32_ROUNDOFF * (along.abs() + across.abs());
-        errors.add_bf16(got, along + across, error, place)?;
+        let exactly: Vec<_> = x.iter().map(|&x| (exact(x), 0.0)).collect();
+        let wanted = turned(row % shape.sequence, &exactly, back);
+        for (i, (&got, (want, error))) in y.iter().zip(wanted).enumerate() {
+            errors.add_bf16(got, want, error, || place(i))?;
+        }
     }
     Ok(errors)
 }
