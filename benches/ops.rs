@@ -5,9 +5,9 @@
 //! (criterion's "elem/s"), of the others bytes read and written. `cargo bench --bench ops -- combine` takes some of them.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use routegrad::bench::case::{Group, Set, Work, groups};
-use routegrad::bench::timed;
 use routegrad::device::Device;
+use routegrad::verify::bench::case::{Group, Set, Work, groups};
+use routegrad::verify::bench::timed;
 use std::time::Duration;
 
 /// Where a group runs here.

@@ -6,10 +6,10 @@
 //! what `default` costs over `topk`.
 
 use criterion::{Criterion, Throughput, criterion_group};
-use routegrad::bench::case::Step;
-use routegrad::bench::{ceilings, steps};
 use routegrad::device::Device;
-use routegrad::training::Training;
+use routegrad::train::session::Training;
+use routegrad::verify::bench::case::Step;
+use routegrad::verify::bench::{ceilings, steps};
 use std::time::Instant;
 
 const SEQUENCES: usize = 16;

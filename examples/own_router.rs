@@ -16,8 +16,8 @@ use routegrad::ops::dispatch::Selection;
 use routegrad::ops::router::{NonFinite, TopK};
 use routegrad::ops::routing::{Choice, Score, scores};
 use routegrad::routers::{self, Balance, LayerPass, Router, Routing};
-use routegrad::step::Trainer;
 use routegrad::tape::{Tape, Var};
+use routegrad::train::step::Trainer;
 
 /// Experts by position, weights by softmax.
 struct Hashed;

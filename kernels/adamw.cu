@@ -9,7 +9,7 @@
 // A value w is whole, in f32, or split: upper, w as bf16 to nearest with ties away from zero, which is what other kernels
 // read, and lower, an int16 with bits(w) = (upper << 16) + lower modulo 2^32. That is exact for every bit pattern.
 // Moments are f32, or bf16 rounded stochastically: the bits of x plus a random number below 2^16, cut to the upper 16. The
-// mean of what is stored is x, so that small changes are not lost. The draws are those of src/random.rs with seed 0, purpose
+// mean of what is stored is x, so that small changes are not lost. The draws are those of src/tensor/random.rs with seed 0, purpose
 // 6, step = the number of the update, layer = the parameter: for number n of it word (n / 256) % 4 of index
 // (n / 1024) 256 + n % 256, lower half for m, upper half for v.
 // The coefficients of decaying and other parameters come from `outcome` (step.cu), on the device, so that a graph may be
@@ -28,7 +28,7 @@ constexpr int kThreads = 256;
 constexpr int kEach = 8;                              // numbers of a thread at a time, kThreads apart
 constexpr int kBlockNumbers = 8192;
 constexpr int kRound = kThreads * kEach;
-constexpr uint32_t kRoundingPurpose = 6;              // Purpose::Rounding of src/random.rs
+constexpr uint32_t kRoundingPurpose = 6;              // Purpose::Rounding of src/tensor/random.rs
 
 struct Place {
   routegrad_parameter parameter;

@@ -6,7 +6,7 @@
 //   factor      1 where the expert is the likeliest or u > threshold, u uniform; else `untrusted`
 // Ties go to the lower expert; NaN is below everything, so every choice is an expert (router_forward flags such rows).
 //
-// The draws are those of src/random.rs (Philox4x32-10), word 0 of index ((first_token + t) S + r) (E + 1) + i: i < E is
+// The draws are those of src/tensor/random.rs (Philox4x32-10), word 0 of index ((first_token + t) S + r) (E + 1) + i: i < E is
 // ξ_i = -ln v, v = (word / 2^9 + 1/2) / 2^23; i = E is u = (word / 2^8) / 2^24. So a token's draws depend on its place in
 // the global batch alone, and recomputing a layer finds them again. Logits f32, all else in f64, as on the CPU: the
 // choices are the same but where two values lie within a rounding of ln.
@@ -24,7 +24,7 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kMaxExperts = 256, kPerLane = kMaxExperts / 32;
-constexpr uint32_t kRoutingPurpose = 2;  // Purpose::Routing of src/random.rs
+constexpr uint32_t kRoutingPurpose = 2;  // Purpose::Routing of src/tensor/random.rs
 
 DEV uint32_t word(const Philox& random, uint64_t index) { return random.words(index).at[0]; }
 DEV double exponential(const Philox& random, uint64_t index) {

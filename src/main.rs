@@ -5,7 +5,7 @@ use routegrad::cli::Cli;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    routegrad::version::set_commit(git_version::git_version!(
+    routegrad::report::version::set_commit(git_version::git_version!(
         args = ["--always", "--dirty", "--abbrev=12", "--exclude=*"],
         fallback = ""
     ));

@@ -4,11 +4,11 @@
 mod common;
 
 use common::*;
-use routegrad::checkpoint::{self, TrainerState};
 use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
 use routegrad::routers;
-use routegrad::step::Trainer;
+use routegrad::train::checkpoint::{self, TrainerState};
+use routegrad::train::step::Trainer;
 use std::fs;
 use std::path::Path;
 

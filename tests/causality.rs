@@ -1,10 +1,10 @@
 //! No token sees a later one at evaluation, under any router.
 
-use routegrad::batch::Sequences;
 use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
+use routegrad::model::batch::Sequences;
 use routegrad::routers::{self, ROUTERS};
-use routegrad::step::Trainer;
+use routegrad::train::step::Trainer;
 
 #[test]
 fn a_later_token_changes_no_earlier_loss() {

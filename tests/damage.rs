@@ -7,15 +7,16 @@
 mod common;
 
 use common::{Place, succeed};
-use routegrad::checkpoint;
 use routegrad::config::{Config, Layers};
 use routegrad::error::Result;
-use routegrad::events::{EVENTS_FILE, Events};
-use routegrad::exchange::Source;
-use routegrad::metrics::Log;
-use routegrad::random::{Purpose, Stream};
-use routegrad::step::Trainer;
-use routegrad::{routers, tasks};
+use routegrad::report::events::{EVENTS_FILE, Events};
+use routegrad::report::metrics::Log;
+use routegrad::routers;
+use routegrad::study::exchange::Source;
+use routegrad::study::tasks;
+use routegrad::tensor::random::{Purpose, Stream};
+use routegrad::train::checkpoint;
+use routegrad::train::step::Trainer;
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use std::collections::BTreeMap;
 use std::fs;

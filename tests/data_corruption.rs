@@ -12,7 +12,7 @@ use routegrad::data::folder::{Folder, Side};
 use routegrad::data::prepare::{self, Options};
 use routegrad::data::tokenizer::TOKENIZER_FILE;
 use routegrad::data::{Corpus, Tokenizer, adopt_tokenizer, configure};
-use routegrad::random::{Purpose, Stream};
+use routegrad::tensor::random::{Purpose, Stream};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

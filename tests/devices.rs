@@ -2,20 +2,20 @@
 
 mod common;
 
-use routegrad::check::Fault;
 use routegrad::config::{Config, Layers};
 use routegrad::data::Corpus;
 use routegrad::device::Device;
-use routegrad::device_check::{
-    DIRECTIONAL_TOLERANCE, Directional, Load, MODEL_TOLERANCE, TOLERANCE, compare_layer,
-    compare_step, directional, model_checks, router_directions,
-};
 use routegrad::model::Model;
 use routegrad::ops::scores::sigmoid;
 use routegrad::routers::{self, Pass, Phase};
-use routegrad::step::Trainer;
+use routegrad::tape::check::Fault;
 use routegrad::tape::{Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
+use routegrad::train::step::Trainer;
+use routegrad::verify::device_check::{
+    DIRECTIONAL_TOLERANCE, Directional, Load, MODEL_TOLERANCE, TOLERANCE, compare_layer,
+    compare_step, directional, model_checks, router_directions,
+};
 
 /// One MoE layer of width 128, its experts of the paper's proportion, 22 D / E.
 fn layer(router: &str, experts: usize, top_k: usize, set: &[&str]) -> Config {

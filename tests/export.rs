@@ -171,7 +171,7 @@ fn default_vectors_come_with_their_program_and_in_bf16() {
     assert!(printed.contains("LayerNorm, router default"), "{printed}");
     let out = place.path("hf");
     for file in ["modeling_routegrad.py", "configuration_routegrad.py"] {
-        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/export/hf");
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/study/export/hf");
         assert!(fs::read(out.join(file)).unwrap() == fs::read(source.join(file)).unwrap());
     }
     let config = json_file(&out.join("config.json"));

@@ -1,9 +1,9 @@
 //! The gradient check passes on the code as it is, and fails when any term of a gradient is missing.
 
-use routegrad::check::{Fault, compare_precisions};
-use routegrad::gradcheck;
 use routegrad::ops::OPS;
 use routegrad::routers::ROUTERS;
+use routegrad::tape::check::{Fault, compare_precisions};
+use routegrad::verify::gradcheck;
 
 #[test]
 fn every_op_router_and_model_agrees_with_finite_differences_to_1e_6() {

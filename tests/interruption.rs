@@ -4,8 +4,8 @@
 mod common;
 
 use common::*;
-use routegrad::random::{Purpose, Stream};
 use routegrad::routers::ROUTERS;
+use routegrad::tensor::random::{Purpose, Stream};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use std::process::Command;
 

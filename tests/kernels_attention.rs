@@ -4,9 +4,9 @@
 mod support;
 
 use half::bf16;
-use routegrad::check::kernels::attention::{Inputs, Shape, problem};
-use routegrad::check::kernels::attention_backward::{self as backward, Gradient, workspace};
-use routegrad::check::kernels::costs;
+use routegrad::verify::kernels::attention::{Inputs, Shape, problem};
+use routegrad::verify::kernels::attention_backward::{self as backward, Gradient, workspace};
+use routegrad::verify::kernels::costs;
 use routegrad::{launch, query};
 use std::ptr::null_mut;
 use std::sync::Arc;

@@ -2,10 +2,10 @@
 
 mod support;
 
-use routegrad::check::kernels::combine::{Inputs, MODES, problem};
-use routegrad::check::kernels::costs::{Sizes, combine};
-use routegrad::check::kernels::dispatch::Batch;
 use routegrad::launch;
+use routegrad::verify::kernels::combine::{Inputs, MODES, problem};
+use routegrad::verify::kernels::costs::{Sizes, combine};
+use routegrad::verify::kernels::dispatch::Batch;
 use std::ptr::null_mut;
 use std::sync::Arc;
 use support::refusals::{NOT_MULTIPLE, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};

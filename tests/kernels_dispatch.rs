@@ -2,11 +2,11 @@
 
 mod support;
 
-use routegrad::check::kernels::costs::{Sizes, dispatch_choices};
-use routegrad::check::kernels::dispatch::{Batch, edge_batches};
-use routegrad::check::kernels::values;
 use routegrad::device::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
 use routegrad::launch;
+use routegrad::verify::kernels::costs::{Sizes, dispatch_choices};
+use routegrad::verify::kernels::dispatch::{Batch, edge_batches};
+use routegrad::verify::kernels::values;
 use std::ptr::null_mut;
 use support::schedules::{counted, table};
 use support::{check_cases, check_schedules, counts_agree, outputs};

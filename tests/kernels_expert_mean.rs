@@ -2,11 +2,11 @@
 
 mod support;
 
-use routegrad::check::kernels::costs::{Sizes, expert_mean_update, expert_sums};
-use routegrad::check::kernels::dispatch::Batch;
-use routegrad::check::kernels::expert_mean::{Sums, sums_problem, update_problem};
 use routegrad::device::bindings::*;
 use routegrad::launch;
+use routegrad::verify::kernels::costs::{Sizes, expert_mean_update, expert_sums};
+use routegrad::verify::kernels::dispatch::Batch;
+use routegrad::verify::kernels::expert_mean::{Sums, sums_problem, update_problem};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use support::refusals::{NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused, refuses_pointers};

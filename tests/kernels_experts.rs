@@ -4,14 +4,14 @@
 mod support;
 
 use half::bf16;
-use routegrad::check::kernels::Problem;
-use routegrad::check::kernels::costs::{self, Cost, Sizes};
-use routegrad::check::kernels::experts::Layer;
-use routegrad::check::kernels::grouped_down::{self, Down, Sums};
-use routegrad::check::kernels::grouped_swiglu::{
+use routegrad::verify::kernels::Problem;
+use routegrad::verify::kernels::costs::{self, Cost, Sizes};
+use routegrad::verify::kernels::experts::Layer;
+use routegrad::verify::kernels::grouped_down::{self, Down, Sums};
+use routegrad::verify::kernels::grouped_swiglu::{
     BACKWARD_TILES, Backward, FORWARD_TILES, Forward, backward_problem, forward_problem,
 };
-use routegrad::check::kernels::operands::{Gather, TILES};
+use routegrad::verify::kernels::operands::{Gather, TILES};
 use std::sync::Arc;
 use support::schedules::{counted, is_plain, with_options};
 use support::{check_cases, check_schedules, outputs};

@@ -2,11 +2,11 @@
 
 mod support;
 
-use routegrad::check::kernels::experts::Layer;
-use routegrad::check::kernels::grouped_swiglu::{BACKWARD_TILES, Backward, backward_problem};
-use routegrad::check::kernels::operands::Gather;
 use routegrad::device::bindings::*;
 use routegrad::error::Result;
+use routegrad::verify::kernels::experts::Layer;
+use routegrad::verify::kernels::grouped_swiglu::{BACKWARD_TILES, Backward, backward_problem};
+use routegrad::verify::kernels::operands::Gather;
 use routegrad::{launch, query};
 use std::ptr::null_mut;
 use std::sync::Arc;

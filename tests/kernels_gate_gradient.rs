@@ -3,10 +3,10 @@
 
 mod support;
 
-use routegrad::check::kernels::costs::{Sizes, gate_gradient};
-use routegrad::check::kernels::dispatch::Batch;
-use routegrad::check::kernels::gate_gradient::{Inputs, problem};
 use routegrad::launch;
+use routegrad::verify::kernels::costs::{Sizes, gate_gradient};
+use routegrad::verify::kernels::dispatch::Batch;
+use routegrad::verify::kernels::gate_gradient::{Inputs, problem};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use support::refusals::{NOT_MULTIPLE, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};

@@ -3,7 +3,6 @@
 
 mod support;
 
-use routegrad::check::normal_numbers;
 use routegrad::device::Device;
 use routegrad::device::bindings::routegrad_draws;
 use routegrad::error::Result;
@@ -15,6 +14,7 @@ use routegrad::ops::sampled_experts::{Sampling, sample, sampled_gates};
 use routegrad::ops::sampled_gate::{Choice, sampled_gate};
 use routegrad::ops::scores::on_selection;
 use routegrad::ops::straight_through::straight_through;
+use routegrad::tape::check::normal_numbers;
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
 use std::ptr::null_mut;

@@ -4,16 +4,16 @@
 mod support;
 
 use half::bf16;
-use routegrad::check::kernels::costs::{grouped_gemm, grouped_gemm_weight_gradient};
-use routegrad::check::kernels::grouped_gemm::{
-    Gather, Operands, Product, Product::*, Shape, TILES, problem,
-};
-use routegrad::check::kernels::{Guarded, values};
 use routegrad::device::Device;
 use routegrad::device::bindings::{ROUTEGRAD_TILE_AUTO, routegrad_gemm_tile};
 use routegrad::launch;
 use routegrad::ops::linear::linear;
 use routegrad::tape::{Gradients, Tape};
+use routegrad::verify::kernels::costs::{grouped_gemm, grouped_gemm_weight_gradient};
+use routegrad::verify::kernels::grouped_gemm::{
+    Gather, Operands, Product, Product::*, Shape, TILES, problem,
+};
+use routegrad::verify::kernels::{Guarded, values};
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
 use support::schedules::{counted, table, with_options};

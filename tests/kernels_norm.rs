@@ -3,14 +3,14 @@
 
 mod support;
 
-use routegrad::check::kernels::costs::{norm_backward, norm_forward};
-use routegrad::check::kernels::norm::{
-    Added, Inputs, Kind, STANDARD, backward_problem, forward_problem,
-};
 use routegrad::device::Device;
 use routegrad::ops::{add::add, add_norm::add_norm, layernorm::layernorm, rmsnorm::rmsnorm};
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
+use routegrad::verify::kernels::costs::{norm_backward, norm_forward};
+use routegrad::verify::kernels::norm::{
+    Added, Inputs, Kind, STANDARD, backward_problem, forward_problem,
+};
 use routegrad::{launch, query};
 use std::ptr::null_mut;
 use std::sync::Arc;

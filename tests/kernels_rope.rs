@@ -3,12 +3,8 @@
 
 mod support;
 
-use routegrad::check::kernels::costs;
-use routegrad::check::kernels::qkv_rope::{self, Inputs};
-use routegrad::check::kernels::rope::{Shape, problem};
 use routegrad::device::Device;
 use routegrad::device::bindings::ROUTEGRAD_TILE_COOPERATIVE_128X256;
-use routegrad::dtype::DType;
 use routegrad::error::Result;
 use routegrad::launch;
 use routegrad::ops::attention::rotary::{Places, projected_attention};
@@ -16,6 +12,10 @@ use routegrad::ops::heads::Heads;
 use routegrad::ops::rope::{RopeTables, rope};
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
+use routegrad::tensor::dtype::DType;
+use routegrad::verify::kernels::costs;
+use routegrad::verify::kernels::qkv_rope::{self, Inputs};
+use routegrad::verify::kernels::rope::{Shape, problem};
 use std::ptr::null_mut;
 use std::sync::Arc;
 use support::refusals::{OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};

@@ -3,11 +3,11 @@
 
 mod support;
 
-use routegrad::check::kernels::costs::{self, Cost, Sizes};
-use routegrad::check::kernels::router::{Batch, Kind, Shape, problem, problem_of};
-use routegrad::check::kernels::{Buffer, Problem, router_backward, router_sample, values};
 use routegrad::device::bindings::*;
 use routegrad::launch;
+use routegrad::verify::kernels::costs::{self, Cost, Sizes};
+use routegrad::verify::kernels::router::{Batch, Kind, Shape, problem, problem_of};
+use routegrad::verify::kernels::{Buffer, Problem, router_backward, router_sample, values};
 use std::ptr::{null, null_mut};
 use support::schedules::{counted, table};
 use support::{check, check_cases, check_schedules, outputs};

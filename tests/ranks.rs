@@ -6,14 +6,14 @@
 //! penalty of `remoe` counts within one. With `balance.aux_scope = "micro"` the auxiliary loss counts
 //! within a rank's own part, and depends on the number of ranks too.
 
-use routegrad::batch::Batch;
 use routegrad::config::{Config, Layers};
 use routegrad::data::Corpus;
 use routegrad::dist::{Collective, SingleRank, ThreadRank};
 use routegrad::error::Result;
 use routegrad::model::Model;
+use routegrad::model::batch::Batch;
 use routegrad::routers::{self, ROUTERS};
-use routegrad::step::{StepReport, Trainer};
+use routegrad::train::step::{StepReport, Trainer};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};

@@ -2,11 +2,11 @@
 //! this project (tests/fixtures/routers.py): outputs, balance losses, all gradients, state, draws.
 
 use routegrad::config::{Config, Layers};
-use routegrad::dtype::DType;
 use routegrad::model::Model;
 use routegrad::routers::{self, Pass, Phase, ROUTERS};
 use routegrad::tape::{Gradients, Tape, Var};
 use routegrad::tensor::Tensor;
+use routegrad::tensor::dtype::DType;
 use serde_json::Value;
 
 /// Relative where numbers are above 1; the fixture has 12 digits.

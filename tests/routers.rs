@@ -1,14 +1,14 @@
 //! What the routers promise over many steps, and at their edges.
 
-use routegrad::batch::Sequences;
 use routegrad::config::{Config, Layers};
-use routegrad::dtype::Element;
 use routegrad::model::Model;
-use routegrad::random::{Purpose, Stream};
+use routegrad::model::batch::Sequences;
 use routegrad::routers::{self, Pass, Phase};
-use routegrad::step::Trainer;
 use routegrad::tape::{Gradients, Tape, Var};
 use routegrad::tensor::Tensor;
+use routegrad::tensor::dtype::Element;
+use routegrad::tensor::random::{Purpose, Stream};
+use routegrad::train::step::Trainer;
 
 fn config(router: &str, set: &[&str]) -> Config {
     let mut layers = Layers::preset("tiny");

@@ -3,9 +3,11 @@
 mod common;
 
 use common::*;
-use routegrad::checkpoint::{self, Checkpoint, Place as Folder, SHARD_BYTES, Saver, Snapshot};
-use routegrad::exchange::Source;
-use routegrad::step::Trainer;
+use routegrad::study::exchange::Source;
+use routegrad::train::checkpoint::{
+    self, Checkpoint, Place as Folder, SHARD_BYTES, Saver, Snapshot,
+};
+use routegrad::train::step::Trainer;
 use std::fs;
 use std::path::Path;
 
@@ -171,7 +173,13 @@ fn an_export_in_several_files_holds_what_one_file_does() {
     let (found, _) = checkpoint::find(&place.path("run")).unwrap();
     let read = |name: &str, shard_bytes: u64| {
         let out = place.path(name);
-        routegrad::export::run(&found, &out, routegrad::dtype::DType::F32, shard_bytes).unwrap();
+        routegrad::study::export::run(
+            &found,
+            &out,
+            routegrad::tensor::dtype::DType::F32,
+            shard_bytes,
+        )
+        .unwrap();
         let mut found = std::collections::BTreeMap::new();
         for entry in fs::read_dir(out).unwrap() {
             let path = entry.unwrap().path();

@@ -5,11 +5,11 @@
 
 use routegrad::config::{Config, Layers};
 use routegrad::device::{Device, counters, take_peak};
-use routegrad::plan::{Memory, Target};
 use routegrad::routers;
-use routegrad::step::StepReport;
+use routegrad::study::plan::{Memory, Target};
 use routegrad::tensor::Tensor;
-use routegrad::training::Training;
+use routegrad::train::session::Training;
+use routegrad::train::step::StepReport;
 use std::sync::{Mutex, MutexGuard};
 
 /// Addresses are those of the whole process: one test at a time.

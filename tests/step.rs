@@ -1,10 +1,10 @@
 //! The optimizer step: recomputation and micro-batches change nothing, a refused step leaves no trace.
 
-use routegrad::batch::Batch;
 use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
+use routegrad::model::batch::Batch;
 use routegrad::routers::{self, ROUTERS};
-use routegrad::step::{StepReport, Trainer};
+use routegrad::train::step::{StepReport, Trainer};
 
 const LENGTH: usize = 12;
 const SEQUENCES: usize = 4;

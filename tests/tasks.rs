@@ -3,9 +3,9 @@
 mod common;
 
 use common::{MICRO, Place, program};
-use routegrad::batch::Sequences;
 use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
+use routegrad::model::batch::Sequences;
 use routegrad::ops::spans::Spans;
 use routegrad::routers;
 use std::fs;

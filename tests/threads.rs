@@ -1,7 +1,7 @@
 //! Results do not depend on the number of threads.
 
-use routegrad::check::{Case, normal_numbers};
 use routegrad::ops::OPS;
+use routegrad::tape::check::{Case, normal_numbers};
 use routegrad::tape::{Gradients, Tape, Var};
 use routegrad::tensor::Tensor;
 

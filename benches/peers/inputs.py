@@ -1,4 +1,4 @@
-"""The inputs of a case, the same numbers to the bit as src/bench/inputs.rs makes: functions of the names alone.
+"""The inputs of a case, the same numbers to the bit as src/verify/bench/inputs.rs makes: functions of the names alone.
 
 Number i of tensor "t" of group "g" comes from SplitMix64, seeded with the FNV-1a hash of "g/t": the four 16-bit parts of its
 output i are summed, centred and scaled to unit variance. `python inputs.py` tests it.
@@ -63,7 +63,7 @@ class Inputs:
 
 
 def test():
-    """The same numbers stand in src/bench/inputs.rs."""
+    """The same numbers stand in src/verify/bench/inputs.rs."""
     inputs = Inputs("grouped gemm")
     assert inputs.ids("ids", 4, 1000).tolist() == [321, 305, 525, 74]
     bits = inputs.normal("x", [4], 0.5).view(torch.int32).tolist()

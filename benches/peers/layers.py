@@ -12,7 +12,7 @@ functorch.donated_buffer = False  # a backward that is run again keeps its buffe
 
 
 class Layer:
-    """The tensors of a layer, as src/bench/layer.rs has them."""
+    """The tensors of a layer, as src/verify/bench/layer.rs has them."""
 
     def __init__(self, sizes, inputs):
         t, d, f, e = sizes["tokens"], sizes["hidden"], sizes["ffn"], len(sizes["counts"])

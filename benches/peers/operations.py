@@ -173,7 +173,7 @@ def attention_outputs(group, inputs):
     return {"out": out.detach(), "dqkv": dqkv}
 
 
-# The CPU's operations in f32: src/bench/operations.rs.
+# The CPU's operations in f32: src/verify/bench/operations.rs.
 
 
 def rotary(sizes, device):

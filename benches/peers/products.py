@@ -13,7 +13,7 @@ RESULT = {"grouped_gemm_forward": "out", "grouped_gemm_input_gradient": "dx", "g
 
 
 def operands(sizes, inputs):
-    """a and b as src/bench/kernels.rs has them, and the groups' ends."""
+    """a and b as src/verify/bench/kernels.rs has them, and the groups' ends."""
     n, k, experts, rows = sizes["n"], sizes["k"], len(sizes["counts"]), sum(sizes["counts"])
     bf16 = torch.bfloat16
     x = lambda: inputs.normal("x", [rows, k], 1.0, bf16)

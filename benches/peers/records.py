@@ -1,4 +1,4 @@
-"""The records that the peers give: the lines of src/bench/record.rs. Needs no PyTorch, so as to say where there is none."""
+"""The records that the peers give: the lines of src/verify/bench/record.rs. Needs no PyTorch, so as to say where there is none."""
 
 import datetime
 import json

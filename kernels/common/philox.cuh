@@ -1,4 +1,4 @@
-// The draws of src/random.rs: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011), a pure function of seed, purpose,
+// The draws of src/tensor/random.rs: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011), a pure function of seed, purpose,
 // step, layer and index.
 #pragma once
 #include "simt.cuh"

@@ -1,15 +1,17 @@
 //! What each command does: reads its arguments, calls the module that does the work, prints.
 
 use super::*;
-use crate::checkpoint::{self, Checkpoint, SHARD_BYTES};
 use crate::config::{Config, Layers};
+use crate::data;
 use crate::device::Device;
-use crate::device_check::Directional;
-use crate::dtype::DType;
 use crate::error::Error;
 use crate::routers::{self, ROUTERS};
+use crate::study::{analyze, eval, exchange, export, generate, tasks};
+use crate::tensor::dtype::DType;
+use crate::train::checkpoint::{self, Checkpoint, SHARD_BYTES};
 use crate::train::{self, Options, Outcome};
-use crate::{analyze, data, device_check, eval, exchange, export, generate, gradcheck, tasks};
+use crate::verify::device_check::Directional;
+use crate::verify::{device_check, gradcheck};
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;

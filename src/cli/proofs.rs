@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::device::Device;
-use crate::hardware::{Options, Place, code, learns, one, record, status};
+use crate::verify::hardware::{Options, Place, code, learns, one, record, status};
 
 #[derive(Args)]
 pub(super) struct HardwareArgs {

@@ -13,8 +13,8 @@ pub use load::{Layers, RouterCheck, nearest};
 pub use preset::{EXPERTS, PRESETS};
 
 use crate::device::Device;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::tensor::dtype::DType;
 use serde::{Deserialize, Serialize};
 
 /// Everything a run needs to know, fully resolved.

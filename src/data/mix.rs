@@ -6,7 +6,7 @@
 use super::order::permute;
 use crate::config::Weighted;
 use crate::error::{Error, Result};
-use crate::random::{Purpose, Stream};
+use crate::tensor::random::{Purpose, Stream};
 
 /// Sequences in which the shares are exact.
 const BLOCK: u64 = 4096;

@@ -27,9 +27,9 @@ pub use sources::{Source, sources};
 pub(crate) use text::read_text;
 pub use tokenizer::Tokenizer;
 
-use crate::batch::Batch;
 use crate::config::{Config, DataConfig, Layers, ModelConfig, RouterCheck};
 use crate::error::{Error, Result};
+use crate::model::batch::Batch;
 use folder::Side;
 use mix::Mix;
 use order::Order;

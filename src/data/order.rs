@@ -6,7 +6,7 @@
 //! function is the random generator, walked until it lands inside (Black and Rogaway, "Ciphers with
 //! arbitrary finite domains", 2002). Nothing is stored, so any index is found at once.
 
-use crate::random::{Purpose, Stream};
+use crate::tensor::random::{Purpose, Stream};
 
 const ROUNDS: u64 = 6;
 

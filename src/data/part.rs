@@ -5,9 +5,9 @@ use super::folder::{Counts, Entry, Folder, Side};
 use super::tokenizer::BYTES;
 use super::tokens::{Store, Tokens};
 use super::{DOCUMENT_END, held_out, in_vocabulary, long_enough, text};
-use crate::batch::Batch;
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
+use crate::model::batch::Batch;
 use std::path::Path;
 
 /// Folders of up to so many bytes are compared with their digests before a run.

@@ -18,7 +18,7 @@ pub use options::Options;
 use super::folder::{FORMAT, Folder, MANIFEST, Manifest, STATE, Side, digest};
 use super::tokenizer::{TOKENIZER_CONFIG_FILE, Tokenizer};
 use crate::error::{Error, Result};
-use crate::files::{UNFINISHED, replace};
+use crate::report::files::{UNFINISHED, replace};
 use inputs::{Input, Item};
 use progress::Progress;
 use serde::{Deserialize, Serialize};

@@ -5,9 +5,9 @@
 use super::part::Part;
 use super::tokens::{Store, Tokens};
 use super::{DOCUMENT_END, Folder, in_vocabulary, text};
-use crate::batch::Batch;
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
+use crate::model::batch::Batch;
 use std::collections::BTreeMap;
 use std::path::Path;
 

@@ -1,6 +1,6 @@
 //! Where tensors live and operations run.
 //!
-//! `cpu` is the reference: plain Rust, generic over f32 and f64 ([`crate::cpu`] holds its tools).
+//! `cpu` is the reference: plain Rust, generic over f32 and f64 ([`crate::tensor::cpu`] holds its tools).
 //! `sim` runs the kernels of `kernels/` on the SIMT simulator, in the arithmetic that they have on a
 //! GPU: bf16 weights and activations, f32 sums, router and parameter gradients. `cuda` runs the same
 //! kernels on a GPU; [`Memory`] says how the host sees what they wrote.
@@ -14,6 +14,7 @@ pub mod counters;
 pub mod cuda;
 pub mod graph;
 pub mod launchers;
+pub mod machine;
 mod memory;
 #[cfg(feature = "cuda")]
 mod pinned;

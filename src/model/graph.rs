@@ -8,7 +8,6 @@ use super::{Losses, rounded};
 use crate::config::{BalanceConfig, Config, ModelConfig, Norm, Recompute, Reduction};
 use crate::device::Device;
 use crate::dist::Collective;
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::ops::add_norm::add_norm;
 use crate::ops::balance::weighted_sum;
@@ -21,6 +20,7 @@ use crate::ops::rope::RopeTables;
 use crate::routers::{Balance, DeviceTally, LayerState, Pass, Router};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
 use std::cell::RefCell;
 use std::rc::Rc;
 

@@ -1,12 +1,12 @@
 //! A micro-batch where the model reads it.
 
 use super::rows::Rows;
-use crate::batch::Sequences;
 use crate::device::Device;
-use crate::dtype::DType;
 use crate::error::Result;
+use crate::model::batch::Sequences;
 use crate::ops::tokens;
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
 
 /// Input tokens, the tokens that follow them, and how they divide into sequences.
 pub struct Inputs {

@@ -8,10 +8,10 @@
 use super::weight::Weight;
 use crate::config::{ModelConfig, Norm};
 use crate::device::Device;
-use crate::dtype::{DType, Real};
-use crate::random::{Purpose, Stream};
-use crate::shape::Shape;
 use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
+use crate::tensor::random::{Purpose, Stream};
+use crate::tensor::shape::Shape;
 
 /// A trainable tensor.
 pub struct Parameter {

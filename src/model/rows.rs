@@ -1,8 +1,8 @@
 //! How the rows of one pass divide into sequences.
 
-use crate::batch::Sequences;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::model::batch::Sequences;
 use crate::ops::attention::rotary::{Places, projected_attention, rotary_attention};
 use crate::ops::heads::Heads;
 use crate::ops::linear::linear;

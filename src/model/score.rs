@@ -2,15 +2,15 @@
 
 use super::Model;
 use super::rows::Rows;
-use crate::cpu::vector::{exp_and_sum, max};
 use crate::device::Device;
-use crate::dtype::Real;
 use crate::error::{Error, Result};
 use crate::ops::linear::linear;
 use crate::ops::spans::Spans;
 use crate::routers::Pass;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::vector::{exp_and_sum, max};
+use crate::tensor::dtype::Real;
 use crate::with_real;
 use rayon::prelude::*;
 use std::rc::Rc;

@@ -5,10 +5,10 @@
 //! `bits(w) = (upper << 16) + lower` modulo 2^32: four bytes for both, exact for every bit pattern.
 
 use crate::device::Device;
-use crate::dtype::DType;
 use crate::error::Result;
-use crate::shape::Shape;
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
+use crate::tensor::shape::Shape;
 use half::bf16;
 use rayon::prelude::*;
 use std::borrow::Cow;

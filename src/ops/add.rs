@@ -1,12 +1,12 @@
 //! Residual add: `y = a + b`, any shape. Both gradients are `dy`.
 
 use super::rows::{self, Arithmetic};
-use crate::check::Case;
-use crate::cpu;
 use crate::device::Device;
 use crate::error::Result;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu;
 use crate::with_real;
 
 /// `a + b` of two tensors of one shape and dtype.

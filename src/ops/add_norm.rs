@@ -9,9 +9,9 @@ use super::add::add;
 use super::layernorm::layernorm;
 use super::norm::{self, Kind, Norm, Skip};
 use super::rmsnorm::rmsnorm;
-use crate::check::Case;
 use crate::device::Device;
 use crate::error::Result;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
 

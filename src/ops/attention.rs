@@ -14,12 +14,12 @@ pub(super) mod reference;
 pub mod rotary;
 
 use super::heads::Heads;
-use crate::check::Case;
 use crate::device::Device;
-use crate::dtype::DType;
 use crate::error::Result;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
 use crate::with_real;
 
 /// Causal attention of `qkv [B·S, (H + 2 KV) hd]`, S = `sequence`; the result is `[B·S, H hd]`.
@@ -211,7 +211,7 @@ mod tests {
             };
             let (tokens, sequence) = (2 * 70, 70);
             let numbers = |width: usize, seed| {
-                let numbers = crate::check::normal_numbers(tokens * width, seed);
+                let numbers = crate::tape::check::normal_numbers(tokens * width, seed);
                 let numbers: Vec<f32> = numbers.iter().map(|&x| x as f32).collect();
                 Tensor::from_slice([tokens, width], &numbers).narrowed()
             };
@@ -248,7 +248,7 @@ mod tests {
             dim: 4,
         };
         let (sequence, width) = (70, heads.row_width());
-        let mut qkv = crate::check::normal_numbers(2 * sequence * width, 1);
+        let mut qkv = crate::tape::check::normal_numbers(2 * sequence * width, 1);
         let before = attend(&qkv, 2 * sequence, heads, sequence);
         let changed = 66;
         qkv[changed * width..sequence * width].fill(3.0);
@@ -279,7 +279,7 @@ mod tests {
         };
         // Documents of 1, 69, 60 and 1 rows.
         let (sequence, documents, width) = (131, [0, 1, 70, 130], heads.row_width());
-        let qkv = crate::check::normal_numbers(sequence * width, 3);
+        let qkv = crate::tape::check::normal_numbers(sequence * width, 3);
         let first_key = packed(1, sequence, &documents);
         let whole = Var::constant(Tensor::from_slice([sequence, width], &qkv));
         let y = attention(&Tape::new(), &whole, heads, sequence, Some(&first_key)).unwrap();

@@ -8,13 +8,13 @@
 //! On a device with kernels (`kernels/balance.cu`) the router gives the means `P [E]` and the mean
 //! logsumexp²; fractions and coefficients lie in its memory.
 
-use crate::check::{Case, Fault, term};
 use crate::device::{Device, graph, stream};
-use crate::dtype::{DType, Real};
 use crate::error::Result;
 use crate::launch;
+use crate::tape::check::{Case, Fault, term};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
 /// `E Σ_i f_i mean_t(p_ti)`: a scalar, without the coefficient. `p` is `[T, E]`, or its mean `[E]`, and

@@ -6,12 +6,12 @@
 //! ê is a constant: no gradient flows into or through it.
 
 use super::dispatch::Dispatch;
-use crate::check::{Case, Fault, term};
-use crate::cpu::{self, Accumulate, Mat, MatMut};
-use crate::dtype::Real;
 use crate::error::Result;
+use crate::tape::check::{Case, Fault, term};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::{self, Accumulate, Mat, MatMut};
+use crate::tensor::dtype::Real;
 use crate::with_real;
 use std::rc::Rc;
 

@@ -13,15 +13,15 @@
 
 use super::linear::kernels as product;
 use super::tokens;
-use crate::check::Case;
-use crate::cpu::{self, Accumulate};
 use crate::device::launchers::TILE_AUTO;
 use crate::device::{Device, stream};
-use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::{self, Accumulate};
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use std::ptr::null_mut;
 
@@ -318,8 +318,8 @@ mod kernels {
 /// The mathematics on plain slices.
 pub(super) mod reference {
     use super::*;
-    use crate::cpu::vector::{exp_and_sum, max};
-    use crate::cpu::{Mat, Scratch, matmul, matmul_over_inner};
+    use crate::tensor::cpu::vector::{exp_and_sum, max};
+    use crate::tensor::cpu::{Mat, Scratch, matmul, matmul_over_inner};
     use rayon::prelude::*;
 
     /// Logits that exist at a time, at most (but for one token there are always V).

@@ -6,9 +6,9 @@
 //! row, `slot_row [R]` the row of a slot. Nothing here is differentiable.
 
 use crate::device::{Device, stream};
-use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
 use crate::{launch, query};
 use std::ptr::null;
 use std::sync::{Arc, OnceLock};

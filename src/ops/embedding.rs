@@ -8,13 +8,13 @@
 
 use super::dispatch::{Named, maps_of};
 use super::tokens;
-use crate::check::Case;
-use crate::cpu::{self, Accumulate};
 use crate::device::{Device, stream};
-use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::{self, Accumulate};
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use crate::{launch, query};
 use std::ptr::null;

@@ -12,10 +12,10 @@ use crate::device::bindings::{
 };
 use crate::device::{Device, stream};
 use crate::dist::Collective;
-use crate::dtype::{DType, Real};
 use crate::error::Result;
 use crate::launch;
 use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use rayon::prelude::*;
 

@@ -9,14 +9,14 @@
 use super::linear::linear;
 use super::rows::{self, Columns};
 use super::sigmoid_gate::sigmoid_gate;
-use crate::check::Case;
-use crate::cpu::Accumulate;
 use crate::device::{Device, stream};
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::Accumulate;
+use crate::tensor::dtype::DType;
 
 /// Rows of `v [T, D]` times σ of the products of `x [T, D]` with `weight [1, D]`.
 ///

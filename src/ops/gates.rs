@@ -2,10 +2,10 @@
 
 use super::dispatch::Dispatch;
 use crate::device::stream;
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
 use std::ptr::null;
 
 /// Which gates.

@@ -7,12 +7,12 @@
 //! `dx_t = Σ_{r of t} W_{e(r)}ᵀ dy_r`, in expert order.
 
 use super::dispatch::Dispatch;
-use crate::check::Case;
-use crate::cpu::{self, Accumulate, Mat, MatMut};
-use crate::dtype::Real;
 use crate::error::{Error, Result};
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::{self, Accumulate, Mat, MatMut};
+use crate::tensor::dtype::Real;
 use crate::with_real;
 use rayon::prelude::*;
 use std::rc::Rc;

@@ -7,15 +7,15 @@
 //! bias is added to what the product left in bf16 (`kernels/rows.cu`).
 
 use super::rows::{self, Columns};
-use crate::check::Case;
-use crate::cpu::{self, Accumulate, Mat};
 use crate::device::launchers::{Launchers, TILE_AUTO};
 use crate::device::{Device, stream};
-use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::{self, Accumulate, Mat};
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use std::ffi::c_void;
 use std::ptr::null;

@@ -1,12 +1,12 @@
 //! The kernels of `kernels/norm.cu`, for the operations that normalise rows: formulas stand there and
 //! in `rmsnorm` and `layernorm`.
 
-use crate::cpu::Accumulate;
 use crate::device::stream;
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::tape::Grads;
 use crate::tensor::Tensor;
+use crate::tensor::cpu::Accumulate;
+use crate::tensor::dtype::DType;
 use crate::{launch, query};
 use std::ptr::{null, null_mut};
 

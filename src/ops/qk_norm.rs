@@ -9,14 +9,14 @@
 use super::heads::Heads;
 use super::rmsnorm::reference::{normalize, normalize_back};
 use super::rows::{Columns, column_sums};
-use crate::check::Case;
-use crate::cpu::{self, Accumulate};
 use crate::device::{Device, stream};
-use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::{self, Accumulate};
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use std::ptr::null;
 

@@ -5,12 +5,12 @@
 
 use super::dispatch::Dispatch;
 use super::gates::Selected;
-use crate::check::Case;
 use crate::device::Device;
-use crate::dtype::Real;
 use crate::error::Result;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::Real;
 use crate::with_real;
 use std::rc::Rc;
 
@@ -125,7 +125,7 @@ pub(super) fn cases() -> Vec<Case> {
     [(1, 2, 1), (5, 7, 3), (9, 4, 4)]
         .into_iter()
         .map(|(t, e, k)| {
-            let positive: Vec<f64> = crate::check::normal_numbers(t * e, 7)
+            let positive: Vec<f64> = crate::tape::check::normal_numbers(t * e, 7)
                 .iter()
                 .map(|x| 1.0 + x * x)
                 .collect();

@@ -5,14 +5,14 @@
 //! Backward computes r again: it reads the row anyway.
 
 use super::norm::{self, Kind, Norm};
-use crate::check::Case;
-use crate::cpu::vector::sum_over;
-use crate::cpu::{self, Accumulate};
 use crate::device::Device;
-use crate::dtype::Real;
 use crate::error::Result;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::vector::sum_over;
+use crate::tensor::cpu::{self, Accumulate};
+use crate::tensor::dtype::Real;
 use crate::with_real;
 
 /// RMSNorm over the last axis of `x [.., D]`, with `weight [D]` and `eps` added to the mean square.

@@ -6,14 +6,14 @@
 //! the opposite angles.
 
 use super::heads::Heads;
-use crate::check::Case;
-use crate::cpu::{self, Accumulate};
 use crate::device::{Device, stream};
-use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::{self, Accumulate};
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
 /// Cosines and sines of every position, computed once and shared by all layers.

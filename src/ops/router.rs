@@ -8,12 +8,12 @@
 
 use super::dispatch::Selection;
 use super::linear::reference as linear;
-use crate::check::{Case, Fault, term};
-use crate::cpu;
-use crate::dtype::Real;
 use crate::error::{Error, Result};
+use crate::tape::check::{Case, Fault, term};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu;
+use crate::tensor::dtype::Real;
 use crate::with_real;
 
 /// Logits `x Wᵀ [T, E]` of `x [T, D]` with the router weight `[E, D]`.

@@ -12,17 +12,17 @@ use super::balance;
 use super::dispatch::Selection;
 use super::router::{self, NonFinite, TopK};
 use super::scores::{first_non_finite, positive, shares, sigmoid};
-use crate::cpu::Accumulate;
 use crate::device::bindings::{
     ROUTEGRAD_SCORE_LOGITS, ROUTEGRAD_SCORE_RELU, ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_SOFTMAX,
     routegrad_score,
 };
 use crate::device::{Device, stream};
-use crate::dtype::DType;
 use crate::error::Result;
-use crate::shape::Shape;
 use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::Accumulate;
+use crate::tensor::dtype::DType;
+use crate::tensor::shape::Shape;
 use crate::with_real;
 use crate::{launch, query};
 use serde::{Deserialize, Serialize};

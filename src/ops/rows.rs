@@ -1,11 +1,11 @@
 //! The kernels of `kernels/rows.cu`: arithmetic of whole rows, and sums of their columns.
 
-use crate::cpu::Accumulate;
 use crate::device::stream;
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
 use crate::tensor::Tensor;
+use crate::tensor::cpu::Accumulate;
+use crate::tensor::dtype::DType;
 use std::ptr::null;
 
 /// What becomes of two rows.

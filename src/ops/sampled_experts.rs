@@ -6,11 +6,11 @@
 
 use crate::device::bindings::routegrad_draws;
 use crate::device::{Device, stream};
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
 use std::ptr::null;
 
 /// How experts are sampled.

@@ -10,12 +10,12 @@
 //! and h are constants. Sources: 2310.00811 (c = 2, threshold 1/2, h 1/2), 2409.12136 (c = 1,
 //! threshold 3/4, h 1/3), and the authors' code.
 
-use crate::check::{Case, Fault, term};
-use crate::cpu;
-use crate::dtype::Real;
 use crate::error::Result;
+use crate::tape::check::{Case, Fault, term};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu;
+use crate::tensor::dtype::Real;
 use crate::with_real;
 
 /// One expert for each token and what its gate is made of; none of it has a gradient.
@@ -326,7 +326,8 @@ mod tests {
         let n = 40_000;
         let row = [0.4, 0.5, 0.45, -1.0];
         let z = Tensor::from_slice([n, 4], &row.repeat(n));
-        let stream = crate::random::Stream::new(3, crate::random::Purpose::Check, 0, 0);
+        let stream =
+            crate::tensor::random::Stream::new(3, crate::tensor::random::Purpose::Check, 0, 0);
         let draw = Draw::Sampled {
             exponential: &|t, i| stream.exponential((t * 4 + i) as u64),
             uniform: &|_| 0.0,

@@ -3,13 +3,13 @@
 //! `dx = dy ⊙ w`, `dw = Σ_t dy_t ⊙ x_t`.
 
 use super::rows::{self, Arithmetic, Columns};
-use crate::check::Case;
-use crate::cpu::{self, Accumulate, block_rows};
 use crate::device::Device;
-use crate::dtype::Real;
 use crate::error::Result;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::{self, Accumulate, block_rows};
+use crate::tensor::dtype::Real;
 use crate::with_real;
 
 /// `x [T, D]`, every row times `weight [D]`.

@@ -6,13 +6,13 @@
 
 use super::dispatch::{Dispatch, Selection};
 use super::gates::Selected;
-use crate::check::Case;
-use crate::cpu::vector::sigmoid as sigmoid_of;
 use crate::device::Device;
-use crate::dtype::Real;
 use crate::error::Result;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::vector::sigmoid as sigmoid_of;
+use crate::tensor::dtype::Real;
 use crate::with_real;
 use std::rc::Rc;
 

@@ -2,13 +2,13 @@
 //!
 //! `s [T, 1]`, `x [T, D]`. `dx_t = σ(s_t) dy_t`, `ds_t = σ(s_t) (1 − σ(s_t)) ⟨dy_t, x_t⟩`.
 
-use crate::check::Case;
-use crate::cpu::vector::{sigmoid, sum_over};
-use crate::cpu::{self, Accumulate};
-use crate::dtype::Real;
 use crate::error::{Error, Result};
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::vector::{sigmoid, sum_over};
+use crate::tensor::cpu::{self, Accumulate};
+use crate::tensor::dtype::Real;
 use crate::with_real;
 
 /// Rows of `x [T, D]` times σ of their `scores [T, 1]`.

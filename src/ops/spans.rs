@@ -150,11 +150,11 @@ impl Spans {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::check::normal_numbers;
-    use crate::dtype::DType;
     use crate::ops::attention::attention;
     use crate::ops::rope::rope;
+    use crate::tape::check::normal_numbers;
     use crate::tape::{Tape, Var};
+    use crate::tensor::dtype::DType;
 
     const HEADS: Heads = Heads {
         query: 4,

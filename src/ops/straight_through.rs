@@ -7,12 +7,12 @@
 
 use super::dispatch::{Dispatch, Selection};
 use super::gates::Selected;
-use crate::check::{Case, Fault, term};
 use crate::device::Device;
-use crate::dtype::Real;
 use crate::error::Result;
+use crate::tape::check::{Case, Fault, term};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::Real;
 use crate::with_real;
 use std::rc::Rc;
 
@@ -172,7 +172,7 @@ pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (t, e) in [(1, 1), (5, 7)] {
         for renormalize in [false, true] {
-            let positive: Vec<f64> = crate::check::normal_numbers(t * e, 7)
+            let positive: Vec<f64> = crate::tape::check::normal_numbers(t * e, 7)
                 .iter()
                 .map(|x| 1.0 + x * x)
                 .collect();

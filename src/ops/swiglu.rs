@@ -6,15 +6,15 @@
 //! On a device with kernels: `kernels/swiglu.cu`. Only dense layers come here then; the experts' is part
 //! of their projections.
 
-use crate::check::Case;
-use crate::cpu::vector::{map_over, sigmoid};
-use crate::cpu::{self, Accumulate};
 use crate::device::{Device, stream};
-use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::vector::{map_over, sigmoid};
+use crate::tensor::cpu::{self, Accumulate};
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
 /// SwiGLU of `x [R, 2F]`, gate first; the result is `[R, F]`, where R may be 0.

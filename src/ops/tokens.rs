@@ -1,8 +1,8 @@
 //! The check of token ids, shared by the operations that index with them.
 
-use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
 
 /// Checks, for operation `op`, that `ids` are i32 numbers in `0 .. vocabulary`; `what` names one of
 /// them in the error.

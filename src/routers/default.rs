@@ -9,14 +9,14 @@
 use super::{LayerPass, Phase, Router, RouterInfo, Routing, StateTensor, from_settings, within};
 use crate::config::ModelConfig;
 use crate::device::Device;
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::combine::Defaults;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
 use crate::ops::routing::{Choice, Score, scores};
-use crate::random::{Purpose, Stream};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
+use crate::tensor::random::{Purpose, Stream};
 use serde::{Deserialize, Serialize};
 
 pub(super) const INFO: RouterInfo = RouterInfo {

@@ -14,12 +14,12 @@ use super::{
 use crate::config::ModelConfig;
 use crate::device::{Device, stream};
 use crate::dist::Collective;
-use crate::dtype::{DType, Real};
 use crate::error::{Error, Result};
 use crate::launch;
 use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use serde::{Deserialize, Serialize};
 

@@ -15,7 +15,6 @@ use super::{
 use crate::config::ModelConfig;
 use crate::device::{Device, stream};
 use crate::dist::Collective;
-use crate::dtype::{DType, Real};
 use crate::error::Result;
 use crate::launch;
 use crate::ops::balance::{auxiliary_loss, weighted_sum};
@@ -24,6 +23,7 @@ use crate::ops::routing::{Choice, Score, scores};
 use crate::ops::scores::on_selection;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use serde::{Deserialize, Serialize};
 

@@ -17,7 +17,6 @@
 use super::{LayerPass, OwnParameter, Phase, Router, RouterInfo, Routing, from_settings, within};
 use crate::config::{ModelConfig, RouterConfig};
 use crate::device::Device;
-use crate::dtype::Real;
 use crate::error::{Error, Result};
 use crate::ops::add::add;
 use crate::ops::dispatch::Selection;
@@ -27,6 +26,7 @@ use crate::ops::sampled_gate::{Choice, Draw, choose, sampled_gate};
 use crate::ops::scale::scale;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::Real;
 use crate::with_real;
 use serde::{Deserialize, Serialize};
 

@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::ops::dispatch::{Dispatch, Selection};
 use crate::ops::router::{NonFinite, TopK};
 use crate::ops::routing::Entropy;
-use crate::random::{Purpose, Stream};
 use crate::tensor::Tensor;
+use crate::tensor::random::{Purpose, Stream};
 use std::collections::VecDeque;
 use std::rc::Rc;
 

@@ -4,13 +4,13 @@
 use super::LayerStats;
 use crate::device::{Device, stream};
 use crate::dist::Collective;
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
 use crate::ops::dispatch::Dispatch;
 use crate::ops::router::NonFinite;
 use crate::ops::routing::Entropy;
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
 use std::cell::RefCell;
 use std::ptr::null;
 use std::rc::Rc;

@@ -4,12 +4,12 @@
 //! add. Which of the two it is, the tape knows; an operation is told through [`Accumulate`].
 
 use super::Source;
-use crate::cpu::{self, Accumulate};
 use crate::device::{Device, stream};
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::launch;
 use crate::tensor::Tensor;
+use crate::tensor::cpu::{self, Accumulate};
+use crate::tensor::dtype::DType;
 use crate::with_real;
 
 /// Gradients of leaves, kept from one backward pass to the next.

@@ -1,7 +1,7 @@
 //! The tape on small operations of its own: it must work for any op, and knows none.
 
 use super::*;
-use crate::cpu::Accumulate;
+use crate::tensor::cpu::Accumulate;
 
 /// x · y, element by element.
 struct Multiply;

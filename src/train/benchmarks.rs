@@ -1,12 +1,12 @@
 //! Benchmark scores on the way. They change nothing that the training sees, and cost no entry of the log its bytes.
 
 use super::progress::Progress;
-use crate::checkpoint::TrainerState;
 use crate::config::TrainConfig;
 use crate::data::{Corpus, Tokenizer};
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::tasks::{self, Benchmark};
+use crate::study::tasks::{self, Benchmark};
+use crate::train::checkpoint::TrainerState;
 use std::collections::BTreeMap;
 use std::path::Path;
 

@@ -4,34 +4,38 @@
 //! interrupted and resumed ends in the same bytes as one that was not.
 
 mod benchmarks;
+pub mod checkpoint;
 mod due;
 mod memory;
+pub mod optimizer;
 mod progress;
 mod saving;
 mod schedule;
+pub mod session;
 mod start;
+pub mod step;
 mod steps;
 
 pub use memory::{available as available_memory, least as least_memory};
 pub use schedule::learning_rate;
 
-use crate::analyze;
-use crate::batch::Batch;
-use crate::checkpoint::{self, TrainerState};
 use crate::config::{Config, count};
 use crate::data::tokenizer::BYTES;
 use crate::data::{Ahead, Corpus, Counts};
 use crate::device::timeline::Timeline;
 use crate::error::{Error, Result};
-use crate::eval::validation_loss;
-use crate::events::Events;
-use crate::files::replace;
-use crate::metrics::Log;
 use crate::model::Model;
-use crate::plots;
-use crate::step::{StepReport, Trainer};
-use crate::version;
+use crate::model::batch::Batch;
+use crate::report::events::Events;
+use crate::report::files::replace;
+use crate::report::metrics::Log;
+use crate::report::plots;
+use crate::report::version;
+use crate::study::analyze;
+use crate::study::eval::validation_loss;
+use crate::train::step::{StepReport, Trainer};
 use benchmarks::Benchmarks;
+use checkpoint::TrainerState;
 use due::Due;
 use progress::Progress;
 use saving::Saving;

@@ -1,6 +1,6 @@
 //! What a run shows while it goes: a bar on a terminal, a line now and then elsewhere.
 
-use crate::metrics::Record;
+use crate::report::metrics::Record;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};

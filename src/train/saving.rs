@@ -1,10 +1,10 @@
 //! The checkpoints of a run, and how long training stood still for them.
 
 use super::{CHECKPOINTS, METRICS_FILE, memory};
-use crate::checkpoint::{Place, SHARD_BYTES, Saver, Snapshot};
 use crate::error::Result;
-use crate::events::EVENTS_FILE;
-use crate::metrics::Saved;
+use crate::report::events::EVENTS_FILE;
+use crate::report::metrics::Saved;
+use crate::train::checkpoint::{Place, SHARD_BYTES, Saver, Snapshot};
 use std::path::Path;
 use std::time::Instant;
 

@@ -1,10 +1,10 @@
 //! What a run begins with: a new model, or that of a checkpoint.
 
-use crate::checkpoint::{self, Checkpoint, TrainerState};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::model::Model;
-use crate::step::Trainer;
+use crate::train::checkpoint::{self, Checkpoint, TrainerState};
+use crate::train::step::Trainer;
 
 /// A run that has done no step.
 pub(super) fn anew(config: Config, data: String) -> Result<(Model, Trainer, TrainerState)> {

@@ -5,9 +5,9 @@ use super::due::Due;
 use super::{Run, learning_rate};
 use crate::device::timeline;
 use crate::error::Result;
-use crate::metrics::Record;
+use crate::report::metrics::Record;
 use crate::routers::LayerStats;
-use crate::step::{Launched, StepReport};
+use crate::train::step::{Launched, StepReport};
 use std::time::Instant;
 
 /// A step that was launched and not reported yet.

@@ -6,8 +6,8 @@ pub mod refusals;
 pub mod schedules;
 pub mod tape;
 
-use routegrad::check::kernels::costs::Cost;
-use routegrad::check::kernels::{Case, Problem, Simulator, cases};
+use routegrad::verify::kernels::costs::Cost;
+use routegrad::verify::kernels::{Case, Problem, Simulator, cases};
 use schedules::{counted, is_plain, schedules};
 
 /// The simulator, or the instrumented build that ROUTEGRAD_SIM_LIBRARY names.

@@ -1,10 +1,10 @@
 //! Operations on the tape: the same numbers on a device and on the CPU, and how near their results are.
 
-use routegrad::check::normal_numbers;
 use routegrad::device::Device;
-use routegrad::shape::Shape;
 use routegrad::tape::Var;
+use routegrad::tape::check::normal_numbers;
 use routegrad::tensor::Tensor;
+use routegrad::tensor::shape::Shape;
 
 /// Normal numbers rounded to bf16: as bf16 on a device with kernels, widened on the CPU.
 pub fn tensor(seed: u64, shape: impl Into<Shape>, device: Device) -> Tensor {

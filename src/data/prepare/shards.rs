@@ -6,7 +6,7 @@ use crate::data::folder::{
     Counts, Entry, MANIFEST, Manifest, STATE, Shard, Side, SourceCounts, digest,
 };
 use crate::error::{Error, Result};
-use crate::files::{UNFINISHED, fault, rename, replace, sync};
+use crate::report::files::{UNFINISHED, fault, rename, replace, sync};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::fs::{self, File};

@@ -2,11 +2,11 @@
 
 use crate::device::launchers::TILE_AUTO;
 use crate::device::stream;
-use crate::dtype::DType;
 use crate::error::Result;
 use crate::ops::heads::Heads;
 use crate::ops::rope::RopeTables;
 use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
 use crate::{launch, query};
 use std::ptr::null;
 

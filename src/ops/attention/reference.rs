@@ -3,10 +3,10 @@
 //! Of a block of queries the scores are formed with the keys that any of them sees, from the first key of
 //! its first row on: first keys do not decrease.
 
-use crate::cpu::vector::{exp_and_sum, max, sum_over};
-use crate::cpu::{self, Accumulate, Mat, MatMut, Scratch, gemm};
-use crate::dtype::Real;
 use crate::ops::heads::Heads;
+use crate::tensor::cpu::vector::{exp_and_sum, max, sum_over};
+use crate::tensor::cpu::{self, Accumulate, Mat, MatMut, Scratch, gemm};
+use crate::tensor::dtype::Real;
 use rayon::prelude::*;
 use std::ops::Range;
 

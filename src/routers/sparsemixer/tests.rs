@@ -289,7 +289,7 @@ fn the_second_stage_leaves_the_first_expert_alone_and_takes_masked_ones_back() {
 
 /// Five experts, all kept with ε = 1, logits and outputs without symmetry.
 fn five() -> (Vec<f64>, Vec<Vec<f64>>, Vec<f64>) {
-    let numbers = crate::check::normal_numbers(18, 41);
+    let numbers = crate::tape::check::normal_numbers(18, 41);
     let z = vec![1.3, 1.0, 0.9, 1.2, 0.7];
     let outputs = numbers[..15].chunks(3).map(<[f64]>::to_vec).collect();
     (z, outputs, numbers[15..].to_vec())

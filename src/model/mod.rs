@@ -1,0 +1,331 @@
+//! The model: a decoder-only transformer, pre-norm, whose feed-forward layers are mixtures of experts.
+//!
+//! `x += attn(norm₁(x)); x += ffn(norm₂(x))`, a final norm, an output head; causal attention with
+//! RoPE, SwiGLU, the first layer's feed-forward dense (Default MoE, 2504.12463, section 4.1 and A.2).
+
+pub mod batch;
+mod block;
+mod graph;
+mod inputs;
+mod moe;
+mod parameters;
+mod rows;
+mod score;
+mod weight;
+
+pub use inputs::Inputs;
+pub use parameters::{Parameter, Part};
+pub use score::Scored;
+pub use weight::{Places, Weight};
+
+use crate::config::{Config, ModelConfig};
+use crate::device::Device;
+use crate::dist::{Collective, SingleRank};
+use crate::error::Result;
+use crate::model::batch::Sequences;
+use crate::ops::cross_entropy::{cross_entropy, token_losses};
+use crate::ops::linear::linear;
+use crate::routers::{self, DeviceTally, LayerState, Pass, Router};
+use crate::tape::{Tape, Var};
+use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
+use crate::with_real;
+use graph::Graph;
+use parameters::Layout;
+use rows::Rows;
+use std::cell::{Ref, RefMut};
+use std::rc::Rc;
+
+/// A model: its parameters, and what runs on them.
+pub struct Model {
+    /// In the order of their gradients' slots.
+    pub parameters: Vec<Parameter>,
+    graph: Rc<Graph>,
+}
+
+/// The parameters as variables of a tape, leaves in their order.
+pub type Weights = Rc<[Var]>;
+
+/// The losses of one micro-batch, scalars on the tape.
+pub struct Losses {
+    /// Cross-entropy plus weighted auxiliary and z-loss.
+    pub total: Var,
+    /// Mean cross-entropy of the next token, in nats.
+    pub cross_entropy: Var,
+    /// The auxiliary loss, coefficient and reduction over layers included, if there is one.
+    pub auxiliary: Option<Var>,
+    /// The z-loss, coefficient and reduction over layers included, if there is one.
+    pub z: Option<Var>,
+}
+
+impl Losses {
+    /// Cross-entropy, auxiliary and z-loss as numbers; waits for the kernels that form them.
+    ///
+    /// # Errors
+    /// When a loss is not real.
+    pub fn parts(&self) -> Result<[f64; 3]> {
+        let number = |loss: Option<&Var>| loss.map_or(Ok(0.0), |loss| loss.tensor().item());
+        Ok([
+            number(Some(&self.cross_entropy))?,
+            number(self.auxiliary.as_ref())?,
+            number(self.z.as_ref())?,
+        ])
+    }
+}
+
+impl Model {
+    /// A freshly initialised model on one rank, its weights drawn from the configuration's seed.
+    ///
+    /// # Errors
+    /// When the router cannot be built or cannot train this model.
+    pub fn new(config: &Config) -> Result<Self> {
+        Self::with_router(
+            config,
+            routers::build(&config.router)?,
+            Box::new(SingleRank),
+        )
+    }
+
+    /// A model with a router of one's own instead of the configuration's, as one of several ranks.
+    ///
+    /// # Errors
+    /// When the router refuses the model.
+    pub fn with_router(
+        config: &Config,
+        router: Box<dyn Router>,
+        dist: Box<dyn Collective>,
+    ) -> Result<Self> {
+        router.validate(&config.model)?;
+        config.train.device.prepare()?;
+        let mut layout = Layout::new(
+            &config.model,
+            config.train.dtype.dtype(),
+            config.train.device,
+            config.train.seed,
+        );
+        let graph = Graph::new(&mut layout, config, router, dist)?;
+        Ok(Model {
+            parameters: layout.into_parameters(),
+            graph: Rc::new(graph),
+        })
+    }
+
+    /// Takes the weights, by name, and the state, by layer, of another model wherever it has them, in this one's precision.
+    ///
+    /// # Errors
+    /// When a shape differs.
+    pub fn take_over(&mut self, other: &Model) -> Result<()> {
+        let dtype = self.dtype();
+        let own = |tensor: Tensor| match tensor.dtype() == dtype {
+            true => Ok(tensor),
+            false => rounded(
+                &Tensor::from_slice(tensor.shape(), &tensor.to_f64()?),
+                dtype,
+            ),
+        };
+        for parameter in &mut self.parameters {
+            let theirs = other.parameters.iter().find(|p| p.name == parameter.name);
+            if let Some(theirs) = theirs {
+                let value = own(theirs.value.whole())?;
+                value.expect_shape("model", &parameter.name, parameter.value.shape())?;
+                parameter.value.set(&value);
+            }
+        }
+        let mut states = self.layer_states_mut();
+        for (state, theirs) in states.iter_mut().zip(other.layer_states().iter()) {
+            for (name, tensor) in theirs.tensors() {
+                state.restore(name, own(tensor.clone())?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The model's shapes.
+    pub fn config(&self) -> &ModelConfig {
+        &self.graph.config
+    }
+
+    /// Where it runs.
+    pub fn device(&self) -> Device {
+        self.graph.device
+    }
+
+    /// The dtype of weights and router state, and on the CPU of activations.
+    pub fn dtype(&self) -> DType {
+        self.graph.dtype
+    }
+
+    /// The parameters as variables. Drop them before updating the parameters in place: shared
+    /// memory is copied when written.
+    pub fn weights(&self) -> Weights {
+        self.parameters
+            .iter()
+            .enumerate()
+            .map(|(i, p)| Var::parameter(p.value.working().clone(), i))
+            .collect()
+    }
+
+    /// The state of the MoE layers, first MoE layer first.
+    pub fn layer_states(&self) -> Ref<'_, Vec<LayerState>> {
+        self.graph.states.borrow()
+    }
+
+    /// The state of the MoE layers, to change.
+    pub fn layer_states_mut(&self) -> RefMut<'_, Vec<LayerState>> {
+        self.graph.states.borrow_mut()
+    }
+
+    /// The flags of all MoE layers in device memory, if they are there.
+    pub(crate) fn device_tally(&self) -> Option<Rc<DeviceTally>> {
+        self.graph.tally.clone()
+    }
+
+    /// What is summed over the ranks of the run.
+    pub fn dist(&self) -> &dyn Collective {
+        &*self.graph.dist
+    }
+
+    /// Lets the router change its pending state: at the end of an accepted step, before the states
+    /// are committed. [`Trainer::step`](crate::train::step::Trainer::step) does both.
+    ///
+    /// # Errors
+    /// Those of the router.
+    pub fn end_step(&self) -> Result<()> {
+        let graph = &self.graph;
+        let mut states = graph.states.borrow_mut();
+        graph
+            .router
+            .end_step(&graph.config, &mut states, &*graph.dist)
+    }
+
+    /// Losses of sequences: each one's first S tokens predict its last S.
+    ///
+    /// # Errors
+    /// When the sequences do not fit, or a token is beyond the vocabulary.
+    pub fn loss(
+        &self,
+        tape: &Tape,
+        weights: &Weights,
+        sequences: Sequences,
+        pass: Pass,
+    ) -> Result<Losses> {
+        self.loss_of(tape, weights, &Inputs::new(sequences, self.device())?, pass)
+    }
+
+    /// The same of sequences that are where the model reads them.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn loss_of(
+        &self,
+        tape: &Tape,
+        weights: &Weights,
+        inputs: &Inputs,
+        pass: Pass,
+    ) -> Result<Losses> {
+        let Inputs {
+            ids, targets, rows, ..
+        } = inputs;
+        let (hidden, balance) = self.graph.hidden(tape, weights, ids, rows, pass)?;
+        self.graph.losses(tape, weights, &hidden, targets, &balance)
+    }
+
+    /// Logits `[sequences · S, V]` of sequences as in [`loss`](Self::loss), and their mean
+    /// cross-entropy alone.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn logits_and_loss(
+        &self,
+        tape: &Tape,
+        weights: &Weights,
+        sequences: Sequences,
+        pass: Pass,
+    ) -> Result<(Tensor, Var)> {
+        let Inputs {
+            ids, targets, rows, ..
+        } = Inputs::new(sequences, self.device())?;
+        let (hidden, _) = self.graph.hidden(tape, weights, &ids, &rows, pass)?;
+        let head = &weights[self.graph.head];
+        let constant = |v: &Var| Var::constant(v.tensor().clone());
+        let logits = linear(tape, &constant(&hidden), &constant(head), None)?;
+        let count = targets.elements() as f64;
+        let loss = cross_entropy(tape, &hidden, head, &targets, count)?;
+        Ok((logits.tensor().clone(), loss))
+    }
+
+    /// MoE layer `layer` (from 0) alone: its output `[T, D]` for `x [T, D]`, and its balance losses
+    /// without their coefficients.
+    ///
+    /// # Errors
+    /// When there is no such layer or `x` does not fit.
+    pub fn moe_layer(
+        &self,
+        layer: usize,
+        tape: &Tape,
+        weights: &Weights,
+        x: &Var,
+        pass: Pass,
+    ) -> Result<(Var, Vec<Var>)> {
+        let (y, losses) = self.graph.moe_layer(layer, tape, weights, x, pass)?;
+        Ok((
+            y,
+            [losses.auxiliary, losses.z].into_iter().flatten().collect(),
+        ))
+    }
+
+    /// The loss of every next token, `[sequences · S]`, in nats, at evaluation.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn token_losses(&self, sequences: Sequences) -> Result<Vec<f64>> {
+        let Inputs {
+            ids, targets, rows, ..
+        } = Inputs::new(sequences, self.device())?;
+        let (weights, tape, pass) = (self.weights(), Tape::without_gradients(), Pass::EVALUATE);
+        let (hidden, _) = self.graph.hidden(&tape, &weights, &ids, &rows, pass)?;
+        let head = weights[self.graph.head].tensor();
+        token_losses(hidden.tensor(), head, &targets)?.to_f64()
+    }
+
+    /// Logits `[sequences · V]` of the token that follows each of `sequences` equally long
+    /// sequences, at evaluation.
+    ///
+    /// # Errors
+    /// When a token is beyond the vocabulary, or the sequences are longer than the model's.
+    pub fn next_token_logits(&self, tokens: &[i32], sequences: usize) -> Result<Vec<f64>> {
+        let (weights, tape) = (self.weights(), Tape::without_gradients());
+        let (hidden, _) = self.graph.hidden(
+            &tape,
+            &weights,
+            &Tensor::from_slice([tokens.len()], tokens),
+            &Rows::Equal(sequences),
+            Pass::EVALUATE,
+        )?;
+        let (length, width) = (tokens.len() / sequences, self.config().hidden);
+        let mut last = Tensor::unspecified(Device::Cpu, self.dtype(), [sequences, width]);
+        with_real!(self.dtype(), "logits", |T| {
+            let hidden = hidden.tensor().widened();
+            let hidden = hidden.slice::<T>();
+            for (s, row) in last.slice_mut::<T>().chunks_mut(width).enumerate() {
+                let at = ((s + 1) * length - 1) * width;
+                row.copy_from_slice(&hidden[at..at + width]);
+            }
+            Ok(())
+        })?;
+        let head = Var::constant(weights[self.graph.head].tensor().widened().on(Device::Cpu));
+        let logits = linear(&tape, &Var::constant(last), &head, None)?;
+        logits.tensor().to_f64()
+    }
+}
+
+/// An f64 tensor in another real dtype.
+fn rounded(t: &Tensor, dtype: DType) -> Result<Tensor> {
+    let mut out = Tensor::unspecified(t.device(), dtype, t.shape());
+    with_real!(dtype, "model", |T| {
+        for (o, &x) in out.slice_mut::<T>().iter_mut().zip(t.slice::<f64>()) {
+            *o = T::of(x);
+        }
+        Ok(out)
+    })
+}

@@ -1,0 +1,262 @@
+//! The figures of a report: curves with bands, and the final losses of all runs.
+
+use crate::error::Result;
+use crate::report::plots::{Area, COLUMNS, Drawn, INK, font, styled, svg, thin};
+use plotters::prelude::*;
+
+/// Colours of the groups in turn, apart in hue and lightness also for colour-blind eyes (Okabe and
+/// Ito's set without its yellow, then darker ones).
+const COLORS: [RGBColor; 10] = [
+    RGBColor(0, 114, 178),
+    RGBColor(213, 94, 0),
+    RGBColor(0, 158, 115),
+    RGBColor(204, 121, 167),
+    RGBColor(86, 180, 233),
+    RGBColor(230, 159, 0),
+    RGBColor(60, 60, 60),
+    RGBColor(120, 60, 140),
+    RGBColor(140, 86, 40),
+    RGBColor(110, 130, 0),
+];
+
+/// One line, with its deviation at each point.
+pub struct Line {
+    pub label: String,
+    /// Tokens, mean, deviation.
+    pub points: Vec<(f64, f64, f64)>,
+}
+
+fn color(i: usize) -> RGBColor {
+    COLORS[i % COLORS.len()]
+}
+
+/// 2457600 as "2.46M".
+pub fn short_number(x: f64) -> String {
+    let (scaled, unit) = match x.abs() {
+        a if a >= 1e12 => (x / 1e12, "T"),
+        a if a >= 1e9 => (x / 1e9, "B"),
+        a if a >= 1e6 => (x / 1e6, "M"),
+        a if a >= 1e3 => (x / 1e3, "k"),
+        _ => (x, ""),
+    };
+    let text = match scaled.abs() {
+        a if a >= 100.0 => format!("{scaled:.0}"),
+        a if a >= 10.0 => format!("{scaled:.1}"),
+        _ => format!("{scaled:.2}"),
+    };
+    let text = match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.'),
+        false => &text,
+    };
+    format!("{text}{unit}")
+}
+
+/// The lines over tokens, in one panel each from the given share of the tokens on.
+pub fn curves(lines: &[Line], y: &str, from: &[f64]) -> Result<String> {
+    let last = lines
+        .iter()
+        .flat_map(|l| &l.points)
+        .map(|p| p.0)
+        .fold(0.0, f64::max);
+    let rows = legend_rows(lines);
+    let header = 22 + 20 * rows.last().map_or(0, |r| r.1 + 1);
+    svg((1000, header as u32 + 420), |area| {
+        let (top, panels) = area.split_vertically(header);
+        for ((i, line), (x, row)) in lines.iter().enumerate().zip(&rows) {
+            let y = 12 + 20 * row;
+            top.draw(&Rectangle::new(
+                [(*x, y + 5), (x + 22, y + 9)],
+                color(i).filled(),
+            ))?;
+            top.draw(&Text::new(line.label.clone(), (x + 28, y), font(14)))?;
+        }
+        for (panel, share) in panels.split_evenly((1, from.len())).iter().zip(from) {
+            draw_curves(panel, lines, y, (share * last, last))?;
+        }
+        Ok(())
+    })
+}
+
+/// Left edge and row of each label in the legend.
+fn legend_rows(lines: &[Line]) -> Vec<(i32, i32)> {
+    let (mut x, mut row) = (20, 0);
+    let mut places = Vec::new();
+    for line in lines {
+        let width = 50 + 8 * line.label.chars().count() as i32;
+        if x + width > 990 && x > 20 {
+            (x, row) = (20, row + 1);
+        }
+        places.push((x, row));
+        x += width;
+    }
+    places
+}
+
+fn draw_curves(area: &Area, lines: &[Line], y: &str, (first, last): (f64, f64)) -> Drawn {
+    let shown: Vec<Vec<(f64, f64, f64)>> = lines
+        .iter()
+        .map(|l| l.points.iter().copied().filter(|p| p.0 >= first).collect())
+        .collect();
+    let ends = || shown.iter().flatten().flat_map(|p| [p.1 - p.2, p.1 + p.2]);
+    let low = ends().fold(f64::INFINITY, f64::min);
+    let high = ends().fold(f64::NEG_INFINITY, f64::max);
+    // Without a finished run there is only the frame.
+    let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
+    let margin = 0.05 * (high - low).max(1e-3);
+    let (low, high) = (low - margin, high + margin);
+    let last = if last > first { last } else { first + 1.0 };
+    let mut chart = ChartBuilder::on(area)
+        .margin(10)
+        .margin_right(24)
+        .x_label_area_size(44)
+        .y_label_area_size(64)
+        .build_cartesian_2d(first..last, low..high)?;
+    let places = if high - low < 0.1 { 3 } else { 2 };
+    styled(&mut chart.configure_mesh(), 13)
+        .x_desc("tokens")
+        .y_desc(y)
+        .x_labels(6)
+        .y_labels(8)
+        .x_label_formatter(&|x| short_number(*x))
+        // Rounding may leave a zero negative.
+        .y_label_formatter(&|y| format!("{:.places$}", if y.abs() < 1e-9 { 0.0 } else { *y }))
+        .draw()?;
+    for (i, points) in shown.iter().enumerate() {
+        if points.iter().any(|p| p.2 > 0.0) {
+            let edge = |sign: f64| {
+                let side: Vec<(f64, f64)> =
+                    points.iter().map(|p| (p.0, p.1 + sign * p.2)).collect();
+                thin(&side, COLUMNS / 2)
+            };
+            let mut outline = edge(1.0);
+            outline.extend(edge(-1.0).into_iter().rev());
+            chart.draw_series([Polygon::new(outline, color(i).mix(0.15).filled())])?;
+        }
+    }
+    for (i, points) in shown.iter().enumerate() {
+        let mean: Vec<(f64, f64)> = points.iter().map(|p| (p.0, p.1)).collect();
+        let mean = thin(&mean, COLUMNS / 2);
+        chart.draw_series(LineSeries::new(mean.clone(), color(i).stroke_width(2)))?;
+        if mean.len() <= 20 {
+            let dots = mean.iter().map(|p| Circle::new(*p, 3, color(i).filled()));
+            chart.draw_series(dots)?;
+        }
+    }
+    Ok(())
+}
+
+/// A group's row among the final losses.
+pub struct Row {
+    pub label: String,
+    pub values: Vec<f64>,
+    /// Mean and deviation of the values.
+    pub spread: Option<(f64, f64)>,
+    /// Mean of the baseline.
+    pub baseline: Option<f64>,
+}
+
+/// A dot for each run, a bar for the mean, a line for one deviation to either side, and a hollow
+/// mark where the baseline's mean is.
+pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
+    let values = || {
+        let ends = |r: &Row| r.spread.map(|(m, d)| [m - d, m + d]);
+        rows.iter().flat_map(move |r| {
+            r.values
+                .iter()
+                .copied()
+                .chain(ends(r).into_iter().flatten())
+        })
+    };
+    let low = values().fold(f64::INFINITY, f64::min);
+    let high = values().fold(f64::NEG_INFINITY, f64::max);
+    let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
+    let margin = 0.06 * (high - low).max(1e-3);
+    let longest = rows
+        .iter()
+        .map(|r| r.label.chars().count())
+        .max()
+        .unwrap_or(0) as i32;
+    let left = (24 + 8 * longest).clamp(80, 420);
+    let height = 80 + 34 * rows.len() as u32;
+    svg((1000, height), |area| {
+        let count = rows.len() as f64;
+        let mut chart = ChartBuilder::on(area)
+            .margin(12)
+            .margin_left(left)
+            .margin_right(90)
+            .x_label_area_size(44)
+            .build_cartesian_2d(low - margin..high + margin, -0.5..count - 0.5)?;
+        styled(&mut chart.configure_mesh(), 13)
+            .disable_y_mesh()
+            .x_desc(x)
+            .x_labels(9)
+            .x_label_formatter(&|x| format!("{x:.3}"))
+            .draw()?;
+        for (i, row) in rows.iter().enumerate() {
+            let place = (rows.len() - 1 - i) as f64;
+            let at = |x: f64, up: f64| (x, place + up);
+            if let Some(base) = row.baseline {
+                let dash = [at(base, -0.42), at(base, 0.42)];
+                chart.draw_series([PathElement::new(dash, INK.mix(0.35).stroke_width(2))])?;
+            }
+            if let Some((mean, deviation)) = row.spread {
+                let line = [at(mean - deviation, 0.0), at(mean + deviation, 0.0)];
+                chart.draw_series([PathElement::new(line, color(i).stroke_width(2))])?;
+                let bar = [at(mean, -0.28), at(mean, 0.28)];
+                chart.draw_series([PathElement::new(bar, color(i).stroke_width(4))])?;
+            }
+            let dots = row
+                .values
+                .iter()
+                .map(|v| Circle::new(at(*v, 0.0), 4, color(i).mix(0.6).filled()));
+            chart.draw_series(dots)?;
+            let edge = chart.backend_coord(&(high + margin, place));
+            area.draw(&Text::new(row.label.clone(), (12, edge.1 - 6), font(14)))?;
+            let value = match row.spread {
+                Some((mean, _)) => format!("{mean:.4}"),
+                None => "none".into(),
+            };
+            area.draw(&Text::new(value, (edge.0 + 10, edge.1 - 6), font(14)))?;
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_short() {
+        let shown: Vec<String> = [0.0, 512.0, 2_457_600.0, 1e10, 20_000.0, 123_456.0]
+            .into_iter()
+            .map(short_number)
+            .collect();
+        assert_eq!(shown, ["0", "512", "2.46M", "10B", "20k", "123k"]);
+    }
+
+    #[test]
+    fn figures_are_drawn_with_no_run_one_and_many() {
+        for n in [0, 1, 23] {
+            let line = |i: usize| Line {
+                label: format!("method {i}"),
+                points: (0..n)
+                    .map(|k| (k as f64 * 4096.0, 3.0 - i as f64, 0.1))
+                    .collect(),
+            };
+            let lines: Vec<Line> = (0..n).map(line).collect();
+            let picture = curves(&lines, "loss", &[0.0, 0.5]).unwrap();
+            let row = |i: usize| Row {
+                label: format!("method {i}"),
+                values: vec![i as f64; i],
+                spread: (i > 0).then_some((i as f64, 0.1)),
+                baseline: Some(1.0),
+            };
+            let points = final_losses(&(0..n).map(row).collect::<Vec<_>>(), "loss").unwrap();
+            for svg in [picture, points] {
+                assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));
+                assert!(!svg.contains("NaN"), "a coordinate is not a number");
+            }
+        }
+    }
+}

@@ -1,0 +1,348 @@
+//! Ablations: a grid of training runs, done one after another or side by side, and a report of what
+//! they came to.
+//!
+//! `OUT/` holds `ablation.toml`, the grid as it was resolved; `runs/NAME/`, each as `train` leaves it,
+//! so that a run that `train` made with the same configuration counts as done; and the report:
+//! `report.html`, `summary.md`, a CSV and an SVG for each section. Only `timing.csv` and the section
+//! of that name tell a grid that was interrupted from one that was not.
+
+mod configurations;
+mod figures;
+mod grid;
+mod names;
+mod paper;
+mod report;
+mod run;
+mod spikes;
+mod summary;
+#[cfg(test)]
+mod tests;
+
+use crate::config::count;
+use crate::error::{Error, Result};
+use crate::report::page::{Table, create};
+use crate::report::plots::publish;
+use figures::short_number;
+use grid::{Grid, Plan};
+use run::State;
+use std::fmt::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use toml::Value;
+
+/// The resolved grid in an ablation's folder.
+const GRID_FILE: &str = "ablation.toml";
+
+/// Operations per second of one core of a CPU and of one H200 at half of its dense bf16 peak: for
+/// estimates of cost alone.
+const CORE: f64 = 50e9;
+const GPU: f64 = 0.5 * 989e12;
+
+/// What `ablate` takes.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Routers to compare, separated by commas; the first is the baseline.
+    #[arg(long, value_name = "LIST")]
+    router: Option<String>,
+    /// Seeds.
+    #[arg(long, value_name = "LIST")]
+    seed: Option<String>,
+    /// Highest learning rates.
+    #[arg(long, value_name = "LIST")]
+    learning_rate: Option<String>,
+    /// Experts and active experts, as in 8c1,32c4.
+    #[arg(long, value_name = "LIST")]
+    experts: Option<String>,
+    /// Models [default: tiny].
+    #[arg(long, value_name = "LIST")]
+    preset: Option<String>,
+    /// Values of any other key of the configuration; may be given again.
+    #[arg(long, value_name = "KEY=LIST")]
+    axis: Vec<String>,
+    /// Set one key of the configuration in all runs; may be given again.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Optimizer steps of each run.
+    #[arg(long, value_name = "N")]
+    steps: Option<i64>,
+    /// Text file or folder of text files, instead of the embedded corpus.
+    #[arg(long, value_name = "PATH")]
+    data: Option<String>,
+    /// TOML file with any keys of the configuration, for all runs.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Grid file; flags above stand over what it says. docs/ablations.md has its keys.
+    #[arg(long, value_name = "FILE", conflicts_with = "figure")]
+    grid: Option<PathBuf>,
+    /// Grid of a figure of the Default MoE paper: 2 or 5 to 13.
+    #[arg(long, value_name = "N")]
+    figure: Option<String>,
+    /// Size of a figure or grid, above 0 to 1: the model, and √scale of the steps.
+    #[arg(long, value_name = "S")]
+    scale: Option<f64>,
+    /// Name of each run, with an axis in braces, as in '{router}-{seed}'.
+    #[arg(long, value_name = "TEMPLATE")]
+    name: Option<String>,
+    /// What the others are held against [default: the first router].
+    #[arg(long, value_name = "NAME")]
+    baseline: Option<String>,
+    /// Perplexity to reach [default: the baseline's last].
+    #[arg(long, value_name = "X")]
+    target_perplexity: Option<f64>,
+    /// Folder of the runs and of the report.
+    #[arg(long, value_name = "DIR", default_value = "runs/ablation")]
+    out: PathBuf,
+    /// Runs at a time; the threads are divided among them.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    jobs: usize,
+    /// List the runs and what they cost; run nothing.
+    #[arg(long)]
+    dry_run: bool,
+    /// Write the report of the runs as they are; run nothing.
+    #[arg(long, conflicts_with = "dry_run")]
+    report_only: bool,
+    /// Show no progress.
+    #[arg(long)]
+    quiet: bool,
+}
+
+impl Args {
+    /// The grid, and what was scaled.
+    fn grid(&self) -> Result<(Grid, Option<String>)> {
+        let saved = self.out.join(GRID_FILE);
+        let mut grid = match (&self.grid, &self.figure) {
+            (Some(path), _) => Grid::read(path)?,
+            (None, Some(figure)) => paper::figure(figure)?,
+            // Without a word about the grid the report is of the one that was done.
+            (None, None) if self.report_only && saved.exists() => Grid::read(&saved)?,
+            (None, None) => Grid::default(),
+        };
+        let scaled = match (self.scale, &self.figure) {
+            (None, None) => None,
+            (scale, _) => Some(paper::scale(&mut grid, scale.unwrap_or(1.0))?),
+        };
+        for (key, list) in [
+            ("preset", &self.preset),
+            ("experts", &self.experts),
+            ("router", &self.router),
+            ("learning_rate", &self.learning_rate),
+            ("seed", &self.seed),
+        ] {
+            let Some(list) = list else { continue };
+            match values(list)?.as_slice() {
+                [one] if !matches!(key, "router" | "seed") => grid.set(key, one.clone()),
+                all => grid.vary(key, all.to_vec()),
+            }
+        }
+        for axis in &self.axis {
+            let (key, list) = pair("--axis", axis)?;
+            grid.vary(key, values(list)?);
+        }
+        for set in &self.set {
+            let (key, value) = pair("--set", set)?;
+            grid.set(key, parsed(value));
+        }
+        if let Some(steps) = self.steps {
+            grid.set("steps", Value::Integer(steps));
+        }
+        if let Some(data) = &self.data {
+            grid.set("data", Value::String(data.clone()));
+        }
+        grid.config = self.config.clone().or(grid.config);
+        grid.name = self.name.clone().or(grid.name);
+        grid.baseline = self.baseline.clone().or(grid.baseline);
+        grid.target_perplexity = self.target_perplexity.or(grid.target_perplexity);
+        if grid
+            .target_perplexity
+            .is_some_and(|t| !(t > 1.0 && t.is_finite()))
+        {
+            return Err(Error::invalid(
+                "--target-perplexity",
+                "a perplexity above 1",
+                format!("{:?}", grid.target_perplexity.unwrap_or_default()),
+                "leave it out for the baseline's last",
+            ));
+        }
+        Ok((grid, scaled))
+    }
+}
+
+/// `key=value` in two.
+fn pair<'a>(flag: &str, text: &'a str) -> Result<(&'a str, &'a str)> {
+    let halves = text.split_once('=').map(|(k, v)| (k.trim(), v.trim()));
+    halves.ok_or_else(|| {
+        Error::invalid(
+            flag,
+            "key=value, as in train.learning_rate=1e-3,3e-3",
+            format!("`{text}`"),
+            "add the values",
+        )
+    })
+}
+
+/// A value in TOML, or a bare word.
+fn parsed(text: &str) -> Value {
+    let table = format!("v = {text}").parse::<toml::Table>().ok();
+    let value = table.and_then(|mut t| t.remove("v"));
+    value.unwrap_or_else(|| Value::String(text.into()))
+}
+
+/// Values separated by commas; commas in brackets or quotes are theirs.
+fn values(list: &str) -> Result<Vec<Value>> {
+    let (mut parts, mut depth, mut quoted) = (vec![String::new()], 0, false);
+    for c in list.chars() {
+        match c {
+            '"' => quoted = !quoted,
+            '[' | '{' if !quoted => depth += 1,
+            ']' | '}' if !quoted => depth -= 1,
+            _ => {}
+        }
+        match (c, parts.last_mut()) {
+            (',', _) if depth == 0 && !quoted => parts.push(String::new()),
+            (c, Some(part)) => part.push(c),
+            (_, None) => {}
+        }
+    }
+    if parts.iter().any(|p| p.trim().is_empty()) {
+        return Err(Error::invalid(
+            "a list of values",
+            "at least one value, and none empty",
+            format!("`{list}`"),
+            "separate the values by single commas",
+        ));
+    }
+    Ok(parts.iter().map(|p| parsed(p.trim())).collect())
+}
+
+/// Does what the arguments say; the text for the standard output. When `stop` is set the runs at
+/// hand are saved, and the same command goes on with them.
+///
+/// # Errors
+/// A grid that cannot be planned, a folder that holds runs of another configuration, a report that
+/// cannot be written. A run that fails is no error: it stands in the report.
+pub fn command(args: &Args, stop: &AtomicBool) -> Result<String> {
+    let (grid, scaled) = args.grid()?;
+    let plan = grid.plan()?;
+    let out = &args.out;
+    if args.jobs == 0 {
+        let what = "a number of runs from 1 up";
+        return Err(Error::invalid(
+            "--jobs",
+            what,
+            "0",
+            "leave it out for one at a time",
+        ));
+    }
+    if args.dry_run {
+        return dry_run(out, &grid, &plan, scaled);
+    }
+    // Finds a baseline that is none before any run begins.
+    summary::summarize(out, &plan, grid.baseline.as_deref(), None)?;
+    create(out)?;
+    let mut finished = true;
+    let saved = out.join(GRID_FILE);
+    // A look at the report from another side leaves the grid as it is.
+    if !args.report_only || !saved.exists() {
+        publish(&saved, &grid.to_toml()?)?;
+    }
+    if !args.report_only {
+        finished = run::all(out, &plan.runs, args.jobs, args.quiet, stop)?;
+    }
+    let summary = summary::summarize(out, &plan, grid.baseline.as_deref(), grid.target_perplexity)?;
+    let report = report::Report {
+        grid: &grid,
+        plan: &plan,
+        summary: &summary,
+    };
+    let mut text = report::write(&report, out)?;
+    for name in run::others(out, &plan.runs) {
+        let _ = writeln!(text, "\n{name} in {} is not of this grid", out.display());
+    }
+    let _ = match finished {
+        true => write!(text, "\nreport: {}", out.join("report.html").display()),
+        false => write!(text, "\nstopped and saved; go on with the same command"),
+    };
+    Ok(text)
+}
+
+/// Operations of training a run on one token: every expert of a router that runs all of them.
+fn operations(config: &crate::config::Config) -> f64 {
+    let mut model = config.model.clone();
+    if matches!(config.router.name.as_str(), "dense" | "densemixer") {
+        model.top_k = model.num_experts;
+    }
+    count::flops_per_token(&model) as f64
+}
+
+/// Seconds in words.
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 100.0 => format!("{s:.1} seconds"),
+        s if s < 6000.0 => format!("{:.0} minutes", s / 60.0),
+        s => format!("{:.1} hours", s / 3600.0),
+    }
+}
+
+fn dry_run(out: &Path, grid: &Grid, plan: &Plan, scaled: Option<String>) -> Result<String> {
+    let mut table = Table::new(&[
+        "run",
+        "router",
+        "NcK",
+        "parameters",
+        "rate",
+        "seed",
+        "steps",
+        "tokens",
+        "FLOP",
+        "state",
+    ]);
+    let (mut all_tokens, mut all, mut left) = (0.0, 0.0, 0.0);
+    for run in &plan.runs {
+        let (model, train) = (&run.config.model, &run.config.train);
+        let tokens =
+            (train.steps as usize * train.sequences_per_step * model.sequence_length) as f64;
+        let work = tokens * operations(&run.config);
+        let state = run::state(out, run)?;
+        all_tokens += tokens;
+        all += work;
+        if state != State::Finished {
+            left += work;
+        }
+        table.rows.push(vec![
+            run.name.clone().into(),
+            run.config.router.name.clone().into(),
+            format!("{}c{}", model.num_experts, model.top_k).into(),
+            short_number(count::total_parameters(model) as f64).into(),
+            train.learning_rate.to_string().into(),
+            train.seed.into(),
+            train.steps.into(),
+            short_number(tokens).into(),
+            format!("{work:.2e}").into(),
+            match state {
+                State::New => "new".into(),
+                State::Unfinished(step) => format!("at step {step}").into(),
+                State::Finished => "finished".into(),
+                State::Diverged(_) => "diverged".into(),
+                State::Failed(_) => "failed".into(),
+            },
+        ]);
+    }
+    let mut text = String::new();
+    for line in [&grid.title, &grid.description, &scaled.unwrap_or_default()] {
+        if !line.is_empty() {
+            let _ = writeln!(text, "{line}\n");
+        }
+    }
+    text.push_str(&table.markdown());
+    let _ = write!(
+        text,
+        "\n{} runs, {} tokens, {all:.2e} floating-point operations, {left:.2e} of them still to do: about \
+         {} of one CPU core at {:.0} GFLOP/s, or {} of one H200 at half of its peak",
+        plan.runs.len(),
+        short_number(all_tokens),
+        duration(left / CORE),
+        CORE / 1e9,
+        duration(left / GPU),
+    );
+    Ok(text)
+}

@@ -1,0 +1,255 @@
+//! The runs of a grid on disk: which are done, and doing the others.
+//!
+//! A run lies in `runs/NAME` just as `train` leaves it, and each goes on by `train`'s own resume: so
+//! that a grid that was killed ends in the bytes of one that was not.
+
+use super::grid::Run;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::report::metrics;
+use crate::report::plots::publish;
+use crate::train::checkpoint::Checkpoint;
+use crate::train::{self, Outcome};
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use toml::{Table, Value};
+
+/// Folder of the runs.
+pub const RUNS: &str = "runs";
+/// Folder of what was said by the runs that failed, a file each.
+const FAILURES: &str = "failures";
+
+/// How far a run is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum State {
+    New,
+    /// After this many steps.
+    Unfinished(u64),
+    Finished,
+    /// It stopped because too many steps in a row were not finite: what it said.
+    Diverged(String),
+    /// It could not go on for another reason: what it said.
+    Failed(String),
+}
+
+/// Folder of a run.
+pub fn folder(out: &Path, name: &str) -> PathBuf {
+    out.join(RUNS).join(name)
+}
+
+fn failure(out: &Path, name: &str) -> PathBuf {
+    out.join(FAILURES).join(format!("{name}.txt"))
+}
+
+/// How far the run is. It is finished when its log has all steps and its last checkpoint is there;
+/// a run that keeps no checkpoints has no folder of them.
+///
+/// # Errors
+/// When its folder holds a run of another configuration.
+pub fn state(out: &Path, run: &Run) -> Result<State> {
+    let place = folder(out, &run.name);
+    if !holds_this(&place, run)? {
+        return Ok(State::New);
+    }
+    let log = place.join(train::METRICS_FILE);
+    let step = match log.exists() {
+        true => metrics::read(&log)?.last().map_or(0, |r| r.step),
+        false => 0,
+    };
+    let steps = run.config.train.steps;
+    let checkpoints = place.join(train::CHECKPOINTS);
+    let saved = || Checkpoint::open(&checkpoints.join(format!("step-{steps}"))).is_ok();
+    if step == steps && (!checkpoints.exists() || saved()) {
+        return Ok(State::Finished);
+    }
+    let said = fs::read_to_string(failure(out, &run.name)).unwrap_or_default();
+    Ok(match said.trim().split_once(": ") {
+        Some(("diverged", what)) => State::Diverged(what.into()),
+        Some(("failed", what)) => State::Failed(what.into()),
+        _ => State::Unfinished(step),
+    })
+}
+
+/// Whether the folder holds this run, rather than none.
+fn holds_this(place: &Path, run: &Run) -> Result<bool> {
+    let file = place.join(train::CONFIG_FILE);
+    let text = match fs::read_to_string(&file) {
+        Ok(text) => text,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            if place.join(train::METRICS_FILE).exists() {
+                let got = format!("a log without {}", train::CONFIG_FILE);
+                return Err(foreign(place, &run.name, got));
+            }
+            return Ok(false);
+        }
+        Err(e) => return Err(Error::io("read", &file, e)),
+    };
+    let held: Config = toml::from_str(&text).map_err(|e| {
+        foreign(
+            &file,
+            &run.name,
+            e.message().lines().collect::<Vec<_>>().join(" "),
+        )
+    })?;
+    match differences(&held, &run.config).first() {
+        None => Ok(true),
+        Some((key, theirs, ours)) => Err(foreign(
+            &file,
+            &run.name,
+            format!("one with {key} = {theirs} instead of {ours}"),
+        )),
+    }
+}
+
+fn foreign(path: &Path, name: &str, got: String) -> Error {
+    Error::file(
+        path,
+        format!("the configuration of run {name}"),
+        got,
+        "put the setting back, or choose another --out",
+    )
+}
+
+/// Dotted keys and values of a configuration, in order.
+pub fn keys(config: &Config) -> Vec<(String, String)> {
+    fn walk(prefix: &str, table: &Table, out: &mut Vec<(String, String)>) {
+        for (key, value) in table {
+            match value {
+                Value::Table(inner) => walk(&format!("{prefix}{key}."), inner, out),
+                Value::String(s) => out.push((format!("{prefix}{key}"), format!("{s:?}"))),
+                value => out.push((format!("{prefix}{key}"), value.to_string())),
+            }
+        }
+    }
+    let mut out = Vec::new();
+    // A configuration is a table of plain values.
+    walk("", &Table::try_from(config).unwrap_or_default(), &mut out);
+    out
+}
+
+/// Keys in which two configurations differ, with both values; "none" where one lacks the key.
+pub fn differences(a: &Config, b: &Config) -> Vec<(String, String, String)> {
+    let (a, b) = (keys(a), keys(b));
+    let of = |list: &[(String, String)], key: &String| {
+        let found = list.iter().find(|(k, _)| k == key);
+        found.map_or("none".to_string(), |(_, v)| v.clone())
+    };
+    let mut all: Vec<&String> = a.iter().chain(&b).map(|(k, _)| k).collect();
+    all.sort();
+    all.dedup();
+    all.into_iter()
+        .map(|k| (k.clone(), of(&a, k), of(&b, k)))
+        .filter(|(_, a, b)| a != b)
+        .collect()
+}
+
+/// Names in the folder of runs that are not of these.
+pub fn others(out: &Path, runs: &[Run]) -> Vec<String> {
+    let entries = fs::read_dir(out.join(RUNS)).into_iter().flatten().flatten();
+    let names = entries.map(|e| e.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<String> = names
+        .filter(|n| !runs.iter().any(|r| r.name == *n))
+        .collect();
+    names.sort();
+    names
+}
+
+/// Does all runs that are not finished, `jobs` at a time, each on its share of the threads. One that
+/// fails leaves a note and does not stop the others. True unless `stop` was set before the end: the
+/// runs at hand are then saved.
+///
+/// # Errors
+/// When a folder holds another run, which is found before any begins, or notes cannot be written.
+pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool) -> Result<bool> {
+    let mut open = Vec::new();
+    for (i, run) in runs.iter().enumerate() {
+        if state(out, run)? != State::Finished {
+            open.push(i);
+        }
+    }
+    if open.len() < runs.len() && !quiet {
+        say(&format!(
+            "{} of {} runs are done",
+            runs.len() - open.len(),
+            runs.len()
+        ));
+    }
+    let (next, jobs) = (AtomicUsize::new(0), jobs.clamp(1, open.len().max(1)));
+    let work = || -> Result<()> {
+        while !stop.load(Ordering::SeqCst) {
+            let Some(i) = open.get(next.fetch_add(1, Ordering::SeqCst)) else {
+                break;
+            };
+            if !quiet {
+                say(&format!(
+                    "run {} of {}: {}",
+                    i + 1,
+                    runs.len(),
+                    runs[*i].name
+                ));
+            }
+            one(out, &runs[*i], quiet || jobs > 1, stop)?;
+        }
+        Ok(())
+    };
+    if jobs == 1 {
+        work()?;
+    } else {
+        let threads = (rayon::current_num_threads() / jobs).max(1);
+        std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..jobs)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                        let no_threads = |e: rayon::ThreadPoolBuildError| {
+                            Error::invalid("--jobs", "threads", e.to_string(), "ask for fewer")
+                        };
+                        pool.map_err(no_threads)?.install(work)
+                    })
+                })
+                .collect();
+            workers.into_iter().try_for_each(|w| {
+                let bug = |_| Error::invalid("ablate", "a run", "a panic", "report this as a bug");
+                w.join().map_err(bug)?
+            })
+        })?;
+    }
+    Ok(!stop.load(Ordering::SeqCst))
+}
+
+/// One run, from where it stands to its end.
+fn one(out: &Path, run: &Run, quiet: bool, stop: &AtomicBool) -> Result<()> {
+    let place = folder(out, &run.name);
+    // The folder says that there will be checkpoints: without the last the run is not finished.
+    let checkpoints = place.join(train::CHECKPOINTS);
+    fs::create_dir_all(&checkpoints).map_err(|e| Error::io("create", &checkpoints, e))?;
+    let options = train::Options {
+        out: place,
+        resume: true,
+        checkpoints: true,
+        timeline: false,
+        quiet,
+    };
+    let note = failure(out, &run.name);
+    let kind = match train::run(run.config.clone(), &options, stop) {
+        Ok(summary) => {
+            if summary.outcome == Outcome::Finished && note.exists() {
+                fs::remove_file(&note).map_err(|e| Error::io("remove", &note, e))?;
+            }
+            return Ok(());
+        }
+        Err(e @ Error::NonFinite { .. }) => format!("diverged: {e}"),
+        Err(e) => format!("failed: {e}"),
+    };
+    say(&format!("{}: {kind}", run.name));
+    let notes = out.join(FAILURES);
+    fs::create_dir_all(&notes).map_err(|e| Error::io("create", &notes, e))?;
+    publish(&note, &format!("{kind}\n"))
+}
+
+/// A line on standard error; the grid goes on when nobody listens.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}

@@ -1,0 +1,223 @@
+//! The figures: panels of lines, bars or heatmaps, as SVG.
+
+use crate::error::Result;
+use crate::report::plots::{Area, Drawn, GRID, TRAIN, VALIDATION, diverging, font, styled, svg};
+use plotters::prelude::*;
+
+const COLORS: [RGBColor; 2] = [TRAIN, VALIDATION];
+
+/// One series: a value at each x, none where it is not defined.
+pub struct Series {
+    pub name: String,
+    pub points: Vec<(usize, Option<f64>)>,
+}
+
+/// How a series is drawn.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    Line,
+    Bar,
+}
+
+/// A panel of at most two series over whole numbers.
+pub struct Chart {
+    pub caption: String,
+    pub series: Vec<Series>,
+}
+
+/// What the axes of all panels say.
+pub struct Axes<'a> {
+    pub x: &'a str,
+    pub y: &'a str,
+}
+
+/// Panels side by side, at most `across` of them; all have one scale.
+fn grid(panels: usize, across: usize) -> (usize, usize) {
+    let columns = panels.clamp(1, across);
+    (panels.div_ceil(columns).max(1), columns)
+}
+
+/// Charts in a grid, on one scale that holds 0.
+pub fn charts(charts: &[Chart], axes: &Axes, mark: Mark) -> Result<String> {
+    let (rows, columns) = grid(charts.len(), 3);
+    let values = || {
+        let series = charts.iter().flat_map(|c| &c.series);
+        series.flat_map(|s| s.points.iter().filter_map(|p| p.1))
+    };
+    let low = values().fold(0.0, f64::min);
+    let high = values().fold(0.0, f64::max);
+    let high = if high > low {
+        high + 0.06 * (high - low)
+    } else {
+        1.0
+    };
+    let low = if low < 0.0 {
+        low - 0.06 * (high - low)
+    } else {
+        0.0
+    };
+    let size = (320 * columns.max(2) as u32, 40 + 250 * rows as u32);
+    svg(size, |area| {
+        let (header, panels) = area.split_vertically(36);
+        let names = charts.first().map_or(&[][..], |c| &c.series);
+        for (i, series) in names.iter().enumerate() {
+            let left = 16 + 150 * i as i32;
+            header.draw(&Rectangle::new(
+                [(left, 12), (left + 14, 26)],
+                COLORS[i % 2].filled(),
+            ))?;
+            header.draw(&Text::new(series.name.clone(), (left + 20, 12), font(14)))?;
+        }
+        for (chart, panel) in charts.iter().zip(panels.split_evenly((rows, columns))) {
+            draw_chart(&panel, chart, axes, mark, (low, high))?;
+        }
+        Ok(())
+    })
+}
+
+fn draw_chart(
+    panel: &Area,
+    chart: &Chart,
+    axes: &Axes,
+    mark: Mark,
+    (low, high): (f64, f64),
+) -> Drawn {
+    let places = || {
+        chart
+            .series
+            .iter()
+            .flat_map(|s| s.points.iter().map(|p| p.0))
+    };
+    let first = places().min().unwrap_or(0) as f64;
+    let last = places().max().unwrap_or(0) as f64;
+    let mut context = ChartBuilder::on(panel)
+        .caption(&chart.caption, font(15))
+        .margin(8)
+        .x_label_area_size(36)
+        .y_label_area_size(56)
+        .build_cartesian_2d(first - 0.6..last + 0.6, low..high)?;
+    styled(&mut context.configure_mesh(), 12)
+        .disable_x_mesh()
+        .x_desc(axes.x)
+        .y_desc(axes.y)
+        .x_labels((last - first + 1.0).min(9.0) as usize)
+        .y_labels(6)
+        .x_label_formatter(&|x| format!("{x:.0}"))
+        .y_label_formatter(&|y| format!("{y:.2}"))
+        .draw()?;
+    let width = 0.8 / chart.series.len().max(1) as f64;
+    for (i, series) in chart.series.iter().enumerate() {
+        let color = COLORS[i % 2];
+        let known = series
+            .points
+            .iter()
+            .filter_map(|(x, y)| Some((*x as f64, (*y)?)));
+        match mark {
+            Mark::Line => {
+                let points: Vec<(f64, f64)> = known.collect();
+                context.draw_series(LineSeries::new(points.clone(), color.stroke_width(2)))?;
+                context.draw_series(points.iter().map(|p| Circle::new(*p, 3, color.filled())))?;
+            }
+            Mark::Bar => {
+                context.draw_series(known.map(|(x, y)| {
+                    let left = x - 0.4 + width * i as f64;
+                    Rectangle::new([(left, 0.0), (left + 0.95 * width, y)], color.filled())
+                }))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A matrix of values, none where they are not defined.
+pub struct Heatmap {
+    pub caption: String,
+    pub rows: Vec<String>,
+    pub columns: Vec<String>,
+    pub values: Vec<Vec<Option<f64>>>,
+}
+
+/// Heatmaps in a grid; `color` maps a value to −1 (blue), 0 (white), 1 (orange). `scale` says what
+/// the ends and the middle mean.
+pub fn heatmaps(
+    maps: &[Heatmap],
+    axes: &Axes,
+    scale: &str,
+    color: fn(f64) -> f64,
+) -> Result<String> {
+    let labels = maps.iter().flat_map(|m| &m.rows).map(|r| r.chars().count());
+    let left = 30 + 7 * labels.max().unwrap_or(0).min(28) as u32;
+    let most = |f: fn(&Heatmap) -> usize| maps.iter().map(f).max().unwrap_or(1).max(1) as u32;
+    let (tall, wide) = (most(|m| m.rows.len()), most(|m| m.columns.len()));
+    let cell = (260 / wide).clamp(8, 34);
+    let across = (1100 / (left + cell * wide + 20)).max(1) as usize;
+    let (rows, columns) = grid(maps.len(), across);
+    let panel = (left + cell * wide + 20, 66 + cell * tall);
+    let size = (
+        (panel.0 * columns as u32).max(420),
+        34 + panel.1 * rows as u32,
+    );
+    svg(size, |area| {
+        area.draw(&Text::new(scale.to_owned(), (12, 10), font(14)))?;
+        for (i, map) in maps.iter().enumerate() {
+            let at = (
+                (panel.0 * (i % columns) as u32) as i32,
+                34 + (panel.1 * (i / columns) as u32) as i32,
+            );
+            draw_heatmap(area, map, axes, at, left as i32, cell as i32, color)?;
+        }
+        Ok(())
+    })
+}
+
+fn draw_heatmap(
+    area: &Area,
+    map: &Heatmap,
+    axes: &Axes,
+    (x, y): (i32, i32),
+    left: i32,
+    cell: i32,
+    color: fn(f64) -> f64,
+) -> Drawn {
+    area.draw(&Text::new(map.caption.clone(), (x + left, y), font(15)))?;
+    let top = y + 22;
+    for (r, (name, values)) in map.rows.iter().zip(&map.values).enumerate() {
+        let row = top + cell * r as i32;
+        let cut: String = name.chars().take(28).collect();
+        if cell >= 11 || r % 2 == 0 {
+            area.draw(&Text::new(cut, (x + 22, row + cell / 2 - 6), font(12)))?;
+        }
+        for (c, value) in values.iter().enumerate() {
+            let corner = (x + left + cell * c as i32, row);
+            let fill = value.map_or(GRID, |v| diverging(color(v)));
+            let square = [corner, (corner.0 + cell, corner.1 + cell)];
+            area.draw(&Rectangle::new(square, fill.filled()))?;
+            if let (Some(value), true) = (value, cell >= 28) {
+                let text = Text::new(
+                    format!("{value:.2}"),
+                    (corner.0 + 4, row + cell / 2 - 5),
+                    font(11),
+                );
+                area.draw(&text)?;
+            }
+        }
+    }
+    let bottom = top + cell * map.rows.len() as i32 + 3;
+    for (c, name) in map.columns.iter().enumerate() {
+        if cell >= 14 || c % 4 == 0 {
+            area.draw(&Text::new(
+                name.clone(),
+                (x + left + cell * c as i32 + cell / 3, bottom),
+                font(12),
+            ))?;
+        }
+    }
+    area.draw(&Text::new(
+        axes.x.to_owned(),
+        (x + left, bottom + 14),
+        font(13),
+    ))?;
+    let turned = font(13).transform(FontTransform::Rotate270);
+    area.draw(&Text::new(axes.y.to_owned(), (x + 6, bottom - 4), turned))?;
+    Ok(())
+}

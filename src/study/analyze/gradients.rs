@@ -1,0 +1,335 @@
+//! Router gradients compared: with the dense one over K, and with the one that sees every expert at
+//! the same incoming gradient.
+
+use super::probe::Watched;
+use crate::config::Config;
+use crate::data::Corpus;
+use crate::device::Device;
+use crate::dist::SingleRank;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::model::batch::{Batch, Sequences};
+use crate::ops::experts::{Experts, experts};
+use crate::ops::router::logits;
+use crate::routers::default::{DefaultMoe, VECTORS};
+use crate::routers::dense::Dense;
+use crate::routers::densemixer::DenseMixer;
+use crate::routers::topk::TopK;
+use crate::routers::{self, LayerPass, LayerState, Pass, Phase, Router, StateTensor};
+use crate::tape::{Gradients, Tape, Var};
+use crate::tensor::Tensor;
+
+/// The methods that are compared.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    TopK,
+    Default,
+}
+
+impl Method {
+    pub const BOTH: [Method; 2] = [Method::TopK, Method::Default];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::TopK => "topk",
+            Method::Default => "default",
+        }
+    }
+
+    /// The method, `default` with the settings of the checkpoint if it was trained with it.
+    fn router(self, config: &Config) -> Result<Box<dyn Router>> {
+        match self {
+            Method::TopK => Ok(Box::new(TopK::default())),
+            Method::Default if config.router.name == self.name() => routers::build(&config.router),
+            Method::Default => Ok(Box::new(DefaultMoe::default())),
+        }
+    }
+}
+
+/// Sequences for the gradients, a micro-batch at a time.
+pub struct MicroBatches {
+    pub all: Batch,
+    pub micro_batch: usize,
+}
+
+impl MicroBatches {
+    /// The micro-batches.
+    pub fn parts(&self) -> impl Iterator<Item = Sequences<'_>> {
+        self.all.chunks(self.micro_batch)
+    }
+}
+
+/// Cosine similarity; none where a vector is zero or a number not finite.
+pub fn cosine(a: &[f64], b: &[f64]) -> Option<f64> {
+    let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
+    Some(dot(a, b) / (dot(a, a).sqrt() * dot(b, b).sqrt())).filter(|c| c.is_finite())
+}
+
+/// Gives the model default vectors where it has none: those of `default` after `passes` passes of a
+/// micro-batch of training text with the weights as they are, β = 0.9, from zero. The output is that
+/// of `topk`, so that every layer sees what it saw in training.
+pub fn fill_vectors(
+    config: &Config,
+    source: &Model,
+    corpus: &Corpus,
+    passes: usize,
+) -> Result<Vec<Tensor>> {
+    let router = DefaultMoe {
+        pass_forward: false,
+        ..Default::default()
+    };
+    let watched = Watched::new(config, Box::new(router), source)?;
+    let (model, n) = (&watched.model, config.train.micro_batch as u64);
+    let weights = model.weights();
+    for pass in 0..passes as u64 {
+        let batch = corpus.sequences(pass * n..(pass + 1) * n);
+        let tape = Tape::without_gradients();
+        let pass = Pass::single(Phase::Train);
+        model.loss(&tape, &weights, batch.all(), pass)?;
+        model
+            .layer_states_mut()
+            .iter_mut()
+            .for_each(LayerState::commit);
+        watched.take();
+    }
+    vectors_of(model)
+}
+
+/// The default vectors of every MoE layer; empty if the model has none.
+pub fn vectors_of(model: &Model) -> Result<Vec<Tensor>> {
+    let states = model.layer_states();
+    let found = states.iter().filter_map(|state| {
+        let mut tensors = state.tensors();
+        tensors.find(|(name, _)| *name == VECTORS)
+    });
+    Ok(found.map(|(_, tensor)| tensor.clone()).collect())
+}
+
+/// The checkpoint's weights under a method, with frozen default vectors, `top_k` experts a token.
+fn estimator(
+    config: &Config,
+    source: &Model,
+    vectors: &[Tensor],
+    router: Box<dyn Router>,
+    top_k: usize,
+) -> Result<Watched> {
+    let mut config = config.clone();
+    config.model.top_k = top_k;
+    let watched = Watched::new(&config, router, source)?;
+    let mut states = watched.model.layer_states_mut();
+    for (state, vectors) in states.iter_mut().zip(vectors) {
+        state.restore(VECTORS, vectors.clone())?;
+    }
+    drop(states);
+    Ok(watched)
+}
+
+/// Gradients of the mean cross-entropy over the batch with state frozen and nothing replayed; `after`
+/// each micro-batch sees its store of gradients before it is emptied.
+fn backward(
+    watched: &Watched,
+    batch: &MicroBatches,
+    mut after: impl FnMut(&Gradients) -> Result<()>,
+) -> Result<()> {
+    let model = &watched.model;
+    let mut store = Gradients::new(watched.slots());
+    for sequences in batch.parts() {
+        let (tape, weights) = (Tape::new(), model.weights());
+        let pass = Pass::single(Phase::Frozen);
+        let losses = model.loss(&tape, &weights, sequences, pass)?;
+        let share = sequences.count as f64 / batch.all.sequences as f64;
+        store.reset();
+        tape.backward(&losses.total, share, &mut store)?;
+        after(&store)?;
+    }
+    Ok(())
+}
+
+/// The index of parameter `suffix` of each MoE layer.
+fn slots(model: &Model, suffix: &str) -> Result<Vec<usize>> {
+    let layers = model.config().moe_layers();
+    let find = |layer: &usize| {
+        let name = format!("model.layers.{layer}.mlp.{suffix}");
+        let found = model.parameters.iter().position(|p| p.name == name);
+        found.ok_or_else(|| {
+            Error::invalid(
+                "analyze",
+                format!("a parameter {name}"),
+                "none",
+                "use a checkpoint of this program",
+            )
+        })
+    };
+    layers.iter().map(find).collect()
+}
+
+/// The router gradient `[E, D]`, flattened, of every MoE layer under one estimator.
+pub fn router_gradients(
+    config: &Config,
+    source: &Model,
+    vectors: &[Tensor],
+    router: Box<dyn Router>,
+    top_k: usize,
+    batch: &MicroBatches,
+) -> Result<Vec<Vec<f64>>> {
+    let watched = estimator(config, source, vectors, router, top_k)?;
+    let slots = slots(&watched.model, "gate.weight")?;
+    let size = config.model.num_experts * config.model.hidden;
+    let mut sums = vec![vec![0.0; size]; slots.len()];
+    backward(&watched, batch, |store| {
+        watched.take();
+        for (sum, slot) in sums.iter_mut().zip(&slots) {
+            if let Some(gradient) = store.get(*slot) {
+                let gradient = gradient.to_f64()?;
+                sum.iter_mut().zip(gradient).for_each(|(s, g)| *s += g);
+            }
+        }
+        Ok(())
+    })?;
+    Ok(sums)
+}
+
+/// Cosine similarities to the dense router gradient: `[method][K − 1][MoE layer]`, K = 1 … E − 1 in
+/// all layers together.
+pub fn dense_similarity(
+    config: &Config,
+    source: &Model,
+    vectors: &[Tensor],
+    batch: &MicroBatches,
+) -> Result<[Vec<Vec<Option<f64>>>; 2]> {
+    let experts = config.model.num_experts;
+    let of =
+        |router: Box<dyn Router>, k| router_gradients(config, source, vectors, router, k, batch);
+    let dense = of(Box::new(Dense {}), experts)?;
+    let similar = |method: Method| -> Result<Vec<Vec<Option<f64>>>> {
+        (1..experts)
+            .map(|k| {
+                let gradients = of(method.router(config)?, k)?;
+                Ok(gradients
+                    .iter()
+                    .zip(&dense)
+                    .map(|(g, d)| cosine(g, d))
+                    .collect())
+            })
+            .collect()
+    };
+    let [topk, default] = Method::BOTH.map(similar);
+    Ok([topk?, default?])
+}
+
+/// One layer as data: what its router's gradient depends on.
+pub struct LayerAt<'a> {
+    /// Router logits `[T, E]`.
+    pub z: &'a Tensor,
+    /// `[T, D]`.
+    pub x: &'a Tensor,
+    /// ∂loss/∂y `[T, D]`.
+    pub g: &'a Tensor,
+    /// `[E, 2F, D]`.
+    pub gate_up: &'a Tensor,
+    /// `[E, D, F]`.
+    pub down: &'a Tensor,
+    /// `[E, D]`.
+    pub vectors: &'a Tensor,
+}
+
+impl LayerAt<'_> {
+    /// dz `[T, E]` of a router with `top_k` experts a token: the operations of training, run on the
+    /// logits themselves by an identity as the router's weight.
+    pub fn logit_gradient(
+        &self,
+        config: &Config,
+        router: &dyn Router,
+        top_k: usize,
+    ) -> Result<Vec<f64>> {
+        let experts_n = config.model.num_experts;
+        let mut state = LayerState::new(router.initial_state(&config.model, 0, 0));
+        if state.tensors().next().is_some() {
+            // The initial state is f64; this one has the model's dtype.
+            state = LayerState::new(vec![StateTensor {
+                name: VECTORS,
+                start: self.vectors.clone(),
+            }]);
+        }
+        let pass = Pass::single(Phase::Frozen);
+        let mut layer = LayerPass::new(pass, &SingleRank, 0, top_k, 0, &mut state, false);
+        let mut identity = Tensor::zeros(Device::Cpu, self.z.dtype(), [experts_n, experts_n]);
+        crate::with_real!(self.z.dtype(), "analyze", |T| {
+            let rows = identity.slice_mut::<T>().chunks_mut(experts_n);
+            for (i, row) in rows.enumerate() {
+                row[i] = crate::tensor::dtype::Real::of(1.0);
+            }
+            Ok::<(), Error>(())
+        })?;
+        let (tape, mut store) = (Tape::new(), Gradients::new(1));
+        let z = Var::leaf(self.z.clone(), 0);
+        let routing = router.route(&tape, &z, &Var::constant(identity), &mut layer)?;
+        let [x, gate_up, down] =
+            [self.x, self.gate_up, self.down].map(|t| Var::constant(t.clone()));
+        let input = Experts {
+            x: &x,
+            gates: &routing.gates,
+            gate_up: &gate_up,
+            down: &down,
+        };
+        let y = experts(&tape, input, &routing.dispatch, None, |sums| {
+            router.defaults(sums, &mut layer)
+        })?;
+        tape.backward_from(&[(&y, self.g.clone())], &mut store)?;
+        match store.get(0) {
+            Some(dz) => dz.to_f64(),
+            None => Ok(vec![0.0; self.z.elements()]),
+        }
+    }
+}
+
+/// ‖dz_densemixer − dz_method‖ / ‖dz_densemixer‖ of every MoE layer, both at the method's own
+/// incoming gradient: `[method][MoE layer]`.
+pub fn gradient_error(
+    config: &Config,
+    source: &Model,
+    vectors: &[Tensor],
+    batch: &MicroBatches,
+) -> Result<[Vec<Option<f64>>; 2]> {
+    let top_k = config.model.top_k;
+    let error_of = |method: Method| -> Result<Vec<Option<f64>>> {
+        let watched = estimator(config, source, vectors, method.router(config)?, top_k)?;
+        let (model, layers) = (&watched.model, vectors.len());
+        let [gate, gate_up, down] = [
+            slots(model, "gate.weight")?,
+            slots(model, "experts.gate_up_proj")?,
+            slots(model, "experts.down_proj")?,
+        ];
+        let value = |slot: usize| model.parameters[slot].value.working();
+        // Squared norms of the difference and of the reference.
+        let mut sums = vec![[0.0f64; 2]; layers];
+        backward(&watched, batch, |store| {
+            for (l, seen) in watched.take().iter().enumerate() {
+                let Some(g) = store.get(watched.slot(l)) else {
+                    continue;
+                };
+                let (tape, x) = (Tape::without_gradients(), Var::constant(seen.x.clone()));
+                let z = logits(&tape, &x, &Var::constant(value(gate[l]).clone()))?;
+                let layer = LayerAt {
+                    z: z.tensor(),
+                    x: &seen.x,
+                    g,
+                    gate_up: value(gate_up[l]),
+                    down: value(down[l]),
+                    vectors: &vectors[l],
+                };
+                let full = layer.logit_gradient(config, &DenseMixer::default(), top_k)?;
+                let own = layer.logit_gradient(config, &*method.router(config)?, top_k)?;
+                for (full, own) in full.iter().zip(own) {
+                    sums[l][0] += (full - own) * (full - own);
+                    sums[l][1] += full * full;
+                }
+            }
+            Ok(())
+        })?;
+        let relative = |[e, n]: &[f64; 2]| Some((e / n).sqrt()).filter(|r| r.is_finite());
+        Ok(sums.iter().map(relative).collect())
+    };
+    let [topk, default] = Method::BOTH.map(error_of);
+    Ok([topk?, default?])
+}

@@ -1,0 +1,181 @@
+//! What a checkpoint's router does and learns: the analyses of Default MoE (2504.12463), as data and
+//! as one page with figures.
+//!
+//! Held-out text is routed at evaluation (entropy, frequency, co-activation) and differentiated with
+//! state frozen (similarity to the dense gradient, gradient error). Everything runs on the CPU, in
+//! the checkpoint's dtype, and gives the same bytes for any number of threads.
+
+mod figures;
+mod gradients;
+mod probe;
+mod report;
+mod routing;
+mod sections;
+#[cfg(test)]
+mod tests;
+mod vectors;
+
+pub use crate::report::page::{Cell, Section as Analysis, Table};
+pub use report::write;
+
+use crate::config::Config;
+use crate::data::{Corpus, sources};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::routers;
+use crate::tensor::Tensor;
+use crate::train::checkpoint::{self, Checkpoint};
+use gradients::MicroBatches;
+use probe::Watched;
+use serde::Serialize;
+use std::path::PathBuf;
+
+/// Micro-batches of training text that give default vectors to a model without: 0.9^64 = 0.1% of
+/// their zeros at the start is left.
+const FILL_PASSES: usize = 64;
+
+/// What to analyse on.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Text, instead of what the model was trained on.
+    pub data: Option<String>,
+    /// Held-out sequences for all but the analysis by source, and sequences of each source there.
+    pub sequences: usize,
+}
+
+/// All of them, for one checkpoint.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    pub router: String,
+    pub step: u64,
+    pub num_experts: usize,
+    pub top_k: usize,
+    /// Held-out sequences, and tokens of one.
+    pub sequences: usize,
+    pub sequence_length: usize,
+    pub data: String,
+    pub analyses: Vec<Analysis>,
+}
+
+impl Report {
+    /// The model and the text in a sentence or two.
+    fn introduction(&self) -> String {
+        format!(
+            "Router {}, {} experts, {} active, after {} steps; on {} held-out sequences of {} tokens \
+             of {}. MoE layers and experts count from 0.",
+            self.router,
+            self.num_experts,
+            self.top_k,
+            self.step,
+            self.sequences,
+            self.sequence_length,
+            self.data,
+        )
+    }
+
+    /// The analysis of that name.
+    pub fn get(&self, name: &str) -> Option<&Analysis> {
+        self.analyses.iter().find(|a| a.name == name)
+    }
+}
+
+/// Where a report goes unless told: `analysis` in the run's folder, or beside a checkpoint that
+/// stands alone.
+pub fn default_folder(found: &Checkpoint) -> PathBuf {
+    let path = found.path();
+    match path.parent() {
+        Some(parent) if parent.ends_with("checkpoints") => parent.with_file_name("analysis"),
+        _ => {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            path.with_file_name(format!("{name}-analysis"))
+        }
+    }
+}
+
+/// Analyses the model of a checkpoint.
+///
+/// # Errors
+/// When checkpoint or text cannot be used, or no sequences are asked for.
+pub fn run(found: &Checkpoint, options: &Options) -> Result<Report> {
+    let (model, state) = checkpoint::load_model_with(found, |c| c.train.device = Device::Cpu)?;
+    let mut config = state.config;
+    if let Some(data) = &options.data {
+        config.data.set_source(data);
+    }
+    analyze(&config, &model, found.step(), options.sequences)
+}
+
+/// Analyses a model of this configuration after `step` steps, on the CPU; the model stays as it is.
+///
+/// # Errors
+/// When the text cannot be used, or no sequences are asked for.
+pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> Result<Report> {
+    if sequences == 0 {
+        return Err(Error::invalid(
+            "analyze --sequences",
+            "a number of sequences from 1 up",
+            "0",
+            "leave it out for the default",
+        ));
+    }
+    let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+    let micro_batch = config.train.micro_batch;
+    let batch = MicroBatches {
+        all: corpus.evaluation(sequences),
+        micro_batch,
+    };
+
+    let own = Watched::new(config, routers::build(&config.router)?, model)?;
+    let routed = routing::routed(&own, &batch)?;
+    let (parts, short) = sources(&config.data, &config.model)?;
+    let by_source = parts
+        .iter()
+        .map(|source| {
+            let batch = MicroBatches {
+                all: source.windows(sequences),
+                micro_batch,
+            };
+            Ok((source.name.clone(), routing::routed(&own, &batch)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+
+    let trained = gradients::vectors_of(model)?;
+    let filled = trained.is_empty();
+    let vectors: Vec<Tensor> = match filled {
+        true => gradients::fill_vectors(config, model, &corpus, FILL_PASSES)?,
+        false => trained.clone(),
+    };
+    let similarity = gradients::dense_similarity(config, model, &vectors, &batch)?;
+    let error = gradients::gradient_error(config, model, &vectors, &batch)?;
+    let drifts = match filled {
+        true => Vec::new(),
+        // The micro-batch that training would take next.
+        false => {
+            let first = step * config.train.sequences_per_step as u64;
+            let next = corpus.sequences(first..first + micro_batch as u64);
+            vectors::drifts(config, model, next.all())?
+        }
+    };
+
+    let notes = sections::gradient_notes(config, filled);
+    Ok(Report {
+        router: config.router.name.clone(),
+        step,
+        num_experts: config.model.num_experts,
+        top_k: config.model.top_k,
+        sequences: batch.all.sequences,
+        sequence_length: config.model.sequence_length,
+        data: config.data.name(),
+        analyses: vec![
+            sections::entropy(&routed)?,
+            sections::vector_similarity(config, &trained)?,
+            sections::dense_similarity(&similarity, notes.clone())?,
+            sections::frequency(config, &routed)?,
+            sections::co_activation(config, &routed)?,
+            sections::by_source(&by_source, &short)?,
+            sections::gradient_error(&error, notes)?,
+            sections::drift(config, &drifts)?,
+        ],
+    })
+}

@@ -1,0 +1,143 @@
+//! How well a model predicts text that it did not learn from.
+
+use crate::config::{Config, Precision};
+use crate::data::Corpus;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::train::checkpoint::{self, Checkpoint};
+
+/// What an evaluation found.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Tokens predicted.
+    pub tokens: usize,
+    /// Bytes of their text.
+    pub bytes: f64,
+    /// Mean cross-entropy of a token, in nats.
+    pub loss: f64,
+    /// The same by source of the text, where there are several.
+    pub sources: Vec<(String, Report)>,
+}
+
+impl Report {
+    /// e^loss.
+    pub fn perplexity(&self) -> f64 {
+        self.loss.exp()
+    }
+
+    /// The loss in bits, of a byte of the text.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.loss * self.tokens as f64 / self.bytes / std::f64::consts::LN_2
+    }
+
+    /// Adds tokens whose losses sum to `sum`; `loss` is a sum until [`mean`](Self::mean).
+    fn add(&mut self, tokens: usize, bytes: f64, sum: f64) {
+        self.tokens += tokens;
+        self.bytes += bytes;
+        self.loss += sum;
+    }
+
+    fn mean(mut self) -> Self {
+        self.loss /= self.tokens as f64;
+        self
+    }
+}
+
+/// The model of a checkpoint as it is evaluated: on the CPU, in another precision on demand, and `default`
+/// without its vectors if they are not wanted.
+///
+/// # Errors
+/// When the checkpoint cannot be read, or its router has no default vectors.
+pub fn load(
+    found: &Checkpoint,
+    default_vectors: bool,
+    precision: Option<Precision>,
+) -> Result<(Model, Config)> {
+    let (mut model, mut state) = checkpoint::load_model_with(found, |config| {
+        config.train.device = Device::Cpu;
+        if !default_vectors && config.router.name == "default" {
+            let settings = &mut config.router.settings;
+            settings.insert("use_at_evaluation".into(), false.into());
+        }
+    })?;
+    let router = &state.config.router.name;
+    if !default_vectors && router != "default" {
+        return Err(Error::invalid(
+            "--without-default-vectors",
+            "a model of the router default",
+            format!("router {router}"),
+            "leave the flag out: there are no default vectors",
+        ));
+    }
+    if let Some(precision) = precision.filter(|p| *p != state.config.train.dtype) {
+        state.config.train.dtype = precision;
+        let trained = std::mem::replace(&mut model, Model::new(&state.config)?);
+        model.take_over(&trained)?;
+    }
+    Ok((model, state.config))
+}
+
+/// Measures a model on the validation documents of `data`, or of what it was trained on; on
+/// `sequences` sequences of them, or all if 0.
+///
+/// # Errors
+/// When the text cannot be read, or the loss is not finite.
+pub fn run(
+    model: &Model,
+    mut config: Config,
+    data: Option<&str>,
+    sequences: usize,
+) -> Result<Report> {
+    if let Some(data) = data {
+        config.data.set_source(data);
+    }
+    let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+    let report = validation_loss(model, &corpus, sequences, config.train.micro_batch)?;
+    if !report.loss.is_finite() {
+        return Err(Error::NonFinite {
+            what: "the validation loss".into(),
+            help: "the model diverged: use an earlier checkpoint".into(),
+        });
+    }
+    Ok(report)
+}
+
+/// The loss on `most` validation sequences (all if 0), `batch` of them at a time. The model's state is
+/// left as it was.
+///
+/// # Errors
+/// Those of the model.
+pub fn validation_loss(
+    model: &Model,
+    corpus: &Corpus,
+    most: usize,
+    batch: usize,
+) -> Result<Report> {
+    let windows = corpus.held_out(most);
+    let mut whole = Report::default();
+    let mut by_source = vec![Report::default(); corpus.sources().len()];
+    for windows in windows.chunks(batch) {
+        let losses = model.token_losses(corpus.read(windows).all())?;
+        let mut losses = losses.as_slice();
+        for share in windows.iter().flat_map(|w| corpus.shares(*w)) {
+            let (own, rest) = losses.split_at(share.tokens as usize);
+            let sum = own.iter().sum();
+            whole.add(own.len(), share.bytes, sum);
+            if let Some(source) = by_source.get_mut(share.source) {
+                source.add(own.len(), share.bytes, sum);
+            }
+            losses = rest;
+        }
+    }
+    // Routing statistics of training must not see these tokens.
+    for state in model.layer_states_mut().iter_mut() {
+        state.take_stats();
+    }
+    if by_source.len() > 1 {
+        let named = corpus.sources().iter().cloned().zip(by_source);
+        let seen = named.filter(|(_, report)| report.tokens > 0);
+        whole.sources = seen.map(|(name, report)| (name, report.mean())).collect();
+    }
+    Ok(whole.mean())
+}

@@ -1,0 +1,194 @@
+//! A model from its folder: weights under whatever names the folder has for them.
+
+use super::keys;
+use super::tensors::Tensors;
+use crate::config::{Config, Layers, ModelFile, count};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::model::{Model, Part};
+use crate::routers;
+use crate::tensor::Tensor;
+use crate::train::checkpoint;
+use crate::with_real;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// A model's folder, opened.
+pub struct Source {
+    folder: PathBuf,
+    pub file: ModelFile,
+    tensors: Tensors,
+    /// Whether shared experts of no width stand in the files.
+    own: bool,
+}
+
+/// Numbers of a parameter under one of the folder's names.
+pub struct Piece {
+    pub name: String,
+    pub shape: Vec<usize>,
+    /// The parameter and where in it the numbers begin.
+    pub parameter: usize,
+    pub offset: usize,
+}
+
+impl Piece {
+    pub fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+}
+
+impl Source {
+    /// Opens a model's folder, or a run of this program: its newest checkpoint then.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or the model is none that can be computed.
+    pub fn open(path: &Path) -> Result<Self> {
+        let config = path.join("config.json");
+        let folder = match config.is_file() {
+            true => path.to_path_buf(),
+            false => checkpoint::find(path)?.0.path().to_path_buf(),
+        };
+        let config = folder.join("config.json");
+        let text = fs::read_to_string(&config).map_err(|e| Error::io("read", &config, e))?;
+        let value: serde_json::Value = serde_json::from_str(&text)
+            .map_err(|e| Error::file(&config, "JSON", e.to_string(), "copy the model again"))?;
+        let mut file = keys::read(&value)?;
+        routers::resolve(&mut file.router)?;
+        Ok(Source {
+            tensors: Tensors::open(&folder)?,
+            own: value["model_type"] == "routegrad",
+            folder,
+            file,
+        })
+    }
+
+    /// The folder that holds the files.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The configuration of this model in a preset's training.
+    ///
+    /// # Errors
+    /// When the router refuses the model.
+    pub fn config(&self, layers: &Layers) -> Result<Config> {
+        let mut config = Config::load(layers, &routers::resolve)?;
+        config.model = self.file.model.clone();
+        config.router = self.file.router.clone();
+        Ok(config)
+    }
+
+    /// The model itself, with the names that its numbers have in the folder.
+    ///
+    /// # Errors
+    /// When a tensor is missing, has another shape, or belongs to nothing.
+    pub fn model(&self, config: &Config) -> Result<(Model, Vec<Piece>)> {
+        // A damaged config.json may speak of any size: there must not be memory for it. What is missing of a model that
+        // nearly fits is named below.
+        let (expected, found) = (
+            count::total_parameters(&config.model),
+            self.tensors.elements(),
+        );
+        if expected / 2 > found {
+            return Err(Error::file(
+                &self.folder,
+                format!("the {expected} parameters of config.json"),
+                format!("tensors of {found} numbers"),
+                "the files do not belong to config.json, or one is missing",
+            ));
+        }
+        let mut model = Model::new(config)?;
+        let mut pieces = Vec::new();
+        for (index, parameter) in model.parameters.iter().enumerate() {
+            let mut offset = 0;
+            for part in &parameter.parts {
+                pieces.extend(self.pieces(part, index, offset));
+                offset += part.shape.elements();
+            }
+        }
+        let mut left: BTreeSet<&str> = self.tensors.names().collect();
+        for piece in &pieces {
+            let value = &mut model.parameters[piece.parameter].value;
+            let (name, range) = (&piece.name, piece.offset..piece.offset + piece.elements());
+            with_real!(value.dtype(), "model", |T| {
+                value.change(|value| {
+                    let to = &mut value.slice_mut::<T>()[range];
+                    self.tensors.read(name, &piece.shape, to)
+                })
+            })?;
+            left.remove(name.as_str());
+        }
+        let layers = config.model.moe_layers();
+        for (layer, state) in layers.iter().zip(model.layer_states_mut().iter_mut()) {
+            let names: Vec<_> = state.tensors().map(|(n, t)| (n, t.shape())).collect();
+            for (name, shape) in names {
+                let full = checkpoint::router_state(*layer, name);
+                let mut tensor = Tensor::unspecified(Device::Cpu, model.dtype(), shape);
+                with_real!(tensor.dtype(), "model", |T| {
+                    self.tensors.read(&full, &shape, tensor.slice_mut::<T>())
+                })?;
+                state.restore(name, tensor)?;
+                left.remove(full.as_str());
+            }
+        }
+        match left.into_iter().find(|name| !self.is_idle(name)) {
+            None => Ok((model, pieces)),
+            Some(name) => Err(Error::file(
+                &self.folder,
+                "only the tensors of this model",
+                format!("tensor `{name}`"),
+                "the files do not belong to config.json, or the model is another than docs/exchange.md names",
+            )),
+        }
+    }
+
+    /// Tensors without effect: a shared expert of no width, tables of RoPE, a tied head.
+    fn is_idle(&self, name: &str) -> bool {
+        let m = &self.file.model;
+        let unshared = m.shared_expert_width == 0 && name.contains(".mlp.shared_expert");
+        let tied = m.tied_embeddings && name == "lm_head.weight";
+        !self.own && (unshared || tied || name.ends_with("rotary_emb.inv_freq"))
+    }
+
+    /// The numbers of a part as the folder has them: under its own name, in mixtral's old block, or
+    /// an expert at a time.
+    fn pieces(&self, part: &Part, parameter: usize, offset: usize) -> Vec<Piece> {
+        let one = |name: String, shape: &[usize], offset| Piece {
+            name,
+            shape: shape.to_vec(),
+            parameter,
+            offset,
+        };
+        let block = part.name.replace(".mlp.", ".block_sparse_moe.");
+        let fused = [&part.name, &block]
+            .into_iter()
+            .find(|n| self.tensors.has(n));
+        let experts = part.name.split_once(".experts.");
+        let (Some((_, kind)), None) = (experts, fused) else {
+            let name = fused.unwrap_or(&part.name).clone();
+            return vec![one(name, &part.shape, offset)];
+        };
+        // `[E, 2F, D]` or `[E, D, F]`.
+        let (count, rows, columns) = (part.shape[0], part.shape[1], part.shape[2]);
+        let (prefix, names): (&str, &[&str]) = match self.tensors.has(&format!(
+            "{}.0.w1.weight",
+            block.trim_end_matches(&format!(".{kind}"))
+        )) {
+            true if kind == "down_proj" => (&block, &["w2"]),
+            true => (&block, &["w1", "w3"]),
+            false if kind == "down_proj" => (&part.name, &["down_proj"]),
+            false => (&part.name, &["gate_proj", "up_proj"]),
+        };
+        let prefix = prefix.trim_end_matches(kind);
+        let shape = [rows / names.len(), columns];
+        let each = |expert: usize| {
+            names.iter().enumerate().map(move |(i, name)| {
+                let place = (expert * names.len() + i) * shape[0] * shape[1];
+                let name = format!("{prefix}{expert}.{name}.weight");
+                one(name, &shape, offset + place)
+            })
+        };
+        (0..count).flat_map(each).collect()
+    }
+}

@@ -1,0 +1,256 @@
+//! Tensors of one or more safetensors files, as numbers.
+
+use crate::error::{Error, Result};
+use crate::tensor::dtype::{DType, Real};
+use half::{bf16, f16};
+use safetensors::tensor::{Dtype, SafeTensors};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+
+/// The tensors of a model's folder.
+pub struct Tensors {
+    folder: PathBuf,
+    files: Vec<Vec<u8>>,
+    found: BTreeMap<String, Found>,
+}
+
+struct Found {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    range: std::ops::Range<usize>,
+}
+
+impl Tensors {
+    /// Reads `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or the index names a tensor that its file lacks.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let index = folder.join(INDEX);
+        let listed = if index.is_file() {
+            shards(&index)?
+        } else {
+            BTreeMap::new()
+        };
+        let mut names: Vec<&str> = listed.values().map(String::as_str).collect();
+        names.sort_unstable();
+        names.dedup();
+        if names.is_empty() {
+            names.push(SINGLE);
+        }
+        let mut tensors = Tensors {
+            folder: folder.into(),
+            files: Vec::new(),
+            found: BTreeMap::new(),
+        };
+        for name in names {
+            tensors.add(&folder.join(name))?;
+        }
+        match listed.keys().find(|name| !tensors.has(name)) {
+            None => Ok(tensors),
+            Some(name) => Err(Error::file(
+                &index,
+                format!("tensor `{name}` in {}", listed[name]),
+                "none of that name",
+                "copy the model again",
+            )),
+        }
+    }
+
+    /// Reads one file.
+    ///
+    /// # Errors
+    /// When it cannot be read, or is no safetensors file.
+    pub fn file(path: &Path) -> Result<Self> {
+        let mut tensors = Tensors {
+            folder: path.into(),
+            files: Vec::new(),
+            found: BTreeMap::new(),
+        };
+        tensors.add(path)?;
+        Ok(tensors)
+    }
+
+    fn add(&mut self, path: &Path) -> Result<()> {
+        let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+        let damaged =
+            |e: String| Error::file(path, "a whole safetensors file", e, "copy the file again");
+        let views = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
+        for (name, view) in views.iter() {
+            let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
+            let found = Found {
+                file: self.files.len(),
+                dtype: view.dtype(),
+                shape: view.shape().to_vec(),
+                range: start..start + view.data().len(),
+            };
+            self.found.insert(name.into(), found);
+        }
+        self.files.push(bytes);
+        Ok(())
+    }
+
+    pub fn has(&self, name: &str) -> bool {
+        self.found.contains_key(name)
+    }
+
+    /// Numbers in all tensors.
+    pub fn elements(&self) -> u64 {
+        let elements = |f: &Found| f.shape.iter().product::<usize>() as u64;
+        self.found.values().map(elements).sum()
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.found.keys().map(String::as_str)
+    }
+
+    /// Writes the numbers of tensor `name`, which must have this shape, to `to`.
+    ///
+    /// # Errors
+    /// When there is none, or its shape or type is another.
+    pub fn read<T: Real>(&self, name: &str, shape: &[usize], to: &mut [T]) -> Result<()> {
+        let found = self.expect(name, shape)?;
+        let bytes = &self.files[found.file][found.range.clone()];
+        fn each<T: Real, const N: usize>(to: &mut [T], bytes: &[u8], of: fn([u8; N]) -> f64) {
+            for (to, number) in to.iter_mut().zip(numbers(bytes)) {
+                *to = T::of(of(number));
+            }
+        }
+        match found.dtype {
+            Dtype::F64 => each(to, bytes, f64::from_le_bytes),
+            Dtype::F32 => each(to, bytes, |b| f32::from_le_bytes(b).into()),
+            Dtype::BF16 => each(to, bytes, |b| bf16::from_le_bytes(b).to_f64()),
+            Dtype::F16 => each(to, bytes, |b| f16::from_le_bytes(b).to_f64()),
+            other => {
+                return Err(self.wrong(
+                    format!("tensor `{name}` of f64, f32, bf16 or f16"),
+                    format!("{other:?}"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The numbers of an int64 tensor, with its shape.
+    ///
+    /// # Errors
+    /// When there is none, or it has another type.
+    pub fn integers(&self, name: &str) -> Result<(Vec<i64>, Vec<usize>)> {
+        let expected = || format!("tensor `{name}` of int64");
+        let Some(found) = self.found.get(name) else {
+            return Err(self.wrong(expected(), "none of that name".into()));
+        };
+        if found.dtype != Dtype::I64 {
+            return Err(self.wrong(expected(), format!("{:?}", found.dtype)));
+        }
+        let bytes = &self.files[found.file][found.range.clone()];
+        let numbers = numbers(bytes).map(i64::from_le_bytes);
+        Ok((numbers.collect(), found.shape.clone()))
+    }
+
+    fn expect(&self, name: &str, shape: &[usize]) -> Result<&Found> {
+        let expected = || format!("tensor `{name}` {shape:?}");
+        match self.found.get(name) {
+            Some(found) if found.shape == shape => Ok(found),
+            Some(found) => Err(self.wrong(expected(), format!("{:?}", found.shape))),
+            None => Err(self.wrong(expected(), "none of that name".into())),
+        }
+    }
+
+    fn wrong(&self, expected: String, got: String) -> Error {
+        Error::file(
+            &self.folder,
+            expected,
+            got,
+            "the files do not belong to config.json, or the model is another than docs/exchange.md names",
+        )
+    }
+}
+
+/// Bytes, N to a number.
+fn numbers<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
+    bytes.chunks_exact(N).map(|chunk| {
+        let mut number = [0; N];
+        number.copy_from_slice(chunk);
+        number
+    })
+}
+
+/// The file of each tensor.
+fn shards(index: &Path) -> Result<BTreeMap<String, String>> {
+    let text = fs::read_to_string(index).map_err(|e| Error::io("read", index, e))?;
+    let bad = |got: String| {
+        Error::file(
+            index,
+            "an index with a weight_map",
+            got,
+            "copy the model again",
+        )
+    };
+    let value: Value = serde_json::from_str(&text).map_err(|e| bad(e.to_string()))?;
+    let map = value.get("weight_map").and_then(Value::as_object);
+    let map = map.ok_or_else(|| bad("none".into()))?;
+    map.iter()
+        .map(|(name, file)| {
+            let file = file.as_str().filter(|f| !f.contains(['/', '\\']));
+            let file = file.ok_or_else(|| bad(format!("no file name for {name}")))?;
+            Ok((name.clone(), file.to_owned()))
+        })
+        .collect()
+}
+
+/// A named array to write.
+pub struct Output {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub dtype: DType,
+    pub bytes: Vec<u8>,
+}
+
+impl safetensors::View for &Output {
+    fn dtype(&self) -> Dtype {
+        match self.dtype {
+            DType::F64 => Dtype::F64,
+            DType::F32 => Dtype::F32,
+            DType::Bf16 => Dtype::BF16,
+            DType::I16 => Dtype::I16,
+            DType::I32 => Dtype::I32,
+        }
+    }
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        self.bytes.as_slice().into()
+    }
+    fn data_len(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// Writes arrays to a file, whole or not at all.
+///
+/// # Errors
+/// When the disk refuses.
+pub fn write(path: &Path, arrays: &[Output]) -> Result<()> {
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".unfinished");
+    let temporary = PathBuf::from(temporary);
+    let named = arrays.iter().map(|a| (a.name.as_str(), a));
+    safetensors::serialize_to_file(named, None, &temporary).map_err(|e| match e {
+        safetensors::SafeTensorError::IoError(e) => Error::io("write", &temporary, e),
+        e => Error::file(
+            path,
+            "arrays that fit the format",
+            e.to_string(),
+            "report this as a bug",
+        ),
+    })?;
+    fs::rename(&temporary, path).map_err(|e| Error::io("rename", &temporary, e))
+}

@@ -1,0 +1,194 @@
+//! A model for Hugging Face's transformers: a folder that `from_pretrained` reads.
+//!
+//! `config.json`, `model.safetensors` (several files with an index where it is large) and the tokenizer. A model that an
+//! architecture of transformers computes is written as that one; any other brings the program in
+//! `src/export/hf/`, which computes it as at evaluation. Written under another name, synced and
+//! renamed: a reader finds the folder whole or not at all.
+
+mod architecture;
+mod tokenizer;
+mod weights;
+
+pub use architecture::Architecture;
+
+use crate::data::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
+use crate::error::{Error, Result};
+use crate::study::eval;
+use crate::tensor::dtype::DType;
+use crate::train::checkpoint::{
+    self, Checkpoint, Shards, UNFINISHED, sync, write_arrays, write_json,
+};
+use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The program of models that transformers has no architecture for: what computes the model, and
+/// its configuration.
+const PROGRAM: [(&str, &str); 2] = [
+    (
+        "modeling_routegrad.py",
+        include_str!("export/hf/modeling_routegrad.py"),
+    ),
+    (
+        "configuration_routegrad.py",
+        include_str!("export/hf/configuration_routegrad.py"),
+    ),
+];
+
+/// What an export has become.
+#[derive(Clone, Debug)]
+pub struct Report {
+    pub architecture: Architecture,
+    /// What no architecture of transformers has; empty where one was found.
+    pub foreign: Vec<String>,
+    pub tensors: usize,
+    pub tokenizer: Exported,
+}
+
+/// Which tokenizer an export has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exported {
+    /// That of the run.
+    File,
+    /// One whose token n is byte n.
+    Bytes,
+    /// None: bytes, but another vocabulary.
+    None,
+}
+
+/// Writes the model of a checkpoint to the folder `out`, which must be new or empty, its weights
+/// rounded to `dtype`, f32 or bf16, up to `shard_bytes` of them to a file (see [`checkpoint::SHARD_BYTES`]).
+///
+/// # Errors
+/// When the checkpoint cannot be read, or the folder not be written; nothing is left of it then.
+pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Result<Report> {
+    let temporary = place(out)?;
+    let (model, config) = eval::load(found, true, None)?;
+    let (architecture, foreign) = architecture::choose(&config.model, &config.router);
+    let arrays = weights::arrays(&model, &config, architecture, dtype);
+    let shards = Shards::new("model", &arrays, shard_bytes);
+    let mut texts = vec![];
+    let mut values = vec![(
+        "config.json",
+        architecture::config_json(architecture, &config, dtype)?,
+    )];
+    if architecture == Architecture::Routegrad {
+        texts.extend(PROGRAM);
+        values.push(("generation_config.json", json!({ "use_cache": false })));
+    }
+    let own = checkpoint::load_tokenizer(found, &config.data)?.files();
+    let bytes = own.is_empty() && config.model.vocab_size == tokenizer::VOCABULARY;
+    if bytes {
+        let longest = config.model.sequence_length;
+        values.push((TOKENIZER_FILE, tokenizer::tokenizer()));
+        values.push((TOKENIZER_CONFIG_FILE, tokenizer::config(longest)));
+    }
+    let tokenizer = match own.is_empty() {
+        false => Exported::File,
+        true if bytes => Exported::Bytes,
+        true => Exported::None,
+    };
+
+    let write = || -> Result<()> {
+        fs::create_dir(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
+        let mut paths = Vec::new();
+        for (name, value) in &values {
+            paths.push(temporary.join(name));
+            write_json(&temporary.join(name), value)?;
+        }
+        let texts = texts.iter().map(|(name, text)| (*name, text.as_bytes()));
+        let own = own.iter().map(|(name, text)| (*name, text.as_slice()));
+        for (name, text) in texts.chain(own) {
+            let path = temporary.join(name);
+            fs::write(&path, text).map_err(|e| Error::io("write", &path, e))?;
+            paths.push(path);
+        }
+        for (name, arrays) in &shards.files {
+            let path = temporary.join(name);
+            // Readers of several frameworks ask whose tensors these are.
+            write_arrays(&path, arrays, &[("format", "pt")])?;
+            paths.push(path);
+        }
+        if let Some((name, index)) = &shards.index {
+            paths.push(temporary.join(name));
+            write_json(&temporary.join(name), index)?;
+        }
+        paths.iter().try_for_each(|path| sync(path))?;
+        sync(&temporary)?;
+        fs::rename(&temporary, out).map_err(|e| Error::io("rename", &temporary, e))
+    };
+    let written = write();
+    if written.is_err() {
+        // Gives the space back; the first error is the one to report.
+        let _ = fs::remove_dir_all(&temporary);
+    }
+    written?;
+    sync(parent(out))?;
+    Ok(Report {
+        architecture,
+        foreign,
+        tensors: arrays.len(),
+        tokenizer,
+    })
+}
+
+/// Where to write what will become `out`: beside it, and nothing is there.
+fn place(out: &Path) -> Result<PathBuf> {
+    let refuse = |got: &str| {
+        let help = "choose another --out, or remove what is there";
+        Err(Error::file(out, "a new or an empty folder", got, help))
+    };
+    let Some(name) = out.file_name() else {
+        return refuse("no name of a folder");
+    };
+    if out.exists() {
+        if !out.is_dir() {
+            return refuse("a file");
+        }
+        let mut entries = fs::read_dir(out).map_err(|e| Error::io("list", out, e))?;
+        if entries.next().is_some() {
+            return refuse("a folder with something in it");
+        }
+    }
+    let parent = parent(out);
+    fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
+    let temporary = parent.join(format!("{UNFINISHED}{}", name.to_string_lossy()));
+    if temporary.exists() {
+        // Left by an export that was interrupted.
+        fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
+    }
+    Ok(temporary)
+}
+
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::routers::ROUTERS;
+
+    #[test]
+    fn the_program_knows_every_router() {
+        let (_, modeling) = PROGRAM[0];
+        for router in ROUTERS {
+            let entry = format!("    \"{}\": ", router.name);
+            assert!(modeling.contains(&entry), "{}", router.name);
+        }
+    }
+
+    #[test]
+    fn what_an_interrupted_export_left_is_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("model");
+        let left = folder.path().join(".unfinished-model");
+        fs::create_dir(&left).unwrap();
+        fs::write(left.join("model.safetensors"), "half").unwrap();
+        assert_eq!(place(&out).unwrap(), left);
+        assert!(!left.exists());
+    }
+}

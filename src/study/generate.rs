@@ -1,0 +1,182 @@
+//! A prompt continued, token by token.
+
+use crate::data::tokenizer::TextStream;
+use crate::data::{DOCUMENT_END, Tokenizer};
+use crate::error::{Error, Result};
+use crate::tensor::random::{Purpose, Stream};
+use crate::train::checkpoint::{self, Checkpoint};
+use std::io::Write;
+
+/// How the next token is drawn from the logits.
+#[derive(Clone, Copy, Debug)]
+pub struct Sampling {
+    /// Divides the logits; 0 takes the likeliest token.
+    pub temperature: f64,
+    /// Draws among this many likeliest tokens; 0 for all.
+    pub top_k: usize,
+    pub seed: u64,
+}
+
+impl Sampling {
+    fn validate(&self) -> Result<()> {
+        if self.temperature >= 0.0 && self.temperature.is_finite() {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "--temperature",
+            "a finite number from 0 up",
+            self.temperature.to_string(),
+            "take 1 for the model's own distribution, less for safer text",
+        ))
+    }
+
+    /// Token number `index` of a continuation, from the logits of every token.
+    fn draw(&self, logits: &[f64], index: u64) -> usize {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        // Ties go to the lower token.
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+        if self.temperature == 0.0 {
+            return order[0];
+        }
+        if self.top_k > 0 {
+            order.truncate(self.top_k);
+        }
+        let highest = logits[order[0]];
+        let weights: Vec<f64> = order
+            .iter()
+            .map(|t| ((logits[*t] - highest) / self.temperature).exp())
+            .collect();
+        let stream = Stream::new(self.seed, Purpose::Generation, 0, 0);
+        let mut left = f64::from(stream.uniform(index)) * weights.iter().sum::<f64>();
+        for (token, weight) in order.iter().zip(&weights) {
+            left -= weight;
+            if left < 0.0 {
+                return *token;
+            }
+        }
+        order[0]
+    }
+}
+
+/// Writes `prompt` and `count` further tokens of a checkpoint's model to `out` as they come, or fewer
+/// where the model ends the text. The model sees the last `sequence_length` tokens.
+///
+/// # Errors
+/// When the checkpoint cannot be read, the prompt does not fit the vocabulary, or a logit is not
+/// finite.
+pub fn run(
+    found: &Checkpoint,
+    prompt: &str,
+    count: usize,
+    sampling: &Sampling,
+    out: &mut impl Write,
+) -> Result<()> {
+    sampling.validate()?;
+    let (model, state) = checkpoint::load_model(found)?;
+    let tokenizer = checkpoint::load_tokenizer(found, &state.config.data)?;
+    let config = model.config();
+    let mut tokens = start(&tokenizer, prompt)?;
+    if let Some(token) = tokens.iter().find(|t| **t as usize >= config.vocab_size) {
+        return Err(Error::invalid(
+            "--prompt",
+            format!(
+                "tokens below the model's vocabulary of {}",
+                config.vocab_size
+            ),
+            format!("token {token}"),
+            "use plain letters",
+        ));
+    }
+    let mut put = |text: &str| {
+        out.write_all(text.as_bytes())
+            .and_then(|()| out.flush())
+            .map_err(|e| Error::io("write", "the standard output", e))
+    };
+    let mut text = TextStream::new(&tokenizer);
+    // What the prompt was given with is shown as it is.
+    put(prompt)?;
+    text.push(&tokens)?;
+    for index in 0..count {
+        let from = tokens.len().saturating_sub(config.sequence_length);
+        let logits = model.next_token_logits(&tokens[from..], 1)?;
+        if !logits.iter().all(|z| z.is_finite()) {
+            return Err(Error::NonFinite {
+                what: format!("a logit of token {index}"),
+                help: "the model diverged: use an earlier checkpoint".into(),
+            });
+        }
+        // A model may have more tokens than its tokenizer: training never saw them.
+        let known = logits.len().min(tokenizer.vocab_size());
+        let token = sampling.draw(&logits[..known], index as u64) as i32;
+        if Some(token) == tokenizer.eos() {
+            break;
+        }
+        tokens.push(token);
+        put(&text.push(&[token])?)?;
+    }
+    put(&(text.finish()? + "\n"))
+}
+
+/// The tokens of a prompt, after that of a text's beginning. Without a prompt the model begins as after
+/// the end of a document.
+fn start(tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<i32>> {
+    let mut tokens: Vec<i32> = tokenizer.bos().into_iter().collect();
+    tokens.extend(tokenizer.encode(prompt)?);
+    if tokens.is_empty() {
+        tokens.extend(tokenizer.eos());
+    }
+    if tokens.is_empty() {
+        tokens = tokenizer.encode(DOCUMENT_END)?;
+    }
+    Ok(tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sampling(temperature: f64, top_k: usize) -> Sampling {
+        Sampling {
+            temperature,
+            top_k,
+            seed: 7,
+        }
+    }
+
+    #[test]
+    fn temperature_zero_takes_the_likeliest_token() {
+        assert_eq!(sampling(0.0, 0).draw(&[0.0, 2.0, 2.0, 1.0], 5), 1);
+    }
+
+    #[test]
+    fn draws_follow_the_softmax_of_the_logits() {
+        let logits = [1f64.ln(), 2f64.ln(), 5f64.ln()];
+        let n = 40_000;
+        let mut counts = [0; 3];
+        (0..n).for_each(|i| counts[sampling(1.0, 0).draw(&logits, i)] += 1);
+        for (count, p) in counts.iter().zip([0.125, 0.25, 0.625]) {
+            let share = f64::from(*count) / n as f64;
+            assert!((share - p).abs() < 0.013, "{share} is not {p}");
+        }
+        // At half the temperature the odds are squared: 1 : 4 : 25.
+        let mut last = 0;
+        (0..n).for_each(|i| last += u64::from(sampling(0.5, 0).draw(&logits, i) == 2));
+        assert!((last as f64 / n as f64 - 25.0 / 30.0).abs() < 0.01);
+    }
+
+    #[test]
+    fn top_k_leaves_out_the_rest() {
+        let logits = [0.0, 0.1, 0.2, 0.3];
+        let drawn: std::collections::BTreeSet<usize> = (0..200)
+            .map(|i| sampling(1.0, 2).draw(&logits, i))
+            .collect();
+        assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [2, 3]);
+    }
+
+    #[test]
+    fn an_impossible_temperature_is_refused() {
+        for t in [-1.0, f64::NAN, f64::INFINITY] {
+            assert!(sampling(t, 0).validate().is_err());
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! What is done with models beside training them: evaluation, analyses, ablations, generation, plans, exchange.
+
+pub mod ablate;
+pub mod analyze;
+pub mod eval;
+pub mod exchange;
+pub mod export;
+pub mod generate;
+pub mod plan;
+pub mod tasks;

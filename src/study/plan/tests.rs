@@ -1,0 +1,141 @@
+use super::*;
+use crate::config::Layers;
+use crate::model::Model;
+use crate::model::batch::Sequences;
+use crate::routers;
+use crate::routers::Pass;
+use crate::tape::Tape;
+use std::collections::HashMap;
+
+fn config(preset: &str, sets: &[&str]) -> Config {
+    let mut layers = Layers::preset(preset);
+    layers.set = sets.iter().map(|s| s.to_string()).collect();
+    Config::load(&layers, &routers::resolve).unwrap()
+}
+
+/// Bytes of activations that the tape keeps of one pass, a shared tensor once; parameters left out.
+fn kept_on_the_tape(config: &Config) -> u64 {
+    let model = Model::new(config).unwrap();
+    let tokens = config.model.sequence_length * config.train.micro_batch;
+    let ids: Vec<i32> = (0..tokens + config.train.micro_batch)
+        .map(|i| (i * i % 251) as i32)
+        .collect();
+    let (tape, weights) = (Tape::new(), model.weights());
+    let pass = Pass::single(crate::routers::Phase::Train);
+    let _losses = model
+        .loss(
+            &tape,
+            &weights,
+            Sequences::new(&ids, config.train.micro_batch),
+            pass,
+        )
+        .unwrap();
+    let parameters: Vec<*const u8> = weights
+        .iter()
+        .map(|w| w.tensor().bytes().as_ptr())
+        .collect();
+    let kept = tape
+        .kept()
+        .into_iter()
+        .map(|(_, t)| (t.bytes().as_ptr(), t));
+    let unique: HashMap<*const u8, _> = kept.filter(|(p, _)| !parameters.contains(p)).collect();
+    unique.values().map(|t| t.bytes().len() as u64).sum()
+}
+
+#[test]
+fn what_a_layer_keeps_is_what_the_tape_keeps() {
+    let micro = [
+        "model.hidden=64",
+        "model.layers=3",
+        "model.heads=4",
+        "model.kv_heads=2",
+        "model.num_experts=4",
+        "model.top_k=2",
+        "model.sequence_length=32",
+        "train.micro_batch=2",
+        "train.sequences_per_step=2",
+        "train.dtype=\"f64\"",
+    ];
+    let cases: [&[&str]; 9] = [
+        &["router.name=topk"],
+        &["router.name=topk", "router.renormalize=true"],
+        &["router.name=topk", "balance.z_coefficient=0.001"],
+        &[
+            "router.name=topk",
+            "model.qk_norm=\"head\"",
+            "model.norm=\"layernorm\"",
+        ],
+        &[
+            "router.name=topk",
+            "model.shared_expert_width=24",
+            "model.dense_layers=[]",
+        ],
+        &["router.name=default"],
+        &["router.name=dense"],
+        &["router.name=densemixer"],
+        &["router.name=lossfree"],
+    ];
+    for case in cases {
+        let config = config("tiny", &[&micro, case].concat());
+        let m = &config.model;
+        let tokens = (m.sequence_length * config.train.micro_batch) as u64;
+        let layers: u64 = (0..m.layers)
+            .flat_map(|l| kept(&config, l, Target::Cpu))
+            .sum();
+        let ends = 2 * m.hidden as u64;
+        let head = (m.vocab_size * m.hidden) as u64;
+        let planned = 8 * (tokens * (layers + ends) + head);
+        assert_eq!(planned, kept_on_the_tape(&config), "{case:?}");
+    }
+}
+
+#[test]
+fn recomputed_layers_keep_their_input_alone() {
+    let kept = config("tiny", &["router.name=topk"]);
+    let again = config("tiny", &["router.name=topk", "train.recompute=true"]);
+    let [kept, again] = [kept, again].map(|c| Memory::of(&c, Target::Cpu));
+    assert!(again.activations < kept.activations / 5);
+    assert!(again.workspace > kept.workspace);
+    assert_eq!(again.weights, kept.weights);
+}
+
+#[test]
+fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
+    let big = config(
+        "7.33b",
+        &[
+            "router.name=topk",
+            "train.micro_batch=8",
+            "train.sequences_per_step=64",
+        ],
+    );
+    let found = plan(&big, Target::H200, 1);
+    let text = found.table();
+    assert!(
+        text.contains("7.330 G") && text.contains("9.581 G"),
+        "{text}"
+    );
+    // METHOD: 51,610 tokens/s at half of the peak.
+    assert!((found.tokens_per_second - 51_610.0).abs() < 10.0);
+    // 16 bytes a parameter, and the router has no state.
+    let m = found.memory;
+    assert_eq!(
+        m.weights + m.gradients + m.optimizer,
+        16 * found.total_parameters
+    );
+    let mut wide = big.clone();
+    wide.train.micro_batch = 64;
+    let found = plan(&wide, Target::H200, 1);
+    assert!(!found.fits());
+    assert!(
+        found.table().contains("what fits: train.micro_batch="),
+        "{}",
+        found.table()
+    );
+    // The router that runs every expert pays for it.
+    let dense = config("tiny", &["router.name=dense"]);
+    let topk = config("tiny", &["router.name=topk"]);
+    let [dense, topk] = [dense, topk].map(|c| plan(&c, Target::Cpu, 2));
+    assert!(dense.flops_per_token > 2 * topk.flops_per_token);
+    assert!(dense.memory.activations > 3 * topk.memory.activations);
+}

@@ -1,0 +1,101 @@
+//! Tools of the CPU device: parallel loops over fixed blocks, vector dispatch, matrix products.
+//!
+//! Work is cut into blocks whose bounds depend on shapes alone, each block runs on one thread, and
+//! partial results are added in block order: the bytes do not depend on the number of threads.
+
+mod inner;
+mod matmul;
+mod scratch;
+pub mod vector;
+
+pub use inner::matmul_over_inner;
+pub use matmul::{Accumulate, Mat, MatMut, gemm, matmul};
+pub use scratch::Scratch;
+
+use rayon::prelude::*;
+
+/// Runs `f` compiled for the widest vector instructions of this machine. Whatever `f` calls must be
+/// inlined into it to profit.
+#[inline(always)]
+pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// Rows of a block when `rows` rows are shared out: about sixteen blocks, of 32 to 256 rows.
+pub fn block_rows(rows: usize) -> usize {
+    rows.div_ceil(16).next_multiple_of(8).clamp(32, 256)
+}
+
+/// Cuts `0..n` into blocks of `block` and runs `f(block index, range)` on all of them in parallel;
+/// the results come in block order.
+pub fn blocks<R: Send>(
+    n: usize,
+    block: usize,
+    f: impl Fn(usize, std::ops::Range<usize>) -> R + Sync,
+) -> Vec<R> {
+    (0..n.div_ceil(block))
+        .into_par_iter()
+        .map(|i| f(i, i * block..(i * block + block).min(n)))
+        .collect()
+}
+
+/// Runs `f(first row, rows)` in parallel over blocks of rows of `out`, a matrix of `width` columns;
+/// the results come in block order.
+pub fn each_row_block<T: Send, R: Send>(
+    out: &mut [T],
+    width: usize,
+    f: impl Fn(usize, &mut [T]) -> R + Sync,
+) -> Vec<R> {
+    if out.is_empty() {
+        return vec![];
+    }
+    let block = block_rows(out.len() / width);
+    out.par_chunks_mut(block * width)
+        .enumerate()
+        .map(|(i, rows)| f(i * block, rows))
+        .collect()
+}
+
+/// Adds `terms` to `sum`, element by element.
+pub fn add_assign<T: crate::tensor::dtype::Real>(sum: &mut [T], terms: &[T]) {
+    assert_eq!(sum.len(), terms.len());
+    const BLOCK: usize = 1 << 14;
+    sum.par_chunks_mut(BLOCK)
+        .zip(terms.par_chunks(BLOCK))
+        .for_each(|(sum, terms)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (s, &t) in sum.iter_mut().zip(terms) {
+                        *s += t;
+                    }
+                },
+            );
+        });
+}
+
+/// Writes the sum of `partials`, taken in order, to `out`; the sum of none is 0.
+pub fn write_sum<T: crate::tensor::dtype::Real>(
+    out: &mut [T],
+    accumulate: Accumulate,
+    partials: Vec<Vec<T>>,
+) {
+    if accumulate == Accumulate::Assign {
+        out.fill(T::zero());
+    }
+    for (o, s) in out.iter_mut().zip(sum_in_order(partials)) {
+        *o += s;
+    }
+}
+
+/// Adds partial sums of equal length into the first, in order.
+pub fn sum_in_order<T: crate::tensor::dtype::Real>(partials: Vec<Vec<T>>) -> Vec<T> {
+    let mut partials = partials.into_iter();
+    let mut sum = partials.next().unwrap_or_default();
+    for p in partials {
+        for (s, t) in sum.iter_mut().zip(p) {
+            *s += t;
+        }
+    }
+    sum
+}

@@ -1,0 +1,85 @@
+//! Products with a long inner extent: gradients of weights, summed over all tokens.
+
+use super::{Accumulate, Mat, MatMut, Scratch, gemm, matmul};
+use crate::tensor::dtype::Real;
+use rayon::prelude::*;
+
+/// Blocks that the inner extent is cut into, at most …
+const BLOCKS: usize = 8;
+/// … and the shortest block worth a product of its own.
+const SHORTEST: usize = 256;
+/// Larger destinations have rows enough to share out, and would need too much memory.
+const LARGEST: usize = 1 << 19;
+
+/// `c = a · b` or `c += a · b` with `c` contiguous `[a.rows, b.cols]`, in parallel over fixed blocks
+/// of the inner extent, whose products are added in order.
+///
+/// Cutting a weight's few rows into blocks, as [`matmul`] does, makes products of 32 rows that pack
+/// all of `b` for each: 53 against 78 GFLOP/s on one core for a weight of 384 x 128.
+pub fn matmul_over_inner<T: Real>(c: &mut [T], accumulate: Accumulate, a: Mat<T>, b: Mat<T>) {
+    let (inner, size) = (b.row_count(), c.len());
+    let block = inner.div_ceil(BLOCKS).next_multiple_of(8).max(SHORTEST);
+    if size == 0 || size > LARGEST || inner <= block {
+        return matmul(c, accumulate, a, b);
+    }
+    let (rows, cols) = (a.row_count(), size / a.row_count());
+    let mut partials = Scratch::<T>::new(inner.div_ceil(block) * size);
+    partials
+        .par_chunks_mut(size)
+        .enumerate()
+        .for_each(|(i, partial)| {
+            let length = block.min(inner - i * block);
+            gemm(
+                MatMut::new(partial, rows, cols),
+                Accumulate::Assign,
+                a.t().rows(i * block, length).t(),
+                b.rows(i * block, length),
+            );
+        });
+    const PIECE: usize = 1 << 12;
+    c.par_chunks_mut(PIECE).enumerate().for_each(|(i, c)| {
+        if accumulate == Accumulate::Assign {
+            c.fill(T::zero());
+        }
+        for partial in partials.chunks_exact(size) {
+            super::vectorized(
+                #[inline(always)]
+                || {
+                    for (c, &p) in c.iter_mut().zip(&partial[i * PIECE..]) {
+                        *c += p;
+                    }
+                },
+            );
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_of_the_inner_extent_add_up_to_the_whole_product() {
+        // Small integers: every sum is exact.
+        for inner in [0, 3, SHORTEST, SHORTEST + 1, BLOCKS * SHORTEST + 77] {
+            let (rows, cols) = (5, 3);
+            let number = |i: usize| (i * 7 % 11) as f64 - 5.0;
+            let a: Vec<f64> = (0..inner * rows).map(number).collect();
+            let b: Vec<f64> = (0..inner * cols).map(|i| number(i + 4)).collect();
+            for accumulate in [Accumulate::Assign, Accumulate::Add] {
+                let mut c = vec![100.0; rows * cols];
+                let at = Mat::new(&a, inner, rows).t();
+                matmul_over_inner(&mut c, accumulate, at, Mat::new(&b, inner, cols));
+                for (i, found) in c.iter().enumerate() {
+                    let of = |k: usize| a[k * rows + i / cols] * b[k * cols + i % cols];
+                    let kept = if accumulate == Accumulate::Add {
+                        100.0
+                    } else {
+                        0.0
+                    };
+                    assert_eq!(*found, kept + (0..inner).map(of).sum::<f64>());
+                }
+            }
+        }
+    }
+}

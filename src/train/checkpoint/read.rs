@@ -1,0 +1,163 @@
+//! The arrays of a checkpoint, taken out by name from one file or several.
+//!
+//! One file at a time is in memory: arrays are taken in the order in which they were written, so that each file is read once.
+
+use super::shards::{Index, index, single};
+use super::{Checkpoint, damaged};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
+use crate::tensor::shape::Shape;
+use safetensors::tensor::{Dtype, SafeTensors};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+/// The arrays of one kind. Each is taken once; [`finish`](Arrays::finish) names those left over.
+pub struct Arrays<'a> {
+    checkpoint: &'a Checkpoint,
+    /// The file to name where an array is missing: the only one, or the index.
+    path: PathBuf,
+    /// The file of each array that was not taken yet.
+    left: BTreeMap<String, String>,
+    /// The file in memory.
+    open: Option<Shard>,
+}
+
+struct Shard {
+    name: String,
+    bytes: Vec<u8>,
+    arrays: BTreeMap<String, Stored>,
+}
+
+struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    range: Range<usize>,
+}
+
+impl<'a> Arrays<'a> {
+    /// Those whose files' names begin with `stem`.
+    pub(super) fn open(checkpoint: &'a Checkpoint, stem: &str) -> Result<Self> {
+        let (only, index) = (single(stem), index(stem));
+        if !checkpoint.has(&index) {
+            let shard = Shard::read(checkpoint, &only)?;
+            let left = shard.arrays.keys().map(|a| (a.clone(), only.clone()));
+            return Ok(Arrays {
+                checkpoint,
+                path: checkpoint.path().join(&only),
+                left: left.collect(),
+                open: Some(shard),
+            });
+        }
+        let path = checkpoint.path().join(&index);
+        let read: Index = serde_json::from_slice(&checkpoint.bytes(&index)?)
+            .map_err(|e| damaged(&path, e.to_string()))?;
+        Ok(Arrays {
+            checkpoint,
+            path,
+            left: read.weight_map,
+            open: None,
+        })
+    }
+
+    /// Takes out the array `name`, which must have this element type and shape.
+    ///
+    /// # Errors
+    /// When there is none, it is another one, or its file is missing or damaged.
+    pub fn take(&mut self, name: &str, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
+        let shape = shape.into();
+        let expected = format!("tensor `{name}` of {dtype} {shape}");
+        let Some(file) = self.left.remove(name) else {
+            return Err(foreign(&self.path, expected, "none of that name".into()));
+        };
+        let shard = match self.open.take().filter(|shard| shard.name == file) {
+            Some(shard) => shard,
+            None => Shard::read(self.checkpoint, &file)?,
+        };
+        let tensor = shard.tensor(name, dtype, shape);
+        let path = || self.checkpoint.path().join(&file);
+        let tensor = tensor.map_err(|got| foreign(&path(), expected, got));
+        self.open = Some(shard);
+        tensor
+    }
+
+    /// Refuses arrays that nothing took.
+    ///
+    /// # Errors
+    /// When there are some.
+    pub fn finish(self) -> Result<()> {
+        match self.left.keys().next() {
+            None => Ok(()),
+            Some(name) => {
+                let expected = "only the tensors of this model".into();
+                Err(foreign(&self.path, expected, format!("tensor `{name}`")))
+            }
+        }
+    }
+}
+
+impl Shard {
+    /// Reads a file, which is as it was written, to the byte.
+    fn read(checkpoint: &Checkpoint, name: &str) -> Result<Self> {
+        let bytes = checkpoint.bytes(name)?;
+        let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| {
+            Error::file(
+                checkpoint.path().join(name),
+                "a safetensors file",
+                e.to_string(),
+                "use another checkpoint",
+            )
+        })?;
+        // The data begin after eight bytes of header length and the header.
+        let start = 8 + header;
+        let stored = |(name, info): (String, &safetensors::tensor::TensorInfo)| {
+            let (from, to) = info.data_offsets;
+            let stored = Stored {
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                range: start + from..start + to,
+            };
+            (name, stored)
+        };
+        let arrays = metadata.tensors().into_iter().map(stored).collect();
+        Ok(Shard {
+            name: name.into(),
+            bytes,
+            arrays,
+        })
+    }
+
+    /// An array of this element type and shape, or what there is instead.
+    fn tensor(&self, name: &str, dtype: DType, shape: Shape) -> Result<Tensor, String> {
+        let Some(stored) = self.arrays.get(name) else {
+            return Err("none of that name".into());
+        };
+        let found = match stored.dtype {
+            Dtype::F64 => Some(DType::F64),
+            Dtype::F32 => Some(DType::F32),
+            Dtype::BF16 => Some(DType::Bf16),
+            Dtype::I16 => Some(DType::I16),
+            Dtype::I32 => Some(DType::I32),
+            _ => None,
+        };
+        if found != Some(dtype) || stored.shape != *shape {
+            let found = found.map_or(format!("{:?}", stored.dtype), |d| d.to_string());
+            return Err(format!("{found} {:?}", stored.shape));
+        }
+        let mut tensor = Tensor::unspecified(Device::Cpu, dtype, shape);
+        let bytes = &self.bytes[stored.range.clone()];
+        tensor.bytes_mut().copy_from_slice(bytes);
+        Ok(tensor)
+    }
+}
+
+fn foreign(path: &Path, expected: String, got: String) -> Error {
+    Error::file(
+        path,
+        expected,
+        got,
+        "the checkpoint is of another model or program: use one that fits",
+    )
+}

@@ -1,0 +1,258 @@
+//! A model and its training as the arrays of a checkpoint, and back.
+//!
+//! Weights have Hugging Face's names (the parts of a [`Parameter`](crate::model::Parameter)), a
+//! router's state stands behind its layer's prefix, as in `model.layers.1.mlp.default_vectors`, and
+//! the optimizer's moments carry the name of their parameter.
+
+use super::arrays::Content;
+use super::{Array, Arrays, Checkpoint, Snapshot, newest};
+use crate::config::{Config, DataConfig, ModelFile};
+use crate::data::Tokenizer;
+use crate::data::tokenizer::{BYTES, TOKENIZER_FILE};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::tensor::Tensor;
+use crate::train::optimizer::Moments;
+use crate::train::step::Trainer;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// `trainer.json`: where the run stood, and all it was told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TrainerState {
+    /// Steps done, those left out included; the data cursor is this times the global batch.
+    pub step: u64,
+    /// Updates made by the optimizer.
+    pub optimizer_steps: u64,
+    /// Steps left out in a row, up to this one.
+    pub skipped_in_a_row: u64,
+    /// Digest of the text.
+    pub data: String,
+    pub config: Config,
+}
+
+/// Everything to save of a run.
+pub fn snapshot<'a>(
+    model: &'a Model,
+    trainer: &'a Trainer,
+    state: &TrainerState,
+) -> Result<Snapshot<'a>> {
+    let config = &state.config;
+    let mut arrays = Vec::new();
+    for parameter in &model.parameters {
+        let mut from = 0;
+        for part in &parameter.parts {
+            let to = from + part.shape.elements();
+            arrays.push(Array {
+                name: part.name.clone(),
+                shape: part.shape,
+                dtype: parameter.value.dtype(),
+                content: Content::Weight(&parameter.value, from..to),
+            });
+            from = to;
+        }
+    }
+    let layers = config.model.moe_layers();
+    for (layer, state) in layers.iter().zip(model.layer_states().iter()) {
+        for (name, tensor) in state.tensors() {
+            arrays.push(Array::copied(router_state(*layer, name), tensor));
+        }
+    }
+    let mut moments = Vec::new();
+    for (parameter, m) in model.parameters.iter().zip(trainer.optimizer.moments()) {
+        let [first, second] = moment_names(&parameter.name);
+        moments.push(Array::borrowed(first, &m.first));
+        moments.push(Array::borrowed(second, &m.second));
+    }
+    let file = ModelFile {
+        model: config.model.clone(),
+        router: config.router.clone(),
+    };
+    Ok(Snapshot {
+        step: state.step,
+        config: file.to_json()?,
+        model: arrays,
+        trainer: moments,
+        state: serde_json::to_value(state).map_err(|e| {
+            Error::invalid(
+                "trainer.json",
+                "values that JSON can hold",
+                e.to_string(),
+                "check the configuration",
+            )
+        })?,
+    })
+}
+
+/// The name of a router's state in a checkpoint.
+pub(crate) fn router_state(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.mlp.{name}")
+}
+
+fn moment_names(parameter: &str) -> [String; 2] {
+    [
+        format!("{parameter}.first_moment"),
+        format!("{parameter}.second_moment"),
+    ]
+}
+
+/// The checkpoint at `path`, or the newest whole one of the run there. Damaged newer ones are
+/// answered with.
+///
+/// # Errors
+/// When there is none.
+pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
+    let folder = path.join("checkpoints");
+    if !folder.is_dir() {
+        return Ok((Checkpoint::open(path)?, Vec::new()));
+    }
+    match newest(&folder)? {
+        (Some(checkpoint), damaged) => Ok((checkpoint, damaged)),
+        (None, mut damaged) => Err(damaged.pop().unwrap_or_else(|| {
+            Error::file(
+                &folder,
+                "a checkpoint",
+                "none",
+                "train longer, or choose another run",
+            )
+        })),
+    }
+}
+
+/// The tokenizer that the run of a checkpoint, configured so, reads text with: its `tokenizer.json`
+/// lies beside the checkpoint's files, in the run's folder or where the tokens came from.
+///
+/// # Errors
+/// When it lies nowhere, or is another one than the run's.
+pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<Tokenizer> {
+    if config.tokenizer == BYTES {
+        return Ok(Tokenizer::bytes());
+    }
+    let run = checkpoint.path().ancestors().nth(2);
+    let own = [Some(checkpoint.path()), run].into_iter().flatten();
+    let mut folders = own.chain(config.sources().map(Path::new));
+    let other = |folder: &Path, got: String| {
+        let expected = format!("the tokenizer of fingerprint {}", config.tokenizer);
+        let help = "put the tokenizer.json that the run was trained with there";
+        Error::file(folder.join(TOKENIZER_FILE), expected, got, help)
+    };
+    let holds = |folder: &&Path| folder.join(TOKENIZER_FILE).exists();
+    let Some(folder) = folders.find(holds) else {
+        let got = "none, nor one beside the checkpoint or the tokens".into();
+        return Err(other(run.unwrap_or(checkpoint.path()), got));
+    };
+    let found = Tokenizer::of_folder(folder)?;
+    match found.fingerprint() {
+        same if same == config.tokenizer => Ok(found),
+        another => Err(other(folder, format!("one of fingerprint {another}"))),
+    }
+}
+
+/// The model of a checkpoint, and what its run was told.
+///
+/// # Errors
+/// When a file is damaged, the tensors are of another model, or a weight is not finite.
+pub fn load_model(checkpoint: &Checkpoint) -> Result<(Model, TrainerState)> {
+    load_model_with(checkpoint, |_| ())
+}
+
+/// The same with its configuration changed in what a checkpoint does not fix: the device, or how
+/// the router evaluates.
+///
+/// # Errors
+/// As [`load_model`].
+pub fn load_model_with(
+    checkpoint: &Checkpoint,
+    change: impl FnOnce(&mut Config),
+) -> Result<(Model, TrainerState)> {
+    let path = checkpoint.path();
+    let foreign = |e: String| {
+        Error::file(
+            path,
+            "a checkpoint of this program",
+            e,
+            "use one that `train` wrote",
+        )
+    };
+    let mut state: TrainerState =
+        serde_json::from_value(checkpoint.state()?).map_err(|e| foreign(e.to_string()))?;
+    state.config.validate()?;
+    let file = ModelFile::from_json(&checkpoint.config()?)?;
+    if file.model != state.config.model || file.router != state.config.router {
+        return Err(foreign("config.json and trainer.json of two models".into()));
+    }
+    change(&mut state.config);
+    let mut model = Model::new(&state.config)?;
+    restore_model(&mut model, &state.config, checkpoint.model()?)?;
+    Ok((model, state))
+}
+
+fn restore_model(model: &mut Model, config: &Config, mut arrays: Arrays<'_>) -> Result<()> {
+    let dtype = model.dtype();
+    for parameter in &mut model.parameters {
+        let mut from = 0;
+        for part in &parameter.parts {
+            let tensor = arrays.take(&part.name, dtype, part.shape)?;
+            finite(&part.name, &tensor)?;
+            let bytes = tensor.bytes();
+            let to = from + bytes.len();
+            parameter
+                .value
+                .change(|value| value.bytes_mut()[from..to].copy_from_slice(bytes));
+            from = to;
+        }
+    }
+    let layers = config.model.moe_layers();
+    for (layer, state) in layers.iter().zip(model.layer_states_mut().iter_mut()) {
+        let names: Vec<_> = state
+            .tensors()
+            .map(|(name, t)| (name, t.dtype(), t.shape()))
+            .collect();
+        for (name, dtype, shape) in names {
+            let full = router_state(*layer, name);
+            let tensor = arrays.take(&full, dtype, shape)?;
+            finite(&full, &tensor)?;
+            state.restore(name, tensor)?;
+        }
+    }
+    arrays.finish()
+}
+
+fn finite(name: &str, tensor: &Tensor) -> Result<()> {
+    if tensor.to_f64()?.iter().all(|x| x.is_finite()) {
+        return Ok(());
+    }
+    Err(Error::NonFinite {
+        what: format!("tensor `{name}` of the checkpoint"),
+        help: "use an earlier checkpoint".into(),
+    })
+}
+
+/// Gives `trainer` the optimizer of a checkpoint.
+///
+/// # Errors
+/// As [`load_model`].
+pub fn load_trainer(
+    checkpoint: &Checkpoint,
+    state: &TrainerState,
+    model: &Model,
+    trainer: &mut Trainer,
+) -> Result<()> {
+    let mut arrays = checkpoint.trainer()?;
+    let own = trainer.optimizer.moments().iter();
+    let moments = model
+        .parameters
+        .iter()
+        .zip(own)
+        .map(|(p, own)| {
+            let [first, second] = moment_names(&p.name);
+            let (dtype, shape) = (own.first.dtype(), p.value.shape());
+            Ok(Moments {
+                first: arrays.take(&first, dtype, shape)?,
+                second: arrays.take(&second, dtype, shape)?,
+            })
+        })
+        .collect::<Result<_>>()?;
+    arrays.finish()?;
+    trainer.optimizer.restore(state.optimizer_steps, moments)
+}

@@ -1,0 +1,309 @@
+//! What checkpoints promise, short of killing the process (see `tests/`).
+
+use super::*;
+use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
+use serde_json::json;
+
+/// A snapshot whose content follows from its step.
+fn snapshot(step: u64) -> Snapshot<'static> {
+    let values: Vec<f32> = (0..6).map(|i| i as f32 + step as f32).collect();
+    Snapshot {
+        step,
+        config: json!({ "hidden_size": 2 }),
+        model: vec![
+            Array::copied("norm.weight", &Tensor::from_slice([2, 3], &values)),
+            Array::copied("ids", &Tensor::from_slice([2], &[step as i32, -1])),
+        ],
+        trainer: vec![Array::copied(
+            "exact",
+            &Tensor::scalar(std::f64::consts::PI),
+        )],
+        state: json!({ "step": step }),
+    }
+}
+
+fn folders(folder: &Path) -> Vec<String> {
+    let mut names = names(folder).unwrap();
+    names.sort();
+    names
+}
+
+#[test]
+fn what_was_saved_comes_back_bit_for_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("runs/a/checkpoints");
+    let path = save(&folder, &snapshot(7), 2, SHARD_BYTES).unwrap();
+    assert_eq!(path, folder.join("step-7"));
+    let (found, damaged) = newest(&folder).unwrap();
+    let checkpoint = found.unwrap();
+    assert!(damaged.is_empty());
+    assert_eq!((checkpoint.step(), checkpoint.path()), (7, path.as_path()));
+    assert_eq!(checkpoint.config().unwrap(), json!({ "hidden_size": 2 }));
+    assert_eq!(checkpoint.state().unwrap(), json!({ "step": 7 }));
+    let mut model = checkpoint.model().unwrap();
+    let weights = model.take("norm.weight", DType::F32, [2, 3]).unwrap();
+    assert_eq!(weights.slice::<f32>(), [7.0, 8.0, 9.0, 10.0, 11.0, 12.0]);
+    let ids = model.take("ids", DType::I32, [2]).unwrap();
+    assert_eq!(ids.slice::<i32>(), [7, -1]);
+    model.finish().unwrap();
+    let mut trainer = checkpoint.trainer().unwrap();
+    let exact = trainer.take("exact", DType::F64, []).unwrap();
+    assert_eq!(exact.item().unwrap(), std::f64::consts::PI);
+}
+
+#[test]
+fn only_the_newest_are_kept_and_leftovers_go() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::create_dir(dir.path().join(".unfinished-step-3")).unwrap();
+    fs::write(
+        dir.path().join(".unfinished-step-3/model.safetensors"),
+        "half",
+    )
+    .unwrap();
+    for step in [2, 9, 10, 11] {
+        save(dir.path(), &snapshot(step), 2, SHARD_BYTES).unwrap();
+    }
+    assert_eq!(folders(dir.path()), ["step-10", "step-11"]);
+    save(dir.path(), &snapshot(12), 1, SHARD_BYTES).unwrap();
+    assert_eq!(folders(dir.path()), ["step-12"]);
+}
+
+#[test]
+fn the_newest_whole_checkpoint_wins_and_damaged_ones_are_named() {
+    for (file, fault) in [
+        (CONFIG, "digest"),
+        ("model.safetensors", "digest"),
+        ("trainer.safetensors", "digest"),
+        (STATE, "digest"),
+        ("model.safetensors", "cut"),
+        (MANIFEST, "cut"),
+        ("model.safetensors", "gone"),
+        (MANIFEST, "gone"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &snapshot(1), 3, SHARD_BYTES).unwrap();
+        save(dir.path(), &snapshot(2), 3, SHARD_BYTES).unwrap();
+        let path = dir.path().join("step-2").join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        match fault {
+            "digest" => {
+                *bytes.last_mut().unwrap() ^= 1;
+                fs::write(&path, bytes).unwrap();
+            }
+            "cut" => fs::write(&path, &bytes[..bytes.len() / 2]).unwrap(),
+            _ => fs::remove_file(&path).unwrap(),
+        }
+        let (found, damaged) = newest(dir.path()).unwrap();
+        assert_eq!(found.unwrap().step(), 1, "{file} {fault}");
+        assert_eq!(damaged.len(), 1);
+        let e = damaged[0].to_string();
+        assert!(e.contains("step-2") && e.contains(file), "{e}");
+        // Training passes step 2 again: the damaged folder makes way.
+        save(dir.path(), &snapshot(2), 3, SHARD_BYTES).unwrap();
+        assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 2);
+        assert_eq!(folders(dir.path()), ["step-1", "step-2"]);
+    }
+}
+
+#[test]
+fn a_whole_checkpoint_is_never_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = save(dir.path(), &snapshot(5), 2, SHARD_BYTES).unwrap();
+    let before = fs::metadata(path.join("model.safetensors"))
+        .unwrap()
+        .modified()
+        .unwrap();
+    save(dir.path(), &snapshot(5), 2, SHARD_BYTES).unwrap();
+    let after = fs::metadata(path.join("model.safetensors"))
+        .unwrap()
+        .modified()
+        .unwrap();
+    assert_eq!(before, after);
+}
+
+#[test]
+fn a_damaged_newer_checkpoint_does_not_cost_the_one_just_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), &snapshot(10), 1, SHARD_BYTES).unwrap();
+    fs::remove_file(dir.path().join("step-10").join("model.safetensors")).unwrap();
+    save(dir.path(), &snapshot(4), 1, SHARD_BYTES).unwrap();
+    assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 4);
+}
+
+#[test]
+fn a_foreign_checkpoint_names_the_tensor() {
+    let dir = tempfile::tempdir().unwrap();
+    save(dir.path(), &snapshot(1), 1, SHARD_BYTES).unwrap();
+    let checkpoint = newest(dir.path()).unwrap().0.unwrap();
+    let take = |name: &str, shape: &[usize]| {
+        let taken = checkpoint.model().unwrap().take(name, DType::F32, shape);
+        taken.unwrap_err().to_string()
+    };
+    let e = take("lm_head.weight", &[4]);
+    assert!(
+        e.contains("`lm_head.weight`") && e.contains("none of that name"),
+        "{e}"
+    );
+    let e = take("norm.weight", &[3, 2]);
+    assert!(e.contains("f32 [3, 2]") && e.contains("f32 [2, 3]"), "{e}");
+    let e = take("ids", &[2]);
+    assert!(e.contains("i32 [2]"), "{e}");
+    let e = checkpoint
+        .model()
+        .unwrap()
+        .finish()
+        .unwrap_err()
+        .to_string();
+    assert!(e.contains("`ids`"), "{e}");
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let e = save(&file.join("checkpoints"), &snapshot(1), 1, SHARD_BYTES).unwrap_err();
+    assert!(e.to_string().starts_with("cannot create"), "{e}");
+    let e = Checkpoint::open(dir.path()).err().unwrap().to_string();
+    assert!(e.contains("manifest.json"), "{e}");
+    let e = Checkpoint::open(&dir.path().join("none"))
+        .err()
+        .unwrap()
+        .to_string();
+    assert!(e.contains("check the path"), "{e}");
+    assert!(newest(&dir.path().join("none")).unwrap().0.is_none());
+}
+
+#[test]
+fn the_same_snapshot_gives_the_same_bytes() {
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    for dir in &dirs {
+        save(dir.path(), &snapshot(3), 1, SHARD_BYTES).unwrap();
+    }
+    for file in [
+        CONFIG,
+        "model.safetensors",
+        "trainer.safetensors",
+        STATE,
+        MANIFEST,
+    ] {
+        let [a, b] =
+            [&dirs[0], &dirs[1]].map(|d| fs::read(d.path().join("step-3").join(file)).unwrap());
+        assert_eq!(a, b, "{file}");
+    }
+}
+
+#[test]
+fn a_manifest_without_a_digest_of_its_own_is_read_as_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = save(dir.path(), &snapshot(3), 1, SHARD_BYTES)
+        .unwrap()
+        .join(MANIFEST);
+    let mut manifest: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    assert!(manifest.as_object_mut().unwrap().remove("blake3").is_some());
+    fs::write(&path, manifest.to_string()).unwrap();
+    assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 3);
+}
+
+#[test]
+fn another_number_in_the_manifest_is_noticed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = save(dir.path(), &snapshot(3), 1, SHARD_BYTES)
+        .unwrap()
+        .join(MANIFEST);
+    let text = fs::read_to_string(&path).unwrap();
+    for other in [text.replace("\"step\": 3", "\"step\": 7"), text + " "] {
+        fs::write(&path, other).unwrap();
+        let (found, damaged) = newest(dir.path()).unwrap();
+        assert!(found.is_none() && damaged.len() == 1);
+    }
+}
+
+/// Files of the sharded [`snapshot`]: an array each.
+const SHARDS: [&str; 2] = [
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+];
+
+#[test]
+fn a_sharded_checkpoint_holds_what_a_whole_one_does() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = save(dir.path(), &snapshot(7), 2, 10).unwrap();
+    assert_eq!(
+        folders(&path),
+        [
+            CONFIG,
+            MANIFEST,
+            SHARDS[0],
+            SHARDS[1],
+            "model.safetensors.index.json",
+            STATE,
+            "trainer.safetensors",
+        ]
+    );
+    let checkpoint = newest(dir.path()).unwrap().0.unwrap();
+    // In any order.
+    let mut model = checkpoint.model().unwrap();
+    let ids = model.take("ids", DType::I32, [2]).unwrap();
+    assert_eq!(ids.slice::<i32>(), [7, -1]);
+    let weights = model.take("norm.weight", DType::F32, [2, 3]).unwrap();
+    assert_eq!(weights.slice::<f32>(), [7.0, 8.0, 9.0, 10.0, 11.0, 12.0]);
+    let e = model.take("ids", DType::I32, [2]).unwrap_err().to_string();
+    assert!(
+        e.contains("index.json") && e.contains("none of that name"),
+        "{e}"
+    );
+    model.finish().unwrap();
+    let mut model = checkpoint.model().unwrap();
+    let e = model.take("ids", DType::F32, [2]).unwrap_err().to_string();
+    assert!(e.contains(SHARDS[1]) && e.contains("i32 [2]"), "{e}");
+    let e = model.finish().unwrap_err().to_string();
+    assert!(e.contains("`norm.weight`"), "{e}");
+}
+
+#[test]
+fn a_shard_that_is_gone_or_another_ones_is_refused() {
+    let index = "model.safetensors.index.json";
+    for (what, named) in [
+        ("gone", SHARDS[1]),
+        ("swapped", SHARDS[0]),
+        ("of another step", SHARDS[1]),
+        ("without index", index),
+        ("index of another", index),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        save(dir.path(), &snapshot(1), 3, 10).unwrap();
+        let path = save(dir.path(), &snapshot(2), 3, 10).unwrap();
+        let [a, b] = SHARDS.map(|s| path.join(s));
+        match what {
+            "gone" => fs::remove_file(&b).unwrap(),
+            "swapped" => {
+                fs::rename(&a, path.join("c")).unwrap();
+                fs::rename(&b, &a).unwrap();
+                fs::rename(path.join("c"), &b).unwrap();
+            }
+            "of another step" => {
+                fs::copy(dir.path().join("step-1").join(SHARDS[1]), &b).unwrap();
+            }
+            "without index" => fs::remove_file(path.join(index)).unwrap(),
+            _ => {
+                let text = fs::read_to_string(path.join(index)).unwrap();
+                fs::write(path.join(index), text.replace(SHARDS[0], SHARDS[1])).unwrap();
+            }
+        }
+        let (found, damaged) = newest(dir.path()).unwrap();
+        assert_eq!(found.unwrap().step(), 1, "{what}");
+        let e = damaged[0].to_string();
+        assert!(e.contains(named), "{what}: {e}");
+        // Without the search for the newest whole one, whoever reads notices too.
+        let read = |checkpoint: Checkpoint| -> Result<()> {
+            let mut model = checkpoint.model()?;
+            model.take("norm.weight", DType::F32, [2, 3])?;
+            model.take("ids", DType::I32, [2])?;
+            model.finish()
+        };
+        let e = Checkpoint::open(&path).and_then(read).unwrap_err();
+        assert!(e.to_string().contains(named), "{what}: {e}");
+    }
+}

@@ -1,0 +1,341 @@
+//! The end of an optimizer step on a device with kernels (`kernels/adamw.cu`, `kernels/step.cu`): the gradient's norm, the
+//! decision whether the step is accepted, the update of all parameters, and what the step changed beside them. The host
+//! launches all of it without waiting and reads the outcome when it is over.
+
+use super::AdamW;
+use crate::device::bindings::{
+    routegrad_parameter, routegrad_state, routegrad_step_outcome, routegrad_step_settings,
+};
+use crate::device::{Device, stream};
+use crate::dist::Collective;
+use crate::error::Result;
+use crate::launch;
+use crate::model::{Losses, Parameter, Places};
+use crate::routers::LayerState;
+use crate::tape::{Gradients, Var};
+use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
+use std::cell::RefCell;
+use std::ptr::{null, null_mut};
+
+pub use crate::device::bindings::routegrad_step_outcome as Outcome;
+pub use crate::device::bindings::routegrad_step_settings as Settings;
+
+/// Numbers of a block of a parameter, in `kernels/adamw.cu`.
+const BLOCK: usize = 8192;
+
+/// What an optimizer step needs in device memory, from the first step to the last.
+pub struct DeviceStep {
+    device: Device,
+    parameters: Table<routegrad_parameter>,
+    /// The parameter of each block, `[blocks]`, and a sum of squares of each.
+    block_parameter: Tensor,
+    parts: Tensor,
+    settings: Table<routegrad_step_settings>,
+    outcome: Tensor,
+    /// The updates that the outcome counts, as far as the host knows.
+    updates: u64,
+    /// Cross-entropy, auxiliary and z-loss of the step, `[3]` f64.
+    losses: Tensor,
+    states: Table<routegrad_state>,
+}
+
+impl DeviceStep {
+    /// For these parameters.
+    pub fn new(device: Device, parameters: &[Parameter]) -> Self {
+        let block_parameter: Vec<i32> = (0..)
+            .zip(parameters)
+            .flat_map(|(i, p)| std::iter::repeat_n(i, p.value.elements().div_ceil(BLOCK)))
+            .collect();
+        let blocks = block_parameter.len();
+        DeviceStep {
+            device,
+            parameters: Table::new(device),
+            block_parameter: Tensor::from_slice([blocks], &block_parameter).on(device),
+            parts: Tensor::unspecified(device, DType::F64, [blocks]),
+            settings: Table::new(device),
+            outcome: Tensor::zeros(
+                device,
+                DType::I32,
+                [size_of::<routegrad_step_outcome>() / 4],
+            ),
+            updates: 0,
+            losses: Tensor::unspecified(device, DType::F64, [3]),
+            states: Table::new(device),
+        }
+    }
+
+    /// Adds `share` times the losses of a micro-batch, the first of the step or a further one.
+    ///
+    /// # Errors
+    /// When a kernel fails.
+    pub fn add_losses(&mut self, losses: &Losses, share: f64, first: bool) -> Result<()> {
+        let term = |loss: Option<&Var>| loss.map_or(null(), |l| l.tensor().pointer::<f32>());
+        // SAFETY: three sums, and scalars.
+        unsafe {
+            launch!(
+                self.device.launchers()?,
+                losses_add(
+                    self.losses.pointer_mut(),
+                    term(Some(&losses.cross_entropy)),
+                    term(losses.auxiliary.as_ref()),
+                    term(losses.z.as_ref()),
+                    share,
+                    first.into(),
+                    stream(),
+                )
+            )
+        }
+    }
+
+    /// Makes losses and flags those of all ranks.
+    ///
+    /// # Errors
+    /// When a sum over ranks fails.
+    pub fn agree(&mut self, flags: Option<&RefCell<Tensor>>, dist: &dyn Collective) -> Result<()> {
+        self.losses.sum_over_ranks(dist)?;
+        let Some(flags) = flags else {
+            return Ok(());
+        };
+        let mut flags = flags.borrow_mut();
+        let flags = flags.slice_mut::<i32>();
+        let own: Vec<f64> = flags.iter().map(|&f| f64::from(f)).collect();
+        for rank in dist.gather(&own)?.chunks(own.len()) {
+            for (flag, other) in flags.chunks_mut(2).zip(rank.chunks(2)) {
+                flag[0] = flag[0].min(other[0] as i32);
+                flag[1] |= other[1] as i32;
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies to the device what [`update`](Self::update) will need, as far as it is known before the step. Answers whether
+    /// a parameter, moment or gradient lies elsewhere than in the last step.
+    ///
+    /// # Errors
+    /// When a gradient is not f32.
+    pub fn prepare(
+        &mut self,
+        optimizer: &mut AdamW,
+        parameters: &mut [Parameter],
+        gradients: &mut Gradients,
+        settings: Settings,
+    ) -> Result<bool> {
+        if self.updates != optimizer.steps {
+            // Training goes on from a checkpoint.
+            let outcome = Outcome {
+                updates: optimizer.steps,
+                ..Default::default()
+            };
+            self.outcome
+                .bytes_mut()
+                .copy_from_slice(bytes_of(&[outcome]));
+        }
+        self.settings.set(&[settings]);
+        // What the host has read goes to the kernels again.
+        for kept in [&mut self.outcome, &mut self.losses] {
+            kept.pointer_mut::<u8>();
+        }
+        let rows = rows(optimizer, parameters, gradients)?;
+        Ok(self.parameters.set(&rows))
+    }
+
+    /// The same of the layers' states, for [`commit`](Self::commit).
+    pub fn prepare_states(&mut self, states: &mut [LayerState]) -> bool {
+        self.states.set(&state_rows(states))
+    }
+
+    /// Decides on the step that was [prepared](Self::prepare), and updates the parameters if it is accepted.
+    ///
+    /// # Errors
+    /// When a gradient is not f32, or a kernel fails.
+    pub fn update(
+        &mut self,
+        optimizer: &mut AdamW,
+        parameters: &mut [Parameter],
+        gradients: &mut Gradients,
+        flags: Option<&RefCell<Tensor>>,
+    ) -> Result<()> {
+        let launchers = self.device.launchers()?;
+        self.parameters
+            .set(&rows(optimizer, parameters, gradients)?);
+        let flags = flags.map(RefCell::borrow);
+        let layers = flags.as_ref().map_or(0, |f| f.shape()[0]);
+        let blocks = self.block_parameter.elements() as i64;
+        // SAFETY: the tensors have the shapes that the headers of adamw.cu and step.cu name; the rows of the table point to
+        // tensors that live until the kernels have run.
+        unsafe {
+            launch!(
+                launchers,
+                square_sums(
+                    self.parts.pointer_mut(),
+                    self.parameters.pointer(),
+                    self.block_parameter.pointer(),
+                    blocks,
+                    stream(),
+                )
+            )?;
+            launch!(
+                launchers,
+                step_decide(
+                    self.outcome.pointer_mut(),
+                    self.settings.pointer(),
+                    self.losses.pointer(),
+                    flags.as_ref().map_or(null(), |f| f.pointer()),
+                    self.parts.pointer(),
+                    blocks,
+                    layers as i32,
+                    stream(),
+                )
+            )?;
+            launch!(
+                launchers,
+                adamw_update(
+                    self.parameters.pointer(),
+                    self.block_parameter.pointer(),
+                    self.outcome.pointer(),
+                    blocks,
+                    optimizer.bf16_moments.into(),
+                    stream(),
+                )
+            )
+        }
+    }
+
+    /// Commits what the layers' states hold pending, or forgets it where the step was refused.
+    ///
+    /// # Errors
+    /// When a kernel fails.
+    pub fn commit(&mut self, states: &mut [LayerState]) -> Result<()> {
+        let rows = state_rows(states);
+        let Some(most) = rows.iter().map(|row| row.words).max() else {
+            return Ok(());
+        };
+        self.states.set(&rows);
+        // SAFETY: the rows point to tensors of so many words that live until the kernel has run.
+        unsafe {
+            launch!(
+                self.device.launchers()?,
+                state_commit(
+                    self.states.pointer(),
+                    self.outcome.pointer(),
+                    rows.len() as i32,
+                    most,
+                    stream(),
+                )
+            )
+        }
+    }
+
+    /// What becomes of the step, in device memory.
+    pub fn outcome_in_place(&self) -> &Tensor {
+        &self.outcome
+    }
+
+    /// What became of a step, from a copy of its outcome; tells the optimizer.
+    pub fn outcome(&mut self, copy: &Tensor, optimizer: &mut AdamW) -> Outcome {
+        let bytes = copy.bytes();
+        assert_eq!(bytes.len(), size_of::<Outcome>());
+        // SAFETY: plain numbers, which may have any bits, and as many bytes.
+        let outcome: Outcome = unsafe { bytes.as_ptr().cast::<Outcome>().read_unaligned() };
+        self.updates = outcome.updates;
+        optimizer.steps = outcome.updates;
+        outcome
+    }
+}
+
+/// The table of the parameters with their moments and gradients.
+fn rows(
+    optimizer: &mut AdamW,
+    parameters: &mut [Parameter],
+    gradients: &mut Gradients,
+) -> Result<Vec<routegrad_parameter>> {
+    let mut first_block = 0;
+    let mut rows = Vec::with_capacity(parameters.len());
+    let moments = optimizer.moments.iter_mut();
+    for (i, (parameter, moments)) in parameters.iter_mut().zip(moments).enumerate() {
+        let gradient = gradients.get_mut(i);
+        if let Some(gradient) = &gradient {
+            gradient.expect_dtype("adamw", "gradient", DType::F32)?;
+            gradient.expect_shape("adamw", "gradient", parameter.value.shape())?;
+        }
+        let elements = parameter.value.elements();
+        let (whole, upper, lower) = match parameter.value.places() {
+            Places::Whole(value) => (value.pointer_mut(), null_mut(), null_mut()),
+            Places::Split([upper, lower]) => (null_mut(), upper.pointer_mut(), lower.pointer_mut()),
+        };
+        rows.push(routegrad_parameter {
+            whole,
+            upper,
+            lower,
+            first: moments.first.pointer_mut(),
+            second: moments.second.pointer_mut(),
+            gradient: gradient.map_or(null(), |g| g.pointer_mut::<f32>().cast_const()),
+            elements: elements as i64,
+            first_block,
+            decays: parameter.decays.into(),
+            reserved: 0,
+        });
+        first_block += elements.div_ceil(BLOCK) as i64;
+    }
+    Ok(rows)
+}
+
+/// The table of the states, committed and pending.
+fn state_rows(states: &mut [LayerState]) -> Vec<routegrad_state> {
+    let both = states.iter_mut().flat_map(LayerState::both);
+    both.map(|(committed, pending)| routegrad_state {
+        words: (committed.elements() * committed.dtype().size() / 4) as i64,
+        committed: committed.pointer_mut(),
+        pending: pending.pointer_mut(),
+    })
+    .collect()
+}
+
+/// Rows of plain numbers and addresses in device memory, copied there when they change.
+struct Table<R> {
+    tensor: Tensor,
+    rows: Vec<R>,
+}
+
+impl<R: Copy> Table<R> {
+    fn new(device: Device) -> Self {
+        Table {
+            tensor: Tensor::zeros(device, DType::I32, [0]),
+            rows: Vec::new(),
+        }
+    }
+
+    /// Takes rows, and answers whether they are others than before.
+    fn set(&mut self, rows: &[R]) -> bool {
+        if bytes_of(&self.rows) == bytes_of(rows) {
+            return false;
+        }
+        self.rows = rows.to_vec();
+        let bytes = bytes_of(rows);
+        if self.tensor.bytes().len() != bytes.len() {
+            let device = self.tensor.device();
+            self.tensor = Tensor::unspecified(device, DType::I32, [bytes.len() / 4]);
+        }
+        self.tensor.bytes_mut().copy_from_slice(bytes);
+        self.pointer(); // copies them
+        true
+    }
+
+    fn pointer(&self) -> *const R {
+        self.tensor.pointer()
+    }
+}
+
+/// The bytes of rows without padding.
+fn bytes_of<R: Copy>(rows: &[R]) -> &[u8] {
+    // SAFETY: the structs of routegrad.h have no padding between or behind their fields.
+    unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(rows)) }
+}
+
+const _: () = {
+    assert!(size_of::<routegrad_parameter>() == 72);
+    assert!(size_of::<routegrad_step_settings>() == 48);
+    assert!(size_of::<routegrad_step_outcome>() == 112);
+    assert!(size_of::<routegrad_state>() == 24);
+};

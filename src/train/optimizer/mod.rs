@@ -1,0 +1,332 @@
+//! AdamW with decoupled weight decay, and the norm of the gradient.
+//!
+//! With gradient g, step t from 1: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
+//! `w ← w (1 − η λ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)` (Loshchilov and Hutter, 1711.05101).
+//! λ applies to matrices alone, not to norms, biases and the embedding. Moments have the weights' precision, or are bf16
+//! rounded stochastically ([`rounding`]).
+//!
+//! On a device with kernels [`DeviceStep`] does both there.
+
+mod device;
+mod rounding;
+
+pub use device::{DeviceStep, Outcome, Settings};
+
+use crate::config::TrainConfig;
+use crate::error::{Error, Result};
+use crate::model::{Parameter, Places};
+use crate::tape::Gradients;
+use crate::tensor::Tensor;
+use crate::tensor::cpu::vectorized;
+use crate::tensor::dtype::{DType, Real};
+use crate::with_real;
+use rayon::prelude::*;
+
+/// Numbers that one thread works on at a time.
+const BLOCK: usize = 1 << 14;
+
+/// The optimizer and its moments.
+pub struct AdamW {
+    betas: [f64; 2],
+    eps: f64,
+    weight_decay: f64,
+    steps: u64,
+    moments: Vec<Moments>,
+    bf16_moments: bool,
+}
+
+/// First and second moment of one parameter's gradient.
+pub struct Moments {
+    pub first: Tensor,
+    pub second: Tensor,
+}
+
+/// The scalars of one update, the same for every number.
+#[derive(Clone, Copy)]
+struct Coefficients {
+    beta1: f64,
+    beta2: f64,
+    /// η / (1 − β₁ᵗ).
+    rate: f64,
+    /// 1 / (1 − β₂ᵗ).
+    second_scale: f64,
+    eps: f64,
+    /// 1 − η λ, or 1.
+    keep: f64,
+    /// Factor of the gradient: clipping.
+    gradient: f64,
+}
+
+impl AdamW {
+    /// An optimizer that has made no step, its moments zero.
+    pub fn new(config: &TrainConfig, parameters: &[Parameter]) -> Self {
+        let zeros = |p: &Parameter| {
+            let dtype = match config.bf16_moments {
+                true => DType::Bf16,
+                false => p.value.dtype(),
+            };
+            Tensor::zeros(p.value.device(), dtype, p.value.shape())
+        };
+        AdamW {
+            betas: config.betas,
+            eps: config.eps,
+            weight_decay: config.weight_decay,
+            steps: 0,
+            bf16_moments: config.bf16_moments,
+            moments: parameters
+                .iter()
+                .map(|p| Moments {
+                    first: zeros(p),
+                    second: zeros(p),
+                })
+                .collect(),
+        }
+    }
+
+    /// Updates made so far.
+    pub fn steps(&self) -> u64 {
+        self.steps
+    }
+
+    /// The moments, in the order of the parameters.
+    pub fn moments(&self) -> &[Moments] {
+        &self.moments
+    }
+
+    /// Continues from a checkpoint.
+    ///
+    /// # Errors
+    /// When the moments do not fit the parameters.
+    pub fn restore(&mut self, steps: u64, moments: Vec<Moments>) -> Result<()> {
+        assert_eq!(self.moments.len(), moments.len(), "two moments a parameter");
+        for (own, new) in self.moments.iter_mut().zip(moments) {
+            for (own, new) in [(&mut own.first, new.first), (&mut own.second, new.second)] {
+                new.expect_shape("checkpoint", "optimizer moment", own.shape())?;
+                new.expect_dtype("checkpoint", "optimizer moment", own.dtype())?;
+                *own = new.on(own.device());
+            }
+        }
+        self.steps = steps;
+        Ok(())
+    }
+
+    /// What a step on a device needs of it.
+    pub fn settings(&self, rate: f64, clip: f64) -> Settings {
+        Settings {
+            rate,
+            clip,
+            beta1: self.betas[0],
+            beta2: self.betas[1],
+            eps: self.eps,
+            weight_decay: self.weight_decay,
+        }
+    }
+
+    /// One update on the CPU at learning rate `rate`, the gradient multiplied by `scale` first. A
+    /// parameter without a gradient counts as one whose gradient is 0.
+    ///
+    /// # Errors
+    /// When a dtype is not real.
+    pub fn update(
+        &mut self,
+        parameters: &mut [Parameter],
+        gradients: &Gradients,
+        rate: f64,
+        scale: f64,
+    ) -> Result<()> {
+        self.steps += 1;
+        let t = self.steps as f64;
+        let [beta1, beta2] = self.betas;
+        let coefficients = |decays: bool| Coefficients {
+            beta1,
+            beta2,
+            rate: rate / (1.0 - beta1.powf(t)),
+            second_scale: 1.0 / (1.0 - beta2.powf(t)),
+            eps: self.eps,
+            keep: if decays {
+                1.0 - rate * self.weight_decay
+            } else {
+                1.0
+            },
+            gradient: scale,
+        };
+        let coefficients = [false, true].map(coefficients);
+        for (i, (p, moments)) in parameters.iter_mut().zip(&mut self.moments).enumerate() {
+            let Places::Whole(w) = p.value.places() else {
+                return Err(Error::invalid(
+                    "adamw",
+                    "parameters of the CPU",
+                    format!("`{}` in two halves", p.name),
+                    "a bug: a device with kernels updates its own",
+                ));
+            };
+            let zeros;
+            let gradient = match gradients.get(i) {
+                Some(g) => g,
+                None => {
+                    zeros = Tensor::zeros(w.device(), w.dtype(), w.shape());
+                    &zeros
+                }
+            };
+            let coefficients = coefficients[usize::from(p.decays)];
+            let mut update = |m: &mut Tensor, v: &mut Tensor| {
+                with_real!(w.dtype(), "adamw", |T| {
+                    let (w, m, v) = (w.slice_mut(), m.slice_mut(), v.slice_mut());
+                    reference::update::<T>(w, m, v, gradient.slice(), coefficients);
+                    Ok(())
+                })
+            };
+            if self.bf16_moments {
+                let [mut m, mut v] = [&moments.first, &moments.second].map(Tensor::widened);
+                update(&mut m, &mut v)?;
+                rounding::store(moments, [&m, &v], self.steps, i);
+            } else {
+                update(&mut moments.first, &mut moments.second)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// √(Σ g²) over every gradient of the CPU, summed in f64 in a fixed order.
+///
+/// # Errors
+/// When a dtype is not real.
+pub fn gradient_norm(gradients: &Gradients, parameters: usize) -> Result<f64> {
+    let mut squares = 0.0;
+    for g in (0..parameters).filter_map(|i| gradients.get(i)) {
+        squares += with_real!(g.dtype(), "gradient_norm", |T| {
+            Ok(reference::sum_of_squares(g.slice::<T>()))
+        })?;
+    }
+    Ok(squares.sqrt())
+}
+
+mod reference {
+    use super::*;
+
+    pub fn update<T: Real>(w: &mut [T], m: &mut [T], v: &mut [T], g: &[T], c: Coefficients) {
+        let one = T::one();
+        let (beta1, beta2) = (T::of(c.beta1), T::of(c.beta2));
+        let (rate, second_scale, eps) = (T::of(c.rate), T::of(c.second_scale), T::of(c.eps));
+        let (keep, scale) = (T::of(c.keep), T::of(c.gradient));
+        let chunks = w.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK));
+        let chunks = chunks.zip(v.par_chunks_mut(BLOCK)).zip(g.par_chunks(BLOCK));
+        chunks.for_each(|(((w, m), v), g)| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (((w, m), v), &g) in w.iter_mut().zip(m).zip(v).zip(g) {
+                        let g = g * scale;
+                        *m = beta1 * *m + (one - beta1) * g;
+                        *v = beta2 * *v + (one - beta2) * (g * g);
+                        *w = keep * *w - rate * *m / ((*v * second_scale).sqrt() + eps);
+                    }
+                },
+            );
+        });
+    }
+
+    /// Sixteen interleaved partial sums a block in `T`, blocks in f64.
+    pub fn sum_of_squares<T: Real>(g: &[T]) -> f64 {
+        const LANES: usize = 16;
+        let partials: Vec<f64> = g
+            .par_chunks(BLOCK)
+            .map(|g| {
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        let mut lanes = [T::zero(); LANES];
+                        let whole = g.chunks_exact(LANES);
+                        let rest: T = whole.remainder().iter().map(|&x| x * x).sum();
+                        for chunk in whole {
+                            for (lane, &x) in lanes.iter_mut().zip(chunk) {
+                                *lane += x * x;
+                            }
+                        }
+                        lanes.into_iter().map(Real::f64).sum::<f64>() + rest.f64()
+                    },
+                )
+            })
+            .collect();
+        partials.into_iter().sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{Config, Layers};
+    use crate::device::Device;
+    use crate::model::Weight;
+    use crate::tape::{Tape, Var};
+
+    fn parameter(value: f64, decays: bool) -> Parameter {
+        Parameter {
+            name: "w".into(),
+            value: Weight::new(Tensor::from_slice([1], &[value]), Device::Cpu, false),
+            parts: vec![],
+            decays,
+        }
+    }
+
+    /// A store whose leaf 0 has gradient `g`: that of `g · x` for a product with a constant.
+    fn gradient(g: f64) -> Gradients {
+        let mut store = Gradients::new(1);
+        let tape = Tape::new();
+        let x = Var::leaf(Tensor::from_slice([1], &[0.0]), 0);
+        let y = crate::ops::add::add(&tape, &x, &Var::constant(Tensor::from_slice([1], &[0.0])))
+            .unwrap();
+        tape.backward_from(&[(&y, Tensor::from_slice([1], &[g]))], &mut store)
+            .unwrap();
+        store
+    }
+
+    #[test]
+    fn two_updates_worked_by_hand() {
+        let mut config = Config::load(&Layers::preset("tiny"), &|_| Ok(()))
+            .unwrap()
+            .train;
+        (config.betas, config.eps, config.weight_decay) = ([0.5, 0.75], 0.0, 0.1);
+        let mut parameters = [parameter(1.0, true)];
+        let mut adam = AdamW::new(&config, &parameters);
+        // t = 1: m = 1, v = 1; m / (1 − 1/2) = 2, v / (1 − 3/4) = 4: w = 1 · 0.99 − 0.1 · 2 / 2.
+        adam.update(&mut parameters, &gradient(2.0), 0.1, 1.0)
+            .unwrap();
+        approx::assert_relative_eq!(
+            parameters[0].value.whole().slice::<f64>()[0],
+            0.89,
+            epsilon = 1e-15
+        );
+        // t = 2, g = −4 · 0.5: m = 0.5 − 1 = −0.5, v = 0.75 + 1 = 1.75.
+        // m / (3/4) = −2/3, v / (7/16) = 4: w = 0.89 · 0.99 + 0.1 · (2/3) / 2.
+        adam.update(&mut parameters, &gradient(-4.0), 0.1, 0.5)
+            .unwrap();
+        let expected = 0.89 * 0.99 + 0.1 / 3.0;
+        approx::assert_relative_eq!(
+            parameters[0].value.whole().slice::<f64>()[0],
+            expected,
+            epsilon = 1e-15
+        );
+    }
+
+    #[test]
+    fn only_parameters_that_decay_decay() {
+        let config = Config::load(&Layers::preset("tiny"), &|_| Ok(()))
+            .unwrap()
+            .train;
+        let mut parameters = [parameter(1.0, false)];
+        let mut adam = AdamW::new(&config, &parameters);
+        adam.update(&mut parameters, &gradient(0.0), 0.1, 1.0)
+            .unwrap();
+        assert_eq!(parameters[0].value.whole().slice::<f64>(), [1.0]);
+    }
+
+    #[test]
+    fn the_gradient_norm_is_the_root_of_the_sum_of_squares() {
+        assert_eq!(gradient_norm(&gradient(-3.0), 1).unwrap(), 3.0);
+        let long: Vec<f64> = (0..100_003).map(|i| (i % 10) as f64).collect();
+        let exact: f64 = long.iter().map(|x| x * x).sum();
+        approx::assert_relative_eq!(reference::sum_of_squares(&long), exact, epsilon = 1e-12);
+    }
+}

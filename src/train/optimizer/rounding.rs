@@ -1,0 +1,93 @@
+//! Stochastic rounding of the optimizer's moments to bf16 (as `kernels/adamw.cu` rounds): the bits of x plus a random number
+//! below 2^16, cut to the upper 16. What is stored is x on average, so that changes smaller than bf16's steps add up.
+
+use super::Moments;
+use crate::tensor::Tensor;
+use crate::tensor::random::{Purpose, Stream};
+use half::bf16;
+use rayon::prelude::*;
+
+/// Numbers that share 256 draws: number n takes word (n / 256) % 4 of draw (n / 1024) 256 + n % 256, its lower half for the
+/// first moment and its upper half for the second.
+const BLOCK: usize = 1024;
+
+/// Writes f32 moments of parameter number `parameter` after update number `update` to bf16 ones.
+///
+/// # Panics
+/// When a dtype or a length is another.
+pub fn store(to: &mut Moments, [first, second]: [&Tensor; 2], update: u64, parameter: usize) {
+    let stream = Stream::new(0, Purpose::Rounding, update, parameter);
+    let (m, v) = (to.first.slice_mut(), to.second.slice_mut());
+    let to = m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK));
+    let from = first.slice::<f32>().par_chunks(BLOCK);
+    let from = from.zip(second.slice::<f32>().par_chunks(BLOCK));
+    to.zip(from)
+        .enumerate()
+        .for_each(|(block, ((m, v), (first, second)))| {
+            for lane in 0..256.min(m.len()) {
+                let draws = stream.bits((block * 256 + lane) as u64);
+                for (at, draw) in (lane..m.len()).step_by(256).zip(draws) {
+                    m[at] = rounded(first[at], draw & 0xffff);
+                    v[at] = rounded(second[at], draw >> 16);
+                }
+            }
+        });
+}
+
+/// A finite x, rounded away from zero with the probability that `random`, of 0 to 2^16 − 1, gives its lower bits.
+fn rounded(x: f32, random: u32) -> bf16 {
+    bf16::from_bits((x.to_bits().wrapping_add(random) >> 16) as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::Device;
+    use crate::tensor::dtype::DType;
+
+    #[test]
+    fn what_is_stored_is_the_number_on_average_and_one_of_its_neighbours() {
+        let count = 100_000;
+        // A third and two thirds between two neighbours, and a number that bf16 holds.
+        for x in [1.0 + 1.0 / 384.0, -3.0 - 2.0 / 192.0, 0.5f32] {
+            let same = Tensor::from_slice([count], &vec![x; count]);
+            let empty = || Tensor::unspecified(Device::Cpu, DType::Bf16, [count]);
+            let mut moments = Moments {
+                first: empty(),
+                second: empty(),
+            };
+            store(&mut moments, [&same, &same], 7, 3);
+            let ulp = x.abs().log2().floor().exp2() / 128.0;
+            for tensor in [&moments.first, &moments.second] {
+                let found = tensor.to_f64().unwrap();
+                let mean = found.iter().sum::<f64>() / count as f64;
+                // Of so many draws the mean is within 5 of its standard deviations.
+                let allowed = 5.0 * 0.5 * f64::from(ulp) / (count as f64).sqrt();
+                assert!((mean - f64::from(x)).abs() <= allowed, "{mean} for {x}");
+                let near = found
+                    .iter()
+                    .all(|f| (f - f64::from(x)).abs() < f64::from(ulp));
+                assert!(near, "further than a step from {x}");
+            }
+            assert!(x == 0.5 || moments.first.bytes() != moments.second.bytes());
+        }
+    }
+
+    #[test]
+    fn other_updates_and_parameters_draw_other_numbers() {
+        let values: Vec<f32> = (0..3000).map(|i| 1.0 + i as f32 * 1e-4).collect();
+        let wide = Tensor::from_slice([3000], &values);
+        let of = |update, parameter| {
+            let empty = || Tensor::unspecified(Device::Cpu, DType::Bf16, [3000]);
+            let mut moments = Moments {
+                first: empty(),
+                second: empty(),
+            };
+            store(&mut moments, [&wide, &wide], update, parameter);
+            moments.first.bytes().to_vec()
+        };
+        assert_eq!(of(1, 2), of(1, 2));
+        assert_ne!(of(1, 2), of(2, 2));
+        assert_ne!(of(1, 2), of(1, 3));
+    }
+}

@@ -1,0 +1,438 @@
+//! One optimizer step: micro-batches forward and backward, clipping, update, and the commitment of
+//! whatever the routers changed. A step that is not finite is not applied and leaves no trace.
+//!
+//! On several ranks micro-batch m of the step is cut into equal, consecutive parts
+//! ([`Collective::part`]); losses, gradients and statistics are those of the global batch, and all
+//! ranks make the same update, or refuse it for the same reason.
+
+mod replay;
+mod telling;
+
+use crate::config::TrainConfig;
+use crate::device::{Device, counters, launchers, timeline};
+use crate::dist::Collective;
+use crate::error::{Error, Result};
+use crate::model::batch::Sequences;
+use crate::model::{Inputs, Model};
+use crate::routers::{LayerState, LayerStats, Pass, Phase};
+use crate::tape::{Gradients, Tape};
+use crate::tensor::Tensor;
+use crate::train::optimizer::{AdamW, DeviceStep, Outcome, Settings, gradient_norm};
+use replay::Replay;
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use telling::Telling;
+
+/// What a step did.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    /// Mean cross-entropy over the global batch, in nats.
+    pub cross_entropy: f64,
+    pub auxiliary: f64,
+    pub z: f64,
+    /// Norm of the gradient before clipping.
+    pub gradient_norm: f64,
+    /// What was not finite, if the step was not applied.
+    pub refused: Option<String>,
+    /// Routing statistics of every MoE layer.
+    pub layers: Vec<LayerStats>,
+    /// The vectors that the router keeps, as the step left them, by name and MoE layer.
+    pub router_state: BTreeMap<&'static str, Vec<Vec<f64>>>,
+}
+
+/// What changes from step to step beside the model: optimizer and gradient memory.
+pub struct Trainer {
+    pub optimizer: AdamW,
+    gradients: Gradients,
+    clip: f64,
+    /// The micro-batches of the step.
+    inputs: Vec<Inputs>,
+    /// What the end of a step needs on a device with kernels.
+    device: Option<DeviceStep>,
+    /// Steps replayed there, unless the configuration has them off.
+    replay: Option<Replay>,
+}
+
+impl Trainer {
+    pub fn new(config: &TrainConfig, model: &Model) -> Self {
+        let device = model.device();
+        Trainer {
+            optimizer: AdamW::new(config, &model.parameters),
+            gradients: Gradients::new(model.parameters.len()),
+            clip: config.gradient_clip,
+            inputs: Vec::new(),
+            replay: (device != Device::Cpu && config.graph).then(Replay::default),
+            device: (device != Device::Cpu).then(|| DeviceStep::new(device, &model.parameters)),
+        }
+    }
+
+    /// The gradients of the last step, of the global batch, before clipping.
+    pub fn gradients(&self) -> &Gradients {
+        &self.gradients
+    }
+
+    /// Trains on `micro_batches`, equally many sequences each, this rank's part of them, at learning rate
+    /// `rate`. The loss is the mean over all of them.
+    ///
+    /// On a device with kernels the whole step is launched without waiting for any of it, and what
+    /// became of it is read when it is over.
+    ///
+    /// # Errors
+    /// When the sequences do not fit the model, micro-batches differ in size, the ranks do not share them
+    /// equally, or an operation fails.
+    pub fn step(
+        &mut self,
+        model: &mut Model,
+        micro_batches: &[Sequences],
+        rate: f64,
+    ) -> Result<StepReport> {
+        let launched = self.launch(model, micro_batches, rate)?;
+        self.report(model, launched)
+    }
+
+    /// The step up to its update, which on a device with kernels includes it. There the next step may be launched before
+    /// this one's [`report`](Self::report), if this one [was replayed](Launched::was_replayed).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn launch(
+        &mut self,
+        model: &mut Model,
+        micro_batches: &[Sequences],
+        rate: f64,
+    ) -> Result<Launched> {
+        equal_shares(model.dist(), micro_batches)?;
+        model
+            .layer_states_mut()
+            .iter_mut()
+            .for_each(LayerState::forget_pass);
+        self.take_inputs(model, micro_batches)?;
+        let settings = self.optimizer.settings(rate, self.clip);
+        let possible = self.prepare(model, settings)?;
+        let mut launched = Launched {
+            rate,
+            sums: [0.0; 3],
+            replayed: false,
+            told: None,
+        };
+        match self.replay.take_if(|_| possible) {
+            None => launched.sums = self.run(model)?,
+            Some(mut replay) => {
+                let replayed = self.replayed(model, &mut replay);
+                self.replay = Some(replay);
+                launched.replayed = replayed?;
+            }
+        }
+        if let Some(device) = &self.device {
+            launched.told = Some(tell(model, device)?);
+            let mut states = model.layer_states_mut();
+            states.iter_mut().for_each(LayerState::count_anew);
+        }
+        Ok(launched)
+    }
+
+    /// The step by its graph, or, answered with false, by itself where that is not there yet or no more.
+    fn replayed(&mut self, model: &mut Model, replay: &mut Replay) -> Result<bool> {
+        let (device, shape) = (
+            model.device(),
+            self.inputs.iter().map(Inputs::places).collect(),
+        );
+        for inputs in &self.inputs {
+            inputs.check(model.config().vocab_size)?;
+        }
+        let mut done = replay.run(device, &shape)?;
+        if !done && replay.is_steady() {
+            let step = || self.run(model).map(drop);
+            replay.capture(device, &shape, step);
+            let mut states = model.layer_states_mut();
+            states.iter_mut().for_each(LayerState::forget_pass);
+            states.iter_mut().for_each(LayerState::count_anew);
+            drop(states);
+            done = replay.run(device, &shape)?;
+        }
+        match done {
+            true => counters::replayed(),
+            false => drop(replay.watch(|| self.run(model))?),
+        }
+        Ok(done)
+    }
+
+    /// Puts the micro-batches where the model reads them.
+    fn take_inputs(&mut self, model: &Model, micro_batches: &[Sequences]) -> Result<()> {
+        self.inputs.truncate(micro_batches.len());
+        for (m, sequences) in micro_batches.iter().enumerate() {
+            match self.inputs.get_mut(m) {
+                Some(inputs) => inputs.set(*sequences)?,
+                None => self.inputs.push(Inputs::new(*sequences, model.device())?),
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies to a device with kernels what changes from step to step. Answers whether the step may be captured or
+    /// replayed: of one rank, its choices neither recorded nor given, its launches neither timed nor waited for.
+    fn prepare(&mut self, model: &mut Model, settings: Settings) -> Result<bool> {
+        let Some(device) = &mut self.device else {
+            return Ok(false);
+        };
+        let (optimizer, gradients) = (&mut self.optimizer, &mut self.gradients);
+        let moved = device.prepare(optimizer, &mut model.parameters, gradients, settings)?;
+        let mut states = model.layer_states_mut();
+        let moved = device.prepare_states(&mut states) || moved;
+        let plain = states.iter().all(LayerState::is_plain);
+        drop(states);
+        if let Some(tally) = model.device_tally() {
+            tally.keep_in_place();
+        }
+        if let Some(replay) = self.replay.as_mut().filter(|_| moved) {
+            replay.forget();
+        }
+        let alone = model.dist().size() == 1;
+        Ok(plain && alone && !timeline::recorded() && !launchers::waits())
+    }
+
+    /// Forward and backward of all micro-batches, and on a device with kernels all that follows, launched. Gives the summed
+    /// losses where the host knows them.
+    fn run(&mut self, model: &mut Model) -> Result<[f64; 3]> {
+        let n = self.inputs.len();
+        let (rank, ranks) = (model.dist().rank(), model.dist().size());
+        let share = 1.0 / (n * ranks) as f64;
+        self.gradients.reset();
+        let mut sums = [0.0; 3];
+        let weights = model.weights();
+        for (m, inputs) in self.inputs.iter().enumerate() {
+            // The ranks' parts of a micro-batch follow one another.
+            let place = m * ranks + rank;
+            let pass = Pass {
+                phase: Phase::Train,
+                micro_batches: n,
+                step: self.optimizer.steps(),
+                first_token: (place * inputs.tokens()) as u64,
+            };
+            let tape = Tape::new();
+            let losses = model.loss_of(&tape, &weights, inputs, pass)?;
+            match &mut self.device {
+                Some(device) => device.add_losses(&losses, share, m == 0)?,
+                None => {
+                    let parts = losses.parts()?;
+                    sums.iter_mut()
+                        .zip(parts)
+                        .for_each(|(sum, part)| *sum += share * part);
+                }
+            }
+            tape.backward(&losses.total, share, &mut self.gradients)?;
+        }
+        drop(weights); // else the update would copy what they share
+        sum_gradients(model, &mut self.gradients)?;
+        if let Some(device) = &mut self.device {
+            let tally = model.device_tally();
+            let flags = tally.as_ref().map(|t| t.flags());
+            if ranks > 1 {
+                device.agree(flags, model.dist())?;
+            }
+            let (optimizer, gradients) = (&mut self.optimizer, &mut self.gradients);
+            device.update(optimizer, &mut model.parameters, gradients, flags)?;
+            // Whatever a refused step leaves pending is forgotten by the commitment.
+            model.end_step()?;
+            device.commit(&mut model.layer_states_mut())?;
+        }
+        Ok(sums)
+    }
+
+    /// Why steps are launched one by one where a graph was to be replayed, if one could not be captured.
+    pub fn graph_refused(&self) -> Option<&Error> {
+        self.replay.as_ref().and_then(Replay::refused)
+    }
+
+    /// What became of a launched step; steps are reported in their order.
+    ///
+    /// # Errors
+    /// When a sum over ranks, the update on the CPU or a kernel fails.
+    pub fn report(&mut self, model: &mut Model, launched: Launched) -> Result<StepReport> {
+        let mut report = match launched.told {
+            Some(told) => self.report_of(model, &told.received()?)?,
+            None => self.update_on_cpu(model, launched.sums, launched.rate)?,
+        };
+        for layer in &mut report.layers {
+            *layer = std::mem::take(layer).over_ranks(model.dist())?;
+        }
+        Ok(report)
+    }
+
+    /// What a device with kernels [told](tell).
+    fn report_of(&mut self, model: &Model, told: &[Tensor]) -> Result<StepReport> {
+        let (Some(device), [outcome, stats, vectors @ ..]) = (&mut self.device, told) else {
+            unreachable!("a device tells its outcome and statistics")
+        };
+        let outcome = device.outcome(outcome, &mut self.optimizer);
+        let states = model.layer_states();
+        let names = vectors_of(&states).map(|(name, _)| name);
+        Ok(StepReport {
+            cross_entropy: outcome.losses[0],
+            auxiliary: outcome.losses[1],
+            z: outcome.losses[2],
+            gradient_norm: outcome.norm,
+            refused: refusal_of(&outcome),
+            layers: LayerStats::of_rows(stats),
+            router_state: by_name(names.zip(vectors))?,
+        })
+    }
+
+    fn update_on_cpu(
+        &mut self,
+        model: &mut Model,
+        mut sums: [f64; 3],
+        rate: f64,
+    ) -> Result<StepReport> {
+        model.dist().sum(&mut sums)?;
+        let norm = gradient_norm(&self.gradients, model.parameters.len())?;
+        let refused = refusal(model, sums[0], norm)?;
+        if refused.is_none() {
+            let scale = if self.clip > 0.0 && norm > self.clip {
+                self.clip / norm
+            } else {
+                1.0
+            };
+            self.optimizer
+                .update(&mut model.parameters, &self.gradients, rate, scale)?;
+            model.end_step()?;
+        }
+        let mut states = model.layer_states_mut();
+        for state in states.iter_mut() {
+            match refused {
+                None => state.commit(),
+                Some(_) => state.discard(),
+            }
+        }
+        let [cross_entropy, auxiliary, z] = sums;
+        Ok(StepReport {
+            cross_entropy,
+            auxiliary,
+            z,
+            gradient_norm: norm,
+            refused,
+            layers: states.iter_mut().map(LayerState::take_stats).collect(),
+            router_state: by_name(vectors_of(&states))?,
+        })
+    }
+}
+
+/// A step between its launch and its report.
+pub struct Launched {
+    rate: f64,
+    sums: [f64; 3],
+    replayed: bool,
+    /// By a device with kernels.
+    told: Option<Telling>,
+}
+
+impl Launched {
+    /// Whether the step was a graph's: the next one is too, unless something changes in between, and depends on nothing that
+    /// this one's report would tell the host.
+    pub fn was_replayed(&self) -> bool {
+        self.replayed
+    }
+}
+
+/// Begins to tell the host how a step ends: its outcome, the statistics of its layers, the vectors that the router keeps.
+fn tell(model: &Model, device: &DeviceStep) -> Result<Telling> {
+    let (states, tally) = (model.layer_states(), model.device_tally());
+    let stats = tally.as_ref().map(|tally| tally.stats().borrow());
+    let vectors = vectors_of(&states).map(|(_, vector)| vector);
+    let ends = stats.as_deref().into_iter().chain(vectors);
+    let all: Vec<_> = [device.outcome_in_place()]
+        .into_iter()
+        .chain(ends)
+        .collect();
+    Telling::begin(model.device(), &all)
+}
+
+/// The vectors that a router keeps, layer by layer.
+fn vectors_of(states: &[LayerState]) -> impl Iterator<Item = (&'static str, &Tensor)> {
+    let all = states.iter().flat_map(LayerState::tensors);
+    all.filter(|(_, tensor)| tensor.shape().len() == 1)
+}
+
+fn by_name<'t>(
+    vectors: impl Iterator<Item = (&'static str, &'t Tensor)>,
+) -> Result<BTreeMap<&'static str, Vec<Vec<f64>>>> {
+    let mut found: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for (name, tensor) in vectors {
+        found.entry(name).or_default().push(tensor.to_f64()?);
+    }
+    Ok(found)
+}
+
+/// What was not finite in a step on a device with kernels.
+fn refusal_of(outcome: &Outcome) -> Option<String> {
+    if outcome.accepted != 0 {
+        return None;
+    }
+    Some(match outcome {
+        o if o.layer >= 0 && o.token < i32::MAX => logits_of(o.layer as usize, o.token as usize),
+        o if o.layer >= 0 => format!("the dispatch of MoE layer {} (fault {})", o.layer, o.fault),
+        o if !o.losses[0].is_finite() => "the loss".into(),
+        _ => "the gradient".into(),
+    })
+}
+
+fn logits_of(layer: usize, token: usize) -> String {
+    format!("router logits of MoE layer {layer}, token {token}")
+}
+
+/// Refuses micro-batches whose equal weight would not make the mean over the global batch.
+fn equal_shares(dist: &dyn Collective, micro_batches: &[Sequences]) -> Result<()> {
+    let sequences = micro_batches.iter().map(|m| m.count);
+    let (least, most) = (sequences.clone().min(), sequences.max());
+    let own = [micro_batches.len(), least.unwrap_or(0), most.unwrap_or(0)].map(|n| n as f64);
+    let all = dist.gather(&own)?;
+    if own[1] == own[2] && all.chunks(3).all(|rank| rank == own) {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "step",
+        "equally many micro-batches and sequences on every rank",
+        format!("(micro-batches, fewest and most sequences) by rank: {all:?}"),
+        "give every rank its part of each micro-batch, as Collective::part does",
+    ))
+}
+
+/// Sums the gradients over the ranks.
+fn sum_gradients(model: &Model, gradients: &mut Gradients) -> Result<()> {
+    let dist = model.dist();
+    if dist.size() == 1 {
+        return Ok(());
+    }
+    for (i, parameter) in model.parameters.iter().enumerate() {
+        // A rank without a gradient counts with zeros.
+        gradients
+            .get_or(i, || {
+                let value = &parameter.value;
+                Tensor::zeros(value.device(), value.dtype(), value.shape())
+            })
+            .sum_over_ranks(dist)?;
+    }
+    Ok(())
+}
+
+/// The first thing that is not finite on any rank: logits by layer and token, the loss, the
+/// gradient.
+fn refusal(model: &Model, loss: f64, norm: f64) -> Result<Option<String>> {
+    let states = model.layer_states();
+    let flagged = states
+        .iter()
+        .enumerate()
+        .find_map(|(l, s)| Some([l as f64, s.first_non_finite()? as f64]));
+    let all = model
+        .dist()
+        .gather(&flagged.unwrap_or([f64::INFINITY; 2]))?;
+    let first = all.chunks(2).map(|f| (f[0], f[1]));
+    let first = first.min_by(|a, b| a.partial_cmp(b).unwrap_or(Ordering::Equal));
+    Ok(match first {
+        Some((layer, token)) if layer.is_finite() => {
+            Some(logits_of(layer as usize, token as usize))
+        }
+        _ if !loss.is_finite() => Some("the loss".into()),
+        _ => (!norm.is_finite()).then(|| "the gradient".into()),
+    })
+}

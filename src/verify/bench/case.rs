@@ -1,0 +1,500 @@
+//! What is measured, declared once: for kernels and operations, for the peers in other languages, for criterion.
+//!
+//! A [`Group`] is one set of buffers; its [`Case`]s are timed on them. Each has the FLOPs that its mathematics needs (what
+//! rates are told of, the same for every implementation) and its floor from [`costs`].
+
+use super::inputs;
+use super::operations::Operation;
+use crate::error::Result;
+use crate::verify::bench::roofline;
+use crate::verify::kernels::costs::{self, AttentionSizes, Cost, Sizes};
+use crate::verify::kernels::grouped_gemm::{Product, Shape};
+use serde_json::{Value, json};
+
+/// Which groups are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
+pub enum Set {
+    /// A few seconds on any device: the sizes of `tiny`.
+    Small,
+    /// The paper's layers, four of SonicMoE's, dense products and what stands around them.
+    Core,
+    /// The core, and whole training steps.
+    Full,
+}
+
+/// Cases that share their inputs.
+#[derive(Clone, Debug)]
+pub struct Group {
+    /// Seeds the inputs.
+    pub name: String,
+    pub set: Set,
+    pub work: Work,
+}
+
+/// What a group computes.
+#[derive(Clone, Debug)]
+pub enum Work {
+    /// One product of a grouped linear layer; dense with one group.
+    Gemm {
+        product: Product,
+        shape: Shape,
+    },
+    Layer(Layer),
+    /// LayerNorm with the residual add, `[rows, hidden]`.
+    Norm {
+        rows: usize,
+        hidden: usize,
+    },
+    /// From logits `[tokens, vocabulary]` in f32 to losses and the logits' gradient.
+    CrossEntropy {
+        tokens: usize,
+        vocabulary: usize,
+    },
+    AdamW {
+        numbers: usize,
+    },
+    /// Causal.
+    Attention(AttentionSizes),
+    /// Of the CPU, forward and backward together, in f32.
+    Operation(Operation),
+    /// Optimizer steps of a preset with each of these routers, in turn.
+    Step(Step),
+}
+
+/// Whole training steps.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    pub preset: &'static str,
+    pub experts: &'static str,
+    pub routers: &'static [&'static str],
+    /// Of a step; micro-batches as the preset has them.
+    pub sequences: usize,
+}
+
+/// A MoE layer with its routing.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    pub tokens: usize,
+    pub hidden: usize,
+    pub ffn: usize,
+    pub top_k: usize,
+    /// Rows of each expert.
+    pub counts: Vec<usize>,
+}
+
+impl Layer {
+    pub fn sizes(&self) -> Sizes {
+        Sizes {
+            tokens: self.tokens,
+            hidden: self.hidden,
+            ffn: self.ffn,
+            experts: self.counts.len(),
+            slots: self.top_k,
+            rows: self.counts.iter().sum(),
+        }
+    }
+}
+
+/// One line of the benchmark.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// "FAMILY SHAPE", unique.
+    pub name: String,
+    pub family: &'static str,
+    /// Of the mathematics.
+    pub flops: f64,
+    /// Of each kernel that it takes: a floor is the sum of theirs.
+    pub costs: Vec<Cost>,
+}
+
+impl Case {
+    pub fn bytes(&self) -> f64 {
+        self.costs.iter().map(|c| c.bytes).sum()
+    }
+
+    /// Seconds that it cannot go below where so many FLOPs are done and bytes moved in a second.
+    pub fn floor(&self, flops: f64, bytes: f64) -> f64 {
+        let each = self.costs.iter();
+        each.map(|c| (c.flops / flops).max(c.bytes / bytes)).sum()
+    }
+}
+
+impl Group {
+    /// What is timed on its buffers, in the order of the parts that its builder makes.
+    ///
+    /// # Errors
+    /// When the kernels refuse to plan for the sizes.
+    pub fn cases(&self) -> Result<Vec<Case>> {
+        let name = &self.name;
+        let case = |family: &'static str, flops: f64, costs: Vec<Cost>| Case {
+            name: match name.strip_prefix(family) {
+                Some(_) => name.clone(),
+                None => format!("{family} {name}"),
+            },
+            family,
+            flops,
+            costs,
+        };
+        Ok(match &self.work {
+            Work::Gemm { product, shape } => {
+                let cost = gemm_cost(*product, shape);
+                vec![case(product.launcher(), cost.flops, vec![cost])]
+            }
+            Work::Layer(layer) => layer_cases(layer, case)?,
+            Work::Norm { rows, hidden } => {
+                let forward = costs::norm_forward(*rows, *hidden, true, true);
+                let backward = costs::norm_backward(*rows, *hidden, true, false, false);
+                vec![
+                    case("norm_forward", 0.0, vec![forward]),
+                    case("norm_backward", 0.0, vec![backward]),
+                ]
+            }
+            Work::CrossEntropy { tokens, vocabulary } => {
+                let cost = costs::cross_entropy_rows(*tokens, *vocabulary);
+                vec![case("cross_entropy_rows", 0.0, vec![cost])]
+            }
+            Work::AdamW { numbers } => {
+                vec![case("adamw_update", 0.0, vec![costs::adamw(*numbers)])]
+            }
+            Work::Attention(sizes) => {
+                // Two products forward, five backward, over the causal half.
+                let lines = (sizes.sequences * sizes.heads) as f64;
+                let product = lines * (sizes.sequence as f64).powi(2) * sizes.width as f64;
+                vec![
+                    case(
+                        "attention_forward",
+                        2.0 * product,
+                        vec![costs::attention_forward(sizes)],
+                    ),
+                    case(
+                        "attention_backward",
+                        5.0 * product,
+                        vec![costs::attention_backward(sizes)],
+                    ),
+                ]
+            }
+            Work::Operation(operation) => {
+                let cost = operation.cost();
+                vec![case(operation.name(), cost.flops, vec![cost])]
+            }
+            Work::Step(step) => {
+                let of = |router: &&str| {
+                    let flops = super::steps::flops(step, router)?;
+                    let cost = Cost { flops, bytes: 0.0 };
+                    let whole = case("step", flops, vec![cost]);
+                    let name = format!("{} {router}", whole.name);
+                    Ok(Case { name, ..whole })
+                };
+                step.routers.iter().map(of).collect::<Result<_>>()?
+            }
+        })
+    }
+
+    /// The sizes, for implementations in other languages.
+    ///
+    /// # Errors
+    /// When a preset is not known.
+    pub fn sizes(&self) -> Result<Value> {
+        Ok(match &self.work {
+            Work::Gemm { product, shape } => {
+                json!({"work": "gemm", "product": product.launcher(), "counts": shape.counts, "n": shape.n, "k": shape.k})
+            }
+            Work::Layer(l) => {
+                json!({"work": "layer", "tokens": l.tokens, "hidden": l.hidden, "ffn": l.ffn, "top_k": l.top_k, "counts": l.counts})
+            }
+            Work::Norm { rows, hidden } => json!({"work": "norm", "rows": rows, "hidden": hidden}),
+            Work::CrossEntropy { tokens, vocabulary } => {
+                json!({"work": "cross_entropy", "tokens": tokens, "vocabulary": vocabulary})
+            }
+            Work::AdamW { numbers } => json!({"work": "adamw", "numbers": numbers}),
+            Work::Attention(s) => {
+                json!({"work": "attention", "sequences": s.sequences, "sequence": s.sequence, "heads": s.heads, "width": s.width})
+            }
+            Work::Operation(operation) => operation.sizes(),
+            Work::Step(step) => super::steps::sizes(step)?,
+        })
+    }
+}
+
+fn gemm_cost(product: Product, shape: &Shape) -> Cost {
+    let (rows, groups) = (shape.rows(), shape.counts.len());
+    match product {
+        Product::WeightGradient => {
+            costs::grouped_gemm_weight_gradient(rows, groups, shape.n, shape.k, false)
+        }
+        _ => costs::grouped_gemm(rows, groups, shape.n, shape.k),
+    }
+}
+
+/// In the order of the parts of [`super::layer`].
+fn layer_cases(
+    layer: &Layer,
+    case: impl Fn(&'static str, f64, Vec<Cost>) -> Case,
+) -> Result<Vec<Case>> {
+    let s = layer.sizes();
+    // Three matrices forward; backward a gradient of each and of what it multiplied.
+    let forward = 6.0 * s.rows as f64 * s.hidden as f64 * s.ffn as f64;
+    let mut cases = Vec::new();
+    for (default, families) in [
+        (false, ["layer_forward", "layer_backward"]),
+        (true, ["default_layer_forward", "default_layer_backward"]),
+    ] {
+        let [first, second] = roofline::layer_costs(&s, default, false)?;
+        cases.push(case(families[0], forward, first));
+        cases.push(case(families[1], 2.0 * forward, second));
+    }
+    let dots = roofline::dot_columns(&s)?;
+    let means = vec![costs::expert_sums(&s), costs::expert_mean_update(&s)];
+    let gates = vec![costs::gate_gradient(&s, true, dots)];
+    cases.push(case("router_forward", 0.0, vec![costs::router_forward(&s)]));
+    cases.push(case(
+        "combine",
+        0.0,
+        vec![costs::combine(&s, true, true, false)],
+    ));
+    cases.push(case("expert_mean", 0.0, means));
+    cases.push(case("gate_gradient", 0.0, gates));
+    Ok(cases)
+}
+
+/// Tokens of a micro-batch of the paper's models.
+const TOKENS: usize = 16_384;
+
+/// Every group, most important first.
+pub fn groups() -> Vec<Group> {
+    let mut all = core();
+    all.extend(small());
+    all.extend([step("1.96b", Set::Full, 64, &["topk", "default"])]);
+    // Two of these do not fit a GPU.
+    all.extend([step("7.33b", Set::Full, 64, &["topk"])]);
+    all
+}
+
+fn step(
+    preset: &'static str,
+    set: Set,
+    sequences: usize,
+    routers: &'static [&'static str],
+) -> Group {
+    let experts = "8c1";
+    Group {
+        name: format!("{preset} {experts}"),
+        set,
+        work: Work::Step(Step {
+            preset,
+            experts,
+            routers,
+            sequences,
+        }),
+    }
+}
+
+fn gemms(name: &str, set: Set, shape: &Shape) -> Vec<Group> {
+    let group = |product: Product| Group {
+        name: format!("{} {name}", product.launcher()),
+        set,
+        work: Work::Gemm {
+            product,
+            shape: shape.clone(),
+        },
+    };
+    Product::ALL.map(group).into()
+}
+
+/// The paper's layers: name, D, F, E, K.
+fn models() -> impl Iterator<Item = (String, usize, usize, usize, usize)> {
+    let models = [("7.33b", 2048, 5632), ("1.96b", 1024, 2816)];
+    models.into_iter().flat_map(|(model, hidden, width)| {
+        // The expert's width at 8 experts; with 4 times as many it is a quarter.
+        [(8, 1), (8, 2), (32, 4)].map(|(experts, top_k)| {
+            let name = format!("{model} {experts}c{top_k}");
+            (name, hidden, width * 8 / experts, experts, top_k)
+        })
+    })
+}
+
+fn core() -> Vec<Group> {
+    let mut groups = Vec::new();
+    let group = |name: String, work| Group {
+        name,
+        set: Set::Core,
+        work,
+    };
+    for side in [4096, 8192] {
+        let name = format!("dense {side}");
+        groups.extend(gemms(&name, Set::Core, &Shape::new(&[side], side, side)));
+    }
+    let mut layers = Vec::new();
+    for (name, hidden, ffn, experts, top_k) in models() {
+        for (routing, counts) in [
+            ("", inputs::balanced(TOKENS * top_k, experts)),
+            (" zipf", inputs::zipf(TOKENS, top_k, experts)),
+        ] {
+            let gate_up = Shape::new(&counts, 2 * ffn, hidden);
+            groups.extend(gemms(
+                &format!("{name}{routing} gate-up"),
+                Set::Core,
+                &gate_up,
+            ));
+            if routing.is_empty() {
+                let down = Shape::new(&counts, hidden, ffn);
+                groups.extend(gemms(&format!("{name} down"), Set::Core, &down));
+            }
+            let layer = Layer {
+                tokens: TOKENS,
+                hidden,
+                ffn,
+                top_k,
+                counts,
+            };
+            layers.push(group(format!("{name}{routing}"), Work::Layer(layer)));
+        }
+    }
+    // SonicMoE's published shapes: T, D, F, E, K.
+    for (tokens, hidden, ffn, experts, top_k) in [
+        (24_576, 1536, 256, 128, 8),
+        (24_576, 1536, 512, 64, 4),
+        (24_576, 1536, 1024, 32, 2),
+        (32_768, 4096, 1024, 64, 4),
+    ] {
+        let counts = inputs::balanced(tokens * top_k, experts);
+        let name = format!("sonic {hidden} x {ffn} {experts}c{top_k}");
+        if ffn == 256 {
+            let shape = Shape::new(&counts, 2 * ffn, hidden);
+            groups.extend(gemms(&format!("{name} gate-up"), Set::Core, &shape));
+        }
+        let layer = Layer {
+            tokens,
+            hidden,
+            ffn,
+            top_k,
+            counts,
+        };
+        layers.push(group(name, Work::Layer(layer)));
+    }
+    // Dense products of the models: queries, keys and values.
+    for (model, hidden) in [("1.96b", 1024), ("7.33b", 2048)] {
+        let shape = Shape::new(&[TOKENS], 3 * hidden, hidden);
+        groups.extend(gemms(&format!("dense {model} qkv"), Set::Core, &shape));
+    }
+    groups.extend(layers);
+    for (sequence, width) in [(2048, 64), (2048, 128), (8192, 64), (8192, 128)] {
+        let sizes = AttentionSizes {
+            sequences: TOKENS / sequence,
+            sequence,
+            heads: 2048 / width,
+            key_value_heads: 2048 / width,
+            width,
+        };
+        groups.push(group(
+            format!("{sequence} x {width}"),
+            Work::Attention(sizes),
+        ));
+    }
+    for (name, hidden) in [("1.96b", 1024), ("7.33b", 2048)] {
+        let rows = TOKENS;
+        groups.push(group(name.into(), Work::Norm { rows, hidden }));
+    }
+    let (tokens, vocabulary, numbers) = (2048, 128_256, 1 << 26);
+    let logits = Work::CrossEntropy { tokens, vocabulary };
+    groups.push(group("2048 x 128256".into(), logits));
+    groups.push(group("67m".into(), Work::AdamW { numbers }));
+    groups
+}
+
+/// The sizes of `tiny`: kernels for the simulator (and any other device), operations and steps for the CPU.
+fn small() -> Vec<Group> {
+    let group = |name: &str, work| Group {
+        name: name.into(),
+        set: Set::Small,
+        work,
+    };
+    let (hidden, ffn, tokens) = (128, 352, 256);
+    let mut groups = gemms("small dense", Set::Small, &Shape::new(&[256], 256, 256));
+    let uneven = Shape::new(&inputs::zipf(tokens, 2, 8), 2 * ffn, hidden);
+    groups.extend(gemms("small 8c2 zipf", Set::Small, &uneven));
+    for (name, top_k, counts) in [
+        ("small 8c1", 1, inputs::balanced(tokens, 8)),
+        ("small 8c2 zipf", 2, inputs::zipf(tokens, 2, 8)),
+    ] {
+        let layer = Layer {
+            tokens,
+            hidden,
+            ffn,
+            top_k,
+            counts,
+        };
+        groups.push(group(name, Work::Layer(layer)));
+    }
+    for width in [64, 128] {
+        let sizes = AttentionSizes {
+            sequences: 1,
+            sequence: 256,
+            heads: 2,
+            key_value_heads: 2,
+            width,
+        };
+        groups.push(group(
+            &format!("small 256 x {width}"),
+            Work::Attention(sizes),
+        ));
+    }
+    let vocabulary = 256;
+    groups.push(group(
+        "small",
+        Work::Norm {
+            rows: tokens,
+            hidden,
+        },
+    ));
+    groups.push(group("small", Work::CrossEntropy { tokens, vocabulary }));
+    groups.push(group("small", Work::AdamW { numbers: 1 << 16 }));
+    groups.extend(Operation::ALL.map(|o| group("tiny", Work::Operation(o))));
+    groups.push(step("tiny", Set::Small, 16, &["topk", "default"]));
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn names_are_unique_and_every_case_costs_something() {
+        let mut names = BTreeSet::new();
+        for group in groups() {
+            for case in group.cases().unwrap() {
+                assert!(case.floor(1e12, 1e12) > 0.0, "{}", case.name);
+                assert!(case.name.starts_with(case.family), "{}", case.name);
+                assert!(names.insert(case.name.clone()), "{} comes twice", case.name);
+            }
+        }
+        assert!(names.contains("grouped_gemm_forward 7.33b 8c1 gate-up"));
+        assert!(names.contains("layer_backward 1.96b 32c4 zipf"));
+    }
+
+    #[test]
+    fn products_are_those_that_the_hardware_queue_has_timed() {
+        let names: BTreeSet<String> = groups().into_iter().map(|g| g.name).collect();
+        for case in crate::verify::hardware::timing::cases() {
+            assert!(names.contains(&case.name), "{}", case.name);
+        }
+    }
+
+    #[test]
+    fn a_floor_is_what_no_kernel_of_the_case_goes_below() {
+        let groups = groups();
+        let find = |name: &str| {
+            let all = groups.iter().flat_map(|g| g.cases().unwrap());
+            all.into_iter().find(|c| c.name == name).unwrap()
+        };
+        let product = find("grouped_gemm_forward 7.33b 8c1 gate-up");
+        let floor = product.floor(costs::FLOPS_PER_SECOND, costs::BYTES_PER_SECOND);
+        assert!((floor * 1e6 - 957.0).abs() < 1.0, "{floor}");
+        // 4.3 TB/s read and written: 2·(R + T)·D and little more.
+        let combine = find("combine 7.33b 8c1").floor(790e12, 4.3e12);
+        assert!((combine * 1e6 - 31.5).abs() < 0.5, "{combine}");
+        let forward = find("layer_forward 7.33b 8c1");
+        assert_eq!(forward.flops, 6.0 * 16_384.0 * 2048.0 * 5632.0);
+    }
+}

@@ -1,0 +1,104 @@
+//! What `hardware-check` timed before this command was there: ours and cuBLAS at equal groups, as records of this kind.
+
+use super::case;
+use super::peers::CUBLAS;
+use super::record::{Measured, OURS, Record, Records};
+use crate::error::{Error, Result};
+use crate::verify::bench::measure::HARDWARE_PLAN;
+use serde_json::Value;
+use std::path::Path;
+
+/// Every record of a folder: of this command, and what `hardware-check` timed.
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn read_all(folder: &Path) -> Result<Records> {
+    let mut records = Records::open(folder)?;
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return Ok(records);
+    };
+    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.starts_with("hardware-") && name.ends_with(".jsonl") {
+            read_hardware_records(&mut records, &path)?;
+        }
+    }
+    Ok(records)
+}
+
+fn read_hardware_records(records: &mut Records, path: &Path) -> Result<()> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+    for (i, line) in text.lines().enumerate() {
+        let value: Value = serde_json::from_str(line).map_err(|e| {
+            let place = format!("line {}: {e}", i + 1);
+            Error::file(path, "one record a line", place, "remove the line")
+        })?;
+        let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
+        let task = text("task");
+        let (Some(case), "passed") = (task.strip_prefix("timed: "), text("ending").as_str()) else {
+            continue;
+        };
+        let measured = &value["measured"];
+        for (implementation, side) in [(OURS, "ours"), (CUBLAS, "cublas")] {
+            let Some(timing) = old_timing(&measured[side]) else {
+                continue;
+            };
+            let floor = measured["floor_microseconds"].as_f64().map(|us| us * 1e-6);
+            let rate = measured[side]["tflops"].as_f64().unwrap_or(0.0) * 1e12;
+            let flops = rate * timing.seconds;
+            records.insert(Record {
+                machine: text("gpu"),
+                device: "cuda".into(),
+                case: case.into(),
+                family: case.split(' ').next().unwrap_or_default().into(),
+                implementation: implementation.into(),
+                version: if side == "ours" {
+                    text("commit")
+                } else {
+                    String::new()
+                },
+                run: format!(
+                    "hardware-check, {}",
+                    &text("date").get(..10).unwrap_or_default()
+                ),
+                date: text("date"),
+                flops,
+                bytes: bytes_of(case).unwrap_or(0.0),
+                timing: Some(timing),
+                floor_seconds: floor,
+                detail: "timed by hardware-check".into(),
+                system: text("system"),
+                driver: text("driver"),
+                before: value["before"].clone(),
+                after: value["after"].clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn old_timing(side: &Value) -> Option<Measured> {
+    let numbers = |key: &str, unit: f64| -> Option<Vec<f64>> {
+        let all = side[key].as_array()?.iter();
+        all.map(|x| Some(x.as_f64()? * unit)).collect()
+    };
+    // Products are timed with one plan, which their records do not repeat.
+    let count = |key: &str, plan: usize| side[key].as_u64().map_or(plan, |n| n as usize);
+    let passes = numbers("microseconds_of_each_pass", 1e-6)?;
+    Some(Measured {
+        seconds: passes.iter().copied().reduce(f64::min)?,
+        spread: numbers("spread_of_each_pass", 1.0)?,
+        passes,
+        samples: count("samples", HARDWARE_PLAN.samples),
+        launches: count("launches", HARDWARE_PLAN.launches),
+        sets: 0,
+        graph: false,
+    })
+}
+
+/// Bytes that a case must move.
+fn bytes_of(name: &str) -> Option<f64> {
+    let groups = case::groups().into_iter();
+    let mut cases = groups.filter_map(|group| group.cases().ok()).flatten();
+    Some(cases.find(|case| case.name == name)?.bytes())
+}

@@ -1,0 +1,301 @@
+//! The groups' kernels: buffers with the shared inputs, and a launch for each case.
+
+use super::case::{Group, Work};
+use super::inputs::Inputs;
+use super::layer;
+use crate::device::bindings::{routegrad_parameter, routegrad_step_outcome};
+use crate::device::launchers::{Launchers, TILE_AUTO};
+use crate::error::Result;
+use crate::tensor::dtype::DType;
+use crate::verify::kernels::costs::AttentionSizes;
+use crate::verify::kernels::grouped_gemm::{Product, Shape};
+use crate::verify::kernels::{Buffer, Errors, Launch, Machine, Problem};
+use crate::{launch, query};
+use std::ptr::null;
+
+/// A group on kernels.
+pub struct Kernels {
+    /// Every buffer; its launch is all there is to do, once, and leaves what the parts read.
+    pub whole: Problem,
+    /// One for each case of the group, on the same buffers.
+    pub parts: Vec<Problem>,
+    /// Buffers whose content is the result: place, name, type.
+    pub outputs: Vec<(usize, &'static str, DType)>,
+}
+
+/// A launch on the buffers of another problem.
+pub fn part(launch: Launch) -> Problem {
+    Problem {
+        label: String::new(),
+        buffers: Vec::new(),
+        launch,
+        judge: Box::new(|_| Ok(Errors::none(0))),
+    }
+}
+
+/// `launch` with these buffers of its own.
+pub fn whole(label: &str, buffers: Vec<Buffer>, launch: Launch) -> Problem {
+    Problem {
+        label: label.into(),
+        buffers,
+        ..part(launch)
+    }
+}
+
+/// A launch on buffers, to write as a closure of them: the stream comes last in every launcher.
+macro_rules! on {
+    (|$p:ident| $launcher:ident($($argument:expr),* $(,)?)) => {
+        move |launchers: &Launchers, $p: &[*mut u8], stream| {
+            // SAFETY: every buffer has the size that the launcher's header states.
+            unsafe { launch!(launchers, $launcher($($argument),*, stream)) }
+        }
+    };
+}
+
+/// The kernels of a group; none where it has no kernels.
+///
+/// # Errors
+/// When a launcher refuses to plan for the sizes.
+pub fn build(machine: &dyn Machine, group: &Group) -> Result<Option<Kernels>> {
+    let inputs = Inputs(&group.name);
+    Ok(Some(match &group.work {
+        Work::Gemm { product, shape } => gemm(&inputs, *product, shape),
+        Work::Layer(layer) => layer::build(machine, &inputs, layer)?,
+        Work::Norm { rows, hidden } => norm(machine, &inputs, *rows, *hidden)?,
+        Work::CrossEntropy { tokens, vocabulary } => cross_entropy(&inputs, *tokens, *vocabulary),
+        Work::AdamW { numbers } => adamw(&inputs, *numbers),
+        Work::Attention(sizes) => attention(machine, &inputs, sizes)?,
+        Work::Operation(_) | Work::Step(_) => return Ok(None),
+    }))
+}
+
+/// 1 / √n.
+pub fn unit_sum(n: usize) -> f64 {
+    (n as f64).sqrt().recip()
+}
+
+/// Buffers: output, a, b, offsets.
+fn gemm(inputs: &Inputs, product: Product, shape: &Shape) -> Kernels {
+    let (rows, experts) = (shape.rows(), shape.counts.len());
+    let (n, k) = (shape.n, shape.k);
+    let mut offsets = vec![0i32];
+    offsets.extend(shape.counts.iter().scan(0, |sum, &count| {
+        *sum += count as i32;
+        Some(*sum)
+    }));
+    let weights = |deviation| Buffer::input("w", &inputs.bf16("w", experts * n * k, deviation));
+    let x = || Buffer::input("x", &inputs.bf16("x", rows * k, 1.0));
+    let dout = || Buffer::input("dout", &inputs.bf16("dout", rows * n, 1.0));
+    let (name, dtype, output, a, b) = match product {
+        Product::Forward => ("out", DType::Bf16, 2 * rows * n, x(), weights(unit_sum(k))),
+        Product::InputGradient => (
+            "dx",
+            DType::Bf16,
+            2 * rows * k,
+            dout(),
+            weights(unit_sum(n)),
+        ),
+        Product::WeightGradient => ("dw", DType::F32, 4 * experts * n * k, dout(), x()),
+    };
+    let buffers = vec![
+        Buffer::output(name, output),
+        a,
+        b,
+        Buffer::input("offsets", &offsets),
+    ];
+    let (rows, experts, n, k) = (rows as i64, experts as i32, n as i32, k as i32);
+    let launch = move || -> Launch {
+        match product {
+            Product::Forward => Box::new(on! { |p| grouped_gemm_forward(
+                p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), null(), rows, rows, experts, n, k, TILE_AUTO
+            ) }),
+            Product::InputGradient => Box::new(on! { |p| grouped_gemm_input_gradient(
+                p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), null(), rows, rows, experts, n, k, TILE_AUTO
+            ) }),
+            Product::WeightGradient => Box::new(on! { |p| grouped_gemm_weight_gradient(
+                p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), null(), null(), rows, rows, rows, experts, n, k, 0,
+                TILE_AUTO
+            ) }),
+        }
+    };
+    Kernels {
+        whole: whole(inputs.0, buffers, launch()),
+        parts: vec![part(launch())],
+        outputs: vec![(0, name, dtype)],
+    }
+}
+
+/// Of LayerNorms here.
+pub const EPS: f32 = 1e-5;
+
+/// Buffers: y, sum, dx, dweight, dbias, partials, x, residual, weight, bias, dy.
+fn norm(machine: &dyn Machine, inputs: &Inputs, rows: usize, hidden: usize) -> Result<Kernels> {
+    let mut floats = 0u64;
+    let (r, d) = (rows as i64, hidden as i32);
+    // SAFETY: it writes one number.
+    unsafe { query!(machine.launchers(), norm_partials(&mut floats, r, d)) }?;
+    let floats = floats as usize;
+    let matrix = |name| Buffer::input(name, &inputs.bf16(name, rows * hidden, 1.0));
+    let vector = |name| Buffer::input(name, &inputs.bf16(name, hidden, 1.0));
+    let output = |name, bytes| Buffer::output(name, bytes * hidden);
+    let buffers = vec![
+        output("y", 2 * rows),
+        output("sum", 2 * rows),
+        output("dx", 2 * rows),
+        output("dweight", 4),
+        output("dbias", 4),
+        Buffer::workspace("partials", 8 * floats),
+        matrix("x"),
+        matrix("residual"),
+        vector("weight"),
+        vector("bias"),
+        matrix("dy"),
+    ];
+    let forward = on! { |p| norm_forward(
+        p[0].cast(), p[1].cast(), p[6].cast(), p[7].cast(), p[8].cast(), p[9].cast(), r, d, EPS
+    ) };
+    let of_rows = on! { |p| norm_backward(
+        p[2].cast(), p[5].cast(), p[10].cast(), null(), p[1].cast(), p[8].cast(), r, d, 1, EPS
+    ) };
+    let of_weight = on! { |p| norm_weight_gradient(p[3].cast(), p[5].cast(), r, d, 0) };
+    let of_bias =
+        on! { |p| norm_weight_gradient(p[4].cast(), p[5].cast::<f32>().add(floats), r, d, 0) };
+    let backward = move |launchers: &Launchers, p: &[*mut u8], stream| {
+        of_rows(launchers, p, stream)?;
+        of_weight(launchers, p, stream)?;
+        of_bias(launchers, p, stream)
+    };
+    let both = move |launchers: &Launchers, p: &[*mut u8], stream| {
+        forward(launchers, p, stream)?;
+        backward(launchers, p, stream)
+    };
+    let (bf16, f32) = (DType::Bf16, DType::F32);
+    Ok(Kernels {
+        whole: whole(inputs.0, buffers, Box::new(both)),
+        parts: vec![part(Box::new(forward)), part(Box::new(backward))],
+        outputs: vec![
+            (0, "y", bf16),
+            (1, "sum", bf16),
+            (2, "dx", bf16),
+            (3, "dweight", f32),
+            (4, "dbias", f32),
+        ],
+    })
+}
+
+/// Buffers: losses, dlogits, logits, targets.
+fn cross_entropy(inputs: &Inputs, tokens: usize, vocabulary: usize) -> Kernels {
+    let buffers = vec![
+        Buffer::output("losses", 4 * tokens),
+        Buffer::output("dlogits", 2 * tokens * vocabulary),
+        Buffer::input("logits", &inputs.f32("logits", tokens * vocabulary, 2.0)),
+        Buffer::input("targets", &inputs.ids("targets", tokens, vocabulary)),
+    ];
+    let (t, v, share) = (tokens as i64, vocabulary as i32, 1.0 / tokens as f32);
+    let launch = on! { |p| cross_entropy_rows(p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), t, v, share) };
+    Kernels {
+        whole: whole(inputs.0, buffers, Box::new(launch)),
+        parts: vec![part(Box::new(launch))],
+        outputs: vec![(0, "losses", DType::F32), (1, "dlogits", DType::Bf16)],
+    }
+}
+
+/// β₁, β₂, η / (1 − β₁³), 1 / (1 − β₂³), ε, 1 − η λ, scale: a third step at η = 1e-3, λ = 0.1.
+const COEFFICIENTS: [f32; 7] = [
+    0.9,
+    0.95,
+    (1e-3 / 0.271) as f32,
+    (1.0 / 0.142_625) as f32,
+    1e-8,
+    1.0 - 1e-4,
+    1.0,
+];
+
+/// Numbers of a block of `kernels/adamw.cu`.
+const ADAMW_BLOCK: usize = 8192;
+
+/// Buffers: w, m, v, gradient; the table of this one parameter, the parameter of each block, the step's outcome.
+fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
+    let normals = |name| inputs.f32(name, numbers, 1.0);
+    let squares: Vec<f32> = normals("v").iter().map(|x| x * x).collect();
+    let buffers = vec![
+        Buffer::changed("w", &normals("w")),
+        Buffer::changed("m", &normals("m")),
+        Buffer::changed("v", &squares),
+        Buffer::input("gradient", &normals("gradient")),
+        Buffer::table("parameters", 1, move |p| {
+            vec![routegrad_parameter {
+                whole: p[0].cast(),
+                first: p[1].cast(),
+                second: p[2].cast(),
+                gradient: p[3].cast(),
+                elements: numbers as i64,
+                decays: 1,
+                ..Default::default()
+            }]
+        }),
+        Buffer::input(
+            "block_parameter",
+            &vec![0i32; numbers.div_ceil(ADAMW_BLOCK)],
+        ),
+        Buffer::table("outcome", 1, |_| {
+            vec![routegrad_step_outcome {
+                accepted: 1,
+                coefficients: [COEFFICIENTS; 2],
+                ..Default::default()
+            }]
+        }),
+    ];
+    let blocks = numbers.div_ceil(ADAMW_BLOCK) as i64;
+    let launch = on! { |p| adamw_update(p[4].cast(), p[5].cast(), p[6].cast(), blocks, 0) };
+    let f32 = DType::F32;
+    Kernels {
+        whole: whole(inputs.0, buffers, Box::new(launch)),
+        parts: vec![part(Box::new(launch))],
+        outputs: vec![(0, "w", f32), (1, "m", f32), (2, "v", f32)],
+    }
+}
+
+/// Buffers: out, log_sum_exp, dqkv, workspace, qkv, dout.
+fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> Result<Kernels> {
+    let s = *sizes;
+    let tokens = s.sequences * s.sequence;
+    let (t, sequence, heads) = (tokens as i64, s.sequence as i32, s.heads as i32);
+    let (key_heads, width) = (s.key_value_heads as i32, s.width as i32);
+    let mut floats = 0u64;
+    // SAFETY: it writes one number.
+    unsafe {
+        query!(
+            machine.launchers(),
+            attention_backward_workspace(&mut floats, t, sequence, heads)
+        )
+    }?;
+    let (row, qkv) = (
+        s.heads * s.width,
+        (s.heads + 2 * s.key_value_heads) * s.width,
+    );
+    let buffers = vec![
+        Buffer::output("out", 2 * tokens * row),
+        Buffer::output("log_sum_exp", 4 * tokens * s.heads),
+        Buffer::output("dqkv", 2 * tokens * qkv),
+        Buffer::workspace("workspace", 4 * floats as usize),
+        Buffer::input("qkv", &inputs.bf16("qkv", tokens * qkv, 1.0)),
+        Buffer::input("dout", &inputs.bf16("dout", tokens * row, 1.0)),
+    ];
+    let forward = on! { |p| attention_forward(
+        p[0].cast(), p[1].cast(), p[4].cast(), null(), t, sequence, heads, key_heads, width
+    ) };
+    let backward = on! { |p| attention_backward(
+        p[2].cast(), p[3].cast(), p[5].cast(), p[4].cast(), p[0].cast(), p[1].cast(), null(), null(), null(), t, sequence,
+        heads, key_heads, width
+    ) };
+    let both = move |launchers: &Launchers, p: &[*mut u8], stream| {
+        forward(launchers, p, stream)?;
+        backward(launchers, p, stream)
+    };
+    Ok(Kernels {
+        whole: whole(inputs.0, buffers, Box::new(both)),
+        parts: vec![part(Box::new(forward)), part(Box::new(backward))],
+        outputs: vec![(0, "out", DType::Bf16), (2, "dqkv", DType::Bf16)],
+    })
+}

@@ -1,0 +1,273 @@
+//! How every kernel stands against cuBLAS, PyTorch, the best open MoE kernels and the machine's floor.
+//!
+//! [`run`] measures on one machine in one run: [`case`] says what, [`timed`] times it beside the libraries of this process,
+//! `benches/peers/run.py` times the others on the same inputs ([`inputs`]) and writes the same records ([`record`]).
+//! [`page`] reports from recorded files, [`goals`] judges, [`baseline`] tells what became slower.
+
+pub mod baseline;
+pub mod case;
+pub mod ceilings;
+#[cfg(feature = "cuda")]
+pub mod cublas;
+#[cfg(feature = "cuda")]
+mod cublas_grouped;
+mod dump;
+pub mod figures;
+pub mod goals;
+mod hardware_records;
+pub mod inputs;
+mod kernels;
+mod layer;
+mod layer_steps;
+pub mod measure;
+mod operations;
+pub mod page;
+pub mod peers;
+pub mod record;
+pub mod roofline;
+mod session;
+pub mod steps;
+pub mod timed;
+
+pub use dump::dump;
+pub use hardware_records::read_all;
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use case::{Case, Group, Set, Work};
+use record::Records;
+use session::Session;
+use std::path::PathBuf;
+
+/// What [`run`] is asked to do.
+pub struct Options {
+    /// Folder of the records.
+    pub out: PathBuf,
+    /// None: a GPU where there is one, else the CPU and the simulator.
+    pub device: Option<Device>,
+    /// None: core on a GPU, small elsewhere.
+    pub set: Option<Set>,
+    /// Only cases whose name contains this.
+    pub only: Option<String>,
+    /// Seconds to end within; no group starts that is likely to end later.
+    pub budget: f64,
+    /// Records to compare with, and by how much a case may be slower.
+    pub baseline: Option<PathBuf>,
+    pub fail_slower: Option<f64>,
+}
+
+impl Options {
+    fn wants(&self, case: &Case) -> bool {
+        let only = self.only.as_ref();
+        only.is_none_or(|only| case.name.contains(only.as_str()))
+    }
+}
+
+/// The GPU of this process; or one sentence that says why there is none.
+#[cfg(feature = "cuda")]
+fn gpu() -> Result<(), String> {
+    crate::device::cuda::gpu()
+        .map(drop)
+        .map_err(|e| e.to_string())
+}
+
+/// As with the feature.
+#[cfg(not(feature = "cuda"))]
+fn gpu() -> Result<(), String> {
+    Err("this build has no cuda device: build with --features cuda".into())
+}
+
+/// The devices to measure on, and a sentence where there is no GPU.
+fn devices(wanted: Option<Device>) -> Result<(Vec<Device>, Option<String>)> {
+    match (wanted, gpu()) {
+        (Some(Device::Cuda), Err(why)) => {
+            let help = "leave --device out, or run it on a machine with one: scripts/bundle makes a folder to carry there";
+            Err(Error::invalid(
+                "bench --device cuda",
+                "a Hopper GPU",
+                why,
+                help,
+            ))
+        }
+        (Some(device), _) => Ok((vec![device], None)),
+        (None, Ok(())) => Ok((vec![Device::Cuda], None)),
+        (None, Err(why)) => Ok((
+            vec![Device::Cpu, Device::Sim],
+            Some(format!(
+                "no GPU was found ({why}): the CPU's operations, then the kernels on the simulator"
+            )),
+        )),
+    }
+}
+
+/// Groups that run on a device, of the wanted set.
+fn groups(options: &Options, device: Device) -> Result<Vec<Group>> {
+    let set = options.set.unwrap_or(match device {
+        Device::Cuda => Set::Core,
+        _ => Set::Small,
+    });
+    let runs = |group: &Group| match &group.work {
+        Work::Operation(_) => device == Device::Cpu,
+        Work::Step(_) => device != Device::Sim,
+        _ => device != Device::Cpu,
+    };
+    let within = |group: &Group| match set {
+        Set::Full => group.set != Set::Small,
+        set => group.set == set,
+    };
+    let mut found = Vec::new();
+    for group in case::groups().into_iter().filter(|g| runs(g) && within(g)) {
+        if group.cases()?.iter().any(|case| options.wants(case)) {
+            found.push(group);
+        }
+    }
+    Ok(found)
+}
+
+/// Seconds that a group is likely to take on a device.
+fn estimate(group: &Group, device: Device) -> Result<f64> {
+    let cases = group.cases()?;
+    // At least so often is every case done: two passes of five samples, a launch before each, and before all.
+    const TIMES: f64 = 22.0;
+    let flops: f64 = cases.iter().map(|c| c.flops).sum();
+    let each = cases.len() as f64 * timed::SIDE_SECONDS;
+    Ok(match (device, &group.work) {
+        (Device::Cuda, Work::Step(_)) => 60.0 + TIMES * flops / 0.3e15,
+        (Device::Cuda, _) => {
+            // The largest case touches nearly every buffer; some sets of them are made and sent.
+            let bytes = cases.iter().map(Case::bytes).fold(0.0, f64::max);
+            let peers = if matches!(group.work, Work::Gemm { .. }) {
+                3.0
+            } else {
+                1.0
+            };
+            0.3 + peers * each + 3.0 * bytes / 2e9
+        }
+        (Device::Cpu, _) => each + TIMES * flops / 3e10,
+        (Device::Sim, _) => each + TIMES * flops / 2e10,
+    })
+}
+
+/// Says what would be measured, in order.
+///
+/// # Errors
+/// When the device was asked for and is not there.
+pub fn list(options: &Options) -> Result<String> {
+    let (devices, no_gpu) = match options.device {
+        Some(device) => (vec![device], None),
+        None => devices(None)?,
+    };
+    let mut text = no_gpu.map_or(String::new(), |why| why + "\n");
+    let mut total = 0.0;
+    for device in devices {
+        for group in groups(options, device)? {
+            let seconds = estimate(&group, device)?;
+            total += seconds;
+            for (i, case) in group
+                .cases()?
+                .iter()
+                .filter(|c| options.wants(c))
+                .enumerate()
+            {
+                let seconds = if i == 0 {
+                    format!("{seconds:5.1} s")
+                } else {
+                    " ".repeat(7)
+                };
+                text += &format!("{:4}  {seconds}  {}\n", device.to_string(), case.name);
+            }
+        }
+    }
+    Ok(text + &format!("about {total:.0} s"))
+}
+
+/// The cases as JSON lines, for implementations in other languages: first what all records of the run share.
+///
+/// # Errors
+/// As [`list`].
+pub fn list_json(options: &Options) -> Result<String> {
+    let mut lines = Vec::new();
+    for device in devices(options.device)?.0 {
+        let mut head = session::head(device);
+        head["head"] = true.into();
+        lines.push(head);
+        for group in groups(options, device)? {
+            let cases = group.cases()?;
+            let cases = cases.iter().filter(|c| options.wants(c)).map(|c| {
+                serde_json::json!({"case": c.name, "family": c.family, "flops": c.flops, "bytes": c.bytes()})
+            });
+            let cases: Vec<_> = cases.collect();
+            let sizes = group.sizes()?;
+            lines.push(serde_json::json!({"group": group.name, "device": device, "sizes": sizes, "cases": cases}));
+        }
+    }
+    let lines: Vec<String> = lines.iter().map(|line| line.to_string()).collect();
+    Ok(lines.join("\n"))
+}
+
+/// Measures, prints a line a case and records it; then compares with the baseline.
+///
+/// # Errors
+/// When a device is not there, a group fails, a record cannot be written, or a case became slower than allowed.
+pub fn run(options: &Options) -> Result<()> {
+    let before = options.baseline.as_ref().map(|file| {
+        let mut records = Records::open(std::path::Path::new(""))?;
+        records.read(file)?;
+        Ok::<_, Error>(records)
+    });
+    let before = before.transpose()?;
+    let (devices, no_gpu) = devices(options.device)?;
+    if let Some(why) = no_gpu {
+        println!("{why}");
+    }
+    let mut session = Session::new(options)?;
+    for device in devices {
+        session.measure(device)?;
+    }
+    session.end()?;
+    match before {
+        Some(before) => judged(&before, &session, options),
+        None => Ok(()),
+    }
+}
+
+/// How much slower a case must be to be named, where nothing else was said.
+const NAMED: f64 = 0.05;
+
+fn judged(before: &Records, session: &Session, options: &Options) -> Result<()> {
+    let tolerance = options.fail_slower.unwrap_or(NAMED);
+    let found = baseline::compare(before, session.measured.iter(), tolerance);
+    println!(
+        "{} cases are in the baseline too; {} of them are slower",
+        found.compared,
+        found.slower.len()
+    );
+    for slower in &found.slower {
+        let doubt = if slower.doubtful {
+            "  (its passes differ by more)"
+        } else {
+            ""
+        };
+        println!(
+            "  {:.3} x the time of the baseline  {}{doubt}",
+            slower.factor, slower.case
+        );
+    }
+    match (options.fail_slower, found.slower.first()) {
+        (Some(allowed), Some(worst)) => Err(Error::invalid(
+            "bench --fail-slower",
+            format!(
+                "no case more than {:.1}% slower than the baseline",
+                100.0 * allowed
+            ),
+            format!(
+                "{} that are, {} by {:.1}%",
+                found.slower.len(),
+                worst.case,
+                100.0 * (worst.factor - 1.0)
+            ),
+            "measure again if the spread or the repeat ratio is large",
+        )),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,225 @@
+//! What was measured: one JSON object a line, `bench-MACHINE.jsonl`. Peers in other languages write the same lines.
+
+use crate::report::records::{self, Entry};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// Our side's name among the implementations.
+pub const OURS: &str = "routegrad";
+
+/// One implementation of one case on one device.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Record {
+    /// GPU model, or processor.
+    pub machine: String,
+    /// cuda, cpu or sim.
+    pub device: String,
+    pub case: String,
+    pub family: String,
+    /// [`OURS`], or the peer's name.
+    pub implementation: String,
+    /// Of the implementation: a commit, or a library's version.
+    pub version: String,
+    /// Which records were measured together.
+    pub run: String,
+    /// UTC.
+    pub date: String,
+    /// FLOPs of the mathematics, and bytes that must move; the same for every implementation.
+    pub flops: f64,
+    pub bytes: f64,
+    /// None where it could not run: `detail` says why.
+    pub timing: Option<Measured>,
+    /// Seconds that it cannot go below with the ceilings of the same run; none without them.
+    #[serde(default)]
+    pub floor_seconds: Option<f64>,
+    /// Why it did not run, or what is special about how it ran.
+    pub detail: String,
+    #[serde(default)]
+    pub system: String,
+    /// The driver's version on a GPU.
+    #[serde(default)]
+    pub driver: String,
+    /// What nvidia-smi said before and after; null where there is none.
+    #[serde(default)]
+    pub before: Value,
+    #[serde(default)]
+    pub after: Value,
+}
+
+/// Medians.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Of the faster pass.
+    pub seconds: f64,
+    /// Median of each pass, and the spread of its middle half as a share of it.
+    pub passes: Vec<f64>,
+    pub spread: Vec<f64>,
+    /// Samples of a pass, and launches of a sample.
+    pub samples: usize,
+    pub launches: usize,
+    /// Sets of inputs, taken in turn.
+    pub sets: usize,
+    /// Whether the launches were replayed from a graph.
+    pub graph: bool,
+}
+
+impl Measured {
+    /// The slower pass over the faster.
+    pub fn repeat_ratio(&self) -> f64 {
+        self.passes.iter().copied().fold(0.0, f64::max) / self.seconds
+    }
+}
+
+impl Record {
+    pub fn seconds(&self) -> Option<f64> {
+        Some(self.timing.as_ref()?.seconds)
+    }
+
+    pub fn tflops(&self) -> Option<f64> {
+        (self.flops > 0.0).then_some(self.flops / self.seconds()? / 1e12)
+    }
+
+    /// TB/s.
+    pub fn terabytes(&self) -> Option<f64> {
+        Some(self.bytes / self.seconds()? / 1e12)
+    }
+
+    pub fn share_of_floor(&self) -> Option<f64> {
+        Some(self.floor_seconds? / self.seconds()?)
+    }
+}
+
+/// Three digits that tell something, on a GPU and on a CPU; a dash for none.
+pub fn told(x: Option<f64>) -> String {
+    match x {
+        Some(x) if x >= 99.95 => format!("{x:.0}"),
+        Some(x) if x >= 0.1 => format!("{x:.3}"),
+        Some(x) => format!("{x:.5}"),
+        None => "–".into(),
+    }
+}
+
+/// All records of a folder.
+pub type Records = records::Records<Record>;
+
+impl Entry for Record {
+    const PREFIX: &'static str = "bench";
+    const BROKEN: &'static str = "remove the line; `routegrad bench` measures it again";
+    /// Machine, device, case, implementation.
+    type Key = [String; 4];
+
+    fn key(&self) -> Self::Key {
+        [
+            &self.machine,
+            &self.device,
+            &self.case,
+            &self.implementation,
+        ]
+        .map(String::clone)
+    }
+    fn machine(&self) -> &str {
+        &self.machine
+    }
+    fn date(&self) -> &str {
+        &self.date
+    }
+}
+
+/// The records of one device of one machine, to ask for ratios.
+pub struct View<'a>(pub Vec<&'a Record>);
+
+impl<'a> View<'a> {
+    pub fn of(&self, case: &str, implementation: &str) -> Option<&'a Record> {
+        let mut all = self.0.iter();
+        all.find(|r| r.case == case && r.implementation == implementation)
+            .copied()
+    }
+
+    /// Ours, measured.
+    pub fn ours(&self) -> impl Iterator<Item = &'a Record> {
+        let ours = |r: &&&Record| r.implementation == OURS && r.timing.is_some();
+        self.0.iter().filter(ours).copied()
+    }
+
+    pub fn seconds(&self, case: &str) -> Option<f64> {
+        self.of(case, OURS)?.seconds()
+    }
+
+    /// How many times as fast as the peer we are, where both were measured.
+    pub fn ratio(&self, case: &str, peer: &str) -> Option<f64> {
+        Some(self.of(case, peer)?.seconds()? / self.seconds(case)?)
+    }
+
+    /// Every peer by name.
+    pub fn peers(&self) -> Vec<&'a str> {
+        let names = self.0.iter().map(|r| r.implementation.as_str());
+        let names: std::collections::BTreeSet<&str> = names.filter(|name| *name != OURS).collect();
+        names.into_iter().collect()
+    }
+
+    /// Whether what is compared was not measured together.
+    pub fn mixes_runs(&self) -> bool {
+        self.0.windows(2).any(|pair| pair[0].run != pair[1].run)
+    }
+}
+
+#[cfg(test)]
+pub mod tests {
+    use super::*;
+
+    /// A record of ours that took so many seconds; negative: it could not run.
+    pub fn record(case: &str, implementation: &str, seconds: f64) -> Record {
+        Record {
+            machine: "NVIDIA H200".into(),
+            device: "cuda".into(),
+            case: case.into(),
+            family: case.split(' ').next().unwrap_or_default().into(),
+            implementation: implementation.into(),
+            version: "1".into(),
+            run: "one".into(),
+            date: "2026-01-01T00:00:00Z".into(),
+            flops: 1e12,
+            bytes: 1e9,
+            timing: (seconds >= 0.0).then(|| Measured {
+                seconds,
+                passes: vec![seconds, 1.02 * seconds],
+                spread: vec![0.01, 0.01],
+                samples: 5,
+                launches: 2,
+                sets: 2,
+                graph: true,
+            }),
+            floor_seconds: Some(1e-3),
+            detail: String::new(),
+            system: String::new(),
+            driver: String::new(),
+            before: Value::Null,
+            after: Value::Null,
+        }
+    }
+
+    #[test]
+    fn rates_and_ratios_are_those_of_the_medians() {
+        let (ours, theirs) = (record("a", OURS, 2e-3), record("a", "peer", 3e-3));
+        assert_eq!(ours.tflops(), Some(500.0));
+        assert_eq!(ours.terabytes(), Some(0.5));
+        assert_eq!(ours.share_of_floor(), Some(0.5));
+        assert_eq!(ours.timing.as_ref().map(Measured::repeat_ratio), Some(1.02));
+        let missing = record("a", "other", -1.0);
+        let view = View(vec![&ours, &theirs, &missing]);
+        assert_eq!(view.ratio("a", "peer"), Some(3e-3 / 2e-3));
+        assert_eq!(
+            (view.ratio("a", "other"), view.ratio("b", "peer")),
+            (None, None)
+        );
+        assert_eq!(view.peers(), ["other", "peer"]);
+    }
+
+    #[test]
+    fn a_line_of_a_peer_needs_only_what_a_peer_knows() {
+        let line = r#"{"machine":"m","device":"cpu","case":"add tiny","family":"add","implementation":"torch","version":"2",
+            "run":"r","date":"d","flops":0,"bytes":8,"timing":null,"detail":"no such operation"}"#;
+        let record: Record = serde_json::from_str(line).unwrap();
+        assert_eq!((record.timing, record.before), (None, Value::Null));
+    }
+}

@@ -1,0 +1,355 @@
+//! What a MoE layer cannot cost less than on one H200, and what the router `default` adds to `topk` at best: a page from
+//! the formulas of [`costs`], which the kernels' tests hold against the simulator's counters.
+
+use crate::config::count::flops_per_token;
+use crate::config::{Config, Layers};
+use crate::device::launchers;
+use crate::device::launchers::TILE_AUTO;
+use crate::error::{Error, Result};
+use crate::query;
+use crate::verify::kernels::costs::{self, Cost, Sizes};
+
+/// Expert settings of the page's columns.
+pub const EXPERTS: [&str; 5] = ["8c1", "8c2", "32c1", "32c2", "32c4"];
+/// Models of the page as it stands in `docs/`.
+pub const PRESETS: [&str; 2] = ["1.96b", "7.33b"];
+/// Tokens of a micro-batch.
+pub const TOKENS: usize = 16_384;
+
+/// Dense bf16 peak of the H200's data sheet, FLOP/s; a step is taken to run at half of it.
+const PEAK: f64 = 989e12;
+/// The prediction: the share of its floor's speed that what `default` adds reaches, its launches, and seconds of one.
+const PREDICTED_SHARE: f64 = 0.85;
+const MORE_LAUNCHES: f64 = 2.0;
+const LAUNCH: f64 = 2e-6;
+/// Of the H200.
+const MULTIPROCESSORS: i32 = 132;
+
+/// One kernel of the layer, as `topk` and as `default` use it.
+struct Kernel {
+    name: &'static str,
+    topk: Option<Cost>,
+    default: Option<Cost>,
+}
+
+impl Kernel {
+    fn both(name: &'static str, cost: Cost) -> Self {
+        Self {
+            name,
+            topk: Some(cost),
+            default: Some(cost),
+        }
+    }
+    fn of(name: &'static str, topk: Cost, default: Cost) -> Self {
+        Self {
+            name,
+            topk: Some(topk),
+            default: Some(default),
+        }
+    }
+    fn default_only(name: &'static str, cost: Cost) -> Self {
+        Self {
+            name,
+            topk: None,
+            default: Some(cost),
+        }
+    }
+}
+
+/// Seconds of `topk`, and what `default` adds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Floor {
+    topk: f64,
+    added: f64,
+}
+
+impl Floor {
+    fn of(kernel: &Kernel) -> Self {
+        let floor = |cost: Option<Cost>| cost.map_or(0.0, |c| c.floor());
+        let topk = floor(kernel.topk);
+        Self {
+            topk,
+            added: floor(kernel.default) - topk,
+        }
+    }
+
+    fn sum(floors: impl IntoIterator<Item = Floor>) -> Self {
+        floors.into_iter().fold(Self::default(), |a, b| Self {
+            topk: a.topk + b.topk,
+            added: a.added + b.added,
+        })
+    }
+
+    /// Microseconds.
+    fn cell(self) -> String {
+        let (topk, added) = (microseconds(self.topk), microseconds(self.added));
+        match (self.topk > 0.0, self.added > 0.0) {
+            (true, true) => format!("{topk} + {added}"),
+            (false, _) => format!("+ {added}"),
+            _ => topk,
+        }
+    }
+}
+
+fn microseconds(seconds: f64) -> String {
+    let us = 1e6 * seconds;
+    if us < 10.0 {
+        format!("{us:.2}")
+    } else {
+        format!("{us:.1}")
+    }
+}
+
+/// What the launchers plan for these sizes.
+struct Plan {
+    /// Partial sums of the router's weight gradient.
+    router_partials: usize,
+    /// Partial dots of a row.
+    dot_columns: usize,
+}
+
+impl Plan {
+    fn new(s: &Sizes) -> Result<Self> {
+        let sim = launchers::sim()?;
+        let before = sim.options().unwrap_or_default();
+        sim.set_options(&launchers::Options {
+            multiprocessors: MULTIPROCESSORS,
+            ..before
+        })?;
+        let (mut floats, mut columns) = (0u64, 0i32);
+        let (tokens, rows) = (s.tokens as i64, s.rows as i64);
+        let (experts, hidden, ffn) = (s.experts as i32, s.hidden as i32, s.ffn as i32);
+        // SAFETY: one number is written each.
+        let asked = unsafe {
+            query!(
+                sim,
+                router_backward_workspace(&mut floats, tokens, experts, hidden)
+            )
+            .and(query!(
+                sim,
+                grouped_swiglu_dot_columns(&mut columns, rows, experts, hidden, ffn, TILE_AUTO)
+            ))
+        };
+        sim.set_options(&before)?;
+        asked?;
+        Ok(Self {
+            router_partials: floats as usize / (s.experts * s.hidden),
+            dot_columns: columns as usize,
+        })
+    }
+}
+
+/// Partial dots of a row that the launchers plan for these sizes.
+///
+/// # Errors
+/// When they refuse the sizes.
+pub fn dot_columns(s: &Sizes) -> Result<usize> {
+    Ok(Plan::new(s)?.dot_columns)
+}
+
+/// Costs of the kernels of a layer's forward and backward, of `default` or of `topk`, weight gradients added to or
+/// assigned.
+///
+/// # Errors
+/// As [`dot_columns`].
+pub fn layer_costs(s: &Sizes, default: bool, accumulate: bool) -> Result<[Vec<Cost>; 2]> {
+    let costs = |kernels: Vec<Kernel>| {
+        let cost = |kernel: &Kernel| if default { kernel.default } else { kernel.topk };
+        kernels.iter().filter_map(cost).collect()
+    };
+    Ok(layer(s, accumulate)?.map(costs))
+}
+
+/// The kernels of a layer's forward and backward, in order. The gradient of x by the router is added to; so are weight
+/// gradients in every micro-batch of a step but the first.
+fn layer(s: &Sizes, accumulate: bool) -> Result<[Vec<Kernel>; 2]> {
+    let Sizes {
+        hidden,
+        ffn,
+        experts,
+        rows,
+        ..
+    } = *s;
+    let plan = Plan::new(s)?;
+    let dots = plan.dot_columns;
+    let forward = vec![
+        Kernel::both("router_forward", costs::router_forward(s)),
+        Kernel::both("dispatch_choices", costs::dispatch_choices(s)),
+        Kernel::both("grouped_swiglu_forward", costs::grouped_swiglu_forward(s)),
+        Kernel::of(
+            "grouped_down_forward",
+            costs::grouped_down_forward(s, false),
+            costs::grouped_down_forward(s, true),
+        ),
+        Kernel::default_only("expert_sums", costs::expert_sums(s)),
+        Kernel::default_only("expert_mean_update", costs::expert_mean_update(s)),
+        Kernel::of(
+            "combine",
+            costs::combine(s, true, false, false),
+            costs::combine(s, true, true, false),
+        ),
+    ];
+    let backward = vec![
+        Kernel::both(
+            "grouped_swiglu_backward",
+            costs::grouped_swiglu_backward(s, dots),
+        ),
+        Kernel::both(
+            "grouped_gemm_weight_gradient, down",
+            costs::grouped_gemm_weight_gradient(rows, experts, hidden, ffn, accumulate),
+        ),
+        Kernel::both(
+            "grouped_gemm_weight_gradient, gate and up",
+            costs::grouped_gemm_weight_gradient(rows, experts, 2 * ffn, hidden, accumulate),
+        ),
+        Kernel::both(
+            "grouped_gemm_input_gradient",
+            costs::grouped_gemm(rows, experts, 2 * ffn, hidden),
+        ),
+        Kernel::both(
+            "combine, of the gradient of x",
+            costs::combine(s, false, false, false),
+        ),
+        Kernel::of(
+            "gate_gradient",
+            costs::gate_gradient(s, false, dots),
+            costs::gate_gradient(s, true, dots),
+        ),
+        Kernel::both(
+            "router_backward",
+            costs::router_backward(s, true, plan.router_partials),
+        ),
+    ];
+    Ok([forward, backward])
+}
+
+/// One column: a model with one expert setting.
+struct Column {
+    kernels: [Vec<Kernel>; 2],
+    moe_layers: usize,
+    /// Of one micro-batch, at half of the peak.
+    step_seconds: f64,
+    sizes: Sizes,
+}
+
+fn column(preset: &str, experts: &str, tokens: usize) -> Result<Column> {
+    let mut layers = Layers::preset(preset);
+    layers.experts = Some(experts.into());
+    let model = Config::load(&layers, &|_| Ok(()))?.model;
+    let sizes = Sizes {
+        tokens,
+        hidden: model.hidden,
+        ffn: model.expert_ffn_width,
+        experts: model.num_experts,
+        slots: model.top_k,
+        rows: tokens * model.top_k,
+    };
+    Ok(Column {
+        kernels: layer(&sizes, true)?,
+        moe_layers: model.layers - model.dense_layers.len(),
+        step_seconds: tokens as f64 * flops_per_token(&model) as f64 / (0.5 * PEAK),
+        sizes,
+    })
+}
+
+/// The page: one table per preset, for micro-batches of `tokens` tokens.
+///
+/// # Errors
+/// When a preset is not known, or there are no tokens or more than the kernels take.
+pub fn page(presets: &[&str], tokens: usize) -> Result<String> {
+    if !(1..=1 << 24).contains(&tokens) {
+        let got = tokens.to_string();
+        let help = format!("the micro-batches of the page in docs/ have {TOKENS}");
+        return Err(Error::invalid("--tokens", "1 to 16777216", got, help));
+    }
+    let mut page = INTRODUCTION.to_owned();
+    for preset in presets {
+        let columns: Vec<Column> = EXPERTS
+            .iter()
+            .map(|experts| column(preset, experts, tokens))
+            .collect::<Result<_>>()?;
+        table(&mut page, preset, tokens, &columns);
+    }
+    Ok(page)
+}
+
+const INTRODUCTION: &str = "\
+# Floors of the MoE layer
+
+Written by `routegrad floors`. The floor of a kernel is max(FLOPs / 790e12, bytes / 4.3e12) seconds: what one H200 was
+measured to do in a bf16 matrix product and in a copy. FLOPs and bytes are those of the kernels' headers; the formulas
+stand in `src/check/kernels/costs.rs`, and the kernels' tests hold them against the simulator's counters. No kernel can be
+faster; how much slower it is has to be measured.
+
+Numbers are microseconds of one micro-batch, spread evenly over the experts: what `topk` needs, + what `default` adds to
+it. The time of a step is that of the model's FLOPs at half of 989 TFLOP/s, without recomputation. The last row is a
+prediction, made before any of these kernels ran on a GPU: what `default` adds runs at 85% of its floor, and its two more
+launches cost 2 microseconds each. Nearly all of it is one more read of dy, by the gradient of the gates.
+";
+
+fn table(page: &mut String, preset: &str, tokens: usize, columns: &[Column]) {
+    let cells = |of: &dyn Fn(&Column) -> String| columns.iter().map(of).collect::<Vec<_>>();
+    let hidden = columns[0].sizes.hidden;
+    let mut widths = cells(&|c| format!("{} with {} experts", c.sizes.ffn, c.sizes.experts));
+    widths.dedup();
+    let widths = widths.join(", ");
+    page.push_str(&format!(
+        "\n## {preset}: D = {hidden}, F = {widths}, {tokens} tokens\n\n"
+    ));
+    let mut row = |name: &str, cells: Vec<String>| {
+        page.push_str(&format!("| {name} | {} |\n", cells.join(" | ")));
+    };
+    row("kernel", EXPERTS.map(str::to_owned).to_vec());
+    row("---", vec!["---".into(); columns.len()]);
+    for (pass, name) in ["**forward**", "**backward**"].into_iter().enumerate() {
+        for (i, kernel) in columns[0].kernels[pass].iter().enumerate() {
+            row(
+                &format!("`{}`", kernel.name),
+                cells(&|c| Floor::of(&c.kernels[pass][i]).cell()),
+            );
+        }
+        row(
+            name,
+            cells(&|c| Floor::sum(c.kernels[pass].iter().map(Floor::of)).cell()),
+        );
+    }
+    let whole = |c: &Column| Floor::sum(c.kernels.iter().flatten().map(Floor::of));
+    row("**layer**", cells(&|c| whole(c).cell()));
+    row(
+        "`default` adds to the layer",
+        cells(&|c| format!("{:.2}%", 100.0 * whole(c).added / whole(c).topk)),
+    );
+    row(
+        "step, milliseconds",
+        cells(&|c| format!("{:.1}", 1e3 * c.step_seconds)),
+    );
+    let of_step = |c: &Column, added: f64| {
+        format!(
+            "{:.3}%",
+            100.0 * c.moe_layers as f64 * added / c.step_seconds
+        )
+    };
+    row(
+        "`default` adds to the step",
+        cells(&|c| of_step(c, whole(c).added)),
+    );
+    let predicted = |c: &Column| whole(c).added / PREDICTED_SHARE + MORE_LAUNCHES * LAUNCH;
+    row("predicted", cells(&|c| of_step(c, predicted(c))));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_are_bound_by_compute_and_what_default_adds_by_memory() {
+        let column = column("7.33b", "8c1", TOKENS).unwrap();
+        // 2 T D · 3 F forward, twice that backward.
+        let products = 18.0 * TOKENS as f64 * 2048.0 * 5632.0 / costs::FLOPS_PER_SECOND;
+        let whole = Floor::sum(column.kernels.iter().flatten().map(Floor::of));
+        assert!(whole.topk > products && whole.topk < 1.15 * products);
+        // At least one more read of g.
+        let read = 2.0 * TOKENS as f64 * 2048.0 / costs::BYTES_PER_SECOND;
+        assert!(whole.added > read && whole.added < 3.0 * read);
+    }
+}

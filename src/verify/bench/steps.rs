@@ -1,0 +1,54 @@
+//! Whole optimizer steps of a preset.
+
+use super::case::Step;
+use crate::config::{Config, Layers, count};
+use crate::device::Device;
+use crate::error::Result;
+use crate::routers;
+use crate::train::session::Training;
+use serde_json::{Value, json};
+
+fn config(step: &Step, router: &str) -> Result<Config> {
+    let mut layers = Layers::preset(step.preset);
+    layers.experts = Some(step.experts.into());
+    layers.set = vec![
+        format!("router.name=\"{router}\""),
+        format!("train.sequences_per_step={}", step.sequences),
+    ];
+    Config::load(&layers, &routers::resolve)
+}
+
+/// Of a step: 6 a parameter and token, the causal half of attention, nothing recomputed.
+///
+/// # Errors
+/// When the preset is not known.
+pub fn flops(step: &Step, router: &str) -> Result<f64> {
+    let model = config(step, router)?.model;
+    let tokens = step.sequences * model.sequence_length;
+    Ok(count::flops_per_token(&model) as f64 * tokens as f64)
+}
+
+/// The model and its steps, for implementations in other languages.
+///
+/// # Errors
+/// When the preset is not known.
+pub fn sizes(step: &Step) -> Result<Value> {
+    let Config { model, train, .. } = config(step, "topk")?;
+    Ok(json!({
+        "work": "step", "preset": step.preset, "routers": step.routers, "sequences": step.sequences,
+        "micro_batch": train.micro_batch, "sequence": model.sequence_length, "vocabulary": model.vocab_size,
+        "hidden": model.hidden, "layers": model.layers, "heads": model.heads, "norm": model.norm,
+        "dense_ffn": model.dense_ffn_width, "ffn": model.expert_ffn_width, "experts": model.num_experts,
+        "top_k": model.top_k,
+    }))
+}
+
+/// The model, before its first step.
+///
+/// # Errors
+/// When the model does not fit the device.
+pub fn training(step: &Step, router: &str, device: Device) -> Result<Training> {
+    let mut config = config(step, router)?;
+    config.train.device = device;
+    Training::new(config)
+}

@@ -1,0 +1,311 @@
+//! Times a group where it can run: kernels on a machine, operations and steps on the host's clock.
+
+use super::case::{Case, Group, Step, Work};
+use super::kernels::{self, Kernels};
+use super::steps;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::tensor::dtype::DType;
+use crate::verify::bench::measure::{Clock, Plan, Side, Timing, Wall, in_turn, interleaved};
+use crate::verify::kernels::{Machine, Run, Simulator};
+use half::bf16;
+
+/// Where kernels are timed.
+struct Place<'a> {
+    machine: &'a dyn Machine,
+    clock: &'a dyn Clock,
+    /// Bytes of the cache past which inputs are rotated; 0: one set of inputs.
+    cache: usize,
+    #[cfg(feature = "cuda")]
+    gpu: Option<&'a crate::device::cuda::Gpu>,
+}
+
+impl Place<'_> {
+    /// A side that launches, from graphs where the machine has them.
+    fn side<'a>(
+        &'a self,
+        sets: usize,
+        launch: impl Fn(usize) -> Result<()> + 'a,
+    ) -> (Side<'a>, bool) {
+        #[cfg(feature = "cuda")]
+        if let Some(gpu) = self.gpu {
+            return (
+                crate::verify::bench::measure::replayed(gpu, sets, launch),
+                true,
+            );
+        }
+        (in_turn(sets, launch), false)
+    }
+}
+
+/// Seconds that each side of a case may take.
+pub const SIDE_SECONDS: f64 = 0.15;
+/// Bytes of a CPU's cache, of the larger ones.
+const CPU_CACHE: usize = 32 << 20;
+/// Bytes that the sets of a group may fill together.
+const MOST_BYTES: f64 = 20e9;
+/// Bytes of an output that are looked at for numbers that no kernel wrote.
+const LOOKED_AT: usize = 64 << 20;
+
+/// Cases that are ready to be timed beside each other: our side of each, then those of other libraries.
+pub struct Ready<'a> {
+    pub cases: Vec<Case>,
+    pub clock: &'a dyn Clock,
+    pub sides: Vec<Side<'a>>,
+    /// Each that has a side, in order, and each that cannot with the reason.
+    pub peers: Vec<(&'static str, Result<(), String>)>,
+    /// Sets of inputs, and whether our launches are replayed from graphs.
+    pub sets: usize,
+    pub graph: bool,
+}
+
+impl Ready<'_> {
+    /// Times the sides in turn: one untimed launch each, a plan from how long the slowest takes, then all of them.
+    ///
+    /// # Errors
+    /// Those of the sides.
+    pub fn time(&mut self) -> Result<Vec<Timing>> {
+        let mut slowest = 0f64;
+        for side in &mut self.sides {
+            side(1)?;
+            slowest = slowest.max(self.clock.seconds(&mut || side(1))?);
+        }
+        let plan = Plan::within(SIDE_SECONDS, slowest);
+        if self.graph {
+            // Every graph that the samples will replay is captured now: places to begin repeat after so many samples.
+            for side in &mut self.sides {
+                for _ in 0..self.sets {
+                    side(1)?;
+                    side(plan.launches)?;
+                }
+            }
+        }
+        interleaved(self.clock, &mut self.sides, plan)
+    }
+}
+
+type Visit<'v> = &'v mut dyn FnMut(Ready) -> Result<()>;
+
+/// Makes each case of a group that `wanted` takes ready on a device, and shows it to `visit`.
+///
+/// # Errors
+/// When there is no room, a launch fails, an output holds what no kernel wrote; and those of `visit`.
+pub fn visit(
+    group: &Group,
+    device: Device,
+    wanted: &dyn Fn(&Case) -> bool,
+    visit: Visit,
+) -> Result<()> {
+    if let Work::Operation(_) | Work::Step(_) = &group.work {
+        return on_host(group, device, wanted, visit);
+    }
+    #[cfg(feature = "cuda")]
+    if device == Device::Cuda {
+        let gpu = crate::device::cuda::gpu()?;
+        let place = Place {
+            machine: gpu,
+            clock: &crate::verify::bench::measure::Events(gpu),
+            cache: gpu.cache_bytes()?,
+            gpu: Some(gpu),
+        };
+        return on_kernels(&place, group, wanted, visit);
+    }
+    let place = Place {
+        machine: &Simulator::new()?,
+        clock: &Wall,
+        cache: 0,
+        #[cfg(feature = "cuda")]
+        gpu: None,
+    };
+    on_kernels(&place, group, wanted, visit)
+}
+
+fn on_kernels(
+    place: &Place,
+    group: &Group,
+    wanted: &dyn Fn(&Case) -> bool,
+    visit: Visit,
+) -> Result<()> {
+    let Some(kernels) = kernels::build(place.machine, group)? else {
+        return Ok(());
+    };
+    let cases = group.cases()?;
+    let sets = sets(place, &kernels, &cases);
+    let runs = (0..sets)
+        .map(|_| Run::new(place.machine, &kernels.whole))
+        .collect::<Result<Vec<_>>>()?;
+    runs.iter().try_for_each(Run::launch)?;
+    look_at(&runs[0], &kernels)?;
+    for (case, part) in cases.into_iter().zip(&kernels.parts) {
+        if !wanted(&case) {
+            continue;
+        }
+        let launch = |set: usize| runs[set].launch_as(part);
+        let (side, graph) = place.side(sets, launch);
+        let mut sides = vec![side];
+        let peers = peers(place, group, &runs, &mut sides)?;
+        visit(Ready {
+            cases: vec![case],
+            clock: place.clock,
+            sides,
+            peers,
+            sets,
+            graph,
+        })?;
+    }
+    Ok(())
+}
+
+/// Sets of buffers, so many that one is out of the cache when its turn comes again, as far as there is room.
+fn sets(place: &Place, kernels: &Kernels, cases: &[Case]) -> usize {
+    if place.cache == 0 {
+        return 1;
+    }
+    let least = cases.iter().map(Case::bytes).fold(f64::INFINITY, f64::min);
+    let room = (MOST_BYTES / kernels.whole.bytes() as f64) as usize;
+    rotated(place.cache, least).min(room.max(2))
+}
+
+fn rotated(cache: usize, bytes: f64) -> usize {
+    ((2.0 * cache as f64 / bytes).ceil() as usize + 1).clamp(2, 12)
+}
+
+/// Buffers start as NaN: one that is left shows a kernel that did not do its work.
+fn look_at(run: &Run, kernels: &Kernels) -> Result<()> {
+    for (place, name, dtype) in &kernels.outputs {
+        let bytes = run.content(*place, LOOKED_AT)?;
+        let numbers = numbers(&bytes, *dtype);
+        if let Some(at) = numbers.iter().position(|x| x.is_nan()) {
+            return Err(Error::NonFinite {
+                what: format!("{name}[{at}] of {}", kernels.whole.label),
+                help: "a kernel did not write it: run hardware-check".into(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// What an output's bytes hold.
+pub fn numbers(bytes: &[u8], dtype: DType) -> Vec<f32> {
+    match dtype {
+        DType::Bf16 => {
+            let all: Vec<bf16> = crate::verify::kernels::values(bytes);
+            all.into_iter().map(bf16::to_f32).collect()
+        }
+        _ => crate::verify::kernels::values(bytes),
+    }
+}
+
+/// Adds the sides of the libraries that do the same in this process; each with the reason where it cannot.
+#[cfg(feature = "cuda")]
+fn peers<'a>(
+    place: &Place<'a>,
+    group: &'a Group,
+    runs: &'a [Run<'a>],
+    sides: &mut Vec<Side<'a>>,
+) -> Result<Vec<(&'static str, Result<(), String>)>> {
+    use super::cublas::Matmul;
+    use super::cublas_grouped::Grouped;
+    let (Work::Gemm { product, shape }, Some(gpu)) = (&group.work, place.gpu) else {
+        return Ok(Vec::new());
+    };
+    let mut peers = Vec::new();
+    let batched = Matmul::started(gpu, *product, shape, &runs[0].pointers());
+    peers.push((
+        super::peers::CUBLAS,
+        batched.map(|(matmul, cublas)| {
+            let launch = move |set: usize| {
+                let _workspace = &cublas;
+                matmul.launch(gpu, &runs[set].pointers())
+            };
+            sides.push(crate::verify::bench::measure::replayed(
+                gpu,
+                runs.len(),
+                launch,
+            ));
+        }),
+    ));
+    if shape.counts.len() > 1 {
+        let pointers: Vec<_> = runs.iter().map(Run::pointers).collect();
+        let grouped = Grouped::new(gpu, *product, shape, &pointers);
+        peers.push((
+            super::peers::CUBLAS_GROUPED,
+            grouped.map(|grouped| {
+                // It copies its sizes to the GPU at every launch, which no graph takes.
+                sides.push(in_turn(runs.len(), move |set| grouped.launch(set)));
+            }),
+        ));
+    }
+    Ok(peers)
+}
+
+/// As with the feature: there is no library to compare with.
+#[cfg(not(feature = "cuda"))]
+fn peers<'a>(
+    _place: &Place<'a>,
+    _group: &'a Group,
+    _runs: &'a [Run<'a>],
+    _sides: &mut Vec<Side<'a>>,
+) -> Result<Vec<(&'static str, Result<(), String>)>> {
+    Ok(Vec::new())
+}
+
+/// An operation of the CPU, or steps on a device with the routers in turn.
+fn on_host(
+    group: &Group,
+    device: Device,
+    wanted: &dyn Fn(&Case) -> bool,
+    visit: Visit,
+) -> Result<()> {
+    let mut cases = group.cases()?;
+    let (mut sides, mut sets): (Vec<Side>, usize) = (Vec::new(), 1);
+    match &group.work {
+        Work::Operation(operation) if wanted(&cases[0]) => {
+            sets = rotated(CPU_CACHE, cases[0].bytes());
+            let made = (0..sets).map(|_| operation.build(&group.name));
+            let mut running = made.collect::<Result<Vec<_>>>()?;
+            sides.push(in_turn(sets, move |set| running[set].run().map(drop)));
+        }
+        Work::Step(step) => {
+            let each = step.routers.iter().zip(&cases);
+            for (router, _) in each.filter(|(_, case)| wanted(case)) {
+                sides.push(step_side(step, router, device)?);
+            }
+        }
+        _ => {}
+    }
+    cases.retain(wanted);
+    if cases.is_empty() {
+        return Ok(());
+    }
+    visit(Ready {
+        cases,
+        clock: &Wall,
+        sides,
+        peers: Vec::new(),
+        sets,
+        graph: false,
+    })
+}
+
+fn step_side(step: &Step, router: &str, device: Device) -> Result<Side<'static>> {
+    let mut training = steps::training(step, router, device)?;
+    Ok(in_turn(1, move |_| {
+        training.step()?;
+        finish(device)
+    }))
+}
+
+/// A step leaves launches behind that the host's clock must wait for.
+#[cfg(feature = "cuda")]
+fn finish(device: Device) -> Result<()> {
+    match device {
+        Device::Cuda => crate::device::cuda::gpu()?.finish(),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn finish(_device: Device) -> Result<()> {
+    Ok(())
+}

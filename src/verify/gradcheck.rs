@@ -1,0 +1,490 @@
+//! Every gradient against finite differences: operations, routers, and a whole model.
+//!
+//! A router is checked in a mixture-of-experts layer, from its input and its parameters to its
+//! output and its balance losses; a model from all its parameters to its loss. Chosen experts,
+//! default vectors and balance fractions are first set by a training pass and then held, which makes
+//! the forward pass differentiable ([`Phase::Frozen`]). An estimator, whose gradient is on purpose
+//! not that of its own forward pass, is held against the method or function whose gradient it equals.
+
+use crate::config::{Config, Layers};
+use crate::dist::SingleRank;
+use crate::error::Result;
+use crate::model::{Model, Weights};
+use crate::ops::OPS;
+use crate::routers::{self, Pass, Phase};
+use crate::tape::check::{Case, Fault, FaultGuard, finite_differences, gradients, normal_numbers};
+use crate::tape::{Tape, Var};
+use crate::verify::device_check::random_batch;
+
+/// The largest relative error that passes.
+pub const TOLERANCE: f64 = 1e-6;
+
+/// One line of the report.
+#[derive(Clone, Debug)]
+pub struct Row {
+    /// Operation, router or model.
+    pub subject: String,
+    /// What it was run on.
+    pub case: String,
+    /// Derivatives compared.
+    pub compared: usize,
+    /// The input with the largest error …
+    pub worst: String,
+    /// … and that error, relative.
+    pub error: f64,
+}
+
+impl Row {
+    pub fn passes(&self) -> bool {
+        self.error <= TOLERANCE
+    }
+}
+
+/// A router in a layer: name, what is set, what its gradient must equal.
+struct RouterCase {
+    router: &'static str,
+    set: &'static [&'static str],
+    /// Parts of the names of the inputs that are compared; none stands for all.
+    inputs: &'static [&'static str],
+    against: Against,
+}
+
+impl RouterCase {
+    fn subject(&self) -> String {
+        format!("router {}", self.router)
+    }
+}
+
+/// What a router's gradient is held against.
+enum Against {
+    Differences,
+    /// The gradient of a router with a further setting, at the same incoming gradient.
+    Gradient(&'static str, &'static str),
+    /// The gradient of SparseMixer's surrogate, which the differences of it are then held against.
+    Surrogate,
+}
+
+const fn differences(router: &'static str, set: &'static [&'static str]) -> RouterCase {
+    RouterCase {
+        router,
+        set,
+        inputs: &[],
+        against: Against::Differences,
+    }
+}
+
+/// DenseMixer at K = 2 and K = 1: the router's gradient is that of `dense`, the experts' that of
+/// `topk`. The auxiliary loss, which `dense` has not, is off.
+const fn densemixer(
+    set: &'static [&'static str],
+    inputs: &'static [&'static str],
+    like: &'static str,
+) -> RouterCase {
+    RouterCase {
+        router: "densemixer",
+        set,
+        inputs,
+        against: Against::Gradient(like, ""),
+    }
+}
+
+/// SparseMixer: the experts' gradients are those of the forward pass, …
+const fn sparsemixer_experts(set: &'static [&'static str]) -> RouterCase {
+    RouterCase {
+        inputs: &[".experts.", "omega"],
+        ..differences("sparsemixer", set)
+    }
+}
+
+/// … the router's is that of the gates c p in the place of h p: c / h times the derivative.
+const fn sparsemixer_router(set: &'static [&'static str]) -> RouterCase {
+    RouterCase {
+        router: "sparsemixer",
+        set,
+        inputs: &["gate.weight"],
+        against: Against::Surrogate,
+    }
+}
+
+const UNBALANCED_1: &[&str] = &[
+    "model.top_k=1",
+    "balance.aux_coefficient=0",
+    "balance.z_coefficient=0",
+];
+const UNBALANCED_2: &[&str] = &[
+    "model.top_k=2",
+    "balance.aux_coefficient=0",
+    "balance.z_coefficient=0",
+];
+const UNBALANCED_RENORMALIZED: &[&str] = &[
+    "model.top_k=2",
+    "balance.aux_coefficient=0",
+    "balance.z_coefficient=0",
+    "router.renormalize=true",
+];
+
+const ROUTER_CASES: &[RouterCase] = &[
+    differences("topk", &["model.top_k=1"]),
+    differences("topk", &["model.top_k=3"]),
+    differences("topk", &["model.top_k=2", "router.renormalize=true"]),
+    differences("default", &["model.top_k=1"]),
+    differences(
+        "default",
+        &[
+            "model.top_k=2",
+            "router.weight_norm=\"count\"",
+            "router.init_std=0.5",
+        ],
+    ),
+    differences(
+        "default",
+        &["model.top_k=2", "router.weighted=false", "router.beta=0.3"],
+    ),
+    RouterCase {
+        router: "default",
+        set: &["model.top_k=2", "router.pass_forward=false"],
+        inputs: &[],
+        against: Against::Gradient("default", "router.pass_forward=true"),
+    },
+    differences("dense", &[]),
+    densemixer(UNBALANCED_1, &["gate.weight"], "dense"),
+    densemixer(UNBALANCED_2, &["gate.weight"], "dense"),
+    densemixer(UNBALANCED_2, &[".experts."], "topk"),
+    densemixer(UNBALANCED_RENORMALIZED, &[".experts."], "topk"),
+    differences("densemixer", &["model.top_k=5"]),
+    differences("densemixer", &["model.top_k=5", "router.renormalize=true"]),
+    sparsemixer_experts(&["model.top_k=1", "router.version=\"v1\""]),
+    sparsemixer_experts(&["model.top_k=1"]),
+    sparsemixer_experts(&["model.top_k=2", "router.epsilon=0.5"]),
+    sparsemixer_router(&[
+        "model.top_k=1",
+        "router.version=\"v1\"",
+        "router.epsilon=0.5",
+    ]),
+    sparsemixer_router(&["model.top_k=1"]),
+    sparsemixer_router(&["model.top_k=2", "router.epsilon=0.5"]),
+    differences("remoe", &["router.initial_lambda=0.5"]),
+    differences("remoe", &["model.top_k=1", "router.initial_lambda=10"]),
+    differences("lossfree", &["model.top_k=1"]),
+    differences("lossfree", &["model.top_k=2", "router.renormalize=true"]),
+    differences("lossfree", &["model.top_k=1", "router.score=\"softmax\""]),
+    differences(
+        "lossfree",
+        &[
+            "model.top_k=3",
+            "router.score=\"softmax\"",
+            "router.renormalize=true",
+        ],
+    ),
+];
+
+/// What makes the forward pass of a whole model differentiable, or a term of its loss large enough
+/// to be seen.
+fn model_setting(router: &str) -> Option<&'static str> {
+    match router {
+        "densemixer" => Some("model.top_k=5"),
+        "remoe" => Some("router.initial_lambda=0.5"),
+        _ => None,
+    }
+}
+
+/// What is set in the models that are checked; the first stands for the defaults.
+const MODEL_OPTIONS: &[&[&str]] = &[
+    &[],
+    &[
+        "model.norm=\"layernorm\"",
+        "model.qkv_bias=true",
+        "model.tied_embeddings=true",
+    ],
+    &[
+        "model.kv_heads=1",
+        "model.qk_norm=\"head\"",
+        "model.shared_expert_width=5",
+    ],
+    &[
+        "model.head_dim=6",
+        "model.qk_norm=\"full\"",
+        "train.recompute=true",
+        "data.document_boundaries=true",
+    ],
+    &[
+        "balance.aux_scope=\"micro\"",
+        "balance.aux_reduction=\"sum\"",
+        "model.dense_layers=[1]",
+    ],
+];
+
+/// Checks every subject ("op linear", "router topk", "model dense") that `filter` is part of; `each` sees every row as it is done.
+///
+/// # Errors
+/// When an operation fails.
+pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Result<Vec<Row>> {
+    let _guard = plant.map(FaultGuard::plant);
+    let mut rows = Vec::new();
+    let mut push = |row: Row| {
+        each(&row);
+        rows.push(row);
+    };
+    for op in OPS {
+        let subject = format!("op {}", op.name);
+        if subject.contains(filter) {
+            for case in (op.cases)() {
+                push(by_differences(subject.clone(), &case)?);
+            }
+        }
+    }
+    for case in ROUTER_CASES {
+        if case.subject().contains(filter) {
+            router_rows(case)?.into_iter().for_each(&mut push);
+        }
+    }
+    for router in routers::ROUTERS {
+        let subject = format!("model {}", router.name);
+        if !subject.contains(filter) {
+            continue;
+        }
+        let plain = &MODEL_OPTIONS[..1];
+        let options = if router.name == "default" {
+            MODEL_OPTIONS
+        } else {
+            plain
+        };
+        for set in options {
+            let layers = ["model.layers=3", "model.dense_layers=[0]"];
+            let setting = model_setting(router.name);
+            let own = set.iter().copied().chain(setting);
+            let all: Vec<&str> = layers.into_iter().chain(own.clone()).collect();
+            let config = config(router.name, &all)?;
+            let surrogate = router.name == "sparsemixer";
+            let case = model_case(&config, prepared(&config, surrogate)?)?;
+            let row = by_differences(subject.clone(), &case)?;
+            let shown: Vec<&str> = own.chain(surrogate.then_some("(surrogate)")).collect();
+            push(Row {
+                case: format!("3 layers, loss {}", shown.join(" "))
+                    .trim_end()
+                    .into(),
+                ..row
+            });
+        }
+    }
+    Ok(rows)
+}
+
+fn by_differences(subject: String, case: &Case) -> Result<Row> {
+    let mut row = Row {
+        subject,
+        case: case.name.clone(),
+        compared: 0,
+        worst: String::new(),
+        error: 0.0,
+    };
+    for report in finite_differences(case)? {
+        row.compared += report.compared;
+        if row.worst.is_empty() || !(report.relative_error <= row.error) {
+            (row.worst, row.error) = (report.input, report.relative_error);
+        }
+    }
+    Ok(row)
+}
+
+fn router_rows(router: &RouterCase) -> Result<Vec<Row>> {
+    let subject = router.subject();
+    let own_config = config(router.router, router.set)?;
+    let own = || layer_case(&own_config, prepared(&own_config, false)?, router.inputs);
+    let name = match router.inputs {
+        [] => router.set.join(" "),
+        inputs => format!("{}: {}", router.set.join(" "), inputs.join(" ")),
+    };
+    match router.against {
+        Against::Differences => {
+            let row = by_differences(subject, &own()?)?;
+            Ok(vec![Row { case: name, ..row }])
+        }
+        Against::Gradient(other, setting) => {
+            let further = (!setting.is_empty()).then_some(setting);
+            let set: Vec<&str> = router.set.iter().copied().chain(further).collect();
+            let config = if other == "dense" {
+                config(other, UNBALANCED_2)?
+            } else {
+                config(other, &set)?
+            };
+            let expected = layer_case(&config, prepared(&config, false)?, router.inputs)?;
+            let case = format!("{name}: as {}", further.unwrap_or(other));
+            Ok(vec![by_gradients(subject, case, &own()?, &expected)?])
+        }
+        Against::Surrogate => {
+            let surrogate = |inputs| layer_case(&own_config, prepared(&own_config, true)?, inputs);
+            let equal = by_gradients(
+                subject.clone(),
+                format!("{name}: as its surrogate"),
+                &own()?,
+                &surrogate(router.inputs)?,
+            )?;
+            let row = by_differences(subject, &surrogate(&[])?)?;
+            let case = format!("{} (surrogate)", router.set.join(" "));
+            Ok(vec![equal, Row { case, ..row }])
+        }
+    }
+}
+
+/// Holds the gradient of `own` against that of `other`, input by input.
+fn by_gradients(subject: String, case: String, own: &Case, other: &Case) -> Result<Row> {
+    let (own, expected) = (gradients(own)?, gradients(other)?);
+    let mut row = Row {
+        subject,
+        case,
+        compared: 0,
+        worst: String::new(),
+        error: 0.0,
+    };
+    for ((input, own), (_, expected)) in own.iter().zip(&expected) {
+        let scale = expected.iter().fold(0.0, |m: f64, x| m.max(x.abs()));
+        let worst = own
+            .iter()
+            .zip(expected)
+            .fold(0.0, |m: f64, (a, b)| m.max((a - b).abs()));
+        let error = if scale == 0.0 { worst } else { worst / scale };
+        row.compared += own.len();
+        if row.worst.is_empty() || !(error <= row.error) {
+            (row.worst, row.error) = (input.clone(), error);
+        }
+    }
+    Ok(row)
+}
+
+/// A small model in f64 with every balance loss on, so that every term is seen.
+fn config(router: &str, set: &[&str]) -> Result<Config> {
+    let mut layers = Layers::preset("tiny");
+    let small = [
+        "model.vocab_size=11",
+        "model.hidden=8",
+        "model.heads=2",
+        "model.head_dim=4",
+        "model.layers=1",
+        "model.dense_layers=[]",
+        "model.num_experts=5",
+        "model.expert_ffn_width=6",
+        "model.dense_ffn_width=6",
+        "model.sequence_length=7",
+        "model.top_k=2",
+        "train.dtype=\"f64\"",
+        "balance.aux_coefficient=0.5",
+        "balance.z_coefficient=0.25",
+    ];
+    layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
+    layers.set.push(format!("router.name=\"{router}\""));
+    Config::load(&layers, &routers::resolve)
+}
+
+/// The first MoE layer of a model: inputs x and its parameters; outputs y and the balance losses.
+/// With gradients of the inputs that have one of `inputs` in their names, or of all.
+fn layer_case(config: &Config, model: Model, inputs: &[&str]) -> Result<Case> {
+    const TOKENS: usize = 13;
+    let wanted = |name: &str| inputs.is_empty() || inputs.iter().any(|i| name.contains(i));
+    let wanted: Vec<bool> = std::iter::once(wanted("x"))
+        .chain(
+            model
+                .parameters
+                .iter()
+                .filter(|p| p.name.contains(".mlp."))
+                .map(|p| wanted(&p.name)),
+        )
+        .collect();
+    let width = config.model.hidden;
+    let x = normal_numbers(TOKENS * width, 77);
+    let own: Vec<usize> = (0..model.parameters.len())
+        .filter(|&i| model.parameters[i].name.contains(".mlp."))
+        .collect();
+    let inputs: Vec<(String, Vec<usize>, Vec<f64>)> = own
+        .iter()
+        .map(|&i| {
+            let p = &model.parameters[i];
+            Ok((p.name.clone(), p.value.shape().to_vec(), p.value.to_f64()?))
+        })
+        .collect::<Result<_>>()?;
+    let place = move |v: &[Var], weights: &Weights| -> Weights {
+        let mut all: Vec<Var> = weights.iter().map(Var::detached).collect();
+        own.iter()
+            .zip(&v[1..])
+            .for_each(|(&i, v)| all[i] = v.clone());
+        all.into()
+    };
+    let run = move |tape: &Tape, v: &[Var], phase: Phase| {
+        let weights = place(v, &model.weights());
+        let (y, losses) = model.moe_layer(0, tape, &weights, &v[0], Pass::single(phase))?;
+        Ok(std::iter::once(y).chain(losses).collect::<Vec<Var>>())
+    };
+    // A training pass chooses the experts and moves the default vectors; then they are held.
+    let held = std::cell::Cell::new(false);
+    let case = Case::new("layer", move |tape, v| {
+        if !held.replace(true) {
+            run(&Tape::without_gradients(), v, Phase::Train)?;
+        }
+        run(tape, v, Phase::Frozen)
+    });
+    let mut case = case.values("x", [TOKENS, width], &x);
+    for (name, shape, values) in inputs {
+        case = case.values(name, shape.as_slice(), &values);
+    }
+    for (input, wanted) in case.inputs.iter_mut().zip(wanted) {
+        input.differentiable = wanted;
+    }
+    Ok(case)
+}
+
+/// A whole model: inputs are all its parameters, the output is its loss.
+fn model_case(config: &Config, model: Model) -> Result<Case> {
+    let batch = random_batch(config, 2);
+    let inputs: Vec<(String, Vec<usize>, Vec<f64>)> = model
+        .parameters
+        .iter()
+        .map(|p| Ok((p.name.clone(), p.value.shape().to_vec(), p.value.to_f64()?)))
+        .collect::<Result<_>>()?;
+    let held = std::cell::Cell::new(false);
+    let case = Case::new(
+        format!("{} layers, loss", config.model.layers),
+        move |tape, v| {
+            let weights: Weights = v.to_vec().into();
+            let run =
+                |tape: &Tape, phase| model.loss(tape, &weights, batch.all(), Pass::single(phase));
+            if !held.replace(true) {
+                run(&Tape::without_gradients(), Phase::Train)?;
+            }
+            Ok(vec![run(tape, Phase::Frozen)?.total])
+        },
+    );
+    Ok(inputs
+        .into_iter()
+        .fold(case, |case, (name, shape, values)| {
+            case.values(name, shape.as_slice(), &values)
+        }))
+}
+
+/// A model whose matrices are drawn wide enough that no part of the loss hides behind another.
+/// With SparseMixer's surrogate for a router on demand.
+fn prepared(config: &Config, surrogate: bool) -> Result<Model> {
+    let mut model = if surrogate {
+        let router = routers::sparsemixer::surrogate(&config.router)?;
+        Model::with_router(config, router, Box::new(SingleRank))?
+    } else {
+        Model::new(config)?
+    };
+    for (i, p) in model.parameters.iter_mut().enumerate() {
+        let shape = p.value.shape();
+        if shape.len() < 2 {
+            continue;
+        }
+        // Rows of unit scale, however wide: a norm bends strongly around short ones.
+        let fan_in = if p.name.contains("embed") {
+            1
+        } else {
+            shape.width()
+        };
+        let spread = 1.0 / (fan_in as f64).sqrt();
+        let numbers = normal_numbers(shape.elements(), 500 + i as u64);
+        let numbers: Vec<f64> = numbers.iter().map(|x| spread * x).collect();
+        p.value
+            .set(&crate::tensor::Tensor::from_slice(shape, &numbers));
+    }
+    Ok(model)
+}

@@ -1,0 +1,215 @@
+//! The loss of a run on a device with kernels against the same run on the processor, whose curve was recorded beforehand:
+//! it takes the processor minutes that a GPU should not wait for.
+
+use super::Place;
+use super::one::Outcome;
+use super::steps::{self, StepCase};
+use crate::device::Device;
+use crate::device::machine;
+use crate::error::{Error, Result};
+use crate::report::records::now;
+use crate::train::session::Training;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Where the curves are, in the folder of the records.
+const CURVES: &str = "curves";
+/// Steps at the end whose mean is compared, and by how much it may differ.
+const LAST: usize = 20;
+const TOLERANCE: f64 = 0.01;
+
+/// The losses of a run on the processor.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Curve {
+    pub case: String,
+    pub preset: String,
+    /// Keys that differ from the preset's: the curve is of no other run.
+    pub set: Vec<String>,
+    /// Nats a token, one a step.
+    pub losses: Vec<f64>,
+    pub date: String,
+    pub commit: String,
+    pub processor: String,
+    pub seconds: f64,
+}
+
+/// Losses of the first `steps` steps.
+///
+/// # Errors
+/// When a step cannot be taken.
+pub fn losses(case: &StepCase, device: Device, steps: u64, faster: f64) -> Result<Vec<f64>> {
+    let mut config = case.config(device)?;
+    config.train.learning_rate *= faster;
+    let mut training = Training::new(config)?;
+    (0..steps)
+        .map(|_| Ok(training.step()?.cross_entropy))
+        .collect()
+}
+
+impl Curve {
+    /// Trains on the processor.
+    ///
+    /// # Errors
+    /// When a step cannot be taken.
+    pub fn record(case: &StepCase) -> Result<Self> {
+        let start = Instant::now();
+        let losses = losses(case, Device::Cpu, case.steps, 1.0)?;
+        Ok(Curve {
+            case: case.name.clone(),
+            preset: case.preset.into(),
+            set: case.set.clone(),
+            losses,
+            date: now(),
+            commit: machine::commit(),
+            processor: machine::processor(),
+            seconds: start.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// The recorded curve of `case`.
+    ///
+    /// # Errors
+    /// When there is none, or it is of another run.
+    pub fn read(folder: &Path, case: &StepCase) -> Result<Self> {
+        let path = path(folder, case);
+        let help = "record it: routegrad hardware-check --record-curves";
+        let text = std::fs::read_to_string(&path)
+            .map_err(|e| Error::file(&path, "a curve of the processor", e.to_string(), help))?;
+        let found: Curve = serde_json::from_str(&text)
+            .map_err(|e| Error::file(&path, "a curve", e.to_string(), help))?;
+        if found.preset != case.preset
+            || found.set != case.set
+            || found.losses.len() as u64 != case.steps
+        {
+            let run = |preset: &str, set: &[String], steps| {
+                format!("{steps} steps of {preset} with {}", set.join(" "))
+            };
+            let expected = run(case.preset, &case.set, case.steps as usize);
+            let got = run(&found.preset, &found.set, found.losses.len());
+            return Err(Error::file(&path, expected, got, help));
+        }
+        Ok(found)
+    }
+}
+
+fn path(folder: &Path, case: &StepCase) -> PathBuf {
+    let name = case.name.replace(' ', "-");
+    folder.join(CURVES).join(name).with_extension("json")
+}
+
+/// Records the processor's curve of every case whose name contains `only`.
+///
+/// # Errors
+/// When a step cannot be taken, or a file written.
+pub fn record(folder: &Path, only: Option<&str>) -> Result<()> {
+    let wanted = |case: &StepCase| only.is_none_or(|only| case.name.contains(only));
+    for case in steps::curves().iter().filter(|case| wanted(case)) {
+        let curve = Curve::record(case)?;
+        let path = path(folder, case);
+        let to = path.parent().unwrap_or(folder);
+        std::fs::create_dir_all(to).map_err(|e| Error::io("create", to, e))?;
+        crate::report::files::write_json(&path, &curve)?;
+        println!(
+            "{}: {} steps, {:.0} s",
+            path.display(),
+            case.steps,
+            curve.seconds
+        );
+    }
+    Ok(())
+}
+
+/// Trains on the device and compares. `planted`: at half the learning rate.
+///
+/// # Errors
+/// When a step cannot be taken, or there is no curve.
+pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
+    let curve = match place.device {
+        // The simulator's rehearsal is short enough to ask the processor at once.
+        Device::Sim => Curve::record(case)?,
+        _ => Curve::read(&place.out, case)?,
+    };
+    let faster = if place.planted { 0.5 } else { 1.0 };
+    let losses = losses(case, place.device, case.steps, faster)?;
+    Ok(compared(&curve, &losses))
+}
+
+fn compared(curve: &Curve, losses: &[f64]) -> Outcome {
+    let (theirs, ours) = (last(&curve.losses), last(losses));
+    let apart = ours / theirs - 1.0;
+    let percent = 100.0 * apart;
+    let text = format!(
+        "mean loss of the last {} of {} steps {ours:.4}, on the processor {theirs:.4}: {percent:+.3}%",
+        LAST.min(losses.len()),
+        losses.len(),
+    );
+    let wrong = (!(apart.abs() <= TOLERANCE)).then(|| {
+        let most = 100.0 * TOLERANCE;
+        format!("not within {most:.0}%: {text}")
+    });
+    let largest = (losses.iter().zip(&curve.losses))
+        .map(|(a, b)| (a / b - 1.0).abs())
+        .fold(0.0, f64::max);
+    let measured = json!({
+        "losses": losses, "processor": curve.losses, "relative_difference": apart,
+        "largest_relative_difference_of_a_step": largest, "curve_of_commit": curve.commit,
+    });
+    Outcome::judged(wrong, text, measured)
+}
+
+/// The mean of the last steps.
+fn last(losses: &[f64]) -> f64 {
+    let tail = &losses[losses.len().saturating_sub(LAST)..];
+    tail.iter().sum::<f64>() / tail.len() as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::FOLDER;
+    use super::super::record::Ending;
+    use super::*;
+
+    #[test]
+    fn the_recorded_curves_are_of_this_configuration_and_of_todays_processor() {
+        for case in steps::curves() {
+            let curve = Curve::read(Path::new(FOLDER), &case).unwrap();
+            let now = losses(&case, Device::Cpu, 2, 1.0).unwrap();
+            for (now, then) in now.iter().zip(&curve.losses) {
+                let apart = (now / then - 1.0).abs();
+                assert!(
+                    apart <= 1e-3,
+                    "{}: {now} today, {then} in the curve",
+                    case.name
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_loss_that_ends_higher_or_in_nan_is_no_agreement() {
+        let case = &steps::curves()[0];
+        let curve = Curve {
+            case: case.name.clone(),
+            preset: case.preset.into(),
+            set: case.set.clone(),
+            losses: (0..100).map(|i| 5.0 - 0.02 * f64::from(i)).collect(),
+            date: String::new(),
+            commit: String::new(),
+            processor: String::new(),
+            seconds: 0.0,
+        };
+        assert_eq!(compared(&curve, &curve.losses).ending, Ending::Passed);
+        for change in [0.98, 1.02, f64::NAN] {
+            let mut losses = curve.losses.clone();
+            losses[80..].iter_mut().for_each(|l| *l *= change);
+            let found = compared(&curve, &losses);
+            assert_eq!(found.ending, Ending::Failed, "{}", found.detail);
+        }
+        // What is early does not count.
+        let mut losses = curve.losses.clone();
+        losses[0] = 7.0;
+        assert_eq!(compared(&curve, &losses).ending, Ending::Passed);
+    }
+}

@@ -1,0 +1,340 @@
+//! The hardware queue: proves and measures on a GPU what only a GPU can show.
+//!
+//! [`check`] runs every task that has no record yet, most important first, within a time budget, and writes the records as
+//! it goes. Each task runs in a process of its own with a time limit, so that a kernel that hangs or faults loses nothing
+//! but itself. On the simulator the tasks of whole steps run at a small size, which shows that they would tell what is wrong.
+//! [`status::table`] renders what is proven.
+
+pub mod attention;
+mod benched;
+pub mod code;
+pub mod learns;
+pub mod one;
+mod process;
+pub mod record;
+mod repeats;
+mod resumes;
+pub mod status;
+mod steady;
+mod steps;
+pub mod task;
+pub mod timing;
+mod trains;
+
+use crate::device::Device;
+use crate::device::machine;
+use crate::error::{Error, Result};
+use crate::report::records;
+use record::{Ending, Record, Records};
+use std::path::PathBuf;
+use std::time::Instant;
+use task::Task;
+
+/// Where records are kept.
+pub const FOLDER: &str = "benches/results";
+
+/// Where tasks run.
+#[derive(Clone, Debug)]
+pub struct Place {
+    /// A GPU, or the simulator.
+    pub device: Device,
+    /// Folder of the records.
+    pub out: PathBuf,
+    /// Every task of a whole step does something wrong on purpose, which it must tell.
+    pub planted: bool,
+}
+
+/// What [`check`] is asked to do.
+pub struct Options {
+    pub place: Place,
+    /// Seconds to end within; no task starts that is likely to end later.
+    pub budget: f64,
+    /// Say what would run, and run nothing.
+    pub list: bool,
+    /// Run only tasks whose name contains this.
+    pub only: Option<String>,
+    /// Run tasks again that have passed.
+    pub again: bool,
+}
+
+/// The GPU that this process can use; or one sentence that says why there is none.
+#[cfg(feature = "cuda")]
+fn gpu_name() -> Result<String, String> {
+    // Closed at once: the tasks open it in their own processes.
+    crate::device::cuda::Gpu::open().map(|gpu| gpu.name.clone())
+}
+
+/// The machine that the records are of; or one sentence that says why there is none.
+fn machine_name(device: Device) -> Result<String, String> {
+    match device {
+        Device::Sim => Ok("simulator".into()),
+        _ => gpu_name(),
+    }
+}
+
+/// As with the feature.
+#[cfg(not(feature = "cuda"))]
+fn gpu_name() -> Result<String, String> {
+    Err("this build has no cuda device: build with --features cuda".into())
+}
+
+/// Runs what has no record yet, untried tasks before failed ones.
+///
+/// # Errors
+/// When there is no usable GPU, a record cannot be written, or a task failed.
+pub fn check(options: &Options) -> Result<()> {
+    let mut records = Records::open(&options.place.out)?;
+    let gpu = machine_name(options.place.device);
+    let (tasks, done) = pending(options, &records, gpu.as_deref().ok());
+    let total: f64 = tasks.iter().map(|task| task.estimate).sum();
+    match &gpu {
+        Ok(name) => println!(
+            "{name}: {} tasks to run, about {total:.0} s; {done} are on record",
+            tasks.len()
+        ),
+        Err(why) => println!(
+            "no GPU to use: {why}\nwith one, {} tasks would run, about {total:.0} s, in this order:",
+            tasks.len()
+        ),
+    }
+    if options.list || gpu.is_err() {
+        for (i, task) in tasks.iter().enumerate() {
+            let needs = match task.needs.as_str() {
+                "" => String::new(),
+                needs => format!("  (needs {needs})"),
+            };
+            println!(
+                "{:4}  {:4.0} s  {}{needs}",
+                i + 1,
+                task.estimate,
+                task.name()
+            );
+        }
+    }
+    let gpu = match gpu {
+        _ if options.list => return Ok(()),
+        Ok(gpu) => gpu,
+        Err(why) => {
+            let help = "run it on a machine with one: scripts/bundle makes a folder to carry there";
+            return Err(Error::invalid(
+                "hardware-check",
+                "a Hopper GPU with a driver for CUDA 13.0",
+                why,
+                help,
+            ));
+        }
+    };
+    let mut visit = Visit::new(gpu, options.place.clone());
+    let start = Instant::now();
+    let (mut ran, mut failed) = (0, 0);
+    for (i, task) in tasks.iter().enumerate() {
+        let remaining = options.budget - start.elapsed().as_secs_f64();
+        if remaining < task.estimate {
+            continue; // a shorter one may still fit
+        }
+        let Some(record) = visit.run(task, remaining)? else {
+            continue;
+        };
+        let (ending, seconds) = (label(record.ending), record.seconds);
+        let (place, name, detail) = (i + 1, task.name(), &record.detail);
+        println!("{place:4}  {ending:9}  {seconds:6.1} s  {name}: {detail}");
+        ran += 1;
+        failed += usize::from(matches!(record.ending, Ending::Failed | Ending::TimedOut));
+        records.insert(record);
+        records.save(&visit.gpu)?;
+    }
+    let (left, out) = (tasks.len() - ran, options.place.out.display());
+    println!("{ran} ran, {failed} failed, {left} left for want of time; records: {out}");
+    if failed == 0 {
+        return Ok(());
+    }
+    let help = "their records say what; a kernel that differs from the simulator is a bug of both";
+    let got = format!("{failed} that failed");
+    Err(Error::invalid(
+        "hardware-check",
+        "every task to pass",
+        got,
+        help,
+    ))
+}
+
+fn label(ending: Ending) -> &'static str {
+    match ending {
+        Ending::Passed => "passed",
+        Ending::Failed => "FAILED",
+        Ending::TimedOut => "TIMED OUT",
+        Ending::Unavailable => "not here",
+    }
+}
+
+/// The tasks to run in order, and the number of those done.
+fn pending(options: &Options, records: &Records, gpu: Option<&str>) -> (Vec<Task>, usize) {
+    let wanted = |task: &Task| {
+        options
+            .only
+            .as_ref()
+            .is_none_or(|only| task.name().contains(only.as_str()))
+    };
+    let ending = |task: &Task| {
+        let key = (gpu?.to_string(), task.name(), code::code(task.source)?);
+        Some(records.get(&key)?.ending)
+    };
+    let all: Vec<Task> = task::queue(options.place.device)
+        .into_iter()
+        .filter(wanted)
+        .collect();
+    let count = all.len();
+    let again = |task: &Task| {
+        options.again || matches!(ending(task), Some(Ending::Failed | Ending::TimedOut))
+    };
+    let (untried, tried): (Vec<Task>, Vec<Task>) =
+        all.into_iter().partition(|task| ending(task).is_none());
+    let tasks: Vec<Task> = untried
+        .into_iter()
+        .chain(tried.into_iter().filter(again))
+        .collect();
+    let done = count - tasks.len();
+    (tasks, done)
+}
+
+/// What every record of one run of the program shares.
+struct Visit {
+    gpu: String,
+    place: Place,
+    commit: String,
+    driver: String,
+    system: String,
+    /// The GPU's state after the last task.
+    state: serde_json::Value,
+}
+
+impl Visit {
+    fn new(gpu: String, place: Place) -> Self {
+        let (commit, driver, system) = (machine::commit(), machine::driver(), machine::system());
+        let state = machine::state();
+        Self {
+            gpu,
+            place,
+            commit,
+            driver,
+            system,
+            state,
+        }
+    }
+
+    /// Runs a task in a process of its own; no record when the time ran out before the task's own limit.
+    fn run(&mut self, task: &Task, remaining: f64) -> Result<Option<Record>> {
+        let start = Instant::now();
+        let limit = task.limit().min(remaining + 10.0);
+        let outcome = process::in_child(task, &self.place, limit)?;
+        let seconds = start.elapsed().as_secs_f64();
+        if outcome.ending == Ending::TimedOut && limit < task.limit() {
+            return Ok(None);
+        }
+        let after = machine::state();
+        let before = std::mem::replace(&mut self.state, after.clone());
+        Ok(Some(Record {
+            gpu: self.gpu.clone(),
+            task: task.name(),
+            code: code::code(task.source).unwrap_or("none".into()),
+            ending: outcome.ending,
+            detail: outcome.detail,
+            measured: outcome.measured,
+            date: records::now(),
+            commit: self.commit.clone(),
+            driver: self.driver.clone(),
+            system: self.system.clone(),
+            seconds,
+            before,
+            after,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::task::Kind;
+    use super::*;
+
+    fn options(only: Option<&str>) -> Options {
+        Options {
+            place: Place {
+                device: Device::Cuda,
+                out: PathBuf::new(),
+                planted: false,
+            },
+            budget: 0.0,
+            list: true,
+            only: only.map(String::from),
+            again: false,
+        }
+    }
+
+    #[test]
+    fn what_is_on_record_does_not_run_again_and_what_failed_comes_last() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut records = Records::open(folder.path()).unwrap();
+        let names = |records: &Records, options: &Options| {
+            pending(options, records, Some("GPU"))
+                .0
+                .iter()
+                .map(Task::name)
+                .collect::<Vec<_>>()
+        };
+        let all = names(&records, &options(None));
+        assert_eq!(all.len(), task::queue(Device::Cuda).len());
+        if !cfg!(routegrad_cuda) {
+            return; // without code there are no keys
+        }
+        let mut add = |task: &str, ending, code: &str| {
+            let null = serde_json::Value::Null;
+            let text = String::new;
+            records.insert(Record {
+                gpu: "GPU".into(),
+                task: task.into(),
+                code: code.into(),
+                ending,
+                detail: text(),
+                measured: null.clone(),
+                date: text(),
+                commit: text(),
+                driver: text(),
+                system: text(),
+                seconds: 0.0,
+                before: null.clone(),
+                after: null,
+            });
+        };
+        let code = &code::code("unit").unwrap();
+        add(&all[0], Ending::Passed, code);
+        add(&all[1], Ending::Failed, code);
+        add(&all[2], Ending::Passed, "of another build");
+        add(&all[3], Ending::Unavailable, code);
+        let left = names(&records, &options(None));
+        assert_eq!(left.len(), all.len() - 2);
+        assert_eq!((&left[0], left.last()), (&all[2], Some(&all[1])));
+        assert_eq!(
+            names(
+                &records,
+                &Options {
+                    again: true,
+                    ..options(None)
+                }
+            )
+            .len(),
+            all.len()
+        );
+    }
+
+    #[test]
+    fn a_filter_keeps_the_tasks_that_it_names() {
+        let records = Records::open(std::path::Path::new("/nonexistent")).unwrap();
+        let (tasks, _) = pending(&options(Some("memcheck: dispatch")), &records, None);
+        assert!(
+            !tasks.is_empty()
+                && tasks
+                    .iter()
+                    .all(|t| t.kind == Kind::Memcheck && t.source == "dispatch")
+        );
+    }
+}

@@ -1,0 +1,170 @@
+//! One task, in the process made for it.
+
+use super::record::Ending;
+use super::task::{self, Kind};
+use super::{Place, benched, steps};
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// What a task's process tells the one that started it, as one line of JSON.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Outcome {
+    pub ending: Ending,
+    pub detail: String,
+    pub measured: Value,
+}
+
+impl Outcome {
+    pub fn new(ending: Ending, detail: impl Into<String>) -> Self {
+        Self {
+            ending,
+            detail: detail.into(),
+            measured: Value::Null,
+        }
+    }
+
+    /// Failed with everything that is `wrong`, or passed with what was `right`.
+    pub fn judged(wrong: impl IntoIterator<Item = String>, right: String, measured: Value) -> Self {
+        let wrong: Vec<String> = wrong.into_iter().collect();
+        let outcome = match wrong.is_empty() {
+            true => Self::new(Ending::Passed, right),
+            false => Self::new(Ending::Failed, wrong.join("; ")),
+        };
+        Self {
+            measured,
+            ..outcome
+        }
+    }
+}
+
+/// Runs the task called `name` and prints its outcome.
+///
+/// # Errors
+/// When it cannot be printed.
+pub fn run(name: &str, place: &Place) -> Result<()> {
+    let outcome = outcome(name, place).unwrap_or_else(|why| Outcome::new(Ending::Failed, why));
+    let line = serde_json::to_string(&outcome);
+    println!(
+        "{}",
+        line.map_err(|e| Error::io("write", "the outcome", e.into()))?
+    );
+    Ok(())
+}
+
+fn outcome(name: &str, place: &Place) -> Result<Outcome, String> {
+    let task = task::queue(place.device)
+        .into_iter()
+        .find(|task| task.name() == name)
+        .ok_or(format!("there is no task \"{name}\""))?;
+    match task.kind {
+        Kind::Steady | Kind::Repeats | Kind::Learns | Kind::Trains | Kind::Resumes => {
+            let case = steps::cases(place.device)
+                .into_iter()
+                .find(|case| case.kind == task.kind && case.name == task.case)
+                .ok_or("there is no such case")?;
+            case.run(place).map_err(|e| e.to_string())
+        }
+        Kind::Bench => benched::check(place).map_err(|e| e.to_string()),
+        _ => of_kernel(&task),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn of_kernel(_task: &task::Task) -> Result<Outcome, String> {
+    super::gpu_name().map(|gpu| Outcome::new(Ending::Failed, gpu))
+}
+
+#[cfg(feature = "cuda")]
+fn of_kernel(task: &task::Task) -> Result<Outcome, String> {
+    use super::{attention, timing};
+    let gpu = crate::device::cuda::gpu().map_err(|e| e.to_string())?;
+    if task.kind == Kind::Timed {
+        let gemm = timing::cases().into_iter().find(|c| c.name == task.case);
+        let (detail, measured) = match gemm {
+            Some(case) => timing::time(gpu, &case)?,
+            None => attention::time(&task.case, crate::device::Device::Cuda)
+                .map_err(|e| e.to_string())?,
+        };
+        return Ok(Outcome::judged(None, detail, measured));
+    }
+    let case = crate::verify::kernels::cases()
+        .into_iter()
+        .find(|case| case.name == task.case)
+        .ok_or("there is no such case")?;
+    match task.kind {
+        Kind::Replays => cases::replays(gpu, &case),
+        _ => cases::agrees(gpu, &case),
+    }
+}
+
+#[cfg(feature = "cuda")]
+mod cases {
+    use super::{Ending, Outcome};
+    use crate::device::cuda::Gpu;
+    use crate::verify::kernels::{Case, Errors, Run};
+    use serde_json::json;
+
+    /// Every problem twice: within its bounds, and the same bytes.
+    pub fn agrees(gpu: &Gpu, case: &Case) -> Result<Outcome, String> {
+        let mut errors = Errors::default();
+        let mut worst_relative = 0.0f64;
+        for make in &case.problems {
+            let problem = make().map_err(|e| e.to_string())?;
+            let mut run = Run::new(gpu, &problem).map_err(|e| e.to_string())?;
+            let first = run.fresh_outputs()?;
+            let judged = problem.judged(&first)?;
+            worst_relative = worst_relative.max(judged.relative());
+            errors.merge(judged);
+            if run.fresh_outputs()? != first {
+                return Err(format!("{}: a second run gives other bytes", problem.label));
+            }
+        }
+        let problems = case.problems.len();
+        let measured = json!({
+            "problems": problems, "values": errors.values, "worst_share_of_bound": errors.worst(),
+            "worst_relative_error": worst_relative,
+        });
+        let detail = format!(
+            "{problems} problems, {} values, equal bytes twice",
+            errors.values
+        );
+        Ok(Outcome {
+            measured,
+            ..Outcome::new(Ending::Passed, detail)
+        })
+    }
+
+    /// Every problem captured and replayed twice: the bytes of the eager run.
+    pub fn replays(gpu: &Gpu, case: &Case) -> Result<Outcome, String> {
+        for make in &case.problems {
+            let problem = make().map_err(|e| e.to_string())?;
+            let text = |e: crate::error::Error| format!("{}: {e}", problem.label);
+            let mut run = Run::new(gpu, &problem).map_err(text)?;
+            let eager = run.fresh_outputs()?;
+            run.reset().map_err(text)?;
+            let untouched = run.outputs()?;
+            let graph = gpu.capture(|| run.launch()).map_err(text)?;
+            if run.outputs()? != untouched {
+                return Err(format!(
+                    "{}: the captured launch ran at once",
+                    problem.label
+                ));
+            }
+            for _ in 0..2 {
+                run.reset().map_err(text)?;
+                gpu.replay(&graph).map_err(text)?;
+                if run.outputs()? != eager {
+                    return Err(format!(
+                        "{}: the graph gives other bytes than the launch",
+                        problem.label
+                    ));
+                }
+            }
+        }
+        Ok(Outcome::new(
+            Ending::Passed,
+            format!("{} problems captured, replayed twice", case.problems.len()),
+        ))
+    }
+}

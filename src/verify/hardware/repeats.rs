@@ -1,0 +1,56 @@
+//! Two runs give the same bytes: of every loss, weight, moment and whatever a router keeps.
+
+use super::one::Outcome;
+use super::steps::uncaptured;
+use crate::config::Config;
+use crate::error::Result;
+use crate::train::session::Training;
+use serde_json::json;
+
+type Digest = (String, blake3::Hash);
+
+/// Trains twice and compares. `planted`: the second time from another seed.
+///
+/// # Errors
+/// When a step cannot be taken.
+pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
+    let (first, uncaptured) = run(config, steps)?;
+    let mut config = config.clone();
+    config.train.seed += u64::from(planted);
+    let second = run(&config, steps)?.0;
+    let differ: Vec<&str> = (first.iter().zip(&second))
+        .filter(|(a, b)| a != b)
+        .map(|((name, _), _)| name.as_str())
+        .collect();
+    let unequal = differ.first().map(|name| {
+        let (count, all) = (differ.len(), first.len());
+        format!("two runs of {steps} steps differ in {count} of {all} arrays, first in {name}")
+    });
+    let mut all = blake3::Hasher::new();
+    first.iter().for_each(|(_, hash)| {
+        all.update(hash.as_bytes());
+    });
+    let digest = all.finalize().to_hex()[..16].to_string();
+    let right = format!(
+        "{steps} steps twice, {} arrays, digest {digest}",
+        first.len()
+    );
+    let measured =
+        json!({"steps": steps, "arrays": first.len(), "digest": digest, "differ": differ});
+    let wrong = [uncaptured, unequal].into_iter().flatten();
+    Ok(Outcome::judged(wrong, right, measured))
+}
+
+/// Digests of the losses, one a step, and of all that is trained; and why no graph was replayed.
+fn run(config: &Config, steps: u64) -> Result<(Vec<Digest>, Option<String>)> {
+    let mut training = Training::new(config.clone())?;
+    let mut found = Vec::new();
+    for step in 1..=steps {
+        let report = training.step()?;
+        let numbers = [report.cross_entropy, report.gradient_norm].map(f64::to_le_bytes);
+        let name = format!("loss and gradient norm of step {step}");
+        found.push((name, blake3::hash(&numbers.concat())));
+    }
+    found.extend(training.digests()?);
+    Ok((found, uncaptured(&training)))
+}

@@ -1,0 +1,230 @@
+//! A run that is killed and resumed: it goes on from its checkpoint as if nothing had been, and what the saving cost.
+//!
+//! The command `train` is run as a user runs it, and watched through the log that it writes.
+
+use super::Place;
+use super::one::Outcome;
+use super::steps::StepCase;
+use crate::error::{Error, Result};
+use crate::report::metrics::{Record, Saved};
+use crate::train::{CHECKPOINTS, METRICS_FILE};
+use serde_json::json;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// The step that is saved. The run is killed after `case.steps`, and again there after it was resumed.
+const SAVED: usize = 3;
+
+/// Runs, kills, resumes and compares. `planted`: a byte of the checkpoint is changed in between.
+///
+/// # Errors
+/// When a run ends before it is killed, or a file cannot be read.
+pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
+    let folder = Folder::new(&place.out)?;
+    let mut first = vec!["--preset".to_string(), case.preset.into()];
+    for set in &case.set {
+        first.extend(["--set".to_string(), set.clone()]);
+    }
+    for set in [
+        format!("train.checkpoint_interval={SAVED}"),
+        "train.eval_interval=100000".into(),
+    ] {
+        first.extend(["--set".to_string(), set]);
+    }
+    first.extend(["--steps".to_string(), "1000".into()]);
+    let saved = folder.0.join(CHECKPOINTS).join(format!("step-{SAVED}"));
+    let steps = case.steps as usize;
+    let before = Watched::run(&folder.0, place, &first, steps, true)?;
+    if place.planted {
+        damage(&saved.join("model.safetensors"))?;
+    }
+    let again = ["--resume", "--no-checkpoint"].map(String::from);
+    let after = Watched::run(&folder.0, place, &again, steps, false)?;
+
+    let records = before.records()?;
+    let seconds = |step: usize| records[step - 1].seconds;
+    let Some(saved) = before.saved()? else {
+        unreachable!("the run was watched until it told of it")
+    };
+    // The same from outside: a line is written when its step is done, and before it is saved.
+    let seen = before.until(SAVED + 1) - before.until(SAVED) - seconds(SAVED + 1);
+    let interval = case.config(place.device)?.train.checkpoint_interval;
+    let blocked = saved.blocked_seconds;
+    let share = blocked / (blocked + interval as f64 * seconds(SAVED));
+    let text = format!(
+        "resumed at step {SAVED} in {:.1} s and equal to the run before; saving {:.2} GB blocked {blocked:.2} s and took \
+         {:.1} s, {:.2}% of the time at every {interval} of these steps",
+        after.until(SAVED + 1),
+        saved.bytes as f64 / 1e9,
+        saved.write_seconds,
+        100.0 * share,
+    );
+    let measured = json!({
+        "saved": saved, "blocked_seconds_seen": seen,
+        "seconds_of_each_step": records.iter().map(|r| r.seconds).collect::<Vec<_>>(),
+        "share_of_time_blocked": share, "steps_between_checkpoints": interval,
+        "seconds_to_the_first_step": before.until(1), "seconds_to_the_first_step_resumed": after.until(SAVED + 1),
+    });
+    Ok(Outcome::judged(differs(&before, &after)?, text, measured))
+}
+
+/// What is wrong with the log of the resumed run.
+fn differs(before: &Watched, after: &Watched) -> Result<Option<String>> {
+    // Equal to the byte, times included: they were not done again.
+    if before.lines[..SAVED] != after.lines[..SAVED] {
+        let from = "it began anew instead of at its checkpoint";
+        return Ok(Some(format!(
+            "the resumed run did the first {SAVED} steps again: {from}"
+        )));
+    }
+    let untimed = |records: Vec<Record>| -> Vec<Record> {
+        let untimed = |r: Record| Record {
+            seconds: 0.0,
+            tokens_per_second: 0.0,
+            saved: Vec::new(),
+            ..r
+        };
+        records.into_iter().map(untimed).collect()
+    };
+    let (a, b) = (untimed(before.records()?), untimed(after.records()?));
+    let first = a.iter().zip(&b).find(|(a, b)| a != b);
+    Ok(first.map(|(a, b)| {
+        let (step, before, after) = (a.step, a.loss, b.loss);
+        format!("step {step} differs after resuming: loss {after:?}, before {before:?}")
+    }))
+}
+
+/// A run up to the step at which it was killed.
+struct Watched {
+    begun: Instant,
+    /// Of its log, and when each was there.
+    lines: Vec<String>,
+    times: Vec<Instant>,
+}
+
+impl Watched {
+    /// Trains until the log has `steps` lines and, if it `saves`, tells of the checkpoint; then kills.
+    fn run(
+        out: &Path,
+        place: &Place,
+        arguments: &[String],
+        steps: usize,
+        saves: bool,
+    ) -> Result<Self> {
+        let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
+        let errors = out.with_extension("stderr");
+        let file = fs::File::create(&errors).map_err(|e| Error::io("create", &errors, e))?;
+        let mut command = Command::new(&program);
+        command.args(["train", "--quiet", "--device", &place.device.to_string()]);
+        command.arg("--out").arg(out).args(arguments);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        command.stderr(file);
+        let begun = Instant::now();
+        let child = command.spawn();
+        let mut child = Killed(child.map_err(|e| Error::io("start", &program, e))?);
+        let log = out.join(METRICS_FILE);
+        let mut watched = Watched {
+            begun,
+            lines: Vec::new(),
+            times: Vec::new(),
+        };
+        // The resumed run's log begins with the lines before its checkpoint, and may end with later ones until it opens it.
+        let stale = fs::read_to_string(&log).unwrap_or_default();
+        loop {
+            let ended = child
+                .0
+                .try_wait()
+                .map_err(|e| Error::io("watch", &program, e))?;
+            let text = fs::read_to_string(&log).unwrap_or_default();
+            if text != stale {
+                watched.look(&text);
+            }
+            let saved = !saves || watched.saved()?.is_some();
+            if watched.lines.len() >= steps && saved {
+                return Ok(watched);
+            }
+            if let Some(status) = ended {
+                let said = fs::read_to_string(&errors).unwrap_or_default();
+                let last: Vec<&str> = said.lines().rev().take(3).collect();
+                let got = format!(
+                    "{status} after {} steps: {}",
+                    watched.lines.len(),
+                    last.join(" | ")
+                );
+                let help = "its last words say why";
+                return Err(Error::invalid("train", format!("{steps} steps"), got, help));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn look(&mut self, text: &str) {
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        self.lines = text[..whole].lines().map(String::from).collect();
+        self.times.truncate(self.lines.len());
+        self.times.resize(self.lines.len(), Instant::now());
+    }
+
+    fn records(&self) -> Result<Vec<Record>> {
+        let parse = |line: &String| {
+            serde_json::from_str(line)
+                .map_err(|e| Error::file(METRICS_FILE, "a step's record", e.to_string(), "a bug"))
+        };
+        self.lines.iter().map(parse).collect()
+    }
+
+    /// Seconds from the start until a step was done.
+    fn until(&self, step: usize) -> f64 {
+        self.times[step - 1]
+            .duration_since(self.begun)
+            .as_secs_f64()
+    }
+
+    /// What the log tells of the checkpoint.
+    fn saved(&self) -> Result<Option<Saved>> {
+        let all = self.records()?.into_iter().flat_map(|r| r.saved);
+        Ok(all.into_iter().find(|saved| saved.step == SAVED as u64))
+    }
+}
+
+/// A process that does not outlive its owner.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The folder of the run, removed when dropped.
+struct Folder(PathBuf);
+
+impl Folder {
+    /// One for each folder of records, so that what a killed task left there is found and removed.
+    fn new(records: &Path) -> Result<Self> {
+        let whole = std::path::absolute(records).unwrap_or_else(|_| records.into());
+        let name = blake3::hash(whole.to_string_lossy().as_bytes()).to_hex();
+        let path = std::env::temp_dir().join(format!("routegrad-resumes-{}", &name[..16]));
+        drop(Folder(path.clone()));
+        fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, e))?;
+        Ok(Folder(path))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+        let _ = fs::remove_file(self.0.with_extension("stderr"));
+    }
+}
+
+/// Changes a byte in the middle of a file.
+fn damage(path: &Path) -> Result<()> {
+    let mut bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(path, bytes).map_err(|e| Error::io("write", path, e))
+}

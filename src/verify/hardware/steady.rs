@@ -1,0 +1,119 @@
+//! A step as the host sees it: after the first ones it asks for no memory, waits for nothing and gives its kernels the
+//! addresses of the step before; a step that is not finite leaves no trace; the memory is what was planned.
+
+use super::one::Outcome;
+use super::steps::{WARM, memory_judged, planned, uncaptured, unplanned};
+use crate::config::Config;
+use crate::device::counters::{self, Counters};
+use crate::device::take_peak;
+use crate::error::Result;
+use crate::train::session::Training;
+use crate::train::step::StepReport;
+use serde_json::{Value, json};
+
+/// Takes the steps and judges them.
+///
+/// # Errors
+/// When a step cannot be taken.
+pub fn check(config: Config, planted: bool) -> Result<Outcome> {
+    let planned = planned(&config);
+    let (device, graph) = (config.train.device, config.train.graph);
+    take_peak(device);
+    let before = take_peak(device);
+    let mut training = Training::new(config)?;
+    let held = planted.then(|| unplanned(&training)).transpose()?;
+    for _ in 0..WARM {
+        training.step()?;
+    }
+    let steps = [0, 1].map(|_| counted(&mut training, planted));
+    let [one, next] = steps;
+    let (one, next) = (one?.0, next?.0);
+    let peak = (take_peak(device) - before) as u64;
+    drop(held);
+    let (memory, unfit) = memory_judged(peak, planned);
+    let (refusal, traces) = not_finite(&mut training, planted)?;
+    let uncaptured = uncaptured(&training);
+    let wrong = [uncaptured, unsteady(one, next, graph), unfit, traces];
+    let measured = json!({
+        "step": of(one), "next_step": of(next), "refused": refusal,
+        "peak_bytes": peak, "planned_bytes": planned,
+    });
+    let did = match graph {
+        true => "replayed".to_string(),
+        false => format!("{} launches", one.launches),
+    };
+    let right = format!(
+        "{did}, no wait, nothing allocated, the same addresses; a NaN leaves no trace; {memory}"
+    );
+    Ok(Outcome::judged(
+        wrong.into_iter().flatten(),
+        right,
+        measured,
+    ))
+}
+
+fn of(c: Counters) -> Value {
+    json!({
+        "launches": c.launches, "allocations": c.allocations, "reads": c.reads, "waits": c.waits, "uploads": c.uploads, "replays": c.replays,
+        "addresses": format!("{:016x}", c.addresses),
+    })
+}
+
+/// A step, with what it counted up to its report. `planted`: the host reads a weight meanwhile.
+fn counted(training: &mut Training, planted: bool) -> Result<(Counters, StepReport)> {
+    counters::take();
+    let launched = training.launch()?;
+    if planted {
+        training.model.parameters[0].value.bytes(0..1)?;
+    }
+    let counted = counters::take();
+    Ok((counted, training.report(launched)?))
+}
+
+fn unsteady(one: Counters, next: Counters, graph: bool) -> Option<String> {
+    let quiet = (one.reads, one.waits, one.allocations) == (0, 0, 0);
+    let done = match graph {
+        true => one.replays == 1 && one.launches == 0,
+        false => one.replays == 0 && one.launches > 0,
+    };
+    let how = if graph {
+        "replay its graph"
+    } else {
+        "launch its kernels"
+    };
+    (!quiet || !done || one != next).then(|| {
+        format!(
+            "a step should {how}, read, wait for and allocate nothing, and repeat its addresses: {one:?}, then {next:?}"
+        )
+    })
+}
+
+/// What a step with a NaN was refused for, and what is wrong where it left a trace. `planted`: a weight is changed behind it.
+fn not_finite(training: &mut Training, planted: bool) -> Result<(Option<String>, Option<String>)> {
+    // The embedding of a token that the second micro-batch reads.
+    let tokens = training.sequences().tokens;
+    let (width, token) = (
+        training.model.config().hidden,
+        tokens[tokens.len() / 2 + 5] as usize,
+    );
+    let embedding = &mut training.model.parameters[0].value;
+    let kept = embedding.clone();
+    embedding.change(|w| w.slice_mut::<f32>()[token * width] = f32::NAN);
+    let before = training.digests()?;
+    let refused = counted(training, false)?.1.refused;
+    if planted {
+        let weight = &mut training.model.parameters[1].value;
+        weight.change(|w| w.slice_mut::<f32>()[0] += 1.0);
+    }
+    let after = training.digests()?;
+    let changed = before.iter().zip(&after).find(|(a, b)| a != b);
+    let wrong = match (&refused, changed) {
+        (None, _) => Some("a step with a NaN in the embedding was accepted".into()),
+        (_, Some(((name, _), _))) => Some(format!("a refused step changed: {name}")),
+        _ => None,
+    };
+    // And the next one is as if nothing had been.
+    training.model.parameters[0].value = kept;
+    training.step()?;
+    Ok((refused, wrong))
+}

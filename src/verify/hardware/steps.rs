@@ -1,0 +1,256 @@
+//! Whole training steps: which models the hardware check takes, and what it asks of each.
+
+use super::one::Outcome;
+use super::record::Ending;
+use super::task::Kind;
+use super::{learns, repeats, resumes, steady, trains};
+use crate::config::{Config, Layers, count};
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::routers;
+use crate::study::plan::{self, Memory};
+use crate::train::session::Training;
+
+/// A model of which whole steps are taken.
+#[derive(Clone, Debug)]
+pub struct StepCase {
+    pub kind: Kind,
+    pub name: String,
+    pub preset: &'static str,
+    /// Keys that differ from the preset's.
+    pub set: Vec<String>,
+    /// Optimizer steps, as the kind counts them.
+    pub steps: u64,
+    /// Seconds.
+    pub estimate: f64,
+}
+
+/// Why steps were launched one by one, where that is not as it should be.
+pub fn uncaptured(training: &Training) -> Option<String> {
+    let why = training.trainer.graph_refused()?;
+    Some(format!("steps could not be captured as a graph: {why}"))
+}
+
+/// Half a second of a step on the simulator, and what a GPU can also be asked.
+const SMALL: [&str; 4] = [
+    "model.sequence_length=128",
+    "model.layers=3",
+    "train.micro_batch=2",
+    "train.sequences_per_step=4",
+];
+
+/// The vocabulary and width of the paper's smallest model, in seconds.
+const FEW_LAYERS: [&str; 3] = [
+    "model.layers=4",
+    "train.micro_batch=2",
+    "train.sequences_per_step=4",
+];
+
+/// 131,072 tokens an optimizer step of the paper's models.
+const SEQUENCES: &str = "train.sequences_per_step=64";
+
+fn case(
+    kind: Kind,
+    preset: &'static str,
+    router: &str,
+    set: &[&str],
+    steps: u64,
+    estimate: f64,
+) -> StepCase {
+    let mut set: Vec<String> = set.iter().map(|s| s.to_string()).collect();
+    set.push(format!("router.name=\"{router}\""));
+    StepCase {
+        kind,
+        name: format!("{preset} {router}"),
+        preset,
+        set,
+        steps,
+        estimate,
+    }
+}
+
+impl StepCase {
+    fn named(self, name: &str) -> Self {
+        let name = name.into();
+        StepCase { name, ..self }
+    }
+
+    /// # Errors
+    /// When a key is unknown.
+    pub fn config(&self, device: Device) -> Result<Config> {
+        let mut layers = Layers::preset(self.preset);
+        layers.set = self.set.clone();
+        layers.set.push(format!("train.device=\"{device}\""));
+        Config::load(&layers, &routers::resolve)
+    }
+
+    /// What a machine must have for it.
+    pub fn needs(&self) -> String {
+        let Ok(config) = self.config(Device::Sim) else {
+            return String::new();
+        };
+        let gigabytes = |bytes: u64| bytes as f64 / 1e9;
+        let mut text = format!("{:.1} GB of the device", gigabytes(planned(&config)));
+        match self.kind {
+            Kind::Resumes => {
+                let bytes = plan::plan(&config, plan::Target::H200, 1).checkpoint_bytes;
+                text += &format!(", {:.1} GB of disk", gigabytes(bytes));
+            }
+            Kind::Learns => text += ", the processor's curve",
+            _ => {}
+        }
+        text
+    }
+
+    /// Does what the kind asks.
+    ///
+    /// # Errors
+    /// When the steps cannot be taken.
+    pub fn run(&self, place: &super::Place) -> Result<Outcome> {
+        let config = self.config(place.device)?;
+        if self.kind == Kind::Resumes {
+            return resumes::check(self, place);
+        }
+        place.device.prepare()?;
+        if let Err(why) = crate::device::reserve(place.device, planned(&config) as usize) {
+            return Ok(Outcome::new(Ending::Unavailable, why.to_string()));
+        }
+        match self.kind {
+            Kind::Steady => steady::check(config, place.planted),
+            Kind::Repeats => repeats::check(&config, self.steps, place.planted),
+            Kind::Learns => learns::check(self, place),
+            Kind::Trains => trains::time(config, self.steps, place.planted),
+            _ => Err(Error::invalid(
+                "hardware-check",
+                "a kind of whole steps",
+                self.name.as_str(),
+                "a bug",
+            )),
+        }
+    }
+}
+
+/// Bytes that the plan foresees on a device with kernels.
+pub fn planned(config: &Config) -> u64 {
+    Memory::of(config, plan::Target::H200).total()
+}
+
+/// By how much the memory may differ from the plan.
+const MEMORY_TOLERANCE: f64 = 0.03;
+
+/// The peak beside the plan, as text; what is wrong where they are too far apart.
+pub fn memory_judged(peak: u64, planned: u64) -> (String, Option<String>) {
+    let text = format!(
+        "{:.3} GB, plan {:.3}",
+        peak as f64 / 1e9,
+        planned as f64 / 1e9
+    );
+    let apart = (peak as f64 / planned as f64 - 1.0).abs();
+    let wrong = (!(apart <= MEMORY_TOLERANCE)).then(|| {
+        let percent = 100.0 * MEMORY_TOLERANCE;
+        format!("the memory is not within {percent:.0}% of the plan: {text}")
+    });
+    (text, wrong)
+}
+
+/// Memory of a model's device that nobody planned, for a planted failure.
+pub fn unplanned(training: &Training) -> Result<crate::tensor::Tensor> {
+    let bytes = planned(&training.config) as usize / 10;
+    let device = training.model.device();
+    let held = crate::tensor::Tensor::zeros(device, crate::tensor::dtype::DType::F32, [bytes / 4]);
+    held.pointer::<f32>();
+    Ok(held)
+}
+
+/// Most important first: what must hold of a step, then how fast it is.
+pub fn cases(device: Device) -> Vec<StepCase> {
+    match device {
+        Device::Sim => rehearsal(),
+        _ => of_gpu(),
+    }
+}
+
+fn of_gpu() -> Vec<StepCase> {
+    let small = |extra: &[&'static str]| [&SMALL, extra].concat();
+    let recomputed = small(&["model.top_k=2", "train.recompute=true"]);
+    let eager = small(&["train.graph=false"]);
+    let mut all = vec![
+        case(Kind::Steady, "tiny", "default", &small(&[]), 4, 3.0),
+        case(Kind::Steady, "tiny", "default", &eager, 4, 3.0).named("tiny default eager"),
+        case(Kind::Steady, "tiny", "topk", &small(&[]), 4, 3.0),
+        case(Kind::Steady, "tiny", "default", &recomputed, 4, 3.0)
+            .named("tiny 8c2 default recomputed"),
+        case(Kind::Steady, "tiny", "lossfree", &small(&[]), 4, 3.0),
+        case(Kind::Steady, "557m", "default", &FEW_LAYERS, 4, 10.0).named("557m default 4 layers"),
+        case(Kind::Repeats, "tiny", "default", &[], 50, 6.0),
+        case(Kind::Repeats, "557m", "default", &FEW_LAYERS, 50, 20.0)
+            .named("557m default 4 layers"),
+    ];
+    all.extend(curves());
+    for (preset, router) in [
+        ("1.96b", "default"),
+        ("7.33b", "default"),
+        ("1.96b", "topk"),
+        ("7.33b", "topk"),
+        ("557m", "default"),
+        ("557m", "topk"),
+    ] {
+        let timed = case(Kind::Trains, preset, router, &[SEQUENCES], 4, 0.0);
+        let estimate = timed.config(Device::Sim).map_or(60.0, |config| {
+            let tokens = config.train.sequences_per_step * config.model.sequence_length;
+            let flops = count::flops_per_token(&config.model) as f64 * tokens as f64;
+            // Weights are made on the host and sent; steps reach a fifth of the peak at least.
+            let parameters = count::total_parameters(&config.model) as f64;
+            5.0 + parameters / 0.2e9 + (WARM + timed.steps + 1) as f64 * flops / 0.2e15
+        });
+        all.push(StepCase { estimate, ..timed });
+    }
+    all.push(case(
+        Kind::Resumes,
+        "1.96b",
+        "default",
+        &[SEQUENCES],
+        5,
+        150.0,
+    ));
+    all
+}
+
+/// Steps before those that are looked at or timed: the first load kernels, a later one is captured as a graph.
+pub const WARM: u64 = 4;
+
+/// Models whose loss is held against the processor's, recorded beforehand.
+pub fn curves() -> [StepCase; 2] {
+    [
+        case(
+            Kind::Learns,
+            "tiny",
+            "default",
+            &["train.steps=20"],
+            20,
+            5.0,
+        ),
+        case(
+            Kind::Learns,
+            "small",
+            "default",
+            &["train.steps=200"],
+            200,
+            20.0,
+        ),
+    ]
+}
+
+/// Every kind at a size for the simulator, so that what would be told of a GPU can be seen to work without one.
+fn rehearsal() -> Vec<StepCase> {
+    let short = [&SMALL[..], &["train.steps=6"]].concat();
+    let eager = [&SMALL[..], &["train.graph=false"]].concat();
+    vec![
+        case(Kind::Steady, "tiny", "default", &SMALL, 4, 8.0),
+        case(Kind::Steady, "tiny", "default", &eager, 4, 8.0).named("tiny default eager"),
+        case(Kind::Repeats, "tiny", "default", &SMALL, 2, 8.0),
+        case(Kind::Learns, "tiny", "default", &short, 6, 8.0),
+        case(Kind::Trains, "tiny", "default", &SMALL, 2, 8.0),
+        case(Kind::Resumes, "tiny", "default", &SMALL, 5, 20.0),
+    ]
+}

@@ -1,0 +1,228 @@
+//! What there is to prove and to measure on a GPU, most important first.
+
+use super::attention;
+use super::benched;
+use super::code::STEP;
+use super::steps::{self, StepCase};
+use super::timing;
+use crate::device::Device;
+use crate::verify::kernels::{self, Case};
+
+/// What is asked of a case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Every problem agrees with its reference, and a second run gives the same bytes.
+    Agrees,
+    /// Captured as a graph and replayed, it gives the bytes of the eager run.
+    Replays,
+    /// A whole step waits for nothing, repeats its addresses, takes the planned memory; with a NaN it leaves no trace.
+    Steady,
+    /// Two runs give the same bytes.
+    Repeats,
+    /// The loss is that of the processor.
+    Learns,
+    /// `compute-sanitizer --tool memcheck` finds nothing.
+    Memcheck,
+    /// How fast whole steps are.
+    Trains,
+    /// A run that was killed goes on from its checkpoint, and what saving costs.
+    Resumes,
+    /// How fast a kernel is, products beside cuBLAS.
+    Timed,
+    /// The benchmark's core set, peers included.
+    Bench,
+    /// `compute-sanitizer --tool racecheck` finds nothing: last, since it takes minutes where it does not hang.
+    Racecheck,
+}
+
+impl Kind {
+    fn verb(self) -> &'static str {
+        match self {
+            Kind::Agrees => "agrees",
+            Kind::Replays => "replays",
+            Kind::Steady => "steady",
+            Kind::Repeats => "repeats",
+            Kind::Learns => "learns",
+            Kind::Memcheck => "memcheck",
+            Kind::Trains => "trains",
+            Kind::Resumes => "resumes",
+            Kind::Timed => "timed",
+            Kind::Bench => "bench",
+            Kind::Racecheck => "racecheck",
+        }
+    }
+}
+
+/// One line of the queue.
+#[derive(Clone, Debug)]
+pub struct Task {
+    pub kind: Kind,
+    /// Name of the case.
+    pub case: String,
+    /// Of a task that is about one kernel.
+    pub launcher: Option<&'static str>,
+    /// The `.cu` file whose code it depends on, or [`STEP`].
+    pub source: &'static str,
+    /// What the machine must have, beside the GPU.
+    pub needs: String,
+    /// Seconds that it should take, start of the process included.
+    pub estimate: f64,
+}
+
+impl Task {
+    /// Unique; part of the key of its record.
+    pub fn name(&self) -> String {
+        format!("{}: {}", self.kind.verb(), self.case)
+    }
+
+    /// Seconds after which it hangs.
+    pub fn limit(&self) -> f64 {
+        30.0 + 5.0 * self.estimate
+    }
+
+    fn of_kernel(kind: Kind, case: &Case, needs: &str, estimate: f64) -> Self {
+        Task {
+            kind,
+            case: case.name.clone(),
+            launcher: Some(case.launcher),
+            source: case.source,
+            needs: needs.into(),
+            estimate,
+        }
+    }
+
+    fn of_step(case: StepCase) -> Self {
+        Task {
+            kind: case.kind,
+            needs: case.needs(),
+            case: case.name,
+            launcher: None,
+            source: STEP,
+            estimate: case.estimate,
+        }
+    }
+}
+
+/// The whole queue on a GPU: single instructions, then the kernels' cases; graphs; whole steps; memory accesses; timings of
+/// steps and kernels; the benchmark; races. On the simulator whole steps and the benchmark at small sizes: the tests have the kernels.
+pub fn queue(device: Device) -> Vec<Task> {
+    let (correct, timed): (Vec<StepCase>, Vec<StepCase>) = steps::cases(device)
+        .into_iter()
+        .partition(|case| !matches!(case.kind, Kind::Trains | Kind::Resumes));
+    let (correct, timed) = (correct.into_iter(), timed.into_iter());
+    let (correct, timed) = (correct.map(Task::of_step), timed.map(Task::of_step));
+    let mut tasks = Vec::new();
+    if device == Device::Sim {
+        tasks.extend(correct.chain(timed));
+        tasks.push(bench("small", 10.0));
+        return tasks;
+    }
+    let cases = kernels::cases();
+    // Seconds beside an H200: opening the GPU, small problems of some milliseconds, covering ones with a float64 reference.
+    let estimate =
+        |case: &Case| 0.4 + case.problems.len() as f64 * if case.small { 0.005 } else { 0.03 };
+    let of = |kind, case, estimate| Task::of_kernel(kind, case, "", estimate);
+    tasks.extend(
+        cases
+            .iter()
+            .map(|case| of(Kind::Agrees, case, estimate(case))),
+    );
+    let small = || cases.iter().filter(|case| case.small);
+    tasks.extend(small().map(|case| of(Kind::Replays, case, estimate(case))));
+    tasks.extend(correct);
+    // An instrument slows a kernel, that of races by far the most.
+    let instrument = |kind, slower: f64| {
+        small().map(move |case| {
+            Task::of_kernel(kind, case, "compute-sanitizer", slower * estimate(case))
+        })
+    };
+    tasks.extend(instrument(Kind::Memcheck, 1.5));
+    tasks.extend(timed);
+    tasks.extend(timings());
+    // Starting its parts and the report come on top.
+    tasks.push(bench("core", benched::SECONDS + 30.0));
+    tasks.extend(instrument(Kind::Racecheck, 8.0));
+    tasks
+}
+
+fn timings() -> Vec<Task> {
+    let products = timing::cases().into_iter().map(|case| Task {
+        kind: Kind::Timed,
+        launcher: Some(case.product.launcher()),
+        source: "grouped_gemm",
+        needs: "cuBLAS, to compare with".into(),
+        estimate: case.estimate(),
+        case: case.name,
+    });
+    // What the kernels refuse to plan for shows when it is asked for.
+    let attention = attention::cases().unwrap_or_default().into_iter();
+    let attention = attention.map(|case| Task {
+        kind: Kind::Timed,
+        launcher: Some(case.family),
+        source: "attention",
+        needs: String::new(),
+        estimate: 4.0,
+        case: case.name,
+    });
+    attention.chain(products).collect()
+}
+
+fn bench(set: &str, estimate: f64) -> Task {
+    Task {
+        kind: Kind::Bench,
+        case: format!("{set} set"),
+        launcher: None,
+        source: STEP,
+        needs: "Python with PyTorch, for the peers".into(),
+        estimate,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::code::code;
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_instructions_come_first() {
+        let queue = queue(Device::Cuda);
+        let names: std::collections::BTreeSet<String> = queue.iter().map(Task::name).collect();
+        assert_eq!(names.len(), queue.len());
+        let last_unit = queue
+            .iter()
+            .rposition(|t| t.kind == Kind::Agrees && t.source == "unit");
+        let first_kernel = queue.iter().position(|t| t.source != "unit");
+        assert!(last_unit < first_kernel, "{last_unit:?} {first_kernel:?}");
+        assert_eq!(queue[0].launcher, Some("unit_wgmma"));
+        // In the order of the kinds, so that what must hold comes before how fast it is.
+        let kinds: Vec<Kind> = queue.iter().map(|t| t.kind).collect();
+        assert!(kinds.windows(2).all(|w| w[0] as u8 <= w[1] as u8));
+        assert_eq!(kinds.last(), Some(&Kind::Racecheck));
+    }
+
+    #[test]
+    fn every_task_names_code_that_is_compiled() {
+        for task in queue(Device::Cuda) {
+            let file = std::path::Path::new("kernels").join(task.source);
+            let known = task.source == STEP || file.with_extension("cu").is_file();
+            assert!(known, "{}", task.name());
+            if cfg!(routegrad_cuda) {
+                let code = code(task.source);
+                assert_eq!(code.map(|c| c.len()), Some(16), "{}", task.name());
+            }
+        }
+    }
+
+    #[test]
+    fn every_kind_that_no_other_test_has_runs_on_the_simulator() {
+        let kinds = |device| -> Vec<Kind> { queue(device).iter().map(|t| t.kind).collect() };
+        let rehearsed = kinds(Device::Sim);
+        for kind in kinds(Device::Cuda) {
+            let of_a_kernel = matches!(
+                kind,
+                Kind::Agrees | Kind::Replays | Kind::Memcheck | Kind::Racecheck | Kind::Timed
+            );
+            assert!(of_a_kernel || rehearsed.contains(&kind), "{kind:?}");
+        }
+    }
+}
