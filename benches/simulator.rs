@@ -5,8 +5,8 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
-use routegrad::device::bindings::ROUTEGRAD_TILE_AUTO;
-use routegrad::device::launchers;
+use routegrad::kernels::bindings::ROUTEGRAD_TILE_AUTO;
+use routegrad::kernels::launchers;
 use routegrad::launch;
 use std::ptr::{null, null_mut};
 

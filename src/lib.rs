@@ -8,6 +8,7 @@ pub mod device;
 pub mod dist;
 pub mod tensor;
 
+pub mod kernels;
 pub mod tape;
 
 pub mod config;

@@ -3,7 +3,7 @@
 #[cfg(feature = "bindgen")]
 #[test]
 fn committed_bindings_equal_the_generated_ones() {
-    let committed = include_str!("../src/device/bindings.rs");
+    let committed = include_str!("../src/kernels/bindings.rs");
     let generated = include_str!(concat!(env!("OUT_DIR"), "/bindings.rs"));
     assert!(
         committed == generated,

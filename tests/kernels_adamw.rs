@@ -2,7 +2,7 @@
 
 mod support;
 
-use routegrad::device::bindings::routegrad_step_outcome as Outcome;
+use routegrad::kernels::bindings::routegrad_step_outcome as Outcome;
 use routegrad::launch;
 use std::ptr::null_mut;
 use support::refusals::{NULL, OUT_OF_RANGE, refused, refuses_pointers};

@@ -2,7 +2,7 @@
 
 mod support;
 
-use routegrad::device::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
+use routegrad::kernels::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
 use routegrad::launch;
 use routegrad::verify::kernels::costs::{Sizes, dispatch_choices};
 use routegrad::verify::kernels::dispatch::{Batch, edge_batches};

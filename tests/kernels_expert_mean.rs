@@ -2,7 +2,7 @@
 
 mod support;
 
-use routegrad::device::bindings::*;
+use routegrad::kernels::bindings::*;
 use routegrad::launch;
 use routegrad::verify::kernels::costs::{Sizes, expert_mean_update, expert_sums};
 use routegrad::verify::kernels::dispatch::Batch;

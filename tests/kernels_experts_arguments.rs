@@ -2,8 +2,8 @@
 
 mod support;
 
-use routegrad::device::bindings::*;
 use routegrad::error::Result;
+use routegrad::kernels::bindings::*;
 use routegrad::verify::kernels::experts::Layer;
 use routegrad::verify::kernels::grouped_swiglu::{BACKWARD_TILES, Backward, backward_problem};
 use routegrad::verify::kernels::operands::Gather;

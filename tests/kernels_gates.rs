@@ -4,8 +4,8 @@
 mod support;
 
 use routegrad::device::Device;
-use routegrad::device::bindings::routegrad_draws;
 use routegrad::error::Result;
+use routegrad::kernels::bindings::routegrad_draws;
 use routegrad::launch;
 use routegrad::ops::balance::{auxiliary_loss, weighted_sum};
 use routegrad::ops::dispatch::{Dispatch, Selection};

@@ -2,7 +2,7 @@
 
 mod support;
 
-use routegrad::device::bindings::*;
+use routegrad::kernels::bindings::*;
 use routegrad::{launch, query};
 use std::ptr::null_mut;
 use support::schedules::{counted, table};

@@ -2,8 +2,8 @@
 //! back: every lane must see every phase, under any order of the threads. All inputs are one, so the results are counts.
 
 use half::bf16;
-use routegrad::device::bindings::*;
-use routegrad::device::launchers;
+use routegrad::kernels::bindings::*;
+use routegrad::kernels::launchers;
 use routegrad::launch;
 use std::ptr::{null, null_mut};
 

@@ -5,7 +5,7 @@ mod support;
 
 use half::bf16;
 use routegrad::device::Device;
-use routegrad::device::bindings::{ROUTEGRAD_TILE_AUTO, routegrad_gemm_tile};
+use routegrad::kernels::bindings::{ROUTEGRAD_TILE_AUTO, routegrad_gemm_tile};
 use routegrad::launch;
 use routegrad::ops::linear::linear;
 use routegrad::tape::{Gradients, Tape};

@@ -4,8 +4,8 @@
 mod support;
 
 use routegrad::device::Device;
-use routegrad::device::bindings::ROUTEGRAD_TILE_COOPERATIVE_128X256;
 use routegrad::error::Result;
+use routegrad::kernels::bindings::ROUTEGRAD_TILE_COOPERATIVE_128X256;
 use routegrad::launch;
 use routegrad::ops::attention::rotary::{Places, projected_attention};
 use routegrad::ops::heads::Heads;

@@ -3,7 +3,7 @@
 
 mod support;
 
-use routegrad::device::bindings::*;
+use routegrad::kernels::bindings::*;
 use routegrad::launch;
 use routegrad::verify::kernels::costs::{self, Cost, Sizes};
 use routegrad::verify::kernels::router::{Batch, Kind, Shape, problem, problem_of};

@@ -3,8 +3,8 @@
 
 mod support;
 
-use routegrad::device::bindings::ROUTEGRAD_SIM_LATE;
 use routegrad::error::Error;
+use routegrad::kernels::bindings::ROUTEGRAD_SIM_LATE;
 use routegrad::launch;
 use std::ptr::{null, null_mut};
 use support::check_schedules;
@@ -77,7 +77,7 @@ fn counters_equal_what_the_instructions_moved() {
 /// The text with which the simulator ends a launch of fault number `fault`; none when it ran through.
 fn fault_text(fault: i32) -> Option<String> {
     let mut out = aligned(512 * 4);
-    let late = |o: &mut routegrad::device::launchers::Options| {
+    let late = |o: &mut routegrad::kernels::launchers::Options| {
         o.copies = ROUTEGRAD_SIM_LATE as i32;
         o.products = ROUTEGRAD_SIM_LATE as i32;
     };

@@ -3,7 +3,6 @@
 //! [`Gpu::open`] says why there is none to use. Launches go to one stream of the GPU's own; nothing here uses the default
 //! stream, and cudarc's event tracking is off, since it would break graph capture.
 
-use super::launchers::{self, Launchers};
 use super::pinned::{Landing, Landings, Staging};
 use super::{counters, timeline};
 use crate::error::{Error, Result};
@@ -18,7 +17,6 @@ use std::sync::{Arc, Mutex, OnceLock};
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
-    launchers: &'static Launchers,
     staging: Mutex<Staging>,
     landings: Landings,
     /// As the driver names it, such as "NVIDIA H200".
@@ -57,8 +55,9 @@ impl Gpu {
     /// One sentence that says why there is none to use: kernels not compiled in, no driver library, a driver too old, no
     /// GPU, or not a Hopper.
     pub fn open() -> Result<Self, String> {
-        let launchers = launchers::cuda()
-            .ok_or("the kernels are not compiled in: no nvcc was found at build time")?;
+        if !cfg!(routegrad_cuda) {
+            return Err("the kernels are not compiled in: no nvcc was found at build time".into());
+        }
         // SAFETY: the function only tries to load the library.
         if !unsafe { sys::is_culib_present() } {
             return Err("no CUDA driver: libcuda.so cannot be loaded".into());
@@ -86,16 +85,11 @@ impl Gpu {
         Ok(Self {
             context,
             stream,
-            launchers,
             staging: Mutex::new(Staging::new().map_err(|e| failed("pin memory of the host", e))?),
             landings: Landings::default(),
             name,
             driver,
         })
-    }
-
-    pub fn launchers(&self) -> &'static Launchers {
-        self.launchers
     }
 
     /// The stream of every launch. The GPU becomes the calling thread's own.

@@ -89,7 +89,7 @@ pub(crate) fn capturing() -> bool {
 }
 
 /// Adds an operation of the simulator to the capture.
-pub(super) fn record(operation: impl Fn() -> Result<()> + 'static) {
+pub(crate) fn record(operation: impl Fn() -> Result<()> + 'static) {
     CAPTURE.with_borrow_mut(|capture| {
         if let Some(capture) = capture {
             capture.operations.push(Box::new(operation));

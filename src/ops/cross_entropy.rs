@@ -13,9 +13,9 @@
 
 use super::linear::kernels as product;
 use super::tokens;
-use crate::device::launchers::TILE_AUTO;
 use crate::device::{Device, stream};
 use crate::error::{Error, Result};
+use crate::kernels::launchers::TILE_AUTO;
 use crate::launch;
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};

@@ -6,13 +6,13 @@
 //! Sums and masses are added over ranks before the division. Nothing here is differentiable.
 
 use super::dispatch::Dispatch;
-use crate::device::bindings::{
-    ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
-    routegrad_weighting,
-};
 use crate::device::{Device, stream};
 use crate::dist::Collective;
 use crate::error::Result;
+use crate::kernels::bindings::{
+    ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
+    routegrad_weighting,
+};
 use crate::launch;
 use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};

@@ -17,14 +17,16 @@ use super::expert_mean::{ExpertSums, Weighting};
 use super::grouped_linear::{Rows, grouped_linear};
 use super::linear::kernels as product;
 use super::swiglu::swiglu;
-use crate::device::launchers::{Launchers, TILE_AUTO};
 use crate::device::{Device, stream};
 use crate::error::{Error, Result};
+use crate::kernels::launchers::{Launchers, TILE_AUTO};
+use crate::kernels::{Combine, Stream};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
 use crate::{launch, query};
+use std::marker::PhantomData;
 use std::ptr::{null, null_mut};
 use std::rc::Rc;
 
@@ -207,15 +209,7 @@ impl Layer {
         let vectors = self.defaults.as_ref().filter(|d| d.in_forward);
         let mut y = x.unspecified_like();
         let vectors = vectors.map(|d| &d.vectors);
-        self.combine(
-            launchers,
-            &mut y,
-            Accumulate::Assign,
-            &e,
-            Some(gates),
-            vectors,
-            maps,
-        )?;
+        self.combine(&mut y, Accumulate::Assign, &e, Some(gates), vectors, maps)?;
         Ok(Forward {
             outputs: vec![y],
             saved: [x, gates, gate_up, down]
@@ -231,7 +225,6 @@ impl Layer {
     #[allow(clippy::too_many_arguments)]
     fn combine(
         &self,
-        launchers: &Launchers,
         y: &mut Tensor,
         accumulate: Accumulate,
         rows: &Tensor,
@@ -240,27 +233,23 @@ impl Layer {
         maps: &DeviceMaps,
     ) -> Result<()> {
         let s = self.sizes;
-        // SAFETY: the tensors have the shapes that combine.cu's header names.
-        unsafe {
-            launch!(
-                launchers,
-                combine(
-                    y.pointer_mut(),
-                    rows.pointer(),
-                    gates.map_or(null(), Tensor::pointer),
-                    maps.slot_row.pointer(),
-                    maps.choices.as_ref().map_or(null(), Tensor::pointer),
-                    vectors.map_or(null(), Tensor::pointer),
-                    s.tokens,
-                    s.rows,
-                    s.experts,
-                    s.hidden,
-                    maps.slots as i32,
-                    (accumulate == Accumulate::Add).into(),
-                    stream(),
-                )
-            )
-        }
+        let stream = Stream::of(y.device())?;
+        let kernel = Combine {
+            y: y.output()?,
+            rows_in: rows.input()?,
+            gates: gates.map(Tensor::input).transpose()?,
+            slot_row: maps.slot_row.input()?,
+            choices: maps.choices.as_ref().map(Tensor::input).transpose()?,
+            vectors: vectors.map(Tensor::input).transpose()?,
+            tokens: s.tokens as usize,
+            rows: s.rows as usize,
+            experts: s.experts as usize,
+            hidden: s.hidden as usize,
+            slots: maps.slots,
+            accumulate: accumulate == Accumulate::Add,
+            memory: PhantomData,
+        };
+        kernel.launch(&stream)
     }
 }
 
@@ -431,7 +420,7 @@ impl Op for Layer {
                     )
                 )?;
             }
-            self.combine(launchers, dx, accumulate, &rows, None, None, maps)
+            self.combine(dx, accumulate, &rows, None, None, maps)
         })
     }
 }

@@ -7,9 +7,9 @@
 //! bias is added to what the product left in bf16 (`kernels/rows.cu`).
 
 use super::rows::{self, Columns};
-use crate::device::launchers::{Launchers, TILE_AUTO};
 use crate::device::{Device, stream};
 use crate::error::{Error, Result};
+use crate::kernels::launchers::{Launchers, TILE_AUTO};
 use crate::launch;
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};

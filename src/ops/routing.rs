@@ -12,12 +12,12 @@ use super::balance;
 use super::dispatch::Selection;
 use super::router::{self, NonFinite, TopK};
 use super::scores::{first_non_finite, positive, shares, sigmoid};
-use crate::device::bindings::{
+use crate::device::{Device, stream};
+use crate::error::Result;
+use crate::kernels::bindings::{
     ROUTEGRAD_SCORE_LOGITS, ROUTEGRAD_SCORE_RELU, ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_SOFTMAX,
     routegrad_score,
 };
-use crate::device::{Device, stream};
-use crate::error::Result;
 use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;

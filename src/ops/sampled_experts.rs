@@ -4,9 +4,9 @@
 //!
 //! Gates `w = Σ_r h_r p^r_{a_r}`, backward `dz_j = c Σ_r dw_{a_r} p^r_{a_r} (1[j=a_r] − p^r_j)`.
 
-use crate::device::bindings::routegrad_draws;
 use crate::device::{Device, stream};
 use crate::error::Result;
+use crate::kernels::bindings::routegrad_draws;
 use crate::launch;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;

@@ -4,9 +4,9 @@
 //! left there. [`LayerState::commit`] makes it the state, [`LayerState::discard`] forgets it, so
 //! that a step which is not applied leaves no trace.
 
-use crate::device::bindings::routegrad_draws;
 use crate::dist::Collective;
 use crate::error::Result;
+use crate::kernels::bindings::routegrad_draws;
 use crate::ops::dispatch::{Dispatch, Selection};
 use crate::ops::router::{NonFinite, TopK};
 use crate::ops::routing::Entropy;

@@ -9,9 +9,10 @@ mod replay;
 mod telling;
 
 use crate::config::TrainConfig;
-use crate::device::{Device, counters, launchers, timeline};
+use crate::device::{Device, counters, timeline};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
+use crate::kernels::launchers;
 use crate::model::batch::Sequences;
 use crate::model::{Inputs, Model};
 use crate::routers::{LayerState, LayerStats, Pass, Phase};

@@ -1,7 +1,7 @@
 //! The launcher table under test, and the ways in which the simulator may carry out a launch.
 
-use routegrad::device::bindings::*;
-use routegrad::device::launchers::{self, Counters, Launchers, Options};
+use routegrad::kernels::bindings::*;
+use routegrad::kernels::launchers::{self, Counters, Launchers, Options};
 
 /// The simulator's launchers, or those of the instrumented build that ROUTEGRAD_SIM_LIBRARY names.
 pub fn table() -> &'static Launchers {

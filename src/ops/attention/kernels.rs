@@ -1,8 +1,8 @@
 //! The kernels of `kernels/attention.cu`, `kernels/attention_backward.cu` and `kernels/qkv_rope.cu`.
 
-use crate::device::launchers::TILE_AUTO;
 use crate::device::stream;
 use crate::error::Result;
+use crate::kernels::launchers::TILE_AUTO;
 use crate::ops::heads::Heads;
 use crate::ops::rope::RopeTables;
 use crate::tensor::Tensor;

@@ -3,12 +3,12 @@
 //! launches all of it without waiting and reads the outcome when it is over.
 
 use super::AdamW;
-use crate::device::bindings::{
-    routegrad_parameter, routegrad_state, routegrad_step_outcome, routegrad_step_settings,
-};
 use crate::device::{Device, stream};
 use crate::dist::Collective;
 use crate::error::Result;
+use crate::kernels::bindings::{
+    routegrad_parameter, routegrad_state, routegrad_step_outcome, routegrad_step_settings,
+};
 use crate::launch;
 use crate::model::{Losses, Parameter, Places};
 use crate::routers::LayerState;
@@ -18,8 +18,8 @@ use crate::tensor::dtype::DType;
 use std::cell::RefCell;
 use std::ptr::{null, null_mut};
 
-pub use crate::device::bindings::routegrad_step_outcome as Outcome;
-pub use crate::device::bindings::routegrad_step_settings as Settings;
+pub use crate::kernels::bindings::routegrad_step_outcome as Outcome;
+pub use crate::kernels::bindings::routegrad_step_settings as Settings;
 
 /// Numbers of a block of a parameter, in `kernels/adamw.cu`.
 const BLOCK: usize = 8192;

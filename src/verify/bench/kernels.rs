@@ -3,9 +3,9 @@
 use super::case::{Group, Work};
 use super::inputs::Inputs;
 use super::layer;
-use crate::device::bindings::{routegrad_parameter, routegrad_step_outcome};
-use crate::device::launchers::{Launchers, TILE_AUTO};
 use crate::error::Result;
+use crate::kernels::bindings::{routegrad_parameter, routegrad_step_outcome};
+use crate::kernels::launchers::{Launchers, TILE_AUTO};
 use crate::tensor::dtype::DType;
 use crate::verify::kernels::costs::AttentionSizes;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};

@@ -1,10 +1,10 @@
 //! The launches of a MoE layer on the buffers of [`super::layer`].
 
-use crate::device::bindings::{
+use crate::error::Result;
+use crate::kernels::bindings::{
     ROUTEGRAD_SCORE_SOFTMAX, ROUTEGRAD_WEIGHTING_SUM_P, routegrad_stream,
 };
-use crate::device::launchers::{Launchers, TILE_AUTO};
-use crate::error::Result;
+use crate::kernels::launchers::{Launchers, TILE_AUTO};
 use crate::launch;
 use std::ptr::{null, null_mut};
 

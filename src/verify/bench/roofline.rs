@@ -3,9 +3,9 @@
 
 use crate::config::count::flops_per_token;
 use crate::config::{Config, Layers};
-use crate::device::launchers;
-use crate::device::launchers::TILE_AUTO;
 use crate::error::{Error, Result};
+use crate::kernels::launchers;
+use crate::kernels::launchers::TILE_AUTO;
 use crate::query;
 use crate::verify::kernels::costs::{self, Cost, Sizes};
 

@@ -70,13 +70,13 @@ pub use gpu::time;
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::{PLAN, TimedCase};
-    use crate::device::bindings::{
+    use crate::device::cuda::Gpu;
+    use crate::error::Result;
+    use crate::kernels::bindings::{
         ROUTEGRAD_TILE_AUTO, ROUTEGRAD_TILE_COOPERATIVE_128X256,
         ROUTEGRAD_TILE_COOPERATIVE_256X128, ROUTEGRAD_TILE_COOPERATIVE_256X176,
         ROUTEGRAD_TILE_PINGPONG_128X128, ROUTEGRAD_TILE_PINGPONG_128X176, routegrad_gemm_tile,
     };
-    use crate::device::cuda::Gpu;
-    use crate::error::Result;
     use crate::verify::bench::cublas::{Cublas, Matmul};
     use crate::verify::bench::measure::{Events, Plan, Timing, in_turn, interleaved};
     use crate::verify::kernels::grouped_gemm::{self, Operands};

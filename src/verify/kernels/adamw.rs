@@ -3,7 +3,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
-use crate::device::bindings::{routegrad_parameter, routegrad_step_outcome};
+use crate::kernels::bindings::{routegrad_parameter, routegrad_step_outcome};
 use crate::launch;
 use crate::tensor::random::{Purpose, Stream};
 use half::bf16;

@@ -3,7 +3,7 @@
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
 use super::{Buffer, Case, MakeProblem, Problem, values};
-use crate::device::launchers::TILE_AUTO;
+use crate::kernels::launchers::TILE_AUTO;
 use crate::launch;
 use half::bf16;
 use std::ptr::null_mut;

@@ -2,9 +2,9 @@
 
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly};
-use crate::device::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
-use crate::device::launchers::{self, Launchers};
 use crate::error::Result;
+use crate::kernels::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
+use crate::kernels::launchers::{self, Launchers};
 use crate::{launch, query};
 use std::ptr::null;
 use std::sync::Arc;

@@ -4,7 +4,7 @@ use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
-use crate::device::bindings::{
+use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
 };

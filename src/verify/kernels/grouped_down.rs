@@ -7,7 +7,7 @@ use super::machine::POISON;
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product};
 use super::{Buffer, Case, MakeProblem, Problem, values};
-use crate::device::bindings::*;
+use crate::kernels::bindings::*;
 use crate::launch;
 use half::bf16;
 use std::ptr::{null, null_mut};

@@ -4,7 +4,7 @@ use super::numbers::{Errors, F32_ROUNDOFF, half_ulp_bf16};
 use super::operands::Line;
 pub use super::operands::{Gather, Operands, Product, Shape, TILES};
 use super::{Buffer, Case, MakeProblem, Problem, machine::POISON, values};
-use crate::device::bindings::*;
+use crate::kernels::bindings::*;
 use crate::launch;
 use Product::*;
 use half::bf16;

@@ -6,7 +6,7 @@ use super::experts::{
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product, exact};
 use super::{Buffer, Case, MakeProblem, Problem, values};
-use crate::device::bindings::*;
+use crate::kernels::bindings::*;
 use crate::launch;
 use half::bf16;
 use rayon::prelude::*;

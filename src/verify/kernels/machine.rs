@@ -1,8 +1,8 @@
 //! Where a kernel case runs: the simulator on host memory, or a GPU on its own.
 
-use crate::device::bindings::routegrad_stream;
-use crate::device::launchers::{self, Launchers};
 use crate::error::{Error, Result};
+use crate::kernels::bindings::routegrad_stream;
+use crate::kernels::launchers::{self, Launchers};
 
 /// A build of the kernels with the memory it works on.
 pub trait Machine {
@@ -80,7 +80,10 @@ impl Block for Lines {
 #[cfg(feature = "cuda")]
 impl Machine for crate::device::cuda::Gpu {
     fn launchers(&self) -> &'static Launchers {
-        self.launchers()
+        match launchers::cuda() {
+            Some(launchers) => launchers,
+            None => unreachable!("a GPU is opened only where its kernels are compiled in"),
+        }
     }
     fn stream(&self) -> Result<routegrad_stream> {
         Ok(self.stream()?.cast())

@@ -43,9 +43,9 @@ pub mod unit;
 pub use machine::{Guarded, Machine, Simulator};
 pub use numbers::Errors;
 
-use crate::device::bindings::routegrad_stream;
-use crate::device::launchers::Launchers;
 use crate::error::Result;
+use crate::kernels::bindings::routegrad_stream;
+use crate::kernels::launchers::Launchers;
 
 /// One buffer of a problem.
 pub struct Buffer {

@@ -2,7 +2,7 @@
 //! `out` or `dx`, or one output channel of an expert's dW.
 
 use super::numbers::Random;
-use crate::device::bindings::*;
+use crate::kernels::bindings::*;
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::OnceLock;

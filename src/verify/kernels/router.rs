@@ -3,9 +3,9 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly, machine::POISON, values};
-use crate::device::bindings::*;
-use crate::device::launchers;
 use crate::error::Result;
+use crate::kernels::bindings::*;
+use crate::kernels::launchers;
 use crate::{launch, query};
 use half::bf16;
 use rayon::prelude::*;

@@ -3,9 +3,9 @@
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::router::{SCORES, log_sum_exp};
 use super::{Buffer, Case, MakeProblem, Problem, values};
-use crate::device::bindings::*;
-use crate::device::launchers;
 use crate::error::Result;
+use crate::kernels::bindings::*;
+use crate::kernels::launchers;
 use crate::{launch, query};
 use half::bf16;
 use rayon::prelude::*;

@@ -3,8 +3,8 @@
 
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly};
-use crate::device::bindings::routegrad_draws;
 use crate::error::Result;
+use crate::kernels::bindings::routegrad_draws;
 use crate::launch;
 use crate::tensor::random::{Purpose, Stream};
 use std::ptr::null;

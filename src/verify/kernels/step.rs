@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly};
-use crate::device::bindings::{routegrad_state, routegrad_step_outcome, routegrad_step_settings};
+use crate::kernels::bindings::{routegrad_state, routegrad_step_outcome, routegrad_step_settings};
 use crate::launch;
 use std::ptr::null;
 

@@ -4,8 +4,8 @@
 
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
-use crate::device::bindings::routegrad_unit_box;
 use crate::device::graph;
+use crate::kernels::bindings::routegrad_unit_box;
 use crate::launch;
 use half::bf16;
 

@@ -2,7 +2,7 @@
 //!
 //! ```no_run
 //! # fn main() -> routegrad::error::Result<()> {
-//! use routegrad::{device::launchers, launch};
+//! use routegrad::{kernels::launchers, launch};
 //! let (mut out, mut warps, row) = ([0f32; 4], [0i32; 1], [0f32; 4]);
 //! // SAFETY: the pointers are to host memory of the sizes given, as the simulator needs.
 //! unsafe {
@@ -15,8 +15,9 @@
 use std::ffi::{CStr, CString, c_char};
 use std::sync::OnceLock;
 
+use super::bindings;
 pub use super::bindings::{routegrad_sim_counters as Counters, routegrad_sim_options as Options};
-use super::{bindings, graph};
+use crate::device::graph;
 use crate::error::{Error, Result};
 
 /// Names a shared object whose simulator is used instead of the linked one: the race, sanitizer and mutant builds.
@@ -104,7 +105,7 @@ pub fn waits() -> bool {
 /// made it and not on whichever copy comes next.
 #[cfg(feature = "cuda")]
 fn waited(launcher: &str) -> Result<()> {
-    match super::cuda::opened().filter(|_| waits()) {
+    match crate::device::cuda::opened().filter(|_| waits()) {
         Some(gpu) => gpu.finish().map_err(|e| match e {
             Error::Device {
                 status, text, help, ..
@@ -149,7 +150,7 @@ impl Launchers {
         launcher: &'static str,
         call: impl Fn() -> bindings::routegrad_status + 'static,
     ) -> Result<()> {
-        super::counters::launched();
+        crate::device::counters::launched();
         if self.table.sim_set_options.is_some() && graph::capturing() {
             graph::record(move || match call() {
                 0 => Ok(()),
@@ -157,7 +158,7 @@ impl Launchers {
             });
             return Ok(());
         }
-        let _span = super::timeline::Span::begin(launcher);
+        let _span = crate::device::timeline::Span::begin(launcher);
         self.check(launcher, call())
     }
 
@@ -264,10 +265,10 @@ macro_rules! launch {
         $crate::launch!(@bind $launchers, $name, ($($bound)* argument) $($rest,)*)
     }};
     (@bind $launchers:expr, $name:ident, ($($bound:ident)*)) => {{
-        let launchers: &$crate::device::launchers::Launchers = $launchers;
+        let launchers: &$crate::kernels::launchers::Launchers = $launchers;
         match launchers.table().$name {
             Some(function) => launchers.launch(stringify!($name), move || function($($bound),*)),
-            None => Err($crate::device::launchers::missing(stringify!($name))),
+            None => Err($crate::kernels::launchers::missing(stringify!($name))),
         }
     }};
     ($launchers:expr, $name:ident($($argument:expr),* $(,)?)) => {
@@ -283,10 +284,10 @@ macro_rules! launch {
 #[macro_export]
 macro_rules! query {
     ($launchers:expr, $name:ident($($argument:expr),* $(,)?)) => {{
-        let launchers: &$crate::device::launchers::Launchers = $launchers;
+        let launchers: &$crate::kernels::launchers::Launchers = $launchers;
         match launchers.table().$name {
             Some(function) => launchers.check(stringify!($name), function($($argument),*)),
-            None => Err($crate::device::launchers::missing(stringify!($name))),
+            None => Err($crate::kernels::launchers::missing(stringify!($name))),
         }
     }};
 }

@@ -1,0 +1,330 @@
+//! What launchers are given: typed addresses with their lengths, sizes, and the stream.
+
+use super::bindings::routegrad_stream;
+use super::launchers::Launchers;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
+use half::bf16;
+use std::ffi::c_void;
+use std::marker::PhantomData;
+
+/// A type of elements in device memory, and its C name in the launchers.
+pub trait Element: Copy {
+    type C;
+    /// The tensors that may be passed as such elements; none where a tensor's bytes hold structs.
+    const DTYPE: Option<DType>;
+}
+
+macro_rules! elements {
+    ($($type:ty => $c:ty, $dtype:expr;)*) => {
+        $(impl Element for $type {
+            type C = $c;
+            const DTYPE: Option<DType> = $dtype;
+        })*
+    };
+}
+elements! {
+    bf16 => c_void, Some(DType::Bf16);
+    f32 => f32, Some(DType::F32);
+    f64 => f64, Some(DType::F64);
+    i32 => i32, Some(DType::I32);
+    u8 => c_void, None;
+}
+
+/// Elements that a kernel reads.
+pub struct In<'a, T> {
+    address: usize,
+    elements: usize,
+    memory: PhantomData<&'a T>,
+}
+
+/// Elements that a kernel writes, and may read.
+pub struct Out<'a, T> {
+    address: usize,
+    elements: usize,
+    memory: PhantomData<&'a mut T>,
+}
+
+macro_rules! addresses {
+    ($($Name:ident),*) => {
+        $(
+            impl<T> Clone for $Name<'_, T> {
+                fn clone(&self) -> Self {
+                    *self
+                }
+            }
+            impl<T> Copy for $Name<'_, T> {}
+            impl<T> $Name<'_, T> {
+                /// # Safety
+                /// `address` must be that of so many elements on the stream's device, for as long as the launch runs.
+                pub unsafe fn from_address(address: usize, elements: usize) -> Self {
+                    Self { address, elements, memory: PhantomData }
+                }
+
+                /// The same memory from element `first` on.
+                ///
+                /// # Panics
+                /// When there are fewer elements.
+                pub fn from_element(self, first: usize) -> Self {
+                    assert!(first <= self.elements, "element {first} of {}", self.elements);
+                    Self {
+                        address: self.address + first * size_of::<T>(),
+                        elements: self.elements - first,
+                        memory: PhantomData,
+                    }
+                }
+            }
+        )*
+    };
+}
+addresses!(In, Out);
+
+/// Untyped memory of a device that some other code owns: a buffer of the kernel checks or of the benchmark.
+#[derive(Clone, Copy)]
+pub struct Buffer {
+    address: usize,
+    bytes: usize,
+}
+
+impl Buffer {
+    /// # Safety
+    /// `address` must be that of so many bytes on the device of the streams that it is used with, for as long as the buffer is
+    /// used.
+    pub unsafe fn from_address(address: usize, bytes: usize) -> Self {
+        Buffer { address, bytes }
+    }
+
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// To be read as elements of a type.
+    pub fn input<T>(&self) -> In<'_, T> {
+        let elements = self.bytes / size_of::<T>();
+        // SAFETY: that is how the buffer was made.
+        unsafe { In::from_address(self.address, elements) }
+    }
+
+    /// To be written as elements of a type.
+    pub fn output<T>(&self) -> Out<'_, T> {
+        let elements = self.bytes / size_of::<T>();
+        // SAFETY: that is how the buffer was made.
+        unsafe { Out::from_address(self.address, elements) }
+    }
+}
+
+impl Tensor {
+    /// The elements for a kernel that reads them.
+    ///
+    /// # Errors
+    /// When the tensor holds another type.
+    ///
+    /// # Panics
+    /// When the device has no room.
+    pub fn input<T: Element>(&self) -> Result<In<'_, T>> {
+        self.expect_element::<T>()?;
+        let address = self.pointer::<T>() as usize;
+        // SAFETY: the tensor owns its memory.
+        Ok(unsafe {
+            In::from_address(
+                address,
+                self.elements() * self.dtype().size() / size_of::<T>(),
+            )
+        })
+    }
+
+    /// The elements for a kernel that writes them; copies them first when they are shared.
+    ///
+    /// # Errors
+    /// When the tensor holds another type.
+    ///
+    /// # Panics
+    /// When the device has no room.
+    pub fn output<T: Element>(&mut self) -> Result<Out<'_, T>> {
+        self.expect_element::<T>()?;
+        let elements = self.elements() * self.dtype().size() / size_of::<T>();
+        let address = self.pointer_mut::<T>() as usize;
+        // SAFETY: the tensor owns its memory.
+        Ok(unsafe { Out::from_address(address, elements) })
+    }
+
+    fn expect_element<T: Element>(&self) -> Result<()> {
+        match T::DTYPE {
+            Some(dtype) => self.expect_dtype("kernel", "an argument", dtype),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Where launches go: the launchers of a device, and its stream.
+#[derive(Clone, Copy)]
+pub struct Stream {
+    launchers: &'static Launchers,
+    raw: routegrad_stream,
+}
+
+impl Stream {
+    /// The stream that a device's tensors are computed on.
+    ///
+    /// # Errors
+    /// On the CPU, which has no kernels, and where there is no GPU to use.
+    pub fn of(device: Device) -> Result<Self> {
+        let launchers = device.launchers()?;
+        Ok(Stream {
+            launchers,
+            raw: crate::device::stream(),
+        })
+    }
+
+    /// # Safety
+    /// `raw` must be a stream of the device that the launchers are for, or null for its default stream.
+    pub unsafe fn from_raw(launchers: &'static Launchers, raw: routegrad_stream) -> Self {
+        Stream { launchers, raw }
+    }
+
+    pub fn launchers(&self) -> &'static Launchers {
+        self.launchers
+    }
+
+    pub(super) fn raw(&self) -> routegrad_stream {
+        self.raw
+    }
+}
+
+/// The value of a size, for formulas of lengths that cannot overflow.
+pub trait Size {
+    type Value;
+    fn size(&self) -> Self::Value;
+}
+
+impl Size for usize {
+    type Value = u128;
+    fn size(&self) -> u128 {
+        *self as u128
+    }
+}
+
+macro_rules! no_sizes {
+    ($($type:ty),*) => {
+        $(impl Size for $type {
+            type Value = $type;
+            fn size(&self) -> $type {
+                *self
+            }
+        })*
+    };
+}
+no_sizes!(bool, i32, f32, f64);
+
+impl<'a, T> Size for In<'a, T> {
+    type Value = ();
+    fn size(&self) {}
+}
+impl<'a, T> Size for Out<'a, T> {
+    type Value = ();
+    fn size(&self) {}
+}
+/// Whether it is there.
+impl<A: Copy> Size for Option<A> {
+    type Value = bool;
+    fn size(&self) -> bool {
+        self.is_some()
+    }
+}
+
+/// An argument with a length.
+pub trait Argument {
+    /// # Errors
+    /// When there are fewer elements than `expected`.
+    fn check(&self, launcher: &str, name: &str, expected: u128) -> Result<()>;
+}
+
+fn check_length(elements: usize, launcher: &str, name: &str, expected: u128) -> Result<()> {
+    if elements as u128 >= expected {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        launcher,
+        format!("`{name}` of {expected} elements or more"),
+        elements.to_string(),
+        "pass buffers that fit the sizes; nothing was launched",
+    ))
+}
+
+macro_rules! arguments {
+    ($($Name:ident),*) => {
+        $(
+            impl<T> Argument for $Name<'_, T> {
+                fn check(&self, launcher: &str, name: &str, expected: u128) -> Result<()> {
+                    check_length(self.elements, launcher, name, expected)
+                }
+            }
+        )*
+    };
+}
+arguments!(In, Out);
+impl<A: Argument> Argument for Option<A> {
+    fn check(&self, launcher: &str, name: &str, expected: u128) -> Result<()> {
+        self.as_ref()
+            .map_or(Ok(()), |a| a.check(launcher, name, expected))
+    }
+}
+
+/// An argument as the launcher takes it, `Raw` in C.
+pub trait Pass<Raw> {
+    /// # Errors
+    /// When a size is larger than the launcher's type holds.
+    fn pass(self, launcher: &str, name: &str) -> Result<Raw>;
+}
+
+impl<T: Element> Pass<*const T::C> for In<'_, T> {
+    fn pass(self, _: &str, _: &str) -> Result<*const T::C> {
+        Ok(self.address as *const T::C)
+    }
+}
+impl<T: Element> Pass<*const T::C> for Option<In<'_, T>> {
+    fn pass(self, _: &str, _: &str) -> Result<*const T::C> {
+        Ok(self.map_or(std::ptr::null(), |a| a.address as *const T::C))
+    }
+}
+impl<T: Element> Pass<*mut T::C> for Out<'_, T> {
+    fn pass(self, _: &str, _: &str) -> Result<*mut T::C> {
+        Ok(self.address as *mut T::C)
+    }
+}
+impl<T: Element> Pass<*mut T::C> for Option<Out<'_, T>> {
+    fn pass(self, _: &str, _: &str) -> Result<*mut T::C> {
+        Ok(self.map_or(std::ptr::null_mut(), |a| a.address as *mut T::C))
+    }
+}
+
+macro_rules! sizes {
+    ($($c:ty),*) => {
+        $(impl Pass<$c> for usize {
+            fn pass(self, launcher: &str, name: &str) -> Result<$c> {
+                <$c>::try_from(self).map_err(|_| {
+                    let most = format!("`{name}` of at most {}", <$c>::MAX);
+                    Error::invalid(launcher, most, self.to_string(), "nothing was launched")
+                })
+            }
+        })*
+    };
+}
+sizes!(i32, i64);
+
+macro_rules! values {
+    ($($type:ty => $c:ty),*) => {
+        $(impl Pass<$c> for $type {
+            fn pass(self, _: &str, _: &str) -> Result<$c> {
+                Ok(self.into())
+            }
+        })*
+    };
+}
+values!(bool => i32, i32 => i32, f32 => f32, f64 => f64);

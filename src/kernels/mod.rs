@@ -1,0 +1,123 @@
+//! The kernels, one file for each `kernels/NAME.cu`: typed arguments, checks, launch, workspace, cost.
+//!
+//! A kernel is called in one way. Its struct has a named field for every argument of its launcher, in the launcher's
+//! order. [`launch`](Combine::launch) checks that every buffer is as long as the sizes say, then launches on a [`Stream`];
+//! the launcher itself checks null pointers, alignment and the ranges of the sizes. Operations, kernel checks, benchmarks
+//! and tests all use these structs; nothing else names a launcher.
+
+pub mod argument;
+#[allow(non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
+#[rustfmt::skip]
+pub mod bindings;
+pub mod combine;
+pub mod launchers;
+
+pub use argument::{Buffer, In, Out, Stream};
+pub use combine::Combine;
+
+use crate::device::Device;
+use crate::error::{Error, Result};
+use launchers::Launchers;
+
+impl Device {
+    /// To be called once on a thread that will launch kernels: the simulator divides the blocks of a
+    /// launch among all cores. What is computed does not depend on it.
+    ///
+    /// # Errors
+    /// When the simulator cannot be loaded, or there is no GPU to use.
+    pub fn prepare(self) -> Result<()> {
+        if self != Device::Cpu {
+            let launchers = self.launchers()?;
+            if let Some(mut options) = launchers.options() {
+                options.threads = rayon::current_num_threads() as i32;
+                launchers.set_options(&options)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernels of this device.
+    ///
+    /// # Errors
+    /// On the CPU, which has none, and when the simulator cannot be loaded.
+    pub fn launchers(self) -> Result<&'static Launchers> {
+        match self {
+            Device::Sim => launchers::sim(),
+            #[cfg(feature = "cuda")]
+            Device::Cuda => {
+                crate::device::cuda::gpu()?;
+                launchers::cuda().ok_or_else(|| {
+                    let help = "put nvcc into .toolkit/ by scripts/install-toolkit and build again";
+                    Error::invalid("device cuda", "kernels compiled by nvcc", "none", help)
+                })
+            }
+            #[cfg(not(feature = "cuda"))]
+            Device::Cuda => Err(Error::invalid(
+                "device cuda",
+                "a build with it",
+                "one without",
+                "build with --features cuda",
+            )),
+            Device::Cpu => Err(Error::invalid(
+                "kernels",
+                "tensors on a device with kernels",
+                "tensors on cpu",
+                "a bug: the operation should have taken its reference",
+            )),
+        }
+    }
+}
+
+/// Declares the typed call of one launcher: a struct with a field for each of the launcher's arguments, in its order (the
+/// stream left out), and `launch`, which checks the length of every field that is followed by one in brackets.
+///
+/// Lengths are in elements, formulas of the other fields.
+macro_rules! kernel {
+    (
+        $(#[$about:meta])*
+        pub struct $Name:ident = $launcher:ident {
+            $( $(#[$field_about:meta])* $field:ident: $type:ty $([$length:expr])?; )*
+        }
+    ) => {
+        $(#[$about])*
+        #[derive(Clone, Copy)]
+        pub struct $Name<'a> {
+            $( $(#[$field_about])* pub $field: $type, )*
+            /// Ties the addresses to the memory that they were taken from.
+            pub memory: std::marker::PhantomData<&'a ()>,
+        }
+
+        impl $Name<'_> {
+            /// The launcher's name in `kernels/routegrad.h`.
+            pub const LAUNCHER: &'static str = stringify!($launcher);
+
+            /// Checks the lengths of the buffers.
+            fn check(&self) -> $crate::error::Result<()> {
+                use $crate::kernels::argument::{Argument, Size};
+                $( #[allow(unused_variables)] let $field = Size::size(&self.$field); )*
+                $( $( Argument::check(&self.$field, Self::LAUNCHER, stringify!($field), $length)?; )? )*
+                Ok(())
+            }
+
+            /// Checks the arguments and launches; on a GPU the kernel may still run on return.
+            ///
+            /// # Errors
+            /// When a buffer is shorter than the sizes say, or the launcher refuses an argument.
+            pub fn launch(&self, stream: &$crate::kernels::Stream) -> $crate::error::Result<()> {
+                use $crate::kernels::argument::Pass;
+                self.check()?;
+                let launchers = stream.launchers();
+                let Some(function) = launchers.table().$launcher else {
+                    return Err($crate::kernels::launchers::missing(Self::LAUNCHER));
+                };
+                $( let $field = Pass::pass(self.$field, Self::LAUNCHER, stringify!($field))?; )*
+                let raw = stream.raw();
+                // SAFETY: every buffer is as long as its length above, which is that of the launcher's header, and lives on
+                // the stream's device; what is launched ends before the memory is given to another use, since all launches
+                // of a device share one stream.
+                launchers.launch(Self::LAUNCHER, move || unsafe { function($($field,)* raw) })
+            }
+        }
+    };
+}
+pub(crate) use kernel;
