@@ -83,8 +83,6 @@ macro_rules! kernel {
         #[derive(Clone, Copy)]
         pub struct $Name<'a> {
             $( $(#[$field_about])* pub $field: $type, )*
-            /// Ties the addresses to the memory that they were taken from.
-            pub memory: std::marker::PhantomData<&'a ()>,
         }
 
         impl $Name<'_> {

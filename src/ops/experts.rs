@@ -26,7 +26,6 @@ use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
 use crate::{launch, query};
-use std::marker::PhantomData;
 use std::ptr::{null, null_mut};
 use std::rc::Rc;
 
@@ -247,7 +246,6 @@ impl Layer {
             hidden: s.hidden as usize,
             slots: maps.slots,
             accumulate: accumulate == Accumulate::Add,
-            memory: PhantomData,
         };
         kernel.launch(&stream)
     }

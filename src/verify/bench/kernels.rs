@@ -5,7 +5,8 @@ use super::inputs::Inputs;
 use super::layer;
 use crate::error::Result;
 use crate::kernels::bindings::{routegrad_parameter, routegrad_step_outcome};
-use crate::kernels::launchers::{Launchers, TILE_AUTO};
+use crate::kernels::launchers::TILE_AUTO;
+use crate::kernels::{self, Stream};
 use crate::tensor::dtype::DType;
 use crate::verify::kernels::costs::AttentionSizes;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
@@ -45,9 +46,10 @@ pub fn whole(label: &str, buffers: Vec<Buffer>, launch: Launch) -> Problem {
 /// A launch on buffers, to write as a closure of them: the stream comes last in every launcher.
 macro_rules! on {
     (|$p:ident| $launcher:ident($($argument:expr),* $(,)?)) => {
-        move |launchers: &Launchers, $p: &[*mut u8], stream| {
+        move |$p: &[kernels::Buffer], stream: &Stream| {
+            let $p: Vec<*mut u8> = $p.iter().map(kernels::Buffer::pointer).collect();
             // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe { launch!(launchers, $launcher($($argument),*, stream)) }
+            unsafe { launch!(stream.launchers(), $launcher($($argument),*, stream.raw())) }
         }
     };
 }
@@ -160,14 +162,14 @@ fn norm(machine: &dyn Machine, inputs: &Inputs, rows: usize, hidden: usize) -> R
     let of_weight = on! { |p| norm_weight_gradient(p[3].cast(), p[5].cast(), r, d, 0) };
     let of_bias =
         on! { |p| norm_weight_gradient(p[4].cast(), p[5].cast::<f32>().add(floats), r, d, 0) };
-    let backward = move |launchers: &Launchers, p: &[*mut u8], stream| {
-        of_rows(launchers, p, stream)?;
-        of_weight(launchers, p, stream)?;
-        of_bias(launchers, p, stream)
+    let backward = move |p: &[kernels::Buffer], stream: &Stream| {
+        of_rows(p, stream)?;
+        of_weight(p, stream)?;
+        of_bias(p, stream)
     };
-    let both = move |launchers: &Launchers, p: &[*mut u8], stream| {
-        forward(launchers, p, stream)?;
-        backward(launchers, p, stream)
+    let both = move |p: &[kernels::Buffer], stream: &Stream| {
+        forward(p, stream)?;
+        backward(p, stream)
     };
     let (bf16, f32) = (DType::Bf16, DType::F32);
     Ok(Kernels {
@@ -289,9 +291,9 @@ fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> 
         p[2].cast(), p[3].cast(), p[5].cast(), p[4].cast(), p[0].cast(), p[1].cast(), null(), null(), null(), t, sequence,
         heads, key_heads, width
     ) };
-    let both = move |launchers: &Launchers, p: &[*mut u8], stream| {
-        forward(launchers, p, stream)?;
-        backward(launchers, p, stream)
+    let both = move |p: &[kernels::Buffer], stream: &Stream| {
+        forward(p, stream)?;
+        backward(p, stream)
     };
     Ok(Kernels {
         whole: whole(inputs.0, buffers, Box::new(both)),

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::kernels::launchers::{Launchers, TILE_AUTO};
 use crate::query;
 use crate::tensor::dtype::DType;
-use crate::verify::kernels::{Buffer, Launch, Machine};
+use crate::verify::kernels::{Buffer, Launch, Machine, by_pointers};
 
 fn forward(default: bool) -> Vec<Step> {
     let mut steps = vec![
@@ -66,7 +66,7 @@ pub fn build(machine: &dyn Machine, inputs: &Inputs, layer: &Layer) -> Result<Ke
     let spaces = spaces(machine.launchers(), &mut sizes)?;
     let buffers = buffers(inputs, layer, &sizes, &spaces);
     let launch = |steps: Vec<Step>| -> Launch {
-        Box::new(move |launchers, p, stream| {
+        by_pointers(move |launchers, p, stream| {
             let mut steps = steps.iter();
             steps.try_for_each(|&step| sizes.launch(step, launchers, p, stream))
         })

@@ -2,7 +2,7 @@
 //! float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
 use crate::kernels::bindings::{routegrad_parameter, routegrad_step_outcome};
 use crate::launch;
 use crate::tensor::random::{Purpose, Stream};
@@ -201,7 +201,7 @@ fn update(counts: &[usize], accepted: bool, bf16: bool) -> Problem {
             if accepted { "" } else { ", refused" }
         ),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (rows, of_block, outcome) = (p[at].cast(), p[at + 1].cast(), p[at + 2].cast());
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
@@ -308,7 +308,7 @@ fn squares(counts: &[usize]) -> Problem {
     Problem {
         label: format!("N {counts:?}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (rows, of_block, parts) = (p[at].cast(), p[at + 1].cast(), p[at + 2].cast());
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {

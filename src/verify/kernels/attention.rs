@@ -3,7 +3,7 @@
 use super::costs::AttentionSizes;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 use half::bf16;
 use rayon::prelude::*;
@@ -330,7 +330,7 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     Problem {
         label: format!("{shape:?}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let first_key = p.get(3).map_or(null(), |p| p.cast_const().cast());
             let (tokens, sequence, heads, key_value_heads, width) = arguments(&shape);
             // SAFETY: every buffer has the size that the launcher's header states.

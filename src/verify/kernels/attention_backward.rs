@@ -7,7 +7,7 @@ use super::attention::{
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
 use super::rope::{tables, turned};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 use half::bf16;
 use rayon::prelude::*;
@@ -251,7 +251,7 @@ pub fn problem(gradient: &Arc<Gradient>) -> Problem {
     Problem {
         label: format!("backward, {shape:?}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let first_key = p[6..6 + packed].first();
             let first_key = first_key.map_or(null(), |p| p.cast_const().cast());
             let table = |i: usize| {

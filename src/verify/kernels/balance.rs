@@ -1,7 +1,7 @@
 //! The losses' scalars (`kernels/balance.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 
 /// Values with the terms' sum in float64; the kernel's rounds once.
@@ -46,7 +46,7 @@ fn auxiliary(experts: usize, backward: bool) -> Problem {
     Problem {
         label: format!("E {experts}"),
         buffers: buffers.into_iter().chain([fractions_buffer]).collect(),
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (to, from, fractions) = (p[0].cast(), p[1].cast(), p[2].cast());
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
@@ -89,7 +89,7 @@ fn weighted(count: usize, backward: bool) -> Problem {
     Problem {
         label: format!("{count} terms"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (at, coefficients, n) = (p[0].cast(), p[1].cast(), count as i32);
             let scalars: Vec<*mut f32> = p[2..].iter().map(|p| p.cast()).collect();
             // SAFETY: there are as many scalars as coefficients.

@@ -3,7 +3,7 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 use half::bf16;
 use rayon::prelude::*;
@@ -167,7 +167,7 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     Problem {
         label: i.label(),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let gates = if mode.gates { p[2].cast() } else { null() };
             let vectors = if mode.vectors { p[3].cast() } else { null() };
             let choices = if has_choices { p[5].cast() } else { null() };

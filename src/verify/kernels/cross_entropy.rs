@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::kernels::launchers::TILE_AUTO;
 use crate::launch;
 use half::bf16;
@@ -24,7 +24,7 @@ fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize) -> Problem {
     Problem {
         label: format!("T {tokens}, V {vocabulary}, D {hidden}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(
@@ -121,7 +121,7 @@ fn rows_problem(rows: Rows, factor: f32, with_gradient: bool) -> Problem {
     Problem {
         label: format!("T {tokens}, V {vocabulary}, gradient {with_gradient}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let dlogits = if with_gradient {
                 p[1].cast()
             } else {
@@ -202,7 +202,7 @@ fn mean_problem(tokens: usize, factor: f32) -> Problem {
     Problem {
         label: format!("T {tokens}"),
         buffers: vec![Buffer::output("loss", 4), Buffer::input("losses", &losses)],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(
@@ -251,7 +251,7 @@ fn scale_problem(elements: usize, narrow: bool, accumulate: bool) -> Problem {
             buffer("in", &input, false),
             Buffer::input("factor", &[FACTOR]),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(

@@ -1,7 +1,7 @@
 //! Dispatch (`kernels/dispatch.cu`) against a counting sort: every index exactly, in every output.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly};
 use crate::error::Result;
 use crate::kernels::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
 use crate::kernels::launchers::{self, Launchers};
@@ -188,7 +188,7 @@ impl Batch {
         Ok(Problem {
             label: self.label(),
             buffers,
-            launch: Box::new(move |launchers, p, stream| {
+            launch: by_pointers(move |launchers, p, stream| {
                 let (offsets, row_token, row_slot, slot_row) =
                     (p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast());
                 let (fault, workspace, capacity) = (p[4].cast(), p[5].cast(), capacity as i64);

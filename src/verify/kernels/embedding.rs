@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
 use crate::launch;
 use half::bf16;
 use std::ptr::null;
@@ -49,7 +49,7 @@ pub fn forward_problem(of: Ids, tokens: usize, vocabulary: usize, hidden: usize)
             Buffer::input("w", &table),
             Buffer::input("ids", &ids),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(
@@ -107,7 +107,7 @@ pub fn order_problem(tokens: usize, vocabulary: usize, first: bool, whole: bool)
             Buffer::input("row_token", &row_token),
             Buffer::input("ids", &ids),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let earlier = |p: *mut u8| {
                 if first { null() } else { p.cast_const().cast() }
             };
@@ -164,7 +164,7 @@ pub fn gradient_problem(
     Problem {
         label: format!("{of:?}, T {tokens}, V {vocabulary}, D {hidden}, accumulate {accumulate}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(

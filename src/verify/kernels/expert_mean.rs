@@ -3,7 +3,7 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
 use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
@@ -129,7 +129,7 @@ pub fn sums_problem(inputs: &Arc<Sums>) -> Problem {
     Problem {
         label: format!("{}, D {hidden}, weighted {weighted}", i.routed.label()),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let gates = if weighted { p[3].cast() } else { null() };
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
@@ -182,7 +182,7 @@ pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weight
     Problem {
         label: format!("{experts} experts, D {hidden}, weighting {weighting}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(

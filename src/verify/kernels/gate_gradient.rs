@@ -3,7 +3,7 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 use half::bf16;
 use rayon::prelude::*;
@@ -136,7 +136,7 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     Problem {
         label: i.label(),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (g, vectors) = if dense {
                 (p[2].cast_const().cast(), p[3].cast_const().cast())
             } else {

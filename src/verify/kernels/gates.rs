@@ -3,7 +3,7 @@
 use super::dispatch::{Batch, Named};
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 use std::ptr::null;
 
@@ -97,7 +97,7 @@ fn problem(batch: Batch, kind: Kind) -> Problem {
     Problem {
         label: format!("{kind:?}, {}", routed.label()),
         buffers,
-        launch: Box::new(move |launchers, b, stream| {
+        launch: by_pointers(move |launchers, b, stream| {
             let (to, p, slot_row, dw) = (b[0].cast(), b[1].cast(), b[2].cast(), b[4].cast());
             let choices = match has_choices {
                 true => b[3].cast_const().cast(),

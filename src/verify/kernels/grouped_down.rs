@@ -6,7 +6,7 @@ use super::experts::{
 use super::machine::POISON;
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::kernels::bindings::*;
 use crate::launch;
 use half::bf16;
@@ -158,7 +158,7 @@ pub fn problem(down: &Arc<Down>, tile: routegrad_gemm_tile) -> Problem {
     Problem {
         label: format!("down, sums {sums:?}, tile {tile}, {}", d.layer.label()),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (rows, offsets) = layer.bounds(given, p[3]);
             let column_sums = p.get(6).map_or(null_mut(), |p| p.cast());
             let gates = if sums == Sums::Gated {

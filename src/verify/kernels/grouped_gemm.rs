@@ -3,7 +3,7 @@
 use super::numbers::{Errors, F32_ROUNDOFF, half_ulp_bf16};
 use super::operands::Line;
 pub use super::operands::{Gather, Operands, Product, Shape, TILES};
-use super::{Buffer, Case, MakeProblem, Problem, machine::POISON, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, machine::POISON, values};
 use crate::kernels::bindings::*;
 use crate::launch;
 use Product::*;
@@ -158,7 +158,7 @@ pub fn problem(operands: &Arc<Operands>, tile: routegrad_gemm_tile) -> Problem {
     Problem {
         label: operands.label(tile),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (out, a, b, offsets) = (p[0], p[1].cast(), p[2].cast(), p[3].cast());
             let index = |of| {
                 if gather == of {

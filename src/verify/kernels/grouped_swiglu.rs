@@ -5,7 +5,7 @@ use super::experts::{
 };
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product, exact};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::kernels::bindings::*;
 use crate::launch;
 use half::bf16;
@@ -88,7 +88,7 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
             f.layer.label()
         ),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (rows, offsets) = layer.bounds(given, p[4]);
             let row_token = p.get(5).map_or(std::ptr::null(), |p| p.cast_const().cast());
             // SAFETY: every buffer has the size that the launcher's header states.
@@ -244,7 +244,7 @@ pub fn backward_problem(
             b.layer.label()
         ),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (rows, offsets) = layer.bounds(given, p[7]);
             let row_token = p.get(8).map_or(std::ptr::null(), |p| p.cast_const().cast());
             // SAFETY: every buffer has the size that the launcher's header states.

@@ -1,7 +1,7 @@
 //! What a MoE layer counts (`kernels/layer_tally.cu`) against plain loops.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
 use crate::launch;
 use std::ptr::null;
 
@@ -60,7 +60,7 @@ fn tally(t: Tally) -> Problem {
     Problem {
         label: format!("{t:?}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let mean = if t.parts {
                 null()
             } else {
@@ -148,7 +148,7 @@ fn entropy(tokens: usize, experts: usize) -> Problem {
             Buffer::output("parts", tokens.div_ceil(PART) * 8),
             Buffer::input("scores", &scores),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (t, e) = (tokens as i64, experts as i32);
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
@@ -197,7 +197,7 @@ fn bias(experts: usize) -> Problem {
             Buffer::changed("bias", &before),
             Buffer::input("load", &load),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(
@@ -232,7 +232,7 @@ fn fractions(experts: usize) -> Problem {
             Buffer::input("lambda", &[LAMBDA]),
             Buffer::input("offsets", &offsets),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let e = experts as i32;
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
@@ -274,7 +274,7 @@ fn lambda(layers: usize, experts: usize, surplus: i32) -> Problem {
             Buffer::changed("lambda", &[BEFORE]),
             Buffer::input("load", &load),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (l, e, k) = (layers as i32, experts as i32, top_k as i32);
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {

@@ -1,14 +1,14 @@
 //! Where a kernel case runs: the simulator on host memory, or a GPU on its own.
 
 use crate::error::{Error, Result};
-use crate::kernels::bindings::routegrad_stream;
 use crate::kernels::launchers::{self, Launchers};
+use crate::kernels::{Buffer, Stream};
 
 /// A build of the kernels with the memory it works on.
 pub trait Machine {
     fn launchers(&self) -> &'static Launchers;
     /// The stream to launch on from this thread.
-    fn stream(&self) -> Result<routegrad_stream>;
+    fn stream(&self) -> Result<Stream>;
     /// `bytes` bytes, aligned to 128, content unspecified.
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block + '_>>;
     /// Waits for every launch, and says what failed in one.
@@ -42,8 +42,9 @@ impl Machine for Simulator {
     fn launchers(&self) -> &'static Launchers {
         self.launchers
     }
-    fn stream(&self) -> Result<routegrad_stream> {
-        Ok(std::ptr::null_mut())
+    fn stream(&self) -> Result<Stream> {
+        // SAFETY: the simulator's stream is null.
+        Ok(unsafe { Stream::from_raw(self.launchers, std::ptr::null_mut()) })
     }
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block + '_>> {
         Ok(Box::new(Lines(vec![Line([0; 128]); bytes.div_ceil(128)])))
@@ -85,8 +86,10 @@ impl Machine for crate::device::cuda::Gpu {
             None => unreachable!("a GPU is opened only where its kernels are compiled in"),
         }
     }
-    fn stream(&self) -> Result<routegrad_stream> {
-        Ok(self.stream()?.cast())
+    fn stream(&self) -> Result<Stream> {
+        let raw = self.stream()?.cast();
+        // SAFETY: it is a stream of the GPU that the launchers are for.
+        Ok(unsafe { Stream::from_raw(Machine::launchers(self), raw) })
     }
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block + '_>> {
         Ok(Box::new(self.allocate(bytes)?))
@@ -133,6 +136,12 @@ impl<'m> Guarded<'m> {
         let mut guarded = Self { block, bytes };
         guarded.poison()?;
         Ok(guarded)
+    }
+
+    /// The memory on the machine.
+    pub fn buffer(&self) -> Buffer {
+        // SAFETY: the block owns so many bytes from there on.
+        unsafe { Buffer::from_address(self.block.address() + GUARD_BYTES, self.bytes) }
     }
 
     /// Address on the machine.

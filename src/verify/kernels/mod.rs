@@ -46,6 +46,7 @@ pub use numbers::Errors;
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_stream;
 use crate::kernels::launchers::Launchers;
+use crate::kernels::{self, Stream};
 
 /// One buffer of a problem.
 pub struct Buffer {
@@ -134,8 +135,19 @@ impl Buffer {
     }
 }
 
-/// Launches on the buffers' addresses, in the order of the problem's list.
-pub type Launch = Box<dyn Fn(&Launchers, &[*mut u8], routegrad_stream) -> Result<()> + Send + Sync>;
+/// Launches on the buffers, in the order of the problem's list.
+pub type Launch = Box<dyn Fn(&[kernels::Buffer], &Stream) -> Result<()> + Send + Sync>;
+
+/// A launch that takes addresses.
+pub fn by_pointers(
+    launch: impl Fn(&Launchers, &[*mut u8], routegrad_stream) -> Result<()> + Send + Sync + 'static,
+) -> Launch {
+    Box::new(move |buffers, stream| {
+        let pointers: Vec<*mut u8> = buffers.iter().map(kernels::Buffer::pointer).collect();
+        launch(stream.launchers(), &pointers, stream.raw())
+    })
+}
+
 /// Judges the content of the outputs and changed buffers, in the order of the problem's list.
 pub type Judge = Box<dyn Fn(&[Vec<u8>]) -> Result<Errors, String> + Send + Sync>;
 
@@ -243,6 +255,11 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
+    /// The buffers on the machine.
+    pub fn buffers(&self) -> Vec<kernels::Buffer> {
+        self.buffers.iter().map(Guarded::buffer).collect()
+    }
+
     /// Addresses of the buffers on the machine.
     pub fn pointers(&self) -> Vec<*mut u8> {
         self.buffers.iter().map(Guarded::pointer).collect()
@@ -267,11 +284,7 @@ impl<'a> Run<'a> {
     /// # Errors
     /// When the launcher refuses.
     pub fn launch_as(&self, problem: &Problem) -> Result<()> {
-        (problem.launch)(
-            self.machine.launchers(),
-            &self.pointers(),
-            self.machine.stream()?,
-        )
+        (problem.launch)(&self.buffers(), &self.machine.stream()?)
     }
 
     /// Waits, then gives what the outputs hold.

@@ -3,7 +3,7 @@
 use super::costs::norm_runs;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
 use crate::{launch, query};
 use half::bf16;
 use std::ptr::{null, null_mut};
@@ -142,7 +142,7 @@ pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
     Problem {
         label: i.label(added),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (sum, residual) = match added {
                 Added::Nothing => (null_mut(), null()),
                 _ => (p[1].cast(), p[3].cast_const().cast()),
@@ -241,7 +241,7 @@ pub fn backward_problem(inputs: &Arc<Inputs>, added: Added, accumulate: bool) ->
     Problem {
         label: format!("{}, accumulate {accumulate}", i.label(added)),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let skip = match added {
                 Added::Nothing => null(),
                 Added::Apart => p[5].cast_const().cast(),
@@ -377,7 +377,7 @@ pub fn sum_problem(rows: usize, hidden: usize, accumulate: bool) -> Problem {
     Problem {
         label: format!("T {rows}, D {hidden}, accumulate {accumulate}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 use half::bf16;
 use std::ptr::{null, null_mut};
@@ -61,7 +61,7 @@ fn problem(s: Shape, backward: bool) -> Problem {
             Buffer::input("w", &w),
             Buffer::input("dy", &dy),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let at = |p: *mut u8| p.wrapping_add(2 * s.around);
             let (to, x, dy) = (at(p[0]).cast(), at(p[2]).cast(), at(p[4]).cast());
             let (w, scales) = match s.weighted {

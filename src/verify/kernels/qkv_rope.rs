@@ -5,7 +5,7 @@ use super::grouped_down::TILES;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
 use super::rope::{Shape, tables};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::kernels::bindings::routegrad_gemm_tile;
 use crate::kernels::launchers::TILE_AUTO;
 use crate::launch;
@@ -106,7 +106,7 @@ pub fn problem(inputs: &Arc<Inputs>, tile: routegrad_gemm_tile) -> Problem {
     Problem {
         label: format!("{shape:?}, D {hidden}, tile {tile}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 use half::bf16;
 
@@ -73,7 +73,7 @@ pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
     Problem {
         label: format!("{shape:?}, back {back}, in place {in_place}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(

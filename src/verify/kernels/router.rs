@@ -2,7 +2,7 @@
 //! arithmetic, choices and counts exactly as the scores that the kernel wrote demand.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, machine::POISON, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, machine::POISON, values};
 use crate::error::Result;
 use crate::kernels::bindings::*;
 use crate::kernels::launchers;
@@ -353,7 +353,7 @@ pub fn problem_of(batch: Batch) -> Result<Problem> {
     Ok(Problem {
         label: batch.label(),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let chosen = if k == 0 { null_mut() } else { p[2].cast() };
             let bias = p.get(8).map_or(null(), |b| b.cast::<f32>().cast_const());
             let (scores, lse, flag) = (p[0].cast(), p[1].cast(), p[3].cast());
@@ -403,7 +403,7 @@ fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
     Ok(Problem {
         label: format!("{tokens} tokens, {experts} experts"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (t, e) = (tokens as i64, experts as i32);
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::router::{SCORES, log_sum_exp};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::error::Result;
 use crate::kernels::bindings::*;
 use crate::kernels::launchers;
@@ -275,7 +275,7 @@ pub fn problem(shape: Shape) -> Result<Problem> {
     Ok(Problem {
         label: format!("{shape:?}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let optional = |i: usize| {
                 if given[i] {
                     p[6 + i].cast::<f32>().cast_const()

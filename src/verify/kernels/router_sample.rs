@@ -2,7 +2,7 @@
 //! [`crate::tensor::random`]: every choice, factor and mask exactly.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly};
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_draws;
 use crate::launch;
@@ -158,7 +158,7 @@ pub fn problem(shape: Shape) -> Result<Problem> {
     Ok(Problem {
         label: format!("{shape:?}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let draws = if sampled {
                 p[5].cast_const().cast()
             } else {

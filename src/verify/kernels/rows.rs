@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 use half::bf16;
 use std::ptr::null;
@@ -22,7 +22,7 @@ fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place
             "{rows} rows of {width}, one row {one_row}, multiply {multiply}, in place {in_place}"
         ),
         buffers: vec![first, Buffer::input("a", &a), Buffer::input("b", &b)],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let a = if in_place { p[0] } else { p[1] }.cast_const().cast();
             let (rows, b_rows, width) = (rows as i64, b_rows as i64, width as i32);
             // SAFETY: every buffer has the size that the launcher's header states.
@@ -94,7 +94,7 @@ fn sums(s: Sums) -> Problem {
             Buffer::input("y", &y),
             Buffer::input("scales", &scales),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let at = |p: *mut u8| p.wrapping_add(2 * s.around).cast_const().cast();
             let y = if s.y { at(p[2]) } else { null() };
             let scales = if s.scales {
@@ -175,7 +175,7 @@ fn gated(rows: usize, width: usize) -> Problem {
             Buffer::input("w", &w),
             Buffer::input("v", &v),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (x, w, v) = (p[2].cast(), p[3].cast(), p[4].cast());
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
@@ -239,7 +239,7 @@ fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
             Buffer::input("v", &v),
             Buffer::input("w", &w),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (dy, gates, v, w) = (p[3].cast(), p[4].cast(), p[5].cast(), p[6].cast());
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {

@@ -1,7 +1,7 @@
 //! SparseMixer's gates and their estimator (`kernels/gates.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 
 /// Sizes, and how many times a standard normal the logits are.
@@ -117,7 +117,7 @@ fn problem(shape: Shape, backward: bool) -> Problem {
             Buffer::input("experts_chosen", &inputs.chosen),
             Buffer::input("kept", &inputs.kept),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (to, second, z) = (p[0].cast(), p[1].cast(), p[2].cast());
             let (chosen, kept) = (p[3].cast(), p[4].cast());
             // SAFETY: every buffer has the size that the launcher's header states.

@@ -1,7 +1,7 @@
 //! The kernels around the optimizer's update (`kernels/step.cu`) against float64 and against what must come out exactly.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly};
 use crate::kernels::bindings::{routegrad_state, routegrad_step_outcome, routegrad_step_settings};
 use crate::launch;
 use std::ptr::null;
@@ -27,7 +27,7 @@ fn losses(first: bool, with_balance: bool) -> Problem {
     Problem {
         label: format!("first {first}, balance losses {with_balance}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let term: *const f32 = p[1].cast_const().cast();
             let balance = |i| match with_balance {
                 true => term.wrapping_add(i),
@@ -111,7 +111,7 @@ fn decide(d: Decision) -> Problem {
             d.parts, d.loss, d.flag, d.clip
         ),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(
@@ -229,7 +229,7 @@ fn commit(sizes: &'static [usize], accepted: bool) -> Problem {
     Problem {
         label: format!("words {sizes:?}, accepted {accepted}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (states, outcome) = (p[2 * count].cast(), p[2 * count + 1].cast());
             // SAFETY: the table's rows point to buffers of so many words.
             unsafe {

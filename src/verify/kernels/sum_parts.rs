@@ -1,7 +1,7 @@
 //! Sums of the parts of a weight gradient (`kernels/sum_parts.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 
 /// Buffers: out, parts.
@@ -15,7 +15,7 @@ fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
             Buffer::added_to("out", &before, accumulate),
             Buffer::input("parts", &parts),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {
                 launch!(

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
 use crate::launch;
 use half::bf16;
 
@@ -29,7 +29,7 @@ fn problem(rows: usize, ffn: usize, spread: f32, backward: bool) -> Problem {
     Problem {
         label: format!("T {rows}, F {ffn}, spread {spread}"),
         buffers: vec![Buffer::output(output, bytes), input, Buffer::input("h", &h)],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (rows, ffn) = (rows as i64, ffn as i32);
             // SAFETY: every buffer has the size that the launcher's header states.
             unsafe {

@@ -3,7 +3,7 @@
 //! of a warp (the two lanes that free a multicast buffer).
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
 use crate::device::graph;
 use crate::kernels::bindings::routegrad_unit_box;
 use crate::launch;
@@ -94,7 +94,7 @@ fn wgmma(n: usize, swizzle: usize, a_mn: bool, b_mn: bool, registers: bool) -> P
             Buffer::input("a", &a),
             Buffer::input("b", &b),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (a_mn, b_mn, registers) = (i32::from(a_mn), i32::from(b_mn), i32::from(registers));
             // SAFETY: A is [64, 64], B [n, 64] or [64, n], C [64, n].
             unsafe {
@@ -204,7 +204,7 @@ fn tma_load(b: routegrad_unit_box) -> MakeProblem {
                 Buffer::output("box", want.len() * 2),
                 Buffer::input("tensor", &tensor),
             ],
-            launch: Box::new(move |launchers, p, stream| {
+            launch: by_pointers(move |launchers, p, stream| {
                 let boxes = [b];
                 // SAFETY: the tensor has the extents of the box's description; the result the size of the box.
                 unsafe {
@@ -234,7 +234,7 @@ fn tma_store(b: routegrad_unit_box) -> MakeProblem {
                 Buffer::output("tensor", want.len() * 2),
                 Buffer::input("box", &shared),
             ],
-            launch: Box::new(move |launchers, p, stream| {
+            launch: by_pointers(move |launchers, p, stream| {
                 let boxes = [b];
                 // SAFETY: as for the load.
                 unsafe {
@@ -264,7 +264,7 @@ fn multicast(masks: [i32; 2]) -> Problem {
     Problem {
         label: format!("masks {masks:?}"),
         buffers: vec![Buffer::output("out", 4 * ROUNDS * 4096 * 2), input],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: the tensor is [64 rounds, 64], the result [2 clusters of 2, rounds, 64, 64].
             unsafe {
                 launch!(
@@ -323,7 +323,7 @@ fn gather(columns: usize, transpose: bool, by_mbarrier: bool) -> Problem {
     Problem {
         label: format!("{columns} columns, transposed {transpose}, by mbarrier {by_mbarrier}"),
         buffers,
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             let (transpose, by_mbarrier) = (i32::from(transpose), i32::from(by_mbarrier));
             // SAFETY: the indices are below the 100 rows of the input; the result is [64, 64].
             unsafe {
@@ -370,7 +370,7 @@ fn softmax() -> Problem {
             Buffer::changed("warps_seen", &[0i32]),
             Buffer::input("in", &input),
         ],
-        launch: Box::new(move |launchers, p, stream| {
+        launch: by_pointers(move |launchers, p, stream| {
             // SAFETY: both are [rows, columns]; one word is counted up.
             unsafe {
                 launch!(
