@@ -124,6 +124,17 @@ impl Buffer {
     }
 }
 
+impl<'a, T> Out<'a, T> {
+    /// The same memory as an input, for kernels that may write over what they read.
+    pub fn as_input(self) -> In<'a, T> {
+        In {
+            address: self.address,
+            elements: self.elements,
+            memory: PhantomData,
+        }
+    }
+}
+
 impl Tensor {
     /// The elements for a kernel that reads them.
     ///
@@ -202,16 +213,19 @@ impl Stream {
     }
 }
 
-/// The value of a size, for formulas of lengths that cannot overflow.
+/// The value of a size, for formulas of lengths that cannot overflow: no more than [`MOST`].
 pub trait Size {
     type Value;
     fn size(&self) -> Self::Value;
 }
 
+/// More elements than a buffer has; a product of three fits its type.
+const MOST: u128 = 1 << 40;
+
 impl Size for usize {
     type Value = u128;
     fn size(&self) -> u128 {
-        *self as u128
+        (*self as u128).min(MOST)
     }
 }
 

@@ -10,6 +10,7 @@ pub mod argument;
 #[rustfmt::skip]
 pub mod bindings;
 pub mod combine;
+pub mod cost;
 pub mod launchers;
 
 pub use argument::{Buffer, In, Out, Stream};
@@ -71,12 +72,15 @@ impl Device {
 /// Declares the typed call of one launcher: a struct with a field for each of the launcher's arguments, in its order (the
 /// stream left out), and `launch`, which checks the length of every field that is followed by one in brackets.
 ///
-/// Lengths are in elements, formulas of the other fields.
+/// Lengths are in elements, formulas of the other fields; or `=> function(fields)` names a [`host_function`] of some of them.
 macro_rules! kernel {
     (
         $(#[$about:meta])*
         pub struct $Name:ident = $launcher:ident {
-            $( $(#[$field_about:meta])* $field:ident: $type:ty $([$length:expr])?; )*
+            $(
+                $(#[$field_about:meta])*
+                $field:ident: $type:ty $([$length:expr])? $(=> $host:ident($($size:ident),*))?;
+            )*
         }
     ) => {
         $(#[$about])*
@@ -90,9 +94,15 @@ macro_rules! kernel {
             pub const LAUNCHER: &'static str = stringify!($launcher);
 
             /// Checks the lengths of the buffers.
-            fn check(&self) -> $crate::error::Result<()> {
+            #[allow(unused_variables)]
+            fn check(&self, launchers: &$crate::kernels::launchers::Launchers) -> $crate::error::Result<()> {
                 use $crate::kernels::argument::{Argument, Size};
-                $( #[allow(unused_variables)] let $field = Size::size(&self.$field); )*
+                // Where a host function refuses the sizes, so does the launcher, which says which of its arguments is wrong.
+                $( $(
+                    let length = $host(launchers, $(self.$size),*).unwrap_or(0) as u128;
+                    Argument::check(&self.$field, Self::LAUNCHER, stringify!($field), length)?;
+                )? )*
+                $( let $field = Size::size(&self.$field); )*
                 $( $( Argument::check(&self.$field, Self::LAUNCHER, stringify!($field), $length)?; )? )*
                 Ok(())
             }
@@ -103,8 +113,8 @@ macro_rules! kernel {
             /// When a buffer is shorter than the sizes say, or the launcher refuses an argument.
             pub fn launch(&self, stream: &$crate::kernels::Stream) -> $crate::error::Result<()> {
                 use $crate::kernels::argument::Pass;
-                self.check()?;
                 let launchers = stream.launchers();
+                self.check(launchers)?;
                 let Some(function) = launchers.table().$launcher else {
                     return Err($crate::kernels::launchers::missing(Self::LAUNCHER));
                 };
@@ -119,3 +129,32 @@ macro_rules! kernel {
     };
 }
 pub(crate) use kernel;
+
+/// Declares a function of sizes that a launcher computes on the host, such as the length of a workspace.
+macro_rules! host_function {
+    (
+        $(#[$about:meta])*
+        pub fn $name:ident = $launcher:ident($($size:ident: $type:ty),*) -> $raw:ty
+    ) => {
+        $(#[$about])*
+        ///
+        /// # Errors
+        /// When the launcher refuses a size.
+        pub fn $name(
+            launchers: &$crate::kernels::launchers::Launchers,
+            $($size: $type),*
+        ) -> $crate::error::Result<usize> {
+            use $crate::kernels::argument::Pass;
+            const LAUNCHER: &str = stringify!($launcher);
+            let Some(function) = launchers.table().$launcher else {
+                return Err($crate::kernels::launchers::missing(LAUNCHER));
+            };
+            let mut value: $raw = 0;
+            $( let $size = Pass::pass($size, LAUNCHER, stringify!($size))?; )*
+            // SAFETY: it computes on the host, and writes one number.
+            launchers.check(LAUNCHER, unsafe { function(&mut value, $($size),*) })?;
+            Ok(value as usize)
+        }
+    };
+}
+pub(crate) use host_function;

@@ -1,77 +1,10 @@
 //! What a kernel costs: its floating-point operations on tensor cores and the bytes it must move, from its sizes. The
 //! formulas are those of the headers in `kernels/`; the tests hold the simulator's counters against them.
 
-use std::iter::Sum;
-use std::ops::Add;
-
-/// Tensor-core operations and global memory traffic, each byte counted once however often a cache serves it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Cost {
-    pub flops: f64,
-    pub bytes: f64,
-}
-
-/// What one H200 was measured to do: bf16 products per second through cuBLAS, and bytes read and written by a copy.
-pub const FLOPS_PER_SECOND: f64 = 790e12;
-pub const BYTES_PER_SECOND: f64 = 4.3e12;
-
-impl Cost {
-    fn new(flops: usize, bytes: usize) -> Self {
-        Self {
-            flops: flops as f64,
-            bytes: bytes as f64,
-        }
-    }
-
-    /// Seconds that no kernel can go below on one H200.
-    pub fn floor(&self) -> f64 {
-        (self.flops / FLOPS_PER_SECOND).max(self.bytes / BYTES_PER_SECOND)
-    }
-}
-
-impl Add for Cost {
-    type Output = Cost;
-    fn add(self, other: Cost) -> Cost {
-        Cost {
-            flops: self.flops + other.flops,
-            bytes: self.bytes + other.bytes,
-        }
-    }
-}
-
-impl Sum for Cost {
-    fn sum<I: Iterator<Item = Cost>>(costs: I) -> Cost {
-        costs.fold(Cost::default(), Add::add)
-    }
-}
-
-/// The sizes of a MoE layer's kernels.
-#[derive(Clone, Copy, Debug)]
-pub struct Sizes {
-    /// T.
-    pub tokens: usize,
-    /// D.
-    pub hidden: usize,
-    /// F, the width of one expert.
-    pub ffn: usize,
-    /// E.
-    pub experts: usize,
-    /// Slots of a token, K.
-    pub slots: usize,
-    /// R: slots that have a row.
-    pub rows: usize,
-}
-
-/// Experts as the router's and the combine's tiles have them.
-fn padded_experts(experts: usize) -> usize {
-    match experts {
-        0..=16 => 16,
-        17..=32 => 32,
-        33..=64 => 64,
-        65..=128 => 128,
-        _ => 256,
-    }
-}
+pub use crate::kernels::cost::{
+    Cost, H200_BYTES_PER_SECOND as BYTES_PER_SECOND, H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND, Sizes,
+};
+use crate::kernels::cost::padded_experts;
 
 /// `kernels/router.cu`: `router_forward` and `router_statistics`.
 pub fn router_forward(s: &Sizes) -> Cost {
