@@ -46,7 +46,7 @@ DEV int first_key_tile(const AttentionShape& shape, const AttentionOrder::Place&
 
 template <int D>
 DEV void produce(ForwardShared<D>& s, const TensorMap* qkv, const AttentionShape& shape, const AttentionOrder& order) {
-  using Step = RingStep<ForwardShared<D>::kStages>;
+  using Step = RingStep<ForwardShared<D>::kStages, uint32_t>;
   AttentionOrder::Place place;
   uint32_t number = 0;
   tma_prefetch(qkv);
@@ -101,8 +101,7 @@ struct RowSoftmax {
       float most = largest[h];
 #pragma unroll
       for (int i = 0; i < kTile / 4; ++i) most = fmaxf(most, scores[i / 2 * 4 + 2 * h + i % 2]);
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+      most = quad_max(most);
       const float shift = most == -INFINITY ? 0 : most * scale;  // no key yet: all powers are 0
       factor[h] = exp2_approximate(fmaf(largest[h], scale, -shift));
       largest[h] = most;
@@ -117,16 +116,13 @@ struct RowSoftmax {
     }
   }
   // The whole row's sum.
-  DEV float total(int h) const {
-    const float pair = sum[h] + __shfl_xor_sync(~0u, sum[h], 1);
-    return pair + __shfl_xor_sync(~0u, pair, 2);
-  }
+  DEV float total(int h) const { return quad_sum(sum[h]); }
 };
 
 template <int D>
 DEV void consume(ForwardShared<D>& s, const TensorMap* map_out, float* log_sum_exp, const AttentionShape& shape,
                  const AttentionOrder& order) {
-  using Step = RingStep<ForwardShared<D>::kStages>;
+  using Step = RingStep<ForwardShared<D>::kStages, uint32_t>;
   const int warpgroup = threadIdx.x / 128 - 1;
   Staging staging(s.staging[warpgroup], nullptr, warpgroup);
   AttentionOrder::Place place;

@@ -134,7 +134,7 @@ DEV void produce(BackwardShared<T>& s, const BackwardMaps& maps, const Attention
     const auto range = T::range(shape, place);
     for (int i = 0; i < T::heads_streamed(shape); ++i)
       for (int at = range.first; at < range.end; at += T::kStep, ++number) {
-        const RingStep<T::kStages> to(number);
+        const RingStep<T::kStages, uint32_t> to(number);
         const int head = first_head + i, line = sequence * shape.heads + head;
         uint64_t* const full = &s.full[to.stage];
         mbar_wait(&s.empty[to.stage], to.parity ^ 1);
@@ -200,11 +200,11 @@ DEV void consume(BackwardShared<T>& s, const BackwardMaps& maps, const RowStatis
     const uint32_t first_number = number;
     const auto give_back = [&](uint32_t step) {
       if constexpr (T::kOfKeys) __syncwarp();  // all lanes have read the statistics
-      release(&s.empty[RingStep<T::kStages>(step).stage]);
+      release(&s.empty[RingStep<T::kStages, uint32_t>(step).stage]);
     };
     for (int i = 0; i < T::heads_streamed(shape); ++i)
       for (int at = range.first; at < range.end; at += kStep, ++number) {
-        const RingStep<T::kStages> now(number);
+        const RingStep<T::kStages, uint32_t> now(number);
         mbar_wait(&s.full[now.stage], now.parity);
         wgmma_fence();
         multiply<T>(scores, x, s.streamed[now.stage][0]);

@@ -11,6 +11,7 @@
 // One warp each, sums in f64: lane l adds its elements l, l + 32, … in order, then the lanes are added pairwise.
 // Deterministic. Bytes: 8·E + 8 or 12·N + 8. FLOPs: none on tensor cores. Floor: that of a launch.
 #include "common/simt.cuh"
+#include "common/warp.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
@@ -26,11 +27,6 @@ Scalars<T> scalars(T* const* from, int count) {
   Scalars<T> to{};
   for (int k = 0; k < count; ++k) to.at[k] = from[k];
   return to;
-}
-
-DEV double sum_of_warp(double sum) {
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  return sum;
 }
 
 __global__ void __launch_bounds__(32)

@@ -20,6 +20,7 @@
 // 2·D·T to accumulate. (What is per token and expert is read again, from cache, for every slice of 512, 256 or 128 columns.)
 // FLOPs: 6·T·E'·D with vectors, E' = E rounded up to 16, 32, 64, 128 or 256, T to 64, D to 128; else none.
 // Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
+#include "common/bf16_terms.cuh"
 #include "common/ptx.cuh"
 #include "common/slots.cuh"
 
@@ -107,12 +108,6 @@ template <class N>
 struct alignas(1024) SplitVectors {
   uint8_t term[2][N::kSlice / 64][N::kCount * 128];
 };
-
-// Splits a pair of floats: high + low holds 16 bits of each.
-DEV void split(uint32_t& high, uint32_t& low, float a, float b) {
-  high = pack_bf16(a, b);
-  low = pack_bf16(a - low_bf16(high), b - high_bf16(high));
-}
 
 // Fills the slice; zero past the last expert and column. Column c of a run of 32 is column n(c) of the product: thread q
 // of a quad then holds c = 8 q … 8 q + 7 in accumulators of n = 8 j + 2 q + e, j < 4, e < 2.

@@ -17,6 +17,7 @@
 // 128,256 the rows take 0.61 ms, the three products at D = 2048 4.1 ms.
 #include "common/eight.cuh"
 #include "common/gemm_launch.cuh"
+#include "common/warp.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int k = 0; k < 8; ++k)
       d.value[k] = scale * exp_difference(d.value[k], row.largest) - (column + k == target ? factor : 0.0f);
-    st_global(reinterpret_cast<uint4*>(to + column), pack(d));
+    store_eight(to + column, d);
   }
 }
 
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads)
   DYNAMIC_SHARED(MeanShared, s);
   float sum = 0;
   for (int64_t token = threadIdx.x; token < tokens; token += kThreads) sum += ld_global_readonly(losses + token);
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  sum = sum_of_warp(sum);
   if (threadIdx.x % 32 == 0) s.warp[threadIdx.x / 32] = sum;
   __syncthreads();
   if (threadIdx.x > 0) return;

@@ -15,6 +15,7 @@
 // Bytes: sums 4·D·(R / 64 + 2 E) + 8·R + 16·E at most, the update 12·E·D (its three scalars apart). FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s; at
 // the paper's shapes (1 to 9 MB) the two launches cost as much.
 #include "common/slots.cuh"
+#include "common/warp.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
@@ -72,7 +73,7 @@ DEV void sum_gates(SumsShared& s, float* masses, const float* gates, const int32
 #pragma unroll
       for (int i = 0; i < kRowsAhead; ++i) sum += next[i];
     }
-    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+    sum = sum_of_warp(sum);
     if (lane == 0) s.mass[warp] = sum;
     __syncthreads();
   }

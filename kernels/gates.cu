@@ -13,6 +13,7 @@
 // Bytes: selected 8·T·E (backward 12·T·E) and 8 a slot; sampled 8·T·E + 4·R·T·(E + 2) (backward 12·T·E and the same).
 // FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s; of 16,384 tokens and 32 experts one to two µs, that of a launch.
 #include "common/slots.cuh"
+#include "common/warp.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
@@ -36,10 +37,6 @@ DEV void store(float* row, Row& r, int experts) {
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i)
     if (expert_of(i) < experts) st_global(row + expert_of(i), r[i]);
-}
-DEV float sum_of_warp(float sum) {
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  return sum;
 }
 DEV int64_t token_of_warp() { return int64_t{blockIdx.x} * kWarps + threadIdx.x / 32; }
 

@@ -9,18 +9,12 @@
 // A warp a piece, which it reads twice (the second time from L1 or L2); sums in f32, over the lanes pairwise. Deterministic.
 // Bytes: forward 4 an element and 4 a piece, backward 6 and 4. FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s.
 #include "common/eight.cuh"
+#include "common/warp.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-
-DEV Eight load(const bf16* from) { return unpack(ld_global(reinterpret_cast<const uint4*>(from))); }
-DEV void store(bf16* to, const Eight& v) { st_global(reinterpret_cast<uint4*>(to), pack(v)); }
-DEV float sum_of_warp(float sum) {
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  return sum;
-}
 
 struct Pieces {
   int64_t rows, pitch;
@@ -44,23 +38,23 @@ __global__ void __launch_bounds__(kThreads)
   x += p.start(piece);
   y += p.start(piece);
   if (!w) {
-    p.each([&](int column) { store(y + column, load(x + column)); });
+    p.each([&](int column) { store_eight(y + column, load_eight(x + column)); });
     return;
   }
   float squares = 0;
   p.each([&](int column) {
-    const Eight v = load(x + column);
+    const Eight v = load_eight(x + column);
 #pragma unroll
     for (int k = 0; k < 8; ++k) squares += v.value[k] * v.value[k];
   });
   const float scale = rsqrtf(sum_of_warp(squares) / static_cast<float>(p.width) + eps);
   if (threadIdx.x % 32 == 0) st_global(scales + piece, scale);
   p.each([&](int column) {
-    Eight v = load(x + column);
-    const Eight weight = load(w + column);
+    Eight v = load_eight(x + column);
+    const Eight weight = load_eight(w + column);
 #pragma unroll
     for (int k = 0; k < 8; ++k) v.value[k] *= scale * weight.value[k];
-    store(y + column, v);
+    store_eight(y + column, v);
   });
 }
 
@@ -73,23 +67,23 @@ __global__ void __launch_bounds__(kThreads)
   dx += p.start(piece);
   dy += p.start(piece);
   if (!w) {
-    p.each([&](int column) { store(dx + column, load(dy + column)); });
+    p.each([&](int column) { store_eight(dx + column, load_eight(dy + column)); });
     return;
   }
   float dot = 0;
   p.each([&](int column) {
-    const Eight v = load(x + column), d = load(dy + column), weight = load(w + column);
+    const Eight v = load_eight(x + column), d = load_eight(dy + column), weight = load_eight(w + column);
 #pragma unroll
     for (int k = 0; k < 8; ++k) dot += weight.value[k] * d.value[k] * v.value[k];
   });
   const float scale = ld_global_readonly(scales + piece);
   const float mean = scale * scale * sum_of_warp(dot) / static_cast<float>(p.width);
   p.each([&](int column) {
-    const Eight v = load(x + column), d = load(dy + column), weight = load(w + column);
+    const Eight v = load_eight(x + column), d = load_eight(dy + column), weight = load_eight(w + column);
     Eight out;
 #pragma unroll
     for (int k = 0; k < 8; ++k) out.value[k] = scale * (weight.value[k] * d.value[k] - v.value[k] * mean);
-    store(dx + column, out);
+    store_eight(dx + column, out);
   });
 }
 

@@ -21,6 +21,7 @@
 // FLOPs on tensor cores: 6·T'·D'·E' for dx and for dW, rounded up as in router.cu (dW: T' to 64, D' to 128).
 // Floor: max(12·T·D·E / 790e12, (4·T·D + 2·T·D to accumulate + 12·T·E) / 4.3e12) s.
 #include "common/router_tiles.cuh"
+#include "common/warp.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
@@ -124,8 +125,7 @@ DEV void logit_gradients(uint32_t (&terms)[2][EXPERTS / 16][4], const RouterBack
         const Pair p = row.score(expert), d = row.gradient(expert);
         dot += p.low * d.low + p.high * d.high;
       }
-      dot += __shfl_xor_sync(~0u, dot, 1);
-      row.dot = dot + __shfl_xor_sync(~0u, dot, 2);
+      row.dot = quad_sum(dot);
     }
 #pragma unroll
     for (int j = 0; j < EXPERTS / 8; ++j) {

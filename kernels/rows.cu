@@ -14,6 +14,7 @@
 // backward 8·T·D, 2·T·D more to accumulate. FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s.
 #include "common/eight.cuh"
 #include "common/swiglu.cuh"
+#include "common/warp.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 namespace {
@@ -22,20 +23,17 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int64_t kMostChunks = int64_t{INT32_MAX} * kThreads;
 constexpr int kMaxRuns = 65535;
 
-DEV Eight load(const bf16* from) { return unpack(ld_global(reinterpret_cast<const uint4*>(from))); }
-DEV void store(bf16* to, const Eight& v) { st_global(reinterpret_cast<uint4*>(to), pack(v)); }
-
 // Grid: a thread a chunk of 8 columns.
 __global__ void __launch_bounds__(kThreads)
     row_arithmetic_kernel(bf16* out, const bf16* a, const bf16* b, int64_t chunks, int row_chunks, bool one_row,
                           bool multiply) {
   const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (at >= chunks) return;
-  Eight u = load(a + 8 * at);
-  const Eight v = load(b + 8 * (one_row ? at % row_chunks : at));
+  Eight u = load_eight(a + 8 * at);
+  const Eight v = load_eight(b + 8 * (one_row ? at % row_chunks : at));
 #pragma unroll
   for (int k = 0; k < 8; ++k) u.value[k] = multiply ? u.value[k] * v.value[k] : u.value[k] + v.value[k];
-  store(out + 8 * at, u);
+  store_eight(out + 8 * at, u);
 }
 
 struct Columns {
@@ -58,10 +56,10 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_cons
   Eight sum{};
   if (column < c.width) {
     for (int64_t row = first + warp; row < last; row += kWarps) {
-      const Eight x = load(c.x + row * c.pitch + column);
+      const Eight x = load_eight(c.x + row * c.pitch + column);
       const float scale = c.scales ? ld_global_readonly(c.scales + row * pieces + column / c.piece) : 1;
       Eight y{};
-      if (c.y) y = load(c.y + row * c.pitch + column);
+      if (c.y) y = load_eight(c.y + row * c.pitch + column);
 #pragma unroll
       for (int k = 0; k < 8; ++k) sum.value[k] += x.value[k] * (c.y ? y.value[k] * scale : scale);
     }
@@ -82,12 +80,11 @@ __global__ void __launch_bounds__(kThreads) column_sums_kernel(const __grid_cons
 DEV float dot_of_warp(const bf16* a, const bf16* b, int width) {
   float sum = 0;
   for (int column = 8 * static_cast<int>(threadIdx.x % 32); column < width; column += 256) {
-    const Eight u = load(a + column), v = load(b + column);
+    const Eight u = load_eight(a + column), v = load_eight(b + column);
 #pragma unroll
     for (int k = 0; k < 8; ++k) sum += u.value[k] * v.value[k];
   }
-  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  return sum;
+  return sum_of_warp(sum);
 }
 
 DEV Eight scaled(Eight v, float scale) {
@@ -103,7 +100,7 @@ __global__ void __launch_bounds__(kThreads)
   const float gate = sigmoid(dot_of_warp(x + row * width, w, width));
   if (threadIdx.x % 32 == 0) st_global(gates + row, gate);
   for (int column = 8 * static_cast<int>(threadIdx.x % 32); column < width; column += 256)
-    store(y + row * width + column, scaled(load(v + row * width + column), gate));
+    store_eight(y + row * width + column, scaled(load_eight(v + row * width + column), gate));
 }
 
 // Six blocks a multiprocessor: left alone, ptxas aims at eight and spills.
@@ -117,14 +114,14 @@ __global__ void __launch_bounds__(kThreads, 6)
   const float dscore = gate * (1 - gate) * dot_of_warp(dy + first, v + first, width);
   if (threadIdx.x % 32 == 0) st_global(dscores + row, dscore);
   for (int column = 8 * static_cast<int>(threadIdx.x % 32); column < width; column += 256) {
-    store(dv + first + column, scaled(load(dy + first + column), gate));
-    Eight d = scaled(load(w + column), dscore);
+    store_eight(dv + first + column, scaled(load_eight(dy + first + column), gate));
+    Eight d = scaled(load_eight(w + column), dscore);
     if (accumulate) {
-      const Eight before = load(dx + first + column);
+      const Eight before = load_eight(dx + first + column);
 #pragma unroll
       for (int k = 0; k < 8; ++k) d.value[k] += before.value[k];
     }
-    store(dx + first + column, d);
+    store_eight(dx + first + column, d);
   }
 }
 

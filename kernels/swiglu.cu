@@ -16,9 +16,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMostChunks = int64_t{INT32_MAX} * kThreads;
 
-DEV Eight load(const bf16* from) { return unpack(ld_global_readonly(reinterpret_cast<const uint4*>(from))); }
-DEV void store(bf16* to, const Eight& v) { st_global(reinterpret_cast<uint4*>(to), pack(v)); }
-
 // Where 8 columns of a row lie.
 struct Place {
   bool inside;
@@ -36,18 +33,18 @@ struct Place {
 __global__ void __launch_bounds__(kThreads) swiglu_forward_kernel(bf16* a, const bf16* h, int64_t rows, int ffn) {
   const Place at(rows, ffn);
   if (!at.inside) return;
-  const Eight gate = load(h + at.gate), up = load(h + at.up);
+  const Eight gate = load_eight_readonly(h + at.gate), up = load_eight_readonly(h + at.up);
   Eight out;
 #pragma unroll
   for (int k = 0; k < 8; ++k) out.value[k] = Swiglu(gate.value[k]).silu * up.value[k];
-  store(a + at.a, out);
+  store_eight(a + at.a, out);
 }
 
 __global__ void __launch_bounds__(kThreads)
     swiglu_backward_kernel(bf16* dh, const bf16* da, const bf16* h, int64_t rows, int ffn) {
   const Place at(rows, ffn);
   if (!at.inside) return;
-  const Eight gate = load(h + at.gate), up = load(h + at.up), d = load(da + at.a);
+  const Eight gate = load_eight_readonly(h + at.gate), up = load_eight_readonly(h + at.up), d = load_eight_readonly(da + at.a);
   Eight dgate, dup;
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
@@ -55,8 +52,8 @@ __global__ void __launch_bounds__(kThreads)
     dgate.value[k] = d.value[k] * up.value[k] * s.slope;
     dup.value[k] = d.value[k] * s.silu;
   }
-  store(dh + at.gate, dgate);
-  store(dh + at.up, dup);
+  store_eight(dh + at.gate, dgate);
+  store_eight(dh + at.up, dup);
 }
 
 dim3 blocks(int64_t rows, int ffn) {

@@ -5,6 +5,8 @@
 // row's own sequence, must not decrease within a sequence. Where it exceeds r, the row sees nothing.
 #pragma once
 #include "gemm_epilogue.cuh"
+#include "ring.cuh"
+#include "warp.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 
@@ -96,15 +98,6 @@ DEV void load_head(bf16* tile, const TensorMap* map, uint64_t* full, int column,
     for (int r = 0; r < ROWS; r += 64) tma_load_3d(tile + c * ROWS + r * 64, map, full, column + c, row + r, in_sequence);
 }
 
-// A place in a ring of stages, from the number of stages used before.
-template <int STAGES>
-struct RingStep {
-  int stage;
-  uint32_t parity;
-  DEV explicit RingStep(uint32_t number)
-      : stage(static_cast<int>(number % STAGES)), parity(number / STAGES & 1) {}
-};
-
 // One lane of each warp tells that the warp has read what `empty` guards.
 DEV void release(uint64_t* empty) {
   if (threadIdx.x % 32 == 0) mbar_arrive(empty);
@@ -144,7 +137,6 @@ DEV void pack_operand(uint32_t (&a)[R / 8][4], const float (&d)[R]) {
 template <int D>
 DEV void store_head(Staging& staging, const TensorMap* map, const float (&d)[D / 2], const float (&factor)[2], int column,
                     int row, int in_sequence) {
-  const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll
   for (int box = 0; box < D / 64; ++box) {
     uint8_t* const buffer = staging.acquire();
@@ -154,8 +146,7 @@ DEV void store_head(Staging& staging, const TensorMap* map, const float (&d)[D /
     };
 #pragma unroll
     for (int j = 0; j < 8; j += 2)
-      stmatrix_x4(buffer + Staging::byte(warp * 16 + lane % 16, j + lane / 16), pair(j, 0), pair(j, 1), pair(j + 1, 0),
-                  pair(j + 1, 1));
+      staging.put(buffer, j, pair(j, 0), pair(j, 1), pair(j + 1, 0), pair(j + 1, 1));
     staging.publish();
     if (staging.issuer()) tma_store_3d(map, buffer, column + 64 * box, row, in_sequence);
     staging.commit();

@@ -16,6 +16,13 @@ DEV uint4 pack(const Eight& e) {
   return make_uint4(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]));
 }
 
+// 8 elements at a 16-byte boundary of global memory.
+DEV Eight load_eight(const bf16* from) { return unpack(ld_global(reinterpret_cast<const uint4*>(from))); }
+DEV Eight load_eight_readonly(const bf16* from) {
+  return unpack(ld_global_readonly(reinterpret_cast<const uint4*>(from)));
+}
+DEV void store_eight(bf16* to, const Eight& v) { st_global(reinterpret_cast<uint4*>(to), pack(v)); }
+
 DEV Eight join(float4 a, float4 b) { return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}}; }
 
 }  // namespace ROUTEGRAD_VARIANT

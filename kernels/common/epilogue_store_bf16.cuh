@@ -15,13 +15,10 @@ struct Bf16Output {
   template <int PIECE, class Pair>
   DEV void store(const Fragment& at, int column, int part, Staging& staging, const Pair& pair) const {
     uint8_t* buffer = staging.acquire();
-    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    // Per 16 columns of the warp's 16 rows: four 8 x 8 matrices, (rows 0 and 8) of columns 0, then of columns 8.
 #pragma unroll
     for (int j = 0; j < PIECE / 8; j += 2) {
       const bool both = j + 1 < PIECE / 8;
-      stmatrix_x4(buffer + Staging::byte(warp * 16 + lane % 16, j + lane / 16), pair(j, 0), pair(j, 1),
-                  both ? pair(j + 1, 0) : 0, both ? pair(j + 1, 1) : 0);
+      staging.put(buffer, j, pair(j, 0), pair(j, 1), both ? pair(j + 1, 0) : 0, both ? pair(j + 1, 1) : 0);
     }
     staging.publish();
     if (leaves_by_tma<PIECE>(at)) {

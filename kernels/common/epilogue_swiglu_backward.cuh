@@ -14,7 +14,7 @@ namespace ROUTEGRAD_VARIANT {
 
 // Pieces of h come by TMA into one of two sets of buffers, are replaced there by dh, and leave by TMA beside scaled_a.
 // The next piece is fetched while one is computed.
-class LoadingPort {
+class LoadingPort : public WarpgroupPort {
  public:
   enum Buffer { kGate, kUp, kScaledA, kPieceBuffers };
   static constexpr int kBuffers = 2 * kPieceBuffers;
@@ -22,9 +22,7 @@ class LoadingPort {
     alignas(1024) uint8_t bytes[2][kPieceBuffers][kStagingBytes];
   };
   DEV LoadingPort(Buffers& buffers, uint64_t* full, int warpgroup)
-      : buffers_(buffers), full_(full), barrier_(1 + warpgroup) {}
-
-  DEV bool issuer() const { return threadIdx.x % 128 == 0; }
+      : WarpgroupPort(warpgroup), buffers_(buffers), full_(full) {}
 
   // Asks for the next piece. Its set was last used two pieces ago; those stores must have been read by now.
   DEV void fetch(const TensorMap& h, int column, int row) {
@@ -40,24 +38,10 @@ class LoadingPort {
     mbar_wait(&full_[taken_ & 1], taken_ >> 1 & 1);
     return buffers_.bytes[taken_++ & 1];
   }
-  DEV void barrier() { named_bar_sync(barrier_, 128); }
-  // After filling: what all threads wrote is visible to all, and to TMA.
-  DEV void publish() {
-    fence_proxy_async();
-    barrier();
-  }
-  DEV void commit() {
-    if (issuer()) bulk_commit();
-  }
-  // Before the block's shared memory goes away.
-  DEV void drain() {
-    if (issuer()) bulk_wait_read<0>();
-  }
 
  private:
   Buffers& buffers_;
   uint64_t* full_;
-  int barrier_;
   uint32_t fetched_ = 0, taken_ = 0;  // pieces
 };
 

@@ -39,34 +39,17 @@ struct Fragment {
 // Columns of the piece that begins at column `first` of a fragment: what one staging buffer holds, or what is left.
 HOST_DEV constexpr int piece_columns(int columns, int first) { return columns - first < 64 ? columns - first : 64; }
 
-// Two buffers of 64 rows by 128 bytes per warpgroup: one is filled while the store of the other is under way. Chunks of
-// 16 bytes are XORed by the row, as TMA expects them and so that column-wise writes do not share banks.
-constexpr int kStagingBytes = 64 * 128;
-class Staging {
+// How the 128 threads of a consumer warpgroup share memory with each other and with TMA, whose copies one of them issues.
+class WarpgroupPort {
  public:
-  static constexpr int kBuffers = 2;
-  struct Buffers {
-    alignas(1024) uint8_t bytes[kBuffers][kStagingBytes];
-  };
-  DEV Staging(Buffers& buffers, uint64_t* /* it loads nothing */, int warpgroup)
-      : buffers_(buffers), barrier_(1 + warpgroup) {}
-
-  static DEV int byte(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
   DEV bool issuer() const { return threadIdx.x % 128 == 0; }
-
-  // The buffer to fill: the store that read it last is done with it.
-  DEV uint8_t* acquire() {
-    if (issuer()) bulk_wait_read<1>();
-    named_bar_sync(barrier_, 128);
-    next_ ^= 1;
-    return buffers_.bytes[next_];
-  }
+  DEV void barrier() { named_bar_sync(barrier_, 128); }
   // After filling: what all threads wrote is visible to all, and to TMA.
   DEV void publish() {
     fence_proxy_async();
-    named_bar_sync(barrier_, 128);
+    barrier();
   }
-  // Ends the use of a buffer; every acquire has one, also when no TMA store was issued, so that acquire can count.
+  // Ends the use of a buffer, also when no TMA store was issued, so that waits can count.
   DEV void commit() {
     if (issuer()) bulk_commit();
   }
@@ -75,9 +58,43 @@ class Staging {
     if (issuer()) bulk_wait_read<0>();
   }
 
+ protected:
+  DEV explicit WarpgroupPort(int warpgroup) : barrier_(1 + warpgroup) {}
+
+ private:
+  int barrier_;
+};
+
+// Two buffers of 64 rows by 128 bytes per warpgroup: one is filled while the store of the other is under way. Chunks of
+// 16 bytes are XORed by the row, as TMA expects them and so that column-wise writes do not share banks.
+constexpr int kStagingBytes = 64 * 128;
+class Staging : public WarpgroupPort {
+ public:
+  static constexpr int kBuffers = 2;
+  struct Buffers {
+    alignas(1024) uint8_t bytes[kBuffers][kStagingBytes];
+  };
+  DEV Staging(Buffers& buffers, uint64_t* /* it loads nothing */, int warpgroup)
+      : WarpgroupPort(warpgroup), buffers_(buffers) {}
+
+  static DEV int byte(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
+
+  // The buffer to fill: the store that read it last is done with it.
+  DEV uint8_t* acquire() {
+    if (issuer()) bulk_wait_read<1>();
+    barrier();
+    next_ ^= 1;
+    return buffers_.bytes[next_];
+  }
+  // Per 16 columns of the warp's 16 rows, from column 8 j on: four 8 x 8 matrices, (rows 0 and 8) of columns 0, then of
+  // columns 8.
+  DEV void put(uint8_t* buffer, int j, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) const {
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    stmatrix_x4(buffer + byte(warp * 16 + lane % 16, j + lane / 16), m0, m1, m2, m3);
+  }
+
  private:
   Buffers& buffers_;
-  int barrier_;
   int next_ = 0;
 };
 

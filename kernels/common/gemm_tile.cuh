@@ -10,6 +10,7 @@
 #pragma once
 #include "gemm_epilogue.cuh"
 #include "gemm_load.cuh"
+#include "ring.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 
@@ -56,21 +57,6 @@ struct alignas(1024) GemmShared {
   bf16 b[T::kStages][T::kLoadedColumns * kGemmDepth];
   typename T::Port::Buffers port[2];  // of each consumer warpgroup
   uint64_t full[T::kStages], empty[T::kStages], port_full[2][2];  // the last for ports that load
-};
-
-// A place in the ring of stages and the parity of the round.
-template <int STAGES>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-  DEV void advance() {
-    if (++stage == STAGES) stage = 0, parity ^= 1;
-  }
-  DEV void skip(int steps) {
-    const int to = stage + steps;
-    parity ^= to / STAGES & 1;
-    stage = to % STAGES;
-  }
 };
 
 // ---- producer, everything by TMA: one thread.

@@ -6,6 +6,7 @@
 #include <float.h>
 
 #include "router_tiles.cuh"
+#include "warp.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 
@@ -25,21 +26,6 @@ template <int EXPERTS>
 struct RouterSums {
   float of_warp[8][2 * EXPERTS + 2];
 };
-
-DEV float quad_max(float v) {
-  v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
-  return fmaxf(v, __shfl_xor_sync(~0u, v, 2));
-}
-DEV float quad_sum(float v) {
-  v += __shfl_xor_sync(~0u, v, 1);
-  return v + __shfl_xor_sync(~0u, v, 2);
-}
-// Over the eight quads of a warp, lane by lane of a quad.
-DEV float sum_of_quads(float v) {
-  v += __shfl_xor_sync(~0u, v, 4);
-  v += __shfl_xor_sync(~0u, v, 8);
-  return v + __shfl_xor_sync(~0u, v, 16);
-}
 
 // A place in the order in which experts are chosen: higher values first, the lower expert first among equals.
 struct Rank {

@@ -11,7 +11,9 @@
 #pragma once
 #include <type_traits>
 
+#include "bf16_terms.cuh"
 #include "ptx.cuh"
+#include "ring.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 
@@ -45,13 +47,8 @@ struct alignas(1024) RouterStages {
   uint64_t full[T::kStages], empty[T::kStages];
 };
 
-// Where a stage of the ring stands after `step` steps.
 template <class T>
-struct Step {
-  int stage;
-  uint32_t parity;
-  DEV explicit Step(int step) : stage(step % T::kStages), parity(step / T::kStages & 1) {}
-};
+using Step = RingStep<T::kStages, int>;
 
 template <class T>
 DEV void init_stages(RouterStages<T>& s) {
@@ -88,14 +85,6 @@ DEV void load_eight(float (&v)[8], const F32Matrix& m, int row, int column) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] = row < m.height && column + i < m.width ? ld_global_readonly(source + i) : 0.0f;
   }
-}
-
-// The next term of two values: rounds them to a packed pair and leaves what is missing.
-DEV uint32_t take_term(float& low, float& high) {
-  const uint32_t pair = pack_bf16(low, high);
-  low -= low_bf16(pair);
-  high -= high_bf16(pair);
-  return pair;
 }
 
 template <class T>
