@@ -1,0 +1,181 @@
+"""An MoE layer with default vectors: placed before the layer's own class by ``default_moe``."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapters import MoeAdapter, Shape, new_instance
+from .vectors import expert_sums, gates, in_backward, mix, no_autocast, update_default_vectors, wide_dtype
+
+BUFFER = "default_vectors"
+"""The name of ê [E, D] among the buffers of a layer, as in routegrad's checkpoints."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of ``default_moe``, which see."""
+
+    beta: float = 0.9
+    weighted: bool = True
+    weight_norm: str = "sum_p"
+    pass_forward: bool = True
+    use_at_evaluation: bool = True
+    micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.beta, (int, float)) and 0 <= self.beta < 1):
+            raise ValueError(f"beta: expected 0 <= beta < 1, got {self.beta!r}; the paper uses 0.65 to 0.999")
+        if self.weight_norm not in ("sum_p", "count"):
+            raise ValueError(f'weight_norm: expected "sum_p" or "count", got {self.weight_norm!r}; choose one of the two')
+        for name in ("weighted", "pass_forward", "use_at_evaluation"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}; pass a bool")
+        if isinstance(self.micro_batches, bool) or not isinstance(self.micro_batches, int) or self.micro_batches < 1:
+            raise ValueError(
+                f"micro_batches: expected an integer of at least 1, got {self.micro_batches!r}; pass the number of "
+                "forward passes per optimizer step"
+            )
+
+    @property
+    def decay(self) -> float:
+        """β of one micro-batch: β per optimizer step is reached after all of them."""
+        return math.pow(self.beta, 1 / self.micro_batches)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``config.default_moe`` holds them; the number of micro-batches belongs to a training, not to a model."""
+        values = dataclasses.asdict(self)
+        del values["micro_batches"]
+        return values
+
+
+@dataclass
+class LayerState:
+    """What a layer keeps beside its buffer."""
+
+    name: str
+    shape: Shape
+    adapter: MoeAdapter
+    settings: Settings
+    process_group: Any = None
+    frozen: bool = False
+    updated: bool = False
+    recorder: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Process groups and recorders are bound to a process.
+        return {**self.__dict__, "process_group": None, "recorder": None}
+
+
+class DefaultMoeLayer:
+    """y = Σ_A q_i e_i(x) + Σ_{i∉A} q_i ê_i, and a moving average ê of each expert's outputs.
+
+    The buffer ``default_vectors`` holds ê [E, D] in float32, or float64 for a float64 model.
+    """
+
+    default_vectors: Tensor
+    default_moe_state: LayerState
+
+    def forward(self: Any, hidden: Tensor) -> Any:
+        """What the layer's class returns, for hidden states [..., D]."""
+        state: LayerState = self.default_moe_state
+        adapter, shape = state.adapter, state.shape
+        x = hidden.reshape(-1, shape.hidden_size)  # [T, D]
+        z = adapter.logits(self, x)  # [T, E]
+        self._check(x, z)
+        wide = wide_dtype(z.dtype)
+        with no_autocast(x):
+            p, q, index = gates(z.to(wide), shape.top_k, shape.renormalize)
+        rows = adapter.experts(self, x.repeat_interleave(shape.top_k, dim=0), index.reshape(-1))
+        rows = rows.reshape(-1, shape.top_k, shape.hidden_size)  # [T, K, D]
+        with no_autocast(x):
+            y = mix(rows, q, index, self._vectors(rows, p, index), state.settings.pass_forward)
+        if state.recorder is not None:
+            state.recorder.record(self, x, z, index, y)
+        return adapter.output(self, hidden, y.to(hidden.dtype), z)
+
+    def _check(self: Any, x: Tensor, z: Tensor) -> None:
+        state, vectors = self.default_moe_state, self.default_vectors
+        expected = (x.shape[0], state.shape.num_experts)
+        if tuple(z.shape) != expected:
+            raise ValueError(
+                f"{state.name}: expected router logits [tokens, experts] = {list(expected)}, got {list(z.shape)}; correct "
+                "the `logits` callable of the MoeAdapter"
+            )
+        if vectors.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"{state.name}: expected default vectors in float32, got {vectors.dtype}: a moving average in fewer bits "
+                "stands still; leave buffers as they are (for FSDP: MixedPrecision(buffer_dtype=torch.float32))"
+            )
+
+    def _vectors(self: Any, rows: Tensor, p: Tensor, index: Tensor) -> Tensor | None:
+        """ê to use in this pass, updated first in training; None where it is left out."""
+        state: LayerState = self.default_moe_state
+        settings, recording = state.settings, state.recorder is not None
+        if not self.training and not recording and not (settings.pass_forward and settings.use_at_evaluation):
+            return None
+        if not (self.training and torch.is_grad_enabled()) or state.frozen or recording:
+            return self.default_vectors.to(p.dtype, copy=True)
+        if not torch.compiler.is_compiling():
+            self._note_pass()
+        with torch.no_grad():
+            by_count = not settings.weighted or settings.weight_norm == "count"
+            sums, mass = expert_sums(rows.detach(), p.detach(), index, settings.weighted, by_count)
+            vectors = self.default_vectors
+            arguments = (sums.to(vectors.dtype), mass.to(vectors.dtype), settings.decay, self._group())
+            return update_default_vectors(vectors, *arguments).to(p.dtype)
+
+    def _note_pass(self: Any) -> None:
+        state: LayerState = self.default_moe_state
+        if not in_backward():
+            state.updated = True
+        elif not state.updated:
+            raise RuntimeError(
+                f"{state.name}: expected a forward pass with gradients before its recomputation, got gradient checkpointing "
+                "with use_reentrant=True, whose first forward runs without; call model.gradient_checkpointing_enable("
+                'gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
+
+    def _group(self: Any) -> str:
+        """The name of the process group over which sums are added; "" where there is one process."""
+        distributed = torch.distributed
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return ""
+        group = self.default_moe_state.process_group or distributed.group.WORLD
+        return group.group_name
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        """Moves and casts the layer, but never ê to fewer bits than float32."""
+        vectors = self._buffers.pop(BUFFER)
+        try:
+            super()._apply(fn, recurse)  # type: ignore[misc]
+            moved = fn(vectors)
+            keep = moved.is_floating_point() and moved.dtype.itemsize >= 4
+            vectors = moved if keep else vectors.to(moved.device)
+        finally:
+            self._buffers[BUFFER] = vectors
+        return self
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return new_instance, (DefaultMoeLayer, type(self).__mro__[2]), self.__dict__
+
+    def extra_repr(self: Any) -> str:
+        """Adds the settings to the layer's line in ``print(model)``."""
+        own = super().extra_repr()  # type: ignore[misc]
+        return ", ".join(filter(None, [own, str(self.default_moe_state.settings)]))
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """The layers of ``model`` with default vectors, by name. Raises ValueError if there are none."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, DefaultMoeLayer)}
+    if not found:
+        raise ValueError(
+            f"expected a model with default vectors, got {type(model).__name__} without any; call "
+            "routegrad.torch.default_moe(model) first"
+        )
+    return found

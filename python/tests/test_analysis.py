@@ -1,0 +1,110 @@
+"""Router gradients and expert load."""
+
+import copy
+
+import models
+import pytest
+import torch
+
+import routegrad.torch as rt
+from routegrad.torch.analysis import _Recorder, router_weight_gradients
+
+
+def converted(name, **settings):
+    model, adapters = models.tiny_float64(name)
+    return rt.default_moe(model, adapters=adapters, init_std=0.3, **settings), dict(input_ids=models.tokens())
+
+
+def recorded(model, batch):
+    recorder = _Recorder()
+    for layer in models.moe_layers(model):
+        layer.default_moe_state.recorder = recorder
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    return recorder.passes
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_closed_forms_equal_autograd(name):
+    model, batch = converted(name)
+    for layer, found in recorded(model, batch).items():
+        closed = router_weight_gradients(layer, found["x"], found["z"], found["g"], "densemixer")
+        torch.testing.assert_close(closed["default"], layer.gate.weight.grad, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_the_dense_reference_is_the_gradient_with_every_expert_run(name):
+    """Autograd through Σ q_i e_i over all experts, q_i the estimator's weights, at the recorded g."""
+    model, batch = converted(name)
+    for layer, found in recorded(model, batch).items():
+        state, x = layer.default_moe_state, found["x"]
+        experts = range(state.shape.num_experts)
+        every = [state.adapter.experts(layer, x, torch.full((len(x),), i)).detach() for i in experts]
+        for reference in ("densemixer", "default"):
+            weight = layer.gate.weight.detach().clone().requires_grad_()
+            p = (x @ weight.t()).softmax(-1)
+            on = torch.zeros_like(p).scatter(1, found["index"], 1.0)
+            q = p
+            if state.shape.renormalize:
+                # DenseMixer lets no gradient through the divisor of the experts that did not run.
+                total = (p * on).sum(1, keepdim=True)
+                q = p * on / total + p * (1 - on) / (total.detach() if reference == "densemixer" else total)
+            y = sum(q[:, i, None] * every[i] for i in experts)
+            y.backward(found["g"])
+            closed = router_weight_gradients(layer, x, found["z"], found["g"], reference)
+            torch.testing.assert_close(closed["dense"], weight.grad, rtol=1e-9, atol=1e-14)
+
+
+def test_similarity_leaves_gradients_modes_and_vectors_as_they_were():
+    model, batch = converted("olmoe")
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    found = rt.router_gradient_similarity(model, batch)
+    assert [f.layer for f in found] == list(rt.default_vectors(model))
+    assert all(p.grad is None for p in model.parameters()) and model.training
+    assert all(torch.equal(a, before[n]) for n, a in model.state_dict().items())
+    for f in found:
+        assert -1 <= f.cosine <= 1 and f.relative_error >= 0 and -1 <= f.topk_cosine <= 1
+
+
+def test_exact_stand_ins_give_the_exact_gradient():
+    """Experts that ignore their input: ê is then what the experts that did not run would have given."""
+    model, batch = converted("olmoe", beta=0.0)
+    for layer in models.moe_layers(model):
+        def constant(own, x, expert, table=torch.randn(5, models.HIDDEN, dtype=torch.float64)):
+            return table[expert]
+
+        state = layer.default_moe_state
+        state.adapter = rt.MoeAdapter(
+            state.adapter.logits, constant, state.adapter.output, num_experts=5, hidden_size=models.HIDDEN, top_k=3
+        )
+        with torch.no_grad():
+            layer.default_vectors.copy_(constant(layer, None, torch.arange(5)))
+    for f in rt.router_gradient_similarity(model, batch):
+        assert abs(f.cosine - 1) <= 1e-9 and f.relative_error <= 1e-9 and abs(f.optimal_scale - 1) <= 1e-9
+        assert f.topk_relative_error > 0.01
+
+
+def test_optimal_scale_minimizes_the_error():
+    model, batch = converted("olmoe")
+    first = rt.router_gradient_similarity(model, batch)[-1]
+    layer = models.moe_layers(model)[-1]
+    found = recorded(model, batch)[layer]
+    gradients = router_weight_gradients(layer, found["x"], found["z"], found["g"], "densemixer")
+    error = lambda c: (gradients["topk"] + c * (gradients["default"] - gradients["topk"]) - gradients["dense"]).norm()  # noqa: E731
+    best = error(first.optimal_scale)
+    assert all(best <= error(first.optimal_scale + d) for d in (-0.05, 0.05))
+
+
+@pytest.mark.parametrize("vectors", [False, True])
+@pytest.mark.parametrize("name", models.TYPES)
+def test_load_counts_what_the_router_of_transformers_chooses(name, vectors):
+    plain, batch = models.tiny(name), dict(input_ids=models.tokens())
+    model = rt.default_moe(copy.deepcopy(plain), pass_forward=False) if vectors else plain
+    load = rt.expert_load(model, batch)
+    with torch.no_grad():
+        logits = plain.eval()(**batch, output_router_logits=True).router_logits
+    top_k = plain.config.num_experts_per_tok
+    for counts, z in zip(load.values(), logits, strict=True):
+        chosen = z.softmax(-1).topk(top_k).indices
+        assert counts.tolist() == torch.bincount(chosen.flatten(), minlength=z.shape[1]).tolist()
+        assert int(counts.sum()) == batch["input_ids"].numel() * top_k

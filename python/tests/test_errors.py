@@ -1,0 +1,95 @@
+"""Errors say what was expected, what was got, and what to do."""
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import routegrad.torch as rt
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "words"),
+    [
+        (dict(beta=1.0), ValueError, "beta: expected 0 <= beta < 1, got 1.0"),
+        (dict(beta=float("nan")), ValueError, "beta"),
+        (dict(beta="0.9"), ValueError, "beta"),
+        (dict(weight_norm="sum"), ValueError, 'weight_norm: expected "sum_p" or "count"'),
+        (dict(weighted=1), TypeError, "weighted: expected True or False"),
+        (dict(init_std=-1.0), ValueError, "init_std"),
+        (dict(micro_batches=0), ValueError, "micro_batches"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, kind, words):
+    model = models.tiny("mixtral")
+    with pytest.raises(kind, match=words):
+        rt.default_moe(model, **settings)
+    assert not any(isinstance(m, rt.DefaultMoeLayer) for m in model.modules())
+
+
+def test_a_model_without_moe_layers_is_refused():
+    with pytest.raises(TypeError, match="mixtral, olmoe, qwen2_moe or qwen3_moe, got Linear.*adapters="):
+        rt.default_moe(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="MoE layers"):
+        rt.expert_load(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
+def test_a_second_conversion_is_refused():
+    with pytest.raises(ValueError, match="call default_moe once"):
+        rt.default_moe(rt.default_moe(models.tiny("olmoe")))
+
+
+def test_functions_that_need_vectors_say_so():
+    for run in (rt.default_vectors, lambda m: rt.set_micro_batches(m, 2), lambda m: rt.router_gradient_similarity(m, {})):
+        with pytest.raises(ValueError, match=r"default_moe\(model\) first"):
+            run(models.tiny("mixtral"))
+
+
+def test_vectors_in_bf16_are_refused():
+    model = rt.default_moe(models.tiny("mixtral"))
+    for layer in models.moe_layers(model):
+        layer.default_vectors = layer.default_vectors.bfloat16()
+    with pytest.raises(TypeError, match="expected default vectors in float32, got torch.bfloat16"):
+        model(models.tokens())
+
+
+def test_quantized_weights_are_refused():
+    model = models.tiny("mixtral")
+    layer = models.moe_layers(model)[0]
+    layer.gate.weight = nn.Parameter(torch.zeros(4, 16, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="got torch.int8"):
+        rt.default_moe(model)
+
+
+def test_router_jitter_is_refused():
+    with pytest.raises(ValueError, match="router_jitter_noise 0, got 0.1"):
+        rt.default_moe(models.tiny("mixtral", router_jitter_noise=0.1))
+
+
+def test_a_forward_set_on_the_layer_is_refused():
+    model = models.tiny("mixtral")
+    layer = models.moe_layers(model)[0]
+    layer.forward = layer.forward
+    with pytest.raises(ValueError, match="call default_moe before"):
+        rt.default_moe(model)
+
+
+def test_an_adapter_with_wrong_numbers_or_logits_is_named():
+    class Layer(nn.Module):
+        def forward(self, x):
+            return x
+
+    adapter = dict(logits=lambda layer, x: x[:, :2], experts=lambda layer, x, e: x, hidden_size=4)
+    with pytest.raises(ValueError, match="top_k 5, num_experts 3"):
+        rt.default_moe(nn.Sequential(Layer()), adapters={Layer: rt.MoeAdapter(**adapter, num_experts=3, top_k=5)})
+    model = rt.default_moe(nn.Sequential(Layer()), adapters={Layer: rt.MoeAdapter(**adapter, num_experts=3, top_k=1)})
+    with pytest.raises(ValueError, match=r"router logits \[tokens, experts\] = \[7, 3\], got \[7, 2\]"):
+        model(torch.zeros(7, 4))
+
+
+def test_wrong_batches_of_the_analyses_are_named():
+    model = rt.default_moe(models.tiny("mixtral"))
+    with pytest.raises(TypeError, match="input_ids"):
+        rt.router_gradient_similarity(model, models.tokens())
+    with pytest.raises(ValueError, match="reference"):
+        rt.router_gradient_similarity(model, dict(input_ids=models.tokens()), reference="dense")

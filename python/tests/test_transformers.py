@@ -1,0 +1,239 @@
+"""Whole models of transformers: outputs, training, files, checkpointing, autocast, compilation."""
+
+import copy
+
+import models
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+import routegrad.torch as rt
+
+
+def loss_of(model, inputs):
+    return model(input_ids=inputs, labels=inputs).loss
+
+
+def vectors(model):
+    return [v.clone() for v in rt.default_vectors(model).values()]
+
+
+def same(found, expected, tolerance=0.0):
+    for a, b in zip(found, expected, strict=True):
+        error = (a - b).abs().max().item()
+        assert error <= tolerance * max(1.0, b.abs().max().item()), f"difference {error:.2e}"
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_without_pass_forward_the_model_computes_what_transformers_computes(name):
+    plain = models.tiny(name)
+    model = rt.default_moe(copy.deepcopy(plain), beta=0.99, pass_forward=False)
+    inputs = models.tokens()
+    for mode in ("eval", "train"):
+        getattr(plain, mode)(), getattr(model, mode)()
+        expected, found = plain(inputs, output_router_logits=True), model(inputs, output_router_logits=True)
+        same([found.logits, *found.router_logits], [expected.logits, *expected.router_logits], 2e-6)
+    # The gradients of everything but the routers and what is below them are those of the last layer's experts and head.
+    loss_of(plain, inputs).backward(), loss_of(model, inputs).backward()
+    last = [n for n, _ in model.named_parameters() if f"layers.{1}." in n and "experts." in n or "lm_head" in n]
+    grads = [{n: p.grad for n, p in m.named_parameters()} for m in (plain, model)]
+    assert last
+    same([grads[1][n] for n in last], [grads[0][n] for n in last], 2e-5)
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_all_settings_reach_the_router_gradient_of_experts_that_did_not_run(name):
+    model = rt.default_moe(models.tiny(name), init_std=0.5)
+    inputs = models.tokens(1, 1)
+    loss_of_logits = model(inputs).logits.square().sum()
+    loss_of_logits.backward()
+    for layer in models.moe_layers(model):
+        assert (layer.gate.weight.grad.abs().amax(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_save_and_load_keep_vectors_and_settings(name, tmp_path):
+    model = rt.default_moe(models.tiny(name), beta=0.75, weight_norm="count")
+    inputs = models.tokens()
+    loss_of(model, inputs).backward()
+    model.eval().save_pretrained(tmp_path)
+    other = rt.from_pretrained(tmp_path, dtype=torch.float32)
+    assert type(other) is type(model)
+    same(vectors(other), vectors(model))
+    same([other.eval()(inputs).logits], [model(inputs).logits], 1e-6)
+    settings = models.moe_layers(other)[0].default_moe_state.settings
+    assert (settings.beta, settings.weight_norm) == (0.75, "count")
+    half = rt.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert next(half.parameters()).dtype == torch.bfloat16
+    same(vectors(half), vectors(model))
+    # And through state_dict.
+    third = rt.default_moe(models.tiny(name, seed=5))
+    third.load_state_dict(model.state_dict())
+    same(vectors(third), vectors(model))
+
+
+def test_plain_from_pretrained_reads_the_same_files_without_vectors(tmp_path):
+    model = rt.default_moe(models.tiny("qwen3_moe"))
+    model.save_pretrained(tmp_path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert not any(isinstance(m, rt.DefaultMoeLayer) for m in plain.modules())
+    parameters = dict(model.named_parameters())
+    same([p for _, p in plain.named_parameters()], [parameters[n] for n, _ in plain.named_parameters()])
+
+
+def test_a_model_without_vectors_is_refused_by_from_pretrained(tmp_path):
+    models.tiny("olmoe").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="default_moe"):
+        rt.from_pretrained(tmp_path)
+
+
+def test_missing_vectors_are_named(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    rt.default_moe(models.tiny("qwen2_moe")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.default_vectors"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.default_vectors"):
+        rt.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_gradient_checkpointing_changes_nothing_and_updates_vectors_once(name):
+    plain = rt.default_moe(models.tiny(name), beta=0.5)
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for model in (plain.train(), checkpointed.train()):
+        for step in range(2):
+            loss_of(model, models.tokens(seed=step)).backward()
+    same(vectors(checkpointed), vectors(plain))
+    same([p.grad for p in checkpointed.parameters()], [p.grad for p in plain.parameters()], 1e-6)
+    assert all(v.abs().sum() > 0 for v in vectors(plain))
+
+
+def test_reentrant_checkpointing_is_refused_with_what_to_do():
+    model = rt.default_moe(models.tiny("mixtral")).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    embedded = model.get_input_embeddings()(models.tokens()).detach().requires_grad_()
+    with pytest.raises(RuntimeError, match="use_reentrant"):
+        model(inputs_embeds=embedded, labels=models.tokens()).loss.backward()
+
+
+def test_evaluation_no_grad_and_frozen_leave_vectors_as_they_are():
+    model = rt.default_moe(models.tiny("olmoe"), init_std=0.1)
+    before, inputs = vectors(model), models.tokens()
+    loss_of(model.eval(), inputs).backward()
+    same(vectors(model), before)
+    with torch.no_grad():
+        model.train()(inputs)
+    same(vectors(model), before)
+    with torch.inference_mode():
+        model.train()(inputs)
+    same(vectors(model), before)
+    with rt.frozen(model):
+        loss_of(model, inputs).backward()
+    same(vectors(model), before)
+    loss_of(model, inputs)
+    assert all((a != b).any() for a, b in zip(vectors(model), before, strict=True))
+
+
+def test_two_forward_passes_before_backward_keep_each_its_vectors():
+    model = rt.default_moe(models.tiny("mixtral"), beta=0.5).train()
+    batches = [models.tokens(seed=s) for s in (1, 2)]
+    together = copy.deepcopy(model)
+    sum(loss_of(together, b) for b in batches).backward()
+    for b in batches:
+        loss_of(model, b).backward()
+    same([p.grad for p in together.parameters()], [p.grad for p in model.parameters()], 1e-6)
+
+
+def test_micro_batches_decay_by_the_root_of_beta():
+    model = rt.default_moe(models.tiny("mixtral"), beta=0.81, init_std=0.3).train()
+    whole = copy.deepcopy(model)
+    rt.set_micro_batches(model, 2)
+    inputs = models.tokens()
+    start = vectors(model)[0]
+    loss_of(whole, inputs), loss_of(model, inputs)
+    one, half = vectors(whole)[0], vectors(model)[0]
+    # The same mean m enters with 1 - 0.81, and with 1 - 0.9.
+    mean = (one - 0.81 * start) / 0.19
+    same([half], [0.9 * start + 0.1 * mean], 1e-5)
+    # n passes of the same batch through a layer with the same weights make one step: β^(1/n) n times is β.
+    loss_of(model, inputs)
+    same([vectors(model)[0]], [one], 1e-5)
+
+
+def test_bf16_autocast_trains_with_router_and_vectors_in_float32():
+    model = rt.default_moe(models.tiny("qwen3_moe", initializer_range=0.1)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    inputs, losses, seen = models.tokens(4, 16), [], []
+    gate = models.moe_layers(model)[0].gate
+    gate.register_forward_hook(lambda m, i, o: seen.append((o[0] if isinstance(o, tuple) else o).dtype))
+    for _ in range(30):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model, inputs)
+        loss.backward()
+        optimizer.step(), optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0], losses
+    assert set(seen) == {torch.float32}
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in vectors(model))
+
+
+def test_a_model_in_bf16_routes_in_float32():
+    model = rt.default_moe(models.tiny("mixtral").bfloat16(), init_std=0.1).train()
+    found = model(models.tokens(), output_router_logits=True)
+    assert found.logits.dtype == torch.bfloat16
+    assert all(z.dtype == torch.float32 for z in found.router_logits)
+    found.logits.sum().backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "gate.weight" in n)
+
+
+@pytest.mark.skipif(models.VERSION < 5, reason="transformers 4 loops over the experts that got tokens: graph breaks")
+def test_compiles_to_one_graph_and_updates_vectors_when_it_runs():
+    plain = rt.default_moe(models.tiny("mixtral", experts_implementation="batched_mm"), beta=0.5).train()
+    compiled = copy.deepcopy(plain)
+    inner = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+    for step in range(2):
+        inputs = models.tokens(seed=step)
+        for model in (plain, inner):
+            F.cross_entropy(model(inputs, use_cache=False).logits.flatten(0, 1), inputs.flatten()).backward()
+    same(vectors(compiled), vectors(plain), 1e-6)
+    same([p.grad for p in compiled.parameters()], [p.grad for p in plain.parameters()], 1e-5)
+    before = vectors(compiled)
+    inner.eval()
+    with torch.no_grad():
+        inner(inputs, use_cache=False)
+    same(vectors(compiled), before)
+
+
+def test_compiles_with_graph_breaks_where_the_experts_are_a_loop():
+    plain = rt.default_moe(models.tiny("olmoe"), beta=0.5).train()
+    compiled = copy.deepcopy(plain)
+    inner = torch.compile(compiled, backend="aot_eager")
+    inputs = models.tokens()
+    for model in (plain, inner):
+        F.cross_entropy(model(inputs, use_cache=False).logits.flatten(0, 1), inputs.flatten()).backward()
+    same(vectors(compiled), vectors(plain), 1e-6)
+    same([p.grad for p in compiled.parameters()], [p.grad for p in plain.parameters()], 1e-5)
+
+
+def test_checkpointing_a_compiled_layer_updates_vectors_once():
+    layer = models.moe_layers(rt.default_moe(models.tiny("qwen3_moe"), beta=0.5))[0].train()
+    once = copy.deepcopy(layer)
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.randn(2, 4, models.HIDDEN, requires_grad=True)
+    once(x)
+    output = torch.utils.checkpoint.checkpoint(compiled, x, use_reentrant=False)
+    (output[0] if isinstance(output, tuple) else output).sum().backward()
+    same([layer.default_vectors], [once.default_vectors], 1e-6)
+
+
+def test_auxiliary_loss_of_transformers_reaches_the_routers():
+    model = rt.default_moe(models.tiny("olmoe"))
+    inputs = models.tokens()
+    found = model(inputs, labels=inputs, output_router_logits=True)
+    assert found.aux_loss is not None and found.aux_loss.item() > 0
+    found.aux_loss.backward()
+    assert all(layer.gate.weight.grad.abs().sum() > 0 for layer in models.moe_layers(model))
