@@ -19,7 +19,7 @@ BASE = dict(
 )  # fmt: skip
 OWN = {
     "mixtral": dict(intermediate_size=WIDTH, num_local_experts=4, head_dim=6, sliding_window=None),
-    "olmoe": dict(intermediate_size=WIDTH, num_experts=5, num_experts_per_tok=3, norm_topk_prob=False),
+    "olmoe": dict(intermediate_size=WIDTH, num_experts=5, num_experts_per_tok=3, norm_topk_prob=False, pad_token_id=None),
     "qwen2_moe": dict(
         intermediate_size=20, moe_intermediate_size=WIDTH, shared_expert_intermediate_size=10, num_experts=4,
         norm_topk_prob=False, use_sliding_window=False,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import torch
+import worker
 
 TESTS = pathlib.Path(__file__).parent
 
@@ -21,7 +22,8 @@ def run(ranks, folder):
 
 def test_two_processes_of_ddp_compute_what_one_computes(tmp_path):
     run(2, tmp_path)
-    run(1, tmp_path)
+    for checkpointing in (False, True):
+        worker.train(0, 1, tmp_path, checkpointing)
     for checkpointing in (False, True):
         first, second, one = (
             torch.load(tmp_path / f"{checkpointing}-{name}.pt") for name in ("0-of-2", "1-of-2", "0-of-1")

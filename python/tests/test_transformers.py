@@ -192,7 +192,7 @@ def test_a_model_in_bf16_routes_in_float32():
 
 @pytest.mark.skipif(models.VERSION < 5, reason="transformers 4 loops over the experts that got tokens: graph breaks")
 def test_compiles_to_one_graph_and_updates_vectors_when_it_runs():
-    plain = rt.default_moe(models.tiny("mixtral", experts_implementation="batched_mm"), beta=0.5).train()
+    plain = rt.default_moe(models.tiny("mixtral", experts_implementation="batched_mm", num_hidden_layers=1), beta=0.5).train()
     compiled = copy.deepcopy(plain)
     inner = torch.compile(compiled, backend="aot_eager", fullgraph=True)
     for step in range(2):
@@ -209,7 +209,7 @@ def test_compiles_to_one_graph_and_updates_vectors_when_it_runs():
 
 
 def test_compiles_with_graph_breaks_where_the_experts_are_a_loop():
-    plain = rt.default_moe(models.tiny("olmoe"), beta=0.5).train()
+    plain = rt.default_moe(models.tiny("olmoe", num_hidden_layers=1), beta=0.5).train()
     compiled = copy.deepcopy(plain)
     inner = torch.compile(compiled, backend="aot_eager")
     inputs = models.tokens()

@@ -1,0 +1,184 @@
+"""Folders of runs: configuration, metrics, checkpoints, models."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import models
+import pytest
+import test_dump
+import torch
+from safetensors.torch import load_file, save_file
+
+import routegrad
+import routegrad.torch as rt
+from routegrad.torch.checkpoint import architecture
+
+PROGRAM = test_dump.PROGRAM
+needs_program = pytest.mark.skipif(not PROGRAM.is_file(), reason="no routegrad program: set ROUTEGRAD_BIN")
+
+
+def a_run(folder, steps=(2, 10)):
+    folder.mkdir()
+    (folder / "config.toml").write_text('[model]\nhidden = 16\n\n[router]\nname = "default"\n')
+    lines = [json.dumps({"step": s, "loss": 3.0 - s, "load": [[1, 2]]}) for s in (1, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    for step in steps:
+        a_checkpoint(folder, step)
+    return folder
+
+
+def a_checkpoint(run, step):
+    folder = run / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    (folder / "trainer.json").write_text("{}")
+    manifest = {"step": step, "files": {"trainer.json": {"bytes": 2, "blake3": ""}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_run_is_read(tmp_path):
+    run = routegrad.load_run(a_run(tmp_path / "wide"))
+    assert (run.name, run.config["router"]["name"]) == ("wide", "default")
+    assert [r["loss"] for r in run.records()] == [2.0, 1.0]
+    assert run.checkpoint.name == "step-10"  # 10 is newer than 2.
+
+
+def test_metrics_are_a_frame_with_pandas_and_a_list_without(tmp_path, monkeypatch):
+    run = routegrad.load_run(a_run(tmp_path / "r"))
+    pandas = pytest.importorskip("pandas")
+    assert isinstance(run.metrics, pandas.DataFrame)
+    assert run.metrics.loc[2, "loss"] == 1.0
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert run.metrics == run.records()
+
+
+def test_a_cut_last_line_is_left_out_and_any_other_named(tmp_path):
+    run = routegrad.load_run(a_run(tmp_path / "r"))
+    file = tmp_path / "r/metrics.jsonl"
+    file.write_text(file.read_text() + '{"step": 3, "lo')
+    assert len(run.records()) == 2
+    file.write_text('{"step"\n' + file.read_text())
+    with pytest.raises(ValueError, match="line 1: expected a JSON object"):
+        run.records()
+
+
+def test_the_newest_whole_checkpoint_counts(tmp_path):
+    run = routegrad.load_run(a_run(tmp_path / "r", steps=(3, 20)))
+    (tmp_path / "r/checkpoints/step-20/trainer.json").write_text("{")
+    (tmp_path / "r/checkpoints/step-30").mkdir()
+    assert run.checkpoint.name == "step-3"
+    (tmp_path / "r/checkpoints/step-3/manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match="expected a whole checkpoint"):
+        _ = run.checkpoint
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.toml, got another one"):
+        routegrad.load_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"config\.toml, got none"):
+        routegrad.load_run(tmp_path / "none")
+    (tmp_path / "config.toml").write_text("[")
+    with pytest.raises(ValueError, match="expected TOML"):
+        routegrad.load_run(tmp_path)
+
+
+def test_importing_takes_a_fraction_of_a_second_and_no_torch():
+    code = "import time; t = time.process_time(); import routegrad, sys; print(time.process_time() - t, 'torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(routegrad.__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    seconds, torch_there = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert torch_there == "False"
+    assert float(seconds) <= 0.3
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_checkpoints_of_all_architectures_load_as_the_model_they_are(name, tmp_path):
+    model = rt.default_moe(models.tiny(name, tie_word_embeddings=False), beta=0.7, init_std=0.5).eval()
+    renormalize = name in ("mixtral", "qwen3_moe")
+    settings = {**test_dump.SETTINGS}
+    source = test_dump.config_json(model, settings, renormalize)
+    assert architecture(source) == name
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(source))
+    save_file(fused(model), folder / "model.safetensors")
+    run = routegrad.Run(tmp_path, {})
+    loaded = run.model(folder)
+    assert loaded.config.model_type == name
+    inputs = models.tokens()
+    torch.testing.assert_close(loaded(inputs).logits, model(inputs).logits, rtol=1e-5, atol=1e-5)
+    assert run.model(folder, dtype=torch.float64).dtype == torch.float64
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.gate.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"expected tensor model\.layers\.1\..*gate\.weight, got none"):
+        run.model(folder)
+
+
+def fused(model):
+    """The model's tensors as a checkpoint names them: experts of a layer in one tensor."""
+    tensors = {}
+    state = {n.replace(".block_sparse_moe.", ".mlp."): t for n, t in model.state_dict().items()}
+    for name, value in state.items():
+        prefix, _, rest = name.partition(".experts.")
+        expert, _, matrix = rest.partition(".")
+        if not expert.isdigit():
+            tensors[name] = value.clone()
+        elif expert == "0" and not matrix.startswith(("w3", "up_proj")):
+            stack = lambda part: torch.stack([t for n, t in state.items() if n.startswith(prefix) and n.endswith(part)])  # noqa: B023,E731
+            up = {"w1.weight": "w3.weight", "gate_proj.weight": "up_proj.weight"}.get(matrix)
+            experts = f"{prefix}.experts."
+            prefix = experts
+            if up is None:
+                tensors[experts + "down_proj"] = stack(matrix)
+            else:
+                tensors[experts + "gate_up_proj"] = torch.cat((stack(matrix), stack(up)), dim=1)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+
+    def train(name, *options):
+        command = [
+            PROGRAM, "train", "--quiet", "--steps", "2", "--out", folder / name, "--set", "train.sequences_per_step=2",
+            "--set", "train.micro_batch=2", "--set", "model.sequence_length=16", "--set", "train.eval_sequences=2",
+            "--set", "model.hidden=64", "--set", "model.layers=2", *options,
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return routegrad.load_run(folder / name)
+
+    return train
+
+
+@needs_program
+@pytest.mark.parametrize("router", ["topk", "default"])
+def test_a_trained_run_computes_in_transformers_what_the_program_computes(router, trained, tmp_path):
+    run = trained(f"run-{router}", "--router", router)
+    assert [r["step"] for r in run.records()] == [1, 2]
+    model = run.model(dtype=torch.float64)
+    tokens = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(0))
+    save_file({"tokens": tokens}, tmp_path / "tokens")
+    command = [PROGRAM, "dump", "--model", run.path, "--tokens", tmp_path / "tokens", "--out", tmp_path / "out"]
+    subprocess.run(command, check=True, capture_output=True)
+    expected = load_file(tmp_path / "out")["logits"]
+    # transformers computes norms and RoPE in float32.
+    torch.testing.assert_close(model(tokens[:, :-1]).logits, expected, rtol=1e-5, atol=1e-5)
+    has_vectors = any(isinstance(m, rt.DefaultMoeLayer) for m in model.modules())
+    assert has_vectors == (router == "default")
+
+
+@needs_program
+def test_other_models_come_by_way_of_export(trained, monkeypatch):
+    run = trained("layernorm", "--router", "topk", "--set", 'model.norm="layernorm"')
+    assert type(run.model(routegrad=PROGRAM)).__name__ == "RoutegradForCausalLM"
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(FileNotFoundError, match="routegrad export --model DIR --to hf --out NEW"):
+        run.model()
