@@ -70,6 +70,7 @@ def test_exact_stand_ins_give_the_exact_gradient():
     """Experts that ignore their input: ê is then what the experts that did not run would have given."""
     model, batch = converted("olmoe", beta=0.0)
     for layer in models.moe_layers(model):
+
         def constant(own, x, expert, table=torch.randn(5, models.HIDDEN, dtype=torch.float64)):
             return table[expert]
 

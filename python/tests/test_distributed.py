@@ -25,9 +25,7 @@ def test_two_processes_of_ddp_compute_what_one_computes(tmp_path):
     for checkpointing in (False, True):
         worker.train(0, 1, tmp_path, checkpointing)
     for checkpointing in (False, True):
-        first, second, one = (
-            torch.load(tmp_path / f"{checkpointing}-{name}.pt") for name in ("0-of-2", "1-of-2", "0-of-1")
-        )
+        first, second, one = (torch.load(tmp_path / f"{checkpointing}-{name}.pt") for name in ("0-of-2", "1-of-2", "0-of-1"))
         assert any(name.endswith("default_vectors") for name in one)
         for name, expected in one.items():
             assert torch.equal(first[name], second[name]), f"{name}: ranks differ"

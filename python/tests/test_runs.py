@@ -86,7 +86,9 @@ def test_other_folders_are_refused(tmp_path):
 
 
 def test_importing_takes_a_fraction_of_a_second_and_no_torch():
-    code = "import time; t = time.process_time(); import routegrad, sys; print(time.process_time() - t, 'torch' in sys.modules)"
+    code = (
+        "import time; t = time.process_time(); import routegrad, sys; print(time.process_time() - t, 'torch' in sys.modules)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(routegrad.__file__).parents[1])}
     command = [sys.executable, "-c", code]
     seconds, torch_there = subprocess.run(

@@ -192,7 +192,9 @@ def test_a_model_in_bf16_routes_in_float32():
 
 @pytest.mark.skipif(models.VERSION < 5, reason="transformers 4 loops over the experts that got tokens: graph breaks")
 def test_compiles_to_one_graph_and_updates_vectors_when_it_runs():
-    plain = rt.default_moe(models.tiny("mixtral", experts_implementation="batched_mm", num_hidden_layers=1), beta=0.5).train()
+    plain = rt.default_moe(
+        models.tiny("mixtral", experts_implementation="batched_mm", num_hidden_layers=1), beta=0.5
+    ).train()
     compiled = copy.deepcopy(plain)
     inner = torch.compile(compiled, backend="aot_eager", fullgraph=True)
     for step in range(2):

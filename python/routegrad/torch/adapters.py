@@ -94,7 +94,7 @@ class Float32Gate:
         return new_instance, (Float32Gate, type(self).__mro__[2]), self.__dict__
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def subclass(mixin: type, base: type) -> type:
     """``base`` with the methods of ``mixin`` placed before its own."""
     return type(mixin.__name__ + base.__name__, (mixin, base), {"__module__": mixin.__module__})

@@ -143,9 +143,7 @@ def router_weight_gradients(layer: Any, x: Tensor, z: Tensor, g: Tensor, referen
                 inner = on * (q * s).sum(1, keepdim=True)
             return q * (s - inner)
 
-        return {
-            name: dz(s, name == "dense" and reference == "densemixer").t() @ x.to(wide) for name, s in scores.items()
-        }
+        return {name: dz(s, name == "dense" and reference == "densemixer").t() @ x.to(wide) for name, s in scores.items()}
 
 
 def _scores(adapter: MoeAdapter, layer: nn.Module, x: Tensor, g: Tensor, expert: int) -> Tensor:
@@ -171,9 +169,7 @@ def _compare(name: str, layer: Any, found: dict[str, Tensor], reference: str) ->
     return RouterGradient(name, cosine(default), error(default), cosine(topk), error(topk), scale)
 
 
-def expert_load(
-    model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdapter] | None = None
-) -> dict[str, Tensor]:
+def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdapter] | None = None) -> dict[str, Tensor]:
     """How many tokens of a batch choose each expert: int64 [E] on the CPU, by the name of the MoE layer.
 
     One pass in evaluation mode without gradients. The model may have default vectors or not. Padding counts: the layers

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,13 @@ def transformers_config(source: dict[str, Any], model_type: str) -> Any:
 def _native(checkpoint: Path, source: dict[str, Any], model_type: str, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(transformers_config(source, model_type)).to(dtype)
+    config = transformers_config(source, model_type)
+    if dtype == torch.float64:
+        # The grouped matrix product that transformers 5 takes otherwise has no float64.
+        config._experts_implementation = "eager"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
     settings = {k: v for k, v in source["router"].items() if k not in ("name", "init_std", "renormalize")}
     if source["router"]["name"] == "default":
         default_moe(model, **settings)
