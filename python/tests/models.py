@@ -15,7 +15,8 @@ TYPES = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 HIDDEN, WIDTH, VOCABULARY = 16, 12, 40
 BASE = dict(
     vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    max_position_embeddings=64, rope_theta=10000.0, initializer_range=0.3, num_experts_per_tok=2, attn_implementation="eager",
+    max_position_embeddings=64, rope_theta=10000.0, initializer_range=0.3, num_experts_per_tok=2,
+    attn_implementation="eager",
 )  # fmt: skip
 OWN = {
     "mixtral": dict(intermediate_size=WIDTH, num_local_experts=4, head_dim=6, sliding_window=None),

@@ -70,8 +70,9 @@ def test_exact_stand_ins_give_the_exact_gradient():
     """Experts that ignore their input: ê is then what the experts that did not run would have given."""
     model, batch = converted("olmoe", beta=0.0)
     for layer in models.moe_layers(model):
+        table = torch.randn(5, models.HIDDEN, dtype=torch.float64)
 
-        def constant(own, x, expert, table=torch.randn(5, models.HIDDEN, dtype=torch.float64)):
+        def constant(own, x, expert, table=table):
             return table[expert]
 
         state = layer.default_moe_state

@@ -130,7 +130,7 @@ def _tensors(checkpoint: Path, model_type: str, targets: dict[str, Tensor]) -> I
 
     for file in weight_files(str(checkpoint)):
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
+            for name in tensors.keys():  # noqa: SIM118
                 if name.endswith(f".{BUFFER}") and not any(n.endswith(BUFFER) for n in targets):
                     continue
                 yield from _renamed(name, tensors.get_tensor(name), model_type, targets)

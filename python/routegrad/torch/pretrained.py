@@ -82,7 +82,7 @@ def stored_vectors(path: str) -> dict[str, Callable[[], Tensor]]:
     names: dict[str, Callable[[], Tensor]] = {}
     for file in weight_files(path):
         with safe_open(file, framework="pt") as tensors:
-            names.update({n: reader(file, n) for n in tensors.keys() if re.search(rf"\.{BUFFER}$", n)})
+            names.update({n: reader(file, n) for n in tensors.keys() if re.search(rf"\.{BUFFER}$", n)})  # noqa: SIM118
     return names
 
 
