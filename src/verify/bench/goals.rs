@@ -262,7 +262,7 @@ pub fn judge(view: &View) -> Vec<Goal> {
             number: 8,
             text: "a layer keeps at most 2·T·D + 4·T·K·F + 4·T·E bytes and indices",
             verdict: Verdict::NotMeasured,
-            measured: "not a matter of time: a test holds the kept bytes on the simulator (tests/devices.rs)".into(),
+            measured: "not a matter of time: a test holds the kept bytes on the simulator (tests/training/devices.rs)".into(),
         },
         whole_steps(view),
     ]

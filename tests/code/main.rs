@@ -1,0 +1,4 @@
+//! The rules that the source tree keeps.
+
+mod bindings;
+mod modules;

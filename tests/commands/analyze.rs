@@ -1,0 +1,65 @@
+//! `analyze` as a user runs it.
+
+use crate::common::*;
+use std::fs;
+
+#[test]
+fn a_checkpoint_becomes_one_page_with_data_that_no_thread_count_changes() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "10"]));
+    let analyze = |threads: &str, out: &str| {
+        let mut command = program();
+        command.args(["analyze", "--sequences", "4", "--threads", threads]);
+        command.arg("--model").arg(place.path("run"));
+        succeed(command.arg("--out").arg(place.path(out)));
+        let mut files: Vec<_> = fs::read_dir(place.path(out))
+            .unwrap()
+            .map(|e| e.unwrap().path())
+            .collect();
+        files.sort();
+        let name = |p: &std::path::PathBuf| p.file_name().unwrap().to_str().unwrap().to_owned();
+        let read = |p: &std::path::PathBuf| (name(p), fs::read_to_string(p).unwrap());
+        files.iter().map(read).collect::<Vec<_>>()
+    };
+    let one = analyze("1", "one");
+    assert!(one == analyze("2", "two"));
+
+    let text = |name: &str| &one.iter().find(|(n, _)| n == name).unwrap().1;
+    let json: serde_json::Value = serde_json::from_str(text("analysis.json")).unwrap();
+    let page = text("report.html");
+    let mut figures = 0;
+    for analysis in json["analyses"].as_array().unwrap() {
+        let name = analysis["name"].as_str().unwrap();
+        assert!(page.contains(&format!("id=\"{name}\"")), "{name}");
+        let rows = analysis["table"]["rows"].as_array().unwrap();
+        if rows.is_empty() {
+            // One expert a token: none are chosen together.
+            assert_eq!(name, "co-activation");
+            continue;
+        }
+        assert_eq!(text(&format!("{name}.csv")).lines().count(), 1 + rows.len());
+        assert!(page.contains(text(&format!("{name}.svg"))), "{name}");
+        figures += 1;
+    }
+    assert_eq!(figures, 7);
+    for outside in ["src=", "href=", "@import", "NaN"] {
+        assert!(!page.contains(outside), "the page needs {outside}");
+    }
+}
+
+#[test]
+fn what_cannot_be_analysed_is_answered_with_what_to_do() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "10"]));
+    let error = |arguments: &[&str]| {
+        let mut command = program();
+        command.arg("analyze").arg("--model").arg(place.path("run"));
+        fail(command.args(arguments))
+    };
+    assert!(error(&["--sequences", "0"]).contains("from 1 up"));
+    assert!(error(&["--data", "no-such-folder"]).contains("check the path"));
+    let file = place.text.to_str().unwrap();
+    assert!(error(&["--sequences", "1", "--out", file]).contains(file));
+    let line = fail(program().args(["analyze", "--model", "no-such-run"]));
+    assert!(line.contains("no-such-run"), "{line}");
+}

@@ -1,0 +1,365 @@
+//! Whatever is wrong with what the program is given, it says so, ends with exit code 1, and loses
+//! nothing that was saved; or it just works.
+
+use crate::common::*;
+use routegrad::config::{Config, Layers};
+use routegrad::model::Model;
+use routegrad::routers;
+use routegrad::train::checkpoint::{self, TrainerState};
+use routegrad::train::step::Trainer;
+use std::fs;
+use std::path::Path;
+
+fn has(line: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(line.contains(part), "no `{part}` in: {line}");
+    }
+}
+
+/// `eval` of the model at `path` on the text of `place`.
+fn eval(path: &Path) -> std::process::Command {
+    let mut command = program();
+    command.arg("eval").arg("--model").arg(path);
+    command
+}
+
+#[test]
+fn unusable_text_is_named_and_leaves_no_run_behind() {
+    let place = Place::new();
+    let mut packed = fs::read("data/embedded/sotu.txt.zst").unwrap();
+    packed.truncate(50_000);
+    fs::write(place.path("cut.txt.zst"), packed).unwrap();
+    fs::write(place.path("empty.txt"), "").unwrap();
+    fs::write(place.path("latin.txt"), b"na\xefve").unwrap();
+    fs::write(place.path("short.txt"), "a\n\n\nb").unwrap();
+    fs::create_dir(place.path("folder")).unwrap();
+    for (name, part) in [
+        ("none.txt", "check the path"),
+        ("empty.txt", "empty"),
+        ("cut.txt.zst", "cut-off"),
+        ("latin.txt", "offset 2"),
+        ("short.txt", "more than 16 tokens"),
+        ("folder", ".txt"),
+    ] {
+        let mut command = program();
+        command.args(["train", "--set", "model.sequence_length=16", "--out"]);
+        command
+            .arg(place.path("run"))
+            .arg("--data")
+            .arg(place.path(name));
+        let line = fail(&mut command);
+        has(&line, &[part]);
+        if name != "short.txt" {
+            has(&line, &[name]);
+        }
+        assert!(!place.path("run").exists());
+    }
+}
+
+#[test]
+fn wrong_words_name_the_nearest_right_ones() {
+    let place = Place::new();
+    for (arguments, parts) in [
+        (&["--preset", "tinny"][..], &["--preset", "`tiny`"][..]),
+        (&["--experts", "8c4"], &["--experts", "8c1"]),
+        (&["--router", "defualt"], &["\"default\""]),
+        (
+            &["--set", "train.step=3"],
+            &["`train.step`", "`train.steps`"],
+        ),
+        (&["--set", "router.bta=0.5"], &["router.beta"]),
+        (
+            &["--set", "model.top_k=5"],
+            &["model.top_k", "num_experts = 4"],
+        ),
+        (
+            &["--set", "train.micro_batch=3"],
+            &["train.micro_batch", "divisor"],
+        ),
+        (&["--steps", "0"], &["train.steps"]),
+        (&["--threads", "0"], &["--threads"]),
+    ] {
+        has(&fail(&mut place.train("run", arguments)), parts);
+        assert!(!place.path("run").exists());
+    }
+}
+
+#[test]
+fn a_token_beyond_the_vocabulary_is_named() {
+    let place = Place::new();
+    let line = fail(&mut place.train("run", &["--set", "model.vocab_size=100"]));
+    has(&line, &["model.vocab_size = 100", "offset"]);
+    let small = ["--set", "model.vocab_size=128", "--steps", "2"];
+    succeed(&mut place.train("small", &small));
+    let mut generate = program();
+    generate
+        .args(["generate", "--prompt", "é", "--model"])
+        .arg(place.path("small"));
+    has(&fail(&mut generate), &["--prompt", "128"]);
+}
+
+#[test]
+fn a_run_is_not_overwritten_and_a_missing_one_not_resumed() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "3"]));
+    let before = fs::read(place.path("run/metrics.jsonl")).unwrap();
+    has(
+        &fail(&mut place.train("run", &[])),
+        &["holds a run", "--resume", "--name"],
+    );
+    assert_eq!(fs::read(place.path("run/metrics.jsonl")).unwrap(), before);
+    has(
+        &fail(&mut place.resume("none")),
+        &["none", "check the path"],
+    );
+    // Another model cannot go on from its checkpoint; another number of steps can.
+    let line = fail(place.resume("run").args(["--set", "model.hidden=32"]));
+    has(&line, &["model", "began with"]);
+    let line = fail(place.resume("run").args(["--seed", "5"]));
+    has(&line, &["train.seed"]);
+    let (out, _) = succeed(place.resume("run").args(["--steps", "5"]));
+    has(&out, &["after 5 steps"]);
+    assert_eq!(steps_logged(&place.path("run")), 5);
+}
+
+#[test]
+fn damaged_and_foreign_checkpoints_are_named_and_older_ones_used() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "20"]));
+    let checkpoints = place.path("run/checkpoints");
+    let newest = checkpoints.join("step-20");
+    let weights = newest.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x10;
+    fs::write(&weights, &bytes).unwrap();
+    has(
+        &fail(&mut eval(&newest)),
+        &["model.safetensors", "digest", "damaged"],
+    );
+    let (out, _) = succeed(&mut eval(&place.path("run")));
+    has(&out, &["step-10"]);
+    let (_, err) = succeed(&mut place.resume("run"));
+    has(&err, &["warning", "step-20", "from step 10"]);
+    succeed(&mut eval(&newest));
+
+    // A checkpoint of another model under this run's name.
+    succeed(&mut place.train(
+        "wide",
+        &["--steps", "20", "--set", "model.expert_ffn_width=24"],
+    ));
+    fs::remove_dir_all(&newest).unwrap();
+    fs::rename(place.path("wide/checkpoints/step-20"), &newest).unwrap();
+    has(&fail(&mut place.resume("run")), &["model", "began with"]);
+    // A folder of something else.
+    has(&fail(&mut eval(place.folder.path())), &["manifest.json"]);
+    has(&fail(&mut eval(&place.path("none"))), &["check the path"]);
+}
+
+/// A checkpoint of the micro model whose tensors `change` has changed.
+fn crafted(place: &Place, name: &str, change: impl FnOnce(&mut Model)) -> std::path::PathBuf {
+    let mut layers = Layers::preset("tiny");
+    layers.set = MICRO.iter().map(|s| s.to_string()).collect();
+    layers
+        .set
+        .push(format!("data.source={}", place.text.display()));
+    let config = Config::load(&layers, &routers::resolve).unwrap();
+    let mut model = Model::new(&config).unwrap();
+    change(&mut model);
+    let trainer = Trainer::new(&config.train, &model);
+    let state = TrainerState {
+        step: 1,
+        optimizer_steps: 1,
+        skipped_in_a_row: 0,
+        data: String::new(),
+        config,
+    };
+    let snapshot = checkpoint::snapshot(&model, &trainer, &state).unwrap();
+    checkpoint::save(&place.path(name), &snapshot, 1, checkpoint::SHARD_BYTES).unwrap()
+}
+
+#[test]
+fn a_weight_that_is_not_a_number_is_named() {
+    let place = Place::new();
+    let path = crafted(&place, "nan", |model| {
+        let parameter = model
+            .parameters
+            .iter_mut()
+            .find(|p| p.name.contains("o_proj"));
+        let value = &mut parameter.unwrap().value;
+        value.change(|w| w.slice_mut::<f32>()[3] = f32::NAN);
+    });
+    has(
+        &fail(&mut eval(&path)),
+        &["layers.0.self_attn.o_proj.weight", "not finite"],
+    );
+    // Finite weights whose logits are not.
+    let path = crafted(&place, "huge", |model| {
+        let head = &mut model.parameters.last_mut().unwrap().value;
+        head.change(|head| {
+            let numbers = head.slice_mut::<f32>().iter_mut();
+            numbers.for_each(|w| *w = w.signum() * 3e38);
+        });
+    });
+    has(&fail(&mut eval(&path)), &["validation loss", "not finite"]);
+    let mut generate = program();
+    has(
+        &fail(generate.args(["generate", "--model"]).arg(&path)),
+        &["not finite"],
+    );
+}
+
+#[test]
+fn a_foreign_tensor_is_named() {
+    let place = Place::new();
+    let path = crafted(&place, "foreign", |model| {
+        let part = &mut model.parameters.last_mut().unwrap().parts[0];
+        part.name = "output.weight".into();
+    });
+    has(
+        &fail(&mut eval(&path)),
+        &["lm_head.weight", "none of that name"],
+    );
+}
+
+#[test]
+fn a_loss_that_stays_infinite_stops_the_run_and_keeps_what_was_saved() {
+    let place = Place::new();
+    succeed(&mut place.train(
+        "run",
+        &["--steps", "10", "--set", "train.max_skipped_steps=4"],
+    ));
+    let mut command = place.resume("run");
+    command.args(["--steps", "200", "--set", "train.learning_rate=1e30"]);
+    command.args(["--set", "train.checkpoint_interval=1000"]);
+    let line = fail(&mut command);
+    has(
+        &line,
+        &["not finite", "4 steps in a row", "train.learning_rate"],
+    );
+    let records = metrics(&place.path("run"));
+    let left_out: Vec<bool> = records.iter().map(|r| r["applied"] == false).collect();
+    assert!(
+        left_out.ends_with(&[false, true, true, true, true]),
+        "{left_out:?}"
+    );
+    succeed(&mut eval(&place.path("run/checkpoints/step-10")));
+}
+
+#[test]
+fn a_disk_that_fills_up_during_a_save_costs_nothing_saved_before() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "10"]));
+    let saved = place.path("run/checkpoints/step-10");
+    // A file may grow to 16 KB and no further, enough for the logs: the next save fails in the middle of a file. The
+    // shell makes the limit an error of the write instead of a signal.
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", "trap '' XFSZ; ulimit -f 32; exec \"$0\" \"$@\""]);
+    command.arg(env!("CARGO_BIN_EXE_routegrad"));
+    command
+        .args(["train", "--resume", "--steps", "20", "--out"])
+        .arg(place.path("run"));
+    let line = fail(&mut command);
+    has(&line, &["cannot write", "step-20", "nothing saved"]);
+    let left: Vec<_> = fs::read_dir(place.path("run/checkpoints"))
+        .unwrap()
+        .collect();
+    assert_eq!(left.len(), 1, "the unfinished save stayed: {left:?}");
+    succeed(&mut eval(&saved));
+    let (out, _) = succeed(place.resume("run").args(["--steps", "20"]));
+    has(&out, &["after 20 steps"]);
+}
+
+#[test]
+fn a_folder_that_cannot_be_written_is_named() {
+    let place = Place::new();
+    // Not even the superuser can write below a file.
+    fs::write(place.path("file"), "").unwrap();
+    has(
+        &fail(&mut place.train("file/run", &[])),
+        &["cannot create", "file/run"],
+    );
+    fs::create_dir(place.path("run")).unwrap();
+    let mut permissions = fs::metadata(place.path("run")).unwrap().permissions();
+    permissions.set_readonly(true);
+    fs::set_permissions(place.path("run"), permissions).unwrap();
+    if fs::write(place.path("run/probe"), "").is_ok() {
+        println!("skipped: this user may write to read-only folders");
+        return;
+    }
+    has(
+        &fail(&mut place.train("run", &[])),
+        &["cannot write", "permissions"],
+    );
+}
+
+#[test]
+fn a_model_that_cannot_fit_in_memory_is_refused_before_it_is_made() {
+    let place = Place::new();
+    let huge = [
+        "model.hidden=1048576",
+        "model.heads=1024",
+        "model.layers=1000",
+    ];
+    let huge: Vec<&str> = huge.iter().flat_map(|s| ["--set", s]).collect();
+    has(
+        &fail(&mut place.train("run", &huge)),
+        &["free memory", "GB", "smaller"],
+    );
+    let line = fail(&mut place.train(
+        "run",
+        &[
+            "--set",
+            "train.sequences_per_step=16000000",
+            "--set",
+            "model.sequence_length=1000000",
+        ],
+    ));
+    has(&line, &["GB"]);
+    assert!(!place.path("run").exists());
+}
+
+#[test]
+fn one_token_a_step_trains() {
+    let place = Place::new();
+    let one = [
+        "model.sequence_length=1",
+        "train.sequences_per_step=1",
+        "train.micro_batch=1",
+    ];
+    let one: Vec<&str> = one.iter().flat_map(|s| ["--set", s]).collect();
+    for info in routers::ROUTERS {
+        let mut command = place.train(info.name, &one);
+        let (out, _) = succeed(command.args(["--steps", "5", "--router", info.name]));
+        has(&out, &["validation loss"]);
+    }
+}
+
+#[test]
+fn experts_that_never_get_a_token_do_no_harm() {
+    let place = Place::new();
+    // Two tokens a micro-batch and 64 experts: most get none in any step.
+    let few = [
+        "model.num_experts=64",
+        "model.expert_ffn_width=8",
+        "model.sequence_length=2",
+        "train.micro_batch=1",
+        "train.sequences_per_step=2",
+    ];
+    let few: Vec<&str> = few.iter().flat_map(|s| ["--set", s]).collect();
+    for router in ["topk", "default"] {
+        succeed(
+            place
+                .train(router, &few)
+                .args(["--steps", "6", "--router", router]),
+        );
+        for record in metrics(&place.path(router)) {
+            let load = record["load"][0].as_array().unwrap();
+            assert!(load.iter().filter(|n| **n == 0).count() >= 60, "{load:?}");
+            assert!(
+                record["loss"].is_f64() && record["applied"] == true,
+                "{record}"
+            );
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! The output head and its loss on the simulator: every case of the library, every schedule, refusals, and the operations
+//! that launch them.
+
+use crate::support::refusals::{
+    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers,
+};
+use crate::support::schedules::table;
+use crate::support::tape::{close, var};
+use crate::support::{check_cases, check_schedules};
+use routegrad::device::Device;
+use routegrad::launch;
+use routegrad::ops::cross_entropy::{cross_entropy, token_losses};
+use routegrad::ops::linear::linear;
+use routegrad::tape::{Gradients, Tape, take_ran};
+use routegrad::tensor::Tensor;
+use std::ptr::null_mut;
+
+const LAUNCHERS: [&str; 4] = [
+    "head_logits",
+    "cross_entropy_rows",
+    "cross_entropy_mean",
+    "gradient_scale",
+];
+
+#[test]
+fn logits_losses_and_gradients_are_within_the_rounding_of_float64() {
+    LAUNCHERS.into_iter().for_each(check_cases);
+}
+
+#[test]
+fn every_schedule_and_thread_count_gives_the_same_bytes() {
+    LAUNCHERS.into_iter().for_each(check_schedules);
+}
+
+#[test]
+fn a_refused_argument_is_named_and_nothing_is_launched() {
+    let room = [0u128; 16];
+    let good = room.as_ptr() as usize;
+    // logits, x, w; tokens, vocabulary, hidden, tile
+    let logits = |p: [usize; 3], (tokens, vocabulary, hidden, tile): (i64, i32, i32, i32)| {
+        // Safety: only refused calls are made, which touch no memory.
+        unsafe {
+            launch!(
+                table(),
+                head_logits(
+                    p[0] as *mut f32,
+                    p[1] as *const _,
+                    p[2] as *const _,
+                    tokens,
+                    vocabulary,
+                    hidden,
+                    tile,
+                    null_mut()
+                )
+            )
+        }
+    };
+    // losses, dlogits, logits, targets; tokens, vocabulary
+    let rows = |p: [usize; 4], tokens: i64, vocabulary: i32| {
+        // Safety: as above.
+        unsafe {
+            launch!(
+                table(),
+                cross_entropy_rows(
+                    p[0] as *mut f32,
+                    p[1] as *mut _,
+                    p[2] as *const f32,
+                    p[3] as *const i32,
+                    tokens,
+                    vocabulary,
+                    1.0,
+                    null_mut()
+                )
+            )
+        }
+    };
+    refuses_pointers(["logits", "x", "w"], &[], good, |p| {
+        logits(p, (4, 64, 64, 0))
+    });
+    for (sizes, why, name) in [
+        ((0, 64, 64, 0), OUT_OF_RANGE, "tokens"),
+        ((4, 0, 64, 0), OUT_OF_RANGE, "vocabulary"),
+        ((4, 60, 64, 0), NOT_MULTIPLE, "vocabulary"),
+        ((4, 64, 0, 0), OUT_OF_RANGE, "hidden"),
+        ((4, 64, 12, 0), NOT_MULTIPLE, "hidden"),
+        ((4, 1 << 24, 1 << 13, 0), OVERFLOW, "hidden"),
+        // Not one of those that are compiled for it.
+        ((4, 64, 64, 3), OUT_OF_RANGE, "tile"),
+    ] {
+        refused(|| logits([good; 3], sizes), why, name);
+    }
+    refuses_pointers(
+        ["losses", "dlogits", "logits", "targets"],
+        &["dlogits"],
+        good,
+        |p| rows(p, 4, 64),
+    );
+    refused(|| rows([good; 4], 0, 64), OUT_OF_RANGE, "tokens");
+    refused(|| rows([good; 4], 4, 0), OUT_OF_RANGE, "vocabulary");
+    refused(|| rows([good; 4], 4, 12), NOT_MULTIPLE, "vocabulary");
+    // loss, losses; tokens
+    let mean = |p: [usize; 2], tokens: i64| {
+        // Safety: as above.
+        unsafe {
+            launch!(
+                table(),
+                cross_entropy_mean(
+                    p[0] as *mut f32,
+                    p[1] as *const f32,
+                    tokens,
+                    1.0,
+                    null_mut()
+                )
+            )
+        }
+    };
+    refused(|| mean([0, good], 4), NULL, "loss");
+    refused(|| mean([good, good + 4], 4), MISALIGNED, "losses");
+    refused(|| mean([good; 2], 0), OUT_OF_RANGE, "tokens");
+    // out, in, factor; elements, bf16_elements, accumulate
+    let scale = |p: [usize; 3], elements: i64, narrow: i32, accumulate: i32| {
+        // Safety: as above.
+        unsafe {
+            launch!(
+                table(),
+                gradient_scale(
+                    p[0] as *mut _,
+                    p[1] as *const _,
+                    p[2] as *const f32,
+                    elements,
+                    narrow,
+                    accumulate,
+                    null_mut()
+                )
+            )
+        }
+    };
+    refused(|| scale([0, good, good], 8, 0, 0), NULL, "out");
+    refused(|| scale([good, good + 8, good], 8, 0, 0), MISALIGNED, "in");
+    refused(|| scale([good, good, 0], 8, 0, 0), NULL, "factor");
+    refused(|| scale([good; 3], 0, 0, 0), OUT_OF_RANGE, "elements");
+    refused(|| scale([good; 3], 12, 0, 0), NOT_MULTIPLE, "elements");
+    refused(|| scale([good; 3], 8, 2, 0), OUT_OF_RANGE, "bf16_elements");
+    refused(|| scale([good; 3], 8, 0, 2), OUT_OF_RANGE, "accumulate");
+}
+
+fn agree(what: &str, device: &Tensor, cpu: &Tensor) {
+    close(what, &device.to_f64().unwrap(), &cpu.to_f64().unwrap());
+}
+
+/// Loss and gradients of x and W after two passes, each seeded with `seed`.
+fn head(device: Device, tokens: usize, seed: f64) -> Vec<Tensor> {
+    const V: usize = 264;
+    let (x, w) = (
+        var(0, [tokens, 72], device, false),
+        var(1, [V, 72], device, true),
+    );
+    let targets: Vec<i32> = (0..tokens).map(|t| (t * t % V) as i32).collect();
+    let targets = Tensor::from_slice([tokens], &targets);
+    let mut store = Gradients::new(2);
+    let mut found = vec![];
+    for _ in 0..2 {
+        let tape = Tape::new();
+        let loss = cross_entropy(&tape, &x, &w, &targets, tokens as f64).unwrap();
+        tape.backward(&loss, seed, &mut store).unwrap();
+        found = vec![loss.tensor().clone()];
+    }
+    found.extend((0..2).map(|i| store.get(i).unwrap().clone()));
+    found.push(token_losses(x.tensor(), w.tensor(), &targets).unwrap());
+    found
+}
+
+#[test]
+fn the_loss_runs_as_kernels_and_agrees_with_the_cpu_over_chunks_and_micro_batches() {
+    for (tokens, seed) in [(1, 1.0), (67, 0.3), (2100, 1.0)] {
+        take_ran();
+        let device = head(Device::Sim, tokens, seed);
+        assert_eq!(take_ran()["cross_entropy"], 2);
+        let cpu = head(Device::Cpu, tokens, seed);
+        let what = ["loss", "dx", "dW", "the tokens' losses"];
+        for ((what, device), cpu) in what.iter().zip(&device).zip(&cpu) {
+            agree(&format!("{what} of {tokens} tokens"), device, cpu);
+        }
+    }
+}
+
+#[test]
+fn a_projection_runs_as_kernels_and_agrees_with_the_cpu() {
+    let run = |device| {
+        let (x, w) = (
+            var(0, [67, 72], device, false),
+            var(1, [264, 72], device, true),
+        );
+        let dy = var(2, [67, 264], device, false);
+        let mut store = Gradients::new(2);
+        let mut found = vec![];
+        for _ in 0..2 {
+            let tape = Tape::new();
+            let y = linear(&tape, &x, &w, None).unwrap();
+            tape.backward_from(&[(&y, dy.tensor().clone())], &mut store)
+                .unwrap();
+            found = vec![y.tensor().clone()];
+        }
+        found.extend((0..2).map(|i| store.get(i).unwrap().clone()));
+        found
+    };
+    take_ran();
+    let device = run(Device::Sim);
+    assert_eq!(take_ran()["linear"], 2);
+    for (i, (device, cpu)) in device.iter().zip(&run(Device::Cpu)).enumerate() {
+        agree(&format!("result {i}"), device, cpu);
+    }
+}
+
+#[test]
+fn a_vocabulary_that_the_kernels_cannot_take_is_an_error_that_says_so() {
+    let (x, w) = (
+        var(0, [3, 8], Device::Sim, false),
+        var(1, [12, 8], Device::Sim, true),
+    );
+    let targets = Tensor::from_slice([3], &[0, 1, 2]);
+    let e = cross_entropy(&Tape::new(), &x, &w, &targets, 3.0).unwrap_err();
+    assert!(
+        e.to_string()
+            .contains("`vocabulary` is not a multiple of 8"),
+        "{e}"
+    );
+}

@@ -1,0 +1,180 @@
+//! Token embedding on the simulator: every case of the library, every schedule, refusals, and the operation that launches
+//! the kernels.
+
+use crate::support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused};
+use crate::support::schedules::table;
+use crate::support::tape::tensor;
+use crate::support::{check_cases, check_schedules};
+use routegrad::device::Device;
+use routegrad::ops::embedding::embedding;
+use routegrad::tape::{Gradients, Tape, Var, take_ran};
+use routegrad::tensor::Tensor;
+use routegrad::{launch, query};
+use std::ptr::null_mut;
+
+const LAUNCHERS: [&str; 3] = ["embedding_forward", "embedding_order", "embedding_gradient"];
+
+#[test]
+fn rows_and_order_are_exact_and_gradients_within_f32_roundoff_of_float64() {
+    LAUNCHERS.into_iter().for_each(check_cases);
+}
+
+#[test]
+fn every_schedule_and_thread_count_gives_the_same_bytes() {
+    LAUNCHERS.into_iter().for_each(check_schedules);
+}
+
+#[test]
+fn a_refused_argument_is_named_and_nothing_is_launched() {
+    let room = [0u128; 16];
+    let good = room.as_ptr() as usize;
+    type Sizes = (i64, i32, i32);
+    // y, w, ids; tokens, vocabulary, hidden
+    let forward = |p: [usize; 3], (tokens, vocabulary, hidden): Sizes| {
+        // SAFETY: only refused calls are made, which touch no memory.
+        unsafe {
+            launch!(
+                table(),
+                embedding_forward(
+                    p[0] as *mut _,
+                    p[1] as *const _,
+                    p[2] as *const i32,
+                    tokens,
+                    vocabulary,
+                    hidden,
+                    null_mut()
+                )
+            )
+        }
+    };
+    // dw, parts, dy, order, keys; tokens, vocabulary, hidden; accumulate
+    let gradient = |p: [usize; 5], (tokens, vocabulary, hidden): Sizes, accumulate: i32| {
+        // SAFETY: as above.
+        unsafe {
+            launch!(
+                table(),
+                embedding_gradient(
+                    p[0] as *mut f32,
+                    p[1] as *mut f32,
+                    p[2] as *const _,
+                    p[3] as *const i32,
+                    p[4] as *const i32,
+                    tokens,
+                    vocabulary,
+                    hidden,
+                    accumulate,
+                    null_mut()
+                )
+            )
+        }
+    };
+    for (i, name) in ["y", "w", "ids"].into_iter().enumerate() {
+        let with = |pointer| {
+            let mut p = [good; 3];
+            p[i] = pointer;
+            forward(p, (4, 8, 64))
+        };
+        refused(|| with(0), NULL, name);
+        refused(|| with(good + 8), MISALIGNED, name);
+    }
+    for (i, name) in ["dw", "parts", "dy", "order", "keys"]
+        .into_iter()
+        .enumerate()
+    {
+        let with = |pointer| {
+            let mut p = [good; 5];
+            p[i] = pointer;
+            gradient(p, (4, 8, 64), 0)
+        };
+        refused(|| with(0), NULL, name);
+        refused(|| with(good + 8), MISALIGNED, name);
+    }
+    for (sizes, why, name) in [
+        ((0, 8, 64), OUT_OF_RANGE, "tokens"),
+        ((1 << 31, 8, 64), OUT_OF_RANGE, "tokens"),
+        ((4, 0, 64), OUT_OF_RANGE, "vocabulary"),
+        ((4, (1 << 24) + 1, 64), OUT_OF_RANGE, "vocabulary"),
+        ((4, 8, 0), OUT_OF_RANGE, "hidden"),
+        ((4, 8, 12), NOT_MULTIPLE, "hidden"),
+    ] {
+        refused(|| forward([good; 3], sizes), why, name);
+        refused(|| gradient([good; 5], sizes, 0), why, name);
+    }
+    refused(
+        || gradient([good; 5], (4, 8, 64), 2),
+        OUT_OF_RANGE,
+        "accumulate",
+    );
+    // previous and row_token come together
+    let order = |previous: usize, row_token: usize, shift: i32, whole: i32| {
+        // SAFETY: as above.
+        unsafe {
+            launch!(
+                table(),
+                embedding_order(
+                    good as *mut i32,
+                    good as *mut i32,
+                    previous as *const i32,
+                    row_token as *const i32,
+                    good as *const i32,
+                    4,
+                    8,
+                    shift,
+                    whole,
+                    null_mut()
+                )
+            )
+        }
+    };
+    refused(|| order(good, 0, 0, 0), NULL, "row_token");
+    refused(|| order(0, good, 0, 0), NULL, "previous");
+    refused(|| order(good, good, 32, 0), OUT_OF_RANGE, "shift");
+    refused(|| order(good, good, 0, 2), OUT_OF_RANGE, "whole");
+    // SAFETY: as above.
+    let parts = || unsafe { query!(table(), embedding_parts(null_mut(), 4, 8)) };
+    refused(parts, NULL, "floats");
+}
+
+/// y, and the table's gradient after two passes.
+fn run(device: Device, tokens: usize, vocabulary: usize) -> [Vec<f64>; 2] {
+    const D: usize = 40;
+    let numbers = |seed, shape: [usize; 2]| tensor(seed, shape, device);
+    let ids: Vec<i32> = (0..tokens)
+        .map(|t| {
+            if t % 3 == 0 {
+                2
+            } else {
+                (t * t * 31 % vocabulary) as i32
+            }
+        })
+        .collect();
+    let ids = Tensor::from_slice([tokens], &ids);
+    let w = Var::parameter(numbers(1, [vocabulary, D]), 0);
+    let mut store = Gradients::new(1);
+    let mut y = vec![];
+    for _ in 0..2 {
+        let tape = Tape::new();
+        let out = embedding(&tape, &w, &ids).unwrap();
+        tape.backward_from(&[(&out, numbers(2, [tokens, D]))], &mut store)
+            .unwrap();
+        y = out.tensor().to_f64().unwrap();
+    }
+    [y, store.get(0).unwrap().to_f64().unwrap()]
+}
+
+#[test]
+fn the_operation_runs_as_kernels_and_agrees_with_the_cpu_for_one_two_and_three_byte_ids() {
+    for (tokens, vocabulary) in [(1, 3), (700, 200), (700, 256), (700, 5000), (700, 70_000)] {
+        take_ran();
+        let device = run(Device::Sim, tokens, vocabulary);
+        assert_eq!(take_ran()["embedding"], 2);
+        let cpu = run(Device::Cpu, tokens, vocabulary);
+        assert!(device[0] == cpu[0], "rows, V {vocabulary}");
+        for (a, b) in device[1].iter().zip(&cpu[1]) {
+            assert!(
+                (a - b).abs() <= 1e-4 * (1.0 + b.abs()),
+                "{a} for {b}, V {vocabulary}"
+            );
+        }
+    }
+}

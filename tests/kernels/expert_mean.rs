@@ -1,0 +1,142 @@
+//! Expert sums and means on the simulator: every case of the library, every schedule, exact counts of bytes, refusals.
+
+use crate::support::refusals::{NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused, refuses_pointers};
+use crate::support::schedules::table;
+use crate::support::{check_cases, check_schedules, counts_agree};
+use routegrad::kernels::bindings::*;
+use routegrad::launch;
+use routegrad::verify::kernels::costs::{Sizes, expert_mean_update, expert_sums};
+use routegrad::verify::kernels::dispatch::Batch;
+use routegrad::verify::kernels::expert_mean::{Sums, sums_problem, update_problem};
+use std::ptr::null_mut;
+use std::sync::Arc;
+
+#[test]
+fn sums_are_within_f32_roundoff_of_float64_and_masses_count_rows() {
+    check_cases("expert_sums");
+}
+
+#[test]
+fn the_average_moves_for_experts_with_rows_alone() {
+    check_cases("expert_mean_update");
+}
+
+#[test]
+fn every_schedule_and_thread_count_gives_the_same_bytes() {
+    check_schedules("expert_sums");
+    check_schedules("expert_mean_update");
+}
+
+#[test]
+fn bytes_are_those_of_the_formula() {
+    let sizes = Sizes {
+        tokens: 40_000,
+        hidden: 264,
+        ffn: 0,
+        experts: 2,
+        slots: 1,
+        rows: 40_000,
+    };
+    let batch = Batch::random(sizes.tokens, sizes.experts, sizes.slots, 1);
+    let inputs = Arc::new(Sums::new(batch, sizes.hidden, true));
+    counts_agree(&sums_problem(&inputs), expert_sums(&sizes));
+    let sizes = Sizes {
+        experts: 1,
+        hidden: 2048,
+        ..sizes
+    };
+    let update = update_problem(sizes.experts, sizes.hidden, ROUTEGRAD_WEIGHTING_PLAIN);
+    counts_agree(&update, expert_mean_update(&sizes));
+}
+
+#[test]
+fn a_refused_argument_is_named_and_nothing_is_launched() {
+    let room = [0u128; 16];
+    let good = room.as_ptr() as usize;
+    // sums, masses, column_sums, gates, offsets, row_token; rows, tokens, experts, hidden
+    let sums = |p: [usize; 6], n: [i64; 4]| {
+        // Safety: only refused calls are made, which touch no memory.
+        unsafe {
+            launch!(
+                table(),
+                expert_sums(
+                    p[0] as *mut f32,
+                    p[1] as *mut f32,
+                    p[2] as *const f32,
+                    p[3] as *const f32,
+                    p[4] as *const i32,
+                    p[5] as *const i32,
+                    n[0],
+                    n[1],
+                    n[2] as i32,
+                    n[3] as i32,
+                    null_mut()
+                )
+            )
+        }
+    };
+    let sizes = [4, 4, 8, 64];
+    refuses_pointers(
+        [
+            "sums",
+            "masses",
+            "column_sums",
+            "gates",
+            "offsets",
+            "row_token",
+        ],
+        &["gates"],
+        good,
+        |p| sums(p, sizes),
+    );
+    for (i, wrong, why, name) in [
+        (0, 0, OUT_OF_RANGE, "rows"),
+        (0, 1 << 31, OUT_OF_RANGE, "rows"),
+        (1, 0, OUT_OF_RANGE, "tokens"),
+        (2, 0, OUT_OF_RANGE, "experts"),
+        (2, 257, OUT_OF_RANGE, "experts"),
+        (3, 0, OUT_OF_RANGE, "hidden"),
+        (3, 12, NOT_MULTIPLE, "hidden"),
+    ] {
+        let mut n = sizes;
+        n[i] = wrong;
+        refused(|| sums([good; 6], n), why, name);
+    }
+    // average, sums, masses, beta; experts, hidden, weighting
+    let update = |p: [usize; 4], n: [i32; 3]| {
+        // Safety: as above.
+        unsafe {
+            launch!(
+                table(),
+                expert_mean_update(
+                    p[0] as *mut f32,
+                    p[1] as *const f32,
+                    p[2] as *const f32,
+                    p[3] as *const f32,
+                    n[0],
+                    n[1],
+                    n[2],
+                    null_mut()
+                )
+            )
+        }
+    };
+    for (i, name) in ["average", "sums", "masses", "beta"]
+        .into_iter()
+        .enumerate()
+    {
+        let mut p = [good; 4];
+        p[i] = 0;
+        refused(|| update(p, [8, 64, 0]), NULL, name);
+    }
+    for (n, why, name) in [
+        ([0, 64, 0], OUT_OF_RANGE, "experts"),
+        ([257, 64, 0], OUT_OF_RANGE, "experts"),
+        ([8, 0, 0], OUT_OF_RANGE, "hidden"),
+        ([8, 20, 0], NOT_MULTIPLE, "hidden"),
+        ([8, 64, -1], OUT_OF_RANGE, "weighting"),
+        ([8, 64, 3], OUT_OF_RANGE, "weighting"),
+    ] {
+        refused(|| update([good; 4], n), why, name);
+    }
+}

@@ -1,0 +1,15 @@
+//! Training: steps, routers, ranks, devices, saving and resuming.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod causality;
+mod devices;
+mod gradcheck;
+mod interruption;
+mod ranks;
+mod router_fixtures;
+mod routers;
+mod saving;
+mod step;
+mod threads;
