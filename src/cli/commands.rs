@@ -1,19 +1,22 @@
 //! What each command does: reads its arguments, calls the module that does the work, prints.
 
-use super::*;
+use super::arguments::*;
 use crate::config::{Config, Layers};
 use crate::data;
 use crate::device::Device;
 use crate::error::Error;
+use crate::error::Result;
 use crate::routers::{self, ROUTERS};
-use crate::study::{analyze, eval, exchange, export, generate, tasks};
+use crate::study::{ablate, analyze, eval, exchange, export, generate, plan, tasks};
+use crate::tape::check::Fault;
 use crate::tensor::dtype::DType;
 use crate::train::checkpoint::{self, Checkpoint, SHARD_BYTES};
 use crate::train::{self, Options, Outcome};
+use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::{device_check, gradcheck};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;

@@ -1,8 +1,10 @@
 //! `routegrad hardware-check` and `routegrad status`: what a GPU has shown, and what it still has to.
 
-use super::*;
 use crate::device::Device;
-use crate::verify::hardware::{Options, Place, code, learns, one, record, status};
+use crate::error::Result;
+use crate::verify::hardware::{self, Options, Place, code, learns, one, record, status};
+use clap::{Args, ValueEnum};
+use std::path::PathBuf;
 
 #[derive(Args)]
 pub(super) struct HardwareArgs {

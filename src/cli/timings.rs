@@ -1,8 +1,10 @@
 //! `routegrad bench`: timings, their report, and what peers in other languages need of the cases.
 
-use super::*;
+use super::arguments::*;
 use crate::device::Device;
 use crate::error::Error;
+use crate::error::Result;
+use crate::verify::bench;
 use std::path::Path;
 
 pub(super) fn run(args: BenchArgs) -> Result<()> {

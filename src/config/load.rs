@@ -6,6 +6,7 @@
 
 use super::{Config, EXPERTS, PRESETS, RouterConfig, preset};
 use crate::error::{Error, Result};
+use crate::report::{nearest, similarity};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
@@ -321,22 +322,6 @@ fn parse_set(text: &str) -> Result<Assignment> {
         key: key.into(),
         value,
     })
-}
-
-/// The candidate that looks most like `word`; the first of equals.
-pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let mut best: Option<(f64, &str)> = None;
-    for candidate in candidates {
-        let s = similarity(word, candidate);
-        if best.is_none_or(|(b, _)| s > b) {
-            best = Some((s, candidate));
-        }
-    }
-    best.map(|(_, candidate)| candidate)
-}
-
-fn similarity(a: &str, b: &str) -> f64 {
-    strsim::normalized_damerau_levenshtein(a, b)
 }
 
 #[cfg(test)]

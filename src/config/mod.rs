@@ -9,7 +9,7 @@ mod preset;
 mod validate;
 
 pub use hub::ModelFile;
-pub use load::{Layers, RouterCheck, nearest};
+pub use load::{Layers, RouterCheck};
 pub use preset::{EXPERTS, PRESETS};
 
 use crate::device::Device;

@@ -1,7 +1,7 @@
 //! The configurations that come with the program, embedded from `configs/`.
 
-use super::nearest;
 use crate::error::{Error, Result};
+use crate::report::nearest;
 
 macro_rules! embedded {
     ($($name:literal),*) => {

@@ -102,6 +102,25 @@ impl Config {
         above_zero("train.eps", t.eps)?;
         within("train.weight_decay", t.weight_decay, 0.0, f64::MAX)?;
         within("train.gradient_clip", t.gradient_clip, 0.0, f64::MAX)?;
+        positive("train.keep_checkpoints", t.keep_checkpoints)?;
+        if t.bf16_moments && t.dtype == Precision::F64 {
+            return Err(Error::invalid(
+                "train.bf16_moments",
+                "false where train.dtype is f64",
+                "true",
+                "leave one of the two out",
+            ));
+        }
+        if let Recompute::Layers(layers) = &t.recompute {
+            layer_list("train.recompute", layers, self.model.layers)?;
+        }
+        self.validate_intervals()?;
+        self.validate_kernels()
+    }
+
+    /// What happens at intervals, and where.
+    fn validate_intervals(&self) -> Result<()> {
+        let t = &self.train;
         ensure(
             t.checkpoint_interval > 0,
             "train.checkpoint_interval",
@@ -130,7 +149,12 @@ impl Config {
                 "an empty string",
             )?;
         }
-        positive("train.keep_checkpoints", t.keep_checkpoints)?;
+        Ok(())
+    }
+
+    /// What kernels can run.
+    fn validate_kernels(&self) -> Result<()> {
+        let t = &self.train;
         ensure(
             t.device == Device::Cpu || t.dtype == Precision::F32,
             "train.dtype",
@@ -155,17 +179,6 @@ impl Config {
             let (key, most) = ("model.num_experts", 256);
             let expected = format!("at most {most} where kernels run");
             ensure(m.num_experts <= most, key, expected, m.num_experts)?;
-        }
-        if t.bf16_moments && t.dtype == Precision::F64 {
-            return Err(Error::invalid(
-                "train.bf16_moments",
-                "false where train.dtype is f64",
-                "true",
-                "leave one of the two out",
-            ));
-        }
-        if let Recompute::Layers(layers) = &t.recompute {
-            layer_list("train.recompute", layers, self.model.layers)?;
         }
         Ok(())
     }

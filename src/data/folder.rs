@@ -6,6 +6,7 @@
 //! Validation documents have shards of their own. Where a token is not a byte, `tokenizer.json` and
 //! `tokenizer_config.json` stand beside them.
 
+use super::changed::{changed, expect_size};
 use super::tokenizer::{BYTES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer};
 use super::tokens::{Store, Tokens};
 use crate::error::{Error, Result};
@@ -146,27 +147,6 @@ pub struct Entry {
 
 pub(super) fn digest(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex().to_string()
-}
-
-/// Compares the size of a file with what it must have; `None` is more than any file has.
-pub(super) fn expect_size(path: &Path, bytes: Option<u64>) -> Result<()> {
-    let found = fs::metadata(path)
-        .map_err(|e| Error::io("read", path, e))?
-        .len();
-    if Some(found) == bytes {
-        return Ok(());
-    }
-    let expected = bytes.map_or("more than a file holds".into(), |b| b.to_string());
-    Err(changed(
-        path,
-        format!("{expected} bytes"),
-        format!("{found}"),
-    ))
-}
-
-fn changed(path: &Path, expected: String, got: String) -> Error {
-    let help = "the file was changed or cut off after it was prepared: prepare the text again";
-    Error::file(path, expected, got, help)
 }
 
 /// An open folder of tokens.

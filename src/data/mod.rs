@@ -8,9 +8,11 @@
 
 mod ahead;
 mod boundaries;
+mod changed;
 pub mod folder;
 mod frames;
 mod guard;
+mod limits;
 mod mix;
 mod order;
 mod part;
@@ -22,6 +24,7 @@ mod tokens;
 
 pub use ahead::Ahead;
 pub use folder::{Counts, Folder};
+pub use limits::DOCUMENT_END;
 pub use part::Share;
 pub use sources::{Source, sources};
 pub(crate) use text::read_text;
@@ -31,15 +34,13 @@ use crate::config::{Config, DataConfig, Layers, ModelConfig, RouterCheck};
 use crate::error::{Error, Result};
 use crate::model::batch::Batch;
 use folder::Side;
+use limits::long_enough;
 use mix::Mix;
 use order::Order;
 use part::Part;
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::Path;
-
-/// What stands between two documents of bytes.
-pub const DOCUMENT_END: &str = "\n\n\n";
 
 /// Training and validation text, as windows of S + 1 tokens: S inputs and the S that follow them.
 pub struct Corpus {
@@ -268,48 +269,6 @@ fn folders(config: &DataConfig) -> Result<Vec<Folder>> {
 
 fn vocabulary(folder: &Folder) -> usize {
     folder.manifest().vocab_size
-}
-
-/// Indices of the documents held out, increasing.
-fn held_out(documents: usize, fraction: f64) -> Result<Vec<usize>> {
-    if documents < 2 {
-        return Err(Error::invalid(
-            "data",
-            "at least two documents, one to train on and one held out for validation",
-            format!("{documents}"),
-            "add files, or give what separates documents, as in --set 'data.document_separator=\"\\n\\n\"'",
-        ));
-    }
-    let m = (documents as f64 * fraction).round() as usize;
-    let m = m.clamp(1, documents - 1);
-    Ok((0..m).map(|k| (2 * k + 1) * documents / (2 * m)).collect())
-}
-
-fn long_enough(side: &str, length: u64, sequence: u64) -> Result<()> {
-    if length > sequence {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        "data",
-        format!("{side} text of more than {sequence} tokens, one sequence and the token after it"),
-        format!("{length}"),
-        "add text, hold out more of it, or lower model.sequence_length",
-    ))
-}
-
-fn in_vocabulary(side: &str, text: &[u8], vocab_size: usize) -> Result<()> {
-    match text
-        .iter()
-        .position(|byte| usize::from(*byte) >= vocab_size)
-    {
-        None => Ok(()),
-        Some(at) => Err(Error::invalid(
-            "data",
-            format!("bytes below model.vocab_size = {vocab_size}"),
-            format!("byte {} at offset {at} of the {side} text", text[at]),
-            "set model.vocab_size=256, which holds every byte",
-        )),
-    }
 }
 
 #[cfg(test)]

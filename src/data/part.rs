@@ -2,9 +2,10 @@
 
 use super::boundaries::Boundaries;
 use super::folder::{Counts, Entry, Folder, Side};
+use super::limits::{DOCUMENT_END, held_out, in_vocabulary, long_enough};
+use super::text;
 use super::tokenizer::BYTES;
 use super::tokens::{Store, Tokens};
-use super::{DOCUMENT_END, held_out, in_vocabulary, long_enough, text};
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::batch::Batch;

@@ -6,6 +6,7 @@
 //! came, and one that was killed goes on there. The manifest is written last.
 
 mod inputs;
+mod items;
 mod lines;
 mod options;
 #[cfg(feature = "text")]
@@ -19,11 +20,11 @@ use super::folder::{FORMAT, Folder, MANIFEST, Manifest, STATE, Side, digest};
 use super::tokenizer::{TOKENIZER_CONFIG_FILE, Tokenizer};
 use crate::error::{Error, Result};
 use crate::report::files::{UNFINISHED, replace};
-use inputs::{Input, Item};
+use inputs::Input;
+use items::Item;
 use progress::Progress;
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use shards::{Encoded, Place, Writer};
+use shards::{Encoded, Place, State, Writer};
 use std::fs;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -31,16 +32,6 @@ use std::time::Instant;
 
 /// Bytes of text that are encoded in one piece, at least.
 const CHUNK: usize = 1 << 17;
-
-/// How far a preparation came.
-#[derive(Serialize, Deserialize)]
-struct State {
-    /// What is prepared, and how: another preparation does not go on with this one.
-    plan: Value,
-    /// Of the shards that are closed.
-    manifest: Manifest,
-    place: Place,
-}
 
 /// What a preparation came to.
 #[derive(Debug)]

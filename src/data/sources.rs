@@ -2,9 +2,10 @@
 //! documents of one file in runs of equal number. What no file name says, such as the year of a speech,
 //! is not known here.
 
+use super::limits::{DOCUMENT_END, in_vocabulary};
 use super::part::Part;
 use super::tokens::{Store, Tokens};
-use super::{DOCUMENT_END, Folder, in_vocabulary, text};
+use super::{Folder, text};
 use crate::config::{DataConfig, ModelConfig};
 use crate::error::{Error, Result};
 use crate::model::batch::Batch;

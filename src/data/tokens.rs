@@ -23,7 +23,7 @@ impl Store {
     pub fn map(path: &Path, tokens: u64, token_bytes: u8) -> Result<Self> {
         let io = |e| Error::io("read", path, e);
         let file = File::open(path).map_err(io)?;
-        super::folder::expect_size(path, tokens.checked_mul(token_bytes.into()))?;
+        super::changed::expect_size(path, tokens.checked_mul(token_bytes.into()))?;
         // SAFETY: a finished shard is never written again; the manifest says what it holds.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         Ok(Store::Mapped(map, token_bytes))

@@ -4,7 +4,10 @@ pub mod error;
 pub mod events;
 pub mod files;
 pub mod metrics;
+mod nearest;
 pub mod page;
 pub mod plots;
 pub mod records;
 pub mod version;
+
+pub use nearest::{nearest, similarity};

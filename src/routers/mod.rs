@@ -17,7 +17,7 @@ pub mod topk;
 pub use state::{Disagreement, LayerPass, LayerState, LayerStats, Pass, Phase};
 pub(crate) use tally::DeviceTally;
 
-use crate::config::{ModelConfig, RouterConfig, nearest};
+use crate::config::{ModelConfig, RouterConfig};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
@@ -25,6 +25,7 @@ use crate::ops::dispatch::Dispatch;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
 use crate::ops::renormalize::renormalize;
 use crate::ops::routing::Scores;
+use crate::report::nearest;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use serde::Serialize;

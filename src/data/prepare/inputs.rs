@@ -1,65 +1,13 @@
 //! The files that documents are read from, in order, and what reading one of them gives.
 
 use super::Options;
+use super::items::{Counted, Documents};
 use super::lines::{JsonLines, Separated};
 use crate::data::frames::Frames;
 use crate::error::{Error, Result};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-
-/// What stands at one place of a file.
-#[derive(Debug, PartialEq)]
-pub(super) enum Item {
-    Document {
-        text: String,
-        /// Where it came from, if the file says so.
-        source: Option<String>,
-    },
-    /// A document without text.
-    Empty,
-    /// `rows` documents, and what is wrong with them.
-    Unreadable { rows: u64, what: String },
-}
-
-impl Item {
-    /// Places it takes in its file.
-    pub fn rows(&self) -> u64 {
-        match self {
-            Item::Unreadable { rows, .. } => *rows,
-            _ => 1,
-        }
-    }
-
-    /// A document, or none where there is nothing but white space.
-    pub fn of(text: String, source: Option<String>) -> Self {
-        match text.trim().is_empty() {
-            true => Item::Empty,
-            false => Item::Document { text, source },
-        }
-    }
-}
-
-/// The documents of a file, in order.
-pub(super) trait Documents: Send {
-    fn next(&mut self) -> Option<Item>;
-
-    /// Passes over `rows` places that were read before.
-    fn skip(&mut self, rows: u64) {
-        let mut passed = 0;
-        while passed < rows {
-            match self.next() {
-                Some(item) => passed = item.rows().saturating_add(passed),
-                None => return,
-            }
-        }
-    }
-
-    /// Bytes of the file that were read.
-    fn consumed(&self) -> u64;
-}
 
 /// A file of documents.
 #[derive(Clone, Debug)]
@@ -153,31 +101,4 @@ fn open_parquet(path: &Path, options: &Options) -> Result<Box<dyn Documents>> {
 #[cfg(not(feature = "text"))]
 fn open_parquet(path: &Path, _: &Options) -> Result<Box<dyn Documents>> {
     Err(crate::data::tokenizer::without_feature(path, "parquet"))
-}
-
-/// Counts the bytes that are read.
-#[derive(Clone, Default)]
-pub(super) struct Counted(Arc<AtomicU64>);
-
-impl Counted {
-    fn of<R: Read>(self, inner: R) -> Counting<R> {
-        Counting { inner, count: self }
-    }
-
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-struct Counting<R> {
-    inner: R,
-    count: Counted,
-}
-
-impl<R: Read> Read for Counting<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let n = self.inner.read(buffer)?;
-        self.count.0.fetch_add(n as u64, Ordering::Relaxed);
-        Ok(n)
-    }
 }

@@ -1,6 +1,6 @@
 //! Documents from plain files: JSON objects on lines, and texts with something between them.
 
-use super::inputs::{Counted, Documents, Item};
+use super::items::{Counted, Documents, Item};
 use super::options::{Options, missing_column};
 use crate::error::Result;
 use serde_json::Value;

@@ -1,9 +1,9 @@
 //! What a preparation is told.
 
-use crate::config::nearest;
 use crate::data::DOCUMENT_END;
 use crate::data::tokenizer::{TOKENIZER_FILE, Tokenizer};
 use crate::error::{Error, Result};
+use crate::report::nearest;
 use std::path::{Path, PathBuf};
 
 /// Where documents say by default where they came from.

@@ -1,6 +1,6 @@
 //! Documents from parquet: one column the text, another, if it is there, the source.
 
-use super::inputs::{Documents, Item};
+use super::items::{Documents, Item};
 use super::options::{Options, missing_column};
 use crate::data::guard::no_panic;
 use crate::error::{Error, Result};

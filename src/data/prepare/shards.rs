@@ -1,13 +1,14 @@
 //! Shards as they are written.
 
+use super::Options;
 use super::progress::Progress;
-use super::{Options, State};
 use crate::data::folder::{
     Counts, Entry, MANIFEST, Manifest, STATE, Shard, Side, SourceCounts, digest,
 };
 use crate::error::{Error, Result};
 use crate::report::files::{UNFINISHED, fault, rename, replace, sync};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -22,6 +23,16 @@ pub(super) struct Place {
     pub input: usize,
     pub rows: u64,
     pub seen: u64,
+}
+
+/// How far a preparation came.
+#[derive(Serialize, Deserialize)]
+pub(super) struct State {
+    /// What is prepared, and how: another preparation does not go on with this one.
+    pub plan: Value,
+    /// Of the shards that are closed.
+    pub manifest: Manifest,
+    pub place: Place,
 }
 
 /// What became of one item.

@@ -1,8 +1,8 @@
 //! What the runs of a grid were told: where their configurations differ, and what they share.
 
 use super::grid::Plan;
+use super::names::keys;
 use super::names::short;
-use super::run::keys;
 use crate::report::page::{Cell, Section, Table};
 use std::collections::BTreeMap;
 

@@ -7,6 +7,7 @@
 //! which sets several keys and may give itself a `label`.
 
 use super::names;
+use super::names::{SEED, SHORT};
 use crate::config::{Config, Layers};
 use crate::data;
 use crate::error::{Error, Result};
@@ -15,18 +16,7 @@ use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
-/// Short names of keys.
-pub const SHORT: &[(&str, &str)] = &[
-    ("router", "router.name"),
-    ("seed", "train.seed"),
-    ("steps", "train.steps"),
-    ("learning_rate", "train.learning_rate"),
-    ("data", "data.source"),
-    ("device", "train.device"),
-];
-
 const ROUTER: &str = "router.name";
-pub const SEED: &str = "train.seed";
 const WIDTH: &str = "width";
 
 /// A grid, as its file holds it.
@@ -472,7 +462,7 @@ fn named(e: Error, run: &str) -> Error {
 
 fn same_name(a: &Run, b: &Run) -> Error {
     let help = "give each run its own: repeat no value, and name every axis in `name`";
-    let differs = match super::run::differences(&a.config, &b.config).as_slice() {
+    let differs = match super::names::differences(&a.config, &b.config).as_slice() {
         [] => "twice the same".to_string(),
         [(key, a, b), ..] => format!("two that differ in {key}, {a} and {b}"),
     };

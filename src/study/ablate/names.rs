@@ -1,8 +1,21 @@
 //! What runs and axes are called.
 
-use super::grid::{SEED, SHORT};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
+use toml::{Table, Value};
+
+/// Short names of keys.
+pub const SHORT: &[(&str, &str)] = &[
+    ("router", "router.name"),
+    ("seed", "train.seed"),
+    ("steps", "train.steps"),
+    ("learning_rate", "train.learning_rate"),
+    ("data", "data.source"),
+    ("device", "train.device"),
+];
+
+pub const SEED: &str = "train.seed";
 
 /// How an axis is called: the short key, or the last part of a long one.
 pub fn short(key: &str) -> &str {
@@ -66,4 +79,37 @@ pub fn fill(template: &str, axes: &[String], labels: &[String]) -> Result<String
     }
     name.push_str(rest);
     Ok(clean(&name))
+}
+
+/// Dotted keys and values of a configuration, in order.
+pub fn keys(config: &Config) -> Vec<(String, String)> {
+    fn walk(prefix: &str, table: &Table, out: &mut Vec<(String, String)>) {
+        for (key, value) in table {
+            match value {
+                Value::Table(inner) => walk(&format!("{prefix}{key}."), inner, out),
+                Value::String(s) => out.push((format!("{prefix}{key}"), format!("{s:?}"))),
+                value => out.push((format!("{prefix}{key}"), value.to_string())),
+            }
+        }
+    }
+    let mut out = Vec::new();
+    // A configuration is a table of plain values.
+    walk("", &Table::try_from(config).unwrap_or_default(), &mut out);
+    out
+}
+
+/// Keys in which two configurations differ, with both values; "none" where one lacks the key.
+pub fn differences(a: &Config, b: &Config) -> Vec<(String, String, String)> {
+    let (a, b) = (keys(a), keys(b));
+    let of = |list: &[(String, String)], key: &String| {
+        let found = list.iter().find(|(k, _)| k == key);
+        found.map_or("none".to_string(), |(_, v)| v.clone())
+    };
+    let mut all: Vec<&String> = a.iter().chain(&b).map(|(k, _)| k).collect();
+    all.sort();
+    all.dedup();
+    all.into_iter()
+        .map(|k| (k.clone(), of(&a, k), of(&b, k)))
+        .filter(|(_, a, b)| a != b)
+        .collect()
 }

@@ -1,8 +1,9 @@
 //! The grids of the Default MoE paper's figures (2504.12463), at any scale.
 
 use super::grid::Grid;
-use crate::config::{Config, Layers, nearest};
+use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
+use crate::report::nearest;
 use toml::Value;
 
 macro_rules! embedded {

@@ -4,6 +4,7 @@
 //! that a grid that was killed ends in the bytes of one that was not.
 
 use super::grid::Run;
+use super::names::differences;
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::report::metrics;
@@ -14,7 +15,6 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use toml::{Table, Value};
 
 /// Folder of the runs.
 pub const RUNS: &str = "runs";
@@ -110,39 +110,6 @@ fn foreign(path: &Path, name: &str, got: String) -> Error {
         got,
         "put the setting back, or choose another --out",
     )
-}
-
-/// Dotted keys and values of a configuration, in order.
-pub fn keys(config: &Config) -> Vec<(String, String)> {
-    fn walk(prefix: &str, table: &Table, out: &mut Vec<(String, String)>) {
-        for (key, value) in table {
-            match value {
-                Value::Table(inner) => walk(&format!("{prefix}{key}."), inner, out),
-                Value::String(s) => out.push((format!("{prefix}{key}"), format!("{s:?}"))),
-                value => out.push((format!("{prefix}{key}"), value.to_string())),
-            }
-        }
-    }
-    let mut out = Vec::new();
-    // A configuration is a table of plain values.
-    walk("", &Table::try_from(config).unwrap_or_default(), &mut out);
-    out
-}
-
-/// Keys in which two configurations differ, with both values; "none" where one lacks the key.
-pub fn differences(a: &Config, b: &Config) -> Vec<(String, String, String)> {
-    let (a, b) = (keys(a), keys(b));
-    let of = |list: &[(String, String)], key: &String| {
-        let found = list.iter().find(|(k, _)| k == key);
-        found.map_or("none".to_string(), |(_, v)| v.clone())
-    };
-    let mut all: Vec<&String> = a.iter().chain(&b).map(|(k, _)| k).collect();
-    all.sort();
-    all.dedup();
-    all.into_iter()
-        .map(|k| (k.clone(), of(&a, k), of(&b, k)))
-        .filter(|(_, a, b)| a != b)
-        .collect()
 }
 
 /// Names in the folder of runs that are not of these.

@@ -1,6 +1,6 @@
 //! Documents of a task: JSON lines, plain or compressed with zstd.
 
-use super::question::{Question, Task};
+use super::question::{Question, TASKS, Task, find};
 use crate::data::read_text;
 use crate::error::{Error, Result};
 use serde::Deserialize;
@@ -52,6 +52,27 @@ pub fn read(folder: &Path, task: &Task, limit: usize) -> Result<Vec<(Value, Ques
         ));
     }
     Ok(found)
+}
+
+/// The tasks of these names; of `all`, those whose documents are in `folder`.
+///
+/// # Errors
+/// When a name is unknown, or the folder has no documents at all.
+pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
+    if names == ["all"] {
+        let there = TASKS.iter().filter(|t| file(folder, t).is_ok());
+        let there: Vec<_> = there.collect();
+        return match there.is_empty() {
+            false => Ok(there),
+            true => Err(Error::file(
+                folder,
+                "documents of benchmarks, as hellaswag.jsonl or hellaswag.jsonl.zst",
+                "none",
+                "docs/evaluation.md names the files and what is in them",
+            )),
+        };
+    }
+    names.iter().map(|name| find(name)).collect()
 }
 
 /// The file of a task in `folder`.

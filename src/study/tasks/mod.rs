@@ -17,6 +17,7 @@ mod results;
 mod run;
 mod table;
 
-pub use question::{Question, TASKS, Task, choose, find};
+pub use documents::choose;
+pub use question::{Question, TASKS, Task, find};
 pub use results::{Answer, Results, Score, Value};
 pub use run::{Benchmark, Options, read, run};

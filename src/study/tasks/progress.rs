@@ -2,7 +2,6 @@
 
 use super::question::{Question, Task};
 use super::results::Score;
-use super::run::Benchmark;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -30,20 +29,19 @@ fn size(question: &Question) -> u64 {
 }
 
 impl Progress {
-    pub fn new(benchmarks: &[Benchmark], quiet: bool) -> Self {
+    pub fn new<'q>(asked: impl Iterator<Item = &'q Question> + Clone, quiet: bool) -> Self {
         let target = match std::io::stderr().is_terminal() && !quiet {
             true => ProgressDrawTarget::stderr(),
             false => ProgressDrawTarget::hidden(),
         };
-        let questions = || benchmarks.iter().flat_map(|b| &b.questions);
-        let all = questions().map(|(_, question)| size(question)).sum();
+        let all = asked.clone().map(size).sum();
         let bar = ProgressBar::with_draw_target(Some(all), target);
         if let Ok(style) = ProgressStyle::with_template("{bar:12} {msg}") {
             bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
         }
         Progress {
             bar,
-            questions: [0, questions().count()],
+            questions: [0, asked.count()],
             begun: Instant::now(),
             last_line: Instant::now(),
             quiet,

@@ -1,10 +1,8 @@
 //! The tasks: where a document's prompt, answers and right answer stand.
 
-use super::documents;
-use crate::config::nearest;
 use crate::error::{Error, Result};
+use crate::report::nearest;
 use serde_json::Value;
-use std::path::Path;
 
 /// One benchmark.
 #[derive(Clone, Copy)]
@@ -71,27 +69,6 @@ pub const TASKS: &[Task] = &[
     task("mmlu", "mmlu", false, 25.0, ready_made),
     task("pubmedqa", "pubmedqa", false, 33.0, ready_made),
 ];
-
-/// The tasks of these names; of `all`, those whose documents are in `folder`.
-///
-/// # Errors
-/// When a name is unknown, or the folder has no documents at all.
-pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
-    if names == ["all"] {
-        let there = TASKS.iter().filter(|t| documents::file(folder, t).is_ok());
-        let there: Vec<_> = there.collect();
-        return match there.is_empty() {
-            false => Ok(there),
-            true => Err(Error::file(
-                folder,
-                "documents of benchmarks, as hellaswag.jsonl or hellaswag.jsonl.zst",
-                "none",
-                "docs/evaluation.md names the files and what is in them",
-            )),
-        };
-    }
-    names.iter().map(|name| find(name)).collect()
-}
 
 /// The task of a name.
 ///

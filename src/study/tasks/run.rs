@@ -55,7 +55,8 @@ pub fn run(
     options: &Options,
     out: Option<&Path>,
 ) -> Result<Results> {
-    let mut progress = Progress::new(benchmarks, options.quiet);
+    let questions = benchmarks.iter().flat_map(|b| &b.questions);
+    let mut progress = Progress::new(questions.map(|(_, question)| question), options.quiet);
     let mut results = Results::default();
     for benchmark in benchmarks {
         let task = benchmark.task;

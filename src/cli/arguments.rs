@@ -1,0 +1,457 @@
+//! What each command takes.
+
+use super::data;
+use super::proofs;
+use crate::config::Precision;
+use crate::study::{ablate, plan};
+use crate::tape::check::Fault;
+use crate::verify::{bench, hardware};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Train and study sparse Mixture-of-Experts transformers.
+#[derive(Parser)]
+#[command(name = "routegrad", version, about, arg_required_else_help = true)]
+pub struct Cli {
+    /// Threads to compute with; the results do not depend on it [default: all cores].
+    #[arg(long, global = true, value_name = "N")]
+    pub(super) threads: Option<usize>,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Train a model and leave its checkpoints, log and pictures in a folder.
+    #[command(after_help = "\
+Examples:
+  routegrad train
+  routegrad train --preset tiny --router topk --steps 300 --out runs/baseline
+  routegrad train --experts 32c4 --set router.beta=0.95 --set train.seed=1 --name wide
+  routegrad train --data my-books/ --set model.sequence_length=512
+  routegrad train --name wide --resume")]
+    Train(TrainArgs),
+    /// Make tokens of parquet, JSON lines or text, and look at them.
+    #[command(subcommand)]
+    Data(data::Command),
+    /// Measure a model's validation loss, perplexity and bits per byte, or its benchmark scores.
+    #[command(after_help = "\
+Examples:
+  routegrad eval --model runs/tiny-default
+  routegrad eval --model runs/tiny-default --without-default-vectors
+  routegrad eval --model runs/tiny-default --tasks all --task-data eval/ --limit 200
+  routegrad eval --model runs/small-topk --tasks hellaswag,lambada_openai --task-data eval/ --out scores
+  routegrad eval --model runs/tiny-default --tasks all --task-data eval/ --compare-default-vectors
+  routegrad eval --model runs/tiny-default/checkpoints/step-600 --data other.txt")]
+    Eval(EvalArgs),
+    /// Show what a model's router does and learns: entropy, load, similarity to the dense gradient
+    /// and more, as JSON, CSV and a page with figures.
+    #[command(after_help = "\
+Examples:
+  routegrad analyze --model runs/tiny-default
+  routegrad analyze --model runs/tiny-topk --data my-books/ --sequences 64 --out report")]
+    Analyze(AnalyzeArgs),
+    /// Train a grid of runs (routers, seeds, learning rates, any key) and report how they compare.
+    ///
+    /// Killed at any time, the same command goes on where it was.
+    #[command(after_help = "\
+Examples:
+  routegrad ablate --router topk,default,lossfree --seed 0,1,2 --steps 600 --out runs/routers
+  routegrad ablate --router default --axis router.beta=0.9,0.99 --experts 8c1,32c4 --dry-run
+  routegrad ablate --figure 5 --scale 0.01 --out runs/figure-5
+  routegrad ablate --grid my-grid.toml --jobs 2 --out runs/mine
+  routegrad ablate --report-only --out runs/mine --baseline lossfree")]
+    Ablate(ablate::Args),
+    /// Write a model's logits, loss and gradients on given tokens, to compare with another framework.
+    #[command(after_help = "\
+Examples:
+  routegrad dump --model runs/tiny-topk --tokens tokens.safetensors --out ours.safetensors
+  routegrad dump --model downloads/OLMoE --tokens tokens.safetensors --out ours.safetensors --dtype f32
+  routegrad dump --model runs/tiny-default --tokens tokens.safetensors --out ours.safetensors --train")]
+    Dump(DumpArgs),
+    /// Make a run of another framework's model: mixtral, olmoe, qwen2_moe or qwen3_moe.
+    #[command(after_help = "\
+Examples:
+  routegrad import --from downloads/OLMoE --out runs/olmoe --set model.sequence_length=512
+  routegrad train --resume --out runs/olmoe")]
+    Import(ImportArgs),
+    /// Continue a prompt.
+    #[command(after_help = "\
+Examples:
+  routegrad generate --model runs/tiny-default --prompt 'My fellow citizens, '
+  routegrad generate --model runs/tiny-default --temperature 0.5 --top-k 20 --seed 3")]
+    Generate(GenerateArgs),
+    /// Write a model for Hugging Face's transformers, 4 and 5.
+    #[command(after_help = "\
+Examples:
+  routegrad export --model runs/tiny-topk --to hf --out tiny-topk-hf
+  routegrad export --model runs/tiny-default/checkpoints/step-600 --to hf --out half --dtype bf16")]
+    Export(ExportArgs),
+    /// Check every gradient by finite differences in f64: operations, routers, whole models.
+    #[command(after_help = "\
+Examples:
+  routegrad gradcheck
+  routegrad gradcheck 'router default'
+  routegrad gradcheck default --plant default-dot
+  routegrad gradcheck --device sim")]
+    Gradcheck {
+        /// Check only what has this in its name.
+        #[arg(default_value = "", hide_default_value = true)]
+        filter: String,
+        /// Leave out this term of a gradient first: the check must then fail.
+        #[arg(long, value_name = "FAULT")]
+        plant: Option<Fault>,
+        /// cpu, or sim: the MoE layer of each router and whole models in kernels, by directional derivatives.
+        #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
+        device: CheckedDevice,
+    },
+    /// Show which operations a training step on the simulator has, each of them kernels, and how often they
+    /// run forward.
+    #[command(after_help = "\
+Examples:
+  routegrad ops
+  routegrad ops --router remoe --set model.norm=layernorm")]
+    Ops {
+        /// Model to run a step of.
+        #[arg(long, value_name = "NAME", default_value = "tiny")]
+        preset: String,
+        /// Its router.
+        #[arg(long, value_name = "NAME", default_value = "default")]
+        router: String,
+        /// Set one key of the configuration; may be given again.
+        #[arg(long, value_name = "KEY=VALUE")]
+        set: Vec<String>,
+    },
+    /// List the routers with their settings and defaults.
+    Routers,
+    /// Tell what a run takes before it begins: parameters, FLOPs, memory by kind, time, files.
+    #[command(after_help = "\
+Examples:
+  routegrad plan
+  routegrad plan --preset 7.33b --device h200 --set train.micro_batch=8
+  routegrad plan --preset 1.96b --experts 32c4 --router topk --device h200 --steps 76000 --json")]
+    Plan(PlanArgs),
+    /// Print what a MoE layer cannot cost less than on one H200, and what `default` adds to `topk`, as Markdown.
+    #[command(after_help = "\
+Examples:
+  routegrad floors
+  routegrad floors --preset 557m --tokens 65536")]
+    Floors {
+        /// Model whose layer to reckon with; may be given again [default: 1.96b and 7.33b].
+        #[arg(long, value_name = "NAME")]
+        preset: Vec<String>,
+        /// Tokens of a micro-batch.
+        #[arg(long, value_name = "N", default_value_t = bench::roofline::TOKENS)]
+        tokens: usize,
+    },
+    /// Prove and time kernels and whole training steps on a GPU: whatever has no record yet, most important first.
+    #[command(after_help = "\
+Examples:
+  routegrad hardware-check --list
+  routegrad hardware-check --budget 600
+  routegrad hardware-check --only 'agrees: unit'
+  routegrad hardware-check --device sim --out /tmp/records
+  routegrad hardware-check --merge from-node/hardware-nvidia-h200.jsonl")]
+    HardwareCheck(proofs::HardwareArgs),
+    /// Print how far each kernel is proven and what whole steps showed, as Markdown tables.
+    Status(proofs::StatusArgs),
+    /// Measure every kernel beside cuBLAS and its floor; report also on PyTorch and other open kernels.
+    ///
+    /// On a GPU the kernels, elsewhere the CPU's operations and the simulator. Records are kept, so that runs add up.
+    #[command(after_help = "\
+Examples:
+  routegrad bench
+  routegrad bench --only 'layer_forward 1.96b' --budget 60
+  routegrad bench --baseline before.jsonl --fail-slower 5%
+  routegrad bench --list --json > cases.jsonl; python3 benches/peers/run.py cases.jsonl --out peers.jsonl
+  routegrad bench --merge peers.jsonl
+  routegrad bench --report bench.html --pictures docs --update README.md")]
+    Bench(BenchArgs),
+}
+
+/// Where gradients are checked.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum CheckedDevice {
+    Cpu,
+    Sim,
+}
+
+#[derive(Args)]
+pub(super) struct TrainArgs {
+    /// Model to train [default: tiny].
+    #[arg(long, value_name = "NAME")]
+    pub(super) preset: Option<String>,
+    /// Experts and active experts of a MoE layer, as in 32c4.
+    #[arg(long, value_name = "NcK")]
+    pub(super) experts: Option<String>,
+    /// TOML file with any keys of the configuration.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Set one key of the configuration; may be given again.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Router to train with; `routegrad routers` lists them.
+    #[arg(long, value_name = "NAME")]
+    pub(super) router: Option<String>,
+    /// Optimizer steps.
+    #[arg(long, value_name = "N")]
+    pub(super) steps: Option<i64>,
+    /// Where the model runs: cpu; sim, the kernels on the simulator; cuda, the kernels on a GPU [default: cpu].
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<String>,
+    /// Seed of the weights, the order of the data and the sampling routers.
+    #[arg(long, value_name = "N")]
+    pub(super) seed: Option<i64>,
+    /// Text file or folder of text files, or what `routegrad data prepare` made, instead of the
+    /// embedded corpus.
+    #[arg(long, value_name = "PATH")]
+    pub(super) data: Option<String>,
+    /// Folder of the run [default: runs/NAME].
+    #[arg(long, value_name = "DIR", conflicts_with = "name")]
+    pub(super) out: Option<PathBuf>,
+    /// Name of the run [default: the preset, the experts if given, and the router].
+    #[arg(long, value_name = "NAME")]
+    pub(super) name: Option<String>,
+    /// Go on from the newest whole checkpoint of the run, with its configuration; --set and flags
+    /// may change what the training still allows.
+    #[arg(long, conflicts_with_all = ["preset", "experts", "config"])]
+    pub(super) resume: bool,
+    /// Write no checkpoints: for timing.
+    #[arg(long)]
+    pub(super) no_checkpoint: bool,
+    /// On a GPU, show where the time of the last step goes, and write timeline.json.
+    #[arg(long)]
+    pub(super) timeline: bool,
+    /// Show no progress.
+    #[arg(long)]
+    pub(super) quiet: bool,
+}
+
+#[derive(Args)]
+pub(super) struct EvalArgs {
+    /// Run, or one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: PathBuf,
+    /// Text whose validation documents to use [default: what the model was trained on].
+    #[arg(long, value_name = "PATH")]
+    pub(super) data: Option<String>,
+    /// Validation sequences, spread evenly; 0 for all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) sequences: usize,
+    /// Leave out the default vectors of a model of the router `default`.
+    #[arg(long)]
+    pub(super) without_default_vectors: bool,
+    /// Measure it with and without them, side by side.
+    #[arg(long, conflicts_with = "without_default_vectors")]
+    pub(super) compare_default_vectors: bool,
+    /// Arithmetic [default: that of training]. In f32 a token whose two best experts are equal to rounding may go to either,
+    /// here or in another program; f64 tells such a difference from a mistake.
+    #[arg(long, value_name = "DTYPE")]
+    pub(super) dtype: Option<Precision>,
+    /// Benchmarks to score instead, with commas between them; `all` for those whose documents are there.
+    #[arg(
+        long,
+        value_name = "NAMES",
+        requires = "task_data",
+        value_delimiter = ','
+    )]
+    pub(super) tasks: Vec<String>,
+    /// Folder of their documents, TASK.jsonl or TASK.jsonl.zst; see docs/evaluation.md.
+    #[arg(long, value_name = "DIR")]
+    pub(super) task_data: Option<PathBuf>,
+    /// Questions of each benchmark; 0 for all.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) limit: usize,
+    /// Folder for scores.json and, a line to a question, TASK.jsonl.
+    #[arg(long, value_name = "DIR", requires = "tasks")]
+    pub(super) out: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(super) struct DumpArgs {
+    /// Folder with config.json and safetensors files; or a run, or one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: PathBuf,
+    /// Safetensors file with `tokens`, int64 [B, S + 1].
+    #[arg(long, value_name = "FILE")]
+    pub(super) tokens: PathBuf,
+    /// File of `logits`, `loss` and `grad.NAME` of every parameter.
+    #[arg(long, value_name = "FILE")]
+    pub(super) out: PathBuf,
+    /// Arithmetic.
+    #[arg(long, value_name = "DTYPE", default_value = "f64")]
+    pub(super) dtype: Precision,
+    /// As a pass of training: the router's state is updated once, and written too.
+    #[arg(long)]
+    pub(super) train: bool,
+}
+
+#[derive(Args)]
+pub(super) struct ImportArgs {
+    /// Folder with config.json and safetensors files.
+    #[arg(long, value_name = "DIR")]
+    pub(super) from: PathBuf,
+    /// Folder of the run.
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: PathBuf,
+    /// Text file or folder of text files to train on, instead of the embedded corpus.
+    #[arg(long, value_name = "PATH")]
+    pub(super) data: Option<String>,
+    /// Set a key of the training: of train, data and balance, or model.sequence_length.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+}
+
+#[derive(Args)]
+pub(super) struct PlanArgs {
+    /// Model to train [default: tiny].
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "tiny",
+        hide_default_value = true
+    )]
+    pub(super) preset: String,
+    /// Experts and active experts of a MoE layer, as in 32c4.
+    #[arg(long, value_name = "NcK")]
+    pub(super) experts: Option<String>,
+    /// TOML file with any keys of the configuration.
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Set one key of the configuration; may be given again.
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(super) set: Vec<String>,
+    /// Router to train with.
+    #[arg(long, value_name = "NAME")]
+    pub(super) router: Option<String>,
+    /// Optimizer steps.
+    #[arg(long, value_name = "N")]
+    pub(super) steps: Option<u64>,
+    /// Where it would run.
+    #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
+    pub(super) device: plan::Target,
+    /// Print JSON, bytes and seconds.
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+#[derive(Args)]
+pub(super) struct AnalyzeArgs {
+    /// Run, or one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: PathBuf,
+    /// Text file or folder to analyse on [default: what the model was trained on].
+    #[arg(long, value_name = "PATH")]
+    pub(super) data: Option<String>,
+    /// Held-out sequences, spread evenly, and as many of each source of the text.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(super) sequences: usize,
+    /// Folder of the report [default: `analysis` in the run's folder].
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub(super) struct GenerateArgs {
+    /// Run, or one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: PathBuf,
+    /// Text to continue.
+    #[arg(long, value_name = "TEXT", default_value = "My fellow citizens, ")]
+    pub(super) prompt: String,
+    /// Tokens to add.
+    #[arg(long, value_name = "N", default_value_t = 400)]
+    pub(super) tokens: usize,
+    /// Divides the logits; 0 takes the likeliest token.
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    pub(super) temperature: f64,
+    /// Sample among this many likeliest tokens; 0 for all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub(super) top_k: usize,
+    /// Seed of the sampling.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) seed: u64,
+}
+
+#[derive(Args)]
+pub(super) struct ExportArgs {
+    /// Run, or one of its checkpoints.
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: PathBuf,
+    /// Whose format: hf, Hugging Face's.
+    #[arg(long, value_name = "FORMAT", value_enum)]
+    pub(super) to: ExportFormat,
+    /// New folder for the model.
+    #[arg(long, value_name = "DIR")]
+    pub(super) out: PathBuf,
+    /// Of the weights: f32 or bf16.
+    #[arg(long, value_name = "DTYPE", value_enum, default_value = "f32")]
+    pub(super) dtype: ExportedDtype,
+}
+
+/// Programs that exported models are for.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum ExportFormat {
+    Hf,
+}
+
+/// Element type of exported weights.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum ExportedDtype {
+    F32,
+    Bf16,
+}
+
+#[derive(Args)]
+pub(super) struct BenchArgs {
+    /// Folder of the records.
+    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
+    pub(super) out: PathBuf,
+    /// cpu, sim or cuda [default: cuda where there is a GPU, else cpu and sim].
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<String>,
+    /// small, core or full [default: core on a GPU, else small].
+    #[arg(long, value_name = "SET", value_enum)]
+    pub(super) set: Option<bench::case::Set>,
+    /// Only cases whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    pub(super) only: Option<String>,
+    /// End within so many seconds; what is left out is told.
+    #[arg(long, value_name = "SECONDS", default_value_t = 420.0)]
+    pub(super) budget: f64,
+    /// Say what would be measured, in order, with estimates; measure nothing.
+    #[arg(long)]
+    pub(super) list: bool,
+    /// The list as JSON lines, for benches/peers/run.py.
+    #[arg(long, requires = "list")]
+    pub(super) json: bool,
+    /// Name the cases that are slower than in this file of records.
+    #[arg(long, value_name = "FILE")]
+    pub(super) baseline: Option<PathBuf>,
+    /// Fail when a case is slower than the baseline by more than this, such as 5%.
+    #[arg(long, value_name = "PERCENT", requires = "baseline", value_parser = percent)]
+    pub(super) fail_slower: Option<f64>,
+    /// Take the records of these files into the folder, and measure nothing.
+    #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["list", "only", "baseline"])]
+    pub(super) merge: Vec<PathBuf>,
+    /// Write what the cases compute, once, to this safetensors file; measure nothing.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline"])]
+    pub(super) dump: Option<PathBuf>,
+    /// Write one page of everything on record, and measure nothing.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
+    pub(super) report: Option<PathBuf>,
+    /// With --report: also the main pictures, as SVG, into this folder.
+    #[arg(long, value_name = "DIR", requires = "report")]
+    pub(super) pictures: Option<PathBuf>,
+    /// With --report: also the table of this page, between its marks.
+    #[arg(long, value_name = "FILE", requires = "report")]
+    pub(super) update: Option<PathBuf>,
+}
+
+/// "5%" or "5" as 0.05.
+fn percent(text: &str) -> Result<f64, String> {
+    match text.trim().trim_end_matches('%').parse::<f64>() {
+        Ok(x) if x >= 0.0 && x.is_finite() => Ok(x / 100.0),
+        _ => Err("expected a percentage, such as 5%".into()),
+    }
+}
