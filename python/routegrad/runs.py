@@ -37,7 +37,10 @@ class Run:
         return self.path.name
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``, one per optimizer step; [] before the first. A line that a crash cut off is left out."""
+        """The lines of ``metrics.jsonl``, one per optimizer step; [] before the first.
+
+        A last line that a crash cut off is left out.
+        """
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return []

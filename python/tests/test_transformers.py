@@ -39,7 +39,9 @@ def test_without_pass_forward_the_model_computes_what_transformers_computes(name
     last = [n for n, _ in model.named_parameters() if f"layers.{1}." in n and "experts." in n or "lm_head" in n]
     grads = [{n: p.grad for n, p in m.named_parameters()} for m in (plain, model)]
     assert last
-    same([grads[1][n] for n in last], [grads[0][n] for n in last], 2e-5)
+    # transformers 4 leaves an expert without tokens without a gradient.
+    zero = torch.zeros(())
+    same([grads[1][n] for n in last], [zero if grads[0][n] is None else grads[0][n] for n in last], 2e-5)
 
 
 @pytest.mark.parametrize("name", models.TYPES)

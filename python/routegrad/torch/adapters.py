@@ -117,9 +117,9 @@ def _experts(layer: Any, x: Tensor, expert: Tensor) -> Tensor:
         return layer.experts(x, expert.unsqueeze(1), x.new_ones(len(x), 1))
     order = expert.argsort(stable=True)
     counts = torch.bincount(expert, minlength=len(layer.experts)).tolist()
-    groups = zip(layer.experts, x[order].split(counts), counts, strict=True)
-    outputs = [run(rows) for run, rows, count in groups if count]
-    return torch.cat(outputs)[order.argsort()] if outputs else x
+    # Experts without tokens run too: their gradients are zeros, which DDP waits for.
+    outputs = [run(rows) for run, rows in zip(layer.experts, x[order].split(counts), strict=True)]
+    return torch.cat(outputs)[order.argsort()]
 
 
 def _output(layer: Any, hidden: Tensor, y: Tensor, z: Tensor) -> Any:
