@@ -17,6 +17,7 @@ mod pinned;
 mod side;
 pub mod timeline;
 
+pub use arena::ALIGNMENT;
 pub use memory::{Memory, rounded_bytes};
 pub use side::{Sent, reserve, send, take_peak, with_free_ranges};
 

@@ -1,8 +1,11 @@
 //! What launchers are given: typed addresses with their lengths, sizes, and the stream.
 
-use super::bindings::routegrad_stream;
+use super::bindings::{
+    routegrad_draws, routegrad_parameter, routegrad_state, routegrad_step_outcome,
+    routegrad_step_settings, routegrad_stream, routegrad_unit_box,
+};
 use super::launchers::Launchers;
-use crate::device::Device;
+use crate::device::{ALIGNMENT, Device, graph};
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
@@ -12,7 +15,7 @@ use std::marker::PhantomData;
 
 /// A type of elements in device memory, and its C name in the launchers.
 pub trait Element: Copy {
-    type C;
+    type C: 'static;
     /// The tensors that may be passed as such elements; none where a tensor's bytes hold structs.
     const DTYPE: Option<DType>;
 }
@@ -31,6 +34,11 @@ elements! {
     f64 => f64, Some(DType::F64);
     i32 => i32, Some(DType::I32);
     u8 => c_void, None;
+    routegrad_draws => routegrad_draws, None;
+    routegrad_parameter => routegrad_parameter, None;
+    routegrad_state => routegrad_state, None;
+    routegrad_step_outcome => routegrad_step_outcome, None;
+    routegrad_step_settings => routegrad_step_settings, None;
 }
 
 /// Elements that a kernel reads.
@@ -80,6 +88,48 @@ macro_rules! addresses {
     };
 }
 addresses!(In, Out);
+
+macro_rules! lists {
+    ($($(#[$about:meta])* $List:ident of $One:ident: $raw:ty;)*) => {
+        $(
+            $(#[$about])*
+            pub struct $List<'a, T: Element> {
+                addresses: Vec<$raw>,
+                /// The least number of elements of one.
+                elements: usize,
+                memory: PhantomData<$One<'a, T>>,
+            }
+
+            impl<'a, T: Element> FromIterator<$One<'a, T>> for $List<'a, T> {
+                fn from_iter<I: IntoIterator<Item = $One<'a, T>>>(all: I) -> Self {
+                    let mut list = Self { addresses: vec![], elements: usize::MAX, memory: PhantomData };
+                    for one in all {
+                        list.addresses.push(one.address as $raw);
+                        list.elements = list.elements.min(one.elements);
+                    }
+                    list
+                }
+            }
+
+            impl<T: Element> Size for &$List<'_, T> {
+                type Value = ();
+                fn size(&self) {}
+            }
+            impl<T: Element> Argument for &$List<'_, T> {
+                fn check(&self, launcher: &str, name: &str, expected: u128) -> Result<()> {
+                    check_length(self.addresses.len(), launcher, name, expected)?;
+                    check_length(self.elements, launcher, name, 1)
+                }
+            }
+        )*
+    };
+}
+lists! {
+    /// Scalars that a kernel reads, each with an address of its own. The launch copies the addresses.
+    InList of In: *const T::C;
+    /// Scalars that a kernel writes, each with an address of its own. The launch copies the addresses.
+    OutList of Out: *mut T::C;
+}
 
 /// Untyped memory of a device that some other code owns: a buffer of the kernel checks or of the benchmark.
 #[derive(Clone, Copy)]
@@ -170,6 +220,27 @@ impl Tensor {
         Ok(unsafe { Out::from_address(address, elements) })
     }
 
+    /// The bytes for a kernel that reads whole vectors, with those up to the end of the device's allocation.
+    ///
+    /// # Panics
+    /// When the device has no room.
+    pub fn padded_input(&self) -> In<'_, u8> {
+        let bytes = (self.elements() * self.dtype().size()).next_multiple_of(ALIGNMENT);
+        // SAFETY: the tensor owns its memory, and a device's allocations are multiples of the alignment.
+        unsafe { In::from_address(self.pointer::<u8>() as usize, bytes) }
+    }
+
+    /// The bytes for a kernel that writes whole vectors, with those up to the end of the device's allocation; copies them
+    /// first when they are shared.
+    ///
+    /// # Panics
+    /// When the device has no room.
+    pub fn padded_output(&mut self) -> Out<'_, u8> {
+        let bytes = (self.elements() * self.dtype().size()).next_multiple_of(ALIGNMENT);
+        // SAFETY: as in padded_input.
+        unsafe { Out::from_address(self.pointer_mut::<u8>() as usize, bytes) }
+    }
+
     fn expect_element<T: Element>(&self) -> Result<()> {
         match T::DTYPE {
             Some(dtype) => self.expect_dtype("kernel", "an argument", dtype),
@@ -239,7 +310,7 @@ macro_rules! no_sizes {
         })*
     };
 }
-no_sizes!(bool, i32, f32, f64);
+no_sizes!(bool, i32, u32, f32, f64);
 
 impl<'a, T> Size for In<'a, T> {
     type Value = ();
@@ -323,6 +394,27 @@ impl<T: Element> Pass<*mut T::C> for Option<Out<'_, T>> {
     }
 }
 
+impl<T: Element> Pass<*const *const T::C> for &InList<'_, T> {
+    fn pass(self, _: &str, _: &str) -> Result<*const *const T::C> {
+        Ok(graph::kept(&self.addresses))
+    }
+}
+impl<T: Element> Pass<*const *mut T::C> for &OutList<'_, T> {
+    fn pass(self, _: &str, _: &str) -> Result<*const *mut T::C> {
+        Ok(graph::kept(&self.addresses))
+    }
+}
+
+impl Size for &routegrad_unit_box {
+    type Value = ();
+    fn size(&self) {}
+}
+impl Pass<*const routegrad_unit_box> for &routegrad_unit_box {
+    fn pass(self, _: &str, _: &str) -> Result<*const routegrad_unit_box> {
+        Ok(graph::kept(std::slice::from_ref(self)))
+    }
+}
+
 macro_rules! sizes {
     ($($c:ty),*) => {
         $(impl Pass<$c> for usize {
@@ -336,6 +428,13 @@ macro_rules! sizes {
     };
 }
 sizes!(i32, i64);
+
+/// A constant of a C enumeration.
+impl Pass<i32> for u32 {
+    fn pass(self, launcher: &str, name: &str) -> Result<i32> {
+        (self as usize).pass(launcher, name)
+    }
+}
 
 macro_rules! values {
     ($($type:ty => $c:ty),*) => {

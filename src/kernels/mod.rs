@@ -5,13 +5,26 @@
 //! the launcher itself checks null pointers, alignment and the ranges of the sizes. Operations, kernel checks, benchmarks
 //! and tests all use these structs; nothing else names a launcher.
 
+pub mod adamw;
 pub mod argument;
+pub mod balance;
 #[allow(non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
 #[rustfmt::skip]
 pub mod bindings;
 pub mod combine;
 pub mod cost;
+pub mod cross_entropy;
+pub mod gates;
 pub mod launchers;
+pub mod layer_tally;
+pub mod norm;
+pub mod router;
+pub mod router_backward;
+pub mod router_sample;
+pub mod step;
+pub mod sum_parts;
+pub mod table;
+pub mod unit;
 
 pub use argument::{Buffer, In, Out, Stream};
 pub use combine::Combine;

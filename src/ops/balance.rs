@@ -8,9 +8,8 @@
 //! On a device with kernels (`kernels/balance.cu`) the router gives the means `P [E]` and the mean
 //! logsumexp²; fractions and coefficients lie in its memory.
 
-use crate::device::{Device, graph, stream};
+use crate::device::Device;
 use crate::error::Result;
-use crate::launch;
 use crate::tape::check::{Case, Fault, term};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
@@ -235,6 +234,8 @@ impl Op for WeightedSum {
 /// The kernels.
 mod kernels {
     use super::*;
+    use crate::kernels::argument::{InList, OutList};
+    use crate::kernels::{Stream, balance};
 
     /// Numbers in f32 for kernels to read.
     pub fn numbers(values: &[f64], device: Device) -> Tensor {
@@ -250,38 +251,26 @@ mod kernels {
         let mut loss = scalar(mean.device());
         mean.expect_dtype("auxiliary_loss", "mean probabilities", DType::F32)?;
         mean.expect_shape("auxiliary_loss", "mean probabilities", fractions.shape())?;
-        // SAFETY: the tensors have the shapes that balance.cu's header names.
-        unsafe {
-            launch!(
-                mean.device().launchers()?,
-                auxiliary_loss(
-                    loss.pointer_mut(),
-                    mean.pointer(),
-                    fractions.pointer(),
-                    fractions.elements() as i32,
-                    stream(),
-                )
-            )
-        }?;
+        let kernel = balance::AuxiliaryLoss {
+            loss: loss.output()?,
+            mean: mean.input()?,
+            fractions: fractions.input()?,
+            experts: fractions.elements(),
+        };
+        kernel.launch(&Stream::of(mean.device())?)?;
         Ok(loss)
     }
 
     pub fn auxiliary_loss_backward(dloss: &Tensor, fractions: &Tensor) -> Result<Tensor> {
         dloss.expect_dtype("auxiliary_loss", "the loss's gradient", DType::F32)?;
         let mut dmean = fractions.unspecified_like();
-        // SAFETY: as above.
-        unsafe {
-            launch!(
-                dloss.device().launchers()?,
-                auxiliary_loss_backward(
-                    dmean.pointer_mut(),
-                    dloss.pointer(),
-                    fractions.pointer(),
-                    fractions.elements() as i32,
-                    stream(),
-                )
-            )
-        }?;
+        let kernel = balance::AuxiliaryLossBackward {
+            dmean: dmean.output()?,
+            dloss: dloss.input()?,
+            fractions: fractions.input()?,
+            experts: fractions.elements(),
+        };
+        kernel.launch(&Stream::of(dloss.device())?)?;
         Ok(dmean)
     }
 
@@ -291,20 +280,14 @@ mod kernels {
             term.expect_dtype("weighted_sum", "a term", DType::F32)?;
             term.expect_shape("weighted_sum", "a term", [])?;
         }
-        let pointers: Vec<*const f32> = terms.iter().map(|t| t.pointer()).collect();
-        // SAFETY: there are as many scalars as coefficients.
-        unsafe {
-            launch!(
-                coefficients.device().launchers()?,
-                weighted_sum(
-                    out.pointer_mut(),
-                    graph::kept(&pointers),
-                    coefficients.pointer(),
-                    terms.len() as i32,
-                    stream(),
-                )
-            )
-        }?;
+        let inputs: InList<f32> = terms.iter().map(|t| t.input()).collect::<Result<_>>()?;
+        let kernel = balance::WeightedSum {
+            out: out.output()?,
+            terms: &inputs,
+            coefficients: coefficients.input()?,
+            count: terms.len(),
+        };
+        kernel.launch(&Stream::of(coefficients.device())?)?;
         Ok(out)
     }
 
@@ -312,20 +295,17 @@ mod kernels {
         dout.expect_dtype("weighted_sum", "the sum's gradient", DType::F32)?;
         let count = coefficients.elements();
         let mut dterms: Vec<Tensor> = (0..count).map(|_| scalar(dout.device())).collect();
-        let pointers: Vec<*mut f32> = dterms.iter_mut().map(Tensor::pointer_mut).collect();
-        // SAFETY: as above.
-        unsafe {
-            launch!(
-                dout.device().launchers()?,
-                weighted_sum_backward(
-                    graph::kept(&pointers),
-                    dout.pointer(),
-                    coefficients.pointer(),
-                    count as i32,
-                    stream(),
-                )
-            )
-        }?;
+        let outputs: OutList<f32> = dterms
+            .iter_mut()
+            .map(Tensor::output)
+            .collect::<Result<_>>()?;
+        let kernel = balance::WeightedSumBackward {
+            dterms: &outputs,
+            dout: dout.input()?,
+            coefficients: coefficients.input()?,
+            count,
+        };
+        kernel.launch(&Stream::of(dout.device())?)?;
         Ok(dterms)
     }
 }

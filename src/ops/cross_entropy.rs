@@ -13,17 +13,14 @@
 
 use super::linear::kernels as product;
 use super::tokens;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::launchers::TILE_AUTO;
-use crate::launch;
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
-use std::ptr::null_mut;
 
 /// Cross-entropy in nats of the logits `x Wᵀ` against `targets`, summed over the tokens and divided
 /// by `denominator`; `x [T, D]`, `weight [V, D]`, `targets` i32, T of them.
@@ -179,6 +176,11 @@ impl Op for CrossEntropy {
 /// The kernels, a chunk of tokens at a time.
 mod kernels {
     use super::*;
+    use crate::kernels::Stream;
+    use crate::kernels::cross_entropy::{
+        CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits,
+    };
+    use crate::kernels::launchers::TILE_AUTO;
 
     /// Tokens of a chunk: its logits at V = 128,256 are 1 GB.
     const TOKENS: usize = 2048;
@@ -203,19 +205,13 @@ mod kernels {
         });
         let losses = losses(x, weight, &op.targets, gradient)?;
         let mut loss = Tensor::unspecified(x.device(), DType::F32, []);
-        // SAFETY: the tensors have the shapes that cross_entropy.cu's header names.
-        unsafe {
-            launch!(
-                x.device().launchers()?,
-                cross_entropy_mean(
-                    loss.pointer_mut(),
-                    losses.pointer(),
-                    losses.elements() as i64,
-                    factor,
-                    stream(),
-                )
-            )?;
-        }
+        let mean = CrossEntropyMean {
+            loss: loss.output()?,
+            losses: losses.input()?,
+            tokens: losses.elements(),
+            factor,
+        };
+        mean.launch(&Stream::of(x.device())?)?;
         Ok(Forward {
             outputs: vec![loss],
             saved: gradients.into_iter().flatten().collect(),
@@ -230,7 +226,7 @@ mod kernels {
         mut gradient: Option<Gradient<'_>>,
     ) -> Result<Tensor> {
         x.expect_dtype("cross_entropy", "x", DType::Bf16)?;
-        let (device, launchers) = (x.device(), x.device().launchers()?);
+        let (device, stream) = (x.device(), Stream::of(x.device())?);
         let (tokens, [vocabulary, width]) = (x.shape()[0], [weight.shape()[0], weight.shape()[1]]);
         let targets = targets.on(device);
         let mut losses = Tensor::unspecified(device, DType::F32, [tokens]);
@@ -240,46 +236,39 @@ mod kernels {
             .is_some()
             .then(|| Tensor::unspecified(device, DType::Bf16, [chunk, vocabulary]));
         for first in (0..tokens).step_by(chunk) {
-            let rows = chunk.min(tokens - first) as i64;
-            // SAFETY: row `first` lies in a tensor of so many rows of this width.
-            let x = unsafe { x.pointer::<u16>().add(first * width) };
-            // SAFETY: the tensors have the shapes that cross_entropy.cu's header names.
-            unsafe {
-                launch!(
-                    launchers,
-                    head_logits(
-                        logits.pointer_mut(),
-                        x.cast(),
-                        weight.pointer(),
-                        rows,
-                        vocabulary as i32,
-                        width as i32,
-                        TILE_AUTO,
-                        stream(),
-                    )
-                )?;
-                launch!(
-                    launchers,
-                    cross_entropy_rows(
-                        losses.pointer_mut::<f32>().add(first),
-                        dlogits.as_mut().map_or(null_mut(), Tensor::pointer_mut),
-                        logits.pointer(),
-                        targets.pointer::<i32>().add(first),
-                        rows,
-                        vocabulary as i32,
-                        gradient.as_ref().map_or(0.0, |g| g.factor),
-                        stream(),
-                    )
-                )?;
-                if let (Some(g), Some(dlogits)) = (&mut gradient, &dlogits) {
-                    let (dlogits, dx) = (dlogits.pointer(), g.dx.pointer_mut::<u16>());
-                    let dx = dx.add(first * width).cast();
+            let rows = chunk.min(tokens - first);
+            let logits_of_chunk = HeadLogits {
+                logits: logits.output()?,
+                x: x.input()?.from_element(first * width),
+                w: weight.input()?,
+                tokens: rows,
+                vocabulary,
+                hidden: width,
+                tile: TILE_AUTO,
+            };
+            logits_of_chunk.launch(&stream)?;
+            let loss_of_rows = CrossEntropyRows {
+                losses: losses.output()?.from_element(first),
+                dlogits: dlogits.as_mut().map(Tensor::output).transpose()?,
+                logits: logits.input()?,
+                targets: targets.input()?.from_element(first),
+                tokens: rows,
+                vocabulary,
+                factor: gradient.as_ref().map_or(0.0, |g| g.factor),
+            };
+            loss_of_rows.launch(&stream)?;
+            if let (Some(g), Some(dlogits)) = (&mut gradient, &dlogits) {
+                let accumulate = match first {
+                    0 => Accumulate::Assign,
+                    _ => Accumulate::Add,
+                };
+                let launchers = stream.launchers();
+                let (dlogits, rows) = (dlogits.pointer(), rows as i64);
+                // SAFETY: the chunk's rows lie in tensors of so many rows of this width.
+                unsafe {
+                    let x = x.pointer::<u16>().add(first * width).cast();
+                    let dx = g.dx.pointer_mut::<u16>().add(first * width).cast();
                     product::input_gradient_of(launchers, dx, dlogits, weight, rows)?;
-                    let accumulate = match first {
-                        0 => Accumulate::Assign,
-                        _ => Accumulate::Add,
-                    };
-                    let x = x.cast();
                     product::weight_gradient_of(
                         launchers, g.dweight, accumulate, dlogits, x, rows, None,
                     )?;
@@ -294,21 +283,15 @@ mod kernels {
         for (input, gradient) in saved.iter().enumerate() {
             grads.write(input, gradient, |out, accumulate| {
                 out.expect_dtype("cross_entropy", "a gradient", gradient.dtype())?;
-                // SAFETY: both tensors have the same elements, and the factor is one f32.
-                unsafe {
-                    launch!(
-                        gradient.device().launchers()?,
-                        gradient_scale(
-                            out.pointer_mut(),
-                            gradient.pointer(),
-                            dloss.pointer(),
-                            gradient.elements() as i64,
-                            (gradient.dtype() == DType::Bf16).into(),
-                            (accumulate == Accumulate::Add).into(),
-                            stream(),
-                        )
-                    )
-                }
+                let kernel = GradientScale {
+                    out: out.output()?,
+                    input: gradient.input()?,
+                    factor: dloss.input()?,
+                    elements: gradient.elements(),
+                    bf16_elements: gradient.dtype() == DType::Bf16,
+                    accumulate: accumulate == Accumulate::Add,
+                };
+                kernel.launch(&Stream::of(gradient.device())?)
             })?;
         }
         Ok(())

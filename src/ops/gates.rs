@@ -1,12 +1,11 @@
 //! The kernels of `kernels/gates.cu` for gates of chosen experts: `w = p / S` on A, 0 off it, S = `Σ_A p` or 1.
 
 use super::dispatch::Dispatch;
-use crate::device::stream;
 use crate::error::Result;
-use crate::launch;
+use crate::kernels::Stream;
+use crate::kernels::gates::{SelectedGates, SelectedGatesBackward};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
-use std::ptr::null;
 
 /// Which gates.
 #[derive(Clone, Copy, Debug)]
@@ -26,24 +25,18 @@ impl Selected {
         p.expect_dtype("gates", "scores", DType::F32)?;
         let mut w = p.unspecified_like();
         let maps = dispatch.maps(p.device())?;
-        // SAFETY: the tensors have the shapes that gates.cu's header names.
-        unsafe {
-            launch!(
-                p.device().launchers()?,
-                selected_gates(
-                    w.pointer_mut(),
-                    p.pointer(),
-                    maps.slot_row.pointer(),
-                    maps.choices.as_ref().map_or(null(), Tensor::pointer),
-                    p.shape()[0] as i64,
-                    dispatch.num_rows().max(1) as i64,
-                    p.shape()[1] as i32,
-                    maps.slots as i32,
-                    self.renormalize.into(),
-                    stream(),
-                )
-            )
-        }?;
+        let kernel = SelectedGates {
+            w: w.output()?,
+            p: p.input()?,
+            slot_row: maps.slot_row.input()?,
+            choices: maps.choices.as_ref().map(Tensor::input).transpose()?,
+            tokens: p.shape()[0],
+            rows: dispatch.num_rows().max(1),
+            experts: p.shape()[1],
+            slots: maps.slots,
+            renormalize: self.renormalize,
+        };
+        kernel.launch(&Stream::of(p.device())?)?;
         Ok(w)
     }
 
@@ -55,26 +48,20 @@ impl Selected {
         dw.expect_dtype("gates", "the gates' gradient", DType::F32)?;
         let mut dp = p.unspecified_like();
         let maps = dispatch.maps(p.device())?;
-        // SAFETY: as in forward.
-        unsafe {
-            launch!(
-                p.device().launchers()?,
-                selected_gates_backward(
-                    dp.pointer_mut(),
-                    dw.pointer(),
-                    p.pointer(),
-                    maps.slot_row.pointer(),
-                    maps.choices.as_ref().map_or(null(), Tensor::pointer),
-                    p.shape()[0] as i64,
-                    dispatch.num_rows().max(1) as i64,
-                    p.shape()[1] as i32,
-                    maps.slots as i32,
-                    self.renormalize.into(),
-                    self.through.into(),
-                    stream(),
-                )
-            )
-        }?;
+        let kernel = SelectedGatesBackward {
+            dp: dp.output()?,
+            dw: dw.input()?,
+            p: p.input()?,
+            slot_row: maps.slot_row.input()?,
+            choices: maps.choices.as_ref().map(Tensor::input).transpose()?,
+            tokens: p.shape()[0],
+            rows: dispatch.num_rows().max(1),
+            experts: p.shape()[1],
+            slots: maps.slots,
+            renormalize: self.renormalize,
+            through: self.through,
+        };
+        kernel.launch(&Stream::of(p.device())?)?;
         Ok(dp)
     }
 }

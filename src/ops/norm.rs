@@ -1,14 +1,13 @@
 //! The kernels of `kernels/norm.cu`, for the operations that normalise rows: formulas stand there and
 //! in `rmsnorm` and `layernorm`.
 
-use crate::device::stream;
 use crate::error::Result;
+use crate::kernels::Stream;
+use crate::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partials};
 use crate::tape::Grads;
 use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
-use crate::{launch, query};
-use std::ptr::{null, null_mut};
 
 /// Which norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,27 +52,21 @@ pub(super) fn forward(
         t.expect_dtype("norm", what, DType::Bf16)?;
     }
     let (sum, residual) = match added {
-        Some((sum, residual)) => (sum.pointer_mut(), residual.pointer()),
-        None => (null_mut(), null()),
+        Some((sum, residual)) => (Some(sum.output()?), Some(residual.input()?)),
+        None => (None, None),
     };
-    // SAFETY: the tensors have the shapes that norm.cu's header names.
-    unsafe {
-        launch!(
-            x.device().launchers()?,
-            norm_forward(
-                y.pointer_mut(),
-                sum,
-                x.pointer(),
-                residual,
-                w.pointer(),
-                bias.map_or(null(), Tensor::pointer),
-                x.shape().rows() as i64,
-                x.shape().width() as i32,
-                eps as f32,
-                stream(),
-            )
-        )
-    }
+    let kernel = NormForward {
+        y: y.output()?,
+        sum,
+        x: x.input()?,
+        residual,
+        weight: w.input()?,
+        bias: bias.map(Tensor::input).transpose()?,
+        rows: x.shape().rows(),
+        hidden: x.shape().width(),
+        eps: eps as f32,
+    };
+    kernel.launch(&Stream::of(x.device())?)
 }
 
 /// Backward of an operation whose inputs are x, the weight and, for LayerNorm, the bias.
@@ -115,38 +108,29 @@ impl Norm<'_> {
     /// When the kernel fails.
     pub fn backward(&self, dx: &mut Tensor, skip: Skip<'_>, dy: &Tensor) -> Result<Partials> {
         dx.expect_dtype("norm", "the gradient of x", DType::Bf16)?;
-        let (x, launchers) = (self.x, self.x.device().launchers()?);
-        let (rows, hidden) = (x.shape().rows() as i64, x.shape().width() as i32);
-        let mut floats = 0u64;
-        // SAFETY: it writes one number.
-        unsafe { query!(launchers, norm_partials(&mut floats, rows, hidden)) }?;
-        let shape = [self.kind.vectors(), floats as usize];
+        let (x, stream) = (self.x, Stream::of(self.x.device())?);
+        let (rows, hidden) = (x.shape().rows(), x.shape().width());
+        let floats = partials(stream.launchers(), rows, hidden)?;
+        let shape = [self.kind.vectors(), floats];
         let mut values = Tensor::unspecified(x.device(), DType::F32, shape);
-        let to = dx.pointer_mut();
-        let skip = match skip {
-            Skip::None => null(),
-            Skip::InPlace => to,
-            Skip::Tensor(t) => t.pointer(),
+        let dx = dx.output()?;
+        let kernel = NormBackward {
+            dx,
+            partials: values.output()?,
+            dy: dy.input()?,
+            skip: match skip {
+                Skip::None => None,
+                Skip::InPlace => Some(dx.as_input()),
+                Skip::Tensor(t) => Some(t.input()?),
+            },
+            x: x.input()?,
+            weight: self.w.input()?,
+            rows,
+            hidden,
+            layernorm: self.kind == Kind::Layer,
+            eps: self.eps as f32,
         };
-        // SAFETY: the tensors have the shapes that norm.cu's header names; dx may be skip.
-        unsafe {
-            launch!(
-                launchers,
-                norm_backward(
-                    to,
-                    values.pointer_mut(),
-                    dy.pointer(),
-                    skip,
-                    x.pointer(),
-                    self.w.pointer(),
-                    rows,
-                    hidden,
-                    (self.kind == Kind::Layer).into(),
-                    self.eps as f32,
-                    stream(),
-                )
-            )?;
-        }
+        kernel.launch(&stream)?;
         Ok(Partials {
             values,
             rows,
@@ -159,8 +143,8 @@ impl Norm<'_> {
 pub(super) struct Partials {
     /// `[parameters, runs · D]`.
     values: Tensor,
-    rows: i64,
-    hidden: i32,
+    rows: usize,
+    hidden: usize,
 }
 
 impl Partials {
@@ -173,20 +157,14 @@ impl Partials {
         for vector in 0..vectors {
             grads.write(first + vector, w, |gradient, accumulate| {
                 gradient.expect_dtype("norm", "a parameter's gradient", DType::F32)?;
-                // SAFETY: the tensors have the shapes that norm.cu's header names.
-                unsafe {
-                    launch!(
-                        w.device().launchers()?,
-                        norm_weight_gradient(
-                            gradient.pointer_mut(),
-                            self.values.pointer::<f32>().add(vector * floats),
-                            self.rows,
-                            self.hidden,
-                            (accumulate == Accumulate::Add).into(),
-                            stream(),
-                        )
-                    )
-                }
+                let kernel = NormWeightGradient {
+                    gradient: gradient.output()?,
+                    partials: self.values.input()?.from_element(vector * floats),
+                    rows: self.rows,
+                    hidden: self.hidden,
+                    accumulate: accumulate == Accumulate::Add,
+                };
+                kernel.launch(&Stream::of(w.device())?)
             })?;
         }
         Ok(())

@@ -12,22 +12,23 @@ use super::balance;
 use super::dispatch::Selection;
 use super::router::{self, NonFinite, TopK};
 use super::scores::{first_non_finite, positive, shares, sigmoid};
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::Result;
+use crate::kernels::Stream;
 use crate::kernels::bindings::{
     ROUTEGRAD_SCORE_LOGITS, ROUTEGRAD_SCORE_RELU, ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_SOFTMAX,
     routegrad_score,
 };
+use crate::kernels::router::{RouterForward, RouterStatistics, partials};
+use crate::kernels::router_backward::{RouterBackward, RouterWeightGradient, workspace};
 use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
 use crate::tensor::shape::Shape;
 use crate::with_real;
-use crate::{launch, query};
 use serde::{Deserialize, Serialize};
 use std::cell::OnceCell;
-use std::ptr::null;
 use std::rc::Rc;
 
 /// The function from a row's logits to its scores.
@@ -282,44 +283,38 @@ impl Router {
         x.expect_dtype("router", "x", DType::Bf16)?;
         w.expect_dtype("router", "weight", DType::F32)?;
         w.expect_shape("router", "weight", [experts, hidden])?;
-        let (device, launchers) = (x.device(), x.device().launchers()?);
-        let (t, e, d, k) = (tokens as i64, experts as i32, hidden as i32, top_k as i32);
-        let mut floats = 0u64;
-        // SAFETY: it writes the number of floats of the workspace.
-        unsafe { query!(launchers, router_partials(&mut floats, t, e)) }?;
+        let (device, stream) = (x.device(), Stream::of(x.device())?);
+        let floats = partials(stream.launchers(), tokens, experts)?;
         let new = |dtype, shape: &[usize]| Tensor::unspecified(device, dtype, shape);
         let mut values = new(DType::F32, &[tokens, experts]);
         let mut lse = new(DType::F32, &[tokens]);
         let mut choices = new(DType::I32, &[tokens, top_k]);
-        let mut partials = new(DType::F32, &[floats as usize]);
+        let mut partials = new(DType::F32, &[floats]);
         let mut statistics = new(DType::F32, &[2 * experts + 2]);
         let mut bad = Tensor::constant(device, [1], &[i32::MAX]);
-        // SAFETY: the tensors have the shapes that router.cu's header names.
-        unsafe {
-            launch!(
-                launchers,
-                router_forward(
-                    values.pointer_mut(),
-                    lse.pointer_mut(),
-                    choices.pointer_mut(),
-                    partials.pointer_mut(),
-                    bad.pointer_mut(),
-                    x.pointer(),
-                    w.pointer(),
-                    choice.bias.as_ref().map_or(null(), Tensor::pointer),
-                    t,
-                    e,
-                    d,
-                    k,
-                    score.kernel() as i32,
-                    stream(),
-                )
-            )?;
-            launch!(
-                launchers,
-                router_statistics(statistics.pointer_mut(), partials.pointer(), t, e, stream())
-            )?;
-        }
+        let forward = RouterForward {
+            scores: values.output()?,
+            log_sum_exp: lse.output()?,
+            choices: Some(choices.output()?),
+            partials: partials.output()?,
+            first_non_finite: bad.output()?,
+            x: x.input()?,
+            w: w.input()?,
+            selection_bias: choice.bias.as_ref().map(Tensor::input).transpose()?,
+            tokens,
+            experts,
+            hidden,
+            choices_per_token: top_k,
+            score: score.kernel(),
+        };
+        forward.launch(&stream)?;
+        let sums = RouterStatistics {
+            statistics: statistics.output()?,
+            partials: partials.input()?,
+            tokens,
+            experts,
+        };
+        sums.launch(&stream)?;
         let chosen = TopK {
             selection: Selection::of_kernel(choices, experts),
             non_finite: NonFinite::OfKernel(bad),
@@ -374,40 +369,31 @@ impl Op for Router {
         let [x, w, values] = saved else {
             unreachable!("the router keeps three tensors")
         };
-        let launchers = x.device().launchers()?;
+        let (device, stream) = (x.device(), Stream::of(x.device())?);
         let (tokens, hidden, experts) = (x.shape().rows(), x.shape().width(), w.shape()[0]);
-        let (t, e, d) = (tokens as i64, experts as i32, hidden as i32);
-        let mut floats = 0u64;
-        // SAFETY: it writes the number of floats of the workspace.
-        unsafe { query!(launchers, router_backward_workspace(&mut floats, t, e, d)) }?;
-        let mut partials = Tensor::unspecified(x.device(), DType::F32, [floats as usize]);
+        let floats = workspace(stream.launchers(), tokens, experts, hidden)?;
+        let mut partials = Tensor::unspecified(device, DType::F32, [floats]);
         let mut dz = values.unspecified_like();
-        let given = |i: usize| douts[i].as_ref().map_or(null(), Tensor::pointer::<f32>);
+        let given = |i: usize| douts[i].as_ref().map(Tensor::input::<f32>).transpose();
         let mut backward = |dx: &mut Tensor, accumulate: Accumulate| {
-            // SAFETY: the tensors have the shapes that router_backward.cu's header names.
-            unsafe {
-                launch!(
-                    launchers,
-                    router_backward(
-                        dx.pointer_mut(),
-                        dz.pointer_mut(),
-                        partials.pointer_mut(),
-                        values.pointer(),
-                        self.lse.get().map_or(null(), Tensor::pointer),
-                        given(0),
-                        given(1),
-                        given(2),
-                        x.pointer(),
-                        w.pointer(),
-                        t,
-                        e,
-                        d,
-                        self.score.kernel() as i32,
-                        (accumulate == Accumulate::Add).into(),
-                        stream(),
-                    )
-                )
-            }
+            let kernel = RouterBackward {
+                dx: dx.output()?,
+                dz: dz.output()?,
+                dw_partials: partials.output()?,
+                scores: values.input()?,
+                log_sum_exp: self.lse.get().map(Tensor::input).transpose()?,
+                dscores: given(0)?,
+                dmean: given(1)?,
+                dlse2: given(2)?,
+                x: x.input()?,
+                w: w.input()?,
+                tokens,
+                experts,
+                hidden,
+                score: self.score.kernel(),
+                accumulate: accumulate == Accumulate::Add,
+            };
+            kernel.launch(&stream)
         };
         if grads.wanted(0) {
             grads.write(0, x, backward)?;
@@ -416,21 +402,15 @@ impl Op for Router {
             backward(&mut x.unspecified_like(), Accumulate::Assign)?;
         }
         grads.write(1, w, |dw, accumulate| {
-            // SAFETY: as above.
-            unsafe {
-                launch!(
-                    launchers,
-                    router_weight_gradient(
-                        dw.pointer_mut(),
-                        partials.pointer(),
-                        t,
-                        e,
-                        d,
-                        (accumulate == Accumulate::Add).into(),
-                        stream(),
-                    )
-                )
-            }
+            let kernel = RouterWeightGradient {
+                dw: dw.output()?,
+                dw_partials: partials.input()?,
+                tokens,
+                experts,
+                hidden,
+                accumulate: accumulate == Accumulate::Add,
+            };
+            kernel.launch(&stream)
         })
     }
 }

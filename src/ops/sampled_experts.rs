@@ -4,14 +4,14 @@
 //!
 //! Gates `w = Σ_r h_r p^r_{a_r}`, backward `dz_j = c Σ_r dw_{a_r} p^r_{a_r} (1[j=a_r] − p^r_j)`.
 
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_draws;
-use crate::launch;
+use crate::kernels::router_sample::RouterSample;
+use crate::kernels::{Stream, gates};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
-use std::ptr::null;
 
 /// How experts are sampled.
 #[derive(Clone, Copy, Debug)]
@@ -61,29 +61,22 @@ pub fn sample(
         let words: [i32; 6] = bytemuck::cast([d.seed, d.step, d.first_token]);
         Tensor::from_slice([6], &words).on(z.device())
     });
-    // SAFETY: the tensors have the shapes that router_sample.cu's header names; the words are those of a
-    // routegrad_draws.
-    unsafe {
-        launch!(
-            z.device().launchers()?,
-            router_sample(
-                sampled.experts.pointer_mut(),
-                sampled.factors.pointer_mut(),
-                sampled.kept.pointer_mut(),
-                sampled.choices.pointer_mut(),
-                z.pointer(),
-                draws.as_ref().map_or(null(), Tensor::pointer),
-                tokens as i64,
-                experts as i32,
-                stages as i32,
-                sampling.layer as i32,
-                sampling.epsilon,
-                sampling.threshold,
-                sampling.untrusted as f32,
-                stream(),
-            )
-        )
-    }?;
+    let kernel = RouterSample {
+        experts_chosen: sampled.experts.output()?,
+        factors: sampled.factors.output()?,
+        kept: sampled.kept.output()?,
+        choices: sampled.choices.output()?,
+        logits: z.input()?,
+        draws: draws.as_ref().map(Tensor::input).transpose()?,
+        tokens,
+        experts,
+        stages,
+        layer: sampling.layer,
+        epsilon: sampling.epsilon,
+        threshold: sampling.threshold,
+        untrusted: sampling.untrusted as f32,
+    };
+    kernel.launch(&Stream::of(z.device())?)?;
     Ok(sampled)
 }
 
@@ -125,23 +118,17 @@ impl Op for SampledGates {
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let (z, s) = (inputs[0], &self.sampled);
         let mut w = z.unspecified_like();
-        // SAFETY: the tensors have the shapes that gates.cu's header names.
-        unsafe {
-            launch!(
-                z.device().launchers()?,
-                sampled_gates(
-                    w.pointer_mut(),
-                    s.factors.pointer(),
-                    z.pointer(),
-                    s.experts.pointer(),
-                    s.kept.pointer(),
-                    z.shape()[0] as i64,
-                    z.shape()[1] as i32,
-                    s.experts.shape()[0] as i32,
-                    stream(),
-                )
-            )
-        }?;
+        let kernel = gates::SampledGates {
+            w: w.output()?,
+            factors: s.factors.input()?,
+            logits: z.input()?,
+            experts_chosen: s.experts.input()?,
+            kept: s.kept.input()?,
+            tokens: z.shape()[0],
+            experts: z.shape()[1],
+            stages: s.experts.shape()[0],
+        };
+        kernel.launch(&Stream::of(z.device())?)?;
         Ok(Forward {
             outputs: vec![w],
             saved: vec![z.clone()],
@@ -156,24 +143,18 @@ impl Op for SampledGates {
     ) -> Result<()> {
         let (z, s, dw) = (&saved[0], &self.sampled, only(douts));
         let mut dz = z.unspecified_like();
-        // SAFETY: as in forward.
-        unsafe {
-            launch!(
-                z.device().launchers()?,
-                sampled_gates_backward(
-                    dz.pointer_mut(),
-                    dw.pointer(),
-                    z.pointer(),
-                    s.experts.pointer(),
-                    s.kept.pointer(),
-                    z.shape()[0] as i64,
-                    z.shape()[1] as i32,
-                    s.experts.shape()[0] as i32,
-                    self.estimator as f32,
-                    stream(),
-                )
-            )
-        }?;
+        let kernel = gates::SampledGatesBackward {
+            dz: dz.output()?,
+            dw: dw.input()?,
+            logits: z.input()?,
+            experts_chosen: s.experts.input()?,
+            kept: s.kept.input()?,
+            tokens: z.shape()[0],
+            experts: z.shape()[1],
+            stages: s.experts.shape()[0],
+            estimator: self.estimator as f32,
+        };
+        kernel.launch(&Stream::of(z.device())?)?;
         grads.give(0, dz)
     }
 }

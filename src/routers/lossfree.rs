@@ -12,10 +12,11 @@ use super::{
     learns_renormalized, within,
 };
 use crate::config::ModelConfig;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
-use crate::launch;
+use crate::kernels::Stream;
+use crate::kernels::layer_tally::LossfreeUpdate;
 use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -68,20 +69,14 @@ impl LossFree {
     /// Updates the bias of a layer whose load is in device memory, if it is.
     fn updated_by_kernel(&self, layer: &mut LayerState) -> Result<bool> {
         layer.change_by_load(BIAS, |bias, load, first| {
-            let experts = bias.elements() as i32;
-            // SAFETY: both hold a number for each expert, the load from element `first` on.
-            unsafe {
-                launch!(
-                    bias.device().launchers()?,
-                    lossfree_update(
-                        bias.pointer_mut(),
-                        load.pointer::<f64>().add(first),
-                        experts,
-                        self.update_rate as f32,
-                        stream(),
-                    )
-                )
-            }
+            let experts = bias.elements();
+            let kernel = LossfreeUpdate {
+                bias: bias.output()?,
+                load: load.input()?.from_element(first),
+                experts,
+                rate: self.update_rate as f32,
+            };
+            kernel.launch(&Stream::of(load.device())?)
         })
     }
 }

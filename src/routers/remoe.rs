@@ -13,10 +13,11 @@ use super::{
     Balance, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor, from_settings, within,
 };
 use crate::config::ModelConfig;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::Result;
-use crate::launch;
+use crate::kernels::Stream;
+use crate::kernels::layer_tally::{RemoeFractions, RemoeUpdate};
 use crate::ops::balance::{auxiliary_loss, weighted_sum};
 use crate::ops::dispatch::Dispatch;
 use crate::ops::routing::{Choice, Score, scores};
@@ -71,21 +72,15 @@ impl ReMoe {
         for layer in layers {
             let updated = layer.change_by_load(LAMBDA, |lambda, load, _| {
                 let [layers, width] = [load.shape()[0], load.shape()[1]];
-                // SAFETY: one λ, and a load of so many layers and experts.
-                unsafe {
-                    launch!(
-                        lambda.device().launchers()?,
-                        remoe_update(
-                            lambda.pointer_mut(),
-                            load.pointer(),
-                            layers as i32,
-                            width as i32 - 1,
-                            top_k as i32,
-                            self.lambda_factor,
-                            stream(),
-                        )
-                    )
-                }
+                let kernel = RemoeUpdate {
+                    lambda: lambda.output()?,
+                    load: load.input()?,
+                    layers,
+                    experts: width - 1,
+                    top_k,
+                    factor: self.lambda_factor,
+                };
+                kernel.launch(&Stream::of(load.device())?)
             })?;
             if !updated {
                 return Ok(false);
@@ -101,20 +96,14 @@ fn weighted_fractions(lambda: &Tensor, dispatch: &Dispatch, top_k: usize) -> Res
     let experts = selection.num_experts();
     let mut fractions = Tensor::unspecified(device, DType::F32, [experts]);
     let slots = top_k * selection.num_tokens();
-    // SAFETY: the tensors have the shapes that layer_tally.cu's header names.
-    unsafe {
-        launch!(
-            device.launchers()?,
-            remoe_fractions(
-                fractions.pointer_mut(),
-                lambda.pointer(),
-                dispatch.maps(device)?.offsets.pointer(),
-                slots as i64,
-                experts as i32,
-                stream(),
-            )
-        )?;
-    }
+    let kernel = RemoeFractions {
+        fractions: fractions.output()?,
+        lambda: lambda.input()?,
+        offsets: dispatch.maps(device)?.offsets.input()?,
+        slots,
+        experts,
+    };
+    kernel.launch(&Stream::of(device)?)?;
     Ok(fractions)
 }
 

@@ -2,17 +2,17 @@
 //! a device with kernels `kernels/layer_tally.cu` does, and the host reads it when a step is over.
 
 use super::LayerStats;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::Result;
-use crate::launch;
+use crate::kernels::Stream;
+use crate::kernels::layer_tally::{LayerTally, ShareEntropy};
 use crate::ops::dispatch::Dispatch;
 use crate::ops::router::NonFinite;
 use crate::ops::routing::Entropy;
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 use std::cell::RefCell;
-use std::ptr::null;
 use std::rc::Rc;
 
 /// What one pass over one micro-batch lets a layer count.
@@ -127,17 +127,18 @@ impl DeviceTally {
     fn count(&self, layer: usize, counted: &Counted<'_>, fresh: &Fresh) -> Result<Tensor> {
         let (mut stats, mut load) = (self.stats.borrow_mut(), self.load.borrow_mut());
         let (mut flags, device) = (self.flags.borrow_mut(), stats.device());
-        let (launchers, experts) = (device.launchers()?, self.experts);
+        let experts = self.experts;
         let maps = counted.chosen.maps(device)?;
-        let tokens = counted.chosen.selection().num_tokens() as i64;
+        let tokens = counted.chosen.selection().num_tokens();
         let mut fractions = Tensor::unspecified(device, DType::F32, [experts]);
         let (mean_entropy, parts) = match &counted.entropy {
-            // SAFETY: the statistics end with it.
-            Entropy::OfKernel(statistics) => unsafe {
-                (statistics.pointer::<f32>().add(2 * experts + 1), None)
-            },
-            Entropy::OfShares(scores) => (null(), Some(share_entropy(scores)?)),
-            Entropy::Sum(sum) => (null(), Some(Tensor::from_slice([1], &[*sum]).on(device))),
+            // The statistics end with it.
+            Entropy::OfKernel(statistics) => {
+                let mean = statistics.input()?.from_element(2 * experts + 1);
+                (Some(mean), None)
+            }
+            Entropy::OfShares(scores) => (None, Some(share_entropy(scores)?)),
+            Entropy::Sum(sum) => (None, Some(Tensor::from_slice([1], &[*sum]).on(device))),
         };
         let non_finite = match &counted.non_finite {
             NonFinite::OfKernel(flag) => flag.clone(),
@@ -146,32 +147,26 @@ impl DeviceTally {
                 Tensor::constant(device, [1], &[token])
             }
         };
-        // SAFETY: the tensors have the shapes that layer_tally.cu's header names, and a row for this layer.
-        unsafe {
-            launch!(
-                launchers,
-                layer_tally(
-                    stats.pointer_mut::<f64>().add(layer * (experts + 2)),
-                    load.pointer_mut::<f64>().add(layer * (experts + 1)),
-                    flags.pointer_mut::<i32>().add(layer * 2),
-                    fractions.pointer_mut(),
-                    maps.offsets.pointer(),
-                    non_finite.pointer(),
-                    maps.fault.pointer(),
-                    mean_entropy,
-                    parts.as_ref().map_or(null(), Tensor::pointer),
-                    tokens,
-                    counted.first_token as i64,
-                    parts.as_ref().map_or(0, Tensor::elements) as i32,
-                    experts as i32,
-                    counted.trains.into(),
-                    fresh.stats.into(),
-                    fresh.step.into(),
-                    counted.over_step.into(),
-                    stream(),
-                )
-            )?;
-        }
+        let kernel = LayerTally {
+            stats: stats.output()?.from_element(layer * (experts + 2)),
+            load: load.output()?.from_element(layer * (experts + 1)),
+            flags: flags.output()?.from_element(layer * 2),
+            fractions: fractions.output()?,
+            offsets: maps.offsets.input()?,
+            first_non_finite: non_finite.input()?,
+            fault: maps.fault.input()?,
+            mean_entropy,
+            entropy_parts: parts.as_ref().map(Tensor::input).transpose()?,
+            tokens,
+            first_token: counted.first_token as usize,
+            parts: parts.as_ref().map_or(0, Tensor::elements),
+            experts,
+            trains: counted.trains,
+            first_of_stats: fresh.stats,
+            first_of_step: fresh.step,
+            over_step: counted.over_step,
+        };
+        kernel.launch(&Stream::of(device)?)?;
         Ok(fractions)
     }
 }
@@ -179,20 +174,15 @@ impl DeviceTally {
 /// Sums over 256 tokens each of the entropy of scores `[T, E]` as shares.
 fn share_entropy(scores: &Tensor) -> Result<Tensor> {
     let (tokens, experts) = (scores.shape().rows(), scores.shape().width());
-    let mut parts = Tensor::unspecified(scores.device(), DType::F64, [tokens.div_ceil(256)]);
-    // SAFETY: the tensors have the shapes that layer_tally.cu's header names.
-    unsafe {
-        launch!(
-            scores.device().launchers()?,
-            share_entropy(
-                parts.pointer_mut(),
-                scores.pointer(),
-                tokens as i64,
-                experts as i32,
-                stream()
-            )
-        )?;
-    }
+    let lines = [ShareEntropy::parts(tokens)];
+    let mut parts = Tensor::unspecified(scores.device(), DType::F64, lines);
+    let kernel = ShareEntropy {
+        parts: parts.output()?,
+        scores: scores.input()?,
+        tokens,
+        experts,
+    };
+    kernel.launch(&Stream::of(scores.device())?)?;
     Ok(parts)
 }
 

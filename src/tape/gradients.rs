@@ -4,9 +4,10 @@
 //! add. Which of the two it is, the tape knows; an operation is told through [`Accumulate`].
 
 use super::Source;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::Result;
-use crate::launch;
+use crate::kernels::Stream;
+use crate::kernels::cross_entropy::GradientScale;
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::DType;
@@ -234,22 +235,18 @@ fn add(sum: &mut Tensor, term: &Tensor) -> Result<()> {
 
 /// `sum += term` by the kernel of `kernels/cross_entropy.cu` that scales gradients.
 fn add_on_device(sum: &mut Tensor, term: &Tensor) -> Result<()> {
-    // The kernel takes eight elements at a time; blocks of a device are as long as that needs.
+    // The kernel takes eight elements at a time, the last of them past the tensor's end.
     let elements = sum.elements().next_multiple_of(8);
     let one = Tensor::constant(sum.device(), [1], &[1f32]);
-    // SAFETY: both blocks have so many elements.
-    unsafe {
-        launch!(
-            sum.device().launchers()?,
-            gradient_scale(
-                sum.pointer_mut(),
-                term.pointer(),
-                one.pointer(),
-                elements as i64,
-                (sum.dtype() == DType::Bf16).into(),
-                1,
-                stream(),
-            )
-        )
-    }
+    let bf16_elements = sum.dtype() == DType::Bf16;
+    let stream = Stream::of(sum.device())?;
+    let kernel = GradientScale {
+        out: sum.padded_output(),
+        input: term.padded_input(),
+        factor: one.input()?,
+        elements,
+        bf16_elements,
+        accumulate: true,
+    };
+    kernel.launch(&stream)
 }

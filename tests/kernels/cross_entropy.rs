@@ -2,18 +2,19 @@
 //! that launch them.
 
 use crate::support::refusals::{
-    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers,
+    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, from, refused, refuses_pointers,
+    stream, to,
 };
-use crate::support::schedules::table;
 use crate::support::tape::{close, var};
 use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
-use routegrad::launch;
+use routegrad::kernels::cross_entropy::{
+    CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits,
+};
 use routegrad::ops::cross_entropy::{cross_entropy, token_losses};
 use routegrad::ops::linear::linear;
 use routegrad::tape::{Gradients, Tape, take_ran};
 use routegrad::tensor::Tensor;
-use std::ptr::null_mut;
 
 const LAUNCHERS: [&str; 4] = [
     "head_logits",
@@ -36,43 +37,29 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    // logits, x, w; tokens, vocabulary, hidden, tile
-    let logits = |p: [usize; 3], (tokens, vocabulary, hidden, tile): (i64, i32, i32, i32)| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                head_logits(
-                    p[0] as *mut f32,
-                    p[1] as *const _,
-                    p[2] as *const _,
-                    tokens,
-                    vocabulary,
-                    hidden,
-                    tile,
-                    null_mut()
-                )
-            )
-        }
+    let logits = |p: [usize; 3], (tokens, vocabulary, hidden, tile)| {
+        let kernel = HeadLogits {
+            logits: to(p[0]),
+            x: from(p[1]),
+            w: from(p[2]),
+            tokens,
+            vocabulary,
+            hidden,
+            tile,
+        };
+        kernel.launch(&stream())
     };
-    // losses, dlogits, logits, targets; tokens, vocabulary
-    let rows = |p: [usize; 4], tokens: i64, vocabulary: i32| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                cross_entropy_rows(
-                    p[0] as *mut f32,
-                    p[1] as *mut _,
-                    p[2] as *const f32,
-                    p[3] as *const i32,
-                    tokens,
-                    vocabulary,
-                    1.0,
-                    null_mut()
-                )
-            )
-        }
+    let rows = |p: [usize; 4], tokens: usize, vocabulary: usize| {
+        let kernel = CrossEntropyRows {
+            losses: to(p[0]),
+            dlogits: Some(to(p[1])),
+            logits: from(p[2]),
+            targets: from(p[3]),
+            tokens,
+            vocabulary,
+            factor: 1.0,
+        };
+        kernel.launch(&stream())
     };
     refuses_pointers(["logits", "x", "w"], &[], good, |p| {
         logits(p, (4, 64, 64, 0))
@@ -98,50 +85,34 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     refused(|| rows([good; 4], 0, 64), OUT_OF_RANGE, "tokens");
     refused(|| rows([good; 4], 4, 0), OUT_OF_RANGE, "vocabulary");
     refused(|| rows([good; 4], 4, 12), NOT_MULTIPLE, "vocabulary");
-    // loss, losses; tokens
-    let mean = |p: [usize; 2], tokens: i64| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                cross_entropy_mean(
-                    p[0] as *mut f32,
-                    p[1] as *const f32,
-                    tokens,
-                    1.0,
-                    null_mut()
-                )
-            )
-        }
+    let mean = |p: [usize; 2], tokens: usize| {
+        let kernel = CrossEntropyMean {
+            loss: to(p[0]),
+            losses: from(p[1]),
+            tokens,
+            factor: 1.0,
+        };
+        kernel.launch(&stream())
     };
     refused(|| mean([0, good], 4), NULL, "loss");
     refused(|| mean([good, good + 4], 4), MISALIGNED, "losses");
     refused(|| mean([good; 2], 0), OUT_OF_RANGE, "tokens");
-    // out, in, factor; elements, bf16_elements, accumulate
-    let scale = |p: [usize; 3], elements: i64, narrow: i32, accumulate: i32| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                gradient_scale(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const f32,
-                    elements,
-                    narrow,
-                    accumulate,
-                    null_mut()
-                )
-            )
-        }
+    let scale = |p: [usize; 3], elements: usize| {
+        let kernel = GradientScale {
+            out: to(p[0]),
+            input: from(p[1]),
+            factor: from(p[2]),
+            elements,
+            bf16_elements: false,
+            accumulate: false,
+        };
+        kernel.launch(&stream())
     };
-    refused(|| scale([0, good, good], 8, 0, 0), NULL, "out");
-    refused(|| scale([good, good + 8, good], 8, 0, 0), MISALIGNED, "in");
-    refused(|| scale([good, good, 0], 8, 0, 0), NULL, "factor");
-    refused(|| scale([good; 3], 0, 0, 0), OUT_OF_RANGE, "elements");
-    refused(|| scale([good; 3], 12, 0, 0), NOT_MULTIPLE, "elements");
-    refused(|| scale([good; 3], 8, 2, 0), OUT_OF_RANGE, "bf16_elements");
-    refused(|| scale([good; 3], 8, 0, 2), OUT_OF_RANGE, "accumulate");
+    refused(|| scale([0, good, good], 8), NULL, "out");
+    refused(|| scale([good, good + 8, good], 8), MISALIGNED, "in");
+    refused(|| scale([good, good, 0], 8), NULL, "factor");
+    refused(|| scale([good; 3], 0), OUT_OF_RANGE, "elements");
+    refused(|| scale([good; 3], 12), NOT_MULTIPLE, "elements");
 }
 
 fn agree(what: &str, device: &Tensor, cpu: &Tensor) {

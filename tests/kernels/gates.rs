@@ -1,13 +1,13 @@
 //! Gates of chosen and of sampled experts and the losses' scalars on the simulator: every case of the library, every
 //! schedule, refusals, and the operations that launch them.
 
-use crate::support::refusals::{NULL, OUT_OF_RANGE, refused, refuses_pointers};
-use crate::support::schedules::table;
+use crate::support::refusals::{NULL, OUT_OF_RANGE, from, refused, refuses_pointers, stream, to};
 use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
 use routegrad::error::Result;
+use routegrad::kernels::balance;
 use routegrad::kernels::bindings::routegrad_draws;
-use routegrad::launch;
+use routegrad::kernels::gates::{self, SelectedGates, SelectedGatesBackward};
 use routegrad::ops::balance::{auxiliary_loss, weighted_sum};
 use routegrad::ops::dispatch::{Dispatch, Selection};
 use routegrad::ops::renormalize::renormalize;
@@ -18,7 +18,6 @@ use routegrad::ops::straight_through::straight_through;
 use routegrad::tape::check::normal_numbers;
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
-use std::ptr::null_mut;
 use std::rc::Rc;
 
 #[test]
@@ -193,54 +192,37 @@ fn the_losses_run_as_kernels_and_agree_with_the_cpu() {
 fn refused_gates_are_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    // w, p, slot_row, choices; tokens, rows, experts, slots, renormalize
-    let forward = |p: [usize; 4], n: [i64; 5]| {
-        let [tokens, rows] = [n[0], n[1]];
-        let [experts, slots, renormalize] = [n[2], n[3], n[4]].map(|n| n as i32);
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                selected_gates(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const _,
-                    p[3] as *const _,
-                    tokens,
-                    rows,
-                    experts,
-                    slots,
-                    renormalize,
-                    null_mut()
-                )
-            )
-        }
+    let forward = |p: [usize; 4], [tokens, rows, experts, slots]: [usize; 4]| {
+        let kernel = SelectedGates {
+            w: to(p[0]),
+            p: from(p[1]),
+            slot_row: from(p[2]),
+            choices: (p[3] != 0).then(|| from(p[3])),
+            tokens,
+            rows,
+            experts,
+            slots,
+            renormalize: true,
+        };
+        kernel.launch(&stream())
     };
-    let backward = |p: [usize; 5], n: [i64; 5], through: i32| {
-        let [tokens, rows] = [n[0], n[1]];
-        let [experts, slots, renormalize] = [n[2], n[3], n[4]].map(|n| n as i32);
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                selected_gates_backward(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const _,
-                    p[3] as *const _,
-                    p[4] as *const _,
-                    tokens,
-                    rows,
-                    experts,
-                    slots,
-                    renormalize,
-                    through,
-                    null_mut()
-                )
-            )
-        }
+    let backward = |p: [usize; 5], [tokens, rows, experts, slots]: [usize; 4]| {
+        let kernel = SelectedGatesBackward {
+            dp: to(p[0]),
+            dw: from(p[1]),
+            p: from(p[2]),
+            slot_row: from(p[3]),
+            choices: (p[4] != 0).then(|| from(p[4])),
+            tokens,
+            rows,
+            experts,
+            slots,
+            renormalize: true,
+            through: false,
+        };
+        kernel.launch(&stream())
     };
-    let sizes = [4, 8, 8, 2, 1];
+    let sizes = [4, 8, 8, 2];
     refuses_pointers(["w", "p", "slot_row", "choices"], &["choices"], good, |p| {
         forward(p, sizes)
     });
@@ -248,7 +230,7 @@ fn refused_gates_are_named_and_nothing_is_launched() {
         ["dp", "dw", "p", "slot_row", "choices"],
         &["choices"],
         good,
-        |p| backward(p, sizes, 0),
+        |p| backward(p, sizes),
     );
     for (i, wrong, name) in [
         (0, 0, "tokens"),
@@ -258,12 +240,11 @@ fn refused_gates_are_named_and_nothing_is_launched() {
         (2, 257, "experts"),
         (3, 0, "slots"),
         (3, 9, "slots"),
-        (4, 2, "renormalize"),
     ] {
         let mut n = sizes;
         n[i] = wrong;
         refused(|| forward([good; 4], n), OUT_OF_RANGE, name);
-        refused(|| backward([good; 5], n, 0), OUT_OF_RANGE, name);
+        refused(|| backward([good; 5], n), OUT_OF_RANGE, name);
     }
     // Without a list slot i is that of expert i.
     refused(
@@ -271,51 +252,36 @@ fn refused_gates_are_named_and_nothing_is_launched() {
         OUT_OF_RANGE,
         "slots",
     );
-    refused(|| backward([good; 5], sizes, 2), OUT_OF_RANGE, "through");
 }
 
 #[test]
 fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    let sampled = |p: [usize; 5], n: [i64; 3], back: bool| {
-        let (tokens, experts, stages) = (n[0], n[1] as i32, n[2] as i32);
-        let (to, from) = (p[0] as *mut f32, p[1] as *const f32);
-        let (z, chosen, kept) = (p[2] as *const f32, p[3] as *const i32, p[4] as *const i32);
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            match back {
-                false => launch!(
-                    table(),
-                    sampled_gates(
-                        to,
-                        from,
-                        z,
-                        chosen,
-                        kept,
-                        tokens,
-                        experts,
-                        stages,
-                        null_mut()
-                    )
-                ),
-                true => launch!(
-                    table(),
-                    sampled_gates_backward(
-                        to,
-                        from,
-                        z,
-                        chosen,
-                        kept,
-                        tokens,
-                        experts,
-                        stages,
-                        1.0,
-                        null_mut()
-                    )
-                ),
-            }
+    let sampled = |p: [usize; 5], [tokens, experts, stages]: [usize; 3], back: bool| match back {
+        false => gates::SampledGates {
+            w: to(p[0]),
+            factors: from(p[1]),
+            logits: from(p[2]),
+            experts_chosen: from(p[3]),
+            kept: from(p[4]),
+            tokens,
+            experts,
+            stages,
         }
+        .launch(&stream()),
+        true => gates::SampledGatesBackward {
+            dz: to(p[0]),
+            dw: from(p[1]),
+            logits: from(p[2]),
+            experts_chosen: from(p[3]),
+            kept: from(p[4]),
+            tokens,
+            experts,
+            stages,
+            estimator: 1.0,
+        }
+        .launch(&stream()),
     };
     let names = ["w", "factors", "logits", "experts_chosen", "kept"];
     refuses_pointers(names, &[], good, |p| sampled(p, [4, 8, 2], false));
@@ -332,21 +298,21 @@ fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
             refused(|| sampled([good; 5], n, back), OUT_OF_RANGE, name);
         }
     }
-    let auxiliary = |p: [usize; 3], experts: i32, back: bool| {
-        let (to, from, fractions) = (p[0] as *mut f32, p[1] as *const f32, p[2] as *const f32);
-        // Safety: as above.
-        unsafe {
-            match back {
-                false => launch!(
-                    table(),
-                    auxiliary_loss(to, from, fractions, experts, null_mut())
-                ),
-                true => launch!(
-                    table(),
-                    auxiliary_loss_backward(to, from, fractions, experts, null_mut())
-                ),
-            }
+    let auxiliary = |p: [usize; 3], experts: usize, back: bool| match back {
+        false => balance::AuxiliaryLoss {
+            loss: to(p[0]),
+            mean: from(p[1]),
+            fractions: from(p[2]),
+            experts,
         }
+        .launch(&stream()),
+        true => balance::AuxiliaryLossBackward {
+            dmean: to(p[0]),
+            dloss: from(p[1]),
+            fractions: from(p[2]),
+            experts,
+        }
+        .launch(&stream()),
     };
     for (i, forward, back) in [
         (0, "loss", "dmean"),
@@ -367,21 +333,27 @@ fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
             );
         }
     }
-    let scalars = |term: usize, count: i32, back: bool| {
-        let terms = [good as *mut f32, term as *mut f32];
-        let (at, coefficients) = (good as *mut f32, good as *const f32);
-        // Safety: as above.
-        unsafe {
-            match back {
-                false => launch!(
-                    table(),
-                    weighted_sum(at, terms.as_ptr().cast(), coefficients, count, null_mut())
-                ),
-                true => launch!(
-                    table(),
-                    weighted_sum_backward(terms.as_ptr(), at, coefficients, count, null_mut())
-                ),
+    let scalars = |term: usize, count: usize, back: bool| {
+        let addresses = || {
+            [good]
+                .into_iter()
+                .chain(vec![term; count.saturating_sub(1)])
+        };
+        match back {
+            false => balance::WeightedSum {
+                out: to(good),
+                terms: &addresses().map(from).collect(),
+                coefficients: from(good),
+                count,
             }
+            .launch(&stream()),
+            true => balance::WeightedSumBackward {
+                dterms: &addresses().map(to).collect(),
+                dout: from(good),
+                coefficients: from(good),
+                count,
+            }
+            .launch(&stream()),
         }
     };
     for (back, name) in [(false, "terms"), (true, "dterms")] {

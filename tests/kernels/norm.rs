@@ -2,21 +2,20 @@
 //! that launch them.
 
 use crate::support::refusals::{
-    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused, refuses_pointers,
+    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, from, refused, refuses_pointers, stream, to,
 };
-use crate::support::schedules::{table, with_options};
+use crate::support::schedules::{counted, table, with_options};
 use crate::support::tape::{close, var};
 use crate::support::{check_cases, check_schedules, counts_agree, outputs};
 use routegrad::device::Device;
+use routegrad::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partials};
 use routegrad::ops::{add::add, add_norm::add_norm, layernorm::layernorm, rmsnorm::rmsnorm};
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
-use routegrad::verify::kernels::costs::{norm_backward, norm_forward};
+use routegrad::tensor::dtype::DType;
 use routegrad::verify::kernels::norm::{
     Added, Inputs, Kind, STANDARD, backward_problem, forward_problem,
 };
-use routegrad::{launch, query};
-use std::ptr::null_mut;
 use std::sync::Arc;
 
 #[test]
@@ -56,12 +55,12 @@ fn bytes_are_those_of_the_formula() {
         let (layernorm, with) = (kind == Kind::Layer, added == Added::Apart);
         counts_agree(
             &forward_problem(&inputs, added),
-            norm_forward(rows, hidden, layernorm, with),
+            NormForward::cost(rows, hidden, layernorm, with),
         );
         for accumulate in [false, true] {
             counts_agree(
                 &backward_problem(&inputs, added, accumulate),
-                norm_backward(rows, hidden, layernorm, with, accumulate),
+                NormBackward::cost(rows, hidden, layernorm, with, accumulate),
             );
         }
     }
@@ -71,26 +70,19 @@ fn bytes_are_those_of_the_formula() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    // y, sum, x, residual, weight, bias; rows, hidden
-    let forward = |p: [usize; 6], (rows, hidden, eps): (i64, i32, f32)| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                norm_forward(
-                    p[0] as *mut _,
-                    p[1] as *mut _,
-                    p[2] as *const _,
-                    p[3] as *const _,
-                    p[4] as *const _,
-                    p[5] as *const _,
-                    rows,
-                    hidden,
-                    eps,
-                    null_mut()
-                )
-            )
-        }
+    let forward = |p: [usize; 6], (rows, hidden, eps): (usize, usize, f32)| {
+        let kernel = NormForward {
+            y: to(p[0]),
+            sum: Some(to(p[1])),
+            x: from(p[2]),
+            residual: Some(from(p[3])),
+            weight: from(p[4]),
+            bias: Some(from(p[5])),
+            rows,
+            hidden,
+            eps,
+        };
+        kernel.launch(&stream())
     };
     let sizes = (4, 64, 1e-5);
     refuses_pointers(
@@ -111,65 +103,70 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     for (sizes, why, name) in bad_sizes {
         refused(|| forward([good; 6], sizes), why, name);
     }
-    // dx, partials, dy, skip, x, weight; rows, hidden, eps; layernorm
-    let backward = |p: [usize; 6], (rows, hidden, eps): (i64, i32, f32), layernorm: i32| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                norm_backward(
-                    p[0] as *mut _,
-                    p[1] as *mut f32,
-                    p[2] as *const _,
-                    p[3] as *const _,
-                    p[4] as *const _,
-                    p[5] as *const _,
-                    rows,
-                    hidden,
-                    layernorm,
-                    eps,
-                    null_mut()
-                )
-            )
-        }
+    let backward = |p: [usize; 6], (rows, hidden, eps): (usize, usize, f32), layernorm: bool| {
+        let kernel = NormBackward {
+            dx: to(p[0]),
+            partials: to(p[1]),
+            dy: from(p[2]),
+            skip: Some(from(p[3])),
+            x: from(p[4]),
+            weight: from(p[5]),
+            rows,
+            hidden,
+            layernorm,
+            eps,
+        };
+        kernel.launch(&stream())
     };
     refuses_pointers(
         ["dx", "partials", "dy", "skip", "x", "weight"],
         &["skip"],
         good,
-        |p| backward(p, sizes, 0),
+        |p| backward(p, sizes, false),
     );
     for (sizes, why, name) in bad_sizes {
-        refused(|| backward([good; 6], sizes, 1), why, name);
+        refused(|| backward([good; 6], sizes, true), why, name);
     }
-    refused(|| backward([good; 6], sizes, 2), OUT_OF_RANGE, "layernorm");
-    // gradient, partials; rows, hidden, accumulate
-    let sum = |p: [usize; 2], rows: i64, hidden: i32, accumulate: i32| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                norm_weight_gradient(
-                    p[0] as *mut f32,
-                    p[1] as *const f32,
-                    rows,
-                    hidden,
-                    accumulate,
-                    null_mut()
-                )
-            )
-        }
+    let sum = |p: [usize; 2], rows: usize, hidden: usize| {
+        let kernel = NormWeightGradient {
+            gradient: to(p[0]),
+            partials: from(p[1]),
+            rows,
+            hidden,
+            accumulate: false,
+        };
+        kernel.launch(&stream())
     };
-    refused(|| sum([0, good], 4, 64, 0), NULL, "gradient");
-    refused(|| sum([good, good + 4], 4, 64, 0), MISALIGNED, "partials");
-    refused(|| sum([good; 2], 0, 64, 0), OUT_OF_RANGE, "rows");
-    refused(|| sum([good; 2], 4, 20, 0), NOT_MULTIPLE, "hidden");
-    refused(|| sum([good; 2], 4, 64, 2), OUT_OF_RANGE, "accumulate");
-    let partials = |floats: *mut u64| {
-        // Safety: as above.
-        unsafe { query!(table(), norm_partials(floats, 4, 64)) }
+    refused(|| sum([0, good], 4, 64), NULL, "gradient");
+    refused(|| sum([good, good + 4], 4, 64), MISALIGNED, "partials");
+    refused(|| sum([good; 2], 0, 64), OUT_OF_RANGE, "rows");
+    refused(|| sum([good; 2], 4, 20), NOT_MULTIPLE, "hidden");
+    let lengths = |rows, hidden| partials(table(), rows, hidden).map(|_| ());
+    refused(|| lengths(0, 64), OUT_OF_RANGE, "rows");
+    refused(|| lengths(4, 20), NOT_MULTIPLE, "hidden");
+}
+
+#[test]
+fn a_buffer_that_is_too_short_is_named_and_nothing_is_launched() {
+    let mut y = Tensor::zeros(Device::Sim, DType::Bf16, [64]);
+    let x = Tensor::zeros(Device::Sim, DType::Bf16, [64]);
+    let kernel = NormForward {
+        y: y.output().unwrap(),
+        sum: None,
+        x: x.input().unwrap(),
+        residual: None,
+        weight: x.input().unwrap(),
+        bias: None,
+        rows: 2,
+        hidden: 40,
+        eps: 1e-5,
     };
-    refused(|| partials(null_mut()), NULL, "floats");
+    let mut text = String::new();
+    let counters = counted(|| text = kernel.launch(&stream()).unwrap_err().to_string());
+    assert!(text.contains("`y` of 80 elements or more"), "{text}");
+    assert_eq!(counters.launches, 0);
+    let fits = NormForward { rows: 1, ..kernel };
+    fits.launch(&stream()).unwrap_or_else(|e| panic!("{e}"));
 }
 
 const SHAPE: [usize; 2] = [37, 264];

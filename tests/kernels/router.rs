@@ -1,14 +1,17 @@
 //! The router's kernels on the simulator: every case of the library, every schedule, exact counts of work and bytes, what
 //! they refuse.
 
-use crate::support::schedules::{counted, table};
+use crate::support::refusals::{from, stream, to};
+use crate::support::schedules::counted;
 use crate::support::{check, check_cases, check_schedules, outputs};
 use routegrad::kernels::bindings::*;
-use routegrad::launch;
-use routegrad::verify::kernels::costs::{self, Cost, Sizes};
+use routegrad::kernels::cost::{Cost, Sizes};
+use routegrad::kernels::router::{RouterForward, RouterStatistics};
+use routegrad::kernels::router_backward::{RouterBackward, RouterWeightGradient};
+use routegrad::kernels::router_sample::RouterSample;
+use routegrad::kernels::{In, Out};
 use routegrad::verify::kernels::router::{Batch, Kind, Shape, problem, problem_of};
 use routegrad::verify::kernels::{Buffer, Problem, router_backward, router_sample, values};
-use std::ptr::{null, null_mut};
 
 #[test]
 fn forward_has_the_accuracy_of_f32_and_chooses_by_its_own_scores() {
@@ -118,7 +121,7 @@ fn forward_moves_the_bytes_and_multiplies_what_its_header_says() {
             0
         };
         let again = 4 * e * d * (blocks - 1) + bias;
-        counts_are(&problem, costs::router_forward(&sizes((t, e, d), k)), again);
+        counts_are(&problem, RouterForward::cost(&sizes((t, e, d), k)), again);
     }
 }
 
@@ -147,7 +150,7 @@ fn backward_moves_the_bytes_and_multiplies_what_its_header_says() {
         };
         let (blocks, columns) = (t.div_ceil(128), d.div_ceil(128));
         let again = (12 * passes + 4 * columns - 12) * t * e + 28 * t - 4 * e;
-        let cost = costs::router_backward(&sizes((t, e, d), 0), accumulate, runs);
+        let cost = RouterBackward::cost(&sizes((t, e, d), 0), accumulate, runs);
         counts_are(&problem, cost, again + 4 * e * d * (blocks - 1));
     }
 }
@@ -171,151 +174,111 @@ fn sampling_moves_the_bytes_that_its_header_says() {
 /// Arguments of a launcher, by name; only refused calls are made, which touch no memory.
 struct Call {
     pointers: Vec<(&'static str, usize)>,
-    tokens: i64,
-    experts: i32,
-    hidden: i32,
-    choices: i32,
-    score: i32,
-    accumulate: i32,
-    layer: i32,
+    tokens: usize,
+    experts: usize,
+    hidden: usize,
+    choices: usize,
+    score: routegrad_score,
+    layer: usize,
     epsilon: f64,
 }
 
 impl Call {
-    fn pointer<T>(&self, name: &str) -> *mut T {
+    fn address(&self, name: &str) -> usize {
         let found = self.pointers.iter().find(|p| p.0 == name);
-        found.unwrap_or_else(|| panic!("no pointer {name}")).1 as *mut T
+        found.unwrap_or_else(|| panic!("no pointer {name}")).1
+    }
+
+    fn from<T>(&self, name: &str) -> In<'static, T> {
+        from(self.address(name))
+    }
+
+    fn to<T>(&self, name: &str) -> Out<'static, T> {
+        to(self.address(name))
     }
 }
 
 type Launch = fn(&Call) -> routegrad::error::Result<()>;
 
 fn forward(a: &Call) -> routegrad::error::Result<()> {
-    let (scores, lse, choices) = (
-        a.pointer("scores"),
-        a.pointer("log_sum_exp"),
-        a.pointer("choices"),
-    );
-    let (partials, flag) = (a.pointer("partials"), a.pointer("first_non_finite"));
-    let (x, w, bias) = (
-        a.pointer::<u8>("x"),
-        a.pointer("w"),
-        a.pointer("selection_bias"),
-    );
-    let (t, e, d, k, s) = (a.tokens, a.experts, a.hidden, a.choices, a.score);
-    // SAFETY: only refused calls are made.
-    unsafe {
-        launch!(
-            table(),
-            router_forward(
-                scores,
-                lse,
-                choices,
-                partials,
-                flag,
-                x.cast(),
-                w,
-                bias,
-                t,
-                e,
-                d,
-                k,
-                s,
-                null_mut()
-            )
-        )
-    }
+    let kernel = RouterForward {
+        scores: a.to("scores"),
+        log_sum_exp: a.to("log_sum_exp"),
+        choices: Some(a.to("choices")),
+        partials: a.to("partials"),
+        first_non_finite: a.to("first_non_finite"),
+        x: a.from("x"),
+        w: a.from("w"),
+        selection_bias: Some(a.from("selection_bias")),
+        tokens: a.tokens,
+        experts: a.experts,
+        hidden: a.hidden,
+        choices_per_token: a.choices,
+        score: a.score,
+    };
+    kernel.launch(&stream())
 }
 
 fn backward(a: &Call) -> routegrad::error::Result<()> {
-    let (dx, dz, partials) = (
-        a.pointer::<u8>("dx"),
-        a.pointer("dz"),
-        a.pointer("dw_partials"),
-    );
-    let (scores, lse, x) = (
-        a.pointer("scores"),
-        a.pointer("log_sum_exp"),
-        a.pointer::<u8>("x"),
-    );
-    let (dscores, dmean, dlse2) = (a.pointer("dscores"), a.pointer("dmean"), a.pointer("dlse2"));
-    let (t, e, d, s, add) = (a.tokens, a.experts, a.hidden, a.score, a.accumulate);
-    let w = a.pointer("w");
-    // SAFETY: only refused calls are made.
-    unsafe {
-        launch!(
-            table(),
-            router_backward(
-                dx.cast(),
-                dz,
-                partials,
-                scores,
-                lse,
-                dscores,
-                dmean,
-                dlse2,
-                x.cast(),
-                w,
-                t,
-                e,
-                d,
-                s,
-                add,
-                null_mut()
-            )
-        )
-    }
+    let kernel = RouterBackward {
+        dx: a.to("dx"),
+        dz: a.to("dz"),
+        dw_partials: a.to("dw_partials"),
+        scores: a.from("scores"),
+        log_sum_exp: Some(a.from("log_sum_exp")),
+        dscores: Some(a.from("dscores")),
+        dmean: Some(a.from("dmean")),
+        dlse2: Some(a.from("dlse2")),
+        x: a.from("x"),
+        w: a.from("w"),
+        tokens: a.tokens,
+        experts: a.experts,
+        hidden: a.hidden,
+        score: a.score,
+        accumulate: false,
+    };
+    kernel.launch(&stream())
 }
 
 fn statistics(a: &Call) -> routegrad::error::Result<()> {
-    let (statistics, partials) = (a.pointer("statistics"), a.pointer("partials"));
-    // SAFETY: only refused calls are made.
-    unsafe {
-        launch!(
-            table(),
-            router_statistics(statistics, partials, a.tokens, a.experts, null_mut())
-        )
-    }
+    let kernel = RouterStatistics {
+        statistics: a.to("statistics"),
+        partials: a.from("partials"),
+        tokens: a.tokens,
+        experts: a.experts,
+    };
+    kernel.launch(&stream())
 }
 
 fn weight_gradient(a: &Call) -> routegrad::error::Result<()> {
-    let (dw, partials) = (a.pointer("dw"), a.pointer("dw_partials"));
-    let (t, e, d, add) = (a.tokens, a.experts, a.hidden, a.accumulate);
-    // SAFETY: only refused calls are made.
-    unsafe {
-        launch!(
-            table(),
-            router_weight_gradient(dw, partials, t, e, d, add, null_mut())
-        )
-    }
+    let kernel = RouterWeightGradient {
+        dw: a.to("dw"),
+        dw_partials: a.from("dw_partials"),
+        tokens: a.tokens,
+        experts: a.experts,
+        hidden: a.hidden,
+        accumulate: false,
+    };
+    kernel.launch(&stream())
 }
 
 fn sample(a: &Call) -> routegrad::error::Result<()> {
-    let (chosen, factors) = (a.pointer("experts_chosen"), a.pointer("factors"));
-    let (kept, choices, logits) = (a.pointer("kept"), a.pointer("choices"), a.pointer("logits"));
-    let (t, e, stages, layer) = (a.tokens, a.experts, a.choices, a.layer);
-    // SAFETY: only refused calls are made.
-    unsafe {
-        launch!(
-            table(),
-            router_sample(
-                chosen,
-                factors,
-                kept,
-                choices,
-                logits,
-                null(),
-                t,
-                e,
-                stages,
-                layer,
-                a.epsilon,
-                0.5,
-                0.5,
-                null_mut()
-            )
-        )
-    }
+    let kernel = RouterSample {
+        experts_chosen: a.to("experts_chosen"),
+        factors: a.to("factors"),
+        kept: a.to("kept"),
+        choices: a.to("choices"),
+        logits: a.from("logits"),
+        draws: None,
+        tokens: a.tokens,
+        experts: a.experts,
+        stages: a.choices,
+        layer: a.layer,
+        epsilon: a.epsilon,
+        threshold: 0.5,
+        untrusted: 0.5,
+    };
+    kernel.launch(&stream())
 }
 
 /// The call with one change is refused with this reason, by name, and nothing is launched.
@@ -333,8 +296,7 @@ fn refused(
         experts: 8,
         hidden: 64,
         choices: 2,
-        score: ROUTEGRAD_SCORE_SOFTMAX as i32,
-        accumulate: 0,
+        score: ROUTEGRAD_SCORE_SOFTMAX,
         layer: 0,
         epsilon: 0.1,
     };
@@ -428,32 +390,24 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
             "hidden",
         );
     }
-    for launcher in [1, 3] {
-        let (launch, names, _) = launchers[launcher];
-        refused(launch, names, &|a| a.accumulate = 2, range, "accumulate");
-    }
     let (launch, names, _) = launchers[0];
-    for wrong in [-1, 9] {
-        refused(
-            launch,
-            names,
-            &|a| a.choices = wrong,
-            range,
-            "choices_per_token",
-        );
-    }
+    refused(
+        launch,
+        names,
+        &|a| a.choices = 9,
+        range,
+        "choices_per_token",
+    );
     let many = |a: &mut Call| (a.experts, a.choices) = (32, 17);
     refused(launch, names, &many, range, "choices_per_token");
     for launcher in [0, 1] {
         let (launch, names, _) = launchers[launcher];
-        for wrong in [-1, 4] {
-            refused(launch, names, &|a| a.score = wrong, range, "score");
-        }
+        refused(launch, names, &|a| a.score = 4, range, "score");
     }
     // Sigmoid and relu leave no softmax behind from which the gradient of mean lse² could come.
     let (launch, names, _) = launchers[1];
     for score in [ROUTEGRAD_SCORE_SIGMOID, ROUTEGRAD_SCORE_RELU] {
-        refused(launch, names, &|a| a.score = score as i32, range, "dlse2");
+        refused(launch, names, &|a| a.score = score, range, "dlse2");
     }
     let (launch, names, _) = launchers[4];
     for wrong in [0, 3] {
@@ -461,9 +415,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     }
     let one = |a: &mut Call| (a.experts, a.choices) = (1, 2);
     refused(launch, names, &one, range, "stages");
-    for wrong in [-1, 1 << 24] {
-        refused(launch, names, &|a| a.layer = wrong, range, "layer");
-    }
+    refused(launch, names, &|a| a.layer = 1 << 24, range, "layer");
     for wrong in [-0.1, f64::NAN] {
         refused(launch, names, &|a| a.epsilon = wrong, range, "epsilon");
     }

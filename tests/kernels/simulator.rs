@@ -2,11 +2,14 @@
 //! same), and faults that it must name.
 
 use crate::support::check_schedules;
+use crate::support::refusals::{MISALIGNED, NULL, OUT_OF_RANGE, from, refused, stream, to};
 use crate::support::schedules::{counted, is_plain, table, with_options};
+use routegrad::device::Device;
 use routegrad::error::Error;
 use routegrad::kernels::bindings::ROUTEGRAD_SIM_LATE;
-use routegrad::launch;
-use std::ptr::{null, null_mut};
+use routegrad::kernels::unit::{UnitFault, UnitWgmma};
+use routegrad::tensor::Tensor;
+use routegrad::tensor::dtype::DType;
 
 #[test]
 fn wgmma_is_exact_on_small_integers_in_every_layout() {
@@ -38,35 +41,22 @@ fn shuffles_barriers_and_atomics_make_a_softmax() {
     check_schedules("unit_softmax");
 }
 
-/// Memory aligned as launchers demand.
-fn aligned(bytes: usize) -> Vec<u128> {
-    vec![u128::MAX; bytes / 16]
-}
-
 #[test]
 fn counters_equal_what_the_instructions_moved() {
-    let (a, b) = (aligned(64 * 64 * 2), aligned(128 * 64 * 2));
-    let mut c = aligned(64 * 128 * 4);
-    let counters = counted(|| {
-        // SAFETY: the shapes of unit_wgmma with n = 128.
-        unsafe {
-            launch!(
-                table(),
-                unit_wgmma(
-                    c.as_mut_ptr().cast(),
-                    a.as_ptr().cast(),
-                    b.as_ptr().cast(),
-                    128,
-                    0,
-                    0,
-                    0,
-                    1,
-                    null_mut()
-                )
-            )
-        }
-        .unwrap_or_else(|e| panic!("{e}"));
-    });
+    let zeros = |dtype, shape: [usize; 2]| Tensor::zeros(Device::Sim, dtype, shape);
+    let (a, b) = (zeros(DType::Bf16, [64, 64]), zeros(DType::Bf16, [128, 64]));
+    let mut c = zeros(DType::F32, [64, 128]);
+    let kernel = UnitWgmma {
+        c: c.output().unwrap(),
+        a: a.input().unwrap(),
+        b: b.input().unwrap(),
+        n: 128,
+        a_mn_major: false,
+        b_mn_major: false,
+        a_in_registers: false,
+        swizzle: 1,
+    };
+    let counters = counted(|| kernel.launch(&stream()).unwrap_or_else(|e| panic!("{e}")));
     assert_eq!((counters.launches, counters.blocks), (1, 1));
     assert_eq!(counters.tensor_flops, 2 * 64 * 128 * 64);
     assert_eq!(counters.bytes_read, (64 + 128) * 64 * 2);
@@ -74,18 +64,16 @@ fn counters_equal_what_the_instructions_moved() {
 
 /// The text with which the simulator ends a launch of fault number `fault`; none when it ran through.
 fn fault_text(fault: i32) -> Option<String> {
-    let mut out = aligned(512 * 4);
+    let mut out = Tensor::zeros(Device::Sim, DType::I32, [512]);
     let late = |o: &mut routegrad::kernels::launchers::Options| {
         o.copies = ROUTEGRAD_SIM_LATE as i32;
         o.products = ROUTEGRAD_SIM_LATE as i32;
     };
-    // SAFETY: the kernels write at most 384 words.
-    let status = with_options(late, || unsafe {
-        launch!(
-            table(),
-            unit_fault(out.as_mut_ptr().cast(), fault, null_mut())
-        )
-    });
+    let kernel = UnitFault {
+        out: out.output().unwrap(),
+        fault,
+    };
+    let status = with_options(late, || kernel.launch(&stream()));
     status.err().map(|e| match e {
         Error::Device { text, .. } => text,
         other => panic!("{other}"),
@@ -167,38 +155,25 @@ fn a_launch_after_a_fault_is_whole() {
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
-    let buffer = aligned(64 * 64 * 4);
-    let before = buffer.clone();
-    let p = buffer.as_ptr().cast_mut().cast::<f32>();
-    let call = |c: *mut f32, b: *const std::ffi::c_void, n: i32| {
-        // SAFETY: refused before any access.
-        let counters = counted(|| {
-            let result = unsafe {
-                launch!(
-                    table(),
-                    unit_wgmma(c, p.cast(), b, n, 0, 0, 0, 1, null_mut())
-                )
-            };
-            let text = result.expect_err("refused").to_string();
-            let argument = if c.is_null() || c as usize % 16 != 0 {
-                "`c`"
-            } else if b.is_null() {
-                "`b`"
-            } else {
-                "`n`"
-            };
-            assert!(
-                text.contains("unit_wgmma") && text.contains(argument),
-                "{text}"
-            );
-        });
-        assert_eq!(counters.launches, 0);
+    let room = [0u128; 16];
+    let good = room.as_ptr() as usize;
+    let call = |c: usize, b: usize, n: usize| {
+        let kernel = UnitWgmma {
+            c: to(c),
+            a: from(good),
+            b: from(b),
+            n,
+            a_mn_major: false,
+            b_mn_major: false,
+            a_in_registers: false,
+            swizzle: 1,
+        };
+        kernel.launch(&stream())
     };
-    call(null_mut(), p.cast(), 64);
-    call(p.wrapping_byte_add(4), p.cast(), 64);
-    call(p, null(), 64);
-    call(p, p.cast(), 65);
-    assert_eq!(buffer, before);
+    refused(|| call(0, good, 64), NULL, "c");
+    refused(|| call(good + 4, good, 64), MISALIGNED, "c");
+    refused(|| call(good, 0, 64), NULL, "b");
+    refused(|| call(good, good, 65), OUT_OF_RANGE, "n");
 }
 
 #[test]

@@ -3,13 +3,17 @@
 //! launches all of it without waiting and reads the outcome when it is over.
 
 use super::AdamW;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::Result;
+use crate::kernels::adamw::{AdamwUpdate, BLOCK, SquareSums};
+use crate::kernels::argument::Element;
 use crate::kernels::bindings::{
     routegrad_parameter, routegrad_state, routegrad_step_outcome, routegrad_step_settings,
 };
-use crate::launch;
+use crate::kernels::step::{LossesAdd, StateCommit, StepDecide};
+use crate::kernels::table::{Row, bytes_of, row_of};
+use crate::kernels::{In, Stream};
 use crate::model::{Losses, Parameter, Places};
 use crate::routers::LayerState;
 use crate::tape::{Gradients, Var};
@@ -20,9 +24,6 @@ use std::ptr::{null, null_mut};
 
 pub use crate::kernels::bindings::routegrad_step_outcome as Outcome;
 pub use crate::kernels::bindings::routegrad_step_settings as Settings;
-
-/// Numbers of a block of a parameter, in `kernels/adamw.cu`.
-const BLOCK: usize = 8192;
 
 /// What an optimizer step needs in device memory, from the first step to the last.
 pub struct DeviceStep {
@@ -70,22 +71,18 @@ impl DeviceStep {
     /// # Errors
     /// When a kernel fails.
     pub fn add_losses(&mut self, losses: &Losses, share: f64, first: bool) -> Result<()> {
-        let term = |loss: Option<&Var>| loss.map_or(null(), |l| l.tensor().pointer::<f32>());
-        // SAFETY: three sums, and scalars.
-        unsafe {
-            launch!(
-                self.device.launchers()?,
-                losses_add(
-                    self.losses.pointer_mut(),
-                    term(Some(&losses.cross_entropy)),
-                    term(losses.auxiliary.as_ref()),
-                    term(losses.z.as_ref()),
-                    share,
-                    first.into(),
-                    stream(),
-                )
-            )
+        fn term(loss: &Option<Var>) -> Result<Option<In<'_, f32>>> {
+            loss.as_ref().map(|l| l.tensor().input()).transpose()
         }
+        let kernel = LossesAdd {
+            sums: self.losses.output()?,
+            cross_entropy: losses.cross_entropy.tensor().input()?,
+            auxiliary: term(&losses.auxiliary)?,
+            z: term(&losses.z)?,
+            share,
+            first,
+        };
+        kernel.launch(&Stream::of(self.device)?)
     }
 
     /// Makes losses and flags those of all ranks.
@@ -156,50 +153,36 @@ impl DeviceStep {
         gradients: &mut Gradients,
         flags: Option<&RefCell<Tensor>>,
     ) -> Result<()> {
-        let launchers = self.device.launchers()?;
+        let stream = Stream::of(self.device)?;
         self.parameters
             .set(&rows(optimizer, parameters, gradients)?);
         let flags = flags.map(RefCell::borrow);
-        let layers = flags.as_ref().map_or(0, |f| f.shape()[0]);
-        let blocks = self.block_parameter.elements() as i64;
-        // SAFETY: the tensors have the shapes that the headers of adamw.cu and step.cu name; the rows of the table point to
-        // tensors that live until the kernels have run.
-        unsafe {
-            launch!(
-                launchers,
-                square_sums(
-                    self.parts.pointer_mut(),
-                    self.parameters.pointer(),
-                    self.block_parameter.pointer(),
-                    blocks,
-                    stream(),
-                )
-            )?;
-            launch!(
-                launchers,
-                step_decide(
-                    self.outcome.pointer_mut(),
-                    self.settings.pointer(),
-                    self.losses.pointer(),
-                    flags.as_ref().map_or(null(), |f| f.pointer()),
-                    self.parts.pointer(),
-                    blocks,
-                    layers as i32,
-                    stream(),
-                )
-            )?;
-            launch!(
-                launchers,
-                adamw_update(
-                    self.parameters.pointer(),
-                    self.block_parameter.pointer(),
-                    self.outcome.pointer(),
-                    blocks,
-                    optimizer.bf16_moments.into(),
-                    stream(),
-                )
-            )
-        }
+        let blocks = self.block_parameter.elements();
+        let sums = SquareSums {
+            parts: self.parts.output()?,
+            parameters: self.parameters.input()?,
+            block_parameter: self.block_parameter.input()?,
+            blocks,
+        };
+        sums.launch(&stream)?;
+        let decision = StepDecide {
+            outcome: self.outcome.output()?,
+            settings: self.settings.input()?,
+            losses: self.losses.input()?,
+            flags: flags.as_ref().map(|f| f.input()).transpose()?,
+            parts: self.parts.input()?,
+            count: blocks,
+            layers: flags.as_ref().map_or(0, |f| f.shape()[0]),
+        };
+        decision.launch(&stream)?;
+        let update = AdamwUpdate {
+            parameters: self.parameters.input()?,
+            block_parameter: self.block_parameter.input()?,
+            outcome: self.outcome.input()?,
+            blocks,
+            bf16_moments: optimizer.bf16_moments,
+        };
+        update.launch(&stream)
     }
 
     /// Commits what the layers' states hold pending, or forgets it where the step was refused.
@@ -212,19 +195,13 @@ impl DeviceStep {
             return Ok(());
         };
         self.states.set(&rows);
-        // SAFETY: the rows point to tensors of so many words that live until the kernel has run.
-        unsafe {
-            launch!(
-                self.device.launchers()?,
-                state_commit(
-                    self.states.pointer(),
-                    self.outcome.pointer(),
-                    rows.len() as i32,
-                    most,
-                    stream(),
-                )
-            )
-        }
+        let kernel = StateCommit {
+            states: self.states.input()?,
+            outcome: self.outcome.input()?,
+            count: rows.len(),
+            most_words: most as usize,
+        };
+        kernel.launch(&Stream::of(self.device)?)
     }
 
     /// What becomes of the step, in device memory.
@@ -234,10 +211,7 @@ impl DeviceStep {
 
     /// What became of a step, from a copy of its outcome; tells the optimizer.
     pub fn outcome(&mut self, copy: &Tensor, optimizer: &mut AdamW) -> Outcome {
-        let bytes = copy.bytes();
-        assert_eq!(bytes.len(), size_of::<Outcome>());
-        // SAFETY: plain numbers, which may have any bits, and as many bytes.
-        let outcome: Outcome = unsafe { bytes.as_ptr().cast::<Outcome>().read_unaligned() };
+        let outcome: Outcome = row_of(copy.bytes());
         self.updates = outcome.updates;
         optimizer.steps = outcome.updates;
         outcome
@@ -298,7 +272,7 @@ struct Table<R> {
     rows: Vec<R>,
 }
 
-impl<R: Copy> Table<R> {
+impl<R: Row + Element> Table<R> {
     fn new(device: Device) -> Self {
         Table {
             tensor: Tensor::zeros(device, DType::I32, [0]),
@@ -318,24 +292,11 @@ impl<R: Copy> Table<R> {
             self.tensor = Tensor::unspecified(device, DType::I32, [bytes.len() / 4]);
         }
         self.tensor.bytes_mut().copy_from_slice(bytes);
-        self.pointer(); // copies them
+        self.tensor.pointer::<u8>(); // copies them
         true
     }
 
-    fn pointer(&self) -> *const R {
-        self.tensor.pointer()
+    fn input(&self) -> Result<In<'_, R>> {
+        self.tensor.input()
     }
 }
-
-/// The bytes of rows without padding.
-fn bytes_of<R: Copy>(rows: &[R]) -> &[u8] {
-    // SAFETY: the structs of routegrad.h have no padding between or behind their fields.
-    unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(rows)) }
-}
-
-const _: () = {
-    assert!(size_of::<routegrad_parameter>() == 72);
-    assert!(size_of::<routegrad_step_settings>() == 48);
-    assert!(size_of::<routegrad_step_outcome>() == 112);
-    assert!(size_of::<routegrad_state>() == 24);
-};

@@ -6,6 +6,10 @@
 use super::inputs;
 use super::operations::Operation;
 use crate::error::Result;
+use crate::kernels::adamw::AdamwUpdate;
+use crate::kernels::cross_entropy::CrossEntropyRows;
+use crate::kernels::norm::{NormBackward, NormForward};
+use crate::kernels::router::RouterForward;
 use crate::verify::bench::roofline;
 use crate::verify::kernels::costs::{self, AttentionSizes, Cost, Sizes};
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
@@ -142,19 +146,19 @@ impl Group {
             }
             Work::Layer(layer) => layer_cases(layer, case)?,
             Work::Norm { rows, hidden } => {
-                let forward = costs::norm_forward(*rows, *hidden, true, true);
-                let backward = costs::norm_backward(*rows, *hidden, true, false, false);
+                let forward = NormForward::cost(*rows, *hidden, true, true);
+                let backward = NormBackward::cost(*rows, *hidden, true, false, false);
                 vec![
                     case("norm_forward", 0.0, vec![forward]),
                     case("norm_backward", 0.0, vec![backward]),
                 ]
             }
             Work::CrossEntropy { tokens, vocabulary } => {
-                let cost = costs::cross_entropy_rows(*tokens, *vocabulary);
+                let cost = CrossEntropyRows::cost(*tokens, *vocabulary);
                 vec![case("cross_entropy_rows", 0.0, vec![cost])]
             }
             Work::AdamW { numbers } => {
-                vec![case("adamw_update", 0.0, vec![costs::adamw(*numbers)])]
+                vec![case("adamw_update", 0.0, vec![AdamwUpdate::cost(*numbers)])]
             }
             Work::Attention(sizes) => {
                 // Two products forward, five backward, over the causal half.
@@ -246,7 +250,7 @@ fn layer_cases(
     let dots = roofline::dot_columns(&s)?;
     let means = vec![costs::expert_sums(&s), costs::expert_mean_update(&s)];
     let gates = vec![costs::gate_gradient(&s, true, dots)];
-    cases.push(case("router_forward", 0.0, vec![costs::router_forward(&s)]));
+    cases.push(case("router_forward", 0.0, vec![RouterForward::cost(&s)]));
     cases.push(case(
         "combine",
         0.0,

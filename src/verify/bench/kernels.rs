@@ -4,8 +4,11 @@ use super::case::{Group, Work};
 use super::inputs::Inputs;
 use super::layer;
 use crate::error::Result;
+use crate::kernels::adamw::{AdamwUpdate, BLOCK};
 use crate::kernels::bindings::{routegrad_parameter, routegrad_step_outcome};
+use crate::kernels::cross_entropy::CrossEntropyRows;
 use crate::kernels::launchers::TILE_AUTO;
+use crate::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partials};
 use crate::kernels::{self, Stream};
 use crate::tensor::dtype::DType;
 use crate::verify::kernels::costs::AttentionSizes;
@@ -132,11 +135,7 @@ pub const EPS: f32 = 1e-5;
 
 /// Buffers: y, sum, dx, dweight, dbias, partials, x, residual, weight, bias, dy.
 fn norm(machine: &dyn Machine, inputs: &Inputs, rows: usize, hidden: usize) -> Result<Kernels> {
-    let mut floats = 0u64;
-    let (r, d) = (rows as i64, hidden as i32);
-    // SAFETY: it writes one number.
-    unsafe { query!(machine.launchers(), norm_partials(&mut floats, r, d)) }?;
-    let floats = floats as usize;
+    let floats = partials(machine.launchers(), rows, hidden)?;
     let matrix = |name| Buffer::input(name, &inputs.bf16(name, rows * hidden, 1.0));
     let vector = |name| Buffer::input(name, &inputs.bf16(name, hidden, 1.0));
     let output = |name, bytes| Buffer::output(name, bytes * hidden);
@@ -153,19 +152,45 @@ fn norm(machine: &dyn Machine, inputs: &Inputs, rows: usize, hidden: usize) -> R
         vector("bias"),
         matrix("dy"),
     ];
-    let forward = on! { |p| norm_forward(
-        p[0].cast(), p[1].cast(), p[6].cast(), p[7].cast(), p[8].cast(), p[9].cast(), r, d, EPS
-    ) };
-    let of_rows = on! { |p| norm_backward(
-        p[2].cast(), p[5].cast(), p[10].cast(), null(), p[1].cast(), p[8].cast(), r, d, 1, EPS
-    ) };
-    let of_weight = on! { |p| norm_weight_gradient(p[3].cast(), p[5].cast(), r, d, 0) };
-    let of_bias =
-        on! { |p| norm_weight_gradient(p[4].cast(), p[5].cast::<f32>().add(floats), r, d, 0) };
+    let forward = move |p: &[kernels::Buffer], stream: &Stream| {
+        let kernel = NormForward {
+            y: p[0].output(),
+            sum: Some(p[1].output()),
+            x: p[6].input(),
+            residual: Some(p[7].input()),
+            weight: p[8].input(),
+            bias: Some(p[9].input()),
+            rows,
+            hidden,
+            eps: EPS,
+        };
+        kernel.launch(stream)
+    };
     let backward = move |p: &[kernels::Buffer], stream: &Stream| {
-        of_rows(p, stream)?;
-        of_weight(p, stream)?;
-        of_bias(p, stream)
+        let kernel = NormBackward {
+            dx: p[2].output(),
+            partials: p[5].output(),
+            dy: p[10].input(),
+            skip: None,
+            x: p[1].input(),
+            weight: p[8].input(),
+            rows,
+            hidden,
+            layernorm: true,
+            eps: EPS,
+        };
+        kernel.launch(stream)?;
+        for (parameter, gradient) in [3, 4].into_iter().enumerate() {
+            let sum = NormWeightGradient {
+                gradient: p[gradient].output(),
+                partials: p[5].input().from_element(parameter * floats),
+                rows,
+                hidden,
+                accumulate: false,
+            };
+            sum.launch(stream)?;
+        }
+        Ok(())
     };
     let both = move |p: &[kernels::Buffer], stream: &Stream| {
         forward(p, stream)?;
@@ -193,8 +218,18 @@ fn cross_entropy(inputs: &Inputs, tokens: usize, vocabulary: usize) -> Kernels {
         Buffer::input("logits", &inputs.f32("logits", tokens * vocabulary, 2.0)),
         Buffer::input("targets", &inputs.ids("targets", tokens, vocabulary)),
     ];
-    let (t, v, share) = (tokens as i64, vocabulary as i32, 1.0 / tokens as f32);
-    let launch = on! { |p| cross_entropy_rows(p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), t, v, share) };
+    let launch = move |p: &[kernels::Buffer], stream: &Stream| {
+        let kernel = CrossEntropyRows {
+            losses: p[0].output(),
+            dlogits: Some(p[1].output()),
+            logits: p[2].input(),
+            targets: p[3].input(),
+            tokens,
+            vocabulary,
+            factor: 1.0 / tokens as f32,
+        };
+        kernel.launch(stream)
+    };
     Kernels {
         whole: whole(inputs.0, buffers, Box::new(launch)),
         parts: vec![part(Box::new(launch))],
@@ -212,9 +247,6 @@ const COEFFICIENTS: [f32; 7] = [
     1.0 - 1e-4,
     1.0,
 ];
-
-/// Numbers of a block of `kernels/adamw.cu`.
-const ADAMW_BLOCK: usize = 8192;
 
 /// Buffers: w, m, v, gradient; the table of this one parameter, the parameter of each block, the step's outcome.
 fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
@@ -236,10 +268,7 @@ fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
                 ..Default::default()
             }]
         }),
-        Buffer::input(
-            "block_parameter",
-            &vec![0i32; numbers.div_ceil(ADAMW_BLOCK)],
-        ),
+        Buffer::input("block_parameter", &vec![0i32; numbers.div_ceil(BLOCK)]),
         Buffer::table("outcome", 1, |_| {
             vec![routegrad_step_outcome {
                 accepted: 1,
@@ -248,8 +277,16 @@ fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
             }]
         }),
     ];
-    let blocks = numbers.div_ceil(ADAMW_BLOCK) as i64;
-    let launch = on! { |p| adamw_update(p[4].cast(), p[5].cast(), p[6].cast(), blocks, 0) };
+    let launch = move |p: &[kernels::Buffer], stream: &Stream| {
+        let kernel = AdamwUpdate {
+            parameters: p[4].input(),
+            block_parameter: p[5].input(),
+            outcome: p[6].input(),
+            blocks: numbers.div_ceil(BLOCK),
+            bf16_moments: false,
+        };
+        kernel.launch(stream)
+    };
     let f32 = DType::F32;
     Kernels {
         whole: whole(inputs.0, buffers, Box::new(launch)),

@@ -6,6 +6,8 @@ use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::kernels::launchers;
 use crate::kernels::launchers::TILE_AUTO;
+use crate::kernels::router::RouterForward;
+use crate::kernels::router_backward::RouterBackward;
 use crate::query;
 use crate::verify::kernels::costs::{self, Cost, Sizes};
 
@@ -173,7 +175,7 @@ fn layer(s: &Sizes, accumulate: bool) -> Result<[Vec<Kernel>; 2]> {
     let plan = Plan::new(s)?;
     let dots = plan.dot_columns;
     let forward = vec![
-        Kernel::both("router_forward", costs::router_forward(s)),
+        Kernel::both("router_forward", RouterForward::cost(s)),
         Kernel::both("dispatch_choices", costs::dispatch_choices(s)),
         Kernel::both("grouped_swiglu_forward", costs::grouped_swiglu_forward(s)),
         Kernel::of(
@@ -217,7 +219,7 @@ fn layer(s: &Sizes, accumulate: bool) -> Result<[Vec<Kernel>; 2]> {
         ),
         Kernel::both(
             "router_backward",
-            costs::router_backward(s, true, plan.router_partials),
+            RouterBackward::cost(s, true, plan.router_partials),
         ),
     ];
     Ok([forward, backward])

@@ -2,16 +2,13 @@
 //! float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use crate::kernels::adamw::{AdamwUpdate, BLOCK, SquareSums};
 use crate::kernels::bindings::{routegrad_parameter, routegrad_step_outcome};
-use crate::launch;
 use crate::tensor::random::{Purpose, Stream};
 use half::bf16;
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
-
-/// Numbers of a block.
-const BLOCK: usize = 8192;
 
 /// β₁, β₂, rate, second_scale, ε, keep, scale: a third step with clipping, without and with decay.
 const COEFFICIENTS: [[f32; 7]; 2] = [
@@ -167,9 +164,9 @@ impl Table {
         rows.collect()
     }
 
-    fn blocks(&self) -> i64 {
+    fn blocks(&self) -> usize {
         let blocks = self.parameters.iter().map(|p| p.w.len().div_ceil(BLOCK));
-        blocks.sum::<usize>() as i64
+        blocks.sum()
     }
 }
 
@@ -201,15 +198,15 @@ fn update(counts: &[usize], accepted: bool, bf16: bool) -> Problem {
             if accepted { "" } else { ", refused" }
         ),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (rows, of_block, outcome) = (p[at].cast(), p[at + 1].cast(), p[at + 2].cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    adamw_update(rows, of_block, outcome, blocks, bf16.into(), stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = AdamwUpdate {
+                parameters: p[at].input(),
+                block_parameter: p[at + 1].input(),
+                outcome: p[at + 2].input(),
+                blocks,
+                bf16_moments: bf16,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();
@@ -304,19 +301,18 @@ fn squares(counts: &[usize]) -> Problem {
     let table = Arc::new(Table::new(counts, false));
     let (at, blocks) = (counts.len(), table.blocks());
     let mut buffers = table.buffers(false);
-    buffers.push(Buffer::output("parts", blocks as usize * 8));
+    buffers.push(Buffer::output("parts", blocks * 8));
     Problem {
         label: format!("N {counts:?}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (rows, of_block, parts) = (p[at].cast(), p[at + 1].cast(), p[at + 2].cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    square_sums(parts, rows, of_block, blocks, stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = SquareSums {
+                parts: p[at + 2].output(),
+                parameters: p[at].input(),
+                block_parameter: p[at + 1].input(),
+                blocks,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();

@@ -1,8 +1,11 @@
 //! The losses' scalars (`kernels/balance.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels;
+use crate::kernels::balance::{
+    AuxiliaryLoss, AuxiliaryLossBackward, WeightedSum, WeightedSumBackward,
+};
 
 /// Values with the terms' sum in float64; the kernel's rounds once.
 fn judge_sum(out: &[u8], want: f64) -> Result<Errors, String> {
@@ -34,7 +37,7 @@ fn auxiliary(experts: usize, backward: bool) -> Problem {
     let mut random = Random(experts as u64 + 5);
     let mut shares = || -> Vec<f32> { (0..experts).map(|_| random.unit() as f32).collect() };
     let (mean, fractions) = (shares(), shares());
-    let (e, dloss) = (experts as i32, [-1.75f32]);
+    let dloss = [-1.75f32];
     let buffers = match backward {
         true => vec![
             Buffer::output("dmean", 4 * experts),
@@ -46,18 +49,21 @@ fn auxiliary(experts: usize, backward: bool) -> Problem {
     Problem {
         label: format!("E {experts}"),
         buffers: buffers.into_iter().chain([fractions_buffer]).collect(),
-        launch: by_pointers(move |launchers, p, stream| {
-            let (to, from, fractions) = (p[0].cast(), p[1].cast(), p[2].cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                match backward {
-                    true => launch!(
-                        launchers,
-                        auxiliary_loss_backward(to, from, fractions, e, stream)
-                    ),
-                    false => launch!(launchers, auxiliary_loss(to, from, fractions, e, stream)),
-                }
+        launch: Box::new(move |p, stream| match backward {
+            true => AuxiliaryLossBackward {
+                dmean: p[0].output(),
+                dloss: p[1].input(),
+                fractions: p[2].input(),
+                experts,
             }
+            .launch(stream),
+            false => AuxiliaryLoss {
+                loss: p[0].output(),
+                mean: p[1].input(),
+                fractions: p[2].input(),
+                experts,
+            }
+            .launch(stream),
         }),
         judge: Box::new(move |out| {
             let experts = experts as f64;
@@ -89,22 +95,21 @@ fn weighted(count: usize, backward: bool) -> Problem {
     Problem {
         label: format!("{count} terms"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (at, coefficients, n) = (p[0].cast(), p[1].cast(), count as i32);
-            let scalars: Vec<*mut f32> = p[2..].iter().map(|p| p.cast()).collect();
-            // SAFETY: there are as many scalars as coefficients.
-            unsafe {
-                match backward {
-                    true => launch!(
-                        launchers,
-                        weighted_sum_backward(scalars.as_ptr(), at, coefficients, n, stream)
-                    ),
-                    false => launch!(
-                        launchers,
-                        weighted_sum(at, scalars.as_ptr().cast(), coefficients, n, stream)
-                    ),
-                }
+        launch: Box::new(move |p, stream| match backward {
+            true => WeightedSumBackward {
+                dterms: &p[2..].iter().map(kernels::Buffer::output).collect(),
+                dout: p[0].input(),
+                coefficients: p[1].input(),
+                count,
             }
+            .launch(stream),
+            false => WeightedSum {
+                out: p[0].output(),
+                terms: &p[2..].iter().map(kernels::Buffer::input).collect(),
+                coefficients: p[1].input(),
+                count,
+            }
+            .launch(stream),
         }),
         judge: Box::new(move |out| match backward {
             true => judge_products(&out.concat(), f64::from(dout[0]), &coefficients),

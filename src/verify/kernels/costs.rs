@@ -1,35 +1,11 @@
 //! What a kernel costs: its floating-point operations on tensor cores and the bytes it must move, from its sizes. The
 //! formulas are those of the headers in `kernels/`; the tests hold the simulator's counters against them.
 
-pub use crate::kernels::cost::{
-    Cost, H200_BYTES_PER_SECOND as BYTES_PER_SECOND, H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND, Sizes,
-};
 use crate::kernels::cost::padded_experts;
-
-/// `kernels/router.cu`: `router_forward` and `router_statistics`.
-pub fn router_forward(s: &Sizes) -> Cost {
-    let blocks = s.tokens.div_ceil(128);
-    let flops = 6 * 128 * blocks * s.hidden.next_multiple_of(64) * padded_experts(s.experts);
-    let scores = 4 * s.tokens * (s.experts + 1 + s.slots);
-    let statistics = 4 * (2 * s.experts + 2) * (2 * blocks + 1);
-    let read = 2 * s.tokens * s.hidden + 4 * s.experts * s.hidden;
-    Cost::new(flops, read + scores + statistics)
-}
-
-/// `kernels/router_backward.cu`: `router_backward`, with dx assigned or accumulated, and `router_weight_gradient`, with
-/// dW likewise, through so many partial sums of \[E, D\].
-pub fn router_backward(s: &Sizes, accumulate: bool, partials: usize) -> Cost {
-    let experts = padded_experts(s.experts);
-    let flops_dx = 6 * s.tokens.next_multiple_of(128) * s.hidden.next_multiple_of(64) * experts;
-    let flops_dw = 6 * s.tokens.next_multiple_of(64) * s.hidden.next_multiple_of(128) * experts;
-    let passes = if accumulate { 2 } else { 1 };
-    let (x, w) = (2 * s.tokens * s.hidden, 4 * s.experts * s.hidden);
-    // Scores and their gradient are read, dz is written and read.
-    let logits = 16 * s.tokens * s.experts + 4 * s.tokens + 4 * s.experts;
-    let dx = w + passes * x;
-    let dw = x + 2 * partials * w + passes * w;
-    Cost::new(flops_dx + flops_dw, logits + dx + dw)
-}
+pub use crate::kernels::cost::{
+    Cost, H200_BYTES_PER_SECOND as BYTES_PER_SECOND, H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND,
+    Sizes,
+};
 
 /// `kernels/dispatch.cu` with a list of choices.
 pub fn dispatch_choices(s: &Sizes) -> Cost {
@@ -141,36 +117,6 @@ pub fn gate_gradient(s: &Sizes, vectors: bool, dot_columns: usize) -> Cost {
     )
 }
 
-/// `kernels/norm.cu`, forward, of `rows` rows, with or without the residual add.
-pub fn norm_forward(rows: usize, hidden: usize, layernorm: bool, residual: bool) -> Cost {
-    let row = if residual { 8 } else { 4 };
-    let parameters = if layernorm { 2 } else { 1 };
-    Cost::new(0, row * rows * hidden + 2 * parameters * hidden)
-}
-
-/// `kernels/norm.cu`: `norm_backward`, with or without a gradient past the norm, and `norm_weight_gradient` of each
-/// parameter, assigned or accumulated.
-pub fn norm_backward(
-    rows: usize,
-    hidden: usize,
-    layernorm: bool,
-    skip: bool,
-    accumulate: bool,
-) -> Cost {
-    let row = if skip { 8 } else { 6 };
-    let parameters = if layernorm { 2 } else { 1 };
-    let gradient = 8 * norm_runs(rows) + if accumulate { 8 } else { 4 };
-    Cost::new(
-        0,
-        row * rows * hidden + 2 * hidden + parameters * gradient * hidden,
-    )
-}
-
-/// Runs of rows, each of which leaves a partial sum of the parameters' gradients.
-pub fn norm_runs(rows: usize) -> usize {
-    rows.div_ceil(rows.div_ceil(264).max(8))
-}
-
 /// The sizes of an attention layer's kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionSizes {
@@ -228,14 +174,4 @@ pub fn rope(
 pub fn qkv_rope_forward(tokens: usize, columns: usize, hidden: usize) -> Cost {
     let elements = tokens * hidden + columns * hidden + tokens * columns;
     Cost::new(2 * tokens * columns * hidden, 2 * elements)
-}
-
-/// `kernels/cross_entropy.cu`: `cross_entropy_rows` with the logits' gradient.
-pub fn cross_entropy_rows(tokens: usize, vocabulary: usize) -> Cost {
-    Cost::new(0, 10 * tokens * vocabulary + 8 * tokens)
-}
-
-/// `kernels/adamw.cu`: `adamw_update`.
-pub fn adamw(numbers: usize) -> Cost {
-    Cost::new(0, 28 * numbers)
 }

@@ -2,11 +2,12 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::cross_entropy::{
+    CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits,
+};
 use crate::kernels::launchers::TILE_AUTO;
-use crate::launch;
 use half::bf16;
-use std::ptr::null_mut;
 
 /// A target that is in no vocabulary.
 const NO_TARGET: i32 = -7;
@@ -24,23 +25,17 @@ fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize) -> Problem {
     Problem {
         label: format!("T {tokens}, V {vocabulary}, D {hidden}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    head_logits(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        tokens as i64,
-                        vocabulary as i32,
-                        hidden as i32,
-                        TILE_AUTO,
-                        stream
-                    )
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = HeadLogits {
+                logits: p[0].output(),
+                x: p[1].input(),
+                w: p[2].input(),
+                tokens,
+                vocabulary,
+                hidden,
+                tile: TILE_AUTO,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);
@@ -121,28 +116,17 @@ fn rows_problem(rows: Rows, factor: f32, with_gradient: bool) -> Problem {
     Problem {
         label: format!("T {tokens}, V {vocabulary}, gradient {with_gradient}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let dlogits = if with_gradient {
-                p[1].cast()
-            } else {
-                null_mut()
+        launch: Box::new(move |p, stream| {
+            let kernel = CrossEntropyRows {
+                losses: p[0].output(),
+                dlogits: with_gradient.then(|| p[1].output()),
+                logits: p[2].input(),
+                targets: p[3].input(),
+                tokens,
+                vocabulary,
+                factor,
             };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    cross_entropy_rows(
-                        p[0].cast(),
-                        dlogits,
-                        p[2].cast(),
-                        p[3].cast(),
-                        tokens as i64,
-                        vocabulary as i32,
-                        factor,
-                        stream
-                    )
-                )
-            }
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let losses: Vec<f32> = values(&out[0]);
@@ -202,14 +186,14 @@ fn mean_problem(tokens: usize, factor: f32) -> Problem {
     Problem {
         label: format!("T {tokens}"),
         buffers: vec![Buffer::output("loss", 4), Buffer::input("losses", &losses)],
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    cross_entropy_mean(p[0].cast(), p[1].cast(), tokens as i64, factor, stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = CrossEntropyMean {
+                loss: p[0].output(),
+                losses: p[1].input(),
+                tokens,
+                factor,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();
@@ -251,22 +235,16 @@ fn scale_problem(elements: usize, narrow: bool, accumulate: bool) -> Problem {
             buffer("in", &input, false),
             Buffer::input("factor", &[FACTOR]),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    gradient_scale(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        elements as i64,
-                        narrow.into(),
-                        accumulate.into(),
-                        stream
-                    )
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = GradientScale {
+                out: p[0].output(),
+                input: p[1].input(),
+                factor: p[2].input(),
+                elements,
+                bf16_elements: narrow,
+                accumulate,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let (narrowed, wide): (Vec<bf16>, Vec<f32>) = match narrow {

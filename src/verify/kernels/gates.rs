@@ -3,9 +3,8 @@
 use super::dispatch::{Batch, Named};
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
-use std::ptr::null;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::gates::{SelectedGates, SelectedGatesBackward};
 
 /// Which gates, and whether their gradient.
 #[derive(Clone, Copy, Debug)]
@@ -91,54 +90,40 @@ fn problem(batch: Batch, kind: Kind) -> Problem {
     ];
     buffers.extend(routed.slot_buffers());
     buffers.push(Buffer::input("dw", &dw));
-    let (has_choices, slots) = (routed.has_choices(), slots as i32);
-    let (t, e, rows) = (tokens as i64, experts as i32, routed.rows_given as i64);
-    let renormalize = kind.renormalize.into();
+    let (has_choices, rows) = (routed.has_choices(), routed.rows_given);
+    let renormalize = kind.renormalize;
     Problem {
         label: format!("{kind:?}, {}", routed.label()),
         buffers,
-        launch: by_pointers(move |launchers, b, stream| {
-            let (to, p, slot_row, dw) = (b[0].cast(), b[1].cast(), b[2].cast(), b[4].cast());
-            let choices = match has_choices {
-                true => b[3].cast_const().cast(),
-                false => null(),
-            };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                match kind.through {
-                    None => launch!(
-                        launchers,
-                        selected_gates(
-                            to,
-                            p,
-                            slot_row,
-                            choices,
-                            t,
-                            rows,
-                            e,
-                            slots,
-                            renormalize,
-                            stream
-                        )
-                    ),
-                    Some(through) => launch!(
-                        launchers,
-                        selected_gates_backward(
-                            to,
-                            dw,
-                            p,
-                            slot_row,
-                            choices,
-                            t,
-                            rows,
-                            e,
-                            slots,
-                            renormalize,
-                            through.into(),
-                            stream
-                        )
-                    ),
+        launch: Box::new(move |b, stream| {
+            let choices = has_choices.then(|| b[3].input());
+            match kind.through {
+                None => SelectedGates {
+                    w: b[0].output(),
+                    p: b[1].input(),
+                    slot_row: b[2].input(),
+                    choices,
+                    tokens,
+                    rows,
+                    experts,
+                    slots,
+                    renormalize,
                 }
+                .launch(stream),
+                Some(through) => SelectedGatesBackward {
+                    dp: b[0].output(),
+                    dw: b[4].input(),
+                    p: b[1].input(),
+                    slot_row: b[2].input(),
+                    choices,
+                    tokens,
+                    rows,
+                    experts,
+                    slots,
+                    renormalize,
+                    through,
+                }
+                .launch(stream),
             }
         }),
         judge: Box::new(move |out| {

@@ -1,9 +1,10 @@
 //! What a MoE layer counts (`kernels/layer_tally.cu`) against plain loops.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
-use crate::launch;
-use std::ptr::null;
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use crate::kernels::layer_tally::{
+    LayerTally, LossfreeUpdate, RemoeFractions, RemoeUpdate, ShareEntropy,
+};
 
 /// One launch of `layer_tally`.
 #[derive(Clone, Copy, Debug)]
@@ -22,8 +23,8 @@ struct Tally {
     nobody: bool,
 }
 
-const TOKENS: i64 = 211;
-const FIRST_TOKEN: i64 = 1000;
+const TOKENS: usize = 211;
+const FIRST_TOKEN: usize = 1000;
 const FAULT_BEFORE: i32 = 2;
 const PARTS: [f64; 3] = [1.5, 0.25, 100.0];
 const MEAN_ENTROPY: f32 = 1.25;
@@ -60,39 +61,27 @@ fn tally(t: Tally) -> Problem {
     Problem {
         label: format!("{t:?}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let mean = if t.parts {
-                null()
-            } else {
-                p[7].cast_const().cast()
+        launch: Box::new(move |p, stream| {
+            let kernel = LayerTally {
+                stats: p[0].output(),
+                load: p[1].output(),
+                flags: p[2].output(),
+                fractions: p[3].output(),
+                offsets: p[4].input(),
+                first_non_finite: p[5].input(),
+                fault: p[6].input(),
+                mean_entropy: (!t.parts).then(|| p[7].input()),
+                entropy_parts: Some(p[8].input()),
+                tokens: TOKENS,
+                first_token: FIRST_TOKEN,
+                parts: if t.parts { PARTS.len() } else { 0 },
+                experts: e,
+                trains: t.trains,
+                first_of_stats: t.first_of_stats,
+                first_of_step: t.first_of_step,
+                over_step: t.over_step,
             };
-            let parts = if t.parts { PARTS.len() as i32 } else { 0 };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    layer_tally(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        p[3].cast(),
-                        p[4].cast(),
-                        p[5].cast(),
-                        p[6].cast(),
-                        mean,
-                        p[8].cast(),
-                        TOKENS,
-                        FIRST_TOKEN,
-                        parts,
-                        e as i32,
-                        t.trains.into(),
-                        t.first_of_stats.into(),
-                        t.first_of_step.into(),
-                        t.over_step.into(),
-                        stream
-                    )
-                )
-            }
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let old = |fresh: bool, i: usize| if fresh { 0.0 } else { 10.0 + i as f64 };
@@ -148,15 +137,14 @@ fn entropy(tokens: usize, experts: usize) -> Problem {
             Buffer::output("parts", tokens.div_ceil(PART) * 8),
             Buffer::input("scores", &scores),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let (t, e) = (tokens as i64, experts as i32);
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    share_entropy(p[0].cast(), p[1].cast(), t, e, stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = ShareEntropy {
+                parts: p[0].output(),
+                scores: p[1].input(),
+                tokens,
+                experts,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();
@@ -197,14 +185,14 @@ fn bias(experts: usize) -> Problem {
             Buffer::changed("bias", &before),
             Buffer::input("load", &load),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    lossfree_update(p[0].cast(), p[1].cast(), experts as i32, RATE, stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = LossfreeUpdate {
+                bias: p[0].output(),
+                load: p[1].input(),
+                experts,
+                rate: RATE,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             exactly::<f32>("bias", &out[0], |i| {
@@ -218,7 +206,7 @@ fn bias(experts: usize) -> Problem {
 /// λ n_e / slots of uneven offsets.
 fn fractions(experts: usize) -> Problem {
     const LAMBDA: f32 = 3e-5;
-    const SLOTS: i64 = 1_000_003;
+    const SLOTS: usize = 1_000_003;
     let mut random = Random(experts as u64 + 6);
     let mut offsets = vec![0i32];
     for _ in 0..experts {
@@ -232,15 +220,15 @@ fn fractions(experts: usize) -> Problem {
             Buffer::input("lambda", &[LAMBDA]),
             Buffer::input("offsets", &offsets),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let e = experts as i32;
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    remoe_fractions(p[0].cast(), p[1].cast(), p[2].cast(), SLOTS, e, stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = RemoeFractions {
+                fractions: p[0].output(),
+                lambda: p[1].input(),
+                offsets: p[2].input(),
+                slots: SLOTS,
+                experts,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             exactly::<f32>("fractions", &out[0], |i| {
@@ -274,15 +262,16 @@ fn lambda(layers: usize, experts: usize, surplus: i32) -> Problem {
             Buffer::changed("lambda", &[BEFORE]),
             Buffer::input("load", &load),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let (l, e, k) = (layers as i32, experts as i32, top_k as i32);
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    remoe_update(p[0].cast(), p[1].cast(), l, e, k, FACTOR, stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = RemoeUpdate {
+                lambda: p[0].output(),
+                load: p[1].input(),
+                layers,
+                experts,
+                top_k,
+                factor: FACTOR,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let change = match surplus {

@@ -46,6 +46,7 @@ pub use numbers::Errors;
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_stream;
 use crate::kernels::launchers::Launchers;
+use crate::kernels::table::{Row, bytes_of};
 use crate::kernels::{self, Stream};
 
 /// One buffer of a problem.
@@ -73,17 +74,13 @@ type Fill = Box<dyn Fn(&[*mut u8]) -> Vec<u8> + Send + Sync>;
 
 impl Buffer {
     /// Rows that `fill` makes of the buffers' addresses.
-    pub fn table<R: Copy>(
+    pub fn table<R: Row>(
         name: &'static str,
         rows: usize,
         fill: impl Fn(&[*mut u8]) -> Vec<R> + Send + Sync + 'static,
     ) -> Self {
         let bytes = rows * size_of::<R>();
-        let fill = move |addresses: &[*mut u8]| {
-            let rows = fill(addresses);
-            // SAFETY: the structs of routegrad.h have no padding.
-            unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), bytes) }.to_vec()
-        };
+        let fill = move |addresses: &[*mut u8]| bytes_of(&fill(addresses)).to_vec();
         Self {
             name,
             content: Content::Table(bytes, Box::new(fill)),

@@ -1,12 +1,10 @@
 //! RMSNorm and LayerNorm with the residual add before them (`kernels/norm.cu`) against float64.
 
-use super::costs::norm_runs;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
-use crate::{launch, query};
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use crate::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partials};
 use half::bf16;
-use std::ptr::{null, null_mut};
 use std::sync::Arc;
 
 /// Which norm.
@@ -138,38 +136,24 @@ pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
         Buffer::input("weight", &i.weight),
         Buffer::input("bias", &i.bias),
     ];
-    let (rows, hidden, kind) = (i.rows as i64, i.hidden as i32, i.kind);
+    let (rows, hidden, kind) = (i.rows, i.hidden, i.kind);
     Problem {
         label: i.label(added),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (sum, residual) = match added {
-                Added::Nothing => (null_mut(), null()),
-                _ => (p[1].cast(), p[3].cast_const().cast()),
+        launch: Box::new(move |p, stream| {
+            let adds = added != Added::Nothing;
+            let kernel = NormForward {
+                y: p[0].output(),
+                sum: adds.then(|| p[1].output()),
+                x: p[if in_place { 1 } else { 2 }].input(),
+                residual: adds.then(|| p[3].input()),
+                weight: p[4].input(),
+                bias: (kind == Layer).then(|| p[5].input()),
+                rows,
+                hidden,
+                eps: EPS,
             };
-            let bias = if kind == Layer {
-                p[5].cast()
-            } else {
-                null_mut()
-            };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    norm_forward(
-                        p[0].cast(),
-                        sum,
-                        if in_place { p[1] } else { p[2] }.cast(),
-                        residual,
-                        p[4].cast(),
-                        bias,
-                        rows,
-                        hidden,
-                        EPS,
-                        stream
-                    )
-                )
-            }
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let normalised = i.normalised(added);
@@ -215,7 +199,7 @@ pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
 pub fn backward_problem(inputs: &Arc<Inputs>, added: Added, accumulate: bool) -> Problem {
     let i = inputs.clone();
     let bytes = 2 * i.rows * i.hidden;
-    let runs = norm_runs(i.rows);
+    let runs = NormBackward::runs(i.rows);
     let mut random = Random(i.hidden as u64 + 7);
     let before: Vec<f32> = (0..2 * i.hidden).map(|_| random.normal()).collect();
     let parameter = |name, of: &[f32]| Buffer::added_to(name, of, accumulate);
@@ -237,49 +221,38 @@ pub fn backward_problem(inputs: &Arc<Inputs>, added: Added, accumulate: bool) ->
         Buffer::input("x", &i.x),
         Buffer::input("weight", &i.weight),
     ];
-    let (rows, hidden, kind) = (i.rows as i64, i.hidden as i32, i.kind);
+    let (rows, hidden, kind) = (i.rows, i.hidden, i.kind);
     Problem {
         label: format!("{}, accumulate {accumulate}", i.label(added)),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let skip = match added {
-                Added::Nothing => null(),
-                Added::Apart => p[5].cast_const().cast(),
-                Added::InPlace => p[0].cast_const().cast(),
+        launch: Box::new(move |p, stream| {
+            let kernel = NormBackward {
+                dx: p[0].output(),
+                partials: p[3].output(),
+                dy: p[4].input(),
+                skip: match added {
+                    Added::Nothing => None,
+                    Added::Apart => Some(p[5].input()),
+                    Added::InPlace => Some(p[0].input()),
+                },
+                x: p[6].input(),
+                weight: p[7].input(),
+                rows,
+                hidden,
+                layernorm: kind == Layer,
+                eps: EPS,
             };
-            let mut floats = 0u64;
-            // SAFETY: every buffer has the size that the launcher's header states; guards show whether `partials` is.
-            unsafe {
-                query!(launchers, norm_partials(&mut floats, rows, hidden))?;
-                launch!(
-                    launchers,
-                    norm_backward(
-                        p[0].cast(),
-                        p[3].cast(),
-                        p[4].cast(),
-                        skip,
-                        p[6].cast(),
-                        p[7].cast(),
-                        rows,
-                        hidden,
-                        (kind == Layer).into(),
-                        EPS,
-                        stream
-                    )
-                )?;
-                for vector in 0..vectors {
-                    launch!(
-                        launchers,
-                        norm_weight_gradient(
-                            p[1 + vector].cast(),
-                            p[3].cast::<f32>().add(vector * floats as usize),
-                            rows,
-                            hidden,
-                            accumulate.into(),
-                            stream
-                        )
-                    )?;
-                }
+            kernel.launch(stream)?;
+            let floats = partials(stream.launchers(), rows, hidden)?;
+            for vector in 0..vectors {
+                let sum = NormWeightGradient {
+                    gradient: p[1 + vector].output(),
+                    partials: p[3].input().from_element(vector * floats),
+                    rows,
+                    hidden,
+                    accumulate,
+                };
+                sum.launch(stream)?;
             }
             Ok(())
         }),
@@ -356,7 +329,7 @@ fn judge_backward(
 
 /// The launch of `norm_weight_gradient` alone: integers, whose sum is exact, and NaN in what is not to be read.
 pub fn sum_problem(rows: usize, hidden: usize, accumulate: bool) -> Problem {
-    let runs = norm_runs(rows);
+    let runs = NormBackward::runs(rows);
     let mut random = Random((rows + hidden) as u64);
     let mut partials: Vec<f32> = (0..runs * hidden)
         .map(|_| random.below(1 << 12) as f32 - 2048.0)
@@ -377,21 +350,15 @@ pub fn sum_problem(rows: usize, hidden: usize, accumulate: bool) -> Problem {
     Problem {
         label: format!("T {rows}, D {hidden}, accumulate {accumulate}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    norm_weight_gradient(
-                        p[0].cast(),
-                        p[1].cast(),
-                        rows as i64,
-                        hidden as i32,
-                        accumulate.into(),
-                        stream
-                    )
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = NormWeightGradient {
+                gradient: p[0].output(),
+                partials: p[1].input(),
+                rows,
+                hidden,
+                accumulate,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| exactly::<f32>("gradient", &out[0], |i| want[i])),
     }

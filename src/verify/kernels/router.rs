@@ -2,14 +2,13 @@
 //! arithmetic, choices and counts exactly as the scores that the kernel wrote demand.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, machine::POISON, values};
+use super::{Buffer, Case, MakeProblem, Problem, exactly, machine::POISON, values};
 use crate::error::Result;
 use crate::kernels::bindings::*;
 use crate::kernels::launchers;
-use crate::{launch, query};
+use crate::kernels::router::{RouterForward, RouterStatistics, partials};
 use half::bf16;
 use rayon::prelude::*;
-use std::ptr::{null, null_mut};
 use std::sync::Arc;
 
 pub const SCORES: [routegrad_score; 4] = [
@@ -331,7 +330,7 @@ pub fn problem_of(batch: Batch) -> Result<Problem> {
         score,
         ..
     } = batch.shape;
-    let partials = partials_floats(tokens, experts)?;
+    let partials = partials(launchers::sim()?, tokens, experts)?;
     let mut buffers = vec![
         Buffer::output("scores", tokens * experts * 4),
         Buffer::output("log_sum_exp", tokens * 4),
@@ -343,57 +342,43 @@ pub fn problem_of(batch: Batch) -> Result<Problem> {
         Buffer::input("w", &batch.w),
     ];
     buffers.extend(batch.bias.as_ref().map(|b| Buffer::input("bias", b)));
-    let (t, e, d, k, s) = (
-        tokens as i64,
-        experts as i32,
-        hidden as i32,
-        choices as i32,
-        score as i32,
-    );
     Ok(Problem {
         label: batch.label(),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let chosen = if k == 0 { null_mut() } else { p[2].cast() };
-            let bias = p.get(8).map_or(null(), |b| b.cast::<f32>().cast_const());
-            let (scores, lse, flag) = (p[0].cast(), p[1].cast(), p[3].cast());
-            let (partials, x, w) = (p[5].cast(), p[6].cast(), p[7].cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    router_forward(
-                        scores, lse, chosen, partials, flag, x, w, bias, t, e, d, k, s, stream
-                    )
-                )?;
-                launch!(
-                    launchers,
-                    router_statistics(p[4].cast(), partials, t, e, stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = RouterForward {
+                scores: p[0].output(),
+                log_sum_exp: p[1].output(),
+                choices: (choices > 0).then(|| p[2].output()),
+                partials: p[5].output(),
+                first_non_finite: p[3].output(),
+                x: p[6].input(),
+                w: p[7].input(),
+                selection_bias: p.get(8).map(|b| b.input()),
+                tokens,
+                experts,
+                hidden,
+                choices_per_token: choices,
+                score,
+            };
+            kernel.launch(stream)?;
+            let sums = RouterStatistics {
+                statistics: p[4].output(),
+                partials: p[5].input(),
+                tokens,
+                experts,
+            };
+            sums.launch(stream)
         }),
         judge: Box::new(move |out| judge(&batch, out)),
     })
-}
-
-/// A pure function on the host, the same in every build.
-fn partials_floats(tokens: usize, experts: usize) -> Result<usize> {
-    let mut floats = 0u64;
-    // SAFETY: one u64 is written.
-    unsafe {
-        query!(
-            launchers::sim()?,
-            router_partials(&mut floats, tokens as i64, experts as i32)
-        )
-    }?;
-    Ok(floats as usize)
 }
 
 /// Sums of random partials, as many as a large batch has.
 fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
     let width = 2 * experts + 2;
     let mut random = Random((tokens + experts) as u64);
-    let floats = partials_floats(tokens, experts)?;
+    let floats = partials(launchers::sim()?, tokens, experts)?;
     let partials: Vec<f32> = (0..floats).map(|_| random.normal()).collect();
     let buffers = vec![
         Buffer::output("statistics", width * 4),
@@ -403,15 +388,14 @@ fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
     Ok(Problem {
         label: format!("{tokens} tokens, {experts} experts"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (t, e) = (tokens as i64, experts as i32);
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    router_statistics(p[0].cast(), p[1].cast(), t, e, stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = RouterStatistics {
+                statistics: p[0].output(),
+                partials: p[1].input(),
+                tokens,
+                experts,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();

@@ -2,14 +2,13 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::router::{SCORES, log_sum_exp};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
+use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::error::Result;
 use crate::kernels::bindings::*;
 use crate::kernels::launchers;
-use crate::{launch, query};
+use crate::kernels::router_backward::{RouterBackward, RouterWeightGradient, workspace};
 use half::bf16;
 use rayon::prelude::*;
-use std::ptr::null;
 
 /// Sizes and settings of a launch.
 #[derive(Clone, Copy, Debug)]
@@ -240,15 +239,7 @@ pub fn problem(shape: Shape) -> Result<Problem> {
         accumulate,
         given,
     } = shape;
-    let (t, e, d) = (tokens as i64, experts as i32, hidden as i32);
-    let mut floats = 0u64;
-    // SAFETY: one u64 is written.
-    unsafe {
-        query!(
-            launchers::sim()?,
-            router_backward_workspace(&mut floats, t, e, d)
-        )
-    }?;
+    let floats = workspace(launchers::sim()?, tokens, experts, hidden)?;
     let none = [0.0f32; 4];
     let dx = match &batch.dx_before {
         Some(before) => Buffer::changed("dx", before),
@@ -262,7 +253,7 @@ pub fn problem(shape: Shape) -> Result<Problem> {
         dx,
         Buffer::output("dz", tokens * experts * 4),
         dw,
-        Buffer::workspace("dw_partials", floats as usize * 4),
+        Buffer::workspace("dw_partials", floats * 4),
         Buffer::input("scores", &batch.scores),
         Buffer::input("log_sum_exp", &batch.log_sum_exp),
         Buffer::input("dscores", batch.dscores.as_deref().unwrap_or(&none)),
@@ -271,35 +262,38 @@ pub fn problem(shape: Shape) -> Result<Problem> {
         Buffer::input("x", &batch.x),
         Buffer::input("w", &batch.w),
     ];
-    let (s, add) = (score as i32, i32::from(accumulate));
     Ok(Problem {
         label: format!("{shape:?}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let optional = |i: usize| {
-                if given[i] {
-                    p[6 + i].cast::<f32>().cast_const()
-                } else {
-                    null()
-                }
+        launch: Box::new(move |p, stream| {
+            let optional = |i: usize| given[i].then(|| p[6 + i].input());
+            let kernel = RouterBackward {
+                dx: p[0].output(),
+                dz: p[1].output(),
+                dw_partials: p[3].output(),
+                scores: p[4].input(),
+                log_sum_exp: Some(p[5].input()),
+                dscores: optional(0),
+                dmean: optional(1),
+                dlse2: optional(2),
+                x: p[9].input(),
+                w: p[10].input(),
+                tokens,
+                experts,
+                hidden,
+                score,
+                accumulate,
             };
-            let (dx, dz, dw, partials) = (p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast());
-            let (scores, lse, x, w) = (p[4].cast(), p[5].cast(), p[9].cast(), p[10].cast());
-            let (dscores, dmean, dlse2) = (optional(0), optional(1), optional(2));
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    router_backward(
-                        dx, dz, partials, scores, lse, dscores, dmean, dlse2, x, w, t, e, d, s,
-                        add, stream
-                    )
-                )?;
-                launch!(
-                    launchers,
-                    router_weight_gradient(dw, partials, t, e, d, add, stream)
-                )
-            }
+            kernel.launch(stream)?;
+            let sum = RouterWeightGradient {
+                dw: p[2].output(),
+                dw_partials: p[3].input(),
+                tokens,
+                experts,
+                hidden,
+                accumulate,
+            };
+            sum.launch(stream)
         }),
         judge: Box::new(move |out| batch.judge(out)),
     })

@@ -2,12 +2,11 @@
 //! [`crate::tensor::random`]: every choice, factor and mask exactly.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly};
+use super::{Buffer, Case, MakeProblem, Problem, exactly};
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_draws;
-use crate::launch;
+use crate::kernels::router_sample::RouterSample;
 use crate::tensor::random::{Purpose, Stream};
-use std::ptr::null;
 
 /// Sizes and settings of a launch; thresholds are those of SparseMixer's second version.
 #[derive(Clone, Copy, Debug)]
@@ -154,28 +153,26 @@ pub fn problem(shape: Shape) -> Result<Problem> {
         Buffer::input("logits", &logits),
         Buffer::input("draws", &[draws.seed, draws.step, draws.first_token]),
     ];
-    let (t, e, s, layer) = (tokens as i64, experts as i32, stages as i32, LAYER as i32);
     Ok(Problem {
         label: format!("{shape:?}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let draws = if sampled {
-                p[5].cast_const().cast()
-            } else {
-                null()
+        launch: Box::new(move |p, stream| {
+            let kernel = RouterSample {
+                experts_chosen: p[0].output(),
+                factors: p[1].output(),
+                kept: p[2].output(),
+                choices: p[3].output(),
+                logits: p[4].input(),
+                draws: sampled.then(|| p[5].input()),
+                tokens,
+                experts,
+                stages,
+                layer: LAYER,
+                epsilon: EPSILON,
+                threshold: THRESHOLD,
+                untrusted: UNTRUSTED,
             };
-            let (chosen, factors, kept) = (p[0].cast(), p[1].cast(), p[2].cast());
-            let (choices, logits) = (p[3].cast(), p[4].cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    router_sample(
-                        chosen, factors, kept, choices, logits, draws, t, e, s, layer, EPSILON,
-                        THRESHOLD, UNTRUSTED, stream
-                    )
-                )
-            }
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let mut errors = exactly::<i32>("experts", &out[0], |i| want.experts[i])?;

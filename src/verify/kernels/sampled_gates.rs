@@ -1,8 +1,8 @@
 //! SparseMixer's gates and their estimator (`kernels/gates.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::gates::{SampledGates, SampledGatesBackward};
 
 /// Sizes, and how many times a standard normal the logits are.
 type Shape = (usize, usize, usize, f32);
@@ -107,7 +107,6 @@ fn problem(shape: Shape, backward: bool) -> Problem {
         true => Buffer::input("dw", &inputs.dw),
         false => Buffer::input("factors", &inputs.factors),
     };
-    let (t, e, s) = (tokens as i64, experts as i32, stages as i32);
     Problem {
         label: format!("T, E, stages, spread {shape:?}"),
         buffers: vec![
@@ -117,24 +116,30 @@ fn problem(shape: Shape, backward: bool) -> Problem {
             Buffer::input("experts_chosen", &inputs.chosen),
             Buffer::input("kept", &inputs.kept),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let (to, second, z) = (p[0].cast(), p[1].cast(), p[2].cast());
-            let (chosen, kept) = (p[3].cast(), p[4].cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                match backward {
-                    true => launch!(
-                        launchers,
-                        sampled_gates_backward(
-                            to, second, z, chosen, kept, t, e, s, ESTIMATOR, stream
-                        )
-                    ),
-                    false => launch!(
-                        launchers,
-                        sampled_gates(to, second, z, chosen, kept, t, e, s, stream)
-                    ),
-                }
+        launch: Box::new(move |p, stream| match backward {
+            true => SampledGatesBackward {
+                dz: p[0].output(),
+                dw: p[1].input(),
+                logits: p[2].input(),
+                experts_chosen: p[3].input(),
+                kept: p[4].input(),
+                tokens,
+                experts,
+                stages,
+                estimator: ESTIMATOR,
             }
+            .launch(stream),
+            false => SampledGates {
+                w: p[0].output(),
+                factors: p[1].input(),
+                logits: p[2].input(),
+                experts_chosen: p[3].input(),
+                kept: p[4].input(),
+                tokens,
+                experts,
+                stages,
+            }
+            .launch(stream),
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);

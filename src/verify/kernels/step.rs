@@ -1,10 +1,10 @@
 //! The kernels around the optimizer's update (`kernels/step.cu`) against float64 and against what must come out exactly.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly};
+use super::{Buffer, Case, MakeProblem, Problem, exactly};
 use crate::kernels::bindings::{routegrad_state, routegrad_step_outcome, routegrad_step_settings};
-use crate::launch;
-use std::ptr::null;
+use crate::kernels::step::{LossesAdd, StateCommit, StepDecide};
+use crate::kernels::table::{bytes_of, row_of};
 
 const SETTINGS: routegrad_step_settings = routegrad_step_settings {
     rate: 1e-3,
@@ -27,28 +27,17 @@ fn losses(first: bool, with_balance: bool) -> Problem {
     Problem {
         label: format!("first {first}, balance losses {with_balance}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let term: *const f32 = p[1].cast_const().cast();
-            let balance = |i| match with_balance {
-                true => term.wrapping_add(i),
-                false => null(),
+        launch: Box::new(move |p, stream| {
+            let balance = |i| with_balance.then(|| p[1].input().from_element(i));
+            let kernel = LossesAdd {
+                sums: p[0].output(),
+                cross_entropy: p[1].input(),
+                auxiliary: balance(1),
+                z: balance(2),
+                share: SHARE,
+                first,
             };
-            let sums = p[0].cast();
-            // SAFETY: three sums and three terms.
-            unsafe {
-                launch!(
-                    launchers,
-                    losses_add(
-                        sums,
-                        term,
-                        balance(1),
-                        balance(2),
-                        SHARE,
-                        first.into(),
-                        stream
-                    )
-                )
-            }
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             // Every number here is exact.
@@ -98,41 +87,33 @@ fn decide(d: Decision) -> Problem {
     };
     let losses = [d.loss, 0.5, 0.0];
     let buffers = vec![
-        Buffer::changed("outcome", &words(&before)),
+        Buffer::changed("outcome", bytes_of(&[before])),
         Buffer::table("settings", 1, move |_| vec![settings]),
         Buffer::input("losses", &losses),
         Buffer::input("flags", flags.as_flattened()),
         Buffer::input("parts", &parts),
     ];
-    let count = parts.len() as i64;
+    let count = parts.len();
     Problem {
         label: format!(
             "{} parts, loss {}, flag {:?}, clip {}",
             d.parts, d.loss, d.flag, d.clip
         ),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    step_decide(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        p[3].cast(),
-                        p[4].cast(),
-                        count,
-                        LAYERS as i32,
-                        stream
-                    )
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = StepDecide {
+                outcome: p[0].output(),
+                settings: p[1].input(),
+                losses: p[2].input(),
+                flags: Some(p[3].input()),
+                parts: p[4].input(),
+                count,
+                layers: LAYERS,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
-            // SAFETY: plain numbers, which may have any bits.
-            let got: routegrad_step_outcome =
-                unsafe { std::ptr::read_unaligned(out[0].as_ptr().cast()) };
+            let got: routegrad_step_outcome = row_of(&out[0]);
             let sum: f64 = parts.iter().sum();
             judge(d, got, sum.sqrt())
         }),
@@ -193,13 +174,6 @@ fn judge(d: Decision, got: routegrad_step_outcome, norm: f64) -> Result<Errors, 
     Ok(errors)
 }
 
-/// The words of a struct without padding.
-fn words<R: Copy>(row: &R) -> Vec<u32> {
-    // SAFETY: the structs of routegrad.h are whole words without padding.
-    unsafe { std::slice::from_raw_parts(std::ptr::from_ref(row).cast(), size_of::<R>() / 4) }
-        .to_vec()
-}
-
 /// Tensors of so many words, committed or put back.
 fn commit(sizes: &'static [usize], accepted: bool) -> Problem {
     let numbers = |seed: u64, n: usize| -> Vec<f32> {
@@ -229,15 +203,14 @@ fn commit(sizes: &'static [usize], accepted: bool) -> Problem {
     Problem {
         label: format!("words {sizes:?}, accepted {accepted}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (states, outcome) = (p[2 * count].cast(), p[2 * count + 1].cast());
-            // SAFETY: the table's rows point to buffers of so many words.
-            unsafe {
-                launch!(
-                    launchers,
-                    state_commit(states, outcome, count as i32, most as i64, stream)
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = StateCommit {
+                states: p[2 * count].input(),
+                outcome: p[2 * count + 1].input(),
+                count,
+                most_words: most,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             for (i, (pair, &n)) in out.chunks(2).zip(sizes).enumerate() {

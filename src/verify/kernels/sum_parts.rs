@@ -1,8 +1,8 @@
 //! Sums of the parts of a weight gradient (`kernels/sum_parts.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::sum_parts::SumParts;
 
 /// Buffers: out, parts.
 fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
@@ -15,21 +15,15 @@ fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
             Buffer::added_to("out", &before, accumulate),
             Buffer::input("parts", &parts),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    sum_parts(
-                        p[0].cast(),
-                        p[1].cast(),
-                        count as i32,
-                        elements as i64,
-                        accumulate.into(),
-                        stream
-                    )
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = SumParts {
+                out: p[0].output(),
+                parts: p[1].input(),
+                count,
+                elements,
+                accumulate,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();

@@ -3,10 +3,11 @@
 //! of a warp (the two lanes that free a multicast buffer).
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
-use crate::device::graph;
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
 use crate::kernels::bindings::routegrad_unit_box;
-use crate::launch;
+use crate::kernels::unit::{
+    UnitGather, UnitMulticast, UnitSoftmax, UnitTmaLoad, UnitTmaStore, UnitWgmma,
+};
 use half::bf16;
 
 /// Elements of a swizzle span, by its number: none, 128, 64, 32 bytes.
@@ -94,25 +95,18 @@ fn wgmma(n: usize, swizzle: usize, a_mn: bool, b_mn: bool, registers: bool) -> P
             Buffer::input("a", &a),
             Buffer::input("b", &b),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let (a_mn, b_mn, registers) = (i32::from(a_mn), i32::from(b_mn), i32::from(registers));
-            // SAFETY: A is [64, 64], B [n, 64] or [64, n], C [64, n].
-            unsafe {
-                launch!(
-                    launchers,
-                    unit_wgmma(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        n as i32,
-                        a_mn,
-                        b_mn,
-                        registers,
-                        swizzle as i32,
-                        stream
-                    )
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = UnitWgmma {
+                c: p[0].output(),
+                a: p[1].input(),
+                b: p[2].input(),
+                n,
+                a_mn_major: a_mn,
+                b_mn_major: b_mn,
+                a_in_registers: registers,
+                swizzle: swizzle as i32,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| exactly::<f32>("c", &out[0], |i| at(&a, &b, i / n, i % n))),
     }
@@ -204,15 +198,13 @@ fn tma_load(b: routegrad_unit_box) -> MakeProblem {
                 Buffer::output("box", want.len() * 2),
                 Buffer::input("tensor", &tensor),
             ],
-            launch: by_pointers(move |launchers, p, stream| {
-                let boxes = [b];
-                // SAFETY: the tensor has the extents of the box's description; the result the size of the box.
-                unsafe {
-                    launch!(
-                        launchers,
-                        unit_tma_load(p[0].cast(), p[1].cast(), graph::kept(&boxes), stream)
-                    )
-                }
+            launch: Box::new(move |p, stream| {
+                let kernel = UnitTmaLoad {
+                    out: p[0].output(),
+                    tensor: p[1].input(),
+                    place: &b,
+                };
+                kernel.launch(stream)
             }),
             judge: Box::new(move |out| exactly::<u16>("box", &out[0], |i| want[i])),
         })
@@ -234,15 +226,13 @@ fn tma_store(b: routegrad_unit_box) -> MakeProblem {
                 Buffer::output("tensor", want.len() * 2),
                 Buffer::input("box", &shared),
             ],
-            launch: by_pointers(move |launchers, p, stream| {
-                let boxes = [b];
-                // SAFETY: as for the load.
-                unsafe {
-                    launch!(
-                        launchers,
-                        unit_tma_store(p[0].cast(), p[1].cast(), graph::kept(&boxes), stream)
-                    )
-                }
+            launch: Box::new(move |p, stream| {
+                let kernel = UnitTmaStore {
+                    tensor: p[0].output(),
+                    input: p[1].input(),
+                    place: &b,
+                };
+                kernel.launch(stream)
             }),
             judge: Box::new(move |out| exactly::<u16>("tensor", &out[0], |i| want[i])),
         })
@@ -264,22 +254,16 @@ fn multicast(masks: [i32; 2]) -> Problem {
     Problem {
         label: format!("masks {masks:?}"),
         buffers: vec![Buffer::output("out", 4 * ROUNDS * 4096 * 2), input],
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: the tensor is [64 rounds, 64], the result [2 clusters of 2, rounds, 64, 64].
-            unsafe {
-                launch!(
-                    launchers,
-                    unit_multicast(
-                        p[0].cast(),
-                        p[1].cast(),
-                        ROUNDS as i32,
-                        2,
-                        masks[0],
-                        masks[1],
-                        stream
-                    )
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = UnitMulticast {
+                out: p[0].output(),
+                tensor: p[1].input(),
+                rounds: ROUNDS,
+                clusters: 2,
+                mask0: masks[0],
+                mask1: masks[1],
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             exactly::<u16>("out", &out[0], |i| {
@@ -323,23 +307,16 @@ fn gather(columns: usize, transpose: bool, by_mbarrier: bool) -> Problem {
     Problem {
         label: format!("{columns} columns, transposed {transpose}, by mbarrier {by_mbarrier}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (transpose, by_mbarrier) = (i32::from(transpose), i32::from(by_mbarrier));
-            // SAFETY: the indices are below the 100 rows of the input; the result is [64, 64].
-            unsafe {
-                launch!(
-                    launchers,
-                    unit_gather(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        columns as i32,
-                        transpose,
-                        by_mbarrier,
-                        stream
-                    )
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = UnitGather {
+                out: p[0].output(),
+                input: p[1].input(),
+                index: p[2].input(),
+                columns,
+                transpose,
+                by_mbarrier,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             exactly::<u16>("out", &out[0], |i| {
@@ -370,21 +347,15 @@ fn softmax() -> Problem {
             Buffer::changed("warps_seen", &[0i32]),
             Buffer::input("in", &input),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: both are [rows, columns]; one word is counted up.
-            unsafe {
-                launch!(
-                    launchers,
-                    unit_softmax(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        ROWS as i32,
-                        COLUMNS as i32,
-                        stream
-                    )
-                )
-            }
+        launch: Box::new(move |p, stream| {
+            let kernel = UnitSoftmax {
+                out: p[0].output(),
+                warps_seen: p[1].output(),
+                input: p[2].input(),
+                rows: ROWS,
+                columns: COLUMNS,
+            };
+            kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             exactly::<i32>("warps_seen", &out[1], |_| ROWS as i32 * 8)?;

@@ -1,13 +1,32 @@
 //! What a launcher says of an argument that it refuses.
 
 use super::schedules::counted;
+use routegrad::device::Device;
 use routegrad::error::Result;
+use routegrad::kernels::{In, Out, Stream};
 
 pub const NULL: &str = "is a null pointer";
 pub const MISALIGNED: &str = "is not 16-byte aligned";
 pub const NOT_MULTIPLE: &str = "is not a multiple of 8";
 pub const OUT_OF_RANGE: &str = "is outside what the kernel can do";
 pub const OVERFLOW: &str = "makes a product of sizes overflow";
+
+/// The simulator's stream.
+pub fn stream() -> Stream {
+    Stream::of(Device::Sim).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// An input of any length at an address, for a call that is refused.
+pub fn from<T>(address: usize) -> In<'static, T> {
+    // SAFETY: a refused call touches no memory.
+    unsafe { In::from_address(address, usize::MAX) }
+}
+
+/// An output of any length at an address, for a call that is refused.
+pub fn to<T>(address: usize) -> Out<'static, T> {
+    // SAFETY: a refused call touches no memory.
+    unsafe { Out::from_address(address, usize::MAX) }
+}
 
 /// The call is refused for `argument`, and nothing is launched.
 pub fn refused(call: impl FnOnce() -> Result<()>, why: &str, argument: &str) {
