@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use routegrad::cli::Cli;
+use routegrad::dist;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -9,10 +10,13 @@ fn main() -> ExitCode {
         args = ["--always", "--dirty", "--abbrev=12", "--exclude=*"],
         fallback = ""
     ));
-    match Cli::parse().run() {
+    match dist::conclude(Cli::parse().run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
+            // Of several ranks one prints.
+            if let Some(error) = error {
+                eprintln!("error: {error}");
+            }
             ExitCode::FAILURE
         }
     }

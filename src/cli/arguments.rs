@@ -29,7 +29,8 @@ Examples:
   routegrad train --preset tiny --router topk --steps 300 --out runs/baseline
   routegrad train --experts 32c4 --set router.beta=0.95 --set train.seed=1 --name wide
   routegrad train --data my-books/ --set model.sequence_length=512
-  routegrad train --name wide --resume")]
+  routegrad train --name wide --resume
+  mpirun -n 4 routegrad train --preset small --out /shared/runs/small")]
     Train(TrainArgs),
     /// Make tokens of parquet, JSON lines or text, and look at them.
     #[command(subcommand)]
@@ -225,6 +226,20 @@ pub(super) struct TrainArgs {
     /// Show no progress.
     #[arg(long)]
     pub(super) quiet: bool,
+    /// Where the ranks of the run come from: auto, the launcher (mpirun, srun) if there is one; none, this process alone; mpi.
+    #[arg(long, value_name = "FROM", value_enum, default_value = "auto")]
+    pub(super) ranks: RanksFrom,
+    /// End the run when a rank is silent, or keeps the others waiting, for so long.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
+    pub(super) rank_timeout: f64,
+}
+
+/// Where ranks come from.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum RanksFrom {
+    Auto,
+    None,
+    Mpi,
 }
 
 #[derive(Args)]

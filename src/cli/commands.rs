@@ -4,6 +4,7 @@ use super::arguments::*;
 use crate::config::{Config, Layers};
 use crate::data;
 use crate::device::Device;
+use crate::dist::{self, Collective, Ranks};
 use crate::error::Error;
 use crate::error::Result;
 use crate::routers::{self, ROUTERS};
@@ -19,6 +20,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 use toml::Value;
 
 pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
@@ -43,7 +45,8 @@ pub(super) fn set_threads(threads: usize) -> Result<()> {
         .map_err(|e| invalid(e.to_string()))
 }
 
-pub(super) fn train_command(args: &TrainArgs) -> Result<()> {
+pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<()> {
+    let dist = start_ranks(args, threads)?;
     // A run that goes on has its configuration in its folder; a new one may be named after it.
     let (config, out) = if args.resume {
         let out = args.folder(args.router.as_deref().unwrap_or("default"));
@@ -68,7 +71,10 @@ pub(super) fn train_command(args: &TrainArgs) -> Result<()> {
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
     }
-    let report = train::run(config, &options, &stop)?;
+    let report = train::run_on(dist.clone(), config, &options, &stop)?;
+    if dist.rank() != 0 {
+        return Ok(());
+    }
     if device != Device::Cpu {
         let peak = crate::device::take_peak(device) as f64;
         say!(
@@ -95,6 +101,44 @@ pub(super) fn train_command(args: &TrainArgs) -> Result<()> {
         Outcome::Finished => say!("log and pictures: {place}"),
     }
     Ok(())
+}
+
+/// Refuses a command of one process that a launcher started several times.
+pub(super) fn refuse_launcher() -> Result<()> {
+    match dist::launcher_size() {
+        1 => Ok(()),
+        n => Err(Error::invalid(
+            "routegrad",
+            "one process; only `train` runs on several",
+            format!("{n} processes of a launcher"),
+            "start the command without mpirun or srun",
+        )),
+    }
+}
+
+/// This process's rank, and its threads.
+fn start_ranks(args: &TrainArgs, threads: Option<usize>) -> Result<Arc<dyn Collective>> {
+    if !(args.rank_timeout >= 1.0 && args.rank_timeout.is_finite()) {
+        let got = args.rank_timeout.to_string();
+        let help = "leave it out for the default";
+        return Err(Error::invalid(
+            "--rank-timeout",
+            "1 second or more",
+            got,
+            help,
+        ));
+    }
+    let limit = Duration::from_secs_f64(args.rank_timeout);
+    let ranks = match args.ranks {
+        RanksFrom::Auto => Ranks::Auto,
+        RanksFrom::None => Ranks::None,
+        RanksFrom::Mpi => Ranks::Mpi,
+    };
+    let dist = dist::start(ranks, limit)?;
+    if let (None, Some(threads)) = (threads, dist::threads()) {
+        set_threads(threads)?;
+    }
+    Ok(dist)
 }
 
 impl TrainArgs {
@@ -134,19 +178,18 @@ impl TrainArgs {
     }
 }
 
-/// The first SIGINT or SIGTERM sets `stop`; a second one ends the process at once.
+/// The first SIGINT or SIGTERM sets `stop`; a second one ends the process at once. SIGUSR1, which launchers pass on to every
+/// rank, sets `stop` alone.
 fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
+    let refused = |e: std::io::Error| {
+        let help = "report this as a bug";
+        Error::invalid("train", "signal handlers", e.to_string(), help)
+    };
+    signal_hook::flag::register(signal_hook::consts::SIGUSR1, stop.clone()).map_err(refused)?;
     for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
             .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
-            .map_err(|e| {
-                Error::invalid(
-                    "train",
-                    "signal handlers",
-                    e.to_string(),
-                    "report this as a bug",
-                )
-            })?;
+            .map_err(refused)?;
     }
     Ok(())
 }

@@ -26,8 +26,11 @@ impl Cli {
         if let Some(threads) = self.threads {
             set_threads(threads)?;
         }
+        if !matches!(self.command, Command::Train(_)) {
+            refuse_launcher()?;
+        }
         match self.command {
-            Command::Train(args) => train_command(&args),
+            Command::Train(args) => train_command(&args, self.threads),
             Command::Data(command) => data::run(command),
             Command::Eval(args) => eval_command(&args),
             Command::Analyze(args) => analyze_command(&args),

@@ -39,7 +39,6 @@ use mix::Mix;
 use order::Order;
 use part::Part;
 use std::collections::BTreeSet;
-use std::ops::Range;
 use std::path::Path;
 
 /// Training and validation text, as windows of S + 1 tokens: S inputs and the S that follow them.
@@ -115,9 +114,9 @@ impl Corpus {
     /// Training sequences by their global index. Step t of n sequences
     /// takes indices t · n to (t + 1) · n, however micro-batches and ranks divide them; a rank's part
     /// of a micro-batch is [`Collective::part`](crate::dist::Collective::part).
-    pub fn sequences(&self, indices: Range<u64>) -> Batch {
-        let mut batch = Batch::default();
-        let count = (indices.end - indices.start) as usize;
+    pub fn sequences(&self, indices: impl IntoIterator<Item = u64>) -> Batch {
+        let (mut batch, indices) = (Batch::default(), indices.into_iter());
+        let count = indices.size_hint().0;
         batch
             .tokens
             .reserve(count * (self.sequence_length as usize + 1));

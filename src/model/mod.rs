@@ -185,6 +185,11 @@ impl Model {
         &*self.graph.dist
     }
 
+    /// The parameters, to change, and what gathers them over the ranks.
+    pub(crate) fn parameters_and_dist(&mut self) -> (&mut [Parameter], &dyn Collective) {
+        (&mut self.parameters, &*self.graph.dist)
+    }
+
     /// Lets the router change its pending state: at the end of an accepted step, before the states
     /// are committed. [`Trainer::step`](crate::train::step::Trainer::step) does both.
     ///

@@ -45,6 +45,9 @@ pub enum Error {
         text: String,
         help: String,
     },
+    /// What several ranks met alike: one of them reports it.
+    #[error("{text}")]
+    Ranks { text: String },
 }
 
 impl Error {

@@ -9,6 +9,7 @@
 use super::{LayerPass, Phase, Router, RouterInfo, Routing, StateTensor, from_settings, within};
 use crate::config::ModelConfig;
 use crate::device::Device;
+use crate::dist::at;
 use crate::error::Result;
 use crate::ops::combine::Defaults;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
@@ -138,6 +139,7 @@ impl Router for DefaultMoe {
         layer: &mut LayerPass<'_>,
     ) -> Result<Option<Defaults>> {
         if let Some(sums) = sums {
+            at(layer.dist, || format!("ê of MoE layer {}", layer.layer));
             let sums = sums.over_ranks(layer.dist)?;
             let beta = self.beta.powf(1.0 / layer.pass.micro_batches as f64);
             sums.update(layer.state_mut(VECTORS), beta)?;

@@ -273,6 +273,13 @@ mod tests {
             values.iter_mut().zip(self.0).for_each(|(v, o)| *v += o);
             Ok(())
         }
+        fn all_gather(&self, _own: &[u8], _all: &mut [u8]) -> Result<()> {
+            unreachable!("the router only sums")
+        }
+        fn exchange(&self, _own: &[u8], _all: &mut [u8]) -> Result<()> {
+            unreachable!("the router only sums")
+        }
+        fn leave(&self, _why: &str) {}
     }
 
     #[test]

@@ -4,7 +4,7 @@
 //! left there. [`LayerState::commit`] makes it the state, [`LayerState::discard`] forgets it, so
 //! that a step which is not applied leaves no trace.
 
-use crate::dist::Collective;
+use crate::dist::{Collective, at};
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_draws;
 use crate::ops::dispatch::{Dispatch, Selection};
@@ -422,6 +422,7 @@ impl<'p> LayerPass<'p> {
     /// Those of [`Collective::sum`].
     pub fn sum_over_ranks(&self, values: &mut [f64]) -> Result<()> {
         if self.updates_state() {
+            at(self.dist, || format!("sums of MoE layer {}", self.layer));
             self.dist.sum(values)?;
         }
         Ok(())
@@ -454,6 +455,9 @@ impl<'p> LayerPass<'p> {
             trains,
             over_step: over_step && trains,
         };
+        if trains {
+            at(self.dist, || format!("counts of MoE layer {}", self.layer));
+        }
         let fractions = self.state.tally.count(&counted, self.dist)?;
         if trains {
             self.state.fractions = Some(fractions.clone());

@@ -3,6 +3,7 @@
 use crate::config::{Config, Precision};
 use crate::data::Corpus;
 use crate::device::Device;
+use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::train::checkpoint::{self, Checkpoint};
@@ -103,31 +104,41 @@ pub fn run(
     Ok(report)
 }
 
-/// The loss on `most` validation sequences (all if 0), `batch` of them at a time. The model's state is
-/// left as it was.
+/// The loss on `most` validation sequences (all if 0), `batch` of them at a time; ranks share the batches, and all get the
+/// report of one. The model's state is left as it was.
 ///
 /// # Errors
-/// Those of the model.
+/// Those of the model, and when a rank has left.
 pub fn validation_loss(
     model: &Model,
     corpus: &Corpus,
     most: usize,
     batch: usize,
 ) -> Result<Report> {
-    let windows = corpus.held_out(most);
-    let mut whole = Report::default();
-    let mut by_source = vec![Report::default(); corpus.sources().len()];
-    for windows in windows.chunks(batch) {
+    let (windows, dist) = (corpus.held_out(most), model.dist());
+    let of_rank = |rank| windows.chunks(batch).skip(rank).step_by(dist.size());
+    let mut sums = Vec::new();
+    for windows in of_rank(dist.rank()) {
         let losses = model.token_losses(corpus.read(windows).all())?;
         let mut losses = losses.as_slice();
         for share in windows.iter().flat_map(|w| corpus.shares(*w)) {
             let (own, rest) = losses.split_at(share.tokens as usize);
-            let sum = own.iter().sum();
-            whole.add(own.len(), share.bytes, sum);
-            if let Some(source) = by_source.get_mut(share.source) {
-                source.add(own.len(), share.bytes, sum);
-            }
+            sums.push(own.iter().sum::<f64>());
             losses = rest;
+        }
+    }
+    let mut sums = gathered(dist, &sums)?;
+    let mut whole = Report::default();
+    let mut by_source = vec![Report::default(); corpus.sources().len()];
+    // In the order of one rank.
+    for (i, windows) in windows.chunks(batch).enumerate() {
+        let sums = &mut sums[i % dist.size()];
+        for share in windows.iter().flat_map(|w| corpus.shares(*w)) {
+            let (tokens, sum) = (share.tokens as usize, sums.next().unwrap_or(f64::NAN));
+            whole.add(tokens, share.bytes, sum);
+            if let Some(source) = by_source.get_mut(share.source) {
+                source.add(tokens, share.bytes, sum);
+            }
         }
     }
     // Routing statistics of training must not see these tokens.
@@ -140,4 +151,15 @@ pub fn validation_loss(
         whole.sources = seen.map(|(name, report)| (name, report.mean())).collect();
     }
     Ok(whole.mean())
+}
+
+/// The numbers of every rank, in their order.
+fn gathered(dist: &dyn Collective, own: &[f64]) -> Result<Vec<std::vec::IntoIter<f64>>> {
+    let all = dist.gather_bytes(bytemuck::cast_slice(own))?;
+    let numbers = all.into_iter().map(|bytes| {
+        let mut numbers = vec![0.0; bytes.len() / size_of::<f64>()];
+        bytemuck::cast_slice_mut(&mut numbers).copy_from_slice(&bytes);
+        numbers.into_iter()
+    });
+    Ok(numbers.collect())
 }

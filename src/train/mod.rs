@@ -9,6 +9,7 @@ mod due;
 mod memory;
 pub mod optimizer;
 mod progress;
+mod ranks;
 mod saving;
 mod schedule;
 pub mod session;
@@ -23,12 +24,13 @@ use crate::config::{Config, count};
 use crate::data::tokenizer::BYTES;
 use crate::data::{Ahead, Corpus, Counts};
 use crate::device::timeline::Timeline;
+use crate::dist::{self, Collective, SingleRank, agree, doing, doing_alone};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::batch::Batch;
 use crate::report::events::Events;
 use crate::report::files::replace;
-use crate::report::metrics::Log;
+use crate::report::metrics::{Log, Saved};
 use crate::report::plots;
 use crate::report::version;
 use crate::study::analyze;
@@ -95,12 +97,27 @@ pub struct Summary {
 /// When text, folder or checkpoint cannot be used, the model does not fit in memory, or too many
 /// steps in a row are not finite. What was saved before stays.
 pub fn run(config: Config, options: &Options, stop: &AtomicBool) -> Result<Summary> {
-    Run::begin(config, options)?.finish(stop)
+    run_on(Arc::new(SingleRank), config, options, stop)
+}
+
+/// The same as one of several ranks. Rank 0 alone writes to the run's folder, which all see, and shows progress; a rank whose
+/// `stop` is set stops all after the same step.
+///
+/// # Errors
+/// As [`run`], when ranks are not of one run, and when one has left.
+pub fn run_on(
+    dist: Arc<dyn Collective>,
+    config: Config,
+    options: &Options,
+    stop: &AtomicBool,
+) -> Result<Summary> {
+    Run::begin(dist, config, options)?.finish(stop)
 }
 
 /// A run under way.
 struct Run<'a> {
     options: &'a Options,
+    dist: Arc<dyn Collective>,
     corpus: Arc<Corpus>,
     /// The sequences of each step.
     ahead: Ahead<Batch>,
@@ -112,60 +129,81 @@ struct Run<'a> {
     reported: Instant,
     /// After the last step that was reported.
     state: TrainerState,
-    log: Log,
-    events: Events,
     benchmarks: Option<Benchmarks>,
     progress: Progress,
+    /// On rank 0.
+    output: Option<Output>,
+}
+
+/// What a run writes beside pictures and reports.
+struct Output {
+    log: Log,
+    events: Events,
     saving: Saving,
 }
 
 impl<'a> Run<'a> {
     /// Everything up to the first step.
-    fn begin(config: Config, options: &'a Options) -> Result<Self> {
-        let out = &options.out;
-        if !options.resume {
-            refuse_existing(out)?;
-        }
+    fn begin(dist: Arc<dyn Collective>, config: Config, options: &'a Options) -> Result<Self> {
+        let (out, first) = (&options.out, dist.rank() == 0);
+        ranks::check(&*dist, &config)?;
+        let free = match first && !options.resume {
+            true => refuse_existing(out),
+            false => Ok(()),
+        };
+        agree(&*dist, free)?;
         memory::check(&config)?;
+        doing("the reading of data");
         let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
         let found = match options.resume {
-            true => checkpoint::newest(&out.join(CHECKPOINTS))?,
+            true => {
+                ranks::check_folder(&*dist, out)?;
+                ranks::newest(&*dist, &out.join(CHECKPOINTS))?
+            }
             false => (None, Vec::new()),
         };
         let data = corpus.fingerprint();
+        ranks::check_data(&*dist, &data)?;
+        doing("the making of the model");
         let steps = config.train.steps;
+        let own = Box::new(dist.clone());
         let (model, trainer, state) = match &found.0 {
-            None => start::anew(config, data)?,
-            Some(saved) => start::resume(saved, config, data)?,
+            None => start::anew(config, data, own)?,
+            Some(saved) => start::resume(saved, config, data, own)?,
         };
-        let benchmarks = Benchmarks::read(&state.config.train, &corpus)?;
-        fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
-        write_config(out, &state.config)?;
-        // A run that reads tokens can be spoken to where they are not.
-        for (name, content) in corpus.tokenizer_files()? {
-            replace(out, name, &content)?;
+        let benchmarks = match first {
+            true => Benchmarks::read(&state.config.train, &corpus)?,
+            false => None,
+        };
+        let output = match first {
+            true => Output::begin(out, &state, &corpus).map(Some),
+            false => Ok(None),
+        };
+        let output = agree(&*dist, output)?;
+        if !options.resume {
+            ranks::check_folder(&*dist, out)?;
         }
-        let log = Log::open(&out.join(METRICS_FILE), state.step)?;
-        let events = Events::begin(out, state.step, &state.config.to_toml()?)?;
-        let progress = Progress::new(state.step, steps, options.quiet);
+        let progress = match first {
+            true => Progress::new(state.step, steps, options.quiet),
+            false => Progress::silent(state.step, steps),
+        };
         for damaged in &found.1 {
             progress.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
         }
         let corpus = Arc::new(corpus);
         let run = Run {
             options,
-            ahead: read_ahead(&corpus, &state)?,
-            saving: Saving::new(out, state.config.train.keep_checkpoints),
+            ahead: read_ahead(&corpus, &state, dist.clone())?,
+            dist,
             corpus,
             model,
             trainer,
             under_way: None,
             reported: Instant::now(),
             state,
-            log,
-            events,
             benchmarks,
             progress,
+            output,
         };
         run.introduce();
         Ok(run)
@@ -184,6 +222,9 @@ impl<'a> Run<'a> {
                 millions(counts.tokens)
             ),
         };
+        if let Some(ranks) = dist::describe().filter(|_| self.dist.size() > 1) {
+            self.progress.introduce(&[ranks]);
+        }
         self.progress.introduce(&[
             format!(
                 "{:.1} M parameters, {:.1} M active; router {}, {} experts, {} active; {} on {} threads",
@@ -220,17 +261,18 @@ impl<'a> Run<'a> {
         let mut by_source = Vec::new();
         let mut outcome = Outcome::Finished;
         while self.state.step < train.steps {
-            let stopping = stop.load(Ordering::SeqCst);
+            doing(format!("step {}", self.state.step + 1));
+            let stopping = ranks::any(&*self.dist, stop.load(Ordering::SeqCst))?;
             if stopping && self.under_way.is_none() {
                 outcome = Outcome::Stopped;
                 break;
             }
             // A save that failed meanwhile ends the run here.
-            let (saved, said) = self.saving.ended()?;
-            said.iter().for_each(|said| self.progress.note(said));
+            let saved = self.ended_saves()?;
             let (report, mut record) = self.step(stopping)?;
             let due = Due::after(record.step, &train);
             if due.evaluate {
+                doing(format!("the evaluation after step {}", record.step));
                 let (most, batch) = (train.eval_sequences, train.micro_batch);
                 let found = validation_loss(&self.model, &self.corpus, most, batch)?;
                 validation = Some(found.loss).filter(|l| l.is_finite());
@@ -239,14 +281,18 @@ impl<'a> Run<'a> {
             }
             record.saved = saved;
             if let Some(benchmarks) = self.benchmarks.as_ref().filter(|_| due.score) {
+                doing_alone(format!("the benchmarks after step {}", record.step));
                 record.tasks = benchmarks.score(&self.model, &self.state, &self.progress)?;
             }
             let finite = by_source.drain(..).filter(|(_, r)| r.loss.is_finite());
             record.validation_by_source = finite.map(|(name, r)| (name, r.loss)).collect();
-            self.log.append(&record)?;
-            self.events.record(&record)?;
+            if let Some(output) = &mut self.output {
+                output.log.append(&record)?;
+                output.events.record(&record)?;
+            }
             self.progress.step(&record, train.steps);
-            self.check_finite(&report)?;
+            let finite = self.check_finite(&report);
+            finite.map_err(|e| dist::shared(&*self.dist, e))?;
             // Pictures come first: where there is a checkpoint, they are those of its step. One that
             // cannot be written must not cost the checkpoint.
             let shown = self.show(due.evaluate || due.score, due.analyze);
@@ -257,7 +303,7 @@ impl<'a> Run<'a> {
         }
         if outcome == Outcome::Stopped && self.state.step > 0 {
             self.save(true)?;
-            self.draw()?;
+            self.show(true, false)?;
         }
         if let Some(why) = self.trainer.graph_refused() {
             let note = format!("steps were launched one by one, not as a graph: {why}");
@@ -298,16 +344,37 @@ impl<'a> Run<'a> {
         if !self.options.checkpoints {
             return Ok(());
         }
-        let snapshot = checkpoint::snapshot(&self.model, &self.trainer, &self.state)?;
+        let step = self.state.step;
+        doing(format!("the checkpoint after step {step}"));
+        let snapshot = checkpoint::snapshot_of_ranks(&self.model, &self.trainer, &self.state)?;
+        let (Some(output), Some(snapshot)) = (&mut self.output, snapshot) else {
+            return Ok(());
+        };
+        // A copy that does not fit, and the last save, are written before this returns.
+        doing_alone(format!("the checkpoint after step {step}"));
         if last {
-            let said = self.saving.last(&snapshot)?;
+            let said = output.saving.last(&snapshot)?;
             self.progress.introduce(&[said]);
             return Ok(());
         }
-        self.saving.save(&snapshot)
+        output.saving.save(&snapshot)
     }
 
+    /// The saves that have ended since the last call.
+    fn ended_saves(&mut self) -> Result<Vec<Saved>> {
+        let Some(output) = &mut self.output else {
+            return Ok(Vec::new());
+        };
+        let (saved, said) = output.saving.ended()?;
+        said.iter().for_each(|said| self.progress.note(said));
+        Ok(saved)
+    }
+
+    /// Draws and analyses, on rank 0.
     fn show(&self, draw: bool, analyze: bool) -> Result<()> {
+        if self.output.is_none() {
+            return Ok(());
+        }
         if draw {
             self.draw()?;
         }
@@ -321,6 +388,7 @@ impl<'a> Run<'a> {
     fn analyze(&self) -> Result<()> {
         let begun = Instant::now();
         let step = self.state.step;
+        doing_alone(format!("the analysis after step {step}"));
         let report = analyze::analyze(&self.state.config, &self.model, step, ANALYZED)?;
         let folder = self
             .options
@@ -350,12 +418,42 @@ impl<'a> Run<'a> {
     }
 }
 
-/// What each step from the present one on takes: step t of n sequences those from t · n on.
-fn read_ahead(corpus: &Arc<Corpus>, state: &TrainerState) -> Result<Ahead<Batch>> {
+/// What each step from the present one on takes: step t of n sequences those from t · n on; a rank reads its part of each
+/// micro-batch.
+fn read_ahead(
+    corpus: &Arc<Corpus>,
+    state: &TrainerState,
+    dist: Arc<dyn Collective>,
+) -> Result<Ahead<Batch>> {
     let (corpus, train) = (corpus.clone(), &state.config.train);
-    let batch = train.sequences_per_step as u64;
-    let read = move |step: u64| corpus.sequences(step * batch..(step + 1) * batch);
+    let (batch, micro_batch) = (train.sequences_per_step as u64, train.micro_batch as u64);
+    let part = |first| dist.part(first..(first + micro_batch).min(batch));
+    let parts: Vec<_> = (0..batch)
+        .step_by(micro_batch as usize)
+        .map(part)
+        .collect::<Result<_>>()?;
+    let read = move |step: u64| {
+        let own = parts.iter().cloned().flatten();
+        corpus.sequences(own.map(|sequence| step * batch + sequence))
+    };
     Ahead::new(state.step..train.steps, read)
+}
+
+impl Output {
+    /// Makes the run's folder, or goes on in it.
+    fn begin(out: &Path, state: &TrainerState, corpus: &Corpus) -> Result<Self> {
+        fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        write_config(out, &state.config)?;
+        // A run that reads tokens can be spoken to where they are not.
+        for (name, content) in corpus.tokenizer_files()? {
+            replace(out, name, &content)?;
+        }
+        Ok(Output {
+            log: Log::open(&out.join(METRICS_FILE), state.step)?,
+            events: Events::begin(out, state.step, &state.config.to_toml()?)?,
+            saving: Saving::new(out, state.config.train.keep_checkpoints),
+        })
+    }
 }
 
 /// Refuses a folder that holds a run.

@@ -18,9 +18,19 @@ pub(super) struct Progress {
     /// Of the last evaluation.
     validation: Option<f64>,
     quiet: bool,
+    /// Another rank shows the run's progress.
+    silent: bool,
 }
 
 impl Progress {
+    /// Of a rank that shows nothing.
+    pub fn silent(first: u64, total: u64) -> Self {
+        Progress {
+            silent: true,
+            ..Self::new(first, total, true)
+        }
+    }
+
     /// From step `first` to `total`; `quiet` shows nothing but notes.
     pub fn new(first: u64, total: u64, quiet: bool) -> Self {
         let terminal = std::io::stderr().is_terminal() && !quiet;
@@ -41,6 +51,7 @@ impl Progress {
             last_line: None,
             validation: None,
             quiet,
+            silent: false,
         }
     }
 
@@ -84,6 +95,9 @@ impl Progress {
 
     /// A line that stays.
     pub fn note(&self, text: &str) {
+        if self.silent {
+            return;
+        }
         if self.terminal {
             self.bar.println(text);
         } else {

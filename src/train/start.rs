@@ -1,14 +1,20 @@
 //! What a run begins with: a new model, or that of a checkpoint.
 
 use crate::config::Config;
+use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::routers;
 use crate::train::checkpoint::{self, Checkpoint, TrainerState};
 use crate::train::step::Trainer;
 
 /// A run that has done no step.
-pub(super) fn anew(config: Config, data: String) -> Result<(Model, Trainer, TrainerState)> {
-    let model = Model::new(&config)?;
+pub(super) fn anew(
+    config: Config,
+    data: String,
+    dist: Box<dyn Collective>,
+) -> Result<(Model, Trainer, TrainerState)> {
+    let model = Model::with_router(&config, routers::build(&config.router)?, dist)?;
     let trainer = Trainer::new(&config.train, &model);
     let state = TrainerState {
         step: 0,
@@ -25,9 +31,10 @@ pub(super) fn resume(
     saved: &Checkpoint,
     config: Config,
     data: String,
+    dist: Box<dyn Collective>,
 ) -> Result<(Model, Trainer, TrainerState)> {
-    let (model, mut state) =
-        checkpoint::load_model_with(saved, |c| c.train.device = config.train.device)?;
+    let device = config.train.device;
+    let (model, mut state) = checkpoint::load_model_on(saved, |c| c.train.device = device, dist)?;
     let old = &state.config;
     for (what, same) in [
         ("model", old.model == config.model),

@@ -10,7 +10,7 @@ mod telling;
 
 use crate::config::TrainConfig;
 use crate::device::{Device, counters, timeline};
-use crate::dist::Collective;
+use crate::dist::{Collective, at};
 use crate::error::{Error, Result};
 use crate::kernels::launchers;
 use crate::model::batch::Sequences;
@@ -18,7 +18,7 @@ use crate::model::{Inputs, Model};
 use crate::routers::{LayerState, LayerStats, Pass, Phase};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
-use crate::train::optimizer::{AdamW, DeviceStep, Outcome, Settings, gradient_norm};
+use crate::train::optimizer::{AdamW, DeviceStep, Outcome, Settings, Shards, gradient_norm};
 use replay::Replay;
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
@@ -55,10 +55,21 @@ pub struct Trainer {
 }
 
 impl Trainer {
+    /// On the CPU the optimizer of one of several ranks has its share of the parameters.
     pub fn new(config: &TrainConfig, model: &Model) -> Self {
+        let (parameters, dist) = (&model.parameters, model.dist());
+        let shards = match model.device() {
+            Device::Cpu => Shards::new(parameters, dist.rank(), dist.size()),
+            _ => Shards::new(parameters, 0, 1),
+        };
+        Self::with_shards(config, model, shards)
+    }
+
+    /// The same with these shards, such as one that is whole on every rank.
+    pub fn with_shards(config: &TrainConfig, model: &Model, shards: Shards) -> Self {
         let device = model.device();
         Trainer {
-            optimizer: AdamW::new(config, &model.parameters),
+            optimizer: AdamW::sharded(config, &model.parameters, shards),
             gradients: Gradients::new(model.parameters.len()),
             clip: config.gradient_clip,
             inputs: Vec::new(),
@@ -67,7 +78,8 @@ impl Trainer {
         }
     }
 
-    /// The gradients of the last step, of the global batch, before clipping.
+    /// The gradients of the last step, of the global batch, before clipping; on several ranks with a sharded optimizer those
+    /// of this rank's share, beside what it added to the others.
     pub fn gradients(&self) -> &Gradients {
         &self.gradients
     }
@@ -224,7 +236,12 @@ impl Trainer {
             tape.backward(&losses.total, share, &mut self.gradients)?;
         }
         drop(weights); // else the update would copy what they share
-        sum_gradients(model, &mut self.gradients)?;
+        at(model.dist(), || "gradients".into());
+        let shards = self.optimizer.shards();
+        match shards.is_whole() {
+            true => sum_gradients(model, &mut self.gradients)?,
+            false => shards.reduce(model.dist(), &model.parameters, &mut self.gradients)?,
+        }
         if let Some(device) = &mut self.device {
             let tally = model.device_tally();
             let flags = tally.as_ref().map(|t| t.flags());
@@ -254,6 +271,7 @@ impl Trainer {
             Some(told) => self.report_of(model, &told.received()?)?,
             None => self.update_on_cpu(model, launched.sums, launched.rate)?,
         };
+        at(model.dist(), || "routing statistics".into());
         for layer in &mut report.layers {
             *layer = std::mem::take(layer).over_ranks(model.dist())?;
         }
@@ -285,8 +303,13 @@ impl Trainer {
         mut sums: [f64; 3],
         rate: f64,
     ) -> Result<StepReport> {
+        at(model.dist(), || "losses and norm".into());
         model.dist().sum(&mut sums)?;
-        let norm = gradient_norm(&self.gradients, model.parameters.len())?;
+        let shards = self.optimizer.shards();
+        let norm = match shards.is_whole() {
+            true => gradient_norm(&self.gradients, model.parameters.len())?,
+            false => shards.norm(model.dist(), &self.gradients)?,
+        };
         let refused = refusal(model, sums[0], norm)?;
         if refused.is_none() {
             let scale = if self.clip > 0.0 && norm > self.clip {
@@ -296,6 +319,11 @@ impl Trainer {
             };
             self.optimizer
                 .update(&mut model.parameters, &self.gradients, rate, scale)?;
+            if !self.optimizer.shards().is_whole() {
+                let (parameters, dist) = model.parameters_and_dist();
+                at(dist, || "weights".into());
+                self.optimizer.shards().gather_weights(dist, parameters)?;
+            }
             model.end_step()?;
         }
         let mut states = model.layer_states_mut();

@@ -60,7 +60,7 @@ impl Run<'_> {
         let train = &self.state.config.train;
         let (begun, rate) = (Instant::now(), learning_rate(train, step));
         let batch = self.ahead.take(step);
-        let micro_batches: Vec<_> = batch.chunks(train.micro_batch).collect();
+        let micro_batches: Vec<_> = batch.chunks(train.micro_batch / self.dist.size()).collect();
         if self.recorded(step) {
             timeline::start()?;
         }

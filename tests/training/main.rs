@@ -4,6 +4,7 @@
 mod common;
 
 mod causality;
+mod collectives;
 mod devices;
 mod gradcheck;
 mod interruption;

@@ -13,10 +13,10 @@ use routegrad::error::Result;
 use routegrad::model::Model;
 use routegrad::model::batch::Batch;
 use routegrad::routers::{self, ROUTERS};
+use routegrad::train::optimizer::Shards;
 use routegrad::train::step::{StepReport, Trainer};
-use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, OnceLock};
 
 const LENGTH: usize = 12;
 /// Of a micro-batch, over all ranks.
@@ -225,12 +225,29 @@ fn the_same_ranks_give_the_same_bytes_again() {
     }
 }
 
-/// Ranks that forget one sum of every step and keep their own values.
+/// Ranks that forget one call of every step: they keep their own values, and zeros for those of others.
 struct Forgetful {
     rank: ThreadRank,
     calls: AtomicUsize,
     calls_per_step: usize,
     forgotten: usize,
+}
+
+impl Forgetful {
+    fn forgets(&self) -> bool {
+        let call = self.calls.fetch_add(1, Ordering::SeqCst);
+        call % self.calls_per_step == self.forgotten
+    }
+
+    /// Forgets the rows of `all` `[size, n]` that others sent.
+    fn forget(&self, all: &mut [u8]) {
+        let n = (all.len() / self.size()).max(1);
+        for (rank, row) in all.chunks_mut(n).enumerate() {
+            if rank != self.rank() {
+                row.fill(0);
+            }
+        }
+    }
 }
 
 impl Collective for Forgetful {
@@ -242,37 +259,51 @@ impl Collective for Forgetful {
         self.rank.size()
     }
 
+    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        self.rank.all_gather(own, all)?;
+        if self.forgets() {
+            self.forget(all);
+        }
+        Ok(())
+    }
+
+    fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        self.rank.exchange(own, all)?;
+        if self.forgets() {
+            self.forget(all);
+        }
+        Ok(())
+    }
+
+    fn leave(&self, why: &str) {
+        self.rank.leave(why);
+    }
+
     fn sum(&self, values: &mut [f64]) -> Result<()> {
-        let call = self.calls.fetch_add(1, Ordering::SeqCst);
         let mut sum = values.to_vec();
         self.rank.sum(&mut sum)?;
-        if call % self.calls_per_step != self.forgotten {
+        if !self.forgets() {
             values.copy_from_slice(&sum);
         }
         Ok(())
     }
 }
 
-/// How many values each sum of a step of one micro-batch has, and which sums are the gradients'.
-fn sums_of_a_step(config: &Config) -> (Vec<usize>, Range<usize>) {
+/// How many calls a step of one micro-batch makes.
+fn calls_of_a_step(config: &Config) -> usize {
     let found = ThreadRank::run(2, |rank| {
-        let lengths = Arc::new(Mutex::new(vec![]));
-        let counted = Counted(rank, lengths.clone());
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counted = Counted(rank, calls.clone());
         let mut rank = Rank::new(config, Box::new(counted)).unwrap();
         let tokens = rank.tokens(0, 1).unwrap();
         rank.step(&tokens).unwrap();
-        let parameters = rank.model.parameters.iter();
-        let parameters: Vec<usize> = parameters.map(|p| p.value.elements()).collect();
-        let lengths = lengths.lock().unwrap().clone();
-        let mut places = lengths.windows(parameters.len());
-        let first = places.position(|w| w == parameters).unwrap();
-        (lengths, first..first + parameters.len())
+        calls.load(Ordering::SeqCst)
     });
     assert_eq!(found[0], found[1]);
-    found[0].clone()
+    found[0]
 }
 
-struct Counted(ThreadRank, Arc<Mutex<Vec<usize>>>);
+struct Counted(ThreadRank, Arc<AtomicUsize>);
 
 impl Collective for Counted {
     fn rank(&self) -> usize {
@@ -283,22 +314,32 @@ impl Collective for Counted {
         self.0.size()
     }
 
+    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        self.0.all_gather(own, all)
+    }
+
+    fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        self.1.fetch_add(1, Ordering::SeqCst);
+        self.0.exchange(own, all)
+    }
+
+    fn leave(&self, why: &str) {
+        self.0.leave(why);
+    }
+
     fn sum(&self, values: &mut [f64]) -> Result<()> {
-        self.1.lock().unwrap().push(values.len());
+        self.1.fetch_add(1, Ordering::SeqCst);
         self.0.sum(values)
     }
 }
 
 #[test]
-fn no_sum_can_be_forgotten_unnoticed() {
-    for (i, config) in configs().into_iter().enumerate() {
+fn no_call_can_be_forgotten_unnoticed() {
+    for config in configs() {
         let one = trained(&config, 1, 1);
-        let (lengths, gradients) = sums_of_a_step(&config);
-        let calls_per_step = lengths.len();
-        // The gradients' sums are the same code for every router: all with one, the first with others.
-        let repeated = gradients.start + 1..gradients.end;
-        let calls = (0..calls_per_step).filter(|c| i == 0 || !repeated.contains(c));
-        for forgotten in calls {
+        let calls_per_step = calls_of_a_step(&config);
+        for forgotten in 0..calls_per_step {
             let outcomes = train(&config, 2, 1, |rank| {
                 Box::new(Forgetful {
                     rank,
@@ -312,9 +353,9 @@ fn no_sum_can_be_forgotten_unnoticed() {
                     .is_ok_and(|o| o.difference(&one) <= 1e-6 && o.refused == one.refused)
             });
             let name = &config.router.name;
-            assert!(!unnoticed, "{name}: sum {forgotten} of {calls_per_step}");
+            assert!(!unnoticed, "{name}: call {forgotten} of {calls_per_step}");
         }
-        println!("{}: {calls_per_step} sums a step", config.router.name);
+        println!("{}: {calls_per_step} calls a step", config.router.name);
     }
 }
 
@@ -389,5 +430,61 @@ fn unequal_shares_are_refused() {
     });
     for error in errors {
         assert!(error.contains("equally many micro-batches"), "{error}");
+    }
+}
+
+/// Parameters after some steps of the whole micro-batches, and the numbers of first moments that the rank holds.
+fn trained_with(config: &Config, rank: ThreadRank, sharded: bool) -> (Vec<f64>, usize) {
+    let mut own = Rank::new(config, Box::new(rank)).unwrap();
+    if !sharded {
+        let shards = Shards::new(&own.model.parameters, 0, 1);
+        own.trainer = Trainer::with_shards(&config.train, &own.model, shards);
+    }
+    for step in 0..STEPS {
+        let part = own.model.dist().part(step * 12..step * 12 + 12).unwrap();
+        let batch = own.corpus.sequences(part);
+        own.step(&[batch]).unwrap();
+    }
+    let held = own.trainer.optimizer.moments().iter();
+    let held = held.map(|m| m.first.elements()).sum();
+    (own.parameters(), held)
+}
+
+#[test]
+fn a_sharded_optimizer_ends_in_the_bytes_of_a_whole_one_and_holds_its_share_of_the_moments() {
+    const BLOCK: usize = 1 << 14;
+    for set in [
+        &["train.dtype=\"f64\""][..],
+        &["train.dtype=\"f32\""],
+        &["train.dtype=\"f32\"", "train.bf16_moments=true"],
+    ] {
+        // Parameters of several blocks, of one, and of a part of one.
+        let mut layers = Layers::preset("tiny");
+        let wide = ["model.hidden=96", "model.heads=2", "model.vocab_size=512"];
+        let shape = [
+            "model.layers=2",
+            "model.sequence_length=12",
+            "model.top_k=2",
+        ];
+        let all = wide.iter().chain(&shape).chain(set);
+        layers.set = all.map(|s| s.to_string()).collect();
+        let config = Config::load(&layers, &routers::resolve).unwrap();
+        for ranks in [2, 3, 4] {
+            let train =
+                |sharded| ThreadRank::run(ranks, |rank| trained_with(&config, rank, sharded));
+            let (sharded, whole) = (train(true), train(false));
+            let (numbers, parameters) = (whole[0].1, Model::new(&config).unwrap().parameters.len());
+            assert_eq!(numbers, whole[0].0.len());
+            for (rank, (own, held)) in sharded.iter().enumerate() {
+                assert!(*own == whole[rank].0, "{set:?}, rank {rank} of {ranks}");
+                let most = numbers / ranks + parameters * BLOCK;
+                assert!(
+                    *held <= most,
+                    "rank {rank} of {ranks} holds {held} of {numbers}"
+                );
+            }
+            let all: usize = sharded.iter().map(|(_, held)| held).sum();
+            assert_eq!(all, numbers, "each number has one owner");
+        }
     }
 }

@@ -19,7 +19,8 @@ pub use background::{Place, Saver};
 pub use read::Arrays;
 pub(crate) use session::router_state;
 pub use session::{
-    TrainerState, find, load_model, load_model_with, load_tokenizer, load_trainer, snapshot,
+    TrainerState, find, load_model, load_model_on, load_model_with, load_tokenizer, load_trainer,
+    snapshot, snapshot_of_ranks,
 };
 pub use shards::SHARD_BYTES;
 pub(crate) use shards::Shards;

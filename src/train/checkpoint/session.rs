@@ -9,8 +9,10 @@ use super::{Array, Arrays, Checkpoint, Snapshot, newest};
 use crate::config::{Config, DataConfig, ModelFile};
 use crate::data::Tokenizer;
 use crate::data::tokenizer::{BYTES, TOKENIZER_FILE};
+use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::routers;
 use crate::tensor::Tensor;
 use crate::train::optimizer::Moments;
 use crate::train::step::Trainer;
@@ -31,10 +33,57 @@ pub struct TrainerState {
     pub config: Config,
 }
 
-/// Everything to save of a run.
+/// Everything to save of a run of one rank.
 pub fn snapshot<'a>(
     model: &'a Model,
     trainer: &'a Trainer,
+    state: &TrainerState,
+) -> Result<Snapshot<'a>> {
+    let moments = model.parameters.iter().zip(trainer.optimizer.moments());
+    let moments = moments.flat_map(|(parameter, m)| {
+        let [first, second] = moment_names(&parameter.name);
+        [(first, &m.first), (second, &m.second)].map(|(n, t)| Array::borrowed(n, t))
+    });
+    snapshot_with(model, moments.collect(), state)
+}
+
+/// Everything to save of a run, on rank 0; none on the others, which send it their shares of the moments. Every rank calls
+/// it.
+///
+/// # Errors
+/// When a rank has left.
+pub fn snapshot_of_ranks<'a>(
+    model: &'a Model,
+    trainer: &'a Trainer,
+    state: &TrainerState,
+) -> Result<Option<Snapshot<'a>>> {
+    let (dist, shards) = (model.dist(), trainer.optimizer.shards());
+    if shards.is_whole() {
+        let own = dist.rank() == 0;
+        return own.then(|| snapshot(model, trainer, state)).transpose();
+    }
+    let mut moments = Vec::new();
+    let own = model.parameters.iter().zip(trainer.optimizer.moments());
+    for (i, (parameter, m)) in own.enumerate() {
+        for (name, own) in moment_names(&parameter.name)
+            .into_iter()
+            .zip([&m.first, &m.second])
+        {
+            if let Some(whole) = shards.collect(dist, i, own)? {
+                let whole = whole.reshape(parameter.value.shape())?;
+                moments.push(Array::copied(name, &whole));
+            }
+        }
+    }
+    match dist.rank() {
+        0 => snapshot_with(model, moments, state).map(Some),
+        _ => Ok(None),
+    }
+}
+
+fn snapshot_with<'a>(
+    model: &'a Model,
+    moments: Vec<Array<'a>>,
     state: &TrainerState,
 ) -> Result<Snapshot<'a>> {
     let config = &state.config;
@@ -57,12 +106,6 @@ pub fn snapshot<'a>(
         for (name, tensor) in state.tensors() {
             arrays.push(Array::copied(router_state(*layer, name), tensor));
         }
-    }
-    let mut moments = Vec::new();
-    for (parameter, m) in model.parameters.iter().zip(trainer.optimizer.moments()) {
-        let [first, second] = moment_names(&parameter.name);
-        moments.push(Array::borrowed(first, &m.first));
-        moments.push(Array::borrowed(second, &m.second));
     }
     let file = ModelFile {
         model: config.model.clone(),
@@ -165,6 +208,18 @@ pub fn load_model_with(
     checkpoint: &Checkpoint,
     change: impl FnOnce(&mut Config),
 ) -> Result<(Model, TrainerState)> {
+    load_model_on(checkpoint, change, Box::new(SingleRank))
+}
+
+/// The same as one of several ranks.
+///
+/// # Errors
+/// As [`load_model`].
+pub fn load_model_on(
+    checkpoint: &Checkpoint,
+    change: impl FnOnce(&mut Config),
+    dist: Box<dyn Collective>,
+) -> Result<(Model, TrainerState)> {
     let path = checkpoint.path();
     let foreign = |e: String| {
         Error::file(
@@ -182,7 +237,8 @@ pub fn load_model_with(
         return Err(foreign("config.json and trainer.json of two models".into()));
     }
     change(&mut state.config);
-    let mut model = Model::new(&state.config)?;
+    let router = routers::build(&state.config.router)?;
+    let mut model = Model::with_router(&state.config, router, dist)?;
     restore_model(&mut model, &state.config, checkpoint.model()?)?;
     Ok((model, state))
 }
@@ -239,17 +295,20 @@ pub fn load_trainer(
     trainer: &mut Trainer,
 ) -> Result<()> {
     let mut arrays = checkpoint.trainer()?;
+    let shards = trainer.optimizer.shards();
     let own = trainer.optimizer.moments().iter();
     let moments = model
         .parameters
         .iter()
         .zip(own)
-        .map(|(p, own)| {
+        .enumerate()
+        .map(|(i, (p, own))| {
             let [first, second] = moment_names(&p.name);
             let (dtype, shape) = (own.first.dtype(), p.value.shape());
+            let mut take = |name: &str| shards.cut(i, arrays.take(name, dtype, shape)?);
             Ok(Moments {
-                first: arrays.take(&first, dtype, shape)?,
-                second: arrays.take(&second, dtype, shape)?,
+                first: take(&first)?,
+                second: take(&second)?,
             })
         })
         .collect::<Result<_>>()?;

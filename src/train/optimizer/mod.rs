@@ -9,8 +9,10 @@
 
 mod device;
 mod rounding;
+mod shards;
 
 pub use device::{DeviceStep, Outcome, Settings};
+pub use shards::Shards;
 
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};
@@ -33,9 +35,10 @@ pub struct AdamW {
     steps: u64,
     moments: Vec<Moments>,
     bf16_moments: bool,
+    shards: Shards,
 }
 
-/// First and second moment of one parameter's gradient.
+/// First and second moment of one parameter's gradient; with several shards those of this rank's numbers.
 pub struct Moments {
     pub first: Tensor,
     pub second: Tensor,
@@ -60,27 +63,39 @@ struct Coefficients {
 impl AdamW {
     /// An optimizer that has made no step, its moments zero.
     pub fn new(config: &TrainConfig, parameters: &[Parameter]) -> Self {
-        let zeros = |p: &Parameter| {
+        Self::sharded(config, parameters, Shards::new(parameters, 0, 1))
+    }
+
+    /// The same of one rank's share of the parameters.
+    pub fn sharded(config: &TrainConfig, parameters: &[Parameter], shards: Shards) -> Self {
+        let zeros = |i: usize, p: &Parameter| {
             let dtype = match config.bf16_moments {
                 true => DType::Bf16,
                 false => p.value.dtype(),
             };
-            Tensor::zeros(p.value.device(), dtype, p.value.shape())
+            match shards.is_whole() {
+                true => Tensor::zeros(p.value.device(), dtype, p.value.shape()),
+                false => Tensor::zeros(p.value.device(), dtype, [shards.own(i).len()]),
+            }
         };
+        let moments = parameters.iter().enumerate().map(|(i, p)| Moments {
+            first: zeros(i, p),
+            second: zeros(i, p),
+        });
         AdamW {
             betas: config.betas,
             eps: config.eps,
             weight_decay: config.weight_decay,
             steps: 0,
             bf16_moments: config.bf16_moments,
-            moments: parameters
-                .iter()
-                .map(|p| Moments {
-                    first: zeros(p),
-                    second: zeros(p),
-                })
-                .collect(),
+            moments: moments.collect(),
+            shards,
         }
+    }
+
+    /// Which numbers of each parameter this optimizer updates.
+    pub fn shards(&self) -> &Shards {
+        &self.shards
     }
 
     /// Updates made so far.
@@ -123,7 +138,7 @@ impl AdamW {
     }
 
     /// One update on the CPU at learning rate `rate`, the gradient multiplied by `scale` first. A
-    /// parameter without a gradient counts as one whose gradient is 0.
+    /// parameter without a gradient counts as one whose gradient is 0. With several shards only this rank's numbers change.
     ///
     /// # Errors
     /// When a dtype is not real.
@@ -169,17 +184,24 @@ impl AdamW {
                 }
             };
             let coefficients = coefficients[usize::from(p.decays)];
+            let own = self.shards.own(i);
+            if own.is_empty() {
+                continue;
+            }
             let mut update = |m: &mut Tensor, v: &mut Tensor| {
                 with_real!(w.dtype(), "adamw", |T| {
-                    let (w, m, v) = (w.slice_mut(), m.slice_mut(), v.slice_mut());
-                    reference::update::<T>(w, m, v, gradient.slice(), coefficients);
+                    let (w, g) = (
+                        &mut w.slice_mut()[own.clone()],
+                        &gradient.slice()[own.clone()],
+                    );
+                    reference::update::<T>(w, m.slice_mut(), v.slice_mut(), g, coefficients);
                     Ok(())
                 })
             };
             if self.bf16_moments {
                 let [mut m, mut v] = [&moments.first, &moments.second].map(Tensor::widened);
                 update(&mut m, &mut v)?;
-                rounding::store(moments, [&m, &v], self.steps, i);
+                rounding::store(moments, [&m, &v], self.steps, i, own.start);
             } else {
                 update(&mut moments.first, &mut moments.second)?;
             }
@@ -227,11 +249,15 @@ mod reference {
         });
     }
 
-    /// Sixteen interleaved partial sums a block in `T`, blocks in f64.
+    /// The blocks' sums, in their order.
     pub fn sum_of_squares<T: Real>(g: &[T]) -> f64 {
+        partial_squares(g).into_iter().sum()
+    }
+
+    /// Sixteen interleaved partial sums a block in `T`, blocks in f64.
+    pub fn partial_squares<T: Real>(g: &[T]) -> Vec<f64> {
         const LANES: usize = 16;
-        let partials: Vec<f64> = g
-            .par_chunks(BLOCK)
+        g.par_chunks(BLOCK)
             .map(|g| {
                 vectorized(
                     #[inline(always)]
@@ -248,8 +274,7 @@ mod reference {
                     },
                 )
             })
-            .collect();
-        partials.into_iter().sum()
+            .collect()
     }
 }
 

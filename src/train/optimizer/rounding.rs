@@ -11,11 +11,18 @@ use rayon::prelude::*;
 /// first moment and its upper half for the second.
 const BLOCK: usize = 1024;
 
-/// Writes f32 moments of parameter number `parameter` after update number `update` to bf16 ones.
+/// Writes f32 moments of parameter number `parameter`, its numbers from `start` on, after update number `update` to bf16
+/// ones. `start` is a multiple of [`BLOCK`].
 ///
 /// # Panics
 /// When a dtype or a length is another.
-pub fn store(to: &mut Moments, [first, second]: [&Tensor; 2], update: u64, parameter: usize) {
+pub fn store(
+    to: &mut Moments,
+    [first, second]: [&Tensor; 2],
+    update: u64,
+    parameter: usize,
+    start: usize,
+) {
     let stream = Stream::new(0, Purpose::Rounding, update, parameter);
     let (m, v) = (to.first.slice_mut(), to.second.slice_mut());
     let to = m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK));
@@ -25,7 +32,8 @@ pub fn store(to: &mut Moments, [first, second]: [&Tensor; 2], update: u64, param
         .enumerate()
         .for_each(|(block, ((m, v), (first, second)))| {
             for lane in 0..256.min(m.len()) {
-                let draws = stream.bits((block * 256 + lane) as u64);
+                let place = (start / BLOCK + block) * 256 + lane;
+                let draws = stream.bits(place as u64);
                 for (at, draw) in (lane..m.len()).step_by(256).zip(draws) {
                     m[at] = rounded(first[at], draw & 0xffff);
                     v[at] = rounded(second[at], draw >> 16);
@@ -56,7 +64,7 @@ mod tests {
                 first: empty(),
                 second: empty(),
             };
-            store(&mut moments, [&same, &same], 7, 3);
+            store(&mut moments, [&same, &same], 7, 3, 0);
             let ulp = x.abs().log2().floor().exp2() / 128.0;
             for tensor in [&moments.first, &moments.second] {
                 let found = tensor.to_f64().unwrap();
@@ -83,7 +91,7 @@ mod tests {
                 first: empty(),
                 second: empty(),
             };
-            store(&mut moments, [&wide, &wide], update, parameter);
+            store(&mut moments, [&wide, &wide], update, parameter, 0);
             moments.first.bytes().to_vec()
         };
         assert_eq!(of(1, 2), of(1, 2));

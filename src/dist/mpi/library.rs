@@ -1,0 +1,280 @@
+//! MPI loaded at run time, through the little of it that moves bytes. Three ABIs are known: Open MPI's, MPICH's (which
+//! Intel MPI, MVAPICH and Cray MPICH share), and the standard one of MPI 5. No header and no compiler wrapper is needed.
+
+use crate::error::{Error, Result};
+use libloading::os::unix::{Library as Loaded, RTLD_GLOBAL, RTLD_NOW, Symbol};
+use std::ffi::{c_char, c_int, c_void};
+use std::ptr::null_mut;
+
+/// A handle of any ABI: an address in Open MPI's and the standard one, an `int` in MPICH's, whose upper half is zero.
+type Handle = usize;
+
+/// The environment's variable that names the library.
+pub(in super::super) const VARIABLE: &str = "ROUTEGRAD_MPI";
+
+type Gather = unsafe extern "C" fn(
+    *const c_void,
+    c_int,
+    Handle,
+    *mut c_void,
+    c_int,
+    Handle,
+    Handle,
+    *mut Handle,
+) -> c_int;
+type Test = unsafe extern "C" fn(*mut Handle, *mut c_int, *mut c_void) -> c_int;
+type Text = unsafe extern "C" fn(c_int, *mut c_char, *mut c_int) -> c_int;
+type OfWorld = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
+type Init = unsafe extern "C" fn(*mut c_int, *mut *mut *mut c_char, c_int, *mut c_int) -> c_int;
+
+/// The constants of an ABI.
+struct Abi {
+    world: Handle,
+    byte: Handle,
+    errors_return: Handle,
+    /// MPI_THREAD_SERIALIZED.
+    serialized: c_int,
+}
+
+const MPICH: Abi = Abi {
+    world: 0x4400_0000,
+    byte: 0x4c00_010d,
+    errors_return: 0x5400_0001,
+    serialized: 2,
+};
+
+const STANDARD: Abi = Abi {
+    world: 0x101,
+    byte: 0x247,
+    errors_return: 0x142,
+    serialized: 2048,
+};
+
+/// The library, initialised.
+pub(super) struct Library {
+    world: Handle,
+    byte: Handle,
+    all_gather: Gather,
+    all_to_all: Gather,
+    test: Test,
+    error_text: Text,
+    finalize: unsafe extern "C" fn() -> c_int,
+    pub rank: usize,
+    pub size: usize,
+    /// The host of this rank.
+    pub host: String,
+    /// Name and version, as the library says.
+    pub version: String,
+}
+
+/// A request under way. MPI may write to its buffer until it is done.
+pub(super) struct Request(Handle);
+
+impl Library {
+    /// Loads the first of `names` that is there, and initialises it.
+    ///
+    /// # Errors
+    /// When none can be loaded, or MPI refuses.
+    pub fn start(names: &[String]) -> Result<Self> {
+        let (loaded, name) = load(names)?;
+        let abi = Abi::of(loaded, &name)?;
+        let init: Init = symbol(loaded, "MPI_Init_thread")?;
+        let mut threads = 0;
+        // SAFETY: MPI_Init_thread takes no arguments' addresses and writes an int, in every ABI.
+        let status = unsafe { init(null_mut(), null_mut(), abi.serialized, &mut threads) };
+        if status != 0 || threads < abi.serialized {
+            return Err(Error::invalid(
+                "MPI",
+                "a library for several threads (MPI_THREAD_SERIALIZED)",
+                format!("status {status}, threads of level {threads} from {name}"),
+                "use an MPI library that was built with threads",
+            ));
+        }
+        let of_world = |function: &str| -> Result<usize> {
+            let call: OfWorld = symbol(loaded, function)?;
+            let mut number = 0;
+            // SAFETY: both functions write an int.
+            unsafe { call(abi.world, &mut number) };
+            Ok(number.max(0) as usize)
+        };
+        let set: unsafe extern "C" fn(Handle, Handle) -> c_int =
+            symbol(loaded, "MPI_Comm_set_errhandler")?;
+        // SAFETY: the handles are those of this ABI.
+        unsafe { set(abi.world, abi.errors_return) };
+        type Name = unsafe extern "C" fn(*mut c_char, *mut c_int) -> c_int;
+        let text = |function: &str| -> Result<String> {
+            let call: Name = symbol(loaded, function)?;
+            Ok(read_text(|to, length| unsafe { call(to, length) }))
+        };
+        let version = text("MPI_Get_library_version")?;
+        Ok(Library {
+            rank: of_world("MPI_Comm_rank")?,
+            size: of_world("MPI_Comm_size")?,
+            host: text("MPI_Get_processor_name")?,
+            version: version.lines().next().unwrap_or_default().to_string(),
+            all_gather: symbol(loaded, "MPI_Iallgather")?,
+            all_to_all: symbol(loaded, "MPI_Ialltoall")?,
+            test: symbol(loaded, "MPI_Test")?,
+            error_text: symbol(loaded, "MPI_Error_string")?,
+            finalize: symbol(loaded, "MPI_Finalize")?,
+            world: abi.world,
+            byte: abi.byte,
+        })
+    }
+
+    /// Begins to gather `own`, n bytes, of every rank into `all` `[size, n]`.
+    ///
+    /// # Safety
+    /// Both buffers stay where they are, unread and unwritten, until the request is done.
+    ///
+    /// # Errors
+    /// When MPI refuses.
+    pub unsafe fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<Request> {
+        // SAFETY: the sizes fit, and the caller keeps the buffers.
+        unsafe { self.begin("MPI_Iallgather", self.all_gather, own, all, own.len()) }
+    }
+
+    /// Begins to send row r of `own` `[size, n]` to rank r, and to receive row r of `all` from it.
+    ///
+    /// # Safety
+    /// As [`all_gather`](Self::all_gather).
+    ///
+    /// # Errors
+    /// When MPI refuses.
+    pub unsafe fn all_to_all(&self, own: &[u8], all: &mut [u8]) -> Result<Request> {
+        // SAFETY: the sizes fit, and the caller keeps the buffers.
+        unsafe {
+            self.begin(
+                "MPI_Ialltoall",
+                self.all_to_all,
+                own,
+                all,
+                own.len() / self.size,
+            )
+        }
+    }
+
+    unsafe fn begin(
+        &self,
+        name: &str,
+        call: Gather,
+        own: &[u8],
+        all: &mut [u8],
+        count: usize,
+    ) -> Result<Request> {
+        let (mut request, count) = (0, count as c_int);
+        // SAFETY: the counts are those of the buffers, as the two callers say.
+        let status = unsafe {
+            call(
+                own.as_ptr().cast(),
+                count,
+                self.byte,
+                all.as_mut_ptr().cast(),
+                count,
+                self.byte,
+                self.world,
+                &mut request,
+            )
+        };
+        self.check(name, status)?;
+        Ok(Request(request))
+    }
+
+    /// Whether the request is done; lets MPI work on it.
+    ///
+    /// # Errors
+    /// When it failed.
+    pub fn done(&self, request: &mut Request) -> Result<bool> {
+        // An MPI_Status takes 20 to 32 bytes.
+        let (mut done, mut status) = (0, [0u64; 8]);
+        // SAFETY: the request is one of this library's, and the status is large enough in every ABI.
+        let code = unsafe { (self.test)(&mut request.0, &mut done, status.as_mut_ptr().cast()) };
+        self.check("MPI_Test", code)?;
+        Ok(done != 0)
+    }
+
+    /// Ends MPI, once every rank has finished.
+    pub fn finalize(&self) {
+        // SAFETY: nothing is under way.
+        unsafe { (self.finalize)() };
+    }
+
+    fn check(&self, what: &str, status: c_int) -> Result<()> {
+        if status == 0 {
+            return Ok(());
+        }
+        // SAFETY: the buffer is larger than any library's longest text.
+        let text = read_text(|to, length| unsafe { (self.error_text)(status, to, length) });
+        Err(Error::invalid(
+            what,
+            "success",
+            format!("error {status}: {text}"),
+            "see the other ranks; if they are well, check the network",
+        ))
+    }
+}
+
+impl Abi {
+    fn of(loaded: &'static Loaded, name: &str) -> Result<Self> {
+        let address = |name: &str| -> Result<Handle> {
+            // SAFETY: the address alone is taken.
+            let found: Result<Symbol<*const c_void>, _> = unsafe { loaded.get(name.as_bytes()) };
+            found
+                .map(|symbol| symbol.into_raw() as Handle)
+                .map_err(|e| missing(name, &e))
+        };
+        if name.contains("mpi_abi") {
+            return Ok(STANDARD);
+        }
+        match address("ompi_mpi_comm_world") {
+            Err(_) => Ok(MPICH),
+            Ok(world) => Ok(Abi {
+                world,
+                byte: address("ompi_mpi_byte")?,
+                errors_return: address("ompi_mpi_errors_return")?,
+                serialized: 2,
+            }),
+        }
+    }
+}
+
+fn load(names: &[String]) -> Result<(&'static Loaded, String)> {
+    let mut reasons = Vec::new();
+    for name in names {
+        // Open MPI's plug-ins look for its symbols among the global ones.
+        // SAFETY: an MPI library's initialisers do nothing but prepare it.
+        match unsafe { Loaded::open(Some(name), RTLD_NOW | RTLD_GLOBAL) } {
+            // It stays for the life of the process.
+            Ok(loaded) => return Ok((Box::leak(Box::new(loaded)), name.clone())),
+            Err(e) => reasons.push(e.to_string()),
+        }
+    }
+    Err(Error::invalid(
+        "MPI",
+        format!("one of the libraries {}", names.join(", ")),
+        reasons.join("; "),
+        format!(
+            "install the launcher's MPI library, name it in {VARIABLE}, or use --ranks none for a run of one process"
+        ),
+    ))
+}
+
+fn symbol<T: Copy>(loaded: &'static Loaded, name: &str) -> Result<T> {
+    // SAFETY: every caller asks for the type that MPI gives the function of this name.
+    let found: Result<Symbol<T>, _> = unsafe { loaded.get(name.as_bytes()) };
+    found.map(|symbol| *symbol).map_err(|e| missing(name, &e))
+}
+
+fn missing(name: &str, e: &libloading::Error) -> Error {
+    let help = format!("name an MPI library of version 3 or later in {VARIABLE}");
+    Error::invalid("MPI", format!("the function {name}"), e.to_string(), help)
+}
+
+/// What a function writes into a buffer; 8192 bytes are the most that any library asks for.
+fn read_text(write: impl FnOnce(*mut c_char, *mut c_int) -> c_int) -> String {
+    let (mut buffer, mut length) = (vec![0u8; 8193], 0);
+    write(buffer.as_mut_ptr().cast(), &mut length);
+    let text = &buffer[..(length.max(0) as usize).min(buffer.len())];
+    let text = String::from_utf8_lossy(text);
+    text.trim_end_matches('\0').trim().to_string()
+}

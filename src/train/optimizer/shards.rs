@@ -1,0 +1,319 @@
+//! The optimizer's share of each rank (ZeRO-1, Rajbhandari et al., 1910.02054): a consecutive slice of blocks of every
+//! parameter. A rank sums the gradients of its slices over all ranks, keeps their moments and updates their weights, which
+//! the others then receive.
+//!
+//! Slices begin at multiples of [`BLOCK`], so that partial sums of the gradient's norm and the draws of stochastic rounding
+//! are those of an optimizer that is whole.
+
+use super::{BLOCK, reference};
+use crate::dist::Collective;
+use crate::error::{Error, Result};
+use crate::model::{Parameter, Places};
+use crate::tape::Gradients;
+use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
+use crate::with_real;
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// Bytes of parameters that move at a time.
+const BUCKET: usize = 8 << 20;
+
+/// Which numbers of each parameter belong to which rank.
+pub struct Shards {
+    rank: usize,
+    size: usize,
+    /// Numbers of each parameter.
+    elements: Vec<usize>,
+    /// Consecutive parameters that move together.
+    buckets: Vec<Range<usize>>,
+    dtype: DType,
+}
+
+/// Bytes on their way, where numbers of any dtype may lie.
+#[derive(Default)]
+struct Bytes(Vec<u64>);
+
+impl Bytes {
+    /// Room for `bytes`, a multiple of 8.
+    fn room(&mut self, bytes: usize) -> &mut [u8] {
+        self.0.resize(bytes / 8, 0);
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
+
+impl Shards {
+    /// The slices of rank `rank` of `size`.
+    pub fn new(parameters: &[Parameter], rank: usize, size: usize) -> Self {
+        let dtype = parameters.first().map_or(DType::F32, |p| p.value.dtype());
+        let elements: Vec<usize> = parameters.iter().map(|p| p.value.elements()).collect();
+        let (mut buckets, mut first, mut bytes) = (Vec::new(), 0, 0);
+        for (i, n) in elements.iter().enumerate() {
+            bytes += n * dtype.size();
+            if bytes >= BUCKET || i + 1 == elements.len() {
+                buckets.push(first..i + 1);
+                (first, bytes) = (i + 1, 0);
+            }
+        }
+        Shards {
+            rank,
+            size,
+            elements,
+            buckets,
+            dtype,
+        }
+    }
+
+    /// Whether this rank has all.
+    pub fn is_whole(&self) -> bool {
+        self.size == 1
+    }
+
+    /// The numbers of parameter `parameter` that belong to `rank`.
+    pub fn of(&self, parameter: usize, rank: usize) -> Range<usize> {
+        let n = self.elements[parameter];
+        let blocks = n.div_ceil(BLOCK);
+        let start = |rank: usize| (rank * blocks / self.size * BLOCK).min(n);
+        start(rank)..start(rank + 1)
+    }
+
+    /// Those that belong to this rank.
+    pub fn own(&self, parameter: usize) -> Range<usize> {
+        self.of(parameter, self.rank)
+    }
+
+    /// A whole tensor's numbers of this rank.
+    ///
+    /// # Errors
+    /// When the tensor is shorter.
+    pub fn cut(&self, parameter: usize, whole: Tensor) -> Result<Tensor> {
+        if self.is_whole() {
+            return Ok(whole);
+        }
+        let own = self.own(parameter);
+        let width = whole.dtype().size();
+        let mut cut = Tensor::unspecified(whole.device(), whole.dtype(), [own.len()]);
+        let bytes = whole.bytes().get(own.start * width..own.end * width);
+        let bytes = bytes.ok_or_else(|| {
+            let got = format!("{} of them", whole.elements());
+            Error::invalid(
+                "checkpoint",
+                format!("{} numbers", own.end),
+                got,
+                "report this as a bug",
+            )
+        })?;
+        cut.bytes_mut().copy_from_slice(bytes);
+        Ok(cut)
+    }
+
+    /// Bytes of the longest share of a bucket, of numbers that take `width` bytes.
+    fn row(&self, bucket: &Range<usize>, width: usize) -> usize {
+        let share = |rank| {
+            bucket
+                .clone()
+                .map(|i| self.of(i, rank).len())
+                .sum::<usize>()
+        };
+        let longest = (0..self.size).map(share).max().unwrap_or(0);
+        (longest * width).next_multiple_of(8)
+    }
+
+    /// Sums the gradients of this rank's numbers over the ranks, in f64 and in rank order; the others stay as they are.
+    ///
+    /// # Errors
+    /// When a dtype is not real, and those of [`Collective::exchange`].
+    pub fn reduce(
+        &self,
+        dist: &dyn Collective,
+        parameters: &[Parameter],
+        gradients: &mut Gradients,
+    ) -> Result<()> {
+        let width = self.dtype.size();
+        let (mut send, mut received) = (Bytes::default(), Bytes::default());
+        for bucket in &self.buckets {
+            let row = self.row(bucket, width);
+            let to = send.room(row * self.size);
+            for i in bucket.clone() {
+                // A rank without a gradient counts with zeros.
+                let value = &parameters[i].value;
+                gradients.get_or(i, || {
+                    Tensor::zeros(value.device(), value.dtype(), value.shape())
+                });
+            }
+            for (rank, to) in to.chunks_mut(row.max(1)).enumerate() {
+                let mut at = 0;
+                for i in bucket.clone() {
+                    let part = bytes_of(&self.of(i, rank), width);
+                    if let Some(gradient) = gradients.get(i) {
+                        to[at..at + part.len()].copy_from_slice(&gradient.bytes()[part.clone()]);
+                    }
+                    at += part.len();
+                }
+            }
+            let from = received.room(row * self.size);
+            dist.exchange(to, from)?;
+            let mut at = 0;
+            for i in bucket.clone() {
+                let part = bytes_of(&self.own(i), width);
+                if let Some(gradient) = gradients.get_mut(i) {
+                    let rows = from.chunks(row.max(1)).map(|r| &r[at..at + part.len()]);
+                    let rows: Vec<&[u8]> = rows.collect();
+                    add(self.dtype, &rows, &mut gradient.bytes_mut()[part.clone()])?;
+                }
+                at += part.len();
+            }
+        }
+        Ok(())
+    }
+
+    /// √(Σ g²) over all gradients, each rank's own numbers being summed already.
+    ///
+    /// # Errors
+    /// When a dtype is not real, and those of [`Collective::all_gather`].
+    pub fn norm(&self, dist: &dyn Collective, gradients: &Gradients) -> Result<f64> {
+        let blocks = |i: usize, rank: usize| self.of(i, rank).len().div_ceil(BLOCK);
+        let all = 0..self.elements.len();
+        let count = |rank| all.clone().map(|i| blocks(i, rank)).sum::<usize>();
+        let most = (0..self.size).map(count).max().unwrap_or(0);
+        let mut partials = Vec::with_capacity(most);
+        for i in all.clone() {
+            let own = self.own(i);
+            match gradients.get(i) {
+                None => partials.extend(vec![0.0; blocks(i, self.rank)]),
+                Some(g) => with_real!(g.dtype(), "gradient_norm", |T| {
+                    partials.extend(reference::partial_squares(&g.slice::<T>()[own]));
+                    Ok(())
+                })?,
+            }
+        }
+        partials.resize(most, 0.0);
+        let gathered = dist.gather(&partials)?;
+        let mut next: Vec<usize> = (0..self.size).map(|rank| rank * most).collect();
+        let mut squares = 0.0;
+        for i in all {
+            // The blocks of a parameter follow one another by rank.
+            let of_parameter = (0..self.size).flat_map(|rank| {
+                let first = next[rank];
+                next[rank] += blocks(i, rank);
+                first..next[rank]
+            });
+            squares += of_parameter.map(|at| gathered[at]).sum::<f64>();
+        }
+        Ok(squares.sqrt())
+    }
+
+    /// Gives every rank the weights that the others updated.
+    ///
+    /// # Errors
+    /// When a parameter is not one of the CPU, and those of [`Collective::all_gather`].
+    pub fn gather_weights(
+        &self,
+        dist: &dyn Collective,
+        parameters: &mut [Parameter],
+    ) -> Result<()> {
+        let mut whole = Vec::with_capacity(parameters.len());
+        for parameter in parameters {
+            let Places::Whole(weight) = parameter.value.places() else {
+                let got = format!("`{}` in two halves", parameter.name);
+                let help = "a bug: a device with kernels updates its own";
+                return Err(Error::invalid("adamw", "parameters of the CPU", got, help));
+            };
+            whole.push(weight);
+        }
+        let (mut own, mut all) = (Bytes::default(), Bytes::default());
+        for bucket in &self.buckets {
+            self.spread(
+                dist,
+                bucket,
+                &mut whole[bucket.clone()],
+                [&mut own, &mut all],
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Gives every rank all numbers of a bucket's tensors, of which each has its own.
+    fn spread(
+        &self,
+        dist: &dyn Collective,
+        bucket: &Range<usize>,
+        tensors: &mut [&mut Tensor],
+        [own, all]: [&mut Bytes; 2],
+    ) -> Result<()> {
+        let width = tensors.first().map_or(1, |t| t.dtype().size());
+        let row = self.row(bucket, width);
+        let (own, all) = (own.room(row), all.room(row * self.size));
+        let mut at = 0;
+        for (i, tensor) in bucket.clone().zip(tensors.iter()) {
+            let part = bytes_of(&self.own(i), width);
+            own[at..at + part.len()].copy_from_slice(&tensor.bytes()[part.clone()]);
+            at += part.len();
+        }
+        dist.all_gather(own, all)?;
+        for (rank, from) in all.chunks(row.max(1)).enumerate() {
+            let mut at = 0;
+            for (i, tensor) in bucket.clone().zip(tensors.iter_mut()) {
+                let part = bytes_of(&self.of(i, rank), width);
+                if rank != self.rank {
+                    tensor.bytes_mut()[part.clone()].copy_from_slice(&from[at..at + part.len()]);
+                }
+                at += part.len();
+            }
+        }
+        Ok(())
+    }
+
+    /// On rank 0 the whole of a tensor of which each rank has its `own` numbers; the others get none. One tensor at a
+    /// time is whole.
+    ///
+    /// # Errors
+    /// Those of [`Collective::all_gather`].
+    pub fn collect(&self, dist: &dyn Collective, i: usize, own: &Tensor) -> Result<Option<Tensor>> {
+        let (dtype, n) = (own.dtype(), self.elements[i]);
+        let width = dtype.size();
+        let row = self.row(&(i..i + 1), width);
+        let (mut sent, mut all) = (vec![0; row], vec![0; row * self.size]);
+        sent[..own.bytes().len()].copy_from_slice(own.bytes());
+        dist.all_gather(&sent, &mut all)?;
+        if self.rank != 0 {
+            return Ok(None);
+        }
+        let mut whole = Tensor::unspecified(own.device(), dtype, [n]);
+        for rank in 0..self.size {
+            let part = bytes_of(&self.of(i, rank), width);
+            let from = &all[rank * row..][..part.len()];
+            whole.bytes_mut()[part].copy_from_slice(from);
+        }
+        Ok(Some(whole))
+    }
+}
+
+fn bytes_of(numbers: &Range<usize>, width: usize) -> Range<usize> {
+    numbers.start * width..numbers.end * width
+}
+
+/// The sums of rows in f64, first row first, rounded once.
+fn add(dtype: DType, rows: &[&[u8]], total: &mut [u8]) -> Result<()> {
+    with_real!(dtype, "sum over ranks", |T| {
+        let rows: Vec<&[T]> = rows.iter().map(|row| bytemuck::cast_slice(row)).collect();
+        let total: &mut [T] = bytemuck::cast_slice_mut(total);
+        let blocks = total.par_chunks_mut(BLOCK).enumerate();
+        blocks.for_each(|(block, total)| {
+            let part = block * BLOCK..block * BLOCK + total.len();
+            let mut sums = vec![0.0; total.len()];
+            for (r, row) in rows.iter().enumerate() {
+                let row = sums.iter_mut().zip(&row[part.clone()]);
+                match r {
+                    0 => row.for_each(|(sum, x)| *sum = x.f64()),
+                    _ => row.for_each(|(sum, x)| *sum += x.f64()),
+                }
+            }
+            total
+                .iter_mut()
+                .zip(sums)
+                .for_each(|(total, sum)| *total = T::of(sum));
+        });
+        Ok(())
+    })
+}

@@ -1,0 +1,159 @@
+//! The launchers of MPI that this machine has, and the processes that they start.
+
+#![allow(dead_code)]
+
+use crate::common::{Place, text};
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Launcher {
+    OpenMpi,
+    Mpich,
+}
+
+impl Launcher {
+    fn program(self) -> &'static str {
+        match self {
+            Launcher::OpenMpi => "mpirun.openmpi",
+            Launcher::Mpich => "mpirun.mpich",
+        }
+    }
+
+    /// The variable that tells a process its rank.
+    fn rank_variable(self) -> &'static str {
+        match self {
+            Launcher::OpenMpi => "OMPI_COMM_WORLD_RANK",
+            Launcher::Mpich => "PMI_RANK",
+        }
+    }
+
+    /// `commands`, each on so many ranks, as one run.
+    pub fn start(self, commands: &[(usize, &Command)]) -> Command {
+        let mut launched = Command::new(self.program());
+        launched.stdout(Stdio::piped()).stderr(Stdio::piped());
+        if self == Launcher::OpenMpi {
+            launched.args(["--allow-run-as-root", "--oversubscribe"]);
+        }
+        for (i, (ranks, command)) in commands.iter().enumerate() {
+            if i > 0 {
+                launched.arg(":");
+            }
+            launched.args(["-n", &ranks.to_string()]);
+            launched.arg(command.get_program()).args(command.get_args());
+        }
+        launched
+    }
+
+    /// `command` on `ranks` ranks of a thread each.
+    pub fn ranks(self, ranks: usize, command: &Command) -> Command {
+        let mut own = Command::new(command.get_program());
+        own.args(["--threads", "1"]).args(command.get_args());
+        self.start(&[(ranks, &own)])
+    }
+}
+
+/// Those that are installed; says so where there are none.
+pub fn launchers() -> Vec<Launcher> {
+    let found: Vec<Launcher> = [Launcher::OpenMpi, Launcher::Mpich]
+        .into_iter()
+        .filter(|l| {
+            let mut command = Command::new(l.program());
+            command
+                .arg("--version")
+                .stdout(Stdio::null())
+                .stderr(Stdio::null());
+            command.status().is_ok_and(|s| s.success())
+        })
+        .collect();
+    if found.is_empty() {
+        println!("skipped: neither mpirun.openmpi nor mpirun.mpich is installed");
+    }
+    found
+}
+
+/// What every run of these tests has: four sequences in a micro-batch, for four ranks.
+pub const SHARED: &[&str] = &[
+    "--set",
+    "train.micro_batch=4",
+    "--set",
+    "train.sequences_per_step=8",
+    "--set",
+    "model.hidden=64",
+    "--set",
+    "model.vocab_size=512",
+];
+
+/// `train` of the micro model in `place`, with batches that ranks can share.
+pub fn train(place: &Place, out: &str, arguments: &[&str]) -> Command {
+    place.train(out, &[SHARED, arguments].concat())
+}
+
+/// The process of rank `rank` of the run whose command line has `mark`.
+pub fn process(launcher: Launcher, mark: &Path, rank: usize) -> Option<u32> {
+    let wanted = format!("{}={rank}", launcher.rank_variable());
+    let mark = mark.to_string_lossy();
+    let processes = fs::read_dir("/proc").unwrap().flatten();
+    let mut pids = processes.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
+    pids.find(|pid| {
+        let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
+        let holds =
+            |bytes: &[u8], text: &str| bytes.split(|b| *b == 0).any(|part| part == text.as_bytes());
+        let routegrad = fs::read_link(format!("/proc/{pid}/exe"))
+            .is_ok_and(|p| p.file_name().is_some_and(|n| n == "routegrad"));
+        routegrad && holds(&read("cmdline"), &mark) && holds(&read("environ"), &wanted)
+    })
+}
+
+/// Waits until `condition` holds, for `most` seconds; how long that took.
+pub fn wait_until(most: f64, what: &str, mut condition: impl FnMut() -> bool) -> f64 {
+    let begun = Instant::now();
+    while !condition() {
+        let waited = begun.elapsed().as_secs_f64();
+        assert!(waited <= most, "{what}: not within {most} s");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    begun.elapsed().as_secs_f64()
+}
+
+/// Waits for the launcher and all `ranks` processes of its run to end, for `most` seconds; its output and how long that
+/// took.
+pub fn end(
+    launcher: Launcher,
+    mut child: Child,
+    mark: &Path,
+    ranks: usize,
+    most: f64,
+) -> (Output, f64) {
+    let stderr = child.stderr.take().unwrap();
+    // A full pipe would hold the processes up.
+    let reading = std::thread::spawn(move || std::io::read_to_string(stderr).unwrap_or_default());
+    let seconds = wait_until(most, "the end of all processes", || {
+        let ended = child.try_wait().unwrap().is_some();
+        ended && (0..ranks).all(|rank| process(launcher, mark, rank).is_none())
+    });
+    let mut output = child.wait_with_output().unwrap();
+    output.stderr = reading.join().unwrap().into_bytes();
+    (output, seconds)
+}
+
+pub fn signal(pid: u32, name: &str) {
+    let status = Command::new("kill").args([name, &pid.to_string()]).status();
+    assert!(status.unwrap().success(), "{name} {pid}");
+}
+
+/// Runs to a failure; what it said, without lines of the launcher.
+pub fn refused(mut command: Command) -> Vec<String> {
+    let output = command.output().unwrap();
+    let stderr = text(&output.stderr);
+    assert!(!output.status.success(), "{command:?}\n{stderr}");
+    errors(&stderr)
+}
+
+/// The program's errors in what a run said.
+pub fn errors(stderr: &str) -> Vec<String> {
+    let lines = stderr.lines().filter(|l| l.starts_with("error: "));
+    lines.map(String::from).collect()
+}

@@ -1,0 +1,8 @@
+//! Runs of several processes under launchers of MPI.
+
+#[path = "../common/mod.rs"]
+mod common;
+mod launchers;
+
+mod faults;
+mod runs;
