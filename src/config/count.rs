@@ -149,7 +149,7 @@ mod tests {
             assert_eq!(format!("{:.3}", flops / 1e9), giga, "{case}");
             // Tokens/s are rounded to hundreds at 557m, to tens above.
             let unit = if preset == "557m" { 100.0 } else { 10.0 };
-            let rate = 0.5 * 989e12 / flops / unit;
+            let rate = 0.5 * crate::device::machine::H200_PEAK / flops / unit;
             assert_eq!(rate.round() as i64 * unit as i64, tokens, "{case}");
         }
     }

@@ -1,5 +1,8 @@
 //! `kernels/combine.cu`: every token's sum of its rows, and of the default vectors of the experts that it did not choose.
+//!
+//! `y_t (+)= Σ_{i∈A_t} gate_ti e_i(x_t) + Σ_{i∉A_t} gate_ti ê_i` (Default MoE, arXiv 2504.12463, eq. 11); the rows are e.
 
+use super::cost::{Cost, Sizes, padded_experts};
 use super::{In, Out, kernel};
 use half::bf16;
 
@@ -24,5 +27,26 @@ kernel! {
         hidden: usize;
         slots: usize;
         accumulate: bool;
+    }
+}
+
+impl Combine<'_> {
+    /// With a list of choices.
+    pub fn cost(s: &Sizes, gates: bool, vectors: bool, accumulate: bool) -> Cost {
+        let mut bytes = 2 * s.hidden * (s.rows + s.tokens) + 4 * s.slots * s.tokens;
+        if accumulate {
+            bytes += 2 * s.hidden * s.tokens;
+        }
+        if gates {
+            bytes += 4 * s.slots * s.tokens;
+        }
+        if !vectors {
+            return Cost::new(0, bytes + if gates { 4 * s.rows } else { 0 });
+        }
+        let flops = 6
+            * s.tokens.next_multiple_of(64)
+            * padded_experts(s.experts)
+            * s.hidden.next_multiple_of(128);
+        Cost::new(flops, bytes + 4 * s.experts * (s.tokens + s.hidden))
     }
 }

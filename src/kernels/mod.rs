@@ -7,6 +7,8 @@
 
 pub mod adamw;
 pub mod argument;
+pub mod attention;
+pub mod attention_backward;
 pub mod balance;
 #[allow(non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
 #[rustfmt::skip]
@@ -14,20 +16,47 @@ pub mod bindings;
 pub mod combine;
 pub mod cost;
 pub mod cross_entropy;
+pub mod dispatch;
+pub mod embedding;
+pub mod expert_mean;
+pub mod gate_gradient;
 pub mod gates;
+pub mod grouped_down;
+pub mod grouped_gemm;
+pub mod grouped_swiglu;
 pub mod launchers;
 pub mod layer_tally;
 pub mod norm;
+pub mod qk_norm;
+pub mod qkv_rope;
+pub mod rope;
 pub mod router;
 pub mod router_backward;
 pub mod router_sample;
+pub mod rows;
 pub mod step;
 pub mod sum_parts;
+pub mod swiglu;
 pub mod table;
 pub mod unit;
 
 pub use argument::{Buffer, In, Out, Stream};
+pub use attention::AttentionForward;
+pub use attention_backward::AttentionBackward;
 pub use combine::Combine;
+pub use dispatch::{DispatchChoices, DispatchPositive};
+pub use embedding::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder};
+pub use expert_mean::{ExpertMeanUpdate, ExpertSums};
+pub use gate_gradient::GateGradient;
+pub use grouped_down::GroupedDownForward;
+pub use grouped_gemm::{GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient};
+pub use grouped_swiglu::{GroupedSwigluBackward, GroupedSwigluForward};
+pub use qk_norm::{QkNorm, QkNormBackward};
+pub use qkv_rope::QkvRopeForward;
+pub use rope::Rope;
+pub use rows::{ColumnSums, GatedRows, GatedRowsBackward, RowArithmetic};
+pub use sum_parts::SumParts;
+pub use swiglu::{SwigluBackward, SwigluForward};
 
 use crate::device::Device;
 use crate::error::{Error, Result};

@@ -262,17 +262,10 @@ mod kernels {
                     0 => Accumulate::Assign,
                     _ => Accumulate::Add,
                 };
-                let launchers = stream.launchers();
-                let (dlogits, rows) = (dlogits.pointer(), rows as i64);
-                // SAFETY: the chunk's rows lie in tensors of so many rows of this width.
-                unsafe {
-                    let x = x.pointer::<u16>().add(first * width).cast();
-                    let dx = g.dx.pointer_mut::<u16>().add(first * width).cast();
-                    product::input_gradient_of(launchers, dx, dlogits, weight, rows)?;
-                    product::weight_gradient_of(
-                        launchers, g.dweight, accumulate, dlogits, x, rows, None,
-                    )?;
-                }
+                let dx = g.dx.output()?.from_element(first * width);
+                product::input_gradient_of(dx, dlogits.input()?, weight, rows)?;
+                let (dlogits, x) = (dlogits.input()?, x.input()?.from_element(first * width));
+                product::weight_gradient_of(g.dweight, accumulate, dlogits, x, rows, None)?;
             }
         }
         Ok(losses)

@@ -5,12 +5,11 @@
 //! E experts: `offsets [E + 1]` are the first rows of the experts, `row_token [R]` the token of a
 //! row, `slot_row [R]` the row of a slot. Nothing here is differentiable.
 
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::{DispatchChoices, DispatchPositive, Stream, dispatch};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
-use crate::{launch, query};
-use std::ptr::null;
 use std::sync::{Arc, OnceLock};
 
 /// The experts that each token chose: any number per token, ascending. Where a kernel chose, the host knows them only when
@@ -293,59 +292,42 @@ pub(super) fn maps_of(
         Named::Experts(choices) => choices.shape()[1],
         Named::Positive(_) => experts,
     };
-    let launchers = device.launchers()?;
-    let (t, e) = (tokens as i64, experts as i32);
-    let mut bytes = 0u64;
-    // SAFETY: it writes the size of the workspace.
-    unsafe {
-        query!(
-            launchers,
-            dispatch_workspace(&mut bytes, t, e, slots as i32)
-        )
-    }?;
+    let stream = Stream::of(device)?;
+    let bytes = dispatch::workspace(stream.launchers(), tokens, experts, slots)?;
     let new = |count: usize| Tensor::unspecified(device, DType::I32, [count]);
     let mut offsets = new(experts + 1);
     let (mut row_token, mut row_slot) = (new(rows.max(1)), new(rows.max(1)));
     let mut slot_row = Tensor::unspecified(device, DType::I32, [tokens, slots]);
     let mut fault = Tensor::zeros(device, DType::I32, [1]);
-    let mut workspace = new((bytes as usize).div_ceil(4));
-    // SAFETY: the tensors have the shapes that dispatch.cu's header names.
-    unsafe {
-        match &named {
-            Named::Experts(choices) => launch!(
-                launchers,
-                dispatch_choices(
-                    offsets.pointer_mut(),
-                    row_token.pointer_mut(),
-                    row_slot.pointer_mut(),
-                    slot_row.pointer_mut(),
-                    fault.pointer_mut(),
-                    workspace.pointer_mut(),
-                    choices.pointer(),
-                    t,
-                    e,
-                    slots as i32,
-                    rows as i64,
-                    stream(),
-                )
-            )?,
-            Named::Positive(scores) => launch!(
-                launchers,
-                dispatch_positive(
-                    offsets.pointer_mut(),
-                    row_token.pointer_mut(),
-                    row_slot.pointer_mut(),
-                    slot_row.pointer_mut(),
-                    fault.pointer_mut(),
-                    workspace.pointer_mut(),
-                    scores.as_ref().map_or(null(), Tensor::pointer),
-                    t,
-                    e,
-                    rows.max(1) as i64,
-                    stream(),
-                )
-            )?,
+    let mut workspace = new(bytes.div_ceil(4));
+    match &named {
+        Named::Experts(choices) => DispatchChoices {
+            offsets: offsets.output()?,
+            row_token: row_token.output()?,
+            row_slot: row_slot.output()?,
+            slot_row: slot_row.output()?,
+            fault: fault.output()?,
+            workspace: workspace.output()?,
+            choices: choices.input()?,
+            tokens,
+            experts,
+            choices_per_token: slots,
+            row_capacity: rows,
         }
+        .launch(&stream)?,
+        Named::Positive(scores) => DispatchPositive {
+            offsets: offsets.output()?,
+            row_token: row_token.output()?,
+            row_slot: row_slot.output()?,
+            slot_row: slot_row.output()?,
+            fault: fault.output()?,
+            workspace: workspace.output()?,
+            scores: scores.as_ref().map(Tensor::input).transpose()?,
+            tokens,
+            experts,
+            row_capacity: rows.max(1),
+        }
+        .launch(&stream)?,
     }
     let choices = match named {
         Named::Experts(choices) => Some(choices),

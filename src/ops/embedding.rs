@@ -8,16 +8,16 @@
 
 use super::dispatch::{Named, maps_of};
 use super::tokens;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::embedding::workspace;
+use crate::kernels::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder, Stream};
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
-use crate::{launch, query};
-use std::ptr::null;
 
 /// Rows `ids` (i32, any shape, T in all) of `table [V, D]`; the result is `[T, D]`.
 ///
@@ -112,23 +112,16 @@ pub(super) mod kernels {
     /// When a dtype or the width is not one of the kernel's.
     pub fn forward(y: &mut Tensor, table: &Tensor, ids: &Tensor) -> Result<()> {
         table.expect_dtype("embedding", "table", DType::Bf16)?;
-        let (tokens, [vocabulary, width]) =
-            (ids.elements() as i64, [0, 1].map(|i| table.shape()[i]));
-        // SAFETY: the tensors have the shapes that embedding.cu's header names.
-        unsafe {
-            launch!(
-                table.device().launchers()?,
-                embedding_forward(
-                    y.pointer_mut(),
-                    table.pointer(),
-                    ids.on(table.device()).pointer(),
-                    tokens,
-                    vocabulary as i32,
-                    width as i32,
-                    stream(),
-                )
-            )
+        let ids = ids.on(table.device());
+        EmbeddingForward {
+            y: y.output()?,
+            w: table.input()?,
+            ids: ids.input()?,
+            tokens: ids.elements(),
+            vocabulary: table.shape()[0],
+            hidden: table.shape()[1],
         }
+        .launch(&Stream::of(table.device())?)
     }
 
     pub fn dtable(
@@ -138,32 +131,25 @@ pub(super) mod kernels {
         ids: &Tensor,
     ) -> Result<()> {
         dtable.expect_dtype("embedding", "the table's gradient", DType::F32)?;
-        let (device, launchers) = (dy.device(), dy.device().launchers()?);
-        let [vocabulary, width] = [0, 1].map(|i| dtable.shape()[i]);
+        let device = dy.device();
+        let stream = Stream::of(device)?;
+        let [vocabulary, hidden] = [0, 1].map(|i| dtable.shape()[i]);
         let (order, keys) = sorted(&ids.on(device), vocabulary)?;
-        let (tokens, width) = (ids.elements() as i64, width as i32);
-        let mut floats = 0u64;
-        // SAFETY: it writes one number.
-        unsafe { query!(launchers, embedding_parts(&mut floats, tokens, width)) }?;
-        let mut parts = Tensor::unspecified(device, DType::F32, [floats as usize]);
-        // SAFETY: the tensors have the shapes that embedding.cu's header names.
-        unsafe {
-            launch!(
-                launchers,
-                embedding_gradient(
-                    dtable.pointer_mut(),
-                    parts.pointer_mut(),
-                    dy.pointer(),
-                    order.pointer(),
-                    keys.pointer(),
-                    tokens,
-                    vocabulary as i32,
-                    width,
-                    (accumulate == Accumulate::Add).into(),
-                    stream(),
-                )
-            )
+        let tokens = ids.elements();
+        let floats = workspace(stream.launchers(), tokens, hidden)?;
+        let mut parts = Tensor::unspecified(device, DType::F32, [floats]);
+        EmbeddingGradient {
+            dw: dtable.output()?,
+            parts: parts.output()?,
+            dy: dy.input()?,
+            order: order.input()?,
+            keys: keys.input()?,
+            tokens,
+            vocabulary,
+            hidden,
+            accumulate: accumulate == Accumulate::Add,
         }
+        .launch(&stream)
     }
 
     /// The tokens in the order of their ids, equal ids in the order of tokens; and the ids so.
@@ -172,7 +158,7 @@ pub(super) mod kernels {
         const BYTE: usize = 256;
         let tokens = ids.elements();
         // An id outside the table sorts as V, so V must fit.
-        let passes = (usize::BITS - vocabulary.leading_zeros()).div_ceil(8) as i32;
+        let passes = (usize::BITS - vocabulary.leading_zeros()).div_ceil(8) as usize;
         let mut so_far = None;
         for pass in 0..passes {
             let (order, byte) = next(ids, vocabulary, so_far.as_ref(), Some(8 * pass))?;
@@ -188,29 +174,23 @@ pub(super) mod kernels {
         ids: &Tensor,
         vocabulary: usize,
         so_far: Option<&(Tensor, Tensor)>,
-        byte: Option<i32>,
+        byte: Option<usize>,
     ) -> Result<(Tensor, Tensor)> {
         let (device, tokens) = (ids.device(), ids.elements());
         let new = || Tensor::unspecified(device, DType::I32, [tokens, 1]);
         let (mut order, mut keys) = (new(), new());
-        // SAFETY: the tensors have the shapes that embedding.cu's header names.
-        unsafe {
-            launch!(
-                device.launchers()?,
-                embedding_order(
-                    order.pointer_mut(),
-                    keys.pointer_mut(),
-                    so_far.map_or(null(), |(order, _)| order.pointer()),
-                    so_far.map_or(null(), |(_, sort)| sort.pointer()),
-                    ids.pointer(),
-                    tokens as i64,
-                    vocabulary as i32,
-                    byte.unwrap_or(0),
-                    byte.is_none().into(),
-                    stream(),
-                )
-            )?;
+        EmbeddingOrder {
+            order: order.output()?,
+            keys: keys.output()?,
+            previous: so_far.map(|(order, _)| order.input()).transpose()?,
+            row_token: so_far.map(|(_, sort)| sort.input()).transpose()?,
+            ids: ids.input()?,
+            tokens,
+            vocabulary,
+            shift: byte.unwrap_or(0),
+            whole: byte.is_none(),
         }
+        .launch(&Stream::of(device)?)?;
         Ok((order, keys))
     }
 }

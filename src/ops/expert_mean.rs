@@ -6,14 +6,14 @@
 //! Sums and masses are added over ranks before the division. Nothing here is differentiable.
 
 use super::dispatch::Dispatch;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::Result;
 use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
 };
-use crate::launch;
+use crate::kernels::{self, ExpertMeanUpdate, Stream};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
@@ -81,30 +81,24 @@ impl ExpertSums {
         weighting: Weighting,
         dispatch: &Dispatch,
     ) -> Result<Self> {
-        let (device, launchers) = (partials.device(), partials.device().launchers()?);
+        let device = partials.device();
         let (experts, width) = (gates.shape().width(), partials.shape().width());
         let mut sums = Tensor::unspecified(device, DType::F32, [experts, width]);
         let mut masses = Tensor::unspecified(device, DType::F32, [experts, 2]);
         let maps = dispatch.maps(device)?;
-        // SAFETY: the tensors have the shapes that expert_mean.cu's header names.
-        unsafe {
-            launch!(
-                launchers,
-                expert_sums(
-                    sums.pointer_mut(),
-                    masses.pointer_mut(),
-                    partials.pointer(),
-                    gates.pointer(),
-                    maps.offsets.pointer(),
-                    maps.row_token.pointer(),
-                    dispatch.num_rows().max(1) as i64,
-                    gates.shape().rows() as i64,
-                    experts as i32,
-                    width as i32,
-                    stream(),
-                )
-            )?;
+        kernels::ExpertSums {
+            sums: sums.output()?,
+            masses: masses.output()?,
+            column_sums: partials.input()?,
+            gates: Some(gates.input()?),
+            offsets: maps.offsets.input()?,
+            row_token: maps.row_token.input()?,
+            rows: dispatch.num_rows().max(1),
+            tokens: gates.shape().rows(),
+            experts,
+            hidden: width,
         }
+        .launch(&Stream::of(device)?)?;
         Ok(ExpertSums {
             sums,
             masses,
@@ -135,24 +129,19 @@ impl ExpertSums {
                 Ok(())
             });
         }
-        let (experts, width) = (average.shape()[0], average.shape()[1]);
+        let (experts, hidden) = (average.shape()[0], average.shape()[1]);
+        let stream = Stream::of(average.device())?;
         let beta = Tensor::constant(average.device(), [1], &[beta as f32]);
-        // SAFETY: the tensors have the shapes that expert_mean.cu's header names.
-        unsafe {
-            launch!(
-                average.device().launchers()?,
-                expert_mean_update(
-                    average.pointer_mut(),
-                    self.sums.pointer(),
-                    self.masses.pointer(),
-                    beta.pointer(),
-                    experts as i32,
-                    width as i32,
-                    self.weighting.kernel() as i32,
-                    stream(),
-                )
-            )
+        ExpertMeanUpdate {
+            average: average.output()?,
+            sums: self.sums.input()?,
+            masses: self.masses.input()?,
+            beta: beta.input()?,
+            experts,
+            hidden,
+            weighting: self.weighting.kernel() as i32,
         }
+        .launch(&stream)
     }
 }
 

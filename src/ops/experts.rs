@@ -17,16 +17,18 @@ use super::expert_mean::{ExpertSums, Weighting};
 use super::grouped_linear::{Rows, grouped_linear};
 use super::linear::kernels as product;
 use super::swiglu::swiglu;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::launchers::{Launchers, TILE_AUTO};
-use crate::kernels::{Combine, Stream};
+use crate::kernels::grouped_swiglu::dot_columns;
+use crate::kernels::launchers::TILE_AUTO;
+use crate::kernels::{
+    Combine, GateGradient, GroupedDownForward, GroupedGemmInputGradient, GroupedSwigluBackward,
+    GroupedSwigluForward, Stream,
+};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
-use crate::{launch, query};
-use std::ptr::{null, null_mut};
 use std::rc::Rc;
 
 /// What the experts work on.
@@ -89,11 +91,11 @@ struct Layer {
 
 #[derive(Clone, Copy)]
 struct Sizes {
-    tokens: i64,
-    rows: i64,
-    experts: i32,
-    hidden: i32,
-    ffn: i32,
+    tokens: usize,
+    rows: usize,
+    experts: usize,
+    hidden: usize,
+    ffn: usize,
 }
 
 impl Sizes {
@@ -120,20 +122,19 @@ impl Sizes {
             ));
         }
         Ok(Sizes {
-            tokens: tokens as i64,
+            tokens,
             // A kernel takes one row or more; offsets say that there is none.
-            rows: dispatch.num_rows().max(1) as i64,
-            experts: experts as i32,
-            hidden: hidden as i32,
-            ffn: ffn as i32,
+            rows: dispatch.num_rows().max(1),
+            experts,
+            hidden,
+            ffn,
         })
     }
 }
 
 impl Layer {
-    fn new_rows(&self, like: &Tensor, width: i32) -> Tensor {
-        let shape = [self.sizes.rows as usize, width as usize];
-        Tensor::unspecified(like.device(), DType::Bf16, shape)
+    fn new_rows(&self, like: &Tensor, width: usize) -> Tensor {
+        Tensor::unspecified(like.device(), DType::Bf16, [self.sizes.rows, width])
     }
 
     fn run(
@@ -142,59 +143,51 @@ impl Layer {
         weighting: Option<Weighting>,
         defaults: impl FnOnce(Option<ExpertSums>) -> Result<Option<Defaults>>,
     ) -> Result<Forward> {
-        let (device, launchers) = (x.device(), x.device().launchers()?);
+        let device = x.device();
+        let stream = Stream::of(device)?;
         let maps = self.dispatch.maps(device)?;
         let s = self.sizes;
         let (mut h, mut a) = (self.new_rows(x, 2 * s.ffn), self.new_rows(x, s.ffn));
         let mut e = self.new_rows(x, s.hidden);
         let sorted = self.sorted(x, maps)?;
-        let blocks = s.rows as usize / 64 + s.experts as usize;
+        let lines = GroupedDownForward::column_sum_lines(s.rows, s.experts);
         let mut partials =
-            weighting.map(|_| Tensor::unspecified(device, DType::F32, [blocks, s.hidden as usize]));
+            weighting.map(|_| Tensor::unspecified(device, DType::F32, [lines, s.hidden]));
         let weights = match weighting {
-            Some(Weighting::Plain) | None => null(),
-            Some(_) => gates.pointer::<f32>(),
+            Some(Weighting::Plain) | None => None,
+            Some(_) => Some(gates.input()?),
         };
-        // SAFETY: the tensors have the shapes that grouped_swiglu.cu's header names.
-        unsafe {
-            launch!(
-                launchers,
-                grouped_swiglu_forward(
-                    h.pointer_mut(),
-                    a.pointer_mut(),
-                    sorted.pointer(),
-                    gate_up.pointer(),
-                    maps.offsets.pointer(),
-                    null(),
-                    s.rows,
-                    s.rows,
-                    s.experts,
-                    s.ffn,
-                    s.hidden,
-                    TILE_AUTO,
-                    stream(),
-                )
-            )?;
-            launch!(
-                launchers,
-                grouped_down_forward(
-                    e.pointer_mut(),
-                    partials.as_mut().map_or(null_mut(), Tensor::pointer_mut),
-                    a.pointer(),
-                    down.pointer(),
-                    weights,
-                    maps.offsets.pointer(),
-                    maps.row_token.pointer(),
-                    s.rows,
-                    s.tokens,
-                    s.experts,
-                    s.hidden,
-                    s.ffn,
-                    TILE_AUTO,
-                    stream(),
-                )
-            )?;
+        GroupedSwigluForward {
+            h: h.output()?,
+            a: a.output()?,
+            x: sorted.input()?,
+            w: gate_up.input()?,
+            offsets: Some(maps.offsets.input()?),
+            row_token: None,
+            rows: s.rows,
+            x_rows: s.rows,
+            experts: s.experts,
+            ffn: s.ffn,
+            hidden: s.hidden,
+            tile: TILE_AUTO,
         }
+        .launch(&stream)?;
+        GroupedDownForward {
+            out: e.output()?,
+            column_sums: partials.as_mut().map(Tensor::output).transpose()?,
+            a: a.input()?,
+            w: down.input()?,
+            gates: weights,
+            offsets: Some(maps.offsets.input()?),
+            row_token: Some(maps.row_token.input()?),
+            rows: s.rows,
+            tokens: s.tokens,
+            experts: s.experts,
+            hidden: s.hidden,
+            ffn: s.ffn,
+            tile: TILE_AUTO,
+        }
+        .launch(&stream)?;
         let sums = match (&partials, weighting) {
             (Some(partials), Some(weighting)) => Some(ExpertSums::of_partials(
                 partials,
@@ -233,21 +226,21 @@ impl Layer {
     ) -> Result<()> {
         let s = self.sizes;
         let stream = Stream::of(y.device())?;
-        let kernel = Combine {
+        Combine {
             y: y.output()?,
             rows_in: rows.input()?,
             gates: gates.map(Tensor::input).transpose()?,
             slot_row: maps.slot_row.input()?,
             choices: maps.choices.as_ref().map(Tensor::input).transpose()?,
             vectors: vectors.map(Tensor::input).transpose()?,
-            tokens: s.tokens as usize,
-            rows: s.rows as usize,
-            experts: s.experts as usize,
-            hidden: s.hidden as usize,
+            tokens: s.tokens,
+            rows: s.rows,
+            experts: s.experts,
+            hidden: s.hidden,
             slots: maps.slots,
             accumulate: accumulate == Accumulate::Add,
-        };
-        kernel.launch(&stream)
+        }
+        .launch(&stream)
     }
 }
 
@@ -263,22 +256,18 @@ impl Layer {
     /// `dw_e (+)= Σ_r dout_r x_rᵀ`.
     fn weight_gradient(
         &self,
-        launchers: &Launchers,
         dw: &mut Tensor,
         accumulate: Accumulate,
         [dout, x]: [&Tensor; 2],
         maps: &DeviceMaps,
     ) -> Result<()> {
-        let (dout, x, offsets) = (dout.pointer(), x.pointer(), Some(&maps.offsets));
-        let rows = self.sizes.rows;
-        // SAFETY: both are sorted by expert, and the maps are theirs.
-        unsafe { product::weight_gradient_of(launchers, dw, accumulate, dout, x, rows, offsets) }
+        let (dout, x, offsets) = (dout.input()?, x.input()?, Some(&maps.offsets));
+        product::weight_gradient_of(dw, accumulate, dout, x, self.sizes.rows, offsets)
     }
 
     /// dw `[T, E]`: the dots of the rows on A, those of the default vectors off it.
     fn gate_gradient(
         &self,
-        launchers: &Launchers,
         gates: &Tensor,
         dots: &Tensor,
         dy: &Tensor,
@@ -286,27 +275,21 @@ impl Layer {
     ) -> Result<Tensor> {
         let mut dgates = gates.unspecified_like();
         let (s, vectors) = (self.sizes, self.defaults.as_ref().map(|d| &d.vectors));
-        // SAFETY: the tensors have the shapes that gate_gradient.cu's header names.
-        unsafe {
-            launch!(
-                launchers,
-                gate_gradient(
-                    dgates.pointer_mut(),
-                    dots.pointer(),
-                    dy.pointer(),
-                    vectors.map_or(null(), Tensor::pointer),
-                    maps.slot_row.pointer(),
-                    maps.choices.as_ref().map_or(null(), Tensor::pointer),
-                    s.tokens,
-                    s.rows,
-                    s.experts,
-                    s.hidden,
-                    maps.slots as i32,
-                    dots.shape().width() as i32,
-                    stream(),
-                )
-            )?;
+        GateGradient {
+            dgates: dgates.output()?,
+            dots: dots.input()?,
+            g: Some(dy.input()?),
+            vectors: vectors.map(Tensor::input).transpose()?,
+            slot_row: maps.slot_row.input()?,
+            choices: maps.choices.as_ref().map(Tensor::input).transpose()?,
+            tokens: s.tokens,
+            rows: s.rows,
+            experts: s.experts,
+            hidden: s.hidden,
+            slots: maps.slots,
+            dot_columns: dots.shape().width(),
         }
+        .launch(&Stream::of(gates.device())?)?;
         Ok(dgates)
     }
 }
@@ -334,90 +317,70 @@ impl Op for Layer {
             unreachable!("the experts keep five tensors")
         };
         let dy = only(douts);
-        let (device, launchers) = (x.device(), x.device().launchers()?);
+        let device = x.device();
+        let stream = Stream::of(device)?;
         let maps = self.dispatch.maps(device)?;
-        let (offsets, row_token) = (maps.offsets.pointer(), maps.row_token.pointer());
         let s = self.sizes;
-        let mut columns = 0i32;
-        // SAFETY: it writes one number.
-        unsafe {
-            query!(
-                launchers,
-                grouped_swiglu_dot_columns(
-                    &mut columns,
-                    s.rows,
-                    s.experts,
-                    s.hidden,
-                    s.ffn,
-                    TILE_AUTO,
-                )
-            )?;
-        }
+        let columns = dot_columns(
+            stream.launchers(),
+            s.rows,
+            s.experts,
+            s.hidden,
+            s.ffn,
+            TILE_AUTO,
+        )?;
         let dy_rows = self.sorted(dy, maps)?;
         let mut dh = self.new_rows(x, 2 * s.ffn);
         let mut weighted_a = self.new_rows(x, s.ffn);
-        let shape = [s.rows as usize, columns as usize];
-        let mut dots = Tensor::unspecified(device, DType::F32, shape);
-        // SAFETY: the tensors have the shapes that grouped_swiglu.cu's header names.
-        unsafe {
-            launch!(
-                launchers,
-                grouped_swiglu_backward(
-                    dh.pointer_mut(),
-                    weighted_a.pointer_mut(),
-                    dots.pointer_mut(),
-                    dy_rows.pointer(),
-                    down.pointer(),
-                    h.pointer(),
-                    gates.pointer(),
-                    offsets,
-                    row_token,
-                    null(),
-                    s.rows,
-                    s.rows,
-                    s.experts,
-                    s.hidden,
-                    s.ffn,
-                    columns,
-                    TILE_AUTO,
-                    stream(),
-                )
-            )?;
+        let mut dots = Tensor::unspecified(device, DType::F32, [s.rows, columns]);
+        GroupedSwigluBackward {
+            dh: dh.output()?,
+            scaled_a: weighted_a.output()?,
+            dots: dots.output()?,
+            dout: dy_rows.input()?,
+            w: down.input()?,
+            h: h.input()?,
+            gates: gates.input()?,
+            offsets: Some(maps.offsets.input()?),
+            row_token: Some(maps.row_token.input()?),
+            dout_row_token: None,
+            rows: s.rows,
+            dout_rows: s.rows,
+            experts: s.experts,
+            hidden: s.hidden,
+            ffn: s.ffn,
+            dot_columns: columns,
+            tile: TILE_AUTO,
         }
+        .launch(&stream)?;
         if grads.wanted(1) {
-            grads.give(1, self.gate_gradient(launchers, gates, &dots, dy, maps)?)?;
+            grads.give(1, self.gate_gradient(gates, &dots, dy, maps)?)?;
         } else {
             grads.none(1);
         }
         grads.write(3, down, |dw, accumulate| {
-            self.weight_gradient(launchers, dw, accumulate, [&dy_rows, &weighted_a], maps)
+            self.weight_gradient(dw, accumulate, [&dy_rows, &weighted_a], maps)
         })?;
         grads.write(2, gate_up, |dw, accumulate| {
             let x = self.sorted(x, maps)?;
-            self.weight_gradient(launchers, dw, accumulate, [&dh, &x], maps)
+            self.weight_gradient(dw, accumulate, [&dh, &x], maps)
         })?;
         grads.write(0, x, |dx, accumulate| {
             let mut rows = self.new_rows(x, s.hidden);
-            // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
-            unsafe {
-                launch!(
-                    launchers,
-                    grouped_gemm_input_gradient(
-                        rows.pointer_mut(),
-                        dh.pointer(),
-                        gate_up.pointer(),
-                        offsets,
-                        null(),
-                        s.rows,
-                        s.rows,
-                        s.experts,
-                        2 * s.ffn,
-                        s.hidden,
-                        TILE_AUTO,
-                        stream(),
-                    )
-                )?;
+            GroupedGemmInputGradient {
+                dx: rows.output()?,
+                dout: dh.input()?,
+                w: gate_up.input()?,
+                offsets: Some(maps.offsets.input()?),
+                row_token: None,
+                rows: s.rows,
+                dout_rows: s.rows,
+                experts: s.experts,
+                n: 2 * s.ffn,
+                k: s.hidden,
+                tile: TILE_AUTO,
             }
+            .launch(&stream)?;
             self.combine(dx, accumulate, &rows, None, None, maps)
         })
     }

@@ -9,9 +9,9 @@
 use super::linear::linear;
 use super::rows::{self, Columns};
 use super::sigmoid_gate::sigmoid_gate;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::Result;
-use crate::launch;
+use crate::kernels::{self, GatedRowsBackward, Stream};
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
@@ -53,22 +53,16 @@ impl Op for GatedRows {
         let (x, w, v) = (inputs[0], inputs[1], inputs[2]);
         let mut y = v.unspecified_like();
         let mut gates = Tensor::unspecified(x.device(), DType::F32, [x.shape().rows()]);
-        // SAFETY: the tensors have the shapes that rows.cu's header names.
-        unsafe {
-            launch!(
-                x.device().launchers()?,
-                gated_rows(
-                    y.pointer_mut(),
-                    gates.pointer_mut(),
-                    x.pointer(),
-                    w.pointer(),
-                    v.pointer(),
-                    x.shape().rows() as i64,
-                    x.shape().width() as i32,
-                    stream(),
-                )
-            )
-        }?;
+        kernels::GatedRows {
+            y: y.output()?,
+            gates: gates.output()?,
+            x: x.input()?,
+            w: w.input()?,
+            v: v.input()?,
+            rows: x.shape().rows(),
+            width: x.shape().width(),
+        }
+        .launch(&Stream::of(x.device())?)?;
         Ok(Forward {
             outputs: vec![y],
             saved: vec![x.clone(), w.clone(), v.clone(), gates],
@@ -87,25 +81,19 @@ impl Op for GatedRows {
         let dy = only(douts);
         let (mut dv, mut dscores) = (v.unspecified_like(), gates.unspecified_like());
         let mut backward = |dx: &mut Tensor, accumulate: Accumulate| {
-            // SAFETY: as in forward.
-            unsafe {
-                launch!(
-                    x.device().launchers()?,
-                    gated_rows_backward(
-                        dx.pointer_mut(),
-                        dv.pointer_mut(),
-                        dscores.pointer_mut(),
-                        dy.pointer(),
-                        gates.pointer(),
-                        v.pointer(),
-                        w.pointer(),
-                        x.shape().rows() as i64,
-                        x.shape().width() as i32,
-                        (accumulate == Accumulate::Add).into(),
-                        stream(),
-                    )
-                )
+            GatedRowsBackward {
+                dx: dx.output()?,
+                dv: dv.output()?,
+                dscores: dscores.output()?,
+                dy: dy.input()?,
+                gates: gates.input()?,
+                v: v.input()?,
+                w: w.input()?,
+                rows: x.shape().rows(),
+                width: x.shape().width(),
+                accumulate: accumulate == Accumulate::Add,
             }
+            .launch(&Stream::of(x.device())?)
         };
         if grads.wanted(0) {
             grads.write(0, x, backward)?;

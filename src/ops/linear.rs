@@ -7,18 +7,20 @@
 //! bias is added to what the product left in bf16 (`kernels/rows.cu`).
 
 use super::rows::{self, Columns};
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kernels::launchers::{Launchers, TILE_AUTO};
-use crate::launch;
+use crate::kernels::launchers::TILE_AUTO;
+use crate::kernels::{
+    GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient, In, Out, Stream,
+    SumParts,
+};
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate, Mat};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
-use std::ffi::c_void;
-use std::ptr::null;
+use half::bf16;
 
 /// `x Wᵀ + b` for `x` of shape `[.., I]`; the result has shape `[.., O]`.
 ///
@@ -161,31 +163,24 @@ pub(super) mod kernels {
     /// # Errors
     /// When a dtype or a width is not one of the kernel's.
     pub fn forward(y: &mut Tensor, x: &Tensor, w: &Tensor) -> Result<()> {
-        let rows = x.shape().rows() as i64;
-        let (outputs, inputs) = (w.shape()[0] as i32, w.shape()[1] as i32);
+        let rows = x.shape().rows();
         for (what, t) in [("x", x), ("weight", w)] {
             t.expect_dtype("linear", what, DType::Bf16)?;
         }
-        // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
-        unsafe {
-            launch!(
-                x.device().launchers()?,
-                grouped_gemm_forward(
-                    y.pointer_mut(),
-                    x.pointer(),
-                    w.pointer(),
-                    null(),
-                    null(),
-                    rows,
-                    rows,
-                    1,
-                    outputs,
-                    inputs,
-                    TILE_AUTO,
-                    stream(),
-                )
-            )
+        GroupedGemmForward {
+            out: y.output()?,
+            x: x.input()?,
+            w: w.input()?,
+            offsets: None,
+            row_token: None,
+            rows,
+            x_rows: rows,
+            experts: 1,
+            n: w.shape()[0],
+            k: w.shape()[1],
+            tile: TILE_AUTO,
         }
+        .launch(&Stream::of(x.device())?)
     }
 
     /// `dx = dy W`.
@@ -194,43 +189,33 @@ pub(super) mod kernels {
     /// As [`forward`].
     pub fn input_gradient(dx: &mut Tensor, dy: &Tensor, w: &Tensor) -> Result<()> {
         dy.expect_dtype("linear", "the gradient of y", DType::Bf16)?;
-        let (launchers, rows) = (w.device().launchers()?, dy.shape().rows() as i64);
-        // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
-        unsafe { input_gradient_of(launchers, dx.pointer_mut(), dy.pointer(), w, rows) }
+        input_gradient_of(dx.output()?, dy.input()?, w, dy.shape().rows())
     }
 
-    /// [`input_gradient`] of so many rows from these places on.
+    /// [`input_gradient`] of so many rows.
     ///
-    /// # Safety
-    /// dx and dy are bf16 arrays of `rows` rows, as wide as w's inputs and outputs.
-    pub unsafe fn input_gradient_of(
-        launchers: &Launchers,
-        dx: *mut c_void,
-        dy: *const c_void,
+    /// # Errors
+    /// As [`forward`].
+    pub fn input_gradient_of(
+        dx: Out<'_, bf16>,
+        dy: In<'_, bf16>,
         w: &Tensor,
-        rows: i64,
+        rows: usize,
     ) -> Result<()> {
-        let (outputs, inputs) = (w.shape()[0] as i32, w.shape()[1] as i32);
-        // SAFETY: as the caller says.
-        unsafe {
-            launch!(
-                launchers,
-                grouped_gemm_input_gradient(
-                    dx,
-                    dy,
-                    w.pointer(),
-                    null(),
-                    null(),
-                    rows,
-                    rows,
-                    1,
-                    outputs,
-                    inputs,
-                    TILE_AUTO,
-                    stream(),
-                )
-            )
+        GroupedGemmInputGradient {
+            dx,
+            dout: dy,
+            w: w.input()?,
+            offsets: None,
+            row_token: None,
+            rows,
+            dout_rows: rows,
+            experts: 1,
+            n: w.shape()[0],
+            k: w.shape()[1],
+            tile: TILE_AUTO,
         }
+        .launch(&Stream::of(w.device())?)
     }
 
     /// `dW (+)= dyᵀ x`, rows in order.
@@ -243,24 +228,12 @@ pub(super) mod kernels {
         dy: &Tensor,
         x: &Tensor,
     ) -> Result<()> {
-        let (launchers, rows) = (x.device().launchers()?, dy.shape().rows() as i64);
-        let parts = parts(rows as usize, dw.shape()[0], dw.shape()[1]);
+        let rows = dy.shape().rows();
+        let parts = GroupedGemmWeightGradient::parts(rows, dw.shape()[0], dw.shape()[1]);
         if parts > 1 {
             return in_parts(dw, accumulate, dy, x, parts);
         }
-        // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
-        unsafe {
-            let (dy, x) = (dy.pointer(), x.pointer());
-            weight_gradient_of(launchers, dw, accumulate, dy, x, rows, None)
-        }
-    }
-
-    /// Parts that the rows of a weight gradient `[outputs, inputs]` are cut into, so that its tiles (of
-    /// 128 x 256) fill the 132 multiprocessors of an H200. A part has 1024 rows or more. The same on every
-    /// device, since it decides the order of a sum.
-    fn parts(rows: usize, outputs: usize, inputs: usize) -> usize {
-        let tiles = outputs.div_ceil(128) * inputs.div_ceil(256);
-        (132 / tiles).min(rows / 1024).max(1)
+        weight_gradient_of(dw, accumulate, dy.input()?, x.input()?, rows, None)
     }
 
     /// [`weight_gradient`]: the rows as groups of a product of their own, whose results are summed.
@@ -273,51 +246,40 @@ pub(super) mod kernels {
     ) -> Result<()> {
         dw.expect_dtype("linear", "the weight's gradient", DType::F32)?;
         let (device, rows) = (x.device(), dy.shape().rows());
-        let launchers = device.launchers()?;
         let [outputs, inputs] = [0, 1].map(|i| dw.shape()[i]);
-        // Whole k-tiles of 64 rows, but for the last.
-        let height = rows.div_ceil(parts).div_ceil(64) * 64;
-        let offsets: Vec<i32> = (0..=parts).map(|p| (p * height).min(rows) as i32).collect();
+        let offsets = GroupedGemmWeightGradient::part_offsets(rows, parts);
         let offsets = Tensor::constant(device, [parts + 1], &offsets);
         let mut each = Tensor::unspecified(device, DType::F32, [parts, outputs, inputs]);
-        // SAFETY: the tensors have the shapes that grouped_gemm.cu's header names.
-        unsafe {
-            let (dy, x) = (dy.pointer(), x.pointer());
-            weight_gradient_of(
-                launchers,
-                &mut each,
-                Accumulate::Assign,
-                dy,
-                x,
-                rows as i64,
-                Some(&offsets),
-            )?;
-            launch!(
-                launchers,
-                sum_parts(
-                    dw.pointer_mut(),
-                    each.pointer(),
-                    parts as i32,
-                    dw.elements() as i64,
-                    (accumulate == Accumulate::Add).into(),
-                    stream(),
-                )
-            )
+        let assign = Accumulate::Assign;
+        weight_gradient_of(
+            &mut each,
+            assign,
+            dy.input()?,
+            x.input()?,
+            rows,
+            Some(&offsets),
+        )?;
+        let elements = dw.elements();
+        SumParts {
+            out: dw.output()?,
+            parts: each.input()?,
+            count: parts,
+            elements,
+            accumulate: accumulate == Accumulate::Add,
         }
+        .launch(&Stream::of(device)?)
     }
 
-    /// [`weight_gradient`] of so many rows from these places on; with offsets `[G + 1]`, dw is `[G, outputs, inputs]`, a
-    /// matrix for each group of rows.
+    /// [`weight_gradient`] of so many rows; with offsets `[G + 1]`, dw is `[G, outputs, inputs]`, a matrix for each group of rows.
     ///
-    /// # Safety
-    /// dy and x are bf16 arrays of `rows` rows, as wide as dw's outputs and inputs; the offsets end at most there.
-    pub unsafe fn weight_gradient_of(
-        launchers: &Launchers,
+    /// # Errors
+    /// As [`forward`].
+    pub fn weight_gradient_of(
         dw: &mut Tensor,
         accumulate: Accumulate,
-        dy: *const c_void,
-        x: *const c_void,
-        rows: i64,
+        dy: In<'_, bf16>,
+        x: In<'_, bf16>,
+        rows: usize,
         offsets: Option<&Tensor>,
     ) -> Result<()> {
         dw.expect_dtype("linear", "the weight's gradient", DType::F32)?;
@@ -325,29 +287,24 @@ pub(super) mod kernels {
             [groups, outputs, inputs] => (groups, outputs, inputs),
             _ => (1, dw.shape()[0], dw.shape()[1]),
         };
-        // SAFETY: as the caller says.
-        unsafe {
-            launch!(
-                launchers,
-                grouped_gemm_weight_gradient(
-                    dw.pointer_mut(),
-                    dy,
-                    x,
-                    offsets.map_or(null(), Tensor::pointer),
-                    null(),
-                    null(),
-                    rows,
-                    rows,
-                    rows,
-                    groups as i32,
-                    outputs as i32,
-                    inputs as i32,
-                    (accumulate == Accumulate::Add).into(),
-                    TILE_AUTO,
-                    stream(),
-                )
-            )
+        let stream = Stream::of(dw.device())?;
+        GroupedGemmWeightGradient {
+            dw: dw.output()?,
+            dout: dy,
+            x,
+            offsets: offsets.map(Tensor::input).transpose()?,
+            dout_row_token: None,
+            x_row_token: None,
+            rows,
+            dout_rows: rows,
+            x_rows: rows,
+            experts: groups,
+            n: outputs,
+            k: inputs,
+            accumulate: accumulate == Accumulate::Add,
+            tile: TILE_AUTO,
         }
+        .launch(&stream)
     }
 }
 

@@ -9,16 +9,15 @@
 use super::heads::Heads;
 use super::rmsnorm::reference::{normalize, normalize_back};
 use super::rows::{Columns, column_sums};
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::launch;
+use crate::kernels::{self, QkNormBackward, Stream};
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
-use std::ptr::null;
 
 /// Normalizes the query heads of `qkv [T, (H + 2 KV) hd]` with `query_weight` (`[hd]` or `[H hd]`)
 /// and its key heads with `key_weight` (`[hd]` or `[KV hd]`).
@@ -150,28 +149,23 @@ impl QkNorm {
     fn forward_kernels(&self, x: &Tensor, wq: &Tensor, wk: &Tensor) -> Result<Forward> {
         x.expect_dtype("qk_norm", "qkv", DType::Bf16)?;
         let (mut y, rows) = (x.unspecified_like(), x.shape().rows());
+        let stream = Stream::of(x.device())?;
         let mut saved = vec![x.clone(), wq.clone(), wk.clone()];
         let weights = [Some(wq), Some(wk), None];
         for (part, w) in self.parts(wq, wk).into_iter().zip(weights) {
             let mut scales = Tensor::unspecified(x.device(), DType::F32, [rows, part.pieces]);
-            // SAFETY: the tensors have the shapes that qk_norm.cu's header names.
-            unsafe {
-                launch!(
-                    x.device().launchers()?,
-                    qk_norm(
-                        y.pointer_mut::<u16>().wrapping_add(part.first).cast(),
-                        scales.pointer_mut(),
-                        x.pointer::<u16>().wrapping_add(part.first).cast(),
-                        w.map_or(null(), Tensor::pointer),
-                        rows as i64,
-                        part.pieces as i32,
-                        part.width as i32,
-                        x.shape().width() as i64,
-                        self.eps as f32,
-                        stream(),
-                    )
-                )
-            }?;
+            kernels::QkNorm {
+                y: y.output()?.from_element(part.first),
+                scales: Some(scales.output()?),
+                x: x.input()?.from_element(part.first),
+                w: w.map(Tensor::input).transpose()?,
+                rows,
+                pieces: part.pieces,
+                width: part.width,
+                pitch: x.shape().width(),
+                eps: self.eps as f32,
+            }
+            .launch(&stream)?;
             if w.is_some() {
                 saved.push(scales);
             }
@@ -187,6 +181,7 @@ impl QkNorm {
             unreachable!("five tensors are kept")
         };
         let mut dx = x.unspecified_like();
+        let stream = Stream::of(x.device())?;
         let parts = self.parts(wq, wk);
         let given = [
             (Some(wq), Some(of_queries)),
@@ -194,24 +189,18 @@ impl QkNorm {
             (None, None),
         ];
         for (part, (w, scales)) in parts.into_iter().zip(given) {
-            // SAFETY: as in forward.
-            unsafe {
-                launch!(
-                    x.device().launchers()?,
-                    qk_norm_backward(
-                        dx.pointer_mut::<u16>().wrapping_add(part.first).cast(),
-                        scales.map_or(null(), Tensor::pointer),
-                        dy.pointer::<u16>().wrapping_add(part.first).cast(),
-                        x.pointer::<u16>().wrapping_add(part.first).cast(),
-                        w.map_or(null(), Tensor::pointer),
-                        x.shape().rows() as i64,
-                        part.pieces as i32,
-                        part.width as i32,
-                        x.shape().width() as i64,
-                        stream(),
-                    )
-                )
-            }?;
+            QkNormBackward {
+                dx: dx.output()?.from_element(part.first),
+                scales: scales.map(Tensor::input).transpose()?,
+                dy: dy.input()?.from_element(part.first),
+                x: x.input()?.from_element(part.first),
+                w: w.map(Tensor::input).transpose()?,
+                rows: x.shape().rows(),
+                pieces: part.pieces,
+                width: part.width,
+                pitch: x.shape().width(),
+            }
+            .launch(&stream)?;
         }
         grads.give(0, dx)?;
         for (input, w, scales) in [(1, wq, of_queries), (2, wk, of_keys)] {

@@ -6,9 +6,9 @@
 //! the opposite angles.
 
 use super::heads::Heads;
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::launch;
+use crate::kernels::{self, Stream};
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
@@ -200,25 +200,19 @@ pub(super) fn turned(
     x.expect_dtype("rope", "qkv", DType::Bf16)?;
     let [cos, sin] = tables.on(x.device())?;
     let mut y = x.unspecified_like();
-    // SAFETY: the tensors have the shapes that rope.cu's header names.
-    unsafe {
-        launch!(
-            x.device().launchers()?,
-            rope(
-                y.pointer_mut(),
-                x.pointer(),
-                cos.pointer(),
-                sin.pointer(),
-                x.shape().rows() as i64,
-                sequence as i32,
-                heads.query as i32,
-                heads.key_value as i32,
-                heads.dim as i32,
-                back.into(),
-                stream(),
-            )
-        )
-    }?;
+    kernels::Rope {
+        y: y.output()?,
+        x: x.input()?,
+        cosines: cos.input()?,
+        sines: sin.input()?,
+        tokens: x.shape().rows(),
+        sequence,
+        heads: heads.query,
+        key_value_heads: heads.key_value,
+        head_width: heads.dim,
+        back,
+    }
+    .launch(&Stream::of(x.device())?)?;
     Ok(y)
 }
 

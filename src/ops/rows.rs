@@ -1,12 +1,11 @@
 //! The kernels of `kernels/rows.cu`: arithmetic of whole rows, and sums of their columns.
 
-use crate::device::stream;
 use crate::error::Result;
-use crate::launch;
+use crate::kernels::{self, In, Out, RowArithmetic, Stream, SumParts};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
-use std::ptr::null;
+use half::bf16;
 
 /// What becomes of two rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +20,9 @@ pub(super) enum Arithmetic {
 /// When a dtype or a width is not one of the kernel's.
 pub(super) fn arithmetic(arithmetic: Arithmetic, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let mut out = a.unspecified_like();
-    // SAFETY: out is like a.
-    unsafe { write(arithmetic, out.pointer_mut(), a, b) }?;
+    let to = out.output()?;
+    let shape = [a.shape().rows(), a.shape().width()];
+    write(arithmetic, to, a.input()?, shape, b)?;
     Ok(out)
 }
 
@@ -31,40 +31,30 @@ pub(super) fn arithmetic(arithmetic: Arithmetic, a: &Tensor, b: &Tensor) -> Resu
 /// # Errors
 /// As [`arithmetic`].
 pub(super) fn add_to(a: &mut Tensor, b: &Tensor) -> Result<()> {
-    let out = a.pointer_mut();
-    // SAFETY: the kernel may write over a.
-    unsafe { write(Arithmetic::Add, out, a, b) }
+    let shape = [a.shape().rows(), a.shape().width()];
+    let out = a.output::<bf16>()?;
+    // The kernel may write over a.
+    write(Arithmetic::Add, out, out.as_input(), shape, b)
 }
 
-/// # Safety
-/// `out` has room for as many elements as a.
-unsafe fn write(
+/// `out` from rows `from [rows, width]` and b.
+fn write(
     arithmetic: Arithmetic,
-    out: *mut std::ffi::c_void,
-    a: &Tensor,
+    out: Out<'_, bf16>,
+    from: In<'_, bf16>,
+    [rows, width]: [usize; 2],
     b: &Tensor,
 ) -> Result<()> {
-    for (what, t) in [("the first rows", a), ("the second rows", b)] {
-        t.expect_dtype("rows", what, DType::Bf16)?;
+    RowArithmetic {
+        out,
+        a: from,
+        b: b.input()?,
+        rows,
+        b_rows: b.elements() / width,
+        width,
+        multiply: arithmetic == Arithmetic::Multiply,
     }
-    let width = a.shape().width();
-    let b_rows = b.elements() / width;
-    // SAFETY: the tensors have the shapes that rows.cu's header names.
-    unsafe {
-        launch!(
-            a.device().launchers()?,
-            row_arithmetic(
-                out,
-                a.pointer(),
-                b.pointer(),
-                a.shape().rows() as i64,
-                b_rows as i64,
-                width as i32,
-                (arithmetic == Arithmetic::Multiply).into(),
-                stream(),
-            )
-        )
-    }
+    .launch(&Stream::of(b.device())?)
 }
 
 /// Columns of rows: `pieces` of `width` from column `first` on.
@@ -83,6 +73,11 @@ impl Columns {
             pieces: 1,
             width: x.shape().width(),
         }
+    }
+
+    /// The elements of `t` from the first of these columns on.
+    fn of<'a>(&self, t: &'a Tensor) -> Result<In<'a, bf16>> {
+        Ok(t.input()?.from_element(self.first))
     }
 }
 
@@ -104,39 +99,30 @@ pub(super) fn column_sums(
     columns: Columns,
 ) -> Result<()> {
     to.expect_dtype("rows", "the sum of columns", DType::F32)?;
-    let (launchers, rows, pitch) = (x.device().launchers()?, x.shape().rows(), x.shape().width());
+    let (rows, pitch) = (x.shape().rows(), x.shape().width());
+    let stream = Stream::of(x.device())?;
     let width = columns.pieces * columns.width;
     let runs = rows.div_ceil(RUN).clamp(1, MOST_RUNS);
     let mut parts = Tensor::unspecified(x.device(), DType::F32, [runs, width]);
-    let at = |t: &Tensor| t.pointer::<u16>().wrapping_add(columns.first).cast();
-    let length = to.elements();
-    // SAFETY: the tensors have the shapes that rows.cu's and sum_parts.cu's headers name.
-    unsafe {
-        launch!(
-            launchers,
-            column_sums(
-                parts.pointer_mut(),
-                at(x),
-                y.map_or(null(), at),
-                scales.map_or(null(), Tensor::pointer),
-                rows as i64,
-                width as i32,
-                pitch as i64,
-                columns.width as i32,
-                runs as i32,
-                stream(),
-            )
-        )?;
-        launch!(
-            launchers,
-            sum_parts(
-                to.pointer_mut(),
-                parts.pointer(),
-                (runs * width / length) as i32,
-                length as i64,
-                (accumulate == Accumulate::Add).into(),
-                stream(),
-            )
-        )
+    kernels::ColumnSums {
+        parts: parts.output()?,
+        x: columns.of(x)?,
+        y: y.map(|y| columns.of(y)).transpose()?,
+        scales: scales.map(Tensor::input).transpose()?,
+        rows,
+        width,
+        pitch,
+        piece: columns.width,
+        runs,
     }
+    .launch(&stream)?;
+    let elements = to.elements();
+    SumParts {
+        out: to.output()?,
+        parts: parts.input()?,
+        count: runs * width / elements,
+        elements,
+        accumulate: accumulate == Accumulate::Add,
+    }
+    .launch(&stream)
 }

@@ -6,9 +6,9 @@
 //! On a device with kernels: `kernels/swiglu.cu`. Only dense layers come here then; the experts' is part
 //! of their projections.
 
-use crate::device::{Device, stream};
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::launch;
+use crate::kernels::{Stream, SwigluBackward, SwigluForward};
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
@@ -102,33 +102,26 @@ mod kernels {
 
     pub fn forward(y: &mut Tensor, x: &Tensor) -> Result<()> {
         x.expect_dtype("swiglu", "x", DType::Bf16)?;
-        let (rows, width) = (y.shape().rows() as i64, y.shape().width() as i32);
-        // SAFETY: the tensors have the shapes that swiglu.cu's header names.
-        unsafe {
-            launch!(
-                x.device().launchers()?,
-                swiglu_forward(y.pointer_mut(), x.pointer(), rows, width, stream())
-            )
+        let (rows, ffn) = (y.shape().rows(), y.shape().width());
+        SwigluForward {
+            a: y.output()?,
+            h: x.input()?,
+            rows,
+            ffn,
         }
+        .launch(&Stream::of(x.device())?)
     }
 
     pub fn backward(dx: &mut Tensor, dy: &Tensor, x: &Tensor) -> Result<()> {
         dy.expect_dtype("swiglu", "the gradient of y", DType::Bf16)?;
-        let (rows, width) = (dy.shape().rows() as i64, dy.shape().width() as i32);
-        // SAFETY: the tensors have the shapes that swiglu.cu's header names.
-        unsafe {
-            launch!(
-                x.device().launchers()?,
-                swiglu_backward(
-                    dx.pointer_mut(),
-                    dy.pointer(),
-                    x.pointer(),
-                    rows,
-                    width,
-                    stream(),
-                )
-            )
+        SwigluBackward {
+            dh: dx.output()?,
+            da: dy.input()?,
+            h: x.input()?,
+            rows: dy.shape().rows(),
+            ffn: dy.shape().width(),
         }
+        .launch(&Stream::of(x.device())?)
     }
 }
 

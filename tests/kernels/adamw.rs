@@ -1,6 +1,8 @@
 //! The optimizer's kernels on the simulator: every case of the library, every schedule, refusals.
 
-use crate::support::refusals::{NULL, OUT_OF_RANGE, from, refused, refuses_pointers, stream, to};
+use crate::support::refusals::{
+    NULL, OUT_OF_RANGE, input, output, refused, refuses_pointers, stream,
+};
 use crate::support::{check_cases, check_schedules};
 use routegrad::kernels::adamw::{AdamwUpdate, SquareSums};
 use routegrad::kernels::layer_tally::{LayerTally, RemoeFractions, RemoeUpdate};
@@ -35,9 +37,9 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let good = room.as_ptr() as usize;
     let update = |p: [usize; 3], blocks: usize| {
         let kernel = AdamwUpdate {
-            parameters: from(p[0]),
-            block_parameter: from(p[1]),
-            outcome: from(p[2]),
+            parameters: input(p[0]),
+            block_parameter: input(p[1]),
+            outcome: input(p[2]),
             blocks,
             bf16_moments: false,
         };
@@ -47,9 +49,9 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     refuses_pointers(names, &[], good, |p| update(p, 8));
     let sums = |p: [usize; 3], blocks: usize| {
         let kernel = SquareSums {
-            parts: to(p[0]),
-            parameters: from(p[1]),
-            block_parameter: from(p[2]),
+            parts: output(p[0]),
+            parameters: input(p[1]),
+            block_parameter: input(p[2]),
             blocks,
         };
         kernel.launch(&stream())
@@ -63,11 +65,11 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
 
     let decide = |p: [usize; 5], count: usize, layers: usize| {
         let kernel = StepDecide {
-            outcome: to(p[0]),
-            settings: from(p[1]),
-            losses: from(p[2]),
-            flags: Some(from(p[3])),
-            parts: from(p[4]),
+            outcome: output(p[0]),
+            settings: input(p[1]),
+            losses: input(p[2]),
+            flags: Some(input(p[3])),
+            parts: input(p[4]),
             count,
             layers,
         };
@@ -79,8 +81,8 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     refused(|| decide([good; 5], 8, 4097), OUT_OF_RANGE, "layers");
     let commit = |p: [usize; 2], count: usize, most_words: usize| {
         let kernel = StateCommit {
-            states: from(p[0]),
-            outcome: from(p[1]),
+            states: input(p[0]),
+            outcome: input(p[1]),
             count,
             most_words,
         };
@@ -97,14 +99,14 @@ fn a_refused_argument_of_the_statistics_is_named_and_nothing_is_launched() {
     let good = room.as_ptr() as usize;
     let tally = |experts: usize, tokens: usize, first_token: usize, stats: usize| {
         let kernel = LayerTally {
-            stats: to(stats),
-            load: to(good),
-            flags: to(good),
-            fractions: to(good),
-            offsets: from(good),
-            first_non_finite: from(good),
-            fault: from(good),
-            mean_entropy: Some(from(good)),
+            stats: output(stats),
+            load: output(good),
+            flags: output(good),
+            fractions: output(good),
+            offsets: input(good),
+            first_non_finite: input(good),
+            fault: input(good),
+            mean_entropy: Some(input(good)),
             entropy_parts: None,
             tokens,
             first_token,
@@ -126,9 +128,9 @@ fn a_refused_argument_of_the_statistics_is_named_and_nothing_is_launched() {
 
     let fractions = |p: [usize; 3], slots: usize, experts: usize| {
         let kernel = RemoeFractions {
-            fractions: to(p[0]),
-            lambda: from(p[1]),
-            offsets: from(p[2]),
+            fractions: output(p[0]),
+            lambda: input(p[1]),
+            offsets: input(p[2]),
             slots,
             experts,
         };
@@ -136,8 +138,8 @@ fn a_refused_argument_of_the_statistics_is_named_and_nothing_is_launched() {
     };
     let update = |p: [usize; 2], layers: usize, experts: usize, top_k: usize, factor: f64| {
         let kernel = RemoeUpdate {
-            lambda: to(p[0]),
-            load: from(p[1]),
+            lambda: output(p[0]),
+            load: input(p[1]),
             layers,
             experts,
             top_k,

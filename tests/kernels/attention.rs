@@ -1,15 +1,13 @@
 //! Attention on the simulator: every case of the library, every schedule, what may not depend on what, exact counts of
 //! work and bytes, refusals.
 
-use crate::support::refusals::{OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};
+use crate::support::refusals::*;
 use crate::support::schedules::{is_plain, table, with_options};
 use crate::support::{check_cases, check_schedules, counts_agree, outputs};
 use half::bf16;
+use routegrad::kernels::{AttentionBackward, AttentionForward, attention_backward};
 use routegrad::verify::kernels::attention::{Inputs, Shape, problem};
 use routegrad::verify::kernels::attention_backward::{self as backward, Gradient, workspace};
-use routegrad::verify::kernels::costs;
-use routegrad::{launch, query};
-use std::ptr::null_mut;
 use std::sync::Arc;
 
 #[test]
@@ -120,15 +118,15 @@ fn work_and_bytes_are_what_the_headers_say() {
         let shape = Shape::new(2, 128, 3, 3, width);
         counts_agree(
             &problem(&Arc::new(Inputs::new(&shape))),
-            costs::attention_forward(&shape.sizes),
+            AttentionForward::cost(&shape.sizes),
         );
-        let mut cost = costs::attention_backward(&shape.sizes);
+        let mut cost = AttentionBackward::cost(&shape.sizes);
         // Four lanes read the statistics of a query.
         cost.bytes += (3 * 8 * 2 * 3 * 128) as f64;
         counts_agree(&backward::problem(&Arc::new(Gradient::new(&shape))), cost);
         // Keys and values are read once a tile of queries: 6 times 64 KB or 32 KB, not 3.
         let shape = Shape::new(1, 300, 2, 1, width);
-        let mut cost = costs::attention_forward(&shape.sizes);
+        let mut cost = AttentionForward::cost(&shape.sizes);
         let rows_read = 2 * (128 + 256 + 300) - 300;
         cost.bytes += (4 * rows_read * width) as f64;
         counts_agree(&problem(&Arc::new(Inputs::new(&shape))), cost);
@@ -138,22 +136,10 @@ fn work_and_bytes_are_what_the_headers_say() {
 #[test]
 fn the_workspace_holds_two_floats_for_every_padded_row() {
     for shape in [Shape::new(3, 17, 4, 2, 64), Shape::new(1, 129, 3, 1, 128)] {
-        let mut floats = 0u64;
-        let (tokens, sequence) = (shape.tokens() as i64, shape.sizes.sequence as i32);
-        // Safety: it writes one number.
-        unsafe {
-            query!(
-                table(),
-                attention_backward_workspace(
-                    &mut floats,
-                    tokens,
-                    sequence,
-                    shape.sizes.heads as i32
-                )
-            )
-        }
-        .unwrap_or_else(|e| panic!("{e}"));
-        assert_eq!(floats as usize, workspace(&shape));
+        let s = shape.sizes;
+        let floats = attention_backward::workspace(table(), shape.tokens(), s.sequence, s.heads)
+            .unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(floats, workspace(&shape));
     }
 }
 
@@ -162,50 +148,38 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
     // dqkv, workspace, dout, qkv, out, log_sum_exp, first_key, cosines, sines; tokens, sequence, heads, key_value_heads, head_width
-    let call_backward = |p: [usize; 9], n: [i64; 5]| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                attention_backward(
-                    p[0] as *mut _,
-                    p[1] as *mut f32,
-                    p[2] as *const _,
-                    p[3] as *const _,
-                    p[4] as *const _,
-                    p[5] as *const f32,
-                    p[6] as *const i32,
-                    p[7] as *const f32,
-                    p[8] as *const f32,
-                    n[0],
-                    n[1] as i32,
-                    n[2] as i32,
-                    n[3] as i32,
-                    n[4] as i32,
-                    null_mut()
-                )
-            )
+    let call_backward = |p: [usize; 9], n: [usize; 5]| {
+        AttentionBackward {
+            dqkv: output(p[0]),
+            workspace: output(p[1]),
+            dout: input(p[2]),
+            qkv: input(p[3]),
+            out: input(p[4]),
+            log_sum_exp: input(p[5]),
+            first_key: optional(p[6]),
+            cosines: optional(p[7]),
+            sines: optional(p[8]),
+            tokens: n[0],
+            sequence: n[1],
+            heads: n[2],
+            key_value_heads: n[3],
+            head_width: n[4],
         }
+        .launch(&stream())
     };
-    let call_forward = |p: [usize; 4], n: [i64; 5]| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                attention_forward(
-                    p[0] as *mut _,
-                    p[1] as *mut f32,
-                    p[2] as *const _,
-                    p[3] as *const i32,
-                    n[0],
-                    n[1] as i32,
-                    n[2] as i32,
-                    n[3] as i32,
-                    n[4] as i32,
-                    null_mut()
-                )
-            )
+    let call_forward = |p: [usize; 4], n: [usize; 5]| {
+        AttentionForward {
+            out: output(p[0]),
+            log_sum_exp: output(p[1]),
+            qkv: input(p[2]),
+            first_key: optional(p[3]),
+            tokens: n[0],
+            sequence: n[1],
+            heads: n[2],
+            key_value_heads: n[3],
+            head_width: n[4],
         }
+        .launch(&stream())
     };
     let sizes = [4, 2, 4, 2, 64];
     let names = ["out", "log_sum_exp", "qkv", "first_key"];

@@ -1,13 +1,12 @@
 //! Combine on the simulator: every case of the library, every schedule, exact counts of work and bytes, refusals.
 
-use crate::support::refusals::{NOT_MULTIPLE, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};
-use crate::support::schedules::{table, with_options};
+use crate::support::refusals::*;
+use crate::support::schedules::with_options;
 use crate::support::{check_cases, check_schedules, counts_agree, outputs};
-use routegrad::launch;
+use routegrad::kernels::Combine;
+use routegrad::kernels::cost::Sizes;
 use routegrad::verify::kernels::combine::{Inputs, MODES, problem};
-use routegrad::verify::kernels::costs::{Sizes, combine};
 use routegrad::verify::kernels::dispatch::Batch;
-use std::ptr::null_mut;
 use std::sync::Arc;
 
 #[test]
@@ -47,7 +46,7 @@ fn work_and_bytes_are_those_of_the_formula() {
             };
             let batch = Batch::random(sizes.tokens, experts, slots, 2);
             let problem = problem(&Arc::new(Inputs::new(batch, hidden, mode)));
-            let cost = combine(&sizes, mode.gates, mode.vectors, mode.accumulate);
+            let cost = Combine::cost(&sizes, mode.gates, mode.vectors, mode.accumulate);
             // One block: each reads its slice of the vectors.
             with_options(|o| o.multiprocessors = 1, || counts_agree(&problem, cost));
         }
@@ -59,28 +58,22 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
     // y, rows_in, gates, slot_row, choices, vectors; tokens, rows, experts, hidden, slots
-    let call = |p: [usize; 6], n: [i64; 5]| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                combine(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const f32,
-                    p[3] as *const i32,
-                    p[4] as *const i32,
-                    p[5] as *const f32,
-                    n[0],
-                    n[1],
-                    n[2] as i32,
-                    n[3] as i32,
-                    n[4] as i32,
-                    0,
-                    null_mut()
-                )
-            )
+    let call = |p: [usize; 6], n: [usize; 5]| {
+        Combine {
+            y: output(p[0]),
+            rows_in: input(p[1]),
+            gates: optional(p[2]),
+            slot_row: input(p[3]),
+            choices: optional(p[4]),
+            vectors: optional(p[5]),
+            tokens: n[0],
+            rows: n[1],
+            experts: n[2],
+            hidden: n[3],
+            slots: n[4],
+            accumulate: false,
         }
+        .launch(&stream())
     };
     let sizes = [4, 8, 8, 64, 2];
     let names = ["y", "rows_in", "gates", "slot_row", "choices", "vectors"];

@@ -2,8 +2,8 @@
 //! that launch them.
 
 use crate::support::refusals::{
-    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, from, refused, refuses_pointers,
-    stream, to,
+    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, input, output, refused,
+    refuses_pointers, stream,
 };
 use crate::support::tape::{close, var};
 use crate::support::{check_cases, check_schedules};
@@ -39,9 +39,9 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let good = room.as_ptr() as usize;
     let logits = |p: [usize; 3], (tokens, vocabulary, hidden, tile)| {
         let kernel = HeadLogits {
-            logits: to(p[0]),
-            x: from(p[1]),
-            w: from(p[2]),
+            logits: output(p[0]),
+            x: input(p[1]),
+            w: input(p[2]),
             tokens,
             vocabulary,
             hidden,
@@ -51,10 +51,10 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     };
     let rows = |p: [usize; 4], tokens: usize, vocabulary: usize| {
         let kernel = CrossEntropyRows {
-            losses: to(p[0]),
-            dlogits: Some(to(p[1])),
-            logits: from(p[2]),
-            targets: from(p[3]),
+            losses: output(p[0]),
+            dlogits: Some(output(p[1])),
+            logits: input(p[2]),
+            targets: input(p[3]),
             tokens,
             vocabulary,
             factor: 1.0,
@@ -87,8 +87,8 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     refused(|| rows([good; 4], 4, 12), NOT_MULTIPLE, "vocabulary");
     let mean = |p: [usize; 2], tokens: usize| {
         let kernel = CrossEntropyMean {
-            loss: to(p[0]),
-            losses: from(p[1]),
+            loss: output(p[0]),
+            losses: input(p[1]),
             tokens,
             factor: 1.0,
         };
@@ -99,9 +99,9 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     refused(|| mean([good; 2], 0), OUT_OF_RANGE, "tokens");
     let scale = |p: [usize; 3], elements: usize| {
         let kernel = GradientScale {
-            out: to(p[0]),
-            input: from(p[1]),
-            factor: from(p[2]),
+            out: output(p[0]),
+            input: input(p[1]),
+            factor: input(p[2]),
             elements,
             bf16_elements: false,
             accumulate: false,

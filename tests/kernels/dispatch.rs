@@ -1,13 +1,13 @@
 //! Dispatch on the simulator: every case of the library, what its flags mean, and what it refuses.
 
-use crate::support::schedules::{counted, table};
+use crate::support::refusals::{input, output, stream};
+use crate::support::schedules::counted;
 use crate::support::{check_cases, check_schedules, counts_agree, outputs};
+use routegrad::kernels::DispatchChoices;
 use routegrad::kernels::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
-use routegrad::launch;
-use routegrad::verify::kernels::costs::{Sizes, dispatch_choices};
+use routegrad::kernels::cost::Sizes;
 use routegrad::verify::kernels::dispatch::{Batch, edge_batches};
 use routegrad::verify::kernels::values;
-use std::ptr::null_mut;
 
 #[test]
 fn rows_are_sorted_by_expert_then_token_for_any_shape() {
@@ -85,7 +85,7 @@ fn bytes_are_those_of_the_formula() {
         rows: 18_000,
     };
     let batch = Batch::random(sizes.tokens, sizes.experts, sizes.slots, 1);
-    let mut cost = dispatch_choices(&sizes);
+    let mut cost = DispatchChoices::cost(&sizes);
     // The scatter reads its choices a second time, from cache.
     cost.bytes += (4 * sizes.tokens * sizes.slots) as f64;
     counts_agree(&batch.problem().unwrap_or_else(|e| panic!("{e}")), cost);
@@ -95,10 +95,10 @@ fn bytes_are_those_of_the_formula() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     struct Call {
         pointers: [usize; 7], // offsets, row_token, row_slot, slot_row, fault, workspace, choices
-        tokens: i64,
-        experts: i32,
-        per_token: i32,
-        capacity: i64,
+        tokens: usize,
+        experts: usize,
+        per_token: usize,
+        capacity: usize,
     }
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
@@ -112,26 +112,20 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         };
         change(&mut a);
         let p = a.pointers;
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                dispatch_choices(
-                    p[0] as *mut i32,
-                    p[1] as *mut i32,
-                    p[2] as *mut i32,
-                    p[3] as *mut i32,
-                    p[4] as *mut i32,
-                    p[5] as *mut _,
-                    p[6] as *const i32,
-                    a.tokens,
-                    a.experts,
-                    a.per_token,
-                    a.capacity,
-                    null_mut(),
-                )
-            )
+        DispatchChoices {
+            offsets: output(p[0]),
+            row_token: output(p[1]),
+            row_slot: output(p[2]),
+            slot_row: output(p[3]),
+            fault: output(p[4]),
+            workspace: output(p[5]),
+            choices: input(p[6]),
+            tokens: a.tokens,
+            experts: a.experts,
+            choices_per_token: a.per_token,
+            row_capacity: a.capacity,
         }
+        .launch(&stream())
     };
     let refused = |change: &dyn Fn(&mut Call), why: &str, name: &str| {
         let mut text = String::new();

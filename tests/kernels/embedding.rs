@@ -1,16 +1,14 @@
 //! Token embedding on the simulator: every case of the library, every schedule, refusals, and the operation that launches
 //! the kernels.
 
-use crate::support::refusals::{MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused};
-use crate::support::schedules::table;
+use crate::support::refusals::*;
 use crate::support::tape::tensor;
 use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
+use routegrad::kernels::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder};
 use routegrad::ops::embedding::embedding;
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
-use routegrad::{launch, query};
-use std::ptr::null_mut;
 
 const LAUNCHERS: [&str; 3] = ["embedding_forward", "embedding_order", "embedding_gradient"];
 
@@ -28,45 +26,33 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    type Sizes = (i64, i32, i32);
+    type Sizes = (usize, usize, usize);
     // y, w, ids; tokens, vocabulary, hidden
     let forward = |p: [usize; 3], (tokens, vocabulary, hidden): Sizes| {
-        // SAFETY: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                embedding_forward(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const i32,
-                    tokens,
-                    vocabulary,
-                    hidden,
-                    null_mut()
-                )
-            )
+        EmbeddingForward {
+            y: output(p[0]),
+            w: input(p[1]),
+            ids: input(p[2]),
+            tokens,
+            vocabulary,
+            hidden,
         }
+        .launch(&stream())
     };
-    // dw, parts, dy, order, keys; tokens, vocabulary, hidden; accumulate
-    let gradient = |p: [usize; 5], (tokens, vocabulary, hidden): Sizes, accumulate: i32| {
-        // SAFETY: as above.
-        unsafe {
-            launch!(
-                table(),
-                embedding_gradient(
-                    p[0] as *mut f32,
-                    p[1] as *mut f32,
-                    p[2] as *const _,
-                    p[3] as *const i32,
-                    p[4] as *const i32,
-                    tokens,
-                    vocabulary,
-                    hidden,
-                    accumulate,
-                    null_mut()
-                )
-            )
+    // dw, parts, dy, order, keys; tokens, vocabulary, hidden
+    let gradient = |p: [usize; 5], (tokens, vocabulary, hidden): Sizes| {
+        EmbeddingGradient {
+            dw: output(p[0]),
+            parts: output(p[1]),
+            dy: input(p[2]),
+            order: input(p[3]),
+            keys: input(p[4]),
+            tokens,
+            vocabulary,
+            hidden,
+            accumulate: false,
         }
+        .launch(&stream())
     };
     for (i, name) in ["y", "w", "ids"].into_iter().enumerate() {
         let with = |pointer| {
@@ -84,7 +70,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         let with = |pointer| {
             let mut p = [good; 5];
             p[i] = pointer;
-            gradient(p, (4, 8, 64), 0)
+            gradient(p, (4, 8, 64))
         };
         refused(|| with(0), NULL, name);
         refused(|| with(good + 8), MISALIGNED, name);
@@ -98,41 +84,26 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         ((4, 8, 12), NOT_MULTIPLE, "hidden"),
     ] {
         refused(|| forward([good; 3], sizes), why, name);
-        refused(|| gradient([good; 5], sizes, 0), why, name);
+        refused(|| gradient([good; 5], sizes), why, name);
     }
-    refused(
-        || gradient([good; 5], (4, 8, 64), 2),
-        OUT_OF_RANGE,
-        "accumulate",
-    );
     // previous and row_token come together
-    let order = |previous: usize, row_token: usize, shift: i32, whole: i32| {
-        // SAFETY: as above.
-        unsafe {
-            launch!(
-                table(),
-                embedding_order(
-                    good as *mut i32,
-                    good as *mut i32,
-                    previous as *const i32,
-                    row_token as *const i32,
-                    good as *const i32,
-                    4,
-                    8,
-                    shift,
-                    whole,
-                    null_mut()
-                )
-            )
+    let order = |previous: usize, row_token: usize, shift: usize| {
+        EmbeddingOrder {
+            order: output(good),
+            keys: output(good),
+            previous: optional(previous),
+            row_token: optional(row_token),
+            ids: input(good),
+            tokens: 4,
+            vocabulary: 8,
+            shift,
+            whole: false,
         }
+        .launch(&stream())
     };
-    refused(|| order(good, 0, 0, 0), NULL, "row_token");
-    refused(|| order(0, good, 0, 0), NULL, "previous");
-    refused(|| order(good, good, 32, 0), OUT_OF_RANGE, "shift");
-    refused(|| order(good, good, 0, 2), OUT_OF_RANGE, "whole");
-    // SAFETY: as above.
-    let parts = || unsafe { query!(table(), embedding_parts(null_mut(), 4, 8)) };
-    refused(parts, NULL, "floats");
+    refused(|| order(good, 0, 0), NULL, "row_token");
+    refused(|| order(0, good, 0), NULL, "previous");
+    refused(|| order(good, good, 32), OUT_OF_RANGE, "shift");
 }
 
 /// y, and the table's gradient after two passes.

@@ -1,14 +1,12 @@
 //! Expert sums and means on the simulator: every case of the library, every schedule, exact counts of bytes, refusals.
 
-use crate::support::refusals::{NOT_MULTIPLE, NULL, OUT_OF_RANGE, refused, refuses_pointers};
-use crate::support::schedules::table;
+use crate::support::refusals::*;
 use crate::support::{check_cases, check_schedules, counts_agree};
 use routegrad::kernels::bindings::*;
-use routegrad::launch;
-use routegrad::verify::kernels::costs::{Sizes, expert_mean_update, expert_sums};
+use routegrad::kernels::cost::Sizes;
+use routegrad::kernels::{ExpertMeanUpdate, ExpertSums};
 use routegrad::verify::kernels::dispatch::Batch;
 use routegrad::verify::kernels::expert_mean::{Sums, sums_problem, update_problem};
-use std::ptr::null_mut;
 use std::sync::Arc;
 
 #[test]
@@ -39,14 +37,14 @@ fn bytes_are_those_of_the_formula() {
     };
     let batch = Batch::random(sizes.tokens, sizes.experts, sizes.slots, 1);
     let inputs = Arc::new(Sums::new(batch, sizes.hidden, true));
-    counts_agree(&sums_problem(&inputs), expert_sums(&sizes));
+    counts_agree(&sums_problem(&inputs), ExpertSums::cost(&sizes));
     let sizes = Sizes {
         experts: 1,
         hidden: 2048,
         ..sizes
     };
     let update = update_problem(sizes.experts, sizes.hidden, ROUTEGRAD_WEIGHTING_PLAIN);
-    counts_agree(&update, expert_mean_update(&sizes));
+    counts_agree(&update, ExpertMeanUpdate::cost(&sizes));
 }
 
 #[test]
@@ -54,26 +52,20 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
     // sums, masses, column_sums, gates, offsets, row_token; rows, tokens, experts, hidden
-    let sums = |p: [usize; 6], n: [i64; 4]| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                expert_sums(
-                    p[0] as *mut f32,
-                    p[1] as *mut f32,
-                    p[2] as *const f32,
-                    p[3] as *const f32,
-                    p[4] as *const i32,
-                    p[5] as *const i32,
-                    n[0],
-                    n[1],
-                    n[2] as i32,
-                    n[3] as i32,
-                    null_mut()
-                )
-            )
+    let sums = |p: [usize; 6], n: [usize; 4]| {
+        ExpertSums {
+            sums: output(p[0]),
+            masses: output(p[1]),
+            column_sums: input(p[2]),
+            gates: optional(p[3]),
+            offsets: input(p[4]),
+            row_token: input(p[5]),
+            rows: n[0],
+            tokens: n[1],
+            experts: n[2],
+            hidden: n[3],
         }
+        .launch(&stream())
     };
     let sizes = [4, 4, 8, 64];
     refuses_pointers(
@@ -102,24 +94,18 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         n[i] = wrong;
         refused(|| sums([good; 6], n), why, name);
     }
-    // average, sums, masses, beta; experts, hidden, weighting
-    let update = |p: [usize; 4], n: [i32; 3]| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                expert_mean_update(
-                    p[0] as *mut f32,
-                    p[1] as *const f32,
-                    p[2] as *const f32,
-                    p[3] as *const f32,
-                    n[0],
-                    n[1],
-                    n[2],
-                    null_mut()
-                )
-            )
+    // average, sums, masses, beta; experts, hidden; weighting
+    let update = |p: [usize; 4], n: [usize; 2], weighting: i32| {
+        ExpertMeanUpdate {
+            average: output(p[0]),
+            sums: input(p[1]),
+            masses: input(p[2]),
+            beta: input(p[3]),
+            experts: n[0],
+            hidden: n[1],
+            weighting,
         }
+        .launch(&stream())
     };
     for (i, name) in ["average", "sums", "masses", "beta"]
         .into_iter()
@@ -127,16 +113,16 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     {
         let mut p = [good; 4];
         p[i] = 0;
-        refused(|| update(p, [8, 64, 0]), NULL, name);
+        refused(|| update(p, [8, 64], 0), NULL, name);
     }
-    for (n, why, name) in [
-        ([0, 64, 0], OUT_OF_RANGE, "experts"),
-        ([257, 64, 0], OUT_OF_RANGE, "experts"),
-        ([8, 0, 0], OUT_OF_RANGE, "hidden"),
-        ([8, 20, 0], NOT_MULTIPLE, "hidden"),
-        ([8, 64, -1], OUT_OF_RANGE, "weighting"),
-        ([8, 64, 3], OUT_OF_RANGE, "weighting"),
+    for (n, weighting, why, name) in [
+        ([0, 64], 0, OUT_OF_RANGE, "experts"),
+        ([257, 64], 0, OUT_OF_RANGE, "experts"),
+        ([8, 0], 0, OUT_OF_RANGE, "hidden"),
+        ([8, 20], 0, NOT_MULTIPLE, "hidden"),
+        ([8, 64], -1, OUT_OF_RANGE, "weighting"),
+        ([8, 64], 3, OUT_OF_RANGE, "weighting"),
     ] {
-        refused(|| update([good; 4], n), why, name);
+        refused(|| update([good; 4], n, weighting), why, name);
     }
 }

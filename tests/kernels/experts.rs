@@ -4,8 +4,9 @@
 use crate::support::schedules::{counted, is_plain, with_options};
 use crate::support::{check_cases, check_schedules, outputs};
 use half::bf16;
+use routegrad::kernels::cost::{Cost, Sizes};
+use routegrad::kernels::{GroupedDownForward, GroupedSwigluBackward, GroupedSwigluForward};
 use routegrad::verify::kernels::Problem;
-use routegrad::verify::kernels::costs::{self, Cost, Sizes};
 use routegrad::verify::kernels::experts::Layer;
 use routegrad::verify::kernels::grouped_down::{self, Down, Sums};
 use routegrad::verify::kernels::grouped_swiglu::{
@@ -204,7 +205,7 @@ fn work_and_bytes_are_what_the_headers_say() {
         let (f, r) = (columns / 2, experts * tile_rows);
         let layer = Layer::new(&[tile_rows; 2], depth, f);
         let problem = forward_problem(&Arc::new(Forward::new(&layer, Gather::A)), tile);
-        let cost = costs::grouped_swiglu_forward(&sizes(r, depth, f));
+        let cost = GroupedSwigluForward::cost(&sizes(r, depth, f));
         holds(&problem, cost, index(r), 6 * r * f);
     }
     for tile in grouped_down::TILES {
@@ -212,7 +213,7 @@ fn work_and_bytes_are_what_the_headers_say() {
         let r = experts * tile_rows;
         let layer = Layer::new(&[tile_rows; 2], d, depth);
         let problem = grouped_down::problem(&Arc::new(Down::new(&layer, Sums::Gated)), tile);
-        let cost = costs::grouped_down_forward(&sizes(r, d, depth), true);
+        let cost = GroupedDownForward::cost(&sizes(r, d, depth), true);
         holds(&problem, cost, 0, 2 * r * d + 4 * d * (r / 64));
     }
     for (tile, f) in BACKWARD_TILES {
@@ -221,7 +222,7 @@ fn work_and_bytes_are_what_the_headers_say() {
         let layer = Layer::new(&[tile_rows; 2], depth, f);
         let backward = Arc::new(Backward::new(&layer, Gather::A));
         let problem = backward_problem(&backward, (tile, f));
-        let cost = costs::grouped_swiglu_backward(&sizes(r, depth, f), 1);
+        let cost = GroupedSwigluBackward::cost(&sizes(r, depth, f), 1);
         holds(&problem, cost, index(r), 6 * r * f + 4 * r);
     }
 }

@@ -1,14 +1,17 @@
 //! The experts' fused products' host side: which tile each gets, and what the launchers refuse.
 
 use crate::support::outputs;
+use crate::support::refusals::{input, optional, output, stream};
 use crate::support::schedules::{counted, table};
+use routegrad::device::machine::H200_MULTIPROCESSORS;
 use routegrad::error::Result;
 use routegrad::kernels::bindings::*;
+use routegrad::kernels::{
+    GroupedDownForward, GroupedSwigluBackward, GroupedSwigluForward, grouped_gemm, grouped_swiglu,
+};
 use routegrad::verify::kernels::experts::Layer;
 use routegrad::verify::kernels::grouped_swiglu::{BACKWARD_TILES, Backward, backward_problem};
 use routegrad::verify::kernels::operands::Gather;
-use routegrad::{launch, query};
-use std::ptr::null_mut;
 use std::sync::Arc;
 
 /// The arguments of the three launchers; each takes those that it has.
@@ -19,96 +22,79 @@ struct Call {
     gates: usize,
     offsets: usize,
     row_token: usize,
-    rows: i64,
-    tokens: i64,
-    experts: i32,
-    hidden: i32,
-    ffn: i32,
-    dot_columns: i32,
+    rows: usize,
+    tokens: usize,
+    experts: usize,
+    hidden: usize,
+    ffn: usize,
+    dot_columns: usize,
     tile: i32,
 }
 
-fn dot_columns(rows: i64, experts: i32, hidden: i32, ffn: i32, tile: i32) -> Result<i32> {
-    let mut columns = 0;
-    // SAFETY: one integer is written.
-    unsafe {
-        query!(
-            table(),
-            grouped_swiglu_dot_columns(&mut columns, rows, experts, hidden, ffn, tile)
-        )
-    }?;
-    Ok(columns)
+fn dot_columns(
+    rows: usize,
+    experts: usize,
+    hidden: usize,
+    ffn: usize,
+    tile: routegrad_gemm_tile,
+) -> Result<usize> {
+    grouped_swiglu::dot_columns(table(), rows, experts, hidden, ffn, tile as i32)
 }
 
 fn call(launcher: &str, c: &Call) -> Result<()> {
-    let [out0, out1, out2] = c.outputs.map(|p| p as *mut std::ffi::c_void);
-    let [in0, in1, in2] = c.inputs.map(|p| p as *const std::ffi::c_void);
-    let (offsets, row_token) = (c.offsets as *const i32, c.row_token as *const i32);
-    let gates = c.gates as *const f32;
-    // SAFETY: only refused calls are made, which touch no memory.
-    unsafe {
-        match launcher {
-            "grouped_swiglu_forward" => launch!(
-                table(),
-                grouped_swiglu_forward(
-                    out0,
-                    out1,
-                    in0,
-                    in1,
-                    offsets,
-                    row_token,
-                    c.rows,
-                    c.tokens,
-                    c.experts,
-                    c.ffn,
-                    c.hidden,
-                    c.tile,
-                    null_mut()
-                )
-            ),
-            "grouped_down_forward" => launch!(
-                table(),
-                grouped_down_forward(
-                    out0,
-                    out1.cast(),
-                    in0,
-                    in1,
-                    gates,
-                    offsets,
-                    row_token,
-                    c.rows,
-                    c.tokens,
-                    c.experts,
-                    c.hidden,
-                    c.ffn,
-                    c.tile,
-                    null_mut()
-                )
-            ),
-            _ => launch!(
-                table(),
-                grouped_swiglu_backward(
-                    out0,
-                    out1,
-                    out2.cast(),
-                    in0,
-                    in1,
-                    in2,
-                    gates,
-                    offsets,
-                    row_token,
-                    row_token,
-                    c.rows,
-                    c.tokens,
-                    c.experts,
-                    c.hidden,
-                    c.ffn,
-                    c.dot_columns,
-                    c.tile,
-                    null_mut()
-                )
-            ),
+    let (offsets, row_token) = (optional(c.offsets), optional(c.row_token));
+    match launcher {
+        "grouped_swiglu_forward" => GroupedSwigluForward {
+            h: output(c.outputs[0]),
+            a: output(c.outputs[1]),
+            x: input(c.inputs[0]),
+            w: input(c.inputs[1]),
+            offsets,
+            row_token,
+            rows: c.rows,
+            x_rows: c.tokens,
+            experts: c.experts,
+            ffn: c.ffn,
+            hidden: c.hidden,
+            tile: c.tile,
         }
+        .launch(&stream()),
+        "grouped_down_forward" => GroupedDownForward {
+            out: output(c.outputs[0]),
+            column_sums: (c.outputs[1] != 0).then(|| output(c.outputs[1])),
+            a: input(c.inputs[0]),
+            w: input(c.inputs[1]),
+            gates: optional(c.gates),
+            offsets,
+            row_token,
+            rows: c.rows,
+            tokens: c.tokens,
+            experts: c.experts,
+            hidden: c.hidden,
+            ffn: c.ffn,
+            tile: c.tile,
+        }
+        .launch(&stream()),
+        _ => GroupedSwigluBackward {
+            dh: output(c.outputs[0]),
+            scaled_a: output(c.outputs[1]),
+            dots: output(c.outputs[2]),
+            dout: input(c.inputs[0]),
+            w: input(c.inputs[1]),
+            h: input(c.inputs[2]),
+            gates: input(c.gates),
+            offsets,
+            row_token,
+            dout_row_token: row_token,
+            rows: c.rows,
+            dout_rows: c.tokens,
+            experts: c.experts,
+            hidden: c.hidden,
+            ffn: c.ffn,
+            dot_columns: c.dot_columns,
+            tile: c.tile,
+        }
+        .launch(&stream()),
     }
 }
 
@@ -188,7 +174,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         refused(&|c| c.hidden = 20, multiple, "hidden");
         refused(&|c| c.ffn = 1, multiple, "ffn");
         refused(&|c| c.hidden = 0, range, "hidden");
-        refused(&|c| c.ffn = -8, range, "ffn");
+        refused(&|c| c.ffn = 0, range, "ffn");
         refused(&|c| c.experts = 0, range, "experts");
         refused(&|c| c.rows = 0, range, "rows");
         refused(&|c| c.rows = 1 << 31, range, "rows");
@@ -215,7 +201,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
             _ => {}
         }
     }
-    let wrong_tile = dot_columns(4, 2, 8, 16, ROUTEGRAD_TILE_COOPERATIVE_128X256 as i32);
+    let wrong_tile = dot_columns(4, 2, 8, 16, ROUTEGRAD_TILE_COOPERATIVE_128X256);
     assert!(
         wrong_tile
             .unwrap_err()
@@ -229,15 +215,12 @@ fn the_automatic_tile_gives_the_bytes_of_the_tile_whose_dot_columns_it_tells() {
     for ffn in [176, 352, 528] {
         let layer = Layer::new(&[200, 31], 64, ffn);
         let backward = Arc::new(Backward::new(&layer, Gather::A));
-        let rows = backward.operands.rows_given as i64;
-        let told = dot_columns(rows, 2, 64, ffn as i32, 0).unwrap();
-        let [narrow, wide] = BACKWARD_TILES.map(|(_, columns)| ffn.div_ceil(columns) as i32);
+        let rows = backward.operands.rows_given;
+        let told = dot_columns(rows, 2, 64, ffn, ROUTEGRAD_TILE_AUTO).unwrap();
+        let [narrow, wide] = BACKWARD_TILES.map(|(_, columns)| ffn.div_ceil(columns));
         assert!(narrow != wide && (told == narrow || told == wide), "{told}");
         let (tile, columns) = BACKWARD_TILES[usize::from(told == wide)];
-        assert_eq!(
-            dot_columns(rows, 2, 64, ffn as i32, tile as i32).unwrap(),
-            told
-        );
+        assert_eq!(dot_columns(rows, 2, 64, ffn, tile).unwrap(), told);
         let explicit = outputs(&backward_problem(&backward, (tile, columns)));
         let automatic = outputs(&backward_problem(&backward, (ROUTEGRAD_TILE_AUTO, columns)));
         assert!(explicit == automatic, "ffn {ffn}");
@@ -249,15 +232,9 @@ fn the_automatic_tile_gives_the_bytes_of_the_tile_whose_dot_columns_it_tells() {
 #[test]
 fn the_plan_of_the_papers_layers_is_what_it_was() {
     let plan = |product, rows, experts, n, k| {
-        let mut plan = routegrad_gemm_plan::default();
-        // SAFETY: one struct is written.
-        unsafe {
-            query!(
-                table(),
-                grouped_gemm_plan(&mut plan, product as i32, rows, experts, n, k, 132)
-            )
-        }
-        .unwrap_or_else(|e| panic!("{e}"));
+        let sizes = [rows, experts, n, k];
+        let plan = grouped_gemm::plan(table(), product, sizes, H200_MULTIPROCESSORS)
+            .unwrap_or_else(|e| panic!("{e}"));
         assert!(plan.stages >= 3, "{plan:?}");
         plan.tile as u32
     };

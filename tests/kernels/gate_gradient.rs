@@ -1,14 +1,12 @@
 //! The gates' gradient on the simulator: every case of the library, every schedule, exact counts of work and bytes,
 //! refusals.
 
-use crate::support::refusals::{NOT_MULTIPLE, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};
-use crate::support::schedules::table;
+use crate::support::refusals::*;
 use crate::support::{check_cases, check_schedules, counts_agree};
-use routegrad::launch;
-use routegrad::verify::kernels::costs::{Sizes, gate_gradient};
+use routegrad::kernels::GateGradient;
+use routegrad::kernels::cost::Sizes;
 use routegrad::verify::kernels::dispatch::Batch;
 use routegrad::verify::kernels::gate_gradient::{Inputs, problem};
-use std::ptr::null_mut;
 use std::sync::Arc;
 
 #[test]
@@ -36,7 +34,7 @@ fn work_and_bytes_are_those_of_the_formula() {
             };
             let batch = Batch::random(sizes.tokens, experts, slots, 2);
             let inputs = Inputs::new(batch, hidden, 22, dense);
-            let mut cost = gate_gradient(&sizes, dense, 22);
+            let mut cost = GateGradient::cost(&sizes, dense, 22);
             if !dense {
                 // Each gate's thread looks its expert up: the choices come again, from cache, until it is found.
                 let looked_at = slots * (experts - slots) + slots * (slots + 1) / 2;
@@ -52,28 +50,22 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
     // dgates, dots, g, vectors, slot_row, choices; tokens, rows, experts, hidden, slots, dot_columns
-    let call = |p: [usize; 6], n: [i64; 6]| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                gate_gradient(
-                    p[0] as *mut f32,
-                    p[1] as *const f32,
-                    p[2] as *const _,
-                    p[3] as *const f32,
-                    p[4] as *const i32,
-                    p[5] as *const i32,
-                    n[0],
-                    n[1],
-                    n[2] as i32,
-                    n[3] as i32,
-                    n[4] as i32,
-                    n[5] as i32,
-                    null_mut()
-                )
-            )
+    let call = |p: [usize; 6], n: [usize; 6]| {
+        GateGradient {
+            dgates: output(p[0]),
+            dots: input(p[1]),
+            g: optional(p[2]),
+            vectors: optional(p[3]),
+            slot_row: input(p[4]),
+            choices: optional(p[5]),
+            tokens: n[0],
+            rows: n[1],
+            experts: n[2],
+            hidden: n[3],
+            slots: n[4],
+            dot_columns: n[5],
         }
+        .launch(&stream())
     };
     let sizes = [4, 8, 8, 64, 2, 3];
     let names = ["dgates", "dots", "g", "vectors", "slot_row", "choices"];

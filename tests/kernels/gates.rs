@@ -1,7 +1,9 @@
 //! Gates of chosen and of sampled experts and the losses' scalars on the simulator: every case of the library, every
 //! schedule, refusals, and the operations that launch them.
 
-use crate::support::refusals::{NULL, OUT_OF_RANGE, from, refused, refuses_pointers, stream, to};
+use crate::support::refusals::{
+    NULL, OUT_OF_RANGE, input, output, refused, refuses_pointers, stream,
+};
 use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
 use routegrad::error::Result;
@@ -194,10 +196,10 @@ fn refused_gates_are_named_and_nothing_is_launched() {
     let good = room.as_ptr() as usize;
     let forward = |p: [usize; 4], [tokens, rows, experts, slots]: [usize; 4]| {
         let kernel = SelectedGates {
-            w: to(p[0]),
-            p: from(p[1]),
-            slot_row: from(p[2]),
-            choices: (p[3] != 0).then(|| from(p[3])),
+            w: output(p[0]),
+            p: input(p[1]),
+            slot_row: input(p[2]),
+            choices: (p[3] != 0).then(|| input(p[3])),
             tokens,
             rows,
             experts,
@@ -208,11 +210,11 @@ fn refused_gates_are_named_and_nothing_is_launched() {
     };
     let backward = |p: [usize; 5], [tokens, rows, experts, slots]: [usize; 4]| {
         let kernel = SelectedGatesBackward {
-            dp: to(p[0]),
-            dw: from(p[1]),
-            p: from(p[2]),
-            slot_row: from(p[3]),
-            choices: (p[4] != 0).then(|| from(p[4])),
+            dp: output(p[0]),
+            dw: input(p[1]),
+            p: input(p[2]),
+            slot_row: input(p[3]),
+            choices: (p[4] != 0).then(|| input(p[4])),
             tokens,
             rows,
             experts,
@@ -260,22 +262,22 @@ fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
     let good = room.as_ptr() as usize;
     let sampled = |p: [usize; 5], [tokens, experts, stages]: [usize; 3], back: bool| match back {
         false => gates::SampledGates {
-            w: to(p[0]),
-            factors: from(p[1]),
-            logits: from(p[2]),
-            experts_chosen: from(p[3]),
-            kept: from(p[4]),
+            w: output(p[0]),
+            factors: input(p[1]),
+            logits: input(p[2]),
+            experts_chosen: input(p[3]),
+            kept: input(p[4]),
             tokens,
             experts,
             stages,
         }
         .launch(&stream()),
         true => gates::SampledGatesBackward {
-            dz: to(p[0]),
-            dw: from(p[1]),
-            logits: from(p[2]),
-            experts_chosen: from(p[3]),
-            kept: from(p[4]),
+            dz: output(p[0]),
+            dw: input(p[1]),
+            logits: input(p[2]),
+            experts_chosen: input(p[3]),
+            kept: input(p[4]),
             tokens,
             experts,
             stages,
@@ -300,16 +302,16 @@ fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
     }
     let auxiliary = |p: [usize; 3], experts: usize, back: bool| match back {
         false => balance::AuxiliaryLoss {
-            loss: to(p[0]),
-            mean: from(p[1]),
-            fractions: from(p[2]),
+            loss: output(p[0]),
+            mean: input(p[1]),
+            fractions: input(p[2]),
             experts,
         }
         .launch(&stream()),
         true => balance::AuxiliaryLossBackward {
-            dmean: to(p[0]),
-            dloss: from(p[1]),
-            fractions: from(p[2]),
+            dmean: output(p[0]),
+            dloss: input(p[1]),
+            fractions: input(p[2]),
             experts,
         }
         .launch(&stream()),
@@ -341,16 +343,16 @@ fn refused_sampled_gates_and_scalars_are_named_and_nothing_is_launched() {
         };
         match back {
             false => balance::WeightedSum {
-                out: to(good),
-                terms: &addresses().map(from).collect(),
-                coefficients: from(good),
+                out: output(good),
+                terms: &addresses().map(input).collect(),
+                coefficients: input(good),
                 count,
             }
             .launch(&stream()),
             true => balance::WeightedSumBackward {
-                dterms: &addresses().map(to).collect(),
-                dout: from(good),
-                coefficients: from(good),
+                dterms: &addresses().map(output).collect(),
+                dout: input(good),
+                coefficients: input(good),
                 count,
             }
             .launch(&stream()),

@@ -1,38 +1,28 @@
 //! The grouped GEMMs' host side: which tile a product gets, and what the launchers refuse.
 
+use crate::support::refusals::{input, optional, output, stream};
 use crate::support::schedules::{counted, table};
+use routegrad::device::machine::H200_MULTIPROCESSORS;
 use routegrad::kernels::bindings::*;
-use routegrad::{launch, query};
-use std::ptr::null_mut;
+use routegrad::kernels::grouped_gemm::{self, Plan};
+use routegrad::kernels::{GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient};
 
-const FORWARD: i32 = ROUTEGRAD_GEMM_FORWARD as i32;
-const INPUT_GRADIENT: i32 = ROUTEGRAD_GEMM_INPUT_GRADIENT as i32;
-const WEIGHT_GRADIENT: i32 = ROUTEGRAD_GEMM_WEIGHT_GRADIENT as i32;
-const H200_MULTIPROCESSORS: i32 = 132;
+const FORWARD: u32 = ROUTEGRAD_GEMM_FORWARD;
+const INPUT_GRADIENT: u32 = ROUTEGRAD_GEMM_INPUT_GRADIENT;
+const WEIGHT_GRADIENT: u32 = ROUTEGRAD_GEMM_WEIGHT_GRADIENT;
 
-fn plan(product: i32, rows: i64, experts: i32, n: i32, k: i32) -> routegrad_gemm_plan {
-    let mut plan = routegrad_gemm_plan::default();
-    // Safety: one struct is written.
-    unsafe {
-        query!(
-            table(),
-            grouped_gemm_plan(
-                &mut plan,
-                product,
-                rows,
-                experts,
-                n,
-                k,
-                H200_MULTIPROCESSORS
-            )
-        )
-    }
-    .unwrap_or_else(|e| panic!("{e}"));
-    plan
+fn plan(product: u32, rows: usize, experts: usize, n: usize, k: usize) -> Plan {
+    grouped_gemm::plan(
+        table(),
+        product,
+        [rows, experts, n, k],
+        H200_MULTIPROCESSORS,
+    )
+    .unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// The products of the paper's expert layers at 16 Ki tokens: (rows, experts, n, k).
-fn paper_layers() -> Vec<(i64, i32, i32, i32)> {
+fn paper_layers() -> Vec<(usize, usize, usize, usize)> {
     let mut layers = vec![];
     for (hidden, width8) in [(512, 1408), (1024, 2816), (2048, 5632)] {
         for (experts, width, top_k) in [
@@ -58,12 +48,12 @@ fn the_plan_is_a_pure_function_with_a_grid_that_fits() {
             );
             assert_eq!(format!("{first:?}"), format!("{second:?}"));
             assert!(
-                1 <= first.blocks && first.blocks <= H200_MULTIPROCESSORS,
+                1 <= first.blocks && first.blocks as usize <= H200_MULTIPROCESSORS,
                 "{first:?}"
             );
             assert!(first.stages >= 3, "{first:?}");
-            let floor = 2.0 * rows as f64 * f64::from(n) * f64::from(k)
-                / (4096.0 * f64::from(H200_MULTIPROCESSORS));
+            let floor =
+                2.0 * rows as f64 * n as f64 * k as f64 / (4096.0 * H200_MULTIPROCESSORS as f64);
             assert!(
                 first.clocks as f64 >= floor,
                 "{first:?}: fewer clocks than the tensor cores need, {floor}"
@@ -78,8 +68,8 @@ fn the_plan_wastes_little_of_the_papers_layers() {
         for product in [FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT] {
             let p = plan(product, rows, experts, n, k);
             let columns = if product == FORWARD { n } else { k };
-            let computed = (columns as u32).next_multiple_of(p.tile_columns as u32);
-            let waste = f64::from(computed) / f64::from(columns) - 1.0;
+            let computed = columns.next_multiple_of(p.tile_columns as usize);
+            let waste = computed as f64 / columns as f64 - 1.0;
             assert!(
                 waste <= 0.1,
                 "product {product}, {rows} rows, n {n}, k {k}: {p:?} computes {computed} columns"
@@ -134,81 +124,63 @@ struct Call {
     offsets: usize,
     a_index: usize,
     b_index: usize,
-    rows: i64,
-    a_rows: i64,
-    b_rows: i64,
-    experts: i32,
-    n: i32,
-    k: i32,
-    accumulate: i32,
+    rows: usize,
+    a_rows: usize,
+    b_rows: usize,
+    experts: usize,
+    n: usize,
+    k: usize,
     tile: i32,
 }
 
-fn call(product: i32, c: &Call) -> routegrad::error::Result<()> {
-    let (out, a, b) = (c.out as *mut _, c.a as *const _, c.b as *const _);
-    let (offsets, a_index, b_index) = (
-        c.offsets as *const i32,
-        c.a_index as *const i32,
-        c.b_index as *const i32,
-    );
-    // Safety: only refused calls are made, which touch no memory.
-    unsafe {
-        match product {
-            FORWARD => launch!(
-                table(),
-                grouped_gemm_forward(
-                    out,
-                    a,
-                    b,
-                    offsets,
-                    a_index,
-                    c.rows,
-                    c.a_rows,
-                    c.experts,
-                    c.n,
-                    c.k,
-                    c.tile,
-                    null_mut()
-                )
-            ),
-            INPUT_GRADIENT => launch!(
-                table(),
-                grouped_gemm_input_gradient(
-                    out,
-                    a,
-                    b,
-                    offsets,
-                    a_index,
-                    c.rows,
-                    c.a_rows,
-                    c.experts,
-                    c.n,
-                    c.k,
-                    c.tile,
-                    null_mut()
-                )
-            ),
-            _ => launch!(
-                table(),
-                grouped_gemm_weight_gradient(
-                    out.cast(),
-                    a,
-                    b,
-                    offsets,
-                    a_index,
-                    b_index,
-                    c.rows,
-                    c.a_rows,
-                    c.b_rows,
-                    c.experts,
-                    c.n,
-                    c.k,
-                    c.accumulate,
-                    c.tile,
-                    null_mut()
-                )
-            ),
+fn call(product: u32, c: &Call) -> routegrad::error::Result<()> {
+    let (offsets, row_token) = (optional(c.offsets), optional(c.a_index));
+    match product {
+        FORWARD => GroupedGemmForward {
+            out: output(c.out),
+            x: input(c.a),
+            w: input(c.b),
+            offsets,
+            row_token,
+            rows: c.rows,
+            x_rows: c.a_rows,
+            experts: c.experts,
+            n: c.n,
+            k: c.k,
+            tile: c.tile,
         }
+        .launch(&stream()),
+        INPUT_GRADIENT => GroupedGemmInputGradient {
+            dx: output(c.out),
+            dout: input(c.a),
+            w: input(c.b),
+            offsets,
+            row_token,
+            rows: c.rows,
+            dout_rows: c.a_rows,
+            experts: c.experts,
+            n: c.n,
+            k: c.k,
+            tile: c.tile,
+        }
+        .launch(&stream()),
+        _ => GroupedGemmWeightGradient {
+            dw: output(c.out),
+            dout: input(c.a),
+            x: input(c.b),
+            offsets,
+            dout_row_token: row_token,
+            x_row_token: optional(c.b_index),
+            rows: c.rows,
+            dout_rows: c.a_rows,
+            x_rows: c.b_rows,
+            experts: c.experts,
+            n: c.n,
+            k: c.k,
+            accumulate: false,
+            tile: c.tile,
+        }
+        .launch(&stream()),
     }
 }
 
@@ -229,7 +201,6 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         experts: 2,
         n: 16,
         k: 8,
-        accumulate: 0,
         tile: 0,
     };
     let null = "is a null pointer";
@@ -266,7 +237,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         refused(&|c| c.n = 20, multiple, "n");
         refused(&|c| c.k = 1, multiple, "k");
         refused(&|c| c.n = 0, range, "n");
-        refused(&|c| c.k = -8, range, "k");
+        refused(&|c| c.k = 0, range, "k");
         refused(&|c| c.experts = 0, range, "experts");
         refused(&|c| c.rows = 0, range, "rows");
         refused(&|c| c.rows = 1 << 31, range, "rows");
@@ -281,7 +252,6 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
                 range,
                 "x_row_token",
             );
-            refused(&|c| c.accumulate = 2, range, "accumulate");
             refused(
                 &|c| c.tile = ROUTEGRAD_TILE_PINGPONG_128X176 as i32,
                 range,

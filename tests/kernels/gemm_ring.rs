@@ -2,10 +2,34 @@
 //! back: every lane must see every phase, under any order of the threads. All inputs are one, so the results are counts.
 
 use half::bf16;
+use routegrad::device::Device;
 use routegrad::kernels::bindings::*;
 use routegrad::kernels::launchers;
-use routegrad::launch;
-use std::ptr::{null, null_mut};
+use routegrad::kernels::{GroupedGemmForward, GroupedGemmWeightGradient, In, Out, Stream};
+
+fn stream() -> Stream {
+    Stream::of(Device::Sim).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn input<T, S>(values: &[S]) -> In<'_, T> {
+    // SAFETY: the simulator reads host memory, and the values outlive the launch.
+    unsafe {
+        In::from_address(
+            values.as_ptr() as usize,
+            size_of_val(values) / size_of::<T>(),
+        )
+    }
+}
+
+fn output<T, S>(values: &mut [S]) -> Out<'_, T> {
+    // SAFETY: as above.
+    unsafe {
+        Out::from_address(
+            values.as_mut_ptr() as usize,
+            size_of_val(values) / size_of::<T>(),
+        )
+    }
+}
 
 /// Runs `body` under ten random schedules on two multiprocessors, so that each block meets many tiles.
 fn under_random_schedules(body: impl Fn(u64)) {
@@ -53,30 +77,23 @@ fn a_warpgroup_without_rows_keeps_step_over_a_long_reduction() {
     under_random_schedules(|seed| {
         for tile in COOPERATIVE {
             let mut dw = vec![u128::MAX; counts.len() * n * k / 4];
-            let sim = launchers::sim().unwrap_or_else(|e| panic!("{e}"));
-            // Safety: the buffers have the sizes that the launcher's header states.
-            unsafe {
-                launch!(
-                    sim,
-                    grouped_gemm_weight_gradient(
-                        dw.as_mut_ptr().cast(),
-                        dout.as_ptr().cast(),
-                        x.as_ptr().cast(),
-                        offsets.as_ptr(),
-                        null(),
-                        null(),
-                        rows as i64,
-                        rows as i64,
-                        rows as i64,
-                        counts.len() as i32,
-                        n as i32,
-                        k as i32,
-                        0,
-                        tile as i32,
-                        null_mut(),
-                    )
-                )
+            GroupedGemmWeightGradient {
+                dw: output(&mut dw),
+                dout: input(&dout),
+                x: input(&x),
+                offsets: Some(input(&offsets)),
+                dout_row_token: None,
+                x_row_token: None,
+                rows,
+                dout_rows: rows,
+                x_rows: rows,
+                experts: counts.len(),
+                n,
+                k,
+                accumulate: false,
+                tile: tile as i32,
             }
+            .launch(&stream())
             .unwrap_or_else(|e| panic!("tile {tile}, seed {seed}: {e}"));
             for (i, value) in bytemuck::cast_slice::<_, f32>(&dw).iter().enumerate() {
                 assert_eq!(
@@ -97,27 +114,20 @@ fn a_warpgroup_without_rows_keeps_step_over_many_short_groups() {
     under_random_schedules(|seed| {
         for tile in COOPERATIVE {
             let mut out = vec![u128::MAX; rows * n / 8];
-            let sim = launchers::sim().unwrap_or_else(|e| panic!("{e}"));
-            // Safety: the buffers have the sizes that the launcher's header states.
-            unsafe {
-                launch!(
-                    sim,
-                    grouped_gemm_forward(
-                        out.as_mut_ptr().cast(),
-                        x.as_ptr().cast(),
-                        w.as_ptr().cast(),
-                        offsets.as_ptr(),
-                        null(),
-                        rows as i64,
-                        rows as i64,
-                        counts.len() as i32,
-                        n as i32,
-                        k as i32,
-                        tile as i32,
-                        null_mut(),
-                    )
-                )
+            GroupedGemmForward {
+                out: output(&mut out),
+                x: input(&x),
+                w: input(&w),
+                offsets: Some(input(&offsets)),
+                row_token: None,
+                rows,
+                x_rows: rows,
+                experts: counts.len(),
+                n,
+                k,
+                tile: tile as i32,
             }
+            .launch(&stream())
             .unwrap_or_else(|e| panic!("tile {tile}, seed {seed}: {e}"));
             let wrong = bytemuck::cast_slice::<_, bf16>(&out)
                 .iter()

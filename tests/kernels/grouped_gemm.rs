@@ -1,21 +1,20 @@
 //! The grouped GEMMs on the simulator: every case of the library, every schedule, NaN in a neighbour, exact counts of work
 //! and bytes.
 
-use crate::support::schedules::{counted, table, with_options};
+use crate::support::schedules::{counted, with_options};
 use crate::support::tape::{close, tensor, var};
 use crate::support::{check_cases, check_schedules, counts_agree, outputs, simulator};
 use half::bf16;
 use routegrad::device::Device;
 use routegrad::kernels::bindings::{ROUTEGRAD_TILE_AUTO, routegrad_gemm_tile};
-use routegrad::launch;
+use routegrad::kernels::launchers::TILE_AUTO;
+use routegrad::kernels::{GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient};
 use routegrad::ops::linear::linear;
 use routegrad::tape::{Gradients, Tape};
-use routegrad::verify::kernels::costs::{grouped_gemm, grouped_gemm_weight_gradient};
 use routegrad::verify::kernels::grouped_gemm::{
     Gather, Operands, Product, Product::*, Shape, TILES, problem,
 };
-use routegrad::verify::kernels::{Guarded, values};
-use std::ptr::{null, null_mut};
+use routegrad::verify::kernels::{Guarded, Machine, values};
 use std::sync::Arc;
 
 #[test]
@@ -139,7 +138,7 @@ fn a_group_of_one_without_offsets_is_the_dense_product() {
         let grouped = run(&operands, ROUTEGRAD_TILE_AUTO);
         let dense = {
             let Shape { n, k, .. } = shape;
-            let (n, k, rows) = (n as i32, k as i32, 333);
+            let rows = 333;
             let machine = simulator();
             let guarded = |bytes: &[u8]| {
                 let mut buffer = Guarded::new(&machine, bytes.len()).unwrap();
@@ -150,70 +149,55 @@ fn a_group_of_one_without_offsets_is_the_dense_product() {
                 guarded(bytemuck::cast_slice(&operands.a)),
                 guarded(bytemuck::cast_slice(&operands.b)),
             );
-            let (a, b) = (
-                a.pointer().cast_const().cast(),
-                b.pointer().cast_const().cast(),
-            );
+            let (a, b) = (a.buffer(), b.buffer());
             let result = Guarded::new(&machine, grouped.len()).unwrap();
-            let out = result.pointer().cast();
-            // Safety: as in `run`; no offsets means one group of all rows.
-            unsafe {
-                match product {
-                    Forward => launch!(
-                        table(),
-                        grouped_gemm_forward(
-                            out,
-                            a,
-                            b,
-                            null(),
-                            null(),
-                            rows,
-                            336,
-                            1,
-                            n,
-                            k,
-                            0,
-                            null_mut()
-                        )
-                    ),
-                    InputGradient => launch!(
-                        table(),
-                        grouped_gemm_input_gradient(
-                            out,
-                            a,
-                            b,
-                            null(),
-                            null(),
-                            rows,
-                            336,
-                            1,
-                            n,
-                            k,
-                            0,
-                            null_mut()
-                        )
-                    ),
-                    WeightGradient => launch!(
-                        table(),
-                        grouped_gemm_weight_gradient(
-                            out.cast(),
-                            a,
-                            b,
-                            null(),
-                            null(),
-                            null(),
-                            rows,
-                            336,
-                            336,
-                            1,
-                            n,
-                            k,
-                            0,
-                            0,
-                            null_mut()
-                        )
-                    ),
+            let (out, stream) = (result.buffer(), machine.stream().unwrap());
+            match product {
+                Forward => GroupedGemmForward {
+                    out: out.output(),
+                    x: a.input(),
+                    w: b.input(),
+                    offsets: None,
+                    row_token: None,
+                    rows,
+                    x_rows: 336,
+                    experts: 1,
+                    n,
+                    k,
+                    tile: TILE_AUTO,
                 }
+                .launch(&stream),
+                InputGradient => GroupedGemmInputGradient {
+                    dx: out.output(),
+                    dout: a.input(),
+                    w: b.input(),
+                    offsets: None,
+                    row_token: None,
+                    rows,
+                    dout_rows: 336,
+                    experts: 1,
+                    n,
+                    k,
+                    tile: TILE_AUTO,
+                }
+                .launch(&stream),
+                WeightGradient => GroupedGemmWeightGradient {
+                    dw: out.output(),
+                    dout: a.input(),
+                    x: b.input(),
+                    offsets: None,
+                    dout_row_token: None,
+                    x_row_token: None,
+                    rows,
+                    dout_rows: 336,
+                    x_rows: 336,
+                    experts: 1,
+                    n,
+                    k,
+                    accumulate: false,
+                    tile: TILE_AUTO,
+                }
+                .launch(&stream),
             }
             .unwrap_or_else(|e| panic!("{product:?}: {e}"));
             assert_eq!(result.overwritten().unwrap(), None);
@@ -282,15 +266,15 @@ fn work_and_bytes_are_those_of_the_formula() {
             let (shape, cost) = match product {
                 Forward => (
                     Shape::new(&[rows; 2], columns, depth),
-                    grouped_gemm(experts * rows, experts, columns, depth),
+                    GroupedGemmForward::cost(experts * rows, experts, columns, depth),
                 ),
                 InputGradient => (
                     Shape::new(&[rows; 2], depth, columns),
-                    grouped_gemm(experts * rows, experts, depth, columns),
+                    GroupedGemmForward::cost(experts * rows, experts, depth, columns),
                 ),
                 WeightGradient => (
                     Shape::new(&[depth; 2], rows, columns),
-                    grouped_gemm_weight_gradient(experts * depth, experts, rows, columns, false),
+                    GroupedGemmWeightGradient::cost(experts * depth, experts, rows, columns, false),
                 ),
             };
             counts_agree(

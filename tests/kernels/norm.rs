@@ -2,7 +2,7 @@
 //! that launch them.
 
 use crate::support::refusals::{
-    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, from, refused, refuses_pointers, stream, to,
+    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, input, output, refused, refuses_pointers, stream,
 };
 use crate::support::schedules::{counted, table, with_options};
 use crate::support::tape::{close, var};
@@ -72,12 +72,12 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let good = room.as_ptr() as usize;
     let forward = |p: [usize; 6], (rows, hidden, eps): (usize, usize, f32)| {
         let kernel = NormForward {
-            y: to(p[0]),
-            sum: Some(to(p[1])),
-            x: from(p[2]),
-            residual: Some(from(p[3])),
-            weight: from(p[4]),
-            bias: Some(from(p[5])),
+            y: output(p[0]),
+            sum: Some(output(p[1])),
+            x: input(p[2]),
+            residual: Some(input(p[3])),
+            weight: input(p[4]),
+            bias: Some(input(p[5])),
             rows,
             hidden,
             eps,
@@ -105,12 +105,12 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     }
     let backward = |p: [usize; 6], (rows, hidden, eps): (usize, usize, f32), layernorm: bool| {
         let kernel = NormBackward {
-            dx: to(p[0]),
-            partials: to(p[1]),
-            dy: from(p[2]),
-            skip: Some(from(p[3])),
-            x: from(p[4]),
-            weight: from(p[5]),
+            dx: output(p[0]),
+            partials: output(p[1]),
+            dy: input(p[2]),
+            skip: Some(input(p[3])),
+            x: input(p[4]),
+            weight: input(p[5]),
             rows,
             hidden,
             layernorm,
@@ -129,8 +129,8 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     }
     let sum = |p: [usize; 2], rows: usize, hidden: usize| {
         let kernel = NormWeightGradient {
-            gradient: to(p[0]),
-            partials: from(p[1]),
+            gradient: output(p[0]),
+            partials: input(p[1]),
             rows,
             hidden,
             accumulate: false,

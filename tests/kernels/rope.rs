@@ -1,24 +1,21 @@
 //! Rotary position embedding on the simulator: every case of the library, every schedule, exact counts of bytes, refusals,
 //! and the operation that launches it.
 
-use crate::support::refusals::{OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};
-use crate::support::schedules::table;
+use crate::support::refusals::*;
 use crate::support::tape::{close, scaled, tensor, var};
 use crate::support::{check_cases, check_schedules, counts_agree};
 use routegrad::device::Device;
 use routegrad::error::Result;
 use routegrad::kernels::bindings::ROUTEGRAD_TILE_COOPERATIVE_128X256;
-use routegrad::launch;
+use routegrad::kernels::{self, QkvRopeForward};
 use routegrad::ops::attention::rotary::{Places, projected_attention};
 use routegrad::ops::heads::Heads;
 use routegrad::ops::rope::{RopeTables, rope};
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
 use routegrad::tensor::dtype::DType;
-use routegrad::verify::kernels::costs;
 use routegrad::verify::kernels::qkv_rope::{self, Inputs};
 use routegrad::verify::kernels::rope::{Shape, problem};
-use std::ptr::null_mut;
 use std::sync::Arc;
 
 #[test]
@@ -48,7 +45,7 @@ fn bytes_are_those_of_the_formula() {
     };
     counts_agree(
         &problem(shape, false, false),
-        costs::rope(shape.tokens(), shape.sequence, 4, 2, 64),
+        kernels::Rope::cost(shape.tokens(), shape.sequence, 4, 2, 64),
     );
 }
 
@@ -56,38 +53,32 @@ fn bytes_are_those_of_the_formula() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    // y, x, cosines, sines; tokens; sequence, heads, key and value heads, head width, back
-    let turn = |p: [usize; 4], tokens: i64, s: [i32; 5]| {
-        // SAFETY: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                rope(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const f32,
-                    p[3] as *const f32,
-                    tokens,
-                    s[0],
-                    s[1],
-                    s[2],
-                    s[3],
-                    s[4],
-                    null_mut()
-                )
-            )
+    // y, x, cosines, sines; tokens; sequence, heads, key and value heads, head width
+    let turn = |p: [usize; 4], tokens: usize, s: [usize; 4]| {
+        kernels::Rope {
+            y: output(p[0]),
+            x: input(p[1]),
+            cosines: input(p[2]),
+            sines: input(p[3]),
+            tokens,
+            sequence: s[0],
+            heads: s[1],
+            key_value_heads: s[2],
+            head_width: s[3],
+            back: false,
         }
+        .launch(&stream())
     };
-    let sizes = [4, 2, 1, 16, 0];
+    let sizes = [4, 2, 1, 16];
     refuses_pointers(["y", "x", "cosines", "sines"], &[], good, |p| {
         turn(p, 4, sizes)
     });
     for tokens in [0, 1 << 31] {
         refused(|| turn([good; 4], tokens, sizes), OUT_OF_RANGE, "tokens");
     }
-    let wide = [4, 1024, 1024, 1024, 0];
+    let wide = [4, 1024, 1024, 1024];
     refused(
-        || turn([good; 4], i32::MAX.into(), wide),
+        || turn([good; 4], i32::MAX as usize, wide),
         OVERFLOW,
         "tokens",
     );
@@ -100,7 +91,6 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         (3, 0, "head_width"),
         (3, 24, "head_width"),
         (3, 1040, "head_width"),
-        (4, 2, "back"),
     ] {
         let mut s = sizes;
         s[i] = bad;
@@ -120,7 +110,7 @@ fn bytes_and_operations_of_the_projection_are_those_of_the_formula() {
     // One tile of rows and one of columns: every operand is read once.
     let inputs = Arc::new(Inputs::new(shape, 64));
     let tile = ROUTEGRAD_TILE_COOPERATIVE_128X256;
-    let cost = costs::qkv_rope_forward(shape.tokens(), shape.row(), 64);
+    let cost = QkvRopeForward::cost(shape.tokens(), shape.row(), 64);
     counts_agree(&qkv_rope::problem(&inputs, tile), cost);
 }
 
@@ -128,36 +118,34 @@ fn bytes_and_operations_of_the_projection_are_those_of_the_formula() {
 fn a_refused_argument_of_the_projection_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    // out, x, w, cosines, sines; tokens; sequence, heads, key and value heads, head width, hidden, tile
-    let project = |p: [usize; 5], tokens: i64, s: [i32; 6]| {
-        // SAFETY: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                qkv_rope_forward(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const _,
-                    p[3] as *const f32,
-                    p[4] as *const f32,
-                    tokens,
-                    s[0],
-                    s[1],
-                    s[2],
-                    s[3],
-                    s[4],
-                    s[5],
-                    null_mut()
-                )
-            )
+    // out, x, w, cosines, sines; tokens; sequence, heads, key and value heads, head width, hidden; tile
+    let project = |p: [usize; 5], tokens: usize, s: [usize; 5], tile: i32| {
+        QkvRopeForward {
+            out: output(p[0]),
+            x: input(p[1]),
+            w: input(p[2]),
+            cosines: input(p[3]),
+            sines: input(p[4]),
+            tokens,
+            sequence: s[0],
+            heads: s[1],
+            key_value_heads: s[2],
+            head_width: s[3],
+            hidden: s[4],
+            tile,
         }
+        .launch(&stream())
     };
-    let sizes = [4, 2, 1, 64, 16, 0];
+    let sizes = [4, 2, 1, 64, 16];
     refuses_pointers(["out", "x", "w", "cosines", "sines"], &[], good, |p| {
-        project(p, 4, sizes)
+        project(p, 4, sizes, 0)
     });
     for tokens in [0, 1 << 31] {
-        refused(|| project([good; 5], tokens, sizes), OUT_OF_RANGE, "tokens");
+        refused(
+            || project([good; 5], tokens, sizes, 0),
+            OUT_OF_RANGE,
+            "tokens",
+        );
     }
     for (i, bad, name) in [
         (0, 0, "sequence"),
@@ -167,12 +155,12 @@ fn a_refused_argument_of_the_projection_is_named_and_nothing_is_launched() {
         (2, 3, "key_value_heads"),
         (3, 32, "head_width"),
         (4, 0, "hidden"),
-        (5, 99, "tile"),
     ] {
         let mut s = sizes;
         s[i] = bad;
-        refused(|| project([good; 5], 4, s), OUT_OF_RANGE, name);
+        refused(|| project([good; 5], 4, s, 0), OUT_OF_RANGE, name);
     }
+    refused(|| project([good; 5], 4, sizes, 99), OUT_OF_RANGE, "tile");
 }
 
 const SEQUENCE: usize = 13;

@@ -1,7 +1,7 @@
 //! The router's kernels on the simulator: every case of the library, every schedule, exact counts of work and bytes, what
 //! they refuse.
 
-use crate::support::refusals::{from, stream, to};
+use crate::support::refusals::{input, output, stream};
 use crate::support::schedules::counted;
 use crate::support::{check, check_cases, check_schedules, outputs};
 use routegrad::kernels::bindings::*;
@@ -190,11 +190,11 @@ impl Call {
     }
 
     fn from<T>(&self, name: &str) -> In<'static, T> {
-        from(self.address(name))
+        input(self.address(name))
     }
 
     fn to<T>(&self, name: &str) -> Out<'static, T> {
-        to(self.address(name))
+        output(self.address(name))
     }
 }
 

@@ -1,13 +1,14 @@
 //! Arithmetic of rows, sums of columns, gated rows and norms of pieces on the simulator: every case of the library, every
 //! schedule, refusals, and the operations that launch them.
 
-use crate::support::refusals::{NOT_MULTIPLE, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers};
-use crate::support::schedules::table;
+use crate::support::refusals::*;
 use crate::support::tape::{close, tensor, var};
 use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
 use routegrad::error::Result;
-use routegrad::launch;
+use routegrad::kernels::{
+    ColumnSums, GatedRows, GatedRowsBackward, QkNorm, QkNormBackward, RowArithmetic,
+};
 use routegrad::ops::add::add;
 use routegrad::ops::gated_rows::gated_rows;
 use routegrad::ops::heads::Heads;
@@ -15,7 +16,6 @@ use routegrad::ops::linear::linear;
 use routegrad::ops::qk_norm::qk_norm;
 use routegrad::ops::scale::scale;
 use routegrad::tape::{Gradients, Tape, Var, take_ran};
-use std::ptr::null_mut;
 
 const LAUNCHERS: [&str; 6] = [
     "row_arithmetic",
@@ -114,60 +114,44 @@ fn the_operations_run_as_kernels_and_agree_with_the_cpu() {
 fn refused_rows_are_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    // out, a, b; rows, b_rows, width, multiply
-    let arithmetic = |p: [usize; 3], n: [i64; 4]| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                row_arithmetic(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const _,
-                    n[0],
-                    n[1],
-                    n[2] as i32,
-                    n[3] as i32,
-                    null_mut()
-                )
-            )
+    // out, a, b; rows, b_rows, width
+    let arithmetic = |p: [usize; 3], n: [usize; 3]| {
+        RowArithmetic {
+            out: output(p[0]),
+            a: input(p[1]),
+            b: input(p[2]),
+            rows: n[0],
+            b_rows: n[1],
+            width: n[2],
+            multiply: false,
         }
+        .launch(&stream())
     };
-    refuses_pointers(["out", "a", "b"], &[], good, |p| {
-        arithmetic(p, [4, 1, 64, 0])
-    });
+    refuses_pointers(["out", "a", "b"], &[], good, |p| arithmetic(p, [4, 1, 64]));
     for (n, why, name) in [
-        ([0, 1, 64, 0], OUT_OF_RANGE, "rows"),
-        ([1 << 31, 1, 64, 0], OUT_OF_RANGE, "rows"),
-        ([(1 << 31) - 1, 1, 1 << 24, 0], OVERFLOW, "rows"),
-        ([4, 2, 64, 0], OUT_OF_RANGE, "b_rows"),
-        ([4, 1, 0, 0], OUT_OF_RANGE, "width"),
-        ([4, 1, 12, 0], NOT_MULTIPLE, "width"),
-        ([4, 1, 64, 2], OUT_OF_RANGE, "multiply"),
+        ([0, 1, 64], OUT_OF_RANGE, "rows"),
+        ([1 << 31, 1, 64], OUT_OF_RANGE, "rows"),
+        ([(1 << 31) - 1, 1, 1 << 24], OVERFLOW, "rows"),
+        ([4, 2, 64], OUT_OF_RANGE, "b_rows"),
+        ([4, 1, 0], OUT_OF_RANGE, "width"),
+        ([4, 1, 12], NOT_MULTIPLE, "width"),
     ] {
         refused(|| arithmetic([good; 3], n), why, name);
     }
     // parts, x, y, scales; rows, width, pitch, piece, runs
-    let sums = |p: [usize; 4], n: [i64; 5]| {
-        let [width, piece, runs] = [n[1], n[3], n[4]].map(|n| n as i32);
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                column_sums(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const _,
-                    p[3] as *const _,
-                    n[0],
-                    width,
-                    n[2],
-                    piece,
-                    runs,
-                    null_mut()
-                )
-            )
+    let sums = |p: [usize; 4], n: [usize; 5]| {
+        ColumnSums {
+            parts: output(p[0]),
+            x: input(p[1]),
+            y: optional(p[2]),
+            scales: optional(p[3]),
+            rows: n[0],
+            width: n[1],
+            pitch: n[2],
+            piece: n[3],
+            runs: n[4],
         }
+        .launch(&stream())
     };
     let sizes = [4, 64, 64, 64, 1];
     refuses_pointers(["parts", "x", "y", "scales"], &["y", "scales"], good, |p| {
@@ -189,59 +173,46 @@ fn refused_rows_are_named_and_nothing_is_launched() {
         n[i] = wrong;
         refused(|| sums([good; 4], n), why, name);
     }
-    let gated = |p: [usize; 5], rows: i64, width: i32| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                gated_rows(
-                    p[0] as *mut _,
-                    p[1] as *mut _,
-                    p[2] as *const _,
-                    p[3] as *const _,
-                    p[4] as *const _,
-                    rows,
-                    width,
-                    null_mut()
-                )
-            )
+    let gated = |p: [usize; 5], rows: usize, width: usize| {
+        GatedRows {
+            y: output(p[0]),
+            gates: output(p[1]),
+            x: input(p[2]),
+            w: input(p[3]),
+            v: input(p[4]),
+            rows,
+            width,
         }
+        .launch(&stream())
     };
-    let back = |p: [usize; 7], rows: i64, width: i32, accumulate: i32| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                gated_rows_backward(
-                    p[0] as *mut _,
-                    p[1] as *mut _,
-                    p[2] as *mut _,
-                    p[3] as *const _,
-                    p[4] as *const _,
-                    p[5] as *const _,
-                    p[6] as *const _,
-                    rows,
-                    width,
-                    accumulate,
-                    null_mut()
-                )
-            )
+    let back = |p: [usize; 7], rows: usize, width: usize| {
+        GatedRowsBackward {
+            dx: output(p[0]),
+            dv: output(p[1]),
+            dscores: output(p[2]),
+            dy: input(p[3]),
+            gates: input(p[4]),
+            v: input(p[5]),
+            w: input(p[6]),
+            rows,
+            width,
+            accumulate: false,
         }
+        .launch(&stream())
     };
     refuses_pointers(["y", "gates", "x", "w", "v"], &[], good, |p| {
         gated(p, 4, 64)
     });
     let names = ["dx", "dv", "dscores", "dy", "gates", "v", "w"];
-    refuses_pointers(names, &[], good, |p| back(p, 4, 64, 0));
+    refuses_pointers(names, &[], good, |p| back(p, 4, 64));
     for (rows, width, why, name) in [
         (0, 64, OUT_OF_RANGE, "rows"),
         (4, 0, OUT_OF_RANGE, "width"),
         (4, 12, NOT_MULTIPLE, "width"),
     ] {
         refused(|| gated([good; 5], rows, width), why, name);
-        refused(|| back([good; 7], rows, width, 0), why, name);
+        refused(|| back([good; 7], rows, width), why, name);
     }
-    refused(|| back([good; 7], 4, 64, 2), OUT_OF_RANGE, "accumulate");
 }
 
 #[test]
@@ -249,45 +220,33 @@ fn refused_norms_of_pieces_are_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
     // y, scales, x, w; rows, pieces, width, pitch
-    let forward = |p: [usize; 4], n: [i64; 4]| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                qk_norm(
-                    p[0] as *mut _,
-                    p[1] as *mut _,
-                    p[2] as *const _,
-                    p[3] as *const _,
-                    n[0],
-                    n[1] as i32,
-                    n[2] as i32,
-                    n[3],
-                    1e-5,
-                    null_mut()
-                )
-            )
+    let forward = |p: [usize; 4], n: [usize; 4]| {
+        QkNorm {
+            y: output(p[0]),
+            scales: (p[1] != 0).then(|| output(p[1])),
+            x: input(p[2]),
+            w: optional(p[3]),
+            rows: n[0],
+            pieces: n[1],
+            width: n[2],
+            pitch: n[3],
+            eps: 1e-5,
         }
+        .launch(&stream())
     };
-    let backward = |p: [usize; 5], n: [i64; 4]| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                qk_norm_backward(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const _,
-                    p[3] as *const _,
-                    p[4] as *const _,
-                    n[0],
-                    n[1] as i32,
-                    n[2] as i32,
-                    n[3],
-                    null_mut()
-                )
-            )
+    let backward = |p: [usize; 5], n: [usize; 4]| {
+        QkNormBackward {
+            dx: output(p[0]),
+            scales: optional(p[1]),
+            dy: input(p[2]),
+            x: input(p[3]),
+            w: optional(p[4]),
+            rows: n[0],
+            pieces: n[1],
+            width: n[2],
+            pitch: n[3],
         }
+        .launch(&stream())
     };
     let sizes = [4, 2, 64, 128];
     refuses_pointers(["y", "scales", "x", "w"], &["w"], good, |p| {

@@ -2,7 +2,7 @@
 //! same), and faults that it must name.
 
 use crate::support::check_schedules;
-use crate::support::refusals::{MISALIGNED, NULL, OUT_OF_RANGE, from, refused, stream, to};
+use crate::support::refusals::{MISALIGNED, NULL, OUT_OF_RANGE, input, output, refused, stream};
 use crate::support::schedules::{counted, is_plain, table, with_options};
 use routegrad::device::Device;
 use routegrad::error::Error;
@@ -159,9 +159,9 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
     let good = room.as_ptr() as usize;
     let call = |c: usize, b: usize, n: usize| {
         let kernel = UnitWgmma {
-            c: to(c),
-            a: from(good),
-            b: from(b),
+            c: output(c),
+            a: input(good),
+            b: input(b),
             n,
             a_mn_major: false,
             b_mn_major: false,

@@ -1,17 +1,13 @@
 //! SwiGLU of dense layers on the simulator: every case of the library, every schedule, refusals, and the operation that
 //! launches them.
 
-use crate::support::refusals::{
-    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, refused, refuses_pointers,
-};
-use crate::support::schedules::table;
+use crate::support::refusals::*;
 use crate::support::tape::{close, tensor, var};
 use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
-use routegrad::launch;
+use routegrad::kernels::{SwigluBackward, SwigluForward};
 use routegrad::ops::swiglu::swiglu;
 use routegrad::tape::{Gradients, Tape, take_ran};
-use std::ptr::null_mut;
 
 #[test]
 fn activations_and_gradients_are_within_half_an_ulp_and_f32_roundoff_of_float64() {
@@ -29,30 +25,24 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    let forward = |p: [usize; 2], rows: i64, ffn: i32| {
-        // Safety: only refused calls are made, which touch no memory.
-        unsafe {
-            launch!(
-                table(),
-                swiglu_forward(p[0] as *mut _, p[1] as *const _, rows, ffn, null_mut())
-            )
+    let forward = |p: [usize; 2], rows: usize, ffn: usize| {
+        SwigluForward {
+            a: output(p[0]),
+            h: input(p[1]),
+            rows,
+            ffn,
         }
+        .launch(&stream())
     };
-    let backward = |p: [usize; 3], rows: i64, ffn: i32| {
-        // Safety: as above.
-        unsafe {
-            launch!(
-                table(),
-                swiglu_backward(
-                    p[0] as *mut _,
-                    p[1] as *const _,
-                    p[2] as *const _,
-                    rows,
-                    ffn,
-                    null_mut()
-                )
-            )
+    let backward = |p: [usize; 3], rows: usize, ffn: usize| {
+        SwigluBackward {
+            dh: output(p[0]),
+            da: input(p[1]),
+            h: input(p[2]),
+            rows,
+            ffn,
         }
+        .launch(&stream())
     };
     refused(|| forward([0, good], 4, 64), NULL, "a");
     refused(|| forward([good, good + 8], 4, 64), MISALIGNED, "h");

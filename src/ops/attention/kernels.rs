@@ -1,25 +1,13 @@
 //! The kernels of `kernels/attention.cu`, `kernels/attention_backward.cu` and `kernels/qkv_rope.cu`.
 
-use crate::device::stream;
 use crate::error::Result;
+use crate::kernels::attention_backward::workspace;
 use crate::kernels::launchers::TILE_AUTO;
+use crate::kernels::{AttentionBackward, AttentionForward, QkvRopeForward, Stream};
 use crate::ops::heads::Heads;
 use crate::ops::rope::RopeTables;
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
-use crate::{launch, query};
-use std::ptr::null;
-
-/// Sequence, heads, key and value heads, and their width, as the kernels take them.
-fn sizes(heads: Heads, sequence: usize) -> (i32, i32, i32, i32) {
-    let Heads {
-        query,
-        key_value,
-        dim,
-    } = heads;
-    let [s, h, kv, d] = [sequence, query, key_value, dim].map(|n| n as i32);
-    (s, h, kv, d)
-}
 
 /// `x Wᵀ [T, (H + 2 KV) hd]`, its queries and keys turned.
 ///
@@ -38,28 +26,21 @@ pub fn project(
     let (device, tokens) = (x.device(), x.shape().rows());
     let [cosines, sines] = tables.on(device)?;
     let mut qkv = Tensor::unspecified(device, DType::Bf16, [tokens, heads.row_width()]);
-    let (sequence, query, key_value, dim) = sizes(heads, sequence);
-    // SAFETY: the tensors have the shapes that qkv_rope.cu's header names.
-    unsafe {
-        launch!(
-            device.launchers()?,
-            qkv_rope_forward(
-                qkv.pointer_mut(),
-                x.pointer(),
-                w.pointer(),
-                cosines.pointer(),
-                sines.pointer(),
-                tokens as i64,
-                sequence,
-                query,
-                key_value,
-                dim,
-                x.shape().width() as i32,
-                TILE_AUTO,
-                stream(),
-            )
-        )?;
+    QkvRopeForward {
+        out: qkv.output()?,
+        x: x.input()?,
+        w: w.input()?,
+        cosines: cosines.input()?,
+        sines: sines.input()?,
+        tokens,
+        sequence,
+        heads: heads.query,
+        key_value_heads: heads.key_value,
+        head_width: heads.dim,
+        hidden: x.shape().width(),
+        tile: TILE_AUTO,
     }
+    .launch(&Stream::of(device)?)?;
     Ok(qkv)
 }
 
@@ -78,25 +59,18 @@ pub fn forward(
     let (device, tokens) = (qkv.device(), qkv.shape()[0]);
     let mut out = Tensor::unspecified(device, DType::Bf16, [tokens, heads.query * heads.dim]);
     let mut lse = Tensor::unspecified(device, DType::F32, [tokens, heads.query]);
-    let (sequence, query, key_value, dim) = sizes(heads, sequence);
-    // SAFETY: the tensors have the shapes that attention.cu's header names.
-    unsafe {
-        launch!(
-            device.launchers()?,
-            attention_forward(
-                out.pointer_mut(),
-                lse.pointer_mut(),
-                qkv.pointer(),
-                first_key.map_or(null(), Tensor::pointer),
-                tokens as i64,
-                sequence,
-                query,
-                key_value,
-                dim,
-                stream(),
-            )
-        )?;
+    AttentionForward {
+        out: out.output()?,
+        log_sum_exp: lse.output()?,
+        qkv: qkv.input()?,
+        first_key: first_key.map(Tensor::input).transpose()?,
+        tokens,
+        sequence,
+        heads: heads.query,
+        key_value_heads: heads.key_value,
+        head_width: heads.dim,
     }
+    .launch(&Stream::of(device)?)?;
     Ok([out, lse])
 }
 
@@ -114,43 +88,29 @@ pub fn backward(
     sequence: usize,
 ) -> Result<Tensor> {
     dout.expect_dtype("attention", "the output's gradient", DType::Bf16)?;
-    let (device, launchers) = (qkv.device(), qkv.device().launchers()?);
-    let tokens = qkv.shape()[0] as i64;
-    let (sequence, query, key_value, dim) = sizes(heads, sequence);
-    let mut floats = 0u64;
-    // SAFETY: it writes one number.
-    unsafe {
-        query!(
-            launchers,
-            attention_backward_workspace(&mut floats, tokens, sequence, query)
-        )?;
-    }
-    let mut workspace = Tensor::unspecified(device, DType::F32, [floats as usize]);
+    let (device, tokens) = (qkv.device(), qkv.shape()[0]);
+    let stream = Stream::of(device)?;
+    let floats = workspace(stream.launchers(), tokens, sequence, heads.query)?;
+    let mut space = Tensor::unspecified(device, DType::F32, [floats]);
     let tables = tables.map(|tables| tables.on(device)).transpose()?;
-    let table = |i: usize| tables.as_ref().map_or(null(), |tables| tables[i].pointer());
+    let table = |i: usize| tables.as_ref().map(|tables| tables[i].input()).transpose();
     let mut dqkv = Tensor::unspecified(device, DType::Bf16, qkv.shape());
-    // SAFETY: the tensors have the shapes that attention_backward.cu's header names.
-    unsafe {
-        launch!(
-            launchers,
-            attention_backward(
-                dqkv.pointer_mut(),
-                workspace.pointer_mut(),
-                dout.pointer(),
-                qkv.pointer(),
-                out.pointer(),
-                lse.pointer(),
-                first_key.map_or(null(), Tensor::pointer),
-                table(0),
-                table(1),
-                tokens,
-                sequence,
-                query,
-                key_value,
-                dim,
-                stream(),
-            )
-        )?;
+    AttentionBackward {
+        dqkv: dqkv.output()?,
+        workspace: space.output()?,
+        dout: dout.input()?,
+        qkv: qkv.input()?,
+        out: out.input()?,
+        log_sum_exp: lse.input()?,
+        first_key: first_key.map(Tensor::input).transpose()?,
+        cosines: table(0)?,
+        sines: table(1)?,
+        tokens,
+        sequence,
+        heads: heads.query,
+        key_value_heads: heads.key_value,
+        head_width: heads.dim,
     }
+    .launch(&stream)?;
     Ok(dqkv)
 }

@@ -19,6 +19,7 @@ mod summary;
 mod tests;
 
 use crate::config::count;
+use crate::device::machine::H200_PEAK;
 use crate::error::{Error, Result};
 use crate::report::page::{Table, create};
 use crate::report::plots::publish;
@@ -36,7 +37,7 @@ const GRID_FILE: &str = "ablation.toml";
 /// Operations per second of one core of a CPU and of one H200 at half of its dense bf16 peak: for
 /// estimates of cost alone.
 const CORE: f64 = 50e9;
-const GPU: f64 = 0.5 * 989e12;
+const GPU: f64 = 0.5 * H200_PEAK;
 
 /// What `ablate` takes.
 #[derive(clap::Args)]

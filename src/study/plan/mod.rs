@@ -6,11 +6,10 @@ mod memory;
 pub use memory::{Memory, Target, kept, rows_per_token};
 
 use crate::config::{Config, ModelConfig, count};
+use crate::device::machine::H200_PEAK;
 use serde::Serialize;
 
-/// Dense bf16 peak of the H200's data sheet, FLOP/s, and the share of it that a step is taken to reach:
-/// METHOD's tokens/s are of half.
-pub const H200_PEAK: f64 = 989e12;
+/// The share of an H200's dense bf16 peak that a step is taken to reach: METHOD's tokens/s are of half.
 const H200_SHARE: f64 = 0.5;
 /// Memory of one H200, bytes: 139 GiB.
 const H200_MEMORY: u64 = 139 << 30;

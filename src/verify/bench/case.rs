@@ -7,11 +7,16 @@ use super::inputs;
 use super::operations::Operation;
 use crate::error::Result;
 use crate::kernels::adamw::AdamwUpdate;
+use crate::kernels::attention::AttentionSizes;
+use crate::kernels::cost::{Cost, Sizes};
 use crate::kernels::cross_entropy::CrossEntropyRows;
 use crate::kernels::norm::{NormBackward, NormForward};
 use crate::kernels::router::RouterForward;
+use crate::kernels::{
+    AttentionBackward, AttentionForward, Combine, ExpertMeanUpdate, ExpertSums, GateGradient,
+    GroupedGemmForward, GroupedGemmWeightGradient,
+};
 use crate::verify::bench::roofline;
-use crate::verify::kernels::costs::{self, AttentionSizes, Cost, Sizes};
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
 use serde_json::{Value, json};
 
@@ -168,12 +173,12 @@ impl Group {
                     case(
                         "attention_forward",
                         2.0 * product,
-                        vec![costs::attention_forward(sizes)],
+                        vec![AttentionForward::cost(sizes)],
                     ),
                     case(
                         "attention_backward",
                         5.0 * product,
-                        vec![costs::attention_backward(sizes)],
+                        vec![AttentionBackward::cost(sizes)],
                     ),
                 ]
             }
@@ -224,9 +229,9 @@ fn gemm_cost(product: Product, shape: &Shape) -> Cost {
     let (rows, groups) = (shape.rows(), shape.counts.len());
     match product {
         Product::WeightGradient => {
-            costs::grouped_gemm_weight_gradient(rows, groups, shape.n, shape.k, false)
+            GroupedGemmWeightGradient::cost(rows, groups, shape.n, shape.k, false)
         }
-        _ => costs::grouped_gemm(rows, groups, shape.n, shape.k),
+        _ => GroupedGemmForward::cost(rows, groups, shape.n, shape.k),
     }
 }
 
@@ -248,13 +253,13 @@ fn layer_cases(
         cases.push(case(families[1], 2.0 * forward, second));
     }
     let dots = roofline::dot_columns(&s)?;
-    let means = vec![costs::expert_sums(&s), costs::expert_mean_update(&s)];
-    let gates = vec![costs::gate_gradient(&s, true, dots)];
+    let means = vec![ExpertSums::cost(&s), ExpertMeanUpdate::cost(&s)];
+    let gates = vec![GateGradient::cost(&s, true, dots)];
     cases.push(case("router_forward", 0.0, vec![RouterForward::cost(&s)]));
     cases.push(case(
         "combine",
         0.0,
-        vec![costs::combine(&s, true, true, false)],
+        vec![Combine::cost(&s, true, true, false)],
     ));
     cases.push(case("expert_mean", 0.0, means));
     cases.push(case("gate_gradient", 0.0, gates));
@@ -487,16 +492,17 @@ mod tests {
 
     #[test]
     fn a_floor_is_what_no_kernel_of_the_case_goes_below() {
+        use crate::device::machine::{H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND};
         let groups = groups();
         let find = |name: &str| {
             let all = groups.iter().flat_map(|g| g.cases().unwrap());
             all.into_iter().find(|c| c.name == name).unwrap()
         };
         let product = find("grouped_gemm_forward 7.33b 8c1 gate-up");
-        let floor = product.floor(costs::FLOPS_PER_SECOND, costs::BYTES_PER_SECOND);
+        let floor = product.floor(H200_FLOPS_PER_SECOND, H200_BYTES_PER_SECOND);
         assert!((floor * 1e6 - 957.0).abs() < 1.0, "{floor}");
         // 4.3 TB/s read and written: 2·(R + T)·D and little more.
-        let combine = find("combine 7.33b 8c1").floor(790e12, 4.3e12);
+        let combine = find("combine 7.33b 8c1").floor(H200_FLOPS_PER_SECOND, H200_BYTES_PER_SECOND);
         assert!((combine * 1e6 - 31.5).abs() < 0.5, "{combine}");
         let forward = find("layer_forward 7.33b 8c1");
         assert_eq!(forward.flops, 6.0 * 16_384.0 * 2048.0 * 5632.0);

@@ -62,7 +62,7 @@ pub fn of_cpu() -> Result<Ceilings> {
 }
 
 /// Of the GPU: cuBLASLt's 8192³ product in bf16 on random data, and a copy of 1 GiB on the device. Without cuBLAS the
-/// product's is that of [`costs`](crate::verify::kernels::costs).
+/// product's is that of [`Cost`](crate::kernels::cost::Cost).
 ///
 /// # Errors
 /// When there is no room, or a launch fails.
@@ -70,8 +70,8 @@ pub fn of_cpu() -> Result<Ceilings> {
 pub fn of_gpu(gpu: &crate::device::cuda::Gpu) -> Result<Ceilings> {
     use super::cublas::Matmul;
     use super::inputs::Inputs;
+    use crate::device::machine::H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND;
     use crate::verify::bench::measure::{Events, replayed};
-    use crate::verify::kernels::costs::FLOPS_PER_SECOND;
     use crate::verify::kernels::grouped_gemm::{Product, Shape};
     const SIDE: usize = 8192;
     const BYTES: usize = 1 << 30;

@@ -268,8 +268,8 @@ mod tests {
     #[test]
     fn the_roof_is_drawn_whatever_was_measured() {
         let ceilings = Ceilings {
-            flops: 790e12,
-            bytes: 4.3e12,
+            flops: crate::device::machine::H200_FLOPS_PER_SECOND,
+            bytes: crate::device::machine::H200_BYTES_PER_SECOND,
             of: String::new(),
         };
         for seconds in [-1.0, 1e-3, 1e-9] {

@@ -3,7 +3,7 @@
 use super::case::{self, Work};
 use super::peers::*;
 use super::record::{Record, View};
-use crate::study::plan::H200_PEAK;
+use crate::device::machine::H200_PEAK;
 
 /// What the records say of a goal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

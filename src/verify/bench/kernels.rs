@@ -5,17 +5,19 @@ use super::inputs::Inputs;
 use super::layer;
 use crate::error::Result;
 use crate::kernels::adamw::{AdamwUpdate, BLOCK};
+use crate::kernels::attention::AttentionSizes;
+use crate::kernels::attention_backward::workspace;
 use crate::kernels::bindings::{routegrad_parameter, routegrad_step_outcome};
 use crate::kernels::cross_entropy::CrossEntropyRows;
 use crate::kernels::launchers::TILE_AUTO;
 use crate::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partials};
-use crate::kernels::{self, Stream};
+use crate::kernels::{
+    self, AttentionBackward, AttentionForward, GroupedGemmForward, GroupedGemmInputGradient,
+    GroupedGemmWeightGradient, Stream,
+};
 use crate::tensor::dtype::DType;
-use crate::verify::kernels::costs::AttentionSizes;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
 use crate::verify::kernels::{Buffer, Errors, Launch, Machine, Problem};
-use crate::{launch, query};
-use std::ptr::null;
 
 /// A group on kernels.
 pub struct Kernels {
@@ -44,17 +46,6 @@ pub fn whole(label: &str, buffers: Vec<Buffer>, launch: Launch) -> Problem {
         buffers,
         ..part(launch)
     }
-}
-
-/// A launch on buffers, to write as a closure of them: the stream comes last in every launcher.
-macro_rules! on {
-    (|$p:ident| $launcher:ident($($argument:expr),* $(,)?)) => {
-        move |$p: &[kernels::Buffer], stream: &Stream| {
-            let $p: Vec<*mut u8> = $p.iter().map(kernels::Buffer::pointer).collect();
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe { launch!(stream.launchers(), $launcher($($argument),*, stream.raw())) }
-        }
-    };
 }
 
 /// The kernels of a group; none where it has no kernels.
@@ -108,19 +99,59 @@ fn gemm(inputs: &Inputs, product: Product, shape: &Shape) -> Kernels {
         b,
         Buffer::input("offsets", &offsets),
     ];
-    let (rows, experts, n, k) = (rows as i64, experts as i32, n as i32, k as i32);
     let launch = move || -> Launch {
         match product {
-            Product::Forward => Box::new(on! { |p| grouped_gemm_forward(
-                p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), null(), rows, rows, experts, n, k, TILE_AUTO
-            ) }),
-            Product::InputGradient => Box::new(on! { |p| grouped_gemm_input_gradient(
-                p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), null(), rows, rows, experts, n, k, TILE_AUTO
-            ) }),
-            Product::WeightGradient => Box::new(on! { |p| grouped_gemm_weight_gradient(
-                p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast(), null(), null(), rows, rows, rows, experts, n, k, 0,
-                TILE_AUTO
-            ) }),
+            Product::Forward => Box::new(move |p, stream| {
+                GroupedGemmForward {
+                    out: p[0].output(),
+                    x: p[1].input(),
+                    w: p[2].input(),
+                    offsets: Some(p[3].input()),
+                    row_token: None,
+                    rows,
+                    x_rows: rows,
+                    experts,
+                    n,
+                    k,
+                    tile: TILE_AUTO,
+                }
+                .launch(stream)
+            }),
+            Product::InputGradient => Box::new(move |p, stream| {
+                GroupedGemmInputGradient {
+                    dx: p[0].output(),
+                    dout: p[1].input(),
+                    w: p[2].input(),
+                    offsets: Some(p[3].input()),
+                    row_token: None,
+                    rows,
+                    dout_rows: rows,
+                    experts,
+                    n,
+                    k,
+                    tile: TILE_AUTO,
+                }
+                .launch(stream)
+            }),
+            Product::WeightGradient => Box::new(move |p, stream| {
+                GroupedGemmWeightGradient {
+                    dw: p[0].output(),
+                    dout: p[1].input(),
+                    x: p[2].input(),
+                    offsets: Some(p[3].input()),
+                    dout_row_token: None,
+                    x_row_token: None,
+                    rows,
+                    dout_rows: rows,
+                    x_rows: rows,
+                    experts,
+                    n,
+                    k,
+                    accumulate: false,
+                    tile: TILE_AUTO,
+                }
+                .launch(stream)
+            }),
         }
     };
     Kernels {
@@ -299,16 +330,8 @@ fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
 fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> Result<Kernels> {
     let s = *sizes;
     let tokens = s.sequences * s.sequence;
-    let (t, sequence, heads) = (tokens as i64, s.sequence as i32, s.heads as i32);
-    let (key_heads, width) = (s.key_value_heads as i32, s.width as i32);
-    let mut floats = 0u64;
-    // SAFETY: it writes one number.
-    unsafe {
-        query!(
-            machine.launchers(),
-            attention_backward_workspace(&mut floats, t, sequence, heads)
-        )
-    }?;
+    let launchers = machine.launchers();
+    let floats = workspace(launchers, tokens, s.sequence, s.heads)?;
     let (row, qkv) = (
         s.heads * s.width,
         (s.heads + 2 * s.key_value_heads) * s.width,
@@ -317,17 +340,43 @@ fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> 
         Buffer::output("out", 2 * tokens * row),
         Buffer::output("log_sum_exp", 4 * tokens * s.heads),
         Buffer::output("dqkv", 2 * tokens * qkv),
-        Buffer::workspace("workspace", 4 * floats as usize),
+        Buffer::workspace("workspace", 4 * floats),
         Buffer::input("qkv", &inputs.bf16("qkv", tokens * qkv, 1.0)),
         Buffer::input("dout", &inputs.bf16("dout", tokens * row, 1.0)),
     ];
-    let forward = on! { |p| attention_forward(
-        p[0].cast(), p[1].cast(), p[4].cast(), null(), t, sequence, heads, key_heads, width
-    ) };
-    let backward = on! { |p| attention_backward(
-        p[2].cast(), p[3].cast(), p[5].cast(), p[4].cast(), p[0].cast(), p[1].cast(), null(), null(), null(), t, sequence,
-        heads, key_heads, width
-    ) };
+    let forward = move |p: &[kernels::Buffer], stream: &Stream| {
+        AttentionForward {
+            out: p[0].output(),
+            log_sum_exp: p[1].output(),
+            qkv: p[4].input(),
+            first_key: None,
+            tokens,
+            sequence: s.sequence,
+            heads: s.heads,
+            key_value_heads: s.key_value_heads,
+            head_width: s.width,
+        }
+        .launch(stream)
+    };
+    let backward = move |p: &[kernels::Buffer], stream: &Stream| {
+        AttentionBackward {
+            dqkv: p[2].output(),
+            workspace: p[3].output(),
+            dout: p[5].input(),
+            qkv: p[4].input(),
+            out: p[0].input(),
+            log_sum_exp: p[1].input(),
+            first_key: None,
+            cosines: None,
+            sines: None,
+            tokens,
+            sequence: s.sequence,
+            heads: s.heads,
+            key_value_heads: s.key_value_heads,
+            head_width: s.width,
+        }
+        .launch(stream)
+    };
     let both = move |p: &[kernels::Buffer], stream: &Stream| {
         forward(p, stream)?;
         backward(p, stream)

@@ -9,10 +9,11 @@ use super::inputs::Inputs;
 use super::kernels::{Kernels, part, unit_sum, whole};
 use super::layer_steps::{At, Sizes, Step};
 use crate::error::Result;
+use crate::kernels::grouped_swiglu::dot_columns;
 use crate::kernels::launchers::{Launchers, TILE_AUTO};
-use crate::query;
+use crate::kernels::{dispatch, router, router_backward};
 use crate::tensor::dtype::DType;
-use crate::verify::kernels::{Buffer, Launch, Machine, by_pointers};
+use crate::verify::kernels::{Buffer, Launch, Machine};
 
 fn forward(default: bool) -> Vec<Step> {
     let mut steps = vec![
@@ -55,20 +56,20 @@ struct Spaces {
 pub fn build(machine: &dyn Machine, inputs: &Inputs, layer: &Layer) -> Result<Kernels> {
     let s = layer.sizes();
     let mut sizes = Sizes {
-        tokens: s.tokens as i64,
-        rows: s.rows as i64,
-        experts: s.experts as i32,
-        hidden: s.hidden as i32,
-        ffn: s.ffn as i32,
-        top_k: s.slots as i32,
+        tokens: s.tokens,
+        rows: s.rows,
+        experts: s.experts,
+        hidden: s.hidden,
+        ffn: s.ffn,
+        top_k: s.slots,
         dot_columns: 0,
     };
     let spaces = spaces(machine.launchers(), &mut sizes)?;
     let buffers = buffers(inputs, layer, &sizes, &spaces);
     let launch = |steps: Vec<Step>| -> Launch {
-        by_pointers(move |launchers, p, stream| {
+        Box::new(move |p, stream| {
             let mut steps = steps.iter();
-            steps.try_for_each(|&step| sizes.launch(step, launchers, p, stream))
+            steps.try_for_each(|&step| sizes.launch(step, p, stream))
         })
     };
     let all = forward(true).into_iter().chain(backward(true)).collect();
@@ -107,28 +108,11 @@ fn spaces(launchers: &Launchers, sizes: &mut Sizes) -> Result<Spaces> {
         top_k,
         ..
     } = *sizes;
-    let (mut scores, mut bytes, mut router, mut columns) = (0u64, 0u64, 0u64, 0i32);
-    // SAFETY: each writes one number.
-    unsafe {
-        query!(launchers, router_partials(&mut scores, tokens, experts))?;
-        query!(
-            launchers,
-            dispatch_workspace(&mut bytes, tokens, experts, top_k)
-        )?;
-        query!(
-            launchers,
-            router_backward_workspace(&mut router, tokens, experts, hidden)
-        )?;
-        query!(
-            launchers,
-            grouped_swiglu_dot_columns(&mut columns, rows, experts, hidden, ffn, TILE_AUTO)
-        )?;
-    }
-    sizes.dot_columns = columns;
+    sizes.dot_columns = dot_columns(launchers, rows, experts, hidden, ffn, TILE_AUTO)?;
     Ok(Spaces {
-        score_partials: scores as usize,
-        dispatch: bytes as usize,
-        router_partials: router as usize,
+        score_partials: router::partials(launchers, tokens, experts)?,
+        dispatch: dispatch::workspace(launchers, tokens, experts, top_k)?,
+        router_partials: router_backward::workspace(launchers, tokens, experts, hidden)?,
     })
 }
 
@@ -171,7 +155,7 @@ fn buffers(inputs: &Inputs, layer: &Layer, sizes: &Sizes, spaces: &Spaces) -> Ve
         space("dy_rows", 2 * r * d),
         space("dh", 4 * r * f),
         space("weighted_a", 2 * r * f),
-        space("dots", 4 * r * sizes.dot_columns as usize),
+        space("dots", 4 * r * sizes.dot_columns),
         space("dgates", 4 * t * e),
         Buffer::output("ddown", 4 * e * d * f),
         Buffer::output("dgate_up", 8 * e * f * d),

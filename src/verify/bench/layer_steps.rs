@@ -1,12 +1,15 @@
 //! The launches of a MoE layer on the buffers of [`super::layer`].
 
 use crate::error::Result;
-use crate::kernels::bindings::{
-    ROUTEGRAD_SCORE_SOFTMAX, ROUTEGRAD_WEIGHTING_SUM_P, routegrad_stream,
+use crate::kernels::bindings::{ROUTEGRAD_SCORE_SOFTMAX, ROUTEGRAD_WEIGHTING_SUM_P};
+use crate::kernels::launchers::TILE_AUTO;
+use crate::kernels::router::{RouterForward, RouterStatistics};
+use crate::kernels::router_backward::{RouterBackward, RouterWeightGradient};
+use crate::kernels::{
+    Buffer, Combine, DispatchChoices, EmbeddingForward, ExpertMeanUpdate, ExpertSums, GateGradient,
+    GroupedDownForward, GroupedGemmInputGradient, GroupedGemmWeightGradient, GroupedSwigluBackward,
+    GroupedSwigluForward, In, Out, Stream,
 };
-use crate::kernels::launchers::{Launchers, TILE_AUTO};
-use crate::launch;
-use std::ptr::{null, null_mut};
 
 /// The buffers, in their order.
 #[derive(Clone, Copy)]
@@ -76,16 +79,28 @@ pub enum Step {
     RouterBackward,
 }
 
-/// The sizes as launchers take them.
+/// The sizes of the layer.
 #[derive(Clone, Copy)]
 pub struct Sizes {
-    pub tokens: i64,
-    pub rows: i64,
-    pub experts: i32,
-    pub hidden: i32,
-    pub ffn: i32,
-    pub top_k: i32,
-    pub dot_columns: i32,
+    pub tokens: usize,
+    pub rows: usize,
+    pub experts: usize,
+    pub hidden: usize,
+    pub ffn: usize,
+    pub top_k: usize,
+    pub dot_columns: usize,
+}
+
+/// Buffers that lie as [`At`] has them.
+struct Buffers<'a>(&'a [Buffer]);
+
+impl<'a> Buffers<'a> {
+    fn input<T>(&self, at: At) -> In<'a, T> {
+        self.0[at as usize].input()
+    }
+    fn output<T>(&self, at: At) -> Out<'a, T> {
+        self.0[at as usize].output()
+    }
 }
 
 impl Sizes {
@@ -93,13 +108,166 @@ impl Sizes {
     ///
     /// # Errors
     /// When a launcher refuses.
-    pub fn launch(
+    pub fn launch(self, step: Step, buffers: &[Buffer], stream: &Stream) -> Result<()> {
+        use At::*;
+        let p = Buffers(buffers);
+        match step {
+            Step::Router | Step::RouterBackward => self.launch_router(step, &p, stream),
+            Step::Dispatch => DispatchChoices {
+                offsets: p.output(Offsets),
+                row_token: p.output(RowToken),
+                row_slot: p.output(RowSlot),
+                slot_row: p.output(SlotRow),
+                fault: p.output(Fault),
+                workspace: p.output(DispatchSpace),
+                choices: p.input(Choices),
+                tokens: self.tokens,
+                experts: self.experts,
+                choices_per_token: self.top_k,
+                row_capacity: self.rows,
+            }
+            .launch(stream),
+            Step::SortX => self.sort(XRows, X, &p, stream),
+            Step::SortDy => self.sort(DyRows, Dy, &p, stream),
+            Step::GateUp | Step::Down(_) | Step::SwigluBackward | Step::InputGradient => {
+                self.launch_product(step, &p, stream)
+            }
+            Step::DownWeight => self.weight(
+                Ddown,
+                [DyRows, WeightedA],
+                [self.hidden, self.ffn],
+                &p,
+                stream,
+            ),
+            Step::GateUpWeight => self.weight(
+                DgateUp,
+                [Dh, XRows],
+                [2 * self.ffn, self.hidden],
+                &p,
+                stream,
+            ),
+            Step::Means => self.means(&p, stream),
+            Step::Combine(default) => self.combine(
+                Y,
+                ERows,
+                Some(p.input(Scores)),
+                default.then(|| p.input(Average)),
+                &p,
+                stream,
+            ),
+            Step::CombineDx => self.combine(Dx, DxRows, None, None, &p, stream),
+            Step::GateGradient(default) => GateGradient {
+                dgates: p.output(Dgates),
+                dots: p.input(Dots),
+                g: Some(p.input(Dy)),
+                vectors: default.then(|| p.input(Average)),
+                slot_row: p.input(SlotRow),
+                choices: Some(p.input(Choices)),
+                tokens: self.tokens,
+                rows: self.rows,
+                experts: self.experts,
+                hidden: self.hidden,
+                slots: self.top_k,
+                dot_columns: self.dot_columns,
+            }
+            .launch(stream),
+        }
+    }
+
+    /// A row is looked up as an embedding is.
+    fn sort(self, to: At, from: At, p: &Buffers<'_>, stream: &Stream) -> Result<()> {
+        EmbeddingForward {
+            y: p.output(to),
+            w: p.input(from),
+            ids: p.input(At::RowToken),
+            tokens: self.rows,
+            vocabulary: self.tokens,
+            hidden: self.hidden,
+        }
+        .launch(stream)
+    }
+
+    fn weight(
         self,
-        step: Step,
-        launchers: &Launchers,
-        p: &[*mut u8],
-        stream: routegrad_stream,
+        to: At,
+        [dout, x]: [At; 2],
+        [n, k]: [usize; 2],
+        p: &Buffers<'_>,
+        stream: &Stream,
     ) -> Result<()> {
+        GroupedGemmWeightGradient {
+            dw: p.output(to),
+            dout: p.input(dout),
+            x: p.input(x),
+            offsets: Some(p.input(At::Offsets)),
+            dout_row_token: None,
+            x_row_token: None,
+            rows: self.rows,
+            dout_rows: self.rows,
+            x_rows: self.rows,
+            experts: self.experts,
+            n,
+            k,
+            accumulate: false,
+            tile: TILE_AUTO,
+        }
+        .launch(stream)
+    }
+
+    fn combine(
+        self,
+        y: At,
+        rows: At,
+        gates: Option<In<'_, f32>>,
+        vectors: Option<In<'_, f32>>,
+        p: &Buffers<'_>,
+        stream: &Stream,
+    ) -> Result<()> {
+        Combine {
+            y: p.output(y),
+            rows_in: p.input(rows),
+            gates,
+            slot_row: p.input(At::SlotRow),
+            choices: Some(p.input(At::Choices)),
+            vectors,
+            tokens: self.tokens,
+            rows: self.rows,
+            experts: self.experts,
+            hidden: self.hidden,
+            slots: self.top_k,
+            accumulate: false,
+        }
+        .launch(stream)
+    }
+
+    fn means(self, p: &Buffers<'_>, stream: &Stream) -> Result<()> {
+        use At::*;
+        ExpertSums {
+            sums: p.output(Sums),
+            masses: p.output(Masses),
+            column_sums: p.input(ColumnSums),
+            gates: Some(p.input(Scores)),
+            offsets: p.input(Offsets),
+            row_token: p.input(RowToken),
+            rows: self.rows,
+            tokens: self.tokens,
+            experts: self.experts,
+            hidden: self.hidden,
+        }
+        .launch(stream)?;
+        ExpertMeanUpdate {
+            average: p.output(Average),
+            sums: p.input(Sums),
+            masses: p.input(Masses),
+            beta: p.input(Beta),
+            experts: self.experts,
+            hidden: self.hidden,
+            weighting: ROUTEGRAD_WEIGHTING_SUM_P as i32,
+        }
+        .launch(stream)
+    }
+
+    fn launch_product(self, step: Step, p: &Buffers<'_>, stream: &Stream) -> Result<()> {
         use At::*;
         let Sizes {
             tokens,
@@ -107,112 +275,140 @@ impl Sizes {
             experts,
             hidden,
             ffn,
-            top_k,
             dot_columns,
+            ..
         } = self;
-        // The launchers' pointers have types; buffers have none.
-        macro_rules! at {
-            ($at:expr) => {
-                p[$at as usize].cast()
-            };
+        let (offsets, tile) = (Some(p.input(Offsets)), TILE_AUTO);
+        match step {
+            Step::GateUp => GroupedSwigluForward {
+                h: p.output(H),
+                a: p.output(A),
+                x: p.input(XRows),
+                w: p.input(GateUp),
+                offsets,
+                row_token: None,
+                rows,
+                x_rows: rows,
+                experts,
+                ffn,
+                hidden,
+                tile,
+            }
+            .launch(stream),
+            Step::Down(sums) => GroupedDownForward {
+                out: p.output(ERows),
+                column_sums: sums.then(|| p.output(ColumnSums)),
+                a: p.input(A),
+                w: p.input(Down),
+                gates: Some(p.input(Scores)),
+                offsets,
+                row_token: Some(p.input(RowToken)),
+                rows,
+                tokens,
+                experts,
+                hidden,
+                ffn,
+                tile,
+            }
+            .launch(stream),
+            Step::SwigluBackward => GroupedSwigluBackward {
+                dh: p.output(Dh),
+                scaled_a: p.output(WeightedA),
+                dots: p.output(Dots),
+                dout: p.input(DyRows),
+                w: p.input(Down),
+                h: p.input(H),
+                gates: p.input(Scores),
+                offsets,
+                row_token: Some(p.input(RowToken)),
+                dout_row_token: None,
+                rows,
+                dout_rows: rows,
+                experts,
+                hidden,
+                ffn,
+                dot_columns,
+                tile,
+            }
+            .launch(stream),
+            _ => GroupedGemmInputGradient {
+                dx: p.output(DxRows),
+                dout: p.input(Dh),
+                w: p.input(GateUp),
+                offsets,
+                row_token: None,
+                rows,
+                dout_rows: rows,
+                experts,
+                n: 2 * ffn,
+                k: hidden,
+                tile,
+            }
+            .launch(stream),
         }
-        let vectors = |with: bool| {
-            if with {
-                p[Average as usize].cast::<f32>()
-            } else {
-                null_mut()
+    }
+
+    fn launch_router(self, step: Step, p: &Buffers<'_>, stream: &Stream) -> Result<()> {
+        use At::*;
+        let Sizes {
+            tokens,
+            experts,
+            hidden,
+            top_k,
+            ..
+        } = self;
+        let score = ROUTEGRAD_SCORE_SOFTMAX;
+        if let Step::Router = step {
+            RouterForward {
+                scores: p.output(Scores),
+                log_sum_exp: p.output(LogSumExp),
+                choices: Some(p.output(Chosen)),
+                partials: p.output(ScorePartials),
+                first_non_finite: p.output(FirstNonFinite),
+                x: p.input(X),
+                w: p.input(Router),
+                selection_bias: None,
+                tokens,
+                experts,
+                hidden,
+                choices_per_token: top_k,
+                score,
             }
-        };
-        let sort = |to: At, from: At| {
-            // SAFETY: as below; a row is looked up as an embedding is.
-            unsafe {
-                launch! { launchers, embedding_forward(
-                    at!(to), at!(from), at!(RowToken), rows, tokens as i32, hidden, stream
-                ) }
+            .launch(stream)?;
+            return RouterStatistics {
+                statistics: p.output(Statistics),
+                partials: p.input(ScorePartials),
+                tokens,
+                experts,
             }
-        };
-        let weight = |to: At, dout: At, x: At, n: i32, k: i32| {
-            // SAFETY: as below.
-            unsafe {
-                launch! { launchers, grouped_gemm_weight_gradient(
-                    at!(to), at!(dout), at!(x), at!(Offsets), null(), null(), rows, rows, rows, experts, n, k,
-                    0, TILE_AUTO, stream
-                ) }
-            }
-        };
-        let score = ROUTEGRAD_SCORE_SOFTMAX as i32;
-        // SAFETY: every buffer has the size that the launchers' headers state.
-        unsafe {
-            match step {
-                Step::Router => {
-                    launch! { launchers, router_forward(
-                        at!(Scores), at!(LogSumExp), at!(Chosen), at!(ScorePartials), at!(FirstNonFinite),
-                        at!(X), at!(Router), null(), tokens, experts, hidden, top_k, score, stream
-                    ) }?;
-                    launch! { launchers, router_statistics(
-                        at!(Statistics), at!(ScorePartials), tokens, experts, stream
-                    ) }
-                }
-                Step::Dispatch => launch! { launchers, dispatch_choices(
-                    at!(Offsets), at!(RowToken), at!(RowSlot), at!(SlotRow), at!(Fault), at!(DispatchSpace),
-                    at!(Choices), tokens, experts, top_k, rows, stream
-                ) },
-                Step::SortX => sort(XRows, X),
-                Step::GateUp => launch! { launchers, grouped_swiglu_forward(
-                    at!(H), at!(A), at!(XRows), at!(GateUp), at!(Offsets), null(), rows, rows, experts, ffn,
-                    hidden, TILE_AUTO, stream
-                ) },
-                Step::Down(sums) => {
-                    let sums = if sums { at!(ColumnSums) } else { null_mut() };
-                    launch! { launchers, grouped_down_forward(
-                        at!(ERows), sums, at!(A), at!(Down), at!(Scores), at!(Offsets), at!(RowToken), rows,
-                        tokens, experts, hidden, ffn, TILE_AUTO, stream
-                    ) }
-                }
-                Step::Means => {
-                    launch! { launchers, expert_sums(
-                        at!(Sums), at!(Masses), at!(ColumnSums), at!(Scores), at!(Offsets), at!(RowToken), rows,
-                        tokens, experts, hidden, stream
-                    ) }?;
-                    let weighting = ROUTEGRAD_WEIGHTING_SUM_P as i32;
-                    launch! { launchers, expert_mean_update(
-                        at!(Average), at!(Sums), at!(Masses), at!(Beta), experts, hidden, weighting, stream
-                    ) }
-                }
-                Step::Combine(default) => launch! { launchers, combine(
-                    at!(Y), at!(ERows), at!(Scores), at!(SlotRow), at!(Choices), vectors(default), tokens, rows,
-                    experts, hidden, top_k, 0, stream
-                ) },
-                Step::SortDy => sort(DyRows, Dy),
-                Step::SwigluBackward => launch! { launchers, grouped_swiglu_backward(
-                    at!(Dh), at!(WeightedA), at!(Dots), at!(DyRows), at!(Down), at!(H), at!(Scores),
-                    at!(Offsets), at!(RowToken), null(), rows, rows, experts, hidden, ffn, dot_columns,
-                    TILE_AUTO, stream
-                ) },
-                Step::GateGradient(default) => launch! { launchers, gate_gradient(
-                    at!(Dgates), at!(Dots), at!(Dy), vectors(default), at!(SlotRow), at!(Choices), tokens, rows,
-                    experts, hidden, top_k, dot_columns, stream
-                ) },
-                Step::DownWeight => weight(Ddown, DyRows, WeightedA, hidden, ffn),
-                Step::GateUpWeight => weight(DgateUp, Dh, XRows, 2 * ffn, hidden),
-                Step::InputGradient => launch! { launchers, grouped_gemm_input_gradient(
-                    at!(DxRows), at!(Dh), at!(GateUp), at!(Offsets), null(), rows, rows, experts, 2 * ffn,
-                    hidden, TILE_AUTO, stream
-                ) },
-                Step::CombineDx => launch! { launchers, combine(
-                    at!(Dx), at!(DxRows), null(), at!(SlotRow), at!(Choices), null(), tokens, rows, experts,
-                    hidden, top_k, 0, stream
-                ) },
-                Step::RouterBackward => {
-                    launch! { launchers, router_backward(
-                        at!(Dx), at!(Dz), at!(RouterPartials), at!(Scores), null(), at!(Dgates), null(), null(),
-                        at!(X), at!(Router), tokens, experts, hidden, score, 1, stream
-                    ) }?;
-                    launch! { launchers, router_weight_gradient(
-                        at!(Drouter), at!(RouterPartials), tokens, experts, hidden, 0, stream
-                    ) }
-                }
-            }
+            .launch(stream);
         }
+        RouterBackward {
+            dx: p.output(Dx),
+            dz: p.output(Dz),
+            dw_partials: p.output(RouterPartials),
+            scores: p.input(Scores),
+            log_sum_exp: None,
+            dscores: Some(p.input(Dgates)),
+            dmean: None,
+            dlse2: None,
+            x: p.input(X),
+            w: p.input(Router),
+            tokens,
+            experts,
+            hidden,
+            score,
+            accumulate: true,
+        }
+        .launch(stream)?;
+        RouterWeightGradient {
+            dw: p.output(Drouter),
+            dw_partials: p.input(RouterPartials),
+            tokens,
+            experts,
+            hidden,
+            accumulate: false,
+        }
+        .launch(stream)
     }
 }

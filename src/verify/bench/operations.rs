@@ -4,6 +4,7 @@
 use super::inputs::{Inputs, balanced};
 use super::kernels::unit_sum;
 use crate::error::Result;
+use crate::kernels::cost::Cost;
 use crate::ops::add::add;
 use crate::ops::attention::attention;
 use crate::ops::cross_entropy::cross_entropy;
@@ -20,7 +21,6 @@ use crate::ops::swiglu::swiglu;
 use crate::tape::{Gradients, Tape, Var};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
-use crate::verify::kernels::costs::Cost;
 use serde_json::{Value, json};
 use std::rc::Rc;
 

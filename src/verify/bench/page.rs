@@ -4,10 +4,12 @@ use super::ceilings::Ceilings;
 use super::figures;
 use super::goals::{self, Verdict, geometric_mean};
 use super::record::{OURS, Record, Records, View, told};
+use crate::device::machine::{
+    H200_BYTES_PER_SECOND as BYTES_PER_SECOND, H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND,
+};
 use crate::error::{Error, Result};
 use crate::report::page::{Cell, Page, Section, Table, document, replace_between};
 use crate::report::plots::publish;
-use crate::verify::kernels::costs::{BYTES_PER_SECOND, FLOPS_PER_SECOND};
 use std::collections::BTreeSet;
 use std::path::Path;
 

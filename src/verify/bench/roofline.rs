@@ -3,13 +3,18 @@
 
 use crate::config::count::flops_per_token;
 use crate::config::{Config, Layers};
+use crate::device::machine::{H200_MULTIPROCESSORS, H200_PEAK};
 use crate::error::{Error, Result};
-use crate::kernels::launchers;
-use crate::kernels::launchers::TILE_AUTO;
+use crate::kernels::cost::{Cost, Sizes};
+use crate::kernels::grouped_swiglu::dot_columns as planned_dot_columns;
+use crate::kernels::launchers::{self, TILE_AUTO};
 use crate::kernels::router::RouterForward;
-use crate::kernels::router_backward::RouterBackward;
-use crate::query;
-use crate::verify::kernels::costs::{self, Cost, Sizes};
+use crate::kernels::router_backward::{self, RouterBackward};
+use crate::kernels::{
+    Combine, DispatchChoices, ExpertMeanUpdate, ExpertSums, GateGradient, GroupedDownForward,
+    GroupedGemmInputGradient, GroupedGemmWeightGradient, GroupedSwigluBackward,
+    GroupedSwigluForward,
+};
 
 /// Expert settings of the page's columns.
 pub const EXPERTS: [&str; 5] = ["8c1", "8c2", "32c1", "32c2", "32c4"];
@@ -18,14 +23,10 @@ pub const PRESETS: [&str; 2] = ["1.96b", "7.33b"];
 /// Tokens of a micro-batch.
 pub const TOKENS: usize = 16_384;
 
-/// Dense bf16 peak of the H200's data sheet, FLOP/s; a step is taken to run at half of it.
-const PEAK: f64 = 989e12;
 /// The prediction: the share of its floor's speed that what `default` adds reaches, its launches, and seconds of one.
 const PREDICTED_SHARE: f64 = 0.85;
 const MORE_LAUNCHES: f64 = 2.0;
 const LAUNCH: f64 = 2e-6;
-/// Of the H200.
-const MULTIPROCESSORS: i32 = 132;
 
 /// One kernel of the layer, as `topk` and as `default` use it.
 struct Kernel {
@@ -115,28 +116,15 @@ impl Plan {
         let sim = launchers::sim()?;
         let before = sim.options().unwrap_or_default();
         sim.set_options(&launchers::Options {
-            multiprocessors: MULTIPROCESSORS,
+            multiprocessors: H200_MULTIPROCESSORS as i32,
             ..before
         })?;
-        let (mut floats, mut columns) = (0u64, 0i32);
-        let (tokens, rows) = (s.tokens as i64, s.rows as i64);
-        let (experts, hidden, ffn) = (s.experts as i32, s.hidden as i32, s.ffn as i32);
-        // SAFETY: one number is written each.
-        let asked = unsafe {
-            query!(
-                sim,
-                router_backward_workspace(&mut floats, tokens, experts, hidden)
-            )
-            .and(query!(
-                sim,
-                grouped_swiglu_dot_columns(&mut columns, rows, experts, hidden, ffn, TILE_AUTO)
-            ))
-        };
+        let partials = router_backward::workspace(sim, s.tokens, s.experts, s.hidden);
+        let columns = planned_dot_columns(sim, s.rows, s.experts, s.hidden, s.ffn, TILE_AUTO);
         sim.set_options(&before)?;
-        asked?;
         Ok(Self {
-            router_partials: floats as usize / (s.experts * s.hidden),
-            dot_columns: columns as usize,
+            router_partials: partials? / (s.experts * s.hidden),
+            dot_columns: columns?,
         })
     }
 }
@@ -176,46 +164,46 @@ fn layer(s: &Sizes, accumulate: bool) -> Result<[Vec<Kernel>; 2]> {
     let dots = plan.dot_columns;
     let forward = vec![
         Kernel::both("router_forward", RouterForward::cost(s)),
-        Kernel::both("dispatch_choices", costs::dispatch_choices(s)),
-        Kernel::both("grouped_swiglu_forward", costs::grouped_swiglu_forward(s)),
+        Kernel::both("dispatch_choices", DispatchChoices::cost(s)),
+        Kernel::both("grouped_swiglu_forward", GroupedSwigluForward::cost(s)),
         Kernel::of(
             "grouped_down_forward",
-            costs::grouped_down_forward(s, false),
-            costs::grouped_down_forward(s, true),
+            GroupedDownForward::cost(s, false),
+            GroupedDownForward::cost(s, true),
         ),
-        Kernel::default_only("expert_sums", costs::expert_sums(s)),
-        Kernel::default_only("expert_mean_update", costs::expert_mean_update(s)),
+        Kernel::default_only("expert_sums", ExpertSums::cost(s)),
+        Kernel::default_only("expert_mean_update", ExpertMeanUpdate::cost(s)),
         Kernel::of(
             "combine",
-            costs::combine(s, true, false, false),
-            costs::combine(s, true, true, false),
+            Combine::cost(s, true, false, false),
+            Combine::cost(s, true, true, false),
         ),
     ];
     let backward = vec![
         Kernel::both(
             "grouped_swiglu_backward",
-            costs::grouped_swiglu_backward(s, dots),
+            GroupedSwigluBackward::cost(s, dots),
         ),
         Kernel::both(
             "grouped_gemm_weight_gradient, down",
-            costs::grouped_gemm_weight_gradient(rows, experts, hidden, ffn, accumulate),
+            GroupedGemmWeightGradient::cost(rows, experts, hidden, ffn, accumulate),
         ),
         Kernel::both(
             "grouped_gemm_weight_gradient, gate and up",
-            costs::grouped_gemm_weight_gradient(rows, experts, 2 * ffn, hidden, accumulate),
+            GroupedGemmWeightGradient::cost(rows, experts, 2 * ffn, hidden, accumulate),
         ),
         Kernel::both(
             "grouped_gemm_input_gradient",
-            costs::grouped_gemm(rows, experts, 2 * ffn, hidden),
+            GroupedGemmInputGradient::cost(rows, experts, 2 * ffn, hidden),
         ),
         Kernel::both(
             "combine, of the gradient of x",
-            costs::combine(s, false, false, false),
+            Combine::cost(s, false, false, false),
         ),
         Kernel::of(
             "gate_gradient",
-            costs::gate_gradient(s, false, dots),
-            costs::gate_gradient(s, true, dots),
+            GateGradient::cost(s, false, dots),
+            GateGradient::cost(s, true, dots),
         ),
         Kernel::both(
             "router_backward",
@@ -229,7 +217,7 @@ fn layer(s: &Sizes, accumulate: bool) -> Result<[Vec<Kernel>; 2]> {
 struct Column {
     kernels: [Vec<Kernel>; 2],
     moe_layers: usize,
-    /// Of one micro-batch, at half of the peak.
+    /// Of one micro-batch, at half of the dense bf16 peak.
     step_seconds: f64,
     sizes: Sizes,
 }
@@ -249,7 +237,7 @@ fn column(preset: &str, experts: &str, tokens: usize) -> Result<Column> {
     Ok(Column {
         kernels: layer(&sizes, true)?,
         moe_layers: model.layers - model.dense_layers.len(),
-        step_seconds: tokens as f64 * flops_per_token(&model) as f64 / (0.5 * PEAK),
+        step_seconds: tokens as f64 * flops_per_token(&model) as f64 / (0.5 * H200_PEAK),
         sizes,
     })
 }
@@ -280,7 +268,7 @@ const INTRODUCTION: &str = "\
 
 Written by `routegrad floors`. The floor of a kernel is max(FLOPs / 790e12, bytes / 4.3e12) seconds: what one H200 was
 measured to do in a bf16 matrix product and in a copy. FLOPs and bytes are those of the kernels' headers; the formulas
-stand in `src/check/kernels/costs.rs`, and the kernels' tests hold them against the simulator's counters. No kernel can be
+stand in `src/kernels/`, and the kernels' tests hold them against the simulator's counters. No kernel can be
 faster; how much slower it is has to be measured.
 
 Numbers are microseconds of one micro-batch, spread evenly over the experts: what `topk` needs, + what `default` adds to
@@ -342,16 +330,17 @@ fn table(page: &mut String, preset: &str, tokens: usize, columns: &[Column]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::machine::{H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND};
 
     #[test]
     fn products_are_bound_by_compute_and_what_default_adds_by_memory() {
         let column = column("7.33b", "8c1", TOKENS).unwrap();
         // 2 T D · 3 F forward, twice that backward.
-        let products = 18.0 * TOKENS as f64 * 2048.0 * 5632.0 / costs::FLOPS_PER_SECOND;
+        let products = 18.0 * TOKENS as f64 * 2048.0 * 5632.0 / H200_FLOPS_PER_SECOND;
         let whole = Floor::sum(column.kernels.iter().flatten().map(Floor::of));
         assert!(whole.topk > products && whole.topk < 1.15 * products);
         // At least one more read of g.
-        let read = 2.0 * TOKENS as f64 * 2048.0 / costs::BYTES_PER_SECOND;
+        let read = 2.0 * TOKENS as f64 * 2048.0 / H200_BYTES_PER_SECOND;
         assert!(whole.added > read && whole.added < 3.0 * read);
     }
 }

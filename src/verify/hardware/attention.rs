@@ -3,10 +3,11 @@
 
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::kernels::attention::AttentionSizes;
+use crate::kernels::cost::Cost;
 use crate::verify::bench::case::{Case, Group, Set, Work};
 use crate::verify::bench::measure::Timing;
 use crate::verify::bench::timed;
-use crate::verify::kernels::costs::{AttentionSizes, Cost};
 use serde_json::{Value, json};
 
 /// Tokens of a launch, and channels of all query heads: the attention of 7.33b.

@@ -1,7 +1,8 @@
 //! Timing a GEMM beside cuBLAS ([`crate::verify::bench::measure`]): random data, inputs rotated past the L2 cache.
 
+use crate::kernels::cost::Cost;
+use crate::kernels::{GroupedGemmForward, GroupedGemmWeightGradient};
 use crate::verify::bench::measure::HARDWARE_PLAN as PLAN;
-use crate::verify::kernels::costs::{self, Cost};
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
 
 /// A product at a shape of the core set.
@@ -17,10 +18,8 @@ impl TimedCase {
         let Shape { n, k, ref counts } = self.shape;
         let (rows, experts) = (self.shape.rows(), counts.len());
         match self.product {
-            Product::WeightGradient => {
-                costs::grouped_gemm_weight_gradient(rows, experts, n, k, false)
-            }
-            _ => costs::grouped_gemm(rows, experts, n, k),
+            Product::WeightGradient => GroupedGemmWeightGradient::cost(rows, experts, n, k, false),
+            _ => GroupedGemmForward::cost(rows, experts, n, k),
         }
     }
 

@@ -3,10 +3,10 @@
 use super::one::Outcome;
 use super::steps::{WARM, memory_judged, planned, uncaptured, unplanned};
 use crate::config::{Config, count};
+use crate::device::machine::H200_PEAK;
 use crate::device::timeline::{self, Timeline};
 use crate::device::{counters, take_peak};
 use crate::error::Result;
-use crate::study::plan::H200_PEAK;
 use crate::train::session::Training;
 use crate::verify::bench::measure::median;
 use serde_json::{Value, json};

@@ -1,13 +1,12 @@
 //! Attention (`kernels/attention.cu`) against float64, and the inputs that its backward shares.
 
-use super::costs::AttentionSizes;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::attention::AttentionSizes;
+use crate::kernels::{self, AttentionForward};
 use half::bf16;
 use rayon::prelude::*;
-use std::ptr::null;
 use std::sync::Arc;
 
 /// Relative error of a product's operand in bf16.
@@ -307,14 +306,6 @@ impl Inputs {
     }
 }
 
-/// The sizes as launchers take them: tokens, sequence, heads, key and value heads, width.
-pub fn arguments(shape: &Shape) -> (i64, i32, i32, i32, i32) {
-    let s = shape.sizes;
-    let tokens = shape.tokens() as i64;
-    let [a, b, c, d] = [s.sequence, s.heads, s.key_value_heads, s.width].map(|n| n as i32);
-    (tokens, a, b, c, d)
-}
-
 /// The launch of these inputs. Buffers: out, log_sum_exp, qkv, first_key.
 pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     let i = inputs.clone();
@@ -330,27 +321,20 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     Problem {
         label: format!("{shape:?}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let first_key = p.get(3).map_or(null(), |p| p.cast_const().cast());
-            let (tokens, sequence, heads, key_value_heads, width) = arguments(&shape);
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    attention_forward(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        first_key,
-                        tokens,
-                        sequence,
-                        heads,
-                        key_value_heads,
-                        width,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            let s = shape.sizes;
+            AttentionForward {
+                out: p[0].output(),
+                log_sum_exp: p[1].output(),
+                qkv: p[2].input(),
+                first_key: p.get(3).map(kernels::Buffer::input),
+                tokens: shape.tokens(),
+                sequence: s.sequence,
+                heads: s.heads,
+                key_value_heads: s.key_value_heads,
+                head_width: s.width,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| i.judge(&out[0], &out[1])),
     }

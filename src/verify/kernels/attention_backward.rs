@@ -1,17 +1,16 @@
 //! The gradient of attention (`kernels/attention_backward.cu`) against float64.
 
 use super::attention::{
-    BF16_ROUNDOFF, Inputs, LEAST_NORMAL, Query, Shape, arguments, covering_shapes, dot, magnitude,
+    BF16_ROUNDOFF, Inputs, LEAST_NORMAL, Query, Shape, covering_shapes, dot, magnitude,
     small_shapes,
 };
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
 use super::rope::{tables, turned};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::{self, AttentionBackward};
 use half::bf16;
 use rayon::prelude::*;
-use std::ptr::null;
 use std::sync::Arc;
 
 /// The inputs of one launch: what forward saved, and a gradient of unit scale.
@@ -251,37 +250,25 @@ pub fn problem(gradient: &Arc<Gradient>) -> Problem {
     Problem {
         label: format!("backward, {shape:?}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let first_key = p[6..6 + packed].first();
-            let first_key = first_key.map_or(null(), |p| p.cast_const().cast());
-            let table = |i: usize| {
-                p.get(6 + packed + i)
-                    .map_or(null(), |p| p.cast_const().cast())
-            };
-            let (tokens, sequence, heads, key_value_heads, width) = arguments(&shape);
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    attention_backward(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        p[3].cast(),
-                        p[4].cast(),
-                        p[5].cast(),
-                        first_key,
-                        table(0),
-                        table(1),
-                        tokens,
-                        sequence,
-                        heads,
-                        key_value_heads,
-                        width,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            let (s, tables) = (shape.sizes, 6 + packed);
+            AttentionBackward {
+                dqkv: p[0].output(),
+                workspace: p[1].output(),
+                dout: p[2].input(),
+                qkv: p[3].input(),
+                out: p[4].input(),
+                log_sum_exp: p[5].input(),
+                first_key: p[6..tables].first().map(kernels::Buffer::input),
+                cosines: p.get(tables).map(kernels::Buffer::input),
+                sines: p.get(tables + 1).map(kernels::Buffer::input),
+                tokens: shape.tokens(),
+                sequence: s.sequence,
+                heads: s.heads,
+                key_value_heads: s.key_value_heads,
+                head_width: s.width,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| g.judge(&out[0])),
     }

@@ -3,11 +3,10 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::Combine;
 use half::bf16;
 use rayon::prelude::*;
-use std::ptr::null;
 use std::sync::Arc;
 
 /// What a launch is asked for.
@@ -161,37 +160,28 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     ];
     buffers.extend(i.routed.slot_buffers());
     let has_choices = i.routed.has_choices();
-    let (tokens, rows) = (i.routed.tokens() as i64, i.routed.rows_given as i64);
-    let (experts, slots) = (i.routed.experts() as i32, i.routed.slots() as i32);
-    let hidden = i.hidden as i32;
+    let (tokens, rows) = (i.routed.tokens(), i.routed.rows_given);
+    let (experts, slots) = (i.routed.experts(), i.routed.slots());
+    let hidden = i.hidden;
     Problem {
         label: i.label(),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let gates = if mode.gates { p[2].cast() } else { null() };
-            let vectors = if mode.vectors { p[3].cast() } else { null() };
-            let choices = if has_choices { p[5].cast() } else { null() };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    combine(
-                        p[0].cast(),
-                        p[1].cast(),
-                        gates,
-                        p[4].cast(),
-                        choices,
-                        vectors,
-                        tokens,
-                        rows,
-                        experts,
-                        hidden,
-                        slots,
-                        i32::from(mode.accumulate),
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            Combine {
+                y: p[0].output(),
+                rows_in: p[1].input(),
+                gates: mode.gates.then(|| p[2].input()),
+                slot_row: p[4].input(),
+                choices: has_choices.then(|| p[5].input()),
+                vectors: mode.vectors.then(|| p[3].input()),
+                tokens,
+                rows,
+                experts,
+                hidden,
+                slots,
+                accumulate: mode.accumulate,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| i.judge(&out[0])),
     }

@@ -1,12 +1,11 @@
 //! Dispatch (`kernels/dispatch.cu`) against a counting sort: every index exactly, in every output.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly};
+use super::{Buffer, Case, MakeProblem, Problem, exactly};
 use crate::error::Result;
 use crate::kernels::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
-use crate::kernels::launchers::{self, Launchers};
-use crate::{launch, query};
-use std::ptr::null;
+use crate::kernels::launchers;
+use crate::kernels::{DispatchChoices, DispatchPositive, dispatch};
 use std::sync::Arc;
 
 /// What every slot of a batch names.
@@ -162,8 +161,9 @@ impl Batch {
     /// # Errors
     /// When the sizes are outside what the kernel can do.
     pub fn problem(&self) -> Result<Problem> {
-        let workspace = workspace_bytes(launchers::sim()?, self)?;
         let (width, capacity) = (self.width(), self.capacity);
+        // A pure function on the host, the same in every build.
+        let workspace = dispatch::workspace(launchers::sim()?, self.tokens, self.experts, width)?;
         let named = match &self.named {
             Named::Choices { experts_of, .. } => Buffer::input("choices", experts_of),
             Named::Positive(Some(scores)) => Buffer::input("scores", scores),
@@ -180,57 +180,44 @@ impl Batch {
         ];
         let (by_choice, tokens, experts) = (
             matches!(self.named, Named::Choices { .. }),
-            self.tokens as i64,
-            self.experts as i32,
+            self.tokens,
+            self.experts,
         );
         let all = matches!(self.named, Named::Positive(None));
         let want = self.sorted();
         Ok(Problem {
             label: self.label(),
             buffers,
-            launch: by_pointers(move |launchers, p, stream| {
-                let (offsets, row_token, row_slot, slot_row) =
-                    (p[0].cast(), p[1].cast(), p[2].cast(), p[3].cast());
-                let (fault, workspace, capacity) = (p[4].cast(), p[5].cast(), capacity as i64);
-                // SAFETY: every buffer has the size that the launcher's header states.
-                unsafe {
-                    if by_choice {
-                        launch!(
-                            launchers,
-                            dispatch_choices(
-                                offsets,
-                                row_token,
-                                row_slot,
-                                slot_row,
-                                fault,
-                                workspace,
-                                p[6].cast(),
-                                tokens,
-                                experts,
-                                width as i32,
-                                capacity,
-                                stream
-                            )
-                        )
-                    } else {
-                        launch!(
-                            launchers,
-                            dispatch_positive(
-                                offsets,
-                                row_token,
-                                row_slot,
-                                slot_row,
-                                fault,
-                                workspace,
-                                if all { null() } else { p[6].cast() },
-                                tokens,
-                                experts,
-                                capacity,
-                                stream
-                            )
-                        )
+            launch: Box::new(move |p, stream| {
+                if by_choice {
+                    return DispatchChoices {
+                        offsets: p[0].output(),
+                        row_token: p[1].output(),
+                        row_slot: p[2].output(),
+                        slot_row: p[3].output(),
+                        fault: p[4].output(),
+                        workspace: p[5].output(),
+                        choices: p[6].input(),
+                        tokens,
+                        experts,
+                        choices_per_token: width,
+                        row_capacity: capacity,
                     }
+                    .launch(stream);
                 }
+                DispatchPositive {
+                    offsets: p[0].output(),
+                    row_token: p[1].output(),
+                    row_slot: p[2].output(),
+                    slot_row: p[3].output(),
+                    fault: p[4].output(),
+                    workspace: p[5].output(),
+                    scores: (!all).then(|| p[6].input()),
+                    tokens,
+                    experts,
+                    row_capacity: capacity,
+                }
+                .launch(stream)
             }),
             judge: Box::new(move |out| {
                 let columns = [
@@ -259,24 +246,6 @@ pub struct Sorted {
     pub row_slot: Vec<i32>,
     pub slot_row: Vec<i32>,
     pub fault: i32,
-}
-
-/// A pure function on the host, the same in every build.
-fn workspace_bytes(launchers: &Launchers, batch: &Batch) -> Result<usize> {
-    let mut bytes = 0u64;
-    let (tokens, experts, width) = (
-        batch.tokens as i64,
-        batch.experts as i32,
-        batch.width() as i32,
-    );
-    // SAFETY: one u64 is written.
-    unsafe {
-        query!(
-            launchers,
-            dispatch_workspace(&mut bytes, tokens, experts, width)
-        )
-    }?;
-    Ok(bytes as usize)
 }
 
 /// Batches that every build runs, under every schedule.

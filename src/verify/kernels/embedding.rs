@@ -2,10 +2,9 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use crate::kernels::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder};
 use half::bf16;
-use std::ptr::null;
 
 /// Which ids the tokens have.
 #[derive(Clone, Copy, Debug)]
@@ -49,22 +48,16 @@ pub fn forward_problem(of: Ids, tokens: usize, vocabulary: usize, hidden: usize)
             Buffer::input("w", &table),
             Buffer::input("ids", &ids),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    embedding_forward(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        tokens as i64,
-                        vocabulary as i32,
-                        hidden as i32,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            EmbeddingForward {
+                y: p[0].output(),
+                w: p[1].input(),
+                ids: p[2].input(),
+                tokens,
+                vocabulary,
+                hidden,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| {
             exactly::<u16>("y", &out[0], |i| {
@@ -107,28 +100,19 @@ pub fn order_problem(tokens: usize, vocabulary: usize, first: bool, whole: bool)
             Buffer::input("row_token", &row_token),
             Buffer::input("ids", &ids),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let earlier = |p: *mut u8| {
-                if first { null() } else { p.cast_const().cast() }
-            };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    embedding_order(
-                        p[0].cast(),
-                        p[1].cast(),
-                        earlier(p[2]),
-                        earlier(p[3]),
-                        p[4].cast(),
-                        tokens as i64,
-                        vocabulary as i32,
-                        shift,
-                        whole.into(),
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            EmbeddingOrder {
+                order: p[0].output(),
+                keys: p[1].output(),
+                previous: (!first).then(|| p[2].input()),
+                row_token: (!first).then(|| p[3].input()),
+                ids: p[4].input(),
+                tokens,
+                vocabulary,
+                shift,
+                whole,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| {
             let mut errors = exactly::<i32>("order", &out[0], |i| order[i])?;
@@ -164,25 +148,19 @@ pub fn gradient_problem(
     Problem {
         label: format!("{of:?}, T {tokens}, V {vocabulary}, D {hidden}, accumulate {accumulate}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    embedding_gradient(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        p[3].cast(),
-                        p[4].cast(),
-                        tokens as i64,
-                        vocabulary as i32,
-                        hidden as i32,
-                        accumulate.into(),
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            EmbeddingGradient {
+                dw: p[0].output(),
+                parts: p[1].output(),
+                dy: p[2].input(),
+                order: p[3].input(),
+                keys: p[4].input(),
+                tokens,
+                vocabulary,
+                hidden,
+                accumulate,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);

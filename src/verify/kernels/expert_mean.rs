@@ -3,14 +3,13 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, exactly, values};
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
 use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
 };
-use crate::launch;
+use crate::kernels::{ExpertMeanUpdate, ExpertSums};
 use std::ops::Range;
-use std::ptr::null;
 use std::sync::Arc;
 
 /// Rows behind one line of column sums.
@@ -120,36 +119,25 @@ pub fn sums_problem(inputs: &Arc<Sums>) -> Problem {
         Buffer::input("offsets", &i.routed.sorted.offsets),
         Buffer::input("row_token", &row_token),
     ];
-    let (weighted, rows, tokens) = (
-        i.weighted,
-        i.routed.rows_given as i64,
-        i.routed.tokens() as i64,
-    );
-    let (experts, hidden) = (experts as i32, i.hidden as i32);
+    let (weighted, rows, tokens) = (i.weighted, i.routed.rows_given, i.routed.tokens());
+    let hidden = i.hidden;
     Problem {
         label: format!("{}, D {hidden}, weighted {weighted}", i.routed.label()),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let gates = if weighted { p[3].cast() } else { null() };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    expert_sums(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        gates,
-                        p[4].cast(),
-                        p[5].cast(),
-                        rows,
-                        tokens,
-                        experts,
-                        hidden,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            ExpertSums {
+                sums: p[0].output(),
+                masses: p[1].output(),
+                column_sums: p[2].input(),
+                gates: weighted.then(|| p[3].input()),
+                offsets: p[4].input(),
+                row_token: p[5].input(),
+                rows,
+                tokens,
+                experts,
+                hidden,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| i.judge(&out[0], &out[1])),
     }
@@ -182,23 +170,17 @@ pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weight
     Problem {
         label: format!("{experts} experts, D {hidden}, weighting {weighting}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    expert_mean_update(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        p[3].cast(),
-                        experts as i32,
-                        hidden as i32,
-                        weighting as i32,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            ExpertMeanUpdate {
+                average: p[0].output(),
+                sums: p[1].input(),
+                masses: p[2].input(),
+                beta: p[3].input(),
+                experts,
+                hidden,
+                weighting: weighting as i32,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);

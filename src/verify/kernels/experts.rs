@@ -3,6 +3,7 @@
 use super::machine::POISON;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::Shape;
+use crate::kernels::{Buffer, In};
 
 /// Widths and rows of an expert layer.
 #[derive(Clone, Debug)]
@@ -32,11 +33,11 @@ impl Layer {
     }
 
     /// What the launcher is told of the rows, when the buffers have room for `given`: their bound and their offsets.
-    pub fn bounds(&self, given: usize, offsets: *mut u8) -> (i64, *const i32) {
+    pub fn bounds<'a>(&self, given: usize, offsets: &'a Buffer) -> (usize, Option<In<'a, i32>>) {
         if self.dense {
-            (self.rows() as i64, std::ptr::null())
+            (self.rows(), None)
         } else {
-            (given as i64, offsets.cast_const().cast())
+            (given, Some(offsets.input()))
         }
     }
 

@@ -3,11 +3,10 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::GateGradient;
 use half::bf16;
 use rayon::prelude::*;
-use std::ptr::null;
 use std::sync::Arc;
 
 /// The inputs of one launch.
@@ -130,40 +129,28 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     ];
     buffers.extend(i.routed.slot_buffers());
     let (dense, has_choices) = (i.dense, i.routed.has_choices());
-    let (tokens, rows) = (i.routed.tokens() as i64, i.routed.rows_given as i64);
-    let (experts, slots) = (i.routed.experts() as i32, i.routed.slots() as i32);
-    let (hidden, dot_columns) = (i.hidden as i32, i.dot_columns as i32);
+    let (tokens, rows) = (i.routed.tokens(), i.routed.rows_given);
+    let (experts, slots) = (i.routed.experts(), i.routed.slots());
+    let (hidden, dot_columns) = (i.hidden, i.dot_columns);
     Problem {
         label: i.label(),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (g, vectors) = if dense {
-                (p[2].cast_const().cast(), p[3].cast_const().cast())
-            } else {
-                (null(), null())
-            };
-            let choices = if has_choices { p[5].cast() } else { null() };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    gate_gradient(
-                        p[0].cast(),
-                        p[1].cast(),
-                        g,
-                        vectors,
-                        p[4].cast(),
-                        choices,
-                        tokens,
-                        rows,
-                        experts,
-                        hidden,
-                        slots,
-                        dot_columns,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            GateGradient {
+                dgates: p[0].output(),
+                dots: p[1].input(),
+                g: dense.then(|| p[2].input()),
+                vectors: dense.then(|| p[3].input()),
+                slot_row: p[4].input(),
+                choices: has_choices.then(|| p[5].input()),
+                tokens,
+                rows,
+                experts,
+                hidden,
+                slots,
+                dot_columns,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| i.judge(&out[0])),
     }

@@ -6,11 +6,10 @@ use super::experts::{
 use super::machine::POISON;
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
+use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::kernels::bindings::*;
-use crate::launch;
+use crate::kernels::{self, GroupedDownForward};
 use half::bf16;
-use std::ptr::{null, null_mut};
 use std::sync::{Arc, LazyLock};
 
 pub const TILES: [routegrad_gemm_tile; 2] = [
@@ -63,7 +62,7 @@ impl Down {
 
     /// Blocks that `column_sums` has room for.
     pub fn blocks(&self) -> usize {
-        self.operands.rows_given / 64 + self.layer.counts.len()
+        GroupedDownForward::column_sum_lines(self.operands.rows_given, self.layer.counts.len())
     }
 
     fn gate(&self, row: usize) -> f64 {
@@ -153,41 +152,29 @@ pub fn problem(down: &Arc<Down>, tile: routegrad_gemm_tile) -> Problem {
     if d.sums != Sums::None {
         buffers.push(Buffer::output("column_sums", d.blocks() * hidden * 4));
     }
-    let (sums, given, tokens) = (d.sums, d.operands.rows_given, d.tokens as i64);
-    let (layer, experts) = (d.layer.clone(), d.layer.counts.len() as i32);
+    let (sums, given, tokens) = (d.sums, d.operands.rows_given, d.tokens);
+    let (layer, experts) = (d.layer.clone(), d.layer.counts.len());
     Problem {
         label: format!("down, sums {sums:?}, tile {tile}, {}", d.layer.label()),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (rows, offsets) = layer.bounds(given, p[3]);
-            let column_sums = p.get(6).map_or(null_mut(), |p| p.cast());
-            let gates = if sums == Sums::Gated {
-                p[4].cast::<f32>().cast_const()
-            } else {
-                null()
-            };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    grouped_down_forward(
-                        p[0].cast(),
-                        column_sums,
-                        p[1].cast(),
-                        p[2].cast(),
-                        gates,
-                        offsets,
-                        p[5].cast(),
-                        rows,
-                        tokens,
-                        experts,
-                        hidden as i32,
-                        ffn as i32,
-                        tile as i32,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            let (rows, offsets) = layer.bounds(given, &p[3]);
+            GroupedDownForward {
+                out: p[0].output(),
+                column_sums: p.get(6).map(kernels::Buffer::output),
+                a: p[1].input(),
+                w: p[2].input(),
+                gates: (sums == Sums::Gated).then(|| p[4].input()),
+                offsets,
+                row_token: Some(p[5].input()),
+                rows,
+                tokens,
+                experts,
+                hidden,
+                ffn,
+                tile: tile as i32,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |outputs| d.judge(outputs)),
     }

@@ -3,13 +3,12 @@
 use super::numbers::{Errors, F32_ROUNDOFF, half_ulp_bf16};
 use super::operands::Line;
 pub use super::operands::{Gather, Operands, Product, Shape, TILES};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, machine::POISON, values};
+use super::{Buffer, Case, MakeProblem, Problem, machine::POISON, values};
 use crate::kernels::bindings::*;
-use crate::launch;
+use crate::kernels::{GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient};
 use Product::*;
 use half::bf16;
 use rayon::prelude::*;
-use std::ptr::null;
 use std::sync::{Arc, LazyLock};
 
 /// Shapes for every build and schedule: a single row, empty groups, tails of every kind, widths that divide nothing.
@@ -143,88 +142,63 @@ pub fn problem(operands: &Arc<Operands>, tile: routegrad_gemm_tile) -> Problem {
         Buffer::input("offsets", &o.offsets),
     ];
     buffers.extend(o.index.as_ref().map(|index| Buffer::input("index", index)));
-    let (product, gather, accumulate) = (o.product, o.gather, i32::from(o.added_to.is_some()));
-    let (experts, n, k) = (
-        o.shape.counts.len() as i32,
-        o.shape.n as i32,
-        o.shape.k as i32,
-    );
-    let (rows, a_height, b_height, tile_number) = (
-        o.rows_given as i64,
-        o.a_height as i64,
-        o.b_height as i64,
-        tile as i32,
-    );
+    let (product, gather, accumulate) = (o.product, o.gather, o.added_to.is_some());
+    let (experts, n, k) = (o.shape.counts.len(), o.shape.n, o.shape.k);
+    let (rows, a_height, b_height) = (o.rows_given, o.a_height, o.b_height);
+    let label = operands.label(tile);
+    let tile = tile as i32;
     Problem {
-        label: operands.label(tile),
+        label,
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (out, a, b, offsets) = (p[0], p[1].cast(), p[2].cast(), p[3].cast());
-            let index = |of| {
-                if gather == of {
-                    p[4].cast::<i32>().cast_const()
-                } else {
-                    null()
+        launch: Box::new(move |p, stream| {
+            let offsets = Some(p[3].input());
+            let index = |of| (gather == of).then(|| p[4].input());
+            match product {
+                Forward => GroupedGemmForward {
+                    out: p[0].output(),
+                    x: p[1].input(),
+                    w: p[2].input(),
+                    offsets,
+                    row_token: index(Gather::A),
+                    rows,
+                    x_rows: a_height,
+                    experts,
+                    n,
+                    k,
+                    tile,
                 }
-            };
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                match product {
-                    Forward => launch!(
-                        launchers,
-                        grouped_gemm_forward(
-                            out.cast(),
-                            a,
-                            b,
-                            offsets,
-                            index(Gather::A),
-                            rows,
-                            a_height,
-                            experts,
-                            n,
-                            k,
-                            tile_number,
-                            stream
-                        )
-                    ),
-                    InputGradient => launch!(
-                        launchers,
-                        grouped_gemm_input_gradient(
-                            out.cast(),
-                            a,
-                            b,
-                            offsets,
-                            index(Gather::A),
-                            rows,
-                            a_height,
-                            experts,
-                            n,
-                            k,
-                            tile_number,
-                            stream
-                        )
-                    ),
-                    WeightGradient => launch!(
-                        launchers,
-                        grouped_gemm_weight_gradient(
-                            out.cast(),
-                            a,
-                            b,
-                            offsets,
-                            index(Gather::A),
-                            index(Gather::B),
-                            rows,
-                            a_height,
-                            b_height,
-                            experts,
-                            n,
-                            k,
-                            accumulate,
-                            tile_number,
-                            stream
-                        )
-                    ),
+                .launch(stream),
+                InputGradient => GroupedGemmInputGradient {
+                    dx: p[0].output(),
+                    dout: p[1].input(),
+                    w: p[2].input(),
+                    offsets,
+                    row_token: index(Gather::A),
+                    rows,
+                    dout_rows: a_height,
+                    experts,
+                    n,
+                    k,
+                    tile,
                 }
+                .launch(stream),
+                WeightGradient => GroupedGemmWeightGradient {
+                    dw: p[0].output(),
+                    dout: p[1].input(),
+                    x: p[2].input(),
+                    offsets,
+                    dout_row_token: index(Gather::A),
+                    x_row_token: index(Gather::B),
+                    rows,
+                    dout_rows: a_height,
+                    x_rows: b_height,
+                    experts,
+                    n,
+                    k,
+                    accumulate,
+                    tile,
+                }
+                .launch(stream),
             }
         }),
         judge: Box::new(move |out| judge(&o, &out[0])),

@@ -5,9 +5,9 @@ use super::experts::{
 };
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product, exact};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
+use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::kernels::bindings::*;
-use crate::launch;
+use crate::kernels::{self, GroupedSwigluBackward, GroupedSwigluForward};
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::{Arc, LazyLock};
@@ -71,7 +71,7 @@ impl Forward {
 pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Problem {
     let f = forward.clone();
     let o = &f.operands;
-    let (hidden, ffn, given) = (f.layer.hidden as i32, f.layer.ffn as i32, o.rows_given);
+    let (hidden, ffn, given) = (f.layer.hidden, f.layer.ffn, o.rows_given);
     let mut buffers = vec![
         Buffer::output("h", given * f.layer.ffn * 4),
         Buffer::output("a", given * f.layer.ffn * 2),
@@ -80,7 +80,7 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
         Buffer::input("offsets", &o.offsets),
     ];
     buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
-    let (x_rows, experts) = (o.a_height as i64, f.layer.counts.len() as i32);
+    let (x_rows, experts) = (o.a_height, f.layer.counts.len());
     let (gather, layer) = (o.gather, f.layer.clone());
     Problem {
         label: format!(
@@ -88,30 +88,23 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
             f.layer.label()
         ),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (rows, offsets) = layer.bounds(given, p[4]);
-            let row_token = p.get(5).map_or(std::ptr::null(), |p| p.cast_const().cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    grouped_swiglu_forward(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        p[3].cast(),
-                        offsets,
-                        row_token,
-                        rows,
-                        x_rows,
-                        experts,
-                        ffn,
-                        hidden,
-                        tile as i32,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            let (rows, offsets) = layer.bounds(given, &p[4]);
+            GroupedSwigluForward {
+                h: p[0].output(),
+                a: p[1].output(),
+                x: p[2].input(),
+                w: p[3].input(),
+                offsets,
+                row_token: p.get(5).map(kernels::Buffer::input),
+                rows,
+                x_rows,
+                experts,
+                ffn,
+                hidden,
+                tile: tile as i32,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |outputs| f.judge(outputs)),
     }
@@ -223,7 +216,7 @@ pub fn backward_problem(
 ) -> Problem {
     let b = backward.clone();
     let o = &b.operands;
-    let (hidden, ffn, given) = (b.layer.hidden as i32, b.layer.ffn as i32, o.rows_given);
+    let (hidden, ffn, given) = (b.layer.hidden, b.layer.ffn, o.rows_given);
     let dot_columns = b.layer.ffn.div_ceil(tile_columns);
     let mut buffers = vec![
         Buffer::output("dh", given * b.layer.ffn * 4),
@@ -236,7 +229,7 @@ pub fn backward_problem(
         Buffer::input("offsets", &o.offsets),
     ];
     buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
-    let (dout_rows, experts) = (o.a_height as i64, b.layer.counts.len() as i32);
+    let (dout_rows, experts) = (o.a_height, b.layer.counts.len());
     let (gather, layer) = (o.gather, b.layer.clone());
     Problem {
         label: format!(
@@ -244,35 +237,29 @@ pub fn backward_problem(
             b.layer.label()
         ),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            let (rows, offsets) = layer.bounds(given, p[7]);
-            let row_token = p.get(8).map_or(std::ptr::null(), |p| p.cast_const().cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    grouped_swiglu_backward(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        p[3].cast(),
-                        p[4].cast(),
-                        p[5].cast(),
-                        p[6].cast(),
-                        offsets,
-                        row_token,
-                        row_token,
-                        rows,
-                        dout_rows,
-                        experts,
-                        hidden,
-                        ffn,
-                        dot_columns as i32,
-                        tile as i32,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            let (rows, offsets) = layer.bounds(given, &p[7]);
+            let row_token = p.get(8).map(kernels::Buffer::input);
+            GroupedSwigluBackward {
+                dh: p[0].output(),
+                scaled_a: p[1].output(),
+                dots: p[2].output(),
+                dout: p[3].input(),
+                w: p[4].input(),
+                h: p[5].input(),
+                gates: p[6].input(),
+                offsets,
+                row_token,
+                dout_row_token: row_token,
+                rows,
+                dout_rows,
+                experts,
+                hidden,
+                ffn,
+                dot_columns,
+                tile: tile as i32,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |outputs| b.judge(tile_columns, outputs)),
     }

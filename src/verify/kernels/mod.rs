@@ -10,7 +10,6 @@ pub mod attention;
 pub mod attention_backward;
 pub mod balance;
 pub mod combine;
-pub mod costs;
 pub mod cross_entropy;
 pub mod dispatch;
 pub mod embedding;

@@ -2,10 +2,9 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::{QkNorm, QkNormBackward};
 use half::bf16;
-use std::ptr::{null, null_mut};
 
 const EPS: f32 = 1e-5;
 
@@ -61,27 +60,35 @@ fn problem(s: Shape, backward: bool) -> Problem {
             Buffer::input("w", &w),
             Buffer::input("dy", &dy),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let at = |p: *mut u8| p.wrapping_add(2 * s.around);
-            let (to, x, dy) = (at(p[0]).cast(), at(p[2]).cast(), at(p[4]).cast());
-            let (w, scales) = match s.weighted {
-                true => (p[3].cast_const().cast(), p[1].cast()),
-                false => (null(), null_mut()),
-            };
-            let (rows, pitch) = (s.rows as i64, s.pitch() as i64);
-            let (pieces, width) = (s.pieces as i32, s.width as i32);
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                match backward {
-                    true => launch!(
-                        launchers,
-                        qk_norm_backward(to, scales, dy, x, w, rows, pieces, width, pitch, stream)
-                    ),
-                    false => launch!(
-                        launchers,
-                        qk_norm(to, scales, x, w, rows, pieces, width, pitch, EPS, stream)
-                    ),
+        launch: Box::new(move |p, stream| {
+            let at = s.around;
+            let w = s.weighted.then(|| p[3].input());
+            let (rows, pieces, width, pitch) = (s.rows, s.pieces, s.width, s.pitch());
+            match backward {
+                true => QkNormBackward {
+                    dx: p[0].output().from_element(at),
+                    scales: s.weighted.then(|| p[1].input()),
+                    dy: p[4].input().from_element(at),
+                    x: p[2].input().from_element(at),
+                    w,
+                    rows,
+                    pieces,
+                    width,
+                    pitch,
                 }
+                .launch(stream),
+                false => QkNorm {
+                    y: p[0].output().from_element(at),
+                    scales: s.weighted.then(|| p[1].output()),
+                    x: p[2].input().from_element(at),
+                    w,
+                    rows,
+                    pieces,
+                    width,
+                    pitch,
+                    eps: EPS,
+                }
+                .launch(stream),
             }
         }),
         judge: Box::new(move |out| {

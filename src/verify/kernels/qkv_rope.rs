@@ -5,10 +5,10 @@ use super::grouped_down::TILES;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
 use super::rope::{Shape, tables};
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::QkvRopeForward;
 use crate::kernels::bindings::routegrad_gemm_tile;
 use crate::kernels::launchers::TILE_AUTO;
-use crate::launch;
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -106,28 +106,22 @@ pub fn problem(inputs: &Arc<Inputs>, tile: routegrad_gemm_tile) -> Problem {
     Problem {
         label: format!("{shape:?}, D {hidden}, tile {tile}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    qkv_rope_forward(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        p[3].cast_const().cast(),
-                        p[4].cast_const().cast(),
-                        shape.tokens() as i64,
-                        shape.sequence as i32,
-                        shape.heads as i32,
-                        shape.key_value_heads as i32,
-                        shape.width as i32,
-                        hidden as i32,
-                        tile as i32,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            QkvRopeForward {
+                out: p[0].output(),
+                x: p[1].input(),
+                w: p[2].input(),
+                cosines: p[3].input(),
+                sines: p[4].input(),
+                tokens: shape.tokens(),
+                sequence: shape.sequence,
+                heads: shape.heads,
+                key_value_heads: shape.key_value_heads,
+                head_width: shape.width,
+                hidden,
+                tile: tile as i32,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| i.judge(&values(&out[0]))),
     }

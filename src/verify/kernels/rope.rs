@@ -2,8 +2,8 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::Rope;
 use half::bf16;
 
 const THETA: f64 = 10_000.0;
@@ -73,26 +73,20 @@ pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
     Problem {
         label: format!("{shape:?}, back {back}, in place {in_place}"),
         buffers,
-        launch: by_pointers(move |launchers, p, stream| {
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    rope(
-                        p[0].cast(),
-                        p[usize::from(!in_place)].cast_const().cast(),
-                        p[2].cast_const().cast(),
-                        p[3].cast_const().cast(),
-                        tokens as i64,
-                        shape.sequence as i32,
-                        shape.heads as i32,
-                        shape.key_value_heads as i32,
-                        shape.width as i32,
-                        back.into(),
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            Rope {
+                y: p[0].output(),
+                x: p[usize::from(!in_place)].input(),
+                cosines: p[2].input(),
+                sines: p[3].input(),
+                tokens,
+                sequence: shape.sequence,
+                heads: shape.heads,
+                key_value_heads: shape.key_value_heads,
+                head_width: shape.width,
+                back,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| judge(&shape, &x, back, &values(&out[0]))),
     }

@@ -2,10 +2,9 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::{ColumnSums, GatedRows, GatedRowsBackward, RowArithmetic};
 use half::bf16;
-use std::ptr::null;
 
 /// Buffers: out (or a, changed), a, b.
 fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place: bool) -> Problem {
@@ -22,25 +21,17 @@ fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place
             "{rows} rows of {width}, one row {one_row}, multiply {multiply}, in place {in_place}"
         ),
         buffers: vec![first, Buffer::input("a", &a), Buffer::input("b", &b)],
-        launch: by_pointers(move |launchers, p, stream| {
-            let a = if in_place { p[0] } else { p[1] }.cast_const().cast();
-            let (rows, b_rows, width) = (rows as i64, b_rows as i64, width as i32);
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    row_arithmetic(
-                        p[0].cast(),
-                        a,
-                        p[2].cast(),
-                        rows,
-                        b_rows,
-                        width,
-                        multiply.into(),
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            RowArithmetic {
+                out: p[0].output(),
+                a: p[usize::from(!in_place)].input(),
+                b: p[2].input(),
+                rows,
+                b_rows,
+                width,
+                multiply,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| {
             let got: Vec<bf16> = values(&out[0]);
@@ -94,34 +85,19 @@ fn sums(s: Sums) -> Problem {
             Buffer::input("y", &y),
             Buffer::input("scales", &scales),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let at = |p: *mut u8| p.wrapping_add(2 * s.around).cast_const().cast();
-            let y = if s.y { at(p[2]) } else { null() };
-            let scales = if s.scales {
-                p[3].cast_const().cast()
-            } else {
-                null()
-            };
-            let (rows, width, pitch) = (s.rows as i64, width as i32, pitch as i64);
-            let (piece, runs) = (s.piece as i32, s.runs as i32);
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    column_sums(
-                        p[0].cast(),
-                        at(p[1]),
-                        y,
-                        scales,
-                        rows,
-                        width,
-                        pitch,
-                        piece,
-                        runs,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            ColumnSums {
+                parts: p[0].output(),
+                x: p[1].input().from_element(s.around),
+                y: s.y.then(|| p[2].input().from_element(s.around)),
+                scales: s.scales.then(|| p[3].input()),
+                rows: s.rows,
+                width,
+                pitch,
+                piece: s.piece,
+                runs: s.runs,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);
@@ -175,24 +151,17 @@ fn gated(rows: usize, width: usize) -> Problem {
             Buffer::input("w", &w),
             Buffer::input("v", &v),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let (x, w, v) = (p[2].cast(), p[3].cast(), p[4].cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    gated_rows(
-                        p[0].cast(),
-                        p[1].cast(),
-                        x,
-                        w,
-                        v,
-                        rows as i64,
-                        width as i32,
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            GatedRows {
+                y: p[0].output(),
+                gates: p[1].output(),
+                x: p[2].input(),
+                w: p[3].input(),
+                v: p[4].input(),
+                rows,
+                width,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| {
             let (y, gates): (Vec<bf16>, Vec<f32>) = (values(&out[0]), values(&out[1]));
@@ -239,27 +208,20 @@ fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
             Buffer::input("v", &v),
             Buffer::input("w", &w),
         ],
-        launch: by_pointers(move |launchers, p, stream| {
-            let (dy, gates, v, w) = (p[3].cast(), p[4].cast(), p[5].cast(), p[6].cast());
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                launch!(
-                    launchers,
-                    gated_rows_backward(
-                        p[0].cast(),
-                        p[1].cast(),
-                        p[2].cast(),
-                        dy,
-                        gates,
-                        v,
-                        w,
-                        rows as i64,
-                        width as i32,
-                        accumulate.into(),
-                        stream
-                    )
-                )
+        launch: Box::new(move |p, stream| {
+            GatedRowsBackward {
+                dx: p[0].output(),
+                dv: p[1].output(),
+                dscores: p[2].output(),
+                dy: p[3].input(),
+                gates: p[4].input(),
+                v: p[5].input(),
+                w: p[6].input(),
+                rows,
+                width,
+                accumulate,
             }
+            .launch(stream)
         }),
         judge: Box::new(move |out| {
             let (dx, dv): (Vec<bf16>, Vec<bf16>) = (values(&out[0]), values(&out[1]));

@@ -2,8 +2,8 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, by_pointers, values};
-use crate::launch;
+use super::{Buffer, Case, MakeProblem, Problem, values};
+use crate::kernels::{SwigluBackward, SwigluForward};
 use half::bf16;
 
 /// What a product of `magnitude` may be off by. σ and products in f32: two hardware approximations of 2 units in the last
@@ -29,21 +29,22 @@ fn problem(rows: usize, ffn: usize, spread: f32, backward: bool) -> Problem {
     Problem {
         label: format!("T {rows}, F {ffn}, spread {spread}"),
         buffers: vec![Buffer::output(output, bytes), input, Buffer::input("h", &h)],
-        launch: by_pointers(move |launchers, p, stream| {
-            let (rows, ffn) = (rows as i64, ffn as i32);
-            // SAFETY: every buffer has the size that the launcher's header states.
-            unsafe {
-                match backward {
-                    true => launch!(
-                        launchers,
-                        swiglu_backward(p[0].cast(), p[1].cast(), p[2].cast(), rows, ffn, stream)
-                    ),
-                    false => launch!(
-                        launchers,
-                        swiglu_forward(p[0].cast(), p[2].cast(), rows, ffn, stream)
-                    ),
-                }
+        launch: Box::new(move |p, stream| match backward {
+            true => SwigluBackward {
+                dh: p[0].output(),
+                da: p[1].input(),
+                h: p[2].input(),
+                rows,
+                ffn,
             }
+            .launch(stream),
+            false => SwigluForward {
+                a: p[0].output(),
+                h: p[2].input(),
+                rows,
+                ffn,
+            }
+            .launch(stream),
         }),
         judge: Box::new(move |out| {
             let got: Vec<bf16> = values(&out[0]);

@@ -6,7 +6,7 @@ pub mod refusals;
 pub mod schedules;
 pub mod tape;
 
-use routegrad::verify::kernels::costs::Cost;
+use routegrad::kernels::cost::Cost;
 use routegrad::verify::kernels::{Case, Problem, Simulator, cases};
 use schedules::{counted, is_plain, schedules};
 

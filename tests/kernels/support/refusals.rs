@@ -11,21 +11,26 @@ pub const NOT_MULTIPLE: &str = "is not a multiple of 8";
 pub const OUT_OF_RANGE: &str = "is outside what the kernel can do";
 pub const OVERFLOW: &str = "makes a product of sizes overflow";
 
-/// The simulator's stream.
+/// Where refused calls would go.
 pub fn stream() -> Stream {
     Stream::of(Device::Sim).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// An input of any length at an address, for a call that is refused.
-pub fn from<T>(address: usize) -> In<'static, T> {
+/// Memory of any length at an address, for calls that are refused.
+pub fn input<'a, T>(address: usize) -> In<'a, T> {
     // SAFETY: a refused call touches no memory.
     unsafe { In::from_address(address, usize::MAX) }
 }
 
-/// An output of any length at an address, for a call that is refused.
-pub fn to<T>(address: usize) -> Out<'static, T> {
-    // SAFETY: a refused call touches no memory.
+/// [`input`] to be written.
+pub fn output<'a, T>(address: usize) -> Out<'a, T> {
+    // SAFETY: as above.
     unsafe { Out::from_address(address, usize::MAX) }
+}
+
+/// [`input`], left out where the address is 0.
+pub fn optional<'a, T>(address: usize) -> Option<In<'a, T>> {
+    (address != 0).then(|| input(address))
 }
 
 /// The call is refused for `argument`, and nothing is launched.

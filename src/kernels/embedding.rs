@@ -1,0 +1,68 @@
+//! `kernels/embedding.cu`: rows of a table by id, the tokens' order by id, and the table's gradient.
+//!
+//! `y_t = W[id_t]`, NaN where the id is not in `0 … V − 1`. `dW_v (+)= Σ dy_t` over the tokens with id v, t ascending. The
+//! tokens are sorted by id a byte at a time: [`EmbeddingOrder`] gives the bytes, `dispatch_choices` their stable order.
+
+use super::{In, Out, host_function, kernel};
+use half::bf16;
+
+kernel! {
+    /// `y_t = W[id_t]`, assigned.
+    pub struct EmbeddingForward = embedding_forward {
+        /// `[T, D]`.
+        y: Out<'a, bf16> [tokens * hidden];
+        /// `[V, D]`.
+        w: In<'a, bf16> [vocabulary * hidden];
+        /// `[T]`.
+        ids: In<'a, i32> [tokens];
+        tokens: usize;
+        vocabulary: usize;
+        hidden: usize;
+    }
+}
+
+kernel! {
+    /// `order_i = i`, or `previous[row_token_i]`; `keys_i` the key of the token `order_i`: its id, or V where that is not in
+    /// the table, shifted by `shift` bits, of it the lowest 8 unless `whole`. Assigned.
+    pub struct EmbeddingOrder = embedding_order {
+        /// `[T]`.
+        order: Out<'a, i32> [tokens];
+        /// `[T]`.
+        keys: Out<'a, i32> [tokens];
+        /// The order so far, `[T]`.
+        previous: Option<In<'a, i32>> [tokens];
+        /// A sort of it, `[T]`.
+        row_token: Option<In<'a, i32>> [tokens];
+        /// `[T]`.
+        ids: In<'a, i32> [tokens];
+        tokens: usize;
+        vocabulary: usize;
+        shift: usize;
+        whole: bool;
+    }
+}
+
+kernel! {
+    /// `dW_v (+)= Σ dy_t` over the tokens with id v.
+    pub struct EmbeddingGradient = embedding_gradient {
+        /// `[V, D]`, assigned, or added to.
+        dw: Out<'a, f32> [vocabulary * hidden];
+        /// [`workspace`] floats.
+        parts: Out<'a, f32> => workspace(tokens, hidden);
+        /// `[T, D]`.
+        dy: In<'a, bf16> [tokens * hidden];
+        /// The tokens by id, `[T]`.
+        order: In<'a, i32> [tokens];
+        /// Their ids in that order, `[T]`.
+        keys: In<'a, i32> [tokens];
+        tokens: usize;
+        vocabulary: usize;
+        hidden: usize;
+        accumulate: bool;
+    }
+}
+
+host_function! {
+    /// Floats of `parts`.
+    pub fn workspace = embedding_parts(tokens: usize, hidden: usize) -> u64
+}
