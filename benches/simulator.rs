@@ -5,10 +5,9 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use half::bf16;
-use routegrad::kernels::bindings::ROUTEGRAD_TILE_AUTO;
-use routegrad::kernels::launchers;
-use routegrad::launch;
-use std::ptr::{null, null_mut};
+use routegrad::device::Device;
+use routegrad::kernels::launchers::TILE_AUTO;
+use routegrad::kernels::{GroupedGemmForward, In, Out, Stream};
 
 const ROWS: usize = 1024;
 const N: usize = 1024;
@@ -21,8 +20,28 @@ fn numbers(len: usize) -> Vec<u128> {
     (0..len.div_ceil(8)).map(pack).collect()
 }
 
+fn input<T, S>(values: &[S]) -> In<'_, T> {
+    // SAFETY: the simulator reads host memory, and the values outlive the launch.
+    unsafe {
+        In::from_address(
+            values.as_ptr() as usize,
+            size_of_val(values) / size_of::<T>(),
+        )
+    }
+}
+
+fn output<T, S>(values: &mut [S]) -> Out<'_, T> {
+    // SAFETY: as above.
+    unsafe {
+        Out::from_address(
+            values.as_mut_ptr() as usize,
+            size_of_val(values) / size_of::<T>(),
+        )
+    }
+}
+
 fn products(c: &mut Criterion) {
-    let sim = launchers::sim().unwrap_or_else(|e| panic!("{e}"));
+    let stream = Stream::of(Device::Sim).unwrap_or_else(|e| panic!("{e}"));
     let mut group = c.benchmark_group("simulator");
     group
         .sample_size(10)
@@ -33,27 +52,21 @@ fn products(c: &mut Criterion) {
         let mut out = numbers(ROWS * N);
         group.bench_function(format!("grouped_gemm_forward 1024³, {name}"), |b| {
             b.iter(|| {
-                // Safety: the buffers have the sizes that the launcher's header states.
-                let launched = unsafe {
-                    launch!(
-                        sim,
-                        grouped_gemm_forward(
-                            out.as_mut_ptr().cast(),
-                            x.as_ptr().cast(),
-                            w.as_ptr().cast(),
-                            offsets.as_ptr(),
-                            null(),
-                            ROWS as i64,
-                            ROWS as i64,
-                            experts as i32,
-                            N as i32,
-                            K as i32,
-                            ROUTEGRAD_TILE_AUTO as i32,
-                            null_mut(),
-                        )
-                    )
-                };
-                launched.unwrap_or_else(|e| panic!("{e}"));
+                GroupedGemmForward {
+                    out: output(&mut out),
+                    x: input(&x),
+                    w: input(&w),
+                    offsets: Some(input(&offsets)),
+                    row_token: None,
+                    rows: ROWS,
+                    x_rows: ROWS,
+                    experts,
+                    n: N,
+                    k: K,
+                    tile: TILE_AUTO,
+                }
+                .launch(&stream)
+                .unwrap_or_else(|e| panic!("{e}"));
             });
         });
     }

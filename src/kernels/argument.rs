@@ -154,11 +154,6 @@ impl Buffer {
         self.bytes
     }
 
-    /// Its address for launches that take one.
-    pub fn pointer(&self) -> *mut u8 {
-        self.address as *mut u8
-    }
-
     /// To be read as elements of a type.
     pub fn input<T>(&self) -> In<'_, T> {
         let elements = self.bytes / size_of::<T>();
@@ -279,7 +274,7 @@ impl Stream {
         self.launchers
     }
 
-    pub(crate) fn raw(&self) -> routegrad_stream {
+    pub(super) fn raw(&self) -> routegrad_stream {
         self.raw
     }
 }

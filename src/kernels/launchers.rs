@@ -1,16 +1,4 @@
 //! The kernels' launchers: one table per build of `kernels/`, the same functions in each.
-//!
-//! ```no_run
-//! # fn main() -> routegrad::error::Result<()> {
-//! use routegrad::{kernels::launchers, launch};
-//! let (mut out, mut warps, row) = ([0f32; 4], [0i32; 1], [0f32; 4]);
-//! // SAFETY: the pointers are to host memory of the sizes given, as the simulator needs.
-//! unsafe {
-//!     let (out, warps, row) = (out.as_mut_ptr(), warps.as_mut_ptr(), row.as_ptr());
-//!     launch!(launchers::sim()?, unit_softmax(out, warps, row, 1, 4, std::ptr::null_mut()))
-//! }?;
-//! # Ok(()) }
-//! ```
 
 use std::ffi::{CStr, CString, c_char};
 use std::sync::OnceLock;
@@ -136,8 +124,8 @@ impl Launchers {
             .unwrap_or("unknown")
     }
 
-    /// The raw functions; see [`launch!`](crate::launch).
-    pub fn table(&self) -> &bindings::routegrad_launchers {
+    /// The raw functions.
+    pub(super) fn table(&self) -> &bindings::routegrad_launchers {
         self.table
     }
 
@@ -252,48 +240,8 @@ impl Launchers {
     }
 }
 
-/// Launches by name and checks the status: `unsafe { launch!(launchers, name(arguments...)) }?`. Within
-/// [`graph::capture`](crate::device::graph::capture) the launch is recorded instead.
-///
-/// # Safety
-/// The pointers must be to memory of the launchers' device, of the sizes that the kernel's header gives.
-#[macro_export]
-macro_rules! launch {
-    // Arguments are computed once, now; each gets a name of its own, since names of two expansions differ.
-    (@bind $launchers:expr, $name:ident, ($($bound:ident)*) $argument:expr, $($rest:expr,)*) => {{
-        let argument = $argument;
-        $crate::launch!(@bind $launchers, $name, ($($bound)* argument) $($rest,)*)
-    }};
-    (@bind $launchers:expr, $name:ident, ($($bound:ident)*)) => {{
-        let launchers: &$crate::kernels::launchers::Launchers = $launchers;
-        match launchers.table().$name {
-            Some(function) => launchers.launch(stringify!($name), move || function($($bound),*)),
-            None => Err($crate::kernels::launchers::missing(stringify!($name))),
-        }
-    }};
-    ($launchers:expr, $name:ident($($argument:expr),* $(,)?)) => {
-        $crate::launch!(@bind $launchers, $name, () $($argument,)*)
-    };
-}
-
-/// Asks a launcher that only computes on the host, such as for the size of a workspace, and checks its status:
-/// `unsafe { query!(launchers, name(arguments...)) }?`.
-///
-/// # Safety
-/// Pointers must be to memory of the host.
-#[macro_export]
-macro_rules! query {
-    ($launchers:expr, $name:ident($($argument:expr),* $(,)?)) => {{
-        let launchers: &$crate::kernels::launchers::Launchers = $launchers;
-        match launchers.table().$name {
-            Some(function) => launchers.check(stringify!($name), function($($argument),*)),
-            None => Err($crate::kernels::launchers::missing(stringify!($name))),
-        }
-    }};
-}
-
 /// The error of a launcher that is not in the table.
-pub fn missing(name: &str) -> Error {
+pub(super) fn missing(name: &str) -> Error {
     let help = "build the kernels and the crate from one checkout";
     Error::invalid(name, "a launcher of this build", "none", help)
 }

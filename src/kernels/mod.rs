@@ -4,6 +4,18 @@
 //! order. [`launch`](Combine::launch) checks that every buffer is as long as the sizes say, then launches on a [`Stream`];
 //! the launcher itself checks null pointers, alignment and the ranges of the sizes. Operations, kernel checks, benchmarks
 //! and tests all use these structs; nothing else names a launcher.
+//!
+//! ```
+//! # fn main() -> routegrad::error::Result<()> {
+//! use routegrad::device::Device;
+//! use routegrad::kernels::{Stream, SwigluForward};
+//! use routegrad::tensor::{Tensor, dtype::DType};
+//!
+//! let h = Tensor::zeros(Device::Sim, DType::Bf16, [4, 16]);
+//! let mut a = Tensor::unspecified(Device::Sim, DType::Bf16, [4, 8]);
+//! SwigluForward { a: a.output()?, h: h.input()?, rows: 4, ffn: 8 }.launch(&Stream::of(Device::Sim)?)?;
+//! # Ok(()) }
+//! ```
 
 pub mod adamw;
 pub mod argument;
@@ -200,3 +212,69 @@ macro_rules! host_function {
     };
 }
 pub(crate) use host_function;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::Tensor;
+    use crate::tensor::dtype::DType;
+
+    #[test]
+    fn a_buffer_shorter_than_the_sizes_say_is_refused_and_nothing_is_launched() {
+        let new = |dtype, elements: usize| Tensor::zeros(Device::Sim, dtype, [elements]);
+        let stream = Stream::of(Device::Sim).unwrap();
+        let (h, mut a) = (new(DType::Bf16, 4 * 16), new(DType::Bf16, 4 * 8 - 1));
+        launchers::sim().unwrap().take_counters();
+        let swiglu = SwigluForward {
+            a: a.output().unwrap(),
+            h: h.input().unwrap(),
+            rows: 4,
+            ffn: 8,
+        };
+        let e = swiglu.launch(&stream).unwrap_err().to_string();
+        assert!(e.contains("`a` of 32 elements") && e.contains("31"), "{e}");
+        // A workspace's length is what its host function says.
+        let floats = embedding::workspace(stream.launchers(), 4, 8).unwrap();
+        let (mut dw, mut parts) = (new(DType::F32, 3 * 8), new(DType::F32, floats - 1));
+        let (dy, ids) = (new(DType::Bf16, 4 * 8), new(DType::I32, 4));
+        let gradient = EmbeddingGradient {
+            dw: dw.output().unwrap(),
+            parts: parts.output().unwrap(),
+            dy: dy.input().unwrap(),
+            order: ids.input().unwrap(),
+            keys: ids.input().unwrap(),
+            tokens: 4,
+            vocabulary: 3,
+            hidden: 8,
+            accumulate: false,
+        };
+        let e = gradient.launch(&stream).unwrap_err().to_string();
+        assert!(e.contains(&format!("`parts` of {floats} elements")), "{e}");
+        let counters = launchers::sim().unwrap().take_counters().unwrap();
+        assert_eq!(counters.launches, 0);
+    }
+
+    /// Typed calls cannot pass null; other users of the C interface can.
+    #[test]
+    fn host_functions_refuse_a_null_result() {
+        let table = launchers::sim().unwrap().table();
+        let null = std::ptr::null_mut();
+        // SAFETY: nothing is written.
+        let statuses = unsafe {
+            [
+                table.dispatch_workspace.unwrap()(null, 4, 8, 2),
+                table.router_partials.unwrap()(null, 4, 8),
+                table.router_backward_workspace.unwrap()(null, 4, 8, 64),
+                table.norm_partials.unwrap()(null, 4, 64),
+                table.attention_backward_workspace.unwrap()(null, 4, 2, 4),
+                table.embedding_parts.unwrap()(null, 4, 8),
+                table.grouped_swiglu_dot_columns.unwrap()(null.cast(), 4, 2, 8, 16, 0),
+                table.grouped_gemm_plan.unwrap()(null.cast(), 0, 4, 2, 8, 16, 132),
+            ]
+        };
+        for (i, status) in statuses.into_iter().enumerate() {
+            let reason = (status & 0xff) as u32;
+            assert_eq!(reason, bindings::ROUTEGRAD_NULL_POINTER, "function {i}");
+        }
+    }
+}

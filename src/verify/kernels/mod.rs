@@ -43,8 +43,6 @@ pub use machine::{Guarded, Machine, Simulator};
 pub use numbers::Errors;
 
 use crate::error::Result;
-use crate::kernels::bindings::routegrad_stream;
-use crate::kernels::launchers::Launchers;
 use crate::kernels::table::{Row, bytes_of};
 use crate::kernels::{self, Stream};
 
@@ -133,16 +131,6 @@ impl Buffer {
 
 /// Launches on the buffers, in the order of the problem's list.
 pub type Launch = Box<dyn Fn(&[kernels::Buffer], &Stream) -> Result<()> + Send + Sync>;
-
-/// A launch that takes addresses.
-pub fn by_pointers(
-    launch: impl Fn(&Launchers, &[*mut u8], routegrad_stream) -> Result<()> + Send + Sync + 'static,
-) -> Launch {
-    Box::new(move |buffers, stream| {
-        let pointers: Vec<*mut u8> = buffers.iter().map(kernels::Buffer::pointer).collect();
-        launch(stream.launchers(), &pointers, stream.raw())
-    })
-}
 
 /// Judges the content of the outputs and changed buffers, in the order of the problem's list.
 pub type Judge = Box<dyn Fn(&[Vec<u8>]) -> Result<Errors, String> + Send + Sync>;
