@@ -27,17 +27,20 @@ pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(|e| Error::io("write", "the standard output", e))
 }
 
+/// More than any machine has cores; the system may have no room for the stacks of many more.
+const MOST_THREADS: usize = 1024;
+
 pub(super) fn set_threads(threads: usize) -> Result<()> {
     let invalid = |got: String| {
         Error::invalid(
             "--threads",
-            "a number of threads from 1 up",
+            format!("a number of threads from 1 to {MOST_THREADS}"),
             got,
             "leave it out for all cores",
         )
     };
-    if threads == 0 {
-        return Err(invalid("0".into()));
+    if !(1..=MOST_THREADS).contains(&threads) {
+        return Err(invalid(threads.to_string()));
     }
     rayon::ThreadPoolBuilder::new()
         .num_threads(threads)
@@ -67,6 +70,7 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
         quiet: args.quiet,
     };
     let device = config.train.device;
+    device.prepare()?;
     let planned = plan::Memory::of(&config, plan::Target::H200).total();
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
@@ -163,6 +167,12 @@ impl TrainArgs {
             ("--steps", "train.steps", self.steps.map(number)),
             ("--seed", "train.seed", self.seed.map(number)),
             ("--data", "data.source", self.data.as_ref().map(text)),
+            // The flag also wins over a mix of the configuration file or of the run that goes on.
+            (
+                "--data",
+                "data.mix",
+                self.data.as_ref().map(|_| Value::Array(Vec::new())),
+            ),
             ("--device", "train.device", self.device.as_ref().map(text)),
         ];
         Layers {

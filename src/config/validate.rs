@@ -37,8 +37,14 @@ fn within(key: &str, value: f64, low: f64, high: f64) -> Result<()> {
 }
 
 fn above_zero(key: &str, value: f64) -> Result<()> {
-    let ok = value > 0.0 && value.is_finite();
-    ensure(ok, key, "a finite number above 0", value)
+    // What computes with it may be an f32, in which a smaller number is 0.
+    let ok = value as f32 > 0.0 && (value as f32).is_finite();
+    ensure(
+        ok,
+        key,
+        "a number above 0 that an f32 holds, 1.5e-45 to 3.4e38",
+        format!("{value:e}"),
+    )
 }
 
 impl Config {

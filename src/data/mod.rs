@@ -16,6 +16,7 @@ mod limits;
 mod mix;
 mod order;
 mod part;
+mod plain;
 pub mod prepare;
 mod sources;
 mod text;

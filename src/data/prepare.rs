@@ -52,8 +52,7 @@ pub struct Summary {
 pub fn run(options: &Options) -> Result<Summary> {
     options.validate()?;
     let tokenizer = options.open_tokenizer()?;
-    let mut inputs = inputs::list(&options.inputs, false)?;
-    inputs.extend(inputs::list(&options.validation, true)?);
+    let (inputs, left_out) = inputs::list_all(options)?;
     // Every file is opened before the first is read: a bad one is told at once.
     for input in &inputs {
         inputs::open(&input.path, options)?;
@@ -61,6 +60,7 @@ pub fn run(options: &Options) -> Result<Summary> {
     let begun = Instant::now();
     let state = begin(options, &tokenizer, &inputs)?;
     let progress = Progress::new(&inputs, options.quiet);
+    left_out.iter().for_each(|text| progress.note(text));
     if state.place.seen > 0 {
         let (shards, out) = (state.manifest.shards.len(), options.out.display());
         progress.note(&format!("goes on behind {shards} finished shards in {out}"));

@@ -2,8 +2,10 @@
 //! with zstd (`.txt.zst`).
 
 use super::frames::Frames;
+use super::plain::plain;
 use crate::config::DataConfig;
 use crate::error::{Error, Result};
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -56,14 +58,21 @@ fn files(source: &Path) -> Result<Vec<PathBuf>> {
 pub(super) fn files_under(source: &Path, wanted: fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut folders = vec![source.to_path_buf()];
+    let mut seen: BTreeSet<PathBuf> = fs::canonicalize(source).into_iter().collect();
     while let Some(folder) = folders.pop() {
         let entries = fs::read_dir(&folder).map_err(|e| Error::io("list", &folder, e))?;
         for entry in entries {
             let entry = entry.map_err(|e| Error::io("list", &folder, e))?;
             let path = entry.path();
-            // A link to a folder is not followed: it could lead back here.
-            if entry.file_type().is_ok_and(|t| t.is_dir()) {
-                folders.push(path);
+            // Copies that editors and systems keep beside a file: `.ipynb_checkpoints`, `._name`.
+            if entry.file_name().to_string_lossy().starts_with('.') {
+                continue;
+            }
+            if path.is_dir() {
+                // A link may lead back here.
+                if fs::canonicalize(&path).is_ok_and(|path| seen.insert(path)) {
+                    folders.push(path);
+                }
             } else if wanted(&path) && path.is_file() {
                 found.push(path);
             }
@@ -95,7 +104,7 @@ pub(crate) fn read_text(path: &Path) -> Result<String> {
         true => decompress(path, &bytes)?,
         false => bytes,
     };
-    utf8(path, bytes)
+    utf8(path, bytes).map(plain)
 }
 
 fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {

@@ -187,6 +187,7 @@ impl Tokenizer {
                 let config = serde_json::json!({
                     "tokenizer_class": "PreTrainedTokenizerFast",
                     "clean_up_tokenization_spaces": false,
+                    "add_bos_token": self.bos.is_some(),
                     "bos_token": name(&self.bos),
                     "eos_token": name(&self.eos),
                 });

@@ -10,4 +10,11 @@ pub mod plots;
 pub mod records;
 pub mod version;
 
+use std::io::IsTerminal;
+
 pub use nearest::{nearest, similarity};
+
+/// Whether progress on standard error is a bar: on a terminal that can redraw a line. Elsewhere progress is a line now and then.
+pub fn shows_bars() -> bool {
+    std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}

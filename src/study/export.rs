@@ -2,7 +2,7 @@
 //!
 //! `config.json`, `model.safetensors` (several files with an index where it is large) and the tokenizer. A model that an
 //! architecture of transformers computes is written as that one; any other brings the program in
-//! `src/export/hf/`, which computes it as at evaluation. Written under another name, synced and
+//! `src/study/export/hf/`, which computes it as at evaluation. Written under another name, synced and
 //! renamed: a reader finds the folder whole or not at all.
 
 mod architecture;
@@ -18,7 +18,7 @@ use crate::tensor::dtype::DType;
 use crate::train::checkpoint::{
     self, Checkpoint, Shards, UNFINISHED, sync, write_arrays, write_json,
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -34,6 +34,9 @@ const PROGRAM: [(&str, &str); 2] = [
         include_str!("export/hf/configuration_routegrad.py"),
     ),
 ];
+
+/// How transformers generates, by default.
+const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 
 /// What an export has become.
 #[derive(Clone, Debug)]
@@ -74,9 +77,14 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Re
     )];
     if architecture == Architecture::Routegrad {
         texts.extend(PROGRAM);
-        values.push(("generation_config.json", json!({ "use_cache": false })));
+        values.push((GENERATION_CONFIG_FILE, json!({ "use_cache": false })));
     }
-    let own = checkpoint::load_tokenizer(found, &config.data)?.files();
+    let text = checkpoint::load_tokenizer(found, &config.data)?;
+    add_ends(
+        &mut values,
+        [("bos_token_id", text.bos()), ("eos_token_id", text.eos())],
+    );
+    let own = text.files();
     let bytes = own.is_empty() && config.model.vocab_size == tokenizer::VOCABULARY;
     if bytes {
         let longest = config.model.sequence_length;
@@ -130,6 +138,26 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Re
         tensors: arrays.len(),
         tokenizer,
     })
+}
+
+/// Tells transformers which tokens begin and end a text: without the end its generation never stops.
+fn add_ends(values: &mut Vec<(&'static str, Value)>, ends: [(&str, Option<i32>); 2]) {
+    if ends.iter().all(|(_, token)| token.is_none()) {
+        return;
+    }
+    if values
+        .iter()
+        .all(|(name, _)| *name != GENERATION_CONFIG_FILE)
+    {
+        values.push((GENERATION_CONFIG_FILE, json!({})));
+    }
+    for (_, value) in values.iter_mut() {
+        for (key, token) in ends {
+            if let Some(token) = token {
+                value[key] = token.into();
+            }
+        }
+    }
 }
 
 /// Where to write what will become `out`: beside it, and nothing is there.

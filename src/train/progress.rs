@@ -2,7 +2,7 @@
 
 use crate::report::metrics::Record;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 /// Time between two lines where there is no terminal.
@@ -33,7 +33,7 @@ impl Progress {
 
     /// From step `first` to `total`; `quiet` shows nothing but notes.
     pub fn new(first: u64, total: u64, quiet: bool) -> Self {
-        let terminal = std::io::stderr().is_terminal() && !quiet;
+        let terminal = crate::report::shows_bars() && !quiet;
         let target = if terminal {
             ProgressDrawTarget::stderr()
         } else {

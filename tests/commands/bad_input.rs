@@ -78,6 +78,8 @@ fn wrong_words_name_the_nearest_right_ones() {
         ),
         (&["--steps", "0"], &["train.steps"]),
         (&["--threads", "0"], &["--threads"]),
+        (&["--threads", "100000"], &["--threads", "1024"]),
+        (&["--set", "train.eps=1e-46"], &["train.eps", "f32"]),
     ] {
         has(&fail(&mut place.train("run", arguments)), parts);
         assert!(!place.path("run").exists());

@@ -283,3 +283,19 @@ fn a_model_of_transformers_becomes_a_run_that_trains() {
     let e = fail(&mut import("model.sequence_length=16"));
     assert!(e.contains("which holds a run"), "{e}");
 }
+
+#[test]
+fn a_head_of_its_own_counts_though_the_configuration_says_that_it_is_tied() {
+    let folder = tempfile::tempdir().unwrap();
+    let (source, copy) = (fixture("mixtral"), folder.path().join("model"));
+    fs::create_dir(&copy).unwrap();
+    let name = "model.safetensors";
+    fs::copy(source.join(name), copy.join(name)).unwrap();
+    let text = fs::read_to_string(source.join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&text).unwrap();
+    config["tie_word_embeddings"] = json!(true);
+    fs::write(copy.join("config.json"), config.to_string()).unwrap();
+    let expected = source.join("expected.safetensors");
+    let found = dump(&copy, &expected, &folder.path().join("out.safetensors"));
+    assert!(worst(&found, &expected) <= 1e-9);
+}

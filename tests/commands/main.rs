@@ -16,6 +16,7 @@ mod damage;
 mod data;
 #[cfg(feature = "text")]
 mod data_corruption;
+mod data_inputs;
 mod exchange;
 mod export;
 mod hardware;

@@ -4,7 +4,9 @@ use super::Options;
 use super::items::{Counted, Documents};
 use super::lines::{JsonLines, Separated};
 use crate::data::frames::Frames;
+use crate::data::plain::PlainText;
 use crate::error::{Error, Result};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -29,6 +31,44 @@ fn readable(path: &Path) -> bool {
     ENDINGS.iter().any(|ending| name.ends_with(ending))
 }
 
+/// Formats that hold documents too, and that nothing here reads: leaving them out of a folder would lose documents.
+const OTHER_FORMATS: &[&str] = &[
+    ".json",
+    ".json.gz",
+    ".json.zst",
+    ".jsonl.gz",
+    ".jsonl.bz2",
+    ".txt.gz",
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".arrow",
+    ".parquet.gz",
+];
+
+fn in_other_format(path: &Path) -> bool {
+    let name = path
+        .file_name()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .to_lowercase();
+    OTHER_FORMATS.iter().any(|ending| name.ends_with(ending))
+}
+
+fn refuse_data_in_other_formats(folder: &Path) -> Result<()> {
+    let files = super::super::text::files_under(folder, in_other_format)?;
+    let Some(first) = files.first() else {
+        return Ok(());
+    };
+    let expected = format!("files that end in {}", ENDINGS.join(", "));
+    let got = match files.len() {
+        1 => format!("also {}", first.display()),
+        n => format!("also {} and {} more like it", first.display(), n - 1),
+    };
+    let help = "convert them, or name the files to read one by one";
+    Err(Error::file(folder, expected, got, help))
+}
+
 /// The files at `paths`: each itself, or those of a folder in the order of their paths.
 pub(super) fn list(paths: &[PathBuf], validation: bool) -> Result<Vec<Input>> {
     let mut found = Vec::new();
@@ -36,6 +76,7 @@ pub(super) fn list(paths: &[PathBuf], validation: bool) -> Result<Vec<Input>> {
         let meta = fs::metadata(path).map_err(|e| Error::io("read", path, e))?;
         if meta.is_dir() {
             let before = found.len();
+            refuse_data_in_other_formats(path)?;
             for file in super::super::text::files_under(path, readable)? {
                 found.push(input(&file, path, validation)?);
             }
@@ -54,6 +95,37 @@ pub(super) fn list(paths: &[PathBuf], validation: bool) -> Result<Vec<Input>> {
         }
     }
     Ok(found)
+}
+
+/// The files to train on and those to hold out, each once. A file that is held out is not trained on, also where the folder
+/// that it lies in was given. The second part says what was left out.
+pub(super) fn list_all(options: &Options) -> Result<(Vec<Input>, Vec<String>)> {
+    let place =
+        |input: &Input| fs::canonicalize(&input.path).unwrap_or_else(|_| input.path.clone());
+    let (mut seen, mut all, mut left_out) = (BTreeMap::new(), Vec::new(), Vec::new());
+    let held_out = list(&options.validation, true)?;
+    let train = list(&options.inputs, false)?;
+    for input in &held_out {
+        seen.insert(place(input), true);
+    }
+    for input in train {
+        let path = input.path.display();
+        match seen.get(&place(&input)) {
+            Some(true) => left_out.push(format!("{path} is held out, and not trained on")),
+            Some(false) => left_out.push(format!("{path} was named twice, and is read once")),
+            None => {
+                seen.insert(place(&input), false);
+                all.push(input);
+            }
+        }
+    }
+    let mut once = BTreeSet::new();
+    all.extend(
+        held_out
+            .into_iter()
+            .filter(|input| once.insert(place(input))),
+    );
+    Ok((all, left_out))
 }
 
 fn input(path: &Path, folder: &Path, validation: bool) -> Result<Input> {
@@ -86,7 +158,10 @@ pub(super) fn open(path: &Path, options: &Options) -> Result<Box<dyn Documents>>
         true => Box::new(BufReader::with_capacity(1 << 18, Frames::new(file))),
         false => Box::new(file),
     };
-    if name.trim_end_matches(".zst").ends_with(".jsonl") {
+    let lines = name.trim_end_matches(".zst").ends_with(".jsonl");
+    let plain = PlainText::new(reader, !lines);
+    let reader: Box<dyn BufRead + Send> = Box::new(BufReader::with_capacity(1 << 18, plain));
+    if lines {
         return Ok(Box::new(JsonLines::new(path, reader, counted, options)?));
     }
     let separator = options.separator.clone();

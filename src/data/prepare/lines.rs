@@ -3,7 +3,11 @@
 use super::items::{Counted, Documents, Item};
 use super::options::{Options, missing_column};
 use crate::error::Result;
+use serde::Deserializer;
+use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::Value;
+use std::borrow::Cow;
+use std::fmt;
 use std::io::BufRead;
 use std::path::Path;
 
@@ -84,6 +88,78 @@ impl Documents for Separated {
     }
 }
 
+/// The fields of these names in a JSON object. What the others hold is passed over: it may be a number that no f64 holds, half
+/// of a surrogate pair, or `NaN` as Python writes it.
+fn fields<const N: usize>(
+    line: &[u8],
+    wanted: [&str; N],
+) -> serde_json::Result<[Option<Value>; N]> {
+    let read = |line: &[u8]| {
+        let mut reader = serde_json::Deserializer::from_slice(line);
+        let found = (&mut reader).deserialize_map(Wanted(wanted))?;
+        reader.end().map(|()| found)
+    };
+    read(line).or_else(|e| match without_constants(line) {
+        Some(line) => read(&line),
+        None => Err(e),
+    })
+}
+
+struct Wanted<'a, const N: usize>([&'a str; N]);
+
+impl<'de, const N: usize> Visitor<'de> for Wanted<'_, N> {
+    type Value = [Option<Value>; N];
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut found = [const { None }; N];
+        while let Some(key) = map.next_key::<Cow<'_, str>>()? {
+            match self.0.iter().position(|name| *name == key) {
+                Some(i) => {
+                    let value: Value = map.next_value()?;
+                    found
+                        .iter_mut()
+                        .zip(self.0)
+                        .filter(|(_, name)| *name == self.0[i])
+                        .for_each(|(f, _)| *f = Some(value.clone()));
+                }
+                None => drop(map.next_value::<IgnoredAny>()?),
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The line with `null` for each `NaN`, `Infinity` and `-Infinity` outside of strings, which are not JSON though Python writes
+/// them; none where there are none.
+fn without_constants(line: &[u8]) -> Option<Vec<u8>> {
+    let (mut out, mut i, mut in_string, mut found) =
+        (Vec::with_capacity(line.len()), 0, false, false);
+    while i < line.len() {
+        let constant = [&b"-Infinity"[..], b"Infinity", b"NaN"]
+            .into_iter()
+            .find(|c| !in_string && line[i..].starts_with(c));
+        if let Some(constant) = constant {
+            out.extend_from_slice(b"null");
+            i += constant.len();
+            found = true;
+            continue;
+        }
+        if in_string && line[i] == b'\\' {
+            out.push(line[i]);
+            i += 1;
+        } else if line[i] == b'"' {
+            in_string = !in_string;
+        }
+        out.extend(line.get(i));
+        i += 1;
+    }
+    found.then_some(out)
+}
+
 /// An object on each line, one of its fields the text.
 pub(super) struct JsonLines {
     reader: Option<Reader>,
@@ -128,12 +204,13 @@ impl JsonLines {
         if line.trim_ascii().is_empty() {
             return Item::Empty;
         }
-        let mut value: Value = match serde_json::from_slice(line) {
-            Ok(value) => value,
+        let wanted = [self.text_column.as_str(), self.source_column.as_str()];
+        let [text, source] = match fields(line, wanted) {
+            Ok(found) => found,
             Err(e) => return bad(format!("no JSON: {e}")),
         };
-        let source = value[&self.source_column].as_str().map(str::to_string);
-        match value.get_mut(&self.text_column).map(Value::take) {
+        let source = source.and_then(|s| s.as_str().map(str::to_string));
+        match text {
             Some(Value::String(text)) => Item::of(text, source),
             Some(Value::Null) => Item::Empty,
             Some(other) => {
@@ -168,6 +245,38 @@ impl Documents for JsonLines {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn fields_that_are_not_in_use_cost_no_document() {
+        for other in [
+            "NaN",
+            "-Infinity",
+            "1e400",
+            r#""\ud800""#,
+            r#"{"text": "inner"}"#,
+            r#"["NaN", Infinity]"#,
+        ] {
+            let line = format!(r#"{{"x": {other}, "text": "a NaN \" b", "source": "s"}}"#);
+            let found = fields(line.as_bytes(), ["text", "source"]).unwrap();
+            assert_eq!(
+                found,
+                [Some("a NaN \" b".into()), Some("s".into())],
+                "{line}"
+            );
+        }
+        let deep = format!(
+            r#"{{"x": {}{}, "text": "t"}}"#,
+            "[".repeat(100_000),
+            "]".repeat(100_000)
+        );
+        assert_eq!(
+            fields(deep.as_bytes(), ["text"]).unwrap(),
+            [Some("t".into())]
+        );
+        for broken in [r#"{"text": NaN"#, r#"["text"]"#, r#"{"text": "t"} x"#] {
+            assert!(fields(broken.as_bytes(), ["text"]).is_err(), "{broken}");
+        }
+    }
 
     fn separated(text: &'static str, separator: &str) -> Vec<Item> {
         let reader: Reader = Box::new(text.as_bytes());

@@ -4,6 +4,7 @@ use super::items::{Documents, Item};
 use super::options::{Options, missing_column};
 use crate::data::guard::no_panic;
 use crate::error::{Error, Result};
+use parquet::basic::Compression;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::errors::ParquetError;
@@ -42,6 +43,28 @@ struct Column {
 struct Group {
     text: Strings,
     source: Option<Strings>,
+}
+
+/// Refuses columns that were compressed as no reader of this build reads, before anything is written.
+fn expect_codecs(
+    path: &Path,
+    file: &SerializedFileReader<File>,
+    columns: impl Iterator<Item = usize> + Clone,
+) -> Result<()> {
+    for group in file.metadata().row_groups() {
+        for column in columns.clone() {
+            let codec = group.column(column).compression();
+            if !matches!(
+                codec,
+                Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_)
+            ) {
+                let help = "write it again, as with pyarrow's write_table(…, compression=\"zstd\")";
+                let expected = "parquet compressed with zstd or snappy, or not at all";
+                return Err(Error::file(path, expected, format!("{codec}"), help));
+            }
+        }
+    }
+    Ok(())
 }
 
 impl Columns {
@@ -86,6 +109,8 @@ impl Columns {
         let name = &options.text_column;
         let text = find(name)?.ok_or_else(|| missing_column(path, name, &all))?;
         let source = find(options.source_column())?;
+        let read = [Some(text), source];
+        expect_codecs(path, &file, read.into_iter().flatten().map(|c| c.index))?;
         Ok(Columns {
             bytes,
             text,

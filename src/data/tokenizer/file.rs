@@ -72,7 +72,11 @@ impl Tokenizer {
                         )
                     }),
                 };
-                (of("bos_token")?, of("eos_token")?)
+                let (bos, eos) = (of("bos_token")?, of("eos_token")?);
+                // One token that ends a text is named as its beginning too by many files, without being put there.
+                let adds = config["add_bos_token"] == true;
+                let same = bos.as_ref().map(|s| s.token) == eos.as_ref().map(|s| s.token);
+                (bos.filter(|_| adds || !same), eos)
             }
         };
         Ok(Tokenizer {

@@ -33,12 +33,17 @@ impl<'a> TextStream<'a> {
     pub fn push(&mut self, tokens: &[i32]) -> Result<String> {
         self.held.extend_from_slice(tokens);
         let text = self.tokenizer.decode(&self.held)?;
-        // Only the last character can still change.
-        let sure = text.strip_suffix(char::REPLACEMENT_CHARACTER);
-        let new = sure.unwrap_or(&text).get(self.given..).unwrap_or_default();
-        let new = new.to_string();
+        // A character has at most four bytes. Some decoders write U+FFFD once for those of one that have come, others once for
+        // each of them.
+        let backwards = text.chars().rev();
+        let open = backwards
+            .take_while(|c| *c == char::REPLACEMENT_CHARACTER)
+            .count()
+            .min(3);
+        let sure = text.len() - open * char::REPLACEMENT_CHARACTER.len_utf8();
+        let new = text.get(self.given..sure).unwrap_or_default().to_string();
         self.given += new.len();
-        if sure.is_none() {
+        if open == 0 {
             self.held.drain(..self.whole);
             self.whole = self.held.len();
             self.given = self.tokenizer.decode(&self.held)?.len();

@@ -86,6 +86,54 @@ mod file {
         assert_eq!(parts, ["two", " one", " one", " two"]);
     }
 
+    /// A vocabulary of single bytes, as SentencePiece names those of characters that it does not know.
+    fn with_byte_fallback(folder: &Path) -> Tokenizer {
+        let bytes = [0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80].map(|b: u8| format!("<0x{b:02X}>"));
+        let names = bytes.into_iter().chain(["a".to_string()]);
+        let vocab: serde_json::Map<_, _> = names.zip((0..).map(serde_json::Value::from)).collect();
+        let json = serde_json::json!({
+            "version": "1.0",
+            "added_tokens": [],
+            "decoder": { "type": "Sequence", "decoders": [{ "type": "ByteFallback" }, { "type": "Fuse" }] },
+            "model": { "type": "WordLevel", "unk_token": "a", "vocab": vocab },
+        });
+        let path = folder.join(TOKENIZER_FILE);
+        fs::write(&path, json.to_string()).unwrap();
+        Tokenizer::open(&path).unwrap()
+    }
+
+    #[test]
+    fn characters_of_several_tokens_come_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        let t = with_byte_fallback(folder.path());
+        // €, a, 😀, and a € that is cut off.
+        let tokens = [0, 1, 2, 7, 3, 4, 5, 6, 0, 1];
+        let mut stream = TextStream::new(&t);
+        let parts: Vec<String> = tokens.map(|t| stream.push(&[t]).unwrap()).into();
+        assert_eq!(parts, ["", "", "€", "a", "", "", "", "😀", "", ""]);
+        assert_eq!(stream.finish().unwrap(), "\u{fffd}\u{fffd}");
+        // What can become no character does not wait for ever.
+        let mut stream = TextStream::new(&t);
+        let parts: Vec<String> = [1; 5].map(|t| stream.push(&[t]).unwrap()).into();
+        assert_eq!(parts, ["", "", "", "\u{fffd}", "\u{fffd}"]);
+    }
+
+    #[test]
+    fn a_token_that_ends_texts_begins_them_only_where_the_file_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = write(folder.path(), vec![added(3, "<end>")].into());
+        for (adds, bos) in [(None, None), (Some(false), None), (Some(true), Some(3))] {
+            let config = serde_json::json!({ "bos_token": "<end>", "eos_token": "<end>", "add_bos_token": adds });
+            fs::write(
+                folder.path().join("tokenizer_config.json"),
+                config.to_string(),
+            )
+            .unwrap();
+            let t = Tokenizer::open(&path).unwrap();
+            assert_eq!((t.bos(), t.eos()), (bos, Some(3)), "{adds:?}");
+        }
+    }
+
     #[test]
     fn text_never_becomes_a_special_token() {
         let folder = tempfile::tempdir().unwrap();

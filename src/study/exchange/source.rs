@@ -14,6 +14,10 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// The output head and the embedding, which are one tensor where they are tied.
+const HEAD: &str = "lm_head.weight";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+
 /// A model's folder, opened.
 pub struct Source {
     folder: PathBuf,
@@ -55,8 +59,13 @@ impl Source {
             .map_err(|e| Error::file(&config, "JSON", e.to_string(), "copy the model again"))?;
         let mut file = keys::read(&value)?;
         routers::resolve(&mut file.router)?;
+        let tensors = Tensors::open(&folder)?;
+        // As transformers does: a head of its own in the files counts, whatever config.json says.
+        if tensors.has(HEAD) && !tensors.same(HEAD, EMBEDDING) {
+            file.model.tied_embeddings = false;
+        }
         Ok(Source {
-            tensors: Tensors::open(&folder)?,
+            tensors,
             own: value["model_type"] == "routegrad",
             folder,
             file,
@@ -147,7 +156,7 @@ impl Source {
     fn is_idle(&self, name: &str) -> bool {
         let m = &self.file.model;
         let unshared = m.shared_expert_width == 0 && name.contains(".mlp.shared_expert");
-        let tied = m.tied_embeddings && name == "lm_head.weight";
+        let tied = m.tied_embeddings && name == HEAD;
         !self.own && (unshared || tied || name.ends_with("rotary_emb.inv_freq"))
     }
 

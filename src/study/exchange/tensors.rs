@@ -100,6 +100,15 @@ impl Tensors {
         self.found.contains_key(name)
     }
 
+    /// Whether both are there and hold the same numbers.
+    pub fn same(&self, a: &str, b: &str) -> bool {
+        let Some((a, b)) = self.found.get(a).zip(self.found.get(b)) else {
+            return false;
+        };
+        let bytes = |f: &Found| &self.files[f.file][f.range.clone()];
+        (a.dtype, &a.shape) == (b.dtype, &b.shape) && bytes(a) == bytes(b)
+    }
+
     /// Numbers in all tensors.
     pub fn elements(&self) -> u64 {
         let elements = |f: &Found| f.shape.iter().product::<usize>() as u64;

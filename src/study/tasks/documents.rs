@@ -72,7 +72,27 @@ pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
             )),
         };
     }
-    names.iter().map(|name| find(name)).collect()
+    let mut found: Vec<&'static Task> = Vec::new();
+    // As in `a, b,`; a benchmark that is named twice counts once.
+    for name in names
+        .iter()
+        .map(|name| name.trim())
+        .filter(|name| !name.is_empty())
+    {
+        let task = find(name)?;
+        if found.iter().all(|other| other.name != task.name) {
+            found.push(task);
+        }
+    }
+    match found.is_empty() {
+        false => Ok(found),
+        true => Err(Error::invalid(
+            "tasks",
+            "names of benchmarks, or all",
+            "none",
+            "name one, as in piqa",
+        )),
+    }
 }
 
 /// The file of a task in `folder`.

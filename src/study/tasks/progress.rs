@@ -3,7 +3,7 @@
 use super::question::{Question, Task};
 use super::results::Score;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::time::{Duration, Instant};
 
 /// Time between two lines where there is no terminal.
@@ -30,7 +30,7 @@ fn size(question: &Question) -> u64 {
 
 impl Progress {
     pub fn new<'q>(asked: impl Iterator<Item = &'q Question> + Clone, quiet: bool) -> Self {
-        let target = match std::io::stderr().is_terminal() && !quiet {
+        let target = match crate::report::shows_bars() && !quiet {
             true => ProgressDrawTarget::stderr(),
             false => ProgressDrawTarget::hidden(),
         };
