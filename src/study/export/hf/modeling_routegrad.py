@@ -225,27 +225,58 @@ class Transformer(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = norm(config)
+        # Set by `gradient_checkpointing_enable`.
+        self.gradient_checkpointing = False
 
-    def forward(self, tokens, attention_mask):
-        """Rows [B, S, D] for tokens [B, S]; `attention_mask` is 0 at padding, which nothing attends to."""
-        x, length = self.embed_tokens(tokens), tokens.shape[1]
-        at = torch.arange(length, device=x.device)
-        mask, positions = (at[:, None] >= at)[None, None], at[None]
+    def forward(self, x, attention_mask, positions, output_hidden_states):
+        """Rows [B, S, D] from embeddings [B, S, D], and the states before each layer and after the last norm where they are
+        asked for. `attention_mask` [B, S] is 0 at padding, which nothing attends to."""
+        at = torch.arange(x.shape[1], device=x.device)
+        mask = (at[:, None] >= at)[None, None]
+        if positions is None:
+            positions = at[None] if attention_mask is None else (attention_mask.cumsum(-1) - 1).clamp(min=0)
         if attention_mask is not None:
-            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             # Padding attends to itself, so that its rows stay finite.
             mask = mask & (attention_mask.bool()[:, None, None] | (at[:, None] == at))
         exponents = torch.arange(0, self.head_dim, 2, device=x.device, dtype=torch.float64) / self.head_dim
         angles = (positions[..., None] * self.theta**-exponents)[:, :, None]
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        states = []
         for layer in self.layers:
-            x = layer(x, cos, sin, mask)
-        return self.norm(x)
+            states.append(x)
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(layer.__call__, x, cos, sin, mask)
+            else:
+                x = layer(x, cos, sin, mask)
+        x = self.norm(x)
+        return x, (*states, x) if output_hidden_states else None
+
+
+def refuse(arguments):
+    """Arguments that other models of transformers take and this one does not: an error, where they ask for something."""
+    asked = sorted(name for name, value in arguments.items() if value is not None and value is not False)
+    if asked:
+        raise TypeError(f"routegrad models do not support {', '.join(asked)}: leave it out, or pass None or False")
+
+
+def sequence_loss(logits, labels, num_items_in_batch):
+    """Mean cross-entropy of the tokens behind each place, labels [B, S], -100 where there is none. With `num_items_in_batch`,
+    the number of labels in all micro-batches of a step, their sum over it: so the gradients of the micro-batches add up."""
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+    loss = F.cross_entropy(wide(logits).flatten(0, 1), targets.to(logits.device), reduction=reduction)
+    if num_items_in_batch is None:
+        return loss
+    return loss / torch.as_tensor(num_items_in_batch, device=loss.device)
 
 
 class RoutegradForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = RoutegradConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    # Trainer hands over `num_items_in_batch` and leaves the division to the model.
+    accepts_loss_kwargs = True
     _no_split_modules = ["Block"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -255,14 +286,46 @@ class RoutegradForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None, labels=None, logits_to_keep=0, **_):
-        hidden = self.model(input_ids, attention_mask)
-        logits = self.lm_head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
+    def get_input_embeddings(self):
+        return self.model.embed_tokens
 
-    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, logits_to_keep=0, **_):
+    def set_input_embeddings(self, value):
+        self.model.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        inputs_embeds=None,
+        labels=None,
+        output_hidden_states=None,
+        return_dict=None,
+        logits_to_keep=0,
+        num_items_in_batch=None,
+        use_cache=None,
+        **others,
+    ):
+        # There is no cache; generation asks for one by default and reads all tokens at every step instead.
+        refuse(others)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass input_ids [B, S] or inputs_embeds [B, S, D], one of the two")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"expected attention_mask [B, S] of 0 and 1, got {attention_mask.dim()} dimensions")
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        states_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        hidden, states = self.model(x, attention_mask, position_ids, states_wanted)
+        # A loss needs the logits of all places.
+        keep = 0 if labels is not None else logits_to_keep
+        logits = self.lm_head(hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep])
+        loss = None if labels is None else sequence_loss(logits, labels, num_items_in_batch)
+        output = CausalLMOutput(loss=loss, logits=logits, hidden_states=states)
+        as_dict = getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
+
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, logits_to_keep=0, **_):
         # There is no cache: every step reads all tokens.
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep}
+        if inputs_embeds is not None and inputs_embeds.shape[1] >= input_ids.shape[1]:
+            inputs |= {"input_ids": None, "inputs_embeds": inputs_embeds}
+        return inputs
