@@ -8,6 +8,10 @@
 mod arena;
 pub mod counters;
 #[cfg(feature = "cuda")]
+pub mod cublas;
+#[cfg(feature = "cuda")]
+pub mod cublas_grouped;
+#[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod graph;
 pub mod machine;

@@ -68,9 +68,10 @@ pub fn of_cpu() -> Result<Ceilings> {
 /// When there is no room, or a launch fails.
 #[cfg(feature = "cuda")]
 pub fn of_gpu(gpu: &crate::device::cuda::Gpu) -> Result<Ceilings> {
-    use super::cublas::Matmul;
+    use super::cublas::batch;
     use super::inputs::Inputs;
     use crate::device::machine::H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND;
+    use crate::device::cublas::Matmul;
     use crate::verify::bench::measure::{Events, replayed};
     use crate::verify::kernels::grouped_gemm::{Product, Shape};
     const SIDE: usize = 8192;
@@ -90,7 +91,8 @@ pub fn of_gpu(gpu: &crate::device::cuda::Gpu) -> Result<Ceilings> {
     let out = gpu.allocate(2 * SIDE * SIDE)?;
     let pointers = [&out, &operands[0], &operands[1]].map(|b| b.address() as *mut u8);
     let shape = Shape::new(&[SIDE], SIDE, SIDE);
-    let matmul = Matmul::started(gpu, Product::Forward, &shape, &pointers);
+    let matmul =
+        batch(Product::Forward, &shape).and_then(|batch| Matmul::started(gpu, batch, &pointers));
     Ok(match &matmul {
         Ok((matmul, _cublas)) => {
             let mut side = [replayed(gpu, 1, |_| matmul.launch(gpu, &pointers))];

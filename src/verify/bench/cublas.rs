@@ -1,249 +1,95 @@
-//! The products of the grouped GEMMs through cuBLASLt, loaded at run time: one strided batch of equal groups.
+//! The products of the grouped GEMMs for cuBLAS: our row-major [p, q] is its column-major [q, p], so that it computes the
+//! transpose of our result, from our b as its a and our a as its b.
 
-use crate::device::cuda::{DeviceMemory, Gpu};
-use crate::error::{Error, Result};
+use crate::device::cublas::{Batch, Matrix};
+use crate::device::cublas_grouped::{Group, Grouped};
+use crate::device::cuda::Gpu;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
-use cudarc::cublaslt::{result, sys};
-use std::ffi::c_void;
 
-/// Bytes of workspace, as much as cuBLASLt recommends for Hopper.
-const WORKSPACE: usize = 32 << 20;
-
-/// A handle with its workspace.
-pub struct Cublas {
-    handle: sys::cublasLtHandle_t,
-    workspace: DeviceMemory,
-}
-
-impl Cublas {
-    /// # Errors
-    /// One sentence when the library is not there or does not start.
-    pub fn open(gpu: &Gpu) -> Result<Self, String> {
-        // SAFETY: the function only tries to load the library.
-        if !unsafe { sys::is_culib_present() } {
-            return Err("libcublasLt.so.13 cannot be loaded".into());
-        }
-        let workspace = gpu.allocate(WORKSPACE).map_err(|e| e.to_string())?;
-        let handle =
-            result::create_handle().map_err(|e| format!("cublasLtCreate answers {:?}", e.0))?;
-        Ok(Self { handle, workspace })
+/// A product over groups of equal size as one batch.
+///
+/// # Errors
+/// One sentence when the groups differ in size.
+pub fn batch(product: Product, shape: &Shape) -> Result<Batch, String> {
+    let (r, n, k) = (shape.counts[0], shape.n, shape.k);
+    if shape.counts.iter().any(|&count| count != r) {
+        return Err("its batches need groups of equal size".into());
     }
-}
-
-impl Drop for Cublas {
-    fn drop(&mut self) {
-        // SAFETY: made by `open`, destroyed once.
-        let _ = unsafe { result::destroy_handle(self.handle) };
-    }
-}
-
-/// One product at one shape, with the algorithm that cuBLASLt thinks best.
-pub struct Matmul {
-    handle: sys::cublasLtHandle_t,
-    description: sys::cublasLtMatmulDesc_t,
-    /// Of cuBLAS's A, B and result.
-    layouts: [sys::cublasLtMatrixLayout_t; 3],
-    algorithm: sys::cublasLtMatmulAlgo_t,
-    workspace: usize,
-}
-
-/// A matrix of a batch, column-major as cuBLAS sees it: rows, columns, transposed in the product, element type.
-struct Matrix(u64, u64, bool, sys::cudaDataType_t);
-
-impl Matmul {
-    /// A product that has run once, as `pointers` say: what the library sets up then need not be allowed while a graph is
-    /// captured.
-    ///
-    /// # Errors
-    /// As [`new`](Self::new), and when the product does not run.
-    pub fn started(
-        gpu: &Gpu,
-        product: Product,
-        shape: &Shape,
-        pointers: &[*mut u8],
-    ) -> Result<(Self, Cublas), String> {
-        let cublas = Cublas::open(gpu)?;
-        let matmul = Self::new(&cublas, product, shape)?;
-        let done = matmul.launch(gpu, pointers).and_then(|()| gpu.finish());
-        done.map_err(|e| e.to_string())?;
-        Ok((matmul, cublas))
-    }
-
-    /// # Errors
-    /// One sentence when the groups differ in size, or cuBLASLt has no algorithm.
-    pub fn new(cublas: &Cublas, product: Product, shape: &Shape) -> Result<Self, String> {
-        let rows = shape.counts[0];
-        if shape.counts.iter().any(|&count| count != rows) {
-            return Err("its batches need groups of equal size".into());
-        }
-        let (r, n, k) = (rows as u64, shape.n as u64, shape.k as u64);
-        let (bf16, f32) = (
-            sys::cudaDataType_t::CUDA_R_16BF,
-            sys::cudaDataType_t::CUDA_R_32F,
-        );
-        // Our row-major [p, q] is its column-major [q, p]; it computes the transpose of our result,
-        // from our b as its A and our a as its B.
-        let matrices = match product {
-            // outᵀ[n, r] = (wᵀ[k, n])ᵀ xᵀ[k, r]
-            Product::Forward => [
-                Matrix(k, n, true, bf16),
-                Matrix(k, r, false, bf16),
-                Matrix(n, r, false, bf16),
-            ],
-            // dxᵀ[k, r] = wᵀ[k, n] doutᵀ[n, r]
-            Product::InputGradient => [
-                Matrix(k, n, false, bf16),
-                Matrix(n, r, false, bf16),
-                Matrix(k, r, false, bf16),
-            ],
-            // dwᵀ[k, n] = xᵀ[k, r] (doutᵀ[n, r])ᵀ
-            Product::WeightGradient => [
-                Matrix(k, r, false, bf16),
-                Matrix(n, r, true, bf16),
-                Matrix(k, n, false, f32),
-            ],
-        };
-        let batch = shape.counts.len() as i32;
-        let refused = |e: result::CublasError| format!("cuBLASLt answers {:?}", e.0);
-        let description =
-            result::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, f32)
-                .map_err(refused)?;
-        use sys::cublasLtMatmulDescAttributes_t::{
-            CUBLASLT_MATMUL_DESC_TRANSA, CUBLASLT_MATMUL_DESC_TRANSB,
-        };
-        for (attribute, transposed) in [
-            (CUBLASLT_MATMUL_DESC_TRANSA, matrices[0].2),
-            (CUBLASLT_MATMUL_DESC_TRANSB, matrices[1].2),
-        ] {
-            let value = i32::from(transposed); // cublasOperation_t: 0 as it is, 1 transposed
-            // SAFETY: the attribute is a 32-bit enum.
-            unsafe {
-                result::set_matmul_desc_attribute(
-                    description,
-                    attribute,
-                    (&raw const value).cast(),
-                    size_of::<i32>(),
-                )
-            }
-            .map_err(refused)?;
-        }
-        let mut layouts = [std::ptr::null_mut(); 3];
-        for (layout, Matrix(rows, columns, _, kind)) in layouts.iter_mut().zip(matrices) {
-            *layout = strided(kind, rows, columns, batch).map_err(refused)?;
-        }
-        let algorithm = choose(cublas.handle, description, layouts).map_err(refused)?;
-        let workspace = cublas.workspace.address();
-        Ok(Self {
-            handle: cublas.handle,
-            description,
-            layouts,
-            algorithm,
-            workspace,
-        })
-    }
-
-    /// Launches on the GPU's stream, with the buffers of the kernel's problem.
-    ///
-    /// # Errors
-    /// When cuBLASLt refuses.
-    pub fn launch(&self, gpu: &Gpu, buffers: &[*mut u8]) -> Result<()> {
-        let (one, zero) = (1.0f32, 0.0f32);
-        // The problem's buffers are: output, a, b. cuBLAS's A is our b.
-        let [a, b] = [buffers[2], buffers[1]].map(|operand| operand.cast_const().cast::<c_void>());
-        let (out, [layout_a, layout_b, layout_out]) = (buffers[0].cast::<c_void>(), self.layouts);
-        // SAFETY: the buffers have the shapes of the layouts; the scalars are read before it returns.
-        let launched = unsafe {
-            result::matmul(
-                self.handle,
-                self.description,
-                (&raw const one).cast(),
-                (&raw const zero).cast(),
-                a,
-                layout_a,
-                b,
-                layout_b,
-                out,
-                layout_out,
-                out,
-                layout_out,
-                &self.algorithm,
-                self.workspace as *mut c_void,
-                WORKSPACE,
-                gpu.stream()?.cast(),
-            )
-        };
-        launched.map_err(|e| Error::Device {
-            op: "cublasLtMatmul".into(),
-            status: e.0 as i32,
-            text: format!("{:?}", e.0),
-            help: "the comparison is left out".into(),
-        })
-    }
-}
-
-impl Drop for Matmul {
-    fn drop(&mut self) {
-        // SAFETY: made by `new`, destroyed once.
-        unsafe {
-            let _ = result::destroy_matmul_desc(self.description);
-            for layout in self.layouts {
-                let _ = result::destroy_matrix_layout(layout);
-            }
-        }
-    }
-}
-
-/// The layout of a batch of matrices that follow each other.
-fn strided(
-    kind: sys::cudaDataType_t,
-    rows: u64,
-    columns: u64,
-    batch: i32,
-) -> Result<sys::cublasLtMatrixLayout_t, result::CublasError> {
-    use sys::cublasLtMatrixLayoutAttribute_t::{
-        CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
+    let matrix = |rows, columns, transposed| Matrix {
+        rows,
+        columns,
+        transposed,
+        f32: false,
     };
-    let layout = result::create_matrix_layout(kind, rows, columns, rows as i64)?;
-    let stride = (rows * columns) as i64;
-    // SAFETY: the count is 32 bits, the stride 64, as cublasLt.h says.
-    unsafe {
-        result::set_matrix_layout_attribute(
-            layout,
-            CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT,
-            (&raw const batch).cast(),
-            4,
-        )?;
-        result::set_matrix_layout_attribute(
-            layout,
-            CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET,
-            (&raw const stride).cast(),
-            8,
-        )?;
-    }
-    Ok(layout)
+    let [a, b, result] = match product {
+        // outᵀ[n, r] = (wᵀ[k, n])ᵀ xᵀ[k, r]
+        Product::Forward => [matrix(k, n, true), matrix(k, r, false), matrix(n, r, false)],
+        // dxᵀ[k, r] = wᵀ[k, n] doutᵀ[n, r]
+        Product::InputGradient => [
+            matrix(k, n, false),
+            matrix(n, r, false),
+            matrix(k, r, false),
+        ],
+        // dwᵀ[k, n] = xᵀ[k, r] (doutᵀ[n, r])ᵀ
+        Product::WeightGradient => {
+            let dw = Matrix {
+                f32: true,
+                ..matrix(k, n, false)
+            };
+            [matrix(k, r, false), matrix(n, r, true), dw]
+        }
+    };
+    Ok(Batch {
+        a,
+        b,
+        result,
+        products: shape.counts.len(),
+    })
 }
 
-fn choose(
-    handle: sys::cublasLtHandle_t,
-    description: sys::cublasLtMatmulDesc_t,
-    [a, b, out]: [sys::cublasLtMatrixLayout_t; 3],
-) -> Result<sys::cublasLtMatmulAlgo_t, result::CublasError> {
-    let preference = result::create_matmul_pref()?;
-    let workspace = WORKSPACE as u64;
-    let attribute =
-        sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-    // SAFETY: the attribute is 64 bits; every handle was just made.
-    unsafe {
-        let set = result::set_matmul_pref_attribute(
-            preference,
-            attribute,
-            (&raw const workspace).cast(),
-            8,
-        );
-        let found = set.and_then(|()| {
-            result::get_matmul_algo_heuristic(handle, description, a, b, out, out, preference)
-        });
-        let _ = result::destroy_matmul_pref(preference);
-        found.map(|found| found.algo)
-    }
+/// A product over groups of any size. `sets` are the addresses of the buffers of the kernel's problem: result, a, b.
+///
+/// # Errors
+/// One sentence when the library is not there, or refuses the product.
+pub fn grouped<'a>(
+    gpu: &'a Gpu,
+    product: Product,
+    shape: &Shape,
+    sets: &[Vec<*mut u8>],
+) -> Result<Grouped<'a>, String> {
+    let (transposed, f32_result) = match product {
+        Product::Forward => ([true, false], false),
+        Product::InputGradient => ([false, false], false),
+        Product::WeightGradient => ([false, true], true),
+    };
+    Grouped::new(gpu, groups(product, shape), transposed, f32_result, sets)
+}
+
+/// Where each group's matrices begin.
+fn groups(product: Product, shape: &Shape) -> Vec<Group> {
+    let (n, k) = (shape.n, shape.k);
+    let mut row = 0;
+    let each = shape.counts.iter().enumerate().map(|(expert, &rows)| {
+        let (weight, x, y) = (2 * expert * n * k, 2 * row * k, 2 * row * n);
+        row += rows;
+        match product {
+            Product::Forward => Group {
+                sizes: [n, rows, k],
+                at: [weight, x, y],
+                leading: [k, k, n],
+            },
+            Product::InputGradient => Group {
+                sizes: [k, rows, n],
+                at: [weight, y, x],
+                leading: [k, n, k],
+            },
+            // The gradient is in f32.
+            Product::WeightGradient => Group {
+                sizes: [k, n, rows],
+                at: [x, y, 2 * weight],
+                leading: [k, n, k],
+            },
+        }
+    });
+    each.collect()
 }

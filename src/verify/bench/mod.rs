@@ -9,8 +9,6 @@ pub mod case;
 pub mod ceilings;
 #[cfg(feature = "cuda")]
 pub mod cublas;
-#[cfg(feature = "cuda")]
-mod cublas_grouped;
 mod dump;
 pub mod figures;
 pub mod goals;

@@ -204,13 +204,14 @@ fn peers<'a>(
     runs: &'a [Run<'a>],
     sides: &mut Vec<Side<'a>>,
 ) -> Result<Vec<(&'static str, Result<(), String>)>> {
-    use super::cublas::Matmul;
-    use super::cublas_grouped::Grouped;
+    use super::cublas::{batch, grouped};
+    use crate::device::cublas::Matmul;
     let (Work::Gemm { product, shape }, Some(gpu)) = (&group.work, place.gpu) else {
         return Ok(Vec::new());
     };
     let mut peers = Vec::new();
-    let batched = Matmul::started(gpu, *product, shape, &runs[0].pointers());
+    let batched =
+        batch(*product, shape).and_then(|batch| Matmul::started(gpu, batch, &runs[0].pointers()));
     peers.push((
         super::peers::CUBLAS,
         batched.map(|(matmul, cublas)| {
@@ -227,7 +228,7 @@ fn peers<'a>(
     ));
     if shape.counts.len() > 1 {
         let pointers: Vec<_> = runs.iter().map(Run::pointers).collect();
-        let grouped = Grouped::new(gpu, *product, shape, &pointers);
+        let grouped = grouped(gpu, *product, shape, &pointers);
         peers.push((
             super::peers::CUBLAS_GROUPED,
             grouped.map(|grouped| {

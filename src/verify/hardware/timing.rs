@@ -69,6 +69,7 @@ pub use gpu::time;
 #[cfg(feature = "cuda")]
 mod gpu {
     use super::{PLAN, TimedCase};
+    use crate::device::cublas::{Cublas, Matmul};
     use crate::device::cuda::Gpu;
     use crate::error::Result;
     use crate::kernels::bindings::{
@@ -76,7 +77,7 @@ mod gpu {
         ROUTEGRAD_TILE_COOPERATIVE_256X128, ROUTEGRAD_TILE_COOPERATIVE_256X176,
         ROUTEGRAD_TILE_PINGPONG_128X128, ROUTEGRAD_TILE_PINGPONG_128X176, routegrad_gemm_tile,
     };
-    use crate::verify::bench::cublas::{Cublas, Matmul};
+    use crate::verify::bench::cublas::batch;
     use crate::verify::bench::measure::{Events, Plan, Timing, in_turn, interleaved};
     use crate::verify::kernels::grouped_gemm::{self, Operands};
     use crate::verify::kernels::{Problem, Run};
@@ -112,7 +113,7 @@ mod gpu {
         problem.judged(&runs[0].fresh_outputs()?)?;
 
         let peer = Cublas::open(gpu).and_then(|cublas| {
-            let matmul = Matmul::new(&cublas, case.product, &case.shape)?;
+            let matmul = Matmul::new(&cublas, batch(case.product, &case.shape)?)?;
             Ok((cublas, matmul))
         });
         // cuBLAS may choose an algorithm that rounds partial sums: noted, not a failure of ours.

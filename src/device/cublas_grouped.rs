@@ -1,11 +1,10 @@
-//! The products of the grouped GEMMs through cuBLAS, loaded at run time: groups of any size in one call.
+//! Matrix products through cuBLAS, loaded at run time: groups of any size in one call.
 
-use crate::device::cuda::{DeviceMemory, Gpu};
+use super::cuda::{DeviceMemory, Gpu};
 use crate::error::{Error, Result};
-use crate::verify::kernels::grouped_gemm::{Product, Shape};
 use cudarc::cublas::{result, sys};
 
-/// One product at one shape, on several sets of buffers.
+/// Groups of products `result = a b`, on several sets of buffers.
 pub struct Grouped<'a> {
     gpu: &'a Gpu,
     handle: sys::cublasHandle_t,
@@ -18,50 +17,22 @@ pub struct Grouped<'a> {
 }
 
 /// Column-major m, n, k, and where A, B and the result begin, in bytes, with their leading dimensions.
-struct Group {
-    sizes: [usize; 3],
-    at: [usize; 3],
-    leading: [usize; 3],
-}
-
-/// As our row-major matrices look to cuBLAS; it computes the transpose of our result from our b as its A.
-fn groups(product: Product, shape: &Shape) -> Vec<Group> {
-    let (n, k) = (shape.n, shape.k);
-    let mut row = 0;
-    let each = shape.counts.iter().enumerate().map(|(expert, &rows)| {
-        let (weight, x, y) = (2 * expert * n * k, 2 * row * k, 2 * row * n);
-        row += rows;
-        match product {
-            Product::Forward => Group {
-                sizes: [n, rows, k],
-                at: [weight, x, y],
-                leading: [k, k, n],
-            },
-            Product::InputGradient => Group {
-                sizes: [k, rows, n],
-                at: [weight, y, x],
-                leading: [k, n, k],
-            },
-            // The gradient is in f32.
-            Product::WeightGradient => Group {
-                sizes: [k, n, rows],
-                at: [x, y, 2 * weight],
-                leading: [k, n, k],
-            },
-        }
-    });
-    each.collect()
+pub struct Group {
+    pub sizes: [usize; 3],
+    pub at: [usize; 3],
+    pub leading: [usize; 3],
 }
 
 impl<'a> Grouped<'a> {
-    /// `sets` are the addresses of the buffers of the kernel's problem: result, a, b.
+    /// Whether a and b are transposed, and whether the result is f32, or bf16. `sets` are addresses of buffers: result, b, a.
     ///
     /// # Errors
     /// One sentence when the library is not there, or refuses the product.
     pub fn new(
         gpu: &'a Gpu,
-        product: Product,
-        shape: &Shape,
+        groups: Vec<Group>,
+        transposed: [bool; 2],
+        f32_result: bool,
         sets: &[Vec<*mut u8>],
     ) -> Result<Self, String> {
         // SAFETY: the function only tries to load the library.
@@ -72,15 +43,14 @@ impl<'a> Grouped<'a> {
         let stream = gpu.stream().map_err(text)?;
         let refused = |e: result::CublasError| format!("cuBLAS answers {:?}", e.0);
         let handle = result::create_handle().map_err(refused)?;
-        let (transposed, kind) = match product {
-            Product::Forward => ([true, false], sys::cudaDataType_t::CUDA_R_16BF),
-            Product::InputGradient => ([false, false], sys::cudaDataType_t::CUDA_R_16BF),
-            Product::WeightGradient => ([false, true], sys::cudaDataType_t::CUDA_R_32F),
+        let kind = match f32_result {
+            true => sys::cudaDataType_t::CUDA_R_32F,
+            false => sys::cudaDataType_t::CUDA_R_16BF,
         };
         let mut grouped = Grouped {
             gpu,
             handle,
-            groups: groups(product, shape),
+            groups,
             transposed,
             kind,
             addresses: Vec::new(),
