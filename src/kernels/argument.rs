@@ -264,10 +264,14 @@ impl Stream {
         })
     }
 
-    /// # Safety
-    /// `raw` must be a stream of the device that the launchers are for, or null for its default stream.
-    pub unsafe fn from_raw(launchers: &'static Launchers, raw: routegrad_stream) -> Self {
-        Stream { launchers, raw }
+    /// The stream of an open GPU; the GPU becomes the calling thread's own.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    #[cfg(feature = "cuda")]
+    pub fn of_gpu(gpu: &crate::device::cuda::Gpu, launchers: &'static Launchers) -> Result<Self> {
+        let raw = gpu.stream()?.cast();
+        Ok(Stream { launchers, raw })
     }
 
     pub fn launchers(&self) -> &'static Launchers {

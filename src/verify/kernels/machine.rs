@@ -1,5 +1,6 @@
 //! Where a kernel case runs: the simulator on host memory, or a GPU on its own.
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::launchers::{self, Launchers};
 use crate::kernels::{Buffer, Stream};
@@ -43,8 +44,7 @@ impl Machine for Simulator {
         self.launchers
     }
     fn stream(&self) -> Result<Stream> {
-        // SAFETY: the simulator's stream is null.
-        Ok(unsafe { Stream::from_raw(self.launchers, std::ptr::null_mut()) })
+        Stream::of(Device::Sim)
     }
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block + '_>> {
         Ok(Box::new(Lines(vec![Line([0; 128]); bytes.div_ceil(128)])))
@@ -87,9 +87,7 @@ impl Machine for crate::device::cuda::Gpu {
         }
     }
     fn stream(&self) -> Result<Stream> {
-        let raw = self.stream()?.cast();
-        // SAFETY: it is a stream of the GPU that the launchers are for.
-        Ok(unsafe { Stream::from_raw(Machine::launchers(self), raw) })
+        Stream::of_gpu(self, Machine::launchers(self))
     }
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block + '_>> {
         Ok(Box::new(self.allocate(bytes)?))
