@@ -5,30 +5,16 @@ use half::bf16;
 use routegrad::device::Device;
 use routegrad::kernels::bindings::*;
 use routegrad::kernels::launchers;
-use routegrad::kernels::{GroupedGemmForward, GroupedGemmWeightGradient, In, Out, Stream};
+use routegrad::kernels::{GroupedGemmForward, GroupedGemmWeightGradient, Stream};
+use routegrad::tensor::Tensor;
+use routegrad::tensor::dtype::Element;
 
 fn stream() -> Stream {
     Stream::of(Device::Sim).unwrap_or_else(|e| panic!("{e}"))
 }
 
-fn input<T, S>(values: &[S]) -> In<'_, T> {
-    // SAFETY: the simulator reads host memory, and the values outlive the launch.
-    unsafe {
-        In::from_address(
-            values.as_ptr() as usize,
-            size_of_val(values) / size_of::<T>(),
-        )
-    }
-}
-
-fn output<T, S>(values: &mut [S]) -> Out<'_, T> {
-    // SAFETY: as above.
-    unsafe {
-        Out::from_address(
-            values.as_mut_ptr() as usize,
-            size_of_val(values) / size_of::<T>(),
-        )
-    }
+fn tensor<T: Element>(elements: &[T]) -> Tensor {
+    Tensor::from_slice([elements.len()], elements).on(Device::Sim)
 }
 
 /// Runs `body` under ten random schedules on two multiprocessors, so that each block meets many tiles.
@@ -51,17 +37,16 @@ fn under_random_schedules(body: impl Fn(u64)) {
 }
 
 /// Offsets of groups of these sizes.
-fn offsets(counts: &[i32]) -> Vec<i32> {
+fn offsets(counts: &[i32]) -> Tensor {
     let mut offsets = vec![0];
     for count in counts {
         offsets.push(offsets[offsets.len() - 1] + count);
     }
-    offsets
+    tensor(&offsets)
 }
 
-/// `len` ones in bf16, in units that are 16-byte aligned.
-fn ones(len: usize) -> Vec<u128> {
-    vec![u128::MAX / 0xffff * u128::from(bf16::ONE.to_bits()); len.div_ceil(8)]
+fn ones(len: usize) -> Tensor {
+    tensor(&vec![bf16::ONE; len])
 }
 
 const COOPERATIVE: [routegrad_gemm_tile; 2] = [
@@ -76,12 +61,12 @@ fn a_warpgroup_without_rows_keeps_step_over_a_long_reduction() {
     let (dout, x) = (ones(rows * n), ones(rows * k));
     under_random_schedules(|seed| {
         for tile in COOPERATIVE {
-            let mut dw = vec![u128::MAX; counts.len() * n * k / 4];
+            let mut dw = tensor(&vec![f32::NAN; counts.len() * n * k]);
             GroupedGemmWeightGradient {
-                dw: output(&mut dw),
-                dout: input(&dout),
-                x: input(&x),
-                offsets: Some(input(&offsets)),
+                dw: dw.output().unwrap(),
+                dout: dout.input().unwrap(),
+                x: x.input().unwrap(),
+                offsets: Some(offsets.input().unwrap()),
                 dout_row_token: None,
                 x_row_token: None,
                 rows,
@@ -95,7 +80,7 @@ fn a_warpgroup_without_rows_keeps_step_over_a_long_reduction() {
             }
             .launch(&stream())
             .unwrap_or_else(|e| panic!("tile {tile}, seed {seed}: {e}"));
-            for (i, value) in bytemuck::cast_slice::<_, f32>(&dw).iter().enumerate() {
+            for (i, value) in dw.slice::<f32>().iter().enumerate() {
                 assert_eq!(
                     *value,
                     counts[i / (n * k)] as f32,
@@ -113,12 +98,12 @@ fn a_warpgroup_without_rows_keeps_step_over_many_short_groups() {
     let (x, w) = (ones(rows * k), ones(counts.len() * n * k));
     under_random_schedules(|seed| {
         for tile in COOPERATIVE {
-            let mut out = vec![u128::MAX; rows * n / 8];
+            let mut out = tensor(&vec![bf16::NAN; rows * n]);
             GroupedGemmForward {
-                out: output(&mut out),
-                x: input(&x),
-                w: input(&w),
-                offsets: Some(input(&offsets)),
+                out: out.output().unwrap(),
+                x: x.input().unwrap(),
+                w: w.input().unwrap(),
+                offsets: Some(offsets.input().unwrap()),
                 row_token: None,
                 rows,
                 x_rows: rows,
@@ -129,7 +114,8 @@ fn a_warpgroup_without_rows_keeps_step_over_many_short_groups() {
             }
             .launch(&stream())
             .unwrap_or_else(|e| panic!("tile {tile}, seed {seed}: {e}"));
-            let wrong = bytemuck::cast_slice::<_, bf16>(&out)
+            let wrong = out
+                .slice::<bf16>()
                 .iter()
                 .position(|v| v.to_f32() != k as f32);
             assert_eq!(

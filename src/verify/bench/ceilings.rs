@@ -70,8 +70,8 @@ pub fn of_cpu() -> Result<Ceilings> {
 pub fn of_gpu(gpu: &crate::device::cuda::Gpu) -> Result<Ceilings> {
     use super::cublas::batch;
     use super::inputs::Inputs;
-    use crate::device::machine::H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND;
     use crate::device::cublas::Matmul;
+    use crate::device::machine::H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND;
     use crate::verify::bench::measure::{Events, replayed};
     use crate::verify::kernels::grouped_gemm::{Product, Shape};
     const SIDE: usize = 8192;
