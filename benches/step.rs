@@ -7,7 +7,7 @@
 
 use criterion::{Criterion, Throughput, criterion_group};
 use routegrad::device::Device;
-use routegrad::train::session::Training;
+use routegrad::train::Trainer;
 use routegrad::verify::bench::case::Step;
 use routegrad::verify::bench::{ceilings, steps};
 use std::time::Instant;
@@ -21,7 +21,7 @@ const TINY: Step = Step {
 };
 const TOKENS: u64 = SEQUENCES as u64 * 256;
 
-fn training(router: &str) -> Training {
+fn training(router: &str) -> Trainer {
     steps::training(&TINY, router, Device::Cpu).expect("a preset")
 }
 
@@ -41,7 +41,7 @@ fn compare() {
     const STEPS: usize = 30;
     let mut both = ["topk", "default"].map(training);
     let mut times = [vec![], vec![]];
-    let step = |training: &mut Training| {
+    let step = |training: &mut Trainer| {
         training.step().expect("a step");
     };
     both.iter_mut().for_each(|t| (0..3).for_each(|_| step(t)));

@@ -17,7 +17,7 @@ use routegrad::ops::router::{NonFinite, TopK};
 use routegrad::ops::routing::{Choice, Score, scores};
 use routegrad::routers::{self, Balance, LayerPass, Router, Routing};
 use routegrad::tape::{Tape, Var};
-use routegrad::train::step::Trainer;
+use routegrad::train::step::StepExecutor;
 
 /// Experts by position, weights by softmax.
 struct Hashed;
@@ -68,7 +68,7 @@ fn main() -> Result<()> {
     ];
     for (name, router) in contenders {
         let mut model = Model::with_router(&config, router, Box::new(SingleRank))?;
-        let mut trainer = Trainer::new(&config.train, &model);
+        let mut trainer = StepExecutor::new(&config.train, &model);
         for step in 0..config.train.steps {
             let first = step * sequences as u64;
             let batch = corpus.sequences(first..first + sequences as u64);

@@ -8,7 +8,7 @@ use routegrad::device::{Device, counters, take_peak};
 use routegrad::routers;
 use routegrad::study::plan::{Memory, Target};
 use routegrad::tensor::Tensor;
-use routegrad::train::session::Training;
+use routegrad::train::Trainer;
 use routegrad::train::step::StepReport;
 use std::sync::{Mutex, MutexGuard};
 
@@ -39,7 +39,7 @@ const STEADY: &[&[&str]] = &[
     &["router.name=densemixer", "train.recompute=true"],
 ];
 
-fn training(set: &[&str]) -> Training {
+fn training(set: &[&str]) -> Trainer {
     let mut layers = Layers::preset("tiny");
     let small = [
         "model.sequence_length=64",
@@ -49,23 +49,23 @@ fn training(set: &[&str]) -> Training {
         "train.device=\"sim\"",
     ];
     layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();
-    Training::new(Config::load(&layers, &routers::resolve).unwrap()).unwrap()
+    Trainer::new(Config::load(&layers, &routers::resolve).unwrap()).unwrap()
 }
 
 /// A step of two micro-batches: what it counted, its report included, and the report.
-fn counted_step(run: &mut Training) -> (counters::Counters, StepReport) {
+fn counted_step(run: &mut Trainer) -> (counters::Counters, StepReport) {
     counters::take();
     let launched = run.launch().unwrap();
-    let report = run.report(launched).unwrap();
+    let report = run.finish(launched).unwrap();
     (counters::take(), report)
 }
 
 /// Weights, moments and router state, as the host reads them.
-fn bits(run: &Training) -> Vec<u64> {
+fn bits(run: &Trainer) -> Vec<u64> {
     let numbers = |t: &Tensor| t.to_f64().unwrap();
     let weights = run.model.parameters.iter();
     let weights = weights.map(|p| p.value.to_f64().unwrap());
-    let moments = run.trainer.optimizer.moments().iter();
+    let moments = run.executor().optimizer.moments().iter();
     let moments = moments.flat_map(|m| [numbers(&m.first), numbers(&m.second)]);
     let states = run.model.layer_states();
     let states = states
@@ -81,7 +81,7 @@ fn a_step_waits_for_nothing_asks_for_no_memory_and_repeats_its_addresses() {
     for set in STEADY {
         let mut run = training(&[&["train.graph=false"], *set].concat());
         for _ in 0..2 {
-            assert_eq!(counted_step(&mut run).1.refused, None, "{set:?}");
+            assert_eq!(counted_step(&mut run).1.skipped, None, "{set:?}");
         }
         let [third, fourth] = [counted_step(&mut run).0, counted_step(&mut run).0];
         println!("{set:?}: {fourth:?}");
@@ -108,7 +108,7 @@ fn a_replayed_step_does_what_the_step_itself_does() {
                 match step {
                     // The host reads what kernels write, and takes memory of its own.
                     5 => {
-                        let tokens = run.sequences();
+                        let tokens = run.next_batch();
                         run.model.token_losses(tokens.all()).unwrap();
                         run.model.layer_states_mut().iter_mut().for_each(|s| {
                             s.take_stats();
@@ -150,7 +150,7 @@ fn a_step_launched_before_the_last_one_is_reported_is_the_same_step() {
         let mut launched_early = 0;
         for step in 0..9 {
             counters::take();
-            let found = ahead.step_ahead().unwrap();
+            let found = ahead.step_overlapped().unwrap();
             // The step's own, and the one behind it.
             launched_early += counters::take().replays;
             let expected = in_turn.step().unwrap();
@@ -182,10 +182,10 @@ fn a_step_that_is_not_finite_leaves_weights_moments_and_state_as_they_were() {
     for router in ["topk", "default", "lossfree", "remoe"] {
         let mut run = training(&[&format!("router.name={router}")]);
         for _ in 0..2 {
-            assert_eq!(counted_step(&mut run).1.refused, None, "{router}");
+            assert_eq!(counted_step(&mut run).1.skipped, None, "{router}");
         }
         // The embedding of a byte that the next step reads.
-        let tokens = run.sequences();
+        let tokens = run.next_batch();
         let (width, byte) = (
             run.model.config().hidden,
             tokens.tokens[tokens.tokens.len() / 2 + 5] as usize,
@@ -194,16 +194,16 @@ fn a_step_that_is_not_finite_leaves_weights_moments_and_state_as_they_were() {
         let embedding = &mut run.model.parameters[0].value;
         embedding.change(|w| w.slice_mut::<f32>()[byte * width] = f32::NAN);
         let before = bits(&run);
-        let refused = counted_step(&mut run).1.refused;
+        let refused = counted_step(&mut run).1.skipped;
         let refused = refused.expect("a step with a NaN was accepted");
         assert!(
             refused.starts_with("router logits of MoE layer 0, token "),
             "{refused}"
         );
-        assert_eq!(run.trainer.optimizer.steps(), 2, "{router}");
+        assert_eq!(run.executor().optimizer.steps(), 2, "{router}");
         assert!(bits(&run) == before, "{router}: something changed");
         run.model.parameters[0].value = kept;
-        assert_eq!(counted_step(&mut run).1.refused, None, "{router}");
+        assert_eq!(counted_step(&mut run).1.skipped, None, "{router}");
         assert!(bits(&run) != before, "{router}: nothing changed");
     }
 }
@@ -233,7 +233,7 @@ fn the_planned_memory_is_what_a_step_takes() {
         counted_step(&mut run);
         counted_step(&mut run);
         let found = take_peak(Device::Sim) - begun;
-        let planned = Memory::of(&run.config, Target::H200);
+        let planned = Memory::of(run.config(), Target::H200);
         let ratio = planned.total() as f64 / found as f64;
         println!(
             "{set:?}: {found} bytes, planned {} ({ratio:.3}): {planned:?}",

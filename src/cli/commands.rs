@@ -8,11 +8,11 @@ use crate::dist::{self, Collective, Ranks};
 use crate::error::Error;
 use crate::error::Result;
 use crate::routers::{self, ROUTERS};
-use crate::study::{ablate, analyze, eval, exchange, export, generate, plan, tasks};
+use crate::study::{ablate, analyze, eval, exchange, export, generate, hooks, plan, tasks};
 use crate::tape::check::Fault;
 use crate::tensor::dtype::DType;
 use crate::train::checkpoint::{self, Checkpoint, SHARD_BYTES};
-use crate::train::{self, Options, Outcome};
+use crate::train::{self, Outcome, RunOptions};
 use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::{device_check, gradcheck};
@@ -62,7 +62,7 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     };
     let stop = Arc::new(AtomicBool::new(false));
     watch_signals(&stop)?;
-    let options = Options {
+    let options = RunOptions {
         out: out.clone(),
         resume: args.resume,
         checkpoints: !args.no_checkpoint,
@@ -75,7 +75,7 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
     }
-    let report = train::run_on(dist.clone(), config, &options, &stop)?;
+    let report = hooks::train_on(dist.clone(), config, &options, &stop)?;
     if dist.rank() != 0 {
         return Ok(());
     }

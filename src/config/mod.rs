@@ -245,6 +245,32 @@ pub struct TrainConfig {
     pub max_skipped_steps: u64,
 }
 
+impl TrainConfig {
+    /// Whether the model is evaluated after step `step`, counted from 1: at the interval, and after the last.
+    pub fn evaluates_after(&self, step: u64) -> bool {
+        self.at(self.eval_interval, step)
+    }
+
+    /// Whether benchmarks are scored after it.
+    pub fn scores_after(&self, step: u64) -> bool {
+        self.tasks_interval > 0 && self.at(self.tasks_interval, step)
+    }
+
+    /// Whether the router is analysed after it.
+    pub fn analyzes_after(&self, step: u64) -> bool {
+        self.analyze_interval > 0 && self.at(self.analyze_interval, step)
+    }
+
+    /// Whether a checkpoint is saved after it.
+    pub fn saves_after(&self, step: u64) -> bool {
+        self.at(self.checkpoint_interval, step)
+    }
+
+    fn at(&self, interval: u64, step: u64) -> bool {
+        step == self.steps || step % interval == 0
+    }
+}
+
 /// Arithmetic on the CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]

@@ -6,7 +6,6 @@
 //! are joined by [`DOCUMENT_END`]. A window may span several documents; where `document_boundaries` are on,
 //! its batch says where they begin.
 
-mod ahead;
 mod boundaries;
 mod changed;
 pub mod folder;
@@ -17,16 +16,17 @@ mod mix;
 mod order;
 mod part;
 mod plain;
+mod prefetch;
 pub mod prepare;
 mod sources;
 mod text;
 pub mod tokenizer;
 mod tokens;
 
-pub use ahead::Ahead;
 pub use folder::{Counts, Folder};
 pub use limits::DOCUMENT_END;
 pub use part::Share;
+pub use prefetch::Prefetch;
 pub use sources::{Source, sources};
 pub(crate) use text::read_text;
 pub use tokenizer::Tokenizer;

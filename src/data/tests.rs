@@ -227,10 +227,10 @@ fn what_is_read_ahead_is_what_is_read_at_once_also_from_a_step_in_the_middle() {
         let read = corpus.clone();
         let steps = first..first + 20;
         let read = move |step| read.sequences(step * 16..(step + 1) * 16);
-        let mut ahead = Ahead::new(steps.clone(), read).unwrap();
+        let mut prefetch = Prefetch::new(steps.clone(), read).unwrap();
         for step in steps {
             let direct = corpus.sequences(step * 16..(step + 1) * 16);
-            assert!(ahead.take(step) == direct, "step {step} from {first}");
+            assert!(prefetch.take(step) == direct, "step {step} from {first}");
         }
     }
 }

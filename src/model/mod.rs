@@ -191,7 +191,7 @@ impl Model {
     }
 
     /// Lets the router change its pending state: at the end of an accepted step, before the states
-    /// are committed. [`Trainer::step`](crate::train::step::Trainer::step) does both.
+    /// are committed. [`StepExecutor::step`](crate::train::step::StepExecutor::step) does both.
     ///
     /// # Errors
     /// Those of the router.

@@ -6,5 +6,6 @@ pub mod eval;
 pub mod exchange;
 pub mod export;
 pub mod generate;
+pub mod hooks;
 pub mod plan;
 pub mod tasks;

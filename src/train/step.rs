@@ -3,10 +3,10 @@
 //!
 //! On several ranks micro-batch m of the step is cut into equal, consecutive parts
 //! ([`Collective::part`]); losses, gradients and statistics are those of the global batch, and all
-//! ranks make the same update, or refuse it for the same reason.
+//! ranks make the same update, or skip it for the same reason.
 
+mod readback;
 mod replay;
-mod telling;
 
 use crate::config::TrainConfig;
 use crate::device::{Device, counters, timeline};
@@ -19,10 +19,10 @@ use crate::routers::{LayerState, LayerStats, Pass, Phase};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
 use crate::train::optimizer::{AdamW, DeviceStep, Outcome, Settings, Shards, gradient_norm};
+use readback::Readback;
 use replay::Replay;
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
-use telling::Telling;
 
 /// What a step did.
 #[derive(Clone, Debug)]
@@ -33,16 +33,17 @@ pub struct StepReport {
     pub z: f64,
     /// Norm of the gradient before clipping.
     pub gradient_norm: f64,
-    /// What was not finite, if the step was not applied.
-    pub refused: Option<String>,
+    /// What was not finite, if the step was skipped.
+    pub skipped: Option<String>,
     /// Routing statistics of every MoE layer.
     pub layers: Vec<LayerStats>,
     /// The vectors that the router keeps, as the step left them, by name and MoE layer.
     pub router_state: BTreeMap<&'static str, Vec<Vec<f64>>>,
 }
 
-/// What changes from step to step beside the model: optimizer and gradient memory.
-pub struct Trainer {
+/// Executes optimizer steps on a model: owns the optimizer, the memory of gradients and inputs, and on a device with kernels
+/// the captured graph of a step.
+pub struct StepExecutor {
     pub optimizer: AdamW,
     gradients: Gradients,
     clip: f64,
@@ -54,7 +55,7 @@ pub struct Trainer {
     replay: Option<Replay>,
 }
 
-impl Trainer {
+impl StepExecutor {
     /// On the CPU the optimizer of one of several ranks has its share of the parameters.
     pub fn new(config: &TrainConfig, model: &Model) -> Self {
         let (parameters, dist) = (&model.parameters, model.dist());
@@ -68,7 +69,7 @@ impl Trainer {
     /// The same with these shards, such as one that is whole on every rank.
     pub fn with_shards(config: &TrainConfig, model: &Model, shards: Shards) -> Self {
         let device = model.device();
-        Trainer {
+        StepExecutor {
             optimizer: AdamW::sharded(config, &model.parameters, shards),
             gradients: Gradients::new(model.parameters.len()),
             clip: config.gradient_clip,
@@ -126,7 +127,7 @@ impl Trainer {
             rate,
             sums: [0.0; 3],
             replayed: false,
-            told: None,
+            readback: None,
         };
         match self.replay.take_if(|_| possible) {
             None => launched.sums = self.run(model)?,
@@ -137,7 +138,7 @@ impl Trainer {
             }
         }
         if let Some(device) = &self.device {
-            launched.told = Some(tell(model, device)?);
+            launched.readback = Some(begin_readback(model, device)?);
             let mut states = model.layer_states_mut();
             states.iter_mut().for_each(LayerState::count_anew);
         }
@@ -250,7 +251,7 @@ impl Trainer {
             }
             let (optimizer, gradients) = (&mut self.optimizer, &mut self.gradients);
             device.update(optimizer, &mut model.parameters, gradients, flags)?;
-            // Whatever a refused step leaves pending is forgotten by the commitment.
+            // Whatever a skipped step leaves pending is forgotten by the commitment.
             model.end_step()?;
             device.commit(&mut model.layer_states_mut())?;
         }
@@ -258,8 +259,8 @@ impl Trainer {
     }
 
     /// Why steps are launched one by one where a graph was to be replayed, if one could not be captured.
-    pub fn graph_refused(&self) -> Option<&Error> {
-        self.replay.as_ref().and_then(Replay::refused)
+    pub fn graph_error(&self) -> Option<&Error> {
+        self.replay.as_ref().and_then(Replay::error)
     }
 
     /// What became of a launched step; steps are reported in their order.
@@ -267,8 +268,8 @@ impl Trainer {
     /// # Errors
     /// When a sum over ranks, the update on the CPU or a kernel fails.
     pub fn report(&mut self, model: &mut Model, launched: Launched) -> Result<StepReport> {
-        let mut report = match launched.told {
-            Some(told) => self.report_of(model, &told.received()?)?,
+        let mut report = match launched.readback {
+            Some(readback) => self.report_from(model, &readback.wait()?)?,
             None => self.update_on_cpu(model, launched.sums, launched.rate)?,
         };
         at(model.dist(), || "routing statistics".into());
@@ -278,10 +279,10 @@ impl Trainer {
         Ok(report)
     }
 
-    /// What a device with kernels [told](tell).
-    fn report_of(&mut self, model: &Model, told: &[Tensor]) -> Result<StepReport> {
-        let (Some(device), [outcome, stats, vectors @ ..]) = (&mut self.device, told) else {
-            unreachable!("a device tells its outcome and statistics")
+    /// The report of a step on a device with kernels, from its readback.
+    fn report_from(&mut self, model: &Model, results: &[Tensor]) -> Result<StepReport> {
+        let (Some(device), [outcome, stats, vectors @ ..]) = (&mut self.device, results) else {
+            unreachable!("the readback begins with outcome and statistics")
         };
         let outcome = device.outcome(outcome, &mut self.optimizer);
         let states = model.layer_states();
@@ -291,7 +292,7 @@ impl Trainer {
             auxiliary: outcome.losses[1],
             z: outcome.losses[2],
             gradient_norm: outcome.norm,
-            refused: refusal_of(&outcome),
+            skipped: non_finite_of(&outcome),
             layers: LayerStats::of_rows(stats),
             router_state: by_name(names.zip(vectors))?,
         })
@@ -310,8 +311,8 @@ impl Trainer {
             true => gradient_norm(&self.gradients, model.parameters.len())?,
             false => shards.norm(model.dist(), &self.gradients)?,
         };
-        let refused = refusal(model, sums[0], norm)?;
-        if refused.is_none() {
+        let skipped = first_non_finite(model, sums[0], norm)?;
+        if skipped.is_none() {
             let scale = if self.clip > 0.0 && norm > self.clip {
                 self.clip / norm
             } else {
@@ -328,7 +329,7 @@ impl Trainer {
         }
         let mut states = model.layer_states_mut();
         for state in states.iter_mut() {
-            match refused {
+            match skipped {
                 None => state.commit(),
                 Some(_) => state.discard(),
             }
@@ -339,7 +340,7 @@ impl Trainer {
             auxiliary,
             z,
             gradient_norm: norm,
-            refused,
+            skipped,
             layers: states.iter_mut().map(LayerState::take_stats).collect(),
             router_state: by_name(vectors_of(&states))?,
         })
@@ -351,20 +352,20 @@ pub struct Launched {
     rate: f64,
     sums: [f64; 3],
     replayed: bool,
-    /// By a device with kernels.
-    told: Option<Telling>,
+    /// On a device with kernels.
+    readback: Option<Readback>,
 }
 
 impl Launched {
-    /// Whether the step was a graph's: the next one is too, unless something changes in between, and depends on nothing that
-    /// this one's report would tell the host.
+    /// Whether the step replayed a graph: the next one does too, unless something changes in between, and it does not depend
+    /// on this one's report.
     pub fn was_replayed(&self) -> bool {
         self.replayed
     }
 }
 
-/// Begins to tell the host how a step ends: its outcome, the statistics of its layers, the vectors that the router keeps.
-fn tell(model: &Model, device: &DeviceStep) -> Result<Telling> {
+/// Begins the readback of a step's results: its outcome, the statistics of its layers, the vectors that the router keeps.
+fn begin_readback(model: &Model, device: &DeviceStep) -> Result<Readback> {
     let (states, tally) = (model.layer_states(), model.device_tally());
     let stats = tally.as_ref().map(|tally| tally.stats().borrow());
     let vectors = vectors_of(&states).map(|(_, vector)| vector);
@@ -373,7 +374,7 @@ fn tell(model: &Model, device: &DeviceStep) -> Result<Telling> {
         .into_iter()
         .chain(ends)
         .collect();
-    Telling::begin(model.device(), &all)
+    Readback::begin(model.device(), &all)
 }
 
 /// The vectors that a router keeps, layer by layer.
@@ -393,7 +394,7 @@ fn by_name<'t>(
 }
 
 /// What was not finite in a step on a device with kernels.
-fn refusal_of(outcome: &Outcome) -> Option<String> {
+fn non_finite_of(outcome: &Outcome) -> Option<String> {
     if outcome.accepted != 0 {
         return None;
     }
@@ -446,7 +447,7 @@ fn sum_gradients(model: &Model, gradients: &mut Gradients) -> Result<()> {
 
 /// The first thing that is not finite on any rank: logits by layer and token, the loss, the
 /// gradient.
-fn refusal(model: &Model, loss: f64, norm: f64) -> Result<Option<String>> {
+fn first_non_finite(model: &Model, loss: f64, norm: f64) -> Result<Option<String>> {
     let states = model.layer_states();
     let flagged = states
         .iter()

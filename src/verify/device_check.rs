@@ -19,7 +19,7 @@ use crate::routers::{self, Disagreement, Pass, Phase};
 use crate::tape::check::{Fault, FaultGuard, normal_numbers};
 use crate::tape::{Gradients, Tape, Var, take_ran};
 use crate::tensor::Tensor;
-use crate::train::step::{StepReport, Trainer};
+use crate::train::step::{StepExecutor, StepReport};
 use std::collections::BTreeMap;
 
 /// The largest relative difference that passes.
@@ -124,7 +124,7 @@ pub fn compare_step(
                 state.replay(choices);
             }
         }
-        let mut trainer = Trainer::new(&config.train, &model);
+        let mut trainer = StepExecutor::new(&config.train, &model);
         let _report: StepReport = trainer.step(&mut model, &[sequences], 0.0)?;
         let mut found = named_gradients(&model, trainer.gradients());
         for (layer, state) in model.layer_states().iter().enumerate() {
@@ -202,7 +202,7 @@ pub fn operations(config: &Config) -> Result<BTreeMap<&'static str, usize>> {
     config.train.device = Device::Sim;
     config.validate()?;
     let mut model = Model::new(&config)?;
-    let mut trainer = Trainer::new(&config.train, &model);
+    let mut trainer = StepExecutor::new(&config.train, &model);
     let vocabulary = config.model.vocab_size;
     let tokens: Vec<i32> = (0..config.model.sequence_length + 1)
         .map(|i| (i * i % vocabulary) as i32)

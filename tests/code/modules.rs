@@ -49,10 +49,6 @@ fn every_module_imports_only_those_declared_before_it() {
         // Tests may look anywhere.
         let code = text.split("#[cfg(test)]").next().unwrap();
         for other in used(code) {
-            // The training loop calls evaluation and analyses itself as yet.
-            if (module, other) == ("train", "study") {
-                continue;
-            }
             if let Some(theirs) = place(other) {
                 assert!(
                     theirs <= own,

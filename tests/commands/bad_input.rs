@@ -6,7 +6,7 @@ use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
 use routegrad::routers;
 use routegrad::train::checkpoint::{self, TrainerState};
-use routegrad::train::step::Trainer;
+use routegrad::train::step::StepExecutor;
 use std::fs;
 use std::path::Path;
 
@@ -168,7 +168,7 @@ fn crafted(place: &Place, name: &str, change: impl FnOnce(&mut Model)) -> std::p
     let config = Config::load(&layers, &routers::resolve).unwrap();
     let mut model = Model::new(&config).unwrap();
     change(&mut model);
-    let trainer = Trainer::new(&config.train, &model);
+    let trainer = StepExecutor::new(&config.train, &model);
     let state = TrainerState {
         step: 1,
         optimizer_steps: 1,

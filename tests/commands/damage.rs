@@ -14,7 +14,7 @@ use routegrad::study::exchange::Source;
 use routegrad::study::tasks;
 use routegrad::tensor::random::{Purpose, Stream};
 use routegrad::train::checkpoint;
-use routegrad::train::step::Trainer;
+use routegrad::train::step::StepExecutor;
 use ruzstd::encoding::{CompressionLevel, compress_to_vec};
 use std::collections::BTreeMap;
 use std::fs;
@@ -108,7 +108,7 @@ fn damaged(whole: &[u8], draws: &mut Draws) -> (Vec<u8>, String) {
 fn read_checkpoint(folder: &Path) -> Result<()> {
     let (found, _) = checkpoint::find(folder)?;
     let (model, state) = checkpoint::load_model(&found)?;
-    let mut trainer = Trainer::new(&state.config.train, &model);
+    let mut trainer = StepExecutor::new(&state.config.train, &model);
     checkpoint::load_trainer(&found, &state, &model, &mut trainer)
 }
 
@@ -137,7 +137,7 @@ fn read_logs(folder: &Path) -> Result<()> {
 fn shard(run: &Path, to: &Path) -> PathBuf {
     let (found, _) = checkpoint::find(run).unwrap();
     let (model, state) = checkpoint::load_model(&found).unwrap();
-    let mut trainer = Trainer::new(&state.config.train, &model);
+    let mut trainer = StepExecutor::new(&state.config.train, &model);
     checkpoint::load_trainer(&found, &state, &model, &mut trainer).unwrap();
     let snapshot = checkpoint::snapshot(&model, &trainer, &state).unwrap();
     checkpoint::save(to, &snapshot, 1, 100_000).unwrap()

@@ -5,7 +5,8 @@ use crate::launchers::*;
 use routegrad::config::{Config, Layers};
 use routegrad::dist::{self, Collective, Ranks, ThreadRank, doing};
 use routegrad::routers::{self, ROUTERS};
-use routegrad::train::{self, Options};
+use routegrad::study::hooks;
+use routegrad::train::RunOptions;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -106,7 +107,7 @@ fn train_in_threads(place: &Place, out: &str, ranks: usize, set: &[&str]) {
     let data = place.text.to_string_lossy().into_owned();
     layers.flags = vec![("--data", "data.source", data.into())];
     let config = Config::load(&layers, &routers::resolve).unwrap();
-    let options = Options {
+    let options = RunOptions {
         out: place.path(out),
         resume: false,
         checkpoints: true,
@@ -116,7 +117,7 @@ fn train_in_threads(place: &Place, out: &str, ranks: usize, set: &[&str]) {
     let ended = ThreadRank::run(ranks, |rank| {
         let stop = AtomicBool::new(false);
         let dist: Arc<dyn Collective> = Arc::new(rank);
-        train::run_on(dist, config.clone(), &options, &stop).map(|s| s.step)
+        hooks::train_on(dist, config.clone(), &options, &stop).map(|s| s.step)
     });
     for steps in ended {
         assert_eq!(steps.unwrap(), 20);

@@ -4,7 +4,7 @@ use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
 use routegrad::model::batch::Sequences;
 use routegrad::routers::{self, ROUTERS};
-use routegrad::train::step::Trainer;
+use routegrad::train::step::StepExecutor;
 
 #[test]
 fn a_later_token_changes_no_earlier_loss() {
@@ -23,7 +23,7 @@ fn a_later_token_changes_no_earlier_loss() {
             .map(|i| (i * i + 7 * i) as i32 % 256)
             .collect();
         // A step, so that default vectors are not zero.
-        let mut trainer = Trainer::new(&config.train, &model);
+        let mut trainer = StepExecutor::new(&config.train, &model);
         trainer
             .step(&mut model, &[Sequences::new(&tokens, SEQUENCES)], 1e-2)
             .unwrap();

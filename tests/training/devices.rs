@@ -9,7 +9,7 @@ use routegrad::routers::{self, Pass, Phase};
 use routegrad::tape::check::Fault;
 use routegrad::tape::{Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
-use routegrad::train::step::Trainer;
+use routegrad::train::step::StepExecutor;
 use routegrad::verify::device_check::{
     DIRECTIONAL_TOLERANCE, Directional, Load, MODEL_TOLERANCE, TOLERANCE, compare_layer,
     compare_step, directional, model_checks, router_directions,
@@ -334,11 +334,11 @@ fn a_model_with_every_option_learns_on_the_simulator() {
         let (mut config, corpus) = with_option(set, 64);
         config.train.device = Device::Sim;
         let mut model = Model::new(&config).unwrap();
-        let mut trainer = Trainer::new(&config.train, &model);
+        let mut trainer = StepExecutor::new(&config.train, &model);
         let batch = corpus.sequences(0..2);
         let losses = (0..4).map(|_| {
             let report = trainer.step(&mut model, &[batch.all()], 3e-3).unwrap();
-            assert_eq!(report.refused, None, "{set:?}");
+            assert_eq!(report.skipped, None, "{set:?}");
             report.cross_entropy
         });
         let losses: Vec<f64> = losses.collect();
@@ -415,11 +415,11 @@ fn the_loss_of_tiny_falls_as_on_the_cpu() {
         let (mut config, corpus) = tiny("default", 2);
         config.train.device = device;
         let mut model = Model::new(&config).unwrap();
-        let mut trainer = Trainer::new(&config.train, &model);
+        let mut trainer = StepExecutor::new(&config.train, &model);
         let step = |step: u64| {
             let batch = corpus.sequences(2 * step..2 * step + 2);
             let report = trainer.step(&mut model, &[batch.all()], 1e-3).unwrap();
-            assert_eq!(report.refused, None);
+            assert_eq!(report.skipped, None);
             report.cross_entropy
         };
         (0..20).map(step).collect()

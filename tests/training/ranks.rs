@@ -14,7 +14,7 @@ use routegrad::model::Model;
 use routegrad::model::batch::Batch;
 use routegrad::routers::{self, ROUTERS};
 use routegrad::train::optimizer::Shards;
-use routegrad::train::step::{StepReport, Trainer};
+use routegrad::train::step::{StepExecutor, StepReport};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -64,7 +64,7 @@ fn corpus(config: &Config) -> &'static Corpus {
 /// A rank's model, and what its steps reported.
 struct Rank {
     model: Model,
-    trainer: Trainer,
+    trainer: StepExecutor,
     corpus: &'static Corpus,
     reports: Vec<StepReport>,
 }
@@ -73,7 +73,7 @@ impl Rank {
     fn new(config: &Config, dist: Box<dyn Collective>) -> Result<Self> {
         let model = Model::with_router(config, routers::build(&config.router)?, dist)?;
         Ok(Rank {
-            trainer: Trainer::new(&config.train, &model),
+            trainer: StepExecutor::new(&config.train, &model),
             corpus: corpus(config),
             reports: vec![],
             model,
@@ -117,7 +117,7 @@ impl Rank {
             all
         };
         Outcome {
-            refused: self.reports.iter().map(|r| r.refused.clone()).collect(),
+            skipped: self.reports.iter().map(|r| r.skipped.clone()).collect(),
             reported: self.reports.iter().flat_map(numbers).collect(),
             state: self.state(),
             parameters: self.parameters(),
@@ -128,7 +128,7 @@ impl Rank {
 /// What a rank ends with.
 #[derive(Clone, Debug, PartialEq)]
 struct Outcome {
-    refused: Vec<Option<String>>,
+    skipped: Vec<Option<String>>,
     /// Losses, norm and statistics of every step.
     reported: Vec<f64>,
     state: Vec<f64>,
@@ -191,14 +191,14 @@ fn one_two_and_four_ranks_train_the_same_model() {
     for config in configs() {
         for n in [1, 2] {
             let one = trained(&config, 1, n);
-            assert_eq!(one.refused, [const { None }; STEPS as usize]);
+            assert_eq!(one.skipped, [const { None }; STEPS as usize]);
             for ranks in [2, 4] {
                 let several = trained(&config, ranks, n);
                 let difference = several.difference(&one);
                 let name = &config.router.name;
                 println!("{name}, {n} micro-batches, {ranks} ranks: {difference:.1e}");
                 assert!(difference <= 1e-6, "{name}, {n}, {ranks}: {difference}");
-                assert_eq!(several.refused, one.refused);
+                assert_eq!(several.skipped, one.skipped);
             }
         }
     }
@@ -350,7 +350,7 @@ fn no_call_can_be_forgotten_unnoticed() {
             });
             let unnoticed = outcomes.iter().all(|o| {
                 o.as_ref()
-                    .is_ok_and(|o| o.difference(&one) <= 1e-6 && o.refused == one.refused)
+                    .is_ok_and(|o| o.difference(&one) <= 1e-6 && o.skipped == one.skipped)
             });
             let name = &config.router.name;
             assert!(!unnoticed, "{name}: call {forgotten} of {calls_per_step}");
@@ -387,7 +387,7 @@ fn a_nan_on_one_rank_is_refused_by_all_and_leaves_no_trace() {
                 rank.step(&tokens).unwrap();
             }
             let bad = rank.reports.remove(1);
-            (bad.refused, rank.outcome())
+            (bad.skipped, rank.outcome())
         });
         // All name the same token, by its place in the global batch, in the part of the bad rank.
         let reason = refused[0].0.clone().unwrap();
@@ -438,7 +438,7 @@ fn trained_with(config: &Config, rank: ThreadRank, sharded: bool) -> (Vec<f64>, 
     let mut own = Rank::new(config, Box::new(rank)).unwrap();
     if !sharded {
         let shards = Shards::new(&own.model.parameters, 0, 1);
-        own.trainer = Trainer::with_shards(&config.train, &own.model, shards);
+        own.trainer = StepExecutor::with_shards(&config.train, &own.model, shards);
     }
     for step in 0..STEPS {
         let part = own.model.dist().part(step * 12..step * 12 + 12).unwrap();

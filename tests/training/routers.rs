@@ -8,7 +8,7 @@ use routegrad::tape::{Gradients, Tape, Var};
 use routegrad::tensor::Tensor;
 use routegrad::tensor::dtype::Element;
 use routegrad::tensor::random::{Purpose, Stream};
-use routegrad::train::step::Trainer;
+use routegrad::train::step::StepExecutor;
 
 fn config(router: &str, set: &[&str]) -> Config {
     let mut layers = Layers::preset("tiny");
@@ -58,7 +58,7 @@ fn variations(set: &[&str], steps: u64) -> Vec<f64> {
             row[0] = 0.08 * expert as f32;
         }
     });
-    let mut trainer = Trainer::new(&config.train, &model);
+    let mut trainer = StepExecutor::new(&config.train, &model);
     let width = config.model.sequence_length + 1;
     (0..steps)
         .map(|step| {
@@ -145,12 +145,12 @@ fn a_layer_of_remoe_without_any_expert_gives_zeros_and_trains_on() {
         assert!(dx.slice::<f64>().iter().all(|d| *d == 0.0));
     }
     drop(weights);
-    let mut trainer = Trainer::new(&config.train, &model);
+    let mut trainer = StepExecutor::new(&config.train, &model);
     let tokens: Vec<i32> = (0..66).map(|i| i * i % 251).collect();
     let report = trainer
         .step(&mut model, &[Sequences::new(&tokens, 2)], 1e-3)
         .unwrap();
-    assert!(report.refused.is_none(), "{report:?}");
+    assert!(report.skipped.is_none(), "{report:?}");
     assert_eq!(report.layers[0].counts, [0.0; 8]);
 }
 

@@ -5,7 +5,7 @@ use routegrad::study::exchange::Source;
 use routegrad::train::checkpoint::{
     self, Checkpoint, Place as Folder, SHARD_BYTES, Saver, Snapshot,
 };
-use routegrad::train::step::Trainer;
+use routegrad::train::step::StepExecutor;
 use std::fs;
 use std::path::Path;
 
@@ -41,7 +41,7 @@ fn standing(place: &Place, name: &str, save: impl FnOnce(&Path, &Snapshot)) {
     }
     let saved = Checkpoint::open(&whole.join(format!("checkpoints/step-{MIDDLE}"))).unwrap();
     let (model, state) = checkpoint::load_model(&saved).unwrap();
-    let mut trainer = Trainer::new(&state.config.train, &model);
+    let mut trainer = StepExecutor::new(&state.config.train, &model);
     checkpoint::load_trainer(&saved, &state, &model, &mut trainer).unwrap();
     let snapshot = checkpoint::snapshot(&model, &trainer, &state).unwrap();
     save(&out.join("checkpoints"), &snapshot);

@@ -4,7 +4,7 @@ use routegrad::config::{Config, Layers};
 use routegrad::model::Model;
 use routegrad::model::batch::Batch;
 use routegrad::routers::{self, ROUTERS};
-use routegrad::train::step::{StepReport, Trainer};
+use routegrad::train::step::{StepExecutor, StepReport};
 
 const LENGTH: usize = 12;
 const SEQUENCES: usize = 4;
@@ -37,7 +37,7 @@ fn batch() -> Batch {
 /// One step in `micro_batches` parts: the report, all weights and all state behind it.
 fn step(config: &Config, micro_batches: usize) -> (StepReport, Vec<f64>, Vec<f64>) {
     let mut model = Model::new(config).unwrap();
-    let mut trainer = Trainer::new(&config.train, &model);
+    let mut trainer = StepExecutor::new(&config.train, &model);
     let batch = batch();
     let parts: Vec<_> = batch.chunks(SEQUENCES / micro_batches).collect();
     let report = trainer.step(&mut model, &parts, 1e-3).unwrap();
@@ -137,7 +137,7 @@ fn the_decay_of_default_vectors_is_per_step_and_not_per_micro_batch() {
             p.value.change(|w| w.slice_mut::<f64>().fill(0.0));
         }
         let before = state(&model);
-        let mut trainer = Trainer::new(&config.train, &model);
+        let mut trainer = StepExecutor::new(&config.train, &model);
         let batch = batch();
         let parts: Vec<_> = batch.chunks(SEQUENCES / n).collect();
         trainer.step(&mut model, &parts, 0.0).unwrap();
@@ -159,7 +159,7 @@ fn a_step_that_is_not_finite_names_the_place_and_leaves_no_trace() {
 fn refuses_and_leaves_no_trace(router: &str) {
     let config = config(router, &[]);
     let mut model = Model::new(&config).unwrap();
-    let mut trainer = Trainer::new(&config.train, &model);
+    let mut trainer = StepExecutor::new(&config.train, &model);
     let batch = batch();
     let tokens = &batch.tokens;
     trainer.step(&mut model, &[batch.all()], 1e-3).unwrap();
@@ -175,7 +175,7 @@ fn refuses_and_leaves_no_trace(router: &str) {
     let embedding = &mut model.parameters[0].value;
     embedding.change(|w| w.slice_mut::<f64>()[poisoned * 16] = f64::NAN);
     let report = trainer.step(&mut model, &[batch.all()], 1e-3).unwrap();
-    let refused = report.refused.unwrap();
+    let refused = report.skipped.unwrap();
     let token = refused
         .strip_prefix("router logits of MoE layer 0, token ")
         .unwrap();
@@ -187,7 +187,7 @@ fn refuses_and_leaves_no_trace(router: &str) {
     assert!(state(&model) == state_before, "{router}");
 
     let report = trainer.step(&mut model, &[batch.all()], 1e-3).unwrap();
-    assert!(report.refused.is_none() && trainer.optimizer.steps() == 2);
+    assert!(report.skipped.is_none() && trainer.optimizer.steps() == 2);
     // What has state changes it in an accepted step.
     assert!(
         state_before.is_empty() || state(&model) != state_before,

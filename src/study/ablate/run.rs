@@ -9,6 +9,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::report::metrics;
 use crate::report::plots::publish;
+use crate::study::hooks;
 use crate::train::checkpoint::Checkpoint;
 use crate::train::{self, Outcome};
 use std::fs;
@@ -192,7 +193,7 @@ fn one(out: &Path, run: &Run, quiet: bool, stop: &AtomicBool) -> Result<()> {
     // The folder says that there will be checkpoints: without the last the run is not finished.
     let checkpoints = place.join(train::CHECKPOINTS);
     fs::create_dir_all(&checkpoints).map_err(|e| Error::io("create", &checkpoints, e))?;
-    let options = train::Options {
+    let options = train::RunOptions {
         out: place,
         resume: true,
         checkpoints: true,
@@ -200,7 +201,7 @@ fn one(out: &Path, run: &Run, quiet: bool, stop: &AtomicBool) -> Result<()> {
         quiet,
     };
     let note = failure(out, &run.name);
-    let kind = match train::run(run.config.clone(), &options, stop) {
+    let kind = match hooks::train(run.config.clone(), &options, stop) {
         Ok(summary) => {
             if summary.outcome == Outcome::Finished && note.exists() {
                 fs::remove_file(&note).map_err(|e| Error::io("remove", &note, e))?;

@@ -7,7 +7,7 @@ use crate::data::{self, Corpus};
 use crate::error::Result;
 use crate::train;
 use crate::train::checkpoint::{self, TrainerState};
-use crate::train::step::Trainer;
+use crate::train::step::StepExecutor;
 use std::path::Path;
 
 /// Makes a run at `out` that begins with the model in `from`; what the training is told comes from
@@ -29,7 +29,7 @@ pub fn import(
     train::refuse_existing(out)?;
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
     let (model, _) = source.model(&config)?;
-    let trainer = Trainer::new(&config.train, &model);
+    let trainer = StepExecutor::new(&config.train, &model);
     let state = TrainerState {
         step: 0,
         optimizer_steps: 0,

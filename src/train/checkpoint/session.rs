@@ -15,7 +15,7 @@ use crate::model::Model;
 use crate::routers;
 use crate::tensor::Tensor;
 use crate::train::optimizer::Moments;
-use crate::train::step::Trainer;
+use crate::train::step::StepExecutor;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
@@ -36,10 +36,10 @@ pub struct TrainerState {
 /// Everything to save of a run of one rank.
 pub fn snapshot<'a>(
     model: &'a Model,
-    trainer: &'a Trainer,
+    executor: &'a StepExecutor,
     state: &TrainerState,
 ) -> Result<Snapshot<'a>> {
-    let moments = model.parameters.iter().zip(trainer.optimizer.moments());
+    let moments = model.parameters.iter().zip(executor.optimizer.moments());
     let moments = moments.flat_map(|(parameter, m)| {
         let [first, second] = moment_names(&parameter.name);
         [(first, &m.first), (second, &m.second)].map(|(n, t)| Array::borrowed(n, t))
@@ -54,16 +54,16 @@ pub fn snapshot<'a>(
 /// When a rank has left.
 pub fn snapshot_of_ranks<'a>(
     model: &'a Model,
-    trainer: &'a Trainer,
+    executor: &'a StepExecutor,
     state: &TrainerState,
 ) -> Result<Option<Snapshot<'a>>> {
-    let (dist, shards) = (model.dist(), trainer.optimizer.shards());
+    let (dist, shards) = (model.dist(), executor.optimizer.shards());
     if shards.is_whole() {
         let own = dist.rank() == 0;
-        return own.then(|| snapshot(model, trainer, state)).transpose();
+        return own.then(|| snapshot(model, executor, state)).transpose();
     }
     let mut moments = Vec::new();
-    let own = model.parameters.iter().zip(trainer.optimizer.moments());
+    let own = model.parameters.iter().zip(executor.optimizer.moments());
     for (i, (parameter, m)) in own.enumerate() {
         for (name, own) in moment_names(&parameter.name)
             .into_iter()
@@ -284,7 +284,7 @@ fn finite(name: &str, tensor: &Tensor) -> Result<()> {
     })
 }
 
-/// Gives `trainer` the optimizer of a checkpoint.
+/// Gives `executor` the optimizer of a checkpoint.
 ///
 /// # Errors
 /// As [`load_model`].
@@ -292,11 +292,11 @@ pub fn load_trainer(
     checkpoint: &Checkpoint,
     state: &TrainerState,
     model: &Model,
-    trainer: &mut Trainer,
+    executor: &mut StepExecutor,
 ) -> Result<()> {
     let mut arrays = checkpoint.trainer()?;
-    let shards = trainer.optimizer.shards();
-    let own = trainer.optimizer.moments().iter();
+    let shards = executor.optimizer.shards();
+    let own = executor.optimizer.moments().iter();
     let moments = model
         .parameters
         .iter()
@@ -313,5 +313,5 @@ pub fn load_trainer(
         })
         .collect::<Result<_>>()?;
     arrays.finish()?;
-    trainer.optimizer.restore(state.optimizer_steps, moments)
+    executor.optimizer.restore(state.optimizer_steps, moments)
 }

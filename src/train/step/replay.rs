@@ -20,7 +20,7 @@ pub struct Replay {
     steady: bool,
     captured: Option<Captured>,
     /// Why a step could not be captured, after which none is tried.
-    refused: Option<Error>,
+    error: Option<Error>,
 }
 
 struct Captured {
@@ -63,7 +63,7 @@ impl Replay {
         let before = counters::now();
         let done = step()?;
         let now = counters::now();
-        self.steady = self.refused.is_none()
+        self.steady = self.error.is_none()
             && (before.reads, before.uploads, before.allocations)
                 == (now.reads, now.uploads, now.allocations);
         Ok(done)
@@ -77,12 +77,12 @@ impl Replay {
                 let shape = shape.clone();
                 self.captured = Some(Captured { graph, shape, free });
             }
-            Err(why) => (self.steady, self.refused) = (false, Some(why)),
+            Err(why) => (self.steady, self.error) = (false, Some(why)),
         }
     }
 
     /// Why a step could not be captured, if that happened.
-    pub fn refused(&self) -> Option<&Error> {
-        self.refused.as_ref()
+    pub fn error(&self) -> Option<&Error> {
+        self.error.as_ref()
     }
 }

@@ -5,7 +5,7 @@ use crate::config::{Config, Layers, count};
 use crate::device::Device;
 use crate::error::Result;
 use crate::routers;
-use crate::train::session::Training;
+use crate::train::Trainer;
 use serde_json::{Value, json};
 
 fn config(step: &Step, router: &str) -> Result<Config> {
@@ -47,8 +47,10 @@ pub fn sizes(step: &Step) -> Result<Value> {
 ///
 /// # Errors
 /// When the model does not fit the device.
-pub fn training(step: &Step, router: &str, device: Device) -> Result<Training> {
+pub fn training(step: &Step, router: &str, device: Device) -> Result<Trainer> {
     let mut config = config(step, router)?;
     config.train.device = device;
-    Training::new(config)
+    // A time of a step that is not finite is no measurement.
+    config.train.max_skipped_steps = 1;
+    Trainer::new(config)
 }

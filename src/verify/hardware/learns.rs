@@ -8,7 +8,6 @@ use crate::device::Device;
 use crate::device::machine;
 use crate::error::{Error, Result};
 use crate::report::records::now;
-use crate::train::session::Training;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -42,7 +41,7 @@ pub struct Curve {
 pub fn losses(case: &StepCase, device: Device, steps: u64, faster: f64) -> Result<Vec<f64>> {
     let mut config = case.config(device)?;
     config.train.learning_rate *= faster;
-    let mut training = Training::new(config)?;
+    let mut training = steps::strict_trainer(config)?;
     (0..steps)
         .map(|_| Ok(training.step()?.cross_entropy))
         .collect()

@@ -1,10 +1,9 @@
 //! Two runs give the same bytes: of every loss, weight, moment and whatever a router keeps.
 
 use super::one::Outcome;
-use super::steps::uncaptured;
+use super::steps::{strict_trainer, uncaptured};
 use crate::config::Config;
 use crate::error::Result;
-use crate::train::session::Training;
 use serde_json::json;
 
 type Digest = (String, blake3::Hash);
@@ -43,7 +42,7 @@ pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
 
 /// Digests of the losses, one a step, and of all that is trained; and why no graph was replayed.
 fn run(config: &Config, steps: u64) -> Result<(Vec<Digest>, Option<String>)> {
-    let mut training = Training::new(config.clone())?;
+    let mut training = strict_trainer(config.clone())?;
     let mut found = Vec::new();
     for step in 1..=steps {
         let report = training.step()?;

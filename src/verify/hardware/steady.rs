@@ -2,12 +2,12 @@
 //! addresses of the step before; a step that is not finite leaves no trace; the memory is what was planned.
 
 use super::one::Outcome;
-use super::steps::{WARM, memory_judged, planned, uncaptured, unplanned};
+use super::steps::{WARM, memory_judged, planned, strict_trainer, uncaptured, unplanned};
 use crate::config::Config;
 use crate::device::counters::{self, Counters};
 use crate::device::take_peak;
 use crate::error::Result;
-use crate::train::session::Training;
+use crate::train::Trainer;
 use crate::train::step::StepReport;
 use serde_json::{Value, json};
 
@@ -20,7 +20,7 @@ pub fn check(config: Config, planted: bool) -> Result<Outcome> {
     let (device, graph) = (config.train.device, config.train.graph);
     take_peak(device);
     let before = take_peak(device);
-    let mut training = Training::new(config)?;
+    let mut training = strict_trainer(config)?;
     let held = planted.then(|| unplanned(&training)).transpose()?;
     for _ in 0..WARM {
         training.step()?;
@@ -60,14 +60,14 @@ fn of(c: Counters) -> Value {
 }
 
 /// A step, with what it counted up to its report. `planted`: the host reads a weight meanwhile.
-fn counted(training: &mut Training, planted: bool) -> Result<(Counters, StepReport)> {
+fn counted(training: &mut Trainer, planted: bool) -> Result<(Counters, StepReport)> {
     counters::take();
     let launched = training.launch()?;
     if planted {
         training.model.parameters[0].value.bytes(0..1)?;
     }
     let counted = counters::take();
-    Ok((counted, training.report(launched)?))
+    Ok((counted, training.finish(launched)?))
 }
 
 fn unsteady(one: Counters, next: Counters, graph: bool) -> Option<String> {
@@ -89,9 +89,9 @@ fn unsteady(one: Counters, next: Counters, graph: bool) -> Option<String> {
 }
 
 /// What a step with a NaN was refused for, and what is wrong where it left a trace. `planted`: a weight is changed behind it.
-fn not_finite(training: &mut Training, planted: bool) -> Result<(Option<String>, Option<String>)> {
+fn not_finite(training: &mut Trainer, planted: bool) -> Result<(Option<String>, Option<String>)> {
     // The embedding of a token that the second micro-batch reads.
-    let tokens = training.sequences().tokens;
+    let tokens = training.next_batch().tokens;
     let (width, token) = (
         training.model.config().hidden,
         tokens[tokens.len() / 2 + 5] as usize,
@@ -100,7 +100,7 @@ fn not_finite(training: &mut Training, planted: bool) -> Result<(Option<String>,
     let kept = embedding.clone();
     embedding.change(|w| w.slice_mut::<f32>()[token * width] = f32::NAN);
     let before = training.digests()?;
-    let refused = counted(training, false)?.1.refused;
+    let refused = counted(training, false)?.1.skipped;
     if planted {
         let weight = &mut training.model.parameters[1].value;
         weight.change(|w| w.slice_mut::<f32>()[0] += 1.0);

@@ -9,7 +9,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::routers;
 use crate::study::plan::{self, Memory};
-use crate::train::session::Training;
+use crate::train::Trainer;
 
 /// A model of which whole steps are taken.
 #[derive(Clone, Debug)]
@@ -25,9 +25,18 @@ pub struct StepCase {
     pub estimate: f64,
 }
 
+/// A trainer that fails at the first step that is not finite.
+///
+/// # Errors
+/// When the model does not fit the device.
+pub fn strict_trainer(mut config: Config) -> Result<Trainer> {
+    config.train.max_skipped_steps = 1;
+    Trainer::new(config)
+}
+
 /// Why steps were launched one by one, where that is not as it should be.
-pub fn uncaptured(training: &Training) -> Option<String> {
-    let why = training.trainer.graph_refused()?;
+pub fn uncaptured(training: &Trainer) -> Option<String> {
+    let why = training.executor().graph_error()?;
     Some(format!("steps could not be captured as a graph: {why}"))
 }
 
@@ -154,8 +163,8 @@ pub fn memory_judged(peak: u64, planned: u64) -> (String, Option<String>) {
 }
 
 /// Memory of a model's device that nobody planned, for a planted failure.
-pub fn unplanned(training: &Training) -> Result<crate::tensor::Tensor> {
-    let bytes = planned(&training.config) as usize / 10;
+pub fn unplanned(training: &Trainer) -> Result<crate::tensor::Tensor> {
+    let bytes = planned(training.config()) as usize / 10;
     let device = training.model.device();
     let held = crate::tensor::Tensor::zeros(device, crate::tensor::dtype::DType::F32, [bytes / 4]);
     held.pointer::<f32>();

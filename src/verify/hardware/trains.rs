@@ -1,13 +1,13 @@
 //! How fast whole steps are: tokens a second, the share of the GPU's peak, memory beside the plan, time by kernel.
 
 use super::one::Outcome;
-use super::steps::{WARM, memory_judged, planned, uncaptured, unplanned};
+use super::steps::{WARM, memory_judged, planned, strict_trainer, uncaptured, unplanned};
 use crate::config::{Config, count};
 use crate::device::machine::H200_PEAK;
 use crate::device::timeline::{self, Timeline};
 use crate::device::{counters, take_peak};
 use crate::error::Result;
-use crate::train::session::Training;
+use crate::train::Trainer;
 use crate::verify::bench::measure::median;
 use serde_json::{Value, json};
 use std::time::Instant;
@@ -24,7 +24,7 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
     take_peak(device);
     let before = take_peak(device);
     let begun = Instant::now();
-    let mut training = Training::new(config)?;
+    let mut training = strict_trainer(config)?;
     let ready = begun.elapsed().as_secs_f64();
     let held = planted.then(|| unplanned(&training)).transpose()?;
     let mut first = Vec::new();
@@ -64,9 +64,9 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
     Ok(Outcome::judged(wrong, text, measured))
 }
 
-fn timed(training: &mut Training) -> Result<(f64, f64)> {
+fn timed(training: &mut Trainer) -> Result<(f64, f64)> {
     let begun = Instant::now();
-    let loss = training.step_ahead()?.cross_entropy;
+    let loss = training.step_overlapped()?.cross_entropy;
     Ok((begun.elapsed().as_secs_f64(), loss))
 }
 

@@ -1,4 +1,4 @@
-//! Reading ahead: while a step runs, a thread reads what the next two take, so that training never waits for pages of a
+//! Prefetch: while a step runs, a thread reads what the next two take, so that training never waits for pages of a
 //! file that are not in memory yet.
 
 use crate::error::{Error, Result};
@@ -8,13 +8,13 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle};
 
 /// What a function gives for each step of a range, in order, read before it is asked for.
-pub struct Ahead<T> {
+pub struct Prefetch<T> {
     next: u64,
     /// Both are there until it is dropped.
     parts: Option<(Receiver<T>, JoinHandle<()>)>,
 }
 
-impl<T: Send + 'static> Ahead<T> {
+impl<T: Send + 'static> Prefetch<T> {
     /// Begins to read for the first of `steps`.
     ///
     /// # Errors
@@ -36,7 +36,7 @@ impl<T: Send + 'static> Ahead<T> {
                 let help = "raise the limit of threads (ulimit -u), or end other programs";
                 Error::invalid("data", "a thread to read ahead", e.to_string(), help)
             })?;
-        Ok(Ahead {
+        Ok(Prefetch {
             next,
             parts: Some((receiver, thread)),
         })
@@ -64,7 +64,7 @@ impl<T: Send + 'static> Ahead<T> {
     }
 }
 
-impl<T> Drop for Ahead<T> {
+impl<T> Drop for Prefetch<T> {
     fn drop(&mut self) {
         if let Some((receiver, thread)) = self.parts.take() {
             // Without a receiver the thread ends with what it is reading.
@@ -85,13 +85,13 @@ mod tests {
     fn two_steps_are_read_ahead_and_no_more() {
         let reads = Arc::new(AtomicU64::new(0));
         let counted = reads.clone();
-        let mut ahead = Ahead::new(5..100, move |step| {
+        let mut prefetch = Prefetch::new(5..100, move |step| {
             counted.fetch_add(1, Ordering::SeqCst);
             step * 10
         })
         .unwrap();
         for step in 5..50 {
-            assert_eq!(ahead.take(step), step * 10);
+            assert_eq!(prefetch.take(step), step * 10);
             let most = step - 5 + 1 + 2;
             while reads.load(Ordering::SeqCst) < most {
                 std::thread::yield_now();
@@ -104,28 +104,28 @@ mod tests {
     #[test]
     fn dropped_early_late_or_at_once_it_does_not_hang() {
         for taken in [0, 1, 7, 10] {
-            let mut ahead = Ahead::new(0..10, |step| vec![step; 1000]).unwrap();
-            (0..taken).for_each(|step| assert_eq!(ahead.take(step)[0], step));
+            let mut prefetch = Prefetch::new(0..10, |step| vec![step; 1000]).unwrap();
+            (0..taken).for_each(|step| assert_eq!(prefetch.take(step)[0], step));
         }
-        drop(Ahead::new(3..3, |step| step).unwrap());
+        drop(Prefetch::new(3..3, |step| step).unwrap());
     }
 
     #[test]
     #[should_panic(expected = "no page 2")]
     fn a_panic_of_the_reader_is_that_of_who_takes() {
-        let mut ahead = Ahead::new(0..4, |step| {
+        let mut prefetch = Prefetch::new(0..4, |step| {
             assert!(step < 2, "no page {step}");
             step
         })
         .unwrap();
-        (0..4).for_each(|step| assert_eq!(ahead.take(step), step));
+        (0..4).for_each(|step| assert_eq!(prefetch.take(step), step));
     }
 
     #[test]
     #[should_panic(expected = "past the last")]
     fn nothing_is_past_the_last_step() {
-        let mut ahead = Ahead::new(0..1, |step| step).unwrap();
-        ahead.take(0);
-        ahead.take(1);
+        let mut prefetch = Prefetch::new(0..1, |step| step).unwrap();
+        prefetch.take(0);
+        prefetch.take(1);
     }
 }

@@ -1,5 +1,5 @@
-//! What a step on a device with kernels tells the host. The copies begin behind its launches, and the next step may be
-//! launched before they are read.
+//! Readback of a step's results from a device with kernels. The copies are enqueued behind the step's launches, and the next
+//! step may be launched before they are read.
 
 use crate::device::{self, Device, Sent};
 use crate::error::Result;
@@ -7,13 +7,13 @@ use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 use crate::tensor::shape::Shape;
 
-/// Tensors on their way to the host.
-pub struct Telling {
+/// Tensors that are being copied to the host.
+pub struct Readback {
     kinds: Vec<(DType, Shape)>,
     sent: Sent,
 }
 
-impl Telling {
+impl Readback {
     /// Begins to copy tensors of `device` as the launches so far leave them.
     ///
     /// # Errors
@@ -21,17 +21,17 @@ impl Telling {
     pub fn begin(device: Device, tensors: &[&Tensor]) -> Result<Self> {
         let range = |t: &&Tensor| (t.pointer::<u8>() as usize, t.elements() * t.dtype().size());
         let ranges: Vec<_> = tensors.iter().map(range).collect();
-        Ok(Telling {
+        Ok(Readback {
             kinds: tensors.iter().map(|t| (t.dtype(), t.shape())).collect(),
             sent: device::send(device, &ranges)?,
         })
     }
 
-    /// The same on the CPU, when they are there.
+    /// Waits for the copies and gives the tensors on the CPU.
     ///
     /// # Errors
-    /// What a launch before them met.
-    pub fn received(self) -> Result<Vec<Tensor>> {
+    /// When a launch before them failed.
+    pub fn wait(self) -> Result<Vec<Tensor>> {
         let bytes = self.sent.receive()?;
         let mut rest = &bytes[..];
         let mut next = |(dtype, shape): (DType, Shape)| {

@@ -1,0 +1,257 @@
+//! From a configuration, or the checkpoint of a run, to a trainer.
+
+use super::checkpoint::{self, Checkpoint, TrainerState};
+use super::console::Console;
+use super::hooks::{Checkpoints, KernelTimeline, MetricsLog, Plots, Progress, TensorBoard};
+use super::step::StepExecutor;
+use super::{CHECKPOINTS, Hook, RunOptions, Trainer, memory, ranks, refuse_existing, write_config};
+use crate::config::{Config, count};
+use crate::data::tokenizer::BYTES;
+use crate::data::{Corpus, Counts};
+use crate::dist::{self, Collective, SingleRank, agree, doing};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::report::files::replace;
+use crate::routers;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Options for a [`Trainer`].
+pub struct Builder {
+    config: Config,
+    dist: Arc<dyn Collective>,
+    hooks: Vec<Box<dyn Hook>>,
+    run: Option<RunOptions>,
+}
+
+impl Builder {
+    pub(super) fn new(config: Config) -> Self {
+        Builder {
+            config,
+            dist: Arc::new(SingleRank),
+            hooks: Vec::new(),
+            run: None,
+        }
+    }
+
+    /// Adds a hook; hooks are called in the order in which they were added.
+    pub fn hook(mut self, hook: impl Hook + 'static) -> Self {
+        self.hooks.push(Box::new(hook));
+        self
+    }
+
+    /// Trains as one of several ranks. Rank 0 alone writes to the run's folder, which all see, and shows progress.
+    pub fn ranks(mut self, dist: Arc<dyn Collective>) -> Self {
+        self.dist = dist;
+        self
+    }
+
+    /// Keeps the run in a folder: configuration, log, TensorBoard events, figures and checkpoints, written by hooks that are
+    /// called after those added by [`hook`](Self::hook).
+    pub fn run_folder(mut self, options: RunOptions) -> Self {
+        self.run = Some(options);
+        self
+    }
+
+    /// Everything up to the first step.
+    ///
+    /// # Errors
+    /// When the data, the folder or its checkpoint cannot be used, the model does not fit, the ranks are not of one run, or a
+    /// hook cannot start.
+    pub fn build(mut self) -> Result<Trainer> {
+        let (dist, run) = (self.dist.clone(), self.run.take());
+        ranks::check(&*dist, &self.config)?;
+        if let Some(run) = &run {
+            let free = match dist.rank() == 0 && !run.resume {
+                true => refuse_existing(&run.out),
+                false => Ok(()),
+            };
+            agree(&*dist, free)?;
+            memory::check(&self.config)?;
+        }
+        doing("the reading of data");
+        let config = &self.config;
+        let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+        let (saved, damaged) = match &run {
+            Some(run) if run.resume => {
+                ranks::check_folder(&*dist, &run.out)?;
+                ranks::newest(&*dist, &run.out.join(CHECKPOINTS))?
+            }
+            _ => (None, Vec::new()),
+        };
+        let data = corpus.fingerprint();
+        ranks::check_data(&*dist, &data)?;
+        doing("the making of the model");
+        let own = Box::new(dist.clone());
+        let parts = match &saved {
+            None => anew(self.config, data, own)?,
+            Some(saved) => resume(saved, self.config, data, own)?,
+        };
+        let mut hooks = self.hooks;
+        if let Some(run) = &run {
+            hooks.extend(run_hooks(run));
+        }
+        hooks.retain(|hook| dist.rank() == 0 || hook.on_every_rank());
+        let mut trainer = Trainer::assemble(parts, dist.clone(), corpus, hooks)?;
+        if let Some(run) = &run {
+            let (first, total) = (trainer.steps_done(), trainer.config().train.steps);
+            trainer.console = Console::with_bar(first, total, run.quiet);
+        }
+        if dist.rank() != 0 {
+            trainer.console = Console::silent();
+        }
+        agree(
+            &*dist,
+            trainer.each_hook(|hook, trainer| hook.start(trainer)),
+        )?;
+        if let Some(run) = &run {
+            if !run.resume {
+                ranks::check_folder(&*dist, &run.out)?;
+            }
+            for damaged in &damaged {
+                trainer.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
+            }
+            introduce(&trainer, run, dist.size());
+        }
+        Ok(trainer)
+    }
+}
+
+/// The hooks of a run with a folder, in their order.
+fn run_hooks(run: &RunOptions) -> Vec<Box<dyn Hook>> {
+    let out = &run.out;
+    let mut hooks: Vec<Box<dyn Hook>> = vec![Box::new(Folder(out.clone()))];
+    if run.timeline {
+        hooks.push(Box::new(KernelTimeline::new(out)));
+    }
+    hooks.extend([
+        Box::new(MetricsLog::new(out)) as Box<dyn Hook>,
+        Box::new(TensorBoard::new(out)),
+        Box::new(Progress::default()),
+        Box::new(Plots::new(out)),
+    ]);
+    if run.checkpoints {
+        hooks.push(Box::new(Checkpoints::new(out)));
+    }
+    hooks
+}
+
+/// Creates the run's folder, or replaces its configuration.
+struct Folder(PathBuf);
+
+impl Hook for Folder {
+    fn start(&mut self, trainer: &Trainer) -> Result<()> {
+        let out = &self.0;
+        fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        write_config(out, trainer.config())?;
+        // So that `generate` finds the tokenizer where the run's tokens are not.
+        for (name, content) in trainer.corpus().tokenizer_files()? {
+            replace(out, name, &content)?;
+        }
+        Ok(())
+    }
+}
+
+fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
+    let c = trainer.config();
+    let m = &c.model;
+    let millions = |n: u64| n as f64 / 1e6;
+    let [documents, held_out] = trainer.corpus().counts();
+    let size = |counts: &Counts| match c.data.tokenizer == BYTES {
+        true => format!("{:.1} MB", millions(counts.bytes)),
+        false => format!(
+            "{:.1} MB in {:.1} M tokens",
+            millions(counts.bytes),
+            millions(counts.tokens)
+        ),
+    };
+    if let Some(ranks) = dist::describe().filter(|_| ranks > 1) {
+        trainer.info(&ranks);
+    }
+    trainer.info(&format!(
+        "{:.1} M parameters, {:.1} M active; router {}, {} experts, {} active; {} on {} threads",
+        millions(count::total_parameters(m)),
+        millions(count::active_parameters(m)),
+        c.router.name,
+        m.num_experts,
+        m.top_k,
+        trainer.model.dtype(),
+        rayon::current_num_threads(),
+    ));
+    trainer.info(&format!(
+        "{}: {} documents, {}; {} held out, {}",
+        c.data.name(),
+        documents.documents,
+        size(&documents),
+        held_out.documents,
+        size(&held_out),
+    ));
+    let (steps, out) = (c.train.steps, run.out.display());
+    trainer.info(&match trainer.steps_done() {
+        0 => format!("{steps} steps into {out}"),
+        n => format!("from step {n} to {steps} in {out}"),
+    });
+}
+
+/// A model that was not trained.
+fn anew(
+    config: Config,
+    data: String,
+    dist: Box<dyn Collective>,
+) -> Result<(Model, StepExecutor, TrainerState)> {
+    let model = Model::with_router(&config, routers::build(&config.router)?, dist)?;
+    let executor = StepExecutor::new(&config.train, &model);
+    let state = TrainerState {
+        step: 0,
+        optimizer_steps: 0,
+        skipped_in_a_row: 0,
+        data,
+        config,
+    };
+    Ok((model, executor, state))
+}
+
+/// Resumes from `saved` with a configuration that may differ in what does not make it another run.
+fn resume(
+    saved: &Checkpoint,
+    config: Config,
+    data: String,
+    dist: Box<dyn Collective>,
+) -> Result<(Model, StepExecutor, TrainerState)> {
+    let device = config.train.device;
+    let (model, mut state) = checkpoint::load_model_on(saved, |c| c.train.device = device, dist)?;
+    let old = &state.config;
+    for (what, same) in [
+        ("model", old.model == config.model),
+        ("router", old.router == config.router),
+        ("train.seed", old.train.seed == config.train.seed),
+        ("train.dtype", old.train.dtype == config.train.dtype),
+        (
+            "train.bf16_moments",
+            old.train.bf16_moments == config.train.bf16_moments,
+        ),
+        (
+            "train.sequences_per_step",
+            old.train.sequences_per_step == config.train.sequences_per_step,
+        ),
+        ("data", state.data == data),
+        (
+            "data.document_boundaries",
+            old.data.document_boundaries == config.data.document_boundaries,
+        ),
+    ] {
+        if !same {
+            return Err(Error::invalid(
+                "train --resume",
+                format!("the {what} that the run began with"),
+                "another one",
+                "put it back, or begin a new run under another --name",
+            ));
+        }
+    }
+    let mut executor = StepExecutor::new(&config.train, &model);
+    checkpoint::load_trainer(saved, &state, &model, &mut executor)?;
+    state.config = config;
+    Ok((model, executor, state))
+}

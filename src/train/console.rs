@@ -1,0 +1,89 @@
+//! Lines on standard error, above a progress bar where there is a terminal.
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use std::io::Write;
+
+/// Where a run writes lines for its user.
+#[derive(Clone)]
+pub struct Console {
+    bar: ProgressBar,
+    /// Whether the bar is shown.
+    terminal: bool,
+    quiet: bool,
+    /// Another rank writes.
+    silent: bool,
+}
+
+impl Console {
+    /// Without a bar: notes only.
+    pub fn notes() -> Self {
+        Console {
+            bar: ProgressBar::hidden(),
+            terminal: false,
+            quiet: true,
+            silent: false,
+        }
+    }
+
+    /// Of a rank that writes nothing.
+    pub fn silent() -> Self {
+        Console {
+            silent: true,
+            ..Self::notes()
+        }
+    }
+
+    /// With a bar from step `first` to `total`, unless `quiet`.
+    pub fn with_bar(first: u64, total: u64, quiet: bool) -> Self {
+        let terminal = crate::report::shows_bars() && !quiet;
+        let target = if terminal {
+            ProgressDrawTarget::stderr()
+        } else {
+            ProgressDrawTarget::hidden()
+        };
+        let bar = ProgressBar::with_draw_target(Some(total), target).with_position(first);
+        if let Ok(style) = ProgressStyle::with_template("{bar:12} {pos}/{len}  {wide_msg}") {
+            bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
+        }
+        Console {
+            bar,
+            terminal,
+            quiet,
+            silent: false,
+        }
+    }
+
+    /// A line that is always written.
+    pub fn note(&self, text: &str) {
+        if self.silent {
+            return;
+        }
+        if self.terminal {
+            self.bar.println(text);
+        } else {
+            line(text);
+        }
+    }
+
+    /// A line that is not written if quiet.
+    pub fn info(&self, text: &str) {
+        if !self.quiet {
+            self.note(text);
+        }
+    }
+
+    /// The bar, where it is shown.
+    pub fn bar(&self) -> Option<&ProgressBar> {
+        self.terminal.then_some(&self.bar)
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// A line on standard error; a run goes on when nobody reads it.
+fn line(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}

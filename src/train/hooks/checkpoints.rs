@@ -1,0 +1,172 @@
+//! Checkpoints of a run, and the time for which training waits for them.
+
+use crate::config::Config;
+use crate::dist::{doing, doing_alone};
+use crate::error::Result;
+use crate::report::events::EVENTS_FILE;
+use crate::report::metrics::{Record, Saved};
+use crate::train::checkpoint::{self, Place, SHARD_BYTES, Saver, Snapshot};
+use crate::train::{
+    CHECKPOINTS, Hook, METRICS_FILE, Outcome, StepReport, Trainer, available_memory,
+};
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// Saves checkpoints at the interval of the configuration, after the last step, and when the run is stopped. Of several ranks
+/// rank 0 writes.
+pub struct Checkpoints {
+    folder: PathBuf,
+    saving: Option<Saving>,
+    ended: Vec<Saved>,
+}
+
+impl Checkpoints {
+    /// In this run's folder.
+    pub fn new(folder: impl Into<PathBuf>) -> Self {
+        Checkpoints {
+            folder: folder.into(),
+            saving: None,
+            ended: Vec::new(),
+        }
+    }
+
+    /// Saves in the background, or, where it is the `last` save, before it returns.
+    fn save(&mut self, trainer: &Trainer, last: bool) -> Result<()> {
+        let step = trainer.steps_done();
+        doing(format!("the checkpoint after step {step}"));
+        let snapshot =
+            checkpoint::snapshot_of_ranks(&trainer.model, trainer.executor(), trainer.state())?;
+        let (Some(saving), Some(snapshot)) = (&mut self.saving, snapshot) else {
+            return Ok(());
+        };
+        // A copy that does not fit, and the last save, are written before this returns.
+        doing_alone(format!("the checkpoint after step {step}"));
+        if last {
+            let summary = saving.last(&snapshot)?;
+            trainer.info(&summary);
+            return Ok(());
+        }
+        saving.save(&snapshot)
+    }
+}
+
+impl Hook for Checkpoints {
+    fn on_every_rank(&self) -> bool {
+        true
+    }
+
+    fn needs_model(&self, config: &Config, step: u64) -> bool {
+        config.train.saves_after(step)
+    }
+
+    fn start(&mut self, trainer: &Trainer) -> Result<()> {
+        let keep = trainer.config().train.keep_checkpoints;
+        self.saving = (trainer.model.dist().rank() == 0).then(|| Saving::new(&self.folder, keep));
+        Ok(())
+    }
+
+    /// A save that failed in the background ends the run here.
+    fn before_step(&mut self, trainer: &Trainer, _step: u64) -> Result<()> {
+        if let Some(saving) = &mut self.saving {
+            let (ended, note) = saving.ended()?;
+            note.iter().for_each(|note| trainer.note(note));
+            self.ended.extend(ended);
+        }
+        Ok(())
+    }
+
+    fn measure(&mut self, _trainer: &Trainer, record: &mut Record) -> Result<()> {
+        record.saved = std::mem::take(&mut self.ended);
+        Ok(())
+    }
+
+    fn after_step(&mut self, trainer: &Trainer, _: &StepReport, record: &Record) -> Result<()> {
+        let train = &trainer.config().train;
+        match train.saves_after(record.step) {
+            true => self.save(trainer, record.step == train.steps),
+            false => Ok(()),
+        }
+    }
+
+    fn end(&mut self, trainer: &Trainer, outcome: Outcome) -> Result<()> {
+        match outcome == Outcome::Stopped && trainer.steps_done() > 0 {
+            true => self.save(trainer, true),
+            false => Ok(()),
+        }
+    }
+}
+
+struct Saving {
+    saver: Saver,
+    begun: Instant,
+    /// Seconds for which training stood still so far.
+    blocked: f64,
+    /// Whether it was noted that a copy does not fit.
+    noted: bool,
+}
+
+impl Saving {
+    /// Into the run's folder, the `keep` newest.
+    fn new(out: &Path, keep: usize) -> Self {
+        let place = Place {
+            folder: out.join(CHECKPOINTS),
+            // A resumed run goes on in both behind its checkpoint.
+            logs: [METRICS_FILE, EVENTS_FILE].map(|f| out.join(f)).into(),
+            keep,
+            shard_bytes: SHARD_BYTES,
+        };
+        Saving {
+            saver: Saver::new(place),
+            begun: Instant::now(),
+            blocked: 0.0,
+            noted: false,
+        }
+    }
+
+    /// Saves while training goes on, if there is the memory for it.
+    ///
+    /// # Errors
+    /// Those of [`Saver::save`].
+    fn save(&mut self, snapshot: &Snapshot) -> Result<()> {
+        self.saver.save(snapshot, available_memory)
+    }
+
+    /// The saves that have ended since the last call, and a note for the user.
+    ///
+    /// # Errors
+    /// When one failed in the background.
+    fn ended(&mut self) -> Result<(Vec<Saved>, Option<String>)> {
+        let ended = self.saver.ended()?;
+        self.blocked += ended.iter().map(|s| s.blocked_seconds).sum::<f64>();
+        let waited = ended.iter().find(|s| !s.background && !self.noted);
+        let note = waited.map(|s| {
+            format!(
+                "step {}: training waits while a checkpoint is written, {:.1} s: a copy of {:.1} GB does not fit into the free memory",
+                s.step,
+                s.blocked_seconds,
+                s.bytes as f64 / 1e9,
+            )
+        });
+        self.noted |= note.is_some();
+        Ok((ended, note))
+    }
+
+    /// Saves when training has ended; a summary of all saves.
+    ///
+    /// # Errors
+    /// Those of [`Saver::save_now`].
+    fn last(&mut self, snapshot: &Snapshot) -> Result<String> {
+        let (trained, begun) = (self.begun.elapsed().as_secs_f64(), Instant::now());
+        self.saver.save_now(snapshot)?;
+        let waited = begun.elapsed().as_secs_f64();
+        let mut ended = self.saver.ended()?;
+        // What it waited for the save before, and its own writing, fell behind the end.
+        ended.retain(|s| s.background);
+        self.blocked += ended.iter().map(|s| s.blocked_seconds).sum::<f64>();
+        Ok(format!(
+            "checkpoints: training stood still for {:.3} s of {trained:.1} s ({:.3}%); the last took {waited:.1} s behind its end",
+            self.blocked,
+            100.0 * self.blocked / trained,
+        ))
+    }
+}

@@ -1,0 +1,422 @@
+//! The training loop. On a device with kernels the next step is launched before the results of this one are read, where no
+//! hook needs the model in between, so that the device has work while the host reads and writes.
+
+use super::checkpoint::TrainerState;
+use super::console::Console;
+use super::step::{Launched, StepExecutor, StepReport};
+use super::{Builder, Hook, learning_rate, ranks, record};
+use crate::config::Config;
+use crate::data::{Corpus, Prefetch};
+use crate::dist::{self, Collective, doing};
+use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::model::batch::Batch;
+use crate::report::metrics::Record;
+use crate::tensor::Tensor;
+use std::cell::Cell;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps are done.
+    Finished,
+    /// It was asked to stop.
+    Stopped,
+}
+
+/// The result of a run.
+#[derive(Clone, Debug)]
+pub struct Summary {
+    pub outcome: Outcome,
+    /// Steps done.
+    pub step: u64,
+    /// After the last step, if a hook evaluated there and it is finite.
+    pub validation_loss: Option<f64>,
+}
+
+/// Trains a model: owns configuration, model, optimizer, the prefetched data and the hooks.
+///
+/// ```no_run
+/// use routegrad::config::{Config, Layers};
+/// use routegrad::routers;
+/// use routegrad::train::Trainer;
+///
+/// # fn main() -> routegrad::error::Result<()> {
+/// let config = Config::load(&Layers::preset("tiny"), &routers::resolve)?;
+/// let mut trainer = Trainer::new(config)?;
+/// let report = trainer.step()?;
+/// println!("loss {:.3}", report.cross_entropy);
+/// # Ok(())
+/// # }
+/// ```
+pub struct Trainer {
+    /// Public, so that a program may change weights between steps.
+    pub model: Model,
+    executor: StepExecutor,
+    /// After the last step whose results were read.
+    state: TrainerState,
+    dist: Arc<dyn Collective>,
+    data: DataLoader,
+    /// Steps launched.
+    launched: u64,
+    /// The last of them, where its results were not read yet.
+    in_flight: Option<LaunchedStep>,
+    /// When results were last read.
+    last_read: Instant,
+    hooks: Vec<Box<dyn Hook>>,
+    pub(super) console: Console,
+    stop_requested: Cell<bool>,
+}
+
+/// A step that was launched and whose results were not read yet.
+pub struct LaunchedStep {
+    /// Steps before it.
+    step: u64,
+    rate: f64,
+    begun: Instant,
+    launched: Launched,
+}
+
+/// The sequences of each step, read before they are needed.
+pub(super) struct DataLoader {
+    pub corpus: Arc<Corpus>,
+    /// This rank's sequences of each micro-batch, as offsets into a step's.
+    pub parts: Vec<Range<u64>>,
+    /// Sequences of a step, over all ranks.
+    pub sequences: u64,
+    /// Started by the first step.
+    pub prefetch: Option<Prefetch<Batch>>,
+}
+
+impl Trainer {
+    /// A trainer without a folder and without hooks, on one rank.
+    ///
+    /// # Errors
+    /// When the data cannot be read, or the model does not fit the device.
+    pub fn new(config: Config) -> Result<Self> {
+        Self::builder(config).build()
+    }
+
+    /// Options for a trainer of this configuration.
+    pub fn builder(config: Config) -> Builder {
+        Builder::new(config)
+    }
+
+    pub(super) fn assemble(
+        parts: (Model, StepExecutor, TrainerState),
+        dist: Arc<dyn Collective>,
+        corpus: Corpus,
+        hooks: Vec<Box<dyn Hook>>,
+    ) -> Result<Self> {
+        let (model, executor, state) = parts;
+        Ok(Trainer {
+            data: DataLoader::new(Arc::new(corpus), &state.config, &*dist)?,
+            launched: state.step,
+            model,
+            executor,
+            state,
+            dist,
+            in_flight: None,
+            last_read: Instant::now(),
+            hooks,
+            console: Console::notes(),
+            stop_requested: Cell::new(false),
+        })
+    }
+
+    pub fn config(&self) -> &Config {
+        &self.state.config
+    }
+
+    /// What a checkpoint holds beside weights and moments.
+    pub fn state(&self) -> &TrainerState {
+        &self.state
+    }
+
+    /// Steps done, skipped ones included.
+    pub fn steps_done(&self) -> u64 {
+        self.state.step
+    }
+
+    /// The text that it trains on.
+    pub fn corpus(&self) -> &Corpus {
+        &self.data.corpus
+    }
+
+    /// The optimizer and what else a step needs.
+    pub fn executor(&self) -> &StepExecutor {
+        &self.executor
+    }
+
+    /// Ends [`run`](Self::run) after the present step.
+    pub fn request_stop(&self) {
+        self.stop_requested.set(true);
+    }
+
+    /// A line for the user, on standard error.
+    pub fn note(&self, text: &str) {
+        self.console.note(text);
+    }
+
+    /// The same, unless the run is quiet.
+    pub fn info(&self, text: &str) {
+        self.console.info(text);
+    }
+
+    pub(super) fn console(&self) -> &Console {
+        &self.console
+    }
+
+    /// This rank's sequences of the next step to launch.
+    pub fn next_batch(&self) -> Batch {
+        self.data.read(self.launched)
+    }
+
+    /// Trains until the last step of the configuration, or until `stop` is set or a hook asked to stop: the present step is
+    /// then finished.
+    ///
+    /// # Errors
+    /// Those of a step and of the hooks.
+    pub fn run(&mut self, stop: &AtomicBool) -> Result<Summary> {
+        let steps = self.state.config.train.steps;
+        let (mut outcome, mut validation_loss) = (Outcome::Finished, None);
+        while self.state.step < steps {
+            doing(format!("step {}", self.state.step + 1));
+            let asked = stop.load(Ordering::SeqCst) || self.stop_requested.get();
+            let stopping = ranks::any(&*self.dist, asked)?;
+            if stopping && self.in_flight.is_none() {
+                outcome = Outcome::Stopped;
+                break;
+            }
+            validation_loss = self.advance(!stopping)?.1.validation_loss;
+        }
+        self.stop_requested.set(false);
+        self.all_hooks(|hook, trainer| hook.end(trainer, outcome))?;
+        if let Some(why) = self.executor.graph_error() {
+            self.note(&format!(
+                "steps were launched one by one, not as a graph: {why}"
+            ));
+        }
+        self.console.finish();
+        Ok(Summary {
+            outcome,
+            step: self.state.step,
+            validation_loss,
+        })
+    }
+
+    /// One step and its hooks. Weights and moments may be read and changed when it returns.
+    ///
+    /// # Errors
+    /// When an operation or a hook fails, or `train.max_skipped_steps` steps in a row were not finite.
+    pub fn step(&mut self) -> Result<StepReport> {
+        Ok(self.advance(false)?.0)
+    }
+
+    /// The same; the next step may be launched before the results of this one are read, as in [`run`](Self::run).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_overlapped(&mut self) -> Result<StepReport> {
+        Ok(self.advance(true)?.0)
+    }
+
+    /// Reads the results of the next step, having launched the one behind it where `overlap` and the hooks allow it.
+    fn advance(&mut self, overlap: bool) -> Result<(StepReport, Record)> {
+        let this = match self.in_flight.take() {
+            Some(this) => this,
+            None => self.launch()?,
+        };
+        let step = this.step + 1;
+        let config = &self.state.config;
+        let alone = !overlap
+            || step >= config.train.steps
+            || self.hooks.iter().any(|hook| hook.needs_model(config, step));
+        if this.was_replayed() && !alone {
+            self.in_flight = Some(self.launch()?);
+        }
+        let rate = this.rate;
+        let (report, seconds) = self.read_results(this)?;
+        let mut record = record::record(&self.state.config, step, &report, rate, seconds);
+        self.each_hook(|hook, trainer| hook.measure(trainer, &mut record))?;
+        self.each_hook(|hook, trainer| hook.log(trainer, &record))?;
+        self.check_finite(&report)
+            .map_err(|e| dist::shared(&*self.dist, e))?;
+        self.all_hooks(|hook, trainer| hook.after_step(trainer, &report, &record))?;
+        Ok((report, record))
+    }
+
+    /// Launches the next step without waiting for it, for measurements; [`finish`](Self::finish) reads its results.
+    ///
+    /// # Errors
+    /// Those of a step.
+    pub fn launch(&mut self) -> Result<LaunchedStep> {
+        let step = self.launched;
+        self.each_hook(|hook, trainer| hook.before_step(trainer, step + 1))?;
+        let (begun, train) = (Instant::now(), &self.state.config.train);
+        let batch = self.data.take(step, train.steps)?;
+        self.launched = step + 1;
+        let rate = learning_rate(train, step);
+        let own = train.micro_batch / self.dist.size();
+        let micro_batches: Vec<_> = batch.chunks(own).collect();
+        Ok(LaunchedStep {
+            step,
+            rate,
+            begun,
+            launched: self
+                .executor
+                .launch(&mut self.model, &micro_batches, rate)?,
+        })
+    }
+
+    /// Reads the results of a launched step, without the hooks.
+    ///
+    /// # Errors
+    /// Those of a step.
+    pub fn finish(&mut self, launched: LaunchedStep) -> Result<StepReport> {
+        Ok(self.read_results(launched)?.0)
+    }
+
+    /// The report of a launched step, and the seconds since it or the report before.
+    fn read_results(&mut self, this: LaunchedStep) -> Result<(StepReport, f64)> {
+        let report = self.executor.report(&mut self.model, this.launched)?;
+        let now = Instant::now();
+        let seconds = now.duration_since(this.begun.max(self.last_read));
+        self.last_read = now;
+        self.state.step = this.step + 1;
+        self.state.optimizer_steps = self.executor.optimizer.steps();
+        self.state.skipped_in_a_row = match report.skipped {
+            None => 0,
+            Some(_) => self.state.skipped_in_a_row + 1,
+        };
+        Ok((report, seconds.as_secs_f64()))
+    }
+
+    /// Notes a skipped step; an error after too many in a row.
+    fn check_finite(&self, report: &StepReport) -> Result<()> {
+        let Some(what) = &report.skipped else {
+            return Ok(());
+        };
+        let (row, most) = (
+            self.state.skipped_in_a_row,
+            self.state.config.train.max_skipped_steps,
+        );
+        let step = self.state.step;
+        self.note(&format!(
+            "step {step} was left out: {what} is not finite ({row} in a row)"
+        ));
+        if row < most.max(1) {
+            return Ok(());
+        }
+        Err(Error::NonFinite {
+            what: format!("{what} at step {step}, as in {row} steps in a row,"),
+            help: "lower train.learning_rate or check the data; what was saved before stays".into(),
+        })
+    }
+
+    /// Calls all hooks up to the first that fails.
+    pub(super) fn each_hook(
+        &mut self,
+        mut call: impl FnMut(&mut dyn Hook, &Trainer) -> Result<()>,
+    ) -> Result<()> {
+        let mut hooks = std::mem::take(&mut self.hooks);
+        let done = hooks.iter_mut().try_for_each(|h| call(&mut **h, self));
+        self.hooks = hooks;
+        done
+    }
+
+    /// Calls all hooks; gives the first error.
+    fn all_hooks(
+        &mut self,
+        mut call: impl FnMut(&mut dyn Hook, &Trainer) -> Result<()>,
+    ) -> Result<()> {
+        let mut first = Ok(());
+        self.each_hook(|hook, trainer| {
+            let done = call(hook, trainer);
+            if first.is_ok() {
+                first = done;
+            }
+            Ok(())
+        })?;
+        first
+    }
+
+    /// Name and digest of everything that a step may change: weights, moments, router state, the number of steps.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn digests(&self) -> Result<Vec<(String, blake3::Hash)>> {
+        let all = |t: &Tensor| t.copied_bytes(0..t.elements() * t.dtype().size());
+        let optimizer = &self.executor.optimizer;
+        let mut found = Vec::new();
+        let mut add = |name: String, bytes: &[u8]| found.push((name, blake3::hash(bytes)));
+        for (p, moments) in (self.model.parameters.iter()).zip(optimizer.moments()) {
+            add(p.name.clone(), &p.value.bytes(0..p.value.elements())?);
+            add(format!("first moment of {}", p.name), &all(&moments.first)?);
+            add(
+                format!("second moment of {}", p.name),
+                &all(&moments.second)?,
+            );
+        }
+        for (layer, state) in self.model.layer_states().iter().enumerate() {
+            for (name, tensor) in state.tensors() {
+                add(format!("{name} of MoE layer {layer}"), &all(tensor)?);
+            }
+        }
+        add("number of steps".into(), &optimizer.steps().to_le_bytes());
+        Ok(found)
+    }
+}
+
+impl LaunchedStep {
+    /// Whether the step replayed a graph, so that the next one may be launched before its results are read.
+    pub fn was_replayed(&self) -> bool {
+        self.launched.was_replayed()
+    }
+}
+
+impl DataLoader {
+    fn new(corpus: Arc<Corpus>, config: &Config, dist: &dyn Collective) -> Result<Self> {
+        let train = &config.train;
+        let (sequences, micro_batch) = (train.sequences_per_step as u64, train.micro_batch as u64);
+        let part = |first| dist.part(first..(first + micro_batch).min(sequences));
+        let parts = (0..sequences).step_by(micro_batch.max(1) as usize);
+        Ok(DataLoader {
+            corpus,
+            parts: parts.map(part).collect::<Result<_>>()?,
+            sequences,
+            prefetch: None,
+        })
+    }
+
+    /// This rank's sequences of the step behind `step` steps.
+    fn read(&self, step: u64) -> Batch {
+        batch(&self.corpus, &self.parts, self.sequences, step)
+    }
+
+    /// The same, prefetched up to the last of `steps`.
+    fn take(&mut self, step: u64, steps: u64) -> Result<Batch> {
+        if step >= steps {
+            return Ok(self.read(step));
+        }
+        if self.prefetch.is_none() {
+            let (corpus, parts, n) = (self.corpus.clone(), self.parts.clone(), self.sequences);
+            let read = move |step| batch(&corpus, &parts, n, step);
+            self.prefetch = Some(Prefetch::new(step..steps, read)?);
+        }
+        Ok(match &mut self.prefetch {
+            Some(prefetch) => prefetch.take(step),
+            None => self.read(step),
+        })
+    }
+}
+
+/// A rank's parts of the micro-batches of a step; step t of n sequences takes those from t · n on.
+fn batch(corpus: &Corpus, parts: &[Range<u64>], n: u64, step: u64) -> Batch {
+    let own = parts.iter().cloned().flatten();
+    corpus.sequences(own.map(|sequence| step * n + sequence))
+}
