@@ -1,8 +1,5 @@
-//! The program: parses the command line, runs the command, prints an error and sets the exit code.
+//! The program; see [`routegrad::cli`].
 
-use clap::Parser;
-use routegrad::cli::Cli;
-use routegrad::dist;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -10,14 +7,5 @@ fn main() -> ExitCode {
         args = ["--always", "--dirty", "--abbrev=12", "--exclude=*"],
         fallback = ""
     ));
-    match dist::conclude(Cli::parse().run()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // Of several ranks one prints.
-            if let Some(error) = error {
-                eprintln!("error: {error}");
-            }
-            ExitCode::FAILURE
-        }
-    }
+    routegrad::cli::main()
 }

@@ -7,7 +7,7 @@ use crate::device::Device;
 use crate::dist::{self, Collective, Ranks};
 use crate::error::Error;
 use crate::error::Result;
-use crate::routers::{self, ROUTERS};
+use crate::routers;
 use crate::study::{ablate, analyze, eval, exchange, export, generate, hooks, plan, tasks};
 use crate::tape::check::Fault;
 use crate::tensor::dtype::DType;
@@ -71,7 +71,7 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     };
     let device = config.train.device;
     device.prepare()?;
-    let planned = plan::Memory::of(&config, plan::Target::H200).total();
+    let planned = plan::Memory::of(&config, plan::Target::H200)?.total();
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
     }
@@ -344,7 +344,7 @@ pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
         .filter_map(|(flag, key, value)| Some((flag, key, value?)));
     layers.flags = given.collect();
     let config = data::configure(&layers, &routers::resolve)?;
-    let found = plan::plan(&config, args.device, rayon::current_num_threads());
+    let found = plan::plan(&config, args.device, rayon::current_num_threads())?;
     if args.json {
         say!("{:#}", serde_json::json!(found));
     } else {
@@ -459,7 +459,7 @@ pub(super) fn gradcheck_on_simulator(filter: &str, plant: Option<Fault>) -> Resu
         }
         Ok(())
     };
-    for router in ROUTERS {
+    for router in routers::all() {
         let subject = format!("router {}", router.name);
         if plant.is_none() && subject.contains(filter) {
             let found = device_check::router_directions(router.name)?;
@@ -512,7 +512,7 @@ pub(super) fn print_floors(presets: &[String], tokens: usize) -> Result<()> {
 }
 
 pub(super) fn list_routers() -> Result<()> {
-    for info in ROUTERS {
+    for info in routers::all() {
         let mut config = crate::config::RouterConfig {
             name: info.name.into(),
             ..Default::default()

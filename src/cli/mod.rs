@@ -13,9 +13,42 @@ mod timings;
 
 pub use arguments::Cli;
 
+use crate::dist;
 use crate::error::Result;
 use arguments::Command;
+use clap::Parser;
 use commands::*;
+use std::process::ExitCode;
+
+/// The whole program: parses the command line, runs the command, prints an error and gives the exit code.
+///
+/// A program with routers of its own registers them and calls this, so that every command knows them:
+///
+/// ```no_run
+/// use routegrad::routers::{self, RouterInfo};
+/// # type Hashed = routegrad::routers::topk::TopK;
+///
+/// fn main() -> std::process::ExitCode {
+///     let info = RouterInfo::new::<Hashed>("hashed", "experts picked by a hash");
+///     if let Err(error) = routers::register(info) {
+///         eprintln!("error: {error}");
+///         return std::process::ExitCode::FAILURE;
+///     }
+///     routegrad::cli::main()
+/// }
+/// ```
+pub fn main() -> ExitCode {
+    match dist::conclude(Cli::parse().run()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Of several ranks one prints.
+            if let Some(error) = error {
+                eprintln!("error: {error}");
+            }
+            ExitCode::FAILURE
+        }
+    }
+}
 
 impl Cli {
     /// Runs the command.

@@ -6,7 +6,10 @@
 //! updated before use, `ê_i ← β ê_i + (1 − β) m_i` (eq. 10), m_i the mean of e_i over the tokens that
 //! chose i. With n micro-batches each updates with β^(1/n), so that β is per optimizer step.
 
-use super::{LayerPass, Phase, Router, RouterInfo, Routing, StateTensor, from_settings, within};
+use super::topk::TopK;
+use super::{
+    GradientCheck, LayerPass, Phase, Router, RouterInfo, Routing, StateTensor, registry, within,
+};
 use crate::config::ModelConfig;
 use crate::device::Device;
 use crate::dist::at;
@@ -49,7 +52,12 @@ pub(super) const INFO: RouterInfo = RouterInfo {
         ),
         ("use_at_evaluation", "whether evaluation uses them"),
     ],
-    build: from_settings::<DefaultMoe>,
+    check: GradientCheck {
+        // So that the vectors are large enough to be seen.
+        set: &["router.init_std=2"],
+        ..GradientCheck::EXACT
+    },
+    build: registry::from_settings::<DefaultMoe>,
 };
 
 /// The name of ê `[E, D]` in state and checkpoints.
@@ -153,6 +161,23 @@ impl Router for DefaultMoe {
             vectors,
             in_forward: self.pass_forward,
         }))
+    }
+
+    fn evaluation_reads(&self, _name: &str) -> bool {
+        self.pass_forward && self.use_at_evaluation
+    }
+
+    fn equivalent_topk(&self) -> Option<TopK> {
+        (!self.evaluation_reads(VECTORS)).then(TopK::default)
+    }
+
+    fn leave_out_default_vectors(&self, settings: &mut toml::Table) -> bool {
+        settings.insert("use_at_evaluation".into(), false.into());
+        true
+    }
+
+    fn weighs_by_softmax(&self) -> bool {
+        true
     }
 }
 

@@ -4,7 +4,8 @@
 //! approximates, and the reference of the gradient analyses. The auxiliary loss would be a constant
 //! and is left out.
 
-use super::{Balance, LayerPass, Router, RouterInfo, Routing, from_settings};
+use super::{Balance, GradientCheck, LayerPass, Router, RouterInfo, Routing, registry};
+use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
@@ -16,7 +17,8 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     source: "Default MoE, 2504.12463, section 3",
     cost: "E / K times the experts of topk",
     settings: &[],
-    build: from_settings::<Dense>,
+    check: GradientCheck::EXACT,
+    build: registry::from_settings::<Dense>,
 };
 
 /// `dense` has no settings.
@@ -39,5 +41,17 @@ impl Router for Dense {
 
     fn balance(&self) -> Balance {
         Balance::None
+    }
+
+    fn max_experts_per_token(&self, model: &ModelConfig) -> usize {
+        model.num_experts
+    }
+
+    fn weighs_by_softmax(&self) -> bool {
+        true
+    }
+
+    fn evaluates_all_experts(&self) -> bool {
+        true
     }
 }

@@ -5,7 +5,9 @@
 //! Renormalised, `q_i = p_i / Σ_A p` for all i: `y = Σ_A q_i e_i(x)`,
 //! `dz_j = q_j (s_j − 1[j∈A] Σ_A q_i s_i − Σ_{i∉A} p_i s_i)`. At evaluation it is `topk` in cost too.
 
-use super::{LayerPass, Phase, Router, RouterInfo, Routing, from_settings};
+use super::topk::TopK;
+use super::{GradientCheck, LayerPass, Phase, Router, RouterInfo, Routing, registry};
+use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::ops::dispatch::{Dispatch, Selection};
 use crate::ops::routing::{Choice, Score, scores};
@@ -24,7 +26,12 @@ pub(super) const INFO: RouterInfo = RouterInfo {
         "renormalize",
         "weights that sum to 1 over the chosen experts",
     )],
-    build: from_settings::<DenseMixer>,
+    check: GradientCheck {
+        exact: false,
+        exact_for_all_experts: true,
+        ..GradientCheck::EXACT
+    },
+    build: registry::from_settings::<DenseMixer>,
 };
 
 /// Settings of `densemixer`.
@@ -56,5 +63,23 @@ impl Router for DenseMixer {
             chosen: Some(chosen.clone()),
             ..Routing::new(gates, scores, Rc::new(Dispatch::new(all)))
         })
+    }
+
+    fn max_experts_per_token(&self, model: &ModelConfig) -> usize {
+        model.num_experts
+    }
+
+    fn kept_score_tensors(&self) -> usize {
+        2
+    }
+
+    fn equivalent_topk(&self) -> Option<TopK> {
+        Some(TopK {
+            renormalize: self.renormalize,
+        })
+    }
+
+    fn weighs_by_softmax(&self) -> bool {
+        true
     }
 }

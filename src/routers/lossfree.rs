@@ -8,8 +8,8 @@
 //! start, is not centred, and does not change at evaluation.
 
 use super::{
-    Balance, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor, from_settings,
-    learns_renormalized, within,
+    Balance, GradientCheck, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor,
+    learns_renormalized, registry, within,
 };
 use crate::config::ModelConfig;
 use crate::device::Device;
@@ -38,7 +38,8 @@ pub(super) const INFO: RouterInfo = RouterInfo {
         ),
         ("update_rate", "u, what the bias moves by in a step"),
     ],
-    build: from_settings::<LossFree>,
+    check: GradientCheck::EXACT,
+    build: registry::from_settings::<LossFree>,
 };
 
 /// The name of b in checkpoints, that of models which are trained so.
@@ -151,5 +152,9 @@ impl Router for LossFree {
 
     fn balance(&self) -> Balance {
         Balance::None
+    }
+
+    fn kept_score_tensors(&self) -> usize {
+        1 + usize::from(self.renormalize)
     }
 }

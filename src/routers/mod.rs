@@ -2,22 +2,24 @@
 //!
 //! A router turns a layer's input `x [T, D]` into gates `[T, E]` and, for every token, the experts that run:
 //! nothing outside this folder knows which method does so. A new router is a file here and a line in
-//! [`ROUTERS`]; or a type of one's own passed to [`Model::with_router`](crate::model::Model::with_router).
+//! [`ROUTERS`]; or a type of another crate, which [`register`] makes known by name to every command and to checkpoints.
 
 pub mod default;
 pub mod dense;
 pub mod densemixer;
 pub mod lossfree;
+mod registry;
 pub mod remoe;
 pub mod sparsemixer;
 mod state;
 mod tally;
 pub mod topk;
 
+pub use registry::{GradientCheck, RouterInfo, Surrogate, all, build, register, resolve};
 pub use state::{Disagreement, LayerPass, LayerState, LayerStats, Pass, Phase};
 pub(crate) use tally::DeviceTally;
 
-use crate::config::{ModelConfig, RouterConfig};
+use crate::config::ModelConfig;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
@@ -25,11 +27,8 @@ use crate::ops::dispatch::Dispatch;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
 use crate::ops::renormalize::renormalize;
 use crate::ops::routing::Scores;
-use crate::report::nearest;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use std::rc::Rc;
 
 /// What a router decided for one micro-batch of one layer.
@@ -189,27 +188,62 @@ pub trait Router {
     fn balance(&self) -> Balance {
         Balance::Auxiliary
     }
+
+    /// Experts that run for a token in training, at most: memory is planned for them.
+    fn max_experts_per_token(&self, model: &ModelConfig) -> usize {
+        model.top_k
+    }
+
+    /// Experts that run for a token on average: operations are counted for them.
+    fn mean_experts_per_token(&self, model: &ModelConfig) -> usize {
+        self.max_experts_per_token(model)
+    }
+
+    /// Tensors `[T, E]` that backward keeps: the scores, and the gates where they are others.
+    fn kept_score_tensors(&self) -> usize {
+        1
+    }
+
+    /// Further numbers of each token that backward keeps.
+    fn kept_numbers_per_token(&self, _model: &ModelConfig) -> usize {
+        0
+    }
+
+    /// Whether evaluation reads the state tensor `name`, so that an export has it.
+    fn evaluation_reads(&self, _name: &str) -> bool {
+        true
+    }
+
+    /// The `topk` router that computes the same at evaluation, if there is one: an export is then a model that transformers
+    /// knows.
+    fn equivalent_topk(&self) -> Option<topk::TopK> {
+        None
+    }
+
+    /// A Python function for exports of models that transformers does not know, of the router's name:
+    /// `def NAME(z, k, settings, bias)` gets logits `z [T, E]` and returns the experts' weights `[T, E]` and which of them
+    /// run, `[T, E]` bool. See `modeling_routegrad.py`, which has those of the routers here.
+    fn export_code(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// Changes the settings so that evaluation leaves default vectors out; false if the method has none.
+    fn leave_out_default_vectors(&self, _settings: &mut toml::Table) -> bool {
+        false
+    }
+
+    /// Whether experts are weighted by the softmax of their logits, as the analyses of gradients assume.
+    fn weighs_by_softmax(&self) -> bool {
+        false
+    }
+
+    /// Whether every expert takes every token at evaluation.
+    fn evaluates_all_experts(&self) -> bool {
+        false
+    }
 }
 
-/// A router's entry in the registry.
-pub struct RouterInfo {
-    /// Name in configurations and on the command line.
-    pub name: &'static str,
-    /// What it does, in a line.
-    pub summary: &'static str,
-    /// Where it comes from.
-    pub source: &'static str,
-    /// What it costs beside `topk`.
-    pub cost: &'static str,
-    /// What each setting does.
-    pub settings: &'static [(&'static str, &'static str)],
-    build: Build,
-}
-
-/// Reads settings: the router, and the settings with every default filled in.
-type Build = fn(&toml::Table) -> Result<(Box<dyn Router>, toml::Table)>;
-
-/// Every router.
+/// The routers of this crate; [`all`] has those that were registered too.
 pub const ROUTERS: &[RouterInfo] = &[
     topk::INFO,
     default::INFO,
@@ -219,74 +253,6 @@ pub const ROUTERS: &[RouterInfo] = &[
     remoe::INFO,
     lossfree::INFO,
 ];
-
-/// Builds the router that a configuration names.
-///
-/// # Errors
-/// When there is no such router, or it does not take a setting: both name the nearest right one.
-pub fn build(config: &RouterConfig) -> Result<Box<dyn Router>> {
-    Ok((find(&config.name)?.build)(&config.settings)?.0)
-}
-
-/// Checks a router's configuration and fills in its defaults.
-///
-/// # Errors
-/// As [`build`].
-pub fn resolve(config: &mut RouterConfig) -> Result<()> {
-    config.settings = (find(&config.name)?.build)(&config.settings)?.1;
-    Ok(())
-}
-
-fn find(name: &str) -> Result<&'static RouterInfo> {
-    ROUTERS.iter().find(|r| r.name == name).ok_or_else(|| {
-        let names: Vec<&str> = ROUTERS.iter().map(|r| r.name).collect();
-        let close = nearest(name, names.iter().copied());
-        Error::invalid(
-            "router.name",
-            format!("one of {}", names.join(", ")),
-            format!("\"{name}\""),
-            close.map_or("choose one of them".into(), |n| {
-                format!("did you mean \"{n}\"?")
-            }),
-        )
-    })
-}
-
-/// [`RouterInfo::build`] for a router whose fields are its settings.
-fn from_settings<R>(settings: &toml::Table) -> Result<(Box<dyn Router>, toml::Table)>
-where
-    R: Router + Default + Serialize + DeserializeOwned + 'static,
-{
-    let table = |router: &R| match toml::Table::try_from(router) {
-        Ok(table) => table,
-        Err(e) => unreachable!("settings are plain values: {e}"),
-    };
-    let known = table(&R::default());
-    if let Some(key) = settings.keys().find(|k| !known.contains_key(*k)) {
-        let keys: Vec<&str> = known.keys().map(String::as_str).collect();
-        let close = nearest(key, keys.iter().copied());
-        return Err(Error::invalid(
-            format!("router.{key}"),
-            if keys.is_empty() {
-                "no settings for this router".into()
-            } else {
-                format!("one of the settings {}", keys.join(", "))
-            },
-            format!("\"{key}\""),
-            close.map_or("remove it".into(), |k| format!("did you mean router.{k}?")),
-        ));
-    }
-    let router: R = settings.clone().try_into().map_err(|e: toml::de::Error| {
-        Error::invalid(
-            "router",
-            "settings of the right type",
-            e.message().to_string(),
-            "see `routegrad routers`",
-        )
-    })?;
-    let resolved = table(&router);
-    Ok((Box::new(router), resolved))
-}
 
 /// Refuses a setting outside `least ..`, or with `below` outside `least .. below`.
 fn within(key: &str, value: f64, least: f64, below: Option<f64>) -> Result<()> {
@@ -315,55 +281,4 @@ fn learns_renormalized(model: &ModelConfig) -> Result<()> {
         "1",
         "with one expert the weight is always 1 and the router gets no gradient; set renormalize = false",
     ))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config(name: &str, settings: &str) -> RouterConfig {
-        RouterConfig {
-            name: name.into(),
-            settings: toml::from_str(settings).unwrap(),
-        }
-    }
-
-    #[test]
-    fn every_router_builds_without_settings_and_resolves_to_itself() {
-        for info in ROUTERS {
-            let mut first = config(info.name, "");
-            resolve(&mut first).unwrap();
-            let mut second = first.clone();
-            resolve(&mut second).unwrap();
-            assert_eq!(first, second);
-            assert!(build(&first).is_ok());
-        }
-    }
-
-    #[test]
-    fn every_setting_has_a_line_of_help_and_no_other_has() {
-        for info in ROUTERS {
-            let mut resolved = config(info.name, "");
-            resolve(&mut resolved).unwrap();
-            let mut helped: Vec<&str> = info.settings.iter().map(|(key, _)| *key).collect();
-            helped.sort_unstable();
-            let keys: Vec<&str> = resolved.settings.keys().map(String::as_str).collect();
-            assert_eq!(helped, keys, "{}", info.name);
-        }
-    }
-
-    #[test]
-    fn names_are_unique() {
-        for (i, a) in ROUTERS.iter().enumerate() {
-            assert!(ROUTERS[i + 1..].iter().all(|b| b.name != a.name));
-        }
-    }
-
-    #[test]
-    fn wrong_names_and_settings_name_the_nearest_right_one() {
-        let error = |c| build(&c).err().unwrap().to_string();
-        assert!(error(config("defualt", "")).contains("did you mean \"default\"?"));
-        assert!(error(config("default", "bta = 0.5")).contains("did you mean router.beta?"));
-        assert!(error(config("topk", "renormalize = 3")).contains("router"));
-    }
 }

@@ -10,7 +10,8 @@
 //! the same way.
 
 use super::{
-    Balance, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor, from_settings, within,
+    Balance, GradientCheck, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor,
+    registry, within,
 };
 use crate::config::ModelConfig;
 use crate::device::Device;
@@ -41,7 +42,12 @@ pub(super) const INFO: RouterInfo = RouterInfo {
             "what the weight is multiplied or divided by after a step",
         ),
     ],
-    build: from_settings::<ReMoe>,
+    check: GradientCheck {
+        exact: false, // it has kinks within a step
+        set: &["router.initial_lambda=0.5"],
+        ..GradientCheck::EXACT
+    },
+    build: registry::from_settings::<ReMoe>,
 };
 
 /// The name of λ in checkpoints; every layer holds the same.
@@ -198,6 +204,24 @@ impl Router for ReMoe {
 
     fn balance(&self) -> Balance {
         Balance::Own
+    }
+
+    /// It begins near E / 2 and may reach E.
+    fn max_experts_per_token(&self, model: &ModelConfig) -> usize {
+        model.num_experts
+    }
+
+    /// Once its sparsity is reached.
+    fn mean_experts_per_token(&self, model: &ModelConfig) -> usize {
+        model.top_k
+    }
+
+    fn kept_score_tensors(&self) -> usize {
+        2
+    }
+
+    fn evaluation_reads(&self, _name: &str) -> bool {
+        false
     }
 }
 

@@ -14,7 +14,9 @@
 //! the sampling has (the gate a constant), both exactly for affine f; v2 with K = 2 is biased even
 //! then. None of them is the dense gradient, nor that of the deterministic TopK.
 
-use super::{LayerPass, OwnParameter, Phase, Router, RouterInfo, Routing, from_settings, within};
+use super::{
+    GradientCheck, LayerPass, OwnParameter, Phase, Router, RouterInfo, Routing, registry, within,
+};
 use crate::config::{ModelConfig, RouterConfig};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -43,7 +45,12 @@ pub(super) const INFO: RouterInfo = RouterInfo {
             "half of the relative distance to the largest logit at which an expert is left out",
         ),
     ],
-    build: from_settings::<SparseMixer>,
+    check: GradientCheck {
+        exact: false,
+        surrogate: Some(surrogate),
+        ..GradientCheck::EXACT
+    },
+    build: registry::from_settings::<SparseMixer>,
 };
 
 /// Which of the two papers.
@@ -277,6 +284,18 @@ impl Router for SparseMixer {
         match own {
             [omega] => scale(tape, &y, omega),
             _ => Ok(y),
+        }
+    }
+
+    fn kept_score_tensors(&self) -> usize {
+        2
+    }
+
+    /// Version 1 keeps the output before its factors ω.
+    fn kept_numbers_per_token(&self, model: &ModelConfig) -> usize {
+        match self.version {
+            Version::V1 => model.hidden,
+            Version::V2 => 0,
         }
     }
 }

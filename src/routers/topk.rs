@@ -5,7 +5,7 @@
 //! `dz_j = p_j (1[j∈A] s_j − Σ_A p_i s_i)`, `s_i = ⟨g, e_i⟩`: the baseline, whose router learns from
 //! the chosen experts alone.
 
-use super::{LayerPass, Router, RouterInfo, Routing, from_settings, learns_renormalized};
+use super::{GradientCheck, LayerPass, Router, RouterInfo, Routing, learns_renormalized, registry};
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::ops::routing::{Choice, Score, scores};
@@ -21,7 +21,8 @@ pub(super) const INFO: RouterInfo = RouterInfo {
         "renormalize",
         "weights that sum to 1 over the chosen experts; needs K of 2 or more",
     )],
-    build: from_settings::<TopK>,
+    check: GradientCheck::EXACT,
+    build: registry::from_settings::<TopK>,
 };
 
 /// Settings of `topk`.
@@ -54,5 +55,17 @@ impl Router for TopK {
             return routing.renormalized(tape);
         }
         Ok(routing)
+    }
+
+    fn kept_score_tensors(&self) -> usize {
+        1 + usize::from(self.renormalize)
+    }
+
+    fn equivalent_topk(&self) -> Option<TopK> {
+        Some(self.clone())
+    }
+
+    fn weighs_by_softmax(&self) -> bool {
+        true
     }
 }

@@ -6,6 +6,7 @@ use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::routers;
 use crate::train::checkpoint::{self, Checkpoint};
 
 /// What an evaluation found.
@@ -55,19 +56,19 @@ pub fn load(
     default_vectors: bool,
     precision: Option<Precision>,
 ) -> Result<(Model, Config)> {
+    let mut left_out = false;
     let (mut model, mut state) = checkpoint::load_model_with(found, |config| {
         config.train.device = Device::Cpu;
-        if !default_vectors && config.router.name == "default" {
-            let settings = &mut config.router.settings;
-            settings.insert("use_at_evaluation".into(), false.into());
+        // A router that cannot be built is refused with the model.
+        if let (false, Ok(router)) = (default_vectors, routers::build(&config.router)) {
+            left_out = router.leave_out_default_vectors(&mut config.router.settings);
         }
     })?;
-    let router = &state.config.router.name;
-    if !default_vectors && router != "default" {
+    if !default_vectors && !left_out {
         return Err(Error::invalid(
             "--without-default-vectors",
             "a model of the router default",
-            format!("router {router}"),
+            format!("router {}", state.config.router.name),
             "leave the flag out: there are no default vectors",
         ));
     }

@@ -13,6 +13,7 @@ pub use architecture::Architecture;
 
 use crate::data::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use crate::error::{Error, Result};
+use crate::routers::{self, Router};
 use crate::study::eval;
 use crate::tensor::dtype::DType;
 use crate::train::checkpoint::{
@@ -67,16 +68,23 @@ pub enum Exported {
 pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Result<Report> {
     let temporary = place(out)?;
     let (model, config) = eval::load(found, true, None)?;
-    let (architecture, foreign) = architecture::choose(&config.model, &config.router);
-    let arrays = weights::arrays(&model, &config, architecture, dtype);
+    let router = routers::build(&config.router)?;
+    let (name, equivalent) = (&config.router.name, router.equivalent_topk());
+    let (architecture, foreign) = architecture::choose(&config.model, name, equivalent.as_ref());
+    let arrays = weights::arrays(&model, &config, &*router, architecture, dtype);
     let shards = Shards::new("model", &arrays, shard_bytes);
-    let mut texts = vec![];
+    let mut texts: Vec<(&str, String)> = vec![];
     let mut values = vec![(
         "config.json",
-        architecture::config_json(architecture, &config, dtype)?,
+        architecture::config_json(
+            architecture,
+            &config,
+            equivalent.is_some_and(|topk| topk.renormalize),
+            dtype,
+        )?,
     )];
     if architecture == Architecture::Routegrad {
-        texts.extend(PROGRAM);
+        texts.extend(program(name, &*router)?);
         values.push((GENERATION_CONFIG_FILE, json!({ "use_cache": false })));
     }
     let text = checkpoint::load_tokenizer(found, &config.data)?;
@@ -140,24 +148,8 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Re
     })
 }
 
-/// Tells transformers which tokens begin and end a text: without the end its generation never stops.
-fn add_ends(values: &mut Vec<(&'static str, Value)>, ends: [(&str, Option<i32>); 2]) {
-    if ends.iter().all(|(_, token)| token.is_none()) {
-        return;
-    }
-    if values
-        .iter()
-        .all(|(name, _)| *name != GENERATION_CONFIG_FILE)
-    {
-        values.push((GENERATION_CONFIG_FILE, json!({})));
-    }
-    for (_, value) in values.iter_mut() {
-        for (key, token) in ends {
-            if let Some(token) = token {
-                value[key] = token.into();
-            }
-        }
-    }
+        texts.extend(program(name, &*router)?);
+        values.push((GENERATION_CONFIG_FILE, json!({ "use_cache": false })));
 }
 
 /// Where to write what will become `out`: beside it, and nothing is there.

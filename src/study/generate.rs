@@ -17,6 +17,17 @@ pub struct Sampling {
     pub seed: u64,
 }
 
+impl Default for Sampling {
+    /// As `routegrad generate` samples.
+    fn default() -> Self {
+        Sampling {
+            temperature: 0.8,
+            top_k: 0,
+            seed: 0,
+        }
+    }
+}
+
 impl Sampling {
     fn validate(&self) -> Result<()> {
         if self.temperature >= 0.0 && self.temperature.is_finite() {

@@ -170,10 +170,6 @@ impl Directional {
 /// The largest relative error of a directional derivative that passes.
 pub const DIRECTIONAL_TOLERANCE: f64 = 0.02;
 
-/// Routers whose gradient is on purpose not the derivative of their forward pass, or which have kinks
-/// within a step: along x and the router's weight only the comparison with the CPU says something.
-const NO_DERIVATIVE: [&str; 3] = ["densemixer", "sparsemixer", "remoe"];
-
 /// [`directional`] of a layer of 8 experts, 2 active, with this router: along every input, or along
 /// the experts' weights alone where the router's gradient is no derivative.
 ///
@@ -187,7 +183,8 @@ pub fn router_directions(router: &str) -> Result<Vec<Directional>> {
     layers.set.push(format!("router.name={router}"));
     let config = Config::load(&layers, &routers::resolve)?;
     let mut found = directional(&config, 61, Load::Balanced)?;
-    if NO_DERIVATIVE.contains(&router) {
+    let known = routers::all().into_iter().find(|info| info.name == router);
+    if known.is_some_and(|info| !info.check.exact) {
         found.retain(|d| d.input.contains(".experts."));
     }
     Ok(found)

@@ -6,12 +6,12 @@
 //! the forward pass differentiable ([`Phase::Frozen`]). An estimator, whose gradient is on purpose
 //! not that of its own forward pass, is held against the method or function whose gradient it equals.
 
-use crate::config::{Config, Layers};
+use crate::config::{Config, Layers, RouterConfig};
 use crate::dist::SingleRank;
 use crate::error::Result;
 use crate::model::{Model, Weights};
 use crate::ops::OPS;
-use crate::routers::{self, Pass, Phase};
+use crate::routers::{self, GradientCheck, Pass, Phase, Surrogate};
 use crate::tape::check::{Case, Fault, FaultGuard, finite_differences, gradients, normal_numbers};
 use crate::tape::{Tape, Var};
 use crate::verify::device_check::random_batch;
@@ -60,7 +60,7 @@ enum Against {
     Differences,
     /// The gradient of a router with a further setting, at the same incoming gradient.
     Gradient(&'static str, &'static str),
-    /// The gradient of SparseMixer's surrogate, which the differences of it are then held against.
+    /// The gradient of the router's surrogate, which the differences of it are then held against.
     Surrogate,
 }
 
@@ -178,14 +178,19 @@ const ROUTER_CASES: &[RouterCase] = &[
     ),
 ];
 
+/// Every expert chosen, of the five of the models that are checked.
+const ALL_EXPERTS: &str = "model.top_k=5";
+
+fn surrogate_of(router: &str) -> Option<Surrogate> {
+    let mut all = routers::all().into_iter();
+    all.find(|info| info.name == router)?.check.surrogate
+}
+
 /// What makes the forward pass of a whole model differentiable, or a term of its loss large enough
 /// to be seen.
-fn model_setting(router: &str) -> Option<&'static str> {
-    match router {
-        "densemixer" => Some("model.top_k=5"),
-        "remoe" => Some("router.initial_lambda=0.5"),
-        _ => None,
-    }
+fn model_settings(check: &GradientCheck) -> impl Iterator<Item = &'static str> {
+    let all = check.exact_for_all_experts.then_some(ALL_EXPERTS);
+    check.set.iter().copied().chain(all)
 }
 
 /// What is set in the models that are checked; the first stands for the defaults.
@@ -238,27 +243,26 @@ pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Re
             router_rows(case)?.into_iter().for_each(&mut push);
         }
     }
-    for router in routers::ROUTERS {
+    for router in routers::all() {
         let subject = format!("model {}", router.name);
         if !subject.contains(filter) {
             continue;
         }
         let plain = &MODEL_OPTIONS[..1];
-        let options = if router.name == "default" {
+        let options = if router.name == RouterConfig::default().name {
             MODEL_OPTIONS
         } else {
             plain
         };
         for set in options {
             let layers = ["model.layers=3", "model.dense_layers=[0]"];
-            let setting = model_setting(router.name);
-            let own = set.iter().copied().chain(setting);
+            let own = set.iter().copied().chain(model_settings(&router.check));
             let all: Vec<&str> = layers.into_iter().chain(own.clone()).collect();
             let config = config(router.name, &all)?;
-            let surrogate = router.name == "sparsemixer";
+            let surrogate = router.check.surrogate;
             let case = model_case(&config, prepared(&config, surrogate)?)?;
             let row = by_differences(subject.clone(), &case)?;
-            let shown: Vec<&str> = own.chain(surrogate.then_some("(surrogate)")).collect();
+            let shown: Vec<&str> = own.chain(surrogate.map(|_| "(surrogate)")).collect();
             push(Row {
                 case: format!("3 layers, loss {}", shown.join(" "))
                     .trim_end()
@@ -290,7 +294,7 @@ fn by_differences(subject: String, case: &Case) -> Result<Row> {
 fn router_rows(router: &RouterCase) -> Result<Vec<Row>> {
     let subject = router.subject();
     let own_config = config(router.router, router.set)?;
-    let own = || layer_case(&own_config, prepared(&own_config, false)?, router.inputs);
+    let own = || layer_case(&own_config, prepared(&own_config, None)?, router.inputs);
     let name = match router.inputs {
         [] => router.set.join(" "),
         inputs => format!("{}: {}", router.set.join(" "), inputs.join(" ")),
@@ -308,12 +312,13 @@ fn router_rows(router: &RouterCase) -> Result<Vec<Row>> {
             } else {
                 config(other, &set)?
             };
-            let expected = layer_case(&config, prepared(&config, false)?, router.inputs)?;
+            let expected = layer_case(&config, prepared(&config, None)?, router.inputs)?;
             let case = format!("{name}: as {}", further.unwrap_or(other));
             Ok(vec![by_gradients(subject, case, &own()?, &expected)?])
         }
         Against::Surrogate => {
-            let surrogate = |inputs| layer_case(&own_config, prepared(&own_config, true)?, inputs);
+            let build = surrogate_of(router.router);
+            let surrogate = |inputs| layer_case(&own_config, prepared(&own_config, build)?, inputs);
             let equal = by_gradients(
                 subject.clone(),
                 format!("{name}: as its surrogate"),
@@ -461,13 +466,11 @@ fn model_case(config: &Config, model: Model) -> Result<Case> {
 }
 
 /// A model whose matrices are drawn wide enough that no part of the loss hides behind another.
-/// With SparseMixer's surrogate for a router on demand.
-fn prepared(config: &Config, surrogate: bool) -> Result<Model> {
-    let mut model = if surrogate {
-        let router = routers::sparsemixer::surrogate(&config.router)?;
-        Model::with_router(config, router, Box::new(SingleRank))?
-    } else {
-        Model::new(config)?
+/// With a surrogate in place of the router, if there is one.
+fn prepared(config: &Config, surrogate: Option<Surrogate>) -> Result<Model> {
+    let mut model = match surrogate {
+        Some(build) => Model::with_router(config, build(&config.router)?, Box::new(SingleRank))?,
+        None => Model::new(config)?,
     };
     for (i, p) in model.parameters.iter_mut().enumerate() {
         let shape = p.value.shape();

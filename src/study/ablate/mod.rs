@@ -23,6 +23,7 @@ use crate::device::machine::H200_PEAK;
 use crate::error::{Error, Result};
 use crate::report::page::{Table, create};
 use crate::report::plots::publish;
+use crate::study::plan;
 use figures::short_number;
 use grid::{Grid, Plan};
 use run::State;
@@ -266,15 +267,6 @@ pub fn command(args: &Args, stop: &AtomicBool) -> Result<String> {
     Ok(text)
 }
 
-/// Operations of training a run on one token: every expert of a router that runs all of them.
-fn operations(config: &crate::config::Config) -> f64 {
-    let mut model = config.model.clone();
-    if matches!(config.router.name.as_str(), "dense" | "densemixer") {
-        model.top_k = model.num_experts;
-    }
-    count::flops_per_token(&model) as f64
-}
-
 /// Seconds in words.
 fn duration(seconds: f64) -> String {
     match seconds {
@@ -302,7 +294,7 @@ fn dry_run(out: &Path, grid: &Grid, plan: &Plan, scaled: Option<String>) -> Resu
         let (model, train) = (&run.config.model, &run.config.train);
         let tokens =
             (train.steps as usize * train.sequences_per_step * model.sequence_length) as f64;
-        let work = tokens * operations(&run.config);
+        let work = tokens * plan::flops_per_token(&run.config)? as f64;
         let state = run::state(out, run)?;
         all_tokens += tokens;
         all += work;

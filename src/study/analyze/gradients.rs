@@ -40,8 +40,14 @@ impl Method {
     fn router(self, config: &Config) -> Result<Box<dyn Router>> {
         match self {
             Method::TopK => Ok(Box::new(TopK::default())),
-            Method::Default if config.router.name == self.name() => routers::build(&config.router),
-            Method::Default => Ok(Box::new(DefaultMoe::default())),
+            Method::Default => {
+                let own = routers::build(&config.router)?;
+                let state = own.initial_state(&config.model, 0, 0);
+                Ok(match state.iter().any(|t| t.name == VECTORS) {
+                    true => own,
+                    false => Box::new(DefaultMoe::default()),
+                })
+            }
         }
     }
 }

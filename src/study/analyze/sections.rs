@@ -6,6 +6,7 @@ use super::routing::Routed;
 use super::{Analysis, Cell, FILL_PASSES, Table, vectors};
 use crate::config::Config;
 use crate::error::Result;
+use crate::routers;
 use crate::tensor::Tensor;
 
 fn layer_caption(layer: usize) -> String {
@@ -30,6 +31,10 @@ fn has_no_vectors(config: &Config) -> String {
     )
 }
 
+fn weighs_by_softmax(config: &Config) -> bool {
+    routers::build(&config.router).is_ok_and(|router| router.weighs_by_softmax())
+}
+
 /// What the two analyses of gradients say about this model.
 pub fn gradient_notes(config: &Config, filled: bool) -> Vec<String> {
     let router = &config.router.name;
@@ -40,7 +45,7 @@ pub fn gradient_notes(config: &Config, filled: bool) -> Vec<String> {
              micro-batches of training text with the weights as they are (β = 0.9, from zero)."
         ));
     }
-    if !matches!(router.as_str(), "topk" | "default" | "dense" | "densemixer") {
+    if !weighs_by_softmax(config) {
         notes.push(format!(
             "The model was trained with {router}: here its experts are weighted by the softmax of its \
              logits, without what is its own."
@@ -205,14 +210,19 @@ pub fn frequency(config: &Config, routed: &[Routed]) -> Result<Analysis> {
         x: "expert",
         y: "share",
     };
-    let every = config.router.name == "dense";
+    let every = routers::build(&config.router)?.evaluates_all_experts();
     Ok(Analysis {
         name: "routing-frequency",
         title: "Routing frequency",
         shows: "How often each expert is chosen on held-out text; 1 / E is a balanced load.",
         formula: "f_i = tokens that chose i / Σ_j tokens that chose j",
         notes: every
-            .then(|| "With dense every expert takes every token: the shares are equal.".into())
+            .then(|| {
+                format!(
+                    "With {} every expert takes every token: the shares are equal.",
+                    config.router.name
+                )
+            })
             .into_iter()
             .collect(),
         table,

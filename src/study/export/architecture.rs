@@ -1,7 +1,8 @@
 //! Which architecture of transformers computes a model as it evaluates here, and its `config.json`.
 
-use crate::config::{Config, ModelConfig, ModelFile, Norm, QkNorm, RouterConfig};
+use crate::config::{Config, ModelConfig, ModelFile, Norm, QkNorm};
 use crate::error::Result;
+use crate::routers::topk::TopK;
 use crate::tensor::dtype::DType;
 use serde_json::{Value, json};
 use std::fmt;
@@ -27,14 +28,19 @@ impl fmt::Display for Architecture {
     }
 }
 
-/// The architecture of a model, and what of it none of transformers' has.
-pub fn choose(model: &ModelConfig, router: &RouterConfig) -> (Architecture, Vec<String>) {
+/// The architecture of a model whose router is called `name` and evaluates as `equivalent`, and what of it none of
+/// transformers' has.
+pub fn choose(
+    model: &ModelConfig,
+    name: &str,
+    equivalent: Option<&TopK>,
+) -> (Architecture, Vec<String>) {
     let mut foreign = Vec::new();
     if model.norm != Norm::RmsNorm {
         foreign.push("LayerNorm".into());
     }
-    if !evaluates_as_topk(router) {
-        foreign.push(format!("router {}", router.name));
+    if equivalent.is_none() {
+        foreign.push(format!("router {name}"));
     }
     let architecture = match model.qk_norm {
         QkNorm::None => Architecture::Qwen2Moe,
@@ -59,37 +65,21 @@ pub fn choose(model: &ModelConfig, router: &RouterConfig) -> (Architecture, Vec<
     }
 }
 
-/// Whether evaluation takes the K most probable experts, and nothing else.
-fn evaluates_as_topk(router: &RouterConfig) -> bool {
-    match router.name.as_str() {
-        "topk" | "densemixer" => true,
-        "default" => !uses_default_vectors(router),
-        _ => false,
-    }
-}
-
-/// Whether evaluation puts default vectors in place of experts that do not run.
-pub fn uses_default_vectors(router: &RouterConfig) -> bool {
-    router.name == "default"
-        && setting(router, "pass_forward")
-        && setting(router, "use_at_evaluation")
-}
-
-/// A setting that is true or false; all are written out in a checkpoint.
-fn setting(router: &RouterConfig, key: &str) -> bool {
-    router.settings.get(key).and_then(toml::Value::as_bool) == Some(true)
-}
-
-/// `config.json`. Its keys are those of transformers, which versions 4 and 5 read.
+/// `config.json`; `renormalize` where the weights of the chosen experts sum to 1. Its keys are those of transformers, which versions 4 and 5 read.
 ///
 /// # Errors
 /// When a setting of the router cannot stand in JSON.
-pub fn config_json(architecture: Architecture, config: &Config, dtype: DType) -> Result<Value> {
-    let (m, router) = (&config.model, &config.router);
+pub fn config_json(
+    architecture: Architecture,
+    config: &Config,
+    renormalize: bool,
+    dtype: DType,
+) -> Result<Value> {
+    let m = &config.model;
     let mut json = match architecture {
         Architecture::Routegrad => ModelFile {
             model: m.clone(),
-            router: router.clone(),
+            router: config.router.clone(),
         }
         .to_json()?,
         Architecture::Qwen2Moe | Architecture::Qwen3Moe => json!({
@@ -112,7 +102,7 @@ pub fn config_json(architecture: Architecture, config: &Config, dtype: DType) ->
             "num_experts": m.num_experts,
             "num_experts_per_tok": m.top_k,
             "moe_intermediate_size": m.expert_ffn_width,
-            "norm_topk_prob": setting(router, "renormalize"),
+            "norm_topk_prob": renormalize,
         }),
     };
     let further = match architecture {

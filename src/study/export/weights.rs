@@ -5,12 +5,10 @@
 //! of checkpoints.
 
 use super::Architecture;
-use super::architecture::uses_default_vectors;
 use crate::config::Config;
 use crate::error::Result;
 use crate::model::{Model, Part};
-use crate::routers::default::VECTORS;
-use crate::routers::lossfree::BIAS;
+use crate::routers::Router;
 use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
 use crate::tensor::shape::Shape;
@@ -23,6 +21,7 @@ use std::ops::Range;
 pub fn arrays<'a>(
     model: &'a Model,
     config: &Config,
+    router: &dyn Router,
     architecture: Architecture,
     dtype: DType,
 ) -> Vec<Array<'a>> {
@@ -50,12 +49,7 @@ pub fn arrays<'a>(
     let layers = config.model.moe_layers();
     for (layer, state) in layers.iter().zip(model.layer_states().iter()) {
         for (name, tensor) in state.tensors() {
-            let read = match name {
-                VECTORS => uses_default_vectors(&config.router),
-                // Training alone needs anything else.
-                _ => name == BIAS,
-            };
-            if !read {
+            if !router.evaluation_reads(name) {
                 continue;
             }
             let tensor = tensor.clone();

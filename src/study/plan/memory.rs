@@ -8,6 +8,8 @@
 
 use crate::config::{Config, ModelConfig, QkNorm, count};
 use crate::device::rounded_bytes;
+use crate::error::Result;
+use crate::routers::{self, Router};
 use serde::Serialize;
 
 /// Bytes of a number or a table entry.
@@ -60,7 +62,19 @@ pub struct Memory {
 
 impl Memory {
     /// Of a run's configuration.
-    pub fn of(config: &Config, target: Target) -> Self {
+    ///
+    /// # Errors
+    /// When there is no such router.
+    pub fn of(config: &Config, target: Target) -> Result<Self> {
+        Ok(Self::with(
+            config,
+            &*routers::build(&config.router)?,
+            target,
+        ))
+    }
+
+    /// The same with the configuration's router.
+    pub(super) fn with(config: &Config, router: &dyn Router, target: Target) -> Self {
         let m = &config.model;
         let parameters = count::total_parameters(m);
         let tokens = config.train.micro_batch as u64 * m.sequence_length as u64;
@@ -77,21 +91,22 @@ impl Memory {
             numbers.iter().map(block).sum()
         };
         let recomputed = |layer: &usize| config.train.recompute.covers(*layer);
-        let widest = |layers: &mut dyn Iterator<Item = usize>,
-                      of: fn(&Config, usize, Target) -> Vec<u64>| {
-            let each = layers.map(|l| bytes(&of(config, l, target)));
-            each.max().unwrap_or(0)
-        };
+        let widest =
+            |layers: &mut dyn Iterator<Item = usize>,
+             of: fn(&Config, &dyn Router, usize, Target) -> Vec<u64>| {
+                let each = layers.map(|l| bytes(&of(config, router, l, target)));
+                each.max().unwrap_or(0)
+            };
         // The last norm's input and the loss's gradient of its output; that of the head.
         let d = m.hidden as u64;
         let mut activations = bytes(&[d, d]) + full * m.vocab_size as u64 * d;
         for layer in 0..m.layers {
             activations += match recomputed(&layer) {
                 true => bytes(&[d]),
-                false => bytes(&kept(config, layer, target)),
+                false => bytes(&kept(config, router, layer, target)),
             };
         }
-        activations += index_bytes(config, tokens);
+        activations += index_bytes(config, router, tokens);
         let again = widest(&mut (0..m.layers).filter(recomputed), kept);
         let backward = widest(&mut (0..m.layers), passing);
         let logits = tokens.min(LOGIT_TOKENS) * m.vocab_size as u64;
@@ -105,7 +120,7 @@ impl Memory {
             weights: parameters * full,
             gradients: parameters * full,
             optimizer: 2 * parameters * if config.train.bf16_moments { 2 } else { full },
-            router_state: moe_layers * full * router_numbers(config),
+            router_state: moe_layers * full * router_numbers(m, router),
             activations,
             workspace,
             program: program(config, target),
@@ -123,16 +138,6 @@ impl Memory {
     }
 }
 
-/// Rows that a token makes in a MoE layer: K, or E where every expert runs. `remoe` begins near E / 2
-/// and may reach E.
-pub fn rows_per_token(config: &Config) -> u64 {
-    let m = &config.model;
-    match config.router.name.as_str() {
-        "dense" | "densemixer" | "remoe" => m.num_experts as u64,
-        _ => m.top_k as u64,
-    }
-}
-
 fn attention_widths(m: &ModelConfig) -> [u64; 2] {
     let dim = m.head_dim as u64;
     [
@@ -143,7 +148,7 @@ fn attention_widths(m: &ModelConfig) -> [u64; 2] {
 
 /// Numbers a token of each tensor that a layer keeps for backward; on a GPU of bf16, an f32 being two. There the experts
 /// are one operation, which keeps gate and up but neither their product nor the outputs.
-pub fn kept(config: &Config, layer: usize, target: Target) -> Vec<u64> {
+pub fn kept(config: &Config, router: &dyn Router, layer: usize, target: Target) -> Vec<u64> {
     let m = &config.model;
     let f32s = |n: usize| n as u64 * target.f32_numbers();
     let [qkv, out] = attention_widths(m);
@@ -160,23 +165,17 @@ pub fn kept(config: &Config, layer: usize, target: Target) -> Vec<u64> {
         sizes.extend([2 * f, f]);
         return sizes;
     }
-    let (rows, f) = (rows_per_token(config), m.expert_ffn_width as u64);
+    let rows = router.max_experts_per_token(m) as u64;
+    let f = m.expert_ffn_width as u64;
     // Gate and up, their product, the experts' outputs.
     sizes.push(rows * 2 * f);
     if target == Target::Cpu {
         sizes.extend([rows * f, rows * d]);
     }
-    sizes.extend(vec![f32s(m.num_experts); router_tensors(config)]);
-    if config
-        .router
-        .settings
-        .get("version")
-        .and_then(|v| v.as_str())
-        == Some("v1")
-    {
-        // The output before its factors ω.
-        sizes.push(d);
-    }
+    let scores = router.kept_score_tensors() + usize::from(config.balance.z_coefficient != 0.0);
+    sizes.extend(vec![f32s(m.num_experts); scores]);
+    let further = router.kept_numbers_per_token(m) as u64;
+    sizes.extend((further > 0).then_some(further));
     if m.shared_expert_width > 0 {
         let f = m.shared_expert_width as u64;
         sizes.extend([2 * f, f, d, 1]);
@@ -184,20 +183,8 @@ pub fn kept(config: &Config, layer: usize, target: Target) -> Vec<u64> {
     sizes
 }
 
-/// Tensors `[T, E]` that the router keeps.
-fn router_tensors(config: &Config) -> usize {
-    let name = config.router.name.as_str();
-    let renormalized = config.router.settings.get("renormalize") == Some(&true.into());
-    let gates = match name {
-        // The scores, and the gates where they are others.
-        "densemixer" | "sparsemixer" | "remoe" => 2,
-        _ => 1 + usize::from(renormalized),
-    };
-    gates + usize::from(config.balance.z_coefficient != 0.0)
-}
-
 /// Numbers a token of the tensors that live while a layer's backward runs, beside those kept.
-fn passing(config: &Config, layer: usize, target: Target) -> Vec<u64> {
+fn passing(config: &Config, router: &dyn Router, layer: usize, target: Target) -> Vec<u64> {
     let m = &config.model;
     let [qkv, out] = attention_widths(m);
     let d = m.hidden as u64;
@@ -209,7 +196,7 @@ fn passing(config: &Config, layer: usize, target: Target) -> Vec<u64> {
         sizes.extend([2 * f, f]);
     } else {
         let (rows, f, e) = (
-            rows_per_token(config),
+            router.max_experts_per_token(m) as u64,
             m.expert_ffn_width as u64,
             m.num_experts as u64 * target.f32_numbers(),
         );
@@ -220,9 +207,9 @@ fn passing(config: &Config, layer: usize, target: Target) -> Vec<u64> {
 }
 
 /// Maps between tokens and rows of every MoE layer: three entries of four bytes a row.
-fn index_bytes(config: &Config, tokens: u64) -> u64 {
+fn index_bytes(config: &Config, router: &dyn Router, tokens: u64) -> u64 {
     let layers = config.model.moe_layers().len() as u64;
-    layers * tokens * rows_per_token(config) * 3 * F32
+    layers * tokens * router.max_experts_per_token(&config.model) as u64 * 3 * F32
 }
 
 /// The program's own pages on the CPU, measured; the embedded text; the tokens of a step.
@@ -238,11 +225,8 @@ fn program(config: &Config, target: Target) -> u64 {
     }
 }
 
-fn router_numbers(config: &Config) -> u64 {
-    let m = &config.model;
-    match config.router.name.as_str() {
-        "default" => (m.num_experts * m.hidden) as u64,
-        "lossfree" => m.num_experts as u64,
-        _ => 0,
-    }
+/// Numbers that the router keeps from step to step in a MoE layer.
+fn router_numbers(model: &ModelConfig, router: &dyn Router) -> u64 {
+    let state = router.initial_state(model, 0, 0);
+    state.iter().map(|t| t.start.elements() as u64).sum()
 }

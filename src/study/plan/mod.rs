@@ -3,10 +3,12 @@
 
 mod memory;
 
-pub use memory::{Memory, Target, kept, rows_per_token};
+pub use memory::{Memory, Target, kept};
 
 use crate::config::{Config, ModelConfig, count};
 use crate::device::machine::H200_PEAK;
+use crate::error::Result;
+use crate::routers::{self, Router};
 use serde::Serialize;
 
 /// The share of an H200's dense bf16 peak that a step is taken to reach: METHOD's tokens/s are of half.
@@ -46,9 +48,12 @@ pub struct Plan {
 }
 
 /// Plans a run of `config`; on the CPU with so many threads.
-pub fn plan(config: &Config, target: Target, threads: usize) -> Plan {
-    let m = &config.model;
-    let memory = Memory::of(config, target);
+///
+/// # Errors
+/// When there is no such router.
+pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
+    let (m, router) = (&config.model, routers::build(&config.router)?);
+    let memory = Memory::with(config, &*router, target);
     let available = match target {
         Target::Cpu => crate::train::available_memory(),
         Target::H200 => Some(H200_MEMORY),
@@ -58,12 +63,12 @@ pub fn plan(config: &Config, target: Target, threads: usize) -> Plan {
         config.train.recompute = crate::config::Recompute::All(all);
         config
     };
-    let flops = flops_per_token(config);
+    let flops = flops_of(m, &*router);
     let rate = match target {
         Target::Cpu => CORE_RATE * threads as f64,
         Target::H200 => H200_PEAK * H200_SHARE,
     };
-    Plan {
+    Ok(Plan {
         target,
         total_parameters: count::total_parameters(m),
         active_parameters: count::active_parameters(m),
@@ -71,37 +76,44 @@ pub fn plan(config: &Config, target: Target, threads: usize) -> Plan {
         tokens_per_step: (config.train.sequences_per_step * m.sequence_length) as u64,
         steps: config.train.steps,
         memory,
-        memory_kept: Memory::of(&recompute(false), target),
-        memory_recomputed: Memory::of(&recompute(true), target),
+        memory_kept: Memory::with(&recompute(false), &*router, target),
+        memory_recomputed: Memory::with(&recompute(true), &*router, target),
         available,
         rate,
         tokens_per_second: rate / flops as f64,
         checkpoint_bytes: memory.weights + memory.optimizer + memory.router_state,
-        largest_micro_batch: largest(config, target, available),
-        largest_micro_batch_recomputed: largest(&recompute(true), target, available),
-    }
+        largest_micro_batch: largest(config, &*router, target, available),
+        largest_micro_batch_recomputed: largest(&recompute(true), &*router, target, available),
+    })
 }
 
 /// As [`count::flops_per_token`], with every expert that the router runs in training.
-fn flops_per_token(config: &Config) -> u64 {
-    let model = ModelConfig {
-        top_k: match config.router.name.as_str() {
-            // K on average, once its sparsity is reached.
-            "remoe" => config.model.top_k,
-            _ => rows_per_token(config) as usize,
-        },
-        ..config.model.clone()
-    };
-    count::flops_per_token(&model)
+///
+/// # Errors
+/// When there is no such router.
+pub fn flops_per_token(config: &Config) -> Result<u64> {
+    Ok(flops_of(&config.model, &*routers::build(&config.router)?))
+}
+
+fn flops_of(model: &ModelConfig, router: &dyn Router) -> u64 {
+    count::flops_per_token(&ModelConfig {
+        top_k: router.mean_experts_per_token(model),
+        ..model.clone()
+    })
 }
 
 /// The largest divisor of the batch whose memory is there.
-fn largest(config: &Config, target: Target, available: Option<u64>) -> Option<usize> {
+fn largest(
+    config: &Config,
+    router: &dyn Router,
+    target: Target,
+    available: Option<u64>,
+) -> Option<usize> {
     let all = config.train.sequences_per_step;
     let fits = |n: &usize| {
         let mut config = config.clone();
         config.train.micro_batch = *n;
-        available.is_none_or(|a| Memory::of(&config, target).total() <= a)
+        available.is_none_or(|a| Memory::with(&config, router, target).total() <= a)
     };
     (1..=all).rev().filter(|n| all % n == 0).find(fits)
 }

@@ -77,10 +77,10 @@ fn what_a_layer_keeps_is_what_the_tape_keeps() {
     ];
     for case in cases {
         let config = config("tiny", &[&micro, case].concat());
-        let m = &config.model;
+        let (m, router) = (&config.model, routers::build(&config.router).unwrap());
         let tokens = (m.sequence_length * config.train.micro_batch) as u64;
         let layers: u64 = (0..m.layers)
-            .flat_map(|l| kept(&config, l, Target::Cpu))
+            .flat_map(|l| kept(&config, &*router, l, Target::Cpu))
             .sum();
         let ends = 2 * m.hidden as u64;
         let head = (m.vocab_size * m.hidden) as u64;
@@ -93,7 +93,7 @@ fn what_a_layer_keeps_is_what_the_tape_keeps() {
 fn recomputed_layers_keep_their_input_alone() {
     let kept = config("tiny", &["router.name=topk"]);
     let again = config("tiny", &["router.name=topk", "train.recompute=true"]);
-    let [kept, again] = [kept, again].map(|c| Memory::of(&c, Target::Cpu));
+    let [kept, again] = [kept, again].map(|c| Memory::of(&c, Target::Cpu).unwrap());
     assert!(again.activations < kept.activations / 5);
     assert!(again.workspace > kept.workspace);
     assert_eq!(again.weights, kept.weights);
@@ -109,7 +109,7 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
             "train.sequences_per_step=64",
         ],
     );
-    let found = plan(&big, Target::H200, 1);
+    let found = plan(&big, Target::H200, 1).unwrap();
     let text = found.table();
     assert!(
         text.contains("7.330 G") && text.contains("9.581 G"),
@@ -125,7 +125,7 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
     );
     let mut wide = big.clone();
     wide.train.micro_batch = 64;
-    let found = plan(&wide, Target::H200, 1);
+    let found = plan(&wide, Target::H200, 1).unwrap();
     assert!(!found.fits());
     assert!(
         found.table().contains("what fits: train.micro_batch="),
@@ -135,7 +135,7 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
     // The router that runs every expert pays for it.
     let dense = config("tiny", &["router.name=dense"]);
     let topk = config("tiny", &["router.name=topk"]);
-    let [dense, topk] = [dense, topk].map(|c| plan(&c, Target::Cpu, 2));
+    let [dense, topk] = [dense, topk].map(|c| plan(&c, Target::Cpu, 2).unwrap());
     assert!(dense.flops_per_token > 2 * topk.flops_per_token);
     assert!(dense.memory.activations > 3 * topk.memory.activations);
 }

@@ -11,7 +11,7 @@ use crate::dist::SingleRank;
 use crate::error::Result;
 use crate::model::Model;
 use crate::model::batch::Batch;
-use crate::routers::{self, Pass, Phase, ROUTERS};
+use crate::routers::{self, Pass, Phase, Surrogate};
 use crate::tape::check::{Fault, FaultGuard, normal_numbers};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
@@ -64,28 +64,30 @@ const OPTIONS: &[&[&str]] = &[
     ],
 ];
 
+/// Every expert chosen, of the four of the models that are checked.
+const ALL_EXPERTS: &str = "model.top_k=4";
+
 /// A model to check: its router, and what is set.
 pub struct ModelCheck {
     pub router: &'static str,
     pub set: Vec<&'static str>,
+    surrogate: Option<Surrogate>,
 }
 
 /// A model of every router, and one of every option.
 pub fn model_checks() -> Vec<ModelCheck> {
-    let plain = ROUTERS.iter().map(|info| ModelCheck {
-        router: info.name,
-        set: match info.name {
-            // With every expert chosen the gradient is that of the forward pass.
-            "densemixer" => vec!["model.top_k=4"],
-            "remoe" => vec!["router.initial_lambda=0.5"],
-            // So that default vectors are worth something.
-            "default" => vec!["router.init_std=2"],
-            _ => vec![],
-        },
+    let plain = routers::all().into_iter().map(|info| {
+        let all = info.check.exact_for_all_experts.then_some(ALL_EXPERTS);
+        ModelCheck {
+            router: info.name,
+            set: info.check.set.iter().copied().chain(all).collect(),
+            surrogate: info.check.surrogate,
+        }
     });
     let options = OPTIONS.iter().map(|set| ModelCheck {
         router: "default",
         set: set.to_vec(),
+        surrogate: None,
     });
     plain.chain(options).collect()
 }
@@ -106,16 +108,16 @@ impl ModelCheck {
         Ok(config)
     }
 
-    /// The model with random bf16 numbers, the rows of matrices of unit scale; sparsemixer with its surrogate,
-    /// whose derivative its estimator is.
+    /// The model with random bf16 numbers, the rows of matrices of unit scale; with the surrogate, if the router has one,
+    /// whose derivative its estimate is.
     fn model(&self, device: Device) -> Result<Model> {
         let config = self.config(device)?;
-        let mut model = match self.router {
-            "sparsemixer" => {
-                let router = routers::sparsemixer::surrogate(&config.router)?;
+        let mut model = match self.surrogate {
+            Some(surrogate) => {
+                let router = surrogate(&config.router)?;
                 Model::with_router(&config, router, Box::new(SingleRank))?
             }
-            _ => Model::new(&config)?,
+            None => Model::new(&config)?,
         };
         for (i, p) in model.parameters.iter_mut().enumerate() {
             let shape = p.value.shape();

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 /// # Errors
 /// When a step cannot be taken.
 pub fn check(config: Config, planted: bool) -> Result<Outcome> {
-    let planned = planned(&config);
+    let planned = planned(&config)?;
     let (device, graph) = (config.train.device, config.train.graph);
     take_peak(device);
     let before = take_peak(device);

@@ -99,11 +99,13 @@ impl StepCase {
             return String::new();
         };
         let gigabytes = |bytes: u64| bytes as f64 / 1e9;
-        let mut text = format!("{:.1} GB of the device", gigabytes(planned(&config)));
+        let Ok(plan) = plan::plan(&config, plan::Target::H200, 1) else {
+            return String::new();
+        };
+        let mut text = format!("{:.1} GB of the device", gigabytes(plan.memory.total()));
         match self.kind {
             Kind::Resumes => {
-                let bytes = plan::plan(&config, plan::Target::H200, 1).checkpoint_bytes;
-                text += &format!(", {:.1} GB of disk", gigabytes(bytes));
+                text += &format!(", {:.1} GB of disk", gigabytes(plan.checkpoint_bytes));
             }
             Kind::Learns => text += ", the processor's curve",
             _ => {}
@@ -121,7 +123,7 @@ impl StepCase {
             return resumes::check(self, place);
         }
         place.device.prepare()?;
-        if let Err(why) = crate::device::reserve(place.device, planned(&config) as usize) {
+        if let Err(why) = crate::device::reserve(place.device, planned(&config)? as usize) {
             return Ok(Outcome::new(Ending::Unavailable, why.to_string()));
         }
         match self.kind {
@@ -140,8 +142,11 @@ impl StepCase {
 }
 
 /// Bytes that the plan foresees on a device with kernels.
-pub fn planned(config: &Config) -> u64 {
-    Memory::of(config, plan::Target::H200).total()
+///
+/// # Errors
+/// When there is no such router.
+pub fn planned(config: &Config) -> Result<u64> {
+    Ok(Memory::of(config, plan::Target::H200)?.total())
 }
 
 /// By how much the memory may differ from the plan.
@@ -164,7 +169,7 @@ pub fn memory_judged(peak: u64, planned: u64) -> (String, Option<String>) {
 
 /// Memory of a model's device that nobody planned, for a planted failure.
 pub fn unplanned(training: &Trainer) -> Result<crate::tensor::Tensor> {
-    let bytes = planned(training.config()) as usize / 10;
+    let bytes = planned(training.config())? as usize / 10;
     let device = training.model.device();
     let held = crate::tensor::Tensor::zeros(device, crate::tensor::dtype::DType::F32, [bytes / 4]);
     held.pointer::<f32>();

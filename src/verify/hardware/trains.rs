@@ -17,7 +17,7 @@ use std::time::Instant;
 /// # Errors
 /// When a step cannot be taken.
 pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
-    let planned = planned(&config);
+    let planned = planned(&config)?;
     let device = config.train.device;
     let tokens = config.train.sequences_per_step * config.model.sequence_length;
     let flops = count::flops_per_token(&config.model) as f64 * tokens as f64;

@@ -1,0 +1,289 @@
+//! The routers by name.
+
+use super::{ROUTERS, Router};
+use crate::config::RouterConfig;
+use crate::error::{Error, Result};
+use crate::report::nearest;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::sync::{PoisonError, RwLock};
+
+/// Routers of other crates.
+static REGISTERED: RwLock<Vec<&'static RouterInfo>> = RwLock::new(Vec::new());
+
+/// A router's entry in the registry.
+pub struct RouterInfo {
+    /// Name in configurations and on the command line.
+    pub name: &'static str,
+    /// What it does, in a line.
+    pub summary: &'static str,
+    /// Where it comes from.
+    pub source: &'static str,
+    /// What it costs beside `topk`.
+    pub cost: &'static str,
+    /// What each setting does.
+    pub settings: &'static [(&'static str, &'static str)],
+    /// How its gradient is checked.
+    pub check: GradientCheck,
+    pub(super) build: Build,
+}
+
+/// How the gradient of a router is checked.
+#[derive(Clone, Copy)]
+pub struct GradientCheck {
+    /// Whether the gradient is the derivative of the forward pass; otherwise along x and the router's weight only the
+    /// comparison of devices counts.
+    pub exact: bool,
+    /// Whether it is so when every expert is chosen: a whole model is then checked with K = E.
+    pub exact_for_all_experts: bool,
+    /// Settings under which every term of the loss is large enough to be checked.
+    pub set: &'static [&'static str],
+    /// A router whose exact gradient is the estimate of this one.
+    pub surrogate: Option<Surrogate>,
+}
+
+/// Builds a surrogate from the router's configuration.
+pub type Surrogate = fn(&RouterConfig) -> Result<Box<dyn Router>>;
+
+impl GradientCheck {
+    /// The gradient is the derivative of the forward pass.
+    pub const EXACT: GradientCheck = GradientCheck {
+        exact: true,
+        exact_for_all_experts: false,
+        set: &[],
+        surrogate: None,
+    };
+}
+
+/// Reads settings: the router, and the settings with every default filled in.
+type Build = fn(&toml::Table) -> Result<(Box<dyn Router>, toml::Table)>;
+
+impl RouterInfo {
+    /// A router without settings. The entry's fields may be changed before it is registered.
+    pub const fn new<R: Router + Default + 'static>(
+        name: &'static str,
+        summary: &'static str,
+    ) -> Self {
+        RouterInfo {
+            name,
+            summary,
+            source: "another crate",
+            cost: "see its source",
+            settings: &[],
+            check: GradientCheck::EXACT,
+            build: without_settings::<R>,
+        }
+    }
+
+    /// A router whose fields are its settings.
+    pub const fn with_settings<R>(name: &'static str, summary: &'static str) -> Self
+    where
+        R: Router + Default + Serialize + DeserializeOwned + 'static,
+    {
+        RouterInfo {
+            build: from_settings::<R>,
+            ..Self::new::<R>(name, summary)
+        }
+    }
+}
+
+/// Makes a router known by name to configurations, commands and checkpoints of this process.
+///
+/// ```
+/// use routegrad::routers::{self, RouterInfo, topk::TopK};
+///
+/// # fn main() -> routegrad::error::Result<()> {
+/// routers::register(RouterInfo::with_settings::<TopK>("topk-again", "topk under another name"))?;
+/// assert!(routers::register(RouterInfo::new::<TopK>("topk", "a name that is taken")).is_err());
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// When the name is taken, or is not of lower-case letters, digits, `-` and `_`.
+pub fn register(info: RouterInfo) -> Result<()> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c);
+    if info.name.is_empty() || !info.name.chars().all(allowed) {
+        return Err(Error::invalid(
+            "routers::register",
+            "a name of lower-case letters, digits, - and _",
+            format!("{:?}", info.name),
+            "choose another name",
+        ));
+    }
+    let mut registered = REGISTERED.write().unwrap_or_else(PoisonError::into_inner);
+    if named(ROUTERS.iter().chain(registered.iter().copied()), info.name).is_some() {
+        return Err(Error::invalid(
+            "routers::register",
+            "a name that no router has",
+            format!("{:?}", info.name),
+            "choose another name; `routegrad routers` lists those in use",
+        ));
+    }
+    registered.push(Box::leak(Box::new(info)));
+    Ok(())
+}
+
+/// Every router: those of this crate, then those that were registered.
+pub fn all() -> Vec<&'static RouterInfo> {
+    let registered = REGISTERED.read().unwrap_or_else(PoisonError::into_inner);
+    ROUTERS.iter().chain(registered.iter().copied()).collect()
+}
+
+/// Builds the router that a configuration names.
+///
+/// # Errors
+/// When there is no such router, or it does not take a setting: both name the nearest right one.
+pub fn build(config: &RouterConfig) -> Result<Box<dyn Router>> {
+    Ok((find(&config.name)?.build)(&config.settings)?.0)
+}
+
+/// Checks a router's configuration and fills in its defaults.
+///
+/// # Errors
+/// As [`build`].
+pub fn resolve(config: &mut RouterConfig) -> Result<()> {
+    config.settings = (find(&config.name)?.build)(&config.settings)?.1;
+    Ok(())
+}
+
+fn named(
+    mut routers: impl Iterator<Item = &'static RouterInfo>,
+    name: &str,
+) -> Option<&'static RouterInfo> {
+    routers.find(|r| r.name == name)
+}
+
+fn find(name: &str) -> Result<&'static RouterInfo> {
+    let routers = all();
+    named(routers.iter().copied(), name).ok_or_else(|| {
+        let names: Vec<&str> = routers.iter().map(|r| r.name).collect();
+        let close = nearest(name, names.iter().copied());
+        Error::invalid(
+            "router.name",
+            format!("one of {}", names.join(", ")),
+            format!("\"{name}\""),
+            close.map_or("choose one of them".into(), |n| {
+                format!("did you mean \"{n}\"?")
+            }),
+        )
+    })
+}
+
+/// [`RouterInfo::build`] for a router whose fields are its settings.
+pub(super) fn from_settings<R>(settings: &toml::Table) -> Result<(Box<dyn Router>, toml::Table)>
+where
+    R: Router + Default + Serialize + DeserializeOwned + 'static,
+{
+    let table = |router: &R| match toml::Table::try_from(router) {
+        Ok(table) => table,
+        Err(e) => unreachable!("settings are plain values: {e}"),
+    };
+    refuse_unknown(settings, &table(&R::default()))?;
+    let router: R = settings.clone().try_into().map_err(|e: toml::de::Error| {
+        Error::invalid(
+            "router",
+            "settings of the right type",
+            e.message().to_string(),
+            "see `routegrad routers`",
+        )
+    })?;
+    let resolved = table(&router);
+    Ok((Box::new(router), resolved))
+}
+
+/// [`RouterInfo::build`] for a router without settings.
+fn without_settings<R: Router + Default + 'static>(
+    settings: &toml::Table,
+) -> Result<(Box<dyn Router>, toml::Table)> {
+    refuse_unknown(settings, &toml::Table::new())?;
+    Ok((Box::new(R::default()), toml::Table::new()))
+}
+
+/// Refuses settings that are not among those `known`.
+fn refuse_unknown(settings: &toml::Table, known: &toml::Table) -> Result<()> {
+    let Some(key) = settings.keys().find(|k| !known.contains_key(*k)) else {
+        return Ok(());
+    };
+    let keys: Vec<&str> = known.keys().map(String::as_str).collect();
+    let close = nearest(key, keys.iter().copied());
+    Err(Error::invalid(
+        format!("router.{key}"),
+        if keys.is_empty() {
+            "no settings for this router".into()
+        } else {
+            format!("one of the settings {}", keys.join(", "))
+        },
+        format!("\"{key}\""),
+        close.map_or("remove it".into(), |k| format!("did you mean router.{k}?")),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(name: &str, settings: &str) -> RouterConfig {
+        RouterConfig {
+            name: name.into(),
+            settings: toml::from_str(settings).unwrap(),
+        }
+    }
+
+    #[test]
+    fn every_router_builds_without_settings_and_resolves_to_itself() {
+        for info in ROUTERS {
+            let mut first = config(info.name, "");
+            resolve(&mut first).unwrap();
+            let mut second = first.clone();
+            resolve(&mut second).unwrap();
+            assert_eq!(first, second);
+            assert!(build(&first).is_ok());
+        }
+    }
+
+    #[test]
+    fn every_setting_has_a_line_of_help_and_no_other_has() {
+        for info in ROUTERS {
+            let mut resolved = config(info.name, "");
+            resolve(&mut resolved).unwrap();
+            let mut helped: Vec<&str> = info.settings.iter().map(|(key, _)| *key).collect();
+            helped.sort_unstable();
+            let keys: Vec<&str> = resolved.settings.keys().map(String::as_str).collect();
+            assert_eq!(helped, keys, "{}", info.name);
+        }
+    }
+
+    #[test]
+    fn names_are_unique() {
+        for (i, a) in ROUTERS.iter().enumerate() {
+            assert!(ROUTERS[i + 1..].iter().all(|b| b.name != a.name));
+        }
+    }
+
+    #[test]
+    fn a_registered_router_is_found_by_name_once() {
+        use crate::routers::topk::TopK;
+        let info = || RouterInfo::with_settings::<TopK>("registered-in-a-test", "a test's");
+        assert!(build(&config("registered-in-a-test", "")).is_err());
+        register(info()).unwrap();
+        assert!(build(&config("registered-in-a-test", "renormalize = true")).is_ok());
+        assert!(all().iter().any(|r| r.name == "registered-in-a-test"));
+        let taken = |name| {
+            register(RouterInfo::new::<TopK>(name, ""))
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(taken("registered-in-a-test").contains("a name that no router has"));
+        assert!(taken("topk").contains("a name that no router has"));
+        assert!(taken("Two words").contains("lower-case"));
+    }
+
+    #[test]
+    fn wrong_names_and_settings_name_the_nearest_right_one() {
+        let error = |c| build(&c).err().unwrap().to_string();
+        assert!(error(config("defualt", "")).contains("did you mean \"default\"?"));
+        assert!(error(config("default", "bta = 0.5")).contains("did you mean router.beta?"));
+        assert!(error(config("topk", "renormalize = 3")).contains("router"));
+    }
+}
