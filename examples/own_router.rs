@@ -8,16 +8,13 @@
 //! cargo run --release --example own_router
 //! ```
 
-use routegrad::config::{Config, Layers};
-use routegrad::error::Result;
 use routegrad::ops::dispatch::Selection;
 use routegrad::ops::router::{NonFinite, TopK};
 use routegrad::ops::routing::{Choice, Score, scores};
-use routegrad::routers::{self, Balance, LayerPass, Router, RouterInfo, Routing};
+use routegrad::prelude::*;
+use routegrad::routers::Balance;
+use routegrad::study::eval;
 use routegrad::study::generate::{self, Sampling};
-use routegrad::study::{eval, hooks::Evaluation};
-use routegrad::tape::{Tape, Var};
-use routegrad::train::{RunOptions, Trainer, checkpoint};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 
@@ -57,9 +54,8 @@ fn main() -> Result<()> {
     routers::register(RouterInfo::new::<Hashed>("hashed", "experts by position"))?;
     let out = PathBuf::from(std::env::args().nth(1).unwrap_or("runs/hashed".into()));
     for steps in [40, 60] {
-        let mut layers = Layers::preset("tiny");
-        layers.set = vec!["router.name=hashed".into(), format!("train.steps={steps}")];
-        let builder = Trainer::builder(Config::load(&layers, &routers::resolve)?);
+        let keys = ["router.name=hashed", &format!("train.steps={steps}")];
+        let builder = Trainer::builder(routegrad::preset("tiny", &keys)?);
         let run = RunOptions::new(&out).resumed();
         let mut trainer = builder.hook(Evaluation).run_folder(run).build()?;
         trainer.run(&AtomicBool::new(false))?;

@@ -1,5 +1,44 @@
 //! Training sparse Mixture-of-Experts transformers with hand-written CUDA kernels and a small tape autograd.
 //!
+//! # Quick start
+//!
+//! ```
+//! use routegrad::prelude::*;
+//!
+//! # fn main() -> Result<()> {
+//! // A small model on the embedded text, every step two sequences.
+//! let config = routegrad::preset(
+//!     "tiny",
+//!     &[
+//!         "router.name=topk",
+//!         "model.layers=2",
+//!         "model.hidden=32",
+//!         "model.heads=2",
+//!         "model.sequence_length=16",
+//!         "train.sequences_per_step=2",
+//!         "train.micro_batch=2",
+//!     ],
+//! )?;
+//! let mut trainer = Trainer::new(config)?;
+//! for _ in 0..3 {
+//!     let report = trainer.step()?;
+//!     println!("step {}: loss {:.3}", trainer.steps_done(), report.cross_entropy);
+//! }
+//!
+//! // The trained model, on validation text.
+//! let report = validation_loss(&trainer.model, trainer.corpus(), 2, 2)?;
+//! assert!(report.loss.is_finite());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! A run with a folder, logs and checkpoints is [`Trainer::builder`] with
+//! [`run_folder`](train::Builder::run_folder) and the hooks of [`study::hooks`]. What happens beside the steps is a
+//! [`Hook`](train::Hook). A router of another crate is made known by [`routers::register`]; [`cli::main`] is then the whole
+//! program with it. `examples/own_router.rs` shows both.
+//!
+//! # Modules
+//!
 //! Modules stand in order: each imports only those above it.
 
 pub mod report;
@@ -25,4 +64,31 @@ pub mod verify;
 
 pub mod cli;
 
+pub use config::Config;
+pub use device::Device;
+pub use error::{Error, Result};
+pub use model::Model;
 pub use report::error;
+pub use tensor::Tensor;
+pub use train::Trainer;
+
+/// What programs that train with this crate need most.
+pub mod prelude {
+    pub use crate::report::metrics::Record;
+    pub use crate::routers::{self, LayerPass, Router, RouterInfo, Routing};
+    pub use crate::study::eval::validation_loss;
+    pub use crate::study::hooks::{Analysis, Benchmarks, Evaluation};
+    pub use crate::tape::{Tape, Var};
+    pub use crate::train::{Hook, Outcome, RunOptions, StepReport, checkpoint};
+    pub use crate::{Config, Device, Error, Model, Result, Tensor, Trainer};
+}
+
+/// The configuration of a preset with some keys changed, such as `"router.name=topk"`.
+///
+/// # Errors
+/// When there is no such preset, key or router, or a value does not fit.
+pub fn preset(name: &str, set: &[&str]) -> Result<Config> {
+    let mut layers = config::Layers::preset(name);
+    layers.set = set.iter().map(|key| key.to_string()).collect();
+    data::configure(&layers, &routers::resolve)
+}

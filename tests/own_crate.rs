@@ -5,10 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const MAIN: &str = r#"
-use routegrad::error::Result;
 use routegrad::ops::routing::{Choice, Score, scores};
-use routegrad::routers::{self, LayerPass, Router, RouterInfo, Routing};
-use routegrad::tape::{Tape, Var};
+use routegrad::prelude::*;
 
 /// As `topk`, under a name of its own.
 #[derive(Default)]

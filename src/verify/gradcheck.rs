@@ -188,9 +188,9 @@ fn surrogate_of(router: &str) -> Option<Surrogate> {
 
 /// What makes the forward pass of a whole model differentiable, or a term of its loss large enough
 /// to be seen.
-fn model_settings(check: &GradientCheck) -> impl Iterator<Item = &'static str> {
+fn model_settings(check: &GradientCheck) -> Vec<&'static str> {
     let all = check.exact_for_all_experts.then_some(ALL_EXPERTS);
-    check.set.iter().copied().chain(all)
+    check.set.iter().copied().chain(all).collect()
 }
 
 /// What is set in the models that are checked; the first stands for the defaults.
