@@ -4,7 +4,7 @@ use super::data;
 use super::proofs;
 use crate::config::Precision;
 use crate::study::{ablate, plan};
-use crate::tape::check::Fault;
+use crate::verify::fault::Fault;
 use crate::verify::{bench, hardware};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;

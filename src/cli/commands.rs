@@ -9,7 +9,7 @@ use crate::error::Error;
 use crate::error::Result;
 use crate::routers;
 use crate::study::{ablate, analyze, eval, exchange, export, generate, hooks, plan, tasks};
-use crate::tape::check::Fault;
+use crate::verify::fault::Fault;
 use crate::tensor::dtype::DType;
 use crate::train::checkpoint::{self, Checkpoint, SHARD_BYTES};
 use crate::train::{self, Outcome, RunOptions};

@@ -7,7 +7,7 @@
 
 use super::dispatch::Dispatch;
 use crate::error::Result;
-use crate::tape::check::{Case, Fault, term};
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate, Mat, MatMut};
@@ -65,14 +65,18 @@ pub fn combine(
     )
 }
 
-struct Combine {
+pub(crate) struct Combine {
     defaults: Option<Defaults>,
-    dispatch: Rc<Dispatch>,
+    pub(crate) dispatch: Rc<Dispatch>,
 }
 
 impl Op for Combine {
     fn name(&self) -> &'static str {
         "combine"
+    }
+
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
     }
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
@@ -186,7 +190,6 @@ impl<T: Real> Layer<'_, T> {
         } else {
             0.0
         });
-        let kept = T::of(term(Fault::ExpertOutput));
         // The row blocks of the dispatch carry their expert, which a plain row index does not.
         let row_expert: Vec<usize> = (0..experts)
             .flat_map(|e| self.dispatch.rows(e).map(move |_| e))
@@ -194,7 +197,7 @@ impl<T: Real> Layer<'_, T> {
         cpu::each_row_block(de, width, |first, de| {
             for (i, de) in de.chunks_mut(width).enumerate() {
                 let token = self.dispatch.token(first + i);
-                let gate = kept * self.gates[token * experts + row_expert[first + i]];
+                let gate = self.gates[token * experts + row_expert[first + i]];
                 let g = &dy[token * width..(token + 1) * width];
                 if keep == T::zero() {
                     de.iter_mut().zip(g).for_each(|(d, &g)| *d = gate * g);
@@ -215,8 +218,6 @@ impl<T: Real> Layer<'_, T> {
     ) {
         let (selection, width) = (self.dispatch.selection(), self.width);
         let experts = selection.num_experts();
-        let active = T::of(term(Fault::ActiveDot));
-        let inactive = T::of(term(Fault::DefaultDot));
         cpu::each_row_block(dw, experts, |first, dw| {
             let tokens = dw.len() / experts;
             let g = &dy[first * width..(first + tokens) * width];
@@ -232,13 +233,12 @@ impl<T: Real> Layer<'_, T> {
                     g,
                     vectors.t(),
                 );
-                s.iter_mut().for_each(|s| *s *= inactive);
             }
             for (t, g) in g.chunks(width).enumerate() {
                 for slot in selection.slots(first + t) {
                     let row = self.dispatch.row(slot) * width;
                     let dot = dot(g, &outputs[row..row + width]);
-                    s[t * experts + selection.expert(slot)] = active * dot;
+                    s[t * experts + selection.expert(slot)] = dot;
                 }
             }
             match accumulate {

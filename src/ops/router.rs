@@ -9,7 +9,7 @@
 use super::dispatch::Selection;
 use super::linear::reference as linear;
 use crate::error::{Error, Result};
-use crate::tape::check::{Case, Fault, term};
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu;
@@ -131,35 +131,16 @@ impl Op for Logits {
         let (x, w, dz) = (&saved[0], &saved[1], only(douts));
         let width = w.shape()[1];
         with_real!(x.dtype(), "router", |T| {
-            if term(Fault::RouterInput) == 0.0 {
-                grads.none(0);
-            } else {
-                grads.write(0, x, |dx, accumulate| {
-                    linear::dx(
-                        dx.slice_mut::<T>(),
-                        accumulate,
-                        dz.slice(),
-                        w.slice(),
-                        width,
-                    );
-                    Ok(())
-                })?;
-            }
-            if term(Fault::RouterWeight) == 0.0 {
-                grads.none(1);
-            } else {
-                grads.write(1, w, |dw, accumulate| {
-                    linear::dw(
-                        dw.slice_mut::<T>(),
-                        accumulate,
-                        dz.slice(),
-                        x.slice(),
-                        width,
-                    );
-                    Ok(())
-                })?;
-            }
-            Ok(())
+            grads.write(0, x, |dx, accumulate| {
+                let dx = dx.slice_mut::<T>();
+                linear::dx(dx, accumulate, dz.slice(), w.slice(), width);
+                Ok(())
+            })?;
+            grads.write(1, w, |dw, accumulate| {
+                let dw = dw.slice_mut::<T>();
+                linear::dw(dw, accumulate, dz.slice(), x.slice(), width);
+                Ok(())
+            })
         })
     }
 }
@@ -227,15 +208,13 @@ pub(super) mod reference {
     }
 
     pub fn softmax_backward<T: Real>(dz: &mut [T], p: &[T], dp: &[T], experts: usize) {
-        let own = T::of(term(Fault::SoftmaxOwnTerm));
-        let mean = T::of(term(Fault::SoftmaxMeanTerm));
         cpu::each_row_block(dz, experts, |first, rows| {
             let at = first * experts;
             let given = p[at..].chunks(experts).zip(dp[at..].chunks(experts));
             for (dz, (p, dp)) in rows.chunks_mut(experts).zip(given) {
                 let average: T = p.iter().zip(dp).map(|(&p, &dp)| p * dp).sum();
                 for (dz, (&p, &dp)) in dz.iter_mut().zip(p.iter().zip(dp)) {
-                    *dz = p * (own * dp - mean * average);
+                    *dz = p * (dp - average);
                 }
             }
         });

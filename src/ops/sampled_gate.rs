@@ -11,7 +11,7 @@
 //! threshold 3/4, h 1/3), and the authors' code.
 
 use crate::error::Result;
-use crate::tape::check::{Case, Fault, term};
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu;
@@ -109,14 +109,18 @@ pub fn sampled_gate(tape: &Tape, z: &Var, choice: &Choice, estimator: f64) -> Re
     )
 }
 
-struct SampledGate {
-    choice: Choice,
+pub(crate) struct SampledGate {
+    pub(crate) choice: Choice,
     estimator: f64,
 }
 
 impl Op for SampledGate {
     fn name(&self) -> &'static str {
         "sampled_gate"
+    }
+
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
     }
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
@@ -242,7 +246,6 @@ mod reference {
         scale: T,
         experts: usize,
     ) {
-        let own = T::of(term(Fault::SampledOwnTerm));
         let rows = dz.chunks_mut(experts).zip(dw.chunks(experts));
         for (((dz, dw), p), &a) in rows.zip(p.chunks(experts)).zip(chosen) {
             let a = a as usize;
@@ -250,7 +253,7 @@ mod reference {
             for (dz, &p) in dz.iter_mut().zip(p) {
                 *dz = -s * p;
             }
-            dz[a] += own * s;
+            dz[a] += s;
         }
     }
 }

@@ -9,7 +9,7 @@ use super::dispatch::{Dispatch, Selection};
 use super::gates::Selected;
 use crate::device::Device;
 use crate::error::Result;
-use crate::tape::check::{Case, Fault, term};
+use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::Real;
@@ -39,8 +39,8 @@ pub fn straight_through(
     )
 }
 
-struct StraightThrough {
-    chosen: Rc<Dispatch>,
+pub(crate) struct StraightThrough {
+    pub(crate) chosen: Rc<Dispatch>,
     renormalize: bool,
 }
 
@@ -57,6 +57,10 @@ impl StraightThrough {
 impl Op for StraightThrough {
     fn name(&self) -> &'static str {
         "straight_through"
+    }
+
+    fn as_any(&self) -> Option<&dyn std::any::Any> {
+        Some(self)
     }
 
     fn runs_on(&self, _device: Device) -> bool {
@@ -145,7 +149,6 @@ mod reference {
         renormalize: bool,
     ) {
         let width = chosen.num_experts();
-        let unchosen = T::of(term(Fault::UnchosenGate));
         for t in 0..chosen.num_tokens() {
             let row = t * width..(t + 1) * width;
             let (dp, dw) = (&mut dp[row.clone()], &dw[row.clone()]);
@@ -157,7 +160,7 @@ mod reference {
                 false => T::zero(),
             };
             for (dp, &dw) in dp.iter_mut().zip(dw) {
-                *dp = unchosen * dw / divisor;
+                *dp = dw / divisor;
             }
             for &e in own {
                 dp[e as usize] = (dw[e as usize] - mean) / divisor;

@@ -4,11 +4,13 @@
 //! answers for each of its inputs: a gradient, or explicitly none. Gradients of parameters and other
 //! leaves land in a [`Gradients`] store that outlives the tape, so that micro-batches accumulate.
 
+mod alter;
 pub mod check;
 mod gradients;
 mod ran;
 mod recompute;
 
+pub use alter::{AlteredGradients, BackwardCall, alter_gradients};
 pub use gradients::{Gradients, Grads};
 pub use ran::take_ran;
 
@@ -16,6 +18,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use crate::tensor::shape::Shape;
+use std::any::Any;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -35,6 +38,11 @@ pub trait Op {
     /// Whether it runs on tensors of `device`: an operation without kernels on the CPU alone.
     fn runs_on(&self, device: Device) -> bool {
         device == Device::Cpu
+    }
+
+    /// The operation itself, where programs that look into a tape may know its type.
+    fn as_any(&self) -> Option<&dyn Any> {
+        None
     }
 
     /// Computes the outputs.
@@ -320,11 +328,21 @@ impl Tape {
             slots.give(0, dout.clone())?;
             slots.finish("backward");
         }
+        let alter = alter::current();
         while let Some(entry) = entries.pop() {
             let Some(douts) = pending.pop() else {
                 unreachable!("one row of gradients per entry")
             };
             if douts.iter().all(Option::is_none) {
+                continue;
+            }
+            if let Some(alter) = &alter {
+                let call = BackwardCall {
+                    op: &*entry.op,
+                    saved: &entry.saved,
+                    douts: &douts,
+                };
+                alter::backward(alter, &call, &entry.inputs, &mut pending, store)?;
                 continue;
             }
             let mut grads = Grads::new(&entry.inputs, &mut pending, store);

@@ -16,10 +16,11 @@ use crate::model::Model;
 use crate::model::batch::{Batch, Sequences};
 use crate::ops::dispatch::Selection;
 use crate::routers::{self, Disagreement, Pass, Phase};
-use crate::tape::check::{Fault, FaultGuard, normal_numbers};
+use crate::tape::check::normal_numbers;
 use crate::tape::{Gradients, Tape, Var, take_ran};
 use crate::tensor::Tensor;
 use crate::train::step::{StepExecutor, StepReport};
+use crate::verify::fault::Fault;
 use std::collections::BTreeMap;
 
 /// The largest relative difference that passes.
@@ -87,7 +88,7 @@ pub fn compare_layer(
     let choices = on_device.layer_states_mut()[0].take_record();
     on_cpu.layer_states_mut()[0].replay(&choices);
     let cpu = {
-        let _guard = fault.map(FaultGuard::plant);
+        let _guard = fault.map(Fault::inject);
         run(&on_cpu, &x, &g)?
     };
     let flips = on_cpu.layer_states_mut()[0].take_disagreements();
@@ -138,7 +139,7 @@ pub fn compare_step(
     let mut states = on_device.layer_states_mut();
     let choices: Vec<_> = states.iter_mut().map(|s| s.take_record()).collect();
     let (on_cpu, cpu) = {
-        let _guard = fault.map(FaultGuard::plant);
+        let _guard = fault.map(Fault::inject);
         step(Device::Cpu, &choices)?
     };
     let mut states = on_cpu.layer_states_mut();

@@ -12,9 +12,10 @@ use crate::error::Result;
 use crate::model::{Model, Weights};
 use crate::ops::OPS;
 use crate::routers::{self, GradientCheck, Pass, Phase, Surrogate};
-use crate::tape::check::{Case, Fault, FaultGuard, finite_differences, gradients, normal_numbers};
+use crate::tape::check::{Case, finite_differences, gradients, normal_numbers};
 use crate::tape::{Tape, Var};
 use crate::verify::device_check::random_batch;
+use crate::verify::fault::Fault;
 
 /// The largest relative error that passes.
 pub const TOLERANCE: f64 = 1e-6;
@@ -224,7 +225,7 @@ const MODEL_OPTIONS: &[&[&str]] = &[
 /// # Errors
 /// When an operation fails.
 pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Result<Vec<Row>> {
-    let _guard = plant.map(FaultGuard::plant);
+    let _guard = plant.map(Fault::inject);
     let mut rows = Vec::new();
     let mut push = |row: Row| {
         each(&row);

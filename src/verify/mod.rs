@@ -3,6 +3,7 @@
 pub mod bench;
 
 pub mod device_check;
+pub mod fault;
 pub mod gradcheck;
 pub mod hardware;
 pub mod kernels;

@@ -6,7 +6,6 @@ use routegrad::device::Device;
 use routegrad::model::Model;
 use routegrad::ops::scores::sigmoid;
 use routegrad::routers::{self, Pass, Phase};
-use routegrad::tape::check::Fault;
 use routegrad::tape::{Tape, Var, take_ran};
 use routegrad::tensor::Tensor;
 use routegrad::train::step::StepExecutor;
@@ -14,6 +13,7 @@ use routegrad::verify::device_check::{
     DIRECTIONAL_TOLERANCE, Directional, Load, MODEL_TOLERANCE, TOLERANCE, compare_layer,
     compare_step, directional, model_checks, router_directions,
 };
+use routegrad::verify::fault::Fault;
 
 /// One MoE layer of width 128, its experts of the paper's proportion, 22 D / E.
 fn layer(router: &str, experts: usize, top_k: usize, set: &[&str]) -> Config {

@@ -2,7 +2,8 @@
 
 use routegrad::ops::OPS;
 use routegrad::routers::ROUTERS;
-use routegrad::tape::check::{Fault, compare_precisions};
+use routegrad::tape::check::compare_precisions;
+use routegrad::verify::fault::Fault;
 use routegrad::verify::gradcheck;
 
 #[test]

@@ -4,10 +4,8 @@
 //! against central differences in f64, [`compare_precisions`] its f32 results against f64.
 
 mod difference;
-mod fault;
 
 pub use difference::{GradientReport, compare_precisions, finite_differences, gradients};
-pub use fault::{Fault, FaultGuard, term};
 
 use crate::error::Result;
 use crate::tape::{Tape, Var};

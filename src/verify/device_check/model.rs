@@ -12,9 +12,10 @@ use crate::error::Result;
 use crate::model::Model;
 use crate::model::batch::Batch;
 use crate::routers::{self, Pass, Phase, Surrogate};
-use crate::tape::check::{Fault, FaultGuard, normal_numbers};
+use crate::tape::check::normal_numbers;
 use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
+use crate::verify::fault::Fault;
 
 /// The largest relative error of a directional derivative of the loss that passes. The loss of the check's
 /// 120 tokens is uncertain by some 0.001 nats, since activations that moved are rounded to bf16 anew: 1% of
@@ -211,7 +212,7 @@ impl ModelCheck {
         }
         let mut store = Gradients::new(on_cpu.parameters.len());
         loss(&on_cpu, &self.batch()?, Phase::Train, None)?;
-        let _guard = FaultGuard::plant(fault);
+        let _guard = fault.inject();
         loss(&on_cpu, &self.batch()?, Phase::Frozen, Some(&mut store))?;
         Ok(store)
     }

@@ -1,0 +1,162 @@
+//! Faults on purpose: a check of gradients is worth something only if it fails when a term of a gradient is missing.
+
+use crate::ops::combine::Combine;
+use crate::ops::sampled_gate::SampledGate;
+use crate::ops::straight_through::StraightThrough;
+use crate::tape::{AlteredGradients, BackwardCall, alter_gradients};
+use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
+use std::fmt;
+use std::str::FromStr;
+
+/// A term of a gradient that can be left out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Router softmax backward: `dp_j` of `p_j (dp_j − Σ_i p_i dp_i)`.
+    SoftmaxOwnTerm,
+    /// Router softmax backward: `− Σ_i p_i dp_i`.
+    SoftmaxMeanTerm,
+    /// Gate gradient of an active expert: `⟨g, e_i⟩`.
+    ActiveDot,
+    /// Gate gradient of an inactive expert: `⟨g, ê_i⟩`, the dense part of Default MoE.
+    DefaultDot,
+    /// Gradient of an expert's output: `p_i g`.
+    ExpertOutput,
+    /// Auxiliary loss: its gradient with respect to the probabilities.
+    AuxiliaryTerm,
+    /// z-loss: its gradient with respect to the logits.
+    ZTerm,
+    /// DenseMixer: the gates of experts that were not chosen.
+    UnchosenGate,
+    /// SparseMixer: the gradient of the sampled expert's logit.
+    SampledOwnTerm,
+    /// The router's part of the layer's input gradient: `Wᵀ dz`.
+    RouterInput,
+    /// The router weight's gradient: `Σ_t dz xᵀ`.
+    RouterWeight,
+}
+
+impl Fault {
+    /// Every fault, with its name on the command line.
+    pub const ALL: [(Fault, &'static str); 11] = [
+        (Fault::SoftmaxOwnTerm, "softmax-own-term"),
+        (Fault::SoftmaxMeanTerm, "softmax-mean-term"),
+        (Fault::ActiveDot, "active-dot"),
+        (Fault::DefaultDot, "default-dot"),
+        (Fault::ExpertOutput, "expert-output"),
+        (Fault::AuxiliaryTerm, "auxiliary-term"),
+        (Fault::ZTerm, "z-term"),
+        (Fault::UnchosenGate, "unchosen-gate"),
+        (Fault::SampledOwnTerm, "sampled-own-term"),
+        (Fault::RouterInput, "router-input"),
+        (Fault::RouterWeight, "router-weight"),
+    ];
+
+    /// Leaves the term out of what operations on the CPU give for their inputs, on this thread, until the guard is dropped.
+    pub fn inject(self) -> AlteredGradients {
+        alter_gradients(move |call, gradients| self.alter(call, gradients))
+    }
+
+    fn alter(self, call: &BackwardCall, gradients: &mut [Option<Tensor>]) {
+        match (self, call.op.name()) {
+            (Fault::RouterInput, "router logits") => gradients[0] = None,
+            (Fault::RouterWeight, "router logits") => gradients[1] = None,
+            (Fault::AuxiliaryTerm, "auxiliary_loss") | (Fault::ZTerm, "z_loss") => {
+                gradients[0] = None;
+            }
+            (Fault::ExpertOutput, "combine") => gradients[1] = None,
+            (Fault::ActiveDot | Fault::DefaultDot, "combine") => {
+                let Some(op) = of_type::<Combine>(call) else {
+                    return;
+                };
+                let (selection, chosen) = (op.dispatch.selection(), self == Fault::ActiveDot);
+                let is_chosen = |t, e| selection.experts(t).contains(&e);
+                zero(&mut gradients[0], |t, e| is_chosen(t, e) == chosen);
+            }
+            (Fault::UnchosenGate, "straight_through") => {
+                let Some(op) = of_type::<StraightThrough>(call) else {
+                    return;
+                };
+                let selection = op.chosen.selection();
+                zero(&mut gradients[0], |t, e| !selection.experts(t).contains(&e));
+            }
+            (Fault::SampledOwnTerm, "sampled_gate") => {
+                let Some(op) = of_type::<SampledGate>(call) else {
+                    return;
+                };
+                let sampled = op.choice.expert.slice::<i32>();
+                zero(&mut gradients[0], |t, e| sampled[t] == e);
+            }
+            (Fault::SoftmaxOwnTerm | Fault::SoftmaxMeanTerm, "router softmax") => {
+                self.alter_softmax(call, &mut gradients[0]);
+            }
+            _ => {}
+        }
+    }
+
+    /// `dz_j = p_j dp_j − p_j Σ_i p_i dp_i` without one of its terms.
+    fn alter_softmax(self, call: &BackwardCall, gradient: &mut Option<Tensor>) {
+        let ([p, ..], [Some(dp), ..], Some(dz)) = (call.saved, call.douts, gradient) else {
+            return;
+        };
+        let own = self == Fault::SoftmaxOwnTerm;
+        match dz.dtype() {
+            DType::F64 => {
+                let products = p.slice::<f64>().iter().zip(dp.slice::<f64>());
+                for (dz, (p, dp)) in dz.slice_mut::<f64>().iter_mut().zip(products) {
+                    *dz = if own { *dz - p * dp } else { p * dp };
+                }
+            }
+            DType::F32 => {
+                let products = p.slice::<f32>().iter().zip(dp.slice::<f32>());
+                for (dz, (p, dp)) in dz.slice_mut::<f32>().iter_mut().zip(products) {
+                    *dz = if own { *dz - p * dp } else { p * dp };
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+fn of_type<'a, T: 'static>(call: &BackwardCall<'a>) -> Option<&'a T> {
+    call.op.as_any()?.downcast_ref()
+}
+
+/// Zeroes the gradients `[T, E]` of the (token, expert) pairs for which `left_out` holds.
+fn zero(gradient: &mut Option<Tensor>, left_out: impl Fn(usize, i32) -> bool) {
+    let Some(gradient) = gradient else { return };
+    let experts = gradient.shape().width();
+    let pairs = (0..gradient.elements()).filter(|i| left_out(i / experts, (i % experts) as i32));
+    let pairs: Vec<usize> = pairs.collect();
+    match gradient.dtype() {
+        DType::F64 => pairs
+            .iter()
+            .for_each(|i| gradient.slice_mut::<f64>()[*i] = 0.0),
+        DType::F32 => pairs
+            .iter()
+            .for_each(|i| gradient.slice_mut::<f32>()[*i] = 0.0),
+        _ => {}
+    }
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = Fault::ALL
+            .iter()
+            .find(|(fault, _)| fault == self)
+            .map_or("", |(_, n)| n);
+        f.write_str(name)
+    }
+}
+
+impl FromStr for Fault {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Self, String> {
+        let names: Vec<&str> = Fault::ALL.iter().map(|(_, n)| *n).collect();
+        Fault::ALL
+            .iter()
+            .find(|(_, name)| *name == s)
+            .map(|(fault, _)| *fault)
+            .ok_or_else(|| format!("no such fault; there are {}", names.join(", ")))
+    }
+}
