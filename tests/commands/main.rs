@@ -20,6 +20,7 @@ mod data_inputs;
 mod exchange;
 mod export;
 mod hardware;
+mod own_crate;
 #[cfg(target_os = "linux")]
 mod plan;
 mod tasks;
