@@ -7,6 +7,7 @@ mod causality;
 mod collectives;
 mod devices;
 mod gradcheck;
+mod hooks;
 mod interruption;
 mod ranks;
 mod router_fixtures;
