@@ -148,8 +148,41 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Re
     })
 }
 
-        texts.extend(program(name, &*router)?);
-        values.push((GENERATION_CONFIG_FILE, json!({ "use_cache": false })));
+/// Tells transformers which tokens begin and end a text: without the end its generation never stops.
+fn add_ends(values: &mut Vec<(&'static str, Value)>, ends: [(&str, Option<i32>); 2]) {
+    if ends.iter().all(|(_, token)| token.is_none()) {
+        return;
+    }
+    if values
+        .iter()
+        .all(|(name, _)| *name != GENERATION_CONFIG_FILE)
+    {
+        values.push((GENERATION_CONFIG_FILE, json!({})));
+    }
+    for (_, value) in values.iter_mut() {
+        for (key, token) in ends {
+            if let Some(token) = token {
+                value[key] = token.into();
+            }
+        }
+    }
+}
+
+/// The program of an export, which knows the router called `name`.
+fn program(name: &str, router: &dyn Router) -> Result<[(&'static str, String); 2]> {
+    let mut program = PROGRAM.map(|(file, text)| (file, text.to_string()));
+    if let Some(code) = router.export_code() {
+        let entry = format!("ROUTERS[\"{name}\"] = {}", name.replace('-', "_"));
+        program[0].1 += &format!("\n\n{}\n\n\n{entry}\n", code.trim());
+    } else if !PROGRAM[0].1.contains(&format!("    \"{name}\": ")) {
+        return Err(Error::invalid(
+            "export",
+            "a router that the exported program knows",
+            format!("router {name}"),
+            "give it Router::equivalent_topk or Router::export_code",
+        ));
+    }
+    Ok(program)
 }
 
 /// Where to write what will become `out`: beside it, and nothing is there.
