@@ -31,6 +31,8 @@ pub mod cross_entropy;
 pub mod dispatch;
 pub mod embedding;
 pub mod expert_mean;
+#[cfg(test)]
+mod flag_tests;
 pub mod gate_gradient;
 pub mod gates;
 pub mod grouped_down;

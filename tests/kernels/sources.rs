@@ -93,6 +93,75 @@ fn files_stay_short() {
     }
 }
 
+/// The arguments of a launcher before its stream, as the list of `routegrad.h` names them.
+fn parameters(header: &str, launcher: &str) -> Vec<String> {
+    let row = header
+        .split_once(&format!("X({launcher},"))
+        .and_then(|(_, row)| row.split_once('('))
+        .and_then(|(_, row)| row.split_once(')'));
+    let (list, _) = row.unwrap_or_else(|| panic!("{launcher} is not in routegrad.h"));
+    let name = |parameter: &str| -> String {
+        let mut words = parameter.split(|c: char| !c.is_alphanumeric() && c != '_');
+        words.rfind(|word| !word.is_empty()).unwrap_or("").into()
+    };
+    let mut names: Vec<String> = list.split(',').map(name).collect();
+    assert_eq!(names.pop().as_deref(), Some("stream"), "{launcher}");
+    names
+}
+
+/// The launcher and the fields of each struct that `kernel!` declares in a file.
+fn typed_calls(source: &str) -> Vec<(String, Vec<String>)> {
+    let structs = source.split("    pub struct ").skip(1);
+    let declared = structs.filter_map(|text| {
+        let (head, body) = text.split_once('{')?;
+        let (_, launcher) = head.split_once(" = ")?;
+        let (body, _) = body.split_once("\n    }")?;
+        let fields = body
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.starts_with("//"))
+            .filter_map(|line| Some(line.split_once(':')?.0.to_owned()));
+        Some((launcher.trim().to_owned(), fields.collect()))
+    });
+    declared.collect()
+}
+
+/// A launch passes the fields by place: two of one type in the other order would be taken for one another.
+#[test]
+fn every_launcher_has_a_typed_call_whose_fields_are_its_arguments_in_order() {
+    let header = read(&root().join("routegrad.h"));
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels");
+    let mut called = Vec::new();
+    for entry in fs::read_dir(&folder).unwrap_or_else(|e| panic!("{e}")) {
+        let path = entry.unwrap_or_else(|e| panic!("{e}")).path();
+        for (launcher, fields) in typed_calls(&read(&path)) {
+            let mut expected = parameters(&header, &launcher);
+            for name in &mut expected {
+                // Words that Rust keeps for itself.
+                match name.as_str() {
+                    "in" => *name = "input".into(),
+                    "box" => *name = "place".into(),
+                    _ => {}
+                }
+            }
+            assert_eq!(fields, expected, "{launcher} in {}", path.display());
+            called.push(launcher);
+        }
+    }
+    for launcher in launchers() {
+        let on_the_host = !header
+            .split_once(&format!("X({launcher},"))
+            .and_then(|(_, row)| row.split_once("))"))
+            .is_some_and(|(row, _)| row.contains("stream"));
+        let count = called.iter().filter(|name| **name == launcher).count();
+        assert_eq!(
+            count,
+            usize::from(!on_the_host),
+            "typed calls of {launcher}"
+        );
+    }
+}
+
 #[test]
 fn every_launcher_has_a_row_in_the_readme() {
     let readme = read(&root().join("README.md"));
