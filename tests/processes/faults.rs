@@ -26,7 +26,7 @@ fn twenty_kills_of_any_rank_end_all_within_seconds_and_the_run_ends_in_the_same_
     if launchers.is_empty() {
         return;
     }
-    const STEPS: &str = "700";
+    const STEPS: &str = "400";
     let place = Place::new();
     let options = ["--steps", STEPS, "--set", "train.eval_interval=1000"];
     succeed(&mut launchers[0].ranks(2, &train(&place, "whole", &options)));
@@ -47,27 +47,27 @@ fn twenty_kills_of_any_rank_end_all_within_seconds_and_the_run_ends_in_the_same_
             let point = 1.0 + random.uniform(2 * n) * 16.0;
             command.env("ROUTEGRAD_FAULT_POINT", (point as u64).to_string());
         }
-        let mut child = command.spawn().unwrap();
+        let mut run = Running::start(launcher, command, &out, 2);
         let rank = match at_point {
             true => 0,
             false => n as usize / 2 % 2,
         };
         if at_point {
-            wait_until(60.0, "the first process", || {
-                process(launcher, &out, 0).is_some()
-            });
-            wait_until(60.0, "its end", || process(launcher, &out, 0).is_none());
+            wait_until(60.0, "the first process", || run.process(0).is_some());
+            wait_until(60.0, "its end", || run.process(0).is_none());
         } else {
             let ahead = 1 + (random.uniform(2 * n) * 20.0) as usize;
-            assert!(wait_for_step(&mut child, &out, before + ahead), "kill {n}");
+            assert!(
+                wait_for_step(&mut run.child, &out, before + ahead),
+                "kill {n}"
+            );
             let later = random.uniform(2 * n + 1) * 0.01;
             std::thread::sleep(Duration::from_secs_f32(later));
-            signal(process(launcher, &out, rank).unwrap(), "-KILL");
+            signal(run.process(rank).unwrap(), "-KILL");
         }
-        let (output, seconds) = end(launcher, child, &out, 2, 5.0);
+        let (success, stderr, seconds) = run.end(5.0);
         slowest = slowest.max(seconds);
-        let stderr = text(&output.stderr);
-        assert!(!output.status.success(), "kill {n}: {stderr}");
+        assert!(!success, "kill {n}: {stderr}");
         assert!(!stderr.contains("warning: skipped"), "kill {n}: {stderr}");
         let expected = format!("error: rank {rank} (");
         let said = errors(&stderr);
@@ -110,17 +110,13 @@ fn a_rank_that_is_stopped_is_named_with_its_call_within_ten_seconds() {
         let place = Place::new();
         let out = place.path("run");
         let command = train(&place, "run", &["--steps", "100000", "--rank-timeout", "5"]);
-        let mut child = launcher.ranks(2, &command).spawn().unwrap();
-        assert!(wait_for_step(&mut child, &out, 15));
-        signal(process(launcher, &out, rank).unwrap(), "-STOP");
-        let (output, seconds) = end(launcher, child, &out, 2, 10.0);
-        let said = errors(&text(&output.stderr));
+        let mut run = Running::start(launcher, launcher.ranks(2, &command), &out, 2);
+        assert!(wait_for_step(&mut run.child, &out, 15));
+        signal(run.process(rank).unwrap(), "-STOP");
+        let (success, stderr, seconds) = run.end(10.0);
+        let said = errors(&stderr);
         println!("{launcher:?}, {seconds:.1} s: {said:?}");
-        assert!(
-            !output.status.success() && said.len() == 1,
-            "{}",
-            text(&output.stderr)
-        );
+        assert!(!success && said.len() == 1, "{stderr}");
         let named = said[0].starts_with(&format!("error: rank {rank} ("));
         assert!(
             named && said[0].contains(" at call ") && said[0].contains("step "),
@@ -138,14 +134,10 @@ fn a_full_disk_of_the_rank_that_writes_stops_all_and_costs_no_checkpoint() {
         let command = train(&place, "run", &["--steps", "100000"]);
         let mut command = launcher.ranks(2, &command);
         // Five files of each save, the manifest the fifth: the third save finds the disk full.
-        let child = command.env("ROUTEGRAD_DISK_FULL", "13").spawn().unwrap();
-        let (output, _) = end(launcher, child, &out, 2, 60.0);
-        let said = errors(&text(&output.stderr));
-        assert!(
-            !output.status.success() && said.len() == 1,
-            "{}",
-            text(&output.stderr)
-        );
+        command.env("ROUTEGRAD_DISK_FULL", "13");
+        let (success, stderr, _) = Running::start(launcher, command, &out, 2).end(60.0);
+        let said = errors(&stderr);
+        assert!(!success && said.len() == 1, "{stderr}");
         assert!(
             said[0].starts_with("error: rank 0 (") && said[0].contains("cannot write"),
             "{said:?}"
@@ -176,13 +168,13 @@ fn sigusr1_of_the_launcher_saves_and_stops_all_after_the_same_step() {
     for launcher in launchers() {
         let place = Place::new();
         let out = place.path("cut");
-        let options = ["--steps", "300"];
+        let options = ["--steps", "60"];
         succeed(&mut launcher.ranks(2, &train(&place, "whole", &options)));
         let mut child = launcher
             .ranks(2, &train(&place, "cut", &options))
             .spawn()
             .unwrap();
-        assert!(wait_for_step(&mut child, &out, 33));
+        assert!(wait_for_step(&mut child, &out, 13));
         signal(child.id(), "-USR1");
         let output = child.wait_with_output().unwrap();
         let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
@@ -193,9 +185,9 @@ fn sigusr1_of_the_launcher_saves_and_stops_all_after_the_same_step() {
             "{stdout}"
         );
         let step = steps_logged(&out);
-        assert!(step < 300 && newest_whole(&out) == Some(step as u64));
+        assert!(step < 60 && newest_whole(&out) == Some(step as u64));
         let (_, stderr) = succeed(&mut launcher.ranks(2, &place.resume("cut")));
         assert_eq!(resumed_from(&stderr), step);
-        assert_same_end(&place.path("whole"), &out, 300);
+        assert_same_end(&place.path("whole"), &out, 60);
     }
 }

@@ -280,7 +280,14 @@ impl Hub {
     /// Heartbeats, and the silence of others.
     fn beat(self: &Arc<Self>) {
         let interval = BEAT.min(self.limit / 10);
+        let mut last = Instant::now();
         while !self.done.load(Ordering::SeqCst) {
+            // A process that was itself stopped has heard of nobody meanwhile.
+            if last.elapsed() > interval * LATE_BEATS {
+                let now = Instant::now();
+                self.states().iter_mut().for_each(|state| state.heard = now);
+            }
+            last = Instant::now();
             let own = self.own_state();
             self.send(&Message::Beat {
                 calls: own.calls,

@@ -4,8 +4,8 @@
 
 use crate::common::{Place, text};
 use std::fs;
-use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,7 +92,7 @@ pub fn train(place: &Place, out: &str, arguments: &[&str]) -> Command {
 }
 
 /// The process of rank `rank` of the run whose command line has `mark`.
-pub fn process(launcher: Launcher, mark: &Path, rank: usize) -> Option<u32> {
+fn process(launcher: Launcher, mark: &Path, rank: usize) -> Option<u32> {
     let wanted = format!("{}={rank}", launcher.rank_variable());
     let mark = mark.to_string_lossy();
     let processes = fs::read_dir("/proc").unwrap().flatten();
@@ -118,25 +118,61 @@ pub fn wait_until(most: f64, what: &str, mut condition: impl FnMut() -> bool) ->
     begun.elapsed().as_secs_f64()
 }
 
-/// Waits for the launcher and all `ranks` processes of its run to end, for `most` seconds; its output and how long that
-/// took.
-pub fn end(
+/// A run under a launcher. What is left of it when it is dropped is killed.
+pub struct Running {
+    pub child: Child,
     launcher: Launcher,
-    mut child: Child,
-    mark: &Path,
+    /// The run's folder, which its command line names.
+    out: PathBuf,
     ranks: usize,
-    most: f64,
-) -> (Output, f64) {
-    let stderr = child.stderr.take().unwrap();
-    // A full pipe would hold the processes up.
-    let reading = std::thread::spawn(move || std::io::read_to_string(stderr).unwrap_or_default());
-    let seconds = wait_until(most, "the end of all processes", || {
-        let ended = child.try_wait().unwrap().is_some();
-        ended && (0..ranks).all(|rank| process(launcher, mark, rank).is_none())
-    });
-    let mut output = child.wait_with_output().unwrap();
-    output.stderr = reading.join().unwrap().into_bytes();
-    (output, seconds)
+}
+
+impl Running {
+    pub fn start(launcher: Launcher, mut command: Command, out: &Path, ranks: usize) -> Self {
+        Running {
+            child: command.spawn().unwrap(),
+            launcher,
+            out: out.to_path_buf(),
+            ranks,
+        }
+    }
+
+    /// The process of a rank, if it is there.
+    pub fn process(&self, rank: usize) -> Option<u32> {
+        process(self.launcher, &self.out, rank)
+    }
+
+    fn processes(&self) -> impl Iterator<Item = u32> {
+        (0..self.ranks).filter_map(|rank| self.process(rank))
+    }
+
+    /// Waits for the launcher and all processes to end, for `most` seconds; whether the launcher says that all went well,
+    /// what was said on the standard error, and how long that took.
+    pub fn end(mut self, most: f64) -> (bool, String, f64) {
+        let stderr = self.child.stderr.take().unwrap();
+        // A full pipe would hold the processes up.
+        let reading =
+            std::thread::spawn(move || std::io::read_to_string(stderr).unwrap_or_default());
+        let mut status = None;
+        let seconds = wait_until(most, "the end of all processes", || {
+            status = status.or(self.child.try_wait().unwrap());
+            status.is_some() && self.processes().next().is_none()
+        });
+        let said = reading.join().unwrap();
+        (status.is_some_and(|s| s.success()), said, seconds)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        for pid in self.processes() {
+            let _ = Command::new("kill")
+                .args(["-KILL", &pid.to_string()])
+                .status();
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 pub fn signal(pid: u32, name: &str) {
