@@ -71,11 +71,13 @@ fn twenty_kills_of_any_rank_end_all_within_seconds_and_the_run_ends_in_the_same_
         assert!(!stderr.contains("warning: skipped"), "kill {n}: {stderr}");
         let expected = format!("error: rank {rank} (");
         let said = errors(&stderr);
+        // MPICH's launcher may kill the rank that reports before it does.
+        let least = usize::from(launcher == Launcher::OpenMpi);
+        let named = |e: &String| e.starts_with(&expected) && e.contains(" ended at call ");
         assert!(
-            said.len() == 1 && said[0].starts_with(&expected),
+            (least..=1).contains(&said.len()) && said.iter().all(named),
             "kill {n}, {launcher:?}: {stderr}"
         );
-        assert!(said[0].contains(" ended at call "), "kill {n}: {said:?}");
         let logged = steps_logged(&out).max(before);
         let saved = newest_whole(&out).unwrap_or(0) as usize;
         // The last save that was begun may have been under way.
