@@ -89,6 +89,47 @@ pub fn run(options: &Options) -> Result<Summary> {
     })
 }
 
+/// What a preparation that was killed left in the folder, if it began as `state`.
+fn unfinished(out: &Path, state: &State) -> Result<Option<State>> {
+    let state_file = out.join(STATE);
+    if !state_file.exists() {
+        return Ok(None);
+    }
+    let text = fs::read(&state_file).map_err(|e| Error::io("read", &state_file, e))?;
+    let found: State = serde_json::from_slice(&text).map_err(|e| {
+        let help = "remove the folder and begin again";
+        Error::file(&state_file, "what a preparation wrote", e.to_string(), help)
+    })?;
+    if found.plan == state.plan {
+        return Ok(Some(found));
+    }
+    Err(Error::file(
+        out,
+        "the inputs and options that the preparation there began with",
+        different(&found.plan, &state.plan),
+        "put them back, or choose another --out",
+    ))
+}
+
+/// Refuses a folder with more in it than shards that were not finished.
+fn refuse_used(out: &Path) -> Result<()> {
+    if !out.exists() {
+        return Ok(());
+    }
+    let entries = fs::read_dir(out).map_err(|e| Error::io("list", out, e))?;
+    let left = |name: &str| name.starts_with(UNFINISHED);
+    let mut names = entries.flatten().map(|e| e.file_name());
+    if !names.any(|name| !left(&name.to_string_lossy())) {
+        return Ok(());
+    }
+    let got = match Folder::is(out) {
+        true => "a folder of tokens that is finished",
+        false => "a folder with something in it",
+    };
+    let help = "choose another --out, or remove what is there";
+    Err(Error::file(out, "a new or an empty folder", got, help))
+}
+
 /// Opens or makes the folder: where to begin.
 fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<State> {
     let out = &options.out;
@@ -136,21 +177,7 @@ fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<S
         },
         place: Place::default(),
     };
-    let state_file = out.join(STATE);
-    if state_file.exists() {
-        let text = fs::read(&state_file).map_err(|e| Error::io("read", &state_file, e))?;
-        let found: State = serde_json::from_slice(&text).map_err(|e| {
-            let help = "remove the folder and begin again";
-            Error::file(&state_file, "what a preparation wrote", e.to_string(), help)
-        })?;
-        if found.plan != state.plan {
-            return Err(Error::file(
-                out,
-                "the inputs and options that the preparation there began with",
-                different(&found.plan, &state.plan),
-                "put them back, or choose another --out",
-            ));
-        }
+    if let Some(found) = unfinished(out, &state)? {
         write_missing(out, &files)?;
         // It was killed just before its end, which is done again.
         if out.join(MANIFEST).exists() {
@@ -158,19 +185,7 @@ fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<S
         }
         return Ok(found);
     }
-    if out.exists() {
-        let entries = fs::read_dir(out).map_err(|e| Error::io("list", out, e))?;
-        let left = |name: &str| name.starts_with(UNFINISHED);
-        let mut names = entries.flatten().map(|e| e.file_name());
-        if names.any(|name| !left(&name.to_string_lossy())) {
-            let got = match Folder::is(out) {
-                true => "a folder of tokens that is finished",
-                false => "a folder with something in it",
-            };
-            let help = "choose another --out, or remove what is there";
-            return Err(Error::file(out, "a new or an empty folder", got, help));
-        }
-    }
+    refuse_used(out)?;
     fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
     shards::save(out, &state)?;
     write_missing(out, &files)?;

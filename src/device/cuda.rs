@@ -3,8 +3,9 @@
 //! [`Gpu::open`] says why there is none to use. Launches go to one stream of the GPU's own; nothing here uses the default
 //! stream, and cudarc's event tracking is off, since it would break graph capture.
 
+use super::driver::{error, error_text};
 use super::pinned::{Landing, Landings, Staging};
-use super::{counters, timeline};
+use super::{copies, counters};
 use crate::error::{Error, Result};
 use cudarc::driver::result;
 use cudarc::driver::sys::{
@@ -171,7 +172,7 @@ impl Gpu {
     /// When the driver refuses.
     pub fn upload(&self, to: usize, bytes: &[u8]) -> Result<()> {
         let stream = self.stream()?;
-        timeline::copied(false, bytes.len());
+        copies::copied(false, bytes.len());
         let mut staging = self.staging.lock().unwrap_or_else(|e| e.into_inner());
         let staged = staging.stage(bytes, || self.mark())?;
         let from = staged.unwrap_or(bytes);
@@ -191,7 +192,7 @@ impl Gpu {
     /// What a launch met.
     pub fn download(&self, from: usize, bytes: &mut [u8]) -> Result<()> {
         let stream = self.stream()?;
-        timeline::copied(true, bytes.len());
+        copies::copied(true, bytes.len());
         // SAFETY: the caller owns the range, and the copy is over when this returns.
         unsafe { result::memcpy_dtoh_async(bytes, from as u64, stream) }
             .map_err(|e| error("copy from the GPU", e))?;
@@ -209,7 +210,7 @@ impl Gpu {
         let mut to = landing.bytes_mut();
         for &(from, count) in ranges {
             let (part, rest) = to.split_at_mut(count);
-            timeline::copied(true, count);
+            copies::copied(true, count);
             // SAFETY: the caller owns the range, and the landing is neither read nor given back before its mark.
             unsafe { result::memcpy_dtoh_async(part, from as u64, stream) }
                 .map_err(|e| error("copy from the GPU", e))?;
@@ -376,26 +377,6 @@ impl Drop for DeviceMemory {
         let _ = self.context.bind_to_thread();
         // SAFETY: nothing else frees it; the driver waits for what still uses it.
         let _ = unsafe { result::free_sync(self.address) };
-    }
-}
-
-/// An [`Error::Device`] of something that the driver refused.
-pub fn error(what: &str, e: DriverError) -> Error {
-    let help = "see `nvidia-smi` for what else uses the GPU; after a fault of a kernel the process must start anew";
-    Error::Device {
-        op: format!("the CUDA driver cannot {what}"),
-        status: e.0 as i32,
-        text: error_text(e),
-        help: help.into(),
-    }
-}
-
-fn error_text(e: DriverError) -> String {
-    let name = e.error_name().map(|n| n.to_string_lossy().into_owned());
-    let text = e.error_string().map(|t| t.to_string_lossy().into_owned());
-    match (name, text) {
-        (Ok(name), Ok(text)) => format!("{name}, {text}"),
-        _ => format!("error {}", e.0 as i32),
     }
 }
 

@@ -6,6 +6,8 @@
 //! kernels on a GPU; [`Memory`] says how the host sees what they wrote.
 
 mod arena;
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+mod copies;
 pub mod counters;
 #[cfg(feature = "cuda")]
 pub mod cublas;
@@ -13,6 +15,8 @@ pub mod cublas;
 pub mod cublas_grouped;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(feature = "cuda")]
+pub mod driver;
 pub mod graph;
 pub mod machine;
 mod memory;

@@ -1,7 +1,7 @@
 //! Pinned memory of the host, which the GPU copies from and to while the host goes on.
 
 use super::counters;
-use super::cuda::error;
+use super::driver::error;
 use crate::error::Result;
 use cudarc::driver::{CudaEvent, DriverError, result};
 use std::sync::Mutex;

@@ -1,5 +1,6 @@
 //! Where the time of a step on a GPU goes: launches by launcher, and copies between host and GPU.
 
+pub use super::copies::Copies;
 use serde::Serialize;
 use std::fmt;
 
@@ -21,13 +22,6 @@ pub struct Timeline {
     pub to_host: Copies,
     /// Seconds by the clock on the wall.
     pub wall: f64,
-}
-
-/// Copies in one direction.
-#[derive(Clone, Copy, Debug, Default, Serialize)]
-pub struct Copies {
-    pub count: usize,
-    pub bytes: u64,
 }
 
 impl Timeline {
@@ -66,12 +60,12 @@ impl fmt::Display for Timeline {
 }
 
 #[cfg(feature = "cuda")]
-pub use gpu::{Span, copied, finish, recorded, start};
+pub use gpu::{Span, finish, recorded, start};
 
 #[cfg(feature = "cuda")]
 mod gpu {
-    use super::{Copies, Entry, Timeline};
-    use crate::device::cuda;
+    use super::{Entry, Timeline};
+    use crate::device::{copies, cuda};
     use crate::error::Result;
     use cudarc::driver::CudaEvent;
     use std::collections::BTreeMap;
@@ -81,7 +75,6 @@ mod gpu {
     struct Recording {
         begun: Instant,
         launches: Vec<(&'static str, CudaEvent, CudaEvent)>,
-        copies: [Copies; 2],
     }
 
     static RECORDING: Mutex<Option<Recording>> = Mutex::new(None);
@@ -99,10 +92,10 @@ mod gpu {
             return Ok(());
         };
         gpu.finish()?;
+        copies::begin();
         *recording() = Some(Recording {
             begun: Instant::now(),
             launches: Vec::new(),
-            copies: Default::default(),
         });
         Ok(())
     }
@@ -140,22 +133,13 @@ mod gpu {
             });
         let mut entries: Vec<Entry> = entries.collect();
         entries.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
-        let [to_gpu, to_host] = found.copies;
+        let [to_gpu, to_host] = copies::take();
         Ok(Some(Timeline {
             entries,
             to_gpu,
             to_host,
             wall,
         }))
-    }
-
-    /// Counts a copy.
-    pub fn copied(to_host: bool, bytes: usize) {
-        if let Some(recording) = recording().as_mut() {
-            let copies = &mut recording.copies[usize::from(to_host)];
-            copies.count += 1;
-            copies.bytes += bytes as u64;
-        }
     }
 
     /// From before a launch to its end.

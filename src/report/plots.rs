@@ -178,12 +178,26 @@ fn draw_loss(area: &Area, records: &[Record]) -> Drawn {
             .iter()
             .map(|p| Circle::new(*p, 3, VALIDATION.filled())),
     )?;
-    // The last values at the right edge, pushed apart where they would overlap.
     let ends: Vec<_> = [(&smoothed, TRAIN), (&validation, VALIDATION)]
         .into_iter()
         .filter_map(|(s, color)| s.last().map(|p| (p.1, color)))
         .map(|(y, color)| (chart.backend_coord(&(last, y)), y, color))
         .collect();
+    draw_last_values(area, &ends)?;
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE.mix(0.9))
+        .border_style(GRID)
+        .label_font(font(15))
+        .legend_area_size(32)
+        .margin(12)
+        .draw()?;
+    Ok(())
+}
+
+/// Writes the last values, each with its place and color, at the right edge, pushed apart where they would overlap.
+fn draw_last_values(area: &Area, ends: &[((i32, i32), f64, RGBColor)]) -> Drawn {
     let close = ends.len() == 2 && (ends[0].0.1 - ends[1].0.1).abs() < 16;
     for (i, ((x, y), value, color)) in ends.iter().enumerate() {
         let above =
@@ -199,15 +213,6 @@ fn draw_loss(area: &Area, records: &[Record]) -> Drawn {
             (FONT, 15).into_font().color(color),
         ))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::UpperRight)
-        .background_style(WHITE.mix(0.9))
-        .border_style(GRID)
-        .label_font(font(15))
-        .legend_area_size(32)
-        .margin(12)
-        .draw()?;
     Ok(())
 }
 

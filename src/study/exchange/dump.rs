@@ -1,9 +1,10 @@
 //! A model's outputs and gradients on given tokens, to compare with another framework.
 
-use super::source::Source;
+use super::source::{Piece, Source};
 use super::tensors::{Output, Tensors, write};
 use crate::config::{Layers, Precision};
 use crate::error::{Error, Result};
+use crate::model::Model;
 use crate::model::batch::Sequences;
 use crate::routers::{Pass, Phase};
 use crate::tape::{Gradients, Tape};
@@ -71,19 +72,7 @@ pub fn dump(options: &Options, out: &Path) -> Result<Vec<String>> {
             bytes: value.bytes().to_vec(),
         },
     ];
-    for piece in &pieces {
-        let like = &model.parameters[piece.parameter].value;
-        let zeros = || crate::tensor::Tensor::zeros(like.device(), like.dtype(), like.shape());
-        let gradient = store.get_or(piece.parameter, zeros);
-        let size = dtype.size();
-        let range = piece.offset * size..(piece.offset + piece.elements()) * size;
-        arrays.push(Output {
-            name: format!("grad.{}", piece.name),
-            shape: piece.shape.clone(),
-            dtype,
-            bytes: gradient.bytes()[range].to_vec(),
-        });
-    }
+    arrays.extend(gradients(&model, &pieces, &mut store));
     if options.train {
         model.end_step()?;
         let layers = config.model.moe_layers();
@@ -107,6 +96,26 @@ pub fn dump(options: &Options, out: &Path) -> Result<Vec<String>> {
         ),
         format!("wrote  {} arrays to {}", arrays.len(), out.display()),
     ])
+}
+
+/// The gradient of each piece of a parameter, zeros where none reached it.
+fn gradients<'a>(
+    model: &'a Model,
+    pieces: &'a [Piece],
+    store: &'a mut Gradients,
+) -> impl Iterator<Item = Output> + 'a {
+    pieces.iter().map(move |piece| {
+        let like = &model.parameters[piece.parameter].value;
+        let zeros = || crate::tensor::Tensor::zeros(like.device(), like.dtype(), like.shape());
+        let gradient = store.get_or(piece.parameter, zeros);
+        let (size, end) = (model.dtype().size(), piece.offset + piece.elements());
+        Output {
+            name: format!("grad.{}", piece.name),
+            shape: piece.shape.clone(),
+            dtype: model.dtype(),
+            bytes: gradient.bytes()[piece.offset * size..end * size].to_vec(),
+        }
+    })
 }
 
 fn read_tokens(options: &Options, vocabulary: usize) -> Result<(Vec<i32>, [usize; 2])> {

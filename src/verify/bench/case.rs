@@ -5,6 +5,7 @@
 
 use super::inputs;
 use super::operations::Operation;
+use super::steps::Step;
 use crate::error::Result;
 use crate::kernels::adamw::AdamwUpdate;
 use crate::kernels::attention::AttentionSizes;
@@ -68,16 +69,6 @@ pub enum Work {
     Operation(Operation),
     /// Optimizer steps of a preset with each of these routers, in turn.
     Step(Step),
-}
-
-/// Whole training steps.
-#[derive(Clone, Copy, Debug)]
-pub struct Step {
-    pub preset: &'static str,
-    pub experts: &'static str,
-    pub routers: &'static [&'static str],
-    /// Of a step; micro-batches as the preset has them.
-    pub sequences: usize,
 }
 
 /// A MoE layer with its routing.

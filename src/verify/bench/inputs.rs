@@ -97,6 +97,11 @@ pub fn zipf(tokens: usize, per_token: usize, experts: usize) -> Vec<usize> {
     counts
 }
 
+/// 1 / √n.
+pub fn unit_sum(n: usize) -> f64 {
+    (n as f64).sqrt().recip()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

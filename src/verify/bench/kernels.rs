@@ -1,8 +1,9 @@
 //! The groups' kernels: buffers with the shared inputs, and a launch for each case.
 
 use super::case::{Group, Work};
-use super::inputs::Inputs;
+use super::inputs::{Inputs, unit_sum};
 use super::layer;
+use super::problem::{Kernels, part, whole};
 use crate::error::Result;
 use crate::kernels::adamw::{AdamwUpdate, BLOCK};
 use crate::kernels::attention::AttentionSizes;
@@ -17,36 +18,7 @@ use crate::kernels::{
 };
 use crate::tensor::dtype::DType;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
-use crate::verify::kernels::{Buffer, Errors, Launch, Machine, Problem};
-
-/// A group on kernels.
-pub struct Kernels {
-    /// Every buffer; its launch is all there is to do, once, and leaves what the parts read.
-    pub whole: Problem,
-    /// One for each case of the group, on the same buffers.
-    pub parts: Vec<Problem>,
-    /// Buffers whose content is the result: place, name, type.
-    pub outputs: Vec<(usize, &'static str, DType)>,
-}
-
-/// A launch on the buffers of another problem.
-pub fn part(launch: Launch) -> Problem {
-    Problem {
-        label: String::new(),
-        buffers: Vec::new(),
-        launch,
-        judge: Box::new(|_| Ok(Errors::none(0))),
-    }
-}
-
-/// `launch` with these buffers of its own.
-pub fn whole(label: &str, buffers: Vec<Buffer>, launch: Launch) -> Problem {
-    Problem {
-        label: label.into(),
-        buffers,
-        ..part(launch)
-    }
-}
+use crate::verify::kernels::{Buffer, Launch, Machine};
 
 /// The kernels of a group; none where it has no kernels.
 ///
@@ -63,11 +35,6 @@ pub fn build(machine: &dyn Machine, group: &Group) -> Result<Option<Kernels>> {
         Work::Attention(sizes) => attention(machine, &inputs, sizes)?,
         Work::Operation(_) | Work::Step(_) => return Ok(None),
     }))
-}
-
-/// 1 / √n.
-pub fn unit_sum(n: usize) -> f64 {
-    (n as f64).sqrt().recip()
 }
 
 /// Buffers: output, a, b, offsets.

@@ -5,9 +5,9 @@
 //! what a router of random weights would choose.
 
 use super::case::Layer;
-use super::inputs::Inputs;
-use super::kernels::{Kernels, part, unit_sum, whole};
+use super::inputs::{Inputs, unit_sum};
 use super::layer_steps::{At, Sizes, Step};
+use super::problem::{Kernels, part, whole};
 use crate::error::Result;
 use crate::kernels::grouped_swiglu::dot_columns;
 use crate::kernels::launchers::{Launchers, TILE_AUTO};

@@ -1,8 +1,7 @@
 //! Operations of the CPU at the shapes of `tiny`, in f32, forward and backward together: 16 sequences of 256 bytes, D 128,
 //! two heads of 64, F 352, V 256, eight experts.
 
-use super::inputs::{Inputs, balanced};
-use super::kernels::unit_sum;
+use super::inputs::{Inputs, balanced, unit_sum};
 use crate::error::Result;
 use crate::kernels::cost::Cost;
 use crate::ops::add::add;

@@ -2,10 +2,10 @@
 
 use super::case::{Case, Group};
 use super::ceilings::{self, Ceilings};
+use super::options::{Options, estimate, groups};
 use super::page::CEILINGS;
 use super::record::{Measured, OURS, Record, Records, told};
 use super::timed::{self, Ready};
-use super::{Options, estimate, groups};
 use crate::device::Device;
 use crate::device::machine;
 use crate::error::{Error, Result};

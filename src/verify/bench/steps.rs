@@ -1,12 +1,21 @@
 //! Whole optimizer steps of a preset.
 
-use super::case::Step;
 use crate::config::{Config, Layers, count};
 use crate::device::Device;
 use crate::error::Result;
 use crate::routers;
 use crate::train::Trainer;
 use serde_json::{Value, json};
+
+/// Whole training steps.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    pub preset: &'static str,
+    pub experts: &'static str,
+    pub routers: &'static [&'static str],
+    /// Of a step; micro-batches as the preset has them.
+    pub sequences: usize,
+}
 
 fn config(step: &Step, router: &str) -> Result<Config> {
     let mut layers = Layers::preset(step.preset);

@@ -1,8 +1,10 @@
 //! Times a group where it can run: kernels on a machine, operations and steps on the host's clock.
 
-use super::case::{Case, Group, Step, Work};
-use super::kernels::{self, Kernels};
+use super::case::{Case, Group, Work};
+use super::kernels;
+use super::problem::Kernels;
 use super::steps;
+use super::steps::Step;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::dtype::DType;
