@@ -8,7 +8,7 @@
 use criterion::{Criterion, Throughput, criterion_group};
 use routegrad::device::Device;
 use routegrad::train::Trainer;
-use routegrad::verify::bench::case::Step;
+use routegrad::verify::bench::steps::Step;
 use routegrad::verify::bench::{ceilings, steps};
 use std::time::Instant;
 

@@ -35,7 +35,6 @@ pub use options::Options;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use case::{Case, Group, Set, Work};
 use options::{estimate, groups};
 use record::Records;
 use session::Session;
