@@ -62,9 +62,9 @@ impl Fault {
             (Fault::RouterInput, "router logits") => gradients[0] = None,
             (Fault::RouterWeight, "router logits") => gradients[1] = None,
             (Fault::AuxiliaryTerm, "auxiliary_loss") | (Fault::ZTerm, "z_loss") => {
-                gradients[0] = None;
+                zero(&mut gradients[0], |_, _| true);
             }
-            (Fault::ExpertOutput, "combine") => gradients[1] = None,
+            (Fault::ExpertOutput, "combine") => zero(&mut gradients[1], |_, _| true),
             (Fault::ActiveDot | Fault::DefaultDot, "combine") => {
                 let Some(op) = of_type::<Combine>(call) else {
                     return;
