@@ -90,6 +90,10 @@ impl Builder {
         };
         let mut hooks = self.hooks;
         if let Some(run) = &run {
+            if run.timeline {
+                // It ends before other hooks use the model's device.
+                hooks.insert(0, Box::new(KernelTimeline::new(&run.out)));
+            }
             hooks.extend(run_hooks(run));
         }
         hooks.retain(|hook| dist.rank() == 0 || hook.on_every_rank());
@@ -122,9 +126,6 @@ impl Builder {
 fn run_hooks(run: &RunOptions) -> Vec<Box<dyn Hook>> {
     let out = &run.out;
     let mut hooks: Vec<Box<dyn Hook>> = vec![Box::new(Folder(out.clone()))];
-    if run.timeline {
-        hooks.push(Box::new(KernelTimeline::new(out)));
-    }
     hooks.extend([
         Box::new(MetricsLog::new(out)) as Box<dyn Hook>,
         Box::new(TensorBoard::new(out)),

@@ -46,11 +46,13 @@ fn build(folder: &Path) -> PathBuf {
         #[cfg(feature = "cuda")]
         "\"cuda\"",
     ];
+    // With the same profiles the dependencies are those that are built already.
+    let own = fs::read_to_string(Path::new(repository).join("Cargo.toml")).unwrap();
+    let sections = own.split("\n[").filter(|s| s.starts_with("profile."));
+    let profiles: String = sections.map(|s| format!("\n[{s}")).collect();
     let manifest = format!(
         "[package]\nname = \"own-router-crate\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n\
-         [dependencies]\nroutegrad = {{ path = \"{repository}\", features = [{}] }}\n\n\
-         [profile.release]\ndebug = \"line-tables-only\"\n\n\
-         [profile.dev]\nopt-level = 1\n\n[profile.dev.package.\"*\"]\nopt-level = 3\n\n[workspace]\n",
+         [dependencies]\nroutegrad = {{ path = \"{repository}\", features = [{}] }}\n\n[workspace]\n{profiles}",
         features.join(", ")
     );
     fs::create_dir(folder.join("src")).unwrap();

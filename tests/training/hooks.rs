@@ -5,11 +5,12 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 
-const SMALL: [&str; 8] = [
+const SMALL: [&str; 9] = [
     "router.name=topk",
     "model.layers=2",
     "model.hidden=32",
     "model.heads=2",
+    "model.head_dim=64",
     "model.sequence_length=16",
     "train.sequences_per_step=2",
     "train.micro_batch=2",
