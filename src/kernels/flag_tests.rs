@@ -41,6 +41,12 @@ fn answers(launchers: &Launchers) -> Vec<Answer> {
         answer!(layer_tally(wide, wide, i, p, i, i, i, p, wide, 4, 0, 0, 8, 0, 0, 2, 0): "first_of_step"),
         answer!(layer_tally(wide, wide, i, p, i, i, i, p, wide, 4, 0, 0, 8, 0, 0, 0, 2): "over_step"),
         answer!(sum_parts(p, p, 2, 8, 2): "accumulate"),
+        answer!(grouped_gemm_weight_gradient(p, v, v, i, i, none.cast(), 4, 4, 4, 2, 16, 8, 2, 0): "accumulate"),
+        answer!(embedding_order(i, i, i, i, i, 4, 8, 0, 2): "whole"),
+        answer!(embedding_gradient(p, p, v, i, i, 4, 8, 64, 2): "accumulate"),
+        answer!(rope(v, v, p, p, 4, 4, 2, 1, 16, 2): "back"),
+        answer!(row_arithmetic(v, v, v, 4, 1, 64, 2): "multiply"),
+        answer!(gated_rows_backward(v, v, p, v, p, v, v, 4, 64, 2): "accumulate"),
     ]
 }
 
