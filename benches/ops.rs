@@ -6,7 +6,8 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use routegrad::device::Device;
-use routegrad::verify::bench::case::{Group, Set, Work, groups};
+use routegrad::verify::bench::case::{Group, Set, Work};
+use routegrad::verify::bench::groups::groups;
 use routegrad::verify::bench::timed;
 use std::time::Duration;
 

@@ -1,17 +1,14 @@
 //! What each command does: reads its arguments, calls the module that does the work, prints.
 
 use super::arguments::*;
+use super::process::watch_signals;
 use crate::config::{Config, Layers};
 use crate::data;
-use crate::device::Device;
-use crate::dist::{self, Collective, Ranks};
-use crate::error::Error;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::routers;
-use crate::study::{ablate, analyze, eval, exchange, export, generate, hooks, plan, tasks};
+use crate::study::{ablate, analyze, eval, exchange, export, generate, plan, tasks};
 use crate::tensor::dtype::DType;
 use crate::train::checkpoint::{self, Checkpoint, SHARD_BYTES};
-use crate::train::{self, Outcome, RunOptions};
 use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
@@ -20,188 +17,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 use toml::Value;
 
 pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(|e| Error::io("write", "the standard output", e))
-}
-
-/// More than any machine has cores; the system may have no room for the stacks of many more.
-const MOST_THREADS: usize = 1024;
-
-pub(super) fn set_threads(threads: usize) -> Result<()> {
-    let invalid = |got: String| {
-        Error::invalid(
-            "--threads",
-            format!("a number of threads from 1 to {MOST_THREADS}"),
-            got,
-            "leave it out for all cores",
-        )
-    };
-    if !(1..=MOST_THREADS).contains(&threads) {
-        return Err(invalid(threads.to_string()));
-    }
-    rayon::ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .build_global()
-        .map_err(|e| invalid(e.to_string()))
-}
-
-pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<()> {
-    let dist = start_ranks(args, threads)?;
-    // A run that goes on has its configuration in its folder; a new one may be named after it.
-    let (config, out) = if args.resume {
-        let out = args.folder(args.router.as_deref().unwrap_or("default"));
-        let file = Some(out.join(train::CONFIG_FILE));
-        (Config::load(&args.layers(file), &routers::resolve)?, out)
-    } else {
-        let config = data::configure(&args.layers(args.config.clone()), &routers::resolve)?;
-        let out = args.folder(&config.router.name);
-        (config, out)
-    };
-    let stop = Arc::new(AtomicBool::new(false));
-    watch_signals(&stop)?;
-    let options = RunOptions {
-        out: out.clone(),
-        resume: args.resume,
-        checkpoints: !args.no_checkpoint,
-        timeline: args.timeline,
-        quiet: args.quiet,
-    };
-    let device = config.train.device;
-    device.prepare()?;
-    let planned = plan::Memory::of(&config, plan::Target::H200)?.total();
-    if device == Device::Cuda {
-        crate::device::reserve(device, planned as usize)?;
-    }
-    let report = hooks::train_on(dist.clone(), config, &options, &stop)?;
-    if dist.rank() != 0 {
-        return Ok(());
-    }
-    if device != Device::Cpu {
-        let peak = crate::device::take_peak(device) as f64;
-        say!(
-            "memory of {device}: {:.3} GB at most, {:.3} GB planned",
-            peak / 1e9,
-            planned as f64 / 1e9
-        );
-    }
-    let (place, step) = (out.display(), report.step);
-    if let (Outcome::Finished, Some(loss)) = (report.outcome, report.validation_loss) {
-        say!("validation loss {loss:.4} nats per token after {step} steps");
-    }
-    match report.outcome {
-        Outcome::Stopped if options.checkpoints => {
-            say!(
-                "stopped and saved at step {step}; go on with: routegrad train --out {place} --resume"
-            );
-        }
-        Outcome::Stopped => say!("stopped at step {step}"),
-        Outcome::Finished if options.checkpoints => {
-            say!("log, pictures and checkpoints: {place}");
-            say!("see it speak: routegrad generate --model {place}");
-        }
-        Outcome::Finished => say!("log and pictures: {place}"),
-    }
-    Ok(())
-}
-
-/// Refuses a command of one process that a launcher started several times.
-pub(super) fn refuse_launcher() -> Result<()> {
-    match dist::launcher_size() {
-        1 => Ok(()),
-        n => Err(Error::invalid(
-            "routegrad",
-            "one process; only `train` runs on several",
-            format!("{n} processes of a launcher"),
-            "start the command without mpirun or srun",
-        )),
-    }
-}
-
-/// This process's rank, and its threads.
-fn start_ranks(args: &TrainArgs, threads: Option<usize>) -> Result<Arc<dyn Collective>> {
-    if !(args.rank_timeout >= 1.0 && args.rank_timeout.is_finite()) {
-        let got = args.rank_timeout.to_string();
-        let help = "leave it out for the default";
-        return Err(Error::invalid(
-            "--rank-timeout",
-            "1 second or more",
-            got,
-            help,
-        ));
-    }
-    let limit = Duration::from_secs_f64(args.rank_timeout);
-    let ranks = match args.ranks {
-        RanksFrom::Auto => Ranks::Auto,
-        RanksFrom::None => Ranks::None,
-        RanksFrom::Mpi => Ranks::Mpi,
-    };
-    let dist = dist::start(ranks, limit)?;
-    if let (None, Some(threads)) = (threads, dist::threads()) {
-        set_threads(threads)?;
-    }
-    Ok(dist)
-}
-
-impl TrainArgs {
-    /// `--out`, or runs/NAME.
-    fn folder(&self, router: &str) -> PathBuf {
-        if let Some(out) = &self.out {
-            return out.clone();
-        }
-        let name = self.name.clone().unwrap_or_else(|| {
-            let preset = self.preset.as_deref().unwrap_or("tiny");
-            let parts = [Some(preset), self.experts.as_deref(), Some(router)];
-            parts.into_iter().flatten().collect::<Vec<_>>().join("-")
-        });
-        PathBuf::from("runs").join(name)
-    }
-
-    fn layers(&self, file: Option<PathBuf>) -> Layers {
-        let number = |n: i64| Value::Integer(n);
-        let text = |s: &String| Value::String(s.clone());
-        let flags = [
-            ("--router", "router.name", self.router.as_ref().map(text)),
-            ("--steps", "train.steps", self.steps.map(number)),
-            ("--seed", "train.seed", self.seed.map(number)),
-            ("--data", "data.source", self.data.as_ref().map(text)),
-            // The flag also wins over a mix of the configuration file or of the run that goes on.
-            (
-                "--data",
-                "data.mix",
-                self.data.as_ref().map(|_| Value::Array(Vec::new())),
-            ),
-            ("--device", "train.device", self.device.as_ref().map(text)),
-        ];
-        Layers {
-            preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
-            experts: self.experts.clone(),
-            file,
-            set: self.set.clone(),
-            flags: flags
-                .into_iter()
-                .filter_map(|(flag, key, value)| Some((flag, key, value?)))
-                .collect(),
-        }
-    }
-}
-
-/// The first SIGINT or SIGTERM sets `stop`; a second one ends the process at once. SIGUSR1, which launchers pass on to every
-/// rank, sets `stop` alone.
-fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
-    let refused = |e: std::io::Error| {
-        let help = "report this as a bug";
-        Error::invalid("train", "signal handlers", e.to_string(), help)
-    };
-    signal_hook::flag::register(signal_hook::consts::SIGUSR1, stop.clone()).map_err(refused)?;
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
-            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
-            .map_err(refused)?;
-    }
-    Ok(())
 }
 
 /// The checkpoint at `path`, or the newest whole one of the run there; damaged ones are named.

@@ -8,8 +8,10 @@ macro_rules! say {
 mod arguments;
 mod commands;
 mod data;
+mod process;
 mod proofs;
 mod timings;
+mod train;
 
 pub use arguments::Cli;
 
@@ -18,7 +20,9 @@ use crate::error::Result;
 use arguments::Command;
 use clap::Parser;
 use commands::*;
+use process::{refuse_launcher, set_threads};
 use std::process::ExitCode;
+use train::train_command;
 
 /// The whole program: parses the command line, runs the command, prints an error and gives the exit code.
 ///

@@ -12,11 +12,13 @@ mod registry;
 pub mod remoe;
 pub mod sparsemixer;
 mod state;
+mod statistics;
 mod tally;
 pub mod topk;
 
 pub use registry::{GradientCheck, RouterInfo, Surrogate, all, build, register, resolve};
-pub use state::{Disagreement, LayerPass, LayerState, LayerStats, Pass, Phase};
+pub use state::{Disagreement, LayerPass, LayerState, Pass, Phase};
+pub use statistics::LayerStats;
 pub(crate) use tally::DeviceTally;
 
 use crate::config::ModelConfig;

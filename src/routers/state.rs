@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::StateTensor;
+use super::statistics::LayerStats;
 use super::tally::{Counted, Tally};
 
 /// What a forward pass is for.
@@ -54,48 +55,6 @@ impl Pass {
             step: 0,
             first_token: 0,
         }
-    }
-}
-
-/// Routing statistics of a layer, summed over what it saw since they were last taken.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct LayerStats {
-    pub tokens: f64,
-    /// Tokens per expert.
-    pub counts: Vec<f64>,
-    /// Sum over tokens of the entropy of p, in nats.
-    pub entropy: f64,
-}
-
-impl LayerStats {
-    /// Of a row `[E + 2]` that `kernels/layer_tally.cu` counted: tokens per expert, tokens, entropy.
-    pub(crate) fn of_row(row: &[f64]) -> Self {
-        let [counts @ .., tokens, entropy] = row else {
-            unreachable!("a row has two numbers behind the experts'")
-        };
-        LayerStats {
-            tokens: *tokens,
-            counts: counts.to_vec(),
-            entropy: *entropy,
-        }
-    }
-
-    /// Of the rows of all layers.
-    pub(crate) fn of_rows(rows: &Tensor) -> Vec<Self> {
-        let rows = rows.slice::<f64>().chunks(rows.shape().width());
-        rows.map(Self::of_row).collect()
-    }
-
-    /// Adds those of the other ranks.
-    ///
-    /// # Errors
-    /// Those of [`Collective::sum`].
-    pub fn over_ranks(mut self, dist: &dyn Collective) -> Result<Self> {
-        let mut sums = [&[self.tokens, self.entropy][..], &self.counts].concat();
-        dist.sum(&mut sums)?;
-        (self.tokens, self.entropy) = (sums[0], sums[1]);
-        self.counts = sums.split_off(2);
-        Ok(self)
     }
 }
 

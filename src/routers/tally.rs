@@ -1,7 +1,7 @@
 //! What a MoE layer counts: statistics for the reports, and the loads of an optimizer step. On the CPU the host counts; on
 //! a device with kernels `kernels/layer_tally.cu` does, and the host reads it when a step is over.
 
-use super::LayerStats;
+use super::statistics::LayerStats;
 use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::Result;

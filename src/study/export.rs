@@ -105,35 +105,10 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Re
         true => Exported::None,
     };
 
-    let write = || -> Result<()> {
-        fs::create_dir(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
-        let mut paths = Vec::new();
-        for (name, value) in &values {
-            paths.push(temporary.join(name));
-            write_json(&temporary.join(name), value)?;
-        }
-        let texts = texts.iter().map(|(name, text)| (*name, text.as_bytes()));
-        let own = own.iter().map(|(name, text)| (*name, text.as_slice()));
-        for (name, text) in texts.chain(own) {
-            let path = temporary.join(name);
-            fs::write(&path, text).map_err(|e| Error::io("write", &path, e))?;
-            paths.push(path);
-        }
-        for (name, arrays) in &shards.files {
-            let path = temporary.join(name);
-            // Readers of several frameworks ask whose tensors these are.
-            write_arrays(&path, arrays, &[("format", "pt")])?;
-            paths.push(path);
-        }
-        if let Some((name, index)) = &shards.index {
-            paths.push(temporary.join(name));
-            write_json(&temporary.join(name), index)?;
-        }
-        paths.iter().try_for_each(|path| sync(path))?;
-        sync(&temporary)?;
-        fs::rename(&temporary, out).map_err(|e| Error::io("rename", &temporary, e))
-    };
-    let written = write();
+    let texts = texts.iter().map(|(name, text)| (*name, text.as_bytes()));
+    let own = own.iter().map(|(name, text)| (*name, text.as_slice()));
+    let texts: Vec<_> = texts.chain(own).collect();
+    let written = write(&temporary, out, &values, &texts, &shards);
     if written.is_err() {
         // Gives the space back; the first error is the one to report.
         let _ = fs::remove_dir_all(&temporary);
@@ -146,6 +121,40 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Re
         tensors: arrays.len(),
         tokenizer,
     })
+}
+
+/// Writes all files to `temporary`, which then becomes `out`.
+fn write(
+    temporary: &Path,
+    out: &Path,
+    values: &[(&str, Value)],
+    texts: &[(&str, &[u8])],
+    shards: &Shards,
+) -> Result<()> {
+    fs::create_dir(temporary).map_err(|e| Error::io("create", temporary, e))?;
+    let mut paths = Vec::new();
+    for (name, value) in values {
+        paths.push(temporary.join(name));
+        write_json(temporary.join(name), value)?;
+    }
+    for (name, text) in texts {
+        let path = temporary.join(name);
+        fs::write(&path, text).map_err(|e| Error::io("write", &path, e))?;
+        paths.push(path);
+    }
+    for (name, arrays) in &shards.files {
+        let path = temporary.join(name);
+        // Readers of several frameworks ask whose tensors these are.
+        write_arrays(&path, arrays, &[("format", "pt")])?;
+        paths.push(path);
+    }
+    if let Some((name, index)) = &shards.index {
+        paths.push(temporary.join(name));
+        write_json(temporary.join(name), index)?;
+    }
+    paths.iter().try_for_each(|path| sync(path))?;
+    sync(temporary)?;
+    fs::rename(temporary, out).map_err(|e| Error::io("rename", temporary, e))
 }
 
 /// Tells transformers which tokens begin and end a text: without the end its generation never stops.

@@ -4,7 +4,7 @@
 use crate::common::*;
 use routegrad::routers::ROUTERS;
 use routegrad::tensor::random::{Purpose, Stream};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use std::process::Command;
 
 fn signal(pid: u32, signal: i32) {
@@ -35,7 +35,7 @@ fn stopping_and_resuming_changes_no_byte_with_any_router() {
             if !wait_for_step(&mut child, &out, at) {
                 break;
             }
-            signal(child.id(), [SIGINT, SIGTERM][n % 2]);
+            signal(child.id(), [SIGINT, SIGHUP, SIGTERM, SIGUSR1][n % 4]);
             let output = child.wait_with_output().unwrap();
             assert!(output.status.success(), "{}", text(&output.stderr));
             let said = text(&output.stdout);

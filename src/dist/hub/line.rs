@@ -1,6 +1,6 @@
 //! Messages between a rank and the hub: lines of JSON on a TCP connection.
 
-use super::Member;
+use super::member::Member;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read, Write};

@@ -3,11 +3,11 @@
 //! message of one rank.
 
 mod line; // messages on a TCP line
+mod member;
 
 use super::activity::Activity;
 use crate::error::Error;
 use line::{Line, Message};
-use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -15,6 +15,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub(super) use line::Meeting;
+pub(super) use member::Member;
 
 /// A process that has not ended so long after the run failed is ended.
 const GRACE: Duration = Duration::from_secs(2);
@@ -27,15 +28,6 @@ const BEAT: Duration = Duration::from_millis(500);
 
 /// A heartbeat that should have come, but for the scheduling of a busy machine.
 const LATE_BEATS: u32 = 4;
-
-/// Where a rank runs.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) struct Member {
-    pub host: String,
-    pub pid: u32,
-    /// The cores that the process may use, as the system writes them.
-    pub cores: String,
-}
 
 /// What a rank was last heard to do.
 #[derive(Clone, Debug)]

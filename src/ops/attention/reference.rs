@@ -299,6 +299,11 @@ struct HeadGradient<'a, T> {
     lse: &'a [T],  // [S]
 }
 
+/// `out = a b`.
+fn assign<T: Real>(out: MatMut<T>, a: Mat<T>, b: Mat<T>) {
+    gemm(out, Accumulate::Assign, a, b);
+}
+
 impl<T: Real> HeadGradient<'_, T> {
     fn backward(
         &self,
@@ -325,15 +330,9 @@ impl<T: Real> HeadGradient<'_, T> {
             let dout_rows = Mat::strided(dout, queries, dim, width);
             let query = rows.query(self.head, first, queries);
             let key = rows.keys(self.kv_head, seen.clone());
-            gemm(
-                MatMut::new(p, queries, keys),
-                Accumulate::Assign,
-                query,
-                key.t(),
-            );
-            gemm(
+            assign(MatMut::new(p, queries, keys), query, key.t());
+            assign(
                 MatMut::new(ds, queries, keys),
-                Accumulate::Assign,
                 dout_rows,
                 rows.values(self.kv_head, seen.clone()).t(),
             );
@@ -372,12 +371,7 @@ impl<T: Real> HeadGradient<'_, T> {
                 ds.t(),
                 query,
             );
-            gemm(
-                MatMut::new(product, queries, dim),
-                Accumulate::Assign,
-                ds,
-                key,
-            );
+            assign(MatMut::new(product, queries, dim), ds, key);
             let dq = dq[first..seen.end].iter_mut().map(|row| &mut **row);
             write_rows(dq, product, scale(dim), accumulate);
         }

@@ -1,6 +1,7 @@
 //! The goals of the kernels, judged by the records of one GPU: each a ratio of medians measured together.
 
 use super::case::{self, Work};
+use super::groups;
 use super::peers::*;
 use super::record::{Record, View};
 use crate::device::machine::H200_PEAK;
@@ -113,7 +114,7 @@ struct Asked {
 }
 
 fn core() -> Vec<Asked> {
-    let groups = case::groups().into_iter();
+    let groups = groups::groups().into_iter();
     let wanted = groups.filter(|g| g.set == case::Set::Core);
     let each = wanted.flat_map(|group| {
         let experts = match &group.work {
@@ -134,7 +135,7 @@ fn core() -> Vec<Asked> {
 
 /// Width of an expert, by the name of a shape.
 fn expert_width(shape: &str) -> Option<usize> {
-    let groups = case::groups().into_iter();
+    let groups = groups::groups().into_iter();
     let layers = groups.filter_map(|g| match g.work {
         Work::Layer(layer) if shape.starts_with(&g.name) => Some((g.name.len(), layer.ffn)),
         _ => None,
@@ -143,120 +144,164 @@ fn expert_width(shape: &str) -> Option<usize> {
     layers.max().map(|(_, width)| width)
 }
 
-/// The nine goals, by the records of a GPU.
-pub fn judge(view: &View) -> Vec<Goal> {
-    let core = core();
-    let demand =
-        |what, least, wanted: &dyn Fn(&Asked) -> bool, value: &dyn Fn(&str) -> Option<f64>| {
-            let asked: Vec<&Asked> = core.iter().filter(|asked| wanted(asked)).collect();
-            let values = asked
-                .iter()
-                .filter_map(|a| Some((a.name.clone(), value(&a.name)?)));
-            Demand {
-                what,
-                least,
-                mean: None,
-                values: values.collect(),
-                cases: asked.len(),
-            }
-        };
-    let gemm = |a: &Asked| a.family.starts_with("grouped_gemm");
-    let dense = |a: &Asked| gemm(a) && a.experts == 1;
-    let grouped = |a: &Asked| gemm(a) && a.experts > 1;
-    let equal = |a: &Asked| grouped(a) && !a.shape.contains("zipf");
-    let weight = |a: &Asked| a.family == "grouped_gemm_weight_gradient";
-    let wide = |a: &Asked| expert_width(&a.shape).is_some_and(|width| width >= 1024);
-    let to = |peer: &'static str| move |case: &str| view.ratio(case, peer);
-    let layers = |families: &'static [&'static str], wanted: fn(&str) -> bool| {
-        move |a: &Asked| families.contains(&a.family) && wanted(&a.shape)
-    };
-    let sonic = layers(&["layer_forward", "layer_backward"], |shape| {
-        shape.starts_with("sonic")
-    });
-    let share = |case: &str| share_of_floor(view, case);
+/// The cases of the core set, and the records that answer for them.
+struct Judge<'a> {
+    core: Vec<Asked>,
+    view: &'a View,
+}
 
-    let with_mean = |demand: Demand, mean| Demand {
-        mean: Some(mean),
-        ..demand
-    };
-    // A layer's two passes together.
-    let both = |peer: &'static str| {
-        move |case: &str| {
+impl Judge<'_> {
+    /// What `value` says of the cases that `wanted` takes.
+    fn demand(
+        &self,
+        what: &'static str,
+        least: f64,
+        wanted: impl Fn(&Asked) -> bool,
+        value: impl Fn(&str) -> Option<f64>,
+    ) -> Demand {
+        let asked: Vec<&Asked> = self.core.iter().filter(|asked| wanted(asked)).collect();
+        let values = asked
+            .iter()
+            .filter_map(|a| Some((a.name.clone(), value(&a.name)?)));
+        Demand {
+            what,
+            least,
+            mean: None,
+            values: values.collect(),
+            cases: asked.len(),
+        }
+    }
+
+    fn to(&self, peer: &'static str) -> impl Fn(&str) -> Option<f64> {
+        move |case| self.view.ratio(case, peer)
+    }
+
+    fn share(&self) -> impl Fn(&str) -> Option<f64> {
+        |case| share_of_floor(self.view, case)
+    }
+
+    /// A layer's two passes together.
+    fn both(&self, peer: &'static str) -> impl Fn(&str) -> Option<f64> {
+        move |case| {
             let back = case.replace("layer_forward", "layer_backward");
             let sum = |name: Option<&str>| {
                 let of = |case| match name {
-                    Some(peer) => view.of(case, peer)?.seconds(),
-                    None => view.seconds(case),
+                    Some(peer) => self.view.of(case, peer)?.seconds(),
+                    None => self.view.seconds(case),
                 };
                 Some(of(case)? + of(&back)?)
             };
             Some(sum(Some(peer))? / sum(None)?)
         }
-    };
-    let part = |of: &'static str, whole: &'static str| {
-        move |case: &str| Some(view.seconds(&case.replace(of, whole))? / view.seconds(case)?)
-    };
+    }
+
+    fn part(&self, of: &'static str, whole: &'static str) -> impl Fn(&str) -> Option<f64> {
+        move |case| {
+            let whole = self.view.seconds(&case.replace(of, whole))?;
+            Some(whole / self.view.seconds(case)?)
+        }
+    }
+
+    fn dense(&self) -> Goal {
+        let dense = |a: &Asked| is_gemm(a) && a.experts == 1;
+        let mut demand = self.demand("dense over cuBLAS", 0.95, dense, self.to(CUBLAS));
+        demand.mean = Some(1.0);
+        let text =
+            "dense GEMM ≥ 1.00 × cuBLAS, geometric mean over the model's shapes, none below 0.95";
+        goal(1, text, vec![demand])
+    }
+
+    fn grouped(&self) -> Goal {
+        let equal = |a: &Asked| is_grouped(a) && !a.shape.contains("zipf");
+        let weight = |a: &Asked| a.family == "grouped_gemm_weight_gradient";
+        let wide = |a: &Asked| expert_width(&a.shape).is_some_and(|width| width >= 1024);
+        let wide_rows = move |a: &Asked| equal(a) && wide(a) && !weight(a);
+        let narrow_rows = move |a: &Asked| equal(a) && !wide(a) && !weight(a);
+        let text = "grouped forward and input gradient ≥ 0.95 × an equal-group cuBLAS batch (expert width ≥ 1024), ≥ 0.90 below; weight gradient ≥ 0.90";
+        let demands = vec![
+            self.demand("width ≥ 1024", 0.95, wide_rows, self.to(CUBLAS)),
+            self.demand("narrower", 0.90, narrow_rows, self.to(CUBLAS)),
+            self.demand(
+                "weight gradient",
+                0.90,
+                |a| equal(a) && weight(a),
+                self.to(CUBLAS),
+            ),
+        ];
+        goal(2, text, demands)
+    }
+
+    fn torch(&self) -> Goal {
+        let text = "each grouped GEMM ≥ 1.15 × torch._grouped_mm; the layer's forward + backward ≥ 2.2 × a torch layer on it";
+        let layers = |a: &Asked| a.family == "layer_forward";
+        let demands = vec![
+            self.demand("grouped GEMMs", 1.15, is_grouped, self.to(TORCH_GROUPED)),
+            self.demand("layers", 2.2, layers, self.both(TORCH_LAYER)),
+        ];
+        goal(3, text, demands)
+    }
+
+    fn sonic(&self) -> Goal {
+        let passes = |a: &Asked| ["layer_forward", "layer_backward"].contains(&a.family);
+        let sonic = |a: &Asked| passes(a) && a.shape.starts_with("sonic");
+        let mut demand = self.demand("each pass", 0.97, sonic, self.to(SONIC));
+        demand.mean = Some(1.05);
+        let text = "the layer ≥ 1.05 × SonicMoE over its shapes, none below 0.97";
+        goal(4, text, vec![demand])
+    }
+
+    fn other_kernels(&self) -> Goal {
+        let combine = |a: &Asked| a.family == "combine";
+        let router = |a: &Asked| a.family == "router_forward";
+        let few = |a: &Asked| router(a) && a.experts <= 64;
+        let attention = |a: &Asked| a.family.starts_with("attention");
+        let text = "combine ≥ 0.95 of the copy's bandwidth; router forward ≤ 1.3 × the copy's time for E ≤ 64 and ≥ 4 × torch; attention ≥ 0.9 × cuDNN's";
+        let demands = vec![
+            self.demand("combine, share of the floor", 0.95, combine, self.share()),
+            self.demand("router, share of the floor", 1.0 / 1.3, few, self.share()),
+            self.demand("router over torch", 4.0, router, self.to(TORCH_COMPILED)),
+            self.demand("attention over cuDNN", 0.9, attention, self.to(CUDNN)),
+        ];
+        goal(5, text, demands)
+    }
+
+    fn default_vectors(&self) -> Goal {
+        let means = |a: &Asked| a.family == "expert_mean";
+        let gates = |a: &Asked| a.family == "gate_gradient";
+        let forward = self.part("expert_mean", "default_layer_forward");
+        let backward = self.part("gate_gradient", "default_layer_backward");
+        let text = "expert mean and its average ≤ 3% of the layer's forward; the gates' gradient ≤ 4% of its backward";
+        let demands = vec![
+            self.demand("forward over the means", 1.0 / 0.03, means, forward),
+            self.demand(
+                "backward over the gates' gradient",
+                1.0 / 0.04,
+                gates,
+                backward,
+            ),
+        ];
+        goal(6, text, demands)
+    }
+}
+
+fn is_gemm(a: &Asked) -> bool {
+    a.family.starts_with("grouped_gemm")
+}
+
+fn is_grouped(a: &Asked) -> bool {
+    is_gemm(a) && a.experts > 1
+}
+
+/// The nine goals, by the records of a GPU.
+pub fn judge(view: &View) -> Vec<Goal> {
+    let judge = Judge { core: core(), view };
     vec![
-        goal(
-            1,
-            "dense GEMM ≥ 1.00 × cuBLAS, geometric mean over the model's shapes, none below 0.95",
-            vec![with_mean(demand("dense over cuBLAS", 0.95, &dense, &to(CUBLAS)), 1.0)],
-        ),
-        goal(
-            2,
-            "grouped forward and input gradient ≥ 0.95 × an equal-group cuBLAS batch (expert width ≥ 1024), ≥ 0.90 below; weight gradient ≥ 0.90",
-            vec![
-                demand("width ≥ 1024", 0.95, &|a| equal(a) && wide(a) && !weight(a), &to(CUBLAS)),
-                demand("narrower", 0.90, &|a| equal(a) && !wide(a) && !weight(a), &to(CUBLAS)),
-                demand("weight gradient", 0.90, &|a| equal(a) && weight(a), &to(CUBLAS)),
-            ],
-        ),
-        goal(
-            3,
-            "each grouped GEMM ≥ 1.15 × torch._grouped_mm; the layer's forward + backward ≥ 2.2 × a torch layer on it",
-            vec![
-                demand("grouped GEMMs", 1.15, &grouped, &to(TORCH_GROUPED)),
-                demand("layers", 2.2, &layers(&["layer_forward"], |_| true), &both(TORCH_LAYER)),
-            ],
-        ),
-        goal(
-            4,
-            "the layer ≥ 1.05 × SonicMoE over its shapes, none below 0.97",
-            vec![with_mean(demand("each pass", 0.97, &sonic, &to(SONIC)), 1.05)],
-        ),
-        goal(
-            5,
-            "combine ≥ 0.95 of the copy's bandwidth; router forward ≤ 1.3 × the copy's time for E ≤ 64 and ≥ 4 × torch; attention ≥ 0.9 × cuDNN's",
-            vec![
-                demand("combine, share of the floor", 0.95, &|a| a.family == "combine", &share),
-                demand(
-                    "router, share of the floor",
-                    1.0 / 1.3,
-                    &|a| a.family == "router_forward" && a.experts <= 64,
-                    &share,
-                ),
-                demand("router over torch", 4.0, &|a| a.family == "router_forward", &to(TORCH_COMPILED)),
-                demand("attention over cuDNN", 0.9, &|a| a.family.starts_with("attention"), &to(CUDNN)),
-            ],
-        ),
-        goal(
-            6,
-            "expert mean and its average ≤ 3% of the layer's forward; the gates' gradient ≤ 4% of its backward",
-            vec![
-                demand(
-                    "forward over the means",
-                    1.0 / 0.03,
-                    &|a| a.family == "expert_mean",
-                    &part("expert_mean", "default_layer_forward"),
-                ),
-                demand(
-                    "backward over the gates' gradient",
-                    1.0 / 0.04,
-                    &|a| a.family == "gate_gradient",
-                    &part("gate_gradient", "default_layer_backward"),
-                ),
-            ],
-        ),
+        judge.dense(),
+        judge.grouped(),
+        judge.torch(),
+        judge.sonic(),
+        judge.other_kernels(),
+        judge.default_vectors(),
         default_over_topk(view),
         Goal {
             number: 8,

@@ -1,6 +1,7 @@
 //! What `hardware-check` timed before this command was there: ours and cuBLAS at equal groups, as records of this kind.
 
 use super::case;
+use super::groups;
 use super::peers::CUBLAS;
 use super::record::{Measured, OURS, Record, Records};
 use crate::error::{Error, Result};
@@ -98,7 +99,7 @@ fn old_timing(side: &Value) -> Option<Measured> {
 
 /// Bytes that a case must move.
 fn bytes_of(name: &str) -> Option<f64> {
-    let groups = case::groups().into_iter();
+    let groups = groups::groups().into_iter();
     let mut cases = groups.filter_map(|group| group.cases().ok()).flatten();
     Some(cases.find(|case| case.name == name)?.bytes())
 }

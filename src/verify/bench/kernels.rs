@@ -66,65 +66,68 @@ fn gemm(inputs: &Inputs, product: Product, shape: &Shape) -> Kernels {
         b,
         Buffer::input("offsets", &offsets),
     ];
-    let launch = move || -> Launch {
-        match product {
-            Product::Forward => Box::new(move |p, stream| {
-                GroupedGemmForward {
-                    out: p[0].output(),
-                    x: p[1].input(),
-                    w: p[2].input(),
-                    offsets: Some(p[3].input()),
-                    row_token: None,
-                    rows,
-                    x_rows: rows,
-                    experts,
-                    n,
-                    k,
-                    tile: TILE_AUTO,
-                }
-                .launch(stream)
-            }),
-            Product::InputGradient => Box::new(move |p, stream| {
-                GroupedGemmInputGradient {
-                    dx: p[0].output(),
-                    dout: p[1].input(),
-                    w: p[2].input(),
-                    offsets: Some(p[3].input()),
-                    row_token: None,
-                    rows,
-                    dout_rows: rows,
-                    experts,
-                    n,
-                    k,
-                    tile: TILE_AUTO,
-                }
-                .launch(stream)
-            }),
-            Product::WeightGradient => Box::new(move |p, stream| {
-                GroupedGemmWeightGradient {
-                    dw: p[0].output(),
-                    dout: p[1].input(),
-                    x: p[2].input(),
-                    offsets: Some(p[3].input()),
-                    dout_row_token: None,
-                    x_row_token: None,
-                    rows,
-                    dout_rows: rows,
-                    x_rows: rows,
-                    experts,
-                    n,
-                    k,
-                    accumulate: false,
-                    tile: TILE_AUTO,
-                }
-                .launch(stream)
-            }),
-        }
-    };
+    let launch = || launch_gemm(product, rows, experts, n, k);
     Kernels {
         whole: whole(inputs.0, buffers, launch()),
         parts: vec![part(launch())],
         outputs: vec![(0, name, dtype)],
+    }
+}
+
+/// The product of the buffers of [`gemm`].
+fn launch_gemm(product: Product, rows: usize, experts: usize, n: usize, k: usize) -> Launch {
+    match product {
+        Product::Forward => Box::new(move |p, stream| {
+            GroupedGemmForward {
+                out: p[0].output(),
+                x: p[1].input(),
+                w: p[2].input(),
+                offsets: Some(p[3].input()),
+                row_token: None,
+                rows,
+                x_rows: rows,
+                experts,
+                n,
+                k,
+                tile: TILE_AUTO,
+            }
+            .launch(stream)
+        }),
+        Product::InputGradient => Box::new(move |p, stream| {
+            GroupedGemmInputGradient {
+                dx: p[0].output(),
+                dout: p[1].input(),
+                w: p[2].input(),
+                offsets: Some(p[3].input()),
+                row_token: None,
+                rows,
+                dout_rows: rows,
+                experts,
+                n,
+                k,
+                tile: TILE_AUTO,
+            }
+            .launch(stream)
+        }),
+        Product::WeightGradient => Box::new(move |p, stream| {
+            GroupedGemmWeightGradient {
+                dw: p[0].output(),
+                dout: p[1].input(),
+                x: p[2].input(),
+                offsets: Some(p[3].input()),
+                dout_row_token: None,
+                x_row_token: None,
+                rows,
+                dout_rows: rows,
+                x_rows: rows,
+                experts,
+                n,
+                k,
+                accumulate: false,
+                tile: TILE_AUTO,
+            }
+            .launch(stream)
+        }),
     }
 }
 

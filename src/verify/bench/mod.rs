@@ -12,6 +12,7 @@ pub mod cublas;
 mod dump;
 pub mod figures;
 pub mod goals;
+pub mod groups;
 mod hardware_records;
 pub mod inputs;
 mod kernels;

@@ -1,6 +1,7 @@
 //! What the benchmark is asked to do, and the groups that this takes in.
 
 use super::case::{self, Case, Group, Set, Work};
+use super::groups;
 use super::timed;
 use crate::device::Device;
 use crate::error::Result;
@@ -46,7 +47,10 @@ pub(super) fn groups(options: &Options, device: Device) -> Result<Vec<Group>> {
         set => group.set == set,
     };
     let mut found = Vec::new();
-    for group in case::groups().into_iter().filter(|g| runs(g) && within(g)) {
+    for group in groups::groups()
+        .into_iter()
+        .filter(|g| runs(g) && within(g))
+    {
         if group.cases()?.iter().any(|case| options.wants(case)) {
             found.push(group);
         }

@@ -3,7 +3,7 @@
 use super::dispatch::{Batch, Named};
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Launch, MakeProblem, Problem, values};
 use crate::kernels::gates::{SelectedGates, SelectedGatesBackward};
 
 /// Which gates, and whether their gradient.
@@ -54,6 +54,43 @@ fn row(kind: Kind, p: &[f32], dw: &[f32], chosen: &[bool]) -> Vec<(f64, f64)> {
     (0..p.len()).map(gradient).collect()
 }
 
+fn launch(kind: Kind, routed: &Routed) -> Launch {
+    let (tokens, experts, slots) = (routed.tokens(), routed.experts(), routed.slots());
+    let (has_choices, rows) = (routed.has_choices(), routed.rows_given);
+    let renormalize = kind.renormalize;
+    Box::new(move |b, stream| {
+        let choices = has_choices.then(|| b[3].input());
+        match kind.through {
+            None => SelectedGates {
+                w: b[0].output(),
+                p: b[1].input(),
+                slot_row: b[2].input(),
+                choices,
+                tokens,
+                rows,
+                experts,
+                slots,
+                renormalize,
+            }
+            .launch(stream),
+            Some(through) => SelectedGatesBackward {
+                dp: b[0].output(),
+                dw: b[4].input(),
+                p: b[1].input(),
+                slot_row: b[2].input(),
+                choices,
+                tokens,
+                rows,
+                experts,
+                slots,
+                renormalize,
+                through,
+            }
+            .launch(stream),
+        }
+    })
+}
+
 /// What is not chosen holds NaN where it must not matter; some choices have no row, and so are none. Buffers: w or dp,
 /// p, slot_row, choices, dw.
 fn problem(batch: Batch, kind: Kind) -> Problem {
@@ -90,42 +127,10 @@ fn problem(batch: Batch, kind: Kind) -> Problem {
     ];
     buffers.extend(routed.slot_buffers());
     buffers.push(Buffer::input("dw", &dw));
-    let (has_choices, rows) = (routed.has_choices(), routed.rows_given);
-    let renormalize = kind.renormalize;
     Problem {
         label: format!("{kind:?}, {}", routed.label()),
         buffers,
-        launch: Box::new(move |b, stream| {
-            let choices = has_choices.then(|| b[3].input());
-            match kind.through {
-                None => SelectedGates {
-                    w: b[0].output(),
-                    p: b[1].input(),
-                    slot_row: b[2].input(),
-                    choices,
-                    tokens,
-                    rows,
-                    experts,
-                    slots,
-                    renormalize,
-                }
-                .launch(stream),
-                Some(through) => SelectedGatesBackward {
-                    dp: b[0].output(),
-                    dw: b[4].input(),
-                    p: b[1].input(),
-                    slot_row: b[2].input(),
-                    choices,
-                    tokens,
-                    rows,
-                    experts,
-                    slots,
-                    renormalize,
-                    through,
-                }
-                .launch(stream),
-            }
-        }),
+        launch: launch(kind, &routed),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);
             let mut errors = Errors::default();

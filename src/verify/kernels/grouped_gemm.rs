@@ -3,7 +3,7 @@
 use super::numbers::{Errors, F32_ROUNDOFF, half_ulp_bf16};
 use super::operands::Line;
 pub use super::operands::{Gather, Operands, Product, Shape, TILES};
-use super::{Buffer, Case, MakeProblem, Problem, machine::POISON, values};
+use super::{Buffer, Case, Launch, MakeProblem, Problem, machine::POISON, values};
 use crate::kernels::bindings::*;
 use crate::kernels::{GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient};
 use Product::*;
@@ -121,6 +121,63 @@ fn judge_line(
     Ok(errors)
 }
 
+fn launch(o: &Operands, tile: i32) -> Launch {
+    let (product, gather, accumulate) = (o.product, o.gather, o.added_to.is_some());
+    let (experts, n, k) = (o.shape.counts.len(), o.shape.n, o.shape.k);
+    let (rows, a_height, b_height) = (o.rows_given, o.a_height, o.b_height);
+    Box::new(move |p, stream| {
+        let offsets = Some(p[3].input());
+        let index = |of| (gather == of).then(|| p[4].input());
+        match product {
+            Forward => GroupedGemmForward {
+                out: p[0].output(),
+                x: p[1].input(),
+                w: p[2].input(),
+                offsets,
+                row_token: index(Gather::A),
+                rows,
+                x_rows: a_height,
+                experts,
+                n,
+                k,
+                tile,
+            }
+            .launch(stream),
+            InputGradient => GroupedGemmInputGradient {
+                dx: p[0].output(),
+                dout: p[1].input(),
+                w: p[2].input(),
+                offsets,
+                row_token: index(Gather::A),
+                rows,
+                dout_rows: a_height,
+                experts,
+                n,
+                k,
+                tile,
+            }
+            .launch(stream),
+            WeightGradient => GroupedGemmWeightGradient {
+                dw: p[0].output(),
+                dout: p[1].input(),
+                x: p[2].input(),
+                offsets,
+                dout_row_token: index(Gather::A),
+                x_row_token: index(Gather::B),
+                rows,
+                dout_rows: a_height,
+                x_rows: b_height,
+                experts,
+                n,
+                k,
+                accumulate,
+                tile,
+            }
+            .launch(stream),
+        }
+    })
+}
+
 /// The launch of `operands` with `tile`. Buffers: output, a, b, offsets and, where rows are gathered, the index.
 pub fn problem(operands: &Arc<Operands>, tile: routegrad_gemm_tile) -> Problem {
     let o = operands.clone();
@@ -142,65 +199,11 @@ pub fn problem(operands: &Arc<Operands>, tile: routegrad_gemm_tile) -> Problem {
         Buffer::input("offsets", &o.offsets),
     ];
     buffers.extend(o.index.as_ref().map(|index| Buffer::input("index", index)));
-    let (product, gather, accumulate) = (o.product, o.gather, o.added_to.is_some());
-    let (experts, n, k) = (o.shape.counts.len(), o.shape.n, o.shape.k);
-    let (rows, a_height, b_height) = (o.rows_given, o.a_height, o.b_height);
     let label = operands.label(tile);
-    let tile = tile as i32;
     Problem {
         label,
         buffers,
-        launch: Box::new(move |p, stream| {
-            let offsets = Some(p[3].input());
-            let index = |of| (gather == of).then(|| p[4].input());
-            match product {
-                Forward => GroupedGemmForward {
-                    out: p[0].output(),
-                    x: p[1].input(),
-                    w: p[2].input(),
-                    offsets,
-                    row_token: index(Gather::A),
-                    rows,
-                    x_rows: a_height,
-                    experts,
-                    n,
-                    k,
-                    tile,
-                }
-                .launch(stream),
-                InputGradient => GroupedGemmInputGradient {
-                    dx: p[0].output(),
-                    dout: p[1].input(),
-                    w: p[2].input(),
-                    offsets,
-                    row_token: index(Gather::A),
-                    rows,
-                    dout_rows: a_height,
-                    experts,
-                    n,
-                    k,
-                    tile,
-                }
-                .launch(stream),
-                WeightGradient => GroupedGemmWeightGradient {
-                    dw: p[0].output(),
-                    dout: p[1].input(),
-                    x: p[2].input(),
-                    offsets,
-                    dout_row_token: index(Gather::A),
-                    x_row_token: index(Gather::B),
-                    rows,
-                    dout_rows: a_height,
-                    x_rows: b_height,
-                    experts,
-                    n,
-                    k,
-                    accumulate,
-                    tile,
-                }
-                .launch(stream),
-            }
-        }),
+        launch: launch(&o, tile as i32),
         judge: Box::new(move |out| judge(&o, &out[0])),
     }
 }

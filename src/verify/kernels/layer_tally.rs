@@ -83,44 +83,48 @@ fn tally(t: Tally) -> Problem {
             };
             kernel.launch(stream)
         }),
-        judge: Box::new(move |out| {
-            let old = |fresh: bool, i: usize| if fresh { 0.0 } else { 10.0 + i as f64 };
-            let count = |i: usize| f64::from(counts[i]);
-            let entropy = match t.parts {
-                true => PARTS.iter().sum::<f64>(),
-                false => TOKENS as f64 * f64::from(MEAN_ENTROPY),
-            };
-            let stat = |i: usize| {
-                if i < e {
-                    count(i)
-                } else {
-                    [TOKENS as f64, entropy][i - e]
-                }
-            };
-            exactly::<f64>("stats", &out[0], |i| stat(i) + old(t.first_of_stats, i))?;
-            let load = |i: usize| match t.trains {
-                true => stat(i) + old(t.first_of_step, i),
-                false => old(false, i),
-            };
-            exactly::<f64>("load", &out[1], load)?;
-            let token = match t.bad[0] {
-                i32::MAX => i32::MAX,
-                token => token + FIRST_TOKEN as i32,
-            };
-            let flags = match (t.trains, t.first_of_step) {
-                (false, _) => [t.bad[1], FAULT_BEFORE],
-                (true, true) => [token, t.fault],
-                (true, false) => [token.min(t.bad[1]), t.fault | FAULT_BEFORE],
-            };
-            exactly::<i32>("flags", &out[2], |i| flags[i])?;
-            let slots: Vec<f64> = match t.over_step && t.trains {
-                true => (0..e).map(load).collect(),
-                false => (0..e).map(count).collect(),
-            };
-            let all = slots.iter().sum::<f64>().max(1.0);
-            exactly::<f32>("fractions", &out[3], |i| (slots[i] / all) as f32)
-        }),
+        judge: Box::new(move |out| judge_tally(t, &counts, out)),
     }
+}
+
+/// Stats, load, flags and fractions, each exactly.
+fn judge_tally(t: Tally, counts: &[i32], out: &[Vec<u8>]) -> Result<Errors, String> {
+    let e = t.experts;
+    let old = |fresh: bool, i: usize| if fresh { 0.0 } else { 10.0 + i as f64 };
+    let count = |i: usize| f64::from(counts[i]);
+    let entropy = match t.parts {
+        true => PARTS.iter().sum::<f64>(),
+        false => TOKENS as f64 * f64::from(MEAN_ENTROPY),
+    };
+    let stat = |i: usize| {
+        if i < e {
+            count(i)
+        } else {
+            [TOKENS as f64, entropy][i - e]
+        }
+    };
+    exactly::<f64>("stats", &out[0], |i| stat(i) + old(t.first_of_stats, i))?;
+    let load = |i: usize| match t.trains {
+        true => stat(i) + old(t.first_of_step, i),
+        false => old(false, i),
+    };
+    exactly::<f64>("load", &out[1], load)?;
+    let token = match t.bad[0] {
+        i32::MAX => i32::MAX,
+        token => token + FIRST_TOKEN as i32,
+    };
+    let flags = match (t.trains, t.first_of_step) {
+        (false, _) => [t.bad[1], FAULT_BEFORE],
+        (true, true) => [token, t.fault],
+        (true, false) => [token.min(t.bad[1]), t.fault | FAULT_BEFORE],
+    };
+    exactly::<i32>("flags", &out[2], |i| flags[i])?;
+    let slots: Vec<f64> = match t.over_step && t.trains {
+        true => (0..e).map(load).collect(),
+        false => (0..e).map(count).collect(),
+    };
+    let all = slots.iter().sum::<f64>().max(1.0);
+    exactly::<f32>("fractions", &out[3], |i| (slots[i] / all) as f32)
 }
 
 /// Entropies of random scores, some rows without a positive one.
@@ -284,7 +288,7 @@ fn lambda(layers: usize, experts: usize, surplus: i32) -> Problem {
     }
 }
 
-pub fn cases() -> Vec<Case> {
+fn tallies() -> Vec<Tally> {
     let plain = Tally {
         experts: 8,
         trains: true,
@@ -296,7 +300,7 @@ pub fn cases() -> Vec<Case> {
         fault: 0,
         nobody: false,
     };
-    let tallies = [
+    vec![
         plain,
         Tally {
             experts: 1,
@@ -340,7 +344,10 @@ pub fn cases() -> Vec<Case> {
             over_step: false,
             ..plain
         },
-    ];
+    ]
+}
+
+pub fn cases() -> Vec<Case> {
     let case = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
         name: format!("{launcher} small"),
         launcher,
@@ -351,9 +358,10 @@ pub fn cases() -> Vec<Case> {
     vec![
         case(
             "layer_tally",
-            tallies
+            tallies()
+                .into_iter()
                 .map(|t| Box::new(move || Ok(tally(t))) as MakeProblem)
-                .into(),
+                .collect(),
         ),
         case(
             "share_entropy",

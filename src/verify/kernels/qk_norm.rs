@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Launch, MakeProblem, Problem, values};
 use crate::kernels::{QkNorm, QkNormBackward};
 use half::bf16;
 
@@ -34,6 +34,40 @@ fn scale(x: &[bf16]) -> f64 {
     (squares / x.len() as f64 + f64::from(EPS)).sqrt().recip()
 }
 
+fn launch(s: Shape, backward: bool) -> Launch {
+    Box::new(move |p, stream| {
+        let at = s.around;
+        let w = s.weighted.then(|| p[3].input());
+        let (rows, pieces, width, pitch) = (s.rows, s.pieces, s.width, s.pitch());
+        match backward {
+            true => QkNormBackward {
+                dx: p[0].output().from_element(at),
+                scales: s.weighted.then(|| p[1].input()),
+                dy: p[4].input().from_element(at),
+                x: p[2].input().from_element(at),
+                w,
+                rows,
+                pieces,
+                width,
+                pitch,
+            }
+            .launch(stream),
+            false => QkNorm {
+                y: p[0].output().from_element(at),
+                scales: s.weighted.then(|| p[1].output()),
+                x: p[2].input().from_element(at),
+                w,
+                rows,
+                pieces,
+                width,
+                pitch,
+                eps: EPS,
+            }
+            .launch(stream),
+        }
+    })
+}
+
 /// What lies between the pieces must stay as it was. Buffers: y or dx, scales, x, w, dy.
 fn problem(s: Shape, backward: bool) -> Problem {
     let mut random = Random((s.rows * s.pitch()) as u64);
@@ -60,37 +94,7 @@ fn problem(s: Shape, backward: bool) -> Problem {
             Buffer::input("w", &w),
             Buffer::input("dy", &dy),
         ],
-        launch: Box::new(move |p, stream| {
-            let at = s.around;
-            let w = s.weighted.then(|| p[3].input());
-            let (rows, pieces, width, pitch) = (s.rows, s.pieces, s.width, s.pitch());
-            match backward {
-                true => QkNormBackward {
-                    dx: p[0].output().from_element(at),
-                    scales: s.weighted.then(|| p[1].input()),
-                    dy: p[4].input().from_element(at),
-                    x: p[2].input().from_element(at),
-                    w,
-                    rows,
-                    pieces,
-                    width,
-                    pitch,
-                }
-                .launch(stream),
-                false => QkNorm {
-                    y: p[0].output().from_element(at),
-                    scales: s.weighted.then(|| p[1].output()),
-                    x: p[2].input().from_element(at),
-                    w,
-                    rows,
-                    pieces,
-                    width,
-                    pitch,
-                    eps: EPS,
-                }
-                .launch(stream),
-            }
-        }),
+        launch: launch(s, backward),
         judge: Box::new(move |out| {
             let got: Vec<bf16> = values(&out[0]);
             let mut errors = Errors::default();

@@ -1,0 +1,57 @@
+//! What commands ask of their own process: threads, signals, and that it is the only one.
+
+use crate::dist;
+use crate::error::{Error, Result};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// More than any machine has cores; the system may have no room for the stacks of many more.
+const MOST_THREADS: usize = 1024;
+
+pub(super) fn set_threads(threads: usize) -> Result<()> {
+    let invalid = |got: String| {
+        Error::invalid(
+            "--threads",
+            format!("a number of threads from 1 to {MOST_THREADS}"),
+            got,
+            "leave it out for all cores",
+        )
+    };
+    if !(1..=MOST_THREADS).contains(&threads) {
+        return Err(invalid(threads.to_string()));
+    }
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global()
+        .map_err(|e| invalid(e.to_string()))
+}
+
+/// Refuses a command of one process that a launcher started several times.
+pub(super) fn refuse_launcher() -> Result<()> {
+    match dist::launcher_size() {
+        1 => Ok(()),
+        n => Err(Error::invalid(
+            "routegrad",
+            "one process; only `train` runs on several",
+            format!("{n} processes of a launcher"),
+            "start the command without mpirun or srun",
+        )),
+    }
+}
+
+/// The first SIGINT, SIGTERM or SIGHUP (a connection that was lost) sets `stop`; a second one ends the process at once. SIGUSR1,
+/// which launchers pass on to every rank, sets `stop` alone.
+pub(super) fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
+    let refused = |e: std::io::Error| {
+        let help = "report this as a bug";
+        Error::invalid("train", "signal handlers", e.to_string(), help)
+    };
+    signal_hook::flag::register(SIGUSR1, stop.clone()).map_err(refused)?;
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, stop.clone())
+            .and_then(|_| signal_hook::flag::register(signal, stop.clone()))
+            .map_err(refused)?;
+    }
+    Ok(())
+}
