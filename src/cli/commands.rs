@@ -14,7 +14,7 @@ use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
 use crate::verify::{device_check, gradcheck};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;

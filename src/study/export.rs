@@ -135,7 +135,7 @@ fn write(
     let mut paths = Vec::new();
     for (name, value) in values {
         paths.push(temporary.join(name));
-        write_json(temporary.join(name), value)?;
+        write_json(&temporary.join(name), value)?;
     }
     for (name, text) in texts {
         let path = temporary.join(name);
@@ -150,7 +150,7 @@ fn write(
     }
     if let Some((name, index)) = &shards.index {
         paths.push(temporary.join(name));
-        write_json(temporary.join(name), index)?;
+        write_json(&temporary.join(name), index)?;
     }
     paths.iter().try_for_each(|path| sync(path))?;
     sync(temporary)?;

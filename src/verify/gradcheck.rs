@@ -308,11 +308,7 @@ fn router_rows(router: &RouterCase) -> Result<Vec<Row>> {
         Against::Gradient(other, setting) => {
             let further = (!setting.is_empty()).then_some(setting);
             let set: Vec<&str> = router.set.iter().copied().chain(further).collect();
-            let config = if other == "dense" {
-                config(other, UNBALANCED_2)?
-            } else {
-                config(other, &set)?
-            };
+            let config = config(other, &set)?;
             let expected = layer_case(&config, prepared(&config, None)?, router.inputs)?;
             let case = format!("{name}: as {}", further.unwrap_or(other));
             Ok(vec![by_gradients(subject, case, &own()?, &expected)?])

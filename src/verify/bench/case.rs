@@ -3,7 +3,6 @@
 //! A [`Group`] is one set of buffers; its [`Case`]s are timed on them. Each has the FLOPs that its mathematics needs (what
 //! rates are told of, the same for every implementation) and its floor from [`costs`].
 
-use super::inputs;
 use super::operations::Operation;
 use super::steps::Step;
 use crate::error::Result;
@@ -260,7 +259,6 @@ fn layer_cases(
 #[cfg(test)]
 mod tests {
     use super::super::groups::groups;
-    use super::*;
     use std::collections::BTreeSet;
 
     #[test]

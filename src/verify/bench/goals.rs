@@ -147,7 +147,7 @@ fn expert_width(shape: &str) -> Option<usize> {
 /// The cases of the core set, and the records that answer for them.
 struct Judge<'a> {
     core: Vec<Asked>,
-    view: &'a View,
+    view: &'a View<'a>,
 }
 
 impl Judge<'_> {

@@ -1,6 +1,5 @@
 //! What `hardware-check` timed before this command was there: ours and cuBLAS at equal groups, as records of this kind.
 
-use super::case;
 use super::groups;
 use super::peers::CUBLAS;
 use super::record::{Measured, OURS, Record, Records};

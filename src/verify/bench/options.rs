@@ -1,7 +1,7 @@
 //! What the benchmark is asked to do, and the groups that this takes in.
 
-use super::case::{self, Case, Group, Set, Work};
-use super::groups;
+use super::case::{Case, Group, Set, Work};
+
 use super::timed;
 use crate::device::Device;
 use crate::error::Result;
@@ -47,7 +47,7 @@ pub(super) fn groups(options: &Options, device: Device) -> Result<Vec<Group>> {
         set => group.set == set,
     };
     let mut found = Vec::new();
-    for group in groups::groups()
+    for group in super::groups::groups()
         .into_iter()
         .filter(|g| runs(g) && within(g))
     {

@@ -32,6 +32,7 @@ pub mod routed;
 pub mod router;
 pub mod router_backward;
 pub mod router_sample;
+mod router_shapes;
 pub mod rows;
 pub mod sampled_gates;
 pub mod step;
