@@ -1,8 +1,8 @@
 """Fine-tunes a small Mixture-of-Experts model on text with and without default vectors, and draws both curves.
 
-    pip install 'routegrad[torch,plot]' zstandard
-    python examples/finetune_default_moe.py
-    python examples/finetune_default_moe.py --text book.txt --steps 500 --out curves.png
+    pip install './python[torch,plot]'
+    python python/examples/finetune_default_moe.py
+    python python/examples/finetune_default_moe.py --text book.txt --steps 500 --out curves.png
 
 A random olmoe (8 experts, 1 of them per token) reads bytes. It is first trained as it is; then two copies go on with
 the same batches, one as before and one with default vectors. Takes some minutes on two cores. Prints the loss on text

@@ -45,7 +45,7 @@ def architecture(source: dict[str, Any]) -> str | None:
     router, name = source["router"], source["router"]["name"]
     if source["norm_type"] != "rmsnorm" or name not in ("topk", "densemixer", "default"):
         return None
-    if name == "default" and not set(router) - {"name"} <= _DEFAULT_SETTINGS:
+    if name == "default" and not _known_settings(router):
         return None
     dense, shared = source["mlp_only_layers"], source["shared_expert_intermediate_size"]
     own_width = source["head_dim"] * source["num_attention_heads"] != source["hidden_size"]
@@ -58,6 +58,11 @@ def architecture(source: dict[str, Any]) -> str | None:
         return "qwen2_moe"
     plain = not (bias or shared or dense) and router.get("renormalize", False)
     return "mixtral" if plain else None
+
+
+def _known_settings(router: dict[str, Any]) -> bool:
+    """Whether ``default_moe`` has these settings: vectors averaged over the tokens that chose the expert."""
+    return set(router) - {"name", "source"} <= _DEFAULT_SETTINGS and router.get("source", "chosen") == "chosen"
 
 
 def transformers_config(source: dict[str, Any], model_type: str) -> Any:
@@ -101,7 +106,7 @@ def _native(checkpoint: Path, source: dict[str, Any], model_type: str, dtype: to
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         model = AutoModelForCausalLM.from_config(config).to(dtype)
-    settings = {k: v for k, v in source["router"].items() if k not in ("name", "init_std", "renormalize")}
+    settings = {k: v for k, v in source["router"].items() if k not in ("name", "source", "init_std", "renormalize")}
     if source["router"]["name"] == "default":
         default_moe(model, **settings)
     targets = model.state_dict(keep_vars=True)
