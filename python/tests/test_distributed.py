@@ -20,16 +20,15 @@ def run(ranks, folder):
         assert process.returncode == 0, errors
 
 
-def test_two_processes_of_ddp_compute_what_one_computes(tmp_path):
+def test_two_processes_of_ddp_and_fsdp_compute_what_one_computes(tmp_path):
     run(2, tmp_path)
-    for checkpointing in (False, True):
-        worker.train(0, 1, tmp_path, checkpointing)
-    for checkpointing in (False, True):
-        first, second, one = (torch.load(tmp_path / f"{checkpointing}-{name}.pt") for name in ("0-of-2", "1-of-2", "0-of-1"))
+    for mode in worker.MODES:
+        worker.train(0, 1, tmp_path, mode)
+        first, second, one = (torch.load(tmp_path / f"{mode}-{name}.pt") for name in ("0-of-2", "1-of-2", "0-of-1"))
         assert any(name.endswith("default_vectors") for name in one)
         for name, expected in one.items():
-            assert torch.equal(first[name], second[name]), f"{name}: ranks differ"
+            assert torch.equal(first[name], second[name]), f"{mode}, {name}: ranks differ"
             error = (first[name] - expected).abs().max().item()
-            assert error <= 1e-5 * max(1.0, expected.abs().max().item()), f"{name}: {error:.2e}"
+            assert error <= 1e-5 * max(1.0, expected.abs().max().item()), f"{mode}, {name}: {error:.2e}"
             if name.endswith("default_vectors"):
                 assert expected.abs().sum() > 0
