@@ -111,7 +111,7 @@ pub fn sampled_gate(tape: &Tape, z: &Var, choice: &Choice, estimator: f64) -> Re
 
 pub(crate) struct SampledGate {
     pub(crate) choice: Choice,
-    estimator: f64,
+    pub(crate) estimator: f64,
 }
 
 impl Op for SampledGate {

@@ -28,7 +28,7 @@ pub enum Fault {
     ZTerm,
     /// DenseMixer: the gates of experts that were not chosen.
     UnchosenGate,
-    /// SparseMixer: the gradient of the sampled expert's logit.
+    /// SparseMixer: `1[j=a]` of the sampled expert's logit.
     SampledOwnTerm,
     /// The router's part of the layer's input gradient: `Wᵀ dz`.
     RouterInput,
@@ -84,8 +84,7 @@ impl Fault {
                 let Some(op) = of_type::<SampledGate>(call) else {
                     return;
                 };
-                let sampled = op.choice.expert.slice::<i32>();
-                zero(&mut gradients[0], |t, e| sampled[t] == e);
+                leave_out_own_term(op, call, &mut gradients[0]);
             }
             (Fault::SoftmaxOwnTerm | Fault::SoftmaxMeanTerm, "router softmax") => {
                 self.alter_softmax(call, &mut gradients[0]);
@@ -115,6 +114,31 @@ impl Fault {
             }
             _ => {}
         }
+    }
+}
+
+/// `dz_j = c dw_a p_a (1[j=a] − p_j)` without its 1[j=a].
+fn leave_out_own_term(op: &SampledGate, call: &BackwardCall, gradient: &mut Option<Tensor>) {
+    let ([p, ..], [Some(dw), ..], Some(dz)) = (call.saved, call.douts, gradient) else {
+        return;
+    };
+    let experts = dz.shape().width();
+    let sampled = op.choice.expert.slice::<i32>().iter().enumerate();
+    let places: Vec<usize> = sampled.map(|(t, a)| t * experts + *a as usize).collect();
+    match dz.dtype() {
+        DType::F64 => {
+            let (p, dw) = (p.slice::<f64>(), dw.slice::<f64>());
+            let dz = dz.slice_mut::<f64>();
+            places
+                .iter()
+                .for_each(|&i| dz[i] -= op.estimator * dw[i] * p[i]);
+        }
+        DType::F32 => {
+            let (p, dw, c) = (p.slice::<f32>(), dw.slice::<f32>(), op.estimator as f32);
+            let dz = dz.slice_mut::<f32>();
+            places.iter().for_each(|&i| dz[i] -= c * dw[i] * p[i]);
+        }
+        _ => {}
     }
 }
 
