@@ -329,20 +329,19 @@ impl Trainer {
         done
     }
 
-    /// Calls all hooks; gives the first error.
+    /// Calls all hooks; gives the last error. The hook that saves comes last, and an error of it matters most.
     fn all_hooks(
         &mut self,
         mut call: impl FnMut(&mut dyn Hook, &Trainer) -> Result<()>,
     ) -> Result<()> {
-        let mut first = Ok(());
+        let mut last = Ok(());
         self.each_hook(|hook, trainer| {
-            let done = call(hook, trainer);
-            if first.is_ok() {
-                first = done;
+            if let Err(e) = call(hook, trainer) {
+                last = Err(e);
             }
             Ok(())
         })?;
-        first
+        last
     }
 
     /// Name and digest of everything that a step may change: weights, moments, router state, the number of steps.
