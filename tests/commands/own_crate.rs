@@ -49,7 +49,9 @@ fn build(folder: &Path) -> PathBuf {
     // With the same profiles the dependencies are those that are built already.
     let own = fs::read_to_string(Path::new(repository).join("Cargo.toml")).unwrap();
     let sections = own.split("\n[").filter(|s| s.starts_with("profile."));
-    let profiles: String = sections.map(|s| format!("\n[{s}")).collect();
+    let mut profiles: String = sections.map(|s| format!("\n[{s}")).collect();
+    // Here routegrad is a dependency, which has no debug information unless it is named.
+    profiles += "\n[profile.release.package.routegrad]\ndebug = \"line-tables-only\"\n";
     let manifest = format!(
         "[package]\nname = \"own-router-crate\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n\
          [dependencies]\nroutegrad = {{ path = \"{repository}\", features = [{}] }}\n\n[workspace]\n{profiles}",
