@@ -17,6 +17,7 @@ pub use arguments::Cli;
 
 use crate::dist;
 use crate::error::Result;
+use crate::report::error_line;
 use arguments::Command;
 use clap::Parser;
 use commands::*;
@@ -47,7 +48,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Of several ranks one prints.
             if let Some(error) = error {
-                eprintln!("error: {error}");
+                error_line(&format!("error: {error}"));
             }
             ExitCode::FAILURE
         }

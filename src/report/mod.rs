@@ -10,11 +10,17 @@ pub mod plots;
 pub mod records;
 pub mod version;
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 pub use nearest::{nearest, similarity};
 
 /// Whether progress on standard error is a bar: on a terminal that can redraw a line. Elsewhere progress is a line now and then.
 pub fn shows_bars() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+/// Writes a line to standard error in one piece, so that the lines of several processes do not mix.
+pub fn error_line(line: &str) {
+    // Nothing is lost when nobody reads.
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }

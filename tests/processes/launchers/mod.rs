@@ -3,9 +3,11 @@
 #![allow(dead_code)]
 
 use crate::common::{Place, text};
+use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,8 +57,21 @@ impl Launcher {
     }
 }
 
+/// Lets one test at a time start processes: what they promise within seconds they can keep only where cores are free. Held until
+/// the thread of the test ends.
+fn wait_for_other_tests() {
+    static ALONE: Mutex<()> = Mutex::new(());
+    thread_local! {
+        static HELD: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) };
+    }
+    HELD.with_borrow_mut(|held| {
+        held.get_or_insert_with(|| ALONE.lock().unwrap_or_else(PoisonError::into_inner));
+    });
+}
+
 /// Those that are installed; says so where there are none.
 pub fn launchers() -> Vec<Launcher> {
+    wait_for_other_tests();
     let found: Vec<Launcher> = [Launcher::OpenMpi, Launcher::Mpich]
         .into_iter()
         .filter(|l| {
