@@ -42,7 +42,7 @@ fn above_zero(key: &str, value: f64) -> Result<()> {
     ensure(
         ok,
         key,
-        "a number above 0 that an f32 holds, 1.5e-45 to 3.4e38",
+        "a finite number above 0 that an f32 holds, 1.5e-45 to 3.4e38",
         format!("{value:e}"),
     )
 }

@@ -57,6 +57,10 @@ impl<'a> TextStream<'a> {
     /// As [`Tokenizer::decode`].
     pub fn finish(self) -> Result<String> {
         let text = self.tokenizer.decode(&self.held)?;
-        Ok(text.get(self.given..).unwrap_or_default().to_string())
+        match text.get(self.given..) {
+            Some(rest) => Ok(rest.to_string()),
+            // Some decoders read whole characters before a broken one as broken too.
+            None => self.tokenizer.decode(&self.held[self.whole..]),
+        }
     }
 }

@@ -24,7 +24,7 @@ fn characters_come_whole_and_broken_ones_are_marked() {
         text += &stream.push(&[i32::from(byte)]).unwrap();
     }
     // What can still change is not told yet.
-    assert_eq!(text, "a é€\u{fffd}b\u{fffd}c\u{fffd}");
+    assert_eq!(text, "a é€\u{fffd}b\u{fffd}c");
     for byte in [0xe2, 0x82] {
         text += &stream.push(&[byte]).unwrap();
     }

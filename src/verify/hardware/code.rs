@@ -99,9 +99,9 @@ mod tests {
             }
         }
         assert_eq!(digest(copy.path()).as_ref(), Some(&found));
-        std::fs::write(copy.path().join("src/step.rs"), "another step").unwrap();
+        std::fs::write(copy.path().join("src/train/step.rs"), "another step").unwrap();
         assert!(digest(copy.path()).is_some_and(|other| other != found));
-        std::fs::remove_file(copy.path().join("src/step.rs")).unwrap();
+        std::fs::remove_dir_all(copy.path().join("src/train")).unwrap();
         assert_eq!(digest(copy.path()), None);
     }
 }
