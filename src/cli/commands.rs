@@ -5,6 +5,7 @@ use super::process::watch_signals;
 use crate::config::{Config, Layers};
 use crate::data;
 use crate::error::{Error, Result};
+use crate::report::stderr_line;
 use crate::routers;
 use crate::study::{ablate, analyze, eval, exchange, export, generate, plan, tasks};
 use crate::tensor::dtype::DType;
@@ -27,8 +28,7 @@ pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
 fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
     let (found, damaged) = checkpoint::find(path)?;
     for damaged in damaged {
-        let warning = format!("warning: skipped a damaged checkpoint: {damaged}");
-        let _ = writeln!(std::io::stderr(), "{warning}");
+        stderr_line(&format!("warning: skipped a damaged checkpoint: {damaged}"));
     }
     Ok(found)
 }

@@ -17,7 +17,7 @@ pub use arguments::Cli;
 
 use crate::dist;
 use crate::error::Result;
-use crate::report::error_line;
+use crate::report::stderr_line;
 use arguments::Command;
 use clap::Parser;
 use commands::*;
@@ -48,7 +48,7 @@ pub fn main() -> ExitCode {
         Err(error) => {
             // Of several ranks one prints.
             if let Some(error) = error {
-                error_line(&format!("error: {error}"));
+                stderr_line(&format!("error: {error}"));
             }
             ExitCode::FAILURE
         }

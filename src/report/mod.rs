@@ -19,8 +19,8 @@ pub fn shows_bars() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
-/// Writes a line to standard error in one piece, so that the lines of several processes do not mix.
-pub fn error_line(line: &str) {
-    // Nothing is lost when nobody reads.
+/// Writes a line to standard error in one piece, so that the lines of several processes do not mix. The program goes on when
+/// nobody reads it.
+pub fn stderr_line(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }

@@ -1,7 +1,7 @@
 //! Lines on standard error, above a progress bar where there is a terminal.
 
+use crate::report::stderr_line;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::Write;
 
 /// Where a run writes lines for its user.
 #[derive(Clone)]
@@ -61,7 +61,7 @@ impl Console {
         if self.terminal {
             self.bar.println(text);
         } else {
-            line(text);
+            stderr_line(text);
         }
     }
 
@@ -81,9 +81,4 @@ impl Console {
     pub fn finish(&self) {
         self.bar.finish_and_clear();
     }
-}
-
-/// A line on standard error; a run goes on when nobody reads it.
-fn line(text: &str) {
-    let _ = writeln!(std::io::stderr(), "{text}");
 }

@@ -1,8 +1,8 @@
 //! What a preparation shows: a bar on a terminal, a line now and then elsewhere.
 
 use super::inputs::Input;
+use crate::report::stderr_line;
 use indicatif::{HumanBytes, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::Write;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -59,8 +59,7 @@ impl Progress {
         if self.terminal {
             self.bar.println(text);
         } else if !self.quiet {
-            // Nothing is lost when nobody reads.
-            let _ = writeln!(std::io::stderr(), "{text}");
+            stderr_line(text);
         }
     }
 

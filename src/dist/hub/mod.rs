@@ -7,7 +7,7 @@ mod member;
 
 use super::activity::Activity;
 use crate::error::Error;
-use crate::report::error_line;
+use crate::report::stderr_line;
 use line::{Line, Message};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -343,7 +343,7 @@ impl Hub {
 
     fn report(&self) {
         let text = self.failure().unwrap_or_default();
-        error_line(&format!("error: {text}"));
+        stderr_line(&format!("error: {text}"));
     }
 
     /// Ends the run: the first failure counts. An `own` error is reported where it is handled.

@@ -9,11 +9,11 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::report::metrics;
 use crate::report::plots::publish;
+use crate::report::stderr_line;
 use crate::study::hooks;
 use crate::train::checkpoint::Checkpoint;
 use crate::train::{self, Outcome};
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -138,7 +138,7 @@ pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool
         }
     }
     if open.len() < runs.len() && !quiet {
-        say(&format!(
+        stderr_line(&format!(
             "{} of {} runs are done",
             runs.len() - open.len(),
             runs.len()
@@ -151,7 +151,7 @@ pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool
                 break;
             };
             if !quiet {
-                say(&format!(
+                stderr_line(&format!(
                     "run {} of {}: {}",
                     i + 1,
                     runs.len(),
@@ -211,13 +211,8 @@ fn one(out: &Path, run: &Run, quiet: bool, stop: &AtomicBool) -> Result<()> {
         Err(e @ Error::NonFinite { .. }) => format!("diverged: {e}"),
         Err(e) => format!("failed: {e}"),
     };
-    say(&format!("{}: {kind}", run.name));
+    stderr_line(&format!("{}: {kind}", run.name));
     let notes = out.join(FAILURES);
     fs::create_dir_all(&notes).map_err(|e| Error::io("create", &notes, e))?;
     publish(&note, &format!("{kind}\n"))
-}
-
-/// A line on standard error; the grid goes on when nobody listens.
-fn say(line: &str) {
-    let _ = writeln!(std::io::stderr(), "{line}");
 }

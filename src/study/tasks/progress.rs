@@ -2,8 +2,8 @@
 
 use super::question::{Question, Task};
 use super::results::Score;
+use crate::report::stderr_line;
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::Write;
 use std::time::{Duration, Instant};
 
 /// Time between two lines where there is no terminal.
@@ -79,8 +79,7 @@ impl Progress {
         if !self.bar.is_hidden() {
             self.bar.println(line);
         } else if !self.quiet {
-            // Nothing is lost when nobody reads.
-            let _ = writeln!(std::io::stderr(), "{line}");
+            stderr_line(line);
         }
     }
 
