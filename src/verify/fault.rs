@@ -1,11 +1,13 @@
 //! Faults on purpose: a check of gradients is worth something only if it fails when a term of a gradient is missing.
 
+use crate::error::Result;
 use crate::ops::combine::Combine;
 use crate::ops::sampled_gate::SampledGate;
 use crate::ops::straight_through::StraightThrough;
 use crate::tape::{AlteredGradients, BackwardCall, alter_gradients};
 use crate::tensor::Tensor;
-use crate::tensor::dtype::DType;
+use crate::tensor::dtype::Real;
+use crate::with_real;
 use std::fmt;
 use std::str::FromStr;
 
@@ -99,21 +101,13 @@ impl Fault {
             return;
         };
         let own = self == Fault::SoftmaxOwnTerm;
-        match dz.dtype() {
-            DType::F64 => {
-                let products = p.slice::<f64>().iter().zip(dp.slice::<f64>());
-                for (dz, (p, dp)) in dz.slice_mut::<f64>().iter_mut().zip(products) {
-                    *dz = if own { *dz - p * dp } else { p * dp };
-                }
+        ignore_other_types(with_real!(dz.dtype(), "fault", |T| {
+            let products = p.slice::<T>().iter().zip(dp.slice::<T>());
+            for (dz, (&p, &dp)) in dz.slice_mut::<T>().iter_mut().zip(products) {
+                *dz = if own { *dz - p * dp } else { p * dp };
             }
-            DType::F32 => {
-                let products = p.slice::<f32>().iter().zip(dp.slice::<f32>());
-                for (dz, (p, dp)) in dz.slice_mut::<f32>().iter_mut().zip(products) {
-                    *dz = if own { *dz - p * dp } else { p * dp };
-                }
-            }
-            _ => {}
-        }
+            Ok(())
+        }));
     }
 }
 
@@ -125,22 +119,16 @@ fn leave_out_own_term(op: &SampledGate, call: &BackwardCall, gradient: &mut Opti
     let experts = dz.shape().width();
     let sampled = op.choice.expert.slice::<i32>().iter().enumerate();
     let places: Vec<usize> = sampled.map(|(t, a)| t * experts + *a as usize).collect();
-    match dz.dtype() {
-        DType::F64 => {
-            let (p, dw) = (p.slice::<f64>(), dw.slice::<f64>());
-            let dz = dz.slice_mut::<f64>();
-            places
-                .iter()
-                .for_each(|&i| dz[i] -= op.estimator * dw[i] * p[i]);
-        }
-        DType::F32 => {
-            let (p, dw, c) = (p.slice::<f32>(), dw.slice::<f32>(), op.estimator as f32);
-            let dz = dz.slice_mut::<f32>();
-            places.iter().for_each(|&i| dz[i] -= c * dw[i] * p[i]);
-        }
-        _ => {}
-    }
+    ignore_other_types(with_real!(dz.dtype(), "fault", |T| {
+        let (p, dw, c) = (p.slice::<T>(), dw.slice::<T>(), T::of(op.estimator));
+        let dz = dz.slice_mut::<T>();
+        places.iter().for_each(|&i| dz[i] -= c * dw[i] * p[i]);
+        Ok(())
+    }));
 }
+
+/// Gradients of other types than f32 and f64, as a device with kernels has them, stay as they are.
+fn ignore_other_types(_: Result<()>) {}
 
 fn of_type<'a, T: 'static>(call: &BackwardCall<'a>) -> Option<&'a T> {
     call.op.as_any()?.downcast_ref()
@@ -152,15 +140,11 @@ fn zero(gradient: &mut Option<Tensor>, left_out: impl Fn(usize, i32) -> bool) {
     let experts = gradient.shape().width();
     let pairs = (0..gradient.elements()).filter(|i| left_out(i / experts, (i % experts) as i32));
     let pairs: Vec<usize> = pairs.collect();
-    match gradient.dtype() {
-        DType::F64 => pairs
-            .iter()
-            .for_each(|i| gradient.slice_mut::<f64>()[*i] = 0.0),
-        DType::F32 => pairs
-            .iter()
-            .for_each(|i| gradient.slice_mut::<f32>()[*i] = 0.0),
-        _ => {}
-    }
+    ignore_other_types(with_real!(gradient.dtype(), "fault", |T| {
+        let gradient = gradient.slice_mut::<T>();
+        pairs.iter().for_each(|&i| gradient[i] = T::of(0.0));
+        Ok(())
+    }));
 }
 
 impl fmt::Display for Fault {
