@@ -3,6 +3,7 @@
 use super::member::Member;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::hash::{BuildHasher, RandomState};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::sync::{Mutex, PoisonError};
@@ -63,13 +64,16 @@ impl Meeting {
             let help = "check the network of rank 0's host";
             Error::invalid("ranks", "a TCP port for heartbeats", e.to_string(), help)
         })?;
-        let seed = (std::process::id(), std::time::SystemTime::now(), port);
-        let token = blake3::hash(format!("{seed:?}").as_bytes()).to_hex();
+        // From the system's random numbers, so that nobody else on the network can guess it.
+        let random = RandomState::new();
+        let token = [0, 1]
+            .map(|part| format!("{:016x}", random.hash_one(part)))
+            .concat();
         Ok(Meeting {
             rank: 0,
             listener: Some(listener),
             port,
-            token: token.to_string(),
+            token,
         })
     }
 
