@@ -28,57 +28,39 @@ fn main() -> std::process::ExitCode {
 }
 "#;
 
-/// The folder of build results that this test is in, and its profile.
-fn build_folder() -> (PathBuf, &'static str) {
-    let test = std::env::current_exe().unwrap();
-    let profile = test.ancestors().nth(2).unwrap();
-    let release = profile.file_name().unwrap() == "release";
-    let flag = if release { "release" } else { "dev" };
-    (profile.parent().unwrap().into(), flag)
-}
-
-/// Builds the crate in `folder` with what this test was built with, and gives its program.
+/// Compiles the crate in `folder` against the library that was built for this test, and gives its program. By Cargo the library
+/// would be another one, of another workspace, and be compiled once more: minutes.
 fn build(folder: &Path) -> PathBuf {
-    let repository = env!("CARGO_MANIFEST_DIR");
-    let features: &[&str] = &[
-        #[cfg(feature = "text")]
-        "\"text\"",
-        #[cfg(feature = "cuda")]
-        "\"cuda\"",
-    ];
-    // With the same profiles the dependencies are those that are built already.
-    let own = fs::read_to_string(Path::new(repository).join("Cargo.toml")).unwrap();
-    let sections = own.split("\n[").filter(|s| s.starts_with("profile."));
-    let mut profiles: String = sections.map(|s| format!("\n[{s}")).collect();
-    // Here routegrad is a dependency, which has no debug information unless it is named.
-    profiles += "\n[profile.release.package.routegrad]\ndebug = \"line-tables-only\"\n";
-    let manifest = format!(
-        "[package]\nname = \"own-router-crate\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n\
-         [dependencies]\nroutegrad = {{ path = \"{repository}\", features = [{}] }}\n\n[workspace]\n{profiles}",
-        features.join(", ")
-    );
-    fs::create_dir(folder.join("src")).unwrap();
-    fs::write(folder.join("Cargo.toml"), manifest).unwrap();
-    fs::write(folder.join("src/main.rs"), MAIN).unwrap();
-    fs::copy(
-        Path::new(repository).join("Cargo.lock"),
-        folder.join("Cargo.lock"),
-    )
-    .unwrap();
-    let (target, profile) = build_folder();
-    let cargo = Command::new(env!("CARGO"))
-        .args(["build", "--offline", "--profile", profile])
-        .env("CARGO_TARGET_DIR", &target)
-        .current_dir(folder)
+    let test = std::env::current_exe().unwrap();
+    let libraries = test.parent().unwrap();
+    let changed = |path: &PathBuf| fs::metadata(path).unwrap().modified().unwrap();
+    let found = fs::read_dir(libraries)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| {
+            let name = path.file_name().unwrap().to_string_lossy();
+            name.starts_with("libroutegrad-") && name.ends_with(".rlib")
+        });
+    let library = found.max_by_key(changed).expect("a library of this build");
+    let (source, program) = (folder.join("main.rs"), folder.join("own-router"));
+    fs::write(&source, MAIN).unwrap();
+    let mut compiler = Command::new(std::env::var_os("RUSTC").unwrap_or("rustc".into()));
+    compiler.args(["--edition", "2024", "--crate-name", "own_router"]);
+    compiler
+        .arg("-L")
+        .arg(format!("dependency={}", libraries.display()));
+    compiler
+        .arg("--extern")
+        .arg(format!("routegrad={}", library.display()));
+    let done = compiler
+        .arg(&source)
+        .arg("-o")
+        .arg(&program)
         .output()
         .unwrap();
-    assert!(
-        cargo.status.success(),
-        "{}",
-        String::from_utf8_lossy(&cargo.stderr)
-    );
-    let built = if profile == "dev" { "debug" } else { profile };
-    target.join(built).join("own-router-crate")
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.success(), "{compiler:?}: {stderr}");
+    program
 }
 
 fn succeed(program: &Path, arguments: &[&str]) -> String {
