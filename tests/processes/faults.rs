@@ -114,6 +114,8 @@ fn a_rank_that_is_stopped_is_named_with_its_call_within_ten_seconds() {
         let command = train(&place, "run", &["--steps", "100000", "--rank-timeout", "5"]);
         let mut run = Running::start(launcher, launcher.ranks(2, &command), &out, 2);
         assert!(wait_for_step(&mut run.child, &out, 15));
+        // Two heartbeats more: what is reported is what the last one told, and 15 steps fit between two.
+        std::thread::sleep(Duration::from_secs(1));
         signal(run.process(rank).unwrap(), "-STOP");
         let (success, stderr, seconds) = run.end(10.0);
         let said = errors(&stderr);
