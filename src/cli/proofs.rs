@@ -2,7 +2,7 @@
 
 use crate::device::Device;
 use crate::error::Result;
-use crate::verify::hardware::{self, Options, Place, code, learns, one, record, status};
+use crate::verify::hardware::{self, Options, Place, code, loss_parity, record, run_task, status};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
 
@@ -66,7 +66,7 @@ pub(super) fn check(args: HardwareArgs) -> Result<()> {
         return Ok(());
     }
     if args.record_curves {
-        return learns::record(&args.out, args.only.as_deref());
+        return loss_parity::record(&args.out, args.only.as_deref());
     }
     if !args.merge.is_empty() {
         say!("{}", record::Records::merge(&args.out, &args.merge)?);
@@ -81,7 +81,7 @@ pub(super) fn check(args: HardwareArgs) -> Result<()> {
         planted: args.plant,
     };
     if let Some(task) = &args.one {
-        return one::run(task, &place);
+        return run_task::run(task, &place);
     }
     hardware::check(&Options {
         place,

@@ -1,38 +1,17 @@
 //! One transformer block: attention, then a dense or a mixture-of-experts feed-forward.
 
-use super::graph::Graph;
+use super::context::Context;
+use super::feed_forward::SwigluSlots;
 use super::moe::{BalanceLosses, MoeLayer};
 use super::parameters::{Layout, NormSlots};
 use super::rows::Rows;
+use super::stream::Stream;
 use crate::config::{ModelConfig, QkNorm};
 use crate::error::Result;
-use crate::ops::add::add;
 use crate::ops::linear::linear;
 use crate::ops::qk_norm::qk_norm;
-use crate::ops::swiglu::swiglu;
 use crate::routers::Pass;
 use crate::tape::{Tape, Var};
-
-/// The residual stream between two norms: rows `[T, D]`, and a term that the next norm adds to them in
-/// the same pass.
-pub struct Stream {
-    pub x: Var,
-    pub pending: Option<Var>,
-}
-
-impl Stream {
-    pub fn new(x: Var) -> Self {
-        Stream { x, pending: None }
-    }
-
-    /// The rows, with the term added.
-    pub fn joined(&self, tape: &Tape) -> Result<Var> {
-        match &self.pending {
-            Some(term) => add(tape, &self.x, term),
-            None => Ok(self.x.clone()),
-        }
-    }
-}
 
 /// Where a block's parameters are.
 pub struct Block {
@@ -49,30 +28,6 @@ pub struct Block {
 enum FeedForward {
     Dense(SwigluSlots),
     Moe(MoeLayer),
-}
-
-/// Where the parameters of one SwiGLU network are.
-pub struct SwigluSlots {
-    /// `[2F, D]`: gate above up.
-    pub gate_up: usize,
-    /// `[D, F]`.
-    pub down: usize,
-}
-
-impl SwigluSlots {
-    pub fn new(layout: &mut Layout, prefix: &str, hidden: usize, width: usize) -> Self {
-        let parts = ["gate", "up"].map(|m| (format!("{prefix}.{m}_proj.weight"), width));
-        SwigluSlots {
-            gate_up: layout.stacked(&format!("{prefix}.gate_up_proj.weight"), &parts, hidden),
-            down: layout.residual(&format!("{prefix}.down_proj.weight"), &[hidden, width]),
-        }
-    }
-
-    /// `down(silu(gate(x)) ⊙ up(x))`.
-    pub fn forward(&self, tape: &Tape, weights: &[Var], x: &Var) -> Result<Var> {
-        let h = linear(tape, x, &weights[self.gate_up], None)?;
-        linear(tape, &swiglu(tape, &h)?, &weights[self.down], None)
-    }
 }
 
 impl Block {
@@ -141,7 +96,7 @@ impl Block {
     /// The stream after the block, and a MoE layer's balance losses.
     pub fn forward(
         &self,
-        model: &Graph,
+        model: &Context,
         tape: &Tape,
         weights: &[Var],
         stream: &Stream,

@@ -5,15 +5,21 @@
 
 pub mod batch;
 mod block;
-mod graph;
+mod context;
+mod feed_forward;
 mod inputs;
+mod losses;
 mod moe;
 mod parameters;
+mod rounded;
 mod rows;
 mod score;
+mod stream;
+mod transformer;
 mod weight;
 
 pub use inputs::Inputs;
+pub use losses::Losses;
 pub use parameters::{Parameter, Part};
 pub use score::Scored;
 pub use weight::{Places, Weight};
@@ -30,48 +36,23 @@ use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
-use graph::Graph;
+use losses::losses;
 use parameters::Layout;
+use rounded::rounded;
 use rows::Rows;
 use std::cell::{Ref, RefMut};
 use std::rc::Rc;
+use transformer::Transformer;
 
 /// A model: its parameters, and what runs on them.
 pub struct Model {
     /// In the order of their gradients' slots.
     pub parameters: Vec<Parameter>,
-    graph: Rc<Graph>,
+    transformer: Rc<Transformer>,
 }
 
 /// The parameters as variables of a tape, leaves in their order.
 pub type Weights = Rc<[Var]>;
-
-/// The losses of one micro-batch, scalars on the tape.
-pub struct Losses {
-    /// Cross-entropy plus weighted auxiliary and z-loss.
-    pub total: Var,
-    /// Mean cross-entropy of the next token, in nats.
-    pub cross_entropy: Var,
-    /// The auxiliary loss, coefficient and reduction over layers included, if there is one.
-    pub auxiliary: Option<Var>,
-    /// The z-loss, coefficient and reduction over layers included, if there is one.
-    pub z: Option<Var>,
-}
-
-impl Losses {
-    /// Cross-entropy, auxiliary and z-loss as numbers; waits for the kernels that form them.
-    ///
-    /// # Errors
-    /// When a loss is not real.
-    pub fn parts(&self) -> Result<[f64; 3]> {
-        let number = |loss: Option<&Var>| loss.map_or(Ok(0.0), |loss| loss.tensor().item());
-        Ok([
-            number(Some(&self.cross_entropy))?,
-            number(self.auxiliary.as_ref())?,
-            number(self.z.as_ref())?,
-        ])
-    }
-}
 
 impl Model {
     /// A freshly initialised model on one rank, its weights drawn from the configuration's seed.
@@ -103,10 +84,10 @@ impl Model {
             config.train.device,
             config.train.seed,
         );
-        let graph = Graph::new(&mut layout, config, router, dist)?;
+        let transformer = Transformer::new(&mut layout, config, router, dist)?;
         Ok(Model {
             parameters: layout.into_parameters(),
-            graph: Rc::new(graph),
+            transformer: Rc::new(transformer),
         })
     }
 
@@ -142,17 +123,17 @@ impl Model {
 
     /// The model's shapes.
     pub fn config(&self) -> &ModelConfig {
-        &self.graph.config
+        &self.transformer.context.config
     }
 
     /// Where it runs.
     pub fn device(&self) -> Device {
-        self.graph.device
+        self.transformer.context.device
     }
 
     /// The dtype of weights and router state, and on the CPU of activations.
     pub fn dtype(&self) -> DType {
-        self.graph.dtype
+        self.transformer.context.dtype
     }
 
     /// The parameters as variables. Drop them before updating the parameters in place: shared
@@ -167,27 +148,27 @@ impl Model {
 
     /// The state of the MoE layers, first MoE layer first.
     pub fn layer_states(&self) -> Ref<'_, Vec<LayerState>> {
-        self.graph.states.borrow()
+        self.transformer.context.states.borrow()
     }
 
     /// The state of the MoE layers, to change.
     pub fn layer_states_mut(&self) -> RefMut<'_, Vec<LayerState>> {
-        self.graph.states.borrow_mut()
+        self.transformer.context.states.borrow_mut()
     }
 
     /// The flags of all MoE layers in device memory, if they are there.
     pub(crate) fn device_tally(&self) -> Option<Rc<DeviceTally>> {
-        self.graph.tally.clone()
+        self.transformer.context.tally.clone()
     }
 
     /// What is summed over the ranks of the run.
     pub fn dist(&self) -> &dyn Collective {
-        &*self.graph.dist
+        &*self.transformer.context.dist
     }
 
     /// The parameters, to change, and what gathers them over the ranks.
     pub(crate) fn parameters_and_dist(&mut self) -> (&mut [Parameter], &dyn Collective) {
-        (&mut self.parameters, &*self.graph.dist)
+        (&mut self.parameters, &*self.transformer.context.dist)
     }
 
     /// Lets the router change its pending state: at the end of an accepted step, before the states
@@ -196,11 +177,10 @@ impl Model {
     /// # Errors
     /// Those of the router.
     pub fn end_step(&self) -> Result<()> {
-        let graph = &self.graph;
-        let mut states = graph.states.borrow_mut();
-        graph
-            .router
-            .end_step(&graph.config, &mut states, &*graph.dist)
+        let context = &self.transformer.context;
+        let mut states = context.states.borrow_mut();
+        let router = &context.router;
+        router.end_step(&context.config, &mut states, &*context.dist)
     }
 
     /// Losses of sequences: each one's first S tokens predict its last S.
@@ -231,8 +211,15 @@ impl Model {
         let Inputs {
             ids, targets, rows, ..
         } = inputs;
-        let (hidden, balance) = self.graph.hidden(tape, weights, ids, rows, pass)?;
-        self.graph.losses(tape, weights, &hidden, targets, &balance)
+        let (hidden, balance) = self.transformer.hidden(tape, weights, ids, rows, pass)?;
+        losses(
+            &self.transformer.context,
+            tape,
+            &hidden,
+            &weights[self.transformer.head],
+            targets,
+            &balance,
+        )
     }
 
     /// Logits `[sequences · S, V]` of sequences as in [`loss`](Self::loss), and their mean
@@ -250,8 +237,8 @@ impl Model {
         let Inputs {
             ids, targets, rows, ..
         } = Inputs::new(sequences, self.device())?;
-        let (hidden, _) = self.graph.hidden(tape, weights, &ids, &rows, pass)?;
-        let head = &weights[self.graph.head];
+        let (hidden, _) = self.transformer.hidden(tape, weights, &ids, &rows, pass)?;
+        let head = &weights[self.transformer.head];
         let constant = |v: &Var| Var::constant(v.tensor().clone());
         let logits = linear(tape, &constant(&hidden), &constant(head), None)?;
         let count = targets.elements() as f64;
@@ -272,7 +259,7 @@ impl Model {
         x: &Var,
         pass: Pass,
     ) -> Result<(Var, Vec<Var>)> {
-        let (y, losses) = self.graph.moe_layer(layer, tape, weights, x, pass)?;
+        let (y, losses) = self.transformer.moe_layer(layer, tape, weights, x, pass)?;
         Ok((
             y,
             [losses.auxiliary, losses.z].into_iter().flatten().collect(),
@@ -288,8 +275,8 @@ impl Model {
             ids, targets, rows, ..
         } = Inputs::new(sequences, self.device())?;
         let (weights, tape, pass) = (self.weights(), Tape::without_gradients(), Pass::EVALUATE);
-        let (hidden, _) = self.graph.hidden(&tape, &weights, &ids, &rows, pass)?;
-        let head = weights[self.graph.head].tensor();
+        let (hidden, _) = self.transformer.hidden(&tape, &weights, &ids, &rows, pass)?;
+        let head = weights[self.transformer.head].tensor();
         token_losses(hidden.tensor(), head, &targets)?.to_f64()
     }
 
@@ -300,7 +287,7 @@ impl Model {
     /// When a token is beyond the vocabulary, or the sequences are longer than the model's.
     pub fn next_token_logits(&self, tokens: &[i32], sequences: usize) -> Result<Vec<f64>> {
         let (weights, tape) = (self.weights(), Tape::without_gradients());
-        let (hidden, _) = self.graph.hidden(
+        let (hidden, _) = self.transformer.hidden(
             &tape,
             &weights,
             &Tensor::from_slice([tokens.len()], tokens),
@@ -318,19 +305,8 @@ impl Model {
             }
             Ok(())
         })?;
-        let head = Var::constant(weights[self.graph.head].tensor().widened().on(Device::Cpu));
+        let head = Var::constant(weights[self.transformer.head].tensor().widened().on(Device::Cpu));
         let logits = linear(&tape, &Var::constant(last), &head, None)?;
         logits.tensor().to_f64()
     }
-}
-
-/// An f64 tensor in another real dtype.
-fn rounded(t: &Tensor, dtype: DType) -> Result<Tensor> {
-    let mut out = Tensor::unspecified(t.device(), dtype, t.shape());
-    with_real!(dtype, "model", |T| {
-        for (o, &x) in out.slice_mut::<T>().iter_mut().zip(t.slice::<f64>()) {
-            *o = T::of(x);
-        }
-        Ok(out)
-    })
 }

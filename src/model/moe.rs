@@ -1,8 +1,8 @@
 //! The mixture-of-experts layer: router, dispatch, experts, combine. Which method routes, it does
 //! not know.
 
-use super::block::SwigluSlots;
-use super::graph::Graph;
+use super::context::Context;
+use super::feed_forward::SwigluSlots;
 use super::parameters::Layout;
 use crate::config::{ModelConfig, Scope};
 use crate::error::Result;
@@ -66,7 +66,7 @@ impl MoeLayer {
     /// The layer's output `[T, D]` for `x [T, D]`, and its balance losses.
     pub fn forward(
         &self,
-        model: &Graph,
+        model: &Context,
         tape: &Tape,
         weights: &[Var],
         x: &Var,

@@ -55,10 +55,10 @@ impl Model {
         let rows = Rows::Spans(Rc::new(spans));
         let ids = Tensor::from_slice([tokens.len()], tokens);
         let (hidden, _) = self
-            .graph
+            .transformer
             .hidden(&tape, &weights, &ids, &rows, Pass::EVALUATE)?;
         let hidden = hidden.tensor().widened();
-        let head = Var::constant(weights[self.graph.head].tensor().widened().on(Device::Cpu));
+        let head = Var::constant(weights[self.transformer.head].tensor().widened().on(Device::Cpu));
         let mut found = Vec::with_capacity(targets.len());
         with_real!(self.dtype(), "score", |T| {
             for targets in targets.chunks((LOGITS / vocabulary).max(1)) {

@@ -4,7 +4,8 @@ use super::checkpoint::{self, Checkpoint, TrainerState};
 use super::console::Console;
 use super::hooks::{Checkpoints, KernelTimeline, MetricsLog, Plots, Progress, TensorBoard};
 use super::step::StepExecutor;
-use super::{CHECKPOINTS, Hook, RunOptions, Trainer, memory, ranks, refuse_existing, write_config};
+use super::trainer::{Hook, Trainer};
+use super::{CHECKPOINTS, RunOptions, memory, ranks, refuse_existing, write_config};
 use crate::config::{Config, count};
 use crate::data::tokenizer::BYTES;
 use crate::data::{Corpus, Counts};
@@ -23,6 +24,21 @@ pub struct Builder {
     dist: Arc<dyn Collective>,
     hooks: Vec<Box<dyn Hook>>,
     run: Option<RunOptions>,
+}
+
+impl Trainer {
+    /// A trainer without a folder and without hooks, on one rank.
+    ///
+    /// # Errors
+    /// When the data cannot be read, or the model does not fit the device.
+    pub fn new(config: Config) -> Result<Self> {
+        Self::builder(config).build()
+    }
+
+    /// Options for a trainer of this configuration.
+    pub fn builder(config: Config) -> Builder {
+        Builder::new(config)
+    }
 }
 
 impl Builder {

@@ -8,21 +8,20 @@ mod builder; // from a configuration or checkpoint to a trainer
 pub mod checkpoint;
 mod console; // lines on standard error
 mod folder; // names of a run's files
-mod hook;
 pub mod hooks;
+mod loader; // the sequences of a rank
 mod memory;
 pub mod optimizer;
 mod ranks;
 mod record; // a step's report as it is logged
 mod schedule;
 pub mod step;
-mod trainer;
+mod trainer; // the training loop, and the trait of hooks
 
 pub use builder::Builder;
 pub use folder::{CHECKPOINTS, CONFIG_FILE, METRICS_FILE, RunOptions};
 pub(crate) use folder::{refuse_existing, write_config};
-pub use hook::Hook;
 pub use memory::{available as available_memory, least as least_memory};
 pub use schedule::learning_rate;
 pub use step::StepReport;
-pub use trainer::{LaunchedStep, Outcome, Summary, Trainer};
+pub use trainer::{Hook, LaunchedStep, Outcome, Summary, Trainer};

@@ -3,10 +3,11 @@
 
 use super::checkpoint::TrainerState;
 use super::console::Console;
+use super::loader::DataLoader;
 use super::step::{Launched, StepExecutor, StepReport};
-use super::{Builder, Hook, learning_rate, ranks, record};
+use super::{learning_rate, ranks, record};
 use crate::config::Config;
-use crate::data::{Corpus, Prefetch};
+use crate::data::Corpus;
 use crate::dist::{self, Collective, doing};
 use crate::error::{Error, Result};
 use crate::model::Model;
@@ -14,7 +15,6 @@ use crate::model::batch::Batch;
 use crate::report::metrics::Record;
 use crate::tensor::Tensor;
 use std::cell::Cell;
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -36,6 +36,92 @@ pub struct Summary {
     pub step: u64,
     /// After the last step, if a hook evaluated there and it is finite.
     pub validation_loss: Option<f64>,
+}
+
+/// Something that happens during training: logging, evaluation, checkpoints, analyses, early stopping.
+///
+/// Around step `n` the trainer calls, each for all hooks in their order: [`before_step`](Self::before_step), the step,
+/// [`measure`](Self::measure), [`log`](Self::log), [`after_step`](Self::after_step). An error ends the run; one of `after_step`
+/// or `end` does so after all hooks were called, so that a figure that cannot be drawn does not cost a checkpoint.
+///
+/// On several ranks only rank 0 has the hooks that do not ask for [every rank](Self::on_every_rank).
+///
+/// ```
+/// use routegrad::error::Result;
+/// use routegrad::report::metrics::Record;
+/// use routegrad::train::{Hook, StepReport, Trainer};
+///
+/// /// Ends the run when the loss is low enough.
+/// struct StopBelow(f64);
+///
+/// impl Hook for StopBelow {
+///     fn after_step(&mut self, trainer: &Trainer, report: &StepReport, _: &Record) -> Result<()> {
+///         if report.cross_entropy < self.0 {
+///             trainer.request_stop();
+///         }
+///         Ok(())
+///     }
+/// }
+/// ```
+pub trait Hook {
+    /// Whether every rank needs the hook, because it makes collective calls.
+    fn on_every_rank(&self) -> bool {
+        false
+    }
+
+    /// Whether it uses the model after step `step`, counted from 1. The trainer then does not launch the next step before
+    /// the hook has run. Hooks that do not ask for it may run while the next step changes the model.
+    fn needs_model(&self, _config: &Config, _step: u64) -> bool {
+        false
+    }
+
+    /// Before the first step of this process.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn start(&mut self, _trainer: &Trainer) -> Result<()> {
+        Ok(())
+    }
+
+    /// Before step `step` is launched, counted from 1.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn before_step(&mut self, _trainer: &Trainer, _step: u64) -> Result<()> {
+        Ok(())
+    }
+
+    /// Adds to the record of a step before it is logged.
+    ///
+    /// # Errors
+    /// Ends the run; the step is not logged.
+    fn measure(&mut self, _trainer: &Trainer, _record: &mut Record) -> Result<()> {
+        Ok(())
+    }
+
+    /// Writes the record of a step.
+    ///
+    /// # Errors
+    /// Ends the run.
+    fn log(&mut self, _trainer: &Trainer, _record: &Record) -> Result<()> {
+        Ok(())
+    }
+
+    /// After a step was logged.
+    ///
+    /// # Errors
+    /// Ends the run when all hooks were called.
+    fn after_step(&mut self, _: &Trainer, _: &StepReport, _: &Record) -> Result<()> {
+        Ok(())
+    }
+
+    /// When the run has ended or was stopped, but not after an error.
+    ///
+    /// # Errors
+    /// Fails the run when all hooks were called.
+    fn end(&mut self, _trainer: &Trainer, _outcome: Outcome) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Trains a model: owns configuration, model, optimizer, the prefetched data and the hooks.
@@ -81,31 +167,7 @@ pub struct LaunchedStep {
     launched: Launched,
 }
 
-/// The sequences of each step, read before they are needed.
-pub(super) struct DataLoader {
-    pub corpus: Arc<Corpus>,
-    /// This rank's sequences of each micro-batch, as offsets into a step's.
-    pub parts: Vec<Range<u64>>,
-    /// Sequences of a step, over all ranks.
-    pub sequences: u64,
-    /// Started by the first step.
-    pub prefetch: Option<Prefetch<Batch>>,
-}
-
 impl Trainer {
-    /// A trainer without a folder and without hooks, on one rank.
-    ///
-    /// # Errors
-    /// When the data cannot be read, or the model does not fit the device.
-    pub fn new(config: Config) -> Result<Self> {
-        Self::builder(config).build()
-    }
-
-    /// Options for a trainer of this configuration.
-    pub fn builder(config: Config) -> Builder {
-        Builder::new(config)
-    }
-
     pub(super) fn assemble(
         parts: (Model, StepExecutor, TrainerState),
         dist: Arc<dyn Collective>,
@@ -376,46 +438,4 @@ impl LaunchedStep {
     pub fn was_replayed(&self) -> bool {
         self.launched.was_replayed()
     }
-}
-
-impl DataLoader {
-    fn new(corpus: Arc<Corpus>, config: &Config, dist: &dyn Collective) -> Result<Self> {
-        let train = &config.train;
-        let (sequences, micro_batch) = (train.sequences_per_step as u64, train.micro_batch as u64);
-        let part = |first| dist.part(first..(first + micro_batch).min(sequences));
-        let parts = (0..sequences).step_by(micro_batch.max(1) as usize);
-        Ok(DataLoader {
-            corpus,
-            parts: parts.map(part).collect::<Result<_>>()?,
-            sequences,
-            prefetch: None,
-        })
-    }
-
-    /// This rank's sequences of the step behind `step` steps.
-    fn read(&self, step: u64) -> Batch {
-        batch(&self.corpus, &self.parts, self.sequences, step)
-    }
-
-    /// The same, prefetched up to the last of `steps`.
-    fn take(&mut self, step: u64, steps: u64) -> Result<Batch> {
-        if step >= steps {
-            return Ok(self.read(step));
-        }
-        if self.prefetch.is_none() {
-            let (corpus, parts, n) = (self.corpus.clone(), self.parts.clone(), self.sequences);
-            let read = move |step| batch(&corpus, &parts, n, step);
-            self.prefetch = Some(Prefetch::new(step..steps, read)?);
-        }
-        Ok(match &mut self.prefetch {
-            Some(prefetch) => prefetch.take(step),
-            None => self.read(step),
-        })
-    }
-}
-
-/// A rank's parts of the micro-batches of a step; step t of n sequences takes those from t · n on.
-fn batch(corpus: &Corpus, parts: &[Range<u64>], n: u64, step: u64) -> Batch {
-    let own = parts.iter().cloned().flatten();
-    corpus.sequences(own.map(|sequence| step * n + sequence))
 }

@@ -6,43 +6,33 @@
 //! [`status::table`] renders what is proven.
 
 pub mod attention;
-mod benched;
+mod benchmark;
 pub mod code;
-pub mod learns;
-pub mod one;
+mod determinism;
+mod kind;
+pub mod loss_parity;
+mod no_host_sync;
+mod outcome;
+mod place;
 mod process;
 pub mod record;
-mod repeats;
-mod resumes;
+mod resume;
+pub mod run_task;
 pub mod status;
-mod steady;
 mod steps;
 pub mod task;
+mod throughput;
 pub mod timing;
-mod trains;
 
-use crate::device::Device;
+pub use place::{FOLDER, Place};
+
 use crate::device::machine;
 use crate::error::{Error, Result};
 use crate::report::records;
+use place::machine_name;
 use record::{Ending, Record, Records};
-use std::path::PathBuf;
 use std::time::Instant;
 use task::Task;
-
-/// Where records are kept.
-pub const FOLDER: &str = "benches/results";
-
-/// Where tasks run.
-#[derive(Clone, Debug)]
-pub struct Place {
-    /// A GPU, or the simulator.
-    pub device: Device,
-    /// Folder of the records.
-    pub out: PathBuf,
-    /// Every task of a whole step does something wrong on purpose, which it must tell.
-    pub planted: bool,
-}
 
 /// What [`check`] is asked to do.
 pub struct Options {
@@ -55,27 +45,6 @@ pub struct Options {
     pub only: Option<String>,
     /// Run tasks again that have passed.
     pub again: bool,
-}
-
-/// The GPU that this process can use; or one sentence that says why there is none.
-#[cfg(feature = "cuda")]
-fn gpu_name() -> Result<String, String> {
-    // Closed at once: the tasks open it in their own processes.
-    crate::device::cuda::Gpu::open().map(|gpu| gpu.name.clone())
-}
-
-/// The machine that the records are of; or one sentence that says why there is none.
-fn machine_name(device: Device) -> Result<String, String> {
-    match device {
-        Device::Sim => Ok("simulator".into()),
-        _ => gpu_name(),
-    }
-}
-
-/// As with the feature.
-#[cfg(not(feature = "cuda"))]
-fn gpu_name() -> Result<String, String> {
-    Err("this build has no cuda device: build with --features cuda".into())
 }
 
 /// Runs what has no record yet, untried tasks before failed ones.
@@ -253,8 +222,10 @@ impl Visit {
 
 #[cfg(test)]
 mod tests {
-    use super::task::Kind;
+    use super::kind::Kind;
     use super::*;
+    use crate::device::Device;
+    use std::path::PathBuf;
 
     fn options(only: Option<&str>) -> Options {
         Options {

@@ -1,9 +1,10 @@
 //! The processes that tasks run in.
 
-use super::Place;
-use super::one::Outcome;
+use super::place::Place;
+use super::outcome::Outcome;
 use super::record::Ending;
-use super::task::{Kind, Task};
+use super::kind::Kind;
+use super::task::Task;
 use crate::error::{Error, Result};
 use serde_json::json;
 use std::io::Read;

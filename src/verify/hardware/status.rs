@@ -2,7 +2,8 @@
 
 use super::code::code;
 use super::record::{Ending, Record, Records};
-use super::task::{self, Kind, Task};
+use super::kind::Kind;
+use super::task::{self, Task};
 use crate::device::Device;
 use crate::error::Result;
 use crate::report::page;

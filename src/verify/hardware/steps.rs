@@ -1,12 +1,9 @@
 //! Whole training steps: which models the hardware check takes, and what it asks of each.
 
-use super::one::Outcome;
-use super::record::Ending;
-use super::task::Kind;
-use super::{learns, repeats, resumes, steady, trains};
+use super::kind::Kind;
 use crate::config::{Config, Layers, count};
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::routers;
 use crate::study::plan::{self, Memory};
 use crate::train::Trainer;
@@ -104,40 +101,13 @@ impl StepCase {
         };
         let mut text = format!("{:.1} GB of the device", gigabytes(plan.memory.total()));
         match self.kind {
-            Kind::Resumes => {
+            Kind::Resume => {
                 text += &format!(", {:.1} GB of disk", gigabytes(plan.checkpoint_bytes));
             }
-            Kind::Learns => text += ", the processor's curve",
+            Kind::LossParity => text += ", the processor's curve",
             _ => {}
         }
         text
-    }
-
-    /// Does what the kind asks.
-    ///
-    /// # Errors
-    /// When the steps cannot be taken.
-    pub fn run(&self, place: &super::Place) -> Result<Outcome> {
-        let config = self.config(place.device)?;
-        if self.kind == Kind::Resumes {
-            return resumes::check(self, place);
-        }
-        place.device.prepare()?;
-        if let Err(why) = crate::device::reserve(place.device, planned(&config)? as usize) {
-            return Ok(Outcome::new(Ending::Unavailable, why.to_string()));
-        }
-        match self.kind {
-            Kind::Steady => steady::check(config, place.planted),
-            Kind::Repeats => repeats::check(&config, self.steps, place.planted),
-            Kind::Learns => learns::check(self, place),
-            Kind::Trains => trains::time(config, self.steps, place.planted),
-            _ => Err(Error::invalid(
-                "hardware-check",
-                "a kind of whole steps",
-                self.name.as_str(),
-                "a bug",
-            )),
-        }
     }
 }
 
@@ -189,15 +159,15 @@ fn of_gpu() -> Vec<StepCase> {
     let recomputed = small(&["model.top_k=2", "train.recompute=true"]);
     let eager = small(&["train.graph=false"]);
     let mut all = vec![
-        case(Kind::Steady, "tiny", "default", &small(&[]), 4, 3.0),
-        case(Kind::Steady, "tiny", "default", &eager, 4, 3.0).named("tiny default eager"),
-        case(Kind::Steady, "tiny", "topk", &small(&[]), 4, 3.0),
-        case(Kind::Steady, "tiny", "default", &recomputed, 4, 3.0)
+        case(Kind::NoHostSync, "tiny", "default", &small(&[]), 4, 3.0),
+        case(Kind::NoHostSync, "tiny", "default", &eager, 4, 3.0).named("tiny default eager"),
+        case(Kind::NoHostSync, "tiny", "topk", &small(&[]), 4, 3.0),
+        case(Kind::NoHostSync, "tiny", "default", &recomputed, 4, 3.0)
             .named("tiny 8c2 default recomputed"),
-        case(Kind::Steady, "tiny", "lossfree", &small(&[]), 4, 3.0),
-        case(Kind::Steady, "557m", "default", &FEW_LAYERS, 4, 10.0).named("557m default 4 layers"),
-        case(Kind::Repeats, "tiny", "default", &[], 50, 6.0),
-        case(Kind::Repeats, "557m", "default", &FEW_LAYERS, 50, 20.0)
+        case(Kind::NoHostSync, "tiny", "lossfree", &small(&[]), 4, 3.0),
+        case(Kind::NoHostSync, "557m", "default", &FEW_LAYERS, 4, 10.0).named("557m default 4 layers"),
+        case(Kind::Determinism, "tiny", "default", &[], 50, 6.0),
+        case(Kind::Determinism, "557m", "default", &FEW_LAYERS, 50, 20.0)
             .named("557m default 4 layers"),
     ];
     all.extend(curves());
@@ -209,7 +179,7 @@ fn of_gpu() -> Vec<StepCase> {
         ("557m", "default"),
         ("557m", "topk"),
     ] {
-        let timed = case(Kind::Trains, preset, router, &[SEQUENCES], 4, 0.0);
+        let timed = case(Kind::Throughput, preset, router, &[SEQUENCES], 4, 0.0);
         let estimate = timed.config(Device::Sim).map_or(60.0, |config| {
             let tokens = config.train.sequences_per_step * config.model.sequence_length;
             let flops = count::flops_per_token(&config.model) as f64 * tokens as f64;
@@ -220,7 +190,7 @@ fn of_gpu() -> Vec<StepCase> {
         all.push(StepCase { estimate, ..timed });
     }
     all.push(case(
-        Kind::Resumes,
+        Kind::Resume,
         "1.96b",
         "default",
         &[SEQUENCES],
@@ -237,7 +207,7 @@ pub const WARM: u64 = 4;
 pub fn curves() -> [StepCase; 2] {
     [
         case(
-            Kind::Learns,
+            Kind::LossParity,
             "tiny",
             "default",
             &["train.steps=20"],
@@ -245,7 +215,7 @@ pub fn curves() -> [StepCase; 2] {
             5.0,
         ),
         case(
-            Kind::Learns,
+            Kind::LossParity,
             "small",
             "default",
             &["train.steps=200"],
@@ -260,11 +230,11 @@ fn rehearsal() -> Vec<StepCase> {
     let short = [&SMALL[..], &["train.steps=6"]].concat();
     let eager = [&SMALL[..], &["train.graph=false"]].concat();
     vec![
-        case(Kind::Steady, "tiny", "default", &SMALL, 4, 8.0),
-        case(Kind::Steady, "tiny", "default", &eager, 4, 8.0).named("tiny default eager"),
-        case(Kind::Repeats, "tiny", "default", &SMALL, 2, 8.0),
-        case(Kind::Learns, "tiny", "default", &short, 6, 8.0),
-        case(Kind::Trains, "tiny", "default", &SMALL, 2, 8.0),
-        case(Kind::Resumes, "tiny", "default", &SMALL, 5, 20.0),
+        case(Kind::NoHostSync, "tiny", "default", &SMALL, 4, 8.0),
+        case(Kind::NoHostSync, "tiny", "default", &eager, 4, 8.0).named("tiny default eager"),
+        case(Kind::Determinism, "tiny", "default", &SMALL, 2, 8.0),
+        case(Kind::LossParity, "tiny", "default", &short, 6, 8.0),
+        case(Kind::Throughput, "tiny", "default", &SMALL, 2, 8.0),
+        case(Kind::Resume, "tiny", "default", &SMALL, 5, 20.0),
     ]
 }

@@ -1,57 +1,13 @@
 //! What there is to prove and to measure on a GPU, most important first.
 
 use super::attention;
-use super::benched;
+use super::benchmark;
 use super::code::STEP;
+use super::kind::Kind;
 use super::steps::{self, StepCase};
 use super::timing;
 use crate::device::Device;
 use crate::verify::kernels::{self, Case};
-
-/// What is asked of a case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Every problem agrees with its reference, and a second run gives the same bytes.
-    Agrees,
-    /// Captured as a graph and replayed, it gives the bytes of the eager run.
-    Replays,
-    /// A whole step waits for nothing, repeats its addresses, takes the planned memory; with a NaN it leaves no trace.
-    Steady,
-    /// Two runs give the same bytes.
-    Repeats,
-    /// The loss is that of the processor.
-    Learns,
-    /// `compute-sanitizer --tool memcheck` finds nothing.
-    Memcheck,
-    /// How fast whole steps are.
-    Trains,
-    /// A run that was killed goes on from its checkpoint, and what saving costs.
-    Resumes,
-    /// How fast a kernel is, products beside cuBLAS.
-    Timed,
-    /// The benchmark's core set, peers included.
-    Bench,
-    /// `compute-sanitizer --tool racecheck` finds nothing: last, since it takes minutes where it does not hang.
-    Racecheck,
-}
-
-impl Kind {
-    fn verb(self) -> &'static str {
-        match self {
-            Kind::Agrees => "agrees",
-            Kind::Replays => "replays",
-            Kind::Steady => "steady",
-            Kind::Repeats => "repeats",
-            Kind::Learns => "learns",
-            Kind::Memcheck => "memcheck",
-            Kind::Trains => "trains",
-            Kind::Resumes => "resumes",
-            Kind::Timed => "timed",
-            Kind::Bench => "bench",
-            Kind::Racecheck => "racecheck",
-        }
-    }
-}
 
 /// One line of the queue.
 #[derive(Clone, Debug)]
@@ -108,7 +64,7 @@ impl Task {
 pub fn queue(device: Device) -> Vec<Task> {
     let (correct, timed): (Vec<StepCase>, Vec<StepCase>) = steps::cases(device)
         .into_iter()
-        .partition(|case| !matches!(case.kind, Kind::Trains | Kind::Resumes));
+        .partition(|case| !matches!(case.kind, Kind::Throughput | Kind::Resume));
     let (correct, timed) = (correct.into_iter(), timed.into_iter());
     let (correct, timed) = (correct.map(Task::of_step), timed.map(Task::of_step));
     let mut tasks = Vec::new();
@@ -140,7 +96,7 @@ pub fn queue(device: Device) -> Vec<Task> {
     tasks.extend(timed);
     tasks.extend(timings());
     // Starting its parts and the report come on top.
-    tasks.push(bench("core", benched::SECONDS + 30.0));
+    tasks.push(bench("core", benchmark::SECONDS + 30.0));
     tasks.extend(instrument(Kind::Racecheck, 8.0));
     tasks
 }

@@ -1,6 +1,6 @@
 //! Two runs give the same bytes: of every loss, weight, moment and whatever a router keeps.
 
-use super::one::Outcome;
+use super::outcome::Outcome;
 use super::steps::{strict_trainer, uncaptured};
 use crate::config::Config;
 use crate::error::Result;

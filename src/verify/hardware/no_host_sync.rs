@@ -1,7 +1,7 @@
 //! A step as the host sees it: after the first ones it asks for no memory, waits for nothing and gives its kernels the
 //! addresses of the step before; a step that is not finite leaves no trace; the memory is what was planned.
 
-use super::one::Outcome;
+use super::outcome::Outcome;
 use super::steps::{WARM, memory_judged, planned, strict_trainer, uncaptured, unplanned};
 use crate::config::Config;
 use crate::device::counters::{self, Counters};

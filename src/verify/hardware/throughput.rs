@@ -1,6 +1,6 @@
 //! How fast whole steps are: tokens a second, the share of the GPU's peak, memory beside the plan, time by kernel.
 
-use super::one::Outcome;
+use super::outcome::Outcome;
 use super::steps::{WARM, memory_judged, planned, strict_trainer, uncaptured, unplanned};
 use crate::config::{Config, count};
 use crate::device::machine::H200_PEAK;

@@ -1,42 +1,12 @@
 //! One task, in the process made for it.
 
+use super::kind::Kind;
+use super::outcome::Outcome;
+use super::place::Place;
 use super::record::Ending;
-use super::task::{self, Kind};
-use super::{Place, benched, steps};
+use super::steps::{self, StepCase, planned};
+use super::{benchmark, determinism, loss_parity, no_host_sync, resume, task, throughput};
 use crate::error::{Error, Result};
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
-
-/// What a task's process tells the one that started it, as one line of JSON.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Outcome {
-    pub ending: Ending,
-    pub detail: String,
-    pub measured: Value,
-}
-
-impl Outcome {
-    pub fn new(ending: Ending, detail: impl Into<String>) -> Self {
-        Self {
-            ending,
-            detail: detail.into(),
-            measured: Value::Null,
-        }
-    }
-
-    /// Failed with everything that is `wrong`, or passed with what was `right`.
-    pub fn judged(wrong: impl IntoIterator<Item = String>, right: String, measured: Value) -> Self {
-        let wrong: Vec<String> = wrong.into_iter().collect();
-        let outcome = match wrong.is_empty() {
-            true => Self::new(Ending::Passed, right),
-            false => Self::new(Ending::Failed, wrong.join("; ")),
-        };
-        Self {
-            measured,
-            ..outcome
-        }
-    }
-}
 
 /// Runs the task called `name` and prints its outcome.
 ///
@@ -58,21 +28,48 @@ fn outcome(name: &str, place: &Place) -> Result<Outcome, String> {
         .find(|task| task.name() == name)
         .ok_or(format!("there is no task \"{name}\""))?;
     match task.kind {
-        Kind::Steady | Kind::Repeats | Kind::Learns | Kind::Trains | Kind::Resumes => {
+        Kind::NoHostSync | Kind::Determinism | Kind::LossParity | Kind::Throughput | Kind::Resume => {
             let case = steps::cases(place.device)
                 .into_iter()
                 .find(|case| case.kind == task.kind && case.name == task.case)
                 .ok_or("there is no such case")?;
-            case.run(place).map_err(|e| e.to_string())
+            whole_steps(&case, place).map_err(|e| e.to_string())
         }
-        Kind::Bench => benched::check(place).map_err(|e| e.to_string()),
+        Kind::Bench => benchmark::check(place).map_err(|e| e.to_string()),
         _ => of_kernel(&task),
+    }
+}
+
+/// Does what the kind of a case of whole steps asks.
+///
+/// # Errors
+/// When the steps cannot be taken.
+fn whole_steps(case: &StepCase, place: &Place) -> Result<Outcome> {
+    let config = case.config(place.device)?;
+    if case.kind == Kind::Resume {
+        return resume::check(case, place);
+    }
+    place.device.prepare()?;
+    if let Err(why) = crate::device::reserve(place.device, planned(&config)? as usize) {
+        return Ok(Outcome::new(Ending::Unavailable, why.to_string()));
+    }
+    match case.kind {
+        Kind::NoHostSync => no_host_sync::check(config, place.planted),
+        Kind::Determinism => determinism::check(&config, case.steps, place.planted),
+        Kind::LossParity => loss_parity::check(case, place),
+        Kind::Throughput => throughput::time(config, case.steps, place.planted),
+        _ => Err(Error::invalid(
+            "hardware-check",
+            "a kind of whole steps",
+            case.name.as_str(),
+            "a bug",
+        )),
     }
 }
 
 #[cfg(not(feature = "cuda"))]
 fn of_kernel(_task: &task::Task) -> Result<Outcome, String> {
-    super::gpu_name().map(|gpu| Outcome::new(Ending::Failed, gpu))
+    super::place::gpu_name().map(|gpu| Outcome::new(Ending::Failed, gpu))
 }
 
 #[cfg(feature = "cuda")]

@@ -1,0 +1,31 @@
+//! The dense SwiGLU feed-forward network: of dense layers and of shared experts.
+
+use super::parameters::Layout;
+use crate::error::Result;
+use crate::ops::linear::linear;
+use crate::ops::swiglu::swiglu;
+use crate::tape::{Tape, Var};
+
+/// Where the parameters of one SwiGLU network are.
+pub struct SwigluSlots {
+    /// `[2F, D]`: gate above up.
+    pub gate_up: usize,
+    /// `[D, F]`.
+    pub down: usize,
+}
+
+impl SwigluSlots {
+    pub fn new(layout: &mut Layout, prefix: &str, hidden: usize, width: usize) -> Self {
+        let parts = ["gate", "up"].map(|m| (format!("{prefix}.{m}_proj.weight"), width));
+        SwigluSlots {
+            gate_up: layout.stacked(&format!("{prefix}.gate_up_proj.weight"), &parts, hidden),
+            down: layout.residual(&format!("{prefix}.down_proj.weight"), &[hidden, width]),
+        }
+    }
+
+    /// `down(silu(gate(x)) ⊙ up(x))`.
+    pub fn forward(&self, tape: &Tape, weights: &[Var], x: &Var) -> Result<Var> {
+        let h = linear(tape, x, &weights[self.gate_up], None)?;
+        linear(tape, &swiglu(tape, &h)?, &weights[self.down], None)
+    }
+}

@@ -1,0 +1,17 @@
+//! Initial values, drawn in f64, in the model's dtype.
+
+use crate::error::Result;
+use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
+use crate::with_real;
+
+/// An f64 tensor in another real dtype.
+pub fn rounded(t: &Tensor, dtype: DType) -> Result<Tensor> {
+    let mut out = Tensor::unspecified(t.device(), dtype, t.shape());
+    with_real!(dtype, "model", |T| {
+        for (o, &x) in out.slice_mut::<T>().iter_mut().zip(t.slice::<f64>()) {
+            *o = T::of(x);
+        }
+        Ok(out)
+    })
+}

@@ -1,0 +1,62 @@
+//! The sequences that a rank trains on.
+
+use crate::config::Config;
+use crate::data::{Corpus, Prefetch};
+use crate::dist::Collective;
+use crate::error::Result;
+use crate::model::batch::Batch;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// The sequences of each step, read before they are needed.
+pub struct DataLoader {
+    pub corpus: Arc<Corpus>,
+    /// This rank's sequences of each micro-batch, as offsets into a step's.
+    pub parts: Vec<Range<u64>>,
+    /// Sequences of a step, over all ranks.
+    pub sequences: u64,
+    /// Started by the first step.
+    pub prefetch: Option<Prefetch<Batch>>,
+}
+
+impl DataLoader {
+    pub fn new(corpus: Arc<Corpus>, config: &Config, dist: &dyn Collective) -> Result<Self> {
+        let train = &config.train;
+        let (sequences, micro_batch) = (train.sequences_per_step as u64, train.micro_batch as u64);
+        let part = |first| dist.part(first..(first + micro_batch).min(sequences));
+        let parts = (0..sequences).step_by(micro_batch.max(1) as usize);
+        Ok(DataLoader {
+            corpus,
+            parts: parts.map(part).collect::<Result<_>>()?,
+            sequences,
+            prefetch: None,
+        })
+    }
+
+    /// This rank's sequences of the step behind `step` steps.
+    pub fn read(&self, step: u64) -> Batch {
+        batch(&self.corpus, &self.parts, self.sequences, step)
+    }
+
+    /// The same, prefetched up to the last of `steps`.
+    pub fn take(&mut self, step: u64, steps: u64) -> Result<Batch> {
+        if step >= steps {
+            return Ok(self.read(step));
+        }
+        if self.prefetch.is_none() {
+            let (corpus, parts, n) = (self.corpus.clone(), self.parts.clone(), self.sequences);
+            let read = move |step| batch(&corpus, &parts, n, step);
+            self.prefetch = Some(Prefetch::new(step..steps, read)?);
+        }
+        Ok(match &mut self.prefetch {
+            Some(prefetch) => prefetch.take(step),
+            None => self.read(step),
+        })
+    }
+}
+
+/// A rank's parts of the micro-batches of a step; step t of n sequences takes those from t · n on.
+fn batch(corpus: &Corpus, parts: &[Range<u64>], n: u64, step: u64) -> Batch {
+    let own = parts.iter().cloned().flatten();
+    corpus.sequences(own.map(|sequence| step * n + sequence))
+}
