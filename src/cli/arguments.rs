@@ -61,8 +61,14 @@ Examples:
   routegrad ablate --router default --axis router.beta=0.9,0.99 --experts 8c1,32c4 --dry-run
   routegrad ablate --figure 5 --scale 0.01 --out runs/figure-5
   routegrad ablate --grid my-grid.toml --jobs 2 --out runs/mine
+  mpirun -n 8 routegrad ablate --grid my-grid.toml --ranks-per-run 2 --out runs/mine
   routegrad ablate --report-only --out runs/mine --baseline lossfree")]
-    Ablate(ablate::Args),
+    Ablate {
+        #[command(flatten)]
+        ablate: ablate::Args,
+        #[command(flatten)]
+        ranks: RanksArgs,
+    },
     /// Write a model's logits, loss and gradients on given tokens, to compare with another framework.
     #[command(after_help = "\
 Examples:
@@ -226,10 +232,17 @@ pub(super) struct TrainArgs {
     /// Show no progress.
     #[arg(long)]
     pub(super) quiet: bool,
-    /// Where the ranks of the run come from: auto, the launcher (mpirun, srun) if there is one; none, this process alone; mpi.
+    #[command(flatten)]
+    pub(super) ranks: RanksArgs,
+}
+
+/// Several processes.
+#[derive(Args)]
+pub(super) struct RanksArgs {
+    /// Where the ranks come from: auto, the launcher (mpirun, srun) if there is one; none, this process alone; mpi.
     #[arg(long, value_name = "FROM", value_enum, default_value = "auto")]
     pub(super) ranks: RanksFrom,
-    /// End the run when a rank is silent, or keeps the others waiting, for so long.
+    /// End when a rank is silent, or keeps the others waiting, for so long.
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
     pub(super) rank_timeout: f64,
 }

@@ -1,7 +1,7 @@
 //! What each command does: reads its arguments, calls the module that does the work, prints.
 
 use super::arguments::*;
-use super::process::watch_signals;
+use super::process::{start_ranks, watch_signals};
 use crate::config::{Config, Layers};
 use crate::data;
 use crate::error::{Error, Result};
@@ -140,10 +140,18 @@ pub(super) fn import_command(args: &ImportArgs) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn ablate_command(args: &ablate::Args) -> Result<()> {
+pub(super) fn ablate_command(
+    args: &ablate::Args,
+    ranks: &RanksArgs,
+    threads: Option<usize>,
+) -> Result<()> {
+    let dist = start_ranks(ranks, threads)?;
     let stop = Arc::new(AtomicBool::new(false));
     watch_signals(&stop)?;
-    say!("{}", ablate::command(args, &stop)?);
+    let text = ablate::command(args, &dist, &stop)?;
+    if dist.rank() == 0 {
+        say!("{text}");
+    }
     Ok(())
 }
 

@@ -64,7 +64,7 @@ impl Cli {
         if let Some(threads) = self.threads {
             set_threads(threads)?;
         }
-        if !matches!(self.command, Command::Train(_)) {
+        if !matches!(self.command, Command::Train(_) | Command::Ablate { .. }) {
             refuse_launcher()?;
         }
         match self.command {
@@ -72,7 +72,7 @@ impl Cli {
             Command::Data(command) => data::run(command),
             Command::Eval(args) => eval_command(&args),
             Command::Analyze(args) => analyze_command(&args),
-            Command::Ablate(args) => ablate_command(&args),
+            Command::Ablate { ablate, ranks } => ablate_command(&ablate, &ranks, self.threads),
             Command::Generate(args) => generate_command(&args),
             Command::Export(args) => export_command(&args),
             Command::Gradcheck {

@@ -1,10 +1,12 @@
 //! What commands ask of their own process: threads, signals, and that it is the only one.
 
-use crate::dist;
+use super::arguments::{RanksArgs, RanksFrom};
+use crate::dist::{self, Collective, Ranks};
 use crate::error::{Error, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 /// More than any machine has cores; the system may have no room for the stacks of many more.
 const MOST_THREADS: usize = 1024;
@@ -27,13 +29,41 @@ pub(super) fn set_threads(threads: usize) -> Result<()> {
         .map_err(|e| invalid(e.to_string()))
 }
 
+/// This process's rank, and its threads.
+pub(super) fn start_ranks(
+    args: &RanksArgs,
+    threads: Option<usize>,
+) -> Result<Arc<dyn Collective>> {
+    if !(args.rank_timeout >= 1.0 && args.rank_timeout.is_finite()) {
+        let got = args.rank_timeout.to_string();
+        let help = "leave it out for the default";
+        return Err(Error::invalid(
+            "--rank-timeout",
+            "1 second or more",
+            got,
+            help,
+        ));
+    }
+    let limit = Duration::from_secs_f64(args.rank_timeout);
+    let ranks = match args.ranks {
+        RanksFrom::Auto => Ranks::Auto,
+        RanksFrom::None => Ranks::None,
+        RanksFrom::Mpi => Ranks::Mpi,
+    };
+    let dist = dist::start(ranks, limit)?;
+    if let (None, Some(threads)) = (threads, dist::threads()) {
+        set_threads(threads)?;
+    }
+    Ok(dist)
+}
+
 /// Refuses a command of one process that a launcher started several times.
 pub(super) fn refuse_launcher() -> Result<()> {
     match dist::launcher_size() {
         1 => Ok(()),
         n => Err(Error::invalid(
             "routegrad",
-            "one process; only `train` runs on several",
+            "one process; only `train` and `ablate` run on several",
             format!("{n} processes of a launcher"),
             "start the command without mpirun or srun",
         )),

@@ -1,23 +1,21 @@
 //! `routegrad train`: what it begins with, the run, and what it says at the end.
 
-use super::arguments::{RanksFrom, TrainArgs};
-use super::process::{set_threads, watch_signals};
+use super::arguments::TrainArgs;
+use super::process::{start_ranks, watch_signals};
 use crate::config::{Config, Layers};
 use crate::data;
 use crate::device::Device;
-use crate::dist::{self, Collective, Ranks};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::routers;
 use crate::study::{hooks, plan};
 use crate::train::{self, Outcome, RunOptions};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Duration;
 use toml::Value;
 
 pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<()> {
-    let dist = start_ranks(args, threads)?;
+    let dist = start_ranks(&args.ranks, threads)?;
     // A run that goes on has its configuration in its folder; a new one may be named after it.
     let (config, out) = if args.resume {
         let out = args.folder(args.router.as_deref().unwrap_or("default"));
@@ -73,31 +71,6 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
         Outcome::Finished => say!("log and pictures: {place}"),
     }
     Ok(())
-}
-
-/// This process's rank, and its threads.
-fn start_ranks(args: &TrainArgs, threads: Option<usize>) -> Result<Arc<dyn Collective>> {
-    if !(args.rank_timeout >= 1.0 && args.rank_timeout.is_finite()) {
-        let got = args.rank_timeout.to_string();
-        let help = "leave it out for the default";
-        return Err(Error::invalid(
-            "--rank-timeout",
-            "1 second or more",
-            got,
-            help,
-        ));
-    }
-    let limit = Duration::from_secs_f64(args.rank_timeout);
-    let ranks = match args.ranks {
-        RanksFrom::Auto => Ranks::Auto,
-        RanksFrom::None => Ranks::None,
-        RanksFrom::Mpi => Ranks::Mpi,
-    };
-    let dist = dist::start(ranks, limit)?;
-    if let (None, Some(threads)) = (threads, dist::threads()) {
-        set_threads(threads)?;
-    }
-    Ok(dist)
 }
 
 impl TrainArgs {

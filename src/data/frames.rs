@@ -1,6 +1,6 @@
 //! Text compressed with zstd, read as it is needed.
 
-use super::guard::no_panic;
+use super::catch_panic::catch_panic;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use std::io::{BufRead, Error, ErrorKind, Read, Result};
 
@@ -32,7 +32,7 @@ impl<R: BufRead> Read for Frames<R> {
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize> {
         loop {
             if let Some(decoder) = &mut self.decoder {
-                let n = no_panic(|| decoder.read(buffer).map_err(|e| e.to_string()))
+                let n = catch_panic(|| decoder.read(buffer).map_err(|e| e.to_string()))
                     .and_then(|read| read)
                     .map_err(|e| {
                         let place = format!("after {} bytes of text", self.read);
@@ -57,7 +57,7 @@ impl<R: BufRead> Read for Frames<R> {
             if source.fill_buf()?.is_empty() {
                 return Ok(0);
             }
-            let decoder = no_panic(|| StreamingDecoder::new(source).map_err(|e| e.to_string()))
+            let decoder = catch_panic(|| StreamingDecoder::new(source).map_err(|e| e.to_string()))
                 .and_then(|decoder| decoder)
                 .map_err(|e| bad(format!("a bad or cut-off frame header ({e})")))?;
             self.decoder = Some(decoder);

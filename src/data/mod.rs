@@ -10,7 +10,7 @@ mod boundaries;
 mod changed;
 pub mod folder;
 mod frames;
-mod guard;
+mod catch_panic;
 mod limits;
 mod mix;
 mod order;

@@ -4,7 +4,7 @@
 //! stream, and cudarc's event tracking is off, since it would break graph capture.
 
 use super::driver::{error, error_text};
-use super::pinned::{Landing, Landings, Staging};
+use super::pinned::{PinnedReadback, PinnedReadbacks, Staging};
 use super::{copies, counters};
 use crate::error::{Error, Result};
 use cudarc::driver::result;
@@ -19,7 +19,7 @@ pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     staging: Mutex<Staging>,
-    landings: Landings,
+    readbacks: PinnedReadbacks,
     /// As the driver names it, such as "NVIDIA H200".
     pub name: String,
     /// Version of CUDA that the driver speaks, as (13, 0).
@@ -87,7 +87,7 @@ impl Gpu {
             context,
             stream,
             staging: Mutex::new(Staging::new().map_err(|e| failed("pin memory of the host", e))?),
-            landings: Landings::default(),
+            readbacks: PinnedReadbacks::default(),
             name,
             driver,
         })
@@ -203,29 +203,29 @@ impl Gpu {
     ///
     /// # Errors
     /// When the driver refuses.
-    pub fn send(&self, ranges: &[(usize, usize)]) -> Result<Landing> {
+    pub fn send(&self, ranges: &[(usize, usize)]) -> Result<PinnedReadback> {
         let stream = self.stream()?;
         let bytes = ranges.iter().map(|(_, bytes)| bytes).sum();
-        let mut landing = self.landings.take(bytes)?;
-        let mut to = landing.bytes_mut();
+        let mut readback = self.readbacks.take(bytes)?;
+        let mut to = readback.bytes_mut();
         for &(from, count) in ranges {
             let (part, rest) = to.split_at_mut(count);
             copies::copied(true, count);
-            // SAFETY: the caller owns the range, and the landing is neither read nor given back before its mark.
+            // SAFETY: the caller owns the range, and the readback is neither read nor given back before its mark.
             unsafe { result::memcpy_dtoh_async(part, from as u64, stream) }
                 .map_err(|e| error("copy from the GPU", e))?;
             to = rest;
         }
-        Ok(landing.over_at(self.mark()?))
+        Ok(readback.over_at(self.mark()?))
     }
 
     /// Gives what was sent, when it is there; launches behind it need not be over.
     ///
     /// # Errors
     /// What a launch before it met.
-    pub fn receive(&self, landing: Landing) -> Result<Vec<u8>> {
+    pub fn receive(&self, readback: PinnedReadback) -> Result<Vec<u8>> {
         self.stream()?;
-        self.landings.receive(landing)
+        self.readbacks.receive(readback)
     }
 
     /// Sets `count` bytes, behind the launches so far.

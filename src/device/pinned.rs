@@ -68,7 +68,7 @@ impl Staging {
 
 /// Where copies to the host land: blocks that are taken for one, and given back when it was read.
 #[derive(Default)]
-pub(super) struct Landings(Mutex<Vec<Pinned>>);
+pub(super) struct PinnedReadbacks(Mutex<Vec<Pinned>>);
 
 struct Pinned {
     memory: *mut u8,
@@ -79,13 +79,13 @@ struct Pinned {
 unsafe impl Send for Pinned {}
 
 /// A copy under way. One that is dropped keeps its block for ever: the GPU may still write there.
-pub struct Landing {
+pub struct PinnedReadback {
     block: Pinned,
     bytes: usize,
     over: Option<CudaEvent>,
 }
 
-impl Landing {
+impl PinnedReadback {
     /// Where the copy goes.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
         // SAFETY: the block has so many bytes, and was zeroed.
@@ -99,7 +99,7 @@ impl Landing {
     }
 }
 
-impl Landings {
+impl PinnedReadbacks {
     fn blocks(&self) -> std::sync::MutexGuard<'_, Vec<Pinned>> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -108,14 +108,14 @@ impl Landings {
     ///
     /// # Errors
     /// When the host has none that can be pinned.
-    pub fn take(&self, bytes: usize) -> Result<Landing> {
+    pub fn take(&self, bytes: usize) -> Result<PinnedReadback> {
         let mut blocks = self.blocks();
         let found = blocks.iter().position(|block| block.capacity >= bytes);
         let block = match found {
             Some(place) => blocks.swap_remove(place),
             None => Pinned::new(bytes).map_err(|e| error("pin memory of the host", e))?,
         };
-        Ok(Landing {
+        Ok(PinnedReadback {
             block,
             bytes,
             over: None,
@@ -126,16 +126,16 @@ impl Landings {
     ///
     /// # Errors
     /// What a launch before it met.
-    pub fn receive(&self, mut landing: Landing) -> Result<Vec<u8>> {
-        if let Some(over) = landing.over.take() {
+    pub fn receive(&self, mut readback: PinnedReadback) -> Result<Vec<u8>> {
+        if let Some(over) = readback.over.take() {
             if !over.is_complete() {
                 counters::waited();
             }
             over.synchronize()
                 .map_err(|e| error("wait for a copy", e))?;
         }
-        let bytes = landing.bytes_mut().to_vec();
-        self.blocks().push(landing.block);
+        let bytes = readback.bytes_mut().to_vec();
+        self.blocks().push(readback.block);
         Ok(bytes)
     }
 }

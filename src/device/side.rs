@@ -109,7 +109,7 @@ trait Copies {
 pub enum Sent {
     Arrived(Vec<u8>),
     #[cfg(feature = "cuda")]
-    UnderWay(super::pinned::Landing),
+    UnderWay(super::pinned::PinnedReadback),
 }
 
 /// Begins to copy ranges of a device's blocks, by address and bytes, to the host, behind the launches so far.
@@ -133,7 +133,7 @@ impl Sent {
         match self {
             Sent::Arrived(bytes) => Ok(bytes),
             #[cfg(feature = "cuda")]
-            Sent::UnderWay(landing) => super::cuda::gpu()?.receive(landing),
+            Sent::UnderWay(readback) => super::cuda::gpu()?.receive(readback),
         }
     }
 }

@@ -12,8 +12,10 @@ mod sums; // sums and gathers on top of the two movers
 mod threads; // ranks are threads of one process
 
 pub use activity::{at, doing, doing_alone};
-pub use start::{Launcher, Ranks, conclude, describe, launcher, launcher_size, start, threads};
-pub use sums::{agree, same_on_all, shared};
+pub use start::{
+    Launcher, Ranks, conclude, describe, groups, launcher, launcher_size, start, threads,
+};
+pub use sums::{agree, any, same_on_all, shared};
 pub use threads::ThreadRank;
 
 use crate::error::{Error, Result};

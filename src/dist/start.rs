@@ -102,6 +102,25 @@ pub fn start(ranks: Ranks, limit: Duration) -> Result<Arc<dyn Collective>> {
     Ok(mpi)
 }
 
+/// Consecutive groups of `size` ranks each; this rank in its own. The groups make calls independently of one another.
+///
+/// # Errors
+/// When `size` does not divide the number of ranks.
+pub fn groups(all: &Arc<dyn Collective>, size: usize) -> Result<Arc<dyn Collective>> {
+    if size == 0 || all.size() % size != 0 {
+        return Err(Error::invalid(
+            "ranks",
+            format!("groups of a size that divides {}", all.size()),
+            format!("groups of {size}"),
+            "choose another --ranks-per-run, or start another number of processes",
+        ));
+    }
+    match WORLD.get() {
+        Some(mpi) if mpi.size() > size => Ok(Arc::new(mpi.group(size)?)),
+        _ => Ok(all.clone()),
+    }
+}
+
 /// Threads for this process where ranks share cores: its part of them. None without a launcher.
 pub fn threads() -> Option<usize> {
     let mpi = WORLD.get()?;
@@ -157,7 +176,10 @@ pub fn conclude(result: Result<()>) -> Result<(), Option<Error>> {
     mpi.leave(&error.to_string());
     let reports = hub.reports();
     Err(reports.then(|| match hub.failure() {
-        Some(text) => Error::Ranks { text: text.into() },
+        Some(text) => Error::Ranks {
+            text: text.into(),
+            cause: None,
+        },
         None => error,
     }))
 }

@@ -95,9 +95,23 @@ pub fn agree<T>(dist: &dyn Collective, own: Result<T>) -> Result<T> {
             let text = String::from_utf8_lossy(&all[rank]);
             Err(Error::Ranks {
                 text: format!("rank {rank}: {text}"),
+                cause: None,
             })
         }
     }
+}
+
+/// Whether `flag` is set on any rank.
+///
+/// # Errors
+/// When a rank has left.
+pub fn any(dist: &dyn Collective, flag: bool) -> Result<bool> {
+    if dist.size() == 1 {
+        return Ok(flag);
+    }
+    let mut flags = [f64::from(u8::from(flag))];
+    dist.sum(&mut flags)?;
+    Ok(flags[0] > 0.0)
 }
 
 /// An error that every rank met alike, so that one of them reports it.
@@ -106,6 +120,7 @@ pub fn shared(dist: &dyn Collective, error: Error) -> Error {
         1 => error,
         _ => Error::Ranks {
             text: error.to_string(),
+            cause: Some(Box::new(error)),
         },
     }
 }

@@ -228,9 +228,9 @@ mod tests {
                 let flat = |t: &Tensor| t.widened().on(Device::Cpu).slice::<f32>().to_vec();
                 [flat(&output), flat(gradients.get(0).unwrap())]
             };
-            crate::tape::take_ran();
+            crate::tape::take_op_counts();
             let kernels = run(qkv.clone().on(Device::Sim), dout.clone().on(Device::Sim));
-            assert_eq!(crate::tape::take_ran()["attention"], 1);
+            assert_eq!(crate::tape::take_op_counts()["attention"], 1);
             for (got, want) in kernels.iter().zip(run(qkv.widened(), dout.widened())) {
                 let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|x| x * x).sum::<f32>().sqrt();
                 let error = norm(&mut got.iter().zip(&want).map(|(g, w)| g - w));

@@ -47,10 +47,23 @@ pub enum Error {
     },
     /// What several ranks met alike: one of them reports it.
     #[error("{text}")]
-    Ranks { text: String },
+    Ranks {
+        text: String,
+        /// The error, where this rank met it itself.
+        cause: Option<Box<Error>>,
+    },
 }
 
 impl Error {
+    /// Whether a run came to it because its numbers are no longer finite, on this rank or on all.
+    pub fn is_divergence(&self) -> bool {
+        match self {
+            Error::NonFinite { .. } => true,
+            Error::Ranks { cause, .. } => cause.as_ref().is_some_and(|e| e.is_divergence()),
+            _ => false,
+        }
+    }
+
     /// An [`Error::Invalid`].
     pub fn invalid(
         op: impl Into<String>,

@@ -7,12 +7,12 @@
 mod alter;
 pub mod check;
 mod gradients;
-mod ran;
+mod op_counts;
 mod recompute;
 
 pub use alter::{AlteredGradients, BackwardCall, alter_gradients};
 pub use gradients::{Gradients, Grads};
-pub use ran::take_ran;
+pub use op_counts::take_op_counts;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -205,7 +205,7 @@ impl Tape {
     /// When the operation has no kernels on the inputs' device, and those of the operation.
     pub fn apply(&self, op: impl Op + 'static, inputs: &[&Var]) -> Result<Vec<Var>> {
         let tensors: Vec<&Tensor> = inputs.iter().map(|v| &v.tensor).collect();
-        let device = ran::device_of(inputs);
+        let device = op_counts::device_of(inputs);
         if !op.runs_on(device) {
             return Err(Error::invalid(
                 op.name(),
@@ -229,8 +229,8 @@ impl Tape {
         inputs: &[&Var],
         forward: Forward,
     ) -> Vec<Var> {
-        if ran::device_of(inputs) != Device::Cpu {
-            ran::count(op.name());
+        if op_counts::device_of(inputs) != Device::Cpu {
+            op_counts::count(op.name());
         }
         let record = self.recording && inputs.iter().any(|v| v.needs_gradient());
         self.record(record, Box::new(op), inputs, forward.saved, forward.outputs)

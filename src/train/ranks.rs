@@ -145,19 +145,6 @@ pub(super) fn newest(
     Ok((Some(own), Vec::new()))
 }
 
-/// Whether `flag` is set on any rank.
-///
-/// # Errors
-/// When a rank has left.
-pub(super) fn any(dist: &dyn Collective, flag: bool) -> Result<bool> {
-    if dist.size() == 1 {
-        return Ok(flag);
-    }
-    let mut flags = [f64::from(u8::from(flag))];
-    dist.sum(&mut flags)?;
-    Ok(flags[0] > 0.0)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

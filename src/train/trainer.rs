@@ -249,7 +249,7 @@ impl Trainer {
         while self.state.step < steps {
             doing(format!("step {}", self.state.step + 1));
             let asked = stop.load(Ordering::SeqCst) || self.stop_requested.get();
-            let stopping = ranks::any(&*self.dist, asked)?;
+            let stopping = dist::any(&*self.dist, asked)?;
             if stopping && self.in_flight.is_none() {
                 outcome = Outcome::Stopped;
                 break;

@@ -17,7 +17,7 @@ use crate::model::batch::{Batch, Sequences};
 use crate::ops::dispatch::Selection;
 use crate::routers::{self, Disagreement, Pass, Phase};
 use crate::tape::check::normal_numbers;
-use crate::tape::{Gradients, Tape, Var, take_ran};
+use crate::tape::{Gradients, Tape, Var, take_op_counts};
 use crate::tensor::Tensor;
 use crate::train::step::{StepExecutor, StepReport};
 use crate::verify::fault::Fault;
@@ -205,9 +205,9 @@ pub fn operations(config: &Config) -> Result<BTreeMap<&'static str, usize>> {
     let tokens: Vec<i32> = (0..config.model.sequence_length + 1)
         .map(|i| (i * i % vocabulary) as i32)
         .collect();
-    take_ran();
+    take_op_counts();
     trainer.step(&mut model, &[Sequences::new(&tokens, 1)], 0.0)?;
-    Ok(take_ran())
+    Ok(take_op_counts())
 }
 
 /// Directional derivatives of the first MoE layer on the simulator, choices and default vectors held:

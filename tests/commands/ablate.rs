@@ -2,41 +2,14 @@
 //! that `train` made count as done, and one that fails stops no other.
 
 use crate::common::*;
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 const STEPS: u64 = 100;
 
 /// `ablate` of the micro model: two routers, two seeds, and further arguments.
 fn ablate(place: &Place, out: &str, arguments: &[&str]) -> Command {
-    let mut command = program();
-    command.arg("ablate").arg("--out").arg(place.path(out));
-    command.arg("--data").arg(&place.text);
-    for set in MICRO {
-        command.args(["--set", set]);
-    }
-    command.args(["--router", "topk,default", "--seed", "0,1"]);
-    command
-        .args(["--steps", &STEPS.to_string()])
-        .args(arguments);
-    command
-}
-
-/// The report's files without what the clock says.
-fn report(out: &Path) -> BTreeMap<String, String> {
-    let files = fs::read_dir(out).unwrap().map(|e| e.unwrap().path());
-    let files = files.filter(|p| p.is_file()).map(|p| {
-        let name = p.file_name().unwrap().to_str().unwrap().to_owned();
-        let mut text = fs::read_to_string(&p).unwrap();
-        if name == "report.html" {
-            let timing = text.find("<h2 id=\"timing\"").expect("a section of times");
-            text.truncate(timing);
-        }
-        (name, text)
-    });
-    files.filter(|(name, _)| name != "timing.csv").collect()
+    place.ablate(out, STEPS, arguments)
 }
 
 #[test]
@@ -97,8 +70,8 @@ fn a_grid_that_is_killed_and_terminated_ends_in_the_bytes_of_one_that_is_not() {
         let of = |out: &str| place.path(out).join("runs").join(run);
         assert_same_end(&of("whole"), &of("cut"), STEPS);
     }
-    let files = report(&cut);
-    assert!(report(&place.path("whole")) == files);
+    let files = ablation_report(&cut);
+    assert!(ablation_report(&place.path("whole")) == files);
     for name in [
         "report.html",
         "summary.md",
@@ -152,7 +125,7 @@ fn runs_that_train_made_count_as_done_and_several_at_a_time_end_alike() {
         "together",
         &["--jobs", "3", "--threads", "3"],
     ));
-    assert!(report(&place.path("trained")) == report(&place.path("together")));
+    assert!(ablation_report(&place.path("trained")) == ablation_report(&place.path("together")));
 }
 
 #[test]

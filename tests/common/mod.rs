@@ -2,6 +2,7 @@
 
 #![allow(dead_code)]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -55,6 +56,21 @@ impl Place {
             command.args(["--set", set]);
         }
         command.args(arguments);
+        command
+    }
+
+    /// `ablate` of the micro model into `out`: two routers, two seeds, and further arguments.
+    pub fn ablate(&self, out: &str, steps: u64, arguments: &[&str]) -> Command {
+        let mut command = program();
+        command.arg("ablate").arg("--out").arg(self.path(out));
+        command.arg("--data").arg(&self.text);
+        for set in MICRO {
+            command.args(["--set", set]);
+        }
+        command.args(["--router", "topk,default", "--seed", "0,1"]);
+        command
+            .args(["--steps", &steps.to_string()])
+            .args(arguments);
         command
     }
 
@@ -166,4 +182,19 @@ pub fn assert_same_end(a: &Path, b: &Path, step: u64) {
             "{file}"
         );
     }
+}
+
+/// The files of an ablation's report without what the clock says.
+pub fn ablation_report(out: &Path) -> BTreeMap<String, String> {
+    let files = fs::read_dir(out).unwrap().map(|e| e.unwrap().path());
+    let files = files.filter(|p| p.is_file()).map(|p| {
+        let name = p.file_name().unwrap().to_str().unwrap().to_owned();
+        let mut text = fs::read_to_string(&p).unwrap();
+        if name == "report.html" {
+            let timing = text.find("<h2 id=\"timing\"").expect("a section of times");
+            text.truncate(timing);
+        }
+        (name, text)
+    });
+    files.filter(|(name, _)| name != "timing.csv").collect()
 }

@@ -13,7 +13,7 @@ use routegrad::kernels::cross_entropy::{
 };
 use routegrad::ops::cross_entropy::{cross_entropy, token_losses};
 use routegrad::ops::linear::linear;
-use routegrad::tape::{Gradients, Tape, take_ran};
+use routegrad::tape::{Gradients, Tape, take_op_counts};
 use routegrad::tensor::Tensor;
 
 const LAUNCHERS: [&str; 4] = [
@@ -144,9 +144,9 @@ fn head(device: Device, tokens: usize, seed: f64) -> Vec<Tensor> {
 #[test]
 fn the_loss_runs_as_kernels_and_agrees_with_the_cpu_over_chunks_and_micro_batches() {
     for (tokens, seed) in [(1, 1.0), (67, 0.3), (2100, 1.0)] {
-        take_ran();
+        take_op_counts();
         let device = head(Device::Sim, tokens, seed);
-        assert_eq!(take_ran()["cross_entropy"], 2);
+        assert_eq!(take_op_counts()["cross_entropy"], 2);
         let cpu = head(Device::Cpu, tokens, seed);
         let what = ["loss", "dx", "dW", "the tokens' losses"];
         for ((what, device), cpu) in what.iter().zip(&device).zip(&cpu) {
@@ -175,9 +175,9 @@ fn a_projection_runs_as_kernels_and_agrees_with_the_cpu() {
         found.extend((0..2).map(|i| store.get(i).unwrap().clone()));
         found
     };
-    take_ran();
+    take_op_counts();
     let device = run(Device::Sim);
-    assert_eq!(take_ran()["linear"], 2);
+    assert_eq!(take_op_counts()["linear"], 2);
     for (i, (device, cpu)) in device.iter().zip(&run(Device::Cpu)).enumerate() {
         agree(&format!("result {i}"), device, cpu);
     }

@@ -7,7 +7,7 @@ use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
 use routegrad::kernels::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder};
 use routegrad::ops::embedding::embedding;
-use routegrad::tape::{Gradients, Tape, Var, take_ran};
+use routegrad::tape::{Gradients, Tape, Var, take_op_counts};
 use routegrad::tensor::Tensor;
 
 const LAUNCHERS: [&str; 3] = ["embedding_forward", "embedding_order", "embedding_gradient"];
@@ -136,9 +136,9 @@ fn run(device: Device, tokens: usize, vocabulary: usize) -> [Vec<f64>; 2] {
 #[test]
 fn the_operation_runs_as_kernels_and_agrees_with_the_cpu_for_one_two_and_three_byte_ids() {
     for (tokens, vocabulary) in [(1, 3), (700, 200), (700, 256), (700, 5000), (700, 70_000)] {
-        take_ran();
+        take_op_counts();
         let device = run(Device::Sim, tokens, vocabulary);
-        assert_eq!(take_ran()["embedding"], 2);
+        assert_eq!(take_op_counts()["embedding"], 2);
         let cpu = run(Device::Cpu, tokens, vocabulary);
         assert!(device[0] == cpu[0], "rows, V {vocabulary}");
         for (a, b) in device[1].iter().zip(&cpu[1]) {

@@ -18,7 +18,7 @@ use routegrad::ops::sampled_gate::{Choice, sampled_gate};
 use routegrad::ops::scores::on_selection;
 use routegrad::ops::straight_through::straight_through;
 use routegrad::tape::check::normal_numbers;
-use routegrad::tape::{Gradients, Tape, Var, take_ran};
+use routegrad::tape::{Gradients, Tape, Var, take_op_counts};
 use routegrad::tensor::Tensor;
 use std::rc::Rc;
 
@@ -81,9 +81,9 @@ fn run(device: Device, op: impl Fn(&Tape, &Var) -> Result<Var>) -> [Vec<f64>; 2]
 }
 
 fn agree(what: &str, op: impl Fn(&Tape, &Var) -> Result<Var>) {
-    take_ran();
+    take_op_counts();
     let device = run(Device::Sim, &op);
-    assert_eq!(take_ran().values().sum::<usize>(), 1, "{what}");
+    assert_eq!(take_op_counts().values().sum::<usize>(), 1, "{what}");
     for (device, cpu) in device.iter().zip(run(Device::Cpu, &op)) {
         for (i, (a, b)) in device.iter().zip(cpu).enumerate() {
             assert!(
@@ -181,9 +181,9 @@ fn the_losses_run_as_kernels_and_agree_with_the_cpu() {
         let [mean, other] = [0, 1].map(|i| store.get(i).unwrap().to_f64().unwrap());
         [vec![total.tensor().item().unwrap()], mean, other].concat()
     };
-    take_ran();
+    take_op_counts();
     let device = losses(Device::Sim);
-    let ran = take_ran();
+    let ran = take_op_counts();
     assert_eq!((ran["auxiliary_loss"], ran["weighted_sum"]), (1, 1));
     for (a, b) in device.iter().zip(losses(Device::Cpu)) {
         assert!((a - b).abs() <= 1e-6 * b.abs(), "{a} is not {b}");

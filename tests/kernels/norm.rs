@@ -10,7 +10,7 @@ use crate::support::{check_cases, check_schedules, counts_agree, outputs};
 use routegrad::device::Device;
 use routegrad::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partials};
 use routegrad::ops::{add::add, add_norm::add_norm, layernorm::layernorm, rmsnorm::rmsnorm};
-use routegrad::tape::{Gradients, Tape, Var, take_ran};
+use routegrad::tape::{Gradients, Tape, Var, take_op_counts};
 use routegrad::tensor::Tensor;
 use routegrad::tensor::dtype::DType;
 use routegrad::verify::kernels::norm::{
@@ -197,9 +197,9 @@ fn run(device: Device, op: impl Fn(&Tape, &[Var]) -> Vec<Var>) -> Vec<Option<Vec
 }
 
 fn agree(name: &str, op: impl Fn(&Tape, &[Var]) -> Vec<Var>) {
-    take_ran();
+    take_op_counts();
     let device = run(Device::Sim, &op);
-    let ran = take_ran();
+    let ran = take_op_counts();
     assert_eq!(ran[name], 1, "{ran:?}");
     let cpu = run(Device::Cpu, &op);
     for (i, (device, cpu)) in device.iter().zip(&cpu).enumerate() {

@@ -11,7 +11,7 @@ use routegrad::kernels::{self, QkvRopeForward};
 use routegrad::ops::attention::rotary::{Places, projected_attention};
 use routegrad::ops::heads::Heads;
 use routegrad::ops::rope::{RopeTables, rope};
-use routegrad::tape::{Gradients, Tape, Var, take_ran};
+use routegrad::tape::{Gradients, Tape, Var, take_op_counts};
 use routegrad::tensor::Tensor;
 use routegrad::tensor::dtype::DType;
 use routegrad::verify::kernels::qkv_rope::{self, Inputs};
@@ -189,9 +189,9 @@ fn heads(dim: usize) -> Heads {
 #[test]
 fn the_operation_runs_as_a_kernel_and_agrees_with_the_cpu() {
     for dim in [48, 64] {
-        take_ran();
+        take_op_counts();
         let device = run(Device::Sim, heads(dim)).unwrap();
-        assert_eq!(take_ran()["rope"], 1);
+        assert_eq!(take_op_counts()["rope"], 1);
         let cpu = run(Device::Cpu, heads(dim)).unwrap();
         for (device, cpu) in device.iter().zip(&cpu) {
             close(&format!("head width {dim}"), device, cpu);
@@ -230,9 +230,9 @@ fn project_and_attend(device: Device, heads: Heads) -> Result<[Vec<f64>; 3]> {
 #[test]
 fn attention_behind_projection_and_rope_agrees_with_the_cpu() {
     for dim in [64, 128] {
-        take_ran();
+        take_op_counts();
         let device = project_and_attend(Device::Sim, heads(dim)).unwrap();
-        let ran = take_ran();
+        let ran = take_op_counts();
         assert!(
             ran.contains_key("rotary attention") && !ran.contains_key("rope"),
             "{ran:?}"

@@ -15,7 +15,7 @@ use routegrad::ops::heads::Heads;
 use routegrad::ops::linear::linear;
 use routegrad::ops::qk_norm::qk_norm;
 use routegrad::ops::scale::scale;
-use routegrad::tape::{Gradients, Tape, Var, take_ran};
+use routegrad::tape::{Gradients, Tape, Var, take_op_counts};
 
 const LAUNCHERS: [&str; 6] = [
     "row_arithmetic",
@@ -62,9 +62,9 @@ fn agrees<const N: usize>(
     parameters: &[usize],
     op: impl Fn(&Tape, [&Var; N]) -> Result<Var>,
 ) {
-    take_ran();
+    take_op_counts();
     let device = run(Device::Sim, shapes, parameters, &op);
-    assert_eq!(take_ran()[name], 1);
+    assert_eq!(take_op_counts()[name], 1);
     for (i, (device, cpu)) in device
         .iter()
         .zip(run(Device::Cpu, shapes, parameters, &op))

@@ -7,7 +7,7 @@ use crate::support::{check_cases, check_schedules};
 use routegrad::device::Device;
 use routegrad::kernels::{SwigluBackward, SwigluForward};
 use routegrad::ops::swiglu::swiglu;
-use routegrad::tape::{Gradients, Tape, take_ran};
+use routegrad::tape::{Gradients, Tape, take_op_counts};
 
 #[test]
 fn activations_and_gradients_are_within_half_an_ulp_and_f32_roundoff_of_float64() {
@@ -69,9 +69,9 @@ fn the_operation_runs_as_kernels_and_agrees_with_the_cpu() {
             .unwrap();
         [y.tensor(), store.get(0).unwrap()].map(|t| t.to_f64().unwrap())
     };
-    take_ran();
+    take_op_counts();
     let device = run(Device::Sim);
-    assert_eq!(take_ran()["swiglu"], 1);
+    assert_eq!(take_op_counts()["swiglu"], 1);
     for ((what, device), cpu) in ["y", "dx"].iter().zip(&device).zip(&run(Device::Cpu)) {
         close(what, device, cpu);
     }

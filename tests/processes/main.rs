@@ -4,5 +4,6 @@
 mod common;
 mod launchers;
 
+mod ablate;
 mod faults;
 mod runs;

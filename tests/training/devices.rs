@@ -6,7 +6,7 @@ use routegrad::device::Device;
 use routegrad::model::Model;
 use routegrad::ops::scores::sigmoid;
 use routegrad::routers::{self, Pass, Phase};
-use routegrad::tape::{Tape, Var, take_ran};
+use routegrad::tape::{Tape, Var, take_op_counts};
 use routegrad::tensor::Tensor;
 use routegrad::train::step::StepExecutor;
 use routegrad::verify::device_check::{
@@ -200,7 +200,7 @@ fn the_layer_keeps_its_input_the_hidden_rows_and_the_scores_alone() {
         let (tape, weights) = (Tape::new(), model.weights());
         let x = Tensor::from_slice([tokens, d], &vec![0.5f32; tokens * d]);
         let x = Var::leaf(x.narrowed().on(Device::Sim), model.parameters.len());
-        take_ran();
+        take_op_counts();
         model
             .moe_layer(0, &tape, &weights, &x, Pass::single(Phase::Train))
             .unwrap();
@@ -223,7 +223,7 @@ fn the_layer_keeps_its_input_the_hidden_rows_and_the_scores_alone() {
             bytes <= bound + 4 * e,
             "{router} keeps {bytes} bytes, {bound} allowed"
         );
-        let ran = take_ran();
+        let ran = take_op_counts();
         for op in ["router", "experts"] {
             assert_eq!(ran[op], 1, "{op}");
         }

@@ -2,7 +2,7 @@
 
 use super::items::{Documents, Item};
 use super::options::{Options, missing_column};
-use crate::data::guard::no_panic;
+use crate::data::catch_panic::catch_panic;
 use crate::error::{Error, Result};
 use parquet::basic::Compression;
 use parquet::column::reader::{ColumnReader, ColumnReaderImpl};
@@ -80,7 +80,7 @@ impl Columns {
             .metadata()
             .map_err(|e| Error::io("read", path, e))?
             .len();
-        let file = no_panic(|| SerializedFileReader::new(file).map_err(|e| e.to_string()))
+        let file = catch_panic(|| SerializedFileReader::new(file).map_err(|e| e.to_string()))
             .and_then(|opened| opened)
             .map_err(bad)?;
         let schema = file.metadata().file_metadata().schema_descr();
@@ -131,7 +131,7 @@ impl Columns {
         }
         self.next_group += 1;
         let (file, text, source) = (&self.file, self.text, self.source);
-        let opened = no_panic(|| {
+        let opened = catch_panic(|| {
             let group = file.get_row_group(i).map_err(|e| e.to_string())?;
             let strings = |column: Column| match group.get_column_reader(column.index) {
                 Ok(ColumnReader::ByteArrayColumnReader(reader)) => Ok(reader),
@@ -170,7 +170,7 @@ impl Columns {
         }
         let n = (left as usize).min(BATCH);
         let (text, source) = (self.text, self.source);
-        let read = no_panic(|| {
+        let read = catch_panic(|| {
             let texts = read(&mut group.text, text, n)?;
             let sources = match (&mut group.source, source) {
                 (Some(reader), Some(column)) => read(reader, column, n)?,

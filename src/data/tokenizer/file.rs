@@ -1,7 +1,7 @@
 //! A `tokenizer.json`, by Hugging Face's own library.
 
 use super::{Kind, Special, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer};
-use crate::data::guard::no_panic;
+use crate::data::catch_panic::catch_panic;
 use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
@@ -37,7 +37,7 @@ impl Tokenizer {
             let help = "take the tokenizer.json of a fast tokenizer of Hugging Face's";
             Error::file(path, "a tokenizer", got, help)
         };
-        let mut inner = no_panic(|| tokenizers::Tokenizer::from_bytes(&json))
+        let mut inner = catch_panic(|| tokenizers::Tokenizer::from_bytes(&json))
             .and_then(|parsed| parsed.map_err(|e| e.to_string()))
             .map_err(bad)?;
         inner.with_padding(None);
@@ -45,7 +45,7 @@ impl Tokenizer {
             .with_truncation(None)
             .map_err(|e| bad(e.to_string()))?;
         inner.set_encode_special_tokens(true);
-        let greatest = no_panic(|| inner.get_vocab(true).into_values().max()).map_err(bad)?;
+        let greatest = catch_panic(|| inner.get_vocab(true).into_values().max()).map_err(bad)?;
         let vocab_size = match greatest {
             Some(greatest) if greatest < i32::MAX as u32 => greatest as usize + 1,
             Some(greatest) => return Err(bad(format!("token {greatest}, more than 31 bits"))),
@@ -114,7 +114,7 @@ impl File {
                 "check the tokenizer and the text",
             )
         };
-        let encoding = no_panic(|| self.inner.encode_fast(text, processed))
+        let encoding = catch_panic(|| self.inner.encode_fast(text, processed))
             .and_then(|encoded| encoded.map_err(|e| e.to_string()))
             .map_err(bad)?;
         let tokens = encoding.get_ids().iter().map(|id| {
@@ -127,7 +127,7 @@ impl File {
 
     pub fn decode(&self, tokens: &[i32]) -> Result<String> {
         let ids: Vec<u32> = tokens.iter().map(|t| *t as u32).collect();
-        no_panic(|| self.inner.decode(&ids, false))
+        catch_panic(|| self.inner.decode(&ids, false))
             .and_then(|decoded| decoded.map_err(|e| e.to_string()))
             .map_err(|got| {
                 let help = "check the tokenizer";

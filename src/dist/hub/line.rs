@@ -26,6 +26,8 @@ pub(super) enum Message {
         inside: bool,
         what: String,
         alone: bool,
+        /// From rank 0: the other ranks that work alone.
+        others_alone: Vec<usize>,
     },
     /// Call number `call` of those begun takes too long.
     Late { call: u64 },

@@ -9,7 +9,8 @@ use super::activity::Activity;
 use crate::error::Error;
 use crate::report::stderr_line;
 use line::{Line, Message};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -56,6 +57,8 @@ pub(super) struct Hub {
     limit: Duration,
     lines: Vec<Line>,
     states: Mutex<Vec<State>>,
+    /// Ranks of a group: consecutive ones, which call one another alone.
+    group_size: AtomicUsize,
     calls: AtomicU64,
     inside: AtomicBool,
     failure: OnceLock<Failure>,
@@ -89,6 +92,7 @@ impl Hub {
             limit,
             lines,
             states: Mutex::new(vec![state; members.len()]),
+            group_size: AtomicUsize::new(members.len()),
             members,
             calls: AtomicU64::new(0),
             inside: AtomicBool::new(false),
@@ -114,11 +118,22 @@ impl Hub {
         &self.members
     }
 
-    /// Counts a call that this rank begins; its ordinal.
-    pub fn enter(&self) -> u64 {
-        let ordinal = self.calls.fetch_add(1, Ordering::SeqCst);
+    /// From now on ranks call only those of their group, `size` consecutive ranks.
+    pub fn group_by(&self, size: usize) {
+        self.group_size.store(size, Ordering::SeqCst);
+    }
+
+    /// The ranks of the group of `rank`.
+    fn group(&self, rank: usize) -> Range<usize> {
+        let size = self.group_size.load(Ordering::SeqCst);
+        let first = rank / size * size;
+        first..first + size
+    }
+
+    /// Counts a call that this rank begins.
+    pub fn enter(&self) {
+        self.calls.fetch_add(1, Ordering::SeqCst);
         self.inside.store(true, Ordering::SeqCst);
-        ordinal
     }
 
     /// The call is over.
@@ -141,17 +156,21 @@ impl Hub {
     pub fn late(self: &Arc<Self>) {
         let call = self.calls.load(Ordering::SeqCst);
         match self.rank {
-            0 => self.judge(call),
+            0 => self.judge(0, call),
             _ => self.send(&Message::Late { call }),
         }
     }
 
-    /// Whether the hub's rank works alone, which has no limit of time.
-    pub fn one_works_alone(&self) -> bool {
-        match self.rank {
-            0 => Activity::of_process().alone,
-            _ => self.states()[0].activity.alone,
-        }
+    /// Whether a call between `size` ranks may take any time: the first of the group works alone, or it is a call of all while
+    /// other groups still have work.
+    pub fn may_wait_long(&self, size: usize) -> bool {
+        let first = self.group(self.rank).start;
+        let between_groups = size > self.group_size.load(Ordering::SeqCst);
+        let alone = match first == self.rank {
+            true => Activity::of_process().alone,
+            false => self.states()[first].activity.alone,
+        };
+        alone || between_groups
     }
 
     /// Ends the run on all ranks because of this one.
@@ -232,14 +251,21 @@ impl Hub {
                 inside,
                 what,
                 alone,
+                others_alone,
             } => {
                 (state.calls, state.inside) = (calls, inside);
                 state.activity = Activity { what, alone };
+                for (rank, state) in states.iter_mut().enumerate().filter(|(r, _)| *r != from) {
+                    // Only rank 0 hears all of them.
+                    if from == 0 {
+                        state.activity.alone = others_alone.contains(&rank);
+                    }
+                }
             }
             Message::Done => state.done = true,
             Message::Late { call } => {
                 drop(states);
-                self.judge(call);
+                self.judge(from, call);
             }
             Message::Failed { why } => {
                 drop(states);
@@ -281,11 +307,17 @@ impl Hub {
             }
             last = Instant::now();
             let own = self.own_state();
+            let alone = |(rank, state): (usize, &State)| state.activity.alone.then_some(rank);
+            let others_alone = match self.rank {
+                0 => self.states().iter().enumerate().filter_map(alone).collect(),
+                _ => Vec::new(),
+            };
             self.send(&Message::Beat {
                 calls: own.calls,
                 inside: own.inside,
                 what: own.activity.what,
                 alone: own.activity.alone,
+                others_alone,
             });
             let silent = self.lines.iter().map(|line| line.peer).find(|peer| {
                 let state = &self.states()[*peer];
@@ -300,8 +332,8 @@ impl Hub {
         }
     }
 
-    /// Ends the run if a rank keeps the others waiting for call number `call` (of those begun).
-    fn judge(self: &Arc<Self>, call: u64) {
+    /// Ends the run if a rank keeps `waiting` and its group waiting for call number `call` (of those begun).
+    fn judge(self: &Arc<Self>, waiting: usize, call: u64) {
         let mut states = self.states().clone();
         states[0] = self.own_state();
         let silence = LATE_BEATS * BEAT.min(self.limit / 10);
@@ -310,7 +342,8 @@ impl Hub {
             !s.done && !s.activity.alone && (missing || s.heard.elapsed() > silence)
         };
         let silent = |s: &State| s.heard.elapsed() > silence;
-        let laggards = states.iter().enumerate().filter(|(_, s)| behind(s));
+        let group = self.group(waiting);
+        let laggards = states.iter().enumerate().filter(|(r, s)| group.contains(r) && behind(s));
         let Some((rank, _)) = laggards.min_by_key(|(_, s)| (!silent(s), s.calls)) else {
             return;
         };

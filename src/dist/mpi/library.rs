@@ -50,13 +50,17 @@ const STANDARD: Abi = Abi {
     serialized: 2048,
 };
 
-/// The library, initialised.
+type Split = unsafe extern "C" fn(Handle, c_int, c_int, *mut Handle) -> c_int;
+
+/// The library, initialised, and the ranks of a communicator.
+#[derive(Clone)]
 pub(super) struct Library {
-    world: Handle,
+    communicator: Handle,
     byte: Handle,
     all_gather: Gather,
     all_to_all: Gather,
     test: Test,
+    split: Split,
     error_text: Text,
     finalize: unsafe extern "C" fn() -> c_int,
     pub rank: usize,
@@ -115,11 +119,28 @@ impl Library {
             all_gather: symbol(loaded, "MPI_Iallgather")?,
             all_to_all: symbol(loaded, "MPI_Ialltoall")?,
             test: symbol(loaded, "MPI_Test")?,
+            split: symbol(loaded, "MPI_Comm_split")?,
             error_text: symbol(loaded, "MPI_Error_string")?,
             finalize: symbol(loaded, "MPI_Finalize")?,
-            world: abi.world,
+            communicator: abi.world,
             byte: abi.byte,
         })
+    }
+
+    /// Consecutive groups of `size` ranks each, and the communicator of this rank's. Every rank calls it; `size` divides their
+    /// number.
+    ///
+    /// # Errors
+    /// When MPI refuses.
+    pub fn group(&self, size: usize) -> Result<Self> {
+        let (group, rank) = (self.rank / size, self.rank % size);
+        let mut communicator = 0;
+        // SAFETY: the communicator is one of this library's, and a handle is written.
+        let status = unsafe {
+            (self.split)(self.communicator, group as c_int, rank as c_int, &mut communicator)
+        };
+        self.check("MPI_Comm_split", status)?;
+        Ok(Library { communicator, rank, size, ..self.clone() })
     }
 
     /// Begins to gather `own`, n bytes, of every rank into `all` `[size, n]`.
@@ -172,7 +193,7 @@ impl Library {
                 all.as_mut_ptr().cast(),
                 count,
                 self.byte,
-                self.world,
+                self.communicator,
                 &mut request,
             )
         };

@@ -11,7 +11,7 @@ use super::hub::{Hub, Meeting, Member};
 use crate::error::{Error, Result};
 use library::{Library, Request};
 use serde::{Deserialize, Serialize};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,11 +28,13 @@ const NAP: Duration = Duration::from_micros(20);
 const LONG_NAP: Duration = Duration::from_micros(500);
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// The rank of this process.
+/// The rank of this process, among all or in its group.
 pub(super) struct Mpi {
     library: Library,
     /// Set when all is connected.
     hub: OnceLock<Arc<Hub>>,
+    /// Calls that were begun since then.
+    calls: AtomicU64,
     buffers: Mutex<Buffers>,
     /// A call was given up: MPI cannot be used any more.
     broken: AtomicBool,
@@ -63,6 +65,7 @@ impl Mpi {
         let mpi = Mpi {
             library: Library::start(names)?,
             hub: OnceLock::new(),
+            calls: AtomicU64::new(0),
             buffers: Mutex::default(),
             broken: AtomicBool::new(false),
             limit,
@@ -91,6 +94,29 @@ impl Mpi {
         let hub = Hub::begin(meeting, members, limit)?;
         let _ = mpi.hub.set(hub);
         Ok(mpi)
+    }
+
+    /// This rank among `size` consecutive ones, which make calls of their own from now on. Every rank calls it; `size` divides
+    /// their number.
+    ///
+    /// # Errors
+    /// When MPI refuses.
+    pub fn group(&self, size: usize) -> Result<Self> {
+        self.barrier()?;
+        let library = self.library.group(size)?;
+        let hub = OnceLock::new();
+        if let Some(all) = self.hub() {
+            all.group_by(size);
+            let _ = hub.set(all.clone());
+        }
+        Ok(Mpi {
+            library,
+            hub,
+            calls: AtomicU64::new(0),
+            buffers: Mutex::default(),
+            broken: AtomicBool::new(false),
+            limit: self.limit,
+        })
     }
 
     fn gather_json<T: Serialize + for<'a> Deserialize<'a>>(&self, own: &T) -> Result<Vec<T>> {
@@ -134,7 +160,13 @@ impl Mpi {
             return Err(lost(reason.unwrap_or("an earlier call failed")));
         }
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
-        let ordinal = self.hub().map_or(0, |hub| hub.enter());
+        let ordinal = match self.hub() {
+            None => 0,
+            Some(hub) => {
+                hub.enter();
+                self.calls.fetch_add(1, Ordering::SeqCst)
+            }
+        };
         let own = Call::new(ordinal, kind, count);
         let result = self
             .compare(&mut buffers, &own)
@@ -212,7 +244,7 @@ impl Mpi {
             None => false,
             Some(hub) => {
                 hub.late();
-                hub.one_works_alone() || warnings < 3
+                hub.may_wait_long(self.size()) || warnings < 3
             }
         };
         if patient {
@@ -232,7 +264,10 @@ impl Mpi {
 
 /// Names the run's failure; the rank that reports it says the same.
 fn lost(text: &str) -> Error {
-    Error::Ranks { text: text.into() }
+    Error::Ranks {
+        text: text.into(),
+        cause: None,
+    }
 }
 
 fn foreign() -> Error {

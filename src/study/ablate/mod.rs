@@ -9,6 +9,7 @@
 mod configurations;
 mod figures;
 mod grid;
+mod groups;
 mod names;
 mod paper;
 mod report;
@@ -20,6 +21,7 @@ mod tests;
 
 use crate::config::count;
 use crate::device::machine::H200_PEAK;
+use crate::dist::{Collective, agree, doing, doing_alone, same_on_all};
 use crate::error::{Error, Result};
 use crate::report::page::{Table, create};
 use crate::report::plots::publish;
@@ -29,6 +31,7 @@ use grid::{Grid, Plan};
 use run::State;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;
 
@@ -97,6 +100,9 @@ pub struct Args {
     /// Runs at a time; the threads are divided among them.
     #[arg(long, value_name = "N", default_value_t = 1)]
     jobs: usize,
+    /// Under a launcher, the processes that share a run; several runs are trained at a time.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    ranks_per_run: usize,
     /// List the runs and what they cost; run nothing.
     #[arg(long)]
     dry_run: bool,
@@ -216,13 +222,13 @@ fn values(list: &str) -> Result<Vec<Value>> {
     Ok(parts.iter().map(|p| parsed(p.trim())).collect())
 }
 
-/// Does what the arguments say; the text for the standard output. When `stop` is set the runs at
-/// hand are saved, and the same command goes on with them.
+/// Does what the arguments say, as one of several ranks; the text for the standard output, on rank 0. When `stop` is set the
+/// runs at hand are saved, and the same command goes on with them.
 ///
 /// # Errors
 /// A grid that cannot be planned, a folder that holds runs of another configuration, a report that
 /// cannot be written. A run that fails is no error: it stands in the report.
-pub fn command(args: &Args, stop: &AtomicBool) -> Result<String> {
+pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Result<String> {
     let (grid, scaled) = args.grid()?;
     let plan = grid.plan()?;
     let out = &args.out;
@@ -235,21 +241,48 @@ pub fn command(args: &Args, stop: &AtomicBool) -> Result<String> {
             "leave it out for one at a time",
         ));
     }
+    if args.jobs > 1 && dist.size() > 1 {
+        return Err(Error::invalid(
+            "--jobs",
+            "1 under a launcher, which starts the processes that train at a time",
+            args.jobs.to_string(),
+            "leave it out",
+        ));
+    }
+    let first = dist.rank() == 0;
     if args.dry_run {
-        return dry_run(out, &grid, &plan, scaled);
+        return match first {
+            true => dry_run(out, &grid, &plan, scaled),
+            false => Ok(String::new()),
+        };
     }
-    // Finds a baseline that is none before any run begins.
-    summary::summarize(out, &plan, grid.baseline.as_deref(), None)?;
-    create(out)?;
+    let prepare = || {
+        // Finds a baseline that is none before any run begins.
+        summary::summarize(out, &plan, grid.baseline.as_deref(), None)?;
+        create(out)?;
+        let saved = out.join(GRID_FILE);
+        // A look at the report from another side leaves the grid as it is.
+        if !args.report_only || !saved.exists() {
+            publish(&saved, &grid.to_toml()?)?;
+        }
+        Ok(())
+    };
+    doing("the preparation of the grid");
+    let help = "start every rank with the same arguments and files";
+    let both = |_: &str, _: &str| "different grids".into();
+    same_on_all(&**dist, &grid.to_toml()?, both, help)?;
+    agree(&**dist, if first { prepare() } else { Ok(()) })?;
     let mut finished = true;
-    let saved = out.join(GRID_FILE);
-    // A look at the report from another side leaves the grid as it is.
-    if !args.report_only || !saved.exists() {
-        publish(&saved, &grid.to_toml()?)?;
-    }
     if !args.report_only {
-        finished = run::all(out, &plan.runs, args.jobs, args.quiet, stop)?;
+        finished = match dist.size() {
+            1 => run::all(out, &plan.runs, args.jobs, args.quiet, stop)?,
+            _ => groups::all(out, &plan.runs, dist, args.ranks_per_run, args.quiet, stop)?,
+        };
     }
+    if !first {
+        return Ok(String::new());
+    }
+    doing_alone("the report");
     let summary = summary::summarize(out, &plan, grid.baseline.as_deref(), grid.target_perplexity)?;
     let report = report::Report {
         grid: &grid,

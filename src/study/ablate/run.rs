@@ -6,6 +6,7 @@
 use super::grid::Run;
 use super::names::differences;
 use crate::config::Config;
+use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::report::metrics;
 use crate::report::plots::publish;
@@ -15,6 +16,7 @@ use crate::train::checkpoint::Checkpoint;
 use crate::train::{self, Outcome};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Folder of the runs.
@@ -124,13 +126,11 @@ pub fn others(out: &Path, runs: &[Run]) -> Vec<String> {
     names
 }
 
-/// Does all runs that are not finished, `jobs` at a time, each on its share of the threads. One that
-/// fails leaves a note and does not stop the others. True unless `stop` was set before the end: the
-/// runs at hand are then saved.
+/// The runs that are not finished, by number; says how many are.
 ///
 /// # Errors
-/// When a folder holds another run, which is found before any begins, or notes cannot be written.
-pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool) -> Result<bool> {
+/// When a folder holds another run.
+pub fn open(out: &Path, runs: &[Run], quiet: bool) -> Result<Vec<usize>> {
     let mut open = Vec::new();
     for (i, run) in runs.iter().enumerate() {
         if state(out, run)? != State::Finished {
@@ -144,6 +144,17 @@ pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool
             runs.len()
         ));
     }
+    Ok(open)
+}
+
+/// Does all runs that are not finished, `jobs` at a time, each on its share of the threads. One that
+/// fails leaves a note and does not stop the others. True unless `stop` was set before the end: the
+/// runs at hand are then saved.
+///
+/// # Errors
+/// When a folder holds another run, which is found before any begins, or notes cannot be written.
+pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool) -> Result<bool> {
+    let open = open(out, runs, quiet)?;
     let (next, jobs) = (AtomicUsize::new(0), jobs.clamp(1, open.len().max(1)));
     let work = || -> Result<()> {
         while !stop.load(Ordering::SeqCst) {
@@ -151,14 +162,10 @@ pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool
                 break;
             };
             if !quiet {
-                stderr_line(&format!(
-                    "run {} of {}: {}",
-                    i + 1,
-                    runs.len(),
-                    runs[*i].name
-                ));
+                say_run(runs, *i);
             }
-            one(out, &runs[*i], quiet || jobs > 1, stop)?;
+            let dist = Arc::new(SingleRank);
+            one(out, &runs[*i], dist, quiet || jobs > 1, stop)?;
         }
         Ok(())
     };
@@ -187,8 +194,24 @@ pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool
     Ok(!stop.load(Ordering::SeqCst))
 }
 
-/// One run, from where it stands to its end.
-fn one(out: &Path, run: &Run, quiet: bool, stop: &AtomicBool) -> Result<()> {
+/// Says which run begins.
+pub fn say_run(runs: &[Run], i: usize) {
+    let (number, all) = (i + 1, runs.len());
+    stderr_line(&format!("run {number} of {all}: {}", runs[i].name));
+}
+
+/// One run, from where it stands to its end, as one of the ranks that share it. Where these are several, only a run that
+/// diverged leaves a note.
+///
+/// # Errors
+/// When a note cannot be written, and on several ranks any other failure of the run.
+pub fn one(
+    out: &Path,
+    run: &Run,
+    dist: Arc<dyn Collective>,
+    quiet: bool,
+    stop: &AtomicBool,
+) -> Result<()> {
     let place = folder(out, &run.name);
     // The folder says that there will be checkpoints: without the last the run is not finished.
     let checkpoints = place.join(train::CHECKPOINTS);
@@ -201,16 +224,21 @@ fn one(out: &Path, run: &Run, quiet: bool, stop: &AtomicBool) -> Result<()> {
         quiet,
     };
     let note = failure(out, &run.name);
-    let kind = match hooks::train(run.config.clone(), &options, stop) {
+    let (first, several) = (dist.rank() == 0, dist.size() > 1);
+    let kind = match hooks::train_on(dist, run.config.clone(), &options, stop) {
         Ok(summary) => {
-            if summary.outcome == Outcome::Finished && note.exists() {
+            if first && summary.outcome == Outcome::Finished && note.exists() {
                 fs::remove_file(&note).map_err(|e| Error::io("remove", &note, e))?;
             }
             return Ok(());
         }
-        Err(e @ Error::NonFinite { .. }) => format!("diverged: {e}"),
+        Err(e) if e.is_divergence() => format!("diverged: {e}"),
+        Err(e) if several => return Err(e),
         Err(e) => format!("failed: {e}"),
     };
+    if !first {
+        return Ok(());
+    }
     stderr_line(&format!("{}: {kind}", run.name));
     let notes = out.join(FAILURES);
     fs::create_dir_all(&notes).map_err(|e| Error::io("create", &notes, e))?;

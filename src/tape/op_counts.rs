@@ -6,18 +6,18 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 
 thread_local! {
-    static RAN: RefCell<BTreeMap<&'static str, usize>> = RefCell::default();
+    static COUNTS: RefCell<BTreeMap<&'static str, usize>> = RefCell::default();
 }
 
 /// How often the forward of each operation ran on a device with kernels, from this thread since the last
 /// call.
-pub fn take_ran() -> BTreeMap<&'static str, usize> {
-    RAN.take()
+pub fn take_op_counts() -> BTreeMap<&'static str, usize> {
+    COUNTS.take()
 }
 
 /// Counts one forward of `op`.
 pub(super) fn count(op: &'static str) {
-    RAN.with_borrow_mut(|ran| *ran.entry(op).or_default() += 1);
+    COUNTS.with_borrow_mut(|counts| *counts.entry(op).or_default() += 1);
 }
 
 /// The device of an operation on these inputs: one with kernels where any of them is there.

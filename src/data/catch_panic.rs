@@ -5,13 +5,13 @@ use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
 thread_local! {
-    /// Whether this thread is inside [`no_panic`].
+    /// Whether this thread is inside [`catch_panic`].
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// What `f` gives, or what it panicked with; nothing is printed then. For code of others on input
 /// of others: a panic of this crate is a bug and must be seen.
-pub(crate) fn no_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
+pub(crate) fn catch_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
         let before = take_hook();
@@ -43,8 +43,8 @@ mod tests {
 
     #[test]
     fn a_panic_comes_back_as_its_words() {
-        assert_eq!(no_panic(|| 3), Ok(3));
-        let failed = no_panic(|| [1u8][std::hint::black_box(4)]);
+        assert_eq!(catch_panic(|| 3), Ok(3));
+        let failed = catch_panic(|| [1u8][std::hint::black_box(4)]);
         assert!(failed.unwrap_err().contains("index out of bounds"));
         assert!(!GUARDED.get());
     }

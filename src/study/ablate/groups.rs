@@ -1,0 +1,87 @@
+//! A grid on the processes of a launcher: groups of ranks, each of which trains runs of its own.
+
+use super::grid::Run;
+use super::run::{one, open, say_run};
+use crate::dist::{self, Collective, agree, doing};
+use crate::error::{Error, Result};
+use crate::report::stderr_line;
+use crate::study::plan;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Does all runs that are not finished on groups of `size` ranks. True unless `stop` was set on a rank before the end: the runs
+/// at hand are then saved.
+///
+/// # Errors
+/// When `size` does not divide the number of ranks, a folder holds another run, or a run fails otherwise than by divergence.
+pub fn all(
+    out: &Path,
+    runs: &[Run],
+    ranks: &Arc<dyn Collective>,
+    size: usize,
+    quiet: bool,
+    stop: &AtomicBool,
+) -> Result<bool> {
+    doing("the choice of runs");
+    let first = ranks.rank() == 0;
+    let found = match first {
+        true => open(out, runs, quiet),
+        false => Ok(Vec::new()),
+    };
+    // As rank 0 finds them: another rank may look when a run has already begun.
+    let found: Vec<u64> = agree(&**ranks, found)?.iter().map(|&i| i as u64).collect();
+    let lists = ranks.gather_bytes(bytemuck::cast_slice(&found))?;
+    let open: Vec<usize> = lists[0]
+        .chunks_exact(8)
+        .map(|bytes| bytemuck::pod_read_unaligned::<u64>(bytes) as usize)
+        .collect();
+    let dist = dist::groups(ranks, size)?;
+    let (group, count) = (ranks.rank() / size, ranks.size() / size);
+    let leads = dist.rank() == 0;
+    if first && !quiet {
+        let s = if size == 1 { "" } else { "s" };
+        stderr_line(&format!("{count} runs at a time, each on {size} rank{s}"));
+    }
+    for &i in &share(runs, &open, count)?[group] {
+        if dist::any(&*dist, stop.load(Ordering::SeqCst))? {
+            break;
+        }
+        if leads && !quiet {
+            say_run(runs, i);
+        }
+        let done = one(out, &runs[i], dist.clone(), quiet || count > 1, stop);
+        // The other groups do not know of it yet.
+        done.map_err(|e| match count {
+            1 => e,
+            _ => Error::invalid(
+                format!("run {}", runs[i].name),
+                "a run that ends, stops or diverges",
+                e.to_string(),
+                "mend it; the same command goes on",
+            ),
+        })?;
+    }
+    doing("waiting for the runs of other groups");
+    Ok(!dist::any(&**ranks, stop.load(Ordering::SeqCst))?)
+}
+
+/// The runs of each of `count` groups: the most expensive run first, each to the group that has least to do.
+fn share(runs: &[Run], open: &[usize], count: usize) -> Result<Vec<Vec<usize>>> {
+    let mut costs = Vec::new();
+    for &i in open {
+        let (model, train) = (&runs[i].config.model, &runs[i].config.train);
+        let tokens = train.steps as f64 * (train.sequences_per_step * model.sequence_length) as f64;
+        costs.push((i, tokens * plan::flops_per_token(&runs[i].config)? as f64));
+    }
+    costs.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    let mut groups = vec![(0.0, Vec::new()); count];
+    for (i, cost) in costs {
+        let least = groups.iter_mut().min_by(|a, b| a.0.total_cmp(&b.0));
+        if let Some((load, runs)) = least {
+            *load += cost;
+            runs.push(i);
+        }
+    }
+    Ok(groups.into_iter().map(|(_, runs)| runs).collect())
+}
