@@ -30,10 +30,7 @@ pub(super) fn set_threads(threads: usize) -> Result<()> {
 }
 
 /// This process's rank, and its threads.
-pub(super) fn start_ranks(
-    args: &RanksArgs,
-    threads: Option<usize>,
-) -> Result<Arc<dyn Collective>> {
+pub(super) fn start_ranks(args: &RanksArgs, threads: Option<usize>) -> Result<Arc<dyn Collective>> {
     if !(args.rank_timeout >= 1.0 && args.rank_timeout.is_finite()) {
         let got = args.rank_timeout.to_string();
         let help = "leave it out for the default";

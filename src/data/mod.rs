@@ -7,10 +7,10 @@
 //! its batch says where they begin.
 
 mod boundaries;
+mod catch_panic;
 mod changed;
 pub mod folder;
 mod frames;
-mod catch_panic;
 mod limits;
 mod mix;
 mod order;

@@ -49,7 +49,11 @@ impl Context {
         dist: Box<dyn Collective>,
     ) -> Result<Self> {
         let model = &config.model;
-        let (dtype, seed, device) = (config.train.dtype.dtype(), config.train.seed, config.train.device);
+        let (dtype, seed, device) = (
+            config.train.dtype.dtype(),
+            config.train.seed,
+            config.train.device,
+        );
         let router_parameters = model
             .moe_layers()
             .iter()

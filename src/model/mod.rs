@@ -34,7 +34,7 @@ use crate::ops::linear::linear;
 use crate::routers::{self, DeviceTally, LayerState, Pass, Router};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
-use crate::tensor::dtype::{DType, Real};
+use crate::tensor::dtype::DType;
 use crate::with_real;
 use losses::losses;
 use parameters::Layout;
@@ -275,7 +275,9 @@ impl Model {
             ids, targets, rows, ..
         } = Inputs::new(sequences, self.device())?;
         let (weights, tape, pass) = (self.weights(), Tape::without_gradients(), Pass::EVALUATE);
-        let (hidden, _) = self.transformer.hidden(&tape, &weights, &ids, &rows, pass)?;
+        let (hidden, _) = self
+            .transformer
+            .hidden(&tape, &weights, &ids, &rows, pass)?;
         let head = weights[self.transformer.head].tensor();
         token_losses(hidden.tensor(), head, &targets)?.to_f64()
     }
@@ -305,7 +307,12 @@ impl Model {
             }
             Ok(())
         })?;
-        let head = Var::constant(weights[self.transformer.head].tensor().widened().on(Device::Cpu));
+        let head = Var::constant(
+            weights[self.transformer.head]
+                .tensor()
+                .widened()
+                .on(Device::Cpu),
+        );
         let logits = linear(&tape, &Var::constant(last), &head, None)?;
         logits.tensor().to_f64()
     }

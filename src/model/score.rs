@@ -58,7 +58,12 @@ impl Model {
             .transformer
             .hidden(&tape, &weights, &ids, &rows, Pass::EVALUATE)?;
         let hidden = hidden.tensor().widened();
-        let head = Var::constant(weights[self.transformer.head].tensor().widened().on(Device::Cpu));
+        let head = Var::constant(
+            weights[self.transformer.head]
+                .tensor()
+                .widened()
+                .on(Device::Cpu),
+        );
         let mut found = Vec::with_capacity(targets.len());
         with_real!(self.dtype(), "score", |T| {
             for targets in targets.chunks((LOGITS / vocabulary).max(1)) {

@@ -95,7 +95,9 @@ impl Transformer {
             };
             balance.extend(losses);
         }
-        let (_, normed) = self.context.norm(tape, &stream, weights, &self.final_norm)?;
+        let (_, normed) = self
+            .context
+            .norm(tape, &stream, weights, &self.final_norm)?;
         Ok((normed, balance))
     }
 

@@ -178,9 +178,9 @@ mod tests {
 
     #[test]
     fn one_rank_that_stops_stops_all() {
-        let stopped = ThreadRank::run(3, |rank| any(&rank, rank.rank() == 1).unwrap());
+        let stopped = ThreadRank::run(3, |rank| dist::any(&rank, rank.rank() == 1).unwrap());
         assert_eq!(stopped, [true; 3]);
-        let none = ThreadRank::run(3, |rank| any(&rank, false).unwrap());
+        let none = ThreadRank::run(3, |rank| dist::any(&rank, false).unwrap());
         assert_eq!(none, [false; 3]);
     }
 }

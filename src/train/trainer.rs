@@ -5,7 +5,7 @@ use super::checkpoint::TrainerState;
 use super::console::Console;
 use super::loader::DataLoader;
 use super::step::{Launched, StepExecutor, StepReport};
-use super::{learning_rate, ranks, record};
+use super::{learning_rate, record};
 use crate::config::Config;
 use crate::data::Corpus;
 use crate::dist::{self, Collective, doing};

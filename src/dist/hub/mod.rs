@@ -9,8 +9,8 @@ use super::activity::Activity;
 use crate::error::Error;
 use crate::report::stderr_line;
 use line::{Line, Message};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -343,7 +343,10 @@ impl Hub {
         };
         let silent = |s: &State| s.heard.elapsed() > silence;
         let group = self.group(waiting);
-        let laggards = states.iter().enumerate().filter(|(r, s)| group.contains(r) && behind(s));
+        let laggards = states
+            .iter()
+            .enumerate()
+            .filter(|(r, s)| group.contains(r) && behind(s));
         let Some((rank, _)) = laggards.min_by_key(|(_, s)| (!silent(s), s.calls)) else {
             return;
         };

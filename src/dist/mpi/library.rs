@@ -137,10 +137,20 @@ impl Library {
         let mut communicator = 0;
         // SAFETY: the communicator is one of this library's, and a handle is written.
         let status = unsafe {
-            (self.split)(self.communicator, group as c_int, rank as c_int, &mut communicator)
+            (self.split)(
+                self.communicator,
+                group as c_int,
+                rank as c_int,
+                &mut communicator,
+            )
         };
         self.check("MPI_Comm_split", status)?;
-        Ok(Library { communicator, rank, size, ..self.clone() })
+        Ok(Library {
+            communicator,
+            rank,
+            size,
+            ..self.clone()
+        })
     }
 
     /// Begins to gather `own`, n bytes, of every rank into `all` `[size, n]`.

@@ -75,7 +75,7 @@ fn share(runs: &[Run], open: &[usize], count: usize) -> Result<Vec<Vec<usize>>> 
         costs.push((i, tokens * plan::flops_per_token(&runs[i].config)? as f64));
     }
     costs.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    let mut groups = vec![(0.0, Vec::new()); count];
+    let mut groups = vec![(0.0f64, Vec::new()); count];
     for (i, cost) in costs {
         let least = groups.iter_mut().min_by(|a, b| a.0.total_cmp(&b.0));
         if let Some((load, runs)) = least {

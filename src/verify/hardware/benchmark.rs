@@ -1,7 +1,7 @@
 //! The benchmark's core set as the queue's last task: it keeps records of its own, `bench-MACHINE.jsonl` in the same folder.
 
-use super::place::Place;
 use super::outcome::Outcome;
+use super::place::Place;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::report::records::now;

@@ -1,8 +1,8 @@
 //! The loss of a run on a device with kernels against the same run on the processor, whose curve was recorded beforehand:
 //! it takes the processor minutes that a GPU should not wait for.
 
-use super::place::Place;
 use super::outcome::Outcome;
+use super::place::Place;
 use super::steps::{self, StepCase};
 use crate::device::Device;
 use crate::device::machine;

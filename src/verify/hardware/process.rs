@@ -1,9 +1,9 @@
 //! The processes that tasks run in.
 
-use super::place::Place;
-use super::outcome::Outcome;
-use super::record::Ending;
 use super::kind::Kind;
+use super::outcome::Outcome;
+use super::place::Place;
+use super::record::Ending;
 use super::task::Task;
 use crate::error::{Error, Result};
 use serde_json::json;

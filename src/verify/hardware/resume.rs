@@ -2,8 +2,8 @@
 //!
 //! The command `train` is run as a user runs it, and watched through the log that it writes.
 
-use super::place::Place;
 use super::outcome::Outcome;
+use super::place::Place;
 use super::steps::StepCase;
 use crate::error::{Error, Result};
 use crate::report::metrics::{Record, Saved};

@@ -28,7 +28,11 @@ fn outcome(name: &str, place: &Place) -> Result<Outcome, String> {
         .find(|task| task.name() == name)
         .ok_or(format!("there is no task \"{name}\""))?;
     match task.kind {
-        Kind::NoHostSync | Kind::Determinism | Kind::LossParity | Kind::Throughput | Kind::Resume => {
+        Kind::NoHostSync
+        | Kind::Determinism
+        | Kind::LossParity
+        | Kind::Throughput
+        | Kind::Resume => {
             let case = steps::cases(place.device)
                 .into_iter()
                 .find(|case| case.kind == task.kind && case.name == task.case)

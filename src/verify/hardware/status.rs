@@ -1,8 +1,8 @@
 //! The tables of kernels and whole steps, and how far each is proven, rendered from the records.
 
 use super::code::code;
-use super::record::{Ending, Record, Records};
 use super::kind::Kind;
+use super::record::{Ending, Record, Records};
 use super::task::{self, Task};
 use crate::device::Device;
 use crate::error::Result;

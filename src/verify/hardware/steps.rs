@@ -165,7 +165,8 @@ fn of_gpu() -> Vec<StepCase> {
         case(Kind::NoHostSync, "tiny", "default", &recomputed, 4, 3.0)
             .named("tiny 8c2 default recomputed"),
         case(Kind::NoHostSync, "tiny", "lossfree", &small(&[]), 4, 3.0),
-        case(Kind::NoHostSync, "557m", "default", &FEW_LAYERS, 4, 10.0).named("557m default 4 layers"),
+        case(Kind::NoHostSync, "557m", "default", &FEW_LAYERS, 4, 10.0)
+            .named("557m default 4 layers"),
         case(Kind::Determinism, "tiny", "default", &[], 50, 6.0),
         case(Kind::Determinism, "557m", "default", &FEW_LAYERS, 50, 20.0)
             .named("557m default 4 layers"),
