@@ -44,6 +44,8 @@ fn training(set: &[&str]) -> Trainer {
     let small = [
         "model.sequence_length=64",
         "model.layers=3",
+        "model.expert_ffn_width=128",
+        "model.dense_ffn_width=128",
         "train.micro_batch=2",
         "train.sequences_per_step=4",
         "train.device=\"sim\"",

@@ -22,7 +22,7 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub(super) enum Command {
-    /// Train a model and leave its checkpoints, log and pictures in a folder.
+    /// Train a model; checkpoints, log and plots go to a folder.
     #[command(after_help = "\
 Examples:
   routegrad train
@@ -32,7 +32,7 @@ Examples:
   routegrad train --name wide --resume
   mpirun -n 4 routegrad train --preset small --out /shared/runs/small")]
     Train(TrainArgs),
-    /// Make tokens of parquet, JSON lines or text, and look at them.
+    /// Tokenize parquet, JSON lines or text, and inspect the tokens.
     #[command(subcommand)]
     Data(data::Command),
     /// Measure a model's validation loss, perplexity and bits per byte, or its benchmark scores.
@@ -45,8 +45,8 @@ Examples:
   routegrad eval --model runs/tiny-default --tasks all --task-data eval/ --compare-default-vectors
   routegrad eval --model runs/tiny-default/checkpoints/step-600 --data other.txt")]
     Eval(EvalArgs),
-    /// Show what a model's router does and learns: entropy, load, similarity to the dense gradient
-    /// and more, as JSON, CSV and a page with figures.
+    /// Analyze a model's router: entropy, load, similarity to the dense gradient and more. Writes JSON, CSV and an HTML
+    /// report.
     #[command(after_help = "\
 Examples:
   routegrad analyze --model runs/tiny-default
@@ -54,7 +54,7 @@ Examples:
     Analyze(AnalyzeArgs),
     /// Train a grid of runs (routers, seeds, learning rates, any key) and report how they compare.
     ///
-    /// Killed at any time, the same command goes on where it was.
+    /// Interrupted at any time, the same command resumes.
     #[command(after_help = "\
 Examples:
   routegrad ablate --router topk,default,lossfree --seed 0,1,2 --steps 600 --out runs/routers
@@ -76,7 +76,7 @@ Examples:
   routegrad dump --model downloads/OLMoE --tokens tokens.safetensors --out ours.safetensors --dtype f32
   routegrad dump --model runs/tiny-default --tokens tokens.safetensors --out ours.safetensors --train")]
     Dump(DumpArgs),
-    /// Make a run of another framework's model: mixtral, olmoe, qwen2_moe or qwen3_moe.
+    /// Import a model of type mixtral, olmoe, qwen2_moe or qwen3_moe as a run.
     #[command(after_help = "\
 Examples:
   routegrad import --from downloads/OLMoE --out runs/olmoe --set model.sequence_length=512
@@ -88,7 +88,7 @@ Examples:
   routegrad generate --model runs/tiny-default --prompt 'My fellow citizens, '
   routegrad generate --model runs/tiny-default --temperature 0.5 --top-k 20 --seed 3")]
     Generate(GenerateArgs),
-    /// Write a model for Hugging Face's transformers, 4 and 5.
+    /// Export a model to Hugging Face transformers 4 and 5.
     #[command(after_help = "\
 Examples:
   routegrad export --model runs/tiny-topk --to hf --out tiny-topk-hf
@@ -102,18 +102,17 @@ Examples:
   routegrad gradcheck default --plant default-dot
   routegrad gradcheck --device sim")]
     Gradcheck {
-        /// Check only what has this in its name.
+        /// Check only subjects whose name contains this text.
         #[arg(default_value = "", hide_default_value = true)]
         filter: String,
-        /// Leave out this term of a gradient first: the check must then fail.
+        /// Leave this term out of the gradients; the check must then fail.
         #[arg(long, value_name = "FAULT")]
         plant: Option<Fault>,
-        /// cpu, or sim: the MoE layer of each router and whole models in kernels, by directional derivatives.
+        /// cpu, or sim: the kernels, in the MoE layer of each router and in whole models, by directional derivatives.
         #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
         device: CheckedDevice,
     },
-    /// Show which operations a training step on the simulator has, each of them kernels, and how often they
-    /// run forward.
+    /// List the operations that a training step runs as kernels, and how often.
     #[command(after_help = "\
 Examples:
   routegrad ops
@@ -131,27 +130,27 @@ Examples:
     },
     /// List the routers with their settings and defaults.
     Routers,
-    /// Tell what a run takes before it begins: parameters, FLOPs, memory by kind, time, files.
+    /// Estimate parameters, FLOPs, memory, time and files of a run.
     #[command(after_help = "\
 Examples:
   routegrad plan
   routegrad plan --preset 7.33b --device h200 --set train.micro_batch=8
   routegrad plan --preset 1.96b --experts 32c4 --router topk --device h200 --steps 76000 --json")]
     Plan(PlanArgs),
-    /// Print what a MoE layer cannot cost less than on one H200, and what `default` adds to `topk`, as Markdown.
+    /// Print the roofline time of an MoE layer's kernels on one H200, and what `default` adds to `topk`.
     #[command(after_help = "\
 Examples:
   routegrad floors
   routegrad floors --preset 557m --tokens 65536")]
     Floors {
-        /// Model whose layer to reckon with; may be given again [default: 1.96b and 7.33b].
+        /// Model whose layer is taken; may be given again [default: 1.96b and 7.33b].
         #[arg(long, value_name = "NAME")]
         preset: Vec<String>,
         /// Tokens of a micro-batch.
         #[arg(long, value_name = "N", default_value_t = bench::roofline::TOKENS)]
         tokens: usize,
     },
-    /// Prove and time kernels and whole training steps on a GPU: whatever has no record yet, most important first.
+    /// Verify and time kernels and training steps on a GPU: those without a record, most important first.
     #[command(after_help = "\
 Examples:
   routegrad hardware-check --list
@@ -160,11 +159,11 @@ Examples:
   routegrad hardware-check --device sim --out /tmp/records
   routegrad hardware-check --merge from-node/hardware-nvidia-h200.jsonl")]
     HardwareCheck(proofs::HardwareArgs),
-    /// Print how far each kernel is proven and what whole steps showed, as Markdown tables.
+    /// Print which kernels and training steps are verified on a GPU, as Markdown tables.
     Status(proofs::StatusArgs),
-    /// Measure every kernel beside cuBLAS and its floor; report also on PyTorch and other open kernels.
+    /// Benchmark every kernel against cuBLAS and its roofline; the report also has PyTorch and other open kernels.
     ///
-    /// On a GPU the kernels, elsewhere the CPU's operations and the simulator. Records are kept, so that runs add up.
+    /// On a GPU the kernels; elsewhere the CPU's operations and the simulator. Records are kept and merged.
     #[command(after_help = "\
 Examples:
   routegrad bench

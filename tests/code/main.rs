@@ -1,5 +1,6 @@
 //! The rules that the source tree keeps.
 
 mod bindings;
+mod docs;
 mod modules;
 mod structure;

@@ -1,5 +1,5 @@
 //! Matrix products on the CPU: bounds-checked views over the `gemm` crate, which was the fastest of
-//! three measured on the model's shapes (README, "Speed").
+//! three measured on the model's shapes (docs/performance.md).
 
 use super::block_rows;
 use crate::tensor::dtype::Real;

@@ -23,6 +23,12 @@ static int known(Handle given, Handle expected, int mpich) {
   return mpich;
 }
 
+// The world, or a communicator that MPI_Comm_split made.
+static const Handle SPLIT = (Handle)1 << 41;  // wider than an int, as the standard's handles may be
+static int communicator(Handle given) {
+  return given & SPLIT ? (int)(uint32_t)given : known(given, WORLD, MPICH_WORLD);
+}
+
 int MPI_Init_thread(int* argc, char*** argv, int required, int* provided) {
   int (*call)(int*, char***, int, int*) = find("MPI_Init_thread");
   int level = 0, status = call(argc, argv, known(required, SERIALIZED, MPICH_SERIALIZED), &level);
@@ -45,11 +51,18 @@ int MPI_Comm_set_errhandler(Handle comm, Handle handler) {
   return call(known(comm, WORLD, MPICH_WORLD), known(handler, ERRORS_RETURN, MPICH_ERRORS_RETURN));
 }
 
+int MPI_Comm_split(Handle comm, int color, int key, Handle* made) {
+  int (*call)(int, int, int, int*) = find("MPI_Comm_split");
+  int split = 0, status = call(communicator(comm), color, key, &split);
+  *made = SPLIT | (uint32_t)split;
+  return status;
+}
+
 typedef int (*Move)(const void*, int, int, void*, int, int, int, int*);
 
 static int move(const char* name, const void* own, int count, Handle type, void* all, Handle comm, Handle* request) {
   int started = 0, byte = known(type, BYTE, MPICH_BYTE);
-  int status = ((Move)find(name))(own, count, byte, all, count, byte, known(comm, WORLD, MPICH_WORLD), &started);
+  int status = ((Move)find(name))(own, count, byte, all, count, byte, communicator(comm), &started);
   *request = ((Handle)1 << 40) | (uint32_t)started;  // wider than an int, as the standard's handles may be
   return status;
 }

@@ -1,0 +1,183 @@
+//! The documentation holds: its links lead somewhere, its commands are the program's, every page is in the guide.
+
+use clap::Parser;
+use routegrad::cli::Cli;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// README, the guide, and what else a reader is sent to.
+fn pages() -> Vec<PathBuf> {
+    let mut pages: Vec<PathBuf> = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+        .map(PathBuf::from)
+        .into();
+    pages.extend(
+        [
+            "kernels/README.md",
+            "kernels/sim/README.md",
+            "python/README.md",
+        ]
+        .map(PathBuf::from),
+    );
+    pages.extend(guide());
+    pages
+}
+
+/// The pages of `docs/`.
+fn guide() -> Vec<PathBuf> {
+    let entries = fs::read_dir("docs").unwrap().map(|e| e.unwrap().path());
+    let mut found: Vec<_> = entries
+        .filter(|p| p.extension().is_some_and(|e| e == "md"))
+        .collect();
+    found.sort();
+    found
+}
+
+/// The text of a page and the code blocks in it, each with its language.
+fn parts(page: &Path) -> (String, Vec<(String, String)>) {
+    let text = fs::read_to_string(page).unwrap_or_else(|e| panic!("{}: {e}", page.display()));
+    let (mut prose, mut blocks) = (String::new(), Vec::new());
+    for (i, part) in text.split("\n```").enumerate() {
+        // Behind a closing fence stands prose again.
+        match (i % 2, part.split_once('\n')) {
+            (1, Some((language, code))) => blocks.push((language.trim().into(), code.into())),
+            _ => prose += part,
+        }
+        prose.push('\n');
+    }
+    (prose, blocks)
+}
+
+/// What GitHub and mdBook make of a heading as a target of links.
+fn anchor(heading: &str) -> String {
+    let kept = heading.to_lowercase().replace(' ', "-");
+    kept.chars()
+        .filter(|c| c.is_alphanumeric() || "-_".contains(*c))
+        .collect()
+}
+
+#[test]
+fn every_link_of_the_docs_leads_to_a_file_and_a_heading() {
+    let mut count = 0;
+    for page in pages() {
+        let (prose, _) = parts(&page);
+        for link in prose.split("](").skip(1) {
+            let link = link.split(')').next().unwrap();
+            if link.contains("://") || link.contains(char::is_whitespace) {
+                continue;
+            }
+            let (file, heading) = link.split_once('#').unwrap_or((link, ""));
+            let target = match file {
+                "" => page.clone(),
+                file => page.parent().unwrap().join(file),
+            };
+            assert!(target.exists(), "{}: {link} leads nowhere", page.display());
+            if !heading.is_empty() {
+                let (text, _) = parts(&target);
+                let headings = text.lines().filter(|l| l.starts_with('#'));
+                let mut anchors = headings.map(|l| anchor(l.trim_start_matches('#').trim()));
+                assert!(
+                    anchors.any(|a| a == heading),
+                    "{}: no heading of {link}",
+                    page.display()
+                );
+            }
+            count += 1;
+        }
+    }
+    assert!(count > 50, "only {count} links were found");
+}
+
+#[test]
+fn the_summary_of_the_guide_has_every_page_once() {
+    let (summary, _) = parts(Path::new("docs/SUMMARY.md"));
+    let links = summary
+        .split("](")
+        .skip(1)
+        .map(|l| l.split(')').next().unwrap().to_string());
+    let links: Vec<String> = links.collect();
+    let listed: BTreeSet<&str> = links.iter().map(String::as_str).collect();
+    assert_eq!(
+        listed.len(),
+        links.len(),
+        "a page stands there twice: {links:?}"
+    );
+    let names: Vec<String> = guide()
+        .iter()
+        .map(|p| p.file_name().unwrap().to_string_lossy().into_owned())
+        .collect();
+    let expected: BTreeSet<&str> = names
+        .iter()
+        .map(String::as_str)
+        .filter(|n| *n != "SUMMARY.md")
+        .collect();
+    let in_docs: BTreeSet<&str> = listed.into_iter().filter(|l| !l.contains("../")).collect();
+    assert_eq!(in_docs, expected);
+}
+
+/// The arguments of each call of the program in a block of shell code.
+fn calls(code: &str) -> Vec<Vec<String>> {
+    let code = code.replace("\\\n", " ");
+    let commands = code.lines().flat_map(|line| line.split("&&"));
+    let words = commands.filter_map(|command| {
+        let words: Vec<String> = shlex::split(command)?;
+        let program = words
+            .iter()
+            .position(|w| w == "routegrad" || w == "target/release/routegrad");
+        let cargo = ["cargo", "run", "--release", "--"];
+        let first = match program {
+            Some(i) => i,
+            None if words.len() >= 4 && words[..4] == cargo => 3,
+            None => return None,
+        };
+        let mut arguments = vec!["routegrad".to_string()];
+        let rest = words[first + 1..]
+            .iter()
+            .take_while(|w| !["|", ">", ";"].contains(&w.as_str()));
+        arguments.extend(rest.cloned());
+        Some(arguments)
+    });
+    words.collect()
+}
+
+#[test]
+fn every_command_in_the_docs_is_one_that_the_program_takes() {
+    let mut count = 0;
+    for page in pages() {
+        for (language, code) in parts(&page).1 {
+            if language != "sh" {
+                continue;
+            }
+            for arguments in calls(&code) {
+                count += 1;
+                if let Err(e) = Cli::try_parse_from(&arguments) {
+                    let asked = matches!(
+                        e.kind(),
+                        clap::error::ErrorKind::DisplayHelp
+                            | clap::error::ErrorKind::DisplayVersion
+                    );
+                    assert!(asked, "{}: {}\n{e}", page.display(), arguments.join(" "));
+                }
+            }
+        }
+    }
+    assert!(count > 40, "only {count} commands were found");
+}
+
+#[test]
+fn the_page_of_commands_is_what_the_command_line_says() {
+    let options = clap_markdown::MarkdownOptions::new()
+        .title("Commands".into())
+        .show_footer(false)
+        .show_table_of_contents(false);
+    let made = clap_markdown::help_markdown_custom::<Cli>(&options);
+    let page = Path::new("docs/commands.md");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(page, &made).unwrap();
+    }
+    let found = fs::read_to_string(page).unwrap_or_default();
+    assert!(
+        found == made,
+        "docs/commands.md is old: UPDATE_DOCS=1 cargo test --release --test code docs"
+    );
+}
