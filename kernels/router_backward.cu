@@ -221,7 +221,7 @@ __global__ void __launch_bounds__(kRouterThreads, InputTiles<EXPERTS>::kBlocksPe
 }
 
 // d += what is there of 64 columns.
-DEV void add_before(float (&d)[32], const Bf16Output& dx, const Fragment& at, int column) {
+[[maybe_unused]] DEV void add_before(float (&d)[32], const Bf16Output& dx, const Fragment& at, int column) {
 #pragma unroll
   for (int h = 0; h < 2; ++h)
 #pragma unroll

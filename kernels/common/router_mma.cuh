@@ -27,7 +27,7 @@ struct RouterRows {  // x, as copy_boxes reads it
 // COUNT chunks of 8 values of a tile of the f32 matrix, a thread, from its chunk number `first` on.
 template <class T, int COUNT>
 struct MatrixChunks {
-  float v[COUNT][8];
+  float v[COUNT][8] = {};
 
   static DEV int row(int j) { return (static_cast<int>(threadIdx.x) + j * kRouterMmaThreads) / (T::kColumns / 8); }
   static DEV int chunk() { return threadIdx.x % (T::kColumns / 8); }
