@@ -99,6 +99,7 @@ fn build(nvcc: &Path) {
         .compile("routegrad_cuda");
     link_runtime(nvcc);
     println!("cargo::rustc-cfg=routegrad_cuda");
+    println!("cargo::rustc-env=ROUTEGRAD_BUILT_FOR={}", archs.join(","));
     let hashes: Vec<String> = jobs
         .iter()
         .map(|(source, object)| {

@@ -97,19 +97,23 @@ constexpr int kTokens = 64;  // of one product
 
 // STEPS products of 16 experts are held in registers, CHUNKS of those make up all experts.
 template <int STEPS, int CHUNKS>
-struct Experts {
+struct ExpertCount {
   static constexpr int kSteps = STEPS, kChunks = CHUNKS, kCount = 16 * STEPS * CHUNKS;
-  // Columns of ê that a block holds: 32 or 64 KB of shared memory, 128 KB for 256 experts.
-  static constexpr int kSlice = kCount <= 32 ? 512 : kCount <= 64 ? 256 : 128;
-  static constexpr int kColumns = 128;                                     // of one product
-  static constexpr int kWarpgroups = 3, kThreads = 128 * kWarpgroups;      // 168 registers a thread
+};
+// Columns of ê that a block holds: 32 or 64 KB of shared memory, 128 KB for 256 experts.
+constexpr int slice_of(int experts) { return experts <= 32 ? 512 : experts <= 64 ? 256 : 128; }
+template <int STEPS, int CHUNKS>
+struct Experts : ExpertCount<STEPS, CHUNKS> {
+  static constexpr int kSlice = slice_of(16 * STEPS * CHUNKS);
+  static constexpr int kColumns = 128;                                 // of one product
+  static constexpr int kWarpgroups = 3, kThreads = 128 * kWarpgroups;  // 168 registers a thread
 };
 // Without wgmma: 64 KB of shared memory at most, and more registers, for B's fragments.
 template <int STEPS, int CHUNKS>
-struct MmaExperts : Experts<STEPS, CHUNKS> {
-  static constexpr int kCount = 16 * STEPS * CHUNKS;
-  static constexpr int kColumns = kCount == 256 ? 64 : 128;
-  static constexpr int kSlice = kCount == 256 ? 64 : Experts<STEPS, CHUNKS>::kSlice;
+struct MmaExperts : ExpertCount<STEPS, CHUNKS> {
+  static constexpr bool kMost = 16 * STEPS * CHUNKS == 256;
+  static constexpr int kColumns = kMost ? 64 : 128;
+  static constexpr int kSlice = kMost ? 64 : slice_of(16 * STEPS * CHUNKS);
   static constexpr int kWarpgroups = 2, kThreads = 128 * kWarpgroups;
 };
 
@@ -271,7 +275,7 @@ DEV void combine_tiles(const Combine& p) {
   DYNAMIC_SHARED(SplitVectors<N>, s);
   const int first_column = static_cast<int>(blockIdx.x) * N::kSlice;
   load_vectors(s, p, first_column);
-  fence_proxy_async();
+  if constexpr (!MMA) fence_proxy_async();
   __syncthreads();
   const int lane = threadIdx.x % 32, columns = min(N::kSlice, p.hidden - first_column);
   const int64_t step = int64_t{gridDim.y} * N::kWarpgroups * kTokens;
@@ -325,6 +329,7 @@ __global__ void __launch_bounds__(N::kThreads, 1) combine_vectors_mma(const __gr
 
 template <class N, bool MMA>
 routegrad_status launch_tiles(const Combine& p, routegrad_stream stream) {
+  static_assert(N::kSlice % N::kColumns == 0, "slices are whole products");
   const int slices = (p.hidden + N::kSlice - 1) / N::kSlice, processors = multiprocessors();
   const int64_t tiles = (p.tokens + kTokens - 1) / kTokens, wanted = (tiles + N::kWarpgroups - 1) / N::kWarpgroups;
   const int64_t share = processors > slices ? processors / slices : 1;

@@ -71,6 +71,10 @@ class MmaLoadingPort : public MmaPort {
     barrier();
     return buffers_.bytes;
   }
+  DEV void put(uint8_t* buffer, int j, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) const {
+    __syncwarp();  // the other lanes' ldmatrix has read what is overwritten
+    MmaPort::put(buffer, j, m0, m1, m2, m3);
+  }
 
  private:
   Buffers& buffers_;
