@@ -12,18 +12,16 @@ mod process;
 mod proofs;
 mod timings;
 mod train;
-mod values;
 
 pub use arguments::Cli;
 
-use crate::device::Device;
 use crate::dist;
 use crate::error::Result;
 use crate::report::stderr_line;
 use arguments::Command;
 use clap::Parser;
 use commands::*;
-use process::{refuse_launcher, set_threads, simulate};
+use process::{refuse_launcher, set_threads};
 use std::process::ExitCode;
 use train::train_command;
 
@@ -81,16 +79,9 @@ impl Cli {
                 filter,
                 plant,
                 device,
-                sim_arch,
             } => match device {
-                arguments::CheckedDevice::Cpu => {
-                    simulate(sim_arch, Device::Cpu)?;
-                    gradcheck_command(&filter, plant)
-                }
-                arguments::CheckedDevice::Sim => {
-                    simulate(sim_arch, Device::Sim)?;
-                    gradcheck_on_simulator(&filter, plant)
-                }
+                arguments::CheckedDevice::Cpu => gradcheck_command(&filter, plant),
+                arguments::CheckedDevice::Sim => gradcheck_on_simulator(&filter, plant),
             },
             Command::Ops {
                 preset,
@@ -101,11 +92,7 @@ impl Cli {
             Command::Dump(args) => dump_command(&args),
             Command::Import(args) => import_command(&args),
             Command::Plan(args) => plan_command(&args),
-            Command::Floors {
-                preset,
-                tokens,
-                device,
-            } => print_floors(&preset, tokens, device),
+            Command::Floors { preset, tokens } => print_floors(&preset, tokens),
             Command::HardwareCheck(args) => proofs::check(args),
             Command::Status(args) => proofs::status(&args),
             Command::Bench(args) => timings::run(args),
