@@ -255,9 +255,9 @@ impl Hub {
             } => {
                 (state.calls, state.inside) = (calls, inside);
                 state.activity = Activity { what, alone };
-                for (rank, state) in states.iter_mut().enumerate().filter(|(r, _)| *r != from) {
-                    // Only rank 0 hears all of them.
-                    if from == 0 {
+                // Only rank 0 hears all ranks.
+                if from == 0 {
+                    for (rank, state) in states.iter_mut().enumerate().skip(1) {
                         state.activity.alone = others_alone.contains(&rank);
                     }
                 }

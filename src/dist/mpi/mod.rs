@@ -62,14 +62,7 @@ impl Mpi {
     /// # Errors
     /// When the library is missing or refuses, or ranks cannot connect.
     pub fn start(names: &[String], limit: Duration) -> Result<Self> {
-        let mpi = Mpi {
-            library: Library::start(names)?,
-            hub: OnceLock::new(),
-            calls: AtomicU64::new(0),
-            buffers: Mutex::default(),
-            broken: AtomicBool::new(false),
-            limit,
-        };
+        let mpi = Self::new(Library::start(names)?, OnceLock::new(), limit);
         let member = Member {
             host: mpi.library.host.clone(),
             pid: std::process::id(),
@@ -109,14 +102,18 @@ impl Mpi {
             all.group_by(size);
             let _ = hub.set(all.clone());
         }
-        Ok(Mpi {
+        Ok(Self::new(library, hub, self.limit))
+    }
+
+    fn new(library: Library, hub: OnceLock<Arc<Hub>>, limit: Duration) -> Self {
+        Mpi {
             library,
             hub,
             calls: AtomicU64::new(0),
             buffers: Mutex::default(),
             broken: AtomicBool::new(false),
-            limit: self.limit,
-        })
+            limit,
+        }
     }
 
     fn gather_json<T: Serialize + for<'a> Deserialize<'a>>(&self, own: &T) -> Result<Vec<T>> {

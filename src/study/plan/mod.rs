@@ -16,7 +16,7 @@ const H200_SHARE: f64 = 0.5;
 /// Memory of one H200, bytes: 139 GiB.
 const H200_MEMORY: u64 = 139 << 30;
 /// FLOP/s of training that one core with AVX2 was measured to reach: 64% of its products' peak; see
-/// See docs/performance.md.
+/// docs/performance.md.
 const CORE_RATE: f64 = 58e9;
 
 /// What a run takes.

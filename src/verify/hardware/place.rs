@@ -24,16 +24,16 @@ pub fn gpu_name() -> Result<String, String> {
     crate::device::cuda::Gpu::open().map(|gpu| gpu.name.clone())
 }
 
+/// The same in a build that can use none.
+#[cfg(not(feature = "cuda"))]
+pub fn gpu_name() -> Result<String, String> {
+    Err("this build has no cuda device: build with --features cuda".into())
+}
+
 /// The machine that the records are of; or one sentence that says why there is none.
 pub fn machine_name(device: Device) -> Result<String, String> {
     match device {
         Device::Sim => Ok("simulator".into()),
         _ => gpu_name(),
     }
-}
-
-/// As with the feature.
-#[cfg(not(feature = "cuda"))]
-pub fn gpu_name() -> Result<String, String> {
-    Err("this build has no cuda device: build with --features cuda".into())
 }
