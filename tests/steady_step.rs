@@ -46,8 +46,9 @@ fn training(set: &[&str]) -> Trainer {
         "model.layers=3",
         "model.expert_ffn_width=128",
         "model.dense_ffn_width=128",
-        "train.micro_batch=2",
-        "train.sequences_per_step=4",
+        "train.micro_batch=1",
+        "train.sequences_per_step=2",
+        "model.num_experts=4",
         "train.device=\"sim\"",
     ];
     layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();

@@ -128,6 +128,12 @@ Examples:
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
     },
+    /// Print the resolved configuration as TOML, with the meaning and default of every key.
+    #[command(after_help = "\
+Examples:
+  routegrad config
+  routegrad config --preset 557m --experts 32c4 --router lossfree > my.toml")]
+    Config(SettingsArgs),
     /// List the routers with their settings and defaults.
     Routers,
     /// Estimate parameters, FLOPs, memory, time and files of a run.
@@ -182,36 +188,57 @@ pub(super) enum CheckedDevice {
     Sim,
 }
 
+/// The configuration of a run: a preset, and what is changed in it.
 #[derive(Args)]
-pub(super) struct TrainArgs {
-    /// Model to train [default: tiny].
+pub(super) struct SettingsArgs {
+    /// Model: tiny, small, 557m, 1.96b or 7.33b [default: tiny].
     #[arg(long, value_name = "NAME")]
     pub(super) preset: Option<String>,
-    /// Experts and active experts of a MoE layer, as in 32c4.
+    /// Experts and active experts of an MoE layer, as in 32c4.
     #[arg(long, value_name = "NcK")]
     pub(super) experts: Option<String>,
     /// TOML file with any keys of the configuration.
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// Set one key of the configuration; may be given again.
+    /// Set one key of the configuration; may be given again. `routegrad config` lists the keys.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
-    /// Router to train with; `routegrad routers` lists them.
+    /// Router; `routegrad routers` lists them.
     #[arg(long, value_name = "NAME")]
     pub(super) router: Option<String>,
     /// Optimizer steps.
     #[arg(long, value_name = "N")]
     pub(super) steps: Option<i64>,
-    /// Where the model runs: cpu; sim, the kernels on the simulator; cuda, the kernels on a GPU [default: cpu].
-    #[arg(long, value_name = "DEVICE")]
-    pub(super) device: Option<String>,
+    /// Sequences of an optimizer step.
+    #[arg(long, value_name = "N")]
+    pub(super) batch: Option<i64>,
+    /// Sequences that go through the model at once.
+    #[arg(long, value_name = "N")]
+    pub(super) micro_batch: Option<i64>,
+    /// Tokens of a sequence.
+    #[arg(long, value_name = "N")]
+    pub(super) sequence_length: Option<i64>,
+    /// Highest learning rate.
+    #[arg(long, value_name = "RATE")]
+    pub(super) learning_rate: Option<f64>,
+    /// Steps between evaluations.
+    #[arg(long, value_name = "N")]
+    pub(super) eval_interval: Option<i64>,
     /// Seed of the weights, the order of the data and the sampling routers.
     #[arg(long, value_name = "N")]
     pub(super) seed: Option<i64>,
-    /// Text file or folder of text files, or what `routegrad data prepare` made, instead of the
-    /// embedded corpus.
+    /// Text file or folder of text files, or what `routegrad data prepare` made, instead of the embedded text.
     #[arg(long, value_name = "PATH")]
     pub(super) data: Option<String>,
+}
+
+#[derive(Args)]
+pub(super) struct TrainArgs {
+    #[command(flatten)]
+    pub(super) settings: SettingsArgs,
+    /// Where the model runs: cpu; sim, the kernels on the simulator; cuda, the kernels on a GPU [default: cpu].
+    #[arg(long, value_name = "DEVICE")]
+    pub(super) device: Option<String>,
     /// Folder of the run [default: runs/NAME].
     #[arg(long, value_name = "DIR", conflicts_with = "name")]
     pub(super) out: Option<PathBuf>,
@@ -331,29 +358,8 @@ pub(super) struct ImportArgs {
 
 #[derive(Args)]
 pub(super) struct PlanArgs {
-    /// Model to train [default: tiny].
-    #[arg(
-        long,
-        value_name = "NAME",
-        default_value = "tiny",
-        hide_default_value = true
-    )]
-    pub(super) preset: String,
-    /// Experts and active experts of a MoE layer, as in 32c4.
-    #[arg(long, value_name = "NcK")]
-    pub(super) experts: Option<String>,
-    /// TOML file with any keys of the configuration.
-    #[arg(long, value_name = "FILE")]
-    pub(super) config: Option<PathBuf>,
-    /// Set one key of the configuration; may be given again.
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub(super) set: Vec<String>,
-    /// Router to train with.
-    #[arg(long, value_name = "NAME")]
-    pub(super) router: Option<String>,
-    /// Optimizer steps.
-    #[arg(long, value_name = "N")]
-    pub(super) steps: Option<u64>,
+    #[command(flatten)]
+    pub(super) settings: SettingsArgs,
     /// Where it would run.
     #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
     pub(super) device: plan::Target,

@@ -3,7 +3,6 @@
 use super::arguments::*;
 use super::process::{start_ranks, watch_signals};
 use crate::config::{Config, Layers};
-use crate::data;
 use crate::error::{Error, Result};
 use crate::report::stderr_line;
 use crate::routers;
@@ -156,21 +155,7 @@ pub(super) fn ablate_command(
 }
 
 pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
-    let mut layers = Layers::preset(&args.preset);
-    layers.experts = args.experts.clone();
-    layers.file = args.config.clone();
-    layers.set = args.set.clone();
-    let router = args.router.clone().map(Value::from);
-    let steps = args.steps.map(|n| Value::from(n as i64));
-    let flags = [
-        ("--router", "router.name", router),
-        ("--steps", "train.steps", steps),
-    ];
-    let given = flags
-        .into_iter()
-        .filter_map(|(flag, key, value)| Some((flag, key, value?)));
-    layers.flags = given.collect();
-    let config = data::configure(&layers, &routers::resolve)?;
+    let config = args.settings.configure()?;
     let found = plan::plan(&config, args.device, rayon::current_num_threads())?;
     if args.json {
         say!("{:#}", serde_json::json!(found));

@@ -10,6 +10,7 @@ mod commands;
 mod data;
 mod process;
 mod proofs;
+mod settings;
 mod timings;
 mod train;
 
@@ -88,6 +89,7 @@ impl Cli {
                 router,
                 set,
             } => list_ops(&preset, &router, set),
+            Command::Config(args) => settings::config_command(&args),
             Command::Routers => list_routers(),
             Command::Dump(args) => dump_command(&args),
             Command::Import(args) => import_command(&args),

@@ -18,11 +18,14 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     let dist = start_ranks(&args.ranks, threads)?;
     // A run that goes on has its configuration in its folder; a new one may be named after it.
     let (config, out) = if args.resume {
-        let out = args.folder(args.router.as_deref().unwrap_or("default"));
+        let out = args.folder(args.settings.router.as_deref().unwrap_or("default"));
         let file = Some(out.join(train::CONFIG_FILE));
         (Config::load(&args.layers(file), &routers::resolve)?, out)
     } else {
-        let config = data::configure(&args.layers(args.config.clone()), &routers::resolve)?;
+        let config = data::configure(
+            &args.layers(args.settings.config.clone()),
+            &routers::resolve,
+        )?;
         let out = args.folder(&config.router.name);
         (config, out)
     };
@@ -80,38 +83,19 @@ impl TrainArgs {
             return out.clone();
         }
         let name = self.name.clone().unwrap_or_else(|| {
-            let preset = self.preset.as_deref().unwrap_or("tiny");
-            let parts = [Some(preset), self.experts.as_deref(), Some(router)];
+            let preset = self.settings.preset.as_deref().unwrap_or("tiny");
+            let parts = [Some(preset), self.settings.experts.as_deref(), Some(router)];
             parts.into_iter().flatten().collect::<Vec<_>>().join("-")
         });
         PathBuf::from("runs").join(name)
     }
 
     fn layers(&self, file: Option<PathBuf>) -> Layers {
-        let number = |n: i64| Value::Integer(n);
-        let text = |s: &String| Value::String(s.clone());
-        let flags = [
-            ("--router", "router.name", self.router.as_ref().map(text)),
-            ("--steps", "train.steps", self.steps.map(number)),
-            ("--seed", "train.seed", self.seed.map(number)),
-            ("--data", "data.source", self.data.as_ref().map(text)),
-            // The flag also wins over a mix of the configuration file or of the run that goes on.
-            (
-                "--data",
-                "data.mix",
-                self.data.as_ref().map(|_| Value::Array(Vec::new())),
-            ),
-            ("--device", "train.device", self.device.as_ref().map(text)),
-        ];
-        Layers {
-            preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
-            experts: self.experts.clone(),
-            file,
-            set: self.set.clone(),
-            flags: flags
-                .into_iter()
-                .filter_map(|(flag, key, value)| Some((flag, key, value?)))
-                .collect(),
-        }
+        let device = self.device.clone().map(Value::from);
+        let mut layers = self.settings.layers(file);
+        layers
+            .flags
+            .extend(device.map(|d| ("--device", "train.device", d)));
+        layers
     }
 }

@@ -4,7 +4,8 @@
 //! Values are put in one key at a time and the whole is parsed after each, so that an error names
 //! the key at fault. Widths that nothing sets follow from the others at the end.
 
-use super::{Config, EXPERTS, PRESETS, RouterConfig, preset};
+use super::names::common_name;
+use super::{Config, PRESETS, RouterConfig, preset};
 use crate::error::{Error, Result};
 use crate::report::{nearest, similarity};
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ pub type RouterCheck<'a> = dyn Fn(&mut RouterConfig) -> Result<()> + 'a;
 pub struct Layers {
     /// Name of a model in [`PRESETS`].
     pub preset: String,
-    /// Name of an expert setting in [`EXPERTS`]; its widths follow from the hidden size.
+    /// Experts and active experts, as in `32c4`; widths follow from the hidden size.
     pub experts: Option<String>,
     /// A TOML file with any of the keys.
     pub file: Option<PathBuf>,
@@ -65,10 +66,9 @@ struct Assignment {
 pub(super) fn resolve(layers: &Layers) -> Result<Config> {
     let mut table = embedded(preset::find("--preset", PRESETS, &layers.preset)?);
     if let Some(name) = &layers.experts {
-        let experts = embedded(preset::find("--experts", EXPERTS, name)?);
-        for (key, value) in flatten(&experts) {
-            insert(&mut table, &key, value);
-        }
+        let [experts, active] = preset::experts(name)?;
+        insert(&mut table, "model.num_experts", experts.into());
+        insert(&mut table, "model.top_k", active.into());
     }
     let known = known_keys(&table)?;
     let mut assignments = Vec::new();
@@ -106,6 +106,11 @@ pub(super) fn resolve(layers: &Layers) -> Result<Config> {
     );
     assignments.push(flags);
 
+    let given: Vec<String> = assignments
+        .iter()
+        .flatten()
+        .map(|a| a.key.clone())
+        .collect();
     for mut layer in assignments {
         // The router's name first: a new name drops the settings of the one before.
         layer.sort_by_key(|a| a.key != "router.name");
@@ -114,7 +119,23 @@ pub(super) fn resolve(layers: &Layers) -> Result<Config> {
         }
     }
     derive(&mut table, true)?;
+    if !given.iter().any(|key| key == "train.micro_batch") {
+        fit_micro_batch(&mut table);
+    }
     parse(&table).map_err(|e| incomplete(&e))
+}
+
+/// Makes the preset's micro-batch the largest one below it that divides the sequences of a step.
+fn fit_micro_batch(table: &mut Table) {
+    let number = |key: &str| get(table, key).and_then(Value::as_integer);
+    let keys = ["train.sequences_per_step", "train.micro_batch"];
+    // What is no batch is left for the validation to name.
+    if let [Some(sequences), Some(most)] = keys.map(number)
+        && sequences > 0
+        && let Some(micro) = (1..=most.min(sequences)).rev().find(|m| sequences % m == 0)
+    {
+        insert(table, keys[1], micro.into());
+    }
 }
 
 /// Puts one value in and parses the whole.
@@ -147,6 +168,14 @@ fn assign(table: &mut Table, a: Assignment, known: &[String]) -> Result<()> {
 }
 
 fn unknown(a: &Assignment, known: &[String]) -> Error {
+    if let Some(key) = common_name(&a.key) {
+        return Error::invalid(
+            a.from.clone(),
+            "a key of the configuration",
+            format!("`{}`", a.key),
+            format!("use `{key}`"),
+        );
+    }
     // A key without its section is compared with the keys' last parts.
     let near = if a.key.contains('.') {
         nearest(&a.key, known.iter().map(String::as_str))

@@ -18,9 +18,9 @@ fn every_preset_with_every_expert_setting_is_valid_and_reads_back_equal() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.toml");
     for (preset, _) in PRESETS {
-        for (experts, _) in EXPERTS {
+        for experts in ["8c1", "8c2", "32c1", "32c4", "64c6"] {
             let mut layers = Layers::preset(preset);
-            layers.experts = Some(experts.to_string());
+            layers.experts = Some(experts.into());
             layers.set = vec!["router.beta=0.5".into(), "train.recompute=[0, 1]".into()];
             let config = Config::load(&layers, &|_| Ok(())).unwrap();
             std::fs::write(&path, config.to_toml().unwrap()).unwrap();
@@ -210,4 +210,54 @@ fn a_broken_file_names_its_line() {
         e.contains("`trian.steps`") && e.contains("`train.steps`"),
         "{e}"
     );
+}
+
+#[test]
+fn names_of_other_programs_are_answered_with_the_key() {
+    for (name, key) in [
+        ("lr", "train.learning_rate"),
+        ("train.batch_size", "train.sequences_per_step"),
+        ("max_grad_norm", "train.gradient_clip"),
+        ("model.num_experts_per_tok", "model.top_k"),
+    ] {
+        let e = error(&[&format!("{name}=1")]);
+        assert!(e.ends_with(&format!("use `{key}`")), "{e}");
+    }
+    // Every key that is named is one.
+    let known = with("tiny", &[]).unwrap().to_toml().unwrap();
+    let known: Table = known.parse().unwrap();
+    for (key, _) in crate::config::names::COMMON {
+        assert!(get(&known, key).is_some(), "{key}");
+    }
+}
+
+#[test]
+fn a_batch_takes_a_micro_batch_that_divides_it() {
+    let micro = |set: &[&str]| with("tiny", set).unwrap().train.micro_batch;
+    assert_eq!(micro(&["train.sequences_per_step=24"]), 12);
+    assert_eq!(micro(&["train.sequences_per_step=7"]), 7);
+    assert_eq!(micro(&["train.sequences_per_step=34"]), 2);
+    let e = error(&["train.sequences_per_step=24", "train.micro_batch=16"]);
+    assert!(
+        e.contains("a divisor of train.sequences_per_step = 24"),
+        "{e}"
+    );
+}
+
+#[test]
+fn experts_are_any_two_numbers() {
+    let of = |text: &str| {
+        let mut layers = Layers::preset("tiny");
+        layers.experts = Some(text.into());
+        Config::load(&layers, &|_| Ok(()))
+    };
+    let model = of("44c3").unwrap().model;
+    assert_eq!(
+        (model.num_experts, model.top_k, model.expert_ffn_width),
+        (44, 3, 64)
+    );
+    for wrong in ["44", "c3", "4c5", "0c0", "8x2"] {
+        let e = of(wrong).unwrap_err().to_string();
+        assert!(e.contains("NcK") && e.contains(wrong), "{e}");
+    }
 }

@@ -3,14 +3,17 @@
 //! come from, [`validate`] what they may be, [`count`] what a model of them costs.
 
 pub mod count;
+mod describe;
 mod hub;
 mod load;
+mod names;
 mod preset;
 mod validate;
 
+pub use describe::described;
 pub use hub::ModelFile;
 pub use load::{Layers, RouterCheck};
-pub use preset::{EXPERTS, PRESETS};
+pub use preset::PRESETS;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -58,9 +61,12 @@ pub struct ModelConfig {
     /// Layers, from 0, whose feed-forward is dense instead of MoE.
     #[serde(default = "first_layer")]
     pub dense_layers: Vec<usize>,
+    /// Normalisation: "rmsnorm" or "layernorm".
     pub norm: Norm,
+    /// What a norm adds to the mean square or the variance.
     #[serde(default = "norm_eps")]
     pub norm_eps: f64,
+    /// Base θ of RoPE's frequencies.
     #[serde(default = "rope_theta")]
     pub rope_theta: f64,
     /// The output head is the transposed embedding.
@@ -69,6 +75,7 @@ pub struct ModelConfig {
     /// Biases in the query, key and value projections.
     #[serde(default)]
     pub qkv_bias: bool,
+    /// RMSNorm of queries and keys before RoPE: "none", "head" (each head) or "full" (all heads together).
     #[serde(default)]
     pub qk_norm: QkNorm,
     /// Width of a shared expert that every token uses, scaled by a sigmoid gate; 0 for none.
@@ -110,6 +117,7 @@ pub enum QkNorm {
 /// Which router, and its settings; the registry of routers knows what each one takes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RouterConfig {
+    /// Router; `routegrad routers` lists them.
     #[serde(default = "default_router")]
     pub name: String,
     #[serde(flatten)]
@@ -131,8 +139,9 @@ impl Default for RouterConfig {
 pub struct BalanceConfig {
     /// α of the auxiliary (Switch) loss, 1 · α when balanced.
     pub aux_coefficient: f64,
+    /// Tokens whose counts enter the auxiliary loss: "global", of the step so far on all ranks, or "micro", of the micro-batch.
     pub aux_scope: Scope,
-    /// How the MoE layers' auxiliary and z losses become one.
+    /// How the losses of the MoE layers become one: "mean" or "sum".
     pub aux_reduction: Reduction,
     /// c of c · mean(logsumexp(z)²).
     pub z_coefficient: f64,
@@ -182,12 +191,19 @@ pub struct TrainConfig {
     /// Share of the steps in which the rate rises linearly from 0.
     #[serde(default = "warmup_fraction")]
     pub warmup_fraction: f64,
-    /// Rate at the end of the cosine, as a share of `learning_rate`.
+    /// How the rate falls after that: "cosine", "linear", "constant", or "wsd", constant and then linear.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// Share of the steps, the last ones, in which the rate of "wsd" falls.
+    #[serde(default = "decay_fraction")]
+    pub decay_fraction: f64,
+    /// Rate at the end, as a share of `learning_rate`; "constant" does not fall.
     #[serde(default = "final_rate")]
     pub final_rate: f64,
     /// Decay of AdamW's first and second moment.
     #[serde(default = "betas")]
     pub betas: [f64; 2],
+    /// What AdamW adds to the root of the second moment.
     #[serde(default = "eps")]
     pub eps: f64,
     /// Decoupled decay of matrices; norms and embeddings do not decay.
@@ -196,6 +212,7 @@ pub struct TrainConfig {
     /// Greatest norm of the whole gradient; 0 leaves it alone.
     #[serde(default = "gradient_clip")]
     pub gradient_clip: f64,
+    /// Seed of the weights, the order of the data and the sampling routers.
     #[serde(default)]
     pub seed: u64,
     /// Steps between checkpoints; one more is written at the end.
@@ -227,10 +244,10 @@ pub struct TrainConfig {
     /// Where the model runs: "cpu"; "sim", the kernels on the simulator in bf16; "cuda", the kernels on a GPU.
     #[serde(default)]
     pub device: Device,
-    /// Arithmetic on the CPU, and of weights and optimizer everywhere.
+    /// "f32" or "f64": arithmetic on the CPU, and of weights and optimizer everywhere.
     #[serde(default)]
     pub dtype: Precision,
-    /// Layers whose activations are computed again in backward instead of kept.
+    /// Layers whose activations are computed again in backward instead of kept: false, true for all, or a list.
     #[serde(default)]
     pub recompute: Recompute,
     /// Whether the optimizer's moments are bf16, rounded stochastically: 12 instead of 16 bytes a parameter on a device with
@@ -269,6 +286,22 @@ impl TrainConfig {
     fn at(&self, interval: u64, step: u64) -> bool {
         step == self.steps || step % interval == 0
     }
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Schedule {
+    /// Along half a cosine to the final rate.
+    #[default]
+    Cosine,
+    /// In a straight line to the final rate.
+    Linear,
+    /// Not at all.
+    Constant,
+    /// Not at all, and in the last steps in a straight line to the final rate: warm-up, stable, decay (Hu et al.,
+    /// arXiv 2404.06395).
+    Wsd,
 }
 
 /// Arithmetic on the CPU.
@@ -414,6 +447,9 @@ fn default_router() -> String {
 }
 fn warmup_fraction() -> f64 {
     0.01
+}
+fn decay_fraction() -> f64 {
+    0.2
 }
 fn final_rate() -> f64 {
     0.1

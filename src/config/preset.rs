@@ -12,8 +12,24 @@ macro_rules! embedded {
 /// Name and TOML of every model.
 pub const PRESETS: &[(&str, &str)] = embedded!["tiny", "small", "557m", "1.96b", "7.33b"];
 
-/// Name and TOML of every expert setting: `32c4` is 32 experts, 4 of them active.
-pub const EXPERTS: &[(&str, &str)] = embedded!["8c1", "8c2", "32c1", "32c2", "32c4"];
+/// Experts and active experts of a setting such as `32c4`.
+///
+/// # Errors
+/// When the text is not of that form.
+pub(super) fn experts(text: &str) -> Result<[i64; 2]> {
+    let numbers = text.split_once('c').map(|(n, k)| [n, k].map(str::parse));
+    match numbers {
+        Some([Ok(experts), Ok(active)]) if 1 <= active && active <= experts => {
+            Ok([experts, active])
+        }
+        _ => Err(Error::invalid(
+            "--experts",
+            "NcK, N experts of which K are active, as in 32c4",
+            format!("`{text}`"),
+            "give two whole numbers, the second not above the first",
+        )),
+    }
+}
 
 /// The TOML of `name` in `list`; `flag` is the option that named it.
 pub(super) fn find(

@@ -100,6 +100,7 @@ impl Config {
         )?;
         above_zero("train.learning_rate", t.learning_rate)?;
         within("train.warmup_fraction", t.warmup_fraction, 0.0, 1.0)?;
+        within("train.decay_fraction", t.decay_fraction, 0.0, 1.0)?;
         within("train.final_rate", t.final_rate, 0.0, 1.0)?;
         for beta in t.betas {
             let ok = (0.0..1.0).contains(&beta);

@@ -16,7 +16,7 @@ mod statistics;
 mod tally;
 pub mod topk;
 
-pub use registry::{GradientCheck, RouterInfo, Surrogate, all, build, register, resolve};
+pub use registry::{GradientCheck, RouterInfo, Surrogate, all, build, find, register, resolve};
 pub use state::{Disagreement, LayerPass, LayerState, Pass, Phase};
 pub use statistics::LayerStats;
 pub(crate) use tally::DeviceTally;

@@ -154,7 +154,11 @@ fn named(
     routers.find(|r| r.name == name)
 }
 
-fn find(name: &str) -> Result<&'static RouterInfo> {
+/// The router of this name.
+///
+/// # Errors
+/// When there is none.
+pub fn find(name: &str) -> Result<&'static RouterInfo> {
     let routers = all();
     named(routers.iter().copied(), name).ok_or_else(|| {
         let names: Vec<&str> = routers.iter().map(|r| r.name).collect();

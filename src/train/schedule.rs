@@ -1,19 +1,31 @@
-//! The learning rate of a step: linear warm-up, then half a cosine.
+//! The learning rate of a step: linear warm-up, then one of the schedules.
 
-use crate::config::TrainConfig;
+use crate::config::{Schedule, TrainConfig};
+use std::f64::consts::PI;
 
-/// Rate of step `step`, from 0, of `config.steps`. The first w = ⌈`warmup_fraction` · N⌉ steps rise
-/// in equal parts to `learning_rate`; the rest fall along a cosine and end, in the last step, at
-/// `final_rate · learning_rate`.
+/// Rate of step `step`, from 0, of `config.steps`. The first w = ⌈`warmup_fraction` · N⌉ steps rise in equal parts to
+/// `learning_rate`. In the others the rate falls to `final_rate · learning_rate`, which the last step has, as `schedule` says.
 pub fn learning_rate(config: &TrainConfig, step: u64) -> f64 {
-    let warmup = (config.warmup_fraction * config.steps as f64).ceil() as u64;
+    let steps_of = |share: f64| (share * config.steps as f64).ceil() as u64;
+    let warmup = steps_of(config.warmup_fraction);
     if step < warmup {
         return config.learning_rate * ((step + 1) as f64 / warmup as f64);
     }
-    let remaining = config.steps.saturating_sub(warmup).max(1);
-    let progress = ((step - warmup + 1) as f64 / remaining as f64).min(1.0);
-    let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
-    config.learning_rate * (config.final_rate + (1.0 - config.final_rate) * cosine)
+    // The share of the way down behind `first` steps at the highest rate.
+    let progress = |first: u64| {
+        let falling = config.steps.saturating_sub(first).max(1);
+        ((step + 1).saturating_sub(first) as f64 / falling as f64).min(1.0)
+    };
+    let height = match config.schedule {
+        Schedule::Cosine => 0.5 * (1.0 + (PI * progress(warmup)).cos()),
+        Schedule::Linear => 1.0 - progress(warmup),
+        Schedule::Constant => return config.learning_rate,
+        Schedule::Wsd => {
+            let decay = config.steps.saturating_sub(steps_of(config.decay_fraction));
+            1.0 - progress(decay.max(warmup))
+        }
+    };
+    config.learning_rate * (config.final_rate + (1.0 - config.final_rate) * height)
 }
 
 #[cfg(test)]
@@ -39,6 +51,24 @@ mod tests {
         assert!((r[599] - 3e-4).abs() < 1e-12);
         // Half of the cosine's way: the mean of both ends.
         assert!((r[6 + 296] - 1.65e-3).abs() < 1e-12);
+    }
+
+    #[test]
+    fn every_schedule_ends_where_it_says() {
+        let of = |schedule: &str| {
+            let schedule = format!("train.schedule={schedule}");
+            rates(&["train.steps=100", "train.warmup_fraction=0.1", &schedule])
+        };
+        let linear = of("linear");
+        assert_eq!(linear[9], 3e-3);
+        assert!((linear[54] - 0.5 * (3e-3 + 3e-4)).abs() < 1e-12);
+        assert!((linear[99] - 3e-4).abs() < 1e-15);
+        assert!(of("constant")[9..].iter().all(|r| *r == 3e-3));
+        let wsd = of("wsd");
+        assert!(wsd[9..80].iter().all(|r| *r == 3e-3));
+        assert!(wsd[79..].windows(2).all(|w| w[1] < w[0]));
+        assert!((wsd[89] - 0.5 * (3e-3 + 3e-4)).abs() < 1e-12);
+        assert!((wsd[99] - 3e-4).abs() < 1e-15);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use clap::Parser;
 use routegrad::cli::Cli;
+use routegrad::config::{Config, Layers, described};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -170,13 +171,36 @@ fn the_page_of_commands_is_what_the_command_line_says() {
         .show_footer(false)
         .show_table_of_contents(false);
     let made = clap_markdown::help_markdown_custom::<Cli>(&options);
-    let page = Path::new("docs/commands.md");
+    assert_page("docs/commands.md", &made);
+}
+
+/// A page that is generated: `UPDATE_DOCS=1` writes it.
+fn assert_page(page: &str, made: &str) {
     if std::env::var_os("UPDATE_DOCS").is_some() {
-        fs::write(page, &made).unwrap();
+        fs::write(page, made).unwrap();
     }
     let found = fs::read_to_string(page).unwrap_or_default();
     assert!(
         found == made,
-        "docs/commands.md is old: UPDATE_DOCS=1 cargo test --release --test code docs"
+        "{page} is old: UPDATE_DOCS=1 cargo test --release --test code docs"
     );
+}
+
+#[test]
+fn the_page_of_the_configuration_has_every_key() {
+    let resolve = &routegrad::routers::resolve;
+    let mut text = "# Configuration\n\n\
+        A preset is overridden by `--config FILE.toml`, that by `--set KEY=VALUE`, and that by the other flags. A run's own\n\
+        `config.toml` is fully resolved. An unknown key or an impossible value is an error that names the key and what would do.\n\n\
+        ```sh\n\
+        routegrad config --preset small --router topk > my.toml\n\
+        routegrad train --config my.toml --learning-rate 1e-3 --batch 32\n\
+        ```\n\n\
+        The preset `tiny`, as `routegrad config` prints it:\n\n```toml\n"
+        .to_string();
+    let config = Config::load(&Layers::preset("tiny"), resolve).unwrap();
+    let settings = routegrad::routers::find("default").unwrap().settings;
+    text += &described(&config, &config, settings).unwrap();
+    text += "\n```\n\nOther routers have other settings: [routers](routers.md).\n";
+    assert_page("docs/configuration.md", &text);
 }
