@@ -20,6 +20,7 @@ use super::folder::{FORMAT, Folder, MANIFEST, Manifest, STATE, Side, digest};
 use super::tokenizer::{TOKENIZER_CONFIG_FILE, Tokenizer};
 use crate::error::{Error, Result};
 use crate::report::files::{UNFINISHED, replace};
+use crate::report::lock::{FolderLock, LOCK_FILE};
 use inputs::Input;
 use items::Item;
 use progress::Progress;
@@ -57,6 +58,7 @@ pub fn run(options: &Options) -> Result<Summary> {
     for input in &inputs {
         inputs::open(&input.path, options)?;
     }
+    let _lock = FolderLock::take(&options.out)?;
     let begun = Instant::now();
     let state = begin(options, &tokenizer, &inputs)?;
     let progress = Progress::new(&inputs, options.quiet);
@@ -117,7 +119,7 @@ fn refuse_used(out: &Path) -> Result<()> {
         return Ok(());
     }
     let entries = fs::read_dir(out).map_err(|e| Error::io("list", out, e))?;
-    let left = |name: &str| name.starts_with(UNFINISHED);
+    let left = |name: &str| name.starts_with(UNFINISHED) || name == LOCK_FILE;
     let mut names = entries.flatten().map(|e| e.file_name());
     if !names.any(|name| !left(&name.to_string_lossy())) {
         return Ok(());

@@ -5,7 +5,7 @@ pub(crate) mod fault;
 use crate::error::{Error, Result};
 use serde::Serialize;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 
 /// Begins the names of what is being written or removed; never of what is finished.
@@ -35,11 +35,20 @@ pub(crate) fn json(path: &Path, value: &impl Serialize) -> Result<String> {
 
 /// Forces a file or a folder to the disk.
 pub(crate) fn sync(path: &Path) -> Result<()> {
-    File::open(path)
-        .and_then(|f| f.sync_all())
-        .map_err(|e| Error::io("sync", path, e))?;
+    let synced = File::open(path).and_then(|f| f.sync_all());
+    match synced {
+        // Some file systems (CIFS, FUSE) do not sync folders, and say so.
+        Err(e) if unsupported(&e) && path.is_dir() => {}
+        other => other.map_err(|e| Error::io("sync", path, e))?,
+    }
     fault::point();
     Ok(())
+}
+
+/// Whether the file system has no such call: EINVAL, EOPNOTSUPP or ENOSYS.
+fn unsupported(e: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidInput, Unsupported};
+    matches!(e.kind(), InvalidInput | Unsupported)
 }
 
 /// Puts a file of this content into `folder`, in place of one of its name.
@@ -59,4 +68,17 @@ pub(crate) fn rename(folder: &Path, name: &str) -> Result<()> {
     fs::rename(&temporary, folder.join(name)).map_err(|e| Error::io("rename", &temporary, e))?;
     fault::point();
     sync(folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_system_that_does_not_sync_folders_is_no_error_and_one_that_does_not_sync_files_is() {
+        // Files and folders of /proc answer EINVAL.
+        sync(Path::new("/proc/self")).unwrap();
+        assert!(sync(Path::new("/proc/self/status")).is_err());
+        assert!(sync(Path::new("/nonexistent")).is_err());
+    }
 }

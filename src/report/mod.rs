@@ -3,6 +3,7 @@
 pub mod error;
 pub mod events;
 pub mod files;
+pub(crate) mod lock;
 pub mod metrics;
 mod nearest;
 pub mod page;

@@ -5,7 +5,7 @@ use super::console::Console;
 use super::hooks::{Checkpoints, KernelTimeline, MetricsLog, Plots, Progress, TensorBoard};
 use super::step::StepExecutor;
 use super::trainer::{Hook, Trainer};
-use super::{CHECKPOINTS, RunOptions, memory, ranks, refuse_existing, write_config};
+use super::{CHECKPOINTS, RunOptions, learning_rate, memory, ranks, refuse_existing, write_config};
 use crate::config::{Config, count};
 use crate::data::tokenizer::BYTES;
 use crate::data::{Corpus, Counts};
@@ -13,10 +13,12 @@ use crate::dist::{self, Collective, SingleRank, agree, doing};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::report::files::replace;
+use crate::report::lock::FolderLock;
 use crate::routers;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
+use toml::Table;
 
 /// Options for a [`Trainer`].
 pub struct Builder {
@@ -78,13 +80,14 @@ impl Builder {
     pub fn build(mut self) -> Result<Trainer> {
         let (dist, run) = (self.dist.clone(), self.run.take());
         ranks::check(&*dist, &self.config)?;
+        let mut lock = None;
         if let Some(run) = &run {
-            let free = match dist.rank() == 0 && !run.resume {
-                true => refuse_existing(&run.out),
-                false => Ok(()),
-            };
-            agree(&*dist, free)?;
             memory::check(&self.config)?;
+            let own = match dist.rank() == 0 {
+                true => lock_folder(run),
+                false => Ok(None),
+            };
+            lock = agree(&*dist, own)?;
         }
         doing("the reading of data");
         let config = &self.config;
@@ -100,9 +103,10 @@ impl Builder {
         ranks::check_data(&*dist, &data)?;
         doing("the making of the model");
         let own = Box::new(dist.clone());
+        let mut notes = Vec::new();
         let parts = match &saved {
             None => anew(self.config, data, own)?,
-            Some(saved) => resume(saved, self.config, data, own)?,
+            Some(saved) => resume(saved, self.config, data, own, &mut notes)?,
         };
         let mut hooks = self.hooks;
         if let Some(run) = &run {
@@ -114,6 +118,7 @@ impl Builder {
         }
         hooks.retain(|hook| dist.rank() == 0 || hook.on_every_rank());
         let mut trainer = Trainer::assemble(parts, dist.clone(), corpus, hooks)?;
+        trainer.lock = lock;
         if let Some(run) = &run {
             let (first, total) = (trainer.steps_done(), trainer.config().train.steps);
             trainer.console = Console::with_bar(first, total, run.quiet);
@@ -132,10 +137,26 @@ impl Builder {
             for damaged in &damaged {
                 trainer.note(&format!("warning: skipped a damaged checkpoint: {damaged}"));
             }
+            for note in &notes {
+                trainer.note(note);
+            }
             introduce(&trainer, run, dist.size());
         }
         Ok(trainer)
     }
+}
+
+/// Locks the run's folder, which holds no run yet unless it is resumed.
+fn lock_folder(run: &RunOptions) -> Result<Option<FolderLock>> {
+    if !run.resume {
+        refuse_existing(&run.out)?;
+    }
+    let lock = FolderLock::take(&run.out)?;
+    // Another process may have made a run since.
+    if !run.resume {
+        refuse_existing(&run.out)?;
+    }
+    Ok(lock)
 }
 
 /// The hooks of a run with a folder, in their order.
@@ -235,40 +256,100 @@ fn resume(
     config: Config,
     data: String,
     dist: Box<dyn Collective>,
+    notes: &mut Vec<String>,
 ) -> Result<(Model, StepExecutor, TrainerState)> {
     let device = config.train.device;
     let (model, mut state) = checkpoint::load_model_on(saved, |c| c.train.device = device, dist)?;
-    let old = &state.config;
-    for (what, same) in [
-        ("model", old.model == config.model),
-        ("router", old.router == config.router),
-        ("train.seed", old.train.seed == config.train.seed),
-        ("train.dtype", old.train.dtype == config.train.dtype),
-        (
-            "train.bf16_moments",
-            old.train.bf16_moments == config.train.bf16_moments,
-        ),
-        (
-            "train.sequences_per_step",
-            old.train.sequences_per_step == config.train.sequences_per_step,
-        ),
-        ("data", state.data == data),
-        (
-            "data.document_boundaries",
-            old.data.document_boundaries == config.data.document_boundaries,
-        ),
-    ] {
-        if !same {
-            return Err(Error::invalid(
-                "train --resume",
-                format!("the {what} that the run began with"),
-                "another one",
-                "put it back, or begin a new run under another --name",
-            ));
-        }
+    refuse_another_run(&state, &config, &data)?;
+    let (done, steps) = (state.step, config.train.steps);
+    if steps < done {
+        return Err(Error::invalid(
+            "train --resume",
+            format!("at least the {done} steps that are done"),
+            format!("train.steps = {steps}"),
+            "give more --steps, or evaluate the run as it is",
+        ));
     }
     let mut executor = StepExecutor::new(&config.train, &model);
     checkpoint::load_trainer(saved, &state, &model, &mut executor)?;
+    notes.extend(resume_notes(&state.config, &config, state.step));
     state.config = config;
     Ok((model, executor, state))
+}
+
+/// Refuses a configuration or data of another run than that of the checkpoint.
+fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Result<()> {
+    let sections = |config: &Config| -> Result<Vec<(String, String)>> {
+        let own = [
+            ("train.seed", config.train.seed.to_string()),
+            ("train.dtype", config.train.dtype.dtype().to_string()),
+            ("train.bf16_moments", config.train.bf16_moments.to_string()),
+            (
+                "train.sequences_per_step",
+                config.train.sequences_per_step.to_string(),
+            ),
+            (
+                "data.document_boundaries",
+                config.data.document_boundaries.to_string(),
+            ),
+        ];
+        let mut all: Vec<_> = own.map(|(key, value)| (key.to_string(), value)).into();
+        let table = Table::try_from(config).map_err(|e| {
+            let help = "check the configuration's numbers";
+            Error::invalid("config", "values that TOML can hold", e.to_string(), help)
+        })?;
+        for section in ["model", "router"] {
+            let keys = table.get(section).and_then(toml::Value::as_table);
+            let keys = keys.into_iter().flatten();
+            all.extend(keys.map(|(key, value)| (format!("{section}.{key}"), value.to_string())));
+        }
+        Ok(all)
+    };
+    let (old, new) = (sections(&state.config)?, sections(config)?);
+    let help = "put it back, or begin a new run under another --name";
+    let of = |all: &[(String, String)], key: &str| {
+        let found = all.iter().find(|(k, _)| k == key);
+        found.map_or("none".to_string(), |(_, value)| value.clone())
+    };
+    for (key, _) in old.iter().chain(&new) {
+        let (was, is) = (of(&old, key), of(&new, key));
+        if was != is {
+            let expected = format!("{key} = {was}, with which the run began");
+            return Err(Error::invalid("train --resume", expected, is, help));
+        }
+    }
+    if state.data != data {
+        return Err(Error::invalid(
+            "train --resume",
+            format!(
+                "the data with which the run began, of digest {}",
+                state.data
+            ),
+            format!("{}, of digest {data}", config.data.name()),
+            help,
+        ));
+    }
+    Ok(())
+}
+
+/// What a run that goes on does otherwise than it did before.
+fn resume_notes(old: &Config, new: &Config, step: u64) -> Vec<String> {
+    let mut notes = Vec::new();
+    if step == new.train.steps {
+        notes.push(format!(
+            "all {step} steps are done already; --steps takes more"
+        ));
+        return notes;
+    }
+    if step > 0 {
+        let [was, is] = [old, new].map(|c| learning_rate(&c.train, step.min(c.train.steps - 1)));
+        if was != is {
+            notes.push(format!(
+                "the learning rate of step {} is {is:.2e}, where that of the run until now would be {was:.2e}: other \
+                 train.steps or another schedule",
+                step + 1
+            ));
+        }
+    }
+    notes
 }

@@ -56,7 +56,7 @@ fn fits(needed: u64, available: Option<u64>) -> Result<()> {
                 "one whose training takes at least {:.1} GB",
                 gigabytes(needed)
             ),
-            "choose a smaller --preset, or lower train.micro_batch or model.sequence_length",
+            "choose a smaller --preset, or lower train.micro_batch, train.sequences_per_step or model.sequence_length",
         )),
         _ => Ok(()),
     }

@@ -119,6 +119,22 @@ pub(super) fn check_folder(dist: &dyn Collective, out: &Path) -> Result<()> {
     seen
 }
 
+/// The newest whole checkpoint in `folder`, and what is wrong with newer ones. Where all are damaged nothing is done: a run from
+/// the start would take the place of what may still be mended.
+fn one_whole(folder: &Path) -> Result<(Option<Checkpoint>, Vec<Error>)> {
+    let (found, damaged) = checkpoint::newest(folder)?;
+    if found.is_some() || damaged.is_empty() {
+        return Ok((found, damaged));
+    }
+    let reasons: Vec<String> = damaged.iter().map(ToString::to_string).collect();
+    Err(Error::file(
+        folder,
+        "a whole checkpoint",
+        format!("{} damaged: {}", damaged.len(), reasons.join("; ")),
+        "put a whole one back; to start anew choose another --name or --out, or move the run's folder away",
+    ))
+}
+
 /// The newest whole checkpoint in `folder` as rank 0 finds it, and what is wrong with newer ones.
 ///
 /// # Errors
@@ -128,11 +144,11 @@ pub(super) fn newest(
     folder: &Path,
 ) -> Result<(Option<Checkpoint>, Vec<Error>)> {
     if dist.size() == 1 {
-        return checkpoint::newest(folder);
+        return one_whole(folder);
     }
     doing("the choice of a checkpoint");
     let found = match dist.rank() {
-        0 => checkpoint::newest(folder),
+        0 => one_whole(folder),
         _ => Ok((None, Vec::new())),
     };
     let found = agree(dist, found)?;

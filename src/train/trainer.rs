@@ -12,6 +12,7 @@ use crate::dist::{self, Collective, doing};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::batch::Batch;
+use crate::report::lock::FolderLock;
 use crate::report::metrics::Record;
 use crate::tensor::Tensor;
 use std::cell::Cell;
@@ -156,6 +157,8 @@ pub struct Trainer {
     hooks: Vec<Box<dyn Hook>>,
     pub(super) console: Console,
     stop_requested: Cell<bool>,
+    /// On the run's folder.
+    pub(super) lock: Option<FolderLock>,
 }
 
 /// A step that was launched and whose results were not read yet.
@@ -187,6 +190,7 @@ impl Trainer {
             hooks,
             console: Console::notes(),
             stop_requested: Cell::new(false),
+            lock: None,
         })
     }
 

@@ -19,6 +19,7 @@ mod data_corruption;
 mod data_inputs;
 mod exchange;
 mod export;
+mod fuzz;
 mod hardware;
 mod own_crate;
 #[cfg(target_os = "linux")]

@@ -23,6 +23,7 @@ use crate::config::count;
 use crate::device::machine::H200_PEAK;
 use crate::dist::{Collective, agree, doing, doing_alone, same_on_all};
 use crate::error::{Error, Result};
+use crate::report::lock::FolderLock;
 use crate::report::page::{Table, create};
 use crate::report::plots::publish;
 use crate::study::plan;
@@ -257,6 +258,11 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
         };
     }
     let prepare = || {
+        // A look at the report disturbs nobody.
+        let lock = match args.report_only {
+            true => None,
+            false => FolderLock::take(out)?,
+        };
         // Finds a baseline that is none before any run begins.
         summary::summarize(out, &plan, grid.baseline.as_deref(), None)?;
         create(out)?;
@@ -265,13 +271,13 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
         if !args.report_only || !saved.exists() {
             publish(&saved, &grid.to_toml()?)?;
         }
-        Ok(())
+        Ok(lock)
     };
     doing("the preparation of the grid");
     let help = "start every rank with the same arguments and files";
     let both = |_: &str, _: &str| "different grids".into();
     same_on_all(&**dist, &grid.to_toml()?, both, help)?;
-    agree(&**dist, if first { prepare() } else { Ok(()) })?;
+    let _lock = agree(&**dist, if first { prepare() } else { Ok(None) })?;
     let mut finished = true;
     if !args.report_only {
         finished = match dist.size() {

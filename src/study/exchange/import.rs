@@ -5,6 +5,7 @@ use crate::config::Layers;
 use crate::data::tokenizer::BYTES;
 use crate::data::{self, Corpus};
 use crate::error::Result;
+use crate::report::lock::FolderLock;
 use crate::train;
 use crate::train::checkpoint::{self, TrainerState};
 use crate::train::step::StepExecutor;
@@ -26,6 +27,7 @@ pub fn import(
     config.model.sequence_length = sequence_length.unwrap_or(source.file.model.sequence_length);
     data::adopt_tokenizer(&mut config.data)?;
     config.validate()?;
+    let _lock = FolderLock::take(out)?;
     train::refuse_existing(out)?;
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
     let (model, _) = source.model(&config)?;

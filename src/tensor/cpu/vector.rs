@@ -18,47 +18,21 @@ const LANES: usize = 16;
 #[inline(always)]
 pub fn sum_over<T: Real, const N: usize>(slices: [&[T]; N], f: impl Fn([T; N]) -> T) -> T {
     let n = slices[0].len();
+    let slices = slices.map(|s| &s[..n]);
     let mut sums = [T::zero(); LANES];
     let whole = n - n % LANES;
     let mut i = 0;
     while i < whole {
-        let parts = loaded(&slices, i);
+        let parts = slices.map(|s| &s[i..i + LANES]);
         for (lane, sum) in sums.iter_mut().enumerate() {
-            *sum += f(column(&parts, lane));
+            *sum += f(parts.map(|p| p[lane]));
         }
         i += LANES;
     }
     for (lane, sum) in sums.iter_mut().enumerate().take(n - whole) {
-        let mut last = [T::zero(); N];
-        for (last, slice) in last.iter_mut().zip(&slices) {
-            *last = slice[whole + lane];
-        }
-        *sum += f(last);
+        *sum += f(slices.map(|s| s[whole + lane]));
     }
     total(sums)
-}
-
-/// [`LANES`] elements of each slice, from `i` on. Loops in place of `map` and `from_fn` of arrays, whose calls are inlined only
-/// by link-time optimization.
-#[inline(always)]
-fn loaded<T: Real, const N: usize>(slices: &[&[T]; N], i: usize) -> [[T; LANES]; N] {
-    let mut parts = [[T::zero(); LANES]; N];
-    for (part, slice) in parts.iter_mut().zip(slices) {
-        for (to, &from) in part.iter_mut().zip(&slice[i..i + LANES]) {
-            *to = from;
-        }
-    }
-    parts
-}
-
-/// Element `lane` of each part.
-#[inline(always)]
-fn column<T: Real, const N: usize>(parts: &[[T; LANES]; N], lane: usize) -> [T; N] {
-    let mut column = [T::zero(); N];
-    for (to, part) in column.iter_mut().zip(parts) {
-        *to = part[lane];
-    }
-    column
 }
 
 /// The sum of interleaved parts, by halves.
@@ -89,37 +63,40 @@ pub fn map_over<T: Real, const O: usize, const I: usize>(
 ) {
     let n = inputs[0].len();
     let whole = n - n % LANES;
+    let inputs = inputs.map(|s| &s[..n]);
+    for output in &mut outputs {
+        *output = &mut std::mem::take(output)[..n];
+    }
     let mut i = 0;
     while i < whole {
-        let given = loaded(&inputs, i);
         let mut new = [[T::zero(); LANES]; O];
+        let mut given = [[T::zero(); LANES]; I];
         for (new, output) in new.iter_mut().zip(&outputs) {
-            for (to, &from) in new.iter_mut().zip(&output[i..i + LANES]) {
-                *to = from;
-            }
+            new.copy_from_slice(&output[i..i + LANES]);
+        }
+        for (given, input) in given.iter_mut().zip(&inputs) {
+            given.copy_from_slice(&input[i..i + LANES]);
         }
         for lane in 0..LANES {
-            let results = f(column(&given, lane), column(&new, lane));
+            let results = f(
+                std::array::from_fn(|k| given[k][lane]),
+                std::array::from_fn(|k| new[k][lane]),
+            );
             for (new, result) in new.iter_mut().zip(results) {
                 new[lane] = result;
             }
         }
         for (output, new) in outputs.iter_mut().zip(&new) {
-            for (to, &from) in output[i..i + LANES].iter_mut().zip(new) {
-                *to = from;
-            }
+            output[i..i + LANES].copy_from_slice(new);
         }
         i += LANES;
     }
     for i in whole..n {
-        let (mut given, mut old) = ([T::zero(); I], [T::zero(); O]);
-        for (given, input) in given.iter_mut().zip(&inputs) {
-            *given = input[i];
-        }
-        for (old, output) in old.iter_mut().zip(&outputs) {
-            *old = output[i];
-        }
-        for (output, result) in outputs.iter_mut().zip(f(given, old)) {
+        let results = f(
+            std::array::from_fn(|k| inputs[k][i]),
+            std::array::from_fn(|k| outputs[k][i]),
+        );
+        for (output, result) in outputs.iter_mut().zip(results) {
             output[i] = result;
         }
     }
