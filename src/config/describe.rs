@@ -3,6 +3,7 @@
 
 use super::Config;
 use crate::error::{Error, Result};
+use serde_json::Value as Json;
 use std::fmt::Write;
 use toml::{Table, Value};
 
@@ -76,6 +77,8 @@ fn fields(name: &str) -> Vec<(&'static str, Vec<&'static str>)> {
 fn inline(value: &Value) -> String {
     match value {
         // Integers stay so, and small numbers short.
+        // On one line, so that a comment may hold it; JSON's escapes are TOML's too.
+        Value::String(text) => Json::from(text.as_str()).to_string(),
         Value::Float(x) if *x != 0.0 && x.abs() < 1e-3 => format!("{x:e}"),
         value => value.to_string(),
     }

@@ -124,9 +124,9 @@ fn an_unknown_key_names_itself_and_the_nearest_right_one() {
     let e = Config::load(&Layers::preset("tyni"), &|_| Ok(())).unwrap_err();
     assert!(e.to_string().contains("did you mean `tiny`"), "{e}");
     let mut layers = Layers::preset("tiny");
-    layers.experts = Some("8c3".into());
+    layers.experts = Some("8x3".into());
     let e = Config::load(&layers, &|_| Ok(())).unwrap_err().to_string();
-    assert!(e.contains("--experts") && e.contains("`8c3`"), "{e}");
+    assert!(e.contains("--experts") && e.contains("`8x3`"), "{e}");
 }
 
 #[test]

@@ -7,9 +7,10 @@ use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
-/// The file that is locked. It stays, and says who held the lock last.
+/// The file that is locked; it says by whom. A process that is killed leaves it.
 pub(crate) const LOCK_FILE: &str = ".lock";
 
 /// Who holds a lock.
@@ -22,47 +23,64 @@ struct Holder {
 
 /// A lock on a folder, held until it is dropped.
 pub(crate) struct FolderLock {
-    _file: File,
+    path: PathBuf,
+    /// None where the file system has no locks.
+    file: Option<File>,
 }
 
 impl FolderLock {
-    /// Creates `folder` and locks it. None, with a warning, where the file system has no locks.
+    /// Creates `folder` and locks it. A warning, and no lock, where the file system has none.
     ///
     /// # Errors
     /// When another process holds the lock, or the disk refuses.
-    pub fn take(folder: &Path) -> Result<Option<Self>> {
+    pub fn take(folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
         let path = folder.join(LOCK_FILE);
-        let mut options = OpenOptions::new();
-        let opened = options
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .open(&path);
-        let mut file = opened.map_err(|e| Error::io("open", &path, e))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(held(folder, &mut file)),
-            Err(TryLockError::Error(e)) => {
-                let folder = folder.display();
-                stderr_line(&format!(
-                    "warning: {folder} cannot be locked ({e}): start no second process that writes to it"
-                ));
-                return Ok(None);
+        loop {
+            let mut options = OpenOptions::new();
+            options.create(true).truncate(false).read(true).write(true);
+            let mut file = options
+                .open(&path)
+                .map_err(|e| Error::io("open", &path, e))?;
+            match file.try_lock() {
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => return Err(held(folder, &mut file)),
+                Err(TryLockError::Error(e)) => {
+                    stderr_line(&format!(
+                        "warning: {} cannot be locked ({e}): start no second process that writes to it",
+                        folder.display()
+                    ));
+                    return Ok(FolderLock { path, file: None });
+                }
             }
+            // Who held it before removed the file, perhaps after it was opened here.
+            let number = |m: fs::Metadata| m.ino();
+            if fs::metadata(&path).map(number).ok() != file.metadata().map(number).ok() {
+                continue;
+            }
+            let holder = Holder {
+                host: host(),
+                process: std::process::id(),
+                since: now(),
+            };
+            // Whoever is refused reads it. Where it cannot be written the lock still holds.
+            let text = serde_json::to_string(&holder).unwrap_or_default();
+            let _ = file
+                .set_len(0)
+                .and_then(|()| file.write_all(text.as_bytes()));
+            return Ok(FolderLock {
+                path,
+                file: Some(file),
+            });
         }
-        let holder = Holder {
-            host: host(),
-            process: std::process::id(),
-            since: now(),
-        };
-        // Whoever is refused reads it. Where it cannot be written the lock still holds.
-        let text = serde_json::to_string(&holder).unwrap_or_default();
-        let _ = file
-            .set_len(0)
-            .and_then(|()| file.write_all(text.as_bytes()));
-        Ok(Some(FolderLock { _file: file }))
+    }
+}
+
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        if self.file.is_some() {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -100,13 +118,16 @@ mod tests {
         let place = tempfile::tempdir().unwrap();
         let folder = place.path().join("run");
         let first = FolderLock::take(&folder).unwrap();
-        assert!(first.is_some());
+        assert!(folder.join(LOCK_FILE).exists());
         let Err(e) = FolderLock::take(&folder) else {
             panic!("locked twice");
         };
         let expected = format!("process {} on ", std::process::id());
         assert!(e.to_string().contains(&expected), "{e}");
         drop(first);
-        assert!(FolderLock::take(&folder).unwrap().is_some());
+        assert!(!folder.join(LOCK_FILE).exists());
+        // What a killed process leaves is no lock.
+        fs::write(folder.join(LOCK_FILE), "{}").unwrap();
+        FolderLock::take(&folder).unwrap();
     }
 }

@@ -16,7 +16,7 @@ use crate::report::files::replace;
 use crate::report::lock::FolderLock;
 use crate::routers;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use toml::Table;
 
@@ -83,9 +83,10 @@ impl Builder {
         let mut lock = None;
         if let Some(run) = &run {
             memory::check(&self.config)?;
-            let own = match dist.rank() == 0 {
-                true => lock_folder(run),
-                false => Ok(None),
+            let own = match (dist.rank(), run.resume) {
+                (0, true) => FolderLock::take(&run.out).map(Some),
+                (0, false) => refuse_existing(&run.out).map(|()| None),
+                _ => Ok(None),
             };
             lock = agree(&*dist, own)?;
         }
@@ -118,7 +119,6 @@ impl Builder {
         }
         hooks.retain(|hook| dist.rank() == 0 || hook.on_every_rank());
         let mut trainer = Trainer::assemble(parts, dist.clone(), corpus, hooks)?;
-        trainer.lock = lock;
         if let Some(run) = &run {
             let (first, total) = (trainer.steps_done(), trainer.config().train.steps);
             trainer.console = Console::with_bar(first, total, run.quiet);
@@ -126,6 +126,14 @@ impl Builder {
         if dist.rank() != 0 {
             trainer.console = Console::silent();
         }
+        if let Some(run) = run.as_ref().filter(|run| !run.resume) {
+            let own = match dist.rank() {
+                0 => lock_new(&run.out),
+                _ => Ok(None),
+            };
+            lock = agree(&*dist, own)?;
+        }
+        trainer.lock = lock;
         agree(
             &*dist,
             trainer.each_hook(|hook, trainer| hook.start(trainer)),
@@ -146,17 +154,11 @@ impl Builder {
     }
 }
 
-/// Locks the run's folder, which holds no run yet unless it is resumed.
-fn lock_folder(run: &RunOptions) -> Result<Option<FolderLock>> {
-    if !run.resume {
-        refuse_existing(&run.out)?;
-    }
-    let lock = FolderLock::take(&run.out)?;
-    // Another process may have made a run since.
-    if !run.resume {
-        refuse_existing(&run.out)?;
-    }
-    Ok(lock)
+/// Locks the folder of a new run. Nothing was written before, so that a run that cannot begin leaves none.
+fn lock_new(out: &Path) -> Result<Option<FolderLock>> {
+    let lock = FolderLock::take(out)?;
+    // Another process may have made a run since it was looked at.
+    refuse_existing(out).map(|()| Some(lock))
 }
 
 /// The hooks of a run with a folder, in their order.
@@ -314,17 +316,14 @@ fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Resu
     for (key, _) in old.iter().chain(&new) {
         let (was, is) = (of(&old, key), of(&new, key));
         if was != is {
-            let expected = format!("{key} = {was}, with which the run began");
+            let expected = format!("{key} = {was}, which the run began with");
             return Err(Error::invalid("train --resume", expected, is, help));
         }
     }
     if state.data != data {
         return Err(Error::invalid(
             "train --resume",
-            format!(
-                "the data with which the run began, of digest {}",
-                state.data
-            ),
+            format!("the data that the run began with, of digest {}", state.data),
             format!("{}, of digest {data}", config.data.name()),
             help,
         ));

@@ -61,7 +61,7 @@ fn wrong_words_name_the_nearest_right_ones() {
     let place = Place::new();
     for (arguments, parts) in [
         (&["--preset", "tinny"][..], &["--preset", "`tiny`"][..]),
-        (&["--experts", "8c4"], &["--experts", "8c1"]),
+        (&["--experts", "8x4"], &["--experts", "NcK"]),
         (&["--router", "defualt"], &["\"default\""]),
         (
             &["--set", "train.step=3"],
@@ -156,6 +156,39 @@ fn damaged_and_foreign_checkpoints_are_named_and_older_ones_used() {
     // A folder of something else.
     has(&fail(&mut eval(place.folder.path())), &["manifest.json"]);
     has(&fail(&mut eval(&place.path("none"))), &["check the path"]);
+}
+
+#[test]
+fn a_run_whose_checkpoints_are_all_damaged_is_not_resumed_and_stays_as_it_is() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "20"]));
+    let run = place.path("run");
+    let step = |n: u64| run.join(format!("checkpoints/step-{n}"));
+    // One loses its end, one its manifest.
+    let weights = step(20).join("model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+    fs::remove_file(step(10).join("manifest.json")).unwrap();
+    let kept = ["metrics.jsonl", "config.toml"].map(|f| run.join(f));
+    let before = kept.each_ref().map(|f| fs::read(f).unwrap());
+    let arguments: [&[&str]; 2] = [&[], &["--steps", "30"]];
+    for more in arguments {
+        let line = fail(place.resume("run").args(more));
+        has(
+            &line,
+            &["2 damaged", "step-20", "step-10", "start anew", "--out"],
+        );
+        assert_eq!(kept.each_ref().map(|f| fs::read(f).unwrap()), before);
+        assert!(step(10).is_dir());
+        assert_eq!(fs::read(&weights).unwrap(), bytes[..bytes.len() / 2]);
+    }
+    // The advice can be followed.
+    succeed(&mut place.train("anew", &["--steps", "3"]));
+    // One whole checkpoint is enough.
+    fs::write(&weights, &bytes).unwrap();
+    let (out, _) = succeed(place.resume("run").args(["--steps", "25"]));
+    has(&out, &["after 25 steps"]);
+    assert_eq!(steps_logged(&run), 25);
 }
 
 /// A checkpoint of the micro model whose tensors `change` has changed.
@@ -364,4 +397,42 @@ fn experts_that_never_get_a_token_do_no_harm() {
             );
         }
     }
+}
+
+#[test]
+fn a_second_process_in_the_folder_of_a_run_is_refused_until_the_first_has_gone() {
+    let place = Place::new();
+    let out = place.path("run");
+    let mut first = place.train("run", &["--steps", "100000"]).spawn().unwrap();
+    assert!(wait_for_step(&mut first, &out, 12));
+    let expected = format!("process {} on ", first.id());
+    let line = fail(place.resume("run").args(["--steps", "100001"]));
+    has(&line, &[&expected, "since 20", "choose another folder"]);
+    // A killed process holds nothing.
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let steps = (steps_logged(&out) + 5).to_string();
+    succeed(place.resume("run").args(["--steps", &steps]));
+}
+
+#[test]
+fn a_resume_says_what_it_changes() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "10"]));
+    let (_, said) = succeed(&mut place.resume("run"));
+    has(&said, &["all 10 steps are done already"]);
+    let line = fail(place.resume("run").args(["--steps", "5"]));
+    has(
+        &line,
+        &["at least the 10 steps that are done", "train.steps = 5"],
+    );
+    let line = fail(place.resume("run").args(["--seed", "7"]));
+    has(&line, &["train.seed = 0", "got 7"]);
+    let line = fail(place.resume("run").args(["--set", "model.top_k=2"]));
+    has(&line, &["model.top_k = 1", "got 2"]);
+    let (_, said) = succeed(place.resume("run").args(["--steps", "20"]));
+    has(
+        &said,
+        &["the learning rate of step 11 is", "until now would be"],
+    );
 }

@@ -138,6 +138,9 @@ fn command(choice: &mut Choice, keys: &[String], place: &Place) -> Vec<String> {
         }
     }
     if name == "train" {
+        if !line.iter().any(|word| word == "--data") {
+            line.extend(["--data".into(), place.text.display().to_string()]);
+        }
         let (key, value) = (choice.of(keys), choice.of(ODD));
         line.extend(["--set".into(), format!("{key}={value}")]);
     }

@@ -313,7 +313,7 @@ fn what_is_planted_in_a_task_of_whole_steps_is_told_as_failure() {
         &["the bench ended with"],
         &["not within 1%: mean loss"],
         &["differ in", "first in loss and gradient norm of step 1"],
-        &["did the first 3 steps again"],
+        &["expected a whole checkpoint, got 1 damaged"],
         &[
             "reads: 2",
             "the memory is not within 3% of the plan",

@@ -258,14 +258,14 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
         };
     }
     let prepare = || {
-        // A look at the report disturbs nobody.
-        let lock = match args.report_only {
-            true => None,
-            false => FolderLock::take(out)?,
-        };
         // Finds a baseline that is none before any run begins.
         summary::summarize(out, &plan, grid.baseline.as_deref(), None)?;
         create(out)?;
+        // A look at the report disturbs nobody.
+        let lock = match args.report_only {
+            true => None,
+            false => Some(FolderLock::take(out)?),
+        };
         let saved = out.join(GRID_FILE);
         // A look at the report from another side leaves the grid as it is.
         if !args.report_only || !saved.exists() {

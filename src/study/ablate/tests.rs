@@ -101,7 +101,7 @@ fn what_is_no_grid_is_named_with_its_key() {
         ),
         ("[axis]\nrouter = [\"topk\"]", &["test", "line 1", "axis"]),
         ("[axes]\nwhat = [{ \"router.beta\" = 0.5 }]", &["a label"]),
-        ("[axes]\nexperts = [\"8c9\"]", &["experts", "8c1"]),
+        ("[axes]\nexperts = [\"8c9\"]", &["experts", "NcK"]),
     ] {
         let said = refused(text);
         for part in parts {
