@@ -62,6 +62,17 @@ pub(crate) fn replace(folder: &Path, name: &str, content: &[u8]) -> Result<()> {
     rename(folder, name)
 }
 
+/// Puts a file at `path` that can be made again: whole or not at all, without waiting for the disk.
+///
+/// # Errors
+/// When the disk refuses; what stood at `path` is unchanged then.
+pub(crate) fn publish(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let temporary = path.with_file_name(format!("{UNFINISHED}{name}"));
+    fs::write(&temporary, content).map_err(|e| Error::io("write", &temporary, e))?;
+    fs::rename(&temporary, path).map_err(|e| Error::io("rename", &temporary, e))
+}
+
 /// Gives `name` to what was written to `folder` and synced under [`UNFINISHED`]`name`.
 pub(crate) fn rename(folder: &Path, name: &str) -> Result<()> {
     let temporary = folder.join(format!("{UNFINISHED}{name}"));

@@ -2,7 +2,7 @@
 //! and one page of them that needs no other file.
 
 use crate::error::{Error, Result};
-use crate::report::plots::publish;
+use crate::report::files::publish;
 use serde::Serialize;
 use std::borrow::Cow;
 use std::fmt::Write;

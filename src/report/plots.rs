@@ -5,6 +5,7 @@
 mod tasks;
 
 use crate::error::{Error, Result};
+use crate::report::files::publish;
 use crate::report::metrics::{self, Record};
 use plotters::chart::MeshStyle;
 use plotters::coord::Shift;
@@ -84,15 +85,6 @@ pub(crate) fn svg(size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result
 
 fn save(path: &Path, size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result<()> {
     publish(path, &svg(size, draw)?)
-}
-
-/// Writes under another name, then renames: a reader never finds half a file.
-pub(crate) fn publish(path: &Path, text: &str) -> Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    name.push(".unfinished");
-    let temporary = Path::new(&name);
-    std::fs::write(temporary, text).map_err(|e| Error::io("write", temporary, e))?;
-    std::fs::rename(temporary, path).map_err(|e| Error::io("rename", temporary, e))
 }
 
 /// Means of `values` over at most `columns` runs of equal length: (x, mean).

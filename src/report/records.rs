@@ -2,6 +2,7 @@
 //! records with one key the later stays.
 
 use crate::error::{Error, Result};
+use crate::report::files::replace;
 use serde::{Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -117,9 +118,7 @@ impl<R: Entry> Records<R> {
             text.push_str(&line);
             text.push('\n');
         }
-        let draft = path.with_extension("draft");
-        std::fs::write(&draft, text).map_err(|e| Error::io("write", &draft, e))?;
-        std::fs::rename(&draft, &path).map_err(|e| Error::io("rename", &draft, e))
+        replace(&self.folder, &file_name(R::PREFIX, machine), text.as_bytes())
     }
 
     /// Writes the file of every machine.

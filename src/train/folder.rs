@@ -2,8 +2,8 @@
 
 use crate::config::Config;
 use crate::error::{Error, Result};
+use crate::report::files::replace;
 use crate::report::version;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The resolved configuration.
@@ -81,8 +81,6 @@ pub(crate) fn refuse_existing(out: &Path) -> Result<()> {
 /// # Errors
 /// When the disk refuses.
 pub(crate) fn write_config(out: &Path, config: &Config) -> Result<()> {
-    let temporary = out.join("config.toml.unfinished");
     let text = format!("# {}\n{}", version::program(), config.to_toml()?);
-    fs::write(&temporary, text).map_err(|e| Error::io("write", &temporary, e))?;
-    fs::rename(&temporary, out.join(CONFIG_FILE)).map_err(|e| Error::io("rename", &temporary, e))
+    replace(out, CONFIG_FILE, text.as_bytes())
 }

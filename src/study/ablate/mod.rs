@@ -25,7 +25,7 @@ use crate::dist::{Collective, agree, doing, doing_alone, same_on_all};
 use crate::error::{Error, Result};
 use crate::report::lock::FolderLock;
 use crate::report::page::{Table, create};
-use crate::report::plots::publish;
+use crate::report::files::publish;
 use crate::study::plan;
 use figures::short_number;
 use grid::{Grid, Plan};

@@ -9,7 +9,7 @@ use super::spikes::DEVIATIONS;
 use super::summary::{Group, Point, Spread, Summary, crossing};
 use crate::error::Result;
 use crate::report::page::{Cell, Page, Section, Table, create, write_files};
-use crate::report::plots::publish;
+use crate::report::files::publish;
 use std::path::Path;
 
 /// Everything that [`write`] needs.

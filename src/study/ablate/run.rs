@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::report::metrics;
-use crate::report::plots::publish;
+use crate::report::files::publish;
 use crate::report::stderr_line;
 use crate::study::hooks;
 use crate::train::checkpoint::Checkpoint;

@@ -3,7 +3,7 @@
 use super::Report;
 use crate::error::{Error, Result};
 use crate::report::page::{Page, create, write_files};
-use crate::report::plots::publish;
+use crate::report::files::publish;
 use std::path::Path;
 
 /// Writes `analysis.json`, a CSV for each analysis that applies, its figure as SVG, and

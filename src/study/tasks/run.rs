@@ -8,6 +8,7 @@ use super::results::{Answer, Results, Score};
 use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::report::files::publish;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -102,7 +103,7 @@ pub fn run(
 fn write(path: &Path, text: &str) -> Result<()> {
     let folder = path.parent().unwrap_or(Path::new("."));
     fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
-    fs::write(path, text).map_err(|e| Error::io("write", path, e))
+    publish(path, text)
 }
 
 /// Questions of a task on their way through the model.

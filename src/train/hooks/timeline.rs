@@ -3,6 +3,7 @@
 use crate::config::Config;
 use crate::device::timeline;
 use crate::error::{Error, Result};
+use crate::report::files::publish;
 use crate::report::metrics::Record;
 use crate::train::{Hook, Trainer};
 use std::path::PathBuf;
@@ -45,7 +46,7 @@ impl Hook for KernelTimeline {
         let path = self.folder.join("timeline.json");
         let bytes = serde_json::to_vec_pretty(&timeline);
         let bytes = bytes.map_err(|e| Error::io("write", &path, e.into()))?;
-        std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))?;
+        publish(&path, &bytes)?;
         trainer.note(&timeline.to_string());
         Ok(())
     }

@@ -9,7 +9,7 @@ use crate::device::machine::{
 };
 use crate::error::{Error, Result};
 use crate::report::page::{Cell, Page, Section, Table, document, replace_between};
-use crate::report::plots::publish;
+use crate::report::files::publish;
 use std::collections::BTreeSet;
 use std::path::Path;
 

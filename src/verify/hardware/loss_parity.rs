@@ -109,7 +109,7 @@ pub fn record(folder: &Path, only: Option<&str>) -> Result<()> {
         let path = path(folder, case);
         let to = path.parent().unwrap_or(folder);
         std::fs::create_dir_all(to).map_err(|e| Error::io("create", to, e))?;
-        crate::report::files::write_json(&path, &curve)?;
+        crate::report::files::publish(&path, crate::report::files::json(&path, &curve)?)?;
         println!(
             "{}: {} steps, {:.0} s",
             path.display(),
