@@ -310,7 +310,7 @@ pub(super) struct EvalArgs {
         value_delimiter = ','
     )]
     pub(super) tasks: Vec<String>,
-    /// Folder of their documents, TASK.jsonl or TASK.jsonl.zst; see docs/evaluation.md.
+    /// Folder of their documents, TASK.jsonl, plain or compressed with zstd or gzip; see docs/evaluation.md.
     #[arg(long, value_name = "DIR")]
     pub(super) task_data: Option<PathBuf>,
     /// Questions of each benchmark; 0 for all.

@@ -2,7 +2,7 @@
 
 use crate::data::folder::{Counts, Folder, Side};
 use crate::data::prepare::{self, Options};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -27,7 +27,7 @@ Examples:
 
 #[derive(Args)]
 pub(super) struct PrepareArgs {
-    /// Files that end in .parquet, .jsonl, .jsonl.zst, .txt or .txt.zst, or folders of them.
+    /// Files that end in .parquet, .jsonl, .json (JSON lines) or .txt, the last three also with .zst or .gz; or folders of them.
     #[arg(value_name = "INPUT", required = true)]
     inputs: Vec<PathBuf>,
     /// New folder of the tokens.
@@ -128,11 +128,23 @@ fn prepare(args: PrepareArgs) -> Result<()> {
     let megabytes = summary.bytes as f64 / 1e6;
     let (rate, seconds) = (megabytes / summary.seconds, summary.seconds);
     say!("{megabytes:.1} MB of text in {seconds:.1} s, {rate:.1} MB/s");
-    say!(
-        "train on it: routegrad train --data {}",
-        options.out.display()
-    );
-    Ok(())
+    let out = options.out.display();
+    say!("train on it: routegrad train --data {out}");
+    match summary.cut.as_slice() {
+        [] => Ok(()),
+        [first, others @ ..] => {
+            let more = match others.len() {
+                0 => String::new(),
+                n => format!(" and {n} more"),
+            };
+            Err(Error::invalid(
+                "data prepare",
+                "files that can be read to their end",
+                format!("{}{more}, of which the rest was left out", first.display()),
+                format!("copy the files again and prepare another folder, or go on with {out}, which holds what could be read"),
+            ))
+        }
+    }
 }
 
 fn row(name: &str, counts: Counts) -> String {

@@ -9,6 +9,7 @@
 mod boundaries;
 mod catch_panic;
 mod changed;
+mod compressed;
 pub mod folder;
 mod frames;
 mod limits;

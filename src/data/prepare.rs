@@ -26,8 +26,9 @@ use items::Item;
 use progress::Progress;
 use serde_json::{Value, json};
 use shards::{Encoded, Place, State, Writer};
+use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
@@ -38,6 +39,8 @@ const CHUNK: usize = 1 << 17;
 #[derive(Debug)]
 pub struct Summary {
     pub manifest: Manifest,
+    /// Files whose rest, or the rest of a row group of theirs, could not be read.
+    pub cut: Vec<PathBuf>,
     /// Documents whose text decoding does not give back, of those that were decoded.
     pub altered: u64,
     /// Bytes of text that this process encoded, and how long it took.
@@ -80,11 +83,13 @@ pub fn run(options: &Options) -> Result<Summary> {
         written.and(read)
     });
     let (bytes, altered) = (writer.encoded(), writer.altered());
+    let cut = writer.cut();
     let finished = read.and_then(|()| writer.finish());
     progress.finish();
     let manifest = finished.inspect_err(|_| shards::remove_unfinished(&options.out))?;
     Ok(Summary {
         manifest,
+        cut,
         altered,
         bytes,
         seconds: begun.elapsed().as_secs_f64(),
@@ -178,6 +183,7 @@ fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<S
             checksum: String::new(),
         },
         place: Place::default(),
+        cut: BTreeSet::new(),
     };
     if let Some(found) = unfinished(out, &state)? {
         write_missing(out, &files)?;
@@ -320,10 +326,11 @@ fn encode(options: &Options, tokenizer: &Tokenizer, names: &[&str], pending: Pen
             Err(e) => shards::What::Unreadable {
                 rows: 1,
                 what: e.to_string(),
+                rest: false,
             },
         },
         Item::Empty => shards::What::Empty,
-        Item::Unreadable { rows, what } => shards::What::Unreadable { rows, what },
+        Item::Unreadable { rows, what, rest } => shards::What::Unreadable { rows, what, rest },
     };
     Encoded {
         what,

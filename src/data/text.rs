@@ -1,7 +1,6 @@
-//! Documents from the embedded corpus, a file, or a folder: UTF-8, plain (`.txt`) or compressed
-//! with zstd (`.txt.zst`).
+//! Documents from the embedded corpus, a file, or a folder: UTF-8, plain (`.txt`) or compressed (`.txt.zst`, `.txt.gz`).
 
-use super::frames::Frames;
+use super::compressed::{decompressed, plain_name};
 use super::plain::plain;
 use crate::config::DataConfig;
 use crate::error::{Error, Result};
@@ -22,7 +21,7 @@ pub(super) fn read(config: &DataConfig) -> Result<Vec<String>> {
 pub(super) fn read_files(config: &DataConfig) -> Result<Vec<(PathBuf, Vec<String>)>> {
     let mut found = Vec::new();
     if config.source == "embedded" {
-        let name = Path::new("embedded corpus");
+        let name = Path::new("embedded corpus.zst");
         let mut documents = Vec::new();
         let text = utf8(name, decompress(name, EMBEDDED)?)?;
         split(&text, name, config, &mut documents)?;
@@ -46,7 +45,7 @@ fn files(source: &Path) -> Result<Vec<PathBuf>> {
     if found.is_empty() {
         return Err(Error::file(
             source,
-            "a folder with .txt or .txt.zst files",
+            "a folder with .txt, .txt.zst or .txt.gz files",
             "none",
             "choose another folder, or name a file; other formats: routegrad data prepare",
         ));
@@ -83,28 +82,23 @@ pub(super) fn files_under(source: &Path, wanted: fn(&Path) -> bool) -> Result<Ve
 }
 
 fn is_text(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    name.ends_with(".txt") || name.ends_with(".txt.zst")
+    plain_name(path).ends_with(".txt")
 }
 
-/// The text of all zstd frames of `bytes`.
+/// What is compressed in `bytes`, those of the file at `path`; `bytes` where it is not compressed.
 fn decompress(path: &Path, bytes: &[u8]) -> Result<Vec<u8>> {
     let mut out = Vec::new();
-    Frames::new(bytes).read_to_end(&mut out).map_err(|e| {
+    decompressed(path, bytes).read_to_end(&mut out).map_err(|e| {
         let help = "copy or compress the file again";
-        Error::file(path, "whole zstd data", e.to_string(), help)
+        Error::file(path, "whole compressed data", e.to_string(), help)
     })?;
     Ok(out)
 }
 
-/// The text of a file, decompressed if its name ends in `.zst`.
+/// The text of a file, decompressed if its name ends in `.zst` or `.gz`.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
     let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    let bytes = match path.extension().is_some_and(|e| e == "zst") {
-        true => decompress(path, &bytes)?,
-        false => bytes,
-    };
-    utf8(path, bytes).map(plain)
+    utf8(path, decompress(path, &bytes)?).map(plain)
 }
 
 fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {

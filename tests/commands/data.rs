@@ -304,11 +304,14 @@ fn damage_group(path: &Path, share: f64) {
 }
 
 #[test]
-fn a_damaged_row_group_is_left_out_and_the_others_are_read() {
+fn a_damaged_row_group_is_left_out_the_others_are_read_and_it_is_no_success() {
     let inputs = Inputs::new(200);
     damage_group(&inputs.path("in.parquet"), 0.3);
-    let (stdout, stderr) = succeed(&mut inputs.prepare("in.parquet", "out"));
+    let output = inputs.prepare("in.parquet", "out").output().unwrap();
+    let [stdout, stderr] = [output.stdout, output.stderr].map(|o| String::from_utf8(o).unwrap());
+    assert!(!output.status.success(), "{stderr}");
     assert!(stderr.contains("the rest of row group"), "{stderr}");
+    assert!(stderr.contains("in.parquet, of which the rest was left out"), "{stderr}");
     let folder = Folder::open(&inputs.path("out")).unwrap();
     let found = Side::BOTH.map(|side| read(&folder, side)).concat();
     assert!((120..200).contains(&found.len()), "{stdout}");

@@ -4,6 +4,7 @@ use crate::common::*;
 use routegrad::data::folder::{Folder, Side};
 use routegrad::data::prepare::{self, Options};
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 
 fn lines(name: &str) -> String {
@@ -85,7 +86,7 @@ fn files_that_nothing_reads_are_refused_and_copies_of_systems_passed_over() {
         ("in/README.md", "about"),
     ]);
     assert_eq!(prepared(folder.path(), &["in"], &[]), Ok([10, 0]));
-    for other in ["b.json", "b.jsonl.gz", "b.csv"] {
+    for other in ["b.arrow", "b.jsonl.bz2", "b.csv"] {
         let path = folder.path().join("in").join(other);
         fs::write(&path, "{}").unwrap();
         let error = prepared(folder.path(), &["in"], &[]).unwrap_err();
@@ -109,15 +110,62 @@ fn folders_are_read_through_links_once() {
     assert_eq!(prepared(folder.path(), &["in"], &[]), Ok([20, 0]));
 }
 
+#[test]
+fn compressed_files_are_read_as_their_names_say_and_one_that_is_cut_off_is_no_success() {
+    let a = lines("a");
+    let gzip = |text: &str| {
+        let mut writer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        writer.write_all(text.as_bytes()).unwrap();
+        writer.finish().unwrap()
+    };
+    let folder = folder_with(&[("plain.jsonl", &a)]);
+    let write = |name: &str, content: &[u8]| fs::write(folder.path().join(name), content).unwrap();
+    // Two members in one file are one text.
+    let (first, second) = a.split_at(a.len() / 2);
+    write("a.jsonl.gz", &[gzip(first), gzip(second)].concat());
+    write("b.json", a.as_bytes());
+    write("b.json.gz", &gzip(&a));
+    write("c.txt.gz", &gzip(&a.replace('\n', "\n\n\n")));
+    for name in ["a.jsonl.gz", "b.json", "b.json.gz", "c.txt.gz"] {
+        assert_eq!(prepared(folder.path(), &[name], &[]), Ok([10, 0]), "{name}");
+    }
+    let whole = gzip(&a);
+    write("cut.jsonl.gz", &whole[..whole.len() - 9]);
+    let mut command = program();
+    command.current_dir(folder.path());
+    let line = fail(command.args(["data", "prepare", "cut.jsonl.gz", "plain.jsonl", "--out", "cut"]));
+    assert!(line.contains("cut.jsonl.gz") && line.contains("rest of the file"), "{line}");
+    write("list.json", b"[{\"text\": \"a\"}]");
+    let error = prepared(folder.path(), &["list.json"], &[]).unwrap_err();
+    assert!(error.contains("list.json") && error.contains("an object on each line"), "{error}");
+}
+
 #[cfg(feature = "text")]
 #[test]
-fn parquet_that_cannot_be_decompressed_is_refused_before_anything_is_written() {
+fn parquet_is_read_whatever_its_codec_and_one_without_a_reader_is_refused_before_anything_is_written() {
     let folder = folder_with(&[]);
-    let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gzip.parquet");
-    fs::copy(fixture, folder.path().join("a.parquet")).unwrap();
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gzip.parquet");
+    let gzip = fs::read(path).unwrap();
+    let write = |content: &[u8]| fs::write(folder.path().join("a.parquet"), content).unwrap();
+    write(&gzip);
+    assert_eq!(prepared(folder.path(), &["a.parquet"], &[]), Ok([2, 0]));
+    // The codec behind the column's name: 2 for gzip, 3 for LZO, as signed numbers are stored.
+    let column = gzip.windows(6).position(|b| b == b"text\x15\x04").unwrap();
+    let mut lzo = gzip.clone();
+    lzo[column + 5] = 6;
+    write(&lzo);
     let error = prepared(folder.path(), &["a.parquet"], &[]).unwrap_err();
-    assert!(error.contains("GZIP") && error.contains("zstd"), "{error}");
+    assert!(error.contains("LZO") && error.contains("zstd"), "{error}");
     assert!(!folder.path().join("out").exists());
+    let text = || vec![(Some("some text"), "source"); 10];
+    for codec in [
+        parquet::basic::Compression::BROTLI(Default::default()),
+        parquet::basic::Compression::LZ4_RAW,
+        parquet::basic::Compression::LZ4,
+    ] {
+        crate::tokens::parquet_with(codec, &folder.path().join("a.parquet"), &text(), 4);
+        assert_eq!(prepared(folder.path(), &["a.parquet"], &[]), Ok([10, 0]), "{codec}");
+    }
 }
 
 #[test]

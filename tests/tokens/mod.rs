@@ -78,10 +78,21 @@ pub fn documents(n: usize) -> Vec<(String, String)> {
 
 /// FineWeb's columns, as far as they matter, in row groups of `rows`; a text may be none.
 pub fn parquet(path: &Path, documents: &[(Option<&str>, &str)], rows: usize) {
+    let codec = parquet::basic::Compression::ZSTD(Default::default());
+    parquet_with(codec, path, documents, rows);
+}
+
+/// [`parquet`], compressed with `codec`.
+pub fn parquet_with(
+    codec: parquet::basic::Compression,
+    path: &Path,
+    documents: &[(Option<&str>, &str)],
+    rows: usize,
+) {
     let schema = "message m { optional binary text (UTF8); required int64 token_count; optional binary dump (UTF8); }";
     let schema = Arc::new(parse_message_type(schema).unwrap());
     let properties = WriterProperties::builder()
-        .set_compression(parquet::basic::Compression::ZSTD(Default::default()))
+        .set_compression(codec)
         .set_data_page_row_count_limit(7)
         .set_write_batch_size(7)
         .build();

@@ -3,7 +3,7 @@
 use super::Options;
 use super::items::{Counted, Documents};
 use super::lines::{JsonLines, Separated};
-use crate::data::frames::Frames;
+use crate::data::compressed::{self, decompressed, plain_name};
 use crate::data::plain::PlainText;
 use crate::error::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
@@ -24,26 +24,29 @@ pub(super) struct Input {
     pub nanoseconds: u128,
 }
 
-const ENDINGS: &[&str] = &[".parquet", ".jsonl", ".jsonl.zst", ".txt", ".txt.zst"];
+/// Endings of text and of JSON lines, which may be compressed.
+const LINES: [&str; 2] = [".jsonl", ".json"];
+const TEXT: &str = ".txt";
 
 fn readable(path: &Path) -> bool {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    ENDINGS.iter().any(|ending| name.ends_with(ending))
+    let name = plain_name(path);
+    path.extension().is_some_and(|e| e == "parquet")
+        || name.ends_with(TEXT)
+        || LINES.iter().any(|ending| name.ends_with(ending))
+}
+
+/// The names that are read, for messages.
+fn endings() -> String {
+    format!(
+        ".parquet, {}, {TEXT}, and those of the last three compressed: {}",
+        LINES.join(", "),
+        compressed::ENDINGS.join(", ")
+    )
 }
 
 /// Formats that hold documents too, and that nothing here reads: leaving them out of a folder would lose documents.
 const OTHER_FORMATS: &[&str] = &[
-    ".json",
-    ".json.gz",
-    ".json.zst",
-    ".jsonl.gz",
-    ".jsonl.bz2",
-    ".txt.gz",
-    ".csv",
-    ".csv.gz",
-    ".tsv",
-    ".arrow",
-    ".parquet.gz",
+    ".bz2", ".xz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".arrow", ".parquet.gz",
 ];
 
 fn in_other_format(path: &Path) -> bool {
@@ -60,7 +63,7 @@ fn refuse_data_in_other_formats(folder: &Path) -> Result<()> {
     let Some(first) = files.first() else {
         return Ok(());
     };
-    let expected = format!("files that end in {}", ENDINGS.join(", "));
+    let expected = format!("files that end in {}", endings());
     let got = match files.len() {
         1 => format!("also {}", first.display()),
         n => format!("also {} and {} more like it", first.display(), n - 1),
@@ -81,7 +84,7 @@ pub(super) fn list(paths: &[PathBuf], validation: bool) -> Result<Vec<Input>> {
                 found.push(input(&file, path, validation)?);
             }
             if found.len() == before {
-                let expected = format!("a folder with files that end in {}", ENDINGS.join(", "));
+                let expected = format!("a folder with files that end in {}", endings());
                 let help = "choose another folder, or name a file";
                 return Err(Error::file(path, expected, "none", help));
             }
@@ -89,7 +92,7 @@ pub(super) fn list(paths: &[PathBuf], validation: bool) -> Result<Vec<Input>> {
             let folder = path.parent().unwrap_or(Path::new(""));
             found.push(input(path, folder, validation)?);
         } else {
-            let expected = format!("a name that ends in {}", ENDINGS.join(", "));
+            let expected = format!("a name that ends in {}", endings());
             let help = "rename the file, or convert it";
             return Err(Error::file(path, expected, "another one", help));
         }
@@ -147,19 +150,14 @@ fn input(path: &Path, folder: &Path, validation: bool) -> Result<Input> {
 /// # Errors
 /// When it is not what its name says, or lacks the column of the text.
 pub(super) fn open(path: &Path, options: &Options) -> Result<Box<dyn Documents>> {
-    let name = path.to_string_lossy();
-    if name.ends_with(".parquet") {
+    if path.extension().is_some_and(|e| e == "parquet") {
         return open_parquet(path, options);
     }
     let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
     let counted = Counted::default();
     let file = BufReader::with_capacity(1 << 18, counted.clone().of(file));
-    let reader: Box<dyn BufRead + Send> = match name.ends_with(".zst") {
-        true => Box::new(BufReader::with_capacity(1 << 18, Frames::new(file))),
-        false => Box::new(file),
-    };
-    let lines = name.trim_end_matches(".zst").ends_with(".jsonl");
-    let plain = PlainText::new(reader, !lines);
+    let lines = !plain_name(path).ends_with(TEXT);
+    let plain = PlainText::new(decompressed(path, file), !lines);
     let reader: Box<dyn BufRead + Send> = Box::new(BufReader::with_capacity(1 << 18, plain));
     if lines {
         return Ok(Box::new(JsonLines::new(path, reader, counted, options)?));

@@ -15,7 +15,12 @@ pub(super) enum Item {
     /// A document without text.
     Empty,
     /// `rows` documents, and what is wrong with them.
-    Unreadable { rows: u64, what: String },
+    Unreadable {
+        rows: u64,
+        what: String,
+        /// Whether more may be lost than one document: the rest of a file or of a row group.
+        rest: bool,
+    },
 }
 
 impl Item {
@@ -24,6 +29,15 @@ impl Item {
         match self {
             Item::Unreadable { rows, .. } => *rows,
             _ => 1,
+        }
+    }
+
+    /// One document that cannot be read.
+    pub fn one_unreadable(what: String) -> Self {
+        Item::Unreadable {
+            rows: 1,
+            what,
+            rest: false,
         }
     }
 

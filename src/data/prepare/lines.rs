@@ -2,7 +2,7 @@
 
 use super::items::{Counted, Documents, Item};
 use super::options::{Options, missing_column};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use serde::Deserializer;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde_json::Value;
@@ -33,6 +33,7 @@ fn rest_of_file(e: &std::io::Error) -> Item {
     Item::Unreadable {
         rows: 1,
         what: format!("the rest of the file: {e}"),
+        rest: true,
     }
 }
 
@@ -41,7 +42,7 @@ fn not_utf8(e: std::str::Utf8Error) -> Item {
         "a byte that is not UTF-8 at offset {} of it",
         e.valid_up_to()
     );
-    Item::Unreadable { rows: 1, what }
+    Item::one_unreadable(what)
 }
 
 /// Texts with a separator between them.
@@ -181,6 +182,12 @@ impl JsonLines {
     ) -> Result<Self> {
         let first = read_to(&mut reader, b"\n").transpose();
         if let Some(Ok(line)) = &first
+            && line.trim_ascii_start().starts_with(b"[")
+        {
+            let help = "write each document on its own line, as with `jq -c '.[]'`";
+            return Err(Error::file(path, "an object on each line", "a list", help));
+        }
+        if let Some(Ok(line)) = &first
             && let Ok(Value::Object(fields)) = serde_json::from_slice(line)
         {
             for column in options.required_columns() {
@@ -200,7 +207,7 @@ impl JsonLines {
     }
 
     fn document(&self, line: &[u8]) -> Item {
-        let bad = |what: String| Item::Unreadable { rows: 1, what };
+        let bad = Item::one_unreadable;
         if line.trim_ascii().is_empty() {
             return Item::Empty;
         }

@@ -54,12 +54,9 @@ fn expect_codecs(
     for group in file.metadata().row_groups() {
         for column in columns.clone() {
             let codec = group.column(column).compression();
-            if !matches!(
-                codec,
-                Compression::UNCOMPRESSED | Compression::SNAPPY | Compression::ZSTD(_)
-            ) {
+            if codec == Compression::LZO {
                 let help = "write it again, as with pyarrow's write_table(…, compression=\"zstd\")";
-                let expected = "parquet compressed with zstd or snappy, or not at all";
+                let expected = "parquet compressed with any codec but LZO, or not at all";
                 return Err(Error::file(path, expected, format!("{codec}"), help));
             }
         }
@@ -157,7 +154,8 @@ impl Columns {
         let rows = rows.max(1);
         // The number is the file's word, which may be anything.
         self.rows = self.rows.saturating_add(rows);
-        self.ready.push_back(Item::Unreadable { rows, what });
+        let rest = true;
+        self.ready.push_back(Item::Unreadable { rows, what, rest });
     }
 
     /// Decodes some more rows of the row group under way.
@@ -200,7 +198,7 @@ fn item(text: Option<ByteArray>, source: Option<ByteArray>) -> Item {
         Err(e) => {
             let place = e.utf8_error().valid_up_to();
             let what = format!("a byte that is not UTF-8 at offset {place} of it");
-            Item::Unreadable { rows: 1, what }
+            Item::one_unreadable(what)
         }
     }
 }

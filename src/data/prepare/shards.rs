@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::report::files::{UNFINISHED, fault, rename, replace, sync};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -33,6 +33,9 @@ pub(super) struct State {
     /// Of the shards that are closed.
     pub manifest: Manifest,
     pub place: Place,
+    /// Numbers of the inputs whose rest, or the rest of a row group of theirs, could not be read.
+    #[serde(default)]
+    pub cut: BTreeSet<usize>,
 }
 
 /// What became of one item.
@@ -62,6 +65,7 @@ pub(super) enum What {
     Unreadable {
         rows: u64,
         what: String,
+        rest: bool,
     },
 }
 
@@ -137,6 +141,11 @@ impl<'a> Writer<'a> {
         self.altered
     }
 
+    /// Files whose rest, or the rest of a row group of theirs, could not be read.
+    pub fn cut(&self) -> Vec<PathBuf> {
+        self.state.cut.iter().map(|i| self.path_of(*i)).collect()
+    }
+
     /// Takes the next document.
     pub fn take(&mut self, encoded: Encoded) -> Result<()> {
         match encoded.what {
@@ -168,8 +177,11 @@ impl<'a> Writer<'a> {
                 self.tokens += count;
             }
             What::Empty => self.state.manifest.empty += 1,
-            What::Unreadable { rows, what } => {
-                self.unreadable(encoded.input, rows, &what, encoded.place)?
+            What::Unreadable { rows, what, rest } => {
+                self.unreadable(encoded.input, rows, &what, encoded.place)?;
+                if rest {
+                    self.state.cut.insert(encoded.input);
+                }
             }
         }
         self.place = encoded.place;

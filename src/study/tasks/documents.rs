@@ -1,4 +1,4 @@
-//! Documents of a task: JSON lines, plain or compressed with zstd.
+//! Documents of a task: JSON lines, plain or compressed with zstd or gzip.
 
 use super::question::{Question, TASKS, Task, find};
 use crate::data::read_text;
@@ -100,13 +100,13 @@ pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
 /// # Errors
 /// When there is none.
 pub(super) fn file(folder: &Path, task: &Task) -> Result<PathBuf> {
-    let names = ["jsonl", "jsonl.zst"].map(|e| format!("{}.{e}", task.file));
+    let names = ["jsonl", "jsonl.zst", "jsonl.gz"].map(|e| format!("{}.{e}", task.file));
     let paths = names.iter().map(|n| folder.join(n));
     paths.into_iter().find(|p| p.is_file()).ok_or_else(|| {
         Error::file(
             folder,
             names.join(" or "),
-            "neither",
+            "none of them",
             "name the folder of the tasks' documents with --task-data, or leave this task out",
         )
     })

@@ -9,7 +9,7 @@ use serde_json::Value;
 pub struct Task {
     /// As lm-evaluation-harness calls it.
     pub name: &'static str,
-    /// File of its documents, without `.jsonl` or `.jsonl.zst`.
+    /// File of its documents, without `.jsonl`, `.jsonl.zst` or `.jsonl.gz`.
     pub file: &'static str,
     /// Whether the harness gives `acc_norm` too; then that is what improvement is reckoned by.
     pub normalized: bool,
