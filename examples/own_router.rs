@@ -61,8 +61,8 @@ fn main() -> Result<()> {
         trainer.run(&AtomicBool::new(false))?;
     }
     let (saved, _) = checkpoint::find(&out)?;
-    let (model, config) = eval::load(&saved, true, None)?;
-    let report = eval::run(&model, config, None, 64)?;
+    let (model, state) = eval::load(&saved, true, None)?;
+    let report = eval::run(&model, &state, None, 64)?;
     println!("{:.3} bits per byte", report.bits_per_byte());
     let (prompt, sampling) = ("My fellow citizens, ", Sampling::default());
     generate::run(&saved, prompt, 200, &sampling, &mut std::io::stdout())

@@ -8,7 +8,7 @@ use crate::report::stderr_line;
 use crate::routers;
 use crate::study::{ablate, analyze, eval, exchange, export, generate, plan, tasks};
 use crate::tensor::dtype::DType;
-use crate::train::checkpoint::{self, Checkpoint, SHARD_BYTES};
+use crate::train::checkpoint::{self, Checkpoint, SHARD_BYTES, TrainerState};
 use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
@@ -39,8 +39,8 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
         return eval_tasks(args, &found, folder);
     }
     let measure = |default_vectors: bool| {
-        let (model, config) = eval::load(&found, default_vectors, args.dtype)?;
-        eval::run(&model, config, args.data.as_deref(), args.sequences)
+        let (model, state) = eval::load(&found, default_vectors, args.dtype)?;
+        eval::run(&model, &state, args.data.as_deref(), args.sequences)
     };
     if args.compare_default_vectors {
         let [without, with] = [measure(false)?, measure(true)?];
@@ -73,7 +73,7 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
 fn eval_tasks(args: &EvalArgs, found: &Checkpoint, folder: &Path) -> Result<()> {
     let benchmarks = tasks::read(&tasks::choose(&args.tasks, folder)?, folder, args.limit)?;
     let score = |default_vectors: bool, out: Option<&Path>| {
-        let (model, config) = eval::load(found, default_vectors, args.dtype)?;
+        let (model, TrainerState { config, .. }) = eval::load(found, default_vectors, args.dtype)?;
         let tokenizer = checkpoint::load_tokenizer(found, &config.data)?;
         let options = tasks::Options {
             tokens: config.train.micro_batch * config.model.sequence_length,

@@ -141,7 +141,9 @@ fn prepare(args: PrepareArgs) -> Result<()> {
                 "data prepare",
                 "files that can be read to their end",
                 format!("{}{more}, of which the rest was left out", first.display()),
-                format!("copy the files again and prepare another folder, or go on with {out}, which holds what could be read"),
+                format!(
+                    "copy the files again and prepare another folder, or go on with {out}, which holds what could be read"
+                ),
             ))
         }
     }

@@ -88,10 +88,12 @@ fn is_text(path: &Path) -> bool {
 /// What is compressed in `bytes`, those of the file at `path`; `bytes` where it is not compressed.
 fn decompress(path: &Path, bytes: &[u8]) -> Result<Vec<u8>> {
     let mut out = Vec::new();
-    decompressed(path, bytes).read_to_end(&mut out).map_err(|e| {
-        let help = "copy or compress the file again";
-        Error::file(path, "whole compressed data", e.to_string(), help)
-    })?;
+    decompressed(path, bytes)
+        .read_to_end(&mut out)
+        .map_err(|e| {
+            let help = "copy or compress the file again";
+            Error::file(path, "whole compressed data", e.to_string(), help)
+        })?;
     Ok(out)
 }
 

@@ -118,7 +118,11 @@ impl<R: Entry> Records<R> {
             text.push_str(&line);
             text.push('\n');
         }
-        replace(&self.folder, &file_name(R::PREFIX, machine), text.as_bytes())
+        replace(
+            &self.folder,
+            &file_name(R::PREFIX, machine),
+            text.as_bytes(),
+        )
     }
 
     /// Writes the file of every machine.

@@ -7,7 +7,7 @@ use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::routers;
-use crate::train::checkpoint::{self, Checkpoint};
+use crate::train::checkpoint::{self, Checkpoint, TrainerState};
 
 /// What an evaluation found.
 #[derive(Clone, Debug, Default)]
@@ -55,7 +55,7 @@ pub fn load(
     found: &Checkpoint,
     default_vectors: bool,
     precision: Option<Precision>,
-) -> Result<(Model, Config)> {
+) -> Result<(Model, TrainerState)> {
     let mut left_out = false;
     let (mut model, mut state) = checkpoint::load_model_with(found, |config| {
         config.train.device = Device::Cpu;
@@ -77,24 +77,43 @@ pub fn load(
         let trained = std::mem::replace(&mut model, Model::new(&state.config)?);
         model.take_over(&trained)?;
     }
-    Ok((model, state.config))
+    Ok((model, state))
+}
+
+/// The text `data`, which `config` then names; without it that of the run whose checkpoint has this `digest` of the text.
+///
+/// # Errors
+/// When the text cannot be read, or is not the run's.
+pub(super) fn text(config: &mut Config, digest: &str, data: Option<&str>) -> Result<Corpus> {
+    if let Some(data) = data {
+        config.data.set_source(data);
+    }
+    let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+    let found = corpus.fingerprint();
+    if data.is_some() || found == digest {
+        return Ok(corpus);
+    }
+    Err(Error::file(
+        config.data.name(),
+        format!("the text that the run was trained on, of digest {digest}"),
+        format!("another text, of digest {found}"),
+        "put the run's text back, or name this one with --data",
+    ))
 }
 
 /// Measures a model on the validation documents of `data`, or of what it was trained on; on
 /// `sequences` sequences of them, or all if 0.
 ///
 /// # Errors
-/// When the text cannot be read, or the loss is not finite.
+/// When the text cannot be read or is not the run's, or the loss is not finite.
 pub fn run(
     model: &Model,
-    mut config: Config,
+    state: &TrainerState,
     data: Option<&str>,
     sequences: usize,
 ) -> Result<Report> {
-    if let Some(data) = data {
-        config.data.set_source(data);
-    }
-    let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+    let mut config = state.config.clone();
+    let corpus = text(&mut config, &state.data, data)?;
     let report = validation_loss(model, &corpus, sequences, config.train.micro_batch)?;
     if !report.loss.is_finite() {
         return Err(Error::NonFinite {

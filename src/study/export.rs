@@ -17,7 +17,7 @@ use crate::routers::{self, Router};
 use crate::study::eval;
 use crate::tensor::dtype::DType;
 use crate::train::checkpoint::{
-    self, Checkpoint, Shards, UNFINISHED, sync, write_arrays, write_json,
+    self, Checkpoint, Shards, TrainerState, UNFINISHED, sync, write_arrays, write_json,
 };
 use serde_json::{Value, json};
 use std::fs;
@@ -67,7 +67,7 @@ pub enum Exported {
 /// When the checkpoint cannot be read, or the folder not be written; nothing is left of it then.
 pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Result<Report> {
     let temporary = place(out)?;
-    let (model, config) = eval::load(found, true, None)?;
+    let (model, TrainerState { config, .. }) = eval::load(found, true, None)?;
     let router = routers::build(&config.router)?;
     let (name, equivalent) = (&config.router.name, router.equivalent_topk());
     let (architecture, foreign) = architecture::choose(&config.model, name, equivalent.as_ref());

@@ -311,7 +311,10 @@ fn a_damaged_row_group_is_left_out_the_others_are_read_and_it_is_no_success() {
     let [stdout, stderr] = [output.stdout, output.stderr].map(|o| String::from_utf8(o).unwrap());
     assert!(!output.status.success(), "{stderr}");
     assert!(stderr.contains("the rest of row group"), "{stderr}");
-    assert!(stderr.contains("in.parquet, of which the rest was left out"), "{stderr}");
+    assert!(
+        stderr.contains("in.parquet, of which the rest was left out"),
+        "{stderr}"
+    );
     let folder = Folder::open(&inputs.path("out")).unwrap();
     let found = Side::BOTH.map(|side| read(&folder, side)).concat();
     assert!((120..200).contains(&found.len()), "{stdout}");

@@ -133,16 +133,30 @@ fn compressed_files_are_read_as_their_names_say_and_one_that_is_cut_off_is_no_su
     write("cut.jsonl.gz", &whole[..whole.len() - 9]);
     let mut command = program();
     command.current_dir(folder.path());
-    let line = fail(command.args(["data", "prepare", "cut.jsonl.gz", "plain.jsonl", "--out", "cut"]));
-    assert!(line.contains("cut.jsonl.gz") && line.contains("rest of the file"), "{line}");
+    let line = fail(command.args([
+        "data",
+        "prepare",
+        "cut.jsonl.gz",
+        "plain.jsonl",
+        "--out",
+        "cut",
+    ]));
+    assert!(
+        line.contains("cut.jsonl.gz") && line.contains("of which the rest was left out"),
+        "{line}"
+    );
     write("list.json", b"[{\"text\": \"a\"}]");
     let error = prepared(folder.path(), &["list.json"], &[]).unwrap_err();
-    assert!(error.contains("list.json") && error.contains("an object on each line"), "{error}");
+    assert!(
+        error.contains("list.json") && error.contains("an object on each line"),
+        "{error}"
+    );
 }
 
 #[cfg(feature = "text")]
 #[test]
-fn parquet_is_read_whatever_its_codec_and_one_without_a_reader_is_refused_before_anything_is_written() {
+fn parquet_is_read_whatever_its_codec_and_one_without_a_reader_is_refused_before_anything_is_written()
+ {
     let folder = folder_with(&[]);
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gzip.parquet");
     let gzip = fs::read(path).unwrap();
@@ -164,7 +178,11 @@ fn parquet_is_read_whatever_its_codec_and_one_without_a_reader_is_refused_before
         parquet::basic::Compression::LZ4,
     ] {
         crate::tokens::parquet_with(codec, &folder.path().join("a.parquet"), &text(), 4);
-        assert_eq!(prepared(folder.path(), &["a.parquet"], &[]), Ok([10, 0]), "{codec}");
+        assert_eq!(
+            prepared(folder.path(), &["a.parquet"], &[]),
+            Ok([10, 0]),
+            "{codec}"
+        );
     }
 }
 
@@ -189,5 +207,51 @@ fn a_flag_for_the_data_wins_over_a_mix_in_the_configuration() {
     assert!(
         !output.status.success() && text.contains("nowhere"),
         "{text}"
+    );
+}
+
+#[test]
+fn a_run_is_evaluated_on_its_own_text_from_any_folder_and_never_on_another_without_being_told() {
+    let place = Place::new();
+    let mut train = program();
+    train.current_dir(place.folder.path());
+    train.args([
+        "train", "--data", "text.txt", "--out", "runs/a", "--steps", "2",
+    ]);
+    for set in MICRO {
+        train.args(["--set", set]);
+    }
+    succeed(&mut train);
+    let (run, elsewhere) = (place.path("runs/a"), tempfile::tempdir().unwrap());
+    let in_folder = |folder: &Path, arguments: &[&str]| {
+        let mut command = program();
+        command
+            .current_dir(folder)
+            .args(arguments)
+            .arg("--model")
+            .arg(&run);
+        command
+    };
+    let (here, _) = succeed(&mut in_folder(place.folder.path(), &["eval"]));
+    let (there, _) = succeed(&mut in_folder(elsewhere.path(), &["eval"]));
+    let losses = [here, there].map(|text| {
+        text.lines()
+            .find(|l| l.contains("loss"))
+            .unwrap()
+            .to_string()
+    });
+    assert_eq!(losses[0], losses[1]);
+    fs::write(&place.text, lines("another text").repeat(20)).unwrap();
+    for command in ["eval", "analyze"] {
+        let line = fail(&mut in_folder(elsewhere.path(), &[command]));
+        assert!(
+            line.contains("text.txt") && line.contains("digest") && line.contains("--data"),
+            "{line}"
+        );
+    }
+    succeed(
+        in_folder(elsewhere.path(), &["eval"])
+            .arg("--data")
+            .arg(&place.text),
     );
 }

@@ -46,7 +46,14 @@ fn endings() -> String {
 
 /// Formats that hold documents too, and that nothing here reads: leaving them out of a folder would lose documents.
 const OTHER_FORMATS: &[&str] = &[
-    ".bz2", ".xz", ".csv", ".csv.gz", ".tsv", ".tsv.gz", ".arrow", ".parquet.gz",
+    ".bz2",
+    ".xz",
+    ".csv",
+    ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
+    ".arrow",
+    ".parquet.gz",
 ];
 
 fn in_other_format(path: &Path) -> bool {

@@ -8,8 +8,8 @@ use super::run::State;
 use super::spikes::DEVIATIONS;
 use super::summary::{Group, Point, Spread, Summary, crossing};
 use crate::error::Result;
-use crate::report::page::{Cell, Page, Section, Table, create, write_files};
 use crate::report::files::publish;
+use crate::report::page::{Cell, Page, Section, Table, create, write_files};
 use std::path::Path;
 
 /// Everything that [`write`] needs.

@@ -24,6 +24,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::routers;
+use crate::study::eval;
 use crate::tensor::Tensor;
 use crate::train::checkpoint::{self, Checkpoint};
 use gradients::MicroBatches;
@@ -100,9 +101,7 @@ pub fn default_folder(found: &Checkpoint) -> PathBuf {
 pub fn run(found: &Checkpoint, options: &Options) -> Result<Report> {
     let (model, state) = checkpoint::load_model_with(found, |c| c.train.device = Device::Cpu)?;
     let mut config = state.config;
-    if let Some(data) = &options.data {
-        config.data.set_source(data);
-    }
+    eval::text(&mut config, &state.data, options.data.as_deref())?;
     analyze(&config, &model, found.step(), options.sequences)
 }
 

@@ -2,8 +2,8 @@
 
 use super::Report;
 use crate::error::{Error, Result};
-use crate::report::page::{Page, create, write_files};
 use crate::report::files::publish;
+use crate::report::page::{Page, create, write_files};
 use std::path::Path;
 
 /// Writes `analysis.json`, a CSV for each analysis that applies, its figure as SVG, and

@@ -236,6 +236,7 @@ pub fn load_model_on(
     if file.model != state.config.model || file.router != state.config.router {
         return Err(foreign("config.json and trainer.json of two models".into()));
     }
+    state.config.data.find_from(path);
     change(&mut state.config);
     let router = routers::build(&state.config.router)?;
     let mut model = Model::with_router(&state.config, router, dist)?;

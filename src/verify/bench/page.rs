@@ -8,8 +8,8 @@ use crate::device::machine::{
     H200_BYTES_PER_SECOND as BYTES_PER_SECOND, H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND,
 };
 use crate::error::{Error, Result};
-use crate::report::page::{Cell, Page, Section, Table, document, replace_between};
 use crate::report::files::publish;
+use crate::report::page::{Cell, Page, Section, Table, document, replace_between};
 use std::collections::BTreeSet;
 use std::path::Path;
 
