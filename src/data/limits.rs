@@ -5,19 +5,21 @@ use crate::error::{Error, Result};
 /// What stands between two documents of bytes.
 pub const DOCUMENT_END: &str = "\n\n\n";
 
-/// Indices of the documents held out, increasing.
-pub(super) fn held_out(documents: usize, fraction: f64) -> Result<Vec<usize>> {
-    if documents < 2 {
-        return Err(Error::invalid(
-            "data",
-            "at least two documents, one to train on and one held out for validation",
-            format!("{documents}"),
-            "add files, or give what separates documents, as in --set 'data.document_separator=\"\\n\\n\"'",
-        ));
-    }
+/// Indices of the documents held out of at least two, increasing.
+pub(super) fn held_out(documents: usize, fraction: f64) -> Vec<usize> {
     let m = (documents as f64 * fraction).round() as usize;
     let m = m.clamp(1, documents - 1);
-    Ok((0..m).map(|k| (2 * k + 1) * documents / (2 * m)).collect())
+    (0..m).map(|k| (2 * k + 1) * documents / (2 * m)).collect()
+}
+
+/// A text in two: what comes before its last `fraction`, and that. No character is cut.
+pub(super) fn before_and_end(text: &str, fraction: f64) -> [String; 2] {
+    let mut at = (text.len() as f64 * (1.0 - fraction)) as usize;
+    while !text.is_char_boundary(at) {
+        at -= 1;
+    }
+    let (before, end) = text.split_at(at);
+    [before, end].map(str::to_owned)
 }
 
 pub(super) fn long_enough(side: &str, length: u64, sequence: u64) -> Result<()> {

@@ -195,6 +195,11 @@ impl Corpus {
         counts
     }
 
+    /// Whether the text is one document, whose end is held out.
+    pub fn is_one_document(&self) -> bool {
+        self.parts.iter().all(|part| part.one_document)
+    }
+
     /// The tokenizer that made the tokens.
     ///
     /// # Errors

@@ -2,7 +2,7 @@
 
 use super::boundaries::Boundaries;
 use super::folder::{Counts, Entry, Folder, Side};
-use super::limits::{DOCUMENT_END, held_out, in_vocabulary, long_enough};
+use super::limits::{DOCUMENT_END, before_and_end, held_out, in_vocabulary, long_enough};
 use super::text;
 use super::tokenizer::BYTES;
 use super::tokens::{Store, Tokens};
@@ -18,6 +18,8 @@ const VERIFIED: u64 = 4 << 30;
 pub(super) struct Part {
     /// Fingerprint of the tokenizer.
     pub tokenizer: String,
+    /// Whether the text is one document, whose end is held out.
+    pub one_document: bool,
     pub train: Tokens,
     pub validation: Tokens,
     /// Of training and of validation.
@@ -45,8 +47,15 @@ impl Part {
     }
 
     fn text(config: &DataConfig, model: &ModelConfig) -> Result<Self> {
-        let documents = text::read(config)?;
-        let held_out = held_out(documents.len(), config.validation_fraction)?;
+        let (mut documents, fraction) = (text::read(config)?, config.validation_fraction);
+        let one_document = documents.len() == 1;
+        let held_out = match documents.as_slice() {
+            [single] => {
+                documents = before_and_end(single, fraction).into();
+                vec![1]
+            }
+            _ => held_out(documents.len(), fraction),
+        };
         let mut sides = [Vec::new(), Vec::new()];
         let mut lengths = [Vec::new(), Vec::new()];
         for (i, document) in documents.iter().enumerate() {
@@ -78,6 +87,7 @@ impl Part {
         let [train, validation] = sides.map(|side| Tokens::whole(Store::Bytes(side)));
         Ok(Part {
             tokenizer: BYTES.into(),
+            one_document,
             train,
             validation,
             counts,
@@ -118,6 +128,7 @@ impl Part {
         };
         Ok(Part {
             tokenizer: manifest.tokenizer.clone(),
+            one_document: false,
             train: folder.tokens(Side::Train)?,
             validation: folder.tokens(Side::Validation)?,
             counts: Side::BOTH.map(|side| manifest.counts(side)),

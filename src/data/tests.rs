@@ -123,6 +123,21 @@ fn evaluation_windows_cover_the_validation_text() {
 }
 
 #[test]
+fn of_a_single_document_the_end_is_held_out_and_no_character_is_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.txt");
+    let text = "one line\n\né of another\n\n".repeat(400);
+    fs::write(&path, &text).unwrap();
+    let corpus = from(&path, &["data.validation_fraction=0.0501"]).unwrap();
+    assert!(corpus.is_one_document());
+    assert!(!load(&model(&[])).unwrap().is_one_document());
+    let [train, validation] = texts(&corpus).map(|side| String::from_utf8(side).unwrap());
+    assert_eq!(train.clone() + &validation, text);
+    let share = validation.len() as f64 / text.len() as f64;
+    assert!((share - 0.0501).abs() < 1e-3, "{share}");
+}
+
+#[test]
 fn the_shortest_text_gives_one_window() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.txt");
@@ -196,7 +211,7 @@ fn bad_text_is_named_with_its_fault() {
     );
     has(
         error(&write("3.txt", "x".repeat(900).as_bytes()), &[]),
-        &["two documents", "got 1"],
+        &["validation text of more than 256", "got 45"],
     );
     has(
         error(&write("4.txt", letters(4, 20).as_bytes()), &[]),

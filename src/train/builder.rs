@@ -219,14 +219,14 @@ fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
         trainer.model.dtype(),
         rayon::current_num_threads(),
     ));
-    trainer.info(&format!(
-        "{}: {} documents, {}; {} held out, {}",
-        c.data.name(),
-        documents.documents,
-        size(&documents),
-        held_out.documents,
-        size(&held_out),
-    ));
+    let (name, train, validation) = (c.data.name(), size(&documents), size(&held_out));
+    trainer.info(&match trainer.corpus().is_one_document() {
+        true => format!("{name}: one document, {train}; its end is held out, {validation}"),
+        false => format!(
+            "{name}: {} documents, {train}; {} held out, {validation}",
+            documents.documents, held_out.documents
+        ),
+    });
     let (steps, out) = (c.train.steps, run.out.display());
     trainer.info(&match trainer.steps_done() {
         0 => format!("{steps} steps into {out}"),
