@@ -14,6 +14,7 @@ use routegrad::ops::routing::{Choice, Score, scores};
 use routegrad::prelude::*;
 use routegrad::routers::Balance;
 use routegrad::study::eval;
+use routegrad::study::exchange::Saved;
 use routegrad::study::generate::{self, Sampling};
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -60,7 +61,7 @@ fn main() -> Result<()> {
         let mut trainer = builder.hook(Evaluation).run_folder(run).build()?;
         trainer.run(&AtomicBool::new(false))?;
     }
-    let (saved, _) = checkpoint::find(&out)?;
+    let (saved, _) = Saved::open(&out)?;
     let (model, state) = eval::load(&saved, true, None)?;
     let report = eval::run(&model, &state, None, 64)?;
     println!("{:.3} bits per byte", report.bits_per_byte());

@@ -283,7 +283,7 @@ pub(super) enum RanksFrom {
 
 #[derive(Args)]
 pub(super) struct EvalArgs {
-    /// Run, or one of its checkpoints.
+    /// Run, one of its checkpoints, or a model's folder of transformers.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
     /// Text whose validation documents to use [default: what the model was trained on].
@@ -348,10 +348,13 @@ pub(super) struct ImportArgs {
     /// Folder of the run.
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
-    /// Text file or folder of text files to train on, instead of the embedded corpus.
+    /// Router to train with, instead of the model's own; the weights stay, and its own state begins anew.
+    #[arg(long, value_name = "NAME")]
+    pub(super) router: Option<String>,
+    /// Text to train on, instead of the embedded text: what `data prepare` made with the model's tokenizer.json.
     #[arg(long, value_name = "PATH")]
     pub(super) data: Option<String>,
-    /// Set a key of the training: of train, data and balance, or model.sequence_length.
+    /// Set a key of the training: of train, data and balance, model.sequence_length, or a setting of --router.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
 }
@@ -370,7 +373,7 @@ pub(super) struct PlanArgs {
 
 #[derive(Args)]
 pub(super) struct AnalyzeArgs {
-    /// Run, or one of its checkpoints.
+    /// Run, one of its checkpoints, or a model's folder of transformers.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
     /// Text file or folder to analyse on [default: what the model was trained on].
@@ -386,7 +389,7 @@ pub(super) struct AnalyzeArgs {
 
 #[derive(Args)]
 pub(super) struct GenerateArgs {
-    /// Run, or one of its checkpoints.
+    /// Run, one of its checkpoints, or a model's folder of transformers.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
     /// Text to continue.
@@ -408,7 +411,7 @@ pub(super) struct GenerateArgs {
 
 #[derive(Args)]
 pub(super) struct ExportArgs {
-    /// Run, or one of its checkpoints.
+    /// Run, one of its checkpoints, or a model's folder of transformers.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
     /// Whose format: hf, Hugging Face's.

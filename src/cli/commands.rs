@@ -6,9 +6,10 @@ use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::report::stderr_line;
 use crate::routers;
+use crate::study::exchange::Saved;
 use crate::study::{ablate, analyze, eval, exchange, export, generate, plan, tasks};
 use crate::tensor::dtype::DType;
-use crate::train::checkpoint::{self, Checkpoint, SHARD_BYTES, TrainerState};
+use crate::train::checkpoint::{SHARD_BYTES, TrainerState};
 use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
@@ -23,9 +24,9 @@ pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(|e| Error::io("write", "the standard output", e))
 }
 
-/// The checkpoint at `path`, or the newest whole one of the run there; damaged ones are named.
-fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
-    let (found, damaged) = checkpoint::find(path)?;
+/// The model at `path`, of a run there the newest whole checkpoint; damaged ones are named.
+fn open_saved(path: &Path) -> Result<Saved> {
+    let (found, damaged) = Saved::open(path)?;
     for damaged in damaged {
         stderr_line(&format!("warning: skipped a damaged checkpoint: {damaged}"));
     }
@@ -33,7 +34,7 @@ fn open_checkpoint(path: &Path) -> Result<Checkpoint> {
 }
 
 pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
-    let found = open_checkpoint(&args.model)?;
+    let found = open_saved(&args.model)?;
     say!("model            {}", found.path().display());
     if let Some(folder) = args.task_data.as_ref().filter(|_| !args.tasks.is_empty()) {
         return eval_tasks(args, &found, folder);
@@ -70,11 +71,11 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
 }
 
 /// Benchmark scores.
-fn eval_tasks(args: &EvalArgs, found: &Checkpoint, folder: &Path) -> Result<()> {
+fn eval_tasks(args: &EvalArgs, found: &Saved, folder: &Path) -> Result<()> {
     let benchmarks = tasks::read(&tasks::choose(&args.tasks, folder)?, folder, args.limit)?;
     let score = |default_vectors: bool, out: Option<&Path>| {
         let (model, TrainerState { config, .. }) = eval::load(found, default_vectors, args.dtype)?;
-        let tokenizer = checkpoint::load_tokenizer(found, &config.data)?;
+        let tokenizer = found.tokenizer(&config.data)?;
         let options = tasks::Options {
             tokens: config.train.micro_batch * config.model.sequence_length,
             quiet: false,
@@ -107,33 +108,38 @@ pub(super) fn dump_command(args: &DumpArgs) -> Result<()> {
 }
 
 pub(super) fn import_command(args: &ImportArgs) -> Result<()> {
-    let mut layers = Layers::preset("tiny");
-    let shape = |s: &&String| s.starts_with("model.") || s.starts_with("router.");
     let length = "model.sequence_length=";
-    if let Some(set) = args
-        .set
-        .iter()
-        .filter(shape)
-        .find(|s| !s.starts_with(length))
-    {
+    let fixed = |s: &&String| {
+        (s.starts_with("model.") && !s.starts_with(length))
+            || (s.starts_with("router.") && (args.router.is_none() || s.starts_with("router.name")))
+    };
+    if let Some(set) = args.set.iter().find(fixed) {
         return Err(Error::invalid(
             "--set",
-            "keys of train, data and balance, or model.sequence_length",
+            "keys of train, data and balance, model.sequence_length, or settings of the router that --router names",
             set,
-            "the model's shape and router are those of --from",
+            "the model's shape is that of --from, and its router too unless --router names another",
         ));
     }
+    let mut layers = Layers::preset("tiny");
     layers.set = args.set.clone();
-    let data = args.data.clone().map(Value::from);
-    layers.flags = data
-        .map(|d| ("--data", "data.source", d))
-        .into_iter()
-        .collect();
-    let asked = args.set.iter().any(|s| s.starts_with(length));
-    let wanted = Config::load(&layers, &routers::resolve)?
-        .model
-        .sequence_length;
-    for line in exchange::import(&args.from, &layers, asked.then_some(wanted), &args.out)? {
+    let data = args
+        .data
+        .clone()
+        .map(|d| ("--data", "data.source", d.into()));
+    let router = args
+        .router
+        .clone()
+        .map(|r| ("--router", "router.name", r.into()));
+    layers.flags = data.into_iter().chain(router).collect();
+    let import = exchange::Import {
+        from: args.from.clone(),
+        own_router: args.router.is_some(),
+        own_length: args.set.iter().any(|s| s.starts_with(length)),
+        layers,
+        out: args.out.clone(),
+    };
+    for line in exchange::import(&import)? {
         say!("{line}");
     }
     Ok(())
@@ -166,7 +172,7 @@ pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
 }
 
 pub(super) fn analyze_command(args: &AnalyzeArgs) -> Result<()> {
-    let found = open_checkpoint(&args.model)?;
+    let found = open_saved(&args.model)?;
     let default = || analyze::default_folder(&found);
     let out = args.out.clone().unwrap_or_else(default);
     let options = analyze::Options {
@@ -192,7 +198,7 @@ pub(super) fn generate_command(args: &GenerateArgs) -> Result<()> {
         top_k: args.top_k,
         seed: args.seed,
     };
-    let found = open_checkpoint(&args.model)?;
+    let found = open_saved(&args.model)?;
     let mut out = std::io::stdout().lock();
     generate::run(&found, &args.prompt, args.tokens, &sampling, &mut out)
 }
@@ -203,12 +209,7 @@ pub(super) fn export_command(args: &ExportArgs) -> Result<()> {
         ExportedDtype::F32 => DType::F32,
         ExportedDtype::Bf16 => DType::Bf16,
     };
-    let report = export::run(
-        &open_checkpoint(&args.model)?,
-        &args.out,
-        dtype,
-        SHARD_BYTES,
-    )?;
+    let report = export::run(&open_saved(&args.model)?, &args.out, dtype, SHARD_BYTES)?;
     say!("folder        {}", args.out.display());
     say!("architecture  {}", report.architecture);
     if !report.foreign.is_empty() {

@@ -7,7 +7,8 @@ use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::routers;
-use crate::train::checkpoint::{self, Checkpoint, TrainerState};
+use crate::study::exchange::Saved;
+use crate::train::checkpoint::TrainerState;
 
 /// What an evaluation found.
 #[derive(Clone, Debug, Default)]
@@ -46,18 +47,18 @@ impl Report {
     }
 }
 
-/// The model of a checkpoint as it is evaluated: on the CPU, in another precision on demand, and `default`
+/// A saved model as it is evaluated: on the CPU, in another precision on demand, and `default`
 /// without its vectors if they are not wanted.
 ///
 /// # Errors
-/// When the checkpoint cannot be read, or its router has no default vectors.
+/// When the model cannot be read, or its router has no default vectors.
 pub fn load(
-    found: &Checkpoint,
+    found: &Saved,
     default_vectors: bool,
     precision: Option<Precision>,
 ) -> Result<(Model, TrainerState)> {
     let mut left_out = false;
-    let (mut model, mut state) = checkpoint::load_model_with(found, |config| {
+    let (mut model, mut state) = found.load(|config| {
         config.train.device = Device::Cpu;
         // A router that cannot be built is refused with the model.
         if let (false, Ok(router)) = (default_vectors, routers::build(&config.router)) {
@@ -87,6 +88,14 @@ pub fn load(
 pub(super) fn text(config: &mut Config, digest: &str, data: Option<&str>) -> Result<Corpus> {
     if let Some(data) = data {
         config.data.set_source(data);
+    }
+    if data.is_none() && digest.is_empty() {
+        return Err(Error::invalid(
+            "--data",
+            "held-out text for a model without a run",
+            "none",
+            "name what `routegrad data prepare` made with the model's tokenizer.json",
+        ));
     }
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
     let found = corpus.fingerprint();

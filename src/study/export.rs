@@ -6,7 +6,7 @@
 //! renamed: a reader finds the folder whole or not at all.
 
 mod architecture;
-mod tokenizer;
+pub(crate) mod tokenizer;
 mod weights;
 
 pub use architecture::Architecture;
@@ -15,10 +15,9 @@ use crate::data::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use crate::error::{Error, Result};
 use crate::routers::{self, Router};
 use crate::study::eval;
+use crate::study::exchange::Saved;
 use crate::tensor::dtype::DType;
-use crate::train::checkpoint::{
-    self, Checkpoint, Shards, TrainerState, UNFINISHED, sync, write_arrays, write_json,
-};
+use crate::train::checkpoint::{Shards, TrainerState, UNFINISHED, sync, write_arrays, write_json};
 use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -60,12 +59,12 @@ pub enum Exported {
     None,
 }
 
-/// Writes the model of a checkpoint to the folder `out`, which must be new or empty, its weights
-/// rounded to `dtype`, f32 or bf16, up to `shard_bytes` of them to a file (see [`checkpoint::SHARD_BYTES`]).
+/// Writes a saved model to the folder `out`, which must be new or empty, its weights
+/// rounded to `dtype`, f32 or bf16, up to `shard_bytes` of them to a file (see [`SHARD_BYTES`](crate::train::checkpoint::SHARD_BYTES)).
 ///
 /// # Errors
-/// When the checkpoint cannot be read, or the folder not be written; nothing is left of it then.
-pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Result<Report> {
+/// When the model cannot be read, or the folder not be written; nothing is left of it then.
+pub fn run(found: &Saved, out: &Path, dtype: DType, shard_bytes: u64) -> Result<Report> {
     let temporary = place(out)?;
     let (model, TrainerState { config, .. }) = eval::load(found, true, None)?;
     let router = routers::build(&config.router)?;
@@ -87,7 +86,7 @@ pub fn run(found: &Checkpoint, out: &Path, dtype: DType, shard_bytes: u64) -> Re
         texts.extend(program(name, &*router)?);
         values.push((GENERATION_CONFIG_FILE, json!({ "use_cache": false })));
     }
-    let text = checkpoint::load_tokenizer(found, &config.data)?;
+    let text = found.tokenizer(&config.data)?;
     add_ends(
         &mut values,
         [("bos_token_id", text.bos()), ("eos_token_id", text.eos())],

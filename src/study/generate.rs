@@ -3,8 +3,8 @@
 use crate::data::tokenizer::TextStream;
 use crate::data::{DOCUMENT_END, Tokenizer};
 use crate::error::{Error, Result};
+use crate::study::exchange::Saved;
 use crate::tensor::random::{Purpose, Stream};
-use crate::train::checkpoint::{self, Checkpoint};
 use std::io::Write;
 
 /// How the next token is drawn from the logits.
@@ -69,22 +69,22 @@ impl Sampling {
     }
 }
 
-/// Writes `prompt` and `count` further tokens of a checkpoint's model to `out` as they come, or fewer
+/// Writes `prompt` and `count` further tokens of a saved model to `out` as they come, or fewer
 /// where the model ends the text. The model sees the last `sequence_length` tokens.
 ///
 /// # Errors
-/// When the checkpoint cannot be read, the prompt does not fit the vocabulary, or a logit is not
+/// When the model cannot be read, the prompt does not fit the vocabulary, or a logit is not
 /// finite.
 pub fn run(
-    found: &Checkpoint,
+    found: &Saved,
     prompt: &str,
     count: usize,
     sampling: &Sampling,
     out: &mut impl Write,
 ) -> Result<()> {
     sampling.validate()?;
-    let (model, state) = checkpoint::load_model(found)?;
-    let tokenizer = checkpoint::load_tokenizer(found, &state.config.data)?;
+    let (model, state) = found.load(|_| ())?;
+    let tokenizer = found.tokenizer(&state.config.data)?;
     let config = model.config();
     let mut tokens = start(&tokenizer, prompt)?;
     if let Some(token) = tokens.iter().find(|t| **t as usize >= config.vocab_size) {

@@ -249,13 +249,7 @@ fn a_model_of_transformers_becomes_a_run_that_trains() {
     let folder = copy(&place, "qwen2_moe", |c| {
         c.insert("vocab_size".into(), json!(256));
     });
-    let mut tensors = numbers(&folder.join("model.safetensors"));
-    for name in ["model.embed_tokens.weight", "lm_head.weight"] {
-        let (shape, values) = tensors.get_mut(name).unwrap();
-        shape[0] = 256;
-        *values = values.iter().copied().cycle().take(256 * 16).collect();
-    }
-    rewrite(&folder, &tensors);
+    enlarge_vocabulary(&folder, 256);
     let run = place.path("imported");
     let import = |set: &str| {
         let mut command = program();
@@ -282,6 +276,114 @@ fn a_model_of_transformers_becomes_a_run_that_trains() {
     assert_eq!(crate::common::steps_logged(&run), 2);
     let e = fail(&mut import("model.sequence_length=16"));
     assert!(e.contains("which holds a run"), "{e}");
+}
+
+/// Gives a copied model, whose config was told so, `tokens` rows of embedding and head.
+fn enlarge_vocabulary(folder: &Path, tokens: usize) {
+    let mut tensors = BTreeMap::new();
+    for file in fs::read_dir(folder).unwrap() {
+        let path = file.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if name.starts_with("model") {
+            if path.extension().is_some_and(|e| e == "safetensors") {
+                tensors.extend(numbers(&path));
+            }
+            fs::remove_file(path).unwrap();
+        }
+    }
+    for name in ["model.embed_tokens.weight", "lm_head.weight"] {
+        if let Some((shape, values)) = tensors.get_mut(name) {
+            shape[0] = tokens;
+            *values = values.iter().copied().cycle().take(tokens * 16).collect();
+        }
+    }
+    rewrite(folder, &tensors);
+}
+
+/// The loss that `eval` printed.
+#[cfg(feature = "text")]
+fn loss_of(model: &Path, data: &Path) -> f64 {
+    let mut command = program();
+    command.args(["eval", "--model"]).arg(model);
+    let (said, _) = succeed(command.arg("--data").arg(data));
+    let line = said
+        .lines()
+        .find(|l| l.starts_with("validation loss"))
+        .unwrap();
+    line.split_whitespace().nth(2).unwrap().parse().unwrap()
+}
+
+#[cfg(feature = "text")]
+#[test]
+fn a_published_model_is_evaluated_and_trained_with_another_router_on_its_own_tokens() {
+    let place = Place::new();
+    let tokenizer = crate::tokens::tokenizer(place.folder.path(), 0);
+    let (tokens, other) = (place.path("tokens"), place.path("other"));
+    let prepare = |out: &Path, tokenizer: &Path| {
+        let mut command = program();
+        command.args(["data", "prepare"]).arg(&place.text);
+        command.args(["--validation-fraction", "0.1", "--quiet", "--tokenizer"]);
+        succeed(command.arg(tokenizer).arg("--out").arg(out));
+    };
+    prepare(&tokens, &tokenizer);
+    fs::create_dir(place.path("another")).unwrap();
+    prepare(&other, &crate::tokens::tokenizer(&place.path("another"), 3));
+    for (name, router) in [
+        ("olmoe", "default"),
+        ("qwen2_moe", "default"),
+        ("mixtral", "densemixer"),
+        ("qwen3_moe", "topk"),
+    ] {
+        let folder = copy(&place, name, |config| {
+            config.insert("vocab_size".into(), json!(264));
+        });
+        enlarge_vocabulary(&folder, 264);
+        fs::copy(&tokenizer, folder.join("tokenizer.json")).unwrap();
+        let run = place.path(&format!("run-{name}"));
+        let import = |router: &str, data: &Path| {
+            let mut command = program();
+            command
+                .args(["import", "--router", router, "--from"])
+                .arg(&folder);
+            command.arg("--data").arg(data).arg("--out").arg(&run);
+            for set in [
+                "train.steps=30",
+                "train.sequences_per_step=4",
+                "train.micro_batch=4",
+                "train.learning_rate=0.01",
+            ] {
+                command.args(["--set", set]);
+            }
+            command
+        };
+        let e = fail(&mut import(router, &other));
+        assert!(
+            e.contains("own tokenizer") && e.contains("--tokenizer"),
+            "{e}"
+        );
+        if ["mixtral", "qwen3_moe"].contains(&name) {
+            let e = fail(&mut import("sparsemixer", &tokens));
+            assert!(e.contains("renormalize") && e.contains("densemixer"), "{e}");
+        }
+        succeed(&mut import(router, &tokens));
+        assert!(run.join("tokenizer.json").exists());
+        let (source, begin) = (loss_of(&folder, &tokens), loss_of(&run, &tokens));
+        assert_eq!(source, begin, "{name} with {router}");
+        succeed(&mut place.resume(&format!("run-{name}")));
+        let end = loss_of(&run, &tokens);
+        assert!(end < begin - 0.1, "{name}: {begin} to {end}");
+    }
+    let folder = place.path("qwen3_moe-copy");
+    let mut generate = program();
+    generate.args(["generate", "--prompt", "word", "--tokens", "5", "--model"]);
+    succeed(generate.arg(&folder));
+    let mut analyze = program();
+    analyze
+        .args(["analyze", "--sequences", "2", "--data"])
+        .arg(&tokens);
+    succeed(analyze.arg("--model").arg(&folder));
+    let e = fail(program().args(["eval", "--model"]).arg(&folder));
+    assert!(e.contains("--data") && e.contains("tokenizer.json"), "{e}");
 }
 
 #[test]

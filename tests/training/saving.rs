@@ -168,7 +168,7 @@ fn a_checkpoint_in_several_files_serves_wherever_one_in_one_does() {
 fn an_export_in_several_files_holds_what_one_file_does() {
     let place = Place::new();
     succeed(&mut place.train("run", &["--steps", "2", "--router", "default"]));
-    let (found, _) = checkpoint::find(&place.path("run")).unwrap();
+    let (found, _) = routegrad::study::exchange::Saved::open(&place.path("run")).unwrap();
     let read = |name: &str, shard_bytes: u64| {
         let out = place.path(name);
         routegrad::study::export::run(

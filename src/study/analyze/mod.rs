@@ -25,8 +25,8 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::routers;
 use crate::study::eval;
+use crate::study::exchange::Saved;
 use crate::tensor::Tensor;
-use crate::train::checkpoint::{self, Checkpoint};
 use gradients::MicroBatches;
 use probe::Watched;
 use serde::Serialize;
@@ -83,7 +83,7 @@ impl Report {
 
 /// Where a report goes unless told: `analysis` in the run's folder, or beside a checkpoint that
 /// stands alone.
-pub fn default_folder(found: &Checkpoint) -> PathBuf {
+pub fn default_folder(found: &Saved) -> PathBuf {
     let path = found.path();
     match path.parent() {
         Some(parent) if parent.ends_with("checkpoints") => parent.with_file_name("analysis"),
@@ -94,12 +94,12 @@ pub fn default_folder(found: &Checkpoint) -> PathBuf {
     }
 }
 
-/// Analyses the model of a checkpoint.
+/// Analyses a saved model.
 ///
 /// # Errors
-/// When checkpoint or text cannot be used, or no sequences are asked for.
-pub fn run(found: &Checkpoint, options: &Options) -> Result<Report> {
-    let (model, state) = checkpoint::load_model_with(found, |c| c.train.device = Device::Cpu)?;
+/// When model or text cannot be used, or no sequences are asked for.
+pub fn run(found: &Saved, options: &Options) -> Result<Report> {
+    let (model, state) = found.load(|c| c.train.device = Device::Cpu)?;
     let mut config = state.config;
     eval::text(&mut config, &state.data, options.data.as_deref())?;
     analyze(&config, &model, found.step(), options.sequences)

@@ -202,11 +202,27 @@ pub fn read(config: &Value) -> Result<ModelFile> {
 
 /// What would change the numbers and is not computed here.
 fn refuse(keys: &Keys) -> Result<()> {
-    keys.only("hidden_act", &["silu".into()])?;
+    // Two names of one function.
+    keys.only("hidden_act", &["silu".into(), "swish".into()])?;
     keys.only("clip_qkv", &[])?;
-    keys.only("use_sliding_window", &[false.into()])?;
-    keys.only("rope_scaling", &[])?;
     keys.only("partial_rotary_factor", &[1.0.into(), 1.into()])?;
+    if let Some(scaling) = keys.get("rope_scaling") {
+        let kinds = ["rope_type", "type"].map(|key| scaling.get(key));
+        let mut given = kinds.into_iter().flatten().peekable();
+        if given.peek().is_none() || given.any(|kind| kind != "default") {
+            return Err(keys.wrong("rope_scaling", "none, or one of type default"));
+        }
+    }
+    // A window that holds the whole context hides nothing.
+    let window = keys.get("sliding_window").and_then(Value::as_u64);
+    let context = keys.get("max_position_embeddings").and_then(Value::as_u64);
+    if window
+        .zip(context)
+        .is_some_and(|(window, context)| window >= context)
+    {
+        return Ok(());
+    }
+    keys.only("use_sliding_window", &[false.into()])?;
     // mixtral has only the width; elsewhere a width says nothing beside `use_sliding_window`.
     if keys.0["model_type"] == "mixtral" {
         keys.only("sliding_window", &[])?;
@@ -305,13 +321,33 @@ mod tests {
     }
 
     #[test]
+    fn settings_that_change_no_number_are_accepted() {
+        let plain = read(&qwen(json!({}))).unwrap();
+        for harmless in [
+            json!({"hidden_act": "swish"}),
+            json!({"rope_scaling": {"type": "default"}}),
+            json!({"rope_scaling": null}),
+            json!({"use_sliding_window": true, "sliding_window": 64}),
+            json!({"sliding_window": 4096, "layer_types": ["sliding_attention"]}),
+        ] {
+            assert_eq!(read(&qwen(harmless.clone())).unwrap(), plain, "{harmless}");
+        }
+    }
+
+    #[test]
     fn what_cannot_be_computed_is_refused_by_key() {
         for (key, value) in [
             ("hidden_act", json!("gelu")),
             ("clip_qkv", json!(8.0)),
             ("use_sliding_window", json!(true)),
-            ("sliding_window", json!(4096)),
+            ("sliding_window", json!(63)),
             ("rope_scaling", json!({"type": "yarn"})),
+            (
+                "rope_scaling",
+                json!({"type": "default", "rope_type": "yarn"}),
+            ),
+            ("rope_scaling", json!({"factor": 4.0})),
+            ("rope_scaling", json!("linear")),
             ("layer_types", json!(["sliding_attention"])),
             ("layer_types", json!("sliding_attention")),
             (

@@ -4,9 +4,11 @@
 mod dump;
 mod import;
 mod keys;
+mod saved;
 mod source;
 pub mod tensors;
 
 pub use dump::{Options, dump};
-pub use import::import;
+pub use import::{Import, import};
+pub use saved::Saved;
 pub use source::Source;

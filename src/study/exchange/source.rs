@@ -43,6 +43,11 @@ impl Piece {
 }
 
 impl Source {
+    /// Whether a model's folder is at `path`, and no checkpoint.
+    pub fn is(path: &Path) -> bool {
+        path.join("config.json").is_file() && !path.join(checkpoint::MANIFEST).exists()
+    }
+
     /// Opens a model's folder, or a run of this program: its newest checkpoint then.
     ///
     /// # Errors
@@ -129,9 +134,19 @@ impl Source {
             left.remove(name.as_str());
         }
         let layers = config.model.moe_layers();
+        // What the files' own router keeps says nothing to another one, which begins as in a new model.
+        let another = config.router.name != self.file.router.name;
+        if another {
+            let own = routers::build(&self.file.router)?;
+            for layer in &layers {
+                for state in own.initial_state(&config.model, *layer, 0) {
+                    left.remove(checkpoint::router_state(*layer, state.name).as_str());
+                }
+            }
+        }
         for (layer, state) in layers.iter().zip(model.layer_states_mut().iter_mut()) {
             let names: Vec<_> = state.tensors().map(|(n, t)| (n, t.shape())).collect();
-            for (name, shape) in names {
+            for (name, shape) in names.into_iter().filter(|_| !another) {
                 let full = checkpoint::router_state(*layer, name);
                 let mut tensor = Tensor::unspecified(Device::Cpu, model.dtype(), shape);
                 with_real!(tensor.dtype(), "model", |T| {

@@ -39,7 +39,7 @@ const CONFIG: &str = "config.json";
 const MODEL: &str = "model";
 const TRAINER: &str = "trainer";
 const STATE: &str = "trainer.json";
-const MANIFEST: &str = "manifest.json";
+pub(crate) const MANIFEST: &str = "manifest.json";
 
 /// What a checkpoint holds.
 pub struct Snapshot<'a> {
