@@ -183,7 +183,7 @@ pub fn validation_loss(
 }
 
 /// The numbers of every rank, in their order.
-fn gathered(dist: &dyn Collective, own: &[f64]) -> Result<Vec<std::vec::IntoIter<f64>>> {
+pub(super) fn gathered(dist: &dyn Collective, own: &[f64]) -> Result<Vec<std::vec::IntoIter<f64>>> {
     let all = dist.gather_bytes(bytemuck::cast_slice(own))?;
     let numbers = all.into_iter().map(|bytes| {
         let mut numbers = vec![0.0; bytes.len() / size_of::<f64>()];

@@ -86,6 +86,10 @@ pub struct Benchmarks {
 }
 
 impl Hook for Benchmarks {
+    fn on_every_rank(&self) -> bool {
+        true
+    }
+
     fn needs_model(&self, config: &Config, step: u64) -> bool {
         config.train.scores_after(step)
     }
@@ -111,7 +115,7 @@ impl Hook for Benchmarks {
         if !config.train.scores_after(step) {
             return Ok(());
         }
-        doing_alone(format!("the benchmarks after step {step}"));
+        doing(format!("the benchmarks after step {step}"));
         let options = tasks::Options {
             tokens: config.train.micro_batch * config.model.sequence_length,
             quiet: true,

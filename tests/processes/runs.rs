@@ -3,10 +3,11 @@
 use crate::common::*;
 use crate::launchers::*;
 use routegrad::config::{Config, Layers};
+use routegrad::data::Tokenizer;
 use routegrad::dist::{self, Collective, Ranks, ThreadRank, doing};
 use routegrad::routers::{self, ROUTERS};
-use routegrad::study::hooks;
-use routegrad::train::RunOptions;
+use routegrad::study::{hooks, tasks};
+use routegrad::train::{RunOptions, checkpoint};
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
@@ -349,5 +350,64 @@ fn sums_are_those_of_threads_and_different_calls_are_an_error_on_all_ranks_withi
                 "{error}"
             );
         }
+    }
+}
+
+#[test]
+fn benchmark_scores_of_several_ranks_have_the_bytes_of_one() {
+    let place = Place::new();
+    let question = |i: u64| {
+        format!(
+            r#"{{"doc_id": {i}, "doc": {{"query": "word{i}", "goal": "word{} word{i}", "choices": ["word1 word2", "word{}"], "gold": {}}}}}"#,
+            i % 7,
+            i % 5,
+            i % 2
+        )
+    };
+    let questions: Vec<String> = (0..40).map(question).collect();
+    std::fs::write(place.path("piqa.jsonl"), questions.join("\n")).unwrap();
+    let folder = format!("train.task_data={:?}", place.folder.path());
+    let train_options = [
+        "--steps",
+        "4",
+        "--router",
+        "default",
+        "--set",
+        "train.tasks_interval=4",
+        "--set",
+        &folder,
+    ];
+    succeed(&mut train(&place, "run", &train_options));
+    let (found, _) = checkpoint::find(&place.path("run")).unwrap();
+    let tasks = tasks::choose(&["piqa".into()], place.folder.path()).unwrap();
+    let benchmarks = tasks::read(&tasks, place.folder.path(), 0).unwrap();
+    // So few tokens that the questions make many batches.
+    let options = tasks::Options {
+        tokens: 16,
+        quiet: true,
+    };
+    let scores = |ranks: usize| {
+        let all = ThreadRank::run(ranks, |rank| {
+            let (model, _) = checkpoint::load_model_on(&found, |_| (), Box::new(rank)).unwrap();
+            let tokenizer = Tokenizer::bytes();
+            let results = tasks::run(&model, &tokenizer, &benchmarks, &options, None).unwrap();
+            (
+                serde_json::to_string(&results.scores).unwrap(),
+                results.tokens,
+            )
+        });
+        assert!(all.iter().all(|one| *one == all[0]));
+        all[0].clone()
+    };
+    let one = scores(1);
+    assert!(one.0.contains("piqa"), "{}", one.0);
+    assert_eq!(scores(2), one);
+    assert_eq!(scores(3), one);
+    for launcher in launchers() {
+        let name = format!("{launcher:?}");
+        succeed(&mut launcher.ranks(2, &train(&place, &name, &train_options)));
+        let scores = |run: &str| metrics(&place.path(run))[3]["tasks"]["piqa"].clone();
+        assert!(scores(&name)["acc"].is_f64());
+        assert_eq!(scores(&name)["acc"], scores("run")["acc"]);
     }
 }

@@ -9,6 +9,7 @@ use crate::data::Tokenizer;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::report::files::publish;
+use crate::study::eval::gathered;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -66,7 +67,8 @@ pub fn run(
             results: &mut results,
             batch: Batch::default(),
             waiting: Vec::new(),
-            answers: Vec::new(),
+            done: Vec::new(),
+            own: Vec::new(),
         };
         for (doc_id, question) in &benchmark.questions {
             let requests = requests(question, model.config().sequence_length, tokenizer)?;
@@ -77,7 +79,7 @@ pub fn run(
             progress.asked(task, question);
         }
         pass.flush()?;
-        let answers = pass.answers;
+        let answers = pass.answers()?;
         if let Some(out) = out {
             let lines: Vec<String> = answers.iter().map(|a| json!(a).to_string()).collect();
             write(
@@ -106,14 +108,25 @@ fn write(path: &Path, text: &str) -> Result<()> {
     publish(path, text)
 }
 
-/// Questions of a task on their way through the model.
+/// A question of a batch.
+struct Waiting<'a> {
+    doc_id: &'a Value,
+    question: &'a Question,
+    /// Scored tokens of each answer.
+    scored: Vec<usize>,
+    truncated: bool,
+}
+
+/// Questions of a task on their way through the model. Ranks take the batches in turns.
 struct Pass<'a> {
     model: &'a Model,
     results: &'a mut Results,
     batch: Batch,
-    /// Questions of the batch, with the scored tokens of each answer.
-    waiting: Vec<(&'a Value, &'a Question, Vec<usize>, bool)>,
-    answers: Vec<Answer>,
+    waiting: Vec<Waiting<'a>>,
+    /// Questions of the batches that are done, here or by another rank.
+    done: Vec<Vec<Waiting<'a>>>,
+    /// Of the batches done here: for each question its answers' log-likelihoods, and 1 where every token was the likeliest.
+    own: Vec<f64>,
 }
 
 impl<'a> Pass<'a> {
@@ -124,38 +137,84 @@ impl<'a> Pass<'a> {
         requests: &[Request],
     ) -> Result<()> {
         self.batch.add(requests)?;
-        let scored = requests.iter().map(|r| r.scored.len()).collect();
-        let truncated = requests.iter().any(|r| r.truncated);
-        self.waiting.push((doc_id, question, scored, truncated));
+        self.waiting.push(Waiting {
+            doc_id,
+            question,
+            scored: requests.iter().map(|r| r.scored.len()).collect(),
+            truncated: requests.iter().any(|r| r.truncated),
+        });
         Ok(())
     }
 
     fn flush(&mut self) -> Result<()> {
-        let batch = std::mem::take(&mut self.batch);
+        let (batch, waiting) = (
+            std::mem::take(&mut self.batch),
+            std::mem::take(&mut self.waiting),
+        );
         if batch.tokens.is_empty() {
             return Ok(());
         }
-        let begun = Instant::now();
-        let scored = self
-            .model
-            .score(&batch.tokens, batch.spans, &batch.targets)?;
-        self.results.seconds += begun.elapsed().as_secs_f64();
         self.results.tokens += batch.tokens.len();
         self.results.unshared_tokens += batch.whole;
+        let dist = self.model.dist();
+        if self.done.len() % dist.size() == dist.rank() {
+            let begun = Instant::now();
+            self.score(batch, &waiting)?;
+            self.results.seconds += begun.elapsed().as_secs_f64();
+        }
+        self.done.push(waiting);
+        Ok(())
+    }
+
+    fn score(&mut self, batch: Batch, waiting: &[Waiting]) -> Result<()> {
+        let scored = match self.model.score(&batch.tokens, batch.spans, &batch.targets) {
+            // All ranks are told when the numbers are gathered.
+            Err(Error::NonFinite { .. }) => Vec::new(),
+            scored => scored?,
+        };
         let mut scored = scored.into_iter();
-        for (doc_id, question, counts, truncated) in self.waiting.drain(..) {
+        for question in waiting {
             let mut likeliest = true;
-            let sums = counts.into_iter().map(|n| {
-                let tokens = scored.by_ref().take(n);
-                tokens.fold(0.0, |sum, token| {
-                    likeliest &= token.likeliest;
-                    sum + token.log_probability
-                })
-            });
-            let sums = sums.collect();
-            let answer = Answer::new(doc_id.clone(), question, sums, likeliest, truncated);
-            self.answers.push(answer);
+            for n in &question.scored {
+                let mut sum = 0.0;
+                for _ in 0..*n {
+                    let token = scored.next();
+                    likeliest &= token.is_some_and(|t| t.likeliest);
+                    sum += token.map_or(f64::NAN, |t| t.log_probability);
+                }
+                self.own.push(sum);
+            }
+            self.own.push(f64::from(u8::from(likeliest)));
         }
         Ok(())
+    }
+
+    /// The answers of all ranks, in the order of the questions.
+    fn answers(self) -> Result<Vec<Answer>> {
+        let dist = self.model.dist();
+        let mut ranks = gathered(dist, &self.own)?;
+        let mut answers = Vec::new();
+        for (i, questions) in self.done.into_iter().enumerate() {
+            let numbers = &mut ranks[i % dist.size()];
+            for Waiting {
+                doc_id,
+                question,
+                scored,
+                truncated,
+            } in questions
+            {
+                let sums: Vec<f64> = numbers.take(scored.len()).collect();
+                if sums.len() != scored.len() || sums.iter().any(|sum| sum.is_nan()) {
+                    return Err(Error::NonFinite {
+                        what: format!("a likelihood of document {doc_id}"),
+                        help: "the model diverged: use an earlier checkpoint".into(),
+                    });
+                }
+                let likeliest = numbers.next() == Some(1.0);
+                let answer = Answer::new(doc_id.clone(), question, sums, likeliest, truncated);
+                answers.push(answer);
+            }
+        }
+        Ok(answers)
     }
 }
