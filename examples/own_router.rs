@@ -66,5 +66,6 @@ fn main() -> Result<()> {
     let report = eval::run(&model, &state, None, 64)?;
     println!("{:.3} bits per byte", report.bits_per_byte());
     let (prompt, sampling) = ("My fellow citizens, ", Sampling::default());
-    generate::run(&saved, prompt, 200, &sampling, &mut std::io::stdout())
+    generate::run(&saved, prompt, 200, &sampling, &mut std::io::stdout())?;
+    Ok(())
 }

@@ -395,6 +395,12 @@ pub(super) struct GenerateArgs {
     /// Text to continue.
     #[arg(long, value_name = "TEXT", default_value = "My fellow citizens, ")]
     pub(super) prompt: String,
+    /// File with the text to continue, or - for the standard input.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub(super) prompt_file: Option<PathBuf>,
+    /// Continuations to draw.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) samples: u32,
     /// Tokens to add.
     #[arg(long, value_name = "N", default_value_t = 400)]
     pub(super) tokens: usize,

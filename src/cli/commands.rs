@@ -14,10 +14,12 @@ use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
 use crate::verify::{device_check, gradcheck};
+use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Instant;
 use toml::Value;
 
 pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
@@ -197,10 +199,23 @@ pub(super) fn generate_command(args: &GenerateArgs) -> Result<()> {
         temperature: args.temperature,
         top_k: args.top_k,
         seed: args.seed,
+        samples: args.samples as usize,
+    };
+    let prompt = match &args.prompt_file {
+        None => args.prompt.clone(),
+        Some(file) if file.as_os_str() == "-" => std::io::read_to_string(std::io::stdin())
+            .map_err(|e| Error::io("read", "the standard input", e))?,
+        Some(file) => fs::read_to_string(file).map_err(|e| Error::io("read", file, e))?,
     };
     let found = open_saved(&args.model)?;
-    let mut out = std::io::stdout().lock();
-    generate::run(&found, &args.prompt, args.tokens, &sampling, &mut out)
+    let (mut out, begun) = (std::io::stdout().lock(), Instant::now());
+    let made = generate::run(&found, &prompt, args.tokens, &sampling, &mut out)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    stderr_line(&format!(
+        "{made} tokens in {seconds:.1} s, {:.0} a second",
+        made as f64 / seconds
+    ));
+    Ok(())
 }
 
 pub(super) fn export_command(args: &ExportArgs) -> Result<()> {

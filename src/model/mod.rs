@@ -29,6 +29,7 @@ use crate::device::Device;
 use crate::dist::{Collective, SingleRank};
 use crate::error::Result;
 use crate::model::batch::Sequences;
+use crate::ops::cached_attention::KeyValueCache;
 use crate::ops::cross_entropy::{cross_entropy, token_losses};
 use crate::ops::linear::linear;
 use crate::routers::{self, DeviceTally, LayerState, Pass, Router};
@@ -288,14 +289,31 @@ impl Model {
     /// # Errors
     /// When a token is beyond the vocabulary, or the sequences are longer than the model's.
     pub fn next_token_logits(&self, tokens: &[i32], sequences: usize) -> Result<Vec<f64>> {
+        self.last_logits(tokens, sequences, &Rows::Equal(sequences))
+    }
+
+    /// Logits `[V]` of the token that follows the sequence of `cache` and then `tokens`, at evaluation; their keys and values
+    /// are added to the cache. On the CPU.
+    ///
+    /// # Errors
+    /// When a token is beyond the vocabulary, or the sequence gets longer than the model's. The cache is of no use then.
+    pub fn next_token_logits_after(
+        &self,
+        cache: &Rc<KeyValueCache>,
+        tokens: &[i32],
+    ) -> Result<Vec<f64>> {
+        let logits = self.last_logits(tokens, 1, &Rows::Cached(cache.clone()))?;
+        cache.advance(tokens.len());
+        Ok(logits)
+    }
+
+    /// Logits of the last row of each of `sequences`.
+    fn last_logits(&self, tokens: &[i32], sequences: usize, rows: &Rows) -> Result<Vec<f64>> {
         let (weights, tape) = (self.weights(), Tape::without_gradients());
-        let (hidden, _) = self.transformer.hidden(
-            &tape,
-            &weights,
-            &Tensor::from_slice([tokens.len()], tokens),
-            &Rows::Equal(sequences),
-            Pass::EVALUATE,
-        )?;
+        let ids = Tensor::from_slice([tokens.len()], tokens);
+        let (hidden, _) = self
+            .transformer
+            .hidden(&tape, &weights, &ids, rows, Pass::EVALUATE)?;
         let (length, width) = (tokens.len() / sequences, self.config().hidden);
         let mut last = Tensor::unspecified(Device::Cpu, self.dtype(), [sequences, width]);
         with_real!(self.dtype(), "logits", |T| {

@@ -4,6 +4,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::batch::Sequences;
 use crate::ops::attention::rotary::{Places, projected_attention, rotary_attention};
+use crate::ops::cached_attention::KeyValueCache;
 use crate::ops::heads::Heads;
 use crate::ops::linear::linear;
 use crate::ops::rope::RopeTables;
@@ -21,6 +22,8 @@ pub enum Rows {
     Packed(usize, Tensor),
     /// Of any length, some going on where another ends; without gradients.
     Spans(Rc<Spans>),
+    /// Further rows of one sequence, behind those whose keys and values are kept; without gradients.
+    Cached(Rc<KeyValueCache>),
 }
 
 impl Rows {
@@ -54,7 +57,7 @@ impl Rows {
     pub fn count(&self) -> usize {
         match self {
             Rows::Equal(count) | Rows::Packed(count, _) => *count,
-            Rows::Spans(_) => 0,
+            Rows::Spans(_) | Rows::Cached(_) => 0,
         }
     }
 
@@ -82,13 +85,17 @@ impl Rows {
                     spans.longest()
                 ),
             ),
+            Rows::Cached(cache) => (
+                (1..=longest).contains(&(cache.rows() + tokens)) && tokens > 0,
+                format!("{tokens} tokens behind {}", cache.rows()),
+            ),
         };
         if fits {
             return Ok(());
         }
         let kind = match self {
             Rows::Equal(_) | Rows::Packed(..) => "sequences of equal length",
-            Rows::Spans(_) => "sequences",
+            Rows::Spans(_) | Rows::Cached(_) => "sequences",
         };
         Err(Error::invalid(
             "model",
@@ -106,11 +113,15 @@ impl Rows {
         heads: Heads,
         tables: &RopeTables,
     ) -> Result<Var> {
-        if let Rows::Spans(spans) = self {
-            let attended = spans.attention(qkv.tensor(), heads, tables)?;
-            return Ok(Var::constant(attended));
+        match self {
+            Rows::Spans(spans) => spans
+                .attention(qkv.tensor(), heads, tables)
+                .map(Var::constant),
+            Rows::Cached(cache) => cache
+                .attention(qkv.tensor(), heads, tables)
+                .map(Var::constant),
+            _ => rotary_attention(tape, qkv, &self.places(qkv, heads, tables)),
         }
-        rotary_attention(tape, qkv, &self.places(qkv, heads, tables))
     }
 
     /// The projection `x Wᵀ`, then the same.
@@ -122,7 +133,7 @@ impl Rows {
         heads: Heads,
         tables: &RopeTables,
     ) -> Result<Var> {
-        if let Rows::Spans(_) = self {
+        if let Rows::Spans(_) | Rows::Cached(_) = self {
             return self.attention(tape, &linear(tape, x, weight, None)?, heads, tables);
         }
         projected_attention(tape, x, weight, &self.places(x, heads, tables))
@@ -132,7 +143,9 @@ impl Rows {
         let (sequences, first_key) = match self {
             Rows::Equal(sequences) => (sequences, None),
             Rows::Packed(sequences, first_key) => (sequences, Some(first_key)),
-            Rows::Spans(_) => unreachable!("spans have places of their own"),
+            Rows::Spans(_) | Rows::Cached(_) => {
+                unreachable!("their rows have places of their own")
+            }
         };
         Places {
             heads,

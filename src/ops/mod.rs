@@ -7,6 +7,7 @@ pub mod add;
 pub mod add_norm;
 pub mod attention;
 pub mod balance;
+pub mod cached_attention;
 pub mod combine;
 pub mod cross_entropy;
 pub mod dispatch;

@@ -55,6 +55,11 @@ impl RopeTables {
         })
     }
 
+    /// Positions that they have.
+    pub(super) fn positions(&self) -> usize {
+        self.cos.shape()[0]
+    }
+
     /// The tables, when they serve `positions` positions of such heads.
     ///
     /// # Errors

@@ -2,10 +2,14 @@
 
 use crate::data::tokenizer::TextStream;
 use crate::data::{DOCUMENT_END, Tokenizer};
+use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::model::Model;
+use crate::ops::cached_attention::KeyValueCache;
 use crate::study::exchange::Saved;
 use crate::tensor::random::{Purpose, Stream};
 use std::io::Write;
+use std::rc::Rc;
 
 /// How the next token is drawn from the logits.
 #[derive(Clone, Copy, Debug)]
@@ -15,6 +19,8 @@ pub struct Sampling {
     /// Draws among this many likeliest tokens; 0 for all.
     pub top_k: usize,
     pub seed: u64,
+    /// Continuations of the prompt.
+    pub samples: usize,
 }
 
 impl Default for Sampling {
@@ -24,6 +30,7 @@ impl Default for Sampling {
             temperature: 0.8,
             top_k: 0,
             seed: 0,
+            samples: 1,
         }
     }
 }
@@ -41,8 +48,8 @@ impl Sampling {
         ))
     }
 
-    /// Token number `index` of a continuation, from the logits of every token.
-    fn draw(&self, logits: &[f64], index: u64) -> usize {
+    /// Token number `index` of continuation `sample`, from the logits of every token.
+    fn draw(&self, logits: &[f64], sample: usize, index: u64) -> usize {
         let mut order: Vec<usize> = (0..logits.len()).collect();
         // Ties go to the lower token.
         order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
@@ -57,7 +64,7 @@ impl Sampling {
             .iter()
             .map(|t| ((logits[*t] - highest) / self.temperature).exp())
             .collect();
-        let stream = Stream::new(self.seed, Purpose::Generation, 0, 0);
+        let stream = Stream::new(self.seed, Purpose::Generation, sample as u64, 0);
         let mut left = f64::from(stream.uniform(index)) * weights.iter().sum::<f64>();
         for (token, weight) in order.iter().zip(&weights) {
             left -= weight;
@@ -70,7 +77,8 @@ impl Sampling {
 }
 
 /// Writes `prompt` and `count` further tokens of a saved model to `out` as they come, or fewer
-/// where the model ends the text. The model sees the last `sequence_length` tokens.
+/// where the model ends the text, as often as [`Sampling::samples`] says, with a line `--- N ---` before each of several. The
+/// model sees the last `sequence_length` tokens. The tokens made, over all samples.
 ///
 /// # Errors
 /// When the model cannot be read, the prompt does not fit the vocabulary, or a logit is not
@@ -81,51 +89,110 @@ pub fn run(
     count: usize,
     sampling: &Sampling,
     out: &mut impl Write,
-) -> Result<()> {
+) -> Result<usize> {
     sampling.validate()?;
     let (model, state) = found.load(|_| ())?;
     let tokenizer = found.tokenizer(&state.config.data)?;
-    let config = model.config();
-    let mut tokens = start(&tokenizer, prompt)?;
-    if let Some(token) = tokens.iter().find(|t| **t as usize >= config.vocab_size) {
+    let vocabulary = model.config().vocab_size;
+    let tokens = start(&tokenizer, prompt)?;
+    if let Some(token) = tokens.iter().find(|t| **t as usize >= vocabulary) {
         return Err(Error::invalid(
             "--prompt",
-            format!(
-                "tokens below the model's vocabulary of {}",
-                config.vocab_size
-            ),
+            format!("tokens below the model's vocabulary of {vocabulary}"),
             format!("token {token}"),
             "use plain letters",
         ));
     }
-    let mut put = |text: &str| {
-        out.write_all(text.as_bytes())
-            .and_then(|()| out.flush())
-            .map_err(|e| Error::io("write", "the standard output", e))
+    let speaker = Speaker {
+        model,
+        tokenizer,
+        prompt,
+        tokens,
     };
-    let mut text = TextStream::new(&tokenizer);
-    // What the prompt was given with is shown as it is.
-    put(prompt)?;
-    text.push(&tokens)?;
-    for index in 0..count {
-        let from = tokens.len().saturating_sub(config.sequence_length);
-        let logits = model.next_token_logits(&tokens[from..], 1)?;
-        if !logits.iter().all(|z| z.is_finite()) {
-            return Err(Error::NonFinite {
-                what: format!("a logit of token {index}"),
-                help: "the model diverged: use an earlier checkpoint".into(),
-            });
+    let mut made = 0;
+    for sample in 0..sampling.samples {
+        if sampling.samples > 1 {
+            write(out, &format!("--- {} ---\n", sample + 1))?;
         }
-        // A model may have more tokens than its tokenizer: training never saw them.
-        let known = logits.len().min(tokenizer.vocab_size());
-        let token = sampling.draw(&logits[..known], index as u64) as i32;
-        if Some(token) == tokenizer.eos() {
-            break;
-        }
-        tokens.push(token);
-        put(&text.push(&[token])?)?;
+        made += speaker.speak(sample, count, sampling, out)?;
     }
-    put(&(text.finish()? + "\n"))
+    Ok(made)
+}
+
+fn write(out: &mut impl Write, text: &str) -> Result<()> {
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|e| Error::io("write", "the standard output", e))
+}
+
+/// A model that goes on from a prompt.
+struct Speaker<'a> {
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: &'a str,
+    /// Of the prompt.
+    tokens: Vec<i32>,
+}
+
+impl Speaker<'_> {
+    /// Writes the prompt and continuation number `sample` of it; the tokens that it has.
+    fn speak(
+        &self,
+        sample: usize,
+        count: usize,
+        sampling: &Sampling,
+        out: &mut impl Write,
+    ) -> Result<usize> {
+        let mut text = TextStream::new(&self.tokenizer);
+        // What the prompt was given with is shown as it is.
+        write(out, self.prompt)?;
+        text.push(&self.tokens)?;
+        let (mut tokens, next) = (self.tokens.clone(), Next::new(&self.model));
+        for index in 0..count {
+            let logits = next.logits(&tokens)?;
+            if !logits.iter().all(|z| z.is_finite()) {
+                return Err(Error::NonFinite {
+                    what: format!("a logit of token {index}"),
+                    help: "the model diverged: use an earlier checkpoint".into(),
+                });
+            }
+            // A model may have more tokens than its tokenizer: training never saw them.
+            let known = logits.len().min(self.tokenizer.vocab_size());
+            let token = sampling.draw(&logits[..known], sample, index as u64) as i32;
+            if Some(token) == self.tokenizer.eos() {
+                break;
+            }
+            tokens.push(token);
+            write(out, &text.push(&[token])?)?;
+        }
+        write(out, &(text.finish()? + "\n"))?;
+        Ok(tokens.len() - self.tokens.len())
+    }
+}
+
+/// The logits of a sequence that grows.
+struct Next<'a> {
+    model: &'a Model,
+    cache: Rc<KeyValueCache>,
+}
+
+impl<'a> Next<'a> {
+    fn new(model: &'a Model) -> Self {
+        let cache = Rc::default();
+        Next { model, cache }
+    }
+
+    /// Of the token after `tokens`, which begin with those of the call before. Keys and values are kept, on the CPU and as
+    /// long as the model sees the whole text; every row has another position when its beginning is cut off.
+    fn logits(&self, tokens: &[i32]) -> Result<Vec<f64>> {
+        let longest = self.model.config().sequence_length;
+        if tokens.len() > longest || self.model.device() != Device::Cpu {
+            let from = tokens.len().saturating_sub(longest);
+            return self.model.next_token_logits(&tokens[from..], 1);
+        }
+        let further = &tokens[self.cache.rows()..];
+        self.model.next_token_logits_after(&self.cache, further)
+    }
 }
 
 /// The tokens of a prompt, after that of a text's beginning. Without a prompt the model begins as after
@@ -151,12 +218,13 @@ mod tests {
             temperature,
             top_k,
             seed: 7,
+            samples: 1,
         }
     }
 
     #[test]
     fn temperature_zero_takes_the_likeliest_token() {
-        assert_eq!(sampling(0.0, 0).draw(&[0.0, 2.0, 2.0, 1.0], 5), 1);
+        assert_eq!(sampling(0.0, 0).draw(&[0.0, 2.0, 2.0, 1.0], 0, 5), 1);
     }
 
     #[test]
@@ -164,14 +232,14 @@ mod tests {
         let logits = [1f64.ln(), 2f64.ln(), 5f64.ln()];
         let n = 40_000;
         let mut counts = [0; 3];
-        (0..n).for_each(|i| counts[sampling(1.0, 0).draw(&logits, i)] += 1);
+        (0..n).for_each(|i| counts[sampling(1.0, 0).draw(&logits, 0, i)] += 1);
         for (count, p) in counts.iter().zip([0.125, 0.25, 0.625]) {
             let share = f64::from(*count) / n as f64;
             assert!((share - p).abs() < 0.013, "{share} is not {p}");
         }
         // At half the temperature the odds are squared: 1 : 4 : 25.
         let mut last = 0;
-        (0..n).for_each(|i| last += u64::from(sampling(0.5, 0).draw(&logits, i) == 2));
+        (0..n).for_each(|i| last += u64::from(sampling(0.5, 0).draw(&logits, 0, i) == 2));
         assert!((last as f64 / n as f64 - 25.0 / 30.0).abs() < 0.01);
     }
 
@@ -179,7 +247,7 @@ mod tests {
     fn top_k_leaves_out_the_rest() {
         let logits = [0.0, 0.1, 0.2, 0.3];
         let drawn: std::collections::BTreeSet<usize> = (0..200)
-            .map(|i| sampling(1.0, 2).draw(&logits, i))
+            .map(|i| sampling(1.0, 2).draw(&logits, 0, i))
             .collect();
         assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [2, 3]);
     }

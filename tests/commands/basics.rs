@@ -149,6 +149,22 @@ fn generation_continues_the_prompt_and_depends_on_the_seed_alone() {
     assert_eq!(likeliest, speak(&["--temperature", "0", "--seed", "2"]));
     assert_eq!(likeliest, speak(&["--top-k", "1", "--seed", "3"]));
     speak(&["--prompt", ""]);
+    let several = speak(&["--prompt", "word1 word", "--seed", "4", "--samples", "2"]);
+    let texts: Vec<&str> = several.split("--- 2 ---\n").collect();
+    assert_eq!(texts[0], format!("--- 1 ---\n{first}"));
+    assert_ne!(texts[1], first);
+    std::fs::write(place.path("prompt.txt"), "word1 word").unwrap();
+    let mut command = program();
+    command.current_dir(place.folder.path());
+    command.args([
+        "generate", "--tokens", "40", "--seed", "4", "--model", "run",
+    ]);
+    let (read, rate) = succeed(command.args(["--prompt-file", "prompt.txt"]));
+    assert_eq!(read, first);
+    assert!(
+        rate.contains("40 tokens in ") && rate.contains("a second"),
+        "{rate}"
+    );
 }
 
 #[test]
