@@ -11,7 +11,6 @@ mod lines;
 mod options;
 #[cfg(feature = "text")]
 mod parquet;
-mod progress;
 mod shards;
 
 pub use options::Options;
@@ -21,9 +20,9 @@ use super::tokenizer::{TOKENIZER_CONFIG_FILE, Tokenizer};
 use crate::error::{Error, Result};
 use crate::report::files::{UNFINISHED, replace};
 use crate::report::lock::{FolderLock, LOCK_FILE};
+use crate::report::progress::Progress;
 use inputs::Input;
 use items::Item;
-use progress::Progress;
 use serde_json::{Value, json};
 use shards::{Encoded, Place, State, Writer};
 use std::collections::BTreeSet;
@@ -64,7 +63,8 @@ pub fn run(options: &Options) -> Result<Summary> {
     let _lock = FolderLock::take(&options.out)?;
     let begun = Instant::now();
     let state = begin(options, &tokenizer, &inputs)?;
-    let progress = Progress::new(&inputs, options.quiet);
+    let bytes = inputs.iter().map(|input| input.bytes).sum();
+    let progress = Progress::new(bytes, options.quiet);
     left_out.iter().for_each(|text| progress.note(text));
     if state.place.seen > 0 {
         let (shards, out) = (state.manifest.shards.len(), options.out.display());
@@ -85,7 +85,7 @@ pub fn run(options: &Options) -> Result<Summary> {
     let (bytes, altered) = (writer.encoded(), writer.altered());
     let cut = writer.cut();
     let finished = read.and_then(|()| writer.finish());
-    progress.finish();
+    drop(progress);
     let manifest = finished.inspect_err(|_| shards::remove_unfinished(&options.out))?;
     Ok(Summary {
         manifest,

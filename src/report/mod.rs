@@ -8,6 +8,7 @@ pub mod metrics;
 mod nearest;
 pub mod page;
 pub mod plots;
+pub(crate) mod progress;
 pub mod records;
 pub mod version;
 

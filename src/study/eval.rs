@@ -6,6 +6,7 @@ use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::report::progress::Progress;
 use crate::routers;
 use crate::study::exchange::Saved;
 use crate::train::checkpoint::TrainerState;
@@ -123,7 +124,10 @@ pub fn run(
 ) -> Result<Report> {
     let mut config = state.config.clone();
     let corpus = text(&mut config, &state.data, data)?;
-    let report = validation_loss(model, &corpus, sequences, config.train.micro_batch)?;
+    let windows = corpus.held_out(sequences).len();
+    let progress = Progress::new(windows as u64, false);
+    let shown = |done: usize| progress.at(done as u64, &format!("{done}/{windows} sequences"));
+    let report = measured(model, &corpus, sequences, config.train.micro_batch, shown)?;
     if !report.loss.is_finite() {
         return Err(Error::NonFinite {
             what: "the validation loss".into(),
@@ -144,9 +148,21 @@ pub fn validation_loss(
     most: usize,
     batch: usize,
 ) -> Result<Report> {
+    measured(model, corpus, most, batch, |_| ())
+}
+
+/// The same; `shown` is told how many sequences are done.
+fn measured(
+    model: &Model,
+    corpus: &Corpus,
+    most: usize,
+    batch: usize,
+    shown: impl Fn(usize),
+) -> Result<Report> {
     let (windows, dist) = (corpus.held_out(most), model.dist());
     let of_rank = |rank| windows.chunks(batch).skip(rank).step_by(dist.size());
     let mut sums = Vec::new();
+    let mut done = 0;
     for windows in of_rank(dist.rank()) {
         let losses = model.token_losses(corpus.read(windows).all())?;
         let mut losses = losses.as_slice();
@@ -155,6 +171,8 @@ pub fn validation_loss(
             sums.push(own.iter().sum::<f64>());
             losses = rest;
         }
+        done += windows.len();
+        shown(done * dist.size());
     }
     let mut sums = gathered(dist, &sums)?;
     let mut whole = Report::default();

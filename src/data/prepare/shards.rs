@@ -1,12 +1,13 @@
 //! Shards as they are written.
 
 use super::Options;
-use super::progress::Progress;
 use crate::data::folder::{
     Counts, Entry, MANIFEST, Manifest, STATE, Shard, Side, SourceCounts, digest,
 };
 use crate::error::{Error, Result};
 use crate::report::files::{UNFINISHED, fault, rename, replace, sync};
+use crate::report::progress::Progress;
+use indicatif::HumanBytes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
@@ -185,7 +186,9 @@ impl<'a> Writer<'a> {
             }
         }
         self.place = encoded.place;
-        self.progress.at(encoded.consumed, self.tokens);
+        let (read, tokens) = (HumanBytes(encoded.consumed), self.tokens as f64 / 1e6);
+        let text = format!("{read} read, {tokens:.1} M tokens");
+        self.progress.at(encoded.consumed, &text);
         let open: u64 = self.open.iter().flatten().map(|s| s.counts.tokens).sum();
         if open >= self.options.shard_tokens {
             self.close()?;

@@ -91,7 +91,7 @@ pub fn run(
         progress.scored(&score);
         results.scores.push(score);
     }
-    progress.finish();
+    drop(progress);
     // Routing statistics of training must not see these tokens.
     for state in model.layer_states_mut().iter_mut() {
         state.take_stats();
