@@ -19,7 +19,6 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tensor::dtype::DType;
 use serde::{Deserialize, Serialize};
-use std::path::Path;
 
 /// Everything a run needs to know, fully resolved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -394,24 +393,6 @@ impl DataConfig {
     /// What to call them.
     pub fn name(&self) -> String {
         self.sources().collect::<Vec<_>>().join(" + ")
-    }
-
-    /// Names relative sources that do not exist in the current folder as they are found from the folders above `run`: the
-    /// run may have been started in one of those.
-    pub fn find_from(&mut self, run: &Path) {
-        let Ok(run) = std::path::absolute(run) else {
-            return;
-        };
-        let mixed = self.mix.iter_mut().map(|w| &mut w.source);
-        for source in mixed.chain([&mut self.source]) {
-            if source == "embedded" || Path::new(source).exists() {
-                continue;
-            }
-            let mut places = run.ancestors().map(|folder| folder.join(&*source));
-            if let Some(found) = places.find(|path| path.exists()) {
-                *source = found.display().to_string();
-            }
-        }
     }
 
     /// Takes another source.

@@ -225,7 +225,7 @@ fn a_weight_that_is_not_a_number_is_named() {
         value.change(|w| w.slice_mut::<f32>()[3] = f32::NAN);
     });
     has(
-        &fail(&mut eval(&path)),
+        &fail(eval(&path).arg("--data").arg(&place.text)),
         &["layers.0.self_attn.o_proj.weight", "not finite"],
     );
     // Finite weights whose logits are not.
@@ -236,7 +236,10 @@ fn a_weight_that_is_not_a_number_is_named() {
             numbers.for_each(|w| *w = w.signum() * 3e38);
         });
     });
-    has(&fail(&mut eval(&path)), &["validation loss", "not finite"]);
+    has(
+        &fail(eval(&path).arg("--data").arg(&place.text)),
+        &["validation loss", "not finite"],
+    );
     let mut generate = program();
     has(
         &fail(generate.args(["generate", "--model"]).arg(&path)),

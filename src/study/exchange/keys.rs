@@ -55,6 +55,9 @@ fn defaults(model_type: &str) -> Option<Defaults> {
     })
 }
 
+/// The type of RoPE whose angles are not scaled.
+const UNSCALED: &str = "default";
+
 /// No model has more of anything; what is counted so far may be looped over.
 const MOST: usize = 1 << 24;
 
@@ -209,7 +212,7 @@ fn refuse(keys: &Keys) -> Result<()> {
     if let Some(scaling) = keys.get("rope_scaling") {
         let kinds = ["rope_type", "type"].map(|key| scaling.get(key));
         let mut given = kinds.into_iter().flatten().peekable();
-        if given.peek().is_none() || given.any(|kind| kind != "default") {
+        if given.peek().is_none() || given.any(|kind| kind != UNSCALED) {
             return Err(keys.wrong("rope_scaling", "none, or one of type default"));
         }
     }
@@ -252,7 +255,7 @@ fn theta(keys: &Keys, default: f64) -> Result<f64> {
     let inner = Keys(parameters);
     // `type` is the older name of the same key.
     for key in ["rope_type", "type"] {
-        inner.only(key, &["default".into()])?;
+        inner.only(key, &[UNSCALED.into()])?;
     }
     inner.only("partial_rotary_factor", &[1.0.into(), 1.into()])?;
     inner.number("rope_theta", outer)

@@ -236,12 +236,30 @@ pub fn load_model_on(
     if file.model != state.config.model || file.router != state.config.router {
         return Err(foreign("config.json and trainer.json of two models".into()));
     }
-    state.config.data.find_from(path);
+    find_sources(&mut state.config.data, path);
     change(&mut state.config);
     let router = routers::build(&state.config.router)?;
     let mut model = Model::with_router(&state.config, router, dist)?;
     restore_model(&mut model, &state.config, checkpoint.model()?)?;
     Ok((model, state))
+}
+
+/// Names relative sources that do not exist in the current folder as they are found from the folders above `checkpoint`: the run
+/// may have been started in one of those.
+fn find_sources(data: &mut DataConfig, checkpoint: &Path) {
+    let Ok(checkpoint) = std::path::absolute(checkpoint) else {
+        return;
+    };
+    let mixed = data.mix.iter_mut().map(|w| &mut w.source);
+    for source in mixed.chain([&mut data.source]) {
+        if source == "embedded" || Path::new(source).exists() {
+            continue;
+        }
+        let mut places = checkpoint.ancestors().map(|folder| folder.join(&*source));
+        if let Some(found) = places.find(|path| path.exists()) {
+            *source = found.display().to_string();
+        }
+    }
 }
 
 fn restore_model(model: &mut Model, config: &Config, mut arrays: Arrays<'_>) -> Result<()> {
