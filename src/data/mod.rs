@@ -62,6 +62,15 @@ pub struct Corpus {
 pub struct Window {
     part: usize,
     start: u64,
+    /// Tokens at its beginning that another window predicts: the last window of a part reaches back to be as long as the others.
+    repeated: u64,
+}
+
+impl Window {
+    /// Predicted tokens at its beginning that do not count.
+    pub fn repeated(&self) -> usize {
+        self.repeated as usize
+    }
 }
 
 impl Corpus {
@@ -130,12 +139,38 @@ impl Corpus {
         batch
     }
 
-    /// Validation windows. All of them predict each validation token but the first of a part once,
-    /// save the last fewer than S; `most` > 0 takes that many, evenly spread.
+    /// Windows of validation text: `most` of them, evenly spread; without a limit (0), or where there are no more, they predict
+    /// every validation token but the first of a part once, those that [repeat](Window::repeated) left out.
+    pub fn validation(&self, most: usize) -> Vec<Window> {
+        let mut windows = self.held_out(most);
+        if most > 0 && most <= self.whole_windows() {
+            return windows;
+        }
+        let s = self.sequence_length;
+        for (part, p) in self.parts.iter().enumerate() {
+            let predicted = p.validation.len().saturating_sub(1);
+            if predicted > s && predicted % s > 0 {
+                windows.push(Window {
+                    part,
+                    start: predicted - s,
+                    repeated: s - predicted % s,
+                });
+            }
+        }
+        windows
+    }
+
+    /// Validation windows of S tokens and the one after them, that share no predicted token.
+    fn whole_windows(&self) -> usize {
+        let of_part = |p: &Part| p.validation.len().saturating_sub(1) / self.sequence_length;
+        self.parts.iter().map(|p| of_part(p) as usize).sum()
+    }
+
+    /// Validation windows that share no predicted token: all of them, or `most` > 0, evenly spread.
     pub fn held_out(&self, most: usize) -> Vec<Window> {
         let s = self.sequence_length;
         let of_part = |p: &Part| (p.validation.len().saturating_sub(1) / s) as usize;
-        let all: usize = self.parts.iter().map(of_part).sum();
+        let all = self.whole_windows();
         let n = if most == 0 { all } else { most.min(all) };
         let window = |k: usize| {
             let (mut part, mut k) = (0, k * all / n);
@@ -144,7 +179,11 @@ impl Corpus {
                 part += 1;
             }
             let start = k as u64 * s;
-            Window { part, start }
+            Window {
+                part,
+                start,
+                repeated: 0,
+            }
         };
         (0..n).map(window).collect()
     }
@@ -152,19 +191,18 @@ impl Corpus {
     /// Validation windows, read.
     pub fn read(&self, windows: &[Window]) -> Batch {
         let mut batch = Batch::default();
-        for Window { part, start } in windows {
+        for Window { part, start, .. } in windows {
             let (part, length) = (&self.parts[*part], self.sequence_length);
             part.copy(Side::Validation, *start, length, &mut batch);
         }
         batch
     }
 
-    /// Where the tokens that a validation window predicts come from: consecutive runs of them, S in
-    /// all, their sources as numbers into [`sources`](Self::sources).
+    /// Where the tokens that a validation window predicts come from, repeated ones left out: consecutive runs of them, their sources as numbers into [`sources`](Self::sources).
     pub fn shares(&self, window: Window) -> Vec<Share> {
         let part = &self.parts[window.part];
         let first = window.start + 1;
-        let mut shares = part.shares(first, first + self.sequence_length);
+        let mut shares = part.shares(first + window.repeated, first + self.sequence_length);
         for share in &mut shares {
             let name = part.sources.get(share.source);
             let number = name.and_then(|name| self.sources.binary_search(name).ok());

@@ -138,6 +138,35 @@ fn of_a_single_document_the_end_is_held_out_and_no_character_is_cut() {
 }
 
 #[test]
+fn the_validation_windows_predict_every_token_but_the_first_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.txt");
+    // 105 validation tokens for windows of 10: ten of them, and one of the last four that reaches back.
+    fs::write(&path, "abcdefg".repeat(300)).unwrap();
+    let set = ["model.sequence_length=10", "data.validation_fraction=0.05"];
+    let corpus = from(&path, &set).unwrap();
+    let count = |most: usize| -> u64 {
+        let windows = corpus.validation(most).into_iter();
+        windows
+            .flat_map(|w| corpus.shares(w))
+            .map(|s| s.tokens)
+            .sum()
+    };
+    assert_eq!(corpus.counts()[1].tokens, 105);
+    assert_eq!([0, 11, 10, 3].map(count), [104, 104, 100, 30]);
+    let last = corpus.validation(0).pop().unwrap();
+    assert_eq!(last.repeated(), 6);
+    let [_, text] = texts(&corpus);
+    let tokens: Vec<u8> = corpus
+        .read(&[last])
+        .tokens
+        .iter()
+        .map(|t| *t as u8)
+        .collect();
+    assert_eq!(tokens, text[94..]);
+}
+
+#[test]
 fn the_shortest_text_gives_one_window() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.txt");

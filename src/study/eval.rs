@@ -124,7 +124,7 @@ pub fn run(
 ) -> Result<Report> {
     let mut config = state.config.clone();
     let corpus = text(&mut config, &state.data, data)?;
-    let windows = corpus.held_out(sequences).len();
+    let windows = corpus.validation(sequences).len();
     let progress = Progress::new(windows as u64, false);
     let shown = |done: usize| progress.at(done as u64, &format!("{done}/{windows} sequences"));
     let report = measured(model, &corpus, sequences, config.train.micro_batch, shown)?;
@@ -159,17 +159,20 @@ fn measured(
     batch: usize,
     shown: impl Fn(usize),
 ) -> Result<Report> {
-    let (windows, dist) = (corpus.held_out(most), model.dist());
+    let (windows, dist) = (corpus.validation(most), model.dist());
     let of_rank = |rank| windows.chunks(batch).skip(rank).step_by(dist.size());
     let mut sums = Vec::new();
     let mut done = 0;
     for windows in of_rank(dist.rank()) {
         let losses = model.token_losses(corpus.read(windows).all())?;
         let mut losses = losses.as_slice();
-        for share in windows.iter().flat_map(|w| corpus.shares(*w)) {
-            let (own, rest) = losses.split_at(share.tokens as usize);
-            sums.push(own.iter().sum::<f64>());
-            losses = rest;
+        for window in windows {
+            losses = &losses[window.repeated()..];
+            for share in corpus.shares(*window) {
+                let (own, rest) = losses.split_at(share.tokens as usize);
+                sums.push(own.iter().sum::<f64>());
+                losses = rest;
+            }
         }
         done += windows.len();
         shown(done * dist.size());
