@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use crate::report::files::replace;
+use crate::report::files::publish;
 use crate::report::version;
 use std::path::{Path, PathBuf};
 
@@ -82,5 +82,5 @@ pub(crate) fn refuse_existing(out: &Path) -> Result<()> {
 /// When the disk refuses.
 pub(crate) fn write_config(out: &Path, config: &Config) -> Result<()> {
     let text = format!("# {}\n{}", version::program(), config.to_toml()?);
-    replace(out, CONFIG_FILE, text.as_bytes())
+    publish(&out.join(CONFIG_FILE), text)
 }
