@@ -50,7 +50,7 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
 /// Reads what the command and `hardware-check` recorded, and writes the page and what else is asked for.
 fn bench_report(args: &BenchArgs, file: &Path) -> Result<()> {
     let records = bench::read_all(&args.out)?;
-    crate::report::files::publish(file, &bench::page::html(&records)?)?;
+    crate::report::files::publish(file, bench::page::html(&records)?)?;
     say!("{}", file.display());
     if let Some(folder) = &args.pictures {
         bench::page::write_pictures(&records, folder)?;

@@ -173,7 +173,7 @@ pub struct Section {
 pub fn write_files(sections: &[Section], folder: &Path) -> Result<()> {
     for section in sections.iter().filter(|s| !s.table.rows.is_empty()) {
         let file = |ending: &str| folder.join(format!("{}.{ending}", section.name));
-        publish(&file("csv"), &section.table.csv())?;
+        publish(&file("csv"), section.table.csv())?;
         if let Some(figure) = &section.figure {
             publish(&file("svg"), figure)?;
         }
@@ -217,7 +217,7 @@ pub fn replace_between(page: &Path, [begin, end]: [&str; 2], text: &str) -> Resu
             "add both where the table belongs",
         ));
     };
-    publish(page, &format!("{before}{begin}\n{text}{end}{after}"))
+    publish(page, format!("{before}{begin}\n{text}{end}{after}"))
 }
 
 fn escaped(text: &str) -> String {

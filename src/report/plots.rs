@@ -84,7 +84,7 @@ pub(crate) fn svg(size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result
 }
 
 fn save(path: &Path, size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result<()> {
-    publish(path, &svg(size, draw)?)
+    publish(path, svg(size, draw)?)
 }
 
 /// Means of `values` over at most `columns` runs of equal length: (x, mean).

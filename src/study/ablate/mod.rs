@@ -269,7 +269,7 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
         let saved = out.join(GRID_FILE);
         // A look at the report from another side leaves the grid as it is.
         if !args.report_only || !saved.exists() {
-            publish(&saved, &grid.to_toml()?)?;
+            publish(&saved, grid.to_toml()?)?;
         }
         Ok(lock)
     };

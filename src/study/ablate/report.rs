@@ -43,7 +43,7 @@ pub fn write(report: &Report, folder: &Path) -> Result<String> {
         sections: &sections,
         open_rows: 24,
     };
-    publish(&folder.join("report.html"), &page.html())?;
+    publish(&folder.join("report.html"), page.html())?;
     let summary = report.markdown();
     publish(&folder.join("summary.md"), &summary)?;
     Ok(summary)

@@ -242,5 +242,5 @@ pub fn one(
     stderr_line(&format!("{}: {kind}", run.name));
     let notes = out.join(FAILURES);
     fs::create_dir_all(&notes).map_err(|e| Error::io("create", &notes, e))?;
-    publish(&note, &format!("{kind}\n"))
+    publish(&note, format!("{kind}\n"))
 }

@@ -21,7 +21,7 @@ pub fn write(report: &Report, folder: &Path) -> Result<()> {
             "report this as a bug",
         )
     })?;
-    publish(&folder.join("analysis.json"), &(json + "\n"))?;
+    publish(&folder.join("analysis.json"), json + "\n")?;
     write_files(&report.analyses, folder)?;
     let page = Page {
         title: format!("Analyses of a {} model", report.router),
@@ -30,5 +30,5 @@ pub fn write(report: &Report, folder: &Path) -> Result<()> {
         sections: &report.analyses,
         open_rows: 0,
     };
-    publish(&folder.join("report.html"), &page.html())
+    publish(&folder.join("report.html"), page.html())
 }
