@@ -271,10 +271,18 @@ impl Model {
     /// # Errors
     /// As [`loss`](Self::loss).
     pub fn token_losses(&self, sequences: Sequences) -> Result<Vec<f64>> {
+        self.token_losses_in(sequences, Pass::EVALUATE)
+    }
+
+    /// The same in another pass.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn token_losses_in(&self, sequences: Sequences, pass: Pass) -> Result<Vec<f64>> {
         let Inputs {
             ids, targets, rows, ..
         } = Inputs::new(sequences, self.device())?;
-        let (weights, tape, pass) = (self.weights(), Tape::without_gradients(), Pass::EVALUATE);
+        let (weights, tape) = (self.weights(), Tape::without_gradients());
         let (hidden, _) = self
             .transformer
             .hidden(&tape, &weights, &ids, &rows, pass)?;

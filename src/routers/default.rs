@@ -5,6 +5,10 @@
 //! it, `s_i = ⟨g, v_i⟩`: `dz_j = p_j (s_j − Σ_all p_i s_i)`. ê is a constant in backward; it is
 //! updated before use, `ê_i ← β ê_i + (1 − β) m_i` (eq. 10), m_i the mean of e_i over the tokens that
 //! chose i. With n micro-batches each updates with β^(1/n), so that β is per optimizer step.
+//!
+//! With `source = "sampled"` (ours) m_i is the mean over a few tokens that did *not* choose i, drawn by their probabilities, on
+//! which the expert runs for this alone: what ê stands in for. The mean over the tokens that chose it is another one, since they
+//! chose it for what it gives them.
 
 use super::topk::TopK;
 use super::{
@@ -13,10 +17,11 @@ use super::{
 use crate::config::ModelConfig;
 use crate::device::Device;
 use crate::dist::at;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
 use crate::ops::routing::{Choice, Score, scores};
+use crate::ops::sampled_outputs::{SampledRows, Sampling, sample};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
@@ -51,6 +56,14 @@ pub(super) const INFO: RouterInfo = RouterInfo {
             "whether the vectors enter the output, or the router's gradient alone",
         ),
         ("use_at_evaluation", "whether evaluation uses them"),
+        (
+            "source",
+            "tokens whose outputs the vectors average: \"chosen\", those that chose the expert, or \"sampled\", some that did not",
+        ),
+        (
+            "samples",
+            "tokens that \"sampled\" draws for each expert and optimizer step",
+        ),
     ],
     check: GradientCheck {
         // So that the vectors are large enough to be seen.
@@ -73,6 +86,16 @@ pub enum WeightNorm {
     Count,
 }
 
+/// Which tokens' outputs default vectors average.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// Those that chose the expert.
+    Chosen,
+    /// A few that did not, drawn by their probabilities.
+    Sampled,
+}
+
 /// Settings of `default`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -89,6 +112,10 @@ pub struct DefaultMoe {
     pub pass_forward: bool,
     /// Whether evaluation uses them.
     pub use_at_evaluation: bool,
+    /// Which tokens' outputs they average: "chosen" or "sampled".
+    pub source: Source,
+    /// Tokens that "sampled" draws for each expert and optimizer step, below 2^16.
+    pub samples: usize,
 }
 
 impl Default for DefaultMoe {
@@ -100,14 +127,50 @@ impl Default for DefaultMoe {
             init_std: 0.0,
             pass_forward: true,
             use_at_evaluation: true,
+            source: Source::Chosen,
+            samples: 16,
         }
+    }
+}
+
+impl DefaultMoe {
+    /// Moves ê towards the mean of these sums over all ranks, by this share of a step.
+    fn update(&self, sums: ExpertSums, share: f64, layer: &mut LayerPass<'_>) -> Result<()> {
+        at(layer.dist, || format!("ê of MoE layer {}", layer.layer));
+        let sums = sums.over_ranks(layer.dist)?;
+        sums.update(layer.state_mut(VECTORS), self.beta.powf(share))
+    }
+
+    /// Refuses what sampling cannot do.
+    fn can_sample(&self) -> Result<()> {
+        if self.source == Source::Chosen {
+            return Ok(());
+        }
+        if !(1..1 << 16).contains(&self.samples) {
+            return Err(Error::invalid(
+                "router.samples",
+                "a whole number from 1 to 65535",
+                self.samples.to_string(),
+                "change it with --set router.samples=…",
+            ));
+        }
+        if self.weighted && self.weight_norm == WeightNorm::Count {
+            return Err(Error::invalid(
+                "router.weight_norm",
+                "\"sum_p\" with router.source = \"sampled\": drawing by probability gives the mean over their sum",
+                "\"count\"",
+                "leave router.weight_norm out",
+            ));
+        }
+        Ok(())
     }
 }
 
 impl Router for DefaultMoe {
     fn validate(&self, _model: &ModelConfig) -> Result<()> {
         within("beta", self.beta, 0.0, Some(1.0))?;
-        within("init_std", self.init_std, 0.0, None)
+        within("init_std", self.init_std, 0.0, None)?;
+        self.can_sample()
     }
 
     fn initial_state(&self, model: &ModelConfig, layer: usize, seed: u64) -> Vec<StateTensor> {
@@ -134,11 +197,47 @@ impl Router for DefaultMoe {
     }
 
     fn weighting(&self) -> Option<Weighting> {
-        Some(match (self.weighted, self.weight_norm) {
-            (false, _) => Weighting::Plain,
-            (true, WeightNorm::SumP) => Weighting::BySumOfProbabilities,
-            (true, WeightNorm::Count) => Weighting::ByCount,
-        })
+        match (self.source, self.weighted, self.weight_norm) {
+            (Source::Sampled, _, _) => None,
+            (_, false, _) => Some(Weighting::Plain),
+            (_, true, WeightNorm::SumP) => Some(Weighting::BySumOfProbabilities),
+            (_, true, WeightNorm::Count) => Some(Weighting::ByCount),
+        }
+    }
+
+    fn samples(&self, routing: &Routing, layer: &mut LayerPass<'_>) -> Result<Option<SampledRows>> {
+        if self.source == Source::Chosen {
+            return Ok(None);
+        }
+        let chosen = routing.chosen().selection();
+        let index = layer.micro_batch(chosen.num_tokens());
+        at(layer.dist, || {
+            format!("samples of MoE layer {}", layer.layer)
+        });
+        let sampling = Sampling {
+            stream: layer.draws_for(Purpose::DefaultSamples),
+            per_step: self.samples,
+            samples: Sampling::share(self.samples, index, layer.pass.micro_batches),
+            weighted: self.weighted,
+            dist: layer.dist,
+        };
+        sample(routing.scores.values.tensor(), chosen, &sampling)
+    }
+
+    fn learn_from_samples(
+        &self,
+        sums: ExpertSums,
+        drawn: &SampledRows,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<()> {
+        self.update(sums, drawn.share, layer)
+    }
+
+    fn sampled_rows_per_step(&self, model: &ModelConfig) -> usize {
+        match self.source {
+            Source::Chosen => 0,
+            Source::Sampled => self.samples * model.num_experts,
+        }
     }
 
     fn defaults(
@@ -147,10 +246,7 @@ impl Router for DefaultMoe {
         layer: &mut LayerPass<'_>,
     ) -> Result<Option<Defaults>> {
         if let Some(sums) = sums {
-            at(layer.dist, || format!("ê of MoE layer {}", layer.layer));
-            let sums = sums.over_ranks(layer.dist)?;
-            let beta = self.beta.powf(1.0 / layer.pass.micro_batches as f64);
-            sums.update(layer.state_mut(VECTORS), beta)?;
+            self.update(sums, 1.0 / layer.pass.micro_batches as f64, layer)?;
         }
         let evaluating = layer.pass.phase == Phase::Evaluate;
         if evaluating && !(self.use_at_evaluation && self.pass_forward) {
@@ -182,146 +278,4 @@ impl Router for DefaultMoe {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::dist::SingleRank;
-    use crate::ops::combine::combine;
-    use crate::routers::{LayerState, Pass};
-    use crate::tape::Gradients;
-    use std::rc::Rc;
-
-    /// What one training pass gave: y, ê after it, dz, de.
-    struct Outcome {
-        y: Vec<f64>,
-        vectors: Vec<f64>,
-        dz: Vec<f64>,
-        de: Vec<f64>,
-    }
-
-    /// Three tokens, three experts, K = 1, D = 2, β = 1/2.
-    ///
-    /// z = ln (2, 1, 1), ln (1, 3, 4), ln (6, 1, 1), so p = (1/2, 1/4, 1/4), (1/8, 3/8, 1/2),
-    /// (3/4, 1/8, 1/8): tokens 0 and 2 choose expert 0, token 1 expert 2, none expert 1.
-    /// Outputs e_0(x_0) = (4, 0), e_0(x_2) = (0, 8), e_2(x_1) = (0, 8).
-    /// At the start ê_0 = (2, 0), ê_1 = (1, 1), ê_2 = (0, 4).
-    /// Incoming gradients g_0 = (1, 2), g_1 = (−1, 1), g_2 = (2, 0).
-    fn worked(router: DefaultMoe) -> Outcome {
-        let ln = |row: [f64; 3]| row.map(f64::ln);
-        let z = [
-            ln([2.0, 1.0, 1.0]),
-            ln([1.0, 3.0, 4.0]),
-            ln([6.0, 1.0, 1.0]),
-        ]
-        .concat();
-        let z = Var::leaf(Tensor::from_slice([3, 3], &z), 0);
-        // Rows sorted by expert: (expert 0, token 0), (expert 0, token 2), (expert 2, token 1).
-        let e = Var::leaf(
-            Tensor::from_slice([3, 2], &[4.0, 0.0, 0.0, 8.0, 0.0, 8.0]),
-            1,
-        );
-        let start = Tensor::from_slice([3, 2], &[2.0, 0.0, 1.0, 1.0, 0.0, 4.0]);
-        let mut state = LayerState::new(vec![StateTensor {
-            name: VECTORS,
-            start,
-        }]);
-
-        let (tape, mut store) = (Tape::new(), Gradients::new(2));
-        let pass = Pass::single(Phase::Train);
-        let mut layer = LayerPass::new(pass, &SingleRank, 0, 1, 0, &mut state, false);
-        // With the identity as the router's weight the logits are the layer's input.
-        let identity = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0];
-        let weight = Var::constant(Tensor::from_slice([3, 3], &identity));
-        let routing = router.route(&tape, &z, &weight, &mut layer).unwrap();
-        let (gates, weighting) = (routing.gates.tensor(), router.weighting().unwrap());
-        let sums = ExpertSums::of_rows(e.tensor(), gates, weighting, &routing.dispatch).unwrap();
-        let defaults = router.defaults(Some(sums), &mut layer).unwrap();
-        let y = combine(
-            &tape,
-            &routing.gates,
-            &e,
-            defaults,
-            &Rc::clone(&routing.dispatch),
-        )
-        .unwrap();
-        let g = Tensor::from_slice([3, 2], &[1.0, 2.0, -1.0, 1.0, 2.0, 0.0]);
-        tape.backward_from(&[(&y, g)], &mut store).unwrap();
-        state.commit();
-        let vectors = state.tensors().next().map(|(_, t)| t.to_f64().unwrap());
-        Outcome {
-            y: y.tensor().to_f64().unwrap(),
-            vectors: vectors.unwrap(),
-            dz: store.get(0).unwrap().to_f64().unwrap(),
-            de: store.get(1).unwrap().to_f64().unwrap(),
-        }
-    }
-
-    fn half() -> DefaultMoe {
-        DefaultMoe {
-            beta: 0.5,
-            ..Default::default()
-        }
-    }
-
-    fn assert_close(found: &[f64], expected: &[f64]) {
-        assert_eq!(found.len(), expected.len());
-        for (f, e) in found.iter().zip(expected) {
-            assert!((f - e).abs() <= 1e-14, "{found:?}, expected {expected:?}");
-        }
-    }
-
-    #[test]
-    fn the_moving_average_worked_by_hand_in_every_weighting() {
-        // Weighted: m_0 = (1/2 (4, 0) + 3/4 (0, 8)) / (1/2 + 3/4) = (2, 6) / 1.25 = (1.6, 4.8),
-        // ê_0 = ((2, 0) + (1.6, 4.8)) / 2 = (1.8, 2.4); ê_1 stays; ê_2 = ((0, 4) + (0, 8)) / 2.
-        assert_close(&worked(half()).vectors, &[1.8, 2.4, 1.0, 1.0, 0.0, 6.0]);
-        // Plain: m_0 = ((4, 0) + (0, 8)) / 2 = (2, 4), ê_0 = (2, 2).
-        let plain = DefaultMoe {
-            weighted: false,
-            ..half()
-        };
-        assert_close(&worked(plain).vectors, &[2.0, 2.0, 1.0, 1.0, 0.0, 6.0]);
-        // By count: m_0 = (2, 6) / 2 = (1, 3), ê_0 = (1.5, 1.5); m_2 = 1/2 (0, 8), ê_2 = (0, 4).
-        let count = DefaultMoe {
-            weight_norm: WeightNorm::Count,
-            ..half()
-        };
-        assert_close(&worked(count).vectors, &[1.5, 1.5, 1.0, 1.0, 0.0, 4.0]);
-    }
-
-    #[test]
-    fn the_output_worked_by_hand_uses_the_updated_average() {
-        // y_0 = 1/2 (4, 0) + 1/4 (1, 1) + 1/4 (0, 6),
-        // y_1 = 1/8 (1.8, 2.4) + 3/8 (1, 1) + 1/2 (0, 8),
-        // y_2 = 3/4 (0, 8) + 1/8 (1, 1) + 1/8 (0, 6).
-        assert_close(&worked(half()).y, &[2.25, 1.75, 0.6, 4.675, 0.125, 6.875]);
-    }
-
-    #[test]
-    fn the_gradients_worked_by_hand() {
-        // Token 0: s = (⟨g, e_0⟩, ⟨g, ê_1⟩, ⟨g, ê_2⟩) = (4, 3, 12), Σ p s = 5.75,
-        //   dz = (1/2 (4 − 5.75), 1/4 (3 − 5.75), 1/4 (12 − 5.75)).
-        // Token 1: s = (0.6, 0, 8), Σ p s = 4.075,
-        //   dz = (1/8 (0.6 − 4.075), 3/8 (0 − 4.075), 1/2 (8 − 4.075)).
-        // Token 2: s = (0, 2, 0), Σ p s = 0.25, dz = (3/4 (−0.25), 1/8 (1.75), 1/8 (−0.25)).
-        let found = worked(half());
-        assert_close(
-            &found.dz,
-            &[
-                -0.875, -0.6875, 1.5625, -0.434375, -1.528125, 1.9625, -0.1875, 0.21875, -0.03125,
-            ],
-        );
-        // de = p g of the expert that ran: 1/2 (1, 2), 3/4 (2, 0), 1/2 (−1, 1).
-        assert_close(&found.de, &[0.5, 1.0, 1.5, 0.0, -0.5, 0.5]);
-    }
-
-    #[test]
-    fn without_pass_forward_the_output_is_that_of_topk_and_the_gradient_stays_dense() {
-        let found = worked(DefaultMoe {
-            pass_forward: false,
-            ..half()
-        });
-        // y_t = p e of the chosen expert.
-        assert_close(&found.y, &[2.0, 0.0, 0.0, 4.0, 0.0, 6.0]);
-        assert_close(&found.dz, &worked(half()).dz);
-    }
-}
+mod tests;

@@ -29,6 +29,7 @@ use crate::ops::dispatch::Dispatch;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
 use crate::ops::renormalize::renormalize;
 use crate::ops::routing::Scores;
+use crate::ops::sampled_outputs::SampledRows;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::rc::Rc;
@@ -148,6 +149,38 @@ pub trait Router {
     /// method does not need them.
     fn weighting(&self) -> Option<Weighting> {
         None
+    }
+
+    /// Draws tokens on which experts that they did not choose are to run, for the router's state alone. Asked in passes that may
+    /// change state; all ranks must answer alike.
+    ///
+    /// # Errors
+    /// When the draw fails.
+    fn samples(
+        &self,
+        _routing: &Routing,
+        _layer: &mut LayerPass<'_>,
+    ) -> Result<Option<SampledRows>> {
+        Ok(None)
+    }
+
+    /// Takes the sums of the experts' outputs over the rows that [`samples`](Self::samples) drew, this rank's, before
+    /// [`defaults`](Self::defaults) is asked.
+    ///
+    /// # Errors
+    /// When the sums do not fit the state, or a rank has left.
+    fn learn_from_samples(
+        &self,
+        _sums: ExpertSums,
+        _drawn: &SampledRows,
+        _layer: &mut LayerPass<'_>,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Rows that [`samples`](Self::samples) draws in an optimizer step for one layer, at most.
+    fn sampled_rows_per_step(&self, _model: &ModelConfig) -> usize {
+        0
     }
 
     /// Gives the default vectors of the experts that did not run, if the method has any. `sums` are
