@@ -106,6 +106,30 @@ impl ExpertSums {
         })
     }
 
+    /// Sums of one expert with one row, numbers of the caller's instead of outputs: they are averaged in place as ê is, on any
+    /// device.
+    pub fn of_numbers(values: &[f64], device: Device) -> Self {
+        let (numbers, masses) = ([values.len()], [1, 2]);
+        let (sums, masses) = match device {
+            Device::Cpu => (
+                Tensor::from_slice(numbers, values),
+                Tensor::from_slice(masses, &[1.0, 1.0]),
+            ),
+            _ => {
+                let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
+                (
+                    Tensor::from_slice(numbers, &values).on(device),
+                    Tensor::from_slice(masses, &[1f32, 1.0]).on(device),
+                )
+            }
+        };
+        ExpertSums {
+            sums,
+            masses,
+            weighting: Weighting::Plain,
+        }
+    }
+
     /// Adds those of the other ranks.
     ///
     /// # Errors
@@ -129,7 +153,8 @@ impl ExpertSums {
                 Ok(())
             });
         }
-        let (experts, hidden) = (average.shape()[0], average.shape()[1]);
+        let experts = self.masses.shape()[0];
+        let hidden = average.elements() / experts;
         let stream = Stream::of(average.device())?;
         let beta = Tensor::constant(average.device(), [1], &[beta as f32]);
         ExpertMeanUpdate {
@@ -143,6 +168,17 @@ impl ExpertSums {
         }
         .launch(&stream)
     }
+}
+
+/// `factor` times a tensor: a moving average of it with zeros, so that no other kernel is needed.
+///
+/// # Errors
+/// When the tensor is not real, or a kernel fails.
+pub fn scaled(tensor: &Tensor, factor: f64) -> Result<Tensor> {
+    let zeros = ExpertSums::of_numbers(&vec![0.0; tensor.elements()], tensor.device());
+    let mut flat = tensor.reshape([tensor.elements()])?;
+    zeros.update(&mut flat, factor)?;
+    flat.reshape(tensor.shape())
 }
 
 impl Weighting {
@@ -253,5 +289,22 @@ mod tests {
     fn an_expert_without_tokens_keeps_its_default_vector() {
         let found = updated(Weighting::Plain, [1.0, 1.0, 5.0, 7.0], 0.75);
         assert_eq!(found, [1.25, 1.75, 5.0, 7.0]);
+    }
+
+    #[test]
+    fn a_scaled_tensor_is_its_multiple_and_the_tensor_stays() {
+        let tensor = Tensor::from_slice([2, 2], &[1.0f32, -2.0, 0.5, 4.0]);
+        for factor in [0.0, 0.25, 1.5] {
+            let found = scaled(&tensor, factor).unwrap();
+            assert_eq!(found.shape(), tensor.shape());
+            let expected: Vec<f64> = tensor
+                .to_f64()
+                .unwrap()
+                .iter()
+                .map(|x| factor * x)
+                .collect();
+            assert_eq!(found.to_f64().unwrap(), expected);
+        }
+        assert_eq!(tensor.to_f64().unwrap(), [1.0, -2.0, 0.5, 4.0]);
     }
 }

@@ -9,6 +9,10 @@
 //! With `source = "sampled"` (ours) m_i is the mean over a few tokens that did *not* choose i, drawn by their probabilities, on
 //! which the expert runs for this alone: what ê stands in for. The mean over the tokens that chose it is another one, since they
 //! chose it for what it gives them.
+//!
+//! `shrink` (ours) uses c ê in place of ê, in output and gradient: a constant c, or with "running" the least-squares one, of a moving
+//! average of `Σ_i w_i ⟨ê_i, m_i⟩ / Σ_i w_i ‖ê_i‖²` over sampled means m_i, w_i the probability that tokens gave an expert which they
+//! did not choose. It is what makes c ê the best stand-in where g has no preferred direction.
 
 use super::topk::TopK;
 use super::{
@@ -19,7 +23,7 @@ use crate::device::Device;
 use crate::dist::at;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
-use crate::ops::expert_mean::{ExpertSums, Weighting};
+use crate::ops::expert_mean::{ExpertSums, Weighting, scaled};
 use crate::ops::routing::{Choice, Score, scores};
 use crate::ops::sampled_outputs::{SampledRows, Sampling, sample};
 use crate::tape::{Tape, Var};
@@ -62,7 +66,11 @@ pub(super) const INFO: RouterInfo = RouterInfo {
         ),
         (
             "samples",
-            "tokens that \"sampled\" draws for each expert and optimizer step",
+            "tokens that are drawn for each expert and optimizer step, where any are",
+        ),
+        (
+            "shrink",
+            "factor on the vectors where they are used: a number from 0 up, or \"running\", the least-squares one as training goes on",
         ),
     ],
     check: GradientCheck {
@@ -96,6 +104,26 @@ pub enum Source {
     Sampled,
 }
 
+/// The name of the running sums of `shrink` `[2]`: numerator and denominator.
+pub const SHRINK: &str = "shrink_sums";
+/// The running factor is kept at or below it: a small denominator early on means nothing.
+const MOST: f64 = 2.0;
+
+/// The factor on default vectors where they are used.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Shrink {
+    Constant(f64),
+    Running(Running),
+}
+
+/// The word for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Running {
+    Running,
+}
+
 /// Settings of `default`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -114,8 +142,10 @@ pub struct DefaultMoe {
     pub use_at_evaluation: bool,
     /// Which tokens' outputs they average: "chosen" or "sampled".
     pub source: Source,
-    /// Tokens that "sampled" draws for each expert and optimizer step, below 2^16.
+    /// Tokens that are drawn for each expert and optimizer step, where any are; below 2^16.
     pub samples: usize,
+    /// The factor on the vectors where they are used: a number, or "running".
+    pub shrink: Shrink,
 }
 
 impl Default for DefaultMoe {
@@ -129,21 +159,61 @@ impl Default for DefaultMoe {
             use_at_evaluation: true,
             source: Source::Chosen,
             samples: 16,
+            shrink: Shrink::Constant(1.0),
         }
     }
 }
 
 impl DefaultMoe {
-    /// Moves ê towards the mean of these sums over all ranks, by this share of a step.
-    fn update(&self, sums: ExpertSums, share: f64, layer: &mut LayerPass<'_>) -> Result<()> {
-        at(layer.dist, || format!("ê of MoE layer {}", layer.layer));
-        let sums = sums.over_ranks(layer.dist)?;
+    /// Moves ê towards the mean of these sums, of all ranks, by this share of a step.
+    fn update(&self, sums: &ExpertSums, share: f64, layer: &mut LayerPass<'_>) -> Result<()> {
         sums.update(layer.state_mut(VECTORS), self.beta.powf(share))
+    }
+
+    /// Moves the sums of the running factor by what these sampled means say of ê as it was.
+    fn update_shrink(
+        &self,
+        sums: &ExpertSums,
+        drawn: &SampledRows,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<()> {
+        let vectors = layer.state(VECTORS).clone();
+        let mut means = vectors.clone();
+        sums.update(&mut means, 0.0)?;
+        let width = vectors.shape().width();
+        let (vectors, means) = (vectors.to_f64()?, means.to_f64()?);
+        let total: f64 = drawn.mass.iter().sum();
+        let mut terms = [0.0; 2];
+        let experts = vectors.chunks(width).zip(means.chunks(width));
+        for ((vector, mean), mass) in experts.zip(&drawn.mass) {
+            for (v, m) in vector.iter().zip(mean) {
+                terms[0] += mass / total * v * m;
+                terms[1] += mass / total * v * v;
+            }
+        }
+        let state = layer.state_mut(SHRINK);
+        ExpertSums::of_numbers(&terms, state.device()).update(state, self.beta.powf(drawn.share))
+    }
+
+    /// The factor on the vectors.
+    fn scale(&self, layer: &LayerPass<'_>) -> Result<f64> {
+        Ok(match self.shrink {
+            Shrink::Constant(scale) => scale,
+            Shrink::Running(_) => match layer.state(SHRINK).to_f64()?[..] {
+                [along, square] if square > 0.0 => (along / square).clamp(0.0, MOST),
+                _ => 1.0,
+            },
+        })
+    }
+
+    /// Whether tokens are drawn.
+    fn draws(&self) -> bool {
+        self.source == Source::Sampled || matches!(self.shrink, Shrink::Running(_))
     }
 
     /// Refuses what sampling cannot do.
     fn can_sample(&self) -> Result<()> {
-        if self.source == Source::Chosen {
+        if !self.draws() {
             return Ok(());
         }
         if !(1..1 << 16).contains(&self.samples) {
@@ -154,7 +224,8 @@ impl DefaultMoe {
                 "change it with --set router.samples=…",
             ));
         }
-        if self.weighted && self.weight_norm == WeightNorm::Count {
+        let counts = self.weighted && self.weight_norm == WeightNorm::Count;
+        if counts && self.source == Source::Sampled {
             return Err(Error::invalid(
                 "router.weight_norm",
                 "\"sum_p\" with router.source = \"sampled\": drawing by probability gives the mean over their sum",
@@ -170,6 +241,9 @@ impl Router for DefaultMoe {
     fn validate(&self, _model: &ModelConfig) -> Result<()> {
         within("beta", self.beta, 0.0, Some(1.0))?;
         within("init_std", self.init_std, 0.0, None)?;
+        if let Shrink::Constant(scale) = self.shrink {
+            within("shrink", scale, 0.0, None)?;
+        }
         self.can_sample()
     }
 
@@ -179,10 +253,17 @@ impl Router for DefaultMoe {
             let stream = Stream::new(seed, Purpose::DefaultVectors, 0, layer);
             stream.fill_normal(start.slice_mut::<f64>(), self.init_std);
         }
-        vec![StateTensor {
+        let mut state = vec![StateTensor {
             name: VECTORS,
             start,
-        }]
+        }];
+        if matches!(self.shrink, Shrink::Running(_)) {
+            state.push(StateTensor {
+                name: SHRINK,
+                start: Tensor::zeros(Device::Cpu, DType::F64, [2]),
+            });
+        }
+        state
     }
 
     fn route(
@@ -206,7 +287,7 @@ impl Router for DefaultMoe {
     }
 
     fn samples(&self, routing: &Routing, layer: &mut LayerPass<'_>) -> Result<Option<SampledRows>> {
-        if self.source == Source::Chosen {
+        if !self.draws() {
             return Ok(None);
         }
         let chosen = routing.chosen().selection();
@@ -230,13 +311,24 @@ impl Router for DefaultMoe {
         drawn: &SampledRows,
         layer: &mut LayerPass<'_>,
     ) -> Result<()> {
-        self.update(sums, drawn.share, layer)
+        at(layer.dist, || {
+            format!("samples of MoE layer {}", layer.layer)
+        });
+        let sums = sums.over_ranks(layer.dist)?;
+        // By ê as it was, which these samples have no part in.
+        if matches!(self.shrink, Shrink::Running(_)) {
+            self.update_shrink(&sums, drawn, layer)?;
+        }
+        match self.source {
+            Source::Sampled => self.update(&sums, drawn.share, layer),
+            Source::Chosen => Ok(()),
+        }
     }
 
     fn sampled_rows_per_step(&self, model: &ModelConfig) -> usize {
-        match self.source {
-            Source::Chosen => 0,
-            Source::Sampled => self.samples * model.num_experts,
+        match self.draws() {
+            true => self.samples * model.num_experts,
+            false => 0,
         }
     }
 
@@ -246,13 +338,18 @@ impl Router for DefaultMoe {
         layer: &mut LayerPass<'_>,
     ) -> Result<Option<Defaults>> {
         if let Some(sums) = sums {
-            self.update(sums, 1.0 / layer.pass.micro_batches as f64, layer)?;
+            at(layer.dist, || format!("ê of MoE layer {}", layer.layer));
+            let sums = sums.over_ranks(layer.dist)?;
+            self.update(&sums, 1.0 / layer.pass.micro_batches as f64, layer)?;
         }
         let evaluating = layer.pass.phase == Phase::Evaluate;
         if evaluating && !(self.use_at_evaluation && self.pass_forward) {
             return Ok(None);
         }
-        let vectors = layer.state(VECTORS).clone();
+        let vectors = match self.scale(layer)? {
+            1.0 => layer.state(VECTORS).clone(),
+            scale => scaled(layer.state(VECTORS), scale)?,
+        };
         Ok(Some(Defaults {
             vectors,
             in_forward: self.pass_forward,

@@ -327,11 +327,125 @@ fn what_cannot_be_sampled_is_refused_with_what_can() {
         ("router.samples=0", "router.samples"),
         ("router.samples=65536", "65535"),
         ("router.weight_norm=count", "router.weight_norm"),
+        ("router.shrink=-0.5", "router.shrink"),
     ] {
         let mut layers = Layers::preset("tiny");
         layers.set = vec!["router.source=sampled".into(), set.into()];
         let config = Config::load(&layers, &crate::routers::resolve).unwrap();
         let error = Model::new(&config).err().unwrap().to_string();
         assert!(error.contains(key), "{error}");
+    }
+}
+
+#[test]
+fn a_constant_factor_scales_the_vectors_where_they_are_used_alone() {
+    let found = worked(DefaultMoe {
+        shrink: Shrink::Constant(0.5),
+        ..half()
+    });
+    // ê itself is as without; y_0 = 1/2 (4, 0) + 1/2 (1/4 (1, 1) + 1/4 (0, 6)), and so on.
+    let plain = worked(half());
+    assert_close(&found.vectors, &plain.vectors);
+    assert_close(&found.y, &[2.125, 0.875, 0.3, 4.3375, 0.0625, 6.4375]);
+    // Token 0: s = (4, 3/2, 6), Σ p s = 3.875. Token 1: s = (0.3, 0, 8), Σ = 4.0375. Token 2: s = (0, 1, 0), Σ = 0.125.
+    let dz = [
+        0.0625, -0.59375, 0.53125, -0.4671875, -1.5140625, 1.98125, -0.09375, 0.109375, -0.015625,
+    ];
+    assert_close(&found.dz, &dz);
+    assert_close(&found.de, &plain.de);
+}
+
+#[test]
+fn the_running_factor_is_the_least_squares_one_of_sampled_means() {
+    let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+    for source in ["router.source=sampled", "router.source=chosen"] {
+        let model = sampling_model(&[source, "router.shrink=running", "router.beta=0.75"]);
+        let other = sampling_model(&[]);
+        let sums = || {
+            model.layer_states_mut()[0]
+                .pending_mut(SHRINK)
+                .to_f64()
+                .unwrap()
+        };
+        let mut expected = [0.0; 2];
+        let mut vectors = model.layer_states()[0]
+            .tensors()
+            .next()
+            .unwrap()
+            .1
+            .to_f64()
+            .unwrap();
+        for step in 0..3 {
+            let pass = Pass {
+                step,
+                ..Pass::single(Phase::Train)
+            };
+            // The same draws with β = 0 are the means alone.
+            let means = pending(&other, pass, &hidden_states());
+            let mass = masses(&other);
+            let total: f64 = mass.iter().sum();
+            for (i, mass) in mass.iter().enumerate() {
+                let row = i * HIDDEN..(i + 1) * HIDDEN;
+                let (v, m) = (&vectors[row.clone()], &means[row]);
+                let terms = [dot(v, m), dot(v, v)].map(|x| 0.25 * mass / total * x);
+                expected.iter_mut().zip(terms).for_each(|(e, t)| *e += t);
+            }
+            vectors = pending(&model, pass, &hidden_states());
+            // Masses are counted in units of 2^-32.
+            for (found, expected) in sums().iter().zip(&expected) {
+                assert!((found - expected).abs() <= 1e-8 * expected.abs().max(1.0));
+            }
+            expected.iter_mut().for_each(|e| *e *= 0.75);
+        }
+    }
+}
+
+/// `Σ p` over the tokens that did not choose an expert.
+fn masses(model: &Model) -> Vec<f64> {
+    let mut all = model.parameters.iter();
+    let gate = all.find(|p| p.name.ends_with("gate.weight")).unwrap();
+    let gate = gate.value.to_f64().unwrap();
+    let mut masses = vec![0.0; EXPERTS];
+    for x in hidden_states().chunks(HIDDEN) {
+        let dot = |row: &[f64]| row.iter().zip(x).map(|(a, b)| a * b).sum::<f64>();
+        let z: Vec<f64> = gate.chunks(HIDDEN).map(dot).collect();
+        let total: f64 = z.iter().map(|z| z.exp()).sum();
+        let best = z.iter().copied().fold(f64::MIN, f64::max);
+        for (mass, z) in masses.iter_mut().zip(&z).filter(|(_, z)| **z < best) {
+            *mass += z.exp() / total;
+        }
+    }
+    masses
+}
+
+#[test]
+fn the_running_factor_scales_what_evaluation_uses_too() {
+    let x = hidden_states();
+    let output = |set: &[&str], sums: Option<[f64; 2]>, phase| {
+        let model = sampling_model(set);
+        if let Some(sums) = sums {
+            let sums = Tensor::from_slice([2], &sums);
+            model.layer_states_mut()[0].restore(SHRINK, sums).unwrap();
+        }
+        let x = Var::constant(Tensor::from_slice([TOKENS, HIDDEN], &x));
+        let (tape, weights) = (Tape::without_gradients(), model.weights());
+        let (y, _) = model
+            .moe_layer(0, &tape, &weights, &x, Pass::single(phase))
+            .unwrap();
+        y.tensor().to_f64().unwrap()
+    };
+    for phase in [Phase::Frozen, Phase::Evaluate] {
+        for (sums, factor) in [
+            ([1.0, 4.0], "0.25"),
+            ([0.0, 0.0], "1"),
+            ([9.0, 3.0], "2"),
+            ([-1.0, 3.0], "0"),
+        ] {
+            let running = output(&["router.shrink=running"], Some(sums), phase);
+            let constant = format!("router.shrink={factor}");
+            assert_eq!(running, output(&[&constant], None, phase), "{factor}");
+        }
+        let whole = output(&[], None, phase);
+        assert!(whole != output(&["router.shrink=0.5"], None, phase));
     }
 }
