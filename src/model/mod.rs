@@ -77,6 +77,7 @@ impl Model {
         dist: Box<dyn Collective>,
     ) -> Result<Self> {
         router.validate(&config.model)?;
+        router.validate_device(config.train.device)?;
         config.train.device.prepare()?;
         let mut layout = Layout::new(
             &config.model,

@@ -96,6 +96,7 @@ impl MoeLayer {
             gates: &routing.gates,
             gate_up: &weights[self.gate_up],
             down: &weights[self.down],
+            sum_weights: routing.sum_weights.as_ref().map(Var::tensor),
         };
         let weighting = model.router.weighting().filter(|_| layer.updates_state());
         let y = experts(tape, input, &routing.dispatch, weighting, |sums| {

@@ -41,6 +41,8 @@ pub struct Experts<'a> {
     pub gate_up: &'a Var,
     /// `[E, D, F]`.
     pub down: &'a Var,
+    /// `[T, E]`: what an output counts in the sums of the outputs, where they are weighted; else the gates.
+    pub sum_weights: Option<&'a Tensor>,
 }
 
 /// The layer's output `[T, D]`. `defaults` is asked between the experts and the combination; it
@@ -60,11 +62,13 @@ pub fn experts(
         gates,
         gate_up,
         down,
+        sum_weights,
     } = input;
+    let sum_weights = sum_weights.unwrap_or(gates.tensor());
     if x.tensor().device() == Device::Cpu {
         let e = rows_on_cpu(tape, [x, gate_up, down], dispatch)?;
         let sums = weighting
-            .map(|w| ExpertSums::of_rows(e.tensor(), gates.tensor(), w, dispatch))
+            .map(|w| ExpertSums::of_rows(e.tensor(), sum_weights, w, dispatch))
             .transpose()?;
         return combine(tape, gates, &e, defaults(sums)?, dispatch);
     }
@@ -74,7 +78,7 @@ pub fn experts(
         dispatch: dispatch.clone(),
         defaults: None,
     };
-    let forward = layer.run(inputs.map(Var::tensor), weighting, defaults)?;
+    let forward = layer.run(inputs.map(Var::tensor), sum_weights, weighting, defaults)?;
     let mut outputs = tape.record_run(layer, &inputs, forward);
     Ok(outputs.remove(0))
 }
@@ -183,10 +187,11 @@ impl Layer {
     fn run(
         &mut self,
         [x, gates, gate_up, down]: [&Tensor; 4],
+        sum_weights: &Tensor,
         weighting: Option<Weighting>,
         defaults: impl FnOnce(Option<ExpertSums>) -> Result<Option<Defaults>>,
     ) -> Result<Forward> {
-        let ExpertRows { h, e, sums } = self.rows([x, gates, gate_up, down], weighting)?;
+        let ExpertRows { h, e, sums } = self.rows([x, sum_weights, gate_up, down], weighting)?;
         let maps = self.dispatch.maps(x.device())?;
         self.defaults = defaults(sums)?;
         let vectors = self.defaults.as_ref().filter(|d| d.in_forward);
@@ -206,7 +211,7 @@ impl Layer {
     /// The experts' rows, and their sums where `weighting` says how.
     fn rows(
         &self,
-        [x, gates, gate_up, down]: [&Tensor; 4],
+        [x, sum_weights, gate_up, down]: [&Tensor; 4],
         weighting: Option<Weighting>,
     ) -> Result<ExpertRows> {
         let device = x.device();
@@ -221,7 +226,7 @@ impl Layer {
             weighting.map(|_| Tensor::unspecified(device, DType::F32, [lines, s.hidden]));
         let weights = match weighting {
             Some(Weighting::Plain) | None => None,
-            Some(_) => Some(gates.input()?),
+            Some(_) => Some(sum_weights.input()?),
         };
         GroupedSwigluForward {
             h: h.output()?,
@@ -257,7 +262,7 @@ impl Layer {
         let sums = match (&partials, weighting) {
             (Some(partials), Some(weighting)) => Some(ExpertSums::of_partials(
                 partials,
-                gates,
+                sum_weights,
                 weighting,
                 &self.dispatch,
             )?),

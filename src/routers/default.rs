@@ -6,6 +6,8 @@
 //! updated before use, `ê_i ← β ê_i + (1 − β) m_i` (eq. 10), m_i the mean of e_i over the tokens that
 //! chose i. With n micro-batches each updates with β^(1/n), so that β is per optimizer step.
 //!
+//! With `renormalize` the gates are `q_i = p_i / Σ_A p` for all i; ê is still weighted by p.
+//!
 //! With `source = "sampled"` (ours) m_i is the mean over a few tokens that did *not* choose i, drawn by their probabilities, on
 //! which the expert runs for this alone: what ê stands in for. The mean over the tokens that chose it is another one, since they
 //! chose it for what it gives them.
@@ -24,6 +26,7 @@ use crate::dist::at;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
 use crate::ops::expert_mean::{ExpertSums, Weighting, scaled};
+use crate::ops::renormalize::renormalize_all;
 use crate::ops::routing::{Choice, Score, scores};
 use crate::ops::sampled_outputs::{SampledRows, Sampling, sample};
 use crate::tape::{Tape, Var};
@@ -60,6 +63,10 @@ pub(super) const INFO: RouterInfo = RouterInfo {
             "whether the vectors enter the output, or the router's gradient alone",
         ),
         ("use_at_evaluation", "whether evaluation uses them"),
+        (
+            "renormalize",
+            "weights that sum to 1 over the chosen experts, those of the others divided by the same sum",
+        ),
         (
             "source",
             "tokens whose outputs the vectors average: \"chosen\", those that chose the expert, or \"sampled\", some that did not",
@@ -140,6 +147,8 @@ pub struct DefaultMoe {
     pub pass_forward: bool,
     /// Whether evaluation uses them.
     pub use_at_evaluation: bool,
+    /// Whether gates are divided by their sum over the chosen experts, those of the others too.
+    pub renormalize: bool,
     /// Which tokens' outputs they average: "chosen" or "sampled".
     pub source: Source,
     /// Tokens that are drawn for each expert and optimizer step, where any are; below 2^16.
@@ -157,6 +166,7 @@ impl Default for DefaultMoe {
             init_std: 0.0,
             pass_forward: true,
             use_at_evaluation: true,
+            renormalize: false,
             source: Source::Chosen,
             samples: 16,
             shrink: Shrink::Constant(1.0),
@@ -247,6 +257,18 @@ impl Router for DefaultMoe {
         self.can_sample()
     }
 
+    fn validate_device(&self, device: Device) -> Result<()> {
+        if device == Device::Cpu || !self.renormalize {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "router.renormalize",
+            "false on a device with kernels: default renormalises on the CPU alone",
+            format!("true with train.device = \"{device}\""),
+            "set train.device = \"cpu\", or leave router.renormalize out",
+        ))
+    }
+
     fn initial_state(&self, model: &ModelConfig, layer: usize, seed: u64) -> Vec<StateTensor> {
         let mut start = Tensor::zeros(Device::Cpu, DType::F64, [model.num_experts, model.hidden]);
         if self.init_std > 0.0 {
@@ -274,7 +296,18 @@ impl Router for DefaultMoe {
         layer: &mut LayerPass<'_>,
     ) -> Result<Routing> {
         let choice = Choice::top_k(layer.top_k);
-        Routing::by_scores(scores(tape, x, weight, Score::Softmax, choice)?, layer)
+        let scores = scores(tape, x, weight, Score::Softmax, choice)?;
+        let mut routing = Routing::by_scores(scores, layer)?;
+        if self.renormalize {
+            let p = routing.gates;
+            routing.gates = renormalize_all(tape, &p, &routing.dispatch)?;
+            routing.sum_weights = Some(p);
+        }
+        Ok(routing)
+    }
+
+    fn kept_score_tensors(&self) -> usize {
+        1 + usize::from(self.renormalize)
     }
 
     fn weighting(&self) -> Option<Weighting> {
@@ -361,7 +394,9 @@ impl Router for DefaultMoe {
     }
 
     fn equivalent_topk(&self) -> Option<TopK> {
-        (!self.evaluation_reads(VECTORS)).then(TopK::default)
+        (!self.evaluation_reads(VECTORS)).then_some(TopK {
+            renormalize: self.renormalize,
+        })
     }
 
     fn leave_out_default_vectors(&self, settings: &mut toml::Table) -> bool {
@@ -370,7 +405,7 @@ impl Router for DefaultMoe {
     }
 
     fn weighs_by_softmax(&self) -> bool {
-        true
+        !self.renormalize
     }
 }
 

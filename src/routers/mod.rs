@@ -22,6 +22,7 @@ pub use statistics::LayerStats;
 pub(crate) use tally::DeviceTally;
 
 use crate::config::ModelConfig;
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
@@ -45,6 +46,8 @@ pub struct Routing {
     pub dispatch: Rc<Dispatch>,
     /// The experts that count as chosen, where those that run are others.
     pub chosen: Option<Rc<Dispatch>>,
+    /// `[T, E]`: what weighted sums of the experts' outputs count them by, where that is not the gates.
+    pub sum_weights: Option<Var>,
     /// The loss of a router with [`Balance::Own`], a scalar with its coefficient.
     pub penalty: Option<Var>,
 }
@@ -57,6 +60,7 @@ impl Routing {
             scores,
             dispatch,
             chosen: None,
+            sum_weights: None,
             penalty: None,
         }
     }
@@ -119,6 +123,14 @@ pub trait Router {
     /// # Errors
     /// Names the key to change.
     fn validate(&self, _model: &ModelConfig) -> Result<()> {
+        Ok(())
+    }
+
+    /// Refuses devices on which these settings do not run.
+    ///
+    /// # Errors
+    /// Names the key, and where it runs.
+    fn validate_device(&self, _device: Device) -> Result<()> {
         Ok(())
     }
 

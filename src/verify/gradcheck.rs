@@ -141,14 +141,9 @@ const ROUTER_CASES: &[RouterCase] = &[
         "default",
         &["model.top_k=2", "router.weighted=false", "router.beta=0.3"],
     ),
-    differences(
-        "default",
-        &[
-            "model.top_k=2",
-            "router.source=\"sampled\"",
-            "router.init_std=0.5",
-        ],
-    ),
+    differences("default", &["model.top_k=1", "router.renormalize=true"]),
+    differences("default", &["router.renormalize=true", "router.shrink=0.5"]),
+    differences("default", &["model.top_k=2", "router.source=\"sampled\""]),
     RouterCase {
         router: "default",
         set: &["model.top_k=2", "router.pass_forward=false"],

@@ -52,8 +52,9 @@ fn worked(router: DefaultMoe) -> Outcome {
     let identity = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0];
     let weight = Var::constant(Tensor::from_slice([3, 3], &identity));
     let routing = router.route(&tape, &z, &weight, &mut layer).unwrap();
-    let (gates, weighting) = (routing.gates.tensor(), router.weighting().unwrap());
-    let sums = ExpertSums::of_rows(e.tensor(), gates, weighting, &routing.dispatch).unwrap();
+    let weights = routing.sum_weights.as_ref().unwrap_or(&routing.gates);
+    let (weights, weighting) = (weights.tensor(), router.weighting().unwrap());
+    let sums = ExpertSums::of_rows(e.tensor(), weights, weighting, &routing.dispatch).unwrap();
     let defaults = router.defaults(Some(sums), &mut layer).unwrap();
     let y = combine(
         &tape,
@@ -448,4 +449,32 @@ fn the_running_factor_scales_what_evaluation_uses_too() {
         let whole = output(&[], None, phase);
         assert!(whole != output(&["router.shrink=0.5"], None, phase));
     }
+}
+
+#[test]
+fn renormalised_gates_worked_by_hand() {
+    let found = worked(DefaultMoe {
+        renormalize: true,
+        ..half()
+    });
+    // q = p over its chosen: (1, 1/2, 1/2), (1/4, 3/4, 1), (1, 1/6, 1/6); ê is weighted by p, as without.
+    assert_close(&found.vectors, &worked(half()).vectors);
+    // y_0 = (4, 0) + 1/2 (1, 1) + 1/2 (0, 6), y_1 = 1/4 (1.8, 2.4) + 3/4 (1, 1) + (0, 8), y_2 = (0, 8) + 1/6 (1, 1) + 1/6 (0, 6).
+    assert_close(&found.y, &[4.5, 3.5, 1.2, 9.35, 1.0 / 6.0, 8.0 + 7.0 / 6.0]);
+    // s as without: (4, 3, 12), (0.6, 0, 8), (0, 2, 0); Σ q s = 11.5, 8.15, 1/3; dz_j = q_j (s_j − 1[j∈A] Σ q s).
+    let dz = [-7.5, 1.5, 6.0, 0.15, 0.0, -0.15, -1.0 / 3.0, 1.0 / 3.0, 0.0];
+    assert_close(&found.dz, &dz);
+    assert_close(&found.de, &[1.0, 2.0, 2.0, 0.0, -1.0, 1.0]);
+}
+
+#[test]
+fn renormalisation_on_a_device_with_kernels_is_refused_with_what_runs() {
+    let mut layers = Layers::preset("tiny");
+    layers.set = vec!["router.renormalize=true".into(), "train.device=sim".into()];
+    let config = Config::load(&layers, &crate::routers::resolve).unwrap();
+    let error = Model::new(&config).err().unwrap().to_string();
+    assert!(
+        error.contains("router.renormalize") && error.contains("\"cpu\""),
+        "{error}"
+    );
 }

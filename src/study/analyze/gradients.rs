@@ -36,12 +36,14 @@ impl Method {
         }
     }
 
-    /// The method, `default` with the settings of the checkpoint if it was trained with it.
+    /// The method, `default` with the settings of the checkpoint if it was trained with it; experts are weighted by p.
     pub fn router(self, config: &Config) -> Result<Box<dyn Router>> {
         match self {
             Method::TopK => Ok(Box::new(TopK::default())),
             Method::Default if own_method(config)? == Method::Default => {
-                routers::build(&config.router)
+                let mut own = config.router.clone();
+                own.settings.remove("renormalize");
+                routers::build(&own)
             }
             Method::Default => Ok(Box::new(DefaultMoe::default())),
         }
@@ -283,6 +285,7 @@ impl LayerAt<'_> {
             gates: &routing.gates,
             gate_up: &gate_up,
             down: &down,
+            sum_weights: None,
         };
         let y = experts(&tape, input, &routing.dispatch, None, |sums| {
             router.defaults(sums, &mut layer)
