@@ -72,7 +72,7 @@ fn analyses_on_the_way_change_no_byte_of_the_training() {
             let report = format!("analysed/analysis/step-{step}/report.html");
             assert!(place.path(&report).is_file(), "{report}");
         }
-        // The analyses together: a row for each of them and each of three MoE layers.
+        // The analyses together: a row for each of them and each MoE layer.
         let trend = place.path("analysed/analysis/gradients-over-training.csv");
         let rows = std::fs::read_to_string(&trend).unwrap();
         let step = |row: &str| row.split(',').next().unwrap().to_owned();

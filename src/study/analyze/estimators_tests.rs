@@ -431,9 +431,10 @@ fn a_rerouted_token_has_the_loss_of_a_model_that_chooses_so() {
                 let from_here: f64 = changed[row..end].iter().sum();
                 assert!((changed[row] - loss.own).abs() <= 1e-12);
                 assert!((from_here - loss.from_here).abs() <= 1e-12);
-                // What came before does not know of it.
-                let before = row / LENGTH * LENGTH..row;
-                assert_eq!(changed[before.clone()], base[before]);
+                // What came before does not know of it; products over other rows may round differently.
+                for at in row / LENGTH * LENGTH..row {
+                    assert!((changed[at] - base[at]).abs() <= 1e-12);
+                }
                 seen += 1;
             }
         }
