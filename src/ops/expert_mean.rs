@@ -8,7 +8,7 @@
 use super::dispatch::Dispatch;
 use crate::device::Device;
 use crate::dist::Collective;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
@@ -106,30 +106,6 @@ impl ExpertSums {
         })
     }
 
-    /// Sums of one expert with one row, numbers of the caller's instead of outputs: they are averaged in place as ê is, on any
-    /// device.
-    pub fn of_numbers(values: &[f64], device: Device) -> Self {
-        let (numbers, masses) = ([values.len()], [1, 2]);
-        let (sums, masses) = match device {
-            Device::Cpu => (
-                Tensor::from_slice(numbers, values),
-                Tensor::from_slice(masses, &[1.0, 1.0]),
-            ),
-            _ => {
-                let values: Vec<f32> = values.iter().map(|v| *v as f32).collect();
-                (
-                    Tensor::from_slice(numbers, &values).on(device),
-                    Tensor::from_slice(masses, &[1f32, 1.0]).on(device),
-                )
-            }
-        };
-        ExpertSums {
-            sums,
-            masses,
-            weighting: Weighting::Plain,
-        }
-    }
-
     /// Adds those of the other ranks.
     ///
     /// # Errors
@@ -153,8 +129,7 @@ impl ExpertSums {
                 Ok(())
             });
         }
-        let experts = self.masses.shape()[0];
-        let hidden = average.elements() / experts;
+        let (experts, hidden) = (average.shape()[0], average.shape()[1]);
         let stream = Stream::of(average.device())?;
         let beta = Tensor::constant(average.device(), [1], &[beta as f32]);
         ExpertMeanUpdate {
@@ -170,15 +145,38 @@ impl ExpertSums {
     }
 }
 
-/// `factor` times a tensor: a moving average of it with zeros, so that no other kernel is needed.
+/// `factor` times default vectors. On a device with kernels it is a moving average of them with zeros, so that it needs no kernel
+/// of its own; `changes` says that the factor is another one in every step, and is not to be kept there.
 ///
 /// # Errors
 /// When the tensor is not real, or a kernel fails.
-pub fn scaled(tensor: &Tensor, factor: f64) -> Result<Tensor> {
-    let zeros = ExpertSums::of_numbers(&vec![0.0; tensor.elements()], tensor.device());
-    let mut flat = tensor.reshape([tensor.elements()])?;
-    zeros.update(&mut flat, factor)?;
-    flat.reshape(tensor.shape())
+pub fn scaled(vectors: &Tensor, factor: f64, changes: bool) -> Result<Tensor> {
+    let (device, mut scaled) = (vectors.device(), vectors.clone());
+    if device == Device::Cpu {
+        with_real!(scaled.dtype(), "expert_mean", |T| {
+            let values = scaled.slice_mut::<T>().iter_mut();
+            values.for_each(|v| *v = T::of(factor) * *v);
+            Ok::<(), Error>(())
+        })?;
+        return Ok(scaled);
+    }
+    let beta = [factor as f32];
+    let beta = match changes {
+        true => Tensor::from_slice([1], &beta).on(device),
+        false => Tensor::constant(device, [1], &beta),
+    };
+    let (experts, hidden) = (vectors.shape()[0], vectors.shape()[1]);
+    ExpertMeanUpdate {
+        average: scaled.output()?,
+        sums: Tensor::constant(device, vectors.shape(), &vec![0f32; vectors.elements()]).input()?,
+        masses: Tensor::constant(device, [experts, 2], &vec![1f32; 2 * experts]).input()?,
+        beta: beta.input()?,
+        experts,
+        hidden,
+        weighting: Weighting::Plain.kernel() as i32,
+    }
+    .launch(&Stream::of(device)?)?;
+    Ok(scaled)
 }
 
 impl Weighting {
@@ -295,7 +293,7 @@ mod tests {
     fn a_scaled_tensor_is_its_multiple_and_the_tensor_stays() {
         let tensor = Tensor::from_slice([2, 2], &[1.0f32, -2.0, 0.5, 4.0]);
         for factor in [0.0, 0.25, 1.5] {
-            let found = scaled(&tensor, factor).unwrap();
+            let found = scaled(&tensor, factor, false).unwrap();
             assert_eq!(found.shape(), tensor.shape());
             let expected: Vec<f64> = tensor
                 .to_f64()

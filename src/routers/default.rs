@@ -31,8 +31,9 @@ use crate::ops::routing::{Choice, Score, scores};
 use crate::ops::sampled_outputs::{SampledRows, Sampling, sample};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
-use crate::tensor::dtype::DType;
+use crate::tensor::dtype::{DType, Real};
 use crate::tensor::random::{Purpose, Stream};
+use crate::with_real;
 use serde::{Deserialize, Serialize};
 
 pub(super) const INFO: RouterInfo = RouterInfo {
@@ -201,8 +202,18 @@ impl DefaultMoe {
                 terms[1] += mass / total * v * v;
             }
         }
-        let state = layer.state_mut(SHRINK);
-        ExpertSums::of_numbers(&terms, state.device()).update(state, self.beta.powf(drawn.share))
+        let (state, beta) = (layer.state_mut(SHRINK), self.beta.powf(drawn.share));
+        let sums = state.to_f64()?;
+        with_real!(state.dtype(), "default", |T| {
+            let to = state.slice_mut::<T>().iter_mut().zip(sums).zip(terms);
+            to.for_each(|((to, sum), term)| *to = T::of(beta * sum + (1.0 - beta) * term));
+            Ok::<(), Error>(())
+        })?;
+        if state.device() != Device::Cpu {
+            // The kernel that commits a step has its address alone: the numbers must be there.
+            state.pointer_mut::<f32>();
+        }
+        Ok(())
     }
 
     /// The factor on the vectors.
@@ -381,7 +392,10 @@ impl Router for DefaultMoe {
         }
         let vectors = match self.scale(layer)? {
             1.0 => layer.state(VECTORS).clone(),
-            scale => scaled(layer.state(VECTORS), scale)?,
+            scale => {
+                let running = matches!(self.shrink, Shrink::Running(_));
+                scaled(layer.state(VECTORS), scale, running)?
+            }
         };
         Ok(Some(Defaults {
             vectors,
@@ -409,5 +423,7 @@ impl Router for DefaultMoe {
     }
 }
 
+#[cfg(test)]
+mod sampled_tests;
 #[cfg(test)]
 mod tests;
