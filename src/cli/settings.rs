@@ -54,6 +54,7 @@ impl SettingsArgs {
             preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
             experts: self.experts.clone(),
             file,
+            resolved: false,
             set: self.set.clone(),
             flags: given.collect(),
         }

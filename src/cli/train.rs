@@ -20,7 +20,11 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     let (config, out) = if args.resume {
         let out = args.folder(args.settings.router.as_deref().unwrap_or("default"));
         let file = Some(out.join(train::CONFIG_FILE));
-        (Config::load(&args.layers(file), &routers::resolve)?, out)
+        let layers = Layers {
+            resolved: true,
+            ..args.layers(file)
+        };
+        (Config::load(&layers, &routers::resolve)?, out)
     } else {
         let config = data::configure(
             &args.layers(args.settings.config.clone()),

@@ -5,7 +5,7 @@
 //! the key at fault. Widths that nothing sets follow from the others at the end.
 
 use super::names::common_name;
-use super::{Config, PRESETS, RouterConfig, preset};
+use super::{BalanceConfig, Config, PRESETS, RouterConfig, preset};
 use crate::error::{Error, Result};
 use crate::report::{nearest, similarity};
 use std::path::{Path, PathBuf};
@@ -23,6 +23,9 @@ pub struct Layers {
     pub experts: Option<String>,
     /// A TOML file with any of the keys.
     pub file: Option<PathBuf>,
+    /// Whether the file is the resolved configuration of a run: a key that it lacks then has the value that it had when the
+    /// run began.
+    pub resolved: bool,
     /// `section.key=value`, the value in TOML; a bare word is taken as a string.
     pub set: Vec<String>,
     /// Flags that stand for one key each: (flag, key, value).
@@ -36,6 +39,7 @@ impl Layers {
             preset: name.into(),
             experts: None,
             file: None,
+            resolved: false,
             set: Vec::new(),
             flags: Vec::new(),
         }
@@ -69,6 +73,15 @@ pub(super) fn resolve(layers: &Layers) -> Result<Config> {
         let [experts, active] = preset::experts(name)?;
         insert(&mut table, "model.num_experts", experts.into());
         insert(&mut table, "model.top_k", active.into());
+    }
+    // What serde fills in is what runs of earlier versions had.
+    if !layers.resolved {
+        let reduction = Value::try_from(BalanceConfig::default().aux_reduction);
+        insert(
+            &mut table,
+            "balance.aux_reduction",
+            reduction.map_err(|e| unwritable(&e))?,
+        );
     }
     let known = known_keys(&table)?;
     let mut assignments = Vec::new();
@@ -217,7 +230,6 @@ fn derive(table: &mut Table, strict: bool) -> Result<()> {
             experts,
             "22 · hidden / num_experts",
         ),
-        ("dense_ffn_width", wide, Some(8), "22 · hidden / 8"),
     ] {
         let (Some(dividend), Some(divisor)) = (dividend, divisor) else {
             model.entry(key).or_insert(Value::Integer(0));
@@ -236,6 +248,13 @@ fn derive(table: &mut Table, strict: bool) -> Result<()> {
         }
         model.insert(key.into(), Value::Integer(dividend / divisor));
     }
+    // A dense layer is as wide as one expert, as in the paper's counts of active parameters.
+    if let (false, Some(width)) = (
+        model.contains_key("dense_ffn_width"),
+        model.get("expert_ffn_width").cloned(),
+    ) {
+        model.insert("dense_ffn_width".into(), width);
+    }
     Ok(())
 }
 
@@ -252,6 +271,15 @@ fn incomplete(e: &toml::de::Error) -> Error {
     )
 }
 
+fn unwritable(e: &toml::ser::Error) -> Error {
+    Error::invalid(
+        "configuration",
+        "values that TOML can hold",
+        e.to_string(),
+        "start from a preset",
+    )
+}
+
 /// An embedded TOML file; a test parses each of them.
 fn embedded(text: &str) -> Table {
     text.parse()
@@ -263,14 +291,7 @@ fn known_keys(preset: &Table) -> Result<Vec<String>> {
     let mut whole = preset.clone();
     derive(&mut whole, false)?;
     let config = parse(&whole).map_err(|e| incomplete(&e))?;
-    let table = Table::try_from(&config).map_err(|e| {
-        Error::invalid(
-            "configuration",
-            "values that TOML can hold",
-            e.to_string(),
-            "start from a preset",
-        )
-    })?;
+    let table = Table::try_from(&config).map_err(|e| unwritable(&e))?;
     Ok(flatten(&table).into_iter().map(|(key, _)| key).collect())
 }
 

@@ -1,7 +1,7 @@
 //! What the layers of a configuration promise.
 
 use super::*;
-use crate::config::Norm;
+use crate::config::{Norm, Reduction};
 
 fn with(preset: &str, set: &[&str]) -> Result<Config> {
     let mut layers = Layers::preset(preset);
@@ -44,6 +44,48 @@ fn tiny_is_what_the_method_says() {
     assert_eq!(c.train.betas, [0.9, 0.95]);
     assert_eq!(c.router.name, "default");
     assert_eq!(c.balance.aux_coefficient, 0.01);
+    assert_eq!(c.balance.aux_reduction, Reduction::Sum);
+}
+
+#[test]
+fn a_run_whose_configuration_names_no_reduction_keeps_the_mean() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.toml");
+    let text = with("tiny", &[]).unwrap().to_toml().unwrap();
+    let (key, section) = ("aux_reduction = \"sum\"\n", "[balance]\n");
+    assert!(text.contains(key) && text.contains(section));
+    let without_key = text.replace(key, "");
+    let mut table: Table = text.parse().unwrap();
+    table.remove("balance");
+    for saved in [without_key, table.to_string()] {
+        std::fs::write(&path, &saved).unwrap();
+        let mut layers = Layers::preset("tiny");
+        layers.file = Some(path.clone());
+        let of = |layers: &Layers| Config::load(layers, &|_| Ok(())).unwrap().balance;
+        assert_eq!(of(&layers).aux_reduction, Reduction::Sum);
+        layers.resolved = true;
+        assert_eq!(of(&layers).aux_reduction, Reduction::Mean);
+        let read: Config = toml::from_str(&saved).unwrap();
+        assert_eq!(read.balance.aux_reduction, Reduction::Mean);
+    }
+    // A run that says what it had is read as it says, either way.
+    for said in ["sum", "mean"] {
+        std::fs::write(
+            &path,
+            text.replace(key, &format!("aux_reduction = {said:?}\n")),
+        )
+        .unwrap();
+        let mut layers = Layers::preset("tiny");
+        layers.file = Some(path.clone());
+        for resolved in [false, true] {
+            layers.resolved = resolved;
+            let read = Config::load(&layers, &|_| Ok(())).unwrap();
+            assert_eq!(
+                read.balance.aux_reduction == Reduction::Mean,
+                said == "mean"
+            );
+        }
+    }
 }
 
 #[test]
@@ -52,10 +94,15 @@ fn widths_of_experts_follow_the_hidden_size() {
     layers.experts = Some("32c4".into());
     let m = Config::load(&layers, &|_| Ok(())).unwrap().model;
     assert_eq!((m.num_experts, m.top_k), (32, 4));
-    assert_eq!((m.expert_ffn_width, m.dense_ffn_width), (352, 1408));
+    assert_eq!((m.expert_ffn_width, m.dense_ffn_width), (352, 352));
     let m = with("tiny", &["model.hidden=64"]).unwrap().model;
     assert_eq!((m.expert_ffn_width, m.dense_ffn_width), (176, 176));
     assert_eq!((m.head_dim, m.kv_heads), (32, 2));
+    // The dense layer follows the experts, also where their width is given, unless it has its own.
+    let m = with("tiny", &["model.expert_ffn_width=96"]).unwrap().model;
+    assert_eq!((m.expert_ffn_width, m.dense_ffn_width), (96, 96));
+    let m = with("tiny", &["model.dense_ffn_width=1408"]).unwrap().model;
+    assert_eq!((m.expert_ffn_width, m.dense_ffn_width), (352, 1408));
     let e = error(&["model.num_experts=3", "model.top_k=1"]);
     assert!(
         e.contains("model.expert_ffn_width") && e.contains("2816 / 3"),

@@ -27,7 +27,7 @@ pub struct Config {
     pub model: ModelConfig,
     #[serde(default)]
     pub router: RouterConfig,
-    #[serde(default)]
+    #[serde(default = "earlier_balance")]
     pub balance: BalanceConfig,
     pub train: TrainConfig,
     #[serde(default)]
@@ -56,7 +56,7 @@ pub struct ModelConfig {
     pub top_k: usize,
     /// Width F of one expert. Default: 22 `hidden` / E, which is 2.75 `hidden` at 8 experts.
     pub expert_ffn_width: usize,
-    /// Width of the feed-forward of a dense layer. Default: 22 `hidden` / 8.
+    /// Width of the feed-forward of a dense layer. Default: `expert_ffn_width`.
     pub dense_ffn_width: usize,
     /// Layers, from 0, whose feed-forward is dense instead of MoE.
     #[serde(default = "first_layer")]
@@ -142,6 +142,7 @@ pub struct BalanceConfig {
     /// Tokens whose counts enter the auxiliary loss: "global", of the step so far on all ranks, or "micro", of the micro-batch.
     pub aux_scope: Scope,
     /// How the losses of the MoE layers become one: "mean" or "sum".
+    #[serde(default = "earlier_reduction")]
     pub aux_reduction: Reduction,
     /// c of c · mean(logsumexp(z)²).
     pub z_coefficient: f64,
@@ -152,7 +153,7 @@ impl Default for BalanceConfig {
         BalanceConfig {
             aux_coefficient: 0.01,
             aux_scope: Scope::Global,
-            aux_reduction: Reduction::Mean,
+            aux_reduction: Reduction::Sum,
             z_coefficient: 0.0,
         }
     }
@@ -433,6 +434,16 @@ impl Config {
     }
 }
 
+/// What a run had whose configuration does not say: the mean was the default before the sum.
+fn earlier_reduction() -> Reduction {
+    Reduction::Mean
+}
+fn earlier_balance() -> BalanceConfig {
+    BalanceConfig {
+        aux_reduction: earlier_reduction(),
+        ..BalanceConfig::default()
+    }
+}
 fn first_layer() -> Vec<usize> {
     vec![0]
 }

@@ -78,6 +78,7 @@ impl Model {
         dist: Box<dyn Collective>,
     ) -> Result<Self> {
         router.validate(&config.model)?;
+        router.validate_device(config.train.device)?;
         config.train.device.prepare()?;
         let mut layout = Layout::new(
             &config.model,
@@ -272,10 +273,18 @@ impl Model {
     /// # Errors
     /// As [`loss`](Self::loss).
     pub fn token_losses(&self, sequences: Sequences) -> Result<Vec<f64>> {
+        self.token_losses_in(sequences, Pass::EVALUATE)
+    }
+
+    /// The same in another pass.
+    ///
+    /// # Errors
+    /// As [`loss`](Self::loss).
+    pub fn token_losses_in(&self, sequences: Sequences, pass: Pass) -> Result<Vec<f64>> {
         let Inputs {
             ids, targets, rows, ..
         } = Inputs::new(sequences, self.device())?;
-        let (weights, tape, pass) = (self.weights(), Tape::without_gradients(), Pass::EVALUATE);
+        let (weights, tape) = (self.weights(), Tape::without_gradients());
         let (hidden, _) = self
             .transformer
             .hidden(&tape, &weights, &ids, &rows, pass)?;

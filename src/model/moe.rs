@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::ops::add::add;
 use crate::ops::experts::{Experts, experts};
 use crate::ops::gated_rows::gated_rows;
-use crate::routers::{LayerPass, Pass};
+use crate::routers::{LayerPass, Pass, Routing};
 use crate::tape::{Tape, Var};
 
 /// Where a MoE layer's parameters are.
@@ -88,11 +88,15 @@ impl MoeLayer {
         let routing = model
             .router
             .route(tape, x, &weights[self.router], &mut layer)?;
+        if layer.updates_state() {
+            self.run_samples(model, weights, x, &routing, &mut layer)?;
+        }
         let input = Experts {
             x,
             gates: &routing.gates,
             gate_up: &weights[self.gate_up],
             down: &weights[self.down],
+            sum_weights: routing.sum_weights.as_ref().map(Var::tensor),
         };
         let weighting = model.router.weighting().filter(|_| layer.updates_state());
         let y = experts(tape, input, &routing.dispatch, weighting, |sums| {
@@ -108,23 +112,50 @@ impl MoeLayer {
             y = add(tape, &y, &gated_rows(tape, x, &weights[shared.gate], &own)?)?;
         }
 
-        let balanced = model.has_auxiliary_loss() && routing.penalty.is_none();
-        let over_step = balanced && model.balance.aux_scope == Scope::Global;
-        let fractions = layer.count(routing.chosen(), routing.scores.entropy()?, over_step)?;
-        let losses = BalanceLosses {
-            auxiliary: if !model.has_auxiliary_loss() {
-                None
-            } else if routing.penalty.is_some() {
-                routing.penalty
-            } else {
-                Some(routing.scores.auxiliary_loss(tape, &fractions)?)
-            },
-            z: if model.has_z_loss() {
-                Some(routing.scores.z_loss(tape)?)
-            } else {
-                None
-            },
-        };
+        let losses = balance_losses(model, tape, routing, &mut layer)?;
         Ok((y, losses))
     }
+
+    /// Runs experts on the tokens that the router draws for its state, without a gradient.
+    fn run_samples(
+        &self,
+        model: &Context,
+        weights: &[Var],
+        x: &Var,
+        routing: &Routing,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<()> {
+        let Some(drawn) = model.router.samples(routing, layer)? else {
+            return Ok(());
+        };
+        let weight = |slot: usize| weights[slot].tensor();
+        let sums = drawn.sums(x.tensor(), weight(self.gate_up), weight(self.down))?;
+        model.router.learn_from_samples(sums, &drawn, layer)
+    }
+}
+
+/// Counts the layer's tokens, and gives its balance losses.
+fn balance_losses(
+    model: &Context,
+    tape: &Tape,
+    routing: Routing,
+    layer: &mut LayerPass<'_>,
+) -> Result<BalanceLosses> {
+    let balanced = model.has_auxiliary_loss() && routing.penalty.is_none();
+    let over_step = balanced && model.balance.aux_scope == Scope::Global;
+    let fractions = layer.count(routing.chosen(), routing.scores.entropy()?, over_step)?;
+    Ok(BalanceLosses {
+        auxiliary: if !model.has_auxiliary_loss() {
+            None
+        } else if routing.penalty.is_some() {
+            routing.penalty
+        } else {
+            Some(routing.scores.auxiliary_loss(tape, &fractions)?)
+        },
+        z: if model.has_z_loss() {
+            Some(routing.scores.z_loss(tape)?)
+        } else {
+            None
+        },
+    })
 }

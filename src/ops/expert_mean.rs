@@ -8,7 +8,7 @@
 use super::dispatch::Dispatch;
 use crate::device::Device;
 use crate::dist::Collective;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
@@ -145,6 +145,40 @@ impl ExpertSums {
     }
 }
 
+/// `factor` times default vectors. On a device with kernels it is a moving average of them with zeros, so that it needs no kernel
+/// of its own; `changes` says that the factor is another one in every step, and is not to be kept there.
+///
+/// # Errors
+/// When the tensor is not real, or a kernel fails.
+pub fn scaled(vectors: &Tensor, factor: f64, changes: bool) -> Result<Tensor> {
+    let (device, mut scaled) = (vectors.device(), vectors.clone());
+    if device == Device::Cpu {
+        with_real!(scaled.dtype(), "expert_mean", |T| {
+            let values = scaled.slice_mut::<T>().iter_mut();
+            values.for_each(|v| *v = T::of(factor) * *v);
+            Ok::<(), Error>(())
+        })?;
+        return Ok(scaled);
+    }
+    let beta = [factor as f32];
+    let beta = match changes {
+        true => Tensor::from_slice([1], &beta).on(device),
+        false => Tensor::constant(device, [1], &beta),
+    };
+    let (experts, hidden) = (vectors.shape()[0], vectors.shape()[1]);
+    ExpertMeanUpdate {
+        average: scaled.output()?,
+        sums: Tensor::constant(device, vectors.shape(), &vec![0f32; vectors.elements()]).input()?,
+        masses: Tensor::constant(device, [experts, 2], &vec![1f32; 2 * experts]).input()?,
+        beta: beta.input()?,
+        experts,
+        hidden,
+        weighting: Weighting::Plain.kernel() as i32,
+    }
+    .launch(&Stream::of(device)?)?;
+    Ok(scaled)
+}
+
 impl Weighting {
     fn kernel(self) -> routegrad_weighting {
         match self {
@@ -253,5 +287,22 @@ mod tests {
     fn an_expert_without_tokens_keeps_its_default_vector() {
         let found = updated(Weighting::Plain, [1.0, 1.0, 5.0, 7.0], 0.75);
         assert_eq!(found, [1.25, 1.75, 5.0, 7.0]);
+    }
+
+    #[test]
+    fn a_scaled_tensor_is_its_multiple_and_the_tensor_stays() {
+        let tensor = Tensor::from_slice([2, 2], &[1.0f32, -2.0, 0.5, 4.0]);
+        for factor in [0.0, 0.25, 1.5] {
+            let found = scaled(&tensor, factor, false).unwrap();
+            assert_eq!(found.shape(), tensor.shape());
+            let expected: Vec<f64> = tensor
+                .to_f64()
+                .unwrap()
+                .iter()
+                .map(|x| factor * x)
+                .collect();
+            assert_eq!(found.to_f64().unwrap(), expected);
+        }
+        assert_eq!(tensor.to_f64().unwrap(), [1.0, -2.0, 0.5, 4.0]);
     }
 }

@@ -41,6 +41,8 @@ pub struct Experts<'a> {
     pub gate_up: &'a Var,
     /// `[E, D, F]`.
     pub down: &'a Var,
+    /// `[T, E]`: what an output counts in the sums of the outputs, where they are weighted; else the gates.
+    pub sum_weights: Option<&'a Tensor>,
 }
 
 /// The layer's output `[T, D]`. `defaults` is asked between the experts and the combination; it
@@ -60,13 +62,13 @@ pub fn experts(
         gates,
         gate_up,
         down,
+        sum_weights,
     } = input;
+    let sum_weights = sum_weights.unwrap_or(gates.tensor());
     if x.tensor().device() == Device::Cpu {
-        let h = grouped_linear(tape, x, Rows::Tokens, gate_up, dispatch)?;
-        let a = swiglu(tape, &h)?;
-        let e = grouped_linear(tape, &a, Rows::Dispatched, down, dispatch)?;
+        let e = rows_on_cpu(tape, [x, gate_up, down], dispatch)?;
         let sums = weighting
-            .map(|w| ExpertSums::of_rows(e.tensor(), gates.tensor(), w, dispatch))
+            .map(|w| ExpertSums::of_rows(e.tensor(), sum_weights, w, dispatch))
             .transpose()?;
         return combine(tape, gates, &e, defaults(sums)?, dispatch);
     }
@@ -76,9 +78,54 @@ pub fn experts(
         dispatch: dispatch.clone(),
         defaults: None,
     };
-    let forward = layer.run(inputs.map(Var::tensor), weighting, defaults)?;
+    let forward = layer.run(inputs.map(Var::tensor), sum_weights, weighting, defaults)?;
     let mut outputs = tape.record_run(layer, &inputs, forward);
     Ok(outputs.remove(0))
+}
+
+/// The experts' outputs `[R, D]` of dispatched tokens.
+fn rows_on_cpu(tape: &Tape, [x, gate_up, down]: [&Var; 3], dispatch: &Rc<Dispatch>) -> Result<Var> {
+    let h = grouped_linear(tape, x, Rows::Tokens, gate_up, dispatch)?;
+    let a = swiglu(tape, &h)?;
+    grouped_linear(tape, &a, Rows::Dispatched, down, dispatch)
+}
+
+/// The sums of the experts' outputs over the rows of a dispatch, weighted by `weights [T, E]`, and nothing else of them: for rows
+/// that no token's output has.
+///
+/// # Errors
+/// When the shapes do not fit each other or the dispatch.
+pub fn sums_of_rows(
+    [x, weights, gate_up, down]: [&Tensor; 4],
+    dispatch: &Rc<Dispatch>,
+    weighting: Weighting,
+) -> Result<ExpertSums> {
+    if x.device() == Device::Cpu {
+        let inputs = [x, gate_up, down].map(|t| Var::constant(t.clone()));
+        let [x, gate_up, down] = &inputs;
+        let tape = Tape::without_gradients();
+        let e = rows_on_cpu(&tape, [x, gate_up, down], dispatch)?;
+        return ExpertSums::of_rows(e.tensor(), weights, weighting, dispatch);
+    }
+    let layer = Layer {
+        sizes: Sizes::of([x, weights, gate_up, down], dispatch)?,
+        dispatch: dispatch.clone(),
+        defaults: None,
+    };
+    let rows = layer.rows([x, weights, gate_up, down], Some(weighting))?;
+    match rows.sums {
+        Some(sums) => Ok(sums),
+        None => unreachable!("sums were asked for"),
+    }
+}
+
+/// What the experts make of the dispatched rows.
+struct ExpertRows {
+    /// Gate above up, `[R, 2F]`.
+    h: Tensor,
+    /// `[R, D]`.
+    e: Tensor,
+    sums: Option<ExpertSums>,
 }
 
 /// The kernels of `kernels/grouped_swiglu.cu`, `grouped_gemm.cu`, `expert_mean.cu`, `combine.cu` and
@@ -140,9 +187,33 @@ impl Layer {
     fn run(
         &mut self,
         [x, gates, gate_up, down]: [&Tensor; 4],
+        sum_weights: &Tensor,
         weighting: Option<Weighting>,
         defaults: impl FnOnce(Option<ExpertSums>) -> Result<Option<Defaults>>,
     ) -> Result<Forward> {
+        let ExpertRows { h, e, sums } = self.rows([x, sum_weights, gate_up, down], weighting)?;
+        let maps = self.dispatch.maps(x.device())?;
+        self.defaults = defaults(sums)?;
+        let vectors = self.defaults.as_ref().filter(|d| d.in_forward);
+        let mut y = x.unspecified_like();
+        let vectors = vectors.map(|d| &d.vectors);
+        self.combine(&mut y, Accumulate::Assign, &e, Some(gates), vectors, maps)?;
+        Ok(Forward {
+            outputs: vec![y],
+            saved: [x, gates, gate_up, down]
+                .into_iter()
+                .cloned()
+                .chain([h])
+                .collect(),
+        })
+    }
+
+    /// The experts' rows, and their sums where `weighting` says how.
+    fn rows(
+        &self,
+        [x, sum_weights, gate_up, down]: [&Tensor; 4],
+        weighting: Option<Weighting>,
+    ) -> Result<ExpertRows> {
         let device = x.device();
         let stream = Stream::of(device)?;
         let maps = self.dispatch.maps(device)?;
@@ -155,7 +226,7 @@ impl Layer {
             weighting.map(|_| Tensor::unspecified(device, DType::F32, [lines, s.hidden]));
         let weights = match weighting {
             Some(Weighting::Plain) | None => None,
-            Some(_) => Some(gates.input()?),
+            Some(_) => Some(sum_weights.input()?),
         };
         GroupedSwigluForward {
             h: h.output()?,
@@ -191,25 +262,13 @@ impl Layer {
         let sums = match (&partials, weighting) {
             (Some(partials), Some(weighting)) => Some(ExpertSums::of_partials(
                 partials,
-                gates,
+                sum_weights,
                 weighting,
                 &self.dispatch,
             )?),
             _ => None,
         };
-        self.defaults = defaults(sums)?;
-        let vectors = self.defaults.as_ref().filter(|d| d.in_forward);
-        let mut y = x.unspecified_like();
-        let vectors = vectors.map(|d| &d.vectors);
-        self.combine(&mut y, Accumulate::Assign, &e, Some(gates), vectors, maps)?;
-        Ok(Forward {
-            outputs: vec![y],
-            saved: [x, gates, gate_up, down]
-                .into_iter()
-                .cloned()
-                .chain([h])
-                .collect(),
-        })
+        Ok(ExpertRows { h, e, sums })
     }
 
     /// `y_t (+)= Σ` of token t's rows, weighted by the gates if there are any, and of the default

@@ -30,6 +30,7 @@ pub mod routing;
 mod rows;
 pub mod sampled_experts;
 pub mod sampled_gate;
+pub mod sampled_outputs;
 pub mod scale;
 pub mod scores;
 pub mod sigmoid_gate;

@@ -2,6 +2,9 @@
 //!
 //! `p [T, E]`, `q [T, E]`. Backward `dp_i = (dq_i − Σ_{j∈A} q_j dq_j) / Σ_A p` on A, 0 elsewhere.
 //! With one expert per token q is 1 and the gradient 0: a router trained so learns nothing.
+//!
+//! Of all experts, for default vectors: `q_i = p_i / Σ_{j∈A} p_j` for every i; backward
+//! `dp_i = (dq_i − 1[i∈A] Σ_all q_j dq_j) / Σ_A p`, which is not 0 with one expert per token either.
 
 use super::dispatch::Dispatch;
 use super::gates::Selected;
@@ -19,16 +22,30 @@ use std::rc::Rc;
 /// # Errors
 /// When `p` does not fit the dispatch.
 pub fn renormalize(tape: &Tape, p: &Var, dispatch: &Rc<Dispatch>) -> Result<Var> {
+    apply(tape, p, dispatch, false)
+}
+
+/// The same for every expert, those off A divided by the sum over A too. On the CPU alone.
+///
+/// # Errors
+/// When `p` does not fit the dispatch.
+pub fn renormalize_all(tape: &Tape, p: &Var, dispatch: &Rc<Dispatch>) -> Result<Var> {
+    apply(tape, p, dispatch, true)
+}
+
+fn apply(tape: &Tape, p: &Var, dispatch: &Rc<Dispatch>, all: bool) -> Result<Var> {
     let selection = dispatch.selection();
     let shape = [selection.num_tokens(), selection.num_experts()];
     p.tensor()
         .expect_shape("renormalize", "probabilities", shape)?;
     let dispatch = dispatch.clone();
-    tape.apply_one(Renormalize { dispatch }, &[p])
+    tape.apply_one(Renormalize { dispatch, all }, &[p])
 }
 
 struct Renormalize {
     dispatch: Rc<Dispatch>,
+    /// Whether experts off A have gates too.
+    all: bool,
 }
 
 /// On a device with kernels.
@@ -42,8 +59,8 @@ impl Op for Renormalize {
         "renormalize"
     }
 
-    fn runs_on(&self, _device: Device) -> bool {
-        true
+    fn runs_on(&self, device: Device) -> bool {
+        device == Device::Cpu || !self.all
     }
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
@@ -56,7 +73,12 @@ impl Op for Renormalize {
         }
         let mut q = p.unspecified_like();
         with_real!(p.dtype(), "renormalize", |T| {
-            reference::forward(q.slice_mut::<T>(), p.slice(), self.dispatch.selection());
+            reference::forward(
+                q.slice_mut::<T>(),
+                p.slice(),
+                self.dispatch.selection(),
+                self.all,
+            );
             Ok(Forward {
                 saved: vec![p.clone(), q.clone()],
                 outputs: vec![q],
@@ -83,6 +105,7 @@ impl Op for Renormalize {
                 p.slice(),
                 q.slice(),
                 self.dispatch.selection(),
+                self.all,
             );
             grads.give(0, dp)
         })
@@ -93,26 +116,43 @@ mod reference {
     use super::*;
     use crate::ops::dispatch::Selection;
 
-    pub fn forward<T: Real>(q: &mut [T], p: &[T], selection: &Selection) {
+    pub fn forward<T: Real>(q: &mut [T], p: &[T], selection: &Selection, all: bool) {
         let width = selection.num_experts();
         for (t, (q, p)) in q.chunks_mut(width).zip(p.chunks(width)).enumerate() {
             let chosen = selection.experts(t);
             let sum: T = chosen.iter().map(|&e| p[e as usize]).sum();
             q.fill(T::zero());
+            if all {
+                q.iter_mut().zip(p).for_each(|(q, &p)| *q = p / sum);
+            }
             for &e in chosen {
                 q[e as usize] = p[e as usize] / sum;
             }
         }
     }
 
-    pub fn backward<T: Real>(dp: &mut [T], dq: &[T], p: &[T], q: &[T], selection: &Selection) {
+    pub fn backward<T: Real>(
+        dp: &mut [T],
+        dq: &[T],
+        p: &[T],
+        q: &[T],
+        selection: &Selection,
+        all: bool,
+    ) {
         let width = selection.num_experts();
         dp.fill(T::zero());
         for t in 0..selection.num_tokens() {
             let at = |e: &i32| t * width + *e as usize;
             let chosen = selection.experts(t);
             let sum: T = chosen.iter().map(|e| p[at(e)]).sum();
-            let mean: T = chosen.iter().map(|e| q[at(e)] * dq[at(e)]).sum();
+            let row = t * width..(t + 1) * width;
+            let mean: T = match all {
+                true => row.clone().map(|i| q[i] * dq[i]).sum(),
+                false => chosen.iter().map(|e| q[at(e)] * dq[at(e)]).sum(),
+            };
+            if all {
+                row.for_each(|i| dp[i] = dq[i] / sum);
+            }
             for e in chosen {
                 dp[at(e)] = (dq[at(e)] - mean) / sum;
             }
@@ -122,14 +162,17 @@ mod reference {
 
 pub(super) fn cases() -> Vec<Case> {
     use super::dispatch::Selection;
-    [(1, 2, 1), (5, 7, 3), (9, 4, 4)]
-        .into_iter()
-        .map(|(t, e, k)| {
+    let shapes = [(1, 2, 1), (5, 7, 3), (9, 4, 4)].into_iter();
+    shapes
+        .flat_map(|shape| [(shape, false), (shape, true)])
+        .map(|((t, e, k), all)| {
             let positive: Vec<f64> = crate::tape::check::normal_numbers(t * e, 7)
                 .iter()
                 .map(|x| 1.0 + x * x)
                 .collect();
-            Case::new(format!("renormalize [{t}, {e}] top {k}"), move |tape, v| {
+            let of = if all { ", all experts" } else { "" };
+            let name = format!("renormalize [{t}, {e}] top {k}{of}");
+            Case::new(name, move |tape, v| {
                 let selection = Selection::new(t, e, |t, c| {
                     let mut own: Vec<i32> = (0..k).map(|i| ((t + 2 * i) % e) as i32).collect();
                     own.sort_unstable();
@@ -137,7 +180,7 @@ pub(super) fn cases() -> Vec<Case> {
                     c.extend(own);
                 })?;
                 let dispatch = Rc::new(Dispatch::new(selection));
-                Ok(vec![renormalize(tape, &v[0], &dispatch)?])
+                Ok(vec![apply(tape, &v[0], &dispatch, all)?])
             })
             .values("p", [t, e], &positive)
         })
@@ -168,5 +211,19 @@ mod tests {
         for (found, expected) in dp.iter().zip([8.0 / 3.0, 0.0, -4.0 / 3.0]) {
             approx::assert_relative_eq!(*found, expected, epsilon = 1e-14);
         }
+    }
+
+    #[test]
+    fn gates_of_all_experts_worked_by_hand() {
+        // A = {2}: q = p / 0.5. dq = (3, 9, 2): Σ q dq = 1.5 + 4.5 + 2 = 8, dp = (3, 9, 2 − 8) / 0.5.
+        let p = Var::leaf(Tensor::from_slice([1, 3], &[0.25, 0.25, 0.5]), 0);
+        let selection = Selection::new(1, 3, |_, c| c.push(2)).unwrap();
+        let tape = Tape::new();
+        let q = renormalize_all(&tape, &p, &Rc::new(Dispatch::new(selection))).unwrap();
+        assert_eq!(q.tensor().slice::<f64>(), [0.5, 0.5, 1.0]);
+        let mut store = Gradients::new(1);
+        let dq = Tensor::from_slice([1, 3], &[3.0, 9.0, 2.0]);
+        tape.backward_from(&[(&q, dq)], &mut store).unwrap();
+        assert_eq!(store.get(0).unwrap().slice::<f64>(), [6.0, 18.0, -12.0]);
     }
 }

@@ -97,7 +97,7 @@ impl Table {
         }
     }
 
-    fn csv(&self) -> String {
+    pub(crate) fn csv(&self) -> String {
         let mut text = self.columns.join(",") + "\n";
         for row in &self.rows {
             let cells: Vec<String> = row.iter().map(Cell::csv).collect();

@@ -5,6 +5,16 @@
 //! it, `s_i = ⟨g, v_i⟩`: `dz_j = p_j (s_j − Σ_all p_i s_i)`. ê is a constant in backward; it is
 //! updated before use, `ê_i ← β ê_i + (1 − β) m_i` (eq. 10), m_i the mean of e_i over the tokens that
 //! chose i. With n micro-batches each updates with β^(1/n), so that β is per optimizer step.
+//!
+//! With `renormalize` the gates are `q_i = p_i / Σ_A p` for all i; ê is still weighted by p.
+//!
+//! With `source = "sampled"` (ours) m_i is the mean over a few tokens that did *not* choose i, drawn by their probabilities, on
+//! which the expert runs for this alone: what ê stands in for. The mean over the tokens that chose it is another one, since they
+//! chose it for what it gives them.
+//!
+//! `shrink` (ours) uses c ê in place of ê, in output and gradient: a constant c, or with "running" the least-squares one, of a moving
+//! average of `Σ_i w_i ⟨ê_i, m_i⟩ / Σ_i w_i ‖ê_i‖²` over sampled means m_i, w_i the probability that tokens gave an expert which they
+//! did not choose. It is what makes c ê the best stand-in where g has no preferred direction.
 
 use super::topk::TopK;
 use super::{
@@ -13,14 +23,17 @@ use super::{
 use crate::config::ModelConfig;
 use crate::device::Device;
 use crate::dist::at;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
-use crate::ops::expert_mean::{ExpertSums, Weighting};
+use crate::ops::expert_mean::{ExpertSums, Weighting, scaled};
+use crate::ops::renormalize::renormalize_all;
 use crate::ops::routing::{Choice, Score, scores};
+use crate::ops::sampled_outputs::{SampledRows, Sampling, sample};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
-use crate::tensor::dtype::DType;
+use crate::tensor::dtype::{DType, Real};
 use crate::tensor::random::{Purpose, Stream};
+use crate::with_real;
 use serde::{Deserialize, Serialize};
 
 pub(super) const INFO: RouterInfo = RouterInfo {
@@ -51,6 +64,22 @@ pub(super) const INFO: RouterInfo = RouterInfo {
             "whether the vectors enter the output, or the router's gradient alone",
         ),
         ("use_at_evaluation", "whether evaluation uses them"),
+        (
+            "renormalize",
+            "weights that sum to 1 over the chosen experts, those of the others divided by the same sum",
+        ),
+        (
+            "source",
+            "tokens whose outputs the vectors average: \"chosen\", those that chose the expert, or \"sampled\", some that did not",
+        ),
+        (
+            "samples",
+            "tokens that are drawn for each expert and optimizer step, where any are",
+        ),
+        (
+            "shrink",
+            "factor on the vectors where they are used: a number from 0 up, or \"running\", the least-squares one as training goes on",
+        ),
     ],
     check: GradientCheck {
         // So that the vectors are large enough to be seen.
@@ -73,6 +102,36 @@ pub enum WeightNorm {
     Count,
 }
 
+/// Which tokens' outputs default vectors average.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// Those that chose the expert.
+    Chosen,
+    /// A few that did not, drawn by their probabilities.
+    Sampled,
+}
+
+/// The name of the running sums of `shrink` `[2]`: numerator and denominator.
+pub const SHRINK: &str = "shrink_sums";
+/// The running factor is kept at or below it: a small denominator early on means nothing.
+const MOST: f64 = 2.0;
+
+/// The factor on default vectors where they are used.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Shrink {
+    Constant(f64),
+    Running(Running),
+}
+
+/// The word for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Running {
+    Running,
+}
+
 /// Settings of `default`.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -89,6 +148,14 @@ pub struct DefaultMoe {
     pub pass_forward: bool,
     /// Whether evaluation uses them.
     pub use_at_evaluation: bool,
+    /// Whether gates are divided by their sum over the chosen experts, those of the others too.
+    pub renormalize: bool,
+    /// Which tokens' outputs they average: "chosen" or "sampled".
+    pub source: Source,
+    /// Tokens that are drawn for each expert and optimizer step, where any are; below 2^16.
+    pub samples: usize,
+    /// The factor on the vectors where they are used: a number, or "running".
+    pub shrink: Shrink,
 }
 
 impl Default for DefaultMoe {
@@ -100,14 +167,117 @@ impl Default for DefaultMoe {
             init_std: 0.0,
             pass_forward: true,
             use_at_evaluation: true,
+            renormalize: false,
+            source: Source::Chosen,
+            samples: 16,
+            shrink: Shrink::Constant(1.0),
         }
+    }
+}
+
+impl DefaultMoe {
+    /// Moves ê towards the mean of these sums, of all ranks, by this share of a step.
+    fn update(&self, sums: &ExpertSums, share: f64, layer: &mut LayerPass<'_>) -> Result<()> {
+        sums.update(layer.state_mut(VECTORS), self.beta.powf(share))
+    }
+
+    /// Moves the sums of the running factor by what these sampled means say of ê as it was.
+    fn update_shrink(
+        &self,
+        sums: &ExpertSums,
+        drawn: &SampledRows,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<()> {
+        let vectors = layer.state(VECTORS).clone();
+        let mut means = vectors.clone();
+        sums.update(&mut means, 0.0)?;
+        let width = vectors.shape().width();
+        let (vectors, means) = (vectors.to_f64()?, means.to_f64()?);
+        let total: f64 = drawn.mass.iter().sum();
+        let mut terms = [0.0; 2];
+        let experts = vectors.chunks(width).zip(means.chunks(width));
+        for ((vector, mean), mass) in experts.zip(&drawn.mass) {
+            for (v, m) in vector.iter().zip(mean) {
+                terms[0] += mass / total * v * m;
+                terms[1] += mass / total * v * v;
+            }
+        }
+        let (state, beta) = (layer.state_mut(SHRINK), self.beta.powf(drawn.share));
+        let sums = state.to_f64()?;
+        with_real!(state.dtype(), "default", |T| {
+            let to = state.slice_mut::<T>().iter_mut().zip(sums).zip(terms);
+            to.for_each(|((to, sum), term)| *to = T::of(beta * sum + (1.0 - beta) * term));
+            Ok::<(), Error>(())
+        })?;
+        if state.device() != Device::Cpu {
+            // The kernel that commits a step has its address alone: the numbers must be there.
+            state.pointer_mut::<f32>();
+        }
+        Ok(())
+    }
+
+    /// The factor on the vectors.
+    fn scale(&self, layer: &LayerPass<'_>) -> Result<f64> {
+        Ok(match self.shrink {
+            Shrink::Constant(scale) => scale,
+            Shrink::Running(_) => match layer.state(SHRINK).to_f64()?[..] {
+                [along, square] if square > 0.0 => (along / square).clamp(0.0, MOST),
+                _ => 1.0,
+            },
+        })
+    }
+
+    /// Whether tokens are drawn.
+    fn draws(&self) -> bool {
+        self.source == Source::Sampled || matches!(self.shrink, Shrink::Running(_))
+    }
+
+    /// Refuses what sampling cannot do.
+    fn can_sample(&self) -> Result<()> {
+        if !self.draws() {
+            return Ok(());
+        }
+        if !(1..1 << 16).contains(&self.samples) {
+            return Err(Error::invalid(
+                "router.samples",
+                "a whole number from 1 to 65535",
+                self.samples.to_string(),
+                "change it with --set router.samples=…",
+            ));
+        }
+        let counts = self.weighted && self.weight_norm == WeightNorm::Count;
+        if counts && self.source == Source::Sampled {
+            return Err(Error::invalid(
+                "router.weight_norm",
+                "\"sum_p\" with router.source = \"sampled\": drawing by probability gives the mean over their sum",
+                "\"count\"",
+                "leave router.weight_norm out",
+            ));
+        }
+        Ok(())
     }
 }
 
 impl Router for DefaultMoe {
     fn validate(&self, _model: &ModelConfig) -> Result<()> {
         within("beta", self.beta, 0.0, Some(1.0))?;
-        within("init_std", self.init_std, 0.0, None)
+        within("init_std", self.init_std, 0.0, None)?;
+        if let Shrink::Constant(scale) = self.shrink {
+            within("shrink", scale, 0.0, None)?;
+        }
+        self.can_sample()
+    }
+
+    fn validate_device(&self, device: Device) -> Result<()> {
+        if device == Device::Cpu || !self.renormalize {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "router.renormalize",
+            "false on a device with kernels: default renormalises on the CPU alone",
+            format!("true with train.device = \"{device}\""),
+            "set train.device = \"cpu\", or leave router.renormalize out",
+        ))
     }
 
     fn initial_state(&self, model: &ModelConfig, layer: usize, seed: u64) -> Vec<StateTensor> {
@@ -116,10 +286,17 @@ impl Router for DefaultMoe {
             let stream = Stream::new(seed, Purpose::DefaultVectors, 0, layer);
             stream.fill_normal(start.slice_mut::<f64>(), self.init_std);
         }
-        vec![StateTensor {
+        let mut state = vec![StateTensor {
             name: VECTORS,
             start,
-        }]
+        }];
+        if matches!(self.shrink, Shrink::Running(_)) {
+            state.push(StateTensor {
+                name: SHRINK,
+                start: Tensor::zeros(Device::Cpu, DType::F64, [2]),
+            });
+        }
+        state
     }
 
     fn route(
@@ -130,15 +307,73 @@ impl Router for DefaultMoe {
         layer: &mut LayerPass<'_>,
     ) -> Result<Routing> {
         let choice = Choice::top_k(layer.top_k);
-        Routing::by_scores(scores(tape, x, weight, Score::Softmax, choice)?, layer)
+        let scores = scores(tape, x, weight, Score::Softmax, choice)?;
+        let mut routing = Routing::by_scores(scores, layer)?;
+        if self.renormalize {
+            let p = routing.gates;
+            routing.gates = renormalize_all(tape, &p, &routing.dispatch)?;
+            routing.sum_weights = Some(p);
+        }
+        Ok(routing)
+    }
+
+    fn kept_score_tensors(&self) -> usize {
+        1 + usize::from(self.renormalize)
     }
 
     fn weighting(&self) -> Option<Weighting> {
-        Some(match (self.weighted, self.weight_norm) {
-            (false, _) => Weighting::Plain,
-            (true, WeightNorm::SumP) => Weighting::BySumOfProbabilities,
-            (true, WeightNorm::Count) => Weighting::ByCount,
-        })
+        match (self.source, self.weighted, self.weight_norm) {
+            (Source::Sampled, _, _) => None,
+            (_, false, _) => Some(Weighting::Plain),
+            (_, true, WeightNorm::SumP) => Some(Weighting::BySumOfProbabilities),
+            (_, true, WeightNorm::Count) => Some(Weighting::ByCount),
+        }
+    }
+
+    fn samples(&self, routing: &Routing, layer: &mut LayerPass<'_>) -> Result<Option<SampledRows>> {
+        if !self.draws() {
+            return Ok(None);
+        }
+        let chosen = routing.chosen().selection();
+        let index = layer.micro_batch(chosen.num_tokens());
+        at(layer.dist, || {
+            format!("samples of MoE layer {}", layer.layer)
+        });
+        let sampling = Sampling {
+            stream: layer.draws_for(Purpose::DefaultSamples),
+            per_step: self.samples,
+            samples: Sampling::share(self.samples, index, layer.pass.micro_batches),
+            weighted: self.weighted,
+            dist: layer.dist,
+        };
+        sample(routing.scores.values.tensor(), chosen, &sampling)
+    }
+
+    fn learn_from_samples(
+        &self,
+        sums: ExpertSums,
+        drawn: &SampledRows,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<()> {
+        at(layer.dist, || {
+            format!("samples of MoE layer {}", layer.layer)
+        });
+        let sums = sums.over_ranks(layer.dist)?;
+        // By ê as it was, which these samples have no part in.
+        if matches!(self.shrink, Shrink::Running(_)) {
+            self.update_shrink(&sums, drawn, layer)?;
+        }
+        match self.source {
+            Source::Sampled => self.update(&sums, drawn.share, layer),
+            Source::Chosen => Ok(()),
+        }
+    }
+
+    fn sampled_rows_per_step(&self, model: &ModelConfig) -> usize {
+        match self.draws() {
+            true => self.samples * model.num_experts,
+            false => 0,
+        }
     }
 
     fn defaults(
@@ -149,14 +384,19 @@ impl Router for DefaultMoe {
         if let Some(sums) = sums {
             at(layer.dist, || format!("ê of MoE layer {}", layer.layer));
             let sums = sums.over_ranks(layer.dist)?;
-            let beta = self.beta.powf(1.0 / layer.pass.micro_batches as f64);
-            sums.update(layer.state_mut(VECTORS), beta)?;
+            self.update(&sums, 1.0 / layer.pass.micro_batches as f64, layer)?;
         }
         let evaluating = layer.pass.phase == Phase::Evaluate;
         if evaluating && !(self.use_at_evaluation && self.pass_forward) {
             return Ok(None);
         }
-        let vectors = layer.state(VECTORS).clone();
+        let vectors = match self.scale(layer)? {
+            1.0 => layer.state(VECTORS).clone(),
+            scale => {
+                let running = matches!(self.shrink, Shrink::Running(_));
+                scaled(layer.state(VECTORS), scale, running)?
+            }
+        };
         Ok(Some(Defaults {
             vectors,
             in_forward: self.pass_forward,
@@ -168,7 +408,9 @@ impl Router for DefaultMoe {
     }
 
     fn equivalent_topk(&self) -> Option<TopK> {
-        (!self.evaluation_reads(VECTORS)).then(TopK::default)
+        (!self.evaluation_reads(VECTORS)).then_some(TopK {
+            renormalize: self.renormalize,
+        })
     }
 
     fn leave_out_default_vectors(&self, settings: &mut toml::Table) -> bool {
@@ -177,151 +419,11 @@ impl Router for DefaultMoe {
     }
 
     fn weighs_by_softmax(&self) -> bool {
-        true
+        !self.renormalize
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::dist::SingleRank;
-    use crate::ops::combine::combine;
-    use crate::routers::{LayerState, Pass};
-    use crate::tape::Gradients;
-    use std::rc::Rc;
-
-    /// What one training pass gave: y, ê after it, dz, de.
-    struct Outcome {
-        y: Vec<f64>,
-        vectors: Vec<f64>,
-        dz: Vec<f64>,
-        de: Vec<f64>,
-    }
-
-    /// Three tokens, three experts, K = 1, D = 2, β = 1/2.
-    ///
-    /// z = ln (2, 1, 1), ln (1, 3, 4), ln (6, 1, 1), so p = (1/2, 1/4, 1/4), (1/8, 3/8, 1/2),
-    /// (3/4, 1/8, 1/8): tokens 0 and 2 choose expert 0, token 1 expert 2, none expert 1.
-    /// Outputs e_0(x_0) = (4, 0), e_0(x_2) = (0, 8), e_2(x_1) = (0, 8).
-    /// At the start ê_0 = (2, 0), ê_1 = (1, 1), ê_2 = (0, 4).
-    /// Incoming gradients g_0 = (1, 2), g_1 = (−1, 1), g_2 = (2, 0).
-    fn worked(router: DefaultMoe) -> Outcome {
-        let ln = |row: [f64; 3]| row.map(f64::ln);
-        let z = [
-            ln([2.0, 1.0, 1.0]),
-            ln([1.0, 3.0, 4.0]),
-            ln([6.0, 1.0, 1.0]),
-        ]
-        .concat();
-        let z = Var::leaf(Tensor::from_slice([3, 3], &z), 0);
-        // Rows sorted by expert: (expert 0, token 0), (expert 0, token 2), (expert 2, token 1).
-        let e = Var::leaf(
-            Tensor::from_slice([3, 2], &[4.0, 0.0, 0.0, 8.0, 0.0, 8.0]),
-            1,
-        );
-        let start = Tensor::from_slice([3, 2], &[2.0, 0.0, 1.0, 1.0, 0.0, 4.0]);
-        let mut state = LayerState::new(vec![StateTensor {
-            name: VECTORS,
-            start,
-        }]);
-
-        let (tape, mut store) = (Tape::new(), Gradients::new(2));
-        let pass = Pass::single(Phase::Train);
-        let mut layer = LayerPass::new(pass, &SingleRank, 0, 1, 0, &mut state, false);
-        // With the identity as the router's weight the logits are the layer's input.
-        let identity = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0];
-        let weight = Var::constant(Tensor::from_slice([3, 3], &identity));
-        let routing = router.route(&tape, &z, &weight, &mut layer).unwrap();
-        let (gates, weighting) = (routing.gates.tensor(), router.weighting().unwrap());
-        let sums = ExpertSums::of_rows(e.tensor(), gates, weighting, &routing.dispatch).unwrap();
-        let defaults = router.defaults(Some(sums), &mut layer).unwrap();
-        let y = combine(
-            &tape,
-            &routing.gates,
-            &e,
-            defaults,
-            &Rc::clone(&routing.dispatch),
-        )
-        .unwrap();
-        let g = Tensor::from_slice([3, 2], &[1.0, 2.0, -1.0, 1.0, 2.0, 0.0]);
-        tape.backward_from(&[(&y, g)], &mut store).unwrap();
-        state.commit();
-        let vectors = state.tensors().next().map(|(_, t)| t.to_f64().unwrap());
-        Outcome {
-            y: y.tensor().to_f64().unwrap(),
-            vectors: vectors.unwrap(),
-            dz: store.get(0).unwrap().to_f64().unwrap(),
-            de: store.get(1).unwrap().to_f64().unwrap(),
-        }
-    }
-
-    fn half() -> DefaultMoe {
-        DefaultMoe {
-            beta: 0.5,
-            ..Default::default()
-        }
-    }
-
-    fn assert_close(found: &[f64], expected: &[f64]) {
-        assert_eq!(found.len(), expected.len());
-        for (f, e) in found.iter().zip(expected) {
-            assert!((f - e).abs() <= 1e-14, "{found:?}, expected {expected:?}");
-        }
-    }
-
-    #[test]
-    fn the_moving_average_worked_by_hand_in_every_weighting() {
-        // Weighted: m_0 = (1/2 (4, 0) + 3/4 (0, 8)) / (1/2 + 3/4) = (2, 6) / 1.25 = (1.6, 4.8),
-        // ê_0 = ((2, 0) + (1.6, 4.8)) / 2 = (1.8, 2.4); ê_1 stays; ê_2 = ((0, 4) + (0, 8)) / 2.
-        assert_close(&worked(half()).vectors, &[1.8, 2.4, 1.0, 1.0, 0.0, 6.0]);
-        // Plain: m_0 = ((4, 0) + (0, 8)) / 2 = (2, 4), ê_0 = (2, 2).
-        let plain = DefaultMoe {
-            weighted: false,
-            ..half()
-        };
-        assert_close(&worked(plain).vectors, &[2.0, 2.0, 1.0, 1.0, 0.0, 6.0]);
-        // By count: m_0 = (2, 6) / 2 = (1, 3), ê_0 = (1.5, 1.5); m_2 = 1/2 (0, 8), ê_2 = (0, 4).
-        let count = DefaultMoe {
-            weight_norm: WeightNorm::Count,
-            ..half()
-        };
-        assert_close(&worked(count).vectors, &[1.5, 1.5, 1.0, 1.0, 0.0, 4.0]);
-    }
-
-    #[test]
-    fn the_output_worked_by_hand_uses_the_updated_average() {
-        // y_0 = 1/2 (4, 0) + 1/4 (1, 1) + 1/4 (0, 6),
-        // y_1 = 1/8 (1.8, 2.4) + 3/8 (1, 1) + 1/2 (0, 8),
-        // y_2 = 3/4 (0, 8) + 1/8 (1, 1) + 1/8 (0, 6).
-        assert_close(&worked(half()).y, &[2.25, 1.75, 0.6, 4.675, 0.125, 6.875]);
-    }
-
-    #[test]
-    fn the_gradients_worked_by_hand() {
-        // Token 0: s = (⟨g, e_0⟩, ⟨g, ê_1⟩, ⟨g, ê_2⟩) = (4, 3, 12), Σ p s = 5.75,
-        //   dz = (1/2 (4 − 5.75), 1/4 (3 − 5.75), 1/4 (12 − 5.75)).
-        // Token 1: s = (0.6, 0, 8), Σ p s = 4.075,
-        //   dz = (1/8 (0.6 − 4.075), 3/8 (0 − 4.075), 1/2 (8 − 4.075)).
-        // Token 2: s = (0, 2, 0), Σ p s = 0.25, dz = (3/4 (−0.25), 1/8 (1.75), 1/8 (−0.25)).
-        let found = worked(half());
-        assert_close(
-            &found.dz,
-            &[
-                -0.875, -0.6875, 1.5625, -0.434375, -1.528125, 1.9625, -0.1875, 0.21875, -0.03125,
-            ],
-        );
-        // de = p g of the expert that ran: 1/2 (1, 2), 3/4 (2, 0), 1/2 (−1, 1).
-        assert_close(&found.de, &[0.5, 1.0, 1.5, 0.0, -0.5, 0.5]);
-    }
-
-    #[test]
-    fn without_pass_forward_the_output_is_that_of_topk_and_the_gradient_stays_dense() {
-        let found = worked(DefaultMoe {
-            pass_forward: false,
-            ..half()
-        });
-        // y_t = p e of the chosen expert.
-        assert_close(&found.y, &[2.0, 0.0, 0.0, 4.0, 0.0, 6.0]);
-        assert_close(&found.dz, &worked(half()).dz);
-    }
-}
+mod sampled_tests;
+#[cfg(test)]
+mod tests;

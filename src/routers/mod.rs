@@ -22,6 +22,7 @@ pub use statistics::LayerStats;
 pub(crate) use tally::DeviceTally;
 
 use crate::config::ModelConfig;
+use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::ops::combine::Defaults;
@@ -29,6 +30,7 @@ use crate::ops::dispatch::Dispatch;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
 use crate::ops::renormalize::renormalize;
 use crate::ops::routing::Scores;
+use crate::ops::sampled_outputs::SampledRows;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::rc::Rc;
@@ -44,6 +46,8 @@ pub struct Routing {
     pub dispatch: Rc<Dispatch>,
     /// The experts that count as chosen, where those that run are others.
     pub chosen: Option<Rc<Dispatch>>,
+    /// `[T, E]`: what weighted sums of the experts' outputs count them by, where that is not the gates.
+    pub sum_weights: Option<Var>,
     /// The loss of a router with [`Balance::Own`], a scalar with its coefficient.
     pub penalty: Option<Var>,
 }
@@ -56,6 +60,7 @@ impl Routing {
             scores,
             dispatch,
             chosen: None,
+            sum_weights: None,
             penalty: None,
         }
     }
@@ -121,6 +126,14 @@ pub trait Router {
         Ok(())
     }
 
+    /// Refuses devices on which these settings do not run.
+    ///
+    /// # Errors
+    /// Names the key, and where it runs.
+    fn validate_device(&self, _device: Device) -> Result<()> {
+        Ok(())
+    }
+
     /// The state of one MoE layer at the start of training, in f64: the model rounds it to its
     /// dtype. `layer` counts MoE layers from 0.
     fn initial_state(&self, _model: &ModelConfig, _layer: usize, _seed: u64) -> Vec<StateTensor> {
@@ -148,6 +161,38 @@ pub trait Router {
     /// method does not need them.
     fn weighting(&self) -> Option<Weighting> {
         None
+    }
+
+    /// Draws tokens on which experts that they did not choose are to run, for the router's state alone. Asked in passes that may
+    /// change state; all ranks must answer alike.
+    ///
+    /// # Errors
+    /// When the draw fails.
+    fn samples(
+        &self,
+        _routing: &Routing,
+        _layer: &mut LayerPass<'_>,
+    ) -> Result<Option<SampledRows>> {
+        Ok(None)
+    }
+
+    /// Takes the sums of the experts' outputs over the rows that [`samples`](Self::samples) drew, this rank's, before
+    /// [`defaults`](Self::defaults) is asked.
+    ///
+    /// # Errors
+    /// When the sums do not fit the state, or a rank has left.
+    fn learn_from_samples(
+        &self,
+        _sums: ExpertSums,
+        _drawn: &SampledRows,
+        _layer: &mut LayerPass<'_>,
+    ) -> Result<()> {
+        Ok(())
+    }
+
+    /// Rows that [`samples`](Self::samples) draws in an optimizer step for one layer, at most.
+    fn sampled_rows_per_step(&self, _model: &ModelConfig) -> usize {
+        0
     }
 
     /// Gives the default vectors of the experts that did not run, if the method has any. `sums` are

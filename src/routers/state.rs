@@ -178,6 +178,11 @@ impl LayerState {
         self.replay.extend(choices.iter().cloned());
     }
 
+    /// Lets passes with state frozen take this choice, or their own again.
+    pub(crate) fn force(&mut self, choice: Option<Selection>) {
+        self.selection = choice;
+    }
+
     /// Where replayed choices were not the router's own, since the last call.
     pub fn take_disagreements(&mut self) -> Vec<Disagreement> {
         std::mem::take(&mut self.disagreements)
@@ -337,6 +342,17 @@ impl<'p> LayerPass<'p> {
     /// global batch, [`Pass::first_token`] and on.
     pub fn draws(&self) -> Stream {
         Stream::new(self.seed, Purpose::Routing, self.pass.step, self.layer)
+    }
+
+    /// This micro-batch's place among those of its step: the ranks' parts of one follow one another.
+    pub fn micro_batch(&self, tokens: usize) -> usize {
+        let whole = (tokens * self.dist.size()).max(1) as u64;
+        (self.pass.first_token / whole) as usize
+    }
+
+    /// The random numbers of this layer and step for another purpose than routing.
+    pub fn draws_for(&self, purpose: Purpose) -> Stream {
+        Stream::new(self.seed, purpose, self.pass.step, self.layer)
     }
 
     /// The seed, step and first token that [`draws`](Self::draws) and their index begin with, for kernels that

@@ -154,6 +154,7 @@ impl Hook for Analysis {
         let report = analyze::analyze(config, &trainer.model, step, ANALYZED)?;
         let folder = self.out.join("analysis").join(format!("step-{step}"));
         analyze::write(&report, &folder)?;
+        analyze::write_trend(&self.out.join("analysis"))?;
         let seconds = begun.elapsed().as_secs_f64();
         trainer.note(&format!(
             "step {step}: the router analysed in {seconds:.1} s, {}",

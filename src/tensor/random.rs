@@ -34,6 +34,8 @@ pub enum Purpose {
     Check = 5,
     /// Stochastic rounding of the optimizer's moments; `step` is the number of the update, `layer` the parameter.
     Rounding = 6,
+    /// Tokens whose outputs sampled default vectors average; `layer` is the MoE layer.
+    DefaultSamples = 7,
 }
 
 /// Layers that counter 3 has room for.

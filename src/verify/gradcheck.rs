@@ -141,6 +141,9 @@ const ROUTER_CASES: &[RouterCase] = &[
         "default",
         &["model.top_k=2", "router.weighted=false", "router.beta=0.3"],
     ),
+    differences("default", &["model.top_k=1", "router.renormalize=true"]),
+    differences("default", &["router.renormalize=true", "router.shrink=0.5"]),
+    differences("default", &["model.top_k=2", "router.source=\"sampled\""]),
     RouterCase {
         router: "default",
         set: &["model.top_k=2", "router.pass_forward=false"],
@@ -215,7 +218,7 @@ const MODEL_OPTIONS: &[&[&str]] = &[
     ],
     &[
         "balance.aux_scope=\"micro\"",
-        "balance.aux_reduction=\"sum\"",
+        "balance.aux_reduction=\"mean\"",
         "model.dense_layers=[1]",
     ],
 ];

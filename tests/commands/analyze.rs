@@ -41,7 +41,7 @@ fn a_checkpoint_becomes_one_page_with_data_that_no_thread_count_changes() {
         assert!(page.contains(text(&format!("{name}.svg"))), "{name}");
         figures += 1;
     }
-    assert_eq!(figures, 7);
+    assert_eq!(figures, 10);
     for outside in ["src=", "href=", "@import", "NaN"] {
         assert!(!page.contains(outside), "the page needs {outside}");
     }

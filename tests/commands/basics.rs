@@ -214,7 +214,7 @@ fn every_option_of_the_model_trains_and_resumes() {
         &[
             "model.layers=3",
             "model.dense_layers=[0,2]",
-            "balance.aux_reduction=sum",
+            "balance.aux_reduction=mean",
         ],
         &[
             "train.dtype=f64",

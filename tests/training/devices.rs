@@ -124,6 +124,7 @@ fn every_option_of_default_agrees_with_the_cpu() {
         "router.weight_norm=\"count\"",
         "router.pass_forward=false",
         "router.init_std=0.5",
+        "router.source=sampled",
     ] {
         let found = compare_layer(&layer("default", 8, 2, &[set]), 211, Load::Zipf, None).unwrap();
         let (what, difference) = found.worst();

@@ -22,7 +22,8 @@ fn stopping_and_resuming_changes_no_byte_with_any_router() {
     );
     let all = ROUTERS.iter().map(|r| (r.name, &["model.top_k=2"][..]));
     let rounded = ("topk", &["train.bf16_moments=true"][..]);
-    for (i, (router, set)) in all.chain([first_version, rounded]).enumerate() {
+    let sampled = ("default", &["router.source=sampled"][..]);
+    for (i, (router, set)) in all.chain([first_version, rounded, sampled]).enumerate() {
         let place = Place::new();
         let mut options = vec!["--router", router, "--steps", "120"];
         set.iter().for_each(|s| options.extend(["--set", s]));
@@ -71,6 +72,14 @@ fn analyses_on_the_way_change_no_byte_of_the_training() {
             let report = format!("analysed/analysis/step-{step}/report.html");
             assert!(place.path(&report).is_file(), "{report}");
         }
+        // The analyses together: a row for each of them and each MoE layer.
+        let trend = place.path("analysed/analysis/gradients-over-training.csv");
+        let rows = std::fs::read_to_string(&trend).unwrap();
+        let step = |row: &str| row.split(',').next().unwrap().to_owned();
+        let layers = rows.lines().filter(|row| step(row) == "10").count();
+        let steps: Vec<String> = rows.lines().skip(1).step_by(layers).map(step).collect();
+        assert_eq!(steps, ["10", "20", "30"], "{rows}");
+        assert!(trend.with_extension("svg").is_file());
         assert_eq!(
             metrics(&place.path("plain")),
             metrics(&place.path("analysed"))

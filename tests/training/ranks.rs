@@ -46,7 +46,11 @@ fn configs() -> Vec<Config> {
         "balance.z_coefficient=0.001",
         "train.dtype=\"f64\"",
     ];
-    all.chain([first_version])
+    let sampled = (
+        "default",
+        &["router.source=sampled", "router.samples=5"][..],
+    );
+    all.chain([first_version, sampled])
         .map(|(router, set)| {
             let mut layers = Layers::preset("tiny");
             layers.set = small.iter().chain(set).map(|s| s.to_string()).collect();

@@ -8,6 +8,8 @@ use routegrad::train::step::{StepExecutor, StepReport};
 
 const LENGTH: usize = 12;
 const SEQUENCES: usize = 4;
+/// Default vectors from tokens that did not choose an expert.
+const SAMPLED: &str = "router.source=sampled";
 
 fn config(router: &str, set: &[&str]) -> Config {
     let mut layers = Layers::preset("tiny");
@@ -73,27 +75,27 @@ fn distance(a: &[f64], b: &[f64]) -> f64 {
 
 #[test]
 fn recomputed_layers_give_the_same_bytes() {
-    for router in ROUTERS {
-        let plain = step(&config(router.name, &[]), 2);
+    let all = ROUTERS.iter().map(|router| (router.name, vec![]));
+    for (router, set) in all.chain([("default", vec![SAMPLED])]) {
+        let plain = step(&config(router, &set), 2);
         for recompute in ["train.recompute=true", "train.recompute=[1]"] {
-            let again = step(&config(router.name, &[recompute]), 2);
-            assert!(
-                plain.1 == again.1,
-                "weights of {} with {recompute}",
-                router.name
-            );
-            assert!(
-                plain.2 == again.2,
-                "state of {} with {recompute}",
-                router.name
-            );
-            assert_eq!(
-                plain.0.layers, again.0.layers,
-                "counted twice by {}",
-                router.name
-            );
+            let again = step(&config(router, &[&set[..], &[recompute]].concat()), 2);
+            let case = format!("{router} {set:?} with {recompute}");
+            assert!(plain.1 == again.1, "weights of {case}");
+            assert!(plain.2 == again.2, "state of {case}");
+            assert_eq!(plain.0.layers, again.0.layers, "counted twice by {case}");
         }
     }
+}
+
+#[test]
+fn sampled_vectors_are_others_and_follow_seed_step_and_layer() {
+    let state_of = |set: &[&str]| step(&config("default", set), 1).2;
+    let sampled = state_of(&[SAMPLED]);
+    assert!(sampled == state_of(&[SAMPLED]));
+    assert!(sampled != state_of(&[]));
+    assert!(sampled != state_of(&[SAMPLED, "router.samples=17"]));
+    assert!(sampled.iter().all(|v| v.is_finite()) && sampled.iter().any(|v| *v != 0.0));
 }
 
 #[test]
@@ -152,12 +154,13 @@ fn the_decay_of_default_vectors_is_per_step_and_not_per_micro_batch() {
 #[test]
 fn a_step_that_is_not_finite_names_the_place_and_leaves_no_trace() {
     for router in ROUTERS {
-        refuses_and_leaves_no_trace(router.name);
+        refuses_and_leaves_no_trace(router.name, &[]);
     }
+    refuses_and_leaves_no_trace("default", &[SAMPLED]);
 }
 
-fn refuses_and_leaves_no_trace(router: &str) {
-    let config = config(router, &[]);
+fn refuses_and_leaves_no_trace(router: &str, set: &[&str]) {
+    let config = config(router, set);
     let mut model = Model::new(&config).unwrap();
     let mut trainer = StepExecutor::new(&config.train, &model);
     let batch = batch();

@@ -4,7 +4,16 @@ use crate::error::Result;
 use crate::report::plots::{Area, Drawn, GRID, TRAIN, VALIDATION, diverging, font, styled, svg};
 use plotters::prelude::*;
 
-const COLORS: [RGBColor; 2] = [TRAIN, VALIDATION];
+/// Of the series; they repeat beyond. The first two are those of a run's curves.
+const COLORS: [RGBColor; 7] = [
+    TRAIN,
+    VALIDATION,
+    RGBColor(27, 143, 96),
+    RGBColor(148, 92, 180),
+    RGBColor(200, 155, 20),
+    RGBColor(120, 120, 120),
+    RGBColor(214, 70, 130),
+];
 
 /// One series: a value at each x, none where it is not defined.
 pub struct Series {
@@ -19,7 +28,7 @@ pub enum Mark {
     Bar,
 }
 
-/// A panel of at most two series over whole numbers.
+/// A panel of series over whole numbers.
 pub struct Chart {
     pub caption: String,
     pub series: Vec<Series>,
@@ -56,23 +65,37 @@ pub fn charts(charts: &[Chart], axes: &Axes, mark: Mark) -> Result<String> {
     } else {
         0.0
     };
-    let size = (320 * columns.max(2) as u32, 40 + 250 * rows as u32);
+    let names = charts.first().map_or(&[][..], |c| &c.series);
+    let width = 320 * columns.max(2) as u32;
+    let places = legend(names, width as i32);
+    let header_height = 36 + places.last().map_or(0, |(_, top)| *top);
+    let size = (width, 4 + header_height as u32 + 250 * rows as u32);
     svg(size, |area| {
-        let (header, panels) = area.split_vertically(36);
-        let names = charts.first().map_or(&[][..], |c| &c.series);
-        for (i, series) in names.iter().enumerate() {
-            let left = 16 + 150 * i as i32;
+        let (header, panels) = area.split_vertically(header_height);
+        for ((i, series), (left, top)) in names.iter().enumerate().zip(&places) {
+            let (left, top) = (*left, 12 + *top);
             header.draw(&Rectangle::new(
-                [(left, 12), (left + 14, 26)],
-                COLORS[i % 2].filled(),
+                [(left, top), (left + 14, top + 14)],
+                COLORS[i % COLORS.len()].filled(),
             ))?;
-            header.draw(&Text::new(series.name.clone(), (left + 20, 12), font(14)))?;
+            header.draw(&Text::new(series.name.clone(), (left + 20, top), font(14)))?;
         }
         for (chart, panel) in charts.iter().zip(panels.split_evenly((rows, columns))) {
             draw_chart(&panel, chart, axes, mark, (low, high))?;
         }
         Ok(())
     })
+}
+
+/// Where the names of series stand, left and top: in columns of 150 pixels or as wide as the longest name needs, on as many
+/// lines as that takes.
+fn legend(names: &[Series], width: i32) -> Vec<(i32, i32)> {
+    let longest = names.iter().map(|s| s.name.chars().count() as i32);
+    let column = longest.max().map_or(150, |n| (40 + 7 * n).max(150));
+    let across = ((width - 16) / column).max(1);
+    (0..names.len() as i32)
+        .map(|i| (16 + column * (i % across), 20 * (i / across)))
+        .collect()
 }
 
 fn draw_chart(
@@ -107,7 +130,7 @@ fn draw_chart(
         .draw()?;
     let width = 0.8 / chart.series.len().max(1) as f64;
     for (i, series) in chart.series.iter().enumerate() {
-        let color = COLORS[i % 2];
+        let color = COLORS[i % COLORS.len()];
         let known = series
             .points
             .iter()

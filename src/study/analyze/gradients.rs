@@ -1,5 +1,5 @@
-//! Router gradients compared: with the dense one over K, and with the one that sees every expert at
-//! the same incoming gradient.
+//! Router gradients compared: with that of the dense model over K, which is two forward passes, and with the one that sees
+//! every expert at the incoming gradient of the method itself.
 
 use super::probe::Watched;
 use crate::config::Config;
@@ -36,20 +36,28 @@ impl Method {
         }
     }
 
-    /// The method, `default` with the settings of the checkpoint if it was trained with it.
-    fn router(self, config: &Config) -> Result<Box<dyn Router>> {
+    /// The method, `default` with the settings of the checkpoint if it was trained with it; experts are weighted by p.
+    pub fn router(self, config: &Config) -> Result<Box<dyn Router>> {
         match self {
             Method::TopK => Ok(Box::new(TopK::default())),
-            Method::Default => {
-                let own = routers::build(&config.router)?;
-                let state = own.initial_state(&config.model, 0, 0);
-                Ok(match state.iter().any(|t| t.name == VECTORS) {
-                    true => own,
-                    false => Box::new(DefaultMoe::default()),
-                })
+            Method::Default if own_method(config)? == Method::Default => {
+                let mut own = config.router.clone();
+                own.settings.remove("renormalize");
+                routers::build(&own)
             }
+            Method::Default => Ok(Box::new(DefaultMoe::default())),
         }
     }
+}
+
+/// The method whose forward pass the model has: `default` where it keeps default vectors, else `topk`.
+pub fn own_method(config: &Config) -> Result<Method> {
+    let own = routers::build(&config.router)?;
+    let state = own.initial_state(&config.model, 0, 0);
+    Ok(match state.iter().any(|t| t.name == VECTORS) {
+        true => Method::Default,
+        false => Method::TopK,
+    })
 }
 
 /// Sequences for the gradients, a micro-batch at a time.
@@ -112,7 +120,7 @@ pub fn vectors_of(model: &Model) -> Result<Vec<Tensor>> {
 }
 
 /// The checkpoint's weights under a method, with frozen default vectors, `top_k` experts a token.
-fn estimator(
+pub fn estimator(
     config: &Config,
     source: &Model,
     vectors: &[Tensor],
@@ -132,7 +140,7 @@ fn estimator(
 
 /// Gradients of the mean cross-entropy over the batch with state frozen and nothing replayed; `after`
 /// each micro-batch sees its store of gradients before it is emptied.
-fn backward(
+pub fn backward(
     watched: &Watched,
     batch: &MicroBatches,
     mut after: impl FnMut(&Gradients) -> Result<()>,
@@ -152,7 +160,7 @@ fn backward(
 }
 
 /// The index of parameter `suffix` of each MoE layer.
-fn slots(model: &Model, suffix: &str) -> Result<Vec<usize>> {
+pub fn slots(model: &Model, suffix: &str) -> Result<Vec<usize>> {
     let layers = model.config().moe_layers();
     let find = |layer: &usize| {
         let name = format!("model.layers.{layer}.mlp.{suffix}");
@@ -195,7 +203,7 @@ pub fn router_gradients(
     Ok(sums)
 }
 
-/// Cosine similarities to the dense router gradient: `[method][K − 1][MoE layer]`, K = 1 … E − 1 in
+/// Cosine similarities to the router gradient of the dense model, whose forward pass is another one: `[method][K − 1][MoE layer]`, K = 1 … E − 1 in
 /// all layers together.
 pub fn dense_similarity(
     config: &Config,
@@ -277,6 +285,7 @@ impl LayerAt<'_> {
             gates: &routing.gates,
             gate_up: &gate_up,
             down: &down,
+            sum_weights: None,
         };
         let y = experts(&tape, input, &routing.dispatch, None, |sums| {
             router.defaults(sums, &mut layer)

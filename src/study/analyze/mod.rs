@@ -2,21 +2,26 @@
 //! as one page with figures.
 //!
 //! Held-out text is routed at evaluation (entropy, frequency, co-activation) and differentiated with
-//! state frozen (similarity to the dense gradient, gradient error). Everything runs on the CPU, in
+//! state frozen (similarity to the dense gradient, gradient error, estimators at one forward pass, route regret). Everything runs on the CPU, in
 //! the checkpoint's dtype, and gives the same bytes for any number of threads.
 
+mod estimators;
 mod figures;
 mod gradients;
 mod probe;
+mod regret;
 mod report;
 mod routing;
 mod sections;
+mod substitutes;
 #[cfg(test)]
 mod tests;
+mod trend;
 mod vectors;
 
 pub use crate::report::page::{Cell, Section as Analysis, Table};
 pub use report::write;
+pub use trend::write as write_trend;
 
 use crate::config::Config;
 use crate::data::{Corpus, sources};
@@ -147,15 +152,19 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
     };
     let similarity = gradients::dense_similarity(config, model, &vectors, &batch)?;
     let error = gradients::gradient_error(config, model, &vectors, &batch)?;
+    // The micro-batch that training would take next.
+    let first = step * config.train.sequences_per_step as u64;
+    let next = corpus.sequences(first..first + micro_batch as u64);
     let drifts = match filled {
         true => Vec::new(),
-        // The micro-batch that training would take next.
-        false => {
-            let first = step * config.train.sequences_per_step as u64;
-            let next = corpus.sequences(first..first + micro_batch as u64);
-            vectors::drifts(config, model, next.all())?
-        }
+        false => vectors::drifts(config, model, next.all())?,
     };
+    let compared = estimators::compare(config, model, &vectors, &batch, next.all())?;
+    let sample = MicroBatches {
+        all: corpus.evaluation(sequences.min(regret::SAMPLED)),
+        micro_batch,
+    };
+    let rerouted = regret::reroute(config, model, &vectors, &sample)?;
 
     let notes = sections::gradient_notes(config, filled);
     Ok(Report {
@@ -173,8 +182,11 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
             sections::frequency(config, &routed)?,
             sections::co_activation(config, &routed)?,
             sections::by_source(&by_source, &short)?,
-            sections::gradient_error(&error, notes)?,
+            sections::gradient_error(&error, notes.clone())?,
             sections::drift(config, &drifts)?,
+            sections::estimators(&compared, notes.clone())?,
+            sections::scale(&compared, notes)?,
+            sections::regret(&rerouted)?,
         ],
     })
 }

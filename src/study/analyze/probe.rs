@@ -12,6 +12,7 @@ use crate::ops::add::add;
 use crate::ops::combine::Defaults;
 use crate::ops::dispatch::Selection;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
+use crate::ops::sampled_outputs::SampledRows;
 use crate::routers::default::VECTORS;
 use crate::routers::{Balance, LayerPass, LayerState, OwnParameter, Router, Routing, StateTensor};
 use crate::tape::{Tape, Var};
@@ -87,6 +88,19 @@ impl Watched {
     }
 }
 
+impl Probe {
+    /// Records what default vectors are updated with.
+    fn see_update(&self, sums: &ExpertSums, layer: &LayerPass<'_>) -> Result<()> {
+        if let Some(seen) = self.record.borrow_mut().last_mut() {
+            let vectors = layer.state(VECTORS).clone();
+            let mut means = vectors.clone();
+            sums.update(&mut means, 0.0)?;
+            seen.update = Some([vectors, means]);
+        }
+        Ok(())
+    }
+}
+
 impl Router for Probe {
     fn route(
         &self,
@@ -104,16 +118,28 @@ impl Router for Probe {
         Ok(routing)
     }
 
+    fn samples(&self, routing: &Routing, layer: &mut LayerPass<'_>) -> Result<Option<SampledRows>> {
+        self.inner.samples(routing, layer)
+    }
+
+    fn learn_from_samples(
+        &self,
+        sums: ExpertSums,
+        drawn: &SampledRows,
+        layer: &mut LayerPass<'_>,
+    ) -> Result<()> {
+        // Where the chosen tokens are averaged, their sums come after these and stand over them.
+        self.see_update(&sums, layer)?;
+        self.inner.learn_from_samples(sums, drawn, layer)
+    }
+
     fn defaults(
         &self,
         sums: Option<ExpertSums>,
         layer: &mut LayerPass<'_>,
     ) -> Result<Option<Defaults>> {
-        if let (Some(sums), Some(seen)) = (&sums, self.record.borrow_mut().last_mut()) {
-            let vectors = layer.state(VECTORS).clone();
-            let mut means = vectors.clone();
-            sums.update(&mut means, 0.0)?;
-            seen.update = Some([vectors, means]);
+        if let Some(sums) = &sums {
+            self.see_update(sums, layer)?;
         }
         self.inner.defaults(sums, layer)
     }

@@ -1,4 +1,8 @@
-//! The eight analyses in words, tables and figures.
+//! The analyses in words, tables and figures.
+
+mod estimators;
+
+pub use estimators::{SCALE, estimators, regret, scale};
 
 use super::figures::{Axes, Chart, Heatmap, Mark, Series, charts, heatmaps};
 use super::gradients::Method;
@@ -174,11 +178,13 @@ pub fn dense_similarity(
         y: "cosine",
     };
     Ok(Analysis {
-        name: "dense-gradient-similarity",
-        title: "Similarity to the dense router gradient",
-        shows: "How near the router's gradient under topk and under default comes to the one with every \
-                expert active, on these weights and this text, when K is changed in all MoE layers \
-                together. Default vectors are frozen, the loss is the cross-entropy alone.",
+        name: "two-forward-similarity",
+        title: "Similarity to the dense model's router gradient: two forward passes",
+        shows: "How near the router's gradient under topk and under default comes to the one of the dense model, \
+                in which every expert is active, on these weights and this text, when K is changed in all MoE \
+                layers together: figure 3 of the Default MoE paper. The dense model's forward pass is another \
+                one, and so is its incoming gradient: the figure mixes how the models differ with how good \
+                the estimators are. Default vectors are frozen, the loss is the cross-entropy alone.",
         formula: "⟨G_K, G_E⟩ / (‖G_K‖ ‖G_E‖), G [E, D] = ∂loss/∂W of a layer's router, flattened",
         notes,
         figure: if panels.is_empty() {

@@ -1,6 +1,9 @@
 //! The analyses against plain loops over the formulas, and what the report says where one does not
 //! apply.
 
+#[path = "estimators_tests.rs"]
+mod estimators;
+
 use super::gradients::{Method, MicroBatches, cosine, gradient_error, router_gradients};
 use super::probe::Watched;
 use super::{Report, analyze};

@@ -115,6 +115,7 @@ impl Memory {
             // The head's logits in f32 and their gradients in bf16 are gone when the layers' backward begins.
             Target::H200 => (again + backward).max((F32 + 2) * logits),
         };
+        let workspace = workspace + sampled_bytes(config, router, size);
         let moe_layers = m.moe_layers().len() as u64;
         Memory {
             weights: parameters * full,
@@ -204,6 +205,21 @@ fn passing(config: &Config, router: &dyn Router, layer: usize, target: Target) -
         sizes.extend([rows * 2 * f, rows * f, rows * d, rows * d, e, e]);
     }
     sizes
+}
+
+/// What lives while a layer runs the rows that its router draws for its state: tokens gathered, gate and up, their product, the
+/// outputs, and how often each pair was drawn.
+fn sampled_bytes(config: &Config, router: &dyn Router, size: u64) -> u64 {
+    let (m, train) = (&config.model, &config.train);
+    let parts = (train.sequences_per_step / train.micro_batch.max(1)).max(1);
+    let each = router.sampled_rows_per_step(m) / m.num_experts.max(1);
+    let rows = (each.div_ceil(parts) * m.num_experts) as u64;
+    if rows == 0 {
+        return 0;
+    }
+    let tokens = (train.micro_batch * m.sequence_length) as u64;
+    let (d, f) = (m.hidden as u64, m.expert_ffn_width as u64);
+    size * rows * (2 * d + 3 * f) + size.max(F32) * tokens * m.num_experts as u64
 }
 
 /// Maps between tokens and rows of every MoE layer: three entries of four bytes a row.

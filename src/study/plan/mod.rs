@@ -63,7 +63,7 @@ pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
         config.train.recompute = crate::config::Recompute::All(all);
         config
     };
-    let flops = flops_of(m, &*router);
+    let flops = flops_of(config, &*router);
     let rate = match target {
         Target::Cpu => CORE_RATE * threads as f64,
         Target::H200 => H200_PEAK * H200_SHARE,
@@ -87,19 +87,26 @@ pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
     })
 }
 
-/// As [`count::flops_per_token`], with every expert that the router runs in training.
+/// As [`count::flops_per_token`], with every expert that the router runs in training, and the rows that it runs for its state
+/// alone, forward only.
 ///
 /// # Errors
 /// When there is no such router.
 pub fn flops_per_token(config: &Config) -> Result<u64> {
-    Ok(flops_of(&config.model, &*routers::build(&config.router)?))
+    Ok(flops_of(config, &*routers::build(&config.router)?))
 }
 
-fn flops_of(model: &ModelConfig, router: &dyn Router) -> u64 {
-    count::flops_per_token(&ModelConfig {
+fn flops_of(config: &Config, router: &dyn Router) -> u64 {
+    let model = &config.model;
+    let routed = count::flops_per_token(&ModelConfig {
         top_k: router.mean_experts_per_token(model),
         ..model.clone()
-    })
+    });
+    // A row through three matrices, over the tokens of a step.
+    let row = 6 * (model.hidden * model.expert_ffn_width) as u128;
+    let rows = (router.sampled_rows_per_step(model) * model.moe_layers().len()) as u128;
+    let tokens = (config.train.sequences_per_step * model.sequence_length) as u128;
+    routed.saturating_add(u64::try_from(rows * row / tokens.max(1)).unwrap_or(u64::MAX))
 }
 
 /// The largest divisor of the batch whose memory is there.

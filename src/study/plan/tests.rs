@@ -139,3 +139,27 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
     assert!(dense.flops_per_token > 2 * topk.flops_per_token);
     assert!(dense.memory.activations > 3 * topk.memory.activations);
 }
+
+#[test]
+fn sampled_default_vectors_cost_their_rows_in_forward_alone() {
+    let chosen = config("1.96b", &["router.name=default"]);
+    let sampled = config(
+        "1.96b",
+        &[
+            "router.name=default",
+            "router.source=sampled",
+            "router.samples=32",
+        ],
+    );
+    let [a, b] = [&chosen, &sampled].map(|c| plan(c, Target::H200, 1).unwrap());
+    // 23 layers of 8 experts, 32 rows each, through three matrices of 1024 · 2816, over 2^21 tokens.
+    let rows = 23.0 * 8.0 * 32.0 * 2.0 * 3.0 * 1024.0 * 2816.0 / 2f64.powi(21);
+    let more = (b.flops_per_token - a.flops_per_token) as f64;
+    assert!((more - rows).abs() <= 1.0, "{more} instead of {rows}");
+    // In each of 128 micro-batches one row of an expert or none, and a number for each token and expert.
+    let bytes = 2 * 8 * (2 * 1024 + 3 * 2816) + 4 * 8 * 2048 * 8;
+    assert_eq!(b.memory.workspace - a.memory.workspace, bytes);
+    assert_eq!(b.memory.router_state, a.memory.router_state);
+    let same = |f: fn(&Memory) -> u64| f(&a.memory) == f(&b.memory);
+    assert!(same(|m| m.activations) && same(|m| m.weights));
+}

@@ -175,6 +175,7 @@ impl Operation {
                         gates,
                         gate_up,
                         down,
+                        sum_weights: None,
                     };
                     experts(tape, input, &dispatch, None, |_| Ok(None))
                 })

@@ -183,6 +183,9 @@ class Mixture(nn.Module):
         self.experts = Experts(config)
         stand_in = router["name"] == "default" and router["pass_forward"] and router["use_at_evaluation"]
         self.register_buffer("default_vectors", torch.zeros(config.num_experts, d) if stand_in else None)
+        running = stand_in and router["shrink"] == "running"
+        self.register_buffer("shrink_sums", torch.zeros(2) if running else None)
+        self.shrink = router["shrink"] if stand_in else None
         scaled = router["name"] == "sparsemixer" and router["version"] == "v1"
         self.register_parameter("omega", nn.Parameter(torch.ones(d)) if scaled else None)
         self.shared_expert = None
@@ -190,13 +193,20 @@ class Mixture(nn.Module):
             self.shared_expert = Swiglu(d, config.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Linear(d, 1, bias=False)
 
+    def scale(self):
+        """The factor on the default vectors."""
+        if self.shrink_sums is None:
+            return self.shrink
+        along, square = self.shrink_sums
+        return (along / square).clamp(0, 2) if square > 0 else 1
+
     def forward(self, x):
         shape, x = x.shape, x.flatten(0, 1)
         weights, runs = self.gate(x)
         weights = weights.to(x.dtype)
         y = self.experts(x, weights, runs)
         if self.default_vectors is not None:
-            y = y + weights.masked_fill(runs, 0) @ self.default_vectors
+            y = y + self.scale() * (weights.masked_fill(runs, 0) @ self.default_vectors)
         if self.omega is not None:
             y = y * self.omega
         if self.shared_expert is not None:

@@ -1,0 +1,452 @@
+//! The estimators at one forward pass, and rerouted tokens, against plain loops in f64.
+
+use super::*;
+use crate::dist::SingleRank;
+use crate::ops::dispatch::Selection;
+use crate::ops::routing::{Choice, Score, scores};
+use crate::ops::sampled_outputs::{Sampling, sample};
+use crate::routers::{LayerPass, Routing};
+use crate::study::analyze::estimators::{Compared, ESTIMATORS, compare, values_of_k};
+use crate::study::analyze::regret::{Loss, reroute};
+use crate::study::analyze::substitutes::RIDGE;
+use crate::tape::Var;
+use crate::tensor::random::{Purpose, Stream};
+
+const LENGTH: usize = 16;
+
+fn tokens(step: i32) -> Vec<i32> {
+    let count = (SEQUENCES * (LENGTH + 1)) as i32;
+    (0..count).map(|i| (i * i + step * i) % 256).collect()
+}
+
+fn batch(step: i32) -> MicroBatches {
+    MicroBatches {
+        all: Batch {
+            tokens: tokens(step),
+            sequences: SEQUENCES,
+            first_key: None,
+        },
+        // Two micro-batches, so that sums over them are checked.
+        micro_batch: 1,
+    }
+}
+
+/// What one MoE layer saw, in plain numbers.
+struct At {
+    x: Vec<f64>,
+    /// Empty where it was not asked for.
+    g: Vec<f64>,
+}
+
+/// x and g of a pass of `router` over these tokens.
+fn at(
+    config: &Config,
+    model: &Model,
+    vectors: &Tensor,
+    tokens: &[i32],
+    router: Box<dyn Router>,
+) -> At {
+    let watched = Watched::new(config, router, model).unwrap();
+    for state in watched.model.layer_states_mut().iter_mut() {
+        state.restore("default_vectors", vectors.clone()).unwrap();
+    }
+    let (tape, weights) = (Tape::new(), watched.model.weights());
+    let (sequences, pass) = (
+        Sequences::new(tokens, SEQUENCES),
+        Pass::single(Phase::Frozen),
+    );
+    let losses = watched
+        .model
+        .loss(&tape, &weights, sequences, pass)
+        .unwrap();
+    let mut store = Gradients::new(watched.slots());
+    tape.backward(&losses.total, 1.0, &mut store).unwrap();
+    At {
+        x: watched.take()[0].x.to_f64().unwrap(),
+        g: store.get(watched.slot(0)).unwrap().to_f64().unwrap(),
+    }
+}
+
+/// p `[E]`, which experts are chosen, and e `[E][D]` of one token.
+fn token(model: &Model, x: &[f64], top_k: usize) -> (Vec<f64>, Vec<bool>, Vec<Vec<f64>>) {
+    let z = times(&parameter(model, "gate.weight"), x);
+    let total: f64 = z.iter().map(|z| z.exp()).sum();
+    let rank = |j: usize| z.iter().filter(|other| **other > z[j]).count();
+    let outputs = (0..EXPERTS).map(|e| {
+        let part = |m: Vec<f64>| m[e * m.len() / EXPERTS..(e + 1) * m.len() / EXPERTS].to_vec();
+        let h = times(&part(parameter(model, "experts.gate_up_proj")), x);
+        let (gate, up) = h.split_at(h.len() / 2);
+        let pairs = gate.iter().zip(up);
+        let a: Vec<f64> = pairs.map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
+        times(&part(parameter(model, "experts.down_proj")), &a)
+    });
+    (
+        z.iter().map(|z| z.exp() / total).collect(),
+        (0..EXPERTS).map(|j| rank(j) < top_k).collect(),
+        outputs.collect(),
+    )
+}
+
+/// ν `[E][D]`, masses, and the linear function of each expert as a closure's data: (x̄, B), by Gaussian elimination.
+struct Fitted {
+    mass: Vec<f64>,
+    mean: Vec<Vec<f64>>,
+    sampled: Vec<Vec<f64>>,
+    center: Vec<Vec<f64>>,
+    map: Vec<Vec<Vec<f64>>>,
+}
+
+/// x `[D]`, and what [`token`] gives of it.
+type Token<'a> = (&'a [f64], (Vec<f64>, Vec<bool>, Vec<Vec<f64>>));
+
+fn fitted(model: &Model, x: &[f64], top_k: usize) -> Fitted {
+    let tokens: Vec<Token<'_>> = x
+        .chunks(HIDDEN)
+        .map(|x| (x, token(model, x, top_k)))
+        .collect();
+    let mut found = Fitted {
+        mass: Vec::new(),
+        mean: Vec::new(),
+        sampled: sampled(&tokens),
+        center: Vec::new(),
+        map: Vec::new(),
+    };
+    for i in 0..EXPERTS {
+        let off: Vec<(f64, &[f64], &Vec<f64>)> = tokens
+            .iter()
+            .filter(|(_, (_, chosen, _))| !chosen[i])
+            .map(|(x, (p, _, e))| (p[i], *x, &e[i]))
+            .collect();
+        let mass: f64 = off.iter().map(|(w, _, _)| w).sum();
+        let mean = |of: &dyn Fn(&(f64, &[f64], &Vec<f64>)) -> Vec<f64>| -> Vec<f64> {
+            (0..HIDDEN)
+                .map(|d| off.iter().map(|o| o.0 * of(o)[d]).sum::<f64>() / mass)
+                .collect()
+        };
+        let (center, output) = (mean(&|o| o.1.to_vec()), mean(&|o| o.2.clone()));
+        // [C + λ I | R], eliminated.
+        let mut rows: Vec<Vec<f64>> = (0..HIDDEN)
+            .map(|a| {
+                let sum = |f: &dyn Fn(&(f64, &[f64], &Vec<f64>)) -> f64| off.iter().map(f).sum();
+                let left = (0..HIDDEN)
+                    .map(|b| sum(&|o| o.0 * (o.1[a] - center[a]) * (o.1[b] - center[b])));
+                let right = (0..HIDDEN)
+                    .map(|d| sum(&|o| o.0 * (o.1[a] - center[a]) * (o.2[d] - output[d])));
+                left.chain(right).collect()
+            })
+            .collect();
+        let trace: f64 = (0..HIDDEN).map(|a| rows[a][a]).sum();
+        (0..HIDDEN).for_each(|a| rows[a][a] += RIDGE * trace / HIDDEN as f64);
+        for a in 0..HIDDEN {
+            let pivot: Vec<f64> = rows[a].iter().map(|v| v / rows[a][a]).collect();
+            for (b, row) in rows.iter_mut().enumerate() {
+                let factor = if b == a { 0.0 } else { row[a] };
+                row.iter_mut()
+                    .zip(&pivot)
+                    .for_each(|(r, p)| *r -= factor * p);
+            }
+            rows[a] = pivot;
+        }
+        found.mass.push(mass);
+        found.mean.push(output);
+        found.center.push(center);
+        found
+            .map
+            .push(rows.into_iter().map(|r| r[HIDDEN..].to_vec()).collect());
+    }
+    found
+}
+
+/// ê of 64 draws, β = 0.9.
+fn sampled(tokens: &[Token<'_>]) -> Vec<Vec<f64>> {
+    let p: Vec<f64> = tokens.iter().flat_map(|(_, (p, ..))| p.clone()).collect();
+    let p = Tensor::from_slice([tokens.len(), EXPERTS], &p);
+    let chosen = Selection::new(tokens.len(), EXPERTS, |t, list| {
+        list.extend(
+            (0..)
+                .zip(&tokens[t].1.1)
+                .filter(|(_, c)| **c)
+                .map(|(e, _)| e),
+        );
+    });
+    let chosen = chosen.unwrap();
+    let mut vectors = vec![vec![0.0; HIDDEN]; EXPERTS];
+    for step in 0..64 {
+        let sampling = Sampling {
+            stream: Stream::new(0, Purpose::Check, step, 0),
+            per_step: 16,
+            samples: 0..16,
+            weighted: true,
+            dist: &SingleRank,
+        };
+        let drawn = sample(&p, &chosen, &sampling).unwrap().unwrap();
+        let times = drawn.times().to_f64().unwrap();
+        for (i, vector) in vectors.iter_mut().enumerate() {
+            for (d, v) in vector.iter_mut().enumerate() {
+                let outputs = tokens.iter().map(|(_, (.., e))| e[i][d]).enumerate();
+                let sum: f64 = outputs.map(|(t, e)| times[t * EXPERTS + i] * e).sum();
+                *v = 0.9 * *v + 0.1 * sum / 16.0;
+            }
+        }
+    }
+    vectors
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// dz `[T, E]` and dW `[E, D]` where `s(token, expert, its output)` stands for s off A.
+fn gradients(
+    model: &Model,
+    at: &At,
+    top_k: usize,
+    off: &dyn Fn(&[f64], &[f64], usize, &[f64]) -> f64,
+) -> [Vec<f64>; 2] {
+    let (mut dz, mut dw) = (Vec::new(), vec![0.0; EXPERTS * HIDDEN]);
+    for (x, g) in at.x.chunks(HIDDEN).zip(at.g.chunks(HIDDEN)) {
+        let (p, chosen, outputs) = token(model, x, top_k);
+        let s: Vec<f64> = (0..EXPERTS)
+            .map(|i| match chosen[i] {
+                true => dot(g, &outputs[i]),
+                false => off(x, g, i, &outputs[i]),
+            })
+            .collect();
+        let mean = dot(&p, &s);
+        for i in 0..EXPERTS {
+            let d = p[i] * (s[i] - mean);
+            dz.push(d);
+            (0..HIDDEN).for_each(|c| dw[i * HIDDEN + c] += d * x[c]);
+        }
+    }
+    [dz, dw]
+}
+
+/// Cosine and relative error against the exact gradient.
+fn quality(found: &[f64], exact: &[f64]) -> [f64; 2] {
+    let norm = dot(exact, exact).sqrt();
+    let missed: f64 = found.iter().zip(exact).map(|(f, e)| (f - e).powi(2)).sum();
+    [
+        dot(found, exact) / (dot(found, found).sqrt() * norm),
+        missed.sqrt() / norm,
+    ]
+}
+
+fn small_vectors() -> Tensor {
+    let vectors = normal_numbers(EXPERTS * HIDDEN, 3);
+    let vectors: Vec<f64> = vectors.into_iter().map(|x| 0.01 * x).collect();
+    Tensor::from_slice([EXPERTS, HIDDEN], &vectors)
+}
+
+/// The comparison of a router's model in f64, at its K = 2, and what plain loops need to check it.
+fn compared(router: &str) -> (Config, Model, Compared) {
+    let config = micro(router, &["train.dtype=\"f64\"", "model.top_k=2"]);
+    let model = Model::new(&config).unwrap();
+    let training = tokens(3);
+    let by_k = compare(
+        &config,
+        &model,
+        &[small_vectors()],
+        &batch(5),
+        Sequences::new(&training, SEQUENCES),
+    )
+    .unwrap();
+    assert_eq!(by_k.iter().map(|(k, _)| *k).collect::<Vec<_>>(), [1, 2, 3]);
+    let mut layers = by_k.into_iter().nth(1).unwrap().1;
+    assert_eq!(layers.len(), 1);
+    (config, model, layers.remove(0))
+}
+
+#[test]
+fn estimators_at_one_forward_pass_are_those_of_the_formulas_in_plain_loops() {
+    for router in ["default", "topk"] {
+        let (config, model, found) = compared(router);
+        let own = || routers::build(&config.router).unwrap();
+        let vectors = small_vectors();
+        let here = at(&config, &model, &vectors, &tokens(5), own());
+        let there = at(&config, &model, &vectors, &tokens(3), own());
+        let fit = fitted(&model, &there.x, 2);
+        let flat = vectors.to_f64().unwrap();
+        let row = |i: usize| &flat[i * HIDDEN..(i + 1) * HIDDEN];
+
+        let with =
+            |off: &dyn Fn(&[f64], &[f64], usize, &[f64]) -> f64| gradients(&model, &here, 2, off);
+        let exact = with(&|_, g, _, e| dot(g, e));
+        let topk = with(&|_, _, _, _| 0.0);
+        let default = with(&|_, g, i, _| dot(g, row(i)));
+        let mean = with(&|_, g, i, _| dot(g, &fit.mean[i]));
+        let sampled = with(&|_, g, i, _| dot(g, &fit.sampled[i]));
+        let linear = with(&|x, g, i, _| {
+            let value = |d: usize| -> f64 {
+                let along = (0..HIDDEN).map(|a| (x[a] - fit.center[i][a]) * fit.map[i][a][d]);
+                fit.mean[i][d] + along.sum::<f64>()
+            };
+            (0..HIDDEN).map(|d| g[d] * value(d)).sum()
+        });
+        for (what, qualities, scale) in [
+            (0, &found.dz, found.scale_dz),
+            (1, &found.dw, found.scale_dw),
+        ] {
+            // The scale by its definition, and the gradient at it.
+            let [from_topk, missed] = [&default, &exact].map(|of| -> Vec<f64> {
+                of[what]
+                    .iter()
+                    .zip(&topk[what])
+                    .map(|(a, b)| a - b)
+                    .collect()
+            });
+            let best = dot(&missed, &from_topk) / dot(&from_topk, &from_topk);
+            assert!(
+                (scale.unwrap() - best).abs() <= 1e-10 * best.abs(),
+                "{router}"
+            );
+            let at_scale = |c: f64| -> Vec<f64> {
+                topk[what]
+                    .iter()
+                    .zip(&from_topk)
+                    .map(|(t, d)| t + c * d)
+                    .collect()
+            };
+            let shrunk = at_scale(best);
+            let expected = [
+                &topk[what],
+                &default[what],
+                &shrunk,
+                &sampled[what],
+                &mean[what],
+                &linear[what],
+                &exact[what],
+            ];
+            assert_eq!(ESTIMATORS.len(), expected.len());
+            for ((name, found), expected) in ESTIMATORS.iter().zip(qualities).zip(expected) {
+                let [cosine, error] = quality(expected, &exact[what]);
+                let case = format!("{router} {name} {what}: {found:?}, {cosine} {error}");
+                assert!((found.cosine.unwrap() - cosine).abs() <= 1e-10, "{case}");
+                assert!((found.error.unwrap() - error).abs() <= 1e-10, "{case}");
+            }
+            // No other scale comes nearer.
+            let least = qualities[2].error.unwrap();
+            for c in [0.0, 1.0, best - 1e-3, best + 1e-3, -best] {
+                assert!(quality(&at_scale(c), &exact[what])[1] > least, "{c}");
+            }
+            let densemixer = qualities[6];
+            assert!((densemixer.cosine.unwrap() - 1.0).abs() <= 1e-12);
+            assert!(densemixer.error.unwrap() <= 1e-12);
+            assert!(qualities[0].error.unwrap() > 0.01);
+        }
+        let weighted = |a: &dyn Fn(usize) -> Vec<f64>, b: &dyn Fn(usize) -> Vec<f64>| -> f64 {
+            (0..EXPERTS).map(|i| fit.mass[i] * dot(&a(i), &b(i))).sum()
+        };
+        let (own, other) = (|i: usize| row(i).to_vec(), |i: usize| fit.mean[i].clone());
+        let [aa, bb, ab] = [
+            weighted(&own, &own),
+            weighted(&other, &other),
+            weighted(&own, &other),
+        ];
+        assert!((found.norm_ratio.unwrap() - (aa / bb).sqrt()).abs() <= 1e-10);
+        assert!((found.cosine.unwrap() - ab / (aa * bb).sqrt()).abs() <= 1e-10);
+    }
+}
+
+#[test]
+fn values_of_k_are_powers_of_two_the_own_one_and_all_but_one() {
+    assert_eq!(values_of_k(8, 1), [1, 2, 4, 7]);
+    assert_eq!(values_of_k(32, 6), [1, 2, 4, 6, 8, 16, 31]);
+    assert_eq!(values_of_k(2, 2), [1]);
+    assert!(values_of_k(1, 1).is_empty());
+}
+
+/// `topk` with a choice that is given.
+struct Given(Selection);
+
+impl Router for Given {
+    fn route(
+        &self,
+        tape: &Tape,
+        x: &Var,
+        weight: &Var,
+        layer: &mut LayerPass<'_>,
+    ) -> crate::error::Result<Routing> {
+        let scores = scores(tape, x, weight, Score::Softmax, Choice::top_k(layer.top_k))?;
+        let dispatch = layer.select(|| scores.chosen(self.0.clone()))?;
+        Ok(Routing::new(scores.values.clone(), scores, dispatch))
+    }
+}
+
+#[test]
+fn a_rerouted_token_has_the_loss_of_a_model_that_chooses_so() {
+    for top_k in [1, 2] {
+        let set = [
+            "train.dtype=\"f64\"".to_string(),
+            format!("model.top_k={top_k}"),
+        ];
+        let config = micro("topk", &[&set[0], &set[1]]);
+        let model = Model::new(&config).unwrap();
+        let batch = MicroBatches {
+            micro_batch: SEQUENCES,
+            ..batch(5)
+        };
+        let found = reroute(&config, &model, &[small_vectors()], &batch).unwrap();
+        // 32 tokens: 16 places in each of two sequences.
+        assert_eq!((found.len(), found[0].len()), (1, 32));
+        let x = at(
+            &config,
+            &model,
+            &small_vectors(),
+            &tokens(5),
+            routers::build(&config.router).unwrap(),
+        )
+        .x;
+        let all: Vec<_> = x.chunks(HIDDEN).map(|x| token(&model, x, top_k)).collect();
+        let losses = |changed: Option<(usize, usize, usize)>| -> Vec<f64> {
+            let selection = Selection::new(all.len(), EXPERTS, |t, list| {
+                let chosen = (0..EXPERTS).filter(|e| match changed {
+                    Some((at, from, to)) if at == t => *e == to || *e != from && all[t].1[*e],
+                    _ => all[t].1[*e],
+                });
+                list.extend(chosen.map(|e| e as i32));
+            });
+            let watched =
+                Watched::new(&config, Box::new(Given(selection.unwrap())), &model).unwrap();
+            let sequences = batch.all.all();
+            watched.model.token_losses(sequences).unwrap()
+        };
+        let base = losses(None);
+        let is_at = |row: usize, loss: &Loss| (base[row] - loss.own).abs() <= 1e-12;
+        let mut seen = 0;
+        for rerouted in found[0].iter().take(6) {
+            let mut rows = (0..all.len()).filter(|row| is_at(*row, &rerouted.chosen));
+            let (row, None) = (rows.next().unwrap(), rows.next()) else {
+                continue;
+            };
+            let (p, chosen, _) = &all[row];
+            let mut order: Vec<usize> = (0..EXPERTS).collect();
+            order.sort_by(|a, b| p[*b].total_cmp(&p[*a]));
+            let (own, others): (Vec<usize>, Vec<usize>) =
+                order.into_iter().partition(|e| chosen[*e]);
+            assert_eq!(rerouted.others.len(), EXPERTS - top_k);
+            for (other, loss) in others.iter().zip(&rerouted.others) {
+                let changed = losses(Some((row, *own.last().unwrap(), *other)));
+                let end = (row / LENGTH + 1) * LENGTH;
+                let from_here: f64 = changed[row..end].iter().sum();
+                assert!((changed[row] - loss.own).abs() <= 1e-12);
+                assert!((from_here - loss.from_here).abs() <= 1e-12);
+                // What came before does not know of it; products over other rows may round differently.
+                for at in row / LENGTH * LENGTH..row {
+                    assert!((changed[at] - base[at]).abs() <= 1e-12);
+                }
+                seen += 1;
+            }
+        }
+        assert!(seen > 6, "{seen}");
+    }
+}
+
+#[test]
+fn a_choice_of_all_experts_leaves_nothing_to_reroute() {
+    let config = micro("topk", &["model.top_k=4"]);
+    let report = report(&config, &Model::new(&config).unwrap());
+    let regret = report.get("route-regret").unwrap();
+    assert!(regret.notes[0].starts_with("Does not apply"));
+    assert!(regret.table.rows.is_empty() && regret.figure.is_none());
+}
