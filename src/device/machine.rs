@@ -21,9 +21,10 @@ pub struct Chip {
     /// Compute capability.
     pub capability: (i32, i32),
     pub multiprocessors: usize,
-    /// GiB that a program can have: the data sheet's figure less 1 for the driver, or measured.
+    /// GiB that a program can have: what CUDA reports as the GPU's memory, less half a GiB or more for its own use; measured
+    /// on an H200.
     pub memory_gib: u64,
-    /// Dense bf16 products with f32 sums, FLOP/s, of the data sheet.
+    /// Dense bf16 products with f32 sums, FLOP/s at the boost clock of the data sheet: a card that clocks higher passes it.
     pub peak: f64,
     /// Bytes a second of its memory, of the data sheet.
     pub bandwidth: f64,
@@ -33,16 +34,17 @@ pub struct Chip {
 
 /// The GPU models that commands know by name. On sm_100 the kernels use mma.sync, which does not reach the peak of tcgen05.
 pub static CHIPS: [Chip; 8] = [
-    // "NVIDIA A100 Tensor Core GPU" data sheet, A100 80GB SXM: 312 TFLOPS, 80 GB, 2,039 GB/s; 108 SMs: its whitepaper.
+    // "NVIDIA A100 Tensor Core GPU" data sheet, A100 80GB SXM: bf16 312 TFLOPS, 80 GB, 2,039 GB/s; 108 SMs: its whitepaper.
     chip(
         "a100",
         "NVIDIA A100-SXM4-80GB",
         (8, 0),
         108,
-        79,
+        78,
         (312e12, 2.039e12),
     ),
-    // "NVIDIA Ampere GA102 GPU Architecture" whitepaper, RTX 3090: bf16 71 TFLOPS, 24 GB, 936 GB/s, 82 SMs.
+    // "NVIDIA Ampere GA102 GPU Architecture" whitepaper, RTX 3090: bf16 71 TFLOPS (82 SMs x 512 FLOP x 1,695 MHz), 24 GB,
+    // 936 GB/s. CUDA reports 24,259 MiB.
     chip(
         "rtx3090",
         "NVIDIA GeForce RTX 3090",
@@ -51,7 +53,8 @@ pub static CHIPS: [Chip; 8] = [
         23,
         (71e12, 0.936e12),
     ),
-    // "NVIDIA Ada GPU Architecture" whitepaper, RTX 4090: bf16 165.2 TFLOPS, 24 GB, 1,008 GB/s, 128 SMs.
+    // "NVIDIA Ada GPU Architecture" whitepaper, RTX 4090: bf16 165.2 TFLOPS (128 SMs x 512 FLOP x 2,520 MHz), 24 GB,
+    // 1,008 GB/s. CUDA reports 24,563 MiB.
     chip(
         "rtx4090",
         "NVIDIA GeForce RTX 4090",
@@ -60,16 +63,17 @@ pub static CHIPS: [Chip; 8] = [
         23,
         (165.2e12, 1.008e12),
     ),
-    // "NVIDIA RTX Blackwell GPU Architecture" whitepaper, RTX 5090: bf16 209.5 TFLOPS, 32 GB, 1,792 GB/s, 170 SMs.
+    // "NVIDIA RTX Blackwell GPU Architecture" whitepaper, RTX 5090: bf16 209.5 TFLOPS (170 SMs x 512 FLOP x 2,407 MHz), 32 GB,
+    // 1,792 GB/s. CUDA reports 32,109 MiB.
     chip(
         "rtx5090",
         "NVIDIA GeForce RTX 5090",
         (12, 0),
         170,
-        31,
+        30,
         (209.5e12, 1.792e12),
     ),
-    // "NVIDIA L40S" data sheet: bf16 362.05 TFLOPS, 48 GB, of which ECC takes 3, 864 GB/s; 18,176 cores: 142 SMs.
+    // "NVIDIA L40S" data sheet: bf16 362.05 TFLOPS, 48 GB with ECC, 864 GB/s; 18,176 cores: 142 SMs. CUDA reports 45,589 MiB.
     chip(
         "l40s",
         "NVIDIA L40S",
@@ -78,7 +82,8 @@ pub static CHIPS: [Chip; 8] = [
         44,
         (362.05e12, 0.864e12),
     ),
-    // "NVIDIA H100 Tensor Core GPU" data sheet, SXM: bf16 989 TFLOPS, 80 GB, 3.35 TB/s; 132 SMs: its whitepaper.
+    // "NVIDIA H100 Tensor Core GPU" data sheet, SXM: bf16 1,979 TFLOPS with sparsity, 989 without, 80 GB, 3.35 TB/s; 132 SMs:
+    // its whitepaper. CUDA reports 81,090 MiB.
     chip(
         "h100",
         "NVIDIA H100 80GB HBM3",
@@ -99,8 +104,9 @@ pub static CHIPS: [Chip; 8] = [
             (H200_PEAK, 4.8e12),
         )
     },
-    // "NVIDIA HGX B200" data sheet, an eighth of its 8 GPUs: bf16 18 PFLOPS dense, 1,440 GB, 62 TB/s; 148 SMs.
-    chip("b200", "NVIDIA B200", (10, 0), 148, 178, (2250e12, 7.7e12)),
+    // "NVIDIA HGX B200" data sheet, an eighth of its 8 GPUs: bf16 36 PFLOPS with sparsity, 18 without, 1.4 TB, 62 TB/s. CUDA
+    // reports 148 SMs and 182,631 MiB.
+    chip("b200", "NVIDIA B200", (10, 0), 148, 177, (2250e12, 7.7e12)),
 ];
 
 const fn chip(
