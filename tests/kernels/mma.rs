@@ -45,7 +45,11 @@ fn agrees(problem: &Problem, order: Order) {
     }
 }
 
+/// In the plain build: a race or a wrong address shows in one run of a kernel, and each has one besides this.
 fn same_bytes_under_every_schedule(problem: &Problem) {
+    if !is_plain() {
+        return;
+    }
     let first = on(86, || outputs(problem));
     problem.judged(&first).unwrap_or_else(|e| panic!("{e}"));
     for schedule in schedules() {
