@@ -290,7 +290,7 @@ DEV void attend(ForwardMmaShared<D>& s, const Bf16Output& out_rows, float* log_s
     if (sees) accumulate_rows<D>(out, p, s.v[step % 2]);
   }
   cp_async_wait<0>();
-  __syncthreads();  // Q is read: staging buffers lie there now
+  // Everybody has read Q before the wait for the last V: staging buffers lie there now.
   finish_rows<D>(rows, factor, log_sum_exp, shape, place, row);
   if (first_row < shape.sequence) {
     MmaStaging staging(s.staging[warpgroup], warpgroup);
