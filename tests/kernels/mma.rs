@@ -189,8 +189,38 @@ mod products {
 
 mod router {
     use super::*;
+    use routegrad::verify::kernels::router::{self, Kind};
+    use routegrad::verify::kernels::router_backward;
 
     const LAUNCHERS: [&str; 2] = ["router_forward", "router_backward"];
+
+    /// There shared memory holds one bf16 term of an f32 matrix at a time.
+    #[test]
+    fn one_with_more_than_128_experts_is_within_f32_roundoff_of_float64_in_every_build() {
+        let (tokens, experts, hidden, score) = (70, 200, 136, ROUTEGRAD_SCORE_SOFTMAX);
+        let forward = router::problem(router::Shape {
+            tokens,
+            experts,
+            hidden,
+            choices: 3,
+            score,
+            kind: Kind::Ordinary,
+        });
+        let backward = router_backward::problem(router_backward::Shape {
+            tokens,
+            experts,
+            hidden,
+            score,
+            accumulate: true,
+            given: [true; 3],
+        });
+        for problem in [forward, backward] {
+            let problem = problem.unwrap();
+            problem
+                .judged(&without_conflicts(&problem, 86))
+                .unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
 
     /// With more than 128 experts the sums are term by term.
     #[test]
