@@ -1,4 +1,4 @@
-//! Compiles the kernels twice from one source: against the simulator with the C++ compiler (always), and for Hopper with
+//! Compiles the kernels twice from one source: against the simulator with the C++ compiler (always), and for GPUs with
 //! nvcc where one is found.
 
 #[path = "build/bindings.rs"]

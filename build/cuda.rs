@@ -1,5 +1,8 @@
 //! The GPU's build, with nvcc: taken from `NVCC`, `CUDA_HOME`, the PATH, or the folder that scripts/install-toolkit fills.
 //! Without one the crate still builds, with the CPU and the simulator.
+//!
+//! `ROUTEGRAD_ARCHS` lists the architectures to compile for, such as `80,90a`; `native` (the default) is this machine's GPU,
+//! or `90a` where there is none; `all` is every one of [`ARCHS`].
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,10 +12,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::sources;
 
 const OLDEST: (u32, u32) = (12, 8);
+/// What the kernels compile for. 90a takes the kernels for Hopper (TMA and wgmma), the others those for Ampere and later
+/// (cp.async and mma.sync).
+const ARCHS: [&str; 6] = ["80", "86", "89", "90a", "100", "120"];
+const HOPPER: &str = "90a";
 const INSTALL: &str = "scripts/install-toolkit puts one into .toolkit/";
 
 pub fn compile() {
-    for variable in ["NVCC", "CUDA_HOME"] {
+    for variable in ["NVCC", "CUDA_HOME", "ROUTEGRAD_ARCHS"] {
         println!("cargo::rerun-if-env-changed={variable}");
     }
     // Cargo runs the script at every build while a watched file is missing; scripts/install-toolkit touches this one.
@@ -85,12 +92,14 @@ fn build(nvcc: &Path) {
             (source, object)
         })
         .collect();
-    compile_all(nvcc, &jobs);
+    let archs = architectures();
+    compile_all(nvcc, &archs, &jobs);
     cc::Build::new()
         .objects(jobs.iter().map(|(_, object)| object))
         .compile("routegrad_cuda");
     link_runtime(nvcc);
     println!("cargo::rustc-cfg=routegrad_cuda");
+    println!("cargo::rustc-env=ROUTEGRAD_BUILT_FOR={}", archs.join(","));
     let hashes: Vec<String> = jobs
         .iter()
         .map(|(source, object)| {
@@ -104,8 +113,73 @@ fn build(nvcc: &Path) {
     println!("cargo::rustc-env=ROUTEGRAD_CODE={}", hashes.join(";"));
 }
 
+/// The architectures that `ROUTEGRAD_ARCHS` names.
+fn architectures() -> Vec<&'static str> {
+    let wanted = std::env::var("ROUTEGRAD_ARCHS").unwrap_or_default();
+    match wanted.trim() {
+        "all" => ARCHS.to_vec(),
+        "" | "native" => vec![native().unwrap_or(HOPPER)],
+        list => list
+            .split([',', ' '])
+            .filter(|name| !name.is_empty())
+            .map(|name| {
+                let known = ARCHS.into_iter().find(|arch| *arch == name);
+                known.unwrap_or_else(|| {
+                    panic!(
+                        "ROUTEGRAD_ARCHS={list}: `{name}` is not an architecture; expected `native`, `all`, or some of {}, \
+                         separated by commas",
+                        ARCHS.join(", ")
+                    )
+                })
+            })
+            .collect(),
+    }
+}
+
+/// The architecture of the first GPU of this machine: the newest in [`ARCHS`] of its generation that it can run.
+fn native() -> Option<&'static str> {
+    let output = Command::new("nvidia-smi")
+        .args(["--query-gpu=compute_cap", "--format=csv,noheader"])
+        .output()
+        .ok()?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (major, minor) = text.lines().next()?.trim().split_once('.')?;
+    let found: u32 = format!("{major}{minor}").parse().ok()?;
+    let number = |arch: &str| -> u32 { arch.trim_end_matches('a').parse().unwrap_or(0) };
+    let runs = |arch: &&str| number(arch) / 10 == found / 10 && number(arch) <= found;
+    let best = ARCHS
+        .into_iter()
+        .filter(runs)
+        .max_by_key(|arch| number(arch));
+    if best.is_none() {
+        println!(
+            "cargo::warning=compute capability {major}.{minor} has no kernels here; built for {HOPPER}"
+        );
+    }
+    best
+}
+
+/// What nvcc needs to know of them.
+fn architecture_flags(archs: &[&str]) -> Vec<String> {
+    let mut flags: Vec<String> = archs
+        .iter()
+        .flat_map(|arch| {
+            [
+                "-gencode".to_string(),
+                format!("arch=compute_{arch},code=sm_{arch}"),
+            ]
+        })
+        .collect();
+    let hopper = archs.contains(&HOPPER);
+    let ampere = archs.iter().any(|arch| *arch != HOPPER);
+    flags.push(format!("-DROUTEGRAD_FOR_HOPPER={}", i32::from(hopper)));
+    flags.push(format!("-DROUTEGRAD_FOR_AMPERE={}", i32::from(ampere)));
+    flags
+}
+
 /// One nvcc a file, as many at once as Cargo was told to use.
-fn compile_all(nvcc: &Path, jobs: &[(PathBuf, PathBuf)]) {
+fn compile_all(nvcc: &Path, archs: &[&str], jobs: &[(PathBuf, PathBuf)]) {
+    let flags = architecture_flags(archs);
     let at_once = std::env::var("NUM_JOBS")
         .ok()
         .and_then(|n| n.parse().ok())
@@ -116,7 +190,7 @@ fn compile_all(nvcc: &Path, jobs: &[(PathBuf, PathBuf)]) {
         for _ in 0..at_once.min(jobs.len()) {
             scope.spawn(|| {
                 while let Some((source, object)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(text) = compile_one(nvcc, source, object) {
+                    if let Err(text) = compile_one(nvcc, &flags, source, object) {
                         failures.lock().unwrap().push(text);
                     }
                 }
@@ -127,14 +201,10 @@ fn compile_all(nvcc: &Path, jobs: &[(PathBuf, PathBuf)]) {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-fn compile_one(nvcc: &Path, source: &Path, object: &Path) -> Result<(), String> {
+fn compile_one(nvcc: &Path, flags: &[String], source: &Path, object: &Path) -> Result<(), String> {
     let output = Command::new(nvcc)
-        .args([
-            "-std=c++20",
-            "-O3",
-            "-gencode",
-            "arch=compute_90a,code=sm_90a",
-        ])
+        .args(["-std=c++20", "-O3"])
+        .args(flags)
         .args(["-Ikernels", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-c"])
         .arg(source)
         .arg("-o")

@@ -24,6 +24,7 @@
 //
 // FLOPs: 4·128²·d·H·B·n (n + 1) / 2, n = ⌈S / 128⌉, without documents. Bytes: 4·T·(H + Hkv)·d + 4·T·H, and from L2 K and V
 // again for each tile of queries. Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
+#include "common/attention_mma.cuh"
 #include "common/attention_shape.cuh"
 
 namespace ROUTEGRAD_VARIANT {
@@ -95,19 +96,20 @@ struct RowSoftmax {
 
   // Scores become exp2(scale (score - largest)), the rows' largest so far; what was summed before must be multiplied by
   // `factor`.
-  DEV void update(float (&scores)[kTile / 2], float scale, float (&factor)[2]) {
+  template <int R>
+  DEV void update(float (&scores)[R], float scale, float (&factor)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float most = largest[h];
 #pragma unroll
-      for (int i = 0; i < kTile / 4; ++i) most = fmaxf(most, scores[i / 2 * 4 + 2 * h + i % 2]);
+      for (int i = 0; i < R / 2; ++i) most = fmaxf(most, scores[i / 2 * 4 + 2 * h + i % 2]);
       most = quad_max(most);
       const float shift = most == -INFINITY ? 0 : most * scale;  // no key yet: all powers are 0
       factor[h] = exp2_approximate(fmaf(largest[h], scale, -shift));
       largest[h] = most;
       float added = 0;
 #pragma unroll
-      for (int i = 0; i < kTile / 4; ++i) {
+      for (int i = 0; i < R / 2; ++i) {
         float& score = scores[i / 2 * 4 + 2 * h + i % 2];
         score = exp2_approximate(fmaf(score, scale, -shift));
         added += score;
@@ -118,6 +120,21 @@ struct RowSoftmax {
   // The whole row's sum.
   DEV float total(int h) const { return quad_sum(sum[h]); }
 };
+
+// The factors of out, and log Σ exp of the thread's two rows.
+template <int D>
+DEV void finish_rows(const RowSoftmax& rows, float (&factor)[2], float* log_sum_exp, const AttentionShape& shape,
+                     const AttentionOrder::Place& place, const int (&row)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float sum = rows.total(h);
+    factor[h] = sum == 0 ? 0 : 1 / sum;
+    const int64_t line = (static_cast<int64_t>(place.sequence) * shape.heads + place.head) * shape.sequence + row[h];
+    if (fragment_column() == 0 && row[h] < shape.sequence)
+      st_global(log_sum_exp + line,
+                sum == 0 ? -INFINITY : (rows.largest[h] * kExponentScale<D> + log2f(sum)) * kLn2);
+  }
+}
 
 template <int D>
 DEV void consume(ForwardShared<D>& s, const TensorMap* map_out, float* log_sum_exp, const AttentionShape& shape,
@@ -182,15 +199,7 @@ DEV void consume(ForwardShared<D>& s, const TensorMap* map_out, float* log_sum_e
     release(&s.v_empty[at.stage]);
     ++number;
 
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float sum = rows.total(h);
-      factor[h] = sum == 0 ? 0 : 1 / sum;
-      const int64_t line = (static_cast<int64_t>(place.sequence) * shape.heads + place.head) * shape.sequence + row[h];
-      if (fragment_column() == 0 && row[h] < shape.sequence)
-        st_global(log_sum_exp + line,
-                  sum == 0 ? -INFINITY : (rows.largest[h] * kExponentScale<D> + log2f(sum)) * kLn2);
-    }
+    finish_rows<D>(rows, factor, log_sum_exp, shape, place, row);
     if (first_row < shape.sequence)
       store_head<D>(staging, map_out, out, factor, place.head * D, first_row, place.sequence);
   }
@@ -202,6 +211,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     attention_forward_kernel(const __grid_constant__ TensorMap map_qkv, const __grid_constant__ TensorMap map_out,
                              float* log_sum_exp, const __grid_constant__ AttentionShape shape,
                              const __grid_constant__ AttentionOrder order) {
+  if constexpr (!kCompilesHopper) return;
   DYNAMIC_SHARED(ForwardShared<D>, s);
   if (threadIdx.x == 0) {
     mbar_init(&s.q_full, 1);
@@ -224,6 +234,83 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   }
 }
 
+// ---- the same without wgmma: keys in steps of 64, K and V one step ahead
+constexpr int kMmaKeys = 64;
+
+template <int D>
+struct alignas(1024) ForwardMmaShared {
+  union {
+    bf16 q[kTile * D];
+    MmaStaging::Buffers staging[2];  // of each warpgroup, once Q is in registers
+  };
+  bf16 k[2][kMmaKeys * D], v[2][kMmaKeys * D];
+};
+
+// A tile of 128 queries; the keys of its own rows first, then to the left.
+template <int D>
+DEV void attend(ForwardMmaShared<D>& s, const Bf16Output& out_rows, float* log_sum_exp, const void* qkv,
+                const AttentionShape& shape, const AttentionOrder::Place& place) {
+  const int warpgroup = threadIdx.x / 128, warp_row = threadIdx.x / 32 * 16;
+  const int first_row = place.tile * kTile + 64 * warpgroup, warp_first = place.tile * kTile + warp_row;
+  const int row[2] = {first_row + fragment_row(0), first_row + fragment_row(1)};
+  const int first[2] = {shape.first_visible(place.sequence, row[0]), shape.first_visible(place.sequence, row[1])};
+  const int latest_first = shape.first_visible(place.sequence, warp_first + 15);
+  const int key_column = (shape.heads + shape.key_head(place.head)) * D;
+  const int value_column = key_column + shape.key_value_heads * D;
+  const int last_step = 2 * place.tile + 1;
+  const int first_step = min(shape.first_visible(place.sequence, place.tile * kTile) / kMmaKeys, last_step);
+  const SequenceRows rows_in(qkv, int64_t{shape.heads + 2 * shape.key_value_heads} * D, place.sequence, shape.sequence);
+  const auto load = [&](bf16(&tiles)[2][kMmaKeys * D], int column, int step) {
+    if (step >= first_step) copy_head<D, kMmaKeys>(tiles[step % 2], rows_in, column, step * kMmaKeys);
+    cp_async_commit();  // also of nothing, so that waits can count
+  };
+  copy_head<D, kTile>(s.q, rows_in, place.head * D, place.tile * kTile);
+  load(s.k, key_column, last_step);
+  load(s.v, value_column, last_step);
+  float scores[kMmaKeys / 2], out[D / 2] = {}, factor[2];
+  RowSoftmax rows;
+  for (int step = last_step; step >= first_step; --step) {
+    const int key = step * kMmaKeys;
+    const bool sees = key <= warp_first + 15;  // the warp's last row sees the first key
+    uint32_t p[kMmaKeys / 16][4];
+    cp_async_wait<1>();
+    __syncthreads();  // K has landed, and the step before is read
+    load(s.k, key_column, step - 1);
+    if (sees) {
+      multiply_heads<D, kMmaKeys / 16>(scores, s.q, warp_row, s.k[step % 2]);
+      if (latest_first > key || key + kMmaKeys - 1 > warp_first) mask_scores(scores, first, row, key);
+      rows.update(scores, kExponentScale<D>, factor);
+#pragma unroll
+      for (int i = 0; i < D / 2; ++i) out[i] *= factor[i / 2 % 2];
+      pack_operand(p, scores);
+    }
+    cp_async_wait<1>();
+    __syncthreads();  // V has landed
+    load(s.v, value_column, step - 1);
+    if (sees) accumulate_rows<D>(out, p, s.v[step % 2]);
+  }
+  cp_async_wait<0>();
+  // Everybody has read Q before the wait for the last V: staging buffers lie there now.
+  finish_rows<D>(rows, factor, log_sum_exp, shape, place, row);
+  if (first_row < shape.sequence) {
+    MmaStaging staging(s.staging[warpgroup], warpgroup);
+    store_head_rows<D>(staging, out_rows, out, factor, place.head * D, first_row, place.sequence, shape.sequence);
+  }
+  __syncthreads();
+}
+
+template <int D>
+__global__ void __launch_bounds__(kAttentionMmaThreads, 1)
+    attention_forward_mma_kernel(const __grid_constant__ Bf16Output out, float* log_sum_exp, const void* qkv,
+                                 const __grid_constant__ AttentionShape shape,
+                                 const __grid_constant__ AttentionOrder order) {
+  if constexpr (!kCompilesAmpere) return;
+  DYNAMIC_SHARED(ForwardMmaShared<D>, s);
+  static_assert(shared_bytes<ForwardMmaShared<D>> <= 99 * 1024);
+  AttentionOrder::Place place;
+  for (int turn = 0; order.at(turn, place); ++turn) attend<D>(s, out, log_sum_exp, qkv, shape, place);
+}
+
 template <int D>
 routegrad_status launch_forward(void* out, float* log_sum_exp, const void* qkv, const AttentionShape& shape,
                                 routegrad_stream stream) {
@@ -234,6 +321,13 @@ routegrad_status launch_forward(void* out, float* log_sum_exp, const void* qkv, 
   const AttentionOrder order =
       attention_order(shape, shape.heads, shape.heads / shape.key_value_heads, int64_t{4} * shape.sequence * D, true);
   const int tiles = order.tiles * order.pairs, room = multiprocessors();
+  if constexpr (kForAmpere)
+    if (!on_hopper())
+      return launch(attention_forward_mma_kernel<D>,
+                    {dim3(static_cast<uint32_t>(tiles < room ? tiles : room)), kAttentionMmaThreads,
+                     shared_bytes<ForwardMmaShared<D>>},
+                    stream, Bf16Output{{}, static_cast<bf16*>(out), static_cast<int>(width), 1}, log_sum_exp, qkv, shape,
+                    order);
   return launch(attention_forward_kernel<D>,
                 {dim3(static_cast<uint32_t>(tiles < room ? tiles : room)), kAttentionThreads, shared_bytes<ForwardShared<D>>},
                 stream, map_qkv, map_out, log_sum_exp, shape, order);

@@ -24,6 +24,7 @@
 // FLOPs: 2·128·d·H·B·(4·64·Σ steps of keys + 3·r·Σ steps of queries), steps of 64 (queries at d = 64: of r = 128) rows that
 // a tile of 128 sees. Bytes: 6·T·(H + Hkv)·d + 2·T·H·d + 16·B·H·S', tiles of other rows again from L2.
 // Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
+#include "common/attention_backward_mma.cuh"
 #include "common/attention_shape.cuh"
 #include "common/rope_fragment.cuh"
 
@@ -94,12 +95,22 @@ struct Pass {
   struct Range {
     int first, end;
   };
+  template <int STEP = kStep>
   static DEV Range range(const AttentionShape& shape, const AttentionOrder::Place& place) {
     const int row = place.tile * kTile;
-    return {low(shape, place.sequence, row) / kStep * kStep,
+    return {low(shape, place.sequence, row) / STEP * STEP,
             min(high(shape, place.sequence, row + kTile - 1) + 1, shape.sequence)};
   }
   static DEV int heads_streamed(const AttentionShape& shape) { return OF_KEYS ? shape.heads / shape.key_value_heads : 1; }
+};
+
+// Without wgmma: steps of which two fit beside the held rows into 99 KB.
+template <int WIDTH, bool OF_KEYS>
+struct MmaPass : Pass<WIDTH, OF_KEYS> {
+  static constexpr int kStep = WIDTH == 64 ? 64 : 32;
+  static DEV auto range(const AttentionShape& shape, const AttentionOrder::Place& place) {
+    return Pass<WIDTH, OF_KEYS>::template range<kStep>(shape, place);
+  }
 };
 
 template <class T>
@@ -270,6 +281,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     attention_backward_kernel(const __grid_constant__ BackwardMaps maps, const __grid_constant__ RowStatistics statistics,
                               const __grid_constant__ RopeTables tables, const __grid_constant__ AttentionShape shape,
                               const __grid_constant__ AttentionOrder order) {
+  if constexpr (!kCompilesHopper) return;
   DYNAMIC_SHARED(BackwardShared<T>, s);
   static_assert(shared_bytes<BackwardShared<T>> <= 227 * 1024);
   if (threadIdx.x == 0) {
@@ -292,12 +304,42 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
 }
 
 template <class T>
-routegrad_status launch_pass(const BackwardMaps& maps, const RowStatistics& statistics, const RopeTables& tables,
-                             const AttentionShape& shape, routegrad_stream stream) {
+__global__ void __launch_bounds__(kAttentionMmaThreads, 1)
+    attention_backward_mma_kernel(const __grid_constant__ BackwardRows rows,
+                                  const __grid_constant__ RowStatistics statistics,
+                                  const __grid_constant__ RopeTables tables,
+                                  const __grid_constant__ AttentionShape shape,
+                                  const __grid_constant__ AttentionOrder order) {
+  if constexpr (!kCompilesAmpere) return;
+  DYNAMIC_SHARED(BackwardMmaShared<T>, s);
+  static_assert(shared_bytes<BackwardMmaShared<T>> <= 99 * 1024);
+  AttentionOrder::Place place;
+  for (int turn = 0; order.at(turn, place); ++turn) backward_tile<T>(s, rows, statistics, tables, shape, place);
+}
+
+template <class T>
+AttentionOrder pass_order(const AttentionShape& shape) {
   const int group = shape.heads / shape.key_value_heads;
   const int64_t bytes = int64_t{4} * shape.sequence * T::D;  // of the two tensors streamed, for a head
-  const AttentionOrder order = T::kOfKeys ? attention_order(shape, shape.key_value_heads, 1, bytes * group, false)
-                                          : attention_order(shape, shape.heads, group, bytes, true);
+  return T::kOfKeys ? attention_order(shape, shape.key_value_heads, 1, bytes * group, false)
+                    : attention_order(shape, shape.heads, group, bytes, true);
+}
+
+template <class T>
+routegrad_status launch_mma_pass(const BackwardRows& rows, const RowStatistics& statistics, const RopeTables& tables,
+                                 const AttentionShape& shape, routegrad_stream stream) {
+  const AttentionOrder order = pass_order<T>(shape);
+  const int tiles = order.tiles * order.pairs, room = multiprocessors();
+  return launch(attention_backward_mma_kernel<T>,
+                {dim3(static_cast<uint32_t>(tiles < room ? tiles : room)), kAttentionMmaThreads,
+                 shared_bytes<BackwardMmaShared<T>>},
+                stream, rows, statistics, tables, shape, order);
+}
+
+template <class T>
+routegrad_status launch_pass(const BackwardMaps& maps, const RowStatistics& statistics, const RopeTables& tables,
+                             const AttentionShape& shape, routegrad_stream stream) {
+  const AttentionOrder order = pass_order<T>(shape);
   const int tiles = order.tiles * order.pairs, room = multiprocessors();
   return launch(attention_backward_kernel<T>,
                 {dim3(static_cast<uint32_t>(tiles < room ? tiles : room)), kAttentionThreads,
@@ -324,6 +366,12 @@ routegrad_status launch_backward(void* dqkv, const RowStatistics& statistics, co
                     {dim3(static_cast<uint32_t>((threads + kStatisticsThreads - 1) / kStatisticsThreads)),
                      kStatisticsThreads},
                     stream, statistics, static_cast<const bf16*>(dout), static_cast<const bf16*>(out), log_sum_exp, shape);
+  if constexpr (kForAmpere)
+    if (status == ROUTEGRAD_OK && !on_hopper()) {
+      const BackwardRows rows{qkv, dout, {{}, static_cast<bf16*>(dqkv), static_cast<int>(qkv_width), 1}};
+      status = launch_mma_pass<MmaPass<D, true>>(rows, statistics, tables, shape, stream);
+      return status == ROUTEGRAD_OK ? launch_mma_pass<MmaPass<D, false>>(rows, statistics, tables, shape, stream) : status;
+    }
   if (status == ROUTEGRAD_OK) status = launch_pass<Pass<D, true>>(maps, statistics, tables, shape, stream);
   if (status == ROUTEGRAD_OK) status = launch_pass<Pass<D, false>>(maps, statistics, tables, shape, stream);
   return status;

@@ -21,6 +21,7 @@
 // FLOPs: 6·T·E'·D with vectors, E' = E rounded up to 16, 32, 64, 128 or 256, T to 64, D to 128; else none.
 // Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
 #include "common/bf16_terms.cuh"
+#include "common/mma_fragment.cuh"
 #include "common/ptx.cuh"
 #include "common/slots.cuh"
 
@@ -92,15 +93,28 @@ __global__ void __launch_bounds__(kRowThreads) combine_rows(const __grid_constan
 }
 
 // ---- with vectors
-constexpr int kWarpgroups = 3, kThreads = 128 * kWarpgroups;  // 168 registers a thread
-constexpr int kTokens = 64, kColumns = 128;                   // of one product
+constexpr int kTokens = 64;  // of one product
 
 // STEPS products of 16 experts are held in registers, CHUNKS of those make up all experts.
 template <int STEPS, int CHUNKS>
-struct Experts {
+struct ExpertCount {
   static constexpr int kSteps = STEPS, kChunks = CHUNKS, kCount = 16 * STEPS * CHUNKS;
-  // Columns of ê that a block holds: 32 or 64 KB of shared memory, 128 KB for 256 experts.
-  static constexpr int kSlice = kCount <= 32 ? 512 : kCount <= 64 ? 256 : 128;
+};
+// Columns of ê that a block holds: 32 or 64 KB of shared memory, 128 KB for 256 experts.
+constexpr int slice_of(int experts) { return experts <= 32 ? 512 : experts <= 64 ? 256 : 128; }
+template <int STEPS, int CHUNKS>
+struct Experts : ExpertCount<STEPS, CHUNKS> {
+  static constexpr int kSlice = slice_of(16 * STEPS * CHUNKS);
+  static constexpr int kColumns = 128;                                 // of one product
+  static constexpr int kWarpgroups = 3, kThreads = 128 * kWarpgroups;  // 168 registers a thread
+};
+// Without wgmma: 64 KB of shared memory at most, and more registers, for B's fragments.
+template <int STEPS, int CHUNKS>
+struct MmaExperts : ExpertCount<STEPS, CHUNKS> {
+  static constexpr bool kMost = 16 * STEPS * CHUNKS == 256;
+  static constexpr int kColumns = kMost ? 64 : 128;
+  static constexpr int kSlice = kMost ? 64 : slice_of(16 * STEPS * CHUNKS);
+  static constexpr int kWarpgroups = 2, kThreads = 128 * kWarpgroups;
 };
 
 // ê of one slice, high and low terms: boxes of 64 columns, one 128-byte row per expert, chunks XORed by the row.
@@ -114,7 +128,7 @@ struct alignas(1024) SplitVectors {
 template <class N>
 DEV void load_vectors(SplitVectors<N>& s, const Combine& p, int first_column) {
   constexpr int kQuarters = N::kSlice / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < N::kCount * kQuarters; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < N::kCount * kQuarters; i += N::kThreads) {
     const int expert = i / kQuarters, c = i % kQuarters * 4, column = first_column + c;
     float4 v = make_float4(0, 0, 0, 0);
     if (expert < p.slots.experts && column < p.hidden)
@@ -178,7 +192,9 @@ struct SlotBatch {
 };
 
 // The 8 columns at column + 32 g of both tokens' rows.
+template <class N>
 struct RowChunks {
+  static constexpr int kColumns = N::kColumns;
   uint4 chunk[2][kColumns / 32];
 
   DEV void load(const Combine& p, const SlotBatch& slot, int column) {
@@ -193,11 +209,12 @@ struct RowChunks {
   }
 };
 
-DEV void add_rows(float (&d)[kColumns / 2], const RowChunks& rows, const SlotBatch& slot) {
+template <class N>
+DEV void add_rows(float (&d)[N::kColumns / 2], const RowChunks<N>& rows, const SlotBatch& slot) {
 #pragma unroll
   for (int h = 0; h < 2; ++h)
 #pragma unroll
-    for (int g = 0; g < kColumns / 32; ++g) {
+    for (int g = 0; g < N::kColumns / 32; ++g) {
       const uint32_t pairs[4] = {rows.chunk[h][g].x, rows.chunk[h][g].y, rows.chunk[h][g].z, rows.chunk[h][g].w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -207,9 +224,9 @@ DEV void add_rows(float (&d)[kColumns / 2], const RowChunks& rows, const SlotBat
     }
 }
 
-// d = gates · ê of 128 columns. The gates are loaded chunk by chunk where they do not all fit, else when `fresh`.
+// d = gates · ê of a product's columns. The gates are loaded chunk by chunk where they do not all fit, else when `fresh`.
 template <class N>
-DEV void multiply(float (&d)[kColumns / 2], Gates<N::kSteps>& gates, const SplitVectors<N>& s, const Combine& p,
+DEV void multiply(float (&d)[N::kColumns / 2], Gates<N::kSteps>& gates, const SplitVectors<N>& s, const Combine& p,
                   const int64_t (&token)[2], int product, bool fresh) {
 #pragma unroll 1
   for (int chunk = 0; chunk < N::kChunks; ++chunk) {
@@ -218,39 +235,65 @@ DEV void multiply(float (&d)[kColumns / 2], Gates<N::kSteps>& gates, const Split
 #pragma unroll
     for (int k = 0; k < N::kSteps; ++k) {
       const int k16 = chunk * N::kSteps + k;
-      const uint64_t high = wgmma_descriptor<Major::MN>(s.term[0][2 * product], k16, kColumns, N::kCount);
-      const uint64_t low = wgmma_descriptor<Major::MN>(s.term[1][2 * product], k16, kColumns, N::kCount);
-      wgmma_a_registers<kColumns, Major::MN>(d, gates.high[k], high, chunk > 0 || k > 0);
-      wgmma_a_registers<kColumns, Major::MN>(d, gates.low[k], high, true);
-      wgmma_a_registers<kColumns, Major::MN>(d, gates.high[k], low, true);
+      const uint64_t high = wgmma_descriptor<Major::MN>(s.term[0][2 * product], k16, N::kColumns, N::kCount);
+      const uint64_t low = wgmma_descriptor<Major::MN>(s.term[1][2 * product], k16, N::kColumns, N::kCount);
+      wgmma_a_registers<N::kColumns, Major::MN>(d, gates.high[k], high, chunk > 0 || k > 0);
+      wgmma_a_registers<N::kColumns, Major::MN>(d, gates.low[k], high, true);
+      wgmma_a_registers<N::kColumns, Major::MN>(d, gates.high[k], low, true);
     }
     wgmma_commit();
     wgmma_wait<0>(d);
   }
 }
 
-// Grid (slices of D, blocks that share the tokens).
 template <class N>
-__global__ void __launch_bounds__(kThreads, 1) combine_vectors(const __grid_constant__ Combine p) {
+DEV void multiply_mma(float (&d)[N::kColumns / 2], Gates<N::kSteps>& gates, const SplitVectors<N>& s, const Combine& p,
+                      const int64_t (&token)[2], int product, bool fresh) {
+#pragma unroll
+  for (int i = 0; i < N::kColumns / 2; ++i) d[i] = 0;
+#pragma unroll 1
+  for (int chunk = 0; chunk < N::kChunks; ++chunk) {
+    if (N::kChunks > 1 || fresh) gates.load(p, token, chunk * N::kSteps * 16);
+#pragma unroll
+    for (int k = 0; k < N::kSteps; ++k) {
+      const auto load = [&](uint32_t (&b)[N::kColumns / 16][4], int term) {
+        load_fragments_b<Major::MN>(b, reinterpret_cast<const bf16*>(s.term[term][product * N::kColumns / 64]), N::kCount,
+                                    0, 16 * (chunk * N::kSteps + k));
+      };
+      uint32_t b[N::kColumns / 16][4];
+      load(b, 0);
+      mma_row(d, gates.high[k], b);
+      mma_row(d, gates.low[k], b);
+      load(b, 1);
+      mma_row(d, gates.high[k], b);
+    }
+  }
+}
+
+template <class N, bool MMA>
+DEV void combine_tiles(const Combine& p) {
   DYNAMIC_SHARED(SplitVectors<N>, s);
   const int first_column = static_cast<int>(blockIdx.x) * N::kSlice;
   load_vectors(s, p, first_column);
-  fence_proxy_async();
+  if constexpr (!MMA) fence_proxy_async();
   __syncthreads();
   const int lane = threadIdx.x % 32, columns = min(N::kSlice, p.hidden - first_column);
-  const int64_t step = int64_t{gridDim.y} * kWarpgroups * kTokens;
-  for (int64_t tile = (int64_t{blockIdx.y} * kWarpgroups + threadIdx.x / 128) * kTokens; tile < p.tokens; tile += step) {
+  const int64_t step = int64_t{gridDim.y} * N::kWarpgroups * kTokens;
+  for (int64_t tile = (int64_t{blockIdx.y} * N::kWarpgroups + threadIdx.x / 128) * kTokens; tile < p.tokens; tile += step) {
     const int64_t first_token = tile + threadIdx.x % 128 / 32 * 16 + lane / 4, token[2] = {first_token, first_token + 8};
     Gates<N::kSteps> gates;
     SlotBatch batch;
-    for (int product = 0; product * kColumns < columns; ++product) {
-      const int column = first_column + product * kColumns + lane % 4 * 8;
+    for (int product = 0; product * N::kColumns < columns; ++product) {
+      const int column = first_column + product * N::kColumns + lane % 4 * 8;
       if (product == 0 || p.slots.width > 4) batch.load(p, token, 0);
       SlotBatch slot = batch.slot(0);
-      RowChunks rows;
+      RowChunks<N> rows;
       rows.load(p, slot, column);  // under way while the tensor cores work
-      float d[kColumns / 2];
-      multiply<N>(d, gates, s, p, token, product, product == 0);
+      float d[N::kColumns / 2];
+      if constexpr (MMA)
+        multiply_mma<N>(d, gates, s, p, token, product, product == 0);
+      else
+        multiply<N>(d, gates, s, p, token, product, product == 0);
       for (int i = 0; i < p.slots.width; ++i) {
         if (i > 0) {
           if (i % 4 == 0) batch.load(p, token, i);
@@ -258,12 +301,12 @@ __global__ void __launch_bounds__(kThreads, 1) combine_vectors(const __grid_cons
           if (!__any_sync(~0u, slot.row[0] >= 0 || slot.row[1] >= 0)) continue;
           rows.load(p, slot, column);
         }
-        add_rows(d, rows, slot);
+        add_rows<N>(d, rows, slot);
       }
 #pragma unroll
       for (int h = 0; h < 2; ++h)
 #pragma unroll
-        for (int g = 0; g < kColumns / 32; ++g) {
+        for (int g = 0; g < N::kColumns / 32; ++g) {
           float sum[8];
 #pragma unroll
           for (int i = 0; i < 8; ++i) sum[i] = d[16 * g + i / 2 * 4 + 2 * h + i % 2];
@@ -274,13 +317,36 @@ __global__ void __launch_bounds__(kThreads, 1) combine_vectors(const __grid_cons
   }
 }
 
+// Grid (slices of D, blocks that share the tokens).
 template <class N>
-routegrad_status launch_with_vectors(const Combine& p, routegrad_stream stream) {
+__global__ void __launch_bounds__(N::kThreads, 1) combine_vectors(const __grid_constant__ Combine p) {
+  if constexpr (kCompilesHopper) combine_tiles<N, false>(p);
+}
+template <class N>
+__global__ void __launch_bounds__(N::kThreads, 1) combine_vectors_mma(const __grid_constant__ Combine p) {
+  if constexpr (kCompilesAmpere) combine_tiles<N, true>(p);
+}
+
+template <class N, bool MMA>
+routegrad_status launch_tiles(const Combine& p, routegrad_stream stream) {
+  static_assert(N::kSlice % N::kColumns == 0, "slices are whole products");
   const int slices = (p.hidden + N::kSlice - 1) / N::kSlice, processors = multiprocessors();
-  const int64_t tiles = (p.tokens + kTokens - 1) / kTokens, wanted = (tiles + kWarpgroups - 1) / kWarpgroups;
+  const int64_t tiles = (p.tokens + kTokens - 1) / kTokens, wanted = (tiles + N::kWarpgroups - 1) / N::kWarpgroups;
   const int64_t share = processors > slices ? processors / slices : 1;
   const dim3 grid(static_cast<uint32_t>(slices), static_cast<uint32_t>(wanted < share ? wanted : share));
-  return launch(combine_vectors<N>, {grid, kThreads, shared_bytes<SplitVectors<N>>}, stream, p);
+  if constexpr (MMA) {
+    static_assert(shared_bytes<SplitVectors<N>> <= 99 * 1024);
+    return launch(combine_vectors_mma<N>, {grid, N::kThreads, shared_bytes<SplitVectors<N>>}, stream, p);
+  } else {
+    return launch(combine_vectors<N>, {grid, N::kThreads, shared_bytes<SplitVectors<N>>}, stream, p);
+  }
+}
+
+template <int STEPS, int CHUNKS>
+routegrad_status launch_with_vectors(const Combine& p, routegrad_stream stream) {
+  if constexpr (kForAmpere)
+    if (!on_hopper()) return launch_tiles<MmaExperts<STEPS, CHUNKS>, true>(p, stream);
+  return launch_tiles<Experts<STEPS, CHUNKS>, false>(p, stream);
 }
 
 }  // namespace
@@ -311,11 +377,11 @@ routegrad_status combine(void* y, const void* rows_in, const float* gates, const
                   hidden,
                   accumulate != 0};
   if (vectors) {
-    if (experts <= 16) return launch_with_vectors<Experts<1, 1>>(p, stream);
-    if (experts <= 32) return launch_with_vectors<Experts<2, 1>>(p, stream);
-    if (experts <= 64) return launch_with_vectors<Experts<4, 1>>(p, stream);
-    if (experts <= 128) return launch_with_vectors<Experts<2, 4>>(p, stream);
-    return launch_with_vectors<Experts<2, 8>>(p, stream);
+    if (experts <= 16) return launch_with_vectors<1, 1>(p, stream);
+    if (experts <= 32) return launch_with_vectors<2, 1>(p, stream);
+    if (experts <= 64) return launch_with_vectors<4, 1>(p, stream);
+    if (experts <= 128) return launch_with_vectors<2, 4>(p, stream);
+    return launch_with_vectors<2, 8>(p, stream);
   }
   const int segments = (hidden + kSegment - 1) / kSegment;
   const int64_t blocks = (tokens * segments + kRowThreads / 32 - 1) / (kRowThreads / 32);

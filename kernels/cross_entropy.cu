@@ -154,10 +154,14 @@ routegrad_status head_logits(float* logits, const void* x, const void* w, int64_
   REQUIRE(head_logits, tokens, 1 <= tokens && tokens <= kMaxRows, ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE_PRODUCT(head_logits, ROUTEGRAD_GEMM_HEAD_FORWARD, tokens, 1, vocabulary, hidden, 1);
   REQUIRE_TILE(head_logits, ROUTEGRAD_GEMM_HEAD_FORWARD);
-  StoreF32 store{};
-  if (const auto status = make_f32_output(&store, logits, vocabulary, tokens, 1, false)) return status;
   const ProductSizes sizes = product_sizes(ROUTEGRAD_GEMM_HEAD_FORWARD, tokens, 1, vocabulary, hidden);
   const GemmArguments arguments{x, w, nullptr, nullptr, tokens, vocabulary, nullptr, sizes};
+  if constexpr (kForAmpere)
+    if (!on_hopper())
+      return launch_mma<ROUTEGRAD_GEMM_HEAD_FORWARD>(
+          arguments, MmaStoreF32{{}, logits, static_cast<int>(tokens), vocabulary, false}, tile, stream);
+  StoreF32 store{};
+  if (const auto status = make_f32_output(&store, logits, vocabulary, tokens, 1, false)) return status;
   return launch_gemm<ROUTEGRAD_GEMM_HEAD_FORWARD, Gather::None>(arguments, store, tile, stream);
 }
 

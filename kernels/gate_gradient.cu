@@ -17,6 +17,8 @@
 // from cache.)
 // FLOPs: 4·T·E'·D with vectors, E' = E rounded up to 16, 32 or a multiple of 64, T to 128, D to 64; else none.
 // Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
+#include "common/gemm_load.cuh"
+#include "common/mma_fragment.cuh"
 #include "common/ptx.cuh"
 #include "common/slots.cuh"
 
@@ -131,28 +133,9 @@ DEV void consume(Tiles<N>& s, float (&d)[N / 2], int steps) {
   wgmma_wait<0>(d);
 }
 
-// Grid (tiles of tokens, tiles of experts).
+// The gates of the block's tokens and N experts, from d of the thread's 64 tokens.
 template <int N>
-__global__ void __launch_bounds__(kThreads)
-    gate_gradient_vectors(const __grid_constant__ TensorMap map_g, const __grid_constant__ TensorMap map_vectors,
-                          const __grid_constant__ GateGradient p) {
-  DYNAMIC_SHARED(Tiles<N>, s);
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      mbar_init(&s.full[stage], 1);
-      mbar_init(&s.empty[stage], kConsumers / 32);
-    }
-    fence_mbar_init();
-  }
-  __syncthreads();
-  const int steps = (p.hidden + kDepth - 1) / kDepth;
-  const int first_token = static_cast<int>(blockIdx.x) * kTokens, first_expert = static_cast<int>(blockIdx.y) * N;
-  if (threadIdx.x >= kConsumers) {
-    if (threadIdx.x == kConsumers) produce<N>(s, &map_g, &map_vectors, steps, first_token, first_expert);
-    return;
-  }
-  float d[N / 2];
-  consume<N>(s, d, steps);
+DEV void store_gates(const GateGradient& p, const float (&d)[N / 2], int first_token, int first_expert) {
   const auto column = [](int i) { return i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2; };  // of value i
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -173,9 +156,102 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Grid (tiles of tokens, tiles of experts).
+template <int N>
+__global__ void __launch_bounds__(kThreads)
+    gate_gradient_vectors(const __grid_constant__ TensorMap map_g, const __grid_constant__ TensorMap map_vectors,
+                          const __grid_constant__ GateGradient p) {
+  if constexpr (!kCompilesHopper) return;
+  DYNAMIC_SHARED(Tiles<N>, s);
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      mbar_init(&s.full[stage], 1);
+      mbar_init(&s.empty[stage], kConsumers / 32);
+    }
+    fence_mbar_init();
+  }
+  __syncthreads();
+  const int steps = (p.hidden + kDepth - 1) / kDepth;
+  const int first_token = static_cast<int>(blockIdx.x) * kTokens, first_expert = static_cast<int>(blockIdx.y) * N;
+  if (threadIdx.x >= kConsumers) {
+    if (threadIdx.x == kConsumers) produce<N>(s, &map_g, &map_vectors, steps, first_token, first_expert);
+    return;
+  }
+  float d[N / 2];
+  consume<N>(s, d, steps);
+  store_gates<N>(p, d, first_token, first_expert);
+}
+
+// ---- the same without wgmma: two warpgroups, which load k-tiles one ahead, split ê, and multiply
+template <int N>
+struct alignas(1024) MmaTiles {
+  bf16 g[2][kTokens * kDepth];
+  bf16 split[2][N * kDepth];  // high and low terms of ê
+  float vectors[2][N * kDepth];
+};
+struct TokenRows {  // g, as copy_boxes reads it
+  const bf16* data;
+  const int32_t* row_index;
+  int width;
+};
+
+template <int N>
+DEV void load_tiles(MmaTiles<N>& s, const TokenRows& g, const float* vectors, const GateGradient& p, int first_token,
+                    int first_expert, int step) {
+  const int warpgroup = threadIdx.x / 128, k = step * kDepth, buffer = step % 2;
+  copy_boxes<Major::K>(s.g[buffer] + warpgroup * kBoxElements, g, 1, first_token + 64 * warpgroup,
+                       static_cast<int>(p.tokens), k, p.hidden);
+  for (int i = static_cast<int>(threadIdx.x); i < N * kDepth / 4; i += kConsumers) {
+    const int expert = first_expert + i / (kDepth / 4), column = k + i % (kDepth / 4) * 4;
+    const bool valid = expert < p.slots.experts && column < p.hidden;
+    cp_async_16(s.vectors[buffer] + 4 * i, vectors + (valid ? int64_t{expert} * p.hidden + column : 0), valid ? 16 : 0);
+  }
+}
+
+template <int N>
+__global__ void __launch_bounds__(kConsumers)
+    gate_gradient_mma(const bf16* g, const float* vectors, const __grid_constant__ GateGradient p) {
+  if constexpr (!kCompilesAmpere) return;
+  DYNAMIC_SHARED(MmaTiles<N>, s);
+  const int steps = (p.hidden + kDepth - 1) / kDepth, warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32;
+  const int first_token = static_cast<int>(blockIdx.x) * kTokens, first_expert = static_cast<int>(blockIdx.y) * N;
+  const TokenRows rows{g, nullptr, p.hidden};
+  float d[N / 2] = {};
+  load_tiles<N>(s, rows, vectors, p, first_token, first_expert, 0);
+  cp_async_commit();
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<0>();
+    __syncthreads();  // the k-tile is there, the one before is read
+    split_vectors<N>(s.split, s.vectors[step % 2]);
+    if (step + 1 < steps) load_tiles<N>(s, rows, vectors, p, first_token, first_expert, step + 1);
+    cp_async_commit();
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kDepth; k += 16) {
+      uint32_t a[1][4], b[N / 16][4];
+      load_fragment_a<Major::K>(a, s.g[step % 2] + warpgroup * kBoxElements, 64, 16 * warp, k);
+#pragma unroll
+      for (int term = 0; term < 2; ++term) {
+        load_fragments_b<Major::K>(b, s.split[term], N, 0, k);
+        mma_row(d, a[0], b);
+      }
+    }
+  }
+  cp_async_wait<0>();
+  store_gates<N>(p, d, first_token, first_expert);
+}
+
 template <int N>
 routegrad_status launch_with_vectors(const GateGradient& p, const void* g, const float* vectors,
                                      routegrad_stream stream) {
+  const dim3 grid(static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens),
+                  static_cast<uint32_t>((p.slots.experts + N - 1) / N));
+  if constexpr (kForAmpere) {
+    static_assert(shared_bytes<MmaTiles<N>> <= 99 * 1024);
+    if (!on_hopper())
+      return launch(gate_gradient_mma<N>, {grid, kConsumers, shared_bytes<MmaTiles<N>>}, stream,
+                    static_cast<const bf16*>(g), vectors, p);
+  }
   TensorMap map_g, map_vectors;
   const auto hidden = static_cast<uint64_t>(p.hidden), tokens = static_cast<uint64_t>(p.tokens);
   const auto experts = static_cast<uint64_t>(p.slots.experts);
@@ -185,8 +261,6 @@ routegrad_status launch_with_vectors(const GateGradient& p, const void* g, const
     status = make_tensor_map<2>(&map_vectors,
                                 {vectors, Element::F32, {hidden, experts}, {hidden * 4}, {kDepth, N}, Swizzle::None});
   if (status != ROUTEGRAD_OK) return status;
-  const dim3 grid(static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens),
-                  static_cast<uint32_t>((p.slots.experts + N - 1) / N));
   return launch(gate_gradient_vectors<N>, {grid, kThreads, shared_bytes<Tiles<N>>}, stream, map_g, map_vectors, p);
 }
 

@@ -29,6 +29,10 @@ template <Gather GATHER>
 routegrad_status launch_ragged_k(GemmArguments arguments, float* dw, bool accumulate, int tile,
                                  routegrad_stream stream) {
   const ProductSizes& p = arguments.sizes;
+  if constexpr (kForAmpere)
+    if (arguments.skip_empty = accumulate; !on_hopper())
+      return launch_mma<ROUTEGRAD_GEMM_WEIGHT_GRADIENT>(
+          arguments, MmaStoreF32{{}, dw, static_cast<int>(p.rows), static_cast<int>(p.columns), accumulate}, tile, stream);
   StoreF32 store{};
   if (const auto status = make_f32_output(&store, dw, p.columns, p.rows, p.groups, accumulate)) return status;
   arguments.skip_empty = accumulate;
@@ -99,7 +103,7 @@ routegrad_status grouped_gemm_plan(routegrad_gemm_plan* plan, int32_t product, i
   *plan = {t.tile,
            t.rows(),
            t.columns,
-           tile_stages(t, product),
+           kForAmpere ? stages_of(t, product) : tile_stages(t, product),
            static_cast<int32_t>(tiles < multiprocessors ? tiles : multiprocessors),
            0,
            estimate_clocks(t, sizes, multiprocessors)};

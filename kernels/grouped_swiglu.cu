@@ -48,6 +48,8 @@ namespace {
 int dot_columns_of(int64_t rows, int experts, int hidden, int ffn, int tile) {
   const ProductSizes sizes = product_sizes(ROUTEGRAD_GEMM_SWIGLU_BACKWARD, rows, experts, hidden, ffn);
   if (tile == ROUTEGRAD_TILE_AUTO) tile = choose_tile(ROUTEGRAD_GEMM_SWIGLU_BACKWARD, sizes, multiprocessors()).tile;
+  if constexpr (kForAmpere)
+    if (const TileShape* t = on_hopper() ? nullptr : find_mma_tile(tile)) return ceil_div(ffn, t->columns);
   for (const TileShape& t : kTileShapes)
     if (t.tile == tile) return ceil_div(ffn, t.columns);
   return 0;
@@ -82,6 +84,10 @@ routegrad_status grouped_swiglu_backward(void* dh, void* scaled_a, float* dots, 
   const GemmArguments arguments{
       dout,      w,      dout_row_token, nullptr,
       dout_rows, hidden, offsets,   product_sizes(ROUTEGRAD_GEMM_SWIGLU_BACKWARD, rows, experts, hidden, ffn)};
+  if constexpr (kForAmpere)
+    if (!on_hopper())
+      return launch_mma<ROUTEGRAD_GEMM_SWIGLU_BACKWARD>(
+          arguments, MmaSwigluBackward{{epilogue}, static_cast<const bf16*>(h)}, tile, stream);
   if (!dout_row_token)
     return launch_gemm<ROUTEGRAD_GEMM_SWIGLU_BACKWARD, Gather::None>(arguments, epilogue, tile, stream);
   return launch_gemm<ROUTEGRAD_GEMM_SWIGLU_BACKWARD, Gather::A>(arguments, epilogue, tile, stream);

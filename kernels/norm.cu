@@ -242,9 +242,10 @@ DEV void row_gradient(float (&dw)[kChunks][8], float (&db)[kChunks][8], Team& te
   }
 }
 
-// Grid: runs of rows.
+// Grid: runs of rows. On Hopper 128 registers do, and two blocks a multiprocessor; for the other GPUs the compiler takes more.
 template <bool LAYER>
-__global__ void __launch_bounds__(kThreads, 2) norm_backward_kernel(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(kThreads, kCompilesHopper ? 2 : 1)
+    norm_backward_kernel(const __grid_constant__ Backward p) {
   using Shared = BackwardShared<LAYER>;
   DYNAMIC_SHARED(Shared, s);
   Team team(p.warps, p.hidden);

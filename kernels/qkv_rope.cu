@@ -22,8 +22,8 @@ struct TurnAndStore : PlainEpilogue {
   RopeTables tables;
   int sequence, turned_columns;
 
-  template <int COLUMNS>
-  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const {
+  template <int COLUMNS, class Port>
+  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Port& staging) const {
     static_assert(COLUMNS % WIDTH == 0, "tiles are whole heads");
     float turned[COLUMNS / 2];
 #pragma unroll

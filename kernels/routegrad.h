@@ -60,7 +60,7 @@ typedef struct routegrad_sim_options {
   int32_t resident;         // blocks alive at once on one OS thread (at least a cluster's size)
   int32_t poison;           // 1: shared memory starts as NaN, in-flight accumulators read as NaN
   int32_t multiprocessors;  // what the launchers are told the GPU has
-  int32_t reserved;
+  int32_t arch;             // of the GPU: 10 · major + minor of its compute capability, 80, 86, 89, 90, 100 or 120
   uint64_t seed;  // of RANDOM and SHUFFLED
 } routegrad_sim_options;
 
@@ -69,9 +69,10 @@ typedef struct routegrad_sim_counters {
   uint64_t launches;
   uint64_t blocks;
   uint64_t fiber_switches;
-  uint64_t tensor_flops;  // 2·m·n·k of every wgmma
+  uint64_t tensor_flops;  // 2·m·n·k of every wgmma and mma
   uint64_t bytes_read;    // of global memory, by TMA, cp.async and ld_global
   uint64_t bytes_written; // of global memory, by TMA and st_global
+  uint64_t bank_conflicts;  // rows of ldmatrix and stmatrix that waited for another row of their matrix
 } routegrad_sim_counters;
 
 // A bf16 tensor of rank 2 or 3 and one box of it, innermost dimension first; passed by host address.
@@ -203,6 +204,8 @@ typedef enum routegrad_gemm_tile {
   ROUTEGRAD_TILE_COOPERATIVE_256X176 = 3,
   ROUTEGRAD_TILE_PINGPONG_128X128 = 4,
   ROUTEGRAD_TILE_PINGPONG_128X176 = 5,
+  ROUTEGRAD_TILE_MMA_128X128 = 6,  // on GPUs without wgmma, and there alone
+  ROUTEGRAD_TILE_MMA_256X128 = 7,
 } routegrad_gemm_tile;
 
 typedef struct routegrad_gemm_plan {

@@ -19,6 +19,7 @@
 // written; the bias once per token, 4·T·E, from L1. FLOPs on tensor cores: 6·T'·D'·E', each rounded up: T' to 128, D' to 64,
 // E' to 16, 32, 64, 128 or 256.
 // Floor: max(6·T·D·E / 790e12, (2·T·D + 4·T·(E + K + 1)) / 4.3e12) s; up to E = 64 the copy.
+#include "common/router_mma.cuh"
 #include "common/router_scores.cuh"
 
 namespace ROUTEGRAD_VARIANT {
@@ -39,6 +40,7 @@ union alignas(1024) RouterShared {
 template <int EXPERTS>
 __global__ void __launch_bounds__(kRouterThreads, ForwardTiles<EXPERTS>::kBlocksPerSm)
     router_kernel(const __grid_constant__ TensorMap x, const RouterForward forward) {
+  if constexpr (!kCompilesHopper) return;
   using T = ForwardTiles<EXPERTS>;
   DYNAMIC_SHARED(RouterShared<EXPERTS>, s);
   const int first_token = static_cast<int>(blockIdx.x) * kRouterTokens;
@@ -51,8 +53,31 @@ __global__ void __launch_bounds__(kRouterThreads, ForwardTiles<EXPERTS>::kBlocks
     if constexpr (T::kBlocksPerSm == 1) setmaxnreg_inc<216>();
     float logits[EXPERTS / 2];
     multiply_stages<T>(s.stages, logits, steps);
-    finish_tokens<EXPERTS>(logits, forward, first_token, s.sums);
+    finish_tokens<EXPERTS>(logits, forward, first_token, s.sums, threadIdx.x - 128);
   }
+}
+
+// ---- the same without wgmma
+template <int EXPERTS>
+using ForwardMmaTiles = RouterTiles<EXPERTS, EXPERTS == 256 ? 1 : 3, Major::K, 2, 1>;
+
+template <int EXPERTS>
+union alignas(1024) RouterMmaShared {
+  RouterMmaStages<ForwardMmaTiles<EXPERTS>> stages;
+  RouterSums<EXPERTS> sums;  // once the stages are read
+};
+
+template <int EXPERTS>
+__global__ void __launch_bounds__(kRouterMmaThreads, 1) router_mma_kernel(const bf16* x, const RouterForward forward) {
+  if constexpr (!kCompilesAmpere) return;
+  DYNAMIC_SHARED(RouterMmaShared<EXPERTS>, s);
+  const int first_token = static_cast<int>(blockIdx.x) * kRouterTokens;
+  const int steps = (forward.w.width + kRouterDepth - 1) / kRouterDepth;
+  float logits[EXPERTS / 2];
+  using T = ForwardMmaTiles<EXPERTS>;
+  multiply_router<T, 3 / T::kTerms>(
+      s.stages, logits, {x, nullptr, forward.w.width, forward.tokens}, forward.w, {first_token, 0}, steps);
+  finish_tokens<EXPERTS>(logits, forward, first_token, s.sums, threadIdx.x);
 }
 
 constexpr int kStatisticsSlices = 32;
@@ -131,6 +156,13 @@ routegrad_status router_forward(float* scores, float* log_sum_exp, int32_t* choi
   const auto blocks = static_cast<uint32_t>(token_blocks(tokens));
   return with_padded_experts(experts, [&](auto padded) {
     constexpr int kExperts = padded;
+    if constexpr (kForAmpere) {
+      static_assert(shared_bytes<RouterMmaShared<kExperts>> <= 99 * 1024);
+      if (!on_hopper())
+        return launch(router_mma_kernel<kExperts>,
+                      {dim3(blocks), kRouterMmaThreads, shared_bytes<RouterMmaShared<kExperts>>}, stream,
+                      static_cast<const bf16*>(x), forward);
+    }
     static_assert(shared_bytes<RouterShared<kExperts>> <= 227 * 1024 / ForwardTiles<kExperts>::kBlocksPerSm - 1024);
     return launch(router_kernel<kExperts>, {dim3(blocks), kRouterThreads, shared_bytes<RouterShared<kExperts>>}, stream,
                   map, forward);

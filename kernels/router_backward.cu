@@ -20,6 +20,8 @@
 //   dW       reads 2·T·D, and dz from L2, 4·T·E·C; writes 4·P·E·D, then reads it, and writes 4·E·D (reads it to accumulate)
 // FLOPs on tensor cores: 6·T'·D'·E' for dx and for dW, rounded up as in router.cu (dW: T' to 64, D' to 128).
 // Floor: max(12·T·D·E / 790e12, (4·T·D + 2·T·D to accumulate + 12·T·E) / 4.3e12) s.
+#include "common/epilogue_store_bf16.cuh"
+#include "common/router_mma.cuh"
 #include "common/router_tiles.cuh"
 #include "common/warp.cuh"
 
@@ -203,6 +205,7 @@ DEV void input_gradients(InputShared<EXPERTS>& s, const TensorMap& dx, const Rou
 template <int EXPERTS>
 __global__ void __launch_bounds__(kRouterThreads, InputTiles<EXPERTS>::kBlocksPerSm)
     router_input_gradient_kernel(const __grid_constant__ TensorMap dx, const RouterBackward backward) {
+  if constexpr (!kCompilesHopper) return;
   using T = InputTiles<EXPERTS>;
   DYNAMIC_SHARED(InputShared<EXPERTS>, s);
   const int first_token = static_cast<int>(blockIdx.x) * kRouterTokens;
@@ -214,6 +217,61 @@ __global__ void __launch_bounds__(kRouterThreads, InputTiles<EXPERTS>::kBlocksPe
   } else {
     if constexpr (T::kBlocksPerSm == 1) setmaxnreg_inc<216>();
     input_gradients<EXPERTS>(s, dx, backward, first_token + (static_cast<int>(threadIdx.x) / 128 - 1) * 64, steps);
+  }
+}
+
+// d += what is there of 64 columns.
+[[maybe_unused]] DEV void add_before(float (&d)[32], const Bf16Output& dx, const Fragment& at, int column) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h)
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      const int place = column + at.column(j);
+      if (at.local_row(h) >= at.rows || place >= dx.width) continue;
+      const uint32_t pair =
+          ld_global(reinterpret_cast<const uint32_t*>(dx.out + static_cast<int64_t>(at.row(h)) * dx.width + place));
+      d[4 * j + 2 * h] += low_bf16(pair);
+      d[4 * j + 2 * h + 1] += high_bf16(pair);
+    }
+}
+
+// The same without wgmma.
+template <int EXPERTS>
+struct alignas(1024) InputMmaShared {
+  bf16 terms[2][InputTiles<EXPERTS>::kElements];
+  MmaStaging::Buffers staging[2];  // of each warpgroup
+};
+
+template <int EXPERTS>
+__global__ void __launch_bounds__(kRouterMmaThreads, 1)
+    router_input_gradient_mma_kernel(const __grid_constant__ Bf16Output dx, const RouterBackward r) {
+  if constexpr (!kCompilesAmpere) return;
+  using T = InputTiles<EXPERTS>;
+  DYNAMIC_SHARED(InputMmaShared<EXPERTS>, s);
+  const int warpgroup = threadIdx.x / 128, first_token = static_cast<int>(blockIdx.x) * kRouterTokens + 64 * warpgroup;
+  const Fragment at({0, 0, first_token, r.tokens - first_token, 0, 0, 0}, 0, false);
+  MmaStaging staging(s.staging[warpgroup], warpgroup);
+  uint32_t dz[2][EXPERTS / 16][4];
+  logit_gradients<EXPERTS>(dz, r, first_token);
+  MatrixTile<T> tile;
+  tile.fetch(r.w, 0, 0);
+  for (int column = 0; column < r.w.width; column += kRouterDepth) {
+    __syncthreads();  // the terms before are read
+    tile.store(s.terms, 0, r.w, 0, column);
+    __syncthreads();
+    tile.fetch(r.w, 0, column + kRouterDepth);  // past the last column: nothing
+    float d[32] = {};
+#pragma unroll
+    for (int k16 = 0; k16 < EXPERTS / 16; ++k16) {
+      uint32_t high[4][4], low[4][4];
+      load_fragments_b<Major::MN>(high, s.terms[0], EXPERTS, 0, 16 * k16);
+      load_fragments_b<Major::MN>(low, s.terms[1], EXPERTS, 0, 16 * k16);
+      mma_row(d, dz[0][k16], high);
+      mma_row(d, dz[1][k16], high);
+      mma_row(d, dz[0][k16], low);
+    }
+    if (r.accumulate) add_before(d, dx, at, column);
+    dx.store<64>(at, column, 0, staging, [&](int j, int h) { return pack_bf16(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]); });
   }
 }
 
@@ -237,10 +295,24 @@ TokenRuns cut_tokens(int64_t tokens, int experts, int hidden) {
   return {columns, run, (tiles + run - 1) / run};
 }
 
+// By the warps that multiplied, 16 columns each.
+template <int EXPERTS>
+DEV void store_partial(float* partials, const float (&d)[EXPERTS / 2], int experts, int hidden, int first_column,
+                       int warp) {
+  float* partial = partials + static_cast<int64_t>(blockIdx.y) * experts * hidden;
+#pragma unroll
+  for (int i = 0; i < EXPERTS / 2; ++i) {
+    const int expert = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    const int column = first_column + warp * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
+    if (expert < experts && column < hidden) st_global(partial + static_cast<int64_t>(expert) * hidden + column, d[i]);
+  }
+}
+
 template <int EXPERTS>
 __global__ void __launch_bounds__(kRouterThreads, WeightTiles<EXPERTS>::kBlocksPerSm)
     router_weight_partials_kernel(float* partials, const __grid_constant__ TensorMap x, const F32Matrix dz, int hidden,
                                   int run_tiles) {
+  if constexpr (!kCompilesHopper) return;
   using T = WeightTiles<EXPERTS>;
   DYNAMIC_SHARED(RouterStages<T>, s);
   const int first_token = static_cast<int>(blockIdx.y) * run_tiles * 64, first_column = static_cast<int>(blockIdx.x) * 128;
@@ -251,14 +323,25 @@ __global__ void __launch_bounds__(kRouterThreads, WeightTiles<EXPERTS>::kBlocksP
   } else {
     float d[EXPERTS / 2];  // [64 columns, EXPERTS]
     multiply_stages<T>(s, d, steps);
-    float* partial = partials + static_cast<int64_t>(blockIdx.y) * dz.width * hidden;
-#pragma unroll
-    for (int i = 0; i < EXPERTS / 2; ++i) {
-      const int expert = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      const int column = first_column + (static_cast<int>(threadIdx.x) / 32 - 4) * 16 + threadIdx.x % 32 / 4 + i / 2 % 2 * 8;
-      if (expert < dz.width && column < hidden) st_global(partial + static_cast<int64_t>(expert) * hidden + column, d[i]);
-    }
+    store_partial<EXPERTS>(partials, d, dz.width, hidden, first_column, static_cast<int>(threadIdx.x) / 32 - 4);
   }
+}
+
+// The same without wgmma.
+template <int EXPERTS>
+using WeightMmaTiles = RouterTiles<EXPERTS, EXPERTS == 256 ? 1 : 3, Major::MN, 2, 1>;
+
+template <int EXPERTS>
+__global__ void __launch_bounds__(kRouterMmaThreads, 1)
+    router_weight_partials_mma_kernel(float* partials, const bf16* x, const F32Matrix dz, int hidden, int run_tiles) {
+  if constexpr (!kCompilesAmpere) return;
+  using T = WeightMmaTiles<EXPERTS>;
+  DYNAMIC_SHARED(RouterMmaStages<T>, s);
+  const int first_token = static_cast<int>(blockIdx.y) * run_tiles * 64, first_column = static_cast<int>(blockIdx.x) * 128;
+  const int left = (dz.height - first_token + 63) / 64, steps = left < run_tiles ? left : run_tiles;
+  float d[EXPERTS / 2];  // [64 columns, EXPERTS]
+  multiply_router<T, 3 / T::kTerms>(s, d, {x, nullptr, hidden, dz.height}, dz, {first_token, first_column}, steps);
+  store_partial<EXPERTS>(partials, d, dz.width, hidden, first_column, static_cast<int>(threadIdx.x) / 32);
 }
 
 constexpr int kSumThreads = 256;
@@ -324,6 +407,21 @@ routegrad_status router_backward(void* dx, float* dz, float* dw_partials, const 
   const auto blocks = static_cast<uint32_t>((tokens + kRouterTokens - 1) / kRouterTokens);
   return with_padded_experts(experts, [&](auto padded) {
     constexpr int kExperts = padded;
+    if constexpr (kForAmpere) {
+      using WeightStages = RouterMmaStages<WeightMmaTiles<kExperts>>;
+      static_assert(shared_bytes<InputMmaShared<kExperts>> <= 99 * 1024 && shared_bytes<WeightStages> <= 99 * 1024);
+      if (!on_hopper()) {
+        const routegrad_status first =
+            launch(router_input_gradient_mma_kernel<kExperts>,
+                   {dim3(blocks), kRouterMmaThreads, shared_bytes<InputMmaShared<kExperts>>}, stream,
+                   Bf16Output{{}, static_cast<bf16*>(dx), hidden, 1}, backward);
+        if (first != ROUTEGRAD_OK) return first;
+        return launch(router_weight_partials_mma_kernel<kExperts>,
+                      {dim3(static_cast<uint32_t>(runs.columns), static_cast<uint32_t>(runs.count)), kRouterMmaThreads,
+                       shared_bytes<WeightStages>},
+                      stream, dw_partials, static_cast<const bf16*>(x), F32Matrix{dz, height, experts}, hidden, runs.tiles);
+      }
+    }
     constexpr size_t kInputBytes = shared_bytes<InputShared<kExperts>>;
     constexpr size_t kWeightBytes = shared_bytes<RouterStages<WeightTiles<kExperts>>>;
     static_assert(kInputBytes <= 227 * 1024 / InputTiles<kExperts>::kBlocksPerSm - 1024);

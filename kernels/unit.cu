@@ -34,6 +34,7 @@ template <int N, Major A_MAJOR, Major B_MAJOR, bool A_IN_REGISTERS>
 __global__ void __launch_bounds__(128) wgmma_kernel(const __grid_constant__ TensorMap map_a,
                                                     const __grid_constant__ TensorMap map_b, float* c, const bf16* a,
                                                     uint32_t swizzle) {
+  if constexpr (!kCompilesHopper) return;
   DYNAMIC_SHARED(WgmmaTiles<N>, s);
   const int t = static_cast<int>(threadIdx.x), row = t / 32 * 16 + t % 32 / 4, column = t % 4 * 2;
   if (t == 0) {
@@ -130,6 +131,7 @@ struct alignas(1024) Box {
 
 __global__ void __launch_bounds__(128) tma_load_kernel(const __grid_constant__ TensorMap map, uint8_t* out, int rank, int x,
                                                        int y, int z, int bytes) {
+  if constexpr (!kCompilesHopper) return;
   DYNAMIC_SHARED(Box, s);
   if (threadIdx.x == 0) {
     mbar_init(&s.loaded, 1);
@@ -147,6 +149,7 @@ __global__ void __launch_bounds__(128) tma_load_kernel(const __grid_constant__ T
 
 __global__ void __launch_bounds__(128) tma_store_kernel(const __grid_constant__ TensorMap map, const uint8_t* in, int rank,
                                                         int x, int y, int z, int bytes) {
+  if constexpr (!kCompilesHopper) return;
   DYNAMIC_SHARED(Box, s);
   for (int i = static_cast<int>(threadIdx.x); i < bytes; i += 128) s.bytes[i] = in[i];
   fence_proxy_async();
@@ -201,6 +204,7 @@ struct alignas(1024) ClusterTiles {
 
 __global__ void __launch_bounds__(64) multicast_kernel(const __grid_constant__ TensorMap map, bf16* out, int rounds,
                                                        uint32_t mask0, uint32_t mask1) {
+  if constexpr (!kCompilesHopper) return;
   DYNAMIC_SHARED(ClusterTiles, s);
   const uint32_t me = cluster_rank(), masks[2] = {mask0, mask1};
   const int t = static_cast<int>(threadIdx.x);
@@ -265,6 +269,7 @@ struct alignas(128) GatherTile {
 
 __global__ void __launch_bounds__(128) gather_kernel(bf16* out, const bf16* in, const int* index, int columns, int transpose,
                                                      int by_mbarrier) {
+  if constexpr (!kCompilesHopper) return;
   DYNAMIC_SHARED(GatherTile, s);
   const int t = static_cast<int>(threadIdx.x);
   if (t == 0) mbar_init(&s.loaded, 128);

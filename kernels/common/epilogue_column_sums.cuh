@@ -15,15 +15,15 @@ struct StoreAndSumColumns : PlainEpilogue {
   RowGates gates;
   float* sums;  // [blocks, width]: block offsets[e] / 64 + e + b for the b-th 64 rows of expert e; or null
 
-  template <int COLUMNS>
-  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const {
+  template <int COLUMNS, class Port>
+  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Port& staging) const {
     rows.store<COLUMNS>(d, at, staging);
     if (sums) sum_columns<COLUMNS>(d, at, staging);
   }
 
  private:
-  template <int COLUMNS>
-  DEV void sum_columns(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const {
+  template <int COLUMNS, class Port>
+  DEV void sum_columns(const float (&d)[COLUMNS / 2], const Fragment& at, Port& staging) const {
     static_assert(COLUMNS % 32 == 0 && 4 * COLUMNS * sizeof(float) <= kStagingBytes);
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
     float w[2];

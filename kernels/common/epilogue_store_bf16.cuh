@@ -1,5 +1,5 @@
 // Bf16Output: a bf16 matrix that an epilogue writes, in pieces of 64 rows by at most 64 columns. Whole pieces leave by
-// TMA; where rows end inside a fragment, or fewer than 64 columns are left of a tile, the threads copy the valid
+// TMA; where there is none, rows end inside a fragment, or fewer than 64 columns are left of a tile, the threads copy the valid
 // 16-byte chunks themselves. StoreBf16: the epilogue out[row, column] = bf16(d), assigned.
 #pragma once
 #include "gemm_epilogue.cuh"
@@ -12,8 +12,8 @@ struct Bf16Output {
   int width, parts;
 
   // One piece at `column` of `part`. pair(j, h) packs the thread's two elements of row h in the j-th 8 columns.
-  template <int PIECE, class Pair>
-  DEV void store(const Fragment& at, int column, int part, Staging& staging, const Pair& pair) const {
+  template <int PIECE, class Port, class Pair>
+  DEV void store(const Fragment& at, int column, int part, Port& staging, const Pair& pair) const {
     uint8_t* buffer = staging.acquire();
 #pragma unroll
     for (int j = 0; j < PIECE / 8; j += 2) {
@@ -21,8 +21,12 @@ struct Bf16Output {
       staging.put(buffer, j, pair(j, 0), pair(j, 1), both ? pair(j + 1, 0) : 0, both ? pair(j + 1, 1) : 0);
     }
     staging.publish();
-    if (leaves_by_tma<PIECE>(at)) {
-      if (staging.issuer()) tma_store_3d(&map, buffer, column, part, at.first_row);
+    if constexpr (Port::kTma) {
+      if (leaves_by_tma<PIECE>(at)) {
+        if (staging.issuer()) tma_store_3d(&map, buffer, column, part, at.first_row);
+      } else {
+        copy_out<PIECE>(buffer, at, column, part);
+      }
     } else {
       copy_out<PIECE>(buffer, at, column, part);
     }
@@ -45,7 +49,7 @@ struct Bf16Output {
       const int64_t place = (static_cast<int64_t>(at.first_row + row) * parts + part) * width + column + chunk * 8;
       if (row < at.rows)
         st_global(reinterpret_cast<uint4*>(out + place),
-                  *reinterpret_cast<const uint4*>(buffer + Staging::byte(row, chunk)));
+                  *reinterpret_cast<const uint4*>(buffer + staging_byte(row, chunk)));
     }
   }
 };
@@ -53,8 +57,8 @@ struct Bf16Output {
 struct StoreBf16 : PlainEpilogue {
   Bf16Output out;
 
-  template <int COLUMNS, int FIRST = 0>
-  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const {
+  template <int COLUMNS, int FIRST = 0, class Port>
+  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Port& staging) const {
     constexpr int kPiece = piece_columns(COLUMNS, FIRST);
     const int column = at.first_column + FIRST;
     if (column >= out.width) return;

@@ -6,6 +6,7 @@
 namespace ROUTEGRAD_VARIANT {
 
 struct StoreF32 : PlainEpilogue {
+  static constexpr bool kForMma = false;
   TensorMap map;  // (columns, rows, groups), boxes of 32 x 64 x 1
   int width;
   bool accumulate;
@@ -19,7 +20,7 @@ struct StoreF32 : PlainEpilogue {
     for (int j = 0; j < 4; ++j)
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        *reinterpret_cast<float2*>(buffer + Staging::byte(at.local_row(h), 2 * j + quad / 2) + quad % 2 * 8) =
+        *reinterpret_cast<float2*>(buffer + staging_byte(at.local_row(h), 2 * j + quad / 2) + quad % 2 * 8) =
             make_float2(d[FIRST / 2 + 4 * j + 2 * h], d[FIRST / 2 + 4 * j + 2 * h + 1]);
     staging.publish();
     if (staging.issuer()) {
@@ -30,6 +31,33 @@ struct StoreF32 : PlainEpilogue {
     }
     staging.commit();
     if constexpr (FIRST + 32 < COLUMNS) store<COLUMNS, FIRST + 32>(d, at, staging);
+  }
+};
+
+// The same on GPUs without TMA, by the threads: four lanes of a row write 32 bytes.
+struct MmaStoreF32 : PlainEpilogue {
+  float* out;  // [groups, rows, width]
+  int rows, width;
+  bool accumulate;
+
+  template <int COLUMNS>
+  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, MmaStaging&) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (at.local_row(h) >= at.rows) continue;
+      float* const row = out + (static_cast<int64_t>(at.group) * rows + at.row(h)) * width;
+#pragma unroll
+      for (int j = 0; j < COLUMNS / 8; ++j) {
+        if (at.column(j) >= width) break;
+        auto* const to = reinterpret_cast<float2*>(row + at.column(j));
+        float2 v = make_float2(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
+        if (accumulate) {
+          const float2 before = ld_global(to);
+          v = make_float2(before.x + v.x, before.y + v.y);
+        }
+        st_global(to, v);
+      }
+    }
   }
 };
 

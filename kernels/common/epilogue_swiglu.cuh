@@ -11,8 +11,8 @@ struct StoreSwiglu : PlainEpilogue {
   Bf16Output h;  // [R, 2, F]
   Bf16Output a;  // [R, F]
 
-  template <int COLUMNS, int FIRST = 0>
-  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const {
+  template <int COLUMNS, int FIRST = 0, class Port>
+  DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Port& staging) const {
     constexpr int kHalf = COLUMNS / 2, kPiece = piece_columns(kHalf, FIRST);
     const int column = at.first_column + FIRST;
     if (column >= a.width) return;

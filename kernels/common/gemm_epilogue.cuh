@@ -2,13 +2,15 @@
 //
 // An epilogue is a struct passed to the kernel as a __grid_constant__ (tensor maps and pointers) with
 //   template <int COLUMNS>
-//   DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Port& port) const;
+//   DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Port& port) const;  // for each kind of port
 // All 128 threads of a consumer warpgroup call it with one product of 64 rows: d is the thread's accumulator fragment,
 // `at` says where it lies. Data per row (a gate) is looked up by at.row(h), data per expert by at.group; sums over an
 // expert's rows go to partials by block of 64 rows, added later in that order.
 //   Port        the warpgroup's own shared memory, and how it is shared with TMA: Staging, where nothing is read
+//   MmaPort     the same on GPUs without TMA: MmaStaging
 //   kGateUp     whether the left half of d is a tile of gate, and the right half the same columns of up; a tile's
 //               columns are then counted in one of them
+//   kForMma     whether store takes a MmaPort; else another epilogue stands in on those GPUs
 //   kPrefetch   whether it reads: prefetch(at, port) is called with a tile's first fragment, before its products
 #pragma once
 #include "gemm_schedule.cuh"
@@ -39,10 +41,22 @@ struct Fragment {
 // Columns of the piece that begins at column `first` of a fragment: what one staging buffer holds, or what is left.
 HOST_DEV constexpr int piece_columns(int columns, int first) { return columns - first < 64 ? columns - first : 64; }
 
+// A buffer holds 64 rows of 128 bytes, chunks of 16 bytes XORed by the row, as TMA expects them and so that column-wise
+// writes do not share banks.
+constexpr int kStagingBytes = 64 * 128;
+DEV int staging_byte(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
+
 // How the 128 threads of a consumer warpgroup share memory with each other and with TMA, whose copies one of them issues.
 class WarpgroupPort {
  public:
+  static constexpr bool kTma = true;
   DEV bool issuer() const { return threadIdx.x % 128 == 0; }
+  // Per 16 columns of the warp's 16 rows, from column 8 j on: four 8 x 8 matrices, (rows 0 and 8) of columns 0, then of
+  // columns 8.
+  DEV void put(uint8_t* buffer, int j, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) const {
+    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+    stmatrix_x4(buffer + staging_byte(warp * 16 + lane % 16, j + lane / 16), m0, m1, m2, m3);
+  }
   DEV void barrier() { named_bar_sync(barrier_, 128); }
   // After filling: what all threads wrote is visible to all, and to TMA.
   DEV void publish() {
@@ -65,9 +79,7 @@ class WarpgroupPort {
   int barrier_;
 };
 
-// Two buffers of 64 rows by 128 bytes per warpgroup: one is filled while the store of the other is under way. Chunks of
-// 16 bytes are XORed by the row, as TMA expects them and so that column-wise writes do not share banks.
-constexpr int kStagingBytes = 64 * 128;
+// Two buffers per warpgroup: one is filled while the store of the other is under way.
 class Staging : public WarpgroupPort {
  public:
   static constexpr int kBuffers = 2;
@@ -77,8 +89,6 @@ class Staging : public WarpgroupPort {
   DEV Staging(Buffers& buffers, uint64_t* /* it loads nothing */, int warpgroup)
       : WarpgroupPort(warpgroup), buffers_(buffers) {}
 
-  static DEV int byte(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
-
   // The buffer to fill: the store that read it last is done with it.
   DEV uint8_t* acquire() {
     if (issuer()) bulk_wait_read<1>();
@@ -86,11 +96,42 @@ class Staging : public WarpgroupPort {
     next_ ^= 1;
     return buffers_.bytes[next_];
   }
-  // Per 16 columns of the warp's 16 rows, from column 8 j on: four 8 x 8 matrices, (rows 0 and 8) of columns 0, then of
-  // columns 8.
+
+ private:
+  Buffers& buffers_;
+  int next_ = 0;
+};
+
+// The same without TMA and stmatrix: the threads themselves copy out what they filled.
+class MmaPort {
+ public:
+  static constexpr bool kTma = false;
   DEV void put(uint8_t* buffer, int j, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) const {
-    const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    stmatrix_x4(buffer + byte(warp * 16 + lane % 16, j + lane / 16), m0, m1, m2, m3);
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    const uint32_t matrix[4] = {m0, m1, m2, m3};
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+      *reinterpret_cast<uint32_t*>(buffer + staging_byte(row + m % 2 * 8, j + m / 2) + lane % 4 * 4) = matrix[m];
+  }
+  DEV void barrier() { named_bar_sync(barrier_, 128); }
+  DEV void publish() { barrier(); }
+  DEV void commit() {}
+
+ protected:
+  DEV explicit MmaPort(int warpgroup) : barrier_(1 + warpgroup) {}
+
+ private:
+  int barrier_;
+};
+class MmaStaging : public MmaPort {
+ public:
+  using Buffers = Staging::Buffers;
+  DEV MmaStaging(Buffers& buffers, int warpgroup) : MmaPort(warpgroup), buffers_(buffers) {}
+
+  // The buffer to fill: all threads have copied out of it before they published the other one.
+  DEV uint8_t* acquire() {
+    next_ ^= 1;
+    return buffers_.bytes[next_];
   }
 
  private:
@@ -101,7 +142,8 @@ class Staging : public WarpgroupPort {
 // An epilogue that stores columns as they are and reads nothing.
 struct PlainEpilogue {
   using Port = Staging;
-  static constexpr bool kGateUp = false, kPrefetch = false;
+  using MmaPort = MmaStaging;
+  static constexpr bool kGateUp = false, kPrefetch = false, kForMma = true;
 };
 
 }  // namespace ROUTEGRAD_VARIANT

@@ -4,6 +4,7 @@
 #include "epilogue_store_f32.cuh"
 #include "gemm_plan.cuh"
 #include "gemm_tile.cuh"
+#include "mma_launch.cuh"
 
 namespace ROUTEGRAD_VARIANT {
 
@@ -52,15 +53,6 @@ inline routegrad_status make_f32_output(StoreF32* store, float* base, int64_t wi
                                           Swizzle::Span128});
 }
 
-struct GemmArguments {
-  const void *a, *b;
-  const int32_t *a_rows, *b_rows;  // gather
-  int64_t a_height, b_height;      // rows of the arrays (b: of one group)
-  const int32_t* offsets;
-  ProductSizes sizes;
-  bool skip_empty = false;  // RaggedK
-};
-
 template <int PRODUCT, Gather GATHER, int SHAPE, class Epilogue>
 routegrad_status launch_tile(const GemmArguments& arguments, const Epilogue& epilogue, routegrad_stream stream) {
   constexpr bool kRaggedDepth = PRODUCT == ROUTEGRAD_GEMM_WEIGHT_GRADIENT;
@@ -90,6 +82,8 @@ routegrad_status launch_tile(const GemmArguments& arguments, const Epilogue& epi
 
 inline bool tile_exists(int tile, int product) {
   if (tile == ROUTEGRAD_TILE_AUTO) return true;
+  if constexpr (kForAmpere)
+    if (!on_hopper()) return find_mma_tile(tile) != nullptr;
   for (const TileShape& t : kTileShapes)
     if (t.tile == tile) return tile_serves(t, product);
   return false;
@@ -99,6 +93,8 @@ inline bool tile_exists(int tile, int product) {
 template <int PRODUCT, Gather GATHER, int SHAPE = 0, class Epilogue>
 routegrad_status launch_gemm(const GemmArguments& arguments, const Epilogue& epilogue, int tile,
                              routegrad_stream stream) {
+  if constexpr (kForAmpere && Epilogue::kForMma && SHAPE == 0)
+    if (!on_hopper()) return launch_mma<PRODUCT>(arguments, epilogue, tile, stream);
   if (tile == ROUTEGRAD_TILE_AUTO) tile = choose_tile(PRODUCT, arguments.sizes, multiprocessors()).tile;
   if constexpr (tile_serves(kTileShapes[SHAPE], PRODUCT))
     if (tile == kTileShapes[SHAPE].tile) return launch_tile<PRODUCT, GATHER, SHAPE>(arguments, epilogue, stream);

@@ -31,12 +31,12 @@ DEV BoxPlace box_place(int first, int box, int k) {
   return MAJOR == Major::K ? BoxPlace{k, first + 64 * box} : BoxPlace{first + 64 * box, k};
 }
 
-// cp.async of `boxes` boxes by the 128 threads of the producer warpgroup: thread t copies chunk t % 8 of rows
+// cp.async of `boxes` boxes by the 128 threads of a warpgroup: thread t copies chunk t % 8 of rows
 // t / 8 + 16 i. Rows of the product from `last` (K-major) or `last_k` (MN-major) on, and columns past the matrix, are
 // zero. The row index is read again for every box (from L1), since keeping the rows costs more registers than there
 // are.
-template <Major MAJOR>
-DEV void copy_boxes(bf16* tile, const GemmOperand& operand, int boxes, int first, int last, int k, int last_k) {
+template <Major MAJOR, class Operand>
+DEV void copy_boxes(bf16* tile, const Operand& operand, int boxes, int first, int last, int k, int last_k) {
   const int chunk = threadIdx.x % 8;
   for (int box = 0; box < boxes; ++box) {
     const BoxPlace place = box_place<MAJOR>(first, box, k);

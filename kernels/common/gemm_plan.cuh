@@ -20,6 +20,17 @@ constexpr TileShape kTileShapes[] = {
 };
 constexpr int kTileShapeCount = sizeof(kTileShapes) / sizeof(kTileShapes[0]);
 
+// For GPUs without wgmma: as many stages as 99 KB hold (compute capability 8.6, 8.9, 12.0), and twice the rows where a block
+// may have 163 KB (8.0, 10.0).
+constexpr TileShape kMmaTileShapes[] = {
+    {ROUTEGRAD_TILE_MMA_128X128, 1, 128, false},
+    {ROUTEGRAD_TILE_MMA_256X128, 2, 128, false},
+};
+constexpr int kMmaStages = 3;
+constexpr int mma_stage_bytes(const TileShape& t) { return (t.rows() + t.columns) * kGemmDepth * 2; }
+static_assert(mma_stage_bytes(kMmaTileShapes[0]) * kMmaStages + 1024 <= 99 * 1024);
+static_assert(mma_stage_bytes(kMmaTileShapes[1]) * kMmaStages + 1024 <= 163 * 1024);
+
 // B is K-major when its rows are the output's columns.
 constexpr bool b_is_mn_major(int product) {
   return product == ROUTEGRAD_GEMM_INPUT_GRADIENT || product == ROUTEGRAD_GEMM_WEIGHT_GRADIENT ||
@@ -106,7 +117,30 @@ constexpr int64_t estimate_clocks(const TileShape& t, const ProductSizes& p, int
   return ceil_div_wide(tiles, multiprocessors) * tile + kTileClocks;
 }
 
+inline bool mma_tile_fits(const TileShape& t) { return max_shared() >= mma_stage_bytes(t) * kMmaStages + 1024; }
+// The larger tile reads B half as often: where it fits, and leaves work for every multiprocessor.
+inline const TileShape& choose_mma_tile(const ProductSizes& p, int multiprocessors) {
+  const bool fits = mma_tile_fits(kMmaTileShapes[1]);
+  const int64_t row_tiles = p.ragged_depth ? p.groups * ceil_div_wide(p.rows, kMmaTileShapes[1].rows())
+                                           : ceil_div_wide(p.rows, kMmaTileShapes[1].rows());
+  return kMmaTileShapes[fits && row_tiles * ceil_div_wide(p.columns, kMmaTileShapes[1].columns) >= multiprocessors];
+}
+
+// Of a tile that serves the product on the current device.
+constexpr int stages_of(const TileShape& t, int product) {
+  return t.tile < ROUTEGRAD_TILE_MMA_128X128 ? tile_stages(t, product) : kMmaStages;
+}
+
+// The tile on GPUs without wgmma, where there is such a one; every product has it.
+inline const TileShape* find_mma_tile(int tile) {
+  for (const TileShape& t : kMmaTileShapes)
+    if (t.tile == tile && mma_tile_fits(t)) return &t;
+  return nullptr;
+}
+
 inline const TileShape& choose_tile(int product, const ProductSizes& p, int multiprocessors) {
+  if constexpr (kForAmpere)
+    if (!on_hopper()) return choose_mma_tile(p, multiprocessors);
   const TileShape* best = nullptr;
   for (const TileShape& t : kTileShapes)
     if (tile_serves(t, product) &&

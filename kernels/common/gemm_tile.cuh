@@ -245,6 +245,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
                 const __grid_constant__ typename T::Epilogue epilogue,
                 const __grid_constant__ typename T::Schedule schedule) {
   static_assert(T::kRowBlocks <= 2 && T::kCopyLag < T::kStages - 1);
+  if constexpr (!kCompilesHopper) return;
   DYNAMIC_SHARED(GemmShared<T>, s);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < T::kStages; ++stage) {

@@ -120,28 +120,30 @@ DEV void ldmatrix_x4(uint32_t (&r)[4], const void* row, [[maybe_unused]] Where a
                       : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                       : "r"(shared_address(row))
                       : "memory");)
-  ON_SIM(sim::ldmatrix(r, 4, shared_address(row, at), false, at);)
+  ON_SIM(const uint32_t address = shared_address(row, at); sim::ldmatrix(r, &address, 1, false, at);)
 }
 DEV void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, [[maybe_unused]] Where at = Where::current()) {
   ON_GPU(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                       : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                       : "r"(shared_address(row))
                       : "memory");)
-  ON_SIM(sim::ldmatrix(r, 4, shared_address(row, at), true, at);)
+  ON_SIM(const uint32_t address = shared_address(row, at); sim::ldmatrix(r, &address, 1, true, at);)
 }
 DEV void stmatrix_x4(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3,
                      [[maybe_unused]] Where at = Where::current()) {
   ON_GPU(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                       "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                       : "memory");)
-  ON_SIM(const uint32_t r[4] = {r0, r1, r2, r3}; sim::stmatrix(shared_address(row, at), r, 4, false, at);)
+  ON_SIM(const uint32_t r[4] = {r0, r1, r2, r3}; const uint32_t address = shared_address(row, at);
+         sim::stmatrix(r, &address, 1, false, at);)
 }
 DEV void stmatrix_x4_trans(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3,
                            [[maybe_unused]] Where at = Where::current()) {
   ON_GPU(asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
                       "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                       : "memory");)
-  ON_SIM(const uint32_t r[4] = {r0, r1, r2, r3}; sim::stmatrix(shared_address(row, at), r, 4, true, at);)
+  ON_SIM(const uint32_t r[4] = {r0, r1, r2, r3}; const uint32_t address = shared_address(row, at);
+         sim::stmatrix(r, &address, 1, true, at);)
 }
 
 // Two floats to a packed bf16 pair, `low` in the low half, rounded to nearest even.

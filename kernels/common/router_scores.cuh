@@ -214,12 +214,13 @@ struct TokenRows {
   }
 };
 
-// All of it for the 128 tokens of a block, by the 256 threads that multiplied; `sums` may lie where the stages were.
+// All of it for the 128 tokens of a block, by the 256 threads that multiplied, numbered `thread`; `sums` may lie where the
+// stages were.
 template <int EXPERTS>
 DEV void finish_tokens(float (&logits)[EXPERTS / 2], const RouterForward& forward, int first_token,
-                       RouterSums<EXPERTS>& sums) {
+                       RouterSums<EXPERTS>& sums, int thread) {
   constexpr int kBarrier = 1;
-  const int thread = threadIdx.x - 128, warp = thread / 32, experts = forward.experts;
+  const int warp = thread / 32, experts = forward.experts;
   TokenRows<EXPERTS> rows(logits, forward, first_token + thread / 128 * 64);
   float square, entropy;
   rows.score(square, entropy);

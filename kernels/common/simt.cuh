@@ -35,7 +35,31 @@
 
 #include "status.cuh"
 
+// For which GPUs a build is (build/cuda.rs says): Hopper's code is TMA and wgmma, Ampere's is cp.async and mma.sync, which
+// every later GPU has too. The simulator has both.
+#ifndef ROUTEGRAD_FOR_HOPPER
+#define ROUTEGRAD_FOR_HOPPER 1
+#endif
+#ifndef ROUTEGRAD_FOR_AMPERE
+#ifdef __CUDACC__
+#define ROUTEGRAD_FOR_AMPERE 0
+#else
+#define ROUTEGRAD_FOR_AMPERE 1
+#endif
+#endif
+
 namespace ROUTEGRAD_VARIANT {
+
+constexpr bool kForHopper = ROUTEGRAD_FOR_HOPPER, kForAmpere = ROUTEGRAD_FOR_AMPERE;
+// Whether the architecture that is being compiled for gets the body of a kernel of each kind; the others get empty ones,
+// which are never launched.
+#if defined(__CUDA_ARCH__) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kCompilesHopper = true, kCompilesAmpere = false;
+#elif defined(__CUDA_ARCH__)
+constexpr bool kCompilesHopper = false, kCompilesAmpere = true;
+#else
+constexpr bool kCompilesHopper = true, kCompilesAmpere = true;
+#endif
 
 #ifdef __CUDACC__
 struct Where {
@@ -109,6 +133,38 @@ inline int multiprocessors() {
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess ? count : 0;
 #else
   return sim::multiprocessors();
+#endif
+}
+
+// Of the current device: 10 · major + minor of its compute capability; 0 when it cannot be asked.
+inline int architecture() {
+#ifdef __CUDACC__
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return 0;
+  if (cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess) return 0;
+  return 10 * major + minor;
+#else
+  return sim::architecture();
+#endif
+}
+
+// Whether launchers take the kernels for Hopper. A build for Hopper alone does not ask.
+inline bool on_hopper() {
+  if constexpr (kForHopper && kForAmpere)
+    return architecture() == 90;
+  else
+    return kForHopper;
+}
+
+// Bytes of shared memory that a block of the current device may ask for; 0 when it cannot be asked.
+inline int max_shared() {
+#ifdef __CUDACC__
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
+#else
+  return static_cast<int>(sim::max_shared());
 #endif
 }
 

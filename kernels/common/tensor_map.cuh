@@ -41,6 +41,8 @@ inline TensorMapEncoder tensor_map_encoder() {
 // Fills `map`; ROUTEGRAD_OK or ROUTEGRAD_BAD_TENSOR_MAP.
 template <int RANK>
 routegrad_status make_tensor_map(TensorMap* map, const TensorView<RANK>& view) {
+  if constexpr (kForAmpere)
+    if (!on_hopper()) return ROUTEGRAD_OK;  // nothing reads it
 #ifdef __CUDACC__
   static const TensorMapEncoder encode = tensor_map_encoder();
   if (!encode) return ROUTEGRAD_BAD_TENSOR_MAP;

@@ -115,7 +115,8 @@ static Gathering& gather(std::list<Gathering>& gatherings, Collective kind, uint
   return gatherings.front();
 }
 
-uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int source, Where at) {
+// Runs `work`, where there is one, on what the lanes brought, before any of them goes on.
+static uint64_t meet(Collective kind, uint32_t mask, uint64_t value, int source, WarpWork work, Where at) {
   Thread* t = machine->current;
   const int l = t->id % kWarp;
   std::list<Gathering>& gatherings = machine->block->gatherings[t->id / kWarp];
@@ -132,7 +133,7 @@ uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int sou
   uint64_t votes = 0;
   for (int i = 0; i < kWarp; ++i)
     if (mask >> i & 1) votes |= (g.value[i] & 1) << i;
-  if (kind == Collective::Gather) std::copy(g.value, g.value + kWarp, machine->block->gathered[t->id / kWarp].begin());
+  if (work) work(g.value);
   race::Sync sync;
   if (kind == Collective::Sync)  // the others order no memory
     for (int i = 0; i < kWarp; ++i)
@@ -147,6 +148,14 @@ uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int sou
   }
   gatherings.remove_if([&](const Gathering& x) { return &x == &g; });
   return t->collective_result;
+}
+
+uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int source, Where at) {
+  return meet(kind, mask, value, source, nullptr, at);
+}
+
+void warp_work(WarpWork work, void* own, Where at) {
+  meet(Collective::Work, ~0u, reinterpret_cast<uint64_t>(own), 0, work, at);
 }
 
 // ---- registers. The pool holds what the launch allotted and no thread owns; inc waits for it.

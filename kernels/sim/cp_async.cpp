@@ -1,4 +1,4 @@
-// cp.async (16 bytes per thread, in groups of its own), ldmatrix and stmatrix.
+// cp.async: 16 bytes per thread, in groups of its own.
 #include <cstring>
 
 #include "machine.hpp"
@@ -77,45 +77,6 @@ void cp_async_mbar_arrive_noinc(uint32_t bar, Where at) {
   c.where = at;
   ++t->cp_arrivals;
   submit(std::move(c));
-}
-
-// ---- matrices of 8 x 8 16-bit elements. Lane l points at row l mod 8 of matrix l / 8; registers hold element pairs.
-static const uint64_t* gather_rows(uint32_t row, Where at) {
-  if (row % 16) fail("ldmatrix/stmatrix: the row address is not 16-byte aligned", at);
-  warp_collective(Collective::Gather, ~0u, row, 0, at);
-  return machine->block->gathered[static_cast<size_t>(machine->current->id / kWarp)].data();
-}
-
-// Calls f(matrix, host address of the element, half) for the elements that this lane's registers hold.
-template <class F>
-static void for_own_elements(const uint64_t* rows, int matrices, bool transpose, bool write, const char* what, Where at, F f) {
-  Block& block = *machine->block;
-  const int l = lane();
-  for (int m = 0; m < matrices; ++m)
-    for (int half = 0; half < 2; ++half) {
-      const int r = l / 4, c = l % 4 * 2 + half;
-      const int row = transpose ? c : r, column = transpose ? r : c;
-      const uint32_t address = static_cast<uint32_t>(rows[8 * m + row]) + static_cast<uint32_t>(column) * 2;
-      char* element = shared_bytes(block, address, 2, what, at);
-      race::shared_access(block, address, 2, write, at);
-      f(m, element, half);
-    }
-}
-
-void ldmatrix(uint32_t* registers, int matrices, uint32_t row, bool transpose, Where at) {
-  const uint64_t* rows = gather_rows(row, at);
-  uint16_t halves[4][2];
-  for_own_elements(rows, matrices, transpose, false, "ldmatrix", at,
-                   [&](int m, const char* element, int half) { memcpy(&halves[m][half], element, 2); });
-  memcpy(registers, halves, static_cast<size_t>(matrices) * 4);
-}
-
-void stmatrix(uint32_t row, const uint32_t* registers, int matrices, bool transpose, Where at) {
-  const uint64_t* rows = gather_rows(row, at);
-  for_own_elements(rows, matrices, transpose, true, "stmatrix", at, [&](int m, char* element, int half) {
-    const uint16_t value = static_cast<uint16_t>(registers[m] >> 16 * half);
-    memcpy(element, &value, 2);
-  });
 }
 
 }  // namespace sim

@@ -86,7 +86,6 @@ static void prepare_block(Machine& m, Block& block, const LaunchShape& shape, ui
   block.threads.resize(shape.threads);
   block.warpgroups.resize((shape.threads + kWarpgroup - 1) / kWarpgroup);
   block.gatherings.resize((shape.threads + kWarp - 1) / kWarp);
-  block.gathered.resize(block.gatherings.size());
   ASAN_UNPOISON_MEMORY_REGION(block.arena, kWindowBytes);
   if (m.options.poison) memset(block.arena + kSharedBase, 0xff, shape.shared);
   ASAN_POISON_MEMORY_REGION(block.arena, kSharedBase);
@@ -146,13 +145,16 @@ static void add(routegrad_sim_counters& to, const routegrad_sim_counters& c) {
   to.tensor_flops += c.tensor_flops;
   to.bytes_read += c.bytes_read;
   to.bytes_written += c.bytes_written;
+  to.bank_conflicts += c.bank_conflicts;
 }
 
 static std::string refuse_shape(const LaunchShape& s) {
   if (!s.grid.x || !s.grid.y || !s.grid.z || s.grid.x > 0x7fffffff || s.grid.y > 65535 || s.grid.z > 65535)
     return format("launch: a grid of %u x %u x %u", s.grid.x, s.grid.y, s.grid.z);
   if (!s.threads || s.threads > 1024) return format("launch: %u threads per block, not 1 to 1024", s.threads);
-  if (s.shared > kMaxShared) return format("launch: %zu bytes of dynamic shared memory exceed 227 KiB", s.shared);
+  if (s.shared > max_shared())
+    return format("launch: %zu bytes of dynamic shared memory exceed the %u KiB of sm_%d", s.shared, max_shared() >> 10,
+                  architecture());
   if (!s.cluster || s.cluster > 8 || s.grid.x % s.cluster)
     return format("launch: clusters of %u in a grid of %u along x", s.cluster, s.grid.x);
   return {};
@@ -242,6 +244,8 @@ routegrad_status launch(const LaunchShape& shape, void (*body)(void*), void* cap
 }
 
 int multiprocessors() { return options().multiprocessors; }
+int architecture() { return options().arch; }
+uint32_t max_shared() { return max_shared_of(options().arch); }
 void count_read(size_t bytes) { machine->counters.bytes_read += bytes; }
 void count_written(size_t bytes) { machine->counters.bytes_written += bytes; }
 

@@ -21,6 +21,7 @@ inline constexpr uint32_t kWindowBytes = 256 << 10;
 inline constexpr uint32_t kSharedBase = 1040;
 inline constexpr uint32_t kMaxShared = 227 << 10;
 inline constexpr int kWarp = 32, kWarpgroup = 128;
+inline constexpr int kMaxProductColumns = 256;
 
 struct Block;
 
@@ -167,7 +168,6 @@ struct Block {
   Barrier barriers[16];
   ClusterBarrier cluster_barrier;  // used in the cluster's first block
   std::vector<std::list<Gathering>> gatherings;  // per warp
-  std::vector<std::array<uint64_t, kWarp>> gathered;  // result of the warp's last Gather
   std::vector<MbarrierWait> mbarrier_waits;
   std::vector<std::pair<uint32_t, Thread*>> unfenced_mbarriers;
   std::vector<Thread*> register_waits;
@@ -177,7 +177,8 @@ struct Block {
 
 // One OS thread's simulator: it runs a wave of blocks at a time.
 struct Machine {
-  alignas(64) float product_a[16 * 64], product_b[256 * 16];  // operands of the product being computed
+  // Operands of the product being computed; the accumulators of a warp's.
+  alignas(64) float product_a[16 * 64], product_b[kMaxProductColumns * 16], product_d[kMaxProductColumns * 16];
   routegrad_sim_options options{};
   routegrad_sim_counters counters{};
   Stacks stacks;
@@ -249,9 +250,13 @@ const std::string& last_map_failure();  // why a tensor map was refused on this 
 
 // ---- wgmma
 void check_products_waited(Block& block);
-// acc[columns][64] += a[16][64] transposed · b[columns][16]
+// acc[columns][rows] += a[16][rows] transposed · b[columns][16], for 64 rows (wgmma) or 16 (mma)
 using ProductKernel = void (*)(float* acc, const float* a, const float* b, int columns);
-ProductKernel product_kernel();
+ProductKernel product_kernel(int rows);
+
+// Every lane of the warp calls it; the last to come runs work(what each lane gave) while the others wait.
+using WarpWork = void (*)(const uint64_t* own_of_lane);
+void warp_work(WarpWork work, void* own, Where at);
 
 // Host address of `bytes` of a block's shared memory, checked against what the launch asked for.
 char* shared_bytes(Block& block, uint32_t address, uint32_t bytes, const char* what, Where at);

@@ -9,7 +9,7 @@
 
 namespace sim {
 
-constexpr routegrad_sim_options kDefaults{ROUTEGRAD_SIM_LATE, ROUTEGRAD_SIM_LATE, ROUTEGRAD_SIM_FIFO, 1, 1, 1, 8, 0, 1};
+constexpr routegrad_sim_options kDefaults{ROUTEGRAD_SIM_LATE, ROUTEGRAD_SIM_LATE, ROUTEGRAD_SIM_FIFO, 1, 1, 1, 8, 90, 1};
 
 struct Name {
   std::string_view text;
@@ -40,9 +40,9 @@ static bool set(routegrad_sim_options& o, std::string_view key, std::string_view
   uint64_t n = 0;
   if (!number(value, n)) return false;
   if (key == "seed") return o.seed = n, true;
-  int32_t* fields[] = {&o.threads, &o.resident, &o.poison, &o.multiprocessors};
-  constexpr std::string_view keys[] = {"threads", "resident", "poison", "multiprocessors"};
-  for (int i = 0; i < 4; ++i)
+  int32_t* fields[] = {&o.threads, &o.resident, &o.poison, &o.multiprocessors, &o.arch};
+  constexpr std::string_view keys[] = {"threads", "resident", "poison", "multiprocessors", "arch"};
+  for (int i = 0; i < 5; ++i)
     if (key == keys[i]) return *fields[i] = static_cast<int32_t>(n < 1 << 20 ? n : 1 << 20), true;
   return false;
 }
@@ -58,7 +58,7 @@ bool parse_options(const char* text, routegrad_sim_options& to, std::string& why
       why = "ROUTEGRAD_SIM: cannot read \"";
       why.append(item);
       why += "\"; expected copies|products|async=early|late|random, order=fifo|lifo|shuffled, or "
-            "seed|threads|resident|poison|multiprocessors=NUMBER, separated by commas";
+            "seed|threads|resident|poison|multiprocessors|arch=NUMBER, separated by commas";
       return false;
     }
   }
@@ -73,9 +73,21 @@ bool valid(const routegrad_sim_options& o, std::string& why) {
     why = "simulator options: copies, products and order must be 0, 1 or 2";
   else if (!between(o.threads, 1, 256) || !between(o.resident, 1, 256) || !between(o.multiprocessors, 1, 1024))
     why = "simulator options: threads and resident must be 1 to 256, multiprocessors 1 to 1024";
+  else if (!max_shared_of(o.arch))
+    why = "simulator options: arch must be 80, 86, 89, 90, 100 or 120";
   else
     return true;
   return false;
+}
+
+// CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+uint32_t max_shared_of(int32_t arch) {
+  switch (arch) {
+    case 80: return 163 << 10;
+    case 86: case 89: case 120: return 99 << 10;
+    case 90: case 100: return 227 << 10;
+    default: return 0;
+  }
 }
 
 // Options belong to the host thread that sets them, so that tests run side by side.

@@ -11,6 +11,8 @@ namespace sim {
 routegrad_sim_options& options();
 std::string& options_fault();
 bool parse_options(const char* text, routegrad_sim_options& to, std::string& why);
+// Bytes of shared memory that a block may ask for; 0 for an architecture that is not known.
+uint32_t max_shared_of(int32_t arch);
 bool valid(const routegrad_sim_options& o, std::string& why);
 
 }  // namespace sim

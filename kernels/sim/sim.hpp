@@ -28,6 +28,8 @@ struct LaunchShape {
 };
 routegrad_status launch(const LaunchShape& shape, void (*body)(void*), void* captured);
 int multiprocessors();
+int architecture();     // 10 · major + minor of the compute capability
+uint32_t max_shared();  // bytes of dynamic shared memory that a block may ask for
 
 // ---- shared memory
 void* dynamic_shared(size_t alignment, size_t bytes);
@@ -39,9 +41,8 @@ void count_written(size_t bytes);
 
 // ---- threads of a block and of a warp
 void named_barrier(int id, int threads, bool wait, Where at);  // threads 0: all of the block
-enum class Collective : int { Sync, Shuffle, Ballot, Gather };
-// Every lane of `mask` calls it. Shuffle returns the value of lane `source`, Ballot the lanes whose value is odd; Gather
-// leaves all values with the block.
+enum class Collective : int { Sync, Shuffle, Ballot, Work };
+// Every lane of `mask` calls it. Shuffle returns the value of lane `source`, Ballot the lanes whose value is odd.
 uint64_t warp_collective(Collective kind, uint32_t mask, uint64_t value, int source, Where at);
 int lane();
 void setmaxnreg(int registers, bool increase, Where at);
@@ -83,13 +84,16 @@ void tma_reduce_add(const TensorMap* map, uint32_t src, Coordinates at_box, Wher
 void bulk_commit();
 void bulk_wait(int keep, bool read_only, Where at);
 
-// ---- cp.async, ldmatrix, stmatrix
+// ---- cp.async
 void cp_async_16(uint32_t dst, const void* src, uint32_t valid, Where at);
 void cp_async_commit();
 void cp_async_wait(int keep, Where at);
 void cp_async_mbar_arrive_noinc(uint32_t bar, Where at);
-void ldmatrix(uint32_t* registers, int matrices, uint32_t row, bool transpose, Where at);
-void stmatrix(uint32_t row, const uint32_t* registers, int matrices, bool transpose, Where at);
+
+// ---- warp_matrix.cpp: `count` instructions ldmatrix or stmatrix of four matrices, and `tiles` of mma.sync that share A
+void ldmatrix(uint32_t* registers, const uint32_t* rows, int count, bool transpose, Where at);
+void stmatrix(const uint32_t* registers, const uint32_t* rows, int count, bool transpose, Where at);
+void mma_row(float* d, const uint32_t* a, const uint32_t* b, int tiles, Where at);
 
 // ---- wgmma
 struct Operand {

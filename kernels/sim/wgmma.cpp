@@ -99,7 +99,7 @@ static void run_product(Warpgroup& w, Product& p, Block& block) {
   load_operand(p.b, p.columns, b, kDepth, 1, p, block, w.actor);
   float* values = p.accumulator->values();
   if (!p.accumulate) memset(values, 0, sizeof(float) * kRows * static_cast<size_t>(p.columns));
-  static const ProductKernel multiply = product_kernel();
+  static const ProductKernel multiply = product_kernel(kRows);
   multiply(values, a, b, p.columns);
   machine->counters.tensor_flops += 2ull * kRows * static_cast<uint64_t>(p.columns) * kDepth;
   p.done = true;

@@ -2,7 +2,9 @@
 
 use super::data;
 use super::proofs;
+use super::values::{architecture, gpu, percent};
 use crate::config::Precision;
+use crate::device::machine::Chip;
 use crate::study::{ablate, plan};
 use crate::verify::fault::Fault;
 use crate::verify::{bench, hardware};
@@ -100,7 +102,8 @@ Examples:
   routegrad gradcheck
   routegrad gradcheck 'router default'
   routegrad gradcheck default --plant default-dot
-  routegrad gradcheck --device sim")]
+  routegrad gradcheck --device sim
+  routegrad gradcheck --device sim --sim-arch sm_80")]
     Gradcheck {
         /// Check only subjects whose name contains this text.
         #[arg(default_value = "", hide_default_value = true)]
@@ -111,6 +114,9 @@ Examples:
         /// cpu, or sim: the kernels, in the MoE layer of each router and in whole models, by directional derivatives.
         #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
         device: CheckedDevice,
+        /// GPU that --device sim stands for: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120 [default: sm_90].
+        #[arg(long, value_name = "ARCH", value_parser = architecture)]
+        sim_arch: Option<i32>,
     },
     /// List the operations that a training step runs as kernels, and how often.
     #[command(after_help = "\
@@ -141,13 +147,15 @@ Examples:
 Examples:
   routegrad plan
   routegrad plan --preset 7.33b --device h200 --set train.micro_batch=8
+  routegrad plan --preset 557m --device rtx4090 --set train.bf16_moments=true --set train.recompute=true
   routegrad plan --preset 1.96b --experts 32c4 --router topk --device h200 --steps 76000 --json")]
     Plan(PlanArgs),
-    /// Print the roofline time of an MoE layer's kernels on one H200, and what `default` adds to `topk`.
+    /// Print the roofline time of an MoE layer's kernels on one GPU, and what `default` adds to `topk`.
     #[command(after_help = "\
 Examples:
   routegrad floors
-  routegrad floors --preset 557m --tokens 65536")]
+  routegrad floors --preset 557m --tokens 65536
+  routegrad floors --preset 557m --device rtx4090")]
     Floors {
         /// Model whose layer is taken; may be given again [default: 1.96b and 7.33b].
         #[arg(long, value_name = "NAME")]
@@ -155,6 +163,9 @@ Examples:
         /// Tokens of a micro-batch.
         #[arg(long, value_name = "N", default_value_t = bench::roofline::TOKENS)]
         tokens: usize,
+        /// GPU, as in `plan --device`.
+        #[arg(long, value_name = "GPU", default_value = "h200", value_parser = gpu)]
+        device: &'static Chip,
     },
     /// Verify and time kernels and training steps on a GPU: those without a record, most important first.
     #[command(after_help = "\
@@ -239,6 +250,9 @@ pub(super) struct TrainArgs {
     /// Where the model runs: cpu; sim, the kernels on the simulator; cuda, the kernels on a GPU [default: cpu].
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
+    /// GPU that --device sim stands for: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120 [default: sm_90].
+    #[arg(long, value_name = "ARCH", value_parser = architecture)]
+    pub(super) sim_arch: Option<i32>,
     /// Folder of the run [default: runs/NAME].
     #[arg(long, value_name = "DIR", conflicts_with = "name")]
     pub(super) out: Option<PathBuf>,
@@ -488,12 +502,4 @@ pub(super) struct BenchArgs {
     /// With --report: also the table of this page, between its marks.
     #[arg(long, value_name = "FILE", requires = "report")]
     pub(super) update: Option<PathBuf>,
-}
-
-/// "5%" or "5" as 0.05.
-fn percent(text: &str) -> Result<f64, String> {
-    match text.trim().trim_end_matches('%').parse::<f64>() {
-        Ok(x) if x >= 0.0 && x.is_finite() => Ok(x / 100.0),
-        _ => Err("expected a percentage, such as 5%".into()),
-    }
 }

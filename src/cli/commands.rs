@@ -3,6 +3,7 @@
 use super::arguments::*;
 use super::process::{start_ranks, watch_signals};
 use crate::config::{Config, Layers};
+use crate::device::machine::Chip;
 use crate::error::{Error, Result};
 use crate::report::stderr_line;
 use crate::routers;
@@ -329,11 +330,11 @@ pub(super) fn list_ops(preset: &str, router: &str, set: Vec<String>) -> Result<(
     Ok(())
 }
 
-pub(super) fn print_floors(presets: &[String], tokens: usize) -> Result<()> {
+pub(super) fn print_floors(presets: &[String], tokens: usize, chip: &'static Chip) -> Result<()> {
     let presets: Vec<&str> = presets.iter().map(String::as_str).collect();
     let page = match presets.as_slice() {
-        [] => floors::page(&floors::PRESETS, tokens)?,
-        named => floors::page(named, tokens)?,
+        [] => floors::page(&floors::PRESETS, tokens, chip)?,
+        named => floors::page(named, tokens, chip)?,
     };
     say!("{}", page.trim_end());
     Ok(())

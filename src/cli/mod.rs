@@ -13,16 +13,18 @@ mod proofs;
 mod settings;
 mod timings;
 mod train;
+mod values;
 
 pub use arguments::Cli;
 
+use crate::device::Device;
 use crate::dist;
 use crate::error::Result;
 use crate::report::stderr_line;
 use arguments::Command;
 use clap::Parser;
 use commands::*;
-use process::{refuse_launcher, set_threads};
+use process::{refuse_launcher, set_threads, simulate};
 use std::process::ExitCode;
 use train::train_command;
 
@@ -80,9 +82,16 @@ impl Cli {
                 filter,
                 plant,
                 device,
+                sim_arch,
             } => match device {
-                arguments::CheckedDevice::Cpu => gradcheck_command(&filter, plant),
-                arguments::CheckedDevice::Sim => gradcheck_on_simulator(&filter, plant),
+                arguments::CheckedDevice::Cpu => {
+                    simulate(sim_arch, Device::Cpu)?;
+                    gradcheck_command(&filter, plant)
+                }
+                arguments::CheckedDevice::Sim => {
+                    simulate(sim_arch, Device::Sim)?;
+                    gradcheck_on_simulator(&filter, plant)
+                }
             },
             Command::Ops {
                 preset,
@@ -94,7 +103,11 @@ impl Cli {
             Command::Dump(args) => dump_command(&args),
             Command::Import(args) => import_command(&args),
             Command::Plan(args) => plan_command(&args),
-            Command::Floors { preset, tokens } => print_floors(&preset, tokens),
+            Command::Floors {
+                preset,
+                tokens,
+                device,
+            } => print_floors(&preset, tokens, device),
             Command::HardwareCheck(args) => proofs::check(args),
             Command::Status(args) => proofs::status(&args),
             Command::Bench(args) => timings::run(args),

@@ -1,8 +1,10 @@
 //! What commands ask of their own process: threads, signals, and that it is the only one.
 
 use super::arguments::{RanksArgs, RanksFrom};
+use crate::device::Device;
 use crate::dist::{self, Collective, Ranks};
 use crate::error::{Error, Result};
+use crate::kernels::launchers;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -27,6 +29,20 @@ pub(super) fn set_threads(threads: usize) -> Result<()> {
         .num_threads(threads)
         .build_global()
         .map_err(|e| invalid(e.to_string()))
+}
+
+/// Makes the simulator stand for the GPU that `--sim-arch` names.
+pub(super) fn simulate(architecture: Option<i32>, device: Device) -> Result<()> {
+    let Some(architecture) = architecture else {
+        return Ok(());
+    };
+    if device != Device::Sim {
+        let help = "add --device sim, or leave --sim-arch out";
+        let got = format!("device {device}");
+        return Err(Error::invalid("--sim-arch", "device sim", got, help));
+    }
+    launchers::simulate(architecture);
+    Ok(())
 }
 
 /// This process's rank, and its threads.

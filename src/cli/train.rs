@@ -1,7 +1,7 @@
 //! `routegrad train`: what it begins with, the run, and what it says at the end.
 
 use super::arguments::TrainArgs;
-use super::process::{start_ranks, watch_signals};
+use super::process::{simulate, start_ranks, watch_signals};
 use crate::config::{Config, Layers};
 use crate::data;
 use crate::device::Device;
@@ -43,8 +43,9 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
         quiet: args.quiet,
     };
     let device = config.train.device;
+    simulate(args.sim_arch, device)?;
     device.prepare()?;
-    let planned = plan::Memory::of(&config, plan::Target::H200)?.total();
+    let planned = plan::Memory::of(&config, plan::Target::gpu())?.total();
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
     }

@@ -3,6 +3,8 @@
 //! [`Gpu::open`] says why there is none to use. Launches go to one stream of the GPU's own; nothing here uses the default
 //! stream, and cudarc's event tracking is off, since it would break graph capture.
 
+pub use super::capability::built_for;
+use super::capability::require_capability;
 use super::driver::{error, error_text};
 use super::pinned::{PinnedReadback, PinnedReadbacks, Staging};
 use super::{copies, counters};
@@ -14,7 +16,7 @@ use cudarc::driver::sys::{
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError};
 use std::sync::{Arc, Mutex, OnceLock};
 
-/// A Hopper GPU with the kernels compiled for it.
+/// A GPU from Ampere on, with kernels compiled for it.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -22,14 +24,14 @@ pub struct Gpu {
     readbacks: PinnedReadbacks,
     /// As the driver names it, such as "NVIDIA H200".
     pub name: String,
+    /// Compute capability, as (9, 0).
+    pub capability: (i32, i32),
     /// Version of CUDA that the driver speaks, as (13, 0).
     pub driver: (i32, i32),
 }
 
 /// CUDA that the kernels are compiled with; an older driver cannot load them.
 pub const NEEDED_DRIVER: (i32, i32) = (13, 0);
-/// Compute capability that the kernels' instructions exist on, and on no other.
-pub const NEEDED_CAPABILITY: (i32, i32) = (9, 0);
 
 static GPU: OnceLock<Result<Gpu, String>> = OnceLock::new();
 
@@ -39,8 +41,8 @@ static GPU: OnceLock<Result<Gpu, String>> = OnceLock::new();
 /// As [`Gpu::open`].
 pub fn gpu() -> Result<&'static Gpu> {
     GPU.get_or_init(Gpu::open).as_ref().map_err(|why| {
-        let help = "use device = \"cpu\" or \"sim\", or a machine with a Hopper GPU and its driver";
-        Error::invalid("device cuda", "a Hopper GPU", why, help)
+        let help = "use device = \"cpu\" or \"sim\", or a machine with an NVIDIA GPU from Ampere on and its driver";
+        Error::invalid("device cuda", "an NVIDIA GPU from Ampere on", why, help)
     })
 }
 
@@ -54,7 +56,7 @@ impl Gpu {
     ///
     /// # Errors
     /// One sentence that says why there is none to use: kernels not compiled in, no driver library, a driver too old, no
-    /// GPU, or not a Hopper.
+    /// GPU, one older than Ampere, or one that the kernels are not compiled for.
     pub fn open() -> Result<Self, String> {
         if !cfg!(routegrad_cuda) {
             return Err("the kernels are not compiled in: no nvcc was found at build time".into());
@@ -79,7 +81,7 @@ impl Gpu {
         let capability = context
             .compute_capability()
             .map_err(|e| failed("describe the GPU", e))?;
-        require_capability(&name, capability)?;
+        require_capability(&name, capability, built_for())?;
         let stream = context
             .new_stream()
             .map_err(|e| failed("make a stream", e))?;
@@ -89,6 +91,7 @@ impl Gpu {
             staging: Mutex::new(Staging::new().map_err(|e| failed("pin memory of the host", e))?),
             readbacks: PinnedReadbacks::default(),
             name,
+            capability,
             driver,
         })
     }
@@ -398,34 +401,17 @@ fn require_driver(got: (i32, i32)) -> Result<(), String> {
     ))
 }
 
-fn require_capability(name: &str, got: (i32, i32)) -> Result<(), String> {
-    if got == NEEDED_CAPABILITY {
-        return Ok(());
-    }
-    Err(format!(
-        "{name} is not a Hopper GPU: its compute capability is {}.{}, the kernels need 9.0",
-        got.0, got.1
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn an_old_driver_or_another_architecture_is_refused_with_what_is_needed() {
+    fn an_old_driver_is_refused_with_what_is_needed() {
         assert!(
             require_driver((12, 9))
                 .unwrap_err()
                 .contains("CUDA 12.9, the kernels need 13.0")
         );
         assert!(require_driver((13, 0)).is_ok() && require_driver((13, 2)).is_ok());
-        assert!(
-            require_capability("NVIDIA A100", (8, 0))
-                .unwrap_err()
-                .contains("NVIDIA A100 is not a Hopper")
-        );
-        assert!(require_capability("NVIDIA B200", (10, 0)).is_err());
-        assert!(require_capability("NVIDIA H200", (9, 0)).is_ok());
     }
 }

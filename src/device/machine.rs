@@ -11,6 +11,151 @@ pub const H200_PEAK: f64 = 989e12;
 pub const H200_FLOPS_PER_SECOND: f64 = 790e12;
 pub const H200_BYTES_PER_SECOND: f64 = 4.3e12;
 
+/// A GPU model: what planning and rooflines need of it.
+#[derive(Debug)]
+pub struct Chip {
+    /// As commands name it.
+    pub key: &'static str,
+    /// As the driver names it.
+    pub name: &'static str,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    pub multiprocessors: usize,
+    /// GiB that a program can have: what CUDA reports as the GPU's memory, less half a GiB or more for its own use; measured
+    /// on an H200.
+    pub memory_gib: u64,
+    /// Dense bf16 products with f32 sums, FLOP/s at the boost clock of the data sheet: a card that clocks higher passes it.
+    pub peak: f64,
+    /// Bytes a second of its memory, of the data sheet.
+    pub bandwidth: f64,
+    /// FLOP/s of a product by cuBLAS and bytes a second of a copy, where they were measured.
+    measured: Option<(f64, f64)>,
+}
+
+/// The GPU models that commands know by name. On sm_100 the kernels use mma.sync, which does not reach the peak of tcgen05.
+pub static CHIPS: [Chip; 8] = [
+    // "NVIDIA A100 Tensor Core GPU" data sheet, A100 80GB SXM: bf16 312 TFLOPS, 80 GB, 2,039 GB/s; 108 SMs: its whitepaper.
+    chip(
+        "a100",
+        "NVIDIA A100-SXM4-80GB",
+        (8, 0),
+        108,
+        78,
+        (312e12, 2.039e12),
+    ),
+    // "NVIDIA Ampere GA102 GPU Architecture" whitepaper, RTX 3090: bf16 71 TFLOPS (82 SMs x 512 FLOP x 1,695 MHz), 24 GB,
+    // 936 GB/s. CUDA reports 24,259 MiB.
+    chip(
+        "rtx3090",
+        "NVIDIA GeForce RTX 3090",
+        (8, 6),
+        82,
+        23,
+        (71e12, 0.936e12),
+    ),
+    // "NVIDIA Ada GPU Architecture" whitepaper, RTX 4090: bf16 165.2 TFLOPS (128 SMs x 512 FLOP x 2,520 MHz), 24 GB,
+    // 1,008 GB/s. CUDA reports 24,563 MiB.
+    chip(
+        "rtx4090",
+        "NVIDIA GeForce RTX 4090",
+        (8, 9),
+        128,
+        23,
+        (165.2e12, 1.008e12),
+    ),
+    // "NVIDIA RTX Blackwell GPU Architecture" whitepaper, RTX 5090: bf16 209.5 TFLOPS (170 SMs x 512 FLOP x 2,407 MHz), 32 GB,
+    // 1,792 GB/s. CUDA reports 32,109 MiB.
+    chip(
+        "rtx5090",
+        "NVIDIA GeForce RTX 5090",
+        (12, 0),
+        170,
+        30,
+        (209.5e12, 1.792e12),
+    ),
+    // "NVIDIA L40S" data sheet: bf16 362.05 TFLOPS, 48 GB with ECC, 864 GB/s; 18,176 cores: 142 SMs. CUDA reports 45,589 MiB.
+    chip(
+        "l40s",
+        "NVIDIA L40S",
+        (8, 9),
+        142,
+        44,
+        (362.05e12, 0.864e12),
+    ),
+    // "NVIDIA H100 Tensor Core GPU" data sheet, SXM: bf16 1,979 TFLOPS with sparsity, 989 without, 80 GB, 3.35 TB/s; 132 SMs:
+    // its whitepaper. CUDA reports 81,090 MiB.
+    chip(
+        "h100",
+        "NVIDIA H100 80GB HBM3",
+        (9, 0),
+        132,
+        78,
+        (H200_PEAK, 3.35e12),
+    ),
+    // "NVIDIA H200 Tensor Core GPU" data sheet, SXM: bf16 989 TFLOPS, 4.8 TB/s; memory and rates as measured on one.
+    Chip {
+        measured: Some((H200_FLOPS_PER_SECOND, H200_BYTES_PER_SECOND)),
+        ..chip(
+            "h200",
+            "NVIDIA H200",
+            (9, 0),
+            H200_MULTIPROCESSORS,
+            139,
+            (H200_PEAK, 4.8e12),
+        )
+    },
+    // "NVIDIA HGX B200" data sheet, an eighth of its 8 GPUs: bf16 36 PFLOPS with sparsity, 18 without, 1.4 TB, 62 TB/s. CUDA
+    // reports 148 SMs and 182,631 MiB.
+    chip("b200", "NVIDIA B200", (10, 0), 148, 177, (2250e12, 7.7e12)),
+];
+
+const fn chip(
+    key: &'static str,
+    name: &'static str,
+    capability: (i32, i32),
+    multiprocessors: usize,
+    memory_gib: u64,
+    (peak, bandwidth): (f64, f64),
+) -> Chip {
+    Chip {
+        key,
+        name,
+        capability,
+        multiprocessors,
+        memory_gib,
+        peak,
+        bandwidth,
+        measured: None,
+    }
+}
+
+impl Chip {
+    /// The chip of this key.
+    pub fn named(key: &str) -> Option<&'static Chip> {
+        CHIPS.iter().find(|chip| chip.key == key)
+    }
+
+    /// The chip that the driver names so; none of variants, which differ in clocks and memory.
+    pub fn of_driver(name: &str) -> Option<&'static Chip> {
+        CHIPS.iter().find(|chip| chip.name == name)
+    }
+
+    /// What no kernel passes: FLOP/s of a product and bytes a second of a copy, as measured or of the data sheet.
+    pub fn ceilings(&self) -> (f64, f64) {
+        self.measured.unwrap_or((self.peak, self.bandwidth))
+    }
+
+    /// Whether [`ceilings`](Self::ceilings) were measured.
+    pub fn is_measured(&self) -> bool {
+        self.measured.is_some()
+    }
+}
+
+/// The chip whose records, floors and plans the repository's pages are about.
+pub fn h200() -> &'static Chip {
+    &CHIPS[6]
+}
+
 /// Clocks, temperature, power and what holds the clocks back; null where nvidia-smi is missing.
 pub fn state() -> Value {
     const FIELDS: [&str; 6] = [
@@ -91,4 +236,27 @@ pub fn commit() -> String {
 pub fn system() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease")
         .map_or_else(|_| "unknown".into(), |text| text.trim().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_chip_is_found_by_its_key_and_its_drivers_name_and_variants_are_not() {
+        for chip in &CHIPS {
+            assert!(std::ptr::eq(Chip::named(chip.key).unwrap(), chip));
+            assert!(std::ptr::eq(Chip::of_driver(chip.name).unwrap(), chip));
+            assert!(chip.capability >= (8, 0), "{}", chip.key);
+            let (flops, bytes) = chip.ceilings();
+            assert!(
+                flops <= chip.peak && bytes <= chip.bandwidth,
+                "{}",
+                chip.key
+            );
+        }
+        assert_eq!(h200().key, "h200");
+        assert!(Chip::of_driver("NVIDIA GeForce RTX 4090 Laptop GPU").is_none());
+        assert!(Chip::of_driver("NVIDIA A100-PCIE-40GB").is_none());
+    }
 }

@@ -6,6 +6,8 @@
 //! kernels on a GPU; [`Memory`] says how the host sees what they wrote.
 
 mod arena;
+#[cfg(feature = "cuda")]
+mod capability;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod copies;
 pub mod counters;

@@ -30,7 +30,7 @@ pub struct routegrad_sim_options {
     pub resident: i32,
     pub poison: i32,
     pub multiprocessors: i32,
-    pub reserved: i32,
+    pub arch: i32,
     pub seed: u64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
@@ -63,8 +63,8 @@ const _: () = {
         "Offset of field: routegrad_sim_options::multiprocessors",
     ][::std::mem::offset_of!(routegrad_sim_options, multiprocessors) - 24usize];
     [
-        "Offset of field: routegrad_sim_options::reserved",
-    ][::std::mem::offset_of!(routegrad_sim_options, reserved) - 28usize];
+        "Offset of field: routegrad_sim_options::arch",
+    ][::std::mem::offset_of!(routegrad_sim_options, arch) - 28usize];
     [
         "Offset of field: routegrad_sim_options::seed",
     ][::std::mem::offset_of!(routegrad_sim_options, seed) - 32usize];
@@ -78,12 +78,13 @@ pub struct routegrad_sim_counters {
     pub tensor_flops: u64,
     pub bytes_read: u64,
     pub bytes_written: u64,
+    pub bank_conflicts: u64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_sim_counters",
-    ][::std::mem::size_of::<routegrad_sim_counters>() - 48usize];
+    ][::std::mem::size_of::<routegrad_sim_counters>() - 56usize];
     [
         "Alignment of routegrad_sim_counters",
     ][::std::mem::align_of::<routegrad_sim_counters>() - 8usize];
@@ -105,6 +106,9 @@ const _: () = {
     [
         "Offset of field: routegrad_sim_counters::bytes_written",
     ][::std::mem::offset_of!(routegrad_sim_counters, bytes_written) - 40usize];
+    [
+        "Offset of field: routegrad_sim_counters::bank_conflicts",
+    ][::std::mem::offset_of!(routegrad_sim_counters, bank_conflicts) - 48usize];
 };
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]
@@ -182,6 +186,8 @@ pub const ROUTEGRAD_TILE_COOPERATIVE_256X128: routegrad_gemm_tile = 2;
 pub const ROUTEGRAD_TILE_COOPERATIVE_256X176: routegrad_gemm_tile = 3;
 pub const ROUTEGRAD_TILE_PINGPONG_128X128: routegrad_gemm_tile = 4;
 pub const ROUTEGRAD_TILE_PINGPONG_128X176: routegrad_gemm_tile = 5;
+pub const ROUTEGRAD_TILE_MMA_128X128: routegrad_gemm_tile = 6;
+pub const ROUTEGRAD_TILE_MMA_256X128: routegrad_gemm_tile = 7;
 pub type routegrad_gemm_tile = ::std::os::raw::c_uint;
 #[repr(C)]
 #[derive(Debug, Default, Copy, Clone)]

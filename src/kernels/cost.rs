@@ -2,6 +2,7 @@
 //! formulas are those of the headers in `kernels/` and stand in the kernels' files; tests compare them with the
 //! simulator's counters.
 
+use crate::device::machine::{Chip, h200};
 pub use crate::device::machine::{H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND};
 use std::iter::Sum;
 use std::ops::Add;
@@ -23,7 +24,13 @@ impl Cost {
 
     /// Lower bound of the seconds on one H200.
     pub fn floor(&self) -> f64 {
-        (self.flops / H200_FLOPS_PER_SECOND).max(self.bytes / H200_BYTES_PER_SECOND)
+        self.floor_on(h200())
+    }
+
+    /// Lower bound of the seconds on a GPU.
+    pub fn floor_on(&self, chip: &Chip) -> f64 {
+        let (flops, bytes) = chip.ceilings();
+        (self.flops / flops).max(self.bytes / bytes)
     }
 }
 

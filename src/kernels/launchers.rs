@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString, c_char};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use super::bindings;
 pub use super::bindings::{routegrad_sim_counters as Counters, routegrad_sim_options as Options};
@@ -51,6 +52,31 @@ pub fn sim() -> Result<&'static Launchers> {
             help,
         )
     })
+}
+
+/// Of the GPU that the simulator stands for, as `sm_80`: 10 · major + minor of the compute capability; 0 where
+/// `ROUTEGRAD_SIM` or the default says.
+static SIM_ARCHITECTURE: AtomicI32 = AtomicI32::new(0);
+
+/// Makes the simulator of every thread that [prepares](crate::device::Device::prepare) from now on stand for a GPU of this
+/// architecture.
+pub fn simulate(architecture: i32) {
+    SIM_ARCHITECTURE.store(architecture, Ordering::Relaxed);
+}
+
+/// What [`simulate`] was told.
+pub(super) fn simulated() -> Option<i32> {
+    Some(SIM_ARCHITECTURE.load(Ordering::Relaxed)).filter(|architecture| *architecture != 0)
+}
+
+/// Whether the GPU of this process, or the one that this thread's simulator stands for, takes the kernels for Hopper.
+pub fn on_hopper() -> bool {
+    #[cfg(feature = "cuda")]
+    if let Some(gpu) = crate::device::cuda::opened() {
+        return gpu.capability == (9, 0);
+    }
+    let options = sim().ok().and_then(Launchers::options);
+    options.is_none_or(|options| options.arch == 90)
 }
 
 /// The GPU's launchers, which take device memory; none in a build without nvcc.

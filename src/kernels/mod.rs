@@ -87,6 +87,7 @@ impl Device {
             let launchers = self.launchers()?;
             if let Some(mut options) = launchers.options() {
                 options.threads = rayon::current_num_threads() as i32;
+                options.arch = launchers::simulated().unwrap_or(options.arch);
                 launchers.set_options(&options)?;
             }
         }

@@ -244,6 +244,6 @@ fn bad_input_is_named_with_what_to_do() {
     assert!(error.contains("routegrad bench"), "{error}");
     if !has_gpu() {
         let error = refused(&["--device", "cuda"]);
-        assert!(error.contains("a Hopper GPU"), "{error}");
+        assert!(error.contains("an NVIDIA GPU from Ampere on"), "{error}");
     }
 }

@@ -86,7 +86,7 @@ fn without_a_gpu_it_fails_with_the_reason_and_writes_nothing() {
     assert_eq!(output.status.code(), Some(1));
     let error = text(&output.stderr);
     assert!(
-        error.contains("expected a Hopper GPU") && error.contains("scripts/bundle"),
+        error.contains("expected an NVIDIA GPU from Ampere on") && error.contains("scripts/bundle"),
         "{error}"
     );
     assert!(!out.exists());
@@ -197,8 +197,8 @@ fn a_driver_that_is_too_old_has_no_gpu_or_another_gpu_is_named() {
         (
             13000,
             1,
-            (8, 0),
-            "NVIDIA Stub is not a Hopper GPU: its compute capability is 8.0",
+            (7, 5),
+            "NVIDIA Stub has compute capability 7.5; the kernels need 8.0 or newer",
         ),
     ] {
         let folder = tempfile::tempdir().unwrap();

@@ -242,7 +242,7 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         refused(&|c| c.rows = 0, range, "rows");
         refused(&|c| c.rows = 1 << 31, range, "rows");
         refused(&|c| c.a_rows = 3, range, a_rows);
-        refused(&|c| c.tile = 6, range, "tile");
+        refused(&|c| c.tile = 8, range, "tile");
         refused(&|c| c.tile = -1, range, "tile");
         refused(&|c| (c.n, c.k) = (1 << 20, 1 << 20), overflow, "k");
         if product == WEIGHT_GRADIENT {

@@ -16,6 +16,7 @@ mod gates;
 mod gemm_arguments;
 mod gemm_ring;
 mod grouped_gemm;
+mod mma;
 mod norm;
 mod rope;
 mod router;

@@ -3,6 +3,7 @@
 use routegrad::config::{Config, Layers};
 use routegrad::data::Corpus;
 use routegrad::device::Device;
+use routegrad::kernels::launchers::{self, Options};
 use routegrad::model::Model;
 use routegrad::ops::scores::sigmoid;
 use routegrad::routers::{self, Pass, Phase};
@@ -315,6 +316,41 @@ fn with_option(set: &[&str], sequence: usize) -> (Config, Corpus) {
     let config = Config::load(&layers, &routers::resolve).unwrap();
     let corpus = Corpus::load(&config.data, &config.model, 0).unwrap();
     (config, corpus)
+}
+
+/// Runs on a simulator that stands for a GPU without wgmma and TMA.
+fn on_sm_80<R>(body: impl FnOnce() -> R) -> R {
+    let sim = launchers::sim().unwrap();
+    let before = sim.options().unwrap();
+    sim.set_options(&Options { arch: 80, ..before }).unwrap();
+    let result = body();
+    sim.set_options(&before).unwrap();
+    result
+}
+
+/// Within the bounds that hold of the kernels for Hopper.
+#[test]
+fn a_first_step_of_every_router_on_sm_80_gives_the_gradients_of_the_cpu() {
+    for router in routers::ROUTERS {
+        if router.name == "sparsemixer" {
+            // Its sampled choices are not replayed.
+            for d in on_sm_80(|| router_directions(router.name)).unwrap() {
+                let error = d.relative_error();
+                assert!(error <= DIRECTIONAL_TOLERANCE, "{}: {error:.1e}", d.input);
+            }
+            continue;
+        }
+        let name = format!("router.name={}", router.name);
+        let (config, corpus) = with_option(&[&name, "model.top_k=2"], 128);
+        let batch = corpus.sequences(0..2);
+        let found = on_sm_80(|| compare_step(&config, batch.all(), None)).unwrap();
+        let (what, difference) = found.worst();
+        println!("{name} on sm_80: worst {difference:.1e} ({what})");
+        assert!(
+            difference <= OPTION_TOLERANCE,
+            "{name} on sm_80: {what} differs by {difference:.1e}"
+        );
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod devices;
 mod gradcheck;
 mod hooks;
 mod interruption;
+mod other_gpus;
 mod ranks;
 mod router_fixtures;
 mod routers;

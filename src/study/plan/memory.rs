@@ -7,10 +7,14 @@
 //! the blocks kept, and those of the layer whose backward runs.
 
 use crate::config::{Config, ModelConfig, QkNorm, count};
+use crate::device::machine::{CHIPS, Chip, h200};
 use crate::device::rounded_bytes;
 use crate::error::Result;
 use crate::routers::{self, Router};
-use serde::Serialize;
+use clap::ValueEnum;
+use clap::builder::PossibleValue;
+use serde::{Serialize, Serializer};
+use std::sync::LazyLock;
 
 /// Bytes of a number or a table entry.
 const F32: u64 = 4;
@@ -23,21 +27,67 @@ const LOGITS: u64 = 1 << 24;
 const LOGIT_TOKENS: u64 = 2048;
 
 /// Where the training would run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug)]
 pub enum Target {
     /// This machine's processor, in the configuration's dtype.
     Cpu,
-    /// One H200, in bf16 with f32 master weights, moments and gradients.
-    H200,
+    /// One GPU, in bf16 with f32 master weights, moments and gradients. What a run takes there does not depend on which.
+    Gpu(&'static Chip),
+}
+
+impl PartialEq for Target {
+    fn eq(&self, other: &Self) -> bool {
+        self.key() == other.key()
+    }
+}
+impl Eq for Target {}
+
+impl Serialize for Target {
+    fn serialize<S: Serializer>(&self, to: S) -> std::result::Result<S::Ok, S::Error> {
+        to.serialize_str(self.key())
+    }
+}
+
+impl ValueEnum for Target {
+    fn value_variants<'a>() -> &'a [Self] {
+        static ALL: LazyLock<Vec<Target>> = LazyLock::new(|| {
+            let gpus = CHIPS.iter().map(Target::Gpu);
+            std::iter::once(Target::Cpu).chain(gpus).collect()
+        });
+        &ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let help = match self {
+            Target::Cpu => "This machine's processor, in the configuration's dtype".into(),
+            Target::Gpu(chip) => format!(
+                "One {}, {} GiB, in bf16 with f32 master weights, moments and gradients",
+                chip.name, chip.memory_gib
+            ),
+        };
+        Some(PossibleValue::new(self.key()).help(help))
+    }
 }
 
 impl Target {
+    /// A GPU whose model does not matter.
+    pub fn gpu() -> Self {
+        Target::Gpu(h200())
+    }
+
+    /// As `plan --device` names it.
+    pub fn key(self) -> &'static str {
+        match self {
+            Target::Cpu => "cpu",
+            Target::Gpu(chip) => chip.key,
+        }
+    }
+
     /// How many of its numbers an f32 takes: activations are of the run's dtype on the CPU, of bf16 on a GPU.
     fn f32_numbers(self) -> u64 {
         match self {
             Target::Cpu => 1,
-            Target::H200 => 2,
+            Target::Gpu(_) => 2,
         }
     }
 }
@@ -80,13 +130,13 @@ impl Memory {
         let tokens = config.train.micro_batch as u64 * m.sequence_length as u64;
         let size = match target {
             Target::Cpu => config.train.dtype.dtype().size() as u64,
-            Target::H200 => 2,
+            Target::Gpu(_) => 2,
         };
         let full = size.max(F32);
         let bytes = |numbers: &[u64]| -> u64 {
             let block = |n: &u64| match target {
                 Target::Cpu => rounded_bytes(tokens * n * size),
-                Target::H200 => tokens * n * size,
+                Target::Gpu(_) => tokens * n * size,
             };
             numbers.iter().map(block).sum()
         };
@@ -113,7 +163,7 @@ impl Memory {
         let workspace = match target {
             Target::Cpu => again + backward + full * logits.min(LOGITS),
             // The head's logits in f32 and their gradients in bf16 are gone when the layers' backward begins.
-            Target::H200 => (again + backward).max((F32 + 2) * logits),
+            Target::Gpu(_) => (again + backward).max((F32 + 2) * logits),
         };
         let workspace = workspace + sampled_bytes(config, router, size);
         let moe_layers = m.moe_layers().len() as u64;
@@ -237,7 +287,7 @@ fn program(config: &Config, target: Target) -> u64 {
     };
     match target {
         Target::Cpu => PROGRAM + text + F32 * tokens as u64,
-        Target::H200 => F32 * tokens as u64,
+        Target::Gpu(_) => F32 * tokens as u64,
     }
 }
 

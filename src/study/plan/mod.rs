@@ -6,15 +6,13 @@ mod memory;
 pub use memory::{Memory, Target, kept};
 
 use crate::config::{Config, ModelConfig, count};
-use crate::device::machine::H200_PEAK;
 use crate::error::Result;
 use crate::routers::{self, Router};
 use serde::Serialize;
 
-/// The share of an H200's dense bf16 peak that a step is taken to reach: METHOD's tokens/s are of half.
-const H200_SHARE: f64 = 0.5;
-/// Memory of one H200, bytes: 139 GiB.
-const H200_MEMORY: u64 = 139 << 30;
+/// The share of a GPU's dense bf16 peak that a step is taken to reach: METHOD's tokens/s are of half an H200's. Of the other
+/// GPUs nothing was measured.
+const PEAK_SHARE: f64 = 0.5;
 /// FLOP/s of training that one core with AVX2 was measured to reach: 64% of its products' peak; see
 /// docs/performance.md.
 const CORE_RATE: f64 = 58e9;
@@ -56,7 +54,7 @@ pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
     let memory = Memory::with(config, &*router, target);
     let available = match target {
         Target::Cpu => crate::train::available_memory(),
-        Target::H200 => Some(H200_MEMORY),
+        Target::Gpu(chip) => Some(chip.memory_gib << 30),
     };
     let recompute = |all| {
         let mut config = config.clone();
@@ -66,7 +64,7 @@ pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
     let flops = flops_of(config, &*router);
     let rate = match target {
         Target::Cpu => CORE_RATE * threads as f64,
-        Target::H200 => H200_PEAK * H200_SHARE,
+        Target::Gpu(chip) => chip.peak * PEAK_SHARE,
     };
     Ok(Plan {
         target,

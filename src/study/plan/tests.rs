@@ -1,5 +1,6 @@
 use super::*;
 use crate::config::Layers;
+use crate::device::machine::{CHIPS, Chip};
 use crate::model::Model;
 use crate::model::batch::Sequences;
 use crate::routers;
@@ -109,7 +110,7 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
             "train.sequences_per_step=64",
         ],
     );
-    let found = plan(&big, Target::H200, 1).unwrap();
+    let found = plan(&big, Target::gpu(), 1).unwrap();
     let text = found.table();
     assert!(
         text.contains("7.330 G") && text.contains("9.581 G"),
@@ -125,7 +126,7 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
     );
     let mut wide = big.clone();
     wide.train.micro_batch = 64;
-    let found = plan(&wide, Target::H200, 1).unwrap();
+    let found = plan(&wide, Target::gpu(), 1).unwrap();
     assert!(!found.fits());
     assert!(
         found.table().contains("what fits: train.micro_batch="),
@@ -151,7 +152,8 @@ fn sampled_default_vectors_cost_their_rows_in_forward_alone() {
             "router.samples=32",
         ],
     );
-    let [a, b] = [&chosen, &sampled].map(|c| plan(c, Target::H200, 1).unwrap());
+    let [a, b] =
+        [&chosen, &sampled].map(|c| plan(c, Target::Gpu(Chip::named("h200").unwrap()), 1).unwrap());
     // 23 layers of 8 experts, 32 rows each, through three matrices of 1024 · 2816, over 2^21 tokens.
     let rows = 23.0 * 8.0 * 32.0 * 2.0 * 3.0 * 1024.0 * 2816.0 / 2f64.powi(21);
     let more = (b.flops_per_token - a.flops_per_token) as f64;
@@ -162,4 +164,37 @@ fn sampled_default_vectors_cost_their_rows_in_forward_alone() {
     assert_eq!(b.memory.router_state, a.memory.router_state);
     let same = |f: fn(&Memory) -> u64| f(&a.memory) == f(&b.memory);
     assert!(same(|m| m.activations) && same(|m| m.weights));
+}
+
+#[test]
+fn tiny_and_small_fit_8_gib_and_557m_a_gpu_of_24_with_bf16_moments_and_recompute() {
+    // 1 GiB is the driver's and the desktop's.
+    for preset in ["tiny", "small"] {
+        let needed = Memory::of(&config(preset, &[]), Target::gpu()).unwrap();
+        assert!(needed.total() <= 7 << 30, "{preset}: {needed:?}");
+    }
+    let lean = ["train.bf16_moments=true", "train.recompute=true"];
+    let lean = config("557m", &lean);
+    for key in ["rtx3090", "rtx4090"] {
+        let chip = Chip::named(key).unwrap();
+        let found = plan(&lean, Target::Gpu(chip), 1).unwrap();
+        assert!(found.fits(), "{key}: {}", found.table());
+    }
+}
+
+#[test]
+fn memory_and_time_are_those_of_the_gpu() {
+    let config = config("557m", &[]);
+    for chip in &CHIPS {
+        let found = plan(&config, Target::Gpu(chip), 1).unwrap();
+        assert_eq!(found.available, Some(chip.memory_gib << 30));
+        assert_eq!(found.memory, Memory::of(&config, Target::gpu()).unwrap());
+        let rate = found.tokens_per_second * found.flops_per_token as f64;
+        assert!(
+            (rate / (0.5 * chip.peak) - 1.0).abs() < 1e-12,
+            "{}",
+            chip.key
+        );
+        assert_eq!(serde_json::json!(found)["target"], chip.key);
+    }
 }

@@ -61,7 +61,7 @@ fn devices(wanted: Option<Device>) -> Result<(Vec<Device>, Option<String>)> {
             let help = "leave --device out, or run it on a machine with one: scripts/bundle makes a folder to carry there";
             Err(Error::invalid(
                 "bench --device cuda",
-                "a Hopper GPU",
+                "an NVIDIA GPU from Ampere on",
                 why,
                 help,
             ))

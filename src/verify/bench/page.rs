@@ -4,9 +4,7 @@ use super::ceilings::Ceilings;
 use super::figures;
 use super::goals::{self, Verdict, geometric_mean};
 use super::record::{OURS, Record, Records, View, told};
-use crate::device::machine::{
-    H200_BYTES_PER_SECOND as BYTES_PER_SECOND, H200_FLOPS_PER_SECOND as FLOPS_PER_SECOND,
-};
+use crate::device::machine::Chip;
 use crate::error::{Error, Result};
 use crate::report::files::publish;
 use crate::report::page::{Cell, Page, Section, Table, document, replace_between};
@@ -55,10 +53,14 @@ impl<'a> Report<'a> {
                 bytes: record.bytes,
                 of: record.detail.clone(),
             }),
-            (None, "cuda") => Some(Ceilings {
-                flops: FLOPS_PER_SECOND,
-                bytes: BYTES_PER_SECOND,
-                of: "one H200, measured before".into(),
+            (None, "cuda") => Chip::of_driver(self.machine).map(|chip| {
+                let (flops, bytes) = chip.ceilings();
+                let how = match chip.is_measured() {
+                    true => "measured before",
+                    false => "by its data sheet",
+                };
+                let of = format!("one {}, {how}", chip.name);
+                Ceilings { flops, bytes, of }
             }),
             _ => None,
         }

@@ -1,9 +1,9 @@
-//! What a MoE layer cannot cost less than on one H200, and what the router `default` adds to `topk` at best: a page from
+//! What a MoE layer cannot cost less than on one GPU, and what the router `default` adds to `topk` at best: a page from
 //! the formulas of [`costs`], which the kernels' tests hold against the simulator's counters.
 
 use crate::config::count::flops_per_token;
 use crate::config::{Config, Layers};
-use crate::device::machine::{H200_MULTIPROCESSORS, H200_PEAK};
+use crate::device::machine::{Chip, h200};
 use crate::error::{Error, Result};
 use crate::kernels::cost::{Cost, Sizes};
 use crate::kernels::grouped_swiglu::dot_columns as planned_dot_columns;
@@ -67,8 +67,8 @@ struct Floor {
 }
 
 impl Floor {
-    fn of(kernel: &Kernel) -> Self {
-        let floor = |cost: Option<Cost>| cost.map_or(0.0, |c| c.floor());
+    fn of(kernel: &Kernel, chip: &Chip) -> Self {
+        let floor = |cost: Option<Cost>| cost.map_or(0.0, |c| c.floor_on(chip));
         let topk = floor(kernel.topk);
         Self {
             topk,
@@ -112,11 +112,12 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(s: &Sizes) -> Result<Self> {
+    fn new(s: &Sizes, chip: &Chip) -> Result<Self> {
         let sim = launchers::sim()?;
         let before = sim.options().unwrap_or_default();
         sim.set_options(&launchers::Options {
-            multiprocessors: H200_MULTIPROCESSORS as i32,
+            multiprocessors: chip.multiprocessors as i32,
+            arch: 10 * chip.capability.0 + chip.capability.1,
             ..before
         })?;
         let partials = router_backward::workspace(sim, s.tokens, s.experts, s.hidden);
@@ -134,7 +135,7 @@ impl Plan {
 /// # Errors
 /// When they refuse the sizes.
 pub fn dot_columns(s: &Sizes) -> Result<usize> {
-    Ok(Plan::new(s)?.dot_columns)
+    Ok(Plan::new(s, h200())?.dot_columns)
 }
 
 /// Costs of the kernels of a layer's forward and backward, of `default` or of `topk`, weight gradients added to or
@@ -147,12 +148,12 @@ pub fn layer_costs(s: &Sizes, default: bool, accumulate: bool) -> Result<[Vec<Co
         let cost = |kernel: &Kernel| if default { kernel.default } else { kernel.topk };
         kernels.iter().filter_map(cost).collect()
     };
-    Ok(layer(s, accumulate)?.map(costs))
+    Ok(layer(s, accumulate, h200())?.map(costs))
 }
 
 /// The kernels of a layer's forward and backward, in order. The gradient of x by the router is added to; so are weight
 /// gradients in every micro-batch of a step but the first.
-fn layer(s: &Sizes, accumulate: bool) -> Result<[Vec<Kernel>; 2]> {
+fn layer(s: &Sizes, accumulate: bool, chip: &Chip) -> Result<[Vec<Kernel>; 2]> {
     let Sizes {
         hidden,
         ffn,
@@ -160,7 +161,7 @@ fn layer(s: &Sizes, accumulate: bool) -> Result<[Vec<Kernel>; 2]> {
         rows,
         ..
     } = *s;
-    let plan = Plan::new(s)?;
+    let plan = Plan::new(s, chip)?;
     let dots = plan.dot_columns;
     let forward = vec![
         Kernel::both("router_forward", RouterForward::cost(s)),
@@ -217,12 +218,13 @@ fn layer(s: &Sizes, accumulate: bool) -> Result<[Vec<Kernel>; 2]> {
 struct Column {
     kernels: [Vec<Kernel>; 2],
     moe_layers: usize,
+    chip: &'static Chip,
     /// Of one micro-batch, at half of the dense bf16 peak.
     step_seconds: f64,
     sizes: Sizes,
 }
 
-fn column(preset: &str, experts: &str, tokens: usize) -> Result<Column> {
+fn column(preset: &str, experts: &str, tokens: usize, chip: &'static Chip) -> Result<Column> {
     let mut layers = Layers::preset(preset);
     layers.experts = Some(experts.into());
     let model = Config::load(&layers, &|_| Ok(()))?.model;
@@ -235,47 +237,68 @@ fn column(preset: &str, experts: &str, tokens: usize) -> Result<Column> {
         rows: tokens * model.top_k,
     };
     Ok(Column {
-        kernels: layer(&sizes, true)?,
+        kernels: layer(&sizes, true, chip)?,
+        chip,
         moe_layers: model.layers - model.dense_layers.len(),
-        step_seconds: tokens as f64 * flops_per_token(&model) as f64 / (0.5 * H200_PEAK),
+        step_seconds: tokens as f64 * flops_per_token(&model) as f64 / (0.5 * chip.peak),
         sizes,
     })
 }
 
-/// The page: one table per preset, for micro-batches of `tokens` tokens.
+/// The page: one table per preset, for micro-batches of `tokens` tokens on a GPU.
 ///
 /// # Errors
 /// When a preset is not known, or there are no tokens or more than the kernels take.
-pub fn page(presets: &[&str], tokens: usize) -> Result<String> {
+pub fn page(presets: &[&str], tokens: usize, chip: &'static Chip) -> Result<String> {
     if !(1..=1 << 24).contains(&tokens) {
         let got = tokens.to_string();
         let help = format!("the micro-batches of the page in docs/ have {TOKENS}");
         return Err(Error::invalid("--tokens", "1 to 16777216", got, help));
     }
-    let mut page = INTRODUCTION.to_owned();
+    let mut page = introduction(chip);
     for preset in presets {
         let columns: Vec<Column> = EXPERTS
             .iter()
-            .map(|experts| column(preset, experts, tokens))
+            .map(|experts| column(preset, experts, tokens, chip))
             .collect::<Result<_>>()?;
         table(&mut page, preset, tokens, &columns);
     }
     Ok(page)
 }
 
-const INTRODUCTION: &str = "\
+impl Column {
+    fn floor<'a>(&self, kernels: impl IntoIterator<Item = &'a Kernel>) -> Floor {
+        Floor::sum(kernels.into_iter().map(|k| Floor::of(k, self.chip)))
+    }
+}
+
+fn introduction(chip: &Chip) -> String {
+    let (flops, bytes) = chip.ceilings();
+    let (flops, bytes) = (flops / 1e12, bytes / 1e12);
+    let (name, peak) = (chip.name.trim_start_matches("NVIDIA "), chip.peak / 1e12);
+    let rates = match chip.is_measured() {
+        true => {
+            format!("what one {name} was\nmeasured to do in a bf16 matrix product and in a copy.")
+        }
+        false => {
+            format!("the peaks\nof the {name}'s data sheet, which no product and no copy reaches.")
+        }
+    };
+    format!(
+        "\
 # Floors of the MoE layer
 
-Written by `routegrad floors`. The floor of a kernel is max(FLOPs / 790e12, bytes / 4.3e12) seconds: what one H200 was
-measured to do in a bf16 matrix product and in a copy. FLOPs and bytes are those of the kernels' headers; the formulas
+Written by `routegrad floors`. The floor of a kernel is max(FLOPs / {flops}e12, bytes / {bytes}e12) seconds: {rates} FLOPs and bytes are those of the kernels' headers; the formulas
 stand in `src/kernels/`, and the kernels' tests hold them against the simulator's counters. No kernel can be
 faster; how much slower it is has to be measured.
 
 Numbers are microseconds of one micro-batch, spread evenly over the experts: what `topk` needs, + what `default` adds to
-it. The time of a step is that of the model's FLOPs at half of 989 TFLOP/s, without recomputation. The last row is a
+it. The time of a step is that of the model's FLOPs at half of {peak} TFLOP/s, without recomputation. The last row is a
 prediction, made before any of these kernels ran on a GPU: what `default` adds runs at 85% of its floor, and its two more
 launches cost 2 microseconds each. Nearly all of it is one more read of dy, by the gradient of the gates.
-";
+"
+    )
+}
 
 fn table(page: &mut String, preset: &str, tokens: usize, columns: &[Column]) {
     let cells = |of: &dyn Fn(&Column) -> String| columns.iter().map(of).collect::<Vec<_>>();
@@ -295,15 +318,12 @@ fn table(page: &mut String, preset: &str, tokens: usize, columns: &[Column]) {
         for (i, kernel) in columns[0].kernels[pass].iter().enumerate() {
             row(
                 &format!("`{}`", kernel.name),
-                cells(&|c| Floor::of(&c.kernels[pass][i]).cell()),
+                cells(&|c| Floor::of(&c.kernels[pass][i], c.chip).cell()),
             );
         }
-        row(
-            name,
-            cells(&|c| Floor::sum(c.kernels[pass].iter().map(Floor::of)).cell()),
-        );
+        row(name, cells(&|c| c.floor(&c.kernels[pass]).cell()));
     }
-    let whole = |c: &Column| Floor::sum(c.kernels.iter().flatten().map(Floor::of));
+    let whole = |c: &Column| c.floor(c.kernels.iter().flatten());
     row("**layer**", cells(&|c| whole(c).cell()));
     row(
         "`default` adds to the layer",
@@ -333,11 +353,25 @@ mod tests {
     use crate::device::machine::{H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND};
 
     #[test]
+    fn the_page_of_a_gpu_has_its_rates_and_a_slower_gpu_has_higher_floors() {
+        let page = |chip| page(&["557m"], 4096, chip).unwrap();
+        assert!(page(h200()).contains("max(FLOPs / 790e12, bytes / 4.3e12)"));
+        let slow = Chip::named("rtx3090").unwrap();
+        assert!(page(slow).contains("max(FLOPs / 71e12, bytes / 0.936e12)"));
+        let whole = |chip| {
+            let column = column("557m", "8c1", 4096, chip).unwrap();
+            column.floor(column.kernels.iter().flatten()).topk
+        };
+        let ratio = whole(slow) / whole(h200());
+        assert!(ratio > 4.3 / 0.936 && ratio < 790.0 / 71.0 * 1.2, "{ratio}");
+    }
+
+    #[test]
     fn products_are_bound_by_compute_and_what_default_adds_by_memory() {
-        let column = column("7.33b", "8c1", TOKENS).unwrap();
+        let column = column("7.33b", "8c1", TOKENS, h200()).unwrap();
         // 2 T D · 3 F forward, twice that backward.
         let products = 18.0 * TOKENS as f64 * 2048.0 * 5632.0 / H200_FLOPS_PER_SECOND;
-        let whole = Floor::sum(column.kernels.iter().flatten().map(Floor::of));
+        let whole = column.floor(column.kernels.iter().flatten());
         assert!(whole.topk > products && whole.topk < 1.15 * products);
         // At least one more read of g.
         let read = 2.0 * TOKENS as f64 * 2048.0 / H200_BYTES_PER_SECOND;

@@ -87,7 +87,7 @@ pub fn check(options: &Options) -> Result<()> {
             let help = "run it on a machine with one: scripts/bundle makes a folder to carry there";
             return Err(Error::invalid(
                 "hardware-check",
-                "a Hopper GPU with a driver for CUDA 13.0",
+                "an NVIDIA GPU from Ampere on with a driver for CUDA 13.0",
                 why,
                 help,
             ));

@@ -93,6 +93,10 @@ fn of_kernel(task: &task::Task) -> Result<Outcome, String> {
         .into_iter()
         .find(|case| case.name == task.case)
         .ok_or("there is no such case")?;
+    if case.source == "unit" && !crate::kernels::launchers::on_hopper() {
+        let why = "single instructions of Hopper, which this GPU has not";
+        return Ok(Outcome::new(Ending::Unavailable, why));
+    }
     match task.kind {
         Kind::Replays => cases::replays(gpu, &case),
         _ => cases::agrees(gpu, &case),

@@ -40,21 +40,31 @@ pub fn table(records: &Records) -> String {
             .filter(|task| task.launcher == Some(launcher))
             .collect();
         let compiled = match tasks.first().and_then(|task| code(task.source)) {
-            Some(_) => "sm_90a",
-            None => "not in this build",
+            Some(_) => built_for(),
+            None => "not in this build".into(),
         };
         // Every case has a float64 or exact reference, and the tests run every case on the simulator.
         let cells = [
             &format!("`{launcher}`"),
             "yes",
             "yes",
-            compiled,
+            &compiled,
             &proven(&tasks, records),
             &measured(&tasks, records),
         ];
         text += &format!("| {} |\n", cells.join(" | "));
     }
     text
+}
+
+/// "sm_80, sm_90a": what the kernels of this build are compiled for.
+fn built_for() -> String {
+    #[cfg(feature = "cuda")]
+    let archs: Vec<&str> = crate::device::cuda::built_for().collect();
+    #[cfg(not(feature = "cuda"))]
+    let archs: Vec<&str> = Vec::new();
+    let archs: Vec<String> = archs.iter().map(|arch| format!("sm_{arch}")).collect();
+    archs.join(", ")
 }
 
 /// A Markdown table: one row a task that is about whole steps, with the latest record of this build's code on each GPU.

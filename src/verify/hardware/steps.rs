@@ -96,7 +96,7 @@ impl StepCase {
             return String::new();
         };
         let gigabytes = |bytes: u64| bytes as f64 / 1e9;
-        let Ok(plan) = plan::plan(&config, plan::Target::H200, 1) else {
+        let Ok(plan) = plan::plan(&config, plan::Target::gpu(), 1) else {
             return String::new();
         };
         let mut text = format!("{:.1} GB of the device", gigabytes(plan.memory.total()));
@@ -116,7 +116,7 @@ impl StepCase {
 /// # Errors
 /// When there is no such router.
 pub fn planned(config: &Config) -> Result<u64> {
-    Ok(Memory::of(config, plan::Target::H200)?.total())
+    Ok(Memory::of(config, plan::Target::gpu())?.total())
 }
 
 /// By how much the memory may differ from the plan.

@@ -3,7 +3,8 @@
 use super::outcome::Outcome;
 use super::steps::{WARM, memory_judged, planned, strict_trainer, uncaptured, unplanned};
 use crate::config::{Config, count};
-use crate::device::machine::H200_PEAK;
+use crate::device::Device;
+use crate::device::machine::{Chip, h200};
 use crate::device::timeline::{self, Timeline};
 use crate::device::{counters, take_peak};
 use crate::error::Result;
@@ -48,11 +49,15 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
 
     let (memory, unfit) = memory_judged(peak, planned);
     let (step, spread) = median(&seconds);
-    let (rate, share) = (tokens as f64 / step, flops / step / H200_PEAK);
+    let rate = tokens as f64 / step;
+    let chip = chip(device);
+    let share = chip.map(|chip| flops / step / chip.peak);
+    let of_peak = chip
+        .zip(share)
+        .map(|(chip, share)| format!("{:.1}% of {:.0} TFLOP/s, ", 100.0 * share, chip.peak / 1e12));
     let text = format!(
-        "{rate:.0} tokens/s, {step:.3} s a step of {tokens} tokens, {:.1}% of {:.0} TFLOP/s, {memory}",
-        100.0 * share,
-        H200_PEAK / 1e12,
+        "{rate:.0} tokens/s, {step:.3} s a step of {tokens} tokens, {}{memory}",
+        of_peak.unwrap_or_default(),
     );
     let measured = json!({
         "tokens_per_step": tokens, "flops_per_step": flops, "seconds_to_begin": ready, "seconds_of_first_steps": first,
@@ -62,6 +67,15 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
     });
     let wrong = [uncaptured(&training), unfit].into_iter().flatten();
     Ok(Outcome::judged(wrong, text, measured))
+}
+
+/// Whose peak it is; none for a GPU that is not in the table.
+fn chip(device: Device) -> Option<&'static Chip> {
+    #[cfg(feature = "cuda")]
+    if let (Device::Cuda, Some(gpu)) = (device, crate::device::cuda::opened()) {
+        return Chip::of_driver(&gpu.name);
+    }
+    (device != Device::Cuda).then(h200)
 }
 
 fn timed(training: &mut Trainer) -> Result<(f64, f64)> {

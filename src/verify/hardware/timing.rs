@@ -71,11 +71,13 @@ mod gpu {
     use super::{PLAN, TimedCase};
     use crate::device::cublas::{Cublas, Matmul};
     use crate::device::cuda::Gpu;
+    use crate::device::machine::Chip;
     use crate::error::Result;
     use crate::kernels::bindings::{
         ROUTEGRAD_TILE_AUTO, ROUTEGRAD_TILE_COOPERATIVE_128X256,
         ROUTEGRAD_TILE_COOPERATIVE_256X128, ROUTEGRAD_TILE_COOPERATIVE_256X176,
-        ROUTEGRAD_TILE_PINGPONG_128X128, ROUTEGRAD_TILE_PINGPONG_128X176, routegrad_gemm_tile,
+        ROUTEGRAD_TILE_MMA_128X128, ROUTEGRAD_TILE_PINGPONG_128X128,
+        ROUTEGRAD_TILE_PINGPONG_128X176, routegrad_gemm_tile,
     };
     use crate::verify::bench::cublas::batch;
     use crate::verify::bench::measure::{Events, Plan, Timing, in_turn, interleaved};
@@ -91,6 +93,7 @@ mod gpu {
             ROUTEGRAD_TILE_COOPERATIVE_256X176 => "cooperative 256x176",
             ROUTEGRAD_TILE_PINGPONG_128X128 => "pingpong 128x128",
             ROUTEGRAD_TILE_PINGPONG_128X176 => "pingpong 128x176",
+            ROUTEGRAD_TILE_MMA_128X128 => "mma 128x128",
             _ => "unnamed",
         }
     }
@@ -145,7 +148,7 @@ mod gpu {
                 json!(timed.map_err(text)?[0].seconds() * 1e6),
             );
         }
-        let (detail, mut measured) = report(case, &timings, peer.err());
+        let (detail, mut measured) = report(gpu, case, &timings, peer.err());
         measured["microseconds_of_each_tile"] = tiles.into();
         measured["cublas_outside_bound"] = json!(peer_differs);
         Ok((detail, measured))
@@ -164,14 +167,21 @@ mod gpu {
         problem.judged(&run.outputs()?).map(|_| ())
     }
 
-    fn report(case: &TimedCase, timings: &[Timing], no_peer: Option<String>) -> (String, Value) {
+    fn report(
+        gpu: &Gpu,
+        case: &TimedCase,
+        timings: &[Timing],
+        no_peer: Option<String>,
+    ) -> (String, Value) {
+        // Of a GPU that is not in the table there are rates, but no floor.
+        let floor = Chip::of_driver(&gpu.name).map(|chip| case.cost().floor_on(chip));
         let side = |timing: &Timing| {
             let seconds = timing.seconds();
             json!({
                 "microseconds_of_each_pass": timing.passes.iter().map(|p| p.0 * 1e6).collect::<Vec<_>>(),
                 "spread_of_each_pass": timing.passes.iter().map(|p| p.1).collect::<Vec<_>>(),
                 "tflops": case.cost().flops / seconds / 1e12,
-                "share_of_floor": case.cost().floor() / seconds,
+                "share_of_floor": floor.map(|floor| floor / seconds),
             })
         };
         let (ours, theirs) = (side(&timings[0]), timings.get(1).map(side));
@@ -185,7 +195,7 @@ mod gpu {
             (None, None) => {}
         }
         let measured = json!({
-            "ours": ours, "cublas": theirs, "ratio_to_cublas": ratio, "floor_microseconds": case.cost().floor() * 1e6,
+            "ours": ours, "cublas": theirs, "ratio_to_cublas": ratio, "floor_microseconds": floor.map(|floor| floor * 1e6),
             "rows": case.shape.rows(), "experts": case.shape.counts.len(), "n": case.shape.n, "k": case.shape.k,
         });
         (detail, measured)

@@ -5,7 +5,7 @@ use super::experts::{
 };
 use super::machine::POISON;
 use super::numbers::{Errors, Random};
-use super::operands::{Gather, Line, Operands, Product};
+use super::operands::{Gather, Line, Operands, Product, tiles_of_device};
 use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::kernels::bindings::*;
 use crate::kernels::{self, GroupedDownForward};
@@ -186,7 +186,8 @@ fn problems(layers: &[Layer]) -> Vec<MakeProblem> {
         for sums in [Sums::Gated, Sums::Plain, Sums::None] {
             let layer = layer.clone();
             let down = Arc::new(LazyLock::new(move || Arc::new(Down::new(&layer, sums))));
-            for tile in TILES.into_iter().chain([ROUTEGRAD_TILE_AUTO]) {
+            let tiles = tiles_of_device(&TILES, ROUTEGRAD_TILE_MMA_128X128);
+            for tile in tiles.into_iter().chain([ROUTEGRAD_TILE_AUTO]) {
                 let down = down.clone();
                 problems.push(Box::new(move || Ok(problem(&down, tile))));
             }

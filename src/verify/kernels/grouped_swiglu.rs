@@ -4,7 +4,7 @@ use super::experts::{
     Bounded, Layer, add_bf16, covering_layers, gates, rounding_alone, small_layers, swiglu, written,
 };
 use super::numbers::{Errors, Random};
-use super::operands::{Gather, Line, Operands, Product, exact};
+use super::operands::{Gather, Line, Operands, Product, exact, tiles_of_device};
 use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::kernels::bindings::*;
 use crate::kernels::{self, GroupedSwigluBackward, GroupedSwigluForward};
@@ -274,7 +274,8 @@ fn forward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
             let forward = Arc::new(LazyLock::new(move || {
                 Arc::new(Forward::new(&layer, gather))
             }));
-            for tile in FORWARD_TILES.into_iter().chain([ROUTEGRAD_TILE_AUTO]) {
+            let tiles = tiles_of_device(&FORWARD_TILES, ROUTEGRAD_TILE_MMA_128X128);
+            for tile in tiles.into_iter().chain([ROUTEGRAD_TILE_AUTO]) {
                 let forward = forward.clone();
                 problems.push(Box::new(move || Ok(forward_problem(&forward, tile))));
             }
@@ -290,7 +291,7 @@ fn backward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
             let layer = layer.clone();
             let backward = LazyLock::new(move || Arc::new(Backward::new(&layer, gather)));
             let backward = Arc::new(backward);
-            for tile in BACKWARD_TILES {
+            for tile in tiles_of_device(&BACKWARD_TILES, (ROUTEGRAD_TILE_MMA_128X128, 128)) {
                 let backward = backward.clone();
                 problems.push(Box::new(move || Ok(backward_problem(&backward, tile))));
             }

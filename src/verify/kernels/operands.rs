@@ -3,6 +3,7 @@
 
 use super::numbers::Random;
 use crate::kernels::bindings::*;
+use crate::kernels::launchers;
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::OnceLock;
@@ -29,10 +30,12 @@ impl Product {
 
     /// The tiles that it can be told to take.
     pub fn tiles(self) -> impl Iterator<Item = routegrad_gemm_tile> {
-        TILES
+        let hopper: Vec<routegrad_gemm_tile> = TILES
             .iter()
-            .filter(move |t| self != WeightGradient || t.2 != 176)
+            .filter(|t| self != WeightGradient || t.2 != 176)
             .map(|t| t.0)
+            .collect();
+        tiles_of_device(&hopper, ROUTEGRAD_TILE_MMA_128X128).into_iter()
     }
 
     pub fn gathers(self) -> &'static [Gather] {
@@ -52,7 +55,15 @@ pub enum Gather {
     B,
 }
 
-/// Every tile with its rows and columns.
+/// The tiles that cases name: those given on Hopper, and on the other GPUs one that all of them have.
+pub fn tiles_of_device<T: Copy>(hopper: &[T], other: T) -> Vec<T> {
+    match launchers::on_hopper() {
+        true => hopper.to_vec(),
+        false => vec![other],
+    }
+}
+
+/// Every tile of Hopper with its rows and columns.
 pub const TILES: [(routegrad_gemm_tile, usize, usize); 5] = [
     (ROUTEGRAD_TILE_COOPERATIVE_128X256, 128, 256),
     (ROUTEGRAD_TILE_COOPERATIVE_256X128, 256, 128),

@@ -3,11 +3,11 @@
 use super::experts::Bounded;
 use super::grouped_down::TILES;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::operands::exact;
+use super::operands::{exact, tiles_of_device};
 use super::rope::{Shape, tables};
 use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::kernels::QkvRopeForward;
-use crate::kernels::bindings::routegrad_gemm_tile;
+use crate::kernels::bindings::{ROUTEGRAD_TILE_MMA_128X128, routegrad_gemm_tile};
 use crate::kernels::launchers::TILE_AUTO;
 use half::bf16;
 use rayon::prelude::*;
@@ -154,7 +154,8 @@ pub fn cases() -> Vec<Case> {
     let problems = |shapes: &[(Shape, usize)]| -> Vec<MakeProblem> {
         let mut problems: Vec<MakeProblem> = Vec::new();
         for &(shape, hidden) in shapes {
-            for tile in TILES.into_iter().chain([TILE_AUTO as routegrad_gemm_tile]) {
+            let tiles = tiles_of_device(&TILES, ROUTEGRAD_TILE_MMA_128X128);
+            for tile in tiles.into_iter().chain([TILE_AUTO as routegrad_gemm_tile]) {
                 problems.push(Box::new(move || {
                     Ok(problem(&Arc::new(Inputs::new(shape, hidden)), tile))
                 }));

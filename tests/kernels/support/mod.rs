@@ -37,6 +37,15 @@ fn cases_of(launcher: &str) -> Vec<Case> {
     cases
 }
 
+/// The problems of the launcher's small cases, or of its others.
+pub fn problems_of(launcher: &str, small: bool) -> impl Iterator<Item = Problem> {
+    let wanted = move |case: &Case| case.small == small;
+    let makers = cases_of(launcher).into_iter().filter(wanted);
+    makers
+        .flat_map(|case| case.problems)
+        .map(|make| make().unwrap_or_else(|e| panic!("{e}")))
+}
+
 /// Every problem of the launcher agrees with its reference.
 pub fn check_cases(launcher: &str) {
     for make in cases_of(launcher).iter().flat_map(|case| &case.problems) {

@@ -1,0 +1,101 @@
+//! Which GPUs the kernels of a build run on.
+
+/// Compute capability that has all instructions of the kernels, or of those for GPUs without wgmma: Ampere's.
+const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
+/// What kernels can be compiled for (`ARCHS` of `build/cuda.rs`).
+const ARCHS: [&str; 6] = ["80", "86", "89", "90a", "100", "120"];
+
+/// What this build's kernels were compiled for, in the order of `ROUTEGRAD_ARCHS`.
+pub fn built_for() -> impl Iterator<Item = &'static str> {
+    let list = option_env!("ROUTEGRAD_BUILT_FOR").unwrap_or_default();
+    list.split(',').filter(|arch| !arch.is_empty())
+}
+
+/// Whether code for `arch` runs on a GPU of this compute capability: it must be of the GPU's generation and not newer; code
+/// for 90a runs on 9.0 alone.
+fn runs(arch: &str, (major, minor): (i32, i32)) -> bool {
+    let found = 10 * major + minor;
+    match arch.strip_suffix('a').unwrap_or(arch).parse::<i32>() {
+        Ok(number) if arch.ends_with('a') => number == found,
+        Ok(number) => number / 10 == major && number <= found,
+        Err(_) => false,
+    }
+}
+
+/// Whether the kernels, compiled for `built_for`, run on a GPU.
+///
+/// # Errors
+/// One sentence that says what is needed.
+pub(super) fn require_capability<'a>(
+    name: &str,
+    got: (i32, i32),
+    built_for: impl Iterator<Item = &'a str>,
+) -> Result<(), String> {
+    let (major, minor) = got;
+    let has = format!("{name} has compute capability {major}.{minor}");
+    if got < OLDEST_CAPABILITY {
+        let (major, minor) = OLDEST_CAPABILITY;
+        return Err(format!(
+            "{has}; the kernels need {major}.{minor} or newer: Ampere, Ada, Hopper, Blackwell"
+        ));
+    }
+    let built_for: Vec<&str> = built_for.collect();
+    if built_for.iter().any(|arch| runs(arch, got)) {
+        return Ok(());
+    }
+    let built_for = built_for.join(", ");
+    Err(match ARCHS.iter().rev().find(|arch| runs(arch, got)) {
+        Some(arch) => format!(
+            "{has}, but the kernels are compiled for {built_for}: build again with ROUTEGRAD_ARCHS={arch}"
+        ),
+        None => format!(
+            "{has}, for which there are no kernels: there are for {}",
+            ARCHS.join(", ")
+        ),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn another_architecture_is_refused_with_what_is_needed() {
+        let refused = |name, got, built: &[&'static str]| {
+            require_capability(name, got, built.iter().copied()).unwrap_err()
+        };
+        for (name, got) in [("Tesla V100", (7, 0)), ("Tesla T4", (7, 5))] {
+            let why = refused(name, got, &ARCHS);
+            let (major, minor) = got;
+            let has =
+                format!("{name} has compute capability {major}.{minor}; the kernels need 8.0");
+            assert!(why.contains(&has), "{why}");
+        }
+        let why = refused("NVIDIA GeForce RTX 4070", (8, 9), &["90a"]);
+        assert!(
+            why.contains("compiled for 90a: build again with ROUTEGRAD_ARCHS=89"),
+            "{why}"
+        );
+        assert!(refused("NVIDIA H200", (9, 0), &["80", "89"]).contains("ROUTEGRAD_ARCHS=90a"));
+        assert!(refused("NVIDIA A100", (8, 0), &["86"]).contains("ROUTEGRAD_ARCHS=80"));
+        assert!(refused("NVIDIA Thor", (11, 0), &ARCHS).contains("there are no kernels"));
+    }
+
+    #[test]
+    fn every_gpu_from_ampere_on_runs_what_is_compiled_for_its_generation() {
+        for (got, built_for) in [
+            ((8, 0), "80"),
+            ((8, 6), "80"),
+            ((8, 6), "86"),
+            ((8, 9), "86"),
+            ((9, 0), "90a"),
+            ((10, 0), "100"),
+            ((10, 3), "100"),
+            ((12, 0), "120"),
+            ((12, 1), "120"),
+        ] {
+            let found = require_capability("GPU", got, [built_for].into_iter());
+            assert!(found.is_ok(), "{got:?} {built_for}: {found:?}");
+        }
+    }
+}
