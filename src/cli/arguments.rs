@@ -89,7 +89,7 @@ Examples:
 Examples:
   routegrad generate --model runs/tiny-default --prompt 'My fellow citizens, '
   routegrad generate --model runs/tiny-default --temperature 0.5 --top-k 20 --seed 3")]
-    Generate(GenerateArgs),
+    Generate(super::generate::GenerateArgs),
     /// Export a model to Hugging Face transformers 4 and 5.
     #[command(after_help = "\
 Examples:
@@ -399,34 +399,6 @@ pub(super) struct AnalyzeArgs {
     /// Folder of the report [default: `analysis` in the run's folder].
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
-}
-
-#[derive(Args)]
-pub(super) struct GenerateArgs {
-    /// Run, one of its checkpoints, or a model's folder of transformers.
-    #[arg(long, value_name = "DIR")]
-    pub(super) model: PathBuf,
-    /// Text to continue.
-    #[arg(long, value_name = "TEXT", default_value = "My fellow citizens, ")]
-    pub(super) prompt: String,
-    /// File with the text to continue, or - for the standard input.
-    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
-    pub(super) prompt_file: Option<PathBuf>,
-    /// Continuations to draw.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(super) samples: u32,
-    /// Tokens to add.
-    #[arg(long, value_name = "N", default_value_t = 400)]
-    pub(super) tokens: usize,
-    /// Divides the logits; 0 takes the likeliest token.
-    #[arg(long, value_name = "T", default_value_t = 0.8)]
-    pub(super) temperature: f64,
-    /// Sample among this many likeliest tokens; 0 for all.
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub(super) top_k: usize,
-    /// Seed of the sampling.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(super) seed: u64,
 }
 
 #[derive(Args)]

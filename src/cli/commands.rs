@@ -8,19 +8,17 @@ use crate::error::{Error, Result};
 use crate::report::stderr_line;
 use crate::routers;
 use crate::study::exchange::Saved;
-use crate::study::{ablate, analyze, eval, exchange, export, generate, plan, tasks};
+use crate::study::{ablate, analyze, eval, exchange, export, plan, tasks};
 use crate::tensor::dtype::DType;
 use crate::train::checkpoint::{SHARD_BYTES, TrainerState};
 use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
 use crate::verify::{device_check, gradcheck};
-use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
 use toml::Value;
 
 pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
@@ -28,7 +26,7 @@ pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
 }
 
 /// The model at `path`, of a run there the newest whole checkpoint; damaged ones are named.
-fn open_saved(path: &Path) -> Result<Saved> {
+pub(super) fn open_saved(path: &Path) -> Result<Saved> {
     let (found, damaged) = Saved::open(path)?;
     for damaged in damaged {
         stderr_line(&format!("warning: skipped a damaged checkpoint: {damaged}"));
@@ -192,30 +190,6 @@ pub(super) fn analyze_command(args: &AnalyzeArgs) -> Result<()> {
         }
     }
     say!("report: {}", out.join("report.html").display());
-    Ok(())
-}
-
-pub(super) fn generate_command(args: &GenerateArgs) -> Result<()> {
-    let sampling = generate::Sampling {
-        temperature: args.temperature,
-        top_k: args.top_k,
-        seed: args.seed,
-        samples: args.samples as usize,
-    };
-    let prompt = match &args.prompt_file {
-        None => args.prompt.clone(),
-        Some(file) if file.as_os_str() == "-" => std::io::read_to_string(std::io::stdin())
-            .map_err(|e| Error::io("read", "the standard input", e))?,
-        Some(file) => fs::read_to_string(file).map_err(|e| Error::io("read", file, e))?,
-    };
-    let found = open_saved(&args.model)?;
-    let (mut out, begun) = (std::io::stdout().lock(), Instant::now());
-    let made = generate::run(&found, &prompt, args.tokens, &sampling, &mut out)?;
-    let seconds = begun.elapsed().as_secs_f64();
-    stderr_line(&format!(
-        "{made} tokens in {seconds:.1} s, {:.0} a second",
-        made as f64 / seconds
-    ));
     Ok(())
 }
 

@@ -8,6 +8,7 @@ macro_rules! say {
 mod arguments;
 mod commands;
 mod data;
+mod generate;
 mod process;
 mod proofs;
 mod settings;
@@ -76,7 +77,7 @@ impl Cli {
             Command::Eval(args) => eval_command(&args),
             Command::Analyze(args) => analyze_command(&args),
             Command::Ablate { ablate, ranks } => ablate_command(&ablate, &ranks, self.threads),
-            Command::Generate(args) => generate_command(&args),
+            Command::Generate(args) => generate::generate_command(&args),
             Command::Export(args) => export_command(&args),
             Command::Gradcheck {
                 filter,

@@ -1,0 +1,62 @@
+//! `routegrad generate`: a prompt continued.
+
+use super::commands::open_saved;
+use crate::error::{Error, Result};
+use crate::report::stderr_line;
+use crate::study::generate;
+use clap::Args;
+use std::fs;
+use std::path::PathBuf;
+use std::time::Instant;
+
+#[derive(Args)]
+pub(super) struct GenerateArgs {
+    /// Run, one of its checkpoints, or a model's folder of transformers.
+    #[arg(long, value_name = "DIR")]
+    pub(super) model: PathBuf,
+    /// Text to continue.
+    #[arg(long, value_name = "TEXT", default_value = "My fellow citizens, ")]
+    pub(super) prompt: String,
+    /// File with the text to continue, or - for the standard input.
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub(super) prompt_file: Option<PathBuf>,
+    /// Continuations to draw.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) samples: u32,
+    /// Tokens to add.
+    #[arg(long, value_name = "N", default_value_t = 400)]
+    pub(super) tokens: usize,
+    /// Divides the logits; 0 takes the likeliest token.
+    #[arg(long, value_name = "T", default_value_t = 0.8)]
+    pub(super) temperature: f64,
+    /// Sample among this many likeliest tokens; 0 for all.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub(super) top_k: usize,
+    /// Seed of the sampling.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(super) seed: u64,
+}
+
+pub(super) fn generate_command(args: &GenerateArgs) -> Result<()> {
+    let sampling = generate::Sampling {
+        temperature: args.temperature,
+        top_k: args.top_k,
+        seed: args.seed,
+        samples: args.samples as usize,
+    };
+    let prompt = match &args.prompt_file {
+        None => args.prompt.clone(),
+        Some(file) if file.as_os_str() == "-" => std::io::read_to_string(std::io::stdin())
+            .map_err(|e| Error::io("read", "the standard input", e))?,
+        Some(file) => fs::read_to_string(file).map_err(|e| Error::io("read", file, e))?,
+    };
+    let found = open_saved(&args.model)?;
+    let (mut out, begun) = (std::io::stdout().lock(), Instant::now());
+    let made = generate::run(&found, &prompt, args.tokens, &sampling, &mut out)?;
+    let seconds = begun.elapsed().as_secs_f64();
+    stderr_line(&format!(
+        "{made} tokens in {seconds:.1} s, {:.0} a second",
+        made as f64 / seconds
+    ));
+    Ok(())
+}
