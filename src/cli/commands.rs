@@ -2,6 +2,7 @@
 
 use super::arguments::*;
 use super::process::{start_ranks, watch_signals};
+use super::saved::open_saved;
 use crate::config::{Config, Layers};
 use crate::device::machine::Chip;
 use crate::error::{Error, Result};
@@ -23,15 +24,6 @@ use toml::Value;
 
 pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
     writeln!(std::io::stdout(), "{line}").map_err(|e| Error::io("write", "the standard output", e))
-}
-
-/// The model at `path`, of a run there the newest whole checkpoint; damaged ones are named.
-pub(super) fn open_saved(path: &Path) -> Result<Saved> {
-    let (found, damaged) = Saved::open(path)?;
-    for damaged in damaged {
-        stderr_line(&format!("warning: skipped a damaged checkpoint: {damaged}"));
-    }
-    Ok(found)
 }
 
 pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {

@@ -1,6 +1,6 @@
 //! `routegrad generate`: a prompt continued.
 
-use super::commands::open_saved;
+use super::saved::open_saved;
 use crate::error::{Error, Result};
 use crate::report::stderr_line;
 use crate::study::generate;
