@@ -213,8 +213,8 @@ fn gradients(
             })
             .collect();
         let mean = dot(&p, &s);
-        for i in 0..EXPERTS {
-            let d = p[i] * (s[i] - mean);
+        for (i, (p, s)) in p.iter().zip(&s).enumerate() {
+            let d = p * (s - mean);
             dz.push(d);
             (0..HIDDEN).for_each(|c| dw[i * HIDDEN + c] += d * x[c]);
         }
