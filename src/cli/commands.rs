@@ -6,7 +6,6 @@ use super::saved::open_saved;
 use crate::config::{Config, Layers};
 use crate::device::machine::Chip;
 use crate::error::{Error, Result};
-use crate::report::stderr_line;
 use crate::routers;
 use crate::study::exchange::Saved;
 use crate::study::{ablate, analyze, eval, exchange, export, plan, tasks};

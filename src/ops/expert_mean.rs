@@ -155,7 +155,7 @@ pub fn scaled(vectors: &Tensor, factor: f64, changes: bool) -> Result<Tensor> {
     if device == Device::Cpu {
         with_real!(scaled.dtype(), "expert_mean", |T| {
             let values = scaled.slice_mut::<T>().iter_mut();
-            values.for_each(|v| *v = T::of(factor) * *v);
+            values.for_each(|v| *v *= T::of(factor));
             Ok::<(), Error>(())
         })?;
         return Ok(scaled);

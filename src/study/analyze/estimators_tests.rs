@@ -112,13 +112,13 @@ fn fitted(model: &Model, x: &[f64], top_k: usize) -> Fitted {
         map: Vec::new(),
     };
     for i in 0..EXPERTS {
-        let off: Vec<(f64, &[f64], &Vec<f64>)> = tokens
+        let off: Vec<Weighted> = tokens
             .iter()
             .filter(|(_, (_, chosen, _))| !chosen[i])
             .map(|(x, (p, _, e))| (p[i], *x, &e[i]))
             .collect();
         let mass: f64 = off.iter().map(|(w, _, _)| w).sum();
-        let mean = |of: &dyn Fn(&(f64, &[f64], &Vec<f64>)) -> Vec<f64>| -> Vec<f64> {
+        let mean = |of: &dyn Fn(&Weighted) -> Vec<f64>| -> Vec<f64> {
             (0..HIDDEN)
                 .map(|d| off.iter().map(|o| o.0 * of(o)[d]).sum::<f64>() / mass)
                 .collect()
@@ -127,7 +127,7 @@ fn fitted(model: &Model, x: &[f64], top_k: usize) -> Fitted {
         // [C + λ I | R], eliminated.
         let mut rows: Vec<Vec<f64>> = (0..HIDDEN)
             .map(|a| {
-                let sum = |f: &dyn Fn(&(f64, &[f64], &Vec<f64>)) -> f64| off.iter().map(f).sum();
+                let sum = |f: &dyn Fn(&Weighted) -> f64| off.iter().map(f).sum();
                 let left = (0..HIDDEN)
                     .map(|b| sum(&|o| o.0 * (o.1[a] - center[a]) * (o.1[b] - center[b])));
                 let right = (0..HIDDEN)
@@ -196,13 +196,14 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
+/// A weight, a token and an expert's output for it.
+type Weighted<'a> = (f64, &'a [f64], &'a Vec<f64>);
+
+/// s of an expert off A: of a token, the incoming gradient, the expert and its output.
+type Off<'a> = dyn Fn(&[f64], &[f64], usize, &[f64]) -> f64 + 'a;
+
 /// dz `[T, E]` and dW `[E, D]` where `s(token, expert, its output)` stands for s off A.
-fn gradients(
-    model: &Model,
-    at: &At,
-    top_k: usize,
-    off: &dyn Fn(&[f64], &[f64], usize, &[f64]) -> f64,
-) -> [Vec<f64>; 2] {
+fn gradients(model: &Model, at: &At, top_k: usize, off: &Off) -> [Vec<f64>; 2] {
     let (mut dz, mut dw) = (Vec::new(), vec![0.0; EXPERTS * HIDDEN]);
     for (x, g) in at.x.chunks(HIDDEN).zip(at.g.chunks(HIDDEN)) {
         let (p, chosen, outputs) = token(model, x, top_k);
@@ -269,8 +270,7 @@ fn estimators_at_one_forward_pass_are_those_of_the_formulas_in_plain_loops() {
         let flat = vectors.to_f64().unwrap();
         let row = |i: usize| &flat[i * HIDDEN..(i + 1) * HIDDEN];
 
-        let with =
-            |off: &dyn Fn(&[f64], &[f64], usize, &[f64]) -> f64| gradients(&model, &here, 2, off);
+        let with = |off: &Off| gradients(&model, &here, 2, off);
         let exact = with(&|_, g, _, e| dot(g, e));
         let topk = with(&|_, _, _, _| 0.0);
         let default = with(&|_, g, i, _| dot(g, row(i)));

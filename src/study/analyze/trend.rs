@@ -42,7 +42,7 @@ pub fn write(folder: &Path) -> Result<()> {
         }
     }
     let name = |extension: &str| folder.join(format!("gradients-over-training.{extension}"));
-    publish(&name("csv"), &table.csv())?;
+    publish(&name("csv"), table.csv())?;
     publish(&name("svg"), &figure(&steps)?)
 }
 
