@@ -54,6 +54,27 @@ pub fn stream() -> *mut std::ffi::c_void {
     std::ptr::null_mut()
 }
 
+/// Opens `device`, and makes its GPU the calling thread's own.
+///
+/// # Errors
+/// When there is no GPU to use.
+pub fn bind(device: Device) -> crate::error::Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda => cuda::gpu()?.stream().map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// Lets this process use GPU number `number` of those that it sees, unless it sees one alone. To be called before the GPU is
+/// opened.
+pub fn choose_gpu(number: usize) {
+    #[cfg(feature = "cuda")]
+    cuda::choose(number);
+    #[cfg(not(feature = "cuda"))]
+    let _ = number;
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

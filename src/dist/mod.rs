@@ -5,22 +5,28 @@
 
 mod activity; // what a rank is doing, for messages
 mod call; // ordinal, kind and count of a call, compared between ranks
+mod device; // the two movers at addresses of a device
 mod hub; // heartbeats, and one message when a rank is lost
 mod mpi; // ranks are processes; MPI is loaded at run time
+pub mod nccl; // their GPUs' memory; NCCL is loaded at run time
 mod start; // from the launcher's environment to a rank
 mod sums; // sums and gathers on top of the two movers
 mod threads; // ranks are threads of one process
 
 pub use activity::{at, doing, doing_alone};
+pub use call::Kind;
+pub use device::{DeviceRanks, Part};
 pub use start::{
     Launcher, Ranks, conclude, describe, groups, launcher, launcher_size, start, threads,
 };
 pub use sums::{agree, any, same_on_all, shared};
 pub use threads::ThreadRank;
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One rank of a run, and what it shares with the others.
 ///
@@ -55,6 +61,59 @@ pub trait Collective: Send + Sync {
 
     /// Tells the other ranks that this one leaves, and why: whatever they wait for ends with an error.
     fn leave(&self, why: &str);
+
+    /// Why the run ends, if this rank hears of it within `most`.
+    fn failure_within(&self, _most: Duration) -> Option<String> {
+        None
+    }
+
+    /// As [`all_gather`](Self::all_gather) of `bytes` bytes at addresses of `device`, behind its launches so far. Without a
+    /// library of the device the host moves them, which the simulator's memory allows.
+    ///
+    /// # Safety
+    /// `own` and `all` are addresses of `bytes` and `size * bytes` bytes on the device, until the launch is over.
+    ///
+    /// # Errors
+    /// As [`all_gather`](Self::all_gather), and where nothing can move the device's memory.
+    unsafe fn all_gather_on(
+        &self,
+        device: Device,
+        own: usize,
+        all: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        // SAFETY: as the caller says.
+        unsafe { device::all_gather(self, device, own, all, bytes) }
+    }
+
+    /// Sends and receives `parts` at addresses of `device`, behind its launches so far. What two ranks send each other has
+    /// the same lengths, in the same order.
+    ///
+    /// # Safety
+    /// The ranges are those of memory of the device, until the launch is over; those received overlap no other.
+    ///
+    /// # Errors
+    /// As [`all_gather_on`](Self::all_gather_on).
+    unsafe fn exchange_on(&self, device: Device, parts: &[Part]) -> Result<()> {
+        // SAFETY: as the caller says.
+        unsafe { device::exchange(self, device, parts) }
+    }
+
+    /// Compares a call on a device between the ranks before it is made, where nothing else does.
+    ///
+    /// # Errors
+    /// When they differ.
+    fn compare_device_call(&self, _kind: Kind, _count: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// From now on device calls repeat those that were compared.
+    fn trust_device_calls(&self) {}
+
+    /// Name and version of the library that moves device memory, if there is one.
+    fn device_library(&self) -> Option<String> {
+        None
+    }
 
     /// Replaces `values` by their sums over the ranks.
     ///
@@ -124,6 +183,38 @@ impl Collective for Arc<dyn Collective> {
 
     fn leave(&self, why: &str) {
         (**self).leave(why);
+    }
+
+    fn failure_within(&self, most: Duration) -> Option<String> {
+        (**self).failure_within(most)
+    }
+
+    unsafe fn all_gather_on(
+        &self,
+        device: Device,
+        own: usize,
+        all: usize,
+        bytes: usize,
+    ) -> Result<()> {
+        // SAFETY: as the caller says.
+        unsafe { (**self).all_gather_on(device, own, all, bytes) }
+    }
+
+    unsafe fn exchange_on(&self, device: Device, parts: &[Part]) -> Result<()> {
+        // SAFETY: as the caller says.
+        unsafe { (**self).exchange_on(device, parts) }
+    }
+
+    fn compare_device_call(&self, kind: Kind, count: usize) -> Result<()> {
+        (**self).compare_device_call(kind, count)
+    }
+
+    fn trust_device_calls(&self) {
+        (**self).trust_device_calls();
+    }
+
+    fn device_library(&self) -> Option<String> {
+        (**self).device_library()
     }
 
     fn sum(&self, values: &mut [f64]) -> Result<()> {

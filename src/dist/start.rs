@@ -3,6 +3,7 @@
 use super::mpi::Mpi;
 use super::mpi::library::VARIABLE;
 use super::{Collective, SingleRank};
+use crate::device;
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::env::var;
@@ -35,6 +36,14 @@ const SIZES: [(&str, Launcher); 3] = [
     ("OMPI_COMM_WORLD_SIZE", Launcher::OpenMpi),
     ("PMI_SIZE", Launcher::Mpich),
     ("SLURM_STEP_NUM_TASKS", Launcher::Slurm),
+];
+
+/// The number of a process among those of its host, by launcher's variable: torchrun's, Open MPI's, MPICH's, Slurm's.
+const LOCAL_RANKS: [&str; 4] = [
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "SLURM_LOCALID",
 ];
 
 static WORLD: OnceLock<Arc<Mpi>> = OnceLock::new();
@@ -71,10 +80,36 @@ fn names(launcher: Option<Launcher>) -> Vec<String> {
     ordered.into_iter().map(String::from).collect()
 }
 
+/// The number of this process among those of its host, which is that of its GPU.
+///
+/// # Errors
+/// When a launcher's variable holds something else.
+fn local_rank(read: impl Fn(&str) -> Option<String>, mpi: &Mpi) -> Result<usize> {
+    let named = |name: &&'static str| Some((*name, read(name)?));
+    let Some((name, text)) = LOCAL_RANKS.iter().find_map(named) else {
+        // Without a word from the launcher ranks of a host count themselves.
+        let members = mpi.hub().map_or(&[][..], |hub| hub.members());
+        let before = members.iter().take(mpi.rank());
+        let own = members.get(mpi.rank()).map(|m| &m.host);
+        return Ok(before.filter(|m| Some(&m.host) == own).count());
+    };
+    text.trim().parse().map_err(|_| {
+        let help = "let the launcher set it";
+        Error::invalid(
+            name,
+            "the number of this process on its host, from 0",
+            text,
+            help,
+        )
+    })
+}
+
 /// This process's rank. On several, one that is silent or keeps the others waiting for longer than `limit` ends the run.
 ///
 /// # Errors
 /// When MPI cannot be loaded or refuses, is not the launcher's, or the ranks cannot connect.
+///
+/// The GPU with this process's number on its host becomes the one that the process uses.
 pub fn start(ranks: Ranks, limit: Duration) -> Result<Arc<dyn Collective>> {
     let found = find();
     match (ranks, found) {
@@ -98,6 +133,9 @@ pub fn start(ranks: Ranks, limit: Duration) -> Result<Arc<dyn Collective>> {
                 "name the MPI library of the launcher in {VARIABLE} (with srun: --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH), or use --ranks none"
             ),
         ));
+    }
+    if launched > 1 {
+        device::choose_gpu(local_rank(|name| var(name).ok(), &mpi)?);
     }
     Ok(mpi)
 }

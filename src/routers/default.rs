@@ -148,7 +148,7 @@ impl Router for DefaultMoe {
     ) -> Result<Option<Defaults>> {
         if let Some(sums) = sums {
             at(layer.dist, || format!("ê of MoE layer {}", layer.layer));
-            let sums = sums.over_ranks(layer.dist)?;
+            let sums = sums.over_ranks(|tensor| layer.sum_tensor(tensor))?;
             let beta = self.beta.powf(1.0 / layer.pass.micro_batches as f64);
             sums.update(layer.state_mut(VECTORS), beta)?;
         }
