@@ -17,6 +17,7 @@ mod gemm_arguments;
 mod gemm_ring;
 mod grouped_gemm;
 mod norm;
+mod ranks;
 mod rope;
 mod router;
 mod rows;
