@@ -366,6 +366,9 @@ pub(super) struct PlanArgs {
     /// Where it would run.
     #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
     pub(super) device: plan::Target,
+    /// Processes that share the batch, on a GPU each.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(super) ranks: usize,
     /// Print JSON, bytes and seconds.
     #[arg(long)]
     pub(super) json: bool,

@@ -164,7 +164,12 @@ pub(super) fn ablate_command(
 
 pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
     let config = args.settings.configure()?;
-    let found = plan::plan(&config, args.device, rayon::current_num_threads())?;
+    let found = plan::plan_on(
+        &config,
+        args.device,
+        rayon::current_num_threads(),
+        args.ranks,
+    )?;
     if args.json {
         say!("{:#}", serde_json::json!(found));
     } else {

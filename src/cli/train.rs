@@ -40,7 +40,7 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     };
     let device = config.train.device;
     device.prepare()?;
-    let planned = plan::Memory::of(&config, plan::Target::H200)?.total();
+    let planned = plan::Memory::of_rank(&config, plan::Target::H200, dist.size())?.total();
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
     }

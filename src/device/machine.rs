@@ -10,6 +10,8 @@ pub const H200_PEAK: f64 = 989e12;
 /// Measured on one H200: bf16 FLOP/s of a product by cuBLAS, and bytes a second that a copy reads and writes.
 pub const H200_FLOPS_PER_SECOND: f64 = 790e12;
 pub const H200_BYTES_PER_SECOND: f64 = 4.3e12;
+/// Bytes a second that a GPU is expected to send to seven others at once, of NVLink's 450e9 a direction; not measured here.
+pub const H200_LINK_BYTES_PER_SECOND: f64 = 370e9;
 
 /// Clocks, temperature, power and what holds the clocks back; null where nvidia-smi is missing.
 pub fn state() -> Value {

@@ -5,6 +5,7 @@ use crate::model::batch::Sequences;
 use crate::routers;
 use crate::routers::Pass;
 use crate::tape::Tape;
+use crate::tensor::Tensor;
 use std::collections::HashMap;
 
 fn config(preset: &str, sets: &[&str]) -> Config {
@@ -138,4 +139,76 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
     let [dense, topk] = [dense, topk].map(|c| plan(&c, Target::Cpu, 2).unwrap());
     assert!(dense.flops_per_token > 2 * topk.flops_per_token);
     assert!(dense.memory.activations > 3 * topk.memory.activations);
+}
+
+#[test]
+fn ranks_share_batch_and_moments_and_send_gradients_and_weights() {
+    let set = [
+        "router.name=topk",
+        "train.micro_batch=64",
+        "train.sequences_per_step=64",
+        "train.bf16_moments=true",
+    ];
+    let big = config("7.33b", &set);
+    let [one, eight] = [1, 8].map(|ranks| plan_on(&big, Target::H200, 1, ranks).unwrap());
+    assert_eq!(eight.memory.optimizer, one.memory.optimizer.div_ceil(8));
+    assert_eq!(eight.memory.weights, one.memory.weights);
+    assert!(eight.memory.activations < one.memory.activations / 4);
+    // Seven eighths of eight bytes a parameter, at 370 GB/s.
+    assert_eq!(eight.sent_bytes, 7 * eight.total_parameters);
+    assert_eq!(one.sent_bytes, 0);
+    let seconds = eight.sent_bytes as f64 / 370e9;
+    assert!((eight.sending_seconds - seconds).abs() < 1e-9);
+    let computing = one.seconds() / 8.0;
+    let sending = seconds * one.steps as f64;
+    assert!((eight.seconds() - computing - sending).abs() < 1e-6 * computing);
+    assert!(
+        eight.table().contains("memory of a rank"),
+        "{}",
+        eight.table()
+    );
+    assert!(eight.largest_micro_batch.is_none_or(|n| n % 8 == 0));
+    let error = plan_on(&big, Target::H200, 1, 3).unwrap_err().to_string();
+    assert!(error.contains("divide train.micro_batch = 64"), "{error}");
+}
+
+/// Of parameters of many blocks, so that shares differ little.
+#[test]
+fn planned_weights_and_moments_of_a_rank_are_those_that_a_rank_on_the_simulator_holds() {
+    use crate::dist::ThreadRank;
+    use crate::model::{Model, Places};
+    use crate::train::step::StepExecutor;
+    let set = [
+        "router.name=topk",
+        "model.hidden=128",
+        "model.vocab_size=8192",
+        "model.expert_ffn_width=1024",
+        "model.num_experts=8",
+        "train.micro_batch=4",
+        "train.sequences_per_step=4",
+        "train.device=\"sim\"",
+    ];
+    for moments in ["train.bf16_moments=true", "train.bf16_moments=false"] {
+        let config = config("tiny", &[&set[..], &[moments]].concat());
+        let planned = Memory::of_rank(&config, Target::H200, 4).unwrap();
+        let held = ThreadRank::run(4, |rank| {
+            let router = routers::build(&config.router).unwrap();
+            let mut model = Model::with_router(&config, router, Box::new(rank)).unwrap();
+            let executor = StepExecutor::new(&config.train, &model);
+            let bytes = |t: &Tensor| (t.elements() * t.dtype().size()) as u64;
+            let own = executor.optimizer.moments().iter();
+            let own: u64 = own.map(|m| bytes(&m.first) + bytes(&m.second)).sum();
+            let places = model.parameters.iter_mut().map(|p| match p.value.places() {
+                Places::Whole(value) => bytes(value),
+                Places::Split([upper, lower]) => bytes(upper) + bytes(lower),
+            });
+            (places.sum::<u64>(), own)
+        });
+        for (weights, _) in &held {
+            assert_eq!(*weights, planned.weights);
+        }
+        let most = held.iter().map(|(_, own)| *own).max().unwrap();
+        let ratio = planned.optimizer as f64 / most as f64;
+        assert!((ratio - 1.0).abs() <= 0.03, "{moments}: {ratio:.4}");
+    }
 }
