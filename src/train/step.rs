@@ -87,6 +87,19 @@ impl StepExecutor {
         }
     }
 
+    /// Lets a rank of a device with kernels keep the lower halves of the weights that it updates alone.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn share_out_weights(&self, model: &mut Model) -> Result<()> {
+        let shards = self.optimizer.shards();
+        if self.device.is_none() || shards.is_whole() {
+            return Ok(());
+        }
+        let mut all = model.parameters.iter_mut().enumerate();
+        all.try_for_each(|(i, parameter)| parameter.value.keep_lower_halves(shards.own(i)))
+    }
+
     /// The gradients of the last step, of the global batch, before clipping; on several ranks with a sharded optimizer those
     /// of this rank's share, beside what it added to the others.
     pub fn gradients(&self) -> &Gradients {

@@ -177,7 +177,8 @@ impl Trainer {
         corpus: Corpus,
         hooks: Vec<Box<dyn Hook>>,
     ) -> Result<Self> {
-        let (model, executor, state) = parts;
+        let (mut model, executor, state) = parts;
+        executor.share_out_weights(&mut model)?;
         Ok(Trainer {
             data: DataLoader::new(Arc::new(corpus), &state.config, &*dist)?,
             launched: state.step,

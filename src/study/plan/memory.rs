@@ -99,6 +99,11 @@ impl Memory {
         // Gradients that all ranks sent of the largest parameter, when those of activations are gone.
         let received = F32 * largest_parameter(&config.model);
         Memory {
+            weights: match target {
+                Target::Cpu => whole.weights,
+                // The bf16 halves, and the lower ones of a share.
+                Target::H200 => whole.weights / 2 + (whole.weights / 2).div_ceil(ranks as u64),
+            },
             optimizer: whole.optimizer.div_ceil(ranks as u64),
             workspace: whole
                 .workspace

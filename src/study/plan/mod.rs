@@ -79,6 +79,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
     }
     let (m, router) = (&config.model, routers::build(&config.router)?);
     let memory = Memory::with_ranks(config, &*router, target, ranks);
+    let whole = Memory::with(config, &*router, target);
     let available = match target {
         Target::Cpu => crate::train::available_memory(),
         Target::H200 => Some(H200_MEMORY),
@@ -95,10 +96,20 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
             Target::H200 => H200_PEAK * H200_SHARE,
         };
     let parameters = count::total_parameters(m);
-    let sent_bytes = sent(parameters, ranks);
-    let sending_seconds = match target {
-        Target::Cpu => 0.0,
-        Target::H200 => sent_bytes as f64 / H200_LINK_BYTES_PER_SECOND,
+    // Gradients and weights; on a GPU f32 and bf16.
+    let (sent_bytes, sending_seconds) = match target {
+        Target::Cpu => (
+            sent(
+                parameters,
+                2 * config.train.dtype.dtype().size() as u64,
+                ranks,
+            ),
+            0.0,
+        ),
+        Target::H200 => {
+            let bytes = sent(parameters, 4 + 2, ranks);
+            (bytes, bytes as f64 / H200_LINK_BYTES_PER_SECOND)
+        }
     };
     let tokens_per_step = (config.train.sequences_per_step * m.sequence_length) as u64;
     let seconds = (tokens_per_step * flops) as f64 / rate + sending_seconds;
@@ -118,9 +129,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
         available,
         rate,
         tokens_per_second: tokens_per_step as f64 / seconds,
-        checkpoint_bytes: memory.weights
-            + Memory::with(config, &*router, target).optimizer
-            + memory.router_state,
+        checkpoint_bytes: whole.weights + whole.optimizer + whole.router_state,
         largest_micro_batch: largest(config, &*router, target, available, ranks),
         largest_micro_batch_recomputed: largest(
             &recompute(true),
@@ -166,11 +175,10 @@ fn largest(
     (1..=all).rev().filter(shared).find(fits)
 }
 
-/// Bytes that a rank sends to the others in a step: gradients of their shares in f32, and four bytes a number of its own
-/// weights to each.
-fn sent(parameters: u64, ranks: usize) -> u64 {
+/// Bytes that a rank sends to the others in a step: gradients of their shares, and its own weights to each.
+fn sent(numbers: u64, bytes: u64, ranks: usize) -> u64 {
     let others = ranks as u64 - 1;
-    2 * 4 * parameters * others / ranks as u64
+    numbers * bytes * others / ranks as u64
 }
 
 impl Plan {

@@ -22,6 +22,7 @@ use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 use std::borrow::Cow;
 use std::cell::RefCell;
+use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 
 pub use crate::kernels::bindings::routegrad_step_outcome as Outcome;
@@ -268,7 +269,8 @@ impl DeviceStep {
 }
 
 /// The table of the parameters with their moments and gradients. Of a rank's share the blocks are numbered as those of the
-/// whole parameter, and the moments begin where those of the whole would, so that kernels see the same places.
+/// whole parameter, and what the rank has of its share alone begins where that of the whole would, so that kernels see the same
+/// places.
 fn rows(
     optimizer: &mut AdamW,
     parameters: &mut [Parameter],
@@ -283,13 +285,16 @@ fn rows(
             gradient.expect_dtype("adamw", "gradient", DType::F32)?;
             gradient.expect_shape("adamw", "gradient", parameter.value.shape())?;
         }
-        let own = shards.own(i);
-        let before = |t: &mut Tensor| {
+        let (own, elements) = (shards.own(i), parameter.value.elements());
+        let before = |t: &mut Tensor| -> *mut c_void {
             let bytes = own.start * t.dtype().size();
             t.pointer_mut::<u8>().wrapping_sub(bytes).cast()
         };
         let (whole, upper, lower) = match parameter.value.places() {
             Places::Whole(value) => (value.pointer_mut(), null_mut(), null_mut()),
+            Places::Split([upper, lower]) if lower.elements() < elements => {
+                (null_mut(), upper.pointer_mut(), before(lower).cast())
+            }
             Places::Split([upper, lower]) => (null_mut(), upper.pointer_mut(), lower.pointer_mut()),
         };
         rows.push(routegrad_parameter {

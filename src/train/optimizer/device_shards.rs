@@ -104,7 +104,13 @@ pub fn gather_weights(
             };
             match parameters[i].value.places() {
                 Places::Whole(value) => add(value),
-                Places::Split(halves) => halves.into_iter().for_each(add),
+                // Lower halves stay with their ranks, unless every rank has all.
+                Places::Split([upper, lower]) => {
+                    add(upper);
+                    if lower.elements() == upper.elements() {
+                        add(lower);
+                    }
+                }
             }
         }
         // SAFETY: the ranges are those of the parameters, and this rank's numbers are not received.

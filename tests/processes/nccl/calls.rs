@@ -67,19 +67,13 @@ fn expected(rank: usize, ranks: usize) -> Vec<String> {
     };
     let most = (0..ranks).map(blocks).max().unwrap();
     calls.push(format!("all_gather {}", 8 * most));
-    // Weights: whole in f32, or both halves.
+    // Weights: whole in f32, or the halves that operations read.
     for (i, parameter) in model.parameters.iter().enumerate() {
-        let widths = match parameter.value.working().dtype().size() {
-            4 => &[4][..],
-            _ => &[2, 2],
-        };
-        for width in widths {
-            for peer in (0..ranks).filter(|peer| *peer != rank) {
-                let (sent, received) = (shards.own(i).len(), shards.of(i, peer).len());
-                calls.extend((sent > 0).then(|| format!("send {peer} {}", width * sent)));
-                calls
-                    .extend((received > 0).then(|| format!("receive {peer} {}", width * received)));
-            }
+        let width = parameter.value.working().dtype().size();
+        for peer in (0..ranks).filter(|peer| *peer != rank) {
+            let (sent, received) = (shards.own(i).len(), shards.of(i, peer).len());
+            calls.extend((sent > 0).then(|| format!("send {peer} {}", width * sent)));
+            calls.extend((received > 0).then(|| format!("receive {peer} {}", width * received)));
         }
     }
     calls.push("group".into());

@@ -42,7 +42,10 @@ impl Collective for Counted {
 
 /// What a rank ends with, and what its last step did.
 struct End {
+    /// Of weights and moments, its share alone where it has no more, and of the router's state.
     digests: Vec<(String, String)>,
+    /// The weights as operations read them.
+    working: Vec<Vec<f64>>,
     losses: Vec<f64>,
     last: counters::Counters,
     /// Host calls of the last step.
@@ -77,10 +80,13 @@ fn trained(config: &Config, ranks: usize, by_nccl: bool) -> Vec<End> {
         }
         let (last, calls) = (counters::take(), calls.load(Ordering::SeqCst));
         let digests = run.digests().unwrap().into_iter();
+        let working = run.model.parameters.iter();
+        let working = working.map(|p| p.value.working().to_f64().unwrap());
         End {
             digests: digests
                 .map(|(name, d)| (name, d.to_hex().to_string()))
                 .collect(),
+            working: working.collect(),
             losses,
             last,
             calls,
@@ -88,11 +94,11 @@ fn trained(config: &Config, ranks: usize, by_nccl: bool) -> Vec<End> {
     })
 }
 
-/// Weights and router state, without the moments, of which each rank has its own.
-fn shared(end: &End) -> Vec<&(String, String)> {
-    let all = end.digests.iter();
-    all.filter(|(name, _)| !name.contains(" moment of "))
-        .collect()
+/// What all ranks have alike: the weights as operations read them, and the router's state.
+fn shared(end: &End) -> (&Vec<Vec<f64>>, Vec<&(String, String)>) {
+    let states = end.digests.iter();
+    let states = states.filter(|(name, _)| name.contains(" of MoE layer "));
+    (&end.working, states.collect())
 }
 
 #[test]
