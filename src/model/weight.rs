@@ -28,9 +28,9 @@ enum Form {
     Whole(Tensor),
     Split {
         upper: Tensor,
-        /// Of the numbers `own`.
+        /// Of the numbers `own`, or of all.
         lower: Tensor,
-        own: Range<usize>,
+        own: Option<Range<usize>>,
     },
 }
 
@@ -64,8 +64,11 @@ impl Weight {
                 (*u, *l) = split(w);
             }
         });
-        let own = 0..upper.elements();
-        Weight(Form::Split { upper, lower, own })
+        Weight(Form::Split {
+            upper,
+            lower,
+            own: None,
+        })
     }
 
     /// What operations read.
@@ -83,19 +86,20 @@ impl Weight {
             Form::Whole(value) => value.clone(),
             Form::Split { upper, lower, own } => {
                 let mut value = Tensor::unspecified(Device::Cpu, DType::F32, upper.shape());
-                if *own == (0..upper.elements()) {
-                    joined(value.slice_mut(), upper.slice(), lower.slice());
-                } else {
-                    let mut all = vec![0; upper.elements()];
-                    all[own.clone()].copy_from_slice(lower.slice());
-                    joined(value.slice_mut(), upper.slice(), &all);
+                match own {
+                    None => joined(value.slice_mut(), upper.slice(), lower.slice()),
+                    Some(own) => {
+                        let mut all = vec![0; upper.elements()];
+                        all[own.clone()].copy_from_slice(lower.slice());
+                        joined(value.slice_mut(), upper.slice(), &all);
+                    }
                 }
                 value
             }
         }
     }
 
-    /// Keeps the lower halves of the numbers `own` alone, if the value is split.
+    /// Keeps the lower halves of `numbers` alone, if the value is split: other ranks have the rest.
     ///
     /// # Errors
     /// When the device failed.
@@ -103,27 +107,26 @@ impl Weight {
     /// # Panics
     /// When some of them are not there.
     pub fn keep_lower_halves(&mut self, numbers: Range<usize>) -> Result<()> {
-        let Form::Split { lower, own, .. } = &mut self.0 else {
+        let Form::Split { upper, lower, own } = &mut self.0 else {
             return Ok(());
         };
+        let there = own.clone().unwrap_or(0..upper.elements());
         assert!(
-            own.start <= numbers.start && numbers.end <= own.end,
-            "lower halves of {own:?}"
+            there.start <= numbers.start && numbers.end <= there.end,
+            "lower halves of {there:?}"
         );
-        let kept =
-            lower.copied_bytes(2 * (numbers.start - own.start)..2 * (numbers.end - own.start))?;
+        let kept = 2 * (numbers.start - there.start)..2 * (numbers.end - there.start);
+        let kept = lower.copied_bytes(kept)?;
         let mut share = Tensor::unspecified(lower.device(), DType::I16, [numbers.len()]);
         share.bytes_mut().copy_from_slice(&kept);
-        (*lower, *own) = (share, numbers);
+        (*lower, *own) = (share, Some(numbers));
         Ok(())
     }
 
-    /// This rank's lower halves, if other ranks have the rest.
+    /// This rank's lower halves, if the ranks share them out.
     pub fn lower_share(&self) -> Option<&Tensor> {
         match &self.0 {
-            Form::Split { upper, lower, own } => {
-                Some(lower).filter(|_| own.len() < upper.elements())
-            }
+            Form::Split { lower, own, .. } => own.as_ref().map(|_| lower),
             Form::Whole(_) => None,
         }
     }
@@ -194,6 +197,7 @@ impl Weight {
             }
             Form::Split { upper, lower, own } => {
                 let upper = upper.copied_bytes(2 * numbers.start..2 * numbers.end)?;
+                let own = own.clone().unwrap_or(0..self.elements());
                 // What other ranks have is 0 here, as for `whole`.
                 let there = numbers.start.max(own.start)..numbers.end.min(own.end);
                 let mut halves = vec![0; upper.len()];

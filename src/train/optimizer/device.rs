@@ -285,14 +285,15 @@ fn rows(
             gradient.expect_dtype("adamw", "gradient", DType::F32)?;
             gradient.expect_shape("adamw", "gradient", parameter.value.shape())?;
         }
-        let (own, elements) = (shards.own(i), parameter.value.elements());
+        let own = shards.own(i);
         let before = |t: &mut Tensor| -> *mut c_void {
             let bytes = own.start * t.dtype().size();
             t.pointer_mut::<u8>().wrapping_sub(bytes).cast()
         };
+        let shared_out = parameter.value.lower_share().is_some();
         let (whole, upper, lower) = match parameter.value.places() {
             Places::Whole(value) => (value.pointer_mut(), null_mut(), null_mut()),
-            Places::Split([upper, lower]) if lower.elements() < elements => {
+            Places::Split([upper, lower]) if shared_out => {
                 (null_mut(), upper.pointer_mut(), before(lower).cast())
             }
             Places::Split([upper, lower]) => (null_mut(), upper.pointer_mut(), lower.pointer_mut()),

@@ -102,12 +102,13 @@ pub fn gather_weights(
                     });
                 }
             };
+            let shared_out = parameters[i].value.lower_share().is_some();
             match parameters[i].value.places() {
                 Places::Whole(value) => add(value),
                 // Lower halves stay with their ranks, unless every rank has all.
                 Places::Split([upper, lower]) => {
                     add(upper);
-                    if lower.elements() == upper.elements() {
+                    if !shared_out {
                         add(lower);
                     }
                 }
