@@ -110,6 +110,11 @@ pub trait Collective: Send + Sync {
     /// From now on device calls repeat those that were compared.
     fn trust_device_calls(&self) {}
 
+    /// Whether other ranks are in this process, and share its devices' memory.
+    fn shares_process(&self) -> bool {
+        false
+    }
+
     /// Name and version of the library that moves device memory, if there is one.
     fn device_library(&self) -> Option<String> {
         None
@@ -211,6 +216,10 @@ impl Collective for Arc<dyn Collective> {
 
     fn trust_device_calls(&self) {
         (**self).trust_device_calls();
+    }
+
+    fn shares_process(&self) -> bool {
+        (**self).shares_process()
     }
 
     fn device_library(&self) -> Option<String> {

@@ -223,8 +223,10 @@ impl StepExecutor {
         if let Some(replay) = self.replay.as_mut().filter(|_| moved) {
             replay.forget();
         }
-        // With a whole optimizer on several ranks the host adds up the gradients.
-        let repeats = self.ranks.is_none() || !self.optimizer.shards().is_whole();
+        // With a whole optimizer on several ranks the host adds up the gradients; ranks of one process take memory while others
+        // replay.
+        let whole = self.optimizer.shards().is_whole();
+        let repeats = self.ranks.is_none() || !whole && !model.dist().shares_process();
         Ok(plain && repeats && !timeline::recorded() && !launchers::waits())
     }
 

@@ -231,6 +231,10 @@ impl Collective for Nccl {
         self.compares.store(false, Ordering::SeqCst);
     }
 
+    fn shares_process(&self) -> bool {
+        self.host.shares_process()
+    }
+
     fn device_library(&self) -> Option<String> {
         let (major, minor, patch) = self.version;
         Some(format!("NCCL {major}.{minor}.{patch}"))

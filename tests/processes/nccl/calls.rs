@@ -85,8 +85,7 @@ fn a_step_makes_the_calls_that_its_model_asks_for_and_a_replayed_one_the_same() 
     for (launcher, ranks) in launchers().into_iter().zip([2, 4]) {
         let place = Place::new();
         let log = place.path("calls");
-        let mut train = train_small(&place, "run", &["--router", "topk", "--steps", "6"]);
-        train.args(["--timeline"]); // the last step is launched one by one
+        let train = train_small(&place, "run", &["--router", "topk", "--steps", "6"]);
         let mut command = launcher.ranks(ranks, &train);
         command
             .env("ROUTEGRAD_NCCL", stand_in())
