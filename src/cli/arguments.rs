@@ -2,6 +2,7 @@
 
 use super::data;
 use super::proofs;
+use super::ranks::RanksArgs;
 use crate::config::Precision;
 use crate::study::{ablate, plan};
 use crate::verify::fault::Fault;
@@ -260,25 +261,6 @@ pub(super) struct TrainArgs {
     pub(super) quiet: bool,
     #[command(flatten)]
     pub(super) ranks: RanksArgs,
-}
-
-/// Several processes.
-#[derive(Args)]
-pub(super) struct RanksArgs {
-    /// Where the ranks come from: auto, the launcher (mpirun, srun) if there is one; none, this process alone; mpi.
-    #[arg(long, value_name = "FROM", value_enum, default_value = "auto")]
-    pub(super) ranks: RanksFrom,
-    /// End when a rank is silent, or keeps the others waiting, for so long.
-    #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
-    pub(super) rank_timeout: f64,
-}
-
-/// Where ranks come from.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum RanksFrom {
-    Auto,
-    None,
-    Mpi,
 }
 
 #[derive(Args)]

@@ -2,6 +2,7 @@
 
 use super::arguments::*;
 use super::process::{start_ranks, watch_signals};
+use super::ranks::RanksArgs;
 use crate::config::{Config, Layers};
 use crate::error::{Error, Result};
 use crate::report::stderr_line;

@@ -10,6 +10,7 @@ mod commands;
 mod data;
 mod process;
 mod proofs;
+mod ranks;
 mod settings;
 mod timings;
 mod train;

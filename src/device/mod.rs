@@ -23,11 +23,13 @@ mod memory;
 #[cfg(feature = "cuda")]
 mod pinned;
 mod side;
+mod span;
 pub mod timeline;
 
 pub use arena::ALIGNMENT;
 pub use memory::{Memory, rounded_bytes};
 pub use side::{Sent, reserve, send, take_peak, with_free_ranges};
+pub use span::Span;
 
 use serde::{Deserialize, Serialize};
 use std::fmt;

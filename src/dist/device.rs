@@ -1,22 +1,20 @@
-//! The two movers at addresses of a device, behind its launches. A captured step repeats them.
+//! The two movers of a device's memory, behind its launches. A captured step repeats them.
 //!
-//! Where no library moves the device's memory the host does, by the movers of its own: that serves the simulator, whose memory
-//! is the host's, with the calls that a GPU would make.
+//! Where no library moves the memory the host does, by the movers of its own: that serves the simulator, whose memory is the
+//! host's, with the calls that a GPU would make.
 
 use super::Collective;
 use super::call::Kind;
-use crate::device::{Device, graph};
+use crate::device::{Device, Span, graph};
 use crate::error::{Error, Result};
-use std::ops::Range;
-use std::slice::{from_raw_parts, from_raw_parts_mut};
 use std::sync::Arc;
 
-/// Bytes that go from this rank to another and from there to this one, by addresses of the device.
-#[derive(Clone, Debug)]
+/// Bytes that go from this rank to another and from there to this one.
+#[derive(Clone, Copy, Debug)]
 pub struct Part {
     pub peer: usize,
-    pub send: Range<usize>,
-    pub receive: Range<usize>,
+    pub send: Span,
+    pub receive: Span,
 }
 
 /// The ranks of a run, as the steps of a device call them.
@@ -49,32 +47,21 @@ impl DeviceRanks {
 
     /// See [`Collective::all_gather_on`].
     ///
-    /// # Safety
-    /// As there; of a captured call, for as long as its graph.
-    ///
     /// # Errors
     /// As there.
-    pub unsafe fn all_gather(&self, own: usize, all: usize, bytes: usize) -> Result<()> {
-        let device = self.device;
-        self.call(Kind::DeviceAllGather, bytes, move |dist| {
-            // SAFETY: as the caller says.
-            unsafe { dist.all_gather_on(device, own, all, bytes) }
-        })
+    pub fn all_gather(&self, own: Span, all: Span) -> Result<()> {
+        let call = move |dist: &dyn Collective| dist.all_gather_on(own, all);
+        self.call(Kind::DeviceAllGather, own.bytes(), call)
     }
 
     /// See [`Collective::exchange_on`].
     ///
-    /// # Safety
-    /// As there; of a captured call, for as long as its graph.
-    ///
     /// # Errors
     /// As there.
-    pub unsafe fn exchange(&self, parts: Vec<Part>) -> Result<()> {
-        let device = self.device;
-        self.call(Kind::DeviceExchange, parts.len(), move |dist| {
-            // SAFETY: as the caller says.
-            unsafe { dist.exchange_on(device, &parts) }
-        })
+    pub fn exchange(&self, parts: Vec<Part>) -> Result<()> {
+        let count = parts.len();
+        let call = move |dist: &dyn Collective| dist.exchange_on(&parts);
+        self.call(Kind::DeviceExchange, count, call)
     }
 
     /// Makes a call, or records it. On a GPU its stream does.
@@ -97,83 +84,50 @@ impl DeviceRanks {
     }
 }
 
-/// Refuses a device whose memory the host does not see.
-fn seen_by_host(device: Device) -> Result<()> {
-    if device != Device::Cuda {
-        return Ok(());
-    }
-    let help = "a bug: NCCL was not connected";
-    Err(Error::invalid(
-        "ranks",
-        "a library that moves GPU memory",
-        "none",
-        help,
-    ))
-}
-
 /// [`Collective::all_gather_on`] by the host.
 ///
-/// # Safety
+/// # Errors
 /// As there.
-pub unsafe fn all_gather<C: Collective + ?Sized>(
-    dist: &C,
-    device: Device,
-    own: usize,
-    all: usize,
-    bytes: usize,
-) -> Result<()> {
-    seen_by_host(device)?;
-    // SAFETY: as the caller says, and no launch of the simulator is under way.
-    let (own, all) = unsafe {
-        (
-            from_raw_parts(own as *const u8, bytes),
-            from_raw_parts_mut(all as *mut u8, bytes * dist.size()),
-        )
-    };
-    dist.all_gather(own, all)
+pub fn all_gather<C: Collective + ?Sized>(dist: &C, own: Span, all: Span) -> Result<()> {
+    let (mut sent, mut received) = (vec![0; own.bytes()], vec![0; all.bytes()]);
+    own.read(&mut sent)?;
+    dist.all_gather(&sent, &mut received)?;
+    all.write(&received)
 }
 
 /// [`Collective::exchange_on`] by the host, whose exchange takes rows of equal lengths: the longest of all ranks.
 ///
-/// # Safety
+/// # Errors
 /// As there.
-pub unsafe fn exchange<C: Collective + ?Sized>(
-    dist: &C,
-    device: Device,
-    parts: &[Part],
-) -> Result<()> {
-    seen_by_host(device)?;
+pub fn exchange<C: Collective + ?Sized>(dist: &C, parts: &[Part]) -> Result<()> {
     let size = dist.size();
     let to = |peer: usize| parts.iter().filter(move |part| part.peer == peer);
-    let longest = (0..size).map(|peer| to(peer).map(|part| part.send.len()).sum::<usize>());
-    let longest = longest.max().unwrap_or(0);
+    let sent = |peer: usize| to(peer).map(|part| part.send.bytes()).sum::<usize>();
+    let longest = (0..size).map(sent).max().unwrap_or(0);
     let lengths = dist.gather(&[longest as f64])?;
     let row = lengths.into_iter().fold(0.0, f64::max) as usize;
     let (mut own, mut all) = (vec![0; row * size], vec![0; row * size]);
     for peer in 0..size {
-        let mut at = peer * row;
+        let mut rest = &mut own[peer * row..(peer + 1) * row];
         for Part { send, .. } in to(peer) {
-            // SAFETY: as the caller says.
-            let from = unsafe { from_raw_parts(send.start as *const u8, send.len()) };
-            own[at..at + from.len()].copy_from_slice(from);
-            at += from.len();
+            let (first, behind) = rest.split_at_mut(send.bytes());
+            send.read(first)?;
+            rest = behind;
         }
     }
     dist.exchange(&own, &mut all)?;
     for peer in 0..size {
         let mut rest = &all[peer * row..(peer + 1) * row];
         for Part { receive, .. } in to(peer) {
-            let Some((from, behind)) = rest.split_at_checked(receive.len()) else {
+            let Some((from, behind)) = rest.split_at_checked(receive.bytes()) else {
                 return Err(Error::invalid(
                     "exchange on the device",
-                    format!("at least {} more bytes from rank {peer}", receive.len()),
-                    format!("{}", rest.len()),
+                    format!("{} more bytes from rank {peer}", receive.bytes()),
+                    rest.len().to_string(),
                     "give every rank the same model",
                 ));
             };
-            // SAFETY: as the caller says.
-            let to = unsafe { from_raw_parts_mut(receive.start as *mut u8, receive.len()) };
-            to.copy_from_slice(from);
+            receive.write(from)?;
             rest = behind;
         }
     }

@@ -5,7 +5,7 @@
 
 mod activity; // what a rank is doing, for messages
 mod call; // ordinal, kind and count of a call, compared between ranks
-mod device; // the two movers at addresses of a device
+mod device; // the two movers of a device's memory
 mod hub; // heartbeats, and one message when a rank is lost
 mod mpi; // ranks are processes; MPI is loaded at run time
 pub mod nccl; // their GPUs' memory; NCCL is loaded at run time
@@ -22,7 +22,7 @@ pub use start::{
 pub use sums::{agree, any, same_on_all, shared};
 pub use threads::ThreadRank;
 
-use crate::device::Device;
+use crate::device::Span;
 use crate::error::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
@@ -67,36 +67,22 @@ pub trait Collective: Send + Sync {
         None
     }
 
-    /// As [`all_gather`](Self::all_gather) of `bytes` bytes at addresses of `device`, behind its launches so far. Without a
-    /// library of the device the host moves them, which the simulator's memory allows.
-    ///
-    /// # Safety
-    /// `own` and `all` are addresses of `bytes` and `size * bytes` bytes on the device, until the launch is over.
+    /// As [`all_gather`](Self::all_gather) of a device's memory, behind its launches so far; `all` holds `size` times the bytes
+    /// of `own`. Without a library of the device the host moves them, which the simulator's memory allows.
     ///
     /// # Errors
     /// As [`all_gather`](Self::all_gather), and where nothing can move the device's memory.
-    unsafe fn all_gather_on(
-        &self,
-        device: Device,
-        own: usize,
-        all: usize,
-        bytes: usize,
-    ) -> Result<()> {
-        // SAFETY: as the caller says.
-        unsafe { device::all_gather(self, device, own, all, bytes) }
+    fn all_gather_on(&self, own: Span, all: Span) -> Result<()> {
+        device::all_gather(self, own, all)
     }
 
-    /// Sends and receives `parts` at addresses of `device`, behind its launches so far. What two ranks send each other has
-    /// the same lengths, in the same order.
-    ///
-    /// # Safety
-    /// The ranges are those of memory of the device, until the launch is over; those received overlap no other.
+    /// Sends and receives `parts` of a device's memory, behind its launches so far. What two ranks send each other has the same
+    /// lengths, in the same order; what is received overlaps nothing else.
     ///
     /// # Errors
     /// As [`all_gather_on`](Self::all_gather_on).
-    unsafe fn exchange_on(&self, device: Device, parts: &[Part]) -> Result<()> {
-        // SAFETY: as the caller says.
-        unsafe { device::exchange(self, device, parts) }
+    fn exchange_on(&self, parts: &[Part]) -> Result<()> {
+        device::exchange(self, parts)
     }
 
     /// Compares a call on a device between the ranks before it is made, where nothing else does.
@@ -194,20 +180,12 @@ impl Collective for Arc<dyn Collective> {
         (**self).failure_within(most)
     }
 
-    unsafe fn all_gather_on(
-        &self,
-        device: Device,
-        own: usize,
-        all: usize,
-        bytes: usize,
-    ) -> Result<()> {
-        // SAFETY: as the caller says.
-        unsafe { (**self).all_gather_on(device, own, all, bytes) }
+    fn all_gather_on(&self, own: Span, all: Span) -> Result<()> {
+        (**self).all_gather_on(own, all)
     }
 
-    unsafe fn exchange_on(&self, device: Device, parts: &[Part]) -> Result<()> {
-        // SAFETY: as the caller says.
-        unsafe { (**self).exchange_on(device, parts) }
+    fn exchange_on(&self, parts: &[Part]) -> Result<()> {
+        (**self).exchange_on(parts)
     }
 
     fn compare_device_call(&self, kind: Kind, count: usize) -> Result<()> {

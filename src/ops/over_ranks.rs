@@ -14,12 +14,9 @@ use std::ops::Range;
 /// # Errors
 /// When a rank has left, or the device's memory cannot be moved.
 pub fn gathered(ranks: &DeviceRanks, own: &Tensor, numbers: Range<usize>) -> Result<Tensor> {
-    let (n, width) = (numbers.len(), own.dtype().size());
-    let mut all = Tensor::unspecified(ranks.device(), own.dtype(), [ranks.size(), n]);
-    let from = own.pointer::<u8>() as usize + numbers.start * width;
-    let to = all.pointer_mut::<u8>() as usize;
-    // SAFETY: both ranges are those of tensors, whose memory goes to a later launch of the same stream at the earliest.
-    unsafe { ranks.all_gather(from, to, n * width) }?;
+    let shape = [ranks.size(), numbers.len()];
+    let mut all = Tensor::unspecified(ranks.device(), own.dtype(), shape);
+    ranks.all_gather(own.span(numbers), all.span_mut())?;
     Ok(all)
 }
 

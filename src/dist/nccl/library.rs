@@ -1,6 +1,7 @@
 //! NCCL loaded at run time, through the little of it that moves bytes. No header is needed: the functions below have had
 //! these types since version 2.14.
 
+use crate::device::{Span, stream};
 use crate::dist::device::Part;
 use crate::error::{Error, Result};
 use libloading::os::unix::{Library as Loaded, RTLD_LOCAL, RTLD_NOW, Symbol};
@@ -122,6 +123,7 @@ impl Library {
             library: *self,
             handle,
             rank,
+            size,
         };
         let number = |name: &str, call: Number| -> Result<usize> {
             let mut number = 0;
@@ -184,6 +186,7 @@ pub struct Communicator {
     library: Library,
     handle: Handle,
     rank: usize,
+    size: usize,
 }
 
 // SAFETY: NCCL's communicators belong to no thread, and allow what the type's words say.
@@ -191,58 +194,49 @@ unsafe impl std::marker::Send for Communicator {}
 unsafe impl Sync for Communicator {}
 
 impl Communicator {
-    /// Gathers `bytes` bytes at `own` of every rank to `all`, rank 0 first.
-    ///
-    /// # Safety
-    /// The addresses are those of as many bytes on the stream's device, until the call is over there.
+    /// Gathers `own` of every rank to `all`, rank 0 first, behind the launches so far.
     ///
     /// # Errors
     /// When NCCL refuses.
-    pub unsafe fn all_gather(
-        &self,
-        own: usize,
-        all: usize,
-        bytes: usize,
-        stream: Stream,
-    ) -> Result<()> {
-        let (own, all) = (own as *const c_void, all as *mut c_void);
-        // SAFETY: as the caller says.
-        let status =
-            unsafe { (self.library.all_gather)(own, all, bytes, BYTE, self.handle, stream) };
+    pub fn all_gather(&self, own: Span, all: Span) -> Result<()> {
+        assert_eq!(all.bytes(), own.bytes() * self.size, "bytes of all ranks");
+        let (from, to) = (own.address() as *const c_void, all.address() as *mut c_void);
+        // SAFETY: the ranges are the device's, as is its stream.
+        let status = unsafe {
+            (self.library.all_gather)(from, to, own.bytes(), BYTE, self.handle, stream())
+        };
         self.check("ncclAllGather", status)
     }
 
-    /// Sends and receives all parts at once. What two ranks send each other has the same lengths, in the same order.
-    ///
-    /// # Safety
-    /// As [`all_gather`](Self::all_gather).
+    /// Sends and receives all parts at once, behind the launches so far. What two ranks send each other has the same lengths,
+    /// in the same order.
     ///
     /// # Errors
     /// When NCCL refuses.
-    pub unsafe fn exchange(&self, parts: &[Part], stream: Stream) -> Result<()> {
+    pub fn exchange(&self, parts: &[Part]) -> Result<()> {
+        let (library, handle) = (&self.library, self.handle);
         // SAFETY: a group takes no arguments.
-        self.check("ncclGroupStart", unsafe { (self.library.group_start)() })?;
+        self.check("ncclGroupStart", unsafe { (library.group_start)() })?;
         let begun = parts.iter().try_for_each(|part| {
             let peer = part.peer as c_int;
-            if !part.send.is_empty() {
-                let (from, bytes) = (part.send.start as *const c_void, part.send.len());
-                // SAFETY: as the caller says.
-                let status =
-                    unsafe { (self.library.send)(from, bytes, BYTE, peer, self.handle, stream) };
+            let (from, sent) = (part.send.address() as *const c_void, part.send.bytes());
+            if sent > 0 {
+                // SAFETY: the range is the device's, as is its stream.
+                let status = unsafe { (library.send)(from, sent, BYTE, peer, handle, stream()) };
                 self.check("ncclSend", status)?;
             }
-            if !part.receive.is_empty() {
-                let (to, bytes) = (part.receive.start as *mut c_void, part.receive.len());
-                // SAFETY: as the caller says.
+            let (to, received) = (part.receive.address() as *mut c_void, part.receive.bytes());
+            if received > 0 {
+                // SAFETY: as above.
                 let status =
-                    unsafe { (self.library.receive)(to, bytes, BYTE, peer, self.handle, stream) };
+                    unsafe { (library.receive)(to, received, BYTE, peer, handle, stream()) };
                 self.check("ncclRecv", status)?;
             }
             Ok(())
         });
         // A group that was begun must end, else every later call would join it.
         // SAFETY: a group takes no arguments.
-        let ended = self.check("ncclGroupEnd", unsafe { (self.library.group_end)() });
+        let ended = self.check("ncclGroupEnd", unsafe { (library.group_end)() });
         begun.and(ended)
     }
 

@@ -11,7 +11,7 @@ pub use library::VARIABLE;
 use super::Collective;
 use super::call::{Call, Kind};
 use super::device::Part;
-use crate::device::{self, Device};
+use crate::device::{self, Device, Span};
 use crate::error::{Error, Result};
 use library::{Communicator, Id, Library, names};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -206,14 +206,12 @@ impl Collective for Nccl {
         self.host.failure_within(most)
     }
 
-    unsafe fn all_gather_on(&self, _: Device, own: usize, all: usize, bytes: usize) -> Result<()> {
-        // SAFETY: as the caller says, and the stream is that of the device's launches.
-        self.call(|c| unsafe { c.all_gather(own, all, bytes, device::stream()) })
+    fn all_gather_on(&self, own: Span, all: Span) -> Result<()> {
+        self.call(|c| c.all_gather(own, all))
     }
 
-    unsafe fn exchange_on(&self, _: Device, parts: &[Part]) -> Result<()> {
-        // SAFETY: as above.
-        self.call(|c| unsafe { c.exchange(parts, device::stream()) })
+    fn exchange_on(&self, parts: &[Part]) -> Result<()> {
+        self.call(|c| c.exchange(parts))
     }
 
     fn compare_device_call(&self, kind: Kind, count: usize) -> Result<()> {

@@ -2,10 +2,11 @@
 //! each rank updated go to the others. Nothing here waits for the device, so that a captured step repeats it.
 
 use super::Shards;
+use crate::device::Span;
 use crate::dist::{DeviceRanks, Part};
 use crate::error::Result;
+use crate::kernels::Stream;
 use crate::kernels::ranks::RankSums;
-use crate::kernels::{Out, Stream};
 use crate::model::{Parameter, Places};
 use crate::tape::Gradients;
 use crate::tensor::Tensor;
@@ -27,46 +28,38 @@ pub fn reduce(
 ) -> Result<()> {
     let stream = Stream::of(ranks.device())?;
     for bucket in shards.buckets() {
-        let mut starts = Vec::with_capacity(parameters.len());
+        let mut spans = Vec::with_capacity(bucket.len());
         for i in bucket.clone() {
             let value = &parameters[i].value;
             // A rank without a gradient counts with zeros.
-            let gradient = gradients.get_or(i, || {
-                Tensor::zeros(value.device(), DType::F32, value.shape())
-            });
+            let zeros = || Tensor::zeros(value.device(), DType::F32, value.shape());
+            let gradient = gradients.get_or(i, zeros);
             gradient.expect_dtype("sum over ranks", "gradient", DType::F32)?;
-            starts.push(gradient.pointer_mut::<f32>() as usize);
+            spans.push(gradient.span_mut());
         }
         let own = |i: usize| shards.own(i).len().next_multiple_of(ALIGNED);
-        let row = bucket.clone().map(own).sum::<usize>();
-        let mut rows =
-            Tensor::unspecified(ranks.device(), DType::F32, [ranks.size(), row.max(ALIGNED)]);
-        let stride = rows.shape().width();
-        let to = rows.pointer_mut::<f32>() as usize;
+        let stride = bucket.clone().map(own).sum::<usize>().max(ALIGNED);
+        let mut rows = Tensor::unspecified(ranks.device(), DType::F32, [ranks.size(), stride]);
+        let to = rows.span_mut();
         let mut parts = Vec::with_capacity(bucket.len() * ranks.size());
         for peer in 0..ranks.size() {
             let mut at = peer * stride;
-            for (i, start) in bucket.clone().zip(&starts) {
-                let received = at..at + shards.own(i).len();
+            for (i, span) in bucket.clone().zip(&spans) {
                 parts.push(Part {
                     peer,
-                    send: bytes(*start, &shards.of(i, peer), 4),
-                    receive: bytes(to, &received, 4),
+                    send: part(span, &shards.of(i, peer), 4),
+                    receive: part(&to, &(at..at + shards.own(i).len()), 4),
                 });
                 at += own(i);
             }
         }
-        // SAFETY: the ranges are those of gradients and of `rows`, whose memory goes to a later launch of the same stream at
-        // the earliest.
-        unsafe { ranks.exchange(parts) }?;
+        ranks.exchange(parts)?;
         let mut at = 0;
-        for (i, start) in bucket.clone().zip(starts) {
+        for i in bucket.clone() {
             let numbers = shards.own(i);
-            if !numbers.is_empty() {
-                // SAFETY: the address is that of the gradient's numbers.
-                let out = unsafe { Out::from_address(start + numbers.start * 4, numbers.len()) };
+            if let Some(gradient) = gradients.get_mut(i).filter(|_| !numbers.is_empty()) {
                 let kernel = RankSums {
-                    out,
+                    out: gradient.output()?.from_element(numbers.start),
                     rows: rows.input()?.from_element(at),
                     ranks: ranks.size(),
                     stride,
@@ -97,8 +90,8 @@ pub fn gather_weights(
                 for peer in (0..ranks.size()).filter(|peer| *peer != ranks.rank()) {
                     parts.push(Part {
                         peer,
-                        send: bytes(start, &shards.own(i), width),
-                        receive: bytes(start, &shards.of(i, peer), width),
+                        send: part(&span, &shards.own(i), width),
+                        receive: part(&span, &shards.of(i, peer), width),
                     });
                 }
             };
@@ -114,12 +107,12 @@ pub fn gather_weights(
                 }
             }
         }
-        // SAFETY: the ranges are those of the parameters, and this rank's numbers are not received.
-        unsafe { ranks.exchange(parts) }?;
+        // This rank's numbers are not received.
+        ranks.exchange(parts)?;
     }
     Ok(())
 }
 
-fn bytes(start: usize, numbers: &Range<usize>, width: usize) -> Range<usize> {
-    start + numbers.start * width..start + numbers.end * width
+fn part(span: &Span, numbers: &Range<usize>, width: usize) -> Span {
+    span.part(numbers.start * width..numbers.end * width)
 }

@@ -5,7 +5,9 @@ use super::stand_in;
 use crate::common::*;
 use crate::launchers::*;
 use routegrad::device::Device;
-use routegrad::dist::{Collective, ThreadRank, nccl};
+use routegrad::dist::{Collective, DeviceRanks, ThreadRank, nccl};
+use routegrad::tensor::Tensor;
+use routegrad::tensor::dtype::DType;
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -138,14 +140,14 @@ fn ranks_that_make_different_calls_are_told_before_bytes_move() {
         let place = rank.rank();
         let library = stand_in().to_str().unwrap();
         let dist = nccl::with_library(Arc::new(rank), Device::Sim, library).unwrap();
-        let ranks = routegrad::dist::DeviceRanks::new(dist.clone(), Device::Sim);
-        let (own, mut all) = (vec![place as u8; 64], vec![9u8; 128]);
-        let addresses = (own.as_ptr() as usize, all.as_mut_ptr() as usize);
-        // SAFETY: the simulator's memory is the host's, and a call is over when it returns.
-        unsafe { ranks.all_gather(addresses.0, addresses.1, 64) }.unwrap();
-        assert_eq!([all[0], all[63], all[64], all[127]], [0, 0, 1, 1]);
-        // SAFETY: as above.
-        let called = unsafe { ranks.all_gather(addresses.0, addresses.1, 32 + 16 * place) };
+        let ranks = DeviceRanks::new(dist.clone(), Device::Sim);
+        let own = Tensor::from_slice([16], &[place as i32; 16]).on(Device::Sim);
+        let mut all = Tensor::unspecified(Device::Sim, DType::I32, [32]);
+        ranks.all_gather(own.span(0..16), all.span_mut()).unwrap();
+        assert_eq!(all.slice::<i32>(), [[0; 16], [1; 16]].as_flattened());
+        let n = 8 + 4 * place;
+        let mut all = Tensor::unspecified(Device::Sim, DType::I32, [2 * n]);
+        let called = ranks.all_gather(own.span(0..n), all.span_mut());
         called.unwrap_err().to_string()
     });
     for error in errors {
