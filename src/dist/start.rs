@@ -65,6 +65,20 @@ fn find() -> Option<(Launcher, usize)> {
     found.find(|(launcher, size)| *launcher != Launcher::Slurm || *size > 1)
 }
 
+/// Refuses processes that `torchrun` started: each would be a run of its own.
+fn refuse_torchrun() -> Result<()> {
+    let size = var("WORLD_SIZE").ok().and_then(|n| n.parse::<usize>().ok());
+    match size {
+        Some(n) if n > 1 && var("TORCHELASTIC_RUN_ID").is_ok() => Err(Error::invalid(
+            "ranks",
+            "a launcher of MPI, or --ranks none",
+            format!("{n} processes of torchrun"),
+            "start it with mpirun or srun",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Names to look for the launcher's MPI library under.
 fn names(launcher: Option<Launcher>) -> Vec<String> {
     if let Ok(name) = var(VARIABLE) {
@@ -113,7 +127,8 @@ fn local_rank(read: impl Fn(&str) -> Option<String>, mpi: &Mpi) -> Result<usize>
 pub fn start(ranks: Ranks, limit: Duration) -> Result<Arc<dyn Collective>> {
     let found = find();
     match (ranks, found) {
-        (Ranks::None, _) | (Ranks::Auto, None) => return Ok(Arc::new(SingleRank)),
+        (Ranks::None, _) => return Ok(Arc::new(SingleRank)),
+        (Ranks::Auto, None) => return refuse_torchrun().map(|()| Arc::new(SingleRank) as _),
         _ => {}
     }
     let mpi = match WORLD.get() {
