@@ -86,7 +86,7 @@ pub fn gather_weights(
         let mut parts = Vec::new();
         for i in bucket.clone() {
             let mut add = |tensor: &mut Tensor| {
-                let (width, start) = (tensor.dtype().size(), tensor.pointer_mut::<u8>() as usize);
+                let (width, span) = (tensor.dtype().size(), tensor.span_mut());
                 for peer in (0..ranks.size()).filter(|peer| *peer != ranks.rank()) {
                     parts.push(Part {
                         peer,
