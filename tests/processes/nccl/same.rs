@@ -56,7 +56,8 @@ struct End {
     digests: Vec<(String, String)>,
     /// Bits of the weights as operations read them, in a digest.
     working: String,
-    losses: Vec<f64>,
+    /// Bits of f64: JSON would round.
+    losses: Vec<u64>,
     /// Of the last step: calls between hosts, and what the device did.
     calls: usize,
     replays: u64,
@@ -87,7 +88,9 @@ fn trained(config: &Config, rank: Arc<dyn Collective>, by_nccl: bool) -> End {
         let launched = run.launch().unwrap();
         let report = run.finish(launched).unwrap();
         assert_eq!(report.skipped, None);
-        losses.extend([report.cross_entropy, report.auxiliary, report.gradient_norm]);
+        losses.extend(
+            [report.cross_entropy, report.auxiliary, report.gradient_norm].map(f64::to_bits),
+        );
     }
     let last = counters::take();
     let calls = calls.load(Ordering::SeqCst);
@@ -136,7 +139,7 @@ fn configs() -> Vec<Config> {
 }
 
 /// What all ranks have alike: the weights as operations read them, losses, and the router's state.
-fn shared(end: &End) -> (&str, &[f64], Vec<&(String, String)>) {
+fn shared(end: &End) -> (&str, &[u64], Vec<&(String, String)>) {
     let states = end.digests.iter();
     let states = states.filter(|(name, _)| name.contains(" of MoE layer "));
     (&end.working, &end.losses, states.collect())
@@ -148,7 +151,12 @@ fn every_router_ends_in_the_same_bytes_whether_the_host_or_nccl_moves_them() {
     for config in configs() {
         let router = &config.router.name;
         let one = trained_in_threads(&config, 1, false);
-        for ranks in [2, 4] {
+        // Four ranks of every router are processes in the test of replayed steps.
+        let sizes = match router.as_str() {
+            "default" => &[2, 4][..],
+            _ => &[2],
+        };
+        for &ranks in sizes {
             let ends = trained_in_threads(&config, ranks, true);
             let by_host = trained_in_threads(&config, ranks, false);
             for (rank, (end, other)) in ends.iter().zip(&by_host).enumerate() {
@@ -163,6 +171,7 @@ fn every_router_ends_in_the_same_bytes_whether_the_host_or_nccl_moves_them() {
                 assert_eq!(end.reads, 0, "{place}: reads of device memory");
             }
             for (found, expected) in ends[0].losses.iter().zip(&one[0].losses) {
+                let [found, expected] = [*found, *expected].map(f64::from_bits);
                 let difference = (found - expected).abs() / expected.abs().max(1e-3);
                 assert!(
                     difference <= 2e-2,
