@@ -107,7 +107,8 @@ typedef struct routegrad_unit_box {
   ROUTEGRAD_BALANCE_LAUNCHERS(X) \
   ROUTEGRAD_GATES_LAUNCHERS(X) \
   ROUTEGRAD_ROWS_LAUNCHERS(X) \
-  ROUTEGRAD_QK_NORM_LAUNCHERS(X)
+  ROUTEGRAD_QK_NORM_LAUNCHERS(X) \
+  ROUTEGRAD_RANKS_LAUNCHERS(X)
 
 // unit.cu: single instructions, for the tests of simulator and hardware.
 #define ROUTEGRAD_UNIT_LAUNCHERS(X)                                                                                    \
@@ -459,6 +460,17 @@ typedef struct routegrad_state {
   X(qk_norm_backward,                                                                                                  \
     (void* dx, const float* scales, const void* dy, const void* x, const void* w, int64_t rows, int32_t pieces,        \
      int32_t width, int64_t pitch, routegrad_stream stream))
+
+// ranks.cu: rows that ranks gathered, added up in rank order.
+#define ROUTEGRAD_RANKS_LAUNCHERS(X)                                                                                   \
+  X(rank_sums, (float* out, const float* rows, int32_t ranks, int64_t stride, int64_t elements,                        \
+                routegrad_stream stream))                                                                              \
+  X(rank_sums_f64, (double* out, const double* rows, int32_t ranks, int64_t stride, int64_t elements,                  \
+                    routegrad_stream stream))                                                                          \
+  X(rank_sums_i32, (int32_t* out, const int32_t* rows, int32_t ranks, int64_t stride, int64_t elements,                \
+                    routegrad_stream stream))                                                                          \
+  X(rank_flags, (int32_t* flags, const int32_t* rows, int32_t ranks, int32_t layers, routegrad_stream stream))         \
+  X(load_shares, (float* fractions, const double* load, int32_t experts, routegrad_stream stream))
 
 typedef struct routegrad_launchers {
   const char* build;  // "cuda", "sim", "sim-race", "sim-asan"

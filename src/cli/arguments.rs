@@ -2,6 +2,7 @@
 
 use super::data;
 use super::proofs;
+use super::ranks::RanksArgs;
 use super::values::{architecture, gpu, percent};
 use crate::config::Precision;
 use crate::device::machine::Chip;
@@ -276,25 +277,6 @@ pub(super) struct TrainArgs {
     pub(super) ranks: RanksArgs,
 }
 
-/// Several processes.
-#[derive(Args)]
-pub(super) struct RanksArgs {
-    /// Where the ranks come from: auto, the launcher (mpirun, srun) if there is one; none, this process alone; mpi.
-    #[arg(long, value_name = "FROM", value_enum, default_value = "auto")]
-    pub(super) ranks: RanksFrom,
-    /// End when a rank is silent, or keeps the others waiting, for so long.
-    #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
-    pub(super) rank_timeout: f64,
-}
-
-/// Where ranks come from.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum RanksFrom {
-    Auto,
-    None,
-    Mpi,
-}
-
 #[derive(Args)]
 pub(super) struct EvalArgs {
     /// Run, one of its checkpoints, or a model's folder of transformers.
@@ -380,6 +362,9 @@ pub(super) struct PlanArgs {
     /// Where it would run.
     #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
     pub(super) device: plan::Target,
+    /// Processes that share the batch, on a GPU each.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(super) ranks: usize,
     /// Print JSON, bytes and seconds.
     #[arg(long)]
     pub(super) json: bool,

@@ -2,6 +2,7 @@
 
 use super::arguments::*;
 use super::process::{start_ranks, watch_signals};
+use super::ranks::RanksArgs;
 use super::saved::open_saved;
 use crate::config::{Config, Layers};
 use crate::device::machine::Chip;
@@ -154,7 +155,12 @@ pub(super) fn ablate_command(
 
 pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
     let config = args.settings.configure()?;
-    let found = plan::plan(&config, args.device, rayon::current_num_threads())?;
+    let found = plan::plan_on(
+        &config,
+        args.device,
+        rayon::current_num_threads(),
+        args.ranks,
+    )?;
     if args.json {
         say!("{:#}", serde_json::json!(found));
     } else {

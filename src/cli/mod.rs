@@ -11,6 +11,7 @@ mod data;
 mod generate;
 mod process;
 mod proofs;
+mod ranks;
 mod saved;
 mod settings;
 mod timings;

@@ -1,6 +1,6 @@
 //! What commands ask of their own process: threads, signals, and that it is the only one.
 
-use super::arguments::{RanksArgs, RanksFrom};
+use super::ranks::{RanksArgs, RanksFrom};
 use crate::device::Device;
 use crate::dist::{self, Collective, Ranks};
 use crate::error::{Error, Result};

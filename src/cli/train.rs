@@ -45,7 +45,7 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     let device = config.train.device;
     simulate(args.sim_arch, device)?;
     device.prepare()?;
-    let planned = plan::Memory::of(&config, plan::Target::gpu())?.total();
+    let planned = plan::Memory::of_rank(&config, plan::Target::gpu(), dist.size())?.total();
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
     }

@@ -14,6 +14,7 @@ use cudarc::driver::sys::{
     self, CUdevice_attribute_enum as Attribute, CUevent_flags, CUgraphInstantiate_flags,
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// A GPU from Ampere on, with kernels compiled for it.
@@ -35,6 +36,27 @@ pub const NEEDED_DRIVER: (i32, i32) = (13, 0);
 
 static GPU: OnceLock<Result<Gpu, String>> = OnceLock::new();
 
+/// The GPU to open: another one for each process of a host.
+static CHOSEN: AtomicUsize = AtomicUsize::new(0);
+
+/// Chooses the GPU that [`gpu`] opens.
+pub(super) fn choose(number: usize) {
+    CHOSEN.store(number, Ordering::SeqCst);
+}
+
+/// The one of `count` GPUs that a process opens which was given number `chosen`. A launcher may show each process its own
+/// GPU alone.
+fn place(chosen: usize, count: usize) -> Result<usize, String> {
+    match count {
+        0 => Err("the CUDA driver finds no GPU".into()),
+        1 => Ok(0),
+        n if chosen < n => Ok(chosen),
+        n => Err(format!(
+            "this is process {chosen} of its host, counted from 0, and there are {n} GPUs: start at most one process a GPU"
+        )),
+    }
+}
+
 /// The GPU of this process, opened at the first call.
 ///
 /// # Errors
@@ -52,7 +74,7 @@ pub fn opened() -> Option<&'static Gpu> {
 }
 
 impl Gpu {
-    /// The first GPU of the machine.
+    /// The GPU that was chosen, the first one of the machine unless several processes share it.
     ///
     /// # Errors
     /// One sentence that says why there is none to use: kernels not compiled in, no driver library, a driver too old, no
@@ -71,10 +93,9 @@ impl Gpu {
         result::init().map_err(|e| failed("start", e))?;
         let driver = driver_version().map_err(|e| failed("tell its version", e))?;
         require_driver(driver)?;
-        if CudaContext::device_count().map_err(|e| failed("count its GPUs", e))? == 0 {
-            return Err("the CUDA driver finds no GPU".into());
-        }
-        let context = CudaContext::new(0).map_err(|e| failed("open the GPU", e))?;
+        let count = CudaContext::device_count().map_err(|e| failed("count its GPUs", e))?;
+        let place = place(CHOSEN.load(Ordering::SeqCst), count.max(0) as usize)?;
+        let context = CudaContext::new(place).map_err(|e| failed("open the GPU", e))?;
         // SAFETY: there is no allocation yet, and everything here runs on one stream.
         unsafe { context.disable_event_tracking() };
         let name = context.name().map_err(|e| failed("name the GPU", e))?;
@@ -413,5 +434,17 @@ mod tests {
                 .contains("CUDA 12.9, the kernels need 13.0")
         );
         assert!(require_driver((13, 0)).is_ok() && require_driver((13, 2)).is_ok());
+    }
+
+    #[test]
+    fn each_process_of_a_host_has_its_gpu_or_is_shown_it_alone() {
+        assert_eq!((place(0, 8), place(7, 8)), (Ok(0), Ok(7)));
+        assert_eq!(place(3, 1), Ok(0));
+        let error = place(8, 8).unwrap_err();
+        assert!(
+            error.contains("process 8") && error.contains("8 GPUs"),
+            "{error}"
+        );
+        assert!(place(0, 0).unwrap_err().contains("no GPU"));
     }
 }

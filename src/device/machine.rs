@@ -10,6 +10,8 @@ pub const H200_PEAK: f64 = 989e12;
 /// Measured on one H200: bf16 FLOP/s of a product by cuBLAS, and bytes a second that a copy reads and writes.
 pub const H200_FLOPS_PER_SECOND: f64 = 790e12;
 pub const H200_BYTES_PER_SECOND: f64 = 4.3e12;
+/// Bytes a second that a GPU is expected to send to seven others at once, of NVLink's 450e9 a direction; not measured here.
+const HOPPER_LINK_BYTES_PER_SECOND: f64 = 370e9;
 
 /// A GPU model: what planning and rooflines need of it.
 #[derive(Debug)]
@@ -138,6 +140,11 @@ impl Chip {
     /// The chip that the driver names so; none of variants, which differ in clocks and memory.
     pub fn of_driver(name: &str) -> Option<&'static Chip> {
         CHIPS.iter().find(|chip| chip.name == name)
+    }
+
+    /// Bytes a second that it is expected to send to seven others at once, where they are joined by NVLink of Hopper's generation.
+    pub fn link(&self) -> Option<f64> {
+        (self.capability == (9, 0)).then_some(HOPPER_LINK_BYTES_PER_SECOND)
     }
 
     /// What no kernel passes: FLOP/s of a product and bytes a second of a copy, as measured or of the data sheet.

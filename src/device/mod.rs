@@ -25,11 +25,13 @@ mod memory;
 #[cfg(feature = "cuda")]
 mod pinned;
 mod side;
+mod span;
 pub mod timeline;
 
 pub use arena::ALIGNMENT;
 pub use memory::{Memory, rounded_bytes};
 pub use side::{Sent, reserve, send, take_peak, with_free_ranges};
+pub use span::Span;
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -54,6 +56,27 @@ pub fn stream() -> *mut std::ffi::c_void {
         return gpu.raw_stream();
     }
     std::ptr::null_mut()
+}
+
+/// Opens `device`, and makes its GPU the calling thread's own.
+///
+/// # Errors
+/// When there is no GPU to use.
+pub fn bind(device: Device) -> crate::error::Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda => cuda::gpu()?.stream().map(drop),
+        _ => Ok(()),
+    }
+}
+
+/// Lets this process use GPU number `number` of those that it sees, unless it sees one alone. To be called before the GPU is
+/// opened.
+pub fn choose_gpu(number: usize) {
+    #[cfg(feature = "cuda")]
+    cuda::choose(number);
+    #[cfg(not(feature = "cuda"))]
+    let _ = number;
 }
 
 impl fmt::Display for Device {

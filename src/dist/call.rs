@@ -3,11 +3,15 @@
 use super::activity;
 use crate::error::{Error, Result};
 
-/// What a call moves.
+/// What a call moves: bytes of the host, or of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
     AllGather = 1,
     Exchange = 2,
+    /// Of as many bytes each.
+    DeviceAllGather = 3,
+    /// Of as many parts.
+    DeviceExchange = 4,
 }
 
 /// Ordinal, kind and count of a call, and what its rank is doing.
@@ -74,19 +78,23 @@ impl Call {
     }
 
     fn describe(&self) -> String {
-        let kind = match self.kind {
-            k if k == Kind::AllGather as u64 => "all_gather",
-            k if k == Kind::Exchange as u64 => "exchange",
-            _ => "unknown call",
-        };
+        let kinds = [
+            (Kind::AllGather, "all_gather of", "bytes"),
+            (Kind::Exchange, "exchange of", "bytes"),
+            (
+                Kind::DeviceAllGather,
+                "all_gather on the device of",
+                "bytes",
+            ),
+            (Kind::DeviceExchange, "exchange on the device of", "parts"),
+        ];
+        let found = kinds.iter().find(|(kind, ..)| *kind as u64 == self.kind);
+        let (kind, unit) = found.map_or(("unknown call of", "bytes"), |(_, k, unit)| (*k, *unit));
         let what = match self.what.as_str() {
             "" => String::new(),
             what => format!(" ({what})"),
         };
-        format!(
-            "call {}, {kind} of {} bytes{what}",
-            self.ordinal, self.count
-        )
+        format!("call {}, {kind} {} {unit}{what}", self.ordinal, self.count)
     }
 
     /// Compares the calls of all ranks, `[size, BYTES]`; every rank finds the same.

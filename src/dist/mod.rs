@@ -5,22 +5,28 @@
 
 mod activity; // what a rank is doing, for messages
 mod call; // ordinal, kind and count of a call, compared between ranks
+mod device; // the two movers of a device's memory
 mod hub; // heartbeats, and one message when a rank is lost
 mod mpi; // ranks are processes; MPI is loaded at run time
+pub mod nccl; // their GPUs' memory; NCCL is loaded at run time
 mod start; // from the launcher's environment to a rank
 mod sums; // sums and gathers on top of the two movers
 mod threads; // ranks are threads of one process
 
 pub use activity::{at, doing, doing_alone};
+pub use call::Kind;
+pub use device::{DeviceRanks, Part};
 pub use start::{
     Launcher, Ranks, conclude, describe, groups, launcher, launcher_size, start, threads,
 };
 pub use sums::{agree, any, same_on_all, shared};
 pub use threads::ThreadRank;
 
+use crate::device::Span;
 use crate::error::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One rank of a run, and what it shares with the others.
 ///
@@ -55,6 +61,50 @@ pub trait Collective: Send + Sync {
 
     /// Tells the other ranks that this one leaves, and why: whatever they wait for ends with an error.
     fn leave(&self, why: &str);
+
+    /// Why the run ends, if this rank hears of it within `most`.
+    fn failure_within(&self, _most: Duration) -> Option<String> {
+        None
+    }
+
+    /// As [`all_gather`](Self::all_gather) of a device's memory, behind its launches so far; `all` holds `size` times the bytes
+    /// of `own`. Without a library of the device the host moves them, which the simulator's memory allows.
+    ///
+    /// # Errors
+    /// As [`all_gather`](Self::all_gather), and where nothing can move the device's memory.
+    fn all_gather_on(&self, own: Span, all: Span) -> Result<()> {
+        device::all_gather(self, own, all)
+    }
+
+    /// Sends and receives `parts` of a device's memory, behind its launches so far. What two ranks send each other has the same
+    /// lengths, in the same order; what is received overlaps nothing else.
+    ///
+    /// # Errors
+    /// As [`all_gather_on`](Self::all_gather_on).
+    fn exchange_on(&self, parts: &[Part]) -> Result<()> {
+        device::exchange(self, parts)
+    }
+
+    /// Compares a call on a device between the ranks before it is made, where nothing else does.
+    ///
+    /// # Errors
+    /// When they differ.
+    fn compare_device_call(&self, _kind: Kind, _count: usize) -> Result<()> {
+        Ok(())
+    }
+
+    /// From now on device calls repeat those that were compared.
+    fn trust_device_calls(&self) {}
+
+    /// Whether other ranks are in this process, and share its devices' memory.
+    fn shares_process(&self) -> bool {
+        false
+    }
+
+    /// Name and version of the library that moves device memory, if there is one.
+    fn device_library(&self) -> Option<String> {
+        None
+    }
 
     /// Replaces `values` by their sums over the ranks.
     ///
@@ -124,6 +174,34 @@ impl Collective for Arc<dyn Collective> {
 
     fn leave(&self, why: &str) {
         (**self).leave(why);
+    }
+
+    fn failure_within(&self, most: Duration) -> Option<String> {
+        (**self).failure_within(most)
+    }
+
+    fn all_gather_on(&self, own: Span, all: Span) -> Result<()> {
+        (**self).all_gather_on(own, all)
+    }
+
+    fn exchange_on(&self, parts: &[Part]) -> Result<()> {
+        (**self).exchange_on(parts)
+    }
+
+    fn compare_device_call(&self, kind: Kind, count: usize) -> Result<()> {
+        (**self).compare_device_call(kind, count)
+    }
+
+    fn trust_device_calls(&self) {
+        (**self).trust_device_calls();
+    }
+
+    fn shares_process(&self) -> bool {
+        (**self).shares_process()
+    }
+
+    fn device_library(&self) -> Option<String> {
+        (**self).device_library()
     }
 
     fn sum(&self, values: &mut [f64]) -> Result<()> {

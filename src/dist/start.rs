@@ -3,6 +3,7 @@
 use super::mpi::Mpi;
 use super::mpi::library::VARIABLE;
 use super::{Collective, SingleRank};
+use crate::device;
 use crate::error::{Error, Result};
 use std::collections::HashMap;
 use std::env::var;
@@ -37,6 +38,14 @@ const SIZES: [(&str, Launcher); 3] = [
     ("SLURM_STEP_NUM_TASKS", Launcher::Slurm),
 ];
 
+/// The number of a process among those of its host, by launcher's variable: torchrun's, Open MPI's, MPICH's, Slurm's.
+const LOCAL_RANKS: [&str; 4] = [
+    "LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MPI_LOCALRANKID",
+    "SLURM_LOCALID",
+];
+
 static WORLD: OnceLock<Arc<Mpi>> = OnceLock::new();
 
 /// The launcher that started this process as one of several, if one did.
@@ -56,6 +65,20 @@ fn find() -> Option<(Launcher, usize)> {
     found.find(|(launcher, size)| *launcher != Launcher::Slurm || *size > 1)
 }
 
+/// Refuses processes that `torchrun` started: each would be a run of its own.
+fn refuse_torchrun() -> Result<()> {
+    let size = var("WORLD_SIZE").ok().and_then(|n| n.parse::<usize>().ok());
+    match size {
+        Some(n) if n > 1 && var("TORCHELASTIC_RUN_ID").is_ok() => Err(Error::invalid(
+            "ranks",
+            "a launcher of MPI, or --ranks none",
+            format!("{n} processes of torchrun"),
+            "start it with mpirun or srun",
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// Names to look for the launcher's MPI library under.
 fn names(launcher: Option<Launcher>) -> Vec<String> {
     if let Ok(name) = var(VARIABLE) {
@@ -71,14 +94,41 @@ fn names(launcher: Option<Launcher>) -> Vec<String> {
     ordered.into_iter().map(String::from).collect()
 }
 
+/// The number of this process among those of its host, which is that of its GPU.
+///
+/// # Errors
+/// When a launcher's variable holds something else.
+fn local_rank(read: impl Fn(&str) -> Option<String>, mpi: &Mpi) -> Result<usize> {
+    let named = |name: &&'static str| Some((*name, read(name)?));
+    let Some((name, text)) = LOCAL_RANKS.iter().find_map(named) else {
+        // Without a word from the launcher ranks of a host count themselves.
+        let members = mpi.hub().map_or(&[][..], |hub| hub.members());
+        let before = members.iter().take(mpi.rank());
+        let own = members.get(mpi.rank()).map(|m| &m.host);
+        return Ok(before.filter(|m| Some(&m.host) == own).count());
+    };
+    text.trim().parse().map_err(|_| {
+        let help = "let the launcher set it";
+        Error::invalid(
+            name,
+            "the number of this process on its host, from 0",
+            text,
+            help,
+        )
+    })
+}
+
 /// This process's rank. On several, one that is silent or keeps the others waiting for longer than `limit` ends the run.
 ///
 /// # Errors
 /// When MPI cannot be loaded or refuses, is not the launcher's, or the ranks cannot connect.
+///
+/// The GPU with this process's number on its host becomes the one that the process uses.
 pub fn start(ranks: Ranks, limit: Duration) -> Result<Arc<dyn Collective>> {
     let found = find();
     match (ranks, found) {
-        (Ranks::None, _) | (Ranks::Auto, None) => return Ok(Arc::new(SingleRank)),
+        (Ranks::None, _) => return Ok(Arc::new(SingleRank)),
+        (Ranks::Auto, None) => return refuse_torchrun().map(|()| Arc::new(SingleRank) as _),
         _ => {}
     }
     let mpi = match WORLD.get() {
@@ -98,6 +148,9 @@ pub fn start(ranks: Ranks, limit: Duration) -> Result<Arc<dyn Collective>> {
                 "name the MPI library of the launcher in {VARIABLE} (with srun: --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH), or use --ranks none"
             ),
         ));
+    }
+    if launched > 1 {
+        device::choose_gpu(local_rank(|name| var(name).ok(), &mpi)?);
     }
     Ok(mpi)
 }

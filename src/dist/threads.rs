@@ -172,6 +172,10 @@ impl Collective for ThreadRank {
         })
     }
 
+    fn shares_process(&self) -> bool {
+        true
+    }
+
     fn leave(&self, why: &str) {
         self.group.leave(self.rank, format!(": {why}"));
     }

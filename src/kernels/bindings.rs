@@ -1341,12 +1341,59 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
+    pub rank_sums: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut f32,
+            rows: *const f32,
+            ranks: i32,
+            stride: i64,
+            elements: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub rank_sums_f64: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut f64,
+            rows: *const f64,
+            ranks: i32,
+            stride: i64,
+            elements: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub rank_sums_i32: ::std::option::Option<
+        unsafe extern "C" fn(
+            out: *mut i32,
+            rows: *const i32,
+            ranks: i32,
+            stride: i64,
+            elements: i64,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub rank_flags: ::std::option::Option<
+        unsafe extern "C" fn(
+            flags: *mut i32,
+            rows: *const i32,
+            ranks: i32,
+            layers: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub load_shares: ::std::option::Option<
+        unsafe extern "C" fn(
+            fractions: *mut f32,
+            load: *const f64,
+            experts: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 624usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 664usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -1588,6 +1635,21 @@ const _: () = {
     [
         "Offset of field: routegrad_launchers::qk_norm_backward",
     ][::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 616usize];
+    [
+        "Offset of field: routegrad_launchers::rank_sums",
+    ][::std::mem::offset_of!(routegrad_launchers, rank_sums) - 624usize];
+    [
+        "Offset of field: routegrad_launchers::rank_sums_f64",
+    ][::std::mem::offset_of!(routegrad_launchers, rank_sums_f64) - 632usize];
+    [
+        "Offset of field: routegrad_launchers::rank_sums_i32",
+    ][::std::mem::offset_of!(routegrad_launchers, rank_sums_i32) - 640usize];
+    [
+        "Offset of field: routegrad_launchers::rank_flags",
+    ][::std::mem::offset_of!(routegrad_launchers, rank_flags) - 648usize];
+    [
+        "Offset of field: routegrad_launchers::load_shares",
+    ][::std::mem::offset_of!(routegrad_launchers, load_shares) - 656usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

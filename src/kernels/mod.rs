@@ -43,6 +43,7 @@ pub mod layer_tally;
 pub mod norm;
 pub mod qk_norm;
 pub mod qkv_rope;
+pub mod ranks;
 pub mod rope;
 pub mod router;
 pub mod router_backward;

@@ -5,7 +5,7 @@ use super::rounded::rounded;
 use super::stream::Stream;
 use crate::config::{BalanceConfig, Config, ModelConfig, Norm};
 use crate::device::Device;
-use crate::dist::Collective;
+use crate::dist::{Collective, DeviceRanks};
 use crate::error::Result;
 use crate::ops::add_norm::add_norm;
 use crate::ops::heads::Heads;
@@ -17,6 +17,7 @@ use crate::tape::{Tape, Var};
 use crate::tensor::dtype::DType;
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// What every layer of a model reads.
 pub struct Context {
@@ -34,7 +35,13 @@ pub struct Context {
     pub device: Device,
     /// What the MoE layers count, on a device with kernels.
     pub tally: Option<Rc<DeviceTally>>,
-    pub dist: Box<dyn Collective>,
+    pub dist: Arc<dyn Collective>,
+}
+
+/// The ranks as steps on `device` call them, if it has kernels and there are several.
+fn ranks_of(dist: &Arc<dyn Collective>, device: Device) -> Option<DeviceRanks> {
+    let several = device != Device::Cpu && dist.size() > 1;
+    several.then(|| DeviceRanks::new(dist.clone(), device))
 }
 
 impl Context {
@@ -46,7 +53,7 @@ impl Context {
         layout: &mut Layout,
         config: &Config,
         router: Box<dyn Router>,
-        dist: Box<dyn Collective>,
+        dist: Arc<dyn Collective>,
     ) -> Result<Self> {
         let model = &config.model;
         let (dtype, seed, device) = (
@@ -67,7 +74,7 @@ impl Context {
             .collect();
         let layers = model.moe_layers().len();
         let tally = (device != Device::Cpu && layers > 0)
-            .then(|| DeviceTally::new(device, layers, model.num_experts));
+            .then(|| DeviceTally::new(device, layers, model.num_experts, ranks_of(&dist, device)));
         let states = (0..layers).map(|layer| {
             let mut tensors = router.initial_state(model, layer, seed);
             for t in &mut tensors {
@@ -94,6 +101,11 @@ impl Context {
             tally,
             dist,
         })
+    }
+
+    /// The ranks as steps on a device with kernels call them, if there are several.
+    pub fn device_ranks(&self) -> Option<DeviceRanks> {
+        ranks_of(&self.dist, self.device)
     }
 
     /// Whether MoE layers give an auxiliary loss.

@@ -26,7 +26,7 @@ pub use weight::{Places, Weight};
 
 use crate::config::{Config, ModelConfig};
 use crate::device::Device;
-use crate::dist::{Collective, SingleRank};
+use crate::dist::{Collective, DeviceRanks, SingleRank};
 use crate::error::Result;
 use crate::model::batch::Sequences;
 use crate::ops::cached_attention::KeyValueCache;
@@ -86,7 +86,7 @@ impl Model {
             config.train.device,
             config.train.seed,
         );
-        let transformer = Transformer::new(&mut layout, config, router, dist)?;
+        let transformer = Transformer::new(&mut layout, config, router, dist.into())?;
         Ok(Model {
             parameters: layout.into_parameters(),
             transformer: Rc::new(transformer),
@@ -166,6 +166,11 @@ impl Model {
     /// What is summed over the ranks of the run.
     pub fn dist(&self) -> &dyn Collective {
         &*self.transformer.context.dist
+    }
+
+    /// The ranks as steps on a device with kernels call them, if there are several.
+    pub(crate) fn device_ranks(&self) -> Option<DeviceRanks> {
+        self.transformer.context.device_ranks()
     }
 
     /// The parameters, to change, and what gathers them over the ranks.

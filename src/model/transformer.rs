@@ -14,6 +14,7 @@ use crate::routers::{Pass, Router};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::rc::Rc;
+use std::sync::Arc;
 
 /// The layers in their order, and what they all read.
 pub struct Transformer {
@@ -32,7 +33,7 @@ impl Transformer {
         layout: &mut Layout,
         config: &Config,
         router: Box<dyn Router>,
-        dist: Box<dyn Collective>,
+        dist: Arc<dyn Collective>,
     ) -> Result<Self> {
         let model = &config.model;
         let embedding = layout.embedding("model.embed_tokens.weight", model.vocab_size);

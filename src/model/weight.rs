@@ -2,7 +2,8 @@
 //!
 //! Kernels read bf16 and the optimizer needs f32. A device with kernels keeps an f32 number w as `upper`, w rounded to bf16
 //! with ties away from zero, which is what operations read, and `lower`, an i16 with
-//! `bits(w) = (upper << 16) + lower` modulo 2^32: four bytes for both, exact for every bit pattern.
+//! `bits(w) = (upper << 16) + lower` modulo 2^32: four bytes for both, exact for every bit pattern. A rank that updates a share
+//! of the numbers needs the lower halves of that share alone.
 
 use crate::device::Device;
 use crate::error::Result;
@@ -27,7 +28,9 @@ enum Form {
     Whole(Tensor),
     Split {
         upper: Tensor,
+        /// Of the numbers `own`, or of all.
         lower: Tensor,
+        own: Option<Range<usize>>,
     },
 }
 
@@ -61,7 +64,11 @@ impl Weight {
                 (*u, *l) = split(w);
             }
         });
-        Weight(Form::Split { upper, lower })
+        Weight(Form::Split {
+            upper,
+            lower,
+            own: None,
+        })
     }
 
     /// What operations read.
@@ -72,16 +79,65 @@ impl Weight {
         }
     }
 
-    /// The whole value; where it is split, a tensor of the CPU made for this call.
+    /// The whole value; where it is split, a tensor of the CPU made for this call. Numbers whose lower half other ranks have
+    /// are as operations read them.
     pub fn whole(&self) -> Tensor {
         match &self.0 {
             Form::Whole(value) => value.clone(),
-            Form::Split { upper, lower } => {
+            Form::Split { upper, lower, own } => {
                 let mut value = Tensor::unspecified(Device::Cpu, DType::F32, upper.shape());
-                joined(value.slice_mut(), upper.slice(), lower.slice());
+                match own {
+                    None => joined(value.slice_mut(), upper.slice(), lower.slice()),
+                    Some(own) => {
+                        let mut all = vec![0; upper.elements()];
+                        all[own.clone()].copy_from_slice(lower.slice());
+                        joined(value.slice_mut(), upper.slice(), &all);
+                    }
+                }
                 value
             }
         }
+    }
+
+    /// Keeps the lower halves of `numbers` alone, if the value is split: other ranks have the rest.
+    ///
+    /// # Errors
+    /// When the device failed.
+    ///
+    /// # Panics
+    /// When some of them are not there.
+    pub fn keep_lower_halves(&mut self, numbers: Range<usize>) -> Result<()> {
+        let Form::Split { upper, lower, own } = &mut self.0 else {
+            return Ok(());
+        };
+        let there = own.clone().unwrap_or(0..upper.elements());
+        assert!(
+            there.start <= numbers.start && numbers.end <= there.end,
+            "lower halves of {there:?}"
+        );
+        let kept = 2 * (numbers.start - there.start)..2 * (numbers.end - there.start);
+        let kept = lower.copied_bytes(kept)?;
+        let mut share = Tensor::unspecified(lower.device(), DType::I16, [numbers.len()]);
+        share.bytes_mut().copy_from_slice(&kept);
+        (*lower, *own) = (share, Some(numbers));
+        Ok(())
+    }
+
+    /// This rank's lower halves, if the ranks share them out.
+    pub fn lower_share(&self) -> Option<&Tensor> {
+        match &self.0 {
+            Form::Split { lower, own, .. } => own.as_ref().map(|_| lower),
+            Form::Whole(_) => None,
+        }
+    }
+
+    /// The bytes of numbers whose upper halves are here, given all `lower` halves.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn bytes_with(&self, lower: &Tensor, numbers: Range<usize>) -> Result<Vec<u8>> {
+        let half = |t: &Tensor| t.copied_bytes(2 * numbers.start..2 * numbers.end);
+        Ok(joined_bytes(&half(self.working())?, &half(lower)?))
     }
 
     /// Changes the value as `f` does.
@@ -139,21 +195,18 @@ impl Weight {
                     _ => value.copied_bytes(range).map(Cow::Owned),
                 }
             }
-            Form::Split { upper, lower } => {
-                let half = |t: &Tensor| t.copied_bytes(2 * numbers.start..2 * numbers.end);
-                let (upper, lower) = (half(upper)?, half(lower)?);
-                let mut bytes = vec![0; 4 * numbers.len()];
-                let halves = upper.par_chunks(2 * BLOCK).zip(lower.par_chunks(2 * BLOCK));
-                let out = bytes.par_chunks_mut(4 * BLOCK).zip(halves);
-                out.for_each(|(out, (upper, lower))| {
-                    let halves = upper.chunks_exact(2).zip(lower.chunks_exact(2));
-                    for (w, (u, l)) in out.chunks_exact_mut(4).zip(halves) {
-                        let upper = bf16::from_le_bytes([u[0], u[1]]);
-                        let lower = i16::from_le_bytes([l[0], l[1]]);
-                        w.copy_from_slice(&join(upper, lower).to_le_bytes());
-                    }
-                });
-                Ok(Cow::Owned(bytes))
+            Form::Split { upper, lower, own } => {
+                let upper = upper.copied_bytes(2 * numbers.start..2 * numbers.end)?;
+                let own = own.clone().unwrap_or(0..self.elements());
+                // What other ranks have is 0 here, as for `whole`.
+                let there = numbers.start.max(own.start)..numbers.end.min(own.end);
+                let mut halves = vec![0; upper.len()];
+                if !there.is_empty() {
+                    let from = 2 * (there.start - own.start)..2 * (there.end - own.start);
+                    let to = 2 * (there.start - numbers.start)..2 * (there.end - numbers.start);
+                    halves[to].copy_from_slice(&lower.copied_bytes(from)?);
+                }
+                Ok(Cow::Owned(joined_bytes(&upper, &halves)))
             }
         }
     }
@@ -162,7 +215,7 @@ impl Weight {
     pub fn places(&mut self) -> Places<'_> {
         match &mut self.0 {
             Form::Whole(value) => Places::Whole(value),
-            Form::Split { upper, lower } => Places::Split([upper, lower]),
+            Form::Split { upper, lower, .. } => Places::Split([upper, lower]),
         }
     }
 
@@ -187,8 +240,24 @@ impl Weight {
 /// See [`Weight::places`].
 pub enum Places<'a> {
     Whole(&'a mut Tensor),
-    /// Upper and lower half.
+    /// Upper halves, and lower ones: of all numbers or of this rank's share.
     Split([&'a mut Tensor; 2]),
+}
+
+/// Numbers as little-endian bytes, of their halves' bytes.
+fn joined_bytes(upper: &[u8], lower: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![0; 2 * upper.len()];
+    let halves = upper.par_chunks(2 * BLOCK).zip(lower.par_chunks(2 * BLOCK));
+    let out = bytes.par_chunks_mut(4 * BLOCK).zip(halves);
+    out.for_each(|(out, (upper, lower))| {
+        let halves = upper.chunks_exact(2).zip(lower.chunks_exact(2));
+        for (w, (u, l)) in out.chunks_exact_mut(4).zip(halves) {
+            let upper = bf16::from_le_bytes([u[0], u[1]]);
+            let lower = i16::from_le_bytes([l[0], l[1]]);
+            w.copy_from_slice(&join(upper, lower).to_le_bytes());
+        }
+    });
+    bytes
 }
 
 fn joined(out: &mut [f32], upper: &[bf16], lower: &[i16]) {
@@ -253,5 +322,32 @@ mod tests {
             weight.whole().slice::<f32>()[6..9],
             [numbers[6], 0.3, numbers[8]]
         );
+    }
+
+    #[test]
+    fn a_share_of_the_lower_halves_gives_its_numbers_and_the_rest_as_operations_read_it() {
+        let numbers: Vec<f32> = (0..1000).map(|i| (i as f32).sin()).collect();
+        let value = Tensor::from_slice([1000], &numbers);
+        let mut weight = Weight::new(value, Device::Sim, false);
+        assert!(weight.lower_share().is_none());
+        let Places::Split([_, lower]) = weight.places() else {
+            panic!("whole")
+        };
+        let lower = lower.clone();
+        weight.keep_lower_halves(300..500).unwrap();
+        assert_eq!(weight.lower_share().unwrap().elements(), 200);
+        let expected: Vec<f32> = (0..1000)
+            .map(|i| match (300..500).contains(&i) {
+                true => numbers[i],
+                false => split(numbers[i]).0.to_f32(),
+            })
+            .collect();
+        assert_eq!(weight.whole().slice::<f32>(), expected);
+        for range in [0..1000, 200..310, 400..450, 490..600, 600..700] {
+            let bytes = weight.bytes(range.clone()).unwrap();
+            assert_eq!(*bytes, *bytemuck::cast_slice::<f32, u8>(&expected[range]));
+        }
+        let bytes = weight.bytes_with(&lower, 100..900).unwrap();
+        assert_eq!(bytes, bytemuck::cast_slice::<f32, u8>(&numbers[100..900]));
     }
 }

@@ -21,6 +21,7 @@ pub mod heads;
 pub mod layernorm;
 pub mod linear;
 mod norm;
+pub mod over_ranks;
 pub mod qk_norm;
 pub mod renormalize;
 pub mod rmsnorm;

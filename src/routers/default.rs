@@ -358,7 +358,7 @@ impl Router for DefaultMoe {
         at(layer.dist, || {
             format!("samples of MoE layer {}", layer.layer)
         });
-        let sums = sums.over_ranks(layer.dist)?;
+        let sums = sums.over_ranks(|tensor| layer.sum_tensor(tensor))?;
         // By ê as it was, which these samples have no part in.
         if matches!(self.shrink, Shrink::Running(_)) {
             self.update_shrink(&sums, drawn, layer)?;
@@ -383,7 +383,7 @@ impl Router for DefaultMoe {
     ) -> Result<Option<Defaults>> {
         if let Some(sums) = sums {
             at(layer.dist, || format!("ê of MoE layer {}", layer.layer));
-            let sums = sums.over_ranks(layer.dist)?;
+            let sums = sums.over_ranks(|tensor| layer.sum_tensor(tensor))?;
             self.update(&sums, 1.0 / layer.pass.micro_batches as f64, layer)?;
         }
         let evaluating = layer.pass.phase == Phase::Evaluate;

@@ -132,7 +132,7 @@ impl Router for LossFree {
         dist: &dyn Collective,
     ) -> Result<()> {
         for layer in layers {
-            if dist.size() == 1 && self.updated_by_kernel(layer)? {
+            if self.updated_by_kernel(layer)? {
                 continue;
             }
             let (_, mut counts) = layer.step_load();

@@ -96,16 +96,24 @@ impl ReMoe {
     }
 }
 
-/// λ n_i / (K T) in device memory, `[E]`: λ is the device's, and so are the counts.
-fn weighted_fractions(lambda: &Tensor, dispatch: &Dispatch, top_k: usize) -> Result<Tensor> {
-    let (device, selection) = (lambda.device(), dispatch.selection());
+/// λ n_i / (K T) in device memory, `[E]`: λ is the device's, and so are the counts, of all ranks.
+fn weighted_fractions(
+    layer: &mut LayerPass<'_>,
+    device: Device,
+    dispatch: &Dispatch,
+) -> Result<Tensor> {
+    let selection = dispatch.selection();
     let experts = selection.num_experts();
     let mut fractions = Tensor::unspecified(device, DType::F32, [experts]);
-    let slots = top_k * selection.num_tokens();
+    let own = &dispatch.maps(device)?.offsets;
+    // Where experts begin is a sum of counts, and so is its sum over the ranks, which have equally many tokens.
+    let all = layer.counted_by_all(own)?;
+    let ranks = all.as_ref().map_or(1, |_| layer.dist.size());
+    let slots = layer.top_k * selection.num_tokens() * ranks;
     let kernel = RemoeFractions {
         fractions: fractions.output()?,
-        lambda: lambda.input()?,
-        offsets: dispatch.maps(device)?.offsets.input()?,
+        lambda: layer.state(LAMBDA).input()?,
+        offsets: all.as_ref().unwrap_or(own).input()?,
         slots,
         experts,
     };
@@ -137,10 +145,10 @@ impl Router for ReMoe {
         let dispatch = layer.select(|| scores.positive())?;
         let selection = dispatch.selection();
         let gates = on_selection(tape, &scores.values, &dispatch)?;
-        let lambda = layer.state(LAMBDA);
-        if lambda.device() != Device::Cpu && layer.dist.size() == 1 {
+        let device = x.tensor().device();
+        if device != Device::Cpu {
             // There the router's kernels gave ReLU(z), which are the gates, and their means.
-            let fractions = weighted_fractions(lambda, &dispatch, layer.top_k)?;
+            let fractions = weighted_fractions(layer, device, &dispatch)?;
             return Ok(Routing {
                 penalty: Some(scores.auxiliary_loss(tape, &fractions)?),
                 ..Routing::new(gates, scores, dispatch)
@@ -155,10 +163,7 @@ impl Router for ReMoe {
         let slots = layer.top_k as f64 * tokens[0];
         let fractions: Vec<f64> = counts.iter().map(|n| n / slots).collect();
         let fractions = Tensor::from_slice([fractions.len()], &fractions);
-        let loss = match x.tensor().device() {
-            Device::Cpu => auxiliary_loss(tape, &gates, &fractions)?,
-            _ => scores.auxiliary_loss(tape, &fractions)?,
-        };
+        let loss = auxiliary_loss(tape, &gates, &fractions)?;
         let lambda = layer.state(LAMBDA).item()?;
         let penalty = weighted_sum(tape, &[(&loss, lambda)])?;
         Ok(Routing {
@@ -173,7 +178,7 @@ impl Router for ReMoe {
         layers: &mut [LayerState],
         dist: &dyn Collective,
     ) -> Result<()> {
-        if dist.size() == 1 && self.updated_by_kernel(model.top_k, layers)? {
+        if self.updated_by_kernel(model.top_k, layers)? {
             return Ok(());
         }
         let mut sums = [0.0; 2];

@@ -8,6 +8,7 @@ use crate::dist::{Collective, at};
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_draws;
 use crate::ops::dispatch::{Dispatch, Selection};
+use crate::ops::over_ranks;
 use crate::ops::router::{NonFinite, TopK};
 use crate::ops::routing::Entropy;
 use crate::tensor::Tensor;
@@ -401,6 +402,35 @@ impl<'p> LayerPass<'p> {
             self.dist.sum(values)?;
         }
         Ok(())
+    }
+
+    /// Replaces a tensor by its sum over the ranks, where it lies.
+    ///
+    /// # Errors
+    /// When a rank has left, or no kernel adds up such numbers.
+    pub(crate) fn sum_tensor(&self, tensor: &mut Tensor) -> Result<()> {
+        match self.state.tally.ranks() {
+            Some(ranks) => over_ranks::sum(ranks, tensor),
+            None => tensor.sum_over_ranks(self.dist),
+        }
+    }
+
+    /// The sum over the ranks of what each counted in device memory, in a pass that changes state on several ranks; a second
+    /// run of the pass gets that of the first. Otherwise none: what this rank counted is all that there is.
+    ///
+    /// # Errors
+    /// As [`sum_tensor`](Self::sum_tensor).
+    pub(crate) fn counted_by_all(&mut self, own: &Tensor) -> Result<Option<Tensor>> {
+        let all = match self.state.tally.ranks().filter(|_| self.updates_state()) {
+            Some(ranks) => {
+                at(self.dist, || format!("counts of MoE layer {}", self.layer));
+                let mut all = Tensor::unspecified(own.device(), own.dtype(), own.shape());
+                over_ranks::sum_to(ranks, &mut all, own, 0..own.elements())?;
+                vec![all]
+            }
+            None => Vec::new(),
+        };
+        Ok(self.hold(|| Ok(all))?.into_iter().next())
     }
 
     /// Adds this micro-batch to the layer's statistics and to what the end of the step sees. Gives `f_i [E]`, the share of

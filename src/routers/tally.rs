@@ -3,11 +3,13 @@
 
 use super::statistics::LayerStats;
 use crate::device::Device;
-use crate::dist::Collective;
+use crate::dist::{Collective, DeviceRanks};
 use crate::error::Result;
 use crate::kernels::Stream;
 use crate::kernels::layer_tally::{LayerTally, ShareEntropy};
+use crate::kernels::ranks::LoadShares;
 use crate::ops::dispatch::Dispatch;
+use crate::ops::over_ranks::{agree_on_flags, sum_to};
 use crate::ops::router::NonFinite;
 use crate::ops::routing::Entropy;
 use crate::tensor::Tensor;
@@ -63,6 +65,15 @@ pub struct DeviceTally {
     load: RefCell<Tensor>,
     /// `[layers, 2]`: the first token whose logits are not finite or `i32::MAX`, and the dispatch's fault bits.
     flags: RefCell<Tensor>,
+    over_ranks: Option<OverRanks>,
+}
+
+/// What the ranks counted in a step, on several of them.
+struct OverRanks {
+    ranks: DeviceRanks,
+    /// `stats` and `load` of all ranks.
+    stats: RefCell<Tensor>,
+    load: RefCell<Tensor>,
 }
 
 /// Which sums the next count begins anew.
@@ -72,14 +83,25 @@ pub struct Fresh {
 }
 
 impl DeviceTally {
-    /// Sums of `layers` layers of `experts` experts.
-    pub fn new(device: Device, layers: usize, experts: usize) -> Rc<Self> {
+    /// Sums of `layers` layers of `experts` experts, and over `ranks`.
+    pub fn new(
+        device: Device,
+        layers: usize,
+        experts: usize,
+        ranks: Option<DeviceRanks>,
+    ) -> Rc<Self> {
         let zeros = |dtype, width| RefCell::new(Tensor::zeros(device, dtype, [layers, width]));
+        let over_ranks = ranks.map(|ranks| OverRanks {
+            ranks,
+            stats: zeros(DType::F64, experts + 2),
+            load: zeros(DType::F64, experts + 1),
+        });
         Rc::new(DeviceTally {
             experts,
             stats: zeros(DType::F64, experts + 2),
             load: zeros(DType::F64, experts + 1),
             flags: zeros(DType::I32, 2),
+            over_ranks,
         })
     }
 
@@ -97,14 +119,59 @@ impl DeviceTally {
 
     /// Leaves to kernels what the host read.
     pub fn keep_in_place(&self) {
-        for sums in [&self.stats, &self.load, &self.flags] {
+        let all = self
+            .over_ranks
+            .iter()
+            .flat_map(|all| [&all.stats, &all.load]);
+        for sums in [&self.stats, &self.load, &self.flags]
+            .into_iter()
+            .chain(all)
+        {
             sums.borrow_mut().pointer_mut::<u8>();
         }
     }
 
-    /// The statistics of all layers, as [`LayerStats::of_rows`] reads them.
+    /// The statistics of all layers and ranks after [`sum_over_ranks`](Self::sum_over_ranks), as [`LayerStats::of_rows`] reads
+    /// them.
     pub fn stats(&self) -> &RefCell<Tensor> {
-        &self.stats
+        self.over_ranks
+            .as_ref()
+            .map_or(&self.stats, |all| &all.stats)
+    }
+
+    /// At the end of a step: statistics, loads and flags of all ranks.
+    ///
+    /// # Errors
+    /// When a rank has left, or a kernel fails.
+    pub fn sum_over_ranks(&self) -> Result<()> {
+        let Some(OverRanks { ranks, stats, load }) = &self.over_ranks else {
+            return Ok(());
+        };
+        for (all, own) in [(stats, &self.stats), (load, &self.load)] {
+            let own = own.borrow();
+            sum_to(ranks, &mut all.borrow_mut(), &own, 0..own.elements())?;
+        }
+        agree_on_flags(ranks, &mut self.flags.borrow_mut())
+    }
+
+    /// The shares `f_i [E]` of the loads of all ranks, if there are several.
+    fn fractions_of_all(&self, layer: usize) -> Result<Option<Tensor>> {
+        let Some(OverRanks { ranks, .. }) = &self.over_ranks else {
+            return Ok(None);
+        };
+        let (load, experts) = (self.load.borrow(), self.experts);
+        let device = load.device();
+        let mut all = Tensor::unspecified(device, DType::F64, [experts]);
+        let first = layer * (experts + 1);
+        sum_to(ranks, &mut all, &load, first..first + experts)?;
+        let mut fractions = Tensor::unspecified(device, DType::F32, [experts]);
+        let kernel = LoadShares {
+            fractions: fractions.output()?,
+            load: all.input()?,
+            experts,
+        };
+        kernel.launch(&Stream::of(device)?)?;
+        Ok(Some(fractions))
     }
 
     /// The flags of all layers, for the kernel that decides on a step.
@@ -198,13 +265,10 @@ impl Tally {
                 let fractions = sums.count(*layer, counted, fresh)?;
                 fresh.stats = false;
                 fresh.step &= !counted.trains;
-                if !counted.over_step || dist.size() == 1 {
-                    return Ok(fractions);
+                match counted.over_step {
+                    true => Ok(sums.fractions_of_all(*layer)?.unwrap_or(fractions)),
+                    false => Ok(fractions),
                 }
-                let mut load = DeviceTally::row(&sums.load, *layer);
-                load.pop();
-                dist.sum(&mut load)?;
-                Ok(sums.upload(&shares(&load)))
             }
         }
     }
@@ -273,12 +337,22 @@ impl Tally {
         }
     }
 
-    /// The load in device memory, if it is there: `f` gets the tensor and the first element of this layer's.
+    /// The ranks whose device memory is summed, if there are several.
+    pub fn ranks(&self) -> Option<&DeviceRanks> {
+        match self {
+            Tally::Host(_) => None,
+            Tally::Device { sums, .. } => sums.over_ranks.as_ref().map(|all| &all.ranks),
+        }
+    }
+
+    /// The load in device memory, if it is there, on several ranks that of all: `f` gets the tensor and the first element of
+    /// this layer's.
     pub fn device_load<R>(&self, f: impl FnOnce(&Tensor, usize) -> R) -> Option<R> {
         match self {
             Tally::Host(_) => None,
             Tally::Device { sums, layer, .. } => {
-                let load = sums.load.borrow();
+                let all = sums.over_ranks.as_ref();
+                let load = all.map_or(&sums.load, |all| &all.load).borrow();
                 Some(f(&load, layer * (sums.experts + 1)))
             }
         }

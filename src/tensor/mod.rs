@@ -7,7 +7,7 @@ pub mod dtype;
 pub mod random;
 pub mod shape;
 
-use crate::device::{Device, Memory};
+use crate::device::{Device, Memory, Span};
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::tensor::dtype::{DType, Element};
@@ -234,6 +234,30 @@ impl Tensor {
         let device = self.device;
         let address = self.own_memory().address_mut(device);
         address.unwrap_or_else(|e| panic!("{e}")) as *mut T
+    }
+
+    /// The memory of some elements on the tensor's device, to be read.
+    ///
+    /// # Panics
+    /// As [`pointer`](Self::pointer), and when there are fewer elements.
+    pub fn span(&self, elements: Range<usize>) -> Span {
+        let (address, width) = (self.pointer::<u8>() as usize, self.dtype.size());
+        // SAFETY: the tensor owns the memory, which its device gives to a later launch at the earliest.
+        let all = unsafe { Span::from_address(self.device, address, self.elements() * width) };
+        all.part(elements.start * width..elements.end * width)
+    }
+
+    /// The memory of the elements on the tensor's device, to be written; copies them first when shared.
+    ///
+    /// # Panics
+    /// As [`pointer`](Self::pointer).
+    pub fn span_mut(&mut self) -> Span {
+        let (address, bytes) = (
+            self.pointer_mut::<u8>() as usize,
+            self.elements() * self.dtype.size(),
+        );
+        // SAFETY: as above.
+        unsafe { Span::from_address(self.device, address, bytes) }
     }
 
     /// Replaces the elements of a real tensor by their sums over the ranks, taken in f64.

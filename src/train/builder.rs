@@ -9,7 +9,7 @@ use super::{CHECKPOINTS, RunOptions, learning_rate, memory, ranks, refuse_existi
 use crate::config::{Config, count};
 use crate::data::tokenizer::BYTES;
 use crate::data::{Corpus, Counts};
-use crate::dist::{self, Collective, SingleRank, agree, doing};
+use crate::dist::{self, Collective, SingleRank, agree, doing, nccl};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::report::files::replace;
@@ -80,6 +80,8 @@ impl Builder {
     pub fn build(mut self) -> Result<Trainer> {
         let (dist, run) = (self.dist.clone(), self.run.take());
         ranks::check(&*dist, &self.config)?;
+        doing("the connection of devices");
+        let dist = nccl::on_device(dist, self.config.train.device)?;
         let mut lock = None;
         if let Some(run) = &run {
             memory::check(&self.config)?;
@@ -206,8 +208,10 @@ fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
             millions(counts.tokens)
         ),
     };
-    if let Some(ranks) = dist::describe().filter(|_| ranks > 1) {
-        trainer.info(&ranks);
+    if let Some(described) = dist::describe().filter(|_| ranks > 1) {
+        let library = trainer.model.dist().device_library();
+        let moved = library.map(|name| format!("; {name} moves device memory"));
+        trainer.info(&format!("{described}{}", moved.unwrap_or_default()));
     }
     trainer.info(&format!(
         "{:.1} M parameters, {:.1} M active; router {}, {} experts, {} active; {} on {} threads",

@@ -2,7 +2,6 @@
 
 use super::checkpoint::{self, Checkpoint};
 use crate::config::Config;
-use crate::device::Device;
 use crate::dist::{self, Collective, agree, doing, same_on_all};
 use crate::error::{Error, Result};
 use crate::report::files::UNFINISHED;
@@ -29,13 +28,6 @@ pub(super) fn check(dist: &dyn Collective, config: &Config) -> Result<()> {
     )?;
     let help = "start every rank with the same arguments and files";
     same_on_all(dist, &config.to_toml()?, first_difference, help)?;
-    let device = config.train.device;
-    if device == Device::Cuda {
-        let help = "train on one GPU without a launcher, or with --device cpu";
-        let got = format!("{device} on {} ranks", dist.size());
-        let error = Error::invalid("ranks", "ranks on the CPU", got, help);
-        return Err(dist::shared(dist, error));
-    }
     let shared = dist.part(0..config.train.micro_batch as u64);
     shared.map(drop).map_err(|e| dist::shared(dist, e))
 }

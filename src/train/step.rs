@@ -7,10 +7,11 @@
 
 mod readback;
 mod replay;
+mod shares;
 
 use crate::config::TrainConfig;
 use crate::device::{Device, counters, timeline};
-use crate::dist::{Collective, at};
+use crate::dist::{DeviceRanks, at};
 use crate::error::{Error, Result};
 use crate::kernels::launchers;
 use crate::model::batch::Sequences;
@@ -18,9 +19,12 @@ use crate::model::{Inputs, Model};
 use crate::routers::{LayerState, LayerStats, Pass, Phase};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
-use crate::train::optimizer::{AdamW, DeviceStep, Outcome, Settings, Shards, gradient_norm};
+use crate::train::optimizer::{
+    AdamW, DeviceStep, Outcome, Settings, Shards, gradient_norm, reduce,
+};
 use readback::Readback;
 use replay::Replay;
+use shares::{equal_shares, shape_of, sum_gradients};
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
@@ -53,30 +57,47 @@ pub struct StepExecutor {
     device: Option<DeviceStep>,
     /// Steps replayed there, unless the configuration has them off.
     replay: Option<Replay>,
+    /// The ranks there, if there are several.
+    ranks: Option<DeviceRanks>,
+    /// The micro-batches, fewest and most sequences of the last step that all ranks agreed on.
+    shape: Option<[usize; 3]>,
 }
 
 impl StepExecutor {
-    /// On the CPU the optimizer of one of several ranks has its share of the parameters.
+    /// The optimizer of one of several ranks has its share of the parameters.
     pub fn new(config: &TrainConfig, model: &Model) -> Self {
         let (parameters, dist) = (&model.parameters, model.dist());
-        let shards = match model.device() {
-            Device::Cpu => Shards::new(parameters, dist.rank(), dist.size()),
-            _ => Shards::new(parameters, 0, 1),
-        };
+        let shards = Shards::new(parameters, dist.rank(), dist.size());
         Self::with_shards(config, model, shards)
     }
 
     /// The same with these shards, such as one that is whole on every rank.
     pub fn with_shards(config: &TrainConfig, model: &Model, shards: Shards) -> Self {
-        let device = model.device();
+        let (device, parameters) = (model.device(), &model.parameters);
+        let new = || DeviceStep::new(device, parameters, &shards, model.device_ranks());
         StepExecutor {
-            optimizer: AdamW::sharded(config, &model.parameters, shards),
+            device: (device != Device::Cpu).then(new),
+            ranks: model.device_ranks(),
+            shape: None,
+            optimizer: AdamW::sharded(config, parameters, shards),
             gradients: Gradients::new(model.parameters.len()),
             clip: config.gradient_clip,
             inputs: Vec::new(),
             replay: (device != Device::Cpu && config.graph).then(Replay::default),
-            device: (device != Device::Cpu).then(|| DeviceStep::new(device, &model.parameters)),
         }
+    }
+
+    /// Lets a rank of a device with kernels keep the lower halves of the weights that it updates alone.
+    ///
+    /// # Errors
+    /// When the device failed.
+    pub fn share_out_weights(&self, model: &mut Model) -> Result<()> {
+        let shards = self.optimizer.shards();
+        if self.device.is_none() || shards.is_whole() {
+            return Ok(());
+        }
+        let mut all = model.parameters.iter_mut().enumerate();
+        all.try_for_each(|(i, parameter)| parameter.value.keep_lower_halves(shards.own(i)))
     }
 
     /// The gradients of the last step, of the global batch, before clipping; on several ranks with a sharded optimizer those
@@ -115,7 +136,7 @@ impl StepExecutor {
         micro_batches: &[Sequences],
         rate: f64,
     ) -> Result<Launched> {
-        equal_shares(model.dist(), micro_batches)?;
+        self.agree_on_shares(model, micro_batches)?;
         model
             .layer_states_mut()
             .iter_mut()
@@ -141,6 +162,7 @@ impl StepExecutor {
             launched.readback = Some(begin_readback(model, device)?);
             let mut states = model.layer_states_mut();
             states.iter_mut().for_each(LayerState::count_anew);
+            model.dist().trust_device_calls();
         }
         Ok(launched)
     }
@@ -201,8 +223,23 @@ impl StepExecutor {
         if let Some(replay) = self.replay.as_mut().filter(|_| moved) {
             replay.forget();
         }
-        let alone = model.dist().size() == 1;
-        Ok(plain && alone && !timeline::recorded() && !launchers::waits())
+        // With a whole optimizer on several ranks the host adds up the gradients; ranks of one process take memory while others
+        // replay.
+        let whole = self.optimizer.shards().is_whole();
+        let repeats = self.ranks.is_none() || !whole && !model.dist().shares_process();
+        Ok(plain && repeats && !timeline::recorded() && !launchers::waits())
+    }
+
+    /// Refuses micro-batches whose equal weight would not make the mean over the global batch. On a device with kernels the
+    /// ranks' hosts compare them when they change, and else do not meet.
+    fn agree_on_shares(&mut self, model: &Model, micro_batches: &[Sequences]) -> Result<()> {
+        let shape = shape_of(micro_batches);
+        if self.ranks.is_some() && self.shape == Some(shape) {
+            return Ok(());
+        }
+        equal_shares(model.dist(), shape)?;
+        self.shape = Some(shape);
+        Ok(())
     }
 
     /// Forward and backward of all micro-batches, and on a device with kernels all that follows, launched. Gives the summed
@@ -238,16 +275,21 @@ impl StepExecutor {
         }
         drop(weights); // else the update would copy what they share
         at(model.dist(), || "gradients".into());
-        let shards = self.optimizer.shards();
-        match shards.is_whole() {
-            true => sum_gradients(model, &mut self.gradients)?,
-            false => shards.reduce(model.dist(), &model.parameters, &mut self.gradients)?,
+        let (shards, gradients) = (self.optimizer.shards(), &mut self.gradients);
+        match (shards.is_whole(), &self.ranks) {
+            (true, _) => sum_gradients(model, gradients)?,
+            (false, None) => shards.reduce(model.dist(), &model.parameters, gradients)?,
+            (false, Some(ranks)) => reduce(ranks, shards, &model.parameters, gradients)?,
         }
         if let Some(device) = &mut self.device {
             let tally = model.device_tally();
             let flags = tally.as_ref().map(|t| t.flags());
-            if ranks > 1 {
-                device.agree(flags, model.dist())?;
+            if let Some(ranks) = &self.ranks {
+                at(model.dist(), || "losses and counts".into());
+                device.sum_over_ranks(ranks)?;
+                tally
+                    .as_ref()
+                    .map_or(Ok(()), |tally| tally.sum_over_ranks())?;
             }
             let (optimizer, gradients) = (&mut self.optimizer, &mut self.gradients);
             device.update(optimizer, &mut model.parameters, gradients, flags)?;
@@ -256,6 +298,15 @@ impl StepExecutor {
             device.commit(&mut model.layer_states_mut())?;
         }
         Ok(sums)
+    }
+
+    /// Lets the steps launched from now on tell the other ranks that this one was asked to stop. Answers whether a report said
+    /// that any was, or none where steps do not carry it.
+    pub fn ask_to_stop(&mut self, asked: bool) -> Option<bool> {
+        if self.optimizer.shards().is_whole() {
+            return None;
+        }
+        self.device.as_mut().map(|device| device.ask_to_stop(asked))
     }
 
     /// Why steps are launched one by one where a graph was to be replayed, if one could not be captured.
@@ -268,10 +319,10 @@ impl StepExecutor {
     /// # Errors
     /// When a sum over ranks, the update on the CPU or a kernel fails.
     pub fn report(&mut self, model: &mut Model, launched: Launched) -> Result<StepReport> {
-        let mut report = match launched.readback {
-            Some(readback) => self.report_from(model, &readback.wait()?)?,
-            None => self.update_on_cpu(model, launched.sums, launched.rate)?,
-        };
+        if let Some(readback) = launched.readback {
+            return self.report_from(model, &readback.wait()?);
+        }
+        let mut report = self.update_on_cpu(model, launched.sums, launched.rate)?;
         at(model.dist(), || "routing statistics".into());
         for layer in &mut report.layers {
             *layer = std::mem::take(layer).over_ranks(model.dist())?;
@@ -281,9 +332,11 @@ impl StepExecutor {
 
     /// The report of a step on a device with kernels, from its readback.
     fn report_from(&mut self, model: &Model, results: &[Tensor]) -> Result<StepReport> {
-        let (Some(device), [outcome, stats, vectors @ ..]) = (&mut self.device, results) else {
-            unreachable!("the readback begins with outcome and statistics")
+        let (Some(device), [outcome, stop, stats, vectors @ ..]) = (&mut self.device, results)
+        else {
+            unreachable!("the readback begins with outcome, stop flag and statistics")
         };
+        device.read_stop(stop)?;
         let outcome = device.outcome(outcome, &mut self.optimizer);
         let states = model.layer_states();
         let names = vectors_of(&states).map(|(name, _)| name);
@@ -370,10 +423,7 @@ fn begin_readback(model: &Model, device: &DeviceStep) -> Result<Readback> {
     let stats = tally.as_ref().map(|tally| tally.stats().borrow());
     let vectors = vectors_of(&states).map(|(_, vector)| vector);
     let ends = stats.as_deref().into_iter().chain(vectors);
-    let all: Vec<_> = [device.outcome_in_place()]
-        .into_iter()
-        .chain(ends)
-        .collect();
+    let all: Vec<_> = device.results().into_iter().chain(ends).collect();
     Readback::begin(model.device(), &all)
 }
 
@@ -408,41 +458,6 @@ fn non_finite_of(outcome: &Outcome) -> Option<String> {
 
 fn logits_of(layer: usize, token: usize) -> String {
     format!("router logits of MoE layer {layer}, token {token}")
-}
-
-/// Refuses micro-batches whose equal weight would not make the mean over the global batch.
-fn equal_shares(dist: &dyn Collective, micro_batches: &[Sequences]) -> Result<()> {
-    let sequences = micro_batches.iter().map(|m| m.count);
-    let (least, most) = (sequences.clone().min(), sequences.max());
-    let own = [micro_batches.len(), least.unwrap_or(0), most.unwrap_or(0)].map(|n| n as f64);
-    let all = dist.gather(&own)?;
-    if own[1] == own[2] && all.chunks(3).all(|rank| rank == own) {
-        return Ok(());
-    }
-    Err(Error::invalid(
-        "step",
-        "equally many micro-batches and sequences on every rank",
-        format!("(micro-batches, fewest and most sequences) by rank: {all:?}"),
-        "give every rank its part of each micro-batch, as Collective::part does",
-    ))
-}
-
-/// Sums the gradients over the ranks.
-fn sum_gradients(model: &Model, gradients: &mut Gradients) -> Result<()> {
-    let dist = model.dist();
-    if dist.size() == 1 {
-        return Ok(());
-    }
-    for (i, parameter) in model.parameters.iter().enumerate() {
-        // A rank without a gradient counts with zeros.
-        gradients
-            .get_or(i, || {
-                let value = &parameter.value;
-                Tensor::zeros(value.device(), value.dtype(), value.shape())
-            })
-            .sum_over_ranks(dist)?;
-    }
-    Ok(())
 }
 
 /// The first thing that is not finite on any rank: logits by layer and token, the loss, the

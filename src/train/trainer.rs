@@ -177,7 +177,8 @@ impl Trainer {
         corpus: Corpus,
         hooks: Vec<Box<dyn Hook>>,
     ) -> Result<Self> {
-        let (model, executor, state) = parts;
+        let (mut model, executor, state) = parts;
+        executor.share_out_weights(&mut model)?;
         Ok(Trainer {
             data: DataLoader::new(Arc::new(corpus), &state.config, &*dist)?,
             launched: state.step,
@@ -250,10 +251,25 @@ impl Trainer {
     pub fn run(&mut self, stop: &AtomicBool) -> Result<Summary> {
         let steps = self.state.config.train.steps;
         let (mut outcome, mut validation_loss) = (Outcome::Finished, None);
+        let mut last = None;
         while self.state.step < steps {
             doing(format!("step {}", self.state.step + 1));
             let asked = stop.load(Ordering::SeqCst) || self.stop_requested.get();
-            let stopping = dist::any(&*self.dist, asked)?;
+            let stopping = match self.executor.ask_to_stop(asked) {
+                None => dist::any(&*self.dist, asked)?,
+                // All ranks read it in the report of the same step. Some may have launched the one behind it before, so
+                // that all take that one too.
+                Some(read) => {
+                    if read {
+                        last.get_or_insert(self.state.step + 1);
+                    }
+                    last.is_some()
+                }
+            };
+            if last.is_some_and(|last| self.state.step < last) {
+                validation_loss = self.advance(false)?.1.validation_loss;
+                continue;
+            }
             if stopping && self.in_flight.is_none() {
                 outcome = Outcome::Stopped;
                 break;
@@ -261,6 +277,7 @@ impl Trainer {
             validation_loss = self.advance(!stopping)?.1.validation_loss;
         }
         self.stop_requested.set(false);
+        self.executor.ask_to_stop(false);
         self.all_hooks(|hook, trainer| hook.end(trainer, outcome))?;
         if let Some(why) = self.executor.graph_error() {
             self.note(&format!(

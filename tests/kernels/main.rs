@@ -18,6 +18,7 @@ mod gemm_ring;
 mod grouped_gemm;
 mod mma;
 mod norm;
+mod ranks;
 mod rope;
 mod router;
 mod rows;

@@ -1,4 +1,4 @@
-//! Runs of several processes under launchers of MPI.
+//! Runs of several processes under launchers of MPI, and of several ranks that NCCL connects.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -6,4 +6,5 @@ mod launchers;
 
 mod ablate;
 mod faults;
+mod nccl;
 mod runs;

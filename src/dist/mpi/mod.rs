@@ -344,6 +344,10 @@ impl Collective for Mpi {
         })
     }
 
+    fn failure_within(&self, most: Duration) -> Option<String> {
+        self.hub()?.failure_within(most).map(String::from)
+    }
+
     fn leave(&self, why: &str) {
         if let Some(hub) = self.hub() {
             hub.leave(why);

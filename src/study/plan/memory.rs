@@ -123,7 +123,46 @@ impl Memory {
         ))
     }
 
+    /// Of the rank of a run of `ranks` that takes most: its part of a micro-batch, its share of the moments.
+    ///
+    /// # Errors
+    /// When there is no such router.
+    pub fn of_rank(config: &Config, target: Target, ranks: usize) -> Result<Self> {
+        let router = routers::build(&config.router)?;
+        Ok(Self::with_ranks(config, &*router, target, ranks))
+    }
+
     /// The same with the configuration's router.
+    pub(super) fn with_ranks(
+        config: &Config,
+        router: &dyn Router,
+        target: Target,
+        ranks: usize,
+    ) -> Self {
+        if ranks == 1 {
+            return Self::with(config, router, target);
+        }
+        let mut part = config.clone();
+        part.train.micro_batch = config.train.micro_batch.div_ceil(ranks);
+        part.train.sequences_per_step = config.train.sequences_per_step.div_ceil(ranks);
+        let whole = Self::with(&part, router, target);
+        // Gradients that all ranks sent of the largest parameter, when those of activations are gone.
+        let received = F32 * largest_parameter(&config.model);
+        Memory {
+            weights: match target {
+                Target::Cpu => whole.weights,
+                // The bf16 halves, and the lower ones of a share.
+                Target::Gpu(_) => whole.weights / 2 + (whole.weights / 2).div_ceil(ranks as u64),
+            },
+            optimizer: whole.optimizer.div_ceil(ranks as u64),
+            workspace: whole
+                .workspace
+                .max(received.saturating_sub(whole.activations)),
+            ..whole
+        }
+    }
+
+    /// The same on one rank.
     pub(super) fn with(config: &Config, router: &dyn Router, target: Target) -> Self {
         let m = &config.model;
         let parameters = count::total_parameters(m);
@@ -187,6 +226,12 @@ impl Memory {
             + self.workspace
             + self.program
     }
+}
+
+/// Numbers of the largest parameter: the embedding, or the experts' gates and up projections of a layer.
+fn largest_parameter(m: &ModelConfig) -> u64 {
+    let experts = m.num_experts * 2 * m.expert_ffn_width * m.hidden;
+    experts.max(m.vocab_size * m.hidden) as u64
 }
 
 fn attention_widths(m: &ModelConfig) -> [u64; 2] {

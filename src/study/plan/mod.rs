@@ -6,7 +6,7 @@ mod memory;
 pub use memory::{Memory, Target, kept};
 
 use crate::config::{Config, ModelConfig, count};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::routers::{self, Router};
 use serde::Serialize;
 
@@ -21,6 +21,12 @@ const CORE_RATE: f64 = 58e9;
 #[derive(Clone, Debug, Serialize)]
 pub struct Plan {
     pub target: Target,
+    /// Ranks that share the batch; memory is that of one.
+    pub ranks: usize,
+    /// Bytes that each sends in a step: gradients, and the weights that it updated.
+    pub sent_bytes: u64,
+    /// Seconds that a step takes to send them; an estimate, of GPUs of one host.
+    pub sending_seconds: f64,
     pub total_parameters: u64,
     /// Those that one token meets.
     pub active_parameters: u64,
@@ -45,13 +51,33 @@ pub struct Plan {
     pub largest_micro_batch_recomputed: Option<usize>,
 }
 
-/// Plans a run of `config`; on the CPU with so many threads.
+/// Plans a run of `config` on one rank; on the CPU with so many threads.
 ///
 /// # Errors
 /// When there is no such router.
 pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
+    plan_on(config, target, threads, 1)
+}
+
+/// The same on `ranks` ranks, a GPU or as many threads each.
+///
+/// # Errors
+/// When there is no such router, or the ranks cannot share a micro-batch.
+pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) -> Result<Plan> {
+    if ranks == 0 || config.train.micro_batch % ranks != 0 {
+        return Err(Error::invalid(
+            "plan",
+            format!(
+                "ranks that divide train.micro_batch = {}",
+                config.train.micro_batch
+            ),
+            ranks.to_string(),
+            "change --ranks, or --set train.micro_batch=…, which is that of all ranks",
+        ));
+    }
     let (m, router) = (&config.model, routers::build(&config.router)?);
-    let memory = Memory::with(config, &*router, target);
+    let memory = Memory::with_ranks(config, &*router, target, ranks);
+    let whole = Memory::with(config, &*router, target);
     let available = match target {
         Target::Cpu => crate::train::available_memory(),
         Target::Gpu(chip) => Some(chip.memory_gib << 30),
@@ -62,26 +88,54 @@ pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
         config
     };
     let flops = flops_of(config, &*router);
-    let rate = match target {
-        Target::Cpu => CORE_RATE * threads as f64,
-        Target::Gpu(chip) => chip.peak * PEAK_SHARE,
+    let rate = ranks as f64
+        * match target {
+            Target::Cpu => CORE_RATE * threads as f64,
+            Target::Gpu(chip) => chip.peak * PEAK_SHARE,
+        };
+    let parameters = count::total_parameters(m);
+    // Gradients and weights; on a GPU f32 and bf16.
+    let (sent_bytes, sending_seconds) = match target {
+        Target::Cpu => (
+            sent(
+                parameters,
+                2 * config.train.dtype.dtype().size() as u64,
+                ranks,
+            ),
+            0.0,
+        ),
+        Target::Gpu(chip) => {
+            let bytes = sent(parameters, 4 + 2, ranks);
+            (bytes, chip.link().map_or(0.0, |rate| bytes as f64 / rate))
+        }
     };
+    let tokens_per_step = (config.train.sequences_per_step * m.sequence_length) as u64;
+    let seconds = (tokens_per_step * flops) as f64 / rate + sending_seconds;
     Ok(Plan {
         target,
-        total_parameters: count::total_parameters(m),
+        ranks,
+        sent_bytes,
+        sending_seconds,
+        total_parameters: parameters,
         active_parameters: count::active_parameters(m),
         flops_per_token: flops,
-        tokens_per_step: (config.train.sequences_per_step * m.sequence_length) as u64,
+        tokens_per_step,
         steps: config.train.steps,
         memory,
-        memory_kept: Memory::with(&recompute(false), &*router, target),
-        memory_recomputed: Memory::with(&recompute(true), &*router, target),
+        memory_kept: Memory::with_ranks(&recompute(false), &*router, target, ranks),
+        memory_recomputed: Memory::with_ranks(&recompute(true), &*router, target, ranks),
         available,
         rate,
-        tokens_per_second: rate / flops as f64,
-        checkpoint_bytes: memory.weights + memory.optimizer + memory.router_state,
-        largest_micro_batch: largest(config, &*router, target, available),
-        largest_micro_batch_recomputed: largest(&recompute(true), &*router, target, available),
+        tokens_per_second: tokens_per_step as f64 / seconds,
+        checkpoint_bytes: whole.weights + whole.optimizer + whole.router_state,
+        largest_micro_batch: largest(config, &*router, target, available, ranks),
+        largest_micro_batch_recomputed: largest(
+            &recompute(true),
+            &*router,
+            target,
+            available,
+            ranks,
+        ),
     })
 }
 
@@ -113,14 +167,23 @@ fn largest(
     router: &dyn Router,
     target: Target,
     available: Option<u64>,
+    ranks: usize,
 ) -> Option<usize> {
     let all = config.train.sequences_per_step;
     let fits = |n: &usize| {
         let mut config = config.clone();
         config.train.micro_batch = *n;
-        available.is_none_or(|a| Memory::with(&config, router, target).total() <= a)
+        let memory = Memory::with_ranks(&config, router, target, ranks);
+        available.is_none_or(|a| memory.total() <= a)
     };
-    (1..=all).rev().filter(|n| all % n == 0).find(fits)
+    let shared = |n: &usize| all % n == 0 && n % ranks == 0;
+    (1..=all).rev().filter(shared).find(fits)
+}
+
+/// Bytes that a rank sends to the others in a step: gradients of their shares, and its own weights to each.
+fn sent(numbers: u64, bytes: u64, ranks: usize) -> u64 {
+    let others = ranks as u64 - 1;
+    numbers * bytes * others / ranks as u64
 }
 
 impl Plan {
@@ -150,12 +213,29 @@ impl Plan {
                 "tokens a step",
                 &format!("{}, {} steps", self.tokens_per_step, self.steps),
             ),
+        ];
+        if self.ranks > 1 {
+            let sent = bytes(self.sent_bytes);
+            let time = match self.sending_seconds {
+                0.0 => String::new(),
+                seconds => format!(", about {:.0} ms", 1e3 * seconds),
+            };
+            lines.push(row(
+                "ranks",
+                &format!("{}, each sends {sent} a step{time}", self.ranks),
+            ));
+        }
+        let memory = match self.ranks {
+            1 => "memory",
+            _ => "memory of a rank",
+        };
+        lines.extend([
             String::new(),
             format!(
-                "{:<22} {:>12} {:>12} {:>12}",
-                "memory", "as set", "all kept", "recomputed"
+                "{memory:<22} {:>12} {:>12} {:>12}",
+                "as set", "all kept", "recomputed"
             ),
-        ];
+        ]);
         type Kind = (&'static str, fn(&Memory) -> u64);
         let kinds: [Kind; 8] = [
             ("  weights", |m| m.weights),

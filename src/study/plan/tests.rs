@@ -6,12 +6,17 @@ use crate::model::batch::Sequences;
 use crate::routers;
 use crate::routers::Pass;
 use crate::tape::Tape;
+use crate::tensor::Tensor;
 use std::collections::HashMap;
 
 fn config(preset: &str, sets: &[&str]) -> Config {
     let mut layers = Layers::preset(preset);
     layers.set = sets.iter().map(|s| s.to_string()).collect();
     Config::load(&layers, &routers::resolve).unwrap()
+}
+
+fn h200() -> Target {
+    Target::Gpu(Chip::named("h200").unwrap())
 }
 
 /// Bytes of activations that the tape keeps of one pass, a shared tensor once; parameters left out.
@@ -152,8 +157,7 @@ fn sampled_default_vectors_cost_their_rows_in_forward_alone() {
             "router.samples=32",
         ],
     );
-    let [a, b] =
-        [&chosen, &sampled].map(|c| plan(c, Target::Gpu(Chip::named("h200").unwrap()), 1).unwrap());
+    let [a, b] = [&chosen, &sampled].map(|c| plan(c, h200(), 1).unwrap());
     // 23 layers of 8 experts, 32 rows each, through three matrices of 1024 · 2816, over 2^21 tokens.
     let rows = 23.0 * 8.0 * 32.0 * 2.0 * 3.0 * 1024.0 * 2816.0 / 2f64.powi(21);
     let more = (b.flops_per_token - a.flops_per_token) as f64;
@@ -196,5 +200,89 @@ fn memory_and_time_are_those_of_the_gpu() {
             chip.key
         );
         assert_eq!(serde_json::json!(found)["target"], chip.key);
+    }
+}
+
+#[test]
+fn ranks_share_batch_and_moments_and_send_gradients_and_weights() {
+    let set = [
+        "router.name=topk",
+        "train.micro_batch=64",
+        "train.sequences_per_step=64",
+        "train.bf16_moments=true",
+    ];
+    let big = config("7.33b", &set);
+    let [one, eight] = [1, 8].map(|ranks| plan_on(&big, h200(), 1, ranks).unwrap());
+    assert_eq!(eight.memory.optimizer, one.memory.optimizer.div_ceil(8));
+    // bf16 whole, the lower half an eighth.
+    assert_eq!(
+        eight.memory.weights,
+        (2 * 8 + 2) * eight.total_parameters / 8
+    );
+    let m = &eight.memory;
+    assert!(
+        m.weights + m.gradients + m.optimizer <= 54_000_000_000,
+        "{m:?}"
+    );
+    assert_eq!(eight.checkpoint_bytes, one.checkpoint_bytes);
+    assert!(eight.memory.activations < one.memory.activations / 4);
+    // Seven eighths of six bytes a parameter, at 370 GB/s.
+    assert_eq!(eight.sent_bytes, 7 * 6 * eight.total_parameters / 8);
+    assert_eq!(one.sent_bytes, 0);
+    let seconds = eight.sent_bytes as f64 / 370e9;
+    assert!((eight.sending_seconds - seconds).abs() < 1e-9);
+    let computing = one.seconds() / 8.0;
+    let sending = seconds * one.steps as f64;
+    assert!((eight.seconds() - computing - sending).abs() < 1e-6 * computing);
+    assert!(
+        eight.table().contains("memory of a rank"),
+        "{}",
+        eight.table()
+    );
+    assert!(eight.largest_micro_batch.is_none_or(|n| n % 8 == 0));
+    let error = plan_on(&big, h200(), 1, 3).unwrap_err().to_string();
+    assert!(error.contains("divide train.micro_batch = 64"), "{error}");
+}
+
+/// Of parameters of many blocks, so that shares differ little.
+#[test]
+fn planned_weights_and_moments_of_a_rank_are_those_that_a_rank_on_the_simulator_holds() {
+    use crate::dist::ThreadRank;
+    use crate::model::{Model, Places};
+    use crate::train::step::StepExecutor;
+    let set = [
+        "router.name=topk",
+        "model.hidden=128",
+        "model.vocab_size=8192",
+        "model.expert_ffn_width=1024",
+        "model.num_experts=8",
+        "train.micro_batch=4",
+        "train.sequences_per_step=4",
+        "train.device=\"sim\"",
+    ];
+    for moments in ["train.bf16_moments=true", "train.bf16_moments=false"] {
+        let config = config("tiny", &[&set[..], &[moments]].concat());
+        let planned = Memory::of_rank(&config, h200(), 4).unwrap();
+        let held = ThreadRank::run(4, |rank| {
+            let router = routers::build(&config.router).unwrap();
+            let mut model = Model::with_router(&config, router, Box::new(rank)).unwrap();
+            let executor = StepExecutor::new(&config.train, &model);
+            executor.share_out_weights(&mut model).unwrap();
+            let bytes = |t: &Tensor| (t.elements() * t.dtype().size()) as u64;
+            let own = executor.optimizer.moments().iter();
+            let own: u64 = own.map(|m| bytes(&m.first) + bytes(&m.second)).sum();
+            let places = model.parameters.iter_mut().map(|p| match p.value.places() {
+                Places::Whole(value) => bytes(value),
+                Places::Split([upper, lower]) => bytes(upper) + bytes(lower),
+            });
+            (places.sum::<u64>(), own)
+        });
+        let most = held
+            .iter()
+            .map(|(weights, own)| weights + own)
+            .max()
+            .unwrap();
+        let ratio = (planned.weights + planned.optimizer) as f64 / most as f64;
+        assert!((ratio - 1.0).abs() <= 0.03, "{moments}: {ratio:.4}");
     }
 }

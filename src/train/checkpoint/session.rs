@@ -11,7 +11,7 @@ use crate::data::Tokenizer;
 use crate::data::tokenizer::{BYTES, TOKENIZER_FILE};
 use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
-use crate::model::Model;
+use crate::model::{Model, Parameter};
 use crate::routers;
 use crate::tensor::Tensor;
 use crate::train::optimizer::Moments;
@@ -44,7 +44,7 @@ pub fn snapshot<'a>(
         let [first, second] = moment_names(&parameter.name);
         [(first, &m.first), (second, &m.second)].map(|(n, t)| Array::borrowed(n, t))
     });
-    snapshot_with(model, moments.collect(), state)
+    snapshot_with(model, weights(model), moments.collect(), state)
 }
 
 /// Everything to save of a run, on rank 0; none on the others, which send it their shares of the moments. Every rank calls
@@ -62,7 +62,23 @@ pub fn snapshot_of_ranks<'a>(
         let own = dist.rank() == 0;
         return own.then(|| snapshot(model, executor, state)).transpose();
     }
-    let mut moments = Vec::new();
+    let (mut moments, mut collected) = (Vec::new(), Vec::new());
+    for (i, parameter) in model.parameters.iter().enumerate() {
+        let lower = parameter.value.lower_share();
+        let lower = lower.map(|own| shards.collect(dist, i, own)).transpose()?;
+        match lower {
+            None => collected.extend(weights_of(parameter)),
+            Some(None) => {}
+            Some(Some(lower)) => {
+                for mut array in weights_of(parameter) {
+                    if let Content::Weight(weight, numbers) = &array.content {
+                        array.content = Content::Bytes(weight.bytes_with(&lower, numbers.clone())?);
+                    }
+                    collected.push(array);
+                }
+            }
+        }
+    }
     let own = model.parameters.iter().zip(executor.optimizer.moments());
     for (i, (parameter, m)) in own.enumerate() {
         for (name, own) in moment_names(&parameter.name)
@@ -76,31 +92,41 @@ pub fn snapshot_of_ranks<'a>(
         }
     }
     match dist.rank() {
-        0 => snapshot_with(model, moments, state).map(Some),
+        0 => snapshot_with(model, collected, moments, state).map(Some),
         _ => Ok(None),
     }
 }
 
+/// The weights, as they lie in the model.
+fn weights(model: &Model) -> Vec<Array<'_>> {
+    model.parameters.iter().flat_map(weights_of).collect()
+}
+
+/// The parts of a parameter.
+fn weights_of(parameter: &Parameter) -> Vec<Array<'_>> {
+    let mut from = 0;
+    let parts = parameter.parts.iter().map(|part| {
+        let to = from + part.shape.elements();
+        let numbers = from..to;
+        from = to;
+        Array {
+            name: part.name.clone(),
+            shape: part.shape,
+            dtype: parameter.value.dtype(),
+            content: Content::Weight(&parameter.value, numbers),
+        }
+    });
+    parts.collect()
+}
+
 fn snapshot_with<'a>(
     model: &'a Model,
+    weights: Vec<Array<'a>>,
     moments: Vec<Array<'a>>,
     state: &TrainerState,
 ) -> Result<Snapshot<'a>> {
     let config = &state.config;
-    let mut arrays = Vec::new();
-    for parameter in &model.parameters {
-        let mut from = 0;
-        for part in &parameter.parts {
-            let to = from + part.shape.elements();
-            arrays.push(Array {
-                name: part.name.clone(),
-                shape: part.shape,
-                dtype: parameter.value.dtype(),
-                content: Content::Weight(&parameter.value, from..to),
-            });
-            from = to;
-        }
-    }
+    let mut arrays = weights;
     let layers = config.model.moe_layers();
     for (layer, state) in layers.iter().zip(model.layer_states().iter()) {
         for (name, tensor) in state.tensors() {

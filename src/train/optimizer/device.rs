@@ -2,9 +2,9 @@
 //! decision whether the step is accepted, the update of all parameters, and what the step changed beside them. The host
 //! launches all of it without waiting and reads the outcome when it is over.
 
-use super::AdamW;
+use super::{AdamW, Shards, device_shards};
 use crate::device::Device;
-use crate::dist::Collective;
+use crate::dist::DeviceRanks;
 use crate::error::Result;
 use crate::kernels::adamw::{AdamwUpdate, BLOCK, SquareSums};
 use crate::kernels::argument::Element;
@@ -15,11 +15,14 @@ use crate::kernels::step::{LossesAdd, StateCommit, StepDecide};
 use crate::kernels::table::{Row, bytes_of, row_of};
 use crate::kernels::{In, Stream};
 use crate::model::{Losses, Parameter, Places};
+use crate::ops::over_ranks;
 use crate::routers::LayerState;
 use crate::tape::{Gradients, Var};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
+use std::borrow::Cow;
 use std::cell::RefCell;
+use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 
 pub use crate::kernels::bindings::routegrad_step_outcome as Outcome;
@@ -29,9 +32,18 @@ pub use crate::kernels::bindings::routegrad_step_settings as Settings;
 pub struct DeviceStep {
     device: Device,
     parameters: Table<routegrad_parameter>,
-    /// The parameter of each block, `[blocks]`, and a sum of squares of each.
+    /// The parameter of each block of this rank's, `[blocks]`, and a sum of squares of each: as many as a rank has at most,
+    /// the last ones 0.
     block_parameter: Tensor,
     parts: Tensor,
+    /// Where there are several.
+    ranks: Option<DeviceRanks>,
+    /// Whether this rank, and how many ranks of the step, were asked to stop, `[1]` f64 each.
+    stop: Tensor,
+    stops: Tensor,
+    asked: bool,
+    /// Whether a report since the last question said that a rank was.
+    stop_read: bool,
     settings: Table<routegrad_step_settings>,
     outcome: Tensor,
     /// The updates that the outcome counts, as far as the host knows.
@@ -42,18 +54,27 @@ pub struct DeviceStep {
 }
 
 impl DeviceStep {
-    /// For these parameters.
-    pub fn new(device: Device, parameters: &[Parameter]) -> Self {
-        let block_parameter: Vec<i32> = (0..)
-            .zip(parameters)
-            .flat_map(|(i, p)| std::iter::repeat_n(i, p.value.elements().div_ceil(BLOCK)))
+    /// For this rank's share of the parameters, which those of `ranks` divide if there are several.
+    pub fn new(
+        device: Device,
+        parameters: &[Parameter],
+        shards: &Shards,
+        ranks: Option<DeviceRanks>,
+    ) -> Self {
+        let block_parameter: Vec<i32> = (0..parameters.len())
+            .flat_map(|i| std::iter::repeat_n(i as i32, shards.own(i).len().div_ceil(BLOCK)))
             .collect();
-        let blocks = block_parameter.len();
+        let (blocks, most) = (block_parameter.len(), shards.most_blocks(BLOCK));
         DeviceStep {
             device,
             parameters: Table::new(device),
             block_parameter: Tensor::from_slice([blocks], &block_parameter).on(device),
-            parts: Tensor::unspecified(device, DType::F64, [blocks]),
+            parts: Tensor::zeros(device, DType::F64, [most]),
+            ranks: ranks.filter(|_| !shards.is_whole()),
+            stop: Tensor::zeros(device, DType::F64, [1]),
+            stops: Tensor::zeros(device, DType::F64, [1]),
+            asked: false,
+            stop_read: false,
             settings: Table::new(device),
             outcome: Tensor::zeros(
                 device,
@@ -85,24 +106,32 @@ impl DeviceStep {
         kernel.launch(&Stream::of(self.device)?)
     }
 
-    /// Makes losses and flags those of all ranks.
+    /// Makes the losses those of all `ranks`, and counts those that were asked to stop.
     ///
     /// # Errors
-    /// When a sum over ranks fails.
-    pub fn agree(&mut self, flags: Option<&RefCell<Tensor>>, dist: &dyn Collective) -> Result<()> {
-        self.losses.sum_over_ranks(dist)?;
-        let Some(flags) = flags else {
-            return Ok(());
-        };
-        let mut flags = flags.borrow_mut();
-        let flags = flags.slice_mut::<i32>();
-        let own: Vec<f64> = flags.iter().map(|&f| f64::from(f)).collect();
-        for rank in dist.gather(&own)?.chunks(own.len()) {
-            for (flag, other) in flags.chunks_mut(2).zip(rank.chunks(2)) {
-                flag[0] = flag[0].min(other[0] as i32);
-                flag[1] |= other[1] as i32;
-            }
+    /// When a rank has left, or a kernel fails.
+    pub fn sum_over_ranks(&mut self, ranks: &DeviceRanks) -> Result<()> {
+        over_ranks::sum(ranks, &mut self.losses)?;
+        over_ranks::sum_to(ranks, &mut self.stops, &self.stop, 0..1)
+    }
+
+    /// Lets steps tell the other ranks whether this one was `asked` to stop; whether a report since the last call said that any
+    /// was.
+    pub fn ask_to_stop(&mut self, asked: bool) -> bool {
+        let flag = if asked { 1.0 } else { 0.0 };
+        if self.asked != asked {
+            self.asked = asked;
+            self.stop.slice_mut::<f64>()[0] = flag;
         }
+        std::mem::take(&mut self.stop_read)
+    }
+
+    /// Reads how many ranks were asked to stop, from a copy of a step's results.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn read_stop(&mut self, stops: &Tensor) -> Result<()> {
+        self.stop_read |= stops.item()? > 0.0;
         Ok(())
     }
 
@@ -130,7 +159,12 @@ impl DeviceStep {
         }
         self.settings.set(&[settings]);
         // What the host has read goes to the kernels again.
-        for kept in [&mut self.outcome, &mut self.losses] {
+        for kept in [
+            &mut self.outcome,
+            &mut self.losses,
+            &mut self.stop,
+            &mut self.stops,
+        ] {
             kept.pointer_mut::<u8>();
         }
         let rows = rows(optimizer, parameters, gradients)?;
@@ -158,31 +192,47 @@ impl DeviceStep {
             .set(&rows(optimizer, parameters, gradients)?);
         let flags = flags.map(RefCell::borrow);
         let blocks = self.block_parameter.elements();
-        let sums = SquareSums {
-            parts: self.parts.output()?,
-            parameters: self.parameters.input()?,
-            block_parameter: self.block_parameter.input()?,
-            blocks,
+        // Of a small model a rank may have none.
+        if blocks > 0 {
+            let sums = SquareSums {
+                parts: self.parts.output()?,
+                parameters: self.parameters.input()?,
+                block_parameter: self.block_parameter.input()?,
+                blocks,
+            };
+            sums.launch(&stream)?;
+        }
+        let parts = match &self.ranks {
+            None => Cow::Borrowed(&self.parts),
+            Some(ranks) => {
+                let own = 0..self.parts.elements();
+                Cow::Owned(over_ranks::gathered(ranks, &self.parts, own)?)
+            }
         };
-        sums.launch(&stream)?;
         let decision = StepDecide {
             outcome: self.outcome.output()?,
             settings: self.settings.input()?,
             losses: self.losses.input()?,
             flags: flags.as_ref().map(|f| f.input()).transpose()?,
-            parts: self.parts.input()?,
-            count: blocks,
+            parts: parts.input()?,
+            count: parts.elements(),
             layers: flags.as_ref().map_or(0, |f| f.shape()[0]),
         };
         decision.launch(&stream)?;
-        let update = AdamwUpdate {
-            parameters: self.parameters.input()?,
-            block_parameter: self.block_parameter.input()?,
-            outcome: self.outcome.input()?,
-            blocks,
-            bf16_moments: optimizer.bf16_moments,
-        };
-        update.launch(&stream)
+        if blocks > 0 {
+            let update = AdamwUpdate {
+                parameters: self.parameters.input()?,
+                block_parameter: self.block_parameter.input()?,
+                outcome: self.outcome.input()?,
+                blocks,
+                bf16_moments: optimizer.bf16_moments,
+            };
+            update.launch(&stream)?;
+        }
+        match &self.ranks {
+            None => Ok(()),
+            Some(ranks) => device_shards::gather_weights(ranks, &optimizer.shards, parameters),
+        }
     }
 
     /// Commits what the layers' states hold pending, or forgets it where the step was refused.
@@ -204,9 +254,9 @@ impl DeviceStep {
         kernel.launch(&Stream::of(self.device)?)
     }
 
-    /// What becomes of the step, in device memory.
-    pub fn outcome_in_place(&self) -> &Tensor {
-        &self.outcome
+    /// What becomes of the step, in device memory: the outcome, and how many ranks were asked to stop.
+    pub fn results(&self) -> [&Tensor; 2] {
+        [&self.outcome, &self.stops]
     }
 
     /// What became of a step, from a copy of its outcome; tells the optimizer.
@@ -218,7 +268,9 @@ impl DeviceStep {
     }
 }
 
-/// The table of the parameters with their moments and gradients.
+/// The table of the parameters with their moments and gradients. Of a rank's share the blocks are numbered as those of the
+/// whole parameter, and what the rank has of its share alone begins where that of the whole would, so that kernels see the same
+/// places.
 fn rows(
     optimizer: &mut AdamW,
     parameters: &mut [Parameter],
@@ -226,31 +278,39 @@ fn rows(
 ) -> Result<Vec<routegrad_parameter>> {
     let mut first_block = 0;
     let mut rows = Vec::with_capacity(parameters.len());
-    let moments = optimizer.moments.iter_mut();
+    let (shards, moments) = (&optimizer.shards, optimizer.moments.iter_mut());
     for (i, (parameter, moments)) in parameters.iter_mut().zip(moments).enumerate() {
         let gradient = gradients.get_mut(i);
         if let Some(gradient) = &gradient {
             gradient.expect_dtype("adamw", "gradient", DType::F32)?;
             gradient.expect_shape("adamw", "gradient", parameter.value.shape())?;
         }
-        let elements = parameter.value.elements();
+        let own = shards.own(i);
+        let before = |t: &mut Tensor| -> *mut c_void {
+            let bytes = own.start * t.dtype().size();
+            t.pointer_mut::<u8>().wrapping_sub(bytes).cast()
+        };
+        let shared_out = parameter.value.lower_share().is_some();
         let (whole, upper, lower) = match parameter.value.places() {
             Places::Whole(value) => (value.pointer_mut(), null_mut(), null_mut()),
+            Places::Split([upper, lower]) if shared_out => {
+                (null_mut(), upper.pointer_mut(), before(lower).cast())
+            }
             Places::Split([upper, lower]) => (null_mut(), upper.pointer_mut(), lower.pointer_mut()),
         };
         rows.push(routegrad_parameter {
             whole,
             upper,
             lower,
-            first: moments.first.pointer_mut(),
-            second: moments.second.pointer_mut(),
+            first: before(&mut moments.first),
+            second: before(&mut moments.second),
             gradient: gradient.map_or(null(), |g| g.pointer_mut::<f32>().cast_const()),
-            elements: elements as i64,
-            first_block,
+            elements: own.end as i64,
+            first_block: first_block - (own.start / BLOCK) as i64,
             decays: parameter.decays.into(),
             reserved: 0,
         });
-        first_block += elements.div_ceil(BLOCK) as i64;
+        first_block += own.len().div_ceil(BLOCK) as i64;
     }
     Ok(rows)
 }

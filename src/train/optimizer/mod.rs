@@ -8,10 +8,12 @@
 //! On a device with kernels [`DeviceStep`] does both there.
 
 mod device;
+mod device_shards;
 mod rounding;
 mod shards;
 
 pub use device::{DeviceStep, Outcome, Settings};
+pub use device_shards::reduce;
 pub use shards::Shards;
 
 use crate::config::TrainConfig;

@@ -64,6 +64,20 @@ impl Shards {
         }
     }
 
+    /// Consecutive parameters that move together.
+    pub(super) fn buckets(&self) -> &[Range<usize>] {
+        &self.buckets
+    }
+
+    /// Blocks of `block` numbers of the longest share of a rank; `block` divides that of the slices.
+    pub(super) fn most_blocks(&self, block: usize) -> usize {
+        let of_rank = |rank| {
+            let blocks = (0..self.elements.len()).map(|i| self.of(i, rank).len().div_ceil(block));
+            blocks.sum::<usize>()
+        };
+        (0..self.size).map(of_rank).max().unwrap_or(0)
+    }
+
     /// Whether this rank has all.
     pub fn is_whole(&self) -> bool {
         self.size == 1

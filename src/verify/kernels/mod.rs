@@ -27,6 +27,7 @@ pub mod numbers;
 pub mod operands;
 pub mod qk_norm;
 pub mod qkv_rope;
+pub mod ranks;
 pub mod rope;
 pub mod routed;
 pub mod router;
@@ -191,6 +192,7 @@ pub fn cases() -> Vec<Case> {
     all.extend(sampled_gates::cases());
     all.extend(rows::cases());
     all.extend(qk_norm::cases());
+    all.extend(ranks::cases());
     all
 }
 

@@ -59,7 +59,7 @@ impl Launcher {
 
 /// Lets one test at a time start processes: what they promise within seconds they can keep only where cores are free. Held until
 /// the thread of the test ends.
-fn wait_for_other_tests() {
+pub fn wait_for_other_tests() {
     static ALONE: Mutex<()> = Mutex::new(());
     thread_local! {
         static HELD: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) };

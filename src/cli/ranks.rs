@@ -1,0 +1,22 @@
+//! How many processes take part in a command, and where they come from.
+
+use clap::{Args, ValueEnum};
+
+/// Several processes.
+#[derive(Args)]
+pub(super) struct RanksArgs {
+    /// Where the ranks come from: auto, the launcher (mpirun, srun) if there is one; none, this process alone; mpi.
+    #[arg(long, value_name = "FROM", value_enum, default_value = "auto")]
+    pub(super) ranks: RanksFrom,
+    /// End when a rank is silent, or keeps the others waiting, for so long.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
+    pub(super) rank_timeout: f64,
+}
+
+/// Where ranks come from.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum RanksFrom {
+    Auto,
+    None,
+    Mpi,
+}

@@ -1,0 +1,240 @@
+//! Ranks with a GPU each, whose device memory NCCL moves; what the host shares goes the way that it did before.
+//!
+//! NCCL enqueues on the step's stream and never says that ranks made different calls: it waits, or gives garbage. So the calls
+//! of a first step are compared between the hosts before they are enqueued; later steps repeat them, most of them as a graph.
+//! A thread looks for what goes wrong behind a call, ends what is under way then, and tells the other ranks.
+
+mod library;
+
+pub use library::VARIABLE;
+
+use super::Collective;
+use super::call::{Call, Kind};
+use super::device::Part;
+use crate::device::{self, Device, Span};
+use crate::error::{Error, Result};
+use library::{Communicator, Id, Library, names};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Duration;
+
+/// Time between two looks for asynchronous errors.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// Time that the host's side has to name the rank that NCCL misses.
+const NAMING: Duration = Duration::from_secs(1);
+
+/// A rank of a run whose devices NCCL connects.
+pub struct Nccl {
+    host: Arc<dyn Collective>,
+    link: Arc<Link>,
+    version: (i32, i32, i32),
+    /// Device calls compared so far.
+    calls: AtomicU64,
+    /// Whether further ones are compared.
+    compares: AtomicBool,
+}
+
+/// What the watching thread shares with the rank.
+struct Link {
+    communicator: Communicator,
+    /// Why no call can be made any more.
+    failure: OnceLock<String>,
+    ended: AtomicBool,
+}
+
+/// The library for `device`, if its memory is NCCL's to move.
+///
+/// # Errors
+/// When it cannot be loaded.
+fn library_for(device: Device) -> Result<Option<Library>> {
+    match device {
+        Device::Cpu => Ok(None),
+        Device::Cuda => Library::load(&names()).map(Some),
+        // The simulator's memory is the host's, which NVIDIA's library must not be given.
+        Device::Sim if std::env::var_os(VARIABLE).is_some() => {
+            Library::load(&names()).map(|library| Some(library).filter(|l| l.on_host))
+        }
+        Device::Sim => Ok(None),
+    }
+}
+
+/// `host` with its device memory connected by NCCL, where `device` and the number of ranks ask for it. Every rank calls it.
+///
+/// # Errors
+/// When a rank cannot load the library or open its GPU, or NCCL refuses: the same error on all ranks.
+pub fn on_device(host: Arc<dyn Collective>, device: Device) -> Result<Arc<dyn Collective>> {
+    if host.size() == 1 {
+        return Ok(host);
+    }
+    match super::agree(&*host, library_for(device))? {
+        None => Ok(host),
+        Some(library) => Ok(Arc::new(Nccl::connect(host, &library, device)?)),
+    }
+}
+
+/// The same with the library at `path`, whatever the environment says.
+///
+/// # Errors
+/// As [`on_device`].
+pub fn with_library(
+    host: Arc<dyn Collective>,
+    device: Device,
+    path: &str,
+) -> Result<Arc<dyn Collective>> {
+    let library = super::agree(&*host, Library::load(&[path.into()]))?;
+    Ok(Arc::new(Nccl::connect(host, &library, device)?))
+}
+
+impl Nccl {
+    fn connect(host: Arc<dyn Collective>, library: &Library, device: Device) -> Result<Self> {
+        super::agree(&*host, device::bind(device))?;
+        let id = match host.rank() {
+            0 => library.unique_id().map(|id| id.0.to_vec()),
+            _ => Ok(Vec::new()),
+        };
+        let id = super::agree(&*host, id)?;
+        let ids = host.gather_bytes(&id)?;
+        let mut own = Id([0; 128]);
+        own.0.copy_from_slice(&ids[0]);
+        let connected = library.connect(own, host.rank(), host.size());
+        let link = Arc::new(Link {
+            communicator: super::agree(&*host, connected)?,
+            failure: OnceLock::new(),
+            ended: AtomicBool::new(false),
+        });
+        watch(host.clone(), link.clone())?;
+        Ok(Nccl {
+            host,
+            link,
+            version: library.version,
+            calls: AtomicU64::new(0),
+            compares: AtomicBool::new(true),
+        })
+    }
+
+    /// A call of the communicator, unless one has failed before.
+    fn call(&self, call: impl FnOnce(&Communicator) -> Result<()>) -> Result<()> {
+        let lost = |text: &String| Error::Ranks {
+            text: text.clone(),
+            cause: None,
+        };
+        if let Some(text) = self.link.failure.get() {
+            return Err(lost(text));
+        }
+        let called = call(&self.link.communicator);
+        called.map_err(|error| {
+            // NCCL may miss a rank before the host's side says which one.
+            let named = self.host.failure_within(NAMING);
+            match named.or_else(|| self.link.failure.get().cloned()) {
+                Some(text) => lost(&text),
+                None => error,
+            }
+        })
+    }
+}
+
+/// Looks for errors behind the calls, until the rank is done.
+fn watch(host: Arc<dyn Collective>, link: Arc<Link>) -> Result<()> {
+    let look = move || {
+        while !link.ended.load(Ordering::SeqCst) {
+            if let Err(error) = link.communicator.asynchronous() {
+                if link.ended.swap(true, Ordering::SeqCst) {
+                    return;
+                }
+                let named = host.failure_within(NAMING);
+                let known = named.is_some();
+                let text = named.unwrap_or_else(|| error.to_string());
+                let _ = link.failure.set(text.clone());
+                link.communicator.abort();
+                if !known {
+                    host.leave(&text);
+                }
+                return;
+            }
+            thread::sleep(LOOK);
+        }
+    };
+    let thread = thread::Builder::new().name("nccl".into()).spawn(look);
+    thread.map(drop).map_err(|e| {
+        let help = "raise the limit of threads (ulimit -u), or end other programs";
+        Error::invalid(
+            "NCCL",
+            "a thread that looks for errors",
+            e.to_string(),
+            help,
+        )
+    })
+}
+
+impl Drop for Nccl {
+    fn drop(&mut self) {
+        if self.link.ended.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        // Calls of a rank that failed never end.
+        match thread::panicking() {
+            true => self.link.communicator.abort(),
+            false => self.link.communicator.destroy(),
+        }
+    }
+}
+
+impl Collective for Nccl {
+    fn rank(&self) -> usize {
+        self.host.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.host.size()
+    }
+
+    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        self.host.all_gather(own, all)
+    }
+
+    fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        self.host.exchange(own, all)
+    }
+
+    fn leave(&self, why: &str) {
+        self.host.leave(why);
+    }
+
+    fn failure_within(&self, most: Duration) -> Option<String> {
+        self.host.failure_within(most)
+    }
+
+    fn all_gather_on(&self, own: Span, all: Span) -> Result<()> {
+        self.call(|c| c.all_gather(own, all))
+    }
+
+    fn exchange_on(&self, parts: &[Part]) -> Result<()> {
+        self.call(|c| c.exchange(parts))
+    }
+
+    fn compare_device_call(&self, kind: Kind, count: usize) -> Result<()> {
+        if !self.compares.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let ordinal = self.calls.fetch_add(1, Ordering::SeqCst);
+        let own = Call::new(ordinal, kind, count).to_bytes();
+        let mut all = vec![0; own.len() * self.size()];
+        self.host.all_gather(&own, &mut all)?;
+        Call::compare(&all).map_err(|e| super::shared(self, e))
+    }
+
+    fn trust_device_calls(&self) {
+        self.compares.store(false, Ordering::SeqCst);
+    }
+
+    fn shares_process(&self) -> bool {
+        self.host.shares_process()
+    }
+
+    fn device_library(&self) -> Option<String> {
+        let (major, minor, patch) = self.version;
+        Some(format!("NCCL {major}.{minor}.{patch}"))
+    }
+}

@@ -1,0 +1,97 @@
+//! Sums over ranks in device memory: the ranks gather rows, and each adds them up in rank order (`kernels/ranks.cu`). Without
+//! a wait of the host, so that a captured step repeats it.
+
+use crate::dist::DeviceRanks;
+use crate::error::{Error, Result};
+use crate::kernels::ranks::{RankFlags, RankSums, RankSumsF64, RankSumsI32};
+use crate::kernels::{In, Stream};
+use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
+use std::ops::Range;
+
+/// Numbers of `own`, a tensor of the ranks' device, of all ranks: `[ranks, n]`.
+///
+/// # Errors
+/// When a rank has left, or the device's memory cannot be moved.
+pub fn gathered(ranks: &DeviceRanks, own: &Tensor, numbers: Range<usize>) -> Result<Tensor> {
+    let shape = [ranks.size(), numbers.len()];
+    let mut all = Tensor::unspecified(ranks.device(), own.dtype(), shape);
+    ranks.all_gather(own.span(numbers), all.span_mut())?;
+    Ok(all)
+}
+
+/// `out` = the sum of `own`'s numbers over the ranks, for as many of f32, f64 or i32.
+///
+/// # Errors
+/// As [`gathered`], and for another dtype.
+pub fn sum_to(
+    ranks: &DeviceRanks,
+    out: &mut Tensor,
+    own: &Tensor,
+    numbers: Range<usize>,
+) -> Result<()> {
+    let rows = gathered(ranks, own, numbers)?;
+    add_rows(ranks, out, &rows)
+}
+
+/// Replaces the numbers of a tensor of f32, f64 or i32 by their sums over the ranks.
+///
+/// # Errors
+/// As [`sum_to`].
+pub fn sum(ranks: &DeviceRanks, tensor: &mut Tensor) -> Result<()> {
+    let rows = gathered(ranks, tensor, 0..tensor.elements())?;
+    add_rows(ranks, tensor, &rows)
+}
+
+fn add_rows(ranks: &DeviceRanks, out: &mut Tensor, rows: &Tensor) -> Result<()> {
+    let (elements, stream) = (out.elements(), Stream::of(ranks.device())?);
+    let (stride, ranks) = (elements, ranks.size());
+    match out.dtype() {
+        DType::F32 => RankSums {
+            out: out.output()?,
+            rows: rows.input()?,
+            ranks,
+            stride,
+            elements,
+        }
+        .launch(&stream),
+        DType::F64 => RankSumsF64 {
+            out: out.output()?,
+            rows: rows.input()?,
+            ranks,
+            stride,
+            elements,
+        }
+        .launch(&stream),
+        DType::I32 => RankSumsI32 {
+            out: out.output()?,
+            rows: rows.input()?,
+            ranks,
+            stride,
+            elements,
+        }
+        .launch(&stream),
+        other => Err(Error::invalid(
+            "sum over ranks",
+            "f32, f64 or i32 on a device with kernels",
+            other.to_string(),
+            "a bug: no kernel adds up such numbers",
+        )),
+    }
+}
+
+/// Makes a step's flags `[layers, 2]` those of all ranks.
+///
+/// # Errors
+/// As [`gathered`].
+pub fn agree_on_flags(ranks: &DeviceRanks, flags: &mut Tensor) -> Result<()> {
+    let rows = gathered(ranks, flags, 0..flags.elements())?;
+    let rows: In<'_, i32> = rows.input()?;
+    let kernel = RankFlags {
+        layers: flags.elements() / 2,
+        flags: flags.output()?,
+        rows,
+        ranks: ranks.size(),
+    };
+    kernel.launch(&Stream::of(ranks.device())?)
+}

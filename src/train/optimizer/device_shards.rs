@@ -1,0 +1,118 @@
+//! The optimizer's shares in device memory (ZeRO-1): gradients are exchanged and added up in rank order, and the weights that
+//! each rank updated go to the others. Nothing here waits for the device, so that a captured step repeats it.
+
+use super::Shards;
+use crate::device::Span;
+use crate::dist::{DeviceRanks, Part};
+use crate::error::Result;
+use crate::kernels::Stream;
+use crate::kernels::ranks::RankSums;
+use crate::model::{Parameter, Places};
+use crate::tape::Gradients;
+use crate::tensor::Tensor;
+use crate::tensor::dtype::DType;
+use std::ops::Range;
+
+/// Numbers between two gradients of a received row, for whole vectors.
+const ALIGNED: usize = 32;
+
+/// Sums the gradients of this rank's numbers over the ranks, in rank order; the others stay as they are.
+///
+/// # Errors
+/// When a gradient is not f32, a kernel fails, or a rank has left.
+pub fn reduce(
+    ranks: &DeviceRanks,
+    shards: &Shards,
+    parameters: &[Parameter],
+    gradients: &mut Gradients,
+) -> Result<()> {
+    let stream = Stream::of(ranks.device())?;
+    for bucket in shards.buckets() {
+        let mut spans = Vec::with_capacity(bucket.len());
+        for i in bucket.clone() {
+            let value = &parameters[i].value;
+            // A rank without a gradient counts with zeros.
+            let zeros = || Tensor::zeros(value.device(), DType::F32, value.shape());
+            let gradient = gradients.get_or(i, zeros);
+            gradient.expect_dtype("sum over ranks", "gradient", DType::F32)?;
+            spans.push(gradient.span_mut());
+        }
+        let own = |i: usize| shards.own(i).len().next_multiple_of(ALIGNED);
+        let stride = bucket.clone().map(own).sum::<usize>().max(ALIGNED);
+        let mut rows = Tensor::unspecified(ranks.device(), DType::F32, [ranks.size(), stride]);
+        let to = rows.span_mut();
+        let mut parts = Vec::with_capacity(bucket.len() * ranks.size());
+        for peer in 0..ranks.size() {
+            let mut at = peer * stride;
+            for (i, span) in bucket.clone().zip(&spans) {
+                parts.push(Part {
+                    peer,
+                    send: part(span, &shards.of(i, peer), 4),
+                    receive: part(&to, &(at..at + shards.own(i).len()), 4),
+                });
+                at += own(i);
+            }
+        }
+        ranks.exchange(parts)?;
+        let mut at = 0;
+        for i in bucket.clone() {
+            let numbers = shards.own(i);
+            if let Some(gradient) = gradients.get_mut(i).filter(|_| !numbers.is_empty()) {
+                let kernel = RankSums {
+                    out: gradient.output()?.from_element(numbers.start),
+                    rows: rows.input()?.from_element(at),
+                    ranks: ranks.size(),
+                    stride,
+                    elements: numbers.len(),
+                };
+                kernel.launch(&stream)?;
+            }
+            at += own(i);
+        }
+    }
+    Ok(())
+}
+
+/// Gives every rank the weights that the others updated.
+///
+/// # Errors
+/// When a rank has left.
+pub fn gather_weights(
+    ranks: &DeviceRanks,
+    shards: &Shards,
+    parameters: &mut [Parameter],
+) -> Result<()> {
+    for bucket in shards.buckets() {
+        let mut parts = Vec::new();
+        for i in bucket.clone() {
+            let mut add = |tensor: &mut Tensor| {
+                let (width, span) = (tensor.dtype().size(), tensor.span_mut());
+                for peer in (0..ranks.size()).filter(|peer| *peer != ranks.rank()) {
+                    parts.push(Part {
+                        peer,
+                        send: part(&span, &shards.own(i), width),
+                        receive: part(&span, &shards.of(i, peer), width),
+                    });
+                }
+            };
+            let shared_out = parameters[i].value.lower_share().is_some();
+            match parameters[i].value.places() {
+                Places::Whole(value) => add(value),
+                // Lower halves stay with their ranks, unless every rank has all.
+                Places::Split([upper, lower]) => {
+                    add(upper);
+                    if !shared_out {
+                        add(lower);
+                    }
+                }
+            }
+        }
+        // This rank's numbers are not received.
+        ranks.exchange(parts)?;
+    }
+    Ok(())
+}
+
+fn part(span: &Span, numbers: &Range<usize>, width: usize) -> Span {
+    span.part(numbers.start * width..numbers.end * width)
+}

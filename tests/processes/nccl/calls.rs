@@ -1,0 +1,173 @@
+//! The calls that a step makes, as the library sees them, and runs of processes that NCCL connects.
+
+use super::{SMALL, config, stand_in};
+use crate::common::*;
+use crate::launchers::*;
+use routegrad::Model;
+use routegrad::train::optimizer::Shards;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+/// `train` of the small model in `place` on the simulator.
+pub fn train_small(place: &Place, out: &str, arguments: &[&str]) -> Command {
+    let mut command = program();
+    command.arg("train").arg("--out").arg(place.path(out));
+    command.arg("--data").arg(&place.text);
+    for set in SMALL {
+        command.args(["--set", set]);
+    }
+    command.args(["--set", "train.eval_sequences=4"]);
+    command.args(arguments);
+    command
+}
+
+/// The calls of a rank, a line each.
+fn calls(log: &Path, rank: usize) -> Vec<String> {
+    let text = fs::read_to_string(format!("{}.{rank}", log.display())).unwrap();
+    text.lines().map(String::from).collect()
+}
+
+/// The calls of one step of `topk` on rank `rank` of `ranks`, worked out from the model.
+fn expected(rank: usize, ranks: usize) -> Vec<String> {
+    let config = config(&["router.name=\"topk\""]);
+    let (experts, layers) = (config.model.num_experts, config.model.moe_layers().len());
+    let model = Model::new(&config).unwrap();
+    let all = |of: usize| Shards::new(&model.parameters, of, ranks);
+    let (shards, count) = (all(rank), model.parameters.len());
+    let mut calls = Vec::new();
+    // Two micro-batches: the loads of each layer, for the balance loss.
+    for _ in 0..2 * layers {
+        calls.push(format!("all_gather {}", 8 * experts));
+    }
+    // Gradients, f32: to every rank its numbers, this one's own included. They fit one bucket.
+    for peer in 0..ranks {
+        for i in 0..count {
+            let (sent, received) = (shards.of(i, peer).len(), shards.own(i).len());
+            calls.extend((sent > 0).then(|| format!("send {peer} {}", 4 * sent)));
+            calls.extend((received > 0).then(|| format!("receive {peer} {}", 4 * received)));
+        }
+    }
+    calls.push("group".into());
+    // Losses, stop flag, statistics, loads, flags.
+    for bytes in [
+        8 * 3,
+        8,
+        8 * layers * (experts + 2),
+        8 * layers * (experts + 1),
+        4 * layers * 2,
+    ] {
+        calls.push(format!("all_gather {bytes}"));
+    }
+    // Sums of squares, as many as a rank has at most.
+    let blocks = |of: usize| {
+        (0..count)
+            .map(|i| all(of).own(i).len().div_ceil(8192))
+            .sum::<usize>()
+    };
+    let most = (0..ranks).map(blocks).max().unwrap();
+    calls.push(format!("all_gather {}", 8 * most));
+    // Weights: whole in f32, or the halves that operations read.
+    for (i, parameter) in model.parameters.iter().enumerate() {
+        let width = parameter.value.working().dtype().size();
+        for peer in (0..ranks).filter(|peer| *peer != rank) {
+            let (sent, received) = (shards.own(i).len(), shards.of(i, peer).len());
+            calls.extend((sent > 0).then(|| format!("send {peer} {}", width * sent)));
+            calls.extend((received > 0).then(|| format!("receive {peer} {}", width * received)));
+        }
+    }
+    calls.push("group".into());
+    calls
+}
+
+#[test]
+fn a_step_makes_the_calls_that_its_model_asks_for_and_a_replayed_one_the_same() {
+    for (launcher, ranks) in launchers().into_iter().zip([2, 4]) {
+        let place = Place::new();
+        let log = place.path("calls");
+        let train = train_small(&place, "run", &["--router", "topk", "--steps", "6"]);
+        let mut command = launcher.ranks(ranks, &train);
+        command
+            .env("ROUTEGRAD_NCCL", stand_in())
+            .env("STAND_IN_NCCL_LOG", &log);
+        let (_, stderr) = succeed(&mut command);
+        assert!(
+            stderr.contains("NCCL 2.32.3 moves device memory"),
+            "{stderr}"
+        );
+        for rank in 0..ranks {
+            let found = calls(&log, rank);
+            let [first, steps @ .., last] = &found[..] else {
+                panic!("{found:?}")
+            };
+            assert_eq!(
+                (first.as_str(), last.as_str()),
+                (&*format!("connect {ranks}"), "destroy")
+            );
+            let step = expected(rank, ranks);
+            assert_eq!(
+                steps.len(),
+                6 * step.len(),
+                "{:?}",
+                &steps[..step.len() + 2]
+            );
+            for (n, own) in steps.chunks(step.len()).enumerate() {
+                assert!(own == step, "rank {rank}, step {n}:\n{own:?}\n{step:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn processes_that_nccl_connects_end_in_the_bytes_of_mpi_alone_and_go_on_from_its_checkpoint() {
+    for launcher in launchers() {
+        let place = Place::new();
+        for router in ["default", "remoe"] {
+            let [own, by_mpi] = ["nccl", "mpi"].map(|by| format!("{router}-{by}"));
+            let set = [
+                "--router",
+                router,
+                "--steps",
+                "6",
+                "--set",
+                "train.checkpoint_interval=3",
+            ];
+            let mut command = launcher.ranks(2, &train_small(&place, &own, &set));
+            let (_, stderr) = succeed(command.env("ROUTEGRAD_NCCL", stand_in()));
+            assert!(
+                stderr.contains("NCCL") && !stderr.contains("one by one"),
+                "{stderr}"
+            );
+            let (_, stderr) = succeed(&mut launcher.ranks(2, &train_small(&place, &by_mpi, &set)));
+            assert!(!stderr.contains("NCCL"), "{stderr}");
+            assert_same_end(&place.path(&own), &place.path(&by_mpi), 6);
+            // From the middle of the one to the end of the other.
+            fs::remove_dir_all(place.path(&own).join("checkpoints/step-6")).unwrap();
+            let mut command = launcher.ranks(2, &place.resume(&own));
+            let (_, stderr) = succeed(command.env("ROUTEGRAD_NCCL", stand_in()));
+            assert!(stderr.contains("from step 3"), "{stderr}");
+            assert_same_end(&place.path(&own), &place.path(&by_mpi), 6);
+        }
+    }
+}
+
+#[test]
+fn a_signal_to_the_launcher_stops_all_ranks_after_the_same_step() {
+    for launcher in launchers() {
+        let place = Place::new();
+        let out = place.path("run");
+        let mut command = launcher.ranks(2, &train_small(&place, "run", &["--steps", "100000"]));
+        command.env("ROUTEGRAD_NCCL", stand_in());
+        let mut child = command.spawn().unwrap();
+        assert!(wait_for_step(&mut child, &out, 8));
+        signal(child.id(), "-USR1");
+        let output = child.wait_with_output().unwrap();
+        let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+        assert!(output.status.success(), "{launcher:?}: {stdout}{stderr}");
+        assert_eq!(
+            stdout.matches("stopped and saved at step").count(),
+            1,
+            "{stdout}"
+        );
+    }
+}
