@@ -147,7 +147,8 @@ impl Chip {
         (self.capability == (9, 0)).then_some(HOPPER_LINK_BYTES_PER_SECOND)
     }
 
-    /// What no kernel passes: FLOP/s of a product and bytes a second of a copy, as measured or of the data sheet.
+    /// FLOP/s of a product and bytes a second of a copy, as measured, else of the data sheet: a card that clocks higher than
+    /// its data sheet says passes them.
     pub fn ceilings(&self) -> (f64, f64) {
         self.measured.unwrap_or((self.peak, self.bandwidth))
     }
