@@ -88,7 +88,7 @@ fn topk_is_written_as_qwen2_moe_expert_by_expert() {
         assert_eq!(config[key], value, "{key}");
     }
 
-    // F = 22 D / E = 88, of the dense layer 22 D / 8 = 44.
+    // F = 22 D / E = 88, of the dense layer too.
     let mut expected: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     let mut add = |name: String, shape: &[usize]| drop(expected.insert(name, shape.to_vec()));
     for name in ["model.embed_tokens", "lm_head"] {
@@ -113,7 +113,7 @@ fn topk_is_written_as_qwen2_moe_expert_by_expert() {
         }
         add(format!("{prefix}.down_proj.weight"), &[16, width]);
     };
-    network("model.layers.0.mlp".into(), 44);
+    network("model.layers.0.mlp".into(), 88);
     network("model.layers.1.mlp.shared_expert".into(), 0);
     (0..4).for_each(|e| network(format!("model.layers.1.mlp.experts.{e}"), 88));
     add("model.layers.1.mlp.gate.weight".into(), &[4, 16]);
