@@ -1,4 +1,4 @@
-//! The command line: [`arguments`] holds what each command takes, [`commands`] does them.
+//! The command line: `arguments` holds what each command takes, `commands` does them.
 
 /// Writes a line to the standard output, or returns from the function with the error.
 macro_rules! say {

@@ -1,6 +1,6 @@
 //! The one typed configuration of a run: the model, its router, the balancing losses, the training
-//! and the data. Every key stands here with its meaning and default; [`load`] says where values
-//! come from, [`validate`] what they may be, [`count`] what a model of them costs.
+//! and the data. Every key stands here with its meaning and default; `load` says where values
+//! come from, `validate` what they may be, [`count`] what a model of them costs.
 
 pub mod count;
 mod describe;

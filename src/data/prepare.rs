@@ -1,4 +1,4 @@
-//! From files of documents to a folder of tokens: [`Folder`](super::folder::Folder).
+//! From files of documents to a folder of tokens: [`Folder`].
 //!
 //! One thread reads, all cores encode, one writes; documents keep their order, so the folder has the
 //! same bytes whatever the number of threads. Only chunks on their way are in memory. Shards are closed

@@ -283,7 +283,7 @@ impl Stream {
     }
 }
 
-/// The value of a size, for formulas of lengths that cannot overflow: no more than [`MOST`].
+/// The value of a size, for formulas of lengths that cannot overflow: no more than `MOST`.
 pub trait Size {
     type Value;
     fn size(&self) -> Self::Value;

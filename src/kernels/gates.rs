@@ -28,7 +28,7 @@ kernel! {
 }
 
 kernel! {
-    /// `dp[i] = (dw[i] − Σ_A w dw) / S` on A (not renormalised: dw[i]); elsewhere dw[i] / S with `through`, else 0.
+    /// `dp[i] = (dw[i] − Σ_A w dw) / S` on A (not renormalised: `dw[i]`); elsewhere `dw[i] / S` with `through`, else 0.
     pub struct SelectedGatesBackward = selected_gates_backward {
         /// `[T, E]`.
         dp: Out<'a, f32> [tokens * experts];

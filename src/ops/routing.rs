@@ -3,7 +3,7 @@
 //!
 //! `z = x Wᵀ`, `p = score(z) [T, E]`; A = the K largest of `p + bias`, ties to the lower expert;
 //! the batch means `P_i = mean_t p_ti` and `mean_t logsumexp(z_t)²`. On the CPU it is a composition of
-//! the operations of [`router`](super::router) and [`balance`](super::balance). On a device with
+//! the operations of [`router`] and [`balance`]. On a device with
 //! kernels it is one operation, whose backward gets dp, dP and the z-loss's gradient together: with
 //! `d = dp + dP / T`, softmax `dz_j = p_j (d_j − Σ_i p_i d_i) + dl (2 / T) logsumexp(z) p_j`;
 //! then `dx = dz W`, `dW = dzᵀ x`. It keeps x and p, 2·T·D + 4·T·E bytes, and for the z-loss logsumexp.

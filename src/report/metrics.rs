@@ -26,15 +26,15 @@ pub struct Record {
     pub learning_rate: f64,
     /// False if the step was left out because something in it was not finite.
     pub applied: bool,
-    /// Rows routed to each expert, for each MoE layer: [L_moe][E].
+    /// Rows routed to each expert, for each MoE layer: `[L_moe][E]`.
     pub load: Vec<Vec<u64>>,
-    /// Mean entropy of the router's probabilities in nats, for each MoE layer: [L_moe].
+    /// Mean entropy of the router's probabilities in nats, for each MoE layer: `[L_moe]`.
     pub router_entropy: Vec<Option<f64>>,
     /// Share of (token, expert) pairs that were not chosen, the mean over the MoE layers.
     #[serde(default)]
     pub sparsity: Option<f64>,
     /// What the router keeps beside matrices, by name, for each MoE layer, after the step: the bias
-    /// of `lossfree` [L_moe][E], λ of `remoe` [L_moe][1].
+    /// of `lossfree` `[L_moe][E]`, λ of `remoe` `[L_moe][1]`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub router_state: BTreeMap<String, Vec<Vec<f64>>>,
     /// Cross-entropy of the validation sequences, at steps that evaluate.

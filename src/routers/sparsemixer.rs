@@ -4,7 +4,7 @@
 //! Stage r excludes the experts X chosen before it, keeps the likely ones of the rest, `p` = softmax
 //! over them, and samples one ([`sampled_gate`](crate::ops::sampled_gate)).
 //!
-//! v1 (2310.00811), K = 1, with a learned ω [D]: δ = [a likeliest or u > 1/2], h = (1 + δ) / 2,
+//! v1 (2310.00811), K = 1, with a learned ω `[D]`: δ = [a likeliest or u > 1/2], h = (1 + δ) / 2,
 //! `y = h p_a ω⊙e_a`; with `s = ⟨g, ω⊙e_a⟩`: `dz_j = 2 s p_a (1[j=a] − p_j)`, `dω = h p_a g⊙e_a`.
 //! v2 (2409.12136), K = 1 or 2: δ_r = [a_r likeliest or u_r > 3/4], h_r = 1 or 1/3,
 //! `y = Σ_r h_r p^r e_{a_r}`, `dz_j = Σ_r s_r p^r_{a_r} (1[j=a_r] − p^r_j)`, `s_r = ⟨g, e_{a_r}⟩`.

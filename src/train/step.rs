@@ -2,7 +2,7 @@
 //! whatever the routers changed. A step that is not finite is not applied and leaves no trace.
 //!
 //! On several ranks micro-batch m of the step is cut into equal, consecutive parts
-//! ([`Collective::part`]); losses, gradients and statistics are those of the global batch, and all
+//! (`Collective::part`); losses, gradients and statistics are those of the global batch, and all
 //! ranks make the same update, or skip it for the same reason.
 
 mod readback;

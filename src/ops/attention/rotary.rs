@@ -3,7 +3,7 @@
 //! Forward turns them in the epilogue of the projection `qkv = x Wᵀ` (`kernels/qkv_rope.cu`), or, where something stands
 //! between projection and RoPE, in a pass of its own (`kernels/rope.cu`). Backward turns dQ and dK back before attention's
 //! kernel stores them, so that dqkv is the gradient of what was turned. Mathematically it is
-//! [`linear`](crate::ops::linear), [`rope`] and [`attention`] one after another; the CPU does just that.
+//! [`linear`], [`rope`](fn@rope) and [`attention`] one after another; the CPU does just that.
 
 use super::{attention, kernels};
 use crate::device::Device;
@@ -24,7 +24,7 @@ pub struct Places<'a> {
     pub first_key: Option<&'a Tensor>,
 }
 
-/// [`rope`], then [`attention`] of `qkv [B·S, (H + 2 KV) hd]`; the result is `[B·S, H hd]`.
+/// [`rope`](fn@rope), then [`attention`] of `qkv [B·S, (H + 2 KV) hd]`; the result is `[B·S, H hd]`.
 ///
 /// # Errors
 /// Those of both.

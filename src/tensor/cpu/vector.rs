@@ -2,7 +2,7 @@
 //! they are inlined.
 //!
 //! A compiler must not reorder a floating-point sum, so a plain loop adds one number at a time.
-//! Here sums run in [`LANES`] interleaved parts, which become vector registers; the order depends on
+//! Here sums run in `LANES` interleaved parts, which become vector registers; the order depends on
 //! the length alone.
 
 use super::Accumulate;
@@ -50,7 +50,7 @@ fn total<T: Real>(mut sums: [T; LANES]) -> T {
 }
 
 /// Writes `f([a_i, b_i, ..], old)` to the outputs, element by element, where `old` are the values they
-/// hold. Parts of [`LANES`] elements go through local arrays, so that the compiler need not prove
+/// hold. Parts of `LANES` elements go through local arrays, so that the compiler need not prove
 /// that outputs and inputs do not overlap: past a few slices it gives up and emits scalar code.
 ///
 /// # Panics

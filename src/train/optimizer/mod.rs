@@ -3,7 +3,7 @@
 //! With gradient g, step t from 1: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
 //! `w ← w (1 − η λ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)` (Loshchilov and Hutter, 1711.05101).
 //! λ applies to matrices alone, not to norms, biases and the embedding. Moments have the weights' precision, or are bf16
-//! rounded stochastically ([`rounding`]).
+//! rounded stochastically (`rounding`).
 //!
 //! On a device with kernels [`DeviceStep`] does both there.
 

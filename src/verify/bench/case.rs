@@ -1,7 +1,7 @@
 //! What is measured, declared once: for kernels and operations, for the peers in other languages, for criterion.
 //!
 //! A [`Group`] is one set of buffers; its [`Case`]s are timed on them. Each has the FLOPs that its mathematics needs (what
-//! rates are told of, the same for every implementation) and its floor from [`costs`].
+//! rates are told of, the same for every implementation) and its floor from `costs`.
 
 use super::operations::Operation;
 use super::steps::Step;

@@ -1,5 +1,5 @@
 //! What a MoE layer cannot cost less than on one GPU, and what the router `default` adds to `topk` at best: a page from
-//! the formulas of [`costs`], which the kernels' tests hold against the simulator's counters.
+//! the formulas of `costs`, which the kernels' tests hold against the simulator's counters.
 
 use crate::config::count::flops_per_token;
 use crate::config::{Config, Layers};

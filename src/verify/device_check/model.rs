@@ -19,7 +19,7 @@ use crate::verify::fault::Fault;
 
 /// The largest relative error of a directional derivative of the loss that passes. The loss of the check's
 /// 120 tokens is uncertain by some 0.001 nats, since activations that moved are rounded to bf16 anew: 1% of
-/// [`CHANGE`]. The gradient itself is within 1% of the CPU's ([`TOLERANCE`](super::TOLERANCE)) for the same
+/// `CHANGE`. The gradient itself is within 1% of the CPU's ([`TOLERANCE`](super::TOLERANCE)) for the same
 /// reason. The rest is for the curvature along the movement; the largest error seen is 3.5%. A missing term is
 /// worth more.
 pub const MODEL_TOLERANCE: f64 = 0.04;

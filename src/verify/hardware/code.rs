@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// In place of a `.cu` file: a whole step, of all kernels and of [`SOURCES`].
+/// In place of a `.cu` file: a whole step, of all kernels and of `SOURCES`.
 pub const STEP: &str = "a whole step";
 
 /// Where it is decided what a step launches, trains on and saves, and what it is held against.
@@ -23,7 +23,7 @@ const SOURCES: [&str; 13] = [
     "benches/results/curves",
 ];
 
-/// Tells the digest of [`SOURCES`] where they are not: scripts/bundle sets it.
+/// Tells the digest of `SOURCES` where they are not: scripts/bundle sets it.
 pub const VARIABLE: &str = "ROUTEGRAD_SOURCES";
 
 /// The digest of `source`, a `.cu` file's name or [`STEP`]; none in a build without nvcc, or where the sources are unknown.
@@ -38,7 +38,7 @@ pub fn code(source: &str) -> Option<String> {
     hash.map(str::to_string)
 }
 
-/// The digest of [`SOURCES`]: told by the environment, or read in the folder of the project.
+/// The digest of `SOURCES`: told by the environment, or read in the folder of the project.
 pub fn sources() -> Option<&'static str> {
     static FOUND: OnceLock<Option<String>> = OnceLock::new();
     let found = FOUND.get_or_init(|| {
