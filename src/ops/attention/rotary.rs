@@ -3,7 +3,7 @@
 //! Forward turns them in the epilogue of the projection `qkv = x Wᵀ` (`kernels/qkv_rope.cu`), or, where something stands
 //! between projection and RoPE, in a pass of its own (`kernels/rope.cu`). Backward turns dQ and dK back before attention's
 //! kernel stores them, so that dqkv is the gradient of what was turned. Mathematically it is
-//! [`linear`], [`rope`](fn@rope) and [`attention`] one after another; the CPU does just that.
+//! [`linear`](fn@linear), [`rope`](fn@rope) and [`attention`] one after another; the CPU does just that.
 
 use super::{attention, kernels};
 use crate::device::Device;
