@@ -41,6 +41,8 @@
 //!
 //! Modules stand in order: each imports only those above it.
 
+#![warn(missing_docs)]
+
 pub mod report;
 
 pub mod device;

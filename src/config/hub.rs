@@ -10,7 +10,9 @@ const MODEL_TYPE: &str = "routegrad";
 /// A model and its router as `config.json` holds them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelFile {
+    /// Shapes of the transformer.
     pub model: ModelConfig,
+    /// The router that it was trained with.
     pub router: RouterConfig,
 }
 

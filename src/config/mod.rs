@@ -2,6 +2,7 @@
 //! and the data. Every key stands here with its meaning and default; `load` says where values
 //! come from, `validate` what they may be, [`count`] what a model of them costs.
 
+mod choices;
 pub mod count;
 mod describe;
 mod hub;
@@ -10,6 +11,7 @@ mod names;
 mod preset;
 mod validate;
 
+pub use choices::{Precision, Recompute, Schedule};
 pub use describe::described;
 pub use hub::ModelFile;
 pub use load::{Layers, RouterCheck};
@@ -17,19 +19,23 @@ pub use preset::PRESETS;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::tensor::dtype::DType;
 use serde::{Deserialize, Serialize};
 
 /// Everything a run needs to know, fully resolved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
+    /// The transformer.
     pub model: ModelConfig,
+    /// The method of routing.
     #[serde(default)]
     pub router: RouterConfig,
+    /// Losses that spread tokens over experts.
     #[serde(default = "earlier_balance")]
     pub balance: BalanceConfig,
+    /// The training loop and its optimizer.
     pub train: TrainConfig,
+    /// What the model is trained on.
     #[serde(default)]
     pub data: DataConfig,
 }
@@ -98,7 +104,9 @@ impl ModelConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Norm {
+    /// LayerNorm with weight and bias.
     LayerNorm,
+    /// RMSNorm with a weight.
     RmsNorm,
 }
 
@@ -106,6 +114,7 @@ pub enum Norm {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QkNorm {
+    /// Queries and keys go to RoPE as they are.
     #[default]
     None,
     /// Over each head, one weight of `head_dim`.
@@ -120,6 +129,7 @@ pub struct RouterConfig {
     /// Router; `routegrad routers` lists them.
     #[serde(default = "default_router")]
     pub name: String,
+    /// The router's own keys; its type checks them.
     #[serde(flatten)]
     pub settings: toml::Table,
 }
@@ -173,7 +183,9 @@ pub enum Scope {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reduction {
+    /// The mean over the layers.
     Mean,
+    /// The sum over the layers.
     Sum,
 }
 
@@ -289,65 +301,6 @@ impl TrainConfig {
     }
 }
 
-/// How the learning rate falls after the warm-up.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Schedule {
-    /// Along half a cosine to the final rate.
-    #[default]
-    Cosine,
-    /// In a straight line to the final rate.
-    Linear,
-    /// Not at all.
-    Constant,
-    /// Not at all, and in the last steps in a straight line to the final rate: warm-up, stable, decay (Hu et al.,
-    /// arXiv 2404.06395).
-    Wsd,
-}
-
-/// Arithmetic on the CPU.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    #[default]
-    F32,
-    F64,
-}
-
-impl Precision {
-    /// The dtype of weights and activations.
-    pub fn dtype(self) -> DType {
-        match self {
-            Precision::F32 => DType::F32,
-            Precision::F64 => DType::F64,
-        }
-    }
-}
-
-/// `false`, `true` for every layer, or a list of layers.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Recompute {
-    All(bool),
-    Layers(Vec<usize>),
-}
-
-impl Default for Recompute {
-    fn default() -> Self {
-        Recompute::All(false)
-    }
-}
-
-impl Recompute {
-    /// Whether this layer's activations are computed again.
-    pub fn covers(&self, layer: usize) -> bool {
-        match self {
-            Recompute::All(all) => *all,
-            Recompute::Layers(layers) => layers.contains(&layer),
-        }
-    }
-}
-
 /// The text a run learns from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -407,6 +360,7 @@ impl DataConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Weighted {
+    /// A text, a folder of texts, or a folder that `data prepare` made.
     pub source: String,
     /// Share of the sequences, in proportion to the others'.
     pub weight: f64,

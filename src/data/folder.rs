@@ -27,7 +27,9 @@ pub(super) const FORMAT: &str = "routegrad tokens 1";
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {
+    /// Documents to train on.
     Train,
+    /// Documents that are held out.
     Validation,
 }
 
@@ -47,7 +49,9 @@ impl Side {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Counts {
+    /// How many documents.
     pub documents: u64,
+    /// Tokens of them, those before and behind each included.
     pub tokens: u64,
     /// Of the text, in UTF-8.
     pub bytes: u64,
@@ -65,8 +69,11 @@ impl Counts {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shard {
+    /// Its files are `NAME.bin` and `NAME.idx`.
     pub name: String,
+    /// What its documents are for.
     pub side: Side,
+    /// What it holds.
     pub counts: Counts,
     /// BLAKE3 of `NAME.bin`.
     pub tokens: String,
@@ -78,8 +85,11 @@ pub struct Shard {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SourceCounts {
+    /// Value of the source column, or the file's name.
     pub name: String,
+    /// What there is to train on.
     pub train: Counts,
+    /// What is held out.
     pub validation: Counts,
 }
 
@@ -87,11 +97,13 @@ pub struct SourceCounts {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
+    /// Name and version of the format.
     pub format: String,
     /// [`Tokenizer::fingerprint`].
     pub tokenizer: String,
     /// BLAKE3 of `tokenizer_config.json`; empty where a token is a byte.
     pub tokenizer_config: String,
+    /// Ids are below it.
     pub vocab_size: usize,
     /// Tokens before each document.
     pub before: Vec<i32>,
@@ -105,6 +117,7 @@ pub struct Manifest {
     pub empty: u64,
     /// Documents that could not be read, left out.
     pub unreadable: u64,
+    /// In the order in which they are read.
     pub shards: Vec<Shard>,
     /// BLAKE3 of this text with an empty checksum.
     pub checksum: String,
@@ -227,6 +240,7 @@ impl Folder {
         self.path.join(format!("{}.{extension}", shard.name))
     }
 
+    /// What the folder says of itself.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }

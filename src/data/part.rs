@@ -189,6 +189,7 @@ impl Part {
 pub struct Share {
     /// Number of its source.
     pub source: usize,
+    /// How many there are.
     pub tokens: u64,
     /// The bytes of its text, in the share of its tokens.
     pub bytes: f64,

@@ -37,6 +37,7 @@ const CHUNK: usize = 1 << 17;
 /// What a preparation came to.
 #[derive(Debug)]
 pub struct Summary {
+    /// That of the finished folder.
     pub manifest: Manifest,
     /// Files whose rest, or the rest of a row group of theirs, could not be read.
     pub cut: Vec<PathBuf>,
@@ -44,6 +45,7 @@ pub struct Summary {
     pub altered: u64,
     /// Bytes of text that this process encoded, and how long it took.
     pub bytes: u64,
+    /// How long this process took for them.
     pub seconds: f64,
 }
 

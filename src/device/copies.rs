@@ -6,7 +6,9 @@ use std::sync::{Mutex, MutexGuard};
 /// Copies in one direction.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct Copies {
+    /// How many there were.
     pub count: usize,
+    /// Bytes that they moved.
     pub bytes: u64,
 }
 

@@ -8,6 +8,7 @@ use std::cell::Cell;
 /// Sums since the last [`take`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
+    /// Kernels that were launched.
     pub launches: u64,
     /// Times that the memory of the device had to grow.
     pub allocations: u64,

@@ -349,6 +349,10 @@ impl DeviceMemory {
         self.bytes
     }
 
+    /// Copies from the host to the bytes from `at` on; the copy is over on return.
+    ///
+    /// # Errors
+    /// When the range is not inside, or the driver refuses.
     pub fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
         let to = self.place(at, bytes.len())?;
         // SAFETY: the range lies inside, and the copy is over when this returns. (The driver's synchronous copy may still
@@ -359,6 +363,10 @@ impl DeviceMemory {
             .map_err(|e| error("copy to the GPU", e))
     }
 
+    /// Sets `count` bytes from `at` on.
+    ///
+    /// # Errors
+    /// When the range is not inside, or the driver refuses.
     pub fn fill(&mut self, at: usize, count: usize, byte: u8) -> Result<()> {
         let to = self.place(at, count)?;
         // SAFETY: the range lies inside.
@@ -368,6 +376,10 @@ impl DeviceMemory {
             .map_err(|e| error("fill memory", e))
     }
 
+    /// Copies the bytes from `at` on to the host; the copy is over on return.
+    ///
+    /// # Errors
+    /// When the range is not inside, or the driver refuses.
     pub fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
         let from = self.place(at, bytes.len())?;
         // SAFETY: as above.

@@ -14,6 +14,7 @@ pub fn error(what: &str, e: DriverError) -> Error {
     }
 }
 
+/// Name and meaning of a driver's error, in its own words.
 pub fn error_text(e: DriverError) -> String {
     let name = e.error_name().map(|n| n.to_string_lossy().into_owned());
     let text = e.error_string().map(|t| t.to_string_lossy().into_owned());

@@ -9,6 +9,7 @@ pub const H200_MULTIPROCESSORS: usize = 132;
 pub const H200_PEAK: f64 = 989e12;
 /// Measured on one H200: bf16 FLOP/s of a product by cuBLAS, and bytes a second that a copy reads and writes.
 pub const H200_FLOPS_PER_SECOND: f64 = 790e12;
+/// Measured on one H200: bytes a second that a copy reads and writes.
 pub const H200_BYTES_PER_SECOND: f64 = 4.3e12;
 /// Bytes a second that a GPU is expected to send to seven others at once, of NVLink's 450e9 a direction; not measured here.
 const HOPPER_LINK_BYTES_PER_SECOND: f64 = 370e9;
@@ -22,6 +23,7 @@ pub struct Chip {
     pub name: &'static str,
     /// Compute capability.
     pub capability: (i32, i32),
+    /// Streaming multiprocessors.
     pub multiprocessors: usize,
     /// GiB that a program can have: what CUDA reports as the GPU's memory, less half a GiB or more for its own use; measured
     /// on an H200.

@@ -11,9 +11,12 @@ mod capability;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod copies;
 pub mod counters;
+// What the benchmark compares with, for its own tests and benches alone.
 #[cfg(feature = "cuda")]
+#[doc(hidden)]
 pub mod cublas;
 #[cfg(feature = "cuda")]
+#[doc(hidden)]
 pub mod cublas_grouped;
 #[cfg(feature = "cuda")]
 pub mod cuda;

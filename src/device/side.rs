@@ -107,6 +107,7 @@ trait Copies {
 
 /// A copy of device memory on its way to the host.
 pub enum Sent {
+    /// The bytes, which are there already: the simulator copies at once.
     Arrived(Vec<u8>),
     #[cfg(feature = "cuda")]
     UnderWay(super::pinned::PinnedReadback),

@@ -27,10 +27,12 @@ impl Span {
         }
     }
 
+    /// Its first byte, in the device's address space.
     pub fn address(&self) -> usize {
         self.address
     }
 
+    /// Its length.
     pub fn bytes(&self) -> usize {
         self.bytes
     }

@@ -7,8 +7,11 @@ use std::fmt;
 /// What one launcher's kernels took.
 #[derive(Clone, Debug, Serialize)]
 pub struct Entry {
+    /// Its name in `kernels/routegrad.h`.
     pub launcher: &'static str,
+    /// How often it ran.
     pub launches: usize,
+    /// Of all its launches.
     pub seconds: f64,
 }
 
@@ -19,6 +22,7 @@ pub struct Timeline {
     pub entries: Vec<Entry>,
     /// Number and bytes of the copies to the GPU and to the host.
     pub to_gpu: Copies,
+    /// Number and bytes of the copies to the host.
     pub to_host: Copies,
     /// Seconds by the clock on the wall.
     pub wall: f64,

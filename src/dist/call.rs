@@ -6,7 +6,9 @@ use crate::error::{Error, Result};
 /// What a call moves: bytes of the host, or of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// Bytes of the host that every rank gathers from all.
     AllGather = 1,
+    /// Bytes of the host, a part for each other rank.
     Exchange = 2,
     /// Of as many bytes each.
     DeviceAllGather = 3,

@@ -12,8 +12,11 @@ use std::sync::Arc;
 /// Bytes that go from this rank to another and from there to this one.
 #[derive(Clone, Copy, Debug)]
 pub struct Part {
+    /// The other rank.
     pub peer: usize,
+    /// What goes to it.
     pub send: Span,
+    /// Where what it sends is put.
     pub receive: Span,
 }
 

@@ -25,9 +25,11 @@ pub enum Ranks {
 /// What started this process as one of several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launcher {
+    /// Open MPI's `mpirun`.
     OpenMpi,
     /// MPICH's, or another one that speaks PMI.
     Mpich,
+    /// `srun`.
     Slurm,
 }
 

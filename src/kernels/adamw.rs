@@ -21,7 +21,9 @@ kernel! {
         block_parameter: In<'a, i32> [blocks];
         /// `[1]`: the coefficients of the update.
         outcome: In<'a, routegrad_step_outcome> [1];
+        /// Blocks of all parameters.
         blocks: usize;
+        /// Whether moments are bf16, rounded stochastically, or f32.
         bf16_moments: bool;
     }
 }
@@ -42,6 +44,7 @@ kernel! {
         parameters: In<'a, routegrad_parameter> [1];
         /// `[blocks]`: a row of `parameters` each.
         block_parameter: In<'a, i32> [blocks];
+        /// Blocks of all parameters.
         blocks: usize;
     }
 }

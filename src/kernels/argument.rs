@@ -15,6 +15,7 @@ use std::marker::PhantomData;
 
 /// A type of elements in device memory, and its C name in the launchers.
 pub trait Element: Copy {
+    /// The element as the launchers declare it.
     type C: 'static;
     /// The tensors that may be passed as such elements; none where a tensor's bytes hold structs.
     const DTYPE: Option<DType>;
@@ -146,10 +147,12 @@ impl Buffer {
         Buffer { address, bytes }
     }
 
+    /// Its first byte, in the device's address space.
     pub fn address(&self) -> usize {
         self.address
     }
 
+    /// Its length.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -274,6 +277,7 @@ impl Stream {
         Ok(Stream { launchers, raw })
     }
 
+    /// The kernels that it launches.
     pub fn launchers(&self) -> &'static Launchers {
         self.launchers
     }
@@ -285,7 +289,9 @@ impl Stream {
 
 /// The value of a size, for formulas of lengths that cannot overflow: no more than `MOST`.
 pub trait Size {
+    /// A number in formulas of lengths; `()` for what is no size.
     type Value;
+    /// The argument as such a number.
     fn size(&self) -> Self::Value;
 }
 

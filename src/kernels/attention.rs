@@ -18,10 +18,15 @@ kernel! {
         qkv: In<'a, bf16> [tokens * (heads + 2 * key_value_heads) * head_width];
         /// `[T]`: the first key that a row sees, in its own sequence; without, 0.
         first_key: Option<In<'a, i32>> [tokens];
+        /// T.
         tokens: usize;
+        /// S.
         sequence: usize;
+        /// H.
         heads: usize;
+        /// KV.
         key_value_heads: usize;
+        /// d.
         head_width: usize;
     }
 }
@@ -46,6 +51,7 @@ pub struct AttentionSizes {
     pub sequence: usize,
     /// H.
     pub heads: usize,
+    /// KV.
     pub key_value_heads: usize,
     /// d, of a head.
     pub width: usize,

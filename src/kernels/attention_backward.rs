@@ -29,10 +29,15 @@ kernel! {
         cosines: Option<In<'a, f32>> [sequence * (head_width / 2)];
         /// `[S, d / 2]`.
         sines: Option<In<'a, f32>> [sequence * (head_width / 2)];
+        /// T.
         tokens: usize;
+        /// S.
         sequence: usize;
+        /// H.
         heads: usize;
+        /// KV.
         key_value_heads: usize;
+        /// d.
         head_width: usize;
     }
 }

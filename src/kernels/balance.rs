@@ -16,6 +16,7 @@ kernel! {
         mean: In<'a, f32> [experts];
         /// f `[E]`.
         fractions: In<'a, f32> [experts];
+        /// E.
         experts: usize;
     }
 }
@@ -29,6 +30,7 @@ kernel! {
         dloss: In<'a, f32> [1];
         /// f `[E]`.
         fractions: In<'a, f32> [experts];
+        /// E.
         experts: usize;
     }
 }

@@ -21,11 +21,17 @@ kernel! {
         choices: Option<In<'a, i32>> [tokens * slots];
         /// ê `[E, D]`.
         vectors: Option<In<'a, f32>> [experts * hidden];
+        /// T.
         tokens: usize;
+        /// R.
         rows: usize;
+        /// E.
         experts: usize;
+        /// D.
         hidden: usize;
+        /// Slots of a token: K with choices, else E.
         slots: usize;
+        /// Whether `y` is added to, or assigned.
         accumulate: bool;
     }
 }

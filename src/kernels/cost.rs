@@ -10,7 +10,9 @@ use std::ops::Add;
 /// Tensor-core operations and global memory traffic, each byte counted once however often a cache serves it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
+    /// Floating-point operations of the tensor cores, a multiplication and an addition counted as two.
     pub flops: f64,
+    /// Bytes that are read from and written to global memory.
     pub bytes: f64,
 }
 

@@ -16,8 +16,11 @@ kernel! {
         x: In<'a, bf16> [tokens * hidden];
         /// `[V, D]`.
         w: In<'a, bf16> [vocabulary * hidden];
+        /// T.
         tokens: usize;
+        /// V.
         vocabulary: usize;
+        /// D.
         hidden: usize;
         /// A tile of the product, or [`TILE_AUTO`](super::launchers::TILE_AUTO).
         tile: i32;
@@ -35,8 +38,11 @@ kernel! {
         logits: In<'a, f32> [tokens * vocabulary];
         /// `[T]`.
         targets: In<'a, i32> [tokens];
+        /// T.
         tokens: usize;
+        /// V.
         vocabulary: usize;
+        /// What each token's gradient is multiplied by: 1 / T for a mean.
         factor: f32;
     }
 }
@@ -55,7 +61,9 @@ kernel! {
         loss: Out<'a, f32> [1];
         /// `[T]`.
         losses: In<'a, f32> [tokens];
+        /// T.
         tokens: usize;
+        /// What the sum is multiplied by: 1 / T for a mean.
         factor: f32;
     }
 }
@@ -73,6 +81,7 @@ kernel! {
         elements: usize;
         /// Whether the elements are bf16, or f32.
         bf16_elements: bool;
+        /// Whether `out` is added to, or assigned.
         accumulate: bool;
     }
 }

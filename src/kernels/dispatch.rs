@@ -24,9 +24,13 @@ kernel! {
         workspace: Out<'a, u8> => workspace(tokens, experts, choices_per_token);
         /// `[T, K]`.
         choices: In<'a, i32> [tokens * choices_per_token];
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
+        /// K.
         choices_per_token: usize;
+        /// Rows that the maps have room for; more set a fault bit.
         row_capacity: usize;
     }
 }
@@ -37,6 +41,7 @@ host_function! {
 }
 
 impl DispatchChoices<'_> {
+    /// Of `slots` choices a token.
     pub fn cost(s: &Sizes) -> Cost {
         Cost::new(0, 12 * s.tokens * s.slots + 8 * s.rows)
     }
@@ -59,8 +64,11 @@ kernel! {
         workspace: Out<'a, u8> => workspace(tokens, experts, experts);
         /// `[T, E]`; without, every token names every expert.
         scores: Option<In<'a, f32>> [tokens * experts];
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
+        /// Rows that the maps have room for; more set a fault bit.
         row_capacity: usize;
     }
 }

@@ -15,8 +15,11 @@ kernel! {
         w: In<'a, bf16> [vocabulary * hidden];
         /// `[T]`.
         ids: In<'a, i32> [tokens];
+        /// T.
         tokens: usize;
+        /// V.
         vocabulary: usize;
+        /// D.
         hidden: usize;
     }
 }
@@ -35,9 +38,13 @@ kernel! {
         row_token: Option<In<'a, i32>> [tokens];
         /// `[T]`.
         ids: In<'a, i32> [tokens];
+        /// T.
         tokens: usize;
+        /// V.
         vocabulary: usize;
+        /// Bits that a key is shifted right by.
         shift: usize;
+        /// Whether a key keeps all its bits, or the lowest 8.
         whole: bool;
     }
 }
@@ -55,9 +62,13 @@ kernel! {
         order: In<'a, i32> [tokens];
         /// Their ids in that order, `[T]`.
         keys: In<'a, i32> [tokens];
+        /// T.
         tokens: usize;
+        /// V.
         vocabulary: usize;
+        /// D.
         hidden: usize;
+        /// Whether `dw` is added to, or assigned.
         accumulate: bool;
     }
 }

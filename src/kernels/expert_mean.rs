@@ -23,9 +23,13 @@ kernel! {
         offsets: In<'a, i32> [experts + 1];
         /// `[R]`.
         row_token: In<'a, i32> [rows];
+        /// R.
         rows: usize;
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
+        /// D.
         hidden: usize;
     }
 }
@@ -52,7 +56,9 @@ kernel! {
         masses: In<'a, f32> [2 * experts];
         /// β `[1]`.
         beta: In<'a, f32> [1];
+        /// E.
         experts: usize;
+        /// D.
         hidden: usize;
         /// `routegrad_weighting`.
         weighting: i32;

@@ -21,11 +21,17 @@ kernel! {
         slot_row: In<'a, i32> [tokens * slots];
         /// `[T, slots]`: each slot's expert; without, slot i is expert i.
         choices: Option<In<'a, i32>> [tokens * slots];
+        /// T.
         tokens: usize;
+        /// R.
         rows: usize;
+        /// E.
         experts: usize;
+        /// D.
         hidden: usize;
+        /// Slots of a token: K with choices, else E.
         slots: usize;
+        /// Partial sums of a row in `dots`.
         dot_columns: usize;
     }
 }

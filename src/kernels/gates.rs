@@ -17,10 +17,13 @@ kernel! {
         slot_row: In<'a, i32> [tokens * slots];
         /// `[T, slots]`: each slot's expert; absent: slot i is expert i.
         choices: Option<In<'a, i32>> [tokens * slots];
+        /// T.
         tokens: usize;
         /// Rows, at most.
         rows: usize;
+        /// E.
         experts: usize;
+        /// Slots of a token: K with choices, else E.
         slots: usize;
         /// S is Σ_A p, or 1.
         renormalize: bool;
@@ -40,11 +43,15 @@ kernel! {
         slot_row: In<'a, i32> [tokens * slots];
         /// `[T, slots]`: each slot's expert; absent: slot i is expert i.
         choices: Option<In<'a, i32>> [tokens * slots];
+        /// T.
         tokens: usize;
         /// Rows, at most.
         rows: usize;
+        /// E.
         experts: usize;
+        /// Slots of a token: K with choices, else E.
         slots: usize;
+        /// S is Σ_A p, or 1.
         renormalize: bool;
         /// Whether gradients pass to the scores of experts that were not chosen.
         through: bool;
@@ -64,7 +71,9 @@ kernel! {
         experts_chosen: In<'a, i32> [stages * tokens];
         /// `[R, T, E]`, 0 or 1.
         kept: In<'a, i32> [stages * tokens * experts];
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
         /// R, 1 or 2.
         stages: usize;
@@ -84,7 +93,9 @@ kernel! {
         experts_chosen: In<'a, i32> [stages * tokens];
         /// `[R, T, E]`, 0 or 1.
         kept: In<'a, i32> [stages * tokens * experts];
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
         /// R, 1 or 2.
         stages: usize;

@@ -26,10 +26,15 @@ kernel! {
         offsets: Option<In<'a, i32>> [experts + 1];
         /// `[R]`.
         row_token: Option<In<'a, i32>> [rows];
+        /// R.
         rows: usize;
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
+        /// D.
         hidden: usize;
+        /// F.
         ffn: usize;
         /// `routegrad_gemm_tile`.
         tile: i32;

@@ -26,10 +26,15 @@ kernel! {
         offsets: Option<In<'a, i32>> [experts + 1];
         /// `[R]`.
         row_token: Option<In<'a, i32>> [rows];
+        /// R.
         rows: usize;
+        /// X: rows of x.
         x_rows: usize;
+        /// E.
         experts: usize;
+        /// N.
         n: usize;
+        /// K.
         k: usize;
         /// `routegrad_gemm_tile`.
         tile: i32;
@@ -56,10 +61,15 @@ kernel! {
         offsets: Option<In<'a, i32>> [experts + 1];
         /// `[R]`.
         row_token: Option<In<'a, i32>> [rows];
+        /// R.
         rows: usize;
+        /// X: rows of dout.
         dout_rows: usize;
+        /// E.
         experts: usize;
+        /// N.
         n: usize;
+        /// K.
         k: usize;
         /// `routegrad_gemm_tile`.
         tile: i32;
@@ -88,12 +98,19 @@ kernel! {
         dout_row_token: Option<In<'a, i32>> [rows];
         /// t'(r) of x, `[R]`.
         x_row_token: Option<In<'a, i32>> [rows];
+        /// R.
         rows: usize;
+        /// Rows of dout.
         dout_rows: usize;
+        /// X: rows of x.
         x_rows: usize;
+        /// E.
         experts: usize;
+        /// N.
         n: usize;
+        /// K.
         k: usize;
+        /// Whether `dw` is added to, or assigned.
         accumulate: bool;
         /// `routegrad_gemm_tile`.
         tile: i32;

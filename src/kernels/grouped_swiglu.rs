@@ -25,10 +25,15 @@ kernel! {
         offsets: Option<In<'a, i32>> [experts + 1];
         /// `[R]`.
         row_token: Option<In<'a, i32>> [rows];
+        /// R.
         rows: usize;
+        /// X: rows of x.
         x_rows: usize;
+        /// E.
         experts: usize;
+        /// F.
         ffn: usize;
+        /// D.
         hidden: usize;
         /// `routegrad_gemm_tile`.
         tile: i32;
@@ -36,6 +41,7 @@ kernel! {
 }
 
 impl GroupedSwigluForward<'_> {
+    /// Of so many rows through all experts.
     pub fn cost(s: &Sizes) -> Cost {
         let Sizes {
             rows,
@@ -74,10 +80,15 @@ kernel! {
         row_token: Option<In<'a, i32>> [rows];
         /// Row of dout `[R]`.
         dout_row_token: Option<In<'a, i32>> [rows];
+        /// R.
         rows: usize;
+        /// X: rows of dout.
         dout_rows: usize;
+        /// E.
         experts: usize;
+        /// D.
         hidden: usize;
+        /// F.
         ffn: usize;
         /// As [`dot_columns`] has it.
         dot_columns: usize;

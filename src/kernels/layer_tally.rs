@@ -27,13 +27,19 @@ kernel! {
         mean_entropy: Option<In<'a, f32>> [1];
         /// `[parts]` of [`ShareEntropy`].
         entropy_parts: Option<In<'a, f64>> [parts];
+        /// T.
         tokens: usize;
         /// Place of the first token in the global batch.
         first_token: usize;
+        /// Elements of `entropy_parts`.
         parts: usize;
+        /// E.
         experts: usize;
+        /// Whether loads and flags are written, as in a pass that trains.
         trains: bool;
+        /// Whether `stats` are assigned, or added to.
         first_of_stats: bool;
+        /// Whether `load` is assigned, or added to.
         first_of_step: bool;
         /// Whether the fractions are those of the step so far, or of these tokens.
         over_step: bool;
@@ -47,7 +53,9 @@ kernel! {
         parts: Out<'a, f64> [tokens.div_ceil(256)];
         /// `[T, E]`.
         scores: In<'a, f32> [tokens * experts];
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
     }
 }
@@ -66,7 +74,9 @@ kernel! {
         bias: Out<'a, f32> [experts];
         /// `[E]`.
         load: In<'a, f64> [experts];
+        /// E.
         experts: usize;
+        /// What a bias moves by in one update.
         rate: f32;
     }
 }
@@ -82,6 +92,7 @@ kernel! {
         offsets: In<'a, i32> [experts + 1];
         /// K T.
         slots: usize;
+        /// E.
         experts: usize;
     }
 }
@@ -93,10 +104,13 @@ kernel! {
         lambda: Out<'a, f32> [1];
         /// `[layers, E + 1]`.
         load: In<'a, f64> [layers * (experts + 1)];
+        /// MoE layers.
         layers: usize;
+        /// E.
         experts: usize;
         /// K.
         top_k: usize;
+        /// What λ is multiplied or divided by.
         factor: f64;
     }
 }

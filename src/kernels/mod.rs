@@ -22,7 +22,8 @@ pub mod argument;
 pub mod attention;
 pub mod attention_backward;
 pub mod balance;
-#[allow(non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
+// Its names and their meaning stand in kernels/routegrad.h.
+#[allow(missing_docs, non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
 #[rustfmt::skip]
 pub mod bindings;
 pub mod combine;
@@ -53,6 +54,8 @@ pub mod step;
 pub mod sum_parts;
 pub mod swiglu;
 pub mod table;
+// Single instructions and planted faults, for the tests of the simulator alone.
+#[doc(hidden)]
 pub mod unit;
 
 pub use argument::{Buffer, In, Out, Stream};

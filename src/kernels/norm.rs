@@ -27,6 +27,7 @@ kernel! {
         rows: usize;
         /// D.
         hidden: usize;
+        /// ε.
         eps: f32;
     }
 }
@@ -55,9 +56,13 @@ kernel! {
         x: In<'a, bf16> [rows * hidden];
         /// `[D]`.
         weight: In<'a, bf16> [hidden];
+        /// T.
         rows: usize;
+        /// D.
         hidden: usize;
+        /// Whether the norm is LayerNorm, or RMSNorm.
         layernorm: bool;
+        /// ε.
         eps: f32;
     }
 }
@@ -95,8 +100,11 @@ kernel! {
         gradient: Out<'a, f32> [hidden];
         /// `[runs, D]`.
         partials: In<'a, f32> [runs(rows) * hidden];
+        /// T.
         rows: usize;
+        /// D.
         hidden: usize;
+        /// Whether `gradient` is added to, or assigned.
         accumulate: bool;
     }
 }

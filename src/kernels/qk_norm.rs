@@ -17,10 +17,15 @@ kernel! {
         x: In<'a, bf16> [rows.saturating_sub(1) * pitch + pieces * width];
         /// `[width]`.
         w: Option<In<'a, bf16>> [width];
+        /// T.
         rows: usize;
+        /// Pieces of a row.
         pieces: usize;
+        /// n: elements of a piece.
         width: usize;
+        /// Elements from the start of a row to that of the next.
         pitch: usize;
+        /// ε.
         eps: f32;
     }
 }
@@ -38,9 +43,13 @@ kernel! {
         x: In<'a, bf16> [rows.saturating_sub(1) * pitch + pieces * width];
         /// `[width]`.
         w: Option<In<'a, bf16>> [width];
+        /// T.
         rows: usize;
+        /// Pieces of a row.
         pieces: usize;
+        /// n: elements of a piece.
         width: usize;
+        /// Elements from the start of a row to that of the next.
         pitch: usize;
     }
 }

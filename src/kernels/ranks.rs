@@ -11,8 +11,11 @@ kernel! {
         out: Out<'a, f32> [elements];
         /// `[ranks, stride]`, of which the first `elements` of each row count.
         rows: In<'a, f32> [(ranks.max(1) - 1) * stride + elements];
+        /// Ranks: rows of the input.
         ranks: usize;
+        /// Elements from the start of a rank's row to that of the next.
         stride: usize;
+        /// Elements of the sum.
         elements: usize;
     }
 }
@@ -31,8 +34,11 @@ kernel! {
         out: Out<'a, f64> [elements];
         /// `[ranks, stride]`, of which the first `elements` of each row count.
         rows: In<'a, f64> [(ranks.max(1) - 1) * stride + elements];
+        /// Ranks: rows of the input.
         ranks: usize;
+        /// Elements from the start of a rank's row to that of the next.
         stride: usize;
+        /// Elements of the sum.
         elements: usize;
     }
 }
@@ -44,8 +50,11 @@ kernel! {
         out: Out<'a, i32> [elements];
         /// `[ranks, stride]`, of which the first `elements` of each row count.
         rows: In<'a, i32> [(ranks.max(1) - 1) * stride + elements];
+        /// Ranks: rows of the input.
         ranks: usize;
+        /// Elements from the start of a rank's row to that of the next.
         stride: usize;
+        /// Elements of the sum.
         elements: usize;
     }
 }
@@ -57,7 +66,9 @@ kernel! {
         flags: Out<'a, i32> [2 * layers];
         /// `[ranks, layers, 2]`.
         rows: In<'a, i32> [ranks * 2 * layers];
+        /// Ranks: rows of the input.
         ranks: usize;
+        /// MoE layers.
         layers: usize;
     }
 }
@@ -69,6 +80,7 @@ kernel! {
         fractions: Out<'a, f32> [experts];
         /// `[E]`.
         load: In<'a, f64> [experts];
+        /// E.
         experts: usize;
     }
 }

@@ -19,11 +19,17 @@ kernel! {
         cosines: In<'a, f32> [sequence * (head_width / 2)];
         /// `[S, d / 2]`.
         sines: In<'a, f32> [sequence * (head_width / 2)];
+        /// T.
         tokens: usize;
+        /// S.
         sequence: usize;
+        /// H.
         heads: usize;
+        /// KV.
         key_value_heads: usize;
+        /// d.
         head_width: usize;
+        /// Whether rows are rotated by the negative angle, as in backward.
         back: bool;
     }
 }

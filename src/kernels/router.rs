@@ -29,11 +29,15 @@ kernel! {
         w: In<'a, f32> [experts * hidden];
         /// `[E]`, added to the scores for the choice alone.
         selection_bias: Option<In<'a, f32>> [experts];
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
+        /// D.
         hidden: usize;
         /// K; 0: no choice.
         choices_per_token: usize;
+        /// Which function of the logits the scores are.
         score: routegrad_score;
     }
 }
@@ -62,7 +66,9 @@ kernel! {
         statistics: Out<'a, f32> [2 * experts + 2];
         /// `[ceil(T / 128), 2 E + 2]`.
         partials: In<'a, f32> => partials(tokens, experts);
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
     }
 }

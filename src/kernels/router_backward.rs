@@ -32,9 +32,13 @@ kernel! {
         x: In<'a, bf16> [tokens * hidden];
         /// `[E, D]`.
         w: In<'a, f32> [experts * hidden];
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
+        /// D.
         hidden: usize;
+        /// Which function of the logits the scores are.
         score: routegrad_score;
         /// Whether dx is added to.
         accumulate: bool;
@@ -69,9 +73,13 @@ kernel! {
         dw: Out<'a, f32> [experts * hidden];
         /// `[runs, E, D]`.
         dw_partials: In<'a, f32> => workspace(tokens, experts, hidden);
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
+        /// D.
         hidden: usize;
+        /// Whether `dw` is added to, or assigned.
         accumulate: bool;
     }
 }

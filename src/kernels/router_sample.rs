@@ -23,14 +23,19 @@ kernel! {
         logits: In<'a, f32> [tokens * experts];
         /// `[1]`, in device memory, so that a captured step draws anew; absent: the likeliest experts, factor 1.
         draws: Option<In<'a, routegrad_draws>> [1];
+        /// T.
         tokens: usize;
+        /// E.
         experts: usize;
         /// S, 1 or 2.
         stages: usize;
         /// The MoE layer, from 0: part of the key of the draws.
         layer: usize;
+        /// ε of the mask: half of the relative distance to the largest logit from which on an expert is left out.
         epsilon: f64;
+        /// A sample that is not the likeliest has factor 1 where its u is above it.
         threshold: f64;
+        /// The factor of the other samples.
         untrusted: f32;
     }
 }

@@ -16,9 +16,13 @@ kernel! {
         a: In<'a, bf16> [rows * width];
         /// `[T, D]`, or one row for all.
         b: In<'a, bf16> [b_rows * width];
+        /// T.
         rows: usize;
+        /// Rows of b: T, or 1.
         b_rows: usize;
+        /// D.
         width: usize;
+        /// Whether the rows are multiplied, or added.
         multiply: bool;
     }
 }
@@ -34,10 +38,15 @@ kernel! {
         y: Option<In<'a, bf16>> [rows.saturating_sub(1) * pitch + width];
         /// s `[T, D / piece]`; without, 1.
         scales: Option<In<'a, f32>> [rows * (width / piece.max(1))];
+        /// T.
         rows: usize;
+        /// D.
         width: usize;
+        /// Elements from the start of a row to that of the next.
         pitch: usize;
+        /// Elements of a row that share a scale.
         piece: usize;
+        /// Runs that the rows are divided into.
         runs: usize;
     }
 }
@@ -55,7 +64,9 @@ kernel! {
         w: In<'a, bf16> [width];
         /// `[T, D]`.
         v: In<'a, bf16> [rows * width];
+        /// T.
         rows: usize;
+        /// D.
         width: usize;
     }
 }
@@ -77,8 +88,11 @@ kernel! {
         v: In<'a, bf16> [rows * width];
         /// `[D]`.
         w: In<'a, bf16> [width];
+        /// T.
         rows: usize;
+        /// D.
         width: usize;
+        /// Whether `dx` is added to, or assigned.
         accumulate: bool;
     }
 }

@@ -17,7 +17,9 @@ kernel! {
         auxiliary: Option<In<'a, f32>> [1];
         /// `[1]`; absent: 0.
         z: Option<In<'a, f32>> [1];
+        /// Weight of this micro-batch in the step.
         share: f64;
+        /// Whether this is the first micro-batch: `sums` are assigned.
         first: bool;
     }
 }
@@ -35,7 +37,9 @@ kernel! {
         flags: Option<In<'a, i32>> [2 * layers];
         /// `[count]` of [`SquareSums`](super::adamw::SquareSums).
         parts: In<'a, f64> [count];
+        /// Elements of `parts`.
         count: usize;
+        /// MoE layers.
         layers: usize;
     }
 }
@@ -47,6 +51,7 @@ kernel! {
         states: In<'a, routegrad_state> [count];
         /// `[1]`.
         outcome: In<'a, routegrad_step_outcome> [1];
+        /// Rows of `states`.
         count: usize;
         /// Words of the longest state.
         most_words: usize;

@@ -9,9 +9,11 @@ kernel! {
         out: Out<'a, f32> [elements];
         /// `[count, elements]`.
         parts: In<'a, f32> [count * elements];
+        /// Parts.
         count: usize;
         /// A multiple of 8.
         elements: usize;
+        /// Whether `out` is added to, or assigned.
         accumulate: bool;
     }
 }

@@ -11,7 +11,9 @@ kernel! {
         a: Out<'a, bf16> [rows * ffn];
         /// `[R, 2F]`.
         h: In<'a, bf16> [2 * rows * ffn];
+        /// R.
         rows: usize;
+        /// F.
         ffn: usize;
     }
 }
@@ -25,7 +27,9 @@ kernel! {
         da: In<'a, bf16> [rows * ffn];
         /// `[R, 2F]`.
         h: In<'a, bf16> [2 * rows * ffn];
+        /// R.
         rows: usize;
+        /// F.
         ffn: usize;
     }
 }

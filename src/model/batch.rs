@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 pub struct Batch {
     /// `[sequences, S + 1]`, row-major.
     pub tokens: Vec<i32>,
+    /// B.
     pub sequences: usize,
     /// Of each input the place in its sequence where its document begins, `[sequences, S]`; none where
     /// attention passes over the ends of documents.
@@ -43,6 +44,7 @@ impl Batch {
 pub struct Sequences<'a> {
     /// `[count, S + 1]`.
     pub tokens: &'a [i32],
+    /// How many there are.
     pub count: usize,
     /// `[count, S]`, if documents have boundaries.
     pub first_key: Option<&'a [i32]>,

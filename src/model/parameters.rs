@@ -17,6 +17,7 @@ use crate::tensor::shape::Shape;
 pub struct Parameter {
     /// Name in reports; that of the checkpoint where there is one part.
     pub name: String,
+    /// Its numbers, as a device keeps them.
     pub value: Weight,
     /// What a checkpoint holds: consecutive rows of the value, in order.
     pub parts: Vec<Part>,
@@ -27,7 +28,9 @@ pub struct Parameter {
 /// Rows of a parameter under the name that a checkpoint gives them.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
+    /// Name in the checkpoint.
     pub name: String,
+    /// Shape in the checkpoint.
     pub shape: Shape,
 }
 

@@ -219,14 +219,17 @@ impl Weight {
         }
     }
 
+    /// Shape of the value.
     pub fn shape(&self) -> Shape {
         self.working().shape()
     }
 
+    /// Number of its elements; on several ranks of all of them.
     pub fn elements(&self) -> usize {
         self.working().elements()
     }
 
+    /// Where it lies.
     pub fn device(&self) -> Device {
         self.working().device()
     }
@@ -239,6 +242,7 @@ impl Weight {
 
 /// See [`Weight::places`].
 pub enum Places<'a> {
+    /// All numbers, in one tensor.
     Whole(&'a mut Tensor),
     /// Upper halves, and lower ones: of all numbers or of this rank's share.
     Split([&'a mut Tensor; 2]),

@@ -202,10 +202,12 @@ impl Selection {
         }
     }
 
+    /// T.
     pub fn num_tokens(&self) -> usize {
         self.num_tokens
     }
 
+    /// E.
     pub fn num_experts(&self) -> usize {
         self.num_experts
     }
@@ -372,6 +374,7 @@ pub struct DeviceMaps {
     pub choices: Option<Tensor>,
     /// `[1]`: bits of `routegrad_fault`.
     pub fault: Tensor,
+    /// Slots of a token: its choices, or E.
     pub slots: usize,
 }
 
@@ -427,10 +430,12 @@ impl Dispatch {
         Ok(self.device.get_or_init(|| maps))
     }
 
+    /// The experts of each token that the rows were made from.
     pub fn selection(&self) -> &Selection {
         &self.selection
     }
 
+    /// R: number of (token, expert) pairs; at most so many where only a kernel knows.
     pub fn num_rows(&self) -> usize {
         self.selection.num_slots()
     }

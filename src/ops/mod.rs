@@ -44,6 +44,7 @@ use crate::tape::check::Case;
 
 /// An operation's entry in the registry.
 pub struct OpInfo {
+    /// As `routegrad ops` and the gradient check show it.
     pub name: &'static str,
     /// The formula, in a line.
     pub formula: &'static str,

@@ -48,13 +48,16 @@ pub fn softmax(tape: &Tape, z: &Var) -> Result<Var> {
 /// The experts that a router chose.
 #[derive(Clone)]
 pub struct TopK {
+    /// The experts of each token.
     pub selection: Selection,
+    /// Whether the logits were finite.
     pub non_finite: NonFinite,
 }
 
 /// The first token whose logits hold a NaN or an infinity. Its experts are still in range.
 #[derive(Clone)]
 pub enum NonFinite {
+    /// Its number in the batch, if there is one.
     At(Option<usize>),
     /// `[1]`, in device memory; none: `i32::MAX`.
     OfKernel(Tensor),

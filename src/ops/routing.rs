@@ -47,6 +47,7 @@ pub enum Score {
 
 /// Which experts of a token are chosen: the `top_k` of largest score, ties to the lower expert.
 pub struct Choice {
+    /// K.
     pub top_k: usize,
     /// `[E]`, added to the scores for the choice alone.
     pub bias: Option<Tensor>,
@@ -100,6 +101,7 @@ struct Found {
 
 /// Entropy of the scores, as shares of their sum, summed over the tokens, in nats.
 pub enum Entropy {
+    /// The sum, computed on the CPU.
     Sum(f64),
     /// What `router_statistics` gave.
     OfKernel(Tensor),

@@ -16,9 +16,11 @@ use crate::tensor::dtype::DType;
 /// How experts are sampled.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampling {
+    /// Experts that are sampled one after another: K, 1 or 2.
     pub stages: usize,
     /// MoE layers from 0: part of the key of the draws.
     pub layer: usize,
+    /// ε of the mask: experts further than 2 ε from the largest logit, relative, are left out.
     pub epsilon: f64,
     /// Samples that are not the likeliest are trusted where u is above it, …
     pub threshold: f64,

@@ -40,6 +40,7 @@ pub enum Draw<'a> {
         exponential: &'a (dyn Fn(usize, usize) -> f64 + Sync),
         /// u of a token.
         uniform: &'a (dyn Fn(usize) -> f64 + Sync),
+        /// A sample that is not the likeliest is trusted, h = 1, where u is above it.
         threshold: f64,
         /// h of a sample that is not trusted.
         untrusted: f64,

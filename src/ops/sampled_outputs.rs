@@ -34,6 +34,7 @@ pub struct Sampling<'a> {
     pub samples: Range<usize>,
     /// Whether a token counts by its probability, or all alike.
     pub weighted: bool,
+    /// The ranks that share the micro-batch.
     pub dist: &'a dyn Collective,
 }
 

@@ -13,41 +13,63 @@ pub enum Error {
     /// An argument, option or shape that the operation cannot take.
     #[error("{op}: expected {expected}, got {got}; {help}")]
     Invalid {
+        /// The operation that refused it.
         op: String,
+        /// What it takes.
         expected: String,
+        /// What it was given.
         got: String,
+        /// What to do.
         help: String,
     },
     /// The operating system refused a file operation.
     #[error("cannot {action} {}: {source}; {help}", path.display())]
     Io {
+        /// What was tried, as a verb: `read`, `create`.
         action: &'static str,
+        /// The file or folder.
         path: PathBuf,
+        /// What the operating system answered.
         source: std::io::Error,
+        /// What to do.
         help: String,
     },
     /// A file whose content is not what its name or checksum promises.
     #[error("{}: expected {expected}, got {got}; {help}", path.display())]
     File {
+        /// The file.
         path: PathBuf,
+        /// What its name, format or checksum promises.
         expected: String,
+        /// What it holds.
         got: String,
+        /// What to do.
         help: String,
     },
     /// A value that must be finite is not.
     #[error("{what} is not finite; {help}")]
-    NonFinite { what: String, help: String },
+    NonFinite {
+        /// Which value, and where.
+        what: String,
+        /// What to do.
+        help: String,
+    },
     /// A device or a kernel launcher answered with an error status.
     #[error("{op}: device error {status}: {text}; {help}")]
     Device {
+        /// The launcher or driver call that failed.
         op: String,
+        /// The status that it returned.
         status: i32,
+        /// What that status means.
         text: String,
+        /// What to do.
         help: String,
     },
     /// What several ranks met alike: one of them reports it.
     #[error("{text}")]
     Ranks {
+        /// The message that all ranks agree on.
         text: String,
         /// The error, where this rank met it itself.
         cause: Option<Box<Error>>,

@@ -23,6 +23,7 @@ pub struct Record {
     pub z_loss: Option<f64>,
     /// Norm of the whole gradient before clipping.
     pub gradient_norm: Option<f64>,
+    /// Learning rate of the update.
     pub learning_rate: f64,
     /// False if the step was left out because something in it was not finite.
     pub applied: bool,
@@ -49,6 +50,7 @@ pub struct Record {
     pub validation_by_source: BTreeMap<String, f64>,
     /// Time of the step, without evaluation and saving.
     pub seconds: f64,
+    /// Tokens of the step divided by its seconds.
     pub tokens_per_second: f64,
     /// The checkpoints that were finished since the record before.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

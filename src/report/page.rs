@@ -13,7 +13,9 @@ use std::path::Path;
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Cell {
+    /// A whole number, shown as it is.
     Count(u64),
+    /// Words, escaped in HTML.
     Text(String),
     /// None where the value is not defined.
     Number(Option<f64>),
@@ -85,11 +87,14 @@ impl Cell {
 /// A table, one observation a row.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Table {
+    /// Their names, in order.
     pub columns: Vec<Cow<'static, str>>,
+    /// A cell for each column.
     pub rows: Vec<Vec<Cell>>,
 }
 
 impl Table {
+    /// Without rows.
     pub fn new(columns: &[&'static str]) -> Self {
         Table {
             columns: columns.iter().map(|c| Cow::Borrowed(*c)).collect(),
@@ -152,6 +157,7 @@ impl Table {
 pub struct Section {
     /// Name of its files.
     pub name: &'static str,
+    /// Its heading.
     pub title: &'static str,
     /// What is shown.
     pub shows: &'static str,
@@ -159,6 +165,7 @@ pub struct Section {
     pub formula: &'static str,
     /// What does not apply, or was done for this report alone.
     pub notes: Vec<String>,
+    /// The numbers, also written as CSV.
     pub table: Table,
     /// As SVG.
     #[serde(skip)]
@@ -191,9 +198,13 @@ pub fn create(folder: &Path) -> Result<()> {
 
 /// A report as one page.
 pub struct Page<'a> {
+    /// Title of the browser's window.
     pub title: String,
+    /// Heading of the page.
     pub heading: String,
+    /// Paragraphs below the heading.
     pub introduction: Vec<String>,
+    /// Shown in this order.
     pub sections: &'a [Section],
     /// Tables of at most so many rows are unfolded.
     pub open_rows: usize,

@@ -16,7 +16,9 @@ pub trait Entry: Serialize + DeserializeOwned {
     /// What makes it the answer to a question.
     type Key: Ord;
 
+    /// The question that this line answers: a later line of the same key replaces it.
     fn key(&self) -> Self::Key;
+    /// The machine that it was measured on.
     fn machine(&self) -> &str;
     /// As [`now`] gives it.
     fn date(&self) -> &str;
@@ -96,10 +98,12 @@ impl<R: Entry> Records<R> {
         }
     }
 
+    /// The newest record of a key.
     pub fn get(&self, key: &R::Key) -> Option<&R> {
         self.by_key.get(key)
     }
 
+    /// All records, by key.
     pub fn iter(&self) -> impl Iterator<Item = &R> {
         self.by_key.values()
     }

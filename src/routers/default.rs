@@ -121,7 +121,9 @@ const MOST: f64 = 2.0;
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Shrink {
+    /// The same factor in every step.
     Constant(f64),
+    /// Estimated from the drawn tokens: `shrink = "running"`.
     Running(Running),
 }
 
@@ -129,6 +131,7 @@ pub enum Shrink {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Running {
+    /// `"running"`.
     Running,
 }
 

@@ -49,6 +49,7 @@ pub const BIAS: &str = "gate.e_score_correction_bias";
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LossFree {
+    /// Sigmoid or softmax of the logits.
     pub score: Score,
     /// Weights that sum to 1 over the chosen experts; needs K ≥ 2.
     pub renormalize: bool,

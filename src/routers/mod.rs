@@ -104,6 +104,7 @@ pub enum Balance {
 pub struct OwnParameter {
     /// Name in checkpoints, behind the layer's prefix.
     pub name: &'static str,
+    /// Number of its entries.
     pub length: usize,
     /// What every entry begins with.
     pub start: f64,
@@ -113,6 +114,7 @@ pub struct OwnParameter {
 pub struct StateTensor {
     /// Name in checkpoints, behind the layer's prefix.
     pub name: &'static str,
+    /// What it holds before the first step; its shape and dtype stay.
     pub start: Tensor,
 }
 

@@ -57,7 +57,9 @@ pub(super) const INFO: RouterInfo = RouterInfo {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Version {
+    /// [2310.00811](https://arxiv.org/abs/2310.00811): K = 1, and a learned vector for each layer.
     V1,
+    /// [2409.12136](https://arxiv.org/abs/2409.12136): K = 1 or 2.
     V2,
 }
 
@@ -65,6 +67,7 @@ pub enum Version {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SparseMixer {
+    /// Which of the two papers.
     pub version: Version,
     /// ε of the mask.
     pub epsilon: f64,

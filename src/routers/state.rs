@@ -35,6 +35,7 @@ pub enum Phase {
 /// One forward pass of the model over one micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass {
+    /// What the pass is for: whether state is written.
     pub phase: Phase,
     /// Micro-batches of this optimizer step.
     pub micro_batches: usize,
@@ -80,6 +81,7 @@ pub struct LayerState {
 /// A token whose replayed choice is not the one that the router would have made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Disagreement {
+    /// Its number in the batch.
     pub token: usize,
     /// The experts of the replayed choice.
     pub replayed: Vec<i32>,
@@ -256,10 +258,13 @@ fn disagreements(replayed: &Selection, own: &Selection) -> Vec<Disagreement> {
 
 /// One layer in one pass, as a router sees it.
 pub struct LayerPass<'p> {
+    /// The pass of the whole model.
     pub pass: Pass,
+    /// The ranks that share the batch.
     pub dist: &'p dyn Collective,
     /// MoE layers from 0.
     pub layer: usize,
+    /// K of the configuration.
     pub top_k: usize,
     seed: u64,
     state: &'p mut LayerState,

@@ -7,6 +7,7 @@ use crate::tensor::Tensor;
 /// Routing statistics of a layer, summed over what it saw since they were last taken.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerStats {
+    /// Tokens that the layer saw; a whole number, kept as f64 like the sums beside it.
     pub tokens: f64,
     /// Tokens per expert.
     pub counts: Vec<f64>,

@@ -41,10 +41,13 @@ const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 /// What an export has become.
 #[derive(Clone, Debug)]
 pub struct Report {
+    /// What transformers loads it as.
     pub architecture: Architecture,
     /// What no architecture of transformers has; empty where one was found.
     pub foreign: Vec<String>,
+    /// Tensors that were written.
     pub tensors: usize,
+    /// What a reader of the export gets of the tokenizer.
     pub tokenizer: Exported,
 }
 

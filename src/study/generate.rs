@@ -18,6 +18,7 @@ pub struct Sampling {
     pub temperature: f64,
     /// Draws among this many likeliest tokens; 0 for all.
     pub top_k: usize,
+    /// Key of the draws: the same seed draws the same tokens.
     pub seed: u64,
     /// Continuations of the prompt.
     pub samples: usize,

@@ -8,6 +8,7 @@ use std::rc::Rc;
 
 /// One operation in backward.
 pub struct BackwardCall<'a> {
+    /// The operation, as its forward recorded it.
     pub op: &'a dyn Op,
     /// What its forward saved.
     pub saved: &'a [Tensor],

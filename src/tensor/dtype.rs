@@ -6,10 +6,15 @@ use std::fmt;
 /// Type of a tensor's elements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DType {
+    /// IEEE 754 binary64: the CPU's arithmetic for finite differences.
     F64,
+    /// IEEE 754 binary32.
     F32,
+    /// The upper half of an f32: activations and working weights on devices with kernels.
     Bf16,
+    /// The lower halves of split weights.
     I16,
+    /// Token ids, expert numbers, rows.
     I32,
 }
 
@@ -46,6 +51,7 @@ impl fmt::Display for DType {
 
 /// A Rust type that can be the element of a tensor.
 pub trait Element: Pod + Send + Sync + fmt::Debug {
+    /// The type as tensors name it at run time.
     const DTYPE: DType;
 }
 

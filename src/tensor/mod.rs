@@ -96,14 +96,17 @@ impl Tensor {
         Self::unspecified(self.device, self.dtype, self.shape)
     }
 
+    /// Its extents, at most four.
     pub fn shape(&self) -> Shape {
         self.shape
     }
 
+    /// Type of its elements.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
+    /// Where its elements lie.
     pub fn device(&self) -> Device {
         self.device
     }

@@ -33,7 +33,9 @@ use std::collections::BTreeMap;
 pub struct StepReport {
     /// Mean cross-entropy over the global batch, in nats.
     pub cross_entropy: f64,
+    /// Auxiliary loss, its coefficient included.
     pub auxiliary: f64,
+    /// z-loss, its coefficient included.
     pub z: f64,
     /// Norm of the gradient before clipping.
     pub gradient_norm: f64,
@@ -48,6 +50,7 @@ pub struct StepReport {
 /// Executes optimizer steps on a model: owns the optimizer, the memory of gradients and inputs, and on a device with kernels
 /// the captured graph of a step.
 pub struct StepExecutor {
+    /// Moments, and the rule of the update.
     pub optimizer: AdamW,
     gradients: Gradients,
     clip: f64,

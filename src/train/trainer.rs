@@ -32,6 +32,7 @@ pub enum Outcome {
 /// The result of a run.
 #[derive(Clone, Debug)]
 pub struct Summary {
+    /// Why it ended.
     pub outcome: Outcome,
     /// Steps done.
     pub step: u64,
@@ -195,6 +196,7 @@ impl Trainer {
         })
     }
 
+    /// The resolved configuration of the run.
     pub fn config(&self) -> &Config {
         &self.state.config
     }

@@ -36,6 +36,7 @@ pub struct Row {
 }
 
 impl Row {
+    /// Whether the error is within [`TOLERANCE`]; a NaN is not.
     pub fn passes(&self) -> bool {
         self.error <= TOLERANCE
     }

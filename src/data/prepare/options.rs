@@ -25,6 +25,7 @@ pub struct Options {
     /// Name of the token behind each document; `none` for none. Default: the tokenizer's, and three
     /// line feeds where a token is a byte.
     pub eos: Option<String>,
+    /// Share of the documents that is held out, spread evenly: from 0, below 1.
     pub validation_fraction: f64,
     /// Column of parquet, or field of an object, that holds the text.
     pub text_column: String,
@@ -38,6 +39,7 @@ pub struct Options {
     pub strict: bool,
     /// Decode every document again and count those whose text does not come back.
     pub round_trip: bool,
+    /// Show no progress.
     pub quiet: bool,
 }
 

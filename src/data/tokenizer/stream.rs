@@ -17,6 +17,7 @@ pub struct TextStream<'a> {
 }
 
 impl<'a> TextStream<'a> {
+    /// Before the first token.
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
         TextStream {
             tokenizer,

@@ -16,9 +16,11 @@ use crate::tensor::Tensor;
 
 /// What attention goes over.
 pub struct Places<'a> {
+    /// Number and width of the heads.
     pub heads: Heads,
     /// Rows of a sequence.
     pub sequence: usize,
+    /// Cosines and sines of the positions.
     pub tables: &'a RopeTables,
     /// `[B·S]` as [`attention`] takes it.
     pub first_key: Option<&'a Tensor>,

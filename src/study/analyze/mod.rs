@@ -53,14 +53,21 @@ pub struct Options {
 /// All of them, for one checkpoint.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
+    /// Name of the model's router.
     pub router: String,
+    /// Steps that the model was trained for.
     pub step: u64,
+    /// E.
     pub num_experts: usize,
+    /// K.
     pub top_k: usize,
     /// Held-out sequences, and tokens of one.
     pub sequences: usize,
+    /// S: tokens of one of them.
     pub sequence_length: usize,
+    /// Where the text is from.
     pub data: String,
+    /// In the order of the report.
     pub analyses: Vec<Analysis>,
 }
 

@@ -17,6 +17,7 @@ pub struct Options {
     pub model: PathBuf,
     /// A safetensors file with `tokens`, int64 `[B, S + 1]`.
     pub tokens: PathBuf,
+    /// Arithmetic and output.
     pub dtype: Precision,
     /// Whether this is a pass of training, after which the router's state is written too.
     pub train: bool,

@@ -13,6 +13,7 @@ use std::path::Path;
 
 /// A model that is evaluated, analysed, sampled from or exported.
 pub enum Saved {
+    /// A checkpoint of this program.
     Run(Checkpoint),
     /// A model's folder, which knows nothing of a training.
     Model(Box<Source>),

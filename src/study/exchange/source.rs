@@ -21,6 +21,7 @@ const EMBEDDING: &str = "model.embed_tokens.weight";
 /// A model's folder, opened.
 pub struct Source {
     folder: PathBuf,
+    /// Shapes and router, as `config.json` says.
     pub file: ModelFile,
     tensors: Tensors,
     /// Whether shared experts of no width stand in the files.

@@ -96,6 +96,7 @@ impl Tensors {
         Ok(())
     }
 
+    /// Whether there is a tensor of this name.
     pub fn has(&self, name: &str) -> bool {
         self.found.contains_key(name)
     }
@@ -115,6 +116,7 @@ impl Tensors {
         self.found.values().map(elements).sum()
     }
 
+    /// Of all tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.found.keys().map(String::as_str)
     }
@@ -216,9 +218,13 @@ fn shards(index: &Path) -> Result<BTreeMap<String, String>> {
 
 /// A named array to write.
 pub struct Output {
+    /// Its key in the file.
     pub name: String,
+    /// Its extents.
     pub shape: Vec<usize>,
+    /// Type of its elements in the file.
     pub dtype: DType,
+    /// Row-major, little-endian.
     pub bytes: Vec<u8>,
 }
 

@@ -97,6 +97,7 @@ impl Target {
 pub struct Memory {
     /// Weights; on a GPU bf16 and the lower half of the f32 master.
     pub weights: u64,
+    /// Those of all parameters, in the precision of their sums.
     pub gradients: u64,
     /// Two moments of each weight.
     pub optimizer: u64,
@@ -217,6 +218,7 @@ impl Memory {
         }
     }
 
+    /// Bytes of all kinds.
     pub fn total(&self) -> u64 {
         self.weights
             + self.gradients

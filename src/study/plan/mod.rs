@@ -20,6 +20,7 @@ const CORE_RATE: f64 = 58e9;
 /// What a run takes.
 #[derive(Clone, Debug, Serialize)]
 pub struct Plan {
+    /// The machine that is planned for.
     pub target: Target,
     /// Ranks that share the batch; memory is that of one.
     pub ranks: usize,
@@ -27,16 +28,21 @@ pub struct Plan {
     pub sent_bytes: u64,
     /// Seconds that a step takes to send them; an estimate, of GPUs of one host.
     pub sending_seconds: f64,
+    /// Trainable numbers of the model.
     pub total_parameters: u64,
     /// Those that one token meets.
     pub active_parameters: u64,
     /// Forward and backward of one token, nothing computed again.
     pub flops_per_token: u64,
+    /// Those of an optimizer step, over all ranks.
     pub tokens_per_step: u64,
+    /// Optimizer steps of the run.
     pub steps: u64,
     /// Bytes as configured, and with every layer kept or computed again.
     pub memory: Memory,
+    /// Bytes where backward keeps the activations of every layer.
     pub memory_kept: Memory,
+    /// Bytes where backward computes the activations of every layer again.
     pub memory_recomputed: Memory,
     /// What the target has; none where that is not known.
     pub available: Option<u64>,
@@ -48,6 +54,7 @@ pub struct Plan {
     pub checkpoint_bytes: u64,
     /// The largest micro-batch that fits, as configured and recomputed; none if not even one sequence.
     pub largest_micro_batch: Option<usize>,
+    /// The same where every layer is recomputed.
     pub largest_micro_batch_recomputed: Option<usize>,
 }
 

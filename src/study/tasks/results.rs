@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 /// What the model made of one question.
 #[derive(Clone, Debug, Serialize)]
 pub struct Answer {
+    /// Number of the document, as its file gives it.
     pub doc_id: serde_json::Value,
     /// Of each answer, in nats.
     pub log_likelihoods: Vec<f64>,
@@ -14,13 +15,16 @@ pub struct Answer {
     pub likeliest: bool,
     /// The right answer, and those that `acc` and `acc_norm` took.
     pub gold: usize,
+    /// The answer of the largest log-likelihood, which `acc` counts.
     pub chosen: usize,
+    /// The answer of the largest log-likelihood per character, which `acc_norm` counts.
     pub chosen_normalized: usize,
     /// Whether a prompt lost its beginning.
     pub truncated: bool,
 }
 
 impl Answer {
+    /// `likeliest` and `truncated` as the fields say.
     pub fn new(
         doc_id: serde_json::Value,
         question: &Question,
@@ -55,6 +59,7 @@ fn largest(values: &[f64]) -> usize {
 /// A mean and its standard error.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Value {
+    /// Their sum divided by their number.
     pub mean: f64,
     /// None for a single question.
     pub standard_error: Option<f64>,
@@ -76,9 +81,13 @@ impl Value {
 /// The scores of one task.
 #[derive(Clone, Debug, Serialize)]
 pub struct Score {
+    /// Name of the benchmark.
     pub task: &'static str,
+    /// How many were asked.
     pub questions: usize,
+    /// Share answered rightly, by log-likelihood.
     pub acc: Value,
+    /// The same by log-likelihood per character, where the harness has it.
     pub acc_norm: Option<Value>,
     /// Of the last word's tokens.
     pub perplexity: Option<Value>,
@@ -152,9 +161,11 @@ impl Score {
 /// The scores of several tasks.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Results {
+    /// A score for each task, in order.
     pub scores: Vec<Score>,
     /// Tokens that the model read, and seconds it took.
     pub tokens: usize,
+    /// Time that all questions took.
     pub seconds: f64,
     /// Tokens that it would have read without sharing what answers begin with.
     pub unshared_tokens: usize,

@@ -17,7 +17,9 @@ use std::time::Instant;
 
 /// A task with its questions, each with its document's number.
 pub struct Benchmark {
+    /// The benchmark's rules.
     pub task: &'static Task,
+    /// In the order of the file.
     pub questions: Vec<(Value, Question)>,
 }
 

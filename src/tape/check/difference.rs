@@ -16,7 +16,9 @@ const DIRECTIONS: usize = 3;
 /// How far one input's gradient is from the differences.
 #[derive(Clone, Debug)]
 pub struct GradientReport {
+    /// Name of the [`Case`].
     pub case: String,
+    /// Name of the [`Input`](super::Input).
     pub input: String,
     /// Derivatives compared: elements and directions.
     pub compared: usize,

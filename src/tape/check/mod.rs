@@ -30,6 +30,7 @@ pub struct Input {
 pub struct Case {
     /// Operation and shapes, for reports.
     pub name: String,
+    /// In the order in which `run` takes them.
     pub inputs: Vec<Input>,
     run: Run,
 }

@@ -14,16 +14,22 @@ use std::path::Path;
 
 /// A named array on its way to a file: f32, f64 or i32, row-major.
 pub struct Array<'a> {
+    /// Its key in the file.
     pub name: String,
+    /// Its extents.
     pub shape: Shape,
+    /// Type of its elements in the file.
     pub dtype: DType,
+    /// Where its bytes come from.
     pub content: Content<'a>,
 }
 
 /// Where an array's bytes come from, when it is written: at any time those of one array alone are in the host's memory
 /// beside what was there before.
 pub enum Content<'a> {
+    /// They are there already, little-endian.
     Bytes(Vec<u8>),
+    /// Read from where the tensor lies.
     Tensor(&'a Tensor),
     /// Consecutive numbers of a parameter.
     Weight(&'a Weight, Range<usize>),

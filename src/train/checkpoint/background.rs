@@ -18,6 +18,7 @@ const SHARE: f64 = 0.8;
 /// Where and how the checkpoints of a run are kept.
 #[derive(Clone, Debug)]
 pub struct Place {
+    /// `checkpoints` of the run's folder.
     pub folder: PathBuf,
     /// Files that a checkpoint counts on, to be on the disk before it.
     pub logs: Vec<PathBuf>,
@@ -41,6 +42,7 @@ struct UnderWay {
 }
 
 impl Saver {
+    /// Nothing is under way yet.
     pub fn new(place: Place) -> Self {
         Saver {
             place,

@@ -30,6 +30,7 @@ pub struct TrainerState {
     pub skipped_in_a_row: u64,
     /// Digest of the text.
     pub data: String,
+    /// The resolved configuration that the run had.
     pub config: Config,
 }
 

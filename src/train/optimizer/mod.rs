@@ -42,7 +42,9 @@ pub struct AdamW {
 
 /// First and second moment of one parameter's gradient; with several shards those of this rank's numbers.
 pub struct Moments {
+    /// m, the moving average of the gradient.
     pub first: Tensor,
+    /// v, the moving average of its square.
     pub second: Tensor,
 }
 
