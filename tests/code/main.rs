@@ -3,4 +3,5 @@
 mod bindings;
 mod docs;
 mod modules;
+mod package;
 mod structure;
