@@ -9,9 +9,14 @@ use std::path::{Path, PathBuf};
 
 /// README, the guide, and what else a reader is sent to.
 fn pages() -> Vec<PathBuf> {
-    let mut pages: Vec<PathBuf> = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-        .map(PathBuf::from)
-        .into();
+    let mut pages: Vec<PathBuf> = [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+        "SECURITY.md",
+    ]
+    .map(PathBuf::from)
+    .into();
     pages.extend(
         [
             "kernels/README.md",
@@ -73,6 +78,11 @@ fn every_link_of_the_docs_leads_to_a_file_and_a_heading() {
                 file => page.parent().unwrap().join(file),
             };
             assert!(target.exists(), "{}: {link} leads nowhere", page.display());
+            assert!(
+                !page.starts_with("docs") || !file.contains('/'),
+                "{}: {link} is not in the guide as it is built: name the path without a link",
+                page.display()
+            );
             if !heading.is_empty() {
                 let (text, _) = parts(&target);
                 let headings = text.lines().filter(|l| l.starts_with('#'));
@@ -171,7 +181,24 @@ fn the_page_of_commands_is_what_the_command_line_says() {
         .show_footer(false)
         .show_table_of_contents(false);
     let made = clap_markdown::help_markdown_custom::<Cli>(&options);
-    assert_page("docs/commands.md", &made);
+    assert_page("docs/commands.md", &as_page(&made));
+}
+
+/// The help of all commands with their examples as code, and with lists that have no headings of their own.
+fn as_page(help: &str) -> String {
+    let (mut page, mut code) = (String::new(), false);
+    for line in help.lines() {
+        let example = line
+            .strip_prefix("  ")
+            .filter(|_| code || page.ends_with("\nExamples:\n"));
+        if example.is_some() != code {
+            page += if code { "```\n" } else { "```sh\n" };
+            code = !code;
+        }
+        page += &example.unwrap_or(line).replace("###### ", "");
+        page.push('\n');
+    }
+    page
 }
 
 /// A page that is generated: `UPDATE_DOCS=1` writes it.
