@@ -48,3 +48,30 @@ fn the_files_that_contributing_names_are_there() {
     }
     assert!(found > 20, "only {found} files were found");
 }
+
+#[test]
+fn what_contributing_names_behind_a_file_is_defined_there() {
+    let text = fs::read_to_string("CONTRIBUTING.md").unwrap();
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    // `file` (`name`, `name`)
+    let parts: Vec<&str> = text.split("` (`").collect();
+    for pair in parts.windows(2) {
+        let file = pair[0].rsplit('`').next().unwrap();
+        let source = fs::read_to_string(file).unwrap_or_else(|e| panic!("{file}: {e}"));
+        let words: Vec<&str> = source
+            .split(|c: char| !c.is_alphanumeric() && c != '_')
+            .collect();
+        let names = pair[1].split(')').next().unwrap();
+        for name in names.split('`').step_by(2).filter(|name| !name.is_empty()) {
+            let defined = words
+                .windows(2)
+                .any(|w| ["fn", "struct", "trait", "const"].contains(&w[0]) && w[1] == name);
+            assert!(defined, "CONTRIBUTING.md: {file} defines no `{name}`");
+        }
+    }
+    assert!(
+        parts.len() > 15,
+        "only {} files with names were found",
+        parts.len() - 1
+    );
+}
