@@ -451,12 +451,15 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline"])]
     pub(super) dump: Option<PathBuf>,
     /// Write one page of everything on record, and measure nothing.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
+    #[arg(long, value_name = "FILE", group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
     pub(super) report: Option<PathBuf>,
     /// With --report: also the main pictures, as SVG, into this folder.
     #[arg(long, value_name = "DIR", requires = "report")]
     pub(super) pictures: Option<PathBuf>,
-    /// With --report: also the table of this page, between its marks.
-    #[arg(long, value_name = "FILE", requires = "report")]
+    /// Fit a cost model to the recorded timings of products, and print where their time goes; measure nothing.
+    #[arg(long, group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
+    pub(super) predict: bool,
+    /// With --report or --predict: write the table of this page, between its marks.
+    #[arg(long, value_name = "FILE", requires = "page")]
     pub(super) update: Option<PathBuf>,
 }
