@@ -66,6 +66,11 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
         say!("validation loss {loss:.4} nats per token after {step} steps");
     }
     match report.outcome {
+        Outcome::Stopped if step == 0 => {
+            say!(
+                "stopped before the first step was done; begin it again with: routegrad train --out {place} --resume"
+            );
+        }
         Outcome::Stopped if options.checkpoints => {
             say!(
                 "stopped and saved at step {step}; go on with: routegrad train --out {place} --resume"
