@@ -15,6 +15,7 @@ use crate::train::checkpoint::{SHARD_BYTES, TrainerState};
 use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
+use crate::verify::hardware::throughput::recorded;
 use crate::verify::{device_check, gradcheck};
 use std::io::Write;
 use std::path::Path;
@@ -155,12 +156,14 @@ pub(super) fn ablate_command(
 
 pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
     let config = args.settings.configure()?;
-    let found = plan::plan_on(
-        &config,
-        args.device,
-        rayon::current_num_threads(),
-        args.ranks,
-    )?;
+    let threads = rayon::current_num_threads();
+    let mut found = plan::plan_on(&config, args.device, threads, args.ranks)?;
+    if let plan::Target::Gpu(chip) = args.device {
+        let (router, flops) = (&config.router.name, found.flops_per_token);
+        if let Some((rate, from)) = recorded(&args.records, chip.name, router, flops)? {
+            found = found.at_rate(rate, from);
+        }
+    }
     if args.json {
         say!("{:#}", serde_json::json!(found));
     } else {
