@@ -69,7 +69,7 @@ fn config() -> Config {
             "model.dense_ffn_width=8",
             "model.sequence_length=8",
             "train.micro_batch=2",
-            "train.eval_interval=0",
+            "train.eval_interval=100",
             &batch,
             &steps,
         ],

@@ -29,7 +29,7 @@ fn verdict(group: &Group, base: &Group, gain: Spread, pairs: usize) -> String {
     let (ours, theirs, mean) = (&group.label, &base.label, gain.mean);
     let Some(deviation) = gain.deviation else {
         return format!(
-            "{ours} against {theirs}: gain {mean:+.4} of one pair of runs; only more seeds can tell whether that is noise."
+            "{ours} against {theirs}: gain {mean:+.4} nats per token of one pair of runs; only more seeds can tell whether that is noise."
         );
     };
     let half = T[(pairs - 2).min(T.len() - 1)] * deviation / (pairs as f64).sqrt();
@@ -40,7 +40,7 @@ fn verdict(group: &Group, base: &Group, gain: Spread, pairs: usize) -> String {
         _ => format!("{ours} is within noise of {theirs}"),
     };
     format!(
-        "{what}: gain {mean:+.4} (95% interval {low:+.4} to {high:+.4}, {pairs} pairs of runs)."
+        "{what}: gain {mean:+.4} nats per token (95% interval {low:+.4} to {high:+.4}, {pairs} pairs of runs)."
     )
 }
 
@@ -69,12 +69,14 @@ mod tests {
         // Mean 0.02, deviation 0.01, t of two degrees of freedom: 0.02 ± 4.303 · 0.01 / √3.
         assert_eq!(
             said(&[0.01, 0.02, 0.03]),
-            "new is within noise of old: gain +0.0200 (95% interval -0.0048 to +0.0448, 3 pairs of runs)."
+            "new is within noise of old: gain +0.0200 nats per token (95% interval -0.0048 to +0.0448, 3 pairs of runs)."
         );
         // The same of six runs: 0.02 ± 2.571 · 0.00894 / √6.
         let better = said(&[0.01, 0.02, 0.03, 0.01, 0.02, 0.03]);
         assert!(
-            better.starts_with("new is better than old: gain +0.0200 (95% interval +0.0106"),
+            better.starts_with(
+                "new is better than old: gain +0.0200 nats per token (95% interval +0.0106"
+            ),
             "{better}"
         );
         assert!(said(&[-0.02, -0.02, -0.03]).starts_with("new is worse than old"));

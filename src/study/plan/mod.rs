@@ -34,6 +34,8 @@ pub struct Plan {
     pub flops_per_token: u64,
     pub tokens_per_step: u64,
     pub steps: u64,
+    /// Tokens of the text to train on, where it was looked at.
+    pub text_tokens: Option<u64>,
     /// Bytes as configured, and with every layer kept or computed again.
     pub memory: Memory,
     pub memory_kept: Memory,
@@ -119,6 +121,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
         flops_per_token: flops,
         tokens_per_step,
         steps: config.train.steps,
+        text_tokens: None,
         memory,
         memory_kept: Memory::with_ranks(&recompute(false), &*router, target, ranks),
         memory_recomputed: Memory::with_ranks(&recompute(true), &*router, target, ranks),
@@ -150,7 +153,7 @@ fn assumed_rate(target: Target, threads: usize) -> (f64, String) {
         Target::Gpu(chip) => (
             chip.peak * PEAK_SHARE,
             format!(
-                "half of its bf16 peak; no training step of a {} is on record",
+                "half of its bf16 peak; no training step of an {} is on record",
                 chip.name
             ),
         ),
@@ -246,6 +249,11 @@ impl Plan {
                 &format!("{}, {} steps", self.tokens_per_step, self.steps),
             ),
         ];
+        if let Some(tokens) = self.text_tokens {
+            let times = (self.tokens_per_step * self.steps) as f64 / tokens.max(1) as f64;
+            let all = count_of(tokens as f64);
+            lines.push(row("text", &format!("{all} tokens, read {times:.2} times")));
+        }
         if self.ranks > 1 {
             let sent = bytes(self.sent_bytes);
             let time = match self.sending_seconds {
@@ -287,13 +295,18 @@ impl Plan {
         lines.push(self.verdict());
         lines.push(String::new());
         lines.push(row("checkpoint", &bytes(self.checkpoint_bytes)));
+        lines.extend(self.time_rows());
+        lines.join("\n")
+    }
+
+    fn time_rows(&self) -> [String; 3] {
         let (most, least) = match self.upper_bound {
             true => ("upper bound:", "at least"),
             false => ("about", "about"),
         };
         let (speed, rate) = (self.tokens_per_second, self.rate / 1e12);
         let time = duration(self.seconds());
-        lines.extend([
+        [
             row(
                 "speed",
                 &format!("{most} {speed:.0} tokens/s, at {rate:.3} TFLOP/s"),
@@ -303,8 +316,7 @@ impl Plan {
                 "time",
                 &format!("{least} {time}, evaluations and saving left out"),
             ),
-        ]);
-        lines.join("\n")
+        ]
     }
 
     fn verdict(&self) -> String {
