@@ -365,6 +365,9 @@ pub(super) struct PlanArgs {
     /// Processes that share the batch, on a GPU each.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(super) ranks: usize,
+    /// Folder of hardware-check's records: a GPU is taken to be as fast as it was in them.
+    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
+    pub(super) records: PathBuf,
     /// Print JSON, bytes and seconds.
     #[arg(long)]
     pub(super) json: bool,
@@ -429,7 +432,7 @@ pub(super) struct BenchArgs {
     /// Only cases whose name contains this.
     #[arg(long, value_name = "TEXT")]
     pub(super) only: Option<String>,
-    /// End within so many seconds; what is left out is told.
+    /// Seconds to end within; what does not fit is left out and listed.
     #[arg(long, value_name = "SECONDS", default_value_t = 420.0)]
     pub(super) budget: f64,
     /// Say what would be measured, in order, with estimates; measure nothing.

@@ -16,7 +16,7 @@ pub use load::{Layers, RouterCheck};
 pub use preset::PRESETS;
 
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::tensor::dtype::DType;
 use serde::{Deserialize, Serialize};
 
@@ -423,14 +423,12 @@ impl Config {
 
     /// The configuration as TOML; as [`Layers::file`] it gives itself back.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| {
-            Error::invalid(
-                "config.toml",
-                "values that TOML can hold",
-                e.to_string(),
-                "check the configuration's numbers",
-            )
-        })
+        toml::to_string(self).map_err(|e| load::unwritable(&e))
+    }
+
+    /// The same as a table.
+    pub fn to_table(&self) -> Result<toml::Table> {
+        toml::Table::try_from(self).map_err(|e| load::unwritable(&e))
     }
 }
 
