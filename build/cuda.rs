@@ -177,7 +177,8 @@ fn architecture_flags(archs: &[&str]) -> Vec<String> {
     flags
 }
 
-/// One nvcc a file, as many at once as Cargo was told to use.
+/// One nvcc a file, as many at once as Cargo was told to use. What ptxas says stays beside each object, in `NAME.cuda.txt`,
+/// for scripts/check-ptx.
 fn compile_all(nvcc: &Path, archs: &[&str], jobs: &[(PathBuf, PathBuf)]) {
     let flags = architecture_flags(archs);
     let at_once = std::env::var("NUM_JOBS")
@@ -211,11 +212,13 @@ fn compile_one(nvcc: &Path, flags: &[String], source: &Path, object: &Path) -> R
         .arg(object)
         .output()
         .map_err(|e| format!("{} does not start: {e}", nvcc.display()))?;
-    if output.status.success() {
-        return Ok(());
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("nvcc cannot compile {}:\n{text}", source.display()));
     }
-    let text = String::from_utf8_lossy(&output.stderr);
-    Err(format!("nvcc cannot compile {}:\n{text}", source.display()))
+    let said = object.with_extension("txt");
+    std::fs::write(&said, &output.stderr)
+        .map_err(|e| format!("cannot write {}: {e}", said.display()))
 }
 
 /// FNV-1a of a compiled kernel file, launchers included: what records of GPU runs are tied to.

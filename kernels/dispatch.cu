@@ -25,7 +25,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kMaxExperts = 256, kMaxBlocks = 256;
-constexpr int kSlotsPerBlock = 2048;  // while there are fewer than kMaxBlocks blocks
+constexpr int kSlotsPerBlock = 256;  // 32 of a warp, while there are fewer than kMaxBlocks blocks
 
 // The cut of all slots into one run per warp, runs in order of (block, warp).
 struct Slots {

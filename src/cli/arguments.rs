@@ -365,6 +365,9 @@ pub(super) struct PlanArgs {
     /// Processes that share the batch, on a GPU each.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(super) ranks: usize,
+    /// Folder of hardware-check's records: a GPU is taken to be as fast as it was in them.
+    #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
+    pub(super) records: PathBuf,
     /// Print JSON, bytes and seconds.
     #[arg(long)]
     pub(super) json: bool,
@@ -429,7 +432,7 @@ pub(super) struct BenchArgs {
     /// Only cases whose name contains this.
     #[arg(long, value_name = "TEXT")]
     pub(super) only: Option<String>,
-    /// End within so many seconds; what is left out is told.
+    /// Seconds to end within; what does not fit is left out and listed.
     #[arg(long, value_name = "SECONDS", default_value_t = 420.0)]
     pub(super) budget: f64,
     /// Say what would be measured, in order, with estimates; measure nothing.
@@ -451,12 +454,15 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline"])]
     pub(super) dump: Option<PathBuf>,
     /// Write one page of everything on record, and measure nothing.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
+    #[arg(long, value_name = "FILE", group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
     pub(super) report: Option<PathBuf>,
     /// With --report: also the main pictures, as SVG, into this folder.
     #[arg(long, value_name = "DIR", requires = "report")]
     pub(super) pictures: Option<PathBuf>,
-    /// With --report: also the table of this page, between its marks.
-    #[arg(long, value_name = "FILE", requires = "report")]
+    /// Fit a cost model to the recorded timings of products, and print where their time goes; measure nothing.
+    #[arg(long, group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
+    pub(super) predict: bool,
+    /// With --report or --predict: write the table of this page, between its marks.
+    #[arg(long, value_name = "FILE", requires = "page")]
     pub(super) update: Option<PathBuf>,
 }

@@ -5,6 +5,7 @@ use super::process::{start_ranks, watch_signals};
 use super::ranks::RanksArgs;
 use super::saved::open_saved;
 use crate::config::{Config, Layers};
+use crate::data::Corpus;
 use crate::device::machine::Chip;
 use crate::error::{Error, Result};
 use crate::routers;
@@ -15,6 +16,7 @@ use crate::train::checkpoint::{SHARD_BYTES, TrainerState};
 use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
+use crate::verify::hardware::throughput::recorded;
 use crate::verify::{device_check, gradcheck};
 use std::io::Write;
 use std::path::Path;
@@ -155,12 +157,18 @@ pub(super) fn ablate_command(
 
 pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
     let config = args.settings.configure()?;
-    let found = plan::plan_on(
-        &config,
-        args.device,
-        rayon::current_num_threads(),
-        args.ranks,
-    )?;
+    let threads = rayon::current_num_threads();
+    let mut found = plan::plan_on(&config, args.device, threads, args.ranks)?;
+    if args.settings.data.is_some() {
+        let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+        found.text_tokens = Some(corpus.counts()[0].tokens);
+    }
+    if let plan::Target::Gpu(chip) = args.device {
+        let (router, flops) = (&config.router.name, found.flops_per_token);
+        if let Some((rate, from)) = recorded(&args.records, chip.name, router, flops)? {
+            found = found.at_rate(rate, from);
+        }
+    }
     if args.json {
         say!("{:#}", serde_json::json!(found));
     } else {
@@ -228,20 +236,29 @@ pub(super) fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()
     })?;
     written?;
     let failed = rows.iter().filter(|row| !row.passes()).count();
-    if failed > 0 || rows.is_empty() {
+    if rows.is_empty() {
+        return Err(no_subject(filter));
+    }
+    if failed > 0 {
         return Err(Error::invalid(
             "gradcheck",
             format!("relative errors of at most {:.0e}", gradcheck::TOLERANCE),
-            match rows.len() {
-                0 => format!("nothing of the name `{filter}`"),
-                n => format!("{failed} of {n} checks above it"),
-            },
-            "see the table for what fails; without a filter it names everything",
+            format!("{failed} of {} checks above it", rows.len()),
+            "see the table for what fails",
         ));
     }
     let compared: usize = rows.iter().map(|row| row.compared).sum();
     say!("{} checks of {compared} derivatives pass", rows.len());
     Ok(())
+}
+
+fn no_subject(filter: &str) -> Error {
+    Error::invalid(
+        "gradcheck",
+        "a part of a subject's name",
+        format!("`{filter}`, which is in none"),
+        "without a filter everything is checked and named",
+    )
 }
 
 /// The layer of every router, unless a fault is planted, and whole models.
@@ -272,7 +289,10 @@ pub(super) fn gradcheck_on_simulator(filter: &str, plant: Option<Fault>) -> Resu
             show(&subject, model.run(plant)?, device_check::MODEL_TOLERANCE)?;
         }
     }
-    if failed > 0 || checks == 0 {
+    if checks == 0 {
+        return Err(no_subject(filter));
+    }
+    if failed > 0 {
         return Err(Error::invalid(
             "gradcheck --device sim",
             format!(
@@ -281,7 +301,7 @@ pub(super) fn gradcheck_on_simulator(filter: &str, plant: Option<Fault>) -> Resu
                 device_check::MODEL_TOLERANCE
             ),
             format!("{failed} of {checks} checks above it"),
-            "see the table for what fails; without a filter it names every router",
+            "see the table for what fails",
         ));
     }
     say!("{checks} directional derivatives pass");

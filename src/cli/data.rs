@@ -3,6 +3,7 @@
 use crate::data::folder::{Counts, Folder, Side};
 use crate::data::prepare::{self, Options};
 use crate::error::{Error, Result};
+use crate::report::progress::Phases;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -199,7 +200,10 @@ fn inspect(args: &InspectArgs) -> Result<()> {
         samples(&folder, args.samples)?;
     }
     if args.verify {
+        let phases = Phases::new(1);
+        phases.begin(1, "comparing checksums");
         folder.verify()?;
+        drop(phases);
         say!("every file agrees with its checksum");
     }
     Ok(())

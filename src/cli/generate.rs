@@ -7,7 +7,6 @@ use crate::study::generate;
 use clap::Args;
 use std::fs;
 use std::path::PathBuf;
-use std::time::Instant;
 
 #[derive(Args)]
 pub(super) struct GenerateArgs {
@@ -51,12 +50,12 @@ pub(super) fn generate_command(args: &GenerateArgs) -> Result<()> {
         Some(file) => fs::read_to_string(file).map_err(|e| Error::io("read", file, e))?,
     };
     let found = open_saved(&args.model)?;
-    let (mut out, begun) = (std::io::stdout().lock(), Instant::now());
+    let mut out = std::io::stdout().lock();
     let made = generate::run(&found, &prompt, args.tokens, &sampling, &mut out)?;
-    let seconds = begun.elapsed().as_secs_f64();
+    let (tokens, seconds) = (made.tokens, made.seconds);
     stderr_line(&format!(
-        "{made} tokens in {seconds:.1} s, {:.0} a second",
-        made as f64 / seconds
+        "{tokens} tokens in {seconds:.1} s, {:.0} a second",
+        tokens as f64 / seconds
     ));
     Ok(())
 }

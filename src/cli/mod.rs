@@ -25,7 +25,7 @@ use crate::dist;
 use crate::error::Result;
 use crate::report::stderr_line;
 use arguments::Command;
-use clap::Parser;
+use clap::{CommandFactory, FromArgMatches};
 use commands::*;
 use process::{refuse_launcher, set_threads, simulate};
 use std::process::ExitCode;
@@ -49,7 +49,7 @@ use train::train_command;
 /// }
 /// ```
 pub fn main() -> ExitCode {
-    match dist::conclude(Cli::parse().run()) {
+    match dist::conclude(Cli::of_process().run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // Of several ranks one prints.
@@ -61,7 +61,22 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Lets the values of all options begin with a minus, so that a negative number is answered as one.
+fn with_negative_numbers(command: clap::Command) -> clap::Command {
+    let command = command.mut_args(|argument| match argument.get_action().takes_values() {
+        true => argument.allow_negative_numbers(true),
+        false => argument,
+    });
+    command.mut_subcommands(with_negative_numbers)
+}
+
 impl Cli {
+    /// The command line of this process; ends it where there is nothing to run.
+    fn of_process() -> Self {
+        let matches = with_negative_numbers(Self::command()).get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
+    }
+
     /// Runs the command.
     ///
     /// # Errors

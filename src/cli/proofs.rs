@@ -11,7 +11,7 @@ pub(super) struct HardwareArgs {
     /// Folder of the records.
     #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
     out: PathBuf,
-    /// End within so many seconds; what is left waits for the next time.
+    /// Seconds to end within; what does not fit is left for the next call.
     #[arg(long, value_name = "SECONDS", default_value_t = 540.0)]
     budget: f64,
     /// Say what would run, in order, with what it needs and estimates; run nothing.

@@ -8,7 +8,7 @@ pub(super) struct RanksArgs {
     /// Where the ranks come from: auto, the launcher (mpirun, srun) if there is one; none, this process alone; mpi.
     #[arg(long, value_name = "FROM", value_enum, default_value = "auto")]
     pub(super) ranks: RanksFrom,
-    /// End when a rank is silent, or keeps the others waiting, for so long.
+    /// Seconds after which the run ends when a rank sends no sign of life, or keeps the others waiting.
     #[arg(long, value_name = "SECONDS", default_value_t = 60.0)]
     pub(super) rank_timeout: f64,
 }

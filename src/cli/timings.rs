@@ -12,6 +12,14 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
         say!("{}", bench::record::Records::merge(&args.out, &args.merge)?);
         return Ok(());
     }
+    if args.predict {
+        let model = bench::predict(&args.out)?;
+        match &args.update {
+            Some(page) => model.update(page)?,
+            None => say!("{}", model.markdown().trim_end()),
+        }
+        return Ok(());
+    }
     if let Some(file) = &args.report {
         return bench_report(&args, file);
     }

@@ -5,7 +5,7 @@ use super::process::{simulate, start_ranks, watch_signals};
 use crate::config::{Config, Layers};
 use crate::data;
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::routers;
 use crate::study::{hooks, plan};
 use crate::train::{self, Outcome, RunOptions};
@@ -19,7 +19,14 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     // A run that goes on has its configuration in its folder; a new one may be named after it.
     let (config, out) = if args.resume {
         let out = args.folder(args.settings.router.as_deref().unwrap_or("default"));
-        let file = Some(out.join(train::CONFIG_FILE));
+        let file = out.join(train::CONFIG_FILE);
+        if !file.exists() {
+            let got = format!("no {} there", train::CONFIG_FILE);
+            let help =
+                "name the run's folder by --out, or its --name; without --resume a new run begins";
+            return Err(Error::file(out, "a run to go on with", got, help));
+        }
+        let file = Some(file);
         let layers = Layers {
             resolved: true,
             ..args.layers(file)
@@ -66,6 +73,11 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
         say!("validation loss {loss:.4} nats per token after {step} steps");
     }
     match report.outcome {
+        Outcome::Stopped if step == 0 => {
+            say!(
+                "stopped before the first step was done; begin it again with: routegrad train --out {place} --resume"
+            );
+        }
         Outcome::Stopped if options.checkpoints => {
             say!(
                 "stopped and saved at step {step}; go on with: routegrad train --out {place} --resume"

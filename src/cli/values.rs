@@ -1,15 +1,17 @@
 //! Values of arguments that take more than a number or a name.
 
+use crate::device::architectures;
 use crate::device::machine::{CHIPS, Chip};
 
 /// 80 of "sm_80".
 pub(super) fn architecture(text: &str) -> Result<i32, String> {
-    const KNOWN: [i32; 6] = [80, 86, 89, 90, 100, 120];
     let number = text.strip_prefix("sm_").and_then(|n| n.parse().ok());
-    number.filter(|n| KNOWN.contains(n)).ok_or_else(|| {
-        let known = KNOWN.map(|n| format!("sm_{n}")).join(", ");
-        format!("expected one of {known}")
-    })
+    number
+        .filter(|n| architectures().any(|known| known == *n))
+        .ok_or_else(|| {
+            let known: Vec<String> = architectures().map(|n| format!("sm_{n}")).collect();
+            format!("expected one of {}", known.join(", "))
+        })
 }
 
 /// A GPU by its key.

@@ -2,7 +2,7 @@
 //! `config/mod.rs`.
 
 use super::Config;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use serde_json::Value as Json;
 use std::fmt::Write;
 use toml::{Table, Value};
@@ -25,13 +25,7 @@ const SECTIONS: [(&str, &str); 5] = [
 /// # Errors
 /// When a value has no form in TOML.
 pub fn described(config: &Config, defaults: &Config, settings: &[(&str, &str)]) -> Result<String> {
-    let table = |config: &Config| {
-        Table::try_from(config).map_err(|e| {
-            let help = "check the configuration's numbers";
-            Error::invalid("config", "values that TOML can hold", e.to_string(), help)
-        })
-    };
-    let (values, defaults) = (table(config)?, table(defaults)?);
+    let (values, defaults) = (config.to_table()?, defaults.to_table()?);
     let mut text = String::new();
     for (section, name) in SECTIONS {
         let _ = writeln!(text, "[{section}]");
@@ -76,7 +70,6 @@ fn fields(name: &str) -> Vec<(&'static str, Vec<&'static str>)> {
 /// A value as it stands behind `key =`.
 fn inline(value: &Value) -> String {
     match value {
-        // Integers stay so, and small numbers short.
         // On one line, so that a comment may hold it; JSON's escapes are TOML's too.
         Value::String(text) => Json::from(text.as_str()).to_string(),
         Value::Float(x) if *x != 0.0 && x.abs() < 1e-3 => format!("{x:e}"),
@@ -96,7 +89,7 @@ mod tests {
         let load = |layers: &Layers| Config::load(layers, &|_| Ok(())).unwrap();
         let (config, preset) = (load(&layers), load(&Layers::preset("tiny")));
         let text = described(&config, &preset, &[]).unwrap();
-        let table = Table::try_from(&config).unwrap();
+        let table = config.to_table().unwrap();
         for (section, name) in SECTIONS {
             let fields = fields(name);
             for key in table[section].as_table().unwrap().keys() {

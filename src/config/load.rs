@@ -271,12 +271,13 @@ fn incomplete(e: &toml::de::Error) -> Error {
     )
 }
 
-fn unwritable(e: &toml::ser::Error) -> Error {
+pub(super) fn unwritable(e: &toml::ser::Error) -> Error {
+    let help = "check the configuration's numbers";
     Error::invalid(
         "configuration",
         "values that TOML can hold",
         e.to_string(),
-        "start from a preset",
+        help,
     )
 }
 
@@ -290,8 +291,7 @@ fn embedded(text: &str) -> Table {
 fn known_keys(preset: &Table) -> Result<Vec<String>> {
     let mut whole = preset.clone();
     derive(&mut whole, false)?;
-    let config = parse(&whole).map_err(|e| incomplete(&e))?;
-    let table = Table::try_from(&config).map_err(|e| unwritable(&e))?;
+    let table = parse(&whole).map_err(|e| incomplete(&e))?.to_table()?;
     Ok(flatten(&table).into_iter().map(|(key, _)| key).collect())
 }
 

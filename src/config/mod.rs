@@ -18,7 +18,7 @@ pub use load::{Layers, RouterCheck};
 pub use preset::PRESETS;
 
 use crate::device::Device;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use serde::{Deserialize, Serialize};
 
 /// Everything a run needs to know, fully resolved.
@@ -377,14 +377,12 @@ impl Config {
 
     /// The configuration as TOML; as [`Layers::file`] it gives itself back.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string(self).map_err(|e| {
-            Error::invalid(
-                "config.toml",
-                "values that TOML can hold",
-                e.to_string(),
-                "check the configuration's numbers",
-            )
-        })
+        toml::to_string(self).map_err(|e| load::unwritable(&e))
+    }
+
+    /// The same as a table.
+    pub fn to_table(&self) -> Result<toml::Table> {
+        toml::Table::try_from(self).map_err(|e| load::unwritable(&e))
     }
 }
 

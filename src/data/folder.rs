@@ -189,6 +189,17 @@ impl Folder {
                 "give the command routegrad data prepare again: it goes on where it was",
             ));
         }
+        if !file.exists() {
+            return Err(Error::file(
+                path,
+                "a folder of tokens",
+                match path.is_dir() {
+                    true => format!("a folder without {MANIFEST}"),
+                    false => "no such folder".into(),
+                },
+                "make one: routegrad data prepare",
+            ));
+        }
         let text = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
         let value: serde_json::Value = serde_json::from_str(&text)
             .map_err(|e| changed(&file, "the manifest that was written".into(), e.to_string()))?;

@@ -28,7 +28,7 @@ pub use folder::{Counts, Folder};
 pub use limits::DOCUMENT_END;
 pub use part::Share;
 pub use prefetch::Prefetch;
-pub use sources::{Source, sources};
+pub use sources::{LeftOut, Source, sources};
 pub(crate) use text::read_text;
 pub use tokenizer::Tokenizer;
 
@@ -162,23 +162,24 @@ impl Corpus {
 
     /// Validation windows of S tokens and the one after them, that share no predicted token.
     fn whole_windows(&self) -> usize {
-        let of_part = |p: &Part| p.validation.len().saturating_sub(1) / self.sequence_length;
-        self.parts.iter().map(|p| of_part(p) as usize).sum()
+        self.parts.iter().map(|p| self.whole_windows_of(p)).sum()
+    }
+
+    fn whole_windows_of(&self, part: &Part) -> usize {
+        (part.validation.len().saturating_sub(1) / self.sequence_length) as usize
     }
 
     /// Validation windows that share no predicted token: all of them, or `most` > 0, evenly spread.
     pub fn held_out(&self, most: usize) -> Vec<Window> {
-        let s = self.sequence_length;
-        let of_part = |p: &Part| (p.validation.len().saturating_sub(1) / s) as usize;
         let all = self.whole_windows();
         let n = if most == 0 { all } else { most.min(all) };
         let window = |k: usize| {
             let (mut part, mut k) = (0, k * all / n);
-            while k >= of_part(&self.parts[part]) {
-                k -= of_part(&self.parts[part]);
+            while k >= self.whole_windows_of(&self.parts[part]) {
+                k -= self.whole_windows_of(&self.parts[part]);
                 part += 1;
             }
-            let start = k as u64 * s;
+            let start = k as u64 * self.sequence_length;
             Window {
                 part,
                 start,

@@ -41,12 +41,20 @@ impl Source {
     }
 }
 
-/// The sources of the text, documents held out included, and of tokens those alone; and the names of
-/// those that are shorter than one sequence and the token after it, which are left out.
+/// Names of sources that are left out.
+#[derive(Default)]
+pub struct LeftOut {
+    /// Shorter than one sequence and the token after it.
+    pub short: Vec<String>,
+    /// Beyond the largest ones.
+    pub smaller: Vec<String>,
+}
+
+/// The sources of the text, documents held out included, and of tokens those alone; and those that are left out.
 ///
 /// # Errors
 /// As [`Corpus::load`](super::Corpus::load); and when nothing is left.
-pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, Vec<String>)> {
+pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, LeftOut)> {
     if config.sources().any(|s| Folder::is(Path::new(s))) {
         return of_folders(config, model);
     }
@@ -72,12 +80,12 @@ pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>,
             )
         }
     };
-    let mut short = Vec::new();
+    let mut left_out = LeftOut::default();
     let mut found = Vec::new();
     for (name, documents) in groups.drain(..) {
         let text = documents.join(DOCUMENT_END).into_bytes();
         if text.len() <= model.sequence_length {
-            short.push(name);
+            left_out.short.push(name);
             continue;
         }
         in_vocabulary(&name, &text, model.vocab_size)?;
@@ -87,16 +95,16 @@ pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>,
             sequence_length: model.sequence_length,
         });
     }
-    any(found, short, model)
+    any(found, left_out, model)
 }
 
 fn any(
     found: Vec<Source>,
-    short: Vec<String>,
+    left_out: LeftOut,
     model: &ModelConfig,
-) -> Result<(Vec<Source>, Vec<String>)> {
+) -> Result<(Vec<Source>, LeftOut)> {
     if !found.is_empty() {
-        return Ok((found, short));
+        return Ok((found, left_out));
     }
     Err(Error::invalid(
         "data",
@@ -104,13 +112,13 @@ fn any(
             "a source of more than {} tokens, one sequence and the token after it",
             model.sequence_length
         ),
-        format!("{} shorter ones", short.len()),
+        format!("{} shorter ones", left_out.short.len()),
         "add text",
     ))
 }
 
 /// The sources of folders of tokens, the [`MOST`] with the most held out.
-fn of_folders(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, Vec<String>)> {
+fn of_folders(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, LeftOut)> {
     let mut by_name: BTreeMap<String, Tokens> = BTreeMap::new();
     for source in config.sources() {
         let part = Part::load(source, config, model)?;
@@ -133,8 +141,12 @@ fn of_folders(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, 
     });
     let mut found: Vec<Source> = sources.collect();
     found.sort_by_key(|s| std::cmp::Reverse(s.text.len()));
-    found.truncate(MOST);
-    any(found, short.into_iter().map(|s| s.0).collect(), model)
+    let smaller = found.split_off(MOST.min(found.len()));
+    let left_out = LeftOut {
+        short: short.into_iter().map(|s| s.0).collect(),
+        smaller: smaller.into_iter().map(|s| s.name).collect(),
+    };
+    any(found, left_out, model)
 }
 
 /// At most [`MOST`] runs of documents that differ in number by at most one.
@@ -158,7 +170,7 @@ mod tests {
     use crate::config::{Config, Layers};
     use std::fs;
 
-    fn of(source: &Path, length: usize) -> Result<(Vec<Source>, Vec<String>)> {
+    fn of(source: &Path, length: usize) -> Result<(Vec<Source>, LeftOut)> {
         let mut layers = Layers::preset("tiny");
         layers.set = vec![format!("model.sequence_length={length}")];
         let mut config = Config::load(&layers, &|_| Ok(())).unwrap();
@@ -176,10 +188,10 @@ mod tests {
         ] {
             fs::write(folder.path().join(name), text).unwrap();
         }
-        let (found, short) = of(folder.path(), 4).unwrap();
+        let (found, left_out) = of(folder.path(), 4).unwrap();
         let names: Vec<&str> = found.iter().map(|s| s.name.as_str()).collect();
         assert_eq!(
-            (names, short),
+            (names, left_out.short),
             (vec!["a.txt", "b.txt"], vec!["c.txt".into()])
         );
         // Nine bytes hold two windows of four tokens and the byte after the last.

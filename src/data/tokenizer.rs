@@ -117,7 +117,7 @@ impl Tokenizer {
         }
     }
 
-    /// What tells two tokenizers apart: `bytes`, or the BLAKE3 digest of the file in hexadecimal.
+    /// What tells two tokenizers apart: `bytes`, or what [`fingerprint_of`] says of the file.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -210,6 +210,11 @@ impl Tokenizer {
             false => Ok(Self::bytes()),
         }
     }
+}
+
+/// The fingerprint of a tokenizer.json of this content: its BLAKE3 digest in hexadecimal.
+pub fn fingerprint_of(json: &[u8]) -> String {
+    blake3::hash(json).to_hex().to_string()
 }
 
 /// Refuses tokens of another tokenizer than that of the fingerprint `expected`.

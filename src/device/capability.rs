@@ -11,6 +11,12 @@ pub fn built_for() -> impl Iterator<Item = &'static str> {
     list.split(',').filter(|arch| !arch.is_empty())
 }
 
+/// The same as numbers, 10 · major + minor of the compute capability.
+pub fn architectures() -> impl Iterator<Item = i32> {
+    let number = |arch: &str| arch.trim_end_matches('a').parse().ok();
+    ARCHS.into_iter().filter_map(number)
+}
+
 /// Whether code for `arch` runs on a GPU of this compute capability: it must be of the GPU's generation and not newer; code
 /// for 90a runs on 9.0 alone.
 fn runs(arch: &str, (major, minor): (i32, i32)) -> bool {

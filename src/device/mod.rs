@@ -6,7 +6,7 @@
 //! kernels on a GPU; [`Memory`] says how the host sees what they wrote.
 
 mod arena;
-#[cfg(feature = "cuda")]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod capability;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod copies;
@@ -32,6 +32,7 @@ mod span;
 pub mod timeline;
 
 pub use arena::ALIGNMENT;
+pub(crate) use capability::architectures;
 pub use memory::{Memory, rounded_bytes};
 pub use side::{Sent, reserve, send, take_peak, with_free_ranges};
 pub use span::Span;

@@ -1,5 +1,6 @@
 //! `kernels/sum_parts.cu`: `out = or += Σ_p parts[p]`, p ascending; joins the parts of a weight gradient.
 
+use super::cost::Cost;
 use super::{In, Out, kernel};
 
 kernel! {
@@ -15,5 +16,12 @@ kernel! {
         elements: usize;
         /// Whether `out` is added to, or assigned.
         accumulate: bool;
+    }
+}
+
+impl SumParts<'_> {
+    /// Each part read and the sum written; additions are not counted.
+    pub fn cost(count: usize, elements: usize) -> Cost {
+        Cost::new(0, 4 * (count + 1) * elements)
     }
 }

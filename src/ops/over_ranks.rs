@@ -45,32 +45,22 @@ pub fn sum(ranks: &DeviceRanks, tensor: &mut Tensor) -> Result<()> {
 
 fn add_rows(ranks: &DeviceRanks, out: &mut Tensor, rows: &Tensor) -> Result<()> {
     let (elements, stream) = (out.elements(), Stream::of(ranks.device())?);
-    let (stride, ranks) = (elements, ranks.size());
+    macro_rules! add {
+        ($kernel:ident) => {
+            $kernel {
+                out: out.output()?,
+                rows: rows.input()?,
+                ranks: ranks.size(),
+                stride: elements,
+                elements,
+            }
+            .launch(&stream)
+        };
+    }
     match out.dtype() {
-        DType::F32 => RankSums {
-            out: out.output()?,
-            rows: rows.input()?,
-            ranks,
-            stride,
-            elements,
-        }
-        .launch(&stream),
-        DType::F64 => RankSumsF64 {
-            out: out.output()?,
-            rows: rows.input()?,
-            ranks,
-            stride,
-            elements,
-        }
-        .launch(&stream),
-        DType::I32 => RankSumsI32 {
-            out: out.output()?,
-            rows: rows.input()?,
-            ranks,
-            stride,
-            elements,
-        }
-        .launch(&stream),
+        DType::F32 => add!(RankSums),
+        DType::F64 => add!(RankSumsF64),
+        DType::I32 => add!(RankSumsI32),
         other => Err(Error::invalid(
             "sum over ranks",
             "f32, f64 or i32 on a device with kernels",

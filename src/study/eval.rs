@@ -1,7 +1,7 @@
 //! How well a model predicts text that it did not learn from.
 
 use crate::config::{Config, Precision};
-use crate::data::Corpus;
+use crate::data::{Corpus, Window};
 use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
@@ -124,10 +124,11 @@ pub fn run(
 ) -> Result<Report> {
     let mut config = state.config.clone();
     let corpus = text(&mut config, &state.data, data)?;
-    let windows = corpus.validation(sequences).len();
-    let progress = Progress::new(windows as u64, false);
-    let shown = |done: usize| progress.at(done as u64, &format!("{done}/{windows} sequences"));
-    let report = measured(model, &corpus, sequences, config.train.micro_batch, shown)?;
+    let windows = corpus.validation(sequences);
+    let all = windows.len();
+    let progress = Progress::new(all as u64, false);
+    let shown = |done: usize| progress.at(done as u64, &format!("{done}/{all} sequences"));
+    let report = measured(model, &corpus, &windows, config.train.micro_batch, shown)?;
     if !report.loss.is_finite() {
         return Err(Error::NonFinite {
             what: "the validation loss".into(),
@@ -148,18 +149,18 @@ pub fn validation_loss(
     most: usize,
     batch: usize,
 ) -> Result<Report> {
-    measured(model, corpus, most, batch, |_| ())
+    measured(model, corpus, &corpus.validation(most), batch, |_| ())
 }
 
-/// The same; `shown` is told how many sequences are done.
+/// The same on these windows; `shown` is told how many are done.
 fn measured(
     model: &Model,
     corpus: &Corpus,
-    most: usize,
+    windows: &[Window],
     batch: usize,
     shown: impl Fn(usize),
 ) -> Result<Report> {
-    let (windows, dist) = (corpus.validation(most), model.dist());
+    let dist = model.dist();
     let of_rank = |rank| windows.chunks(batch).skip(rank).step_by(dist.size());
     let mut sums = Vec::new();
     let mut done = 0;

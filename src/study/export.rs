@@ -13,6 +13,7 @@ pub use architecture::Architecture;
 
 use crate::data::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use crate::error::{Error, Result};
+use crate::report::progress::Phases;
 use crate::routers::{self, Router};
 use crate::study::eval;
 use crate::study::exchange::Saved;
@@ -69,6 +70,8 @@ pub enum Exported {
 /// When the model cannot be read, or the folder not be written; nothing is left of it then.
 pub fn run(found: &Saved, out: &Path, dtype: DType, shard_bytes: u64) -> Result<Report> {
     let temporary = place(out)?;
+    let phases = Phases::new(2);
+    phases.begin(1, "reading the model");
     let (model, TrainerState { config, .. }) = eval::load(found, true, None)?;
     let router = routers::build(&config.router)?;
     let (name, equivalent) = (&config.router.name, router.equivalent_topk());
@@ -107,6 +110,8 @@ pub fn run(found: &Saved, out: &Path, dtype: DType, shard_bytes: u64) -> Result<
         true => Exported::None,
     };
 
+    let bytes: usize = arrays.iter().map(|a| a.size()).sum();
+    phases.begin(2, &format!("writing {:.1} GB", bytes as f64 / 1e9));
     let texts = texts.iter().map(|(name, text)| (*name, text.as_bytes()));
     let own = own.iter().map(|(name, text)| (*name, text.as_slice()));
     let texts: Vec<_> = texts.chain(own).collect();

@@ -10,6 +10,7 @@ use crate::study::exchange::Saved;
 use crate::tensor::random::{Purpose, Stream};
 use std::io::Write;
 use std::rc::Rc;
+use std::time::Instant;
 
 /// How the next token is drawn from the logits.
 #[derive(Clone, Copy, Debug)]
@@ -77,9 +78,18 @@ impl Sampling {
     }
 }
 
+/// What was written.
+#[derive(Clone, Copy, Debug)]
+pub struct Generated {
+    /// Over all samples, without those of the prompt.
+    pub tokens: usize,
+    /// Without the reading of the model.
+    pub seconds: f64,
+}
+
 /// Writes `prompt` and `count` further tokens of a saved model to `out` as they come, or fewer
 /// where the model ends the text, as often as [`Sampling::samples`] says, with a line `--- N ---` before each of several. The
-/// model sees the last `sequence_length` tokens. The tokens made, over all samples.
+/// model sees the last `sequence_length` tokens.
 ///
 /// # Errors
 /// When the model cannot be read, the prompt does not fit the vocabulary, or a logit is not
@@ -90,7 +100,7 @@ pub fn run(
     count: usize,
     sampling: &Sampling,
     out: &mut impl Write,
-) -> Result<usize> {
+) -> Result<Generated> {
     sampling.validate()?;
     let (model, state) = found.load(|_| ())?;
     let tokenizer = found.tokenizer(&state.config.data)?;
@@ -110,14 +120,17 @@ pub fn run(
         prompt,
         tokens,
     };
-    let mut made = 0;
+    let (begun, mut made) = (Instant::now(), 0);
     for sample in 0..sampling.samples {
         if sampling.samples > 1 {
             write(out, &format!("--- {} ---\n", sample + 1))?;
         }
         made += speaker.speak(sample, count, sampling, out)?;
     }
-    Ok(made)
+    Ok(Generated {
+        tokens: made,
+        seconds: begun.elapsed().as_secs_f64(),
+    })
 }
 
 fn write(out: &mut impl Write, text: &str) -> Result<()> {

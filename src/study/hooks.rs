@@ -151,7 +151,8 @@ impl Hook for Analysis {
             return Ok(());
         }
         doing_alone(format!("the analysis after step {step}"));
-        let report = analyze::analyze(config, &trainer.model, step, ANALYZED)?;
+        let (model, corpus) = (&trainer.model, trainer.corpus());
+        let report = analyze::analyze(config, model, corpus, step, ANALYZED)?;
         let folder = self.out.join("analysis").join(format!("step-{step}"));
         analyze::write(&report, &folder)?;
         analyze::write_trend(&self.out.join("analysis"))?;

@@ -18,7 +18,6 @@ use crate::routers;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use toml::Table;
 
 /// Options for a [`Trainer`].
 pub struct Builder {
@@ -246,14 +245,7 @@ fn anew(
 ) -> Result<(Model, StepExecutor, TrainerState)> {
     let model = Model::with_router(&config, routers::build(&config.router)?, dist)?;
     let executor = StepExecutor::new(&config.train, &model);
-    let state = TrainerState {
-        step: 0,
-        optimizer_steps: 0,
-        skipped_in_a_row: 0,
-        data,
-        config,
-    };
-    Ok((model, executor, state))
+    Ok((model, executor, TrainerState::at_start(config, data)))
 }
 
 /// Resumes from `saved` with a configuration that may differ in what does not make it another run.
@@ -300,10 +292,7 @@ fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Resu
             ),
         ];
         let mut all: Vec<_> = own.map(|(key, value)| (key.to_string(), value)).into();
-        let table = Table::try_from(config).map_err(|e| {
-            let help = "check the configuration's numbers";
-            Error::invalid("config", "values that TOML can hold", e.to_string(), help)
-        })?;
+        let table = config.to_table()?;
         for section in ["model", "router"] {
             let keys = table.get(section).and_then(toml::Value::as_table);
             let keys = keys.into_iter().flatten();

@@ -1,7 +1,8 @@
 //! Lines on standard error, above a progress bar where there is a terminal.
 
-use crate::report::stderr_line;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use crate::report::progress::bar;
+use crate::report::{shows_bars, stderr_line};
+use indicatif::ProgressBar;
 
 /// Where a run writes lines for its user.
 #[derive(Clone)]
@@ -35,18 +36,9 @@ impl Console {
 
     /// With a bar from step `first` to `total`, unless `quiet`.
     pub fn with_bar(first: u64, total: u64, quiet: bool) -> Self {
-        let terminal = crate::report::shows_bars() && !quiet;
-        let target = if terminal {
-            ProgressDrawTarget::stderr()
-        } else {
-            ProgressDrawTarget::hidden()
-        };
-        let bar = ProgressBar::with_draw_target(Some(total), target).with_position(first);
-        if let Ok(style) = ProgressStyle::with_template("{bar:12} {pos}/{len}  {wide_msg}") {
-            bar.set_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
-        }
+        let terminal = shows_bars() && !quiet;
         Console {
-            bar,
+            bar: bar(total, "{bar:12} {pos}/{len}  {wide_msg}", terminal).with_position(first),
             terminal,
             quiet,
             silent: false,

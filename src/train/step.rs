@@ -5,6 +5,7 @@
 //! (`Collective::part`); losses, gradients and statistics are those of the global batch, and all
 //! ranks make the same update, or skip it for the same reason.
 
+mod non_finite;
 mod readback;
 mod replay;
 mod shares;
@@ -19,13 +20,11 @@ use crate::model::{Inputs, Model};
 use crate::routers::{LayerState, LayerStats, Pass, Phase};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
-use crate::train::optimizer::{
-    AdamW, DeviceStep, Outcome, Settings, Shards, gradient_norm, reduce,
-};
+use crate::train::optimizer::{AdamW, DeviceStep, Settings, Shards, gradient_norm, reduce};
+use non_finite::{first_of_ranks, of_outcome};
 use readback::Readback;
 use replay::Replay;
 use shares::{equal_shares, shape_of, sum_gradients};
-use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 /// What a step did.
@@ -139,6 +138,21 @@ impl StepExecutor {
         micro_batches: &[Sequences],
         rate: f64,
     ) -> Result<Launched> {
+        self.launch_until(model, micro_batches, rate, &mut |_| Ok(false))
+    }
+
+    /// The same; on the CPU, which works while it launches, `give_up` is asked after every micro-batch but the last, with the
+    /// number of those that are done. If it says so, alike on all ranks, the step [has no effect](Launched::is_given_up).
+    ///
+    /// # Errors
+    /// As [`step`](Self::step), and those of `give_up`.
+    pub fn launch_until(
+        &mut self,
+        model: &mut Model,
+        micro_batches: &[Sequences],
+        rate: f64,
+        give_up: &mut dyn FnMut(usize) -> Result<bool>,
+    ) -> Result<Launched> {
         self.agree_on_shares(model, micro_batches)?;
         model
             .layer_states_mut()
@@ -150,11 +164,15 @@ impl StepExecutor {
         let mut launched = Launched {
             rate,
             sums: [0.0; 3],
+            given_up: false,
             replayed: false,
             readback: None,
         };
         match self.replay.take_if(|_| possible) {
-            None => launched.sums = self.run(model)?,
+            None => match self.run(model, give_up)? {
+                Some(sums) => launched.sums = sums,
+                None => launched.given_up = true,
+            },
             Some(mut replay) => {
                 let replayed = self.replayed(model, &mut replay);
                 self.replay = Some(replay);
@@ -181,7 +199,7 @@ impl StepExecutor {
         }
         let mut done = replay.run(device, &shape)?;
         if !done && replay.is_steady() {
-            let step = || self.run(model).map(drop);
+            let step = || self.run(model, &mut |_| Ok(false)).map(drop);
             replay.capture(device, &shape, step);
             let mut states = model.layer_states_mut();
             states.iter_mut().for_each(LayerState::forget_pass);
@@ -191,7 +209,7 @@ impl StepExecutor {
         }
         match done {
             true => counters::replayed(),
-            false => drop(replay.watch(|| self.run(model))?),
+            false => drop(replay.watch(|| self.run(model, &mut |_| Ok(false)))?),
         }
         Ok(done)
     }
@@ -246,8 +264,12 @@ impl StepExecutor {
     }
 
     /// Forward and backward of all micro-batches, and on a device with kernels all that follows, launched. Gives the summed
-    /// losses where the host knows them.
-    fn run(&mut self, model: &mut Model) -> Result<[f64; 3]> {
+    /// losses where the host knows them; none of a step that was given up.
+    fn run(
+        &mut self,
+        model: &mut Model,
+        give_up: &mut dyn FnMut(usize) -> Result<bool>,
+    ) -> Result<Option<[f64; 3]>> {
         let n = self.inputs.len();
         let (rank, ranks) = (model.dist().rank(), model.dist().size());
         let share = 1.0 / (n * ranks) as f64;
@@ -275,6 +297,13 @@ impl StepExecutor {
                 }
             }
             tape.backward(&losses.total, share, &mut self.gradients)?;
+            if self.device.is_none() && m + 1 < n && give_up(m + 1)? {
+                for state in model.layer_states_mut().iter_mut() {
+                    state.discard();
+                    state.take_stats();
+                }
+                return Ok(None);
+            }
         }
         drop(weights); // else the update would copy what they share
         at(model.dist(), || "gradients".into());
@@ -300,7 +329,7 @@ impl StepExecutor {
             model.end_step()?;
             device.commit(&mut model.layer_states_mut())?;
         }
-        Ok(sums)
+        Ok(Some(sums))
     }
 
     /// Lets the steps launched from now on tell the other ranks that this one was asked to stop. Answers whether a report said
@@ -348,7 +377,7 @@ impl StepExecutor {
             auxiliary: outcome.losses[1],
             z: outcome.losses[2],
             gradient_norm: outcome.norm,
-            skipped: non_finite_of(&outcome),
+            skipped: of_outcome(&outcome),
             layers: LayerStats::of_rows(stats),
             router_state: by_name(names.zip(vectors))?,
         })
@@ -367,7 +396,7 @@ impl StepExecutor {
             true => gradient_norm(&self.gradients, model.parameters.len())?,
             false => shards.norm(model.dist(), &self.gradients)?,
         };
-        let skipped = first_non_finite(model, sums[0], norm)?;
+        let skipped = first_of_ranks(model, sums[0], norm)?;
         if skipped.is_none() {
             let scale = if self.clip > 0.0 && norm > self.clip {
                 self.clip / norm
@@ -407,6 +436,7 @@ impl StepExecutor {
 pub struct Launched {
     rate: f64,
     sums: [f64; 3],
+    given_up: bool,
     replayed: bool,
     /// On a device with kernels.
     readback: Option<Readback>,
@@ -417,6 +447,11 @@ impl Launched {
     /// on this one's report.
     pub fn was_replayed(&self) -> bool {
         self.replayed
+    }
+
+    /// Whether it was given up between two micro-batches: nothing has changed, and there is no report.
+    pub fn is_given_up(&self) -> bool {
+        self.given_up
     }
 }
 
@@ -444,43 +479,4 @@ fn by_name<'t>(
         found.entry(name).or_default().push(tensor.to_f64()?);
     }
     Ok(found)
-}
-
-/// What was not finite in a step on a device with kernels.
-fn non_finite_of(outcome: &Outcome) -> Option<String> {
-    if outcome.accepted != 0 {
-        return None;
-    }
-    Some(match outcome {
-        o if o.layer >= 0 && o.token < i32::MAX => logits_of(o.layer as usize, o.token as usize),
-        o if o.layer >= 0 => format!("the dispatch of MoE layer {} (fault {})", o.layer, o.fault),
-        o if !o.losses[0].is_finite() => "the loss".into(),
-        _ => "the gradient".into(),
-    })
-}
-
-fn logits_of(layer: usize, token: usize) -> String {
-    format!("router logits of MoE layer {layer}, token {token}")
-}
-
-/// The first thing that is not finite on any rank: logits by layer and token, the loss, the
-/// gradient.
-fn first_non_finite(model: &Model, loss: f64, norm: f64) -> Result<Option<String>> {
-    let states = model.layer_states();
-    let flagged = states
-        .iter()
-        .enumerate()
-        .find_map(|(l, s)| Some([l as f64, s.first_non_finite()? as f64]));
-    let all = model
-        .dist()
-        .gather(&flagged.unwrap_or([f64::INFINITY; 2]))?;
-    let first = all.chunks(2).map(|f| (f[0], f[1]));
-    let first = first.min_by(|a, b| a.partial_cmp(b).unwrap_or(Ordering::Equal));
-    Ok(match first {
-        Some((layer, token)) if layer.is_finite() => {
-            Some(logits_of(layer as usize, token as usize))
-        }
-        _ if !loss.is_finite() => Some("the loss".into()),
-        _ => (!norm.is_finite()).then(|| "the gradient".into()),
-    })
 }

@@ -18,7 +18,10 @@ use crate::tensor::Tensor;
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// A run that is asked to stop finishes the present step if it takes no longer than this.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -245,8 +248,8 @@ impl Trainer {
         self.data.read(self.launched)
     }
 
-    /// Trains until the last step of the configuration, or until `stop` is set or a hook asked to stop: the present step is
-    /// then finished.
+    /// Trains until the last step of the configuration, or until `stop` is set or a hook asked to stop. The present step is
+    /// then finished, or on the CPU, where that would take more than 2 seconds, left undone after its present micro-batch.
     ///
     /// # Errors
     /// Those of a step and of the hooks.
@@ -276,7 +279,16 @@ impl Trainer {
                 outcome = Outcome::Stopped;
                 break;
             }
-            validation_loss = self.advance(!stopping)?.1.validation_loss;
+            let next = match self.in_flight.take() {
+                Some(next) => next,
+                None => self.launch_until(Some(stop))?,
+            };
+            if next.launched.is_given_up() {
+                (self.launched, self.data.prefetch) = (next.step, None);
+                outcome = Outcome::Stopped;
+                break;
+            }
+            validation_loss = self.conclude(next, !stopping)?.1.validation_loss;
         }
         self.stop_requested.set(false);
         self.executor.ask_to_stop(false);
@@ -310,12 +322,17 @@ impl Trainer {
         Ok(self.advance(true)?.0)
     }
 
-    /// Reads the results of the next step, having launched the one behind it where `overlap` and the hooks allow it.
+    /// The next step; see [`conclude`](Self::conclude).
     fn advance(&mut self, overlap: bool) -> Result<(StepReport, Record)> {
-        let this = match self.in_flight.take() {
-            Some(this) => this,
+        let next = match self.in_flight.take() {
+            Some(next) => next,
             None => self.launch()?,
         };
+        self.conclude(next, overlap)
+    }
+
+    /// Reads the results of `this` step, having launched the one behind it where `overlap` and the hooks allow it.
+    fn conclude(&mut self, this: LaunchedStep, overlap: bool) -> Result<(StepReport, Record)> {
         let step = this.step + 1;
         let config = &self.state.config;
         let alone = !overlap
@@ -340,6 +357,11 @@ impl Trainer {
     /// # Errors
     /// Those of a step.
     pub fn launch(&mut self) -> Result<LaunchedStep> {
+        self.launch_until(None)
+    }
+
+    /// The same; the step is given up where `stop` is set on any rank and it would take long.
+    fn launch_until(&mut self, stop: Option<&AtomicBool>) -> Result<LaunchedStep> {
         let step = self.launched;
         self.each_hook(|hook, trainer| hook.before_step(trainer, step + 1))?;
         let (begun, train) = (Instant::now(), &self.state.config.train);
@@ -348,13 +370,22 @@ impl Trainer {
         let rate = learning_rate(train, step);
         let own = train.micro_batch / self.dist.size();
         let micro_batches: Vec<_> = batch.chunks(own).collect();
+        let dist = &*self.dist;
+        let mut give_up = |done: usize| {
+            let Some(stop) = stop else {
+                return Ok(false);
+            };
+            let left = (micro_batches.len() - done) as f64 / done as f64;
+            let long = begun.elapsed().mul_f64(left) > PATIENCE;
+            dist::any(dist, long && stop.load(Ordering::SeqCst))
+        };
+        let (model, executor) = (&mut self.model, &mut self.executor);
+        let launched = executor.launch_until(model, &micro_batches, rate, &mut give_up)?;
         Ok(LaunchedStep {
             step,
             rate,
             begun,
-            launched: self
-                .executor
-                .launch(&mut self.model, &micro_batches, rate)?,
+            launched,
         })
     }
 

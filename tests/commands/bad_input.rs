@@ -24,6 +24,43 @@ fn eval(path: &Path) -> std::process::Command {
 }
 
 #[test]
+fn a_folder_that_is_not_what_a_command_needs_is_told_apart_from_none() {
+    let place = Place::new();
+    fs::create_dir(place.path("folder")).unwrap();
+    for (command, needed) in [
+        (
+            &["generate", "--model"][..],
+            "a run, or one of its checkpoints",
+        ),
+        (&["data", "inspect"], "a folder of tokens"),
+    ] {
+        for (name, got) in [
+            ("folder", "without manifest.json"),
+            ("none", "no such folder"),
+        ] {
+            let mut program = program();
+            program.args(command).arg(place.path(name));
+            has(&fail(&mut program), &[needed, got]);
+        }
+    }
+    let said = fail(&mut place.resume("none"));
+    has(&said, &["a run to go on with", "no config.toml"]);
+    assert!(!place.path("none").exists());
+}
+
+#[test]
+fn a_negative_number_is_answered_as_a_value() {
+    let place = Place::new();
+    for (flag, key) in [
+        ("--steps", "train.steps"),
+        ("--learning-rate", "train.learning_rate"),
+        ("--rank-timeout", "--rank-timeout"),
+    ] {
+        has(&fail(&mut place.train("new", &[flag, "-1"])), &[key, "-1"]);
+    }
+}
+
+#[test]
 fn unusable_text_is_named_and_leaves_no_run_behind() {
     let place = Place::new();
     let mut packed = fs::read("data/embedded/sotu.txt.zst").unwrap();

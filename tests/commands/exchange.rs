@@ -278,6 +278,32 @@ fn a_model_of_transformers_becomes_a_run_that_trains() {
     assert!(e.contains("which holds a run"), "{e}");
 }
 
+/// A program without the feature `text` knows the tokenizer's file by its digest alone.
+#[test]
+fn a_model_with_a_tokenizer_becomes_a_run_on_bytes_that_says_how_to_prepare_its_tokens() {
+    let place = Place::new();
+    let folder = copy(&place, "qwen2_moe", |c| {
+        c.insert("vocab_size".into(), json!(256));
+    });
+    enlarge_vocabulary(&folder, 256);
+    let import = |out: &str| {
+        let mut command = program();
+        command.args(["import", "--from"]).arg(&folder);
+        command.arg("--out").arg(place.path(out));
+        command.args(["--set", "model.sequence_length=16"]);
+        command
+    };
+    let tokenizer = folder.join("tokenizer.json");
+    fs::write(&tokenizer, "{}").unwrap();
+    let (said, _) = succeed(&mut import("imported"));
+    let advice = format!("data prepare TEXT --tokenizer {}", tokenizer.display());
+    assert!(said.contains(&advice), "{said}");
+    fs::remove_file(&tokenizer).unwrap();
+    fs::create_dir(&tokenizer).unwrap();
+    let e = fail(&mut import("other"));
+    assert!(e.contains("tokenizer.json"), "{e}");
+}
+
 /// Gives a copied model, whose config was told so, `tokens` rows of embedding and head.
 fn enlarge_vocabulary(folder: &Path, tokens: usize) {
     let mut tensors = BTreeMap::new();

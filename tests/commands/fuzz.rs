@@ -53,8 +53,25 @@ const ODD: &[&str] = &[
 
 /// Commands that end soon whatever they are given; those that train or measure for long are given bounds below.
 const COMMANDS: &[&str] = &[
-    "train", "train", "train", "plan", "config", "eval", "analyze", "generate", "export", "dump",
-    "import", "ablate", "data", "routers", "status", "floors",
+    "train",
+    "train",
+    "train",
+    "plan",
+    "config",
+    "eval",
+    "analyze",
+    "generate",
+    "export",
+    "dump",
+    "import",
+    "ablate",
+    "data",
+    "routers",
+    "status",
+    "floors",
+    "ops",
+    "bench",
+    "hardware-check",
 ];
 
 struct Choice {
@@ -107,6 +124,7 @@ fn command(choice: &mut Choice, keys: &[String], place: &Place) -> Vec<String> {
             "model.heads=2",
         ],
         "ablate" => &["--dry-run"],
+        "bench" | "hardware-check" => &["--list"],
         _ => &[],
     };
     line.extend(bounds.iter().map(|s| s.to_string()));

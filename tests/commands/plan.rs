@@ -1,5 +1,5 @@
 //! The plan of a run against the run.
-use crate::common::{program, succeed};
+use crate::common::{fail, program, succeed};
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -78,6 +78,45 @@ fn planned_memory_is_within_a_tenth_of_the_measured() {
         );
         assert!((ratio - 1.0).abs() <= 0.1, "{case:?}: {ratio:.3}");
     }
+}
+
+#[test]
+fn a_plan_reads_the_text_and_the_recorded_speed_of_the_gpu() {
+    let folder = tempfile::tempdir().unwrap();
+    let place = |name: &str| folder.path().join(name);
+    let plan = |data: &str, records: &str| {
+        let mut command = program();
+        command.args(["plan", "--preset", "557m", "--device", "h200", "--data"]);
+        command
+            .arg(place(data))
+            .arg("--records")
+            .arg(place(records));
+        command
+    };
+    assert!(fail(&mut plan("missing.txt", "none")).contains("missing.txt"));
+    let document = "word ".repeat(2000);
+    fs::write(place("text.txt"), vec![document; 20].join("\n\n\n")).unwrap();
+    let (text, _) = succeed(&mut plan("text.txt", "none"));
+    assert!(text.contains("tokens, read"), "{text}");
+    assert!(text.contains("upper bound: 490583 tokens/s"), "{text}");
+    fs::create_dir(place("records")).unwrap();
+    let record = serde_json::json!({
+        "gpu": "NVIDIA H200", "task": "trains: 557m default", "code": "", "ending": "passed", "detail": "",
+        "measured": {"tflops": 247.25, "flops_per_step": 1e15, "tokens_per_step": 1e6},
+        "date": "2026-11-24T14:01:14Z", "commit": "", "driver": "", "system": "", "seconds": 1.0,
+        "before": null, "after": null,
+    });
+    fs::write(
+        place("records/hardware-nvidia-h200.jsonl"),
+        format!("{record}\n"),
+    )
+    .unwrap();
+    let (text, _) = succeed(&mut plan("text.txt", "records"));
+    assert!(
+        text.contains("about 245292 tokens/s") && text.contains("as 557m default"),
+        "{text}"
+    );
+    assert!(!text.contains("upper bound"), "{text}");
 }
 
 #[test]

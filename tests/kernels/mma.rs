@@ -45,11 +45,7 @@ fn agrees(problem: &Problem, order: Order) {
     }
 }
 
-/// Not with the race detector or the address sanitizer: what they see shows in one run of a kernel, and each has one besides this.
 fn same_bytes_under_every_schedule(problem: &Problem) {
-    if !matches!(table().build(), "sim" | "mutant") {
-        return;
-    }
     let first = on(86, || outputs(problem));
     problem.judged(&first).unwrap_or_else(|e| panic!("{e}"));
     for schedule in schedules() {

@@ -9,6 +9,7 @@ mod devices;
 mod gradcheck;
 mod hooks;
 mod interruption;
+mod long_steps;
 mod other_gpus;
 mod ranks;
 mod router_fixtures;

@@ -191,6 +191,38 @@ fn trained(config: &Config, ranks: usize, n: u64) -> Outcome {
 }
 
 #[test]
+fn a_step_that_is_given_up_leaves_no_trace() {
+    for config in configs() {
+        for ranks in [1, 2] {
+            let outcomes = ThreadRank::run(ranks, |rank| {
+                let mut rank = Rank::new(&config, Box::new(rank)).unwrap();
+                for step in 0..STEPS {
+                    let tokens = rank.tokens(step, 3).unwrap();
+                    let parts: Vec<_> = tokens.iter().map(Batch::all).collect();
+                    let mut asked = Vec::new();
+                    let mut give_up = |done: usize| {
+                        asked.push(done);
+                        Ok(done == 2)
+                    };
+                    let (model, trainer) = (&mut rank.model, &mut rank.trainer);
+                    let launched = trainer.launch_until(model, &parts, 1e-3, &mut give_up);
+                    assert!(launched.unwrap().is_given_up());
+                    assert_eq!(asked, [1, 2]);
+                    rank.step(&tokens).unwrap();
+                }
+                rank.outcome()
+            });
+            let name = &config.router.name;
+            let whole = trained(&config, ranks, 3);
+            assert!(
+                outcomes.iter().all(|o| *o == whole),
+                "{name}, {ranks} ranks"
+            );
+        }
+    }
+}
+
+#[test]
 fn one_two_and_four_ranks_train_the_same_model() {
     for config in configs() {
         for n in [1, 2] {

@@ -1,6 +1,6 @@
 //! A `tokenizer.json`, by Hugging Face's own library.
 
-use super::{Kind, Special, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer};
+use super::{Kind, Special, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, fingerprint_of};
 use crate::data::catch_panic::catch_panic;
 use crate::error::{Error, Result};
 use serde_json::Value;
@@ -51,7 +51,7 @@ impl Tokenizer {
             Some(greatest) => return Err(bad(format!("token {greatest}, more than 31 bits"))),
             None => return Err(bad("one without tokens".into())),
         };
-        let fingerprint = blake3::hash(&json).to_hex().to_string();
+        let fingerprint = fingerprint_of(&json);
         let file = File { inner, json };
         let named = |names: &[&str]| names.iter().find_map(|name| file.special(name));
         let (bos, eos) = match config {

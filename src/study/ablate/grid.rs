@@ -17,6 +17,8 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 const ROUTER: &str = "router.name";
+/// Evaluations of a run, at least, where nothing sets their interval.
+const EVALUATIONS: u64 = 20;
 const WIDTH: &str = "width";
 
 /// A grid, as its file holds it.
@@ -287,31 +289,35 @@ impl Grid {
                 _ => layers.set.push(format!("{key}={value}")),
             }
         }
-        let config = data::configure(&layers, &routers::resolve)?;
-        let Some(width) = width else {
-            return Ok(config);
-        };
-        let factor = match &width {
-            Value::Float(x) => *x,
-            Value::Integer(n) => *n as f64,
-            _ => f64::NAN,
-        };
-        for (key, size) in [
-            ("model.hidden", config.model.hidden),
-            ("model.heads", config.model.heads),
-        ] {
-            let wide = size as f64 * factor;
-            if !(wide >= 1.0 && wide.fract() == 0.0) {
-                return Err(Error::invalid(
-                    WIDTH,
-                    format!("a factor that makes {key} = {size} another whole number"),
-                    width.to_string(),
-                    "choose for instance 0.5, 1 or 2",
-                ));
+        let mut config = data::configure(&layers, &routers::resolve)?;
+        if let Some(width) = width {
+            let factor = match &width {
+                Value::Float(x) => *x,
+                Value::Integer(n) => *n as f64,
+                _ => f64::NAN,
+            };
+            for (key, size) in [
+                ("model.hidden", config.model.hidden),
+                ("model.heads", config.model.heads),
+            ] {
+                let wide = size as f64 * factor;
+                if !(wide >= 1.0 && wide.fract() == 0.0) {
+                    return Err(Error::invalid(
+                        WIDTH,
+                        format!("a factor that makes {key} = {size} another whole number"),
+                        width.to_string(),
+                        "choose for instance 0.5, 1 or 2",
+                    ));
+                }
+                layers.set.push(format!("{key}={wide}"));
             }
-            layers.set.push(format!("{key}={wide}"));
+            config = data::configure(&layers, &routers::resolve)?;
         }
-        data::configure(&layers, &routers::resolve)
+        if !layers.gives("train.eval_interval")? {
+            let train = &mut config.train;
+            train.eval_interval = train.eval_interval.min(train.steps.div_ceil(EVALUATIONS));
+        }
+        Ok(config)
     }
 }
 

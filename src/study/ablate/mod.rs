@@ -18,6 +18,7 @@ mod spikes;
 mod summary;
 #[cfg(test)]
 mod tests;
+mod verdict;
 
 use crate::config::count;
 use crate::device::machine::H200_PEAK;

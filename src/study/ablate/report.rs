@@ -32,10 +32,11 @@ pub fn write(report: &Report, folder: &Path) -> Result<String> {
         true => "An ablation".to_string(),
         false => report.grid.title.clone(),
     };
-    let mut introduction = vec![report.counts()];
+    let mut introduction = report.summary.verdicts(report.plan);
     if !report.grid.description.is_empty() {
-        introduction.insert(0, report.grid.description.clone());
+        introduction.push(report.grid.description.clone());
     }
+    introduction.push(report.counts());
     let page = Page {
         heading: title.clone(),
         title,
@@ -113,6 +114,9 @@ impl Report<'_> {
         let mut text = String::new();
         if !self.grid.title.is_empty() {
             text = format!("{}\n\n", self.grid.title);
+        }
+        for verdict in self.summary.verdicts(self.plan) {
+            text.push_str(&format!("{verdict}\n\n"));
         }
         text.push_str(&self.group_table().markdown());
         for (run, summary) in self.plan.runs.iter().zip(&self.summary.runs) {

@@ -299,7 +299,7 @@ impl Summary {
     }
 
     /// Runs of the group, each with the baseline's of the same seed.
-    fn pairs<'a>(
+    pub(super) fn pairs<'a>(
         &'a self,
         plan: &'a Plan,
         group: &'a Group,

@@ -56,6 +56,19 @@ fn a_value_may_set_several_keys_and_products_share_runs() {
 }
 
 #[test]
+fn a_short_run_is_evaluated_twenty_times_unless_told_otherwise() {
+    let interval = |base: &str| {
+        let plan = plan(&format!("[base]\n{base}\n[axes]\nseed = [0]"));
+        plan.runs[0].config.train.eval_interval
+    };
+    assert_eq!(interval("steps = 60"), 3);
+    assert_eq!(interval("steps = 60\nwidth = 2"), 3);
+    assert_eq!(interval("steps = 5"), 1);
+    assert_eq!(interval("steps = 60000"), 100);
+    assert_eq!(interval("steps = 60\ntrain.eval_interval = 50"), 50);
+}
+
+#[test]
 fn a_width_multiplies_hidden_size_and_heads() {
     let plan = plan("[base]\nexperts = \"8c1\"\n[axes]\nwidth = [0.5, 2]");
     let model = |i: usize| &plan.runs[i].config.model;

@@ -28,6 +28,8 @@ use crate::data::{Corpus, sources};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::Model;
+use crate::model::batch::Batch;
+use crate::report::progress::Phases;
 use crate::routers;
 use crate::study::eval;
 use crate::study::exchange::Saved;
@@ -111,17 +113,50 @@ pub fn default_folder(found: &Saved) -> PathBuf {
 /// # Errors
 /// When model or text cannot be used, or no sequences are asked for.
 pub fn run(found: &Saved, options: &Options) -> Result<Report> {
+    let phases = Phases::new(1 + PHASES.len());
+    phases.begin(1, "reading model and text");
     let (model, state) = found.load(|c| c.train.device = Device::Cpu)?;
     let mut config = state.config;
-    eval::text(&mut config, &state.data, options.data.as_deref())?;
-    analyze(&config, &model, found.step(), options.sequences)
+    let corpus = eval::text(&mut config, &state.data, options.data.as_deref())?;
+    let begin = |n: usize| phases.begin(2 + n, PHASES[n]);
+    let (step, sequences) = (found.step(), options.sequences);
+    in_phases(&config, &model, &corpus, step, sequences, &begin)
 }
 
-/// Analyses a model of this configuration after `step` steps, on the CPU; the model stays as it is.
+/// Analyses a model of this configuration, which was trained on `corpus`, after `step` steps, on the CPU; the model stays as
+/// it is.
 ///
 /// # Errors
 /// When the text cannot be used, or no sequences are asked for.
-pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> Result<Report> {
+pub fn analyze(
+    config: &Config,
+    model: &Model,
+    corpus: &Corpus,
+    step: u64,
+    sequences: usize,
+) -> Result<Report> {
+    in_phases(config, model, corpus, step, sequences, &|_| ())
+}
+
+/// What takes long in an analysis, in this order.
+const PHASES: [&str; 6] = [
+    "routing",
+    "default vectors",
+    "similarity to the dense gradient",
+    "gradient error",
+    "estimators",
+    "route regret",
+];
+
+/// The same; `begin` is told the number of each of [`PHASES`] when it begins.
+fn in_phases(
+    config: &Config,
+    model: &Model,
+    corpus: &Corpus,
+    step: u64,
+    sequences: usize,
+    begin: &dyn Fn(usize),
+) -> Result<Report> {
     if sequences == 0 {
         return Err(Error::invalid(
             "analyze --sequences",
@@ -130,35 +165,29 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
             "leave it out for the default",
         ));
     }
-    let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
     let micro_batch = config.train.micro_batch;
-    let batch = MicroBatches {
-        all: corpus.evaluation(sequences),
-        micro_batch,
-    };
+    let batches = |all: Batch| MicroBatches { all, micro_batch };
+    let batch = batches(corpus.evaluation(sequences));
 
+    begin(0);
     let own = Watched::new(config, routers::build(&config.router)?, model)?;
     let routed = routing::routed(&own, &batch)?;
-    let (parts, short) = sources(&config.data, &config.model)?;
+    let (parts, left_out) = sources(&config.data, &config.model)?;
     let by_source = parts
         .iter()
         .map(|source| {
-            let batch = MicroBatches {
-                all: source.windows(sequences),
-                micro_batch,
-            };
+            let batch = batches(source.windows(sequences));
             Ok((source.name.clone(), routing::routed(&own, &batch)?))
         })
         .collect::<Result<Vec<_>>>()?;
 
+    begin(1);
     let trained = gradients::vectors_of(model)?;
     let filled = trained.is_empty();
     let vectors: Vec<Tensor> = match filled {
-        true => gradients::fill_vectors(config, model, &corpus, FILL_PASSES)?,
+        true => gradients::fill_vectors(config, model, corpus, FILL_PASSES)?,
         false => trained.clone(),
     };
-    let similarity = gradients::dense_similarity(config, model, &vectors, &batch)?;
-    let error = gradients::gradient_error(config, model, &vectors, &batch)?;
     // The micro-batch that training would take next.
     let first = step * config.train.sequences_per_step as u64;
     let next = corpus.sequences(first..first + micro_batch as u64);
@@ -166,11 +195,14 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
         true => Vec::new(),
         false => vectors::drifts(config, model, next.all())?,
     };
+    begin(2);
+    let similarity = gradients::dense_similarity(config, model, &vectors, &batch)?;
+    begin(3);
+    let error = gradients::gradient_error(config, model, &vectors, &batch)?;
+    begin(4);
     let compared = estimators::compare(config, model, &vectors, &batch, next.all())?;
-    let sample = MicroBatches {
-        all: corpus.evaluation(sequences.min(regret::SAMPLED)),
-        micro_batch,
-    };
+    begin(5);
+    let sample = batches(corpus.evaluation(sequences.min(regret::SAMPLED)));
     let rerouted = regret::reroute(config, model, &vectors, &sample)?;
 
     let notes = sections::gradient_notes(config, filled);
@@ -188,7 +220,7 @@ pub fn analyze(config: &Config, model: &Model, step: u64, sequences: usize) -> R
             sections::dense_similarity(&similarity, notes.clone())?,
             sections::frequency(config, &routed)?,
             sections::co_activation(config, &routed)?,
-            sections::by_source(&by_source, &short)?,
+            sections::by_source(&by_source, &left_out)?,
             sections::gradient_error(&error, notes.clone())?,
             sections::drift(config, &drifts)?,
             sections::estimators(&compared, notes.clone())?,

@@ -9,6 +9,7 @@ use super::gradients::Method;
 use super::routing::Routed;
 use super::{Analysis, Cell, FILL_PASSES, Table, vectors};
 use crate::config::Config;
+use crate::data::LeftOut;
 use crate::error::Result;
 use crate::routers;
 use crate::tensor::Tensor;
@@ -270,7 +271,7 @@ pub fn co_activation(config: &Config, routed: &[Routed]) -> Result<Analysis> {
 }
 
 /// `by_source`: name, and what each MoE layer did with its text.
-pub fn by_source(by_source: &[(String, Vec<Routed>)], short: &[String]) -> Result<Analysis> {
+pub fn by_source(by_source: &[(String, Vec<Routed>)], left_out: &LeftOut) -> Result<Analysis> {
     let mut table = Table::new(&[
         "source",
         "moe_layer",
@@ -326,11 +327,13 @@ pub fn by_source(by_source: &[(String, Vec<Routed>)], short: &[String]) -> Resul
     };
     let scale = "share of a source's tokens over the mean share: ¼ blue, 1 white, 4 orange";
     let mut notes = Vec::new();
-    if !short.is_empty() {
-        notes.push(format!(
-            "Left out, shorter than one sequence: {}.",
-            short.join(", ")
-        ));
+    for (why, names) in [
+        ("shorter than one sequence", &left_out.short),
+        ("with less held-out text than these", &left_out.smaller),
+    ] {
+        if !names.is_empty() {
+            notes.push(format!("Left out, {why}: {}.", names.join(", ")));
+        }
     }
     if by_source.len() == 1 {
         notes.push("There is one source: nothing to compare it with.".into());

@@ -8,6 +8,7 @@ use super::gradients::{Method, MicroBatches, cosine, gradient_error, router_grad
 use super::probe::Watched;
 use super::{Report, analyze};
 use crate::config::{Config, Layers};
+use crate::data::Corpus;
 use crate::model::Model;
 use crate::model::batch::{Batch, Sequences};
 use crate::routers::dense::Dense;
@@ -190,7 +191,8 @@ fn cosines_worked_by_hand() {
 }
 
 fn report(config: &Config, model: &Model) -> Report {
-    analyze(config, model, 3, 2).unwrap()
+    let corpus = Corpus::load(&config.data, &config.model, config.train.seed).unwrap();
+    analyze(config, model, &corpus, 3, 2).unwrap()
 }
 
 #[test]
@@ -260,6 +262,8 @@ fn the_same_report_for_any_number_of_threads() {
 fn no_sequences_are_refused() {
     let config = micro("topk", &[]);
     let model = Model::new(&config).unwrap();
-    let error = analyze(&config, &model, 0, 0).unwrap_err().to_string();
+    let corpus = Corpus::load(&config.data, &config.model, 0).unwrap();
+    let error = analyze(&config, &model, &corpus, 0, 0).unwrap_err();
+    let error = error.to_string();
     assert!(error.contains("from 1 up"), "{error}");
 }

@@ -1,14 +1,15 @@
 //! Another framework's model as the beginning of a run.
 
-use super::saved::own_tokenizer;
+use super::saved::own_fingerprint;
 use super::source::Source;
 use crate::config::{Config, Layers, RouterConfig};
-use crate::data::tokenizer::BYTES;
+use crate::data::tokenizer::{BYTES, TOKENIZER_FILE};
 use crate::data::{self, Corpus};
 use crate::error::{Error, Result};
 use crate::report::files::replace;
 use crate::report::lock::FolderLock;
-use crate::routers;
+use crate::report::progress::Phases;
+use crate::routers::{self, RouterInfo};
 use crate::train;
 use crate::train::checkpoint::{self, TrainerState};
 use crate::train::step::StepExecutor;
@@ -35,14 +36,16 @@ pub struct Import {
 impl Import {
     /// The configuration of the run.
     fn config(&self, source: &Source) -> Result<Config> {
-        let mut config = source.config(&self.layers)?;
-        let told = Config::load(&self.layers, &routers::resolve)?;
+        let mut config = Config::load(&self.layers, &routers::resolve)?;
+        let (told, model) = (config.model, &source.file.model);
+        config.model = model.clone();
         if self.own_length {
-            config.model.sequence_length = told.model.sequence_length;
+            config.model.sequence_length = told.sequence_length;
         }
-        if self.own_router {
-            config.router = told.router;
-            self.keep_weights_of_experts(&source.file.router, &mut config.router)?;
+        let router = &source.file.router;
+        match self.own_router {
+            true => self.keep_weights_of_experts(router, &mut config.router)?,
+            false => config.router = router.clone(),
         }
         data::adopt_tokenizer(&mut config.data)?;
         config.validate()?;
@@ -59,11 +62,7 @@ impl Import {
             return Ok(());
         }
         let renormalize = model.settings.get(RENORMALIZE).and_then(|v| v.as_bool());
-        let settings = routers::find(&asked.name)?.settings;
-        match (
-            renormalize,
-            settings.iter().any(|(key, _)| *key == RENORMALIZE),
-        ) {
+        match (renormalize, knows_renormalize(routers::find(&asked.name)?)) {
             (Some(renormalize), true) => {
                 asked
                     .settings
@@ -81,11 +80,14 @@ impl Import {
     }
 }
 
-fn routers_that_renormalize() -> Vec<String> {
-    let knows = |settings: &[(&str, &str)]| settings.iter().any(|(key, _)| *key == RENORMALIZE);
+fn knows_renormalize(router: &RouterInfo) -> bool {
+    router.settings.iter().any(|(key, _)| *key == RENORMALIZE)
+}
+
+fn routers_that_renormalize() -> Vec<&'static str> {
     let all = routers::all().into_iter();
-    all.filter(|router| knows(router.settings))
-        .map(|router| router.name.to_string())
+    all.filter(|r| knows_renormalize(r))
+        .map(|r| r.name)
         .collect()
 }
 
@@ -95,42 +97,33 @@ fn routers_that_renormalize() -> Vec<String> {
 /// When the model cannot be read or trained, the text does not fit it or was made by another tokenizer than the model's, or
 /// the run's folder holds a run.
 pub fn import(import: &Import) -> Result<Vec<String>> {
+    let phases = Phases::new(4);
+    phases.begin(1, "reading the files");
     let (source, out) = (Source::open(&import.from)?, &import.out);
     let config = import.config(&source)?;
-    let tokenizer = own_tokenizer(source.folder())?;
-    if let Some(own) = tokenizer
-        .as_ref()
-        .filter(|own| own.fingerprint() != config.data.tokenizer)
-        && config.data.tokenizer != BYTES
+    let own = own_fingerprint(source.folder())?;
+    let file = source.folder().join(TOKENIZER_FILE);
+    let prepare = format!("routegrad data prepare TEXT --tokenizer {}", file.display());
+    let found = &config.data.tokenizer;
+    if let Some(own) = own.as_ref().filter(|own| *own != found)
+        && found != BYTES
     {
         return Err(Error::file(
             config.data.name(),
-            format!(
-                "tokens of the model's own tokenizer, of fingerprint {}",
-                own.fingerprint()
-            ),
-            format!("those of {}", config.data.tokenizer),
-            format!(
-                "prepare the text again: routegrad data prepare … --tokenizer {}",
-                source
-                    .folder()
-                    .join(data::tokenizer::TOKENIZER_FILE)
-                    .display()
-            ),
+            format!("tokens of the model's own tokenizer, of fingerprint {own}"),
+            format!("those of {found}"),
+            format!("prepare the text again: {prepare}"),
         ));
     }
     let _lock = FolderLock::take(out)?;
     train::refuse_existing(out)?;
+    phases.begin(2, "reading the text");
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+    phases.begin(3, "making the model");
     let (model, _) = source.model(&config)?;
     let trainer = StepExecutor::new(&config.train, &model);
-    let state = TrainerState {
-        step: 0,
-        optimizer_steps: 0,
-        skipped_in_a_row: 0,
-        data: corpus.fingerprint(),
-        config,
-    };
+    let state = TrainerState::at_start(config, corpus.fingerprint());
+    phases.begin(4, "writing the checkpoint");
     let snapshot = checkpoint::snapshot(&model, &trainer, &state)?;
     let folder = out.join(train::CHECKPOINTS);
     checkpoint::save(&folder, &snapshot, 1, checkpoint::SHARD_BYTES)?;
@@ -144,14 +137,9 @@ pub fn import(import: &Import) -> Result<Vec<String>> {
         format!("router {router}"),
         format!("run    {out}, at step 0"),
         format!("next   routegrad train --resume --out {out}"),
-        match (state.config.data.tokenizer.as_str(), tokenizer) {
-            (BYTES, Some(own)) if own.fingerprint() != BYTES => format!(
-                "Text is read as bytes, which the model was not trained on. For its own tokens: \
-                 routegrad data prepare TEXT --tokenizer {}",
-                source
-                    .folder()
-                    .join(data::tokenizer::TOKENIZER_FILE)
-                    .display()
+        match (state.config.data.tokenizer.as_str(), own) {
+            (BYTES, Some(own)) if own != BYTES => format!(
+                "Text is read as bytes, which the model was not trained on. For its own tokens: {prepare}"
             ),
             (BYTES, _) => "Text is read as bytes.".into(),
             (tokenizer, _) => format!("Tokens are those of the tokenizer {tokenizer}."),

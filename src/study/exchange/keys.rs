@@ -217,24 +217,22 @@ fn refuse(keys: &Keys) -> Result<()> {
         }
     }
     // A window that holds the whole context hides nothing.
-    let window = keys.get("sliding_window").and_then(Value::as_u64);
-    let context = keys.get("max_position_embeddings").and_then(Value::as_u64);
-    if window
-        .zip(context)
-        .is_some_and(|(window, context)| window >= context)
-    {
-        return Ok(());
+    let [window, context] =
+        ["sliding_window", "max_position_embeddings"].map(|key| keys.get(key)?.as_u64());
+    let harmless = window.zip(context).is_some_and(|(w, c)| w >= c);
+    if !harmless {
+        keys.only("use_sliding_window", &[false.into()])?;
+        // mixtral has only the width; elsewhere a width says nothing beside `use_sliding_window`.
+        if keys.0["model_type"] == "mixtral" {
+            keys.only("sliding_window", &[])?;
+        } else if keys.0.get("use_sliding_window").is_none() {
+            keys.only("sliding_window", &[0.into()])?;
+        }
     }
-    keys.only("use_sliding_window", &[false.into()])?;
-    // mixtral has only the width; elsewhere a width says nothing beside `use_sliding_window`.
-    if keys.0["model_type"] == "mixtral" {
-        keys.only("sliding_window", &[])?;
-    } else if keys.0.get("use_sliding_window").is_none() {
-        keys.only("sliding_window", &[0.into()])?;
-    }
-    let full = |kinds: &Vec<Value>| kinds.iter().all(|kind| kind == "full_attention");
+    let full = |kind: &Value| kind == "full_attention" || harmless && kind == "sliding_attention";
     let kinds = keys.get("layer_types");
-    if kinds.is_some_and(|kinds| !kinds.as_array().is_some_and(full)) {
+    let all_full = |kinds: &Vec<Value>| kinds.iter().all(full);
+    if kinds.is_some_and(|kinds| !kinds.as_array().is_some_and(all_full)) {
         return Err(keys.wrong("layer_types", "full_attention in every layer"));
     }
     Ok(())
@@ -364,6 +362,9 @@ mod tests {
             let e = read(&qwen(json!({ key: value }))).unwrap_err().to_string();
             assert!(e.contains(key), "{key}: {e}");
         }
+        let chunked = json!({"sliding_window": 4096, "layer_types": ["chunked_attention"]});
+        let e = read(&qwen(chunked)).unwrap_err().to_string();
+        assert!(e.contains("layer_types"), "{e}");
         let scaled = json!({"rope_parameters": {"rope_type": "yarn"}});
         let e = read(&qwen(scaled)).unwrap_err().to_string();
         assert!(e.contains("rope_type"), "{e}");

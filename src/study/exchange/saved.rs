@@ -3,12 +3,13 @@
 use super::source::Source;
 use crate::config::{Config, DataConfig, Layers};
 use crate::data::Tokenizer;
-use crate::data::tokenizer::TOKENIZER_FILE;
+use crate::data::tokenizer::{BYTES, TOKENIZER_FILE, fingerprint_of};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::study::export::tokenizer as bytes;
 use crate::train::checkpoint::{self, Checkpoint, TrainerState};
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
 /// A model that is evaluated, analysed, sampled from or exported.
@@ -17,12 +18,6 @@ pub enum Saved {
     Run(Checkpoint),
     /// A model's folder, which knows nothing of a training.
     Model(Box<Source>),
-}
-
-impl From<Checkpoint> for Saved {
-    fn from(checkpoint: Checkpoint) -> Self {
-        Saved::Run(checkpoint)
-    }
 }
 
 impl Saved {
@@ -67,19 +62,12 @@ impl Saved {
         };
         let mut config = source.config(&Layers::preset("tiny"))?;
         config.train.micro_batch = 1;
-        if let Some(own) = own_tokenizer(source.folder())? {
-            config.data.tokenizer = own.fingerprint().into();
+        if let Some(own) = own_fingerprint(source.folder())? {
+            config.data.tokenizer = own;
         }
         change(&mut config);
         let (model, _) = source.model(&config)?;
-        let state = TrainerState {
-            step: 0,
-            optimizer_steps: 0,
-            skipped_in_a_row: 0,
-            data: String::new(),
-            config,
-        };
-        Ok((model, state))
+        Ok((model, TrainerState::at_start(config, String::new())))
     }
 
     /// The tokenizer that it reads text with, where its run had this `config`.
@@ -101,14 +89,29 @@ impl Saved {
 ///
 /// # Errors
 /// When the file is no tokenizer; in a program without the feature `text`, unless it is that of bytes.
-pub(super) fn own_tokenizer(folder: &Path) -> Result<Option<Tokenizer>> {
-    let path = folder.join(TOKENIZER_FILE);
-    let Ok(text) = fs::read_to_string(&path) else {
-        return Ok(None);
-    };
-    if serde_json::from_str(&text).is_ok_and(|found: serde_json::Value| found == bytes::tokenizer())
-    {
-        return Ok(Some(Tokenizer::bytes()));
+fn own_tokenizer(folder: &Path) -> Result<Option<Tokenizer>> {
+    match own_fingerprint(folder)? {
+        None => Ok(None),
+        Some(own) if own == BYTES => Ok(Some(Tokenizer::bytes())),
+        Some(_) => Tokenizer::open(&folder.join(TOKENIZER_FILE)).map(Some),
     }
-    Tokenizer::open(&path).map(Some)
+}
+
+/// The fingerprint of that tokenizer, whose file is not looked into: a program without the feature `text` knows it too.
+///
+/// # Errors
+/// When the file is there and cannot be read.
+pub(super) fn own_fingerprint(folder: &Path) -> Result<Option<String>> {
+    let path = folder.join(TOKENIZER_FILE);
+    let json = match fs::read(&path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        json => json.map_err(|e| Error::io("read", &path, e))?,
+    };
+    let found = serde_json::from_slice(&json);
+    Ok(Some(
+        match found.is_ok_and(|found: serde_json::Value| found == bytes::tokenizer()) {
+            true => BYTES.into(),
+            false => fingerprint_of(&json),
+        },
+    ))
 }

@@ -38,6 +38,8 @@ pub struct Plan {
     pub tokens_per_step: u64,
     /// Optimizer steps of the run.
     pub steps: u64,
+    /// Tokens of the text to train on, where it was looked at.
+    pub text_tokens: Option<u64>,
     /// Bytes as configured, and with every layer kept or computed again.
     pub memory: Memory,
     /// Bytes where backward keeps the activations of every layer.
@@ -48,6 +50,10 @@ pub struct Plan {
     pub available: Option<u64>,
     /// FLOP/s that the time is reckoned with.
     pub rate: f64,
+    /// Where these are from: a recorded step, or a share of the peak.
+    pub rate_source: String,
+    /// Whether no run is known that was as fast.
+    pub upper_bound: bool,
     /// An estimate.
     pub tokens_per_second: f64,
     /// Of one checkpoint on disk: weights, moments, router state in f32 (f64 where the run is).
@@ -95,11 +101,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
         config
     };
     let flops = flops_of(config, &*router);
-    let rate = ranks as f64
-        * match target {
-            Target::Cpu => CORE_RATE * threads as f64,
-            Target::Gpu(chip) => chip.peak * PEAK_SHARE,
-        };
+    let (rate, rate_source) = assumed_rate(target, threads);
     let parameters = count::total_parameters(m);
     // Gradients and weights; on a GPU f32 and bf16.
     let (sent_bytes, sending_seconds) = match target {
@@ -117,8 +119,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
         }
     };
     let tokens_per_step = (config.train.sequences_per_step * m.sequence_length) as u64;
-    let seconds = (tokens_per_step * flops) as f64 / rate + sending_seconds;
-    Ok(Plan {
+    let plan = Plan {
         target,
         ranks,
         sent_bytes,
@@ -128,12 +129,15 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
         flops_per_token: flops,
         tokens_per_step,
         steps: config.train.steps,
+        text_tokens: None,
         memory,
         memory_kept: Memory::with_ranks(&recompute(false), &*router, target, ranks),
         memory_recomputed: Memory::with_ranks(&recompute(true), &*router, target, ranks),
         available,
-        rate,
-        tokens_per_second: tokens_per_step as f64 / seconds,
+        rate: ranks as f64 * rate,
+        rate_source,
+        upper_bound: target != Target::Cpu,
+        tokens_per_second: 0.0,
         checkpoint_bytes: whole.weights + whole.optimizer + whole.router_state,
         largest_micro_batch: largest(config, &*router, target, available, ranks),
         largest_micro_batch_recomputed: largest(
@@ -143,7 +147,25 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
             available,
             ranks,
         ),
-    })
+    };
+    Ok(plan.timed())
+}
+
+/// FLOP/s of one rank where no record says better, and where they are from.
+fn assumed_rate(target: Target, threads: usize) -> (f64, String) {
+    match target {
+        Target::Cpu => (
+            CORE_RATE * threads as f64,
+            format!("{:.0} GFLOP/s a thread, as measured", CORE_RATE / 1e9),
+        ),
+        Target::Gpu(chip) => (
+            chip.peak * PEAK_SHARE,
+            format!(
+                "half of its bf16 peak; no training step of an {} is on record",
+                chip.name
+            ),
+        ),
+    }
 }
 
 /// As [`count::flops_per_token`], with every expert that the router runs in training, and the rows that it runs for its state
@@ -194,6 +216,20 @@ fn sent(numbers: u64, bytes: u64, ranks: usize) -> u64 {
 }
 
 impl Plan {
+    /// The same with the FLOP/s that a rank reached elsewhere.
+    pub fn at_rate(mut self, rate: f64, source: String) -> Self {
+        self.rate = self.ranks as f64 * rate;
+        self.rate_source = source;
+        self.upper_bound = false;
+        self.timed()
+    }
+
+    fn timed(mut self) -> Self {
+        let computing = (self.tokens_per_step * self.flops_per_token) as f64 / self.rate;
+        self.tokens_per_second = self.tokens_per_step as f64 / (computing + self.sending_seconds);
+        self
+    }
+
     /// Whether it fits in what the target has.
     pub fn fits(&self) -> bool {
         self.available.is_none_or(|a| self.memory.total() <= a)
@@ -221,6 +257,11 @@ impl Plan {
                 &format!("{}, {} steps", self.tokens_per_step, self.steps),
             ),
         ];
+        if let Some(tokens) = self.text_tokens {
+            let times = (self.tokens_per_step * self.steps) as f64 / tokens.max(1) as f64;
+            let all = count_of(tokens as f64);
+            lines.push(row("text", &format!("{all} tokens, read {times:.2} times")));
+        }
         if self.ranks > 1 {
             let sent = bytes(self.sent_bytes);
             let time = match self.sending_seconds {
@@ -262,22 +303,28 @@ impl Plan {
         lines.push(self.verdict());
         lines.push(String::new());
         lines.push(row("checkpoint", &bytes(self.checkpoint_bytes)));
-        lines.push(row(
-            "speed",
-            &format!(
-                "about {:.0} tokens/s, if the device does {:.3} TFLOP/s",
-                self.tokens_per_second,
-                self.rate / 1e12
-            ),
-        ));
-        lines.push(row(
-            "time",
-            &format!(
-                "about {}, evaluations and saving left out",
-                duration(self.seconds())
-            ),
-        ));
+        lines.extend(self.time_rows());
         lines.join("\n")
+    }
+
+    fn time_rows(&self) -> [String; 3] {
+        let (most, least) = match self.upper_bound {
+            true => ("upper bound:", "at least"),
+            false => ("about", "about"),
+        };
+        let (speed, rate) = (self.tokens_per_second, self.rate / 1e12);
+        let time = duration(self.seconds());
+        [
+            row(
+                "speed",
+                &format!("{most} {speed:.0} tokens/s, at {rate:.3} TFLOP/s"),
+            ),
+            row("", &self.rate_source),
+            row(
+                "time",
+                &format!("{least} {time}, evaluations and saving left out"),
+            ),
+        ]
     }
 
     fn verdict(&self) -> String {

@@ -278,12 +278,15 @@ impl Checkpoint {
     /// Reads the manifest of the checkpoint at `path`.
     pub fn open(path: &Path) -> Result<Self> {
         let file = path.join(MANIFEST);
-        if path.is_dir() && !file.exists() {
+        if !file.exists() {
             return Err(Error::file(
                 path,
-                "a checkpoint",
-                format!("a folder without {MANIFEST}"),
-                "choose a folder step-N that `train` wrote",
+                "a run, or one of its checkpoints",
+                match path.is_dir() {
+                    true => format!("a folder without {MANIFEST}"),
+                    false => "no such folder".into(),
+                },
+                "choose the folder of a run that `train` wrote, or a folder step-N in it",
             ));
         }
         Ok(Checkpoint {

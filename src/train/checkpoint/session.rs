@@ -34,6 +34,19 @@ pub struct TrainerState {
     pub config: Config,
 }
 
+impl TrainerState {
+    /// Of a run that has not begun, on text of this digest.
+    pub fn at_start(config: Config, data: String) -> Self {
+        TrainerState {
+            step: 0,
+            optimizer_steps: 0,
+            skipped_in_a_row: 0,
+            data,
+            config,
+        }
+    }
+}
+
 /// Everything to save of a run of one rank.
 pub fn snapshot<'a>(
     model: &'a Model,

@@ -146,18 +146,22 @@ pub fn bars(view: &View, peer: &str) -> Result<Option<String>> {
     }
     let rows: usize = shapes.values().map(|bars| bars.len() + 1).sum();
     let height = 110 + ROW * rows as u32;
-    svg((960, height), |area| draw_bars(area, &shapes, peer)).map(Some)
+    let longest = shapes.keys().map(|shape| shape.chars().count()).max();
+    // Names of 13 pixels a line; the legend needs the whole width.
+    let left = (30 + 8 * longest.unwrap_or(0) as i32).max(180);
+    let size = ((left + WIDTH + 70) as u32, height);
+    svg(size, |area| draw_bars(area, &shapes, peer, left)).map(Some)
 }
 
-/// Pixels of a bar and its gap, and what stands left of the bars.
+/// Pixels of a bar and its gap, and of the longest bar.
 const ROW: u32 = 12;
-const LEFT: i32 = 250;
+const WIDTH: i32 = 640;
 
-fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str) -> Drawn {
+/// With the bars `left` pixels from the edge.
+fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str, left: i32) -> Drawn {
     let all = || shapes.values().flatten();
     let largest = all().map(|bar| bar.1).fold(1.0, f64::max) * 1.1;
-    let width = 960 - LEFT - 70;
-    let x = |ratio: f64| LEFT + (ratio / largest * f64::from(width)) as i32;
+    let x = |ratio: f64| left + (ratio / largest * f64::from(WIDTH)) as i32;
     area.draw(&Text::new(
         format!("Times as fast as {peer}"),
         (20, 14),
@@ -185,15 +189,15 @@ fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str) -> Drawn 
             font(13),
         ))?;
     }
-    let mut left = LEFT;
+    let mut place = 20;
     for (number, (name, color)) in KINDS.iter().enumerate() {
         if all().any(|bar| bar.0 == number) {
             area.draw(&Rectangle::new(
-                [(left, 48), (left + 14, 58)],
+                [(place, 48), (place + 14, 58)],
                 color.filled(),
             ))?;
-            area.draw(&Text::new(*name, (left + 20, 45), font(14)))?;
-            left += 130;
+            area.draw(&Text::new(*name, (place + 20, 45), font(14)))?;
+            place += 130;
         }
     }
     let mut y = 70;
@@ -201,7 +205,7 @@ fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str) -> Drawn 
         let middle = y + ROW as i32 * bars.len() as i32 / 2 - 7;
         area.draw(&Text::new(shape.as_str(), (20, middle), font(13)))?;
         for (kind, ratio) in bars {
-            let bar = [(LEFT, y), (x(*ratio), y + ROW as i32 - 2)];
+            let bar = [(left, y), (x(*ratio), y + ROW as i32 - 2)];
             area.draw(&Rectangle::new(bar, KINDS[*kind].1.filled()))?;
             // Beside the line at 1, not across it.
             let end = x(*ratio);
@@ -263,6 +267,11 @@ mod tests {
         assert!(bars(&view, "nobody").unwrap().is_none());
         let picture = bars(&view, "p").unwrap().unwrap();
         assert!(picture.contains("Times as fast as p") && !picture.contains("NaN"));
+        // The bars begin behind the longest name.
+        let long = "default_layer_backward sonic 4096 x 1024 64c4";
+        let all = [record(long, OURS, 1.0), record(long, "p", 3.0)];
+        let picture = bars(&View(all.iter().collect()), "p").unwrap().unwrap();
+        assert!(picture.starts_with("<svg width=\"1100\""), "{picture}");
     }
 
     #[test]

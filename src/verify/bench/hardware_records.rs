@@ -6,7 +6,7 @@ use super::record::{Measured, OURS, Record, Records};
 use crate::error::{Error, Result};
 use crate::verify::bench::measure::HARDWARE_PLAN;
 use serde_json::Value;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Every record of a folder: of this command, and what `hardware-check` timed.
 ///
@@ -14,30 +14,10 @@ use std::path::Path;
 /// When a file cannot be read.
 pub fn read_all(folder: &Path) -> Result<Records> {
     let mut records = Records::open(folder)?;
-    let Ok(entries) = std::fs::read_dir(folder) else {
-        return Ok(records);
-    };
-    for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if name.starts_with("hardware-") && name.ends_with(".jsonl") {
-            read_hardware_records(&mut records, &path)?;
-        }
-    }
-    Ok(records)
-}
-
-fn read_hardware_records(records: &mut Records, path: &Path) -> Result<()> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-    for (i, line) in text.lines().enumerate() {
-        let value: Value = serde_json::from_str(line).map_err(|e| {
-            let place = format!("line {}: {e}", i + 1);
-            Error::file(path, "one record a line", place, "remove the line")
-        })?;
+    for value in timed(folder)? {
         let text = |key: &str| value[key].as_str().unwrap_or_default().to_owned();
         let task = text("task");
-        let (Some(case), "passed") = (task.strip_prefix("timed: "), text("ending").as_str()) else {
-            continue;
-        };
+        let case = task.strip_prefix("timed: ").unwrap_or_default();
         let measured = &value["measured"];
         for (implementation, side) in [(OURS, "ours"), (CUBLAS, "cublas")] {
             let Some(timing) = old_timing(&measured[side]) else {
@@ -74,7 +54,36 @@ fn read_hardware_records(records: &mut Records, path: &Path) -> Result<()> {
             });
         }
     }
-    Ok(())
+    Ok(records)
+}
+
+/// What `hardware-check` timed without a failure, as it stands in the files of a folder.
+///
+/// # Errors
+/// When a file cannot be read, or a line is no record.
+pub(super) fn timed(folder: &Path) -> Result<Vec<Value>> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    paths.sort();
+    let mut found = Vec::new();
+    for path in paths {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if !name.starts_with("hardware-") || !name.ends_with(".jsonl") {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).map_err(|e| Error::io("read", &path, e))?;
+        for (i, line) in text.lines().enumerate() {
+            let value: Value = serde_json::from_str(line).map_err(|e| {
+                let place = format!("line {}: {e}", i + 1);
+                Error::file(&path, "one record a line", place, "remove the line")
+            })?;
+            let task = value["task"].as_str().unwrap_or_default();
+            if task.starts_with("timed: ") && value["ending"] == "passed" {
+                found.push(value);
+            }
+        }
+    }
+    Ok(found)
 }
 
 fn old_timing(side: &Value) -> Option<Measured> {

@@ -23,6 +23,7 @@ mod operations;
 mod options;
 pub mod page;
 pub mod peers;
+mod predict;
 mod problem;
 pub mod record;
 pub mod roofline;
@@ -39,6 +40,7 @@ use crate::error::{Error, Result};
 use options::{estimate, groups};
 use record::Records;
 use session::Session;
+use std::path::Path;
 
 /// The GPU of this process; or one sentence that says why there is none.
 #[cfg(feature = "cuda")]
@@ -75,6 +77,14 @@ fn devices(wanted: Option<Device>) -> Result<(Vec<Device>, Option<String>)> {
             )),
         )),
     }
+}
+
+/// The cost model of products, fitted to the timings of `hardware-check` in a folder of records.
+///
+/// # Errors
+/// When a file cannot be read, or too little was timed.
+pub fn predict(folder: &Path) -> Result<predict::Model> {
+    predict::Model::new(&hardware_records::timed(folder)?)
 }
 
 /// Says what would be measured, in order.
@@ -140,7 +150,7 @@ pub fn list_json(options: &Options) -> Result<String> {
 /// When a device is not there, a group fails, a record cannot be written, or a case became slower than allowed.
 pub fn run(options: &Options) -> Result<()> {
     let before = options.baseline.as_ref().map(|file| {
-        let mut records = Records::open(std::path::Path::new(""))?;
+        let mut records = Records::open(Path::new(""))?;
         records.read(file)?;
         Ok::<_, Error>(records)
     });

@@ -21,7 +21,7 @@ pub mod run_task;
 pub mod status;
 mod steps;
 pub mod task;
-mod throughput;
+pub mod throughput;
 pub mod timing;
 
 pub use place::{FOLDER, Place};

@@ -1,6 +1,8 @@
 //! How fast whole steps are: tokens a second, the share of the GPU's peak, memory beside the plan, time by kernel.
 
+use super::kind::Kind;
 use super::outcome::Outcome;
+use super::record::{Ending, Records};
 use super::steps::{WARM, memory_judged, planned, strict_trainer, uncaptured, unplanned};
 use crate::config::{Config, count};
 use crate::device::Device;
@@ -11,6 +13,7 @@ use crate::error::Result;
 use crate::train::Trainer;
 use crate::verify::bench::measure::median;
 use serde_json::{Value, json};
+use std::path::Path;
 use std::time::Instant;
 
 /// Times `steps` steps by the clock on the wall, from report to report as in a run, and one more kernel by kernel.
@@ -69,6 +72,42 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
     Ok(Outcome::judged(wrong, text, measured))
 }
 
+/// FLOP/s that training steps reached on a GPU, and which.
+///
+/// Of the records of this GPU in `folder` the one of the same router whose FLOPs a token are nearest to `flops_per_token`, the
+/// newest of several; one of another router where there is none. None without a record.
+///
+/// # Errors
+/// When a file cannot be read, or a line is no record.
+pub fn recorded(
+    folder: &Path,
+    gpu: &str,
+    router: &str,
+    flops_per_token: u64,
+) -> Result<Option<(f64, String)>> {
+    let verb = format!("{}: ", Kind::Throughput.verb());
+    let records = Records::open(folder)?;
+    let candidates = records.iter().filter_map(|record| {
+        let case = record.task.strip_prefix(&verb)?;
+        let number = |key: &str| record.measured[key].as_f64();
+        let rate = 1e12 * number("tflops")?;
+        let own = number("flops_per_step")? / number("tokens_per_step")?;
+        let passed = record.ending == Ending::Passed && record.gpu == gpu;
+        let other = !case.split(' ').any(|word| word == router);
+        let apart = (own / flops_per_token as f64).ln().abs();
+        (passed && rate > 0.0 && apart.is_finite()).then_some((other, apart, record, case, rate))
+    });
+    let nearest = candidates.min_by(|a, b| {
+        (a.0.cmp(&b.0))
+            .then(a.1.total_cmp(&b.1))
+            .then(b.2.date.cmp(&a.2.date))
+    });
+    Ok(nearest.map(|(_, _, record, case, rate)| {
+        let day = record.date.split('T').next().unwrap_or_default();
+        (rate, format!("as {case} on one {gpu}, recorded on {day}"))
+    }))
+}
+
 /// Whose peak it is; none for a GPU that is not in the table.
 fn chip(device: Device) -> Option<&'static Chip> {
     #[cfg(feature = "cuda")]
@@ -94,4 +133,47 @@ fn of(timeline: &Timeline) -> Value {
         "milliseconds_without_kernel": 1e3 * (timeline.wall - timeline.busy()),
         "copies_to_gpu": timeline.to_gpu, "copies_to_host": timeline.to_host,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_recorded_step_of_the_same_router_and_gpu_is_taken() {
+        let line = |gpu: &str, case: &str, code: &str, ending: &str, day: u32, tflops: f64| {
+            let tokens = if case.starts_with("557m") { 1e3 } else { 1e2 };
+            json!({
+                "gpu": gpu, "task": format!("trains: {case}"), "code": code, "ending": ending, "detail": "",
+                "measured": {"tflops": tflops, "flops_per_step": 1e12, "tokens_per_step": tokens},
+                "date": format!("2026-11-{day}T10:00:00Z"), "commit": "", "driver": "", "system": "",
+                "seconds": 1.0, "before": null, "after": null,
+            })
+            .to_string()
+        };
+        let lines = [
+            line("NVIDIA H200", "557m default", "a", "passed", 20, 200.0),
+            line("NVIDIA H200", "557m default", "b", "passed", 21, 210.0),
+            line("NVIDIA H200", "557m default", "c", "failed", 22, 900.0),
+            line("NVIDIA H200", "7.33b default", "a", "passed", 20, 300.0),
+            line("NVIDIA H200", "557m topk", "a", "passed", 20, 220.0),
+            line("NVIDIA B200", "557m default", "a", "passed", 23, 500.0),
+        ];
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("hardware-all.jsonl");
+        std::fs::write(file, lines.join("\n") + "\n").unwrap();
+        let found = |gpu: &str, router: &str, flops: f64| {
+            recorded(folder.path(), gpu, router, flops as u64).unwrap()
+        };
+        let (rate, from) = found("NVIDIA H200", "default", 2e9).unwrap();
+        assert_eq!(rate, 210e12);
+        assert_eq!(
+            from,
+            "as 557m default on one NVIDIA H200, recorded on 2026-11-21"
+        );
+        assert_eq!(found("NVIDIA H200", "default", 9e9).unwrap().0, 300e12);
+        assert_eq!(found("NVIDIA H200", "topk", 9e9).unwrap().0, 220e12);
+        assert_eq!(found("NVIDIA H200", "dense", 9e9).unwrap().0, 300e12);
+        assert_eq!(found("NVIDIA A100-SXM4-80GB", "topk", 1e9), None);
+    }
 }

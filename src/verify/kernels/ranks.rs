@@ -4,93 +4,67 @@ use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly};
 use crate::kernels::ranks::{LoadShares, RankFlags, RankSums, RankSumsF64, RankSumsI32};
 
-/// Rows of f32 that cancel, so that another order or a sum in f32 shows.
-fn sums(ranks: usize, stride: usize, elements: usize) -> Problem {
-    let mut random = Random((ranks * stride) as u64);
-    let mut number = |r: usize| random.normal() * if r == 0 { 1e6 } else { 1.0 };
-    let rows: Vec<f32> = (0..ranks * stride).map(|i| number(i / stride)).collect();
-    Problem {
-        label: format!("{ranks} ranks, {elements} of {stride}"),
-        buffers: vec![
-            Buffer::output("out", 4 * elements),
-            Buffer::input("rows", &rows),
-        ],
-        launch: Box::new(move |p, stream| {
-            let kernel = RankSums {
-                out: p[0].output(),
-                rows: p[1].input(),
-                ranks,
-                stride,
-                elements,
-            };
-            kernel.launch(stream)
-        }),
-        judge: Box::new(move |out| {
-            exactly::<f32>("out", &out[0], |i| {
-                let terms = (1..ranks).map(|r| f64::from(rows[r * stride + i]));
-                terms.fold(f64::from(rows[i]), |sum, x| sum + x) as f32
-            })
-        }),
-    }
+/// A sum over ranks: its kernel, the type of its numbers and that of their sum, the number of a rank (`$draw`), and how two
+/// are added.
+macro_rules! sums {
+    ($name:ident, $kernel:ident, $number:ty, $sum:ty, $draw:expr, $add:expr) => {
+        fn $name(ranks: usize, stride: usize, elements: usize) -> Problem {
+            let mut random = Random((ranks * stride) as u64);
+            let draw: fn(f32, usize) -> $number = $draw;
+            let rows = (0..ranks * stride).map(|i| draw(random.normal(), i / stride));
+            let rows: Vec<$number> = rows.collect();
+            Problem {
+                label: format!("{ranks} ranks, {elements} of {stride}"),
+                buffers: vec![
+                    Buffer::output("out", size_of::<$number>() * elements),
+                    Buffer::input("rows", &rows),
+                ],
+                launch: Box::new(move |p, stream| {
+                    let kernel = $kernel {
+                        out: p[0].output(),
+                        rows: p[1].input(),
+                        ranks,
+                        stride,
+                        elements,
+                    };
+                    kernel.launch(stream)
+                }),
+                judge: Box::new(move |out| {
+                    exactly::<$number>("out", &out[0], |i| {
+                        let terms = (0..ranks).map(|r| <$sum>::from(rows[r * stride + i]));
+                        terms.reduce($add).unwrap_or_default() as $number
+                    })
+                }),
+            }
+        }
+    };
 }
 
-fn sums_f64(ranks: usize, stride: usize, elements: usize) -> Problem {
-    let mut random = Random((ranks * stride) as u64 + 1);
-    let rows: Vec<f64> = (0..ranks * stride)
-        .map(|_| f64::from(random.normal()) / 3.0)
-        .collect();
-    Problem {
-        label: format!("{ranks} ranks, {elements} of {stride}"),
-        buffers: vec![
-            Buffer::output("out", 8 * elements),
-            Buffer::input("rows", &rows),
-        ],
-        launch: Box::new(move |p, stream| {
-            let kernel = RankSumsF64 {
-                out: p[0].output(),
-                rows: p[1].input(),
-                ranks,
-                stride,
-                elements,
-            };
-            kernel.launch(stream)
-        }),
-        judge: Box::new(move |out| {
-            exactly::<f64>("out", &out[0], |i| {
-                (1..ranks).fold(rows[i], |sum, r| sum + rows[r * stride + i])
-            })
-        }),
-    }
-}
-
-fn sums_i32(ranks: usize, stride: usize, elements: usize) -> Problem {
-    let mut random = Random((ranks * stride) as u64 + 2);
-    let rows: Vec<i32> = (0..ranks * stride)
-        .map(|_| (random.normal() * 1e9) as i32)
-        .collect();
-    Problem {
-        label: format!("{ranks} ranks, {elements} of {stride}"),
-        buffers: vec![
-            Buffer::output("out", 4 * elements),
-            Buffer::input("rows", &rows),
-        ],
-        launch: Box::new(move |p, stream| {
-            let kernel = RankSumsI32 {
-                out: p[0].output(),
-                rows: p[1].input(),
-                ranks,
-                stride,
-                elements,
-            };
-            kernel.launch(stream)
-        }),
-        judge: Box::new(move |out| {
-            exactly::<i32>("out", &out[0], |i| {
-                (1..ranks).fold(rows[i], |sum, r| sum.wrapping_add(rows[r * stride + i]))
-            })
-        }),
-    }
-}
+// Of f32 they cancel, so that another order or a sum in f32 shows.
+sums!(
+    sums,
+    RankSums,
+    f32,
+    f64,
+    |x, rank| x * if rank == 0 { 1e6 } else { 1.0 },
+    |a, b| a + b
+);
+sums!(
+    sums_f64,
+    RankSumsF64,
+    f64,
+    f64,
+    |x, _| f64::from(x) / 3.0,
+    |a, b| a + b
+);
+sums!(
+    sums_i32,
+    RankSumsI32,
+    i32,
+    i32,
+    |x, _| (x * 1e9) as i32,
+    i32::wrapping_add
+);
 
 /// Every layer is well on some ranks; the last one on all.
 fn flags(ranks: usize, layers: usize) -> Problem {

@@ -1,0 +1,413 @@
+//! A model of the time of a grouped product, fitted to what `hardware-check` timed.
+//!
+//! The kernels are persistent: of the tiles of a product each multiprocessor takes w = ⌈tiles / multiprocessors⌉, one after
+//! another. A tile costs a·K for an inner extent of K (its main loop) and b besides (first loads, epilogue); the kernel costs c
+//! besides (launch, last stores): `T = w (a K + b) + c`. The three are 0 or more, and fitted to all recorded timings of one
+//! product, tile and compiled code by least squares of relative errors.
+
+use crate::device::machine::{Chip, H200_MULTIPROCESSORS, h200};
+use crate::error::{Error, Result};
+use crate::report::page::{Cell, Table, replace_between};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// Timings that a fit needs: twice its parameters.
+const ENOUGH: usize = 6;
+
+/// Marks of the table in a page.
+const MARKS: [&str; 2] = [
+    "<!-- predictions: routegrad bench --predict --update writes what follows -->",
+    "<!-- end of predictions -->",
+];
+
+/// A product that was timed with one of its tiles.
+#[derive(Clone, Debug)]
+struct Timing {
+    case: String,
+    tile: String,
+    /// Tiles in a row for the busiest multiprocessor, w.
+    waves: f64,
+    /// Tiles of a multiprocessor on average.
+    mean: f64,
+    /// K.
+    inner: f64,
+    flops: f64,
+    seconds: f64,
+}
+
+impl Timing {
+    /// The factors of a, b and c.
+    fn terms(&self) -> [f64; 3] {
+        [self.waves * self.inner, self.waves, 1.0]
+    }
+}
+
+/// Seconds of a unit of K in a tile's main loop, of a tile besides, and of the kernel besides.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Fit([f64; 3]);
+
+impl Fit {
+    /// The least squares of relative errors among coefficients of 0 or more; none where there are too few timings.
+    fn of(timings: &[&Timing]) -> Option<Fit> {
+        let candidates = (1..8usize).filter_map(|used| {
+            let fit = Fit::with(timings, used)?;
+            let errors = timings.iter().map(|t| fit.error(t).powi(2));
+            Some((errors.sum::<f64>(), fit))
+        });
+        let best = candidates.min_by(|(a, _), (b, _)| a.total_cmp(b));
+        best.map(|(_, fit)| fit)
+    }
+
+    /// The same, with the coefficients whose bits are set in `used` free and the others 0; none where one would be negative.
+    fn with(timings: &[&Timing], used: usize) -> Option<Fit> {
+        let free: Vec<usize> = (0..3).filter(|i| used >> i & 1 == 1).collect();
+        let mut rows = vec![vec![0.0; free.len() + 1]; free.len()];
+        for timing in timings {
+            let terms = timing.terms().map(|term| term / timing.seconds);
+            for (row, &i) in rows.iter_mut().zip(&free) {
+                for (cell, &j) in row.iter_mut().zip(&free) {
+                    *cell += terms[i] * terms[j];
+                }
+                row[free.len()] += terms[i];
+            }
+        }
+        let mut fit = Fit::default();
+        for (&i, x) in free.iter().zip(solved(rows)?) {
+            fit.0[i] = x;
+        }
+        (timings.len() >= free.len() && fit.0.iter().all(|x| *x >= 0.0)).then_some(fit)
+    }
+
+    fn seconds(&self, timing: &Timing) -> f64 {
+        let terms = timing.terms();
+        terms.iter().zip(self.0).map(|(term, x)| term * x).sum()
+    }
+
+    /// Relative.
+    fn error(&self, timing: &Timing) -> f64 {
+        self.seconds(timing) / timing.seconds - 1.0
+    }
+
+    /// Where the seconds go.
+    fn losses(&self, timing: &Timing, chip: &Chip) -> [(&'static str, f64); 4] {
+        let [a, b, c] = self.0;
+        let peak = timing.flops / chip.peak;
+        let idle = (timing.waves - timing.mean) * (a * timing.inner + b);
+        [
+            ("main loop", timing.mean * a * timing.inner - peak),
+            ("epilogue", timing.mean * b),
+            ("idle multiprocessors", idle),
+            ("launch", c),
+        ]
+    }
+}
+
+/// The solution of a system of a few equations, right sides last, by Gauss's elimination with pivots; none where it is singular.
+fn solved(mut rows: Vec<Vec<f64>>) -> Option<Vec<f64>> {
+    let n = rows.len();
+    for i in 0..n {
+        let pivot = (i..n).max_by(|&a, &b| rows[a][i].abs().total_cmp(&rows[b][i].abs()))?;
+        rows.swap(i, pivot);
+        let upper = rows[i].clone();
+        if upper[i].abs() < 1e-12 * upper.iter().fold(0.0, |m: f64, x| m.max(x.abs())) {
+            return None;
+        }
+        for row in &mut rows[i + 1..] {
+            let factor = row[i] / upper[i];
+            for (x, up) in row.iter_mut().zip(&upper) {
+                *x -= factor * up;
+            }
+        }
+    }
+    let mut solution = vec![0.0; n];
+    for i in (0..n).rev() {
+        let known: f64 = (i + 1..n).map(|j| rows[i][j] * solution[j]).sum();
+        solution[i] = (rows[i][n] - known) / rows[i][i];
+    }
+    Some(solution)
+}
+
+/// Of one product, one tile and one compiled code: the timings, the fit, and what it would have said of each timing without it.
+struct Fitted {
+    timings: Vec<Timing>,
+    fit: Fit,
+    left_out: Vec<f64>,
+}
+
+impl Fitted {
+    fn of(timings: Vec<Timing>) -> Option<Fitted> {
+        let all: Vec<&Timing> = timings.iter().collect();
+        let fit = Fit::of(&all)?;
+        let without = |i: usize| {
+            let others: Vec<&Timing> = all
+                .iter()
+                .enumerate()
+                .filter(|(j, _)| *j != i)
+                .map(|(_, t)| *t)
+                .collect();
+            Fit::of(&others).map_or(f64::NAN, |fit| fit.error(all[i]))
+        };
+        let left_out = (0..all.len()).map(without).collect();
+        Some(Fitted {
+            timings,
+            fit,
+            left_out,
+        })
+    }
+}
+
+/// A timing and what the model says of it.
+#[derive(Clone, Copy)]
+struct Told<'a> {
+    timing: &'a Timing,
+    fit: &'a Fit,
+    /// Error of the fit to all other timings.
+    unseen: f64,
+}
+
+/// (timings, largest error of their fits, largest error of a timing that its fit did not see), in percent.
+fn errors<'a>(all: impl Iterator<Item = Told<'a>>) -> (usize, f64, f64) {
+    all.fold((0, 0.0, 0.0), |(count, fitted, unseen), told| {
+        let worse = |most: f64, error: f64| most.max(100.0 * error.abs());
+        (
+            count + 1,
+            worse(fitted, told.fit.error(told.timing)),
+            worse(unseen, told.unseen),
+        )
+    })
+}
+
+/// The model and what it says of everything that was timed.
+pub struct Model {
+    fitted: Vec<Fitted>,
+}
+
+impl Model {
+    /// Fits the timings among `records`, lines of `hardware-check`'s files.
+    ///
+    /// # Errors
+    /// When no product was timed often enough.
+    pub fn new(records: &[Value]) -> Result<Self> {
+        let mut groups: BTreeMap<(String, String, String), Vec<Timing>> = BTreeMap::new();
+        for record in records {
+            for (product, timing) in timings(record) {
+                let code = record["code"].as_str().unwrap_or_default().to_string();
+                groups
+                    .entry((product, timing.tile.clone(), code))
+                    .or_default()
+                    .push(timing);
+            }
+        }
+        let enough = groups
+            .into_values()
+            .filter(|timings| timings.len() >= ENOUGH);
+        let fitted: Vec<Fitted> = enough.filter_map(Fitted::of).collect();
+        if fitted.is_empty() {
+            return Err(Error::invalid(
+                "bench --predict",
+                format!("{ENOUGH} timings or more of one product with one tile"),
+                "none in this folder",
+                "name the folder of a GPU's records with --out; routegrad hardware-check makes them",
+            ));
+        }
+        Ok(Model { fitted })
+    }
+
+    /// All timings.
+    fn told(&self) -> impl Iterator<Item = Told<'_>> {
+        self.fitted.iter().flat_map(|fitted| {
+            let each = fitted.timings.iter().zip(&fitted.left_out);
+            each.map(|(timing, unseen)| Told {
+                timing,
+                fit: &fitted.fit,
+                unseen: *unseen,
+            })
+        })
+    }
+
+    /// Of each case the timing with its fastest tile.
+    fn fastest(&self) -> impl Iterator<Item = Told<'_>> {
+        let mut fastest: BTreeMap<&str, Told> = BTreeMap::new();
+        for told in self.told() {
+            let best = fastest.entry(&told.timing.case).or_insert(told);
+            if told.timing.seconds < best.timing.seconds {
+                *best = told;
+            }
+        }
+        fastest.into_values()
+    }
+
+    fn table(&self) -> Table {
+        let mut table = Table::new(&[
+            "product",
+            "tile",
+            "recorded µs",
+            "model µs",
+            "error",
+            "error unseen",
+            "at the peak",
+            "main loop",
+            "epilogue",
+            "idle",
+            "launch",
+            "limit",
+        ]);
+        for Told {
+            timing,
+            fit,
+            unseen,
+        } in self.fastest()
+        {
+            let seconds = fit.seconds(timing);
+            let share = |part: f64| Cell::from(format!("{:.0}%", 100.0 * part / seconds));
+            let error = |e: f64| Cell::from(format!("{:+.1}%", 100.0 * e));
+            let micro = |s: f64| Cell::from(format!("{:.1}", 1e6 * s));
+            let losses = fit.losses(timing, h200());
+            let limit = losses.iter().max_by(|(_, a), (_, b)| a.total_cmp(b));
+            let mut row: Vec<Cell> = vec![
+                format!("`{}`", timing.case).into(),
+                timing.tile.clone().into(),
+                micro(timing.seconds),
+                micro(seconds),
+                error(fit.error(timing)),
+                error(unseen),
+                share(timing.flops / h200().peak),
+            ];
+            row.extend(losses.iter().map(|(_, part)| share(*part)));
+            row.push(limit.map_or("", |(name, _)| *name).into());
+            table.rows.push(row);
+        }
+        table
+    }
+
+    /// The table with its explanation, in Markdown.
+    pub fn markdown(&self) -> String {
+        let [(all, fitted, unseen), (cases, fastest, _)] =
+            [errors(self.told()), errors(self.fastest())];
+        format!(
+            "The model `T = w (a K + b) + c` (w tiles in a row, inner extent K) is fitted to {all} timings of products on an \
+             H200: the largest error is {fitted:.1}%, and {unseen:.1}% for a timing that its fit did not see; {fastest:.1}% among \
+             the {cases} below, each product with its fastest tile. The shares say where the time of the model goes: the \
+             operations at the peak of the data sheet, the main loop above that (the clock under load, waits for operands, \
+             padded rows), epilogues, multiprocessors without a tile in the last wave, and the launch. The largest of the last \
+             four is the limit.\n\n{}",
+            self.table().markdown()
+        )
+    }
+
+    /// Writes it into a page, between its marks.
+    ///
+    /// # Errors
+    /// When the page has no marks, or cannot be written.
+    pub fn update(&self, page: &Path) -> Result<()> {
+        replace_between(page, MARKS, &self.markdown())
+    }
+}
+
+/// What a record timed: (launcher, timing) for each tile.
+fn timings(record: &Value) -> Vec<(String, Timing)> {
+    let measured = &record["measured"];
+    let case = record["task"]
+        .as_str()
+        .and_then(|task| task.strip_prefix("timed: "));
+    let tiles = measured["microseconds_of_each_tile"].as_object();
+    let number = |key: &str| measured[key].as_f64();
+    let (Some(case), Some(tiles), Some(rows), Some(groups), Some(n), Some(k)) = (
+        case,
+        tiles,
+        number("rows"),
+        number("experts"),
+        number("n"),
+        number("k"),
+    ) else {
+        return Vec::new();
+    };
+    let launcher = case.split(' ').next().unwrap_or_default();
+    // The groups of the timed cases are equal.
+    let [height, width, inner] = match launcher
+        .rsplit_once("grouped_gemm_")
+        .map(|(_, product)| product)
+    {
+        Some("forward") => [rows / groups, n, k],
+        Some("input_gradient") => [rows / groups, k, n],
+        Some("weight_gradient") => [n, k, rows / groups],
+        _ => return Vec::new(),
+    };
+    let timing = |(tile, microseconds): (&String, &Value)| {
+        let (_, size) = tile.split_once(' ')?;
+        let (tile_height, tile_width) = size.split_once('x')?;
+        let tiles_across =
+            |extent: f64, tile: &str| Some((extent / tile.parse::<f64>().ok()?).ceil());
+        let tiles = groups * tiles_across(height, tile_height)? * tiles_across(width, tile_width)?;
+        let mean = tiles / H200_MULTIPROCESSORS as f64;
+        let timing = Timing {
+            case: case.into(),
+            tile: tile.clone(),
+            waves: mean.ceil(),
+            mean,
+            inner,
+            flops: 2.0 * rows * n * k,
+            seconds: microseconds.as_f64()? * 1e-6,
+        };
+        Some((launcher.to_string(), timing))
+    };
+    tiles.iter().filter_map(timing).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::bench::hardware_records::timed;
+
+    #[test]
+    fn a_fit_finds_the_coefficients_that_made_the_timings() {
+        let timing = |waves: f64, inner: f64, [a, b, c]: [f64; 3]| Timing {
+            case: String::new(),
+            tile: String::new(),
+            waves,
+            mean: waves - 0.5,
+            inner,
+            flops: 1.0,
+            seconds: waves * (a * inner + b) + c,
+        };
+        for coefficients in [[1e-8, 2e-6, 3e-6], [1e-8, 0.0, 3e-6], [1e-8, 2e-6, 0.0]] {
+            let sizes = [
+                (1.0, 512.0),
+                (2.0, 512.0),
+                (3.0, 2048.0),
+                (9.0, 1024.0),
+                (20.0, 4096.0),
+                (7.0, 64.0),
+            ];
+            let made = sizes.map(|(waves, inner)| timing(waves, inner, coefficients));
+            let fit = Fit::of(&made.iter().collect::<Vec<_>>()).unwrap();
+            for (found, made) in fit.0.iter().zip(coefficients) {
+                assert!(
+                    (found - made).abs() < 1e-6 * (made + 1e-9),
+                    "{fit:?} {coefficients:?}"
+                );
+            }
+            // The parts are the whole.
+            let losses = fit
+                .losses(&made[3], h200())
+                .iter()
+                .map(|(_, part)| part)
+                .sum::<f64>();
+            let whole = losses + made[3].flops / h200().peak;
+            assert!((whole / fit.seconds(&made[3]) - 1.0).abs() < 1e-12);
+        }
+    }
+
+    #[test]
+    fn the_recorded_products_are_within_a_tenth() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
+        let model = Model::new(&timed(&folder).unwrap()).unwrap();
+        let (count, fitted, unseen) = errors(model.told());
+        assert!(count >= 150, "{count}");
+        assert!(fitted < 10.5 && unseen < 12.5, "{fitted} {unseen}");
+        let (_, fastest, unseen) = errors(model.fastest());
+        assert!(fastest < 10.0 && unseen < 10.0, "{fastest} {unseen}");
+        assert!(Model::new(&[]).is_err());
+    }
+}
