@@ -285,6 +285,7 @@ impl Model {
     pub fn markdown(&self) -> String {
         let [(all, fitted, unseen), (cases, fastest, _)] =
             [errors(self.told()), errors(self.fastest())];
+        let table = self.table();
         format!(
             "The model `T = w (a K + b) + c` (w tiles in a row, inner extent K) is fitted to {all} timings of products on an \
              H200: the largest error is {fitted:.1}%, and {unseen:.1}% for a timing that its fit did not see; {fastest:.1}% among \
@@ -292,7 +293,7 @@ impl Model {
              operations at the peak of the data sheet, the main loop above that (the clock under load, waits for operands, \
              padded rows), epilogues, multiprocessors without a tile in the last wave, and the launch. The largest of the last \
              four is the limit.\n\n{}",
-            self.table().markdown()
+            table.markdown()
         )
     }
 
