@@ -5,6 +5,7 @@
 //! (`Collective::part`); losses, gradients and statistics are those of the global batch, and all
 //! ranks make the same update, or skip it for the same reason.
 
+mod finite;
 mod readback;
 mod replay;
 mod shares;
@@ -19,13 +20,11 @@ use crate::model::{Inputs, Model};
 use crate::routers::{LayerState, LayerStats, Pass, Phase};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
-use crate::train::optimizer::{
-    AdamW, DeviceStep, Outcome, Settings, Shards, gradient_norm, reduce,
-};
+use crate::train::optimizer::{AdamW, DeviceStep, Settings, Shards, gradient_norm, reduce};
+use finite::{first_non_finite, non_finite_of};
 use readback::Readback;
 use replay::Replay;
 use shares::{equal_shares, shape_of, sum_gradients};
-use std::cmp::Ordering;
 use std::collections::BTreeMap;
 
 /// What a step did.
@@ -68,6 +67,10 @@ impl StepExecutor {
     pub fn new(config: &TrainConfig, model: &Model) -> Self {
         let (parameters, dist) = (&model.parameters, model.dist());
         let shards = Shards::new(parameters, dist.rank(), dist.size());
+        let shards = match model.device_ranks() {
+            Some(_) => shards.shared_out(),
+            None => shards,
+        };
         Self::with_shards(config, model, shards)
     }
 
@@ -150,14 +153,21 @@ impl StepExecutor {
             replayed: false,
             readback: None,
         };
-        match self.replay.take_if(|_| possible) {
-            None => launched.sums = self.run(model)?,
-            Some(mut replay) => {
-                let replayed = self.replayed(model, &mut replay);
-                self.replay = Some(replay);
-                launched.replayed = replayed?;
-            }
+        if self.ranks.is_some() {
+            model.dist().begin_device_step();
         }
+        // The simulator's launches wait, and a GPU's may where its queue is full.
+        self.awaited(model, |own, model| {
+            match own.replay.take_if(|_| possible) {
+                None => launched.sums = own.run(model)?,
+                Some(mut replay) => {
+                    let replayed = own.replayed(model, &mut replay);
+                    own.replay = Some(replay);
+                    launched.replayed = replayed?;
+                }
+            }
+            Ok(())
+        })?;
         if let Some(device) = &self.device {
             launched.readback = Some(begin_readback(model, device)?);
             let mut states = model.layer_states_mut();
@@ -165,6 +175,21 @@ impl StepExecutor {
             model.dist().trust_device_calls();
         }
         Ok(launched)
+    }
+
+    /// Does what may wait for the device, which waits for those of the other ranks.
+    fn awaited<R>(
+        &mut self,
+        model: &mut Model,
+        wait: impl FnOnce(&mut Self, &mut Model) -> Result<R>,
+    ) -> Result<R> {
+        if self.ranks.is_none() {
+            return wait(self, model);
+        }
+        model.dist().await_device(true);
+        let done = wait(self, model);
+        model.dist().await_device(false);
+        done
     }
 
     /// The step by its graph, or, answered with false, by itself where that is not there yet or no more.
@@ -176,6 +201,7 @@ impl StepExecutor {
         for inputs in &self.inputs {
             inputs.check(model.config().vocab_size)?;
         }
+        at(model.dist(), || replay.words().into());
         let mut done = replay.run(device, &shape)?;
         if !done && replay.is_steady() {
             let step = || self.run(model).map(drop);
@@ -320,7 +346,8 @@ impl StepExecutor {
     /// When a sum over ranks, the update on the CPU or a kernel fails.
     pub fn report(&mut self, model: &mut Model, launched: Launched) -> Result<StepReport> {
         if let Some(readback) = launched.readback {
-            return self.report_from(model, &readback.wait()?);
+            let results = self.awaited(model, |_, _| readback.wait())?;
+            return self.report_from(model, &results);
         }
         let mut report = self.update_on_cpu(model, launched.sums, launched.rate)?;
         at(model.dist(), || "routing statistics".into());
@@ -441,43 +468,4 @@ fn by_name<'t>(
         found.entry(name).or_default().push(tensor.to_f64()?);
     }
     Ok(found)
-}
-
-/// What was not finite in a step on a device with kernels.
-fn non_finite_of(outcome: &Outcome) -> Option<String> {
-    if outcome.accepted != 0 {
-        return None;
-    }
-    Some(match outcome {
-        o if o.layer >= 0 && o.token < i32::MAX => logits_of(o.layer as usize, o.token as usize),
-        o if o.layer >= 0 => format!("the dispatch of MoE layer {} (fault {})", o.layer, o.fault),
-        o if !o.losses[0].is_finite() => "the loss".into(),
-        _ => "the gradient".into(),
-    })
-}
-
-fn logits_of(layer: usize, token: usize) -> String {
-    format!("router logits of MoE layer {layer}, token {token}")
-}
-
-/// The first thing that is not finite on any rank: logits by layer and token, the loss, the
-/// gradient.
-fn first_non_finite(model: &Model, loss: f64, norm: f64) -> Result<Option<String>> {
-    let states = model.layer_states();
-    let flagged = states
-        .iter()
-        .enumerate()
-        .find_map(|(l, s)| Some([l as f64, s.first_non_finite()? as f64]));
-    let all = model
-        .dist()
-        .gather(&flagged.unwrap_or([f64::INFINITY; 2]))?;
-    let first = all.chunks(2).map(|f| (f[0], f[1]));
-    let first = first.min_by(|a, b| a.partial_cmp(b).unwrap_or(Ordering::Equal));
-    Ok(match first {
-        Some((layer, token)) if layer.is_finite() => {
-            Some(logits_of(layer as usize, token as usize))
-        }
-        _ if !loss.is_finite() => Some("the loss".into()),
-        _ => (!norm.is_finite()).then(|| "the gradient".into()),
-    })
 }
