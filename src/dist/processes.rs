@@ -105,7 +105,6 @@ impl Processes {
         let local = members.iter().all(|m| m.host == members[0].host);
         let (listener, host) = match way {
             Some(way) => (way.listener, way.host),
-            None if local => (None, "127.0.0.1".into()),
             None if members[0].host == members[rank].host => (None, "127.0.0.1".into()),
             None => (None, members[0].host.clone()),
         };

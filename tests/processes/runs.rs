@@ -415,7 +415,7 @@ fn benchmark_scores_of_several_ranks_have_the_bytes_of_one() {
 }
 
 #[test]
-fn analyses_of_rank_0_are_those_of_its_checkpoint_while_the_others_wait_longer_than_the_limit() {
+fn analyses_of_rank_0_are_those_of_its_checkpoint_while_the_others_wait() {
     let Some(launcher) = launchers().into_iter().next() else {
         return;
     };

@@ -22,8 +22,14 @@ fn a_rank_that_is_stopped_within_replayed_steps_is_named_with_its_call_within_te
     assert!(wait_for_step(&mut run.child, &out, 8));
     // Two heartbeats more: what is reported is what the last one told.
     std::thread::sleep(Duration::from_secs(1));
-    signal(run.process(1).unwrap(), "-STOP");
-    let (success, stderr, seconds) = run.end(10.0);
+    let stopped = run.process(1).unwrap();
+    signal(stopped, "-STOP");
+    let seconds = wait_until(10.0, "the end of the other rank", || {
+        run.process(0).is_none()
+    });
+    // Launchers do that.
+    signal(stopped, "-KILL");
+    let (success, stderr, _) = run.end(5.0);
     let said = errors(&stderr);
     println!("{seconds:.1} s: {said:?}");
     assert!(!success && said.len() == 1, "{stderr}");

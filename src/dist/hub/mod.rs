@@ -144,8 +144,10 @@ impl Hub {
 
     /// The call is over.
     pub fn exit(&self) {
-        let waits = self.device_since().is_some();
-        self.inside.store(waits, Ordering::SeqCst);
+        let mut since = self.device_since();
+        // Within a step of the device it shows that the step goes on.
+        *since = since.map(|_| Instant::now());
+        self.inside.store(since.is_some(), Ordering::SeqCst);
     }
 
     /// Counts a step of the device as a call that this rank begins: it waits for those of other ranks.

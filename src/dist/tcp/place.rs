@@ -75,9 +75,7 @@ impl MeetingPlace {
             None => theirs.checked_add(OFFSET).unwrap_or(theirs - OFFSET),
         };
         let local = read("LOCAL_WORLD_SIZE").and_then(|n| n.trim().parse::<u16>().ok());
-        // Ranks of an attempt that torchrun has ended are others.
-        let parts = [RUN_ID, "TORCHELASTIC_RESTART_COUNT", SECRET]
-            .map(|name| read(name).unwrap_or_default());
+        let parts = [RUN_ID, SECRET].map(|name| read(name).unwrap_or_default());
         let material = serde_json::to_vec(&(parts, theirs)).unwrap_or_default();
         Ok(MeetingPlace {
             rank: rank.into(),
@@ -172,15 +170,12 @@ mod tests {
     }
 
     #[test]
-    fn runs_attempts_and_secrets_have_keys_of_their_own() {
+    fn runs_and_secrets_have_keys_of_their_own() {
         let key = |set: &[(&str, &str)]| of(set).unwrap().key;
         assert_eq!(key(&[]), key(&[("RANK", "2")]));
-        let others = [
-            (RUN_ID, "b"),
-            ("TORCHELASTIC_RESTART_COUNT", "1"),
-            (SECRET, "x"),
-            ("MASTER_PORT", "29501"),
-        ];
+        // After a restart torchrun's agents count differently.
+        assert_eq!(key(&[]), key(&[("TORCHELASTIC_RESTART_COUNT", "1")]));
+        let others = [(RUN_ID, "b"), (SECRET, "x"), ("MASTER_PORT", "29501")];
         let mut keys: Vec<Key> = others.iter().map(|set| key(&[*set])).collect();
         keys.push(key(&[]));
         keys.sort_unstable();
