@@ -4,7 +4,6 @@ use crate::common::*;
 use crate::launchers::*;
 use crate::nccl::{calls::train_small, stand_in};
 use crate::runs::train_in_threads;
-use std::fs;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command};
