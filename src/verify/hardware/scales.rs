@@ -19,7 +19,6 @@ use std::io::Read;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 /// What a run left.
 struct Ran {
@@ -110,16 +109,16 @@ fn train(case: &StepCase, place: &Place, folder: &Path, ranks: usize, seed: u64)
             .arg(&out);
         command.args(set.iter().flat_map(|set| ["--set", set]));
         command.args(["--ranks", if ranks == 1 { "none" } else { "tcp" }]);
-        command
-            .env("RANK", rank.to_string())
-            .env("LOCAL_RANK", rank.to_string());
-        command
-            .env("WORLD_SIZE", ranks.to_string())
-            .env("LOCAL_WORLD_SIZE", ranks.to_string());
-        command
-            .env("MASTER_ADDR", "127.0.0.1")
-            .env("MASTER_PORT", "29500");
-        command.env("ROUTEGRAD_RANKS_PORT", port.to_string());
+        let [rank, size, port] = [rank, ranks, port.into()].map(|n| n.to_string());
+        command.envs([
+            ("RANK", &*rank),
+            ("LOCAL_RANK", &*rank),
+            ("WORLD_SIZE", &*size),
+            ("LOCAL_WORLD_SIZE", &*size),
+            ("MASTER_ADDR", "127.0.0.1"),
+            ("MASTER_PORT", "29500"),
+            ("ROUTEGRAD_RANKS_PORT", &*port),
+        ]);
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -128,17 +127,7 @@ fn train(case: &StepCase, place: &Place, folder: &Path, ranks: usize, seed: u64)
         Ok(Killed(child.map_err(|e| Error::io("start", &program, e))?))
     };
     let mut children = (0..ranks).map(start).collect::<Result<Vec<_>>>()?;
-    // Few words each, which no pipe is too small for; a rank that is lost ends the others.
-    for child in &mut children {
-        while child
-            .0
-            .try_wait()
-            .map_err(|e| Error::io("watch", &program, e))?
-            .is_none()
-        {
-            std::thread::sleep(Duration::from_millis(5));
-        }
-    }
+    // Each says a few words, which no pipe is too small for; a rank that is lost ends the others.
     for child in &mut children {
         ended_well(child)?;
     }
