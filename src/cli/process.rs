@@ -62,6 +62,7 @@ pub(super) fn start_ranks(args: &RanksArgs, threads: Option<usize>) -> Result<Ar
         RanksFrom::Auto => Ranks::Auto,
         RanksFrom::None => Ranks::None,
         RanksFrom::Mpi => Ranks::Mpi,
+        RanksFrom::Tcp => Ranks::Tcp,
     };
     let dist = dist::start(ranks, limit)?;
     if let (None, Some(threads)) = (threads, dist::threads()) {
@@ -78,7 +79,7 @@ pub(super) fn refuse_launcher() -> Result<()> {
             "routegrad",
             "one process; only `train` and `ablate` run on several",
             format!("{n} processes of a launcher"),
-            "start the command without mpirun or srun",
+            "start the command without mpirun, srun or torchrun",
         )),
     }
 }

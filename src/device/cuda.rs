@@ -80,21 +80,11 @@ impl Gpu {
     /// One sentence that says why there is none to use: kernels not compiled in, no driver library, a driver too old, no
     /// GPU, one older than Ampere, or one that the kernels are not compiled for.
     pub fn open() -> Result<Self, String> {
-        if !cfg!(routegrad_cuda) {
-            return Err("the kernels are not compiled in: no nvcc was found at build time".into());
-        }
-        // SAFETY: the function only tries to load the library.
-        if !unsafe { sys::is_culib_present() } {
-            return Err("no CUDA driver: libcuda.so cannot be loaded".into());
-        }
         let failed = |what: &str, e: DriverError| {
             format!("the CUDA driver cannot {what}: {}", error_text(e))
         };
-        result::init().map_err(|e| failed("start", e))?;
-        let driver = driver_version().map_err(|e| failed("tell its version", e))?;
-        require_driver(driver)?;
-        let count = CudaContext::device_count().map_err(|e| failed("count its GPUs", e))?;
-        let place = place(CHOSEN.load(Ordering::SeqCst), count.max(0) as usize)?;
+        let (driver, count) = Self::driver_and_count()?;
+        let place = place(CHOSEN.load(Ordering::SeqCst), count)?;
         let context = CudaContext::new(place).map_err(|e| failed("open the GPU", e))?;
         // SAFETY: there is no allocation yet, and everything here runs on one stream.
         unsafe { context.disable_event_tracking() };
@@ -115,6 +105,32 @@ impl Gpu {
             capability,
             driver,
         })
+    }
+
+    /// The number of GPUs that this process sees.
+    ///
+    /// # Errors
+    /// As [`open`](Self::open), as far as the driver goes.
+    pub fn count() -> Result<usize, String> {
+        Self::driver_and_count().map(|(_, count)| count)
+    }
+
+    fn driver_and_count() -> Result<((i32, i32), usize), String> {
+        if !cfg!(routegrad_cuda) {
+            return Err("the kernels are not compiled in: no nvcc was found at build time".into());
+        }
+        // SAFETY: the function only tries to load the library.
+        if !unsafe { sys::is_culib_present() } {
+            return Err("no CUDA driver: libcuda.so cannot be loaded".into());
+        }
+        let failed = |what: &str, e: DriverError| {
+            format!("the CUDA driver cannot {what}: {}", error_text(e))
+        };
+        result::init().map_err(|e| failed("start", e))?;
+        let driver = driver_version().map_err(|e| failed("tell its version", e))?;
+        require_driver(driver)?;
+        let count = CudaContext::device_count().map_err(|e| failed("count its GPUs", e))?;
+        Ok((driver, count.max(0) as usize))
     }
 
     /// The stream of every launch. The GPU becomes the calling thread's own.

@@ -6,11 +6,14 @@
 mod activity; // what a rank is doing, for messages
 mod call; // ordinal, kind and count of a call, compared between ranks
 mod device; // the two movers of a device's memory
+mod door; // the first words of two ranks on a TCP connection
 mod hub; // heartbeats, and one message when a rank is lost
-mod mpi; // ranks are processes; MPI is loaded at run time
+mod mpi; // MPI moves the bytes of processes; it is loaded at run time
 pub mod nccl; // their GPUs' memory; NCCL is loaded at run time
+mod processes; // ranks are processes
 mod start; // from the launcher's environment to a rank
 mod sums; // sums and gathers on top of the two movers
+mod tcp; // TCP moves the bytes of processes
 mod threads; // ranks are threads of one process
 
 pub use activity::{at, doing, doing_alone};
@@ -92,6 +95,13 @@ pub trait Collective: Send + Sync {
     fn compare_device_call(&self, _kind: Kind, _count: usize) -> Result<()> {
         Ok(())
     }
+
+    /// Says that a step of the device begins, which waits for those of other ranks.
+    fn begin_device_step(&self) {}
+
+    /// Says that the host begins or ends to wait for its device. Meanwhile a rank that does not begin the step is found, as in a
+    /// call of the host.
+    fn await_device(&self, _waiting: bool) {}
 
     /// From now on device calls repeat those that were compared.
     fn trust_device_calls(&self) {}
@@ -190,6 +200,14 @@ impl Collective for Arc<dyn Collective> {
 
     fn compare_device_call(&self, kind: Kind, count: usize) -> Result<()> {
         (**self).compare_device_call(kind, count)
+    }
+
+    fn begin_device_step(&self) {
+        (**self).begin_device_step();
+    }
+
+    fn await_device(&self, waiting: bool) {
+        (**self).await_device(waiting);
     }
 
     fn trust_device_calls(&self) {

@@ -40,8 +40,9 @@ pub struct Context {
 
 /// The ranks as steps on `device` call them, if it has kernels and there are several.
 fn ranks_of(dist: &Arc<dyn Collective>, device: Device) -> Option<DeviceRanks> {
-    let several = device != Device::Cpu && dist.size() > 1;
-    several.then(|| DeviceRanks::new(dist.clone(), device))
+    // One rank that a library connects makes the calls of several.
+    let connected = dist.size() > 1 || dist.device_library().is_some();
+    (device != Device::Cpu && connected).then(|| DeviceRanks::new(dist.clone(), device))
 }
 
 impl Context {

@@ -70,6 +70,10 @@ impl StepExecutor {
     pub fn new(config: &TrainConfig, model: &Model) -> Self {
         let (parameters, dist) = (&model.parameters, model.dist());
         let shards = Shards::new(parameters, dist.rank(), dist.size());
+        let shards = match model.device_ranks() {
+            Some(_) => shards.shared_out(),
+            None => shards,
+        };
         Self::with_shards(config, model, shards)
     }
 
@@ -168,17 +172,24 @@ impl StepExecutor {
             replayed: false,
             readback: None,
         };
-        match self.replay.take_if(|_| possible) {
-            None => match self.run(model, give_up)? {
-                Some(sums) => launched.sums = sums,
-                None => launched.given_up = true,
-            },
-            Some(mut replay) => {
-                let replayed = self.replayed(model, &mut replay);
-                self.replay = Some(replay);
-                launched.replayed = replayed?;
-            }
+        if self.ranks.is_some() {
+            model.dist().begin_device_step();
         }
+        // The simulator's launches wait, and a GPU's may where its queue is full.
+        self.awaited(model, |own, model| {
+            match own.replay.take_if(|_| possible) {
+                None => match own.run(model, give_up)? {
+                    Some(sums) => launched.sums = sums,
+                    None => launched.given_up = true,
+                },
+                Some(mut replay) => {
+                    let replayed = own.replayed(model, &mut replay);
+                    own.replay = Some(replay);
+                    launched.replayed = replayed?;
+                }
+            }
+            Ok(())
+        })?;
         if let Some(device) = &self.device {
             launched.readback = Some(begin_readback(model, device)?);
             let mut states = model.layer_states_mut();
@@ -186,6 +197,21 @@ impl StepExecutor {
             model.dist().trust_device_calls();
         }
         Ok(launched)
+    }
+
+    /// Does what may wait for the device, which waits for those of the other ranks.
+    fn awaited<R>(
+        &mut self,
+        model: &mut Model,
+        wait: impl FnOnce(&mut Self, &mut Model) -> Result<R>,
+    ) -> Result<R> {
+        if self.ranks.is_none() {
+            return wait(self, model);
+        }
+        model.dist().await_device(true);
+        let done = wait(self, model);
+        model.dist().await_device(false);
+        done
     }
 
     /// The step by its graph, or, answered with false, by itself where that is not there yet or no more.
@@ -197,6 +223,7 @@ impl StepExecutor {
         for inputs in &self.inputs {
             inputs.check(model.config().vocab_size)?;
         }
+        at(model.dist(), || replay.words().into());
         let mut done = replay.run(device, &shape)?;
         if !done && replay.is_steady() {
             let step = || self.run(model, &mut |_| Ok(false)).map(drop);
@@ -352,7 +379,8 @@ impl StepExecutor {
     /// When a sum over ranks, the update on the CPU or a kernel fails.
     pub fn report(&mut self, model: &mut Model, launched: Launched) -> Result<StepReport> {
         if let Some(readback) = launched.readback {
-            return self.report_from(model, &readback.wait()?);
+            let results = self.awaited(model, |_, _| readback.wait())?;
+            return self.report_from(model, &results);
         }
         let mut report = self.update_on_cpu(model, launched.sums, launched.rate)?;
         at(model.dist(), || "routing statistics".into());

@@ -1,6 +1,7 @@
 //! `hardware-check` and `status` on a machine without a usable GPU: what they list, why they cannot run, what a driver
 //! would have to be; and the tasks of whole steps on the simulator, with and without something planted.
 
+use crate::common::stand_in;
 use std::path::Path;
 use std::process::{Command, Output};
 
@@ -59,6 +60,9 @@ fn a_dry_run_lists_every_task_in_order_and_says_why_it_cannot_run() {
         "steady: tiny default  (needs",
         "repeats: 557m default 4 layers",
         "learns: small default",
+        "connects: 557m default  (needs",
+        "scales: 557m default, 2 ranks  (needs",
+        "scales: 557m default, 8 ranks  (needs",
         "memcheck: dispatch_positive small  (needs compute-sanitizer)",
         "trains: 7.33b default  (needs 142.0 GB of the device)",
         "resumes: 1.96b default  (needs 44.6 GB of the device, 23.6 GB of disk)",
@@ -249,7 +253,9 @@ fn rehearsed(arguments: &[&str]) -> (Output, Vec<serde_json::Value>) {
     let out = folder.path().to_str().unwrap();
     let mut all = vec!["hardware-check", "--device", "sim", "--out", out];
     all.extend(arguments);
-    let output = routegrad(&all, None);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_routegrad"));
+    command.args(all).env("ROUTEGRAD_NCCL", stand_in());
+    let output = command.output().expect("the program starts");
     let file = folder.path().join("hardware-simulator.jsonl");
     let records = std::fs::read_to_string(file).unwrap_or_default();
     let records = records
@@ -259,11 +265,13 @@ fn rehearsed(arguments: &[&str]) -> (Output, Vec<serde_json::Value>) {
 }
 
 /// What is asked of whole steps, in the order of the records.
-const STEP_TASKS: [&str; 7] = [
+const STEP_TASKS: [&str; 9] = [
     "bench: small set",
+    "connects: tiny default",
     "learns: tiny default",
     "repeats: tiny default",
     "resumes: tiny default",
+    "scales: tiny default, 2 ranks",
     "steady: tiny default",
     "steady: tiny default eager",
     "trains: tiny default",
@@ -282,9 +290,20 @@ fn every_task_of_whole_steps_passes_on_the_simulator_and_records_what_it_saw() {
         assert_eq!(record["ending"], "passed", "{record}");
         assert_eq!(record["gpu"], "simulator");
     }
-    let [bench, learns, repeats, resumes, steady, eager, trains] =
-        [0, 1, 2, 3, 4, 5, 6].map(|i| &records[i]["measured"]);
+    let [
+        bench,
+        connects,
+        learns,
+        repeats,
+        resumes,
+        scales,
+        steady,
+        eager,
+        trains,
+    ] = [0, 1, 2, 3, 4, 5, 6, 7, 8].map(|i| &records[i]["measured"]);
     assert_eq!(bench["cases"], 1);
+    assert_eq!(connects["library"], "NCCL 2.32.3");
+    assert_eq!(scales["ranks"], 2);
     assert_eq!(learns["losses"].as_array().map(Vec::len), Some(6));
     assert!(learns["relative_difference"].as_f64().unwrap().abs() < 0.01);
     assert!(repeats["arrays"].as_u64() > Some(50));
@@ -311,9 +330,11 @@ fn what_is_planted_in_a_task_of_whole_steps_is_told_as_failure() {
     assert_eq!(output.status.code(), Some(1));
     let told: Vec<&[&str]> = vec![
         &["the bench ended with"],
+        &["with NCCL's calls differs from one without, first in losses and norm of step 1"],
         &["not within 1%: mean loss"],
         &["differ in", "first in loss and gradient norm of step 1"],
         &["expected a whole checkpoint, got 1 damaged"],
+        &["two runs on 2 ranks differ, first in losses of step 1"],
         &[
             "reads: 2",
             "the memory is not within 3% of the plan",
@@ -337,4 +358,18 @@ fn what_is_planted_in_a_task_of_whole_steps_is_told_as_failure() {
             assert!(detail.contains(text), "{name}: {detail}");
         }
     }
+}
+
+#[test]
+fn without_nccl_its_task_is_skipped_with_the_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    let all = ["hardware-check", "--device", "sim", "--out", out];
+    let output = routegrad(&[&all[..], &["--only", "connects"]].concat(), None);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let said = text(&output.stdout);
+    assert!(
+        said.contains("not here") && said.contains("name one in ROUTEGRAD_NCCL"),
+        "{said}"
+    );
 }

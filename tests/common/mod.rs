@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// A model whose steps take a few milliseconds: two layers, one of them MoE with four experts, two
@@ -145,6 +146,27 @@ pub fn wait_for_step(child: &mut Child, out: &Path, steps: usize) -> bool {
         std::thread::sleep(Duration::from_millis(1));
     }
     true
+}
+
+/// The library that stands in for NCCL, compiled by the host's compiler.
+pub fn stand_in() -> &'static Path {
+    static LIBRARY: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
+    let (_, path) = LIBRARY.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let library = folder.path().join("libnccl.so.2");
+        let source = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/processes/nccl/stand_in.c"
+        );
+        let mut compiler = Command::new("cc");
+        compiler
+            .args(["-std=c11", "-O1", "-Wall", "-Werror", "-shared", "-fPIC"])
+            .args([source, "-o"])
+            .arg(&library);
+        succeed(&mut compiler);
+        (folder, library)
+    });
+    path
 }
 
 /// The log without what the clock says.

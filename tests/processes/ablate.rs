@@ -13,6 +13,7 @@ fn grid<'a>(ranks_per_run: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 
 #[test]
 fn ranks_train_runs_side_by_side_and_a_killed_grid_ends_in_the_report_of_one_process() {
+    wait_for_other_tests();
     let launchers = launchers();
     let (Some(first), Some(last)) = (launchers.first(), launchers.last()) else {
         return;

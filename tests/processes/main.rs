@@ -1,4 +1,4 @@
-//! Runs of several processes under launchers of MPI, and of several ranks that NCCL connects.
+//! Runs of several processes under launchers of MPI or with torchrun's variables, and of several ranks that NCCL connects.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -8,3 +8,5 @@ mod ablate;
 mod faults;
 mod nccl;
 mod runs;
+mod stalls;
+mod torchrun;

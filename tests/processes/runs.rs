@@ -100,7 +100,7 @@ fn f32_losses_of_two_and_four_processes_stay_close_to_those_of_one() {
 }
 
 /// The run of `train` in threads of this process.
-fn train_in_threads(place: &Place, out: &str, ranks: usize, set: &[&str]) {
+pub fn train_in_threads(place: &Place, out: &str, ranks: usize, set: &[&str]) {
     let mut layers = Layers::preset("tiny");
     layers.set = MICRO.iter().map(|s| s.to_string()).collect();
     let pairs = SHARED.iter().chain(set).filter(|s| **s != "--set");
@@ -156,19 +156,20 @@ fn checkpoints_have_the_same_bytes_again_with_another_library_and_in_threads() {
 
 #[test]
 fn one_process_of_a_launcher_is_a_plain_run_and_so_is_one_that_ignores_it() {
+    let (place, steps) = (Place::new(), ["--steps", "20"]);
+    succeed(&mut train(&place, "plain", &steps));
     for launcher in launchers() {
-        let place = Place::new();
-        let steps = ["--steps", "20"];
-        succeed(&mut train(&place, "plain", &steps));
-        let (out, err) = succeed(&mut launcher.ranks(1, &train(&place, "launched", &steps)));
-        assert_same_end(&place.path("plain"), &place.path("launched"), 20);
+        let [launched, ignoring] =
+            ["launched", "ignoring"].map(|name| format!("{name}-{launcher:?}"));
+        let (out, err) = succeed(&mut launcher.ranks(1, &train(&place, &launched, &steps)));
+        assert_same_end(&place.path("plain"), &place.path(&launched), 20);
         assert!(
             out.contains("validation loss") && !err.contains("ranks"),
             "{out}{err}"
         );
-        let ignoring = train(&place, "ignoring", &["--steps", "20", "--ranks", "none"]);
-        succeed(&mut launcher.ranks(1, &ignoring));
-        assert_same_end(&place.path("plain"), &place.path("ignoring"), 20);
+        let command = train(&place, &ignoring, &["--steps", "20", "--ranks", "none"]);
+        succeed(&mut launcher.ranks(1, &command));
+        assert_same_end(&place.path("plain"), &place.path(&ignoring), 20);
     }
 }
 
@@ -320,7 +321,8 @@ fn a_rank_of_the_test_of_calls() {
 
 #[test]
 fn sums_are_those_of_threads_and_different_calls_are_an_error_on_all_ranks_within_a_second() {
-    for launcher in launchers() {
+    wait_for_other_tests();
+    for launcher in launchers().into_iter().chain([Launcher::Torchrun]) {
         let place = tempfile::tempdir().unwrap();
         let mut child = Command::new(std::env::current_exe().unwrap());
         child.args([
@@ -410,4 +412,43 @@ fn benchmark_scores_of_several_ranks_have_the_bytes_of_one() {
         assert!(scores(&name)["acc"].is_f64());
         assert_eq!(scores(&name)["acc"], scores("run")["acc"]);
     }
+}
+
+#[test]
+fn analyses_of_rank_0_are_those_of_its_checkpoint_while_the_others_wait() {
+    let Some(launcher) = launchers().into_iter().next() else {
+        return;
+    };
+    let place = Place::new();
+    let options = [
+        "--steps",
+        "12",
+        "--set",
+        "train.analyze_interval=6",
+        "--set",
+        "train.checkpoint_interval=6",
+        "--router",
+        "default",
+        "--rank-timeout",
+        "1",
+    ];
+    let (_, said) = succeed(&mut launcher.ranks(2, &train(&place, "run", &options)));
+    assert_eq!(said.matches("the router analysed in").count(), 2, "{said}");
+    let folder = place.path("run/analysis");
+    let mut analyze = program();
+    analyze.args(["analyze", "--sequences", "8", "--model"]);
+    analyze.arg(place.path("run/checkpoints/step-12"));
+    succeed(analyze.arg("--out").arg(place.path("alone")));
+    let mut compared = 0;
+    for file in std::fs::read_dir(place.path("alone")).unwrap() {
+        let name = file.unwrap().file_name();
+        let read = |folder: &Path| std::fs::read(folder.join(&name)).unwrap();
+        assert!(
+            read(&folder.join("step-12")) == read(&place.path("alone")),
+            "{name:?}"
+        );
+        compared += 1;
+    }
+    assert!(compared > 5, "{compared} files");
+    assert!(folder.join("step-6/report.html").exists());
 }

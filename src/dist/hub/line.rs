@@ -1,13 +1,11 @@
 //! Messages between a rank and the hub: lines of JSON on a TCP connection.
 
-use super::member::Member;
-use crate::error::{Error, Result};
+use crate::dist::door::{Door, Key, broken, knock};
+use crate::error::Result;
 use serde::{Deserialize, Serialize};
-use std::hash::{BuildHasher, RandomState};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 /// A message that is not sent within this time is given up: its rank is stopped or its host gone.
@@ -18,8 +16,6 @@ const LONGEST: u64 = 1 << 16;
 
 #[derive(Serialize, Deserialize)]
 pub(super) enum Message {
-    /// The first one of a rank.
-    Hello { rank: usize, token: String },
     /// What a rank is doing.
     Beat {
         calls: u64,
@@ -39,130 +35,31 @@ pub(super) enum Message {
     Done,
 }
 
-/// Where and how ranks find the hub.
-pub(in super::super) struct Meeting {
-    pub rank: usize,
+/// Where ranks find the hub.
+pub(in super::super) enum Meeting {
     /// On rank 0.
-    listener: Option<TcpListener>,
-    pub port: u16,
-    /// What a connection has to know.
-    pub token: String,
+    Host(Door),
+    /// On the others: the host and port of rank 0, and what it asks for.
+    Guest { host: String, port: u16, key: Key },
 }
 
 impl Meeting {
-    /// On rank 0: listens, for connections of this host alone if all ranks are `local`.
-    pub fn host(local: bool) -> Result<Self> {
-        let address = match local {
-            true => Ipv4Addr::LOCALHOST,
-            false => Ipv4Addr::UNSPECIFIED,
-        };
-        let listen = || {
-            let listener = TcpListener::bind((address, 0))?;
-            listener.set_nonblocking(true)?;
-            let port = listener.local_addr()?.port();
-            Ok((listener, port))
-        };
-        let (listener, port) = listen().map_err(|e: std::io::Error| {
-            let help = "check the network of rank 0's host";
-            Error::invalid("ranks", "a TCP port for heartbeats", e.to_string(), help)
-        })?;
-        // From the system's random numbers, so that nobody else on the network can guess it.
-        let random = RandomState::new();
-        let token = [0, 1]
-            .map(|part| format!("{:016x}", random.hash_one(part)))
-            .concat();
-        Ok(Meeting {
-            rank: 0,
-            listener: Some(listener),
-            port,
-            token,
-        })
-    }
-
-    /// On another rank.
-    pub fn guest(rank: usize, port: u16, token: String) -> Self {
-        Meeting {
-            rank,
-            listener: None,
-            port,
-            token,
-        }
-    }
-
     /// The lines: to every other rank on rank 0, to rank 0 on the others.
-    pub(super) fn connect(self, members: &[Member], limit: Duration) -> Result<Vec<Line>> {
+    pub(super) fn connect(self, rank: usize, size: usize, limit: Duration) -> Result<Vec<Line>> {
         let deadline = Instant::now() + limit;
-        match &self.listener {
-            Some(listener) => self.accept(listener, members.len(), deadline),
-            None => {
-                let host = match members[0].host == members[self.rank].host {
-                    true => "127.0.0.1",
-                    false => members[0].host.as_str(),
-                };
-                let line = Line::new(0, self.call(host, deadline)?)?;
-                let (rank, token) = (self.rank, self.token.clone());
-                line.send(&Message::Hello { rank, token });
-                Ok(vec![line])
+        match self {
+            Meeting::Host(door) => {
+                let streams = door.admit(deadline)?.into_iter().zip(1..);
+                streams
+                    .map(|(stream, peer)| Line::new(peer, stream))
+                    .collect()
             }
-        }
-    }
-
-    fn accept(&self, listener: &TcpListener, size: usize, deadline: Instant) -> Result<Vec<Line>> {
-        let mut lines: Vec<Line> = Vec::new();
-        while lines.len() + 1 < size {
-            match listener.accept() {
-                Ok((stream, _)) => {
-                    if let Some(line) = self.greeted(stream, size)
-                        && lines.iter().all(|l| l.peer != line.peer)
-                    {
-                        lines.push(line);
-                    }
-                }
-                Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(1)),
-                Err(e) => {
-                    let got = format!("{} of them: {e}", lines.len());
-                    let expected = format!("a connection from each of {} ranks", size - 1);
-                    let help = "let the hosts of the ranks connect to rank 0's by TCP";
-                    return Err(Error::invalid("ranks", expected, got, help));
-                }
-            }
-        }
-        lines.sort_by_key(|line| line.peer);
-        Ok(lines)
-    }
-
-    /// A connection that knows the token; any other is closed.
-    fn greeted(&self, stream: TcpStream, size: usize) -> Option<Line> {
-        stream.set_nonblocking(false).ok()?;
-        stream.set_read_timeout(Some(SEND)).ok()?;
-        let (mut text, mut byte) = (Vec::new(), [0]);
-        // Byte by byte: what follows the first line is for the reader.
-        while text.len() < LONGEST as usize {
-            (&stream).read_exact(&mut byte).ok()?;
-            match byte {
-                [b'\n'] => break,
-                [other] => text.push(other),
-            }
-        }
-        stream.set_read_timeout(None).ok()?;
-        match serde_json::from_slice(&text).ok()? {
-            Message::Hello { rank, token } if token == self.token && (1..size).contains(&rank) => {
-                Line::new(rank, stream).ok()
-            }
-            _ => None,
-        }
-    }
-
-    fn call(&self, host: &str, deadline: Instant) -> Result<TcpStream> {
-        loop {
-            match TcpStream::connect((host, self.port)) {
-                Ok(stream) => return Ok(stream),
-                Err(_) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
-                Err(e) => {
-                    let expected = format!("a connection to rank 0 at {host}:{}", self.port);
-                    let help = "let the hosts of the ranks connect to rank 0's by TCP";
-                    return Err(Error::invalid("ranks", expected, e.to_string(), help));
-                }
+            Meeting::Guest { host, port, key } => {
+                let found = (host.as_str(), port).to_socket_addrs();
+                let addresses: Vec<_> = found.map_err(|e| broken(&e))?.collect();
+                let named = format!("{host}, port {port}");
+                let stream = knock(&addresses, &named, &key, [rank, size], deadline)?;
+                Ok(vec![Line::new(0, stream)?])
             }
         }
     }
@@ -179,9 +76,7 @@ pub(super) struct Reader(BufReader<TcpStream>);
 
 impl Line {
     fn new(peer: usize, stream: TcpStream) -> Result<Self> {
-        let prepared = stream
-            .set_nodelay(true)
-            .and_then(|()| stream.set_write_timeout(Some(SEND)));
+        let prepared = stream.set_write_timeout(Some(SEND));
         prepared.map_err(|e| broken(&e))?;
         Ok(Line {
             peer,
@@ -222,9 +117,4 @@ impl Reader {
             }
         }
     }
-}
-
-fn broken(e: &std::io::Error) -> Error {
-    let help = "check the network between the hosts of the ranks";
-    Error::invalid("ranks", "a TCP connection", e.to_string(), help)
 }

@@ -27,6 +27,9 @@ const HEAD_START: Duration = Duration::from_secs(1);
 /// The longest time between two heartbeats.
 const BEAT: Duration = Duration::from_millis(500);
 
+/// A device that has not finished a step after so many more limits of time hangs, whichever rank's it is.
+const DEVICE_WARNINGS: u32 = 9;
+
 /// A heartbeat that should have come, but for the scheduling of a busy machine.
 const LATE_BEATS: u32 = 4;
 
@@ -61,6 +64,8 @@ pub(super) struct Hub {
     group_size: AtomicUsize,
     calls: AtomicU64,
     inside: AtomicBool,
+    /// Since when the host waits for its device.
+    device_since: Mutex<Option<Instant>>,
     failure: OnceLock<Failure>,
     reported: AtomicBool,
     done: AtomicBool,
@@ -74,12 +79,12 @@ impl Hub {
     /// # Errors
     /// When a rank does not connect within `limit`.
     pub fn begin(
+        rank: usize,
         meeting: Meeting,
         members: Vec<Member>,
         limit: Duration,
     ) -> Result<Arc<Self>, Error> {
-        let rank = meeting.rank;
-        let lines = meeting.connect(&members, limit)?;
+        let lines = meeting.connect(rank, members.len(), limit)?;
         let state = State {
             calls: 0,
             inside: false,
@@ -96,6 +101,7 @@ impl Hub {
             members,
             calls: AtomicU64::new(0),
             inside: AtomicBool::new(false),
+            device_since: Mutex::new(None),
             failure: OnceLock::new(),
             reported: AtomicBool::new(false),
             done: AtomicBool::new(false),
@@ -138,7 +144,26 @@ impl Hub {
 
     /// The call is over.
     pub fn exit(&self) {
-        self.inside.store(false, Ordering::SeqCst);
+        let mut since = self.device_since();
+        // Within a step of the device it shows that the step goes on.
+        *since = since.map(|_| Instant::now());
+        self.inside.store(since.is_some(), Ordering::SeqCst);
+    }
+
+    /// Counts a step of the device as a call that this rank begins: it waits for those of other ranks.
+    pub fn begin_device_step(&self) {
+        self.calls.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The host begins or ends to wait for its device.
+    pub fn await_device(&self, waiting: bool) {
+        *self.device_since() = waiting.then(Instant::now);
+        self.inside.store(waiting, Ordering::SeqCst);
+    }
+
+    fn device_since(&self) -> MutexGuard<'_, Option<Instant>> {
+        let since = self.device_since.lock();
+        since.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Why the run ends, if it does within `most`.
@@ -275,7 +300,6 @@ impl Hub {
                 drop(states);
                 self.end(Failure { text, reporter }, false);
             }
-            Message::Hello { .. } => {}
         }
     }
 
@@ -298,7 +322,7 @@ impl Hub {
     /// Heartbeats, and the silence of others.
     fn beat(self: &Arc<Self>) {
         let interval = BEAT.min(self.limit / 10);
-        let mut last = Instant::now();
+        let (mut last, mut warnings) = (Instant::now(), 0);
         while !self.done.load(Ordering::SeqCst) {
             // A process that was itself stopped has heard of nobody meanwhile.
             if last.elapsed() > interval * LATE_BEATS {
@@ -328,8 +352,29 @@ impl Hub {
                 let event = format!("has not been heard of for {seconds} s, and was last");
                 self.fail(peer, self.next_reporter(peer), &event, "");
             }
+            warnings = self.watch_device(warnings);
             thread::sleep(interval);
         }
+    }
+
+    /// Looks for a wait for the device that takes longer than the limit, of which `warnings` were given: so many now.
+    fn watch_device(self: &Arc<Self>, warnings: u32) -> u32 {
+        let since = *self.device_since();
+        let Some(waited) = since.map(|since| since.elapsed()) else {
+            return 0;
+        };
+        if waited <= self.limit * (warnings + 1) {
+            return warnings;
+        }
+        self.late();
+        let patient = self.may_wait_long(self.group(self.rank).len());
+        if warnings >= DEVICE_WARNINGS && !patient && self.failure().is_none() {
+            let seconds = waited.as_secs_f64();
+            self.leave(&format!(
+                "its device has not finished a step in {seconds:.0} s, though all ranks are there; --rank-timeout gives more time"
+            ));
+        }
+        warnings + 1
     }
 
     /// Ends the run if a rank keeps `waiting` and its group waiting for call number `call` (of those begun).

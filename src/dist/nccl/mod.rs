@@ -8,9 +8,9 @@ mod library;
 
 pub use library::VARIABLE;
 
-use super::Collective;
 use super::call::{Call, Kind};
 use super::device::Part;
+use super::{Collective, SingleRank};
 use crate::device::{self, Device, Span};
 use crate::error::{Error, Result};
 use library::{Communicator, Id, Library, names};
@@ -85,6 +85,34 @@ pub fn with_library(
 ) -> Result<Arc<dyn Collective>> {
     let library = super::agree(&*host, Library::load(&[path.into()]))?;
     Ok(Arc::new(Nccl::connect(host, &library, device)?))
+}
+
+/// Whether the library for `device` can be loaded.
+///
+/// # Errors
+/// Why not.
+pub fn available(device: Device) -> Result<()> {
+    library_of(device).map(drop)
+}
+
+/// A rank alone, whose device makes the calls of several: for checks of what they cost and change.
+///
+/// # Errors
+/// As [`on_device`], and where `device` has no library.
+pub fn alone(device: Device) -> Result<Arc<dyn Collective>> {
+    let library = library_of(device)?;
+    Ok(Arc::new(Nccl::connect(
+        Arc::new(SingleRank),
+        &library,
+        device,
+    )?))
+}
+
+fn library_of(device: Device) -> Result<Library> {
+    library_for(device)?.ok_or_else(|| {
+        let expected = format!("a library that moves the memory of device {device}");
+        Error::invalid("NCCL", expected, "none", format!("name one in {VARIABLE}"))
+    })
 }
 
 impl Nccl {
@@ -223,6 +251,14 @@ impl Collective for Nccl {
         let mut all = vec![0; own.len() * self.size()];
         self.host.all_gather(&own, &mut all)?;
         Call::compare(&all).map_err(|e| super::shared(self, e))
+    }
+
+    fn begin_device_step(&self) {
+        self.host.begin_device_step();
+    }
+
+    fn await_device(&self, waiting: bool) {
+        self.host.await_device(waiting);
     }
 
     fn trust_device_calls(&self) {

@@ -23,6 +23,8 @@ const BUCKET: usize = 8 << 20;
 pub struct Shards {
     rank: usize,
     size: usize,
+    /// Whether ranks share the parameters out, be it one rank.
+    shared_out: bool,
     /// Numbers of each parameter.
     elements: Vec<usize>,
     /// Consecutive parameters that move together.
@@ -58,6 +60,7 @@ impl Shards {
         Shards {
             rank,
             size,
+            shared_out: size > 1,
             elements,
             buckets,
             dtype,
@@ -78,9 +81,17 @@ impl Shards {
         (0..self.size).map(of_rank).max().unwrap_or(0)
     }
 
-    /// Whether this rank has all.
+    /// The same, of one rank too as of several.
+    pub fn shared_out(self) -> Self {
+        Shards {
+            shared_out: true,
+            ..self
+        }
+    }
+
+    /// Whether the optimizer is not shared out.
     pub fn is_whole(&self) -> bool {
-        self.size == 1
+        !self.shared_out
     }
 
     /// The numbers of parameter `parameter` that belong to `rank`.

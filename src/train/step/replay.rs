@@ -50,6 +50,14 @@ impl Replay {
         })
     }
 
+    /// What launches the next step, in words.
+    pub fn words(&self) -> &'static str {
+        match self.captured {
+            Some(_) => "its replayed graph",
+            None => "its launches",
+        }
+    }
+
     /// Whether the next step can be captured.
     pub fn is_steady(&self) -> bool {
         self.steady

@@ -13,6 +13,10 @@ pub enum Kind {
     Determinism,
     /// The loss is that of the processor.
     LossParity,
+    /// A step with NCCL's calls of one rank in its graph gives the bytes of one without, and costs no more.
+    Connects,
+    /// Several GPUs: the same bytes twice, and how much faster they are than one.
+    Scales,
     /// `compute-sanitizer --tool memcheck` finds nothing.
     Memcheck,
     /// How fast whole steps are.
@@ -36,6 +40,8 @@ impl Kind {
             Kind::NoHostSync => "steady",
             Kind::Determinism => "repeats",
             Kind::LossParity => "learns",
+            Kind::Connects => "connects",
+            Kind::Scales => "scales",
             Kind::Memcheck => "memcheck",
             Kind::Throughput => "trains",
             Kind::Resume => "resumes",

@@ -8,6 +8,7 @@
 pub mod attention;
 mod benchmark;
 pub mod code;
+mod connects;
 mod determinism;
 mod kind;
 pub mod loss_parity;
@@ -18,6 +19,7 @@ mod process;
 pub mod record;
 mod resume;
 pub mod run_task;
+mod scales;
 pub mod status;
 mod steps;
 pub mod task;

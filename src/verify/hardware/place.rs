@@ -30,6 +30,18 @@ pub fn gpu_name() -> Result<String, String> {
     Err("this build has no cuda device: build with --features cuda".into())
 }
 
+/// The number of GPUs.
+#[cfg(feature = "cuda")]
+pub fn gpu_count() -> Result<usize, String> {
+    crate::device::cuda::Gpu::count()
+}
+
+/// The same in a build that can use none.
+#[cfg(not(feature = "cuda"))]
+pub fn gpu_count() -> Result<usize, String> {
+    gpu_name().map(|_| 0)
+}
+
 /// The machine that the records are of; or one sentence that says why there is none.
 pub fn machine_name(device: Device) -> Result<String, String> {
     match device {

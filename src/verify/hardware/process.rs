@@ -7,9 +7,10 @@ use super::record::Ending;
 use super::task::Task;
 use crate::error::{Error, Result};
 use serde_json::json;
+use std::fs;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -188,6 +189,41 @@ fn sanitizer() -> Option<PathBuf> {
         .into_iter()
         .map(|folder| folder.join("compute-sanitizer"))
         .find(|path| path.is_file())
+}
+
+/// A process that does not outlive its owner.
+pub struct Killed(pub Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A folder for the runs of a task, removed when dropped.
+pub struct Folder(pub PathBuf);
+
+impl Folder {
+    /// One for each kind of task and folder of records, so that what a killed task left there is found and removed.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(kind: &str, records: &Path) -> Result<Self> {
+        let whole = std::path::absolute(records).unwrap_or_else(|_| records.into());
+        let name = blake3::hash(whole.to_string_lossy().as_bytes()).to_hex();
+        let path = std::env::temp_dir().join(format!("routegrad-{kind}-{}", &name[..16]));
+        drop(Folder(path.clone()));
+        fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, e))?;
+        Ok(Folder(path))
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+        let _ = fs::remove_file(self.0.with_extension("stderr"));
+    }
 }
 
 #[cfg(test)]

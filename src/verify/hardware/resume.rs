@@ -4,14 +4,15 @@
 
 use super::outcome::Outcome;
 use super::place::Place;
+use super::process::{Folder, Killed};
 use super::steps::StepCase;
 use crate::error::{Error, Result};
 use crate::report::metrics::{Record, Saved};
 use crate::train::{CHECKPOINTS, METRICS_FILE};
 use serde_json::json;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// The step that is saved. The run is killed after `case.steps`, and again there after it was resumed.
@@ -22,7 +23,7 @@ const SAVED: usize = 3;
 /// # Errors
 /// When a run ends before it is killed, or a file cannot be read.
 pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
-    let folder = Folder::new(&place.out)?;
+    let folder = Folder::new("resumes", &place.out)?;
     let mut first = vec!["--preset".to_string(), case.preset.into()];
     for set in &case.set {
         first.extend(["--set".to_string(), set.clone()]);
@@ -186,38 +187,6 @@ impl Watched {
     fn saved(&self) -> Result<Option<Saved>> {
         let all = self.records()?.into_iter().flat_map(|r| r.saved);
         Ok(all.into_iter().find(|saved| saved.step == SAVED as u64))
-    }
-}
-
-/// A process that does not outlive its owner.
-struct Killed(Child);
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// The folder of the run, removed when dropped.
-struct Folder(PathBuf);
-
-impl Folder {
-    /// One for each folder of records, so that what a killed task left there is found and removed.
-    fn new(records: &Path) -> Result<Self> {
-        let whole = std::path::absolute(records).unwrap_or_else(|_| records.into());
-        let name = blake3::hash(whole.to_string_lossy().as_bytes()).to_hex();
-        let path = std::env::temp_dir().join(format!("routegrad-resumes-{}", &name[..16]));
-        drop(Folder(path.clone()));
-        fs::create_dir_all(&path).map_err(|e| Error::io("create", &path, e))?;
-        Ok(Folder(path))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-        let _ = fs::remove_file(self.0.with_extension("stderr"));
     }
 }
 

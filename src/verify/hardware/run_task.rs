@@ -5,7 +5,8 @@ use super::outcome::Outcome;
 use super::place::Place;
 use super::record::Ending;
 use super::steps::{self, StepCase, planned};
-use super::{benchmark, determinism, loss_parity, no_host_sync, resume, task, throughput};
+use super::{benchmark, connects, determinism, loss_parity, no_host_sync, resume, scales};
+use super::{task, throughput};
 use crate::error::{Error, Result};
 
 /// Runs the task called `name` and prints its outcome.
@@ -31,6 +32,8 @@ fn outcome(name: &str, place: &Place) -> Result<Outcome, String> {
         Kind::NoHostSync
         | Kind::Determinism
         | Kind::LossParity
+        | Kind::Connects
+        | Kind::Scales
         | Kind::Throughput
         | Kind::Resume => {
             let case = steps::cases(place.device)
@@ -50,8 +53,10 @@ fn outcome(name: &str, place: &Place) -> Result<Outcome, String> {
 /// When the steps cannot be taken.
 fn whole_steps(case: &StepCase, place: &Place) -> Result<Outcome> {
     let config = case.config(place.device)?;
-    if case.kind == Kind::Resume {
-        return resume::check(case, place);
+    match case.kind {
+        Kind::Resume => return resume::check(case, place),
+        Kind::Scales => return scales::check(case, place),
+        _ => {}
     }
     place.device.prepare()?;
     if let Err(why) = crate::device::reserve(place.device, planned(&config)? as usize) {
@@ -61,6 +66,7 @@ fn whole_steps(case: &StepCase, place: &Place) -> Result<Outcome> {
         Kind::NoHostSync => no_host_sync::check(config, place.planted),
         Kind::Determinism => determinism::check(&config, case.steps, place.planted),
         Kind::LossParity => loss_parity::check(case, place),
+        Kind::Connects => connects::check(&config, case.steps, place.planted),
         Kind::Throughput => throughput::time(config, case.steps, place.planted),
         _ => Err(Error::invalid(
             "hardware-check",

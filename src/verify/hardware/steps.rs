@@ -18,6 +18,8 @@ pub struct StepCase {
     pub set: Vec<String>,
     /// Optimizer steps, as the kind counts them.
     pub steps: u64,
+    /// Processes, a GPU each.
+    pub ranks: usize,
     /// Seconds.
     pub estimate: f64,
 }
@@ -71,6 +73,7 @@ fn case(
         preset,
         set,
         steps,
+        ranks: 1,
         estimate,
     }
 }
@@ -81,6 +84,17 @@ impl StepCase {
         StepCase { name, ..self }
     }
 
+    fn on_ranks(self, ranks: usize) -> Self {
+        let name = format!("{}, {ranks} ranks", self.name);
+        StepCase {
+            name,
+            ranks,
+            ..self
+        }
+    }
+
+    /// The configuration of one process.
+    ///
     /// # Errors
     /// When a key is unknown.
     pub fn config(&self, device: Device) -> Result<Config> {
@@ -105,6 +119,11 @@ impl StepCase {
                 text += &format!(", {:.1} GB of disk", gigabytes(plan.checkpoint_bytes));
             }
             Kind::LossParity => text += ", the processor's curve",
+            Kind::Connects => text += ", NCCL",
+            Kind::Scales => {
+                let disk = gigabytes(plan.checkpoint_bytes);
+                text += &format!(", {} of them, NCCL, {disk:.1} GB of disk", self.ranks);
+            }
             _ => {}
         }
         text
@@ -172,6 +191,20 @@ fn of_gpu() -> Vec<StepCase> {
             .named("557m default 4 layers"),
     ];
     all.extend(curves());
+    let connected = case(Kind::Connects, "tiny", "default", &small(&[]), 8, 10.0);
+    all.push(connected);
+    all.push(case(
+        Kind::Connects,
+        "557m",
+        "default",
+        &[SEQUENCES],
+        8,
+        60.0,
+    ));
+    for ranks in [2, 4, 8] {
+        let scaled = case(Kind::Scales, "557m", "default", &[SEQUENCES], 12, 120.0);
+        all.push(scaled.on_ranks(ranks));
+    }
     for (preset, router) in [
         ("1.96b", "default"),
         ("7.33b", "default"),
@@ -235,6 +268,8 @@ fn rehearsal() -> Vec<StepCase> {
         case(Kind::NoHostSync, "tiny", "default", &eager, 4, 8.0).named("tiny default eager"),
         case(Kind::Determinism, "tiny", "default", &SMALL, 2, 8.0),
         case(Kind::LossParity, "tiny", "default", &short, 6, 8.0),
+        case(Kind::Connects, "tiny", "default", &SMALL, 2, 15.0),
+        case(Kind::Scales, "tiny", "default", &SMALL, 5, 20.0).on_ranks(2),
         case(Kind::Throughput, "tiny", "default", &SMALL, 2, 8.0),
         case(Kind::Resume, "tiny", "default", &SMALL, 5, 20.0),
     ]

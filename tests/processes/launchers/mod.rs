@@ -5,15 +5,18 @@
 use crate::common::{Place, text};
 use std::cell::RefCell;
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launcher {
     OpenMpi,
     Mpich,
+    /// A shell that starts processes with torchrun's variables, and ends none.
+    Torchrun,
 }
 
 impl Launcher {
@@ -21,6 +24,7 @@ impl Launcher {
         match self {
             Launcher::OpenMpi => "mpirun.openmpi",
             Launcher::Mpich => "mpirun.mpich",
+            Launcher::Torchrun => "sh",
         }
     }
 
@@ -29,6 +33,7 @@ impl Launcher {
         match self {
             Launcher::OpenMpi => "OMPI_COMM_WORLD_RANK",
             Launcher::Mpich => "PMI_RANK",
+            Launcher::Torchrun => "RANK",
         }
     }
 
@@ -36,6 +41,13 @@ impl Launcher {
     pub fn start(self, commands: &[(usize, &Command)]) -> Command {
         let mut launched = Command::new(self.program());
         launched.stdout(Stdio::piped()).stderr(Stdio::piped());
+        if self == Launcher::Torchrun {
+            let port = free_port();
+            launched.args(["-c", &torchrun(commands)]);
+            let size = commands.iter().map(|(ranks, _)| ranks).sum::<usize>();
+            launched.envs(variables(size, port));
+            return launched;
+        }
         if self == Launcher::OpenMpi {
             launched.args(["--allow-run-as-root", "--oversubscribe"]);
         }
@@ -57,21 +69,74 @@ impl Launcher {
     }
 }
 
-/// Lets one test at a time start processes: what they promise within seconds they can keep only where cores are free. Held until
-/// the thread of the test ends.
-pub fn wait_for_other_tests() {
-    static ALONE: Mutex<()> = Mutex::new(());
-    thread_local! {
-        static HELD: RefCell<Option<MutexGuard<'static, ()>>> = const { RefCell::new(None) };
+/// What torchrun gives to all processes of a run of `size` that meet on port `port`.
+pub fn variables(size: usize, port: u16) -> [(&'static str, String); 6] {
+    [
+        ("WORLD_SIZE", size.to_string()),
+        ("LOCAL_WORLD_SIZE", size.to_string()),
+        ("MASTER_ADDR", "127.0.0.1".into()),
+        ("MASTER_PORT", "29500".into()),
+        ("TORCHELASTIC_RUN_ID", "test".into()),
+        ("ROUTEGRAD_RANKS_PORT", port.to_string()),
+    ]
+}
+
+/// A port that nobody has.
+pub fn free_port() -> u16 {
+    let free = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    free.local_addr().unwrap().port()
+}
+
+/// A shell's program that starts each command on so many ranks, and waits for all.
+fn torchrun(commands: &[(usize, &Command)]) -> String {
+    let (mut text, mut rank) = (String::from("pids=\n"), 0);
+    for (ranks, command) in commands {
+        let words = std::iter::once(command.get_program()).chain(command.get_args());
+        let words: Vec<_> = words.map(|w| w.to_str().unwrap()).collect();
+        let line = shlex::try_join(words).unwrap();
+        for _ in 0..*ranks {
+            text += &format!("RANK={rank} LOCAL_RANK={rank} {line} & pids=\"$pids $!\"\n");
+            rank += 1;
+        }
     }
+    text + "status=0; for pid in $pids; do wait $pid || status=1; done; exit $status\n"
+}
+
+/// What a test holds until its thread ends.
+enum Held {
+    Alone(#[allow(unused)] RwLockWriteGuard<'static, ()>),
+    Beside(#[allow(unused)] RwLockReadGuard<'static, ()>),
+}
+
+static TESTS: RwLock<()> = RwLock::new(());
+
+thread_local! {
+    static HELD: RefCell<Option<Held>> = const { RefCell::new(None) };
+}
+
+/// Lets no other test start processes until this one ends: what processes promise within seconds they can keep only where cores
+/// are free.
+pub fn wait_for_other_tests() {
     HELD.with_borrow_mut(|held| {
-        held.get_or_insert_with(|| ALONE.lock().unwrap_or_else(PoisonError::into_inner));
+        assert!(!matches!(held, Some(Held::Beside(_))), "it must come first");
+        held.get_or_insert_with(|| {
+            Held::Alone(TESTS.write().unwrap_or_else(PoisonError::into_inner))
+        });
+    });
+}
+
+/// Lets other tests start processes too, but none that must be alone.
+pub fn beside_other_tests() {
+    HELD.with_borrow_mut(|held| {
+        held.get_or_insert_with(|| {
+            Held::Beside(TESTS.read().unwrap_or_else(PoisonError::into_inner))
+        });
     });
 }
 
 /// Those that are installed; says so where there are none.
 pub fn launchers() -> Vec<Launcher> {
-    wait_for_other_tests();
+    beside_other_tests();
     let found: Vec<Launcher> = [Launcher::OpenMpi, Launcher::Mpich]
         .into_iter()
         .filter(|l| {

@@ -189,19 +189,3 @@ fn nvidias_library_without_a_gpu_is_loaded_and_refuses_a_communicator_with_its_r
         );
     }
 }
-
-#[test]
-fn processes_of_torchrun_are_refused() {
-    let place = Place::new();
-    let mut command = train_small(&place, "run", &["--steps", "2"]);
-    command
-        .env("WORLD_SIZE", "2")
-        .env("TORCHELASTIC_RUN_ID", "none");
-    let error = fail(&mut command);
-    assert!(
-        error.contains("2 processes of torchrun") && error.contains("mpirun"),
-        "{error}"
-    );
-    assert!(!place.path("run").exists());
-    succeed(command.args(["--ranks", "none"]));
-}

@@ -1,37 +1,13 @@
 //! Ranks whose device memory NCCL moves: by a stand-in for its library on the host's memory, which holds them to the calls
 //! that it leaves undefined. What only GPUs can show is not shown here.
 
-mod calls;
+pub mod calls;
 mod faults;
 mod same;
 
-use crate::common::succeed;
+pub use crate::common::stand_in;
 use routegrad::config::{Config, Layers};
 use routegrad::routers;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::OnceLock;
-
-/// The library, compiled by the host's compiler.
-pub fn stand_in() -> &'static Path {
-    static LIBRARY: OnceLock<(tempfile::TempDir, PathBuf)> = OnceLock::new();
-    let (_, path) = LIBRARY.get_or_init(|| {
-        let folder = tempfile::tempdir().unwrap();
-        let library = folder.path().join("libnccl.so.2");
-        let source = concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/tests/processes/nccl/stand_in.c"
-        );
-        let mut compiler = Command::new("cc");
-        compiler
-            .args(["-std=c11", "-O1", "-Wall", "-Werror", "-shared", "-fPIC"])
-            .args([source, "-o"])
-            .arg(&library);
-        succeed(&mut compiler);
-        (folder, library)
-    });
-    path
-}
 
 /// A model for the simulator whose micro-batches of four sequences ranks can share; two MoE layers.
 pub const SMALL: &[&str] = &[

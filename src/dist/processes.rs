@@ -1,0 +1,392 @@
+//! Ranks that are processes: calls that are compared and have a limit of time, whatever moves their bytes.
+
+use super::Collective;
+use super::call::{Call, Kind};
+use super::door::{self, Door, Key};
+use super::hub::{Hub, Meeting, Member};
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::net::{Ipv4Addr, TcpListener};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Polls before a rank lets others use its core, and before it sleeps between polls: on a busy machine who sleeps is served
+/// sooner than who only yields.
+const SPINS: u32 = 200;
+const YIELDS: u32 = 100;
+
+/// Sleep between polls, and that of a wait that takes longer than [`PATIENCE`].
+const NAP: Duration = Duration::from_micros(20);
+const LONG_NAP: Duration = Duration::from_micros(500);
+const PATIENCE: Duration = Duration::from_millis(100);
+
+/// What moves bytes between processes. Calls come one at a time, with equally many bytes on every rank; after one that
+/// failed there are no more.
+pub(super) trait Wire: Send + Sync {
+    fn rank(&self) -> usize;
+
+    fn size(&self) -> usize;
+
+    /// Name and version of what moves them.
+    fn name(&self) -> &str;
+
+    /// See [`Collective::all_gather`].
+    ///
+    /// # Errors
+    /// When a rank is lost, and those of `patience`.
+    fn all_gather(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()>;
+
+    /// See [`Collective::exchange`].
+    ///
+    /// # Errors
+    /// As [`all_gather`](Self::all_gather).
+    fn exchange(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()>;
+
+    /// The wire of this rank's group of `size` consecutive ranks, which the ranks of `all` make together.
+    ///
+    /// # Errors
+    /// When they cannot be connected within `limit`.
+    fn group(&self, size: usize, all: &dyn Collective, limit: Duration) -> Result<Box<dyn Wire>>;
+
+    /// Ends it, once every rank has finished.
+    fn finish(&self) {}
+}
+
+/// How the hub at rank 0 is reached, where that is known before the ranks have met.
+pub(super) struct Way {
+    /// On rank 0.
+    pub listener: Option<TcpListener>,
+    /// Its host.
+    pub host: String,
+}
+
+/// The rank of this process, among all or in its group.
+pub(super) struct Processes {
+    wire: Box<dyn Wire>,
+    /// Set when all is connected.
+    hub: OnceLock<Arc<Hub>>,
+    /// Calls that were begun since then.
+    calls: AtomicU64,
+    /// One call at a time.
+    turn: Mutex<()>,
+    /// A call was given up: the wire cannot be used any more.
+    broken: AtomicBool,
+    limit: Duration,
+}
+
+/// What rank 0 tells the others before they can connect to it.
+#[derive(Serialize, Deserialize)]
+struct Place {
+    port: u16,
+    key: Key,
+}
+
+impl Processes {
+    /// Connects the ranks of `wire`, this one on `host`. A rank that is silent, or keeps the others waiting, for longer than
+    /// `limit` ends the run.
+    ///
+    /// # Errors
+    /// When they cannot connect.
+    pub fn connect(
+        wire: Box<dyn Wire>,
+        host: String,
+        way: Option<Way>,
+        limit: Duration,
+    ) -> Result<Self> {
+        let processes = Self::new(wire, OnceLock::new(), limit);
+        let (rank, size) = (processes.rank(), processes.size());
+        let member = Member {
+            host,
+            pid: std::process::id(),
+            cores: cores(),
+        };
+        let members = processes.gather_json(&member)?;
+        let local = members.iter().all(|m| m.host == members[0].host);
+        let (listener, host) = match way {
+            Some(way) => (way.listener, way.host),
+            None if members[0].host == members[rank].host => (None, "127.0.0.1".into()),
+            None => (None, members[0].host.clone()),
+        };
+        let (mut door, mut place) = (None, None);
+        if rank == 0 {
+            let listener = listener.map_or_else(|| listen(local), Ok)?;
+            let port = listener.local_addr().map_err(|e| door::broken(&e))?.port();
+            let key = door::random()?;
+            place = Some(Place { port, key });
+            door = Some(Door::new(listener, key, size)?);
+        }
+        let places: Vec<Option<Place>> = processes.gather_json(&place)?;
+        let meeting = match (door, places.into_iter().next().flatten()) {
+            (Some(door), _) => Meeting::Host(door),
+            (None, Some(Place { port, key })) => Meeting::Guest { host, port, key },
+            (None, None) => return Err(foreign()),
+        };
+        let hub = Hub::begin(rank, meeting, members, limit)?;
+        let _ = processes.hub.set(hub);
+        Ok(processes)
+    }
+
+    /// This rank among `size` consecutive ones, which make calls of their own from now on. Every rank calls it; `size` divides
+    /// their number.
+    ///
+    /// # Errors
+    /// When the wire refuses.
+    pub fn group(&self, size: usize) -> Result<Self> {
+        self.barrier()?;
+        let wire = self.wire.group(size, self, self.limit)?;
+        let hub = OnceLock::new();
+        if let Some(all) = self.hub() {
+            all.group_by(size);
+            let _ = hub.set(all.clone());
+        }
+        Ok(Self::new(wire, hub, self.limit))
+    }
+
+    fn new(wire: Box<dyn Wire>, hub: OnceLock<Arc<Hub>>, limit: Duration) -> Self {
+        Processes {
+            wire,
+            hub,
+            calls: AtomicU64::new(0),
+            turn: Mutex::new(()),
+            broken: AtomicBool::new(false),
+            limit,
+        }
+    }
+
+    fn gather_json<T: Serialize + for<'a> Deserialize<'a>>(&self, own: &T) -> Result<Vec<T>> {
+        let text = serde_json::to_vec(own).map_err(|_| foreign())?;
+        let all = self.gather_bytes(&text)?;
+        let all = all.iter().map(|t| serde_json::from_slice(t));
+        all.collect::<Result<_, _>>().map_err(|_| foreign())
+    }
+
+    pub fn hub(&self) -> Option<&Arc<Hub>> {
+        self.hub.get()
+    }
+
+    /// Name and version of what moves the bytes.
+    pub fn wire_name(&self) -> &str {
+        self.wire.name()
+    }
+
+    /// Ends this rank's part after all have finished.
+    ///
+    /// # Errors
+    /// When a rank has left.
+    pub fn finish(&self) -> Result<()> {
+        self.barrier()?;
+        if let Some(hub) = self.hub() {
+            hub.finish();
+        }
+        self.wire.finish();
+        Ok(())
+    }
+
+    /// A call of `kind`, whose ranks give `count` bytes each: compared, then moved by `run`.
+    fn call(
+        &self,
+        kind: Kind,
+        count: usize,
+        run: impl FnOnce(&dyn Wire, &mut Patience) -> Result<()>,
+    ) -> Result<()> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.broken.load(Ordering::SeqCst) {
+            let reason = self.hub().and_then(|hub| hub.failure());
+            return Err(lost(reason.unwrap_or("an earlier call failed")));
+        }
+        let ordinal = match self.hub() {
+            None => 0,
+            Some(hub) => {
+                hub.enter();
+                self.calls.fetch_add(1, Ordering::SeqCst)
+            }
+        };
+        let own = Call::new(ordinal, kind, count);
+        let result = self.compare(&own).and_then(|()| match count {
+            0 => Ok(()),
+            _ => self.waited(run),
+        });
+        if result.is_err() {
+            self.broken.store(true, Ordering::SeqCst);
+        }
+        if let Some(hub) = self.hub() {
+            hub.exit();
+        }
+        result
+    }
+
+    fn compare(&self, own: &Call) -> Result<()> {
+        let mut all = vec![0; Call::BYTES * self.size()];
+        self.waited(|wire, patience| wire.all_gather(&own.to_bytes(), &mut all, patience))?;
+        Call::compare(&all).map_err(|e| super::shared(self, e))
+    }
+
+    /// Lets the wire move bytes, with a limit of time.
+    fn waited(&self, run: impl FnOnce(&dyn Wire, &mut Patience) -> Result<()>) -> Result<()> {
+        let mut patience = Patience {
+            processes: self,
+            begun: Instant::now(),
+            polls: 0,
+            warnings: 0,
+        };
+        run(&*self.wire, &mut patience).map_err(|error| {
+            // Where the wire misses a rank first, the hub still knows which one.
+            let failure = self
+                .hub()
+                .and_then(|hub| hub.failure_within(Duration::from_secs(1)));
+            failure.map_or(error, lost)
+        })
+    }
+
+    /// The call has waited for `warnings` times the limit.
+    fn late(&self, waited: Duration, warnings: u32) -> Result<()> {
+        let patient = match self.hub() {
+            None => false,
+            Some(hub) => {
+                hub.late();
+                hub.may_wait_long(self.size()) || warnings < 3
+            }
+        };
+        if patient {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "collective call",
+            format!("an answer within {} s", self.limit.as_secs_f64()),
+            format!(
+                "none in {:.0} s, though all ranks are there",
+                waited.as_secs_f64()
+            ),
+            "check the network between the hosts; --rank-timeout gives more time",
+        ))
+    }
+}
+
+/// How a call waits for the other ranks.
+pub(super) struct Patience<'p> {
+    processes: &'p Processes,
+    begun: Instant,
+    polls: u32,
+    warnings: u32,
+}
+
+impl Patience<'_> {
+    /// Bytes have moved: the limit of time begins anew.
+    pub fn renew(&mut self) {
+        (self.begun, self.polls, self.warnings) = (Instant::now(), 0, 0);
+    }
+
+    /// Between two polls that found nothing.
+    ///
+    /// # Errors
+    /// When the run ends, or the others are there and the call takes too long.
+    pub fn pause(&mut self) -> Result<()> {
+        self.polls = self.polls.saturating_add(1);
+        if self.polls < SPINS {
+            std::hint::spin_loop();
+            return Ok(());
+        }
+        let processes = self.processes;
+        if let Some(text) = processes.hub().and_then(|hub| hub.failure()) {
+            return Err(lost(text));
+        }
+        let waited = self.begun.elapsed();
+        match self.polls {
+            _ if waited > PATIENCE => std::thread::sleep(LONG_NAP),
+            p if p < SPINS + YIELDS => std::thread::yield_now(),
+            _ => std::thread::sleep(NAP),
+        }
+        if waited > processes.limit * (self.warnings + 1) {
+            self.warnings += 1;
+            processes.late(waited, self.warnings)?;
+        }
+        Ok(())
+    }
+}
+
+/// A port for heartbeats, for connections of this host alone if all ranks are `local`.
+fn listen(local: bool) -> Result<TcpListener> {
+    let address = match local {
+        true => Ipv4Addr::LOCALHOST,
+        false => Ipv4Addr::UNSPECIFIED,
+    };
+    TcpListener::bind((address, 0)).map_err(|e| {
+        let help = "check the network of rank 0's host";
+        Error::invalid("ranks", "a TCP port for heartbeats", e.to_string(), help)
+    })
+}
+
+/// Names the run's failure; the rank that reports it says the same.
+fn lost(text: &str) -> Error {
+    Error::Ranks {
+        text: text.into(),
+        cause: None,
+    }
+}
+
+fn foreign() -> Error {
+    let help = "start every rank with the same program";
+    Error::invalid("ranks", "ranks of this program", "others", help)
+}
+
+/// The cores that this process may use, as `/proc` lists them.
+fn cores() -> String {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status
+        .lines()
+        .find_map(|l| l.strip_prefix("Cpus_allowed_list:"));
+    line.unwrap_or_default().trim().to_string()
+}
+
+impl Collective for Processes {
+    fn rank(&self) -> usize {
+        self.wire.rank()
+    }
+
+    fn size(&self) -> usize {
+        self.wire.size()
+    }
+
+    fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        if self.size() == 1 {
+            all.copy_from_slice(own);
+            return Ok(());
+        }
+        self.call(Kind::AllGather, own.len(), |wire, patience| {
+            wire.all_gather(own, all, patience)
+        })
+    }
+
+    fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
+        if self.size() == 1 {
+            all.copy_from_slice(own);
+            return Ok(());
+        }
+        self.call(Kind::Exchange, own.len(), |wire, patience| {
+            wire.exchange(own, all, patience)
+        })
+    }
+
+    fn failure_within(&self, most: Duration) -> Option<String> {
+        self.hub()?.failure_within(most).map(String::from)
+    }
+
+    fn leave(&self, why: &str) {
+        if let Some(hub) = self.hub() {
+            hub.leave(why);
+        }
+    }
+
+    fn begin_device_step(&self) {
+        if let Some(hub) = self.hub() {
+            hub.begin_device_step();
+        }
+    }
+
+    fn await_device(&self, waiting: bool) {
+        if let Some(hub) = self.hub() {
+            hub.await_device(waiting);
+        }
+    }
+}

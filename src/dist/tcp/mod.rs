@@ -1,0 +1,269 @@
+//! Bytes between processes by TCP, through rank 0: what torchrun's processes share without a library. Each rank holds one
+//! connection to rank 0, which collects what all give and hands it on.
+//!
+//! What a connection carries next is known to both ends, because the ranks compare each call before: there are no headers,
+//! and nobody takes memory for a length that another one names.
+
+pub(super) mod place;
+
+use super::Collective;
+use super::door::{self, Door, Key, knock};
+use super::processes::{Patience, Way, Wire};
+use crate::error::{Error, Result};
+use place::MeetingPlace;
+use serde::{Deserialize, Serialize};
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
+use std::time::{Duration, Instant};
+
+/// Bytes that a rank gives to rank 0 at a time in an exchange, at most.
+const PIECE: usize = 4 << 20;
+
+/// The connections of a rank.
+pub(super) struct Star {
+    rank: usize,
+    size: usize,
+    /// To every other rank on rank 0, to rank 0 on the others.
+    lines: Vec<TcpStream>,
+    name: String,
+    /// That of this rank on the way to the others.
+    address: IpAddr,
+}
+
+/// Where the ranks of a group meet.
+#[derive(Serialize, Deserialize)]
+struct Place {
+    address: SocketAddr,
+    key: Key,
+}
+
+impl Star {
+    /// Connects the ranks where the environment says, and gives what further connections go by.
+    ///
+    /// # Errors
+    /// When rank 0 cannot listen there, or a rank does not come within `limit`.
+    pub fn start(meeting: &MeetingPlace, limit: Duration) -> Result<(Self, Way)> {
+        let MeetingPlace { rank, size, .. } = *meeting;
+        let name = format!("TCP by {}", meeting.named());
+        let deadline = Instant::now() + limit;
+        if rank == 0 {
+            let listener = meeting.listen()?;
+            let own = listener.local_addr().map_err(|e| door::broken(&e))?;
+            let door = Door::new(listener, meeting.key, size)?;
+            let star = Self::new(rank, size, door.admit(deadline)?, name, own.ip())?;
+            let way = Way {
+                listener: Some(door.into_listener()),
+                host: own.ip().to_string(),
+            };
+            return Ok((star, way));
+        }
+        let stream = knock(
+            &meeting.addresses()?,
+            &meeting.named(),
+            &meeting.key,
+            [rank, size],
+            deadline,
+        )?;
+        let ends = stream
+            .local_addr()
+            .and_then(|own| Ok((own, stream.peer_addr()?)));
+        let (own, theirs) = ends.map_err(|e| door::broken(&e))?;
+        let star = Self::new(rank, size, vec![stream], name, own.ip())?;
+        let way = Way {
+            listener: None,
+            host: theirs.ip().to_string(),
+        };
+        Ok((star, way))
+    }
+
+    fn new(
+        rank: usize,
+        size: usize,
+        lines: Vec<TcpStream>,
+        name: String,
+        address: IpAddr,
+    ) -> Result<Self> {
+        for line in &lines {
+            line.set_nonblocking(true).map_err(|e| door::broken(&e))?;
+        }
+        Ok(Star {
+            rank,
+            size,
+            lines,
+            name,
+            address,
+        })
+    }
+
+    /// Sends to each line its bytes.
+    fn send<'b>(
+        &self,
+        bytes: impl Iterator<Item = &'b [u8]>,
+        patience: &mut Patience,
+    ) -> Result<()> {
+        let mut left: Vec<(usize, &[u8])> = bytes.enumerate().collect();
+        self.pump(&mut left, patience, |mut line, rest| {
+            let moved = line.write(rest)?;
+            *rest = &rest[moved..];
+            Ok((moved, rest.is_empty()))
+        })
+    }
+
+    /// Fills each line's bytes.
+    fn receive<'b>(
+        &self,
+        bytes: impl Iterator<Item = &'b mut [u8]>,
+        patience: &mut Patience,
+    ) -> Result<()> {
+        let mut left: Vec<(usize, &mut [u8])> = bytes.enumerate().collect();
+        self.pump(&mut left, patience, |mut line, rest| {
+            let moved = line.read(rest)?;
+            *rest = &mut std::mem::take(rest)[moved..];
+            Ok((moved, rest.is_empty()))
+        })
+    }
+
+    /// Moves bytes on all lines until each has moved its own.
+    fn pump<B>(
+        &self,
+        left: &mut Vec<(usize, B)>,
+        patience: &mut Patience,
+        mut step: impl FnMut(&TcpStream, &mut B) -> std::io::Result<(usize, bool)>,
+    ) -> Result<()> {
+        while !left.is_empty() {
+            let (mut moved, mut lost) = (false, None);
+            left.retain_mut(|(i, rest)| match step(&self.lines[*i], rest) {
+                Ok((0, _)) => {
+                    lost = Some((*i, "the connection was closed".to_string()));
+                    true
+                }
+                Ok((_, done)) => {
+                    moved = true;
+                    !done
+                }
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
+                    true
+                }
+                Err(e) => {
+                    lost = Some((*i, e.to_string()));
+                    true
+                }
+            });
+            if let Some((line, why)) = lost {
+                let peer = if self.rank == 0 { line + 1 } else { 0 };
+                let expected = format!("bytes of rank {peer}");
+                let help = "see that rank; if it is well, check the network";
+                return Err(Error::invalid("collective call", expected, why, help));
+            }
+            match moved {
+                true => patience.renew(),
+                false => patience.pause()?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Wire for Star {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn all_gather(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()> {
+        if self.rank != 0 {
+            self.send([own].into_iter(), patience)?;
+            return self.receive([all].into_iter(), patience);
+        }
+        let mut rows = all.chunks_mut(own.len());
+        if let Some(first) = rows.next() {
+            first.copy_from_slice(own);
+        }
+        self.receive(rows, patience)?;
+        let all = &*all;
+        self.send(self.lines.iter().map(|_| all), patience)
+    }
+
+    fn exchange(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()> {
+        let size = self.size;
+        let n = own.len() / size;
+        let most = (PIECE / size).max(1);
+        for first in (0..n).step_by(most) {
+            let count = most.min(n - first);
+            let given = columns(own, size, first, count);
+            let mut taken = vec![0; given.len()];
+            match self.rank {
+                0 => {
+                    let mut from = vec![0; given.len() * size];
+                    let (mine, others) = from.split_at_mut(given.len());
+                    mine.copy_from_slice(&given);
+                    self.receive(others.chunks_mut(given.len()), patience)?;
+                    // Block (r, s) of `from` is what r gives s; that of `to` what r takes from s.
+                    let mut to = vec![0; from.len()];
+                    for (i, block) in to.chunks_mut(count).enumerate() {
+                        let (r, s) = (i / size, i % size);
+                        block.copy_from_slice(&from[(s * size + r) * count..][..count]);
+                    }
+                    taken.copy_from_slice(&to[..given.len()]);
+                    self.send(to.chunks(given.len()).skip(1), patience)?;
+                }
+                _ => {
+                    self.send([&given[..]].into_iter(), patience)?;
+                    self.receive([&mut taken[..]].into_iter(), patience)?;
+                }
+            }
+            for (r, row) in taken.chunks(count).enumerate() {
+                all[r * n + first..][..count].copy_from_slice(row);
+            }
+        }
+        Ok(())
+    }
+
+    fn group(&self, size: usize, all: &dyn Collective, limit: Duration) -> Result<Box<dyn Wire>> {
+        let (first, rank) = (self.rank / size * size, self.rank % size);
+        let mut own = None;
+        if rank == 0 {
+            let bound = TcpListener::bind((self.address, 0));
+            let bound = bound.and_then(|listener| Ok((listener.local_addr()?, listener)));
+            let key = door::random()?;
+            let (address, listener) = bound.map_err(|e| door::broken(&e))?;
+            own = Some((Place { address, key }, Door::new(listener, key, size)?));
+        }
+        let place = own.as_ref().map(|(place, _)| place);
+        let text = serde_json::to_vec(&place).unwrap_or_default();
+        let places = all.gather_bytes(&text)?;
+        let deadline = Instant::now() + limit;
+        let lines = match own {
+            Some((_, door)) => door.admit(deadline)?,
+            None => {
+                let place: Option<Place> =
+                    serde_json::from_slice(&places[first]).unwrap_or_default();
+                let Place { address, key } = place.ok_or_else(|| {
+                    let (expected, help) = ("a place to meet", "report this as a bug");
+                    Error::invalid("ranks", expected, format!("none of rank {first}"), help)
+                })?;
+                let named = address.to_string();
+                vec![knock(&[address], &named, &key, [rank, size], deadline)?]
+            }
+        };
+        let star = Star::new(rank, size, lines, self.name.clone(), self.address)?;
+        Ok(Box::new(star))
+    }
+}
+
+/// Columns `first..first + count` of `rows` `[size, n]`.
+fn columns(rows: &[u8], size: usize, first: usize, count: usize) -> Vec<u8> {
+    let n = rows.len() / size;
+    let row = |r: usize| &rows[r * n + first..][..count];
+    (0..size).flat_map(row).copied().collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,128 @@
+//! NCCL's calls in the graph of a step, as one GPU can show them: a rank alone that makes the calls of several gives the bytes of
+//! a step without them, and is not slower by more than they may cost.
+
+use super::outcome::Outcome;
+use super::record::Ending;
+use super::steps::{WARM, uncaptured};
+use crate::config::Config;
+use crate::device::{Device, counters};
+use crate::dist::nccl;
+use crate::error::Result;
+use crate::train::Trainer;
+use crate::verify::bench::measure::median;
+use serde_json::json;
+use std::time::Instant;
+
+/// By how much the calls may make a step slower.
+const SLOWER: f64 = 0.005;
+
+/// A run of [`WARM`] and some more steps.
+struct Run {
+    digests: Vec<(String, blake3::Hash)>,
+    losses: Vec<u64>,
+    seconds: Vec<f64>,
+    replays: u64,
+    uncaptured: Option<String>,
+}
+
+/// Trains twice without NCCL and twice with it, in turn, and compares. `planted`: with it from another seed.
+///
+/// # Errors
+/// When NCCL refuses, or a step cannot be taken.
+pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
+    let device = config.train.device;
+    if let Err(why) = nccl::available(device) {
+        return Ok(Outcome::new(Ending::Unavailable, why.to_string()));
+    }
+    let mut other = config.clone();
+    other.train.seed += u64::from(planted);
+    let (mut plain, mut connected) = (Vec::new(), Vec::new());
+    let mut library = None;
+    for _ in 0..2 {
+        plain.push(run(config, false, steps)?.0);
+        let (with, named) = run(&other, true, steps)?;
+        connected.push(with);
+        library = named;
+    }
+    let library = library.unwrap_or_default();
+    let all = plain.iter().chain(&connected);
+    let differ = connected.iter().find_map(|with| differs(&plain[0], with));
+    let uncaptured = all.clone().find_map(|run| run.uncaptured.clone());
+    let unreplayed = all.clone().any(|run| run.replays != steps);
+    let unreplayed = unreplayed.then(|| "not every step replayed its graph".to_string());
+    // The better half of each, so that what else the machine did counts less.
+    let best = |runs: &[Run]| {
+        let medians = runs.iter().map(|run| median(&run.seconds).0);
+        medians.fold(f64::INFINITY, f64::min)
+    };
+    let (without, with) = (best(&plain), best(&connected));
+    let slower = with / without - 1.0;
+    // The simulator's time says nothing of a GPU's.
+    let slow = (device == Device::Cuda && !(slower <= SLOWER)).then(|| {
+        format!(
+            "a step is {:.2}% slower with NCCL's calls, more than {:.1}%",
+            100.0 * slower,
+            100.0 * SLOWER
+        )
+    });
+    let right = format!(
+        "{} steps with {library} in the graph give the bytes of steps without; a step takes {with:.5} s, without {without:.5} ({:+.2}%)",
+        WARM + steps,
+        100.0 * slower,
+    );
+    let measured = json!({
+        "library": library, "steps": WARM + steps, "slower": slower,
+        "seconds_with": connected.iter().map(|run| &run.seconds).collect::<Vec<_>>(),
+        "seconds_without": plain.iter().map(|run| &run.seconds).collect::<Vec<_>>(),
+    });
+    let wrong = [differ, uncaptured, unreplayed, slow].into_iter().flatten();
+    Ok(Outcome::judged(wrong, right, measured))
+}
+
+fn run(config: &Config, connected: bool, steps: u64) -> Result<(Run, Option<String>)> {
+    let mut config = config.clone();
+    config.train.max_skipped_steps = 1;
+    let mut builder = Trainer::builder(config.clone());
+    let mut library = None;
+    if connected {
+        let alone = nccl::alone(config.train.device)?;
+        library = alone.device_library();
+        builder = builder.ranks(alone);
+    }
+    let mut training = builder.build()?;
+    let (mut losses, mut seconds) = (Vec::new(), Vec::new());
+    for step in 0..WARM + steps {
+        if step == WARM {
+            counters::take();
+        }
+        let begun = Instant::now();
+        let report = training.step()?;
+        let numbers = [report.cross_entropy, report.auxiliary, report.gradient_norm];
+        losses.extend(numbers.map(f64::to_bits));
+        seconds.push(begun.elapsed().as_secs_f64());
+    }
+    let found = Run {
+        replays: counters::take().replays,
+        digests: training.digests()?,
+        losses,
+        seconds: seconds.split_off(WARM as usize),
+        uncaptured: uncaptured(&training),
+    };
+    Ok((found, library))
+}
+
+/// What is first different between two runs.
+fn differs(a: &Run, b: &Run) -> Option<String> {
+    let loss = a.losses.iter().zip(&b.losses).position(|(a, b)| a != b);
+    let loss = loss.map(|i| format!("losses and norm of step {}", i / 3 + 1));
+    let array = || {
+        let mut pairs = a.digests.iter().zip(&b.digests);
+        pairs
+            .find(|(a, b)| a != b)
+            .map(|((name, _), _)| name.clone())
+    };
+    let what = loss.or_else(array)?;
+    Some(format!(
+        "a run with NCCL's calls differs from one without, first in {what}"
+    ))
+}
