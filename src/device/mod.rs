@@ -6,7 +6,6 @@
 //! kernels on a GPU; [`Memory`] says how the host sees what they wrote.
 
 mod arena;
-#[cfg(feature = "cuda")]
 mod capability;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod copies;
@@ -29,6 +28,7 @@ mod span;
 pub mod timeline;
 
 pub use arena::ALIGNMENT;
+pub use capability::{built_for, require_capability};
 pub use memory::{Memory, rounded_bytes};
 pub use side::{Sent, reserve, send, take_peak, with_free_ranges};
 pub use span::Span;
