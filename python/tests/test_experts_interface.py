@@ -42,11 +42,11 @@ def test_outputs_and_gradients_are_those_of_float64_as_nearly_as_eager_in_bf16(n
     assert model.config._experts_implementation == "routegrad"
     found, grads = results(model, inputs)
     # Both round to bf16 in other places; a layer that was wrong would be off by its whole size.
-    limit = 2 * share(eager.logits, exact.logits) + 0.01
+    limit = 1.5 * share(eager.logits, exact.logits) + 0.005
     assert share(found.logits, exact.logits) <= limit
     assert grads.keys() == exact_grads.keys()
     for key, want in exact_grads.items():
-        limit = 2 * share(eager_grads[key], want) + 0.01
+        limit = 1.5 * share(eager_grads[key], want) + 0.005
         assert share(grads[key], want) <= limit, key
 
 

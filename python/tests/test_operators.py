@@ -162,8 +162,8 @@ def test_experts_forward_and_every_gradient(dtype, with_vectors):
             added = want[t] + part
             want.value[t], want.error[t] = added.value, added.error
         want_gates.value[t, e], want_gates.error[t, e] = dots.value, dots.error
-        holds(moe.gate_up.grad[e], stored(dgate_up, dtype), f"dgate_up of expert {e}")
-        holds(moe.down.grad[e], stored(ddown, dtype), f"ddown of expert {e}")
+        holds(moe.gate_up.grad[e], stored(dgate_up, dtype), f"dgate_up of expert {e}", limit=8e-3)
+        holds(moe.down.grad[e], stored(ddown, dtype), f"ddown of expert {e}", limit=8e-3)
     if with_vectors:
         off = Bounded(moe.gates * ~chosen) @ Bounded(moe.vectors)
         want_y = want_y + Bounded(off.value, off.error + off.size() * 2.0**-16 * 8)
@@ -171,8 +171,8 @@ def test_experts_forward_and_every_gradient(dtype, with_vectors):
         dots.error += 3 / 2**18 * (moe.dy.double().abs() @ moe.vectors.double().abs().t())
         want_gates.value[~chosen], want_gates.error[~chosen] = dots.value[~chosen], dots.error[~chosen]
     holds(y, want_y.rounded(), "y")
-    holds(moe.x.grad, want_dx.rounded(), "dx")
-    holds(moe.gates.grad, want_gates, "dgates")
+    holds(moe.x.grad, want_dx.rounded(), "dx", limit=8e-3)
+    holds(moe.gates.grad, want_gates, "dgates", limit=8e-3)
 
 
 def test_rows_and_combine_make_what_the_fused_operator_makes():
@@ -195,8 +195,8 @@ def test_rows_and_combine_make_what_the_fused_operator_makes():
         holds(moe.gates.grad[t, e], (Bounded(moe.dy[t]) * Bounded(rows[r])).sum(1), f"dgates of expert {e}")
         ones = torch.ones(len(t))
         dgate_up, ddown, _, _ = moe.expert_backward(moe.x[t].detach(), e, rows.grad[r], ones)
-        holds(moe.gate_up.grad[e], dgate_up.rounded(), f"dgate_up of expert {e}")
-        holds(moe.down.grad[e], ddown.rounded(), f"ddown of expert {e}")
+        holds(moe.gate_up.grad[e], dgate_up.rounded(), f"dgate_up of expert {e}", limit=8e-3)
+        holds(moe.down.grad[e], ddown.rounded(), f"ddown of expert {e}", limit=8e-3)
 
 
 @pytest.mark.parametrize("weighting", ["plain", "sum_p", "count"])
@@ -258,7 +258,7 @@ def test_attention(heads, key_value_heads, documents):
             scores = q @ k.t() * Bounded(torch.tensor(d**-0.5))
             p = scores.value.masked_fill(~seen, -torch.inf).softmax(1)
             off = 2 * scores.error.amax(1, keepdim=True) + F32 * (64 + 8 * scores.value.abs().amax(1, keepdim=True))
-            rounded = Bounded(p, p * (off + 2.0**-9))
+            rounded = Bounded(p, p * (off + 2.0**-8))
             here = slice(b * sequence, (b + 1) * sequence), slice(head * d, (head + 1) * d)
             holds(out[here], (rounded @ v).rounded(), "out")
             g, o = Bounded(dout[here]), Bounded(out[here])
@@ -269,7 +269,7 @@ def test_attention(heads, key_value_heads, documents):
             for place, gradient in gradients:
                 added = want[b, :, place] + gradient
                 want.value[b, :, place], want.error[b, :, place] = added.value, added.error
-    holds(qkv.grad.view(batch, sequence, -1, d), want.rounded(), "dqkv")
+    holds(qkv.grad.view(batch, sequence, -1, d), want.rounded(), "dqkv", limit=8e-3)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
