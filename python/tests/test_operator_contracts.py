@@ -155,20 +155,24 @@ def test_the_extension_checks_lengths_itself():
     sizes = dict(tokens=4, rows=9, experts=2, hidden=8, slots=2)
     with pytest.raises(ValueError, match="`rows_in` of 72 elements or more, got 32"):
         kernels.combine(None, y=memory, rows_in=memory, gates=None, slot_row=memory, choices=None, vectors=None, **sizes)
-    with pytest.raises(TypeError, match="required keyword argument"):
+    with pytest.raises(TypeError, match="combine: expected an argument `rows_in`, got none"):
         kernels.combine(None, y=memory)
+    with pytest.raises(TypeError, match="combine: expected no argument `other`, got one"):
+        kernels.combine(None, other=memory)
+    with pytest.raises(TypeError, match="combine: expected 1 arguments in order, got 0"):
+        kernels.combine()
 
 
 def test_a_gpu_needs_a_build_with_its_kernels():
     kernels = ops.kernels()
-    if kernels.has_gpu_kernels():
+    if kernels.HAS_GPU_KERNELS:
         with pytest.raises(RuntimeError, match=r"Tesla T4 has compute capability 7\.5; the kernels need 8\.0"):
             kernels.require_gpu("Tesla T4", 7, 5)
         return
     with pytest.raises(RuntimeError, match="expected a build with kernels for GPUs, got one without"):
         kernels.require_gpu("NVIDIA H200", 9, 0)
     with pytest.raises(RuntimeError, match="expected a build with kernels for GPUs"):
-        kernels.dispatch_workspace(1, 4, 4, 2)
+        kernels.dispatch_workspace(1, tokens=4, experts=4, choices_per_token=2)
 
 
 def test_without_the_extension_default_moe_works_and_operators_say_how_to_build():

@@ -5,18 +5,21 @@
 //! tensor as `(address, bytes)`, or `None` where it may be absent. Lengths are checked here, dtypes and devices by the caller.
 //! The interpreter runs on while a kernel is launched.
 
+mod arguments;
 mod memory;
+mod module;
 
+use arguments::{Arguments, add_function};
 use memory::{Field, Memory};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use routegrad::device;
 use routegrad::error::Error;
+use routegrad::kernels as typed;
 use routegrad::kernels::bindings::{
     ROUTEGRAD_SCORE_SOFTMAX, ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN,
     ROUTEGRAD_WEIGHTING_SUM_P,
 };
-use routegrad::kernels as typed;
 use routegrad::kernels::cross_entropy::{CrossEntropyRows, HeadLogits};
 use routegrad::kernels::launchers::{self, TILE_AUTO};
 use routegrad::kernels::router::{RouterForward, RouterStatistics};
@@ -27,29 +30,30 @@ use routegrad::kernels::{
     GroupedGemmWeightGradient, GroupedSwigluBackward, GroupedSwigluForward, Stream,
 };
 use std::cell::Cell;
+use std::ffi::CStr;
 
-/// Declares the function of a kernel, with the fields of its typed call; those behind `with` are the same in every call.
+/// Declares the function of each kernel, with the fields of its typed call; those behind `with` are the same in every call.
 macro_rules! kernels {
-    ($(
-        $(#[$about:meta])*
-        $function:ident = $Call:ident { $($field:ident: $type:ty),* } $(with { $($constant:ident: $value:expr),* })?;
-    )*) => {
-        $(
-            $(#[$about])*
-            #[pyfunction]
-            #[pyo3(signature = (stream, *, $($field),*))]
-            #[allow(clippy::too_many_arguments)]
-            fn $function(py: Python<'_>, stream: Option<usize>, $($field: $type),*) -> PyResult<()> {
-                on_stream(py, stream, move |stream| {
-                    $Call { $($field: $field.field(),)* $($($constant: $value),*)? }.launch(stream)
-                })
-            }
-        )*
-
+    ($( $function:ident = $Call:ident { $($field:ident: $type:ty),* } $(with { $($constant:ident: $value:expr),* })?; )*) => {
         fn add_kernels(module: &Bound<'_, PyModule>) -> PyResult<()> {
-            $( module.add_function(wrap_pyfunction!($function, module)?)?; )*
+            $(add_function(module, name!($function), |arguments| {
+                arguments.expect(1, &[$(stringify!($field)),*])?;
+                $( let $field: $type = arguments.named(stringify!($field))?; )*
+                on_stream(arguments, move |stream| {
+                    $Call { $($field: $field.field(),)* $($($constant: $value),*)? }.launch(stream)
+                })?;
+                Ok(None)
+            })?;)*
             Ok(())
         }
+    };
+}
+
+/// A function's name in C.
+macro_rules! name {
+    ($function:ident) => {
+        const { CStr::from_bytes_with_nul(concat!(stringify!($function), "\0").as_bytes()) }
+            .unwrap_or_default()
     };
 }
 
@@ -128,47 +132,41 @@ kernels! {
 
 /// Declares functions for sizes that the launchers compute on the host.
 macro_rules! sizes {
-    ($( $(#[$about:meta])* $function:ident = $host:path { $($size:ident),* } $(with $last:expr)?; )*) => {
-        $(
-            $(#[$about])*
-            #[pyfunction]
-            fn $function(py: Python<'_>, stream: Option<usize>, $($size: usize),*) -> PyResult<usize> {
-                on_stream(py, stream, move |stream| $host(stream.launchers(), $($size,)* $($last)?))
-            }
-        )*
-
+    ($( $function:ident = $host:path { $($size:ident),* } $(with $last:expr)?; )*) => {
         fn add_sizes(module: &Bound<'_, PyModule>) -> PyResult<()> {
-            $( module.add_function(wrap_pyfunction!($function, module)?)?; )*
+            $(
+                add_function(module, name!($function), |arguments| {
+                    arguments.expect(1, &[$(stringify!($size)),*])?;
+                    $( let $size: usize = arguments.named(stringify!($size))?; )*
+                    on_stream(arguments, move |stream| $host(stream.launchers(), $($size,)* $($last)?)).map(Some)
+                })?;
+            )*
             Ok(())
         }
     };
 }
 
 sizes! {
-    /// Floats of `partials` of `router_forward`.
+    // Floats of `partials` of `router_forward`.
     router_partials = typed::router::partials { tokens, experts };
-    /// Floats of `dw_partials` of `router_backward`.
+    // Floats of `dw_partials` of `router_backward`.
     router_backward_workspace = typed::router_backward::workspace { tokens, experts, hidden };
-    /// Bytes of `workspace` of `dispatch_choices`.
+    // Bytes of `workspace` of `dispatch_choices`.
     dispatch_workspace = typed::dispatch::workspace { tokens, experts, choices_per_token };
-    /// Partial dots of a row of `grouped_swiglu_backward`.
+    // Partial dots of a row of `grouped_swiglu_backward`.
     dot_columns = typed::grouped_swiglu::dot_columns { rows, experts, hidden, ffn } with TILE_AUTO;
-    /// Floats of `workspace` of `attention_backward`.
+    // Floats of `workspace` of `attention_backward`.
     attention_backward_workspace = typed::attention_backward::workspace { tokens, sequence, heads };
 }
 
-/// Whether this build has kernels for GPUs.
-#[pyfunction]
-fn has_gpu_kernels() -> bool {
-    launchers::cuda().is_some()
-}
-
 /// Raises RuntimeError unless the kernels run on a GPU of this name and compute capability.
-#[pyfunction]
-fn require_gpu(name: &str, major: i32, minor: i32) -> PyResult<()> {
+fn require_gpu(arguments: &Arguments<'_, '_>) -> PyResult<Option<usize>> {
+    arguments.expect(3, &[])?;
     gpu_launchers()?;
-    device::require_capability(name, (major, minor), device::built_for())
-        .map_err(PyRuntimeError::new_err)
+    let capability = (arguments.at(1)?, arguments.at(2)?);
+    device::require_capability(&arguments.at::<String>(0)?, capability, device::built_for())
+        .map_err(PyRuntimeError::new_err)?;
+    Ok(None)
 }
 
 fn gpu_launchers() -> PyResult<&'static launchers::Launchers> {
@@ -180,13 +178,14 @@ fn gpu_launchers() -> PyResult<&'static launchers::Launchers> {
     })
 }
 
-/// Runs `call` on the stream, without the interpreter's lock.
+/// Runs `call` on the stream that is the first argument, without the interpreter's lock.
 fn on_stream<T: Send>(
-    py: Python<'_>,
-    stream: Option<usize>,
+    arguments: &Arguments<'_, '_>,
     call: impl FnOnce(&Stream) -> routegrad::Result<T> + Send,
 ) -> PyResult<T> {
-    py.detach(|| call(&open(stream)?).map_err(exception))
+    let stream: Option<usize> = arguments.at(0)?;
+    let run = move || call(&open(stream)?).map_err(exception);
+    arguments.python().detach(run)
 }
 
 fn open(stream: Option<usize>) -> PyResult<Stream> {
@@ -214,12 +213,11 @@ fn exception(error: Error) -> PyErr {
     }
 }
 
-#[pymodule]
-fn _kernels(module: &Bound<'_, PyModule>) -> PyResult<()> {
+fn fill(module: &Bound<'_, PyModule>) -> PyResult<()> {
     add_kernels(module)?;
     add_sizes(module)?;
-    module.add_function(wrap_pyfunction!(has_gpu_kernels, module)?)?;
-    module.add_function(wrap_pyfunction!(require_gpu, module)?)?;
+    add_function(module, c"require_gpu", require_gpu)?;
+    module.add("HAS_GPU_KERNELS", launchers::cuda().is_some())?;
     for (name, weighting) in [
         ("WEIGHTING_PLAIN", ROUTEGRAD_WEIGHTING_PLAIN),
         ("WEIGHTING_SUM_P", ROUTEGRAD_WEIGHTING_SUM_P),
@@ -228,4 +226,14 @@ fn _kernels(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add(name, weighting)?;
     }
     Ok(())
+}
+
+/// What `import routegrad._kernels` calls.
+///
+/// # Safety
+/// To be called by the interpreter alone, which holds its lock.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn PyInit__kernels() -> *mut pyo3::ffi::PyObject {
+    // SAFETY: as above.
+    unsafe { module::initialize(c"_kernels", fill) }
 }

@@ -68,7 +68,7 @@ def _attention_backward(
     _check_backward(dout, out, log_sum_exp, qkv, s)
     dqkv = torch.empty_like(qkv)
     if s["tokens"]:
-        floats = call("attention_backward_workspace", qkv, s["tokens"], sequence, heads)
+        floats = call("attention_backward_workspace", qkv, tokens=s["tokens"], sequence=sequence, heads=heads)
         call(
             "attention_backward", qkv, dqkv=dqkv, workspace=empty(qkv, floats, dtype=F32), dout=dout, qkv=qkv, out=out,
             log_sum_exp=log_sum_exp, first_key=first_key, **s,

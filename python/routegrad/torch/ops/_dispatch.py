@@ -50,11 +50,11 @@ def _dispatch(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor
     slot_row = torch.empty_like(choices)
     if rows == 0:
         return offsets, row_token, row_slot, slot_row
-    fault = zeros(choices, 1, dtype=I32)
-    workspace = empty(choices, call("dispatch_workspace", choices, tokens, num_experts, slots), dtype=torch.uint8)
+    fault, sizes = zeros(choices, 1, dtype=I32), dict(tokens=tokens, experts=num_experts, choices_per_token=slots)
+    workspace = empty(choices, call("dispatch_workspace", choices, **sizes), dtype=torch.uint8)
     call(
         "dispatch_choices", choices, offsets=offsets, row_token=row_token, row_slot=row_slot, slot_row=slot_row, fault=fault,
-        workspace=workspace, choices=choices, tokens=tokens, experts=num_experts, choices_per_token=slots, row_capacity=rows,
+        workspace=workspace, choices=choices, row_capacity=rows, **sizes,
     )  # fmt: skip
     if choices.is_cuda:
         # As PyTorch does for an index: an assertion of the device, seen at the next synchronization.

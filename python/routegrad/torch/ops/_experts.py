@@ -57,13 +57,13 @@ def _products_backward(
     dout: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, maps: Dispatch, s: _Sizes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """From the gradient of each row's output before its gate: dx, dgate_up, ddown, and the dots [R, C] ⟨dout, e(x)⟩."""
-    columns = call("dot_columns", x, s.rows, s.experts, s.hidden, s.ffn)
+    sizes = dict(rows=s.rows, experts=s.experts, hidden=s.hidden, ffn=s.ffn)
+    columns = call("dot_columns", x, **sizes)
     dh, scaled_a = torch.zeros_like(h), zeros(x, s.rows, s.ffn, dtype=BF16)
     dots = zeros(x, s.rows, columns, dtype=F32)
     call(
         "grouped_swiglu_backward", x, dh=dh, scaled_a=scaled_a, dots=dots, dout=dout, w=bf16(down), h=h, gates=gates,
-        offsets=maps.offsets, row_token=maps.row_token, rows=s.rows, dout_rows=s.rows, experts=s.experts, hidden=s.hidden,
-        ffn=s.ffn, dot_columns=columns,
+        offsets=maps.offsets, row_token=maps.row_token, dout_rows=s.rows, dot_columns=columns, **sizes,
     )  # fmt: skip
     sorted_x = x.index_select(0, maps.row_token)
     dgate_up = weight_gradient(dh, sorted_x, maps.offsets, gate_up)

@@ -34,18 +34,18 @@ def _memory(value: Any) -> Any:
     return (value.data_ptr(), value.nbytes) if isinstance(value, Tensor) else value
 
 
-def call(function: str, like: Tensor, *sizes: int, **arguments: Any) -> Any:
+def call(function: str, like: Tensor, **arguments: Any) -> Any:
     """Calls a function of the extension: on PyTorch's current stream of the GPU of ``like``, or on the simulator.
 
-    Kernels take their arguments by name, a tensor as its memory; functions of sizes take them in order.
+    Arguments go by name, a tensor as its memory.
     """
     run = getattr(kernels(), function)
     values = {name: _memory(value) for name, value in arguments.items()}
     if like.device.type != "cuda":
-        return run(None, *sizes, **values)
+        return run(None, **values)
     with torch.cuda.device(like.device):
         _require_gpu(like.device.index)
-        return run(torch.cuda.current_stream().cuda_stream, *sizes, **values)
+        return run(torch.cuda.current_stream().cuda_stream, **values)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:

@@ -34,7 +34,7 @@ def _router(
     scores, choices, z_loss, log_sum_exp = _router_outputs(x, weight, top_k)
     if tokens == 0:
         return scores, choices, z_loss.zero_(), log_sum_exp
-    partials = empty(x, call("router_partials", x, tokens, experts), dtype=F32)
+    partials = empty(x, call("router_partials", x, tokens=tokens, experts=experts), dtype=F32)
     call(
         "router_forward", x, scores=scores, log_sum_exp=log_sum_exp, choices=choices, partials=partials,
         first_non_finite=empty(x, 1, dtype=I32), x=x, w=weight, selection_bias=selection_bias, tokens=tokens,
@@ -80,7 +80,7 @@ def _router_backward(
     if tokens == 0:
         return dx, dweight.zero_()
     sizes = dict(tokens=tokens, experts=experts, hidden=hidden)
-    partials = empty(x, call("router_backward_workspace", x, tokens, experts, hidden), dtype=F32)
+    partials = empty(x, call("router_backward_workspace", x, **sizes), dtype=F32)
     call(
         "router_backward", x, dx=dx, dz=torch.empty_like(scores), dw_partials=partials, scores=scores,
         log_sum_exp=log_sum_exp, dscores=dscores, dlse2=dz_loss, x=x, w=weight, **sizes,
