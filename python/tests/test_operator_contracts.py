@@ -7,7 +7,7 @@ import pytest
 import torch
 
 ops = pytest.importorskip("routegrad.torch.ops", exc_type=ImportError)
-from test_operators import BF16, Moe, normal  # noqa: E402
+from moe_case import BF16, Moe, normal  # noqa: E402
 
 REGISTERED = torch.ops.routegrad
 
@@ -199,7 +199,9 @@ except ImportError as error:
 
 
 def test_import_is_quick_and_brings_no_torch():
-    code = "import time; t = time.perf_counter(); import routegrad, sys; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    code = (
+        "import time, sys; t = time.perf_counter(); import routegrad; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, torch_too = done.stdout.split()
     assert float(seconds) < 0.3 and torch_too == "False"

@@ -62,7 +62,7 @@ def architecture(source: dict[str, Any]) -> str | None:
 
 
 def _known_settings(router: dict[str, Any]) -> bool:
-    """Whether ``default_moe`` has these settings: vectors averaged over the tokens that chose the expert, used as they are."""
+    """Whether ``default_moe`` has these settings: plain averages over the tokens that chose the expert."""
     plain = router.get("source", "chosen") == "chosen" and router.get("shrink", 1.0) == 1.0
     return plain and set(router) <= _DEFAULT_SETTINGS | _OTHER_SETTINGS
 

@@ -62,6 +62,6 @@ def _check(experts: Any) -> None:
     for found, what in wrong:
         if found:
             raise NotImplementedError(
-                f'experts_implementation="routegrad": expected SwiGLU experts without biases, whole on each rank, got {what}; '
-                'load the model with experts_implementation="grouped_mm"'
+                f'experts_implementation="routegrad": expected SwiGLU experts without biases, whole on each rank, got {what}'
+                '; load the model with experts_implementation="grouped_mm"'
             )

@@ -12,7 +12,9 @@ from ._launch import BF16, F32, I32, call, check, empty
 _NAME, _BACKWARD = "routegrad::attention", "routegrad::attention_backward"
 
 
-def _sizes(name: str, qkv: Tensor, sequence: int, heads: int, key_value_heads: int, first_key: Tensor | None) -> dict[str, int]:
+def _sizes(
+    name: str, qkv: Tensor, sequence: int, heads: int, key_value_heads: int, first_key: Tensor | None
+) -> dict[str, int]:
     check(name, "qkv", qkv, ["T", "(H + 2 KV) d"], [BF16], qkv)
     tokens, width = qkv.shape
     if heads < 1 or key_value_heads < 1 or heads % key_value_heads:
@@ -24,9 +26,7 @@ def _sizes(name: str, qkv: Tensor, sequence: int, heads: int, key_value_heads: i
         raise ValueError(f"{name}: expected whole sequences of {sequence} tokens, got {tokens} tokens")
     if first_key is not None:
         check(name, "first_key", first_key, [tokens], [I32], qkv)
-    return dict(
-        tokens=tokens, sequence=sequence, heads=heads, key_value_heads=key_value_heads, head_width=width // parts
-    )
+    return dict(tokens=tokens, sequence=sequence, heads=heads, key_value_heads=key_value_heads, head_width=width // parts)
 
 
 def _outputs(qkv: Tensor, s: dict[str, int]) -> tuple[Tensor, Tensor]:
@@ -46,14 +46,13 @@ def _attention(
 
 
 @_attention.register_fake
-def _(
-    qkv: Tensor, sequence: int, heads: int, key_value_heads: int, first_key: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(qkv: Tensor, sequence: int, heads: int, key_value_heads: int, first_key: Tensor | None) -> tuple[Tensor, Tensor]:
     return _outputs(qkv, _sizes(_NAME, qkv, sequence, heads, key_value_heads, first_key))
 
 
 def _check_backward(dout: Tensor, out: Tensor, log_sum_exp: Tensor, qkv: Tensor, s: dict[str, int]) -> None:
-    like_out, like_sum = (s["tokens"], s["heads"] * s["head_width"]), (s["tokens"] // s["sequence"], s["heads"], s["sequence"])
+    like_out = (s["tokens"], s["heads"] * s["head_width"])
+    like_sum = (s["tokens"] // s["sequence"], s["heads"], s["sequence"])
     check(_BACKWARD, "dout", dout, like_out, [BF16], qkv)
     check(_BACKWARD, "out", out, like_out, [BF16], qkv)
     check(_BACKWARD, "log_sum_exp", log_sum_exp, like_sum, [F32], qkv)

@@ -179,9 +179,7 @@ def _gate_backward(ctx: Any, ddgates: Tensor) -> tuple[Any, ...]:
 _gate_gradient.register_autograd(_gate_backward, setup_context=_gate_save)
 
 
-def gate_gradient(
-    dots: Tensor, dy: Tensor, maps: Dispatch, num_experts: int, vectors: Tensor | None = None
-) -> Tensor:
+def gate_gradient(dots: Tensor, dy: Tensor, maps: Dispatch, num_experts: int, vectors: Tensor | None = None) -> Tensor:
     """The gradient of every gate: ``Σ_c dots[r, c]`` where the token has a row r of the expert, else ``⟨dy_t, ê_i⟩``.
 
     Args:

@@ -75,8 +75,9 @@ def _cross_entropy_backward(dlosses: Tensor, x: Tensor, weight: Tensor, targets:
         sizes = dict(offsets=None, rows=rows, dout_rows=rows, experts=1, n=vocabulary, k=hidden)
         call("grouped_gemm_input_gradient", x, dx=dx[here], dout=dlogits, w=chunks.weight, **sizes)
         call(
-            "grouped_gemm_weight_gradient", x, dw=dweight, dout=dlogits, x=x[here], x_rows=rows, accumulate=first > 0, **sizes
-        )
+            "grouped_gemm_weight_gradient", x, dw=dweight, dout=dlogits, x=x[here], x_rows=rows, accumulate=first > 0,
+            **sizes,
+        )  # fmt: skip
     return dx, dweight.to(weight.dtype)
 
 
@@ -116,8 +117,7 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """The mean of ``token_losses`` over the tokens whose target is not ``ignore_index``: a scalar in float32, NaN if there are
-    none."""
+    """The mean of ``token_losses`` over the tokens whose target is not ``ignore_index``, a scalar; NaN if there are none."""
     counted = targets != ignore_index
     losses = token_losses(x, weight, targets.where(counted, 0))
     return losses.where(counted, 0.0).sum() / counted.sum()

@@ -40,9 +40,7 @@ def _expert_sums(
 
 
 @_expert_sums.register_fake
-def _(
-    column_sums: Tensor, weights: Tensor | None, offsets: Tensor, row_token: Tensor, tokens: int
-) -> tuple[Tensor, Tensor]:
+def _(column_sums: Tensor, weights: Tensor | None, offsets: Tensor, row_token: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     _check_sums(column_sums, weights, offsets, row_token, tokens)
     experts = offsets.shape[0] - 1
     return column_sums.new_empty(experts, column_sums.shape[1]), column_sums.new_empty(experts, 2)
@@ -89,9 +87,7 @@ def _(vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, weighting: str
     _check_update(vectors, sums, masses, beta, weighting)
 
 
-def expert_mean_update(
-    vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, weighting: str = "sum_p"
-) -> None:
+def expert_mean_update(vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, weighting: str = "sum_p") -> None:
     """``ê_e ← β ê_e + (1 − β) sums_e / divisor_e``, in place; an expert whose divisor is 0 keeps its ê.
 
     Args:

@@ -37,7 +37,9 @@ class _Sizes:
         check_runs(self._name, self._maps.offsets, self.rows)
 
 
-def _products(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor | None, maps: Dispatch, s: _Sizes, sums: bool) -> Any:
+def _products(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor | None, maps: Dispatch, s: _Sizes, sums: bool
+) -> Any:
     """Outputs of the experts [R, D], their sums [R / 64 + E, D] or None, and h [R, 2F]."""
     h, a = empty(x, s.rows, 2 * s.ffn, dtype=BF16), empty(x, s.rows, s.ffn, dtype=BF16)
     out = zeros(x, s.rows, s.hidden, dtype=BF16)

@@ -73,7 +73,7 @@ def check(
         raise TypeError(f"{operator}: expected a tensor {name}, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype) for dtype in dtypes)
-        raise TypeError(f"{operator}: expected {name} in {names}, got {tensor.dtype}; convert it with {name}.to({dtypes[0]})")
+        raise TypeError(f"{operator}: expected {name} in {names}, got {tensor.dtype}; pass {name}.to({dtypes[0]})")
     fits = tensor.dim() == len(shape) and all(
         isinstance(want, str) or got == want for got, want in zip(tensor.shape, shape, strict=True)
     )
@@ -86,8 +86,8 @@ def check(
         raise ValueError(f"{operator}: expected {name} on {like.device} as the first argument, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{operator}: expected {name} contiguous, got strides {list(tensor.stride())} of shape {list(tensor.shape)}; pass "
-            f"{name}.contiguous()"
+            f"{operator}: expected {name} contiguous, got strides {list(tensor.stride())} of shape {list(tensor.shape)}; "
+            f"pass {name}.contiguous()"
         )
 
 

@@ -27,9 +27,7 @@ def _check(x: Tensor, weight: Tensor, top_k: int, selection_bias: Tensor | None)
 
 
 @torch.library.custom_op(_NAME, mutates_args=())
-def _router(
-    x: Tensor, weight: Tensor, top_k: int, selection_bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _router(x: Tensor, weight: Tensor, top_k: int, selection_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, experts, hidden = _check(x, weight, top_k, selection_bias)
     scores, choices, z_loss, log_sum_exp = _router_outputs(x, weight, top_k)
     if tokens == 0:
