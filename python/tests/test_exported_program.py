@@ -15,8 +15,15 @@ transformers = pytest.importorskip("transformers")
 BUILT = pathlib.Path(__file__).resolve().parents[2] / "target/release/routegrad"
 PROGRAM = pathlib.Path(os.environ.get("ROUTEGRAD_BIN", BUILT))
 pytestmark = pytest.mark.skipif(not PROGRAM.is_file(), reason=f"no routegrad program: set ROUTEGRAD_BIN, or build {BUILT}")
-SETTINGS = ["model.hidden=32", "model.layers=2", "model.heads=2", "model.sequence_length=32", "train.sequences_per_step=4",
-            "train.micro_batch=4", "train.eval_sequences=4"]
+SETTINGS = [
+    "model.hidden=32",
+    "model.layers=2",
+    "model.heads=2",
+    "model.sequence_length=32",
+    "train.sequences_per_step=4",
+    "train.micro_batch=4",
+    "train.eval_sequences=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +69,7 @@ def test_checkpointed_gradients_equal_the_others(model, batch):
     model.gradient_checkpointing_disable()
     model.eval()
     assert len(plain) == len(checkpointed) > 0
-    for a, b in zip(plain, checkpointed):
+    for a, b in zip(plain, checkpointed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 

@@ -124,7 +124,12 @@ def test_checkpoints_of_all_architectures_load_as_the_model_they_are(name, tmp_p
 
 def test_settings_that_the_package_does_not_have_are_not_ignored():
     source = test_dump.config_json(models.tiny("olmoe"), test_dump.SETTINGS, False)
-    for setting, expected in [({"source": "chosen"}, "olmoe"), ({"source": "sampled"}, None), ({"other": 1}, None)]:
+    for setting, expected in [
+        ({"source": "chosen", "samples": 16, "shrink": 1.0}, "olmoe"),
+        ({"source": "sampled"}, None),
+        ({"shrink": 0.5}, None),
+        ({"other": 1}, None),
+    ]:
         assert architecture({**source, "router": {**source["router"], **setting}}) == expected
     assert architecture({**source, "router": {"name": "remoe"}}) is None
     assert architecture({**source, "norm_type": "layernorm"}) is None

@@ -32,7 +32,7 @@ fn runs(arch: &str, (major, minor): (i32, i32)) -> bool {
 ///
 /// # Errors
 /// One sentence that says what is needed.
-pub(super) fn require_capability<'a>(
+pub fn require_capability<'a>(
     name: &str,
     got: (i32, i32),
     built_for: impl Iterator<Item = &'a str>,

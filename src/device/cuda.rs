@@ -3,11 +3,9 @@
 //! [`Gpu::open`] says why there is none to use. Launches go to one stream of the GPU's own; nothing here uses the default
 //! stream, and cudarc's event tracking is off, since it would break graph capture.
 
-pub use super::capability::built_for;
-use super::capability::require_capability;
 use super::driver::{error, error_text};
 use super::pinned::{PinnedReadback, PinnedReadbacks, Staging};
-use super::{copies, counters};
+use super::{built_for, copies, counters, require_capability};
 use crate::error::{Error, Result};
 use cudarc::driver::result;
 use cudarc::driver::sys::{

@@ -6,7 +6,6 @@
 //! kernels on a GPU; [`Memory`] says how the host sees what they wrote.
 
 mod arena;
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod capability;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod copies;
@@ -33,6 +32,7 @@ pub mod timeline;
 
 pub use arena::ALIGNMENT;
 pub(crate) use capability::architectures;
+pub use capability::{built_for, require_capability};
 pub use memory::{Memory, rounded_bytes};
 pub use side::{Sent, reserve, send, take_peak, with_free_ranges};
 pub use span::Span;

@@ -277,6 +277,14 @@ impl Stream {
         Ok(Stream { launchers, raw })
     }
 
+    /// A stream that some other code owns, such as PyTorch's current one.
+    ///
+    /// # Safety
+    /// `raw` is a `cudaStream_t` of the GPU that is the calling thread's own, there for as long as its launches run.
+    pub unsafe fn from_raw(launchers: &'static Launchers, raw: *mut c_void) -> Self {
+        Stream { launchers, raw }
+    }
+
     /// The kernels that it launches.
     pub fn launchers(&self) -> &'static Launchers {
         self.launchers

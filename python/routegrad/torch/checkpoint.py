@@ -20,7 +20,8 @@ from .convert import default_moe
 from .layer import BUFFER
 from .pretrained import weight_files
 
-_DEFAULT_SETTINGS = {"beta", "weighted", "weight_norm", "init_std", "pass_forward", "use_at_evaluation", "renormalize"}
+_DEFAULT_SETTINGS = {"beta", "weighted", "weight_norm", "pass_forward", "use_at_evaluation"}
+_OTHER_SETTINGS = {"name", "source", "samples", "shrink", "init_std", "renormalize"}
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype | None, routegrad: str | os.PathLike[str] | None) -> nn.Module:
@@ -61,8 +62,9 @@ def architecture(source: dict[str, Any]) -> str | None:
 
 
 def _known_settings(router: dict[str, Any]) -> bool:
-    """Whether ``default_moe`` has these settings: vectors averaged over the tokens that chose the expert."""
-    return set(router) - {"name", "source"} <= _DEFAULT_SETTINGS and router.get("source", "chosen") == "chosen"
+    """Whether ``default_moe`` has these settings: plain averages over the tokens that chose the expert."""
+    plain = router.get("source", "chosen") == "chosen" and router.get("shrink", 1.0) == 1.0
+    return plain and set(router) <= _DEFAULT_SETTINGS | _OTHER_SETTINGS
 
 
 def transformers_config(source: dict[str, Any], model_type: str) -> Any:
@@ -106,7 +108,7 @@ def _native(checkpoint: Path, source: dict[str, Any], model_type: str, dtype: to
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
         model = AutoModelForCausalLM.from_config(config).to(dtype)
-    settings = {k: v for k, v in source["router"].items() if k not in ("name", "source", "init_std", "renormalize")}
+    settings = {k: v for k, v in source["router"].items() if k in _DEFAULT_SETTINGS}
     if source["router"]["name"] == "default":
         default_moe(model, **settings)
     targets = model.state_dict(keep_vars=True)

@@ -60,7 +60,7 @@ pub fn table(records: &Records) -> String {
 /// "sm_80, sm_90a": what the kernels of this build are compiled for.
 fn built_for() -> String {
     #[cfg(feature = "cuda")]
-    let archs: Vec<&str> = crate::device::cuda::built_for().collect();
+    let archs: Vec<&str> = crate::device::built_for().collect();
     #[cfg(not(feature = "cuda"))]
     let archs: Vec<&str> = Vec::new();
     let archs: Vec<String> = archs.iter().map(|arch| format!("sm_{arch}")).collect();

@@ -1,0 +1,118 @@
+"""Causal attention on the fused projection, with grouped queries and packed documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._launch import BF16, F32, I32, call, check, empty
+
+_NAME, _BACKWARD = "routegrad::attention", "routegrad::attention_backward"
+
+
+def _sizes(
+    name: str, qkv: Tensor, sequence: int, heads: int, key_value_heads: int, first_key: Tensor | None
+) -> dict[str, int]:
+    check(name, "qkv", qkv, ["T", "(H + 2 KV) d"], [BF16], qkv)
+    tokens, width = qkv.shape
+    if heads < 1 or key_value_heads < 1 or heads % key_value_heads:
+        raise ValueError(f"{name}: expected heads to be a multiple of key_value_heads, got {heads} and {key_value_heads}")
+    parts = heads + 2 * key_value_heads
+    if width % parts or width // parts not in (64, 128):
+        raise ValueError(f"{name}: expected qkv of width {parts} d, d = 64 or 128, got {width}")
+    if sequence < 1 or tokens % sequence:
+        raise ValueError(f"{name}: expected whole sequences of {sequence} tokens, got {tokens} tokens")
+    if first_key is not None:
+        check(name, "first_key", first_key, [tokens], [I32], qkv)
+    return dict(tokens=tokens, sequence=sequence, heads=heads, key_value_heads=key_value_heads, head_width=width // parts)
+
+
+def _outputs(qkv: Tensor, s: dict[str, int]) -> tuple[Tensor, Tensor]:
+    out = empty(qkv, s["tokens"], s["heads"] * s["head_width"], dtype=BF16)
+    return out, empty(qkv, s["tokens"] // s["sequence"], s["heads"], s["sequence"], dtype=F32)
+
+
+@torch.library.custom_op(_NAME, mutates_args=())
+def _attention(
+    qkv: Tensor, sequence: int, heads: int, key_value_heads: int, first_key: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    s = _sizes(_NAME, qkv, sequence, heads, key_value_heads, first_key)
+    out, log_sum_exp = _outputs(qkv, s)
+    if s["tokens"]:
+        call("attention_forward", qkv, out=out, log_sum_exp=log_sum_exp, qkv=qkv, first_key=first_key, **s)
+    return out, log_sum_exp
+
+
+@_attention.register_fake
+def _(qkv: Tensor, sequence: int, heads: int, key_value_heads: int, first_key: Tensor | None) -> tuple[Tensor, Tensor]:
+    return _outputs(qkv, _sizes(_NAME, qkv, sequence, heads, key_value_heads, first_key))
+
+
+def _check_backward(dout: Tensor, out: Tensor, log_sum_exp: Tensor, qkv: Tensor, s: dict[str, int]) -> None:
+    like_out = (s["tokens"], s["heads"] * s["head_width"])
+    like_sum = (s["tokens"] // s["sequence"], s["heads"], s["sequence"])
+    check(_BACKWARD, "dout", dout, like_out, [BF16], qkv)
+    check(_BACKWARD, "out", out, like_out, [BF16], qkv)
+    check(_BACKWARD, "log_sum_exp", log_sum_exp, like_sum, [F32], qkv)
+
+
+@torch.library.custom_op(_BACKWARD, mutates_args=())
+def _attention_backward(
+    dout: Tensor, out: Tensor, log_sum_exp: Tensor, qkv: Tensor, sequence: int, heads: int, key_value_heads: int,
+    first_key: Tensor | None,
+) -> Tensor:  # fmt: skip
+    s = _sizes(_BACKWARD, qkv, sequence, heads, key_value_heads, first_key)
+    _check_backward(dout, out, log_sum_exp, qkv, s)
+    dqkv = torch.empty_like(qkv)
+    if s["tokens"]:
+        floats = call("attention_backward_workspace", qkv, tokens=s["tokens"], sequence=sequence, heads=heads)
+        call(
+            "attention_backward", qkv, dqkv=dqkv, workspace=empty(qkv, floats, dtype=F32), dout=dout, qkv=qkv, out=out,
+            log_sum_exp=log_sum_exp, first_key=first_key, **s,
+        )  # fmt: skip
+    return dqkv
+
+
+@_attention_backward.register_fake
+def _(
+    dout: Tensor, out: Tensor, log_sum_exp: Tensor, qkv: Tensor, sequence: int, heads: int, key_value_heads: int,
+    first_key: Tensor | None,
+) -> Tensor:  # fmt: skip
+    s = _sizes(_BACKWARD, qkv, sequence, heads, key_value_heads, first_key)
+    _check_backward(dout, out, log_sum_exp, qkv, s)
+    return torch.empty_like(qkv)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, *ctx.sizes, first_key = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, qkv, first_key)
+
+
+def _gradient(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
+    out, log_sum_exp, qkv, first_key = ctx.saved_tensors
+    dqkv = _attention_backward(dout.contiguous(), out, log_sum_exp, qkv, *ctx.sizes, first_key)
+    return dqkv, None, None, None, None
+
+
+_attention.register_autograd(_gradient, setup_context=_save)
+
+
+def attention(
+    qkv: Tensor, sequence: int, heads: int, key_value_heads: int | None = None, first_key: Tensor | None = None
+) -> Tensor:
+    """Causal attention: ``softmax(Q Kᵀ / √d) V`` over the keys first_key[r] … r of row r of a sequence.
+
+    Args:
+        qkv: [T, (H + 2 KV) d] bfloat16: query heads, key heads, value heads of each token; d = 64 or 128; T = B·S.
+        sequence: S, tokens of a sequence.
+        heads: H.
+        key_value_heads: KV, of which H is a multiple; H if None.
+        first_key: [T] int32: where in its sequence a token's document begins, not decreasing; without, 0.
+
+    Returns:
+        [T, H d] bfloat16. The gradient of qkv flows.
+    """
+    return _attention(qkv, sequence, heads, heads if key_value_heads is None else key_value_heads, first_key)[0]

@@ -1,0 +1,123 @@
+"""The output head and its loss in one, a chunk of tokens at a time: [T, V] logits are never kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._grouped_gemm import WEIGHTS
+from ._launch import BF16, F32, I32, bf16, call, check, check_indices, check_multiples_of_8, empty
+
+_NAME, _BACKWARD = "routegrad::cross_entropy", "routegrad::cross_entropy_backward"
+_TOKENS = 2048
+"""Tokens of a chunk."""
+
+
+def _check(name: str, x: Tensor, weight: Tensor, targets: Tensor) -> None:
+    check(name, "x", x, ["T", "D"], [BF16], x)
+    check(name, "weight", weight, ["V", x.shape[1]], WEIGHTS, x)
+    check(name, "targets", targets, [x.shape[0]], [I32], x)
+    check_multiples_of_8(name, V=weight.shape[0], D=x.shape[1])
+
+
+class _Chunks:
+    """Logits in f32 and their gradient of one chunk at a time."""
+
+    def __init__(self, x: Tensor, weight: Tensor, targets: Tensor) -> None:
+        self.x, self.weight, self.targets = x, bf16(weight), targets
+        self.vocabulary = weight.shape[0]
+        self.logits = empty(x, min(len(x), _TOKENS), self.vocabulary, dtype=F32)
+
+    def run(self, losses: Tensor, first: int, dlogits: Tensor | None) -> int:
+        """Losses [rows] of the chunk from token ``first`` on, and its softmax − onehot; returns its number of rows."""
+        x = self.x[first : first + _TOKENS]
+        rows, hidden = x.shape
+        sizes = dict(tokens=rows, vocabulary=self.vocabulary)
+        call("head_logits", x, logits=self.logits, x=x, w=self.weight, hidden=hidden, **sizes)
+        targets = self.targets[first : first + rows].clone()  # Aligned, wherever the chunk begins.
+        call(
+            "cross_entropy_rows", x, losses=losses, dlogits=dlogits, logits=self.logits, targets=targets, factor=1.0, **sizes
+        )
+        return rows
+
+
+@torch.library.custom_op(_NAME, mutates_args=())
+def _cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    _check(_NAME, x, weight, targets)
+    check_indices(_NAME, "targets", targets, 0, weight.shape[0])
+    losses, chunks = empty(x, len(x), dtype=F32), _Chunks(x, weight, targets)
+    for first in range(0, len(x), _TOKENS):
+        chunks.run(losses[first:], first, None)
+    return losses
+
+
+@_cross_entropy.register_fake
+def _(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    _check(_NAME, x, weight, targets)
+    return x.new_empty(x.shape[0], dtype=F32)
+
+
+@torch.library.custom_op(_BACKWARD, mutates_args=())
+def _cross_entropy_backward(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    _check(_BACKWARD, x, weight, targets)
+    check(_BACKWARD, "dlosses", dlosses, [x.shape[0]], [F32], x)
+    check_indices(_BACKWARD, "targets", targets, 0, weight.shape[0])
+    (tokens, hidden), vocabulary = x.shape, weight.shape[0]
+    dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=F32)
+    chunks, losses = _Chunks(x, weight, targets), empty(x, min(tokens, _TOKENS), dtype=F32)
+    whole = torch.empty_like(chunks.logits, dtype=BF16)
+    for first in range(0, tokens, _TOKENS):
+        rows = chunks.run(losses, first, whole)
+        here = slice(first, first + rows)
+        dlogits = whole[:rows].mul_(dlosses[here, None])
+        sizes = dict(offsets=None, rows=rows, dout_rows=rows, experts=1, n=vocabulary, k=hidden)
+        call("grouped_gemm_input_gradient", x, dx=dx[here], dout=dlogits, w=chunks.weight, **sizes)
+        call(
+            "grouped_gemm_weight_gradient", x, dw=dweight, dout=dlogits, x=x[here], x_rows=rows, accumulate=first > 0,
+            **sizes,
+        )  # fmt: skip
+    return dx, dweight.to(weight.dtype)
+
+
+@_cross_entropy_backward.register_fake
+def _(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    _check(_BACKWARD, x, weight, targets)
+    check(_BACKWARD, "dlosses", dlosses, [x.shape[0]], [F32], x)
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dlosses: Tensor) -> tuple[Any, ...]:
+    return (*_cross_entropy_backward(dlosses.contiguous(), *ctx.saved_tensors), None)
+
+
+_cross_entropy.register_autograd(_gradients, setup_context=_save)
+
+
+def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The cross-entropy in nats of each token: ``logsumexp(z_t) − z_t[target_t]``, ``z = x Wᵀ`` in float32.
+
+    Args:
+        x: [T, D] bfloat16, the final hidden states.
+        weight: W [V, D], the output head: bfloat16, or float32, which is rounded. V and D are multiples of 8.
+        targets: [T] int32 or int64, in 0 … V − 1.
+
+    Returns:
+        [T] float32. Gradients of x and W flow; backward forms the logits once more.
+
+    Raises:
+        IndexError: a target is outside the vocabulary (CPU; on a GPU its loss is NaN).
+    """
+    return _cross_entropy(x, weight, targets.to(I32))
+
+
+def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
+    """The mean of ``token_losses`` over the tokens whose target is not ``ignore_index``, a scalar; NaN if there are none."""
+    counted = targets != ignore_index
+    losses = token_losses(x, weight, targets.where(counted, 0))
+    return losses.where(counted, 0.0).sum() / counted.sum()

@@ -1,0 +1,89 @@
+"""Dispatch: rows sorted by expert, and the maps between tokens and rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._launch import I32, call, check, check_indices, empty, zeros
+
+_NAME = "routegrad::dispatch"
+
+
+class Dispatch(NamedTuple):
+    """Where the rows of chosen experts lie: R = T·K rows, sorted by expert; tokens ascend within an expert.
+
+    Attributes:
+        choices: expert of each token's slot, [T, K] int32.
+        offsets: rows of expert e are offsets[e] … offsets[e + 1] − 1, [E + 1] int32.
+        row_token: token of each row, [R] int32.
+        row_slot: slot t·K + k of each row, [R] int32.
+        slot_row: row of each slot, [T, K] int32.
+    """
+
+    choices: Tensor
+    offsets: Tensor
+    row_token: Tensor
+    row_slot: Tensor
+    slot_row: Tensor
+
+
+def _check(choices: Tensor, num_experts: int) -> tuple[int, int]:
+    check(_NAME, "choices", choices, ["T", "K"], [I32], choices)
+    tokens, slots = choices.shape
+    if not 1 <= num_experts <= 256:
+        raise ValueError(f"{_NAME}: expected 1 to 256 experts, got {num_experts}")
+    if not 1 <= slots <= num_experts:
+        raise ValueError(f"{_NAME}: expected 1 to {num_experts} choices of a token, got {slots}")
+    return tokens, slots
+
+
+@torch.library.custom_op(_NAME, mutates_args=())
+def _dispatch(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, slots = _check(choices, num_experts)
+    rows = tokens * slots
+    check_indices(_NAME, "choices", choices, 0, num_experts)
+    offsets = zeros(choices, num_experts + 1, dtype=I32)
+    row_token, row_slot = zeros(choices, rows, dtype=I32), zeros(choices, rows, dtype=I32)
+    slot_row = torch.empty_like(choices)
+    if rows == 0:
+        return offsets, row_token, row_slot, slot_row
+    fault, sizes = zeros(choices, 1, dtype=I32), dict(tokens=tokens, experts=num_experts, choices_per_token=slots)
+    workspace = empty(choices, call("dispatch_workspace", choices, **sizes), dtype=torch.uint8)
+    call(
+        "dispatch_choices", choices, offsets=offsets, row_token=row_token, row_slot=row_slot, slot_row=slot_row, fault=fault,
+        workspace=workspace, choices=choices, row_capacity=rows, **sizes,
+    )  # fmt: skip
+    if choices.is_cuda:
+        # As PyTorch does for an index: an assertion of the device, seen at the next synchronization.
+        torch._assert_async(fault[0] == 0, f"{_NAME}: expected choices in 0 … {num_experts - 1}")
+    return offsets, row_token, row_slot, slot_row
+
+
+@_dispatch.register_fake
+def _(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, slots = _check(choices, num_experts)
+    rows = tokens * slots
+    return (
+        empty(choices, num_experts + 1, dtype=I32),
+        empty(choices, rows, dtype=I32),
+        empty(choices, rows, dtype=I32),
+        torch.empty_like(choices),
+    )
+
+
+def dispatch(choices: Tensor, num_experts: int) -> Dispatch:
+    """Sorts the slots of tokens by expert, so that a grouped product sees each expert's rows as one run.
+
+    Args:
+        choices: [T, K] int32 or int64, each in 0 … E − 1, no expert twice for a token.
+        num_experts: E, at most 256.
+
+    Raises:
+        IndexError: a choice names no expert (CPU; on a GPU an assertion of the device fails).
+    """
+    if choices.dtype == torch.int64:
+        choices = choices.to(I32)
+    return Dispatch(choices, *_dispatch(choices, num_experts))

@@ -1,0 +1,250 @@
+"""Experts with SwiGLU between two grouped products: combined to tokens, or as rows for an average of their outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._combine import check_dispatch, check_indices_of, check_vectors, gate_gradient_of, run_combine
+from ._dispatch import Dispatch
+from ._grouped_gemm import WEIGHTS, check_runs, grouped_gemm_input_gradient, weight_gradient
+from ._launch import BF16, F32, I32, bf16, call, check, check_multiples_of_8, empty, zeros
+
+
+class _Sizes:
+    """T, R, E, D, F of checked arguments."""
+
+    def __init__(self, name: str, x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor | None, maps: Dispatch) -> None:
+        check(name, "x", x, ["T", "D"], [BF16], x)
+        self.tokens, self.hidden = x.shape
+        check(name, "gate_up", gate_up, ["E", "2 F", self.hidden], WEIGHTS, x)
+        self.experts, self.ffn = gate_up.shape[0], gate_up.shape[1] // 2
+        if gate_up.shape[1] % 2:
+            raise ValueError(f"{name}: expected gate_up of shape [E, 2 F, D], gate above up, got {list(gate_up.shape)}")
+        check(name, "down", down, [self.experts, self.hidden, self.ffn], WEIGHTS, x)
+        check_multiples_of_8(name, D=self.hidden, F=self.ffn)
+        if gates is not None:
+            check(name, "gates", gates, [self.tokens, self.experts], [F32], x)
+        self.rows = check_dispatch(name, maps, self.tokens, x)
+        check(name, "offsets", maps.offsets, [self.experts + 1], [I32], x)
+        self._maps, self._name = maps, name
+
+    def check_values(self) -> None:
+        """Raises where an index names nothing; on a GPU none is read."""
+        check_indices_of(self._name, self._maps, self.experts)
+        check_runs(self._name, self._maps.offsets, self.rows)
+
+
+def _products(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor | None, maps: Dispatch, s: _Sizes, sums: bool
+) -> Any:
+    """Outputs of the experts [R, D], their sums [R / 64 + E, D] or None, and h [R, 2F]."""
+    h, a = empty(x, s.rows, 2 * s.ffn, dtype=BF16), empty(x, s.rows, s.ffn, dtype=BF16)
+    out = zeros(x, s.rows, s.hidden, dtype=BF16)
+    column_sums = zeros(x, s.rows // 64 + s.experts, s.hidden, dtype=F32) if sums else None
+    if s.rows:
+        shared = dict(offsets=maps.offsets, rows=s.rows, experts=s.experts, ffn=s.ffn, hidden=s.hidden)
+        sorted_x = x.index_select(0, maps.row_token)
+        call("grouped_swiglu_forward", x, h=h, a=a, x=sorted_x, w=bf16(gate_up), x_rows=s.rows, **shared)
+        call(
+            "grouped_down_forward", x, out=out, column_sums=column_sums, a=a, w=bf16(down), gates=weights,
+            row_token=maps.row_token, tokens=s.tokens, **shared,
+        )  # fmt: skip
+    return out, column_sums, h
+
+
+def _products_backward(
+    dout: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, maps: Dispatch, s: _Sizes
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """From the gradient of each row's output before its gate: dx, dgate_up, ddown, and the dots [R, C] ⟨dout, e(x)⟩."""
+    sizes = dict(rows=s.rows, experts=s.experts, hidden=s.hidden, ffn=s.ffn)
+    columns = call("dot_columns", x, **sizes)
+    dh, scaled_a = torch.zeros_like(h), zeros(x, s.rows, s.ffn, dtype=BF16)
+    dots = zeros(x, s.rows, columns, dtype=F32)
+    call(
+        "grouped_swiglu_backward", x, dh=dh, scaled_a=scaled_a, dots=dots, dout=dout, w=bf16(down), h=h, gates=gates,
+        offsets=maps.offsets, row_token=maps.row_token, dout_rows=s.rows, dot_columns=columns, **sizes,
+    )  # fmt: skip
+    sorted_x = x.index_select(0, maps.row_token)
+    dgate_up = weight_gradient(dh, sorted_x, maps.offsets, gate_up)
+    ddown = weight_gradient(dout, scaled_a, maps.offsets, down)
+    dx_rows = grouped_gemm_input_gradient(dh, gate_up, maps.offsets)
+    return run_combine(dx_rows, None, maps, None, s.experts), dgate_up, ddown, dots
+
+
+_EXPERTS = "routegrad::swiglu_experts"
+
+
+@torch.library.custom_op(_EXPERTS, mutates_args=())
+def _experts(
+    x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, vectors: Tensor | None, choices: Tensor, offsets: Tensor,
+    row_token: Tensor, row_slot: Tensor, slot_row: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
+    s = _Sizes(_EXPERTS, x, gate_up, down, gates, maps)
+    s.check_values()
+    check_vectors(_EXPERTS, vectors, s.experts, s.hidden, x)
+    rows, _, h = _products(x, gate_up, down, None, maps, s, sums=False)
+    return run_combine(rows, gates, maps, vectors, s.experts), h
+
+
+@_experts.register_fake
+def _(
+    x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, vectors: Tensor | None, choices: Tensor, offsets: Tensor,
+    row_token: Tensor, row_slot: Tensor, slot_row: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    s = _Sizes(_EXPERTS, x, gate_up, down, gates, Dispatch(choices, offsets, row_token, row_slot, slot_row))
+    check_vectors(_EXPERTS, vectors, s.experts, s.hidden, x)
+    return torch.empty_like(x), x.new_empty(s.rows, 2 * s.ffn)
+
+
+_EXPERTS_BACKWARD = "routegrad::swiglu_experts_backward"
+
+
+@torch.library.custom_op(_EXPERTS_BACKWARD, mutates_args=())
+def _experts_backward(
+    dy: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, vectors: Tensor | None, choices: Tensor,
+    offsets: Tensor, row_token: Tensor, row_slot: Tensor, slot_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
+    s = _Sizes(_EXPERTS_BACKWARD, x, gate_up, down, gates, maps)
+    s.check_values()
+    check(_EXPERTS_BACKWARD, "dy", dy, [s.tokens, s.hidden], [BF16], x)
+    check(_EXPERTS_BACKWARD, "h", h, [s.rows, 2 * s.ffn], [BF16], x)
+    check_vectors(_EXPERTS_BACKWARD, vectors, s.experts, s.hidden, x)
+    if s.rows == 0:
+        return torch.empty_like(x), torch.empty_like(gates), torch.zeros_like(gate_up), torch.zeros_like(down)
+    dout = dy.index_select(0, row_token)
+    dx, dgate_up, ddown, dots = _products_backward(dout, x, gates, gate_up, down, h, maps, s)
+    return dx, gate_gradient_of(dots, dy, maps, vectors, s.experts), dgate_up, ddown
+
+
+@_experts_backward.register_fake
+def _(
+    dy: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, vectors: Tensor | None, choices: Tensor,
+    offsets: Tensor, row_token: Tensor, row_slot: Tensor, slot_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(gates), torch.empty_like(gate_up), torch.empty_like(down)
+
+
+def _experts_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, gates, gate_up, down, vectors, *maps = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, gates, gate_up, down, output[1], vectors, *maps)
+
+
+def _experts_gradients(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+    gradients = _experts_backward(dy.contiguous(), *ctx.saved_tensors)
+    return (*gradients, None, None, None, None, None, None)
+
+
+_experts.register_autograd(_experts_gradients, setup_context=_experts_save)
+
+
+def swiglu_experts(
+    x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, maps: Dispatch, vectors: Tensor | None = None
+) -> Tensor:
+    """The output of an MoE layer: ``y_t = Σ_A gate_ti e_i(x_t) + Σ_{i∉A} gate_ti ê_i``, with
+    ``e_i(x) = D_i (silu(gate) ⊙ up)`` and ``(gate, up) = G_i x``.
+
+    The backward pass keeps x, the gates and [R, 2F], and no expert's output.
+
+    Args:
+        x: [T, D] bfloat16.
+        gates: [T, E] float32; without ``vectors`` those of the chosen experts alone count.
+        gate_up: G [E, 2F, D] bfloat16 or float32, gate above up; float32 is rounded for the products.
+        down: D [E, D, F], likewise. D and F are multiples of 8.
+        maps: the ``dispatch`` of the choices A.
+        vectors: ê [E, D] float32, constants; or None.
+
+    Returns:
+        [T, D] bfloat16. Gradients of x, gates, gate_up and down flow.
+    """
+    vectors = None if vectors is None else vectors.detach()
+    return _experts(x, gates, gate_up, down, vectors, *maps)[0]
+
+
+_ROWS = "routegrad::swiglu_expert_rows"
+
+
+@torch.library.custom_op(_ROWS, mutates_args=())
+def _rows(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor | None, choices: Tensor, offsets: Tensor, row_token: Tensor,
+    row_slot: Tensor, slot_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
+    s = _Sizes(_ROWS, x, gate_up, down, weights, maps)
+    s.check_values()
+    return _products(x, gate_up, down, weights, maps, s, sums=True)
+
+
+@_rows.register_fake
+def _(
+    x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor | None, choices: Tensor, offsets: Tensor, row_token: Tensor,
+    row_slot: Tensor, slot_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    s = _Sizes(_ROWS, x, gate_up, down, weights, Dispatch(choices, offsets, row_token, row_slot, slot_row))
+    sums = empty(x, s.rows // 64 + s.experts, s.hidden, dtype=F32)
+    return x.new_empty(s.rows, s.hidden), sums, x.new_empty(s.rows, 2 * s.ffn)
+
+
+_ROWS_BACKWARD = "routegrad::swiglu_expert_rows_backward"
+
+
+@torch.library.custom_op(_ROWS_BACKWARD, mutates_args=())
+def _rows_backward(
+    drows: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, choices: Tensor, offsets: Tensor, row_token: Tensor,
+    row_slot: Tensor, slot_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
+    s = _Sizes(_ROWS_BACKWARD, x, gate_up, down, None, maps)
+    s.check_values()
+    check(_ROWS_BACKWARD, "drows", drows, [s.rows, s.hidden], [BF16], x)
+    check(_ROWS_BACKWARD, "h", h, [s.rows, 2 * s.ffn], [BF16], x)
+    if s.rows == 0:
+        return torch.empty_like(x), torch.zeros_like(gate_up), torch.zeros_like(down)
+    ones = torch.ones(s.tokens, s.experts, dtype=F32, device=x.device)
+    return _products_backward(drows, x, ones, gate_up, down, h, maps, s)[:3]
+
+
+@_rows_backward.register_fake
+def _(
+    drows: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, choices: Tensor, offsets: Tensor, row_token: Tensor,
+    row_slot: Tensor, slot_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(x), torch.empty_like(gate_up), torch.empty_like(down)
+
+
+def _rows_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, gate_up, down, _, *maps = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, gate_up, down, output[2], *maps)
+
+
+def _rows_gradients(ctx: Any, drows: Tensor, *_: Any) -> tuple[Any, ...]:
+    gradients = _rows_backward(drows.contiguous(), *ctx.saved_tensors)
+    return (*gradients, None, None, None, None, None, None)
+
+
+_rows.register_autograd(_rows_gradients, setup_context=_rows_save)
+
+
+def swiglu_expert_rows(
+    x: Tensor, gate_up: Tensor, down: Tensor, maps: Dispatch, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The output ``e_i(x_t)`` of each chosen expert as a row, and what ``expert_sums`` adds up.
+
+    ``combine`` makes the layer's output of the rows. Arguments as in ``swiglu_experts``.
+
+    Args:
+        weights: [T, E] float32: what a row counts in the sums; 1 without.
+
+    Returns:
+        Rows [R, D] bfloat16, sorted by expert; gradients of x, gate_up and down flow through them. Column sums
+        [R // 64 + E, D] float32, constants.
+    """
+    weights = None if weights is None else weights.detach()
+    rows, column_sums, _ = _rows(x, gate_up, down, weights, *maps)
+    return rows, column_sums

@@ -1,0 +1,158 @@
+"""Grouped products: a linear layer whose rows are sorted by expert, its input gradient and its weight gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._launch import BF16, F32, I32, bf16, call, check, check_multiples_of_8, zeros
+
+WEIGHTS = [BF16, F32]
+"""What weights may be: float32 is rounded to bfloat16 for a product, and its gradient is not rounded."""
+
+
+def check_runs(name: str, offsets: Tensor, rows: int) -> None:
+    """Raises ValueError unless ``offsets`` cut at most so many rows into runs; on a GPU they are not read."""
+    if offsets.device.type != "cpu":
+        return
+    found = offsets.tolist()
+    if found[0] != 0 or found[-1] > rows or any(a > b for a, b in zip(found, found[1:], strict=False)):
+        raise ValueError(f"{name}: expected offsets from 0 that do not decrease, to at most {rows}, got {found}")
+
+
+def _check(name: str, rows: tuple[str, Tensor, int], weight: tuple[int, int, int], offsets: Tensor, like: Tensor) -> None:
+    """Rows [R, width], by name; W's shape; ``offsets``."""
+    what, tensor, width = rows
+    check(name, what, tensor, ["R", width], [BF16], like)
+    check_multiples_of_8(name, N=weight[1], K=weight[2])
+    check(name, "offsets", offsets, [weight[0] + 1], [I32], like)
+
+
+@torch.library.custom_op("routegrad::grouped_gemm", mutates_args=())
+def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``out_r = W_e x_r`` for the rows r of expert e: offsets[e] … offsets[e + 1] − 1.
+
+    Args:
+        x: [R, K] bfloat16, sorted by expert.
+        weight: W [E, N, K] bfloat16, or float32, which is rounded; N and K multiples of 8.
+        offsets: [E + 1] int32, as ``dispatch`` gives them.
+
+    Returns:
+        [R, N] bfloat16; zeros from row offsets[E] on. Gradients of x and W flow.
+    """
+    (experts, n, k), rows = _fake_forward(x, weight, offsets)[1:]
+    check_runs("routegrad::grouped_gemm", offsets, rows)
+    out = zeros(x, rows, n, dtype=BF16)
+    if rows:
+        call(
+            "grouped_gemm_forward", x, out=out, x=x, w=bf16(weight), offsets=offsets, rows=rows, x_rows=rows,
+            experts=experts, n=n, k=k,
+        )  # fmt: skip
+    return out
+
+
+def _fake_forward(x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
+    name = "routegrad::grouped_gemm"
+    check(name, "weight", weight, ["E", "N", "K"], WEIGHTS, x)
+    experts, n, k = weight.shape
+    _check(name, ("x", x, k), (experts, n, k), offsets, x)
+    return x.new_empty(x.shape[0], n), (experts, n, k), x.shape[0]
+
+
+@torch.library.custom_op("routegrad::grouped_gemm_input_gradient", mutates_args=())
+def grouped_gemm_input_gradient(dout: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``dx_r = W_eᵀ dout_r``: dout [R, N] bfloat16, W [E, N, K] and offsets [E + 1] as in ``grouped_gemm``.
+
+    Returns:
+        [R, K] bfloat16; zeros from row offsets[E] on. Gradients of dout and W flow.
+    """
+    (experts, n, k), rows = _fake_input_gradient(dout, weight, offsets)[1:]
+    check_runs("routegrad::grouped_gemm_input_gradient", offsets, rows)
+    dx = zeros(dout, rows, k, dtype=BF16)
+    if rows:
+        call(
+            "grouped_gemm_input_gradient", dout, dx=dx, dout=dout, w=bf16(weight), offsets=offsets, rows=rows,
+            dout_rows=rows, experts=experts, n=n, k=k,
+        )  # fmt: skip
+    return dx
+
+
+def _fake_input_gradient(dout: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
+    name = "routegrad::grouped_gemm_input_gradient"
+    check(name, "weight", weight, ["E", "N", "K"], WEIGHTS, dout)
+    experts, n, k = weight.shape
+    _check(name, ("dout", dout, n), (experts, n, k), offsets, dout)
+    return dout.new_empty(dout.shape[0], k), (experts, n, k), dout.shape[0]
+
+
+@torch.library.custom_op("routegrad::grouped_gemm_weight_gradient", mutates_args=())
+def grouped_gemm_weight_gradient(dout: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    """``dW_e = Σ_r dout_r x_rᵀ`` over the rows of expert e, r ascending: dout [R, N], x [R, K] bfloat16.
+
+    Returns:
+        [E, N, K] float32. Gradients of dout and x flow, through this gradient's own rounded to bfloat16.
+    """
+    (experts, n, k), rows = _fake_weight_gradient(dout, x, offsets)[1:]
+    check_runs("routegrad::grouped_gemm_weight_gradient", offsets, rows)
+    dw = zeros(dout, experts, n, k, dtype=F32)
+    if rows:
+        call(
+            "grouped_gemm_weight_gradient", dout, dw=dw, dout=dout, x=x, offsets=offsets, rows=rows, dout_rows=rows,
+            x_rows=rows, experts=experts, n=n, k=k, accumulate=False,
+        )  # fmt: skip
+    return dw
+
+
+def _fake_weight_gradient(dout: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
+    name = "routegrad::grouped_gemm_weight_gradient"
+    check(name, "dout", dout, ["R", "N"], [BF16], dout)
+    check(name, "x", x, [dout.shape[0], "K"], [BF16], dout)
+    check(name, "offsets", offsets, ["E + 1"], [I32], dout)
+    shape = (offsets.shape[0] - 1, dout.shape[1], x.shape[1])
+    check_multiples_of_8(name, N=shape[1], K=shape[2])
+    return dout.new_empty(shape, dtype=F32), shape, dout.shape[0]
+
+
+for _op, _fake in [
+    (grouped_gemm, _fake_forward),
+    (grouped_gemm_input_gradient, _fake_input_gradient),
+    (grouped_gemm_weight_gradient, _fake_weight_gradient),
+]:
+    _op.register_fake(lambda *inputs, _fake=_fake: _fake(*inputs)[0])
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def weight_gradient(dout: Tensor, x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    """The weight gradient in the dtype of ``weight``."""
+    return grouped_gemm_weight_gradient(dout, x, offsets).to(weight.dtype)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    (x, weight, offsets), dout = ctx.saved_tensors, dout.contiguous()
+    dx = grouped_gemm_input_gradient(dout, weight, offsets) if ctx.needs_input_grad[0] else None
+    dweight = weight_gradient(dout, x, offsets, weight) if ctx.needs_input_grad[1] else None
+    return dx, dweight, None
+
+
+def _input_gradient_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+    (dout, weight, offsets), ddx = ctx.saved_tensors, ddx.contiguous()
+    ddout = grouped_gemm(ddx, weight, offsets) if ctx.needs_input_grad[0] else None
+    dweight = weight_gradient(dout, ddx, offsets, weight) if ctx.needs_input_grad[1] else None
+    return ddout, dweight, None
+
+
+def _weight_gradient_backward(ctx: Any, ddw: Tensor) -> tuple[Any, ...]:
+    (dout, x, offsets), ddw = ctx.saved_tensors, ddw.contiguous()
+    ddout = grouped_gemm(x, ddw, offsets) if ctx.needs_input_grad[0] else None
+    dx = grouped_gemm_input_gradient(dout, ddw, offsets) if ctx.needs_input_grad[1] else None
+    return ddout, dx, None
+
+
+grouped_gemm.register_autograd(_backward, setup_context=_save)
+grouped_gemm_input_gradient.register_autograd(_input_gradient_backward, setup_context=_save)
+grouped_gemm_weight_gradient.register_autograd(_weight_gradient_backward, setup_context=_save)

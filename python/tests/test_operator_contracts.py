@@ -1,0 +1,207 @@
+"""What PyTorch asks of operators: opcheck, compilation, and errors that say what was expected."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+ops = pytest.importorskip("routegrad.torch.ops", exc_type=ImportError)
+from moe_case import BF16, Moe, normal  # noqa: E402
+
+REGISTERED = torch.ops.routegrad
+
+
+def samples():
+    """Arguments of every operator, some with gradients, by the operator's name."""
+    moe = Moe(tokens=9)
+    rows, maps = len(moe.rows), moe.maps
+    router_weight = normal(5, 24, dtype=torch.float32, grad=True)
+    scores, choices, z_loss, lse = REGISTERED.router(moe.x.detach(), router_weight.detach(), 2, None)
+    h = normal(rows, 32)
+    qkv = normal(12, 4 * 64, grad=True)
+    out, qkv_lse = REGISTERED.attention(qkv.detach(), 6, 2, 1, None)
+    x, w, targets = normal(9, 24, grad=True), normal(40, 24, grad=True), torch.arange(9, dtype=torch.int32)
+    run, other = normal(rows, 24, grad=True), normal(rows, 32, grad=True)
+    weights = (moe.gate_up, moe.down)
+    fixed = tuple(t.detach() for t in weights)
+    sums = REGISTERED.swiglu_expert_rows(moe.x.detach(), *fixed, None, *maps)[1]
+    return {
+        "router": [(moe.x, router_weight, 2, None), (moe.x, router_weight, 1, torch.zeros(5))],
+        "router_backward": [(torch.randn_like(scores), z_loss, scores, lse, moe.x.detach(), router_weight.detach())],
+        "dispatch": [(choices, 5)],
+        "grouped_gemm": [(run, moe.gate_up, maps.offsets)],
+        "grouped_gemm_input_gradient": [(other, moe.gate_up, maps.offsets)],
+        "grouped_gemm_weight_gradient": [(other, run, maps.offsets)],
+        "swiglu_experts": [(moe.x, moe.gates, *weights, vectors, *maps) for vectors in (None, moe.vectors)],
+        "swiglu_experts_backward": [(moe.dy, moe.x.detach(), moe.gates.detach(), *fixed, h, moe.vectors, *maps)],
+        "swiglu_expert_rows": [(moe.x, *weights, moe.gates.detach(), *maps)],
+        "swiglu_expert_rows_backward": [(normal(rows, 24), moe.x.detach(), *fixed, h, *maps)],
+        "combine": [(run, moe.gates, moe.vectors, *maps)],
+        "gate_gradient": [(torch.randn(rows, 2, requires_grad=True), x, moe.vectors, 5, *maps)],
+        "expert_sums": [(sums, moe.gates.detach(), maps.offsets, maps.row_token, 9)],
+        "expert_mean_update": [(moe.vectors, torch.randn(5, 24), torch.rand(5, 2), 0.9, "count")],
+        "attention": [(qkv, 6, 2, 1, None), (qkv, 6, 2, 1, torch.zeros(12, dtype=torch.int32))],
+        "attention_backward": [(normal(12, 2 * 64), out, qkv_lse, qkv.detach(), 6, 2, 1, None)],
+        "cross_entropy": [(x, w, targets)],
+        "cross_entropy_backward": [(torch.rand(9), x.detach(), w.detach(), targets)],
+    }
+
+
+def test_samples_are_of_every_operator():
+    import routegrad.torch.ops as module
+
+    registered = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("routegrad::")}
+    assert registered - {"update_default_vectors"} == set(samples()), module
+
+
+@pytest.mark.parametrize("name", list(samples()))
+def test_opcheck(name):
+    for arguments in samples()[name]:
+        torch.library.opcheck(getattr(REGISTERED, name).default, arguments)
+
+
+def moe_layer(x, weight, gate_up, down, vectors):
+    """A Default MoE layer of the operators, with its losses' gradient to everything."""
+    scores, choices, z_loss = ops.router(x, weight, 2)
+    maps = ops.dispatch(choices, weight.shape[0])
+    rows, column_sums = ops.swiglu_expert_rows(x, gate_up, down, maps, scores)
+    sums, masses = ops.expert_sums(column_sums, maps, scores)
+    ops.expert_mean_update(vectors, sums, masses, 0.9)
+    return ops.combine(rows, scores, maps, vectors) + ops.swiglu_experts(x, scores, gate_up, down, maps), z_loss
+
+
+def layer_results(function, tokens):
+    torch.manual_seed(3)
+    moe = Moe(tokens=tokens)
+    weight, vectors = normal(5, 24, dtype=torch.float32, grad=True), moe.vectors.clone()
+    y, z_loss = function(moe.x, weight, moe.gate_up, moe.down, vectors)
+    (y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape)).sum().add(z_loss).backward()
+    return [y, z_loss, vectors, *(t.grad for t in (moe.x, weight, moe.gate_up, moe.down))]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_compiled_layer_is_one_graph_and_computes_the_same(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(moe_layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for tokens in (11, 14):
+        for found, want in zip(layer_results(compiled, tokens), layer_results(moe_layer, tokens), strict=True):
+            assert torch.equal(found, want)
+
+
+def test_attention_and_loss_compile():
+    torch._dynamo.reset()
+    weight, targets = normal(40, 128), torch.arange(12)
+
+    def run(qkv):
+        return ops.cross_entropy(ops.attention(qkv, 6, 2), weight, targets)
+
+    results = []
+    for function in (run, torch.compile(run, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(1)
+        qkv = normal(12, 6 * 64, grad=True)
+        loss = function(qkv)
+        loss.backward()
+        results.append((loss, qkv.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+def misaligned(*shape):
+    flat = torch.zeros(torch.Size(shape).numel() + 1, dtype=BF16)
+    return flat[1:].view(shape)
+
+
+W, X, OFFSETS = normal(2, 8, 16), normal(6, 16), torch.tensor([0, 2, 6], dtype=torch.int32)
+REFUSED = [
+    (TypeError, "expected x in torch.bfloat16, got torch.float32", lambda: ops.grouped_gemm(X.float(), W, OFFSETS)),
+    (TypeError, "expected offsets in torch.int32, got torch.int64", lambda: ops.grouped_gemm(X, W, OFFSETS.long())),
+    (ValueError, r"x of shape \[R, 16\], got \[6, 8\]", lambda: ops.grouped_gemm(X[:, :8].contiguous(), W, OFFSETS)),
+    (ValueError, "x contiguous, got strides", lambda: ops.grouped_gemm(normal(16, 6).t(), W, OFFSETS)),
+    (ValueError, "on cpu or cuda, got meta", lambda: ops.attention(torch.empty(8, 192, dtype=BF16, device="meta"), 8, 1)),
+    (ValueError, "N to be a positive multiple of 8, got 7", lambda: ops.grouped_gemm(X, normal(2, 7, 16), OFFSETS)),
+    (ValueError, r"do not decrease, to at most 6, got \[0, 2, 7\]", lambda: ops.grouped_gemm(X, W, OFFSETS + OFFSETS // 6)),
+    (ValueError, "16-byte", lambda: ops.grouped_gemm(misaligned(6, 16), W, OFFSETS)),
+    (IndexError, "choices in 0 … 3, got 0 … 4", lambda: ops.dispatch(torch.tensor([[0], [4]]), 4)),
+    (ValueError, "1 to 4 choices of a token, got 5", lambda: ops.dispatch(torch.zeros(2, 5, dtype=torch.int32), 4)),
+    (ValueError, "top_k from 1 to 4, got 5", lambda: ops.router(X, torch.zeros(4, 16), 5)),
+    (TypeError, "weight in torch.float32", lambda: ops.router(X, normal(4, 16), 1)),
+    (ValueError, "d = 64 or 128", lambda: ops.attention(normal(8, 3 * 32), 8, 1)),
+    (ValueError, "whole sequences of 5 tokens", lambda: ops.attention(normal(8, 3 * 64), 5, 1)),
+    (IndexError, "targets in 0 … 7, got 1 … 8", lambda: ops.token_losses(X[:2], W[0], torch.tensor([1, 8]))),
+    (ValueError, "plain, sum_p, count", lambda: ops.expert_mean_update(*torch.zeros(2, 3, 8), torch.ones(3, 2), 0.5, "p")),
+]
+
+
+@pytest.mark.parametrize(("kind", "text", "run"), REFUSED, ids=[text for _, text, _ in REFUSED])
+def test_bad_input_is_refused(kind, text, run):
+    with pytest.raises(kind, match=text):
+        run()
+
+
+def test_maps_of_other_tokens_are_refused():
+    moe, other = Moe(tokens=9), Moe(tokens=8)
+    with pytest.raises(ValueError, match=r"choices of shape \[9, K\], got \[8, 2\]"):
+        ops.swiglu_experts(moe.x, moe.gates, moe.gate_up, moe.down, other.maps)
+    broken = moe.maps._replace(row_token=moe.maps.row_token + 9)
+    with pytest.raises(IndexError, match="row_token in 0 … 8, got 9"):
+        ops.combine(normal(18, 24), moe.gates, broken)
+
+
+def test_the_extension_checks_lengths_itself():
+    """Whatever a caller passes, no kernel reads past a tensor."""
+    kernels = ops.kernels()
+    x = torch.zeros(4, 8, dtype=BF16)
+    memory = (x.data_ptr(), x.nbytes)
+    sizes = dict(tokens=4, rows=9, experts=2, hidden=8, slots=2)
+    with pytest.raises(ValueError, match="`rows_in` of 72 elements or more, got 32"):
+        kernels.combine(None, y=memory, rows_in=memory, gates=None, slot_row=memory, choices=None, vectors=None, **sizes)
+    with pytest.raises(TypeError, match="combine: expected an argument `rows_in`, got none"):
+        kernels.combine(None, y=memory)
+    with pytest.raises(TypeError, match="combine: expected no argument `other`, got one"):
+        kernels.combine(None, other=memory)
+    with pytest.raises(TypeError, match="combine: expected 1 arguments in order, got 0"):
+        kernels.combine()
+
+
+def test_a_gpu_needs_a_build_with_its_kernels():
+    kernels = ops.kernels()
+    if kernels.HAS_GPU_KERNELS:
+        with pytest.raises(RuntimeError, match=r"Tesla T4 has compute capability 7\.5; the kernels need 8\.0"):
+            kernels.require_gpu("Tesla T4", 7, 5)
+        return
+    with pytest.raises(RuntimeError, match="expected a build with kernels for GPUs, got one without"):
+        kernels.require_gpu("NVIDIA H200", 9, 0)
+    with pytest.raises(RuntimeError, match="expected a build with kernels for GPUs"):
+        kernels.dispatch_workspace(1, tokens=4, experts=4, choices_per_token=2)
+
+
+def test_without_the_extension_default_moe_works_and_operators_say_how_to_build():
+    code = """
+import sys
+sys.modules["routegrad._kernels"] = None
+import torch, routegrad.torch as rt
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(8, 4, bias=False)
+    def forward(self, x):
+        return x
+adapter = rt.MoeAdapter(lambda m, x: m.gate(x), lambda m, x, e: x, num_experts=4, hidden_size=8, top_k=1)
+layer = rt.default_moe(torch.nn.Sequential(Layer()), adapters={Layer: adapter})
+layer(torch.ones(3, 8)).sum().backward()
+try:
+    import routegrad.torch.ops
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "build it with `pip install ./python`" in done.stdout
+
+
+def test_import_is_quick_and_brings_no_torch():
+    code = (
+        "import time, sys; t = time.perf_counter(); import routegrad; print(time.perf_counter() - t, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, torch_too = done.stdout.split()
+    assert float(seconds) < 0.3 and torch_too == "False"
