@@ -282,6 +282,7 @@ mod tests {
         };
         let white = |svg: String| {
             svg.split("<text")
+                .skip(1)
                 .any(|text| text.contains("fill=\"#FFFFFF\""))
         };
         assert!(white(map(-0.9)) && white(map(0.9)) && !white(map(0.1)));
