@@ -18,6 +18,8 @@ use std::path::Path;
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// The file beside it that names `bos_token` and `eos_token`.
 pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+/// `model_input_names` of that file: without it transformers 4 gives models token types too, which none takes.
+pub const MODEL_INPUTS: [&str; 2] = ["input_ids", "attention_mask"];
 /// What stands for a fingerprint where a token is a byte; the default of `data.tokenizer`.
 pub const BYTES: &str = "bytes";
 
@@ -187,6 +189,7 @@ impl Tokenizer {
                 let config = serde_json::json!({
                     "tokenizer_class": "PreTrainedTokenizerFast",
                     "clean_up_tokenization_spaces": false,
+                    "model_input_names": MODEL_INPUTS,
                     "add_bos_token": self.bos.is_some(),
                     "bos_token": name(&self.bos),
                     "eos_token": name(&self.eos),

@@ -63,3 +63,37 @@ fn what_cannot_be_analysed_is_answered_with_what_to_do() {
     let line = fail(program().args(["analyze", "--model", "no-such-run"]));
     assert!(line.contains("no-such-run"), "{line}");
 }
+
+#[test]
+fn every_source_of_held_out_text_is_named_though_there_are_more_than_twelve() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "2"]));
+    fs::create_dir(place.path("texts")).unwrap();
+    let name = |i: usize| format!("{}.txt", char::from(b'a' + i as u8));
+    for i in 0..14 {
+        // Later files have longer documents.
+        let document = format!("a word of file {i} ").repeat(20 + i);
+        let text = vec![document; 10].join("\n\n\n");
+        fs::write(place.path("texts").join(name(i)), text).unwrap();
+    }
+    let tokens = place.path("tokens");
+    let mut prepare = program();
+    prepare
+        .args(["data", "prepare", "--quiet", "--validation-fraction", "0.3"])
+        .arg(place.path("texts"));
+    succeed(prepare.arg("--out").arg(&tokens));
+    let on_tokens = |command: &str| {
+        let mut program = program();
+        program.args([command, "--model"]).arg(place.path("run"));
+        succeed(program.arg("--data").arg(&tokens)).0
+    };
+    let evaluated = on_tokens("eval");
+    for i in 0..14 {
+        assert!(evaluated.contains(&name(i)), "{}: {evaluated}", name(i));
+    }
+    let analysed = on_tokens("analyze");
+    let note = analysed.lines().find(|l| l.contains("less held-out text"));
+    let note = note.unwrap_or_else(|| panic!("{analysed}"));
+    assert!(note.contains("a.txt") && note.contains("b.txt"), "{note}");
+    assert!(!note.contains("c.txt"), "{note}");
+}

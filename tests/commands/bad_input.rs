@@ -149,7 +149,7 @@ fn a_run_is_not_overwritten_and_a_missing_one_not_resumed() {
     assert_eq!(fs::read(place.path("run/metrics.jsonl")).unwrap(), before);
     has(
         &fail(&mut place.resume("none")),
-        &["none", "check the path"],
+        &["none", "a run to go on with"],
     );
     // Another model cannot go on from its checkpoint; another number of steps can.
     let line = fail(place.resume("run").args(["--set", "model.hidden=32"]));
@@ -192,7 +192,7 @@ fn damaged_and_foreign_checkpoints_are_named_and_older_ones_used() {
     has(&fail(&mut place.resume("run")), &["model", "began with"]);
     // A folder of something else.
     has(&fail(&mut eval(place.folder.path())), &["manifest.json"]);
-    has(&fail(&mut eval(&place.path("none"))), &["check the path"]);
+    has(&fail(&mut eval(&place.path("none"))), &["no such folder"]);
 }
 
 #[test]

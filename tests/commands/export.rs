@@ -69,6 +69,9 @@ fn topk_is_written_as_qwen2_moe_expert_by_expert() {
         "tokenizer_config.json",
     ];
     assert_eq!(names(&out), files);
+    // Else transformers 4 gives the model token types, which it refuses.
+    let inputs = &json_file(&out.join("tokenizer_config.json"))["model_input_names"];
+    assert_eq!(*inputs, json!(["input_ids", "attention_mask"]));
     let config = json_file(&out.join("config.json"));
     for (key, value) in [
         ("model_type", json!("qwen2_moe")),

@@ -113,7 +113,7 @@ fn a_plan_reads_the_text_and_the_recorded_speed_of_the_gpu() {
     .unwrap();
     let (text, _) = succeed(&mut plan("text.txt", "records"));
     assert!(
-        text.contains("about 245292 tokens/s") && text.contains("as 557m default"),
+        text.contains("about 245291 tokens/s") && text.contains("as 557m default"),
         "{text}"
     );
     assert!(!text.contains("upper bound"), "{text}");

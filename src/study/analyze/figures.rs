@@ -193,6 +193,14 @@ pub fn heatmaps(
     })
 }
 
+/// A name of up to 28 characters: of a longer one, such as a path, the end.
+fn shortened(name: &str) -> String {
+    match name.chars().count().checked_sub(28) {
+        None | Some(0) => name.into(),
+        Some(more) => format!("…{}", name.chars().skip(more + 1).collect::<String>()),
+    }
+}
+
 fn draw_heatmap(
     area: &Area,
     map: &Heatmap,
@@ -206,7 +214,7 @@ fn draw_heatmap(
     let top = y + 22;
     for (r, (name, values)) in map.rows.iter().zip(&map.values).enumerate() {
         let row = top + cell * r as i32;
-        let cut: String = name.chars().take(28).collect();
+        let cut = shortened(name);
         if cell >= 11 || r % 2 == 0 {
             area.draw(&Text::new(cut, (x + 22, row + cell / 2 - 6), font(12)))?;
         }
@@ -216,12 +224,12 @@ fn draw_heatmap(
             let square = [corner, (corner.0 + cell, corner.1 + cell)];
             area.draw(&Rectangle::new(square, fill.filled()))?;
             if let (Some(value), true) = (value, cell >= 28) {
-                let text = Text::new(
-                    format!("{value:.2}"),
-                    (corner.0 + 4, row + cell / 2 - 5),
-                    font(11),
-                );
-                area.draw(&text)?;
+                let style = match color(*value).abs() > 0.6 {
+                    true => font(11).color(&WHITE),
+                    false => font(11),
+                };
+                let at = (corner.0 + 4, row + cell / 2 - 5);
+                area.draw(&Text::new(format!("{value:.2}"), at, style))?;
             }
         }
     }
@@ -243,4 +251,40 @@ fn draw_heatmap(
     let turned = font(13).transform(FontTransform::Rotate270);
     area.draw(&Text::new(axes.y.to_owned(), (x + 6, bottom - 4), turned))?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_long_name_keeps_its_end() {
+        assert_eq!(shortened("documents 1–19"), "documents 1–19");
+        let long = "CC-MAIN-2024-10/part-00000-of-00512.parquet";
+        assert!(
+            shortened(long).starts_with('…') && long.ends_with(&shortened(long)['…'.len_utf8()..])
+        );
+        assert_eq!(shortened(long).chars().count(), 28);
+        assert_eq!(shortened(&"é".repeat(28)), "é".repeat(28));
+    }
+
+    #[test]
+    fn numbers_on_dark_cells_are_white() {
+        let map = |value: f64| {
+            let map = Heatmap {
+                caption: String::new(),
+                rows: vec!["row".into()],
+                columns: vec!["0".into()],
+                values: vec![vec![Some(value)]],
+            };
+            let axes = Axes { x: "", y: "" };
+            heatmaps(&[map], &axes, "", |v| v).unwrap()
+        };
+        let white = |svg: String| {
+            svg.split("<text")
+                .skip(1)
+                .any(|text| text.contains("fill=\"#FFFFFF\""))
+        };
+        assert!(white(map(-0.9)) && white(map(0.9)) && !white(map(0.1)));
+    }
 }

@@ -4,6 +4,7 @@
 //! printable ones of Latin-1 stand for themselves, the others in order for U+0100 and up. Without
 //! merges every byte stays a token, so that any text has its UTF-8 as tokens, and back.
 
+use crate::data::tokenizer::MODEL_INPUTS;
 use serde_json::{Map, Value, json};
 
 /// Tokens.
@@ -51,6 +52,7 @@ pub fn config(longest: usize) -> Value {
     json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": false,
+        "model_input_names": MODEL_INPUTS,
         "model_max_length": longest,
     })
 }

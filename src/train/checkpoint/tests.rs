@@ -171,7 +171,7 @@ fn a_folder_that_cannot_be_written_is_named() {
         .err()
         .unwrap()
         .to_string();
-    assert!(e.contains("check the path"), "{e}");
+    assert!(e.contains("no such folder"), "{e}");
     assert!(newest(&dir.path().join("none")).unwrap().0.is_none());
 }
 
