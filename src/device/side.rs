@@ -109,6 +109,7 @@ trait Copies {
 pub enum Sent {
     /// The bytes, which are there already: the simulator copies at once.
     Arrived(Vec<u8>),
+    /// Bytes that a GPU is copying.
     #[cfg(feature = "cuda")]
     UnderWay(super::pinned::PinnedReadback),
 }
