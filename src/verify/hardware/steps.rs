@@ -269,7 +269,7 @@ fn rehearsal() -> Vec<StepCase> {
         case(Kind::Determinism, "tiny", "default", &SMALL, 2, 8.0),
         case(Kind::LossParity, "tiny", "default", &short, 6, 8.0),
         case(Kind::Connects, "tiny", "default", &SMALL, 2, 15.0),
-        case(Kind::Scales, "tiny", "default", &SMALL, 5, 20.0).on_ranks(2),
+        case(Kind::Scales, "tiny", "default", &SMALL, 2, 30.0).on_ranks(2),
         case(Kind::Throughput, "tiny", "default", &SMALL, 2, 8.0),
         case(Kind::Resume, "tiny", "default", &SMALL, 5, 20.0),
     ]
