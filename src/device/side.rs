@@ -109,6 +109,7 @@ trait Copies {
 pub enum Sent {
     /// The bytes, which are there already: the simulator copies at once.
     Arrived(Vec<u8>),
+    /// A copy that the GPU still makes, into pinned memory of the host.
     #[cfg(feature = "cuda")]
     UnderWay(super::pinned::PinnedReadback),
 }
