@@ -22,10 +22,9 @@ use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
 use crate::train::optimizer::{AdamW, DeviceStep, Settings, Shards, gradient_norm, reduce};
 use non_finite::{first_of_ranks, of_outcome};
-use readback::Readback;
+use readback::{Readback, begin_readback, by_name, vectors_of};
 use replay::Replay;
 use shares::{equal_shares, shape_of, sum_gradients};
-use std::collections::BTreeMap;
 
 /// What a step did.
 #[derive(Clone, Debug)]
@@ -481,30 +480,4 @@ impl Launched {
     pub fn is_given_up(&self) -> bool {
         self.given_up
     }
-}
-
-/// Begins the readback of a step's results: its outcome, the statistics of its layers, the vectors that the router keeps.
-fn begin_readback(model: &Model, device: &DeviceStep) -> Result<Readback> {
-    let (states, tally) = (model.layer_states(), model.device_tally());
-    let stats = tally.as_ref().map(|tally| tally.stats().borrow());
-    let vectors = vectors_of(&states).map(|(_, vector)| vector);
-    let ends = stats.as_deref().into_iter().chain(vectors);
-    let all: Vec<_> = device.results().into_iter().chain(ends).collect();
-    Readback::begin(model.device(), &all)
-}
-
-/// The vectors that a router keeps, layer by layer.
-fn vectors_of(states: &[LayerState]) -> impl Iterator<Item = (&'static str, &Tensor)> {
-    let all = states.iter().flat_map(LayerState::tensors);
-    all.filter(|(_, tensor)| tensor.shape().len() == 1)
-}
-
-fn by_name<'t>(
-    vectors: impl Iterator<Item = (&'static str, &'t Tensor)>,
-) -> Result<BTreeMap<&'static str, Vec<Vec<f64>>>> {
-    let mut found: BTreeMap<_, Vec<_>> = BTreeMap::new();
-    for (name, tensor) in vectors {
-        found.entry(name).or_default().push(tensor.to_f64()?);
-    }
-    Ok(found)
 }

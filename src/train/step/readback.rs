@@ -3,9 +3,13 @@
 
 use crate::device::{self, Device, Sent};
 use crate::error::Result;
+use crate::model::Model;
+use crate::routers::LayerState;
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 use crate::tensor::shape::Shape;
+use crate::train::optimizer::DeviceStep;
+use std::collections::BTreeMap;
 
 /// Tensors that are being copied to the host.
 pub struct Readback {
@@ -44,4 +48,37 @@ impl Readback {
         };
         Ok(self.kinds.into_iter().map(&mut next).collect())
     }
+}
+
+/// Begins the readback of a step's results: its outcome, the statistics of its layers, the vectors that the router keeps.
+///
+/// # Errors
+/// When the device failed.
+pub fn begin_readback(model: &Model, device: &DeviceStep) -> Result<Readback> {
+    let (states, tally) = (model.layer_states(), model.device_tally());
+    let stats = tally.as_ref().map(|tally| tally.stats().borrow());
+    let vectors = vectors_of(&states).map(|(_, vector)| vector);
+    let ends = stats.as_deref().into_iter().chain(vectors);
+    let all: Vec<_> = device.results().into_iter().chain(ends).collect();
+    Readback::begin(model.device(), &all)
+}
+
+/// The vectors that a router keeps, layer by layer.
+pub fn vectors_of(states: &[LayerState]) -> impl Iterator<Item = (&'static str, &Tensor)> {
+    let all = states.iter().flat_map(LayerState::tensors);
+    all.filter(|(_, tensor)| tensor.shape().len() == 1)
+}
+
+/// Their numbers, by name and layer.
+///
+/// # Errors
+/// When a device failed.
+pub fn by_name<'t>(
+    vectors: impl Iterator<Item = (&'static str, &'t Tensor)>,
+) -> Result<BTreeMap<&'static str, Vec<Vec<f64>>>> {
+    let mut found: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for (name, tensor) in vectors {
+        found.entry(name).or_default().push(tensor.to_f64()?);
+    }
+    Ok(found)
 }
