@@ -25,6 +25,7 @@ use non_finite::{first_of_ranks, of_outcome};
 use readback::{Readback, begin_readback, by_name, vectors_of};
 use replay::Replay;
 use shares::{equal_shares, shape_of, sum_gradients};
+use std::collections::BTreeMap;
 
 /// What a step did.
 #[derive(Clone, Debug)]
