@@ -6,7 +6,7 @@
 mod activity; // what a rank is doing, for messages
 mod call; // ordinal, kind and count of a call, compared between ranks
 mod device; // the two movers of a device's memory
-mod door; // the first words of two ranks on a TCP connection
+mod handshake; // the first words of two ranks on a TCP connection
 mod hub; // heartbeats, and one message when a rank is lost
 mod mpi; // MPI moves the bytes of processes; it is loaded at run time
 pub mod nccl; // their GPUs' memory; NCCL is loaded at run time

@@ -2,7 +2,7 @@
 
 use super::Collective;
 use super::call::{Call, Kind};
-use super::door::{self, Door, Key};
+use super::handshake::{self, Acceptor, Key};
 use super::hub::{Hub, Meeting, Member};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -17,13 +17,13 @@ const SPINS: u32 = 200;
 const YIELDS: u32 = 100;
 
 /// Sleep between polls, and that of a wait that takes longer than [`PATIENCE`].
-const NAP: Duration = Duration::from_micros(20);
-const LONG_NAP: Duration = Duration::from_micros(500);
+const POLL_SLEEP: Duration = Duration::from_micros(20);
+const LONG_POLL_SLEEP: Duration = Duration::from_micros(500);
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// What moves bytes between processes. Calls come one at a time, with equally many bytes on every rank; after one that
 /// failed there are no more.
-pub(super) trait Wire: Send + Sync {
+pub(super) trait Transport: Send + Sync {
     fn rank(&self) -> usize;
 
     fn size(&self) -> usize;
@@ -34,27 +34,32 @@ pub(super) trait Wire: Send + Sync {
     /// See [`Collective::all_gather`].
     ///
     /// # Errors
-    /// When a rank is lost, and those of `patience`.
-    fn all_gather(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()>;
+    /// When a rank is lost, and those of `waiting`.
+    fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()>;
 
     /// See [`Collective::exchange`].
     ///
     /// # Errors
     /// As [`all_gather`](Self::all_gather).
-    fn exchange(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()>;
+    fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()>;
 
-    /// The wire of this rank's group of `size` consecutive ranks, which the ranks of `all` make together.
+    /// The transport of this rank's group of `size` consecutive ranks, which the ranks of `all` make together.
     ///
     /// # Errors
     /// When they cannot be connected within `limit`.
-    fn group(&self, size: usize, all: &dyn Collective, limit: Duration) -> Result<Box<dyn Wire>>;
+    fn group(
+        &self,
+        size: usize,
+        all: &dyn Collective,
+        limit: Duration,
+    ) -> Result<Box<dyn Transport>>;
 
     /// Ends it, once every rank has finished.
     fn finish(&self) {}
 }
 
 /// How the hub at rank 0 is reached, where that is known before the ranks have met.
-pub(super) struct Way {
+pub(super) struct HubAddress {
     /// On rank 0.
     pub listener: Option<TcpListener>,
     /// Its host.
@@ -63,14 +68,14 @@ pub(super) struct Way {
 
 /// The rank of this process, among all or in its group.
 pub(super) struct Processes {
-    wire: Box<dyn Wire>,
+    transport: Box<dyn Transport>,
     /// Set when all is connected.
     hub: OnceLock<Arc<Hub>>,
     /// Calls that were begun since then.
     calls: AtomicU64,
     /// One call at a time.
     turn: Mutex<()>,
-    /// A call was given up: the wire cannot be used any more.
+    /// A call was given up: the transport cannot be used any more.
     broken: AtomicBool,
     limit: Duration,
 }
@@ -83,18 +88,18 @@ struct Place {
 }
 
 impl Processes {
-    /// Connects the ranks of `wire`, this one on `host`. A rank that is silent, or keeps the others waiting, for longer than
+    /// Connects the ranks of `transport`, this one on `host`. A rank that is silent, or keeps the others waiting, for longer than
     /// `limit` ends the run.
     ///
     /// # Errors
     /// When they cannot connect.
     pub fn connect(
-        wire: Box<dyn Wire>,
+        transport: Box<dyn Transport>,
         host: String,
-        way: Option<Way>,
+        hub: Option<HubAddress>,
         limit: Duration,
     ) -> Result<Self> {
-        let processes = Self::new(wire, OnceLock::new(), limit);
+        let processes = Self::new(transport, OnceLock::new(), limit);
         let (rank, size) = (processes.rank(), processes.size());
         let member = Member {
             host,
@@ -103,23 +108,26 @@ impl Processes {
         };
         let members = processes.gather_json(&member)?;
         let local = members.iter().all(|m| m.host == members[0].host);
-        let (listener, host) = match way {
-            Some(way) => (way.listener, way.host),
+        let (listener, host) = match hub {
+            Some(hub) => (hub.listener, hub.host),
             None if members[0].host == members[rank].host => (None, "127.0.0.1".into()),
             None => (None, members[0].host.clone()),
         };
-        let (mut door, mut place) = (None, None);
+        let (mut acceptor, mut place) = (None, None);
         if rank == 0 {
             let listener = listener.map_or_else(|| listen(local), Ok)?;
-            let port = listener.local_addr().map_err(|e| door::broken(&e))?.port();
-            let key = door::random()?;
+            let port = listener
+                .local_addr()
+                .map_err(|e| handshake::broken(&e))?
+                .port();
+            let key = handshake::random()?;
             place = Some(Place { port, key });
-            door = Some(Door::new(listener, key, size)?);
+            acceptor = Some(Acceptor::new(listener, key, size)?);
         }
         let places: Vec<Option<Place>> = processes.gather_json(&place)?;
-        let meeting = match (door, places.into_iter().next().flatten()) {
-            (Some(door), _) => Meeting::Host(door),
-            (None, Some(Place { port, key })) => Meeting::Guest { host, port, key },
+        let meeting = match (acceptor, places.into_iter().next().flatten()) {
+            (Some(acceptor), _) => Meeting::Accept(acceptor),
+            (None, Some(Place { port, key })) => Meeting::Connect { host, port, key },
             (None, None) => return Err(foreign()),
         };
         let hub = Hub::begin(rank, meeting, members, limit)?;
@@ -131,21 +139,21 @@ impl Processes {
     /// their number.
     ///
     /// # Errors
-    /// When the wire refuses.
+    /// When the transport refuses.
     pub fn group(&self, size: usize) -> Result<Self> {
         self.barrier()?;
-        let wire = self.wire.group(size, self, self.limit)?;
+        let transport = self.transport.group(size, self, self.limit)?;
         let hub = OnceLock::new();
         if let Some(all) = self.hub() {
             all.group_by(size);
             let _ = hub.set(all.clone());
         }
-        Ok(Self::new(wire, hub, self.limit))
+        Ok(Self::new(transport, hub, self.limit))
     }
 
-    fn new(wire: Box<dyn Wire>, hub: OnceLock<Arc<Hub>>, limit: Duration) -> Self {
+    fn new(transport: Box<dyn Transport>, hub: OnceLock<Arc<Hub>>, limit: Duration) -> Self {
         Processes {
-            wire,
+            transport,
             hub,
             calls: AtomicU64::new(0),
             turn: Mutex::new(()),
@@ -167,7 +175,7 @@ impl Processes {
 
     /// Name and version of what moves the bytes.
     pub fn wire_name(&self) -> &str {
-        self.wire.name()
+        self.transport.name()
     }
 
     /// Ends this rank's part after all have finished.
@@ -179,7 +187,7 @@ impl Processes {
         if let Some(hub) = self.hub() {
             hub.finish();
         }
-        self.wire.finish();
+        self.transport.finish();
         Ok(())
     }
 
@@ -188,7 +196,7 @@ impl Processes {
         &self,
         kind: Kind,
         count: usize,
-        run: impl FnOnce(&dyn Wire, &mut Patience) -> Result<()>,
+        run: impl FnOnce(&dyn Transport, &mut Waiting) -> Result<()>,
     ) -> Result<()> {
         let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if self.broken.load(Ordering::SeqCst) {
@@ -218,20 +226,20 @@ impl Processes {
 
     fn compare(&self, own: &Call) -> Result<()> {
         let mut all = vec![0; Call::BYTES * self.size()];
-        self.waited(|wire, patience| wire.all_gather(&own.to_bytes(), &mut all, patience))?;
+        self.waited(|transport, waiting| transport.all_gather(&own.to_bytes(), &mut all, waiting))?;
         Call::compare(&all).map_err(|e| super::shared(self, e))
     }
 
-    /// Lets the wire move bytes, with a limit of time.
-    fn waited(&self, run: impl FnOnce(&dyn Wire, &mut Patience) -> Result<()>) -> Result<()> {
-        let mut patience = Patience {
+    /// Lets the transport move bytes, with a limit of time.
+    fn waited(&self, run: impl FnOnce(&dyn Transport, &mut Waiting) -> Result<()>) -> Result<()> {
+        let mut waiting = Waiting {
             processes: self,
             begun: Instant::now(),
             polls: 0,
             warnings: 0,
         };
-        run(&*self.wire, &mut patience).map_err(|error| {
-            // Where the wire misses a rank first, the hub still knows which one.
+        run(&*self.transport, &mut waiting).map_err(|error| {
+            // Where the transport misses a rank first, the hub still knows which one.
             let failure = self
                 .hub()
                 .and_then(|hub| hub.failure_within(Duration::from_secs(1)));
@@ -264,14 +272,14 @@ impl Processes {
 }
 
 /// How a call waits for the other ranks.
-pub(super) struct Patience<'p> {
+pub(super) struct Waiting<'p> {
     processes: &'p Processes,
     begun: Instant,
     polls: u32,
     warnings: u32,
 }
 
-impl Patience<'_> {
+impl Waiting<'_> {
     /// Bytes have moved: the limit of time begins anew.
     pub fn renew(&mut self) {
         (self.begun, self.polls, self.warnings) = (Instant::now(), 0, 0);
@@ -293,9 +301,9 @@ impl Patience<'_> {
         }
         let waited = self.begun.elapsed();
         match self.polls {
-            _ if waited > PATIENCE => std::thread::sleep(LONG_NAP),
+            _ if waited > PATIENCE => std::thread::sleep(LONG_POLL_SLEEP),
             p if p < SPINS + YIELDS => std::thread::yield_now(),
-            _ => std::thread::sleep(NAP),
+            _ => std::thread::sleep(POLL_SLEEP),
         }
         if waited > processes.limit * (self.warnings + 1) {
             self.warnings += 1;
@@ -341,11 +349,11 @@ fn cores() -> String {
 
 impl Collective for Processes {
     fn rank(&self) -> usize {
-        self.wire.rank()
+        self.transport.rank()
     }
 
     fn size(&self) -> usize {
-        self.wire.size()
+        self.transport.size()
     }
 
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
@@ -353,8 +361,8 @@ impl Collective for Processes {
             all.copy_from_slice(own);
             return Ok(());
         }
-        self.call(Kind::AllGather, own.len(), |wire, patience| {
-            wire.all_gather(own, all, patience)
+        self.call(Kind::AllGather, own.len(), |transport, waiting| {
+            transport.all_gather(own, all, waiting)
         })
     }
 
@@ -363,8 +371,8 @@ impl Collective for Processes {
             all.copy_from_slice(own);
             return Ok(());
         }
-        self.call(Kind::Exchange, own.len(), |wire, patience| {
-            wire.exchange(own, all, patience)
+        self.call(Kind::Exchange, own.len(), |transport, waiting| {
+            transport.exchange(own, all, waiting)
         })
     }
 

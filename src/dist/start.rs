@@ -4,7 +4,7 @@ use super::mpi::Mpi;
 use super::mpi::library::VARIABLE;
 use super::processes::Processes;
 use super::tcp::Star;
-use super::tcp::place::{self, MeetingPlace};
+use super::tcp::place::{self, Rendezvous};
 use super::{Collective, SingleRank};
 use crate::device;
 use crate::error::{Error, Result};
@@ -172,10 +172,10 @@ pub fn start(ranks: Ranks, limit: Duration) -> Result<Arc<dyn Collective>> {
 /// Connects the processes that a launcher started.
 fn connect(launcher: Launcher, limit: Duration) -> Result<Processes> {
     if launcher == Launcher::Torchrun {
-        let meeting = MeetingPlace::of(&environment)?;
-        let (star, way) = Star::start(&meeting, limit)?;
+        let meeting = Rendezvous::of(&environment)?;
+        let (star, hub) = Star::start(&meeting, limit)?;
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        return Processes::connect(Box::new(star), host.trim().into(), Some(way), limit);
+        return Processes::connect(Box::new(star), host.trim().into(), Some(hub), limit);
     }
     let mpi = Mpi::start(&names(launcher, &environment))?;
     let host = mpi.host().to_string();

@@ -1,6 +1,6 @@
 //! Messages between a rank and the hub: lines of JSON on a TCP connection.
 
-use crate::dist::door::{Door, Key, broken, knock};
+use crate::dist::handshake::{Acceptor, Key, broken, connect_to_rank_0};
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -38,9 +38,9 @@ pub(super) enum Message {
 /// Where ranks find the hub.
 pub(in super::super) enum Meeting {
     /// On rank 0.
-    Host(Door),
+    Accept(Acceptor),
     /// On the others: the host and port of rank 0, and what it asks for.
-    Guest { host: String, port: u16, key: Key },
+    Connect { host: String, port: u16, key: Key },
 }
 
 impl Meeting {
@@ -48,17 +48,17 @@ impl Meeting {
     pub(super) fn connect(self, rank: usize, size: usize, limit: Duration) -> Result<Vec<Line>> {
         let deadline = Instant::now() + limit;
         match self {
-            Meeting::Host(door) => {
-                let streams = door.admit(deadline)?.into_iter().zip(1..);
+            Meeting::Accept(acceptor) => {
+                let streams = acceptor.accept_ranks(deadline)?.into_iter().zip(1..);
                 streams
                     .map(|(stream, peer)| Line::new(peer, stream))
                     .collect()
             }
-            Meeting::Guest { host, port, key } => {
+            Meeting::Connect { host, port, key } => {
                 let found = (host.as_str(), port).to_socket_addrs();
                 let addresses: Vec<_> = found.map_err(|e| broken(&e))?.collect();
                 let named = format!("{host}, port {port}");
-                let stream = knock(&addresses, &named, &key, [rank, size], deadline)?;
+                let stream = connect_to_rank_0(&addresses, &named, &key, [rank, size], deadline)?;
                 Ok(vec![Line::new(0, stream)?])
             }
         }

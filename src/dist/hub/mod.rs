@@ -181,7 +181,7 @@ impl Hub {
     pub fn late(self: &Arc<Self>) {
         let call = self.calls.load(Ordering::SeqCst);
         match self.rank {
-            0 => self.judge(0, call),
+            0 => self.verify(0, call),
             _ => self.send(&Message::Late { call }),
         }
     }
@@ -290,7 +290,7 @@ impl Hub {
             Message::Done => state.done = true,
             Message::Late { call } => {
                 drop(states);
-                self.judge(from, call);
+                self.verify(from, call);
             }
             Message::Failed { why } => {
                 drop(states);
@@ -378,7 +378,7 @@ impl Hub {
     }
 
     /// Ends the run if a rank keeps `waiting` and its group waiting for call number `call` (of those begun).
-    fn judge(self: &Arc<Self>, waiting: usize, call: u64) {
+    fn verify(self: &Arc<Self>, waiting: usize, call: u64) {
         let mut states = self.states().clone();
         states[0] = self.own_state();
         let silence = LATE_BEATS * BEAT.min(self.limit / 10);

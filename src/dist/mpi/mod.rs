@@ -6,7 +6,7 @@
 pub(super) mod library;
 
 use super::Collective;
-use super::processes::{Patience, Wire};
+use super::processes::{Transport, Waiting};
 use crate::error::Result;
 use library::{Library, Request};
 use std::sync::{Mutex, PoisonError};
@@ -53,14 +53,14 @@ impl Mpi {
     fn run(
         &self,
         buffers: &mut Buffers,
-        patience: &mut Patience,
+        waiting: &mut Waiting,
         begin: impl FnOnce(&Library, &[u8], &mut [u8]) -> Result<Request>,
     ) -> Result<()> {
-        patience.renew();
+        waiting.renew();
         let waited = || {
             let mut request = begin(&self.library, &buffers.own, &mut buffers.all)?;
             while !self.library.done(&mut request)? {
-                patience.pause()?;
+                waiting.pause()?;
             }
             Ok(())
         };
@@ -72,7 +72,7 @@ impl Mpi {
     }
 }
 
-impl Wire for Mpi {
+impl Transport for Mpi {
     fn rank(&self) -> usize {
         self.library.rank
     }
@@ -85,7 +85,7 @@ impl Wire for Mpi {
         &self.library.version
     }
 
-    fn all_gather(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()> {
+    fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let (n, size) = (own.len(), self.size());
         let most = PIECE.min((1 << 30) / size);
@@ -94,7 +94,7 @@ impl Wire for Mpi {
             buffers.own.clear();
             buffers.own.extend_from_slice(&own[first..first + count]);
             buffers.all.resize(count * size, 0);
-            self.run(&mut buffers, patience, |library, own, all| {
+            self.run(&mut buffers, waiting, |library, own, all| {
                 // SAFETY: `run` keeps the buffers.
                 unsafe { library.all_gather(own, all) }
             })?;
@@ -105,7 +105,7 @@ impl Wire for Mpi {
         Ok(())
     }
 
-    fn exchange(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()> {
+    fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
         let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let size = self.size();
         let n = own.len() / size;
@@ -118,7 +118,7 @@ impl Wire for Mpi {
                 buffers.own.extend_from_slice(row);
             }
             buffers.all.resize(count * size, 0);
-            self.run(&mut buffers, patience, |library, own, all| {
+            self.run(&mut buffers, waiting, |library, own, all| {
                 // SAFETY: `run` keeps the buffers.
                 unsafe { library.all_to_all(own, all) }
             })?;
@@ -129,7 +129,12 @@ impl Wire for Mpi {
         Ok(())
     }
 
-    fn group(&self, size: usize, _all: &dyn Collective, _limit: Duration) -> Result<Box<dyn Wire>> {
+    fn group(
+        &self,
+        size: usize,
+        _all: &dyn Collective,
+        _limit: Duration,
+    ) -> Result<Box<dyn Transport>> {
         let library = self.library.group(size)?;
         Ok(Box::new(Self::new(library)))
     }

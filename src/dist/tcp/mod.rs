@@ -7,10 +7,10 @@
 pub(super) mod place;
 
 use super::Collective;
-use super::door::{self, Door, Key, knock};
-use super::processes::{Patience, Way, Wire};
+use super::handshake::{self, Acceptor, Key, connect_to_rank_0};
+use super::processes::{HubAddress, Transport, Waiting};
 use crate::error::{Error, Result};
-use place::MeetingPlace;
+use place::Rendezvous;
 use serde::{Deserialize, Serialize};
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -42,22 +42,22 @@ impl Star {
     ///
     /// # Errors
     /// When rank 0 cannot listen there, or a rank does not come within `limit`.
-    pub fn start(meeting: &MeetingPlace, limit: Duration) -> Result<(Self, Way)> {
-        let MeetingPlace { rank, size, .. } = *meeting;
+    pub fn start(meeting: &Rendezvous, limit: Duration) -> Result<(Self, HubAddress)> {
+        let Rendezvous { rank, size, .. } = *meeting;
         let name = format!("TCP by {}", meeting.named());
         let deadline = Instant::now() + limit;
         if rank == 0 {
             let listener = meeting.listen()?;
-            let own = listener.local_addr().map_err(|e| door::broken(&e))?;
-            let door = Door::new(listener, meeting.key, size)?;
-            let star = Self::new(rank, size, door.admit(deadline)?, name, own.ip())?;
-            let way = Way {
-                listener: Some(door.into_listener()),
+            let own = listener.local_addr().map_err(|e| handshake::broken(&e))?;
+            let acceptor = Acceptor::new(listener, meeting.key, size)?;
+            let star = Self::new(rank, size, acceptor.accept_ranks(deadline)?, name, own.ip())?;
+            let hub = HubAddress {
+                listener: Some(acceptor.into_listener()),
                 host: own.ip().to_string(),
             };
-            return Ok((star, way));
+            return Ok((star, hub));
         }
-        let stream = knock(
+        let stream = connect_to_rank_0(
             &meeting.addresses()?,
             &meeting.named(),
             &meeting.key,
@@ -67,13 +67,13 @@ impl Star {
         let ends = stream
             .local_addr()
             .and_then(|own| Ok((own, stream.peer_addr()?)));
-        let (own, theirs) = ends.map_err(|e| door::broken(&e))?;
+        let (own, theirs) = ends.map_err(|e| handshake::broken(&e))?;
         let star = Self::new(rank, size, vec![stream], name, own.ip())?;
-        let way = Way {
+        let hub = HubAddress {
             listener: None,
             host: theirs.ip().to_string(),
         };
-        Ok((star, way))
+        Ok((star, hub))
     }
 
     fn new(
@@ -84,7 +84,8 @@ impl Star {
         address: IpAddr,
     ) -> Result<Self> {
         for line in &lines {
-            line.set_nonblocking(true).map_err(|e| door::broken(&e))?;
+            line.set_nonblocking(true)
+                .map_err(|e| handshake::broken(&e))?;
         }
         Ok(Star {
             rank,
@@ -96,13 +97,9 @@ impl Star {
     }
 
     /// Sends to each line its bytes.
-    fn send<'b>(
-        &self,
-        bytes: impl Iterator<Item = &'b [u8]>,
-        patience: &mut Patience,
-    ) -> Result<()> {
+    fn send<'b>(&self, bytes: impl Iterator<Item = &'b [u8]>, waiting: &mut Waiting) -> Result<()> {
         let mut left: Vec<(usize, &[u8])> = bytes.enumerate().collect();
-        self.pump(&mut left, patience, |mut line, rest| {
+        self.pump(&mut left, waiting, |mut line, rest| {
             let moved = line.write(rest)?;
             *rest = &rest[moved..];
             Ok((moved, rest.is_empty()))
@@ -113,10 +110,10 @@ impl Star {
     fn receive<'b>(
         &self,
         bytes: impl Iterator<Item = &'b mut [u8]>,
-        patience: &mut Patience,
+        waiting: &mut Waiting,
     ) -> Result<()> {
         let mut left: Vec<(usize, &mut [u8])> = bytes.enumerate().collect();
-        self.pump(&mut left, patience, |mut line, rest| {
+        self.pump(&mut left, waiting, |mut line, rest| {
             let moved = line.read(rest)?;
             *rest = &mut std::mem::take(rest)[moved..];
             Ok((moved, rest.is_empty()))
@@ -127,7 +124,7 @@ impl Star {
     fn pump<B>(
         &self,
         left: &mut Vec<(usize, B)>,
-        patience: &mut Patience,
+        waiting: &mut Waiting,
         mut step: impl FnMut(&TcpStream, &mut B) -> std::io::Result<(usize, bool)>,
     ) -> Result<()> {
         while !left.is_empty() {
@@ -156,15 +153,15 @@ impl Star {
                 return Err(Error::invalid("collective call", expected, why, help));
             }
             match moved {
-                true => patience.renew(),
-                false => patience.pause()?,
+                true => waiting.renew(),
+                false => waiting.pause()?,
             }
         }
         Ok(())
     }
 }
 
-impl Wire for Star {
+impl Transport for Star {
     fn rank(&self) -> usize {
         self.rank
     }
@@ -177,21 +174,21 @@ impl Wire for Star {
         &self.name
     }
 
-    fn all_gather(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()> {
+    fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
         if self.rank != 0 {
-            self.send([own].into_iter(), patience)?;
-            return self.receive([all].into_iter(), patience);
+            self.send([own].into_iter(), waiting)?;
+            return self.receive([all].into_iter(), waiting);
         }
         let mut rows = all.chunks_mut(own.len());
         if let Some(first) = rows.next() {
             first.copy_from_slice(own);
         }
-        self.receive(rows, patience)?;
+        self.receive(rows, waiting)?;
         let all = &*all;
-        self.send(self.lines.iter().map(|_| all), patience)
+        self.send(self.lines.iter().map(|_| all), waiting)
     }
 
-    fn exchange(&self, own: &[u8], all: &mut [u8], patience: &mut Patience) -> Result<()> {
+    fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
         let size = self.size;
         let n = own.len() / size;
         let most = (PIECE / size).max(1);
@@ -204,7 +201,7 @@ impl Wire for Star {
                     let mut from = vec![0; given.len() * size];
                     let (mine, others) = from.split_at_mut(given.len());
                     mine.copy_from_slice(&given);
-                    self.receive(others.chunks_mut(given.len()), patience)?;
+                    self.receive(others.chunks_mut(given.len()), waiting)?;
                     // Block (r, s) of `from` is what r gives s; that of `to` what r takes from s.
                     let mut to = vec![0; from.len()];
                     for (i, block) in to.chunks_mut(count).enumerate() {
@@ -212,11 +209,11 @@ impl Wire for Star {
                         block.copy_from_slice(&from[(s * size + r) * count..][..count]);
                     }
                     taken.copy_from_slice(&to[..given.len()]);
-                    self.send(to.chunks(given.len()).skip(1), patience)?;
+                    self.send(to.chunks(given.len()).skip(1), waiting)?;
                 }
                 _ => {
-                    self.send([&given[..]].into_iter(), patience)?;
-                    self.receive([&mut taken[..]].into_iter(), patience)?;
+                    self.send([&given[..]].into_iter(), waiting)?;
+                    self.receive([&mut taken[..]].into_iter(), waiting)?;
                 }
             }
             for (r, row) in taken.chunks(count).enumerate() {
@@ -226,22 +223,27 @@ impl Wire for Star {
         Ok(())
     }
 
-    fn group(&self, size: usize, all: &dyn Collective, limit: Duration) -> Result<Box<dyn Wire>> {
+    fn group(
+        &self,
+        size: usize,
+        all: &dyn Collective,
+        limit: Duration,
+    ) -> Result<Box<dyn Transport>> {
         let (first, rank) = (self.rank / size * size, self.rank % size);
         let mut own = None;
         if rank == 0 {
             let bound = TcpListener::bind((self.address, 0));
             let bound = bound.and_then(|listener| Ok((listener.local_addr()?, listener)));
-            let key = door::random()?;
-            let (address, listener) = bound.map_err(|e| door::broken(&e))?;
-            own = Some((Place { address, key }, Door::new(listener, key, size)?));
+            let key = handshake::random()?;
+            let (address, listener) = bound.map_err(|e| handshake::broken(&e))?;
+            own = Some((Place { address, key }, Acceptor::new(listener, key, size)?));
         }
         let place = own.as_ref().map(|(place, _)| place);
         let text = serde_json::to_vec(&place).unwrap_or_default();
         let places = all.gather_bytes(&text)?;
         let deadline = Instant::now() + limit;
         let lines = match own {
-            Some((_, door)) => door.admit(deadline)?,
+            Some((_, acceptor)) => acceptor.accept_ranks(deadline)?,
             None => {
                 let place: Option<Place> =
                     serde_json::from_slice(&places[first]).unwrap_or_default();
@@ -250,7 +252,13 @@ impl Wire for Star {
                     Error::invalid("ranks", expected, format!("none of rank {first}"), help)
                 })?;
                 let named = address.to_string();
-                vec![knock(&[address], &named, &key, [rank, size], deadline)?]
+                vec![connect_to_rank_0(
+                    &[address],
+                    &named,
+                    &key,
+                    [rank, size],
+                    deadline,
+                )?]
             }
         };
         let star = Star::new(rank, size, lines, self.name.clone(), self.address)?;

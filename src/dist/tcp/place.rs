@@ -3,7 +3,7 @@
 //! torchrun's agent holds a store of its own on MASTER_PORT, or leaves that port to PyTorch; runs side by side on one host
 //! take neighbouring ports. So ranks meet on [`OFFSET`] ports further, where none of them is.
 
-use crate::dist::door::Key;
+use crate::dist::handshake::Key;
 use crate::error::{Error, Result};
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::ops::RangeInclusive;
@@ -23,7 +23,7 @@ const RUN_ID: &str = "TORCHELASTIC_RUN_ID";
 const NEEDED: [&str; 4] = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
 
 /// A rank, and where it meets the others.
-pub struct MeetingPlace {
+pub struct Rendezvous {
     pub rank: usize,
     pub size: usize,
     /// A name or an address of rank 0's host.
@@ -47,7 +47,7 @@ pub fn size(read: &dyn Fn(&str) -> Option<String>) -> Option<usize> {
     Some(size.trim().parse().unwrap_or(0))
 }
 
-impl MeetingPlace {
+impl Rendezvous {
     /// From the environment.
     ///
     /// # Errors
@@ -77,7 +77,7 @@ impl MeetingPlace {
         let local = read("LOCAL_WORLD_SIZE").and_then(|n| n.trim().parse::<u16>().ok());
         let parts = [RUN_ID, SECRET].map(|name| read(name).unwrap_or_default());
         let material = serde_json::to_vec(&(parts, theirs)).unwrap_or_default();
-        Ok(MeetingPlace {
+        Ok(Rendezvous {
             rank: rank.into(),
             size: size.into(),
             host: text("MASTER_ADDR")?,
@@ -144,7 +144,7 @@ impl MeetingPlace {
 mod tests {
     use super::*;
 
-    fn of(set: &[(&str, &str)]) -> Result<MeetingPlace> {
+    fn of(set: &[(&str, &str)]) -> Result<Rendezvous> {
         let torchrun = [
             ("RANK", "1"),
             ("WORLD_SIZE", "4"),
@@ -158,7 +158,7 @@ mod tests {
             let found = all.iter().find(|(n, _)| *n == name)?.1;
             (!found.is_empty()).then(|| found.to_string())
         };
-        MeetingPlace::of(&read)
+        Rendezvous::of(&read)
     }
 
     #[test]

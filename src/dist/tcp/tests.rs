@@ -23,9 +23,9 @@ fn on_ranks<R: Send>(size: usize, f: impl Fn(&Processes) -> R + Sync) -> Vec<R> 
                 _ => None,
             };
             scope.spawn(move || {
-                let meeting = MeetingPlace::of(&read).unwrap();
-                let (star, way) = Star::start(&meeting, LIMIT).unwrap();
-                let ranks = Processes::connect(Box::new(star), "here".into(), Some(way), LIMIT);
+                let meeting = Rendezvous::of(&read).unwrap();
+                let (star, hub) = Star::start(&meeting, LIMIT).unwrap();
+                let ranks = Processes::connect(Box::new(star), "here".into(), Some(hub), LIMIT);
                 let ranks = ranks.unwrap();
                 let answer = f(&ranks);
                 ranks.finish().unwrap();

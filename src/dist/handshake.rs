@@ -1,5 +1,5 @@
-//! The first words on a TCP connection of two ranks: each proves that it knows the run's key, without saying it. Whoever
-//! cannot is refused, and costs the ranks neither time nor memory.
+//! The handshake of a TCP connection between two ranks: each end proves that it knows the run's key, without sending it. A
+//! connection that cannot is closed, and costs the ranks neither time nor memory.
 //!
 //! The listening end sends [`MAGIC`] and a nonce; the other end its rank, the number of ranks, a nonce of its own and a
 //! keyed digest of all; the listening end answers with another one. Every message has a fixed length. What follows on the
@@ -12,7 +12,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What the ranks of a run know, and nobody else.
+/// The secret that the ranks of a run share.
 pub(super) type Key = [u8; 32];
 
 const MAGIC: [u8; 16] = *b"routegrad ranks\n";
@@ -25,14 +25,14 @@ const ANSWER: usize = 1 + 32;
 /// A connection that has not proved itself so long after it was made is closed.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Connections that may be about to do so.
+/// Unproven connections at a time, at most.
 const MOST: usize = 1024;
 
 /// What the listening end answers.
-const WELCOME: u8 = 0;
+const ACCEPTED: u8 = 0;
 const OTHER_KEY: u8 = 1;
 const OTHER_SIZE: u8 = 2;
-const TAKEN: u8 = 3;
+const RANK_TAKEN: u8 = 3;
 
 /// 32 random bytes of the system.
 ///
@@ -59,21 +59,21 @@ fn proof(key: &Key, end: u8, nonces: [&[u8]; 2], rank: u64, size: u64) -> blake3
 }
 
 const LISTENING: u8 = 0;
-const CALLING: u8 = 1;
+const CONNECTING: u8 = 1;
 
 /// Where ranks 1 to `size` of a run connect to rank 0.
-pub(super) struct Door {
+pub(super) struct Acceptor {
     listener: TcpListener,
     key: Key,
     size: usize,
 }
 
-impl Door {
+impl Acceptor {
     /// # Errors
     /// When the listener cannot be polled.
     pub fn new(listener: TcpListener, key: Key, size: usize) -> Result<Self> {
         listener.set_nonblocking(true).map_err(|e| broken(&e))?;
-        Ok(Door {
+        Ok(Acceptor {
             listener,
             key,
             size,
@@ -89,28 +89,24 @@ impl Door {
     ///
     /// # Errors
     /// When one is missing at `deadline`.
-    pub fn admit(&self, deadline: Instant) -> Result<Vec<TcpStream>> {
+    pub fn accept_ranks(&self, deadline: Instant) -> Result<Vec<TcpStream>> {
         let mut found: Vec<Option<TcpStream>> = (1..self.size).map(|_| None).collect();
-        let (mut visitors, mut refused) = (Vec::new(), 0);
+        let (mut pending, mut refused) = (Vec::new(), 0);
         loop {
-            while visitors.len() < MOST
+            while pending.len() < MOST
                 && let Ok((stream, _)) = self.listener.accept()
             {
-                visitors.extend(
-                    random()
-                        .ok()
-                        .and_then(|nonce| Visitor::greet(stream, nonce)),
-                );
+                pending.extend(random().ok().and_then(|nonce| Pending::new(stream, nonce)));
             }
-            let mut waiting = Vec::with_capacity(visitors.len());
-            for mut visitor in visitors {
-                match visitor.listen() {
-                    Heard::Part => waiting.push(visitor),
-                    Heard::Nothing => refused += 1,
-                    Heard::All => refused += usize::from(!self.judge(visitor, &mut found)),
+            let mut waiting = Vec::with_capacity(pending.len());
+            for mut candidate in pending {
+                match candidate.poll() {
+                    Claim::Partial => waiting.push(candidate),
+                    Claim::Failed => refused += 1,
+                    Claim::Complete => refused += usize::from(!self.verify(candidate, &mut found)),
                 }
             }
-            visitors = waiting;
+            pending = waiting;
             if found.iter().all(Option::is_some) {
                 break;
             }
@@ -123,18 +119,18 @@ impl Door {
     }
 
     /// Keeps the connection of a rank that proved to be one, and closes any other.
-    fn judge(&self, visitor: Visitor, found: &mut [Option<TcpStream>]) -> bool {
-        let Visitor {
+    fn verify(&self, candidate: Pending, found: &mut [Option<TcpStream>]) -> bool {
+        let Pending {
             mut stream,
             nonce,
             heard,
             ..
-        } = visitor;
+        } = candidate;
         let (rank, size) = (number(&heard[..8]), number(&heard[8..16]));
         let (theirs, claimed) = (&heard[16..48], &heard[48..]);
         let nonces = [&nonce[..], theirs];
         // Hashes are compared in constant time.
-        let known = proof(&self.key, CALLING, nonces, rank, size) == *slice_32(claimed);
+        let known = proof(&self.key, CONNECTING, nonces, rank, size) == *slice_32(claimed);
         let place = (rank as usize)
             .checked_sub(1)
             .and_then(|i| found.get_mut(i));
@@ -142,8 +138,8 @@ impl Door {
             _ if !known => (OTHER_KEY, None),
             _ if size != self.size as u64 => (OTHER_SIZE, None),
             // One that gave up before it was answered may call again.
-            Some(place) if place.as_ref().is_none_or(is_closed) => (WELCOME, Some(place)),
-            _ => (TAKEN, None),
+            Some(place) if place.as_ref().is_none_or(is_closed) => (ACCEPTED, Some(place)),
+            _ => (RANK_TAKEN, None),
         };
         let mut text = [0; ANSWER];
         text[0] = answer;
@@ -197,7 +193,7 @@ fn is_closed(stream: &TcpStream) -> bool {
 }
 
 /// A connection that has not proved itself yet.
-struct Visitor {
+struct Pending {
     stream: TcpStream,
     nonce: Key,
     heard: [u8; CLAIM],
@@ -205,21 +201,21 @@ struct Visitor {
     since: Instant,
 }
 
-enum Heard {
-    Part,
-    All,
-    /// It has closed, or takes too long.
-    Nothing,
+enum Claim {
+    Partial,
+    Complete,
+    /// The connection has closed, or takes too long.
+    Failed,
 }
 
-impl Visitor {
-    fn greet(mut stream: TcpStream, nonce: Key) -> Option<Self> {
+impl Pending {
+    fn new(mut stream: TcpStream, nonce: Key) -> Option<Self> {
         stream.set_nonblocking(true).ok()?;
         let mut greeting = [0; GREETING];
         greeting[..16].copy_from_slice(&MAGIC);
         greeting[16..].copy_from_slice(&nonce);
         stream.write_all(&greeting).ok()?;
-        Some(Visitor {
+        Some(Pending {
             stream,
             nonce,
             heard: [0; CLAIM],
@@ -228,16 +224,16 @@ impl Visitor {
         })
     }
 
-    fn listen(&mut self) -> Heard {
+    fn poll(&mut self) -> Claim {
         match self.stream.read(&mut self.heard[self.count..]) {
             Ok(n @ 1..) => self.count += n,
             Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-            _ => return Heard::Nothing,
+            _ => return Claim::Failed,
         }
         match self.count == CLAIM {
-            true => Heard::All,
-            false if self.since.elapsed() > PATIENCE => Heard::Nothing,
-            false => Heard::Part,
+            true => Claim::Complete,
+            false if self.since.elapsed() > PATIENCE => Claim::Failed,
+            false => Claim::Partial,
         }
     }
 }
@@ -246,7 +242,7 @@ impl Visitor {
 ///
 /// # Errors
 /// When rank 0 refuses, or is not there at `deadline`.
-pub(super) fn knock(
+pub(super) fn connect_to_rank_0(
     addresses: &[SocketAddr],
     named: &str,
     key: &Key,
@@ -302,16 +298,16 @@ fn attempt(
     claim.extend(rank.to_le_bytes());
     claim.extend(size.to_le_bytes());
     claim.extend(own);
-    claim.extend(proof(key, CALLING, nonces, rank, size).as_bytes());
+    claim.extend(proof(key, CONNECTING, nonces, rank, size).as_bytes());
     stream.write_all(&claim)?;
     let mut answer = [0; ANSWER];
     stream.read_exact(&mut answer)?;
     let refusal = match answer[0] {
-        WELCOME if proof(key, LISTENING, nonces, rank, size) == *slice_32(&answer[1..]) => {
+        ACCEPTED if proof(key, LISTENING, nonces, rank, size) == *slice_32(&answer[1..]) => {
             stream.set_read_timeout(None)?;
             return Ok(Ok(stream));
         }
-        WELCOME => "what listens there does not know the run's token",
+        ACCEPTED => "what listens there does not know the run's token",
         OTHER_KEY => "rank 0 is of another run: the token differs",
         OTHER_SIZE => "rank 0 expects another number of ranks",
         _ => "rank 0 has a process of this rank already, or expects none",
@@ -325,5 +321,5 @@ pub(super) fn broken(e: &std::io::Error) -> Error {
 }
 
 #[cfg(test)]
-#[path = "door_tests.rs"]
+#[path = "handshake_tests.rs"]
 mod tests;

@@ -5,10 +5,10 @@ use std::sync::mpsc;
 
 const KEY: Key = [7; 32];
 
-fn door(size: usize) -> (Door, SocketAddr) {
+fn acceptor(size: usize) -> (Acceptor, SocketAddr) {
     let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let address = listener.local_addr().unwrap();
-    (Door::new(listener, KEY, size).unwrap(), address)
+    (Acceptor::new(listener, KEY, size).unwrap(), address)
 }
 
 fn soon(seconds: u64) -> Instant {
@@ -16,7 +16,7 @@ fn soon(seconds: u64) -> Instant {
 }
 
 fn call(address: SocketAddr, key: Key, rank: usize, size: usize) -> Result<TcpStream> {
-    knock(&[address], "here", &key, [rank, size], soon(5))
+    connect_to_rank_0(&[address], "here", &key, [rank, size], soon(5))
 }
 
 /// The answer to a claim of rank 1 of 3, that of another connection if it is to be `replayed`.
@@ -32,7 +32,7 @@ fn claimed(address: SocketAddr, replayed: bool) -> u8 {
     let nonces = [&greetings[usize::from(!replayed)][16..], &[9; 32]];
     let mut claim = [1u64.to_le_bytes(), 3u64.to_le_bytes()].concat();
     claim.extend([9; 32]);
-    claim.extend(proof(&KEY, CALLING, nonces, 1, 3).as_bytes());
+    claim.extend(proof(&KEY, CONNECTING, nonces, 1, 3).as_bytes());
     second.write_all(&claim).unwrap();
     let mut answer = [0; ANSWER];
     second.read_exact(&mut answer).unwrap();
@@ -41,7 +41,7 @@ fn claimed(address: SocketAddr, replayed: bool) -> u8 {
 
 #[test]
 fn ranks_that_know_the_key_are_admitted_whatever_strangers_do() {
-    let (door, address) = door(3);
+    let (acceptor, address) = acceptor(3);
     let (done, ended) = mpsc::channel();
     let ranks = thread::spawn(move || {
         let begun = Instant::now();
@@ -68,7 +68,7 @@ fn ranks_that_know_the_key_are_admitted_whatever_strangers_do() {
         drop((idle, strangers));
         [first, second]
     });
-    let admitted = door.admit(soon(20)).unwrap();
+    let admitted = acceptor.accept_ranks(soon(20)).unwrap();
     done.send(()).unwrap();
     for (mut inside, mut outside) in admitted.into_iter().zip(ranks.join().unwrap()) {
         inside.write_all(b"hello").unwrap();
@@ -80,19 +80,19 @@ fn ranks_that_know_the_key_are_admitted_whatever_strangers_do() {
 
 #[test]
 fn a_claim_of_this_connection_is_welcome() {
-    let (door, address) = door(3);
-    let admitting = thread::spawn(move || door.admit(soon(1)));
-    assert_eq!(claimed(address, false), WELCOME);
+    let (acceptor, address) = acceptor(3);
+    let admitting = thread::spawn(move || acceptor.accept_ranks(soon(1)));
+    assert_eq!(claimed(address, false), ACCEPTED);
     let error = admitting.join().unwrap().unwrap_err().to_string();
     assert!(error.contains("none from 2"), "{error}");
 }
 
 #[test]
 fn ranks_that_do_not_come_are_named_with_the_number_of_strangers() {
-    let (door, address) = door(4);
+    let (acceptor, address) = acceptor(4);
     drop(TcpStream::connect(address).unwrap());
     let rank = thread::spawn(move || call(address, KEY, 2, 4));
-    let error = door.admit(soon(1)).err().unwrap().to_string();
+    let error = acceptor.accept_ranks(soon(1)).err().unwrap().to_string();
     assert!(
         error.contains("none from 1, 3; 1 others did not prove"),
         "{error}"
@@ -116,7 +116,7 @@ fn a_rank_does_not_trust_a_listener_without_the_key() {
     });
     let error = call(address, KEY, 1, 2).unwrap_err().to_string();
     assert!(error.contains("does not know the run's token"), "{error}");
-    let error = knock(&[address], "here", &KEY, [1, 2], Instant::now());
+    let error = connect_to_rank_0(&[address], "here", &KEY, [1, 2], Instant::now());
     let error = error.unwrap_err().to_string();
     assert!(error.contains("another program listens there"), "{error}");
     foreign.join().unwrap();
