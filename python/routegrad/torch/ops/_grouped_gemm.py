@@ -22,12 +22,14 @@ def check_runs(name: str, offsets: Tensor, rows: int) -> None:
         raise ValueError(f"{name}: expected offsets from 0 that do not decrease, to at most {rows}, got {found}")
 
 
-def _check(name: str, rows: tuple[str, Tensor, int], weight: tuple[int, int, int], offsets: Tensor, like: Tensor) -> None:
-    """Rows [R, width], by name; W's shape; ``offsets``."""
-    what, tensor, width = rows
-    check(name, what, tensor, ["R", width], [BF16], like)
-    check_multiples_of_8(name, N=weight[1], K=weight[2])
-    check(name, "offsets", offsets, [weight[0] + 1], [I32], like)
+def _sizes(name: str, what: str, rows: Tensor, axis: int, weight: Tensor, offsets: Tensor) -> tuple[int, int, int, int]:
+    """(R, E, N, K) of W [E, N, K], ``offsets`` and rows [R, width of W's ``axis``], which are called ``what``."""
+    check(name, "weight", weight, ["E", "N", "K"], WEIGHTS, rows)
+    experts, n, k = weight.shape
+    check(name, what, rows, ["R", weight.shape[axis]], [BF16], rows)
+    check_multiples_of_8(name, N=n, K=k)
+    check(name, "offsets", offsets, [experts + 1], [I32], rows)
+    return rows.shape[0], experts, n, k
 
 
 @torch.library.custom_op("routegrad::grouped_gemm", mutates_args=())
@@ -42,7 +44,7 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         [R, N] bfloat16; zeros from row offsets[E] on. Gradients of x and W flow.
     """
-    (experts, n, k), rows = _fake_forward(x, weight, offsets)[1:]
+    rows, experts, n, k = _sizes("routegrad::grouped_gemm", "x", x, 2, weight, offsets)
     check_runs("routegrad::grouped_gemm", offsets, rows)
     out = zeros(x, rows, n, dtype=BF16)
     if rows:
@@ -53,12 +55,10 @@ def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def _fake_forward(x: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
-    name = "routegrad::grouped_gemm"
-    check(name, "weight", weight, ["E", "N", "K"], WEIGHTS, x)
-    experts, n, k = weight.shape
-    _check(name, ("x", x, k), (experts, n, k), offsets, x)
-    return x.new_empty(x.shape[0], n), (experts, n, k), x.shape[0]
+@grouped_gemm.register_fake
+def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    rows, _, n, _ = _sizes("routegrad::grouped_gemm", "x", x, 2, weight, offsets)
+    return x.new_empty(rows, n)
 
 
 @torch.library.custom_op("routegrad::grouped_gemm_input_gradient", mutates_args=())
@@ -68,7 +68,7 @@ def grouped_gemm_input_gradient(dout: Tensor, weight: Tensor, offsets: Tensor) -
     Returns:
         [R, K] bfloat16; zeros from row offsets[E] on. Gradients of dout and W flow.
     """
-    (experts, n, k), rows = _fake_input_gradient(dout, weight, offsets)[1:]
+    rows, experts, n, k = _sizes("routegrad::grouped_gemm_input_gradient", "dout", dout, 1, weight, offsets)
     check_runs("routegrad::grouped_gemm_input_gradient", offsets, rows)
     dx = zeros(dout, rows, k, dtype=BF16)
     if rows:
@@ -79,12 +79,10 @@ def grouped_gemm_input_gradient(dout: Tensor, weight: Tensor, offsets: Tensor) -
     return dx
 
 
-def _fake_input_gradient(dout: Tensor, weight: Tensor, offsets: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
-    name = "routegrad::grouped_gemm_input_gradient"
-    check(name, "weight", weight, ["E", "N", "K"], WEIGHTS, dout)
-    experts, n, k = weight.shape
-    _check(name, ("dout", dout, n), (experts, n, k), offsets, dout)
-    return dout.new_empty(dout.shape[0], k), (experts, n, k), dout.shape[0]
+@grouped_gemm_input_gradient.register_fake
+def _(dout: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    rows, _, _, k = _sizes("routegrad::grouped_gemm_input_gradient", "dout", dout, 1, weight, offsets)
+    return dout.new_empty(rows, k)
 
 
 @torch.library.custom_op("routegrad::grouped_gemm_weight_gradient", mutates_args=())
@@ -94,7 +92,8 @@ def grouped_gemm_weight_gradient(dout: Tensor, x: Tensor, offsets: Tensor) -> Te
     Returns:
         [E, N, K] float32. Gradients of dout and x flow, through this gradient's own rounded to bfloat16.
     """
-    (experts, n, k), rows = _fake_weight_gradient(dout, x, offsets)[1:]
+    experts, n, k = _weight_shape(dout, x, offsets)
+    rows = dout.shape[0]
     check_runs("routegrad::grouped_gemm_weight_gradient", offsets, rows)
     dw = zeros(dout, experts, n, k, dtype=F32)
     if rows:
@@ -105,22 +104,19 @@ def grouped_gemm_weight_gradient(dout: Tensor, x: Tensor, offsets: Tensor) -> Te
     return dw
 
 
-def _fake_weight_gradient(dout: Tensor, x: Tensor, offsets: Tensor) -> tuple[Tensor, tuple[int, int, int], int]:
+def _weight_shape(dout: Tensor, x: Tensor, offsets: Tensor) -> tuple[int, int, int]:
     name = "routegrad::grouped_gemm_weight_gradient"
     check(name, "dout", dout, ["R", "N"], [BF16], dout)
     check(name, "x", x, [dout.shape[0], "K"], [BF16], dout)
     check(name, "offsets", offsets, ["E + 1"], [I32], dout)
     shape = (offsets.shape[0] - 1, dout.shape[1], x.shape[1])
     check_multiples_of_8(name, N=shape[1], K=shape[2])
-    return dout.new_empty(shape, dtype=F32), shape, dout.shape[0]
+    return shape
 
 
-for _op, _fake in [
-    (grouped_gemm, _fake_forward),
-    (grouped_gemm_input_gradient, _fake_input_gradient),
-    (grouped_gemm_weight_gradient, _fake_weight_gradient),
-]:
-    _op.register_fake(lambda *inputs, _fake=_fake: _fake(*inputs)[0])
+@grouped_gemm_weight_gradient.register_fake
+def _(dout: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
+    return dout.new_empty(_weight_shape(dout, x, offsets), dtype=F32)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
