@@ -26,10 +26,9 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
                 "name the run's folder by --out, or its --name; without --resume a new run begins";
             return Err(Error::file(out, "a run to go on with", got, help));
         }
-        let file = Some(file);
         let layers = Layers {
             resolved: true,
-            ..args.layers(file)
+            ..args.layers(Some(file))
         };
         (Config::load(&layers, &routers::resolve)?, out)
     } else {

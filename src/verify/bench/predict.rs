@@ -184,13 +184,13 @@ pub struct Model {
 }
 
 impl Model {
-    /// Fits the timings among `records`, lines of `hardware-check`'s files.
+    /// Fits the timings on an H200 among `records`, lines of `hardware-check`'s files.
     ///
     /// # Errors
     /// When no product was timed often enough.
     pub fn new(records: &[Value]) -> Result<Self> {
         let mut groups: BTreeMap<(String, String, String), Vec<Timing>> = BTreeMap::new();
-        for record in records {
+        for record in records.iter().filter(|r| r["gpu"] == h200().name) {
             for (product, timing) in timings(record) {
                 let code = record["code"].as_str().unwrap_or_default().to_string();
                 groups
