@@ -1,58 +1,15 @@
 //! The documentation holds: its links lead somewhere, its commands are the program's, every page is in the guide.
 
+#[path = "../common/pages.rs"]
+mod pages;
+
 use clap::Parser;
+use pages::{calls, guide, pages, parts};
 use routegrad::cli::Cli;
 use routegrad::config::{Config, Layers, described};
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
-
-/// README, the guide, and what else a reader is sent to.
-fn pages() -> Vec<PathBuf> {
-    let mut pages: Vec<PathBuf> = [
-        "README.md",
-        "CONTRIBUTING.md",
-        "CHANGELOG.md",
-        "SECURITY.md",
-    ]
-    .map(PathBuf::from)
-    .into();
-    pages.extend(
-        [
-            "kernels/README.md",
-            "kernels/sim/README.md",
-            "python/README.md",
-        ]
-        .map(PathBuf::from),
-    );
-    pages.extend(guide());
-    pages
-}
-
-/// The pages of `docs/`.
-fn guide() -> Vec<PathBuf> {
-    let entries = fs::read_dir("docs").unwrap().map(|e| e.unwrap().path());
-    let mut found: Vec<_> = entries
-        .filter(|p| p.extension().is_some_and(|e| e == "md"))
-        .collect();
-    found.sort();
-    found
-}
-
-/// The text of a page and the code blocks in it, each with its language.
-fn parts(page: &Path) -> (String, Vec<(String, String)>) {
-    let text = fs::read_to_string(page).unwrap_or_else(|e| panic!("{}: {e}", page.display()));
-    let (mut prose, mut blocks) = (String::new(), Vec::new());
-    for (i, part) in text.split("\n```").enumerate() {
-        // Behind a closing fence stands prose again.
-        match (i % 2, part.split_once('\n')) {
-            (1, Some((language, code))) => blocks.push((language.trim().into(), code.into())),
-            _ => prose += part,
-        }
-        prose.push('\n');
-    }
-    (prose, blocks)
-}
+use std::path::Path;
 
 /// What GitHub and mdBook make of a heading as a target of links.
 fn anchor(heading: &str) -> String {
@@ -125,31 +82,6 @@ fn the_summary_of_the_guide_has_every_page_once() {
     assert_eq!(listed, expected);
 }
 
-/// The arguments of each call of the program in a block of shell code.
-fn calls(code: &str) -> Vec<Vec<String>> {
-    let code = code.replace("\\\n", " ");
-    let commands = code.lines().flat_map(|line| line.split("&&"));
-    let words = commands.filter_map(|command| {
-        let words: Vec<String> = shlex::split(command)?;
-        let program = words
-            .iter()
-            .position(|w| w == "routegrad" || w == "target/release/routegrad");
-        let cargo = ["cargo", "run", "--release", "--"];
-        let first = match program {
-            Some(i) => i,
-            None if words.len() >= 4 && words[..4] == cargo => 3,
-            None => return None,
-        };
-        let mut arguments = vec!["routegrad".to_string()];
-        let rest = words[first + 1..]
-            .iter()
-            .take_while(|w| !["|", ">", ";"].contains(&w.as_str()));
-        arguments.extend(rest.cloned());
-        Some(arguments)
-    });
-    words.collect()
-}
-
 #[test]
 fn every_command_in_the_docs_is_one_that_the_program_takes() {
     let mut count = 0;
@@ -158,7 +90,8 @@ fn every_command_in_the_docs_is_one_that_the_program_takes() {
             if language != "sh" {
                 continue;
             }
-            for arguments in calls(&code) {
+            for call in calls(&code) {
+                let arguments = call.arguments;
                 count += 1;
                 if let Err(e) = Cli::try_parse_from(&arguments) {
                     let asked = matches!(

@@ -17,6 +17,8 @@ mod data;
 #[cfg(feature = "text")]
 mod data_corruption;
 mod data_inputs;
+#[cfg(feature = "text")]
+mod documented;
 mod exchange;
 mod export;
 mod fuzz;
