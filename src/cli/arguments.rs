@@ -267,7 +267,8 @@ pub(super) struct TrainArgs {
     /// Write no checkpoints: for timing.
     #[arg(long)]
     pub(super) no_checkpoint: bool,
-    /// On a GPU, show where the time of the last step goes, and write timeline.json.
+    /// Show where the time of the last step goes on a GPU, or what each kernel moves and computes on the simulator; write
+    /// timeline.json.
     #[arg(long)]
     pub(super) timeline: bool,
     /// Show no progress.

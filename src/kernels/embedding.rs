@@ -3,6 +3,7 @@
 //! `y_t = W[id_t]`, NaN where the id is not in `0 … V − 1`. `dW_v (+)= Σ dy_t` over the tokens with id v, t ascending. The
 //! tokens are sorted by id a byte at a time: [`EmbeddingOrder`] gives the bytes, `dispatch_choices` their stable order.
 
+use super::cost::Cost;
 use super::{In, Out, host_function, kernel};
 use half::bf16;
 
@@ -21,6 +22,13 @@ kernel! {
         vocabulary: usize;
         /// D.
         hidden: usize;
+    }
+}
+
+impl EmbeddingForward<'_> {
+    /// Of so many rows, which may lie anywhere in the table.
+    pub fn cost(tokens: usize, hidden: usize) -> Cost {
+        Cost::new(0, 4 * tokens * (hidden + 1))
     }
 }
 
@@ -49,6 +57,20 @@ kernel! {
     }
 }
 
+impl EmbeddingOrder<'_> {
+    /// Calls for a vocabulary: one for each byte of an id, and one for the whole ids.
+    pub fn calls(vocabulary: usize) -> usize {
+        // V stands for an id that is not in the table.
+        let bits = usize::BITS - vocabulary.leading_zeros();
+        bits.div_ceil(8) as usize + 1
+    }
+
+    /// Of one call.
+    pub fn cost(tokens: usize) -> Cost {
+        Cost::new(0, 16 * tokens)
+    }
+}
+
 kernel! {
     /// `dW_v (+)= Σ dy_t` over the tokens with id v.
     pub struct EmbeddingGradient = embedding_gradient {
@@ -70,6 +92,19 @@ kernel! {
         hidden: usize;
         /// Whether `dw` is added to, or assigned.
         accumulate: bool;
+    }
+}
+
+impl EmbeddingGradient<'_> {
+    /// When the tokens have as many different ids as they can.
+    pub fn cost(tokens: usize, vocabulary: usize, hidden: usize, accumulate: bool) -> Cost {
+        let met = 4 * tokens.min(vocabulary) * hidden;
+        let rest = if accumulate {
+            met
+        } else {
+            4 * vocabulary * hidden
+        };
+        Cost::new(0, 2 * tokens * hidden + met + 8 * tokens + rest)
     }
 }
 

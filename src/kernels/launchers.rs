@@ -173,7 +173,9 @@ impl Launchers {
             return Ok(());
         }
         let _span = crate::device::timeline::Span::begin(launcher);
-        self.check(launcher, call())
+        let status = call();
+        super::trace::launched(self, launcher);
+        self.check(launcher, status)
     }
 
     /// Turns the status of `launcher` into an error that says what the kernel's build says about it. To be called on the

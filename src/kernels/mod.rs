@@ -54,6 +54,7 @@ pub mod step;
 pub mod sum_parts;
 pub mod swiglu;
 pub mod table;
+pub mod trace;
 // Single instructions and planted faults, for the tests of the simulator alone.
 #[doc(hidden)]
 pub mod unit;

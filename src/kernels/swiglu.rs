@@ -1,6 +1,7 @@
 //! `kernels/swiglu.cu`: the activation of dense layers (Shazeer, arXiv 2002.05202), `a = silu(gate) ⊙ up` with
 //! `silu(z) = z σ(z)`; h `[R, 2F]` holds gate in its first F columns, then up.
 
+use super::cost::Cost;
 use super::{In, Out, kernel};
 use half::bf16;
 
@@ -18,6 +19,13 @@ kernel! {
     }
 }
 
+impl SwigluForward<'_> {
+    /// Of so many rows.
+    pub fn cost(rows: usize, ffn: usize) -> Cost {
+        Cost::new(0, 6 * rows * ffn)
+    }
+}
+
 kernel! {
     /// `dgate = da ⊙ up ⊙ σ (1 + gate (1 − σ))`, `dup = da ⊙ gate σ`, assigned.
     pub struct SwigluBackward = swiglu_backward {
@@ -31,5 +39,12 @@ kernel! {
         rows: usize;
         /// F.
         ffn: usize;
+    }
+}
+
+impl SwigluBackward<'_> {
+    /// Of so many rows.
+    pub fn cost(rows: usize, ffn: usize) -> Cost {
+        Cost::new(0, 10 * rows * ffn)
     }
 }

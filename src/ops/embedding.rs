@@ -157,10 +157,8 @@ pub(super) mod kernels {
         /// Values of a byte: the experts of the dispatch.
         const BYTE: usize = 256;
         let tokens = ids.elements();
-        // An id outside the table sorts as V, so V must fit.
-        let passes = (usize::BITS - vocabulary.leading_zeros()).div_ceil(8) as usize;
         let mut so_far = None;
-        for pass in 0..passes {
+        for pass in 0..EmbeddingOrder::calls(vocabulary) - 1 {
             let (order, byte) = next(ids, vocabulary, so_far.as_ref(), Some(8 * pass))?;
             let maps = maps_of(ids.device(), Named::Experts(byte), [tokens, BYTE], tokens)?;
             so_far = Some((order, maps.row_token));

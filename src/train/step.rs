@@ -14,7 +14,7 @@ use crate::config::TrainConfig;
 use crate::device::{Device, counters, timeline};
 use crate::dist::{DeviceRanks, at};
 use crate::error::{Error, Result};
-use crate::kernels::launchers;
+use crate::kernels::{launchers, trace};
 use crate::model::batch::Sequences;
 use crate::model::{Inputs, Model};
 use crate::routers::{LayerState, LayerStats, Pass, Phase};
@@ -274,8 +274,9 @@ impl StepExecutor {
         // With a whole optimizer on several ranks the host adds up the gradients; ranks of one process take memory while others
         // replay.
         let whole = self.optimizer.shards().is_whole();
+        let recorded = timeline::recorded() || trace::recorded();
         let repeats = self.ranks.is_none() || !whole && !model.dist().shares_process();
-        Ok(plain && repeats && !timeline::recorded() && !launchers::waits())
+        Ok(plain && repeats && !recorded && !launchers::waits())
     }
 
     /// Refuses micro-batches whose equal weight would not make the mean over the global batch. On a device with kernels the

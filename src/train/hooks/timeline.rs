@@ -1,14 +1,17 @@
-//! Where the time of a step goes on a GPU.
+//! Where the time of a step goes on a GPU, and what its kernels move and compute on the simulator.
 
 use crate::config::Config;
-use crate::device::timeline;
+use crate::device::{Device, timeline};
 use crate::error::{Error, Result};
+use crate::kernels::trace;
 use crate::report::files::publish;
 use crate::report::metrics::Record;
 use crate::train::{Hook, Trainer};
+use serde::Serialize;
+use std::fmt::Display;
 use std::path::PathBuf;
 
-/// Records a timeline of the last step's kernels, and writes it to `timeline.json`.
+/// Records a timeline of the last step's kernels, on the simulator their bytes and operations, and writes it to `timeline.json`.
 pub struct KernelTimeline {
     folder: PathBuf,
 }
@@ -20,6 +23,15 @@ impl KernelTimeline {
             folder: folder.into(),
         }
     }
+
+    fn write(&self, trainer: &Trainer, found: &(impl Serialize + Display)) -> Result<()> {
+        let path = self.folder.join("timeline.json");
+        let bytes = serde_json::to_vec_pretty(found);
+        let bytes = bytes.map_err(|e| Error::io("write", &path, e.into()))?;
+        publish(&path, &bytes)?;
+        trainer.note(&found.to_string());
+        Ok(())
+    }
 }
 
 impl Hook for KernelTimeline {
@@ -29,9 +41,13 @@ impl Hook for KernelTimeline {
     }
 
     fn before_step(&mut self, trainer: &Trainer, step: u64) -> Result<()> {
-        match step == trainer.config().train.steps {
-            true => timeline::start(),
-            false => Ok(()),
+        match (
+            step == trainer.config().train.steps,
+            trainer.config().train.device,
+        ) {
+            (true, Device::Sim) => trace::start(),
+            (true, _) => timeline::start(),
+            _ => Ok(()),
         }
     }
 
@@ -40,14 +56,10 @@ impl Hook for KernelTimeline {
         if record.step != trainer.config().train.steps {
             return Ok(());
         }
-        let Some(timeline) = timeline::finish()? else {
-            return Ok(());
-        };
-        let path = self.folder.join("timeline.json");
-        let bytes = serde_json::to_vec_pretty(&timeline);
-        let bytes = bytes.map_err(|e| Error::io("write", &path, e.into()))?;
-        publish(&path, &bytes)?;
-        trainer.note(&timeline.to_string());
-        Ok(())
+        match (timeline::finish()?, trace::finish()) {
+            (Some(timeline), _) => self.write(trainer, &timeline),
+            (None, Some(trace)) => self.write(trainer, &trace),
+            (None, None) => Ok(()),
+        }
     }
 }

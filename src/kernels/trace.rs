@@ -1,0 +1,116 @@
+//! What the launches of a step on the simulator moved and computed, by launcher: the bytes and the tensor-core operations that
+//! a GPU's kernels would have.
+
+use super::cost::Cost;
+use super::launchers::{self, Launchers};
+use crate::device::machine::h200;
+use crate::error::Result;
+use serde::Serialize;
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::fmt;
+
+thread_local! {
+    static ENTRIES: RefCell<Option<BTreeMap<&'static str, Entry>>> = const { RefCell::new(None) };
+}
+
+/// The launches of one launcher.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Entry {
+    /// Its name in `kernels/routegrad.h`.
+    pub launcher: &'static str,
+    /// How often it ran.
+    pub launches: usize,
+    /// Global memory that it read and wrote, each byte counted as often as a kernel asks for it.
+    pub bytes: f64,
+    /// Floating-point operations of the tensor cores.
+    pub flops: f64,
+}
+
+impl Entry {
+    fn cost(&self) -> Cost {
+        Cost {
+            flops: self.flops,
+            bytes: self.bytes,
+        }
+    }
+}
+
+/// What this thread launched between [`start`] and [`finish`].
+#[derive(Clone, Debug, Serialize)]
+pub struct Trace {
+    /// The one that takes longest on an H200 at best first.
+    pub entries: Vec<Entry>,
+}
+
+/// Begins to record what this thread launches on the simulator.
+///
+/// # Errors
+/// As [`launchers::sim`].
+pub fn start() -> Result<()> {
+    launchers::sim()?.take_counters();
+    ENTRIES.set(Some(BTreeMap::new()));
+    Ok(())
+}
+
+/// Ends it; nothing where it was not begun, or nothing was launched.
+pub fn finish() -> Option<Trace> {
+    let found = ENTRIES.take()?;
+    let mut entries: Vec<Entry> = found.into_values().collect();
+    entries.sort_by(|a, b| b.cost().floor().total_cmp(&a.cost().floor()));
+    (!entries.is_empty()).then_some(Trace { entries })
+}
+
+/// Whether launches are recorded.
+pub fn recorded() -> bool {
+    ENTRIES.with_borrow(Option::is_some)
+}
+
+/// Records a launch that is over.
+pub(super) fn launched(launchers: &Launchers, launcher: &'static str) {
+    ENTRIES.with_borrow_mut(|entries| {
+        let Some((entries, counters)) = entries.as_mut().zip(launchers.take_counters()) else {
+            return;
+        };
+        let entry = entries.entry(launcher).or_default();
+        entry.launcher = launcher;
+        // Functions that only say how much memory a kernel needs launch nothing.
+        entry.launches += usize::from(counters.launches > 0);
+        entry.bytes += (counters.bytes_read + counters.bytes_written) as f64;
+        entry.flops += counters.tensor_flops as f64;
+    });
+}
+
+impl fmt::Display for Trace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "launches        MB    GFLOP  {} at best, µs  launcher",
+            h200().key
+        )?;
+        let total = Entry {
+            launcher: "the step",
+            ..Entry::default()
+        };
+        let mut floor = 0.0;
+        let total = self.entries.iter().fold(total, |sum, e| {
+            floor += e.cost().floor();
+            Entry {
+                launches: sum.launches + e.launches,
+                bytes: sum.bytes + e.bytes,
+                flops: sum.flops + e.flops,
+                ..sum
+            }
+        });
+        let rows = self.entries.iter().map(|e| (e, e.cost().floor()));
+        for (entry, floor) in rows.chain([(&total, floor)]) {
+            let (mb, gflop, us) = (entry.bytes / 1e6, entry.flops / 1e9, 1e6 * floor);
+            let (launches, launcher) = (entry.launches, entry.launcher);
+            writeln!(
+                f,
+                "{launches:8}  {mb:8.2}  {gflop:7.3}  {us:16.2}  {launcher}"
+            )?;
+        }
+        Ok(())
+    }
+}
