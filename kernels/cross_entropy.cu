@@ -1,21 +1,26 @@
 // cross_entropy: the output head's loss, a chunk of tokens at a time. For token t with logits z = x_t Wᵀ and target y:
 //   head_logits           z = x Wᵀ, kept in f32: in bf16 a logit of 20 would be off by up to 1/16
+//                         statistics[t, c] = (m, Σ exp(z − m)) of columns 128 c … 128 c + 127, m their maximum
 //   cross_entropy_rows    losses[t] = logsumexp(z_t) − z_t[y_t]
 //                         dlogits[t, v] = factor (softmax(z_t)[v] − [v = y_t]), rounded to bf16; may be null
 //   cross_entropy_mean    loss[0] = factor Σ_t losses[t]
 //   gradient_scale        out = or += factor[0] in, element by element, both f32 or both bf16: what backward has left to
 //                         do, since dx = dlogits W and dW = Σ dlogitsᵀ x are formed in forward by grouped_gemm
-// x [T, D] bf16, W [V, D] bf16, logits [T, V] f32, targets [T] i32, losses [T] f32, dlogits [T, V] bf16. D and V multiples
-// of 8, pointers 16-byte aligned. All are assigned, out as `accumulate` says. A target outside 0 … V − 1 makes its loss
-// NaN, so that the step is refused, and has no term in dlogits.
+// x [T, D] bf16, W [V, D] bf16, logits [T, V] f32, statistics [T, C, 2] f32 with C = ⌈V / 128⌉, targets [T] i32, losses [T]
+// f32, dlogits [T, V] bf16. D and V multiples of 8, pointers 16-byte aligned. All are assigned, out as `accumulate` says. A
+// target outside 0 … V − 1 makes its loss NaN, so that the step is refused, and has no term in dlogits.
 //
-// A block has a token. Its threads keep a running maximum m and Σ exp(z − m), so that logits of any size neither overflow
-// nor need a pass of their own for the maximum; the row is read a second time for the gradient.
-// Deterministic: a sum goes over a thread's columns, a warp's lanes, the warps in order; that of the losses likewise.
-// Bytes: logits 2·(T·D + V·D) + 4·T·V, rows 4·T·V, with gradient 10·T·V, + 12·T; mean 4·T; scale 8 or 4 an element, 12 or
-// 6 to accumulate. FLOPs: 2·T·V·D of the logits. Floor: max(FLOPs / 790e12, bytes / 4.3e12) s; of 2,048 tokens and V =
-// 128,256 the rows take 0.61 ms, the three products at D = 2048 4.1 ms.
+// A block has a token. It joins the row's statistics, so that a row is read once, for its gradient; without a gradient only
+// the target's logit is. Statistics may be null in cross_entropy_rows: then the threads first read the row for them, each
+// with a running maximum.
+// Deterministic: a sum goes over a thread's columns or statistics, a warp's lanes, the warps in order; that of the losses
+// likewise.
+// Bytes: logits 2·(T·D + V·D) + 4·T·V + 8·T·C; rows 8·T·C, with gradient + 6·T·V, and 4·T·V in place of 8·T·C without
+// statistics, + 12·T; mean 4·T; scale 8 or 4 an element, 12 or 6 to accumulate. FLOPs: 2·T·V·D of the logits. Floor:
+// max(FLOPs / 790e12, bytes / 4.3e12) s; of 2,048 tokens and V = 128,256 the rows take 0.37 ms, the three products at
+// D = 2048 4.1 ms.
 #include "common/eight.cuh"
+#include "common/epilogue_store_logits.cuh"
 #include "common/gemm_launch.cuh"
 #include "common/warp.cuh"
 
@@ -23,40 +28,35 @@ namespace ROUTEGRAD_VARIANT {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr float kLog2E = 1.44269504f;
 
-DEV float exp_difference(float a, float b) { return exp2_approximate((a - b) * kLog2E); }
-
-// m = max z and Σ exp(z − m) of the logits seen so far.
-struct Softmax {
-  float largest = -3.402823466e38f, sum = 0;  // not −∞: −∞ − (−∞) would be NaN
-
-  DEV void see(float4 z) {
-    const float most = fmaxf(fmaxf(z.x, z.y), fmaxf(z.z, z.w));
-    if (most > largest) {
-      sum *= exp_difference(largest, most);
-      largest = most;
-    }
-    sum += exp_difference(z.x, largest) + exp_difference(z.y, largest) + exp_difference(z.z, largest) +
-           exp_difference(z.w, largest);
+// `seen` with the logits z.
+DEV void see(Softmax& seen, float4 z) {
+  const float most = fmaxf(fmaxf(z.x, z.y), fmaxf(z.z, z.w));
+  if (most > seen.largest) {
+    seen.sum *= exp_difference(seen.largest, most);
+    seen.largest = most;
   }
-  DEV void join(Softmax other) {
-    const float most = fmaxf(largest, other.largest);
-    sum = sum * exp_difference(largest, most) + other.sum * exp_difference(other.largest, most);
-    largest = most;
-  }
-};
+  seen.sum += exp_difference(z.x, seen.largest) + exp_difference(z.y, seen.largest) +
+              exp_difference(z.z, seen.largest) + exp_difference(z.w, seen.largest);
+}
 
 struct RowShared {
   Softmax warp[kWarps];
 };
 
-// Of the whole row, the same in every thread.
-DEV Softmax softmax_of_row(const float* z, int vocabulary, RowShared& s) {
+// Of the whole row, the same in every thread. statistics: the row's, or null.
+DEV Softmax softmax_of_row(const float* z, const float2* statistics, int vocabulary, RowShared& s) {
   Softmax own;
-  for (int column = 8 * static_cast<int>(threadIdx.x); column < vocabulary; column += 8 * kThreads) {
-    own.see(ld_global(reinterpret_cast<const float4*>(z + column)));
-    own.see(ld_global(reinterpret_cast<const float4*>(z + column + 4)));
+  if (statistics) {
+    for (int c = static_cast<int>(threadIdx.x); c < ceil_div(vocabulary, kStatisticColumns); c += kThreads) {
+      const float2 of_columns = ld_global(statistics + c);
+      own.join({of_columns.x, of_columns.y});
+    }
+  } else {
+    for (int column = 8 * static_cast<int>(threadIdx.x); column < vocabulary; column += 8 * kThreads) {
+      see(own, ld_global(reinterpret_cast<const float4*>(z + column)));
+      see(own, ld_global(reinterpret_cast<const float4*>(z + column + 4)));
+    }
   }
   for (int distance = 16; distance > 0; distance /= 2) {
     Softmax other;
@@ -73,13 +73,14 @@ DEV Softmax softmax_of_row(const float* z, int vocabulary, RowShared& s) {
 
 // Grid: a block a token.
 __global__ void __launch_bounds__(kThreads)
-    cross_entropy_rows_kernel(float* losses, bf16* dlogits, const float* logits, const int32_t* targets, int vocabulary,
-                              float factor) {
+    cross_entropy_rows_kernel(float* losses, bf16* dlogits, const float* logits, const float2* statistics,
+                              const int32_t* targets, int vocabulary, float factor) {
   DYNAMIC_SHARED(RowShared, s);
   const int64_t token = blockIdx.x;
   const float* z = logits + token * vocabulary;
-  const Softmax row = softmax_of_row(z, vocabulary, s);
-  const int target = ld_global_readonly(targets + token);
+  if (statistics) statistics += token * ceil_div(vocabulary, kStatisticColumns);
+  const int target = __ldg(targets + token);  // one word for all threads: the simulator does not count it
+  const Softmax row = softmax_of_row(z, statistics, vocabulary, s);
   const bool inside = 0 <= target && target < vocabulary;
   if (threadIdx.x == 0) {
     const float of_target = inside ? ld_global(z + target) : NAN;
@@ -146,9 +147,10 @@ routegrad_status scale_chunks(void* out, const void* in, const float* factor, in
 
 }  // namespace
 
-routegrad_status head_logits(float* logits, const void* x, const void* w, int64_t tokens, int32_t vocabulary,
-                             int32_t hidden, int32_t tile, routegrad_stream stream) {
+routegrad_status head_logits(float* logits, float* statistics, const void* x, const void* w, int64_t tokens,
+                             int32_t vocabulary, int32_t hidden, int32_t tile, routegrad_stream stream) {
   REQUIRE_POINTER(head_logits, logits);
+  REQUIRE_POINTER(head_logits, statistics);
   REQUIRE_POINTER(head_logits, x);
   REQUIRE_POINTER(head_logits, w);
   REQUIRE(head_logits, tokens, 1 <= tokens && tokens <= kMaxRows, ROUTEGRAD_OUT_OF_RANGE);
@@ -156,27 +158,32 @@ routegrad_status head_logits(float* logits, const void* x, const void* w, int64_
   REQUIRE_TILE(head_logits, ROUTEGRAD_GEMM_HEAD_FORWARD);
   const ProductSizes sizes = product_sizes(ROUTEGRAD_GEMM_HEAD_FORWARD, tokens, 1, vocabulary, hidden);
   const GemmArguments arguments{x, w, nullptr, nullptr, tokens, vocabulary, nullptr, sizes};
+  const LogitStatistics of_columns{reinterpret_cast<float2*>(statistics), vocabulary};
   if constexpr (kForAmpere)
     if (!on_hopper())
       return launch_mma<ROUTEGRAD_GEMM_HEAD_FORWARD>(
-          arguments, MmaStoreF32{{}, logits, static_cast<int>(tokens), vocabulary, false}, tile, stream);
-  StoreF32 store{};
+          arguments, MmaStoreLogits{{{}, logits, static_cast<int>(tokens), vocabulary, false}, of_columns}, tile, stream);
+  StoreLogits store{};
+  store.statistics = of_columns;
   if (const auto status = make_f32_output(&store, logits, vocabulary, tokens, 1, false)) return status;
   return launch_gemm<ROUTEGRAD_GEMM_HEAD_FORWARD, Gather::None>(arguments, store, tile, stream);
 }
 
-routegrad_status cross_entropy_rows(float* losses, void* dlogits, const float* logits, const int32_t* targets,
-                                    int64_t tokens, int32_t vocabulary, float factor, routegrad_stream stream) {
+routegrad_status cross_entropy_rows(float* losses, void* dlogits, const float* logits, const float* statistics,
+                                    const int32_t* targets, int64_t tokens, int32_t vocabulary, float factor,
+                                    routegrad_stream stream) {
   REQUIRE_POINTER(cross_entropy_rows, losses);
   if (dlogits) REQUIRE_POINTER(cross_entropy_rows, dlogits);
   REQUIRE_POINTER(cross_entropy_rows, logits);
+  if (statistics) REQUIRE_POINTER(cross_entropy_rows, statistics);
   REQUIRE_POINTER(cross_entropy_rows, targets);
   REQUIRE(cross_entropy_rows, tokens, 1 <= tokens && tokens <= INT32_MAX, ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE(cross_entropy_rows, vocabulary, 1 <= vocabulary && vocabulary <= kMaxWidth, ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE_MULTIPLE_OF_8(cross_entropy_rows, vocabulary);
   const dim3 grid(static_cast<uint32_t>(tokens));
   return launch(cross_entropy_rows_kernel, {grid, kThreads, shared_bytes<RowShared>}, stream, losses,
-                static_cast<bf16*>(dlogits), logits, targets, vocabulary, factor);
+                static_cast<bf16*>(dlogits), logits, reinterpret_cast<const float2*>(statistics), targets, vocabulary,
+                factor);
 }
 
 routegrad_status cross_entropy_mean(float* loss, const float* losses, int64_t tokens, float factor,

@@ -78,9 +78,9 @@ routegrad_status grouped_swiglu_backward(void* dh, void* scaled_a, float* dots, 
   epilogue.dots = dots;
   epilogue.dot_columns = dot_columns;
   epilogue.gates = {gates, row_token, experts};
-  if (const auto status = output_map(&epilogue.h, h, ffn, 2, rows)) return status;
-  if (const auto status = make_output(&epilogue.dh, dh, ffn, 2, rows)) return status;
-  if (const auto status = make_output(&epilogue.scaled_a, scaled_a, ffn, 1, rows)) return status;
+  if (const auto status = output_map<LoadingPort::kBox>(&epilogue.h, h, ffn, 2, rows)) return status;
+  if (const auto status = make_output<LoadingPort::kBox>(&epilogue.dh, dh, ffn, 2, rows)) return status;
+  if (const auto status = make_output<LoadingPort::kBox>(&epilogue.scaled_a, scaled_a, ffn, 1, rows)) return status;
   const GemmArguments arguments{
       dout,      w,      dout_row_token, nullptr,
       dout_rows, hidden, offsets,   product_sizes(ROUTEGRAD_GEMM_SWIGLU_BACKWARD, rows, experts, hidden, ffn)};

@@ -19,9 +19,12 @@
 // parameters' gradients go over the rows of a team in order, a run's teams in order, then warp w adds runs w, w + 8, ... and
 // the eight warps are added in order. Runs depend on T alone, and so do the bytes.
 //
-// A row lies in the registers of the 1, 2, 4 or 8 warps that share it, at most 4 times 16 bytes a thread, so that it is read
-// once whatever the passes over it. Warps of different rows wait for nothing in common, so loads of some hide the sums of
-// others. w and b are read for every row, from L1.
+// A row belongs to the 1, 2, 4 or 8 warps that share it, at most 4 times 16 bytes a thread, so that it is read once whatever
+// the passes over it. Warps of different rows wait for nothing in common, so loads of some hide the sums of others. w and b
+// are read for every row, from L1.
+// Forward has the row in registers. Backward, whose sums are chains of latencies, has x, dy and skip of a row in shared
+// memory, where each thread copies its own part of the next row (cp.async) while this one is computed: so no load waits for
+// the sums or they for it, and of what is in flight nothing takes registers, which the parameters' gradients need.
 //
 // Bytes: forward 4·T·D, with residual 8·T·D; + 2·D, with a bias 4·D. Backward 6·T·D, with skip 8·T·D; + 2·D, and per
 // parameter 8·runs·D + 4·D, 8·D to accumulate; runs = min(T / 8, 264) about: 1 to 2 percent at 16,384 rows. FLOPs: none on
@@ -187,29 +190,43 @@ struct Backward {
   float eps;
 };
 
-template <bool LAYER>
-struct BackwardShared {
-  static constexpr int kVectors = LAYER ? 2 : 1;
-  Parts parts;
-  // What the teams before this one summed, each thread's where the same thread of the next team finds it. A team that is
-  // not alone has at most 128 threads.
-  float4 sums[kVectors * 2 * kChunks * 128];
+// A row of each team, as each thread copies and reads it: its own part.
+struct Rows {
+  uint4 x[kChunks][kThreads], dy[kChunks][kThreads], skip[kChunks][kThreads];
+
+  DEV void copy(const Backward& p, const Team& team, int64_t start) {
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if (!team.has(i)) continue;
+      const int64_t at = start + team.column(i);
+      cp_async_16(&x[i][threadIdx.x], p.x + at);
+      cp_async_16(&dy[i][threadIdx.x], p.dy + at);
+      if (p.skip) cp_async_16(&skip[i][threadIdx.x], p.skip + at);
+    }
+  }
 };
+
+struct BackwardShared {
+  Parts parts;
+  union {
+    Rows rows[2];              // this one and the next
+    float sums[2 * kMaxHidden];  // [parameters, teams, D] of the rows of each team, once all are done
+  };
+};
+static_assert(shared_bytes<BackwardShared> <= 99 * 1024);
 
 // One row: dx, and what it adds to the parameters' gradients.
 template <bool LAYER>
-DEV void row_gradient(float (&dw)[kChunks][8], float (&db)[kChunks][8], Team& team, Parts& s, const Backward& p,
-                      int64_t start) {
-  Row x, dy;
-  x.load(p.x + start, team);
-  dy.load(p.dy + start, team);
+DEV void row_gradient(float (&dw)[kChunks][8], float (&db)[kChunks][8], Team& team, Parts& s, const Rows& row,
+                      const Backward& p, int64_t start) {
   const float width = static_cast<float>(p.hidden);
   // body(x, dy, w) of the thread's elements.
   const auto all = [&](auto body) {
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       if (!team.has(i)) continue;
-      const Eight a = unpack(x.chunk[i]), d = unpack(dy.chunk[i]), w = parameter(p.weight + team.column(i));
+      const Eight a = unpack(row.x[i][threadIdx.x]), d = unpack(row.dy[i][threadIdx.x]);
+      const Eight w = parameter(p.weight + team.column(i));
 #pragma unroll
       for (int k = 0; k < 8; ++k) body(a.value[k], d.value[k] * w.value[k]);
     }
@@ -228,9 +245,10 @@ DEV void row_gradient(float (&dw)[kChunks][8], float (&db)[kChunks][8], Team& te
 #pragma unroll
   for (int i = 0; i < kChunks; ++i) {
     if (!team.has(i)) continue;
-    const Eight a = unpack(x.chunk[i]), d = unpack(dy.chunk[i]), w = parameter(p.weight + team.column(i));
+    const Eight a = unpack(row.x[i][threadIdx.x]), d = unpack(row.dy[i][threadIdx.x]);
+    const Eight w = parameter(p.weight + team.column(i));
     Eight out{};
-    if (p.skip) out = unpack(ld_global(reinterpret_cast<const uint4*>(p.skip + start + team.column(i))));
+    if (p.skip) out = unpack(row.skip[i][threadIdx.x]);
 #pragma unroll
     for (int k = 0; k < 8; ++k) {
       const float normal = (a.value[k] - mean) * r;
@@ -246,35 +264,45 @@ DEV void row_gradient(float (&dw)[kChunks][8], float (&db)[kChunks][8], Team& te
 template <bool LAYER>
 __global__ void __launch_bounds__(kThreads, kCompilesHopper ? 2 : 1)
     norm_backward_kernel(const __grid_constant__ Backward p) {
-  using Shared = BackwardShared<LAYER>;
-  DYNAMIC_SHARED(Shared, s);
+  constexpr int kVectors = LAYER ? 2 : 1;
+  DYNAMIC_SHARED(BackwardShared, s);
   Team team(p.warps, p.hidden);
   const int first = static_cast<int>(blockIdx.x) * p.run_rows, count = min(p.run_rows, p.rows - first);
   float gradient[2][kChunks][8] = {};
-  for (int i = team.index; i < count; i += team.count)
-    row_gradient<LAYER>(gradient[0], gradient[1], team, s.parts, p, int64_t{first + i} * p.hidden);
-  // The teams add their sums to those of the teams before, the last one stores.
-  for (int turn = 0; turn < team.count; ++turn) {
-    if (turn > 0) __syncthreads();
-    if (turn != team.index) continue;
-#pragma unroll
-    for (int v = 0; v < Shared::kVectors; ++v)
-#pragma unroll
-      for (int i = 0; i < kChunks; ++i)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float* const own = &gradient[v][i][4 * half];
-          float4 sum = make_float4(own[0], own[1], own[2], own[3]);
-          float4* const slot = &s.sums[((v * kChunks + i) * 2 + half) * 128 + team.thread % 128];
-          if (turn > 0) sum = make_float4(slot->x + sum.x, slot->y + sum.y, slot->z + sum.z, slot->w + sum.w);
-          if (turn + 1 < team.count)
-            *slot = sum;
-          else if (team.has(i))
-            st_global(reinterpret_cast<float4*>(p.partials + (int64_t{v} * gridDim.x + blockIdx.x) * p.hidden +
-                                                team.column(i) + 4 * half),
-                      sum);
-        }
+  // Past the team's last row nothing is copied, but the group is counted.
+  const auto copy = [&](int i, int set) {
+    if (i < count) s.rows[set].copy(p, team, int64_t{first + i} * p.hidden);
+    cp_async_commit();
+  };
+  copy(team.index, 0);
+  for (int i = team.index, set = 0; i < count; i += team.count, set ^= 1) {
+    copy(i + team.count, set ^ 1);
+    cp_async_wait<1>();
+    row_gradient<LAYER>(gradient[0], gradient[1], team, s.parts, s.rows[set], p, int64_t{first + i} * p.hidden);
   }
+  __syncthreads();  // no team reads rows any more: sums lie there now
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) {
+      if (!team.has(i)) continue;
+      auto* const to = reinterpret_cast<float4*>(s.sums + (v * team.count + team.index) * p.hidden + team.column(i));
+      const auto& own = gradient[v][i];
+      to[0] = make_float4(own[0], own[1], own[2], own[3]);
+      to[1] = make_float4(own[4], own[5], own[6], own[7]);
+    }
+  __syncthreads();
+  // A run's teams in order.
+  for (int v = 0; v < kVectors; ++v)
+    for (int column = 4 * static_cast<int>(threadIdx.x); column < p.hidden; column += 4 * kThreads) {
+      const float* const from = s.sums + v * team.count * p.hidden + column;
+      float4 sum = *reinterpret_cast<const float4*>(from);
+      for (int t = 1; t < team.count; ++t) {
+        const float4 next = *reinterpret_cast<const float4*>(from + t * p.hidden);
+        sum = make_float4(sum.x + next.x, sum.y + next.y, sum.z + next.z, sum.w + next.w);
+      }
+      st_global(reinterpret_cast<float4*>(p.partials + (int64_t{v} * gridDim.x + blockIdx.x) * p.hidden + column), sum);
+    }
 }
 
 // ---- the sum of the runs
@@ -371,8 +399,8 @@ routegrad_status norm_backward(void* dx, float* partials, const void* dy, const 
                    eps};
   const dim3 grid(static_cast<uint32_t>(run_count(rows)));
   if (layernorm)
-    return launch(norm_backward_kernel<true>, {grid, kThreads, shared_bytes<BackwardShared<true>>}, stream, p);
-  return launch(norm_backward_kernel<false>, {grid, kThreads, shared_bytes<BackwardShared<false>>}, stream, p);
+    return launch(norm_backward_kernel<true>, {grid, kThreads, shared_bytes<BackwardShared>}, stream, p);
+  return launch(norm_backward_kernel<false>, {grid, kThreads, shared_bytes<BackwardShared>}, stream, p);
 }
 
 routegrad_status norm_weight_gradient(float* gradient, const float* partials, int64_t rows, int32_t hidden,

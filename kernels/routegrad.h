@@ -308,10 +308,11 @@ typedef enum routegrad_weighting {
 
 // cross_entropy.cu: the output head's logits and loss.
 #define ROUTEGRAD_CROSS_ENTROPY_LAUNCHERS(X)                                                                          \
-  X(head_logits, (float* logits, const void* x, const void* w, int64_t tokens, int32_t vocabulary, int32_t hidden,    \
-                  int32_t tile, routegrad_stream stream))                                                             \
-  X(cross_entropy_rows, (float* losses, void* dlogits, const float* logits, const int32_t* targets, int64_t tokens,   \
-                         int32_t vocabulary, float factor, routegrad_stream stream))                                  \
+  X(head_logits, (float* logits, float* statistics, const void* x, const void* w, int64_t tokens, int32_t vocabulary, \
+                  int32_t hidden, int32_t tile, routegrad_stream stream))                                             \
+  X(cross_entropy_rows, (float* losses, void* dlogits, const float* logits, const float* statistics,                  \
+                         const int32_t* targets, int64_t tokens, int32_t vocabulary, float factor,                    \
+                         routegrad_stream stream))                                                                    \
   X(cross_entropy_mean,                                                                                               \
     (float* loss, const float* losses, int64_t tokens, float factor, routegrad_stream stream))                        \
   X(gradient_scale, (void* out, const void* in, const float* factor, int64_t elements, int32_t bf16_elements,         \

@@ -1,5 +1,5 @@
-// Bf16Output: a bf16 matrix that an epilogue writes, in pieces of 64 rows by at most 64 columns. Whole pieces leave by
-// TMA; where there is none, rows end inside a fragment, or fewer than 64 columns are left of a tile, the threads copy the valid
+// Bf16Output: a bf16 matrix that an epilogue writes, in pieces of 64 rows by at most BOX columns. Whole pieces leave by
+// TMA; where there is none, rows end inside a fragment, or fewer than BOX columns are left of a tile, the threads copy the valid
 // 16-byte chunks themselves. StoreBf16: the epilogue out[row, column] = bf16(d), assigned.
 #pragma once
 #include "gemm_epilogue.cuh"
@@ -7,7 +7,7 @@
 namespace ROUTEGRAD_VARIANT {
 
 struct Bf16Output {
-  TensorMap map;  // (width, parts, rows), boxes of 64 x 1 x 64
+  TensorMap map;  // (width, parts, rows), boxes of BOX x 1 x 64
   bf16* out;      // [rows, parts, width]: parts side by side in a row, each clipped at its own width
   int width, parts;
 
@@ -33,23 +33,24 @@ struct Bf16Output {
     staging.commit();
   }
 
-  template <int PIECE>
+  template <int PIECE, int BOX = 64>
   DEV static bool leaves_by_tma(const Fragment& at) {
-    return at.rows == 64 && PIECE == 64;
+    return at.rows == 64 && PIECE == BOX;
   }
 
   // A piece from `buffer`, by all threads of the warpgroup.
-  template <int PIECE>
+  template <int PIECE, int BOX = 64>
   DEV void copy_out(const uint8_t* buffer, const Fragment& at, int column, int part) const {
-    const int chunk = threadIdx.x % 8;
+    constexpr int kChunks = BOX / 8, kRows = 128 / kChunks;  // copied at a time
+    const int chunk = threadIdx.x % kChunks;
     if (chunk * 8 >= PIECE || column + chunk * 8 >= width) return;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = threadIdx.x % 128 / 8 + 16 * i;
+    for (int i = 0; i < 64 / kRows; ++i) {
+      const int row = threadIdx.x % 128 / kChunks + kRows * i;
       const int64_t place = (static_cast<int64_t>(at.first_row + row) * parts + part) * width + column + chunk * 8;
       if (row < at.rows)
         st_global(reinterpret_cast<uint4*>(out + place),
-                  *reinterpret_cast<const uint4*>(buffer + staging_byte(row, chunk)));
+                  *reinterpret_cast<const uint4*>(buffer + staging_byte<BOX>(row, chunk)));
     }
   }
 };

@@ -11,9 +11,15 @@ struct StoreF32 : PlainEpilogue {
   int width;
   bool accumulate;
 
-  template <int COLUMNS, int FIRST = 0>
+  template <int COLUMNS>
   DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Staging& staging) const {
-    const int quad = threadIdx.x % 4, column = at.first_column + FIRST;
+#pragma unroll
+    for (int first = 0; first < COLUMNS; first += 32) store_piece(d + first / 2, at, first, staging);
+  }
+
+  // 32 columns, from column `first` of the fragment on. d: the thread's values there.
+  DEV void store_piece(const float* d, const Fragment& at, int first, Staging& staging) const {
+    const int quad = threadIdx.x % 4, column = at.first_column + first;
     if (column >= width) return;
     uint8_t* buffer = staging.acquire();
 #pragma unroll
@@ -21,7 +27,7 @@ struct StoreF32 : PlainEpilogue {
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         *reinterpret_cast<float2*>(buffer + staging_byte(at.local_row(h), 2 * j + quad / 2) + quad % 2 * 8) =
-            make_float2(d[FIRST / 2 + 4 * j + 2 * h], d[FIRST / 2 + 4 * j + 2 * h + 1]);
+            make_float2(d[4 * j + 2 * h], d[4 * j + 2 * h + 1]);
     staging.publish();
     if (staging.issuer()) {
       if (accumulate)
@@ -30,7 +36,6 @@ struct StoreF32 : PlainEpilogue {
         tma_store_3d(&map, buffer, column, at.first_row, at.group);
     }
     staging.commit();
-    if constexpr (FIRST + 32 < COLUMNS) store<COLUMNS, FIRST + 32>(d, at, staging);
   }
 };
 

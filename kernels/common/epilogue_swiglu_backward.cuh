@@ -12,42 +12,65 @@
 
 namespace ROUTEGRAD_VARIANT {
 
-// Pieces of h come by TMA into one of two sets of buffers, are replaced there by dh, and leave by TMA beside scaled_a.
-// The next piece is fetched while one is computed.
+// Pieces of h come by TMA into one of the sets of buffers, are replaced there by dh, and leave by TMA beside scaled_a. A
+// piece's computation is short beside the latencies of a load and a store, so pieces are small and sets many: the first
+// kSets pieces of a tile are fetched before its products, as are the gates of its rows, and while a piece is computed the
+// kSets - 1 after it are on their way.
 class LoadingPort : public WarpgroupPort {
  public:
+  static constexpr int kBox = 32, kSets = 4;  // columns of a piece
   enum Buffer { kGate, kUp, kScaledA, kPieceBuffers };
-  static constexpr int kBuffers = 2 * kPieceBuffers;
   struct Buffers {
-    alignas(1024) uint8_t bytes[2][kPieceBuffers][kStagingBytes];
+    alignas(1024) uint8_t bytes[kSets][kPieceBuffers][64 * kBox * 2];
   };
   DEV LoadingPort(Buffers& buffers, uint64_t* full, int warpgroup)
       : WarpgroupPort(warpgroup), buffers_(buffers), full_(full) {}
 
-  // Asks for the next piece. Its set was last used two pieces ago; those stores must have been read by now.
+  // Asks for the next piece, unless all sets have one. The set's last stores must have been read by now.
   DEV void fetch(const TensorMap& h, int column, int row) {
-    const int set = fetched_++ & 1;
+    if (fetched_ - done_ == kSets) return;
+    const uint32_t set = fetched_++ % kSets;
     if (!issuer()) return;
     bulk_wait_read<0>();
-    mbar_expect_tx(&full_[set], 2 * kStagingBytes);
+    mbar_expect_tx(&full_[set], 2 * sizeof buffers_.bytes[set][kGate]);
     tma_load_3d(buffers_.bytes[set][kGate], &h, &full_[set], column, 0, row);
     tma_load_3d(buffers_.bytes[set][kUp], &h, &full_[set], column, 1, row);
   }
-  // The buffers of the piece asked for before the last, once it is there.
-  DEV uint8_t (&arrived(const Fragment&, int /*column*/))[kPieceBuffers][kStagingBytes] {
-    mbar_wait(&full_[taken_ & 1], taken_ >> 1 & 1);
-    return buffers_.bytes[taken_++ & 1];
+  // The buffers of the next piece, once it is there.
+  DEV auto& arrived(const Fragment&, int /*column*/) {
+    forget_origin(done_);  // else the addresses of a set are kept in registers until its next turn
+    mbar_wait(&full_[done_ % kSets], done_ / kSets & 1);
+    return buffers_.bytes[done_ % kSets];
+  }
+  DEV void put(uint8_t* buffer, int j, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) const {
+    WarpgroupPort::put<kBox>(buffer, j, m0, m1, m2, m3);
+  }
+  // Ends a piece.
+  DEV void commit() {
+    WarpgroupPort::commit();
+    ++done_;
+  }
+
+  // As RowGates::of_lane has them: the gates of a tile's first fragment in lanes 0 to 15, of the next in the others; and then
+  // of each in turn in lanes 0 to 15.
+  DEV void keep_gates(float gate) { gate_ = gate; }
+  DEV float gate(const RowGates&, const Fragment&) {
+    const float gate = gate_;
+    gate_ = __shfl_xor_sync(~0u, gate, 16);
+    return gate;
   }
 
  private:
   Buffers& buffers_;
   uint64_t* full_;
-  uint32_t fetched_ = 0, taken_ = 0;  // pieces
+  uint32_t fetched_ = 0, done_ = 0;  // pieces
+  float gate_ = 0;
 };
 
 // The same without TMA: one set of buffers, filled by cp.async when the piece is needed.
 class MmaLoadingPort : public MmaPort {
  public:
+  static constexpr int kBox = 64;
   using Buffer = LoadingPort::Buffer;
   struct Buffers {
     alignas(1024) uint8_t bytes[LoadingPort::kPieceBuffers][kStagingBytes];
@@ -55,8 +78,8 @@ class MmaLoadingPort : public MmaPort {
   DEV MmaLoadingPort(Buffers& buffers, int warpgroup) : MmaPort(warpgroup), buffers_(buffers) {}
 
   DEV void set_source(const bf16* h, int width) { h_ = h, width_ = width; }
-  DEV void fetch(const TensorMap&, int, int) {}
-  DEV uint8_t (&arrived(const Fragment& at, int column))[LoadingPort::kPieceBuffers][kStagingBytes] {
+  DEV float gate(const RowGates& gates, const Fragment& at) { return threadIdx.x % 32 < 16 ? gates.of_lane(at) : 0; }
+  DEV auto& arrived(const Fragment& at, int column) {
     const int chunk = threadIdx.x % 8, first = column + chunk * 8;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -92,12 +115,18 @@ struct SwigluBackward {
   int dot_columns;
   RowGates gates;
 
-  DEV void prefetch(const Fragment& at, LoadingPort& port) const { port.fetch(h, at.first_column, at.first_row); }
+  template <int COLUMNS>
+  DEV void prefetch(const Tile& tile, int first, bool more, LoadingPort& port) const {
+    const Fragment at(tile, first, more);
+#pragma unroll
+    for (int set = 0; set < LoadingPort::kSets; ++set) fetch<COLUMNS>(at, port, set);
+    port.keep_gates(gates.of_lane(Fragment(tile, first + threadIdx.x % 32 / 16, false)));
+  }
 
   template <int COLUMNS, class Port>
   DEV void store(const float (&d)[COLUMNS / 2], const Fragment& at, Port& port) const {
     float w[2], dot[2] = {0, 0};
-    gates.look_up(w, at);
+    RowGates::spread(w, port.gate(gates, at));
     pieces<COLUMNS, 0>(d, at, port, w, dot);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -112,15 +141,16 @@ struct SwigluBackward {
   template <int COLUMNS, int FIRST, class Port>
   DEV void pieces(const float (&d)[COLUMNS / 2], const Fragment& at, Port& port, const float (&w)[2],
                   float (&dot)[2]) const {
-    constexpr int kPiece = piece_columns(COLUMNS, FIRST);
+    constexpr int kPiece = piece_columns(COLUMNS, FIRST, Port::kBox);
     const int column = at.first_column + FIRST;
     if (column >= scaled_a.width) return;
     auto& buffers = port.arrived(at, column);
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll
     for (int j = 0; j < kPiece / 8; j += 2) {
-      if (j == 2) fetch_after<COLUMNS, FIRST>(at, port);  // by now the last piece's stores have been read
-      const int place = staging_byte(warp * 16 + lane % 16, j + lane / 16);
+      if constexpr (Port::kTma)  // by now the last piece's stores have been read
+        if (j + 2 >= kPiece / 8) fetch<COLUMNS>(at, port, FIRST / Port::kBox + Port::kSets - 1);
+      const int place = staging_byte<Port::kBox>(warp * 16 + lane % 16, j + lane / 16);
       // Four 8 x 8 matrices, as the accumulators have them: (j, h) = (0, 0), (0, 1), (1, 0), (1, 1).
       uint32_t gate[4], up[4], scaled[4];
       ldmatrix_x4(gate, buffers[LoadingPort::kGate] + place);
@@ -146,14 +176,14 @@ struct SwigluBackward {
     port.publish();
     store_piece<kPiece>(buffers, at, column, port);
     port.commit();
-    if constexpr (FIRST + 64 < COLUMNS) pieces<COLUMNS, FIRST + 64>(d, at, port, w, dot);
+    if constexpr (FIRST + kPiece < COLUMNS) pieces<COLUMNS, FIRST + kPiece>(d, at, port, w, dot);
   }
 
-  template <int PIECE, class Port>
-  DEV void store_piece(uint8_t (&buffers)[LoadingPort::kPieceBuffers][kStagingBytes], const Fragment& at, int column,
-                       Port& port) const {
+  template <int PIECE, class Port, class Buffers>
+  DEV void store_piece(const Buffers& buffers, const Fragment& at, int column, Port& port) const {
+    constexpr int kBox = Port::kBox;
     if constexpr (Port::kTma)
-      if (Bf16Output::leaves_by_tma<PIECE>(at)) {
+      if (Bf16Output::leaves_by_tma<PIECE, kBox>(at)) {
         if (port.issuer()) {
           tma_store_3d(&dh.map, buffers[LoadingPort::kGate], column, 0, at.first_row);
           tma_store_3d(&dh.map, buffers[LoadingPort::kUp], column, 1, at.first_row);
@@ -161,20 +191,21 @@ struct SwigluBackward {
         }
         return;
       }
-    dh.copy_out<PIECE>(buffers[LoadingPort::kGate], at, column, 0);
-    dh.copy_out<PIECE>(buffers[LoadingPort::kUp], at, column, 1);
-    scaled_a.copy_out<PIECE>(buffers[LoadingPort::kScaledA], at, column, 0);
+    dh.copy_out<PIECE, kBox>(buffers[LoadingPort::kGate], at, column, 0);
+    dh.copy_out<PIECE, kBox>(buffers[LoadingPort::kUp], at, column, 1);
+    scaled_a.copy_out<PIECE, kBox>(buffers[LoadingPort::kScaledA], at, column, 0);
     port.barrier();  // before the next fetch writes there
   }
 
-  // Asks for the piece after this one: of the same rows, or the first of the tile's next 64.
-  template <int COLUMNS, int FIRST, class Port>
-  DEV void fetch_after(const Fragment& at, Port& port) const {
-    const int column = at.first_column + FIRST + 64;
-    if (FIRST + 64 < COLUMNS && column < scaled_a.width)
-      port.fetch(h, column, at.first_row);
-    else if (at.more)
-      port.fetch(h, at.first_column, at.first_row + 64);
+  // Asks for a piece by its number: of the fragment or, past its last, of the next one, if there is one.
+  template <int COLUMNS>
+  DEV void fetch(const Fragment& at, LoadingPort& port, int piece) const {
+    const int left = scaled_a.width - at.first_column;
+    const int pieces = ceil_div(left < COLUMNS ? left : COLUMNS, LoadingPort::kBox);
+    const bool next = piece >= pieces;
+    if (next) piece -= pieces;
+    if (piece < pieces && (!next || at.more))
+      port.fetch(h, at.first_column + piece * LoadingPort::kBox, at.first_row + 64 * next);
   }
 };
 

@@ -11,7 +11,8 @@
 //   kGateUp     whether the left half of d is a tile of gate, and the right half the same columns of up; a tile's
 //               columns are then counted in one of them
 //   kForMma     whether store takes a MmaPort; else another epilogue stands in on those GPUs
-//   kPrefetch   whether it reads: prefetch(at, port) is called with a tile's first fragment, before its products
+//   kPrefetch   whether it reads: prefetch<COLUMNS>(tile, first, more, port) is called before the products of a tile, of which
+//               the warpgroup's first fragment is number `first`, whether or not one more follows
 #pragma once
 #include "gemm_schedule.cuh"
 #include "ptx.cuh"
@@ -38,13 +39,19 @@ struct Fragment {
   DEV int column(int j) const { return first_column + 8 * j + threadIdx.x % 4 * 2; }
 };
 
-// Columns of the piece that begins at column `first` of a fragment: what one staging buffer holds, or what is left.
-HOST_DEV constexpr int piece_columns(int columns, int first) { return columns - first < 64 ? columns - first : 64; }
+// Columns of the piece that begins at column `first` of a fragment: what one buffer holds, or what is left.
+HOST_DEV constexpr int piece_columns(int columns, int first, int most = 64) {
+  return columns - first < most ? columns - first : most;
+}
 
-// A buffer holds 64 rows of 128 bytes, chunks of 16 bytes XORed by the row, as TMA expects them and so that column-wise
-// writes do not share banks.
+// A buffer holds 64 rows of 64 bf16, or of 32 where a port says so: chunks of 16 bytes XORed by the row, as TMA expects them
+// (Swizzle::Span128, Span64) and so that column-wise writes do not share banks.
 constexpr int kStagingBytes = 64 * 128;
-DEV int staging_byte(int row, int chunk) { return row * 128 + (chunk ^ (row & 7)) * 16; }
+template <int BOX = 64>
+DEV int staging_byte(int row, int chunk) {
+  static_assert(BOX == 64 || BOX == 32);
+  return BOX == 64 ? row * 128 + (chunk ^ (row & 7)) * 16 : row * 64 + (chunk ^ (row >> 1 & 3)) * 16;
+}
 
 // How the 128 threads of a consumer warpgroup share memory with each other and with TMA, whose copies one of them issues.
 class WarpgroupPort {
@@ -53,9 +60,10 @@ class WarpgroupPort {
   DEV bool issuer() const { return threadIdx.x % 128 == 0; }
   // Per 16 columns of the warp's 16 rows, from column 8 j on: four 8 x 8 matrices, (rows 0 and 8) of columns 0, then of
   // columns 8.
+  template <int BOX = 64>
   DEV void put(uint8_t* buffer, int j, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) const {
     const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
-    stmatrix_x4(buffer + staging_byte(warp * 16 + lane % 16, j + lane / 16), m0, m1, m2, m3);
+    stmatrix_x4(buffer + staging_byte<BOX>(warp * 16 + lane % 16, j + lane / 16), m0, m1, m2, m3);
   }
   DEV void barrier() { named_bar_sync(barrier_, 128); }
   // After filling: what all threads wrote is visible to all, and to TMA.

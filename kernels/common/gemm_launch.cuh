@@ -24,20 +24,22 @@ inline routegrad_status operand_map(TensorMap* map, const void* base, int64_t wi
                              Swizzle::Span128});
 }
 
-// An epilogue's bf16 array [rows, parts, width] in boxes of 64 rows and 64 columns of a part.
-inline routegrad_status output_map(TensorMap* map, const void* base, int64_t width, int parts, int64_t rows) {
+// An epilogue's bf16 array [rows, parts, width] in boxes of 64 rows and BOX columns of a part.
+template <int BOX = 64>
+routegrad_status output_map(TensorMap* map, const void* base, int64_t width, int parts, int64_t rows) {
   const auto pitch = static_cast<uint64_t>(width) * 2;
   return make_tensor_map<3>(map,
                             {base,
                              Element::Bf16,
                              {static_cast<uint64_t>(width), static_cast<uint64_t>(parts), static_cast<uint64_t>(rows)},
                              {pitch, pitch * static_cast<uint64_t>(parts)},
-                             {64, 1, 64},
-                             Swizzle::Span128});
+                             {BOX, 1, 64},
+                             BOX == 64 ? Swizzle::Span128 : Swizzle::Span64});
 }
-inline routegrad_status make_output(Bf16Output* output, void* base, int64_t width, int parts, int64_t rows) {
+template <int BOX = 64>
+routegrad_status make_output(Bf16Output* output, void* base, int64_t width, int parts, int64_t rows) {
   *output = {{}, static_cast<bf16*>(base), static_cast<int>(width), parts};
-  return output_map(&output->map, base, width, parts, rows);
+  return output_map<BOX>(&output->map, base, width, parts, rows);
 }
 
 // The f32 matrices [groups, rows, width].

@@ -56,7 +56,7 @@ struct alignas(1024) GemmShared {
   bf16 a[T::kStages][T::kRows * kGemmDepth];
   bf16 b[T::kStages][T::kLoadedColumns * kGemmDepth];
   typename T::Port::Buffers port[2];  // of each consumer warpgroup
-  uint64_t full[T::kStages], empty[T::kStages], port_full[2][2];  // the last for ports that load
+  uint64_t full[T::kStages], empty[T::kStages], port_full[2][4];  // the last for ports that load
 };
 
 // ---- producer, everything by TMA: one thread.
@@ -190,7 +190,8 @@ DEV void consume_tile(GemmShared<T>& s, const typename T::Epilogue& epilogue, co
                       typename T::Port& port, int warpgroup, int first_box, int row_blocks) {
   float d[BLOCKS][T::kColumns / 2];
   const int steps = tile.depth_steps();
-  if constexpr (T::Epilogue::kPrefetch) epilogue.prefetch(Fragment(tile, first_box, false), port);
+  if constexpr (T::Epilogue::kPrefetch)
+    epilogue.template prefetch<T::kColumns>(tile, first_box, BLOCKS > 1 && row_blocks > 1, port);
   begin_turn<T>(warpgroup);
   if (!T::Schedule::kRaggedDepth || steps > 0) {
     multiply<T, BLOCKS>(s, d, ring, steps, first_box);
@@ -218,8 +219,8 @@ DEV void consume(GemmShared<T>& s, const typename T::Epilogue& epilogue, const t
   typename T::Port port(s.port[warpgroup], s.port_full[warpgroup], warpgroup);
   Tile tile;
   if (T::kPingpong && warpgroup == 1) named_bar_arrive(kOrderBarrier, 256);  // the first turn is warpgroup 0's
-  for (int turn = 0; walk.next(tile); ++turn) {
-    if (T::kPingpong && turn % 2 != warpgroup) {
+  for (bool own = warpgroup == 0; walk.next(tile); own = !own) {
+    if (T::kPingpong && !own) {
       ring.skip(tile.depth_steps());
       continue;
     }
@@ -252,7 +253,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
       mbar_init(&s.full[stage], T::kFullArrivals);
       mbar_init(&s.empty[stage], T::kEmptyArrivals);
     }
-    for (int i = 0; i < 4; ++i) mbar_init(&s.port_full[i / 2][i % 2], 1);
+    for (int i = 0; i < 8; ++i) mbar_init(&s.port_full[i / 4][i % 4], 1);
     fence_mbar_init();
   }
   __syncthreads();

@@ -11,7 +11,8 @@ DEV uint32_t shared_address(const void* p, [[maybe_unused]] Where at = Where::cu
 }
 
 // Hides from the compiler where a value comes from: it works out anew what depends on it, and so keeps no registers for it.
-DEV void forget_origin([[maybe_unused]] int& value) {
+template <class Integer>
+DEV void forget_origin([[maybe_unused]] Integer& value) {
   ON_GPU(asm volatile("" : "+r"(value));)
 }
 

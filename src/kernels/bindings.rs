@@ -917,6 +917,7 @@ pub struct routegrad_launchers {
     pub head_logits: ::std::option::Option<
         unsafe extern "C" fn(
             logits: *mut f32,
+            statistics: *mut f32,
             x: *const ::std::os::raw::c_void,
             w: *const ::std::os::raw::c_void,
             tokens: i64,
@@ -931,6 +932,7 @@ pub struct routegrad_launchers {
             losses: *mut f32,
             dlogits: *mut ::std::os::raw::c_void,
             logits: *const f32,
+            statistics: *const f32,
             targets: *const i32,
             tokens: i64,
             vocabulary: i32,

@@ -2,16 +2,27 @@
 //!
 //! `z = x Wᵀ` in f32; `losses[t] = logsumexp(z_t) − z_t[y_t]`, `dlogits[t, v] = factor (softmax(z_t)[v] − [v = y_t])`;
 //! `loss = factor Σ_t losses[t]`. A target outside the vocabulary makes its loss NaN. D and V are multiples of 8.
+//! The logits come with C statistics a row, from which the loss has their logsumexp without reading them.
 
 use super::cost::Cost;
 use super::{In, Out, kernel};
 use half::bf16;
 
+/// Logits of a statistic; `kStatisticColumns` in `kernels/common/epilogue_store_logits.cuh`.
+pub const STATISTIC_COLUMNS: usize = 128;
+
+/// C, the statistics of a row of logits: `⌈V / 128⌉`.
+pub fn statistics(vocabulary: usize) -> usize {
+    vocabulary.div_ceil(STATISTIC_COLUMNS)
+}
+
 kernel! {
-    /// `z = x Wᵀ`.
+    /// `z = x Wᵀ`, and `(m, Σ exp(z − m))` of every 128 columns of a row, m their maximum.
     pub struct HeadLogits = head_logits {
         /// `[T, V]`.
         logits: Out<'a, f32> [tokens * vocabulary];
+        /// `[T, C, 2]`.
+        statistics: Out<'a, f32> [2 * tokens * vocabulary.div_ceil(STATISTIC_COLUMNS as u128)];
         /// `[T, D]`.
         x: In<'a, bf16> [tokens * hidden];
         /// `[V, D]`.
@@ -36,6 +47,8 @@ kernel! {
         dlogits: Option<Out<'a, bf16>> [tokens * vocabulary];
         /// `[T, V]`.
         logits: In<'a, f32> [tokens * vocabulary];
+        /// `[T, C, 2]`, as [`HeadLogits`] has it; absent: the logits are read once more.
+        statistics: Option<In<'a, f32>> [2 * tokens * vocabulary.div_ceil(STATISTIC_COLUMNS as u128)];
         /// `[T]`.
         targets: In<'a, i32> [tokens];
         /// T.
@@ -48,9 +61,14 @@ kernel! {
 }
 
 impl CrossEntropyRows<'_> {
-    /// With the logits' gradient.
-    pub fn cost(tokens: usize, vocabulary: usize) -> Cost {
-        Cost::new(0, 10 * tokens * vocabulary + 8 * tokens)
+    /// With the logits' gradient or without, and of logits with their statistics or without.
+    pub fn cost(tokens: usize, vocabulary: usize, gradient: bool, with_statistics: bool) -> Cost {
+        let row = match with_statistics {
+            true => 8 * statistics(vocabulary),
+            false => 4 * vocabulary,
+        };
+        let gradient = if gradient { 6 * vocabulary } else { 0 };
+        Cost::new(0, tokens * (row + gradient + 12))
     }
 }
 

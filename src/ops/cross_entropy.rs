@@ -178,7 +178,7 @@ mod kernels {
     use super::*;
     use crate::kernels::Stream;
     use crate::kernels::cross_entropy::{
-        CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits,
+        CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits, statistics,
     };
     use crate::kernels::launchers::TILE_AUTO;
 
@@ -232,6 +232,8 @@ mod kernels {
         let mut losses = Tensor::unspecified(device, DType::F32, [tokens]);
         let chunk = TOKENS.min(tokens);
         let mut logits = Tensor::unspecified(device, DType::F32, [chunk, vocabulary]);
+        let of_rows = [chunk, statistics(vocabulary), 2];
+        let mut statistics = Tensor::unspecified(device, DType::F32, of_rows);
         let mut dlogits = gradient
             .is_some()
             .then(|| Tensor::unspecified(device, DType::Bf16, [chunk, vocabulary]));
@@ -239,6 +241,7 @@ mod kernels {
             let rows = chunk.min(tokens - first);
             let logits_of_chunk = HeadLogits {
                 logits: logits.output()?,
+                statistics: statistics.output()?,
                 x: x.input()?.from_element(first * width),
                 w: weight.input()?,
                 tokens: rows,
@@ -251,6 +254,7 @@ mod kernels {
                 losses: losses.output()?.from_element(first),
                 dlogits: dlogits.as_mut().map(Tensor::output).transpose()?,
                 logits: logits.input()?,
+                statistics: Some(statistics.input()?),
                 targets: targets.input()?.from_element(first),
                 tokens: rows,
                 vocabulary,

@@ -2,12 +2,15 @@
 //! that launch them.
 
 use crate::support::refusals::{
-    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, input, output, refused,
+    MISALIGNED, NOT_MULTIPLE, NULL, OUT_OF_RANGE, OVERFLOW, input, optional, output, refused,
     refuses_pointers, stream,
 };
 use crate::support::tape::{close, var};
-use crate::support::{check_cases, check_schedules};
+use crate::support::{check, check_cases, check_schedules, counts_agree, outputs};
 use routegrad::device::Device;
+use routegrad::kernels::bindings::{
+    ROUTEGRAD_TILE_COOPERATIVE_128X256, ROUTEGRAD_TILE_PINGPONG_128X128,
+};
 use routegrad::kernels::cross_entropy::{
     CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits,
 };
@@ -15,6 +18,7 @@ use routegrad::ops::cross_entropy::{cross_entropy, token_losses};
 use routegrad::ops::linear::linear;
 use routegrad::tape::{Gradients, Tape, take_op_counts};
 use routegrad::tensor::Tensor;
+use routegrad::verify::kernels::cross_entropy::{Rows, logits_problem, rows_problem};
 
 const LAUNCHERS: [&str; 4] = [
     "head_logits",
@@ -34,14 +38,44 @@ fn every_schedule_and_thread_count_gives_the_same_bytes() {
 }
 
 #[test]
+fn logits_and_statistics_are_the_same_with_every_tile() {
+    for (tokens, vocabulary) in [(67, 264), (131, 520), (40, 128)] {
+        let found = [
+            ROUTEGRAD_TILE_COOPERATIVE_128X256,
+            ROUTEGRAD_TILE_PINGPONG_128X128,
+        ]
+        .map(|tile| {
+            let problem = logits_problem(tokens, vocabulary, 72, tile as i32);
+            check(&problem);
+            outputs(&problem)
+        });
+        assert!(found[0] == found[1], "T {tokens}, V {vocabulary}");
+    }
+}
+
+#[test]
+fn bytes_are_those_of_the_formula() {
+    for gradient in [false, true] {
+        for statistics in [false, true] {
+            let (tokens, vocabulary) = (37, 8200);
+            let rows = Rows::new(tokens, vocabulary, 1.0);
+            let problem = rows_problem(rows, 0.1, gradient, statistics);
+            let cost = CrossEntropyRows::cost(tokens, vocabulary, gradient, statistics);
+            counts_agree(&problem, cost);
+        }
+    }
+}
+
+#[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    let logits = |p: [usize; 3], (tokens, vocabulary, hidden, tile)| {
+    let logits = |p: [usize; 4], (tokens, vocabulary, hidden, tile)| {
         let kernel = HeadLogits {
             logits: output(p[0]),
-            x: input(p[1]),
-            w: input(p[2]),
+            statistics: output(p[1]),
+            x: input(p[2]),
+            w: input(p[3]),
             tokens,
             vocabulary,
             hidden,
@@ -49,19 +83,20 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         };
         kernel.launch(&stream())
     };
-    let rows = |p: [usize; 4], tokens: usize, vocabulary: usize| {
+    let rows = |p: [usize; 5], tokens: usize, vocabulary: usize| {
         let kernel = CrossEntropyRows {
             losses: output(p[0]),
             dlogits: Some(output(p[1])),
             logits: input(p[2]),
-            targets: input(p[3]),
+            statistics: optional(p[3]),
+            targets: input(p[4]),
             tokens,
             vocabulary,
             factor: 1.0,
         };
         kernel.launch(&stream())
     };
-    refuses_pointers(["logits", "x", "w"], &[], good, |p| {
+    refuses_pointers(["logits", "statistics", "x", "w"], &[], good, |p| {
         logits(p, (4, 64, 64, 0))
     });
     for (sizes, why, name) in [
@@ -74,17 +109,17 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         // Not one of those that are compiled for it.
         ((4, 64, 64, 3), OUT_OF_RANGE, "tile"),
     ] {
-        refused(|| logits([good; 3], sizes), why, name);
+        refused(|| logits([good; 4], sizes), why, name);
     }
     refuses_pointers(
-        ["losses", "dlogits", "logits", "targets"],
-        &["dlogits"],
+        ["losses", "dlogits", "logits", "statistics", "targets"],
+        &["dlogits", "statistics"],
         good,
         |p| rows(p, 4, 64),
     );
-    refused(|| rows([good; 4], 0, 64), OUT_OF_RANGE, "tokens");
-    refused(|| rows([good; 4], 4, 0), OUT_OF_RANGE, "vocabulary");
-    refused(|| rows([good; 4], 4, 12), NOT_MULTIPLE, "vocabulary");
+    refused(|| rows([good; 5], 0, 64), OUT_OF_RANGE, "tokens");
+    refused(|| rows([good; 5], 4, 0), OUT_OF_RANGE, "vocabulary");
+    refused(|| rows([good; 5], 4, 12), NOT_MULTIPLE, "vocabulary");
     let mean = |p: [usize; 2], tokens: usize| {
         let kernel = CrossEntropyMean {
             loss: output(p[0]),

@@ -123,10 +123,11 @@ kernels! {
         first_key: Option<Memory>, tokens: usize, sequence: usize, heads: usize, key_value_heads: usize, head_width: usize
     } with { cosines: None, sines: None };
     head_logits = HeadLogits {
-        logits: Memory, x: Memory, w: Memory, tokens: usize, vocabulary: usize, hidden: usize
+        logits: Memory, statistics: Memory, x: Memory, w: Memory, tokens: usize, vocabulary: usize, hidden: usize
     } with { tile: TILE_AUTO };
     cross_entropy_rows = CrossEntropyRows {
-        losses: Memory, dlogits: Option<Memory>, logits: Memory, targets: Memory, tokens: usize, vocabulary: usize, factor: f32
+        losses: Memory, dlogits: Option<Memory>, logits: Memory, statistics: Option<Memory>, targets: Memory, tokens: usize,
+        vocabulary: usize, factor: f32
     };
 }
 

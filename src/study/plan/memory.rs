@@ -10,6 +10,7 @@ use crate::config::{Config, ModelConfig, QkNorm, count};
 use crate::device::machine::{CHIPS, Chip, h200};
 use crate::device::rounded_bytes;
 use crate::error::Result;
+use crate::kernels::cross_entropy::statistics;
 use crate::routers::{self, Router};
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
@@ -199,11 +200,15 @@ impl Memory {
         activations += index_bytes(config, router, tokens);
         let again = widest(&mut (0..m.layers).filter(recomputed), kept);
         let backward = widest(&mut (0..m.layers), passing);
-        let logits = tokens.min(LOGIT_TOKENS) * m.vocab_size as u64;
+        let chunk = tokens.min(LOGIT_TOKENS);
+        let logits = chunk * m.vocab_size as u64;
         let workspace = match target {
             Target::Cpu => again + backward + full * logits.min(LOGITS),
-            // The head's logits in f32 and their gradients in bf16 are gone when the layers' backward begins.
-            Target::Gpu(_) => (again + backward).max((F32 + 2) * logits),
+            // The head's logits in f32, their statistics and their gradients in bf16 are gone when the layers' backward begins.
+            Target::Gpu(_) => {
+                let statistics = 2 * chunk * statistics(m.vocab_size) as u64;
+                (again + backward).max((F32 + 2) * logits + F32 * statistics)
+            }
         };
         let workspace = workspace + sampled_bytes(config, router, size);
         let moe_layers = m.moe_layers().len() as u64;

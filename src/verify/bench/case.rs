@@ -149,7 +149,7 @@ impl Group {
                 ]
             }
             Work::CrossEntropy { tokens, vocabulary } => {
-                let cost = CrossEntropyRows::cost(*tokens, *vocabulary);
+                let cost = CrossEntropyRows::cost(*tokens, *vocabulary, true, false);
                 vec![case("cross_entropy_rows", 0.0, vec![cost])]
             }
             Work::AdamW { numbers } => {

@@ -224,6 +224,7 @@ fn cross_entropy(inputs: &Inputs, tokens: usize, vocabulary: usize) -> Kernels {
             losses: p[0].output(),
             dlogits: Some(p[1].output()),
             logits: p[2].input(),
+            statistics: None,
             targets: p[3].input(),
             tokens,
             vocabulary,

@@ -4,7 +4,7 @@ use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
 use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::kernels::cross_entropy::{
-    CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits,
+    CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits, STATISTIC_COLUMNS, statistics,
 };
 use crate::kernels::launchers::TILE_AUTO;
 use half::bf16;
@@ -12,13 +12,14 @@ use half::bf16;
 /// A target that is in no vocabulary.
 const NO_TARGET: i32 = -7;
 
-/// The launch of `head_logits`. Buffers: logits, x, w.
-fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize) -> Problem {
+/// The launch of `head_logits` with a tile. Buffers: logits, statistics, x, w.
+pub fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize, tile: i32) -> Problem {
     let mut random = Random((tokens * 31 + vocabulary) as u64);
     let x = random.normals_bf16(tokens * hidden);
     let w = random.normals_bf16(vocabulary * hidden);
     let buffers = vec![
         Buffer::output("logits", 4 * tokens * vocabulary),
+        Buffer::output("statistics", 8 * tokens * statistics(vocabulary)),
         Buffer::input("x", &x),
         Buffer::input("w", &w),
     ];
@@ -28,18 +29,20 @@ fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize) -> Problem {
         launch: Box::new(move |p, stream| {
             let kernel = HeadLogits {
                 logits: p[0].output(),
-                x: p[1].input(),
-                w: p[2].input(),
+                statistics: p[1].output(),
+                x: p[2].input(),
+                w: p[3].input(),
                 tokens,
                 vocabulary,
                 hidden,
-                tile: TILE_AUTO,
+                tile,
             };
             kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);
             let mut errors = Errors::default();
+            judge_statistics(&mut errors, &values::<f32>(&out[1]), &got, vocabulary)?;
             for (token, x) in x.chunks(hidden).enumerate() {
                 for (v, w) in w.chunks(hidden).enumerate() {
                     let terms = || x.iter().zip(w).map(|(a, b)| exact(*a) * exact(*b));
@@ -56,8 +59,38 @@ fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize) -> Problem {
     }
 }
 
+/// Each statistic against the logits as they were stored: the maximum exactly, the sum of exponentials within rounding.
+fn judge_statistics(
+    errors: &mut Errors,
+    got: &[f32],
+    logits: &[f32],
+    vocabulary: usize,
+) -> Result<(), String> {
+    let rows = got.chunks(2 * statistics(vocabulary));
+    for (token, (z, row)) in logits.chunks(vocabulary).zip(rows).enumerate() {
+        for (c, (z, of_columns)) in z.chunks(STATISTIC_COLUMNS).zip(row.chunks(2)).enumerate() {
+            let place = || format!("statistic {c} of token {token}");
+            let most = z.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            if of_columns[0] != most {
+                return Err(format!("{}: got {}, want {most}", place(), of_columns[0]));
+            }
+            let far = |z: &f32| f64::from(most) - f64::from(*z);
+            let sum: f64 = z.iter().map(|z| (-far(z)).exp()).sum();
+            // The argument of exp is rounded, |z − m| log₂e of it; 34 additions.
+            let errors_of = |z| (38.0 + 4.0 * far(z)) * F32_ROUNDOFF * (-far(z)).exp() + 1.2e-38;
+            errors.add(
+                of_columns[1].into(),
+                sum,
+                z.iter().map(errors_of).sum(),
+                place,
+            )?;
+        }
+    }
+    Ok(())
+}
+
 /// Logits and targets of a problem.
-struct Rows {
+pub struct Rows {
     tokens: usize,
     vocabulary: usize,
     logits: Vec<f32>,  // [T, V]
@@ -67,7 +100,7 @@ struct Rows {
 impl Rows {
     /// Logits normal with deviation `spread`. Of more than four tokens, one has no valid target, one has all its mass on
     /// one logit, one has infinitely negative logits, one a NaN.
-    fn new(tokens: usize, vocabulary: usize, spread: f32) -> Self {
+    pub fn new(tokens: usize, vocabulary: usize, spread: f32) -> Self {
         let mut random = Random((tokens * 131 + vocabulary) as u64);
         let logits = (0..tokens * vocabulary).map(|_| spread * random.normal());
         let mut rows = Rows {
@@ -90,6 +123,18 @@ impl Rows {
         rows
     }
 
+    /// The statistics of the rows, `[T, C, 2]`. As `head_logits` has them, a maximum is finite and passes over NaN.
+    fn statistics(&self) -> Vec<f32> {
+        let columns = self.logits.chunks(self.vocabulary);
+        let columns = columns.flat_map(|row| row.chunks(STATISTIC_COLUMNS));
+        let statistic = |z: &[f32]| {
+            let most = z.iter().copied().fold(f32::MIN, f32::max);
+            let terms = z.iter().map(|&z| (f64::from(z) - f64::from(most)).exp());
+            [most, terms.sum::<f64>() as f32]
+        };
+        columns.flat_map(statistic).collect()
+    }
+
     /// logsumexp and the softmax of a token's row.
     fn softmax(&self, token: usize) -> (f64, Vec<f64>) {
         let z = &self.logits[token * self.vocabulary..][..self.vocabulary];
@@ -101,8 +146,13 @@ impl Rows {
     }
 }
 
-/// The launch of `cross_entropy_rows`. Buffers: losses, dlogits, logits, targets.
-fn rows_problem(rows: Rows, factor: f32, with_gradient: bool) -> Problem {
+/// The launch of `cross_entropy_rows`. Buffers: losses, dlogits, logits, statistics, targets.
+pub fn rows_problem(
+    rows: Rows,
+    factor: f32,
+    with_gradient: bool,
+    with_statistics: bool,
+) -> Problem {
     let (tokens, vocabulary) = (rows.tokens, rows.vocabulary);
     let buffers = vec![
         Buffer::output("losses", 4 * tokens),
@@ -111,17 +161,24 @@ fn rows_problem(rows: Rows, factor: f32, with_gradient: bool) -> Problem {
             false => Buffer::workspace("dlogits", 16),
         },
         Buffer::input("logits", &rows.logits),
+        match with_statistics {
+            true => Buffer::input("statistics", &rows.statistics()),
+            false => Buffer::workspace("statistics", 16),
+        },
         Buffer::input("targets", &rows.targets),
     ];
     Problem {
-        label: format!("T {tokens}, V {vocabulary}, gradient {with_gradient}"),
+        label: format!(
+            "T {tokens}, V {vocabulary}, gradient {with_gradient}, statistics {with_statistics}"
+        ),
         buffers,
         launch: Box::new(move |p, stream| {
             let kernel = CrossEntropyRows {
                 losses: p[0].output(),
                 dlogits: with_gradient.then(|| p[1].output()),
                 logits: p[2].input(),
-                targets: p[3].input(),
+                statistics: with_statistics.then(|| p[3].input()),
+                targets: p[4].input(),
                 tokens,
                 vocabulary,
                 factor,
@@ -280,22 +337,32 @@ pub fn cases() -> Vec<Case> {
         ("cross_entropy_mean", "small", vec![], true),
         ("gradient_scale", "small", vec![], true),
     ];
-    for (tokens, vocabulary, hidden) in [(1, 8, 8), (67, 264, 72), (131, 1000, 136), (300, 24, 64)]
-    {
-        let make = move || Ok(logits_problem(tokens, vocabulary, hidden));
+    for (tokens, vocabulary, hidden) in [
+        (1, 8, 8),
+        (67, 264, 72),
+        (131, 1000, 136),
+        (300, 24, 64),
+        (5, 128, 64),
+        (3, 136, 8),
+    ] {
+        let make = move || Ok(logits_problem(tokens, vocabulary, hidden, TILE_AUTO));
         cases[0].2.push(Box::new(make));
     }
     for (tokens, vocabulary, spread) in
         [(1, 8, 1.0), (7, 264, 4.0), (5, 2056, 30.0), (37, 1000, 1.0)]
     {
-        for with_gradient in [false, true] {
+        for (gradient, statistics) in [(false, false), (true, false), (false, true), (true, true)] {
             let rows = move || Rows::new(tokens, vocabulary, spread);
-            let make = move || Ok(rows_problem(rows(), 1.0 / tokens as f32, with_gradient));
+            let factor = 1.0 / tokens as f32;
+            let make = move || Ok(rows_problem(rows(), factor, gradient, statistics));
             cases[1].2.push(Box::new(make));
         }
     }
-    let large = || Ok(rows_problem(Rows::new(6, 128_256, 2.0), 1e-4, true));
-    cases[2].2.push(Box::new(large));
+    for statistics in [false, true] {
+        let rows = || Rows::new(6, 128_256, 2.0);
+        let large = move || Ok(rows_problem(rows(), 1e-4, true, statistics));
+        cases[2].2.push(Box::new(large));
+    }
     for tokens in [1, 255, 2039, 16_384] {
         let make = move || Ok(mean_problem(tokens, 1.0 / tokens as f32));
         cases[3].2.push(Box::new(make));

@@ -23,23 +23,23 @@ def _check(name: str, x: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 class _Chunks:
-    """Logits in f32 and their gradient of one chunk at a time."""
+    """Logits in f32, their statistics (a pair for every 128 of a row) and their gradient of one chunk at a time."""
 
     def __init__(self, x: Tensor, weight: Tensor, targets: Tensor) -> None:
         self.x, self.weight, self.targets = x, bf16(weight), targets
         self.vocabulary = weight.shape[0]
-        self.logits = empty(x, min(len(x), _TOKENS), self.vocabulary, dtype=F32)
+        tokens = min(len(x), _TOKENS)
+        self.logits = empty(x, tokens, self.vocabulary, dtype=F32)
+        self.statistics = empty(x, tokens, -(-self.vocabulary // 128), 2, dtype=F32)
 
     def run(self, losses: Tensor, first: int, dlogits: Tensor | None) -> int:
         """Losses [rows] of the chunk from token ``first`` on, and its softmax − onehot; returns its number of rows."""
         x = self.x[first : first + _TOKENS]
         rows, hidden = x.shape
-        sizes = dict(tokens=rows, vocabulary=self.vocabulary)
-        call("head_logits", x, logits=self.logits, x=x, w=self.weight, hidden=hidden, **sizes)
+        common = dict(logits=self.logits, statistics=self.statistics, tokens=rows, vocabulary=self.vocabulary)
+        call("head_logits", x, x=x, w=self.weight, hidden=hidden, **common)
         targets = self.targets[first : first + rows].clone()  # Aligned, wherever the chunk begins.
-        call(
-            "cross_entropy_rows", x, losses=losses, dlogits=dlogits, logits=self.logits, targets=targets, factor=1.0, **sizes
-        )
+        call("cross_entropy_rows", x, losses=losses, dlogits=dlogits, targets=targets, factor=1.0, **common)
         return rows
 
 
