@@ -38,6 +38,15 @@ kernel! {
     }
 }
 
+impl HeadLogits<'_> {
+    /// Of so many tokens.
+    pub fn cost(tokens: usize, vocabulary: usize, hidden: usize) -> Cost {
+        let operands = 2 * (tokens + vocabulary) * hidden;
+        let row = 4 * vocabulary + 8 * statistics(vocabulary);
+        Cost::new(2 * tokens * vocabulary * hidden, operands + tokens * row)
+    }
+}
+
 kernel! {
     /// Each token's loss, and the gradient of its logits.
     pub struct CrossEntropyRows = cross_entropy_rows {
@@ -101,5 +110,13 @@ kernel! {
         bf16_elements: bool;
         /// Whether `out` is added to, or assigned.
         accumulate: bool;
+    }
+}
+
+impl GradientScale<'_> {
+    /// Of so many elements.
+    pub fn cost(elements: usize, bf16_elements: bool, accumulate: bool) -> Cost {
+        let size = if bf16_elements { 2 } else { 4 };
+        Cost::new(0, if accumulate { 3 } else { 2 } * size * elements)
     }
 }

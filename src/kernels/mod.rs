@@ -59,10 +59,12 @@ pub mod trace;
 #[doc(hidden)]
 pub mod unit;
 
+pub use adamw::{AdamwUpdate, SquareSums};
 pub use argument::{Buffer, In, Out, Stream};
 pub use attention::AttentionForward;
 pub use attention_backward::AttentionBackward;
 pub use combine::Combine;
+pub use cross_entropy::{CrossEntropyRows, GradientScale, HeadLogits};
 pub use dispatch::{DispatchChoices, DispatchPositive};
 pub use embedding::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder};
 pub use expert_mean::{ExpertMeanUpdate, ExpertSums};
@@ -70,6 +72,7 @@ pub use gate_gradient::GateGradient;
 pub use grouped_down::GroupedDownForward;
 pub use grouped_gemm::{GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient};
 pub use grouped_swiglu::{GroupedSwigluBackward, GroupedSwigluForward};
+pub use norm::{NormBackward, NormForward};
 pub use qk_norm::{QkNorm, QkNormBackward};
 pub use qkv_rope::QkvRopeForward;
 pub use rope::Rope;

@@ -28,7 +28,9 @@ mod problem;
 pub mod record;
 pub mod roofline;
 mod session;
-pub mod steps;
+mod step_costs;
+mod step_predictions;
+mod steps;
 pub mod timed;
 
 pub use dump::dump;

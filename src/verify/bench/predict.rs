@@ -5,6 +5,8 @@
 //! besides (launch, last stores): `T = w (a K + b) + c`. The three are 0 or more, and fitted to all recorded timings of one
 //! product, tile and compiled code by least squares of relative errors.
 
+use super::step_costs::Product;
+use super::step_predictions;
 use crate::device::machine::{Chip, H200_MULTIPROCESSORS, h200};
 use crate::error::{Error, Result};
 use crate::report::page::{Cell, Table, replace_between};
@@ -37,6 +39,31 @@ struct Timing {
 }
 
 impl Timing {
+    /// Of a product with equal groups and a tile, not timed yet; none for a launcher that is no product, and a tile without a size.
+    fn of(launcher: &str, p: &Product, tile: &str) -> Option<Timing> {
+        let (_, size) = tile.split_once(' ')?;
+        let (tile_height, tile_width) = size.split_once('x')?;
+        let rows = p.rows.div_ceil(p.groups);
+        let [height, width, inner] = match launcher.rsplit_once("grouped_gemm_")?.1 {
+            "forward" => [rows, p.n, p.k],
+            "input_gradient" => [rows, p.k, p.n],
+            "weight_gradient" => [p.n, p.k, rows],
+            _ => return None,
+        };
+        let across = |extent: usize, tile: &str| Some(extent.div_ceil(tile.parse().ok()?));
+        let tiles = p.groups * across(height, tile_height)? * across(width, tile_width)?;
+        let mean = tiles as f64 / H200_MULTIPROCESSORS as f64;
+        Some(Timing {
+            case: String::new(),
+            tile: tile.into(),
+            waves: mean.ceil(),
+            mean,
+            inner: inner as f64,
+            flops: 2.0 * (p.rows * p.n * p.k) as f64,
+            seconds: 0.0,
+        })
+    }
+
     /// The factors of a, b and c.
     fn terms(&self) -> [f64; 3] {
         [self.waves * self.inner, self.waves, 1.0]
@@ -130,13 +157,14 @@ fn solved(mut rows: Vec<Vec<f64>>) -> Option<Vec<f64>> {
 
 /// Of one product, one tile and one compiled code: the timings, the fit, and what it would have said of each timing without it.
 struct Fitted {
+    launcher: String,
     timings: Vec<Timing>,
     fit: Fit,
     left_out: Vec<f64>,
 }
 
 impl Fitted {
-    fn of(timings: Vec<Timing>) -> Option<Fitted> {
+    fn of((launcher, timings): (String, Vec<Timing>)) -> Option<Fitted> {
         let all: Vec<&Timing> = timings.iter().collect();
         let fit = Fit::of(&all)?;
         let without = |i: usize| {
@@ -150,6 +178,7 @@ impl Fitted {
         };
         let left_out = (0..all.len()).map(without).collect();
         Some(Fitted {
+            launcher,
             timings,
             fit,
             left_out,
@@ -200,8 +229,9 @@ impl Model {
             }
         }
         let enough = groups
-            .into_values()
-            .filter(|timings| timings.len() >= ENOUGH);
+            .into_iter()
+            .filter(|(_, timings)| timings.len() >= ENOUGH)
+            .map(|((launcher, _, _), timings)| (launcher, timings));
         let fitted: Vec<Fitted> = enough.filter_map(Fitted::of).collect();
         if fitted.is_empty() {
             return Err(Error::invalid(
@@ -212,6 +242,16 @@ impl Model {
             ));
         }
         Ok(Model { fitted })
+    }
+
+    /// Seconds of a product, with the tile that takes least by the model; none where the launcher was not timed.
+    pub(super) fn seconds(&self, launcher: &str, product: &Product) -> Option<f64> {
+        let fits = self.fitted.iter().filter(|f| f.launcher == launcher);
+        let seconds = fits.filter_map(|fitted| {
+            let timing = Timing::of(launcher, product, &fitted.timings[0].tile)?;
+            Some(fitted.fit.seconds(&timing))
+        });
+        seconds.min_by(f64::total_cmp)
     }
 
     /// All timings.
@@ -302,7 +342,12 @@ impl Model {
     /// # Errors
     /// When the page has no marks, or cannot be written.
     pub fn update(&self, page: &Path) -> Result<()> {
-        replace_between(page, MARKS, &self.markdown())
+        replace_between(page, MARKS, &self.markdown())?;
+        replace_between(
+            page,
+            step_predictions::MARKS,
+            &step_predictions::markdown(self)?,
+        )
     }
 }
 
@@ -326,30 +371,17 @@ fn timings(record: &Value) -> Vec<(String, Timing)> {
     };
     let launcher = case.split(' ').next().unwrap_or_default();
     // The groups of the timed cases are equal.
-    let [height, width, inner] = match launcher
-        .rsplit_once("grouped_gemm_")
-        .map(|(_, product)| product)
-    {
-        Some("forward") => [rows / groups, n, k],
-        Some("input_gradient") => [rows / groups, k, n],
-        Some("weight_gradient") => [n, k, rows / groups],
-        _ => return Vec::new(),
+    let product = Product {
+        rows: rows as usize,
+        groups: groups as usize,
+        n: n as usize,
+        k: k as usize,
     };
     let timing = |(tile, microseconds): (&String, &Value)| {
-        let (_, size) = tile.split_once(' ')?;
-        let (tile_height, tile_width) = size.split_once('x')?;
-        let tiles_across =
-            |extent: f64, tile: &str| Some((extent / tile.parse::<f64>().ok()?).ceil());
-        let tiles = groups * tiles_across(height, tile_height)? * tiles_across(width, tile_width)?;
-        let mean = tiles / H200_MULTIPROCESSORS as f64;
         let timing = Timing {
             case: case.into(),
-            tile: tile.clone(),
-            waves: mean.ceil(),
-            mean,
-            inner,
-            flops: 2.0 * rows * n * k,
             seconds: microseconds.as_f64()? * 1e-6,
+            ..Timing::of(launcher, &product, tile)?
         };
         Some((launcher.to_string(), timing))
     };

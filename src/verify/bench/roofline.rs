@@ -151,6 +151,23 @@ pub fn layer_costs(s: &Sizes, default: bool, accumulate: bool) -> Result<[Vec<Co
     Ok(layer(s, accumulate, h200())?.map(costs))
 }
 
+/// Name and cost of each kernel of a layer, in order; of a kernel that runs more than once the name says for what, behind a comma.
+///
+/// # Errors
+/// As [`dot_columns`].
+pub(super) fn layer_kernels(
+    s: &Sizes,
+    default: bool,
+    accumulate: bool,
+) -> Result<Vec<(&'static str, Cost)>> {
+    let kernels = layer(s, accumulate, h200())?.into_iter().flatten();
+    let named = kernels.filter_map(|kernel| {
+        let cost = if default { kernel.default } else { kernel.topk };
+        Some((kernel.name, cost?))
+    });
+    Ok(named.collect())
+}
+
 /// The kernels of a layer's forward and backward, in order. The gradient of x by the router is added to; so are weight
 /// gradients in every micro-batch of a step but the first.
 fn layer(s: &Sizes, accumulate: bool, chip: &Chip) -> Result<[Vec<Kernel>; 2]> {

@@ -1,0 +1,379 @@
+//! What the kernels of a training step must compute and move, launcher by launcher, from the configuration alone. A test holds
+//! the list against a step on the simulator.
+
+use super::roofline;
+use crate::config::{Config, Norm, Recompute};
+use crate::error::{Error, Result};
+use crate::kernels::attention::AttentionSizes;
+use crate::kernels::cost::{Cost, Sizes};
+use crate::kernels::{
+    AdamwUpdate, AttentionBackward, AttentionForward, CrossEntropyRows, DispatchChoices,
+    EmbeddingForward, EmbeddingGradient, EmbeddingOrder, GradientScale, GroupedGemmForward,
+    GroupedGemmInputGradient, GroupedGemmWeightGradient, HeadLogits, NormBackward, NormForward,
+    QkvRopeForward, SquareSums, SumParts, SwigluBackward, SwigluForward,
+};
+use std::collections::BTreeMap;
+
+/// Tokens whose logits exist at a time.
+const HEAD_TOKENS: usize = 2048;
+
+/// A grouped product, [`GroupedGemmForward`] or one of its gradients: rows of all groups, groups, n, k.
+#[derive(Clone, Copy, Debug)]
+pub struct Product {
+    pub rows: usize,
+    pub groups: usize,
+    pub n: usize,
+    pub k: usize,
+}
+
+/// The launches of one launcher in a step.
+#[derive(Clone, Debug, Default)]
+pub struct Launches {
+    pub count: usize,
+    /// Bytes and operations of all.
+    pub cost: Cost,
+    /// Sum of the least seconds of each on an H200.
+    pub floor: f64,
+    /// Where it is a grouped product: what each is of, and how often it is launched.
+    pub products: Vec<(Product, usize)>,
+}
+
+/// The launches of a step on one GPU.
+#[derive(Clone, Debug, Default)]
+pub struct StepCosts(pub BTreeMap<&'static str, Launches>);
+
+impl StepCosts {
+    /// Of a step of `topk` or `default` without recomputation, for models as the paper's are: no shared expert, no biases, no
+    /// norms of queries and keys.
+    ///
+    /// # Errors
+    /// For other configurations.
+    pub fn of(config: &Config) -> Result<Self> {
+        let name = config.router.name.as_str();
+        let (m, t) = (&config.model, &config.train);
+        let plain =
+            t.recompute == Recompute::default() && !m.qkv_bias && m.shared_expert_width == 0;
+        if !["topk", "default"].contains(&name) || !plain {
+            return Err(Error::invalid(
+                "predicted steps",
+                "router topk or default, without recomputation, biases and shared experts",
+                format!("router {name} and other settings"),
+                "see src/verify/bench/step_costs.rs for what a step is made of",
+            ));
+        }
+        let mut step = StepCosts::default();
+        for micro_batch in 0..t.sequences_per_step / t.micro_batch {
+            step.micro_batch(config, micro_batch > 0)?;
+        }
+        let numbers = crate::config::count::total_parameters(m) as usize;
+        step.add("square_sums", 1, SquareSums::cost(numbers));
+        step.add("adamw_update", 1, AdamwUpdate::cost(numbers));
+        for launcher in ["step_decide", "state_commit"] {
+            step.add(launcher, 1, Cost::default());
+        }
+        Ok(step)
+    }
+
+    /// Launches of all kernels.
+    pub fn launches(&self) -> usize {
+        self.0.values().map(|l| l.count).sum()
+    }
+
+    /// The least seconds of all on an H200.
+    pub fn floor(&self) -> f64 {
+        self.0.values().map(|l| l.floor).sum()
+    }
+
+    fn add(&mut self, launcher: &'static str, times: usize, cost: Cost) {
+        let entry = self.0.entry(launcher).or_default();
+        entry.count += times;
+        entry.floor += times as f64 * cost.floor();
+        let times = times as f64;
+        entry.cost = entry.cost
+            + Cost {
+                flops: times * cost.flops,
+                bytes: times * cost.bytes,
+            };
+    }
+
+    fn product(&mut self, launcher: &'static str, times: usize, p: Product, cost: Cost) {
+        self.add(launcher, times, cost);
+        let entry = self.0.entry(launcher).or_default();
+        entry.products.push((p, times));
+    }
+
+    fn forward(&mut self, times: usize, p: Product) {
+        let cost = GroupedGemmForward::cost(p.rows, p.groups, p.n, p.k);
+        self.product("grouped_gemm_forward", times, p, cost);
+    }
+
+    fn input_gradient(&mut self, times: usize, p: Product) {
+        let cost = GroupedGemmInputGradient::cost(p.rows, p.groups, p.n, p.k);
+        self.product("grouped_gemm_input_gradient", times, p, cost);
+    }
+
+    fn weight_gradient(&mut self, times: usize, p: Product, accumulate: bool) {
+        let cost = GroupedGemmWeightGradient::cost(p.rows, p.groups, p.n, p.k, accumulate);
+        self.product("grouped_gemm_weight_gradient", times, p, cost);
+    }
+
+    /// The gradient of a dense weight, divided into parts.
+    fn dense_weight_gradient(&mut self, times: usize, p: Product, accumulate: bool) {
+        let parts = GroupedGemmWeightGradient::parts(p.rows, p.n, p.k);
+        if parts == 1 {
+            return self.weight_gradient(times, p, accumulate);
+        }
+        self.weight_gradient(times, Product { groups: parts, ..p }, false);
+        let mut sum = SumParts::cost(parts, p.n * p.k);
+        if accumulate {
+            sum.bytes += 4.0 * (p.n * p.k) as f64;
+        }
+        self.add("sum_parts", times, sum);
+    }
+
+    fn micro_batch(&mut self, config: &Config, accumulate: bool) -> Result<()> {
+        let (m, t) = (&config.model, &config.train);
+        let tokens = t.micro_batch * m.sequence_length;
+        let dense_layers = m.dense_layers.len();
+        let dense = |n: usize, k: usize| Product {
+            rows: tokens,
+            groups: 1,
+            n,
+            k,
+        };
+        let q = m.heads * m.head_dim;
+        let qkv = q + 2 * m.kv_heads * m.head_dim;
+        let (hidden, ffn, layers) = (m.hidden, m.dense_ffn_width, m.layers);
+
+        self.embedding(config, tokens, accumulate);
+        self.norms(config, tokens, accumulate);
+        // Attention.
+        let sizes = AttentionSizes {
+            sequences: t.micro_batch,
+            sequence: m.sequence_length,
+            heads: m.heads,
+            key_value_heads: m.kv_heads,
+            width: m.head_dim,
+        };
+        let projection = QkvRopeForward::cost(tokens, qkv, hidden);
+        self.add("qkv_rope_forward", layers, projection);
+        self.add("attention_forward", layers, AttentionForward::cost(&sizes));
+        self.add(
+            "attention_backward",
+            layers,
+            AttentionBackward::cost(&sizes),
+        );
+        self.forward(layers, dense(hidden, q));
+        for (n, k) in [(qkv, hidden), (hidden, q)] {
+            self.input_gradient(layers, dense(n, k));
+            self.dense_weight_gradient(layers, dense(n, k), accumulate);
+        }
+        // Dense feed-forward layers.
+        for (n, k) in [(2 * ffn, hidden), (hidden, ffn)] {
+            self.forward(dense_layers, dense(n, k));
+            self.input_gradient(dense_layers, dense(n, k));
+            self.dense_weight_gradient(dense_layers, dense(n, k), accumulate);
+        }
+        self.add(
+            "swiglu_forward",
+            dense_layers,
+            SwigluForward::cost(tokens, ffn),
+        );
+        self.add(
+            "swiglu_backward",
+            dense_layers,
+            SwigluBackward::cost(tokens, ffn),
+        );
+        self.experts(config, tokens, accumulate)?;
+        self.head(config, tokens, accumulate);
+        Ok(())
+    }
+
+    fn embedding(&mut self, config: &Config, tokens: usize, accumulate: bool) {
+        let m = &config.model;
+        let forward = EmbeddingForward::cost(tokens, m.hidden);
+        let gradient = EmbeddingGradient::cost(tokens, m.vocab_size, m.hidden, accumulate);
+        let calls = EmbeddingOrder::calls(m.vocab_size);
+        let bytes_of_ids = Sizes {
+            tokens,
+            hidden: m.hidden,
+            ffn: 0,
+            experts: 256,
+            slots: 1,
+            rows: tokens,
+        };
+        self.add("embedding_forward", 1, forward);
+        self.add("embedding_gradient", 1, gradient);
+        self.add("embedding_order", calls, EmbeddingOrder::cost(tokens));
+        self.add(
+            "dispatch_choices",
+            calls - 1,
+            DispatchChoices::cost(&bytes_of_ids),
+        );
+    }
+
+    /// All but the first add the layer before to the stream; past all but the last a gradient reaches it.
+    fn norms(&mut self, config: &Config, tokens: usize, accumulate: bool) {
+        let m = &config.model;
+        let layer_norm = m.norm == Norm::LayerNorm;
+        for (times, other) in [(2 * m.layers, true), (1, false)] {
+            let forward = NormForward::cost(tokens, m.hidden, layer_norm, other);
+            let backward = NormBackward::cost(tokens, m.hidden, layer_norm, other, accumulate);
+            self.add("norm_forward", times, forward);
+            self.add("norm_backward", times, backward);
+            let parameters = if layer_norm { 2 } else { 1 };
+            self.add("norm_weight_gradient", parameters * times, Cost::default());
+        }
+    }
+
+    fn experts(&mut self, config: &Config, tokens: usize, accumulate: bool) -> Result<()> {
+        let m = &config.model;
+        let times = m.layers - m.dense_layers.len();
+        let sizes = Sizes {
+            tokens,
+            hidden: m.hidden,
+            ffn: m.expert_ffn_width,
+            experts: m.num_experts,
+            slots: m.top_k,
+            rows: tokens * m.top_k,
+        };
+        let default = config.router.name == "default";
+        for (name, cost) in roofline::layer_kernels(&sizes, default, accumulate)? {
+            let launcher = name.split(',').next().unwrap_or(name);
+            if !launcher.starts_with("grouped_gemm_") {
+                self.add(launcher, times, cost);
+            }
+        }
+        let product = |n: usize, k: usize| Product {
+            rows: sizes.rows,
+            groups: sizes.experts,
+            n,
+            k,
+        };
+        let (gate_up, down) = (
+            product(2 * sizes.ffn, m.hidden),
+            product(m.hidden, sizes.ffn),
+        );
+        self.input_gradient(times, gate_up);
+        self.weight_gradient(times, gate_up, accumulate);
+        self.weight_gradient(times, down, accumulate);
+        // Rows into the order of the experts: x, x again in backward, dy.
+        let sort = EmbeddingForward::cost(sizes.rows, m.hidden);
+        self.add("embedding_forward", 3 * times, sort);
+        for launcher in [
+            "router_statistics",
+            "router_weight_gradient",
+            "layer_tally",
+            "auxiliary_loss",
+            "auxiliary_loss_backward",
+            "weighted_sum",
+            "weighted_sum_backward",
+        ] {
+            self.add(launcher, times, Cost::default());
+        }
+        Ok(())
+    }
+
+    /// The head, its loss and their gradients, a chunk of tokens at a time.
+    fn head(&mut self, config: &Config, tokens: usize, accumulate: bool) {
+        let (vocabulary, hidden) = (config.model.vocab_size, config.model.hidden);
+        for first in (0..tokens).step_by(HEAD_TOKENS) {
+            let rows = HEAD_TOKENS.min(tokens - first);
+            let product = Product {
+                rows,
+                groups: 1,
+                n: vocabulary,
+                k: hidden,
+            };
+            self.add("head_logits", 1, HeadLogits::cost(rows, vocabulary, hidden));
+            let loss = CrossEntropyRows::cost(rows, vocabulary, true, true);
+            self.add("cross_entropy_rows", 1, loss);
+            self.input_gradient(1, product);
+            self.dense_weight_gradient(1, product, first > 0);
+        }
+        for launcher in ["cross_entropy_mean", "losses_add"] {
+            self.add(launcher, 1, Cost::default());
+        }
+        let (dx, dw) = (tokens * hidden, vocabulary * hidden);
+        self.add("gradient_scale", 1, GradientScale::cost(dx, true, false));
+        self.add(
+            "gradient_scale",
+            1,
+            GradientScale::cost(dw, false, accumulate),
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Layers;
+    use crate::kernels::trace;
+    use crate::routers;
+    use crate::train::Trainer;
+
+    /// Launches of every kernel; bytes of those whose operands are read once, which a product's are not.
+    #[test]
+    fn a_step_on_the_simulator_launches_and_moves_what_the_list_says() {
+        for router in ["topk", "default"] {
+            let mut layers = Layers::preset("tiny");
+            let router_name = format!("router.name={router}");
+            layers.set = [
+                "model.norm=\"layernorm\"",
+                "model.layers=3",
+                "model.sequence_length=128",
+                "train.sequences_per_step=8",
+                "train.micro_batch=4",
+                "train.eval_sequences=2",
+                "train.device=\"sim\"",
+                &router_name,
+            ]
+            .map(str::to_string)
+            .to_vec();
+            let config = Config::load(&layers, &routers::resolve).unwrap();
+            let step = StepCosts::of(&config).unwrap();
+            let mut trainer = Trainer::new(config).unwrap();
+            trainer.step().unwrap();
+            trace::start().unwrap();
+            trainer.step().unwrap();
+            let mut found: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
+            for e in trace::finish().unwrap().entries {
+                found.insert(e.launcher, (e.launches, e.bytes));
+            }
+            let counts = |all: Vec<(&'static str, usize)>| {
+                let all: BTreeMap<_, _> = all.into_iter().filter(|(_, n)| *n > 0).collect();
+                all
+            };
+            let listed = counts(step.0.iter().map(|(l, e)| (*l, e.count)).collect());
+            let launched: BTreeMap<_, _> = found.iter().map(|(l, e)| (*l, e.0)).collect();
+            let launched: BTreeMap<_, _> = launched.into_iter().filter(|(_, n)| *n > 0).collect();
+            assert_eq!(listed, launched, "{router}");
+            // The gradient of a norm's parameters counts with the norm's.
+            found.get_mut("norm_backward").unwrap().1 += found["norm_weight_gradient"].1;
+            let mut compared = 0;
+            for (launcher, entry) in &step.0 {
+                let bytes = entry.cost.bytes;
+                if bytes > 1e5 && entry.cost.flops == 0.0 {
+                    let error = found[launcher].1 / bytes - 1.0;
+                    println!("{router} {launcher}: {bytes:.0}, {:+.2}%", 100.0 * error);
+                    assert!(error.abs() < 0.02, "{router} {launcher}: {bytes}, {error}");
+                    compared += 1;
+                }
+            }
+            assert!(compared >= 10, "{compared}");
+        }
+    }
+
+    #[test]
+    fn other_models_are_refused() {
+        let mut layers = Layers::preset("tiny");
+        layers.set = vec!["router.name=remoe".into()];
+        let config = Config::load(&layers, &routers::resolve).unwrap();
+        assert!(
+            StepCosts::of(&config)
+                .unwrap_err()
+                .to_string()
+                .contains("topk or default")
+        );
+    }
+}

@@ -1,0 +1,301 @@
+//! How long training steps are expected to take on an H200, before one has been timed: from the list of their kernels, what each
+//! launcher took in the steps that were timed on 2026-11-24, and the cost model of products.
+
+use super::predict::Model;
+use super::step_costs::StepCosts;
+use crate::config::{Config, Layers, count};
+use crate::device::machine::h200;
+use crate::error::{Error, Result};
+use crate::report::page::Table;
+use crate::routers;
+use crate::study::plan::{Target, plan};
+use std::collections::BTreeMap;
+
+/// Marks of the tables in a page.
+pub const MARKS: [&str; 2] = [
+    "<!-- predicted steps: routegrad bench --predict --update writes what follows -->",
+    "<!-- end of predicted steps -->",
+];
+
+/// The timed steps, as the program printed them.
+const RECORDED: &str = include_str!("../../../benches/results/steps-nvidia-h200.txt");
+
+/// Sequences of 2,048 tokens of a step, and of a micro-batch of the timed steps.
+const SEQUENCES: usize = 64;
+const RECORDED_MICRO_BATCH: usize = 8;
+
+/// Seconds between two kernels of a graph, and of a kernel that has next to nothing to do.
+const LAUNCH: f64 = 2e-6;
+
+/// Kernels that have changed since: what the timed one moved in place of a byte of today's.
+const CHANGED: &[(&str, f64)] = &[("cross_entropy_rows", 10.0 / 6.0)];
+/// Kernels whose time was that of a few blocks, which are many now: they count as kernels that have nothing to do.
+const FEW_BLOCKS: &[&str] = &["dispatch_choices", "embedding_order"];
+/// Launchers whose time counts with another's.
+const JOINED: &[(&str, &str)] = &[
+    ("norm_weight_gradient", "norm_backward"),
+    ("router_weight_gradient", "router_backward"),
+];
+
+/// A timed step.
+#[derive(Default)]
+struct Recorded {
+    /// Seconds of each launcher.
+    launchers: BTreeMap<String, f64>,
+    /// Of the step.
+    seconds: f64,
+}
+
+impl Recorded {
+    /// The timeline of a preset and a router.
+    fn of(preset: &str, router: &str) -> Option<Recorded> {
+        let command = format!("train --preset {preset} --router {router} ");
+        let section = RECORDED.split("\n== ").find(|s| s.contains(&command))?;
+        let mut found = Recorded::default();
+        for line in section.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let seconds = words.first().and_then(|ms| ms.parse().ok());
+            match (&words[..], seconds.map(|ms: f64| 1e-3 * ms)) {
+                ([_, share, _, launcher], Some(seconds)) if share.ends_with('%') => {
+                    let joined = JOINED.iter().find(|(name, _)| name == launcher);
+                    let launcher = joined.map_or(*launcher, |(_, other)| other);
+                    *found.launchers.entry(launcher.into()).or_default() += seconds;
+                }
+                ([_, "the", "step"], Some(seconds)) => found.seconds = seconds,
+                _ => {}
+            }
+        }
+        (found.seconds > 0.0).then_some(found)
+    }
+
+    /// Shares of their rooflines that the launchers reached.
+    fn shares(&self, costs: &StepCosts) -> BTreeMap<&'static str, f64> {
+        let shares = costs.0.iter().filter_map(|(launcher, launches)| {
+            let seconds = self.launchers.get(*launcher)?;
+            let changed = CHANGED.iter().find(|(name, _)| name == launcher);
+            let moved = changed.map_or(1.0, |(_, factor)| *factor);
+            Some((*launcher, moved * launches.floor / seconds))
+        });
+        shares.collect()
+    }
+}
+
+fn config(preset: &str, router: &str, micro_batch: usize) -> Result<Config> {
+    let mut layers = Layers::preset(preset);
+    layers.set = vec![
+        format!("router.name={router}"),
+        format!("train.sequences_per_step={SEQUENCES}"),
+        format!("train.micro_batch={micro_batch}"),
+        "train.device=\"cuda\"".into(),
+    ];
+    Config::load(&layers, &routers::resolve)
+}
+
+/// A step that is predicted.
+struct Predicted {
+    preset: &'static str,
+    router: &'static str,
+    micro_batch: usize,
+    costs: StepCosts,
+    /// Seconds of each launcher.
+    launchers: BTreeMap<&'static str, f64>,
+    recorded: Option<Recorded>,
+    /// FLOPs of the step, as `plan` counts them.
+    flops: f64,
+}
+
+impl Predicted {
+    fn new(model: &Model, preset: &'static str, router: &'static str) -> Result<Self> {
+        // The largest of these that the GPU has room for.
+        let mut micro_batch = 32;
+        let config = loop {
+            let config = config(preset, router, micro_batch)?;
+            if micro_batch == 1 || plan(&config, Target::Gpu(h200()), 1)?.fits() {
+                break config;
+            }
+            micro_batch /= 2;
+        };
+        let costs = StepCosts::of(&config)?;
+        // 7.33b was not timed: its kernels are taken to reach what those of 1.96b did.
+        let timed = if preset == "7.33b" { "1.96b" } else { preset };
+        let missing = || {
+            let got = format!("none of {timed} with {router}");
+            Error::invalid(
+                "bench --predict",
+                "a timed step",
+                got,
+                "see benches/results",
+            )
+        };
+        let recorded = Recorded::of(timed, router).ok_or_else(missing)?;
+        let then = StepCosts::of(&self::config(timed, router, RECORDED_MICRO_BATCH)?)?;
+        let shares = recorded.shares(&then);
+        let launchers = costs.0.iter().map(|(launcher, launches)| {
+            let products = launches.products.iter().map(|(product, times)| {
+                model.seconds(launcher, product).map(|s| *times as f64 * s)
+            });
+            let modelled: Option<f64> = products.sum();
+            let share = shares
+                .get(launcher)
+                .or(shares.get("grouped_swiglu_forward"));
+            let seconds = match (modelled, share) {
+                _ if FEW_BLOCKS.contains(launcher) => {
+                    launches.floor + 2.0 * LAUNCH * launches.count as f64
+                }
+                (Some(seconds), _) if !launches.products.is_empty() => seconds,
+                (_, Some(share)) => launches.floor / share,
+                _ => launches.floor,
+            };
+            (*launcher, seconds)
+        });
+        Ok(Predicted {
+            preset,
+            router,
+            micro_batch,
+            launchers: launchers.collect(),
+            recorded: (timed == preset).then_some(recorded),
+            flops: count::flops_per_token(&config.model) as f64 * tokens(&config),
+            costs,
+        })
+    }
+
+    fn between(&self) -> f64 {
+        LAUNCH * self.costs.launches() as f64
+    }
+
+    fn seconds(&self) -> f64 {
+        self.launchers.values().sum::<f64>() + self.between()
+    }
+
+    fn share_of_peak(&self, seconds: f64) -> f64 {
+        self.flops / seconds / h200().peak
+    }
+}
+
+fn tokens(config: &Config) -> f64 {
+    (config.train.sequences_per_step * config.model.sequence_length) as f64
+}
+
+fn milliseconds(seconds: f64) -> String {
+    format!("{:.1}", 1e3 * seconds)
+}
+
+/// The steps of three models with two routers, and the kernels of one of them.
+///
+/// # Errors
+/// When a preset cannot be planned.
+pub fn markdown(model: &Model) -> Result<String> {
+    let mut steps = Vec::new();
+    for preset in ["557m", "1.96b", "7.33b"] {
+        for router in ["topk", "default"] {
+            steps.push(Predicted::new(model, preset, router)?);
+        }
+    }
+    let mut table = Table::new(&[
+        "model",
+        "router",
+        "micro-batch",
+        "launches",
+        "roofline ms",
+        "recorded ms",
+        "predicted ms",
+        "tokens/s",
+        "share of the peak",
+        "recorded share",
+    ]);
+    for step in &steps {
+        let seconds = step.seconds();
+        let tokens = SEQUENCES as f64 * 2048.0;
+        let share = |seconds: f64| format!("{:.1}%", 100.0 * step.share_of_peak(seconds));
+        let recorded = step.recorded.as_ref().map(|r| r.seconds);
+        table.rows.push(vec![
+            format!("`{}`", step.preset).into(),
+            format!("`{}`", step.router).into(),
+            step.micro_batch.to_string().into(),
+            step.costs.launches().to_string().into(),
+            milliseconds(step.costs.floor()).into(),
+            recorded.map_or("–".into(), milliseconds).into(),
+            milliseconds(seconds).into(),
+            format!("{:.0}", tokens / seconds).into(),
+            share(seconds).into(),
+            recorded.map_or("–".into(), share).into(),
+        ]);
+    }
+    Ok(format!(
+        "Not measured: a prediction for one H200, {SEQUENCES} sequences of 2,048 tokens a step, balanced routing. Products take what \
+         the cost model above says; other kernels reach the share of their roofline that they reached in the steps timed on \
+         2026-11-24, in which nearly all tokens went to one expert (7.33b: as 1.96b); between two kernels pass 2 µs. `cross_entropy_rows` reads the \
+         logits once where it read them twice.\n\n{}\nThe kernels of a step of `1.96b`, ms:\n\n{}",
+        table.markdown(),
+        kernels(&steps[2], &steps[3]).markdown()
+    ))
+}
+
+/// The longest kernels of a step with `topk` and with `default`.
+fn kernels(topk: &Predicted, default: &Predicted) -> Table {
+    let mut table = Table::new(&[
+        "launcher",
+        "roofline, topk",
+        "recorded",
+        "predicted",
+        "roofline, default",
+        "recorded",
+        "predicted",
+    ]);
+    let mut names: Vec<&str> = default.launchers.keys().copied().collect();
+    names.sort_by(|a, b| default.launchers[b].total_cmp(&default.launchers[a]));
+    let cells = |step: &Predicted, name: &str| {
+        let recorded = step.recorded.as_ref().and_then(|r| r.launchers.get(name));
+        let floor = step.costs.0.get(name).map(|l| l.floor);
+        let predicted = step.launchers.get(name);
+        let cell = |seconds: Option<&f64>| seconds.map_or("–".to_string(), |s| milliseconds(*s));
+        [cell(floor.as_ref()), cell(recorded), cell(predicted)]
+    };
+    for name in names.into_iter().filter(|n| default.launchers[n] >= 1e-3) {
+        let mut row = vec![format!("`{name}`").into()];
+        let both = [topk, default].map(|step| cells(step, name));
+        row.extend(both.into_iter().flatten().map(Into::into));
+        table.rows.push(row);
+    }
+    let between =
+        [topk, default].map(|step| ["–".into(), "–".into(), milliseconds(step.between())]);
+    let mut row = vec!["between kernels".into()];
+    row.extend(
+        between
+            .into_iter()
+            .flatten()
+            .map(|cell: String| cell.into()),
+    );
+    table.rows.push(row);
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_timed_steps_are_read_whole() {
+        for (preset, router, ms) in [("557m", "topk", 552.69), ("1.96b", "default", 1052.73)] {
+            let found = Recorded::of(preset, router).unwrap();
+            assert!((1e3 * found.seconds - ms).abs() < 1e-9);
+            let busy: f64 = found.launchers.values().sum();
+            assert!(busy > 0.8 * found.seconds && busy < found.seconds, "{busy}");
+        }
+        assert!(Recorded::of("7.33b", "topk").is_none());
+    }
+
+    /// What is predicted lies between the roofline and what the slower kernels of the timed step took.
+    #[test]
+    fn predictions_lie_between_roofline_and_record() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
+        let timed = crate::verify::bench::hardware_records::timed(&folder).unwrap();
+        let model = Model::new(&timed).unwrap();
+        for router in ["topk", "default"] {
+            let step = Predicted::new(&model, "557m", router).unwrap();
+            let recorded = step.recorded.as_ref().unwrap().seconds;
+            assert!(step.seconds() > step.costs.floor(), "{router}");
+            assert!(step.seconds() < recorded, "{router}: {}", step.seconds());
+        }
+    }
+}
