@@ -3,6 +3,7 @@
 //! `y_t = W[id_t]`, NaN where the id is not in `0 … V − 1`. `dW_v (+)= Σ dy_t` over the tokens with id v, t ascending. The
 //! tokens are sorted by id a byte at a time: [`EmbeddingOrder`] gives the bytes, `dispatch_choices` their stable order.
 
+use super::cost::Cost;
 use super::{In, Out, host_function, kernel};
 use half::bf16;
 
@@ -21,6 +22,13 @@ kernel! {
         vocabulary: usize;
         /// D.
         hidden: usize;
+    }
+}
+
+impl EmbeddingForward<'_> {
+    /// Of so many rows, each of a table of which every row, or as many as there are, is read.
+    pub fn cost(rows: usize, table_rows: usize, hidden: usize) -> Cost {
+        Cost::new(0, 2 * hidden * (rows + rows.min(table_rows)) + 4 * rows)
     }
 }
 
