@@ -1,21 +1,27 @@
 // gate_gradient: the gradient of every gate, with g = dy (Default MoE: the gradient of eq. 11).
-//   dgates[t, i] = Σ_c dots[r, c], c ascending    where token t has a row r of expert i
-//                = ⟨g[t, :], ê[i, :]⟩             where it has none; 0 when vectors is null
-// dots [R, C] f32: partial sums of ⟨g, e_i(x)⟩ that grouped_swiglu_backward wrote. g [T, D] bf16 and vectors, ê [E, D]
-// f32, are read only for the second line. slot_row, choices [T, slots]: common/slots.cuh. dgates [T, E] f32, assigned.
-// D a multiple of 8, 1 <= E <= 256, T · slots < 2^31, ê finite. Rows of dots that no slot names are not read.
+//   default_dots    dgates[t, i]  = ⟨g[t, :], ê[i, :]⟩ of every gate
+//                   g_rows[r, :]  = g[t, :] for each row r of token t, unless g_rows is null
+//   gate_gradient   dgates[t, i]  = Σ_c dots[r, c], c ascending, where token t has a row r of expert i
+//                                 = 0 where it has none, or what it was with `keep`
+// So with default vectors the first runs before grouped_swiglu_backward, which reads g_rows and writes dots, and the second
+// after it, with `keep`: g is read once for both. Without them g is sorted by embedding_forward.
+// dots [R, C] f32: partial sums of ⟨g, e_i(x)⟩ that grouped_swiglu_backward wrote. g [T, D], g_rows [R, D] bf16, ê [E, D] f32,
+// dgates [T, E] f32, assigned. slot_row, choices [T, slots]: common/slots.cuh. D a multiple of 8, 1 <= E <= 256,
+// T · slots < 2^31, ê finite. Rows that no slot names are neither read nor written.
 //
 // Deterministic: one thread per element, k-tiles and c in order.
 //
-// With vectors: g · êᵀ on tensor cores, 128 tokens by N = 16, 32 or 64 experts a block, D in k-tiles of 64 through a ring
-// of four stages. A producer warp loads g (bf16) and ê (f32) by TMA; two consumer warpgroups split ê into two bf16 terms,
+// default_dots: g · êᵀ on tensor cores, 128 tokens by N = 16, 32 or 64 experts a block, D in k-tiles of 64 through a ring of
+// four stages. A producer warp loads g (bf16) and ê (f32) by TMA; two consumer warpgroups split ê into two bf16 terms,
 // high + low, in shared memory, and multiply both with g, which is exact: the error is 2^-16 of Σ |g ê| and that of f32
-// sums.
+// sums. While the tensor cores multiply, the warpgroups of the blocks of the first experts copy the k-tile of g, as it lies
+// in shared memory, to its rows.
 //
-// Bytes: 4·T·E + 4·slots·T + 4·S·C, S the slots with a row, and 4·slots·T with choices (without vectors each gate looks
-// its expert up in them, from cache); with vectors 2·T·D + 4·E·D. (Every 64 experts read g again and every 128 tokens ê,
-// from cache.)
-// FLOPs: 4·T·E'·D with vectors, E' = E rounded up to 16, 32 or a multiple of 64, T to 128, D to 64; else none.
+// Bytes: default_dots 2·T·D + 4·E·D + 4·T·E, with g_rows 2·S·D + 4·slots·T more, S the slots with a row. (Every 64 experts
+// read g again and every 128 tokens ê, from cache; so are the rows of the slots of a token from the ninth on, every k-tile.)
+// gate_gradient 4·S·C + 4·slots·T, 4·slots·T more with choices (each gate looks its expert up in them, from cache), and
+// 4·T·E, or 4·S with `keep`.
+// FLOPs: default_dots 4·T·E'·D, E' = E rounded up to 16, 32 or a multiple of 64, T to 128, D to 64; gate_gradient none.
 // Floor: max(FLOPs / 790e12, bytes / 4.3e12) s.
 #include "common/gemm_load.cuh"
 #include "common/mma_fragment.cuh"
@@ -27,21 +33,26 @@ namespace {
 
 constexpr int kMaxExperts = 256;
 
+// ---- gates of experts with a row: a thread per gate
+constexpr int kGateThreads = 256;
+
 struct GateGradient {
   float* dgates;
   const float* dots;
   TokenSlots slots;
   int64_t tokens;
-  int hidden, dot_columns;
+  int dot_columns;
+  bool keep;
 
-  // Where the token has a row of the expert: the sum of its partial dots.
-  DEV float chosen_dot(int64_t token, int expert) const {
-    int row = -1;
-    for (int slot = slots.choices ? 0 : expert; row < 0 && slot < slots.width; ++slot) {
-      if (slots.expert(token, slot) == expert) row = slots.row(token, slot);
-      if (!slots.choices) break;
-    }
-    if (row < 0) return 0;
+  // The token's row of the expert, −1 for none.
+  DEV int row(int64_t token, int expert) const {
+    if (!slots.choices) return slots.row(token, expert);
+    for (int slot = 0; slot < slots.width; ++slot)
+      if (slots.expert(token, slot) == expert) return slots.row(token, slot);
+    return -1;
+  }
+
+  DEV float sum_of_dots(int row) const {
     const float* const from = dots + int64_t{row} * dot_columns;
     float sum = 0;
     constexpr int kAhead = 8;  // loads under way together
@@ -56,24 +67,66 @@ struct GateGradient {
   }
 };
 
-// ---- without vectors: a thread per gate.
-constexpr int kGateThreads = 256;
-
-__global__ void __launch_bounds__(kGateThreads) gate_gradient_chosen(const __grid_constant__ GateGradient p) {
+__global__ void __launch_bounds__(kGateThreads) gate_gradient_kernel(const __grid_constant__ GateGradient p) {
   const int64_t i = int64_t{blockIdx.x} * kGateThreads + threadIdx.x, token = i / p.slots.experts;
-  if (token < p.tokens) st_global(p.dgates + i, p.chosen_dot(token, static_cast<int>(i - token * p.slots.experts)));
+  if (token >= p.tokens) return;
+  const int row = p.row(token, static_cast<int>(i - token * p.slots.experts));
+  if (row >= 0 || !p.keep) st_global(p.dgates + i, row >= 0 ? p.sum_of_dots(row) : 0);
 }
 
-// ---- with vectors
+// ---- dots with default vectors, and g's rows
 constexpr int kConsumers = 256, kThreads = kConsumers + 32;
 constexpr int kTokens = 128, kDepth = 64, kStages = 4;
 constexpr int kSplits = 3;  // a warpgroup fills one while the other may still multiply from the two before
+constexpr int kListed = 8;  // slots of a token whose rows are looked up once
+
+struct DefaultDots {
+  float* dgates;
+  bf16* g_rows;
+  TokenSlots slots;
+  int64_t tokens;
+  int hidden;
+};
+
+// The rows that g's tiles go to. Only the blocks of the first experts have any.
+struct RowList {
+  int32_t row[kTokens][kListed];  // of a token's first slots, −1 for none
+
+  DEV void fill(const DefaultDots& p, int first_token) {
+    for (int i = static_cast<int>(threadIdx.x); i < kTokens * kListed; i += kConsumers) {
+      const int token = i / kListed, slot = i % kListed;
+      row[token][slot] = row_of(p, first_token + token, slot);
+    }
+  }
+
+  // Stores columns k … k + 63 of the tokens: eight threads a token, 16 bytes each.
+  DEV void copy(const DefaultDots& p, const bf16 (&g)[kTokens * kDepth], int first_token, int k) const {
+    const int chunk = threadIdx.x % 8, column = k + 8 * chunk;
+    if (column >= p.hidden) return;
+#pragma unroll
+    for (int i = 0; i < kTokens * 8 / kConsumers; ++i) {
+      const int token = static_cast<int>(threadIdx.x) / 8 + i * kConsumers / 8;
+      const uint4 piece = *reinterpret_cast<const uint4*>(g + token * kDepth + (chunk ^ (token & 7)) * 8);
+#pragma unroll 1
+      for (int slot = 0; slot < p.slots.width; ++slot) {
+        const int to = slot < kListed ? row[token][slot] : row_of(p, first_token + token, slot);
+        if (to >= 0) st_global(reinterpret_cast<uint4*>(p.g_rows + int64_t{to} * p.hidden + column), piece);
+      }
+    }
+  }
+
+ private:
+  DEV static int row_of(const DefaultDots& p, int64_t token, int slot) {
+    return token < p.tokens && slot < p.slots.width ? p.slots.row(token, slot) : -1;
+  }
+};
 
 template <int N>
 struct alignas(1024) Tiles {
   bf16 g[kStages][kTokens * kDepth];
   bf16 split[kSplits][2][N * kDepth];  // high and low terms of ê
   float vectors[kStages][N * kDepth];
+  RowList rows;
   uint64_t full[kStages], empty[kStages];
 };
 
@@ -95,7 +148,9 @@ template <int N>
 DEV void split_vectors(bf16 (&split)[2][N * kDepth], const float (&vectors)[N * kDepth]) {
   for (int i = static_cast<int>(threadIdx.x); i < N * kDepth / 8; i += kConsumers) {
     const int expert = i / 8, chunk = i % 8;
-    const float* const v = vectors + 8 * i;
+    const float4 first = *reinterpret_cast<const float4*>(vectors + 8 * i);
+    const float4 second = *reinterpret_cast<const float4*>(vectors + 8 * i + 4);
+    const float v[8] = {first.x, first.y, first.z, first.w, second.x, second.y, second.z, second.w};
     uint32_t high[4], low[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -110,8 +165,9 @@ DEV void split_vectors(bf16 (&split)[2][N * kDepth], const float (&vectors)[N * 
 
 // d = g · êᵀ of 64 tokens and N experts.
 template <int N>
-DEV void consume(Tiles<N>& s, float (&d)[N / 2], int steps) {
+DEV void consume(Tiles<N>& s, float (&d)[N / 2], const DefaultDots& p, int steps, int first_token, bool sorts) {
   const int warpgroup = threadIdx.x / 128;
+  if (sorts) s.rows.fill(p, first_token);
   pin_registers(d);
   for (int step = 0; step < steps; ++step) {
     const int stage = step % kStages, buffer = step % kSplits;
@@ -127,31 +183,25 @@ DEV void consume(Tiles<N>& s, float (&d)[N / 2], int steps) {
       wgmma<N>(d, a, wgmma_descriptor<Major::K>(s.split[buffer][1], k16, N, kDepth), true);
     }
     wgmma_commit();
-    wgmma_wait<1>();  // the k-tile before is done: its stage may be loaded again
+    // The k-tile before is multiplied, and was copied before the barrier: its stage may be loaded again.
+    wgmma_wait<1>();
     if (step > 0 && threadIdx.x % 32 == 0) mbar_arrive(&s.empty[(step - 1) % kStages]);
+    if (sorts) s.rows.copy(p, s.g[stage], first_token, step * kDepth);
   }
   wgmma_wait<0>(d);
 }
 
 // The gates of the block's tokens and N experts, from d of the thread's 64 tokens.
 template <int N>
-DEV void store_gates(const GateGradient& p, const float (&d)[N / 2], int first_token, int first_expert) {
-  const auto column = [](int i) { return i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2; };  // of value i
+DEV void store_dots(const DefaultDots& p, const float (&d)[N / 2], int first_token, int first_expert) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int64_t token = first_token + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h;
-    const bool there = token < p.tokens;
-    const uint64_t chosen = p.slots.chosen(token, there, first_expert);
-    const auto is_mine = [&](int n) { return there && first_expert + n < p.slots.experts; };
-    float* const to = p.dgates + token * p.slots.experts + first_expert;
 #pragma unroll
     for (int i = 0; i < N / 4; ++i) {
-      const int n = column(i);
-      if (is_mine(n) && !(chosen >> n & 1)) st_global(to + n, d[i / 2 * 4 + 2 * h + i % 2]);
-    }
-    for (int i = 0; i < N / 4; ++i) {
-      const int n = column(i);
-      if (is_mine(n) && chosen >> n & 1) st_global(to + n, p.chosen_dot(token, first_expert + n));
+      const int expert = first_expert + i / 2 * 8 + static_cast<int>(threadIdx.x % 4) * 2 + i % 2;
+      if (token < p.tokens && expert < p.slots.experts)
+        st_global(p.dgates + token * p.slots.experts + expert, d[i / 2 * 4 + 2 * h + i % 2]);
     }
   }
 }
@@ -159,8 +209,8 @@ DEV void store_gates(const GateGradient& p, const float (&d)[N / 2], int first_t
 // Grid (tiles of tokens, tiles of experts).
 template <int N>
 __global__ void __launch_bounds__(kThreads)
-    gate_gradient_vectors(const __grid_constant__ TensorMap map_g, const __grid_constant__ TensorMap map_vectors,
-                          const __grid_constant__ GateGradient p) {
+    default_dots_kernel(const __grid_constant__ TensorMap map_g, const __grid_constant__ TensorMap map_vectors,
+                        const __grid_constant__ DefaultDots p) {
   if constexpr (!kCompilesHopper) return;
   DYNAMIC_SHARED(Tiles<N>, s);
   if (threadIdx.x == 0) {
@@ -178,8 +228,8 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   float d[N / 2];
-  consume<N>(s, d, steps);
-  store_gates<N>(p, d, first_token, first_expert);
+  consume<N>(s, d, p, steps, first_token, p.g_rows && blockIdx.y == 0);
+  store_dots<N>(p, d, first_token, first_expert);
 }
 
 // ---- the same without wgmma: two warpgroups, which load k-tiles one ahead, split ê, and multiply
@@ -188,6 +238,7 @@ struct alignas(1024) MmaTiles {
   bf16 g[2][kTokens * kDepth];
   bf16 split[2][N * kDepth];  // high and low terms of ê
   float vectors[2][N * kDepth];
+  RowList rows;
 };
 struct TokenRows {  // g, as copy_boxes reads it
   const bf16* data;
@@ -196,7 +247,7 @@ struct TokenRows {  // g, as copy_boxes reads it
 };
 
 template <int N>
-DEV void load_tiles(MmaTiles<N>& s, const TokenRows& g, const float* vectors, const GateGradient& p, int first_token,
+DEV void load_tiles(MmaTiles<N>& s, const TokenRows& g, const float* vectors, const DefaultDots& p, int first_token,
                     int first_expert, int step) {
   const int warpgroup = threadIdx.x / 128, k = step * kDepth, buffer = step % 2;
   copy_boxes<Major::K>(s.g[buffer] + warpgroup * kBoxElements, g, 1, first_token + 64 * warpgroup,
@@ -209,13 +260,15 @@ DEV void load_tiles(MmaTiles<N>& s, const TokenRows& g, const float* vectors, co
 }
 
 template <int N>
-__global__ void __launch_bounds__(kConsumers)
-    gate_gradient_mma(const bf16* g, const float* vectors, const __grid_constant__ GateGradient p) {
+__global__ void __launch_bounds__(kConsumers, 1)
+    default_dots_mma(const bf16* g, const float* vectors, const __grid_constant__ DefaultDots p) {
   if constexpr (!kCompilesAmpere) return;
   DYNAMIC_SHARED(MmaTiles<N>, s);
   const int steps = (p.hidden + kDepth - 1) / kDepth, warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32;
   const int first_token = static_cast<int>(blockIdx.x) * kTokens, first_expert = static_cast<int>(blockIdx.y) * N;
   const TokenRows rows{g, nullptr, p.hidden};
+  const bool sorts = p.g_rows && blockIdx.y == 0;
+  if (sorts) s.rows.fill(p, first_token);
   float d[N / 2] = {};
   load_tiles<N>(s, rows, vectors, p, first_token, first_expert, 0);
   cp_async_commit();
@@ -236,20 +289,21 @@ __global__ void __launch_bounds__(kConsumers)
         mma_row(d, a[0], b);
       }
     }
+    if (sorts) s.rows.copy(p, s.g[step % 2], first_token, step * kDepth);
   }
   cp_async_wait<0>();
-  store_gates<N>(p, d, first_token, first_expert);
+  store_dots<N>(p, d, first_token, first_expert);
 }
 
 template <int N>
-routegrad_status launch_with_vectors(const GateGradient& p, const void* g, const float* vectors,
+routegrad_status launch_default_dots(const DefaultDots& p, const void* g, const float* vectors,
                                      routegrad_stream stream) {
   const dim3 grid(static_cast<uint32_t>((p.tokens + kTokens - 1) / kTokens),
                   static_cast<uint32_t>((p.slots.experts + N - 1) / N));
   if constexpr (kForAmpere) {
     static_assert(shared_bytes<MmaTiles<N>> <= 99 * 1024);
     if (!on_hopper())
-      return launch(gate_gradient_mma<N>, {grid, kConsumers, shared_bytes<MmaTiles<N>>}, stream,
+      return launch(default_dots_mma<N>, {grid, kConsumers, shared_bytes<MmaTiles<N>>}, stream,
                     static_cast<const bf16*>(g), vectors, p);
   }
   TensorMap map_g, map_vectors;
@@ -261,41 +315,52 @@ routegrad_status launch_with_vectors(const GateGradient& p, const void* g, const
     status = make_tensor_map<2>(&map_vectors,
                                 {vectors, Element::F32, {hidden, experts}, {hidden * 4}, {kDepth, N}, Swizzle::None});
   if (status != ROUTEGRAD_OK) return status;
-  return launch(gate_gradient_vectors<N>, {grid, kThreads, shared_bytes<Tiles<N>>}, stream, map_g, map_vectors, p);
+  return launch(default_dots_kernel<N>, {grid, kThreads, shared_bytes<Tiles<N>>}, stream, map_g, map_vectors, p);
 }
 
 }  // namespace
 
-routegrad_status gate_gradient(float* dgates, const float* dots, const void* g, const float* vectors,
-                               const int32_t* slot_row, const int32_t* choices, int64_t tokens, int64_t rows,
-                               int32_t experts, int32_t hidden, int32_t slots, int32_t dot_columns,
-                               routegrad_stream stream) {
+#define REQUIRE_GATES(launcher)                                                                         \
+  REQUIRE(launcher, tokens, 1 <= tokens && tokens <= INT32_MAX - kTokens, ROUTEGRAD_OUT_OF_RANGE);      \
+  REQUIRE(launcher, rows, 1 <= rows && rows <= INT32_MAX, ROUTEGRAD_OUT_OF_RANGE);                      \
+  REQUIRE(launcher, experts, 1 <= experts && experts <= kMaxExperts, ROUTEGRAD_OUT_OF_RANGE);           \
+  REQUIRE(launcher, slots, 1 <= slots && slots <= experts, ROUTEGRAD_OUT_OF_RANGE);                     \
+  REQUIRE(launcher, tokens, tokens <= INT32_MAX / slots, ROUTEGRAD_OVERFLOW)
+
+routegrad_status default_dots(float* dgates, void* g_rows, const void* g, const float* vectors, const int32_t* slot_row,
+                              int64_t tokens, int64_t rows, int32_t experts, int32_t hidden, int32_t slots,
+                              routegrad_stream stream) {
+  REQUIRE_POINTER(default_dots, dgates);
+  REQUIRE_POINTER(default_dots, g);
+  REQUIRE_POINTER(default_dots, vectors);
+  if (slot_row) REQUIRE_POINTER(default_dots, g_rows);
+  if (g_rows) REQUIRE_POINTER(default_dots, slot_row);
+  REQUIRE_GATES(default_dots);
+  REQUIRE(default_dots, hidden, 1 <= hidden && hidden <= 1 << 24, ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE_MULTIPLE_OF_8(default_dots, hidden);
+  const DefaultDots p{dgates, static_cast<bf16*>(g_rows), {slot_row, nullptr, slots, experts, static_cast<uint32_t>(rows)},
+                      tokens, hidden};
+  if (experts <= 16) return launch_default_dots<16>(p, g, vectors, stream);
+  if (experts <= 32) return launch_default_dots<32>(p, g, vectors, stream);
+  return launch_default_dots<64>(p, g, vectors, stream);
+}
+
+routegrad_status gate_gradient(float* dgates, const float* dots, const int32_t* slot_row, const int32_t* choices,
+                               int64_t tokens, int64_t rows, int32_t experts, int32_t slots, int32_t dot_columns,
+                               int32_t keep, routegrad_stream stream) {
   REQUIRE_POINTER(gate_gradient, dgates);
   REQUIRE_POINTER(gate_gradient, dots);
-  if (vectors) {
-    REQUIRE_POINTER(gate_gradient, g);
-    REQUIRE_POINTER(gate_gradient, vectors);
-  }
   REQUIRE_POINTER(gate_gradient, slot_row);
   if (choices) REQUIRE_POINTER(gate_gradient, choices);
-  REQUIRE(gate_gradient, tokens, 1 <= tokens && tokens <= INT32_MAX - kTokens, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE(gate_gradient, rows, 1 <= rows && rows <= INT32_MAX, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE(gate_gradient, experts, 1 <= experts && experts <= kMaxExperts, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE(gate_gradient, hidden, 1 <= hidden && hidden <= 1 << 24, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE_MULTIPLE_OF_8(gate_gradient, hidden);
-  REQUIRE(gate_gradient, slots, 1 <= slots && slots <= experts && (choices || slots == experts), ROUTEGRAD_OUT_OF_RANGE);
+  REQUIRE_GATES(gate_gradient);
+  REQUIRE(gate_gradient, slots, choices || slots == experts, ROUTEGRAD_OUT_OF_RANGE);
   REQUIRE(gate_gradient, dot_columns, 1 <= dot_columns && dot_columns <= 1 << 24, ROUTEGRAD_OUT_OF_RANGE);
-  REQUIRE(gate_gradient, tokens, tokens <= INT32_MAX / slots, ROUTEGRAD_OVERFLOW);
-  const GateGradient p{dgates, dots, {slot_row, choices, slots, experts, static_cast<uint32_t>(rows)},
-                       tokens, hidden, dot_columns};
-  if (vectors) {
-    if (experts <= 16) return launch_with_vectors<16>(p, g, vectors, stream);
-    if (experts <= 32) return launch_with_vectors<32>(p, g, vectors, stream);
-    return launch_with_vectors<64>(p, g, vectors, stream);
-  }
+  REQUIRE(gate_gradient, keep, keep == 0 || keep == 1, ROUTEGRAD_OUT_OF_RANGE);
   const int64_t blocks = (tokens * experts + kGateThreads - 1) / kGateThreads;
   REQUIRE(gate_gradient, tokens, blocks <= INT32_MAX, ROUTEGRAD_OVERFLOW);
-  return launch(gate_gradient_chosen, {dim3(static_cast<uint32_t>(blocks)), kGateThreads}, stream, p);
+  const GateGradient p{dgates, dots,  {slot_row, choices, slots, experts, static_cast<uint32_t>(rows)},
+                       tokens, dot_columns, keep != 0};
+  return launch(gate_gradient_kernel, {dim3(static_cast<uint32_t>(blocks)), kGateThreads}, stream, p);
 }
 
 }  // namespace ROUTEGRAD_VARIANT

@@ -269,7 +269,10 @@ typedef enum routegrad_weighting {
                   const int32_t* row_token, int64_t rows, int64_t tokens, int32_t experts, int32_t hidden,            \
                   routegrad_stream stream))                                                                           \
   X(expert_mean_update, (float* average, const float* sums, const float* masses, const float* beta, int32_t experts,  \
-                         int32_t hidden, int32_t weighting, routegrad_stream stream))
+                         int32_t hidden, int32_t weighting, routegrad_stream stream))                                 \
+  X(expert_mean, (float* average, const float* column_sums, const float* gates, const int32_t* offsets,               \
+                  const int32_t* row_token, const float* beta, int64_t rows, int64_t tokens, int32_t experts,         \
+                  int32_t hidden, int32_t weighting, routegrad_stream stream))
 
 // combine.cu: every token's sum of its rows, and of the default vectors of the experts that it did not choose.
 #define ROUTEGRAD_COMBINE_LAUNCHERS(X)                                                                                \
@@ -277,11 +280,14 @@ typedef enum routegrad_weighting {
               const float* vectors, int64_t tokens, int64_t rows, int32_t experts, int32_t hidden, int32_t slots,     \
               int32_t accumulate, routegrad_stream stream))
 
-// gate_gradient.cu: the gradient of every gate.
+// gate_gradient.cu: the gradient of every gate, with default vectors from one reading of dy, which is sorted on the way.
 #define ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X)                                                                          \
-  X(gate_gradient, (float* dgates, const float* dots, const void* g, const float* vectors, const int32_t* slot_row,   \
-                    const int32_t* choices, int64_t tokens, int64_t rows, int32_t experts, int32_t hidden,            \
-                    int32_t slots, int32_t dot_columns, routegrad_stream stream))
+  X(default_dots, (float* dgates, void* g_rows, const void* g, const float* vectors, const int32_t* slot_row,         \
+                   int64_t tokens, int64_t rows, int32_t experts, int32_t hidden, int32_t slots,                      \
+                   routegrad_stream stream))                                                                          \
+  X(gate_gradient, (float* dgates, const float* dots, const int32_t* slot_row, const int32_t* choices,                \
+                    int64_t tokens, int64_t rows, int32_t experts, int32_t slots, int32_t dot_columns, int32_t keep,  \
+                    routegrad_stream stream))
 
 // norm.cu: RMSNorm (no bias) and LayerNorm of each row with the residual add before it, and their gradients.
 #define ROUTEGRAD_NORM_LAUNCHERS(X)                                                                                   \

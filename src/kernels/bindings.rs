@@ -793,6 +793,22 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
+    pub expert_mean: ::std::option::Option<
+        unsafe extern "C" fn(
+            average: *mut f32,
+            column_sums: *const f32,
+            gates: *const f32,
+            offsets: *const i32,
+            row_token: *const i32,
+            beta: *const f32,
+            rows: i64,
+            tokens: i64,
+            experts: i32,
+            hidden: i32,
+            weighting: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
     pub combine: ::std::option::Option<
         unsafe extern "C" fn(
             y: *mut ::std::os::raw::c_void,
@@ -810,20 +826,33 @@ pub struct routegrad_launchers {
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
-    pub gate_gradient: ::std::option::Option<
+    pub default_dots: ::std::option::Option<
         unsafe extern "C" fn(
             dgates: *mut f32,
-            dots: *const f32,
+            g_rows: *mut ::std::os::raw::c_void,
             g: *const ::std::os::raw::c_void,
             vectors: *const f32,
             slot_row: *const i32,
-            choices: *const i32,
             tokens: i64,
             rows: i64,
             experts: i32,
             hidden: i32,
             slots: i32,
+            stream: routegrad_stream,
+        ) -> routegrad_status,
+    >,
+    pub gate_gradient: ::std::option::Option<
+        unsafe extern "C" fn(
+            dgates: *mut f32,
+            dots: *const f32,
+            slot_row: *const i32,
+            choices: *const i32,
+            tokens: i64,
+            rows: i64,
+            experts: i32,
+            slots: i32,
             dot_columns: i32,
+            keep: i32,
             stream: routegrad_stream,
         ) -> routegrad_status,
     >,
@@ -1395,7 +1424,7 @@ pub struct routegrad_launchers {
 const _: () = {
     [
         "Size of routegrad_launchers",
-    ][::std::mem::size_of::<routegrad_launchers>() - 664usize];
+    ][::std::mem::size_of::<routegrad_launchers>() - 680usize];
     [
         "Alignment of routegrad_launchers",
     ][::std::mem::align_of::<routegrad_launchers>() - 8usize];
@@ -1502,156 +1531,162 @@ const _: () = {
         "Offset of field: routegrad_launchers::expert_mean_update",
     ][::std::mem::offset_of!(routegrad_launchers, expert_mean_update) - 256usize];
     [
+        "Offset of field: routegrad_launchers::expert_mean",
+    ][::std::mem::offset_of!(routegrad_launchers, expert_mean) - 264usize];
+    [
         "Offset of field: routegrad_launchers::combine",
-    ][::std::mem::offset_of!(routegrad_launchers, combine) - 264usize];
+    ][::std::mem::offset_of!(routegrad_launchers, combine) - 272usize];
+    [
+        "Offset of field: routegrad_launchers::default_dots",
+    ][::std::mem::offset_of!(routegrad_launchers, default_dots) - 280usize];
     [
         "Offset of field: routegrad_launchers::gate_gradient",
-    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 272usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gate_gradient) - 288usize];
     [
         "Offset of field: routegrad_launchers::norm_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, norm_forward) - 280usize];
+    ][::std::mem::offset_of!(routegrad_launchers, norm_forward) - 296usize];
     [
         "Offset of field: routegrad_launchers::norm_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, norm_backward) - 288usize];
+    ][::std::mem::offset_of!(routegrad_launchers, norm_backward) - 304usize];
     [
         "Offset of field: routegrad_launchers::norm_weight_gradient",
-    ][::std::mem::offset_of!(routegrad_launchers, norm_weight_gradient) - 296usize];
+    ][::std::mem::offset_of!(routegrad_launchers, norm_weight_gradient) - 312usize];
     [
         "Offset of field: routegrad_launchers::norm_partials",
-    ][::std::mem::offset_of!(routegrad_launchers, norm_partials) - 304usize];
+    ][::std::mem::offset_of!(routegrad_launchers, norm_partials) - 320usize];
     [
         "Offset of field: routegrad_launchers::attention_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, attention_forward) - 312usize];
+    ][::std::mem::offset_of!(routegrad_launchers, attention_forward) - 328usize];
     [
         "Offset of field: routegrad_launchers::attention_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, attention_backward) - 320usize];
+    ][::std::mem::offset_of!(routegrad_launchers, attention_backward) - 336usize];
     [
         "Offset of field: routegrad_launchers::attention_backward_workspace",
     ][::std::mem::offset_of!(routegrad_launchers, attention_backward_workspace)
-        - 328usize];
+        - 344usize];
     [
         "Offset of field: routegrad_launchers::head_logits",
-    ][::std::mem::offset_of!(routegrad_launchers, head_logits) - 336usize];
+    ][::std::mem::offset_of!(routegrad_launchers, head_logits) - 352usize];
     [
         "Offset of field: routegrad_launchers::cross_entropy_rows",
-    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_rows) - 344usize];
+    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_rows) - 360usize];
     [
         "Offset of field: routegrad_launchers::cross_entropy_mean",
-    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_mean) - 352usize];
+    ][::std::mem::offset_of!(routegrad_launchers, cross_entropy_mean) - 368usize];
     [
         "Offset of field: routegrad_launchers::gradient_scale",
-    ][::std::mem::offset_of!(routegrad_launchers, gradient_scale) - 360usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gradient_scale) - 376usize];
     [
         "Offset of field: routegrad_launchers::swiglu_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, swiglu_forward) - 368usize];
+    ][::std::mem::offset_of!(routegrad_launchers, swiglu_forward) - 384usize];
     [
         "Offset of field: routegrad_launchers::swiglu_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, swiglu_backward) - 376usize];
+    ][::std::mem::offset_of!(routegrad_launchers, swiglu_backward) - 392usize];
     [
         "Offset of field: routegrad_launchers::rope",
-    ][::std::mem::offset_of!(routegrad_launchers, rope) - 384usize];
+    ][::std::mem::offset_of!(routegrad_launchers, rope) - 400usize];
     [
         "Offset of field: routegrad_launchers::qkv_rope_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, qkv_rope_forward) - 392usize];
+    ][::std::mem::offset_of!(routegrad_launchers, qkv_rope_forward) - 408usize];
     [
         "Offset of field: routegrad_launchers::embedding_forward",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_forward) - 400usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_forward) - 416usize];
     [
         "Offset of field: routegrad_launchers::embedding_order",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_order) - 408usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_order) - 424usize];
     [
         "Offset of field: routegrad_launchers::embedding_gradient",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_gradient) - 416usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_gradient) - 432usize];
     [
         "Offset of field: routegrad_launchers::embedding_parts",
-    ][::std::mem::offset_of!(routegrad_launchers, embedding_parts) - 424usize];
+    ][::std::mem::offset_of!(routegrad_launchers, embedding_parts) - 440usize];
     [
         "Offset of field: routegrad_launchers::adamw_update",
-    ][::std::mem::offset_of!(routegrad_launchers, adamw_update) - 432usize];
+    ][::std::mem::offset_of!(routegrad_launchers, adamw_update) - 448usize];
     [
         "Offset of field: routegrad_launchers::square_sums",
-    ][::std::mem::offset_of!(routegrad_launchers, square_sums) - 440usize];
+    ][::std::mem::offset_of!(routegrad_launchers, square_sums) - 456usize];
     [
         "Offset of field: routegrad_launchers::losses_add",
-    ][::std::mem::offset_of!(routegrad_launchers, losses_add) - 448usize];
+    ][::std::mem::offset_of!(routegrad_launchers, losses_add) - 464usize];
     [
         "Offset of field: routegrad_launchers::step_decide",
-    ][::std::mem::offset_of!(routegrad_launchers, step_decide) - 456usize];
+    ][::std::mem::offset_of!(routegrad_launchers, step_decide) - 472usize];
     [
         "Offset of field: routegrad_launchers::state_commit",
-    ][::std::mem::offset_of!(routegrad_launchers, state_commit) - 464usize];
+    ][::std::mem::offset_of!(routegrad_launchers, state_commit) - 480usize];
     [
         "Offset of field: routegrad_launchers::layer_tally",
-    ][::std::mem::offset_of!(routegrad_launchers, layer_tally) - 472usize];
+    ][::std::mem::offset_of!(routegrad_launchers, layer_tally) - 488usize];
     [
         "Offset of field: routegrad_launchers::share_entropy",
-    ][::std::mem::offset_of!(routegrad_launchers, share_entropy) - 480usize];
+    ][::std::mem::offset_of!(routegrad_launchers, share_entropy) - 496usize];
     [
         "Offset of field: routegrad_launchers::lossfree_update",
-    ][::std::mem::offset_of!(routegrad_launchers, lossfree_update) - 488usize];
+    ][::std::mem::offset_of!(routegrad_launchers, lossfree_update) - 504usize];
     [
         "Offset of field: routegrad_launchers::remoe_fractions",
-    ][::std::mem::offset_of!(routegrad_launchers, remoe_fractions) - 496usize];
+    ][::std::mem::offset_of!(routegrad_launchers, remoe_fractions) - 512usize];
     [
         "Offset of field: routegrad_launchers::remoe_update",
-    ][::std::mem::offset_of!(routegrad_launchers, remoe_update) - 504usize];
+    ][::std::mem::offset_of!(routegrad_launchers, remoe_update) - 520usize];
     [
         "Offset of field: routegrad_launchers::auxiliary_loss",
-    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss) - 512usize];
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss) - 528usize];
     [
         "Offset of field: routegrad_launchers::auxiliary_loss_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss_backward) - 520usize];
+    ][::std::mem::offset_of!(routegrad_launchers, auxiliary_loss_backward) - 536usize];
     [
         "Offset of field: routegrad_launchers::weighted_sum",
-    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum) - 528usize];
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum) - 544usize];
     [
         "Offset of field: routegrad_launchers::weighted_sum_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum_backward) - 536usize];
+    ][::std::mem::offset_of!(routegrad_launchers, weighted_sum_backward) - 552usize];
     [
         "Offset of field: routegrad_launchers::selected_gates",
-    ][::std::mem::offset_of!(routegrad_launchers, selected_gates) - 544usize];
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates) - 560usize];
     [
         "Offset of field: routegrad_launchers::selected_gates_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, selected_gates_backward) - 552usize];
+    ][::std::mem::offset_of!(routegrad_launchers, selected_gates_backward) - 568usize];
     [
         "Offset of field: routegrad_launchers::sampled_gates",
-    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates) - 560usize];
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates) - 576usize];
     [
         "Offset of field: routegrad_launchers::sampled_gates_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates_backward) - 568usize];
+    ][::std::mem::offset_of!(routegrad_launchers, sampled_gates_backward) - 584usize];
     [
         "Offset of field: routegrad_launchers::row_arithmetic",
-    ][::std::mem::offset_of!(routegrad_launchers, row_arithmetic) - 576usize];
+    ][::std::mem::offset_of!(routegrad_launchers, row_arithmetic) - 592usize];
     [
         "Offset of field: routegrad_launchers::column_sums",
-    ][::std::mem::offset_of!(routegrad_launchers, column_sums) - 584usize];
+    ][::std::mem::offset_of!(routegrad_launchers, column_sums) - 600usize];
     [
         "Offset of field: routegrad_launchers::gated_rows",
-    ][::std::mem::offset_of!(routegrad_launchers, gated_rows) - 592usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows) - 608usize];
     [
         "Offset of field: routegrad_launchers::gated_rows_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, gated_rows_backward) - 600usize];
+    ][::std::mem::offset_of!(routegrad_launchers, gated_rows_backward) - 616usize];
     [
         "Offset of field: routegrad_launchers::qk_norm",
-    ][::std::mem::offset_of!(routegrad_launchers, qk_norm) - 608usize];
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm) - 624usize];
     [
         "Offset of field: routegrad_launchers::qk_norm_backward",
-    ][::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 616usize];
+    ][::std::mem::offset_of!(routegrad_launchers, qk_norm_backward) - 632usize];
     [
         "Offset of field: routegrad_launchers::rank_sums",
-    ][::std::mem::offset_of!(routegrad_launchers, rank_sums) - 624usize];
+    ][::std::mem::offset_of!(routegrad_launchers, rank_sums) - 640usize];
     [
         "Offset of field: routegrad_launchers::rank_sums_f64",
-    ][::std::mem::offset_of!(routegrad_launchers, rank_sums_f64) - 632usize];
+    ][::std::mem::offset_of!(routegrad_launchers, rank_sums_f64) - 648usize];
     [
         "Offset of field: routegrad_launchers::rank_sums_i32",
-    ][::std::mem::offset_of!(routegrad_launchers, rank_sums_i32) - 640usize];
+    ][::std::mem::offset_of!(routegrad_launchers, rank_sums_i32) - 656usize];
     [
         "Offset of field: routegrad_launchers::rank_flags",
-    ][::std::mem::offset_of!(routegrad_launchers, rank_flags) - 648usize];
+    ][::std::mem::offset_of!(routegrad_launchers, rank_flags) - 664usize];
     [
         "Offset of field: routegrad_launchers::load_shares",
-    ][::std::mem::offset_of!(routegrad_launchers, load_shares) - 656usize];
+    ][::std::mem::offset_of!(routegrad_launchers, load_shares) - 672usize];
 };
 impl Default for routegrad_launchers {
     fn default() -> Self {

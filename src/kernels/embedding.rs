@@ -26,9 +26,9 @@ kernel! {
 }
 
 impl EmbeddingForward<'_> {
-    /// Of so many rows, which may lie anywhere in the table.
-    pub fn cost(tokens: usize, hidden: usize) -> Cost {
-        Cost::new(0, 4 * tokens * (hidden + 1))
+    /// Of so many rows, each of a table of which every row, or as many as there are, is read.
+    pub fn cost(rows: usize, table_rows: usize, hidden: usize) -> Cost {
+        Cost::new(0, 2 * hidden * (rows + rows.min(table_rows)) + 4 * rows)
     }
 }
 

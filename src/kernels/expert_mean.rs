@@ -71,3 +71,39 @@ impl ExpertMeanUpdate<'_> {
         Cost::new(0, 12 * s.experts * s.hidden)
     }
 }
+
+kernel! {
+    /// The moving average, changed in place by the sums of [`ExpertSums`], which are written nowhere.
+    pub struct ExpertMean = expert_mean {
+        /// ê `[E, D]`.
+        average: Out<'a, f32> [experts * hidden];
+        /// `[R / 64 + E, D]`.
+        column_sums: In<'a, f32> [(rows / 64 + experts) * hidden];
+        /// `[T, E]`; read where the weighting divides by their sum.
+        gates: Option<In<'a, f32>> [tokens * experts];
+        /// `[E + 1]`.
+        offsets: In<'a, i32> [experts + 1];
+        /// `[R]`.
+        row_token: In<'a, i32> [rows];
+        /// β `[1]`.
+        beta: In<'a, f32> [1];
+        /// R.
+        rows: usize;
+        /// T.
+        tokens: usize;
+        /// E.
+        experts: usize;
+        /// D.
+        hidden: usize;
+        /// `routegrad_weighting`.
+        weighting: i32;
+    }
+}
+
+impl ExpertMean<'_> {
+    /// At most, divided by the sum of the gates.
+    pub fn cost(s: &Sizes) -> Cost {
+        let lines = s.rows / 64 + 3 * s.experts;
+        Cost::new(0, 4 * s.hidden * lines + 8 * s.rows + 8 * s.experts)
+    }
+}

@@ -1,22 +1,46 @@
 //! `kernels/gate_gradient.cu`: the gradient of every gate (Default MoE, arXiv 2504.12463: the gradient of eq. 11).
 //!
-//! `dgates[t, i] = Σ_c dots[r, c]` where token t has a row r of expert i, else `⟨g_t, ê_i⟩`, g = dy; 0 without vectors.
+//! With default vectors ê, [`DefaultDots`] gives `⟨g_t, ê_i⟩` of every gate, g = dy, and the rows of g by expert. Then
+//! [`GateGradient`] assigns `Σ_c dots[r, c]` where token t has a row r of expert i; without default vectors it assigns 0
+//! elsewhere.
 
 use super::cost::{Cost, Sizes};
 use super::{In, Out, kernel};
 use half::bf16;
 
 kernel! {
-    /// The gradient of the gates, assigned.
+    /// `dgates[t, i] = ⟨g_t, ê_i⟩`, assigned, and g sorted by expert.
+    pub struct DefaultDots = default_dots {
+        /// `[T, E]`.
+        dgates: Out<'a, f32> [tokens * experts];
+        /// `[R, D]`: g of each row's token, assigned; rows that no slot names are left as they are.
+        g_rows: Option<Out<'a, bf16>> [rows * hidden];
+        /// dy `[T, D]`.
+        g: In<'a, bf16> [tokens * hidden];
+        /// ê `[E, D]`.
+        vectors: In<'a, f32> [experts * hidden];
+        /// `[T, slots]`: each slot's row, negative where it has none; given with `g_rows`.
+        slot_row: Option<In<'a, i32>> [tokens * slots];
+        /// T.
+        tokens: usize;
+        /// R.
+        rows: usize;
+        /// E.
+        experts: usize;
+        /// D.
+        hidden: usize;
+        /// Slots of a token.
+        slots: usize;
+    }
+}
+
+kernel! {
+    /// `dgates[t, i] = Σ_c dots[r, c]` where token t has a row r of expert i, assigned.
     pub struct GateGradient = gate_gradient {
         /// `[T, E]`.
         dgates: Out<'a, f32> [tokens * experts];
         /// `[R, dot_columns]`: partial sums of ⟨g, e_i(x)⟩.
         dots: In<'a, f32> [rows * dot_columns];
-        /// dy `[T, D]`; read with vectors alone.
-        g: Option<In<'a, bf16>> [tokens * hidden];
-        /// ê `[E, D]`.
-        vectors: Option<In<'a, f32>> [experts * hidden];
         /// `[T, slots]`: each slot's row, negative where it has none.
         slot_row: In<'a, i32> [tokens * slots];
         /// `[T, slots]`: each slot's expert; without, slot i is expert i.
@@ -27,31 +51,35 @@ kernel! {
         rows: usize;
         /// E.
         experts: usize;
-        /// D.
-        hidden: usize;
         /// Slots of a token: K with choices, else E.
         slots: usize;
         /// Partial sums of a row in `dots`.
         dot_columns: usize;
+        /// Whether gates without a row keep what `dgates` holds; else they become 0.
+        keep: bool;
     }
 }
 
-impl GateGradient<'_> {
-    /// With a list of choices and `dot_columns` partial dots a row.
-    pub fn cost(s: &Sizes, vectors: bool, dot_columns: usize) -> Cost {
-        let bytes = 4 * s.tokens * (s.experts + 2 * s.slots) + 4 * s.rows * dot_columns;
-        if !vectors {
-            return Cost::new(0, bytes);
-        }
+impl DefaultDots<'_> {
+    /// With `g_rows`, or without.
+    pub fn cost(s: &Sizes, sorts: bool) -> Cost {
         let experts = match s.experts {
             0..=16 => 16,
             17..=32 => 32,
             e => e.next_multiple_of(64),
         };
         let flops = 4 * s.tokens.next_multiple_of(128) * experts * s.hidden.next_multiple_of(64);
-        Cost::new(
-            flops,
-            bytes + 2 * s.tokens * s.hidden + 4 * s.experts * s.hidden,
-        )
+        let bytes = 2 * s.tokens * s.hidden + 4 * s.experts * (s.tokens + s.hidden);
+        let sorted = 2 * s.rows * s.hidden + 4 * s.tokens * s.slots;
+        Cost::new(flops, bytes + if sorts { sorted } else { 0 })
+    }
+}
+
+impl GateGradient<'_> {
+    /// With a list of choices and `dot_columns` partial dots a row.
+    pub fn cost(s: &Sizes, keep: bool, dot_columns: usize) -> Cost {
+        let gates = if keep { s.rows } else { s.tokens * s.experts };
+        let dots = s.rows * dot_columns;
+        Cost::new(0, 4 * (2 * s.tokens * s.slots + dots + gates))
     }
 }

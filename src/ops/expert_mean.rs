@@ -3,7 +3,8 @@
 //! Over the rows r of expert i, with outputs `e [R, D]` and weights `a_r` (the router's probability,
 //! or 1): `sum_i = Σ_r a_r e_r`, `mass_i = Σ_r a_r`; mean `m_i = sum_i / mass_i`.
 //! `ê_i ← β ê_i + (1 − β) m_i` (Default MoE, eq. 10); an expert without rows keeps its ê.
-//! Sums and masses are added over ranks before the division. Nothing here is differentiable.
+//! Sums and masses are added over ranks before the division; on one rank a device makes them and the average in one launch.
+//! Nothing here is differentiable.
 
 use super::dispatch::Dispatch;
 use crate::device::Device;
@@ -12,7 +13,7 @@ use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
 };
-use crate::kernels::{self, ExpertMeanUpdate, Stream};
+use crate::kernels::{self, ExpertMean, ExpertMeanUpdate, Stream};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
@@ -31,11 +32,29 @@ pub enum Weighting {
 
 /// Sums over the rows of every expert, of one micro-batch or of all ranks.
 pub struct ExpertSums {
-    /// `Σ_r a_r e_r [E, D]`: f64 on the CPU, f32 on devices with kernels.
-    sums: Tensor,
-    /// `Σ_r p_r` and the number of rows, `[E, 2]`.
-    masses: Tensor,
+    held: Held,
     weighting: Weighting,
+}
+
+enum Held {
+    Sums {
+        /// `Σ_r a_r e_r [E, D]`: f64 on the CPU, f32 on devices with kernels.
+        sums: Tensor,
+        /// `Σ_r p_r` and the number of rows, `[E, 2]`.
+        masses: Tensor,
+    },
+    Partials(Partials),
+}
+
+/// What the sums are of, on a device with kernels.
+struct Partials {
+    /// `Σ_r a_r e_r` of each block of 64 rows, as the down projection's kernel left them.
+    column_sums: Tensor,
+    /// `[T, E]`.
+    gates: Tensor,
+    offsets: Tensor,
+    row_token: Tensor,
+    rows: usize,
 }
 
 impl ExpertSums {
@@ -61,58 +80,51 @@ impl ExpertSums {
                 _ => gates.slice::<T>()[dispatch.token(row) * experts + expert],
             };
             let (sums, masses) = reference::sums(outputs.slice::<T>(), weight, dispatch, width);
-            Ok(ExpertSums {
+            let held = Held::Sums {
                 sums: Tensor::from_slice([experts, width], &sums),
                 masses: Tensor::from_slice([experts, 2], &masses),
-                weighting,
-            })
+            };
+            Ok(ExpertSums { held, weighting })
         })
     }
 
     /// Sums of the partial sums that the down projection's kernel left, one a block of 64 rows
-    /// (`kernels/grouped_swiglu.cu`), on a device with kernels.
+    /// (`kernels/grouped_down.cu`), on a device with kernels: made when they are asked for.
     ///
     /// # Errors
-    /// When a kernel fails.
+    /// When the dispatch is not on the device, and cannot be put there.
     pub fn of_partials(
         partials: &Tensor,
         gates: &Tensor,
         weighting: Weighting,
         dispatch: &Dispatch,
     ) -> Result<Self> {
-        let device = partials.device();
-        let (experts, width) = (gates.shape().width(), partials.shape().width());
-        let mut sums = Tensor::unspecified(device, DType::F32, [experts, width]);
-        let mut masses = Tensor::unspecified(device, DType::F32, [experts, 2]);
-        let maps = dispatch.maps(device)?;
-        kernels::ExpertSums {
-            sums: sums.output()?,
-            masses: masses.output()?,
-            column_sums: partials.input()?,
-            gates: Some(gates.input()?),
-            offsets: maps.offsets.input()?,
-            row_token: maps.row_token.input()?,
+        let maps = dispatch.maps(partials.device())?;
+        let held = Held::Partials(Partials {
+            column_sums: partials.clone(),
+            gates: gates.clone(),
+            offsets: maps.offsets.clone(),
+            row_token: maps.row_token.clone(),
             rows: dispatch.num_rows().max(1),
-            tokens: gates.shape().rows(),
-            experts,
-            hidden: width,
-        }
-        .launch(&Stream::of(device)?)?;
-        Ok(ExpertSums {
-            sums,
-            masses,
-            weighting,
-        })
+        });
+        Ok(ExpertSums { held, weighting })
     }
 
     /// Adds those of the other ranks by `sum`, which replaces a tensor by its sum over them.
     ///
     /// # Errors
-    /// Those of `sum`.
-    pub fn over_ranks(mut self, sum: impl Fn(&mut Tensor) -> Result<()>) -> Result<Self> {
-        sum(&mut self.sums)?;
-        sum(&mut self.masses)?;
-        Ok(self)
+    /// Those of `sum`, or when a kernel fails.
+    pub fn over_ranks(self, sum: impl Fn(&mut Tensor) -> Result<()>) -> Result<Self> {
+        let (mut sums, mut masses) = match self.held {
+            Held::Sums { sums, masses } => (sums, masses),
+            Held::Partials(partials) => partials.sums()?,
+        };
+        sum(&mut sums)?;
+        sum(&mut masses)?;
+        Ok(ExpertSums {
+            held: Held::Sums { sums, masses },
+            weighting: self.weighting,
+        })
     }
 
     /// `average ← β average + (1 − β) m` for the experts with rows, m their mean output.
@@ -120,10 +132,14 @@ impl ExpertSums {
     /// # Errors
     /// When the shapes differ, or a kernel fails.
     pub fn update(&self, average: &mut Tensor, beta: f64) -> Result<()> {
-        average.expect_shape("expert_mean", "average", self.sums.shape())?;
+        let (sums, masses) = match &self.held {
+            Held::Sums { sums, masses } => (sums, masses),
+            Held::Partials(partials) => return partials.update(average, self.weighting, beta),
+        };
+        average.expect_shape("expert_mean", "average", sums.shape())?;
         if average.device() == Device::Cpu {
             return with_real!(average.dtype(), "expert_mean", |T| {
-                let (sums, masses) = (self.sums.slice(), self.masses.slice());
+                let (sums, masses) = (sums.slice(), masses.slice());
                 reference::update::<T>(average.slice_mut(), sums, masses, self.weighting, beta);
                 Ok(())
             });
@@ -133,14 +149,64 @@ impl ExpertSums {
         let beta = Tensor::constant(average.device(), [1], &[beta as f32]);
         ExpertMeanUpdate {
             average: average.output()?,
-            sums: self.sums.input()?,
-            masses: self.masses.input()?,
+            sums: sums.input()?,
+            masses: masses.input()?,
             beta: beta.input()?,
             experts,
             hidden,
             weighting: self.weighting.kernel() as i32,
         }
         .launch(&stream)
+    }
+}
+
+impl Partials {
+    /// E and D.
+    fn sizes(&self) -> [usize; 2] {
+        [self.gates.shape().width(), self.column_sums.shape().width()]
+    }
+
+    /// Sums and masses.
+    fn sums(&self) -> Result<(Tensor, Tensor)> {
+        let device = self.gates.device();
+        let [experts, hidden] = self.sizes();
+        let mut sums = Tensor::unspecified(device, DType::F32, [experts, hidden]);
+        let mut masses = Tensor::unspecified(device, DType::F32, [experts, 2]);
+        kernels::ExpertSums {
+            sums: sums.output()?,
+            masses: masses.output()?,
+            column_sums: self.column_sums.input()?,
+            gates: Some(self.gates.input()?),
+            offsets: self.offsets.input()?,
+            row_token: self.row_token.input()?,
+            rows: self.rows,
+            tokens: self.gates.shape().rows(),
+            experts,
+            hidden,
+        }
+        .launch(&Stream::of(device)?)?;
+        Ok((sums, masses))
+    }
+
+    fn update(&self, average: &mut Tensor, weighting: Weighting, beta: f64) -> Result<()> {
+        let device = average.device();
+        let [experts, hidden] = self.sizes();
+        average.expect_shape("expert_mean", "average", [experts, hidden])?;
+        let beta = Tensor::constant(device, [1], &[beta as f32]);
+        ExpertMean {
+            average: average.output()?,
+            column_sums: self.column_sums.input()?,
+            gates: Some(self.gates.input()?),
+            offsets: self.offsets.input()?,
+            row_token: self.row_token.input()?,
+            beta: beta.input()?,
+            rows: self.rows,
+            tokens: self.gates.shape().rows(),
+            experts,
+            hidden,
+            weighting: weighting.kernel() as i32,
+        }
+        .launch(&Stream::of(device)?)
     }
 }
 

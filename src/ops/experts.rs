@@ -22,8 +22,8 @@ use crate::error::{Error, Result};
 use crate::kernels::grouped_swiglu::dot_columns;
 use crate::kernels::launchers::TILE_AUTO;
 use crate::kernels::{
-    Combine, GateGradient, GroupedDownForward, GroupedGemmInputGradient, GroupedSwigluBackward,
-    GroupedSwigluForward, Stream,
+    Combine, DefaultDots, GateGradient, GroupedDownForward, GroupedGemmInputGradient,
+    GroupedSwigluBackward, GroupedSwigluForward, Stream,
 };
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
@@ -324,29 +324,57 @@ impl Layer {
         product::weight_gradient_of(dw, accumulate, dout, x, self.sizes.rows, offsets)
     }
 
-    /// dw `[T, E]`: the dots of the rows on A, those of the default vectors off it.
-    fn gate_gradient(
+    /// dy `[R, D]` sorted by expert and, where the gates' gradient asks for them, its dots with the default vectors
+    /// `[T, E]`: dy is read once for both.
+    fn sorted_with_dots(
         &self,
-        gates: &Tensor,
-        dots: &Tensor,
         dy: &Tensor,
+        of_gates: bool,
         maps: &DeviceMaps,
-    ) -> Result<Tensor> {
-        let mut dgates = gates.unspecified_like();
-        let (s, vectors) = (self.sizes, self.defaults.as_ref().map(|d| &d.vectors));
-        GateGradient {
-            dgates: dgates.output()?,
-            dots: dots.input()?,
-            g: Some(dy.input()?),
-            vectors: vectors.map(Tensor::input).transpose()?,
-            slot_row: maps.slot_row.input()?,
-            choices: maps.choices.as_ref().map(Tensor::input).transpose()?,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let Some(defaults) = self.defaults.as_ref().filter(|_| of_gates) else {
+            return Ok((self.sorted(dy, maps)?, None));
+        };
+        let s = self.sizes;
+        let mut rows = self.new_rows(dy, s.hidden);
+        let mut dots = Tensor::unspecified(dy.device(), DType::F32, [s.tokens, s.experts]);
+        DefaultDots {
+            dgates: dots.output()?,
+            g_rows: Some(rows.output()?),
+            g: dy.input()?,
+            vectors: defaults.vectors.input()?,
+            slot_row: Some(maps.slot_row.input()?),
             tokens: s.tokens,
             rows: s.rows,
             experts: s.experts,
             hidden: s.hidden,
             slots: maps.slots,
+        }
+        .launch(&Stream::of(dy.device())?)?;
+        Ok((rows, Some(dots)))
+    }
+
+    /// dw `[T, E]`: the dots of the rows on A, and off it those of the default vectors, or 0.
+    fn gate_gradient(
+        &self,
+        gates: &Tensor,
+        dots: &Tensor,
+        default_dots: Option<Tensor>,
+        maps: &DeviceMaps,
+    ) -> Result<Tensor> {
+        let (s, keep) = (self.sizes, default_dots.is_some());
+        let mut dgates = default_dots.unwrap_or_else(|| gates.unspecified_like());
+        GateGradient {
+            dgates: dgates.output()?,
+            dots: dots.input()?,
+            slot_row: maps.slot_row.input()?,
+            choices: maps.choices.as_ref().map(Tensor::input).transpose()?,
+            tokens: s.tokens,
+            rows: s.rows,
+            experts: s.experts,
+            slots: maps.slots,
             dot_columns: dots.shape().width(),
+            keep,
         }
         .launch(&Stream::of(gates.device())?)?;
         Ok(dgates)
@@ -388,7 +416,7 @@ impl Op for Layer {
             s.ffn,
             TILE_AUTO,
         )?;
-        let dy_rows = self.sorted(dy, maps)?;
+        let (dy_rows, default_dots) = self.sorted_with_dots(dy, grads.wanted(1), maps)?;
         let mut dh = self.new_rows(x, 2 * s.ffn);
         let mut weighted_a = self.new_rows(x, s.ffn);
         let mut dots = Tensor::unspecified(device, DType::F32, [s.rows, columns]);
@@ -413,7 +441,7 @@ impl Op for Layer {
         }
         .launch(&stream)?;
         if grads.wanted(1) {
-            grads.give(1, self.gate_gradient(gates, &dots, dy, maps)?)?;
+            grads.give(1, self.gate_gradient(gates, &dots, default_dots, maps)?)?;
         } else {
             grads.none(1);
         }

@@ -361,7 +361,7 @@ impl Router for DefaultMoe {
         at(layer.dist, || {
             format!("samples of MoE layer {}", layer.layer)
         });
-        let sums = sums.over_ranks(|tensor| layer.sum_tensor(tensor))?;
+        let sums = layer.sums_of_all_ranks(sums)?;
         // By ê as it was, which these samples have no part in.
         if matches!(self.shrink, Shrink::Running(_)) {
             self.update_shrink(&sums, drawn, layer)?;
@@ -386,7 +386,7 @@ impl Router for DefaultMoe {
     ) -> Result<Option<Defaults>> {
         if let Some(sums) = sums {
             at(layer.dist, || format!("ê of MoE layer {}", layer.layer));
-            let sums = sums.over_ranks(|tensor| layer.sum_tensor(tensor))?;
+            let sums = layer.sums_of_all_ranks(sums)?;
             self.update(&sums, 1.0 / layer.pass.micro_batches as f64, layer)?;
         }
         let evaluating = layer.pass.phase == Phase::Evaluate;

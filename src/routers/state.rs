@@ -8,6 +8,7 @@ use crate::dist::{Collective, at};
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_draws;
 use crate::ops::dispatch::{Dispatch, Selection};
+use crate::ops::expert_mean::ExpertSums;
 use crate::ops::over_ranks;
 use crate::ops::router::{NonFinite, TopK};
 use crate::ops::routing::Entropy;
@@ -413,10 +414,21 @@ impl<'p> LayerPass<'p> {
     ///
     /// # Errors
     /// When a rank has left, or no kernel adds up such numbers.
-    pub(crate) fn sum_tensor(&self, tensor: &mut Tensor) -> Result<()> {
+    fn sum_tensor(&self, tensor: &mut Tensor) -> Result<()> {
         match self.state.tally.ranks() {
             Some(ranks) => over_ranks::sum(ranks, tensor),
             None => tensor.sum_over_ranks(self.dist),
+        }
+    }
+
+    /// Sums of the experts' outputs of all ranks.
+    ///
+    /// # Errors
+    /// When a rank has left, or a kernel fails.
+    pub(crate) fn sums_of_all_ranks(&self, sums: ExpertSums) -> Result<ExpertSums> {
+        match self.dist.size() {
+            1 => Ok(sums),
+            _ => sums.over_ranks(|tensor| self.sum_tensor(tensor)),
         }
     }
 

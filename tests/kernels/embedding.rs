@@ -3,12 +3,13 @@
 
 use crate::support::refusals::*;
 use crate::support::tape::tensor;
-use crate::support::{check_cases, check_schedules};
+use crate::support::{check_cases, check_schedules, counts_agree};
 use routegrad::device::Device;
 use routegrad::kernels::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder};
 use routegrad::ops::embedding::embedding;
 use routegrad::tape::{Gradients, Tape, Var, take_op_counts};
 use routegrad::tensor::Tensor;
+use routegrad::verify::kernels::embedding::{Ids, forward_problem};
 
 const LAUNCHERS: [&str; 3] = ["embedding_forward", "embedding_order", "embedding_gradient"];
 
@@ -20,6 +21,14 @@ fn rows_and_order_are_exact_and_gradients_within_f32_roundoff_of_float64() {
 #[test]
 fn every_schedule_and_thread_count_gives_the_same_bytes() {
     LAUNCHERS.into_iter().for_each(check_schedules);
+}
+
+#[test]
+fn bytes_of_rows_are_those_of_the_formula() {
+    // More rows in the table than are looked up: each is read from memory.
+    let (rows, table_rows, hidden) = (1000, 4096, 136);
+    let problem = forward_problem(Ids::Uniform, rows, table_rows, hidden);
+    counts_agree(&problem, EmbeddingForward::cost(rows, table_rows, hidden));
 }
 
 #[test]

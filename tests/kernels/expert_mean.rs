@@ -4,9 +4,9 @@ use crate::support::refusals::*;
 use crate::support::{check_cases, check_schedules, counts_agree};
 use routegrad::kernels::bindings::*;
 use routegrad::kernels::cost::Sizes;
-use routegrad::kernels::{ExpertMeanUpdate, ExpertSums};
+use routegrad::kernels::{ExpertMean, ExpertMeanUpdate, ExpertSums};
 use routegrad::verify::kernels::dispatch::Batch;
-use routegrad::verify::kernels::expert_mean::{Sums, sums_problem, update_problem};
+use routegrad::verify::kernels::expert_mean::{Sums, mean_problem, sums_problem, update_problem};
 use std::sync::Arc;
 
 #[test]
@@ -17,12 +17,14 @@ fn sums_are_within_f32_roundoff_of_float64_and_masses_count_rows() {
 #[test]
 fn the_average_moves_for_experts_with_rows_alone() {
     check_cases("expert_mean_update");
+    check_cases("expert_mean");
 }
 
 #[test]
 fn every_schedule_and_thread_count_gives_the_same_bytes() {
     check_schedules("expert_sums");
     check_schedules("expert_mean_update");
+    check_schedules("expert_mean");
 }
 
 #[test]
@@ -38,6 +40,20 @@ fn bytes_are_those_of_the_formula() {
     let batch = Batch::random(sizes.tokens, sizes.experts, sizes.slots, 1);
     let inputs = Arc::new(Sums::new(batch, sizes.hidden, true));
     counts_agree(&sums_problem(&inputs), ExpertSums::cost(&sizes));
+    // One tile of columns: the gates are read once. The two launches beside it read the average and the sums.
+    let narrow = Sizes {
+        hidden: 128,
+        ..sizes
+    };
+    let batch = Batch::random(sizes.tokens, sizes.experts, sizes.slots, 1);
+    let inputs = Arc::new(Sums::new(batch, narrow.hidden, true));
+    let costs = [
+        ExpertMean::cost(&narrow),
+        ExpertSums::cost(&narrow),
+        ExpertMeanUpdate::cost(&narrow),
+    ];
+    let mean = mean_problem(&inputs, ROUTEGRAD_WEIGHTING_SUM_P);
+    counts_agree(&mean, costs.into_iter().sum());
     let sizes = Sizes {
         experts: 1,
         hidden: 2048,
@@ -93,6 +109,42 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         let mut n = sizes;
         n[i] = wrong;
         refused(|| sums([good; 6], n), why, name);
+    }
+    // average, column_sums, gates, offsets, row_token, beta; rows, tokens, experts, hidden; weighting
+    let mean = |p: [usize; 6], n: [usize; 4], weighting: i32| {
+        ExpertMean {
+            average: output(p[0]),
+            column_sums: input(p[1]),
+            gates: optional(p[2]),
+            offsets: input(p[3]),
+            row_token: input(p[4]),
+            beta: input(p[5]),
+            rows: n[0],
+            tokens: n[1],
+            experts: n[2],
+            hidden: n[3],
+            weighting,
+        }
+        .launch(&stream())
+    };
+    let by_sum = ROUTEGRAD_WEIGHTING_SUM_P as i32;
+    let names = ["average", "column_sums", "gates", "offsets", "row_token"];
+    refuses_pointers(names, &[], good, |[a, c, g, o, r]| {
+        mean([a, c, g, o, r, good], sizes, by_sum)
+    });
+    refused(
+        || mean([good, good, good, good, good, 0], sizes, by_sum),
+        NULL,
+        "beta",
+    );
+    for (n, weighting, why, name) in [
+        ([0, 4, 8, 64], 0, OUT_OF_RANGE, "rows"),
+        ([4, 0, 8, 64], 0, OUT_OF_RANGE, "tokens"),
+        ([4, 4, 257, 64], 0, OUT_OF_RANGE, "experts"),
+        ([4, 4, 8, 12], 0, NOT_MULTIPLE, "hidden"),
+        ([4, 4, 8, 64], 3, OUT_OF_RANGE, "weighting"),
+    ] {
+        refused(|| mean([good; 6], n, weighting), why, name);
     }
     // average, sums, masses, beta; experts, hidden; weighting
     let update = |p: [usize; 4], n: [usize; 2], weighting: i32| {

@@ -2,28 +2,31 @@
 //! refusals.
 
 use crate::support::refusals::*;
-use crate::support::{check_cases, check_schedules, counts_agree};
-use routegrad::kernels::GateGradient;
-use routegrad::kernels::cost::Sizes;
+use crate::support::schedules::counted;
+use crate::support::{check_cases, check_schedules, counts_agree, outputs};
+use routegrad::kernels::cost::{Cost, Sizes};
+use routegrad::kernels::{DefaultDots, GateGradient};
 use routegrad::verify::kernels::dispatch::Batch;
-use routegrad::verify::kernels::gate_gradient::{Inputs, problem};
+use routegrad::verify::kernels::gate_gradient::{Inputs, Kind, problem};
 use std::sync::Arc;
 
+const LAUNCHERS: [&str; 2] = ["gate_gradient", "default_dots"];
+
 #[test]
-fn every_gate_is_within_the_rounding_of_its_sum() {
-    check_cases("gate_gradient");
+fn every_gate_is_within_the_rounding_of_its_sum_and_rows_are_those_of_their_tokens() {
+    LAUNCHERS.into_iter().for_each(check_cases);
 }
 
 #[test]
 fn every_schedule_and_thread_count_gives_the_same_bytes() {
-    check_schedules("gate_gradient");
+    LAUNCHERS.into_iter().for_each(check_schedules);
 }
 
 #[test]
 fn work_and_bytes_are_those_of_the_formula() {
     // One tile of tokens: the vectors are read once a tile.
     for (experts, slots, hidden) in [(8, 1, 1024), (32, 4, 1032), (64, 2, 512)] {
-        for dense in [false, true] {
+        for kind in [Kind::Chosen, Kind::Dots, Kind::DotsAndRows] {
             let sizes = Sizes {
                 tokens: 128,
                 hidden,
@@ -33,49 +36,56 @@ fn work_and_bytes_are_those_of_the_formula() {
                 rows: 128 * slots,
             };
             let batch = Batch::random(sizes.tokens, experts, slots, 2);
-            let inputs = Inputs::new(batch, hidden, 22, dense);
-            let mut cost = GateGradient::cost(&sizes, dense, 22);
-            if !dense {
-                // Each gate's thread looks its expert up: the choices come again, from cache, until it is found.
-                let looked_at = slots * (experts - slots) + slots * (slots + 1) / 2;
-                cost.bytes += (4 * sizes.tokens * (looked_at - slots)) as f64;
-            }
+            let inputs = Inputs::new(batch, hidden, 22, kind);
+            let dots = match kind {
+                Kind::Chosen => Cost::default(),
+                _ => DefaultDots::cost(&sizes, kind == Kind::DotsAndRows),
+            };
+            let mut cost = dots + GateGradient::cost(&sizes, kind != Kind::Chosen, 22);
+            // Each gate's thread looks its expert up: the choices come again, from cache, until it is found.
+            let looked_at = slots * (experts - slots) + slots * (slots + 1) / 2;
+            cost.bytes += (4 * sizes.tokens * (looked_at - slots)) as f64;
             counts_agree(&problem(&Arc::new(inputs)), cost);
         }
     }
+}
+
+/// Three blocks read the same tokens for their experts; one of them stores the rows.
+#[test]
+fn rows_are_stored_once_however_many_experts_there_are() {
+    let (tokens, experts, slots, hidden) = (130, 140, 3, 72);
+    let batch = Batch::random(tokens, experts, slots, 3);
+    let inputs = Inputs::new(batch, hidden, 2, Kind::DotsAndRows);
+    let problem = problem(&Arc::new(inputs));
+    let written = counted(|| drop(outputs(&problem))).bytes_written as usize;
+    let rows = tokens * slots;
+    assert_eq!(written, 4 * tokens * experts + 2 * rows * hidden + 4 * rows);
 }
 
 #[test]
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    // dgates, dots, g, vectors, slot_row, choices; tokens, rows, experts, hidden, slots, dot_columns
-    let call = |p: [usize; 6], n: [usize; 6]| {
-        GateGradient {
+    // dgates, g_rows, g, vectors, slot_row; tokens, rows, experts, hidden, slots
+    let dots = |p: [usize; 5], n: [usize; 5]| {
+        DefaultDots {
             dgates: output(p[0]),
-            dots: input(p[1]),
-            g: optional(p[2]),
-            vectors: optional(p[3]),
-            slot_row: input(p[4]),
-            choices: optional(p[5]),
+            g_rows: (p[1] != 0).then(|| output(p[1])),
+            g: input(p[2]),
+            vectors: input(p[3]),
+            slot_row: optional(p[4]),
             tokens: n[0],
             rows: n[1],
             experts: n[2],
             hidden: n[3],
             slots: n[4],
-            dot_columns: n[5],
         }
         .launch(&stream())
     };
-    let sizes = [4, 8, 8, 64, 2, 3];
-    let names = ["dgates", "dots", "g", "vectors", "slot_row", "choices"];
-    refuses_pointers(names, &["choices", "vectors"], good, |p| call(p, sizes));
-    // Without choices every expert is a slot; without vectors nothing is wrong.
-    refused(
-        || call([good, good, good, good, good, 0], sizes),
-        OUT_OF_RANGE,
-        "slots",
-    );
+    let sizes = [4, 8, 8, 64, 2];
+    // Rows want their slots, and slots their rows.
+    let names = ["dgates", "g_rows", "g", "vectors", "slot_row"];
+    refuses_pointers(names, &[], good, |p| dots(p, sizes));
     for (i, wrong, why, name) in [
         (0, 0, OUT_OF_RANGE, "tokens"),
         (0, 1 << 31, OUT_OF_RANGE, "tokens"),
@@ -88,10 +98,50 @@ fn a_refused_argument_is_named_and_nothing_is_launched() {
         (3, 36, NOT_MULTIPLE, "hidden"),
         (4, 0, OUT_OF_RANGE, "slots"),
         (4, 9, OUT_OF_RANGE, "slots"),
-        (5, 0, OUT_OF_RANGE, "dot_columns"),
     ] {
         let mut n = sizes;
         n[i] = wrong;
-        refused(|| call([good; 6], n), why, name);
+        refused(|| dots([good; 5], n), why, name);
+    }
+    // dgates, dots, slot_row, choices; tokens, rows, experts, slots, dot_columns
+    let gates = |p: [usize; 4], n: [usize; 5]| {
+        GateGradient {
+            dgates: output(p[0]),
+            dots: input(p[1]),
+            slot_row: input(p[2]),
+            choices: optional(p[3]),
+            tokens: n[0],
+            rows: n[1],
+            experts: n[2],
+            slots: n[3],
+            dot_columns: n[4],
+            keep: true,
+        }
+        .launch(&stream())
+    };
+    let sizes = [4, 8, 8, 2, 3];
+    let names = ["dgates", "dots", "slot_row", "choices"];
+    refuses_pointers(names, &["choices"], good, |p| gates(p, sizes));
+    // Without choices every expert is a slot.
+    refused(
+        || gates([good, good, good, 0], sizes),
+        OUT_OF_RANGE,
+        "slots",
+    );
+    for (i, wrong, why, name) in [
+        (0, 0, OUT_OF_RANGE, "tokens"),
+        (0, 1 << 31, OUT_OF_RANGE, "tokens"),
+        (0, 1 << 30, OVERFLOW, "tokens"),
+        (1, 0, OUT_OF_RANGE, "rows"),
+        (1, 1 << 31, OUT_OF_RANGE, "rows"),
+        (2, 0, OUT_OF_RANGE, "experts"),
+        (2, 257, OUT_OF_RANGE, "experts"),
+        (3, 0, OUT_OF_RANGE, "slots"),
+        (3, 9, OUT_OF_RANGE, "slots"),
+        (4, 0, OUT_OF_RANGE, "dot_columns"),
+    ] {
+        let mut n = sizes;
+        n[i] = wrong;
+        refused(|| gates([good; 4], n), why, name);
     }
 }

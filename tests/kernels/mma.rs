@@ -245,7 +245,7 @@ mod router {
 mod gates {
     use super::*;
 
-    const LAUNCHERS: [&str; 2] = ["combine", "gate_gradient"];
+    const LAUNCHERS: [&str; 2] = ["combine", "default_dots"];
 
     #[test]
     fn small_ones_are_within_roundoff_of_float64_and_equal_those_of_hopper() {

@@ -25,8 +25,8 @@ use routegrad::kernels::launchers::{self, TILE_AUTO};
 use routegrad::kernels::router::{RouterForward, RouterStatistics};
 use routegrad::kernels::router_backward::{RouterBackward, RouterWeightGradient};
 use routegrad::kernels::{
-    AttentionBackward, AttentionForward, Combine, DispatchChoices, ExpertMeanUpdate, ExpertSums,
-    GateGradient, GroupedDownForward, GroupedGemmForward, GroupedGemmInputGradient,
+    AttentionBackward, AttentionForward, Combine, DefaultDots, DispatchChoices, ExpertMeanUpdate,
+    ExpertSums, GateGradient, GroupedDownForward, GroupedGemmForward, GroupedGemmInputGradient,
     GroupedGemmWeightGradient, GroupedSwigluBackward, GroupedSwigluForward, Stream,
 };
 use std::cell::Cell;
@@ -110,9 +110,13 @@ kernels! {
         y: Memory, rows_in: Memory, gates: Option<Memory>, slot_row: Memory, choices: Option<Memory>,
         vectors: Option<Memory>, tokens: usize, rows: usize, experts: usize, hidden: usize, slots: usize
     } with { accumulate: false };
+    default_dots = DefaultDots {
+        dgates: Memory, g_rows: Option<Memory>, g: Memory, vectors: Memory, slot_row: Option<Memory>, tokens: usize,
+        rows: usize, experts: usize, hidden: usize, slots: usize
+    };
     gate_gradient = GateGradient {
-        dgates: Memory, dots: Memory, g: Option<Memory>, vectors: Option<Memory>, slot_row: Memory, choices: Option<Memory>,
-        tokens: usize, rows: usize, experts: usize, hidden: usize, slots: usize, dot_columns: usize
+        dgates: Memory, dots: Memory, slot_row: Memory, choices: Option<Memory>, tokens: usize, rows: usize, experts: usize,
+        slots: usize, dot_columns: usize, keep: bool
     };
     attention_forward = AttentionForward {
         out: Memory, log_sum_exp: Memory, qkv: Memory, first_key: Option<Memory>, tokens: usize, sequence: usize,

@@ -13,7 +13,7 @@ use crate::kernels::cross_entropy::CrossEntropyRows;
 use crate::kernels::norm::{NormBackward, NormForward};
 use crate::kernels::router::RouterForward;
 use crate::kernels::{
-    AttentionBackward, AttentionForward, Combine, ExpertMeanUpdate, ExpertSums, GateGradient,
+    AttentionBackward, AttentionForward, Combine, DefaultDots, ExpertMean, GateGradient,
     GroupedGemmForward, GroupedGemmWeightGradient,
 };
 use crate::verify::bench::roofline;
@@ -243,8 +243,12 @@ fn layer_cases(
         cases.push(case(families[1], 2.0 * forward, second));
     }
     let dots = roofline::dot_columns(&s)?;
-    let means = vec![ExpertSums::cost(&s), ExpertMeanUpdate::cost(&s)];
-    let gates = vec![GateGradient::cost(&s, true, dots)];
+    let means = vec![ExpertMean::cost(&s)];
+    // With the sort of dy, which the dots of the default vectors are made in.
+    let gates = vec![
+        DefaultDots::cost(&s, true),
+        GateGradient::cost(&s, true, dots),
+    ];
     cases.push(case("router_forward", 0.0, vec![RouterForward::cost(&s)]));
     cases.push(case(
         "combine",

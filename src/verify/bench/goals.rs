@@ -267,15 +267,15 @@ impl Judge<'_> {
 
     fn default_vectors(&self) -> Goal {
         let means = |a: &Asked| a.family == "expert_mean";
-        let gates = |a: &Asked| a.family == "gate_gradient";
+        let gates = |a: &Asked| a.family == "default_layer_backward";
         let forward = self.part("expert_mean", "default_layer_forward");
-        let backward = self.part("gate_gradient", "default_layer_backward");
-        let text = "expert mean and its average ≤ 3% of the layer's forward; the gates' gradient ≤ 4% of its backward";
+        let backward = self.part("default_layer_backward", "layer_backward");
+        let text = "expert mean and its average ≤ 3% of the layer's forward; default vectors lengthen its backward by ≤ 4%";
         let demands = vec![
             self.demand("forward over the means", 1.0 / 0.03, means, forward),
             self.demand(
-                "backward over the gates' gradient",
-                1.0 / 0.04,
+                "backward without default vectors over that with them",
+                1.0 / 1.04,
                 gates,
                 backward,
             ),
@@ -435,16 +435,16 @@ mod tests {
 
     #[test]
     fn parts_of_a_layer_are_held_against_its_passes() {
-        let times = |mean: f64, gates: f64| {
+        let times = |mean: f64, backward: f64| {
             move |case: &str| match case.split(' ').next() {
                 Some("expert_mean") => mean,
-                Some("gate_gradient") => gates,
+                Some("default_layer_backward") => backward,
                 _ => 1.0,
             }
         };
-        assert_eq!(judged(times(0.029, 0.039), &[])[5].verdict, Verdict::Met);
-        assert_eq!(judged(times(0.031, 0.039), &[])[5].verdict, Verdict::Missed);
-        assert_eq!(judged(times(0.029, 0.041), &[])[5].verdict, Verdict::Missed);
+        assert_eq!(judged(times(0.029, 1.039), &[])[5].verdict, Verdict::Met);
+        assert_eq!(judged(times(0.031, 1.039), &[])[5].verdict, Verdict::Missed);
+        assert_eq!(judged(times(0.029, 1.041), &[])[5].verdict, Verdict::Missed);
     }
 
     #[test]

@@ -30,7 +30,7 @@ fn forward(default: bool) -> Vec<Step> {
 
 fn backward(default: bool) -> Vec<Step> {
     vec![
-        Step::SortDy,
+        Step::SortDy(default),
         Step::SwigluBackward,
         Step::GateGradient(default),
         Step::DownWeight,
@@ -81,7 +81,7 @@ pub fn build(machine: &dyn Machine, inputs: &Inputs, layer: &Layer) -> Result<Ke
         vec![Step::Router],
         vec![Step::Combine(true)],
         vec![Step::Means],
-        vec![Step::GateGradient(true)],
+        vec![Step::SortDy(true), Step::GateGradient(true)],
     ];
     let (bf16, f32) = (DType::Bf16, DType::F32);
     Ok(Kernels {
@@ -149,8 +149,6 @@ fn buffers(inputs: &Inputs, layer: &Layer, sizes: &Sizes, spaces: &Spaces) -> Ve
         space("a", 2 * r * f),
         space("e_rows", 2 * r * d),
         space("column_sums", 4 * d * (r / 64 + e)),
-        space("sums", 4 * e * d),
-        space("masses", 8 * e),
         Buffer::output("y", 2 * t * d),
         space("dy_rows", 2 * r * d),
         space("dh", 4 * r * f),

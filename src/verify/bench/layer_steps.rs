@@ -6,7 +6,7 @@ use crate::kernels::launchers::TILE_AUTO;
 use crate::kernels::router::{RouterForward, RouterStatistics};
 use crate::kernels::router_backward::{RouterBackward, RouterWeightGradient};
 use crate::kernels::{
-    Buffer, Combine, DispatchChoices, EmbeddingForward, ExpertMeanUpdate, ExpertSums, GateGradient,
+    Buffer, Combine, DefaultDots, DispatchChoices, EmbeddingForward, ExpertMean, GateGradient,
     GroupedDownForward, GroupedGemmInputGradient, GroupedGemmWeightGradient, GroupedSwigluBackward,
     GroupedSwigluForward, In, Out, Stream,
 };
@@ -39,8 +39,6 @@ pub enum At {
     A,
     ERows,
     ColumnSums,
-    Sums,
-    Masses,
     Y,
     DyRows,
     Dh,
@@ -56,7 +54,7 @@ pub enum At {
     Drouter,
 }
 
-/// One launch or two.
+/// One launch, or two of the router.
 #[derive(Clone, Copy)]
 pub enum Step {
     Router,
@@ -68,9 +66,10 @@ pub enum Step {
     Means,
     /// With the default vectors.
     Combine(bool),
-    SortDy,
+    /// With the dots of the default vectors.
+    SortDy(bool),
     SwigluBackward,
-    /// With the default vectors.
+    /// After those dots.
     GateGradient(bool),
     DownWeight,
     GateUpWeight,
@@ -128,7 +127,20 @@ impl Sizes {
             }
             .launch(stream),
             Step::SortX => self.sort(XRows, X, &p, stream),
-            Step::SortDy => self.sort(DyRows, Dy, &p, stream),
+            Step::SortDy(false) => self.sort(DyRows, Dy, &p, stream),
+            Step::SortDy(true) => DefaultDots {
+                dgates: p.output(Dgates),
+                g_rows: Some(p.output(DyRows)),
+                g: p.input(Dy),
+                vectors: p.input(Average),
+                slot_row: Some(p.input(SlotRow)),
+                tokens: self.tokens,
+                rows: self.rows,
+                experts: self.experts,
+                hidden: self.hidden,
+                slots: self.top_k,
+            }
+            .launch(stream),
             Step::GateUp | Step::Down(_) | Step::SwigluBackward | Step::InputGradient => {
                 self.launch_product(step, &p, stream)
             }
@@ -159,16 +171,14 @@ impl Sizes {
             Step::GateGradient(default) => GateGradient {
                 dgates: p.output(Dgates),
                 dots: p.input(Dots),
-                g: Some(p.input(Dy)),
-                vectors: default.then(|| p.input(Average)),
                 slot_row: p.input(SlotRow),
                 choices: Some(p.input(Choices)),
                 tokens: self.tokens,
                 rows: self.rows,
                 experts: self.experts,
-                hidden: self.hidden,
                 slots: self.top_k,
                 dot_columns: self.dot_columns,
+                keep: default,
             }
             .launch(stream),
         }
@@ -242,24 +252,15 @@ impl Sizes {
 
     fn means(self, p: &Buffers<'_>, stream: &Stream) -> Result<()> {
         use At::*;
-        ExpertSums {
-            sums: p.output(Sums),
-            masses: p.output(Masses),
+        ExpertMean {
+            average: p.output(Average),
             column_sums: p.input(ColumnSums),
             gates: Some(p.input(Scores)),
             offsets: p.input(Offsets),
             row_token: p.input(RowToken),
+            beta: p.input(Beta),
             rows: self.rows,
             tokens: self.tokens,
-            experts: self.experts,
-            hidden: self.hidden,
-        }
-        .launch(stream)?;
-        ExpertMeanUpdate {
-            average: p.output(Average),
-            sums: p.input(Sums),
-            masses: p.input(Masses),
-            beta: p.input(Beta),
             experts: self.experts,
             hidden: self.hidden,
             weighting: ROUTEGRAD_WEIGHTING_SUM_P as i32,

@@ -68,9 +68,13 @@ impl StepCosts {
         let numbers = crate::config::count::total_parameters(m) as usize;
         step.add("square_sums", 1, SquareSums::cost(numbers));
         step.add("adamw_update", 1, AdamwUpdate::cost(numbers));
-        for launcher in ["step_decide", "state_commit"] {
-            step.add(launcher, 1, Cost::default());
-        }
+        step.add("step_decide", 1, Cost::default());
+        // Of ê.
+        step.add(
+            "state_commit",
+            usize::from(name == "default"),
+            Cost::default(),
+        );
         Ok(step)
     }
 
@@ -191,7 +195,7 @@ impl StepCosts {
 
     fn embedding(&mut self, config: &Config, tokens: usize, accumulate: bool) {
         let m = &config.model;
-        let forward = EmbeddingForward::cost(tokens, m.hidden);
+        let forward = EmbeddingForward::cost(tokens, m.vocab_size, m.hidden);
         let gradient = EmbeddingGradient::cost(tokens, m.vocab_size, m.hidden, accumulate);
         let calls = EmbeddingOrder::calls(m.vocab_size);
         let bytes_of_ids = Sizes {
@@ -239,7 +243,11 @@ impl StepCosts {
         };
         let default = config.router.name == "default";
         for (name, cost) in roofline::layer_kernels(&sizes, default, accumulate)? {
-            let launcher = name.split(',').next().unwrap_or(name);
+            let launcher = match name.split([',', ' ']).next() {
+                Some(_) if default && name == roofline::SORT_OF_DY => "default_dots",
+                Some(launcher) => launcher,
+                None => name,
+            };
             if !launcher.starts_with("grouped_gemm_") {
                 self.add(launcher, times, cost);
             }
@@ -257,9 +265,6 @@ impl StepCosts {
         self.input_gradient(times, gate_up);
         self.weight_gradient(times, gate_up, accumulate);
         self.weight_gradient(times, down, accumulate);
-        // Rows into the order of the experts: x, x again in backward, dy.
-        let sort = EmbeddingForward::cost(sizes.rows, m.hidden);
-        self.add("embedding_forward", 3 * times, sort);
         for launcher in [
             "router_statistics",
             "router_weight_gradient",

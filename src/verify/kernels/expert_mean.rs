@@ -8,14 +8,14 @@ use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
 };
-use crate::kernels::{ExpertMeanUpdate, ExpertSums};
+use crate::kernels::{ExpertMean, ExpertMeanUpdate, ExpertSums};
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Rows behind one line of column sums.
 const BLOCK_ROWS: usize = 64;
 
-/// The inputs of `expert_sums`.
+/// The inputs of `expert_sums` and `expert_mean`.
 pub struct Sums {
     pub routed: Routed,
     pub hidden: usize,
@@ -49,6 +49,33 @@ impl Sums {
         offsets[expert] as usize..offsets[expert + 1] as usize
     }
 
+    /// `column_sums`, `gates`, `offsets`, `row_token`.
+    fn buffers(&self) -> [Buffer; 4] {
+        // Rows past the last name no token.
+        let mut row_token = self.routed.sorted.row_token.clone();
+        row_token.resize(self.routed.rows_given, i32::MAX);
+        [
+            Buffer::input("column_sums", &self.column_sums),
+            Buffer::input("gates", &self.routed.gates),
+            Buffer::input("offsets", &self.routed.sorted.offsets),
+            Buffer::input("row_token", &row_token),
+        ]
+    }
+
+    /// The gates of the expert's rows.
+    fn gates(&self, expert: usize) -> impl Iterator<Item = f32> {
+        self.rows(expert).map(move |row| {
+            let token = self.routed.sorted.row_token[row] as usize;
+            self.routed.gates[token * self.routed.experts() + expert]
+        })
+    }
+
+    /// The terms of an expert's sum in one column.
+    fn terms(&self, expert: usize, column: usize) -> impl Iterator<Item = f32> {
+        let line = move |line: usize| self.column_sums[line * self.hidden + column];
+        self.lines(expert).map(line)
+    }
+
     /// The expert's lines of `column_sums`.
     fn lines(&self, expert: usize) -> Range<usize> {
         let rows = self.rows(expert);
@@ -75,23 +102,16 @@ impl Sums {
             errors.add(f64::from(got), want, bound, || place.clone())
         };
         for expert in 0..experts {
-            let lines = self.lines(expert);
             for column in 0..hidden {
-                let mut terms = lines
-                    .clone()
-                    .map(|line| self.column_sums[line * hidden + column]);
                 let place = format!("sum of expert {expert}, column {column}");
-                judge(sums[expert * hidden + column], &mut terms, place)?;
+                let terms = &mut self.terms(expert, column);
+                judge(sums[expert * hidden + column], terms, place)?;
             }
-            let rows = self.rows(expert);
-            let count = rows.len() as f32;
-            let mut gates = rows.map(|row| {
-                let token = self.routed.sorted.row_token[row] as usize;
-                self.routed.gates[token * experts + expert]
-            });
+            let count = self.rows(expert).len() as f32;
             let mass = masses[2 * expert];
             if self.weighted {
-                judge(mass, &mut gates, format!("mass of expert {expert}"))?;
+                let place = format!("mass of expert {expert}");
+                judge(mass, &mut self.gates(expert), place)?;
             }
             if masses[2 * expert + 1] != count || (!self.weighted && mass != count) {
                 let got = &masses[2 * expert..2 * expert + 2];
@@ -102,23 +122,60 @@ impl Sums {
         }
         Ok(errors)
     }
+
+    /// The average of each expert within the rounding of its terms; that of an expert without rows or mass as it was.
+    ///
+    /// # Errors
+    /// The text names the element.
+    fn judge_mean(
+        &self,
+        got: &[f32],
+        old: &[f32],
+        keep: f64,
+        weighting: routegrad_weighting,
+    ) -> Result<Errors, String> {
+        let hidden = self.hidden;
+        let mut errors = Errors::default();
+        for expert in 0..self.routed.experts() {
+            let count = self.rows(expert).len() as f64;
+            let divisor = match weighting {
+                ROUTEGRAD_WEIGHTING_SUM_P => self.gates(expert).map(f64::from).sum(),
+                _ => count,
+            };
+            for column in 0..hidden {
+                let place = || format!("expert {expert}, column {column}");
+                let at = expert * hidden + column;
+                if divisor == 0.0 {
+                    errors.add(f64::from(got[at]), f64::from(old[at]), 0.0, place)?;
+                    continue;
+                }
+                let terms = || self.terms(expert, column).map(f64::from);
+                let share = (1.0 - keep) / divisor;
+                let (new, magnitude) = (
+                    share * terms().sum::<f64>(),
+                    share * terms().map(f64::abs).sum::<f64>(),
+                );
+                let kept = keep * f64::from(old[at]);
+                // The sums of the columns and of the gates; 1 − β, the quotient, two products and the sum.
+                let roundings = terms().count() as f64 + count + 5.0;
+                let bound =
+                    F32_ROUNDOFF * (2.0 * kept.abs() + roundings * magnitude + (kept + new).abs());
+                errors.add(f64::from(got[at]), kept + new, bound, place)?;
+            }
+        }
+        Ok(errors)
+    }
 }
 
 /// The launch of `expert_sums`. Buffers: sums, masses, column_sums, gates, offsets, row_token.
 pub fn sums_problem(inputs: &Arc<Sums>) -> Problem {
     let i = inputs.clone();
     let experts = i.routed.experts();
-    // Rows past the last name no token.
-    let mut row_token = i.routed.sorted.row_token.clone();
-    row_token.resize(i.routed.rows_given, i32::MAX);
-    let buffers = vec![
+    let mut buffers = vec![
         Buffer::output("sums", experts * i.hidden * 4),
         Buffer::output("masses", experts * 8),
-        Buffer::input("column_sums", &i.column_sums),
-        Buffer::input("gates", &i.routed.gates),
-        Buffer::input("offsets", &i.routed.sorted.offsets),
-        Buffer::input("row_token", &row_token),
     ];
+    buffers.extend(i.buffers());
     let (weighted, rows, tokens) = (i.weighted, i.routed.rows_given, i.routed.tokens());
     let hidden = i.hidden;
     Problem {
@@ -215,8 +272,97 @@ pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weight
     }
 }
 
+/// `expert_mean`, and beside it `expert_sums` and `expert_mean_update`, which give the same bytes. Buffers: average, average of
+/// two launches, sums, masses, column_sums, gates, offsets, row_token, beta.
+pub fn mean_problem(inputs: &Arc<Sums>, weighting: routegrad_weighting) -> Problem {
+    let i = inputs.clone();
+    let (experts, hidden) = (i.routed.experts(), i.hidden);
+    let mut random = Random(experts as u64 * 37 + hidden as u64);
+    let old: Vec<f32> = (0..experts * hidden).map(|_| random.normal()).collect();
+    let beta = 0.9f32;
+    let mut buffers = vec![
+        Buffer::changed("average", &old),
+        Buffer::changed("average of two launches", &old),
+        Buffer::workspace("sums", experts * hidden * 4),
+        Buffer::workspace("masses", experts * 8),
+    ];
+    buffers.extend(i.buffers());
+    buffers.push(Buffer::input("beta", &[beta]));
+    let (rows, tokens) = (i.routed.rows_given, i.routed.tokens());
+    Problem {
+        label: format!("{}, D {hidden}, weighting {weighting}", i.routed.label()),
+        buffers,
+        launch: Box::new(move |p, stream| {
+            ExpertMean {
+                average: p[0].output(),
+                column_sums: p[4].input(),
+                gates: Some(p[5].input()),
+                offsets: p[6].input(),
+                row_token: p[7].input(),
+                beta: p[8].input(),
+                rows,
+                tokens,
+                experts,
+                hidden,
+                weighting: weighting as i32,
+            }
+            .launch(stream)?;
+            ExpertSums {
+                sums: p[2].output(),
+                masses: p[3].output(),
+                column_sums: p[4].input(),
+                gates: Some(p[5].input()),
+                offsets: p[6].input(),
+                row_token: p[7].input(),
+                rows,
+                tokens,
+                experts,
+                hidden,
+            }
+            .launch(stream)?;
+            ExpertMeanUpdate {
+                average: p[1].output(),
+                sums: p[2].input(),
+                masses: p[3].input(),
+                beta: p[8].input(),
+                experts,
+                hidden,
+                weighting: weighting as i32,
+            }
+            .launch(stream)
+        }),
+        judge: Box::new(move |out| {
+            let two: Vec<f32> = values(&out[1]);
+            exactly::<f32>("average", &out[0], |i| two[i])?;
+            i.judge_mean(&values::<f32>(&out[0]), &old, f64::from(beta), weighting)
+        }),
+    }
+}
+
 pub fn cases() -> Vec<Case> {
     let widths = [8, 136, 264, 72, 128, 1032];
+    let means = |batches: Vec<Batch>| -> Vec<MakeProblem> {
+        let weightings = [
+            ROUTEGRAD_WEIGHTING_SUM_P,
+            ROUTEGRAD_WEIGHTING_PLAIN,
+            ROUTEGRAD_WEIGHTING_SUM_P,
+            ROUTEGRAD_WEIGHTING_COUNT,
+        ];
+        let sized = batches.into_iter().zip(widths.into_iter().cycle());
+        sized
+            .zip(weightings.into_iter().cycle())
+            .map(|((batch, hidden), weighting)| {
+                Box::new(move || {
+                    let mut inputs = Sums::new(batch.clone(), hidden, true);
+                    // The last expert has rows of no mass.
+                    let experts = inputs.routed.experts();
+                    let last = inputs.routed.gates.iter_mut().skip(experts - 1);
+                    last.step_by(experts).for_each(|gate| *gate = 0.0);
+                    Ok(mean_problem(&Arc::new(inputs), weighting))
+                }) as MakeProblem
+            })
+            .collect()
+    };
     let shapes = |batches: Vec<Batch>| -> Vec<MakeProblem> {
         let sized = batches.into_iter().zip(widths.into_iter().cycle());
         sized
@@ -248,6 +394,8 @@ pub fn cases() -> Vec<Case> {
         ("expert_sums", "small", shapes(small_batches()), true),
         ("expert_sums", "covering", shapes(covering_batches()), false),
         ("expert_mean_update", "small", updates, true),
+        ("expert_mean", "small", means(small_batches()), true),
+        ("expert_mean", "covering", means(covering_batches()), false),
     ]
     .map(|(launcher, name, problems, small)| Case {
         name: format!("{launcher} {name}"),

@@ -1,21 +1,35 @@
-//! The gates' gradient (`kernels/gate_gradient.cu`) against float64.
+//! The gates' gradient (`kernels/gate_gradient.cu`) against float64, and the rows of g exactly.
 
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, values};
-use crate::kernels::GateGradient;
+use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use crate::kernels::{DefaultDots, GateGradient};
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// The inputs of one launch.
+/// What is launched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `gate_gradient`: 0 for experts that were not chosen.
+    Chosen,
+    /// `default_dots` without rows, then `gate_gradient`.
+    Dots,
+    /// `default_dots` with rows, then `gate_gradient`.
+    DotsAndRows,
+}
+use Kind::{Chosen, Dots, DotsAndRows};
+
+/// What a row of g holds before the launch.
+const BEFORE: u16 = 0x4321;
+
+/// The inputs of the launches.
 pub struct Inputs {
     pub routed: Routed,
     pub hidden: usize,
     pub dot_columns: usize,
-    /// Whether the gates of experts that were not chosen get a gradient.
-    pub dense: bool,
+    pub kind: Kind,
     /// `[rows_given, C]`; NaN where no slot names a row.
     pub dots: Vec<f32>,
     /// `[T, D]`, the gradient of y.
@@ -28,7 +42,7 @@ pub struct Inputs {
 const SPLIT: f64 = 1.0 / 65536.0;
 
 impl Inputs {
-    pub fn new(batch: Batch, hidden: usize, dot_columns: usize, dense: bool) -> Self {
+    pub fn new(batch: Batch, hidden: usize, dot_columns: usize, kind: Kind) -> Self {
         let routed = Routed::new(batch);
         let mut random = Random(hidden as u64 + 19 * routed.rows_given as u64);
         let mut dots: Vec<f32> = (0..routed.rows_given * dot_columns)
@@ -38,7 +52,7 @@ impl Inputs {
         Self {
             hidden,
             dot_columns,
-            dense,
+            kind,
             dots,
             g: random.normals_bf16(routed.tokens() * hidden),
             vectors: (0..routed.experts() * hidden)
@@ -61,7 +75,7 @@ impl Inputs {
             let (want, magnitude) = sum(&mut dots.iter().map(|&d| f64::from(d)));
             return (want, columns as f64 * F32_ROUNDOFF * magnitude);
         }
-        if !self.dense {
+        if self.kind == Chosen {
             return (0.0, 0.0);
         }
         let g = &self.g[token * hidden..(token + 1) * hidden];
@@ -107,10 +121,26 @@ impl Inputs {
         Ok(errors)
     }
 
+    /// Each row is g of its token; those that no slot names are as before.
+    fn judge_rows(&self, bytes: &[u8]) -> Result<Errors, String> {
+        let mut token_of = vec![None; self.routed.rows_given];
+        for token in 0..self.routed.tokens() {
+            let rows = self.routed.rows_of(token);
+            rows.for_each(|(row, _)| token_of[row] = Some(token));
+        }
+        let hidden = self.hidden;
+        exactly::<u16>("g_rows", bytes, |i| match token_of[i / hidden] {
+            Some(token) if self.kind == DotsAndRows => {
+                self.g[token * hidden + i % hidden].to_bits()
+            }
+            _ => BEFORE,
+        })
+    }
+
     pub fn label(&self) -> String {
-        let kind = if self.dense { "dense" } else { "chosen" };
         format!(
-            "{kind}, {}, D {}, {} dots a row",
+            "{:?}, {}, D {}, {} dots a row",
+            self.kind,
             self.routed.label(),
             self.hidden,
             self.dot_columns
@@ -118,17 +148,18 @@ impl Inputs {
     }
 }
 
-/// The launch of these inputs. Buffers: dgates, dots, g, vectors, slot_row, choices.
+/// The launches of these inputs. Buffers: dgates, g_rows, dots, g, vectors, slot_row, choices.
 pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     let i = inputs.clone();
     let mut buffers = vec![
         Buffer::output("dgates", i.routed.gates.len() * 4),
+        Buffer::changed("g_rows", &vec![BEFORE; i.routed.rows_given * i.hidden]),
         Buffer::input("dots", &i.dots),
         Buffer::input("g", &i.g),
         Buffer::input("vectors", &i.vectors),
     ];
     buffers.extend(i.routed.slot_buffers());
-    let (dense, has_choices) = (i.dense, i.routed.has_choices());
+    let (kind, has_choices) = (i.kind, i.routed.has_choices());
     let (tokens, rows) = (i.routed.tokens(), i.routed.rows_given);
     let (experts, slots) = (i.routed.experts(), i.routed.slots());
     let (hidden, dot_columns) = (i.hidden, i.dot_columns);
@@ -136,29 +167,47 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
         label: i.label(),
         buffers,
         launch: Box::new(move |p, stream| {
+            if kind != Chosen {
+                let sorts = kind == DotsAndRows;
+                DefaultDots {
+                    dgates: p[0].output(),
+                    g_rows: sorts.then(|| p[1].output()),
+                    g: p[3].input(),
+                    vectors: p[4].input(),
+                    slot_row: sorts.then(|| p[5].input()),
+                    tokens,
+                    rows,
+                    experts,
+                    hidden,
+                    slots,
+                }
+                .launch(stream)?;
+            }
             GateGradient {
                 dgates: p[0].output(),
-                dots: p[1].input(),
-                g: dense.then(|| p[2].input()),
-                vectors: dense.then(|| p[3].input()),
-                slot_row: p[4].input(),
-                choices: has_choices.then(|| p[5].input()),
+                dots: p[2].input(),
+                slot_row: p[5].input(),
+                choices: has_choices.then(|| p[6].input()),
                 tokens,
                 rows,
                 experts,
-                hidden,
                 slots,
                 dot_columns,
+                keep: kind != Chosen,
             }
             .launch(stream)
         }),
-        judge: Box::new(move |out| i.judge(&out[0])),
+        judge: Box::new(move |out| {
+            let mut errors = i.judge(&out[0])?;
+            errors.merge(i.judge_rows(&out[1])?);
+            Ok(errors)
+        }),
     }
 }
 
 /// Gradients and dots that are not finite: they must spoil their own gates alone.
-fn spoilt(dense: bool) -> Inputs {
-    let mut inputs = Inputs::new(Batch::random(150, 16, 2, 21), 136, 3, dense);
+fn spoilt(kind: Kind) -> Inputs {
+    let mut inputs = Inputs::new(Batch::random(150, 16, 2, 21), 136, 3, kind);
     inputs.dots[3 * 5] = f32::NAN;
     inputs.dots[3 * 100 + 2] = f32::INFINITY;
     inputs.g[33 * 136 + 70] = bf16::NAN;
@@ -166,32 +215,41 @@ fn spoilt(dense: bool) -> Inputs {
     inputs
 }
 
+fn made(inputs: impl Fn() -> Inputs + Send + Sync + 'static) -> MakeProblem {
+    Box::new(move || Ok(problem(&Arc::new(inputs()))))
+}
+
 pub fn cases() -> Vec<Case> {
     let widths = [8, 136, 328, 72, 264, 520, 200];
     let columns = [1, 2, 11, 8];
-    [false, true]
+    [(Chosen, "gate_gradient"), (DotsAndRows, "default_dots")]
         .into_iter()
-        .flat_map(|dense| {
-            let shapes = move |batches: Vec<Batch>| -> Vec<MakeProblem> {
+        .flat_map(|(kind, launcher)| {
+            let shapes = |batches: Vec<Batch>| -> Vec<MakeProblem> {
                 let sizes = widths.into_iter().cycle().zip(columns.into_iter().cycle());
-                let make = move |(batch, (hidden, columns)): (Batch, (usize, usize))| {
-                    Box::new(move || {
-                        let inputs = Inputs::new(batch.clone(), hidden, columns, dense);
-                        Ok(problem(&Arc::new(inputs)))
-                    }) as MakeProblem
+                let make = |(batch, (hidden, columns)): (Batch, (usize, usize))| {
+                    made(move || Inputs::new(batch.clone(), hidden, columns, kind))
                 };
                 batches.into_iter().zip(sizes).map(make).collect()
             };
             let mut small = shapes(small_batches());
-            small.push(Box::new(move || Ok(problem(&Arc::new(spoilt(dense))))));
-            let kind = if dense { "dense" } else { "chosen" };
+            small.push(made(move || spoilt(kind)));
+            if kind == DotsAndRows {
+                // More slots than a block keeps the rows of, and no rows wanted.
+                small.push(made(|| {
+                    Inputs::new(Batch::random(150, 12, 11, 22), 72, 1, DotsAndRows)
+                }));
+                small.push(made(|| {
+                    Inputs::new(Batch::random(130, 70, 2, 23), 72, 2, Dots)
+                }));
+            }
             [
                 ("small", small, true),
                 ("covering", shapes(covering_batches()), false),
             ]
             .map(|(name, problems, small)| Case {
-                name: format!("gate_gradient {name} {kind}"),
-                launcher: "gate_gradient",
+                name: format!("{launcher} {name}"),
+                launcher,
                 source: "gate_gradient",
                 problems,
                 small,

@@ -49,15 +49,27 @@ def run_combine(rows: Tensor, gates: Tensor | None, maps: Dispatch, vectors: Ten
     return y
 
 
-def gate_gradient_of(dots: Tensor, dy: Tensor, maps: Dispatch, vectors: Tensor | None, experts: int) -> Tensor:
-    """The gradient of the gates; arguments are checked."""
+def default_dots(dy: Tensor, maps: Dispatch, vectors: Tensor, experts: int, dy_rows: Tensor | None = None) -> Tensor:
+    """⟨dy_t, ê_i⟩ [T, E]; writes dy [R, D] sorted by expert into dy_rows. Arguments are checked."""
     (tokens, slots), hidden = maps.choices.shape, dy.shape[1]
-    dgates = zeros(dy, tokens, experts, dtype=F32)
+    dots = zeros(dy, tokens, experts, dtype=F32)
     if tokens:
         call(
-            "gate_gradient", dy, dgates=dgates, dots=dots, g=dy, vectors=vectors, slot_row=maps.slot_row,
-            choices=maps.choices, tokens=tokens, rows=dots.shape[0], experts=experts, hidden=hidden, slots=slots,
-            dot_columns=dots.shape[1],
+            "default_dots", dy, dgates=dots, g_rows=dy_rows, g=dy, vectors=vectors,
+            slot_row=None if dy_rows is None else maps.slot_row, tokens=tokens, rows=tokens * slots, experts=experts,
+            hidden=hidden, slots=slots,
+        )  # fmt: skip
+    return dots
+
+
+def gate_gradient_of(dots: Tensor, maps: Dispatch, of_vectors: Tensor | None, experts: int) -> Tensor:
+    """The gradient of the gates, in `of_vectors`, the `default_dots`, if there are any; arguments are checked."""
+    tokens, slots = maps.choices.shape
+    dgates = zeros(dots, tokens, experts, dtype=F32) if of_vectors is None else of_vectors
+    if tokens:
+        call(
+            "gate_gradient", dots, dgates=dgates, dots=dots, slot_row=maps.slot_row, choices=maps.choices, tokens=tokens,
+            rows=dots.shape[0], experts=experts, slots=slots, dot_columns=dots.shape[1], keep=of_vectors is not None,
         )  # fmt: skip
     return dgates
 
@@ -148,7 +160,8 @@ def _gate_gradient(
     maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
     _check_gates(dots, dy, vectors, num_experts, maps)
     check_indices_of(_GATES, maps, num_experts)
-    return gate_gradient_of(dots, dy, maps, vectors, num_experts)
+    of_vectors = None if vectors is None else default_dots(dy, maps, vectors, num_experts)
+    return gate_gradient_of(dots, maps, of_vectors, num_experts)
 
 
 @_gate_gradient.register_fake

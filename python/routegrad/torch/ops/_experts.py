@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._combine import check_dispatch, check_indices_of, check_vectors, gate_gradient_of, run_combine
+from ._combine import check_dispatch, check_indices_of, check_vectors, default_dots, gate_gradient_of, run_combine
 from ._dispatch import Dispatch
 from ._grouped_gemm import WEIGHTS, check_runs, grouped_gemm_input_gradient, weight_gradient
 from ._launch import BF16, F32, I32, bf16, call, check, check_multiples_of_8, empty, zeros
@@ -116,9 +116,13 @@ def _experts_backward(
     check_vectors(_EXPERTS_BACKWARD, vectors, s.experts, s.hidden, x)
     if s.rows == 0:
         return torch.empty_like(x), torch.empty_like(gates), torch.zeros_like(gate_up), torch.zeros_like(down)
-    dout = dy.index_select(0, row_token)
+    if vectors is None:
+        dout, of_vectors = dy.index_select(0, row_token), None
+    else:
+        dout = empty(dy, s.rows, s.hidden, dtype=BF16)
+        of_vectors = default_dots(dy, maps, vectors, s.experts, dout)
     dx, dgate_up, ddown, dots = _products_backward(dout, x, gates, gate_up, down, h, maps, s)
-    return dx, gate_gradient_of(dots, dy, maps, vectors, s.experts), dgate_up, ddown
+    return dx, gate_gradient_of(dots, maps, of_vectors, s.experts), dgate_up, ddown
 
 
 @_experts_backward.register_fake
