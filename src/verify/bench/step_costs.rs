@@ -327,8 +327,8 @@ mod tests {
                 "model.norm=\"layernorm\"",
                 "model.layers=3",
                 "model.sequence_length=128",
-                "train.sequences_per_step=8",
-                "train.micro_batch=4",
+                "train.sequences_per_step=4",
+                "train.micro_batch=2",
                 "train.eval_sequences=2",
                 "train.device=\"sim\"",
                 &router_name,
@@ -355,16 +355,27 @@ mod tests {
             assert_eq!(listed, launched, "{router}");
             // The gradient of a norm's parameters counts with the norm's.
             found.get_mut("norm_backward").unwrap().1 += found["norm_weight_gradient"].1;
-            let mut compared = 0;
+            let (mut compared, mut wrong) = (0, Vec::new());
             for (launcher, entry) in &step.0 {
                 let bytes = entry.cost.bytes;
                 if bytes > 1e5 && entry.cost.flops == 0.0 {
                     let error = found[launcher].1 / bytes - 1.0;
                     println!("{router} {launcher}: {bytes:.0}, {:+.2}%", 100.0 * error);
-                    assert!(error.abs() < 0.02, "{router} {launcher}: {bytes}, {error}");
+                    let allowed = match *launcher {
+                        // Each thread reads the row of its parameter, or its id, again from cache.
+                        "adamw_update" | "square_sums" => 0.06,
+                        "embedding_forward" => 0.13,
+                        // A third of the ids are met, not all.
+                        "embedding_gradient" => 0.35,
+                        _ => 0.02,
+                    };
+                    wrong.extend(
+                        (error.abs() > allowed).then(|| format!("{launcher}: {error:+.3}")),
+                    );
                     compared += 1;
                 }
             }
+            assert!(wrong.is_empty(), "{router}: {wrong:?}");
             assert!(compared >= 10, "{compared}");
         }
     }

@@ -29,14 +29,14 @@ const LAUNCH: f64 = 2e-6;
 
 /// Kernels that have changed since: what the timed one moved in place of a byte of today's.
 const CHANGED: &[(&str, f64)] = &[("cross_entropy_rows", 10.0 / 6.0)];
-/// Kernels whose time was that of a few blocks, which are many now: they count as kernels that have nothing to do.
-const FEW_BLOCKS: &[&str] = &["dispatch_choices", "embedding_order"];
+/// Kernels whose time was that of a few blocks, or of one expert with all rows: they count as kernels with little to do.
+const LITTLE: &[&str] = &["dispatch_choices", "embedding_order", "expert_mean"];
+/// Kernels that do more in a step of `default`, and were timed there.
+const OF_DEFAULT: &[&str] = &["combine", "grouped_down_forward"];
 /// Launchers whose time counts with another's.
 const JOINED: &[(&str, &str)] = &[
     ("norm_weight_gradient", "norm_backward"),
     ("router_weight_gradient", "router_backward"),
-    ("expert_sums", "expert_mean"),
-    ("expert_mean_update", "expert_mean"),
 ];
 /// Kernels that were not there: those whose share of the roofline they are taken to reach.
 const LIKE: &[(&str, &str)] = &[
@@ -81,7 +81,8 @@ impl Recorded {
             let seconds = self.launchers.get(*launcher)?;
             let changed = CHANGED.iter().find(|(name, _)| name == launcher);
             let moved = changed.map_or(1.0, |(_, factor)| *factor);
-            Some((*launcher, moved * launches.floor / seconds))
+            let share = moved * launches.floor / seconds;
+            (share > 0.0).then_some((*launcher, share))
         });
         shares.collect()
     }
@@ -125,27 +126,35 @@ impl Predicted {
         let costs = StepCosts::of(&config)?;
         // 7.33b was not timed: its kernels are taken to reach what those of 1.96b did.
         let timed = if preset == "7.33b" { "1.96b" } else { preset };
-        let missing = || {
-            let got = format!("none of {timed} with {router}");
-            Error::invalid(
-                "bench --predict",
-                "a timed step",
-                got,
-                "see benches/results",
-            )
+        let shares = |router: &str| -> Result<_> {
+            let recorded = Recorded::of(timed, router).ok_or_else(|| {
+                let got = format!("none of {timed} with {router}");
+                Error::invalid(
+                    "bench --predict",
+                    "a timed step",
+                    got,
+                    "see benches/results",
+                )
+            })?;
+            let then = StepCosts::of(&self::config(timed, router, RECORDED_MICRO_BATCH)?)?;
+            Ok((recorded.shares(&then), recorded))
         };
-        let recorded = Recorded::of(timed, router).ok_or_else(missing)?;
-        let then = StepCosts::of(&self::config(timed, router, RECORDED_MICRO_BATCH)?)?;
-        let shares = recorded.shares(&then);
+        // What is in both is taken from topk, whose launches are the same today.
+        let (mut shares_of_all, _) = shares("topk")?;
+        let (own, recorded) = shares(router)?;
+        let more = own
+            .into_iter()
+            .filter(|(launcher, _)| OF_DEFAULT.contains(launcher));
+        shares_of_all.extend(more);
         let launchers = costs.0.iter().map(|(launcher, launches)| {
             let products = launches.products.iter().map(|(product, times)| {
                 model.seconds(launcher, product).map(|s| *times as f64 * s)
             });
             let modelled: Option<f64> = products.sum();
             let like = LIKE.iter().find(|(name, _)| name == launcher);
-            let share = shares.get(like.map_or(*launcher, |(_, other)| other));
+            let share = shares_of_all.get(like.map_or(*launcher, |(_, other)| other));
             let seconds = match (modelled, share) {
-                _ if FEW_BLOCKS.contains(launcher) => {
+                _ if LITTLE.contains(launcher) => {
                     launches.floor + 2.0 * LAUNCH * launches.count as f64
                 }
                 (Some(seconds), _) if !launches.products.is_empty() => seconds,
@@ -230,8 +239,9 @@ pub fn markdown(model: &Model) -> Result<String> {
     Ok(format!(
         "Not measured: a prediction for one H200, {SEQUENCES} sequences of 2,048 tokens a step, balanced routing. Products take what \
          the cost model above says; other kernels reach the share of their roofline that they reached in the steps timed on \
-         2026-11-24, in which nearly all tokens went to one expert (7.33b: as 1.96b); between two kernels pass 2 µs. `cross_entropy_rows` reads the \
-         logits once where it read them twice.\n\n{}\nThe kernels of a step of `1.96b`, ms:\n\n{}",
+         2026-11-24 (7.33b: as 1.96b), in which nearly all tokens went to one expert; between two kernels pass 2 µs. `cross_entropy_rows` \
+         reads the logits once where it read them twice; `dispatch_choices` and `expert_mean` are counted as 4 µs a launch. What the other \
+         changes since then bring is not counted.\n\n{}\nThe kernels of a step of `1.96b`, ms:\n\n{}",
         table.markdown(),
         kernels(&steps[2], &steps[3]).markdown()
     ))
