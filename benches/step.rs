@@ -87,9 +87,12 @@ fn tiny_steps(c: &mut Criterion) {
 criterion_group!(benches, tiny_steps);
 
 fn main() {
-    benches();
-    // Not when the harness only lists or tests its benchmarks.
-    if std::env::args().any(|a| a == "--bench") {
-        compare();
-    }
+    // On a thread of the pool, as `train` works.
+    rayon::scope(|_| {
+        benches();
+        // Not when the harness only lists or tests its benchmarks.
+        if std::env::args().any(|a| a == "--bench") {
+            compare();
+        }
+    });
 }

@@ -1,10 +1,10 @@
-"""Training steps of the `tiny` model in eager PyTorch: the peer of `cargo bench --bench step`.
+"""Training steps of `tiny` or `small` in PyTorch on the CPU: the peer of `cargo bench --bench step`.
 
 The same shapes, losses and optimizer; experts run one after another over the tokens that chose them,
 as a straightforward PyTorch model does. Prints the median tokens/s.
 
     pip install torch
-    python benches/peers/torch_step.py --router default --threads 2
+    python benches/peers/torch_step.py --preset small --router default --threads 2
 """
 
 import argparse
@@ -15,8 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-VOCAB, HIDDEN, LAYERS, HEADS, WIDTH, EXPERTS, LENGTH, SEQUENCES = 256, 128, 4, 2, 352, 8, 256, 16
-HEAD = HIDDEN // HEADS
+VOCAB, HEAD, EXPERTS, LENGTH, SEQUENCES = 256, 64, 8, 256, 16
+# Hidden size, layers, heads and width of an expert.
+PRESETS = {"tiny": (128, 4, 2, 352), "small": (256, 6, 4, 704)}
+HIDDEN, LAYERS, HEADS, WIDTH = PRESETS["tiny"]
 AUXILIARY, BETA = 0.01, 0.9
 
 
@@ -109,26 +111,32 @@ class Model(nn.Module):
 
 
 def main():
+    global HIDDEN, LAYERS, HEADS, WIDTH
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    arguments.add_argument("--preset", choices=PRESETS, default="tiny")
+    arguments.add_argument("--compiled", action="store_true", help="under torch.compile")
     arguments.add_argument("--router", choices=["topk", "default"], default="default")
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--steps", type=int, default=20)
     chosen = arguments.parse_args()
     torch.set_num_threads(chosen.threads)
     torch.manual_seed(0)
+    HIDDEN, LAYERS, HEADS, WIDTH = PRESETS[chosen.preset]
     model = Model(chosen.router == "default")
+    loss = torch.compile(model.loss) if chosen.compiled else model.loss
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     times = []
     for _ in range(chosen.steps + 3):
         tokens = torch.randint(0, VOCAB, (SEQUENCES, LENGTH + 1))
         start = time.perf_counter()
         optimizer.zero_grad()
-        model.loss(tokens).backward()
+        loss(tokens).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         times.append(time.perf_counter() - start)
     rate = SEQUENCES * LENGTH / statistics.median(times[3:])
-    print(f"torch {torch.__version__} tiny {chosen.router:8} {rate:6.0f} tokens/s (median of {chosen.steps} steps)")
+    name = f"torch {torch.__version__} {'compiled' if chosen.compiled else 'eager'} {chosen.preset} {chosen.router:8}"
+    print(f"{name} {rate:6.0f} tokens/s (median of {chosen.steps} steps)")
 
 
 if __name__ == "__main__":

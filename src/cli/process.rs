@@ -31,6 +31,22 @@ pub(super) fn set_threads(threads: usize) -> Result<()> {
         .map_err(|e| invalid(e.to_string()))
 }
 
+/// Runs `f`, for the CPU on a thread of a pool of so many threads as loops have: from outside a pool every parallel loop waits
+/// twice for the system to wake a thread, one that begins it and then the caller's, and a step has hundreds of them. A GPU's
+/// context is this thread's.
+pub(super) fn in_pool<R: Send>(device: Device, f: impl FnOnce() -> R + Send) -> Result<R> {
+    if device != Device::Cpu {
+        return Ok(f());
+    }
+    let threads = rayon::current_num_threads();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    let pool = pool.map_err(|e| {
+        let help = "pass fewer by --threads, or raise the limit of threads (ulimit -u)";
+        Error::invalid("train", format!("{threads} threads"), e.to_string(), help)
+    })?;
+    Ok(pool.install(f))
+}
+
 /// Makes the simulator stand for the GPU that `--sim-arch` names.
 pub(super) fn simulate(architecture: Option<i32>, device: Device) -> Result<()> {
     let Some(architecture) = architecture else {

@@ -1,7 +1,7 @@
 //! `routegrad train`: what it begins with, the run, and what it says at the end.
 
 use super::arguments::TrainArgs;
-use super::process::{simulate, start_ranks, watch_signals};
+use super::process::{in_pool, simulate, start_ranks, watch_signals};
 use crate::config::{Config, Layers};
 use crate::data;
 use crate::device::Device;
@@ -55,7 +55,8 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
     }
-    let report = hooks::train_on(dist.clone(), config, &options, &stop)?;
+    let run = || hooks::train_on(dist.clone(), config, &options, &stop);
+    let report = in_pool(device, run)??;
     if dist.rank() != 0 {
         return Ok(());
     }

@@ -25,7 +25,7 @@ pub use start::{
 pub use sums::{agree, any, same_on_all, shared};
 pub use threads::ThreadRank;
 
-use crate::device::Span;
+use crate::device::{Memory, Span};
 use crate::error::{Error, Result};
 use std::ops::Range;
 use std::sync::Arc;
@@ -53,6 +53,25 @@ pub trait Collective: Send + Sync {
     /// # Errors
     /// As [`all_gather`](Self::all_gather).
     fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()>;
+
+    /// [`all_gather`](Self::all_gather) of buffers that the backend may take and gives back, `[own, all]`: a backend whose
+    /// library must not lose them moves those of others through copies.
+    ///
+    /// # Errors
+    /// As [`all_gather`](Self::all_gather).
+    fn all_gather_owned(&self, own: Memory, mut all: Memory) -> Result<[Memory; 2]> {
+        self.all_gather(own.bytes(), all.bytes_mut())?;
+        Ok([own, all])
+    }
+
+    /// The same of [`exchange`](Self::exchange).
+    ///
+    /// # Errors
+    /// As [`all_gather`](Self::all_gather).
+    fn exchange_owned(&self, own: Memory, mut all: Memory) -> Result<[Memory; 2]> {
+        self.exchange(own.bytes(), all.bytes_mut())?;
+        Ok([own, all])
+    }
 
     /// Returns when every rank has called it.
     ///
@@ -176,6 +195,14 @@ impl Collective for Arc<dyn Collective> {
 
     fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
         (**self).exchange(own, all)
+    }
+
+    fn all_gather_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
+        (**self).all_gather_owned(own, all)
+    }
+
+    fn exchange_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
+        (**self).exchange_owned(own, all)
     }
 
     fn barrier(&self) -> Result<()> {

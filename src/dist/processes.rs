@@ -4,8 +4,10 @@ use super::Collective;
 use super::call::{Call, Kind};
 use super::handshake::{self, Acceptor, Key};
 use super::hub::{Hub, Meeting, Member};
+use crate::device::Memory;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::mem;
 use std::net::{Ipv4Addr, TcpListener};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -42,6 +44,34 @@ pub(super) trait Transport: Send + Sync {
     /// # Errors
     /// As [`all_gather`](Self::all_gather).
     fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()>;
+
+    /// See [`Collective::all_gather_owned`].
+    ///
+    /// # Errors
+    /// As [`all_gather`](Self::all_gather).
+    fn all_gather_owned(
+        &self,
+        own: Memory,
+        mut all: Memory,
+        waiting: &mut Waiting,
+    ) -> Result<[Memory; 2]> {
+        self.all_gather(own.bytes(), all.bytes_mut(), waiting)?;
+        Ok([own, all])
+    }
+
+    /// See [`Collective::exchange_owned`].
+    ///
+    /// # Errors
+    /// As [`all_gather`](Self::all_gather).
+    fn exchange_owned(
+        &self,
+        own: Memory,
+        mut all: Memory,
+        waiting: &mut Waiting,
+    ) -> Result<[Memory; 2]> {
+        self.exchange(own.bytes(), all.bytes_mut(), waiting)?;
+        Ok([own, all])
+    }
 
     /// The transport of this rank's group of `size` consecutive ranks, which the ranks of `all` make together.
     ///
@@ -191,7 +221,7 @@ impl Processes {
         Ok(())
     }
 
-    /// A call of `kind`, whose ranks give `count` bytes each: compared, then moved by `run`.
+    /// A call of `kind`, whose ranks give `count` bytes each: compared, then moved by `run`, which is not called for none.
     fn call(
         &self,
         kind: Kind,
@@ -313,6 +343,11 @@ impl Waiting<'_> {
     }
 }
 
+/// What stands for buffers while a transport has them.
+fn no_buffers() -> [Memory; 2] {
+    [Memory::unspecified(0), Memory::unspecified(0)]
+}
+
 /// A port for heartbeats, for connections of this host alone if all ranks are `local`.
 fn listen(local: bool) -> Result<TcpListener> {
     let address = match local {
@@ -374,6 +409,26 @@ impl Collective for Processes {
         self.call(Kind::Exchange, own.len(), |transport, waiting| {
             transport.exchange(own, all, waiting)
         })
+    }
+
+    fn all_gather_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
+        let (count, mut buffers) = (own.bytes().len(), [own, all]);
+        self.call(Kind::AllGather, count, |transport, waiting| {
+            let [own, all] = mem::replace(&mut buffers, no_buffers());
+            buffers = transport.all_gather_owned(own, all, waiting)?;
+            Ok(())
+        })?;
+        Ok(buffers)
+    }
+
+    fn exchange_owned(&self, own: Memory, all: Memory) -> Result<[Memory; 2]> {
+        let (count, mut buffers) = (own.bytes().len(), [own, all]);
+        self.call(Kind::Exchange, count, |transport, waiting| {
+            let [own, all] = mem::replace(&mut buffers, no_buffers());
+            buffers = transport.exchange_owned(own, all, waiting)?;
+            Ok(())
+        })?;
+        Ok(buffers)
     }
 
     fn failure_within(&self, most: Duration) -> Option<String> {

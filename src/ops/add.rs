@@ -39,9 +39,9 @@ impl Op for Add {
                 saved: vec![],
             });
         }
-        let mut sum = inputs[0].clone();
+        let mut sum = inputs[0].unspecified_like();
         with_real!(sum.dtype(), "add", |T| {
-            cpu::add_assign(sum.slice_mut::<T>(), inputs[1].slice::<T>());
+            cpu::add(sum.slice_mut::<T>(), inputs[0].slice(), inputs[1].slice());
             Ok(Forward {
                 outputs: vec![sum],
                 saved: vec![],

@@ -14,12 +14,13 @@ pub(super) mod reference;
 pub mod rotary;
 
 use super::heads::Heads;
+use super::rope::RopeTables;
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
-use crate::tensor::dtype::DType;
+use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
 /// Causal attention of `qkv [B·S, (H + 2 KV) hd]`, S = `sequence`; the result is `[B·S, H hd]`.
@@ -45,6 +46,7 @@ pub fn attention(
         heads,
         sequence,
         first_key: first_key.cloned(),
+        tables: None,
     };
     tape.apply_one(op, &[qkv])
 }
@@ -53,6 +55,19 @@ struct Attention {
     heads: Heads,
     sequence: usize,
     first_key: Option<Tensor>,
+    /// On the CPU: queries and keys are turned by these first.
+    tables: Option<RopeTables>,
+}
+
+impl Attention {
+    fn places<T: Real>(&self) -> reference::Places<'_, T> {
+        reference::Places {
+            heads: self.heads,
+            sequence: self.sequence,
+            first_key: self.first_key.as_ref().map(Tensor::slice),
+            angles: self.tables.as_ref().map(|t| t.angles(self.sequence)),
+        }
+    }
 }
 
 impl Op for Attention {
@@ -78,18 +93,13 @@ impl Op for Attention {
         let of_width = |w: usize| Tensor::unspecified(qkv.device(), qkv.dtype(), [tokens, w]);
         let (mut out, mut lse) = (of_width(heads.query * heads.dim), of_width(heads.query));
         with_real!(qkv.dtype(), "attention", |T| {
-            reference::forward(
-                out.slice_mut::<T>(),
-                lse.slice_mut(),
-                qkv.slice(),
-                self.first_key.as_ref().map(Tensor::slice),
-                heads,
-                self.sequence,
-            );
-            Ok(Forward {
-                saved: vec![qkv.clone(), out.clone(), lse],
-                outputs: vec![out],
-            })
+            let (out, lse) = (out.slice_mut::<T>(), lse.slice_mut());
+            reference::forward(out, lse, qkv.slice(), self.places());
+            Ok(())
+        })?;
+        Ok(Forward {
+            saved: vec![qkv.clone(), out.clone(), lse],
+            outputs: vec![out],
         })
     }
 
@@ -115,19 +125,13 @@ impl Op for Attention {
             0,
             qkv,
             |dqkv, accumulate| {
-                reference::backward(
-                    dqkv.slice_mut::<T>(),
-                    accumulate,
-                    dout.slice(),
-                    reference::Saved {
-                        qkv: qkv.slice(),
-                        out: out.slice(),
-                        lse: lse.slice(),
-                    },
-                    self.first_key.as_ref().map(Tensor::slice),
-                    self.heads,
-                    self.sequence,
-                );
+                let saved = reference::Saved {
+                    qkv: qkv.slice(),
+                    out: out.slice(),
+                    lse: lse.slice(),
+                };
+                let dqkv = dqkv.slice_mut::<T>();
+                reference::backward(dqkv, accumulate, dout.slice(), saved, self.places());
                 Ok(())
             }
         ))

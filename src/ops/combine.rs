@@ -170,41 +170,43 @@ impl<T: Real> Layer<'_, T> {
                     );
                 }
             }
-            for (t, y) in y.chunks_mut(width).enumerate() {
-                for slot in selection.slots(first + t) {
-                    let gate = self.gates[(first + t) * experts + selection.expert(slot)];
-                    let row = self.dispatch.row(slot) * width;
-                    for (y, &e) in y.iter_mut().zip(&outputs[row..row + width]) {
-                        *y += gate * e;
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for (t, y) in y.chunks_mut(width).enumerate() {
+                        for slot in selection.slots(first + t) {
+                            let gate = self.gates[(first + t) * experts + selection.expert(slot)];
+                            let row = self.dispatch.row(slot) * width;
+                            for (y, &e) in y.iter_mut().zip(&outputs[row..row + width]) {
+                                *y += gate * e;
+                            }
+                        }
                     }
-                }
-            }
+                },
+            );
         });
     }
 
     fn doutputs(&self, de: &mut [T], accumulate: Accumulate, dy: &[T]) {
         let (selection, width) = (self.dispatch.selection(), self.width);
         let experts = selection.num_experts();
-        let keep = T::of(if accumulate == Accumulate::Add {
-            1.0
-        } else {
-            0.0
-        });
         // The row blocks of the dispatch carry their expert, which a plain row index does not.
         let row_expert: Vec<usize> = (0..experts)
             .flat_map(|e| self.dispatch.rows(e).map(move |_| e))
             .collect();
         cpu::each_row_block(de, width, |first, de| {
-            for (i, de) in de.chunks_mut(width).enumerate() {
-                let token = self.dispatch.token(first + i);
-                let gate = self.gates[token * experts + row_expert[first + i]];
-                let g = &dy[token * width..(token + 1) * width];
-                if keep == T::zero() {
-                    de.iter_mut().zip(g).for_each(|(d, &g)| *d = gate * g);
-                } else {
-                    de.iter_mut().zip(g).for_each(|(d, &g)| *d += gate * g);
-                }
-            }
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for (i, de) in de.chunks_mut(width).enumerate() {
+                        let token = self.dispatch.token(first + i);
+                        let gate = self.gates[token * experts + row_expert[first + i]];
+                        for (d, &g) in de.iter_mut().zip(&dy[token * width..][..width]) {
+                            *d = accumulate.onto(*d, gate * g);
+                        }
+                    }
+                },
+            );
         });
     }
 

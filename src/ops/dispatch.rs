@@ -456,15 +456,17 @@ impl Dispatch {
         self.host().slot_row[slot] as usize
     }
 
-    /// Blocks of at most `block` rows, none of them across two experts: (expert, rows).
+    /// Blocks of at most `block` rows, none of them across two experts, an expert's of about one length: (expert, rows).
     pub fn row_blocks(&self, block: usize) -> Vec<(usize, std::ops::Range<usize>)> {
+        let of_expert = |e: usize| {
+            let rows = self.rows(e);
+            let count = rows.len().div_ceil(block).max(1);
+            let length = rows.len().div_ceil(count).max(1);
+            let firsts = rows.clone().step_by(length);
+            firsts.map(move |r| (e, r..(r + length).min(rows.end)))
+        };
         (0..self.selection.num_experts)
-            .flat_map(|e| {
-                let rows = self.rows(e);
-                rows.clone()
-                    .step_by(block)
-                    .map(move |r| (e, r..(r + block).min(rows.end)))
-            })
+            .flat_map(of_expert)
             .collect()
     }
 }

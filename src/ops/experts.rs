@@ -4,7 +4,7 @@
 //! `h_r = G_e x_t` (gate above up, `[R, 2F]`), `a = silu(gate) ⊙ up`, `e_r = D_e a_r`,
 //! `y_t = Σ_{i∈A} w_ti e_i + Σ_{i∉A} w_ti ê_i` (Default MoE, 2504.12463, eq. 11).
 //!
-//! On the CPU it is a composition of `grouped_linear`, `swiglu` and `combine`. On a device with
+//! On the CPU it is a composition of `expert_rows` and `combine`. On a device with
 //! kernels it is one operation, which keeps x, the gates and h, `2·T·D + 4·T·E + 4·R·F` bytes, and no
 //! expert's output. With g = dy and `A′ = D_eᵀ g`: `dw_ti = ⟨g, e_i⟩ = ⟨A′, a⟩` on A and `⟨g, ê_i⟩` off
 //! it, `dD_e = Σ_r g (w a)ᵀ`, `dh = w A′ ⊙ swiglu′(h)`, `dG_e = Σ_r dh xᵀ`, `dx_t = Σ_r G_eᵀ dh_r`
@@ -14,9 +14,8 @@ use super::combine::{Defaults, combine};
 use super::dispatch::{DeviceMaps, Dispatch};
 use super::embedding;
 use super::expert_mean::{ExpertSums, Weighting};
-use super::grouped_linear::{Rows, grouped_linear};
+use super::expert_rows::expert_rows;
 use super::linear::kernels as product;
-use super::swiglu::swiglu;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::grouped_swiglu::dot_columns;
@@ -66,7 +65,7 @@ pub fn experts(
     } = input;
     let sum_weights = sum_weights.unwrap_or(gates.tensor());
     if x.tensor().device() == Device::Cpu {
-        let e = rows_on_cpu(tape, [x, gate_up, down], dispatch)?;
+        let e = expert_rows(tape, [x, gate_up, down], dispatch)?;
         let sums = weighting
             .map(|w| ExpertSums::of_rows(e.tensor(), sum_weights, w, dispatch))
             .transpose()?;
@@ -83,13 +82,6 @@ pub fn experts(
     Ok(outputs.remove(0))
 }
 
-/// The experts' outputs `[R, D]` of dispatched tokens.
-fn rows_on_cpu(tape: &Tape, [x, gate_up, down]: [&Var; 3], dispatch: &Rc<Dispatch>) -> Result<Var> {
-    let h = grouped_linear(tape, x, Rows::Tokens, gate_up, dispatch)?;
-    let a = swiglu(tape, &h)?;
-    grouped_linear(tape, &a, Rows::Dispatched, down, dispatch)
-}
-
 /// The sums of the experts' outputs over the rows of a dispatch, weighted by `weights [T, E]`, and nothing else of them: for rows
 /// that no token's output has.
 ///
@@ -104,7 +96,7 @@ pub fn sums_of_rows(
         let inputs = [x, gate_up, down].map(|t| Var::constant(t.clone()));
         let [x, gate_up, down] = &inputs;
         let tape = Tape::without_gradients();
-        let e = rows_on_cpu(&tape, [x, gate_up, down], dispatch)?;
+        let e = expert_rows(&tape, [x, gate_up, down], dispatch)?;
         return ExpertSums::of_rows(e.tensor(), weights, weighting, dispatch);
     }
     let layer = Layer {

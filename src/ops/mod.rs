@@ -13,10 +13,10 @@ pub mod cross_entropy;
 pub mod dispatch;
 pub mod embedding;
 pub mod expert_mean;
+pub mod expert_rows;
 pub mod experts;
 pub mod gated_rows;
 mod gates;
-pub mod grouped_linear;
 pub mod heads;
 pub mod layernorm;
 pub mod linear;
@@ -95,9 +95,9 @@ pub const OPS: &[OpInfo] = &[
         cases: scale::cases,
     },
     OpInfo {
-        name: "grouped_linear",
-        formula: "y_r = W_e(r) x_t(r)",
-        cases: grouped_linear::cases,
+        name: "expert_rows",
+        formula: "y_r = W_e(r) (silu(gate) ⊙ up), gate above up = G_e(r) x_t(r)",
+        cases: expert_rows::cases,
     },
     OpInfo {
         name: "combine",

@@ -12,9 +12,11 @@ use crate::kernels::{self, Stream};
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::vector::map_over;
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
+use reference::Angles;
 
 /// Cosines and sines of every position, computed once and shared by all layers.
 #[derive(Clone)]
@@ -78,7 +80,21 @@ impl RopeTables {
         Ok([&self.cos, &self.sin].map(|t| t.on(device)))
     }
 
-    fn check(&self, positions: usize, heads: Heads, dtype: DType) -> Result<()> {
+    /// Those of the first `positions` positions.
+    pub(super) fn angles<T: Real>(&self, positions: usize) -> Angles<'_, T> {
+        let half = self.cos.shape()[1];
+        Angles {
+            cos: &self.cos.slice()[..positions * half],
+            sin: &self.sin.slice()[..positions * half],
+            half,
+        }
+    }
+
+    /// Checks that they serve `positions` positions of such heads, of such numbers.
+    ///
+    /// # Errors
+    /// When they do not.
+    pub(super) fn check(&self, positions: usize, heads: Heads, dtype: DType) -> Result<()> {
         let found = self.cos.shape();
         if found[0] < positions || found[1] * 2 != heads.dim {
             return Err(Error::invalid(
@@ -176,12 +192,7 @@ impl Rope {
     /// Turns `x` forwards or back into `y`.
     fn turn<T: Real>(&self, y: &mut Tensor, accumulate: Accumulate, x: &Tensor, back: bool) {
         let rotated = (self.heads.query + self.heads.key_value) * self.heads.dim;
-        let sin = self.tables.sin.slice::<T>();
-        let tables = reference::Tables {
-            cos: &self.tables.cos.slice::<T>()[..self.sequence * self.heads.dim / 2],
-            sin: &sin[..self.sequence * self.heads.dim / 2],
-            half: self.heads.dim / 2,
-        };
+        let tables = self.tables.angles(self.sequence);
         let (y, width) = (y.slice_mut::<T>(), self.heads.row_width());
         if back {
             reference::turn::<T, true>(y, accumulate, x.slice(), width, rotated, tables);
@@ -273,10 +284,36 @@ pub(super) mod reference {
     use super::*;
 
     /// Angles by position, `half` to a position; as many positions as a sequence is long.
-    pub struct Tables<'a, T> {
+    #[derive(Clone, Copy)]
+    pub struct Angles<'a, T> {
         pub cos: &'a [T],
         pub sin: &'a [T],
         pub half: usize,
+    }
+
+    impl<T: Real> Angles<'_, T> {
+        /// Turns rows of one head in place, at the positions from `first` on.
+        pub fn turn_rows(self, rows: &mut [T], first: usize, back: bool) {
+            let half = self.half;
+            let angles = self.cos[first * half..].chunks_exact(half);
+            let angles = angles.zip(self.sin[first * half..].chunks_exact(half));
+            cpu::vectorized(
+                #[inline(always)]
+                || {
+                    for (row, (cos, sin)) in rows.chunks_exact_mut(2 * half).zip(angles) {
+                        let (a, b) = row.split_at_mut(half);
+                        map_over([a, b], [cos, sin], |[cos, sin], [a, b]| {
+                            turned([a, b], cos, if back { -sin } else { sin })
+                        });
+                    }
+                },
+            );
+        }
+    }
+
+    #[inline(always)]
+    fn turned<T: Real>([a, b]: [T; 2], cos: T, sin: T) -> [T; 2] {
+        [a * cos - b * sin, b * cos + a * sin]
     }
 
     /// Turns the first `rotated` elements of each row of `width`, head by head, and copies the rest.
@@ -286,7 +323,7 @@ pub(super) mod reference {
         x: &[T],
         width: usize,
         rotated: usize,
-        tables: Tables<T>,
+        tables: Angles<T>,
     ) {
         let half = tables.half;
         let sequence = tables.cos.len() / half;
@@ -306,15 +343,10 @@ pub(super) mod reference {
                         for (y, x) in heads.zip(x.chunks_exact(2 * half)) {
                             let (y_a, y_b) = y.split_at_mut(half);
                             let (x_a, x_b) = x.split_at(half);
-                            let angles = cos.iter().zip(sin);
-                            let pairs = x_a.iter().zip(x_b).zip(angles);
-                            for ((y_a, y_b), ((&a, &b), (&cos, &sin))) in
-                                y_a.iter_mut().zip(y_b).zip(pairs)
-                            {
-                                let sin = if BACK { -sin } else { sin };
-                                *y_a = accumulate.onto(*y_a, a * cos - b * sin);
-                                *y_b = accumulate.onto(*y_b, b * cos + a * sin);
-                            }
+                            map_over([y_a, y_b], [x_a, x_b, cos, sin], |[a, b, cos, sin], old| {
+                                let [a, b] = turned([a, b], cos, if BACK { -sin } else { sin });
+                                [accumulate.onto(old[0], a), accumulate.onto(old[1], b)]
+                            });
                         }
                         for (y, &x) in y_rest.iter_mut().zip(x_rest) {
                             *y = accumulate.onto(*y, x);

@@ -16,6 +16,7 @@ use crate::tensor::cpu::vector::{map_over, sigmoid};
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
+use std::ops::Range;
 
 /// SwiGLU of `x [R, 2F]`, gate first; the result is `[R, F]`, where R may be 0.
 ///
@@ -131,40 +132,62 @@ pub(super) mod reference {
 
     pub fn forward<T: Real>(y: &mut [T], x: &[T], width: usize) {
         cpu::each_row_block(y, width, |first, y| {
-            let x = &x[first * 2 * width..];
-            cpu::vectorized(
-                #[inline(always)]
-                || {
-                    for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(2 * width)) {
-                        let (gate, up) = x.split_at(width);
-                        map_over([y], [gate, up], |[gate, up], _| [gate * sigmoid(gate) * up]);
-                    }
-                },
-            );
+            forward_columns(y, &x[first * 2 * width..], width, 0..width);
         });
+    }
+
+    /// Some columns of the rows of `y [R, F]`.
+    pub fn forward_columns<T: Real>(y: &mut [T], x: &[T], width: usize, columns: Range<usize>) {
+        cpu::vectorized(
+            #[inline(always)]
+            || {
+                for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(2 * width)) {
+                    let (gate, up) = x.split_at(width);
+                    map_over(
+                        [&mut y[columns.clone()]],
+                        [&gate[columns.clone()], &up[columns.clone()]],
+                        |[gate, up], _| [gate * sigmoid(gate) * up],
+                    );
+                }
+            },
+        );
     }
 
     pub fn dx<T: Real>(dx: &mut [T], accumulate: Accumulate, dy: &[T], x: &[T], width: usize) {
         cpu::each_row_block(dx, 2 * width, |first, dx| {
             let (x, dy) = (&x[first * 2 * width..], &dy[first * width..]);
-            let x = x.chunks_exact(2 * width);
-            let rows = dx.chunks_exact_mut(2 * width).zip(x);
-            cpu::vectorized(
-                #[inline(always)]
-                || {
-                    for ((dx, x), dy) in rows.zip(dy.chunks_exact(width)) {
-                        let (dgate, dup) = dx.split_at_mut(width);
-                        let (gate, up) = x.split_at(width);
-                        map_over([dgate, dup], [gate, up, dy], |[gate, up, dy], old| {
-                            let s = sigmoid(gate);
-                            let slope = s * (T::one() + gate * (T::one() - s));
-                            let dgate = accumulate.onto(old[0], dy * up * slope);
-                            [dgate, accumulate.onto(old[1], dy * gate * s)]
-                        });
-                    }
-                },
-            );
+            dx_columns(dx, accumulate, dy, x, width, 0..width);
         });
+    }
+
+    /// Gate's and up's part of dx of some columns, of which alone `dy` has the gradients.
+    pub fn dx_columns<T: Real>(
+        dx: &mut [T],
+        accumulate: Accumulate,
+        dy: &[T],
+        x: &[T],
+        width: usize,
+        columns: Range<usize>,
+    ) {
+        let x = x.chunks_exact(2 * width);
+        let rows = dx.chunks_exact_mut(2 * width).zip(x);
+        cpu::vectorized(
+            #[inline(always)]
+            || {
+                for ((dx, x), dy) in rows.zip(dy.chunks_exact(columns.len())) {
+                    let (dgate, dup) = dx.split_at_mut(width);
+                    let [dgate, dup] = [dgate, dup].map(|d| &mut d[columns.clone()]);
+                    let (gate, up) = x.split_at(width);
+                    let [gate, up] = [gate, up].map(|x| &x[columns.clone()]);
+                    map_over([dgate, dup], [gate, up, dy], |[gate, up, dy], old| {
+                        let s = sigmoid(gate);
+                        let slope = s * (T::one() + gate * (T::one() - s));
+                        let dgate = accumulate.onto(old[0], dy * up * slope);
+                        [dgate, accumulate.onto(old[1], dy * gate * s)]
+                    });
+                }
+            },
+        );
     }
 }
 

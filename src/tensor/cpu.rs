@@ -8,7 +8,7 @@ mod matmul;
 mod scratch;
 pub mod vector;
 
-pub use inner::matmul_over_inner;
+pub use inner::{gemm_over_inner, matmul_over_inner};
 pub use matmul::{Accumulate, Mat, MatMut, gemm, matmul};
 pub use scratch::Scratch;
 
@@ -56,10 +56,29 @@ pub fn each_row_block<T: Send, R: Send>(
         .collect()
 }
 
+/// Elements of a block of [`add`] and [`add_assign`].
+const BLOCK: usize = 1 << 14;
+
+/// Writes `a + b`, element by element.
+pub fn add<T: crate::tensor::dtype::Real>(sum: &mut [T], a: &[T], b: &[T]) {
+    assert!(sum.len() == a.len() && sum.len() == b.len());
+    sum.par_chunks_mut(BLOCK)
+        .zip(a.par_chunks(BLOCK).zip(b.par_chunks(BLOCK)))
+        .for_each(|(sum, (a, b))| {
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (s, (&a, &b)) in sum.iter_mut().zip(a.iter().zip(b)) {
+                        *s = a + b;
+                    }
+                },
+            );
+        });
+}
+
 /// Adds `terms` to `sum`, element by element.
 pub fn add_assign<T: crate::tensor::dtype::Real>(sum: &mut [T], terms: &[T]) {
     assert_eq!(sum.len(), terms.len());
-    const BLOCK: usize = 1 << 14;
     sum.par_chunks_mut(BLOCK)
         .zip(terms.par_chunks(BLOCK))
         .for_each(|(sum, terms)| {

@@ -7,25 +7,22 @@ pub(super) mod library;
 
 use super::Collective;
 use super::processes::{Transport, Waiting};
+use crate::device::Memory;
 use crate::error::Result;
 use library::{Library, Request};
-use std::sync::{Mutex, PoisonError};
+use std::mem;
 use std::time::Duration;
 
 /// Bytes that a rank gives to MPI at a time, at most; on several ranks less, so that all of a call stay below 2^30.
 const PIECE: usize = 8 << 20;
 
+/// Bytes of all ranks that MPI moves at once where it gets the buffers themselves: a part of the limit of time even on a slow
+/// network.
+const AT_ONCE: usize = 8 * PIECE;
+
 /// The ranks of a communicator.
 pub(super) struct Mpi {
     library: Library,
-    buffers: Mutex<Buffers>,
-}
-
-/// What MPI reads and writes.
-#[derive(Default)]
-struct Buffers {
-    own: Vec<u8>,
-    all: Vec<u8>,
 }
 
 impl Mpi {
@@ -34,7 +31,8 @@ impl Mpi {
     /// # Errors
     /// When none is, or it refuses.
     pub fn start(names: &[String]) -> Result<Self> {
-        Library::start(names).map(Self::new)
+        let library = Library::start(names)?;
+        Ok(Mpi { library })
     }
 
     /// The host of this rank.
@@ -42,33 +40,53 @@ impl Mpi {
         &self.library.host
     }
 
-    fn new(library: Library) -> Self {
-        Mpi {
-            library,
-            buffers: Mutex::default(),
-        }
-    }
-
     /// Begins a request on the buffers and waits for it. Buffers of a request that is not done are given up.
     fn run(
         &self,
-        buffers: &mut Buffers,
+        own: Memory,
+        mut all: Memory,
         waiting: &mut Waiting,
         begin: impl FnOnce(&Library, &[u8], &mut [u8]) -> Result<Request>,
-    ) -> Result<()> {
+    ) -> Result<[Memory; 2]> {
         waiting.renew();
         let waited = || {
-            let mut request = begin(&self.library, &buffers.own, &mut buffers.all)?;
+            let mut request = begin(&self.library, own.bytes(), all.bytes_mut())?;
             while !self.library.done(&mut request)? {
                 waiting.pause()?;
             }
             Ok(())
         };
-        let done = waited();
-        if done.is_err() {
-            std::mem::forget(std::mem::take(buffers));
+        match waited() {
+            Ok(()) => Ok([own, all]),
+            Err(e) => {
+                mem::forget([own, all]);
+                Err(e)
+            }
         }
-        done
+    }
+
+    fn gather_at_once(
+        &self,
+        own: Memory,
+        all: Memory,
+        waiting: &mut Waiting,
+    ) -> Result<[Memory; 2]> {
+        self.run(own, all, waiting, |library, own, all| {
+            // SAFETY: `run` keeps the buffers.
+            unsafe { library.all_gather(own, all) }
+        })
+    }
+
+    fn exchange_at_once(
+        &self,
+        own: Memory,
+        all: Memory,
+        waiting: &mut Waiting,
+    ) -> Result<[Memory; 2]> {
+        self.run(own, all, waiting, |library, own, all| {
+            // SAFETY: `run` keeps the buffers.
+            unsafe { library.all_to_all(own, all) }
+        })
     }
 }
 
@@ -86,19 +104,17 @@ impl Transport for Mpi {
     }
 
     fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
-        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let (n, size) = (own.len(), self.size());
         let most = PIECE.min((1 << 30) / size);
         for first in (0..n).step_by(most) {
             let count = most.min(n - first);
-            buffers.own.clear();
-            buffers.own.extend_from_slice(&own[first..first + count]);
-            buffers.all.resize(count * size, 0);
-            self.run(&mut buffers, waiting, |library, own, all| {
-                // SAFETY: `run` keeps the buffers.
-                unsafe { library.all_gather(own, all) }
-            })?;
-            for (r, row) in buffers.all.chunks(count).enumerate() {
+            let mut piece = Memory::unspecified(count);
+            piece
+                .bytes_mut()
+                .copy_from_slice(&own[first..first + count]);
+            let [_, moved] =
+                self.gather_at_once(piece, Memory::unspecified(count * size), waiting)?;
+            for (r, row) in moved.bytes().chunks(count).enumerate() {
                 all[r * n + first..][..count].copy_from_slice(row);
             }
         }
@@ -106,27 +122,48 @@ impl Transport for Mpi {
     }
 
     fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
-        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
         let size = self.size();
         let n = own.len() / size;
         let most = (PIECE / size).max(1);
         for first in (0..n).step_by(most) {
             let count = most.min(n - first);
-            buffers.own.clear();
-            for r in 0..size {
-                let row = &own[r * n + first..][..count];
-                buffers.own.extend_from_slice(row);
+            let mut piece = Memory::unspecified(count * size);
+            for (r, row) in piece.bytes_mut().chunks_mut(count).enumerate() {
+                row.copy_from_slice(&own[r * n + first..][..count]);
             }
-            buffers.all.resize(count * size, 0);
-            self.run(&mut buffers, waiting, |library, own, all| {
-                // SAFETY: `run` keeps the buffers.
-                unsafe { library.all_to_all(own, all) }
-            })?;
-            for (r, row) in buffers.all.chunks(count).enumerate() {
+            let [_, moved] =
+                self.exchange_at_once(piece, Memory::unspecified(count * size), waiting)?;
+            for (r, row) in moved.bytes().chunks(count).enumerate() {
                 all[r * n + first..][..count].copy_from_slice(row);
             }
         }
         Ok(())
+    }
+
+    fn all_gather_owned(
+        &self,
+        own: Memory,
+        mut all: Memory,
+        waiting: &mut Waiting,
+    ) -> Result<[Memory; 2]> {
+        if all.bytes().len() <= AT_ONCE {
+            return self.gather_at_once(own, all, waiting);
+        }
+        self.all_gather(own.bytes(), all.bytes_mut(), waiting)?;
+        Ok([own, all])
+    }
+
+    fn exchange_owned(
+        &self,
+        own: Memory,
+        mut all: Memory,
+        waiting: &mut Waiting,
+    ) -> Result<[Memory; 2]> {
+        if all.bytes().len() <= AT_ONCE {
+            return self.exchange_at_once(own, all, waiting);
+        }
+        self.exchange(own.bytes(), all.bytes_mut(), waiting)?;
+        Ok([own, all])
     }
 
     fn group(
@@ -136,7 +173,7 @@ impl Transport for Mpi {
         _limit: Duration,
     ) -> Result<Box<dyn Transport>> {
         let library = self.library.group(size)?;
-        Ok(Box::new(Self::new(library)))
+        Ok(Box::new(Mpi { library }))
     }
 
     fn finish(&self) {

@@ -4,6 +4,7 @@
 //! its first row on: first keys do not decrease.
 
 use crate::ops::heads::Heads;
+use crate::ops::rope::reference::Angles;
 use crate::tensor::cpu::vector::{exp_and_sum, max, sum_over};
 use crate::tensor::cpu::{self, Accumulate, Mat, MatMut, Scratch, gemm};
 use crate::tensor::dtype::Real;
@@ -13,31 +14,78 @@ use std::ops::Range;
 /// Queries whose scores exist at a time.
 const QUERIES: usize = 64;
 
-/// One sequence's rows of `qkv`, with a place in them.
+/// What attention goes over.
+#[derive(Clone, Copy)]
+pub struct Places<'a, T> {
+    pub heads: Heads,
+    /// Rows of a sequence.
+    pub sequence: usize,
+    /// Row r of a sequence sees the keys `first_key[r] … r` (`[B·S]`, places in the sequence; none: 0).
+    pub first_key: Option<&'a [i32]>,
+    /// Queries and keys are turned by these; none: as they are.
+    pub angles: Option<Angles<'a, T>>,
+}
+
+/// One sequence's rows of `qkv`.
 #[derive(Clone, Copy)]
 struct Sequence<'a, T> {
     qkv: &'a [T], // [S, (H + 2 KV) hd]
     heads: Heads,
+    angles: Option<Angles<'a, T>>,
+}
+
+/// The rows of one head `[S, hd]`: in `qkv`, or turned, on their own.
+struct Panel<'a, T> {
+    rows: Mat<'a, T>,
+    turned: Option<Scratch<T>>,
+}
+
+impl<T: Real> Panel<'_, T> {
+    fn rows(&self, rows: Range<usize>) -> Mat<'_, T> {
+        let all = match &self.turned {
+            Some(turned) => Mat::new(turned, self.rows.row_count(), self.rows.col_count()),
+            None => self.rows,
+        };
+        all.rows(rows.start, rows.len())
+    }
 }
 
 impl<'a, T: Real> Sequence<'a, T> {
-    /// Rows `first .. first + rows` of the head that begins at column `head * dim`.
-    fn head(self, head: usize, first: usize, rows: usize) -> Mat<'a, T> {
+    /// The rows of the head that begins at column `head * dim`.
+    fn head(self, head: usize) -> Mat<'a, T> {
         let (width, dim) = (self.heads.row_width(), self.heads.dim);
-        Mat::strided(&self.qkv[first * width + head * dim..], rows, dim, width)
+        Mat::strided(&self.qkv[head * dim..], self.qkv.len() / width, dim, width)
     }
 
-    fn query(self, head: usize, first: usize, rows: usize) -> Mat<'a, T> {
-        self.head(head, first, rows)
+    /// The same, turned if there are angles.
+    fn turned(self, head: usize) -> Panel<'a, T> {
+        let (width, dim) = (self.heads.row_width(), self.heads.dim);
+        let turned = self.angles.map(|angles| {
+            let mut own = Scratch::<T>::new(self.qkv.len() / width * dim);
+            let rows = self.qkv[head * dim..].chunks(width);
+            for (own, row) in own.chunks_exact_mut(dim).zip(rows) {
+                own.copy_from_slice(&row[..dim]);
+            }
+            angles.turn_rows(&mut own, 0, false);
+            own
+        });
+        Panel {
+            rows: self.head(head),
+            turned,
+        }
     }
 
-    fn keys(self, kv_head: usize, rows: Range<usize>) -> Mat<'a, T> {
-        self.head(self.heads.query + kv_head, rows.start, rows.len())
+    fn queries(self, head: usize) -> Panel<'a, T> {
+        self.turned(head)
+    }
+
+    fn keys(self, kv_head: usize) -> Panel<'a, T> {
+        self.turned(self.heads.query + kv_head)
     }
 
     fn values(self, kv_head: usize, rows: Range<usize>) -> Mat<'a, T> {
         let head = self.heads.query + self.heads.key_value + kv_head;
-        self.head(head, rows.start, rows.len())
+        self.head(head).rows(rows.start, rows.len())
     }
 }
 
@@ -71,23 +119,21 @@ fn scale<T: Real>(dim: usize) -> T {
     T::of((dim as f64).sqrt().recip())
 }
 
-/// Writes `out [B·S, H hd]` and `lse`, the logsumexp of the scaled scores, `[B, H, S]`. Row r of a
-/// sequence sees the keys `first_key[r] … r` (`[B·S]`, places in the sequence; none: 0).
-pub fn forward<T: Real>(
-    out: &mut [T],
-    lse: &mut [T],
-    qkv: &[T],
-    first_key: Option<&[i32]>,
-    heads: Heads,
-    sequence: usize,
-) {
+/// Writes `out [B·S, H hd]` and `lse`, the logsumexp of the scaled scores, `[B, H, S]`.
+pub fn forward<T: Real>(out: &mut [T], lse: &mut [T], qkv: &[T], places: Places<T>) {
+    let Places {
+        heads,
+        sequence,
+        first_key,
+        angles,
+    } = places;
     let group = heads.group();
     out.par_chunks_mut(sequence * heads.query * heads.dim)
         .zip(lse.par_chunks_mut(heads.query * sequence))
         .zip(qkv.par_chunks(sequence * heads.row_width()))
         .enumerate()
         .for_each(|(number, ((out, lse), qkv))| {
-            let rows = Sequence { qkv, heads };
+            let rows = Sequence { qkv, heads, angles };
             let first_keys = FirstKeys::of_sequence(first_key, number, sequence);
             panels(out, heads.query, heads.dim)
                 .into_par_iter()
@@ -108,7 +154,8 @@ pub fn forward_from<T: Real>(out: &mut [T], qkv: &[T], heads: Heads, begin: usiz
         .enumerate()
         .for_each(|(head, mut out)| {
             let mut lse = Scratch::<T>::new(out.len());
-            let rows = Sequence { qkv, heads };
+            let angles = None;
+            let rows = Sequence { qkv, heads, angles };
             let (all, heads) = (FirstKeys(None), [head, head / group]);
             forward_head(&mut out, &mut lse, rows, all, heads, begin);
         });
@@ -124,6 +171,7 @@ fn forward_head<T: Real>(
     begin: usize,
 ) {
     let (sequence, dim) = (begin + lse.len(), rows.heads.dim);
+    let (all_queries, all_keys) = (rows.queries(head), rows.keys(kv_head));
     let mut scores = Scratch::<T>::new(QUERIES.min(lse.len()) * sequence);
     let mut product = Scratch::<T>::new(QUERIES.min(lse.len()) * dim);
     for first in (begin..sequence).step_by(QUERIES) {
@@ -135,8 +183,8 @@ fn forward_head<T: Real>(
         gemm(
             MatMut::new(scores, queries, keys.len()),
             Accumulate::Assign,
-            rows.query(head, first, queries),
-            rows.keys(kv_head, keys.clone()).t(),
+            all_queries.rows(first..first + queries),
+            all_keys.rows(keys.clone()).t(),
         );
         let mut sums = [T::zero(); QUERIES];
         cpu::vectorized(
@@ -206,10 +254,10 @@ pub fn backward<T: Real>(
     accumulate: Accumulate,
     dout: &[T],
     saved: Saved<T>,
-    first_key: Option<&[i32]>,
-    heads: Heads,
-    sequence: usize,
+    places: Places<T>,
 ) {
+    let (heads, sequence) = (places.heads, places.sequence);
+    let (first_key, angles) = (places.first_key, places.angles);
     let (group, width) = (heads.group(), heads.query * heads.dim);
     dqkv.par_chunks_mut(sequence * heads.row_width())
         .zip(dout.par_chunks(sequence * width))
@@ -218,7 +266,7 @@ pub fn backward<T: Real>(
         .zip(saved.lse.par_chunks(heads.query * sequence))
         .enumerate()
         .for_each(|(number, ((((dqkv, dout), qkv), out), lse))| {
-            let rows = Sequence { qkv, heads };
+            let rows = Sequence { qkv, heads, angles };
             let first_keys = FirstKeys::of_sequence(first_key, number, sequence);
             let count = heads.query + 2 * heads.key_value;
             let mut dq = panels(dqkv, count, heads.dim);
@@ -229,17 +277,22 @@ pub fn backward<T: Real>(
                 .zip(dv)
                 .enumerate()
                 .for_each(|(kv_head, ((dq, dk), dv))| {
+                    let keys = rows.keys(kv_head);
                     let mut sums = KeyValueSums::new(sequence, heads.dim);
                     for (i, dq) in dq.iter_mut().enumerate() {
                         let head = kv_head * group + i;
                         let of_head = HeadGradient {
                             head,
                             kv_head,
+                            keys: &keys,
                             dout,
                             out,
                             lse: &lse[head * sequence..][..sequence],
                         };
                         of_head.backward(dq, &mut sums, accumulate, rows, first_keys);
+                    }
+                    if let Some(angles) = angles {
+                        angles.turn_rows(&mut sums.dk, 0, true);
                     }
                     let one = T::one();
                     write_rows(dk, &sums.dk, scale(heads.dim), accumulate);
@@ -294,6 +347,7 @@ fn write_rows<'a, T: Real + 'a>(
 struct HeadGradient<'a, T> {
     head: usize,
     kv_head: usize,
+    keys: &'a Panel<'a, T>,
     dout: &'a [T], // [S, H hd]
     out: &'a [T],  // [S, H hd]
     lse: &'a [T],  // [S]
@@ -316,6 +370,7 @@ impl<T: Real> HeadGradient<'_, T> {
         let (sequence, dim) = (self.lse.len(), rows.heads.dim);
         let width = rows.heads.query * dim;
         let block = QUERIES.min(sequence);
+        let all_queries = rows.queries(self.head);
         let mut probabilities = Scratch::<T>::new(block * sequence);
         let mut dscores = Scratch::<T>::new(block * sequence);
         let mut product = Scratch::<T>::new(block * dim);
@@ -328,8 +383,8 @@ impl<T: Real> HeadGradient<'_, T> {
             let place = first * width + self.head * dim;
             let dout = &self.dout[place..];
             let dout_rows = Mat::strided(dout, queries, dim, width);
-            let query = rows.query(self.head, first, queries);
-            let key = rows.keys(self.kv_head, seen.clone());
+            let query = all_queries.rows(first..seen.end);
+            let key = self.keys.rows(seen.clone());
             assign(MatMut::new(p, queries, keys), query, key.t());
             assign(
                 MatMut::new(ds, queries, keys),
@@ -372,6 +427,9 @@ impl<T: Real> HeadGradient<'_, T> {
                 query,
             );
             assign(MatMut::new(product, queries, dim), ds, key);
+            if let Some(angles) = rows.angles {
+                angles.turn_rows(product, first, true);
+            }
             let dq = dq[first..seen.end].iter_mut().map(|row| &mut **row);
             write_rows(dq, product, scale(dim), accumulate);
         }

@@ -3,14 +3,15 @@
 //! Forward turns them in the epilogue of the projection `qkv = x Wᵀ` (`kernels/qkv_rope.cu`), or, where something stands
 //! between projection and RoPE, in a pass of its own (`kernels/rope.cu`). Backward turns dQ and dK back before attention's
 //! kernel stores them, so that dqkv is the gradient of what was turned. Mathematically it is
-//! [`linear`](fn@linear), [`rope`](fn@rope) and [`attention`] one after another; the CPU does just that.
+//! [`linear`](fn@linear), [`rope`](fn@rope::rope) and [`attention`](super::attention) one after another. The CPU turns the
+//! queries and keys of a head while they are in its cache.
 
-use super::{attention, kernels};
+use super::{Attention, kernels};
 use crate::device::Device;
 use crate::error::Result;
 use crate::ops::heads::Heads;
 use crate::ops::linear::{self, linear};
-use crate::ops::rope::{self, RopeTables, rope};
+use crate::ops::rope::{self, RopeTables};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 
@@ -26,24 +27,24 @@ pub struct Places<'a> {
     pub first_key: Option<&'a Tensor>,
 }
 
-/// [`rope`](fn@rope), then [`attention`] of `qkv [B·S, (H + 2 KV) hd]`; the result is `[B·S, H hd]`.
+/// [`rope`](fn@rope::rope), then [`attention`](super::attention) of `qkv [B·S, (H + 2 KV) hd]`; the result is `[B·S, H hd]`.
 ///
 /// # Errors
 /// Those of both.
 pub fn rotary_attention(tape: &Tape, qkv: &Var, places: &Places) -> Result<Var> {
+    let (heads, sequence) = (places.heads, places.sequence);
+    heads.check("attention", qkv.tensor(), sequence)?;
     if qkv.tensor().device() == Device::Cpu {
-        let turned = rope(tape, qkv, places.heads, places.sequence, places.tables)?;
-        return attention(
-            tape,
-            &turned,
-            places.heads,
-            places.sequence,
-            places.first_key,
-        );
+        let dtype = qkv.tensor().dtype();
+        places.tables.check(sequence, heads, dtype)?;
+        let attention = Attention {
+            heads,
+            sequence,
+            first_key: places.first_key.cloned(),
+            tables: Some(places.tables.clone()),
+        };
+        return tape.apply_one(attention, &[qkv]);
     }
-    places
-        .heads
-        .check("attention", qkv.tensor(), places.sequence)?;
     tape.apply_one(RotaryAttention::new(places, false)?, &[qkv])
 }
 
@@ -127,6 +128,55 @@ impl Op for RotaryAttention {
         match self.projects {
             true => linear::kernels::backward(grads, &saved[3], &saved[4], &dqkv),
             false => grads.give(0, dqkv),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::attention::attention;
+    use crate::tape::Gradients;
+    use crate::tape::check::normal_numbers;
+    use crate::tensor::dtype::DType;
+
+    #[test]
+    fn the_cpu_gives_the_bytes_of_rope_and_attention_one_after_another() {
+        // Two blocks of queries, groups of two, documents within a sequence.
+        let heads = Heads {
+            query: 4,
+            key_value: 2,
+            dim: 6,
+        };
+        let (sequence, tokens) = (70, 140);
+        let tables = RopeTables::new(DType::F64, sequence, heads.dim, 10_000.0).unwrap();
+        let first_key: Vec<i32> = (0..tokens as i32).map(|i| i % 70 / 40 * 40).collect();
+        let first_key = Tensor::from_slice([tokens], &first_key);
+        let places = Places {
+            heads,
+            sequence,
+            tables: &tables,
+            first_key: Some(&first_key),
+        };
+        let tensor = |width: usize, seed| {
+            Tensor::from_slice([tokens, width], &normal_numbers(tokens * width, seed))
+        };
+        let run = |attend: &dyn Fn(&Tape, &Var) -> Result<Var>| {
+            let (tape, qkv) = (Tape::new(), Var::leaf(tensor(heads.row_width(), 1), 0));
+            let y = attend(&tape, &qkv).unwrap();
+            let mut gradients = Gradients::new(1);
+            let dout = tensor(heads.query * heads.dim, 2);
+            tape.backward_from(&[(&y, dout)], &mut gradients).unwrap();
+            [y.tensor(), gradients.get(0).unwrap()].map(|t| t.slice::<f64>().to_vec())
+        };
+        let [y, dqkv] = run(&|tape, qkv| rotary_attention(tape, qkv, &places));
+        let [expected, gradient] = run(&|tape, qkv| {
+            let turned = rope::rope(tape, qkv, heads, sequence, &tables)?;
+            attention(tape, &turned, heads, sequence, Some(&first_key))
+        });
+        assert_eq!(y, expected);
+        for (got, want) in dqkv.iter().zip(&gradient) {
+            assert!((got - want).abs() <= 1e-14, "{got} for {want}");
         }
     }
 }

@@ -10,10 +10,9 @@ use super::probe::Seen;
 use crate::dist::SingleRank;
 use crate::error::Result;
 use crate::ops::dispatch::{Dispatch, Selection};
-use crate::ops::grouped_linear::{Rows, grouped_linear};
+use crate::ops::expert_rows::expert_rows;
 use crate::ops::router::{logits, softmax};
 use crate::ops::sampled_outputs::{Sampling, sample};
-use crate::ops::swiglu::swiglu;
 use crate::routers::default::DefaultMoe;
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
@@ -65,9 +64,7 @@ impl LayerWeights<'_> {
         })?;
         let (tape, all) = (Tape::without_gradients(), Rc::new(Dispatch::new(all)));
         let [x, gate_up, down] = [x, self.gate_up, self.down].map(|t| Var::constant(t.clone()));
-        let h = grouped_linear(&tape, &x, Rows::Tokens, &gate_up, &all)?;
-        let a = swiglu(&tape, &h)?;
-        let e = grouped_linear(&tape, &a, Rows::Dispatched, &down, &all)?;
+        let e = expert_rows(&tape, [&x, &gate_up, &down], &all)?;
         e.tensor().to_f64()
     }
 }

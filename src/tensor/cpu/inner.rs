@@ -11,6 +11,29 @@ const SHORTEST: usize = 256;
 /// Larger destinations have rows enough to share out, and would need too much memory.
 const LARGEST: usize = 1 << 19;
 
+/// Inner extent of a product at a time, where the destination stays in the cache: the library may read columns of `a` in
+/// place, and so many rows of it stay in the cache too. On each of two cores 159 GFLOP/s, in place of 131, for a weight of
+/// 128 x 352 and 512 rows that came from memory.
+const PIECE: usize = 192;
+/// Numbers of a destination that stays in the cache.
+const CACHED: usize = 1 << 17;
+
+/// `c = a · b` or `c += a · b` on the calling thread with `c` contiguous `[a.rows, b.cols]`, for an inner extent that may be
+/// long.
+pub fn gemm_over_inner<T: Real>(c: &mut [T], mut accumulate: Accumulate, a: Mat<T>, b: Mat<T>) {
+    let (rows, inner, cols) = (a.row_count(), b.row_count(), b.col_count());
+    let piece = match c.len() <= CACHED {
+        true => inner.div_ceil(inner.div_ceil(PIECE).max(1)).max(1),
+        false => inner.max(1),
+    };
+    for first in (0..inner.max(1)).step_by(piece) {
+        let length = piece.min(inner - first);
+        let (a, b) = (a.t().rows(first, length).t(), b.rows(first, length));
+        gemm(MatMut::new(c, rows, cols), accumulate, a, b);
+        accumulate = Accumulate::Add;
+    }
+}
+
 /// `c = a · b` or `c += a · b` with `c` contiguous `[a.rows, b.cols]`, in parallel over fixed blocks
 /// of the inner extent, whose products are added in order.
 ///
@@ -22,22 +45,17 @@ pub fn matmul_over_inner<T: Real>(c: &mut [T], accumulate: Accumulate, a: Mat<T>
     if size == 0 || size > LARGEST || inner <= block {
         return matmul(c, accumulate, a, b);
     }
-    let (rows, cols) = (a.row_count(), size / a.row_count());
     let mut partials = Scratch::<T>::new(inner.div_ceil(block) * size);
     partials
         .par_chunks_mut(size)
         .enumerate()
         .for_each(|(i, partial)| {
             let length = block.min(inner - i * block);
-            gemm(
-                MatMut::new(partial, rows, cols),
-                Accumulate::Assign,
-                a.t().rows(i * block, length).t(),
-                b.rows(i * block, length),
-            );
+            let (a, b) = (a.t().rows(i * block, length).t(), b.rows(i * block, length));
+            gemm_over_inner(partial, Accumulate::Assign, a, b);
         });
-    const PIECE: usize = 1 << 12;
-    c.par_chunks_mut(PIECE).enumerate().for_each(|(i, c)| {
+    const PART: usize = 1 << 12;
+    c.par_chunks_mut(PART).enumerate().for_each(|(i, c)| {
         if accumulate == Accumulate::Assign {
             c.fill(T::zero());
         }
@@ -45,7 +63,7 @@ pub fn matmul_over_inner<T: Real>(c: &mut [T], accumulate: Accumulate, a: Mat<T>
             super::vectorized(
                 #[inline(always)]
                 || {
-                    for (c, &p) in c.iter_mut().zip(&partial[i * PIECE..]) {
+                    for (c, &p) in c.iter_mut().zip(&partial[i * PART..]) {
                         *c += p;
                     }
                 },

@@ -54,6 +54,11 @@ impl<'a, T> Mat<'a, T> {
         self.rows
     }
 
+    /// Number of columns.
+    pub fn col_count(&self) -> usize {
+        self.cols
+    }
+
     /// The transposed view.
     pub fn t(self) -> Self {
         Mat {

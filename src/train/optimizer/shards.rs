@@ -6,11 +6,13 @@
 //! are those of an optimizer that is whole.
 
 use super::{BLOCK, reference};
+use crate::device::Memory;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
 use crate::model::{Parameter, Places};
 use crate::tape::Gradients;
 use crate::tensor::Tensor;
+use crate::tensor::cpu::vectorized;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use rayon::prelude::*;
@@ -30,18 +32,6 @@ pub struct Shards {
     /// Consecutive parameters that move together.
     buckets: Vec<Range<usize>>,
     dtype: DType,
-}
-
-/// Bytes on their way, where numbers of any dtype may lie.
-#[derive(Default)]
-struct Bytes(Vec<u64>);
-
-impl Bytes {
-    /// Room for `bytes`, a multiple of 8.
-    fn room(&mut self, bytes: usize) -> &mut [u8] {
-        self.0.resize(bytes / 8, 0);
-        bytemuck::cast_slice_mut(&mut self.0)
-    }
 }
 
 impl Shards {
@@ -155,10 +145,10 @@ impl Shards {
         gradients: &mut Gradients,
     ) -> Result<()> {
         let width = self.dtype.size();
-        let (mut send, mut received) = (Bytes::default(), Bytes::default());
         for bucket in &self.buckets {
             let row = self.row(bucket, width);
-            let to = send.room(row * self.size);
+            let new = || Memory::unspecified(row * self.size);
+            let mut send = new();
             for i in bucket.clone() {
                 // A rank without a gradient counts with zeros.
                 let value = &parameters[i].value;
@@ -166,7 +156,8 @@ impl Shards {
                     Tensor::zeros(value.device(), value.dtype(), value.shape())
                 });
             }
-            for (rank, to) in to.chunks_mut(row.max(1)).enumerate() {
+            let to = send.bytes_mut().chunks_mut(row.max(1)).enumerate();
+            for (rank, to) in to.filter(|(rank, _)| *rank != self.rank) {
                 let mut at = 0;
                 for i in bucket.clone() {
                     let part = bytes_of(&self.of(i, rank), width);
@@ -176,15 +167,16 @@ impl Shards {
                     at += part.len();
                 }
             }
-            let from = received.room(row * self.size);
-            dist.exchange(to, from)?;
+            let [_, received] = dist.exchange_owned(send, new())?;
+            let from = received.bytes();
             let mut at = 0;
             for i in bucket.clone() {
                 let part = bytes_of(&self.own(i), width);
                 if let Some(gradient) = gradients.get_mut(i) {
                     let rows = from.chunks(row.max(1)).map(|r| &r[at..at + part.len()]);
                     let rows: Vec<&[u8]> = rows.collect();
-                    add(self.dtype, &rows, &mut gradient.bytes_mut()[part.clone()])?;
+                    let own = &mut gradient.bytes_mut()[part.clone()];
+                    add(self.dtype, &rows, self.rank, own)?;
                 }
                 at += part.len();
             }
@@ -246,14 +238,8 @@ impl Shards {
             };
             whole.push(weight);
         }
-        let (mut own, mut all) = (Bytes::default(), Bytes::default());
         for bucket in &self.buckets {
-            self.spread(
-                dist,
-                bucket,
-                &mut whole[bucket.clone()],
-                [&mut own, &mut all],
-            )?;
+            self.spread(dist, bucket, &mut whole[bucket.clone()])?;
         }
         Ok(())
     }
@@ -264,19 +250,18 @@ impl Shards {
         dist: &dyn Collective,
         bucket: &Range<usize>,
         tensors: &mut [&mut Tensor],
-        [own, all]: [&mut Bytes; 2],
     ) -> Result<()> {
         let width = tensors.first().map_or(1, |t| t.dtype().size());
         let row = self.row(bucket, width);
-        let (own, all) = (own.room(row), all.room(row * self.size));
-        let mut at = 0;
+        let (mut own, mut at) = (Memory::unspecified(row), 0);
+        let to = own.bytes_mut();
         for (i, tensor) in bucket.clone().zip(tensors.iter()) {
             let part = bytes_of(&self.own(i), width);
-            own[at..at + part.len()].copy_from_slice(&tensor.bytes()[part.clone()]);
+            to[at..at + part.len()].copy_from_slice(&tensor.bytes()[part.clone()]);
             at += part.len();
         }
-        dist.all_gather(own, all)?;
-        for (rank, from) in all.chunks(row.max(1)).enumerate() {
+        let [_, all] = dist.all_gather_owned(own, Memory::unspecified(row * self.size))?;
+        for (rank, from) in all.bytes().chunks(row.max(1)).enumerate() {
             let mut at = 0;
             for (i, tensor) in bucket.clone().zip(tensors.iter_mut()) {
                 let part = bytes_of(&self.of(i, rank), width);
@@ -318,26 +303,38 @@ fn bytes_of(numbers: &Range<usize>, width: usize) -> Range<usize> {
     numbers.start * width..numbers.end * width
 }
 
-/// The sums of rows in f64, first row first, rounded once.
-fn add(dtype: DType, rows: &[&[u8]], total: &mut [u8]) -> Result<()> {
+/// The sums of rows in f64, first row first, rounded once; row `own` lies in `total`.
+fn add(dtype: DType, rows: &[&[u8]], own: usize, total: &mut [u8]) -> Result<()> {
+    /// Sums that lie on the stack.
+    const PART: usize = 256;
     with_real!(dtype, "sum over ranks", |T| {
         let rows: Vec<&[T]> = rows.iter().map(|row| bytemuck::cast_slice(row)).collect();
         let total: &mut [T] = bytemuck::cast_slice_mut(total);
         let blocks = total.par_chunks_mut(BLOCK).enumerate();
         blocks.for_each(|(block, total)| {
-            let part = block * BLOCK..block * BLOCK + total.len();
-            let mut sums = vec![0.0; total.len()];
-            for (r, row) in rows.iter().enumerate() {
-                let row = sums.iter_mut().zip(&row[part.clone()]);
-                match r {
-                    0 => row.for_each(|(sum, x)| *sum = x.f64()),
-                    _ => row.for_each(|(sum, x)| *sum += x.f64()),
-                }
-            }
-            total
-                .iter_mut()
-                .zip(sums)
-                .for_each(|(total, sum)| *total = T::of(sum));
+            let rows: Vec<&[T]> = rows.iter().map(|row| &row[block * BLOCK..]).collect();
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (part, total) in total.chunks_mut(PART).enumerate() {
+                        let mut sums = [0.0; PART];
+                        for (r, row) in rows.iter().enumerate() {
+                            let row = if r == own {
+                                &*total
+                            } else {
+                                &row[part * PART..]
+                            };
+                            let row = sums.iter_mut().zip(row);
+                            match r {
+                                0 => row.for_each(|(sum, x)| *sum = x.f64()),
+                                _ => row.for_each(|(sum, x)| *sum += x.f64()),
+                            }
+                        }
+                        let sums = total.iter_mut().zip(sums);
+                        sums.for_each(|(total, sum)| *total = T::of(sum));
+                    }
+                },
+            );
         });
         Ok(())
     })
