@@ -283,8 +283,7 @@ typedef enum routegrad_weighting {
 // gate_gradient.cu: the gradient of every gate, with default vectors from one reading of dy, which is sorted on the way.
 #define ROUTEGRAD_GATE_GRADIENT_LAUNCHERS(X)                                                                          \
   X(default_dots, (float* dgates, void* g_rows, const void* g, const float* vectors, const int32_t* slot_row,         \
-                   int64_t tokens, int64_t rows, int32_t experts, int32_t hidden, int32_t slots,                      \
-                   routegrad_stream stream))                                                                          \
+                   int64_t tokens, int64_t rows, int32_t experts, int32_t hidden, int32_t slots, routegrad_stream stream)) \
   X(gate_gradient, (float* dgates, const float* dots, const int32_t* slot_row, const int32_t* choices,                \
                     int64_t tokens, int64_t rows, int32_t experts, int32_t slots, int32_t dot_columns, int32_t keep,  \
                     routegrad_stream stream))
