@@ -192,48 +192,59 @@ pub fn rows_problem(
             } else {
                 vec![]
             };
-            let mut errors = Errors::default();
-            for (token, &loss) in losses.iter().enumerate() {
-                let (target, (log_sum_exp, p)) = (rows.targets[token], rows.softmax(token));
-                let of_target = usize::try_from(target).map_or(f64::NAN, |at| {
-                    f64::from(rows.logits[token * vocabulary + at])
-                });
-                let want = log_sum_exp - of_target;
-                let place = || format!("loss of token {token}");
-                let got = f64::from(loss);
-                match want.is_nan() {
-                    true if got.is_nan() => {}
-                    true => return Err(format!("{}: got {got}, want NaN", place())),
-                    false => {
-                        let scale = log_sum_exp.abs() + of_target.abs();
-                        errors.add(got, want, 16.0 * F32_ROUNDOFF * (1.0 + scale), place)?;
-                    }
-                }
-                for (v, got) in dlogits
-                    .iter()
-                    .skip(token * vocabulary)
-                    .take(p.len())
-                    .enumerate()
-                {
-                    let hit = if v as i32 == target { 1.0 } else { 0.0 };
-                    let want = f64::from(factor) * (p[v] - hit);
-                    let place = || format!("gradient of logit {v} of token {token}");
-                    // The argument of exp is rounded where it is large: |z − m| log₂e of it, twice.
-                    let z = f64::from(rows.logits[token * vocabulary + v]);
-                    let far = if z.is_finite() {
-                        (log_sum_exp - z).abs()
-                    } else {
-                        0.0
-                    };
-                    let own = (16.0 + 4.0 * far) * F32_ROUNDOFF * p[v] * f64::from(factor);
-                    // Below the least normal float exp is 0.
-                    let error = own.abs() + F32_ROUNDOFF * want.abs() + 1.2e-38;
-                    errors.add_bf16(*got, want, error, place)?;
-                }
-            }
-            Ok(errors)
+            judge_rows(&rows, factor, &losses, &dlogits)
         }),
     }
+}
+
+/// Losses and, unless there are none, gradients against float64.
+fn judge_rows(
+    rows: &Rows,
+    factor: f32,
+    losses: &[f32],
+    dlogits: &[bf16],
+) -> Result<Errors, String> {
+    let vocabulary = rows.vocabulary;
+    let mut errors = Errors::default();
+    for (token, &loss) in losses.iter().enumerate() {
+        let (target, (log_sum_exp, p)) = (rows.targets[token], rows.softmax(token));
+        let of_target = usize::try_from(target).map_or(f64::NAN, |at| {
+            f64::from(rows.logits[token * vocabulary + at])
+        });
+        let want = log_sum_exp - of_target;
+        let place = || format!("loss of token {token}");
+        let got = f64::from(loss);
+        match want.is_nan() {
+            true if got.is_nan() => {}
+            true => return Err(format!("{}: got {got}, want NaN", place())),
+            false => {
+                let scale = log_sum_exp.abs() + of_target.abs();
+                errors.add(got, want, 16.0 * F32_ROUNDOFF * (1.0 + scale), place)?;
+            }
+        }
+        for (v, got) in dlogits
+            .iter()
+            .skip(token * vocabulary)
+            .take(p.len())
+            .enumerate()
+        {
+            let hit = if v as i32 == target { 1.0 } else { 0.0 };
+            let want = f64::from(factor) * (p[v] - hit);
+            let place = || format!("gradient of logit {v} of token {token}");
+            // The argument of exp is rounded where it is large: |z − m| log₂e of it, twice.
+            let z = f64::from(rows.logits[token * vocabulary + v]);
+            let far = if z.is_finite() {
+                (log_sum_exp - z).abs()
+            } else {
+                0.0
+            };
+            let own = (16.0 + 4.0 * far) * F32_ROUNDOFF * p[v] * f64::from(factor);
+            // Below the least normal float exp is 0.
+            let error = own.abs() + F32_ROUNDOFF * want.abs() + 1.2e-38;
+            errors.add_bf16(*got, want, error, place)?;
+        }
+    }
+    Ok(errors)
 }
 
 /// The launch of `cross_entropy_mean`. Buffers: loss, losses.
