@@ -327,10 +327,9 @@ fn failure(folder: &Path, call: &Call) -> Option<String> {
         "bench",
         "hardware-check",
     ];
-    if let Some(out) = value(&arguments, "--out") {
-        if !arguments.iter().any(|a| goes_on.contains(&a.as_str())) {
-            let _ = fs::remove_dir_all(folder.join(out));
-        }
+    let anew = !arguments.iter().any(|a| goes_on.contains(&a.as_str()));
+    if let Some(out) = value(&arguments, "--out").filter(|_| anew) {
+        let _ = fs::remove_dir_all(folder.join(out));
     }
     let output = program()
         .current_dir(folder)

@@ -30,7 +30,7 @@ pub mod roofline;
 mod session;
 mod step_costs;
 mod step_predictions;
-mod steps;
+pub mod steps;
 pub mod timed;
 
 pub use dump::dump;
