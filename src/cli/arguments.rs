@@ -460,7 +460,8 @@ pub(super) struct BenchArgs {
     /// With --report: also the main pictures, as SVG, into this folder.
     #[arg(long, value_name = "DIR", requires = "report")]
     pub(super) pictures: Option<PathBuf>,
-    /// Fit a cost model to the recorded timings of products, and print where their time goes; measure nothing.
+    /// Fit a cost model to the recorded timings of products, and print where their time goes and what whole steps are expected to
+    /// take; measure nothing.
     #[arg(long, group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
     pub(super) predict: bool,
     /// With --report or --predict: write the table of this page, between its marks.

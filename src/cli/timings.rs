@@ -15,8 +15,14 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     if args.predict {
         let model = bench::predict(&args.out)?;
         match &args.update {
-            Some(page) => model.update(page)?,
-            None => say!("{}", model.markdown().trim_end()),
+            Some(page) => {
+                model.update(page)?;
+                bench::step_predictions::update(&model, page)?;
+            }
+            None => {
+                say!("{}", model.markdown());
+                say!("{}", bench::step_predictions::markdown(&model)?.trim_end());
+            }
         }
         return Ok(());
     }

@@ -174,7 +174,7 @@ impl Launchers {
         }
         let _span = crate::device::timeline::Span::begin(launcher);
         let status = call();
-        super::trace::launched(self, launcher);
+        super::trace::launched(launcher, || self.take_counters());
         self.check(launcher, status)
     }
 
@@ -256,6 +256,12 @@ impl Launchers {
             0 => Ok(()),
             _ => Err(wrong(format!("{options:?}"))),
         }
+    }
+
+    /// Begins to record what this thread launches on the simulator; see [`trace`](super::trace).
+    pub fn trace(&self) {
+        self.take_counters();
+        super::trace::start();
     }
 
     /// What the launches of this thread did since the last call; none on the GPU.

@@ -1,10 +1,9 @@
 //! What the launches of a step on the simulator moved and computed, by launcher: the bytes and the tensor-core operations that
 //! a GPU's kernels would have.
 
+use super::bindings::routegrad_sim_counters as Counters;
 use super::cost::Cost;
-use super::launchers::{self, Launchers};
 use crate::device::machine::h200;
-use crate::error::Result;
 use serde::Serialize;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -36,21 +35,16 @@ impl Entry {
     }
 }
 
-/// What this thread launched between [`start`] and [`finish`].
+/// What this thread launched between [`Launchers::trace`](super::launchers::Launchers::trace) and [`finish`].
 #[derive(Clone, Debug, Serialize)]
 pub struct Trace {
     /// The one that takes longest on an H200 at best first.
     pub entries: Vec<Entry>,
 }
 
-/// Begins to record what this thread launches on the simulator.
-///
-/// # Errors
-/// As [`launchers::sim`].
-pub fn start() -> Result<()> {
-    launchers::sim()?.take_counters();
+/// Begins to record what this thread launches.
+pub(super) fn start() {
     ENTRIES.set(Some(BTreeMap::new()));
-    Ok(())
 }
 
 /// Ends it; nothing where it was not begun, or nothing was launched.
@@ -66,10 +60,13 @@ pub fn recorded() -> bool {
     ENTRIES.with_borrow(Option::is_some)
 }
 
-/// Records a launch that is over.
-pub(super) fn launched(launchers: &Launchers, launcher: &'static str) {
+/// Records a launch that is over, if launches are recorded; `counters` are asked for what it did.
+pub(super) fn launched(launcher: &'static str, counters: impl FnOnce() -> Option<Counters>) {
     ENTRIES.with_borrow_mut(|entries| {
-        let Some((entries, counters)) = entries.as_mut().zip(launchers.take_counters()) else {
+        let Some(entries) = entries else {
+            return;
+        };
+        let Some(counters) = counters() else {
             return;
         };
         let entry = entries.entry(launcher).or_default();

@@ -36,7 +36,7 @@ use crate::tensor::random::{Purpose, Stream};
 use crate::with_real;
 use serde::{Deserialize, Serialize};
 
-pub(super) const INFO: RouterInfo = RouterInfo {
+pub(crate) const INFO: RouterInfo = RouterInfo {
     name: "default",
     summary: "topk, and a moving average of its outputs for every expert that did not run: \
               a dense gradient for the router",

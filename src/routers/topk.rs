@@ -12,7 +12,7 @@ use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
 use serde::{Deserialize, Serialize};
 
-pub(super) const INFO: RouterInfo = RouterInfo {
+pub(crate) const INFO: RouterInfo = RouterInfo {
     name: "topk",
     summary: "the K most probable experts, weighted by their probabilities; the baseline",
     source: "Shazeer et al. 2017, 1701.06538; Default MoE, 2504.12463, eq. 2",

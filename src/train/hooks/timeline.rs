@@ -3,6 +3,7 @@
 use crate::config::Config;
 use crate::device::{Device, timeline};
 use crate::error::{Error, Result};
+use crate::kernels::launchers::{self, Launchers};
 use crate::kernels::trace;
 use crate::report::files::publish;
 use crate::report::metrics::Record;
@@ -45,7 +46,7 @@ impl Hook for KernelTimeline {
             step == trainer.config().train.steps,
             trainer.config().train.device,
         ) {
-            (true, Device::Sim) => trace::start(),
+            (true, Device::Sim) => launchers::sim().map(Launchers::trace),
             (true, _) => timeline::start(),
             _ => Ok(()),
         }

@@ -29,7 +29,7 @@ pub mod record;
 pub mod roofline;
 mod session;
 mod step_costs;
-mod step_predictions;
+pub(crate) mod step_predictions;
 pub mod steps;
 pub mod timed;
 

@@ -6,7 +6,6 @@
 //! product, tile and compiled code by least squares of relative errors.
 
 use super::step_costs::Product;
-use super::step_predictions;
 use crate::device::machine::{Chip, H200_MULTIPROCESSORS, h200};
 use crate::error::{Error, Result};
 use crate::report::page::{Cell, Table, replace_between};
@@ -342,12 +341,7 @@ impl Model {
     /// # Errors
     /// When the page has no marks, or cannot be written.
     pub fn update(&self, page: &Path) -> Result<()> {
-        replace_between(page, MARKS, &self.markdown())?;
-        replace_between(
-            page,
-            step_predictions::MARKS,
-            &step_predictions::markdown(self)?,
-        )
+        replace_between(page, MARKS, &self.markdown())
     }
 }
 

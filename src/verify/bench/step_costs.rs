@@ -12,6 +12,7 @@ use crate::kernels::{
     GroupedGemmInputGradient, GroupedGemmWeightGradient, HeadLogits, NormBackward, NormForward,
     QkvRopeForward, SquareSums, SumParts, SwigluBackward, SwigluForward,
 };
+use crate::routers::{default, topk};
 use std::collections::BTreeMap;
 
 /// Tokens whose logits exist at a time.
@@ -42,6 +43,11 @@ pub struct Launches {
 #[derive(Clone, Debug, Default)]
 pub struct StepCosts(pub BTreeMap<&'static str, Launches>);
 
+/// Whether it is `default`.
+fn has_default_vectors(config: &Config) -> bool {
+    config.router.name == default::INFO.name
+}
+
 impl StepCosts {
     /// Of a step of `topk` or `default` without recomputation, for models as the paper's are: no shared expert, no biases, no
     /// norms of queries and keys.
@@ -53,7 +59,7 @@ impl StepCosts {
         let (m, t) = (&config.model, &config.train);
         let plain =
             t.recompute == Recompute::default() && !m.qkv_bias && m.shared_expert_width == 0;
-        if !["topk", "default"].contains(&name) || !plain {
+        if ![topk::INFO.name, default::INFO.name].contains(&name) || !plain {
             return Err(Error::invalid(
                 "predicted steps",
                 "router topk or default, without recomputation, biases and shared experts",
@@ -72,7 +78,7 @@ impl StepCosts {
         // Of ê.
         step.add(
             "state_commit",
-            usize::from(name == "default"),
+            usize::from(has_default_vectors(config)),
             Cost::default(),
         );
         Ok(step)
@@ -241,7 +247,7 @@ impl StepCosts {
             slots: m.top_k,
             rows: tokens * m.top_k,
         };
-        let default = config.router.name == "default";
+        let default = has_default_vectors(config);
         for (name, cost) in roofline::layer_kernels(&sizes, default, accumulate)? {
             let launcher = match name.split([',', ' ']).next() {
                 Some(_) if default && name == roofline::SORT_OF_DY => "default_dots",
@@ -313,7 +319,7 @@ impl StepCosts {
 mod tests {
     use super::*;
     use crate::config::Layers;
-    use crate::kernels::trace;
+    use crate::kernels::{launchers, trace};
     use crate::routers;
     use crate::train::Trainer;
 
@@ -339,7 +345,7 @@ mod tests {
             let step = StepCosts::of(&config).unwrap();
             let mut trainer = Trainer::new(config).unwrap();
             trainer.step().unwrap();
-            trace::start().unwrap();
+            launchers::sim().unwrap().trace();
             trainer.step().unwrap();
             let mut found: BTreeMap<&str, (usize, f64)> = BTreeMap::new();
             for e in trace::finish().unwrap().entries {

@@ -6,13 +6,14 @@ use super::step_costs::StepCosts;
 use crate::config::{Config, Layers, count};
 use crate::device::machine::h200;
 use crate::error::{Error, Result};
-use crate::report::page::Table;
+use crate::report::page::{Table, replace_between};
 use crate::routers;
 use crate::study::plan::{Target, plan};
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// Marks of the tables in a page.
-pub const MARKS: [&str; 2] = [
+const MARKS: [&str; 2] = [
     "<!-- predicted steps: routegrad bench --predict --update writes what follows -->",
     "<!-- end of predicted steps -->",
 ];
@@ -195,6 +196,14 @@ fn milliseconds(seconds: f64) -> String {
     format!("{:.1}", 1e3 * seconds)
 }
 
+/// Writes the tables into a page, between their marks.
+///
+/// # Errors
+/// When the page has no marks, or cannot be written.
+pub fn update(model: &Model, page: &Path) -> Result<()> {
+    replace_between(page, MARKS, &markdown(model)?)
+}
+
 /// The steps of three models with two routers, and the kernels of one of them.
 ///
 /// # Errors
@@ -240,7 +249,7 @@ pub fn markdown(model: &Model) -> Result<String> {
         "Not measured: a prediction for one H200, {SEQUENCES} sequences of 2,048 tokens a step, balanced routing. Products take what \
          the cost model above says; other kernels reach the share of their roofline that they reached in the steps timed on \
          2026-11-24 (7.33b: as 1.96b), in which nearly all tokens went to one expert; between two kernels pass 2 µs. `cross_entropy_rows` \
-         reads the logits once where it read them twice; `dispatch_choices` and `expert_mean` are counted as 4 µs a launch. What the other \
+         reads the logits once where it read them twice; what is `qkv_rope_forward` now was part of `grouped_gemm_forward`; `dispatch_choices` and `expert_mean` are counted as 4 µs a launch. What the other \
          changes since then bring is not counted.\n\n{}\nThe kernels of a step of `1.96b`, ms:\n\n{}",
         table.markdown(),
         kernels(&steps[2], &steps[3]).markdown()
@@ -304,7 +313,7 @@ mod tests {
     /// What is predicted lies between the roofline and what the slower kernels of the timed step took.
     #[test]
     fn predictions_lie_between_roofline_and_record() {
-        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
         let timed = crate::verify::bench::hardware_records::timed(&folder).unwrap();
         let model = Model::new(&timed).unwrap();
         for router in ["topk", "default"] {
