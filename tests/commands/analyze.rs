@@ -47,6 +47,34 @@ fn a_checkpoint_becomes_one_page_with_data_that_no_thread_count_changes() {
     }
 }
 
+/// The state that a setting of `default` adds is the checkpoint's own in every analysis.
+#[test]
+fn checkpoints_of_every_router_and_kind_of_default_vectors_are_analysed() {
+    let place = Place::new();
+    let kinds: &[&[&str]] = &[
+        &["--router", "topk"],
+        &["--router", "remoe"],
+        &["--router", "lossfree"],
+        &["--router", "densemixer"],
+        &["--set", "router.shrink=\"running\""],
+        &["--set", "router.source=\"sampled\""],
+        &[
+            "--set",
+            "router.shrink=0.5",
+            "--set",
+            "router.use_at_evaluation=false",
+        ],
+    ];
+    for (i, kind) in kinds.iter().enumerate() {
+        let run = format!("run-{i}");
+        succeed(&mut place.train(&run, &[&["--steps", "3", "--quiet"], *kind].concat()));
+        let mut command = program();
+        command.args(["analyze", "--sequences", "2", "--model"]);
+        let (said, _) = succeed(command.arg(place.path(&run)));
+        assert!(said.contains("gradient-error"), "{kind:?}: {said}");
+    }
+}
+
 #[test]
 fn what_cannot_be_analysed_is_answered_with_what_to_do() {
     let place = Place::new();

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::model::Model;
 use crate::model::batch::Sequences;
-use crate::routers::default::DefaultMoe;
+use crate::routers::default::{DefaultMoe, VECTORS};
 use crate::routers::densemixer::DenseMixer;
 use crate::routers::topk::TopK;
 use crate::routers::{Pass, Phase, Router};
@@ -209,13 +209,14 @@ fn logit_gradients(
     let experts = config.model.num_experts;
     let z = weights.logits(x)?;
     let by_router = |router: &dyn Router, vectors: &Tensor| {
+        let state = [(VECTORS, vectors.clone())];
         let layer = LayerAt {
             z: &z,
             x,
             g: &part.g,
             gate_up: weights.gate_up,
             down: weights.down,
-            vectors,
+            state: &state,
         };
         layer.logit_gradient(config, router, top_k)
     };

@@ -131,7 +131,11 @@ pub fn estimator(
     config.model.top_k = top_k;
     let watched = Watched::new(&config, router, source)?;
     let mut states = watched.model.layer_states_mut();
-    for (state, vectors) in states.iter_mut().zip(vectors) {
+    let own = source.layer_states();
+    for ((state, own), vectors) in states.iter_mut().zip(own.iter()).zip(vectors) {
+        for (name, tensor) in own.tensors() {
+            state.restore(name, tensor.clone())?;
+        }
         state.restore(VECTORS, vectors.clone())?;
     }
     drop(states);
@@ -243,8 +247,8 @@ pub struct LayerAt<'a> {
     pub gate_up: &'a Tensor,
     /// `[E, D, F]`.
     pub down: &'a Tensor,
-    /// `[E, D]`.
-    pub vectors: &'a Tensor,
+    /// What the layer's router keeps, by name.
+    pub state: &'a [(&'static str, Tensor)],
 }
 
 impl LayerAt<'_> {
@@ -257,14 +261,16 @@ impl LayerAt<'_> {
         top_k: usize,
     ) -> Result<Vec<f64>> {
         let experts_n = config.model.num_experts;
-        let mut state = LayerState::new(router.initial_state(&config.model, 0, 0));
-        if state.tensors().next().is_some() {
-            // The initial state is f64; this one has the model's dtype.
-            state = LayerState::new(vec![StateTensor {
-                name: VECTORS,
-                start: self.vectors.clone(),
-            }]);
-        }
+        let declared = router.initial_state(&config.model, 0, 0).into_iter();
+        let mut state = LayerState::new(
+            declared
+                .map(|StateTensor { name, start }| {
+                    let known = self.state.iter().find(|(known, _)| *known == name);
+                    let start = known.map_or(start, |(_, tensor)| tensor.clone());
+                    StateTensor { name, start }
+                })
+                .collect(),
+        );
         let pass = Pass::single(Phase::Frozen);
         let mut layer = LayerPass::new(pass, &SingleRank, 0, top_k, 0, &mut state, false);
         let mut identity = Tensor::zeros(Device::Cpu, self.z.dtype(), [experts_n, experts_n]);
@@ -325,13 +331,16 @@ pub fn gradient_error(
                 };
                 let (tape, x) = (Tape::without_gradients(), Var::constant(seen.x.clone()));
                 let z = logits(&tape, &x, &Var::constant(value(gate[l]).clone()))?;
+                let states = model.layer_states();
+                let state = states[l].tensors().map(|(name, t)| (name, t.clone()));
+                let state: Vec<_> = state.collect();
                 let layer = LayerAt {
                     z: z.tensor(),
                     x: &seen.x,
                     g,
                     gate_up: value(gate_up[l]),
                     down: value(down[l]),
-                    vectors: &vectors[l],
+                    state: &state,
                 };
                 let full = layer.logit_gradient(config, &DenseMixer::default(), top_k)?;
                 let own = layer.logit_gradient(config, &*method.router(config)?, top_k)?;
