@@ -318,8 +318,7 @@ typedef enum routegrad_weighting {
   X(cross_entropy_rows, (float* losses, void* dlogits, const float* logits, const float* statistics,                  \
                          const int32_t* targets, int64_t tokens, int32_t vocabulary, float factor,                    \
                          routegrad_stream stream))                                                                    \
-  X(cross_entropy_mean,                                                                                               \
-    (float* loss, const float* losses, int64_t tokens, float factor, routegrad_stream stream))                        \
+  X(cross_entropy_mean, (float* loss, const float* losses, int64_t tokens, float factor, routegrad_stream stream))     \
   X(gradient_scale, (void* out, const void* in, const float* factor, int64_t elements, int32_t bf16_elements,         \
                      int32_t accumulate, routegrad_stream stream))
 
