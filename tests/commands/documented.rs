@@ -66,6 +66,8 @@ fn besides(command: &str) -> (Vec<String>, Vec<String>) {
         (sets, [steps, out].concat())
     } else if begins("ablate --figure") {
         (sets(MICRO), words(&["--scale", "1e-9"]))
+    } else if has("--grid configs/") {
+        (sets(MICRO), words(&["--steps", "4", "--seed", "0"]))
     } else if begins("ablate") {
         (sets(MICRO), words(&["--steps", "4"]))
     } else if begins("import") {
@@ -277,6 +279,7 @@ fn write_models(folder: &Path) {
         &repository.join("benches/results"),
         &folder.join("benches/results"),
     );
+    copy(&repository.join("configs"), &folder.join("configs"));
     let records = "hardware-nvidia-h200.jsonl";
     fs::copy(
         repository.join("benches/results").join(records),
