@@ -85,20 +85,14 @@ impl fmt::Display for Trace {
             "launches        MB    GFLOP  {} at best, µs  launcher",
             h200().key
         )?;
+        let sum = |of: fn(&Entry) -> f64| self.entries.iter().map(of).sum();
         let total = Entry {
             launcher: "the step",
-            ..Entry::default()
+            launches: self.entries.iter().map(|e| e.launches).sum(),
+            bytes: sum(|e| e.bytes),
+            flops: sum(|e| e.flops),
         };
-        let mut floor = 0.0;
-        let total = self.entries.iter().fold(total, |sum, e| {
-            floor += e.cost().floor();
-            Entry {
-                launches: sum.launches + e.launches,
-                bytes: sum.bytes + e.bytes,
-                flops: sum.flops + e.flops,
-                ..sum
-            }
-        });
+        let floor: f64 = sum(|e| e.cost().floor());
         let rows = self.entries.iter().map(|e| (e, e.cost().floor()));
         for (entry, floor) in rows.chain([(&total, floor)]) {
             let (mb, gflop, us) = (entry.bytes / 1e6, entry.flops / 1e9, 1e6 * floor);

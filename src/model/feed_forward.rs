@@ -1,11 +1,8 @@
 //! The dense SwiGLU feed-forward network: of dense layers and of shared experts.
 
 use super::parameters::Layout;
-use crate::device::Device;
 use crate::error::Result;
 use crate::ops::expert_rows::network;
-use crate::ops::linear::linear;
-use crate::ops::swiglu::swiglu;
 use crate::tape::{Tape, Var};
 
 /// Where the parameters of one SwiGLU network are.
@@ -27,11 +24,6 @@ impl SwigluSlots {
 
     /// `down(silu(gate(x)) ⊙ up(x))`.
     pub fn forward(&self, tape: &Tape, weights: &[Var], x: &Var) -> Result<Var> {
-        let (gate_up, down) = (&weights[self.gate_up], &weights[self.down]);
-        if x.tensor().device() == Device::Cpu {
-            return network(tape, [x, gate_up, down]);
-        }
-        let h = linear(tape, x, gate_up, None)?;
-        linear(tape, &swiglu(tape, &h)?, down, None)
+        network(tape, [x, &weights[self.gate_up], &weights[self.down]])
     }
 }

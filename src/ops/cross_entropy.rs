@@ -22,6 +22,11 @@ use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
+/// Tokens whose logits exist at a time, at most: of V = 128,256 they are 1 GB.
+pub(crate) const LOGIT_TOKENS: usize = 2048;
+/// Logits that exist at a time on the CPU, at most (but for one token there are always V).
+pub(crate) const LOGITS: usize = 1 << 24;
+
 /// Cross-entropy in nats of the logits `x Wᵀ` against `targets`, summed over the tokens and divided
 /// by `denominator`; `x [T, D]`, `weight [V, D]`, `targets` i32, T of them.
 ///
@@ -182,9 +187,6 @@ mod kernels {
     };
     use crate::kernels::launchers::TILE_AUTO;
 
-    /// Tokens of a chunk: its logits at V = 128,256 are 1 GB.
-    const TOKENS: usize = 2048;
-
     /// Where gradients go, and the factor of every loss.
     pub struct Gradient<'a> {
         pub dx: &'a mut Tensor,      // [T, D] bf16
@@ -230,7 +232,7 @@ mod kernels {
         let (tokens, [vocabulary, width]) = (x.shape()[0], [weight.shape()[0], weight.shape()[1]]);
         let targets = targets.on(device);
         let mut losses = Tensor::unspecified(device, DType::F32, [tokens]);
-        let chunk = TOKENS.min(tokens);
+        let chunk = LOGIT_TOKENS.min(tokens);
         let mut logits = Tensor::unspecified(device, DType::F32, [chunk, vocabulary]);
         let of_rows = [chunk, statistics(vocabulary), 2];
         let mut statistics = Tensor::unspecified(device, DType::F32, of_rows);
@@ -302,11 +304,6 @@ pub(super) mod reference {
     use crate::tensor::cpu::{Mat, Scratch, matmul, matmul_over_inner};
     use rayon::prelude::*;
 
-    /// Logits that exist at a time, at most (but for one token there are always V).
-    const LOGITS: usize = 1 << 24;
-    /// Tokens of a chunk, at most.
-    const TOKENS: usize = 2048;
-
     /// The inputs.
     pub struct Head<'a, T> {
         pub x: &'a [T],         // [T, D]
@@ -329,7 +326,7 @@ pub(super) mod reference {
             let (tokens, width) = (self.targets.len(), self.width);
             let vocabulary = self.weight.len() / width;
             let weight = Mat::new(self.weight, vocabulary, width);
-            let chunk = (LOGITS / vocabulary).clamp(1, TOKENS);
+            let chunk = (LOGITS / vocabulary).clamp(1, LOGIT_TOKENS);
             let mut logits = Scratch::<T>::new(chunk.min(tokens) * vocabulary);
             let mut accumulate = Accumulate::Assign;
             if let Some(gradient) = gradient.as_mut().filter(|_| tokens == 0) {

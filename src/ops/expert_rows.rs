@@ -9,7 +9,9 @@
 //! a product and SwiGLU.
 
 use super::dispatch::Dispatch;
+use super::linear::linear;
 use super::swiglu;
+use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
@@ -53,11 +55,16 @@ pub fn expert_rows(
     tape.apply_one(ExpertRows { dispatch }, &[x, gate_up, down])
 }
 
-/// The outputs `[T, D]` of one network for all rows of `x [T, D]`, with `gate_up [2F, D]`, gate above up, and `down [D, F]`.
+/// The outputs `[T, D]` of one network for all rows of `x [T, D]`, with `gate_up [2F, D]`, gate above up, and `down [D, F]`. On a
+/// device with kernels it is a composition of `linear` and `swiglu`.
 ///
 /// # Errors
 /// When the shapes do not fit each other.
 pub fn network(tape: &Tape, [x, gate_up, down]: [&Var; 3]) -> Result<Var> {
+    if x.tensor().device() != Device::Cpu {
+        let h = linear(tape, x, gate_up, None)?;
+        return linear(tape, &swiglu::swiglu(tape, &h)?, down, None);
+    }
     let (hidden, ffn) = (x.tensor().shape().width(), down.tensor().shape().width());
     for (what, var, shape) in [
         ("gate_up", gate_up, [2 * ffn, hidden]),

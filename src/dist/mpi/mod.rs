@@ -20,6 +20,9 @@ const PIECE: usize = 8 << 20;
 /// network.
 const AT_ONCE: usize = 8 * PIECE;
 
+/// Begins a request: [`Library::all_gather`] or [`Library::all_to_all`].
+type Begin = unsafe fn(&Library, &[u8], &mut [u8]) -> Result<Request>;
+
 /// The ranks of a communicator.
 pub(super) struct Mpi {
     library: Library,
@@ -46,11 +49,12 @@ impl Mpi {
         own: Memory,
         mut all: Memory,
         waiting: &mut Waiting,
-        begin: impl FnOnce(&Library, &[u8], &mut [u8]) -> Result<Request>,
+        begin: Begin,
     ) -> Result<[Memory; 2]> {
         waiting.renew();
-        let waited = || {
-            let mut request = begin(&self.library, own.bytes(), all.bytes_mut())?;
+        let mut waited = || {
+            // SAFETY: the buffers stay until the request is done, or for ever.
+            let mut request = unsafe { begin(&self.library, own.bytes(), all.bytes_mut()) }?;
             while !self.library.done(&mut request)? {
                 waiting.pause()?;
             }
@@ -63,30 +67,6 @@ impl Mpi {
                 Err(e)
             }
         }
-    }
-
-    fn gather_at_once(
-        &self,
-        own: Memory,
-        all: Memory,
-        waiting: &mut Waiting,
-    ) -> Result<[Memory; 2]> {
-        self.run(own, all, waiting, |library, own, all| {
-            // SAFETY: `run` keeps the buffers.
-            unsafe { library.all_gather(own, all) }
-        })
-    }
-
-    fn exchange_at_once(
-        &self,
-        own: Memory,
-        all: Memory,
-        waiting: &mut Waiting,
-    ) -> Result<[Memory; 2]> {
-        self.run(own, all, waiting, |library, own, all| {
-            // SAFETY: `run` keeps the buffers.
-            unsafe { library.all_to_all(own, all) }
-        })
     }
 }
 
@@ -112,8 +92,12 @@ impl Transport for Mpi {
             piece
                 .bytes_mut()
                 .copy_from_slice(&own[first..first + count]);
-            let [_, moved] =
-                self.gather_at_once(piece, Memory::unspecified(count * size), waiting)?;
+            let [_, moved] = self.run(
+                piece,
+                Memory::unspecified(count * size),
+                waiting,
+                Library::all_gather,
+            )?;
             for (r, row) in moved.bytes().chunks(count).enumerate() {
                 all[r * n + first..][..count].copy_from_slice(row);
             }
@@ -131,8 +115,12 @@ impl Transport for Mpi {
             for (r, row) in piece.bytes_mut().chunks_mut(count).enumerate() {
                 row.copy_from_slice(&own[r * n + first..][..count]);
             }
-            let [_, moved] =
-                self.exchange_at_once(piece, Memory::unspecified(count * size), waiting)?;
+            let [_, moved] = self.run(
+                piece,
+                Memory::unspecified(count * size),
+                waiting,
+                Library::all_to_all,
+            )?;
             for (r, row) in moved.bytes().chunks(count).enumerate() {
                 all[r * n + first..][..count].copy_from_slice(row);
             }
@@ -147,7 +135,7 @@ impl Transport for Mpi {
         waiting: &mut Waiting,
     ) -> Result<[Memory; 2]> {
         if all.bytes().len() <= AT_ONCE {
-            return self.gather_at_once(own, all, waiting);
+            return self.run(own, all, waiting, Library::all_gather);
         }
         self.all_gather(own.bytes(), all.bytes_mut(), waiting)?;
         Ok([own, all])
@@ -160,7 +148,7 @@ impl Transport for Mpi {
         waiting: &mut Waiting,
     ) -> Result<[Memory; 2]> {
         if all.bytes().len() <= AT_ONCE {
-            return self.exchange_at_once(own, all, waiting);
+            return self.run(own, all, waiting, Library::all_to_all);
         }
         self.exchange(own.bytes(), all.bytes_mut(), waiting)?;
         Ok([own, all])

@@ -11,6 +11,7 @@ use crate::device::machine::{CHIPS, Chip, h200};
 use crate::device::rounded_bytes;
 use crate::error::Result;
 use crate::kernels::cross_entropy::statistics;
+use crate::ops::cross_entropy::{LOGIT_TOKENS, LOGITS};
 use crate::routers::{self, Router};
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
@@ -23,9 +24,6 @@ const F32: u64 = 4;
 const PROGRAM: u64 = 12_000_000;
 /// Bytes of the embedded text.
 const EMBEDDED_TEXT: u64 = 10_760_000;
-/// Logits that the head holds at a time, and its tokens, at most; see `ops::cross_entropy`.
-const LOGITS: u64 = 1 << 24;
-const LOGIT_TOKENS: u64 = 2048;
 
 /// Where the training would run.
 #[derive(Clone, Copy, Debug)]
@@ -200,10 +198,10 @@ impl Memory {
         activations += index_bytes(config, router, tokens);
         let again = widest(&mut (0..m.layers).filter(recomputed), kept);
         let backward = widest(&mut (0..m.layers), passing);
-        let chunk = tokens.min(LOGIT_TOKENS);
+        let chunk = tokens.min(LOGIT_TOKENS as u64);
         let logits = chunk * m.vocab_size as u64;
         let workspace = match target {
-            Target::Cpu => again + backward + full * logits.min(LOGITS),
+            Target::Cpu => again + backward + full * logits.min(LOGITS as u64),
             // The head's logits in f32, their statistics and their gradients in bf16 are gone when the layers' backward begins.
             Target::Gpu(_) => {
                 let statistics = 2 * chunk * statistics(m.vocab_size) as u64;

@@ -238,7 +238,8 @@ fn layer_cases(
         (false, ["layer_forward", "layer_backward"]),
         (true, ["default_layer_forward", "default_layer_backward"]),
     ] {
-        let [first, second] = roofline::layer_costs(&s, default, false)?;
+        let costs = roofline::layer_costs(&s, default, false)?;
+        let [first, second] = costs.map(|pass| pass.into_iter().map(|(_, cost)| cost).collect());
         cases.push(case(families[0], forward, first));
         cases.push(case(families[1], 2.0 * forward, second));
     }

@@ -26,7 +26,7 @@ pub const TOKENS: usize = 16_384;
 /// The prediction: the share of its floor's speed that what `default` adds reaches, its launches, and seconds of one.
 const PREDICTED_SHARE: f64 = 0.85;
 const MORE_LAUNCHES: f64 = 1.0;
-const LAUNCH: f64 = 2e-6;
+pub(super) const LAUNCH: f64 = 2e-6;
 /// The shares that sorting dy reaches alone, as measured on an H200, and with the dots of the default vectors.
 const SORT_SHARE: f64 = 0.75;
 const SORT_WITH_DOTS_SHARE: f64 = 0.65;
@@ -144,34 +144,22 @@ pub fn dot_columns(s: &Sizes) -> Result<usize> {
     Ok(Plan::new(s, h200())?.dot_columns)
 }
 
-/// Costs of the kernels of a layer's forward and backward, of `default` or of `topk`, weight gradients added to or
-/// assigned.
+/// Name and cost of each kernel of a layer's forward and backward, in order, of `default` or of `topk`, weight gradients added to
+/// or assigned. Of a kernel that runs more than once the name says for what, behind a comma.
 ///
 /// # Errors
 /// As [`dot_columns`].
-pub fn layer_costs(s: &Sizes, default: bool, accumulate: bool) -> Result<[Vec<Cost>; 2]> {
-    let costs = |kernels: Vec<Kernel>| {
-        let cost = |kernel: &Kernel| if default { kernel.default } else { kernel.topk };
-        kernels.iter().filter_map(cost).collect()
-    };
-    Ok(layer(s, accumulate, h200())?.map(costs))
-}
-
-/// Name and cost of each kernel of a layer, in order; of a kernel that runs more than once the name says for what, behind a comma.
-///
-/// # Errors
-/// As [`dot_columns`].
-pub(super) fn layer_kernels(
+pub(super) fn layer_costs(
     s: &Sizes,
     default: bool,
     accumulate: bool,
-) -> Result<Vec<(&'static str, Cost)>> {
-    let kernels = layer(s, accumulate, h200())?.into_iter().flatten();
-    let named = kernels.filter_map(|kernel| {
+) -> Result<[Vec<(&'static str, Cost)>; 2]> {
+    let named = |kernel: &Kernel| {
         let cost = if default { kernel.default } else { kernel.topk };
         Some((kernel.name, cost?))
-    });
-    Ok(named.collect())
+    };
+    let passes = layer(s, accumulate, h200())?;
+    Ok(passes.map(|kernels| kernels.iter().filter_map(named).collect()))
 }
 
 /// The kernels of a layer's forward and backward, in order. The gradient of x by the router is added to; so are weight

@@ -12,11 +12,9 @@ use crate::kernels::{
     GroupedGemmInputGradient, GroupedGemmWeightGradient, HeadLogits, NormBackward, NormForward,
     QkvRopeForward, SquareSums, SumParts, SwigluBackward, SwigluForward,
 };
+use crate::ops::cross_entropy::LOGIT_TOKENS;
 use crate::routers::{default, topk};
 use std::collections::BTreeMap;
-
-/// Tokens whose logits exist at a time.
-const HEAD_TOKENS: usize = 2048;
 
 /// A grouped product, [`GroupedGemmForward`] or one of its gradients: rows of all groups, groups, n, k.
 #[derive(Clone, Copy, Debug)]
@@ -248,7 +246,8 @@ impl StepCosts {
             rows: tokens * m.top_k,
         };
         let default = has_default_vectors(config);
-        for (name, cost) in roofline::layer_kernels(&sizes, default, accumulate)? {
+        let passes = roofline::layer_costs(&sizes, default, accumulate)?;
+        for (name, cost) in passes.into_iter().flatten() {
             let launcher = match name.split([',', ' ']).next() {
                 Some(_) if default && name == roofline::SORT_OF_DY => "default_dots",
                 Some(launcher) => launcher,
@@ -288,8 +287,8 @@ impl StepCosts {
     /// The head, its loss and their gradients, a chunk of tokens at a time.
     fn head(&mut self, config: &Config, tokens: usize, accumulate: bool) {
         let (vocabulary, hidden) = (config.model.vocab_size, config.model.hidden);
-        for first in (0..tokens).step_by(HEAD_TOKENS) {
-            let rows = HEAD_TOKENS.min(tokens - first);
+        for first in (0..tokens).step_by(LOGIT_TOKENS) {
+            let rows = LOGIT_TOKENS.min(tokens - first);
             let product = Product {
                 rows,
                 groups: 1,

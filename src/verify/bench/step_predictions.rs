@@ -2,6 +2,7 @@
 //! launcher took in the steps that were timed on 2026-11-24, and the cost model of products.
 
 use super::predict::Model;
+use super::roofline::LAUNCH;
 use super::step_costs::StepCosts;
 use crate::config::{Config, Layers, count};
 use crate::device::machine::h200;
@@ -24,9 +25,6 @@ const RECORDED: &str = include_str!("../../../benches/results/steps-nvidia-h200.
 /// Sequences of 2,048 tokens of a step, and of a micro-batch of the timed steps.
 const SEQUENCES: usize = 64;
 const RECORDED_MICRO_BATCH: usize = 8;
-
-/// Seconds between two kernels of a graph, and of a kernel that has next to nothing to do.
-const LAUNCH: f64 = 2e-6;
 
 /// Kernels that have changed since: what the timed one moved in place of a byte of today's.
 const CHANGED: &[(&str, f64)] = &[("cross_entropy_rows", 10.0 / 6.0)];
@@ -249,7 +247,7 @@ pub fn markdown(model: &Model) -> Result<String> {
         "Not measured: a prediction for one H200, {SEQUENCES} sequences of 2,048 tokens a step, balanced routing. Products take what \
          the cost model above says; other kernels reach the share of their roofline that they reached in the steps timed on \
          2026-11-24 (7.33b: as 1.96b), in which nearly all tokens went to one expert; between two kernels pass 2 µs. `cross_entropy_rows` \
-         reads the logits once where it read them twice; what is `qkv_rope_forward` now was part of `grouped_gemm_forward`; `dispatch_choices` and `expert_mean` are counted as 4 µs a launch. What the other \
+         reads the logits once where it read them twice; then `qkv_rope_forward` was part of `grouped_gemm_forward`; `dispatch_choices` and `expert_mean` are counted as 4 µs a launch. What the other \
          changes since then bring is not counted.\n\n{}\nThe kernels of a step of `1.96b`, ms:\n\n{}",
         table.markdown(),
         kernels(&steps[2], &steps[3]).markdown()
