@@ -2,7 +2,7 @@
 //! Without one the crate still builds, with the CPU and the simulator.
 //!
 //! `ROUTEGRAD_ARCHS` lists the architectures to compile for, such as `80,90a`; `native` (the default) is this machine's GPU,
-//! or `90a` where there is none; `all` is every one of [`ARCHS`].
+//! or `90a` where there is none; `all` is every one of [`ARCHS`]. `90` alone takes the kernels for Ampere on Hopper.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -16,6 +16,8 @@ const OLDEST: (u32, u32) = (12, 8);
 /// (cp.async and mma.sync).
 const ARCHS: [&str; 6] = ["80", "86", "89", "90a", "100", "120"];
 const HOPPER: &str = "90a";
+/// Hopper with the kernels for Ampere: to prove and time them where there is no other GPU.
+const HOPPER_AS_AMPERE: &str = "90";
 const INSTALL: &str = "scripts/install-toolkit puts one into .toolkit/";
 
 pub fn compile() {
@@ -119,6 +121,7 @@ fn architectures() -> Vec<&'static str> {
     match wanted.trim() {
         "all" => ARCHS.to_vec(),
         "" | "native" => vec![native().unwrap_or(HOPPER)],
+        HOPPER_AS_AMPERE => vec![HOPPER_AS_AMPERE],
         list => list
             .split([',', ' '])
             .filter(|name| !name.is_empty())
@@ -126,8 +129,8 @@ fn architectures() -> Vec<&'static str> {
                 let known = ARCHS.into_iter().find(|arch| *arch == name);
                 known.unwrap_or_else(|| {
                     panic!(
-                        "ROUTEGRAD_ARCHS={list}: `{name}` is not an architecture; expected `native`, `all`, or some of {}, \
-                         separated by commas",
+                        "ROUTEGRAD_ARCHS={list}: `{name}` is not an architecture; expected `native`, `all`, some of {}, \
+                         separated by commas, or {HOPPER_AS_AMPERE} alone",
                         ARCHS.join(", ")
                     )
                 })
