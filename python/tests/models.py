@@ -53,7 +53,8 @@ def fill(model):
 
 
 def tokens(batch=2, length=9, seed=1):
-    return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    made = torch.Generator("cpu").manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (batch, length), generator=made, device="cpu").to(torch.get_default_device())
 
 
 def moe_layers(model):

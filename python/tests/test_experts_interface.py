@@ -66,7 +66,7 @@ def test_a_layers_experts_compute_what_eager_computes(name):
         layer.config._experts_implementation = implementation
         layer.zero_grad()
         inputs, weights = x.clone().requires_grad_(), torch.full((23, 2), 0.4, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=implementation == "routegrad"):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=implementation == "routegrad"):
             y = layer(inputs, index, weights)
         (y.float() * dy).sum().backward()
         grads.append([y, inputs.grad, weights.grad, layer.gate_up_proj.grad, layer.down_proj.grad])
