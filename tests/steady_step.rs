@@ -9,6 +9,7 @@ use routegrad::kernels::launchers::{self, Options};
 use routegrad::routers;
 use routegrad::study::plan::{Memory, Target};
 use routegrad::tensor::Tensor;
+use routegrad::tensor::dtype::DType;
 use routegrad::train::Trainer;
 use routegrad::train::step::StepReport;
 use std::sync::{Mutex, MutexGuard};
@@ -180,6 +181,55 @@ fn a_replayed_step_does_what_the_step_itself_does() {
         }
         assert!(replays >= 5, "{set:?}: {replays} replays");
     }
+}
+
+/// The memory that a step takes for a while is part of its graph: where it had to grow, the next one may get another's.
+#[test]
+fn a_step_that_needs_new_memory_runs_by_itself_before_it_is_captured_again() {
+    let _alone = alone();
+    let [mut run, mut undisturbed] = [training(&[]), training(&[])];
+    for step in 0..9 {
+        // From the fourth step on others have what was free.
+        let taken: Vec<Tensor> = match step {
+            3 => take_free_memory(),
+            _ => Vec::new(),
+        };
+        if step == 3 {
+            run.model.parameters[0].value.change(|_| ());
+        }
+        let (counted, report) = counted_step(&mut run);
+        if step == 3 {
+            assert!(counted.allocations > 0, "nothing was taken: {counted:?}");
+        }
+        std::mem::forget(taken);
+        let expected = format!("{:?}", counted_step(&mut undisturbed).1);
+        assert_eq!(format!("{report:?}"), expected, "step {step}");
+        let replayed = matches!(step, 2 | 6..);
+        assert!(
+            counted.replays == 1 || !replayed,
+            "step {step}: {counted:?}"
+        );
+        assert!(run.executor().graph_error().is_none(), "step {step}");
+    }
+}
+
+/// Tensors on the simulator in all of its free memory but pieces smaller than 64 KiB.
+fn take_free_memory() -> Vec<Tensor> {
+    let mut taken = Vec::new();
+    let mut take = |bytes: usize| {
+        let before = counters::now().allocations;
+        let tensor = Tensor::zeros(Device::Sim, DType::F32, [bytes / 4]);
+        tensor.pointer::<f32>();
+        taken.push(tensor);
+        counters::now().allocations == before
+    };
+    // Each size until the memory grows, by 64 MiB.
+    let (chunk, least) = (64 << 20, 64 << 10);
+    for bytes in [16 << 20, 1 << 20, least] {
+        while take(bytes) {}
+    }
+    assert!(take(chunk - least), "the memory grew by less than 64 MiB");
+    taken
 }
 
 #[test]

@@ -165,7 +165,13 @@ pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
     }
     if let plan::Target::Gpu(chip) = args.device {
         let (router, flops) = (&config.router.name, found.flops_per_token);
-        if let Some((rate, from)) = recorded(&args.records, chip.name, router, flops)? {
+        if let Some((rate, from)) = recorded(
+            &args.records,
+            chip.name,
+            router,
+            flops,
+            config.train.micro_batch,
+        )? {
             found = found.at_rate(rate, from);
         }
     }

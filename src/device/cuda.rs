@@ -313,7 +313,8 @@ impl Gpu {
     /// # Errors
     /// What `body` answered, or that it did something a capture forbids.
     pub fn capture(&self, body: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
-        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        // The others forbid to allocate memory meanwhile, which a step may have to that finds less free than the last.
+        let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         self.stream
             .begin_capture(mode)
             .map_err(|e| error("begin a capture", e))?;

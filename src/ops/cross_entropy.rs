@@ -22,10 +22,12 @@ use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
-/// Tokens whose logits exist at a time, at most: of V = 128,256 they are 1 GB.
-pub(crate) const LOGIT_TOKENS: usize = 2048;
-/// Logits that exist at a time on the CPU, at most (but for one token there are always V).
+/// Tokens whose logits exist at a time on a device with kernels, at most: of V = 128,256 they and their gradients are 3 GB.
+/// With fewer, the product for dx has too few tiles at D = 1024, and that for dW adds to its output more often.
+pub(crate) const LOGIT_TOKENS: usize = 4096;
+/// Logits and tokens at a time on the CPU, at most (but for one token there are always V).
 pub(crate) const LOGITS: usize = 1 << 24;
+const CPU_TOKENS: usize = 2048;
 
 /// Cross-entropy in nats of the logits `x Wᵀ` against `targets`, summed over the tokens and divided
 /// by `denominator`; `x [T, D]`, `weight [V, D]`, `targets` i32, T of them.
@@ -326,7 +328,7 @@ pub(super) mod reference {
             let (tokens, width) = (self.targets.len(), self.width);
             let vocabulary = self.weight.len() / width;
             let weight = Mat::new(self.weight, vocabulary, width);
-            let chunk = (LOGITS / vocabulary).clamp(1, LOGIT_TOKENS);
+            let chunk = (LOGITS / vocabulary).clamp(1, CPU_TOKENS);
             let mut logits = Scratch::<T>::new(chunk.min(tokens) * vocabulary);
             let mut accumulate = Accumulate::Assign;
             if let Some(gradient) = gradient.as_mut().filter(|_| tokens == 0) {

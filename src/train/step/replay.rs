@@ -77,10 +77,13 @@ impl Replay {
         Ok(done)
     }
 
-    /// Captures a step of such micro-batches. If it cannot be captured after all, that is not tried again.
+    /// Captures a step of such micro-batches. If it cannot be captured after all, that is not tried again; if the memory had to
+    /// grow for it, because others have what was free, the next step runs by itself.
     pub fn capture(&mut self, device: Device, shape: &Shape, step: impl FnOnce() -> Result<()>) {
         let free = with_free_ranges(device, BTreeMap::clone);
+        let allocations = counters::now().allocations;
         match graph::capture(device, step) {
+            Ok(_) if counters::now().allocations != allocations => self.steady = false,
             Ok(graph) => {
                 let shape = shape.clone();
                 self.captured = Some(Captured { graph, shape, free });

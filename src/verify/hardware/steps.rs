@@ -205,15 +205,26 @@ fn of_gpu() -> Vec<StepCase> {
         let scaled = case(Kind::Scales, "557m", "default", &[SEQUENCES], 12, 120.0);
         all.push(scaled.on_ranks(ranks));
     }
-    for (preset, router) in [
-        ("1.96b", "default"),
-        ("7.33b", "default"),
-        ("1.96b", "topk"),
-        ("7.33b", "topk"),
-        ("557m", "default"),
-        ("557m", "topk"),
+    for (preset, router, large) in [
+        ("1.96b", "default", false),
+        ("1.96b", "default", true),
+        ("7.33b", "default", false),
+        ("1.96b", "topk", false),
+        ("1.96b", "topk", true),
+        ("7.33b", "topk", false),
+        ("557m", "default", false),
+        ("557m", "default", true),
+        ("557m", "topk", false),
+        ("557m", "topk", true),
     ] {
-        let timed = case(Kind::Throughput, preset, router, &[SEQUENCES], 4, 0.0);
+        let set: &[&str] = match large {
+            true => &[SEQUENCES, "train.micro_batch=32"],
+            false => &[SEQUENCES],
+        };
+        let mut timed = case(Kind::Throughput, preset, router, set, 4, 0.0);
+        if large {
+            timed.name += " in micro-batches of 32";
+        }
         let estimate = timed.config(Device::Sim).map_or(60.0, |config| {
             let tokens = config.train.sequences_per_step * config.model.sequence_length;
             let flops = count::flops_per_token(&config.model) as f64 * tokens as f64;
@@ -223,14 +234,7 @@ fn of_gpu() -> Vec<StepCase> {
         });
         all.push(StepCase { estimate, ..timed });
     }
-    all.push(case(
-        Kind::Resume,
-        "1.96b",
-        "default",
-        &[SEQUENCES],
-        5,
-        150.0,
-    ));
+    all.push(case(Kind::Resume, "557m", "default", &[SEQUENCES], 5, 60.0));
     all
 }
 

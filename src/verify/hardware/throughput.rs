@@ -23,6 +23,7 @@ use std::time::Instant;
 pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
     let planned = planned(&config)?;
     let device = config.train.device;
+    let micro_batch = config.train.micro_batch;
     let tokens = config.train.sequences_per_step * config.model.sequence_length;
     let flops = count::flops_per_token(&config.model) as f64 * tokens as f64;
     take_peak(device);
@@ -63,7 +64,7 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
         of_peak.unwrap_or_default(),
     );
     let measured = json!({
-        "tokens_per_step": tokens, "flops_per_step": flops, "seconds_to_begin": ready, "seconds_of_first_steps": first,
+        "tokens_per_step": tokens, "micro_batch": micro_batch, "flops_per_step": flops, "seconds_to_begin": ready, "seconds_of_first_steps": first,
         "seconds_of_each_step": seconds, "spread": spread, "tokens_per_second": rate, "tflops": flops / step / 1e12,
         "share_of_peak": share, "peak_bytes": peak, "planned_bytes": planned, "losses": losses,
         "replays": replays, "timeline": timeline.as_ref().map(of),
@@ -74,8 +75,8 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
 
 /// FLOP/s that training steps reached on a GPU, and which.
 ///
-/// Of the records of this GPU in `folder` the one of the same router whose FLOPs a token are nearest to `flops_per_token`, the
-/// newest of several; one of another router where there is none. None without a record.
+/// Of the records of this GPU in `folder` the one of the same router whose FLOPs a token are nearest to `flops_per_token`, then
+/// the one with the nearest micro-batch, the newest of several; one of another router where there is none. None without a record.
 ///
 /// # Errors
 /// When a file cannot be read, or a line is no record.
@@ -84,6 +85,7 @@ pub fn recorded(
     gpu: &str,
     router: &str,
     flops_per_token: u64,
+    micro_batch: usize,
 ) -> Result<Option<(f64, String)>> {
     let verb = format!("{}: ", Kind::Throughput.verb());
     let records = Records::open(folder)?;
@@ -95,14 +97,19 @@ pub fn recorded(
         let passed = record.ending == Ending::Passed && record.gpu == gpu;
         let other = !case.split(' ').any(|word| word == router);
         let apart = (own / flops_per_token as f64).ln().abs();
-        (passed && rate > 0.0 && apart.is_finite()).then_some((other, apart, record, case, rate))
+        let sequences = number("micro_batch")
+            .map_or(f64::INFINITY, |own| (own / micro_batch as f64).ln().abs());
+        let near = (other, apart, sequences);
+        (passed && rate > 0.0 && apart.is_finite()).then_some((near, record, case, rate))
     });
     let nearest = candidates.min_by(|a, b| {
-        (a.0.cmp(&b.0))
-            .then(a.1.total_cmp(&b.1))
-            .then(b.2.date.cmp(&a.2.date))
+        let ((other_a, apart_a, sequences_a), (other_b, apart_b, sequences_b)) = (a.0, b.0);
+        (other_a.cmp(&other_b))
+            .then(apart_a.total_cmp(&apart_b))
+            .then(sequences_a.total_cmp(&sequences_b))
+            .then(b.1.date.cmp(&a.1.date))
     });
-    Ok(nearest.map(|(_, _, record, case, rate)| {
+    Ok(nearest.map(|(_, record, case, rate)| {
         let day = record.date.split('T').next().unwrap_or_default();
         (rate, format!("as {case} on one {gpu}, recorded on {day}"))
     }))
@@ -143,9 +150,12 @@ mod tests {
     fn the_nearest_recorded_step_of_the_same_router_and_gpu_is_taken() {
         let line = |gpu: &str, case: &str, code: &str, ending: &str, day: u32, tflops: f64| {
             let tokens = if case.starts_with("557m") { 1e3 } else { 1e2 };
+            let micro_batch = if case.ends_with("32") { 32 } else { 8 };
             json!({
                 "gpu": gpu, "task": format!("trains: {case}"), "code": code, "ending": ending, "detail": "",
-                "measured": {"tflops": tflops, "flops_per_step": 1e12, "tokens_per_step": tokens},
+                "measured": {
+                    "tflops": tflops, "flops_per_step": 1e12, "tokens_per_step": tokens, "micro_batch": micro_batch,
+                },
                 "date": format!("2026-11-{day}T10:00:00Z"), "commit": "", "driver": "", "system": "",
                 "seconds": 1.0, "before": null, "after": null,
             })
@@ -155,6 +165,14 @@ mod tests {
             line("NVIDIA H200", "557m default", "a", "passed", 20, 200.0),
             line("NVIDIA H200", "557m default", "b", "passed", 21, 210.0),
             line("NVIDIA H200", "557m default", "c", "failed", 22, 900.0),
+            line(
+                "NVIDIA H200",
+                "557m default in micro-batches of 32",
+                "b",
+                "passed",
+                22,
+                250.0,
+            ),
             line("NVIDIA H200", "7.33b default", "a", "passed", 20, 300.0),
             line("NVIDIA H200", "557m topk", "a", "passed", 20, 220.0),
             line("NVIDIA B200", "557m default", "a", "passed", 23, 500.0),
@@ -162,15 +180,17 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("hardware-all.jsonl");
         std::fs::write(file, lines.join("\n") + "\n").unwrap();
-        let found = |gpu: &str, router: &str, flops: f64| {
-            recorded(folder.path(), gpu, router, flops as u64).unwrap()
+        let of = |gpu: &str, router: &str, flops: f64, micro_batch| {
+            recorded(folder.path(), gpu, router, flops as u64, micro_batch).unwrap()
         };
+        let found = |gpu, router, flops| of(gpu, router, flops, 8);
         let (rate, from) = found("NVIDIA H200", "default", 2e9).unwrap();
         assert_eq!(rate, 210e12);
         assert_eq!(
             from,
             "as 557m default on one NVIDIA H200, recorded on 2026-11-21"
         );
+        assert_eq!(of("NVIDIA H200", "default", 2e9, 64).unwrap().0, 250e12);
         assert_eq!(found("NVIDIA H200", "default", 9e9).unwrap().0, 300e12);
         assert_eq!(found("NVIDIA H200", "topk", 9e9).unwrap().0, 220e12);
         assert_eq!(found("NVIDIA H200", "dense", 9e9).unwrap().0, 300e12);
