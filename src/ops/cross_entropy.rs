@@ -22,9 +22,11 @@ use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
-/// Tokens whose logits exist at a time on a device with kernels, at most: of V = 128,256 they and their gradients are 3 GB.
-/// With fewer, the product for dx has too few tiles at D = 1024, and that for dW adds to its output more often.
-pub(crate) const LOGIT_TOKENS: usize = 4096;
+/// Tokens whose logits exist at a time on a device with kernels, at most: so many that the product for dx [T, D] has a tile
+/// for nearly every multiprocessor. Of V = 128,256, logits and their gradients take 0.8 MB a token.
+pub(crate) fn logit_tokens(hidden: usize) -> usize {
+    ((1 << 22) / hidden.max(1)).clamp(2048, 8192)
+}
 /// Logits and tokens at a time on the CPU, at most (but for one token there are always V).
 pub(crate) const LOGITS: usize = 1 << 24;
 const CPU_TOKENS: usize = 2048;
@@ -234,7 +236,7 @@ mod kernels {
         let (tokens, [vocabulary, width]) = (x.shape()[0], [weight.shape()[0], weight.shape()[1]]);
         let targets = targets.on(device);
         let mut losses = Tensor::unspecified(device, DType::F32, [tokens]);
-        let chunk = LOGIT_TOKENS.min(tokens);
+        let chunk = logit_tokens(width).min(tokens);
         let mut logits = Tensor::unspecified(device, DType::F32, [chunk, vocabulary]);
         let of_rows = [chunk, statistics(vocabulary), 2];
         let mut statistics = Tensor::unspecified(device, DType::F32, of_rows);

@@ -11,7 +11,7 @@ use crate::device::machine::{CHIPS, Chip, h200};
 use crate::device::rounded_bytes;
 use crate::error::Result;
 use crate::kernels::cross_entropy::statistics;
-use crate::ops::cross_entropy::{LOGIT_TOKENS, LOGITS};
+use crate::ops::cross_entropy::{LOGITS, logit_tokens};
 use crate::routers::{self, Router};
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
@@ -198,7 +198,7 @@ impl Memory {
         activations += index_bytes(config, router, tokens);
         let again = widest(&mut (0..m.layers).filter(recomputed), kept);
         let backward = widest(&mut (0..m.layers), passing);
-        let chunk = tokens.min(LOGIT_TOKENS as u64);
+        let chunk = tokens.min(logit_tokens(m.hidden) as u64);
         let logits = chunk * m.vocab_size as u64;
         let workspace = match target {
             Target::Cpu => again + backward + full * logits.min(LOGITS as u64),

@@ -12,7 +12,7 @@ use crate::kernels::{
     GroupedGemmInputGradient, GroupedGemmWeightGradient, HeadLogits, NormBackward, NormForward,
     QkvRopeForward, SquareSums, SumParts, SwigluBackward, SwigluForward,
 };
-use crate::ops::cross_entropy::LOGIT_TOKENS;
+use crate::ops::cross_entropy::logit_tokens;
 use crate::routers::{default, topk};
 use std::collections::BTreeMap;
 
@@ -287,8 +287,9 @@ impl StepCosts {
     /// The head, its loss and their gradients, a chunk of tokens at a time.
     fn head(&mut self, config: &Config, tokens: usize, accumulate: bool) {
         let (vocabulary, hidden) = (config.model.vocab_size, config.model.hidden);
-        for first in (0..tokens).step_by(LOGIT_TOKENS) {
-            let rows = LOGIT_TOKENS.min(tokens - first);
+        let chunk = logit_tokens(hidden);
+        for first in (0..tokens).step_by(chunk) {
+            let rows = chunk.min(tokens - first);
             let product = Product {
                 rows,
                 groups: 1,
