@@ -80,7 +80,9 @@ constexpr bool tile_serves(const TileShape& t, int product) {
     case ROUTEGRAD_GEMM_HEAD_FORWARD:
       return t.columns == 256 || (t.columns == 128 && t.pingpong);
     case ROUTEGRAD_GEMM_SWIGLU_BACKWARD:
-      return t.pingpong;  // a long epilogue, hidden behind the other warpgroup's products
+      // A long epilogue, hidden behind the other warpgroup's products. With more columns the accumulators leave too few registers
+      // to have more than one element's chain of exponential and reciprocal under way.
+      return t.pingpong && t.columns == 128;
     default:
       return true;
   }

@@ -217,9 +217,8 @@ fn the_automatic_tile_gives_the_bytes_of_the_tile_whose_dot_columns_it_tells() {
         let backward = Arc::new(Backward::new(&layer, Gather::A));
         let rows = backward.operands.rows_given;
         let told = dot_columns(rows, 2, 64, ffn, ROUTEGRAD_TILE_AUTO).unwrap();
-        let [narrow, wide] = BACKWARD_TILES.map(|(_, columns)| ffn.div_ceil(columns));
-        assert!(narrow != wide && (told == narrow || told == wide), "{told}");
-        let (tile, columns) = BACKWARD_TILES[usize::from(told == wide)];
+        let [(tile, columns)] = BACKWARD_TILES;
+        assert_eq!(told, ffn.div_ceil(columns));
         assert_eq!(dot_columns(rows, 2, 64, ffn, tile).unwrap(), told);
         let explicit = outputs(&backward_problem(&backward, (tile, columns)));
         let automatic = outputs(&backward_problem(&backward, (ROUTEGRAD_TILE_AUTO, columns)));

@@ -18,10 +18,8 @@ pub const FORWARD_TILES: [routegrad_gemm_tile; 3] = [
     ROUTEGRAD_TILE_PINGPONG_128X176,
 ];
 /// With their columns, which cut the dots.
-pub const BACKWARD_TILES: [(routegrad_gemm_tile, usize); 2] = [
-    (ROUTEGRAD_TILE_PINGPONG_128X128, 128),
-    (ROUTEGRAD_TILE_PINGPONG_128X176, 176),
-];
+pub const BACKWARD_TILES: [(routegrad_gemm_tile, usize); 1] =
+    [(ROUTEGRAD_TILE_PINGPONG_128X128, 128)];
 
 pub struct Forward {
     pub layer: Layer,
