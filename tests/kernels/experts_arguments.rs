@@ -259,8 +259,8 @@ fn the_plan_of_the_papers_layers_is_what_it_was() {
             ]);
         }
     }
-    let small = [[5, 1, 5]; 8];
-    let large = [[1, 1, 5], [1, 1, 5], [3, 1, 5], [1, 1, 5]];
+    let small = [[5, 1, 4]; 8];
+    let large = [[1, 1, 4], [1, 1, 4], [3, 1, 4], [1, 1, 4]];
     assert_eq!(chosen[..8], small);
     assert_eq!(chosen[8..], large);
 }
