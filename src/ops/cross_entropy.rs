@@ -22,14 +22,16 @@ use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
-/// Tokens whose logits exist at a time on a device with kernels, at most: so many that the product for dx [T, D] has a tile
-/// for nearly every multiprocessor. Of V = 128,256, logits and their gradients take 0.8 MB a token.
-pub(crate) fn logit_tokens(hidden: usize) -> usize {
-    ((1 << 22) / hidden.max(1)).clamp(2048, 8192)
+/// Tokens whose logits exist at a time, at most: of V = 128,256 they are 1 GB. With twice as many the product
+/// that makes them took 16% longer on an H200.
+pub(crate) const LOGIT_TOKENS: usize = 2048;
+/// Tokens whose gradients of the logits exist at a time on a device with kernels: so many that the product for dx [T, D] has a tile for nearly
+/// every multiprocessor.
+pub(crate) fn gradient_tokens(hidden: usize) -> usize {
+    ((1 << 22) / hidden.max(1)).clamp(LOGIT_TOKENS, 4 * LOGIT_TOKENS)
 }
-/// Logits and tokens at a time on the CPU, at most (but for one token there are always V).
+/// Logits that exist at a time on the CPU, at most (but for one token there are always V).
 pub(crate) const LOGITS: usize = 1 << 24;
-const CPU_TOKENS: usize = 2048;
 
 /// Cross-entropy in nats of the logits `x Wᵀ` against `targets`, summed over the tokens and divided
 /// by `denominator`; `x [T, D]`, `weight [V, D]`, `targets` i32, T of them.
@@ -236,37 +238,45 @@ mod kernels {
         let (tokens, [vocabulary, width]) = (x.shape()[0], [weight.shape()[0], weight.shape()[1]]);
         let targets = targets.on(device);
         let mut losses = Tensor::unspecified(device, DType::F32, [tokens]);
-        let chunk = logit_tokens(width).min(tokens);
-        let mut logits = Tensor::unspecified(device, DType::F32, [chunk, vocabulary]);
-        let of_rows = [chunk, statistics(vocabulary), 2];
+        let chunk = match gradient {
+            Some(_) => gradient_tokens(width).min(tokens),
+            None => LOGIT_TOKENS.min(tokens),
+        };
+        let at_once = LOGIT_TOKENS.min(tokens);
+        let mut logits = Tensor::unspecified(device, DType::F32, [at_once, vocabulary]);
+        let of_rows = [at_once, statistics(vocabulary), 2];
         let mut statistics = Tensor::unspecified(device, DType::F32, of_rows);
         let mut dlogits = gradient
             .is_some()
             .then(|| Tensor::unspecified(device, DType::Bf16, [chunk, vocabulary]));
         for first in (0..tokens).step_by(chunk) {
             let rows = chunk.min(tokens - first);
-            let logits_of_chunk = HeadLogits {
-                logits: logits.output()?,
-                statistics: statistics.output()?,
-                x: x.input()?.from_element(first * width),
-                w: weight.input()?,
-                tokens: rows,
-                vocabulary,
-                hidden: width,
-                tile: TILE_AUTO,
-            };
-            logits_of_chunk.launch(&stream)?;
-            let loss_of_rows = CrossEntropyRows {
-                losses: losses.output()?.from_element(first),
-                dlogits: dlogits.as_mut().map(Tensor::output).transpose()?,
-                logits: logits.input()?,
-                statistics: Some(statistics.input()?),
-                targets: targets.input()?.from_element(first),
-                tokens: rows,
-                vocabulary,
-                factor: gradient.as_ref().map_or(0.0, |g| g.factor),
-            };
-            loss_of_rows.launch(&stream)?;
+            for part in (0..rows).step_by(at_once) {
+                let (first, tokens) = (first + part, at_once.min(rows - part));
+                let logits_of_part = HeadLogits {
+                    logits: logits.output()?,
+                    statistics: statistics.output()?,
+                    x: x.input()?.from_element(first * width),
+                    w: weight.input()?,
+                    tokens,
+                    vocabulary,
+                    hidden: width,
+                    tile: TILE_AUTO,
+                };
+                logits_of_part.launch(&stream)?;
+                let dlogits = dlogits.as_mut().map(Tensor::output).transpose()?;
+                let loss_of_rows = CrossEntropyRows {
+                    losses: losses.output()?.from_element(first),
+                    dlogits: dlogits.map(|all| all.from_element(part * vocabulary)),
+                    logits: logits.input()?,
+                    statistics: Some(statistics.input()?),
+                    targets: targets.input()?.from_element(first),
+                    tokens,
+                    vocabulary,
+                    factor: gradient.as_ref().map_or(0.0, |g| g.factor),
+                };
+                loss_of_rows.launch(&stream)?;
+            }
             if let (Some(g), Some(dlogits)) = (&mut gradient, &dlogits) {
                 let accumulate = match first {
                     0 => Accumulate::Assign,
@@ -330,7 +340,7 @@ pub(super) mod reference {
             let (tokens, width) = (self.targets.len(), self.width);
             let vocabulary = self.weight.len() / width;
             let weight = Mat::new(self.weight, vocabulary, width);
-            let chunk = (LOGITS / vocabulary).clamp(1, CPU_TOKENS);
+            let chunk = (LOGITS / vocabulary).clamp(1, LOGIT_TOKENS);
             let mut logits = Scratch::<T>::new(chunk.min(tokens) * vocabulary);
             let mut accumulate = Accumulate::Assign;
             if let Some(gradient) = gradient.as_mut().filter(|_| tokens == 0) {

@@ -11,7 +11,7 @@ use crate::device::machine::{CHIPS, Chip, h200};
 use crate::device::rounded_bytes;
 use crate::error::Result;
 use crate::kernels::cross_entropy::statistics;
-use crate::ops::cross_entropy::{LOGITS, logit_tokens};
+use crate::ops::cross_entropy::{LOGIT_TOKENS, LOGITS, gradient_tokens};
 use crate::routers::{self, Router};
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
@@ -198,14 +198,15 @@ impl Memory {
         activations += index_bytes(config, router, tokens);
         let again = widest(&mut (0..m.layers).filter(recomputed), kept);
         let backward = widest(&mut (0..m.layers), passing);
-        let chunk = tokens.min(logit_tokens(m.hidden) as u64);
-        let logits = chunk * m.vocab_size as u64;
+        let vocabulary = m.vocab_size as u64;
+        let logit_rows = tokens.min(LOGIT_TOKENS as u64);
         let workspace = match target {
-            Target::Cpu => again + backward + full * logits.min(LOGITS as u64),
+            Target::Cpu => again + backward + full * (logit_rows * vocabulary).min(LOGITS as u64),
             // The head's logits in f32, their statistics and their gradients in bf16 are gone when the layers' backward begins.
             Target::Gpu(_) => {
-                let statistics = 2 * chunk * statistics(m.vocab_size) as u64;
-                (again + backward).max((F32 + 2) * logits + F32 * statistics)
+                let statistics = 2 * statistics(m.vocab_size) as u64;
+                let gradients = 2 * tokens.min(gradient_tokens(m.hidden) as u64) * vocabulary;
+                (again + backward).max(F32 * logit_rows * (vocabulary + statistics) + gradients)
             }
         };
         let workspace = workspace + sampled_bytes(config, router, size);

@@ -12,7 +12,7 @@ use crate::kernels::{
     GroupedGemmInputGradient, GroupedGemmWeightGradient, HeadLogits, NormBackward, NormForward,
     QkvRopeForward, SquareSums, SumParts, SwigluBackward, SwigluForward,
 };
-use crate::ops::cross_entropy::logit_tokens;
+use crate::ops::cross_entropy::{LOGIT_TOKENS, gradient_tokens};
 use crate::routers::{default, topk};
 use std::collections::BTreeMap;
 
@@ -287,7 +287,13 @@ impl StepCosts {
     /// The head, its loss and their gradients, a chunk of tokens at a time.
     fn head(&mut self, config: &Config, tokens: usize, accumulate: bool) {
         let (vocabulary, hidden) = (config.model.vocab_size, config.model.hidden);
-        let chunk = logit_tokens(hidden);
+        for first in (0..tokens).step_by(LOGIT_TOKENS) {
+            let rows = LOGIT_TOKENS.min(tokens - first);
+            self.add("head_logits", 1, HeadLogits::cost(rows, vocabulary, hidden));
+            let loss = CrossEntropyRows::cost(rows, vocabulary, true, true);
+            self.add("cross_entropy_rows", 1, loss);
+        }
+        let chunk = gradient_tokens(hidden);
         for first in (0..tokens).step_by(chunk) {
             let rows = chunk.min(tokens - first);
             let product = Product {
@@ -296,9 +302,6 @@ impl StepCosts {
                 n: vocabulary,
                 k: hidden,
             };
-            self.add("head_logits", 1, HeadLogits::cost(rows, vocabulary, hidden));
-            let loss = CrossEntropyRows::cost(rows, vocabulary, true, true);
-            self.add("cross_entropy_rows", 1, loss);
             self.input_gradient(1, product);
             self.dense_weight_gradient(1, product, first > 0);
         }

@@ -11,6 +11,7 @@ use crate::device::timeline::{self, Timeline};
 use crate::device::{counters, take_peak};
 use crate::error::Result;
 use crate::train::Trainer;
+use crate::train::step::StepReport;
 use crate::verify::bench::measure::median;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -36,12 +37,13 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
     for _ in 0..WARM {
         first.push(timed(&mut training)?.0);
     }
-    let (mut seconds, mut losses) = (Vec::new(), Vec::new());
+    let (mut seconds, mut losses, mut loads) = (Vec::new(), Vec::new(), Vec::new());
     counters::take();
     for _ in 0..steps {
-        let (step, loss) = timed(&mut training)?;
+        let (step, report) = timed(&mut training)?;
         seconds.push(step);
-        losses.push(loss);
+        losses.push(report.cross_entropy);
+        loads.push(largest_load(&report));
     }
     let replays = counters::take().replays;
     training.step()?; // the one under way
@@ -67,6 +69,7 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
         "tokens_per_step": tokens, "micro_batch": micro_batch, "flops_per_step": flops, "seconds_to_begin": ready, "seconds_of_first_steps": first,
         "seconds_of_each_step": seconds, "spread": spread, "tokens_per_second": rate, "tflops": flops / step / 1e12,
         "share_of_peak": share, "peak_bytes": peak, "planned_bytes": planned, "losses": losses,
+        "largest_load": loads,
         "replays": replays, "timeline": timeline.as_ref().map(of),
     });
     let wrong = [uncaptured(&training), unfit].into_iter().flatten();
@@ -124,10 +127,23 @@ fn chip(device: Device) -> Option<&'static Chip> {
     (device != Device::Cuda).then(h200)
 }
 
-fn timed(training: &mut Trainer) -> Result<(f64, f64)> {
+/// Seconds and report of a step.
+fn timed(training: &mut Trainer) -> Result<(f64, StepReport)> {
     let begun = Instant::now();
-    let loss = training.step_overlapped()?.cross_entropy;
-    Ok((begun.elapsed().as_secs_f64(), loss))
+    let report = training.step_overlapped()?;
+    Ok((begun.elapsed().as_secs_f64(), report))
+}
+
+/// The share of the tokens that the most chosen expert of a layer gets, over K, as a mean over layers: 1 where all tokens have
+/// one expert, 1 / E where all experts are equally loaded.
+fn largest_load(report: &StepReport) -> f64 {
+    let shares = report.layers.iter().filter_map(|layer| {
+        let all: f64 = layer.counts.iter().sum();
+        let most = layer.counts.iter().copied().reduce(f64::max)?;
+        (all > 0.0).then_some(most / all)
+    });
+    let shares: Vec<f64> = shares.collect();
+    shares.iter().sum::<f64>() / shares.len() as f64
 }
 
 /// The timeline as a record has it; events around each launch make its step slower than the others.
