@@ -43,6 +43,7 @@
 
 #![warn(missing_docs)]
 
+#[macro_use]
 pub mod report;
 
 pub mod device;

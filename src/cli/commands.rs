@@ -18,15 +18,11 @@ use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
 use crate::verify::hardware::throughput::recorded;
 use crate::verify::{device_check, gradcheck};
-use std::io::Write;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;
-
-pub(super) fn print(line: std::fmt::Arguments) -> Result<()> {
-    writeln!(std::io::stdout(), "{line}").map_err(|e| Error::io("write", "the standard output", e))
-}
 
 pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
     let found = open_saved(&args.model)?;
@@ -237,7 +233,8 @@ pub(super) fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()
         let verdict = if row.passes() { "" } else { "  FAILS" };
         let what = format!("{}: {}{verdict}", row.subject, row.case);
         if written.is_ok() {
-            written = print(format_args!("{compared:>8}  {error:>14}  {what}"));
+            written =
+                crate::report::stdout_line(format_args!("{compared:>8}  {error:>14}  {what}"));
         }
     })?;
     written?;

@@ -1,10 +1,5 @@
 //! The command line: `arguments` holds what each command takes, `commands` does them.
 
-/// Writes a line to the standard output, or returns from the function with the error.
-macro_rules! say {
-    ($($arguments:tt)*) => { $crate::cli::commands::print(format_args!($($arguments)*))? };
-}
-
 mod arguments;
 mod commands;
 mod data;

@@ -73,7 +73,7 @@ pub(super) fn simulated() -> Option<i32> {
 pub fn on_hopper() -> bool {
     #[cfg(feature = "cuda")]
     if let Some(gpu) = crate::device::cuda::opened() {
-        return gpu.capability == (9, 0);
+        return gpu.capability == (9, 0) && crate::device::built_for().any(|arch| arch == "90a");
     }
     let options = sim().ok().and_then(Launchers::options);
     options.is_none_or(|options| options.arch == 90)

@@ -159,7 +159,7 @@ pub fn run(options: &Options) -> Result<()> {
     let before = before.transpose()?;
     let (devices, no_gpu) = devices(options.device)?;
     if let Some(why) = no_gpu {
-        println!("{why}");
+        say!("{why}");
     }
     let mut session = Session::new(options)?;
     for device in devices {
@@ -178,7 +178,7 @@ const NAMED: f64 = 0.05;
 fn judged(before: &Records, session: &Session, options: &Options) -> Result<()> {
     let tolerance = options.fail_slower.unwrap_or(NAMED);
     let found = baseline::compare(before, session.measured.iter(), tolerance);
-    println!(
+    say!(
         "{} cases are in the baseline too; {} of them are slower",
         found.compared,
         found.slower.len()
@@ -189,9 +189,10 @@ fn judged(before: &Records, session: &Session, options: &Options) -> Result<()> 
         } else {
             ""
         };
-        println!(
+        say!(
             "  {:.3} x the time of the baseline  {}{doubt}",
-            slower.factor, slower.case
+            slower.factor,
+            slower.case
         );
     }
     match (options.fail_slower, found.slower.first()) {

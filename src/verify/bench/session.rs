@@ -85,9 +85,15 @@ impl<'a> Session<'a> {
             return Ok(());
         }
         let ceilings = self.ceilings(device)?;
-        println!(
+        say!(
             "{:48} {:>10} {:>8} {:>8} {:>8} {:>6} {:>6}  times as fast as",
-            "case", "µs", "TFLOP/s", "TB/s", "of floor", "spread", "repeat"
+            "case",
+            "µs",
+            "TFLOP/s",
+            "TB/s",
+            "of floor",
+            "spread",
+            "repeat"
         );
         for group in &groups {
             let left = self.options.budget - self.start.elapsed().as_secs_f64();
@@ -105,7 +111,7 @@ impl<'a> Session<'a> {
     /// A group that fails is on record with the reason; the others go on.
     fn failed(&mut self, group: &Group, device: Device, why: &str) -> Result<()> {
         self.failures += 1;
-        println!("FAILED  {}: {why}", group.name);
+        say!("FAILED  {}: {why}", group.name);
         for case in group
             .cases()?
             .iter()
@@ -131,16 +137,16 @@ impl<'a> Session<'a> {
         };
         let name = machine_name(device);
         match &found {
-            Some(c) => println!(
+            Some(c) => say!(
                 "\n{device}, {name}: {:.4} TFLOP/s, {:.4} TB/s ({})",
                 c.flops / 1e12,
                 c.bytes / 1e12,
                 c.of
             ),
-            None => println!("\n{device}, {name}: no floors, since nothing here is a GPU's time"),
+            None => say!("\n{device}, {name}: no floors, since nothing here is a GPU's time"),
         }
         if device == Device::Cuda {
-            println!("{}", told_state(&state(device)));
+            say!("{}", told_state(&state(device)));
         }
         if let Some(c) = &found {
             let case = Case {
@@ -184,7 +190,7 @@ impl<'a> Session<'a> {
                         });
                         peers.push(peer);
                     }
-                    print(&record, &ratios.join(", "));
+                    print(&record, &ratios.join(", "))?;
                     records.push(record);
                     records.append(&mut peers);
                 }
@@ -257,9 +263,9 @@ impl<'a> Session<'a> {
             self.start.elapsed().as_secs_f64(),
             self.options.out.display(),
         );
-        println!("{ran} timings in {seconds:.0} s; records: {out}");
+        say!("{ran} timings in {seconds:.0} s; records: {out}");
         if self.left_out > 0 {
-            println!(
+            say!(
                 "{} groups were left for want of time: give a larger --budget",
                 self.left_out
             );
@@ -316,12 +322,12 @@ fn measured(timing: &Timing, ready: &Ready, graph: bool) -> Measured {
     }
 }
 
-fn print(record: &Record, ratios: &str) {
+fn print(record: &Record, ratios: &str) -> Result<()> {
     let Some(timing) = &record.timing else {
-        return;
+        return Ok(());
     };
     let spread = timing.spread.iter().copied().fold(0.0, f64::max);
-    println!(
+    say!(
         "{:48} {:>10.1} {:>8} {:>8} {:>8} {:>6.3} {:>6.3}  {ratios}",
         record.case,
         1e6 * timing.seconds,
@@ -331,4 +337,5 @@ fn print(record: &Record, ratios: &str) {
         spread,
         timing.repeat_ratio(),
     );
+    Ok(())
 }

@@ -110,7 +110,7 @@ pub fn record(folder: &Path, only: Option<&str>) -> Result<()> {
         let to = path.parent().unwrap_or(folder);
         std::fs::create_dir_all(to).map_err(|e| Error::io("create", to, e))?;
         crate::report::files::publish(&path, crate::report::files::json(&path, &curve)?)?;
-        println!(
+        say!(
             "{}: {} steps, {:.0} s",
             path.display(),
             case.steps,

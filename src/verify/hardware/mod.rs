@@ -59,11 +59,11 @@ pub fn check(options: &Options) -> Result<()> {
     let (tasks, done) = pending(options, &records, gpu.as_deref().ok());
     let total: f64 = tasks.iter().map(|task| task.estimate).sum();
     match &gpu {
-        Ok(name) => println!(
+        Ok(name) => say!(
             "{name}: {} tasks to run, about {total:.0} s; {done} are on record",
             tasks.len()
         ),
-        Err(why) => println!(
+        Err(why) => say!(
             "no GPU to use: {why}\nwith one, {} tasks would run, about {total:.0} s, in this order:",
             tasks.len()
         ),
@@ -74,7 +74,7 @@ pub fn check(options: &Options) -> Result<()> {
                 "" => String::new(),
                 needs => format!("  (needs {needs})"),
             };
-            println!(
+            say!(
                 "{:4}  {:4.0} s  {}{needs}",
                 i + 1,
                 task.estimate,
@@ -108,14 +108,14 @@ pub fn check(options: &Options) -> Result<()> {
         };
         let (ending, seconds) = (label(record.ending), record.seconds);
         let (place, name, detail) = (i + 1, task.name(), &record.detail);
-        println!("{place:4}  {ending:9}  {seconds:6.1} s  {name}: {detail}");
+        say!("{place:4}  {ending:9}  {seconds:6.1} s  {name}: {detail}");
         ran += 1;
         failed += usize::from(matches!(record.ending, Ending::Failed | Ending::TimedOut));
         records.insert(record);
         records.save(&visit.gpu)?;
     }
     let (left, out) = (tasks.len() - ran, options.place.out.display());
-    println!("{ran} ran, {failed} failed, {left} left for want of time; records: {out}");
+    say!("{ran} ran, {failed} failed, {left} left for want of time; records: {out}");
     if failed == 0 {
         return Ok(());
     }

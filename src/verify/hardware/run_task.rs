@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 pub fn run(name: &str, place: &Place) -> Result<()> {
     let outcome = outcome(name, place).unwrap_or_else(|why| Outcome::new(Ending::Failed, why));
     let line = serde_json::to_string(&outcome);
-    println!(
+    say!(
         "{}",
         line.map_err(|e| Error::io("write", "the outcome", e.into()))?
     );
