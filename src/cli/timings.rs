@@ -17,11 +17,12 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
         match &args.update {
             Some(page) => {
                 model.update(page)?;
-                bench::step_predictions::update(&model, page)?;
+                bench::step_predictions::update(&model, &args.out, page)?;
             }
             None => {
                 say!("{}", model.markdown());
-                say!("{}", bench::step_predictions::markdown(&model)?.trim_end());
+                let steps = bench::step_predictions::markdown(&model, &args.out)?;
+                say!("{}", steps.trim_end());
             }
         }
         return Ok(());

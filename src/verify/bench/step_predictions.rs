@@ -1,6 +1,7 @@
-//! How long training steps are expected to take on an H200, before one has been timed: from the list of their kernels, what each
-//! launcher took in the steps that were timed on 2026-11-24, and the cost model of products.
+//! How long training steps are expected to take on an H200, from the list of their kernels, what each launcher took in the steps
+//! that were timed on 2026-11-24, and the cost model of products; beside what steps took since, as `hardware-check` recorded it.
 
+use super::measure::median;
 use super::predict::Model;
 use super::roofline::LAUNCH;
 use super::step_costs::StepCosts;
@@ -10,7 +11,9 @@ use crate::error::{Error, Result};
 use crate::report::page::{Table, replace_between};
 use crate::routers;
 use crate::study::plan::{Target, plan};
-use std::collections::BTreeMap;
+use crate::verify::hardware::record::{self, Ending, Records};
+use crate::verify::hardware::steps::on_record;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 /// Marks of the tables in a page.
@@ -43,7 +46,7 @@ const LIKE: &[(&str, &str)] = &[
     ("qkv_rope_forward", "grouped_swiglu_forward"),
 ];
 
-/// A timed step.
+/// A timed step: of the text of 2026-11-24, or of a record.
 #[derive(Default)]
 struct Recorded {
     /// Seconds of each launcher.
@@ -63,15 +66,46 @@ impl Recorded {
             let seconds = words.first().and_then(|ms| ms.parse().ok());
             match (&words[..], seconds.map(|ms: f64| 1e-3 * ms)) {
                 ([_, share, _, launcher], Some(seconds)) if share.ends_with('%') => {
-                    let joined = JOINED.iter().find(|(name, _)| name == launcher);
-                    let launcher = joined.map_or(*launcher, |(_, other)| other);
-                    *found.launchers.entry(launcher.into()).or_default() += seconds;
+                    found.add(launcher, seconds);
                 }
                 ([_, "the", "step"], Some(seconds)) => found.seconds = seconds,
                 _ => {}
             }
         }
         (found.seconds > 0.0).then_some(found)
+    }
+
+    /// The latest record of a model and a router in micro-batches of this size, with the commit and day of its code.
+    fn since(
+        records: &Records,
+        preset: &str,
+        router: &str,
+        micro_batch: usize,
+    ) -> Option<(Recorded, String)> {
+        let task = format!("trains: {}", on_record(preset, router, micro_batch));
+        let passed = |r: &&record::Record| {
+            r.task == task && r.gpu == h200().name && r.ending == Ending::Passed
+        };
+        let newest = records.iter().filter(passed).max_by_key(|r| &r.date)?;
+        let measured = &newest.measured;
+        let steps = measured["seconds_of_each_step"].as_array()?;
+        let steps: Vec<f64> = steps.iter().filter_map(|s| s.as_f64()).collect();
+        let mut found = Recorded {
+            seconds: median(&steps).0,
+            ..Recorded::default()
+        };
+        for kernel in measured["timeline"]["kernels"].as_array()? {
+            let seconds = 1e-3 * kernel["milliseconds"].as_f64()?;
+            found.add(kernel["launcher"].as_str()?, seconds);
+        }
+        let day = newest.date.split('T').next().unwrap_or_default();
+        Some((found, format!("{day}, commit {}", newest.commit)))
+    }
+
+    fn add(&mut self, launcher: &str, seconds: f64) {
+        let joined = JOINED.iter().find(|(name, _)| *name == launcher);
+        let launcher = joined.map_or(launcher, |(_, other)| other);
+        *self.launchers.entry(launcher.into()).or_default() += seconds;
     }
 
     /// Shares of their rooflines that the launchers reached.
@@ -107,21 +141,21 @@ struct Predicted {
     /// Seconds of each launcher.
     launchers: BTreeMap<&'static str, f64>,
     recorded: Option<Recorded>,
+    /// What it took since, and of which code.
+    measured: Option<(Recorded, String)>,
     /// FLOPs of the step, as `plan` counts them.
     flops: f64,
 }
 
 impl Predicted {
-    fn new(model: &Model, preset: &'static str, router: &'static str) -> Result<Self> {
-        // The largest of these that the GPU has room for.
-        let mut micro_batch = 32;
-        let config = loop {
-            let config = config(preset, router, micro_batch)?;
-            if micro_batch == 1 || plan(&config, Target::Gpu(h200()), 1)?.fits() {
-                break config;
-            }
-            micro_batch /= 2;
-        };
+    fn new(
+        model: &Model,
+        records: &Records,
+        preset: &'static str,
+        router: &'static str,
+        micro_batch: usize,
+    ) -> Result<Self> {
+        let config = config(preset, router, micro_batch)?;
         let costs = StepCosts::of(&config)?;
         // 7.33b was not timed: its kernels are taken to reach what those of 1.96b did.
         let timed = if preset == "7.33b" { "1.96b" } else { preset };
@@ -167,7 +201,8 @@ impl Predicted {
             router,
             micro_batch,
             launchers: launchers.collect(),
-            recorded: (timed == preset).then_some(recorded),
+            recorded: (timed == preset && micro_batch == RECORDED_MICRO_BATCH).then_some(recorded),
+            measured: Recorded::since(records, preset, router, micro_batch),
             flops: count::flops_per_token(&config.model) as f64 * tokens(&config),
             costs,
         })
@@ -198,59 +233,87 @@ fn milliseconds(seconds: f64) -> String {
 ///
 /// # Errors
 /// When the page has no marks, or cannot be written.
-pub fn update(model: &Model, page: &Path) -> Result<()> {
-    replace_between(page, MARKS, &markdown(model)?)
+pub fn update(model: &Model, folder: &Path, page: &Path) -> Result<()> {
+    replace_between(page, MARKS, &markdown(model, folder)?)
 }
 
-/// The steps of three models with two routers, and the kernels of one of them.
+/// The steps of three models with two routers, beside the records in `folder`, and the kernels of one of them.
 ///
 /// # Errors
-/// When a preset cannot be planned.
-pub fn markdown(model: &Model) -> Result<String> {
+/// When a preset cannot be planned, or the records cannot be read.
+pub fn markdown(model: &Model, folder: &Path) -> Result<String> {
+    let records = Records::open(folder)?;
     let mut steps = Vec::new();
     for preset in ["557m", "1.96b", "7.33b"] {
-        for router in ["topk", "default"] {
-            steps.push(Predicted::new(model, preset, router)?);
+        for micro_batch in [RECORDED_MICRO_BATCH, 32] {
+            for router in ["topk", "default"] {
+                let config = config(preset, router, micro_batch)?;
+                if plan(&config, Target::Gpu(h200()), 1)?.fits() {
+                    steps.push(Predicted::new(
+                        model,
+                        &records,
+                        preset,
+                        router,
+                        micro_batch,
+                    )?);
+                }
+            }
         }
     }
     let mut table = Table::new(&[
         "model",
         "router",
         "micro-batch",
-        "launches",
         "roofline ms",
-        "recorded ms",
+        "24 Nov. ms",
         "predicted ms",
+        "measured ms",
         "tokens/s",
-        "share of the peak",
-        "recorded share",
+        "share of the peak, predicted",
+        "measured",
     ]);
     for step in &steps {
-        let seconds = step.seconds();
+        let measured = step.measured.as_ref().map(|(m, _)| m.seconds);
         let tokens = SEQUENCES as f64 * 2048.0;
         let share = |seconds: f64| format!("{:.1}%", 100.0 * step.share_of_peak(seconds));
         let recorded = step.recorded.as_ref().map(|r| r.seconds);
+        let or_dash = |text: Option<String>| text.unwrap_or("–".into()).into();
         table.rows.push(vec![
             format!("`{}`", step.preset).into(),
             format!("`{}`", step.router).into(),
             step.micro_batch.to_string().into(),
-            step.costs.launches().to_string().into(),
             milliseconds(step.costs.floor()).into(),
-            recorded.map_or("–".into(), milliseconds).into(),
-            milliseconds(seconds).into(),
-            format!("{:.0}", tokens / seconds).into(),
-            share(seconds).into(),
-            recorded.map_or("–".into(), share).into(),
+            or_dash(recorded.map(milliseconds)),
+            milliseconds(step.seconds()).into(),
+            or_dash(measured.map(milliseconds)),
+            or_dash(measured.map(|seconds| format!("{:.0}", tokens / seconds))),
+            share(step.seconds()).into(),
+            or_dash(measured.map(share)),
         ]);
     }
+    let codes: BTreeSet<&str> = steps
+        .iter()
+        .filter_map(|step| Some(step.measured.as_ref()?.1.as_str()))
+        .collect();
+    let codes: Vec<&str> = codes.into_iter().collect();
+    let of = |router: &str| {
+        steps
+            .iter()
+            .find(|s| (s.preset, s.router, s.micro_batch) == ("1.96b", router, 32))
+    };
+    let kernels = of("topk").zip(of("default")).map(|(topk, default)| {
+        let table = kernels(topk, default).markdown();
+        format!("\nThe kernels of a step of `1.96b` in micro-batches of 32, ms:\n\n{table}")
+    });
     Ok(format!(
-        "Not measured: a prediction for one H200, {SEQUENCES} sequences of 2,048 tokens a step, balanced routing. Products take what \
-         the cost model above says; other kernels reach the share of their roofline that they reached in the steps timed on \
-         2026-11-24 (7.33b: as 1.96b), in which nearly all tokens went to one expert; between two kernels pass 2 µs. `cross_entropy_rows` \
-         reads the logits once where it read them twice; then `qkv_rope_forward` was part of `grouped_gemm_forward`; `dispatch_choices` and `expert_mean` are counted as 4 µs a launch. What the other \
-         changes since then bring is not counted.\n\n{}\nThe kernels of a step of `1.96b`, ms:\n\n{}",
+        "{SEQUENCES} sequences of 2,048 tokens a step on one H200, predicted and measured ({}). In a prediction products take what the \
+         cost model above says, with balanced routing; other kernels reach the share of their roofline that they reached in the steps \
+         timed on 2026-11-24 (7.33b: as 1.96b); between two kernels pass 2 µs. `cross_entropy_rows` reads the logits once where it \
+         read them twice; then `qkv_rope_forward` was part of `grouped_gemm_forward`; `dispatch_choices` and `expert_mean` are \
+         counted as 4 µs a launch.\n\n{}{}",
+        codes.join("; "),
         table.markdown(),
-        kernels(&steps[2], &steps[3]).markdown()
+        kernels.unwrap_or_default()
     ))
 }
 
@@ -259,29 +322,37 @@ fn kernels(topk: &Predicted, default: &Predicted) -> Table {
     let mut table = Table::new(&[
         "launcher",
         "roofline, topk",
-        "recorded",
         "predicted",
+        "measured",
         "roofline, default",
-        "recorded",
         "predicted",
+        "measured",
     ]);
     let mut names: Vec<&str> = default.launchers.keys().copied().collect();
-    names.sort_by(|a, b| default.launchers[b].total_cmp(&default.launchers[a]));
+    let seconds = |step: &Predicted, name: &str| {
+        let measured = step.measured.as_ref();
+        let measured = measured.and_then(|(m, _)| m.launchers.get(name));
+        *measured.unwrap_or(&step.launchers[name])
+    };
+    names.sort_by(|a, b| seconds(default, b).total_cmp(&seconds(default, a)));
     let cells = |step: &Predicted, name: &str| {
-        let recorded = step.recorded.as_ref().and_then(|r| r.launchers.get(name));
+        let measured = step.measured.as_ref();
+        let measured = measured.and_then(|(m, _)| m.launchers.get(name));
         let floor = step.costs.0.get(name).map(|l| l.floor);
         let predicted = step.launchers.get(name);
         let cell = |seconds: Option<&f64>| seconds.map_or("–".to_string(), |s| milliseconds(*s));
-        [cell(floor.as_ref()), cell(recorded), cell(predicted)]
+        [cell(floor.as_ref()), cell(predicted), cell(measured)]
     };
-    for name in names.into_iter().filter(|n| default.launchers[n] >= 1e-3) {
+    for name in names.into_iter().filter(|n| seconds(default, n) >= 1e-3) {
         let mut row = vec![format!("`{name}`").into()];
         let both = [topk, default].map(|step| cells(step, name));
         row.extend(both.into_iter().flatten().map(Into::into));
         table.rows.push(row);
     }
-    let between =
-        [topk, default].map(|step| ["–".into(), "–".into(), milliseconds(step.between())]);
+    let between = [topk, default].map(|step| {
+        let dash = || "–".to_string();
+        [dash(), milliseconds(step.between()), dash()]
+    });
     let mut row = vec!["between kernels".into()];
     row.extend(
         between
@@ -314,8 +385,10 @@ mod tests {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
         let timed = crate::verify::bench::hardware_records::timed(&folder).unwrap();
         let model = Model::new(&timed).unwrap();
+        let records = Records::open(&folder).unwrap();
         for router in ["topk", "default"] {
-            let step = Predicted::new(&model, "557m", router).unwrap();
+            let step =
+                Predicted::new(&model, &records, "557m", router, RECORDED_MICRO_BATCH).unwrap();
             let recorded = step.recorded.as_ref().unwrap().seconds;
             assert!(step.seconds() > step.costs.floor(), "{router}");
             assert!(step.seconds() < recorded, "{router}: {}", step.seconds());

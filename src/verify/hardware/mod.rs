@@ -21,7 +21,7 @@ mod resume;
 pub mod run_task;
 mod scales;
 pub mod status;
-mod steps;
+pub(crate) mod steps;
 pub mod task;
 pub mod throughput;
 pub mod timing;

@@ -39,6 +39,14 @@ pub fn uncaptured(training: &Trainer) -> Option<String> {
     Some(format!("steps could not be captured as a graph: {why}"))
 }
 
+/// The name of the case of a model's speed; the presets have micro-batches of 8.
+pub fn on_record(preset: &str, router: &str, micro_batch: usize) -> String {
+    match micro_batch {
+        8 => format!("{preset} {router}"),
+        n => format!("{preset} {router} in micro-batches of {n}"),
+    }
+}
+
 /// Half a second of a step on the simulator, and what a GPU can also be asked.
 const SMALL: [&str; 4] = [
     "model.sequence_length=128",
@@ -221,10 +229,12 @@ fn of_gpu() -> Vec<StepCase> {
             true => &[SEQUENCES, "train.micro_batch=32"],
             false => &[SEQUENCES],
         };
-        let mut timed = case(Kind::Throughput, preset, router, set, 4, 0.0);
-        if large {
-            timed.name += " in micro-batches of 32";
-        }
+        let micro_batch = if large { 32 } else { 8 };
+        let timed = case(Kind::Throughput, preset, router, set, 4, 0.0).named(&on_record(
+            preset,
+            router,
+            micro_batch,
+        ));
         let estimate = timed.config(Device::Sim).map_or(60.0, |config| {
             let tokens = config.train.sequences_per_step * config.model.sequence_length;
             let flops = count::flops_per_token(&config.model) as f64 * tokens as f64;
