@@ -314,7 +314,19 @@ impl Trainer {
         Ok(self.advance(false)?.0)
     }
 
-    /// The same; the next step may be launched before the results of this one are read, as in [`run`](Self::run).
+    /// A step on the first sequences of the next batch alone, in one micro-batch, which does not count as one of the run: for
+    /// measurements that need a model that has trained a little.
+    ///
+    /// # Errors
+    /// Those of a step.
+    pub(crate) fn practise(&mut self, sequences: usize) -> Result<StepReport> {
+        let batch = self.data.read(self.launched);
+        let first: Vec<_> = batch.chunks(sequences).take(1).collect();
+        let rate = self.state.config.train.learning_rate;
+        self.executor.step(&mut self.model, &first, rate)
+    }
+
+    /// As [`step`](Self::step); the next step may be launched before the results of this one are read, as in [`run`](Self::run).
     ///
     /// # Errors
     /// As [`step`](Self::step).

@@ -65,7 +65,7 @@ fn a_dry_run_lists_every_task_in_order_and_says_why_it_cannot_run() {
         "scales: 557m default, 8 ranks  (needs",
         "memcheck: dispatch_positive small  (needs compute-sanitizer)",
         "trains: 7.33b default  (needs 142.1 GB of the device)",
-        "resumes: 1.96b default  (needs 44.6 GB of the device, 23.6 GB of disk)",
+        "resumes: 557m default  (needs 17.9 GB of the device, 6.7 GB of disk)",
         "timed: attention_forward 2048 x 64",
         "timed: attention_backward 8192 x 128 grouped 16 on 4",
         "timed: grouped_gemm_forward dense 4096",
