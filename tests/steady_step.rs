@@ -11,7 +11,7 @@ use routegrad::study::plan::{Memory, Target};
 use routegrad::tensor::Tensor;
 use routegrad::tensor::dtype::DType;
 use routegrad::train::Trainer;
-use routegrad::train::step::StepReport;
+use routegrad::train::step::{StepExecutor, StepReport};
 use std::sync::{Mutex, MutexGuard};
 
 /// Addresses are those of the whole process: one test at a time.
@@ -181,6 +181,28 @@ fn a_replayed_step_does_what_the_step_itself_does() {
         }
         assert!(replays >= 5, "{set:?}: {replays} replays");
     }
+}
+
+/// A step of other micro-batches finds inputs that no step has had yet: it runs by itself, and the next of them is captured.
+#[test]
+fn steps_of_other_micro_batches_are_captured_too() {
+    let _alone = alone();
+    let mut run = training(&["train.sequences_per_step=4"]);
+    let batch = run.next_batch();
+    let parts: Vec<_> = batch.chunks(1).collect();
+    let mut executor = StepExecutor::new(&run.config().train, &run.model);
+    let replays = [1, 1, 1, 4, 4, 4, 4].map(|micro_batches| {
+        counters::take();
+        let report = executor.step(&mut run.model, &parts[..micro_batches], 1e-4);
+        assert_eq!(report.unwrap().skipped, None);
+        counters::take().replays
+    });
+    assert!(executor.graph_error().is_none());
+    assert_eq!(
+        (replays[2], replays[3], replays[6]),
+        (1, 0, 1),
+        "{replays:?}"
+    );
 }
 
 /// The memory that a step takes for a while is part of its graph: where it had to grow, the next one may get another's.

@@ -225,7 +225,7 @@ impl StepExecutor {
         }
         at(model.dist(), || replay.words().into());
         let mut done = replay.run(device, &shape)?;
-        if !done && replay.is_steady() {
+        if !done && replay.is_steady(&shape) {
             let step = || self.run(model, &mut |_| Ok(false)).map(drop);
             replay.capture(device, &shape, step);
             let mut states = model.layer_states_mut();
@@ -236,7 +236,7 @@ impl StepExecutor {
         }
         match done {
             true => counters::replayed(),
-            false => drop(replay.watch(|| self.run(model, &mut |_| Ok(false)))?),
+            false => drop(replay.watch(shape, || self.run(model, &mut |_| Ok(false)))?),
         }
         Ok(done)
     }

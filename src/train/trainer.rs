@@ -314,15 +314,10 @@ impl Trainer {
         Ok(self.advance(false)?.0)
     }
 
-    /// A step on the first sequences of the next batch alone, in one micro-batch, which does not count as one of the run: for
-    /// measurements that need a model that has trained a little.
-    ///
-    /// # Errors
-    /// Those of a step.
+    /// For measurements: a step on the first sequences of the next batch, in one micro-batch, which does not count.
     pub(crate) fn practise(&mut self, sequences: usize) -> Result<StepReport> {
-        let batch = self.data.read(self.launched);
+        let (batch, rate) = (self.next_batch(), self.state.config.train.learning_rate);
         let first: Vec<_> = batch.chunks(sequences).take(1).collect();
-        let rate = self.state.config.train.learning_rate;
         self.executor.step(&mut self.model, &first, rate)
     }
 
@@ -417,10 +412,8 @@ impl Trainer {
         self.last_read = now;
         self.state.step = this.step + 1;
         self.state.optimizer_steps = self.executor.optimizer.steps();
-        self.state.skipped_in_a_row = match report.skipped {
-            None => 0,
-            Some(_) => self.state.skipped_in_a_row + 1,
-        };
+        let row = self.state.skipped_in_a_row + 1;
+        self.state.skipped_in_a_row = report.skipped.as_ref().map_or(0, |_| row);
         Ok((report, seconds.as_secs_f64()))
     }
 

@@ -16,8 +16,8 @@ pub type Shape = Vec<[usize; 5]>;
 /// The graph of a step, if there is one, and whether there may be one.
 #[derive(Default)]
 pub struct Replay {
-    /// The last step that ran by itself did nothing that a graph could not repeat.
-    steady: bool,
+    /// Micro-batches of the last step that ran by itself, if it did nothing that a graph could not repeat.
+    steady: Option<Shape>,
     captured: Option<Captured>,
     /// Why a step could not be captured, after which none is tried.
     error: Option<Error>,
@@ -58,22 +58,22 @@ impl Replay {
         }
     }
 
-    /// Whether the next step can be captured.
-    pub fn is_steady(&self) -> bool {
-        self.steady
+    /// Whether a step of such micro-batches can be captured.
+    pub fn is_steady(&self, shape: &Shape) -> bool {
+        self.steady.as_ref() == Some(shape)
     }
 
-    /// Runs a step by itself, and sees what it does.
+    /// Runs a step of such micro-batches by itself, and sees what it does.
     ///
     /// # Errors
     /// Those of `step`.
-    pub fn watch<R>(&mut self, step: impl FnOnce() -> Result<R>) -> Result<R> {
+    pub fn watch<R>(&mut self, shape: Shape, step: impl FnOnce() -> Result<R>) -> Result<R> {
         let before = counters::now();
         let done = step()?;
         let now = counters::now();
-        self.steady = self.error.is_none()
-            && (before.reads, before.uploads, before.allocations)
-                == (now.reads, now.uploads, now.allocations);
+        let quiet = (before.reads, before.uploads, before.allocations)
+            == (now.reads, now.uploads, now.allocations);
+        self.steady = (quiet && self.error.is_none()).then_some(shape);
         Ok(done)
     }
 
@@ -83,12 +83,12 @@ impl Replay {
         let free = with_free_ranges(device, BTreeMap::clone);
         let allocations = counters::now().allocations;
         match graph::capture(device, step) {
-            Ok(_) if counters::now().allocations != allocations => self.steady = false,
+            Ok(_) if counters::now().allocations != allocations => self.steady = None,
             Ok(graph) => {
                 let shape = shape.clone();
                 self.captured = Some(Captured { graph, shape, free });
             }
-            Err(why) => (self.steady, self.error) = (false, Some(why)),
+            Err(why) => (self.steady, self.error) = (None, Some(why)),
         }
     }
 
