@@ -361,7 +361,13 @@ pub(super) struct PlanArgs {
     #[command(flatten)]
     pub(super) settings: SettingsArgs,
     /// Where it would run.
-    #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
+    #[arg(
+        long,
+        value_name = "DEVICE",
+        value_enum,
+        default_value = "cpu",
+        ignore_case = true
+    )]
     pub(super) device: plan::Target,
     /// Processes that share the batch, on a GPU each.
     #[arg(long, value_name = "N", default_value_t = 1)]

@@ -17,8 +17,8 @@ pub use arguments::Cli;
 
 use crate::device::Device;
 use crate::dist;
-use crate::error::Result;
-use crate::report::stderr_line;
+use crate::error::{Error, Result};
+use crate::report::{STDOUT, stderr_line};
 use arguments::Command;
 use clap::{CommandFactory, FromArgMatches};
 use commands::*;
@@ -46,6 +46,7 @@ use train::train_command;
 pub fn main() -> ExitCode {
     match dist::conclude(Cli::of_process().run()) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(Some(error)) if reader_left(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Of several ranks one prints.
             if let Some(error) = error {
@@ -54,6 +55,14 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Whether nobody reads the output any more, as behind `| head`.
+fn reader_left(error: &Error) -> bool {
+    let Error::Io { path, source, .. } = error else {
+        return false;
+    };
+    path.as_os_str() == STDOUT && source.kind() == std::io::ErrorKind::BrokenPipe
 }
 
 /// Lets the values of all options begin with a minus, so that a negative number is answered as one.

@@ -1,7 +1,7 @@
 //! `routegrad hardware-check` and `routegrad status`: what a GPU has shown, and what it still has to.
 
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::verify::hardware::{self, Options, Place, code, loss_parity, record, run_task, status};
 use clap::{Args, ValueEnum};
 use std::path::PathBuf;
@@ -96,6 +96,12 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
     let records = record::Records::open(&args.records)?;
     let table = status::table(&records);
     match &args.update {
+        Some(_) if code::code("router").is_none() => Err(Error::invalid(
+            "status --update",
+            "a program with the kernels, which the records are compared with",
+            "one built without nvcc",
+            "run scripts/install-toolkit, and build with --features cuda",
+        )),
         Some(page) => status::update(page, &table),
         None => {
             say!("{table}\n{}", status::steps(&records).trim_end());

@@ -8,8 +8,8 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::routers;
 use crate::study::{hooks, plan};
-use crate::train::{self, Outcome, RunOptions};
-use std::path::PathBuf;
+use crate::train::{self, Outcome, RunOptions, Summary};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;
@@ -49,6 +49,14 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
         quiet: args.quiet,
     };
     let device = config.train.device;
+    if args.timeline && device == Device::Cpu {
+        return Err(Error::invalid(
+            "--timeline",
+            "a device with kernels, sim or cuda",
+            "cpu",
+            "add --device sim or --device cuda",
+        ));
+    }
     simulate(args.sim_arch, device)?;
     device.prepare()?;
     let planned = plan::Memory::of_rank(&config, plan::Target::gpu(), dist.size())?.total();
@@ -68,9 +76,20 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
             planned as f64 / 1e9
         );
     }
+    tell(&report, &out, options.checkpoints)
+}
+
+/// Says how a run ended, and what to do with what it left.
+fn tell(report: &Summary, out: &Path, checkpoints: bool) -> Result<()> {
     let (place, step) = (out.display(), report.step);
     if let (Outcome::Finished, Some(loss)) = (report.outcome, report.validation_loss) {
         say!("validation loss {loss:.4} nats per token after {step} steps");
+    }
+    if report.left_out > 0 {
+        let left_out = report.left_out;
+        say!(
+            "{left_out} of {step} steps were left out: what they computed was not finite; lower train.learning_rate or check the data"
+        );
     }
     match report.outcome {
         Outcome::Stopped if step == 0 => {
@@ -78,13 +97,13 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
                 "stopped before the first step was done; begin it again with: routegrad train --out {place} --resume"
             );
         }
-        Outcome::Stopped if options.checkpoints => {
+        Outcome::Stopped if checkpoints => {
             say!(
                 "stopped and saved at step {step}; go on with: routegrad train --out {place} --resume"
             );
         }
         Outcome::Stopped => say!("stopped at step {step}"),
-        Outcome::Finished if options.checkpoints => {
+        Outcome::Finished if checkpoints => {
             say!("log, pictures and checkpoints: {place}");
             say!("see it speak: routegrad generate --model {place}");
         }

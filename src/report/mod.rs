@@ -26,13 +26,16 @@ pub fn shows_bars() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
+/// What errors call the standard output.
+pub(crate) const STDOUT: &str = "the standard output";
+
 /// Writes a line to the standard output.
 ///
 /// # Errors
 /// When it cannot be written, such as where nobody reads it any more.
 pub(crate) fn stdout_line(line: std::fmt::Arguments) -> error::Result<()> {
     let done = writeln!(std::io::stdout(), "{line}");
-    done.map_err(|e| error::Error::io("write", "the standard output", e))
+    done.map_err(|e| error::Error::io("write", STDOUT, e))
 }
 
 /// Writes a line to standard error in one piece, so that the lines of several processes do not mix. The program goes on when

@@ -68,6 +68,14 @@ impl<R: Entry> Records<R> {
     /// When the file cannot be read, or a line is no record.
     pub fn read(&mut self, path: &Path) -> Result<()> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+        self.read_text(path, &text)
+    }
+
+    /// Adds the records of a text, as of the file at `path`.
+    ///
+    /// # Errors
+    /// When a line is no record.
+    pub fn read_text(&mut self, path: &Path, text: &str) -> Result<()> {
         for (i, line) in text
             .lines()
             .enumerate()

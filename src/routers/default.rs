@@ -119,7 +119,7 @@ const MOST: f64 = 2.0;
 
 /// The factor on default vectors where they are used.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a number from 0 up, or \"running\"")]
 pub enum Shrink {
     /// The same factor in every step.
     Constant(f64),

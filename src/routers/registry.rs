@@ -211,6 +211,10 @@ fn refuse_unknown(settings: &toml::Table, known: &toml::Table) -> Result<()> {
     };
     let keys: Vec<&str> = known.keys().map(String::as_str).collect();
     let close = nearest(key, keys.iter().copied());
+    let owners = ROUTERS
+        .iter()
+        .filter(|info| info.settings.iter().any(|(own, _)| own == key));
+    let owners: Vec<&str> = owners.map(|info| info.name).collect();
     Err(Error::invalid(
         format!("router.{key}"),
         if keys.is_empty() {
@@ -219,7 +223,11 @@ fn refuse_unknown(settings: &toml::Table, known: &toml::Table) -> Result<()> {
             format!("one of the settings {}", keys.join(", "))
         },
         format!("\"{key}\""),
-        close.map_or("remove it".into(), |k| format!("did you mean router.{k}?")),
+        match (owners.as_slice(), close) {
+            ([_, ..], _) => format!("it is a setting of {}", owners.join(", ")),
+            (_, Some(close)) => format!("did you mean router.{close}?"),
+            _ => "remove it".into(),
+        },
     ))
 }
 

@@ -12,6 +12,7 @@ pub mod hooks;
 mod loader; // the sequences of a rank
 mod memory;
 pub mod optimizer;
+mod outcome; // what a run comes to
 mod ranks;
 mod record; // a step's report as it is logged
 mod schedule;
@@ -22,6 +23,7 @@ pub use builder::Builder;
 pub use folder::{CHECKPOINTS, CONFIG_FILE, METRICS_FILE, RunOptions};
 pub(crate) use folder::{refuse_existing, write_config};
 pub use memory::{available as available_memory, least as least_memory};
+pub use outcome::{Outcome, Summary};
 pub use schedule::learning_rate;
 pub use step::StepReport;
-pub use trainer::{Hook, LaunchedStep, Outcome, Summary, Trainer};
+pub use trainer::{Hook, LaunchedStep, Trainer};

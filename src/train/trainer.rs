@@ -4,6 +4,7 @@
 use super::checkpoint::TrainerState;
 use super::console::Console;
 use super::loader::DataLoader;
+use super::outcome::{Outcome, Summary};
 use super::step::{Launched, StepExecutor, StepReport};
 use super::{learning_rate, record};
 use crate::config::Config;
@@ -22,26 +23,6 @@ use std::time::{Duration, Instant};
 
 /// A run that is asked to stop finishes the present step if it takes no longer than this.
 const PATIENCE: Duration = Duration::from_secs(2);
-
-/// How a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// All steps are done.
-    Finished,
-    /// It was asked to stop.
-    Stopped,
-}
-
-/// The result of a run.
-#[derive(Clone, Debug)]
-pub struct Summary {
-    /// Why it ended.
-    pub outcome: Outcome,
-    /// Steps done.
-    pub step: u64,
-    /// After the last step, if a hook evaluated there and it is finite.
-    pub validation_loss: Option<f64>,
-}
 
 /// Something that happens during training: logging, evaluation, checkpoints, analyses, early stopping.
 ///
@@ -302,6 +283,7 @@ impl Trainer {
         Ok(Summary {
             outcome,
             step: self.state.step,
+            left_out: self.state.step - self.state.optimizer_steps,
             validation_loss,
         })
     }

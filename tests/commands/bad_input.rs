@@ -476,3 +476,30 @@ fn a_resume_says_what_it_changes() {
         &["the learning rate of step 11 is", "until now would be"],
     );
 }
+
+#[test]
+fn a_run_that_ends_with_steps_left_out_says_how_many() {
+    let place = Place::new();
+    let mut command = place.train("run", &["--steps", "3", "--no-checkpoint"]);
+    command.args(["--set", "train.learning_rate=1e30"]);
+    let (out, _) = succeed(&mut command);
+    assert!(out.contains("2 of 3 steps were left out"), "{out}");
+}
+
+#[test]
+fn a_value_of_another_router_or_device_is_answered_by_what_it_is_for() {
+    let place = Place::new();
+    let refused = |arguments: &[&str]| fail(&mut place.train("run", arguments));
+    has(
+        &refused(&["--router", "topk", "--set", "router.beta=0.5"]),
+        &["router.beta", "it is a setting of default"],
+    );
+    has(
+        &refused(&["--set", "router.shrink=runing"]),
+        &["expected a number from 0 up, or \"running\""],
+    );
+    has(
+        &refused(&["--timeline"]),
+        &["--timeline", "a device with kernels, sim or cuda"],
+    );
+}

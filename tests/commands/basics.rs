@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use std::fs;
+use std::process::Stdio;
 
 #[test]
 fn a_run_leaves_its_configuration_log_pictures_and_newest_checkpoints() {
@@ -306,4 +307,33 @@ fn the_floors_in_docs_are_what_the_command_prints() {
         let line = fail(program().arg("floors").args(arguments));
         assert!(line.contains(part), "{line}");
     }
+}
+
+#[test]
+fn a_list_that_nobody_reads_to_its_end_ends_quietly() {
+    for command in [&["routers"][..], &["hardware-check", "--list"], &["config"]] {
+        let mut child = program()
+            .args(command)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        drop(child.stdout.take());
+        let done = child.wait_with_output().unwrap();
+        let said = text(&done.stderr);
+        // A pipe takes what a short list has before it is closed, or not.
+        assert!(
+            done.status.success() && said.is_empty(),
+            "{command:?}: {said}"
+        );
+    }
+}
+
+/// A program that is not in the project's folder has the project's records.
+#[test]
+fn a_plan_takes_recorded_speeds_wherever_it_is_made() {
+    let elsewhere = tempfile::tempdir().unwrap();
+    let plan = ["plan", "--preset", "557m", "--device", "H200"];
+    let (out, _) = succeed(program().args(plan).current_dir(elsewhere.path()));
+    assert!(out.contains("on one NVIDIA H200, recorded on 20"), "{out}");
 }

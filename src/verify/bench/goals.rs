@@ -335,7 +335,10 @@ fn default_over_topk(view: &View) -> Goal {
         number: 7,
         text: "default against topk, whole step, graphs, one recorded routing: ≤ 0.7% at 1.96b, ≤ 0.14% at 7.33b",
         verdict: Verdict::NotMeasured,
-        measured: format!("a step is no graph yet. {}", pairs.join(". ")),
+        measured: format!(
+            "{}. Replayed steps: the tasks `trains` of hardware-check",
+            pairs.join(". ")
+        ),
     }
 }
 
