@@ -194,7 +194,7 @@ struct SwigluBackward {
     dh.copy_out<PIECE, kBox>(buffers[LoadingPort::kGate], at, column, 0);
     dh.copy_out<PIECE, kBox>(buffers[LoadingPort::kUp], at, column, 1);
     scaled_a.copy_out<PIECE, kBox>(buffers[LoadingPort::kScaledA], at, column, 0);
-    port.barrier();  // before the next fetch writes there
+    port.barrier();  // before the next fetch writes there, where a fragment has more pieces than there are sets
   }
 
   // Asks for a piece by its number: of the fragment or, past its last, of the next one, if there is one.

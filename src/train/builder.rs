@@ -279,6 +279,8 @@ fn resume(
 fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Result<()> {
     let sections = |config: &Config| -> Result<Vec<(String, String)>> {
         let own = [
+            // First: another router has other settings too.
+            ("router.name", format!("{:?}", config.router.name)),
             ("train.seed", config.train.seed.to_string()),
             ("train.dtype", config.train.dtype.dtype().to_string()),
             ("train.bf16_moments", config.train.bf16_moments.to_string()),

@@ -235,7 +235,7 @@ fn the_end_says_how_long_training_stood_still() {
     let place = Place::new();
     let (_, stderr) = succeed(&mut place.train("run", &["--steps", "25"]));
     assert!(
-        stderr.contains("checkpoints: training stood still for "),
+        stderr.contains("checkpoints: saving paused training for "),
         "{stderr}"
     );
     let (_, stderr) =

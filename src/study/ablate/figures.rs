@@ -171,6 +171,10 @@ pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
     let high = values().fold(f64::NEG_INFINITY, f64::max);
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
     let margin = 0.06 * (high - low).max(1e-3);
+    const LABELS: usize = 9;
+    // As many decimals as tell one label from the next.
+    let apart = (high - low + 2.0 * margin) / LABELS as f64;
+    let places = (-apart.log10()).ceil().clamp(2.0, 9.0) as usize;
     let longest = rows
         .iter()
         .map(|r| r.label.chars().count())
@@ -189,8 +193,8 @@ pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
         styled(&mut chart.configure_mesh(), 13)
             .disable_y_mesh()
             .x_desc(x)
-            .x_labels(9)
-            .x_label_formatter(&|x| format!("{x:.3}"))
+            .x_labels(LABELS)
+            .x_label_formatter(&|x| format!("{x:.places$}"))
             .draw()?;
         for (i, row) in rows.iter().enumerate() {
             let place = (rows.len() - 1 - i) as f64;

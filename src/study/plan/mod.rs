@@ -346,7 +346,7 @@ impl Plan {
         ];
         let found: Vec<String> = found.into_iter().flatten().collect();
         let help = match found.is_empty() {
-            true => "no micro-batch does: choose a smaller preset".into(),
+            true => "no micro-batch does: choose a smaller preset, or more --ranks".into(),
             false => format!("what fits: {}", found.join(", or ")),
         };
         format!(
