@@ -18,7 +18,6 @@ use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
 use crate::verify::hardware::throughput::recorded;
 use crate::verify::{device_check, gradcheck};
-
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;

@@ -24,11 +24,11 @@ use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
-/// Tokens whose logits exist at a time, at most: of V = 128,256 they are 1 GB. With twice as many the product
-/// that makes them took 16% longer on an H200.
+/// Tokens whose logits exist at a time, at most: of V = 128,256 they are 1 GB. With twice as many the product that makes them
+/// took 16% longer on an H200.
 pub(crate) const LOGIT_TOKENS: usize = 2048;
-/// Tokens whose gradients of the logits exist at a time on a device with kernels: so many that the product for dx [T, D] has a tile for nearly
-/// every multiprocessor.
+/// Tokens whose gradients of the logits exist at a time on a device with kernels: so many that the product for dx `[T, D]` has a
+/// tile for nearly every multiprocessor.
 pub(crate) fn gradient_tokens(hidden: usize) -> usize {
     ((1 << 22) / hidden.max(1)).clamp(LOGIT_TOKENS, 4 * LOGIT_TOKENS)
 }

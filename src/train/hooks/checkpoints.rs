@@ -164,7 +164,7 @@ impl Saving {
         ended.retain(|s| s.background);
         self.blocked += ended.iter().map(|s| s.blocked_seconds).sum::<f64>();
         Ok(format!(
-            "checkpoints: saving paused training for {:.3} s of {trained:.1} s ({:.3}%); the last save took {waited:.1} s after its end",
+            "checkpoints: saving paused training for {:.3} s of {trained:.1} s ({:.3}%); the last save took {waited:.1} s after training ended",
             self.blocked,
             100.0 * self.blocked / trained,
         ))

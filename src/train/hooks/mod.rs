@@ -3,7 +3,7 @@
 mod checkpoints;
 mod log;
 mod plots;
-mod progress;
+pub(crate) mod progress;
 mod timeline;
 
 pub use checkpoints::Checkpoints;

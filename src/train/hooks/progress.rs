@@ -58,7 +58,7 @@ impl Hook for Progress {
 }
 
 /// The greatest load of an expert in any layer, relative to a balanced one.
-fn busiest(load: &[Vec<u64>]) -> f64 {
+pub(crate) fn busiest(load: &[Vec<u64>]) -> f64 {
     load.iter()
         .map(|counts| {
             let most = counts.iter().copied().max().unwrap_or(0) as f64;

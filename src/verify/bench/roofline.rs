@@ -303,7 +303,7 @@ fn introduction(chip: &Chip) -> String {
 # Floors of the MoE layer
 
 Written by `routegrad floors`. The floor of a kernel is max(FLOPs / {flops}e12, bytes / {bytes}e12) seconds: {rates} FLOPs and bytes are those of the kernels' headers; the formulas
-stand in `src/kernels/`, and the kernels' tests hold them against the simulator's counters. No kernel can be
+are in `src/kernels/`, and the kernels' tests hold them against the simulator's counters. No kernel can be
 faster; how much slower it is has to be measured.
 
 Numbers are microseconds of one micro-batch, spread evenly over the experts: what `topk` needs, + what `default` adds to

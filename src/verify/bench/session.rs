@@ -32,7 +32,7 @@ fn machine_name(device: Device) -> String {
     if device == Device::Cuda
         && let Some(gpu) = crate::device::cuda::opened()
     {
-        return gpu.name.clone();
+        return crate::verify::hardware::with_kernels(gpu.name.clone());
     }
     let _ = device;
     machine::processor()

@@ -53,6 +53,8 @@ struct Recorded {
     launchers: BTreeMap<String, f64>,
     /// Of the step.
     seconds: f64,
+    /// Day and commit, of a record.
+    code: String,
 }
 
 impl Recorded {
@@ -75,13 +77,13 @@ impl Recorded {
         (found.seconds > 0.0).then_some(found)
     }
 
-    /// The latest record of a model and a router in micro-batches of this size, with the commit and day of its code.
+    /// The latest record of a model and a router in micro-batches of this size.
     fn since(
         records: &Records,
         preset: &str,
         router: &str,
         micro_batch: usize,
-    ) -> Option<(Recorded, String)> {
+    ) -> Option<Recorded> {
         let task = format!("trains: {}", on_record(preset, router, micro_batch));
         let passed = |r: &&record::Record| {
             r.task == task && r.gpu == h200().name && r.ending == Ending::Passed
@@ -90,16 +92,17 @@ impl Recorded {
         let measured = &newest.measured;
         let steps = measured["seconds_of_each_step"].as_array()?;
         let steps: Vec<f64> = steps.iter().filter_map(|s| s.as_f64()).collect();
+        let day = newest.date.split('T').next().unwrap_or_default();
         let mut found = Recorded {
             seconds: median(&steps).0,
+            code: format!("{day}, commit {}", newest.commit),
             ..Recorded::default()
         };
         for kernel in measured["timeline"]["kernels"].as_array()? {
             let seconds = 1e-3 * kernel["milliseconds"].as_f64()?;
             found.add(kernel["launcher"].as_str()?, seconds);
         }
-        let day = newest.date.split('T').next().unwrap_or_default();
-        Some((found, format!("{day}, commit {}", newest.commit)))
+        Some(found)
     }
 
     fn add(&mut self, launcher: &str, seconds: f64) {
@@ -141,8 +144,8 @@ struct Predicted {
     /// Seconds of each launcher.
     launchers: BTreeMap<&'static str, f64>,
     recorded: Option<Recorded>,
-    /// What it took since, and of which code.
-    measured: Option<(Recorded, String)>,
+    /// What it took since.
+    measured: Option<Recorded>,
     /// FLOPs of the step, as `plan` counts them.
     flops: f64,
 }
@@ -206,6 +209,11 @@ impl Predicted {
             flops: count::flops_per_token(&config.model) as f64 * tokens(&config),
             costs,
         })
+    }
+
+    /// Measured seconds of a launcher.
+    fn measured_of(&self, launcher: &str) -> Option<&f64> {
+        self.measured.as_ref()?.launchers.get(launcher)
     }
 
     fn between(&self) -> f64 {
@@ -273,7 +281,7 @@ pub fn markdown(model: &Model, folder: &Path) -> Result<String> {
         "measured",
     ]);
     for step in &steps {
-        let measured = step.measured.as_ref().map(|(m, _)| m.seconds);
+        let measured = step.measured.as_ref().map(|m| m.seconds);
         let tokens = SEQUENCES as f64 * 2048.0;
         let share = |seconds: f64| format!("{:.1}%", 100.0 * step.share_of_peak(seconds));
         let recorded = step.recorded.as_ref().map(|r| r.seconds);
@@ -293,7 +301,7 @@ pub fn markdown(model: &Model, folder: &Path) -> Result<String> {
     }
     let codes: BTreeSet<&str> = steps
         .iter()
-        .filter_map(|step| Some(step.measured.as_ref()?.1.as_str()))
+        .filter_map(|step| Some(step.measured.as_ref()?.code.as_str()))
         .collect();
     let codes: Vec<&str> = codes.into_iter().collect();
     let of = |router: &str| {
@@ -329,15 +337,11 @@ fn kernels(topk: &Predicted, default: &Predicted) -> Table {
         "measured",
     ]);
     let mut names: Vec<&str> = default.launchers.keys().copied().collect();
-    let seconds = |step: &Predicted, name: &str| {
-        let measured = step.measured.as_ref();
-        let measured = measured.and_then(|(m, _)| m.launchers.get(name));
-        *measured.unwrap_or(&step.launchers[name])
-    };
+    let seconds =
+        |step: &Predicted, name: &str| *step.measured_of(name).unwrap_or(&step.launchers[name]);
     names.sort_by(|a, b| seconds(default, b).total_cmp(&seconds(default, a)));
     let cells = |step: &Predicted, name: &str| {
-        let measured = step.measured.as_ref();
-        let measured = measured.and_then(|(m, _)| m.launchers.get(name));
+        let measured = step.measured_of(name);
         let floor = step.costs.0.get(name).map(|l| l.floor);
         let predicted = step.launchers.get(name);
         let cell = |seconds: Option<&f64>| seconds.map_or("–".to_string(), |s| milliseconds(*s));

@@ -26,6 +26,7 @@ pub mod task;
 pub mod throughput;
 pub mod timing;
 
+pub(crate) use place::with_kernels;
 pub use place::{FOLDER, Place};
 
 use crate::device::machine;
@@ -106,13 +107,14 @@ pub fn check(options: &Options) -> Result<()> {
         let Some(record) = visit.run(task, remaining)? else {
             continue;
         };
+        // Saved before it is told: nobody may read the output any more.
+        records.insert(record.clone());
+        records.save(&visit.gpu)?;
         let (ending, seconds) = (label(record.ending), record.seconds);
-        let (place, name, detail) = (i + 1, task.name(), &record.detail);
+        let (place, name, detail) = (i + 1, task.name(), record.detail);
         say!("{place:4}  {ending:9}  {seconds:6.1} s  {name}: {detail}");
         ran += 1;
         failed += usize::from(matches!(record.ending, Ending::Failed | Ending::TimedOut));
-        records.insert(record);
-        records.save(&visit.gpu)?;
     }
     let (left, out) = (tasks.len() - ran, options.place.out.display());
     say!("{ran} ran, {failed} failed, {left} left for want of time; records: {out}");

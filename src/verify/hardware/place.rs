@@ -42,12 +42,19 @@ pub fn gpu_count() -> Result<usize, String> {
     gpu_name().map(|_| 0)
 }
 
-/// The machine that the records are of; or one sentence that says why there is none. Where a Hopper GPU runs the kernels for
-/// GPUs without wgmma (`ROUTEGRAD_ARCHS=90`), the name says so: what is proven of those is not of the others.
+/// A GPU's name for records. Where a Hopper GPU runs the kernels for GPUs without wgmma (`ROUTEGRAD_ARCHS=90`), the name says so:
+/// what is proven of those is not of the others.
+pub fn with_kernels(gpu: String) -> String {
+    match crate::device::built_for().eq(["90"]) {
+        true => gpu + " mma.sync",
+        false => gpu,
+    }
+}
+
+/// The machine that the records are of; or one sentence that says why there is none.
 pub fn machine_name(device: Device) -> Result<String, String> {
     match device {
         Device::Sim => Ok("simulator".into()),
-        _ if crate::device::built_for().eq(["90"]) => gpu_name().map(|name| name + " mma.sync"),
-        _ => gpu_name(),
+        _ => gpu_name().map(with_kernels),
     }
 }

@@ -213,28 +213,22 @@ fn of_gpu() -> Vec<StepCase> {
         let scaled = case(Kind::Scales, "557m", "default", &[SEQUENCES], 12, 120.0);
         all.push(scaled.on_ranks(ranks));
     }
-    for (preset, router, large) in [
-        ("1.96b", "default", false),
-        ("1.96b", "default", true),
-        ("7.33b", "default", false),
-        ("1.96b", "topk", false),
-        ("1.96b", "topk", true),
-        ("7.33b", "topk", false),
-        ("557m", "default", false),
-        ("557m", "default", true),
-        ("557m", "topk", false),
-        ("557m", "topk", true),
+    for (preset, router, micro_batch) in [
+        ("1.96b", "default", 8),
+        ("1.96b", "default", 32),
+        ("7.33b", "default", 8),
+        ("1.96b", "topk", 8),
+        ("1.96b", "topk", 32),
+        ("7.33b", "topk", 8),
+        ("557m", "default", 8),
+        ("557m", "default", 32),
+        ("557m", "topk", 8),
+        ("557m", "topk", 32),
     ] {
-        let set: &[&str] = match large {
-            true => &[SEQUENCES, "train.micro_batch=32"],
-            false => &[SEQUENCES],
-        };
-        let micro_batch = if large { 32 } else { 8 };
-        let timed = case(Kind::Throughput, preset, router, set, 4, 0.0).named(&on_record(
-            preset,
-            router,
-            micro_batch,
-        ));
+        let sequences = format!("train.micro_batch={micro_batch}");
+        let set = [SEQUENCES, &sequences];
+        let timed = case(Kind::Throughput, preset, router, &set, 4, 0.0);
+        let timed = timed.named(&on_record(preset, router, micro_batch));
         let estimate = timed.config(Device::Sim).map_or(60.0, |config| {
             let tokens = config.train.sequences_per_step * config.model.sequence_length;
             let flops = count::flops_per_token(&config.model) as f64 * tokens as f64;

@@ -11,18 +11,19 @@ use crate::device::machine::{Chip, h200};
 use crate::device::timeline::{self, Timeline};
 use crate::device::{counters, take_peak};
 use crate::error::Result;
+use crate::routers::LayerStats;
 use crate::train::Trainer;
+use crate::train::hooks::progress::busiest;
 use crate::train::step::StepReport;
 use crate::verify::bench::measure::median;
 use serde_json::{Value, json};
+use std::cmp::Reverse;
 use std::path::Path;
 use std::time::Instant;
 
-/// Steps on two sequences before those that are timed. A router that has just begun sends nearly all tokens of a layer to one
-/// expert; after 30 steps the most chosen one of eight gets a quarter in `tiny`.
-fn practice(device: Device) -> usize {
-    if device == Device::Cuda { 40 } else { 2 }
-}
+/// Steps on two sequences before those that are timed, on a GPU and on the simulator. A router that has just begun sends nearly
+/// all tokens of a layer to one expert; after 30 steps the most chosen one of eight gets a quarter in `tiny`.
+const PRACTICE: [usize; 2] = [40, 2];
 
 /// Times `steps` steps by the clock on the wall, from report to report as in a run, and one more kernel by kernel.
 ///
@@ -40,7 +41,7 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
     let mut training = strict_trainer(config)?;
     let ready = begun.elapsed().as_secs_f64();
     let held = planted.then(|| unplanned(&training)).transpose()?;
-    for _ in 0..practice(device) {
+    for _ in 0..PRACTICE[usize::from(device == Device::Sim)] {
         training.practise(2)?;
     }
     let mut first = Vec::new();
@@ -53,7 +54,9 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
         let (step, report) = timed(&mut training)?;
         seconds.push(step);
         losses.push(report.cross_entropy);
-        loads.push(largest_load(&report));
+        let counts = |layer: &LayerStats| layer.counts.iter().map(|n| *n as u64).collect();
+        let load: Vec<Vec<u64>> = report.layers.iter().map(counts).collect();
+        loads.push(busiest(&load));
     }
     let replays = counters::take().replays;
     training.step()?; // the one under way
@@ -76,11 +79,11 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
         of_peak.unwrap_or_default(),
     );
     let measured = json!({
-        "tokens_per_step": tokens, "micro_batch": micro_batch, "flops_per_step": flops, "seconds_to_begin": ready, "seconds_of_first_steps": first,
+        "tokens_per_step": tokens, "micro_batch": micro_batch, "flops_per_step": flops,
+        "seconds_to_begin": ready, "seconds_of_first_steps": first,
         "seconds_of_each_step": seconds, "spread": spread, "tokens_per_second": rate, "tflops": flops / step / 1e12,
         "share_of_peak": share, "peak_bytes": peak, "planned_bytes": planned, "losses": losses,
-        "largest_load": loads,
-        "replays": replays, "timeline": timeline.as_ref().map(of),
+        "busiest_expert": loads, "replays": replays, "timeline": timeline.as_ref().map(of),
     });
     let wrong = [uncaptured(&training), unfit].into_iter().flatten();
     Ok(Outcome::judged(wrong, text, measured))
@@ -91,8 +94,9 @@ const OF_THE_PROJECT: &str = include_str!("../../../benches/results/hardware-nvi
 
 /// FLOP/s that training steps reached on a GPU, and which.
 ///
-/// Of the records of this GPU in `folder`, or where there is no [`FOLDER`] of those that came with the program, the one of the same router whose FLOPs a token are nearest to `flops_per_token`, then
-/// the one with the nearest micro-batch, the newest of several; one of another router where there is none. None without a record.
+/// Of the records of this GPU in `folder`, or where there is no [`FOLDER`] of those that came with the program: the one of the
+/// same router, else of another, whose FLOPs a token are nearest to `flops_per_token`, of those the one with the nearest
+/// micro-batch, and of those the newest. None without a record.
 ///
 /// # Errors
 /// When a file cannot be read, or a line is no record.
@@ -115,19 +119,15 @@ pub fn recorded(
         let own = number("flops_per_step")? / number("tokens_per_step")?;
         let passed = record.ending == Ending::Passed && record.gpu == gpu;
         let other = !case.split(' ').any(|word| word == router);
-        let apart = (own / flops_per_token as f64).ln().abs();
-        let sequences = number("micro_batch")
-            .map_or(f64::INFINITY, |own| (own / micro_batch as f64).ln().abs());
-        let near = (other, apart, sequences);
-        (passed && rate > 0.0 && apart.is_finite()).then_some((near, record, case, rate))
+        let apart = |own: f64, wanted: f64| (own / wanted).ln().abs();
+        let flops_apart = apart(own, flops_per_token as f64);
+        let sequences = number("micro_batch").unwrap_or(f64::INFINITY);
+        // Distances are not negative: their bits are in the order of the numbers.
+        let distances = [flops_apart, apart(sequences, micro_batch as f64)].map(f64::to_bits);
+        let order = (other, distances, Reverse(&record.date));
+        (passed && rate > 0.0 && flops_apart.is_finite()).then_some((order, record, case, rate))
     });
-    let nearest = candidates.min_by(|a, b| {
-        let ((other_a, apart_a, sequences_a), (other_b, apart_b, sequences_b)) = (a.0, b.0);
-        (other_a.cmp(&other_b))
-            .then(apart_a.total_cmp(&apart_b))
-            .then(sequences_a.total_cmp(&sequences_b))
-            .then(b.1.date.cmp(&a.1.date))
-    });
+    let nearest = candidates.min_by(|a, b| a.0.cmp(&b.0));
     Ok(nearest.map(|(_, record, case, rate)| {
         let day = record.date.split('T').next().unwrap_or_default();
         (rate, format!("as {case} on one {gpu}, recorded on {day}"))
@@ -148,18 +148,6 @@ fn timed(training: &mut Trainer) -> Result<(f64, StepReport)> {
     let begun = Instant::now();
     let report = training.step_overlapped()?;
     Ok((begun.elapsed().as_secs_f64(), report))
-}
-
-/// The share of the tokens that the most chosen expert of a layer gets, over K, as a mean over layers: 1 where all tokens have
-/// one expert, 1 / E where all experts are equally loaded.
-fn largest_load(report: &StepReport) -> f64 {
-    let shares = report.layers.iter().filter_map(|layer| {
-        let all: f64 = layer.counts.iter().sum();
-        let most = layer.counts.iter().copied().reduce(f64::max)?;
-        (all > 0.0).then_some(most / all)
-    });
-    let shares: Vec<f64> = shares.collect();
-    shares.iter().sum::<f64>() / shares.len() as f64
 }
 
 /// The timeline as a record has it; events around each launch make its step slower than the others.
