@@ -342,11 +342,16 @@ fn failure(folder: &Path, call: &Call) -> Option<String> {
     if let Some(file) = &call.into {
         fs::write(folder.join(file), &output.stdout).unwrap();
     }
-    // A planted fault must be found.
-    let planted = arguments.iter().any(|a| a == "--plant");
     let said = format!("{}{}", text(&output.stdout), text(&output.stderr));
     let last: Vec<&str> = said.lines().rev().take(3).collect();
-    (output.status.success() == planted)
+    // A planted fault must be found, and what takes nvcc must be refused where the program was built without it.
+    let planted = arguments.iter().any(|a| a == "--plant");
+    let takes_nvcc = arguments.starts_with(&["status".into(), "--update".into()]);
+    let refused = takes_nvcc && !cfg!(all(feature = "cuda", routegrad_cuda));
+    if refused && !said.contains("built without nvcc") {
+        return Some(format!("{}: was not refused: {said}", arguments.join(" ")));
+    }
+    (output.status.success() == (planted || refused))
         .then(|| format!("{}: {}", arguments.join(" "), last.join(" / ")))
 }
 
