@@ -1,6 +1,4 @@
 // Barriers of a block and a cluster, warp collectives, and the register pool of setmaxnreg.
-#include <algorithm>
-
 #include "machine.hpp"
 
 namespace sim {
@@ -14,6 +12,7 @@ static void open_barrier(Barrier& barrier) {
   barrier.waiters.clear();
   barrier.arrived = 0;
   barrier.need = 0;
+  barrier.warps = 0;
   barrier.lanes.fill(0);
   race::clear(barrier.sync);
 }
@@ -24,12 +23,12 @@ static void arrive_lane(Barrier& barrier, int id, Where at) {
   uint32_t& lanes = barrier.lanes[t->id / kWarp];
   if (lanes >> t->id % kWarp & 1)
     fail(format("barrier %d: a lane arrives a second time before the phase is complete", id), at);
+  if (!lanes) ++barrier.warps;
   lanes |= 1u << t->id % kWarp;
   ++barrier.arrived;
-  const int warps = static_cast<int>(std::count_if(barrier.lanes.begin(), barrier.lanes.end(), [](uint32_t l) { return l; }));
-  if (barrier.need && warps * kWarp > barrier.need)
+  if (barrier.need && barrier.warps * kWarp > barrier.need)
     fail(format("barrier %d for %d threads: lanes of %d warps arrived; all lanes of a warp must take part", id,
-                barrier.need, warps),
+                barrier.need, barrier.warps),
          at);
 }
 
@@ -46,7 +45,7 @@ void named_barrier(int id, int threads, bool wait, Where at) {
   race::release(barrier.sync);
   if (wait) barrier.waiters.push_back(machine->current);
   if (barrier.arrived == (threads ? threads : block.live)) return open_barrier(barrier);
-  if (wait) block_current({"barrier", static_cast<uint32_t>(id), static_cast<uint32_t>(threads), at});
+  if (wait) block_current("barrier", static_cast<uint32_t>(id), static_cast<uint32_t>(threads), at);
 }
 
 // An ended thread no longer counts at __syncthreads.
@@ -97,11 +96,11 @@ void cluster_wait(Where at) {
   t->cluster_arrived = false;
   if (barrier.phase != t->cluster_phase) return race::acquire(*t, barrier.released);
   barrier.waiters.push_back(t);
-  block_current({"cluster barrier", barrier.phase, 0, at});
+  block_current("cluster barrier", barrier.phase, 0, at);
 }
 
 // ---- warp collectives
-static Gathering& gather(std::list<Gathering>& gatherings, Collective kind, uint32_t mask, Where at) {
+static Gathering& gather(std::vector<Gathering>& gatherings, Collective kind, uint32_t mask, Where at) {
   for (Gathering& g : gatherings) {
     if (g.mask == mask) {
       if (g.kind != kind) fail(format("warp collective of mask %08x: its lanes execute different operations", mask), at);
@@ -109,17 +108,14 @@ static Gathering& gather(std::list<Gathering>& gatherings, Collective kind, uint
     }
     if (g.mask & mask) fail(format("warp collective: the masks %08x and %08x overlap", g.mask, mask), at);
   }
-  gatherings.push_front(Gathering{});
-  gatherings.front().mask = mask;
-  gatherings.front().kind = kind;
-  return gatherings.front();
+  return gatherings.emplace_back(mask, kind);
 }
 
 // Runs `work`, where there is one, on what the lanes brought, before any of them goes on.
 static uint64_t meet(Collective kind, uint32_t mask, uint64_t value, int source, WarpWork work, Where at) {
   Thread* t = machine->current;
   const int l = t->id % kWarp;
-  std::list<Gathering>& gatherings = machine->block->gatherings[t->id / kWarp];
+  std::vector<Gathering>& gatherings = machine->block->gatherings[t->id / kWarp];
   if (!(mask >> l & 1)) fail(format("warp collective: lane %d is not in its own mask %08x", l, mask), at);
   Gathering& g = gather(gatherings, kind, mask, at);
   g.value[l] = value;
@@ -127,7 +123,7 @@ static uint64_t meet(Collective kind, uint32_t mask, uint64_t value, int source,
   g.thread[l] = t;
   g.arrived |= 1u << l;
   if (g.arrived != mask) {
-    block_current({"warp collective", mask, g.arrived, at});
+    block_current("warp collective", mask, g.arrived, at);
     return t->collective_result;
   }
   uint64_t votes = 0;
@@ -146,7 +142,7 @@ static uint64_t meet(Collective kind, uint32_t mask, uint64_t value, int source,
     if (kind == Collective::Sync) race::acquire(*other, sync);
     if (other != t) wake(other);
   }
-  gatherings.remove_if([&](const Gathering& x) { return &x == &g; });
+  gatherings.erase(gatherings.begin() + (&g - gatherings.data()));
   return t->collective_result;
 }
 
@@ -168,7 +164,7 @@ void setmaxnreg(int registers, bool increase, Where at) {
     fail(format("setmaxnreg.%s to %d: the thread has %d registers", increase ? "inc" : "dec", registers, t->registers), at);
   while (increase && change > block.register_pool) {
     block.register_waits.push_back(t);
-    block_current({"registers", static_cast<uint32_t>(change), 0, at});
+    block_current("registers", static_cast<uint32_t>(change), 0, at);
   }
   block.register_pool -= change;
   t->registers = registers;

@@ -44,6 +44,24 @@ struct CpAsync {
   race::Stamp stamp;
 };
 
+// First in, first out. Empty ones own no memory, unlike std::deque: every thread of every block has one.
+template <class T>
+class Queue {
+ public:
+  bool empty() const { return size() == 0; }
+  size_t size() const { return items_.size() - first_; }
+  T& front() { return items_[first_]; }
+  T& operator[](size_t i) { return items_[first_ + i]; }
+  void push_back(T item) { items_.push_back(std::move(item)); }
+  void pop_front() {
+    if (++first_ == items_.size()) items_.clear(), first_ = 0;
+  }
+
+ private:
+  std::vector<T> items_;
+  size_t first_ = 0;
+};
+
 struct Thread {
   enum class State { Ready, Blocked, Done };
   Fiber fiber;
@@ -61,7 +79,7 @@ struct Thread {
   bool fenced = false;
   // TMA stores and cp.async: groups closed so far
   int bulk_groups = 0, cp_groups = 0;
-  std::deque<CpAsync> cp_async;
+  Queue<CpAsync> cp_async;
   uint32_t cp_issued = 0;              // operations
   std::vector<uint32_t> cp_group_end;  // cp_issued at each commit
   int cp_arrivals = 0;  // of those in cp_async that are arrivals
@@ -71,6 +89,7 @@ struct Thread {
 struct Barrier {
   int need = 0;  // threads, of the phase under way; 0 when nobody has come
   int arrived = 0;
+  int warps = 0;                     // of which a lane has come
   std::array<uint32_t, 32> lanes{};  // that have come, per warp
   std::vector<Thread*> waiters;
   race::Sync sync;
@@ -83,10 +102,11 @@ struct ClusterBarrier {
   race::Sync sync, released;
 };
 
-// A warp collective under way.
+// A warp collective under way. What lanes bring is left as it is until they do.
 struct Gathering {
-  uint32_t mask = 0, arrived = 0;
-  Collective kind{};
+  Gathering(uint32_t all, Collective what) : mask(all), kind(what) {}
+  uint32_t mask, arrived = 0;
+  Collective kind;
   uint64_t value[kWarp];
   int source[kWarp];
   Thread* thread[kWarp];
@@ -167,7 +187,7 @@ struct Block {
   int register_pool = 0;
   Barrier barriers[16];
   ClusterBarrier cluster_barrier;  // used in the cluster's first block
-  std::vector<std::list<Gathering>> gatherings;  // per warp
+  std::vector<std::vector<Gathering>> gatherings;  // per warp
   std::vector<MbarrierWait> mbarrier_waits;
   std::vector<std::pair<uint32_t, Thread*>> unfenced_mbarriers;
   std::vector<Thread*> register_waits;
@@ -217,7 +237,9 @@ struct Fault {};
 // ---- scheduler.cpp
 void run_threads();  // until none can run
 void wake(Thread* t);
-void block_current(const Wait& wait);  // and run others until woken
+// Runs others until the thread is woken. What it waits for comes in registers: a Wait stored field by field and read whole at
+// once would stall the processor.
+void block_current(const char* what, uint32_t object, uint32_t detail, Where at);
 [[noreturn]] void end_current();
 std::string deadlock_report(Block& block);
 

@@ -115,7 +115,7 @@ void mbar_wait(uint32_t bar, uint32_t parity, Where at) {
   if (parity > 1) fail(format("mbarrier: the parity %u must be 0 or 1", parity), at);
   if (mbarrier(block, bar, at).phase != parity) return race::acquire(*t, race::mbarrier_sync(block, bar).done);
   block.mbarrier_waits.push_back({bar, parity, t});
-  block_current({"mbarrier", bar, parity, at});
+  block_current("mbarrier", bar, parity, at);
 }
 
 }  // namespace sim

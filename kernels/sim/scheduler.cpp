@@ -105,10 +105,10 @@ void run_threads() {
   if (Thread* first = pick()) jump(first);
 }
 
-void block_current(const Wait& wait) {
+void block_current(const char* what, uint32_t object, uint32_t detail, Where at) {
   Thread* t = machine->current;
   t->state = Thread::State::Blocked;
-  t->wait = wait;
+  t->wait = Wait{what, object, detail, at};
   run_others();
 }
 

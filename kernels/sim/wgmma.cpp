@@ -200,8 +200,8 @@ void wgmma_wait(int keep, Where at) {
     Product& p = w.products[i];
     if (p.issued < kWarpgroup) {
       w.waiters.push_back(t);
-      block_current({"wgmma issue", static_cast<uint32_t>(w.first) + static_cast<uint32_t>(i),
-                     static_cast<uint32_t>(p.issued), at});
+      block_current("wgmma issue", static_cast<uint32_t>(w.first) + static_cast<uint32_t>(i),
+                    static_cast<uint32_t>(p.issued), at);
       i = 0;
       continue;
     }

@@ -56,11 +56,8 @@ impl Random {
 
 /// Half the distance between neighbouring bf16 at `x`.
 pub fn half_ulp_bf16(x: f64) -> f64 {
-    if x == 0.0 {
-        0.0
-    } else {
-        x.abs().log2().floor().exp2() / 256.0
-    }
+    const EXPONENT: u64 = 0x7ff << 52;
+    f64::from_bits(x.to_bits() & EXPONENT) / 256.0 // the power of two below |x|, 0 at 0
 }
 
 /// Unit roundoff of f32.

@@ -4,6 +4,7 @@
 use super::numbers::Random;
 use crate::kernels::bindings::*;
 use crate::kernels::launchers;
+use crate::tensor::cpu::{Accumulate, Mat, matmul};
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::OnceLock;
@@ -243,6 +244,13 @@ impl Operands {
             - 1
     }
 
+    fn expert_of_line(&self, line: usize) -> usize {
+        match self.product {
+            WeightGradient => line / self.shape.n,
+            _ => self.expert_of(line),
+        }
+    }
+
     /// Number of lines that are written, and elements of one.
     pub fn lines(&self) -> (usize, usize) {
         let Shape { n, k, ref counts } = self.shape;
@@ -265,48 +273,67 @@ impl Operands {
     /// The judged lines with their numbers, computed when first asked for.
     pub fn reference(&self) -> &[(usize, Line)] {
         self.reference.get_or_init(|| {
-            self.judged_lines()
+            let judged = self.judged_lines();
+            let of_experts: Vec<&[usize]> = judged
+                .chunk_by(|&x, &y| self.expert_of_line(x) == self.expert_of_line(y))
+                .collect();
+            let lines: Vec<Vec<Line>> = of_experts
                 .into_par_iter()
-                .map(|line| (line, self.line(line)))
+                .map(|lines| self.lines_of_expert(lines))
+                .collect();
+            judged
+                .into_iter()
+                .zip(lines.into_iter().flatten())
                 .collect()
         })
     }
 
-    /// One line in float64.
-    fn line(&self, line: usize) -> Line {
+    /// Lines of one expert in float64.
+    fn lines_of_expert(&self, lines: &[usize]) -> Vec<Line> {
         let Shape { n, k, .. } = self.shape;
-        let mut sums = vec![(0.0, 0.0); self.lines().1];
-        let mut add = |scale: bf16, values: &[bf16]| {
-            for (sum, &value) in sums.iter_mut().zip(values) {
-                let term = exact(scale) * exact(value);
-                *sum = (sum.0 + term, sum.1 + term.abs());
+        let expert = self.expert_of_line(lines[0]);
+        let (mut a, mut b) = (vec![], vec![]);
+        let (inner, width) = match self.product {
+            Forward => (k, n),
+            InputGradient => (n, k),
+            WeightGradient => {
+                let rows = self.offsets[expert] as usize..self.offsets[expert + 1] as usize;
+                for &line in lines {
+                    let value = |row| exact(self.a[self.row_of(Gather::A, row) * n + line % n]);
+                    a.extend(rows.clone().map(value));
+                }
+                for row in rows.clone() {
+                    let x = self.row_of(Gather::B, row);
+                    b.extend(self.b[x * k..(x + 1) * k].iter().map(|&x| exact(x)));
+                }
+                (rows.len(), k)
             }
         };
-        if self.product == WeightGradient {
-            let (expert, channel) = (line / n, line % n);
-            for row in self.offsets[expert] as usize..self.offsets[expert + 1] as usize {
-                let (dout, x) = (self.row_of(Gather::A, row), self.row_of(Gather::B, row));
-                add(self.a[dout * n + channel], &self.b[x * k..(x + 1) * k]);
+        if self.product != WeightGradient {
+            for &line in lines {
+                let from = self.row_of(Gather::A, line);
+                let row = &self.a[from * inner..(from + 1) * inner];
+                a.extend(row.iter().map(|&x| exact(x)));
             }
-            return sums;
+            let w = &self.b[expert * n * k..(expert + 1) * n * k];
+            b.extend(w.iter().map(|&w| exact(w)));
         }
-        let expert = self.expert_of(line);
-        let w = &self.b[expert * n * k..(expert + 1) * n * k];
-        let from = self.row_of(Gather::A, line);
-        if self.product == InputGradient {
-            for l in 0..n {
-                add(self.a[from * n + l], &w[l * k..(l + 1) * k]);
-            }
-            return sums;
+        let product = |a: &[f64], b: &[f64]| {
+            let mut sums = vec![0.0; lines.len() * width];
+            let b = match self.product {
+                Forward => Mat::new(b, n, k).t(),
+                _ => Mat::new(b, inner, width),
+            };
+            let a = Mat::new(a, lines.len(), inner);
+            matmul(&mut sums, Accumulate::Assign, a, b);
+            sums
+        };
+        let values = product(&a, &b);
+        for x in a.iter_mut().chain(&mut b) {
+            *x = x.abs();
         }
-        let x = &self.a[from * k..(from + 1) * k];
-        for (sum, w) in sums.iter_mut().zip(w.chunks(k)) {
-            for (x, w) in x.iter().zip(w) {
-                let term = exact(*x) * exact(*w);
-                *sum = (sum.0 + term, sum.1 + term.abs());
-            }
-        }
-        sums
+        let pairs: Vec<(f64, f64)> = values.into_iter().zip(product(&a, &b)).collect();
+        pairs.chunks(width).map(<[_]>::to_vec).collect()
     }
 
     /// The lines that are judged: all, or some of every part with the first and last row of each expert among them.
@@ -347,6 +374,7 @@ impl Operands {
 }
 
 /// The value of a bf16: the upper half of an f32. (`to_f64` treats NaN apart, which keeps loops from being vector code.)
+#[inline]
 pub fn exact(x: bf16) -> f64 {
     f64::from(f32::from_bits(u32::from(x.to_bits()) << 16))
 }
