@@ -17,12 +17,13 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
         match &args.update {
             Some(page) => {
                 model.update(page)?;
+                bench::mma_limits::update(page)?;
                 bench::step_predictions::update(&model, &args.out, page)?;
             }
             None => {
                 say!("{}", model.markdown());
                 let steps = bench::step_predictions::markdown(&model, &args.out)?;
-                say!("{}", steps.trim_end());
+                say!("{steps}\n{}", bench::mma_limits::markdown().trim_end());
             }
         }
         return Ok(());

@@ -19,6 +19,7 @@ mod kernels;
 mod layer;
 mod layer_steps;
 pub mod measure;
+pub(crate) mod mma_limits;
 mod operations;
 mod options;
 pub mod page;
