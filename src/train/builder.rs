@@ -81,9 +81,18 @@ impl Builder {
         ranks::check(&*dist, &self.config)?;
         doing("the connection of devices");
         let dist = nccl::on_device(dist, self.config.train.device)?;
+        // A wrong value is told before anything about the folder.
+        let config = &self.config;
+        let router = routers::build(&config.router)?;
+        router.validate(&config.model)?;
+        router.validate_device(config.train.device)?;
+        if run.is_some() {
+            memory::check(config)?;
+        }
+        doing("the reading of data");
+        let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
         let mut lock = None;
         if let Some(run) = &run {
-            memory::check(&self.config)?;
             let own = match (dist.rank(), run.resume) {
                 (0, true) => FolderLock::take(&run.out).map(Some),
                 (0, false) => refuse_existing(&run.out).map(|()| None),
@@ -91,9 +100,6 @@ impl Builder {
             };
             lock = agree(&*dist, own)?;
         }
-        doing("the reading of data");
-        let config = &self.config;
-        let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
         let (saved, damaged) = match &run {
             Some(run) if run.resume => {
                 ranks::check_folder(&*dist, &run.out)?;
@@ -261,7 +267,7 @@ fn resume(
     refuse_another_run(&state, &config, &data)?;
     let (done, steps) = (state.step, config.train.steps);
     if steps < done {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "train --resume",
             format!("at least the {done} steps that are done"),
             format!("train.steps = {steps}"),
@@ -312,7 +318,7 @@ fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Resu
         let (was, is) = (of(&old, key), of(&new, key));
         if was != is {
             let expected = format!("{key} = {was}, which the run began with");
-            return Err(Error::invalid("train --resume", expected, is, help));
+            return Err(Error::usage("train --resume", expected, is, help));
         }
     }
     if state.data != data {
