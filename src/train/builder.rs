@@ -81,14 +81,9 @@ impl Builder {
         ranks::check(&*dist, &self.config)?;
         doing("the connection of devices");
         let dist = nccl::on_device(dist, self.config.train.device)?;
-        // A wrong value is told before anything about the folder.
+        // A wrong value is reported before anything about the folder.
         let config = &self.config;
-        let router = routers::build(&config.router)?;
-        router.validate(&config.model)?;
-        router.validate_device(config.train.device)?;
-        if run.is_some() {
-            memory::check(config)?;
-        }
+        check_values(config, run.is_some())?;
         doing("the reading of data");
         let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
         let mut lock = None;
@@ -158,6 +153,17 @@ impl Builder {
             introduce(&trainer, run, dist.size());
         }
         Ok(trainer)
+    }
+}
+
+/// Refuses settings of the router that do not fit the model or the device, and, for a run with a folder, what does not fit in memory.
+fn check_values(config: &Config, in_folder: bool) -> Result<()> {
+    let router = routers::build(&config.router)?;
+    router.validate(&config.model)?;
+    router.validate_device(config.train.device)?;
+    match in_folder {
+        true => memory::check(config),
+        false => Ok(()),
     }
 }
 
