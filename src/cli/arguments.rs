@@ -14,7 +14,13 @@ use std::path::PathBuf;
 
 /// Train and study sparse Mixture-of-Experts transformers.
 #[derive(Parser)]
-#[command(name = "routegrad", version, about, arg_required_else_help = true)]
+#[command(
+    name = "routegrad",
+    version,
+    about,
+    arg_required_else_help = true,
+    after_help = "Exit status: 0 on success; 2 where an argument or a value of the configuration is refused; 1 for any other failure."
+)]
 pub struct Cli {
     /// Threads to compute with; the results do not depend on it [default: all cores].
     #[arg(long, global = true, value_name = "N")]
@@ -181,7 +187,7 @@ Examples:
     Status(proofs::StatusArgs),
     /// Benchmark every kernel against cuBLAS and its roofline; the report also has PyTorch and other open kernels.
     ///
-    /// On a GPU the kernels; elsewhere the CPU's operations and the simulator. Records are kept and merged.
+    /// On a GPU it times the kernels, elsewhere the operations of the CPU and the simulator. Records are kept and merged.
     #[command(after_help = "\
 Examples:
   routegrad bench
@@ -230,7 +236,7 @@ pub(super) struct SettingsArgs {
     /// Tokens of a sequence.
     #[arg(long, value_name = "N")]
     pub(super) sequence_length: Option<i64>,
-    /// Highest learning rate.
+    /// Peak learning rate.
     #[arg(long, value_name = "RATE")]
     pub(super) learning_rate: Option<f64>,
     /// Steps between evaluations.
@@ -260,14 +266,14 @@ pub(super) struct TrainArgs {
     /// Name of the run [default: the preset, the experts if given, and the router].
     #[arg(long, value_name = "NAME")]
     pub(super) name: Option<String>,
-    /// Go on from the newest whole checkpoint of the run, with its configuration; --set and flags
-    /// may change what the training still allows.
+    /// Resume from the newest complete checkpoint of the run, with its configuration; --set and other flags may change keys
+    /// that do not make it another run.
     #[arg(long, conflicts_with_all = ["preset", "experts", "config"])]
     pub(super) resume: bool,
     /// Write no checkpoints: for timing.
     #[arg(long)]
     pub(super) no_checkpoint: bool,
-    /// Show where the time of the last step goes on a GPU, or what each kernel moves and computes on the simulator; write
+    /// Record the last step: on a GPU the time of each kernel, on the simulator its bytes and operations. Writes
     /// timeline.json.
     #[arg(long)]
     pub(super) timeline: bool,
@@ -292,14 +298,14 @@ pub(super) struct EvalArgs {
     /// Leave out the default vectors of a model of the router `default`.
     #[arg(long)]
     pub(super) without_default_vectors: bool,
-    /// Measure it with and without them, side by side.
+    /// Evaluate the model with and without its default vectors, and compare.
     #[arg(long, conflicts_with = "without_default_vectors")]
     pub(super) compare_default_vectors: bool,
-    /// Arithmetic [default: that of training]. In f32 a token whose two best experts are equal to rounding may go to either,
-    /// here or in another program; f64 tells such a difference from a mistake.
+    /// Precision [default: that of training]. In f32 a token whose two best experts are equal up to rounding may go to
+    /// either of them; f64 distinguishes such a difference from an error.
     #[arg(long, value_name = "DTYPE")]
     pub(super) dtype: Option<Precision>,
-    /// Benchmarks to score instead, with commas between them; `all` for those whose documents are there.
+    /// Benchmarks to score instead of the loss, separated by commas; `all` for those whose documents are present.
     #[arg(
         long,
         value_name = "NAMES",
@@ -332,7 +338,7 @@ pub(super) struct DumpArgs {
     /// Arithmetic.
     #[arg(long, value_name = "DTYPE", default_value = "f64")]
     pub(super) dtype: Precision,
-    /// As a pass of training: the router's state is updated once, and written too.
+    /// Compute as in a training pass: the router's state is updated once and also written.
     #[arg(long)]
     pub(super) train: bool,
 }
@@ -345,7 +351,7 @@ pub(super) struct ImportArgs {
     /// Folder of the run.
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
-    /// Router to train with, instead of the model's own; the weights stay, and its own state begins anew.
+    /// Router to train with instead of the model's own; its weights are kept, and its additional state is initialized.
     #[arg(long, value_name = "NAME")]
     pub(super) router: Option<String>,
     /// Text to train on, instead of the embedded text: what `data prepare` made with the model's tokenizer.json.
@@ -360,7 +366,7 @@ pub(super) struct ImportArgs {
 pub(super) struct PlanArgs {
     #[command(flatten)]
     pub(super) settings: SettingsArgs,
-    /// Where it would run.
+    /// Device to plan for.
     #[arg(
         long,
         value_name = "DEVICE",
@@ -369,13 +375,13 @@ pub(super) struct PlanArgs {
         ignore_case = true
     )]
     pub(super) device: plan::Target,
-    /// Processes that share the batch, on a GPU each.
+    /// Number of processes that share the batch, each with one GPU.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(super) ranks: usize,
-    /// Folder of hardware-check's records: a GPU is taken to be as fast as it was in them.
+    /// Folder of the records of hardware-check, from which the speed of a GPU is taken.
     #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
     pub(super) records: PathBuf,
-    /// Print JSON, bytes and seconds.
+    /// Print JSON, in bytes and seconds.
     #[arg(long)]
     pub(super) json: bool,
 }
@@ -401,13 +407,13 @@ pub(super) struct ExportArgs {
     /// Run, one of its checkpoints, or a model's folder of transformers.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
-    /// Whose format: hf, Hugging Face's.
+    /// Format of the export: hf for Hugging Face.
     #[arg(long, value_name = "FORMAT", value_enum)]
     pub(super) to: ExportFormat,
     /// New folder for the model.
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
-    /// Of the weights: f32 or bf16.
+    /// Type of the weights: f32 or bf16.
     #[arg(long, value_name = "DTYPE", value_enum, default_value = "f32")]
     pub(super) dtype: ExportedDtype,
 }
@@ -439,10 +445,10 @@ pub(super) struct BenchArgs {
     /// Only cases whose name contains this.
     #[arg(long, value_name = "TEXT")]
     pub(super) only: Option<String>,
-    /// Seconds to end within; what does not fit is left out and listed.
+    /// Time limit in seconds; cases that do not fit are left out and listed.
     #[arg(long, value_name = "SECONDS", default_value_t = 420.0)]
     pub(super) budget: f64,
-    /// Say what would be measured, in order, with estimates; measure nothing.
+    /// List what would be measured, in order, with estimates; measure nothing.
     #[arg(long)]
     pub(super) list: bool,
     /// The list as JSON lines, for benches/peers/run.py.
@@ -454,13 +460,13 @@ pub(super) struct BenchArgs {
     /// Fail when a case is slower than the baseline by more than this, such as 5%.
     #[arg(long, value_name = "PERCENT", requires = "baseline", value_parser = percent)]
     pub(super) fail_slower: Option<f64>,
-    /// Take the records of these files into the folder, and measure nothing.
+    /// Add the records of these files to the folder; measure nothing.
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["list", "only", "baseline"])]
     pub(super) merge: Vec<PathBuf>,
     /// Write what the cases compute, once, to this safetensors file; measure nothing.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline"])]
     pub(super) dump: Option<PathBuf>,
-    /// Write one page of everything on record, and measure nothing.
+    /// Write a page with all records; measure nothing.
     #[arg(long, value_name = "FILE", group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
     pub(super) report: Option<PathBuf>,
     /// With --report: also the main pictures, as SVG, into this folder.
@@ -470,7 +476,7 @@ pub(super) struct BenchArgs {
     /// take; measure nothing.
     #[arg(long, group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
     pub(super) predict: bool,
-    /// With --report or --predict: write the table of this page, between its marks.
+    /// With --report or --predict: update the table between the markers of this page.
     #[arg(long, value_name = "FILE", requires = "page")]
     pub(super) update: Option<PathBuf>,
 }

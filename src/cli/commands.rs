@@ -6,6 +6,7 @@ use super::ranks::RanksArgs;
 use super::saved::open_saved;
 use crate::config::{Config, Layers};
 use crate::data::Corpus;
+use crate::data::tokenizer::loss_unit;
 use crate::device::machine::Chip;
 use crate::error::{Error, Result};
 use crate::routers;
@@ -31,12 +32,13 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
     }
     let measure = |default_vectors: bool| {
         let (model, state) = eval::load(&found, default_vectors, args.dtype)?;
-        eval::run(&model, &state, args.data.as_deref(), args.sequences)
+        let report = eval::run(&model, &state, args.data.as_deref(), args.sequences)?;
+        Ok((report, loss_unit(&state.config.data.tokenizer)))
     };
     if args.compare_default_vectors {
-        let [without, with] = [measure(false)?, measure(true)?];
+        let [(without, _), (with, unit)] = [measure(false)?, measure(true)?];
         say!("tokens           {}", with.tokens);
-        say!("                 with default vectors  without  difference");
+        say!("                 with default vectors  without  difference; loss in {unit}");
         for (name, of) in [
             ("validation loss", (|r| r.loss) as fn(&eval::Report) -> f64),
             ("perplexity", eval::Report::perplexity),
@@ -47,15 +49,15 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
         }
         return Ok(());
     }
-    let report = measure(!args.without_default_vectors)?;
+    let (report, unit) = measure(!args.without_default_vectors)?;
     say!("tokens           {}", report.tokens);
-    say!("validation loss  {:.4} nats per token", report.loss);
+    say!("validation loss  {:.4} {unit}", report.loss);
     say!("perplexity       {:.4}", report.perplexity());
     say!("bits per byte    {:.4}", report.bits_per_byte());
     for (name, source) in &report.sources {
         let (loss, bits) = (source.loss, source.bits_per_byte());
         let tokens = source.tokens;
-        say!("  {name}: {loss:.4} nats per token, {bits:.4} bits per byte, {tokens} tokens");
+        say!("  {name}: {loss:.4} {unit}, {bits:.4} bits per byte, {tokens} tokens");
     }
     Ok(())
 }
@@ -104,7 +106,7 @@ pub(super) fn import_command(args: &ImportArgs) -> Result<()> {
             || (s.starts_with("router.") && (args.router.is_none() || s.starts_with("router.name")))
     };
     if let Some(set) = args.set.iter().find(fixed) {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--set",
             "keys of train, data and balance, model.sequence_length, or settings of the router that --router names",
             set,
@@ -255,7 +257,7 @@ pub(super) fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()
 }
 
 fn no_subject(filter: &str) -> Error {
-    Error::invalid(
+    Error::usage(
         "gradcheck",
         "a part of a subject's name",
         format!("`{filter}`, which is in none"),

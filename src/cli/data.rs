@@ -1,9 +1,11 @@
 //! `routegrad data`: tokens from files of documents, and a look at them.
 
+use crate::config::{Config, Layers, PRESETS};
 use crate::data::folder::{Counts, Folder, Side};
 use crate::data::prepare::{self, Options};
 use crate::error::{Error, Result};
 use crate::report::progress::Phases;
+use crate::report::stderr_line;
 use clap::{Args, Subcommand};
 use std::path::PathBuf;
 
@@ -11,7 +13,7 @@ use std::path::PathBuf;
 pub(super) enum Command {
     /// Make a folder of tokens of parquet, JSON lines or text, for `train --data`.
     ///
-    /// Killed at any time, the same command goes on where it was.
+    /// If the command is killed, the same command continues where it stopped.
     #[command(after_help = "\
 Examples:
   routegrad data prepare fineweb-edu/ --tokenizer llama-3/tokenizer.json --out tokens/fineweb-edu
@@ -34,13 +36,13 @@ pub(super) struct PrepareArgs {
     /// New folder of the tokens.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// A tokenizer.json of Hugging Face's, or its folder [default: a token is a byte].
+    /// A tokenizer.json of Hugging Face, or its folder [default: a token is a byte].
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
     /// Token before each document; none for none [default: the tokenizer's, if it has one].
     #[arg(long, value_name = "NAME")]
     bos: Option<String>,
-    /// Token behind each document; none for none [default: the tokenizer's, if it has one; three line
+    /// Token after each document; none for none [default: the tokenizer's, if it has one; three line
     /// feeds where a token is a byte].
     #[arg(long, value_name = "NAME")]
     eos: Option<String>,
@@ -58,19 +60,19 @@ pub(super) struct PrepareArgs {
     /// Column of parquet, or field of an object, with the text.
     #[arg(long, value_name = "NAME", default_value = "text")]
     text_column: String,
-    /// The one that says where a document came from [default: dump where it is there, else the file].
+    /// Column or field that names the source of a document [default: dump if present, else the file].
     #[arg(long, value_name = "NAME")]
     source_column: Option<String>,
     /// What separates the documents of a text file, \n for a line feed; empty: a file is one document.
     #[arg(long, value_name = "TEXT", default_value = r"\n\n\n")]
     separator: String,
-    /// Tokens of a shard: what a kill may cost.
+    /// Tokens of a shard; at most so much work is lost if the command is killed.
     #[arg(long, value_name = "N", default_value_t = 1 << 26)]
     shard_tokens: u64,
-    /// Fail at a document that cannot be read, and do not leave it out.
+    /// Fail at a document that cannot be read instead of leaving it out.
     #[arg(long)]
     strict: bool,
-    /// Decode every document again, and count those whose text does not come back.
+    /// Decode every document and count those whose text is not restored exactly.
     #[arg(long)]
     round_trip: bool,
     /// Show no progress.
@@ -86,7 +88,7 @@ pub(super) struct InspectArgs {
     /// Compare every file with its checksum.
     #[arg(long)]
     verify: bool,
-    /// Documents of each side to show the beginning of, spread evenly.
+    /// Documents of each part whose beginning is shown, spread evenly.
     #[arg(long, value_name = "N", default_value_t = 2)]
     samples: usize,
 }
@@ -131,6 +133,11 @@ fn prepare(args: PrepareArgs) -> Result<()> {
     say!("{megabytes:.1} MB of text in {seconds:.1} s, {rate:.1} MB/s");
     let out = options.out.display();
     say!("train on it: routegrad train --data {out}");
+    for side in Side::BOTH {
+        if let Some(warning) = too_short(side, manifest.counts(side).tokens)? {
+            stderr_line(&warning);
+        }
+    }
     match summary.cut.as_slice() {
         [] => Ok(()),
         [first, others @ ..] => {
@@ -148,6 +155,37 @@ fn prepare(args: PrepareArgs) -> Result<()> {
             ))
         }
     }
+}
+
+/// A warning where a side has too few tokens for a sequence of some preset: `train` refuses the folder then.
+fn too_short(side: Side, tokens: u64) -> Result<Option<String>> {
+    let mut short = Vec::new();
+    for (preset, _) in PRESETS {
+        let length = Config::load(&Layers::preset(preset), &|_| Ok(()))?;
+        let length = length.model.sequence_length;
+        if tokens <= length as u64 {
+            short.push(format!("{preset} {length}"));
+        }
+    }
+    if short.is_empty() {
+        return Ok(None);
+    }
+    let (what, more) = match side {
+        Side::Train => ("training", "prepare more text"),
+        Side::Validation => (
+            "held-out",
+            "hold out more text with --validation-fraction or --validation",
+        ),
+    };
+    let shorter = match tokens {
+        0 | 1 => String::new(),
+        n => format!(", or train with --sequence-length {} or less", n - 1),
+    };
+    Ok(Some(format!(
+        "warning: the {what} part has {tokens} tokens, and training needs one more than model.sequence_length there: too few \
+         for the presets {}; {more}{shorter}",
+        short.join(", ")
+    )))
 }
 
 fn row(name: &str, counts: Counts) -> String {

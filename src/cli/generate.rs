@@ -25,10 +25,10 @@ pub(super) struct GenerateArgs {
     /// Tokens to add.
     #[arg(long, value_name = "N", default_value_t = 400)]
     pub(super) tokens: usize,
-    /// Divides the logits; 0 takes the likeliest token.
+    /// Divides the logits; 0 takes the most probable token.
     #[arg(long, value_name = "T", default_value_t = 0.8)]
     pub(super) temperature: f64,
-    /// Sample among this many likeliest tokens; 0 for all.
+    /// Sample among this many most probable tokens; 0 for all.
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub(super) top_k: usize,
     /// Seed of the sampling.

@@ -18,12 +18,13 @@ pub use arguments::Cli;
 use crate::device::Device;
 use crate::dist;
 use crate::error::{Error, Result};
-use crate::report::{STDOUT, stderr_line};
+use crate::report::{STDOUT, in_plain_words, stderr_line};
 use arguments::Command;
+use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches};
 use commands::*;
 use process::{refuse_launcher, set_threads, simulate};
-use std::process::ExitCode;
+use std::process::{ExitCode, exit};
 use train::train_command;
 
 /// The whole program: parses the command line, runs the command, prints an error and gives the exit code.
@@ -48,11 +49,12 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(Some(error)) if reader_left(&error) => ExitCode::SUCCESS,
         Err(error) => {
+            let code = error.as_ref().map_or(1, Error::exit_code);
             // Of several ranks one prints.
             if let Some(error) = error {
                 stderr_line(&format!("error: {error}"));
             }
-            ExitCode::FAILURE
+            ExitCode::from(code)
         }
     }
 }
@@ -77,8 +79,15 @@ fn with_negative_numbers(command: clap::Command) -> clap::Command {
 impl Cli {
     /// The command line of this process; ends it where there is nothing to run.
     fn of_process() -> Self {
-        let matches = with_negative_numbers(Self::command()).get_matches();
-        Self::from_arg_matches(&matches).unwrap_or_else(|e| e.exit())
+        let matches = with_negative_numbers(Self::command()).try_get_matches();
+        let parsed = matches.and_then(|matches| Self::from_arg_matches(&matches));
+        parsed.unwrap_or_else(|e| {
+            if e.kind() != ErrorKind::ValueValidation {
+                e.exit();
+            }
+            stderr_line(in_plain_words(&e.to_string()).trim_end());
+            exit(e.exit_code())
+        })
     }
 
     /// Runs the command.

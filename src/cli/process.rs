@@ -15,7 +15,7 @@ const MOST_THREADS: usize = 1024;
 
 pub(super) fn set_threads(threads: usize) -> Result<()> {
     let invalid = |got: String| {
-        Error::invalid(
+        Error::usage(
             "--threads",
             format!("a number of threads from 1 to {MOST_THREADS}"),
             got,
@@ -55,7 +55,7 @@ pub(super) fn simulate(architecture: Option<i32>, device: Device) -> Result<()> 
     if device != Device::Sim {
         let help = "add --device sim, or leave --sim-arch out";
         let got = format!("device {device}");
-        return Err(Error::invalid("--sim-arch", "device sim", got, help));
+        return Err(Error::usage("--sim-arch", "device sim", got, help));
     }
     launchers::simulate(architecture);
     Ok(())
@@ -66,7 +66,7 @@ pub(super) fn start_ranks(args: &RanksArgs, threads: Option<usize>) -> Result<Ar
     if !(args.rank_timeout >= 1.0 && args.rank_timeout.is_finite()) {
         let got = args.rank_timeout.to_string();
         let help = "leave it out for the default";
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--rank-timeout",
             "1 second or more",
             got,
@@ -91,7 +91,7 @@ pub(super) fn start_ranks(args: &RanksArgs, threads: Option<usize>) -> Result<Ar
 pub(super) fn refuse_launcher() -> Result<()> {
     match dist::launcher_size() {
         1 => Ok(()),
-        n => Err(Error::invalid(
+        n => Err(Error::usage(
             "routegrad",
             "one process; only `train` and `ablate` run on several",
             format!("{n} processes of a launcher"),

@@ -11,31 +11,31 @@ pub(super) struct HardwareArgs {
     /// Folder of the records.
     #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
     out: PathBuf,
-    /// Seconds to end within; what does not fit is left for the next call.
+    /// Time limit in seconds; tasks that do not fit are left for the next call.
     #[arg(long, value_name = "SECONDS", default_value_t = 540.0)]
     budget: f64,
-    /// Say what would run, in order, with what it needs and estimates; run nothing.
+    /// List what would run, in order, with requirements and estimates; run nothing.
     #[arg(long, visible_alias = "dry-run")]
     list: bool,
     /// Only tasks whose name contains this.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
-    /// Also what has passed before.
+    /// Also run tasks that have passed before.
     #[arg(long)]
     again: bool,
-    /// cuda; or sim, where whole steps run at a small size to see that the tasks themselves work.
+    /// cuda; or sim, which runs whole steps at a small size to test the tasks themselves.
     #[arg(long, value_name = "DEVICE", value_enum, default_value = "cuda")]
     device: Checked,
-    /// Take the records of these files into the folder, and run nothing.
+    /// Add the records of these files to the folder; run nothing.
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["list", "only", "again"])]
     merge: Vec<PathBuf>,
-    /// Train on the processor what losses on a GPU are compared with, into the folder; minutes.
+    /// Train the reference for the losses of a GPU on the CPU and write it to the folder; takes minutes.
     #[arg(long, conflicts_with_all = ["list", "again", "merge"])]
     record_curves: bool,
-    /// Run one task in this process and print its outcome: how a task is run.
+    /// Run one task in this process and print its outcome; the command starts its tasks in this way.
     #[arg(long, value_name = "TASK", hide = true)]
     one: Option<String>,
-    /// Do something wrong in every task of whole steps, to see it told.
+    /// Plant a fault in every task of whole steps; each must be reported.
     #[arg(long, hide = true)]
     plant: bool,
     /// Print the digest of the sources that records of whole steps are tied to: for scripts/bundle.

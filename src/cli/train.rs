@@ -4,8 +4,10 @@ use super::arguments::TrainArgs;
 use super::process::{in_pool, simulate, start_ranks, watch_signals};
 use crate::config::{Config, Layers};
 use crate::data;
+use crate::data::tokenizer::loss_unit;
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::report::size;
 use crate::routers;
 use crate::study::{hooks, plan};
 use crate::train::{self, Outcome, RunOptions, Summary};
@@ -50,7 +52,7 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     };
     let device = config.train.device;
     if args.timeline && device == Device::Cpu {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--timeline",
             "a device with kernels, sim or cuda",
             "cpu",
@@ -63,27 +65,28 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
     }
+    let unit = loss_unit(&config.data.tokenizer);
     let run = || hooks::train_on(dist.clone(), config, &options, &stop);
     let report = in_pool(device, run)??;
     if dist.rank() != 0 {
         return Ok(());
     }
     if device != Device::Cpu {
-        let peak = crate::device::take_peak(device) as f64;
+        let peak = crate::device::take_peak(device) as u64;
         say!(
-            "memory of {device}: {:.3} GB at most, {:.3} GB planned",
-            peak / 1e9,
-            planned as f64 / 1e9
+            "memory of {device}: {} at most, {} planned",
+            size(peak),
+            size(planned)
         );
     }
-    tell(&report, &out, options.checkpoints)
+    tell(&report, unit, &out, options.checkpoints)
 }
 
 /// Says how a run ended, and what to do with what it left.
-fn tell(report: &Summary, out: &Path, checkpoints: bool) -> Result<()> {
+fn tell(report: &Summary, unit: &str, out: &Path, checkpoints: bool) -> Result<()> {
     let (place, step) = (out.display(), report.step);
     if let (Outcome::Finished, Some(loss)) = (report.outcome, report.validation_loss) {
-        say!("validation loss {loss:.4} nats per token after {step} steps");
+        say!("validation loss {loss:.4} {unit} after {step} steps");
     }
     if report.left_out > 0 {
         let left_out = report.left_out;
@@ -105,7 +108,7 @@ fn tell(report: &Summary, out: &Path, checkpoints: bool) -> Result<()> {
         Outcome::Stopped => say!("stopped at step {step}"),
         Outcome::Finished if checkpoints => {
             say!("log, pictures and checkpoints: {place}");
-            say!("see it speak: routegrad generate --model {place}");
+            say!("generate text: routegrad generate --model {place}");
         }
         Outcome::Finished => say!("log and pictures: {place}"),
     }

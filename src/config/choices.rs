@@ -42,7 +42,7 @@ impl Precision {
 
 /// `false`, `true` for every layer, or a list of layers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "true, false, or a list of layer numbers")]
 pub enum Recompute {
     /// Every layer, or none.
     All(bool),

@@ -7,9 +7,12 @@
 use super::names::common_name;
 use super::{BalanceConfig, Config, PRESETS, RouterConfig, preset};
 use crate::error::{Error, Result};
-use crate::report::{nearest, similarity};
+use crate::report::{in_plain_words, nearest, similarity};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
+
+/// Beyond this no divisor is looked for, to name it in an error.
+const FARTHEST: i64 = 1 << 16;
 
 /// Checks a router's settings and fills in the defaults of those not given.
 pub type RouterCheck<'a> = dyn Fn(&mut RouterConfig) -> Result<()> + 'a;
@@ -171,9 +174,9 @@ fn assign(table: &mut Table, a: Assignment, known: &[String]) -> Result<()> {
         let expected = message
             .split_once(", expected ")
             .map(|(_, e)| e.to_string());
-        Error::invalid(
+        Error::usage(
             format!("{} ({})", a.key, a.from),
-            expected.unwrap_or(message),
+            in_plain_words(expected.as_ref().unwrap_or(&message)),
             a.value.to_string(),
             "change the value",
         )
@@ -182,7 +185,7 @@ fn assign(table: &mut Table, a: Assignment, known: &[String]) -> Result<()> {
 
 fn unknown(a: &Assignment, known: &[String]) -> Error {
     if let Some(key) = common_name(&a.key) {
-        return Error::invalid(
+        return Error::usage(
             a.from.clone(),
             "a key of the configuration",
             format!("`{}`", a.key),
@@ -198,7 +201,7 @@ fn unknown(a: &Assignment, known: &[String]) -> Error {
             last(x).total_cmp(&last(y)).then(y.cmp(x))
         })
     };
-    Error::invalid(
+    Error::usage(
         a.from.clone(),
         "a key of the configuration",
         format!("`{}`", a.key),
@@ -221,14 +224,14 @@ fn derive(table: &mut Table, strict: bool) -> Result<()> {
     };
     let (hidden, heads, experts) = (number("hidden"), number("heads"), number("num_experts"));
     let wide = hidden.map(|d| d.saturating_mul(22));
-    for (key, dividend, divisor, rule) in [
-        ("kv_heads", heads, Some(1), "heads"),
-        ("head_dim", hidden, heads, "hidden / heads"),
+    for (key, dividend, divisor, [whole, parts]) in [
+        ("kv_heads", heads, Some(1), ["model.heads", "1"]),
+        ("head_dim", hidden, heads, ["model.hidden", "model.heads"]),
         (
             "expert_ffn_width",
             wide,
             experts,
-            "22 · hidden / num_experts",
+            ["22 · model.hidden", "model.num_experts"],
         ),
     ] {
         let (Some(dividend), Some(divisor)) = (dividend, divisor) else {
@@ -239,11 +242,23 @@ fn derive(table: &mut Table, strict: bool) -> Result<()> {
             continue;
         }
         if strict && dividend % divisor != 0 {
-            return Err(Error::invalid(
-                format!("model.{key}"),
-                format!("a whole number from its default, {rule}"),
-                format!("{dividend} / {divisor}"),
-                format!("set model.{key}, or change model.hidden"),
+            // RoPE turns pairs of a head's numbers.
+            let multiple = if key == "head_dim" { 2 } else { 1 };
+            let fits = |d: &i64| dividend % (d * multiple) == 0;
+            let near = [
+                (1..divisor.min(FARTHEST)).rev().find(fits),
+                (divisor..=dividend.min(FARTHEST)).find(fits),
+            ];
+            let near: Vec<String> = near.iter().flatten().map(i64::to_string).collect();
+            let such_as = match near.is_empty() {
+                true => String::new(),
+                false => format!(", such as {}", near.join(" or ")),
+            };
+            return Err(Error::usage(
+                parts,
+                format!("a divisor of {whole} = {dividend}{such_as}"),
+                divisor.to_string(),
+                format!("change {parts} or model.hidden, or set model.{key}"),
             ));
         }
         model.insert(key.into(), Value::Integer(dividend / divisor));
@@ -263,7 +278,7 @@ fn parse(table: &Table) -> std::result::Result<Config, toml::de::Error> {
 }
 
 fn incomplete(e: &toml::de::Error) -> Error {
-    Error::invalid(
+    Error::usage(
         "configuration",
         "a complete configuration",
         e.message().to_string(),
@@ -338,7 +353,7 @@ fn read_file(path: &Path) -> Result<Vec<Assignment>> {
         Error::file(
             path,
             "TOML",
-            format!("line {line}: {}", e.message()),
+            format!("line {line}: {}", in_plain_words(e.message())),
             "mend the line",
         )
     })?;
@@ -354,7 +369,7 @@ fn read_file(path: &Path) -> Result<Vec<Assignment>> {
 
 fn parse_set(text: &str) -> Result<Assignment> {
     let Some((key, value)) = text.split_once('=') else {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--set",
             "key=value, as in train.steps=100",
             format!("`{text}`"),

@@ -44,7 +44,7 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
-    /// Distinct tokens.
+    /// Size of the vocabulary.
     pub vocab_size: usize,
     /// Width D of the residual stream.
     pub hidden: usize,
@@ -69,7 +69,7 @@ pub struct ModelConfig {
     pub dense_layers: Vec<usize>,
     /// Normalisation: "rmsnorm" or "layernorm".
     pub norm: Norm,
-    /// What a norm adds to the mean square or the variance.
+    /// ε that a norm adds to the mean square or the variance.
     #[serde(default = "norm_eps")]
     pub norm_eps: f64,
     /// Base θ of RoPE's frequencies.
@@ -147,11 +147,11 @@ impl Default for RouterConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BalanceConfig {
-    /// α of the auxiliary (Switch) loss, 1 · α when balanced.
+    /// α, the weight of the auxiliary (Switch) loss, which is 1 · α when the load is balanced.
     pub aux_coefficient: f64,
     /// Tokens whose counts enter the auxiliary loss: "global", of the step so far on all ranks, or "micro", of the micro-batch.
     pub aux_scope: Scope,
-    /// How the losses of the MoE layers become one: "mean" or "sum".
+    /// How the losses of the MoE layers are combined: "mean" or "sum".
     #[serde(default = "earlier_reduction")]
     pub aux_reduction: Reduction,
     /// c of c · mean(logsumexp(z)²).
@@ -199,7 +199,7 @@ pub struct TrainConfig {
     pub sequences_per_step: usize,
     /// Sequences that go through the model at once, a divisor of `sequences_per_step`.
     pub micro_batch: usize,
-    /// Highest learning rate.
+    /// Peak learning rate.
     pub learning_rate: f64,
     /// Share of the steps in which the rate rises linearly from 0.
     #[serde(default = "warmup_fraction")]
@@ -216,13 +216,13 @@ pub struct TrainConfig {
     /// Decay of AdamW's first and second moment.
     #[serde(default = "betas")]
     pub betas: [f64; 2],
-    /// What AdamW adds to the root of the second moment.
+    /// ε that AdamW adds to the root of the second moment.
     #[serde(default = "eps")]
     pub eps: f64,
     /// Decoupled decay of matrices; norms and embeddings do not decay.
     #[serde(default = "weight_decay")]
     pub weight_decay: f64,
-    /// Greatest norm of the whole gradient; 0 leaves it alone.
+    /// Largest norm of the whole gradient, to which it is clipped; 0 for no clipping.
     #[serde(default = "gradient_clip")]
     pub gradient_clip: f64,
     /// Seed of the weights, the order of the data and the sampling routers.
@@ -267,7 +267,7 @@ pub struct TrainConfig {
     /// kernels.
     #[serde(default)]
     pub bf16_moments: bool,
-    /// Whether a device with kernels replays a step as a graph where it can.
+    /// Whether a device with kernels replays a step as a CUDA graph if possible.
     #[serde(default = "on")]
     pub graph: bool,
     /// Non-finite steps in a row, each left out, before the run stops.

@@ -22,7 +22,7 @@ pub(super) fn experts(text: &str) -> Result<[i64; 2]> {
         Some([Ok(experts), Ok(active)]) if 1 <= active && active <= experts => {
             Ok([experts, active])
         }
-        _ => Err(Error::invalid(
+        _ => Err(Error::usage(
             "--experts",
             "NcK, N experts of which K are active, as in 32c4",
             format!("`{text}`"),
@@ -41,7 +41,7 @@ pub(super) fn find(
         return Ok(text);
     }
     let names: Vec<&str> = list.iter().map(|(n, _)| *n).collect();
-    Err(Error::invalid(
+    Err(Error::usage(
         flag,
         format!("one of {}", names.join(", ")),
         format!("`{name}`"),

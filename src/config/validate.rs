@@ -13,7 +13,7 @@ fn ensure(ok: bool, key: &str, expected: impl Into<String>, got: impl Display) -
     if ok {
         return Ok(());
     }
-    Err(Error::invalid(
+    Err(Error::usage(
         key,
         expected,
         got.to_string(),
@@ -111,7 +111,7 @@ impl Config {
         within("train.gradient_clip", t.gradient_clip, 0.0, f64::MAX)?;
         positive("train.keep_checkpoints", t.keep_checkpoints)?;
         if t.bf16_moments && t.dtype == Precision::F64 {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "train.bf16_moments",
                 "false where train.dtype is f64",
                 "true",
@@ -181,7 +181,10 @@ impl Config {
                 ensure(width % 8 == 0, key, expected, width)?;
             }
             let key = "model.head_dim";
-            let expected = "64 or 128 where kernels run, the widths that attention has kernels for";
+            let expected = format!(
+                "64 or 128 where kernels run, the widths that attention has kernels for{}",
+                m.by_default()
+            );
             ensure([64, 128].contains(&m.head_dim), key, expected, m.head_dim)?;
             let (key, most) = ("model.num_experts", 256);
             let expected = format!("at most {most} where kernels run");
@@ -192,6 +195,12 @@ impl Config {
 }
 
 impl ModelConfig {
+    /// Where the width of a head comes from unless it is given.
+    fn by_default(&self) -> String {
+        let (hidden, heads) = (self.hidden, self.heads);
+        format!(" (default: model.hidden / model.heads = {hidden} / {heads})")
+    }
+
     /// Refuses shapes that no model can have.
     pub fn validate(&self) -> Result<()> {
         for (key, value) in [
@@ -219,7 +228,10 @@ impl ModelConfig {
         ensure(
             self.head_dim % 2 == 0,
             "model.head_dim",
-            "an even number, since RoPE turns pairs",
+            format!(
+                "an even number, since RoPE turns pairs{}",
+                self.by_default()
+            ),
             self.head_dim,
         )?;
         ensure(

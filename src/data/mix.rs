@@ -51,7 +51,7 @@ impl Mix {
             .take(missing)
             .for_each(|i| shares[*i] += 1);
         if let Some(none) = shares.iter().position(|n| *n == 0) {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "data.mix",
                 format!("weights of at least 1/{BLOCK} of their sum"),
                 format!("{} for {}", parts[none].weight, parts[none].source),

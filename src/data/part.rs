@@ -104,7 +104,7 @@ impl Part {
         let folder = Folder::open(path)?;
         let manifest = folder.manifest();
         if manifest.vocab_size > model.vocab_size {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "model.vocab_size",
                 format!(
                     "at least {}, the vocabulary of {}",

@@ -23,6 +23,14 @@ pub const MODEL_INPUTS: [&str; 2] = ["input_ids", "attention_mask"];
 /// What stands for a fingerprint where a token is a byte; the default of `data.tokenizer`.
 pub const BYTES: &str = "bytes";
 
+/// What the loss of a model is counted in whose tokens this tokenizer, given by its fingerprint, makes.
+pub fn loss_unit(fingerprint: &str) -> &'static str {
+    match fingerprint {
+        BYTES => "nats per byte",
+        _ => "nats per token",
+    }
+}
+
 /// Encodes text as tokens, numbers from 0 to below [`vocab_size`](Self::vocab_size), and back.
 pub struct Tokenizer {
     kind: Kind,
@@ -100,7 +108,7 @@ impl Tokenizer {
     pub fn set_special(&mut self, eos: bool, name: Option<&str>) -> Result<()> {
         let found = name.and_then(|name| self.special(name));
         if let (Some(name), None) = (name, &found) {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 if eos { "--eos" } else { "--bos" },
                 "the name of a token of the tokenizer, or none",
                 format!("`{name}`"),

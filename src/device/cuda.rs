@@ -7,6 +7,7 @@ use super::driver::{error, error_text};
 use super::pinned::{PinnedReadback, PinnedReadbacks, Staging};
 use super::{built_for, copies, counters, require_capability};
 use crate::error::{Error, Result};
+use crate::report::size;
 use cudarc::driver::result;
 use cudarc::driver::sys::{
     self, CUdevice_attribute_enum as Attribute, CUevent_flags, CUgraphInstantiate_flags,
@@ -196,9 +197,9 @@ impl Gpu {
         address.map(|a| a as usize).map_err(|e| {
             let free = result::mem_get_info().map_or(0, |(free, _)| free);
             let what = format!(
-                "allocate {:.1} GiB, {:.1} GiB are free",
-                gibibytes(bytes),
-                gibibytes(free)
+                "allocate {}, {} are free",
+                size(bytes as u64),
+                size(free as u64)
             );
             error(&what, e)
         })
@@ -339,10 +340,6 @@ impl Gpu {
     pub fn replay(&self, graph: &CudaGraph) -> Result<()> {
         graph.launch().map_err(|e| error("launch a graph", e))
     }
-}
-
-fn gibibytes(bytes: usize) -> f64 {
-    bytes as f64 / (1u64 << 30) as f64
 }
 
 /// Memory of a GPU; copies wait for the stream and are done on return.

@@ -3,6 +3,7 @@
 use super::arena::{ALIGNMENT, Arena, block_bytes};
 use super::{Device, counters, graph};
 use crate::error::{Error, Result};
+use crate::report::size;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard};
@@ -236,7 +237,7 @@ impl Drop for Block {
 /// When the device has less: the text says how much there is.
 pub fn reserve(device: Device, bytes: usize) -> Result<()> {
     grow(&mut arena(device), device, bytes).map_err(|e| {
-        let needed = format!("{:.1} GiB for this run", bytes as f64 / (1u64 << 30) as f64);
+        let needed = format!("{} for this run", size(bytes as u64));
         let help = "lower train.micro_batch, set train.recompute = true, or choose a smaller --preset; \
                     `routegrad plan` says what fits";
         Error::invalid("memory", needed, e.to_string(), help)

@@ -22,6 +22,18 @@ pub enum Error {
         /// What to do.
         help: String,
     },
+    /// An argument of the command line or a value of the configuration that is refused before any work begins.
+    #[error("{op}: expected {expected}, got {got}; {help}")]
+    Usage {
+        /// The option or the key.
+        op: String,
+        /// What it takes.
+        expected: String,
+        /// What it was given.
+        got: String,
+        /// What to do.
+        help: String,
+    },
     /// The operating system refused a file operation.
     #[error("cannot {action} {}: {source}; {help}", path.display())]
     Io {
@@ -83,6 +95,30 @@ impl Error {
             Error::NonFinite { .. } => true,
             Error::Ranks { cause, .. } => cause.as_ref().is_some_and(|e| e.is_divergence()),
             _ => false,
+        }
+    }
+
+    /// What a program ends with: 2 for [`Error::Usage`], as for a command line that cannot be parsed, and 1 otherwise.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage { .. } => 2,
+            Error::Ranks { cause, .. } => cause.as_ref().map_or(1, |e| e.exit_code()),
+            _ => 1,
+        }
+    }
+
+    /// An [`Error::Usage`].
+    pub fn usage(
+        op: impl Into<String>,
+        expected: impl Into<String>,
+        got: impl Into<String>,
+        help: impl Into<String>,
+    ) -> Self {
+        Error::Usage {
+            op: op.into(),
+            expected: expected.into(),
+            got: got.into(),
+            help: help.into(),
         }
     }
 

@@ -12,6 +12,7 @@ pub(crate) mod lock;
 pub mod metrics;
 mod nearest;
 pub mod page;
+mod plain;
 pub mod plots;
 pub(crate) mod progress;
 pub mod records;
@@ -20,10 +21,23 @@ pub mod version;
 use std::io::{IsTerminal, Write};
 
 pub use nearest::{nearest, similarity};
+pub use plain::in_plain_words;
 
 /// Whether progress on standard error is a bar: on a terminal that can redraw a line. Elsewhere progress is a line now and then.
 pub fn shows_bars() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
+}
+
+const MIB: f64 = (1u64 << 20) as f64;
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// A number of bytes in units of 2^10, as GPUs and nvidia-smi count memory: 1.50 GiB.
+pub fn size(bytes: u64) -> String {
+    match bytes as f64 {
+        n if n >= GIB => format!("{:.2} GiB", n / GIB),
+        n if n >= MIB => format!("{:.1} MiB", n / MIB),
+        n => format!("{:.1} KiB", n / 1024.0),
+    }
 }
 
 /// What errors call the standard output.
@@ -42,4 +56,17 @@ pub(crate) fn stdout_line(line: std::fmt::Arguments) -> error::Result<()> {
 /// nobody reads it.
 pub fn stderr_line(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size;
+
+    #[test]
+    fn sizes_count_in_powers_of_two() {
+        assert_eq!(size(139 << 30), "139.00 GiB");
+        assert_eq!(size(3 << 29), "1.50 GiB");
+        assert_eq!(size((1 << 30) - 1), "1024.0 MiB");
+        assert_eq!(size(512), "0.5 KiB");
+    }
 }

@@ -24,14 +24,14 @@ pub(crate) const TRAIN: RGBColor = RGBColor(31, 103, 168);
 pub(crate) const VALIDATION: RGBColor = RGBColor(217, 95, 2);
 pub(crate) const FONT: &str = "sans-serif";
 
-/// Draws the pictures from the log at `metrics` into `folder`. Does nothing before the first step.
-pub fn write(metrics: &Path, folder: &Path) -> Result<()> {
+/// Draws the pictures from the log at `metrics`, whose losses are in `loss_unit`, into `folder`. Does nothing before the first step.
+pub fn write(metrics: &Path, folder: &Path, loss_unit: &str) -> Result<()> {
     let records: Vec<Record> = metrics::read(metrics)?.collect();
     if records.is_empty() {
         return Ok(());
     }
     save(&folder.join("loss.svg"), (960, 540), |area| {
-        draw_loss(area, &records)
+        draw_loss(area, &records, loss_unit)
     })?;
     let layers = records[0].load.len();
     let columns = layers.div_ceil(8);
@@ -113,7 +113,7 @@ fn smooth(values: &[(f64, f64)]) -> Vec<(f64, f64)> {
         .collect()
 }
 
-fn draw_loss(area: &Area, records: &[Record]) -> Drawn {
+fn draw_loss(area: &Area, records: &[Record], unit: &str) -> Drawn {
     let series = |f: fn(&Record) -> Option<f64>| -> Vec<(f64, f64)> {
         records
             .iter()
@@ -139,7 +139,7 @@ fn draw_loss(area: &Area, records: &[Record]) -> Drawn {
         .build_cartesian_2d(0.0..last, low - margin..high + margin)?;
     styled(&mut chart.configure_mesh(), 14)
         .x_desc("step")
-        .y_desc("cross-entropy, nats per token")
+        .y_desc(format!("cross-entropy, {unit}"))
         .x_labels(9)
         .y_labels(9)
         .x_label_formatter(&|x| grouped(*x))
@@ -325,7 +325,7 @@ mod tests {
                 record.loss = record.loss.filter(|_| step % 3 != 0);
                 log.append(&record).unwrap();
             }
-            write(&path, dir.path()).unwrap();
+            write(&path, dir.path(), "nats per byte").unwrap();
             for name in ["loss.svg", "load.svg"] {
                 let svg = std::fs::read_to_string(dir.path().join(name)).unwrap();
                 assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"));

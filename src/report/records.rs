@@ -3,6 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::report::files::replace;
+use crate::report::in_plain_words;
 use serde::{Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -85,7 +86,7 @@ impl<R: Entry> Records<R> {
                 Error::file(
                     path,
                     "one record a line",
-                    format!("line {}: {e}", i + 1),
+                    format!("line {}: {}", i + 1, in_plain_words(&e.to_string())),
                     R::BROKEN,
                 )
             })?;

@@ -49,11 +49,11 @@ pub(crate) const INFO: RouterInfo = RouterInfo {
         ),
         (
             "weighted",
-            "whether a token counts by its probability, or all alike",
+            "whether tokens are weighted by their probability",
         ),
         (
             "weight_norm",
-            "what a weighted mean is divided by: \"sum_p\" or \"count\"",
+            "divisor of the weighted mean: \"sum_p\" or \"count\"",
         ),
         (
             "init_std",
@@ -74,7 +74,7 @@ pub(crate) const INFO: RouterInfo = RouterInfo {
         ),
         (
             "samples",
-            "tokens that are drawn for each expert and optimizer step, where any are",
+            "tokens drawn for each expert and optimizer step, if any are drawn",
         ),
         (
             "shrink",
@@ -241,7 +241,7 @@ impl DefaultMoe {
             return Ok(());
         }
         if !(1..1 << 16).contains(&self.samples) {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "router.samples",
                 "a whole number from 1 to 65535",
                 self.samples.to_string(),
@@ -250,7 +250,7 @@ impl DefaultMoe {
         }
         let counts = self.weighted && self.weight_norm == WeightNorm::Count;
         if counts && self.source == Source::Sampled {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "router.weight_norm",
                 "\"sum_p\" with router.source = \"sampled\": drawing by probability gives the mean over their sum",
                 "\"count\"",
@@ -275,7 +275,7 @@ impl Router for DefaultMoe {
         if device == Device::Cpu || !self.renormalize {
             return Ok(());
         }
-        Err(Error::invalid(
+        Err(Error::usage(
             "router.renormalize",
             "false on a device with kernels: default renormalises on the CPU alone",
             format!("true with train.device = \"{device}\""),

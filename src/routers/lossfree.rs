@@ -87,7 +87,7 @@ impl Router for LossFree {
     fn validate(&self, model: &ModelConfig) -> Result<()> {
         within("update_rate", self.update_rate, 0.0, None)?;
         if !matches!(self.score, Score::Softmax | Score::Sigmoid) {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "router.score",
                 "\"softmax\" or \"sigmoid\"",
                 format!("{:?}", self.score).to_lowercase(),

@@ -308,7 +308,7 @@ fn within(key: &str, value: f64, least: f64, below: Option<f64>) -> Result<()> {
     if value >= least && value < below.unwrap_or(f64::INFINITY) {
         return Ok(());
     }
-    Err(Error::invalid(
+    Err(Error::usage(
         format!("router.{key}"),
         match below {
             Some(below) => format!("a number from {least} to below {below}"),
@@ -324,7 +324,7 @@ fn learns_renormalized(model: &ModelConfig) -> Result<()> {
     if model.top_k > 1 {
         return Ok(());
     }
-    Err(Error::invalid(
+    Err(Error::usage(
         "router.renormalize",
         "model.top_k of 2 or more",
         "1",

@@ -3,7 +3,7 @@
 use super::{ROUTERS, Router};
 use crate::config::RouterConfig;
 use crate::error::{Error, Result};
-use crate::report::nearest;
+use crate::report::{in_plain_words, nearest};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::sync::{PoisonError, RwLock};
@@ -163,7 +163,7 @@ pub fn find(name: &str) -> Result<&'static RouterInfo> {
     named(routers.iter().copied(), name).ok_or_else(|| {
         let names: Vec<&str> = routers.iter().map(|r| r.name).collect();
         let close = nearest(name, names.iter().copied());
-        Error::invalid(
+        Error::usage(
             "router.name",
             format!("one of {}", names.join(", ")),
             format!("\"{name}\""),
@@ -184,16 +184,37 @@ where
         Err(e) => unreachable!("settings are plain values: {e}"),
     };
     refuse_unknown(settings, &table(&R::default()))?;
-    let router: R = settings.clone().try_into().map_err(|e: toml::de::Error| {
-        Error::invalid(
-            "router",
-            "settings of the right type",
-            e.message().to_string(),
-            "see `routegrad routers`",
-        )
+    let read = |settings: toml::Table| settings.try_into::<R>();
+    let router = read(settings.clone()).map_err(|e| {
+        // One by one the settings say which of them is wrong.
+        let alone = settings.iter().find_map(|(key, value)| {
+            let one = toml::Table::from_iter([(key.clone(), value.clone())]);
+            Some((key, value, read(one).err()?))
+        });
+        match alone {
+            Some((key, value, e)) => Error::usage(
+                format!("router.{key}"),
+                expected(&e),
+                value.to_string(),
+                "see `routegrad routers`",
+            ),
+            None => Error::usage(
+                "router",
+                "settings",
+                e.to_string(),
+                "see `routegrad routers`",
+            ),
+        }
     })?;
     let resolved = table(&router);
     Ok((Box::new(router), resolved))
+}
+
+/// What a setting must be, from the error of its parser.
+fn expected(e: &toml::de::Error) -> String {
+    let message = e.message().lines().next().unwrap_or_default();
+    let expected = message.rsplit_once("expected ");
+    in_plain_words(expected.map_or(message, |(_, expected)| expected))
 }
 
 /// [`RouterInfo::build`] for a router without settings.
@@ -215,7 +236,7 @@ fn refuse_unknown(settings: &toml::Table, known: &toml::Table) -> Result<()> {
         .iter()
         .filter(|info| info.settings.iter().any(|(own, _)| own == key));
     let owners: Vec<&str> = owners.map(|info| info.name).collect();
-    Err(Error::invalid(
+    Err(Error::usage(
         format!("router.{key}"),
         if keys.is_empty() {
             "no settings for this router".into()
@@ -296,6 +317,26 @@ mod tests {
         let error = |c| build(&c).err().unwrap().to_string();
         assert!(error(config("defualt", "")).contains("did you mean \"default\"?"));
         assert!(error(config("default", "bta = 0.5")).contains("did you mean router.beta?"));
-        assert!(error(config("topk", "renormalize = 3")).contains("router"));
+        for (router, set, expected) in [
+            (
+                "topk",
+                "renormalize = 3",
+                "router.renormalize: expected true or false, got 3",
+            ),
+            (
+                "default",
+                "beta = \"high\"",
+                "router.beta: expected a number, got \"high\"",
+            ),
+            (
+                "default",
+                "samples = -1",
+                "router.samples: expected a whole number, 0 or more, got -1",
+            ),
+            ("default", "source = \"no\"", "router.source: expected `"),
+        ] {
+            let e = error(config(router, set));
+            assert!(e.contains(expected), "{e}");
+        }
     }
 }

@@ -94,7 +94,7 @@ impl Default for SparseMixer {
 pub fn surrogate(config: &RouterConfig) -> Result<Box<dyn Router>> {
     let router = config.settings.clone().try_into::<SparseMixer>();
     let router = router.map_err(|e| {
-        Error::invalid(
+        Error::usage(
             "router",
             "the settings of sparsemixer",
             e.message().to_string(),
@@ -220,7 +220,7 @@ impl Router for SparseMixer {
             Version::V2 => 2,
         };
         if model.top_k > most {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "model.top_k",
                 format!("at most {most} for this version of sparsemixer"),
                 model.top_k.to_string(),

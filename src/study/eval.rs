@@ -67,7 +67,7 @@ pub fn load(
         }
     })?;
     if !default_vectors && !left_out {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--without-default-vectors",
             "a model of the router default",
             format!("router {}", state.config.router.name),
@@ -91,7 +91,7 @@ pub(super) fn text(config: &mut Config, digest: &str, data: Option<&str>) -> Res
         config.data.set_source(data);
     }
     if data.is_none() && digest.is_empty() {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--data",
             "held-out text for a model without a run",
             "none",

@@ -14,6 +14,7 @@ pub use architecture::Architecture;
 use crate::data::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
 use crate::error::{Error, Result};
 use crate::report::progress::Phases;
+use crate::report::size;
 use crate::routers::{self, Router};
 use crate::study::eval;
 use crate::study::exchange::Saved;
@@ -111,7 +112,7 @@ pub fn run(found: &Saved, out: &Path, dtype: DType, shard_bytes: u64) -> Result<
     };
 
     let bytes: usize = arrays.iter().map(|a| a.size()).sum();
-    phases.begin(2, &format!("writing {:.1} GB", bytes as f64 / 1e9));
+    phases.begin(2, &format!("writing {}", size(bytes as u64)));
     let texts = texts.iter().map(|(name, text)| (*name, text.as_bytes()));
     let own = own.iter().map(|(name, text)| (*name, text.as_slice()));
     let texts: Vec<_> = texts.chain(own).collect();

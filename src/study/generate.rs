@@ -42,7 +42,7 @@ impl Sampling {
         if self.temperature >= 0.0 && self.temperature.is_finite() {
             return Ok(());
         }
-        Err(Error::invalid(
+        Err(Error::usage(
             "--temperature",
             "a finite number from 0 up",
             self.temperature.to_string(),
@@ -107,7 +107,7 @@ pub fn run(
     let vocabulary = model.config().vocab_size;
     let tokens = start(&tokenizer, prompt)?;
     if let Some(token) = tokens.iter().find(|t| **t as usize >= vocabulary) {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--prompt",
             format!("tokens below the model's vocabulary of {vocabulary}"),
             format!("token {token}"),

@@ -81,9 +81,13 @@ impl Builder {
         ranks::check(&*dist, &self.config)?;
         doing("the connection of devices");
         let dist = nccl::on_device(dist, self.config.train.device)?;
+        // A wrong value is reported before anything about the folder.
+        let config = &self.config;
+        check_values(config, run.is_some())?;
+        doing("the reading of data");
+        let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
         let mut lock = None;
         if let Some(run) = &run {
-            memory::check(&self.config)?;
             let own = match (dist.rank(), run.resume) {
                 (0, true) => FolderLock::take(&run.out).map(Some),
                 (0, false) => refuse_existing(&run.out).map(|()| None),
@@ -91,9 +95,6 @@ impl Builder {
             };
             lock = agree(&*dist, own)?;
         }
-        doing("the reading of data");
-        let config = &self.config;
-        let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
         let (saved, damaged) = match &run {
             Some(run) if run.resume => {
                 ranks::check_folder(&*dist, &run.out)?;
@@ -152,6 +153,17 @@ impl Builder {
             introduce(&trainer, run, dist.size());
         }
         Ok(trainer)
+    }
+}
+
+/// Refuses settings of the router that do not fit the model or the device, and, for a run with a folder, what does not fit in memory.
+fn check_values(config: &Config, in_folder: bool) -> Result<()> {
+    let router = routers::build(&config.router)?;
+    router.validate(&config.model)?;
+    router.validate_device(config.train.device)?;
+    match in_folder {
+        true => memory::check(config),
+        false => Ok(()),
     }
 }
 
@@ -261,7 +273,7 @@ fn resume(
     refuse_another_run(&state, &config, &data)?;
     let (done, steps) = (state.step, config.train.steps);
     if steps < done {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "train --resume",
             format!("at least the {done} steps that are done"),
             format!("train.steps = {steps}"),
@@ -312,7 +324,7 @@ fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Resu
         let (was, is) = (of(&old, key), of(&new, key));
         if was != is {
             let expected = format!("{key} = {was}, which the run began with");
-            return Err(Error::invalid("train --resume", expected, is, help));
+            return Err(Error::usage("train --resume", expected, is, help));
         }
     }
     if state.data != data {

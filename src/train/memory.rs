@@ -3,6 +3,7 @@
 use crate::config::{Config, count};
 use crate::device::Device;
 use crate::error::{Error, Result};
+use crate::report::size;
 use std::fs;
 
 /// Bytes that training takes at least: each parameter with its gradient and two moments, and what
@@ -48,22 +49,12 @@ fn fits(needed: u64, available: Option<u64>) -> Result<()> {
     match available {
         Some(available) if needed > available => Err(Error::invalid(
             "train",
-            format!(
-                "a model that fits in {:.1} GB of free memory",
-                gigabytes(available)
-            ),
-            format!(
-                "one whose training takes at least {:.1} GB",
-                gigabytes(needed)
-            ),
+            format!("a model that fits in {} of free memory", size(available)),
+            format!("one whose training takes at least {}", size(needed)),
             "choose a smaller --preset, or lower train.micro_batch, train.sequences_per_step or model.sequence_length",
         )),
         _ => Ok(()),
     }
-}
-
-fn gigabytes(bytes: u64) -> f64 {
-    bytes as f64 / 1e9
 }
 
 /// Free memory, or the container's limit where that is less; none where the system does not say.
@@ -97,10 +88,8 @@ mod tests {
         // 3.7 M parameters of 16 bytes, and about 30 kB for each of 4,096 tokens.
         let least = least(&config);
         assert!((150_000_000..300_000_000).contains(&least), "{least}");
-        let e = fits(50_000_000_000, Some(24_000_000_000))
-            .unwrap_err()
-            .to_string();
-        assert!(e.contains("24.0 GB") && e.contains("50.0 GB"), "{e}");
+        let e = fits(50 << 30, Some(24 << 30)).unwrap_err().to_string();
+        assert!(e.contains("24.00 GiB") && e.contains("50.00 GiB"), "{e}");
         fits(u64::MAX, None).unwrap();
     }
 

@@ -191,7 +191,10 @@ fn damaged_and_foreign_checkpoints_are_named_and_older_ones_used() {
     fs::rename(place.path("wide/checkpoints/step-20"), &newest).unwrap();
     has(&fail(&mut place.resume("run")), &["model", "began with"]);
     // A folder of something else.
-    has(&fail(&mut eval(place.folder.path())), &["manifest.json"]);
+    has(
+        &fail(&mut eval(place.folder.path())),
+        &["a run, or one of its checkpoints", "without manifest.json"],
+    );
     has(&fail(&mut eval(&place.path("none"))), &["no such folder"]);
 }
 
@@ -379,7 +382,7 @@ fn a_model_that_cannot_fit_in_memory_is_refused_before_it_is_made() {
     let huge: Vec<&str> = huge.iter().flat_map(|s| ["--set", s]).collect();
     has(
         &fail(&mut place.train("run", &huge)),
-        &["free memory", "GB", "smaller"],
+        &["free memory", "GiB", "smaller"],
     );
     let line = fail(&mut place.train(
         "run",
@@ -390,7 +393,7 @@ fn a_model_that_cannot_fit_in_memory_is_refused_before_it_is_made() {
             "model.sequence_length=1000000",
         ],
     ));
-    has(&line, &["GB"]);
+    has(&line, &["GiB"]);
     assert!(!place.path("run").exists());
 }
 
@@ -502,4 +505,125 @@ fn a_value_of_another_router_or_device_is_answered_by_what_it_is_for() {
         &refused(&["--timeline"]),
         &["--timeline", "a device with kernels, sim or cuda"],
     );
+}
+
+#[test]
+fn a_run_without_a_checkpoint_is_called_that_and_what_to_do_is_named() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "3", "--no-checkpoint"]));
+    let run = place.path("run");
+    let tokens = place.path("tokens.safetensors");
+    let out = place.path("out");
+    let (tokens, out) = (tokens.to_str().unwrap(), out.to_str().unwrap());
+    for arguments in [
+        &["eval"][..],
+        &["analyze"],
+        &["generate"],
+        &["export", "--to", "hf", "--out", out],
+        &["dump", "--tokens", tokens, "--out", out],
+    ] {
+        // Before its first save a run has no folder of checkpoints, and later for a moment an empty one.
+        for empty in [false, true] {
+            if empty {
+                fs::create_dir_all(run.join("checkpoints")).unwrap();
+            } else {
+                let _ = fs::remove_dir(run.join("checkpoints"));
+            }
+            let mut command = program();
+            command.args(arguments).arg("--model").arg(&run);
+            let line = fail(&mut command);
+            has(
+                &line,
+                &["a run that has none yet", "wait", "train --resume --out"],
+            );
+            assert!(!line.contains("manifest.json"), "{line}");
+        }
+    }
+    // The advice can be followed.
+    succeed(&mut place.resume("run"));
+    succeed(&mut eval(&run));
+}
+
+#[test]
+fn a_wrong_value_is_reported_before_a_folder_that_is_taken() {
+    let place = Place::new();
+    succeed(&mut place.train("run", &["--steps", "1"]));
+    for (arguments, part) in [
+        (&["--set", "train.step=3"][..], "train.step"),
+        (&["--data", "missing.txt"], "missing.txt"),
+        (
+            &["--router", "topk", "--set", "router.renormalize=true"],
+            "router.renormalize",
+        ),
+        (&["--set", "model.vocab_size=64"], "model.vocab_size"),
+        (&["--timeline"], "--timeline"),
+    ] {
+        let mut command = program();
+        command.arg("train").args(arguments);
+        let line = fail(command.arg("--out").arg(place.path("run")));
+        has(&line, &[part]);
+        assert!(!line.contains("holds a run"), "{line}");
+    }
+    has(&fail(&mut place.train("run", &[])), &["holds a run"]);
+}
+
+#[test]
+fn a_refused_argument_or_value_ends_with_2_and_any_other_failure_with_1() {
+    let place = Place::new();
+    let code = |command: &mut std::process::Command| command.output().unwrap().status.code();
+    for refused in [
+        &["--stepss", "3"][..],
+        &["--steps", "many"],
+        &["--steps", "0"],
+        &["--threads", "0"],
+        &["--preset", "tinny"],
+        &["--experts", "8x4"],
+        &["--router", "defualt"],
+        &["--set", "train.step=3"],
+        &["--set", "train.steps=many"],
+        &["--set", "model.top_k=5"],
+        &["--set", "router.beta=2"],
+        &["--timeline"],
+        &["--rank-timeout", "0"],
+        &["--sim-arch", "sm_90"],
+    ] {
+        assert_eq!(
+            code(&mut place.train("run", refused)),
+            Some(2),
+            "{refused:?}"
+        );
+    }
+    assert_eq!(code(program().args(["ablate", "--jobs", "0"])), Some(2));
+    for failed in [["--data", "missing.txt"], ["--config", "missing.toml"]] {
+        let mut command = program();
+        command.args(["train", "--out"]).arg(place.path("run"));
+        assert_eq!(code(command.args(failed)), Some(1), "{failed:?}");
+    }
+    assert_eq!(code(&mut eval(&place.path("none"))), Some(1));
+    assert_eq!(code(&mut place.train("run", &["--steps", "1"])), Some(0));
+    assert_eq!(code(&mut place.train("run", &["--steps", "1"])), Some(1));
+}
+
+#[test]
+fn numbers_on_the_command_line_are_answered_without_words_of_the_parser() {
+    for (arguments, expected) in [
+        (&["train", "--steps", "many"][..], "expected a whole number"),
+        (&["train", "--learning-rate", "fast"], "expected a number"),
+        (
+            &["floors", "--tokens", "-1"],
+            "expected a whole number, 0 or more",
+        ),
+    ] {
+        let output = program().args(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        let said = text(&output.stderr);
+        assert!(
+            said.contains(expected) && said.contains(arguments[1]),
+            "{said}"
+        );
+        assert!(
+            !said.contains("literal") && !said.contains("digit"),
+            "{said}"
+        );
+    }
 }

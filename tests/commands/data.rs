@@ -582,3 +582,61 @@ fn tokens_that_do_not_fit_the_run_are_refused() {
         "{line}"
     );
 }
+
+#[test]
+fn a_side_too_short_for_a_sequence_is_told_with_numbers_and_what_to_do() {
+    let inputs = Inputs::new(200);
+    let prepare = |out: &str, share: &str| {
+        let mut command = program();
+        command.args(["data", "prepare", "--validation-fraction", share]);
+        command.arg("--tokenizer").arg(inputs.path(TOKENIZER_FILE));
+        command.arg(inputs.path("in.parquet"));
+        command.arg("--out").arg(inputs.path(out));
+        succeed(&mut command).1
+    };
+    // Some 1,000 tokens: enough for tiny, too few for 557m.
+    let told = prepare("some", "0.03");
+    let folder = Folder::open(&inputs.path("some")).unwrap();
+    let tokens = folder.manifest().counts(Side::Validation).tokens;
+    assert!((257..=2048).contains(&tokens), "{tokens}");
+    let warning = format!("warning: the held-out part has {tokens} tokens");
+    assert!(told.contains(&warning), "{told}");
+    assert!(
+        told.contains("presets 557m 2048, 1.96b 2048, 7.33b 2048;"),
+        "{told}"
+    );
+    assert!(told.contains("--validation-fraction"), "{told}");
+    let least = format!("--sequence-length {} or less", tokens - 1);
+    assert!(
+        told.contains(&least) && !told.contains("training part"),
+        "{told}"
+    );
+    // The advice holds to the token.
+    let train = |length: u64| {
+        let mut command = program();
+        command.args(["train", "--no-checkpoint", "--quiet", "--steps", "1"]);
+        command.args([
+            "--set",
+            "model.hidden=16",
+            "--set",
+            "model.heads=1",
+            "--set",
+            "model.layers=2",
+        ]);
+        command.args(["--batch", "1", "--set", "train.eval_sequences=1"]);
+        command.args(["--sequence-length", &length.to_string()]);
+        command.arg("--data").arg(inputs.path("some"));
+        command.arg("--out").arg(inputs.path(&length.to_string()));
+        command
+    };
+    let (said, _) = succeed(&mut train(tokens - 1));
+    assert!(said.contains("nats per token"), "{said}");
+    assert!(fail(&mut train(tokens)).contains("validation text of more than"));
+    // Nothing held out, and little to train on.
+    let told = prepare("none", "0");
+    assert!(told.contains("the held-out part has 0 tokens"), "{told}");
+    assert!(!told.contains("--sequence-length"), "{told}");
+    // Enough on both sides: no word.
+    let told = prepare("half", "0.5");
+    assert!(!told.contains("warning"), "{told}");
+}

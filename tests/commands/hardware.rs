@@ -64,8 +64,8 @@ fn a_dry_run_lists_every_task_in_order_and_says_why_it_cannot_run() {
         "scales: 557m default, 2 ranks  (needs",
         "scales: 557m default, 8 ranks  (needs",
         "memcheck: dispatch_positive small  (needs compute-sanitizer)",
-        "trains: 7.33b default  (needs 142.1 GB of the device)",
-        "resumes: 557m default  (needs 17.9 GB of the device, 6.7 GB of disk)",
+        "trains: 7.33b default  (needs 132.30 GiB of the device)",
+        "resumes: 557m default  (needs 16.66 GiB of the device, 6.22 GiB of disk)",
         "timed: attention_forward 2048 x 64",
         "timed: attention_backward 8192 x 128 grouped 16 on 4",
         "timed: grouped_gemm_forward dense 4096",
@@ -240,7 +240,7 @@ fn a_gpu_without_room_for_the_run_says_how_much_is_free_before_the_run_begins() 
     assert_eq!(output.status.code(), Some(1), "{error}");
     assert!(
         error.contains("allocate")
-            && error.contains("3.0 GiB are free")
+            && error.contains("3.00 GiB are free")
             && error.contains("micro_batch"),
         "{error}"
     );

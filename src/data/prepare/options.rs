@@ -77,7 +77,7 @@ impl Options {
     pub(super) fn validate(&self) -> Result<()> {
         let share = self.validation_fraction;
         if !(0.0..1.0).contains(&share) {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "--validation-fraction",
                 "a number from 0 to below 1",
                 share.to_string(),
@@ -85,7 +85,7 @@ impl Options {
             ));
         }
         if self.shard_tokens == 0 {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "--shard-tokens",
                 "at least 1",
                 "0",

@@ -10,7 +10,9 @@ use super::names;
 use super::names::{SEED, SHORT};
 use crate::config::{Config, Layers};
 use crate::data;
+use crate::data::tokenizer::loss_unit;
 use crate::error::{Error, Result};
+use crate::report::in_plain_words;
 use crate::routers;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -51,7 +53,7 @@ pub struct Grid {
 
 /// One table of axes, or several.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a table of axes, or a list of them")]
 pub enum Products {
     One(Table),
     Several(Vec<Table>),
@@ -117,6 +119,21 @@ struct Choice {
     set: Vec<(String, Value)>,
 }
 
+impl Plan {
+    /// What the losses of all runs are counted in.
+    pub fn loss_unit(&self) -> &'static str {
+        let mut units = self
+            .runs
+            .iter()
+            .map(|r| loss_unit(&r.config.data.tokenizer));
+        let first = units.next().unwrap_or_default();
+        match units.all(|unit| unit == first) {
+            true => first,
+            false => "nats per token",
+        }
+    }
+}
+
 impl Grid {
     /// Reads a grid file.
     ///
@@ -136,10 +153,10 @@ impl Grid {
             let line = e.span().map_or(1, |s| {
                 text.get(..s.start).map_or(0, |t| t.matches('\n').count()) + 1
             });
-            Error::invalid(
+            Error::usage(
                 from,
                 "a grid: base, axes, and what docs/ablations.md lists",
-                format!("line {line}: {}", e.message()),
+                format!("line {line}: {}", in_plain_words(e.message())),
                 "mend the line",
             )
         })?;
@@ -204,7 +221,7 @@ impl Grid {
     /// An empty grid, a key or value that the configuration does not take, two runs of one name.
     pub fn plan(&self) -> Result<Plan> {
         let empty = |got: &str| {
-            Err(Error::invalid(
+            Err(Error::usage(
                 "grid",
                 "at least one axis, and a value on each",
                 got,
@@ -302,7 +319,7 @@ impl Grid {
             ] {
                 let wide = size as f64 * factor;
                 if !(wide >= 1.0 && wide.fract() == 0.0) {
-                    return Err(Error::invalid(
+                    return Err(Error::usage(
                         WIDTH,
                         format!("a factor that makes {key} = {size} another whole number"),
                         width.to_string(),
@@ -374,7 +391,7 @@ fn axes_of(table: &Table, grid: &Grid) -> Result<Vec<(String, Vec<Choice>)>> {
         .iter()
         .map(|(key, values)| {
             let Value::Array(values) = values else {
-                return Err(Error::invalid(
+                return Err(Error::usage(
                     format!("axis `{key}`"),
                     "a list of values",
                     values.to_string(),
@@ -390,7 +407,7 @@ fn axes_of(table: &Table, grid: &Grid) -> Result<Vec<(String, Vec<Choice>)>> {
         .collect::<Result<Vec<(String, Vec<Choice>)>>>()?;
     axes.sort_by_key(|(key, _)| order(key));
     if let Some((key, _)) = axes.iter().find(|(_, choices)| choices.is_empty()) {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             format!(
                 "axis `{key}` of {}",
                 if grid.title.is_empty() {
@@ -422,7 +439,7 @@ fn choice(axis: &str, value: &Value) -> Result<Choice> {
             label: text(label),
             set: table.into_iter().collect(),
         }),
-        None => Err(Error::invalid(
+        None => Err(Error::usage(
             format!("axis `{axis}`"),
             "a value with a label",
             value.to_string(),
@@ -452,7 +469,7 @@ fn combinations(product: &[(String, Vec<Choice>)]) -> Vec<Vec<(&str, &Choice)>> 
 /// An error of one run: `--set` stands for keys of the grid here.
 fn named(e: Error, run: &str) -> Error {
     match e {
-        Error::Invalid {
+        Error::Usage {
             op,
             expected,
             got,
@@ -460,7 +477,7 @@ fn named(e: Error, run: &str) -> Error {
         } => {
             let op = op.replace("--set", "grid").replace("--preset", "preset");
             let op = op.replace("--experts", "experts");
-            Error::invalid(format!("run {run}: {op}"), expected, got, help)
+            Error::usage(format!("run {run}: {op}"), expected, got, help)
         }
         other => other,
     }
@@ -472,7 +489,7 @@ fn same_name(a: &Run, b: &Run) -> Error {
         [] => "twice the same".to_string(),
         [(key, a, b), ..] => format!("two that differ in {key}, {a} and {b}"),
     };
-    Error::invalid(
+    Error::usage(
         "grid",
         format!("one run of the name `{}`", a.name),
         differs,

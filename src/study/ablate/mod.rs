@@ -84,16 +84,16 @@ pub struct Args {
     /// Grid of a figure of the Default MoE paper: 2 or 5 to 13.
     #[arg(long, value_name = "N")]
     figure: Option<String>,
-    /// Size of a figure or grid, above 0 to 1: the model, and √scale of the steps.
+    /// Scale of a figure or grid, above 0 and up to 1: a smaller model, and √scale times the steps.
     #[arg(long, value_name = "S")]
     scale: Option<f64>,
     /// Name of each run, with an axis in braces, as in '{router}-{seed}'.
     #[arg(long, value_name = "TEMPLATE")]
     name: Option<String>,
-    /// What the others are held against [default: the first router].
+    /// Value with which the others are compared [default: the first router].
     #[arg(long, value_name = "NAME")]
     baseline: Option<String>,
-    /// Perplexity to reach [default: the baseline's last].
+    /// Target perplexity [default: the final perplexity of the baseline].
     #[arg(long, value_name = "X")]
     target_perplexity: Option<f64>,
     /// Folder of the runs and of the report.
@@ -166,7 +166,7 @@ impl Args {
             .target_perplexity
             .is_some_and(|t| !(t > 1.0 && t.is_finite()))
         {
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "--target-perplexity",
                 "a perplexity above 1",
                 format!("{:?}", grid.target_perplexity.unwrap_or_default()),
@@ -181,7 +181,7 @@ impl Args {
 fn pair<'a>(flag: &str, text: &'a str) -> Result<(&'a str, &'a str)> {
     let halves = text.split_once('=').map(|(k, v)| (k.trim(), v.trim()));
     halves.ok_or_else(|| {
-        Error::invalid(
+        Error::usage(
             flag,
             "key=value, as in train.learning_rate=1e-3,3e-3",
             format!("`{text}`"),
@@ -214,7 +214,7 @@ fn values(list: &str) -> Result<Vec<Value>> {
         }
     }
     if parts.iter().any(|p| p.trim().is_empty()) {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "a list of values",
             "at least one value, and none empty",
             format!("`{list}`"),
@@ -236,7 +236,7 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
     let out = &args.out;
     if args.jobs == 0 {
         let what = "a number of runs from 1 up";
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--jobs",
             what,
             "0",
@@ -244,7 +244,7 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
         ));
     }
     if args.jobs > 1 && dist.size() > 1 {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--jobs",
             "1 under a launcher, which starts the processes that train at a time",
             args.jobs.to_string(),

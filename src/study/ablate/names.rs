@@ -66,7 +66,7 @@ pub fn fill(template: &str, axes: &[String], labels: &[String]) -> Result<String
         let (key, after) = after.split_once('}').unwrap_or((after, ""));
         let Some(label) = by_name.get(key) else {
             let axes: Vec<&str> = axes.iter().map(|a| short(a)).collect();
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 format!("name `{template}` of the grid"),
                 format!("an axis in braces: {}", axes.join(", ")),
                 format!("`{key}`"),

@@ -31,7 +31,7 @@ pub fn figure(name: &str) -> Result<Grid> {
     }
     let names: Vec<&str> = FIGURES.iter().map(|(n, _)| *n).collect();
     let near = nearest(name, names.iter().copied()).unwrap_or("5");
-    Err(Error::invalid(
+    Err(Error::usage(
         "--figure",
         format!("one of {}", names.join(", ")),
         format!("`{name}`"),
@@ -52,7 +52,7 @@ pub fn figure(name: &str) -> Result<Grid> {
 /// When the scale is not in (0, 1], or the grid has no preset or steps to scale.
 pub fn scale(grid: &mut Grid, scale: f64) -> Result<String> {
     if !(scale > 0.0 && scale <= 1.0) {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "--scale",
             "a number above 0 and up to 1",
             scale.to_string(),
@@ -60,7 +60,7 @@ pub fn scale(grid: &mut Grid, scale: f64) -> Result<String> {
         ));
     }
     let needs = |what: &str| {
-        Error::invalid(
+        Error::usage(
             "--scale",
             format!("a grid whose base sets {what}"),
             "none",

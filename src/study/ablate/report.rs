@@ -85,6 +85,11 @@ impl Report<'_> {
         self.summary.groups.iter()
     }
 
+    /// A loss by name and unit, for an axis.
+    fn loss(&self, name: &str) -> String {
+        format!("{name}, {}", self.plan.loss_unit())
+    }
+
     fn baseline(&self, group: &Group) -> &Group {
         &self.summary.groups[group.baseline]
     }
@@ -103,10 +108,10 @@ impl Report<'_> {
         steps.dedup();
         let steps: Vec<String> = steps.iter().map(u64::to_string).collect();
         format!(
-            "{finished} of {} runs are finished, of {} steps. Losses are cross-entropies in nats per \
-             token; ± and bands are one sample standard deviation over seeds.",
+            "{finished} of {} runs are finished, of {} steps. Losses are cross-entropies in {}; ± and bands are one sample standard deviation over seeds.",
             runs.len(),
             steps.join(", "),
+            self.plan.loss_unit(),
         )
     }
 
@@ -222,7 +227,7 @@ impl Report<'_> {
             formula: "gain = mean over seeds of L_baseline − L; perplexity = e^L",
             notes,
             table: self.group_table(),
-            figure: Some(final_losses(&rows, "validation loss, nats per token")?),
+            figure: Some(final_losses(&rows, &self.loss("validation loss"))?),
         })
     }
 
@@ -251,13 +256,13 @@ impl Report<'_> {
                 "Validation loss",
                 "Loss of the evaluations, the mean over seeds and one standard deviation to either side: \
                  the whole run, and its second half.",
-                "validation loss, nats per token",
+                self.loss("validation loss"),
             ),
             false => (
                 "Training loss",
                 "Loss of the steps, the mean of each fiftieth of a run, then the mean over seeds and one \
                  standard deviation: the whole run, and its second half.",
-                "training loss, nats per token",
+                self.loss("training loss"),
             ),
         };
         Ok(Section {
@@ -267,7 +272,7 @@ impl Report<'_> {
             formula: "",
             notes: Vec::new(),
             table,
-            figure: Some(curves(&lines, y, &[0.0, 0.5])?),
+            figure: Some(curves(&lines, &y, &[0.0, 0.5])?),
         })
     }
 
@@ -297,7 +302,7 @@ impl Report<'_> {
             formula: "L_baseline − L",
             notes: Vec::new(),
             table,
-            figure: Some(curves(&lines, "gain, nats per token", &[0.0])?),
+            figure: Some(curves(&lines, &self.loss("gain"), &[0.0])?),
         })
     }
 

@@ -10,7 +10,7 @@ use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::report::files::publish;
 use crate::report::metrics;
-use crate::report::stderr_line;
+use crate::report::{in_plain_words, stderr_line};
 use crate::study::hooks;
 use crate::train::checkpoint::Checkpoint;
 use crate::train::{self, Outcome};
@@ -93,7 +93,7 @@ fn holds_this(place: &Path, run: &Run) -> Result<bool> {
         foreign(
             &file,
             &run.name,
-            e.message().lines().collect::<Vec<_>>().join(" "),
+            in_plain_words(&e.message().lines().collect::<Vec<_>>().join(" ")),
         )
     })?;
     match differences(&held, &run.config).first() {

@@ -233,7 +233,7 @@ fn groups(plan: &Plan, runs: &[RunSummary], baseline: Option<&str>) -> Result<Ve
         (Some(name), _) => {
             let mut names: Vec<&str> = compared.iter().map(|c| c.as_str()).collect();
             names.dedup();
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "baseline",
                 format!("one of {}", names.join(", ")),
                 format!("`{name}`"),

@@ -18,18 +18,19 @@ impl Summary {
             let gain = self
                 .gain(plan, group)
                 .filter(|_| base.label != group.label)?;
-            Some(verdict(group, base, gain, self.pairs(plan, group).count()))
+            let pairs = self.pairs(plan, group).count();
+            Some(verdict(group, base, gain, pairs, plan.loss_unit()))
         });
         compared.collect()
     }
 }
 
 /// The sentence of one group, which was compared in so many pairs of runs.
-fn verdict(group: &Group, base: &Group, gain: Spread, pairs: usize) -> String {
+fn verdict(group: &Group, base: &Group, gain: Spread, pairs: usize, unit: &str) -> String {
     let (ours, theirs, mean) = (&group.label, &base.label, gain.mean);
     let Some(deviation) = gain.deviation else {
         return format!(
-            "{ours} against {theirs}: gain {mean:+.4} nats per token of one pair of runs; only more seeds can tell whether that is noise."
+            "{ours} against {theirs}: gain {mean:+.4} {unit} of one pair of runs; only more seeds can tell whether that is noise."
         );
     };
     let half = T[(pairs - 2).min(T.len() - 1)] * deviation / (pairs as f64).sqrt();
@@ -40,7 +41,7 @@ fn verdict(group: &Group, base: &Group, gain: Spread, pairs: usize) -> String {
         _ => format!("{ours} is within noise of {theirs}"),
     };
     format!(
-        "{what}: gain {mean:+.4} nats per token (95% interval {low:+.4} to {high:+.4}, {pairs} pairs of runs)."
+        "{what}: gain {mean:+.4} {unit} (95% interval {low:+.4} to {high:+.4}, {pairs} pairs of runs)."
     )
 }
 
@@ -61,7 +62,13 @@ mod tests {
             loss: None,
         };
         let gain = spread(gains).unwrap();
-        verdict(&group("new"), &group("old"), gain, gains.len())
+        verdict(
+            &group("new"),
+            &group("old"),
+            gain,
+            gains.len(),
+            "nats per byte",
+        )
     }
 
     #[test]
@@ -69,13 +76,13 @@ mod tests {
         // Mean 0.02, deviation 0.01, t of two degrees of freedom: 0.02 ± 4.303 · 0.01 / √3.
         assert_eq!(
             said(&[0.01, 0.02, 0.03]),
-            "new is within noise of old: gain +0.0200 nats per token (95% interval -0.0048 to +0.0448, 3 pairs of runs)."
+            "new is within noise of old: gain +0.0200 nats per byte (95% interval -0.0048 to +0.0448, 3 pairs of runs)."
         );
         // The same of six runs: 0.02 ± 2.571 · 0.00894 / √6.
         let better = said(&[0.01, 0.02, 0.03, 0.01, 0.02, 0.03]);
         assert!(
             better.starts_with(
-                "new is better than old: gain +0.0200 nats per token (95% interval +0.0106"
+                "new is better than old: gain +0.0200 nats per byte (95% interval +0.0106"
             ),
             "{better}"
         );

@@ -24,6 +24,7 @@ pub use report::write;
 pub use trend::write as write_trend;
 
 use crate::config::Config;
+use crate::data::tokenizer::loss_unit;
 use crate::data::{Corpus, sources};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -158,7 +159,7 @@ fn in_phases(
     begin: &dyn Fn(usize),
 ) -> Result<Report> {
     if sequences == 0 {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "analyze --sequences",
             "a number of sequences from 1 up",
             "0",
@@ -225,7 +226,7 @@ fn in_phases(
             sections::drift(config, &drifts)?,
             sections::estimators(&compared, notes.clone())?,
             sections::scale(&compared, notes)?,
-            sections::regret(&rerouted)?,
+            sections::regret(&rerouted, loss_unit(&config.data.tokenizer))?,
         ],
     })
 }

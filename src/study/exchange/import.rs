@@ -69,7 +69,7 @@ impl Import {
                     .insert(RENORMALIZE.into(), renormalize.into());
                 Ok(())
             }
-            (Some(true), false) => Err(Error::invalid(
+            (Some(true), false) => Err(Error::usage(
                 "--router",
                 "a router with the setting `renormalize`: the weights of a token's experts sum to 1 in this model",
                 &asked.name,
@@ -115,10 +115,10 @@ pub fn import(import: &Import) -> Result<Vec<String>> {
             format!("prepare the text again: {prepare}"),
         ));
     }
-    let _lock = FolderLock::take(out)?;
-    train::refuse_existing(out)?;
     phases.begin(2, "reading the text");
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
+    let _lock = FolderLock::take(out)?;
+    train::refuse_existing(out)?;
     phases.begin(3, "making the model");
     let (model, _) = source.model(&config)?;
     let trainer = StepExecutor::new(&config.train, &model);

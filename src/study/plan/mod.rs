@@ -7,6 +7,7 @@ pub use memory::{Memory, Target, kept};
 
 use crate::config::{Config, ModelConfig, count};
 use crate::error::{Error, Result};
+use crate::report::size;
 use crate::routers::{self, Router};
 use serde::Serialize;
 
@@ -78,7 +79,7 @@ pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
 /// When there is no such router, or the ranks cannot share a micro-batch.
 pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) -> Result<Plan> {
     if ranks == 0 || config.train.micro_batch % ranks != 0 {
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "plan",
             format!(
                 "ranks that divide train.micro_batch = {}",
@@ -263,7 +264,7 @@ impl Plan {
             lines.push(row("text", &format!("{all} tokens, read {times:.2} times")));
         }
         if self.ranks > 1 {
-            let sent = bytes(self.sent_bytes);
+            let sent = size(self.sent_bytes);
             let time = match self.sending_seconds {
                 0.0 => String::new(),
                 seconds => format!(", about {:.0} ms", 1e3 * seconds),
@@ -297,12 +298,12 @@ impl Plan {
         ];
         for (name, of) in kinds {
             let columns = [&self.memory, &self.memory_kept, &self.memory_recomputed];
-            let [set, kept, recomputed] = columns.map(|m| bytes(of(m)));
+            let [set, kept, recomputed] = columns.map(|m| size(of(m)));
             lines.push(format!("{name:<22} {set:>12} {kept:>12} {recomputed:>12}"));
         }
         lines.push(self.verdict());
         lines.push(String::new());
-        lines.push(row("checkpoint", &bytes(self.checkpoint_bytes)));
+        lines.push(row("checkpoint", &size(self.checkpoint_bytes)));
         lines.extend(self.time_rows());
         lines.join("\n")
     }
@@ -333,7 +334,7 @@ impl Plan {
         };
         let total = self.memory.total();
         if total <= available {
-            return format!("  fits in {}", bytes(available));
+            return format!("  fits in {}", size(available));
         }
         let with =
             |found: Option<usize>, how: &str| found.map(|n| format!("train.micro_batch={n}{how}"));
@@ -351,8 +352,8 @@ impl Plan {
         };
         format!(
             "  does not fit in {}: {} too much; {help}",
-            bytes(available),
-            bytes(total - available)
+            size(available),
+            size(total - available)
         )
     }
 }
@@ -365,14 +366,6 @@ fn count_of(n: f64) -> String {
     match n {
         n if n >= 1e9 => format!("{:.3} G", n / 1e9),
         n => format!("{:.1} M", n / 1e6),
-    }
-}
-
-fn bytes(n: u64) -> String {
-    match n as f64 {
-        n if n >= 1e9 => format!("{:.2} GB", n / 1e9),
-        n if n >= 1e6 => format!("{:.1} MB", n / 1e6),
-        n => format!("{:.1} kB", n / 1e3),
     }
 }
 

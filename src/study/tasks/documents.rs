@@ -3,6 +3,7 @@
 use super::question::{Question, TASKS, Task, find};
 use crate::data::read_text;
 use crate::error::{Error, Result};
+use crate::report::in_plain_words;
 use serde::Deserialize;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,8 @@ pub fn read(folder: &Path, task: &Task, limit: usize) -> Result<Vec<(Value, Ques
                 "write {\"doc_id\": 0, \"doc\": {…}} with the fields that docs/evaluation.md names",
             )
         };
-        let line: Line = serde_json::from_str(line).map_err(|e| bad(e.to_string()))?;
+        let line: Line =
+            serde_json::from_str(line).map_err(|e| bad(in_plain_words(&e.to_string())))?;
         match task.question(&line.doc) {
             Some(question) => found.push((line.doc_id, question)),
             None => {
@@ -86,7 +88,7 @@ pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
     }
     match found.is_empty() {
         false => Ok(found),
-        true => Err(Error::invalid(
+        true => Err(Error::usage(
             "tasks",
             "names of benchmarks, or all",
             "none",

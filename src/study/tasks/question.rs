@@ -83,7 +83,7 @@ pub fn find(name: &str) -> Result<&'static Task> {
         Some(near) => format!("did you mean {near}?"),
         None => "give names with commas between them, or all".into(),
     };
-    Err(Error::invalid("tasks", names.join(", "), name, help))
+    Err(Error::usage("tasks", names.join(", "), name, help))
 }
 
 impl Task {

@@ -28,6 +28,7 @@ pub(crate) use shards::Shards;
 use crate::error::{Error, Result};
 pub(crate) use crate::report::files::{UNFINISHED, sync, write_json};
 use crate::report::files::{fault, json};
+use crate::report::in_plain_words;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -107,8 +108,8 @@ impl Manifest {
     /// Of the file at `path`, which is as it was written, to the byte.
     fn read(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
-        let found: Manifest =
-            serde_json::from_slice(&bytes).map_err(|e| damaged(path, e.to_string()))?;
+        let found: Manifest = serde_json::from_slice(&bytes)
+            .map_err(|e| damaged(path, in_plain_words(&e.to_string())))?;
         let Some(digest) = &found.blake3 else {
             return Ok(found);
         };

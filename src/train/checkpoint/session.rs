@@ -12,8 +12,10 @@ use crate::data::tokenizer::{BYTES, TOKENIZER_FILE};
 use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::model::{Model, Parameter};
+use crate::report::in_plain_words;
 use crate::routers;
 use crate::tensor::Tensor;
+use crate::train::folder::{CHECKPOINTS, CONFIG_FILE};
 use crate::train::optimizer::Moments;
 use crate::train::step::StepExecutor;
 use serde::{Deserialize, Serialize};
@@ -185,18 +187,22 @@ fn moment_names(parameter: &str) -> [String; 2] {
 /// # Errors
 /// When there is none.
 pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
-    let folder = path.join("checkpoints");
-    if !folder.is_dir() {
+    let folder = path.join(CHECKPOINTS);
+    if !folder.is_dir() && !path.join(CONFIG_FILE).is_file() {
         return Ok((Checkpoint::open(path)?, Vec::new()));
     }
     match newest(&folder)? {
         (Some(checkpoint), damaged) => Ok((checkpoint, damaged)),
         (None, mut damaged) => Err(damaged.pop().unwrap_or_else(|| {
+            let run = path.display();
             Error::file(
-                &folder,
-                "a checkpoint",
-                "none",
-                "train longer, or choose another run",
+                path,
+                "a run with a checkpoint",
+                "a run that has none yet",
+                format!(
+                    "wait for the first one, every train.checkpoint_interval steps, or go on without --no-checkpoint: \
+                     routegrad train --resume --out {run}"
+                ),
             )
         })),
     }
@@ -269,8 +275,8 @@ pub fn load_model_on(
             "use one that `train` wrote",
         )
     };
-    let mut state: TrainerState =
-        serde_json::from_value(checkpoint.state()?).map_err(|e| foreign(e.to_string()))?;
+    let mut state: TrainerState = serde_json::from_value(checkpoint.state()?)
+        .map_err(|e| foreign(in_plain_words(&e.to_string())))?;
     state.config.validate()?;
     let file = ModelFile::from_json(&checkpoint.config()?)?;
     if file.model != state.config.model || file.router != state.config.router {

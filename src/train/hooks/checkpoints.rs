@@ -5,6 +5,7 @@ use crate::dist::{doing, doing_alone};
 use crate::error::Result;
 use crate::report::events::EVENTS_FILE;
 use crate::report::metrics::{Record, Saved};
+use crate::report::size;
 use crate::train::checkpoint::{self, Place, SHARD_BYTES, Saver, Snapshot};
 use crate::train::{
     CHECKPOINTS, Hook, METRICS_FILE, Outcome, StepReport, Trainer, available_memory,
@@ -141,10 +142,10 @@ impl Saving {
         let waited = ended.iter().find(|s| !s.background && !self.noted);
         let note = waited.map(|s| {
             format!(
-                "step {}: training waits while a checkpoint is written, {:.1} s: a copy of {:.1} GB does not fit into the free memory",
+                "step {}: training waits while a checkpoint is written, {:.1} s: a copy of {} does not fit into the free memory",
                 s.step,
                 s.blocked_seconds,
-                s.bytes as f64 / 1e9,
+                size(s.bytes),
             )
         });
         self.noted |= note.is_some();

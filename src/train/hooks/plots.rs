@@ -1,6 +1,7 @@
 //! Figures of the run's log.
 
 use super::super::{Hook, METRICS_FILE, Outcome, StepReport, Trainer};
+use crate::data::tokenizer::loss_unit;
 use crate::error::Result;
 use crate::report::metrics::Record;
 use crate::report::plots;
@@ -19,8 +20,9 @@ impl Plots {
         }
     }
 
-    fn draw(&self) -> Result<()> {
-        plots::write(&self.folder.join(METRICS_FILE), &self.folder)
+    fn draw(&self, trainer: &Trainer) -> Result<()> {
+        let unit = loss_unit(&trainer.config().data.tokenizer);
+        plots::write(&self.folder.join(METRICS_FILE), &self.folder, unit)
     }
 }
 
@@ -28,14 +30,14 @@ impl Hook for Plots {
     fn after_step(&mut self, trainer: &Trainer, _: &StepReport, record: &Record) -> Result<()> {
         let train = &trainer.config().train;
         match train.evaluates_after(record.step) || train.scores_after(record.step) {
-            true => self.draw(),
+            true => self.draw(trainer),
             false => Ok(()),
         }
     }
 
     fn end(&mut self, trainer: &Trainer, outcome: Outcome) -> Result<()> {
         match outcome == Outcome::Stopped && trainer.steps_done() > 0 {
-            true => self.draw(),
+            true => self.draw(trainer),
             false => Ok(()),
         }
     }

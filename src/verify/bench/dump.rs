@@ -17,7 +17,7 @@ pub fn dump(options: &Options, file: &Path) -> Result<usize> {
     let device = options.device.unwrap_or(Device::Sim);
     if device == Device::Cuda {
         let help = "hardware-check compares the kernels on a GPU with float64";
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "bench --dump",
             "device cpu or sim",
             "cuda",
@@ -63,7 +63,7 @@ pub fn dump(options: &Options, file: &Path) -> Result<usize> {
     }
     if arrays.is_empty() {
         let help = "routegrad bench --list shows their names; steps have no outputs";
-        return Err(Error::invalid(
+        return Err(Error::usage(
             "bench --dump",
             "cases of the filter",
             "none",

@@ -272,7 +272,7 @@ impl<'a> Session<'a> {
         }
         if ran == 0 && self.failures == 0 && self.left_out == 0 {
             let help = "routegrad bench --list shows the names of the cases";
-            return Err(Error::invalid(
+            return Err(Error::usage(
                 "bench --only",
                 "a part of a case's name",
                 "none that has it",

@@ -8,6 +8,7 @@ use super::process::{Folder, Killed};
 use super::steps::StepCase;
 use crate::error::{Error, Result};
 use crate::report::metrics::{Record, Saved};
+use crate::report::size;
 use crate::train::{CHECKPOINTS, METRICS_FILE};
 use serde_json::json;
 use std::fs;
@@ -55,10 +56,10 @@ pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
     let blocked = saved.blocked_seconds;
     let share = blocked / (blocked + interval as f64 * seconds(SAVED));
     let text = format!(
-        "resumed at step {SAVED} in {:.1} s and equal to the run before; saving {:.2} GB blocked {blocked:.2} s and took \
+        "resumed at step {SAVED} in {:.1} s and equal to the run before; saving {} blocked {blocked:.2} s and took \
          {:.1} s, {:.2}% of the time at every {interval} of these steps",
         after.until(SAVED + 1),
-        saved.bytes as f64 / 1e9,
+        size(saved.bytes),
         saved.write_seconds,
         100.0 * share,
     );

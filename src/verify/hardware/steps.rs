@@ -4,6 +4,7 @@ use super::kind::Kind;
 use crate::config::{Config, Layers, count};
 use crate::device::Device;
 use crate::error::Result;
+use crate::report::size;
 use crate::routers;
 use crate::study::plan::{self, Memory};
 use crate::train::Trainer;
@@ -117,20 +118,21 @@ impl StepCase {
         let Ok(config) = self.config(Device::Sim) else {
             return String::new();
         };
-        let gigabytes = |bytes: u64| bytes as f64 / 1e9;
         let Ok(plan) = plan::plan(&config, plan::Target::gpu(), 1) else {
             return String::new();
         };
-        let mut text = format!("{:.1} GB of the device", gigabytes(plan.memory.total()));
+        let (mut text, disk) = (
+            format!("{} of the device", size(plan.memory.total())),
+            size(plan.checkpoint_bytes),
+        );
         match self.kind {
             Kind::Resume => {
-                text += &format!(", {:.1} GB of disk", gigabytes(plan.checkpoint_bytes));
+                text += &format!(", {disk} of disk");
             }
             Kind::LossParity => text += ", the processor's curve",
             Kind::Connects => text += ", NCCL",
             Kind::Scales => {
-                let disk = gigabytes(plan.checkpoint_bytes);
-                text += &format!(", {} of them, NCCL, {disk:.1} GB of disk", self.ranks);
+                text += &format!(", {} of them, NCCL, {disk} of disk", self.ranks);
             }
             _ => {}
         }
@@ -151,11 +153,7 @@ const MEMORY_TOLERANCE: f64 = 0.03;
 
 /// The peak beside the plan, as text; what is wrong where they are too far apart.
 pub fn memory_judged(peak: u64, planned: u64) -> (String, Option<String>) {
-    let text = format!(
-        "{:.3} GB, plan {:.3}",
-        peak as f64 / 1e9,
-        planned as f64 / 1e9
-    );
+    let text = format!("{}, plan {}", size(peak), size(planned));
     let apart = (peak as f64 / planned as f64 - 1.0).abs();
     let wrong = (!(apart <= MEMORY_TOLERANCE)).then(|| {
         let percent = 100.0 * MEMORY_TOLERANCE;

@@ -123,8 +123,8 @@ pub fn scale(by_k: &ByK, notes: Vec<String>) -> Result<Section> {
     })
 }
 
-/// `rerouted` as [`crate::study::analyze::regret::reroute`] gives it.
-pub fn regret(rerouted: &[Vec<Rerouted>]) -> Result<Section> {
+/// `rerouted` as [`crate::study::analyze::regret::reroute`] gives it; its losses are in `unit`.
+pub fn regret(rerouted: &[Vec<Rerouted>], unit: &'static str) -> Result<Section> {
     let mut table = Table::new(&[
         "moe_layer",
         "tokens",
@@ -155,7 +155,7 @@ pub fn regret(rerouted: &[Vec<Rerouted>]) -> Result<Section> {
     };
     let axes = Axes {
         x: "MoE layer",
-        y: "nats per token",
+        y: unit,
     };
     Ok(Section {
         name: "route-regret",
