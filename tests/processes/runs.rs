@@ -241,7 +241,7 @@ fn what_ranks_cannot_share_and_commands_of_one_process_are_refused() {
     let mut routers = program();
     routers.arg("routers");
     let said = refused(launcher.ranks(2, &routers));
-    let expected = "only `train` and `ablate` run on several";
+    let expected = "only `train`, `ablate`, `eval` and `analyze` run on several";
     assert!(said[0].contains(expected), "{said:?}");
 }
 
