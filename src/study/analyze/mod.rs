@@ -25,7 +25,7 @@ pub use report::write;
 pub use trend::write as write_trend;
 
 use crate::config::Config;
-use crate::data::{Corpus, sources};
+use crate::data::{Corpus, LeftOut, sources};
 use crate::device::Device;
 use crate::dist::{Collective, SingleRank, doing_alone};
 use crate::error::{Error, Result};
@@ -188,20 +188,7 @@ fn in_phases(
 
     begin(0);
     let own = Watched::new(config, routers::build(&config.router)?, model)?;
-    let (parts, left_out) = sources(&config.data, &config.model)?;
-    // The held-out text, then each source.
-    let mut all = shared_out(dist, 1 + parts.len(), |i| {
-        let routed = match i {
-            0 => routing::routed(&own, &batch)?,
-            i => routing::routed(&own, &batches(parts[i - 1].windows(sequences)))?,
-        };
-        Ok(routed.iter().flat_map(Routed::numbers).collect())
-    })?
-    .into_iter()
-    .map(|numbers| Routed::of_layers(&numbers, config.model.num_experts));
-    let routed = all.next().unwrap_or_default();
-    let names = parts.iter().map(|source| source.name.clone());
-    let by_source: Vec<(String, Vec<Routed>)> = names.zip(all).collect();
+    let (routed, by_source, left_out) = routed_texts(dist, config, &own, &batch, sequences)?;
 
     begin(1);
     let trained = gradients::vectors_of(model)?;
@@ -250,4 +237,36 @@ fn in_phases(
             sections::regret(&rerouted)?,
         ],
     })
+}
+
+/// What the MoE layers do with a text, and by name with each of its sources; names of the sources left out.
+type RoutedTexts = (Vec<Routed>, Vec<(String, Vec<Routed>)>, LeftOut);
+
+/// Those of the held-out text `batch`, and of `sequences` sequences of each source.
+fn routed_texts(
+    dist: &dyn Collective,
+    config: &Config,
+    own: &Watched,
+    batch: &MicroBatches,
+    sequences: usize,
+) -> Result<RoutedTexts> {
+    let (parts, left_out) = sources(&config.data, &config.model)?;
+    let all = shared_out(dist, 1 + parts.len(), |i| {
+        let routed = match i {
+            0 => routing::routed(own, batch)?,
+            i => {
+                let all = parts[i - 1].windows(sequences);
+                let micro_batch = batch.micro_batch;
+                routing::routed(own, &MicroBatches { all, micro_batch })?
+            }
+        };
+        Ok(routed.iter().flat_map(Routed::numbers).collect())
+    })?;
+    let experts = config.model.num_experts;
+    let mut all = all
+        .iter()
+        .map(|numbers| Routed::of_layers(numbers, experts));
+    let routed = all.next().unwrap_or_default();
+    let names = parts.iter().map(|source| source.name.clone());
+    Ok((routed, names.zip(all).collect(), left_out))
 }
