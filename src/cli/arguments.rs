@@ -52,14 +52,16 @@ Examples:
   routegrad eval --model runs/tiny-default --tasks all --task-data eval/ --limit 200
   routegrad eval --model runs/small-topk --tasks hellaswag,lambada_openai --task-data eval/ --out scores
   routegrad eval --model runs/tiny-default --tasks all --task-data eval/ --compare-default-vectors
-  routegrad eval --model runs/tiny-default/checkpoints/step-600 --data other.txt")]
+  routegrad eval --model runs/tiny-default/checkpoints/step-600 --data other.txt
+  mpirun -n 4 routegrad eval --model /shared/runs/small --tasks all --task-data eval/")]
     Eval(EvalArgs),
     /// Analyze a model's router: entropy, load, similarity to the dense gradient and more. Writes JSON, CSV and an HTML
     /// report.
     #[command(after_help = "\
 Examples:
   routegrad analyze --model runs/tiny-default
-  routegrad analyze --model runs/tiny-topk --data my-books/ --sequences 64 --out report")]
+  routegrad analyze --model runs/tiny-topk --data my-books/ --sequences 64 --out report
+  mpirun -n 4 routegrad analyze --model /shared/runs/small")]
     Analyze(AnalyzeArgs),
     /// Train a grid of runs (routers, seeds, learning rates, any key) and report how they compare.
     ///
@@ -322,6 +324,8 @@ pub(super) struct EvalArgs {
     /// Folder for scores.json and, a line to a question, TASK.jsonl.
     #[arg(long, value_name = "DIR", requires = "tasks")]
     pub(super) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) ranks: RanksArgs,
 }
 
 #[derive(Args)]
@@ -400,6 +404,8 @@ pub(super) struct AnalyzeArgs {
     /// Folder of the report [default: `analysis` in the run's folder].
     #[arg(long, value_name = "DIR")]
     pub(super) out: Option<PathBuf>,
+    #[command(flatten)]
+    pub(super) ranks: RanksArgs,
 }
 
 #[derive(Args)]

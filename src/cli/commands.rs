@@ -1,19 +1,20 @@
 //! What each command does: reads its arguments, calls the module that does the work, prints.
 
 use super::arguments::*;
-use super::process::{start_ranks, watch_signals};
+use super::process::{start_ranks, start_same_ranks, watch_signals};
 use super::ranks::RanksArgs;
-use super::saved::open_saved;
+use super::saved::{open_saved, open_saved_on};
 use crate::config::{Config, Layers};
 use crate::data::Corpus;
 use crate::data::tokenizer::loss_unit;
 use crate::device::machine::Chip;
+use crate::dist::{Collective, doing_alone};
 use crate::error::{Error, Result};
 use crate::routers;
 use crate::study::exchange::Saved;
 use crate::study::{ablate, analyze, eval, exchange, export, plan, tasks};
 use crate::tensor::dtype::DType;
-use crate::train::checkpoint::{SHARD_BYTES, TrainerState};
+use crate::train::checkpoint::SHARD_BYTES;
 use crate::verify::bench::roofline as floors;
 use crate::verify::device_check::Directional;
 use crate::verify::fault::Fault;
@@ -24,19 +25,25 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;
 
-pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
-    let found = open_saved(&args.model)?;
-    say!("model            {}", found.path().display());
+pub(super) fn eval_command(args: &EvalArgs, threads: Option<usize>) -> Result<()> {
+    let dist = start_same_ranks(&args.ranks, threads)?;
+    let found = open_saved_on(&*dist, &args.model)?;
+    if dist.rank() == 0 {
+        say!("model            {}", found.path().display());
+    }
     if let Some(folder) = args.task_data.as_ref().filter(|_| !args.tasks.is_empty()) {
-        return eval_tasks(args, &found, folder);
+        return eval_tasks(args, &dist, &found, folder);
     }
     let measure = |default_vectors: bool| {
-        let (model, state) = eval::load(&found, default_vectors, args.dtype)?;
+        let (model, state) = eval::load_on(&found, default_vectors, args.dtype, &dist)?;
         let report = eval::run(&model, &state, args.data.as_deref(), args.sequences)?;
         Ok((report, loss_unit(&state.config.data.tokenizer)))
     };
     if args.compare_default_vectors {
         let [(without, _), (with, unit)] = [measure(false)?, measure(true)?];
+        if dist.rank() != 0 {
+            return Ok(());
+        }
         say!("tokens           {}", with.tokens);
         say!("                 with default vectors  without  difference; loss in {unit}");
         for (name, of) in [
@@ -50,6 +57,9 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
         return Ok(());
     }
     let (report, unit) = measure(!args.without_default_vectors)?;
+    if dist.rank() != 0 {
+        return Ok(());
+    }
     say!("tokens           {}", report.tokens);
     say!("validation loss  {:.4} {unit}", report.loss);
     say!("perplexity       {:.4}", report.perplexity());
@@ -63,26 +73,40 @@ pub(super) fn eval_command(args: &EvalArgs) -> Result<()> {
 }
 
 /// Benchmark scores.
-fn eval_tasks(args: &EvalArgs, found: &Saved, folder: &Path) -> Result<()> {
+fn eval_tasks(
+    args: &EvalArgs,
+    dist: &Arc<dyn Collective>,
+    found: &Saved,
+    folder: &Path,
+) -> Result<()> {
     let benchmarks = tasks::read(&tasks::choose(&args.tasks, folder)?, folder, args.limit)?;
+    let writes = dist.rank() == 0;
     let score = |default_vectors: bool, out: Option<&Path>| {
-        let (model, TrainerState { config, .. }) = eval::load(found, default_vectors, args.dtype)?;
+        let (model, state) = eval::load_on(found, default_vectors, args.dtype, dist)?;
+        let config = state.config;
+        tasks::check_alike(&**dist, &config, &benchmarks)?;
         let tokenizer = found.tokenizer(&config.data)?;
         let options = tasks::Options {
             tokens: config.train.micro_batch * config.model.sequence_length,
-            quiet: false,
+            quiet: !writes,
         };
+        doing_alone("the benchmarks");
         tasks::run(&model, &tokenizer, &benchmarks, &options, out)
     };
-    let out = args.out.as_deref();
+    let out = args.out.as_deref().filter(|_| writes);
     if args.compare_default_vectors {
         let other = out.map(|out| out.join("without-default-vectors"));
         let without = score(false, other.as_deref())?;
         let with = score(true, out)?;
-        say!("{}", with.compared("with vectors", &without, "without"));
+        if writes {
+            say!("{}", with.compared("with vectors", &without, "without"));
+        }
         return Ok(());
     }
-    say!("{}", score(!args.without_default_vectors, out)?.table());
+    let scores = score(!args.without_default_vectors, out)?;
+    if writes {
+        say!("{}", scores.table());
+    }
     Ok(())
 }
 
@@ -180,15 +204,19 @@ pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn analyze_command(args: &AnalyzeArgs) -> Result<()> {
-    let found = open_saved(&args.model)?;
+pub(super) fn analyze_command(args: &AnalyzeArgs, threads: Option<usize>) -> Result<()> {
+    let dist = start_same_ranks(&args.ranks, threads)?;
+    let found = open_saved_on(&*dist, &args.model)?;
     let default = || analyze::default_folder(&found);
     let out = args.out.clone().unwrap_or_else(default);
     let options = analyze::Options {
         data: args.data.clone(),
         sequences: args.sequences,
     };
-    let report = analyze::run(&found, &options)?;
+    let report = analyze::run(&found, &options, &*dist)?;
+    if dist.rank() != 0 {
+        return Ok(());
+    }
     analyze::write(&report, &out)?;
     for analysis in &report.analyses {
         let rows = analysis.table.rows.len();

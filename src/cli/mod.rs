@@ -95,17 +95,19 @@ impl Cli {
     /// # Errors
     /// Whatever the command meets; nothing has been printed of it yet.
     pub fn run(self) -> Result<()> {
+        use Command::{Ablate, Analyze, Eval, Train};
         if let Some(threads) = self.threads {
             set_threads(threads)?;
         }
-        if !matches!(self.command, Command::Train(_) | Command::Ablate { .. }) {
+        let command = &self.command;
+        if !matches!(command, Train(_) | Ablate { .. } | Eval(_) | Analyze(_)) {
             refuse_launcher()?;
         }
         match self.command {
             Command::Train(args) => train_command(&args, self.threads),
             Command::Data(command) => data::run(command),
-            Command::Eval(args) => eval_command(&args),
-            Command::Analyze(args) => analyze_command(&args),
+            Command::Eval(args) => eval_command(&args, self.threads),
+            Command::Analyze(args) => analyze_command(&args, self.threads),
             Command::Ablate { ablate, ranks } => ablate_command(&ablate, &ranks, self.threads),
             Command::Generate(args) => generate::generate_command(&args),
             Command::Export(args) => export_command(&args),

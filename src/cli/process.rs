@@ -87,13 +87,27 @@ pub(super) fn start_ranks(args: &RanksArgs, threads: Option<usize>) -> Result<Ar
     Ok(dist)
 }
 
+/// The same for a command whose ranks must have the same arguments.
+pub(super) fn start_same_ranks(
+    args: &RanksArgs,
+    threads: Option<usize>,
+) -> Result<Arc<dyn Collective>> {
+    let dist = start_ranks(args, threads)?;
+    let words = std::env::args_os().skip(1);
+    let words: Vec<String> = words.map(|w| w.to_string_lossy().into()).collect();
+    let both = |a: &str, b: &str| format!("the commands `{a}` and `{b}`");
+    let help = "start every rank with the same arguments";
+    dist::same_on_all(&*dist, &words.join(" "), both, help)?;
+    Ok(dist)
+}
+
 /// Refuses a command of one process that a launcher started several times.
 pub(super) fn refuse_launcher() -> Result<()> {
     match dist::launcher_size() {
         1 => Ok(()),
         n => Err(Error::usage(
             "routegrad",
-            "one process; only `train` and `ablate` run on several",
+            "one process; only `train`, `ablate`, `eval` and `analyze` run on several",
             format!("{n} processes of a launcher"),
             "start the command without mpirun, srun or torchrun",
         )),

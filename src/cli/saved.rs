@@ -1,5 +1,6 @@
 //! The models that commands are given.
 
+use crate::dist::{Collective, SingleRank, same_on_all};
 use crate::error::Result;
 use crate::report::stderr_line;
 use crate::study::exchange::Saved;
@@ -7,9 +8,18 @@ use std::path::Path;
 
 /// The model at `path`, of a run there the newest whole checkpoint; damaged ones are named.
 pub(super) fn open_saved(path: &Path) -> Result<Saved> {
+    open_saved_on(&SingleRank, path)
+}
+
+/// The same, which all ranks must find alike.
+pub(super) fn open_saved_on(dist: &dyn Collective, path: &Path) -> Result<Saved> {
     let (found, damaged) = Saved::open(path)?;
-    for damaged in damaged {
+    for damaged in damaged.iter().filter(|_| dist.rank() == 0) {
         stderr_line(&format!("warning: skipped a damaged checkpoint: {damaged}"));
     }
+    let own = found.path().display().to_string();
+    let both = |a: &str, b: &str| format!("the models {a} and {b}");
+    let help = "name one of the run's checkpoints, in a folder that all hosts share";
+    same_on_all(dist, &own, both, help)?;
     Ok(found)
 }

@@ -106,6 +106,14 @@ trait Copies {
     fn send(&self, ranges: &[(usize, usize)]) -> Result<Sent>;
 }
 
+/// Copies `count` bytes within a device's blocks, behind the launches so far.
+///
+/// # Errors
+/// When the device failed.
+pub fn copy(device: Device, to: usize, from: usize, count: usize) -> Result<()> {
+    copies(device)?.copy(to, from, count)
+}
+
 /// A copy of device memory on its way to the host.
 pub enum Sent {
     /// The bytes, which are there already: the simulator copies at once.

@@ -1,6 +1,6 @@
 //! Ranges of a device's memory, for what moves them between ranks.
 
-use super::Device;
+use super::{Device, side};
 use crate::error::{Error, Result};
 use std::ops::Range;
 
@@ -78,6 +78,23 @@ impl Span {
             std::ptr::copy_nonoverlapping(from.as_ptr(), self.address as *mut u8, self.bytes)
         };
         Ok(())
+    }
+
+    /// Replaces the content by that of another range of the same device and length, behind its launches so far; a captured step
+    /// repeats it.
+    ///
+    /// # Errors
+    /// When the device refuses.
+    ///
+    /// # Panics
+    /// When device or length differ.
+    pub fn copy_from(&self, other: &Span) -> Result<()> {
+        let place = |span: &Span| (span.device, span.bytes);
+        assert_eq!(place(self), place(other), "a copy within a device");
+        match self.bytes {
+            0 => Ok(()),
+            bytes => side::copy(self.device, self.address, other.address, bytes),
+        }
     }
 
     fn seen_by_host(&self, bytes: usize) -> Result<()> {

@@ -22,7 +22,7 @@ struct Own {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Activity {
     pub what: String,
-    /// The others wait for it, however long it takes.
+    /// Others wait for it, however long it takes.
     pub alone: bool,
 }
 
@@ -44,7 +44,7 @@ pub fn doing(what: impl Into<String>) {
     begin(what.into(), false);
 }
 
-/// The same of work that one rank does alone while the others wait: no limit of time applies to it.
+/// The same of work that takes this rank long while others may wait: no limit of time applies to it.
 pub fn doing_alone(what: impl Into<String>) {
     begin(what.into(), true);
 }

@@ -9,7 +9,7 @@ use crate::device::{Device, Span, graph};
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
-/// Bytes that go from this rank to another and from there to this one.
+/// Bytes that go from this rank to another one and from there to this one.
 #[derive(Clone, Copy, Debug)]
 pub struct Part {
     /// The other rank.
@@ -61,7 +61,12 @@ impl DeviceRanks {
     ///
     /// # Errors
     /// As there.
+    ///
+    /// # Panics
+    /// When a part is this rank's own.
     pub fn exchange(&self, parts: Vec<Part>) -> Result<()> {
+        let own = parts.iter().find(|part| part.peer == self.rank());
+        assert!(own.is_none(), "a rank sends nothing to itself: {own:?}");
         let count = parts.len();
         let call = move |dist: &dyn Collective| dist.exchange_on(&parts);
         self.call(Kind::DeviceExchange, count, call)

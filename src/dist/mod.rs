@@ -48,7 +48,8 @@ pub trait Collective: Send + Sync {
     /// When a rank has left or makes another call, or the call takes too long.
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()>;
 
-    /// Sends row r of `own` `[size, n]` to rank r; row r of `all` `[size, n]` becomes what rank r sent here.
+    /// Sends row r of `own` `[size, n]` to each other rank r; row r of `all` `[size, n]` becomes what rank r sent here. The row of
+    /// this rank moves nowhere: that of `all` stays as it was.
     ///
     /// # Errors
     /// As [`all_gather`](Self::all_gather).
@@ -98,8 +99,8 @@ pub trait Collective: Send + Sync {
         device::all_gather(self, own, all)
     }
 
-    /// Sends and receives `parts` of a device's memory, behind its launches so far. What two ranks send each other has the same
-    /// lengths, in the same order; what is received overlaps nothing else.
+    /// Sends and receives `parts` of a device's memory, behind its launches so far; none is this rank's own. What two ranks send
+    /// each other has the same lengths, in the same order; what is received overlaps nothing else.
     ///
     /// # Errors
     /// As [`all_gather_on`](Self::all_gather_on).
@@ -272,8 +273,7 @@ impl Collective for SingleRank {
         Ok(())
     }
 
-    fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
-        all.copy_from_slice(own);
+    fn exchange(&self, _own: &[u8], _all: &mut [u8]) -> Result<()> {
         Ok(())
     }
 

@@ -403,7 +403,6 @@ impl Collective for Processes {
 
     fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
         if self.size() == 1 {
-            all.copy_from_slice(own);
             return Ok(());
         }
         self.call(Kind::Exchange, own.len(), |transport, waiting| {

@@ -30,6 +30,8 @@ pub(super) fn sum<C: Collective + ?Sized>(dist: &C, values: &mut [f64]) -> Resul
             bytemuck::cast_slice(&own),
             bytemuck::cast_slice_mut(&mut parts),
         )?;
+        let kept = dist.rank() * each..(dist.rank() + 1) * each;
+        parts[kept.clone()].copy_from_slice(&own[kept]);
         let mut total = vec![0.0; each];
         add_rows(&parts, &mut total);
         dist.all_gather(

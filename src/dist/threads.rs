@@ -165,8 +165,9 @@ impl Collective for ThreadRank {
 
     fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()> {
         self.meet(Kind::Exchange, own, |moved| {
-            let rows = rows(all, moved.len()).zip(moved);
-            rows.for_each(|(to, from)| {
+            let rows = rows(all, moved.len()).zip(moved).enumerate();
+            let others = rows.filter(|(rank, _)| *rank != self.rank);
+            others.for_each(|(_, (to, from))| {
                 to.copy_from_slice(&from.bytes[self.rank * to.len()..][..to.len()]);
             });
         })

@@ -3,13 +3,15 @@
 use crate::config::{Config, Precision};
 use crate::data::{Corpus, Window};
 use crate::device::Device;
-use crate::dist::Collective;
+use crate::dist::{Collective, SingleRank, doing_alone, shared};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::report::progress::Progress;
 use crate::routers;
 use crate::study::exchange::Saved;
 use crate::train::checkpoint::TrainerState;
+use crate::train::{check_alike, check_data};
+use std::sync::Arc;
 
 /// What an evaluation found.
 #[derive(Clone, Debug, Default)]
@@ -58,14 +60,29 @@ pub fn load(
     default_vectors: bool,
     precision: Option<Precision>,
 ) -> Result<(Model, TrainerState)> {
+    let alone: Arc<dyn Collective> = Arc::new(SingleRank);
+    load_on(found, default_vectors, precision, &alone)
+}
+
+/// The same as one of several ranks.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_on(
+    found: &Saved,
+    default_vectors: bool,
+    precision: Option<Precision>,
+    dist: &Arc<dyn Collective>,
+) -> Result<(Model, TrainerState)> {
     let mut left_out = false;
-    let (mut model, mut state) = found.load(|config| {
+    let change = |config: &mut Config| {
         config.train.device = Device::Cpu;
         // A router that cannot be built is refused with the model.
         if let (false, Ok(router)) = (default_vectors, routers::build(&config.router)) {
             left_out = router.leave_out_default_vectors(&mut config.router.settings);
         }
-    })?;
+    };
+    let (mut model, mut state) = found.load_on(change, Box::new(dist.clone()))?;
     if !default_vectors && !left_out {
         return Err(Error::usage(
             "--without-default-vectors",
@@ -76,7 +93,11 @@ pub fn load(
     }
     if let Some(precision) = precision.filter(|p| *p != state.config.train.dtype) {
         state.config.train.dtype = precision;
-        let trained = std::mem::replace(&mut model, Model::new(&state.config)?);
+        let trained = {
+            let router = routers::build(&state.config.router)?;
+            let new = Model::with_router(&state.config, router, Box::new(dist.clone()))?;
+            std::mem::replace(&mut model, new)
+        };
         model.take_over(&trained)?;
     }
     Ok((model, state))
@@ -112,10 +133,10 @@ pub(super) fn text(config: &mut Config, digest: &str, data: Option<&str>) -> Res
 }
 
 /// Measures a model on the validation documents of `data`, or of what it was trained on; on
-/// `sequences` sequences of them, or all if 0.
+/// `sequences` sequences of them, or all if 0. Ranks share the batches, and all get the report of one; rank 0 shows progress.
 ///
 /// # Errors
-/// When the text cannot be read or is not the run's, or the loss is not finite.
+/// When the text cannot be read or is not the run's or that of the other ranks, the loss is not finite, or a rank has left.
 pub fn run(
     model: &Model,
     state: &TrainerState,
@@ -124,16 +145,22 @@ pub fn run(
 ) -> Result<Report> {
     let mut config = state.config.clone();
     let corpus = text(&mut config, &state.data, data)?;
+    let dist = model.dist();
+    check_alike(dist, &config)?;
+    check_data(dist, &corpus.fingerprint())?;
+    // Hosts are not equally fast: no limit of time applies to who waits.
+    doing_alone("the evaluation");
     let windows = corpus.validation(sequences);
     let all = windows.len();
-    let progress = Progress::new(all as u64, false);
+    let progress = Progress::new(all as u64, dist.rank() != 0);
     let shown = |done: usize| progress.at(done as u64, &format!("{done}/{all} sequences"));
     let report = measured(model, &corpus, &windows, config.train.micro_batch, shown)?;
     if !report.loss.is_finite() {
-        return Err(Error::NonFinite {
+        let diverged = Error::NonFinite {
             what: "the validation loss".into(),
             help: "the model diverged: use an earlier checkpoint".into(),
-        });
+        };
+        return Err(shared(dist, diverged));
     }
     Ok(report)
 }

@@ -24,6 +24,7 @@ pub use folder::{CHECKPOINTS, CONFIG_FILE, METRICS_FILE, RunOptions};
 pub(crate) use folder::{refuse_existing, write_config};
 pub use memory::{available as available_memory, least as least_memory};
 pub use outcome::{Outcome, Summary};
+pub(crate) use ranks::{check_alike, check_data};
 pub use schedule::learning_rate;
 pub use step::StepReport;
 pub use trainer::{Hook, LaunchedStep, Trainer};

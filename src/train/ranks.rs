@@ -18,6 +18,19 @@ pub(super) fn check(dist: &dyn Collective, config: &Config) -> Result<()> {
         return Ok(());
     }
     doing("the comparison of programs and configurations");
+    check_alike(dist, config)?;
+    let shared = dist.part(0..config.train.micro_batch as u64);
+    shared.map(drop).map_err(|e| dist::shared(dist, e))
+}
+
+/// Refuses ranks of different programs or configurations.
+///
+/// # Errors
+/// When there are some.
+pub(crate) fn check_alike(dist: &dyn Collective, config: &Config) -> Result<()> {
+    if dist.size() == 1 {
+        return Ok(());
+    }
     let program = format!("{} ({})", version::program(), program_digest());
     let both = |a: &str, b: &str| format!("the programs {a} and {b}");
     same_on_all(
@@ -27,16 +40,14 @@ pub(super) fn check(dist: &dyn Collective, config: &Config) -> Result<()> {
         "start every rank with the same program",
     )?;
     let help = "start every rank with the same arguments and files";
-    same_on_all(dist, &config.to_toml()?, first_difference, help)?;
-    let shared = dist.part(0..config.train.micro_batch as u64);
-    shared.map(drop).map_err(|e| dist::shared(dist, e))
+    same_on_all(dist, &config.to_toml()?, first_difference, help)
 }
 
 /// Refuses ranks that read different text.
 ///
 /// # Errors
 /// When they do.
-pub(super) fn check_data(dist: &dyn Collective, fingerprint: &str) -> Result<()> {
+pub(crate) fn check_data(dist: &dyn Collective, fingerprint: &str) -> Result<()> {
     if dist.size() == 1 {
         return Ok(());
     }

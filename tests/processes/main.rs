@@ -9,4 +9,5 @@ mod faults;
 mod nccl;
 mod runs;
 mod stalls;
+mod studies;
 mod torchrun;

@@ -241,7 +241,7 @@ fn what_ranks_cannot_share_and_commands_of_one_process_are_refused() {
     let mut routers = program();
     routers.arg("routers");
     let said = refused(launcher.ranks(2, &routers));
-    let expected = "only `train` and `ablate` run on several";
+    let expected = "only `train`, `ablate`, `eval` and `analyze` run on several";
     assert!(said[0].contains(expected), "{said:?}");
 }
 
@@ -314,7 +314,12 @@ fn a_rank_of_the_test_of_calls() {
     };
     let seconds = begun.elapsed().as_secs_f64();
     let line = format!("{seconds} {error}");
-    std::fs::write(Path::new(&place).join(rank.to_string()), line).unwrap();
+    let file = |rank: usize| Path::new(&place).join(rank.to_string());
+    std::fs::write(file(rank), line).unwrap();
+    // A launcher ends the other ranks as soon as one has failed.
+    wait_until(10.0, "the errors of all ranks", || {
+        (0..3).all(|rank| file(rank).exists())
+    });
     let _ = dist::conclude(Err(error));
     std::process::exit(1);
 }

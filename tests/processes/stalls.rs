@@ -4,7 +4,7 @@ use crate::common::*;
 use crate::launchers::*;
 use crate::nccl::{calls::train_small, config, stand_in};
 use routegrad::Trainer;
-use routegrad::dist::{self, Ranks, doing};
+use routegrad::dist::{self, Collective, Ranks, doing, doing_alone};
 use std::process::Command;
 use std::time::Duration;
 
@@ -90,4 +90,28 @@ fn a_rank_that_does_not_begin_a_replayed_step_is_named_with_what_it_does() {
             "{said:?}"
         );
     }
+}
+
+/// Not a test of its own: what each process of the next one does.
+#[test]
+fn a_rank_of_the_test_of_long_work() {
+    if std::env::var("ROUTEGRAD_TEST_LONG").is_err() {
+        return;
+    }
+    let dist = dist::start(Ranks::Auto, Duration::from_secs(1)).unwrap();
+    if dist.rank() == 1 {
+        doing_alone("long work");
+        std::thread::sleep(Duration::from_secs(5));
+    }
+    dist.barrier().unwrap();
+    assert!(dist::conclude(Ok(())).is_ok());
+}
+
+#[test]
+fn ranks_wait_without_a_limit_for_whichever_works_alone() {
+    wait_for_other_tests();
+    let mut own = Command::new(std::env::current_exe().unwrap());
+    own.args(["--exact", "stalls::a_rank_of_the_test_of_long_work"]);
+    let mut command = LAUNCHER.start(&[(3, &own)]);
+    succeed(command.env("ROUTEGRAD_TEST_LONG", "1"));
 }

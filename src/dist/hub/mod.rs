@@ -186,16 +186,15 @@ impl Hub {
         }
     }
 
-    /// Whether a call between `size` ranks may take any time: the first of the group works alone, or it is a call of all while
-    /// other groups still have work.
+    /// Whether a call between `size` ranks may take any time: one of the group works alone, or it is a call of all while other
+    /// groups still have work.
     pub fn may_wait_long(&self, size: usize) -> bool {
-        let first = self.group(self.rank).start;
         let between_groups = size > self.group_size.load(Ordering::SeqCst);
-        let alone = match first == self.rank {
+        let alone = |rank: usize| match rank == self.rank {
             true => Activity::of_process().alone,
-            false => self.states()[first].activity.alone,
+            false => self.states()[rank].activity.alone,
         };
-        alone || between_groups
+        between_groups || self.group(self.rank).any(alone)
     }
 
     /// Ends the run on all ranks because of this one.

@@ -22,6 +22,19 @@ type Gather = unsafe extern "C" fn(
     Handle,
     *mut Handle,
 ) -> c_int;
+/// Counts and places of the rows are those of `c_int` arrays, which stay until the request is done.
+type Exchange = unsafe extern "C" fn(
+    *const c_void,
+    *const c_int,
+    *const c_int,
+    Handle,
+    *mut c_void,
+    *const c_int,
+    *const c_int,
+    Handle,
+    Handle,
+    *mut Handle,
+) -> c_int;
 type Test = unsafe extern "C" fn(*mut Handle, *mut c_int, *mut c_void) -> c_int;
 type Text = unsafe extern "C" fn(c_int, *mut c_char, *mut c_int) -> c_int;
 type OfWorld = unsafe extern "C" fn(Handle, *mut c_int) -> c_int;
@@ -58,7 +71,7 @@ pub(super) struct Library {
     communicator: Handle,
     byte: Handle,
     all_gather: Gather,
-    all_to_all: Gather,
+    all_to_all: Exchange,
     test: Test,
     split: Split,
     error_text: Text,
@@ -71,8 +84,12 @@ pub(super) struct Library {
     pub version: String,
 }
 
-/// A request under way. MPI may write to its buffer until it is done.
-pub(super) struct Request(Handle);
+/// A request under way. Until it is done MPI may write to its buffer, and read what is kept here.
+pub(super) struct Request {
+    handle: Handle,
+    /// Counts and places of the rows of an exchange.
+    _rows: Vec<c_int>,
+}
 
 impl Library {
     /// Loads the first of `names` that is there, and initialises it.
@@ -117,7 +134,7 @@ impl Library {
             host: text("MPI_Get_processor_name")?,
             version: version.lines().next().unwrap_or_default().to_string(),
             all_gather: symbol(loaded, "MPI_Iallgather")?,
-            all_to_all: symbol(loaded, "MPI_Ialltoall")?,
+            all_to_all: symbol(loaded, "MPI_Ialltoallv")?,
             test: symbol(loaded, "MPI_Test")?,
             split: symbol(loaded, "MPI_Comm_split")?,
             error_text: symbol(loaded, "MPI_Error_string")?,
@@ -156,47 +173,15 @@ impl Library {
     /// Begins to gather `own`, n bytes, of every rank into `all` `[size, n]`.
     ///
     /// # Safety
-    /// Both buffers stay where they are, unread and unwritten, until the request is done.
+    /// Both buffers and the request stay, unread and unwritten, until it is done.
     ///
     /// # Errors
     /// When MPI refuses.
     pub unsafe fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<Request> {
-        // SAFETY: the sizes fit, and the caller keeps the buffers.
-        unsafe { self.begin("MPI_Iallgather", self.all_gather, own, all, own.len()) }
-    }
-
-    /// Begins to send row r of `own` `[size, n]` to rank r, and to receive row r of `all` from it.
-    ///
-    /// # Safety
-    /// As [`all_gather`](Self::all_gather).
-    ///
-    /// # Errors
-    /// When MPI refuses.
-    pub unsafe fn all_to_all(&self, own: &[u8], all: &mut [u8]) -> Result<Request> {
-        // SAFETY: the sizes fit, and the caller keeps the buffers.
-        unsafe {
-            self.begin(
-                "MPI_Ialltoall",
-                self.all_to_all,
-                own,
-                all,
-                own.len() / self.size,
-            )
-        }
-    }
-
-    unsafe fn begin(
-        &self,
-        name: &str,
-        call: Gather,
-        own: &[u8],
-        all: &mut [u8],
-        count: usize,
-    ) -> Result<Request> {
-        let (mut request, count) = (0, count as c_int);
-        // SAFETY: the counts are those of the buffers, as the two callers say.
+        let (mut handle, count) = (0, own.len() as c_int);
+        // SAFETY: the counts are those of the buffers, which the caller keeps.
         let status = unsafe {
-            call(
+            (self.all_gather)(
                 own.as_ptr().cast(),
                 count,
                 self.byte,
@@ -204,11 +189,48 @@ impl Library {
                 count,
                 self.byte,
                 self.communicator,
-                &mut request,
+                &mut handle,
             )
         };
-        self.check(name, status)?;
-        Ok(Request(request))
+        self.check("MPI_Iallgather", status)?;
+        let _rows = Vec::new();
+        Ok(Request { handle, _rows })
+    }
+
+    /// Begins to send row r of `own` `[size, n]` to each other rank r, and to receive row r of `all` from it.
+    ///
+    /// # Safety
+    /// As [`all_gather`](Self::all_gather).
+    ///
+    /// # Errors
+    /// When MPI refuses.
+    pub unsafe fn all_to_all(&self, own: &[u8], all: &mut [u8]) -> Result<Request> {
+        let row = own.len() / self.size;
+        let counts = (0..self.size).map(|r| if r == self.rank { 0 } else { row });
+        let places = (0..self.size).map(|r| r * row);
+        let rows: Vec<c_int> = counts.chain(places).map(|n| n as c_int).collect();
+        let (counts, places) = (rows.as_ptr(), rows[self.size..].as_ptr());
+        let mut handle = 0;
+        // SAFETY: the rows are those of the buffers, which the caller keeps, as it does the arrays with the request.
+        let status = unsafe {
+            (self.all_to_all)(
+                own.as_ptr().cast(),
+                counts,
+                places,
+                self.byte,
+                all.as_mut_ptr().cast(),
+                counts,
+                places,
+                self.byte,
+                self.communicator,
+                &mut handle,
+            )
+        };
+        self.check("MPI_Ialltoallv", status)?;
+        Ok(Request {
+            handle,
+            _rows: rows,
+        })
     }
 
     /// Whether the request is done; lets MPI work on it.
@@ -219,7 +241,8 @@ impl Library {
         // An MPI_Status takes 20 to 32 bytes.
         let (mut done, mut status) = (0, [0u64; 8]);
         // SAFETY: the request is one of this library's, and the status is large enough in every ABI.
-        let code = unsafe { (self.test)(&mut request.0, &mut done, status.as_mut_ptr().cast()) };
+        let code =
+            unsafe { (self.test)(&mut request.handle, &mut done, status.as_mut_ptr().cast()) };
         self.check("MPI_Test", code)?;
         Ok(done != 0)
     }

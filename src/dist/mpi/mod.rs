@@ -10,7 +10,7 @@ use super::processes::{Transport, Waiting};
 use crate::device::Memory;
 use crate::error::Result;
 use library::{Library, Request};
-use std::mem;
+use std::mem::{self, ManuallyDrop};
 use std::time::Duration;
 
 /// Bytes that a rank gives to MPI at a time, at most; on several ranks less, so that all of a call stay below 2^30.
@@ -53,11 +53,13 @@ impl Mpi {
     ) -> Result<[Memory; 2]> {
         waiting.renew();
         let mut waited = || {
-            // SAFETY: the buffers stay until the request is done, or for ever.
-            let mut request = unsafe { begin(&self.library, own.bytes(), all.bytes_mut()) }?;
+            // SAFETY: buffers and request stay until it is done, or for ever.
+            let request = unsafe { begin(&self.library, own.bytes(), all.bytes_mut()) }?;
+            let mut request = ManuallyDrop::new(request);
             while !self.library.done(&mut request)? {
                 waiting.pause()?;
             }
+            drop(ManuallyDrop::into_inner(request));
             Ok(())
         };
         match waited() {

@@ -189,24 +189,28 @@ impl Transport for Star {
     }
 
     fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()> {
-        let size = self.size;
+        let (rank, size) = (self.rank, self.size);
         let n = own.len() / size;
         let most = (PIECE / size).max(1);
         for first in (0..n).step_by(most) {
             let count = most.min(n - first);
-            let given = columns(own, size, first, count);
+            // A block for each other rank.
+            let blocks = others(rank, size).flat_map(|r| &own[r * n + first..][..count]);
+            let given: Vec<u8> = blocks.copied().collect();
             let mut taken = vec![0; given.len()];
-            match self.rank {
+            match rank {
                 0 => {
                     let mut from = vec![0; given.len() * size];
-                    let (mine, others) = from.split_at_mut(given.len());
+                    let (mine, theirs) = from.split_at_mut(given.len());
                     mine.copy_from_slice(&given);
-                    self.receive(others.chunks_mut(given.len()), waiting)?;
-                    // Block (r, s) of `from` is what r gives s; that of `to` what r takes from s.
+                    self.receive(theirs.chunks_mut(given.len()), waiting)?;
+                    // `to` has in r's row what r takes from each other rank s: in `from` a block of s's row.
                     let mut to = vec![0; from.len()];
-                    for (i, block) in to.chunks_mut(count).enumerate() {
-                        let (r, s) = (i / size, i % size);
-                        block.copy_from_slice(&from[(s * size + r) * count..][..count]);
+                    let pairs = (0..size).flat_map(|r| others(r, size).map(move |s| (r, s)));
+                    for (block, (r, s)) in to.chunks_mut(count).zip(pairs) {
+                        let among_others = r - usize::from(r > s);
+                        let at = s * given.len() + among_others * count;
+                        block.copy_from_slice(&from[at..][..count]);
                     }
                     taken.copy_from_slice(&to[..given.len()]);
                     self.send(to.chunks(given.len()).skip(1), waiting)?;
@@ -216,7 +220,7 @@ impl Transport for Star {
                     self.receive([&mut taken[..]].into_iter(), waiting)?;
                 }
             }
-            for (r, row) in taken.chunks(count).enumerate() {
+            for (r, row) in others(rank, size).zip(taken.chunks(count)) {
                 all[r * n + first..][..count].copy_from_slice(row);
             }
         }
@@ -266,11 +270,9 @@ impl Transport for Star {
     }
 }
 
-/// Columns `first..first + count` of `rows` `[size, n]`.
-fn columns(rows: &[u8], size: usize, first: usize, count: usize) -> Vec<u8> {
-    let n = rows.len() / size;
-    let row = |r: usize| &rows[r * n + first..][..count];
-    (0..size).flat_map(row).copied().collect()
+/// The ranks of `size` but `rank`, in their order.
+fn others(rank: usize, size: usize) -> impl Iterator<Item = usize> {
+    (0..size).filter(move |other| *other != rank)
 }
 
 #[cfg(test)]

@@ -7,8 +7,10 @@
 
 use super::gradients::{LayerAt, MicroBatches, backward, estimator, own_method, slots};
 use super::probe::{Seen, Watched};
+use super::shares::shared_out_known;
 use super::substitutes::{LayerWeights, Substitutes};
 use crate::config::Config;
+use crate::dist::Collective;
 use crate::error::Result;
 use crate::model::Model;
 use crate::model::batch::Sequences;
@@ -57,6 +59,38 @@ pub struct Compared {
     pub cosine: Option<f64>,
 }
 
+/// Numbers of a [`Compared`]: two of each estimator's dW and dz, and four more.
+const NUMBERS: usize = 4 * ESTIMATORS.len() + 4;
+
+impl Compared {
+    /// It in numbers, for other ranks.
+    fn numbers(&self) -> Vec<Option<f64>> {
+        let qualities = self.dw.iter().chain(&self.dz);
+        let qualities = qualities.flat_map(|q| [q.cosine, q.error]);
+        let others = [self.scale_dw, self.scale_dz, self.norm_ratio, self.cosine];
+        qualities.chain(others).collect()
+    }
+
+    /// That of [`NUMBERS`] numbers.
+    fn of(numbers: &[Option<f64>]) -> Self {
+        let (qualities, others) = numbers.split_at(NUMBERS - 4);
+        let quality = |q: &[Option<f64>]| Quality {
+            cosine: q[0],
+            error: q[1],
+        };
+        let mut dw: Vec<Quality> = qualities.chunks(2).map(quality).collect();
+        let dz = dw.split_off(ESTIMATORS.len());
+        Compared {
+            dw,
+            dz,
+            scale_dw: others[0],
+            scale_dz: others[1],
+            norm_ratio: others[2],
+            cosine: others[3],
+        }
+    }
+}
+
 /// The values of K: powers of two, the model's own and E − 1.
 pub fn values_of_k(experts: usize, own: usize) -> Vec<usize> {
     let powers = (0..usize::BITS).map(|i| 1 << i);
@@ -70,6 +104,7 @@ pub fn values_of_k(experts: usize, own: usize) -> Vec<usize> {
 
 /// The comparison for every K of [`values_of_k`] and every MoE layer: `[(K, [MoE layer])]`.
 pub fn compare(
+    dist: &dyn Collective,
     config: &Config,
     source: &Model,
     vectors: &[Tensor],
@@ -77,10 +112,16 @@ pub fn compare(
     training: Sequences<'_>,
 ) -> Result<Vec<(usize, Vec<Compared>)>> {
     let model = &config.model;
-    values_of_k(model.num_experts, model.top_k)
+    let by_k = values_of_k(model.num_experts, model.top_k);
+    let found = shared_out_known(dist, by_k.len(), |i| {
+        let layers = compare_at(config, source, vectors, batch, training, by_k[i])?;
+        Ok(layers.iter().flat_map(Compared::numbers).collect())
+    })?;
+    let layers = |numbers: Vec<Option<f64>>| numbers.chunks(NUMBERS).map(Compared::of).collect();
+    Ok(by_k
         .into_iter()
-        .map(|k| Ok((k, compare_at(config, source, vectors, batch, training, k)?)))
-        .collect()
+        .zip(found.into_iter().map(layers))
+        .collect())
 }
 
 /// What a layer saw in a micro-batch, with g `[T, D]`.

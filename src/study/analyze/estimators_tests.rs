@@ -1,7 +1,6 @@
 //! The estimators at one forward pass, and rerouted tokens, against plain loops in f64.
 
 use super::*;
-use crate::dist::SingleRank;
 use crate::ops::dispatch::Selection;
 use crate::ops::routing::{Choice, Score, scores};
 use crate::ops::sampled_outputs::{Sampling, sample};
@@ -245,6 +244,7 @@ fn compared(router: &str) -> (Config, Model, Compared) {
     let model = Model::new(&config).unwrap();
     let training = tokens(3);
     let by_k = compare(
+        &SingleRank,
         &config,
         &model,
         &[small_vectors()],
@@ -386,7 +386,7 @@ fn a_rerouted_token_has_the_loss_of_a_model_that_chooses_so() {
             micro_batch: SEQUENCES,
             ..batch(5)
         };
-        let found = reroute(&config, &model, &[small_vectors()], &batch).unwrap();
+        let found = reroute(&SingleRank, &config, &model, &[small_vectors()], &batch).unwrap();
         // 32 tokens: 16 places in each of two sequences.
         assert_eq!((found.len(), found[0].len()), (1, 32));
         let x = at(

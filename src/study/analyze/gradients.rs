@@ -2,10 +2,11 @@
 //! every expert at the incoming gradient of the method itself.
 
 use super::probe::Watched;
+use super::shares::shared_out_known;
 use crate::config::Config;
 use crate::data::Corpus;
 use crate::device::Device;
-use crate::dist::SingleRank;
+use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::batch::{Batch, Sequences};
@@ -210,6 +211,7 @@ pub fn router_gradients(
 /// Cosine similarities to the router gradient of the dense model, whose forward pass is another one: `[method][K − 1][MoE layer]`, K = 1 … E − 1 in
 /// all layers together.
 pub fn dense_similarity(
+    dist: &dyn Collective,
     config: &Config,
     source: &Model,
     vectors: &[Tensor],
@@ -219,20 +221,16 @@ pub fn dense_similarity(
     let of =
         |router: Box<dyn Router>, k| router_gradients(config, source, vectors, router, k, batch);
     let dense = of(Box::new(Dense {}), experts)?;
-    let similar = |method: Method| -> Result<Vec<Vec<Option<f64>>>> {
-        (1..experts)
-            .map(|k| {
-                let gradients = of(method.router(config)?, k)?;
-                Ok(gradients
-                    .iter()
-                    .zip(&dense)
-                    .map(|(g, d)| cosine(g, d))
-                    .collect())
-            })
-            .collect()
-    };
-    let [topk, default] = Method::BOTH.map(similar);
-    Ok([topk?, default?])
+    let pairs = Method::BOTH.map(|method| (1..experts).map(move |k| (method, k)));
+    let pairs: Vec<(Method, usize)> = pairs.into_iter().flatten().collect();
+    let mut topk = shared_out_known(dist, pairs.len(), |i| {
+        let (method, k) = pairs[i];
+        let gradients = of(method.router(config)?, k)?;
+        let beside = gradients.iter().zip(&dense);
+        Ok(beside.map(|(g, d)| cosine(g, d)).collect())
+    })?;
+    let default = topk.split_off(pairs.len() / 2);
+    Ok([topk, default])
 }
 
 /// One layer as data: what its router's gradient depends on.
@@ -307,6 +305,7 @@ impl LayerAt<'_> {
 /// ‖dz_densemixer − dz_method‖ / ‖dz_densemixer‖ of every MoE layer, both at the method's own
 /// incoming gradient: `[method][MoE layer]`.
 pub fn gradient_error(
+    dist: &dyn Collective,
     config: &Config,
     source: &Model,
     vectors: &[Tensor],
@@ -354,6 +353,7 @@ pub fn gradient_error(
         let relative = |[e, n]: &[f64; 2]| Some((e / n).sqrt()).filter(|r| r.is_finite());
         Ok(sums.iter().map(relative).collect())
     };
-    let [topk, default] = Method::BOTH.map(error_of);
-    Ok([topk?, default?])
+    let mut topk = shared_out_known(dist, Method::BOTH.len(), |i| error_of(Method::BOTH[i]))?;
+    let default = topk.pop().unwrap_or_default();
+    Ok([topk.pop().unwrap_or_default(), default])
 }

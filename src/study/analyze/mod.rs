@@ -3,7 +3,7 @@
 //!
 //! Held-out text is routed at evaluation (entropy, frequency, co-activation) and differentiated with
 //! state frozen (similarity to the dense gradient, gradient error, estimators at one forward pass, route regret). Everything runs on the CPU, in
-//! the checkpoint's dtype, and gives the same bytes for any number of threads.
+//! the checkpoint's dtype, and gives the same bytes for any number of threads and ranks.
 
 mod estimators;
 mod figures;
@@ -13,6 +13,7 @@ mod regret;
 mod report;
 mod routing;
 mod sections;
+mod shares;
 mod substitutes;
 #[cfg(test)]
 mod tests;
@@ -25,8 +26,9 @@ pub use trend::write as write_trend;
 
 use crate::config::Config;
 use crate::data::tokenizer::loss_unit;
-use crate::data::{Corpus, sources};
+use crate::data::{Corpus, LeftOut, sources};
 use crate::device::Device;
+use crate::dist::{Collective, SingleRank, doing_alone};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::batch::Batch;
@@ -35,9 +37,12 @@ use crate::routers;
 use crate::study::eval;
 use crate::study::exchange::Saved;
 use crate::tensor::Tensor;
+use crate::train::{check_alike, check_data};
 use gradients::MicroBatches;
 use probe::Watched;
+use routing::Routed;
 use serde::Serialize;
+use shares::shared_out;
 use std::path::PathBuf;
 
 /// Micro-batches of training text that give default vectors to a model without: 0.9^64 = 0.1% of
@@ -109,19 +114,26 @@ pub fn default_folder(found: &Saved) -> PathBuf {
     }
 }
 
-/// Analyses a saved model.
+/// Analyses a saved model. The ranks of `dist` share the work out, and all get the report that one makes; rank 0 shows progress.
 ///
 /// # Errors
-/// When model or text cannot be used, or no sequences are asked for.
-pub fn run(found: &Saved, options: &Options) -> Result<Report> {
-    let phases = Phases::new(1 + PHASES.len());
-    phases.begin(1, "reading model and text");
+/// When model or text cannot be used or differ between ranks, no sequences are asked for, and when a rank has left.
+pub fn run(found: &Saved, options: &Options, dist: &dyn Collective) -> Result<Report> {
+    let phases = (dist.rank() == 0).then(|| Phases::new(1 + PHASES.len()));
+    // Parts take long and not equally long: no limit of time applies to who waits.
+    let show = |n: usize, name: &str| {
+        doing_alone(format!("the analysis, {name}"));
+        phases.iter().for_each(|phases| phases.begin(n, name));
+    };
+    show(1, "reading model and text");
     let (model, state) = found.load(|c| c.train.device = Device::Cpu)?;
     let mut config = state.config;
     let corpus = eval::text(&mut config, &state.data, options.data.as_deref())?;
-    let begin = |n: usize| phases.begin(2 + n, PHASES[n]);
+    check_alike(dist, &config)?;
+    check_data(dist, &corpus.fingerprint())?;
+    let begin = |n: usize| show(2 + n, PHASES[n]);
     let (step, sequences) = (found.step(), options.sequences);
-    in_phases(&config, &model, &corpus, step, sequences, &begin)
+    in_phases(dist, (&config, &model, &corpus), step, sequences, &begin)
 }
 
 /// Analyses a model of this configuration, which was trained on `corpus`, after `step` steps, on the CPU; the model stays as
@@ -136,7 +148,13 @@ pub fn analyze(
     step: u64,
     sequences: usize,
 ) -> Result<Report> {
-    in_phases(config, model, corpus, step, sequences, &|_| ())
+    in_phases(
+        &SingleRank,
+        (config, model, corpus),
+        step,
+        sequences,
+        &|_| (),
+    )
 }
 
 /// What takes long in an analysis, in this order.
@@ -151,9 +169,8 @@ const PHASES: [&str; 6] = [
 
 /// The same; `begin` is told the number of each of [`PHASES`] when it begins.
 fn in_phases(
-    config: &Config,
-    model: &Model,
-    corpus: &Corpus,
+    dist: &dyn Collective,
+    (config, model, corpus): (&Config, &Model, &Corpus),
     step: u64,
     sequences: usize,
     begin: &dyn Fn(usize),
@@ -172,15 +189,7 @@ fn in_phases(
 
     begin(0);
     let own = Watched::new(config, routers::build(&config.router)?, model)?;
-    let routed = routing::routed(&own, &batch)?;
-    let (parts, left_out) = sources(&config.data, &config.model)?;
-    let by_source = parts
-        .iter()
-        .map(|source| {
-            let batch = batches(source.windows(sequences));
-            Ok((source.name.clone(), routing::routed(&own, &batch)?))
-        })
-        .collect::<Result<Vec<_>>>()?;
+    let (routed, by_source, left_out) = routed_texts(dist, config, &own, &batch, sequences)?;
 
     begin(1);
     let trained = gradients::vectors_of(model)?;
@@ -197,14 +206,14 @@ fn in_phases(
         false => vectors::drifts(config, model, next.all())?,
     };
     begin(2);
-    let similarity = gradients::dense_similarity(config, model, &vectors, &batch)?;
+    let similarity = gradients::dense_similarity(dist, config, model, &vectors, &batch)?;
     begin(3);
-    let error = gradients::gradient_error(config, model, &vectors, &batch)?;
+    let error = gradients::gradient_error(dist, config, model, &vectors, &batch)?;
     begin(4);
-    let compared = estimators::compare(config, model, &vectors, &batch, next.all())?;
+    let compared = estimators::compare(dist, config, model, &vectors, &batch, next.all())?;
     begin(5);
     let sample = batches(corpus.evaluation(sequences.min(regret::SAMPLED)));
-    let rerouted = regret::reroute(config, model, &vectors, &sample)?;
+    let rerouted = regret::reroute(dist, config, model, &vectors, &sample)?;
 
     let notes = sections::gradient_notes(config, filled);
     Ok(Report {
@@ -229,4 +238,36 @@ fn in_phases(
             sections::regret(&rerouted, loss_unit(&config.data.tokenizer))?,
         ],
     })
+}
+
+/// What the MoE layers do with a text, and by name with each of its sources; names of the sources left out.
+type RoutedTexts = (Vec<Routed>, Vec<(String, Vec<Routed>)>, LeftOut);
+
+/// Those of the held-out text `batch`, and of `sequences` sequences of each source.
+fn routed_texts(
+    dist: &dyn Collective,
+    config: &Config,
+    own: &Watched,
+    batch: &MicroBatches,
+    sequences: usize,
+) -> Result<RoutedTexts> {
+    let (parts, left_out) = sources(&config.data, &config.model)?;
+    let all = shared_out(dist, 1 + parts.len(), |i| {
+        let routed = match i {
+            0 => routing::routed(own, batch)?,
+            i => {
+                let all = parts[i - 1].windows(sequences);
+                let micro_batch = batch.micro_batch;
+                routing::routed(own, &MicroBatches { all, micro_batch })?
+            }
+        };
+        Ok(routed.iter().flat_map(Routed::numbers).collect())
+    })?;
+    let experts = config.model.num_experts;
+    let mut all = all
+        .iter()
+        .map(|numbers| Routed::of_layers(numbers, experts));
+    let routed = all.next().unwrap_or_default();
+    let names = parts.iter().map(|source| source.name.clone());
+    Ok((routed, names.zip(all).collect(), left_out))
 }

@@ -6,8 +6,10 @@
 
 use super::gradients::{MicroBatches, estimator, own_method, slots};
 use super::probe::{Seen, Watched};
+use super::shares::shared_out;
 use super::substitutes::router_logits;
 use crate::config::Config;
+use crate::dist::Collective;
 use crate::error::Result;
 use crate::model::Model;
 use crate::model::batch::Sequences;
@@ -33,6 +35,26 @@ pub struct Rerouted {
 pub struct Loss {
     pub own: f64,
     pub from_here: f64,
+}
+
+impl Rerouted {
+    /// It in numbers, for other ranks: two for each loss.
+    fn numbers(&self) -> Vec<f64> {
+        let losses = [&self.chosen].into_iter().chain(&self.others);
+        losses.flat_map(|l| [l.own, l.from_here]).collect()
+    }
+
+    /// That of all its numbers.
+    fn of(numbers: &[f64]) -> Self {
+        let loss = |l: &[f64]| Loss {
+            own: l[0],
+            from_here: l[1],
+        };
+        Rerouted {
+            chosen: loss(numbers),
+            others: numbers[2..].chunks(2).map(loss).collect(),
+        }
+    }
 }
 
 /// A layer's tokens together: means over them.
@@ -77,6 +99,7 @@ impl Regret {
 
 /// Rerouted tokens of every MoE layer, `[MoE layer][token]`; none where every expert is chosen.
 pub fn reroute(
+    dist: &dyn Collective,
     config: &Config,
     source: &Model,
     vectors: &[Tensor],
@@ -94,23 +117,27 @@ pub fn reroute(
     for sequences in batch.parts() {
         let length = sequences.length()?;
         let (base, seen) = losses(&watched, sequences)?;
-        for (layer, found) in found.iter_mut().enumerate() {
+        let passes = shared_out(dist, found.len() * rounds, |i| {
+            let (layer, round) = (i / rounds, i % rounds);
             let draws = Stream::new(config.train.seed, Purpose::Check, 0, layer);
-            for round in 0..rounds {
-                // A place in each sequence, drawn by the sequence's place in the whole batch.
-                let place = |s: usize| {
-                    let index = (first + s) * rounds + round;
-                    s * length + draws.bits(index as u64)[0] as usize % length
-                };
-                let places: Vec<usize> = (0..sequences.count).map(place).collect();
-                let pass = Round {
-                    watched: &watched,
-                    sequences,
-                    layer,
-                    places: &places,
-                };
-                found.extend(pass.run(&base, &seen[layer])?);
-            }
+            // A place in each sequence, drawn by the sequence's place in the whole batch.
+            let place = |s: usize| {
+                let index = (first + s) * rounds + round;
+                s * length + draws.bits(index as u64)[0] as usize % length
+            };
+            let places: Vec<usize> = (0..sequences.count).map(place).collect();
+            let pass = Round {
+                watched: &watched,
+                sequences,
+                layer,
+                places: &places,
+            };
+            let rerouted = pass.run(&base, &seen[layer])?;
+            Ok(rerouted.iter().flat_map(Rerouted::numbers).collect())
+        })?;
+        for (i, numbers) in passes.iter().enumerate() {
+            let tokens = numbers.chunks(2 * (1 + experts - top_k));
+            found[i / rounds].extend(tokens.map(Rerouted::of));
         }
         first += sequences.count;
     }

@@ -36,6 +36,33 @@ impl Routed {
         self.pairs.iter().enumerate().map(row).collect()
     }
 
+    /// The layer in numbers, for other ranks.
+    pub fn numbers(&self) -> Vec<f64> {
+        let counts = self.counts.iter().chain(self.pairs.iter().flatten());
+        let counts = counts.map(|n| *n as f64);
+        [self.tokens as f64, self.entropy]
+            .into_iter()
+            .chain(counts)
+            .collect()
+    }
+
+    /// The layers of `experts` experts whose [`numbers`](Self::numbers) follow one another.
+    pub fn of_layers(numbers: &[f64], experts: usize) -> Vec<Self> {
+        let count = |n: &f64| *n as u64;
+        let layer = |numbers: &[f64]| {
+            let (counts, pairs) = numbers[2..].split_at(experts);
+            let pairs = pairs.chunks(experts);
+            Routed {
+                tokens: count(&numbers[0]),
+                entropy: numbers[1],
+                counts: counts.iter().map(count).collect(),
+                pairs: pairs.map(|row| row.iter().map(count).collect()).collect(),
+            }
+        };
+        let length = 2 + experts + experts * experts;
+        numbers.chunks(length).map(layer).collect()
+    }
+
     fn add(&mut self, selection: &Selection) {
         let experts = selection.num_experts();
         self.tokens += selection.num_tokens() as u64;
@@ -95,5 +122,9 @@ mod tests {
                 vec![None; 4],
             ]
         );
+        layer.entropy = 0.1 + 0.2;
+        let layers = [layer.clone(), layer];
+        let numbers: Vec<f64> = layers.iter().flat_map(Routed::numbers).collect();
+        assert_eq!(Routed::of_layers(&numbers, 4), layers);
     }
 }

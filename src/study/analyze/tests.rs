@@ -9,6 +9,7 @@ use super::probe::Watched;
 use super::{Report, analyze};
 use crate::config::{Config, Layers};
 use crate::data::Corpus;
+use crate::dist::SingleRank;
 use crate::model::Model;
 use crate::model::batch::{Batch, Sequences};
 use crate::routers::dense::Dense;
@@ -129,7 +130,7 @@ fn router_gradients_and_their_errors_are_those_of_the_formulas_in_plain_loops() 
         },
         micro_batch: SEQUENCES,
     };
-    let errors = gradient_error(&config, &model, &tensors, &batch).unwrap();
+    let errors = gradient_error(&SingleRank, &config, &model, &tensors, &batch).unwrap();
     let cases: [(Option<Method>, Box<dyn Router>); 3] = [
         (
             Some(Method::TopK),

@@ -4,6 +4,7 @@ use super::source::Source;
 use crate::config::{Config, DataConfig, Layers};
 use crate::data::Tokenizer;
 use crate::data::tokenizer::{BYTES, TOKENIZER_FILE, fingerprint_of};
+use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::study::export::tokenizer as bytes;
@@ -56,8 +57,20 @@ impl Saved {
     /// # Errors
     /// When a file is damaged, the tensors are of another model, or a weight is not finite.
     pub fn load(&self, change: impl FnOnce(&mut Config)) -> Result<(Model, TrainerState)> {
+        self.load_on(change, Box::new(SingleRank))
+    }
+
+    /// The same as one of several ranks.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load).
+    pub fn load_on(
+        &self,
+        change: impl FnOnce(&mut Config),
+        dist: Box<dyn Collective>,
+    ) -> Result<(Model, TrainerState)> {
         let source = match self {
-            Saved::Run(checkpoint) => return checkpoint::load_model_with(checkpoint, change),
+            Saved::Run(checkpoint) => return checkpoint::load_model_on(checkpoint, change, dist),
             Saved::Model(source) => source,
         };
         let mut config = source.config(&Layers::preset("tiny"))?;
@@ -66,7 +79,7 @@ impl Saved {
             config.data.tokenizer = own;
         }
         change(&mut config);
-        let (model, _) = source.model(&config)?;
+        let (model, _) = source.model_on(&config, dist)?;
         Ok((model, TrainerState::at_start(config, String::new())))
     }
 

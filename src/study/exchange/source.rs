@@ -4,6 +4,7 @@ use super::keys;
 use super::tensors::Tensors;
 use crate::config::{Config, Layers, ModelFile, count};
 use crate::device::Device;
+use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::model::{Model, Part};
 use crate::routers;
@@ -99,6 +100,18 @@ impl Source {
     /// # Errors
     /// When a tensor is missing, has another shape, or belongs to nothing.
     pub fn model(&self, config: &Config) -> Result<(Model, Vec<Piece>)> {
+        self.model_on(config, Box::new(SingleRank))
+    }
+
+    /// The same as one of several ranks.
+    ///
+    /// # Errors
+    /// As [`model`](Self::model).
+    pub fn model_on(
+        &self,
+        config: &Config,
+        dist: Box<dyn Collective>,
+    ) -> Result<(Model, Vec<Piece>)> {
         // A damaged config.json may speak of any size: there must not be memory for it. What is missing of a model that
         // nearly fits is named below.
         let (expected, found) = (
@@ -113,7 +126,8 @@ impl Source {
                 "the files do not belong to config.json, or one is missing",
             ));
         }
-        let mut model = Model::new(config)?;
+        let router = routers::build(&config.router)?;
+        let mut model = Model::with_router(config, router, dist)?;
         let mut pieces = Vec::new();
         for (index, parameter) in model.parameters.iter().enumerate() {
             let mut offset = 0;

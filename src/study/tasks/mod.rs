@@ -20,4 +20,4 @@ mod table;
 pub use documents::choose;
 pub use question::{Question, TASKS, Task, find};
 pub use results::{Answer, Results, Score, Value};
-pub use run::{Benchmark, Options, read, run};
+pub use run::{Benchmark, Options, check_alike, read, run};

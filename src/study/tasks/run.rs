@@ -5,11 +5,14 @@ use super::progress::Progress;
 use super::question::{Question, Task};
 use super::requests::{Batch, Request, requests};
 use super::results::{Answer, Results, Score};
+use crate::config::Config;
 use crate::data::Tokenizer;
+use crate::dist::{Collective, same_on_all};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::report::files::publish;
 use crate::study::eval::gathered;
+use crate::train;
 use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
@@ -37,6 +40,24 @@ pub fn read(tasks: &[&'static Task], folder: &Path, limit: usize) -> Result<Vec<
             })
         })
         .collect()
+}
+
+/// Refuses ranks of different programs or configurations, or with other questions.
+///
+/// # Errors
+/// When there are some.
+pub fn check_alike(dist: &dyn Collective, config: &Config, benchmarks: &[Benchmark]) -> Result<()> {
+    train::check_alike(dist, config)?;
+    let mut hasher = blake3::Hasher::new();
+    for Benchmark { task, questions } in benchmarks {
+        hasher.update(task.name.as_bytes());
+        for question in questions {
+            hasher.update(format!("{question:?}").as_bytes());
+        }
+    }
+    let both = |a: &str, b: &str| format!("questions with the digests {a} and {b}");
+    let help = "give every host the same files of --task-data";
+    same_on_all(dist, &hasher.finalize().to_hex(), both, help)
 }
 
 /// How questions are asked.

@@ -16,7 +16,8 @@ use std::ops::Range;
 /// Numbers between two gradients of a received row, for whole vectors.
 const ALIGNED: usize = 32;
 
-/// Sums the gradients of this rank's numbers over the ranks, in rank order; the others stay as they are.
+/// Sums the gradients of this rank's numbers over the ranks, in rank order; the others stay as they are. This rank's own row is
+/// copied on the device: nothing is sent to itself.
 ///
 /// # Errors
 /// When a gradient is not f32, a kernel fails, or a rank has left.
@@ -26,6 +27,10 @@ pub fn reduce(
     parameters: &[Parameter],
     gradients: &mut Gradients,
 ) -> Result<()> {
+    if ranks.size() == 1 {
+        // The sum of one row is that row.
+        return Ok(());
+    }
     let stream = Stream::of(ranks.device())?;
     for bucket in shards.buckets() {
         let mut spans = Vec::with_capacity(bucket.len());
@@ -45,11 +50,16 @@ pub fn reduce(
         for peer in 0..ranks.size() {
             let mut at = peer * stride;
             for (i, span) in bucket.clone().zip(&spans) {
-                parts.push(Part {
-                    peer,
-                    send: part(span, &shards.of(i, peer), 4),
-                    receive: part(&to, &(at..at + shards.own(i).len()), 4),
-                });
+                let send = part(span, &shards.of(i, peer), 4);
+                let receive = part(&to, &(at..at + shards.own(i).len()), 4);
+                match peer == ranks.rank() {
+                    true => receive.copy_from(&send)?,
+                    false => parts.push(Part {
+                        peer,
+                        send,
+                        receive,
+                    }),
+                }
                 at += own(i);
             }
         }
@@ -82,6 +92,9 @@ pub fn gather_weights(
     shards: &Shards,
     parameters: &mut [Parameter],
 ) -> Result<()> {
+    if ranks.size() == 1 {
+        return Ok(());
+    }
     for bucket in shards.buckets() {
         let mut parts = Vec::new();
         for i in bucket.clone() {
@@ -107,7 +120,6 @@ pub fn gather_weights(
                 }
             }
         }
-        // This rank's numbers are not received.
         ranks.exchange(parts)?;
     }
     Ok(())

@@ -46,7 +46,7 @@ fn clocks(rows: f64, flops_per_clock: f64) -> (f64, f64) {
 }
 
 /// A row for each GPU and each tile that it has room for.
-fn table() -> Table {
+fn limits() -> Table {
     let mut table = Table::new(&[
         "GPU",
         "tile",
@@ -82,7 +82,7 @@ fn table() -> Table {
 
 /// The table, in Markdown.
 pub fn markdown() -> String {
-    table().markdown()
+    limits().markdown()
 }
 
 /// Writes the table into a page, between its marks.

@@ -1,5 +1,5 @@
-//! NCCL's calls in the graph of a step, as one GPU can show them: a rank alone that makes the calls of several gives the bytes of
-//! a step without them, and is not slower by more than they may cost.
+//! NCCL's calls in the graph of a step, as one GPU can show them: a rank alone that gathers as several do gives the bytes of a step
+//! without that, and is not slower by more than the calls may cost. It sends nothing, since a rank sends nothing to itself.
 
 use super::outcome::Outcome;
 use super::record::Ending;

@@ -58,23 +58,21 @@ int MPI_Comm_split(Handle comm, int color, int key, Handle* made) {
   return status;
 }
 
-typedef int (*Move)(const void*, int, int, void*, int, int, int, int*);
-
-static int move(const char* name, const void* own, int count, Handle type, void* all, Handle comm, Handle* request) {
-  int started = 0, byte = known(type, BYTE, MPICH_BYTE);
-  int status = ((Move)find(name))(own, count, byte, all, count, byte, communicator(comm), &started);
+int MPI_Iallgather(const void* own, int n, Handle type, void* all, int m, Handle t, Handle comm, Handle* request) {
+  int (*call)(const void*, int, int, void*, int, int, int, int*) = find("MPI_Iallgather");
+  int started = 0, byte = known(type, BYTE, MPICH_BYTE), other = known(t, BYTE, MPICH_BYTE);
+  int status = call(own, n, byte, all, m, other, communicator(comm), &started);
   *request = ((Handle)1 << 40) | (uint32_t)started;  // wider than an int, as the standard's handles may be
   return status;
 }
 
-int MPI_Iallgather(const void* own, int n, Handle type, void* all, int m, Handle t, Handle comm, Handle* request) {
-  (void)m, (void)t;
-  return move("MPI_Iallgather", own, n, type, all, comm, request);
-}
-
-int MPI_Ialltoall(const void* own, int n, Handle type, void* all, int m, Handle t, Handle comm, Handle* request) {
-  (void)m, (void)t;
-  return move("MPI_Ialltoall", own, n, type, all, comm, request);
+int MPI_Ialltoallv(const void* own, const int* counts, const int* places, Handle type, void* all, const int* taken,
+                   const int* to, Handle t, Handle comm, Handle* request) {
+  int (*call)(const void*, const int*, const int*, int, void*, const int*, const int*, int, int, int*) = find("MPI_Ialltoallv");
+  int started = 0, byte = known(type, BYTE, MPICH_BYTE), other = known(t, BYTE, MPICH_BYTE);
+  int status = call(own, counts, places, byte, all, taken, to, other, communicator(comm), &started);
+  *request = ((Handle)1 << 40) | (uint32_t)started;
+  return status;
 }
 
 int MPI_Test(Handle* request, int* done, void* status) {
