@@ -159,7 +159,7 @@ fn a_signal_to_the_launcher_stops_all_ranks_after_the_same_step() {
         let mut command = launcher.ranks(2, &train_small(&place, "run", &["--steps", "100000"]));
         command.env("ROUTEGRAD_NCCL", stand_in());
         let mut child = command.spawn().unwrap();
-        assert!(wait_for_step(&mut child, &out, 8));
+        assert!(wait_for_step(&mut child, &out, 4));
         signal(child.id(), "-USR1");
         let output = child.wait_with_output().unwrap();
         let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
