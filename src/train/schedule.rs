@@ -3,15 +3,16 @@
 use crate::config::{Schedule, TrainConfig};
 use std::f64::consts::PI;
 
-/// Rate of step `step`, from 0, of `config.steps`. The first w = ⌈`warmup_fraction` · N⌉ steps rise in equal parts to
-/// `learning_rate`. In the others the rate falls to `final_rate · learning_rate`, which the last step has, as `schedule` says.
+/// Returns the learning rate of step `step`, counted from 0, of N = `config.steps` steps. In the first w =
+/// ⌈`warmup_fraction` · N⌉ steps the rate rises linearly to `learning_rate`. In the others it falls as defined by
+/// `schedule` to `final_rate · learning_rate`, the rate of the last step.
 pub fn learning_rate(config: &TrainConfig, step: u64) -> f64 {
     let steps_of = |share: f64| (share * config.steps as f64).ceil() as u64;
     let warmup = steps_of(config.warmup_fraction);
     if step < warmup {
         return config.learning_rate * ((step + 1) as f64 / warmup as f64);
     }
-    // The share of the way down behind `first` steps at the highest rate.
+    // The fraction of the decay that is done, where the decay begins after `first` steps.
     let progress = |first: u64| {
         let falling = config.steps.saturating_sub(first).max(1);
         ((step + 1).saturating_sub(first) as f64 / falling as f64).min(1.0)
@@ -49,7 +50,7 @@ mod tests {
         assert_eq!(r[5], 3e-3);
         assert!(r[5..].windows(2).all(|w| w[1] < w[0]));
         assert!((r[599] - 3e-4).abs() < 1e-12);
-        // Half of the cosine's way: the mean of both ends.
+        // Halfway through the cosine, the rate is the mean of both ends.
         assert!((r[6 + 296] - 1.65e-3).abs() < 1e-12);
     }
 
