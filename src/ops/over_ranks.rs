@@ -65,7 +65,7 @@ fn add_rows(ranks: &DeviceRanks, out: &mut Tensor, rows: &Tensor) -> Result<()> 
             "sum over ranks",
             "f32, f64 or i32 on a device with kernels",
             other.to_string(),
-            "a bug: no kernel adds up such numbers",
+            "this is a bug: no kernel sums elements of this dtype",
         )),
     }
 }

@@ -210,10 +210,7 @@ impl Tape {
         if !op.runs_on(device) {
             return Err(Error::invalid(
                 op.name(),
-                format!(
-                    "an operation that has kernels, or inputs on {}",
-                    Device::Cpu
-                ),
+                format!("an operation with kernels, or inputs on {}", Device::Cpu),
                 format!("inputs on {device}"),
                 "train with --device cpu, or without the option that needs it",
             ));

@@ -121,7 +121,7 @@ impl Tensor {
     /// # Panics
     /// Panics when `T` is not the tensor's dtype: operations check dtypes before they call this function.
     pub fn slice<T: Element>(&self) -> &[T] {
-        assert_eq!(self.dtype, T::DTYPE, "dtype of the elements asked for");
+        assert_eq!(self.dtype, T::DTYPE, "dtype of the requested elements");
         bytemuck::cast_slice(self.memory.bytes())
     }
 
@@ -130,7 +130,7 @@ impl Tensor {
     /// # Panics
     /// Panics when `T` is not the tensor's dtype.
     pub fn slice_mut<T: Element>(&mut self) -> &mut [T] {
-        assert_eq!(self.dtype, T::DTYPE, "dtype of the elements asked for");
+        assert_eq!(self.dtype, T::DTYPE, "dtype of the requested elements");
         bytemuck::cast_slice_mut(self.bytes_mut())
     }
 
@@ -344,7 +344,7 @@ impl Tensor {
             op,
             format!("{what} of shape {shape}"),
             format!("{}", self.shape),
-            "pass tensors whose shapes fit together",
+            "pass tensors whose shapes match",
         ))
     }
 
