@@ -101,7 +101,7 @@ impl<'a> Grouped<'a> {
         let (one, zero, size) = (vec![1f32; count], vec![0f32; count], vec![1i32; count]);
         let [a, b, c] = [0, 1, 2].map(|i| self.addresses[set][i].address());
         let bf16 = sys::cudaDataType_t::CUDA_R_16BF;
-        // SAFETY: every array has one entry a group; the addresses' arrays lie on the GPU.
+        // SAFETY: every array has one entry per group; the arrays of addresses are in GPU memory.
         let status = unsafe {
             sys::cublasGemmGroupedBatchedEx(
                 self.handle,

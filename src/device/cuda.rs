@@ -17,7 +17,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError}
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-/// A GPU from Ampere on, with kernels compiled for it.
+/// A GPU of the Ampere generation or newer, for which the kernels are compiled.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
@@ -173,10 +173,10 @@ impl Gpu {
     /// Allocates `bytes` bytes of unspecified content.
     ///
     /// # Errors
-    /// Returns an error when the GPU has not enough memory.
+    /// Returns an error when the GPU does not have enough memory.
     pub fn allocate(&self, bytes: usize) -> Result<DeviceMemory> {
         self.stream()?;
-        // SAFETY: freed by DeviceMemory alone.
+        // SAFETY: only DeviceMemory frees it.
         let address = unsafe { result::malloc_sync(bytes.max(1)) }
             .map_err(|e| error(&format!("allocate {bytes} bytes"), e))?;
         Ok(DeviceMemory {
@@ -190,7 +190,7 @@ impl Gpu {
     /// Allocates `bytes` bytes of unspecified content that are never freed, and returns their address.
     ///
     /// # Errors
-    /// Returns an error when the GPU has not enough memory; it states how much is free.
+    /// Returns an error when the GPU does not have enough memory; it states how much is free.
     pub fn chunk(&self, bytes: usize) -> Result<usize> {
         self.stream()?;
         // SAFETY: nothing frees it.
@@ -463,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn each_process_of_a_host_has_its_gpu_or_is_shown_it_alone() {
+    fn each_process_of_a_host_opens_its_own_gpu_or_the_only_visible_one() {
         assert_eq!((place(0, 8), place(7, 8)), (Ok(0), Ok(7)));
         assert_eq!(place(3, 1), Ok(0));
         let error = place(8, 8).unwrap_err();

@@ -120,7 +120,7 @@ impl Memory {
     /// Returns a new block with a range of the bytes, on the side where they are.
     ///
     /// # Errors
-    /// Returns an error when the device has not enough memory.
+    /// Returns an error when the device does not have enough memory.
     pub fn duplicate(&self, range: Range<usize>) -> Result<Self> {
         let mut copy = Memory::unspecified(range.len());
         let block = self.own_block();
@@ -142,7 +142,7 @@ impl Memory {
     /// Returns the address on `device` for a kernel that reads.
     ///
     /// # Errors
-    /// Returns an error when the device has not enough memory.
+    /// Returns an error when the device does not have enough memory.
     pub fn address(&self, device: Device) -> Result<usize> {
         let slot = &mut *self.own_block();
         let fresh = slot.is_none();

@@ -77,7 +77,7 @@ struct Pinned {
     capacity: usize,
 }
 
-// SAFETY: the memory belongs to the struct, and is written through `&mut` alone.
+// SAFETY: the memory belongs to the struct, and is written only through `&mut`.
 unsafe impl Send for Pinned {}
 
 /// A copy in progress. If it is dropped, its block is never released, because the GPU may still write to it.
@@ -90,7 +90,7 @@ pub struct PinnedReadback {
 impl PinnedReadback {
     /// Returns the destination of the copy.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the block has so many bytes, and was zeroed.
+        // SAFETY: the block has this many bytes, and was zeroed.
         unsafe { std::slice::from_raw_parts_mut(self.block.memory, self.bytes) }
     }
 

@@ -37,7 +37,7 @@ impl Block {
     /// Allocates a block of unspecified content.
     ///
     /// # Errors
-    /// Returns an error when the device has not enough memory.
+    /// Returns an error when the device does not have enough memory.
     pub fn new(device: Device, bytes: usize) -> Result<Self> {
         let mut arena = arena(device);
         let address = match arena.take(bytes) {

@@ -191,7 +191,7 @@ impl Tensor {
     /// Returns an error when the tensor holds another type.
     ///
     /// # Panics
-    /// Panics when the device has not enough memory.
+    /// Panics when the device does not have enough memory.
     pub fn input<T: Element>(&self) -> Result<In<'_, T>> {
         self.expect_element::<T>()?;
         let address = self.pointer::<T>() as usize;
@@ -210,7 +210,7 @@ impl Tensor {
     /// Returns an error when the tensor holds another type.
     ///
     /// # Panics
-    /// Panics when the device has not enough memory.
+    /// Panics when the device does not have enough memory.
     pub fn output<T: Element>(&mut self) -> Result<Out<'_, T>> {
         self.expect_element::<T>()?;
         let elements = self.elements() * self.dtype().size() / size_of::<T>();
@@ -223,7 +223,7 @@ impl Tensor {
     /// complete vectors.
     ///
     /// # Panics
-    /// Panics when the device has not enough memory.
+    /// Panics when the device does not have enough memory.
     pub fn padded_input(&self) -> In<'_, u8> {
         let bytes = (self.elements() * self.dtype().size()).next_multiple_of(ALIGNMENT);
         // SAFETY: the tensor owns its memory, and a device's allocations are multiples of the alignment.
@@ -234,7 +234,7 @@ impl Tensor {
     /// complete vectors; copies them first if they are shared.
     ///
     /// # Panics
-    /// Panics when the device has not enough memory.
+    /// Panics when the device does not have enough memory.
     pub fn padded_output(&mut self) -> Out<'_, u8> {
         let bytes = (self.elements() * self.dtype().size()).next_multiple_of(ALIGNMENT);
         // SAFETY: as in padded_input.

@@ -15,7 +15,7 @@ pub unsafe trait Row: Copy + 'static {}
 macro_rules! rows {
     ($($type:ty: $bytes:literal),* $(,)?) => {
         $(
-            // SAFETY: bindgen makes it `repr(C)`, and its size is the sum of those of its fields.
+            // SAFETY: bindgen makes it `repr(C)`, and its size is the sum of the sizes of its fields.
             unsafe impl Row for $type {}
             const _: () = assert!(size_of::<$type>() == $bytes);
         )*

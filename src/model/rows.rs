@@ -87,7 +87,7 @@ impl Rows {
             ),
             Rows::Cached(cache) => (
                 (1..=longest).contains(&(cache.rows() + tokens)) && tokens > 0,
-                format!("{tokens} tokens behind {}", cache.rows()),
+                format!("{tokens} tokens after {} cached rows", cache.rows()),
             ),
         };
         if fits {

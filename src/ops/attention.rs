@@ -2,8 +2,9 @@
 //!
 //! `qkv [B·S, (H + 2 KV) hd]`, `o [B·S, H hd]`. For each sequence and query head, with the key and value head of its
 //! group: `P = softmax(Q Kᵀ / √hd)` over the keys at or before the query, `O = P V`. If several documents share a
-//! sequence, row r attends to the keys `first_key[r] … r`, which are those of its document. Backward: `dV = Pᵀ dO`,
-//! `dP = dO Vᵀ`, `dS = P ⊙ (dP − rowsum(dO ⊙ O))`, `dQ = dS K / √hd`, `dK = dSᵀ Q / √hd`.
+//! sequence, row r attends to the keys `first_key[r] … r`, which are those of its document.
+//!
+//! Backward: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P ⊙ (dP − rowsum(dO ⊙ O))`, `dQ = dS K / √hd`, `dK = dSᵀ Q / √hd`.
 //!
 //! As in FlashAttention (Dao et al., arXiv 2205.14135) scores exist only for one block of queries at a time, and
 //! backward computes them again. Of the softmax, only the logsumexp of each row is kept.

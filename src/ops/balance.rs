@@ -313,13 +313,10 @@ mod kernels {
 pub(super) fn cases() -> Vec<Case> {
     let fractions = Tensor::from_slice([4], &[0.5, 0.125, 0.25, 0.125]);
     vec![
-        Case::new(
-            "auxiliary_loss behind the softmax [6, 4]",
-            move |tape, v| {
-                let p = super::router::softmax(tape, &v[0])?;
-                Ok(vec![auxiliary_loss(tape, &p, &fractions)?])
-            },
-        )
+        Case::new("auxiliary_loss after the softmax [6, 4]", move |tape, v| {
+            let p = super::router::softmax(tape, &v[0])?;
+            Ok(vec![auxiliary_loss(tape, &p, &fractions)?])
+        })
         .input("z", [6, 4]),
         Case::new("z_loss [5, 3]", |tape, v| Ok(vec![z_loss(tape, &v[0])?])).input("z", [5, 3]),
         Case::new("weighted_sum of 2 losses", |tape, v| {

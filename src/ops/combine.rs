@@ -190,7 +190,7 @@ impl<T: Real> Layer<'_, T> {
     fn doutputs(&self, de: &mut [T], accumulate: Accumulate, dy: &[T]) {
         let (selection, width) = (self.dispatch.selection(), self.width);
         let experts = selection.num_experts();
-        // The row blocks of the dispatch name their expert; a row index alone does not.
+        // The row blocks of the dispatch name their expert; a row index does not.
         let row_expert: Vec<usize> = (0..experts)
             .flat_map(|e| self.dispatch.rows(e).map(move |_| e))
             .collect();

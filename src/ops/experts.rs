@@ -107,7 +107,7 @@ pub fn sums_of_rows(
     let rows = layer.rows([x, weights, gate_up, down], Some(weighting))?;
     match rows.sums {
         Some(sums) => Ok(sums),
-        None => unreachable!("sums were asked for"),
+        None => unreachable!("sums were requested"),
     }
 }
 

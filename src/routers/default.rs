@@ -118,7 +118,7 @@ pub const SHRINK: &str = "shrink_sums";
 /// Upper bound of the running factor: early in training the denominator is small and the ratio is unreliable.
 const MOST: f64 = 2.0;
 
-/// The factor on default vectors where they are used.
+/// The factor by which default vectors are multiplied when they are used.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a number from 0 up, or \"running\"")]
 pub enum Shrink {
@@ -158,7 +158,7 @@ pub struct DefaultMoe {
     pub source: Source,
     /// Number of tokens drawn for each expert and optimizer step if tokens are drawn; below 2^16.
     pub samples: usize,
-    /// The factor on the vectors where they are used: a number, or "running".
+    /// The factor by which the vectors are multiplied when they are used: a number, or "running".
     pub shrink: Shrink,
 }
 

@@ -19,7 +19,7 @@ impl LayerStats {
     /// Reads a row `[E + 2]` that `kernels/layer_tally.cu` counted: tokens per expert, tokens, entropy.
     pub(crate) fn of_row(row: &[f64]) -> Self {
         let [counts @ .., tokens, entropy] = row else {
-            unreachable!("a row has two numbers behind the experts'")
+            unreachable!("a row has two numbers after those of the experts")
         };
         LayerStats {
             tokens: *tokens,

@@ -305,7 +305,7 @@ impl Tally {
         }
     }
 
-    /// Lets the next count of kernels begin all sums anew.
+    /// Makes the next count by kernels reset all sums first.
     pub fn count_anew(&mut self) {
         if let Tally::Device { fresh, .. } = self {
             *fresh = Fresh {

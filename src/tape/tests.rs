@@ -1,4 +1,4 @@
-//! The tape on small operations of its own: it must work for any op, and knows none.
+//! Tests of the tape with small operations defined here: the tape must work for any operation.
 
 use super::*;
 use crate::tensor::cpu::Accumulate;

@@ -1,6 +1,6 @@
 //! Tools of the CPU device: parallel loops over fixed blocks, vector dispatch, matrix products.
 //!
-//! Work is cut into blocks whose bounds depend on shapes alone, each block runs on one thread, and partial results
+//! Work is divided into blocks whose bounds depend only on shapes, each block runs on one thread, and partial results
 //! are added in block order. The resulting bytes therefore do not depend on the number of threads.
 
 mod inner;

@@ -156,7 +156,7 @@ impl Tensor {
     /// Returns a copy of consecutive elements, beginning with `first`, on the same device.
     ///
     /// # Errors
-    /// Returns an error when the device has not enough memory.
+    /// Returns an error when the device does not have enough memory.
     ///
     /// # Panics
     /// Panics when there are fewer elements.
@@ -177,7 +177,7 @@ impl Tensor {
     /// Returns the memory for writing; copies it first if it is shared.
     ///
     /// # Panics
-    /// Panics when the device has not enough memory for a copy.
+    /// Panics when the device does not have enough memory for a copy.
     fn own_memory(&mut self) -> &mut Memory {
         if Arc::get_mut(&mut self.memory).is_none() {
             let all = 0..self.elements() * self.dtype.size();
@@ -225,7 +225,7 @@ impl Tensor {
     /// Returns the address of the elements for a kernel of the tensor's device that reads them.
     ///
     /// # Panics
-    /// Panics when the device has not enough memory, or has no kernels.
+    /// Panics when the device does not have enough memory, or has no kernels.
     pub fn pointer<T>(&self) -> *const T {
         let address = self.memory.address(self.device);
         address.unwrap_or_else(|e| panic!("{e}")) as *const T

@@ -44,7 +44,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_rises_to_its_height_and_falls_to_its_share() {
+    fn the_rate_rises_to_its_maximum_and_falls_to_its_final_value() {
         let r = rates(&["train.steps=600"]);
         assert!((r[0] - 3e-3 / 6.0).abs() < 1e-15);
         assert_eq!(r[5], 3e-3);
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_without_warm_up_and_one_of_warm_up_alone_are_finite() {
+    fn rates_are_finite_without_warm_up_and_with_only_warm_up() {
         assert!(rates(&["train.steps=1"]).iter().all(|r| *r > 0.0));
         let all = rates(&["train.warmup_fraction=1", "train.steps=4"]);
         assert_eq!(all, [0.25 * 3e-3, 0.5 * 3e-3, 0.75 * 3e-3, 3e-3]);

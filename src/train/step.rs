@@ -258,8 +258,8 @@ impl StepExecutor {
     }
 
     /// Copies to a device with kernels the data that changes between steps. Returns whether the step may be captured
-    /// or replayed, which requires that choices are neither recorded nor replayed, and launches are neither timed nor
-    /// waited for.
+    /// or replayed, which requires that choices are neither recorded nor replayed, that launches are neither recorded
+    /// nor waited for, and, with several ranks, that the optimizer is sharded and each rank is a separate process.
     fn prepare(&mut self, model: &mut Model, settings: Settings) -> Result<bool> {
         let Some(device) = &mut self.device else {
             return Ok(false);

@@ -13,7 +13,7 @@ const TOKENS: usize = 40;
 const EXPERTS: usize = 4;
 const HIDDEN: usize = 8;
 
-/// A model in f64 whose default vectors are sampled anew in every step: β = 0.
+/// A model in f64 whose default vectors are sampled again in every step: β = 0.
 fn sampling_model(set: &[&str]) -> Model {
     let mut layers = Layers::preset("tiny");
     let own = [
@@ -310,7 +310,7 @@ fn renormalisation_on_a_device_with_kernels_is_refused_with_a_suggestion() {
 }
 
 #[test]
-fn a_step_with_sampled_or_scaled_vectors_is_that_of_the_cpu_on_the_simulator() {
+fn a_step_with_sampled_or_scaled_vectors_on_the_simulator_matches_the_cpu() {
     for set in [
         &["router.source=sampled"][..],
         &["router.shrink=0.5", "router.init_std=0.5"],

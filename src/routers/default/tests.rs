@@ -144,7 +144,7 @@ fn without_pass_forward_the_output_is_that_of_topk_and_the_gradient_stays_dense(
 }
 
 #[test]
-fn a_constant_factor_scales_the_vectors_where_they_are_used_alone() {
+fn a_constant_factor_scales_the_vectors_only_when_they_are_used() {
     let found = worked(DefaultMoe {
         shrink: Shrink::Constant(0.5),
         ..half()

@@ -266,7 +266,7 @@ fn the_second_stage_excludes_the_first_expert_and_may_choose_experts_masked_befo
         g: &G,
         omega: None,
     };
-    // Stage 1 keeps {0, 1} and takes 0; stage 2 keeps {1, 2}, 2 among them again, and takes it.
+    // Stage 1 keeps {0, 1} and chooses 0; stage 2 keeps {1, 2}, which includes 2 again, and chooses 2.
     let xi = [favour(0, 4), favour(2, 4)];
     let found = token.run(&router(Version::V2, 0.1), &xi, &[0.0, 0.0]);
     assert_eq!(found.experts, [0, 2]);

@@ -28,7 +28,7 @@ impl<'a, T> Mat<'a, T> {
     /// Row-major `rows` x `cols` with rows `stride` elements apart.
     ///
     /// # Panics
-    /// Panics when the view does not lie within `data`.
+    /// Panics when the view is not inside `data`.
     pub fn strided(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(
             rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len(),
@@ -97,7 +97,7 @@ impl<'a, T> MatMut<'a, T> {
     /// Row-major `rows` x `cols` with rows `stride` elements apart.
     ///
     /// # Panics
-    /// Panics when the view does not lie within `data`, or rows overlap.
+    /// Panics when the view is not inside `data`, or rows overlap.
     pub fn strided(data: &'a mut [T], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(
             stride >= cols || rows <= 1,
@@ -140,8 +140,8 @@ pub fn gemm<T: Real>(c: MatMut<T>, accumulate: Accumulate, a: Mat<T>, b: Mat<T>)
         }
         return;
     }
-    // SAFETY: the constructors of the views checked that every index lies within their slices, and
-    // that rows of `c`, which is borrowed mutably, do not overlap.
+    // SAFETY: the constructors of the views checked that every index is inside their slices, and that rows of `c`,
+    // which is borrowed mutably, do not overlap.
     unsafe {
         gemm::gemm(
             c.rows,

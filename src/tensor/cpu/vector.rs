@@ -2,7 +2,7 @@
 //! they are inlined.
 //!
 //! A compiler must not reorder a floating-point sum, so a simple loop adds one number at a time. Here sums run in
-//! `LANES` interleaved parts, which become vector registers; the order depends on the length alone.
+//! `LANES` interleaved parts, which become vector registers; the order depends only on the length.
 
 use super::Accumulate;
 use crate::tensor::dtype::Real;
@@ -48,9 +48,9 @@ fn total<T: Real>(mut sums: [T; LANES]) -> T {
     sums[0]
 }
 
-/// Writes `f([a_i, b_i, ..], old)` to the outputs, element by element, where `old` are the values they
-/// hold. Parts of `LANES` elements go through local arrays, so that the compiler need not prove
-/// that outputs and inputs do not overlap: past a few slices it gives up and emits scalar code.
+/// Writes `f([a_i, b_i, ..], old)` to the outputs, element by element, where `old` are the values they hold. Parts of
+/// `LANES` elements go through local arrays, so that the compiler need not prove that outputs and inputs do not
+/// overlap: with more than a few slices it does not prove this and emits scalar code.
 ///
 /// # Panics
 /// Panics when a slice is shorter than the first input.

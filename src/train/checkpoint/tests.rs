@@ -53,7 +53,7 @@ fn what_was_saved_comes_back_bit_for_bit() {
 }
 
 #[test]
-fn only_the_newest_are_kept_and_leftovers_go() {
+fn only_the_newest_are_kept_and_files_of_interrupted_saves_are_removed() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join(".unfinished-step-3")).unwrap();
     fs::write(
@@ -207,7 +207,7 @@ fn a_manifest_without_a_digest_of_its_own_is_read_as_before() {
 }
 
 #[test]
-fn another_number_in_the_manifest_is_noticed() {
+fn a_changed_number_in_the_manifest_is_detected() {
     let dir = tempfile::tempdir().unwrap();
     let path = save(dir.path(), &snapshot(3), 1, SHARD_BYTES)
         .unwrap()

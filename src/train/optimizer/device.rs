@@ -331,7 +331,7 @@ fn state_rows(states: &mut [LayerState]) -> Vec<routegrad_state> {
     .collect()
 }
 
-/// Rows of plain numbers and addresses in device memory, copied there when they change.
+/// Rows of numbers and addresses in device memory, copied there when they change.
 struct Table<R> {
     tensor: Tensor,
     rows: Vec<R>,
