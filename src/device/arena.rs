@@ -1,9 +1,10 @@
-//! The arena that a device's memory is cut from.
+//! The arena from which blocks of a device's memory are allocated.
 //!
-//! It takes large chunks from the device, seldom, and cuts blocks from them: the smallest free range that is large enough,
-//! of equal ones the lowest. What is given back joins its free neighbours. The answer depends on nothing but which blocks
-//! are taken, so that a step that begins with the blocks of the last one gets the addresses of the last one: a captured
-//! graph of it may be replayed.
+//! It rarely requests memory from the device, in large chunks, and allocates blocks from these. A block is placed in
+//! the smallest free range that is large enough; of equal ranges, in the one with the lowest address. A freed block
+//! is merged with its free neighbours. The address of a new block depends only on which blocks are allocated. A step
+//! that begins with the same blocks as the last step therefore gets the same addresses, and a captured graph of the
+//! step can be replayed.
 
 use std::collections::BTreeMap;
 
@@ -12,20 +13,20 @@ pub const ALIGNMENT: usize = 256;
 
 /// Free ranges of the chunks.
 pub struct Arena {
-    /// First address and bytes of each; no two touch.
+    /// Address and size in bytes of each free range; no two ranges are adjacent.
     free: BTreeMap<usize, usize>,
     chunks: BTreeMap<usize, usize>,
     used: usize,
     peak: usize,
 }
 
-/// Bytes that a block of `bytes` bytes takes.
+/// Returns the number of bytes that the arena uses for a block of `bytes` bytes.
 pub fn block_bytes(bytes: usize) -> usize {
     bytes.max(1).next_multiple_of(ALIGNMENT)
 }
 
 impl Arena {
-    /// One without memory.
+    /// Creates an arena without memory.
     pub const fn new() -> Self {
         Arena {
             free: BTreeMap::new(),
@@ -35,14 +36,14 @@ impl Arena {
         }
     }
 
-    /// Adds memory to cut from. Blocks do not span two chunks.
+    /// Adds a chunk of memory. Blocks do not span two chunks.
     pub fn grow(&mut self, address: usize, bytes: usize) {
         assert!(address % ALIGNMENT == 0 && bytes % ALIGNMENT == 0);
         self.chunks.insert(address, bytes);
         self.free.insert(address, bytes);
     }
 
-    /// The address of a block, if there is room.
+    /// Allocates a block and returns its address, if a free range is large enough.
     pub fn take(&mut self, bytes: usize) -> Option<usize> {
         let bytes = block_bytes(bytes);
         let fits = self.free.iter().filter(|(_, size)| **size >= bytes);
@@ -56,7 +57,7 @@ impl Arena {
         Some(address)
     }
 
-    /// Gives back a block that [`take`](Self::take) gave for so many bytes.
+    /// Frees a block that [`take`](Self::take) returned for the same number of bytes.
     pub fn give(&mut self, address: usize, bytes: usize) {
         let mut size = block_bytes(bytes);
         let mut start = address;
@@ -77,17 +78,17 @@ impl Arena {
         self.free.insert(start, size);
     }
 
-    /// First address and bytes of each free range.
+    /// Returns the address and size in bytes of each free range.
     pub fn free_ranges(&self) -> &BTreeMap<usize, usize> {
         &self.free
     }
 
-    /// Bytes of the blocks taken, at most so far.
+    /// Returns the peak number of bytes of allocated blocks.
     pub fn peak(&self) -> usize {
         self.peak
     }
 
-    /// Begins a new peak.
+    /// Resets the peak to the current number of bytes.
     pub fn forget_peak(&mut self) {
         self.peak = self.used;
     }
@@ -106,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_range_that_fits_is_cut_the_lowest_of_equal_ones() {
+    fn a_block_is_allocated_from_the_smallest_range_that_fits_and_the_lowest_of_equal_ones() {
         let mut a = arena(&[(0, 1024), (4096, 512), (8192, 512)]);
         assert_eq!(a.take(300), Some(4096));
         assert_eq!(a.take(512), Some(8192));
@@ -118,7 +119,7 @@ mod tests {
     }
 
     #[test]
-    fn what_comes_back_joins_its_neighbours_but_not_across_chunks() {
+    fn freed_blocks_merge_with_their_neighbours_but_not_across_chunks() {
         let mut a = arena(&[(0, 1024), (1024, 1024)]);
         let blocks: Vec<usize> = (0..8).map(|_| a.take(256).unwrap()).collect();
         assert_eq!(a.take(1), None);

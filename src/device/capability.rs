@@ -1,24 +1,24 @@
-//! Which GPUs the kernels of a build run on.
+//! The GPUs on which the kernels of a build run.
 
-/// Compute capability that has all instructions of the kernels, or of those for GPUs without wgmma: Ampere's.
+/// Lowest compute capability that has all instructions of the kernels for GPUs without wgmma: that of Ampere.
 const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
-/// What kernels can be compiled for (`ARCHS` of `build/cuda.rs`).
+/// The architectures for which kernels can be compiled (`ARCHS` of `build/cuda.rs`).
 const ARCHS: [&str; 6] = ["80", "86", "89", "90a", "100", "120"];
 
-/// What this build's kernels were compiled for, in the order of `ROUTEGRAD_ARCHS`.
+/// Returns the architectures for which this build's kernels were compiled, in the order of `ROUTEGRAD_ARCHS`.
 pub fn built_for() -> impl Iterator<Item = &'static str> {
     let list = option_env!("ROUTEGRAD_BUILT_FOR").unwrap_or_default();
     list.split(',').filter(|arch| !arch.is_empty())
 }
 
-/// The same as numbers, 10 · major + minor of the compute capability.
+/// Returns the architectures of [`built_for`] as numbers: 10 · major + minor of the compute capability.
 pub fn architectures() -> impl Iterator<Item = i32> {
     let number = |arch: &str| arch.trim_end_matches('a').parse().ok();
     ARCHS.into_iter().filter_map(number)
 }
 
-/// Whether code for `arch` runs on a GPU of this compute capability: it must be of the GPU's generation and not newer; code
-/// for 90a runs on 9.0 alone.
+/// Returns whether code for `arch` runs on a GPU of this compute capability. `arch` must be of the GPU's generation
+/// and not newer than the GPU; code for 90a runs only on 9.0.
 fn runs(arch: &str, (major, minor): (i32, i32)) -> bool {
     let found = 10 * major + minor;
     match arch.strip_suffix('a').unwrap_or(arch).parse::<i32>() {
@@ -28,10 +28,10 @@ fn runs(arch: &str, (major, minor): (i32, i32)) -> bool {
     }
 }
 
-/// Whether the kernels, compiled for `built_for`, run on a GPU.
+/// Checks that the kernels, compiled for `built_for`, run on a GPU.
 ///
 /// # Errors
-/// One sentence that says what is needed.
+/// Returns one sentence that says what is required.
 pub fn require_capability<'a>(
     name: &str,
     got: (i32, i32),
@@ -55,7 +55,7 @@ pub fn require_capability<'a>(
             "{has}, but the kernels are compiled for {built_for}: build again with ROUTEGRAD_ARCHS={arch}"
         ),
         None => format!(
-            "{has}, for which there are no kernels: there are for {}",
+            "{has}, for which there are no kernels: there are kernels for {}",
             ARCHS.join(", ")
         ),
     })

@@ -12,14 +12,14 @@ pub struct Copies {
     pub bytes: u64,
 }
 
-/// To the GPU and to the host, where they are counted.
+/// The copies to the GPU and to the host; `None` while they are not counted.
 static COUNTED: Mutex<Option<[Copies; 2]>> = Mutex::new(None);
 
 fn counted() -> MutexGuard<'static, Option<[Copies; 2]>> {
     COUNTED.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// Begins to count.
+/// Starts to count copies.
 pub(super) fn begin() {
     *counted() = Some(Default::default());
 }
@@ -33,7 +33,7 @@ pub(super) fn copied(to_host: bool, bytes: usize) {
     }
 }
 
-/// Ends counting: the copies to the GPU and to the host.
+/// Stops counting, and returns the copies to the GPU and to the host.
 pub(super) fn take() -> [Copies; 2] {
     counted().take().unwrap_or_default()
 }

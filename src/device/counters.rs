@@ -1,26 +1,27 @@
-//! What a thread asked of its device with kernels: launches, memory, and copies between host and device.
+//! Counters of a thread's requests to its device with kernels: launches, memory allocations, and copies between host
+//! and device.
 //!
-//! The simulator's kernels have memory of their own, as a GPU's have, so that these numbers are those of a GPU: a training
-//! step that reads nothing back there waits for nothing here.
+//! The simulator's kernels have a separate memory, as those of a GPU do, so the numbers are the same as on a GPU: a
+//! training step that reads nothing back from the simulator would not wait on a GPU either.
 
 use std::cell::Cell;
 
-/// Sums since the last [`take`].
+/// The counts since the last [`take`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Kernels that were launched.
+    /// Number of kernel launches.
     pub launches: u64,
-    /// Times that the memory of the device had to grow.
+    /// Number of times that the memory arena of the device had to grow.
     pub allocations: u64,
-    /// Copies from the device to the host, each of which waits for all launches before it.
+    /// Number of copies from the device to the host. Each waits for all launches before it.
     pub reads: u64,
-    /// Times that the host waited for a GPU, copies included.
+    /// Number of times that the host waited for a GPU, including waits for copies.
     pub waits: u64,
-    /// Copies to the device, which wait for nothing.
+    /// Number of copies to the device, which do not wait.
     pub uploads: u64,
-    /// Replays of captured launches, which count as none.
+    /// Number of replays of captured launches. The replayed launches are not counted in `launches`.
     pub replays: u64,
-    /// A digest of all addresses that kernels were given, in order.
+    /// A digest of all addresses passed to kernels, in order.
     pub addresses: u64,
 }
 
@@ -28,12 +29,12 @@ thread_local! {
     static COUNTERS: Cell<Counters> = Cell::default();
 }
 
-/// What this thread did since the last call.
+/// Returns this thread's counters since the last call, and resets them.
 pub fn take() -> Counters {
     COUNTERS.take()
 }
 
-/// What this thread did since the last [`take`], which goes on.
+/// Returns this thread's counters since the last [`take`] without resetting them.
 pub fn now() -> Counters {
     COUNTERS.get()
 }
@@ -71,7 +72,7 @@ pub(super) fn uploaded() {
     change(|c| c.uploads += 1);
 }
 
-/// Notes an address that a kernel gets (FNV-1a).
+/// Adds an address that is passed to a kernel to the digest (FNV-1a).
 pub(super) fn addressed(address: usize) {
     change(|c| c.addresses = (c.addresses ^ address as u64).wrapping_mul(0x100_0000_01b3));
 }

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use cudarc::cublaslt::{result, sys};
 use std::ffi::c_void;
 
-/// Bytes of workspace, as much as cuBLASLt recommends for Hopper.
+/// Bytes of workspace: the size that cuBLASLt recommends for Hopper.
 const WORKSPACE: usize = 32 << 20;
 
 /// A handle with its workspace.
@@ -16,7 +16,7 @@ pub struct Cublas {
 
 impl Cublas {
     /// # Errors
-    /// One sentence when the library is not there or does not start.
+    /// Returns one sentence when the library is missing or does not start.
     pub fn open(gpu: &Gpu) -> Result<Self, String> {
         // SAFETY: the function only tries to load the library.
         if !unsafe { sys::is_culib_present() } {
@@ -40,7 +40,7 @@ impl Drop for Cublas {
 pub struct Matmul {
     handle: sys::cublasLtHandle_t,
     description: sys::cublasLtMatmulDesc_t,
-    /// Of cuBLAS's A, B and result.
+    /// Layouts of cuBLAS's A, B and result.
     layouts: [sys::cublasLtMatrixLayout_t; 3],
     algorithm: sys::cublasLtMatmulAlgo_t,
     workspace: usize,
@@ -51,9 +51,9 @@ pub struct Matmul {
 pub struct Matrix {
     pub rows: usize,
     pub columns: usize,
-    /// Transposed in the product.
+    /// Whether the matrix is transposed in the product.
     pub transposed: bool,
-    /// Of f32 elements, or bf16.
+    /// Whether the elements are f32; otherwise they are bf16.
     pub f32: bool,
 }
 
@@ -67,11 +67,11 @@ pub struct Batch {
 }
 
 impl Matmul {
-    /// A batch that has run once on these buffers, see [`launch`](Self::launch): what the library sets up then need not be
-    /// allowed while a graph is captured.
+    /// Creates a batch and runs it once on these buffers, see [`launch`](Self::launch). The library then does its
+    /// initialisation, which may not be permitted while a graph is captured.
     ///
     /// # Errors
-    /// As [`new`](Self::new), and when the product does not run.
+    /// The same errors as [`new`](Self::new), and when the product does not run.
     pub fn started(
         gpu: &Gpu,
         batch: Batch,
@@ -85,7 +85,7 @@ impl Matmul {
     }
 
     /// # Errors
-    /// One sentence when cuBLASLt has no algorithm.
+    /// Returns one sentence when cuBLASLt has no algorithm.
     pub fn new(cublas: &Cublas, batch: Batch) -> Result<Self, String> {
         let f32 = sys::cudaDataType_t::CUDA_R_32F;
         let refused = |e: result::CublasError| format!("cuBLASLt answers {:?}", e.0);
@@ -126,10 +126,10 @@ impl Matmul {
         })
     }
 
-    /// Launches on the GPU's stream. Buffers: result, b, a.
+    /// Launches the products on the GPU's stream. `buffers` are result, b, a, in this order.
     ///
     /// # Errors
-    /// When cuBLASLt refuses.
+    /// Returns an error when cuBLASLt refuses.
     pub fn launch(&self, gpu: &Gpu, buffers: &[*mut u8]) -> Result<()> {
         let (one, zero) = (1.0f32, 0.0f32);
         let [a, b] = [buffers[2], buffers[1]].map(|operand| operand.cast_const().cast::<c_void>());
@@ -176,7 +176,7 @@ impl Drop for Matmul {
     }
 }
 
-/// The layout of a batch of matrices that follow each other.
+/// Creates the layout of a batch of contiguous matrices.
 fn strided(
     matrix: Matrix,
     products: usize,

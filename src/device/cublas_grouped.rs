@@ -16,7 +16,7 @@ pub struct Grouped<'a> {
     addresses: Vec<[DeviceMemory; 3]>,
 }
 
-/// Column-major m, n, k, and where A, B and the result begin, in bytes, with their leading dimensions.
+/// Column-major m, n, k, and the byte offsets of A, B and the result, with their leading dimensions.
 pub struct Group {
     pub sizes: [usize; 3],
     pub at: [usize; 3],
@@ -24,10 +24,11 @@ pub struct Group {
 }
 
 impl<'a> Grouped<'a> {
-    /// Whether a and b are transposed, and whether the result is f32, or bf16. `sets` are addresses of buffers: result, b, a.
+    /// Prepares the products. The flags say whether a and b are transposed, and whether the result is f32 (otherwise
+    /// bf16). `sets` are addresses of buffers: result, b, a.
     ///
     /// # Errors
-    /// One sentence when the library is not there, or refuses the product.
+    /// Returns one sentence when the library is missing or rejects the product.
     pub fn new(
         gpu: &'a Gpu,
         groups: Vec<Group>,
@@ -84,7 +85,7 @@ impl<'a> Grouped<'a> {
     /// Launches on the GPU's stream, with the buffers of one set.
     ///
     /// # Errors
-    /// When cuBLAS refuses.
+    /// Returns an error when cuBLAS refuses.
     pub fn launch(&self, set: usize) -> Result<()> {
         let count = self.groups.len();
         let column = |of: &dyn Fn(&Group) -> usize| -> Vec<i32> {
@@ -100,7 +101,7 @@ impl<'a> Grouped<'a> {
         let (one, zero, size) = (vec![1f32; count], vec![0f32; count], vec![1i32; count]);
         let [a, b, c] = [0, 1, 2].map(|i| self.addresses[set][i].address());
         let bf16 = sys::cudaDataType_t::CUDA_R_16BF;
-        // SAFETY: every array has one entry a group; the addresses' arrays lie on the GPU.
+        // SAFETY: every array has one entry per group; the arrays of addresses are in GPU memory.
         let status = unsafe {
             sys::cublasGemmGroupedBatchedEx(
                 self.handle,

@@ -1,7 +1,8 @@
-//! One GPU through the CUDA driver, whose library is loaded at run time: the program starts on machines without it.
+//! One GPU through the CUDA driver. The driver library is loaded at run time, so the program starts on machines
+//! without it.
 //!
-//! [`Gpu::open`] says why there is none to use. Launches go to one stream of the GPU's own; nothing here uses the default
-//! stream, and cudarc's event tracking is off, since it would break graph capture.
+//! [`Gpu::open`] returns the reason if there is no usable GPU. All launches go to one stream, which the [`Gpu`] owns;
+//! no code here uses the default stream. Event tracking of cudarc is off, because it would break graph capture.
 
 use super::driver::{error, error_text};
 use super::pinned::{PinnedReadback, PinnedReadbacks, Staging};
@@ -16,26 +17,26 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError}
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
-/// A GPU from Ampere on, with kernels compiled for it.
+/// A GPU of the Ampere generation or newer, for which the kernels are compiled.
 pub struct Gpu {
     context: Arc<CudaContext>,
     stream: Arc<CudaStream>,
     staging: Mutex<Staging>,
     readbacks: PinnedReadbacks,
-    /// As the driver names it, such as "NVIDIA H200".
+    /// Name given by the driver, such as "NVIDIA H200".
     pub name: String,
-    /// Compute capability, as (9, 0).
+    /// Compute capability, for example (9, 0).
     pub capability: (i32, i32),
-    /// Version of CUDA that the driver speaks, as (13, 0).
+    /// CUDA version that the driver supports, for example (13, 0).
     pub driver: (i32, i32),
 }
 
-/// CUDA that the kernels are compiled with; an older driver cannot load them.
+/// CUDA version with which the kernels are compiled; an older driver cannot load them.
 pub const NEEDED_DRIVER: (i32, i32) = (13, 0);
 
 static GPU: OnceLock<Result<Gpu, String>> = OnceLock::new();
 
-/// The GPU to open: another one for each process of a host.
+/// Index of the GPU to open, which differs for each process of a host.
 static CHOSEN: AtomicUsize = AtomicUsize::new(0);
 
 /// Chooses the GPU that [`gpu`] opens.
@@ -43,23 +44,23 @@ pub(super) fn choose(number: usize) {
     CHOSEN.store(number, Ordering::SeqCst);
 }
 
-/// The one of `count` GPUs that a process opens which was given number `chosen`. A launcher may show each process its own
-/// GPU alone.
+/// Returns the index of the GPU, of `count` visible GPUs, that a process with number `chosen` opens. If only one GPU
+/// is visible, it is that one, because a process launcher may make only one GPU visible to each process.
 fn place(chosen: usize, count: usize) -> Result<usize, String> {
     match count {
         0 => Err("the CUDA driver finds no GPU".into()),
         1 => Ok(0),
         n if chosen < n => Ok(chosen),
         n => Err(format!(
-            "this is process {chosen} of its host, counted from 0, and there are {n} GPUs: start at most one process a GPU"
+            "this is process {chosen} of its host, counted from 0, and there are {n} GPUs: start at most one process per GPU"
         )),
     }
 }
 
-/// The GPU of this process, opened at the first call.
+/// Returns the GPU of this process. The first call opens it.
 ///
 /// # Errors
-/// As [`Gpu::open`].
+/// The same errors as [`Gpu::open`].
 pub fn gpu() -> Result<&'static Gpu> {
     GPU.get_or_init(Gpu::open).as_ref().map_err(|why| {
         let help = "use device = \"cpu\" or \"sim\", or a machine with an NVIDIA GPU from Ampere on and its driver";
@@ -67,17 +68,17 @@ pub fn gpu() -> Result<&'static Gpu> {
     })
 }
 
-/// The same, if it was opened.
+/// Returns the GPU of this process if it is open.
 pub fn opened() -> Option<&'static Gpu> {
     GPU.get()?.as_ref().ok()
 }
 
 impl Gpu {
-    /// The GPU that was chosen, the first one of the machine unless several processes share it.
+    /// Opens the chosen GPU: the first of the machine unless several processes share the machine.
     ///
     /// # Errors
-    /// One sentence that says why there is none to use: kernels not compiled in, no driver library, a driver too old, no
-    /// GPU, one older than Ampere, or one that the kernels are not compiled for.
+    /// Returns one sentence that says why no GPU is usable: kernels are not compiled in, there is no driver library,
+    /// the driver is too old, there is no GPU, the GPU is older than Ampere, or the kernels are not compiled for it.
     pub fn open() -> Result<Self, String> {
         let failed = |what: &str, e: DriverError| {
             format!("the CUDA driver cannot {what}: {}", error_text(e))
@@ -85,7 +86,7 @@ impl Gpu {
         let (driver, count) = Self::driver_and_count()?;
         let place = place(CHOSEN.load(Ordering::SeqCst), count)?;
         let context = CudaContext::new(place).map_err(|e| failed("open the GPU", e))?;
-        // SAFETY: there is no allocation yet, and everything here runs on one stream.
+        // SAFETY: there is no allocation yet, and all work runs on one stream.
         unsafe { context.disable_event_tracking() };
         let name = context.name().map_err(|e| failed("name the GPU", e))?;
         let capability = context
@@ -106,10 +107,10 @@ impl Gpu {
         })
     }
 
-    /// The number of GPUs that this process sees.
+    /// Returns the number of GPUs visible to this process.
     ///
     /// # Errors
-    /// As [`open`](Self::open), as far as the driver goes.
+    /// The errors of [`open`](Self::open) that concern the driver.
     pub fn count() -> Result<usize, String> {
         Self::driver_and_count().map(|(_, count)| count)
     }
@@ -126,16 +127,16 @@ impl Gpu {
             format!("the CUDA driver cannot {what}: {}", error_text(e))
         };
         result::init().map_err(|e| failed("start", e))?;
-        let driver = driver_version().map_err(|e| failed("tell its version", e))?;
+        let driver = driver_version().map_err(|e| failed("report its version", e))?;
         require_driver(driver)?;
         let count = CudaContext::device_count().map_err(|e| failed("count its GPUs", e))?;
         Ok((driver, count.max(0) as usize))
     }
 
-    /// The stream of every launch. The GPU becomes the calling thread's own.
+    /// Returns the stream of all launches, and binds the GPU's context to the calling thread.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// Returns an error when a driver call fails.
     pub fn stream(&self) -> Result<sys::CUstream> {
         self.context
             .bind_to_thread()
@@ -143,7 +144,7 @@ impl Gpu {
         Ok(self.stream.cu_stream())
     }
 
-    /// Bytes of the L2 cache.
+    /// Returns the size of the L2 cache in bytes.
     pub fn cache_bytes(&self) -> Result<usize> {
         let bytes = self
             .context
@@ -153,15 +154,15 @@ impl Gpu {
             .map_err(|e| error("read an attribute", e))
     }
 
-    /// The stream for a launcher, which opens the GPU's primary context on its thread itself.
+    /// Returns the stream for a launcher, which binds the GPU's primary context to its thread itself.
     pub fn raw_stream(&self) -> *mut std::ffi::c_void {
         self.stream.cu_stream().cast()
     }
 
-    /// Waits for every launch.
+    /// Waits until all launches have finished.
     ///
     /// # Errors
-    /// What a launch since the last wait met.
+    /// Returns the error of a launch since the last wait.
     pub fn finish(&self) -> Result<()> {
         counters::waited();
         self.stream
@@ -169,13 +170,13 @@ impl Gpu {
             .map_err(|e| error("wait for its launches", e))
     }
 
-    /// `bytes` bytes of unspecified content.
+    /// Allocates `bytes` bytes of unspecified content.
     ///
     /// # Errors
-    /// When there is no room.
+    /// Returns an error when the GPU does not have enough memory.
     pub fn allocate(&self, bytes: usize) -> Result<DeviceMemory> {
         self.stream()?;
-        // SAFETY: freed by DeviceMemory alone.
+        // SAFETY: only DeviceMemory frees it.
         let address = unsafe { result::malloc_sync(bytes.max(1)) }
             .map_err(|e| error(&format!("allocate {bytes} bytes"), e))?;
         Ok(DeviceMemory {
@@ -186,10 +187,10 @@ impl Gpu {
         })
     }
 
-    /// Address of `bytes` bytes of unspecified content that are never given back.
+    /// Allocates `bytes` bytes of unspecified content that are never freed, and returns their address.
     ///
     /// # Errors
-    /// When there is no room: the text says how much there is.
+    /// Returns an error when the GPU does not have enough memory; it states how much is free.
     pub fn chunk(&self, bytes: usize) -> Result<usize> {
         self.stream()?;
         // SAFETY: nothing frees it.
@@ -205,18 +206,18 @@ impl Gpu {
         })
     }
 
-    /// Copies to the GPU behind the launches so far; the bytes may be changed when it returns.
+    /// Copies `bytes` to the GPU after the launches so far. The caller may change `bytes` when this returns.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// Returns an error when a driver call fails.
     pub fn upload(&self, to: usize, bytes: &[u8]) -> Result<()> {
         let stream = self.stream()?;
         copies::copied(false, bytes.len());
         let mut staging = self.staging.lock().unwrap_or_else(|e| e.into_inner());
         let staged = staging.stage(bytes, || self.mark())?;
         let from = staged.unwrap_or(bytes);
-        // SAFETY: the caller owns the range, and the source lives until the copy is over: the staging buffer is not
-        // written again before a mark behind the copy, and for anything larger this waits.
+        // SAFETY: the caller owns the range, and the source is valid until the copy ends: the staging buffer is not
+        // written again before an event after the copy, and for larger copies this function waits.
         unsafe { result::memcpy_htod_async(to as u64, from, stream) }
             .map_err(|e| error("copy to the GPU", e))?;
         if staged.is_none() {
@@ -228,20 +229,20 @@ impl Gpu {
     /// Copies to the host, after the launches so far.
     ///
     /// # Errors
-    /// What a launch met.
+    /// Returns the error of a launch.
     pub fn download(&self, from: usize, bytes: &mut [u8]) -> Result<()> {
         let stream = self.stream()?;
         copies::copied(true, bytes.len());
-        // SAFETY: the caller owns the range, and the copy is over when this returns.
+        // SAFETY: the caller owns the range, and the copy has ended when this returns.
         unsafe { result::memcpy_dtoh_async(bytes, from as u64, stream) }
             .map_err(|e| error("copy from the GPU", e))?;
         self.finish()
     }
 
-    /// Begins to copy ranges, by address and bytes, to the host, behind the launches so far.
+    /// Starts to copy ranges, given as (address, bytes), to the host after the launches so far.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// Returns an error when a driver call fails.
     pub fn send(&self, ranges: &[(usize, usize)]) -> Result<PinnedReadback> {
         let stream = self.stream()?;
         let bytes = ranges.iter().map(|(_, bytes)| bytes).sum();
@@ -250,7 +251,7 @@ impl Gpu {
         for &(from, count) in ranges {
             let (part, rest) = to.split_at_mut(count);
             copies::copied(true, count);
-            // SAFETY: the caller owns the range, and the readback is neither read nor given back before its mark.
+            // SAFETY: the caller owns the range, and the readback memory is neither read nor reused before its event.
             unsafe { result::memcpy_dtoh_async(part, from as u64, stream) }
                 .map_err(|e| error("copy from the GPU", e))?;
             to = rest;
@@ -258,19 +259,19 @@ impl Gpu {
         Ok(readback.over_at(self.mark()?))
     }
 
-    /// Gives what was sent, when it is there; launches behind it need not be over.
+    /// Waits for the copy and returns its bytes. Later launches need not have finished.
     ///
     /// # Errors
-    /// What a launch before it met.
+    /// Returns the error of an earlier launch.
     pub fn receive(&self, readback: PinnedReadback) -> Result<Vec<u8>> {
         self.stream()?;
         self.readbacks.receive(readback)
     }
 
-    /// Sets `count` bytes, behind the launches so far.
+    /// Sets `count` bytes after the launches so far.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// Returns an error when a driver call fails.
     pub fn fill(&self, to: usize, byte: u8, count: usize) -> Result<()> {
         let stream = self.stream()?;
         // SAFETY: the caller owns the range.
@@ -278,10 +279,10 @@ impl Gpu {
             .map_err(|e| error("fill memory", e))
     }
 
-    /// Copies within the GPU, behind the launches so far.
+    /// Copies within the GPU after the launches so far.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// Returns an error when a driver call fails.
     pub fn copy(&self, to: usize, from: usize, count: usize) -> Result<()> {
         let stream = self.stream()?;
         // SAFETY: the caller owns both ranges.
@@ -289,20 +290,20 @@ impl Gpu {
             .map_err(|e| error("copy within the GPU", e))
     }
 
-    /// A point in time on the stream: after every launch so far.
+    /// Records an event on the stream, after all launches so far.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// Returns an error when a driver call fails.
     pub fn mark(&self) -> Result<CudaEvent> {
         self.stream
             .record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))
             .map_err(|e| error("record an event", e))
     }
 
-    /// Seconds between two marks; waits for the second.
+    /// Returns the seconds between two events; waits for the second.
     ///
     /// # Errors
-    /// What a launch before it met.
+    /// Returns the error of an earlier launch.
     pub fn seconds(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f64> {
         from.elapsed_ms(to)
             .map(|ms| f64::from(ms) * 1e-3)
@@ -312,9 +313,10 @@ impl Gpu {
     /// Records the launches of `body` as a graph instead of running them.
     ///
     /// # Errors
-    /// What `body` answered, or that it did something a capture forbids.
+    /// Returns the error of `body`, or an error when `body` did something that is not permitted in a capture.
     pub fn capture(&self, body: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
-        // The others forbid to allocate memory meanwhile, which a step may have to that finds less free than the last.
+        // The other modes do not permit memory allocation during the capture, which a step may need if less memory is
+        // free than in the last step.
         let mode = sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_RELAXED;
         self.stream
             .begin_capture(mode)
@@ -336,13 +338,13 @@ impl Gpu {
     /// Runs a captured graph.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// Returns an error when a driver call fails.
     pub fn replay(&self, graph: &CudaGraph) -> Result<()> {
         graph.launch().map_err(|e| error("launch a graph", e))
     }
 }
 
-/// Memory of a GPU; copies wait for the stream and are done on return.
+/// Memory of a GPU. Copies run in stream order and have ended when the function returns.
 pub struct DeviceMemory {
     address: sys::CUdeviceptr,
     bytes: usize,
@@ -351,47 +353,47 @@ pub struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    /// Aligned to 256 bytes.
+    /// Returns the address, which is aligned to 256 bytes.
     pub fn address(&self) -> usize {
         self.address as usize
     }
 
-    /// How many there are.
+    /// Returns the length in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Copies from the host to the bytes from `at` on; the copy is over on return.
+    /// Copies `bytes` from the host to the memory at offset `at`. The copy has ended when this returns.
     ///
     /// # Errors
-    /// When the range is not inside, or the driver refuses.
+    /// Returns an error when the range is outside the allocation, or the driver returns an error.
     pub fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()> {
         let to = self.place(at, bytes.len())?;
-        // SAFETY: the range lies inside, and the copy is over when this returns. (The driver's synchronous copy may still
-        // be on its way then, and a stream of our own would not wait for it.)
+        // SAFETY: the range is inside the allocation, and the copy has ended when this returns. (The driver's
+        // synchronous copy may return before the transfer ends, and our stream would not wait for it.)
         let copied = unsafe { result::memcpy_htod_async(to, bytes, self.stream.cu_stream()) };
         copied
             .and_then(|()| self.stream.synchronize())
             .map_err(|e| error("copy to the GPU", e))
     }
 
-    /// Sets `count` bytes from `at` on.
+    /// Sets `count` bytes at offset `at`.
     ///
     /// # Errors
-    /// When the range is not inside, or the driver refuses.
+    /// Returns an error when the range is outside the allocation, or the driver returns an error.
     pub fn fill(&mut self, at: usize, count: usize, byte: u8) -> Result<()> {
         let to = self.place(at, count)?;
-        // SAFETY: the range lies inside.
+        // SAFETY: the range is inside the allocation.
         let filled = unsafe { result::memset_d8_async(to, byte, count, self.stream.cu_stream()) };
         filled
             .and_then(|()| self.stream.synchronize())
             .map_err(|e| error("fill memory", e))
     }
 
-    /// Copies the bytes from `at` on to the host; the copy is over on return.
+    /// Copies the bytes at offset `at` to the host. The copy has ended when this returns.
     ///
     /// # Errors
-    /// When the range is not inside, or the driver refuses.
+    /// Returns an error when the range is outside the allocation, or the driver returns an error.
     pub fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
         let from = self.place(at, bytes.len())?;
         // SAFETY: as above.
@@ -401,7 +403,7 @@ impl DeviceMemory {
             .map_err(|e| error("copy from the GPU", e))
     }
 
-    /// The address of a range inside.
+    /// Returns the address of a range inside the allocation.
     fn place(&self, at: usize, count: usize) -> Result<sys::CUdeviceptr> {
         if at.checked_add(count).is_none_or(|end| end > self.bytes) {
             let got = format!("{count} bytes from byte {at}");
@@ -421,9 +423,9 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        // After a fault of a kernel the driver refuses everything, and the process is about to end.
+        // After a kernel fault all driver calls fail, and the process will end.
         let _ = self.context.bind_to_thread();
-        // SAFETY: nothing else frees it; the driver waits for what still uses it.
+        // SAFETY: no other code frees it; the driver waits for work that still uses it.
         let _ = unsafe { result::free_sync(self.address) };
     }
 }
@@ -441,7 +443,7 @@ fn require_driver(got: (i32, i32)) -> Result<(), String> {
     }
     let (major, minor) = NEEDED_DRIVER;
     Err(format!(
-        "the CUDA driver is too old: it speaks CUDA {}.{}, the kernels need {major}.{minor} (driver 580)",
+        "the CUDA driver is too old: it supports CUDA {}.{}, the kernels need {major}.{minor} (driver 580)",
         got.0, got.1
     ))
 }
@@ -461,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn each_process_of_a_host_has_its_gpu_or_is_shown_it_alone() {
+    fn each_process_of_a_host_opens_its_own_gpu_or_the_only_visible_one() {
         assert_eq!((place(0, 8), place(7, 8)), (Ok(0), Ok(7)));
         assert_eq!(place(3, 1), Ok(0));
         let error = place(8, 8).unwrap_err();

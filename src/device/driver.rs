@@ -1,11 +1,12 @@
-//! What the CUDA driver says of its errors.
+//! Errors of the CUDA driver.
 
 use crate::error::Error;
 use cudarc::driver::DriverError;
 
-/// An [`Error::Device`] of something that the driver refused.
+/// Creates an [`Error::Device`] for an operation `what` that the driver could not do.
 pub fn error(what: &str, e: DriverError) -> Error {
-    let help = "see `nvidia-smi` for what else uses the GPU; after a fault of a kernel the process must start anew";
+    let help =
+        "see `nvidia-smi` for what else uses the GPU; after a kernel fault, restart the process";
     Error::Device {
         op: format!("the CUDA driver cannot {what}"),
         status: e.0 as i32,
@@ -14,7 +15,7 @@ pub fn error(what: &str, e: DriverError) -> Error {
     }
 }
 
-/// Name and meaning of a driver's error, in its own words.
+/// Returns the name and the description of a driver error, as the driver gives them.
 pub fn error_text(e: DriverError) -> String {
     let name = e.error_name().map(|n| n.to_string_lossy().into_owned());
     let text = e.error_string().map(|t| t.to_string_lossy().into_owned());

@@ -1,21 +1,21 @@
 //! Launches recorded once and replayed: on a GPU a CUDA graph, on the simulator a list of the same calls.
 //!
-//! A replay repeats addresses and numbers as they were. So nothing may be copied between host and device within a capture:
-//! what changes from one replay to the next is written to device memory before it.
+//! A replay uses the same addresses and numbers as the recorded launches. Therefore a capture must not copy between
+//! host and device. Data that changes between replays must be written to device memory before the replay.
 
 use super::Device;
 use crate::error::{Error, Result};
 use std::any::Any;
 use std::cell::RefCell;
 
-/// A launch, a fill or a copy, ready to be made again.
+/// A launch, a fill or a copy that can be repeated.
 type Operation = Box<dyn Fn() -> Result<()>>;
 
 #[derive(Default)]
 struct Capture {
     operations: Vec<Operation>,
     kept: Vec<Box<dyn Any>>,
-    /// What was done that a replay could not repeat.
+    /// The operation that a replay cannot repeat, if there was one.
     spoiled: Option<&'static str>,
 }
 
@@ -23,10 +23,10 @@ thread_local! {
     static CAPTURE: RefCell<Option<Capture>> = const { RefCell::new(None) };
 }
 
-/// What [`capture`] recorded.
+/// The launches that [`capture`] recorded.
 pub struct Graph {
     work: Work,
-    /// Lists of the host that launches read.
+    /// Host lists that launches read.
     _kept: Vec<Box<dyn Any>>,
 }
 
@@ -36,10 +36,10 @@ enum Work {
     Gpu(cudarc::driver::CudaGraph),
 }
 
-/// Records what `body` does on `device`, from this thread, and does none of it.
+/// Records the operations of `body` on `device`, on this thread, without executing them.
 ///
 /// # Errors
-/// What `body` answered, or that it copied between host and device.
+/// Returns the error of `body`, or an error when `body` copied between host and device.
 pub fn capture(device: Device, body: impl FnOnce() -> Result<()>) -> Result<Graph> {
     CAPTURE.set(Some(Capture::default()));
     let work = match device {
@@ -50,13 +50,13 @@ pub fn capture(device: Device, body: impl FnOnce() -> Result<()>) -> Result<Grap
             "capture",
             "a device with kernels",
             device.to_string(),
-            "a bug: only launches can be replayed",
+            "this is a bug: only launches can be replayed",
         )),
     };
     let found = CAPTURE.take().unwrap_or_default();
     let mut work = work?;
     if let Some(what) = found.spoiled {
-        let help = "a bug: what changes must be written before the capture";
+        let help = "this is a bug: write data that changes to the device before the capture";
         return Err(Error::invalid("capture", "launches alone", what, help));
     }
     #[cfg_attr(not(feature = "cuda"), expect(irrefutable_let_patterns))]
@@ -70,10 +70,10 @@ pub fn capture(device: Device, body: impl FnOnce() -> Result<()>) -> Result<Grap
 }
 
 impl Graph {
-    /// Does what was recorded.
+    /// Executes the recorded operations.
     ///
     /// # Errors
-    /// What a launch answers, or that the driver refuses.
+    /// Returns the error of a launch or of the driver.
     pub fn replay(&self) -> Result<()> {
         match &self.work {
             Work::Simulator(operations) => operations.iter().try_for_each(|operation| operation()),
@@ -83,7 +83,7 @@ impl Graph {
     }
 }
 
-/// Whether this thread is within a capture.
+/// Returns whether this thread is capturing.
 pub(crate) fn capturing() -> bool {
     CAPTURE.with_borrow(Option::is_some)
 }
@@ -97,7 +97,7 @@ pub(crate) fn record(operation: impl Fn() -> Result<()> + 'static) {
     });
 }
 
-/// Notes that the capture cannot be replayed.
+/// Marks the current capture as one that cannot be replayed, because of `what`.
 pub(super) fn spoil(what: &'static str) {
     CAPTURE.with_borrow_mut(|capture| {
         if let Some(capture) = capture {
@@ -106,8 +106,8 @@ pub(super) fn spoil(what: &'static str) {
     });
 }
 
-/// The place of a list of the host that a launch reads: the list's own, which must outlive the launch, and within a capture
-/// that of a copy which lives as long as the graph.
+/// Returns the address of a host list that a launch reads. It is the address of the list itself, which must outlive
+/// the launch; in a capture it is the address of a copy that lives as long as the graph.
 pub(crate) fn kept<T: Clone + 'static>(list: &[T]) -> *const T {
     CAPTURE.with_borrow_mut(|capture| match capture {
         None => list.as_ptr(),

@@ -1,38 +1,40 @@
-//! What the machine says about itself: GPU, processor, system.
+//! Information about the machine: GPU, processor, operating system.
 
 use serde_json::Value;
 use std::process::Command;
 
 /// Streaming multiprocessors of an H200.
 pub const H200_MULTIPROCESSORS: usize = 132;
-/// Dense bf16 peak of the H200's data sheet, FLOP/s.
+/// Peak of dense bf16 products from the H200's data sheet, FLOP/s.
 pub const H200_PEAK: f64 = 989e12;
-/// Measured on one H200: bf16 FLOP/s of a product by cuBLAS, and bytes a second that a copy reads and writes.
+/// Measured on one H200: FLOP/s of a bf16 product by cuBLAS.
 pub const H200_FLOPS_PER_SECOND: f64 = 790e12;
-/// Measured on one H200: bytes a second that a copy reads and writes.
+/// Measured on one H200: bytes per second that a copy reads and writes.
 pub const H200_BYTES_PER_SECOND: f64 = 4.3e12;
-/// Bytes a second that a GPU is expected to send to seven others at once, of NVLink's 450e9 a direction; not measured here.
+/// Expected bytes per second that a GPU sends to seven others at once, out of NVLink's 450e9 per direction; not
+/// measured here.
 const HOPPER_LINK_BYTES_PER_SECOND: f64 = 370e9;
 
-/// A GPU model: what planning and rooflines need of it.
+/// A GPU model, with the data that planning and rooflines need.
 #[derive(Debug)]
 pub struct Chip {
-    /// As commands name it.
+    /// Name in commands.
     pub key: &'static str,
-    /// As the driver names it.
+    /// Name given by the driver.
     pub name: &'static str,
     /// Compute capability.
     pub capability: (i32, i32),
     /// Streaming multiprocessors.
     pub multiprocessors: usize,
-    /// GiB that a program can have: what CUDA reports as the GPU's memory, less half a GiB or more for its own use; measured
-    /// on an H200.
+    /// GiB available to a program: the GPU memory that CUDA reports, minus at least half a GiB that CUDA itself uses;
+    /// measured on an H200.
     pub memory_gib: u64,
-    /// Dense bf16 products with f32 sums, FLOP/s at the boost clock of the data sheet: a card that clocks higher passes it.
+    /// Peak of dense bf16 products with f32 sums, in FLOP/s, at the boost clock of the data sheet. A card with a
+    /// higher clock exceeds it.
     pub peak: f64,
-    /// Bytes a second of its memory, of the data sheet.
+    /// Memory bandwidth from the data sheet, in bytes per second.
     pub bandwidth: f64,
-    /// FLOP/s of a product by cuBLAS and bytes a second of a copy, where they were measured.
+    /// FLOP/s of a product by cuBLAS and bytes per second of a copy, if they were measured.
     measured: Option<(f64, f64)>,
 }
 
@@ -134,39 +136,41 @@ const fn chip(
 }
 
 impl Chip {
-    /// The chip of this key.
+    /// Returns the chip with this key.
     pub fn named(key: &str) -> Option<&'static Chip> {
         CHIPS.iter().find(|chip| chip.key == key)
     }
 
-    /// The chip that the driver names so; none of variants, which differ in clocks and memory.
+    /// Returns the chip with this driver name. Variants of a chip are not found, because their clocks and memory
+    /// differ.
     pub fn of_driver(name: &str) -> Option<&'static Chip> {
         CHIPS.iter().find(|chip| chip.name == name)
     }
 
-    /// Bytes a second that it is expected to send to seven others at once, where they are joined by NVLink of Hopper's generation.
+    /// Returns the expected bytes per second that the GPU sends to seven others at once, if they are connected by
+    /// NVLink of Hopper's generation.
     pub fn link(&self) -> Option<f64> {
         (self.capability == (9, 0)).then_some(HOPPER_LINK_BYTES_PER_SECOND)
     }
 
-    /// FLOP/s of a product and bytes a second of a copy, as measured, else of the data sheet: a card that clocks higher than
-    /// its data sheet says passes them.
+    /// Returns FLOP/s of a product and bytes per second of a copy, measured or else from the data sheet. A card with
+    /// a higher clock than in the data sheet exceeds the latter.
     pub fn ceilings(&self) -> (f64, f64) {
         self.measured.unwrap_or((self.peak, self.bandwidth))
     }
 
-    /// Whether [`ceilings`](Self::ceilings) were measured.
+    /// Returns whether [`ceilings`](Self::ceilings) were measured.
     pub fn is_measured(&self) -> bool {
         self.measured.is_some()
     }
 }
 
-/// The chip whose records, floors and plans the repository's pages are about.
+/// Returns the chip to which the records, lower bounds and plans in the documentation refer.
 pub fn h200() -> &'static Chip {
     &CHIPS[6]
 }
 
-/// Clocks, temperature, power and what holds the clocks back; null where nvidia-smi is missing.
+/// Returns clocks, temperature, power and the reasons for reduced clocks; null if nvidia-smi is missing.
 pub fn state() -> Value {
     const FIELDS: [&str; 6] = [
         "clocks.sm",
@@ -186,7 +190,7 @@ pub fn state() -> Value {
     }
 }
 
-/// Version of the driver.
+/// Returns the version of the driver.
 pub fn driver() -> String {
     nvidia_smi(&["driver_version"])
         .and_then(|values| values.into_iter().next())
@@ -211,7 +215,7 @@ fn nvidia_smi(fields: &[&str]) -> Option<Vec<String>> {
     (values.len() == fields.len()).then_some(values)
 }
 
-/// The processor's name, where the system tells it.
+/// Returns the processor's name, or "unknown processor".
 pub fn processor() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let name = text
@@ -221,7 +225,7 @@ pub fn processor() -> String {
     name.unwrap_or_else(|| "unknown processor".into())
 }
 
-/// The commit that was built: told by the bundle's script, or asked of git.
+/// Returns the commit that was built, from the bundle's script or from git.
 pub fn commit() -> String {
     if let Ok(commit) = std::env::var("ROUTEGRAD_COMMIT") {
         return commit;
@@ -242,7 +246,7 @@ pub fn commit() -> String {
     text.map_or_else(|| "unknown".into(), |text| text.trim().to_string())
 }
 
-/// Release of the operating system's kernel.
+/// Returns the release of the operating system's kernel.
 pub fn system() -> String {
     std::fs::read_to_string("/proc/sys/kernel/osrelease")
         .map_or_else(|_| "unknown".into(), |text| text.trim().to_string())

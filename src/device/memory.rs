@@ -1,11 +1,13 @@
-//! Memory of tensors: a block of the host, of a device with kernels, or of both.
+//! Memory of tensors: a block in host memory, in the memory of a device with kernels, or in both.
 //!
-//! The host reads and writes through [`Memory::bytes`], kernels through addresses. Memory that both use is kept on both
-//! sides and copied when one side asks for what the other wrote last. The simulator's kernels have memory of their own too,
-//! so that what a GPU would have to copy is copied, and counted ([`super::counters`]), there as well.
+//! The host reads and writes through [`Memory::bytes`], kernels through addresses. Memory that both use exists on
+//! both sides, and is copied when one side accesses data that the other side wrote last. The simulator's kernels have
+//! a separate memory as well, so copies that a GPU needs also happen, and are counted ([`super::counters`]), on the
+//! simulator.
 //!
-//! Host blocks return to a pool when dropped: training frees and asks for the same sizes again and again, and handing the
-//! pages back each time would cost a page fault per 4 KB. A device's blocks are cut from its [`Arena`](super::arena).
+//! Dropped host blocks return to a pool: training frees and allocates the same sizes repeatedly, and returning the
+//! pages to the operating system each time would cost one page fault per 4 KB. Device blocks are allocated from the
+//! device's [`Arena`](super::arena).
 
 use super::side::Block;
 use super::{Device, counters, graph};
@@ -16,33 +18,33 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock};
 
-/// The unit of the host's allocation; its alignment (128 bytes) serves vector loads.
+/// The unit of host allocation. Its alignment, 128 bytes, is sufficient for vector loads.
 #[repr(C, align(128))]
 #[derive(Clone, Copy, Pod, Zeroable)]
 struct Line([u8; 128]);
 
-/// Host blocks that nobody uses, by their lines.
+/// Free host blocks, by their number of lines.
 static POOL: Mutex<BTreeMap<usize, Vec<Vec<Line>>>> = Mutex::new(BTreeMap::new());
 
 fn pool() -> MutexGuard<'static, BTreeMap<usize, Vec<Vec<Line>>>> {
     POOL.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// Who wrote last.
+/// The side that wrote last.
 #[derive(Clone, Copy, PartialEq)]
 #[repr(u8)]
 enum Newest {
-    /// The host, or nobody.
+    /// The host, or neither side.
     Host,
     Kernels,
-    /// Both sides hold the same.
+    /// Both sides hold the same content.
     Both,
 }
 
-/// A block, at least as long as was asked for.
+/// A block that has at least the requested length.
 pub struct Memory {
     bytes: usize,
-    /// What neither side has written yet is 0.
+    /// Whether the content is zero if neither side has written it yet.
     zeros: bool,
     host: OnceLock<Host>,
     block: Mutex<Option<Block>>,
@@ -50,8 +52,8 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// A block of `bytes` bytes whose content is unspecified (in a debug build 0xFF: NaN in every float type, so that
-    /// reading before writing shows).
+    /// Allocates a block of `bytes` bytes with unspecified content. In a debug build the content is 0xFF, which is
+    /// NaN in every float type, so that reading before writing is noticed.
     pub fn unspecified(bytes: usize) -> Self {
         Memory {
             bytes,
@@ -62,7 +64,7 @@ impl Memory {
         }
     }
 
-    /// A block of zeros, written where they are asked for first.
+    /// Allocates a block of zeros. The zeros are written on the side that accesses the block first.
     pub fn zeros(bytes: usize) -> Self {
         Memory {
             zeros: true,
@@ -70,10 +72,10 @@ impl Memory {
         }
     }
 
-    /// The block's bytes; waits for what kernels write there.
+    /// Returns the block's bytes; waits for kernels that write to the block.
     ///
     /// # Panics
-    /// When the GPU failed: the process must start anew.
+    /// Panics when the GPU failed; the process must then be restarted.
     pub fn bytes(&self) -> &[u8] {
         if self.newest(Newest::Kernels) {
             self.bring();
@@ -81,10 +83,10 @@ impl Memory {
         self.host_block().slice(self.bytes)
     }
 
-    /// The block's bytes, to write.
+    /// Returns the block's bytes for writing.
     ///
     /// # Panics
-    /// As [`bytes`](Self::bytes).
+    /// Panics in the same cases as [`bytes`](Self::bytes).
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         if self.newest(Newest::Kernels) {
             self.bring();
@@ -98,11 +100,11 @@ impl Memory {
         }
     }
 
-    /// A copy of some of the bytes that leaves no host block behind where kernels wrote them: for large arrays on their way
-    /// to a file.
+    /// Returns a copy of a range of the bytes, for writing large arrays to a file. If kernels wrote the bytes, no
+    /// host block is kept.
     ///
     /// # Errors
-    /// When the GPU failed.
+    /// Returns an error when the GPU failed.
     pub fn copied(&self, range: Range<usize>) -> Result<Vec<u8>> {
         let block = self.own_block();
         match &*block {
@@ -115,10 +117,10 @@ impl Memory {
         }
     }
 
-    /// A block of its own with some of the bytes, made where they are.
+    /// Returns a new block with a range of the bytes, on the side where they are.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// Returns an error when the device does not have enough memory.
     pub fn duplicate(&self, range: Range<usize>) -> Result<Self> {
         let mut copy = Memory::unspecified(range.len());
         let block = self.own_block();
@@ -137,10 +139,10 @@ impl Memory {
         Ok(copy)
     }
 
-    /// Address on `device` for a kernel that reads.
+    /// Returns the address on `device` for a kernel that reads.
     ///
     /// # Errors
-    /// When there is no room.
+    /// Returns an error when the device does not have enough memory.
     pub fn address(&self, device: Device) -> Result<usize> {
         let slot = &mut *self.own_block();
         let fresh = slot.is_none();
@@ -171,10 +173,10 @@ impl Memory {
         Ok(block.address())
     }
 
-    /// Address on `device` for a kernel that writes, and may read what is there.
+    /// Returns the address on `device` for a kernel that writes, and may also read.
     ///
     /// # Errors
-    /// As [`address`](Self::address).
+    /// The same errors as [`address`](Self::address).
     pub fn address_mut(&mut self, device: Device) -> Result<usize> {
         let address = self.address(device)?;
         self.set(Newest::Kernels);
@@ -182,17 +184,17 @@ impl Memory {
         Ok(address)
     }
 
-    /// Brings to the host what kernels wrote last.
+    /// Copies the content to the host if kernels wrote it last.
     fn bring(&self) {
         let block = self.own_block();
-        // Another thread may have done it meanwhile.
+        // Another thread may have copied it in the meantime.
         let Some(block) = block.as_ref().filter(|_| self.newest(Newest::Kernels)) else {
             return;
         };
         let mut host = Host::new(self.bytes);
         let bytes = &mut bytemuck::cast_slice_mut(&mut host.0)[..self.bytes];
         block.read(0, bytes).unwrap_or_else(|e| panic!("{e}"));
-        // Nobody holds a slice of an older host block: kernels wrote through `&mut`, which took it away.
+        // There is no slice of an older host block: kernels wrote through `&mut`, which removed that block.
         let _ = self.host.set(host);
         self.set(Newest::Both);
     }
@@ -246,14 +248,14 @@ impl Drop for Host {
     }
 }
 
-/// Bytes of the host block that holds `bytes`.
+/// Returns the size of the host block that holds `bytes` bytes.
 pub fn rounded_bytes(bytes: u64) -> u64 {
     let line = size_of::<Line>();
     (rounded_lines(bytes as usize) * line) as u64
 }
 
-/// Lines to allocate: sizes are rounded up to eight steps per power of two, so that ragged row
-/// counts reuse each other's blocks at a waste of at most an eighth.
+/// Returns the number of lines to allocate. Sizes are rounded up to eight steps per power of two, so that blocks for
+/// slightly different row counts can be reused. At most an eighth of a block is unused.
 fn rounded_lines(bytes: usize) -> usize {
     let lines = bytes.div_ceil(size_of::<Line>()).max(1);
     let step = (lines.next_power_of_two() / 16).max(1);
@@ -283,10 +285,10 @@ mod tests {
         }
     }
 
-    /// What a kernel would write.
+    /// Writes to the block as a kernel would.
     fn write_as_kernel(m: &mut Memory, byte: u8) {
         let address = m.address_mut(Device::Sim).unwrap();
-        // SAFETY: the block has so many bytes, and this thread alone uses it.
+        // SAFETY: the block has this many bytes, and only this thread uses it.
         unsafe { std::ptr::write_bytes(address as *mut u8, byte, m.bytes) };
     }
 
@@ -297,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn each_side_sees_what_the_other_wrote_last_and_only_then_something_is_copied() {
+    fn each_side_reads_what_the_other_wrote_last_and_copies_only_then() {
         let mut m = Memory::unspecified(300);
         counters::take();
         m.bytes_mut().fill(1);
@@ -318,7 +320,7 @@ mod tests {
     }
 
     #[test]
-    fn a_duplicate_is_made_where_the_content_is_and_is_its_own() {
+    fn a_duplicate_is_made_on_the_side_of_the_content_and_is_independent() {
         let mut m = Memory::zeros(500);
         write_as_kernel(&mut m, 7);
         counters::take();
@@ -332,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_are_zeros_on_whichever_side_asks_first() {
+    fn zeros_are_zeros_on_whichever_side_reads_first() {
         assert_eq!(Memory::zeros(1000).bytes(), [0; 1000]);
         counters::take();
         assert_eq!(read_as_kernel(&Memory::zeros(1000)), [0; 1000]);

@@ -1,16 +1,16 @@
 //! Where tensors live and operations run.
 //!
-//! `cpu` is the reference: plain Rust, generic over f32 and f64 ([`crate::tensor::cpu`] holds its tools).
-//! `sim` runs the kernels of `kernels/` on the SIMT simulator, in the arithmetic that they have on a
-//! GPU: bf16 weights and activations, f32 sums, router and parameter gradients. `cuda` runs the same
-//! kernels on a GPU; [`Memory`] says how the host sees what they wrote.
+//! `cpu` is the reference, written in Rust and generic over f32 and f64 ([`crate::tensor::cpu`] has its building
+//! blocks). `sim` runs the kernels of `kernels/` on the SIMT simulator, in the arithmetic that they have on a GPU:
+//! bf16 weights and activations, f32 sums, router and parameter gradients. `cuda` runs the same kernels on a GPU;
+//! [`Memory`] describes how the host reads the results of kernels.
 
 mod arena;
 mod capability;
 #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 mod copies;
 pub mod counters;
-// What the benchmark compares with, for its own tests and benches alone.
+// The library with which the benchmark compares; only for tests and benchmarks.
 #[cfg(feature = "cuda")]
 #[doc(hidden)]
 pub mod cublas;
@@ -47,13 +47,13 @@ pub enum Device {
     /// Reference code on the host.
     #[default]
     Cpu,
-    /// The CUDA kernels on the simulator, whose memory is apart from the host's as a GPU's is.
+    /// The CUDA kernels on the simulator, whose memory is separate from host memory, as on a GPU.
     Sim,
     /// The CUDA kernels on a GPU.
     Cuda,
 }
 
-/// The stream that kernels are launched on: the GPU's where one is open; the simulator has none.
+/// Returns the stream on which kernels are launched: that of the open GPU, or null for the simulator, which has none.
 pub fn stream() -> *mut std::ffi::c_void {
     #[cfg(feature = "cuda")]
     if let Some(gpu) = cuda::opened() {
@@ -62,10 +62,10 @@ pub fn stream() -> *mut std::ffi::c_void {
     std::ptr::null_mut()
 }
 
-/// Opens `device`, and makes its GPU the calling thread's own.
+/// Opens `device`, and binds its GPU's context to the calling thread.
 ///
 /// # Errors
-/// When there is no GPU to use.
+/// Returns an error when no usable GPU is present.
 pub fn bind(device: Device) -> crate::error::Result<()> {
     match device {
         #[cfg(feature = "cuda")]
@@ -74,7 +74,7 @@ pub fn bind(device: Device) -> crate::error::Result<()> {
     }
 }
 
-/// Lets this process use GPU number `number` of those that it sees, unless it sees one alone. To be called before the GPU is
+/// Makes this process use visible GPU number `number`, unless only one GPU is visible. Call this before the GPU is
 /// opened.
 pub fn choose_gpu(number: usize) {
     #[cfg(feature = "cuda")]

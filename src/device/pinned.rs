@@ -1,4 +1,4 @@
-//! Pinned memory of the host, which the GPU copies from and to while the host goes on.
+//! Pinned host memory, which the GPU reads and writes while the host continues.
 
 use super::counters;
 use super::driver::error;
@@ -6,11 +6,11 @@ use crate::error::Result;
 use cudarc::driver::{CudaEvent, DriverError, result};
 use std::sync::Mutex;
 
-/// Pinned memory of the host that small copies go through, so that none of them has to wait: two halves, each filled from
-/// its start while the copies out of the other are under way.
+/// Pinned host memory for small copies to the GPU, so that these need not wait. It has two halves; one is filled from
+/// its start while the copies from the other are in progress.
 pub(super) struct Staging {
     halves: [*mut u8; 2],
-    /// Behind the last copy out of each half.
+    /// The event after the last copy from each half.
     left: [Option<CudaEvent>; 2],
     current: usize,
     at: usize,
@@ -20,7 +20,8 @@ pub(super) struct Staging {
 unsafe impl Send for Staging {}
 
 impl Staging {
-    /// More than the tokens and targets of a step of the paper's models, so that the next one's never wait for this one.
+    /// Larger than the tokens and targets of a step of the paper's models, so that the copies of the next step never
+    /// wait for this step.
     const HALF: usize = 32 << 20;
 
     pub fn new() -> Result<Self, DriverError> {
@@ -34,7 +35,8 @@ impl Staging {
         })
     }
 
-    /// A copy of `bytes` in pinned memory, where they fit; `mark` records a point behind the copies so far.
+    /// Copies `bytes` to pinned memory, if they fit, and returns the copy; `mark` records an event after the copies
+    /// so far.
     pub fn stage(
         &mut self,
         bytes: &[u8],
@@ -55,7 +57,7 @@ impl Staging {
                     .map_err(|e| error("wait for its copies", e))?;
             }
         }
-        // SAFETY: the range lies inside the half, and no copy reads it any more.
+        // SAFETY: the range is inside the half, and no copy reads it any more.
         let staged = unsafe {
             let to = self.halves[self.current].add(self.at);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
@@ -66,7 +68,7 @@ impl Staging {
     }
 }
 
-/// Where copies to the host land: blocks that are taken for one, and given back when it was read.
+/// The destinations of copies to the host: blocks that are reserved for one copy, and released when it was read.
 #[derive(Default)]
 pub(super) struct PinnedReadbacks(Mutex<Vec<Pinned>>);
 
@@ -75,10 +77,10 @@ struct Pinned {
     capacity: usize,
 }
 
-// SAFETY: the memory belongs to the struct, and is written through `&mut` alone.
+// SAFETY: the memory belongs to the struct, and is written only through `&mut`.
 unsafe impl Send for Pinned {}
 
-/// A copy under way. One that is dropped keeps its block for ever: the GPU may still write there.
+/// A copy in progress. If it is dropped, its block is never released, because the GPU may still write to it.
 pub struct PinnedReadback {
     block: Pinned,
     bytes: usize,
@@ -86,13 +88,13 @@ pub struct PinnedReadback {
 }
 
 impl PinnedReadback {
-    /// Where the copy goes.
+    /// Returns the destination of the copy.
     pub(super) fn bytes_mut(&mut self) -> &mut [u8] {
-        // SAFETY: the block has so many bytes, and was zeroed.
+        // SAFETY: the block has this many bytes, and was zeroed.
         unsafe { std::slice::from_raw_parts_mut(self.block.memory, self.bytes) }
     }
 
-    /// The same, with the mark behind the copy.
+    /// Sets the event after the copy.
     pub(super) fn over_at(mut self, mark: CudaEvent) -> Self {
         self.over = Some(mark);
         self
@@ -104,10 +106,10 @@ impl PinnedReadbacks {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Room for `bytes` bytes.
+    /// Reserves `bytes` bytes for a copy to the host.
     ///
     /// # Errors
-    /// When the host has none that can be pinned.
+    /// Returns an error when the host cannot pin this much memory.
     pub fn take(&self, bytes: usize) -> Result<PinnedReadback> {
         let mut blocks = self.blocks();
         let found = blocks.iter().position(|block| block.capacity >= bytes);
@@ -122,10 +124,10 @@ impl PinnedReadbacks {
         })
     }
 
-    /// Waits for the copy alone, and takes the block back.
+    /// Waits only for the copy, releases the block, and returns the bytes.
     ///
     /// # Errors
-    /// What a launch before it met.
+    /// Returns the error of an earlier launch.
     pub fn receive(&self, mut readback: PinnedReadback) -> Result<Vec<u8>> {
         if let Some(over) = readback.over.take() {
             if !over.is_complete() {

@@ -1,4 +1,4 @@
-//! The memory of devices with kernels: chunks, copies, and the blocks that are cut from an arena.
+//! The memory of devices with kernels: chunks, copies, and the blocks of an arena.
 
 use super::arena::{ALIGNMENT, Arena, block_bytes};
 use super::{Device, counters, graph};
@@ -12,7 +12,7 @@ static SIMULATOR: Mutex<Arena> = Mutex::new(Arena::new());
 #[cfg(feature = "cuda")]
 static GPU: Mutex<Arena> = Mutex::new(Arena::new());
 
-/// Bytes that an arena grows by, at least.
+/// Smallest number of bytes by which an arena grows.
 const CHUNK: usize = 64 << 20;
 
 fn arena(device: Device) -> MutexGuard<'static, Arena> {
@@ -20,13 +20,13 @@ fn arena(device: Device) -> MutexGuard<'static, Arena> {
         Device::Sim => &SIMULATOR,
         #[cfg(feature = "cuda")]
         Device::Cuda => &GPU,
-        _ => panic!("{device} has no kernels: a tensor was not moved to where they run"),
+        _ => panic!("{device} has no kernels: a tensor was not moved to a device with kernels"),
     };
     arena.lock().unwrap_or_else(|e| e.into_inner())
 }
 
-/// A block of a device's memory; it returns to the arena when dropped. Launches run one after another, so that the next
-/// owner writes after the last has read.
+/// A block of a device's memory, which returns to the arena when dropped. Launches run one after another, so the next
+/// owner's writes happen after the last owner's reads.
 pub struct Block {
     device: Device,
     address: usize,
@@ -34,10 +34,10 @@ pub struct Block {
 }
 
 impl Block {
-    /// A block of unspecified content.
+    /// Allocates a block of unspecified content.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// Returns an error when the device does not have enough memory.
     pub fn new(device: Device, bytes: usize) -> Result<Self> {
         let mut arena = arena(device);
         let address = match arena.take(bytes) {
@@ -71,13 +71,13 @@ impl Block {
         copies(self.device)?.write(self.address, bytes)
     }
 
-    /// Copies from byte `at` on to the host, after every launch so far.
+    /// Copies the bytes at offset `at` to the host, after all launches so far.
     ///
     /// # Panics
-    /// Within a capture, where nothing is there to be read.
+    /// Panics in a capture, during which no result exists yet.
     pub fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()> {
         debug_assert!(at + bytes.len() <= self.bytes);
-        assert!(!graph::capturing(), "a copy to the host within a capture");
+        assert!(!graph::capturing(), "a copy to the host during a capture");
         counters::read();
         copies(self.device)?.read(self.address + at, bytes)
     }
@@ -116,30 +116,30 @@ pub fn copy(device: Device, to: usize, from: usize, count: usize) -> Result<()> 
 
 /// A copy of device memory on its way to the host.
 pub enum Sent {
-    /// The bytes, which are there already: the simulator copies at once.
+    /// The bytes themselves: the simulator copies immediately.
     Arrived(Vec<u8>),
     /// Bytes that a GPU is copying.
     #[cfg(feature = "cuda")]
     UnderWay(super::pinned::PinnedReadback),
 }
 
-/// Begins to copy ranges of a device's blocks, by address and bytes, to the host, behind the launches so far.
+/// Starts to copy ranges of a device's blocks, given as (address, bytes), to the host, after the launches so far.
 ///
 /// # Errors
-/// When the device failed.
+/// Returns an error when the device failed.
 ///
 /// # Panics
-/// Within a capture, where nothing is there to be read.
+/// Panics in a capture, during which no result exists yet.
 pub fn send(device: Device, ranges: &[(usize, usize)]) -> Result<Sent> {
-    assert!(!graph::capturing(), "a copy to the host within a capture");
+    assert!(!graph::capturing(), "a copy to the host during a capture");
     copies(device)?.send(ranges)
 }
 
 impl Sent {
-    /// The bytes of the ranges one after another, when they are there; launches behind them need not be over.
+    /// Waits for the copy, and returns the concatenated bytes of the ranges. Later launches need not have finished.
     ///
     /// # Errors
-    /// What a launch before them met.
+    /// Returns the error of an earlier launch.
     pub fn receive(self) -> Result<Vec<u8>> {
         match self {
             Sent::Arrived(bytes) => Ok(bytes),
@@ -159,7 +159,7 @@ fn copies(device: Device) -> Result<&'static dyn Copies> {
     }
 }
 
-/// No launch runs when a launcher has returned, so everything is done at once.
+/// No launch is running when a launcher has returned, so all copies are done immediately.
 struct Simulator;
 
 // SAFETY of all: blocks have the bytes that Block checks, and two blocks do not overlap.
@@ -239,10 +239,10 @@ impl Drop for Block {
     }
 }
 
-/// Makes room for `bytes` in one piece before a run begins, so that no step has to ask for it.
+/// Reserves `bytes` contiguous bytes before a run begins, so that no step has to request memory.
 ///
 /// # Errors
-/// When the device has less: the text says how much there is.
+/// Returns an error when the device has less memory; it states how much is available.
 pub fn reserve(device: Device, bytes: usize) -> Result<()> {
     grow(&mut arena(device), device, bytes).map_err(|e| {
         let needed = format!("{} for this run", size(bytes as u64));
@@ -252,12 +252,12 @@ pub fn reserve(device: Device, bytes: usize) -> Result<()> {
     })
 }
 
-/// Does `work` with the free ranges of the memory as they are: nobody takes a block meanwhile.
+/// Calls `work` with the free ranges of the memory. No block is allocated during the call.
 pub fn with_free_ranges<R>(device: Device, work: impl FnOnce(&BTreeMap<usize, usize>) -> R) -> R {
     work(arena(device).free_ranges())
 }
 
-/// Bytes of the blocks in use at most, since the last call.
+/// Returns the peak number of bytes of blocks in use since the last call.
 pub fn take_peak(device: Device) -> usize {
     let mut arena = arena(device);
     let peak = arena.peak();
@@ -279,7 +279,7 @@ fn grow(arena: &mut Arena, device: Device, bytes: usize) -> Result<()> {
     Ok(())
 }
 
-/// Memory of the host that is never given back; its pages are touched when they are used.
+/// Allocates host memory that is never freed. Its pages are mapped when they are first used.
 fn host_chunk(bytes: usize) -> Result<usize> {
     let no_room = || {
         let help = "choose a smaller model, or lower train.micro_batch";

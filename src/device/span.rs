@@ -1,11 +1,11 @@
-//! Ranges of a device's memory, for what moves them between ranks.
+//! Ranges of a device's memory, for communication between ranks.
 
 use super::{Device, side};
 use crate::error::{Error, Result};
 use std::ops::Range;
 
-/// A range of a device's memory. It borrows nothing, as a launch's arguments do not: launches and moves of a device run one
-/// after another, so that memory which is given back goes to a later one.
+/// A range of a device's memory. Like the arguments of a launch, it borrows nothing: the launches and transfers of a
+/// device run one after another, so freed memory is reused only by later ones.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
     device: Device,
@@ -14,11 +14,11 @@ pub struct Span {
 }
 
 impl Span {
-    /// `bytes` bytes at `address` of `device`.
+    /// Creates the range of `bytes` bytes at `address` of `device`.
     ///
     /// # Safety
-    /// The memory is there for as long as the moves that the range is given to, those of a captured step included. What is
-    /// received there is written through no reference of the host.
+    /// The memory must stay valid for all transfers that use the range, including those of a captured step. While a
+    /// transfer writes to the range, the host must hold no reference to it.
     pub unsafe fn from_address(device: Device, address: usize, bytes: usize) -> Self {
         Span {
             device,
@@ -27,20 +27,20 @@ impl Span {
         }
     }
 
-    /// Its first byte, in the device's address space.
+    /// Returns the address of the first byte, in the device's address space.
     pub fn address(&self) -> usize {
         self.address
     }
 
-    /// Its length.
+    /// Returns the length in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Some of the bytes.
+    /// Returns a part of the range.
     ///
     /// # Panics
-    /// When there are fewer.
+    /// Panics when there are fewer.
     pub fn part(&self, range: Range<usize>) -> Self {
         assert!(
             range.start <= range.end && range.end <= self.bytes,
@@ -54,23 +54,23 @@ impl Span {
         }
     }
 
-    /// The content, which the host sees of the simulator's memory alone.
+    /// Copies the content to `to`. The host can read only the simulator's memory.
     ///
     /// # Errors
-    /// On a GPU.
+    /// Returns an error on a GPU.
     pub fn read(&self, to: &mut [u8]) -> Result<()> {
         self.seen_by_host(to.len())?;
-        // SAFETY: the memory is there, is the host's, and no launch is under way.
+        // SAFETY: the memory is valid host memory, and no launch is running.
         unsafe {
             std::ptr::copy_nonoverlapping(self.address as *const u8, to.as_mut_ptr(), self.bytes)
         };
         Ok(())
     }
 
-    /// Replaces the content, under the same condition.
+    /// Replaces the content. The host can write only the simulator's memory.
     ///
     /// # Errors
-    /// On a GPU.
+    /// Returns an error on a GPU.
     pub fn write(&self, from: &[u8]) -> Result<()> {
         self.seen_by_host(from.len())?;
         // SAFETY: as above.
@@ -102,11 +102,11 @@ impl Span {
         if self.device == Device::Sim {
             return Ok(());
         }
-        let help = "a bug: NCCL was not connected";
+        let help = "this is a bug: NCCL was not connected";
         let got = self.device.to_string();
         Err(Error::invalid(
             "ranks",
-            "memory that the host sees, or a library that moves it",
+            "memory that the host can access, or a communication library",
             got,
             help,
         ))

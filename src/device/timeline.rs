@@ -1,35 +1,35 @@
-//! Where the time of a step on a GPU goes: launches by launcher, and copies between host and GPU.
+//! The time of a step on a GPU: launches per launcher, and copies between host and GPU.
 
 pub use super::copies::Copies;
 use serde::Serialize;
 use std::fmt;
 
-/// What one launcher's kernels took.
+/// The time of one launcher's kernels.
 #[derive(Clone, Debug, Serialize)]
 pub struct Entry {
     /// Its name in `kernels/routegrad.h`.
     pub launcher: &'static str,
     /// How often it ran.
     pub launches: usize,
-    /// Of all its launches.
+    /// Seconds of all its launches.
     pub seconds: f64,
 }
 
-/// What ran between [`start`] and [`finish`].
+/// The launches and copies between [`start`] and [`finish`].
 #[derive(Clone, Debug, Serialize)]
 pub struct Timeline {
-    /// The longest first.
+    /// The entries, sorted by time, longest first.
     pub entries: Vec<Entry>,
-    /// Number and bytes of the copies to the GPU and to the host.
+    /// Number and bytes of the copies to the GPU.
     pub to_gpu: Copies,
     /// Number and bytes of the copies to the host.
     pub to_host: Copies,
-    /// Seconds by the clock on the wall.
+    /// Wall-clock time in seconds.
     pub wall: f64,
 }
 
 impl Timeline {
-    /// Seconds in which a kernel ran.
+    /// Returns the seconds in which a kernel ran.
     pub fn busy(&self) -> f64 {
         self.entries.iter().map(|e| e.seconds).sum()
     }
@@ -87,10 +87,10 @@ mod gpu {
         RECORDING.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Begins to record, if a GPU is open.
+    /// Starts to record, if a GPU is open.
     ///
     /// # Errors
-    /// What a launch before met.
+    /// Returns the error of an earlier launch.
     pub fn start() -> Result<()> {
         let Some(gpu) = cuda::opened() else {
             return Ok(());
@@ -104,15 +104,15 @@ mod gpu {
         Ok(())
     }
 
-    /// Whether launches are recorded.
+    /// Returns whether launches are recorded.
     pub fn recorded() -> bool {
         recording().is_some()
     }
 
-    /// Ends it and gives what was recorded.
+    /// Stops recording and returns the timeline, if one was recorded.
     ///
     /// # Errors
-    /// What a launch met.
+    /// Returns the error of a launch.
     pub fn finish() -> Result<Option<Timeline>> {
         let Some(gpu) = cuda::opened() else {
             return Ok(None);
@@ -146,11 +146,11 @@ mod gpu {
         }))
     }
 
-    /// From before a launch to its end.
+    /// The time from before a launch to its end.
     pub struct Span(Option<(&'static str, CudaEvent)>);
 
     impl Span {
-        /// Begins where launches are recorded, else costs nothing.
+        /// Records the start of a launch if launches are recorded; otherwise does nothing.
         pub fn begin(launcher: &'static str) -> Self {
             let on = cuda::opened().filter(|_| recording().is_some());
             Span(on.and_then(|gpu| Some((launcher, gpu.mark().ok()?))))
@@ -178,26 +178,26 @@ mod none {
     use super::Timeline;
     use crate::error::Result;
 
-    /// As with the feature `cuda`: without it there is nothing to record.
+    /// Does nothing: without the feature `cuda` there is nothing to record.
     pub fn start() -> Result<()> {
         Ok(())
     }
 
-    /// As [`start`].
+    /// Without the feature `cuda` there is nothing to record.
     pub fn recorded() -> bool {
         false
     }
 
-    /// As [`start`].
+    /// Without the feature `cuda` there is nothing to record.
     pub fn finish() -> Result<Option<Timeline>> {
         Ok(None)
     }
 
-    /// As [`start`].
+    /// Without the feature `cuda` there is nothing to record.
     pub struct Span;
 
     impl Span {
-        /// Costs nothing.
+        /// Does nothing.
         pub fn begin(_launcher: &'static str) -> Self {
             Span
         }

@@ -1,4 +1,4 @@
-//! What launchers are given: typed addresses with their lengths, sizes, and the stream.
+//! Arguments of launchers: typed addresses with their lengths, sizes, and the stream.
 
 use super::bindings::{
     routegrad_draws, routegrad_parameter, routegrad_state, routegrad_step_outcome,
@@ -13,11 +13,11 @@ use half::bf16;
 use std::ffi::c_void;
 use std::marker::PhantomData;
 
-/// A type of elements in device memory, and its C name in the launchers.
+/// A type of elements in device memory, and its C type in the launchers.
 pub trait Element: Copy {
-    /// The element as the launchers declare it.
+    /// The C type of the element in the launchers.
     type C: 'static;
-    /// The tensors that may be passed as such elements; none where a tensor's bytes hold structs.
+    /// The dtype of tensors that may be passed as such elements; none if the bytes of the tensor hold structs.
     const DTYPE: Option<DType>;
 }
 
@@ -67,15 +67,16 @@ macro_rules! addresses {
             impl<T> Copy for $Name<'_, T> {}
             impl<T> $Name<'_, T> {
                 /// # Safety
-                /// `address` must be that of so many elements on the stream's device, for as long as the launch runs.
+                /// `address` must point to at least `elements` elements in the memory of the stream's device for as
+                /// long as the launch runs.
                 pub unsafe fn from_address(address: usize, elements: usize) -> Self {
                     Self { address, elements, memory: PhantomData }
                 }
 
-                /// The same memory from element `first` on.
+                /// Returns the same memory, beginning with element `first`.
                 ///
                 /// # Panics
-                /// When there are fewer elements.
+                /// Panics when there are fewer elements.
                 pub fn from_element(self, first: usize) -> Self {
                     assert!(first <= self.elements, "element {first} of {}", self.elements);
                     Self {
@@ -96,7 +97,7 @@ macro_rules! lists {
             $(#[$about])*
             pub struct $List<'a, T: Element> {
                 addresses: Vec<$raw>,
-                /// The least number of elements of one.
+                /// The smallest number of elements of any entry.
                 elements: usize,
                 memory: PhantomData<$One<'a, T>>,
             }
@@ -126,13 +127,13 @@ macro_rules! lists {
     };
 }
 lists! {
-    /// Scalars that a kernel reads, each with an address of its own. The launch copies the addresses.
+    /// Scalars that a kernel reads, each at a separate address. The launch copies the addresses.
     InList of In: *const T::C;
-    /// Scalars that a kernel writes, each with an address of its own. The launch copies the addresses.
+    /// Scalars that a kernel writes, each at a separate address. The launch copies the addresses.
     OutList of Out: *mut T::C;
 }
 
-/// Untyped memory of a device that some other code owns: a buffer of the kernel checks or of the benchmark.
+/// Untyped device memory that other code owns, such as a buffer of the kernel checks or of the benchmark.
 #[derive(Clone, Copy)]
 pub struct Buffer {
     address: usize,
@@ -141,39 +142,39 @@ pub struct Buffer {
 
 impl Buffer {
     /// # Safety
-    /// `address` must be that of so many bytes on the device of the streams that it is used with, for as long as the buffer is
-    /// used.
+    /// `address` must point to at least `bytes` bytes in the memory of the device whose streams use the buffer, for
+    /// as long as the buffer is used.
     pub unsafe fn from_address(address: usize, bytes: usize) -> Self {
         Buffer { address, bytes }
     }
 
-    /// Its first byte, in the device's address space.
+    /// Returns the address of the first byte, in the device's address space.
     pub fn address(&self) -> usize {
         self.address
     }
 
-    /// Its length.
+    /// Returns the length in bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// To be read as elements of a type.
+    /// Returns the buffer as elements of type `T`, for reading.
     pub fn input<T>(&self) -> In<'_, T> {
         let elements = self.bytes / size_of::<T>();
-        // SAFETY: that is how the buffer was made.
+        // SAFETY: the creator of the buffer guaranteed that the memory is valid.
         unsafe { In::from_address(self.address, elements) }
     }
 
-    /// To be written as elements of a type.
+    /// Returns the buffer as elements of type `T`, for writing.
     pub fn output<T>(&self) -> Out<'_, T> {
         let elements = self.bytes / size_of::<T>();
-        // SAFETY: that is how the buffer was made.
+        // SAFETY: the creator of the buffer guaranteed that the memory is valid.
         unsafe { Out::from_address(self.address, elements) }
     }
 }
 
 impl<'a, T> Out<'a, T> {
-    /// The same memory as an input, for kernels that may write over what they read.
+    /// Returns the same memory as an input, for kernels whose output may overwrite their input.
     pub fn as_input(self) -> In<'a, T> {
         In {
             address: self.address,
@@ -184,13 +185,13 @@ impl<'a, T> Out<'a, T> {
 }
 
 impl Tensor {
-    /// The elements for a kernel that reads them.
+    /// Returns the elements for a kernel that reads them.
     ///
     /// # Errors
-    /// When the tensor holds another type.
+    /// Returns an error when the tensor holds another type.
     ///
     /// # Panics
-    /// When the device has no room.
+    /// Panics when the device does not have enough memory.
     pub fn input<T: Element>(&self) -> Result<In<'_, T>> {
         self.expect_element::<T>()?;
         let address = self.pointer::<T>() as usize;
@@ -203,13 +204,13 @@ impl Tensor {
         })
     }
 
-    /// The elements for a kernel that writes them; copies them first when they are shared.
+    /// Returns the elements for a kernel that writes them; copies them first if they are shared.
     ///
     /// # Errors
-    /// When the tensor holds another type.
+    /// Returns an error when the tensor holds another type.
     ///
     /// # Panics
-    /// When the device has no room.
+    /// Panics when the device does not have enough memory.
     pub fn output<T: Element>(&mut self) -> Result<Out<'_, T>> {
         self.expect_element::<T>()?;
         let elements = self.elements() * self.dtype().size() / size_of::<T>();
@@ -218,21 +219,22 @@ impl Tensor {
         Ok(unsafe { Out::from_address(address, elements) })
     }
 
-    /// The bytes for a kernel that reads whole vectors, with those up to the end of the device's allocation.
+    /// Returns the bytes, including the padding up to the end of the device allocation, for a kernel that reads
+    /// complete vectors.
     ///
     /// # Panics
-    /// When the device has no room.
+    /// Panics when the device does not have enough memory.
     pub fn padded_input(&self) -> In<'_, u8> {
         let bytes = (self.elements() * self.dtype().size()).next_multiple_of(ALIGNMENT);
         // SAFETY: the tensor owns its memory, and a device's allocations are multiples of the alignment.
         unsafe { In::from_address(self.pointer::<u8>() as usize, bytes) }
     }
 
-    /// The bytes for a kernel that writes whole vectors, with those up to the end of the device's allocation; copies them
-    /// first when they are shared.
+    /// Returns the bytes, including the padding up to the end of the device allocation, for a kernel that writes
+    /// complete vectors; copies them first if they are shared.
     ///
     /// # Panics
-    /// When the device has no room.
+    /// Panics when the device does not have enough memory.
     pub fn padded_output(&mut self) -> Out<'_, u8> {
         let bytes = (self.elements() * self.dtype().size()).next_multiple_of(ALIGNMENT);
         // SAFETY: as in padded_input.
@@ -247,7 +249,7 @@ impl Tensor {
     }
 }
 
-/// Where launches go: the launchers of a device, and its stream.
+/// The destination of launches: the launchers of a device, and its stream.
 #[derive(Clone, Copy)]
 pub struct Stream {
     launchers: &'static Launchers,
@@ -255,10 +257,10 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// The stream that a device's tensors are computed on.
+    /// Returns the stream on which a device's tensors are computed.
     ///
     /// # Errors
-    /// On the CPU, which has no kernels, and where there is no GPU to use.
+    /// Returns an error for the CPU, which has no kernels, and when no usable GPU is present.
     pub fn of(device: Device) -> Result<Self> {
         let launchers = device.launchers()?;
         Ok(Stream {
@@ -267,25 +269,26 @@ impl Stream {
         })
     }
 
-    /// The stream of an open GPU; the GPU becomes the calling thread's own.
+    /// Returns the stream of an open GPU, and binds the GPU's context to the calling thread.
     ///
     /// # Errors
-    /// When the driver refuses.
+    /// Returns an error when the driver refuses.
     #[cfg(feature = "cuda")]
     pub fn of_gpu(gpu: &crate::device::cuda::Gpu, launchers: &'static Launchers) -> Result<Self> {
         let raw = gpu.stream()?.cast();
         Ok(Stream { launchers, raw })
     }
 
-    /// A stream that some other code owns, such as PyTorch's current one.
+    /// Wraps a stream that other code owns, such as PyTorch's current stream.
     ///
     /// # Safety
-    /// `raw` is a `cudaStream_t` of the GPU that is the calling thread's own, there for as long as its launches run.
+    /// `raw` must be a `cudaStream_t` of the GPU whose context is bound to the calling thread, and must be valid for
+    /// as long as its launches run.
     pub unsafe fn from_raw(launchers: &'static Launchers, raw: *mut c_void) -> Self {
         Stream { launchers, raw }
     }
 
-    /// The kernels that it launches.
+    /// Returns the launchers of this stream.
     pub fn launchers(&self) -> &'static Launchers {
         self.launchers
     }
@@ -295,15 +298,15 @@ impl Stream {
     }
 }
 
-/// The value of a size, for formulas of lengths that cannot overflow: no more than `MOST`.
+/// The value of a size in formulas of lengths. It is limited to `MOST`, so that the formulas cannot overflow.
 pub trait Size {
-    /// A number in formulas of lengths; `()` for what is no size.
+    /// The type of the value in formulas of lengths; `()` for an argument that is not a size.
     type Value;
-    /// The argument as such a number.
+    /// Returns the argument as a value in formulas.
     fn size(&self) -> Self::Value;
 }
 
-/// More elements than a buffer has; a product of three fits its type.
+/// More elements than any buffer has; a product of three such values fits in the type.
 const MOST: u128 = 1 << 40;
 
 impl Size for usize {
@@ -333,7 +336,7 @@ impl<'a, T> Size for Out<'a, T> {
     type Value = ();
     fn size(&self) {}
 }
-/// Whether it is there.
+/// The value of an optional argument is whether it is present.
 impl<A: Copy> Size for Option<A> {
     type Value = bool;
     fn size(&self) -> bool {
@@ -341,10 +344,10 @@ impl<A: Copy> Size for Option<A> {
     }
 }
 
-/// An argument with a length.
+/// An argument whose length is checked.
 pub trait Argument {
     /// # Errors
-    /// When there are fewer elements than `expected`.
+    /// Returns an error when there are fewer elements than `expected`.
     fn check(&self, launcher: &str, name: &str, expected: u128) -> Result<()>;
 }
 
@@ -356,7 +359,7 @@ fn check_length(elements: usize, launcher: &str, name: &str, expected: u128) -> 
         launcher,
         format!("`{name}` of {expected} elements or more"),
         elements.to_string(),
-        "pass buffers that fit the sizes; nothing was launched",
+        "pass buffers that match the sizes; nothing was launched",
     ))
 }
 
@@ -379,10 +382,10 @@ impl<A: Argument> Argument for Option<A> {
     }
 }
 
-/// An argument as the launcher takes it, `Raw` in C.
+/// Conversion of an argument to the launcher's C type `Raw`.
 pub trait Pass<Raw> {
     /// # Errors
-    /// When a size is larger than the launcher's type holds.
+    /// Returns an error when a size does not fit in the launcher's type.
     fn pass(self, launcher: &str, name: &str) -> Result<Raw>;
 }
 

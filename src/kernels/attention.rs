@@ -8,7 +8,7 @@ use super::{In, Out, kernel};
 use half::bf16;
 
 kernel! {
-    /// `out` and `log_sum_exp`, assigned.
+    /// Computes `out` and `log_sum_exp`; both are assigned.
     pub struct AttentionForward = attention_forward {
         /// `[T, H·d]`.
         out: Out<'a, bf16> [tokens * heads * head_width];
@@ -16,23 +16,23 @@ kernel! {
         log_sum_exp: Out<'a, f32> [tokens * heads];
         /// `[T, (H + 2 KV)·d]`.
         qkv: In<'a, bf16> [tokens * (heads + 2 * key_value_heads) * head_width];
-        /// `[T]`: the first key that a row sees, in its own sequence; without, 0.
+        /// `[T]`: index, within the row's sequence, of the first key that a row attends to; if absent, 0.
         first_key: Option<In<'a, i32>> [tokens];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// S.
+        /// S, the number of tokens in a sequence.
         sequence: usize;
-        /// H.
+        /// H, the number of query heads.
         heads: usize;
-        /// KV.
+        /// KV, the number of key heads, and of value heads.
         key_value_heads: usize;
-        /// d.
+        /// d, the width of a head.
         head_width: usize;
     }
 }
 
 impl AttentionForward<'_> {
-    /// Without document boundaries.
+    /// The cost without document boundaries.
     pub fn cost(s: &AttentionSizes) -> Cost {
         let (lines, tiles) = (s.sequences * s.heads, s.sequence.div_ceil(128));
         let flops = 4 * 128 * 128 * s.width * lines * tiles * (tiles + 1) / 2;
@@ -45,14 +45,14 @@ impl AttentionForward<'_> {
 /// The sizes of an attention layer's kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct AttentionSizes {
-    /// B.
+    /// B, the number of sequences.
     pub sequences: usize,
-    /// S.
+    /// S, the number of tokens in a sequence.
     pub sequence: usize,
-    /// H.
+    /// H, the number of query heads.
     pub heads: usize,
-    /// KV.
+    /// KV, the number of key heads, and of value heads.
     pub key_value_heads: usize,
-    /// d, of a head.
+    /// d, the width of a head.
     pub width: usize,
 }

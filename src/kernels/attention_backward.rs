@@ -1,4 +1,4 @@
-//! `kernels/attention_backward.cu`: the gradient of attention, from its outputs and dout.
+//! `kernels/attention_backward.cu`: the gradient of attention, from the outputs of forward and dout.
 //!
 //! `delta_r = ⟨dout_r, out_r⟩`; `P = exp(S / √d − log_sum_exp)`, `S = Q Kᵀ`; `dS = P ⊙ (dout Vᵀ − delta) / √d`; `dQ = dS K`;
 //! `dK = dSᵀ Q` and `dV = Pᵀ dout`, summed over the query heads of a key head. Shapes are those of `attention.rs`.
@@ -9,11 +9,11 @@ use super::{In, Out, host_function, kernel};
 use half::bf16;
 
 kernel! {
-    /// dqkv, assigned; with cosines and sines that of what was rotated by them (`rope.rs`).
+    /// Computes dqkv, assigned. With cosines and sines, it is the gradient of qkv before their rotation (`rope.rs`).
     pub struct AttentionBackward = attention_backward {
         /// `[T, (H + 2 KV)·d]`.
         dqkv: Out<'a, bf16> [tokens * (heads + 2 * key_value_heads) * head_width];
-        /// [`workspace`] floats.
+        /// [`workspace`] f32 elements.
         workspace: Out<'a, f32> => workspace(tokens, sequence, heads);
         /// `[T, H·d]`.
         dout: In<'a, bf16> [tokens * heads * head_width];
@@ -29,26 +29,26 @@ kernel! {
         cosines: Option<In<'a, f32>> [sequence * (head_width / 2)];
         /// `[S, d / 2]`.
         sines: Option<In<'a, f32>> [sequence * (head_width / 2)];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// S.
+        /// S, the number of tokens in a sequence.
         sequence: usize;
-        /// H.
+        /// H, the number of query heads.
         heads: usize;
-        /// KV.
+        /// KV, the number of key heads, and of value heads.
         key_value_heads: usize;
-        /// d.
+        /// d, the width of a head.
         head_width: usize;
     }
 }
 
 host_function! {
-    /// Floats of the workspace.
+    /// Number of f32 elements of the workspace.
     pub fn workspace = attention_backward_workspace(tokens: usize, sequence: usize, heads: usize) -> u64
 }
 
 impl AttentionBackward<'_> {
-    /// Of the launch's three kernels, without document boundaries.
+    /// The cost of the launch's three kernels, without document boundaries.
     pub fn cost(s: &AttentionSizes) -> Cost {
         let (lines, tiles) = (s.sequences * s.heads, s.sequence.div_ceil(128));
         let rows_of_keys = |tile: usize| s.sequence.next_multiple_of(64) - 128 * tile;

@@ -16,7 +16,7 @@ kernel! {
         mean: In<'a, f32> [experts];
         /// f `[E]`.
         fractions: In<'a, f32> [experts];
-        /// E.
+        /// E, the number of experts.
         experts: usize;
     }
 }
@@ -30,7 +30,7 @@ kernel! {
         dloss: In<'a, f32> [1];
         /// f `[E]`.
         fractions: In<'a, f32> [experts];
-        /// E.
+        /// E, the number of experts.
         experts: usize;
     }
 }
@@ -44,7 +44,7 @@ kernel! {
         terms: &'a InList<'a, f32> [count];
         /// c `[N]`.
         coefficients: In<'a, f32> [count];
-        /// N.
+        /// N, the number of terms.
         count: usize;
     }
 }
@@ -58,7 +58,7 @@ kernel! {
         dout: In<'a, f32> [1];
         /// c `[N]`.
         coefficients: In<'a, f32> [count];
-        /// N.
+        /// N, the number of terms.
         count: usize;
     }
 }

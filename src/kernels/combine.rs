@@ -1,4 +1,5 @@
-//! `kernels/combine.cu`: every token's sum of its rows, and of the default vectors of the experts that it did not choose.
+//! `kernels/combine.cu`: for every token, the sum of its rows and of the default vectors of the experts that it did
+//! not choose.
 //!
 //! `y_t (+)= Σ_{i∈A_t} gate_ti e_i(x_t) + Σ_{i∉A_t} gate_ti ê_i` (Default MoE, arXiv 2504.12463, eq. 11); the rows are e.
 
@@ -13,31 +14,31 @@ kernel! {
         y: Out<'a, bf16> [tokens * hidden];
         /// `[R, D]`, sorted by expert.
         rows_in: In<'a, bf16> [rows * hidden];
-        /// `[T, E]`; without, every row counts 1.
+        /// `[T, E]`; if absent, every row has weight 1.
         gates: Option<In<'a, f32>> [tokens * experts];
-        /// `[T, slots]`: each slot's row, negative where it has none.
+        /// `[T, slots]`: each slot's row, negative if the slot has no row.
         slot_row: In<'a, i32> [tokens * slots];
-        /// `[T, slots]`: each slot's expert; without, slot i is expert i.
+        /// `[T, slots]`: each slot's expert; if absent, slot i is expert i.
         choices: Option<In<'a, i32>> [tokens * slots];
         /// ê `[E, D]`.
         vectors: Option<In<'a, f32>> [experts * hidden];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// R.
+        /// R, the number of rows.
         rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
-        /// Slots of a token: K with choices, else E.
+        /// Number of slots of a token: K with `choices`, else E.
         slots: usize;
-        /// Whether `y` is added to, or assigned.
+        /// Whether to add to `y` instead of assigning it.
         accumulate: bool;
     }
 }
 
 impl Combine<'_> {
-    /// With a list of choices.
+    /// The cost with a list of choices.
     pub fn cost(s: &Sizes, gates: bool, vectors: bool, accumulate: bool) -> Cost {
         let mut bytes = 2 * s.hidden * (s.rows + s.tokens) + 4 * s.slots * s.tokens;
         if accumulate {

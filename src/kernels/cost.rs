@@ -1,18 +1,18 @@
-//! What a kernel costs: its floating-point operations on tensor cores and the bytes it must move, from its sizes. The
-//! formulas are those of the headers in `kernels/` and stand in the kernels' files; tests compare them with the
-//! simulator's counters.
+//! The cost of a kernel, computed from its sizes: floating-point operations on tensor cores, and bytes that it must
+//! move. The formulas are the same as in the headers of `kernels/`, and are in the kernels' files here. Tests compare
+//! them with the simulator's counters.
 
 use crate::device::machine::{Chip, h200};
 pub use crate::device::machine::{H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND};
 use std::iter::Sum;
 use std::ops::Add;
 
-/// Tensor-core operations and global memory traffic, each byte counted once however often a cache serves it.
+/// Tensor-core operations and global memory traffic, each byte counted once, even if a cache serves it several times.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
-    /// Floating-point operations of the tensor cores, a multiplication and an addition counted as two.
+    /// Floating-point operations of the tensor cores, where a multiplication and an addition count as two.
     pub flops: f64,
-    /// Bytes that are read from and written to global memory.
+    /// Bytes read from and written to global memory.
     pub bytes: f64,
 }
 
@@ -24,12 +24,12 @@ impl Cost {
         }
     }
 
-    /// Lower bound of the seconds on one H200.
+    /// Returns a lower bound of the time on one H200, in seconds.
     pub fn floor(&self) -> f64 {
         self.floor_on(h200())
     }
 
-    /// Lower bound of the seconds on a GPU.
+    /// Returns a lower bound of the time on a GPU, in seconds.
     pub fn floor_on(&self, chip: &Chip) -> f64 {
         let (flops, bytes) = chip.ceilings();
         (self.flops / flops).max(self.bytes / bytes)
@@ -55,21 +55,21 @@ impl Sum for Cost {
 /// The sizes of a MoE layer's kernels.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// T.
+    /// T, the number of tokens.
     pub tokens: usize,
-    /// D.
+    /// D, the width of the model.
     pub hidden: usize,
     /// F, the width of one expert.
     pub ffn: usize,
-    /// E.
+    /// E, the number of experts.
     pub experts: usize,
-    /// Slots of a token, K.
+    /// Number of slots of a token, K.
     pub slots: usize,
     /// R: slots that have a row.
     pub rows: usize,
 }
 
-/// Experts as the tiles of router and combine have them.
+/// Returns the number of experts, padded to the tiles of the router and combine kernels.
 pub(crate) fn padded_experts(experts: usize) -> usize {
     match experts {
         0..=16 => 16,

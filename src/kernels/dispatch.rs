@@ -1,14 +1,15 @@
-//! `kernels/dispatch.cu`: the slots of a batch sorted by expert, so that a grouped product sees each expert's tokens as one
-//! run of rows.
+//! `kernels/dispatch.cu`: the slots of a batch sorted by expert, so that in a grouped product the tokens of each
+//! expert are consecutive rows.
 //!
-//! A token has W slots, in each of which it may name an expert: K choices, or E scores, of which positive ones count. Rows are
-//! the named slots in order (expert, slot): a stable counting sort. `offsets[e] … offsets[e + 1] − 1` are the rows of expert e.
+//! A token has W slots, each of which may name an expert: K choices, or E scores, of which the positive ones name
+//! experts. The rows are the named slots, ordered by (expert, slot): a stable counting sort.
+//! `offsets[e] … offsets[e + 1] − 1` are the rows of expert e.
 
 use super::cost::{Cost, Sizes};
 use super::{In, Out, host_function, kernel};
 
 kernel! {
-    /// The maps of `choices [T, K]`, assigned; the fault bits are or-ed.
+    /// Builds the maps of `choices [T, K]`. The maps are assigned; the fault bits are combined with a bitwise or.
     pub struct DispatchChoices = dispatch_choices {
         /// `[E + 1]`.
         offsets: Out<'a, i32> [experts + 1];
@@ -24,31 +25,32 @@ kernel! {
         workspace: Out<'a, u8> => workspace(tokens, experts, choices_per_token);
         /// `[T, K]`.
         choices: In<'a, i32> [tokens * choices_per_token];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// K.
+        /// K, the number of choices per token.
         choices_per_token: usize;
-        /// Rows that the maps have room for; more set a fault bit.
+        /// Number of rows that the maps can hold; if there are more rows, a fault bit is set.
         row_capacity: usize;
     }
 }
 
 host_function! {
-    /// Bytes of the workspace for `width` slots a token: K, or E with scores.
+    /// Number of bytes of the workspace for `width` slots per token: K, or E with scores.
     pub fn workspace = dispatch_workspace(tokens: usize, experts: usize, width: usize) -> u64
 }
 
 impl DispatchChoices<'_> {
-    /// Of `slots` choices a token.
+    /// The cost with `slots` choices per token.
     pub fn cost(s: &Sizes) -> Cost {
         Cost::new(0, 12 * s.tokens * s.slots + 8 * s.rows)
     }
 }
 
 kernel! {
-    /// The maps of the positive ones among `scores [T, E]`, assigned; the fault bits are or-ed.
+    /// Builds the maps of the positive `scores [T, E]`. The maps are assigned; the fault bits are combined with a
+    /// bitwise or.
     pub struct DispatchPositive = dispatch_positive {
         /// `[E + 1]`.
         offsets: Out<'a, i32> [experts + 1];
@@ -62,13 +64,13 @@ kernel! {
         fault: Out<'a, i32> [1];
         /// [`workspace`] bytes, with E slots a token.
         workspace: Out<'a, u8> => workspace(tokens, experts, experts);
-        /// `[T, E]`; without, every token names every expert.
+        /// `[T, E]`; if absent, every token names every expert.
         scores: Option<In<'a, f32>> [tokens * experts];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// Rows that the maps have room for; more set a fault bit.
+        /// Number of rows that the maps can hold; if there are more rows, a fault bit is set.
         row_capacity: usize;
     }
 }

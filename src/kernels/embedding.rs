@@ -1,7 +1,8 @@
 //! `kernels/embedding.cu`: rows of a table by id, the tokens' order by id, and the table's gradient.
 //!
-//! `y_t = W[id_t]`, NaN where the id is not in `0 … V − 1`. `dW_v (+)= Σ dy_t` over the tokens with id v, t ascending. The
-//! tokens are sorted by id a byte at a time: [`EmbeddingOrder`] gives the bytes, `dispatch_choices` their stable order.
+//! `y_t = W[id_t]`, NaN where the id is not in `0 … V − 1`. `dW_v (+)= Σ dy_t` over the tokens with id v, t
+//! ascending. The tokens are sorted by id a byte at a time: [`EmbeddingOrder`] computes the bytes, `dispatch_choices`
+//! sorts them stably.
 
 use super::cost::Cost;
 use super::{In, Out, host_function, kernel};
@@ -16,56 +17,57 @@ kernel! {
         w: In<'a, bf16> [vocabulary * hidden];
         /// `[T]`.
         ids: In<'a, i32> [tokens];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// V.
+        /// V, the size of the vocabulary.
         vocabulary: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
     }
 }
 
 impl EmbeddingForward<'_> {
-    /// Of so many rows, each of a table of which every row, or as many as there are, is read.
+    /// The cost for `rows` tokens whose ids name as many different rows of a table of `table_rows` rows as possible.
     pub fn cost(rows: usize, table_rows: usize, hidden: usize) -> Cost {
         Cost::new(0, 2 * hidden * (rows + rows.min(table_rows)) + 4 * rows)
     }
 }
 
 kernel! {
-    /// `order_i = i`, or `previous[row_token_i]`; `keys_i` the key of the token `order_i`: its id, or V where that is not in
-    /// the table, shifted by `shift` bits, of it the lowest 8 unless `whole`. Assigned.
+    /// Assigns `order_i = i`, or `previous[row_token_i]` if given, and `keys_i`, the key of the token `order_i`. The
+    /// key is the token's id, or V if the id is not in the table, shifted right by `shift` bits, and reduced to its
+    /// lowest 8 bits unless `whole`.
     pub struct EmbeddingOrder = embedding_order {
         /// `[T]`.
         order: Out<'a, i32> [tokens];
         /// `[T]`.
         keys: Out<'a, i32> [tokens];
-        /// The order so far, `[T]`.
+        /// The order of the tokens after the previous call, `[T]`.
         previous: Option<In<'a, i32>> [tokens];
-        /// A sort of it, `[T]`.
+        /// A sort of `previous`, `[T]`.
         row_token: Option<In<'a, i32>> [tokens];
         /// `[T]`.
         ids: In<'a, i32> [tokens];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// V.
+        /// V, the size of the vocabulary.
         vocabulary: usize;
-        /// Bits that a key is shifted right by.
+        /// Number of bits by which a key is shifted right.
         shift: usize;
-        /// Whether a key keeps all its bits, or the lowest 8.
+        /// Whether a key keeps all its bits; otherwise it keeps the lowest 8.
         whole: bool;
     }
 }
 
 impl EmbeddingOrder<'_> {
-    /// Calls for a vocabulary: one for each byte of an id, and one for the whole ids.
+    /// Returns the number of calls for a vocabulary: one for each byte of an id, and one for the complete ids.
     pub fn calls(vocabulary: usize) -> usize {
-        // V stands for an id that is not in the table.
+        // V represents an id that is not in the table.
         let bits = usize::BITS - vocabulary.leading_zeros();
         bits.div_ceil(8) as usize + 1
     }
 
-    /// Of one call.
+    /// The cost of one call.
     pub fn cost(tokens: usize) -> Cost {
         Cost::new(0, 16 * tokens)
     }
@@ -76,27 +78,27 @@ kernel! {
     pub struct EmbeddingGradient = embedding_gradient {
         /// `[V, D]`, assigned, or added to.
         dw: Out<'a, f32> [vocabulary * hidden];
-        /// [`workspace`] floats.
+        /// [`workspace`] f32 elements.
         parts: Out<'a, f32> => workspace(tokens, hidden);
         /// `[T, D]`.
         dy: In<'a, bf16> [tokens * hidden];
-        /// The tokens by id, `[T]`.
+        /// The tokens, sorted by id, `[T]`.
         order: In<'a, i32> [tokens];
-        /// Their ids in that order, `[T]`.
+        /// The ids of the tokens in that order, `[T]`.
         keys: In<'a, i32> [tokens];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// V.
+        /// V, the size of the vocabulary.
         vocabulary: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
-        /// Whether `dw` is added to, or assigned.
+        /// Whether to add to `dw` instead of assigning it.
         accumulate: bool;
     }
 }
 
 impl EmbeddingGradient<'_> {
-    /// When the tokens have as many different ids as they can.
+    /// The cost when the tokens have as many different ids as possible.
     pub fn cost(tokens: usize, vocabulary: usize, hidden: usize, accumulate: bool) -> Cost {
         let met = 4 * tokens.min(vocabulary) * hidden;
         let rest = if accumulate {
@@ -109,6 +111,6 @@ impl EmbeddingGradient<'_> {
 }
 
 host_function! {
-    /// Floats of `parts`.
+    /// Number of f32 elements of `parts`.
     pub fn workspace = embedding_parts(tokens: usize, hidden: usize) -> u64
 }

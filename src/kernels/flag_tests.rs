@@ -4,10 +4,10 @@ use super::launchers::{self, Launchers};
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
-/// A launcher, the argument that it must name, and what it said.
+/// A launcher, the argument that its error must name, and its error text.
 type Answer = (&'static str, &'static str, String);
 
-/// Every flag at 2, all else as it may be.
+/// Calls every launcher with each flag set to 2 and all other arguments valid.
 fn answers(launchers: &Launchers) -> Vec<Answer> {
     let table = launchers.table();
     let mut room = [0u128; 16];

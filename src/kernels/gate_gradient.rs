@@ -1,8 +1,8 @@
 //! `kernels/gate_gradient.cu`: the gradient of every gate (Default MoE, arXiv 2504.12463: the gradient of eq. 11).
 //!
-//! With default vectors ê, [`DefaultDots`] gives `⟨g_t, ê_i⟩` of every gate, g = dy, and the rows of g by expert. Then
-//! [`GateGradient`] assigns `Σ_c dots[r, c]` where token t has a row r of expert i; without default vectors it assigns 0
-//! elsewhere.
+//! With default vectors ê, [`DefaultDots`] computes `⟨g_t, ê_i⟩` for every gate, g = dy, and the rows of g sorted by
+//! expert. Then [`GateGradient`] assigns `Σ_c dots[r, c]` if token t has a row r of expert i. Without default vectors
+//! it assigns 0 to the other gates.
 
 use super::cost::{Cost, Sizes};
 use super::{In, Out, kernel};
@@ -13,23 +13,23 @@ kernel! {
     pub struct DefaultDots = default_dots {
         /// `[T, E]`.
         dgates: Out<'a, f32> [tokens * experts];
-        /// `[R, D]`: g of each row's token, assigned; rows that no slot names are left as they are.
+        /// `[R, D]`: g of each row's token, assigned; rows that no slot names do not change.
         g_rows: Option<Out<'a, bf16>> [rows * hidden];
         /// dy `[T, D]`.
         g: In<'a, bf16> [tokens * hidden];
         /// ê `[E, D]`.
         vectors: In<'a, f32> [experts * hidden];
-        /// `[T, slots]`: each slot's row, negative where it has none; given with `g_rows`.
+        /// `[T, slots]`: each slot's row, negative if the slot has no row; given with `g_rows`.
         slot_row: Option<In<'a, i32>> [tokens * slots];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// R.
+        /// R, the number of rows.
         rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
-        /// Slots of a token.
+        /// Number of slots of a token.
         slots: usize;
     }
 }
@@ -41,27 +41,27 @@ kernel! {
         dgates: Out<'a, f32> [tokens * experts];
         /// `[R, dot_columns]`: partial sums of ⟨g, e_i(x)⟩.
         dots: In<'a, f32> [rows * dot_columns];
-        /// `[T, slots]`: each slot's row, negative where it has none.
+        /// `[T, slots]`: each slot's row, negative if the slot has no row.
         slot_row: In<'a, i32> [tokens * slots];
-        /// `[T, slots]`: each slot's expert; without, slot i is expert i.
+        /// `[T, slots]`: each slot's expert; if absent, slot i is expert i.
         choices: Option<In<'a, i32>> [tokens * slots];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// R.
+        /// R, the number of rows.
         rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// Slots of a token: K with choices, else E.
+        /// Number of slots of a token: K with `choices`, else E.
         slots: usize;
-        /// Partial sums of a row in `dots`.
+        /// Number of partial sums per row in `dots`.
         dot_columns: usize;
-        /// Whether gates without a row keep what `dgates` holds; else they become 0.
+        /// Whether `dgates` keeps its value for gates without a row; otherwise it becomes 0.
         keep: bool;
     }
 }
 
 impl DefaultDots<'_> {
-    /// With `g_rows`, or without.
+    /// The cost with or without `g_rows`.
     pub fn cost(s: &Sizes, sorts: bool) -> Cost {
         let experts = match s.experts {
             0..=16 => 16,
@@ -76,7 +76,7 @@ impl DefaultDots<'_> {
 }
 
 impl GateGradient<'_> {
-    /// With a list of choices and `dot_columns` partial dots a row.
+    /// The cost with a list of choices and `dot_columns` partial dot products per row.
     pub fn cost(s: &Sizes, keep: bool, dot_columns: usize) -> Cost {
         let gates = if keep { s.rows } else { s.tokens * s.experts };
         let dots = s.rows * dot_columns;

@@ -1,8 +1,8 @@
-//! `kernels/gates.cu`: gates of chosen and of sampled experts, and the gradients of what they are made of.
+//! `kernels/gates.cu`: gates of chosen experts and of sampled experts, and the gradients of their scores and logits.
 //!
-//! Of chosen experts A: `w = p / S` on A, 0 elsewhere, `S = Σ_A p` or 1. Of the experts a_r that stage r sampled: `w_i =
-//! Σ_r [i = a_r] h_r q^r_i`, q^r the softmax over the experts that the stage keeps. A token's slot has a row where
-//! `slot_row` is not negative; E is at most 256.
+//! For chosen experts A: `w = p / S` on A, 0 elsewhere, `S = Σ_A p` or 1. For the experts a_r sampled in stage r:
+//! `w_i = Σ_r [i = a_r] h_r q^r_i`, q^r the softmax over the experts that the stage keeps. A slot of a token has a
+//! row if its `slot_row` is not negative; E is at most 256.
 
 use super::{In, Out, kernel};
 
@@ -13,19 +13,19 @@ kernel! {
         w: Out<'a, f32> [tokens * experts];
         /// Scores `[T, E]`.
         p: In<'a, f32> [tokens * experts];
-        /// `[T, slots]`: each slot's row, negative where it has none.
+        /// `[T, slots]`: each slot's row, negative if the slot has no row.
         slot_row: In<'a, i32> [tokens * slots];
-        /// `[T, slots]`: each slot's expert; absent: slot i is expert i.
+        /// `[T, slots]`: each slot's expert; if absent, slot i is expert i.
         choices: Option<In<'a, i32>> [tokens * slots];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// Rows, at most.
+        /// Upper bound of the number of rows.
         rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// Slots of a token: K with choices, else E.
+        /// Number of slots of a token: K with `choices`, else E.
         slots: usize;
-        /// S is Σ_A p, or 1.
+        /// Whether S is Σ_A p; otherwise it is 1.
         renormalize: bool;
     }
 }
@@ -39,19 +39,19 @@ kernel! {
         dw: In<'a, f32> [tokens * experts];
         /// Scores `[T, E]`.
         p: In<'a, f32> [tokens * experts];
-        /// `[T, slots]`: each slot's row, negative where it has none.
+        /// `[T, slots]`: each slot's row, negative if the slot has no row.
         slot_row: In<'a, i32> [tokens * slots];
-        /// `[T, slots]`: each slot's expert; absent: slot i is expert i.
+        /// `[T, slots]`: each slot's expert; if absent, slot i is expert i.
         choices: Option<In<'a, i32>> [tokens * slots];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// Rows, at most.
+        /// Upper bound of the number of rows.
         rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// Slots of a token: K with choices, else E.
+        /// Number of slots of a token: K with `choices`, else E.
         slots: usize;
-        /// S is Σ_A p, or 1.
+        /// Whether S is Σ_A p; otherwise it is 1.
         renormalize: bool;
         /// Whether gradients pass to the scores of experts that were not chosen.
         through: bool;
@@ -71,11 +71,11 @@ kernel! {
         experts_chosen: In<'a, i32> [stages * tokens];
         /// `[R, T, E]`, 0 or 1.
         kept: In<'a, i32> [stages * tokens * experts];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// R, 1 or 2.
+        /// R, the number of stages: 1 or 2.
         stages: usize;
     }
 }
@@ -93,13 +93,13 @@ kernel! {
         experts_chosen: In<'a, i32> [stages * tokens];
         /// `[R, T, E]`, 0 or 1.
         kept: In<'a, i32> [stages * tokens * experts];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// R, 1 or 2.
+        /// R, the number of stages: 1 or 2.
         stages: usize;
-        /// c.
+        /// c, the factor of the gradient estimate.
         estimator: f32;
     }
 }

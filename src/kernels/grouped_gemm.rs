@@ -1,8 +1,8 @@
 //! `kernels/grouped_gemm.cu`: the three products of a linear layer whose rows are sorted by expert.
 //!
 //! Rows r of expert e are `offsets[e] <= r < offsets[e + 1]`; t(r) is `row_token[r]`, or r without it; W `[E, N, K]`.
-//! `out_r = W_e x_t(r)`, `dx_r = W_eᵀ dout_t(r)`, `dW_e = Σ_r dout_t(r) x_t'(r)ᵀ`, r ascending. Without offsets there is one
-//! expert: the dense product. R = `rows` may be more than `offsets[E]`.
+//! `out_r = W_e x_t(r)`, `dx_r = W_eᵀ dout_t(r)`, `dW_e = Σ_r dout_t(r) x_t'(r)ᵀ`, r ascending. Without offsets there
+//! is one expert, and the product is dense. R = `rows` may be more than `offsets[E]`.
 
 use super::cost::Cost;
 use super::launchers::{Launchers, missing};
@@ -27,23 +27,23 @@ kernel! {
         offsets: Option<In<'a, i32>> [experts + 1];
         /// `[R]`.
         row_token: Option<In<'a, i32>> [rows];
-        /// R.
+        /// R, the number of rows.
         rows: usize;
-        /// X: rows of x.
+        /// X, the number of rows of x.
         x_rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// N.
+        /// N, the output width of W.
         n: usize;
-        /// K.
+        /// K, the input width of W.
         k: usize;
-        /// `routegrad_gemm_tile`.
+        /// `routegrad_gemm_tile`: the tile of the product.
         tile: i32;
     }
 }
 
 impl GroupedGemmForward<'_> {
-    /// `rows` times W `[groups, n, k]` in bf16.
+    /// The cost of the product of `rows` rows with W `[groups, n, k]` in bf16.
     pub fn cost(rows: usize, groups: usize, n: usize, k: usize) -> Cost {
         Cost::new(2 * rows * n * k, 2 * (rows * k + groups * n * k + rows * n))
     }
@@ -62,30 +62,30 @@ kernel! {
         offsets: Option<In<'a, i32>> [experts + 1];
         /// `[R]`.
         row_token: Option<In<'a, i32>> [rows];
-        /// R.
+        /// R, the number of rows.
         rows: usize;
-        /// X: rows of dout.
+        /// X, the number of rows of dout.
         dout_rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// N.
+        /// N, the output width of W.
         n: usize;
-        /// K.
+        /// K, the input width of W.
         k: usize;
-        /// `routegrad_gemm_tile`.
+        /// `routegrad_gemm_tile`: the tile of the product.
         tile: i32;
     }
 }
 
 impl GroupedGemmInputGradient<'_> {
-    /// `rows` times W `[groups, n, k]` in bf16.
+    /// The cost of the product of `rows` rows with W `[groups, n, k]` in bf16.
     pub fn cost(rows: usize, groups: usize, n: usize, k: usize) -> Cost {
         GroupedGemmForward::cost(rows, groups, n, k)
     }
 }
 
 kernel! {
-    /// `dW_e (+)= Σ_r dout_t(r) x_t'(r)ᵀ`, at most one of the two gathered.
+    /// `dW_e (+)= Σ_r dout_t(r) x_t'(r)ᵀ`. At most one of dout and x may be gathered.
     pub struct GroupedGemmWeightGradient = grouped_gemm_weight_gradient {
         /// `[E, N, K]`, assigned, or added to.
         dw: Out<'a, f32> [experts * n * k];
@@ -99,31 +99,33 @@ kernel! {
         dout_row_token: Option<In<'a, i32>> [rows];
         /// t'(r) of x, `[R]`.
         x_row_token: Option<In<'a, i32>> [rows];
-        /// R.
+        /// R, the number of rows.
         rows: usize;
         /// Rows of dout.
         dout_rows: usize;
-        /// X: rows of x.
+        /// X, the number of rows of x.
         x_rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// N.
+        /// N, the output width of W.
         n: usize;
-        /// K.
+        /// K, the input width of W.
         k: usize;
-        /// Whether `dw` is added to, or assigned.
+        /// Whether to add to `dw` instead of assigning it.
         accumulate: bool;
-        /// `routegrad_gemm_tile`.
+        /// `routegrad_gemm_tile`: the tile of the product.
         tile: i32;
     }
 }
 
 impl GroupedGemmWeightGradient<'_> {
-    /// Parts into which the rows of a dense weight gradient `[n, k]` are divided: of 1024 rows or more, and as many as take the
-    /// least time on an H200 by the cost model of `routegrad bench --predict`: a multiprocessor takes its tiles of 128 x 256 one
-    /// after another, and [`SumParts`] adds the parts. The same on every device, since it decides the order of a sum.
+    /// Returns the number of parts into which the rows of a dense weight gradient `[n, k]` are divided. A part has at
+    /// least 1024 rows. The number is the one with the smallest time on an H200 according to the cost model of
+    /// `routegrad bench --predict`: a multiprocessor computes its tiles of 128 x 256 one after another, and
+    /// [`SumParts`] adds the parts. It is the same on every device, because it determines the order of a sum.
     pub fn parts(rows: usize, n: usize, k: usize) -> usize {
-        /// Seconds of a row in a tile's main loop, of a tile besides, and of a further launch: fitted to the records of 2026-11-24.
+        /// Seconds per row in the main loop of a tile, per tile outside the main loop, and per additional launch,
+        /// fitted to the records of 2026-11-24.
         const ROW: f64 = 12.1e-9;
         const TILE: f64 = 2.6e-6;
         const LAUNCH: f64 = 2e-6;
@@ -142,23 +144,24 @@ impl GroupedGemmWeightGradient<'_> {
             .unwrap_or(1)
     }
 
-    /// Where each of `parts` parts of so many rows begins, and the last ends: whole k-tiles of 64 rows, but for the last.
+    /// Returns the first row of each of `parts` parts of `rows` rows, and the end of the last part. All parts but the
+    /// last consist of complete k-tiles of 64 rows.
     pub fn part_offsets(rows: usize, parts: usize) -> Vec<i32> {
         let height = rows.div_ceil(parts).next_multiple_of(64);
         (0..=parts).map(|p| (p * height).min(rows) as i32).collect()
     }
 
-    /// Gradient of W `[groups, n, k]` in f32.
+    /// The cost of the gradient of W `[groups, n, k]` in f32.
     pub fn cost(rows: usize, groups: usize, n: usize, k: usize, accumulate: bool) -> Cost {
         let weights = if accumulate { 8 } else { 4 } * groups * n * k;
         Cost::new(2 * rows * n * k, 2 * rows * (n + k) + weights)
     }
 }
 
-/// The tile and grid for a product (`routegrad_gemm_product`) of these sizes: a pure function.
+/// Returns the tile and grid for a product (`routegrad_gemm_product`) of these sizes. It is a pure function.
 ///
 /// # Errors
-/// When the launcher refuses a size.
+/// Returns an error when the launcher refuses a size.
 pub fn plan(
     launchers: &Launchers,
     product: bindings::routegrad_gemm_product,
@@ -198,12 +201,14 @@ mod tests {
 
     #[test]
     fn parts_of_a_weight_gradient_fill_the_multiprocessors() {
-        // Queries, keys and values of 1.96b have 96 tiles: four parts of them are three waves, 97% full, in place of 73%.
+        // The projection to queries, keys and values of model 1.96b has 96 tiles. Four parts make three waves that
+        // are 97% full; one part makes a wave that is 73% full.
         let cases = [
             ((16_384, 3072, 1024), 4),
             ((16_384, 1024, 1024), 4),
             ((16_384, 768, 768), 7),
-            // 384 tiles are three waves as they are; 1023 rows are too few for two parts; the head has enough tiles.
+            // 384 tiles make three waves without division; 1023 rows are too few for two parts; the output head has
+            // enough tiles.
             ((16_384, 6144, 2048), 1),
             ((2047, 1024, 1024), 1),
             ((16_384, 128_256, 1024), 1),

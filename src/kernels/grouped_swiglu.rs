@@ -2,9 +2,10 @@
 //! the layer's output.
 //!
 //! Rows r of expert e are `offsets[e] <= r < offsets[e + 1]`; t(r) is `row_token[r]`, or r without it.
-//! `h_r = W_e x_t(r)` with W `[E, 2F, D]`, gate above up; `a = silu(gate) ⊙ up`. Backward, with the down projection
-//! W `[E, D, F]` and `w_r = gates[t(r), e]`: `dA' = dout W_e`, `A = silu(gate) ⊙ up`, `scaled_a = w_r A`,
-//! `dh = w_r dA' ⊙ (up silu'(gate), silu(gate))`, `dots[r, c] = Σ dA' A` over column tile c: ⟨dout, e(x)⟩ in all.
+//! `h_r = W_e x_t(r)` with W `[E, 2F, D]`, gate above up; `a = silu(gate) ⊙ up`. Backward, with the down projection W
+//! `[E, D, F]` and `w_r = gates[t(r), e]`: `dA' = dout W_e`, `A = silu(gate) ⊙ up`, `scaled_a = w_r A`,
+//! `dh = w_r dA' ⊙ (up silu'(gate), silu(gate))`, `dots[r, c] = Σ dA' A` over column tile c; the sum over c is ⟨dout,
+//! e(x)⟩.
 
 use super::cost::{Cost, Sizes};
 use super::{In, Out, host_function, kernel};
@@ -21,27 +22,27 @@ kernel! {
         x: In<'a, bf16> [x_rows * hidden];
         /// `[E, 2F, D]`: gate above up.
         w: In<'a, bf16> [experts * (2 * ffn) * hidden];
-        /// `[E + 1]`; without, one expert has all rows.
+        /// `[E + 1]`; if absent, one expert has all rows.
         offsets: Option<In<'a, i32>> [experts + 1];
         /// `[R]`.
         row_token: Option<In<'a, i32>> [rows];
-        /// R.
+        /// R, the number of rows.
         rows: usize;
-        /// X: rows of x.
+        /// X, the number of rows of x.
         x_rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// F.
+        /// F, the inner width of the feed-forward network.
         ffn: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
-        /// `routegrad_gemm_tile`.
+        /// `routegrad_gemm_tile`: the tile of the product.
         tile: i32;
     }
 }
 
 impl GroupedSwigluForward<'_> {
-    /// Of so many rows through all experts.
+    /// The cost for this many rows through all experts.
     pub fn cost(s: &Sizes) -> Cost {
         let Sizes {
             rows,
@@ -58,7 +59,7 @@ impl GroupedSwigluForward<'_> {
 }
 
 kernel! {
-    /// dh, the scaled activations and the dots of each row, assigned.
+    /// Computes dh, the scaled activations and the dot products of each row; all are assigned.
     pub struct GroupedSwigluBackward = grouped_swiglu_backward {
         /// `[R, 2F]`; must not be h.
         dh: Out<'a, bf16> [2 * rows * ffn];
@@ -74,36 +75,36 @@ kernel! {
         h: In<'a, bf16> [2 * rows * ffn];
         /// `[T, E]`.
         gates: In<'a, f32>;
-        /// `[E + 1]`; without, one expert has all rows.
+        /// `[E + 1]`; if absent, one expert has all rows.
         offsets: Option<In<'a, i32>> [experts + 1];
-        /// Token of each row `[R]`: a row of `gates`.
+        /// `[R]`: the token of each row, which is its row in `gates`.
         row_token: Option<In<'a, i32>> [rows];
-        /// Row of dout `[R]`.
+        /// `[R]`: the row of dout for each row.
         dout_row_token: Option<In<'a, i32>> [rows];
-        /// R.
+        /// R, the number of rows.
         rows: usize;
-        /// X: rows of dout.
+        /// X, the number of rows of dout.
         dout_rows: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
-        /// F.
+        /// F, the inner width of the feed-forward network.
         ffn: usize;
-        /// As [`dot_columns`] has it.
+        /// Partial dot products per row, as returned by [`dot_columns`].
         dot_columns: usize;
-        /// `routegrad_gemm_tile`.
+        /// `routegrad_gemm_tile`: the tile of the product.
         tile: i32;
     }
 }
 
 host_function! {
-    /// How many partial dots a row has with this tile on the current device.
+    /// The number of partial dot products per row with this tile on the current device.
     pub fn dot_columns = grouped_swiglu_dot_columns(rows: usize, experts: usize, hidden: usize, ffn: usize, tile: i32) -> i32
 }
 
 impl GroupedSwigluBackward<'_> {
-    /// With `dot_columns` partial dots a row.
+    /// The cost with `dot_columns` partial dot products per row.
     pub fn cost(s: &Sizes, dot_columns: usize) -> Cost {
         let Sizes {
             rows,

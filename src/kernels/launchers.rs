@@ -9,35 +9,36 @@ pub use super::bindings::{routegrad_sim_counters as Counters, routegrad_sim_opti
 use crate::device::graph;
 use crate::error::{Error, Result};
 
-/// Names a shared object whose simulator is used instead of the linked one: the race, sanitizer and mutant builds.
+/// Environment variable with the path of a shared object whose simulator replaces the linked one: a race, sanitizer
+/// or mutant build.
 pub const LIBRARY_VARIABLE: &str = "ROUTEGRAD_SIM_LIBRARY";
 
-/// Set to 1: every launch on a GPU is waited for.
+/// Environment variable; if it is 1, the host waits for every launch on a GPU.
 pub const WAIT_VARIABLE: &str = "ROUTEGRAD_WAIT";
 
-/// The tile of a product that the kernels' own plan takes.
+/// Tile value that lets the kernels choose the tile of a product.
 pub const TILE_AUTO: i32 = bindings::ROUTEGRAD_TILE_AUTO as i32;
 
-/// One build's launchers.
+/// The launchers of one build.
 pub struct Launchers {
     table: &'static bindings::routegrad_launchers,
     /// Keeps the shared object loaded.
     _library: Option<libloading::Library>,
 }
 
-// SAFETY: a table of functions and one constant text; nothing writes to it.
+// SAFETY: a table of functions and one constant string; nothing writes to it.
 unsafe impl Send for Launchers {}
 unsafe impl Sync for Launchers {}
 
-/// The simulator's launchers, which take host memory and return when the kernel is done.
+/// Returns the simulator's launchers, which read and write host memory and return when the kernel has finished.
 ///
 /// # Errors
-/// When `ROUTEGRAD_SIM_LIBRARY` names a file that cannot be loaded.
+/// Returns an error when `ROUTEGRAD_SIM_LIBRARY` names a file that cannot be loaded.
 pub fn sim() -> Result<&'static Launchers> {
     static SIM: OnceLock<Result<Launchers, String>> = OnceLock::new();
     let loaded = SIM.get_or_init(|| match std::env::var_os(LIBRARY_VARIABLE) {
         Some(path) => load(path.as_ref()).map_err(|e| e.to_string()),
-        // SAFETY: the function returns a table with the life of the program.
+        // SAFETY: the function returns a table with static lifetime.
         None => Ok(Launchers {
             table: unsafe { &*bindings::routegrad_sim() },
             _library: None,
@@ -54,22 +55,23 @@ pub fn sim() -> Result<&'static Launchers> {
     })
 }
 
-/// Of the GPU that the simulator stands for, as `sm_80`: 10 · major + minor of the compute capability; 0 where
-/// `ROUTEGRAD_SIM` or the default says.
+/// Compute capability of the GPU that the simulator imitates, as 10 · major + minor (80 for `sm_80`). 0 means that
+/// `ROUTEGRAD_SIM` or the default decides.
 static SIM_ARCHITECTURE: AtomicI32 = AtomicI32::new(0);
 
-/// Makes the simulator of every thread that [prepares](crate::device::Device::prepare) from now on stand for a GPU of this
-/// architecture.
+/// Makes the simulator imitate a GPU of this architecture, on every thread that calls
+/// [`prepare`](crate::device::Device::prepare) from now on.
 pub fn simulate(architecture: i32) {
     SIM_ARCHITECTURE.store(architecture, Ordering::Relaxed);
 }
 
-/// What [`simulate`] was told.
+/// Returns the architecture passed to [`simulate`], if it was called.
 pub(super) fn simulated() -> Option<i32> {
     Some(SIM_ARCHITECTURE.load(Ordering::Relaxed)).filter(|architecture| *architecture != 0)
 }
 
-/// Whether the GPU of this process, or the one that this thread's simulator stands for, takes the kernels for Hopper.
+/// Returns whether the GPU of this process, or the GPU that this thread's simulator imitates, uses the kernels for
+/// Hopper.
 pub fn on_hopper() -> bool {
     #[cfg(feature = "cuda")]
     if let Some(gpu) = crate::device::cuda::opened() {
@@ -79,7 +81,7 @@ pub fn on_hopper() -> bool {
     options.is_none_or(|options| options.arch == 90)
 }
 
-/// The GPU's launchers, which take device memory; none in a build without nvcc.
+/// Returns the GPU's launchers, which read and write device memory; `None` in a build without nvcc.
 pub fn cuda() -> Option<&'static Launchers> {
     #[cfg(routegrad_cuda)]
     {
@@ -109,14 +111,14 @@ fn load(path: &std::path::Path) -> Result<Launchers, libloading::Error> {
     })
 }
 
-/// Whether launches are waited for.
+/// Returns whether the host waits for every launch.
 pub fn waits() -> bool {
     static WAITS: OnceLock<bool> = OnceLock::new();
     *WAITS.get_or_init(|| std::env::var_os(WAIT_VARIABLE).is_some_and(|v| v == "1"))
 }
 
-/// With `ROUTEGRAD_WAIT=1` in the environment waits for each launch on a GPU, so that a fault is blamed on the kernel that
-/// made it and not on whichever copy comes next.
+/// With `ROUTEGRAD_WAIT=1` in the environment, waits for a launch on a GPU, so that an error names the kernel that
+/// caused it and not a later copy.
 #[cfg(feature = "cuda")]
 fn waited(launcher: &str) -> Result<()> {
     match crate::device::cuda::opened().filter(|_| waits()) {
@@ -135,30 +137,30 @@ fn waited(launcher: &str) -> Result<()> {
     }
 }
 
-/// Without a GPU a launch is over when its launcher returns.
+/// Without a GPU, a launch has finished when its launcher returns.
 #[cfg(not(feature = "cuda"))]
 fn waited(_launcher: &str) -> Result<()> {
     Ok(())
 }
 
 impl Launchers {
-    /// "cuda", "sim", or the variant's name such as "sim-race".
+    /// Returns the name of the build: "cuda", "sim", or the name of a variant such as "sim-race".
     pub fn build(&self) -> &'static str {
-        // SAFETY: every table names its build with a constant.
+        // SAFETY: in every table, the build name is a constant string.
         unsafe { CStr::from_ptr(self.table.build) }
             .to_str()
             .unwrap_or("unknown")
     }
 
-    /// The raw functions.
+    /// Returns the raw functions.
     pub(super) fn table(&self) -> &bindings::routegrad_launchers {
         self.table
     }
 
-    /// Runs `call`, a launch of `launcher`, or records it.
+    /// Runs `call`, a launch of `launcher`, or records it during a capture.
     ///
     /// # Errors
-    /// As [`check`](Self::check).
+    /// The same errors as [`check`](Self::check).
     pub fn launch(
         &self,
         launcher: &'static str,
@@ -178,8 +180,8 @@ impl Launchers {
         self.check(launcher, status)
     }
 
-    /// Turns the status of `launcher` into an error that says what the kernel's build says about it. To be called on the
-    /// thread that launched, before its next launch.
+    /// Converts the status of `launcher` into an error with the text of the kernels' build. Call this on the thread
+    /// that launched, before its next launch.
     pub fn check(&self, launcher: &str, status: bindings::routegrad_status) -> Result<()> {
         if status == bindings::ROUTEGRAD_OK as i32 {
             return waited(launcher);
@@ -195,8 +197,8 @@ impl Launchers {
             ));
         }
         let help = match reason {
-            bindings::ROUTEGRAD_SIM_FAILED => "a bug of the kernel, found by the simulator",
-            _ => "nothing was launched, or an earlier launch failed; see the text",
+            bindings::ROUTEGRAD_SIM_FAILED => "the simulator found a bug in the kernel",
+            _ => "nothing was launched, or an earlier launch failed; see the error text",
         };
         Err(Error::Device {
             op: launcher.into(),
@@ -211,7 +213,7 @@ impl Launchers {
         let (Some(describe), Ok(name)) = (self.table.describe, CString::new(launcher)) else {
             return format!("status {status}");
         };
-        // SAFETY: the buffer is as long as said, and the text is ended by a zero within it.
+        // SAFETY: the buffer has the length that was passed, and the text ends with a null byte inside it.
         unsafe {
             describe(
                 name.as_ptr(),
@@ -224,7 +226,7 @@ impl Launchers {
         text.to_string_lossy().into_owned()
     }
 
-    /// The simulator's options for launches from this thread; none on the GPU.
+    /// Returns the simulator's options for launches from this thread; `None` for the GPU.
     pub fn options(&self) -> Option<Options> {
         let get = self.table.sim_get_options?;
         let mut options = Options::default();
@@ -236,7 +238,7 @@ impl Launchers {
     /// Sets the simulator's options for launches from this thread.
     ///
     /// # Errors
-    /// On the GPU, and for values outside those that `routegrad.h` names.
+    /// Returns an error for the GPU, and for values outside the ranges in `routegrad.h`.
     pub fn set_options(&self, options: &Options) -> Result<()> {
         let wrong = |got: String| {
             let help = "see routegrad_sim_options in kernels/routegrad.h";
@@ -258,13 +260,13 @@ impl Launchers {
         }
     }
 
-    /// Begins to record what this thread launches on the simulator; see [`trace`](super::trace).
+    /// Starts to record the launches of this thread on the simulator; see [`trace`](super::trace).
     pub fn trace(&self) {
         self.take_counters();
         super::trace::start();
     }
 
-    /// What the launches of this thread did since the last call; none on the GPU.
+    /// Returns the counters of the launches of this thread since the last call; `None` for the GPU.
     pub fn take_counters(&self) -> Option<Counters> {
         let take = self.table.sim_take_counters?;
         let mut counters = Counters::default();
@@ -274,7 +276,7 @@ impl Launchers {
     }
 }
 
-/// The error of a launcher that is not in the table.
+/// Returns the error for a launcher that is not in the table.
 pub(super) fn missing(name: &str) -> Error {
     let help = "build the kernels and the crate from one checkout";
     Error::invalid(name, "a launcher of this build", "none", help)

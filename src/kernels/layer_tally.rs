@@ -1,8 +1,9 @@
-//! `kernels/layer_tally.cu`: what one micro-batch's routing in a MoE layer adds to the layer's statistics and to the step,
-//! and the updates that routers make of it.
+//! `kernels/layer_tally.cu`: the counts of one micro-batch in a MoE layer, which are added to the layer's statistics
+//! and to the loads of the step, and the updates of router state that use them.
 //!
-//! `n_e` is the number of tokens that chose expert e. Statistics are n, the tokens T and the entropy of the scores; loads are n
-//! and T of the step so far; the fractions of the auxiliary loss are shares of n or of the loads. E is at most 256.
+//! `n_e` is the number of tokens that chose expert e. Statistics are n, the tokens T and the entropy of the scores;
+//! loads are n and T of the step so far; the fractions of the auxiliary loss are n or the loads, divided by their
+//! sum. E is at most 256.
 
 use super::{In, Out, kernel};
 
@@ -23,39 +24,40 @@ kernel! {
         first_non_finite: In<'a, i32> [1];
         /// `[1]`.
         fault: In<'a, i32> [1];
-        /// `[1]` of the router's statistics; absent: the entropy is the sum of `entropy_parts`.
+        /// `[1]`, from the router's statistics; if absent, the entropy is the sum of `entropy_parts`.
         mean_entropy: Option<In<'a, f32>> [1];
-        /// `[parts]` of [`ShareEntropy`].
+        /// `[parts]`, from [`ShareEntropy`].
         entropy_parts: Option<In<'a, f64>> [parts];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// Place of the first token in the global batch.
+        /// Index of the first token in the global batch.
         first_token: usize;
-        /// Elements of `entropy_parts`.
+        /// Number of elements of `entropy_parts`.
         parts: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
         /// Whether loads and flags are written, as in a pass that trains.
         trains: bool;
-        /// Whether `stats` are assigned, or added to.
+        /// Whether to assign `stats` instead of adding to it.
         first_of_stats: bool;
-        /// Whether `load` is assigned, or added to.
+        /// Whether to assign `load` instead of adding to it.
         first_of_step: bool;
-        /// Whether the fractions are those of the step so far, or of these tokens.
+        /// Whether the fractions are over the step so far; otherwise they are over these tokens.
         over_step: bool;
     }
 }
 
 kernel! {
-    /// `parts[b] = Σ` over the b-th 256 tokens of the entropy of their scores as shares, in nats.
+    /// `parts[b]` is the sum over the b-th block of 256 tokens of the entropy, in nats, of their scores divided by
+    /// the sum of the scores.
     pub struct ShareEntropy = share_entropy {
         /// `[ceil(T / 256)]`, see [`parts`](ShareEntropy::parts).
         parts: Out<'a, f64> [tokens.div_ceil(256)];
         /// `[T, E]`.
         scores: In<'a, f32> [tokens * experts];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
     }
 }
@@ -74,9 +76,9 @@ kernel! {
         bias: Out<'a, f32> [experts];
         /// `[E]`.
         load: In<'a, f64> [experts];
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// What a bias moves by in one update.
+        /// The amount by which a bias changes in one update.
         rate: f32;
     }
 }
@@ -90,27 +92,28 @@ kernel! {
         lambda: In<'a, f32> [1];
         /// `[E + 1]` of the dispatch.
         offsets: In<'a, i32> [experts + 1];
-        /// K T.
+        /// K T, the number of slots.
         slots: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
     }
 }
 
 kernel! {
-    /// `λ *= factor^sign(N − K T)`, N and T the pairs and tokens of all layers.
+    /// `λ *= factor^sign(N − K T)`, where N and T are the numbers of (token, expert) pairs and of tokens of all
+    /// layers.
     pub struct RemoeUpdate = remoe_update {
         /// `[1]`, changed.
         lambda: Out<'a, f32> [1];
         /// `[layers, E + 1]`.
         load: In<'a, f64> [layers * (experts + 1)];
-        /// MoE layers.
+        /// Number of MoE layers.
         layers: usize;
-        /// E.
+        /// E, the number of experts.
         experts: usize;
-        /// K.
+        /// K, the number of experts per token.
         top_k: usize;
-        /// What λ is multiplied or divided by.
+        /// The factor by which λ is multiplied or divided.
         factor: f64;
     }
 }

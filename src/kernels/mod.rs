@@ -1,9 +1,9 @@
-//! The kernels, one file for each `kernels/NAME.cu`: typed arguments, checks, launch, workspace, cost.
+//! The kernels, one file for each `kernels/NAME.cu`, with typed arguments, checks, launch, workspace and cost.
 //!
-//! A kernel is called in one way. Its struct has a named field for every argument of its launcher, in the launcher's
-//! order. [`launch`](Combine::launch) checks that every buffer is as long as the sizes say, then launches on a [`Stream`];
-//! the launcher itself checks null pointers, alignment and the ranges of the sizes. Operations, kernel checks, benchmarks
-//! and tests all use these structs; nothing else names a launcher.
+//! There is one way to call a kernel. Its struct has a named field for every argument of its launcher, in the
+//! launcher's order. [`launch`](Combine::launch) checks that every buffer is as long as the sizes require, then
+//! launches on a [`Stream`]. The launcher itself checks null pointers, alignment and the ranges of the sizes.
+//! Operations, kernel checks, benchmarks and tests all use these structs; no other code names a launcher.
 //!
 //! ```
 //! # fn main() -> routegrad::error::Result<()> {
@@ -22,7 +22,7 @@ pub mod argument;
 pub mod attention;
 pub mod attention_backward;
 pub mod balance;
-// Its names and their meaning stand in kernels/routegrad.h.
+// kernels/routegrad.h documents the names in this module.
 #[allow(missing_docs, non_camel_case_types, non_upper_case_globals, clippy::type_complexity)]
 #[rustfmt::skip]
 pub mod bindings;
@@ -55,7 +55,7 @@ pub mod sum_parts;
 pub mod swiglu;
 pub mod table;
 pub mod trace;
-// Single instructions and planted faults, for the tests of the simulator alone.
+// Single instructions and deliberate faults, only for the tests of the simulator.
 #[doc(hidden)]
 pub mod unit;
 
@@ -85,11 +85,11 @@ use crate::error::{Error, Result};
 use launchers::Launchers;
 
 impl Device {
-    /// To be called once on a thread that will launch kernels: the simulator divides the blocks of a
-    /// launch among all cores. What is computed does not depend on it.
+    /// Prepares a thread to launch kernels. Call it once per thread: the simulator then divides the blocks of a
+    /// launch among all cores. Results do not depend on this.
     ///
     /// # Errors
-    /// When the simulator cannot be loaded, or there is no GPU to use.
+    /// Returns an error when the simulator cannot be loaded, or there is no GPU to use.
     pub fn prepare(self) -> Result<()> {
         if self != Device::Cpu {
             let launchers = self.launchers()?;
@@ -102,10 +102,11 @@ impl Device {
         Ok(())
     }
 
-    /// The kernels of this device.
+    /// Returns the launchers of this device.
     ///
     /// # Errors
-    /// On the CPU, which has none, and when the simulator cannot be loaded.
+    /// Returns an error for the CPU, which has no kernels, and when the simulator or the GPU's kernels are not
+    /// available.
     pub fn launchers(self) -> Result<&'static Launchers> {
         match self {
             Device::Sim => launchers::sim(),
@@ -113,7 +114,8 @@ impl Device {
             Device::Cuda => {
                 crate::device::cuda::gpu()?;
                 launchers::cuda().ok_or_else(|| {
-                    let help = "put nvcc into .toolkit/ by scripts/install-toolkit and build again";
+                    let help =
+                        "install nvcc in .toolkit/ with scripts/install-toolkit and build again";
                     Error::invalid("device cuda", "kernels compiled by nvcc", "none", help)
                 })
             }
@@ -128,16 +130,18 @@ impl Device {
                 "kernels",
                 "tensors on a device with kernels",
                 "tensors on cpu",
-                "a bug: the operation should have taken its reference",
+                "this is a bug: the operation should have used its CPU implementation",
             )),
         }
     }
 }
 
-/// Declares the typed call of one launcher: a struct with a field for each of the launcher's arguments, in its order (the
-/// stream left out), and `launch`, which checks the length of every field that is followed by one in brackets.
+/// Declares the typed call of one launcher: a struct with one field for each of the launcher's arguments except the
+/// stream, in the launcher's order, and `launch`, which checks the length of every field that is followed by a length
+/// in brackets.
 ///
-/// Lengths are in elements, formulas of the other fields; or `=> function(fields)` names a [`host_function`] of some of them.
+/// A length is a number of elements: a formula of the other fields, or `=> function(fields)`, which calls a
+/// [`host_function`] with some of the fields.
 macro_rules! kernel {
     (
         $(#[$about:meta])*
@@ -162,7 +166,7 @@ macro_rules! kernel {
             #[allow(unused_variables)]
             fn check(&self, launchers: &$crate::kernels::launchers::Launchers) -> $crate::error::Result<()> {
                 use $crate::kernels::argument::{Argument, Size};
-                // Where a host function refuses the sizes, so does the launcher, which says which of its arguments is wrong.
+                // If a host function rejects the sizes, the launcher rejects them too and names the wrong argument.
                 $( $(
                     let length = $host(launchers, $(self.$size),*).unwrap_or(0) as u128;
                     Argument::check(&self.$field, Self::LAUNCHER, stringify!($field), length)?;
@@ -172,10 +176,10 @@ macro_rules! kernel {
                 Ok(())
             }
 
-            /// Checks the arguments and launches; on a GPU the kernel may still run on return.
+            /// Checks the arguments and launches. On a GPU the kernel may still run when this returns.
             ///
             /// # Errors
-            /// When a buffer is shorter than the sizes say, or the launcher refuses an argument.
+            /// Returns an error when a buffer is shorter than the sizes require, or the launcher refuses an argument.
             pub fn launch(&self, stream: &$crate::kernels::Stream) -> $crate::error::Result<()> {
                 use $crate::kernels::argument::Pass;
                 let launchers = stream.launchers();
@@ -185,9 +189,9 @@ macro_rules! kernel {
                 };
                 $( let $field = Pass::pass(self.$field, Self::LAUNCHER, stringify!($field))?; )*
                 let raw = stream.raw();
-                // SAFETY: every buffer is as long as its length above, which is that of the launcher's header, and lives on
-                // the stream's device; what is launched ends before the memory is given to another use, since all launches
-                // of a device share one stream.
+                // SAFETY: every buffer has at least the length above, which is the length in the launcher's header,
+                // and is in the memory of the stream's device. The kernel ends before the memory is reused, since all
+                // launches of a device share one stream.
                 launchers.launch(Self::LAUNCHER, move || unsafe { function($($field,)* raw) })
             }
         }
@@ -195,7 +199,7 @@ macro_rules! kernel {
 }
 pub(crate) use kernel;
 
-/// Declares a function of sizes that a launcher computes on the host, such as the length of a workspace.
+/// Declares a function of sizes that the kernel library computes on the host, such as the length of a workspace.
 macro_rules! host_function {
     (
         $(#[$about:meta])*
@@ -204,7 +208,7 @@ macro_rules! host_function {
         $(#[$about])*
         ///
         /// # Errors
-        /// When the launcher refuses a size.
+        /// Returns an error when the launcher refuses a size.
         pub fn $name(
             launchers: &$crate::kernels::launchers::Launchers,
             $($size: $type),*
@@ -231,7 +235,7 @@ mod tests {
     use crate::tensor::dtype::DType;
 
     #[test]
-    fn a_buffer_shorter_than_the_sizes_say_is_refused_and_nothing_is_launched() {
+    fn a_buffer_shorter_than_the_sizes_require_is_refused_and_nothing_is_launched() {
         let new = |dtype, elements: usize| Tensor::zeros(Device::Sim, dtype, [elements]);
         let stream = Stream::of(Device::Sim).unwrap();
         let (h, mut a) = (new(DType::Bf16, 4 * 16), new(DType::Bf16, 4 * 8 - 1));
@@ -244,7 +248,7 @@ mod tests {
         };
         let e = swiglu.launch(&stream).unwrap_err().to_string();
         assert!(e.contains("`a` of 32 elements") && e.contains("31"), "{e}");
-        // A workspace's length is what its host function says.
+        // The length of a workspace is the result of its host function.
         let floats = embedding::workspace(stream.launchers(), 4, 8).unwrap();
         let (mut dw, mut parts) = (new(DType::F32, 3 * 8), new(DType::F32, floats - 1));
         let (dy, ids) = (new(DType::Bf16, 4 * 8), new(DType::I32, 4));

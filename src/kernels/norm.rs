@@ -9,11 +9,11 @@ use super::{In, Out, host_function, kernel};
 use half::bf16;
 
 kernel! {
-    /// The sum with the residual, where there is one, and the norm of it.
+    /// Computes the sum with the residual, if there is one, and the norm of the sum.
     pub struct NormForward = norm_forward {
         /// `[T, D]`.
         y: Out<'a, bf16> [rows * hidden];
-        /// `[T, D]`, x + residual; may be `x` or `residual`. Present exactly with `residual`.
+        /// `[T, D]`, x + residual; may be the memory of `x` or `residual`. Present if and only if `residual` is.
         sum: Option<Out<'a, bf16>> [rows * hidden];
         /// `[T, D]`.
         x: In<'a, bf16> [rows * hidden];
@@ -21,11 +21,11 @@ kernel! {
         residual: Option<In<'a, bf16>> [rows * hidden];
         /// `[D]`.
         weight: In<'a, bf16> [hidden];
-        /// `[D]`; present: LayerNorm.
+        /// `[D]`; if present, the norm is LayerNorm.
         bias: Option<In<'a, bf16>> [hidden];
-        /// T.
+        /// T, the number of rows.
         rows: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
         /// ε.
         eps: f32;
@@ -33,7 +33,7 @@ kernel! {
 }
 
 impl NormForward<'_> {
-    /// Of so many rows, with or without the residual add.
+    /// The cost for this many rows, with or without the residual add.
     pub fn cost(rows: usize, hidden: usize, layernorm: bool, residual: bool) -> Cost {
         let row = if residual { 8 } else { 4 };
         let parameters = if layernorm { 2 } else { 1 };
@@ -42,32 +42,32 @@ impl NormForward<'_> {
 }
 
 kernel! {
-    /// dx, and the partial sums of the parameters' gradients.
+    /// Computes dx, and the partial sums of the parameters' gradients.
     pub struct NormBackward = norm_backward {
-        /// `[T, D]`, assigned; may be `skip`.
+        /// `[T, D]`, assigned; may be the memory of `skip`.
         dx: Out<'a, bf16> [rows * hidden];
         /// `[1 or 2, runs, D]`: of w and, for LayerNorm, of b; see [`partials`].
         partials: Out<'a, f32> [(1 + u128::from(layernorm)) * runs(rows) * hidden];
         /// `[T, D]`.
         dy: In<'a, bf16> [rows * hidden];
-        /// `[T, D]`, the gradient that reaches x past the norm; absent: 0.
+        /// `[T, D]`, the gradient that reaches x through the residual connection; if absent, 0.
         skip: Option<In<'a, bf16>> [rows * hidden];
-        /// `[T, D]`, what was normalised.
+        /// `[T, D]`, the input of the norm.
         x: In<'a, bf16> [rows * hidden];
         /// `[D]`.
         weight: In<'a, bf16> [hidden];
-        /// T.
+        /// T, the number of rows.
         rows: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
-        /// Whether the norm is LayerNorm, or RMSNorm.
+        /// Whether the norm is LayerNorm; otherwise it is RMSNorm.
         layernorm: bool;
         /// ε.
         eps: f32;
     }
 }
 
-/// Runs of rows, each of which leaves a partial sum.
+/// Returns the number of runs of rows; each run has one partial sum.
 fn runs(rows: u128) -> u128 {
     rows.div_ceil(rows.div_ceil(264).max(8))
 }
@@ -78,12 +78,12 @@ host_function! {
 }
 
 impl NormBackward<'_> {
-    /// Runs of rows, each of which leaves a partial sum of the parameters' gradients.
+    /// Returns the number of runs of rows; each run has one partial sum of the parameters' gradients.
     pub fn runs(rows: usize) -> usize {
         runs(rows as u128) as usize
     }
 
-    /// Together with [`NormWeightGradient`] of each parameter, assigned or accumulated; with or without `skip`.
+    /// The cost including [`NormWeightGradient`] of each parameter, assigned or accumulated, with or without `skip`.
     pub fn cost(rows: usize, hidden: usize, layernorm: bool, skip: bool, accumulate: bool) -> Cost {
         let row = if skip { 8 } else { 6 };
         let parameters = if layernorm { 2 } else { 1 };
@@ -94,17 +94,17 @@ impl NormBackward<'_> {
 }
 
 kernel! {
-    /// The gradient of one parameter from its partial sums, in order.
+    /// Computes the gradient of one parameter by adding its partial sums in order.
     pub struct NormWeightGradient = norm_weight_gradient {
         /// `[D]`, assigned, or added to.
         gradient: Out<'a, f32> [hidden];
         /// `[runs, D]`.
         partials: In<'a, f32> [runs(rows) * hidden];
-        /// T.
+        /// T, the number of rows.
         rows: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
-        /// Whether `gradient` is added to, or assigned.
+        /// Whether to add to `gradient` instead of assigning it.
         accumulate: bool;
     }
 }
@@ -115,7 +115,7 @@ mod tests {
     use crate::kernels::launchers;
 
     #[test]
-    fn the_length_of_the_partials_is_what_the_launcher_says() {
+    fn the_length_of_the_partials_matches_the_launcher() {
         let launchers = launchers::sim().unwrap();
         for rows in [1, 7, 8, 9, 264, 2112, 2113, 16_384, 100_003] {
             let said = partials(launchers, rows, 72).unwrap();

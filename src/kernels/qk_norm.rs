@@ -1,7 +1,8 @@
 //! `kernels/qk_norm.cu`: RMSNorm of pieces of rows, for queries and keys inside the fused projection.
 //!
-//! Of a piece x of n elements, `r = 1 / √(mean(x²) + ε)`: `y = x r ⊙ w`; `dx = r (w ⊙ dy − x r² mean(w ⊙ dy ⊙ x))`. Without w
-//! pieces are copied. The rows of x, y, dx and dy lie `pitch` elements apart; what lies between is left alone.
+//! For a piece x of n elements, `r = 1 / √(mean(x²) + ε)`: `y = x r ⊙ w`; `dx = r (w ⊙ dy − x r² mean(w ⊙ dy ⊙ x))`.
+//! Without w, pieces are copied. The rows of x, y, dx and dy begin `pitch` elements apart; the elements between rows
+//! do not change.
 
 use super::{In, Out, kernel};
 use half::bf16;
@@ -17,13 +18,13 @@ kernel! {
         x: In<'a, bf16> [rows.saturating_sub(1) * pitch + pieces * width];
         /// `[width]`.
         w: Option<In<'a, bf16>> [width];
-        /// T.
+        /// T, the number of rows.
         rows: usize;
-        /// Pieces of a row.
+        /// Number of pieces of a row.
         pieces: usize;
-        /// n: elements of a piece.
+        /// n, the number of elements of a piece.
         width: usize;
-        /// Elements from the start of a row to that of the next.
+        /// Elements from the start of a row to the start of the next row.
         pitch: usize;
         /// ε.
         eps: f32;
@@ -43,13 +44,13 @@ kernel! {
         x: In<'a, bf16> [rows.saturating_sub(1) * pitch + pieces * width];
         /// `[width]`.
         w: Option<In<'a, bf16>> [width];
-        /// T.
+        /// T, the number of rows.
         rows: usize;
-        /// Pieces of a row.
+        /// Number of pieces of a row.
         pieces: usize;
-        /// n: elements of a piece.
+        /// n, the number of elements of a piece.
         width: usize;
-        /// Elements from the start of a row to that of the next.
+        /// Elements from the start of a row to the start of the next row.
         pitch: usize;
     }
 }

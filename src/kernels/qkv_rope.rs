@@ -1,13 +1,13 @@
 //! `kernels/qkv_rope.cu`: the fused projection of queries, keys and values with rotary position embedding in its epilogue.
 //!
-//! `out = turn(x Wᵀ)`: query and key heads are rotated as in `rope.rs`, at position row mod S; values are not.
+//! `out = rotate(x Wᵀ)`: query and key heads are rotated as in `rope.rs`, at position row mod S; values are not.
 
 use super::cost::Cost;
 use super::{In, Out, kernel};
 use half::bf16;
 
 kernel! {
-    /// The rotated projection, assigned.
+    /// Computes the rotated projection, assigned.
     pub struct QkvRopeForward = qkv_rope_forward {
         /// `[T, (H + 2 KV)·d]`.
         out: Out<'a, bf16> [tokens * (heads + 2 * key_value_heads) * head_width];
@@ -19,25 +19,25 @@ kernel! {
         cosines: In<'a, f32> [sequence * (head_width / 2)];
         /// `[S, d / 2]`.
         sines: In<'a, f32> [sequence * (head_width / 2)];
-        /// T.
+        /// T, the number of tokens.
         tokens: usize;
-        /// S.
+        /// S, the number of tokens in a sequence.
         sequence: usize;
-        /// H.
+        /// H, the number of query heads.
         heads: usize;
-        /// KV.
+        /// KV, the number of key heads, and of value heads.
         key_value_heads: usize;
-        /// d.
+        /// d, the width of a head.
         head_width: usize;
-        /// D.
+        /// D, the width of the model.
         hidden: usize;
-        /// `routegrad_gemm_tile`.
+        /// `routegrad_gemm_tile`: the tile of the product.
         tile: i32;
     }
 }
 
 impl QkvRopeForward<'_> {
-    /// Of so many columns of queries, keys and values.
+    /// The cost for this many columns of queries, keys and values.
     pub fn cost(tokens: usize, columns: usize, hidden: usize) -> Cost {
         let elements = tokens * hidden + columns * hidden + tokens * columns;
         Cost::new(2 * tokens * columns * hidden, 2 * elements)

@@ -1,5 +1,5 @@
-//! `kernels/ranks.cu`: what several ranks gathered into rows, added up in rank order; sums of f32 are formed in f64 and rounded
-//! once. Every rank adds the same rows, so that all have the same bytes.
+//! `kernels/ranks.cu`: sums, in rank order, of rows gathered from several ranks. f32 values are summed in f64 and
+//! rounded once. Every rank adds the same rows, so all ranks get the same bytes.
 
 use super::cost::Cost;
 use super::{In, Out, kernel};
@@ -9,19 +9,19 @@ kernel! {
     pub struct RankSums = rank_sums {
         /// `[elements]`.
         out: Out<'a, f32> [elements];
-        /// `[ranks, stride]`, of which the first `elements` of each row count.
+        /// `[ranks, stride]`, of which the first `elements` of each row are summed.
         rows: In<'a, f32> [(ranks.max(1) - 1) * stride + elements];
-        /// Ranks: rows of the input.
+        /// Number of ranks, which is the number of rows of the input.
         ranks: usize;
-        /// Elements from the start of a rank's row to that of the next.
+        /// Elements from the start of a rank's row to the start of the next row.
         stride: usize;
-        /// Elements of the sum.
+        /// Number of elements of the sum.
         elements: usize;
     }
 }
 
 impl RankSums<'_> {
-    /// Of so many elements.
+    /// The cost for this many elements.
     pub fn cost(ranks: usize, elements: usize) -> Cost {
         Cost::new(0, 4 * (ranks + 1) * elements)
     }
@@ -32,13 +32,13 @@ kernel! {
     pub struct RankSumsF64 = rank_sums_f64 {
         /// `[elements]`.
         out: Out<'a, f64> [elements];
-        /// `[ranks, stride]`, of which the first `elements` of each row count.
+        /// `[ranks, stride]`, of which the first `elements` of each row are summed.
         rows: In<'a, f64> [(ranks.max(1) - 1) * stride + elements];
-        /// Ranks: rows of the input.
+        /// Number of ranks, which is the number of rows of the input.
         ranks: usize;
-        /// Elements from the start of a rank's row to that of the next.
+        /// Elements from the start of a rank's row to the start of the next row.
         stride: usize;
-        /// Elements of the sum.
+        /// Number of elements of the sum.
         elements: usize;
     }
 }
@@ -48,27 +48,28 @@ kernel! {
     pub struct RankSumsI32 = rank_sums_i32 {
         /// `[elements]`.
         out: Out<'a, i32> [elements];
-        /// `[ranks, stride]`, of which the first `elements` of each row count.
+        /// `[ranks, stride]`, of which the first `elements` of each row are summed.
         rows: In<'a, i32> [(ranks.max(1) - 1) * stride + elements];
-        /// Ranks: rows of the input.
+        /// Number of ranks, which is the number of rows of the input.
         ranks: usize;
-        /// Elements from the start of a rank's row to that of the next.
+        /// Elements from the start of a rank's row to the start of the next row.
         stride: usize;
-        /// Elements of the sum.
+        /// Number of elements of the sum.
         elements: usize;
     }
 }
 
 kernel! {
-    /// The flags of a step of all ranks: the least first token whose logits are not finite, the fault bits of all.
+    /// Combines the flags of a step over all ranks: the smallest index of a token whose logits are not finite, and
+    /// the bitwise or of the fault bits.
     pub struct RankFlags = rank_flags {
         /// `[layers, 2]`.
         flags: Out<'a, i32> [2 * layers];
         /// `[ranks, layers, 2]`.
         rows: In<'a, i32> [ranks * 2 * layers];
-        /// Ranks: rows of the input.
+        /// Number of ranks, which is the number of rows of the input.
         ranks: usize;
-        /// MoE layers.
+        /// Number of MoE layers.
         layers: usize;
     }
 }
@@ -80,7 +81,7 @@ kernel! {
         fractions: Out<'a, f32> [experts];
         /// `[E]`.
         load: In<'a, f64> [experts];
-        /// E.
+        /// E, the number of experts.
         experts: usize;
     }
 }

@@ -12,15 +12,15 @@ kernel! {
         a: Out<'a, bf16> [rows * ffn];
         /// `[R, 2F]`.
         h: In<'a, bf16> [2 * rows * ffn];
-        /// R.
+        /// R, the number of rows.
         rows: usize;
-        /// F.
+        /// F, the inner width of the feed-forward network.
         ffn: usize;
     }
 }
 
 impl SwigluForward<'_> {
-    /// Of so many rows.
+    /// The cost for this many rows.
     pub fn cost(rows: usize, ffn: usize) -> Cost {
         Cost::new(0, 6 * rows * ffn)
     }
@@ -35,15 +35,15 @@ kernel! {
         da: In<'a, bf16> [rows * ffn];
         /// `[R, 2F]`.
         h: In<'a, bf16> [2 * rows * ffn];
-        /// R.
+        /// R, the number of rows.
         rows: usize;
-        /// F.
+        /// F, the inner width of the feed-forward network.
         ffn: usize;
     }
 }
 
 impl SwigluBackward<'_> {
-    /// Of so many rows.
+    /// The cost for this many rows.
     pub fn cost(rows: usize, ffn: usize) -> Cost {
         Cost::new(0, 10 * rows * ffn)
     }

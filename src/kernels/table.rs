@@ -1,21 +1,21 @@
-//! Structs of `kernels/routegrad.h` that lie in device memory: tables of parameters and states, the settings and the outcome
-//! of a step. The host writes and reads them as bytes.
+//! Structs of `kernels/routegrad.h` that are stored in device memory: tables of parameters and states, the settings
+//! and the outcome of a step. The host writes and reads them as bytes.
 
 use super::bindings::{
     routegrad_draws, routegrad_parameter, routegrad_state, routegrad_step_outcome,
     routegrad_step_settings,
 };
 
-/// A struct of the C interface as kernels read it.
+/// A struct of the C interface that kernels read.
 ///
 /// # Safety
-/// The type must be `repr(C)`, of numbers and addresses that may have any bits, without padding.
+/// The type must be `repr(C)` without padding, and every bit pattern must be valid for each of its fields.
 pub unsafe trait Row: Copy + 'static {}
 
 macro_rules! rows {
     ($($type:ty: $bytes:literal),* $(,)?) => {
         $(
-            // SAFETY: bindgen makes it `repr(C)`, and its size is the sum of those of its fields.
+            // SAFETY: bindgen makes it `repr(C)`, and its size is the sum of the sizes of its fields.
             unsafe impl Row for $type {}
             const _: () = assert!(size_of::<$type>() == $bytes);
         )*
@@ -29,16 +29,16 @@ rows! {
     routegrad_step_settings: 48,
 }
 
-/// The bytes of rows.
+/// Returns the bytes of the rows.
 pub fn bytes_of<R: Row>(rows: &[R]) -> &[u8] {
     // SAFETY: a row has no padding.
     unsafe { std::slice::from_raw_parts(rows.as_ptr().cast(), size_of_val(rows)) }
 }
 
-/// The row with these bytes.
+/// Returns the row with these bytes.
 ///
 /// # Panics
-/// When there are fewer or more bytes.
+/// Panics when there are fewer or more bytes.
 pub fn row_of<R: Row>(bytes: &[u8]) -> R {
     assert_eq!(bytes.len(), size_of::<R>(), "bytes of a row");
     // SAFETY: a row may have any bits, and there are as many bytes.

@@ -1,5 +1,5 @@
-//! What the launches of a step on the simulator moved and computed, by launcher: the bytes and the tensor-core operations that
-//! a GPU's kernels would have.
+//! The bytes moved and tensor-core operations computed by the launches of a step on the simulator, per launcher. A
+//! GPU's kernels would have the same numbers.
 
 use super::bindings::routegrad_sim_counters as Counters;
 use super::cost::Cost;
@@ -13,14 +13,14 @@ thread_local! {
     static ENTRIES: RefCell<Option<BTreeMap<&'static str, Entry>>> = const { RefCell::new(None) };
 }
 
-/// The launches of one launcher.
+/// The totals of one launcher.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Entry {
     /// Its name in `kernels/routegrad.h`.
     pub launcher: &'static str,
     /// How often it ran.
     pub launches: usize,
-    /// Global memory that it read and wrote, each byte counted as often as a kernel asks for it.
+    /// Global memory that it read and wrote, each byte counted as often as a kernel accesses it.
     pub bytes: f64,
     /// Floating-point operations of the tensor cores.
     pub flops: f64,
@@ -35,19 +35,19 @@ impl Entry {
     }
 }
 
-/// What this thread launched between [`Launchers::trace`](super::launchers::Launchers::trace) and [`finish`].
+/// The launches of this thread between [`Launchers::trace`](super::launchers::Launchers::trace) and [`finish`].
 #[derive(Clone, Debug, Serialize)]
 pub struct Trace {
-    /// The one that takes longest on an H200 at best first.
+    /// The entries, sorted by their lower bound of the time on an H200, longest first.
     pub entries: Vec<Entry>,
 }
 
-/// Begins to record what this thread launches.
+/// Starts to record the launches of this thread.
 pub(super) fn start() {
     ENTRIES.set(Some(BTreeMap::new()));
 }
 
-/// Ends it; nothing where it was not begun, or nothing was launched.
+/// Stops recording and returns the trace; `None` if recording was not started or nothing was launched.
 pub fn finish() -> Option<Trace> {
     let found = ENTRIES.take()?;
     let mut entries: Vec<Entry> = found.into_values().collect();
@@ -55,12 +55,12 @@ pub fn finish() -> Option<Trace> {
     (!entries.is_empty()).then_some(Trace { entries })
 }
 
-/// Whether launches are recorded.
+/// Returns whether launches are recorded.
 pub fn recorded() -> bool {
     ENTRIES.with_borrow(Option::is_some)
 }
 
-/// Records a launch that is over, if launches are recorded; `counters` are asked for what it did.
+/// Records a finished launch, if launches are recorded; `counters` returns its counters.
 pub(super) fn launched(launcher: &'static str, counters: impl FnOnce() -> Option<Counters>) {
     ENTRIES.with_borrow_mut(|entries| {
         let Some(entries) = entries else {
@@ -71,7 +71,7 @@ pub(super) fn launched(launcher: &'static str, counters: impl FnOnce() -> Option
         };
         let entry = entries.entry(launcher).or_default();
         entry.launcher = launcher;
-        // Functions that only say how much memory a kernel needs launch nothing.
+        // Functions that only compute the size of a workspace launch nothing.
         entry.launches += usize::from(counters.launches > 0);
         entry.bytes += (counters.bytes_read + counters.bytes_written) as f64;
         entry.flops += counters.tensor_flops as f64;

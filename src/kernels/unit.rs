@@ -1,6 +1,6 @@
-//! `kernels/unit.cu`, `kernels/unit_faults.cu`: single instructions as launchers, so that the simulator and hardware can be
-//! compared, and kernels with faults that the simulator must name. Lengths depend on layouts; the kernel checks give each
-//! launcher buffers that fit.
+//! `kernels/unit.cu`, `kernels/unit_faults.cu`: single instructions as launchers, so that the simulator and hardware
+//! can be compared, and kernels with deliberate faults that the simulator must detect. Lengths depend on layouts; the
+//! kernel checks pass buffers of sufficient length.
 
 use super::bindings::routegrad_unit_box;
 use super::{In, Out, kernel};
@@ -15,42 +15,43 @@ kernel! {
         a: In<'a, bf16> [64 * 64];
         /// `[n, 64]`, or `[64, n]` with `b_mn_major`.
         b: In<'a, bf16> [64 * n];
-        /// Of those that are compiled: 16, 64, 96, 128, 176, 256.
+        /// One of the compiled sizes: 16, 64, 96, 128, 176, 256.
         n: usize;
         a_mn_major: bool;
         b_mn_major: bool;
         a_in_registers: bool;
-        /// 1: 128 bytes, 2: 64, 3: 32.
+        /// The swizzle width: 1 is 128 bytes, 2 is 64 bytes, 3 is 32 bytes.
         swizzle: i32;
     }
 }
 
 kernel! {
-    /// The bytes of one box of a tensor, as TMA lays them in shared memory.
+    /// Copies the bytes of one box of a tensor as TMA stores them in shared memory.
     pub struct UnitTmaLoad = unit_tma_load {
         /// The elements of the box.
         out: Out<'a, bf16> [1];
-        /// The elements of the extents.
+        /// The elements of the complete tensor.
         tensor: In<'a, bf16> [1];
-        /// In the host's memory.
+        /// The position and extents of the box, in host memory.
         place: &'a routegrad_unit_box;
     }
 }
 
 kernel! {
-    /// The way back: bytes of shared memory to one box of a tensor.
+    /// The reverse: copies bytes of shared memory to one box of a tensor.
     pub struct UnitTmaStore = unit_tma_store {
-        /// The elements of the extents.
+        /// The elements of the complete tensor.
         tensor: Out<'a, bf16> [1];
         /// The elements of the box.
         input: In<'a, bf16> [1];
-        /// In the host's memory.
+        /// The position and extents of the box, in host memory.
         place: &'a routegrad_unit_box;
     }
 }
 
 kernel! {
-    /// Clusters of two blocks: each loads half of every round's rows for the blocks of its mask.
+    /// Clusters of two blocks: each block loads half of the rows of every round by multicast, for the blocks in its
+    /// mask.
     pub struct UnitMulticast = unit_multicast {
         /// `[2 clusters, rounds, 64, 64]`.
         out: Out<'a, bf16> [2 * clusters * rounds * 64 * 64];

@@ -1,21 +1,21 @@
-//! Token sequences of one length, and where their documents begin.
+//! Token sequences of equal length, and where their documents begin.
 
 use crate::error::{Error, Result};
 
-/// Sequences of S + 1 tokens: S inputs, and the S that follow them.
+/// Sequences of S + 1 tokens: S inputs, and for each input the token that follows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Batch {
     /// `[sequences, S + 1]`, row-major.
     pub tokens: Vec<i32>,
-    /// B.
+    /// B, the number of sequences.
     pub sequences: usize,
-    /// Of each input the place in its sequence where its document begins, `[sequences, S]`; none where
-    /// attention passes over the ends of documents.
+    /// `[sequences, S]`: for each input, the index within its sequence at which its document begins. None if
+    /// attention ignores document boundaries.
     pub first_key: Option<Vec<i32>>,
 }
 
 impl Batch {
-    /// All sequences.
+    /// Returns all sequences.
     pub fn all(&self) -> Sequences<'_> {
         Sequences {
             tokens: &self.tokens,
@@ -24,7 +24,7 @@ impl Batch {
         }
     }
 
-    /// `most` > 0 sequences at a time.
+    /// Iterates over the sequences in chunks of at most `most` > 0.
     pub fn chunks(&self, most: usize) -> impl Iterator<Item = Sequences<'_>> {
         let width = self.tokens.len() / self.sequences.max(1);
         (0..self.sequences).step_by(most).map(move |first| {
@@ -44,14 +44,14 @@ impl Batch {
 pub struct Sequences<'a> {
     /// `[count, S + 1]`.
     pub tokens: &'a [i32],
-    /// How many there are.
+    /// Number of sequences.
     pub count: usize,
-    /// `[count, S]`, if documents have boundaries.
+    /// `[count, S]`: see [`Batch::first_key`]; none if attention ignores document boundaries.
     pub first_key: Option<&'a [i32]>,
 }
 
 impl<'a> Sequences<'a> {
-    /// `count` sequences without boundaries.
+    /// Wraps `count` sequences without document boundaries.
     pub fn new(tokens: &'a [i32], count: usize) -> Self {
         Sequences {
             tokens,
@@ -60,11 +60,11 @@ impl<'a> Sequences<'a> {
         }
     }
 
-    /// S, after a check that these are sequences.
+    /// Checks the sequences and returns S.
     ///
     /// # Errors
-    /// When there is no sequence of two tokens, they differ in length, or a row's document begins behind
-    /// it or before that of the row before it.
+    /// Returns an error when there is no sequence, a sequence has fewer than two tokens, the sequences differ in
+    /// length, a row's `first_key` is greater than its index, or `first_key` decreases from one row to the next.
     pub fn length(&self) -> Result<usize> {
         let width = self.tokens.len() / self.count.max(1);
         if self.count == 0 || width < 2 || width * self.count != self.tokens.len() {
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn documents_that_begin_behind_a_row_or_out_of_order_are_refused() {
+    fn first_keys_after_their_row_or_out_of_order_are_refused() {
         let refused = |first_key: &[i32]| {
             let first_key = Some(first_key);
             let tokens = &[0; 8];

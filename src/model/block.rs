@@ -13,7 +13,7 @@ use crate::ops::qk_norm::qk_norm;
 use crate::routers::Pass;
 use crate::tape::{Tape, Var};
 
-/// Where a block's parameters are.
+/// The indices of a block's parameters.
 pub struct Block {
     attention_norm: NormSlots,
     qkv: usize,
@@ -85,7 +85,7 @@ impl Block {
         }
     }
 
-    /// Its mixture of experts, if it has one.
+    /// Returns the block's mixture of experts, if it has one.
     pub fn moe(&self) -> Option<&MoeLayer> {
         match &self.ffn {
             FeedForward::Moe(moe) => Some(moe),
@@ -93,7 +93,7 @@ impl Block {
         }
     }
 
-    /// The stream after the block, and a MoE layer's balance losses.
+    /// Returns the residual stream after the block and, for a MoE layer, the balance losses.
     pub fn forward(
         &self,
         model: &Context,

@@ -1,4 +1,4 @@
-//! What every layer of a model reads: configuration, router and its state, RoPE tables, device, ranks.
+//! The data that every layer of a model reads: configuration, router and its state, RoPE tables, device, ranks.
 
 use super::parameters::{Layout, NormSlots};
 use super::rounded::rounded;
@@ -19,37 +19,37 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// What every layer of a model reads.
+/// The data that every layer of a model reads.
 pub struct Context {
     pub config: ModelConfig,
     pub balance: BalanceConfig,
     pub router: Box<dyn Router>,
-    /// Where the parameters of the router's own are, for each MoE layer.
+    /// For each MoE layer, the indices of the router's own parameters.
     pub router_parameters: Vec<Vec<usize>>,
-    /// Of the router's draws.
+    /// Seed of the router's random draws.
     pub seed: u64,
-    /// Of each MoE layer.
+    /// The router state of each MoE layer.
     pub states: RefCell<Vec<LayerState>>,
     pub rope: RopeTables,
     pub dtype: DType,
     pub device: Device,
-    /// What the MoE layers count, on a device with kernels.
+    /// The counters of the MoE layers, on a device with kernels.
     pub tally: Option<Rc<DeviceTally>>,
     pub dist: Arc<dyn Collective>,
 }
 
-/// The ranks as steps on `device` call them, if it has kernels and there are several.
+/// Returns the ranks for communication in device memory, if `device` has kernels and there are several ranks.
 fn ranks_of(dist: &Arc<dyn Collective>, device: Device) -> Option<DeviceRanks> {
-    // One rank that a library connects makes the calls of several.
+    // A single rank that uses a communication library makes the same calls as several ranks.
     let connected = dist.size() > 1 || dist.device_library().is_some();
     (device != Device::Cpu && connected).then(|| DeviceRanks::new(dist.clone(), device))
 }
 
 impl Context {
-    /// The context of a configuration; parameters of the router's own are added to `layout`.
+    /// Builds the context of a configuration, and adds the router's own parameters to `layout`.
     ///
     /// # Errors
-    /// When the state cannot be held in the model's dtype.
+    /// Returns an error when the state cannot be held in the model's dtype.
     pub fn new(
         layout: &mut Layout,
         config: &Config,
@@ -104,12 +104,12 @@ impl Context {
         })
     }
 
-    /// The ranks as steps on a device with kernels call them, if there are several.
+    /// Returns the ranks for communication in device memory, if the device has kernels and there are several ranks.
     pub fn device_ranks(&self) -> Option<DeviceRanks> {
         ranks_of(&self.dist, self.device)
     }
 
-    /// Whether MoE layers give an auxiliary loss.
+    /// Whether MoE layers compute an auxiliary loss.
     pub fn has_auxiliary_loss(&self) -> bool {
         match self.router.balance() {
             Balance::Auxiliary => self.balance.aux_coefficient != 0.0,
@@ -118,7 +118,7 @@ impl Context {
         }
     }
 
-    /// Whether MoE layers give a z-loss.
+    /// Whether MoE layers compute a z-loss.
     pub fn has_z_loss(&self) -> bool {
         self.router.balance() == Balance::Auxiliary && self.balance.z_coefficient != 0.0
     }
@@ -132,7 +132,7 @@ impl Context {
         }
     }
 
-    /// The residual stream's rows, whatever was pending added, and their norm.
+    /// Adds the pending term to the rows of the residual stream, and returns the rows and their norm.
     pub fn norm(
         &self,
         tape: &Tape,

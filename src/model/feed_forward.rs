@@ -1,11 +1,11 @@
-//! The dense SwiGLU feed-forward network: of dense layers and of shared experts.
+//! The dense SwiGLU feed-forward network, used by dense layers and by shared experts.
 
 use super::parameters::Layout;
 use crate::error::Result;
 use crate::ops::expert_rows::network;
 use crate::tape::{Tape, Var};
 
-/// Where the parameters of one SwiGLU network are.
+/// The indices of the parameters of one SwiGLU network.
 pub struct SwigluSlots {
     /// `[2F, D]`: gate above up.
     pub gate_up: usize,
@@ -22,7 +22,7 @@ impl SwigluSlots {
         }
     }
 
-    /// `down(silu(gate(x)) ⊙ up(x))`.
+    /// Returns `down(silu(gate(x)) ⊙ up(x))`.
     pub fn forward(&self, tape: &Tape, weights: &[Var], x: &Var) -> Result<Var> {
         network(tape, [x, &weights[self.gate_up], &weights[self.down]])
     }

@@ -1,4 +1,4 @@
-//! A micro-batch where the model reads it.
+//! A micro-batch in the memory from which the model reads it.
 
 use super::rows::Rows;
 use crate::device::Device;
@@ -18,10 +18,10 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// Those of sequences, for a model on `device`.
+    /// Builds the inputs from `sequences`, for a model on `device`.
     ///
     /// # Errors
-    /// When they are no sequences.
+    /// Returns an error when [`Sequences::length`] does.
     pub fn new(sequences: Sequences, device: Device) -> Result<Self> {
         let length = sequences.length()?;
         let empty = || Tensor::unspecified(device, DType::I32, [sequences.count * length]);
@@ -35,10 +35,10 @@ impl Inputs {
         Ok(inputs)
     }
 
-    /// Takes other sequences; as many of the same length keep their place in memory.
+    /// Replaces the sequences. If their number and length are the same, the memory is reused.
     ///
     /// # Errors
-    /// When they are no sequences.
+    /// Returns an error when [`Sequences::length`] does.
     pub fn set(&mut self, sequences: Sequences) -> Result<()> {
         let length = sequences.length()?;
         if self.ids.elements() != sequences.count * length || !self.rows.set(sequences) {
@@ -59,21 +59,21 @@ impl Inputs {
         }
     }
 
-    /// Tokens that are read, and as many that are predicted.
+    /// Returns the number of input tokens, which is also the number of predicted tokens.
     pub fn tokens(&self) -> usize {
         self.ids.elements()
     }
 
-    /// Checks the tokens, which a replayed step does not.
+    /// Checks that all tokens are in the vocabulary. A replayed step does not check this itself.
     ///
     /// # Errors
-    /// When one is not below `vocabulary`.
+    /// Returns an error when a token is not in `0 .. vocabulary`.
     pub fn check(&self, vocabulary: usize) -> Result<()> {
         tokens::check("embedding", "token", &self.ids, vocabulary)?;
         tokens::check("cross_entropy", "target", &self.targets, vocabulary)
     }
 
-    /// Copies to a device with kernels what they read: how many sequences and tokens there are, and where.
+    /// Copies the inputs to a device with kernels. Returns the numbers of sequences and tokens, and the addresses.
     pub(crate) fn places(&self) -> [usize; 5] {
         let place = |tensor: &Tensor| tensor.pointer::<i32>() as usize;
         let first_key = self.rows.first_key().map_or(0, place);

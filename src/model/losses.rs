@@ -16,17 +16,18 @@ pub struct Losses {
     pub total: Var,
     /// Mean cross-entropy of the next token, in nats.
     pub cross_entropy: Var,
-    /// The auxiliary loss, coefficient and reduction over layers included, if there is one.
+    /// The auxiliary loss, multiplied by its coefficient and reduced over layers, if there is one.
     pub auxiliary: Option<Var>,
-    /// The z-loss, coefficient and reduction over layers included, if there is one.
+    /// The z-loss, multiplied by its coefficient and reduced over layers, if there is one.
     pub z: Option<Var>,
 }
 
 impl Losses {
-    /// Cross-entropy, auxiliary and z-loss as numbers; waits for the kernels that form them.
+    /// Returns cross-entropy, auxiliary loss and z-loss as numbers (0 for an absent loss). Waits for the kernels that
+    /// compute them.
     ///
     /// # Errors
-    /// When a loss is not real.
+    /// Returns an error when a loss is not real.
     pub fn parts(&self) -> Result<[f64; 3]> {
         let number = |loss: Option<&Var>| loss.map_or(Ok(0.0), |loss| loss.tensor().item());
         Ok([
@@ -37,7 +38,7 @@ impl Losses {
     }
 }
 
-/// The cross-entropy of `targets` and the balance losses, weighted and summed.
+/// Computes the cross-entropy of `targets`, the balance losses, and their weighted sum.
 pub fn losses(
     context: &Context,
     tape: &Tape,
@@ -74,7 +75,7 @@ pub fn losses(
     })
 }
 
-/// `scale · Σ` of the losses, if there are any.
+/// Returns the sum of the losses multiplied by `scale`, if there are any losses.
 fn scaled_sum<'v>(
     tape: &Tape,
     losses: impl Iterator<Item = &'v Var>,

@@ -45,21 +45,21 @@ use std::cell::{Ref, RefMut};
 use std::rc::Rc;
 use transformer::Transformer;
 
-/// A model: its parameters, and what runs on them.
+/// A model: its parameters and its layers.
 pub struct Model {
-    /// In the order of their gradients' slots.
+    /// The parameters, in the order of their slots in the gradient store.
     pub parameters: Vec<Parameter>,
     transformer: Rc<Transformer>,
 }
 
-/// The parameters as variables of a tape, leaves in their order.
+/// The parameters as variables of a tape: leaves in the order of the parameters.
 pub type Weights = Rc<[Var]>;
 
 impl Model {
-    /// A freshly initialised model on one rank, its weights drawn from the configuration's seed.
+    /// Initialises a model on one rank. Its weights are drawn from the configuration's seed.
     ///
     /// # Errors
-    /// When the router cannot be built or cannot train this model.
+    /// Returns an error when the router cannot be built or cannot train this model.
     pub fn new(config: &Config) -> Result<Self> {
         Self::with_router(
             config,
@@ -68,10 +68,10 @@ impl Model {
         )
     }
 
-    /// A model with a router of one's own instead of the configuration's, as one of several ranks.
+    /// Initialises a model, as one of several ranks, with the given router instead of the configuration's router.
     ///
     /// # Errors
-    /// When the router refuses the model.
+    /// Returns an error when the router refuses the model.
     pub fn with_router(
         config: &Config,
         router: Box<dyn Router>,
@@ -93,10 +93,11 @@ impl Model {
         })
     }
 
-    /// Takes the weights, by name, and the state, by layer, of another model wherever it has them, in this one's precision.
+    /// Copies weights (matched by name) and router state (matched by layer) from another model, as far as that model
+    /// has them, and converts them to this model's precision.
     ///
     /// # Errors
-    /// When a shape differs.
+    /// Returns an error when a shape differs.
     pub fn take_over(&mut self, other: &Model) -> Result<()> {
         let dtype = self.dtype();
         let own = |tensor: Tensor| match tensor.dtype() == dtype {
@@ -123,23 +124,23 @@ impl Model {
         Ok(())
     }
 
-    /// The model's shapes.
+    /// Returns the model's configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.transformer.context.config
     }
 
-    /// Where it runs.
+    /// Returns the device that the model runs on.
     pub fn device(&self) -> Device {
         self.transformer.context.device
     }
 
-    /// The dtype of weights and router state, and on the CPU of activations.
+    /// Returns the dtype of weights and router state, and on the CPU of activations.
     pub fn dtype(&self) -> DType {
         self.transformer.context.dtype
     }
 
-    /// The parameters as variables. Drop them before updating the parameters in place: shared
-    /// memory is copied when written.
+    /// Returns the parameters as variables. Drop them before you update the parameters in place: writing to shared
+    /// memory copies it first.
     pub fn weights(&self) -> Weights {
         self.parameters
             .iter()
@@ -148,41 +149,41 @@ impl Model {
             .collect()
     }
 
-    /// The state of the MoE layers, first MoE layer first.
+    /// Returns the state of the MoE layers, in the order of the layers.
     pub fn layer_states(&self) -> Ref<'_, Vec<LayerState>> {
         self.transformer.context.states.borrow()
     }
 
-    /// The state of the MoE layers, to change.
+    /// Returns the state of the MoE layers for modification.
     pub fn layer_states_mut(&self) -> RefMut<'_, Vec<LayerState>> {
         self.transformer.context.states.borrow_mut()
     }
 
-    /// The flags of all MoE layers in device memory, if they are there.
+    /// Returns the counters and flags of all MoE layers, if they are in device memory.
     pub(crate) fn device_tally(&self) -> Option<Rc<DeviceTally>> {
         self.transformer.context.tally.clone()
     }
 
-    /// What is summed over the ranks of the run.
+    /// Returns the communication between the ranks of the run.
     pub fn dist(&self) -> &dyn Collective {
         &*self.transformer.context.dist
     }
 
-    /// The ranks as steps on a device with kernels call them, if there are several.
+    /// Returns the ranks for communication in device memory, if the device has kernels and there are several ranks.
     pub(crate) fn device_ranks(&self) -> Option<DeviceRanks> {
         self.transformer.context.device_ranks()
     }
 
-    /// The parameters, to change, and what gathers them over the ranks.
+    /// Returns the parameters for modification, and the communication between ranks.
     pub(crate) fn parameters_and_dist(&mut self) -> (&mut [Parameter], &dyn Collective) {
         (&mut self.parameters, &*self.transformer.context.dist)
     }
 
-    /// Lets the router change its pending state: at the end of an accepted step, before the states
-    /// are committed. [`StepExecutor::step`](crate::train::step::StepExecutor::step) does both.
+    /// Lets the router update its pending state. Call this at the end of an accepted step, before the states are
+    /// committed. [`StepExecutor::step`](crate::train::step::StepExecutor::step) does both.
     ///
     /// # Errors
-    /// Those of the router.
+    /// The errors of the router.
     pub fn end_step(&self) -> Result<()> {
         let context = &self.transformer.context;
         let mut states = context.states.borrow_mut();
@@ -190,10 +191,10 @@ impl Model {
         router.end_step(&context.config, &mut states, &*context.dist)
     }
 
-    /// Losses of sequences: each one's first S tokens predict its last S.
+    /// Returns the losses of sequences: the first S tokens of each sequence predict its last S tokens.
     ///
     /// # Errors
-    /// When the sequences do not fit, or a token is beyond the vocabulary.
+    /// Returns an error when the sequences do not fit, or a token is beyond the vocabulary.
     pub fn loss(
         &self,
         tape: &Tape,
@@ -204,10 +205,10 @@ impl Model {
         self.loss_of(tape, weights, &Inputs::new(sequences, self.device())?, pass)
     }
 
-    /// The same of sequences that are where the model reads them.
+    /// Returns the losses of sequences that are already in the model's inputs.
     ///
     /// # Errors
-    /// As [`loss`](Self::loss).
+    /// The same errors as [`loss`](Self::loss).
     pub fn loss_of(
         &self,
         tape: &Tape,
@@ -229,11 +230,11 @@ impl Model {
         )
     }
 
-    /// Logits `[sequences · S, V]` of sequences as in [`loss`](Self::loss), and their mean
-    /// cross-entropy alone.
+    /// Returns the logits `[sequences · S, V]` of sequences as in [`loss`](Self::loss), and the mean cross-entropy
+    /// without balance losses.
     ///
     /// # Errors
-    /// As [`loss`](Self::loss).
+    /// The same errors as [`loss`](Self::loss).
     pub fn logits_and_loss(
         &self,
         tape: &Tape,
@@ -253,11 +254,11 @@ impl Model {
         Ok((logits.tensor().clone(), loss))
     }
 
-    /// MoE layer `layer` (from 0) alone: its output `[T, D]` for `x [T, D]`, and its balance losses
+    /// Runs only MoE layer `layer` (from 0). Returns its output `[T, D]` for `x [T, D]`, and its balance losses
     /// without their coefficients.
     ///
     /// # Errors
-    /// When there is no such layer or `x` does not fit.
+    /// Returns an error when there is no such layer or `x` does not fit.
     pub fn moe_layer(
         &self,
         layer: usize,
@@ -273,18 +274,18 @@ impl Model {
         ))
     }
 
-    /// The loss of every next token, `[sequences · S]`, in nats, at evaluation.
+    /// Returns the loss of every next token, `[sequences · S]`, in nats, in an evaluation pass.
     ///
     /// # Errors
-    /// As [`loss`](Self::loss).
+    /// The same errors as [`loss`](Self::loss).
     pub fn token_losses(&self, sequences: Sequences) -> Result<Vec<f64>> {
         self.token_losses_in(sequences, Pass::EVALUATE)
     }
 
-    /// The same in another pass.
+    /// Returns the loss of every next token, `[sequences · S]`, in nats, in the given pass.
     ///
     /// # Errors
-    /// As [`loss`](Self::loss).
+    /// The same errors as [`loss`](Self::loss).
     pub fn token_losses_in(&self, sequences: Sequences, pass: Pass) -> Result<Vec<f64>> {
         let Inputs {
             ids, targets, rows, ..
@@ -297,20 +298,21 @@ impl Model {
         token_losses(hidden.tensor(), head, &targets)?.to_f64()
     }
 
-    /// Logits `[sequences · V]` of the token that follows each of `sequences` equally long
-    /// sequences, at evaluation.
+    /// Returns the logits `[sequences · V]` of the token that follows each of `sequences` equally long sequences, in
+    /// an evaluation pass.
     ///
     /// # Errors
-    /// When a token is beyond the vocabulary, or the sequences are longer than the model's.
+    /// Returns an error when a token is beyond the vocabulary, or the sequences are longer than the model's.
     pub fn next_token_logits(&self, tokens: &[i32], sequences: usize) -> Result<Vec<f64>> {
         self.last_logits(tokens, sequences, &Rows::Equal(sequences))
     }
 
-    /// Logits `[V]` of the token that follows the sequence of `cache` and then `tokens`, at evaluation; their keys and values
-    /// are added to the cache. On the CPU.
+    /// Returns the logits `[V]` of the token that follows the sequence in `cache` and then `tokens`, in an evaluation
+    /// pass. The keys and values of `tokens` are added to the cache. Only on the CPU.
     ///
     /// # Errors
-    /// When a token is beyond the vocabulary, or the sequence gets longer than the model's. The cache is of no use then.
+    /// Returns an error when a token is beyond the vocabulary, or the sequence becomes longer than the model allows.
+    /// The cache must not be used after an error.
     pub fn next_token_logits_after(
         &self,
         cache: &Rc<KeyValueCache>,
@@ -321,7 +323,7 @@ impl Model {
         Ok(logits)
     }
 
-    /// Logits of the last row of each of `sequences`.
+    /// Returns the logits of the last row of each of `sequences` sequences.
     fn last_logits(&self, tokens: &[i32], sequences: usize, rows: &Rows) -> Result<Vec<f64>> {
         let (weights, tape) = (self.weights(), Tape::without_gradients());
         let ids = Tensor::from_slice([tokens.len()], tokens);

@@ -1,5 +1,4 @@
-//! The mixture-of-experts layer: router, dispatch, experts, combine. Which method routes, it does
-//! not know.
+//! The mixture-of-experts layer: router, dispatch, experts, combine. The layer does not depend on the routing method.
 
 use super::context::Context;
 use super::feed_forward::SwigluSlots;
@@ -12,9 +11,9 @@ use crate::ops::gated_rows::gated_rows;
 use crate::routers::{LayerPass, Pass, Routing};
 use crate::tape::{Tape, Var};
 
-/// Where a MoE layer's parameters are.
+/// The indices of a MoE layer's parameters.
 pub struct MoeLayer {
-    /// MoE layers from 0.
+    /// Index of the MoE layer, from 0.
     index: usize,
     /// `[E, D]`.
     router: usize,
@@ -25,15 +24,14 @@ pub struct MoeLayer {
     shared: Option<SharedExpert>,
 }
 
-/// An expert for every token, behind a sigmoid gate.
+/// An expert that runs for every token, with a sigmoid gate on its output.
 struct SharedExpert {
     network: SwigluSlots,
     /// `[1, D]`.
     gate: usize,
 }
 
-/// A layer's balance losses, scalars without the configuration's coefficients; none where they do
-/// not apply.
+/// A layer's balance losses, scalars without the configuration's coefficients; none if they do not apply.
 pub struct BalanceLosses {
     pub auxiliary: Option<Var>,
     pub z: Option<Var>,
@@ -63,7 +61,7 @@ impl MoeLayer {
         }
     }
 
-    /// The layer's output `[T, D]` for `x [T, D]`, and its balance losses.
+    /// Returns the layer's output `[T, D]` for `x [T, D]`, and its balance losses.
     pub fn forward(
         &self,
         model: &Context,
@@ -134,7 +132,7 @@ impl MoeLayer {
     }
 }
 
-/// Counts the layer's tokens, and gives its balance losses.
+/// Counts the tokens of each expert, and returns the layer's balance losses.
 fn balance_losses(
     model: &Context,
     tape: &Tape,

@@ -1,9 +1,9 @@
 //! The parameters: names, shapes and initial values.
 //!
-//! Projections that are multiplied by the same input are one parameter (query, key and value; gate
-//! and up), as the kernels want them; [`Part`]s name the matrices that a checkpoint holds instead.
-//! Gaussian with standard deviation √(2 / 5D), for matrices that write into the residual stream
-//! 2 / (L √D), D the model width, L all layers; norm weights 1, biases 0 (Default MoE, A.2).
+//! Projections that are multiplied by the same input are one parameter (query, key and value; gate and up), as the
+//! kernels require; [`Part`]s name the separate matrices that a checkpoint holds. Matrices begin as Gaussian numbers
+//! with standard deviation √(2 / 5D), or 2 / (L √D) if they write into the residual stream, where D is the model
+//! width and L the number of all layers. Norm weights begin at 1, biases at 0 (Default MoE, A.2).
 
 use super::weight::Weight;
 use crate::config::{ModelConfig, Norm};
@@ -15,17 +15,17 @@ use crate::tensor::shape::Shape;
 
 /// A trainable tensor.
 pub struct Parameter {
-    /// Name in reports; that of the checkpoint where there is one part.
+    /// Name in reports; the name in the checkpoint if there is only one part.
     pub name: String,
-    /// Its numbers, as a device keeps them.
+    /// The value, in the form in which the device keeps it.
     pub value: Weight,
-    /// What a checkpoint holds: consecutive rows of the value, in order.
+    /// The parts that a checkpoint holds: consecutive rows of the value, in order.
     pub parts: Vec<Part>,
     /// Whether weight decay applies.
     pub decays: bool,
 }
 
-/// Rows of a parameter under the name that a checkpoint gives them.
+/// Rows of a parameter that a checkpoint holds as one array.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Part {
     /// Name in the checkpoint.
@@ -34,7 +34,7 @@ pub struct Part {
     pub shape: Shape,
 }
 
-/// Where a norm's parameters are.
+/// The indices of a norm's parameters.
 #[derive(Clone, Copy)]
 pub struct NormSlots {
     pub weight: usize,
@@ -50,14 +50,14 @@ pub struct Layout<'c> {
     parameters: Vec<Parameter>,
 }
 
-/// How a parameter begins.
+/// The initial value of a parameter.
 enum Start {
     Value(f64),
     Gaussian { std: f64 },
 }
 
 impl<'c> Layout<'c> {
-    /// For parameters of `dtype` that operations on `device` read.
+    /// A layout for parameters of type `dtype`, which operations on `device` read.
     pub fn new(config: &'c ModelConfig, dtype: DType, device: Device, seed: u64) -> Self {
         Layout {
             config,
@@ -72,18 +72,19 @@ impl<'c> Layout<'c> {
         self.parameters
     }
 
-    /// The router's weight, which operations read in f32 on every device.
+    /// Adds the router's weight, which operations read in f32 on every device. Returns its index.
     pub fn router(&mut self, name: &str, shape: &[usize]) -> usize {
         let start = self.plain();
         self.push(name, vec![], shape, start, true, true)
     }
 
-    /// A matrix, or a stack of matrices.
+    /// Adds a matrix, or a stack of matrices. Returns its index.
     pub fn matrix(&mut self, name: &str, shape: &[usize]) -> usize {
         self.push(name, vec![], shape, self.plain(), true, false)
     }
 
-    /// Matrices of one input, one above the other: (checkpoint name, rows).
+    /// Adds matrices that are multiplied by the same input, stacked by rows: (checkpoint name, rows). Returns the
+    /// index.
     pub fn stacked(&mut self, name: &str, parts: &[(String, usize)], inputs: usize) -> usize {
         let rows = parts.iter().map(|(_, rows)| rows).sum();
         let parts = parts
@@ -93,13 +94,13 @@ impl<'c> Layout<'c> {
         self.push(name, parts, &[rows, inputs], self.plain(), true, false)
     }
 
-    /// A matrix, or a stack of matrices, that writes into the residual stream.
+    /// Adds a matrix, or a stack of matrices, that writes into the residual stream. Returns its index.
     pub fn residual(&mut self, name: &str, shape: &[usize]) -> usize {
         let std = 2.0 / (self.config.layers as f64 * (self.config.hidden as f64).sqrt());
         self.push(name, vec![], shape, Start::Gaussian { std }, true, false)
     }
 
-    /// The embedding, which does not decay.
+    /// Adds the embedding, which has no weight decay. Returns its index.
     pub fn embedding(&mut self, name: &str, vocab_size: usize) -> usize {
         self.push(
             name,
@@ -111,14 +112,15 @@ impl<'c> Layout<'c> {
         )
     }
 
-    /// A vector of ones or zeros, or several behind each other: (checkpoint name, length).
+    /// Adds a vector whose entries are all `value`, or several such vectors one after another: (checkpoint name,
+    /// length). Returns the index.
     pub fn vectors(&mut self, name: &str, parts: &[(String, usize)], value: f64) -> usize {
         let length = parts.iter().map(|(_, n)| n).sum();
         let parts = parts.iter().map(|(name, n)| part(name, &[*n])).collect();
         self.push(name, parts, &[length], Start::Value(value), false, false)
     }
 
-    /// A norm over the residual stream; `name` without `.weight`.
+    /// Adds a norm over the residual stream; `name` is without `.weight`.
     pub fn norm(&mut self, name: &str) -> NormSlots {
         let (width, kind) = (self.config.hidden, self.config.norm);
         let mut vector = |suffix: &str, value| {

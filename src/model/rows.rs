@@ -1,4 +1,4 @@
-//! How the rows of one pass divide into sequences.
+//! The division of the rows of one pass into sequences.
 
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -16,18 +16,18 @@ use std::rc::Rc;
 /// The sequences of a pass.
 #[derive(Clone)]
 pub enum Rows {
-    /// So many, all of one length.
+    /// This number of sequences, all of equal length.
     Equal(usize),
-    /// So many, all of one length, and the first key that each row sees, `[rows]`.
+    /// This number of sequences, all of equal length, and the first key that each row attends to, `[rows]`.
     Packed(usize, Tensor),
-    /// Of any length, some going on where another ends; without gradients.
+    /// Sequences of any length, some of which continue another; without gradients.
     Spans(Rc<Spans>),
-    /// Further rows of one sequence, behind those whose keys and values are kept; without gradients.
+    /// Further rows of one sequence, after the rows whose keys and values are cached; without gradients.
     Cached(Rc<KeyValueCache>),
 }
 
 impl Rows {
-    /// The inputs of these sequences.
+    /// The division of the inputs of `sequences`.
     pub fn new(sequences: Sequences, device: Device) -> Self {
         match sequences.first_key {
             None => Rows::Equal(sequences.count),
@@ -38,7 +38,7 @@ impl Rows {
         }
     }
 
-    /// Takes other sequences, if they are as many and divided the same way.
+    /// Replaces the sequences if their number and kind are the same. Returns whether it did.
     pub fn set(&mut self, sequences: Sequences) -> bool {
         match (self, sequences.first_key) {
             (Rows::Equal(count), None) => *count == sequences.count,
@@ -53,7 +53,7 @@ impl Rows {
         }
     }
 
-    /// Sequences of one length; 0 of others.
+    /// Returns the number of sequences of equal length; 0 for the other kinds.
     pub fn count(&self) -> usize {
         match self {
             Rows::Equal(count) | Rows::Packed(count, _) => *count,
@@ -61,7 +61,7 @@ impl Rows {
         }
     }
 
-    /// The first key that each row sees, where documents have boundaries.
+    /// Returns the first key that each row attends to, if documents have boundaries.
     pub fn first_key(&self) -> Option<&Tensor> {
         match self {
             Rows::Packed(_, first_key) => Some(first_key),
@@ -69,7 +69,7 @@ impl Rows {
         }
     }
 
-    /// Checks that `tokens` make such sequences, none longer than `longest`.
+    /// Checks that `tokens` tokens divide into these sequences, and that no sequence is longer than `longest`.
     pub fn check(&self, tokens: usize, longest: usize) -> Result<()> {
         let (fits, got) = match self {
             Rows::Equal(sequences) | Rows::Packed(sequences, _) => {
@@ -87,7 +87,7 @@ impl Rows {
             ),
             Rows::Cached(cache) => (
                 (1..=longest).contains(&(cache.rows() + tokens)) && tokens > 0,
-                format!("{tokens} tokens behind {}", cache.rows()),
+                format!("{tokens} tokens after {} cached rows", cache.rows()),
             ),
         };
         if fits {
@@ -105,7 +105,7 @@ impl Rows {
         ))
     }
 
-    /// RoPE, then causal attention within each sequence: `qkv [T, (H + 2 KV) hd]` to `[T, H hd]`.
+    /// RoPE, then causal attention within each sequence, of `qkv [T, (H + 2 KV) hd]`. Returns `[T, H hd]`.
     pub fn attention(
         &self,
         tape: &Tape,
@@ -124,7 +124,7 @@ impl Rows {
         }
     }
 
-    /// The projection `x Wᵀ`, then the same.
+    /// The projection `x Wᵀ`, then RoPE and causal attention.
     pub fn projected_attention(
         &self,
         tape: &Tape,
@@ -149,7 +149,7 @@ impl Rows {
         };
         Places {
             heads,
-            // Positions go on over the ends of documents: RoPE knows distances alone.
+            // Positions continue across the ends of documents, because RoPE depends only on distances.
             sequence: rows.tensor().shape().rows() / sequences,
             tables,
             first_key,

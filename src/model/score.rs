@@ -1,4 +1,4 @@
-//! How likely a model finds given tokens.
+//! The probabilities that a model assigns to given tokens.
 
 use super::Model;
 use super::rows::Rows;
@@ -15,24 +15,24 @@ use crate::with_real;
 use rayon::prelude::*;
 use std::rc::Rc;
 
-/// Logits that exist at a time.
+/// Number of logits that exist at a time.
 const LOGITS: usize = 1 << 24;
 
-/// What the model says of one token.
+/// The model's score of one token.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scored {
     /// ln p, in nats.
     pub log_probability: f64,
-    /// Whether no other token is likelier; of equals the lowest counts as the likeliest.
+    /// Whether the token is the likeliest; of equally likely tokens, the lowest id is the likeliest.
     pub likeliest: bool,
 }
 
 impl Model {
-    /// Scores `targets`, pairs of a row and the token that may follow it, at evaluation. The rows hold
-    /// `tokens`, sequences as `spans` says. The head is computed for these rows alone.
+    /// Scores `targets`, pairs of a row and a token that may follow it, in an evaluation pass. The rows hold
+    /// `tokens`, divided into sequences by `spans`. The output head is computed only for the rows in `targets`.
     ///
     /// # Errors
-    /// When a row or a token is out of range, a sequence too long, or a score not finite.
+    /// Returns an error when a row or a token is out of range, a sequence too long, or a score not finite.
     pub fn score(
         &self,
         tokens: &[i32],

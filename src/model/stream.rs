@@ -16,7 +16,7 @@ impl Stream {
         Stream { x, pending: None }
     }
 
-    /// The rows, with the term added.
+    /// Returns the rows with the term added.
     pub fn joined(&self, tape: &Tape) -> Result<Var> {
         match &self.pending {
             Some(term) => add(tape, &self.x, term),

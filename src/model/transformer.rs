@@ -1,4 +1,4 @@
-//! The transformer as a function of its weights: what runs, without the weights themselves.
+//! The transformer as a function of its weights: the layers, without the weights themselves.
 
 use super::block::Block;
 use super::context::Context;
@@ -16,19 +16,19 @@ use crate::tensor::Tensor;
 use std::rc::Rc;
 use std::sync::Arc;
 
-/// The layers in their order, and what they all read.
+/// The layers in their order, and the context that they all read.
 pub struct Transformer {
     pub context: Context,
     recompute: Recompute,
     blocks: Vec<Rc<Block>>,
     embedding: usize,
     final_norm: NormSlots,
-    /// The output head's parameter.
+    /// The index of the output head's parameter.
     pub head: usize,
 }
 
 impl Transformer {
-    /// The transformer of a configuration, and the parameters in `layout`.
+    /// Builds the transformer of a configuration, and adds its parameters to `layout`.
     pub fn new(
         layout: &mut Layout,
         config: &Config,
@@ -47,7 +47,8 @@ impl Transformer {
             layout.matrix("lm_head.weight", &[model.vocab_size, model.hidden])
         };
         Ok(Transformer {
-            // The router's parameters lie behind all others, so that every router begins with the same weights.
+            // The router's own parameters come after all others, so that the other weights are initially the same for
+            // every router.
             context: Context::new(layout, config, router, dist)?,
             recompute: config.train.recompute.clone(),
             blocks,
@@ -57,7 +58,7 @@ impl Transformer {
         })
     }
 
-    /// The final hidden rows `[T, D]` of tokens `[T]`, i32, and the balance losses of every MoE layer.
+    /// Returns the final hidden rows `[T, D]` of tokens `[T]` (i32), and the balance losses of every MoE layer.
     pub fn hidden(
         self: &Rc<Self>,
         tape: &Tape,
@@ -77,7 +78,7 @@ impl Transformer {
             };
             let losses;
             (stream, losses) = if self.recompute.covers(layer) {
-                // One tensor is kept of it, so what is pending is added first.
+                // Only one tensor of the stream is kept, so the pending term is added first.
                 let x = stream.joined(tape)?;
                 let outputs = tape.recompute(&[&x], move |tape, v| {
                     let (stream, losses) = run(tape, &Stream::new(v[0].clone()))?;
@@ -102,7 +103,7 @@ impl Transformer {
         Ok((normed, balance))
     }
 
-    /// MoE layer `layer`, from 0, alone.
+    /// Runs only MoE layer `layer`, counted from 0.
     pub fn moe_layer(
         &self,
         layer: usize,
@@ -117,13 +118,13 @@ impl Transformer {
                 "moe_layer",
                 format!("a MoE layer below {}", self.context.states.borrow().len()),
                 layer.to_string(),
-                "layers count from 0, dense ones left out",
+                "MoE layers are numbered from 0; dense layers are not counted",
             ));
         };
         moe.forward(&self.context, tape, weights, x, pass)
     }
 
-    /// A recomputed block's outputs: its rows, then whichever balance losses it has.
+    /// Divides the outputs of a recomputed block into its rows and its balance losses.
     fn unpack(&self, block: &Block, outputs: Vec<Var>) -> (Var, Option<BalanceLosses>) {
         let mut outputs = outputs.into_iter();
         let Some(y) = outputs.next() else {

@@ -1,9 +1,9 @@
-//! The value of a parameter: whole, or in two halves.
+//! The value of a parameter: in one tensor, or in two halves.
 //!
-//! Kernels read bf16 and the optimizer needs f32. A device with kernels keeps an f32 number w as `upper`, w rounded to bf16
-//! with ties away from zero, which is what operations read, and `lower`, an i16 with
-//! `bits(w) = (upper << 16) + lower` modulo 2^32: four bytes for both, exact for every bit pattern. A rank that updates a share
-//! of the numbers needs the lower halves of that share alone.
+//! Kernels read bf16 and the optimizer needs f32. A device with kernels keeps an f32 number w as `upper`, w rounded
+//! to bf16 with ties away from zero, which operations read, and `lower`, an i16 with
+//! `bits(w) = (upper << 16) + lower` modulo 2^32: The two take four bytes and are exact for every bit pattern. A rank
+//! that updates a share of the elements needs the lower halves of that share only.
 
 use crate::device::Device;
 use crate::error::Result;
@@ -15,7 +15,7 @@ use rayon::prelude::*;
 use std::borrow::Cow;
 use std::ops::Range;
 
-/// Numbers that one thread converts at a time.
+/// Number of elements that one thread converts at a time.
 const BLOCK: usize = 1 << 16;
 
 /// The value of a parameter.
@@ -24,17 +24,17 @@ pub struct Weight(Form);
 
 #[derive(Clone)]
 enum Form {
-    /// f64 or f32, on the CPU; f32 on any device where operations read it so.
+    /// One tensor: f64 or f32 on the CPU, or f32 on any device if operations read the parameter in f32.
     Whole(Tensor),
     Split {
         upper: Tensor,
-        /// Of the numbers `own`, or of all.
+        /// The lower halves of the elements `own`, or of all elements.
         lower: Tensor,
         own: Option<Range<usize>>,
     },
 }
 
-/// Upper and lower half of an f32 number.
+/// Splits an f32 number into its upper and lower half.
 fn split(w: f32) -> (bf16, i16) {
     let bits = w.to_bits();
     let upper = bits.wrapping_add(0x8000) >> 16;
@@ -42,14 +42,14 @@ fn split(w: f32) -> (bf16, i16) {
     (bf16::from_bits(upper as u16), lower as u16 as i16)
 }
 
-/// The number that the halves are of.
+/// Joins two halves to the f32 number.
 fn join(upper: bf16, lower: i16) -> f32 {
     let upper = u32::from(upper.to_bits()) << 16;
     f32::from_bits(upper.wrapping_add_signed(i32::from(lower)))
 }
 
 impl Weight {
-    /// A value for operations on `device`, which read it in f32 if it is `exact`.
+    /// Wraps a value for operations on `device`, which read it in f32 if `exact`.
     pub fn new(value: Tensor, device: Device, exact: bool) -> Self {
         if device == Device::Cpu || exact {
             return Weight(Form::Whole(value.on(device)));
@@ -71,7 +71,7 @@ impl Weight {
         })
     }
 
-    /// What operations read.
+    /// Returns the tensor that operations read.
     pub fn working(&self) -> &Tensor {
         match &self.0 {
             Form::Whole(value) => value,
@@ -79,8 +79,8 @@ impl Weight {
         }
     }
 
-    /// The whole value; where it is split, a tensor of the CPU made for this call. Numbers whose lower half other ranks have
-    /// are as operations read them.
+    /// Returns the complete value. If it is split, this is a new CPU tensor. An element whose lower half is on
+    /// another rank has the rounded value that operations read.
     pub fn whole(&self) -> Tensor {
         match &self.0 {
             Form::Whole(value) => value.clone(),
@@ -99,13 +99,13 @@ impl Weight {
         }
     }
 
-    /// Keeps the lower halves of `numbers` alone, if the value is split: other ranks have the rest.
+    /// If the value is split, keeps only the lower halves of the elements `numbers`: other ranks keep the rest.
     ///
     /// # Errors
-    /// When the device failed.
+    /// Returns an error when the device failed.
     ///
     /// # Panics
-    /// When some of them are not there.
+    /// Panics when some of these lower halves are not on this rank.
     pub fn keep_lower_halves(&mut self, numbers: Range<usize>) -> Result<()> {
         let Form::Split { upper, lower, own } = &mut self.0 else {
             return Ok(());
@@ -123,7 +123,7 @@ impl Weight {
         Ok(())
     }
 
-    /// This rank's lower halves, if the ranks share them out.
+    /// Returns this rank's lower halves, if they are distributed over the ranks.
     pub fn lower_share(&self) -> Option<&Tensor> {
         match &self.0 {
             Form::Split { lower, own, .. } => own.as_ref().map(|_| lower),
@@ -131,16 +131,16 @@ impl Weight {
         }
     }
 
-    /// The bytes of numbers whose upper halves are here, given all `lower` halves.
+    /// Returns the bytes of the elements `numbers`, from the upper halves of this rank and all `lower` halves.
     ///
     /// # Errors
-    /// When the device failed.
+    /// Returns an error when the device failed.
     pub fn bytes_with(&self, lower: &Tensor, numbers: Range<usize>) -> Result<Vec<u8>> {
         let half = |t: &Tensor| t.copied_bytes(2 * numbers.start..2 * numbers.end);
         Ok(joined_bytes(&half(self.working())?, &half(lower)?))
     }
 
-    /// Changes the value as `f` does.
+    /// Applies `f` to the complete value and stores the result.
     pub fn change<R>(&mut self, f: impl FnOnce(&mut Tensor) -> R) -> R {
         match &mut self.0 {
             Form::Whole(value) => f(value),
@@ -157,14 +157,14 @@ impl Weight {
     /// Replaces the value.
     ///
     /// # Panics
-    /// When the shapes differ.
+    /// Panics when the shapes differ.
     pub fn set(&mut self, value: &Tensor) {
         assert_eq!(value.shape(), self.shape(), "shape of a parameter");
         let exact = matches!(self.0, Form::Whole(_));
         *self = Weight::new(value.clone(), self.device(), exact);
     }
 
-    /// Rounds the value to what operations of any device read: to bf16, unless they read f32.
+    /// Rounds the value to the precision that operations read on any device: bf16, or f32 for an exact parameter.
     pub fn round_to_bf16(&mut self) {
         self.change(|value| {
             let numbers = value.slice_mut::<f32>();
@@ -172,19 +172,19 @@ impl Weight {
         });
     }
 
-    /// All numbers, widened.
+    /// Returns all elements, converted to f64.
     ///
     /// # Errors
-    /// When the value is not real.
+    /// Returns an error when the value is not real.
     pub fn to_f64(&self) -> Result<Vec<f64>> {
         self.whole().to_f64()
     }
 
-    /// The bytes of some of its numbers, in [`dtype`](Self::dtype), for files: made for this call, unless they lie so in
-    /// the host's memory.
+    /// Returns the bytes of the elements `numbers` as [`dtype`](Self::dtype), for files. They are borrowed if host
+    /// memory holds them in this form, and otherwise copied.
     ///
     /// # Errors
-    /// When the device failed.
+    /// Returns an error when the device failed.
     pub fn bytes(&self, numbers: Range<usize>) -> Result<Cow<'_, [u8]>> {
         match &self.0 {
             Form::Whole(value) => {
@@ -198,7 +198,7 @@ impl Weight {
             Form::Split { upper, lower, own } => {
                 let upper = upper.copied_bytes(2 * numbers.start..2 * numbers.end)?;
                 let own = own.clone().unwrap_or(0..self.elements());
-                // What other ranks have is 0 here, as for `whole`.
+                // Lower halves on other ranks count as 0 here, as for `whole`.
                 let there = numbers.start.max(own.start)..numbers.end.min(own.end);
                 let mut halves = vec![0; upper.len()];
                 if !there.is_empty() {
@@ -211,7 +211,7 @@ impl Weight {
         }
     }
 
-    /// The whole tensor, if it is one, or its halves: for kernels that change it.
+    /// Returns the one tensor, or the two halves, for kernels that change the value.
     pub fn places(&mut self) -> Places<'_> {
         match &mut self.0 {
             Form::Whole(value) => Places::Whole(value),
@@ -219,22 +219,22 @@ impl Weight {
         }
     }
 
-    /// Shape of the value.
+    /// Returns the shape of the complete value.
     pub fn shape(&self) -> Shape {
         self.working().shape()
     }
 
-    /// Number of its elements; on several ranks of all of them.
+    /// Returns the number of elements of the complete value, over all ranks.
     pub fn elements(&self) -> usize {
         self.working().elements()
     }
 
-    /// Where it lies.
+    /// Returns the device that holds the value.
     pub fn device(&self) -> Device {
         self.working().device()
     }
 
-    /// The dtype of the whole value, and of its moments.
+    /// Returns the dtype of the complete value, and of its optimizer moments.
     pub fn dtype(&self) -> DType {
         self.working().dtype().arithmetic()
     }
@@ -242,13 +242,13 @@ impl Weight {
 
 /// See [`Weight::places`].
 pub enum Places<'a> {
-    /// All numbers, in one tensor.
+    /// All elements, in one tensor.
     Whole(&'a mut Tensor),
-    /// Upper halves, and lower ones: of all numbers or of this rank's share.
+    /// The upper halves of all elements, and the lower halves of all elements or of this rank's share.
     Split([&'a mut Tensor; 2]),
 }
 
-/// Numbers as little-endian bytes, of their halves' bytes.
+/// Joins the bytes of the halves to little-endian f32 numbers.
 fn joined_bytes(upper: &[u8], lower: &[u8]) -> Vec<u8> {
     let mut bytes = vec![0; 2 * upper.len()];
     let halves = upper.par_chunks(2 * BLOCK).zip(lower.par_chunks(2 * BLOCK));
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn a_split_value_is_the_value_to_every_reader() {
+    fn a_split_value_reads_like_an_unsplit_one() {
         let numbers: Vec<f32> = (0..200_003).map(|i| (i as f32).sin() * 1e-3).collect();
         let value = Tensor::from_slice([numbers.len()], &numbers);
         let mut weight = Weight::new(value, Device::Sim, false);
@@ -329,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn a_share_of_the_lower_halves_gives_its_numbers_and_the_rest_as_operations_read_it() {
+    fn a_share_of_the_lower_halves_is_exact_and_the_rest_is_rounded() {
         let numbers: Vec<f32> = (0..1000).map(|i| (i as f32).sin()).collect();
         let value = Tensor::from_slice([1000], &numbers);
         let mut weight = Weight::new(value, Device::Sim, false);

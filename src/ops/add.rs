@@ -9,10 +9,10 @@ use crate::tensor::Tensor;
 use crate::tensor::cpu;
 use crate::with_real;
 
-/// `a + b` of two tensors of one shape and dtype.
+/// Returns `a + b` for two tensors of the same shape and dtype.
 ///
 /// # Errors
-/// When shapes or dtypes differ.
+/// Returns an error when shapes or dtypes differ.
 pub fn add(tape: &Tape, a: &Var, b: &Var) -> Result<Var> {
     b.tensor()
         .expect_shape("add", "second term", a.tensor().shape())?;
@@ -67,7 +67,7 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("add [3, 5]", |tape, v| Ok(vec![add(tape, &v[0], &v[1])?]))
             .input("a", [3, 5])
             .input("b", [3, 5]),
-        // One value in both places: its gradients are summed.
+        // The same value is both inputs: its two gradients are summed.
         Case::new("add to itself [70, 3]", |tape, v| {
             Ok(vec![add(tape, &v[0], &v[0])?])
         })

@@ -1,9 +1,10 @@
-//! The residual add and the norm after it: `s = x + y`, `n = norm(s)`, both needed: s goes on as the
-//! residual stream, n into the next layer.
+//! The residual add and the norm after it: `s = x + y`, `n = norm(s)`, Both are outputs: s continues the residual
+//! stream, and n is the input of the next layer.
 //!
-//! On the CPU it is `add`, then `rmsnorm` or `layernorm`. On a device with kernels it is one pass, and
-//! so is its backward: with the gradients `ds`, `dn` of both, `dx = dy = ds + normᵀ(dn)`. s is rounded
-//! before it is normalised, so that the bytes are those of the two operations one after the other.
+//! On the CPU it is `add`, then `rmsnorm` or `layernorm`. On a device with kernels, one kernel computes both, and one
+//! kernel computes the backward pass: with the gradients `ds` of s and `dn` of n, `dx = dy = ds + normᵀ(dn)`. The
+//! kernel rounds s before it normalises it, so the result has the same bytes as the two operations run one after the
+//! other.
 
 use super::add::add;
 use super::layernorm::layernorm;
@@ -15,10 +16,11 @@ use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var};
 use crate::tensor::Tensor;
 
-/// `x + y` and its norm: LayerNorm with a bias, else RMSNorm. `x`, `y` `[.., D]`, `weight`, `bias` `[D]`.
+/// Returns `x + y` and its norm: LayerNorm if there is a bias, else RMSNorm. `x` and `y` are `[.., D]`, `weight` and
+/// `bias` are `[D]`; both results are `[.., D]`.
 ///
 /// # Errors
-/// When shapes or dtypes do not fit.
+/// Returns an error when shapes or dtypes do not fit.
 pub fn add_norm(
     tape: &Tape,
     x: &Var,

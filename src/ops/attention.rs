@@ -1,13 +1,13 @@
 //! Causal attention on the fused projection, with grouped queries.
 //!
-//! `qkv [B·S, (H + 2 KV) hd]`, `o [B·S, H hd]`. For each sequence and query head, with the key and
-//! value head of its group: `P = softmax(Q Kᵀ / √hd)` over the keys at or before the query, `O = P V`.
-//! Where documents share a sequence, row r sees the keys `first_key[r] … r`, those of its document.
-//! Backward: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P ⊙ (dP − rowsum(dO ⊙ O))`, `dQ = dS K / √hd`,
-//! `dK = dSᵀ Q / √hd`.
+//! `qkv [B·S, (H + 2 KV) hd]`, `o [B·S, H hd]`. For each sequence and query head, with the key and value head of its
+//! group: `P = softmax(Q Kᵀ / √hd)` over the keys at or before the query, `O = P V`. If several documents share a
+//! sequence, row r attends to the keys `first_key[r] … r`, which are those of its document.
 //!
-//! As in FlashAttention (Dao et al., arXiv 2205.14135) scores exist only for one block of queries at
-//! a time, backward forms them again, and of the softmax only the logsumexp of each row is kept.
+//! Backward: `dV = Pᵀ dO`, `dP = dO Vᵀ`, `dS = P ⊙ (dP − rowsum(dO ⊙ O))`, `dQ = dS K / √hd`, `dK = dSᵀ Q / √hd`.
+//!
+//! As in FlashAttention (Dao et al., arXiv 2205.14135) scores exist only for one block of queries at a time, and
+//! backward computes them again. Of the softmax, only the logsumexp of each row is kept.
 
 pub(super) mod kernels;
 pub(super) mod reference;
@@ -23,13 +23,13 @@ use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
-/// Causal attention of `qkv [B·S, (H + 2 KV) hd]`, S = `sequence`; the result is `[B·S, H hd]`.
-/// `first_key [B·S]`, i32: the first key that each row sees, a place in its sequence, at most its own
-/// and not before that of the row before (none: 0).
+/// Causal attention of `qkv [B·S, (H + 2 KV) hd]`, S = `sequence`; returns `[B·S, H hd]`. `first_key [B·S]` (i32)
+/// holds, for each row, the index within its sequence of the first key that the row attends to. The index must not
+/// exceed the row's own index and must not decrease from row to row. Without `first_key` it is 0.
 ///
 /// # Errors
-/// When `qkv` does not have the layout of `heads` or is no whole number of sequences, or `first_key`
-/// does not have a number for each row.
+/// Returns an error when `qkv` does not have the layout of `heads` or does not hold complete sequences, or when
+/// `first_key` does not have one entry per row.
 pub fn attention(
     tape: &Tape,
     qkv: &Var,
@@ -55,7 +55,7 @@ struct Attention {
     heads: Heads,
     sequence: usize,
     first_key: Option<Tensor>,
-    /// On the CPU: queries and keys are turned by these first.
+    /// On the CPU: the tables by which queries and keys are rotated before attention.
     tables: Option<RopeTables>,
 }
 
@@ -162,12 +162,12 @@ pub(super) fn cases() -> Vec<Case> {
         case(1, 67, [3, 1, 8], &[0]),
         case(3, 64, [2, 2, 5], &[0]),
         case(2, 7, [4, 2, 3], &[0, 3, 4]),
-        // One begins within a block of queries, one with it, one in the last.
+        // One document begins inside a block of queries, one at the start of a block, one in the last block.
         case(1, 131, [2, 1, 4], &[0, 30, 64, 130]),
     ]
 }
 
-/// The first keys of `batch` sequences with documents that begin at these places.
+/// `first_key` for `batch` sequences whose documents begin at the indices `documents`.
 fn packed(batch: usize, sequence: usize, documents: &[i32]) -> Tensor {
     let of_row = |row: usize| {
         let begun = documents.iter().rev().find(|d| **d <= row as i32);
@@ -190,9 +190,9 @@ mod tests {
 
     #[test]
     fn two_queries_of_one_group_worked_by_hand() {
-        // hd = 1, no scaling. Rows (q0, q1, k, v): (5, 7, ln 2, 10), (1, 0, 0, 4).
-        // Row 0 sees itself alone: 10 for both heads. Row 1: head 0 has scores (ln 2, 0),
-        // probabilities (2/3, 1/3), value 8; head 1 has scores (0, 0), value 7.
+        // hd = 1, no scaling. Rows (q0, q1, k, v): (5, 7, ln 2, 10), (1, 0, 0, 4). Row 0 attends only to itself: 10
+        // for both heads. Row 1: head 0 has scores (ln 2, 0), probabilities (2/3, 1/3), value 8; head 1 has scores
+        // (0, 0), value 7.
         let heads = Heads {
             query: 2,
             key_value: 1,
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_give_what_the_reference_gives_to_a_hundredth() {
+    fn the_kernels_agree_with_the_reference_within_one_percent() {
         for (dim, documents) in [(64, &[0][..]), (128, &[0]), (64, &[0, 1, 40, 64])] {
             let heads = Heads {
                 query: 4,
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_that_are_no_whole_sequences_are_an_error() {
+    fn an_incomplete_sequence_is_an_error() {
         let heads = Heads {
             query: 1,
             key_value: 1,
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn each_document_of_a_sequence_is_attended_as_if_it_stood_alone() {
+    fn each_document_of_a_sequence_gets_the_result_it_gets_alone() {
         let heads = Heads {
             query: 4,
             key_value: 2,
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn first_keys_that_are_not_one_a_row_are_an_error() {
+    fn a_first_key_count_other_than_one_per_row_is_an_error() {
         let heads = Heads {
             query: 1,
             key_value: 1,

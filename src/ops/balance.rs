@@ -1,12 +1,12 @@
 //! The auxiliary load-balancing loss, the z-loss, and their sum with the cross-entropy.
 //!
-//! Switch loss of a layer: `E Σ_i f_i P_i`, `f [E]` the share of routed slots (a constant), `P_i`
-//! the mean of `p [T, E]` over the tokens; 1 when balanced. `dp_ti = E f_i / T`, so that behind the
-//! softmax `dz_j = (E / T) p_j (f_j − Σ_i p_i f_i)` (Switch Transformer, 2101.03961, eq. 4).
-//! z-loss: `mean_t logsumexp(z_t)²`, `dz_j = (2 / T) logsumexp(z) p_j` (ST-MoE, 2202.08906, eq. 5).
+//! Switch loss of a layer: `E Σ_i f_i P_i`, `f [E]` the share of routed slots (a constant), `P_i` the mean of
+//! `p [T, E]` over the tokens; 1 when balanced. `dp_ti = E f_i / T`, so that before the softmax
+//! `dz_j = (E / T) p_j (f_j − Σ_i p_i f_i)` (Switch Transformer, 2101.03961, eq. 4). z-loss:
+//! `mean_t logsumexp(z_t)²`, `dz_j = (2 / T) logsumexp(z) p_j` (ST-MoE, 2202.08906, eq. 5).
 //!
-//! On a device with kernels (`kernels/balance.cu`) the router gives the means `P [E]` and the mean
-//! logsumexp²; fractions and coefficients lie in its memory.
+//! On a device with kernels (`kernels/balance.cu`) the router computes the means `P [E]` and the mean logsumexp².
+//! Fractions and coefficients are in device memory.
 
 use crate::device::Device;
 use crate::error::Result;
@@ -16,11 +16,11 @@ use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
-/// `E Σ_i f_i mean_t(p_ti)`: a scalar, without the coefficient. `p` is `[T, E]`, or its mean `[E]`, and
-/// `fractions [E]` are the f_i.
+/// Returns `E Σ_i f_i mean_t(p_ti)`, a scalar without the coefficient. `p` is `[T, E]`, or its mean over tokens
+/// `[E]`; `fractions [E]` are the f_i.
 ///
 /// # Errors
-/// When `fractions` has not one entry per expert.
+/// Returns an error when `fractions` does not have one entry per expert.
 pub fn auxiliary_loss(tape: &Tape, p: &Var, fractions: &Tensor) -> Result<Var> {
     let mut shape = p.tensor().shape().to_vec();
     shape.pop();
@@ -35,25 +35,25 @@ pub fn auxiliary_loss(tape: &Tape, p: &Var, fractions: &Tensor) -> Result<Var> {
     )
 }
 
-/// `mean_t logsumexp(z_t)²`: a scalar, without the coefficient.
+/// Returns `mean_t logsumexp(z_t)²` of `z [T, E]`, a scalar without the coefficient.
 ///
 /// # Errors
-/// When `z` is not real.
+/// Returns an error when `z` is not real.
 pub fn z_loss(tape: &Tape, z: &Var) -> Result<Var> {
     tape.apply_one(ZLoss, &[z])
 }
 
-/// `Σ_k c_k s_k` of scalars: the total loss.
+/// Returns `Σ_k c_k s_k` for scalars s_k and coefficients c_k: the total loss.
 ///
 /// # Errors
-/// When a term is not a real scalar.
+/// Returns an error when a term is not a real scalar.
 pub fn weighted_sum(tape: &Tape, terms: &[(&Var, f64)]) -> Result<Var> {
     let (vars, coefficients): (Vec<&Var>, Vec<f64>) = terms.iter().copied().unzip();
     tape.apply_one(WeightedSum { coefficients }, &vars)
 }
 
 struct AuxiliaryLoss {
-    /// `[E]`: f64 on the CPU; f32 where kernels counted.
+    /// `[E]`: f64 on the CPU, f32 if kernels counted them.
     fractions: Tensor,
 }
 
@@ -168,7 +168,7 @@ impl Op for ZLoss {
     }
 }
 
-/// `ln Σ e^{z_j}`, with the maximum taken out.
+/// `ln Σ e^{z_j}`, computed relative to the maximum so that it does not overflow.
 fn log_sum_exp<T: Real>(z: &[T]) -> T {
     let max = z.iter().fold(T::neg_infinity(), |m, &x| m.max(x));
     max + z.iter().map(|&x| (x - max).exp()).sum::<T>().ln()
@@ -231,13 +231,13 @@ impl Op for WeightedSum {
     }
 }
 
-/// The kernels.
+/// The operations on a device with kernels.
 mod kernels {
     use super::*;
     use crate::kernels::argument::{InList, OutList};
     use crate::kernels::{Stream, balance};
 
-    /// Numbers in f32 for kernels to read.
+    /// The values in f32, in the memory of `device`.
     pub fn numbers(values: &[f64], device: Device) -> Tensor {
         let values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
         Tensor::from_slice([values.len()], &values).on(device)
@@ -313,13 +313,10 @@ mod kernels {
 pub(super) fn cases() -> Vec<Case> {
     let fractions = Tensor::from_slice([4], &[0.5, 0.125, 0.25, 0.125]);
     vec![
-        Case::new(
-            "auxiliary_loss behind the softmax [6, 4]",
-            move |tape, v| {
-                let p = super::router::softmax(tape, &v[0])?;
-                Ok(vec![auxiliary_loss(tape, &p, &fractions)?])
-            },
-        )
+        Case::new("auxiliary_loss after the softmax [6, 4]", move |tape, v| {
+            let p = super::router::softmax(tape, &v[0])?;
+            Ok(vec![auxiliary_loss(tape, &p, &fractions)?])
+        })
         .input("z", [6, 4]),
         Case::new("z_loss [5, 3]", |tape, v| Ok(vec![z_loss(tape, &v[0])?])).input("z", [5, 3]),
         Case::new("weighted_sum of 2 losses", |tape, v| {

@@ -1,5 +1,6 @@
-//! Causal attention of new rows of one sequence on the keys and values of the rows before, which are kept: without gradients,
-//! for generation. Each row is projected and turned once, so that a further token costs one row and not the whole sequence.
+//! Causal attention of new rows of one sequence over the cached keys and values of the previous rows. It has no
+//! gradients and is used for generation. Each row is projected and rotated once, so a further token costs one row,
+//! not the whole sequence.
 
 use super::attention::reference::forward_from;
 use super::heads::Heads;
@@ -9,33 +10,34 @@ use crate::tensor::Tensor;
 use crate::with_real;
 use std::cell::{Cell, RefCell};
 
-/// Keys and values of a sequence in every layer, on the CPU.
+/// The keys and values of one sequence in every layer, on the CPU.
 #[derive(Default)]
 pub struct KeyValueCache {
-    /// Rows that every layer holds.
+    /// Number of rows that every layer holds.
     rows: Cell<usize>,
-    /// The layer that comes next in the pass under way.
+    /// The next layer of the current pass.
     next: Cell<usize>,
-    /// Of each layer the turned rows `[longest, (H + 2 KV) hd]`, the first `rows` of them set.
+    /// For each layer, the rotated rows `[longest, (H + 2 KV) hd]`, of which the first `rows` are set.
     layers: RefCell<Vec<Tensor>>,
 }
 
 impl KeyValueCache {
-    /// Rows of the sequence so far.
+    /// Returns the number of rows in the cache.
     pub fn rows(&self) -> usize {
         self.rows.get()
     }
 
-    /// Ends a pass of `rows` rows through every layer.
+    /// Ends a pass of `rows` rows through all layers.
     pub(crate) fn advance(&self, rows: usize) {
         self.rows.set(self.rows.get() + rows);
         self.next.set(0);
     }
 
-    /// RoPE and attention of `qkv [n, (H + 2 KV) hd]`, n further rows of the sequence in the next layer: `[n, H hd]`.
+    /// RoPE and attention of `qkv [n, (H + 2 KV) hd]`, n further rows of the sequence in the next layer. Returns
+    /// `[n, H hd]`.
     ///
     /// # Errors
-    /// When `qkv` does not have the layout of `heads`, or the sequence is longer than the tables.
+    /// Returns an error when `qkv` does not have the layout of `heads`, or the sequence is longer than the tables.
     pub fn attention(&self, qkv: &Tensor, heads: Heads, tables: &RopeTables) -> Result<Tensor> {
         let (before, layer) = (self.rows.get(), self.next.get());
         let end = before + qkv.shape()[0];
@@ -66,7 +68,7 @@ mod tests {
     use crate::tensor::dtype::DType;
 
     #[test]
-    fn rows_in_pieces_attend_as_the_whole_sequence_does_in_every_layer() {
+    fn rows_given_in_pieces_match_attention_over_the_complete_sequence_in_every_layer() {
         let heads = Heads {
             query: 4,
             key_value: 2,

@@ -15,19 +15,19 @@ use crate::tensor::dtype::Real;
 use crate::with_real;
 use std::rc::Rc;
 
-/// Default vectors of a layer and where they count.
+/// Default vectors of a layer, and whether they enter the forward pass.
 #[derive(Clone, Debug)]
 pub struct Defaults {
     /// `[E, D]`.
     pub vectors: Tensor,
-    /// Whether they enter the output; the gradient of the gates they enter always.
+    /// Whether they are added to the output. They always enter the gradient of the gates.
     pub in_forward: bool,
 }
 
-/// The layer's output `[T, D]` from gates `[T, E]` and expert outputs `[R, D]`.
+/// Returns the layer's output `[T, D]` from gates `[T, E]` and expert outputs `[R, D]`.
 ///
 /// # Errors
-/// When the shapes do not fit each other or the dispatch.
+/// Returns an error when the shapes do not fit each other or the dispatch.
 pub fn combine(
     tape: &Tape,
     gates: &Var,
@@ -190,7 +190,7 @@ impl<T: Real> Layer<'_, T> {
     fn doutputs(&self, de: &mut [T], accumulate: Accumulate, dy: &[T]) {
         let (selection, width) = (self.dispatch.selection(), self.width);
         let experts = selection.num_experts();
-        // The row blocks of the dispatch carry their expert, which a plain row index does not.
+        // The row blocks of the dispatch name their expert; a row index does not.
         let row_expert: Vec<usize> = (0..experts)
             .flat_map(|e| self.dispatch.rows(e).map(move |_| e))
             .collect();
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn without_defaults_only_the_chosen_expert_counts() {
+    fn without_defaults_only_the_chosen_expert_contributes() {
         let (y, dgates, doutputs) = worked(None);
         assert_eq!(y, [0.25, 0.5]);
         assert_eq!(dgates, [0.0, -1.0, 0.0]);

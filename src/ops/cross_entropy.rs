@@ -1,12 +1,11 @@
-//! Output head and cross-entropy in one: `loss = Σ_t (logsumexp(z_t) − z_t[target_t]) / n`,
-//! `z = x Wᵀ`.
+//! Output head and cross-entropy in one operation: `loss = Σ_t (logsumexp(z_t) − z_t[target_t]) / n`, `z = x Wᵀ`.
 //!
-//! `x [T, D]`, `W [V, D]`, `targets [T]` (i32), `n` given (T for the mean). With
+//! `x [T, D]`, `W [V, D]`, `targets [T]` (i32), and the denominator `n` (T for the mean). With
 //! `dz = (softmax(z) − onehot(target)) / n`: `dx = dz W`, `dW = dzᵀ x`.
 //!
-//! Logits exist for one chunk of tokens at a time. Where a gradient is wanted it is formed in
-//! forward, while they do: three products instead of the four that forming them again would take.
-//! Backward then only multiplies by the incoming scalar.
+//! Logits exist for one chunk of tokens at a time. If a gradient is needed, forward computes it while the logits
+//! exist: this takes three products, whereas computing the logits again in backward would take four. Backward then
+//! only multiplies by the incoming scalar.
 //!
 //! On a device with kernels (`kernels/cross_entropy.cu`, `kernels/grouped_gemm.cu`) x and W are bf16,
 //! logits and losses f32, dx bf16 and dW f32.
@@ -24,22 +23,22 @@ use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
-/// Tokens whose logits exist at a time, at most: of V = 128,256 they are 1 GB. With twice as many the product that makes them
-/// took 16% longer on an H200.
+/// Upper bound of the number of tokens whose logits exist at a time; for V = 128,256 the logits take 1 GB. With twice
+/// as many, the product that computes them took 16% longer on an H200.
 pub(crate) const LOGIT_TOKENS: usize = 2048;
-/// Tokens whose gradients of the logits exist at a time on a device with kernels: so many that the product for dx `[T, D]` has a
-/// tile for nearly every multiprocessor.
+/// Number of tokens for which the gradients of the logits exist at a time on a device with kernels. It is chosen so
+/// that the product for dx `[T, D]` has a tile for nearly every multiprocessor.
 pub(crate) fn gradient_tokens(hidden: usize) -> usize {
     ((1 << 22) / hidden.max(1)).clamp(LOGIT_TOKENS, 4 * LOGIT_TOKENS)
 }
-/// Logits that exist at a time on the CPU, at most (but for one token there are always V).
+/// Upper bound of the number of logits that exist at a time on the CPU. One token always has all its V logits.
 pub(crate) const LOGITS: usize = 1 << 24;
 
-/// Cross-entropy in nats of the logits `x Wᵀ` against `targets`, summed over the tokens and divided
-/// by `denominator`; `x [T, D]`, `weight [V, D]`, `targets` i32, T of them.
+/// Returns the cross-entropy in nats of the logits `x Wᵀ` against `targets`, summed over the tokens and divided by
+/// `denominator`: a scalar. `x` is `[T, D]`, `weight` is `[V, D]`, `targets` holds T i32 numbers.
 ///
 /// # Errors
-/// When shapes or dtypes do not fit, or a target is not in the vocabulary (the error names target
+/// Returns an error when shapes or dtypes do not fit, or a target is not in the vocabulary (the error names target
 /// and position).
 pub fn cross_entropy(
     tape: &Tape,
@@ -57,10 +56,10 @@ pub fn cross_entropy(
     tape.apply_one(op, &[x, weight])
 }
 
-/// Cross-entropy in nats of each token, `[T]`, without a gradient: for evaluation.
+/// Returns the cross-entropy in nats of each token, `[T]`, without a gradient: for evaluation.
 ///
 /// # Errors
-/// Those of [`cross_entropy`].
+/// The errors of [`cross_entropy`].
 pub fn token_losses(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<Tensor> {
     check(x, weight, targets)?;
     if x.device() != Device::Cpu {
@@ -112,7 +111,7 @@ fn check(x: &Tensor, weight: &Tensor, targets: &Tensor) -> Result<()> {
 struct CrossEntropy {
     targets: Tensor,
     denominator: f64,
-    /// Whether backward will be asked.
+    /// Whether backward will run.
     gradients: bool,
 }
 
@@ -186,7 +185,7 @@ impl Op for CrossEntropy {
     }
 }
 
-/// The kernels, a chunk of tokens at a time.
+/// The operation on a device with kernels, one chunk of tokens at a time.
 mod kernels {
     use super::*;
     use crate::kernels::Stream;
@@ -195,7 +194,7 @@ mod kernels {
     };
     use crate::kernels::launchers::TILE_AUTO;
 
-    /// Where gradients go, and the factor of every loss.
+    /// The destinations of the gradients, and the factor of every loss.
     pub struct Gradient<'a> {
         pub dx: &'a mut Tensor,      // [T, D] bf16
         pub dweight: &'a mut Tensor, // [V, D] f32
@@ -293,7 +292,7 @@ mod kernels {
         Ok(losses)
     }
 
-    /// What forward saved, times the incoming gradient.
+    /// Multiplies the gradients that forward saved by the incoming gradient.
     pub fn backward(saved: &[Tensor], dloss: &Tensor, grads: &mut Grads) -> Result<()> {
         for (input, gradient) in saved.iter().enumerate() {
             grads.write(input, gradient, |out, accumulate| {
@@ -376,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn a_nan_shows_in_the_loss() {
+    fn a_nan_input_makes_the_loss_nan() {
         let x = Tensor::from_slice([1, 1], &[f32::NAN]);
         let w = Tensor::from_slice([2, 1], &[1f32, 2.0]);
         let loss = token_losses(&x, &w, &Tensor::from_slice([1], &[1])).unwrap();

@@ -1,9 +1,9 @@
 //! Dispatch: from the experts each token chose to rows sorted by expert.
 //!
-//! A *slot* is one (token, expert) pair, in token order and within a token in expert order; a *row*
-//! is the same pair in expert order and within an expert in token order. With R slots, T tokens and
-//! E experts: `offsets [E + 1]` are the first rows of the experts, `row_token [R]` the token of a
-//! row, `slot_row [R]` the row of a slot. Nothing here is differentiable.
+//! A *slot* is one (token, expert) pair, in token order and within a token in expert order; a *row* is the same pair
+//! in expert order and within an expert in token order. With R slots, T tokens and E experts: `offsets [E + 1]` are
+//! the indices of the experts' first rows, `row_token [R]` the token of a row, `slot_row [R]` the row of a slot.
+//! Nothing here is differentiable.
 
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -12,8 +12,8 @@ use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
 use std::sync::{Arc, OnceLock};
 
-/// The experts that each token chose: any number per token, ascending. Where a kernel chose, the host knows them only when
-/// it asks, which waits for the kernel.
+/// The experts that each token chose: any number per token, in ascending order. If a kernel made the choice, the
+/// first access from the host waits for that kernel and copies the choice.
 #[derive(Clone, Debug)]
 pub struct Selection {
     num_tokens: usize,
@@ -22,16 +22,16 @@ pub struct Selection {
     lists: OnceLock<Arc<Lists>>,
 }
 
-/// Who chose.
+/// Where the choice was made.
 #[derive(Clone, Debug)]
 enum Chosen {
-    /// The host, whose lists are there.
+    /// On the host, which holds the lists.
     Host,
-    /// A kernel: K experts of each token, `[T, K]`.
+    /// By a kernel: K experts of each token, `[T, K]`.
     Experts(Tensor),
-    /// Whatever scores `[T, E]` of a kernel are positive.
+    /// By a kernel: the experts whose scores `[T, E]` are positive.
     Positive(Tensor),
-    /// Nobody: every expert of every token.
+    /// No choice: every expert runs for every token.
     All,
 }
 
@@ -100,11 +100,11 @@ impl PartialEq for Selection {
 }
 
 impl Selection {
-    /// A selection from `num_tokens` lists that `choose` appends to.
+    /// Builds a selection of `num_tokens` lists. `choose` gets a token and appends the token's experts.
     ///
     /// # Errors
-    /// When a list is not strictly ascending or names an expert beyond `num_experts`, or there are
-    /// more slots than an i32 counts.
+    /// Returns an error when a list is not strictly ascending or names an expert beyond `num_experts`, or there are
+    /// more than 2^31 slots.
     pub fn new(
         num_tokens: usize,
         num_experts: usize,
@@ -123,25 +123,25 @@ impl Selection {
         }
     }
 
-    /// From `choices [T, top_k]`, ascending in each row.
+    /// Builds a selection from `choices [T, top_k]`, ascending in each row.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// The same errors as [`new`](Self::new).
     pub fn from_choices(choices: &[i32], tokens: usize, num_experts: usize) -> Result<Self> {
         let lists = Lists::of_choices(choices, tokens, num_experts)?;
         Ok(Selection::of_lists(tokens, num_experts, lists))
     }
 
-    /// The experts of positive score, any number for each token.
+    /// Selects the experts with a positive score in `scores [T, E]`: any number per token.
     ///
     /// # Errors
-    /// When there are more slots than an i32 counts.
+    /// Returns an error when there are more than 2^31 slots.
     pub fn positive<T: Real>(scores: &[T], tokens: usize, num_experts: usize) -> Result<Self> {
         let lists = Lists::positive(scores, tokens, num_experts)?;
         Ok(Selection::of_lists(tokens, num_experts, lists))
     }
 
-    /// What a kernel chose, `[T, top_k]`, ascending in each row.
+    /// The selection that a kernel wrote to `choices [T, top_k]`, ascending in each row.
     pub fn of_kernel(choices: Tensor, num_experts: usize) -> Self {
         Selection {
             num_tokens: choices.shape()[0],
@@ -151,7 +151,7 @@ impl Selection {
         }
     }
 
-    /// The experts whose scores `[T, E]`, which a kernel gave in f32, are positive.
+    /// Selects the experts whose scores `[T, E]`, written by a kernel in f32, are positive.
     pub fn positive_of_kernel(scores: Tensor) -> Self {
         Selection {
             num_tokens: scores.shape()[0],
@@ -161,7 +161,7 @@ impl Selection {
         }
     }
 
-    /// The same by the host's lists alone, for any device; waits for the kernel that chose.
+    /// Returns the selection as lists on the host, for any device. Waits for the kernel that made the choice.
     pub fn on_host(self) -> Self {
         self.lists();
         Selection {
@@ -185,14 +185,14 @@ impl Selection {
         })
     }
 
-    /// Experts per token, where the host's lists give every token as many.
+    /// The number of experts per token if the host's lists are equally long, else none.
     fn experts_per_token(&self) -> Option<usize> {
         let k = self.num_slots() / self.num_tokens.max(1);
         let mut slots = self.lists().token_slots.windows(2);
         slots.all(|s| (s[1] - s[0]) as usize == k).then_some(k)
     }
 
-    /// Every expert for every token.
+    /// Selects every expert for every token.
     pub fn all(num_tokens: usize, num_experts: usize) -> Self {
         Selection {
             num_tokens,
@@ -202,17 +202,17 @@ impl Selection {
         }
     }
 
-    /// T.
+    /// Returns T, the number of tokens.
     pub fn num_tokens(&self) -> usize {
         self.num_tokens
     }
 
-    /// E.
+    /// Returns E, the number of experts.
     pub fn num_experts(&self) -> usize {
         self.num_experts
     }
 
-    /// Number of (token, expert) pairs; at most so many where only a kernel knows.
+    /// Returns the number of (token, expert) pairs, or an upper bound if only a kernel knows the number.
     pub fn num_slots(&self) -> usize {
         match &self.chosen {
             Chosen::Host => self.lists().slot_expert.len(),
@@ -221,23 +221,23 @@ impl Selection {
         }
     }
 
-    /// The slots of a token.
+    /// Returns the slots of a token.
     pub fn slots(&self, token: usize) -> std::ops::Range<usize> {
         let first = &self.lists().token_slots;
         first[token] as usize..first[token + 1] as usize
     }
 
-    /// The expert of a slot.
+    /// Returns the expert of a slot.
     pub fn expert(&self, slot: usize) -> usize {
         self.lists().slot_expert[slot] as usize
     }
 
-    /// The experts of a token, ascending.
+    /// Returns the experts of a token, ascending.
     pub fn experts(&self, token: usize) -> &[i32] {
         &self.lists().slot_expert[self.slots(token)]
     }
 
-    /// Tokens per expert.
+    /// Returns the number of tokens per expert, `[E]`.
     pub fn counts(&self) -> Vec<usize> {
         let mut counts = vec![0; self.num_experts];
         for &e in &self.lists().slot_expert {
@@ -272,18 +272,18 @@ impl Selection {
     }
 }
 
-/// What tokens chose, as the kernels of `kernels/dispatch.cu` take it.
+/// The tokens' choices in the form that the kernels of `kernels/dispatch.cu` read.
 pub(super) enum Named {
     /// `[T, K]`.
     Experts(Tensor),
-    /// Where scores `[T, E]` are positive; everywhere without them.
+    /// The experts whose scores `[T, E]` are positive; every expert if there are no scores.
     Positive(Option<Tensor>),
 }
 
-/// The maps that the kernels make of at most `rows` choices of `[T, E]`.
+/// Runs the kernels that build the maps from at most `rows` choices of T tokens among E experts.
 ///
 /// # Errors
-/// When a kernel fails.
+/// Returns an error when a kernel fails.
 pub(super) fn maps_of(
     device: Device,
     named: Named,
@@ -345,7 +345,7 @@ pub(super) fn maps_of(
     })
 }
 
-/// The maps between slots and rows of a selection, made where they are asked for.
+/// The maps between slots and rows of a selection. The host and a device build them when they first need them.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
     selection: Selection,
@@ -360,21 +360,21 @@ struct HostMaps {
     slot_row: Vec<i32>,
 }
 
-/// The same maps as the kernels of `kernels/dispatch.cu` make them, for other kernels. Every token
-/// has `slots` slots there: K, or, where the number of its experts varies, E with gaps.
+/// The maps that the kernels of `kernels/dispatch.cu` build for other kernels. Here every token has `slots` slots: K,
+/// or, if the number of experts per token varies, E slots of which some are unused.
 #[derive(Clone, Debug)]
 pub struct DeviceMaps {
     /// `[E + 1]`.
     pub offsets: Tensor,
     /// `[R]`.
     pub row_token: Tensor,
-    /// `[T, slots]`; −1 in a gap.
+    /// `[T, slots]`; −1 for an unused slot.
     pub slot_row: Tensor,
-    /// `[T, slots]`: expert of each slot; none where slot i is that of expert i.
+    /// `[T, slots]`: expert of each slot; none if slot i belongs to expert i.
     pub choices: Option<Tensor>,
     /// `[1]`: bits of `routegrad_fault`.
     pub fault: Tensor,
-    /// Slots of a token: its choices, or E.
+    /// Number of slots of a token: the number of its choices, or E.
     pub slots: usize,
 }
 
@@ -418,10 +418,10 @@ impl Dispatch {
         self.host.get_or_init(|| HostMaps::new(&self.selection))
     }
 
-    /// The maps on a device with kernels, made there when first asked for.
+    /// Returns the maps on a device with kernels. The first call builds them.
     ///
     /// # Errors
-    /// When a kernel fails.
+    /// Returns an error when a kernel fails.
     pub fn maps(&self, device: Device) -> Result<&DeviceMaps> {
         if let Some(maps) = self.device.get() {
             return Ok(maps);
@@ -430,33 +430,34 @@ impl Dispatch {
         Ok(self.device.get_or_init(|| maps))
     }
 
-    /// The experts of each token that the rows were made from.
+    /// Returns the selection from which the rows were built.
     pub fn selection(&self) -> &Selection {
         &self.selection
     }
 
-    /// R: number of (token, expert) pairs; at most so many where only a kernel knows.
+    /// Returns R, the number of (token, expert) pairs, or an upper bound if only a kernel knows the number.
     pub fn num_rows(&self) -> usize {
         self.selection.num_slots()
     }
 
-    /// The rows of an expert.
+    /// Returns the rows of an expert.
     pub fn rows(&self, expert: usize) -> std::ops::Range<usize> {
         let first = &self.host().offsets;
         first[expert] as usize..first[expert + 1] as usize
     }
 
-    /// The token of a row.
+    /// Returns the token of a row.
     pub fn token(&self, row: usize) -> usize {
         self.host().row_token[row] as usize
     }
 
-    /// The row of a slot.
+    /// Returns the row of a slot.
     pub fn row(&self, slot: usize) -> usize {
         self.host().slot_row[slot] as usize
     }
 
-    /// Blocks of at most `block` rows, none of them across two experts, an expert's of about one length: (expert, rows).
+    /// Returns blocks of at most `block` rows as (expert, rows). No block spans two experts; the blocks of one expert
+    /// have about the same length.
     pub fn row_blocks(&self, block: usize) -> Vec<(usize, std::ops::Range<usize>)> {
         let of_expert = |e: usize| {
             let rows = self.rows(e);
@@ -471,8 +472,7 @@ impl Dispatch {
     }
 }
 
-/// `k` experts for each of `tokens` tokens, pseudo-random; odd experts stay empty where
-/// `skip_odd` says so.
+/// `k` experts for each of `tokens` tokens, pseudo-random. With `skip_odd`, odd experts get no tokens.
 pub(super) fn scattered(tokens: usize, experts: usize, k: usize, skip_odd: bool) -> Selection {
     let selection = Selection::new(tokens, experts, |t, chosen| {
         let usable: Vec<i32> = (0..experts as i32)

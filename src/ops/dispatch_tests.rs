@@ -1,4 +1,4 @@
-//! Dispatch, worked by hand.
+//! Tests of dispatch against values computed by hand.
 
 use super::*;
 

@@ -1,10 +1,10 @@
 //! Token embedding: `y_t = table[id_t]`.
 //!
-//! `table [V, D]`, `ids [T]` (i32), `y [T, D]`. `dtable_v = Σ over t with id_t = v of dy_t`, in the
-//! order of the tokens: ids are sorted, so that each row of the gradient belongs to one thread.
+//! `table [V, D]`, `ids [T]` (i32), `y [T, D]`. `dtable_v = Σ over t with id_t = v of dy_t`, in the order of the
+//! tokens. The ids are sorted, so that one thread computes each row of the gradient.
 //!
-//! On a device with kernels (`kernels/embedding.cu`, `kernels/dispatch.cu`) the table is bf16, its
-//! gradient f32, and the ids are sorted there, a byte at a time.
+//! On a device with kernels (`kernels/embedding.cu`, `kernels/dispatch.cu`) the table is bf16, its gradient f32, and
+//! a kernel sorts the ids, one byte at a time.
 
 use super::dispatch::{Named, maps_of};
 use super::tokens;
@@ -19,10 +19,10 @@ use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 
-/// Rows `ids` (i32, any shape, T in all) of `table [V, D]`; the result is `[T, D]`.
+/// Returns the rows `ids` (i32, any shape, T in total) of `table [V, D]` as `[T, D]`.
 ///
 /// # Errors
-/// When an id is not in the table (the error names id and position), or the table is no matrix.
+/// Returns an error when an id is not in the table (the error names id and position), or the table is not a matrix.
 pub fn embedding(tape: &Tape, table: &Var, ids: &Tensor) -> Result<Var> {
     let shape = table.tensor().shape();
     if shape.len() != 2 {
@@ -102,14 +102,14 @@ impl Op for Embedding {
     }
 }
 
-/// The kernels.
+/// The operation on a device with kernels.
 pub(super) mod kernels {
     use super::*;
 
     /// `y_t = table[id_t]`; NaN for an id that is not in the table.
     ///
     /// # Errors
-    /// When a dtype or the width is not one of the kernel's.
+    /// Returns an error when the kernel does not support a dtype or the width.
     pub fn forward(y: &mut Tensor, table: &Tensor, ids: &Tensor) -> Result<()> {
         table.expect_dtype("embedding", "table", DType::Bf16)?;
         let ids = ids.on(table.device());
@@ -152,9 +152,9 @@ pub(super) mod kernels {
         .launch(&stream)
     }
 
-    /// The tokens in the order of their ids, equal ids in the order of tokens; and the ids so.
+    /// Returns the tokens ordered by id, tokens with equal ids in token order, and the ids in that order.
     fn sorted(ids: &Tensor, vocabulary: usize) -> Result<(Tensor, Tensor)> {
-        /// Values of a byte: the experts of the dispatch.
+        /// Number of values of a byte, which take the place of experts in the dispatch.
         const BYTE: usize = 256;
         let tokens = ids.elements();
         let mut so_far = None;
@@ -166,8 +166,8 @@ pub(super) mod kernels {
         next(ids, vocabulary, so_far.as_ref(), None)
     }
 
-    /// The tokens as `so_far` sorts them (an order, and a sort of it), and in that order a byte of their
-    /// ids, as many bits up as it is told, or the whole ids.
+    /// Returns the tokens as sorted by `so_far` (an order, and a sort of that order). It also returns, in the new
+    /// order, one byte of each id at the given bit offset, or the complete ids.
     fn next(
         ids: &Tensor,
         vocabulary: usize,
@@ -193,7 +193,7 @@ pub(super) mod kernels {
     }
 }
 
-/// The mathematics on plain slices; `width` is D.
+/// The operation on slices, for the CPU; `width` is D.
 pub(super) mod reference {
     use super::*;
 
@@ -237,8 +237,8 @@ pub(super) mod reference {
         });
     }
 
-    /// Positions in the order of their ids, equal ids in the order of positions, and for each id
-    /// where its positions end.
+    /// Returns the positions ordered by id, positions with equal ids in ascending order, and for each id the end of
+    /// its positions.
     fn sort(ids: &[i32], vocabulary: usize) -> (Vec<usize>, Vec<usize>) {
         let mut next = vec![0; vocabulary + 1];
         for &id in ids {

@@ -1,10 +1,9 @@
 //! Per-expert mean of the experts' outputs and the moving average of it: the default vectors.
 //!
-//! Over the rows r of expert i, with outputs `e [R, D]` and weights `a_r` (the router's probability,
-//! or 1): `sum_i = Σ_r a_r e_r`, `mass_i = Σ_r a_r`; mean `m_i = sum_i / mass_i`.
-//! `ê_i ← β ê_i + (1 − β) m_i` (Default MoE, eq. 10); an expert without rows keeps its ê.
-//! Sums and masses are added over ranks before the division; on one rank a device makes them and the average in one launch.
-//! Nothing here is differentiable.
+//! Over the rows r of expert i, with outputs `e [R, D]` and weights `a_r` (the router's probability, or 1):
+//! `sum_i = Σ_r a_r e_r`, `mass_i = Σ_r a_r`; mean `m_i = sum_i / mass_i`. `ê_i ← β ê_i + (1 − β) m_i` (Default MoE,
+//! eq. 10); an expert without rows keeps its ê. Sums and masses are added over ranks before the division. On a single
+//! rank, a device computes them and the average in one launch. Nothing here is differentiable.
 
 use super::dispatch::Dispatch;
 use crate::device::Device;
@@ -19,18 +18,18 @@ use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use rayon::prelude::*;
 
-/// What a row counts, and what the sum is divided by.
+/// The weight of a row, and the divisor of the sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Weighting {
-    /// Every row counts 1: the plain mean.
+    /// Every row has weight 1: the unweighted mean.
     Plain,
-    /// A row counts its probability; divided by the sum of the probabilities.
+    /// The weight of a row is its probability; the sum is divided by the sum of the probabilities.
     BySumOfProbabilities,
-    /// A row counts its probability; divided by the number of rows.
+    /// The weight of a row is its probability; the sum is divided by the number of rows.
     ByCount,
 }
 
-/// Sums over the rows of every expert, of one micro-batch or of all ranks.
+/// Sums over the rows of every expert, for one micro-batch of this rank or of all ranks.
 pub struct ExpertSums {
     held: Held,
     weighting: Weighting,
@@ -46,9 +45,9 @@ enum Held {
     Partials(Partials),
 }
 
-/// What the sums are of, on a device with kernels.
+/// The inputs of the sums on a device with kernels.
 struct Partials {
-    /// `Σ_r a_r e_r` of each block of 64 rows, as the down projection's kernel left them.
+    /// `Σ_r a_r e_r` of each block of 64 rows, as written by the kernel of the down projection.
     column_sums: Tensor,
     /// `[T, E]`.
     gates: Tensor,
@@ -58,10 +57,10 @@ struct Partials {
 }
 
 impl ExpertSums {
-    /// Sums of the rows `[R, D]`, on the CPU.
+    /// Returns the sums of the rows `outputs [R, D]`, on the CPU.
     ///
     /// # Errors
-    /// When shapes or dtypes do not fit.
+    /// Returns an error when shapes or dtypes do not fit.
     pub fn of_rows(
         outputs: &Tensor,
         gates: &Tensor,
@@ -88,11 +87,11 @@ impl ExpertSums {
         })
     }
 
-    /// Sums of the partial sums that the down projection's kernel left, one a block of 64 rows
-    /// (`kernels/grouped_down.cu`), on a device with kernels: made when they are asked for.
+    /// Returns the sums, on a device with kernels, of the partial sums that the kernel of the down projection wrote,
+    /// one per block of 64 rows (`kernels/grouped_down.cu`). They are computed when first needed.
     ///
     /// # Errors
-    /// When the dispatch is not on the device, and cannot be put there.
+    /// Returns an error when the maps of the dispatch cannot be built on the device.
     pub fn of_partials(
         partials: &Tensor,
         gates: &Tensor,
@@ -110,10 +109,10 @@ impl ExpertSums {
         Ok(ExpertSums { held, weighting })
     }
 
-    /// Adds those of the other ranks by `sum`, which replaces a tensor by its sum over them.
+    /// Adds the sums of the other ranks. `sum` replaces a tensor by its sum over all ranks.
     ///
     /// # Errors
-    /// Those of `sum`, or when a kernel fails.
+    /// The errors of `sum`, and an error when a kernel fails.
     pub fn over_ranks(self, sum: impl Fn(&mut Tensor) -> Result<()>) -> Result<Self> {
         let (mut sums, mut masses) = match self.held {
             Held::Sums { sums, masses } => (sums, masses),
@@ -127,10 +126,10 @@ impl ExpertSums {
         })
     }
 
-    /// `average ← β average + (1 − β) m` for the experts with rows, m their mean output.
+    /// `average ← β average + (1 − β) m` for the experts that have rows, where m is their mean output.
     ///
     /// # Errors
-    /// When the shapes differ, or a kernel fails.
+    /// Returns an error when the shapes differ, or a kernel fails.
     pub fn update(&self, average: &mut Tensor, beta: f64) -> Result<()> {
         let (sums, masses) = match &self.held {
             Held::Sums { sums, masses } => (sums, masses),
@@ -161,12 +160,12 @@ impl ExpertSums {
 }
 
 impl Partials {
-    /// E and D.
+    /// Returns E and D.
     fn sizes(&self) -> [usize; 2] {
         [self.gates.shape().width(), self.column_sums.shape().width()]
     }
 
-    /// Sums and masses.
+    /// Returns the sums and the masses.
     fn sums(&self) -> Result<(Tensor, Tensor)> {
         let device = self.gates.device();
         let [experts, hidden] = self.sizes();
@@ -210,11 +209,12 @@ impl Partials {
     }
 }
 
-/// `factor` times default vectors. On a device with kernels it is a moving average of them with zeros, so that it needs no kernel
-/// of its own; `changes` says that the factor is another one in every step, and is not to be kept there.
+/// Returns `factor` times the default vectors. On a device with kernels this is computed as a moving average of the
+/// vectors with zeros, so it needs no separate kernel. `changes` says that the factor differs in every step, so that
+/// the device does not keep a copy of it.
 ///
 /// # Errors
-/// When the tensor is not real, or a kernel fails.
+/// Returns an error when the tensor is not real, or a kernel fails.
 pub fn scaled(vectors: &Tensor, factor: f64, changes: bool) -> Result<Tensor> {
     let (device, mut scaled) = (vectors.device(), vectors.clone());
     if device == Device::Cpu {
@@ -257,8 +257,8 @@ impl Weighting {
 mod reference {
     use super::*;
 
-    /// `Σ a_r e_r [E, D]` and (`Σ a_r`, rows) per expert. Blocks of rows are summed in `T`, blocks
-    /// in f64.
+    /// Returns `Σ a_r e_r [E, D]` and (`Σ a_r`, number of rows) per expert. The rows of a block are summed in `T`,
+    /// the blocks in f64.
     pub fn sums<T: Real>(
         outputs: &[T],
         weight: impl Fn(usize, usize) -> T + Sync,
@@ -309,7 +309,7 @@ mod reference {
                 Weighting::ByCount => count,
                 _ => mass,
             };
-            // No rows, or all of them of no weight: nothing to learn the mean from.
+            // There are no rows, or all their weights are 0: there is no mean.
             if divisor == 0.0 {
                 continue;
             }

@@ -1,12 +1,13 @@
-//! SwiGLU networks on the CPU: the experts', from tokens to rows sorted by expert, or one network for all tokens.
+//! SwiGLU networks on the CPU: those of the experts, from tokens to rows sorted by expert, or one network for all
+//! tokens.
 //!
 //! For row r of expert e and token t ([`Dispatch`]), with `x [T, D]`, `G [E, 2F, D]` (gate above up) and `W [E, D, F]`:
 //! `h_r = G_e x_t`, `a_r = silu(gate) ⊙ up`, `y_r = W_e a_r`, `y [R, D]`.
 //! Backward: `dh_r = swiglu′(h_r) W_eᵀ dy_r`, `dx_t = Σ_{r of t} G_eᵀ dh_r` in expert order, `dG_e = Σ_r dh_r x_tᵀ`,
 //! `dW_e = Σ_r dy_r a_rᵀ`; exact zeros for an expert without rows.
 //!
-//! A thread takes a block of rows through all products of a pass, a few columns of h at a time, which stay in its cache between
-//! a product and SwiGLU.
+//! One thread computes all products of a pass for a block of rows, a few columns of h at a time. These columns stay
+//! in its cache between a product and SwiGLU.
 
 use super::dispatch::Dispatch;
 use super::linear::linear;
@@ -23,16 +24,17 @@ use rayon::prelude::*;
 use std::ops::Range;
 use std::rc::Rc;
 
-/// Rows of a block: large enough that packing an expert's weights is cheap beside using them.
+/// Number of rows of a block: large enough that packing an expert's weights costs little compared with the products.
 const ROWS: usize = 256;
-/// Columns of the gate, and of up, at a time: whole registers of every kernel of the GEMM library.
+/// Number of columns of gate, and of up, at a time: a multiple of the register width of every kernel of the GEMM
+/// library.
 const COLUMNS: usize = 192;
 
-/// The experts' outputs `[R, D]` of the dispatched rows of `x [T, D]`, with `gate_up [E, 2F, D]`, gate above up, and
-/// `down [E, D, F]`.
+/// Returns the experts' outputs `[R, D]` for the dispatched rows of `x [T, D]`, with `gate_up [E, 2F, D]`, gate above
+/// up, and `down [E, D, F]`.
 ///
 /// # Errors
-/// When the shapes do not fit each other or the dispatch.
+/// Returns an error when the shapes do not fit each other or the dispatch.
 pub fn expert_rows(
     tape: &Tape,
     [x, gate_up, down]: [&Var; 3],
@@ -55,11 +57,11 @@ pub fn expert_rows(
     tape.apply_one(ExpertRows { dispatch }, &[x, gate_up, down])
 }
 
-/// The outputs `[T, D]` of one network for all rows of `x [T, D]`, with `gate_up [2F, D]`, gate above up, and `down [D, F]`. On a
-/// device with kernels it is a composition of `linear` and `swiglu`.
+/// Returns the outputs `[T, D]` of one network for all rows of `x [T, D]`, with `gate_up [2F, D]`, gate above up, and
+/// `down [D, F]`. On a device with kernels it is a composition of `linear` and `swiglu`.
 ///
 /// # Errors
-/// When the shapes do not fit each other.
+/// Returns an error when the shapes do not fit each other.
 pub fn network(tape: &Tape, [x, gate_up, down]: [&Var; 3]) -> Result<Var> {
     if x.tensor().device() != Device::Cpu {
         let h = linear(tape, x, gate_up, None)?;
@@ -154,7 +156,7 @@ impl Op for ExpertRows {
     }
 }
 
-/// The mathematics on plain slices.
+/// The operation on slices.
 struct Layer<'a, T> {
     gate_up: &'a [T], // [E, 2F, D]
     down: &'a [T],    // [E, D, F]
@@ -163,7 +165,7 @@ struct Layer<'a, T> {
     dispatch: Option<&'a Dispatch>,
 }
 
-/// A block of rows of one expert, with its part of some matrices.
+/// A block of rows of one expert, with the matching rows of N matrices.
 struct Block<'a, T, const N: usize> {
     expert: usize,
     rows: Range<usize>,
@@ -197,7 +199,7 @@ impl<'a, T: Real> Layer<'a, T> {
         Mat::new(own, self.hidden, self.ffn)
     }
 
-    /// Cuts matrices, `widths` numbers a row, into blocks of rows.
+    /// Cuts matrices, with `widths` numbers per row, into blocks of rows.
     fn blocks<'m, const N: usize>(
         &self,
         mut matrices: [&'m mut [T]; N],
@@ -302,7 +304,7 @@ impl<'a, T: Real> Layer<'a, T> {
             let input = Mat::new(input, rows, inputs);
             return cpu::matmul_over_inner(dw, accumulate, dout, input);
         };
-        // About sixteen jobs: experts, and where there are few of them parts of their outputs.
+        // About sixteen jobs: one per expert, or, if there are few experts, one per part of an expert's outputs.
         let parts = 16usize.div_ceil(dispatch.selection().num_experts());
         let block = outputs.div_ceil(parts).next_multiple_of(8);
         dw.par_chunks_mut(outputs * inputs)

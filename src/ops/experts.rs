@@ -30,7 +30,7 @@ use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
 use std::rc::Rc;
 
-/// What the experts work on.
+/// The inputs of the experts.
 pub struct Experts<'a> {
     /// `[T, D]`.
     pub x: &'a Var,
@@ -40,15 +40,15 @@ pub struct Experts<'a> {
     pub gate_up: &'a Var,
     /// `[E, D, F]`.
     pub down: &'a Var,
-    /// `[T, E]`: what an output counts in the sums of the outputs, where they are weighted; else the gates.
+    /// `[T, E]`: the weight of an output in the weighted sums of the outputs; the gates if absent.
     pub sum_weights: Option<&'a Tensor>,
 }
 
-/// The layer's output `[T, D]`. `defaults` is asked between the experts and the combination; it
-/// gets the sums of the experts' outputs where `weighting` says how.
+/// Returns the layer's output `[T, D]`. `defaults` is called after the experts and before the combination. It gets
+/// the sums of the experts' outputs if `weighting` is given.
 ///
 /// # Errors
-/// When the shapes do not fit each other or the dispatch, and those of `defaults`.
+/// Returns an error when the shapes do not fit each other or the dispatch, and the errors of `defaults`.
 pub fn experts(
     tape: &Tape,
     input: Experts<'_>,
@@ -82,11 +82,11 @@ pub fn experts(
     Ok(outputs.remove(0))
 }
 
-/// The sums of the experts' outputs over the rows of a dispatch, weighted by `weights [T, E]`, and nothing else of them: for rows
-/// that no token's output has.
+/// Returns the sums of the experts' outputs over the rows of a dispatch, weighted by `weights [T, E]`. The outputs
+/// themselves are not returned: these rows belong to no token's output.
 ///
 /// # Errors
-/// When the shapes do not fit each other or the dispatch.
+/// Returns an error when the shapes do not fit each other or the dispatch.
 pub fn sums_of_rows(
     [x, weights, gate_up, down]: [&Tensor; 4],
     dispatch: &Rc<Dispatch>,
@@ -107,11 +107,11 @@ pub fn sums_of_rows(
     let rows = layer.rows([x, weights, gate_up, down], Some(weighting))?;
     match rows.sums {
         Some(sums) => Ok(sums),
-        None => unreachable!("sums were asked for"),
+        None => unreachable!("sums were requested"),
     }
 }
 
-/// What the experts make of the dispatched rows.
+/// The results of the experts for the dispatched rows.
 struct ExpertRows {
     /// Gate above up, `[R, 2F]`.
     h: Tensor,
@@ -162,7 +162,7 @@ impl Sizes {
         }
         Ok(Sizes {
             tokens,
-            // A kernel takes one row or more; offsets say that there is none.
+            // A kernel needs at least one row; the offsets then state that no expert has a row.
             rows: dispatch.num_rows().max(1),
             experts,
             hidden,
@@ -200,7 +200,7 @@ impl Layer {
         })
     }
 
-    /// The experts' rows, and their sums where `weighting` says how.
+    /// Returns the experts' rows, and their sums if `weighting` is given.
     fn rows(
         &self,
         [x, sum_weights, gate_up, down]: [&Tensor; 4],
@@ -296,8 +296,8 @@ impl Layer {
 }
 
 impl Layer {
-    /// The rows of `[T, D]` tokens, sorted by expert. A product that gathers them itself takes 2.6 times as long on an
-    /// H200 as one that loads sorted rows by TMA, and one such copy is 1% of it.
+    /// Returns the rows of `tokens [T, D]`, sorted by expert. On an H200, a product that gathers the rows itself
+    /// takes 2.6 times as long as one that loads sorted rows by TMA; the copy takes 1% of the time of the product.
     fn sorted(&self, tokens: &Tensor, maps: &DeviceMaps) -> Result<Tensor> {
         let mut rows = self.new_rows(tokens, self.sizes.hidden);
         embedding::kernels::forward(&mut rows, tokens, &maps.row_token)?;
@@ -316,8 +316,8 @@ impl Layer {
         product::weight_gradient_of(dw, accumulate, dout, x, self.sizes.rows, offsets)
     }
 
-    /// dy `[R, D]` sorted by expert and, where the gates' gradient asks for them, its dots with the default vectors
-    /// `[T, E]`: dy is read once for both.
+    /// Returns dy `[R, D]` sorted by expert and, if the gradient of the gates needs them, its dot products with the
+    /// default vectors `[T, E]`. dy is read once for both.
     fn sorted_with_dots(
         &self,
         dy: &Tensor,
@@ -346,7 +346,7 @@ impl Layer {
         Ok((rows, Some(dots)))
     }
 
-    /// dw `[T, E]`: the dots of the rows on A, and off it those of the default vectors, or 0.
+    /// Returns dw `[T, E]`: on A the dot products of the rows, off A those of the default vectors, or 0.
     fn gate_gradient(
         &self,
         gates: &Tensor,

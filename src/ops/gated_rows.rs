@@ -1,10 +1,10 @@
-//! Rows behind a sigmoid gate of their token: `y_t = σ(⟨x_t, w⟩) v_t`; it weighs a shared expert.
+//! Rows multiplied by a sigmoid gate of their token: `y_t = σ(⟨x_t, w⟩) v_t`; the gate of a shared expert.
 //!
 //! `x [T, D]`, `w [1, D]`, `v [T, D]`. With `g_t = σ(⟨x_t, w⟩)`: `dv_t = g_t dy_t`,
 //! `ds_t = g_t (1 − g_t) ⟨dy_t, v_t⟩`, `dx_t = ds_t w`, `dw = Σ_t ds_t x_t`.
 //!
 //! On the CPU it is `linear`, then [`sigmoid_gate`](super::sigmoid_gate). On a device with kernels
-//! (`kernels/rows.cu`) it is one operation, which keeps x, v and a number a row.
+//! (`kernels/rows.cu`) it is one operation, which keeps x, v and one number per row.
 
 use super::linear::linear;
 use super::rows::{self, Columns};
@@ -18,10 +18,11 @@ use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
 
-/// Rows of `v [T, D]` times σ of the products of `x [T, D]` with `weight [1, D]`.
+/// Returns the rows of `v [T, D]`, each multiplied by σ of the inner product of its row of `x [T, D]` with
+/// `weight [1, D]`.
 ///
 /// # Errors
-/// When shapes or dtypes do not fit.
+/// Returns an error when shapes or dtypes do not fit.
 pub fn gated_rows(tape: &Tape, x: &Var, weight: &Var, v: &Var) -> Result<Var> {
     if x.tensor().device() == Device::Cpu {
         let scores = linear(tape, x, weight, None)?;

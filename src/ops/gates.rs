@@ -1,4 +1,5 @@
-//! The kernels of `kernels/gates.cu` for gates of chosen experts: `w = p / S` on A, 0 off it, S = `Σ_A p` or 1.
+//! The kernels of `kernels/gates.cu` for the gates of the chosen experts A: `w = p / S` on A, 0 off A, S = `Σ_A p` or
+//! 1.
 
 use super::dispatch::Dispatch;
 use crate::error::Result;
@@ -7,7 +8,7 @@ use crate::kernels::gates::{SelectedGates, SelectedGatesBackward};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 
-/// Which gates.
+/// The form of the gates.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Selected {
     /// Whether they sum to 1 over the chosen experts.
@@ -17,10 +18,10 @@ pub(super) struct Selected {
 }
 
 impl Selected {
-    /// Gates `[T, E]` of the scores `p [T, E]`.
+    /// Returns the gates `[T, E]` for the scores `p [T, E]`.
     ///
     /// # Errors
-    /// When the scores are not f32, or a kernel fails.
+    /// Returns an error when the scores are not f32, or a kernel fails.
     pub fn forward(self, p: &Tensor, dispatch: &Dispatch) -> Result<Tensor> {
         p.expect_dtype("gates", "scores", DType::F32)?;
         let mut w = p.unspecified_like();
@@ -40,10 +41,10 @@ impl Selected {
         Ok(w)
     }
 
-    /// The gradient of the scores from that of the gates.
+    /// Returns the gradient of the scores from the gradient of the gates.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward).
+    /// The same errors as [`forward`](Self::forward).
     pub fn backward(self, dw: &Tensor, p: &Tensor, dispatch: &Dispatch) -> Result<Tensor> {
         dw.expect_dtype("gates", "the gates' gradient", DType::F32)?;
         let mut dp = p.unspecified_like();

@@ -6,21 +6,21 @@ use crate::tensor::Tensor;
 /// One row of the fused projection holds the query heads, the key heads, then the value heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Heads {
-    /// Query heads, H.
+    /// Number of query heads, H.
     pub query: usize,
-    /// Key heads, and as many value heads: KV, a divisor of H (equal to it without grouping).
+    /// Number of key heads, and of value heads: KV, a divisor of H (equal to H without grouping).
     pub key_value: usize,
     /// Width of a head.
     pub dim: usize,
 }
 
 impl Heads {
-    /// Elements of a row: (H + 2 KV) · width of a head.
+    /// Returns the number of elements of a row: (H + 2 KV) · width of a head.
     pub fn row_width(&self) -> usize {
         (self.query + 2 * self.key_value) * self.dim
     }
 
-    /// Query heads that share one key and value head.
+    /// Returns the number of query heads that share one key and value head.
     pub fn group(&self) -> usize {
         self.query / self.key_value
     }

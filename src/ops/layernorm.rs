@@ -1,8 +1,8 @@
 //! LayerNorm (Ba et al., arXiv 1607.06450) of each row: `y = x̂ ⊙ w + b`, `x̂ = r (x − mean(x))`,
 //! `r = 1 / √(var(x) + ε)`, the variance divided by D.
 //!
-//! `x [.., D]`, `w [D]`, `b [D]`. With `g = dy ⊙ w`: `dx = r (g − mean(g) − mean(g ⊙ x̂) x̂)`,
-//! `dw = Σ_rows dy ⊙ x̂`, `db = Σ_rows dy`. Backward computes mean and r again.
+//! `x [.., D]`, `w [D]`, `b [D]`. With `g = dy ⊙ w`: `dx = r (g − mean(g) − mean(g ⊙ x̂) x̂)`, `dw = Σ_rows dy ⊙ x̂`,
+//! `db = Σ_rows dy`. Backward recomputes the mean and r.
 
 use super::norm::{self, Kind, Norm};
 use crate::device::Device;
@@ -19,7 +19,7 @@ use crate::with_real;
 /// variance.
 ///
 /// # Errors
-/// When shapes or dtypes of weight and bias do not fit.
+/// Returns an error when shapes or dtypes of weight and bias do not fit.
 pub fn layernorm(tape: &Tape, x: &Var, weight: &Var, bias: &Var, eps: f64) -> Result<Var> {
     let width = x.tensor().shape().width();
     for (what, v) in [("weight", weight), ("bias", bias)] {
@@ -105,11 +105,11 @@ impl Op for LayerNorm {
     }
 }
 
-/// The mathematics on plain slices; the width of a row is that of the weight.
+/// The operation on slices, for the CPU; a row has the width of the weight.
 pub(super) mod reference {
     use super::*;
 
-    /// mean(x) and r.
+    /// Returns mean(x) and r.
     #[inline(always)]
     fn statistics<T: Real>(x: &[T], eps: f64) -> (T, T) {
         let n = T::of(x.len() as f64);

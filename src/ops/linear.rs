@@ -1,10 +1,10 @@
 //! Linear map of rows: `y = x Wᵀ + b`.
 //!
-//! `x [R, I]`, `W [O, I]` (one row per output, as checkpoints hold it), `b [O]` or none, `y [R, O]`.
-//! `dx = dy W`, `dW = dyᵀ x`, `db = Σ_r dy_r`.
+//! `x [R, I]`, `W [O, I]` (one row per output, the layout of checkpoints), `b [O]` or none, `y [R, O]`. `dx = dy W`,
+//! `dW = dyᵀ x`, `db = Σ_r dy_r`.
 //!
-//! On a device with kernels it is the dense case of `kernels/grouped_gemm.cu`: one group, no offsets. A
-//! bias is added to what the product left in bf16 (`kernels/rows.cu`).
+//! On a device with kernels it is the dense case of `kernels/grouped_gemm.cu`: one group, no offsets. A bias is added
+//! to the product after it was rounded to bf16 (`kernels/rows.cu`).
 
 use super::rows::{self, Columns};
 use crate::device::Device;
@@ -22,10 +22,10 @@ use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use half::bf16;
 
-/// `x Wᵀ + b` for `x` of shape `[.., I]`; the result has shape `[.., O]`.
+/// Returns `x Wᵀ + b` of shape `[.., O]` for `x` of shape `[.., I]`.
 ///
 /// # Errors
-/// When widths or dtypes differ.
+/// Returns an error when widths or dtypes differ.
 pub fn linear(tape: &Tape, x: &Var, weight: &Var, bias: Option<&Var>) -> Result<Var> {
     let (x_shape, w_shape) = (x.tensor().shape(), weight.tensor().shape());
     if w_shape.len() != 2 || x_shape.width() != w_shape[1] {
@@ -137,14 +137,14 @@ impl Op for Linear {
     }
 }
 
-/// `kernels/grouped_gemm.cu` with one group. Tensors are bf16, but a weight's gradient is f32.
+/// `kernels/grouped_gemm.cu` with one group. All tensors are bf16, except the gradient of a weight, which is f32.
 pub(super) mod kernels {
     use super::*;
 
-    /// Gives the gradients of x and W, the first two inputs.
+    /// Computes the gradients of x and W, the first two inputs.
     ///
     /// # Errors
-    /// As [`forward`].
+    /// The same errors as [`forward`].
     pub fn backward(grads: &mut Grads, x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<()> {
         if grads.wanted(0) {
             let mut dx = x.unspecified_like();
@@ -161,7 +161,7 @@ pub(super) mod kernels {
     /// `y = x Wᵀ`.
     ///
     /// # Errors
-    /// When a dtype or a width is not one of the kernel's.
+    /// Returns an error when the kernel does not support a dtype or a width.
     pub fn forward(y: &mut Tensor, x: &Tensor, w: &Tensor) -> Result<()> {
         let rows = x.shape().rows();
         for (what, t) in [("x", x), ("weight", w)] {
@@ -186,16 +186,16 @@ pub(super) mod kernels {
     /// `dx = dy W`.
     ///
     /// # Errors
-    /// As [`forward`].
+    /// The same errors as [`forward`].
     pub fn input_gradient(dx: &mut Tensor, dy: &Tensor, w: &Tensor) -> Result<()> {
         dy.expect_dtype("linear", "the gradient of y", DType::Bf16)?;
         input_gradient_of(dx.output()?, dy.input()?, w, dy.shape().rows())
     }
 
-    /// [`input_gradient`] of so many rows.
+    /// [`input_gradient`] with the number of rows given.
     ///
     /// # Errors
-    /// As [`forward`].
+    /// The same errors as [`forward`].
     pub fn input_gradient_of(
         dx: Out<'_, bf16>,
         dy: In<'_, bf16>,
@@ -221,7 +221,7 @@ pub(super) mod kernels {
     /// `dW (+)= dyᵀ x`, rows in order.
     ///
     /// # Errors
-    /// As [`forward`].
+    /// The same errors as [`forward`].
     pub fn weight_gradient(
         dw: &mut Tensor,
         accumulate: Accumulate,
@@ -236,7 +236,8 @@ pub(super) mod kernels {
         weight_gradient_of(dw, accumulate, dy.input()?, x.input()?, rows, None)
     }
 
-    /// [`weight_gradient`]: the rows as groups of a product of their own, whose results are summed.
+    /// [`weight_gradient`] computed in parts: the rows are divided into groups, each group has its own product, and
+    /// the products are summed.
     fn in_parts(
         dw: &mut Tensor,
         accumulate: Accumulate,
@@ -270,10 +271,11 @@ pub(super) mod kernels {
         .launch(&Stream::of(device)?)
     }
 
-    /// [`weight_gradient`] of so many rows; with offsets `[G + 1]`, dw is `[G, outputs, inputs]`, a matrix for each group of rows.
+    /// [`weight_gradient`] with the number of rows given. With offsets `[G + 1]`, dw is `[G, outputs, inputs]`, one
+    /// matrix per group of rows.
     ///
     /// # Errors
-    /// As [`forward`].
+    /// The same errors as [`forward`].
     pub fn weight_gradient_of(
         dw: &mut Tensor,
         accumulate: Accumulate,
@@ -308,7 +310,7 @@ pub(super) mod kernels {
     }
 }
 
-/// The mathematics on plain slices; `inputs` is I, the width of `x`.
+/// The operation on slices, for the CPU; `inputs` is I, the width of `x`.
 pub(super) mod reference {
     use super::*;
 

@@ -1,7 +1,7 @@
-//! The operations of a Mixture-of-Experts transformer, one a file, and their registry.
+//! The operations of a Mixture-of-Experts transformer, one per file, and their registry.
 //!
-//! A file holds, in order: the formula, the public function, the operation on the tape, the
-//! reference (generic over f32 and f64: it is the CPU device), the cases, tests worked by hand.
+//! A file holds, in order: the formula, the public function, the operation on the tape, the reference implementation
+//! for the CPU (generic over f32 and f64), the cases of the checks, and tests against values computed by hand.
 
 pub mod add;
 pub mod add_norm;
@@ -44,11 +44,11 @@ use crate::tape::check::Case;
 
 /// An operation's entry in the registry.
 pub struct OpInfo {
-    /// As `routegrad ops` and the gradient check show it.
+    /// The name that `routegrad ops` and the gradient check show.
     pub name: &'static str,
-    /// The formula, in a line.
+    /// The formula, on one line.
     pub formula: &'static str,
-    /// What the checks run.
+    /// Returns the cases that the checks run.
     pub cases: fn() -> Vec<Case>,
 }
 

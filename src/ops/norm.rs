@@ -1,5 +1,5 @@
-//! The kernels of `kernels/norm.cu`, for the operations that normalise rows: formulas stand there and
-//! in `rmsnorm` and `layernorm`.
+//! The kernels of `kernels/norm.cu`, for the operations that normalise rows. The formulas are in that file and in
+//! `rmsnorm` and `layernorm`.
 
 use crate::error::Result;
 use crate::kernels::Stream;
@@ -9,16 +9,16 @@ use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
 
-/// Which norm.
+/// The kind of norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Rms,
-    /// With a bias.
+    /// LayerNorm, which has a bias.
     Layer,
 }
 
 impl Kind {
-    /// Parameters: a weight, and a bias.
+    /// Number of parameter vectors: the weight and, for LayerNorm, the bias.
     fn vectors(self) -> usize {
         match self {
             Kind::Rms => 1,
@@ -27,7 +27,7 @@ impl Kind {
     }
 }
 
-/// A norm whose forward has run: what it normalised `[.., D]`, its weight `[D]`, ε.
+/// A norm whose forward has run: its input `[.., D]`, its weight `[D]`, and ε.
 pub(super) struct Norm<'a> {
     pub kind: Kind,
     pub x: &'a Tensor,
@@ -39,7 +39,7 @@ pub(super) struct Norm<'a> {
 /// LayerNorm.
 ///
 /// # Errors
-/// When a dtype or a width is not one of the kernel's.
+/// Returns an error when the kernel does not support a dtype or a width.
 pub(super) fn forward(
     y: &mut Tensor,
     added: Option<(&mut Tensor, &Tensor)>,
@@ -72,7 +72,7 @@ pub(super) fn forward(
 /// Backward of an operation whose inputs are x, the weight and, for LayerNorm, the bias.
 ///
 /// # Errors
-/// When a kernel fails.
+/// Returns an error when a kernel fails.
 pub(super) fn answer(norm: Norm<'_>, dy: &Tensor, grads: &mut Grads) -> Result<()> {
     let mut partials = None;
     let mut run = |dx: &mut Tensor, accumulate| {
@@ -93,19 +93,19 @@ pub(super) fn answer(norm: Norm<'_>, dy: &Tensor, grads: &mut Grads) -> Result<(
     }
 }
 
-/// The gradient that reaches what was normalised past the norm.
+/// The gradient that reaches the input of the norm through the residual connection.
 pub(super) enum Skip<'a> {
     None,
-    /// What dx holds.
+    /// dx already holds it.
     InPlace,
     Tensor(&'a Tensor),
 }
 
 impl Norm<'_> {
-    /// Writes dx, and gives the partial sums of the parameters' gradients.
+    /// Writes dx, and returns the partial sums of the parameters' gradients.
     ///
     /// # Errors
-    /// When the kernel fails.
+    /// Returns an error when the kernel fails.
     pub fn backward(&self, dx: &mut Tensor, skip: Skip<'_>, dy: &Tensor) -> Result<Partials> {
         dx.expect_dtype("norm", "the gradient of x", DType::Bf16)?;
         let (x, stream) = (self.x, Stream::of(self.x.device())?);
@@ -139,7 +139,7 @@ impl Norm<'_> {
     }
 }
 
-/// Partial sums of the gradients of the weight and of the bias, one line a run of rows.
+/// Partial sums of the gradients of the weight and of the bias, one per run of consecutive rows.
 pub(super) struct Partials {
     /// `[parameters, runs · D]`.
     values: Tensor,
@@ -148,10 +148,10 @@ pub(super) struct Partials {
 }
 
 impl Partials {
-    /// Answers for the parameters, which are inputs `first` and, for LayerNorm, the next.
+    /// Writes the gradients of the parameters, which are input `first` and, for LayerNorm, the next input.
     ///
     /// # Errors
-    /// When a kernel fails.
+    /// Returns an error when a kernel fails.
     pub fn answer(&self, first: usize, w: &Tensor, grads: &mut Grads) -> Result<()> {
         let [vectors, floats] = [self.values.shape()[0], self.values.shape()[1]];
         for vector in 0..vectors {

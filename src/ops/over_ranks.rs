@@ -1,5 +1,5 @@
-//! Sums over ranks in device memory: the ranks gather rows, and each adds them up in rank order (`kernels/ranks.cu`). Without
-//! a wait of the host, so that a captured step repeats it.
+//! Sums over ranks in device memory: every rank gathers the values of all ranks and adds them in rank order
+//! (`kernels/ranks.cu`). The host does not wait, so these sums can be part of a captured step.
 
 use crate::dist::DeviceRanks;
 use crate::error::{Error, Result};
@@ -9,10 +9,10 @@ use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 use std::ops::Range;
 
-/// Numbers of `own`, a tensor of the ranks' device, of all ranks: `[ranks, n]`.
+/// Gathers the elements `numbers` of `own`, a tensor in device memory, from all ranks. Returns `[ranks, n]`.
 ///
 /// # Errors
-/// When a rank has left, or the device's memory cannot be moved.
+/// Returns an error when a rank has left, or the device's memory cannot be moved.
 pub fn gathered(ranks: &DeviceRanks, own: &Tensor, numbers: Range<usize>) -> Result<Tensor> {
     let shape = [ranks.size(), numbers.len()];
     let mut all = Tensor::unspecified(ranks.device(), own.dtype(), shape);
@@ -20,10 +20,10 @@ pub fn gathered(ranks: &DeviceRanks, own: &Tensor, numbers: Range<usize>) -> Res
     Ok(all)
 }
 
-/// `out` = the sum of `own`'s numbers over the ranks, for as many of f32, f64 or i32.
+/// Writes to `out` the sums over the ranks of the elements of `own`, which are f32, f64 or i32.
 ///
 /// # Errors
-/// As [`gathered`], and for another dtype.
+/// The same errors as [`gathered`], and for another dtype.
 pub fn sum_to(
     ranks: &DeviceRanks,
     out: &mut Tensor,
@@ -34,10 +34,10 @@ pub fn sum_to(
     add_rows(ranks, out, &rows)
 }
 
-/// Replaces the numbers of a tensor of f32, f64 or i32 by their sums over the ranks.
+/// Replaces the elements of an f32, f64 or i32 tensor by their sums over the ranks.
 ///
 /// # Errors
-/// As [`sum_to`].
+/// The same errors as [`sum_to`].
 pub fn sum(ranks: &DeviceRanks, tensor: &mut Tensor) -> Result<()> {
     let rows = gathered(ranks, tensor, 0..tensor.elements())?;
     add_rows(ranks, tensor, &rows)
@@ -65,15 +65,15 @@ fn add_rows(ranks: &DeviceRanks, out: &mut Tensor, rows: &Tensor) -> Result<()> 
             "sum over ranks",
             "f32, f64 or i32 on a device with kernels",
             other.to_string(),
-            "a bug: no kernel adds up such numbers",
+            "this is a bug: no kernel sums elements of this dtype",
         )),
     }
 }
 
-/// Makes a step's flags `[layers, 2]` those of all ranks.
+/// Combines the flags `[layers, 2]` of a step over all ranks.
 ///
 /// # Errors
-/// As [`gathered`].
+/// The same errors as [`gathered`].
 pub fn agree_on_flags(ranks: &DeviceRanks, flags: &mut Tensor) -> Result<()> {
     let rows = gathered(ranks, flags, 0..flags.elements())?;
     let rows: In<'_, i32> = rows.input()?;

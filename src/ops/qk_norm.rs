@@ -4,7 +4,7 @@
 //! itself (Qwen3), `[H hd]` and `[KV hd]` all query and all key heads of a token as one row (OLMoE).
 //! Formula and gradient: [`rmsnorm`](super::rmsnorm).
 //!
-//! On a device with kernels (`kernels/qk_norm.cu`) queries, keys and values are a launch each.
+//! On a device with kernels (`kernels/qk_norm.cu`) queries, keys and values take one launch each.
 
 use super::heads::Heads;
 use super::rmsnorm::reference::{normalize, normalize_back};
@@ -23,7 +23,7 @@ use crate::with_real;
 /// and its key heads with `key_weight` (`[hd]` or `[KV hd]`).
 ///
 /// # Errors
-/// When shapes or dtypes do not fit.
+/// Returns an error when shapes or dtypes do not fit.
 pub fn qk_norm(
     tape: &Tape,
     qkv: &Var,
@@ -128,9 +128,9 @@ impl Op for QkNorm {
     }
 }
 
-/// The kernels.
+/// The operation on a device with kernels.
 impl QkNorm {
-    /// The queries, keys and values of a row, in pieces that are normalised by themselves.
+    /// The queries, keys and values of a row, divided into the pieces that are normalised separately.
     fn parts(&self, wq: &Tensor, wk: &Tensor) -> [Columns; 3] {
         let dim = self.heads.dim;
         let [q, k] = [self.heads.query, self.heads.key_value].map(|heads| heads * dim);
@@ -212,11 +212,11 @@ impl QkNorm {
     }
 }
 
-/// The mathematics on plain slices.
+/// The operation on slices, for the CPU.
 pub(super) mod reference {
     use super::*;
 
-    /// Where in a row the queries, the keys and the values end.
+    /// Returns the ends of the queries, the keys and the values in a row.
     fn ends(heads: Heads) -> (usize, usize, usize) {
         let queries = heads.query * heads.dim;
         let keys = queries + heads.key_value * heads.dim;

@@ -1,9 +1,9 @@
 //! Renormalised gates: `q_i = p_i / Σ_{j∈A} p_j` on the chosen experts A of each token, 0 elsewhere.
 //!
-//! `p [T, E]`, `q [T, E]`. Backward `dp_i = (dq_i − Σ_{j∈A} q_j dq_j) / Σ_A p` on A, 0 elsewhere.
-//! With one expert per token q is 1 and the gradient 0: a router trained so learns nothing.
+//! `p [T, E]`, `q [T, E]`. Backward `dp_i = (dq_i − Σ_{j∈A} q_j dq_j) / Σ_A p` on A, 0 elsewhere. With one expert per
+//! token, q is 1 and the gradient is 0: the router then learns nothing.
 //!
-//! Of all experts, for default vectors: `q_i = p_i / Σ_{j∈A} p_j` for every i; backward
+//! The form for all experts, for use with default vectors: `q_i = p_i / Σ_{j∈A} p_j` for every i; backward
 //! `dp_i = (dq_i − 1[i∈A] Σ_all q_j dq_j) / Σ_A p`, which is not 0 with one expert per token either.
 
 use super::dispatch::Dispatch;
@@ -17,18 +17,18 @@ use crate::tensor::dtype::Real;
 use crate::with_real;
 use std::rc::Rc;
 
-/// Gates that sum to 1 over each token's chosen experts.
+/// Returns gates `[T, E]` that sum to 1 over each token's chosen experts; 0 for the other experts.
 ///
 /// # Errors
-/// When `p` does not fit the dispatch.
+/// Returns an error when `p` does not fit the dispatch.
 pub fn renormalize(tape: &Tape, p: &Var, dispatch: &Rc<Dispatch>) -> Result<Var> {
     apply(tape, p, dispatch, false)
 }
 
-/// The same for every expert, those off A divided by the sum over A too. On the CPU alone.
+/// Returns gates `[T, E]` for every expert, all divided by the sum over the chosen experts A. Only on the CPU.
 ///
 /// # Errors
-/// When `p` does not fit the dispatch.
+/// Returns an error when `p` does not fit the dispatch.
 pub fn renormalize_all(tape: &Tape, p: &Var, dispatch: &Rc<Dispatch>) -> Result<Var> {
     apply(tape, p, dispatch, true)
 }
@@ -44,11 +44,11 @@ fn apply(tape: &Tape, p: &Var, dispatch: &Rc<Dispatch>, all: bool) -> Result<Var
 
 struct Renormalize {
     dispatch: Rc<Dispatch>,
-    /// Whether experts off A have gates too.
+    /// Whether experts off A have gates as well.
     all: bool,
 }
 
-/// On a device with kernels.
+/// The form of the gates on a device with kernels.
 const GATES: Selected = Selected {
     renormalize: true,
     through: false,

@@ -1,8 +1,8 @@
 //! RMSNorm (Zhang and Sennrich, arXiv 1910.07467) of each row: `y = r x ⊙ w`,
 //! `r = 1 / √(mean(x²) + ε)`.
 //!
-//! `x [.., D]`, `w [D]`. With `g = dy ⊙ w`: `dx = r (g − r² mean(g ⊙ x) x)`, `dw = Σ_rows r dy ⊙ x`.
-//! Backward computes r again: it reads the row anyway.
+//! `x [.., D]`, `w [D]`. With `g = dy ⊙ w`: `dx = r (g − r² mean(g ⊙ x) x)`, `dw = Σ_rows r dy ⊙ x`. Backward
+//! recomputes r, since it reads the row in any case.
 
 use super::norm::{self, Kind, Norm};
 use crate::device::Device;
@@ -18,7 +18,7 @@ use crate::with_real;
 /// RMSNorm over the last axis of `x [.., D]`, with `weight [D]` and `eps` added to the mean square.
 ///
 /// # Errors
-/// When the weight's shape or dtype does not fit.
+/// Returns an error when the weight's shape or dtype does not fit.
 pub fn rmsnorm(tape: &Tape, x: &Var, weight: &Var, eps: f64) -> Result<Var> {
     let width = x.tensor().shape().width();
     weight.tensor().expect_shape("rmsnorm", "weight", [width])?;
@@ -97,18 +97,18 @@ impl Op for RmsNorm {
     }
 }
 
-/// The mathematics on plain slices; the width of a row is that of the weight.
+/// The operation on slices, for the CPU; a row has the width of the weight.
 pub(super) mod reference {
     use super::*;
 
-    /// r of one row.
+    /// Returns r of one row.
     #[inline(always)]
     fn scale<T: Real>(x: &[T], eps: f64) -> T {
         let mean = sum_over([x], |[x]| x * x) / T::of(x.len() as f64);
         (mean + T::of(eps)).sqrt().recip()
     }
 
-    /// One row of forward.
+    /// Computes one row of forward.
     #[inline(always)]
     pub fn normalize<T: Real>(y: &mut [T], x: &[T], w: &[T], eps: f64) {
         let r = scale(x, eps);

@@ -1,9 +1,8 @@
 //! Rotary position embedding (Su et al., arXiv 2104.09864), the rotate-half form.
 //!
-//! On rows of the fused projection `[T, (H + 2 KV) hd]`: each query and key head `(a, b)`, halves of
-//! hd/2, becomes `(a cos − b sin, b cos + a sin)` with angles `position · θ^(−2i/hd)`, i < hd/2;
-//! values are copied. A row's position is its index modulo the sequence length. Backward turns by
-//! the opposite angles.
+//! On rows of the fused projection `[T, (H + 2 KV) hd]`: each query and key head `(a, b)`, halves of hd/2, becomes
+//! `(a cos − b sin, b cos + a sin)` with angles `position · θ^(−2i/hd)`, i < hd/2; values are copied. A row's
+//! position is its index modulo the sequence length. Backward rotates by the opposite angles.
 
 use super::heads::Heads;
 use crate::device::Device;
@@ -26,10 +25,10 @@ pub struct RopeTables {
 }
 
 impl RopeTables {
-    /// Tables for positions `0 .. positions` of heads of width `dim`; angles are formed in f64.
+    /// Builds tables for positions `0 .. positions` and heads of width `dim`. Angles are computed in f64.
     ///
     /// # Errors
-    /// When the width is odd, or the dtype not real.
+    /// Returns an error when the width is odd, or the dtype not real.
     pub fn new(dtype: DType, positions: usize, dim: usize, theta: f64) -> Result<Self> {
         if dim % 2 != 0 {
             return Err(Error::invalid(
@@ -57,30 +56,30 @@ impl RopeTables {
         })
     }
 
-    /// Positions that they have.
+    /// Returns the number of positions of the tables.
     pub(super) fn positions(&self) -> usize {
         self.cos.shape()[0]
     }
 
-    /// The tables, when they serve `positions` positions of such heads.
+    /// Returns the tables if they cover `positions` positions of heads of this width.
     ///
     /// # Errors
-    /// When they do not.
+    /// Returns an error when the tables are too short, or their head width or dtype differs.
     pub(super) fn of(&self, positions: usize, heads: Heads) -> Result<Self> {
         self.check(positions, heads, self.cos.dtype())?;
         Ok(self.clone())
     }
 
-    /// Cosines and sines for kernels.
+    /// Returns cosines and sines in the memory of `device`.
     ///
     /// # Errors
-    /// When they are not f32.
+    /// Returns an error when the tables are not f32.
     pub(super) fn on(&self, device: Device) -> Result<[Tensor; 2]> {
         self.cos.expect_dtype("rope", "tables", DType::F32)?;
         Ok([&self.cos, &self.sin].map(|t| t.on(device)))
     }
 
-    /// Those of the first `positions` positions.
+    /// Returns the angles of the first `positions` positions.
     pub(super) fn angles<T: Real>(&self, positions: usize) -> Angles<'_, T> {
         let half = self.cos.shape()[1];
         Angles {
@@ -90,10 +89,10 @@ impl RopeTables {
         }
     }
 
-    /// Checks that they serve `positions` positions of such heads, of such numbers.
+    /// Checks that the tables cover `positions` positions of heads of this width and dtype.
     ///
     /// # Errors
-    /// When they do not.
+    /// Returns an error when the tables are too short, or their head width or dtype differs.
     pub(super) fn check(&self, positions: usize, heads: Heads, dtype: DType) -> Result<()> {
         let found = self.cos.shape();
         if found[0] < positions || found[1] * 2 != heads.dim {
@@ -108,10 +107,10 @@ impl RopeTables {
     }
 }
 
-/// Rotates row i of `qkv` as at position `positions[i]`, without a gradient: for evaluation.
+/// Rotates row i of `qkv` by the angles of position `positions[i]`, without a gradient: for evaluation.
 ///
 /// # Errors
-/// As [`rope`], with the greatest position below the tables' end.
+/// The same errors as [`rope`], and an error when a position is outside the tables.
 pub fn rope_at(
     qkv: &Tensor,
     heads: Heads,
@@ -155,7 +154,7 @@ pub fn rope_at(
 /// Rotates the query and key heads of `qkv [B·S, (H + 2 KV) hd]`, with S = `sequence`.
 ///
 /// # Errors
-/// When `qkv` does not have the layout of `heads`, or the tables are of another dtype or head width
+/// Returns an error when `qkv` does not have the layout of `heads`, or the tables are of another dtype or head width
 /// or shorter than a sequence.
 pub fn rope(
     tape: &Tape,
@@ -184,12 +183,12 @@ struct Rope {
 }
 
 impl Rope {
-    /// [`turned`] by its own tables.
+    /// [`turned`] with the tables of this operation.
     fn turned(&self, x: &Tensor, back: bool) -> Result<Tensor> {
         turned(x, &self.tables, self.heads, self.sequence, back)
     }
 
-    /// Turns `x` forwards or back into `y`.
+    /// Writes to `y` the values `x`, rotated forwards or backwards.
     fn turn<T: Real>(&self, y: &mut Tensor, accumulate: Accumulate, x: &Tensor, back: bool) {
         let rotated = (self.heads.query + self.heads.key_value) * self.heads.dim;
         let tables = self.tables.angles(self.sequence);
@@ -202,10 +201,10 @@ impl Rope {
     }
 }
 
-/// `x` on a device with kernels, turned forwards or back.
+/// Returns `x`, on a device with kernels, rotated forwards or backwards.
 ///
 /// # Errors
-/// When a dtype or a size is not one of the kernel's.
+/// Returns an error when the kernel does not support a dtype or a size.
 pub(super) fn turned(
     x: &Tensor,
     tables: &RopeTables,
@@ -279,11 +278,11 @@ impl Op for Rope {
     }
 }
 
-/// The mathematics on plain slices.
+/// The operation on slices, for the CPU.
 pub(super) mod reference {
     use super::*;
 
-    /// Angles by position, `half` to a position; as many positions as a sequence is long.
+    /// Angles by position, `half` angles per position, one position per row of a sequence.
     #[derive(Clone, Copy)]
     pub struct Angles<'a, T> {
         pub cos: &'a [T],
@@ -292,7 +291,7 @@ pub(super) mod reference {
     }
 
     impl<T: Real> Angles<'_, T> {
-        /// Turns rows of one head in place, at the positions from `first` on.
+        /// Rotates rows of one head in place; the rows are at consecutive positions from `first`.
         pub fn turn_rows(self, rows: &mut [T], first: usize, back: bool) {
             let half = self.half;
             let angles = self.cos[first * half..].chunks_exact(half);
@@ -316,7 +315,7 @@ pub(super) mod reference {
         [a * cos - b * sin, b * cos + a * sin]
     }
 
-    /// Turns the first `rotated` elements of each row of `width`, head by head, and copies the rest.
+    /// Rotates the first `rotated` elements of each row of `width` elements, head by head, and copies the rest.
     pub fn turn<T: Real, const BACK: bool>(
         y: &mut [T],
         accumulate: Accumulate,

@@ -1,10 +1,9 @@
 //! Router logits, probabilities and the choice of experts.
 //!
-//! `z = x Wᵀ`, `x [T, D]`, `W [E, D]`; backward `dx = dz W`, `dW = dzᵀ x`.
-//! `p = softmax(z)` over all experts, `z [T, E]`; backward `dz_j = p_j (dp_j − Σ_i p_i dp_i)`: with
-//! `dp_i = s_i` on the chosen experts alone this is the gradient of TopK routing, with `dp_i = s_i`
-//! for all experts that of Default MoE and of dense routing (Default MoE, eq. 11 and 12).
-//! `top_k` takes the K largest scores of a row, ties to the lower expert.
+//! `z = x Wᵀ`, `x [T, D]`, `W [E, D]`; backward `dx = dz W`, `dW = dzᵀ x`. `p = softmax(z)` over all experts,
+//! `z [T, E]`; backward `dz_j = p_j (dp_j − Σ_i p_i dp_i)`: with `dp_i = s_i` only on the chosen experts this is the
+//! gradient of TopK routing; with `dp_i = s_i` for all experts it is the gradient of Default MoE and of dense routing
+//! (Default MoE, eq. 11 and 12). `top_k` chooses the K largest scores of a row; of equal scores, the lower expert.
 
 use super::dispatch::Selection;
 use super::linear::reference as linear;
@@ -16,10 +15,10 @@ use crate::tensor::cpu;
 use crate::tensor::dtype::Real;
 use crate::with_real;
 
-/// Logits `x Wᵀ [T, E]` of `x [T, D]` with the router weight `[E, D]`.
+/// Returns the logits `x Wᵀ [T, E]` of `x [T, D]` with the router weight `[E, D]`.
 ///
 /// # Errors
-/// When widths or dtypes differ.
+/// Returns an error when widths or dtypes differ.
 pub fn logits(tape: &Tape, x: &Var, weight: &Var) -> Result<Var> {
     let shape = [weight.tensor().shape().rows(), x.tensor().shape().width()];
     weight.tensor().expect_shape("router", "weight", shape)?;
@@ -29,10 +28,10 @@ pub fn logits(tape: &Tape, x: &Var, weight: &Var) -> Result<Var> {
     tape.apply_one(Logits, &[x, weight])
 }
 
-/// `softmax(z)` of each row of `z [T, E]`.
+/// Returns `softmax(z)` of each row of `z [T, E]`.
 ///
 /// # Errors
-/// When `z` is not a matrix of real numbers.
+/// Returns an error when `z` is not a matrix of real numbers.
 pub fn softmax(tape: &Tape, z: &Var) -> Result<Var> {
     if z.tensor().shape().len() != 2 {
         return Err(Error::invalid(
@@ -57,16 +56,16 @@ pub struct TopK {
 /// The first token whose logits hold a NaN or an infinity. Its experts are still in range.
 #[derive(Clone)]
 pub enum NonFinite {
-    /// Its number in the batch, if there is one.
+    /// Its index in the batch; `None` if all logits are finite.
     At(Option<usize>),
-    /// `[1]`, in device memory; none: `i32::MAX`.
+    /// `[1]`, in device memory; `i32::MAX` if all logits are finite.
     OfKernel(Tensor),
 }
 
-/// The `k` experts of largest score for each row of `scores [T, E]`, ties to the lower expert.
+/// Chooses the `k` experts of largest score for each row of `scores [T, E]`; of equal scores, the lower expert.
 ///
 /// # Errors
-/// When `k` is 0 or larger than E.
+/// Returns an error when `k` is 0 or larger than E.
 pub fn top_k(scores: &Tensor, k: usize) -> Result<Selection> {
     let (tokens, experts) = (scores.shape()[0], scores.shape()[1]);
     if k == 0 || k > experts {
@@ -187,7 +186,7 @@ impl Op for Softmax {
     }
 }
 
-/// The mathematics on plain slices of rows of E numbers.
+/// The operations on slices of rows of E numbers, for the CPU.
 pub(super) mod reference {
     use super::*;
 
@@ -223,7 +222,8 @@ pub(super) mod reference {
         });
     }
 
-    /// The `k` largest of `scores`, ascending by index. NaN counts as smaller than everything.
+    /// Writes to `best` the indices of the `k` largest `scores`, ascending. NaN is treated as smaller than every
+    /// number.
     pub fn top_k<T: Real>(scores: &[T], k: usize, best: &mut Vec<i32>) {
         best.clear();
         best.extend(0..scores.len() as i32);

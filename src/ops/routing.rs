@@ -1,12 +1,12 @@
-//! Scores of the experts for every token, the choice among them, and what the balance losses see:
-//! the front of a MoE layer in one operation.
+//! Scores of the experts for every token, the choice of experts, and the inputs of the balance losses: the first part
+//! of a MoE layer in one operation.
 //!
-//! `z = x Wᵀ`, `p = score(z) [T, E]`; A = the K largest of `p + bias`, ties to the lower expert;
-//! the batch means `P_i = mean_t p_ti` and `mean_t logsumexp(z_t)²`. On the CPU it is a composition of
-//! the operations of [`router`] and [`balance`]. On a device with
-//! kernels it is one operation, whose backward gets dp, dP and the z-loss's gradient together: with
-//! `d = dp + dP / T`, softmax `dz_j = p_j (d_j − Σ_i p_i d_i) + dl (2 / T) logsumexp(z) p_j`;
-//! then `dx = dz W`, `dW = dzᵀ x`. It keeps x and p, 2·T·D + 4·T·E bytes, and for the z-loss logsumexp.
+//! `z = x Wᵀ`, `p = score(z) [T, E]`; A = the K largest of `p + bias` (of equal values, the lower expert); the batch
+//! means `P_i = mean_t p_ti` and `mean_t logsumexp(z_t)²`. On the CPU it is a composition of the operations of
+//! [`router`] and [`balance`]. On a device with kernels it is one operation, whose backward gets dp, dP and the
+//! z-loss's gradient together: with `d = dp + dP / T`, softmax
+//! `dz_j = p_j (d_j − Σ_i p_i d_i) + dl (2 / T) logsumexp(z) p_j`; then `dx = dz W`, `dW = dzᵀ x`. It keeps x and p,
+//! 2·T·D + 4·T·E bytes, and for the z-loss logsumexp.
 
 use super::balance;
 use super::dispatch::Selection;
@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use std::cell::OnceCell;
 use std::rc::Rc;
 
-/// The function from a row's logits to its scores.
+/// The function that computes the scores of a row from its logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Score {
@@ -45,16 +45,16 @@ pub enum Score {
     Relu,
 }
 
-/// Which experts of a token are chosen: the `top_k` of largest score, ties to the lower expert.
+/// How experts are chosen for a token: the `top_k` of largest score; of equal scores, the lower expert.
 pub struct Choice {
     /// K.
     pub top_k: usize,
-    /// `[E]`, added to the scores for the choice alone.
+    /// `[E]`, added to the scores only for the choice.
     pub bias: Option<Tensor>,
 }
 
 impl Choice {
-    /// The `k` of largest score.
+    /// Chooses the `k` experts of largest score.
     pub fn top_k(k: usize) -> Self {
         Choice {
             top_k: k,
@@ -62,7 +62,7 @@ impl Choice {
         }
     }
 
-    /// None: the router chooses in another way.
+    /// No choice here: the router chooses in another way.
     pub fn none() -> Self {
         Self::top_k(0)
     }
@@ -76,43 +76,43 @@ pub struct Scores {
     origin: Origin,
 }
 
-/// Where the choice and the balance losses come from.
+/// The source of the choice and of the balance losses.
 enum Origin {
-    /// The CPU: from the scores and the logits `[T, E]`, when asked.
+    /// The CPU, which computes them from the scores and the logits `[T, E]` when they are requested.
     Logits { z: Var, choice: Choice },
-    /// A kernel found them with the scores.
+    /// A kernel, which computed them together with the scores.
     Kernel(Box<Found>),
 }
 
-/// What the router's kernels found.
+/// The results of the router's kernels.
 struct Found {
-    /// Empty without a choice, but its flag stands.
+    /// Empty if there is no choice; its flag for non-finite logits is still valid.
     chosen: TopK,
     /// `[E]`.
     mean: Var,
     /// `mean_t logsumexp(z_t)²`.
     lse_square: Var,
-    /// `logsumexp(z_t) [T]`, and where the operation keeps it once the z-loss was asked for.
+    /// `logsumexp(z_t) [T]`, and the place where the operation keeps it once the z-loss was requested.
     lse: Tensor,
     kept_lse: Rc<OnceCell<Tensor>>,
-    /// `[2 E + 2]`: they end with the mean entropy of a row, in nats, of the softmax.
+    /// `[2 E + 2]`; the last element is the mean entropy of the softmax of a row, in nats.
     statistics: Tensor,
 }
 
-/// Entropy of the scores, as shares of their sum, summed over the tokens, in nats.
+/// Entropy of the scores divided by their sum, summed over the tokens, in nats.
 pub enum Entropy {
     /// The sum, computed on the CPU.
     Sum(f64),
-    /// What `router_statistics` gave.
+    /// The result of the kernel `router_statistics`.
     OfKernel(Tensor),
-    /// That of these scores `[T, E]`, in device memory.
+    /// The entropy of these scores `[T, E]`, in device memory, not yet computed.
     OfShares(Tensor),
 }
 
-/// Scores of `x [T, D]` with the router weight `[E, D]`, in f32 on devices with kernels.
+/// Returns the scores of `x [T, D]` with the router weight `[E, D]`. On devices with kernels they are f32.
 ///
 /// # Errors
-/// When widths or dtypes differ, or more experts are to be chosen than there are.
+/// Returns an error when widths or dtypes differ, or `choice` requests more experts than exist.
 pub fn scores(tape: &Tape, x: &Var, weight: &Var, score: Score, choice: Choice) -> Result<Scores> {
     if x.tensor().device() == Device::Cpu {
         let z = router::logits(tape, x, weight)?;
@@ -143,14 +143,14 @@ pub fn scores(tape: &Tape, x: &Var, weight: &Var, score: Score, choice: Choice) 
 }
 
 impl Scores {
-    /// Scores of logits `[T, E]` that are there already.
+    /// Returns the scores of logits `z [T, E]` that were computed before.
     ///
     /// # Errors
-    /// When `z` is not a matrix.
+    /// Returns an error when `z` is not a matrix.
     pub fn of_logits(tape: &Tape, z: Var, score: Score, choice: Choice) -> Result<Self> {
         Ok(Scores {
             values: match score {
-                // The positive part is taken on the selection, which a replay holds.
+                // The positive part is taken on the selection, which a replay keeps fixed.
                 Score::Logits | Score::Relu => z.clone(),
                 Score::Softmax => router::softmax(tape, &z)?,
                 Score::Sigmoid => sigmoid(tape, &z)?,
@@ -160,10 +160,10 @@ impl Scores {
         })
     }
 
-    /// The experts of largest score of each token, as the choice says.
+    /// Returns the experts of largest score of each token, according to the [`Choice`].
     ///
     /// # Errors
-    /// When there are fewer experts than to be chosen, or none is to be.
+    /// Returns an error when the choice requests no expert, or more experts than exist.
     pub fn choose(&self) -> Result<TopK> {
         match &self.origin {
             Origin::Kernel(found) => Ok(found.chosen.clone()),
@@ -177,19 +177,19 @@ impl Scores {
         }
     }
 
-    /// Every expert for every token.
+    /// Returns every expert for every token.
     ///
     /// # Errors
-    /// When the logits are not real.
+    /// Returns an error when the logits are not real.
     pub fn all(&self) -> Result<TopK> {
         let shape = self.values.tensor().shape();
         self.chosen(Selection::all(shape[0], shape[1]))
     }
 
-    /// A selection with the first token whose logits hold a NaN or an infinity.
+    /// Returns `selection`, together with the first token whose logits contain a NaN or an infinity.
     ///
     /// # Errors
-    /// When the logits are not real.
+    /// Returns an error when the logits are not real.
     pub fn chosen(&self, selection: Selection) -> Result<TopK> {
         Ok(TopK {
             selection,
@@ -200,10 +200,10 @@ impl Scores {
         })
     }
 
-    /// The experts of positive score, any number for each token.
+    /// Returns the experts of positive score: any number per token.
     ///
     /// # Errors
-    /// When the scores are not real.
+    /// Returns an error when the scores are not real.
     pub fn positive(&self) -> Result<TopK> {
         let values = self.values.tensor();
         self.chosen(match &self.origin {
@@ -212,10 +212,10 @@ impl Scores {
         })
     }
 
-    /// `E Σ_i f_i P_i`, a scalar, without its coefficient; see [`balance::auxiliary_loss`].
+    /// Returns `E Σ_i f_i P_i`, a scalar without its coefficient; see [`balance::auxiliary_loss`].
     ///
     /// # Errors
-    /// When `fractions` has not one entry per expert.
+    /// Returns an error when `fractions` does not have one entry per expert.
     pub fn auxiliary_loss(&self, tape: &Tape, fractions: &Tensor) -> Result<Var> {
         match &self.origin {
             Origin::Logits { .. } => balance::auxiliary_loss(tape, &self.values, fractions),
@@ -223,10 +223,10 @@ impl Scores {
         }
     }
 
-    /// `mean_t logsumexp(z_t)²`, a scalar, without its coefficient.
+    /// Returns `mean_t logsumexp(z_t)²`, a scalar without its coefficient.
     ///
     /// # Errors
-    /// When the logits are not real.
+    /// Returns an error when the logits are not real.
     pub fn z_loss(&self, tape: &Tape) -> Result<Var> {
         match &self.origin {
             Origin::Logits { z, .. } => balance::z_loss(tape, z),
@@ -237,10 +237,10 @@ impl Scores {
         }
     }
 
-    /// Entropy of the scores.
+    /// Returns the entropy of the scores.
     ///
     /// # Errors
-    /// When the scores are not real.
+    /// Returns an error when the scores are not real.
     pub fn entropy(&self) -> Result<Entropy> {
         let values = self.values.tensor();
         Ok(match (&self.origin, self.score) {
@@ -252,7 +252,7 @@ impl Scores {
     }
 }
 
-/// Every row of `scores [T, E]` plus `bias [E]`.
+/// Adds `bias [E]` to every row of `scores [T, E]`.
 fn shifted(scores: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let mut sum = scores.clone();
     with_real!(scores.dtype(), "scores", |T| {
@@ -267,7 +267,7 @@ fn shifted(scores: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// The kernels of `kernels/router.cu` and `kernels/router_backward.cu`.
 struct Router {
     score: Score,
-    /// `logsumexp(z) [T]`, kept for the z-loss alone.
+    /// `logsumexp(z) [T]`, kept only if the z-loss needs it.
     lse: Rc<OnceCell<Tensor>>,
 }
 

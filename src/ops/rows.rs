@@ -1,4 +1,4 @@
-//! The kernels of `kernels/rows.cu`: arithmetic of whole rows, and sums of their columns.
+//! The kernels of `kernels/rows.cu`: elementwise arithmetic of rows, and sums over columns.
 
 use crate::error::Result;
 use crate::kernels::{self, In, Out, RowArithmetic, Stream, SumParts};
@@ -7,17 +7,17 @@ use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
 use half::bf16;
 
-/// What becomes of two rows.
+/// The operation on two rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Arithmetic {
     Add,
     Multiply,
 }
 
-/// `a + b` or `a ⊙ b` in bf16, `a [.., D]`, `b` the same or one row `[D]`.
+/// `a + b` or `a ⊙ b` in bf16, `a [.., D]`, `b` of the same shape or one row `[D]`.
 ///
 /// # Errors
-/// When a dtype or a width is not one of the kernel's.
+/// Returns an error when the kernel does not support a dtype or a width.
 pub(super) fn arithmetic(arithmetic: Arithmetic, a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let mut out = a.unspecified_like();
     let to = out.output()?;
@@ -26,18 +26,18 @@ pub(super) fn arithmetic(arithmetic: Arithmetic, a: &Tensor, b: &Tensor) -> Resu
     Ok(out)
 }
 
-/// `a += b`, `b` the same or one row.
+/// Computes `a += b`; `b` has the shape of `a` or is one row.
 ///
 /// # Errors
-/// As [`arithmetic`].
+/// The same errors as [`arithmetic`].
 pub(super) fn add_to(a: &mut Tensor, b: &Tensor) -> Result<()> {
     let shape = [a.shape().rows(), a.shape().width()];
     let out = a.output::<bf16>()?;
-    // The kernel may write over a.
+    // The kernel permits the output to overwrite a.
     write(Arithmetic::Add, out, out.as_input(), shape, b)
 }
 
-/// `out` from rows `from [rows, width]` and b.
+/// Writes `out` from the rows `from [rows, width]` and b.
 fn write(
     arithmetic: Arithmetic,
     out: Out<'_, bf16>,
@@ -57,7 +57,7 @@ fn write(
     .launch(&Stream::of(b.device())?)
 }
 
-/// Columns of rows: `pieces` of `width` from column `first` on.
+/// A range of columns: `pieces` pieces of `width` columns each, from column `first`.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Columns {
     pub first: usize,
@@ -66,7 +66,7 @@ pub(super) struct Columns {
 }
 
 impl Columns {
-    /// All of `x`'s, as one piece.
+    /// All columns of `x`, as one piece.
     pub fn all(x: &Tensor) -> Self {
         Columns {
             first: 0,
@@ -75,21 +75,21 @@ impl Columns {
         }
     }
 
-    /// The elements of `t` from the first of these columns on.
+    /// The elements of `t` from the first of these columns to the end.
     fn of<'a>(&self, t: &'a Tensor) -> Result<In<'a, bf16>> {
         Ok(t.input()?.from_element(self.first))
     }
 }
 
-/// Rows whose columns are summed at most by one block: the sums of such runs are added in order.
+/// Upper bound of the number of rows that one thread block sums. The sums of these runs of rows are added in order.
 const RUN: usize = 256;
 const MOST_RUNS: usize = 64;
 
-/// `to (+)= Σ_t x_t ⊙ y_t · s_t` over these columns, y and s being 1 where they are not given; `s [T, pieces]`.
-/// `to` (f32) has an element for every column, or for those of one piece: then the pieces are summed too.
+/// `to (+)= Σ_t x_t ⊙ y_t · s_t` over these columns; y and `s [T, pieces]` are 1 if absent. `to` (f32) has one
+/// element per column, or one per column of a piece; in the second case the pieces are summed as well.
 ///
 /// # Errors
-/// When a dtype or a width is not one of the kernel's.
+/// Returns an error when the kernel does not support a dtype or a width.
 pub(super) fn column_sums(
     to: &mut Tensor,
     accumulate: Accumulate,

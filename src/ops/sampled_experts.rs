@@ -1,6 +1,6 @@
 //! SparseMixer's choice and gates of all stages on a device with kernels (`kernels/router_sample.cu`,
-//! `kernels/gates.cu`): what [`sampled_gate`](super::sampled_gate) says of each stage, where the formulas
-//! stand too. The choices are those of the CPU with the same draws.
+//! `kernels/gates.cu`): each stage does what [`sampled_gate`](super::sampled_gate) describes; the formulas are there.
+//! With the same draws, the choices are the same as on the CPU.
 //!
 //! Gates `w = Σ_r h_r p^r_{a_r}`, backward `dz_j = c Σ_r dw_{a_r} p^r_{a_r} (1[j=a_r] − p^r_j)`.
 
@@ -16,19 +16,19 @@ use crate::tensor::dtype::DType;
 /// How experts are sampled.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampling {
-    /// Experts that are sampled one after another: K, 1 or 2.
+    /// Number of experts that are sampled one after another: K, 1 or 2.
     pub stages: usize,
-    /// MoE layers from 0: part of the key of the draws.
+    /// Index of the MoE layer, from 0: part of the key of the draws.
     pub layer: usize,
     /// ε of the mask: experts further than 2 ε from the largest logit, relative, are left out.
     pub epsilon: f64,
-    /// Samples that are not the likeliest are trusted where u is above it, …
+    /// A sample that is not the likeliest expert is trusted, h = 1, if u exceeds this threshold.
     pub threshold: f64,
-    /// … and otherwise have this h.
+    /// The h of a sample that is not trusted.
     pub untrusted: f64,
 }
 
-/// The experts of every stage and what their gates are made of; none of it has a gradient.
+/// The experts of every stage, and the constants of their gates. No gradient flows to them.
 #[derive(Clone, Debug)]
 pub struct SampledExperts {
     /// a `[R, T]`, i32.
@@ -41,10 +41,11 @@ pub struct SampledExperts {
     pub choices: Tensor,
 }
 
-/// Samples experts for the logits `z [T, E]`; without draws it takes the likeliest.
+/// Samples experts for the logits `z [T, E]`; without draws it chooses the likeliest.
 ///
 /// # Errors
-/// When the logits are not f32, or there are more stages than the kernel has or experts.
+/// Returns an error when the logits are not f32, or there are more stages than the kernel supports or more stages
+/// than experts.
 pub fn sample(
     z: &Tensor,
     sampling: Sampling,
@@ -82,11 +83,11 @@ pub fn sample(
     Ok(sampled)
 }
 
-/// Gates `[T, E]` of the sampled experts from the logits `z [T, E]`; `estimator` is the factor c of their
+/// Returns the gates `[T, E]` of the sampled experts from the logits `z [T, E]`; `estimator` is the factor c of their
 /// gradient.
 ///
 /// # Errors
-/// When the choice does not fit the logits.
+/// Returns an error when the choice does not fit the logits.
 pub fn sampled_gates(
     tape: &Tape,
     z: &Var,

@@ -1,14 +1,14 @@
 //! One expert for each token, sampled among the likely ones, and its gate (SparseMixer).
 //!
-//! Kept are, of the experts not excluded, those with `(z* − z_i) / max(|z_i|, z*) ≤ 2ε`, z* the
-//! largest logit not excluded (0/0 is kept); `p = softmax` over the kept, 0 elsewhere. Sampled is
-//! `a = argmax z_i − ln ξ_i` over the kept, ξ exponential: a draw from p (Gumbel). It is *trusted*
-//! where it is the likeliest expert or `u > threshold`, u uniform. Gate `w_a = h p_a`, h = 1 where
-//! trusted, else less; 0 for the other experts.
+//! Of the experts that are not excluded, those with `(z* − z_i) / max(|z_i|, z*) ≤ 2ε` are *kept*, where z* is the
+//! largest logit that is not excluded (0/0 is kept). `p` is the softmax over the kept experts, 0 elsewhere. The
+//! sampled expert is `a = argmax z_i − ln ξ_i` over the kept experts, with ξ exponential: a draw from p (Gumbel). It
+//! is *trusted* if it is the likeliest expert or if `u > threshold`, u uniform. The gate is `w_a = h p_a`, with h = 1
+//! if a is trusted and less otherwise; the gates of the other experts are 0.
 //!
-//! Backward is an estimator: `dz_j = c dw_a p_a (1[j=a] − p_j)`, the same whatever h is. Choice, mask
-//! and h are constants. Sources: 2310.00811 (c = 2, threshold 1/2, h 1/2), 2409.12136 (c = 1,
-//! threshold 3/4, h 1/3), and the authors' code.
+//! Backward is an estimator: `dz_j = c dw_a p_a (1[j=a] − p_j)`, independent of h. Choice, mask and h are constants.
+//! Sources: 2310.00811 (c = 2, threshold 1/2, h 1/2), 2409.12136 (c = 1, threshold 3/4, h 1/3), and the authors'
+//! code.
 
 use crate::error::Result;
 use crate::tape::check::Case;
@@ -18,7 +18,7 @@ use crate::tensor::cpu;
 use crate::tensor::dtype::Real;
 use crate::with_real;
 
-/// One expert for each token and what its gate is made of; none of it has a gradient.
+/// One expert for each token, and the constants of its gate. No gradient flows to them.
 #[derive(Clone, Debug)]
 pub struct Choice {
     /// `[T]`, i32: the expert a.
@@ -32,7 +32,7 @@ pub struct Choice {
 /// How the expert is chosen among the kept ones.
 #[derive(Clone, Copy)]
 pub enum Draw<'a> {
-    /// The likeliest, h = 1: evaluation.
+    /// The likeliest expert, h = 1: evaluation.
     Likeliest,
     /// Sampled.
     Sampled {
@@ -40,17 +40,17 @@ pub enum Draw<'a> {
         exponential: &'a (dyn Fn(usize, usize) -> f64 + Sync),
         /// u of a token.
         uniform: &'a (dyn Fn(usize) -> f64 + Sync),
-        /// A sample that is not the likeliest is trusted, h = 1, where u is above it.
+        /// A sample that is not the likeliest expert is trusted, h = 1, if u exceeds this threshold.
         threshold: f64,
         /// h of a sample that is not trusted.
         untrusted: f64,
     },
 }
 
-/// Chooses an expert for each row of `z [T, E]`, none that `excluded [T]` names.
+/// Chooses an expert for each row of `z [T, E]`, but never the expert that `excluded [T]` names for the row.
 ///
 /// # Errors
-/// When `z` is not real, or `excluded` does not fit it.
+/// Returns an error when `z` is not real, or `excluded` does not fit it.
 pub fn choose(
     z: &Tensor,
     excluded: Option<&Tensor>,
@@ -88,11 +88,11 @@ pub fn choose(
     })
 }
 
-/// Gates `[T, E]`, `h p_a` for the chosen expert, from the logits `z [T, E]`; `estimator` is the
-/// factor c of their gradient.
+/// Returns the gates `[T, E]`, `h p_a` for the chosen expert and 0 for the others, from the logits `z [T, E]`;
+/// `estimator` is the factor c of their gradient.
 ///
 /// # Errors
-/// When the choice does not fit the logits.
+/// Returns an error when the choice does not fit the logits.
 pub fn sampled_gate(tape: &Tape, z: &Var, choice: &Choice, estimator: f64) -> Result<Var> {
     let shape = z.tensor().shape();
     choice
@@ -173,8 +173,8 @@ impl Op for SampledGate {
 mod reference {
     use super::*;
 
-    /// Marks the kept experts of one row; the chosen one and its h. Without a finite logit some
-    /// expert is chosen nevertheless: the router flags such rows.
+    /// Marks the kept experts of one row; returns the chosen expert and its h. If no logit is finite, an expert is
+    /// chosen all the same: the router flags such rows.
     pub fn choose<T: Real>(
         kept: &mut [i32],
         token: usize,
@@ -208,7 +208,7 @@ mod reference {
         }
     }
 
-    /// The first of `experts` with the largest score. NaN counts as smaller than everything.
+    /// The first of `experts` with the largest score. NaN is treated as smaller than every number.
     fn largest(experts: impl Iterator<Item = usize>, score: impl Fn(usize) -> f64) -> usize {
         let mut best: Option<(usize, f64)> = None;
         for i in experts {
@@ -259,7 +259,7 @@ mod reference {
     }
 }
 
-/// Gates whose factor is c: of those the estimator's gradient is the derivative.
+/// Gates with the factor c: the estimator's gradient is their derivative.
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (t, e, c) in [(1, 1, 1.0), (1, 4, 2.0), (9, 5, 2.0), (130, 8, 1.0)] {
@@ -303,7 +303,7 @@ mod tests {
         assert_eq!(kept(&[2.0, 1.7, 1.5, -0.2], None), [1, 1, 0, 0]);
         // 0.1 / 1.1 = 0.09, 0.3 / 1.3 = 0.23: the mask changes when all logits are shifted.
         assert_eq!(kept(&[-1.0, -1.1, -1.3, -2.0], None), [1, 1, 0, 0]);
-        // Without expert 0, 1.5 is close to 1.7.
+        // If expert 0 is excluded, 1.5 is close enough to 1.7.
         assert_eq!(kept(&[2.0, 1.7, 1.5, -0.2], Some(0)), [0, 1, 1, 0]);
         // 0 / 0 is kept.
         assert_eq!(kept(&[0.0, 0.0, -1.0], None), [1, 1, 0]);
@@ -344,7 +344,7 @@ mod tests {
             let p = e / exponentials.iter().sum::<f64>();
             let chosen = choice.expert.slice::<i32>();
             let share = chosen.iter().filter(|a| **a == i as i32).count() as f64 / n as f64;
-            // Five standard errors.
+            // The tolerance is five standard errors.
             let tolerance = 5.0 * (p * (1.0 - p) / n as f64).sqrt();
             assert!(
                 (share - p).abs() <= tolerance,

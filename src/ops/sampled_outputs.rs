@@ -1,10 +1,12 @@
-//! Outputs of the experts on a few tokens that did not choose them: what sampled default vectors average.
+//! Outputs of the experts for a few tokens that did not choose them. Sampled default vectors are averages of these
+//! outputs.
 //!
-//! For expert i with weights `w_t = p_ti` (or 1) on the tokens t of a micro-batch, over all ranks, that did not choose it and 0
-//! on the others, n tokens are drawn in n strata of equal weight: sample k is the token at which the running sum of w passes
-//! `(k + u_k) / n · Σ w`, u_k uniform. A token of great weight may be drawn more than once. The expected mean of the drawn
-//! outputs is `Σ w_t e_i(x_t) / Σ w_t` exactly. Weights are counted in units of 2^-32, so that the sums, and with them the
-//! drawn tokens, do not depend on how the tokens are shared out among ranks. Nothing here is differentiable.
+//! Expert i gives each token t of a micro-batch (over all ranks) the weight `w_t = p_ti` (or 1) if t did not choose
+//! expert i, else 0. n tokens are drawn in n strata of equal weight: sample k is the token at which the cumulative
+//! sum of w passes `(k + u_k) / n · Σ w`, u_k uniform. A token of large weight may be drawn more than once. The
+//! expected mean of the drawn outputs is `Σ w_t e_i(x_t) / Σ w_t` exactly. Weights are integers in units of 2^-32.
+//! The sums, and therefore the drawn tokens, do not depend on how the tokens are distributed over the ranks. Nothing
+//! here is differentiable.
 
 use super::dispatch::{Dispatch, Selection};
 use super::expert_mean::{ExpertSums, Weighting};
@@ -19,27 +21,27 @@ use crate::with_real;
 use std::ops::Range;
 use std::rc::Rc;
 
-/// Units of a probability of 1.
+/// Number of units of a probability of 1.
 const UNIT: f64 = (1u64 << 32) as f64;
-/// Bits of a draw that are used: with 2^16 samples and sums below 2^53 their product fits 128 bits.
+/// Number of bits used of a draw: with 2^16 samples and sums below 2^53 the product fits in 128 bits.
 const DRAWN_BITS: u32 = 48;
 
 /// How tokens are drawn for the experts of one layer.
 pub struct Sampling<'a> {
     /// Random numbers of this layer and step.
     pub stream: Stream,
-    /// Samples of each expert in an optimizer step, below 2^16.
+    /// Number of samples of each expert in an optimizer step, below 2^16.
     pub per_step: usize,
-    /// Which of them this micro-batch draws among its own tokens.
+    /// The range of these samples that this micro-batch draws from its own tokens.
     pub samples: Range<usize>,
-    /// Whether a token counts by its probability, or all alike.
+    /// Whether tokens are weighted by their probability; otherwise all weights are equal.
     pub weighted: bool,
     /// The ranks that share the micro-batch.
     pub dist: &'a dyn Collective,
 }
 
 impl Sampling<'_> {
-    /// The samples of micro-batch `index` of `count`: equal shares, as nearly as whole numbers allow.
+    /// Returns the samples of micro-batch `index` of `count`: shares that differ by at most one sample.
     pub fn share(per_step: usize, index: usize, count: usize) -> Range<usize> {
         index * per_step / count..(index + 1) * per_step / count
     }
@@ -52,15 +54,15 @@ pub struct SampledRows {
     times: Tensor,
     /// `Σ w [E]` over all ranks.
     pub mass: Vec<f64>,
-    /// Of the samples of the step, those that this micro-batch drew.
+    /// The fraction of the step's samples that this micro-batch drew.
     pub share: f64,
 }
 
-/// Draws tokens for every expert among those that did not choose it, by their probabilities `p [T, E]`. None where there is
-/// nothing to draw, on all ranks alike. On a device with kernels it waits for p.
+/// Draws, for every expert, tokens that did not choose it, by their probabilities `p [T, E]`. Returns `None`, on all
+/// ranks, if there is nothing to draw. On a device with kernels it waits for p.
 ///
 /// # Errors
-/// When p does not fit the choice, or a rank has left.
+/// Returns an error when p does not fit the choice, or a rank has left.
 pub fn sample(
     p: &Tensor,
     chosen: &Selection,
@@ -71,7 +73,7 @@ pub fn sample(
     let weights = units(&p.on(Device::Cpu).to_f64()?, chosen, sampling.weighted);
     let mut own = vec![0.0; experts];
     for row in weights.chunks(experts) {
-        // Whole numbers below 2^53: exact.
+        // These are integers below 2^53, so the sum in f64 is exact.
         own.iter_mut()
             .zip(row)
             .for_each(|(sum, w)| *sum += *w as f64);
@@ -113,7 +115,7 @@ pub fn sample(
     }))
 }
 
-/// The weights in units: 0 for experts that the token chose.
+/// The integer weights: 0 for experts that the token chose.
 fn units(p: &[f64], chosen: &Selection, weighted: bool) -> Vec<u64> {
     let experts = chosen.num_experts();
     let of = |p: f64| match weighted {
@@ -129,7 +131,7 @@ fn units(p: &[f64], chosen: &Selection, weighted: bool) -> Vec<u64> {
     weights
 }
 
-/// Places in the running sum, ascending, one of each stratum of this micro-batch; all below `total`.
+/// Positions in the cumulative sum, ascending, one for each stratum of this micro-batch; all below `total`.
 fn targets(sampling: &Sampling<'_>, expert: usize, total: u64) -> Vec<u64> {
     let Range { start, end } = sampling.samples;
     let place = |k: usize| {
@@ -144,16 +146,17 @@ fn targets(sampling: &Sampling<'_>, expert: usize, total: u64) -> Vec<u64> {
 }
 
 impl SampledRows {
-    /// How often each pair was drawn, `[T, E]`.
+    /// Returns how often each (token, expert) pair was drawn, `[T, E]`.
     pub fn times(&self) -> &Tensor {
         &self.times
     }
 
-    /// Sums of the experts' outputs over the drawn pairs of this rank, each as often as it was drawn, and their numbers; the
-    /// quotient over all ranks is the mean. No gradient flows through them.
+    /// Returns the sums of the experts' outputs over the drawn pairs of this rank, each counted as often as it was
+    /// drawn, and the numbers of draws. Their quotient, summed over all ranks first, is the mean. No gradient flows
+    /// through the sums.
     ///
     /// # Errors
-    /// When the shapes do not fit each other.
+    /// Returns an error when the shapes do not fit each other.
     pub fn sums(&self, x: &Tensor, gate_up: &Tensor, down: &Tensor) -> Result<ExpertSums> {
         let weighting = Weighting::BySumOfProbabilities;
         sums_of_rows([x, &self.times, gate_up, down], &self.dispatch, weighting)
@@ -194,7 +197,8 @@ mod tests {
         let (p, chosen) = worked();
         let (plan, n) = (sampling(0, 4), 4);
         let found = sample(&p, &chosen, &plan).unwrap().unwrap();
-        // Off the choice: expert 0 has token 1 alone; expert 1 tokens 0, 1, 2 with 2 : 3 : 1; expert 2 tokens 0, 2 with 2 : 1.
+        // Tokens that did not choose the expert: expert 0 has only token 1; expert 1 tokens 0, 1, 2 with 2 : 3 : 1;
+        // expert 2 tokens 0, 2 with 2 : 1.
         assert_eq!(found.mass, [0.125, 0.75, 0.375]);
         let bounds = [
             vec![0.0, 1.0],
@@ -211,7 +215,7 @@ mod tests {
             }
         }
         assert_eq!(times(&found), expected.concat());
-        // Whoever chose an expert is never drawn for it.
+        // A token that chose an expert is never drawn for that expert.
         assert_eq!(times(&found)[0] + times(&found)[6] + times(&found)[5], 0.0);
     }
 
@@ -262,7 +266,7 @@ mod tests {
             }
             for (sum, share) in sums.iter().zip(shares) {
                 let found = sum / (5 * DRAWS) as f64;
-                // Five standard errors of independent draws, of which strata need fewer.
+                // The tolerance is five standard errors of independent draws; stratified draws have a smaller error.
                 let error = 5.0 * (share * (1.0 - share) / (5 * DRAWS) as f64).sqrt();
                 assert!(
                     (found - share).abs() <= error + 1e-12,

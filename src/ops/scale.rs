@@ -12,10 +12,10 @@ use crate::tensor::cpu::{self, Accumulate, block_rows};
 use crate::tensor::dtype::Real;
 use crate::with_real;
 
-/// `x [T, D]`, every row times `weight [D]`.
+/// Returns `x [T, D]` with every row multiplied by `weight [D]`.
 ///
 /// # Errors
-/// When widths or dtypes differ.
+/// Returns an error when widths or dtypes differ.
 pub fn scale(tape: &Tape, x: &Var, weight: &Var) -> Result<Var> {
     let (x_tensor, w) = (x.tensor(), weight.tensor());
     w.expect_shape("scale", "weight", [x_tensor.shape().width()])?;

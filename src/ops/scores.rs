@@ -1,8 +1,8 @@
 //! Scores of the experts other than the softmax: the sigmoid, and the positive part.
 //!
-//! `σ = 1 / (1 + e^−z)`, backward `dz = σ (1 − σ) dσ`. Positive part: `w = z` on the selection A of
-//! the experts with `z > 0`, 0 off it, backward `dz = dw` on A, 0 off it and at 0. With A held the
-//! latter is linear. All `[T, E]`.
+//! `σ = 1 / (1 + e^−z)`, backward `dz = σ (1 − σ) dσ`. Positive part: `w = z` on the selection A of the experts with
+//! `z > 0`, 0 off A; backward `dz = dw` on A, 0 off A and at 0. For a fixed A the positive part is linear. All
+//! tensors are `[T, E]`.
 
 use super::dispatch::{Dispatch, Selection};
 use super::gates::Selected;
@@ -16,18 +16,18 @@ use crate::tensor::dtype::Real;
 use crate::with_real;
 use std::rc::Rc;
 
-/// `σ(z)`, element by element.
+/// Returns `σ(z)`, elementwise.
 ///
 /// # Errors
-/// When `z` is not real.
+/// Returns an error when `z` is not real.
 pub fn sigmoid(tape: &Tape, z: &Var) -> Result<Var> {
     tape.apply_one(Sigmoid, &[z])
 }
 
-/// The experts whose score is positive, any number for each token of `z [T, E]`.
+/// Returns the experts whose score in `z [T, E]` is positive: any number per token.
 ///
 /// # Errors
-/// When `z` is not real.
+/// Returns an error when `z` is not real.
 pub fn positive(z: &Tensor) -> Result<Selection> {
     let (tokens, experts) = (z.shape().rows(), z.shape().width());
     with_real!(z.dtype(), "scores", |T| Selection::positive::<T>(
@@ -37,10 +37,10 @@ pub fn positive(z: &Tensor) -> Result<Selection> {
     ))
 }
 
-/// `z [T, E]` on the selection, 0 off it.
+/// Returns `z [T, E]` on the selection and 0 elsewhere.
 ///
 /// # Errors
-/// When `z` does not fit the selection.
+/// Returns an error when `z` does not fit the selection.
 pub fn on_selection(tape: &Tape, z: &Var, dispatch: &Rc<Dispatch>) -> Result<Var> {
     let selection = dispatch.selection();
     let shape = [selection.num_tokens(), selection.num_experts()];
@@ -49,10 +49,10 @@ pub fn on_selection(tape: &Tape, z: &Var, dispatch: &Rc<Dispatch>) -> Result<Var
     tape.apply_one(OnSelection { dispatch }, &[z])
 }
 
-/// The first row of `[T, E]` that holds a NaN or an infinity.
+/// Returns the first row of `z [T, E]` that contains a NaN or an infinity, if any.
 ///
 /// # Errors
-/// When `z` is not real.
+/// Returns an error when `z` is not real.
 pub fn first_non_finite(z: &Tensor) -> Result<Option<usize>> {
     let width = z.shape().width();
     with_real!(z.dtype(), "scores", |T| Ok(z
@@ -61,11 +61,11 @@ pub fn first_non_finite(z: &Tensor) -> Result<Option<usize>> {
         .position(|row| !row.iter().all(|x| x.is_finite()))))
 }
 
-/// The positive part of rows of scores `[T, E]` divided by its sum, without a gradient: distributions
-/// for statistics. A row without positive scores gives zeros.
+/// Returns the positive part of each row of `scores [T, E]` divided by its sum, without a gradient: distributions for
+/// statistics. A row without positive scores becomes zeros.
 ///
 /// # Errors
-/// When `scores` is not real.
+/// Returns an error when `scores` is not real.
 pub fn shares(scores: &Tensor) -> Result<Tensor> {
     let mut out = scores.clone();
     let width = scores.shape().width();
@@ -123,7 +123,7 @@ struct OnSelection {
 }
 
 impl OnSelection {
-    /// `x` on the selection, 0 off it: forward and backward alike.
+    /// Returns `x` on the selection and 0 elsewhere, for forward and backward.
     fn masked(&self, x: &Tensor) -> Result<Tensor> {
         if x.device() != Device::Cpu {
             let gates = Selected {
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn scores_that_are_not_finite_are_flagged_before_the_sigmoid_hides_them() {
+    fn non_finite_logits_are_flagged_before_the_sigmoid_makes_them_finite() {
         for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
             let z = Tensor::from_slice([2, 2], &[1.0, 2.0, bad, 0.0]);
             assert_eq!(first_non_finite(&z).unwrap(), Some(1));

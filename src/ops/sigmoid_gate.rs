@@ -1,4 +1,4 @@
-//! A gate on whole rows: `y_t = σ(s_t) x_t`; it weighs the output of a shared expert.
+//! A gate for each row: `y_t = σ(s_t) x_t`; it scales the output of a shared expert.
 //!
 //! `s [T, 1]`, `x [T, D]`. `dx_t = σ(s_t) dy_t`, `ds_t = σ(s_t) (1 − σ(s_t)) ⟨dy_t, x_t⟩`.
 
@@ -11,10 +11,10 @@ use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::Real;
 use crate::with_real;
 
-/// Rows of `x [T, D]` times σ of their `scores [T, 1]`.
+/// Returns the rows of `x [T, D]`, each multiplied by σ of its score in `scores [T, 1]`.
 ///
 /// # Errors
-/// When shapes or dtypes do not fit.
+/// Returns an error when shapes or dtypes do not fit.
 pub fn sigmoid_gate(tape: &Tape, scores: &Var, x: &Var) -> Result<Var> {
     let shape = x.tensor().shape();
     if shape.len() != 2 {
@@ -75,11 +75,11 @@ impl Op for SigmoidGate {
     }
 }
 
-/// The mathematics on plain slices; `width` is D.
+/// The operation on slices, for the CPU; `width` is D.
 pub(super) mod reference {
     use super::*;
 
-    /// Rows of `x` times σ(s): forward, and `dx` from `dy`.
+    /// Writes the rows of `x` multiplied by σ(s): used for forward, and for `dx` from `dy`.
     pub fn scaled<T: Real>(y: &mut [T], accumulate: Accumulate, s: &[T], x: &[T], width: usize) {
         cpu::each_row_block(y, width, |first, y| {
             let (s, x) = (&s[first..], &x[first * width..]);

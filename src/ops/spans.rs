@@ -1,12 +1,12 @@
-//! Causal attention over sequences of any length, some of which share their beginning: without
-//! gradients, for evaluation.
+//! Causal attention over sequences of any length, some of which share a prefix. It has no gradients and is used for
+//! evaluation.
 //!
-//! A span is a run of rows. Its tokens stand behind those of the span it goes on from, if any: they
-//! see that one's rows and, causally, their own, at positions that count on. So the answers to one
-//! question cost its text once.
+//! A span is a range of consecutive rows. It may continue another span, its prefix. Its rows then attend to all rows
+//! of the prefix and, causally, to the rows of their own span, and their positions continue those of the prefix. For
+//! example, several answers to one question need the rows of the question only once.
 //!
-//! On a device with kernels the spans are packed documents of one long sequence, each behind a copy of
-//! the rows that it goes on from.
+//! On a device with kernels the spans are packed documents of one long sequence, each after a copy of the rows of its
+//! prefix.
 
 use super::attention::kernels;
 use super::attention::reference::forward_from;
@@ -19,7 +19,7 @@ use crate::tensor::Tensor;
 use crate::with_real;
 use std::ops::Range;
 
-/// Sequences as runs of rows, one behind the other.
+/// Sequences as consecutive ranges of rows.
 #[derive(Clone, Debug, Default)]
 pub struct Spans {
     spans: Vec<Span>,
@@ -28,7 +28,7 @@ pub struct Spans {
 #[derive(Clone, Debug)]
 struct Span {
     rows: Range<usize>,
-    /// Rows of the span that it goes on from; empty for none.
+    /// The rows of the prefix; empty if the span has none.
     before: Range<usize>,
 }
 
@@ -39,16 +39,16 @@ impl Span {
 }
 
 impl Spans {
-    /// Adds a sequence of `length` > 0 rows and gives its number.
+    /// Adds a sequence of `length` > 0 rows and returns its number.
     pub fn add(&mut self, length: usize) -> usize {
         let begin = self.rows();
         self.push(begin..begin + length, 0..0)
     }
 
-    /// Adds `length` > 0 rows that go on from the sequence of number `first`.
+    /// Adds `length` > 0 rows that continue the sequence with number `first`, and returns the number of the new span.
     ///
     /// # Errors
-    /// When there is no such sequence, or it goes on from another itself.
+    /// Returns an error when there is no such sequence, or that sequence itself has a prefix.
     pub fn add_behind(&mut self, first: usize, length: usize) -> Result<usize> {
         let begin = self.rows();
         match self.spans.get(first) {
@@ -58,9 +58,9 @@ impl Spans {
             }
             _ => Err(Error::invalid(
                 "spans",
-                "the number of a sequence that has none before it",
+                "the number of a sequence without a prefix",
                 first.to_string(),
-                "pass what `add` gave",
+                "pass a number that `add` returned",
             )),
         }
     }
@@ -70,12 +70,12 @@ impl Spans {
         self.spans.len() - 1
     }
 
-    /// Rows of all spans.
+    /// Returns the number of rows of all spans.
     pub fn rows(&self) -> usize {
         self.spans.last().map_or(0, |s| s.rows.end)
     }
 
-    /// Length of the longest sequence, what it goes on from included; 0 if a span has no row.
+    /// Returns the length of the longest sequence including its prefix; 0 if a span has no row.
     pub fn longest(&self) -> usize {
         if self.spans.iter().any(|s| s.rows.is_empty()) {
             return 0;
@@ -83,10 +83,11 @@ impl Spans {
         self.spans.iter().map(Span::length).max().unwrap_or(0)
     }
 
-    /// RoPE and attention of `qkv [rows, (H + 2 KV) hd]`, `[rows, H hd]`.
+    /// RoPE and attention of `qkv [rows, (H + 2 KV) hd]`; returns `[rows, H hd]`.
     ///
     /// # Errors
-    /// When `qkv` does not have these rows or the layout of `heads`, or the tables are too short.
+    /// Returns an error when `qkv` does not have this number of rows or the layout of `heads`, or the tables are too
+    /// short.
     pub fn attention(&self, qkv: &Tensor, heads: Heads, tables: &RopeTables) -> Result<Tensor> {
         let positions: Vec<usize> = self
             .spans
@@ -121,7 +122,7 @@ impl Spans {
         })
     }
 
-    /// [`attention`](Self::attention) of rows that are turned already.
+    /// [`attention`](Self::attention) of rows that are already rotated.
     fn attention_kernels(&self, qkv: &Tensor, heads: Heads) -> Result<Tensor> {
         let (mut rows, mut first_key, mut own) = (Vec::new(), Vec::new(), Vec::new());
         for span in &self.spans {
@@ -166,7 +167,7 @@ mod tests {
         RopeTables::new(DType::F64, 200, HEADS.dim, 10_000.0).unwrap()
     }
 
-    /// Attention of one sequence by the operations of training.
+    /// Computes the attention of one sequence with the operations used in training.
     fn alone(qkv: &[f64]) -> Vec<f64> {
         let length = qkv.len() / HEADS.row_width();
         let qkv = Tensor::from_slice([length, HEADS.row_width()], qkv);
@@ -177,9 +178,10 @@ mod tests {
     }
 
     #[test]
-    fn spans_give_what_each_whole_sequence_gives_alone() {
+    fn spans_match_each_complete_sequence_computed_alone() {
         let width = HEADS.row_width();
-        // A sequence of 70 that three go on from, of 1, 130 and 3; and one of 5 by itself.
+        // A sequence of 70 rows, three spans of 1, 130 and 3 rows that continue it, and a separate sequence of 5
+        // rows.
         let mut spans = Spans::default();
         let first = spans.add(70);
         let behind = [1, 130, 3].map(|n| (spans.add_behind(first, n).unwrap(), n));
@@ -209,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn the_kernels_give_what_the_cpu_gives_to_a_hundredth() {
+    fn the_kernels_agree_with_the_cpu_within_one_percent() {
         let heads = Heads {
             query: 4,
             key_value: 2,
@@ -241,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_span_goes_on_from_a_whole_sequence_alone() {
+    fn a_span_can_only_continue_a_sequence_without_a_prefix() {
         let mut spans = Spans::default();
         let first = spans.add(3);
         let second = spans.add_behind(first, 2).unwrap();

@@ -1,9 +1,9 @@
-//! Gates whose value is that of TopK and whose gradient sees every expert (DenseMixer).
+//! Gates with the values of TopK and a gradient that includes every expert (DenseMixer).
 //!
-//! Forward `w_i = p_i` on the chosen experts A, 0 off them; backward lets `dw` through for all:
-//! `dp_i = dw_i`. Renormalised, with `S = Σ_A p`: `w_i = p_i / S` on A; backward takes an expert off A
-//! for one with the gate `p_i / S`, S constant: `dp_j = (dw_j − Σ_A w_i dw_i) / S` on A,
-//! `dp_j = dw_j / S` off it. All `[T, E]`. Source: DenseMixer (Yao et al. 2025) and its code.
+//! Forward `w_i = p_i` on the chosen experts A, 0 off them; backward passes `dw` to all experts: `dp_i = dw_i`.
+//! Renormalised, with `S = Σ_A p`: `w_i = p_i / S` on A; backward treats an expert off A as if its gate were
+//! `p_i / S` with S constant: `dp_j = (dw_j − Σ_A w_i dw_i) / S` on A, `dp_j = dw_j / S` off A. All tensors are
+//! `[T, E]`. Source: DenseMixer (Yao et al. 2025) and its code.
 
 use super::dispatch::{Dispatch, Selection};
 use super::gates::Selected;
@@ -16,10 +16,10 @@ use crate::tensor::dtype::Real;
 use crate::with_real;
 use std::rc::Rc;
 
-/// Gates from the probabilities `p [T, E]`, of the chosen experts alone.
+/// Returns the gates `[T, E]` of the chosen experts from the probabilities `p [T, E]`; 0 for the other experts.
 ///
 /// # Errors
-/// When `p` does not fit the choice.
+/// Returns an error when `p` does not fit the choice.
 pub fn straight_through(
     tape: &Tape,
     p: &Var,
@@ -45,7 +45,7 @@ pub(crate) struct StraightThrough {
 }
 
 impl StraightThrough {
-    /// On a device with kernels.
+    /// The form of the gates for the kernels.
     fn gates(&self) -> Selected {
         Selected {
             renormalize: self.renormalize,
@@ -128,7 +128,7 @@ mod reference {
         }
     }
 
-    /// `w` holds zeros.
+    /// Writes the gates of the chosen experts to `w`, which holds zeros.
     pub fn forward<T: Real>(w: &mut [T], p: &[T], chosen: &Selection, renormalize: bool) {
         let width = chosen.num_experts();
         for (t, (w, p)) in w.chunks_mut(width).zip(p.chunks(width)).enumerate() {
@@ -169,8 +169,8 @@ mod reference {
     }
 }
 
-/// Where all experts are chosen the gradient is that of the value; what it is elsewhere, the
-/// router's own check holds against the dense router and the tests against worked numbers.
+/// If all experts are chosen, the gradient is the derivative of the value. The other experts' gradients are checked
+/// by the router's own check, against the dense router, and by the tests below, against values computed by hand.
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (t, e) in [(1, 1), (5, 7)] {

@@ -1,10 +1,10 @@
 //! SwiGLU (Shazeer, arXiv 2002.05202): `y = silu(gate) ⊙ up`, `silu(z) = z σ(z)`.
 //!
-//! `x [R, 2F]` holds gate, then up, in each row: one projection makes both. `y [R, F]`.
+//! `x [R, 2F]` holds gate, then up, in each row: one projection computes both. `y [R, F]`.
 //! `dgate = dy ⊙ up ⊙ σ (1 + gate (1 − σ))`, `dup = dy ⊙ gate σ`, σ = σ(gate), computed again.
 //!
-//! On a device with kernels: `kernels/swiglu.cu`. Only dense layers come here then; the experts' is part
-//! of their projections.
+//! On a device with kernels: `kernels/swiglu.cu`. There, only dense layers use this operation; the kernels of the
+//! experts' projections include SwiGLU.
 
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -18,10 +18,10 @@ use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use std::ops::Range;
 
-/// SwiGLU of `x [R, 2F]`, gate first; the result is `[R, F]`, where R may be 0.
+/// Returns SwiGLU of `x [R, 2F]`, gate first, as `[R, F]`; R may be 0.
 ///
 /// # Errors
-/// When `x` is not a matrix of even width.
+/// Returns an error when `x` is not a matrix of even width.
 pub fn swiglu(tape: &Tape, x: &Var) -> Result<Var> {
     let shape = x.tensor().shape();
     if shape.len() != 2 || shape.width() % 2 != 0 {
@@ -126,7 +126,7 @@ mod kernels {
     }
 }
 
-/// The mathematics on plain slices; `width` is F.
+/// The operation on slices, for the CPU; `width` is F.
 pub(super) mod reference {
     use super::*;
 
@@ -136,7 +136,7 @@ pub(super) mod reference {
         });
     }
 
-    /// Some columns of the rows of `y [R, F]`.
+    /// Writes some columns of the rows of `y [R, F]`.
     pub fn forward_columns<T: Real>(y: &mut [T], x: &[T], width: usize, columns: Range<usize>) {
         cpu::vectorized(
             #[inline(always)]
@@ -160,7 +160,8 @@ pub(super) mod reference {
         });
     }
 
-    /// Gate's and up's part of dx of some columns, of which alone `dy` has the gradients.
+    /// Writes the parts of dx that belong to some columns of gate and up. `dy` holds the gradients of these columns
+    /// only.
     pub fn dx_columns<T: Real>(
         dx: &mut [T],
         accumulate: Accumulate,

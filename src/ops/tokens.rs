@@ -4,8 +4,8 @@ use crate::error::{Error, Result};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 
-/// Checks, for operation `op`, that `ids` are i32 numbers in `0 .. vocabulary`; `what` names one of
-/// them in the error.
+/// Checks, for operation `op`, that `ids` are i32 numbers in `0 .. vocabulary`; `what` is the name of one such number
+/// in the error.
 pub(crate) fn check(op: &str, what: &str, ids: &Tensor, vocabulary: usize) -> Result<()> {
     ids.expect_dtype(op, what, DType::I32)?;
     let outside = |id: &i32| usize::try_from(*id).map_or(true, |id| id >= vocabulary);

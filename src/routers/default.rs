@@ -1,20 +1,21 @@
-//! `default`: Default MoE. TopK routing in which every expert that did not run is stood in for by a
-//! moving average of its outputs, so that the router learns about all experts from every token.
+//! `default`: Default MoE. TopK routing in which a moving average of its outputs replaces the output of every expert
+//! that did not run. The router therefore learns about all experts from every token.
 //!
-//! `y = Σ_A p_i e_i(x) + Σ_{i∉A} p_i ê_i` (2504.12463, eq. 11); with `v_i = e_i(x)` on A and ê_i off
-//! it, `s_i = ⟨g, v_i⟩`: `dz_j = p_j (s_j − Σ_all p_i s_i)`. ê is a constant in backward; it is
-//! updated before use, `ê_i ← β ê_i + (1 − β) m_i` (eq. 10), m_i the mean of e_i over the tokens that
-//! chose i. With n micro-batches each updates with β^(1/n), so that β is per optimizer step.
+//! `y = Σ_A p_i e_i(x) + Σ_{i∉A} p_i ê_i` (2504.12463, eq. 11); with `v_i = e_i(x)` on A, `v_i = ê_i` off A, and
+//! `s_i = ⟨g, v_i⟩`: `dz_j = p_j (s_j − Σ_all p_i s_i)`. ê is a constant in backward. It is updated before use:
+//! `ê_i ← β ê_i + (1 − β) m_i` (eq. 10), where m_i is the mean of e_i over the tokens that chose i. With n
+//! micro-batches, each micro-batch updates with β^(1/n), so that β applies per optimizer step.
 //!
 //! With `renormalize` the gates are `q_i = p_i / Σ_A p` for all i; ê is still weighted by p.
 //!
-//! With `source = "sampled"` (ours) m_i is the mean over a few tokens that did *not* choose i, drawn by their probabilities, on
-//! which the expert runs for this alone: what ê stands in for. The mean over the tokens that chose it is another one, since they
-//! chose it for what it gives them.
+//! With `source = "sampled"` (ours), m_i is the mean over a few tokens that did *not* choose i, drawn by their
+//! probabilities. The expert runs on these tokens only for this mean. These are the outputs that ê approximates; the
+//! mean over the tokens that chose i differs from it, because the router sends tokens to the experts that suit them.
 //!
-//! `shrink` (ours) uses c ê in place of ê, in output and gradient: a constant c, or with "running" the least-squares one, of a moving
-//! average of `Σ_i w_i ⟨ê_i, m_i⟩ / Σ_i w_i ‖ê_i‖²` over sampled means m_i, w_i the probability that tokens gave an expert which they
-//! did not choose. It is what makes c ê the best stand-in where g has no preferred direction.
+//! `shrink` (ours) uses c ê in place of ê, in output and gradient. c is a constant or, with "running", the
+//! least-squares factor: the ratio of moving averages of `Σ_i w_i ⟨ê_i, m_i⟩` and `Σ_i w_i ‖ê_i‖²`, where m_i are
+//! sampled means and w_i is the sum of the probabilities of expert i over the tokens that did not choose it. This c
+//! makes c ê the best approximation if g has no preferred direction.
 
 use super::topk::TopK;
 use super::{
@@ -57,32 +58,32 @@ pub(crate) const INFO: RouterInfo = RouterInfo {
         ),
         (
             "init_std",
-            "standard deviation of the vectors at the start; 0 for zeros",
+            "initial standard deviation of the vectors; 0 for zeros",
         ),
         (
             "pass_forward",
-            "whether the vectors enter the output, or the router's gradient alone",
+            "whether the vectors enter the output; otherwise they enter only the router's gradient",
         ),
         ("use_at_evaluation", "whether evaluation uses them"),
         (
             "renormalize",
-            "weights that sum to 1 over the chosen experts, those of the others divided by the same sum",
+            "whether all weights are divided by the sum of the weights of the chosen experts",
         ),
         (
             "source",
-            "tokens whose outputs the vectors average: \"chosen\", those that chose the expert, or \"sampled\", some that did not",
+            "tokens whose outputs are averaged: \"chosen\" (those that chose the expert) or \"sampled\" (some that did not)",
         ),
         (
             "samples",
-            "tokens drawn for each expert and optimizer step, if any are drawn",
+            "number of tokens drawn for each expert and optimizer step, if tokens are drawn",
         ),
         (
             "shrink",
-            "factor on the vectors where they are used: a number from 0 up, or \"running\", the least-squares one as training goes on",
+            "factor by which the vectors are multiplied when used: a number >= 0, or \"running\" (least squares)",
         ),
     ],
     check: GradientCheck {
-        // So that the vectors are large enough to be seen.
+        // This makes the vectors large enough for the check to detect an error in their terms.
         set: &["router.init_std=2"],
         ..GradientCheck::EXACT
     },
@@ -102,22 +103,22 @@ pub enum WeightNorm {
     Count,
 }
 
-/// Which tokens' outputs default vectors average.
+/// The tokens whose outputs default vectors average.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
-    /// Those that chose the expert.
+    /// The tokens that chose the expert.
     Chosen,
-    /// A few that did not, drawn by their probabilities.
+    /// A few tokens that did not choose the expert, drawn by their probabilities.
     Sampled,
 }
 
 /// The name of the running sums of `shrink` `[2]`: numerator and denominator.
 pub const SHRINK: &str = "shrink_sums";
-/// The running factor is kept at or below it: a small denominator early on means nothing.
+/// Upper bound of the running factor: early in training the denominator is small and the ratio is unreliable.
 const MOST: f64 = 2.0;
 
-/// The factor on default vectors where they are used.
+/// The factor by which default vectors are multiplied when they are used.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a number from 0 up, or \"running\"")]
 pub enum Shrink {
@@ -127,7 +128,7 @@ pub enum Shrink {
     Running(Running),
 }
 
-/// The word for it.
+/// The value `"running"` of `shrink`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Running {
@@ -141,23 +142,23 @@ pub enum Running {
 pub struct DefaultMoe {
     /// Decay of the moving average per optimizer step, in [0, 1).
     pub beta: f64,
-    /// Whether a token counts by its probability, or all tokens alike.
+    /// Whether tokens are weighted by their probability; otherwise all weights are equal.
     pub weighted: bool,
     /// What a weighted mean is divided by: "sum_p" or "count".
     pub weight_norm: WeightNorm,
     /// Standard deviation of the vectors at the start; 0 starts at zero.
     pub init_std: f64,
-    /// Whether default vectors enter the layer's output, or its router gradient alone.
+    /// Whether default vectors enter the layer's output; otherwise they enter only the router's gradient.
     pub pass_forward: bool,
-    /// Whether evaluation uses them.
+    /// Whether evaluation uses default vectors.
     pub use_at_evaluation: bool,
-    /// Whether gates are divided by their sum over the chosen experts, those of the others too.
+    /// Whether all gates are divided by the sum of the gates of the chosen experts.
     pub renormalize: bool,
-    /// Which tokens' outputs they average: "chosen" or "sampled".
+    /// The tokens whose outputs default vectors average: "chosen" or "sampled".
     pub source: Source,
-    /// Tokens that are drawn for each expert and optimizer step, where any are; below 2^16.
+    /// Number of tokens drawn for each expert and optimizer step if tokens are drawn; below 2^16.
     pub samples: usize,
-    /// The factor on the vectors where they are used: a number, or "running".
+    /// The factor by which the vectors are multiplied when they are used: a number, or "running".
     pub shrink: Shrink,
 }
 
@@ -179,12 +180,12 @@ impl Default for DefaultMoe {
 }
 
 impl DefaultMoe {
-    /// Moves ê towards the mean of these sums, of all ranks, by this share of a step.
+    /// Moves ê towards the mean given by `sums` over all ranks, with β raised to the power `share`.
     fn update(&self, sums: &ExpertSums, share: f64, layer: &mut LayerPass<'_>) -> Result<()> {
         sums.update(layer.state_mut(VECTORS), self.beta.powf(share))
     }
 
-    /// Moves the sums of the running factor by what these sampled means say of ê as it was.
+    /// Updates the sums of the running factor from the sampled means and from ê before its update.
     fn update_shrink(
         &self,
         sums: &ExpertSums,
@@ -213,13 +214,13 @@ impl DefaultMoe {
             Ok::<(), Error>(())
         })?;
         if state.device() != Device::Cpu {
-            // The kernel that commits a step has its address alone: the numbers must be there.
+            // The kernel that commits a step has only the device address, so the values must be in device memory.
             state.pointer_mut::<f32>();
         }
         Ok(())
     }
 
-    /// The factor on the vectors.
+    /// Returns the factor on the vectors.
     fn scale(&self, layer: &LayerPass<'_>) -> Result<f64> {
         Ok(match self.shrink {
             Shrink::Constant(scale) => scale,
@@ -235,7 +236,7 @@ impl DefaultMoe {
         self.source == Source::Sampled || matches!(self.shrink, Shrink::Running(_))
     }
 
-    /// Refuses what sampling cannot do.
+    /// Rejects settings that sampling does not support.
     fn can_sample(&self) -> Result<()> {
         if !self.draws() {
             return Ok(());
@@ -277,7 +278,7 @@ impl Router for DefaultMoe {
         }
         Err(Error::usage(
             "router.renormalize",
-            "false on a device with kernels: default renormalises on the CPU alone",
+            "false on a device with kernels: default renormalises only on the CPU",
             format!("true with train.device = \"{device}\""),
             "set train.device = \"cpu\", or leave router.renormalize out",
         ))
@@ -362,7 +363,7 @@ impl Router for DefaultMoe {
             format!("samples of MoE layer {}", layer.layer)
         });
         let sums = layer.sums_of_all_ranks(sums)?;
-        // By ê as it was, which these samples have no part in.
+        // This uses ê before the update, which does not depend on these samples.
         if matches!(self.shrink, Shrink::Running(_)) {
             self.update_shrink(&sums, drawn, layer)?;
         }

@@ -1,8 +1,7 @@
 //! `dense`: every expert runs for every token, `y = Σ_i p_i e_i(x)`.
 //!
-//! The gradient is exact, the cost E / K times that of `topk`: the upper bound that Default MoE
-//! approximates, and the reference of the gradient analyses. The auxiliary loss would be a constant
-//! and is left out.
+//! The gradient is exact; the cost is E / K times that of `topk`. It is the upper bound that Default MoE
+//! approximates, and the reference of the gradient analyses. The auxiliary loss would be a constant and is left out.
 
 use super::{Balance, GradientCheck, LayerPass, Router, RouterInfo, Routing, registry};
 use crate::config::ModelConfig;

@@ -1,9 +1,9 @@
-//! `densemixer`: the output of `topk`, and a router gradient that sees every expert's true output.
+//! `densemixer`: the output of `topk`, and a router gradient that uses every expert's true output.
 //!
-//! `y = Σ_A p_i e_i(x)`; with `s_i = ⟨g, e_i⟩` of all experts `dz_j = p_j (s_j − Σ_all p_i s_i)`, as if
-//! TopK were the identity in backward. Experts and x get their gradient through A alone.
-//! Renormalised, `q_i = p_i / Σ_A p` for all i: `y = Σ_A q_i e_i(x)`,
-//! `dz_j = q_j (s_j − 1[j∈A] Σ_A q_i s_i − Σ_{i∉A} p_i s_i)`. At evaluation it is `topk` in cost too.
+//! `y = Σ_A p_i e_i(x)`; with `s_i = ⟨g, e_i⟩` of all experts `dz_j = p_j (s_j − Σ_all p_i s_i)`, as if TopK were the
+//! identity in backward. Experts and x get gradients only through A. Renormalised, `q_i = p_i / Σ_A p` for all i:
+//! `y = Σ_A q_i e_i(x)`, `dz_j = q_j (s_j − 1[j∈A] Σ_A q_i s_i − Σ_{i∉A} p_i s_i)`. At evaluation it is the same as
+//! `topk`, with the same cost.
 
 use super::topk::TopK;
 use super::{GradientCheck, LayerPass, Phase, Router, RouterInfo, Routing, registry};
@@ -24,7 +24,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     cost: "E / K times the experts of topk in training, topk at evaluation",
     settings: &[(
         "renormalize",
-        "weights that sum to 1 over the chosen experts",
+        "whether the weights are divided by their sum over the chosen experts",
     )],
     check: GradientCheck {
         exact: false,

@@ -1,11 +1,10 @@
-//! `lossfree`: loads are balanced by a bias on the choice alone, without an auxiliary loss.
+//! `lossfree`: loads are balanced by a bias that affects only the choice of experts, without an auxiliary loss.
 //!
-//! `A = TopK(score + b)`; the weights are the scores of A: softmax p, or sigmoid σ, renormalised over
-//! A or not. Softmax: gradients as `topk`. Sigmoid: `dz_j = 1[j∈A] σ_j (1 − σ_j) s_j`, renormalised
-//! `w = σ / Σ_A σ`: `dz_j = 1[j∈A] w_j (1 − σ_j) (s_j − Σ_A w_i s_i)`. b gets no gradient.
-//! Once per accepted optimizer step, over the whole global batch:
-//! `b_i ← b_i + u sign(mean count − count_i)`, sign(0) = 0 (2408.15664, algorithm 1). b is 0 at the
-//! start, is not centred, and does not change at evaluation.
+//! `A = TopK(score + b)`; the weights are the scores of A: softmax p, or sigmoid σ, renormalised over A or not.
+//! Softmax: gradients as `topk`. Sigmoid: `dz_j = 1[j∈A] σ_j (1 − σ_j) s_j`, renormalised `w = σ / Σ_A σ`:
+//! `dz_j = 1[j∈A] w_j (1 − σ_j) (s_j − Σ_A w_i s_i)`. b gets no gradient. Once per accepted optimizer step, over the
+//! whole global batch: `b_i ← b_i + u sign(mean count − count_i)`, sign(0) = 0 (2408.15664, algorithm 1). b is
+//! initially 0, is not centred, and does not change at evaluation.
 
 use super::{
     Balance, GradientCheck, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor,
@@ -34,15 +33,15 @@ pub(super) const INFO: RouterInfo = RouterInfo {
         ("score", "\"sigmoid\", as in the source, or \"softmax\""),
         (
             "renormalize",
-            "weights that sum to 1 over the chosen experts; needs K of 2 or more",
+            "whether the weights are divided by their sum over the chosen experts; requires K of 2 or more",
         ),
-        ("update_rate", "u, what the bias moves by in a step"),
+        ("update_rate", "u, the change of the bias in a step"),
     ],
     check: GradientCheck::EXACT,
     build: registry::from_settings::<LossFree>,
 };
 
-/// The name of b in checkpoints, that of models which are trained so.
+/// The name of b in checkpoints, the same as in published models that use this method.
 pub const BIAS: &str = "gate.e_score_correction_bias";
 
 /// Settings of `lossfree`.
@@ -53,7 +52,7 @@ pub struct LossFree {
     pub score: Score,
     /// Weights that sum to 1 over the chosen experts; needs K ≥ 2.
     pub renormalize: bool,
-    /// What the bias moves by in a step.
+    /// The amount by which the bias changes in a step.
     pub update_rate: f64,
 }
 
@@ -68,7 +67,7 @@ impl Default for LossFree {
 }
 
 impl LossFree {
-    /// Updates the bias of a layer whose load is in device memory, if it is.
+    /// Updates the bias with a kernel if the layer's load is in device memory. Returns whether it did.
     fn updated_by_kernel(&self, layer: &mut LayerState) -> Result<bool> {
         layer.change_by_load(BIAS, |bias, load, first| {
             let experts = bias.elements();

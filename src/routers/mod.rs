@@ -1,8 +1,8 @@
-//! The routers, one a file, and their registry.
+//! The routers, one per file, and their registry.
 //!
-//! A router turns a layer's input `x [T, D]` into gates `[T, E]` and, for every token, the experts that run:
-//! nothing outside this folder knows which method does so. A new router is a file here and a line in
-//! [`ROUTERS`]; or a type of another crate, which [`register`] makes known by name to every command and to checkpoints.
+//! A router turns a layer's input `x [T, D]` into gates `[T, E]` and, for every token, the experts that run: no code
+//! outside this folder depends on the method. To add a router, add a file here and a line in [`ROUTERS`], or define a
+//! type in another crate and pass it to [`register`], after which commands and checkpoints find it by name.
 
 pub mod default;
 pub mod dense;
@@ -35,25 +35,25 @@ use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::rc::Rc;
 
-/// What a router decided for one micro-batch of one layer.
+/// A router's decisions for one micro-batch of one layer.
 pub struct Routing {
-    /// `[T, E]`: weight of each expert's output; off the chosen experts that of its default vector,
-    /// if there is one, else unused.
+    /// `[T, E]`: weight of each expert's output. For an expert that was not chosen it is the weight of the default
+    /// vector, or unused if there is none.
     pub gates: Var,
-    /// What the balance losses and the statistics see.
+    /// The scores that the balance losses and the statistics use.
     pub scores: Scores,
     /// The experts that run for each token.
     pub dispatch: Rc<Dispatch>,
-    /// The experts that count as chosen, where those that run are others.
+    /// The experts that count as chosen, if these differ from the experts that run.
     pub chosen: Option<Rc<Dispatch>>,
-    /// `[T, E]`: what weighted sums of the experts' outputs count them by, where that is not the gates.
+    /// `[T, E]`: the weights in weighted sums of the experts' outputs; the gates if absent.
     pub sum_weights: Option<Var>,
-    /// The loss of a router with [`Balance::Own`], a scalar with its coefficient.
+    /// The loss of a router with [`Balance::Own`], a scalar already multiplied by its coefficient.
     pub penalty: Option<Var>,
 }
 
 impl Routing {
-    /// Experts that run because they were chosen, and no loss.
+    /// A routing in which the chosen experts are those that run, without a router loss.
     pub fn new(gates: Var, scores: Scores, dispatch: Rc<Dispatch>) -> Self {
         Routing {
             gates,
@@ -65,25 +65,25 @@ impl Routing {
         }
     }
 
-    /// The chosen experts run, weighted by their scores.
+    /// A routing in which the chosen experts run, weighted by their scores.
     ///
     /// # Errors
-    /// When a choice cannot be made.
+    /// Returns an error when a choice cannot be made.
     pub fn by_scores(scores: Scores, layer: &mut LayerPass<'_>) -> Result<Self> {
         let dispatch = layer.select(|| scores.choose())?;
         Ok(Self::new(scores.values.clone(), scores, dispatch))
     }
 
-    /// The same with weights that sum to 1 over the experts that run.
+    /// Returns the routing with weights that sum to 1 over the experts that run.
     ///
     /// # Errors
-    /// When the gates do not fit the dispatch.
+    /// Returns an error when the gates do not fit the dispatch.
     pub fn renormalized(mut self, tape: &Tape) -> Result<Self> {
         self.gates = renormalize(tape, &self.gates, &self.dispatch)?;
         Ok(self)
     }
 
-    /// The experts whose counts balance losses and statistics see.
+    /// Returns the experts that balance losses and statistics count.
     pub fn chosen(&self) -> &Dispatch {
         self.chosen.as_ref().unwrap_or(&self.dispatch)
     }
@@ -94,55 +94,55 @@ impl Routing {
 pub enum Balance {
     /// The auxiliary loss and the z-loss, as the configuration weights them.
     Auxiliary,
-    /// The router's own, [`Routing::penalty`], which is added to the loss as it is.
+    /// The router's own loss, [`Routing::penalty`], which is added to the total loss without a further coefficient.
     Own,
-    /// None.
+    /// No loss.
     None,
 }
 
-/// A vector that a router learns, for one layer; it does not decay.
+/// A vector that a router learns, for one layer. It has no weight decay.
 pub struct OwnParameter {
-    /// Name in checkpoints, behind the layer's prefix.
+    /// Name in checkpoints, after the layer's prefix.
     pub name: &'static str,
-    /// Number of its entries.
+    /// Number of entries.
     pub length: usize,
-    /// What every entry begins with.
+    /// Initial value of every entry.
     pub start: f64,
 }
 
-/// A tensor that a router keeps from step to step, for one layer.
+/// A tensor that a router keeps between steps, for one layer.
 pub struct StateTensor {
-    /// Name in checkpoints, behind the layer's prefix.
+    /// Name in checkpoints, after the layer's prefix.
     pub name: &'static str,
-    /// What it holds before the first step; its shape and dtype stay.
+    /// Value before the first step. Its shape and dtype do not change.
     pub start: Tensor,
 }
 
-/// A method of routing. One value serves all layers; what differs by layer is in [`LayerPass`].
+/// A method of routing. One value serves all layers; [`LayerPass`] has the data of a layer.
 pub trait Router {
-    /// Refuses models that the method cannot train.
+    /// Rejects models that the method cannot train.
     ///
     /// # Errors
-    /// Names the key to change.
+    /// Returns an error that names the configuration key to change.
     fn validate(&self, _model: &ModelConfig) -> Result<()> {
         Ok(())
     }
 
-    /// Refuses devices on which these settings do not run.
+    /// Rejects devices on which the router's settings are not supported.
     ///
     /// # Errors
-    /// Names the key, and where it runs.
+    /// Returns an error that names the key and the supported devices.
     fn validate_device(&self, _device: Device) -> Result<()> {
         Ok(())
     }
 
-    /// The state of one MoE layer at the start of training, in f64: the model rounds it to its
-    /// dtype. `layer` counts MoE layers from 0.
+    /// Returns the state of one MoE layer at the start of training, in f64; the model converts it to its dtype.
+    /// `layer` counts MoE layers from 0.
     fn initial_state(&self, _model: &ModelConfig, _layer: usize, _seed: u64) -> Vec<StateTensor> {
         Vec::new()
     }
 
-    /// The vectors that the method learns in each MoE layer.
+    /// Returns the vectors that the method learns in each MoE layer.
     fn parameters(&self, _model: &ModelConfig) -> Vec<OwnParameter> {
         Vec::new()
     }
@@ -150,7 +150,7 @@ pub trait Router {
     /// Chooses experts and gates from the layer's input `[T, D]` and its router weight `[E, D]`.
     ///
     /// # Errors
-    /// When the two do not fit.
+    /// Returns an error when the shapes of input and weight do not fit.
     fn route(
         &self,
         tape: &Tape,
@@ -159,17 +159,17 @@ pub trait Router {
         layer: &mut LayerPass<'_>,
     ) -> Result<Routing>;
 
-    /// How the experts' outputs are to be summed for [`defaults`](Self::defaults); none if the
-    /// method does not need them.
+    /// Returns how to weight the sums of the experts' outputs for [`defaults`](Self::defaults); `None` if the method
+    /// does not need these sums.
     fn weighting(&self) -> Option<Weighting> {
         None
     }
 
-    /// Draws tokens on which experts that they did not choose are to run, for the router's state alone. Asked in passes that may
-    /// change state; all ranks must answer alike.
+    /// Draws tokens on which experts that they did not choose will run, only to update the router's state. It is
+    /// called in passes that may change state. All ranks must agree on whether there are samples.
     ///
     /// # Errors
-    /// When the draw fails.
+    /// Returns an error when the draw fails.
     fn samples(
         &self,
         _routing: &Routing,
@@ -178,11 +178,11 @@ pub trait Router {
         Ok(None)
     }
 
-    /// Takes the sums of the experts' outputs over the rows that [`samples`](Self::samples) drew, this rank's, before
-    /// [`defaults`](Self::defaults) is asked.
+    /// Gets this rank's sums of the experts' outputs over the rows that [`samples`](Self::samples) drew. It is called
+    /// before [`defaults`](Self::defaults).
     ///
     /// # Errors
-    /// When the sums do not fit the state, or a rank has left.
+    /// Returns an error when the sums do not fit the state, or a rank has left.
     fn learn_from_samples(
         &self,
         _sums: ExpertSums,
@@ -192,17 +192,17 @@ pub trait Router {
         Ok(())
     }
 
-    /// Rows that [`samples`](Self::samples) draws in an optimizer step for one layer, at most.
+    /// Returns an upper bound of the rows that [`samples`](Self::samples) draws for one layer in an optimizer step.
     fn sampled_rows_per_step(&self, _model: &ModelConfig) -> usize {
         0
     }
 
-    /// Gives the default vectors of the experts that did not run, if the method has any. `sums` are
-    /// those of the experts that ran; they are there when the router asked for them and the pass
-    /// may change state.
+    /// Returns the default vectors for the experts that did not run, if the method has any. `sums` are the sums of
+    /// the outputs of the experts that ran; they are present if [`weighting`](Self::weighting) requests them and the
+    /// pass may change state.
     ///
     /// # Errors
-    /// When the sums do not fit the state.
+    /// Returns an error when the sums do not fit the state.
     fn defaults(
         &self,
         _sums: Option<ExpertSums>,
@@ -211,19 +211,20 @@ pub trait Router {
         Ok(None)
     }
 
-    /// What the method makes of the combined output `y [T, D]` with its own parameters.
+    /// Applies the method's own parameters to the combined output `y [T, D]`, and returns the layer's output
+    /// `[T, D]`.
     ///
     /// # Errors
-    /// When `y` does not fit.
+    /// Returns an error when `y` does not fit.
     fn output(&self, _tape: &Tape, y: Var, _own: &[Var]) -> Result<Var> {
         Ok(y)
     }
 
-    /// Changes the pending state of the layers at the end of an accepted optimizer step, before it
-    /// is committed. What a layer counted is this rank's: sums over ranks go through `dist`.
+    /// Updates the pending state of the layers at the end of an accepted optimizer step, before it is committed. The
+    /// counts of a layer are those of this rank; sum them over ranks with `dist`.
     ///
     /// # Errors
-    /// When a state tensor is not real, or a sum over ranks fails.
+    /// Returns an error when a state tensor is not real, or a sum over ranks fails.
     fn end_step(
         &self,
         _model: &ModelConfig,
@@ -233,66 +234,68 @@ pub trait Router {
         Ok(())
     }
 
-    /// The loss that balances the experts.
+    /// Returns the loss that balances the experts.
     fn balance(&self) -> Balance {
         Balance::Auxiliary
     }
 
-    /// Experts that run for a token in training, at most: memory is planned for them.
+    /// Returns the maximum number of experts that run for a token in training. Memory is planned for this number.
     fn max_experts_per_token(&self, model: &ModelConfig) -> usize {
         model.top_k
     }
 
-    /// Experts that run for a token on average: operations are counted for them.
+    /// Returns the mean number of experts that run for a token. Operations are counted with this number.
     fn mean_experts_per_token(&self, model: &ModelConfig) -> usize {
         self.max_experts_per_token(model)
     }
 
-    /// Tensors `[T, E]` that backward keeps: the scores, and the gates where they are others.
+    /// Returns the number of tensors `[T, E]` that are kept for backward: the scores, and the gates if they differ
+    /// from the scores.
     fn kept_score_tensors(&self) -> usize {
         1
     }
 
-    /// Further numbers of each token that backward keeps.
+    /// Returns how many further numbers per token are kept for backward.
     fn kept_numbers_per_token(&self, _model: &ModelConfig) -> usize {
         0
     }
 
-    /// Whether evaluation reads the state tensor `name`, so that an export has it.
+    /// Returns whether evaluation reads the state tensor `name`. An export then contains it.
     fn evaluation_reads(&self, _name: &str) -> bool {
         true
     }
 
-    /// The `topk` router that computes the same at evaluation, if there is one: an export is then a model that transformers
-    /// knows.
+    /// Returns the `topk` router that gives the same results at evaluation, if there is one. An export is then a
+    /// model class of the transformers library.
     fn equivalent_topk(&self) -> Option<topk::TopK> {
         None
     }
 
-    /// A Python function for exports of models that transformers does not know, of the router's name:
-    /// `def NAME(z, k, settings, bias)` gets logits `z [T, E]` and returns the experts' weights `[T, E]` and which of them
-    /// run, `[T, E]` bool. See `modeling_routegrad.py`, which has those of the routers here.
+    /// Returns a Python function for exports of models that the transformers library does not support. It must have
+    /// the router's name: `def NAME(z, k, settings, bias)` gets logits `z [T, E]` and returns the experts' weights
+    /// `[T, E]` and a bool tensor `[T, E]` of the experts that run. `modeling_routegrad.py` contains the functions of
+    /// the routers in this crate.
     fn export_code(&self) -> Option<&'static str> {
         None
     }
 
-    /// Changes the settings so that evaluation leaves default vectors out; false if the method has none.
+    /// Changes the settings so that evaluation does not use default vectors. Returns false if the method has none.
     fn leave_out_default_vectors(&self, _settings: &mut toml::Table) -> bool {
         false
     }
 
-    /// Whether experts are weighted by the softmax of their logits, as the analyses of gradients assume.
+    /// Returns whether experts are weighted by the softmax of their logits, as the analyses of gradients assume.
     fn weighs_by_softmax(&self) -> bool {
         false
     }
 
-    /// Whether every expert takes every token at evaluation.
+    /// Returns whether every expert runs for every token at evaluation.
     fn evaluates_all_experts(&self) -> bool {
         false
     }
 }
 
-/// The routers of this crate; [`all`] has those that were registered too.
+/// The routers of this crate; [`all`] also returns registered routers.
 pub const ROUTERS: &[RouterInfo] = &[
     topk::INFO,
     default::INFO,
@@ -303,7 +306,7 @@ pub const ROUTERS: &[RouterInfo] = &[
     lossfree::INFO,
 ];
 
-/// Refuses a setting outside `least ..`, or with `below` outside `least .. below`.
+/// Rejects a setting outside `least ..`, or, with `below`, outside `least .. below`.
 fn within(key: &str, value: f64, least: f64, below: Option<f64>) -> Result<()> {
     if value >= least && value < below.unwrap_or(f64::INFINITY) {
         return Ok(());
@@ -311,7 +314,7 @@ fn within(key: &str, value: f64, least: f64, below: Option<f64>) -> Result<()> {
     Err(Error::usage(
         format!("router.{key}"),
         match below {
-            Some(below) => format!("a number from {least} to below {below}"),
+            Some(below) => format!("a number >= {least} and < {below}"),
             None => format!("a number from {least} up"),
         },
         value.to_string(),
@@ -319,7 +322,7 @@ fn within(key: &str, value: f64, least: f64, below: Option<f64>) -> Result<()> {
     ))
 }
 
-/// Refuses weights that sum to 1 over the chosen experts where one is chosen.
+/// Rejects weights that sum to 1 over the chosen experts if K is 1.
 fn learns_renormalized(model: &ModelConfig) -> Result<()> {
     if model.top_k > 1 {
         return Ok(());

@@ -15,13 +15,13 @@ static REGISTERED: RwLock<Vec<&'static RouterInfo>> = RwLock::new(Vec::new());
 pub struct RouterInfo {
     /// Name in configurations and on the command line.
     pub name: &'static str,
-    /// What it does, in a line.
+    /// Description on one line.
     pub summary: &'static str,
-    /// Where it comes from.
+    /// Source: paper or code.
     pub source: &'static str,
-    /// What it costs beside `topk`.
+    /// Cost compared with `topk`.
     pub cost: &'static str,
-    /// What each setting does.
+    /// Name and description of each setting.
     pub settings: &'static [(&'static str, &'static str)],
     /// How its gradient is checked.
     pub check: GradientCheck,
@@ -31,14 +31,14 @@ pub struct RouterInfo {
 /// How the gradient of a router is checked.
 #[derive(Clone, Copy)]
 pub struct GradientCheck {
-    /// Whether the gradient is the derivative of the forward pass; otherwise along x and the router's weight only the
-    /// comparison of devices counts.
+    /// Whether the gradient is the derivative of the forward pass. If not, the gradients of x and of the router's
+    /// weight are checked only by comparing devices.
     pub exact: bool,
-    /// Whether it is so when every expert is chosen: a whole model is then checked with K = E.
+    /// Whether the gradient is exact when every expert is chosen. A complete model is then checked with K = E.
     pub exact_for_all_experts: bool,
     /// Settings under which every term of the loss is large enough to be checked.
     pub set: &'static [&'static str],
-    /// A router whose exact gradient is the estimate of this one.
+    /// Builds a router whose exact gradient equals the gradient estimate of this router.
     pub surrogate: Option<Surrogate>,
 }
 
@@ -55,11 +55,11 @@ impl GradientCheck {
     };
 }
 
-/// Reads settings: the router, and the settings with every default filled in.
+/// A function that reads settings and returns the router, and the settings with all defaults filled in.
 type Build = fn(&toml::Table) -> Result<(Box<dyn Router>, toml::Table)>;
 
 impl RouterInfo {
-    /// A router without settings. The entry's fields may be changed before it is registered.
+    /// Creates the entry of a router without settings. You may change its fields before you register it.
     pub const fn new<R: Router + Default + 'static>(
         name: &'static str,
         summary: &'static str,
@@ -75,7 +75,7 @@ impl RouterInfo {
         }
     }
 
-    /// A router whose fields are its settings.
+    /// Creates the entry of a router whose fields are its settings.
     pub const fn with_settings<R>(name: &'static str, summary: &'static str) -> Self
     where
         R: Router + Default + Serialize + DeserializeOwned + 'static,
@@ -100,7 +100,7 @@ impl RouterInfo {
 /// ```
 ///
 /// # Errors
-/// When the name is taken, or is not of lower-case letters, digits, `-` and `_`.
+/// Returns an error when the name is taken, or is not of lower-case letters, digits, `-` and `_`.
 pub fn register(info: RouterInfo) -> Result<()> {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-_".contains(c);
     if info.name.is_empty() || !info.name.chars().all(allowed) {
@@ -124,7 +124,7 @@ pub fn register(info: RouterInfo) -> Result<()> {
     Ok(())
 }
 
-/// Every router: those of this crate, then those that were registered.
+/// Returns every router: those of this crate, then the registered ones.
 pub fn all() -> Vec<&'static RouterInfo> {
     let registered = REGISTERED.read().unwrap_or_else(PoisonError::into_inner);
     ROUTERS.iter().chain(registered.iter().copied()).collect()
@@ -133,7 +133,8 @@ pub fn all() -> Vec<&'static RouterInfo> {
 /// Builds the router that a configuration names.
 ///
 /// # Errors
-/// When there is no such router, or it does not take a setting: both name the nearest right one.
+/// Returns an error when there is no such router, or it does not have or accept a setting. The error suggests the
+/// nearest valid name.
 pub fn build(config: &RouterConfig) -> Result<Box<dyn Router>> {
     Ok((find(&config.name)?.build)(&config.settings)?.0)
 }
@@ -141,7 +142,7 @@ pub fn build(config: &RouterConfig) -> Result<Box<dyn Router>> {
 /// Checks a router's configuration and fills in its defaults.
 ///
 /// # Errors
-/// As [`build`].
+/// The same errors as [`build`].
 pub fn resolve(config: &mut RouterConfig) -> Result<()> {
     config.settings = (find(&config.name)?.build)(&config.settings)?.1;
     Ok(())
@@ -154,10 +155,10 @@ fn named(
     routers.find(|r| r.name == name)
 }
 
-/// The router of this name.
+/// Returns the entry of the router with this name.
 ///
 /// # Errors
-/// When there is none.
+/// Returns an error when there is no router with this name.
 pub fn find(name: &str) -> Result<&'static RouterInfo> {
     let routers = all();
     named(routers.iter().copied(), name).ok_or_else(|| {
@@ -186,7 +187,7 @@ where
     refuse_unknown(settings, &table(&R::default()))?;
     let read = |settings: toml::Table| settings.try_into::<R>();
     let router = read(settings.clone()).map_err(|e| {
-        // One by one the settings say which of them is wrong.
+        // Parsing the settings one at a time shows which of them is wrong.
         let alone = settings.iter().find_map(|(key, value)| {
             let one = toml::Table::from_iter([(key.clone(), value.clone())]);
             Some((key, value, read(one).err()?))
@@ -210,7 +211,7 @@ where
     Ok((Box::new(router), resolved))
 }
 
-/// What a setting must be, from the error of its parser.
+/// Returns the expected kind of value, from the error of the parser.
 fn expected(e: &toml::de::Error) -> String {
     let message = e.message().lines().next().unwrap_or_default();
     let expected = message.rsplit_once("expected ");
@@ -225,7 +226,7 @@ fn without_settings<R: Router + Default + 'static>(
     Ok((Box::new(R::default()), toml::Table::new()))
 }
 
-/// Refuses settings that are not among those `known`.
+/// Rejects settings that are not in `known`.
 fn refuse_unknown(settings: &toml::Table, known: &toml::Table) -> Result<()> {
     let Some(key) = settings.keys().find(|k| !known.contains_key(*k)) else {
         return Ok(());
@@ -313,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_names_and_settings_name_the_nearest_right_one() {
+    fn errors_for_wrong_names_and_settings_suggest_the_nearest_valid_one() {
         let error = |c| build(&c).err().unwrap().to_string();
         assert!(error(config("defualt", "")).contains("did you mean \"default\"?"));
         assert!(error(config("default", "bta = 0.5")).contains("did you mean router.beta?"));

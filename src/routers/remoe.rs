@@ -1,13 +1,12 @@
-//! `remoe`: the positive logits are the weights, so that a token has any number of experts, none
-//! included; a regulariser drives their mean number to K.
+//! `remoe`: the positive logits are the weights, so a token may have any number of experts, including none. A
+//! regulariser drives the mean number of experts to K.
 //!
-//! `p = ReLU(z)`, `y = Σ p_i e_i(x)`, 0 for a token without experts. Added to the loss, for every MoE
-//! layer and micro-batch of T tokens, n_i of them with `p_i > 0`: `λ E / (K T²) Σ_i n_i Σ_t p_ti`, n a
-//! constant, so that `dz_i = 1[z_i>0] (s_i + λ E n_i / (K T²))`, 0 at z = 0 (2412.14711; its code, not
-//! its eq. 10, which has another 1 / L). n_i and T count all ranks' parts of the micro-batch. One λ
-//! for the model: after every accepted step it is multiplied by 1.2 if the mean sparsity, over MoE
-//! layers, micro-batches and ranks, was below `1 − K/E`, divided by 1.2 if above. Evaluation routes in
-//! the same way.
+//! `p = ReLU(z)`, `y = Σ p_i e_i(x)`, 0 for a token without experts. For every MoE layer and micro-batch of T tokens,
+//! of which n_i have `p_i > 0`, the loss gets the term `λ E / (K T²) Σ_i n_i Σ_t p_ti` with constant n, so that
+//! `dz_i = 1[z_i>0] (s_i + λ E n_i / (K T²))`, 0 at z = 0 (2412.14711; its code, not its eq. 10, which has another 1
+//! / L). n_i and T count the tokens of all ranks. There is one λ for the model: after every accepted step it is
+//! multiplied by 1.2 if the mean sparsity, over MoE layers, micro-batches and ranks, was below `1 − K/E`, and divided
+//! by 1.2 if it was above. Evaluation uses the same routing.
 
 use super::{
     Balance, GradientCheck, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor,
@@ -36,14 +35,14 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     source: "ReMoE, 2412.14711, code thu-ml/ReMoE",
     cost: "up to E / K times the experts of topk until the sparsity is reached, then topk on average",
     settings: &[
-        ("initial_lambda", "weight of the regulariser at the start"),
+        ("initial_lambda", "initial weight of the regulariser"),
         (
             "lambda_factor",
-            "what the weight is multiplied or divided by after a step",
+            "factor by which the weight is multiplied or divided after a step",
         ),
     ],
     check: GradientCheck {
-        exact: false, // it has kinks within a step
+        exact: false, // it is not differentiable at some points within a difference step
         set: &["router.initial_lambda=0.5"],
         ..GradientCheck::EXACT
     },
@@ -59,7 +58,7 @@ const LAMBDA: &str = "lambda";
 pub struct ReMoe {
     /// λ at the start.
     pub initial_lambda: f64,
-    /// Its change in a step.
+    /// Factor by which λ is multiplied or divided after a step.
     pub lambda_factor: f64,
 }
 
@@ -73,7 +72,7 @@ impl Default for ReMoe {
 }
 
 impl ReMoe {
-    /// Changes λ of every layer where the layers' loads are in device memory, if they are.
+    /// Updates λ of every layer with a kernel if the layers' loads are in device memory. Returns whether it did.
     fn updated_by_kernel(&self, top_k: usize, layers: &mut [LayerState]) -> Result<bool> {
         for layer in layers {
             let updated = layer.change_by_load(LAMBDA, |lambda, load, _| {
@@ -96,7 +95,7 @@ impl ReMoe {
     }
 }
 
-/// λ n_i / (K T) in device memory, `[E]`: λ is the device's, and so are the counts, of all ranks.
+/// Returns λ n_i / (K T) in device memory, `[E]`. λ and the counts of all ranks are in device memory as well.
 fn weighted_fractions(
     layer: &mut LayerPass<'_>,
     device: Device,
@@ -106,7 +105,8 @@ fn weighted_fractions(
     let experts = selection.num_experts();
     let mut fractions = Tensor::unspecified(device, DType::F32, [experts]);
     let own = &dispatch.maps(device)?.offsets;
-    // Where experts begin is a sum of counts, and so is its sum over the ranks, which have equally many tokens.
+    // The offsets of the experts are sums of counts, so they can be summed over the ranks, which have equally many
+    // tokens.
     let all = layer.counted_by_all(own)?;
     let ranks = all.as_ref().map_or(1, |_| layer.dist.size());
     let slots = layer.top_k * selection.num_tokens() * ranks;
@@ -147,7 +147,7 @@ impl Router for ReMoe {
         let gates = on_selection(tape, &scores.values, &dispatch)?;
         let device = x.tensor().device();
         if device != Device::Cpu {
-            // There the router's kernels gave ReLU(z), which are the gates, and their means.
+            // On a device the router's kernels computed the gates ReLU(z) and their means.
             let fractions = weighted_fractions(layer, device, &dispatch)?;
             return Ok(Routing {
                 penalty: Some(scores.auxiliary_loss(tape, &fractions)?),
@@ -187,7 +187,7 @@ impl Router for ReMoe {
             sums[1] += tokens;
         }
         dist.sum(&mut sums)?;
-        // Sparsity is 1 − pairs / (E tokens): compared as whole numbers, so that equal is equal.
+        // Sparsity is 1 − pairs / (E tokens): compared as integers, so that equality is exact.
         let (pairs, target) = (sums[0], model.top_k as f64 * sums[1]);
         let factor = if pairs > target {
             self.lambda_factor
@@ -211,12 +211,12 @@ impl Router for ReMoe {
         Balance::Own
     }
 
-    /// It begins near E / 2 and may reach E.
+    /// The number begins near E / 2 and may reach E.
     fn max_experts_per_token(&self, model: &ModelConfig) -> usize {
         model.num_experts
     }
 
-    /// Once its sparsity is reached.
+    /// The number after the target sparsity is reached.
     fn mean_experts_per_token(&self, model: &ModelConfig) -> usize {
         model.top_k
     }
@@ -240,7 +240,7 @@ mod tests {
 
     const EXPERTS: usize = 4;
 
-    /// Two layers that have seen one micro-batch, each of whose tokens chose so many experts.
+    /// Two layers after one micro-batch; `chosen` has the number of experts of each token.
     fn layers(chosen: [&[usize]; 2]) -> Vec<LayerState> {
         let start = |value: f64| StateTensor {
             name: LAMBDA,
@@ -259,7 +259,7 @@ mod tests {
         chosen.iter().map(layer).collect()
     }
 
-    /// λ of both layers after the end of a step, K = 2.
+    /// Returns λ of both layers after the end of a step with K = 2.
     fn lambda(chosen: [&[usize]; 2], dist: &dyn Collective) -> Vec<f64> {
         let mut layers = layers(chosen);
         let mut model = crate::config::Config::load(
@@ -281,7 +281,7 @@ mod tests {
 
     #[test]
     fn lambda_follows_the_mean_sparsity_over_the_layers() {
-        // Mean experts a token: 2.25, 1.75, 2.
+        // Mean number of experts per token: 2.25, 1.75, 2.
         assert_eq!(lambda([&[4, 4], &[1, 0]], &SingleRank), [0.6, 0.6]);
         let less = [0.5 * (1.0 / 1.2); 2];
         assert_eq!(lambda([&[3, 3], &[1, 0]], &SingleRank), less);
@@ -312,8 +312,8 @@ mod tests {
     }
 
     #[test]
-    fn the_other_ranks_count() {
-        // Here 7 pairs of 4 tokens, too few; there 10 of 4.
+    fn the_counts_of_the_other_ranks_are_included() {
+        // This rank has 7 pairs for 4 tokens, too few; the other rank has 10 for 4.
         let other = WithAnother([10.0, 4.0]);
         assert_eq!(lambda([&[3, 3], &[1, 0]], &other), [0.6, 0.6]);
     }

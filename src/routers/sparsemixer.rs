@@ -1,18 +1,18 @@
-//! `sparsemixer`: experts are sampled among the likely ones, and the router's gradient estimates
-//! that of the expected loss.
+//! `sparsemixer`: experts are sampled among the likely ones, and the router's gradient is an estimate of the gradient
+//! of the expected loss.
 //!
-//! Stage r excludes the experts X chosen before it, keeps the likely ones of the rest, `p` = softmax
-//! over them, and samples one ([`sampled_gate`](crate::ops::sampled_gate)).
+//! Stage r excludes the experts X chosen in earlier stages, keeps the likely ones of the rest, `p` = softmax over
+//! them, and samples one ([`sampled_gate`](crate::ops::sampled_gate)).
 //!
-//! v1 (2310.00811), K = 1, with a learned ω `[D]`: δ = [a likeliest or u > 1/2], h = (1 + δ) / 2,
-//! `y = h p_a ω⊙e_a`; with `s = ⟨g, ω⊙e_a⟩`: `dz_j = 2 s p_a (1[j=a] − p_j)`, `dω = h p_a g⊙e_a`.
-//! v2 (2409.12136), K = 1 or 2: δ_r = [a_r likeliest or u_r > 3/4], h_r = 1 or 1/3,
-//! `y = Σ_r h_r p^r e_{a_r}`, `dz_j = Σ_r s_r p^r_{a_r} (1[j=a_r] − p^r_j)`, `s_r = ⟨g, e_{a_r}⟩`.
-//! Evaluation takes the likeliest, h = 1, and draws nothing.
+//! v1 (2310.00811), K = 1, with a learned ω `[D]`: δ = [a likeliest or u > 1/2], h = (1 + δ) / 2, `y = h p_a ω⊙e_a`;
+//! with `s = ⟨g, ω⊙e_a⟩`: `dz_j = 2 s p_a (1[j=a] − p_j)`, `dω = h p_a g⊙e_a`. v2 (2409.12136), K = 1 or 2: δ_r =
+//! [a_r likeliest or u_r > 3/4], h_r = 1 or 1/3, `y = Σ_r h_r p^r e_{a_r}`,
+//! `dz_j = Σ_r s_r p^r_{a_r} (1[j=a_r] − p^r_j)`, `s_r = ⟨g, e_{a_r}⟩`. Evaluation chooses the likeliest experts with
+//! h = 1 and draws no random numbers.
 //!
-//! What is estimated: v1 the derivative of `E_{a~p} f(p_a ω⊙e_a)`, v2 with K = 1 the part of it that
-//! the sampling has (the gate a constant), both exactly for affine f; v2 with K = 2 is biased even
-//! then. None of them is the dense gradient, nor that of the deterministic TopK.
+//! v1 estimates the derivative of `E_{a~p} f(p_a ω⊙e_a)`. v2 with K = 1 estimates the part of this derivative that
+//! comes from the sampling probabilities, with the gate held constant. Both are unbiased for affine f; v2 with K = 2
+//! is biased even then. None of them estimates the dense gradient or the gradient of deterministic TopK.
 
 use super::{
     GradientCheck, LayerPass, OwnParameter, Phase, Router, RouterInfo, Routing, registry, within,
@@ -42,7 +42,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
         ("version", "\"v1\" (K = 1) or \"v2\" (K = 1 or 2)"),
         (
             "epsilon",
-            "half of the relative distance to the largest logit at which an expert is left out",
+            "half of the relative distance from the largest logit above which an expert is excluded",
         ),
     ],
     check: GradientCheck {
@@ -53,7 +53,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
     build: registry::from_settings::<SparseMixer>,
 };
 
-/// Which of the two papers.
+/// The paper whose version is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Version {
@@ -67,11 +67,11 @@ pub enum Version {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SparseMixer {
-    /// Which of the two papers.
+    /// The paper whose version is used.
     pub version: Version,
     /// ε of the mask.
     pub epsilon: f64,
-    /// See [`surrogate`].
+    /// Whether this is the router that [`surrogate`] returns.
     #[serde(skip)]
     surrogate: bool,
 }
@@ -86,11 +86,11 @@ impl Default for SparseMixer {
     }
 }
 
-/// The router with the same choices whose gates are `c p_a` in place of `h p_a`, for checks: the
-/// derivative of its forward pass by the logits is what the estimator gives, whatever h is.
+/// Returns, for checks, the router with the same choices and with gates `c p_a` in place of `h p_a`. The derivative
+/// of its forward pass with respect to the logits equals the estimate, which does not depend on h.
 ///
 /// # Errors
-/// When the settings are not those of `sparsemixer`.
+/// Returns an error when the settings are not those of `sparsemixer`.
 pub fn surrogate(config: &RouterConfig) -> Result<Box<dyn Router>> {
     let router = config.settings.clone().try_into::<SparseMixer>();
     let router = router.map_err(|e| {
@@ -108,7 +108,7 @@ pub fn surrogate(config: &RouterConfig) -> Result<Box<dyn Router>> {
 }
 
 impl SparseMixer {
-    /// c, and of samples that are not the likeliest the threshold of u and the h below it.
+    /// Returns c, and for samples that are not the likeliest expert the threshold of u and the h below it.
     fn constants(&self) -> (f64, f64, f64) {
         match self.version {
             Version::V1 => (2.0, 0.5, 0.5),
@@ -116,7 +116,7 @@ impl SparseMixer {
         }
     }
 
-    /// The experts of `stages` stages; without draws the likeliest.
+    /// Chooses the experts of `stages` stages; without draws, the likeliest experts.
     fn choices(&self, z: &Tensor, stages: usize, draws: Option<Draws<'_>>) -> Result<Vec<Choice>> {
         let (c, threshold, untrusted) = self.constants();
         let mut choices: Vec<Choice> = Vec::new();
@@ -144,7 +144,7 @@ impl SparseMixer {
         Ok(choices)
     }
 
-    /// The gates `[T, E]` of all stages.
+    /// Returns the gates `[T, E]` of all stages.
     fn gates(&self, tape: &Tape, logits: &Var, choices: &[Choice]) -> Result<Var> {
         let (c, ..) = self.constants();
         let mut gates = sampled_gate(tape, logits, &choices[0], c)?;
@@ -155,9 +155,10 @@ impl SparseMixer {
     }
 }
 
-/// On a device with kernels, which sample all stages at once.
+/// Routing on a device with kernels, which sample all stages at once.
 impl SparseMixer {
-    /// The balance losses get a softmax of their own, from the same product made a second time.
+    /// The balance losses use a separate softmax, for which the product with the router's weight is computed a second
+    /// time.
     fn route_on_device(
         &self,
         tape: &Tape,
@@ -254,7 +255,7 @@ impl Router for SparseMixer {
         }
         let logits = scores.values.clone();
         let (z, stages) = (logits.tensor(), layer.top_k);
-        // Each token has a block of random numbers, in it each stage its E ξ and then its u.
+        // Each token has a block of random numbers; in it, each stage has E numbers ξ and then one u.
         let (stream, first, experts) = (layer.draws(), layer.pass.first_token, z.shape().width());
         let index = |token: usize, stage: usize, i: usize| {
             let block = (first + token as u64) * stages as u64 + stage as u64;
@@ -294,7 +295,7 @@ impl Router for SparseMixer {
         2
     }
 
-    /// Version 1 keeps the output before its factors ω.
+    /// Version 1 keeps the output before it is multiplied by ω.
     fn kept_numbers_per_token(&self, model: &ModelConfig) -> usize {
         match self.version {
             Version::V1 => model.hidden,
@@ -303,7 +304,7 @@ impl Router for SparseMixer {
     }
 }
 
-/// The experts of all stages, ascending for each token.
+/// Returns the experts of all stages, ascending for each token.
 fn selection(z: &Tensor, choices: &[Choice]) -> Result<Selection> {
     Selection::new(z.shape().rows(), z.shape().width(), |token, chosen| {
         let first = chosen.len();

@@ -1,8 +1,9 @@
-//! What a router keeps and sees: state per layer, committed only with an accepted step.
+//! The state that a router keeps per layer, which is committed only with an accepted step, and the data of a pass
+//! that a router reads.
 //!
-//! During a step a layer's tensors are changed in a *pending* copy; micro-batch m reads what m − 1
-//! left there. [`LayerState::commit`] makes it the state, [`LayerState::discard`] forgets it, so
-//! that a step which is not applied leaves no trace.
+//! During a step a layer's tensors are changed in a *pending* copy; micro-batch m reads the pending copy that
+//! micro-batch m − 1 wrote. [`LayerState::commit`] makes the pending copy the state; [`LayerState::discard`] drops
+//! it, so that a step which is not applied changes nothing.
 
 use crate::dist::{Collective, at};
 use crate::error::Result;
@@ -26,8 +27,8 @@ use super::tally::{Counted, Tally};
 pub enum Phase {
     /// Training: state is updated, statistics are counted.
     Train,
-    /// Training's mathematics with state, counts and chosen experts as the last training pass left
-    /// them: a differentiable function, for finite differences and for comparisons.
+    /// The same computation as training, but with the state, counts and chosen experts of the last training pass held
+    /// fixed. This is a differentiable function, for finite differences and for comparisons.
     Frozen,
     /// Evaluation: state is read.
     Evaluate,
@@ -36,21 +37,21 @@ pub enum Phase {
 /// One forward pass of the model over one micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Pass {
-    /// What the pass is for: whether state is written.
+    /// Purpose of the pass, which decides whether state is written.
     pub phase: Phase,
-    /// Micro-batches of this optimizer step.
+    /// Number of micro-batches of this optimizer step.
     pub micro_batches: usize,
-    /// Updates that the optimizer made before: part of the key of a router's draws.
+    /// Number of updates that the optimizer made before: part of the key of a router's draws.
     pub step: u64,
-    /// Place of this micro-batch's first token in the global batch: the other part.
+    /// Index in the global batch of this micro-batch's first token: the other part of the key.
     pub first_token: u64,
 }
 
 impl Pass {
-    /// Evaluation, which knows no micro-batches.
+    /// An evaluation pass, which has no micro-batches.
     pub const EVALUATE: Pass = Pass::single(Phase::Evaluate);
 
-    /// The only micro-batch of a first step.
+    /// Returns the pass of the only micro-batch of the first step.
     pub const fn single(phase: Phase) -> Self {
         Pass {
             phase,
@@ -67,36 +68,36 @@ pub struct LayerState {
     names: Vec<&'static str>,
     committed: Vec<Tensor>,
     pending: Vec<Tensor>,
-    /// The choice, the balance fractions and whatever else the router decided in the last training
-    /// pass, which replays reuse.
+    /// The choice, the balance fractions and all other decisions of the router in the last training pass, which
+    /// replays reuse.
     selection: Option<Selection>,
     fractions: Option<Tensor>,
     held: Vec<Tensor>,
     tally: Tally,
-    /// The choices made since they were last taken, if they are recorded.
+    /// The choices since [`take_record`](Self::take_record) was last called, if choices are recorded.
     record: Option<Vec<Selection>>,
     replay: VecDeque<Selection>,
     disagreements: Vec<Disagreement>,
 }
 
-/// A token whose replayed choice is not the one that the router would have made.
+/// A token whose replayed choice differs from the choice that the router would have made.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Disagreement {
-    /// Its number in the batch.
+    /// Index of the token in the batch.
     pub token: usize,
     /// The experts of the replayed choice.
     pub replayed: Vec<i32>,
-    /// The experts of the router's own.
+    /// The experts of the router's own choice.
     pub own: Vec<i32>,
 }
 
 impl LayerState {
-    /// The state of a layer that begins with `tensors`.
+    /// Creates the state of a layer with the initial `tensors`.
     pub(crate) fn new(tensors: Vec<StateTensor>) -> Self {
         Self::with_tally(tensors, Tally::default())
     }
 
-    /// The same, counting in `tally`.
+    /// Creates the state of a layer with the initial `tensors`, which counts in `tally`.
     pub(crate) fn with_tally(tensors: Vec<StateTensor>, tally: Tally) -> Self {
         let (names, committed): (_, Vec<Tensor>) =
             tensors.into_iter().map(|t| (t.name, t.start)).unzip();
@@ -109,7 +110,7 @@ impl LayerState {
         }
     }
 
-    /// The committed tensors with their names, for checkpoints.
+    /// Returns the committed tensors with their names, for checkpoints.
     pub fn tensors(&self) -> impl Iterator<Item = (&'static str, &Tensor)> {
         self.names.iter().copied().zip(&self.committed)
     }
@@ -117,7 +118,8 @@ impl LayerState {
     /// Replaces a committed tensor, from a checkpoint.
     ///
     /// # Errors
-    /// When shape or dtype differ. A name that is not there is left alone and answered with false.
+    /// Returns an error when shape or dtype differ. If there is no tensor `name`, returns `Ok(false)` and changes
+    /// nothing.
     pub fn restore(&mut self, name: &str, tensor: Tensor) -> Result<bool> {
         let Some(i) = self.names.iter().position(|n| *n == name) else {
             return Ok(false);
@@ -130,82 +132,84 @@ impl LayerState {
         Ok(true)
     }
 
-    /// Makes the pending state the state; begins a new step.
+    /// Makes the pending state the committed state, and begins a new step.
     pub fn commit(&mut self) {
         self.committed = self.pending.clone();
         self.tally.begin_step();
     }
 
-    /// Forgets the pending state; begins a new step.
+    /// Drops the pending state, and begins a new step.
     pub fn discard(&mut self) {
         self.pending = self.committed.clone();
         self.tally.begin_step();
     }
 
-    /// Lets the next count of kernels begin all sums anew.
+    /// Makes the next count by kernels reset all sums first.
     pub(crate) fn count_anew(&mut self) {
         self.tally.count_anew();
     }
 
-    /// Whether the next training step depends on nothing that the host would have to follow: choices are neither recorded
-    /// nor replayed, and the sums begin anew.
+    /// Returns whether the next training step needs no action of the host: choices are neither recorded nor replayed,
+    /// and the sums are reset.
     pub(crate) fn is_plain(&self) -> bool {
         self.record.is_none() && self.replay.is_empty() && self.tally.is_fresh()
     }
 
-    /// Forgets what the last training pass decided, so that a step begins with the memory of the step before.
+    /// Drops the decisions of the last training pass, so that a step begins with the same free memory as the step
+    /// before.
     pub(crate) fn forget_pass(&mut self) {
         self.selection = None;
         self.fractions = None;
         self.held.clear();
     }
 
-    /// Committed and pending tensors, for a kernel that commits or discards.
+    /// Returns the committed and pending tensors, for a kernel that commits or discards.
     pub(crate) fn both(&mut self) -> impl Iterator<Item = (&mut Tensor, &mut Tensor)> {
         self.committed.iter_mut().zip(&mut self.pending)
     }
 
-    /// Begins to record the choices of training passes.
+    /// Starts to record the choices of training passes.
     pub fn record(&mut self) {
         self.record = Some(Vec::new());
     }
 
-    /// Ends the record and gives it, a selection for each micro-batch, to [`replay`](Self::replay).
+    /// Stops recording, and returns one selection for each micro-batch, which [`replay`](Self::replay) accepts.
     pub fn take_record(&mut self) -> Vec<Selection> {
         let record = self.record.take().unwrap_or_default();
         record.into_iter().map(Selection::on_host).collect()
     }
 
-    /// Lets the next training passes take these choices instead of the router's own, one a
-    /// micro-batch: two routers then do the same work, or two devices the same sums.
+    /// Makes the next training passes use these choices instead of the router's own, one per micro-batch. Two
+    /// routers, or two devices, can then be compared on the same work.
     pub fn replay(&mut self, choices: &[Selection]) {
         self.replay.extend(choices.iter().cloned());
     }
 
-    /// Lets passes with state frozen take this choice, or their own again.
+    /// Makes passes with frozen state use this choice; `None` restores their own choice.
     pub(crate) fn force(&mut self, choice: Option<Selection>) {
         self.selection = choice;
     }
 
-    /// Where replayed choices were not the router's own, since the last call.
+    /// Returns the tokens, since the last call, for which the replayed choice differs from the router's own.
     pub fn take_disagreements(&mut self) -> Vec<Disagreement> {
         std::mem::take(&mut self.disagreements)
     }
 
-    /// Tokens that this rank trained on since the last commitment, and how many of them chose each expert, `[E]`; empty
-    /// before the first.
+    /// Returns the number of tokens that this rank trained on since the last commit, and the number that chose each
+    /// expert, `[E]`; empty before the first token.
     pub fn step_load(&self) -> (f64, Vec<f64>) {
         self.tally.step_load()
     }
 
-    /// Lets kernels change a pending tensor by the layers' loads where those are in device memory: `change` gets it, the loads
-    /// and the first element of this layer's. Answers whether they are there.
+    /// If the layers' loads are in device memory, calls `change` with a pending tensor, the loads, and the index of
+    /// this layer's first element in the loads, so that a kernel can update the tensor. Returns whether the loads are
+    /// in device memory.
     ///
     /// # Errors
-    /// Those of `change`.
+    /// The errors of `change`.
     ///
     /// # Panics
-    /// When the router did not declare the tensor.
+    /// Panics when the router did not declare the tensor.
     pub(crate) fn change_by_load(
         &mut self,
         name: &str,
@@ -219,10 +223,10 @@ impl LayerState {
         done.transpose().map(|done| done.is_some())
     }
 
-    /// A pending tensor, to update at the end of a step.
+    /// Returns a pending tensor, for an update at the end of a step.
     ///
     /// # Panics
-    /// When the router did not declare it.
+    /// Panics when the router did not declare it.
     pub fn pending_mut(&mut self, name: &str) -> &mut Tensor {
         let i = self.index(name);
         &mut self.pending[i]
@@ -235,13 +239,12 @@ impl LayerState {
         }
     }
 
-    /// Statistics since the last call.
+    /// Returns the statistics since the last call.
     pub fn take_stats(&mut self) -> LayerStats {
         self.tally.take_stats()
     }
 
-    /// The first of this rank's tokens in this step whose logits were not finite, by its place in
-    /// the global batch.
+    /// Returns the index in the global batch of this rank's first token in this step whose logits were not finite.
     pub fn first_non_finite(&self) -> Option<usize> {
         self.tally.first_non_finite()
     }
@@ -257,13 +260,13 @@ fn disagreements(replayed: &Selection, own: &Selection) -> Vec<Disagreement> {
     tokens.map(of).collect()
 }
 
-/// One layer in one pass, as a router sees it.
+/// One layer in one pass: the interface of a router to its state.
 pub struct LayerPass<'p> {
     /// The pass of the whole model.
     pub pass: Pass,
     /// The ranks that share the batch.
     pub dist: &'p dyn Collective,
-    /// MoE layers from 0.
+    /// Index of the MoE layer, from 0.
     pub layer: usize,
     /// K of the configuration.
     pub top_k: usize,
@@ -296,15 +299,16 @@ impl<'p> LayerPass<'p> {
         }
     }
 
-    /// Whether this pass may change state: training, and not a second run of a recompute segment.
+    /// Returns whether this pass may change state: it is a training pass, and not the second run of a recompute
+    /// segment.
     pub fn updates_state(&self) -> bool {
         self.pass.phase == Phase::Train && !self.replaying
     }
 
-    /// The experts that run: chosen by `choose`, or in a replay those of the first run.
+    /// Returns the experts that run: those chosen by `choose`, or in a replay those of the first run.
     ///
     /// # Errors
-    /// Those of `choose`.
+    /// The errors of `choose`.
     pub fn select(&mut self, choose: impl FnOnce() -> Result<TopK>) -> Result<Rc<Dispatch>> {
         if let (true, Some(selection)) = (self.replaying, &self.state.selection) {
             return Ok(Rc::new(Dispatch::new(selection.clone())));
@@ -329,11 +333,11 @@ impl<'p> LayerPass<'p> {
         Ok(Rc::new(Dispatch::new(selection)))
     }
 
-    /// What else a router decides once for a micro-batch: `decide` gives it, or in a replay the
-    /// first run did.
+    /// Returns further decisions that a router makes once per micro-batch: the result of `decide`, or in a replay
+    /// that of the first run.
     ///
     /// # Errors
-    /// Those of `decide`.
+    /// The errors of `decide`.
     pub fn hold(&mut self, decide: impl FnOnce() -> Result<Vec<Tensor>>) -> Result<Vec<Tensor>> {
         if self.replaying && !self.state.held.is_empty() {
             return Ok(self.state.held.clone());
@@ -345,25 +349,26 @@ impl<'p> LayerPass<'p> {
         Ok(decided)
     }
 
-    /// The random numbers of this layer and step. Their index begins with a token's place in the
-    /// global batch, [`Pass::first_token`] and on.
+    /// Returns the random numbers of this layer and step. A token's index in the global batch, which begins at
+    /// [`Pass::first_token`], determines the index of its draws.
     pub fn draws(&self) -> Stream {
         Stream::new(self.seed, Purpose::Routing, self.pass.step, self.layer)
     }
 
-    /// This micro-batch's place among those of its step: the ranks' parts of one follow one another.
+    /// Returns the index of this micro-batch in its step. The ranks' parts of a micro-batch are consecutive in the
+    /// global batch.
     pub fn micro_batch(&self, tokens: usize) -> usize {
         let whole = (tokens * self.dist.size()).max(1) as u64;
         (self.pass.first_token / whole) as usize
     }
 
-    /// The random numbers of this layer and step for another purpose than routing.
+    /// Returns the random numbers of this layer and step for a purpose other than routing.
     pub fn draws_for(&self, purpose: Purpose) -> Stream {
         Stream::new(self.seed, purpose, self.pass.step, self.layer)
     }
 
-    /// The seed, step and first token that [`draws`](Self::draws) and their index begin with, for kernels that
-    /// draw.
+    /// Returns the seed, step and first token that determine [`draws`](Self::draws), for kernels that draw random
+    /// numbers.
     pub fn draws_for_kernels(&self) -> routegrad_draws {
         routegrad_draws {
             seed: self.seed,
@@ -372,10 +377,10 @@ impl<'p> LayerPass<'p> {
         }
     }
 
-    /// A state tensor: the pending one in training, the committed one at evaluation.
+    /// Returns a state tensor: the pending one in training, the committed one at evaluation.
     ///
     /// # Panics
-    /// When the router did not declare it.
+    /// Panics when the router did not declare it.
     pub fn state(&self, name: &str) -> &Tensor {
         let i = self.state.index(name);
         if self.pass.phase == Phase::Evaluate {
@@ -385,23 +390,23 @@ impl<'p> LayerPass<'p> {
         }
     }
 
-    /// A pending state tensor, to update.
+    /// Returns a pending state tensor for modification.
     ///
     /// # Panics
-    /// When the router did not declare it, or this pass may not change state.
+    /// Panics when the router did not declare it, or this pass must not change state.
     pub fn state_mut(&mut self, name: &str) -> &mut Tensor {
         assert!(
             self.updates_state(),
-            "state changes in a first training pass alone"
+            "state may change only in the first run of a training pass"
         );
         self.state.pending_mut(name)
     }
 
-    /// Adds up what the ranks counted in their parts of a micro-batch, in a pass that changes state;
-    /// any other is this rank's own affair and sums nothing.
+    /// In a pass that changes state, replaces `values` by their sums over the ranks. Other passes are local to this
+    /// rank, and `values` do not change.
     ///
     /// # Errors
-    /// Those of [`Collective::sum`].
+    /// The errors of [`Collective::sum`].
     pub fn sum_over_ranks(&self, values: &mut [f64]) -> Result<()> {
         if self.updates_state() {
             at(self.dist, || format!("sums of MoE layer {}", self.layer));
@@ -410,10 +415,10 @@ impl<'p> LayerPass<'p> {
         Ok(())
     }
 
-    /// Replaces a tensor by its sum over the ranks, where it lies.
+    /// Replaces a tensor by its sum over the ranks, in host or device memory.
     ///
     /// # Errors
-    /// When a rank has left, or no kernel adds up such numbers.
+    /// Returns an error when a rank has left, or no kernel supports the tensor's dtype.
     fn sum_tensor(&self, tensor: &mut Tensor) -> Result<()> {
         match self.state.tally.ranks() {
             Some(ranks) => over_ranks::sum(ranks, tensor),
@@ -421,10 +426,10 @@ impl<'p> LayerPass<'p> {
         }
     }
 
-    /// Sums of the experts' outputs of all ranks.
+    /// Returns the sums of the experts' outputs over all ranks.
     ///
     /// # Errors
-    /// When a rank has left, or a kernel fails.
+    /// Returns an error when a rank has left, or a kernel fails.
     pub(crate) fn sums_of_all_ranks(&self, sums: ExpertSums) -> Result<ExpertSums> {
         match self.dist.size() {
             1 => Ok(sums),
@@ -432,11 +437,12 @@ impl<'p> LayerPass<'p> {
         }
     }
 
-    /// The sum over the ranks of what each counted in device memory, in a pass that changes state on several ranks; a second
-    /// run of the pass gets that of the first. Otherwise none: what this rank counted is all that there is.
+    /// In a pass that changes state on several ranks, returns the sum over the ranks of the counts `own` in device
+    /// memory. The second run of a pass gets the sum of the first. Otherwise returns `None`: the counts of this rank
+    /// are the total.
     ///
     /// # Errors
-    /// As [`sum_tensor`](Self::sum_tensor).
+    /// The same errors as [`sum_tensor`](Self::sum_tensor).
     pub(crate) fn counted_by_all(&mut self, own: &Tensor) -> Result<Option<Tensor>> {
         let all = match self.state.tally.ranks().filter(|_| self.updates_state()) {
             Some(ranks) => {
@@ -450,12 +456,12 @@ impl<'p> LayerPass<'p> {
         Ok(self.hold(|| Ok(all))?.into_iter().next())
     }
 
-    /// Adds this micro-batch to the layer's statistics and to what the end of the step sees. Gives `f_i [E]`, the share of
-    /// slots that went to expert i: of the step so far and all ranks (`over_step`), or of this micro-batch alone; a replay
-    /// counts nothing and gives those of the first run.
+    /// Adds this micro-batch to the layer's statistics and to the loads of the step. Returns `f_i [E]`, the fraction
+    /// of slots that went to expert i: over the step so far and all ranks (`over_step`), or over this micro-batch
+    /// only. A replay counts nothing and returns the fractions of the first run.
     ///
     /// # Errors
-    /// When a kernel or a sum over ranks fails.
+    /// Returns an error when a kernel or a sum over ranks fails.
     pub fn count(
         &mut self,
         chosen: &Dispatch,

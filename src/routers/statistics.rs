@@ -4,22 +4,22 @@ use crate::dist::Collective;
 use crate::error::Result;
 use crate::tensor::Tensor;
 
-/// Routing statistics of a layer, summed over what it saw since they were last taken.
+/// Routing statistics of a layer, summed over the tokens since they were last taken.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct LayerStats {
-    /// Tokens that the layer saw; a whole number, kept as f64 like the sums beside it.
+    /// Number of tokens of the layer; an integer, kept as f64 like the other sums.
     pub tokens: f64,
-    /// Tokens per expert.
+    /// Number of tokens per expert.
     pub counts: Vec<f64>,
     /// Sum over tokens of the entropy of p, in nats.
     pub entropy: f64,
 }
 
 impl LayerStats {
-    /// Of a row `[E + 2]` that `kernels/layer_tally.cu` counted: tokens per expert, tokens, entropy.
+    /// Reads a row `[E + 2]` that `kernels/layer_tally.cu` counted: tokens per expert, tokens, entropy.
     pub(crate) fn of_row(row: &[f64]) -> Self {
         let [counts @ .., tokens, entropy] = row else {
-            unreachable!("a row has two numbers behind the experts'")
+            unreachable!("a row has two numbers after those of the experts")
         };
         LayerStats {
             tokens: *tokens,
@@ -28,16 +28,16 @@ impl LayerStats {
         }
     }
 
-    /// Of the rows of all layers.
+    /// Reads the rows of all layers.
     pub(crate) fn of_rows(rows: &Tensor) -> Vec<Self> {
         let rows = rows.slice::<f64>().chunks(rows.shape().width());
         rows.map(Self::of_row).collect()
     }
 
-    /// Adds those of the other ranks.
+    /// Returns the sums over all ranks.
     ///
     /// # Errors
-    /// Those of [`Collective::sum`].
+    /// The errors of [`Collective::sum`].
     pub fn over_ranks(mut self, dist: &dyn Collective) -> Result<Self> {
         let mut sums = [&[self.tokens, self.entropy][..], &self.counts].concat();
         dist.sum(&mut sums)?;

@@ -1,5 +1,6 @@
-//! What a MoE layer counts: statistics for the reports, and the loads of an optimizer step. On the CPU the host counts; on
-//! a device with kernels `kernels/layer_tally.cu` does, and the host reads it when a step is over.
+//! The counts of a MoE layer: statistics for the reports, and the loads of an optimizer step. On the CPU the host
+//! counts. On a device with kernels, `kernels/layer_tally.cu` counts, and the host reads the counts at the end of a
+//! step.
 
 use super::statistics::LayerStats;
 use crate::device::Device;
@@ -17,17 +18,17 @@ use crate::tensor::dtype::DType;
 use std::cell::RefCell;
 use std::rc::Rc;
 
-/// What one pass over one micro-batch lets a layer count.
+/// The input of a count: one pass over one micro-batch of a layer.
 pub struct Counted<'a> {
     /// The experts that count as chosen.
     pub chosen: &'a Dispatch,
     pub entropy: Entropy,
     pub non_finite: NonFinite,
-    /// Place of the first token in the global batch.
+    /// Index of the first token in the global batch.
     pub first_token: u64,
-    /// Whether the step's loads change too.
+    /// Whether the step's loads change as well.
     pub trains: bool,
-    /// Whether the fractions are those of the step so far, of all ranks, or of these tokens alone.
+    /// Whether the fractions are over the step so far and all ranks; otherwise they are over these tokens only.
     pub over_step: bool,
 }
 
@@ -50,25 +51,26 @@ impl Default for Tally {
 #[derive(Default)]
 pub struct HostTally {
     stats: LayerStats,
-    /// Tokens, and tokens per expert, of this optimizer step so far on this rank.
+    /// On the host: tokens, and tokens per expert, of this optimizer step so far on this rank.
     tokens: f64,
     load: Vec<f64>,
     first_non_finite: Option<usize>,
 }
 
-/// The sums of all layers in device memory, a row a layer.
+/// The sums of all layers in device memory, one row per layer.
 pub struct DeviceTally {
     experts: usize,
     /// `[layers, E + 2]` f64: tokens per expert, tokens, entropy.
     stats: RefCell<Tensor>,
     /// `[layers, E + 1]` f64: tokens per expert and tokens of the step so far.
     load: RefCell<Tensor>,
-    /// `[layers, 2]`: the first token whose logits are not finite or `i32::MAX`, and the dispatch's fault bits.
+    /// `[layers, 2]`: the first token whose logits are not finite (`i32::MAX` if there is none), and the fault bits
+    /// of the dispatch.
     flags: RefCell<Tensor>,
     over_ranks: Option<OverRanks>,
 }
 
-/// What the ranks counted in a step, on several of them.
+/// The counts of a step summed over several ranks.
 struct OverRanks {
     ranks: DeviceRanks,
     /// `stats` and `load` of all ranks.
@@ -76,14 +78,14 @@ struct OverRanks {
     load: RefCell<Tensor>,
 }
 
-/// Which sums the next count begins anew.
+/// The sums that the next count resets first.
 pub struct Fresh {
     stats: bool,
     step: bool,
 }
 
 impl DeviceTally {
-    /// Sums of `layers` layers of `experts` experts, and over `ranks`.
+    /// Creates the sums of `layers` layers with `experts` experts, and, with `ranks`, the sums over ranks.
     pub fn new(
         device: Device,
         layers: usize,
@@ -105,7 +107,7 @@ impl DeviceTally {
         })
     }
 
-    /// The tally of one layer.
+    /// Returns the tally of one layer.
     pub fn layer(self: &Rc<Self>, layer: usize) -> Tally {
         Tally::Device {
             sums: self.clone(),
@@ -117,7 +119,7 @@ impl DeviceTally {
         }
     }
 
-    /// Leaves to kernels what the host read.
+    /// Copies the sums back to device memory after the host has read them, so that later kernels find them there.
     pub fn keep_in_place(&self) {
         let all = self
             .over_ranks
@@ -131,18 +133,18 @@ impl DeviceTally {
         }
     }
 
-    /// The statistics of all layers and ranks after [`sum_over_ranks`](Self::sum_over_ranks), as [`LayerStats::of_rows`] reads
-    /// them.
+    /// Returns the statistics of all layers and ranks after [`sum_over_ranks`](Self::sum_over_ranks), as
+    /// [`LayerStats::of_rows`] reads them.
     pub fn stats(&self) -> &RefCell<Tensor> {
         self.over_ranks
             .as_ref()
             .map_or(&self.stats, |all| &all.stats)
     }
 
-    /// At the end of a step: statistics, loads and flags of all ranks.
+    /// Sums statistics and loads, and combines flags, over all ranks, at the end of a step.
     ///
     /// # Errors
-    /// When a rank has left, or a kernel fails.
+    /// Returns an error when a rank has left, or a kernel fails.
     pub fn sum_over_ranks(&self) -> Result<()> {
         let Some(OverRanks { ranks, stats, load }) = &self.over_ranks else {
             return Ok(());
@@ -154,7 +156,7 @@ impl DeviceTally {
         agree_on_flags(ranks, &mut self.flags.borrow_mut())
     }
 
-    /// The shares `f_i [E]` of the loads of all ranks, if there are several.
+    /// Returns the fractions `f_i [E]` from the loads of all ranks, if there are several ranks.
     fn fractions_of_all(&self, layer: usize) -> Result<Option<Tensor>> {
         let Some(OverRanks { ranks, .. }) = &self.over_ranks else {
             return Ok(None);
@@ -174,7 +176,7 @@ impl DeviceTally {
         Ok(Some(fractions))
     }
 
-    /// The flags of all layers, for the kernel that decides on a step.
+    /// Returns the flags of all layers, for the kernel that decides whether a step is accepted.
     pub fn flags(&self) -> &RefCell<Tensor> {
         &self.flags
     }
@@ -190,7 +192,7 @@ impl DeviceTally {
         tensor.slice::<f64>()[layer * width..][..width].to_vec()
     }
 
-    /// Adds what was counted to row `layer`, and gives the fractions.
+    /// Adds the counts to row `layer`, and returns the fractions.
     fn count(&self, layer: usize, counted: &Counted<'_>, fresh: &Fresh) -> Result<Tensor> {
         let (mut stats, mut load) = (self.stats.borrow_mut(), self.load.borrow_mut());
         let (mut flags, device) = (self.flags.borrow_mut(), stats.device());
@@ -199,7 +201,7 @@ impl DeviceTally {
         let tokens = counted.chosen.selection().num_tokens();
         let mut fractions = Tensor::unspecified(device, DType::F32, [experts]);
         let (mean_entropy, parts) = match &counted.entropy {
-            // The statistics end with it.
+            // The entropy is the last element of the statistics.
             Entropy::OfKernel(statistics) => {
                 let mean = statistics.input()?.from_element(2 * experts + 1);
                 (Some(mean), None)
@@ -238,7 +240,7 @@ impl DeviceTally {
     }
 }
 
-/// Sums over 256 tokens each of the entropy of scores `[T, E]` as shares.
+/// Returns, for every 256 tokens, the sum of the entropy of `scores [T, E]` divided by their sum.
 fn share_entropy(scores: &Tensor) -> Result<Tensor> {
     let (tokens, experts) = (scores.shape().rows(), scores.shape().width());
     let lines = [ShareEntropy::parts(tokens)];
@@ -254,10 +256,10 @@ fn share_entropy(scores: &Tensor) -> Result<Tensor> {
 }
 
 impl Tally {
-    /// Adds what was counted, and gives `f_i [E]`, the share of slots that went to expert i.
+    /// Adds the counts, and returns `f_i [E]`, the fraction of slots that went to expert i.
     ///
     /// # Errors
-    /// When a kernel or a sum over ranks fails.
+    /// Returns an error when a kernel or a sum over ranks fails.
     pub fn count(&mut self, counted: &Counted<'_>, dist: &dyn Collective) -> Result<Tensor> {
         match self {
             Tally::Host(tally) => tally.count(counted, dist),
@@ -273,7 +275,7 @@ impl Tally {
         }
     }
 
-    /// The shares `f_i [E]` of a selection alone, which is not counted.
+    /// Returns the fractions `f_i [E]` of one selection without counting it.
     pub fn fractions_of(&self, chosen: &Dispatch) -> Tensor {
         let counts = chosen.selection().counts();
         let counts: Vec<f64> = counts.into_iter().map(|c| c as f64).collect();
@@ -295,7 +297,7 @@ impl Tally {
         }
     }
 
-    /// Whether the next count begins all sums anew.
+    /// Returns whether the next count resets all sums first.
     pub fn is_fresh(&self) -> bool {
         match self {
             Tally::Host(_) => false,
@@ -303,7 +305,7 @@ impl Tally {
         }
     }
 
-    /// Lets the next count of kernels begin all sums anew.
+    /// Makes the next count by kernels reset all sums first.
     pub fn count_anew(&mut self) {
         if let Tally::Device { fresh, .. } = self {
             *fresh = Fresh {
@@ -313,7 +315,7 @@ impl Tally {
         }
     }
 
-    /// Statistics since the last call.
+    /// Returns the statistics since the last call.
     pub fn take_stats(&mut self) -> LayerStats {
         match self {
             Tally::Host(tally) => std::mem::take(&mut tally.stats),
@@ -325,7 +327,8 @@ impl Tally {
         }
     }
 
-    /// Tokens of this rank in the step so far, and how many of them chose each expert; none before the first.
+    /// Returns the number of tokens of this rank in the step so far, and the number that chose each expert; empty
+    /// before the first token.
     pub fn step_load(&self) -> (f64, Vec<f64>) {
         match self {
             Tally::Host(tally) => (tally.tokens, tally.load.clone()),
@@ -337,7 +340,7 @@ impl Tally {
         }
     }
 
-    /// The ranks whose device memory is summed, if there are several.
+    /// Returns the ranks over which device memory is summed, if there are several.
     pub fn ranks(&self) -> Option<&DeviceRanks> {
         match self {
             Tally::Host(_) => None,
@@ -345,8 +348,8 @@ impl Tally {
         }
     }
 
-    /// The load in device memory, if it is there, on several ranks that of all: `f` gets the tensor and the first element of
-    /// this layer's.
+    /// If the load is in device memory, calls `f` with the tensor and the index of this layer's first element. On
+    /// several ranks it is the load of all ranks.
     pub fn device_load<R>(&self, f: impl FnOnce(&Tensor, usize) -> R) -> Option<R> {
         match self {
             Tally::Host(_) => None,
@@ -358,7 +361,7 @@ impl Tally {
         }
     }
 
-    /// The first of this rank's tokens in this step whose logits were not finite, by its place in the global batch.
+    /// Returns the index in the global batch of this rank's first token in this step whose logits were not finite.
     pub fn first_non_finite(&self) -> Option<usize> {
         match self {
             Tally::Host(tally) => tally.first_non_finite,

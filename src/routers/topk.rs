@@ -1,9 +1,8 @@
 //! `topk`: the K most probable experts run, weighted by their probabilities.
 //!
-//! `y = Σ_A p_i e_i(x)` (Default MoE, 2504.12463, eq. 2), the weights not renormalised; or, with
-//! `renormalize`, `q_i = p_i / Σ_A p`. Through the softmax the logits get
-//! `dz_j = p_j (1[j∈A] s_j − Σ_A p_i s_i)`, `s_i = ⟨g, e_i⟩`: the baseline, whose router learns from
-//! the chosen experts alone.
+//! `y = Σ_A p_i e_i(x)` (Default MoE, 2504.12463, eq. 2), with weights that are not renormalised, or, with
+//! `renormalize`, `q_i = p_i / Σ_A p`. Through the softmax the logits get `dz_j = p_j (1[j∈A] s_j − Σ_A p_i s_i)`,
+//! `s_i = ⟨g, e_i⟩`: the baseline, whose router learns only from the chosen experts.
 
 use super::{GradientCheck, LayerPass, Router, RouterInfo, Routing, learns_renormalized, registry};
 use crate::config::ModelConfig;
@@ -19,7 +18,7 @@ pub(crate) const INFO: RouterInfo = RouterInfo {
     cost: "K experts a token",
     settings: &[(
         "renormalize",
-        "weights that sum to 1 over the chosen experts; needs K of 2 or more",
+        "whether the weights are divided by their sum over the chosen experts; requires K of 2 or more",
     )],
     check: GradientCheck::EXACT,
     build: registry::from_settings::<TopK>,

@@ -1,4 +1,5 @@
-//! Altering the gradients of operations as backward runs: how a check of gradients makes an error on purpose.
+//! Modification of the gradients that operations compute in backward. Tests use it to introduce an error that a
+//! gradient check must detect.
 
 use super::{Gradients, Grads, Op, Source};
 use crate::error::Result;
@@ -6,25 +7,25 @@ use crate::tensor::Tensor;
 use std::cell::RefCell;
 use std::rc::Rc;
 
-/// One operation in backward.
+/// The call of one operation's backward.
 pub struct BackwardCall<'a> {
     /// The operation, as its forward recorded it.
     pub op: &'a dyn Op,
     /// What its forward saved.
     pub saved: &'a [Tensor],
-    /// The gradients of its outputs.
+    /// The gradients of its outputs; `None` for an output without a gradient.
     pub douts: &'a [Option<Tensor>],
 }
 
-/// Changes the gradients that an operation gave for its inputs.
+/// A function that changes the gradients that an operation computed for its inputs.
 pub(super) type Alter = Rc<dyn Fn(&BackwardCall, &mut [Option<Tensor>])>;
 
 thread_local! {
     static ALTER: RefCell<Option<Alter>> = const { RefCell::new(None) };
 }
 
-/// Until the guard is dropped, `alter` changes the gradients that each operation gives for its inputs, of every backward
-/// pass on this thread. What one operation adds to a gradient is altered before it is added.
+/// Until the returned guard is dropped, `alter` changes the gradients that each operation computes for its inputs, in
+/// every backward pass on this thread. The contribution of an operation is changed before it is added to a gradient.
 pub fn alter_gradients(
     alter: impl Fn(&BackwardCall, &mut [Option<Tensor>]) + 'static,
 ) -> AlteredGradients {
@@ -32,7 +33,7 @@ pub fn alter_gradients(
     AlteredGradients(())
 }
 
-/// See [`alter_gradients`].
+/// The guard returned by [`alter_gradients`].
 #[must_use]
 pub struct AlteredGradients(());
 
@@ -46,7 +47,7 @@ pub(super) fn current() -> Option<Alter> {
     ALTER.with_borrow(Option::clone)
 }
 
-/// Runs the backward of one operation, alters what it gives, and hands that over.
+/// Runs the backward of one operation, changes its gradients with `alter`, and stores the result in `grads`.
 pub(super) fn backward(
     alter: &Alter,
     call: &BackwardCall,

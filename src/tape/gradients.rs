@@ -1,7 +1,7 @@
-//! Where gradients are kept and how an operation hands them over.
+//! Storage of gradients, and the interface through which an operation delivers them.
 //!
-//! The rule of accumulation, once: the first consumer of a value assigns its gradient, later ones
-//! add. Which of the two it is, the tape knows; an operation is told through [`Accumulate`].
+//! Accumulation follows one rule: the first consumer of a value assigns its gradient, and later consumers add to it.
+//! The tape decides which of the two applies and passes it to the operation as [`Accumulate`].
 
 use super::Source;
 use crate::device::Device;
@@ -27,27 +27,28 @@ struct Slot {
 }
 
 impl Gradients {
-    /// A store for leaves `0 .. leaves`.
+    /// Creates a store for leaves `0 .. leaves`.
     pub fn new(leaves: usize) -> Self {
         Gradients {
             slots: (0..leaves).map(|_| Slot::default()).collect(),
         }
     }
 
-    /// The gradient of a leaf; none when nothing flowed to it since the last [`reset`](Self::reset).
+    /// Returns the gradient of a leaf; `None` if no gradient flowed to it since the last [`reset`](Self::reset).
     pub fn get(&self, leaf: usize) -> Option<&Tensor> {
         let slot = self.slots.get(leaf)?;
         slot.tensor.as_ref().filter(|_| slot.written)
     }
 
-    /// The gradient of a leaf, to change in place (clipping, sums over ranks).
+    /// Returns the gradient of a leaf for modification in place (clipping, sums over ranks).
     pub fn get_mut(&mut self, leaf: usize) -> Option<&mut Tensor> {
         let slot = self.slots.get_mut(leaf)?;
         let written = slot.written;
         slot.tensor.as_mut().filter(|_| written)
     }
 
-    /// The gradient of a leaf, to change in place; what `zeros` gives when nothing flowed to it.
+    /// Returns the gradient of a leaf for modification in place. If no gradient flowed to it, it is the result of
+    /// `zeros`.
     pub fn get_or(&mut self, leaf: usize, zeros: impl FnOnce() -> Tensor) -> &mut Tensor {
         let slot = &mut self.slots[leaf];
         let gradient = slot.tensor.take().filter(|_| slot.written);
@@ -55,14 +56,14 @@ impl Gradients {
         slot.tensor.insert(gradient.unwrap_or_else(zeros))
     }
 
-    /// Adds `leaves` slots behind the present ones and says where they begin.
+    /// Appends `leaves` slots and returns the index of the first.
     pub(super) fn extend(&mut self, leaves: usize) -> usize {
         let first = self.slots.len();
         self.slots.resize_with(first + leaves, Slot::default);
         first
     }
 
-    /// Takes off the slots from `first` on and gives back the gradients they hold.
+    /// Removes the slots from `first` to the end and returns the gradients in them.
     pub(super) fn shrink(&mut self, first: usize) -> Vec<Option<Tensor>> {
         let slots = self.slots.split_off(first);
         slots
@@ -71,7 +72,7 @@ impl Gradients {
             .collect()
     }
 
-    /// Forgets all gradients and keeps their memory.
+    /// Clears all gradients but keeps their memory.
     pub fn reset(&mut self) {
         for slot in &mut self.slots {
             slot.written = false;
@@ -79,7 +80,7 @@ impl Gradients {
     }
 }
 
-/// The places for the gradients of one operation's inputs.
+/// The destinations of the gradients of one operation's inputs.
 pub struct Grads<'a> {
     sources: &'a [Source],
     pending: &'a mut [Vec<Option<Tensor>>],
@@ -101,13 +102,13 @@ impl<'a> Grads<'a> {
         }
     }
 
-    /// Whether input `input` needs a gradient; where not, computing it would be wasted.
+    /// Returns whether input `input` needs a gradient. If not, the operation should not compute it.
     pub fn wanted(&self, input: usize) -> bool {
         self.sources[input] != Source::Constant
     }
 
-    /// The dtype of the gradient of an input whose value has dtype `value`: that of the value, but
-    /// f32 for a parameter in bf16, because many small terms are added to it.
+    /// Returns the dtype of the gradient of an input whose value has dtype `value`: the dtype of the value, but f32
+    /// for a bf16 parameter, because many small terms are added to its gradient.
     pub fn dtype(&self, input: usize, value: DType) -> DType {
         match (self.sources[input], value) {
             (Source::Leaf { exact: true, .. }, DType::Bf16) => DType::F32,
@@ -115,15 +116,15 @@ impl<'a> Grads<'a> {
         }
     }
 
-    /// Says that no gradient flows to input `input`.
+    /// Declares that no gradient flows to input `input`.
     pub fn none(&mut self, input: usize) {
         self.answer(input);
     }
 
-    /// Hands over a gradient that is already computed.
+    /// Delivers a gradient that is already computed.
     ///
     /// # Errors
-    /// When an earlier gradient of the same value has another shape or dtype.
+    /// Returns an error when an earlier gradient of the same value has another shape or dtype.
     pub fn give(&mut self, input: usize, gradient: Tensor) -> Result<()> {
         self.answer(input);
         match self.earlier(input) {
@@ -136,12 +137,12 @@ impl<'a> Grads<'a> {
         Ok(())
     }
 
-    /// Lets `f` write the gradient of input `input`, a tensor like the value `like` (but see
-    /// [`dtype`](Self::dtype)), in place: it gets the destination and whether to assign or to add.
-    /// Not called where no gradient is wanted.
+    /// Lets `f` write the gradient of input `input`, a tensor like the value `like` (but see [`dtype`](Self::dtype)),
+    /// in place. `f` gets the destination and whether to assign or to add. It is not called if the input needs no
+    /// gradient.
     ///
     /// # Errors
-    /// Those of `f`.
+    /// The errors of `f`.
     pub fn write(
         &mut self,
         input: usize,
@@ -161,7 +162,7 @@ impl<'a> Grads<'a> {
         Ok(())
     }
 
-    /// The store of leaves, for an operation that walks a tape of its own.
+    /// Returns the store of leaves, for an operation that runs backward on an inner tape.
     pub(super) fn store(&mut self) -> &mut Gradients {
         self.store
     }
@@ -169,12 +170,12 @@ impl<'a> Grads<'a> {
     fn answer(&mut self, input: usize) {
         assert!(
             !self.answered[input],
-            "input {input} was answered for twice"
+            "backward delivered two gradients for input {input}"
         );
         self.answered[input] = true;
     }
 
-    /// Takes out the gradient given so far.
+    /// Removes and returns the gradient delivered so far.
     fn earlier(&mut self, input: usize) -> Option<Tensor> {
         match self.sources[input] {
             Source::Constant => None,
@@ -190,7 +191,7 @@ impl<'a> Grads<'a> {
         }
     }
 
-    /// Memory for a first gradient: that of the last step where there is some.
+    /// Returns memory for a first gradient, reused from the last step if possible.
     fn spare(&mut self, input: usize, like: &Tensor) -> Tensor {
         let kept = match self.sources[input] {
             Source::Leaf { slot, .. } => self.store.slots[slot].tensor.take(),
@@ -216,7 +217,10 @@ impl<'a> Grads<'a> {
 
     pub(super) fn finish(self, op: &str) {
         for (input, answered) in self.answered.iter().enumerate() {
-            assert!(answered, "{op}: backward gave no answer for input {input}");
+            assert!(
+                answered,
+                "{op}: backward delivered neither a gradient nor `none` for input {input}"
+            );
         }
     }
 }
@@ -235,7 +239,7 @@ fn add(sum: &mut Tensor, term: &Tensor) -> Result<()> {
 
 /// `sum += term` by the kernel of `kernels/cross_entropy.cu` that scales gradients.
 fn add_on_device(sum: &mut Tensor, term: &Tensor) -> Result<()> {
-    // The kernel takes eight elements at a time, the last of them past the tensor's end.
+    // The kernel processes eight elements at a time and may pass the tensor's end.
     let elements = sum.elements().next_multiple_of(8);
     let one = Tensor::constant(sum.device(), [1], &[1f32]);
     let bf16_elements = sum.dtype() == DType::Bf16;

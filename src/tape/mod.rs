@@ -1,8 +1,8 @@
-//! The tape: records operations as they run, then walks them in reverse to give gradients.
+//! The tape: it records operations as they run, then visits them in reverse to compute gradients.
 //!
-//! It knows no operation. An [`Op`] runs forward, keeps what its backward needs, and in backward
-//! answers for each of its inputs: a gradient, or explicitly none. Gradients of parameters and other
-//! leaves land in a [`Gradients`] store that outlives the tape, so that micro-batches accumulate.
+//! It does not depend on any operation. An [`Op`] runs forward, keeps the tensors that its backward needs, and in
+//! backward delivers for each of its inputs a gradient or, explicitly, none. The gradients of parameters and other
+//! leaves go to a [`Gradients`] store that outlives the tape, so that the gradients of micro-batches accumulate.
 
 mod alter;
 pub mod check;
@@ -22,9 +22,9 @@ use std::any::Any;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What an operation's forward gives back.
+/// The result of an operation's forward.
 pub struct Forward {
-    /// The results.
+    /// The outputs of the operation.
     pub outputs: Vec<Tensor>,
     /// Exactly the tensors that backward reads.
     pub saved: Vec<Tensor>,
@@ -35,12 +35,12 @@ pub trait Op {
     /// Name in errors and traces.
     fn name(&self) -> &'static str;
 
-    /// Whether it runs on tensors of `device`: an operation without kernels on the CPU alone.
+    /// Returns whether it runs on tensors of `device`. An operation without kernels runs only on the CPU.
     fn runs_on(&self, device: Device) -> bool {
         device == Device::Cpu
     }
 
-    /// The operation itself, where programs that look into a tape may know its type.
+    /// Returns the operation itself if programs that inspect a tape may know its type.
     fn as_any(&self) -> Option<&dyn Any> {
         None
     }
@@ -48,23 +48,23 @@ pub trait Op {
     /// Computes the outputs.
     ///
     /// # Errors
-    /// When the inputs do not fit the operation.
+    /// Returns an error when the inputs do not fit the operation.
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward>;
 
-    /// Given what forward saved and the gradient of each output (`None` where nothing used it; at
-    /// least one is there), answers in `grads` for every input, in any order.
+    /// Delivers to `grads` a gradient or none for every input, in any order. `saved` are the tensors that forward
+    /// saved, `douts` the gradients of the outputs: `None` for an output that nothing used; at least one is `Some`.
     ///
     /// # Errors
-    /// When the device fails.
+    /// Returns an error when the device fails.
     fn backward(&self, saved: &[Tensor], douts: &[Option<Tensor>], grads: &mut Grads)
     -> Result<()>;
 }
 
-/// The gradient of an operation's only output. It is there: backward runs only for an operation
-/// that something used.
+/// Returns the gradient of an operation's only output. It always exists, because backward runs only for an operation
+/// whose output was used.
 ///
 /// # Panics
-/// When the operation has several outputs.
+/// Panics when the operation has several outputs.
 pub fn only(douts: &[Option<Tensor>]) -> &Tensor {
     match douts {
         [Some(dout)] => dout,
@@ -72,12 +72,12 @@ pub fn only(douts: &[Option<Tensor>]) -> &Tensor {
     }
 }
 
-/// Where a variable's gradient goes.
+/// The destination of a variable's gradient.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
     /// Nowhere.
     Constant,
-    /// To a slot of the [`Gradients`] store; `exact` keeps it in f32 where the value is bf16.
+    /// To a slot of the [`Gradients`] store; with `exact`, it is f32 even if the value is bf16.
     Leaf { slot: usize, exact: bool },
     /// To output `output` of entry `entry` of the tape with this id.
     Entry {
@@ -87,7 +87,7 @@ enum Source {
     },
 }
 
-/// A tensor and its place on the tape.
+/// A tensor and its position on the tape.
 #[derive(Clone, Debug)]
 pub struct Var {
     tensor: Tensor,
@@ -95,7 +95,7 @@ pub struct Var {
 }
 
 impl Var {
-    /// A value that gets no gradient.
+    /// Wraps a value that gets no gradient.
     pub fn constant(tensor: Tensor) -> Self {
         Var {
             tensor,
@@ -103,31 +103,31 @@ impl Var {
         }
     }
 
-    /// A value whose gradient goes to slot `slot` of the [`Gradients`] store, in the value's dtype:
-    /// an input to be differentiated.
+    /// Wraps a value whose gradient goes to slot `slot` of the [`Gradients`] store, in the value's dtype: an input to
+    /// be differentiated.
     pub fn leaf(tensor: Tensor, slot: usize) -> Self {
         let source = Source::Leaf { slot, exact: false };
         Var { tensor, source }
     }
 
-    /// A leaf whose gradient is kept in f32 where the value is bf16: small terms of many
-    /// micro-batches are added to it.
+    /// Wraps a leaf whose gradient is f32 even if the value is bf16, because small terms of many micro-batches are
+    /// added to it.
     pub fn parameter(tensor: Tensor, slot: usize) -> Self {
         let source = Source::Leaf { slot, exact: true };
         Var { tensor, source }
     }
 
-    /// The value.
+    /// Returns the value.
     pub fn tensor(&self) -> &Tensor {
         &self.tensor
     }
 
-    /// The same value without a gradient.
+    /// Returns the same value without a gradient.
     pub fn detached(&self) -> Self {
         Self::constant(self.tensor.clone())
     }
 
-    /// Whether a gradient is wanted.
+    /// Returns whether the variable needs a gradient.
     pub fn needs_gradient(&self) -> bool {
         self.source != Source::Constant
     }
@@ -160,37 +160,38 @@ impl Tape {
         }
     }
 
-    /// A tape that records whatever needs a gradient.
+    /// Creates a tape that records the operations that need a gradient.
     pub fn new() -> Self {
         Self::with(true, false)
     }
 
-    /// A tape that records nothing: evaluation.
+    /// Creates a tape that records nothing, for evaluation.
     pub fn without_gradients() -> Self {
         Self::with(false, false)
     }
 
-    /// Whether this is the second run of a recompute segment. State must not change again in it.
+    /// Returns whether this is the second run of a recompute segment, in which state must not change again.
     pub fn is_replaying(&self) -> bool {
         self.replaying
     }
 
-    /// Whether gradients are being recorded.
+    /// Returns whether the tape records operations.
     pub fn is_recording(&self) -> bool {
         self.recording
     }
 
-    /// Number of recorded operations.
+    /// Returns the number of recorded operations.
     pub fn len(&self) -> usize {
         self.entries.borrow().len()
     }
 
-    /// Whether nothing was recorded.
+    /// Returns whether nothing was recorded.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// What is kept for backward: (operation, tensor), shared ones as often as they are kept.
+    /// Returns the tensors kept for backward as (operation, tensor). A shared tensor appears once for each operation
+    /// that keeps it.
     pub fn kept(&self) -> Vec<(&'static str, Tensor)> {
         let entries = self.entries.borrow();
         let kept = entries
@@ -202,17 +203,14 @@ impl Tape {
     /// Runs `op` on `inputs` and records it if any of them needs a gradient.
     ///
     /// # Errors
-    /// When the operation has no kernels on the inputs' device, and those of the operation.
+    /// Returns an error when the operation has no kernels on the inputs' device, and the errors of the operation.
     pub fn apply(&self, op: impl Op + 'static, inputs: &[&Var]) -> Result<Vec<Var>> {
         let tensors: Vec<&Tensor> = inputs.iter().map(|v| &v.tensor).collect();
         let device = op_counts::device_of(inputs);
         if !op.runs_on(device) {
             return Err(Error::invalid(
                 op.name(),
-                format!(
-                    "an operation that has kernels, or inputs on {}",
-                    Device::Cpu
-                ),
+                format!("an operation with kernels, or inputs on {}", Device::Cpu),
                 format!("inputs on {device}"),
                 "train with --device cpu, or without the option that needs it",
             ));
@@ -221,8 +219,8 @@ impl Tape {
         Ok(self.record_run(op, inputs, forward))
     }
 
-    /// Records `op`, whose forward ran already and gave `forward`, if an input needs a gradient: for
-    /// an operation that asks someone between its kernels.
+    /// Records `op`, whose forward already ran with the result `forward`, if an input needs a gradient. This is for
+    /// an operation that calls other code between its kernels.
     pub(crate) fn record_run(
         &self,
         op: impl Op + 'static,
@@ -239,7 +237,7 @@ impl Tape {
     /// [`apply`](Self::apply) for an operation with one output.
     ///
     /// # Errors
-    /// Those of the operation.
+    /// The errors of the operation.
     pub fn apply_one(&self, op: impl Op + 'static, inputs: &[&Var]) -> Result<Var> {
         let mut outputs = self.apply(op, inputs)?;
         assert_eq!(
@@ -293,10 +291,10 @@ impl Tape {
             .collect()
     }
 
-    /// Gradients of a scalar `loss` (seeded with `scale`), added into `store`.
+    /// Computes the gradients of a scalar `loss`, multiplied by `scale`, and adds them to `store`.
     ///
     /// # Errors
-    /// When `loss` is not a real scalar, or an operation fails.
+    /// Returns an error when `loss` is not a real scalar, or an operation fails.
     pub fn backward(self, loss: &Var, scale: f64, store: &mut Gradients) -> Result<()> {
         loss.tensor
             .expect_shape("backward", "a loss", Shape::from([]))?;
@@ -308,14 +306,15 @@ impl Tape {
         self.backward_from(&[(loss, seed)], store)
     }
 
-    /// Gradients of `Σ ⟨dout, output⟩` over the pairs, added into `store`. What an operation saved is
-    /// dropped as soon as its backward has run.
+    /// Computes the gradients of `Σ ⟨dout, output⟩` over the pairs and adds them to `store`. The tensors that an
+    /// operation saved are dropped as soon as its backward has run.
     ///
     /// # Errors
-    /// When an incoming gradient does not fit its output, or an operation fails.
+    /// Returns an error when an incoming gradient does not fit its output, or an operation fails.
     ///
     /// # Panics
-    /// When an operation does not answer for each of its inputs exactly once: a bug in it.
+    /// Panics when an operation does not deliver exactly one gradient or none for each of its inputs, which is a bug
+    /// in the operation.
     pub fn backward_from(self, outputs: &[(&Var, Tensor)], store: &mut Gradients) -> Result<()> {
         let mut entries = self.entries.into_inner();
         let mut pending: Vec<Vec<Option<Tensor>>> =

@@ -1,4 +1,4 @@
-//! Which operations ran as kernels, and how often.
+//! Counts of the operations that ran on a device with kernels.
 
 use super::Var;
 use crate::device::Device;
@@ -9,7 +9,7 @@ thread_local! {
     static COUNTS: RefCell<BTreeMap<&'static str, usize>> = RefCell::default();
 }
 
-/// How often the forward of each operation ran on a device with kernels, from this thread since the last
+/// Returns, for each operation, how often its forward ran on a device with kernels, on this thread since the last
 /// call.
 pub fn take_op_counts() -> BTreeMap<&'static str, usize> {
     COUNTS.take()
@@ -20,7 +20,7 @@ pub(super) fn count(op: &'static str) {
     COUNTS.with_borrow_mut(|counts| *counts.entry(op).or_default() += 1);
 }
 
-/// The device of an operation on these inputs: one with kernels where any of them is there.
+/// Returns the device of an operation on these inputs: a device with kernels if any input is on one.
 pub(super) fn device_of(inputs: &[&Var]) -> Device {
     let mut devices = inputs.iter().map(|v| v.tensor.device());
     devices

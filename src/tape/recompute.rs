@@ -34,7 +34,7 @@ where
         grads: &mut Grads,
     ) -> Result<()> {
         let tape = Tape::with(true, true);
-        // The segment's inputs borrow slots behind those of the real leaves.
+        // The segment's inputs temporarily get slots after those of the real leaves.
         let first = grads.store().extend(saved.len());
         let inputs: Vec<Var> = saved
             .iter()
@@ -66,12 +66,12 @@ where
 }
 
 impl Tape {
-    /// Runs `run` on `inputs` without recording it; backward runs it a second time on a tape that
-    /// says [`is_replaying`](Tape::is_replaying). `run` gets its activations as arguments and may
-    /// capture leaves, but no other variable of this tape.
+    /// Runs `run` on `inputs` without recording it; backward runs it a second time on a tape for which
+    /// [`is_replaying`](Tape::is_replaying) is true. `run` gets its activations as arguments and may capture leaves,
+    /// but no other variable of this tape.
     ///
     /// # Errors
-    /// Those of `run`.
+    /// The errors of `run`.
     pub fn recompute(
         &self,
         inputs: &[&Var],

@@ -1,7 +1,7 @@
 //! Tools of the CPU device: parallel loops over fixed blocks, vector dispatch, matrix products.
 //!
-//! Work is cut into blocks whose bounds depend on shapes alone, each block runs on one thread, and
-//! partial results are added in block order: the bytes do not depend on the number of threads.
+//! Work is divided into blocks whose bounds depend only on shapes, each block runs on one thread, and partial results
+//! are added in block order. The resulting bytes therefore do not depend on the number of threads.
 
 mod inner;
 mod matmul;
@@ -14,14 +14,14 @@ pub use scratch::Scratch;
 
 use rayon::prelude::*;
 
-/// Runs `f` compiled for the widest vector instructions of this machine. Whatever `f` calls must be
-/// inlined into it to profit.
+/// Runs `f` compiled for the widest vector instructions of this machine. Functions that `f` calls benefit only if
+/// they are inlined into it.
 #[inline(always)]
 pub fn vectorized<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
-/// Rows of a block when `rows` rows are shared out: about sixteen blocks, of 32 to 256 rows.
+/// Returns the number of rows of a block when `rows` rows are divided into about sixteen blocks of 32 to 256 rows.
 pub fn block_rows(rows: usize) -> usize {
     rows.div_ceil(16).next_multiple_of(8).clamp(32, 256)
 }
@@ -56,10 +56,10 @@ pub fn each_row_block<T: Send, R: Send>(
         .collect()
 }
 
-/// Elements of a block of [`add`] and [`add_assign`].
+/// Number of elements of a block of [`add`] and [`add_assign`].
 const BLOCK: usize = 1 << 14;
 
-/// Writes `a + b`, element by element.
+/// Writes `a + b`, elementwise.
 pub fn add<T: crate::tensor::dtype::Real>(sum: &mut [T], a: &[T], b: &[T]) {
     assert!(sum.len() == a.len() && sum.len() == b.len());
     sum.par_chunks_mut(BLOCK)
@@ -76,7 +76,7 @@ pub fn add<T: crate::tensor::dtype::Real>(sum: &mut [T], a: &[T], b: &[T]) {
         });
 }
 
-/// Adds `terms` to `sum`, element by element.
+/// Adds `terms` to `sum`, elementwise.
 pub fn add_assign<T: crate::tensor::dtype::Real>(sum: &mut [T], terms: &[T]) {
     assert_eq!(sum.len(), terms.len());
     sum.par_chunks_mut(BLOCK)

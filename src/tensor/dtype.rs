@@ -1,4 +1,4 @@
-//! Element types known at run time, and the two that arithmetic on the CPU is generic over.
+//! Element types known at run time, and the two types over which arithmetic on the CPU is generic.
 
 use bytemuck::Pod;
 use std::fmt;
@@ -19,7 +19,7 @@ pub enum DType {
 }
 
 impl DType {
-    /// Bytes of one element.
+    /// Returns the number of bytes of one element.
     pub fn size(self) -> usize {
         match self {
             DType::F64 => 8,
@@ -28,7 +28,7 @@ impl DType {
         }
     }
 
-    /// The dtype of arithmetic on such elements: f32 for bf16.
+    /// Returns the dtype in which such elements are computed: f32 for bf16.
     pub fn arithmetic(self) -> DType {
         match self {
             DType::Bf16 => DType::F32,
@@ -51,7 +51,7 @@ impl fmt::Display for DType {
 
 /// A Rust type that can be the element of a tensor.
 pub trait Element: Pod + Send + Sync + fmt::Debug {
-    /// The type as tensors name it at run time.
+    /// The corresponding [`DType`].
     const DTYPE: DType;
 }
 
@@ -79,8 +79,8 @@ pub trait Real:
     fn of(x: f64) -> Self;
     /// Widens to `f64`; exact.
     fn f64(self) -> f64;
-    /// e^x, written so that loops over it become vector code; for `f32` within 2 ulp of the exact
-    /// value, 0 below the smallest normal number, for `f64` the library's own.
+    /// e^x, written so that loops over it become vector code. For `f32` it is within 2 ulp of the exact value, and 0
+    /// if that is below the smallest normal number. For `f64` it is the function of the standard library.
     fn exp_vector(self) -> Self;
 }
 
@@ -120,7 +120,7 @@ impl Real for f32 {
         const LN2_LOW: f32 = -2.121_944_4e-4;
         let x = if self > 88.7 { 88.7 } else { self };
         let x = if x < -87.3 { -87.3 } else { x };
-        // Adding 1.5 · 2^23 rounds to an integer, which then stands in the lowest bits.
+        // Adding 1.5 · 2^23 rounds to an integer, which is then in the lowest bits.
         const ROUND: f32 = 12_582_912.0;
         let shifted = x.mul_add(std::f32::consts::LOG2_E, ROUND);
         let n = shifted - ROUND;

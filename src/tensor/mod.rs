@@ -31,7 +31,7 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor whose elements are unspecified until written.
+    /// Creates a tensor whose elements are unspecified until written.
     pub fn unspecified(device: Device, dtype: DType, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
         Tensor {
@@ -42,7 +42,7 @@ impl Tensor {
         }
     }
 
-    /// A tensor of zeros.
+    /// Creates a tensor of zeros.
     pub fn zeros(device: Device, dtype: DType, shape: impl Into<Shape>) -> Self {
         let shape = shape.into();
         Tensor {
@@ -53,18 +53,18 @@ impl Tensor {
         }
     }
 
-    /// A tensor on the CPU with the given elements.
+    /// Creates a tensor on the CPU with the given elements.
     ///
     /// # Panics
-    /// When the number of elements is not that of the shape.
+    /// Panics when the number of elements does not match the shape.
     pub fn from_slice<T: Element>(shape: impl Into<Shape>, elements: &[T]) -> Self {
         let mut t = Self::unspecified(Device::Cpu, T::DTYPE, shape);
         t.slice_mut::<T>().copy_from_slice(elements);
         t
     }
 
-    /// A tensor on `device` with the given elements, for numbers that every step asks for: on a device with kernels it is
-    /// made once and kept, so that they are not copied there again.
+    /// Returns a tensor on `device` with the given elements, for constants that every step needs. On a device with
+    /// kernels it is created once and cached, so that the elements are not copied again.
     pub fn constant<T: Element>(device: Device, shape: impl Into<Shape>, elements: &[T]) -> Self {
         type Key = (Device, DType, Vec<u8>);
         thread_local! {
@@ -78,7 +78,7 @@ impl Tensor {
         let bytes = bytemuck::cast_slice(elements).to_vec();
         KEPT.with_borrow_mut(|kept| {
             let kept = kept.entry((device, T::DTYPE, bytes)).or_insert_with(new);
-            kept.pointer::<T>(); // there from the start, for copies of it
+            kept.pointer::<T>(); // on the device before the tensor is cloned
             Tensor {
                 shape,
                 ..kept.clone()
@@ -86,80 +86,80 @@ impl Tensor {
         })
     }
 
-    /// A scalar on the CPU.
+    /// Creates a scalar on the CPU.
     pub fn scalar<T: Element>(value: T) -> Self {
         Self::from_slice(Shape::from([]), &[value])
     }
 
-    /// A tensor like this one in shape, dtype and device, its elements unspecified.
+    /// Creates a tensor with the shape, dtype and device of this one, and unspecified elements.
     pub fn unspecified_like(&self) -> Self {
         Self::unspecified(self.device, self.dtype, self.shape)
     }
 
-    /// Its extents, at most four.
+    /// Returns the extents, at most four.
     pub fn shape(&self) -> Shape {
         self.shape
     }
 
-    /// Type of its elements.
+    /// Returns the type of the elements.
     pub fn dtype(&self) -> DType {
         self.dtype
     }
 
-    /// Where its elements lie.
+    /// Returns the device that holds the elements.
     pub fn device(&self) -> Device {
         self.device
     }
 
-    /// Number of elements.
+    /// Returns the number of elements.
     pub fn elements(&self) -> usize {
         self.shape.elements()
     }
 
-    /// The elements.
+    /// Returns the elements.
     ///
     /// # Panics
-    /// When `T` is not the tensor's dtype: operations check dtypes before they come here.
+    /// Panics when `T` is not the tensor's dtype: operations check dtypes before they call this function.
     pub fn slice<T: Element>(&self) -> &[T] {
-        assert_eq!(self.dtype, T::DTYPE, "dtype of the elements asked for");
+        assert_eq!(self.dtype, T::DTYPE, "dtype of the requested elements");
         bytemuck::cast_slice(self.memory.bytes())
     }
 
-    /// The elements, to write; copies them first when the memory is shared.
+    /// Returns the elements for writing; copies them first if the memory is shared.
     ///
     /// # Panics
-    /// When `T` is not the tensor's dtype.
+    /// Panics when `T` is not the tensor's dtype.
     pub fn slice_mut<T: Element>(&mut self) -> &mut [T] {
-        assert_eq!(self.dtype, T::DTYPE, "dtype of the elements asked for");
+        assert_eq!(self.dtype, T::DTYPE, "dtype of the requested elements");
         bytemuck::cast_slice_mut(self.bytes_mut())
     }
 
-    /// The raw bytes.
+    /// Returns the raw bytes.
     pub fn bytes(&self) -> &[u8] {
         self.memory.bytes()
     }
 
-    /// The raw bytes, to write; copies them first when the memory is shared.
+    /// Returns the raw bytes for writing; copies them first if the memory is shared.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         self.own_memory().bytes_mut()
     }
 
-    /// A copy of some of the raw bytes, for large tensors on their way to a file: where kernels wrote them, no copy stays
-    /// with the tensor.
+    /// Returns a copy of a range of the raw bytes, for writing large tensors to a file. If kernels wrote the bytes,
+    /// the tensor does not keep a copy in host memory.
     ///
     /// # Errors
-    /// When the device failed.
+    /// Returns an error when the device failed.
     pub fn copied_bytes(&self, range: Range<usize>) -> Result<Vec<u8>> {
         self.memory.copied(range)
     }
 
-    /// A copy of consecutive elements from `first` on, made where they are.
+    /// Returns a copy of consecutive elements, beginning with `first`, on the same device.
     ///
     /// # Errors
-    /// When the device has no room.
+    /// Returns an error when the device does not have enough memory.
     ///
     /// # Panics
-    /// When there are fewer elements.
+    /// Panics when there are fewer elements.
     pub fn part(&self, first: usize, shape: impl Into<Shape>) -> Result<Self> {
         let (shape, size) = (shape.into(), self.dtype.size());
         assert!(
@@ -174,10 +174,10 @@ impl Tensor {
         })
     }
 
-    /// The memory, to write; a copy when it is shared.
+    /// Returns the memory for writing; copies it first if it is shared.
     ///
     /// # Panics
-    /// When the device has no room for a copy.
+    /// Panics when the device does not have enough memory for a copy.
     fn own_memory(&mut self) -> &mut Memory {
         if Arc::get_mut(&mut self.memory).is_none() {
             let all = 0..self.elements() * self.dtype.size();
@@ -190,7 +190,8 @@ impl Tensor {
         }
     }
 
-    /// The same elements on another device. Nothing is copied: [`Memory`] does, when it must.
+    /// Returns the same elements on another device. This copies nothing: [`Memory`] copies when the elements are
+    /// first used there.
     pub fn on(&self, device: Device) -> Self {
         Tensor {
             device,
@@ -198,7 +199,7 @@ impl Tensor {
         }
     }
 
-    /// bf16 widened to f32 (exact); any other tensor itself.
+    /// Returns a bf16 tensor converted to f32 (exact), and any other tensor unchanged.
     pub fn widened(&self) -> Self {
         if self.dtype != DType::Bf16 {
             return self.clone();
@@ -209,7 +210,8 @@ impl Tensor {
         out
     }
 
-    /// f32 rounded to bf16, ties to even as kernels round activations; any other tensor itself.
+    /// Returns an f32 tensor rounded to bf16, ties to even, as kernels round activations, and any other tensor
+    /// unchanged.
     pub fn narrowed(&self) -> Self {
         if self.dtype != DType::F32 {
             return self.clone();
@@ -220,40 +222,41 @@ impl Tensor {
         out
     }
 
-    /// Address of the elements for a kernel of the tensor's device that reads them.
+    /// Returns the address of the elements for a kernel of the tensor's device that reads them.
     ///
     /// # Panics
-    /// When the device has no room, or no kernels.
+    /// Panics when the device does not have enough memory, or has no kernels.
     pub fn pointer<T>(&self) -> *const T {
         let address = self.memory.address(self.device);
         address.unwrap_or_else(|e| panic!("{e}")) as *const T
     }
 
-    /// Address of the elements for a kernel that writes them; copies them first when shared.
+    /// Returns the address of the elements for a kernel that writes them; copies them first if they are shared.
     ///
     /// # Panics
-    /// As [`pointer`](Self::pointer).
+    /// Panics in the same cases as [`pointer`](Self::pointer).
     pub fn pointer_mut<T>(&mut self) -> *mut T {
         let device = self.device;
         let address = self.own_memory().address_mut(device);
         address.unwrap_or_else(|e| panic!("{e}")) as *mut T
     }
 
-    /// The memory of some elements on the tensor's device, to be read.
+    /// Returns the memory range of some elements on the tensor's device, for reading.
     ///
     /// # Panics
-    /// As [`pointer`](Self::pointer), and when there are fewer elements.
+    /// Panics in the same cases as [`pointer`](Self::pointer), and when there are fewer elements.
     pub fn span(&self, elements: Range<usize>) -> Span {
         let (address, width) = (self.pointer::<u8>() as usize, self.dtype.size());
-        // SAFETY: the tensor owns the memory, which its device gives to a later launch at the earliest.
+        // SAFETY: the tensor owns the memory, which its device reuses only for later launches.
         let all = unsafe { Span::from_address(self.device, address, self.elements() * width) };
         all.part(elements.start * width..elements.end * width)
     }
 
-    /// The memory of the elements on the tensor's device, to be written; copies them first when shared.
+    /// Returns the memory range of the elements on the tensor's device, for writing; copies them first if they are
+    /// shared.
     ///
     /// # Panics
-    /// As [`pointer`](Self::pointer).
+    /// Panics in the same cases as [`pointer`](Self::pointer).
     pub fn span_mut(&mut self) -> Span {
         let (address, bytes) = (
             self.pointer_mut::<u8>() as usize,
@@ -263,10 +266,10 @@ impl Tensor {
         unsafe { Span::from_address(self.device, address, bytes) }
     }
 
-    /// Replaces the elements of a real tensor by their sums over the ranks, taken in f64.
+    /// Replaces the elements of a real tensor by their sums over the ranks, computed in f64.
     ///
     /// # Errors
-    /// When the dtype is not real, and those of [`Collective::sum`].
+    /// Returns an error when the dtype is not real, and the errors of [`Collective::sum`].
     pub fn sum_over_ranks(&mut self, dist: &dyn Collective) -> Result<()> {
         if dist.size() == 1 {
             return Ok(());
@@ -280,10 +283,10 @@ impl Tensor {
         })
     }
 
-    /// The same elements under another shape.
+    /// Returns the same elements with another shape.
     ///
     /// # Errors
-    /// When the two shapes differ in their number of elements.
+    /// Returns an error when the two shapes differ in their number of elements.
     pub fn reshape(&self, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         if shape.elements() != self.shape.elements() {
@@ -300,10 +303,10 @@ impl Tensor {
         })
     }
 
-    /// The value of a tensor of one real element.
+    /// Returns the value of a tensor that has one real element.
     ///
     /// # Errors
-    /// When it has more than one element or is not real.
+    /// Returns an error when it has more than one element or is not real.
     pub fn item(&self) -> Result<f64> {
         if self.elements() != 1 {
             return Err(Error::invalid(
@@ -318,10 +321,10 @@ impl Tensor {
         )))
     }
 
-    /// All elements of a real tensor, widened.
+    /// Returns all elements of a real tensor, converted to f64.
     ///
     /// # Errors
-    /// When the dtype is not real.
+    /// Returns an error when the dtype is not real.
     pub fn to_f64(&self) -> Result<Vec<f64>> {
         let own = self.widened();
         with_real!(own.dtype, "to_f64", |T| Ok(own
@@ -331,7 +334,7 @@ impl Tensor {
             .collect()))
     }
 
-    /// Checks the shape for operation `op`; `what` names the tensor in the error.
+    /// Checks the shape for operation `op`; `what` is the name of the tensor in the error.
     pub fn expect_shape(&self, op: &str, what: &str, shape: impl Into<Shape>) -> Result<()> {
         let shape = shape.into();
         if self.shape == shape {
@@ -341,11 +344,11 @@ impl Tensor {
             op,
             format!("{what} of shape {shape}"),
             format!("{}", self.shape),
-            "pass tensors whose shapes fit together",
+            "pass tensors whose shapes match",
         ))
     }
 
-    /// Checks the dtype for operation `op`; `what` names the tensor in the error.
+    /// Checks the dtype for operation `op`; `what` is the name of the tensor in the error.
     pub fn expect_dtype(&self, op: &str, what: &str, dtype: DType) -> Result<()> {
         if self.dtype == dtype {
             return Ok(());
@@ -374,7 +377,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn writing_to_a_shared_tensor_leaves_the_other_owner_alone() {
+    fn writing_to_a_shared_tensor_does_not_change_the_other_owner() {
         let a = Tensor::from_slice([2], &[1f32, 2.0]);
         let mut b = a.clone();
         b.slice_mut::<f32>()[0] = 5.0;

@@ -2,14 +2,14 @@
 //! generator Philox4x32-10 of Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as
 //! 1, 2, 3" (SC 2011).
 //!
-//! Nothing is stored and nothing is consumed, so a draw does not depend on the number of threads,
-//! micro-batches or ranks, nor on what was drawn before it. A kernel computes the same numbers from
-//! the same layout:
+//! The generator has no state, so a draw does not depend on the number of threads, micro-batches or ranks, nor on
+//! earlier draws. A kernel computes the same numbers from the same layout:
 //!
 //! | word | content |
 //! |---|---|
 //! | key 0, key 1 | low and high half of the seed |
-//! | counter 0, counter 1 | low and high half of the index (a token's place in the global batch, an element's place in its tensor) |
+//! | counter 0, counter 1 | low and high half of the index (a token's index in the global batch, an element's index
+//! in its tensor) |
 //! | counter 2 | step |
 //! | counter 3 | purpose · 2^24 + layer |
 
@@ -34,11 +34,11 @@ pub enum Purpose {
     Check = 5,
     /// Stochastic rounding of the optimizer's moments; `step` is the number of the update, `layer` the parameter.
     Rounding = 6,
-    /// Tokens whose outputs sampled default vectors average; `layer` is the MoE layer.
+    /// Tokens drawn for sampled default vectors, which average their outputs; `layer` is the MoE layer.
     DefaultSamples = 7,
 }
 
-/// Layers that counter 3 has room for.
+/// Number of layers that counter 3 can represent.
 pub const MAX_LAYERS: usize = 1 << 24;
 
 /// All draws of one (seed, purpose, step, layer); the index is given with each draw.
@@ -50,11 +50,11 @@ pub struct Stream {
 
 impl Stream {
     /// # Panics
-    /// If `step` does not fit 32 bits, or `layer` is not below [`MAX_LAYERS`].
+    /// Panics when `step` does not fit in 32 bits, or `layer` is not below [`MAX_LAYERS`].
     pub fn new(seed: u64, purpose: Purpose, step: u64, layer: usize) -> Self {
         assert!(
             layer < MAX_LAYERS,
-            "layer {layer} has no room in the counter"
+            "layer {layer} does not fit in the counter"
         );
         let step = u32::try_from(step).expect("a step fits 32 bits");
         Stream {
@@ -63,7 +63,7 @@ impl Stream {
         }
     }
 
-    /// 128 random bits.
+    /// Returns 128 random bits.
     #[inline]
     pub fn bits(&self, index: u64) -> [u32; 4] {
         let counter = [
@@ -75,23 +75,23 @@ impl Stream {
         philox4x32_10(counter, self.key)
     }
 
-    /// Uniform in [0, 1), a multiple of 2^-24: the same number in f32, in f64 and in a kernel. The
-    /// top 24 bits of word 0.
+    /// Returns a uniform number in [0, 1), a multiple of 2^-24 from the top 24 bits of word 0: the same number in
+    /// f32, in f64 and in a kernel.
     #[inline]
     pub fn uniform(&self, index: u64) -> f32 {
         (self.bits(index)[0] >> 8) as f32 * (1.0 / (1 << 24) as f32)
     }
 
-    /// Exponential of mean 1: `−ln v`, v in (0, 1) an odd multiple of 2^-24, exact in f32, from the
-    /// top 23 bits of word 0. From 6e-8 to 16.6, so that its logarithm is finite too.
+    /// Returns an exponential number with mean 1: `−ln v`, where v in (0, 1) is an odd multiple of 2^-24, exact in
+    /// f32, from the top 23 bits of word 0. It is between 6e-8 and 16.6, so its logarithm is finite as well.
     #[inline]
     pub fn exponential(&self, index: u64) -> f64 {
         let v = (f64::from(self.bits(index)[0] >> 9) + 0.5) * (1.0 / (1 << 23) as f64);
         -v.ln()
     }
 
-    /// Standard normal by Box–Muller in f64: words 0 and 1 make the radius, words 2 and 3 the
-    /// angle, each a multiple of 2^-53, the first in (0, 1] so that its logarithm is finite.
+    /// Returns a standard normal number by Box–Muller in f64. Words 0 and 1 give the radius, words 2 and 3 the angle,
+    /// each from a multiple of 2^-53; the first is in (0, 1], so its logarithm is finite.
     #[inline]
     pub fn normal(&self, index: u64) -> f64 {
         const SCALE: f64 = 1.0 / (1u64 << 53) as f64;
@@ -102,8 +102,8 @@ impl Stream {
         (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
     }
 
-    /// Fills `out` with zero-mean normals of standard deviation `std`, element `i` from index `i`,
-    /// in parallel; the thread count changes nothing.
+    /// Fills `out` with zero-mean normals of standard deviation `std`, element `i` from index `i`, in parallel. The
+    /// result does not depend on the number of threads.
     pub fn fill_normal<T: Real>(&self, out: &mut [T], std: f64) {
         const BLOCK: usize = 1 << 14;
         out.par_chunks_mut(BLOCK)
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn philox_gives_the_published_known_answers() {
+    fn philox_matches_the_published_test_vectors() {
         // From the vectors that the authors publish with their Random123 library.
         let cases = [
             (
@@ -189,7 +189,7 @@ mod tests {
         let s = Stream::new(3, Purpose::Check, 0, 0);
         let n = 1_000_000u64;
         let mean = |f: &dyn Fn(u64) -> f64| (0..n).map(f).sum::<f64>() / n as f64;
-        // Bounds of 5 standard errors.
+        // The tolerance is 5 standard errors.
         let close = |got: f64, expected: f64, sd: f64| {
             let tol = 5.0 * sd / (n as f64).sqrt();
             assert!(

@@ -11,17 +11,17 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Number of elements, 1 for a scalar.
+    /// Returns the number of elements; 1 for a scalar.
     pub fn elements(&self) -> usize {
         self.iter().product()
     }
 
-    /// Extent of the last axis, 1 for a scalar.
+    /// Returns the extent of the last axis; 1 for a scalar.
     pub fn width(&self) -> usize {
         self.last().copied().unwrap_or(1)
     }
 
-    /// Number of rows of [`width`](Self::width) elements.
+    /// Returns the number of rows of [`width`](Self::width) elements.
     pub fn rows(&self) -> usize {
         self.iter().rev().skip(1).product()
     }
@@ -36,7 +36,7 @@ impl Deref for Shape {
 
 impl From<&[usize]> for Shape {
     /// # Panics
-    /// On more than four extents.
+    /// Panics when there are more than four extents.
     fn from(s: &[usize]) -> Self {
         assert!(s.len() <= 4, "a tensor has at most four axes, got {s:?}");
         let mut extents = [1; 4];

@@ -1,4 +1,4 @@
-//! From a configuration, or the checkpoint of a run, to a trainer.
+//! Construction of a trainer from a configuration or from the checkpoint of a run.
 
 use super::checkpoint::{self, Checkpoint, TrainerState};
 use super::console::Console;
@@ -28,15 +28,15 @@ pub struct Builder {
 }
 
 impl Trainer {
-    /// A trainer without a folder and without hooks, on one rank.
+    /// Creates a trainer without a folder and without hooks, on one rank.
     ///
     /// # Errors
-    /// When the data cannot be read, or the model does not fit the device.
+    /// Returns an error when the data cannot be read, or the model does not fit the device.
     pub fn new(config: Config) -> Result<Self> {
         Self::builder(config).build()
     }
 
-    /// Options for a trainer of this configuration.
+    /// Returns options for a trainer with this configuration.
     pub fn builder(config: Config) -> Builder {
         Builder::new(config)
     }
@@ -58,24 +58,25 @@ impl Builder {
         self
     }
 
-    /// Trains as one of several ranks. Rank 0 alone writes to the run's folder, which all see, and shows progress.
+    /// Trains as one of several ranks. Only rank 0 writes to the run's folder and shows progress; all ranks must be
+    /// able to read the folder.
     pub fn ranks(mut self, dist: Arc<dyn Collective>) -> Self {
         self.dist = dist;
         self
     }
 
-    /// Keeps the run in a folder: configuration, log, TensorBoard events, figures and checkpoints, written by hooks that are
-    /// called after those added by [`hook`](Self::hook).
+    /// Keeps the run in a folder: configuration, log, TensorBoard events, figures and checkpoints, written by hooks
+    /// that run after those added by [`hook`](Self::hook).
     pub fn run_folder(mut self, options: RunOptions) -> Self {
         self.run = Some(options);
         self
     }
 
-    /// Everything up to the first step.
+    /// Builds the trainer: everything up to the first step.
     ///
     /// # Errors
-    /// When the data, the folder or its checkpoint cannot be used, the model does not fit, the ranks are not of one run, or a
-    /// hook cannot start.
+    /// Returns an error when the data, the folder or its checkpoint cannot be used, the model does not fit, the ranks
+    /// do not belong to one run, or a hook cannot start.
     pub fn build(mut self) -> Result<Trainer> {
         let (dist, run) = (self.dist.clone(), self.run.take());
         ranks::check(&*dist, &self.config)?;
@@ -114,7 +115,7 @@ impl Builder {
         let mut hooks = self.hooks;
         if let Some(run) = &run {
             if run.timeline {
-                // It ends before other hooks use the model's device.
+                // The timeline ends before other hooks use the model's device.
                 hooks.insert(0, Box::new(KernelTimeline::new(&run.out)));
             }
             hooks.extend(run_hooks(run));
@@ -156,7 +157,8 @@ impl Builder {
     }
 }
 
-/// Refuses settings of the router that do not fit the model or the device, and, for a run with a folder, what does not fit in memory.
+/// Rejects router settings that do not fit the model or the device, and, for a run with a folder, a run that does not
+/// fit in memory.
 fn check_values(config: &Config, in_folder: bool) -> Result<()> {
     let router = routers::build(&config.router)?;
     router.validate(&config.model)?;
@@ -167,14 +169,14 @@ fn check_values(config: &Config, in_folder: bool) -> Result<()> {
     }
 }
 
-/// Locks the folder of a new run. Nothing was written before, so that a run that cannot begin leaves none.
+/// Locks the folder of a new run. Nothing is written before this, so a run that cannot begin leaves no folder.
 fn lock_new(out: &Path) -> Result<Option<FolderLock>> {
     let lock = FolderLock::take(out)?;
-    // Another process may have made a run since it was looked at.
+    // Another process may have created a run since the folder was checked.
     refuse_existing(out).map(|()| Some(lock))
 }
 
-/// The hooks of a run with a folder, in their order.
+/// Returns the hooks of a run with a folder, in call order.
 fn run_hooks(run: &RunOptions) -> Vec<Box<dyn Hook>> {
     let out = &run.out;
     let mut hooks: Vec<Box<dyn Hook>> = vec![Box::new(Folder(out.clone()))];
@@ -190,7 +192,7 @@ fn run_hooks(run: &RunOptions) -> Vec<Box<dyn Hook>> {
     hooks
 }
 
-/// Creates the run's folder, or replaces its configuration.
+/// A hook that creates the run's folder, or replaces its configuration.
 struct Folder(PathBuf);
 
 impl Hook for Folder {
@@ -198,7 +200,7 @@ impl Hook for Folder {
         let out = &self.0;
         fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         write_config(out, trainer.config())?;
-        // So that `generate` finds the tokenizer where the run's tokens are not.
+        // This lets `generate` find the tokenizer on a machine without the run's tokens.
         for (name, content) in trainer.corpus().tokenizer_files()? {
             replace(out, name, &content)?;
         }
@@ -249,7 +251,7 @@ fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
     });
 }
 
-/// A model that was not trained.
+/// Creates a trainer with an untrained model.
 fn anew(
     config: Config,
     data: String,
@@ -260,7 +262,7 @@ fn anew(
     Ok((model, executor, TrainerState::at_start(config, data)))
 }
 
-/// Resumes from `saved` with a configuration that may differ in what does not make it another run.
+/// Resumes from `saved` with a configuration that may differ in settings that do not define the run.
 fn resume(
     saved: &Checkpoint,
     config: Config,
@@ -275,9 +277,9 @@ fn resume(
     if steps < done {
         return Err(Error::usage(
             "train --resume",
-            format!("at least the {done} steps that are done"),
+            format!("at least {done}, the number of steps that are done"),
             format!("train.steps = {steps}"),
-            "give more --steps, or evaluate the run as it is",
+            "set a larger --steps, or evaluate the run as it is",
         ));
     }
     let mut executor = StepExecutor::new(&config.train, &model);
@@ -287,11 +289,11 @@ fn resume(
     Ok((model, executor, state))
 }
 
-/// Refuses a configuration or data of another run than that of the checkpoint.
+/// Rejects a configuration or data that do not belong to the checkpoint's run.
 fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Result<()> {
     let sections = |config: &Config| -> Result<Vec<(String, String)>> {
         let own = [
-            // First: another router has other settings too.
+            // This comes first, because another router also has other settings.
             ("router.name", format!("{:?}", config.router.name)),
             ("train.seed", config.train.seed.to_string()),
             ("train.dtype", config.train.dtype.dtype().to_string()),
@@ -315,7 +317,7 @@ fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Resu
         Ok(all)
     };
     let (old, new) = (sections(&state.config)?, sections(config)?);
-    let help = "put it back, or begin a new run under another --name";
+    let help = "restore the old value, or begin a new run with another --name";
     let of = |all: &[(String, String)], key: &str| {
         let found = all.iter().find(|(k, _)| k == key);
         found.map_or("none".to_string(), |(_, value)| value.clone())
@@ -323,14 +325,17 @@ fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Resu
     for (key, _) in old.iter().chain(&new) {
         let (was, is) = (of(&old, key), of(&new, key));
         if was != is {
-            let expected = format!("{key} = {was}, which the run began with");
+            let expected = format!("{key} = {was}, the value with which the run began");
             return Err(Error::usage("train --resume", expected, is, help));
         }
     }
     if state.data != data {
         return Err(Error::invalid(
             "train --resume",
-            format!("the data that the run began with, of digest {}", state.data),
+            format!(
+                "the data with which the run began, with digest {}",
+                state.data
+            ),
             format!("{}, of digest {data}", config.data.name()),
             help,
         ));
@@ -338,12 +343,12 @@ fn refuse_another_run(state: &TrainerState, config: &Config, data: &str) -> Resu
     Ok(())
 }
 
-/// What a run that goes on does otherwise than it did before.
+/// Returns notes on how a resumed run differs from the run before.
 fn resume_notes(old: &Config, new: &Config, step: u64) -> Vec<String> {
     let mut notes = Vec::new();
     if step == new.train.steps {
         notes.push(format!(
-            "all {step} steps are done already; --steps takes more"
+            "all {step} steps are done; set a larger --steps to continue"
         ));
         return notes;
     }

@@ -1,22 +1,22 @@
-//! Lines on standard error, above a progress bar where there is a terminal.
+//! Lines on standard error, above a progress bar if standard error is a terminal.
 
 use crate::report::progress::bar;
 use crate::report::{shows_bars, stderr_line};
 use indicatif::ProgressBar;
 
-/// Where a run writes lines for its user.
+/// The destination of a run's messages to its user.
 #[derive(Clone)]
 pub struct Console {
     bar: ProgressBar,
     /// Whether the bar is shown.
     terminal: bool,
     quiet: bool,
-    /// Another rank writes.
+    /// Whether this rank writes nothing, because another rank does.
     silent: bool,
 }
 
 impl Console {
-    /// Without a bar: notes only.
+    /// Creates a console without a bar.
     pub fn notes() -> Self {
         Console {
             bar: ProgressBar::hidden(),
@@ -26,7 +26,7 @@ impl Console {
         }
     }
 
-    /// Of a rank that writes nothing.
+    /// Creates the console of a rank that writes nothing.
     pub fn silent() -> Self {
         Console {
             silent: true,
@@ -34,7 +34,7 @@ impl Console {
         }
     }
 
-    /// With a bar from step `first` to `total`, unless `quiet`.
+    /// Creates a console with a bar from step `first` to `total`, unless `quiet`.
     pub fn with_bar(first: u64, total: u64, quiet: bool) -> Self {
         let terminal = shows_bars() && !quiet;
         Console {
@@ -45,7 +45,7 @@ impl Console {
         }
     }
 
-    /// A line that is always written.
+    /// Writes a line, even if quiet.
     pub fn note(&self, text: &str) {
         if self.silent {
             return;
@@ -57,14 +57,14 @@ impl Console {
         }
     }
 
-    /// A line that is not written if quiet.
+    /// Writes a line unless quiet.
     pub fn info(&self, text: &str) {
         if !self.quiet {
             self.note(text);
         }
     }
 
-    /// The bar, where it is shown.
+    /// Returns the bar, if it is shown.
     pub fn bar(&self) -> Option<&ProgressBar> {
         self.terminal.then_some(&self.bar)
     }

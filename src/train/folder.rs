@@ -1,4 +1,4 @@
-//! The folder of a run: names of its files, and what is written before the first step.
+//! The folder of a run: the names of its files, and the files written before the first step.
 
 use crate::config::Config;
 use crate::error::{Error, Result};
@@ -8,17 +8,17 @@ use std::path::{Path, PathBuf};
 
 /// The resolved configuration.
 pub const CONFIG_FILE: &str = "config.toml";
-/// One JSON object per step.
+/// The log: one JSON object per step.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// The folder of checkpoints.
 pub const CHECKPOINTS: &str = "checkpoints";
 
-/// Where a run is kept, and what it writes there.
+/// The folder of a run, and what the run writes to it.
 #[derive(Clone, Debug)]
 pub struct RunOptions {
     /// Folder of the run.
     pub out: PathBuf,
-    /// Resume from the newest whole checkpoint in `out`.
+    /// Whether to resume from the newest complete checkpoint in `out`.
     pub resume: bool,
     /// Whether to write checkpoints.
     pub checkpoints: bool,
@@ -29,7 +29,7 @@ pub struct RunOptions {
 }
 
 impl RunOptions {
-    /// A new run in `out` that writes checkpoints and shows its progress.
+    /// Options for a new run in `out` that writes checkpoints and shows its progress.
     pub fn new(out: impl Into<PathBuf>) -> Self {
         RunOptions {
             out: out.into(),
@@ -40,7 +40,7 @@ impl RunOptions {
         }
     }
 
-    /// The same, resumed from its newest whole checkpoint; from the start if there is none.
+    /// Returns the options with resumption from the newest complete checkpoint, or from the start if there is none.
     pub fn resumed(self) -> Self {
         RunOptions {
             resume: true,
@@ -48,7 +48,7 @@ impl RunOptions {
         }
     }
 
-    /// The same without progress.
+    /// Returns the options without progress output.
     pub fn quiet(self) -> Self {
         RunOptions {
             quiet: true,
@@ -57,10 +57,10 @@ impl RunOptions {
     }
 }
 
-/// Refuses a folder that holds a run.
+/// Checks that a folder does not hold a run.
 ///
 /// # Errors
-/// When it does.
+/// Returns an error when the folder holds a run.
 pub(crate) fn refuse_existing(out: &Path) -> Result<()> {
     let holds = [CONFIG_FILE, METRICS_FILE, CHECKPOINTS]
         .iter()
@@ -72,14 +72,14 @@ pub(crate) fn refuse_existing(out: &Path) -> Result<()> {
         "train",
         "a new folder for the run",
         format!("{}, which holds a run", out.display()),
-        "go on with it by --resume, or choose another --name or --out",
+        "resume it with --resume, or choose another --name or --out",
     ))
 }
 
 /// Replaces the run's configuration atomically; its first line names the program.
 ///
 /// # Errors
-/// When the disk refuses.
+/// Returns an error when the file cannot be written.
 pub(crate) fn write_config(out: &Path, config: &Config) -> Result<()> {
     let text = format!("# {}\n{}", version::program(), config.to_toml()?);
     publish(&out.join(CONFIG_FILE), text)

@@ -11,11 +11,11 @@ use std::sync::Arc;
 /// The sequences of each step, read before they are needed.
 pub struct DataLoader {
     pub corpus: Arc<Corpus>,
-    /// This rank's sequences of each micro-batch, as offsets into a step's.
+    /// This rank's sequences of each micro-batch, as offsets into the sequences of a step.
     pub parts: Vec<Range<u64>>,
-    /// Sequences of a step, over all ranks.
+    /// Number of sequences of a step, over all ranks.
     pub sequences: u64,
-    /// Started by the first step.
+    /// The prefetcher, which the first step starts.
     pub prefetch: Option<Prefetch<Batch>>,
 }
 
@@ -33,12 +33,12 @@ impl DataLoader {
         })
     }
 
-    /// This rank's sequences of the step behind `step` steps.
+    /// Returns this rank's sequences of the step that follows the first `step` steps.
     pub fn read(&self, step: u64) -> Batch {
         batch(&self.corpus, &self.parts, self.sequences, step)
     }
 
-    /// The same, prefetched up to the last of `steps`.
+    /// Returns the same sequences, prefetched up to the last of `steps` steps.
     pub fn take(&mut self, step: u64, steps: u64) -> Result<Batch> {
         if step >= steps {
             return Ok(self.read(step));
@@ -55,7 +55,8 @@ impl DataLoader {
     }
 }
 
-/// A rank's parts of the micro-batches of a step; step t of n sequences takes those from t · n on.
+/// Returns a rank's parts of the micro-batches of a step. With n sequences per step, step t uses the sequences t · n
+/// … t · n + n − 1.
 fn batch(corpus: &Corpus, parts: &[Range<u64>], n: u64, step: u64) -> Batch {
     let own = parts.iter().cloned().flatten();
     corpus.sequences(own.map(|sequence| step * n + sequence))

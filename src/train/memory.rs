@@ -1,4 +1,4 @@
-//! Whether a run can fit in memory, before it begins.
+//! A check, before a run begins, that it can fit in memory.
 
 use crate::config::{Config, count};
 use crate::device::Device;
@@ -6,9 +6,9 @@ use crate::error::{Error, Result};
 use crate::report::size;
 use std::fs;
 
-/// Bytes that training takes at least: each parameter with its gradient and two moments, and what
-/// backward keeps of one micro-batch. Per token and layer that is about 8 D numbers of the
-/// attention half and 2 D + 3 F of each expert; a recomputed layer keeps only its input.
+/// Returns a lower bound of the bytes that training needs: each parameter with its gradient and two moments, and the
+/// tensors kept for backward of one micro-batch. Per token and layer these are about 8 D numbers for attention and 2
+/// D + 3 F for each expert; a recomputed layer keeps only its input.
 pub fn least(config: &Config) -> u64 {
     let m = &config.model;
     let size = config.train.dtype.dtype().size() as u64;
@@ -29,7 +29,7 @@ pub fn least(config: &Config) -> u64 {
             }
         })
         .sum();
-    // The tokens of the whole step and of the two that are read ahead lie in memory as i32.
+    // The tokens of the current step and of the two prefetched steps are in memory as i32.
     let batch = 3 * config.train.sequences_per_step as u64 * m.sequence_length as u64 * 4;
     weights
         .saturating_add(tokens.saturating_mul(per_token))
@@ -37,7 +37,8 @@ pub fn least(config: &Config) -> u64 {
         .saturating_add(batch)
 }
 
-/// Refuses a run that needs more than the machine can give. A GPU has memory of its own, which is reserved before the run.
+/// Rejects a run that needs more memory than the machine has. The memory of a GPU is not checked here; it is reserved
+/// before the run.
 pub(super) fn check(config: &Config) -> Result<()> {
     match config.train.device {
         Device::Cuda => Ok(()),
@@ -57,7 +58,8 @@ fn fits(needed: u64, available: Option<u64>) -> Result<()> {
     }
 }
 
-/// Free memory, or the container's limit where that is less; none where the system does not say.
+/// Returns the free memory in bytes, or the container's limit if that is less; `None` if the system does not report
+/// it.
 pub fn available() -> Option<u64> {
     let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
     let line = meminfo

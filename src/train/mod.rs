@@ -1,8 +1,8 @@
-//! Training: from a configuration to a trained model, and to a folder with its log, figures and checkpoints.
+//! Training: it turns a configuration into a trained model, and a folder with its log, figures and checkpoints.
 //!
-//! [`Trainer`] is the only training loop; what happens beside the steps is a [`Hook`]. Every step is a pure function of the
-//! configuration and the step before it, so that a run that was interrupted and resumed ends in the same bytes as one that
-//! was not.
+//! [`Trainer`] is the only training loop; everything that happens between steps is a [`Hook`]. The state after a step
+//! is a pure function of the configuration and the state before it, so a run that was interrupted and resumed ends
+//! with the same bytes as one that was not.
 
 mod builder; // from a configuration or checkpoint to a trainer
 pub mod checkpoint;
@@ -12,9 +12,9 @@ pub mod hooks;
 mod loader; // the sequences of a rank
 mod memory;
 pub mod optimizer;
-mod outcome; // what a run comes to
+mod outcome; // the result of a run
 mod ranks;
-mod record; // a step's report as it is logged
+mod record; // a step's record in the log
 mod schedule;
 pub mod step;
 mod trainer; // the training loop, and the trait of hooks

@@ -1,4 +1,5 @@
-//! What the ranks of a run agree upon: that they are of one run, which checkpoint it goes on from, when it stops.
+//! Agreement between the ranks of a run: that they belong to one run, from which checkpoint it resumes, and when it
+//! stops.
 
 use super::checkpoint::{self, Checkpoint};
 use crate::config::Config;
@@ -9,10 +10,10 @@ use crate::report::version;
 use std::fs;
 use std::path::Path;
 
-/// Refuses ranks of different programs or configurations, and a batch that they cannot share.
+/// Checks that all ranks have the same program and configuration, and that they can divide the batch.
 ///
 /// # Errors
-/// When there is one.
+/// Returns an error when programs or configurations differ, or the batch cannot be divided.
 pub(super) fn check(dist: &dyn Collective, config: &Config) -> Result<()> {
     if dist.size() == 1 {
         return Ok(());
@@ -43,10 +44,10 @@ pub(crate) fn check_alike(dist: &dyn Collective, config: &Config) -> Result<()> 
     same_on_all(dist, &config.to_toml()?, first_difference, help)
 }
 
-/// Refuses ranks that read different text.
+/// Checks that all ranks read the same text.
 ///
 /// # Errors
-/// When they do.
+/// Returns an error when the ranks read different text.
 pub(crate) fn check_data(dist: &dyn Collective, fingerprint: &str) -> Result<()> {
     if dist.size() == 1 {
         return Ok(());
@@ -56,14 +57,14 @@ pub(crate) fn check_data(dist: &dyn Collective, fingerprint: &str) -> Result<()>
     same_on_all(dist, fingerprint, both, help)
 }
 
-/// A digest of the program's file, short.
+/// Returns a short digest of the program's file.
 fn program_digest() -> String {
     let read = || fs::read(std::env::current_exe().ok()?).ok();
     let digest = read().map(|bytes| blake3::hash(&bytes).to_hex().as_str()[..16].to_string());
     digest.unwrap_or_else(|| "unreadable".into())
 }
 
-/// The first key whose values differ between two configurations.
+/// Returns the first key whose values differ between two configurations.
 fn first_difference(a: &str, b: &str) -> String {
     let lines = |text: &str| -> Vec<String> {
         let mut section = String::new();
@@ -87,10 +88,10 @@ fn first_difference(a: &str, b: &str) -> String {
     format!("the configurations `{in_a}` and `{in_b}`")
 }
 
-/// Tests that all ranks see the run's folder, which exists.
+/// Checks that all ranks can access the run's folder, which must exist.
 ///
 /// # Errors
-/// When one does not, or the disk refuses.
+/// Returns an error when a rank cannot access it, or a file cannot be written.
 pub(super) fn check_folder(dist: &dyn Collective, out: &Path) -> Result<()> {
     if dist.size() == 1 {
         return Ok(());
@@ -111,19 +112,20 @@ pub(super) fn check_folder(dist: &dyn Collective, out: &Path) -> Result<()> {
             "ranks",
             format!("the folder of rank 0, {}", out.display()),
             "another folder of that name, or none",
-            "give --out a folder of a file system that all hosts share",
+            "set --out to a folder on a file system that all hosts share",
         )),
     };
     let seen = agree(dist, seen);
     if dist.rank() == 0 {
-        // What is left is removed with what interrupted saves leave.
+        // If this fails, the file is removed together with the files of interrupted saves.
         let _ = fs::remove_file(&path);
     }
     seen
 }
 
-/// The newest whole checkpoint in `folder`, and what is wrong with newer ones. Where all are damaged nothing is done: a run from
-/// the start would take the place of what may still be mended.
+/// Returns the newest complete checkpoint in `folder`, and an error for each newer one. If all checkpoints are
+/// damaged, it returns an error and changes nothing, because a run from the start would overwrite checkpoints that
+/// could perhaps be repaired.
 fn one_whole(folder: &Path) -> Result<(Option<Checkpoint>, Vec<Error>)> {
     let (found, damaged) = checkpoint::newest(folder)?;
     if found.is_some() || damaged.is_empty() {
@@ -134,14 +136,14 @@ fn one_whole(folder: &Path) -> Result<(Option<Checkpoint>, Vec<Error>)> {
         folder,
         "a whole checkpoint",
         format!("{} damaged: {}", damaged.len(), reasons.join("; ")),
-        "put a whole one back; to start anew choose another --name or --out, or move the run's folder away",
+        "restore a complete checkpoint; to begin again, choose another --name or --out, or move the run's folder",
     ))
 }
 
-/// The newest whole checkpoint in `folder` as rank 0 finds it, and what is wrong with newer ones.
+/// Returns the newest complete checkpoint in `folder`, as determined by rank 0, and an error for each newer one.
 ///
 /// # Errors
-/// When a rank cannot read it.
+/// Returns an error when a rank cannot read it.
 pub(super) fn newest(
     dist: &dyn Collective,
     folder: &Path,

@@ -1,11 +1,11 @@
-//! A step's report as the log has it.
+//! The log record of a step.
 
 use super::step::StepReport;
 use crate::config::Config;
 use crate::report::metrics::Record;
 use crate::routers::LayerStats;
 
-/// The record of step `step`, counted from 1, which took `seconds`.
+/// Returns the record of step `step`, counted from 1, which took `seconds` seconds.
 pub(super) fn record(
     config: &Config,
     step: u64,
@@ -47,7 +47,7 @@ pub(super) fn record(
     }
 }
 
-/// The mean over layers of the share of (token, expert) pairs that were not chosen.
+/// Returns the mean over layers of the fraction of (token, expert) pairs that were not chosen.
 fn sparsity(layers: &[LayerStats]) -> Option<f64> {
     let chosen = layers.iter().map(|l| {
         let pairs = l.tokens * l.counts.len() as f64;

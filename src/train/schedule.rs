@@ -3,15 +3,16 @@
 use crate::config::{Schedule, TrainConfig};
 use std::f64::consts::PI;
 
-/// Rate of step `step`, from 0, of `config.steps`. The first w = ⌈`warmup_fraction` · N⌉ steps rise in equal parts to
-/// `learning_rate`. In the others the rate falls to `final_rate · learning_rate`, which the last step has, as `schedule` says.
+/// Returns the learning rate of step `step`, counted from 0, of N = `config.steps` steps. In the first w =
+/// ⌈`warmup_fraction` · N⌉ steps the rate rises linearly to `learning_rate`. In the others it falls as defined by
+/// `schedule` to `final_rate · learning_rate`, the rate of the last step.
 pub fn learning_rate(config: &TrainConfig, step: u64) -> f64 {
     let steps_of = |share: f64| (share * config.steps as f64).ceil() as u64;
     let warmup = steps_of(config.warmup_fraction);
     if step < warmup {
         return config.learning_rate * ((step + 1) as f64 / warmup as f64);
     }
-    // The share of the way down behind `first` steps at the highest rate.
+    // The fraction of the decay that is done, where the decay begins after `first` steps.
     let progress = |first: u64| {
         let falling = config.steps.saturating_sub(first).max(1);
         ((step + 1).saturating_sub(first) as f64 / falling as f64).min(1.0)
@@ -43,13 +44,13 @@ mod tests {
     }
 
     #[test]
-    fn the_rate_rises_to_its_height_and_falls_to_its_share() {
+    fn the_rate_rises_to_its_maximum_and_falls_to_its_final_value() {
         let r = rates(&["train.steps=600"]);
         assert!((r[0] - 3e-3 / 6.0).abs() < 1e-15);
         assert_eq!(r[5], 3e-3);
         assert!(r[5..].windows(2).all(|w| w[1] < w[0]));
         assert!((r[599] - 3e-4).abs() < 1e-12);
-        // Half of the cosine's way: the mean of both ends.
+        // Halfway through the cosine, the rate is the mean of both ends.
         assert!((r[6 + 296] - 1.65e-3).abs() < 1e-12);
     }
 
@@ -72,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn a_run_without_warm_up_and_one_of_warm_up_alone_are_finite() {
+    fn rates_are_finite_without_warm_up_and_with_only_warm_up() {
         assert!(rates(&["train.steps=1"]).iter().all(|r| *r > 0.0));
         let all = rates(&["train.warmup_fraction=1", "train.steps=4"]);
         assert_eq!(all, [0.25 * 3e-3, 0.5 * 3e-3, 0.75 * 3e-3, 3e-3]);

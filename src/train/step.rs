@@ -1,5 +1,5 @@
-//! One optimizer step: micro-batches forward and backward, clipping, update, and the commitment of
-//! whatever the routers changed. A step that is not finite is not applied and leaves no trace.
+//! One optimizer step: micro-batches forward and backward, clipping, update, and commit of the routers' state. A step
+//! with a value that is not finite is not applied and changes nothing.
 //!
 //! On several ranks micro-batch m of the step is cut into equal, consecutive parts
 //! (`Collective::part`); losses, gradients and statistics are those of the global batch, and all
@@ -32,41 +32,42 @@ use std::collections::BTreeMap;
 pub struct StepReport {
     /// Mean cross-entropy over the global batch, in nats.
     pub cross_entropy: f64,
-    /// Auxiliary loss, its coefficient included.
+    /// Auxiliary loss, multiplied by its coefficient.
     pub auxiliary: f64,
-    /// z-loss, its coefficient included.
+    /// z-loss, multiplied by its coefficient.
     pub z: f64,
     /// Norm of the gradient before clipping.
     pub gradient_norm: f64,
-    /// What was not finite, if the step was skipped.
+    /// The name of the value that was not finite, if the step was skipped.
     pub skipped: Option<String>,
     /// Routing statistics of every MoE layer.
     pub layers: Vec<LayerStats>,
-    /// The vectors that the router keeps, as the step left them, by name and MoE layer.
+    /// The vectors of the router's state after the step, by name and MoE layer.
     pub router_state: BTreeMap<&'static str, Vec<Vec<f64>>>,
 }
 
-/// Executes optimizer steps on a model: owns the optimizer, the memory of gradients and inputs, and on a device with kernels
-/// the captured graph of a step.
+/// Executes optimizer steps on a model. It owns the optimizer, the memory of gradients and inputs, and, on a device
+/// with kernels, the captured graph of a step.
 pub struct StepExecutor {
-    /// Moments, and the rule of the update.
+    /// The optimizer with its moments.
     pub optimizer: AdamW,
     gradients: Gradients,
     clip: f64,
     /// The micro-batches of the step.
     inputs: Vec<Inputs>,
-    /// What the end of a step needs on a device with kernels.
+    /// The data for the end of a step on a device with kernels.
     device: Option<DeviceStep>,
-    /// Steps replayed there, unless the configuration has them off.
+    /// The replay of steps on such a device, unless the configuration disables it.
     replay: Option<Replay>,
-    /// The ranks there, if there are several.
+    /// The ranks for communication in device memory, if there are several.
     ranks: Option<DeviceRanks>,
-    /// The micro-batches, fewest and most sequences of the last step that all ranks agreed on.
+    /// The number of micro-batches, and the smallest and largest number of sequences of one, in the last step for
+    /// which all ranks agreed on these.
     shape: Option<[usize; 3]>,
 }
 
 impl StepExecutor {
-    /// The optimizer of one of several ranks has its share of the parameters.
+    /// Creates an executor. With several ranks, the optimizer of each has a share of the parameters.
     pub fn new(config: &TrainConfig, model: &Model) -> Self {
         let (parameters, dist) = (&model.parameters, model.dist());
         let shards = Shards::new(parameters, dist.rank(), dist.size());
@@ -77,7 +78,7 @@ impl StepExecutor {
         Self::with_shards(config, model, shards)
     }
 
-    /// The same with these shards, such as one that is whole on every rank.
+    /// Creates an executor with the given shards, for example unsharded on every rank.
     pub fn with_shards(config: &TrainConfig, model: &Model, shards: Shards) -> Self {
         let (device, parameters) = (model.device(), &model.parameters);
         let new = || DeviceStep::new(device, parameters, &shards, model.device_ranks());
@@ -93,10 +94,10 @@ impl StepExecutor {
         }
     }
 
-    /// Lets a rank of a device with kernels keep the lower halves of the weights that it updates alone.
+    /// On a device with kernels, keeps on this rank only the lower halves of the weights that it updates.
     ///
     /// # Errors
-    /// When the device failed.
+    /// Returns an error when the device failed.
     pub fn share_out_weights(&self, model: &mut Model) -> Result<()> {
         let shards = self.optimizer.shards();
         if self.device.is_none() || shards.is_whole() {
@@ -106,20 +107,20 @@ impl StepExecutor {
         all.try_for_each(|(i, parameter)| parameter.value.keep_lower_halves(shards.own(i)))
     }
 
-    /// The gradients of the last step, of the global batch, before clipping; on several ranks with a sharded optimizer those
-    /// of this rank's share, beside what it added to the others.
+    /// Returns the gradients of the last step over the global batch, before clipping. On several ranks with a sharded
+    /// optimizer, only this rank's share is summed over the ranks; the other gradients are this rank's contributions.
     pub fn gradients(&self) -> &Gradients {
         &self.gradients
     }
 
-    /// Trains on `micro_batches`, equally many sequences each, this rank's part of them, at learning rate
-    /// `rate`. The loss is the mean over all of them.
+    /// Makes one step on `micro_batches`, this rank's part of each micro-batch, with equally many sequences each, at
+    /// learning rate `rate`. The loss is the mean over all micro-batches.
     ///
-    /// On a device with kernels the whole step is launched without waiting for any of it, and what
-    /// became of it is read when it is over.
+    /// On a device with kernels, the complete step is launched without waiting, and its results are read when it has
+    /// finished.
     ///
     /// # Errors
-    /// When the sequences do not fit the model, micro-batches differ in size, the ranks do not share them
+    /// Returns an error when the sequences do not fit the model, micro-batches differ in size, the ranks do not share them
     /// equally, or an operation fails.
     pub fn step(
         &mut self,
@@ -131,11 +132,12 @@ impl StepExecutor {
         self.report(model, launched)
     }
 
-    /// The step up to its update, which on a device with kernels includes it. There the next step may be launched before
-    /// this one's [`report`](Self::report), if this one [was replayed](Launched::was_replayed).
+    /// Runs the step up to its update. On a device with kernels this includes the update, and the next step may be
+    /// launched before the [`report`](Self::report) of this step, if this step [was
+    /// replayed](Launched::was_replayed).
     ///
     /// # Errors
-    /// As [`step`](Self::step).
+    /// The same errors as [`step`](Self::step).
     pub fn launch(
         &mut self,
         model: &mut Model,
@@ -145,11 +147,12 @@ impl StepExecutor {
         self.launch_until(model, micro_batches, rate, &mut |_| Ok(false))
     }
 
-    /// The same; on the CPU, which works while it launches, `give_up` is asked after every micro-batch but the last, with the
-    /// number of those that are done. If it says so, alike on all ranks, the step [has no effect](Launched::is_given_up).
+    /// Like [`launch`](Self::launch), but the step can be abandoned on the CPU, which computes during the call:
+    /// `give_up` is called after every micro-batch but the last, with the number of finished micro-batches. If it
+    /// returns true, which it must do on all ranks alike, the step [has no effect](Launched::is_given_up).
     ///
     /// # Errors
-    /// As [`step`](Self::step), and those of `give_up`.
+    /// The same errors as [`step`](Self::step), and the errors of `give_up`.
     pub fn launch_until(
         &mut self,
         model: &mut Model,
@@ -175,7 +178,7 @@ impl StepExecutor {
         if self.ranks.is_some() {
             model.dist().begin_device_step();
         }
-        // The simulator's launches wait, and a GPU's may where its queue is full.
+        // The simulator's launches wait, and a GPU's launches may wait if its queue is full.
         self.awaited(model, |own, model| {
             match own.replay.take_if(|_| possible) {
                 None => match own.run(model, give_up)? {
@@ -199,7 +202,7 @@ impl StepExecutor {
         Ok(launched)
     }
 
-    /// Does what may wait for the device, which waits for those of the other ranks.
+    /// Runs `work` that may wait for the device, whose communication waits for the other ranks.
     fn awaited<R>(
         &mut self,
         model: &mut Model,
@@ -214,7 +217,8 @@ impl StepExecutor {
         done
     }
 
-    /// The step by its graph, or, answered with false, by itself where that is not there yet or no more.
+    /// Runs the step by replaying its graph and returns true, or runs it without a graph and returns false if there
+    /// is no valid graph.
     fn replayed(&mut self, model: &mut Model, replay: &mut Replay) -> Result<bool> {
         let (device, shape) = (
             model.device(),
@@ -241,7 +245,7 @@ impl StepExecutor {
         Ok(done)
     }
 
-    /// Puts the micro-batches where the model reads them.
+    /// Copies the micro-batches to the model's inputs.
     fn take_inputs(&mut self, model: &Model, micro_batches: &[Sequences]) -> Result<()> {
         self.inputs.truncate(micro_batches.len());
         for (m, sequences) in micro_batches.iter().enumerate() {
@@ -253,8 +257,9 @@ impl StepExecutor {
         Ok(())
     }
 
-    /// Copies to a device with kernels what changes from step to step. Answers whether the step may be captured or
-    /// replayed: of one rank, its choices neither recorded nor given, its launches neither timed nor waited for.
+    /// Copies to a device with kernels the data that changes between steps. Returns whether the step may be captured
+    /// or replayed, which requires that choices are neither recorded nor replayed, that launches are neither recorded
+    /// nor waited for, and, with several ranks, that the optimizer is sharded and each rank is a separate process.
     fn prepare(&mut self, model: &mut Model, settings: Settings) -> Result<bool> {
         let Some(device) = &mut self.device else {
             return Ok(false);
@@ -271,16 +276,16 @@ impl StepExecutor {
         if let Some(replay) = self.replay.as_mut().filter(|_| moved) {
             replay.forget();
         }
-        // With a whole optimizer on several ranks the host adds up the gradients; ranks of one process take memory while others
-        // replay.
+        // With an unsharded optimizer on several ranks, the host adds the gradients. Ranks that are threads of one
+        // process allocate memory while others replay.
         let whole = self.optimizer.shards().is_whole();
         let recorded = timeline::recorded() || trace::recorded();
         let repeats = self.ranks.is_none() || !whole && !model.dist().shares_process();
         Ok(plain && repeats && !recorded && !launchers::waits())
     }
 
-    /// Refuses micro-batches whose equal weight would not make the mean over the global batch. On a device with kernels the
-    /// ranks' hosts compare them when they change, and else do not meet.
+    /// Rejects micro-batches for which equal weights would not give the mean over the global batch. On a device with
+    /// kernels, the hosts of the ranks communicate about this only when the shape of the micro-batches changes.
     fn agree_on_shares(&mut self, model: &Model, micro_batches: &[Sequences]) -> Result<()> {
         let shape = shape_of(micro_batches);
         if self.ranks.is_some() && self.shape == Some(shape) {
@@ -291,8 +296,8 @@ impl StepExecutor {
         Ok(())
     }
 
-    /// Forward and backward of all micro-batches, and on a device with kernels all that follows, launched. Gives the summed
-    /// losses where the host knows them; none of a step that was given up.
+    /// Runs forward and backward of all micro-batches, and, on a device with kernels, launches the rest of the step.
+    /// Returns the summed losses if the host knows them, and `None` for an abandoned step.
     fn run(
         &mut self,
         model: &mut Model,
@@ -305,7 +310,7 @@ impl StepExecutor {
         let mut sums = [0.0; 3];
         let weights = model.weights();
         for (m, inputs) in self.inputs.iter().enumerate() {
-            // The ranks' parts of a micro-batch follow one another.
+            // The ranks' parts of a micro-batch are consecutive.
             let place = m * ranks + rank;
             let pass = Pass {
                 phase: Phase::Train,
@@ -333,7 +338,7 @@ impl StepExecutor {
                 return Ok(None);
             }
         }
-        drop(weights); // else the update would copy what they share
+        drop(weights); // otherwise the update would copy the shared memory
         at(model.dist(), || "gradients".into());
         let (shards, gradients) = (self.optimizer.shards(), &mut self.gradients);
         match (shards.is_whole(), &self.ranks) {
@@ -353,15 +358,15 @@ impl StepExecutor {
             }
             let (optimizer, gradients) = (&mut self.optimizer, &mut self.gradients);
             device.update(optimizer, &mut model.parameters, gradients, flags)?;
-            // Whatever a skipped step leaves pending is forgotten by the commitment.
+            // The commit discards the pending state of a skipped step.
             model.end_step()?;
             device.commit(&mut model.layer_states_mut())?;
         }
         Ok(Some(sums))
     }
 
-    /// Lets the steps launched from now on tell the other ranks that this one was asked to stop. Answers whether a report said
-    /// that any was, or none where steps do not carry it.
+    /// Makes the steps launched from now on inform the other ranks whether this rank was `asked` to stop. Returns
+    /// whether a report contained a stop request of any rank, or `None` if steps do not carry stop requests.
     pub fn ask_to_stop(&mut self, asked: bool) -> Option<bool> {
         if self.optimizer.shards().is_whole() {
             return None;
@@ -369,15 +374,16 @@ impl StepExecutor {
         self.device.as_mut().map(|device| device.ask_to_stop(asked))
     }
 
-    /// Why steps are launched one by one where a graph was to be replayed, if one could not be captured.
+    /// Returns the error because of which a step could not be captured as a graph, so that steps are launched without
+    /// one.
     pub fn graph_error(&self) -> Option<&Error> {
         self.replay.as_ref().and_then(Replay::error)
     }
 
-    /// What became of a launched step; steps are reported in their order.
+    /// Returns the report of a launched step. Steps must be reported in the order of their launch.
     ///
     /// # Errors
-    /// When a sum over ranks, the update on the CPU or a kernel fails.
+    /// Returns an error when a sum over ranks, the update on the CPU or a kernel fails.
     pub fn report(&mut self, model: &mut Model, launched: Launched) -> Result<StepReport> {
         if let Some(readback) = launched.readback {
             let results = self.awaited(model, |_, _| readback.wait())?;
@@ -391,7 +397,7 @@ impl StepExecutor {
         Ok(report)
     }
 
-    /// The report of a step on a device with kernels, from its readback.
+    /// Returns the report of a step on a device with kernels, from its readback.
     fn report_from(&mut self, model: &Model, results: &[Tensor]) -> Result<StepReport> {
         let (Some(device), [outcome, stop, stats, vectors @ ..]) = (&mut self.device, results)
         else {
@@ -467,18 +473,19 @@ pub struct Launched {
     sums: [f64; 3],
     given_up: bool,
     replayed: bool,
-    /// On a device with kernels.
+    /// The readback of the results, on a device with kernels.
     readback: Option<Readback>,
 }
 
 impl Launched {
-    /// Whether the step replayed a graph: the next one does too, unless something changes in between, and it does not depend
-    /// on this one's report.
+    /// Returns whether the step replayed a graph. If so, the next step does too, unless something changes in between,
+    /// and does not depend on the report of this step.
     pub fn was_replayed(&self) -> bool {
         self.replayed
     }
 
-    /// Whether it was given up between two micro-batches: nothing has changed, and there is no report.
+    /// Returns whether the step was abandoned between two micro-batches. Nothing has changed then, and there is no
+    /// report.
     pub fn is_given_up(&self) -> bool {
         self.given_up
     }

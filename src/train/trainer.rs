@@ -1,5 +1,5 @@
-//! The training loop. On a device with kernels the next step is launched before the results of this one are read, where no
-//! hook needs the model in between, so that the device has work while the host reads and writes.
+//! The training loop. On a device with kernels, the next step is launched before the results of the current step are
+//! read, if no hook needs the model in between. The device then works while the host reads and writes.
 
 use super::checkpoint::TrainerState;
 use super::console::Console;
@@ -21,16 +21,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// A run that is asked to stop finishes the present step if it takes no longer than this.
+/// A run that is requested to stop finishes the current step if that takes no longer than this.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Something that happens during training: logging, evaluation, checkpoints, analyses, early stopping.
 ///
-/// Around step `n` the trainer calls, each for all hooks in their order: [`before_step`](Self::before_step), the step,
-/// [`measure`](Self::measure), [`log`](Self::log), [`after_step`](Self::after_step). An error ends the run; one of `after_step`
-/// or `end` does so after all hooks were called, so that a figure that cannot be drawn does not cost a checkpoint.
+/// For step `n` the trainer calls, each for all hooks in their order: [`before_step`](Self::before_step), the step,
+/// [`measure`](Self::measure), [`log`](Self::log), [`after_step`](Self::after_step). An error ends the run. After an
+/// error of `after_step` or `end`, the remaining hooks are still called, so that, for example, a figure that cannot
+/// be drawn does not prevent a checkpoint.
 ///
-/// On several ranks only rank 0 has the hooks that do not ask for [every rank](Self::on_every_rank).
+/// On several ranks, a hook runs only on rank 0, unless [`on_every_rank`](Self::on_every_rank) returns true.
 ///
 /// ```
 /// use routegrad::error::Result;
@@ -50,29 +51,29 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// }
 /// ```
 pub trait Hook {
-    /// Whether every rank needs the hook, because it makes collective calls.
+    /// Returns whether the hook runs on every rank, because it makes collective calls.
     fn on_every_rank(&self) -> bool {
         false
     }
 
-    /// Whether it uses the model after step `step`, counted from 1. The trainer then does not launch the next step before
-    /// the hook has run. Hooks that do not ask for it may run while the next step changes the model.
+    /// Returns whether the hook uses the model after step `step`, counted from 1. If so, the trainer does not launch
+    /// the next step before the hook has run. Otherwise the hook may run while the next step changes the model.
     fn needs_model(&self, _config: &Config, _step: u64) -> bool {
         false
     }
 
-    /// Before the first step of this process.
+    /// Called before the first step of this process.
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn start(&mut self, _trainer: &Trainer) -> Result<()> {
         Ok(())
     }
 
-    /// Before step `step` is launched, counted from 1.
+    /// Called before step `step`, counted from 1, is launched.
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn before_step(&mut self, _trainer: &Trainer, _step: u64) -> Result<()> {
         Ok(())
     }
@@ -80,7 +81,7 @@ pub trait Hook {
     /// Adds to the record of a step before it is logged.
     ///
     /// # Errors
-    /// Ends the run; the step is not logged.
+    /// An error ends the run, and the step is not logged.
     fn measure(&mut self, _trainer: &Trainer, _record: &mut Record) -> Result<()> {
         Ok(())
     }
@@ -88,29 +89,29 @@ pub trait Hook {
     /// Writes the record of a step.
     ///
     /// # Errors
-    /// Ends the run.
+    /// An error ends the run.
     fn log(&mut self, _trainer: &Trainer, _record: &Record) -> Result<()> {
         Ok(())
     }
 
-    /// After a step was logged.
+    /// Called after a step was logged.
     ///
     /// # Errors
-    /// Ends the run when all hooks were called.
+    /// An error ends the run after all hooks were called.
     fn after_step(&mut self, _: &Trainer, _: &StepReport, _: &Record) -> Result<()> {
         Ok(())
     }
 
-    /// When the run has ended or was stopped, but not after an error.
+    /// Called when the run has ended or was stopped, but not after an error.
     ///
     /// # Errors
-    /// Fails the run when all hooks were called.
+    /// An error makes the run fail after all hooks were called.
     fn end(&mut self, _trainer: &Trainer, _outcome: Outcome) -> Result<()> {
         Ok(())
     }
 }
 
-/// Trains a model: owns configuration, model, optimizer, the prefetched data and the hooks.
+/// Trains a model. It owns the configuration, the model, the optimizer, the prefetched data and the hooks.
 ///
 /// ```no_run
 /// use routegrad::config::{Config, Layers};
@@ -126,29 +127,29 @@ pub trait Hook {
 /// # }
 /// ```
 pub struct Trainer {
-    /// Public, so that a program may change weights between steps.
+    /// The model. It is public, so that a program may change weights between steps.
     pub model: Model,
     executor: StepExecutor,
-    /// After the last step whose results were read.
+    /// State after the last step whose results were read.
     state: TrainerState,
     dist: Arc<dyn Collective>,
     data: DataLoader,
-    /// Steps launched.
+    /// Number of steps launched.
     launched: u64,
-    /// The last of them, where its results were not read yet.
+    /// The last launched step, if its results have not been read yet.
     in_flight: Option<LaunchedStep>,
-    /// When results were last read.
+    /// The time at which results were last read.
     last_read: Instant,
     hooks: Vec<Box<dyn Hook>>,
     pub(super) console: Console,
     stop_requested: Cell<bool>,
-    /// On the run's folder.
+    /// Lock on the run's folder.
     pub(super) lock: Option<FolderLock>,
 }
 
-/// A step that was launched and whose results were not read yet.
+/// A step that was launched and whose results have not been read yet.
 pub struct LaunchedStep {
-    /// Steps before it.
+    /// Number of steps before it.
     step: u64,
     rate: f64,
     begun: Instant,
@@ -180,42 +181,42 @@ impl Trainer {
         })
     }
 
-    /// The resolved configuration of the run.
+    /// Returns the resolved configuration of the run.
     pub fn config(&self) -> &Config {
         &self.state.config
     }
 
-    /// What a checkpoint holds beside weights and moments.
+    /// Returns the state that a checkpoint holds in addition to weights and moments.
     pub fn state(&self) -> &TrainerState {
         &self.state
     }
 
-    /// Steps done, skipped ones included.
+    /// Returns the number of steps done, including skipped steps.
     pub fn steps_done(&self) -> u64 {
         self.state.step
     }
 
-    /// The text that it trains on.
+    /// Returns the text on which the model is trained.
     pub fn corpus(&self) -> &Corpus {
         &self.data.corpus
     }
 
-    /// The optimizer and what else a step needs.
+    /// Returns the step executor, which owns the optimizer.
     pub fn executor(&self) -> &StepExecutor {
         &self.executor
     }
 
-    /// Ends [`run`](Self::run) after the present step.
+    /// Ends [`run`](Self::run) after the current step.
     pub fn request_stop(&self) {
         self.stop_requested.set(true);
     }
 
-    /// A line for the user, on standard error.
+    /// Writes a line for the user to standard error.
     pub fn note(&self, text: &str) {
         self.console.note(text);
     }
 
-    /// The same, unless the run is quiet.
+    /// Writes a line for the user to standard error, unless the run is quiet.
     pub fn info(&self, text: &str) {
         self.console.info(text);
     }
@@ -224,16 +225,17 @@ impl Trainer {
         &self.console
     }
 
-    /// This rank's sequences of the next step to launch.
+    /// Returns this rank's sequences of the next step to launch.
     pub fn next_batch(&self) -> Batch {
         self.data.read(self.launched)
     }
 
-    /// Trains until the last step of the configuration, or until `stop` is set or a hook asked to stop. The present step is
-    /// then finished, or on the CPU, where that would take more than 2 seconds, left undone after its present micro-batch.
+    /// Trains until the last step of the configuration, or until `stop` is set or a hook requests a stop. A stop
+    /// finishes the current step; on the CPU, if that would take more than 2 seconds, it abandons the step after the
+    /// current micro-batch.
     ///
     /// # Errors
-    /// Those of a step and of the hooks.
+    /// The errors of a step and of the hooks.
     pub fn run(&mut self, stop: &AtomicBool) -> Result<Summary> {
         let steps = self.state.config.train.steps;
         let (mut outcome, mut validation_loss) = (Outcome::Finished, None);
@@ -243,8 +245,8 @@ impl Trainer {
             let asked = stop.load(Ordering::SeqCst) || self.stop_requested.get();
             let stopping = match self.executor.ask_to_stop(asked) {
                 None => dist::any(&*self.dist, asked)?,
-                // All ranks read it in the report of the same step. Some may have launched the one behind it before, so
-                // that all take that one too.
+                // All ranks read the stop request in the report of the same step. Some ranks may already have
+                // launched the next step, so all ranks run that step as well.
                 Some(read) => {
                     if read {
                         last.get_or_insert(self.state.step + 1);
@@ -288,30 +290,32 @@ impl Trainer {
         })
     }
 
-    /// One step and its hooks. Weights and moments may be read and changed when it returns.
+    /// Runs one step and its hooks. The caller may read and change weights and moments when this returns.
     ///
     /// # Errors
-    /// When an operation or a hook fails, or `train.max_skipped_steps` steps in a row were not finite.
+    /// Returns an error when an operation or a hook fails, or `train.max_skipped_steps` steps in a row were not finite.
     pub fn step(&mut self) -> Result<StepReport> {
         Ok(self.advance(false)?.0)
     }
 
-    /// For measurements: a step on the first sequences of the next batch, in one micro-batch, which does not count.
+    /// For measurements: runs a step on the first `sequences` sequences of the next batch, in one micro-batch. The
+    /// step is not counted.
     pub(crate) fn practise(&mut self, sequences: usize) -> Result<StepReport> {
         let (batch, rate) = (self.next_batch(), self.state.config.train.learning_rate);
         let first: Vec<_> = batch.chunks(sequences).take(1).collect();
         self.executor.step(&mut self.model, &first, rate)
     }
 
-    /// As [`step`](Self::step); the next step may be launched before the results of this one are read, as in [`run`](Self::run).
+    /// Like [`step`](Self::step), but the next step may be launched before the results of this step are read, as in
+    /// [`run`](Self::run).
     ///
     /// # Errors
-    /// As [`step`](Self::step).
+    /// The same errors as [`step`](Self::step).
     pub fn step_overlapped(&mut self) -> Result<StepReport> {
         Ok(self.advance(true)?.0)
     }
 
-    /// The next step; see [`conclude`](Self::conclude).
+    /// Runs the next step; see [`conclude`](Self::conclude).
     fn advance(&mut self, overlap: bool) -> Result<(StepReport, Record)> {
         let next = match self.in_flight.take() {
             Some(next) => next,
@@ -320,7 +324,7 @@ impl Trainer {
         self.conclude(next, overlap)
     }
 
-    /// Reads the results of `this` step, having launched the one behind it where `overlap` and the hooks allow it.
+    /// Launches the next step if `overlap` and the hooks allow it, then reads the results of `this` step.
     fn conclude(&mut self, this: LaunchedStep, overlap: bool) -> Result<(StepReport, Record)> {
         let step = this.step + 1;
         let config = &self.state.config;
@@ -344,12 +348,13 @@ impl Trainer {
     /// Launches the next step without waiting for it, for measurements; [`finish`](Self::finish) reads its results.
     ///
     /// # Errors
-    /// Those of a step.
+    /// The errors of a step.
     pub fn launch(&mut self) -> Result<LaunchedStep> {
         self.launch_until(None)
     }
 
-    /// The same; the step is given up where `stop` is set on any rank and it would take long.
+    /// Like [`launch`](Self::launch), but abandons the step if `stop` is set on any rank and the rest of the step
+    /// would take long.
     fn launch_until(&mut self, stop: Option<&AtomicBool>) -> Result<LaunchedStep> {
         let step = self.launched;
         self.each_hook(|hook, trainer| hook.before_step(trainer, step + 1))?;
@@ -381,12 +386,13 @@ impl Trainer {
     /// Reads the results of a launched step, without the hooks.
     ///
     /// # Errors
-    /// Those of a step.
+    /// The errors of a step.
     pub fn finish(&mut self, launched: LaunchedStep) -> Result<StepReport> {
         Ok(self.read_results(launched)?.0)
     }
 
-    /// The report of a launched step, and the seconds since it or the report before.
+    /// Returns the report of a launched step, and the seconds since its launch or since the previous report,
+    /// whichever is later.
     fn read_results(&mut self, this: LaunchedStep) -> Result<(StepReport, f64)> {
         let report = self.executor.report(&mut self.model, this.launched)?;
         let now = Instant::now();
@@ -399,7 +405,7 @@ impl Trainer {
         Ok((report, seconds.as_secs_f64()))
     }
 
-    /// Notes a skipped step; an error after too many in a row.
+    /// Reports a skipped step to the user; returns an error after too many in a row.
     fn check_finite(&self, report: &StepReport) -> Result<()> {
         let Some(what) = &report.skipped else {
             return Ok(());
@@ -410,18 +416,19 @@ impl Trainer {
         );
         let step = self.state.step;
         self.note(&format!(
-            "step {step} was left out: {what} is not finite ({row} in a row)"
+            "skipped step {step}: {what} is not finite ({row} skipped in a row)"
         ));
         if row < most.max(1) {
             return Ok(());
         }
         Err(Error::NonFinite {
-            what: format!("{what} at step {step}, as in {row} steps in a row,"),
-            help: "lower train.learning_rate or check the data; what was saved before stays".into(),
+            what: format!("{what} at step {step}, in {row} consecutive steps,"),
+            help: "lower train.learning_rate or check the data; earlier checkpoints are unchanged"
+                .into(),
         })
     }
 
-    /// Calls all hooks up to the first that fails.
+    /// Calls the hooks in order, up to the first that fails.
     pub(super) fn each_hook(
         &mut self,
         mut call: impl FnMut(&mut dyn Hook, &Trainer) -> Result<()>,
@@ -432,7 +439,8 @@ impl Trainer {
         done
     }
 
-    /// Calls all hooks; gives the last error. The hook that saves comes last, and an error of it matters most.
+    /// Calls all hooks and returns the last error. The hook that saves checkpoints is last, and its errors matter
+    /// most.
     fn all_hooks(
         &mut self,
         mut call: impl FnMut(&mut dyn Hook, &Trainer) -> Result<()>,
@@ -447,10 +455,11 @@ impl Trainer {
         last
     }
 
-    /// Name and digest of everything that a step may change: weights, moments, router state, the number of steps.
+    /// Returns the name and digest of everything that a step may change: weights, moments, router state, and the
+    /// number of steps.
     ///
     /// # Errors
-    /// When the device failed.
+    /// Returns an error when the device failed.
     pub fn digests(&self) -> Result<Vec<(String, blake3::Hash)>> {
         let all = |t: &Tensor| t.copied_bytes(0..t.elements() * t.dtype().size());
         let optimizer = &self.executor.optimizer;
@@ -475,7 +484,8 @@ impl Trainer {
 }
 
 impl LaunchedStep {
-    /// Whether the step replayed a graph, so that the next one may be launched before its results are read.
+    /// Returns whether the step replayed a graph, so that the next step may be launched before the results of this
+    /// step are read.
     pub fn was_replayed(&self) -> bool {
         self.launched.was_replayed()
     }

@@ -463,11 +463,14 @@ fn a_resume_says_what_it_changes() {
     let place = Place::new();
     succeed(&mut place.train("run", &["--steps", "10"]));
     let (_, said) = succeed(&mut place.resume("run"));
-    has(&said, &["all 10 steps are done already"]);
+    has(&said, &["all 10 steps are done; set a larger --steps"]);
     let line = fail(place.resume("run").args(["--steps", "5"]));
     has(
         &line,
-        &["at least the 10 steps that are done", "train.steps = 5"],
+        &[
+            "at least 10, the number of steps that are done",
+            "train.steps = 5",
+        ],
     );
     let line = fail(place.resume("run").args(["--seed", "7"]));
     has(&line, &["train.seed = 0", "got 7"]);
@@ -534,7 +537,7 @@ fn a_run_without_a_checkpoint_is_called_that_and_what_to_do_is_named() {
             let line = fail(&mut command);
             has(
                 &line,
-                &["a run that has none yet", "wait", "train --resume --out"],
+                &["a run without a checkpoint", "wait", "train --resume --out"],
             );
             assert!(!line.contains("manifest.json"), "{line}");
         }

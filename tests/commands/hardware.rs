@@ -195,7 +195,7 @@ fn a_driver_that_is_too_old_has_no_gpu_or_another_gpu_is_named() {
             12080,
             1,
             (9, 0),
-            "too old: it speaks CUDA 12.8, the kernels need 13.0",
+            "too old: it supports CUDA 12.8, the kernels need 13.0",
         ),
         (13000, 0, (9, 0), "the CUDA driver finds no GPU"),
         (

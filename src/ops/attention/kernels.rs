@@ -9,10 +9,10 @@ use crate::ops::rope::RopeTables;
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 
-/// `x Wᵀ [T, (H + 2 KV) hd]`, its queries and keys turned.
+/// Returns `x Wᵀ [T, (H + 2 KV) hd]` with its queries and keys rotated (RoPE).
 ///
 /// # Errors
-/// When x or W is not bf16, or a size is not one of the kernel's.
+/// Returns an error when x or W is not bf16, or the kernel does not support a size.
 pub fn project(
     x: &Tensor,
     w: &Tensor,
@@ -44,11 +44,12 @@ pub fn project(
     Ok(qkv)
 }
 
-/// The output `[T, H hd]`, and log Σ exp of the scaled scores `[T / S, H, S]`, S = `sequence`. Row r of a
-/// sequence sees the keys `first_key[r] … r`, numbers in its sequence that do not decrease (`[T]`, i32; none: 0).
+/// Returns the output `[T, H hd]` and log Σ exp of the scaled scores `[T / S, H, S]`, S = `sequence`. Row r of a
+/// sequence attends to the keys `first_key[r] … r`. `first_key [T]` (i32) holds indices within the sequence that do
+/// not decrease; without it the first key is 0.
 ///
 /// # Errors
-/// When qkv is not bf16, or a size is not one of the kernel's.
+/// Returns an error when qkv is not bf16, or the kernel does not support a size.
 pub fn forward(
     qkv: &Tensor,
     first_key: Option<&Tensor>,
@@ -74,10 +75,11 @@ pub fn forward(
     Ok([out, lse])
 }
 
-/// The gradient of qkv, from that of the output and what [`forward`] gave; with `tables` of what was turned to qkv.
+/// Returns the gradient of qkv from the gradient of the output and the results of [`forward`]. With `tables`, it is
+/// the gradient of the values before rotation.
 ///
 /// # Errors
-/// As [`forward`].
+/// The same errors as [`forward`].
 pub fn backward(
     dout: &Tensor,
     qkv: &Tensor,

@@ -1,7 +1,7 @@
-//! The mathematics of attention on plain slices: it is the CPU device.
+//! Attention on slices: the implementation for the CPU.
 //!
-//! Of a block of queries the scores are formed with the keys that any of them sees, from the first key of
-//! its first row on: first keys do not decrease.
+//! For a block of queries, scores are computed for every key that any query of the block attends to. These begin at
+//! the first key of the block's first row, because first keys do not decrease.
 
 use crate::ops::heads::Heads;
 use crate::ops::rope::reference::Angles;
@@ -11,18 +11,19 @@ use crate::tensor::dtype::Real;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Queries whose scores exist at a time.
+/// Number of queries whose scores exist at a time.
 const QUERIES: usize = 64;
 
-/// What attention goes over.
+/// How the rows divide into sequences and documents, and the rotation of queries and keys.
 #[derive(Clone, Copy)]
 pub struct Places<'a, T> {
     pub heads: Heads,
-    /// Rows of a sequence.
+    /// Number of rows of a sequence.
     pub sequence: usize,
-    /// Row r of a sequence sees the keys `first_key[r] … r` (`[B·S]`, places in the sequence; none: 0).
+    /// `[B·S]`: row r of a sequence attends to the keys `first_key[r] … r`, indices within the sequence. Without it
+    /// the first key is 0.
     pub first_key: Option<&'a [i32]>,
-    /// Queries and keys are turned by these; none: as they are.
+    /// Angles by which queries and keys are rotated; none for no rotation.
     pub angles: Option<Angles<'a, T>>,
 }
 
@@ -34,7 +35,7 @@ struct Sequence<'a, T> {
     angles: Option<Angles<'a, T>>,
 }
 
-/// The rows of one head `[S, hd]`: in `qkv`, or turned, on their own.
+/// The rows of one head `[S, hd]`: a view of `qkv`, or a rotated copy.
 struct Panel<'a, T> {
     rows: Mat<'a, T>,
     turned: Option<Scratch<T>>,
@@ -57,7 +58,7 @@ impl<'a, T: Real> Sequence<'a, T> {
         Mat::strided(&self.qkv[head * dim..], self.qkv.len() / width, dim, width)
     }
 
-    /// The same, turned if there are angles.
+    /// The rows of the head that begins at column `head * dim`, rotated if there are angles.
     fn turned(self, head: usize) -> Panel<'a, T> {
         let (width, dim) = (self.heads.row_width(), self.heads.dim);
         let turned = self.angles.map(|angles| {
@@ -89,12 +90,12 @@ impl<'a, T: Real> Sequence<'a, T> {
     }
 }
 
-/// The first key that each row of a sequence sees, `[S]`; none: key 0.
+/// The first key that each row of a sequence attends to, `[S]`; without it, key 0.
 #[derive(Clone, Copy)]
 struct FirstKeys<'a>(Option<&'a [i32]>);
 
 impl<'a> FirstKeys<'a> {
-    /// Of sequence `number`, of all of them.
+    /// The first keys of sequence `number`, from those of all sequences.
     fn of_sequence(all: Option<&'a [i32]>, number: usize, length: usize) -> Self {
         FirstKeys(all.map(|all| &all[number * length..][..length]))
     }
@@ -104,7 +105,7 @@ impl<'a> FirstKeys<'a> {
     }
 }
 
-/// Every row of `matrix [.., count * dim]` cut into `count` pieces: `[piece][row]`.
+/// Cuts every row of `matrix [.., count * dim]` into `count` pieces; indexed as `[piece][row]`.
 fn panels<T>(matrix: &mut [T], count: usize, dim: usize) -> Vec<Vec<&mut [T]>> {
     let rows = matrix.len() / (count * dim);
     let mut panels: Vec<Vec<&mut [T]>> = (0..count).map(|_| Vec::with_capacity(rows)).collect();
@@ -145,8 +146,7 @@ pub fn forward<T: Real>(out: &mut [T], lse: &mut [T], qkv: &[T], places: Places<
         });
 }
 
-/// Writes `out [S − begin, H hd]`: attention of the rows from `begin` on, in one sequence `qkv` of
-/// S rows.
+/// Writes `out [S − begin, H hd]`: attention of the rows from `begin` to the end of one sequence `qkv` of S rows.
 pub fn forward_from<T: Real>(out: &mut [T], qkv: &[T], heads: Heads, begin: usize) {
     let group = heads.group();
     panels(out, heads.query, heads.dim)
@@ -216,8 +216,8 @@ fn forward_head<T: Real>(
     }
 }
 
-/// Turns the scores of the last queries of `keys` into e^(scale (s − max)), 0 for keys that a query does
-/// not see; rows are not yet divided by their sums.
+/// Replaces the scores s of the last queries of `keys` by e^(scale (s − max)), and by 0 for keys that a query does
+/// not attend to. Rows are not yet divided by their sums.
 #[inline(always)]
 fn softmax_rows<T: Real>(
     scores: &mut [T],
@@ -240,7 +240,7 @@ fn softmax_rows<T: Real>(
     }
 }
 
-/// What forward kept.
+/// The tensors that forward saved.
 #[derive(Clone, Copy)]
 pub struct Saved<'a, T> {
     pub qkv: &'a [T],
@@ -321,7 +321,7 @@ impl<T: Real> KeyValueSums<T> {
     }
 }
 
-/// Writes `factor · values` to rows that need not be neighbours.
+/// Writes `factor · values` to rows that need not be contiguous.
 fn write_rows<'a, T: Real + 'a>(
     rows: impl IntoIterator<Item = &'a mut [T]>,
     values: &[T],

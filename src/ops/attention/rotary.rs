@@ -1,10 +1,10 @@
-//! RoPE and causal attention in one operation, where kernels turn while they have queries and keys at hand.
+//! RoPE and causal attention in one operation, in which kernels rotate queries and keys while they hold them.
 //!
-//! Forward turns them in the epilogue of the projection `qkv = x Wᵀ` (`kernels/qkv_rope.cu`), or, where something stands
-//! between projection and RoPE, in a pass of its own (`kernels/rope.cu`). Backward turns dQ and dK back before attention's
-//! kernel stores them, so that dqkv is the gradient of what was turned. Mathematically it is
-//! [`linear`](fn@linear), [`rope`](fn@rope::rope) and [`attention`](super::attention) one after another. The CPU turns the
-//! queries and keys of a head while they are in its cache.
+//! Forward rotates them in the epilogue of the projection `qkv = x Wᵀ` (`kernels/qkv_rope.cu`), or, if another
+//! operation runs between projection and RoPE, in a separate kernel (`kernels/rope.cu`). Backward rotates dQ and dK
+//! back before the attention kernel stores them, so dqkv is the gradient of the values before rotation.
+//! Mathematically the operation is [`linear`](fn@linear), [`rope`](fn@rope::rope) and [`attention`](super::attention)
+//! one after another. The CPU rotates the queries and keys of a head while they are in its cache.
 
 use super::{Attention, kernels};
 use crate::device::Device;
@@ -15,22 +15,23 @@ use crate::ops::rope::{self, RopeTables};
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
 
-/// What attention goes over.
+/// How the rows divide into heads, sequences and documents.
 pub struct Places<'a> {
     /// Number and width of the heads.
     pub heads: Heads,
-    /// Rows of a sequence.
+    /// Number of rows of a sequence.
     pub sequence: usize,
-    /// Cosines and sines of the positions.
+    /// Cosines and sines for every position.
     pub tables: &'a RopeTables,
-    /// `[B·S]` as [`attention`] takes it.
+    /// The first key of each row, `[B·S]`, see [`attention`].
     pub first_key: Option<&'a Tensor>,
 }
 
-/// [`rope`](fn@rope::rope), then [`attention`](super::attention) of `qkv [B·S, (H + 2 KV) hd]`; the result is `[B·S, H hd]`.
+/// [`rope`](fn@rope::rope), then [`attention`](super::attention) of `qkv [B·S, (H + 2 KV) hd]`; returns
+/// `[B·S, H hd]`.
 ///
 /// # Errors
-/// Those of both.
+/// The errors of both operations.
 pub fn rotary_attention(tape: &Tape, qkv: &Var, places: &Places) -> Result<Var> {
     let (heads, sequence) = (places.heads, places.sequence);
     heads.check("attention", qkv.tensor(), sequence)?;
@@ -51,7 +52,7 @@ pub fn rotary_attention(tape: &Tape, qkv: &Var, places: &Places) -> Result<Var> 
 /// The projection `x Wᵀ` to queries, keys and values, then [`rotary_attention`].
 ///
 /// # Errors
-/// Those of [`linear`](crate::ops::linear::linear) and [`rotary_attention`].
+/// The errors of [`linear`](crate::ops::linear::linear) and [`rotary_attention`].
 pub fn projected_attention(tape: &Tape, x: &Var, weight: &Var, places: &Places) -> Result<Var> {
     if x.tensor().device() == Device::Cpu {
         return rotary_attention(tape, &linear(tape, x, weight, None)?, places);
@@ -67,7 +68,7 @@ struct RotaryAttention {
     sequence: usize,
     tables: RopeTables,
     first_key: Option<Tensor>,
-    /// Whether it begins with the projection.
+    /// Whether the operation begins with the projection.
     projects: bool,
 }
 
@@ -141,7 +142,7 @@ mod tests {
     use crate::tensor::dtype::DType;
 
     #[test]
-    fn the_cpu_gives_the_bytes_of_rope_and_attention_one_after_another() {
+    fn the_cpu_returns_the_same_bytes_as_rope_followed_by_attention() {
         // Two blocks of queries, groups of two, documents within a sequence.
         let heads = Heads {
             query: 4,

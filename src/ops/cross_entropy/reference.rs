@@ -1,4 +1,4 @@
-//! The mathematics of the head on plain slices.
+//! The output head and the cross-entropy on slices: the implementation for the CPU.
 
 use super::*;
 use crate::tensor::cpu::vector::{exp_and_sum, max};
@@ -14,7 +14,7 @@ pub struct Head<'a, T> {
     pub width: usize,
 }
 
-/// Where gradients go, and the factor of every loss.
+/// The destinations of the gradients, and the factor of every loss.
 pub struct Gradient<'a, T> {
     pub dx: &'a mut [T],      // [T, D]
     pub dweight: &'a mut [T], // [V, D]
@@ -22,7 +22,7 @@ pub struct Gradient<'a, T> {
 }
 
 impl<T: Real> Head<'_, T> {
-    /// Writes each token's loss and, if asked, the gradient of `factor · Σ losses`.
+    /// Writes each token's loss and, with `gradient`, the gradient of `factor · Σ losses`.
     pub fn losses(&self, losses: &mut [T], mut gradient: Option<Gradient<T>>) {
         let (tokens, width) = (self.targets.len(), self.width);
         let vocabulary = self.weight.len() / width;
@@ -58,7 +58,7 @@ impl<T: Real> Head<'_, T> {
     }
 }
 
-/// Losses of the rows of `logits`; with a factor, the rows become their gradients.
+/// Writes the losses of the rows of `logits`. With a factor, it replaces the rows by their gradients.
 fn softmax_losses<T: Real>(logits: &mut [T], losses: &mut [T], targets: &[i32], factor: Option<T>) {
     let vocabulary = logits.len() / targets.len();
     cpu::vectorized(

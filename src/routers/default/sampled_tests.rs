@@ -1,4 +1,4 @@
-//! What sampled default vectors and the running factor on them are, against plain loops.
+//! Tests of sampled default vectors and of the running factor against a direct computation.
 
 use super::tests::assert_close;
 use super::*;
@@ -13,7 +13,7 @@ const TOKENS: usize = 40;
 const EXPERTS: usize = 4;
 const HIDDEN: usize = 8;
 
-/// A model in f64 whose default vectors are sampled anew in every step: β = 0.
+/// A model in f64 whose default vectors are sampled again in every step: β = 0.
 fn sampling_model(set: &[&str]) -> Model {
     let mut layers = Layers::preset("tiny");
     let own = [
@@ -36,7 +36,7 @@ fn hidden_states() -> Vec<f64> {
     normal_numbers(TOKENS * HIDDEN, 5)
 }
 
-/// ê `[E, D]` as a training pass of the layer leaves it pending.
+/// Returns the pending ê `[E, D]` after a training pass of the layer.
 fn pending(model: &Model, pass: Pass, x: &[f64]) -> Vec<f64> {
     let x = Var::constant(Tensor::from_slice([x.len() / HIDDEN, HIDDEN], x));
     let tape = Tape::without_gradients();
@@ -49,7 +49,8 @@ fn pending(model: &Model, pass: Pass, x: &[f64]) -> Vec<f64> {
         .unwrap()
 }
 
-/// Mean of each expert's outputs over the tokens that did not choose it (K = 1), weighted by p or all alike, in plain loops.
+/// Computes directly the mean of each expert's outputs over the tokens that did not choose it (K = 1), weighted by p
+/// or with equal weights.
 fn oracle(model: &Model, weighted: bool) -> Vec<f64> {
     let parameter = |suffix: &str| {
         let mut all = model.parameters.iter();
@@ -91,7 +92,7 @@ fn oracle(model: &Model, weighted: bool) -> Vec<f64> {
 }
 
 #[test]
-fn sampled_vectors_average_over_draws_to_the_mean_over_tokens_that_did_not_choose() {
+fn the_expected_sampled_vector_is_the_mean_over_tokens_that_did_not_choose_the_expert() {
     const STEPS: u64 = 600;
     for (weighted, set) in [
         (true, "router.weighted=true"),
@@ -127,8 +128,8 @@ fn sampled_vectors_average_over_draws_to_the_mean_over_tokens_that_did_not_choos
 }
 
 #[test]
-fn a_sample_of_every_token_is_the_mean_itself() {
-    // Each token is drawn by its share, to within one in 60,000 of each of its two ends.
+fn with_very_many_samples_the_vector_is_the_mean_itself() {
+    // Each token is drawn in proportion to its weight, with an error of at most 1/60,000 at each end of its interval.
     let model = sampling_model(&["router.samples=60000"]);
     let found = pending(&model, Pass::single(Phase::Train), &hidden_states());
     let expected = oracle(&model, true);
@@ -160,7 +161,7 @@ fn micro_batches_move_sampled_vectors_by_their_shares_of_a_step() {
             first_token: (m * part) as u64,
             ..Pass::single(Phase::Train)
         };
-        // With β = 0 the same draws give the mean alone.
+        // With β = 0 and the same draws, ê is the mean itself.
         let mean = pending(&fresh, pass, x);
         let share = [1.0, 2.0, 2.0, 2.0][m] / 7.0;
         let beta = 0.5f64.powf(share);
@@ -174,7 +175,7 @@ fn micro_batches_move_sampled_vectors_by_their_shares_of_a_step() {
 }
 
 #[test]
-fn passes_that_may_not_change_state_draw_nothing() {
+fn passes_that_must_not_change_state_draw_nothing() {
     let model = sampling_model(&[]);
     let before = pending(&model, Pass::single(Phase::Train), &hidden_states());
     for phase in [Phase::Frozen, Phase::Evaluate] {
@@ -186,7 +187,7 @@ fn passes_that_may_not_change_state_draw_nothing() {
 }
 
 #[test]
-fn what_cannot_be_sampled_is_refused_with_what_can() {
+fn settings_that_sampling_does_not_support_are_refused_with_a_suggestion() {
     for (set, key) in [
         ("router.samples=0", "router.samples"),
         ("router.samples=65536", "65535"),
@@ -226,7 +227,7 @@ fn the_running_factor_is_the_least_squares_one_of_sampled_means() {
                 step,
                 ..Pass::single(Phase::Train)
             };
-            // The same draws with β = 0 are the means alone.
+            // With β = 0 and the same draws, ê is the mean itself.
             let means = pending(&other, pass, &hidden_states());
             let mass = masses(&other);
             let total: f64 = mass.iter().sum();
@@ -297,7 +298,7 @@ fn the_running_factor_scales_what_evaluation_uses_too() {
 }
 
 #[test]
-fn renormalisation_on_a_device_with_kernels_is_refused_with_what_runs() {
+fn renormalisation_on_a_device_with_kernels_is_refused_with_a_suggestion() {
     let mut layers = Layers::preset("tiny");
     layers.set = vec!["router.renormalize=true".into(), "train.device=sim".into()];
     let config = Config::load(&layers, &crate::routers::resolve).unwrap();
@@ -309,7 +310,7 @@ fn renormalisation_on_a_device_with_kernels_is_refused_with_what_runs() {
 }
 
 #[test]
-fn a_step_with_sampled_or_scaled_vectors_is_that_of_the_cpu_on_the_simulator() {
+fn a_step_with_sampled_or_scaled_vectors_on_the_simulator_matches_the_cpu() {
     for set in [
         &["router.source=sampled"][..],
         &["router.shrink=0.5", "router.init_std=0.5"],

@@ -7,7 +7,7 @@ use crate::routers::{LayerState, Pass};
 use crate::tape::Gradients;
 use std::rc::Rc;
 
-/// What one training pass gave: y, ê after it, dz, de.
+/// The results of one training pass: y, ê after the pass, dz, de.
 struct Outcome {
     y: Vec<f64>,
     vectors: Vec<f64>,
@@ -144,12 +144,12 @@ fn without_pass_forward_the_output_is_that_of_topk_and_the_gradient_stays_dense(
 }
 
 #[test]
-fn a_constant_factor_scales_the_vectors_where_they_are_used_alone() {
+fn a_constant_factor_scales_the_vectors_only_when_they_are_used() {
     let found = worked(DefaultMoe {
         shrink: Shrink::Constant(0.5),
         ..half()
     });
-    // ê itself is as without; y_0 = 1/2 (4, 0) + 1/2 (1/4 (1, 1) + 1/4 (0, 6)), and so on.
+    // ê itself does not change; y_0 = 1/2 (4, 0) + 1/2 (1/4 (1, 1) + 1/4 (0, 6)), and so on.
     let plain = worked(half());
     assert_close(&found.vectors, &plain.vectors);
     assert_close(&found.y, &[2.125, 0.875, 0.3, 4.3375, 0.0625, 6.4375]);
@@ -167,11 +167,13 @@ fn renormalised_gates_worked_by_hand() {
         renormalize: true,
         ..half()
     });
-    // q = p over its chosen: (1, 1/2, 1/2), (1/4, 3/4, 1), (1, 1/6, 1/6); ê is weighted by p, as without.
+    // q = p divided by its sum over the chosen experts: (1, 1/2, 1/2), (1/4, 3/4, 1), (1, 1/6, 1/6); ê is still
+    // weighted by p.
     assert_close(&found.vectors, &worked(half()).vectors);
     // y_0 = (4, 0) + 1/2 (1, 1) + 1/2 (0, 6), y_1 = 1/4 (1.8, 2.4) + 3/4 (1, 1) + (0, 8), y_2 = (0, 8) + 1/6 (1, 1) + 1/6 (0, 6).
     assert_close(&found.y, &[4.5, 3.5, 1.2, 9.35, 1.0 / 6.0, 8.0 + 7.0 / 6.0]);
-    // s as without: (4, 3, 12), (0.6, 0, 8), (0, 2, 0); Σ q s = 11.5, 8.15, 1/3; dz_j = q_j (s_j − 1[j∈A] Σ q s).
+    // s is the same as without renormalisation: (4, 3, 12), (0.6, 0, 8), (0, 2, 0); Σ q s = 11.5, 8.15, 1/3; dz_j =
+    // q_j (s_j − 1[j∈A] Σ q s).
     let dz = [-7.5, 1.5, 6.0, 0.15, 0.0, -0.15, -1.0 / 3.0, 1.0 / 3.0, 0.0];
     assert_close(&found.dz, &dz);
     assert_close(&found.de, &[1.0, 2.0, 2.0, 0.0, -1.0, 1.0]);

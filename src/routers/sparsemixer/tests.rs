@@ -1,5 +1,5 @@
-//! The worked example, and in which sense the estimators are unbiased: means over all draws, each
-//! weighted by its probability, against derivatives of the expectation.
+//! A worked example, and tests of the bias of the estimators: the means over all draws, weighted by probability, are
+//! compared with derivatives of the expectation.
 
 use super::*;
 use crate::ops::combine::combine;
@@ -23,7 +23,7 @@ struct Token<'a> {
     omega: Option<&'a [f64]>,
 }
 
-/// What one draw gave.
+/// The results of one draw.
 #[derive(Clone, Debug)]
 struct Outcome {
     experts: Vec<usize>,
@@ -87,7 +87,7 @@ impl Token<'_> {
         }
     }
 
-    /// Every outcome with its probability: every kept expert in every stage, trusted or not.
+    /// Returns every outcome with its probability, for every kept expert in every stage, trusted or not.
     fn enumerate(&self, router: &SparseMixer, stages: usize) -> Vec<(f64, Outcome)> {
         let experts = self.z.len();
         let (_, threshold, _) = router.constants();
@@ -104,7 +104,7 @@ impl Token<'_> {
                     .collect();
                 let outcome = self.run(router, &xi, &u);
                 if outcome.experts != wanted {
-                    // Masked or chosen before: of probability 0.
+                    // This expert is masked or was chosen before: its probability is 0.
                     continue;
                 }
                 let probability: f64 = (0..stages)
@@ -129,7 +129,7 @@ impl Token<'_> {
     }
 }
 
-/// ξ with which expert `a` wins the draw if it may.
+/// Returns ξ with which expert `a` is drawn unless it is masked.
 fn favour(a: usize, experts: usize) -> Vec<f64> {
     (0..experts)
         .map(|i| if i == a { 1e-30 } else { 1.0 })
@@ -156,7 +156,7 @@ fn mean_dz(outcomes: &[(f64, Outcome)]) -> Vec<f64> {
     mean
 }
 
-/// Five-point central differences of `f` by every logit.
+/// Returns the five-point central differences of `f` with respect to every logit.
 fn differences(z: &[f64], f: impl Fn(&[f64]) -> f64) -> Vec<f64> {
     const H: f64 = 1e-3;
     let moved = |j: usize, by: f64| {
@@ -258,7 +258,7 @@ fn the_likeliest_expert_is_always_trusted_and_others_by_the_threshold_of_their_v
 }
 
 #[test]
-fn the_second_stage_leaves_the_first_expert_alone_and_takes_masked_ones_back() {
+fn the_second_stage_excludes_the_first_expert_and_may_choose_experts_masked_before() {
     let outputs = outputs();
     let token = Token {
         z: &Z,
@@ -266,7 +266,7 @@ fn the_second_stage_leaves_the_first_expert_alone_and_takes_masked_ones_back() {
         g: &G,
         omega: None,
     };
-    // Stage 1 keeps {0, 1} and takes 0; stage 2 keeps {1, 2}, 2 among them again, and takes it.
+    // Stage 1 keeps {0, 1} and chooses 0; stage 2 keeps {1, 2}, which includes 2 again, and chooses 2.
     let xi = [favour(0, 4), favour(2, 4)];
     let found = token.run(&router(Version::V2, 0.1), &xi, &[0.0, 0.0]);
     assert_eq!(found.experts, [0, 2]);
@@ -287,7 +287,7 @@ fn the_second_stage_leaves_the_first_expert_alone_and_takes_masked_ones_back() {
     assert_close(&found.dz, &dz, 1e-14);
 }
 
-/// Five experts, all kept with ε = 1, logits and outputs without symmetry.
+/// Five experts that are all kept with ε = 1; logits and outputs have no symmetry.
 fn five() -> (Vec<f64>, Vec<Vec<f64>>, Vec<f64>) {
     let numbers = crate::tape::check::normal_numbers(18, 41);
     let z = vec![1.3, 1.0, 0.9, 1.2, 0.7];
@@ -318,7 +318,8 @@ fn the_mean_of_the_first_version_is_the_total_derivative_for_affine_losses() {
 }
 
 #[test]
-fn the_mean_of_the_second_version_is_the_sampling_part_for_affine_losses_and_one_expert() {
+fn the_mean_of_the_second_version_is_the_sampling_part_of_the_derivative_for_affine_losses_and_one_expert()
+ {
     let (z, outputs, g) = five();
     for epsilon in [0.1, 1.0] {
         let token = Token {
@@ -336,7 +337,7 @@ fn the_mean_of_the_second_version_is_the_sampling_part_for_affine_losses_and_one
         });
         let mean = mean_dz(&outcomes);
         assert_close(&mean, &expected, 1e-11);
-        // It is not the total derivative, which the gate has a part in too.
+        // It is not the total derivative, which also includes the dependence of the gate.
         let total = differences(&z, |z| {
             let p = masked_softmax(z, &kept);
             (0..5).map(|a| p[a] * (0.7 + p[a] * s[a])).sum()
@@ -346,7 +347,7 @@ fn the_mean_of_the_second_version_is_the_sampling_part_for_affine_losses_and_one
 }
 
 #[test]
-fn two_experts_of_the_second_version_are_biased_by_what_the_first_choice_does_to_the_second() {
+fn with_two_experts_the_second_version_is_biased_by_the_effect_of_the_first_choice_on_the_second() {
     let (z, outputs, g) = five();
     let token = Token {
         z: &z,

@@ -1,4 +1,4 @@
-//! Gradients against central differences, and one precision against another.
+//! Comparison of gradients with central differences, and of one precision with another.
 
 use super::{Case, normal_numbers};
 use crate::error::{Error, Result};
@@ -8,21 +8,21 @@ use crate::tensor::dtype::Real;
 
 /// Inputs of at most this many elements are checked element by element.
 const ALL_ELEMENTS: usize = 48;
-/// Of larger inputs, this many elements are checked, spread evenly …
+/// Number of elements checked of a larger input, evenly spaced.
 const SAMPLED_ELEMENTS: usize = 24;
-/// … and the derivative along this many random directions, which sees every element.
+/// Number of random directions along which a larger input is also checked; these involve every element.
 const DIRECTIONS: usize = 3;
 
-/// How far one input's gradient is from the differences.
+/// The deviation of one input's gradient from the differences.
 #[derive(Clone, Debug)]
 pub struct GradientReport {
     /// Name of the [`Case`].
     pub case: String,
     /// Name of the [`Input`](super::Input).
     pub input: String,
-    /// Derivatives compared: elements and directions.
+    /// Number of derivatives compared: elements and directions.
     pub compared: usize,
-    /// max |difference − gradient| / max |difference|, the larger of elements and directions.
+    /// max |difference − gradient| / max |difference|, the larger of the values for elements and for directions.
     pub relative_error: f64,
 }
 
@@ -30,7 +30,7 @@ pub struct GradientReport {
 /// against the five-point central difference, whose error is of order h⁴.
 ///
 /// # Errors
-/// Those of the operation.
+/// The errors of the operation.
 pub fn finite_differences(case: &Case) -> Result<Vec<GradientReport>> {
     let variables = case.variables::<f64>();
     let (seeds, store) = differentiate(case, &variables)?;
@@ -101,11 +101,11 @@ pub fn finite_differences(case: &Case) -> Result<Vec<GradientReport>> {
     Ok(reports)
 }
 
-/// The gradient of every differentiable input in f64, by name, with incoming gradients that depend
-/// on the outputs' shapes alone.
+/// Returns the gradient of every differentiable input in f64, with the input's name. The incoming gradients depend
+/// only on the shapes of the outputs.
 ///
 /// # Errors
-/// Those of the operation.
+/// The errors of the operation.
 pub fn gradients(case: &Case) -> Result<Vec<(String, Vec<f64>)>> {
     let (_, store) = differentiate(case, &case.variables::<f64>())?;
     let inputs = case
@@ -124,7 +124,7 @@ pub fn gradients(case: &Case) -> Result<Vec<(String, Vec<f64>)>> {
         .collect()
 }
 
-/// Runs forward and backward: the random incoming gradients, and the gradients of the leaves.
+/// Runs forward and backward. Returns the random incoming gradients, and the gradients of the leaves.
 fn differentiate(case: &Case, variables: &[Var]) -> Result<(Vec<Tensor>, Gradients)> {
     let tape = Tape::new();
     let outputs = case.run(&tape, variables)?;
@@ -151,7 +151,7 @@ fn central_difference(mut f: impl FnMut(f64) -> Result<f64>) -> Result<f64> {
     Ok((8.0 * near - far) / (12.0 * H))
 }
 
-/// max |a − b| / max |a| over the pairs (a, b); 0 where all are 0.
+/// Returns max |a − b| / max |a| over the pairs (a, b); 0 if all numbers are 0.
 fn relative_error(pairs: &[(f64, f64)]) -> f64 {
     let scale = pairs
         .iter()
@@ -160,16 +160,16 @@ fn relative_error(pairs: &[(f64, f64)]) -> f64 {
     if scale == 0.0 { 0.0 } else { worst / scale }
 }
 
-/// The larger of two numbers, NaN if either is.
+/// Returns the larger of two numbers; NaN if either is NaN.
 fn larger(a: f64, b: f64) -> f64 {
     if a.is_nan() || a > b { a } else { b }
 }
 
-/// Runs a case forward and backward in f32 and in f64 and gives the largest relative L2 distance
-/// over outputs and gradients, with the name of the tensor that has it.
+/// Runs a case forward and backward in f32 and in f64 and returns the largest relative L2 distance over outputs and
+/// gradients, with the name of that tensor.
 ///
 /// # Errors
-/// Those of the operation.
+/// The errors of the operation.
 pub fn compare_precisions(case: &Case) -> Result<(String, f64)> {
     let rough = results::<f32>(case)?;
     let exact = results::<f64>(case)?;
@@ -185,7 +185,7 @@ pub fn compare_precisions(case: &Case) -> Result<(String, f64)> {
     Ok(worst)
 }
 
-/// Every output and gradient of a case run in type `T`.
+/// Returns every output and gradient of a case that is run in type `T`.
 fn results<T: Real>(case: &Case) -> Result<Vec<(String, Vec<f64>)>> {
     let variables = case.variables::<T>();
     let mut store = Gradients::new(variables.len());

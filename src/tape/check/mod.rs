@@ -1,7 +1,7 @@
-//! Verification: a case declared once is differentiated and compared between precisions.
+//! Verification: each declared case is checked against finite differences and compared between precisions.
 //!
-//! A [`Case`] names an operation's inputs and runs it; [`finite_differences`] holds its gradients
-//! against central differences in f64, [`compare_precisions`] its f32 results against f64.
+//! A [`Case`] has the inputs of an operation and runs it. [`finite_differences`] compares its gradients with central
+//! differences in f64. [`compare_precisions`] compares its f32 results with f64 results.
 
 mod difference;
 
@@ -13,7 +13,7 @@ use crate::tensor::Tensor;
 use crate::tensor::dtype::Real;
 use crate::tensor::shape::Shape;
 
-/// Runs a case's operation on its inputs, in order.
+/// A function that runs the operation of a case on its inputs, in order.
 type Run = Box<dyn Fn(&Tape, &[Var]) -> Result<Vec<Var>>>;
 
 /// One input of a case.
@@ -26,18 +26,17 @@ pub struct Input {
     pub differentiable: bool,
 }
 
-/// An operation on given inputs: what every check starts from.
+/// An operation with given inputs, which the checks run.
 pub struct Case {
     /// Operation and shapes, for reports.
     pub name: String,
-    /// In the order in which `run` takes them.
+    /// The inputs, in the order of the arguments of `run`.
     pub inputs: Vec<Input>,
     run: Run,
 }
 
 impl Case {
-    /// A case without inputs, to be given some by [`input`](Self::input) in the order in which
-    /// `run` takes them.
+    /// Creates a case without inputs. Add them with [`input`](Self::input), in the order in which `run` reads them.
     pub fn new(
         name: impl Into<String>,
         run: impl Fn(&Tape, &[Var]) -> Result<Vec<Var>> + 'static,
@@ -73,7 +72,7 @@ impl Case {
         self
     }
 
-    /// Marks the last input as one without a gradient.
+    /// Marks the last added input as one without a gradient.
     pub fn constant(mut self) -> Self {
         if let Some(input) = self.inputs.last_mut() {
             input.differentiable = false;
@@ -81,15 +80,15 @@ impl Case {
         self
     }
 
-    /// Runs the operation on `inputs`, which replace the case's own.
+    /// Runs the operation on `inputs` instead of the case's inputs.
     ///
     /// # Errors
-    /// Those of the operation.
+    /// The errors of the operation.
     pub fn run(&self, tape: &Tape, inputs: &[Var]) -> Result<Vec<Var>> {
         (self.run)(tape, inputs)
     }
 
-    /// The inputs as variables of type `T`, leaves where differentiable.
+    /// Returns the inputs as variables of type `T`. Differentiable inputs are leaves.
     pub fn variables<T: Real>(&self) -> Vec<Var> {
         self.inputs
             .iter()
@@ -112,7 +111,7 @@ impl Case {
     }
 }
 
-/// Standard normal numbers, a pure function of seed and position.
+/// Returns `n` standard normal numbers, a pure function of seed and position.
 pub fn normal_numbers(n: usize, seed: u64) -> Vec<f64> {
     let stream =
         crate::tensor::random::Stream::new(seed, crate::tensor::random::Purpose::Check, 0, 0);

@@ -4,18 +4,19 @@ use super::{Accumulate, Mat, MatMut, Scratch, gemm, matmul};
 use crate::tensor::dtype::Real;
 use rayon::prelude::*;
 
-/// Blocks that the inner extent is cut into, at most …
+/// Upper bound of the number of blocks into which the inner extent is divided.
 const BLOCKS: usize = 8;
-/// … and the shortest block worth a product of its own.
+/// Lower bound of the length of such a block.
 const SHORTEST: usize = 256;
-/// Larger destinations have rows enough to share out, and would need too much memory.
+/// Upper bound of the number of elements of the destination. A larger destination has enough rows to divide among
+/// threads, and the partial products would need too much memory.
 const LARGEST: usize = 1 << 19;
 
-/// Inner extent of a product at a time, where the destination stays in the cache: the library may read columns of `a` in
-/// place, and so many rows of it stay in the cache too. On each of two cores 159 GFLOP/s, in place of 131, for a weight of
-/// 128 x 352 and 512 rows that came from memory.
+/// Inner extent of one call of the GEMM library when the destination stays in the cache. The library may read columns
+/// of `a` in place, and this many rows of `a` stay in the cache as well. For a weight of 128 x 352 and 512 rows read
+/// from memory, each of two cores reached 159 GFLOP/s instead of 131.
 const PIECE: usize = 192;
-/// Numbers of a destination that stays in the cache.
+/// Upper bound of the number of elements of a destination that stays in the cache.
 const CACHED: usize = 1 << 17;
 
 /// `c = a · b` or `c += a · b` on the calling thread with `c` contiguous `[a.rows, b.cols]`, for an inner extent that may be
@@ -37,8 +38,8 @@ pub fn gemm_over_inner<T: Real>(c: &mut [T], mut accumulate: Accumulate, a: Mat<
 /// `c = a · b` or `c += a · b` with `c` contiguous `[a.rows, b.cols]`, in parallel over fixed blocks
 /// of the inner extent, whose products are added in order.
 ///
-/// Cutting a weight's few rows into blocks, as [`matmul`] does, makes products of 32 rows that pack
-/// all of `b` for each: 53 against 78 GFLOP/s on one core for a weight of 384 x 128.
+/// [`matmul`] would divide the few rows of a weight into blocks of 32 rows, each of which packs all of `b`: this
+/// reached 53 GFLOP/s, compared with 78 here, on one core for a weight of 384 x 128.
 pub fn matmul_over_inner<T: Real>(c: &mut [T], accumulate: Accumulate, a: Mat<T>, b: Mat<T>) {
     let (inner, size) = (b.row_count(), c.len());
     let block = inner.div_ceil(BLOCKS).next_multiple_of(8).max(SHORTEST);
@@ -77,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocks_of_the_inner_extent_add_up_to_the_whole_product() {
+    fn blocks_of_the_inner_extent_sum_to_the_complete_product() {
         // Small integers: every sum is exact.
         for inner in [0, 3, SHORTEST, SHORTEST + 1, BLOCKS * SHORTEST + 77] {
             let (rows, cols) = (5, 3);

@@ -5,7 +5,7 @@ use super::block_rows;
 use crate::tensor::dtype::Real;
 use rayon::prelude::*;
 
-/// What a product does with what its destination held.
+/// Whether a result replaces the content of its destination or is added to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Accumulate {
     /// Overwrite.
@@ -28,7 +28,7 @@ impl<'a, T> Mat<'a, T> {
     /// Row-major `rows` x `cols` with rows `stride` elements apart.
     ///
     /// # Panics
-    /// When the view does not lie within `data`.
+    /// Panics when the view is not inside `data`.
     pub fn strided(data: &'a [T], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(
             rows == 0 || cols == 0 || (rows - 1) * stride + cols <= data.len(),
@@ -97,7 +97,7 @@ impl<'a, T> MatMut<'a, T> {
     /// Row-major `rows` x `cols` with rows `stride` elements apart.
     ///
     /// # Panics
-    /// When the view does not lie within `data`, or rows overlap.
+    /// Panics when the view is not inside `data`, or rows overlap.
     pub fn strided(data: &'a mut [T], rows: usize, cols: usize, stride: usize) -> Self {
         assert!(
             stride >= cols || rows <= 1,
@@ -125,7 +125,7 @@ impl<'a, T> MatMut<'a, T> {
 /// `c = a · b` or `c += a · b` on the calling thread.
 ///
 /// # Panics
-/// When the shapes do not fit.
+/// Panics when the shapes do not fit.
 pub fn gemm<T: Real>(c: MatMut<T>, accumulate: Accumulate, a: Mat<T>, b: Mat<T>) {
     assert_eq!((c.rows, c.cols), (a.rows, b.cols), "shape of the product");
     assert_eq!(a.cols, b.rows, "inner extents of the product");
@@ -140,8 +140,8 @@ pub fn gemm<T: Real>(c: MatMut<T>, accumulate: Accumulate, a: Mat<T>, b: Mat<T>)
         }
         return;
     }
-    // SAFETY: the constructors of the views checked that every index lies within their slices, and
-    // that rows of `c`, which is borrowed mutably, do not overlap.
+    // SAFETY: the constructors of the views checked that every index is inside their slices, and that rows of `c`,
+    // which is borrowed mutably, do not overlap.
     unsafe {
         gemm::gemm(
             c.rows,

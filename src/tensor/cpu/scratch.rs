@@ -5,15 +5,15 @@ use crate::tensor::dtype::Real;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-/// A slice whose elements are unspecified until written, from the pool that serves tensors: asking
-/// for it again and again costs neither page faults nor zeroing.
+/// A slice whose elements are unspecified until written, from the memory pool of tensors. Repeated allocations cause
+/// neither page faults nor zeroing.
 pub struct Scratch<T> {
     memory: Memory,
     element: PhantomData<T>,
 }
 
 impl<T: Real> Scratch<T> {
-    /// Memory for `n` elements.
+    /// Allocates `n` elements.
     pub fn new(n: usize) -> Self {
         Scratch {
             memory: Memory::unspecified(n * size_of::<T>()),

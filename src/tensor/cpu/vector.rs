@@ -1,9 +1,8 @@
 //! Functions of rows and numbers for loops inside [`vectorized`](super::vectorized), into which
 //! they are inlined.
 //!
-//! A compiler must not reorder a floating-point sum, so a plain loop adds one number at a time.
-//! Here sums run in `LANES` interleaved parts, which become vector registers; the order depends on
-//! the length alone.
+//! A compiler must not reorder a floating-point sum, so a simple loop adds one number at a time. Here sums run in
+//! `LANES` interleaved parts, which become vector registers; the order depends only on the length.
 
 use super::Accumulate;
 use crate::tensor::dtype::Real;
@@ -14,7 +13,7 @@ const LANES: usize = 16;
 /// Σ f(a_i, b_i, ..) over slices of equal length.
 ///
 /// # Panics
-/// When a slice is shorter than the first.
+/// Panics when a slice is shorter than the first.
 #[inline(always)]
 pub fn sum_over<T: Real, const N: usize>(slices: [&[T]; N], f: impl Fn([T; N]) -> T) -> T {
     let n = slices[0].len();
@@ -35,7 +34,7 @@ pub fn sum_over<T: Real, const N: usize>(slices: [&[T]; N], f: impl Fn([T; N]) -
     total(sums)
 }
 
-/// The sum of interleaved parts, by halves.
+/// Returns the sum of the interleaved parts, added pairwise.
 #[inline(always)]
 fn total<T: Real>(mut sums: [T; LANES]) -> T {
     let mut width = LANES / 2;
@@ -49,12 +48,12 @@ fn total<T: Real>(mut sums: [T; LANES]) -> T {
     sums[0]
 }
 
-/// Writes `f([a_i, b_i, ..], old)` to the outputs, element by element, where `old` are the values they
-/// hold. Parts of `LANES` elements go through local arrays, so that the compiler need not prove
-/// that outputs and inputs do not overlap: past a few slices it gives up and emits scalar code.
+/// Writes `f([a_i, b_i, ..], old)` to the outputs, element by element, where `old` are the values they hold. Parts of
+/// `LANES` elements go through local arrays, so that the compiler need not prove that outputs and inputs do not
+/// overlap: with more than a few slices it does not prove this and emits scalar code.
 ///
 /// # Panics
-/// When a slice is shorter than the first input.
+/// Panics when a slice is shorter than the first input.
 #[inline(always)]
 pub fn map_over<T: Real, const O: usize, const I: usize>(
     mut outputs: [&mut [T]; O],
@@ -102,7 +101,8 @@ pub fn map_over<T: Real, const O: usize, const I: usize>(
     }
 }
 
-/// The largest of `values`, -∞ for none. NaN is passed over: whoever exponentiates meets it.
+/// The largest of `values`, -∞ for none. NaN is ignored; it appears in the result when the caller exponentiates the
+/// values.
 #[inline(always)]
 pub fn max<T: Real>(values: &[T]) -> T {
     let larger = |a: T, b: T| if b > a { b } else { a };
@@ -142,8 +142,8 @@ pub fn sigmoid<T: Real>(x: T) -> T {
 }
 
 impl Accumulate {
-    /// What a place that holds `old` holds after `value` was written to it. Written as a selection
-    /// and a sum, not as two ways, so that loops over it become vector code.
+    /// Returns the new content of an element that holds `old` when `value` is assigned or added to it. It is written
+    /// as a selection and a sum, without a branch, so that loops over it become vector code.
     #[inline(always)]
     pub fn onto<T: Real>(self, old: T, value: T) -> T {
         let kept = if self == Accumulate::Add {

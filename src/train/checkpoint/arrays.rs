@@ -1,4 +1,4 @@
-//! Named arrays on their way to safetensors files.
+//! Named arrays to be written to safetensors files.
 
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -12,33 +12,33 @@ use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-/// A named array on its way to a file: f32, f64 or i32, row-major.
+/// A named array to be written to a file: f32, f64 or i32, row-major.
 pub struct Array<'a> {
-    /// Its key in the file.
+    /// Key in the file.
     pub name: String,
-    /// Its extents.
+    /// Extents of the array.
     pub shape: Shape,
     /// Type of its elements in the file.
     pub dtype: DType,
-    /// Where its bytes come from.
+    /// Source of the bytes.
     pub content: Content<'a>,
 }
 
-/// Where an array's bytes come from, when it is written: at any time those of one array alone are in the host's memory
-/// beside what was there before.
+/// The source of an array's bytes when it is written. At any time, the writer needs additional host memory for the
+/// bytes of only one array.
 pub enum Content<'a> {
-    /// They are there already, little-endian.
+    /// The bytes themselves, little-endian.
     Bytes(Vec<u8>),
-    /// Read from where the tensor lies.
+    /// A tensor, read from its device.
     Tensor(&'a Tensor),
-    /// Consecutive numbers of a parameter.
+    /// Consecutive elements of a parameter.
     Weight(&'a Weight, Range<usize>),
-    /// Made when they are asked for.
+    /// A function that computes the bytes when they are needed.
     Made(Box<dyn Fn() -> Result<Vec<u8>> + Send + 'a>),
 }
 
 impl<'a> Array<'a> {
-    /// An array that borrows a tensor.
+    /// Creates an array that borrows a tensor.
     pub fn borrowed(name: impl Into<String>, tensor: &'a Tensor) -> Self {
         Array {
             name: name.into(),
@@ -48,7 +48,7 @@ impl<'a> Array<'a> {
         }
     }
 
-    /// An array that holds a copy of a tensor.
+    /// Creates an array that holds a copy of a tensor.
     pub fn copied(name: impl Into<String>, tensor: &Tensor) -> Self {
         Array {
             name: name.into(),
@@ -58,10 +58,10 @@ impl<'a> Array<'a> {
         }
     }
 
-    /// The same, with its bytes in memory of its own.
+    /// Returns the same array with its own copy of the bytes.
     ///
     /// # Errors
-    /// When the device failed.
+    /// Returns an error when the device failed.
     pub fn owned(&self) -> Result<Array<'static>> {
         Ok(Array {
             name: self.name.clone(),
@@ -71,12 +71,12 @@ impl<'a> Array<'a> {
         })
     }
 
-    /// Bytes that it takes.
+    /// Returns the size in bytes.
     pub fn size(&self) -> usize {
         self.shape.elements() * self.dtype.size()
     }
 
-    /// Its bytes: borrowed where the host has them as the file will.
+    /// Returns the bytes, borrowed if host memory has them in the format of the file.
     fn bytes(&self) -> Result<Cow<'_, [u8]>> {
         match &self.content {
             Content::Bytes(bytes) => Ok(Cow::Borrowed(bytes)),
@@ -104,7 +104,7 @@ impl View for &Array<'_> {
         &self.shape
     }
     fn data(&self) -> Cow<'_, [u8]> {
-        // As everywhere, a device that failed ends the process.
+        // As elsewhere, a device failure ends the process.
         self.bytes().unwrap_or_else(|e| panic!("{e}"))
     }
     fn data_len(&self) -> usize {
@@ -112,8 +112,8 @@ impl View for &Array<'_> {
     }
 }
 
-/// Writes `arrays` and at most one pair of metadata to a new file, beside a `config.json`; the bytes
-/// depend on nothing else.
+/// Writes `arrays` and at most one pair of metadata to a new file next to a `config.json`. The bytes of the file
+/// depend only on these arguments.
 pub(crate) fn write(path: &Path, arrays: &[&Array], metadata: &[(&str, &str)]) -> Result<()> {
     let named = arrays.iter().map(|a| (a.name.as_str(), *a));
     let owned = |(key, value): &(&str, &str)| (key.to_string(), value.to_string());
@@ -124,10 +124,10 @@ pub(crate) fn write(path: &Path, arrays: &[&Array], metadata: &[(&str, &str)]) -
             path,
             "arrays that fit the format",
             e.to_string(),
-            "report this as a bug",
+            "this is a bug: please report it",
         ),
     })?;
-    // The library makes the file private to its owner; give it the mode that files get here.
+    // The library makes the file readable only by its owner; this sets the default mode of new files.
     let folder = path.parent().unwrap_or(Path::new("."));
     let probe = folder.join(super::CONFIG);
     fs::metadata(&probe)

@@ -1,8 +1,8 @@
-//! Saving while training goes on.
+//! Saving of checkpoints while training continues.
 //!
-//! Training stands still for a copy of what is to be saved; a thread writes it. One save at most is under way: the next one
-//! waits for it, and so does whoever drops the [`Saver`]. Where the copy would not fit into the host's memory, training
-//! stands still for the whole of a save, which then holds an array at a time.
+//! Training pauses while the data to be saved is copied; a thread then writes the copy. At most one save is in
+//! progress: the next save waits for it, and so does dropping the [`Saver`]. If the copy would not fit in host
+//! memory, training pauses for the complete save, which then holds one array at a time.
 
 use super::{Snapshot, save, sync};
 use crate::error::{Error, Result};
@@ -12,19 +12,19 @@ use std::path::PathBuf;
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-/// Share of the free memory that a copy may take: the rest is for what training asks for meanwhile.
+/// Fraction of the free memory that a copy may use; the rest is for allocations of training during the save.
 const SHARE: f64 = 0.8;
 
-/// Where and how the checkpoints of a run are kept.
+/// The location of a run's checkpoints, and how they are kept.
 #[derive(Clone, Debug)]
 pub struct Place {
     /// `checkpoints` of the run's folder.
     pub folder: PathBuf,
-    /// Files that a checkpoint counts on, to be on the disk before it.
+    /// Files on which a checkpoint depends. They are synced to disk before the checkpoint.
     pub logs: Vec<PathBuf>,
-    /// Newest checkpoints to keep.
+    /// Number of newest checkpoints to keep.
     pub keep: usize,
-    /// See [`save`].
+    /// Upper bound of the bytes of arrays per file, see [`save`].
     pub shard_bytes: u64,
 }
 
@@ -36,13 +36,13 @@ pub struct Saver {
 }
 
 struct UnderWay {
-    /// Without the time of the write.
+    /// The result of the save, without the time of the write.
     save: Saved,
     thread: JoinHandle<Result<f64>>,
 }
 
 impl Saver {
-    /// Nothing is under way yet.
+    /// Creates a saver; no save is in progress.
     pub fn new(place: Place) -> Self {
         Saver {
             place,
@@ -51,18 +51,19 @@ impl Saver {
         }
     }
 
-    /// Saves in the background if a copy fits into the memory that `available` says is free, if it says so, and before it
-    /// returns otherwise.
+    /// Saves in the background if a copy fits in the free memory that `available` returns. If it does not fit, or
+    /// `available` returns `None`, the save has ended when this function returns.
     ///
     /// # Errors
-    /// What befell the save before, or this one before it returned; checkpoints from before are untouched.
+    /// Returns the error of the previous save, or of the part of this save that is done before the function returns.
+    /// Earlier checkpoints do not change.
     pub fn save(
         &mut self,
         snapshot: &Snapshot,
         available: impl FnOnce() -> Option<u64>,
     ) -> Result<()> {
         let begun = Instant::now();
-        // Only then its copy is gone, which would count as taken.
+        // Only after this is the memory of the previous copy free.
         self.wait()?;
         if !fits(snapshot.bytes(), available()) {
             return self.write_now(snapshot, begun);
@@ -86,10 +87,10 @@ impl Saver {
         Ok(())
     }
 
-    /// Saves before it returns.
+    /// Saves; the save has ended when this function returns.
     ///
     /// # Errors
-    /// As [`save`](Self::save).
+    /// The same errors as [`save`](Self::save).
     pub fn save_now(&mut self, snapshot: &Snapshot) -> Result<()> {
         let begun = Instant::now();
         self.wait()?;
@@ -108,10 +109,10 @@ impl Saver {
         Ok(())
     }
 
-    /// The saves that have ended since the last call.
+    /// Returns the saves that have ended since the last call.
     ///
     /// # Errors
-    /// When one failed in the background; checkpoints from before are untouched.
+    /// Returns an error when a save failed in the background. Earlier checkpoints do not change.
     pub fn ended(&mut self) -> Result<Vec<Saved>> {
         if let Some(save) = &self.under_way
             && save.thread.is_finished()
@@ -121,12 +122,12 @@ impl Saver {
         Ok(std::mem::take(&mut self.ended))
     }
 
-    /// Waits for the save that is under way.
+    /// Waits for the save in progress.
     fn wait(&mut self) -> Result<()> {
         let Some(UnderWay { mut save, thread }) = self.under_way.take() else {
             return Ok(());
         };
-        // A panic there is a bug, as one here would be.
+        // A panic in the thread is a bug, and is passed on.
         save.write_seconds = thread.join().unwrap_or_else(|e| resume_unwind(e))?;
         self.ended.push(save);
         Ok(())
@@ -134,16 +135,16 @@ impl Saver {
 }
 
 impl Drop for Saver {
-    /// Whatever made the run end: a save that was begun is finished.
+    /// A save that was started is finished, whatever ended the run.
     fn drop(&mut self) {
         if let Some(save) = self.under_way.take() {
-            // If it fails too, the error that ended the run is the one to report.
+            // If the save fails as well, the error that ended the run is reported.
             let _ = save.thread.join();
         }
     }
 }
 
-/// The whole of a save; seconds that it took.
+/// Does the complete save, and returns its duration in seconds.
 fn write(place: &Place, snapshot: &Snapshot) -> Result<f64> {
     let begun = Instant::now();
     place.logs.iter().try_for_each(|log| sync(log))?;
@@ -192,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn a_save_in_the_background_holds_what_there_was_when_it_began() {
+    fn a_save_in_the_background_holds_the_state_at_its_start() {
         let dir = tempfile::tempdir().unwrap();
         let mut weights = Tensor::from_slice([3], &[1f32, 2.0, 3.0]);
         let mut saver = saver(dir.path());
@@ -200,19 +201,20 @@ mod tests {
             saver.save(&snapshot(step, &weights), || None).unwrap();
             weights.slice_mut::<f32>()[0] += 1.0;
         }
-        // Dropped at once, it finishes what was begun.
+        // The saver is dropped immediately, and finishes the save.
         drop(saver);
         assert_eq!(weights_of_newest(dir.path()), (5, vec![5.0, 2.0, 3.0]));
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
     #[test]
-    fn every_save_is_told_of_once() {
+    fn every_save_is_reported_once() {
         let dir = tempfile::tempdir().unwrap();
         let weights = Tensor::from_slice([3], &[1f32, 2.0, 3.0]);
         let mut saver = saver(dir.path());
         saver.save(&snapshot(1, &weights), || Some(1000)).unwrap();
-        // Not four fifths of what is free: before it returns, behind the one before.
+        // The copy needs more than four fifths of the free memory, so this saves before it returns, after the
+        // previous save.
         saver.save(&snapshot(2, &weights), || Some(29)).unwrap();
         let ended = saver.ended().unwrap();
         let told: Vec<_> = ended
@@ -233,7 +235,7 @@ mod tests {
         let weights = Tensor::from_slice([3], &[1f32, 2.0, 3.0]);
         let mut saver = saver(dir.path());
         saver.save_now(&snapshot(1, &weights)).unwrap();
-        // A file where a folder is wanted.
+        // A file with the name of the folder to be created.
         let obstacle = dir.path().join(".unfinished-step-2");
         fs::write(&obstacle, "").unwrap();
         saver.save(&snapshot(2, &weights), || None).unwrap();

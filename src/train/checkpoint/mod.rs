@@ -1,15 +1,15 @@
 //! Checkpoints that survive a crash at any moment.
 //!
-//! `checkpoints/step-N/` holds `config.json` and `model.safetensors` (the model, in Hugging Face's
-//! names), `trainer.safetensors` and `trainer.json` (optimizer, router state, where the run stood)
-//! and `manifest.json` (size and BLAKE3 digest of each). Arrays of more than 5 GB stand in several files beside an index.
-//! A checkpoint is written under another name,
-//! each file synced, the manifest last; then the folder is renamed and its parent synced. A reader
-//! thus finds a checkpoint whole or not at all, and the digests catch what the disk itself did.
+//! `checkpoints/step-N/` holds `config.json` and `model.safetensors` (the model, in Hugging Face's names),
+//! `trainer.safetensors` and `trainer.json` (optimizer, router state, position of the run) and `manifest.json` (size
+//! and BLAKE3 digest of each file). Arrays of more than 5 GB in total are in several files with an index. A
+//! checkpoint is written under a temporary name; each file is synced, the manifest last. Then the folder is renamed
+//! and its parent is synced. A reader therefore finds either a complete checkpoint or none, and the digests detect
+//! errors of the disk.
 
 mod arrays; // what is written
-mod background; // while training goes on
-mod read; // and taken out again
+mod background; // saving while training continues
+mod read; // how it is read again
 mod session; // a model and its training as arrays
 mod shards; // which file has which array
 
@@ -36,37 +36,37 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 const CONFIG: &str = "config.json";
-/// How the names of the files begin that hold the model, and the trainer.
+/// Prefixes of the names of the files that hold the model and the trainer.
 const MODEL: &str = "model";
 const TRAINER: &str = "trainer";
 const STATE: &str = "trainer.json";
 pub(crate) const MANIFEST: &str = "manifest.json";
 
-/// What a checkpoint holds.
+/// The content of a checkpoint.
 pub struct Snapshot<'a> {
-    /// Optimizer steps done.
+    /// Number of optimizer steps done.
     pub step: u64,
     /// `config.json`: what the model is.
     pub config: Value,
     /// Weights and buffers of the model.
     pub model: Vec<Array<'a>>,
-    /// Optimizer moments and whatever else training resumes from.
+    /// Optimizer moments and the other arrays needed to resume training.
     pub trainer: Vec<Array<'a>>,
-    /// `trainer.json`: the same, as far as it is not arrays.
+    /// `trainer.json`: the data needed to resume training that are not arrays.
     pub state: Value,
 }
 
 impl Snapshot<'_> {
-    /// Bytes of its arrays.
+    /// Returns the size of the arrays in bytes.
     pub fn bytes(&self) -> u64 {
         let arrays = self.model.iter().chain(&self.trainer);
         arrays.map(|a| a.size() as u64).sum()
     }
 
-    /// The same in memory of its own: what it was taken of may change.
+    /// Returns a copy that borrows nothing, so the model may change.
     ///
     /// # Errors
-    /// When the device failed.
+    /// Returns an error when the device failed.
     pub fn owned(&self) -> Result<Snapshot<'static>> {
         let owned = |arrays: &[Array]| -> Result<_> { arrays.iter().map(Array::owned).collect() };
         Ok(Snapshot {
@@ -85,7 +85,7 @@ impl Snapshot<'_> {
 struct Manifest {
     step: u64,
     files: BTreeMap<String, Entry>,
-    /// Digest of what stands above; older checkpoints have none.
+    /// Digest of the fields above; older checkpoints have none.
     #[serde(default)]
     blake3: Option<String>,
 }
@@ -105,7 +105,7 @@ impl Manifest {
         blake3::hash(content.as_bytes()).to_hex().to_string()
     }
 
-    /// Of the file at `path`, which is as it was written, to the byte.
+    /// Reads the file at `path`, and checks that it is byte-for-byte as it was written.
     fn read(path: &Path) -> Result<Self> {
         let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
         let found: Manifest = serde_json::from_slice(&bytes)
@@ -128,12 +128,13 @@ struct Entry {
     blake3: String,
 }
 
-/// Writes `snapshot` to `folder/step-N`, up to `shard_bytes` of arrays to a file (see [`SHARD_BYTES`]), and then removes
-/// all but the `keep` newest checkpoints up to it. A whole checkpoint of the same step stays as it is: a run is
-/// deterministic.
+/// Writes `snapshot` to `folder/step-N`, up to `shard_bytes` of arrays to a file (see [`SHARD_BYTES`]), and then
+/// removes all but the `keep` newest checkpoints up to this step. A complete checkpoint of the same step is not
+/// replaced, since a run is deterministic. Returns the path of the checkpoint.
 ///
 /// # Errors
-/// A full disk, a read-only folder and the like; earlier checkpoints are then untouched.
+/// Returns an error when the files cannot be written, for example because the disk is full or the folder is
+/// read-only. Earlier checkpoints do not change.
 pub fn save(folder: &Path, snapshot: &Snapshot, keep: usize, shard_bytes: u64) -> Result<PathBuf> {
     fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
     fault::point();
@@ -149,7 +150,7 @@ pub fn save(folder: &Path, snapshot: &Snapshot, keep: usize, shard_bytes: u64) -
     let temporary = folder.join(format!("{UNFINISHED}{name}"));
     let written = write(&temporary, snapshot, shard_bytes);
     if written.is_err() {
-        // Gives the space back; the first error is the one to report.
+        // This frees the disk space; the first error is reported.
         let _ = fs::remove_dir_all(&temporary);
     }
     written?;
@@ -167,7 +168,7 @@ pub fn save(folder: &Path, snapshot: &Snapshot, keep: usize, shard_bytes: u64) -
     Ok(target)
 }
 
-/// All files of a checkpoint, synced, with the manifest last.
+/// Writes and syncs all files of a checkpoint, the manifest last.
 fn write(temporary: &Path, snapshot: &Snapshot, shard_bytes: u64) -> Result<()> {
     fs::create_dir(temporary).map_err(|e| Error::io("create", temporary, e))?;
     fault::point();
@@ -216,7 +217,7 @@ fn digest(path: &Path) -> Result<Entry> {
     })
 }
 
-/// Removes a checkpoint under another name, so that a crash leaves no half of one behind.
+/// Renames a checkpoint before it removes it, so that a crash leaves no incomplete checkpoint.
 fn retire(path: &Path) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let away = path.with_file_name(format!("{UNFINISHED}removed-{name}"));
@@ -225,7 +226,7 @@ fn retire(path: &Path) -> Result<()> {
     fs::remove_dir_all(&away).map_err(|e| Error::io("remove", &away, e))
 }
 
-/// What earlier, interrupted saves left.
+/// Removes the files that earlier, interrupted saves left.
 fn remove_unfinished(folder: &Path) -> Result<()> {
     for name in names(folder)?.iter().filter(|n| n.starts_with(UNFINISHED)) {
         let path = folder.join(name);
@@ -243,7 +244,7 @@ fn names(folder: &Path) -> Result<Vec<String>> {
     list().map_err(|e| Error::io("list", folder, e))
 }
 
-/// Steps of the checkpoints in `folder`, whole or not, increasing.
+/// Returns the steps of the checkpoints in `folder`, complete or not, in increasing order.
 fn steps(folder: &Path) -> Result<Vec<u64>> {
     let mut steps: Vec<u64> = names(folder)?
         .iter()
@@ -253,7 +254,7 @@ fn steps(folder: &Path) -> Result<Vec<u64>> {
     Ok(steps)
 }
 
-/// The newest whole checkpoint in `folder`, if any, and what is wrong with each newer one.
+/// Returns the newest complete checkpoint in `folder`, if any, and an error for each newer one.
 pub fn newest(folder: &Path) -> Result<(Option<Checkpoint>, Vec<Error>)> {
     let mut damaged = Vec::new();
     if !folder.exists() {
@@ -269,7 +270,7 @@ pub fn newest(folder: &Path) -> Result<(Option<Checkpoint>, Vec<Error>)> {
     Ok((None, damaged))
 }
 
-/// A checkpoint on disk. What is read from it is compared with its digest.
+/// A checkpoint on disk. Every file that is read is compared with its digest.
 pub struct Checkpoint {
     path: PathBuf,
     manifest: Manifest,
@@ -312,7 +313,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Whether it was saved with a file of this name.
+    /// Returns whether the checkpoint was saved with a file of this name.
     fn has(&self, name: &str) -> bool {
         self.manifest.files.contains_key(name)
     }
@@ -332,38 +333,38 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Where it lies.
+    /// Returns the path of the checkpoint.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Optimizer steps done.
+    /// Returns the number of optimizer steps done.
     pub fn step(&self) -> u64 {
         self.manifest.step
     }
 
-    /// `config.json`.
+    /// Reads `config.json`.
     pub fn config(&self) -> Result<Value> {
         self.json(CONFIG)
     }
 
-    /// `trainer.json`.
+    /// Reads `trainer.json`.
     pub fn state(&self) -> Result<Value> {
         self.json(STATE)
     }
 
-    /// The arrays of the model.
+    /// Returns the arrays of the model.
     ///
     /// # Errors
-    /// When a file is missing or damaged.
+    /// Returns an error when a file is missing or damaged.
     pub fn model(&self) -> Result<Arrays<'_>> {
         Arrays::open(self, MODEL)
     }
 
-    /// The arrays of the trainer.
+    /// Returns the arrays of the trainer.
     ///
     /// # Errors
-    /// As [`model`](Self::model).
+    /// The same errors as [`model`](Self::model).
     pub fn trainer(&self) -> Result<Arrays<'_>> {
         Arrays::open(self, TRAINER)
     }

@@ -1,6 +1,7 @@
-//! The arrays of a checkpoint, taken out by name from one file or several.
+//! Reading of the arrays of a checkpoint, by name, from one file or several.
 //!
-//! One file at a time is in memory: arrays are taken in the order in which they were written, so that each file is read once.
+//! Only one file at a time is in memory. If arrays are taken in the order in which they were written, each file is
+//! read once.
 
 use super::shards::{Index, index, single};
 use super::{Checkpoint, damaged};
@@ -14,12 +15,13 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-/// The arrays of one kind. Each is taken once; [`finish`](Arrays::finish) names those left over.
+/// The arrays of the model or of the trainer. Each array is taken once; [`finish`](Arrays::finish) reports arrays
+/// that were not taken.
 pub struct Arrays<'a> {
     checkpoint: &'a Checkpoint,
-    /// The file to name where an array is missing: the only one, or the index.
+    /// The file that errors name if an array is missing: the only file, or the index.
     path: PathBuf,
-    /// The file of each array that was not taken yet.
+    /// The file of each array that has not been taken yet.
     left: BTreeMap<String, String>,
     /// The file in memory.
     open: Option<Shard>,
@@ -38,7 +40,7 @@ struct Stored {
 }
 
 impl<'a> Arrays<'a> {
-    /// Those whose files' names begin with `stem`.
+    /// Opens the arrays in files whose names begin with `stem`.
     pub(super) fn open(checkpoint: &'a Checkpoint, stem: &str) -> Result<Self> {
         let (only, index) = (single(stem), index(stem));
         if !checkpoint.has(&index) {
@@ -62,10 +64,11 @@ impl<'a> Arrays<'a> {
         })
     }
 
-    /// Takes out the array `name`, which must have this element type and shape.
+    /// Takes the array `name`, which must have this element type and shape.
     ///
     /// # Errors
-    /// When there is none, it is another one, or its file is missing or damaged.
+    /// Returns an error when there is no such array, it has another element type or shape, or its file is missing or
+    /// damaged.
     pub fn take(&mut self, name: &str, dtype: DType, shape: impl Into<Shape>) -> Result<Tensor> {
         let shape = shape.into();
         let expected = format!("tensor `{name}` of {dtype} {shape}");
@@ -83,10 +86,10 @@ impl<'a> Arrays<'a> {
         tensor
     }
 
-    /// Refuses arrays that nothing took.
+    /// Checks that all arrays were taken.
     ///
     /// # Errors
-    /// When there are some.
+    /// Returns an error when an array was not taken.
     pub fn finish(self) -> Result<()> {
         match self.left.keys().next() {
             None => Ok(()),
@@ -99,7 +102,7 @@ impl<'a> Arrays<'a> {
 }
 
 impl Shard {
-    /// Reads a file, which is as it was written, to the byte.
+    /// Reads a file, and checks that it is byte-for-byte as it was written.
     fn read(checkpoint: &Checkpoint, name: &str) -> Result<Self> {
         let bytes = checkpoint.bytes(name)?;
         let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(|e| {
@@ -129,7 +132,7 @@ impl Shard {
         })
     }
 
-    /// An array of this element type and shape, or what there is instead.
+    /// Returns the array if it has this element type and shape, or a text that describes what was found instead.
     fn tensor(&self, name: &str, dtype: DType, shape: Shape) -> Result<Tensor, String> {
         let Some(stored) = self.arrays.get(name) else {
             return Err("none of that name".into());
@@ -158,6 +161,6 @@ fn foreign(path: &Path, expected: String, got: String) -> Error {
         path,
         expected,
         got,
-        "the checkpoint is of another model or program: use one that fits",
+        "the checkpoint belongs to another model or program: use a matching one",
     )
 }

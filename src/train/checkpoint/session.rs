@@ -1,8 +1,8 @@
-//! A model and its training as the arrays of a checkpoint, and back.
+//! Conversion of a model and the state of its training to the arrays of a checkpoint, and back.
 //!
-//! Weights have Hugging Face's names (the parts of a [`Parameter`](crate::model::Parameter)), a
-//! router's state stands behind its layer's prefix, as in `model.layers.1.mlp.default_vectors`, and
-//! the optimizer's moments carry the name of their parameter.
+//! Weights have Hugging Face's names (the parts of a [`Parameter`](crate::model::Parameter)), a router's state has
+//! its layer's prefix, as in `model.layers.1.mlp.default_vectors`, and the names of the optimizer's moments contain
+//! the name of their parameter.
 
 use super::arrays::Content;
 use super::{Array, Arrays, Checkpoint, Snapshot, newest};
@@ -21,14 +21,14 @@ use crate::train::step::StepExecutor;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 
-/// `trainer.json`: where the run stood, and all it was told.
+/// `trainer.json`: the position of the run, and its configuration.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TrainerState {
-    /// Steps done, those left out included; the data cursor is this times the global batch.
+    /// Number of steps done, including skipped steps. The position in the data is this number times the global batch.
     pub step: u64,
-    /// Updates made by the optimizer.
+    /// Number of updates made by the optimizer.
     pub optimizer_steps: u64,
-    /// Steps left out in a row, up to this one.
+    /// Number of consecutive skipped steps, up to this step.
     pub skipped_in_a_row: u64,
     /// Digest of the text.
     pub data: String,
@@ -37,7 +37,7 @@ pub struct TrainerState {
 }
 
 impl TrainerState {
-    /// Of a run that has not begun, on text of this digest.
+    /// Returns the state of a run that has not begun, with text of the digest `data`.
     pub fn at_start(config: Config, data: String) -> Self {
         TrainerState {
             step: 0,
@@ -49,7 +49,7 @@ impl TrainerState {
     }
 }
 
-/// Everything to save of a run of one rank.
+/// Returns the snapshot of a run on one rank.
 pub fn snapshot<'a>(
     model: &'a Model,
     executor: &'a StepExecutor,
@@ -63,11 +63,11 @@ pub fn snapshot<'a>(
     snapshot_with(model, weights(model), moments.collect(), state)
 }
 
-/// Everything to save of a run, on rank 0; none on the others, which send it their shares of the moments. Every rank calls
-/// it.
+/// Returns the snapshot of a run on rank 0, and `None` on the other ranks, which send their shares of the moments to
+/// rank 0. Every rank must call it.
 ///
 /// # Errors
-/// When a rank has left.
+/// Returns an error when a rank has left.
 pub fn snapshot_of_ranks<'a>(
     model: &'a Model,
     executor: &'a StepExecutor,
@@ -113,12 +113,12 @@ pub fn snapshot_of_ranks<'a>(
     }
 }
 
-/// The weights, as they lie in the model.
+/// Returns the weights, borrowed from the model.
 fn weights(model: &Model) -> Vec<Array<'_>> {
     model.parameters.iter().flat_map(weights_of).collect()
 }
 
-/// The parts of a parameter.
+/// Returns the parts of a parameter.
 fn weights_of(parameter: &Parameter) -> Vec<Array<'_>> {
     let mut from = 0;
     let parts = parameter.parts.iter().map(|part| {
@@ -169,7 +169,7 @@ fn snapshot_with<'a>(
     })
 }
 
-/// The name of a router's state in a checkpoint.
+/// Returns the name of a router's state tensor in a checkpoint.
 pub(crate) fn router_state(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.mlp.{name}")
 }
@@ -181,11 +181,11 @@ fn moment_names(parameter: &str) -> [String; 2] {
     ]
 }
 
-/// The checkpoint at `path`, or the newest whole one of the run there. Damaged newer ones are
-/// answered with.
+/// Returns the checkpoint at `path`, or the newest complete checkpoint of the run at `path`, and an error for each
+/// newer, damaged checkpoint.
 ///
 /// # Errors
-/// When there is none.
+/// Returns an error when there is no complete checkpoint.
 pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
     let folder = path.join(CHECKPOINTS);
     if !folder.is_dir() && !path.join(CONFIG_FILE).is_file() {
@@ -198,9 +198,9 @@ pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
             Error::file(
                 path,
                 "a run with a checkpoint",
-                "a run that has none yet",
+                "a run without a checkpoint",
                 format!(
-                    "wait for the first one, every train.checkpoint_interval steps, or go on without --no-checkpoint: \
+                    "wait for the first one, every train.checkpoint_interval steps, or resume without --no-checkpoint: \
                      routegrad train --resume --out {run}"
                 ),
             )
@@ -208,11 +208,11 @@ pub fn find(path: &Path) -> Result<(Checkpoint, Vec<Error>)> {
     }
 }
 
-/// The tokenizer that the run of a checkpoint, configured so, reads text with: its `tokenizer.json`
-/// lies beside the checkpoint's files, in the run's folder or where the tokens came from.
+/// Loads the tokenizer of a checkpoint's run with the data configuration `config`. Its `tokenizer.json` is next to
+/// the checkpoint's files, in the run's folder, or next to the source of the tokens.
 ///
 /// # Errors
-/// When it lies nowhere, or is another one than the run's.
+/// Returns an error when it is in none of these places, or is not the run's tokenizer.
 pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<Tokenizer> {
     if config.tokenizer == BYTES {
         return Ok(Tokenizer::bytes());
@@ -227,7 +227,7 @@ pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<To
     };
     let holds = |folder: &&Path| folder.join(TOKENIZER_FILE).exists();
     let Some(folder) = folders.find(holds) else {
-        let got = "none, nor one beside the checkpoint or the tokens".into();
+        let got = "no tokenizer.json there, or next to the checkpoint or the tokens".into();
         return Err(other(run.unwrap_or(checkpoint.path()), got));
     };
     let found = Tokenizer::of_folder(folder)?;
@@ -237,19 +237,19 @@ pub fn load_tokenizer(checkpoint: &Checkpoint, config: &DataConfig) -> Result<To
     }
 }
 
-/// The model of a checkpoint, and what its run was told.
+/// Loads the model of a checkpoint, and the state of its run.
 ///
 /// # Errors
-/// When a file is damaged, the tensors are of another model, or a weight is not finite.
+/// Returns an error when a file is damaged, the tensors are of another model, or a weight is not finite.
 pub fn load_model(checkpoint: &Checkpoint) -> Result<(Model, TrainerState)> {
     load_model_with(checkpoint, |_| ())
 }
 
-/// The same with its configuration changed in what a checkpoint does not fix: the device, or how
-/// the router evaluates.
+/// Loads the model of a checkpoint with changes to its configuration that the checkpoint permits: the device, or the
+/// router's settings for evaluation.
 ///
 /// # Errors
-/// As [`load_model`].
+/// The same errors as [`load_model`].
 pub fn load_model_with(
     checkpoint: &Checkpoint,
     change: impl FnOnce(&mut Config),
@@ -257,10 +257,10 @@ pub fn load_model_with(
     load_model_on(checkpoint, change, Box::new(SingleRank))
 }
 
-/// The same as one of several ranks.
+/// Loads the model of a checkpoint as one of several ranks.
 ///
 /// # Errors
-/// As [`load_model`].
+/// The same errors as [`load_model`].
 pub fn load_model_on(
     checkpoint: &Checkpoint,
     change: impl FnOnce(&mut Config),
@@ -290,8 +290,8 @@ pub fn load_model_on(
     Ok((model, state))
 }
 
-/// Names relative sources that do not exist in the current folder as they are found from the folders above `checkpoint`: the run
-/// may have been started in one of those.
+/// Replaces relative data sources that do not exist in the current folder by the paths at which they are found
+/// relative to a folder above `checkpoint`: the run may have been started in one of those folders.
 fn find_sources(data: &mut DataConfig, checkpoint: &Path) {
     let Ok(checkpoint) = std::path::absolute(checkpoint) else {
         return;
@@ -349,10 +349,10 @@ fn finite(name: &str, tensor: &Tensor) -> Result<()> {
     })
 }
 
-/// Gives `executor` the optimizer of a checkpoint.
+/// Restores the optimizer of a checkpoint in `executor`.
 ///
 /// # Errors
-/// As [`load_model`].
+/// The same errors as [`load_model`].
 pub fn load_trainer(
     checkpoint: &Checkpoint,
     state: &TrainerState,

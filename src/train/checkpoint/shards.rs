@@ -1,14 +1,15 @@
-//! Arrays in one file, or in several beside an index, as Hugging Face's libraries write and read them: `model.safetensors`,
-//! or `model-00001-of-00003.safetensors` and so on with `model.safetensors.index.json`, which says where each array is.
+//! Division of arrays into one file, or several files with an index, in the layout of Hugging Face's libraries:
+//! `model.safetensors`, or `model-00001-of-00003.safetensors` and so on with `model.safetensors.index.json`, which
+//! names the file of each array.
 
 use super::Array;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
-/// Bytes of arrays that one file holds, unless a single array is larger.
+/// Upper bound of the bytes of arrays in one file, unless a single array is larger.
 pub const SHARD_BYTES: u64 = 5_000_000_000;
 
-/// What an index file says.
+/// The content of an index file.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub struct Index {
     pub metadata: Total,
@@ -22,16 +23,16 @@ pub struct Total {
     pub total_size: u64,
 }
 
-/// The files for some arrays.
+/// The division of arrays into files.
 pub struct Shards<'a, 'b> {
     /// Name and arrays of each file.
     pub files: Vec<(String, Vec<&'a Array<'b>>)>,
-    /// Name and content of the index, where there are several files.
+    /// Name and content of the index, if there are several files.
     pub index: Option<(String, Index)>,
 }
 
 impl<'a, 'b> Shards<'a, 'b> {
-    /// Arrays in their order, in files of up to `limit` bytes, whose names begin with `stem`.
+    /// Divides arrays, in their order, into files of up to `limit` bytes whose names begin with `stem`.
     pub fn new(stem: &str, arrays: &'a [Array<'b>], limit: u64) -> Self {
         let mut groups: Vec<Vec<&Array>> = vec![Vec::new()];
         let (mut total, mut size) = (0, 0);
@@ -70,12 +71,12 @@ impl<'a, 'b> Shards<'a, 'b> {
     }
 }
 
-/// The name of the only file.
+/// Returns the file name if there is only one file.
 pub fn single(stem: &str) -> String {
     format!("{stem}.safetensors")
 }
 
-/// The name of the index of several.
+/// Returns the name of the index of several files.
 pub fn index(stem: &str) -> String {
     format!("{stem}.safetensors.index.json")
 }

@@ -1,4 +1,4 @@
-//! What checkpoints promise, short of killing the process (see `tests/`).
+//! Tests of the guarantees of checkpoints, except those that kill the process (see `tests/`).
 
 use super::*;
 use crate::tensor::Tensor;
@@ -53,7 +53,7 @@ fn what_was_saved_comes_back_bit_for_bit() {
 }
 
 #[test]
-fn only_the_newest_are_kept_and_leftovers_go() {
+fn only_the_newest_are_kept_and_files_of_interrupted_saves_are_removed() {
     let dir = tempfile::tempdir().unwrap();
     fs::create_dir(dir.path().join(".unfinished-step-3")).unwrap();
     fs::write(
@@ -99,7 +99,7 @@ fn the_newest_whole_checkpoint_wins_and_damaged_ones_are_named() {
         assert_eq!(damaged.len(), 1);
         let e = damaged[0].to_string();
         assert!(e.contains("step-2") && e.contains(file), "{e}");
-        // Training passes step 2 again: the damaged folder makes way.
+        // Training reaches step 2 again and replaces the damaged folder.
         save(dir.path(), &snapshot(2), 3, SHARD_BYTES).unwrap();
         assert_eq!(newest(dir.path()).unwrap().0.unwrap().step(), 2);
         assert_eq!(folders(dir.path()), ["step-1", "step-2"]);
@@ -123,7 +123,7 @@ fn a_whole_checkpoint_is_never_replaced() {
 }
 
 #[test]
-fn a_damaged_newer_checkpoint_does_not_cost_the_one_just_saved() {
+fn a_damaged_newer_checkpoint_does_not_remove_the_one_just_saved() {
     let dir = tempfile::tempdir().unwrap();
     save(dir.path(), &snapshot(10), 1, SHARD_BYTES).unwrap();
     fs::remove_file(dir.path().join("step-10").join("model.safetensors")).unwrap();
@@ -207,7 +207,7 @@ fn a_manifest_without_a_digest_of_its_own_is_read_as_before() {
 }
 
 #[test]
-fn another_number_in_the_manifest_is_noticed() {
+fn a_changed_number_in_the_manifest_is_detected() {
     let dir = tempfile::tempdir().unwrap();
     let path = save(dir.path(), &snapshot(3), 1, SHARD_BYTES)
         .unwrap()
@@ -220,14 +220,14 @@ fn another_number_in_the_manifest_is_noticed() {
     }
 }
 
-/// Files of the sharded [`snapshot`]: an array each.
+/// Files of the sharded [`snapshot`]: one array per file.
 const SHARDS: [&str; 2] = [
     "model-00001-of-00002.safetensors",
     "model-00002-of-00002.safetensors",
 ];
 
 #[test]
-fn a_sharded_checkpoint_holds_what_a_whole_one_does() {
+fn a_sharded_checkpoint_has_the_same_content_as_one_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = save(dir.path(), &snapshot(7), 2, 10).unwrap();
     assert_eq!(
@@ -243,7 +243,7 @@ fn a_sharded_checkpoint_holds_what_a_whole_one_does() {
         ]
     );
     let checkpoint = newest(dir.path()).unwrap().0.unwrap();
-    // In any order.
+    // Arrays can be taken in any order.
     let mut model = checkpoint.model().unwrap();
     let ids = model.take("ids", DType::I32, [2]).unwrap();
     assert_eq!(ids.slice::<i32>(), [7, -1]);
@@ -263,7 +263,7 @@ fn a_sharded_checkpoint_holds_what_a_whole_one_does() {
 }
 
 #[test]
-fn a_shard_that_is_gone_or_another_ones_is_refused() {
+fn a_missing_or_foreign_shard_is_refused() {
     let index = "model.safetensors.index.json";
     for (what, named) in [
         ("gone", SHARDS[1]),
@@ -296,7 +296,7 @@ fn a_shard_that_is_gone_or_another_ones_is_refused() {
         assert_eq!(found.unwrap().step(), 1, "{what}");
         let e = damaged[0].to_string();
         assert!(e.contains(named), "{what}: {e}");
-        // Without the search for the newest whole one, whoever reads notices too.
+        // Reading also detects the damage if the checkpoint is opened directly.
         let read = |checkpoint: Checkpoint| -> Result<()> {
             let mut model = checkpoint.model()?;
             model.take("norm.weight", DType::F32, [2, 3])?;

@@ -1,4 +1,4 @@
-//! Checkpoints of a run, and the time for which training waits for them.
+//! Checkpoints of a run, and the time that training waits for them.
 
 use crate::config::Config;
 use crate::dist::{doing, doing_alone};
@@ -13,8 +13,8 @@ use crate::train::{
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Saves checkpoints at the interval of the configuration, after the last step, and when the run is stopped. Of several ranks
-/// rank 0 writes.
+/// Saves checkpoints at the interval of the configuration, after the last step, and when the run is stopped. With
+/// several ranks, rank 0 writes.
 pub struct Checkpoints {
     folder: PathBuf,
     saving: Option<Saving>,
@@ -22,7 +22,7 @@ pub struct Checkpoints {
 }
 
 impl Checkpoints {
-    /// In this run's folder.
+    /// Creates the hook for this run's folder.
     pub fn new(folder: impl Into<PathBuf>) -> Self {
         Checkpoints {
             folder: folder.into(),
@@ -31,7 +31,7 @@ impl Checkpoints {
         }
     }
 
-    /// Saves in the background, or, where it is the `last` save, before it returns.
+    /// Saves in the background. The `last` save has ended when this function returns.
     fn save(&mut self, trainer: &Trainer, last: bool) -> Result<()> {
         let step = trainer.steps_done();
         doing(format!("the checkpoint after step {step}"));
@@ -40,7 +40,7 @@ impl Checkpoints {
         let (Some(saving), Some(snapshot)) = (&mut self.saving, snapshot) else {
             return Ok(());
         };
-        // A copy that does not fit, and the last save, are written before this returns.
+        // The last save, and a save whose copy does not fit in memory, are written before this returns.
         doing_alone(format!("the checkpoint after step {step}"));
         if last {
             let summary = saving.last(&snapshot)?;
@@ -100,18 +100,18 @@ impl Hook for Checkpoints {
 struct Saving {
     saver: Saver,
     begun: Instant,
-    /// Seconds for which training stood still so far.
+    /// Seconds that training has paused so far.
     blocked: f64,
-    /// Whether it was noted that a copy does not fit.
+    /// Whether the user was told that a copy does not fit.
     noted: bool,
 }
 
 impl Saving {
-    /// Into the run's folder, the `keep` newest.
+    /// Saves to the run's folder `out`, and keeps the `keep` newest checkpoints.
     fn new(out: &Path, keep: usize) -> Self {
         let place = Place {
             folder: out.join(CHECKPOINTS),
-            // A resumed run goes on in both behind its checkpoint.
+            // A resumed run continues both files after the step of its checkpoint.
             logs: [METRICS_FILE, EVENTS_FILE].map(|f| out.join(f)).into(),
             keep,
             shard_bytes: SHARD_BYTES,
@@ -124,25 +124,25 @@ impl Saving {
         }
     }
 
-    /// Saves while training goes on, if there is the memory for it.
+    /// Saves while training continues, if there is enough memory.
     ///
     /// # Errors
-    /// Those of [`Saver::save`].
+    /// The errors of [`Saver::save`].
     fn save(&mut self, snapshot: &Snapshot) -> Result<()> {
         self.saver.save(snapshot, available_memory)
     }
 
-    /// The saves that have ended since the last call, and a note for the user.
+    /// Returns the saves that have ended since the last call, and a note for the user.
     ///
     /// # Errors
-    /// When one failed in the background.
+    /// Returns an error when a save failed in the background.
     fn ended(&mut self) -> Result<(Vec<Saved>, Option<String>)> {
         let ended = self.saver.ended()?;
         self.blocked += ended.iter().map(|s| s.blocked_seconds).sum::<f64>();
         let waited = ended.iter().find(|s| !s.background && !self.noted);
         let note = waited.map(|s| {
             format!(
-                "step {}: training waits while a checkpoint is written, {:.1} s: a copy of {} does not fit into the free memory",
+                "step {}: training waits while a checkpoint is written, {:.1} s: a copy of {} does not fit in the free memory",
                 s.step,
                 s.blocked_seconds,
                 size(s.bytes),
@@ -152,16 +152,16 @@ impl Saving {
         Ok((ended, note))
     }
 
-    /// Saves when training has ended; a summary of all saves.
+    /// Saves when training has ended, and returns a summary of all saves.
     ///
     /// # Errors
-    /// Those of [`Saver::save_now`].
+    /// The errors of [`Saver::save_now`].
     fn last(&mut self, snapshot: &Snapshot) -> Result<String> {
         let (trained, begun) = (self.begun.elapsed().as_secs_f64(), Instant::now());
         self.saver.save_now(snapshot)?;
         let waited = begun.elapsed().as_secs_f64();
         let mut ended = self.saver.ended()?;
-        // What it waited for the save before, and its own writing, fell behind the end.
+        // The wait for the previous save and the write of this save happened after training ended.
         ended.retain(|s| s.background);
         self.blocked += ended.iter().map(|s| s.blocked_seconds).sum::<f64>();
         Ok(format!(

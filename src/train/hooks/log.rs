@@ -13,7 +13,7 @@ pub struct MetricsLog {
 }
 
 impl MetricsLog {
-    /// In this folder, which exists when training starts.
+    /// Creates the hook for this folder, which must exist when training starts.
     pub fn new(folder: impl Into<PathBuf>) -> Self {
         MetricsLog {
             folder: folder.into(),
@@ -41,7 +41,7 @@ pub struct TensorBoard {
 }
 
 impl TensorBoard {
-    /// In this folder, which exists when training starts.
+    /// Creates the hook for this folder, which must exist when training starts.
     pub fn new(folder: impl Into<PathBuf>) -> Self {
         TensorBoard {
             folder: folder.into(),

@@ -1,4 +1,4 @@
-//! Figures of the run's log.
+//! Figures drawn from the run's log.
 
 use super::super::{Hook, METRICS_FILE, Outcome, StepReport, Trainer};
 use crate::data::tokenizer::loss_unit;
@@ -13,7 +13,7 @@ pub struct Plots {
 }
 
 impl Plots {
-    /// Of this run's folder.
+    /// Creates the hook for this run's folder.
     pub fn new(folder: impl Into<PathBuf>) -> Self {
         Plots {
             folder: folder.into(),

@@ -5,16 +5,16 @@ use crate::report::metrics::Record;
 use crate::train::{Hook, Trainer};
 use std::time::{Duration, Instant};
 
-/// Time between two lines where there is no terminal.
+/// Time between two lines if there is no terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Shows loss, speed and time left: on a bar where there is a terminal, else in a line every ten seconds.
+/// Shows loss, speed and remaining time: on a progress bar if there is a terminal, else on a line every ten seconds.
 #[derive(Default)]
 pub struct Progress {
-    /// When training started, and the steps done before.
+    /// The time at which training started, and the number of steps done before.
     started: Option<(Instant, u64)>,
     last_line: Option<Instant>,
-    /// Of the last evaluation.
+    /// Validation loss of the last evaluation.
     validation: Option<f64>,
 }
 
@@ -57,7 +57,7 @@ impl Hook for Progress {
     }
 }
 
-/// The greatest load of an expert in any layer, relative to a balanced one.
+/// Returns the greatest load of an expert in any layer, relative to a balanced load.
 pub(crate) fn busiest(load: &[Vec<u64>]) -> f64 {
     load.iter()
         .map(|counts| {
@@ -67,7 +67,7 @@ pub(crate) fn busiest(load: &[Vec<u64>]) -> f64 {
         .fold(0.0, f64::max)
 }
 
-/// Seconds as 4:05 or 1:02:03.
+/// Formats seconds as 4:05 or 1:02:03.
 fn clock(seconds: f64) -> String {
     let s = seconds.round() as u64;
     match s / 3600 {

@@ -1,4 +1,4 @@
-//! Where the time of a step goes on a GPU, and what its kernels move and compute on the simulator.
+//! The timeline of a step: kernel times on a GPU, or the bytes and operations of the kernels on the simulator.
 
 use crate::config::Config;
 use crate::device::{Device, timeline};
@@ -12,13 +12,14 @@ use serde::Serialize;
 use std::fmt::Display;
 use std::path::PathBuf;
 
-/// Records a timeline of the last step's kernels, on the simulator their bytes and operations, and writes it to `timeline.json`.
+/// Records a timeline of the last step's kernels (on the simulator, their bytes and operations) and writes it to
+/// `timeline.json`.
 pub struct KernelTimeline {
     folder: PathBuf,
 }
 
 impl KernelTimeline {
-    /// In this run's folder.
+    /// Creates the hook for this run's folder.
     pub fn new(folder: impl Into<PathBuf>) -> Self {
         KernelTimeline {
             folder: folder.into(),
@@ -36,7 +37,7 @@ impl KernelTimeline {
 }
 
 impl Hook for KernelTimeline {
-    /// The last step is launched alone.
+    /// The last step must not overlap with another step.
     fn needs_model(&self, config: &Config, step: u64) -> bool {
         step + 1 >= config.train.steps
     }
@@ -53,7 +54,7 @@ impl Hook for KernelTimeline {
     }
 
     fn measure(&mut self, trainer: &Trainer, record: &mut Record) -> Result<()> {
-        // It waits for the GPU, so only after the recorded step.
+        // This waits for the GPU, so it is done only after the recorded step.
         if record.step != trainer.config().train.steps {
             return Ok(());
         }

@@ -1,6 +1,6 @@
-//! The end of an optimizer step on a device with kernels (`kernels/adamw.cu`, `kernels/step.cu`): the gradient's norm, the
-//! decision whether the step is accepted, the update of all parameters, and what the step changed beside them. The host
-//! launches all of it without waiting and reads the outcome when it is over.
+//! The end of an optimizer step on a device with kernels (`kernels/adamw.cu`, `kernels/step.cu`): the gradient's
+//! norm, the decision whether the step is accepted, the update of all parameters, and the commit of the router state.
+//! The host launches all of this without waiting, and reads the outcome when the step has finished.
 
 use super::{AdamW, Shards, device_shards};
 use crate::device::Device;
@@ -28,25 +28,26 @@ use std::ptr::{null, null_mut};
 pub use crate::kernels::bindings::routegrad_step_outcome as Outcome;
 pub use crate::kernels::bindings::routegrad_step_settings as Settings;
 
-/// What an optimizer step needs in device memory, from the first step to the last.
+/// The data of an optimizer step in device memory, which is kept between steps.
 pub struct DeviceStep {
     device: Device,
     parameters: Table<routegrad_parameter>,
-    /// The parameter of each block of this rank's, `[blocks]`, and a sum of squares of each: as many as a rank has at most,
-    /// the last ones 0.
+    /// The parameter of each block of this rank, `[blocks]`, and the sum of squares of each block. There are as many
+    /// sums as the largest share of a rank has blocks; unused sums are 0.
     block_parameter: Tensor,
     parts: Tensor,
-    /// Where there are several.
+    /// The ranks, if there are several.
     ranks: Option<DeviceRanks>,
-    /// Whether this rank, and how many ranks of the step, were asked to stop, `[1]` f64 each.
+    /// Whether this rank was requested to stop, and the number of ranks that were, `[1]` f64 each.
     stop: Tensor,
     stops: Tensor,
     asked: bool,
-    /// Whether a report since the last question said that a rank was.
+    /// Whether a report since the last call of [`ask_to_stop`](Self::ask_to_stop) contained a stop request of any
+    /// rank.
     stop_read: bool,
     settings: Table<routegrad_step_settings>,
     outcome: Tensor,
-    /// The updates that the outcome counts, as far as the host knows.
+    /// The number of updates in the outcome, as last known to the host.
     updates: u64,
     /// Cross-entropy, auxiliary and z-loss of the step, `[3]` f64.
     losses: Tensor,
@@ -54,7 +55,8 @@ pub struct DeviceStep {
 }
 
 impl DeviceStep {
-    /// For this rank's share of the parameters, which those of `ranks` divide if there are several.
+    /// Creates the data for this rank's share of the parameters. If there are several `ranks`, the parameters are
+    /// divided among them.
     pub fn new(
         device: Device,
         parameters: &[Parameter],
@@ -87,10 +89,11 @@ impl DeviceStep {
         }
     }
 
-    /// Adds `share` times the losses of a micro-batch, the first of the step or a further one.
+    /// Adds the losses of a micro-batch, multiplied by `share`, to those of the step. `first` says whether it is the
+    /// first micro-batch of the step.
     ///
     /// # Errors
-    /// When a kernel fails.
+    /// Returns an error when a kernel fails.
     pub fn add_losses(&mut self, losses: &Losses, share: f64, first: bool) -> Result<()> {
         fn term(loss: &Option<Var>) -> Result<Option<In<'_, f32>>> {
             loss.as_ref().map(|l| l.tensor().input()).transpose()
@@ -106,17 +109,17 @@ impl DeviceStep {
         kernel.launch(&Stream::of(self.device)?)
     }
 
-    /// Makes the losses those of all `ranks`, and counts those that were asked to stop.
+    /// Sums the losses over all `ranks`, and counts the ranks that were requested to stop.
     ///
     /// # Errors
-    /// When a rank has left, or a kernel fails.
+    /// Returns an error when a rank has left, or a kernel fails.
     pub fn sum_over_ranks(&mut self, ranks: &DeviceRanks) -> Result<()> {
         over_ranks::sum(ranks, &mut self.losses)?;
         over_ranks::sum_to(ranks, &mut self.stops, &self.stop, 0..1)
     }
 
-    /// Lets steps tell the other ranks whether this one was `asked` to stop; whether a report since the last call said that any
-    /// was.
+    /// Makes the following steps inform the other ranks whether this rank was `asked` to stop. Returns whether a
+    /// report since the last call contained a stop request of any rank.
     pub fn ask_to_stop(&mut self, asked: bool) -> bool {
         let flag = if asked { 1.0 } else { 0.0 };
         if self.asked != asked {
@@ -126,20 +129,20 @@ impl DeviceStep {
         std::mem::take(&mut self.stop_read)
     }
 
-    /// Reads how many ranks were asked to stop, from a copy of a step's results.
+    /// Reads the number of ranks that were requested to stop from a copy of a step's results.
     ///
     /// # Errors
-    /// When it is none.
+    /// Returns an error when `stops` does not hold one number.
     pub fn read_stop(&mut self, stops: &Tensor) -> Result<()> {
         self.stop_read |= stops.item()? > 0.0;
         Ok(())
     }
 
-    /// Copies to the device what [`update`](Self::update) will need, as far as it is known before the step. Answers whether
-    /// a parameter, moment or gradient lies elsewhere than in the last step.
+    /// Copies to the device the inputs of [`update`](Self::update) that are known before the step. Returns whether
+    /// the address of a parameter, moment or gradient has changed since the last step.
     ///
     /// # Errors
-    /// When a gradient is not f32.
+    /// Returns an error when a gradient is not f32.
     pub fn prepare(
         &mut self,
         optimizer: &mut AdamW,
@@ -148,7 +151,7 @@ impl DeviceStep {
         settings: Settings,
     ) -> Result<bool> {
         if self.updates != optimizer.steps {
-            // Training goes on from a checkpoint.
+            // Training resumes from a checkpoint.
             let outcome = Outcome {
                 updates: optimizer.steps,
                 ..Default::default()
@@ -158,7 +161,7 @@ impl DeviceStep {
                 .copy_from_slice(bytes_of(&[outcome]));
         }
         self.settings.set(&[settings]);
-        // What the host has read goes to the kernels again.
+        // Tensors that the host has read are copied back for the kernels.
         for kept in [
             &mut self.outcome,
             &mut self.losses,
@@ -171,7 +174,8 @@ impl DeviceStep {
         Ok(self.parameters.set(&rows))
     }
 
-    /// The same of the layers' states, for [`commit`](Self::commit).
+    /// Copies the addresses of the layers' states, for [`commit`](Self::commit). Returns whether an address has
+    /// changed since the last step.
     pub fn prepare_states(&mut self, states: &mut [LayerState]) -> bool {
         self.states.set(&state_rows(states))
     }
@@ -179,7 +183,7 @@ impl DeviceStep {
     /// Decides on the step that was [prepared](Self::prepare), and updates the parameters if it is accepted.
     ///
     /// # Errors
-    /// When a gradient is not f32, or a kernel fails.
+    /// Returns an error when a gradient is not f32, or a kernel fails.
     pub fn update(
         &mut self,
         optimizer: &mut AdamW,
@@ -192,7 +196,7 @@ impl DeviceStep {
             .set(&rows(optimizer, parameters, gradients)?);
         let flags = flags.map(RefCell::borrow);
         let blocks = self.block_parameter.elements();
-        // Of a small model a rank may have none.
+        // In a small model, a rank may have no blocks.
         if blocks > 0 {
             let sums = SquareSums {
                 parts: self.parts.output()?,
@@ -235,10 +239,10 @@ impl DeviceStep {
         }
     }
 
-    /// Commits what the layers' states hold pending, or forgets it where the step was refused.
+    /// Commits the pending state of the layers, or discards it if the step was not accepted.
     ///
     /// # Errors
-    /// When a kernel fails.
+    /// Returns an error when a kernel fails.
     pub fn commit(&mut self, states: &mut [LayerState]) -> Result<()> {
         let rows = state_rows(states);
         let Some(most) = rows.iter().map(|row| row.words).max() else {
@@ -254,12 +258,13 @@ impl DeviceStep {
         kernel.launch(&Stream::of(self.device)?)
     }
 
-    /// What becomes of the step, in device memory: the outcome, and how many ranks were asked to stop.
+    /// Returns the results of the step in device memory: the outcome, and the number of ranks that were requested to
+    /// stop.
     pub fn results(&self) -> [&Tensor; 2] {
         [&self.outcome, &self.stops]
     }
 
-    /// What became of a step, from a copy of its outcome; tells the optimizer.
+    /// Reads the outcome of a step from a copy of it, and updates the optimizer's step count.
     pub fn outcome(&mut self, copy: &Tensor, optimizer: &mut AdamW) -> Outcome {
         let outcome: Outcome = row_of(copy.bytes());
         self.updates = outcome.updates;
@@ -268,9 +273,9 @@ impl DeviceStep {
     }
 }
 
-/// The table of the parameters with their moments and gradients. Of a rank's share the blocks are numbered as those of the
-/// whole parameter, and what the rank has of its share alone begins where that of the whole would, so that kernels see the same
-/// places.
+/// Builds the table of the parameters with their moments and gradients. The blocks of a rank's share have the same
+/// numbers as in the complete parameter. The address of a tensor that holds only the rank's share is shifted to where
+/// the complete tensor would begin, so that kernels can use the same offsets.
 fn rows(
     optimizer: &mut AdamW,
     parameters: &mut [Parameter],
@@ -315,7 +320,7 @@ fn rows(
     Ok(rows)
 }
 
-/// The table of the states, committed and pending.
+/// Builds the table of the committed and pending states.
 fn state_rows(states: &mut [LayerState]) -> Vec<routegrad_state> {
     let both = states.iter_mut().flat_map(LayerState::both);
     both.map(|(committed, pending)| routegrad_state {
@@ -326,7 +331,7 @@ fn state_rows(states: &mut [LayerState]) -> Vec<routegrad_state> {
     .collect()
 }
 
-/// Rows of plain numbers and addresses in device memory, copied there when they change.
+/// Rows of numbers and addresses in device memory, copied there when they change.
 struct Table<R> {
     tensor: Tensor,
     rows: Vec<R>,
@@ -340,7 +345,7 @@ impl<R: Row + Element> Table<R> {
         }
     }
 
-    /// Takes rows, and answers whether they are others than before.
+    /// Replaces the rows, and returns whether they differ from the previous rows.
     fn set(&mut self, rows: &[R]) -> bool {
         if bytes_of(&self.rows) == bytes_of(rows) {
             return false;

@@ -1,5 +1,6 @@
-//! The optimizer's shares in device memory (ZeRO-1): gradients are exchanged and added up in rank order, and the weights that
-//! each rank updated go to the others. Nothing here waits for the device, so that a captured step repeats it.
+//! The sharded optimizer in device memory (ZeRO-1): gradients are exchanged and added in rank order, and the weights
+//! that each rank updated are sent to the others. The host does not wait for the device, so this can be part of a
+//! captured step.
 
 use super::Shards;
 use crate::device::Span;
@@ -13,14 +14,14 @@ use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 use std::ops::Range;
 
-/// Numbers between two gradients of a received row, for whole vectors.
+/// Alignment, in elements, of the gradients in a received row, so that kernels can read complete vectors.
 const ALIGNED: usize = 32;
 
-/// Sums the gradients of this rank's numbers over the ranks, in rank order; the others stay as they are. This rank's own row is
-/// copied on the device: nothing is sent to itself.
+/// Sums the gradients of this rank's share over the ranks, in rank order. The other gradients do not change. A copy on the device moves
+/// this rank's own row: no rank sends data to itself.
 ///
 /// # Errors
-/// When a gradient is not f32, a kernel fails, or a rank has left.
+/// Returns an error when a gradient is not f32, a kernel fails, or a rank has left.
 pub fn reduce(
     ranks: &DeviceRanks,
     shards: &Shards,
@@ -36,7 +37,7 @@ pub fn reduce(
         let mut spans = Vec::with_capacity(bucket.len());
         for i in bucket.clone() {
             let value = &parameters[i].value;
-            // A rank without a gradient counts with zeros.
+            // A rank without a gradient contributes zeros.
             let zeros = || Tensor::zeros(value.device(), DType::F32, value.shape());
             let gradient = gradients.get_or(i, zeros);
             gradient.expect_dtype("sum over ranks", "gradient", DType::F32)?;
@@ -83,10 +84,10 @@ pub fn reduce(
     Ok(())
 }
 
-/// Gives every rank the weights that the others updated.
+/// Copies to every rank the weights that the other ranks updated.
 ///
 /// # Errors
-/// When a rank has left.
+/// Returns an error when a rank has left.
 pub fn gather_weights(
     ranks: &DeviceRanks,
     shards: &Shards,
@@ -111,7 +112,7 @@ pub fn gather_weights(
             let shared_out = parameters[i].value.lower_share().is_some();
             match parameters[i].value.places() {
                 Places::Whole(value) => add(value),
-                // Lower halves stay with their ranks, unless every rank has all.
+                // Lower halves are not exchanged, unless every rank keeps all of them.
                 Places::Split([upper, lower]) => {
                     add(upper);
                     if !shared_out {

@@ -1,11 +1,11 @@
 //! AdamW with decoupled weight decay, and the norm of the gradient.
 //!
 //! With gradient g, step t from 1: `m ← β₁ m + (1 − β₁) g`, `v ← β₂ v + (1 − β₂) g²`,
-//! `w ← w (1 − η λ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)` (Loshchilov and Hutter, 1711.05101).
-//! λ applies to matrices alone, not to norms, biases and the embedding. Moments have the weights' precision, or are bf16
-//! rounded stochastically (`rounding`).
+//! `w ← w (1 − η λ) − η (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)` (Loshchilov and Hutter, 1711.05101). λ applies only
+//! to matrices, not to norms, biases and the embedding. Moments have the weights' precision, or are bf16 rounded
+//! stochastically (`rounding`).
 //!
-//! On a device with kernels [`DeviceStep`] does both there.
+//! On a device with kernels, [`DeviceStep`] does both in device memory.
 
 mod device;
 mod device_shards;
@@ -26,7 +26,7 @@ use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
 use rayon::prelude::*;
 
-/// Numbers that one thread works on at a time.
+/// Number of elements that one thread processes at a time.
 const BLOCK: usize = 1 << 14;
 
 /// The optimizer and its moments.
@@ -40,7 +40,7 @@ pub struct AdamW {
     shards: Shards,
 }
 
-/// First and second moment of one parameter's gradient; with several shards those of this rank's numbers.
+/// First and second moment of one parameter's gradient; with several shards, only for this rank's share.
 pub struct Moments {
     /// m, the moving average of the gradient.
     pub first: Tensor,
@@ -48,7 +48,7 @@ pub struct Moments {
     pub second: Tensor,
 }
 
-/// The scalars of one update, the same for every number.
+/// The scalars of one update, the same for all elements.
 #[derive(Clone, Copy)]
 struct Coefficients {
     beta1: f64,
@@ -60,17 +60,17 @@ struct Coefficients {
     eps: f64,
     /// 1 − η λ, or 1.
     keep: f64,
-    /// Factor of the gradient: clipping.
+    /// Factor of the gradient, for clipping.
     gradient: f64,
 }
 
 impl AdamW {
-    /// An optimizer that has made no step, its moments zero.
+    /// Creates an optimizer that has made no step; its moments are zero.
     pub fn new(config: &TrainConfig, parameters: &[Parameter]) -> Self {
         Self::sharded(config, parameters, Shards::new(parameters, 0, 1))
     }
 
-    /// The same of one rank's share of the parameters.
+    /// Creates an optimizer for one rank's share of the parameters.
     pub fn sharded(config: &TrainConfig, parameters: &[Parameter], shards: Shards) -> Self {
         let zeros = |i: usize, p: &Parameter| {
             let dtype = match config.bf16_moments {
@@ -97,17 +97,17 @@ impl AdamW {
         }
     }
 
-    /// Which numbers of each parameter this optimizer updates.
+    /// Returns the shares that define which elements of each parameter this optimizer updates.
     pub fn shards(&self) -> &Shards {
         &self.shards
     }
 
-    /// Updates made so far.
+    /// Returns the number of updates made so far.
     pub fn steps(&self) -> u64 {
         self.steps
     }
 
-    /// The moments, in the order of the parameters.
+    /// Returns the moments, in the order of the parameters.
     pub fn moments(&self) -> &[Moments] {
         &self.moments
     }
@@ -115,7 +115,7 @@ impl AdamW {
     /// Continues from a checkpoint.
     ///
     /// # Errors
-    /// When the moments do not fit the parameters.
+    /// Returns an error when the moments do not fit the parameters.
     pub fn restore(&mut self, steps: u64, moments: Vec<Moments>) -> Result<()> {
         assert_eq!(self.moments.len(), moments.len(), "two moments a parameter");
         for (own, new) in self.moments.iter_mut().zip(moments) {
@@ -129,7 +129,7 @@ impl AdamW {
         Ok(())
     }
 
-    /// What a step on a device needs of it.
+    /// Returns the settings of a step on a device with kernels.
     pub fn settings(&self, rate: f64, clip: f64) -> Settings {
         Settings {
             rate,
@@ -141,11 +141,11 @@ impl AdamW {
         }
     }
 
-    /// One update on the CPU at learning rate `rate`, the gradient multiplied by `scale` first. A
-    /// parameter without a gradient counts as one whose gradient is 0. With several shards only this rank's numbers change.
+    /// Makes one update on the CPU at learning rate `rate`. The gradient is first multiplied by `scale`. A parameter
+    /// without a gradient is treated as if its gradient were 0. With several shards, only this rank's share changes.
     ///
     /// # Errors
-    /// When a dtype is not real.
+    /// Returns an error when a dtype is not real.
     pub fn update(
         &mut self,
         parameters: &mut [Parameter],
@@ -176,7 +176,7 @@ impl AdamW {
                     "adamw",
                     "parameters of the CPU",
                     format!("`{}` in two halves", p.name),
-                    "a bug: a device with kernels updates its own",
+                    "this is a bug: the CPU optimizer cannot update parameters of a device with kernels",
                 ));
             };
             let zeros;
@@ -214,10 +214,10 @@ impl AdamW {
     }
 }
 
-/// √(Σ g²) over every gradient of the CPU, summed in f64 in a fixed order.
+/// Returns √(Σ g²) over all gradients on the CPU, summed in f64 in a fixed order.
 ///
 /// # Errors
-/// When a dtype is not real.
+/// Returns an error when a dtype is not real.
 pub fn gradient_norm(gradients: &Gradients, parameters: usize) -> Result<f64> {
     let mut squares = 0.0;
     for g in (0..parameters).filter_map(|i| gradients.get(i)) {
@@ -253,12 +253,12 @@ mod reference {
         });
     }
 
-    /// The blocks' sums, in their order.
+    /// Returns the sum of squares: the sums of the blocks, added in order.
     pub fn sum_of_squares<T: Real>(g: &[T]) -> f64 {
         partial_squares(g).into_iter().sum()
     }
 
-    /// Sixteen interleaved partial sums a block in `T`, blocks in f64.
+    /// Returns the sum of squares of each block in f64, computed from sixteen interleaved partial sums in `T`.
     pub fn partial_squares<T: Real>(g: &[T]) -> Vec<f64> {
         const LANES: usize = 16;
         g.par_chunks(BLOCK)

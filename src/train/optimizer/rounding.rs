@@ -1,5 +1,6 @@
-//! Stochastic rounding of the optimizer's moments to bf16 (as `kernels/adamw.cu` rounds): the bits of x plus a random number
-//! below 2^16, cut to the upper 16. What is stored is x on average, so that changes smaller than bf16's steps add up.
+//! Stochastic rounding of the optimizer's moments to bf16 (as `kernels/adamw.cu` rounds): a random number below 2^16
+//! is added to the bits of x, and the upper 16 bits are kept. The expected value of the result is x, so changes
+//! smaller than a bf16 step accumulate.
 
 use super::Moments;
 use crate::tensor::Tensor;
@@ -7,15 +8,15 @@ use crate::tensor::random::{Purpose, Stream};
 use half::bf16;
 use rayon::prelude::*;
 
-/// Numbers that share 256 draws: number n takes word (n / 256) % 4 of draw (n / 1024) 256 + n % 256, its lower half for the
-/// first moment and its upper half for the second.
+/// Number of elements that share 256 draws: element n uses word (n / 256) % 4 of draw (n / 1024) 256 + n % 256, its
+/// lower half for the first moment and its upper half for the second.
 const BLOCK: usize = 1024;
 
-/// Writes f32 moments of parameter number `parameter`, its numbers from `start` on, after update number `update` to bf16
-/// ones. `start` is a multiple of [`BLOCK`].
+/// Rounds f32 moments to bf16 moments after update number `update`. The moments are those of parameter number
+/// `parameter`, from element `start`, which must be a multiple of [`BLOCK`].
 ///
 /// # Panics
-/// When a dtype or a length is another.
+/// Panics when a dtype or a length does not fit.
 pub fn store(
     to: &mut Moments,
     [first, second]: [&Tensor; 2],
@@ -42,7 +43,8 @@ pub fn store(
         });
 }
 
-/// A finite x, rounded away from zero with the probability that `random`, of 0 to 2^16 − 1, gives its lower bits.
+/// Rounds a finite x with `random`, uniform in 0 to 2^16 − 1: away from zero with a probability proportional to its
+/// lower bits.
 fn rounded(x: f32, random: u32) -> bf16 {
     bf16::from_bits((x.to_bits().wrapping_add(random) >> 16) as u16)
 }
@@ -54,7 +56,7 @@ mod tests {
     use crate::tensor::dtype::DType;
 
     #[test]
-    fn what_is_stored_is_the_number_on_average_and_one_of_its_neighbours() {
+    fn rounding_returns_a_neighbour_and_is_exact_on_average() {
         let count = 100_000;
         // A third and two thirds between two neighbours, and a number that bf16 holds.
         for x in [1.0 + 1.0 / 384.0, -3.0 - 2.0 / 192.0, 0.5f32] {
@@ -69,7 +71,7 @@ mod tests {
             for tensor in [&moments.first, &moments.second] {
                 let found = tensor.to_f64().unwrap();
                 let mean = found.iter().sum::<f64>() / count as f64;
-                // Of so many draws the mean is within 5 of its standard deviations.
+                // The tolerance of the mean is 5 standard deviations for this number of draws.
                 let allowed = 5.0 * 0.5 * f64::from(ulp) / (count as f64).sqrt();
                 assert!((mean - f64::from(x)).abs() <= allowed, "{mean} for {x}");
                 let near = found

@@ -1,9 +1,9 @@
-//! The optimizer's share of each rank (ZeRO-1, Rajbhandari et al., 1910.02054): a consecutive slice of blocks of every
-//! parameter. A rank sums the gradients of its slices over all ranks, keeps their moments and updates their weights, which
-//! the others then receive.
+//! The share of the optimizer on each rank (ZeRO-1, Rajbhandari et al., 1910.02054): a slice of consecutive blocks of
+//! every parameter. A rank sums the gradients of its slices over all ranks, keeps their moments and updates their
+//! weights, and then sends these weights to the other ranks.
 //!
-//! Slices begin at multiples of [`BLOCK`], so that partial sums of the gradient's norm and the draws of stochastic rounding
-//! are those of an optimizer that is whole.
+//! Slices begin at multiples of [`BLOCK`], so that partial sums of the gradient's norm and the draws of stochastic
+//! rounding are the same as without sharding.
 
 use super::{BLOCK, reference};
 use crate::device::Memory;
@@ -18,24 +18,24 @@ use crate::with_real;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Bytes of parameters that move at a time.
+/// Bytes of parameters that are transferred at a time.
 const BUCKET: usize = 8 << 20;
 
-/// Which numbers of each parameter belong to which rank.
+/// The division of the elements of each parameter among the ranks.
 pub struct Shards {
     rank: usize,
     size: usize,
-    /// Whether ranks share the parameters out, be it one rank.
+    /// Whether the parameters are sharded, even if there is only one rank.
     shared_out: bool,
-    /// Numbers of each parameter.
+    /// Number of elements of each parameter.
     elements: Vec<usize>,
-    /// Consecutive parameters that move together.
+    /// Ranges of consecutive parameters that are transferred together.
     buckets: Vec<Range<usize>>,
     dtype: DType,
 }
 
 impl Shards {
-    /// The slices of rank `rank` of `size`.
+    /// Returns the slices of rank `rank` of `size` ranks.
     pub fn new(parameters: &[Parameter], rank: usize, size: usize) -> Self {
         let dtype = parameters.first().map_or(DType::F32, |p| p.value.dtype());
         let elements: Vec<usize> = parameters.iter().map(|p| p.value.elements()).collect();
@@ -57,12 +57,13 @@ impl Shards {
         }
     }
 
-    /// Consecutive parameters that move together.
+    /// Ranges of consecutive parameters that are transferred together.
     pub(super) fn buckets(&self) -> &[Range<usize>] {
         &self.buckets
     }
 
-    /// Blocks of `block` numbers of the longest share of a rank; `block` divides that of the slices.
+    /// Returns the number of blocks of `block` elements in the largest share of a rank; `block` must divide the block
+    /// size of the slices.
     pub(super) fn most_blocks(&self, block: usize) -> usize {
         let of_rank = |rank| {
             let blocks = (0..self.elements.len()).map(|i| self.of(i, rank).len().div_ceil(block));
@@ -71,7 +72,7 @@ impl Shards {
         (0..self.size).map(of_rank).max().unwrap_or(0)
     }
 
-    /// The same, of one rank too as of several.
+    /// Returns shares that use the sharded form even with one rank.
     pub fn shared_out(self) -> Self {
         Shards {
             shared_out: true,
@@ -79,12 +80,12 @@ impl Shards {
         }
     }
 
-    /// Whether the optimizer is not shared out.
+    /// Returns whether the optimizer is not sharded.
     pub fn is_whole(&self) -> bool {
         !self.shared_out
     }
 
-    /// The numbers of parameter `parameter` that belong to `rank`.
+    /// Returns the elements of parameter `parameter` that belong to `rank`.
     pub fn of(&self, parameter: usize, rank: usize) -> Range<usize> {
         let n = self.elements[parameter];
         let blocks = n.div_ceil(BLOCK);
@@ -92,15 +93,15 @@ impl Shards {
         start(rank)..start(rank + 1)
     }
 
-    /// Those that belong to this rank.
+    /// Returns the elements of parameter `parameter` that belong to this rank.
     pub fn own(&self, parameter: usize) -> Range<usize> {
         self.of(parameter, self.rank)
     }
 
-    /// A whole tensor's numbers of this rank.
+    /// Returns this rank's part of a complete tensor.
     ///
     /// # Errors
-    /// When the tensor is shorter.
+    /// Returns an error when the tensor is shorter.
     pub fn cut(&self, parameter: usize, whole: Tensor) -> Result<Tensor> {
         if self.is_whole() {
             return Ok(whole);
@@ -115,14 +116,14 @@ impl Shards {
                 "checkpoint",
                 format!("{} numbers", own.end),
                 got,
-                "report this as a bug",
+                "this is a bug: please report it",
             )
         })?;
         cut.bytes_mut().copy_from_slice(bytes);
         Ok(cut)
     }
 
-    /// Bytes of the longest share of a bucket, of numbers that take `width` bytes.
+    /// Returns the bytes of the largest share of a bucket, with `width` bytes per element.
     fn row(&self, bucket: &Range<usize>, width: usize) -> usize {
         let share = |rank| {
             bucket
@@ -134,10 +135,11 @@ impl Shards {
         (longest * width).next_multiple_of(8)
     }
 
-    /// Sums the gradients of this rank's numbers over the ranks, in f64 and in rank order; the others stay as they are.
+    /// Sums the gradients of this rank's share over the ranks, in f64 and in rank order. The other gradients do not
+    /// change.
     ///
     /// # Errors
-    /// When a dtype is not real, and those of [`Collective::exchange`].
+    /// Returns an error when a dtype is not real, and the errors of [`Collective::exchange`].
     pub fn reduce(
         &self,
         dist: &dyn Collective,
@@ -150,7 +152,7 @@ impl Shards {
             let new = || Memory::unspecified(row * self.size);
             let mut send = new();
             for i in bucket.clone() {
-                // A rank without a gradient counts with zeros.
+                // A rank without a gradient contributes zeros.
                 let value = &parameters[i].value;
                 gradients.get_or(i, || {
                     Tensor::zeros(value.device(), value.dtype(), value.shape())
@@ -184,10 +186,10 @@ impl Shards {
         Ok(())
     }
 
-    /// √(Σ g²) over all gradients, each rank's own numbers being summed already.
+    /// Returns √(Σ g²) over all gradients. The gradients of each rank's share must already be summed over the ranks.
     ///
     /// # Errors
-    /// When a dtype is not real, and those of [`Collective::all_gather`].
+    /// Returns an error when a dtype is not real, and the errors of [`Collective::all_gather`].
     pub fn norm(&self, dist: &dyn Collective, gradients: &Gradients) -> Result<f64> {
         let blocks = |i: usize, rank: usize| self.of(i, rank).len().div_ceil(BLOCK);
         let all = 0..self.elements.len();
@@ -209,7 +211,7 @@ impl Shards {
         let mut next: Vec<usize> = (0..self.size).map(|rank| rank * most).collect();
         let mut squares = 0.0;
         for i in all {
-            // The blocks of a parameter follow one another by rank.
+            // The blocks of a parameter are ordered by rank.
             let of_parameter = (0..self.size).flat_map(|rank| {
                 let first = next[rank];
                 next[rank] += blocks(i, rank);
@@ -220,10 +222,10 @@ impl Shards {
         Ok(squares.sqrt())
     }
 
-    /// Gives every rank the weights that the others updated.
+    /// Copies to every rank the weights that the other ranks updated.
     ///
     /// # Errors
-    /// When a parameter is not one of the CPU, and those of [`Collective::all_gather`].
+    /// Returns an error when a parameter is not on the CPU, and the errors of [`Collective::all_gather`].
     pub fn gather_weights(
         &self,
         dist: &dyn Collective,
@@ -233,7 +235,7 @@ impl Shards {
         for parameter in parameters {
             let Places::Whole(weight) = parameter.value.places() else {
                 let got = format!("`{}` in two halves", parameter.name);
-                let help = "a bug: a device with kernels updates its own";
+                let help = "this is a bug: the CPU optimizer cannot update parameters of a device with kernels";
                 return Err(Error::invalid("adamw", "parameters of the CPU", got, help));
             };
             whole.push(weight);
@@ -244,7 +246,7 @@ impl Shards {
         Ok(())
     }
 
-    /// Gives every rank all numbers of a bucket's tensors, of which each has its own.
+    /// Copies to every rank all elements of the tensors of a bucket, of which each rank has its share.
     fn spread(
         &self,
         dist: &dyn Collective,
@@ -274,11 +276,11 @@ impl Shards {
         Ok(())
     }
 
-    /// On rank 0 the whole of a tensor of which each rank has its `own` numbers; the others get none. One tensor at a
-    /// time is whole.
+    /// Returns on rank 0 the complete tensor of which each rank has the part `own`, and `None` on the other ranks.
+    /// Only one complete tensor exists at a time.
     ///
     /// # Errors
-    /// Those of [`Collective::all_gather`].
+    /// The errors of [`Collective::all_gather`].
     pub fn collect(&self, dist: &dyn Collective, i: usize, own: &Tensor) -> Result<Option<Tensor>> {
         let (dtype, n) = (own.dtype(), self.elements[i]);
         let width = dtype.size();
@@ -303,9 +305,9 @@ fn bytes_of(numbers: &Range<usize>, width: usize) -> Range<usize> {
     numbers.start * width..numbers.end * width
 }
 
-/// The sums of rows in f64, first row first, rounded once; row `own` lies in `total`.
+/// Adds rows in f64, in order, and rounds the sums once; row `own` is in `total`.
 fn add(dtype: DType, rows: &[&[u8]], own: usize, total: &mut [u8]) -> Result<()> {
-    /// Sums that lie on the stack.
+    /// Number of sums on the stack.
     const PART: usize = 256;
     with_real!(dtype, "sum over ranks", |T| {
         let rows: Vec<&[T]> = rows.iter().map(|row| bytemuck::cast_slice(row)).collect();

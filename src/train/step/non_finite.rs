@@ -1,11 +1,11 @@
-//! What was not finite in a step.
+//! Detection of values that are not finite in a step.
 
 use crate::error::Result;
 use crate::model::Model;
 use crate::train::optimizer::Outcome;
 use std::cmp::Ordering;
 
-/// What was not finite in a step on a device with kernels.
+/// Returns the name of the value that was not finite in a step on a device with kernels, if any.
 pub fn of_outcome(outcome: &Outcome) -> Option<String> {
     if outcome.accepted != 0 {
         return None;
@@ -22,8 +22,8 @@ fn logits_of(layer: usize, token: usize) -> String {
     format!("router logits of MoE layer {layer}, token {token}")
 }
 
-/// The first thing that is not finite on any rank: logits by layer and token, the loss, the
-/// gradient.
+/// Returns the name of the first value that is not finite on any rank: logits (with layer and token), the loss, or
+/// the gradient.
 pub fn first_of_ranks(model: &Model, loss: f64, norm: f64) -> Result<Option<String>> {
     let states = model.layer_states();
     let flagged = states

@@ -1,5 +1,5 @@
-//! Readback of a step's results from a device with kernels. The copies are enqueued behind the step's launches, and the next
-//! step may be launched before they are read.
+//! Readback of a step's results from a device with kernels. The copies are enqueued after the step's launches, and
+//! the next step may be launched before they are read.
 
 use crate::device::{self, Device, Sent};
 use crate::error::Result;
@@ -18,10 +18,10 @@ pub struct Readback {
 }
 
 impl Readback {
-    /// Begins to copy tensors of `device` as the launches so far leave them.
+    /// Starts to copy tensors of `device`, after the launches so far.
     ///
     /// # Errors
-    /// When the device failed.
+    /// Returns an error when the device failed.
     pub fn begin(device: Device, tensors: &[&Tensor]) -> Result<Self> {
         let range = |t: &&Tensor| (t.pointer::<u8>() as usize, t.elements() * t.dtype().size());
         let ranges: Vec<_> = tensors.iter().map(range).collect();
@@ -31,10 +31,10 @@ impl Readback {
         })
     }
 
-    /// Waits for the copies and gives the tensors on the CPU.
+    /// Waits for the copies and returns the tensors on the CPU.
     ///
     /// # Errors
-    /// When a launch before them failed.
+    /// Returns an error when a launch before them failed.
     pub fn wait(self) -> Result<Vec<Tensor>> {
         let bytes = self.sent.receive()?;
         let mut rest = &bytes[..];
@@ -50,10 +50,11 @@ impl Readback {
     }
 }
 
-/// Begins the readback of a step's results: its outcome, the statistics of its layers, the vectors that the router keeps.
+/// Starts the readback of a step's results: its outcome, the statistics of its layers, and the vectors of the
+/// router's state.
 ///
 /// # Errors
-/// When the device failed.
+/// Returns an error when the device failed.
 pub fn begin_readback(model: &Model, device: &DeviceStep) -> Result<Readback> {
     let (states, tally) = (model.layer_states(), model.device_tally());
     let stats = tally.as_ref().map(|tally| tally.stats().borrow());
@@ -63,16 +64,16 @@ pub fn begin_readback(model: &Model, device: &DeviceStep) -> Result<Readback> {
     Readback::begin(model.device(), &all)
 }
 
-/// The vectors that a router keeps, layer by layer.
+/// Returns the vectors of the router's state, layer by layer.
 pub fn vectors_of(states: &[LayerState]) -> impl Iterator<Item = (&'static str, &Tensor)> {
     let all = states.iter().flat_map(LayerState::tensors);
     all.filter(|(_, tensor)| tensor.shape().len() == 1)
 }
 
-/// Their numbers, by name and layer.
+/// Returns the values of the vectors, by name and layer.
 ///
 /// # Errors
-/// When a device failed.
+/// Returns an error when a device failed.
 pub fn by_name<'t>(
     vectors: impl Iterator<Item = (&'static str, &'t Tensor)>,
 ) -> Result<BTreeMap<&'static str, Vec<Vec<f64>>>> {

@@ -1,45 +1,48 @@
-//! Replaying a step on a device with kernels: once a step has copied nothing and asked for no memory, the next one is
-//! recorded as a graph, and those after it replay it.
+//! Replay of a step on a device with kernels: after a step that copied nothing and allocated no memory, the next step
+//! is recorded as a graph, and later steps replay the graph.
 //!
-//! A graph repeats addresses and numbers. What changes from step to step, tokens and the optimizer's settings, is written to
-//! the same places before; and a graph is used only while the tables of all parameters and states are as they were, the same
-//! memory is free, and micro-batches have the same shape. Otherwise the step runs as the first did.
+//! A graph uses the same addresses and numbers each time. Data that changes between steps, which are tokens and the
+//! optimizer's settings, is written to the same addresses before each replay. A graph is used only if the tables of
+//! all parameters and states have not changed, the same memory is free, and micro-batches have the same shape.
+//! Otherwise the step runs without a graph.
 
 use crate::device::graph::{self, Graph};
 use crate::device::{Device, counters, with_free_ranges};
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 
-/// Sequences and tokens of each micro-batch, and where they lie.
+/// Numbers of sequences and tokens of each micro-batch, and their addresses.
 pub type Shape = Vec<[usize; 5]>;
 
-/// The graph of a step, if there is one, and whether there may be one.
+/// The graph of a step, if there is one, and whether a step can be captured.
 #[derive(Default)]
 pub struct Replay {
-    /// Micro-batches of the last step that ran by itself, if it did nothing that a graph could not repeat.
+    /// Shape of the micro-batches of the last step without a graph, if that step did nothing that a graph cannot
+    /// repeat.
     steady: Option<Shape>,
     captured: Option<Captured>,
-    /// Why a step could not be captured, after which none is tried.
+    /// The error because of which a step could not be captured; no further capture is tried after it.
     error: Option<Error>,
 }
 
 struct Captured {
     graph: Graph,
     shape: Shape,
-    /// Free ranges of the device's memory: what the step takes for a while lies there.
+    /// Free ranges of the device's memory, in which the step allocates temporary blocks.
     free: BTreeMap<usize, usize>,
 }
 
 impl Replay {
-    /// Forgets the graph: an address in it is another's now.
+    /// Drops the graph, because an address in it is no longer valid.
     pub fn forget(&mut self) {
         self.captured = None;
     }
 
-    /// Replays the graph, if it is one of such micro-batches and the memory that it uses is free.
+    /// Replays the graph if it has micro-batches of this shape and the memory that it uses is free. Returns whether
+    /// it did.
     ///
     /// # Errors
-    /// Those of the launches.
+    /// The errors of the launches.
     pub fn run(&self, device: Device, shape: &Shape) -> Result<bool> {
         let Some(own) = self.captured.as_ref().filter(|own| own.shape == *shape) else {
             return Ok(false);
@@ -50,7 +53,7 @@ impl Replay {
         })
     }
 
-    /// What launches the next step, in words.
+    /// Returns a description of how the next step is launched.
     pub fn words(&self) -> &'static str {
         match self.captured {
             Some(_) => "its replayed graph",
@@ -58,15 +61,15 @@ impl Replay {
         }
     }
 
-    /// Whether a step of such micro-batches can be captured.
+    /// Returns whether a step with micro-batches of this shape can be captured.
     pub fn is_steady(&self, shape: &Shape) -> bool {
         self.steady.as_ref() == Some(shape)
     }
 
-    /// Runs a step of such micro-batches by itself, and sees what it does.
+    /// Runs a step with micro-batches of this shape without a graph, and records whether it can be captured.
     ///
     /// # Errors
-    /// Those of `step`.
+    /// The errors of `step`.
     pub fn watch<R>(&mut self, shape: Shape, step: impl FnOnce() -> Result<R>) -> Result<R> {
         let before = counters::now();
         let done = step()?;
@@ -77,8 +80,8 @@ impl Replay {
         Ok(done)
     }
 
-    /// Captures a step of such micro-batches. If it cannot be captured after all, that is not tried again; if the memory had to
-    /// grow for it, because others have what was free, the next step runs by itself.
+    /// Captures a step with micro-batches of this shape. If the capture fails, it is not tried again. If memory had
+    /// to grow during the capture, because previously free memory is in use, the next step runs without a graph.
     pub fn capture(&mut self, device: Device, shape: &Shape, step: impl FnOnce() -> Result<()>) {
         let free = with_free_ranges(device, BTreeMap::clone);
         let allocations = counters::now().allocations;
@@ -92,7 +95,7 @@ impl Replay {
         }
     }
 
-    /// Why a step could not be captured, if that happened.
+    /// Returns the error because of which a step could not be captured, if there was one.
     pub fn error(&self) -> Option<&Error> {
         self.error.as_ref()
     }

@@ -1,5 +1,5 @@
-//! What the ranks of a step share through their hosts: the shape of its micro-batches, and gradients where the optimizer is
-//! whole on every rank.
+//! Communication between the hosts of the ranks in a step: the shape of its micro-batches, and the gradients if the
+//! optimizer is not sharded.
 
 use crate::dist::Collective;
 use crate::error::{Error, Result};
@@ -8,18 +8,18 @@ use crate::model::batch::Sequences;
 use crate::tape::Gradients;
 use crate::tensor::Tensor;
 
-/// Micro-batches, fewest and most sequences of one.
+/// Returns the number of micro-batches, and the smallest and largest number of sequences of one.
 pub fn shape_of(micro_batches: &[Sequences]) -> [usize; 3] {
     let sequences = micro_batches.iter().map(|m| m.count);
     let (least, most) = (sequences.clone().min(), sequences.max());
     [micro_batches.len(), least.unwrap_or(0), most.unwrap_or(0)]
 }
 
-/// Refuses ranks whose micro-batches have not all the same shape, since their equal weight would not make the mean over the
-/// global batch.
+/// Checks that the micro-batches of all ranks have the same shape. Otherwise equal weights would not give the mean
+/// over the global batch.
 ///
 /// # Errors
-/// When there are some.
+/// Returns an error when shapes differ.
 pub fn equal_shares(dist: &dyn Collective, shape: [usize; 3]) -> Result<()> {
     let own = shape.map(|n| n as f64);
     let all = dist.gather(&own)?;
@@ -30,21 +30,21 @@ pub fn equal_shares(dist: &dyn Collective, shape: [usize; 3]) -> Result<()> {
         "step",
         "equally many micro-batches and sequences on every rank",
         format!("(micro-batches, fewest and most sequences) by rank: {all:?}"),
-        "give every rank its part of each micro-batch, as Collective::part does",
+        "pass to every rank its part of each micro-batch, see Collective::part",
     ))
 }
 
 /// Sums the gradients over the ranks.
 ///
 /// # Errors
-/// When a rank has left.
+/// Returns an error when a rank has left.
 pub fn sum_gradients(model: &Model, gradients: &mut Gradients) -> Result<()> {
     let dist = model.dist();
     if dist.size() == 1 {
         return Ok(());
     }
     for (i, parameter) in model.parameters.iter().enumerate() {
-        // A rank without a gradient counts with zeros.
+        // A rank without a gradient contributes zeros.
         gradients
             .get_or(i, || {
                 let value = &parameter.value;
