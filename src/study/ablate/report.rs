@@ -1,5 +1,5 @@
-//! The report of a grid: tables as CSV, figures as SVG, all of them as one page, and the table of
-//! the groups as Markdown.
+//! The report of a grid: tables as CSV, figures as SVG, all of them on one HTML page, and the table of the groups as
+//! Markdown.
 
 use super::configurations;
 use super::figures::{Line, Row, curves, final_losses};
@@ -12,15 +12,15 @@ use crate::report::files::publish;
 use crate::report::page::{Cell, Page, Section, Table, create, write_files};
 use std::path::Path;
 
-/// Everything that [`write`] needs.
+/// The input of [`write`].
 pub struct Report<'a> {
     pub grid: &'a Grid,
     pub plan: &'a Plan,
     pub summary: &'a Summary,
 }
 
-/// Writes `report.html`, `summary.md`, and a CSV and an SVG for each section that has one. The table
-/// of the groups, as in `summary.md`, comes back.
+/// Writes `report.html`, `summary.md`, and a CSV and an SVG for each section that has them. Returns the table of the
+/// groups, as in `summary.md`.
 ///
 /// # Errors
 /// When the folder cannot be written.
@@ -62,7 +62,7 @@ fn percent(share: Option<f64>) -> Cell {
     share.map(|s| 100.0 * s).into()
 }
 
-/// Whole tokens, none where they are not reached.
+/// A cell with a whole number of tokens; empty if they are not reached.
 fn tokens(x: Option<f64>) -> Cell {
     match x {
         Some(x) => Cell::Count(x.round() as u64),
@@ -85,7 +85,7 @@ impl Report<'_> {
         self.summary.groups.iter()
     }
 
-    /// A loss by name and unit, for an axis.
+    /// Returns the name of a loss with its unit, for an axis.
     fn loss(&self, name: &str) -> String {
         format!("{name}, {}", self.plan.loss_unit())
     }
@@ -94,7 +94,7 @@ impl Report<'_> {
         &self.summary.groups[group.baseline]
     }
 
-    /// How many runs there are, of what lengths, and which have not finished.
+    /// Returns the number of runs, their numbers of steps, and which runs have not finished.
     fn counts(&self) -> String {
         let runs = &self.summary.runs;
         let finished = runs.iter().filter(|r| r.state == State::Finished).count();
@@ -218,7 +218,7 @@ impl Report<'_> {
         Ok(Section {
             name: "final-loss",
             title: "Final validation loss",
-            shows: "Validation loss of the last step: a dot a run, a thick bar for the mean over seeds, a \
+            shows: "Validation loss after the last step: a dot for each run, a thick bar for the mean over seeds, a \
                     line of one standard deviation to either side, and a grey line at the baseline's mean. \
                     The gain is the baseline's loss less the group's, over pairs of runs of one seed; in \
                     percent of perplexity it is 1 − e^(−gain). The target is the baseline's final \
@@ -421,7 +421,7 @@ impl Report<'_> {
         Section {
             name: "runs",
             title: "Runs",
-            shows: "Every run by itself. The training loss is the mean of the last twentieth of the steps.",
+            shows: "Every run separately. The training loss is the mean of the last twentieth of the steps.",
             formula: "",
             notes: Vec::new(),
             table,
@@ -429,7 +429,7 @@ impl Report<'_> {
         }
     }
 
-    /// Last, since it alone differs between two equal grids.
+    /// This section is the last because it is the only one that differs between two equal grids.
     fn timing(&self) -> Section {
         let mut table = Table::new(&["run", "seconds", "tokens/s"]);
         for (run, s) in self.plan.runs.iter().zip(&self.summary.runs) {
@@ -463,7 +463,7 @@ fn three(p: &Point) -> (f64, f64, f64) {
     )
 }
 
-/// At most about 200 of the points, the last among them.
+/// Returns at most about 200 of the points, always including the last.
 fn thinned(points: &[Point]) -> impl Iterator<Item = &Point> {
     let step = points.len().div_ceil(200).max(1);
     let n = points.len();
