@@ -70,7 +70,9 @@ pub fn run(options: &Options) -> Result<Summary> {
     left_out.iter().for_each(|text| progress.note(text));
     if state.place.seen > 0 {
         let (shards, out) = (state.manifest.shards.len(), options.out.display());
-        progress.note(&format!("continuing after {shards} finished shards in {out}"));
+        progress.note(&format!(
+            "continuing after {shards} finished shards in {out}"
+        ));
     }
     let mut writer = Writer::new(options, state, &progress);
     let place = writer.place();
@@ -107,7 +109,12 @@ fn unfinished(out: &Path, state: &State) -> Result<Option<State>> {
     let text = fs::read(&state_file).map_err(|e| Error::io("read", &state_file, e))?;
     let found: State = serde_json::from_slice(&text).map_err(|e| {
         let help = "remove the folder and start again";
-        Error::file(&state_file, "the state of a preparation", e.to_string(), help)
+        Error::file(
+            &state_file,
+            "the state of a preparation",
+            e.to_string(),
+            help,
+        )
     })?;
     if found.plan == state.plan {
         return Ok(Some(found));

@@ -250,10 +250,7 @@ fn another_preparation_does_not_go_on_with_the_first() {
     assert!(line.contains("preparation has not finished"), "{line}");
     succeed(&mut inputs.prepare("in.parquet", "out"));
     let line = fail(&mut inputs.prepare("in.parquet", "out"));
-    assert!(
-        line.contains("a finished folder of tokens"),
-        "{line}"
-    );
+    assert!(line.contains("a finished folder of tokens"), "{line}");
 }
 
 #[test]

@@ -74,7 +74,11 @@ fn refuse_data_in_other_formats(folder: &Path) -> Result<()> {
     let expected = format!("files that end in {}", endings());
     let got = match files.len() {
         1 => format!("also {}", first.display()),
-        n => format!("{} and {} more files of other formats", first.display(), n - 1),
+        n => format!(
+            "{} and {} more files of other formats",
+            first.display(),
+            n - 1
+        ),
     };
     let help = "convert these files, or name each file to read";
     Err(Error::file(folder, expected, got, help))

@@ -244,7 +244,8 @@ impl<'a> Writer<'a> {
                 .note(&format!("warning: left out {which} of {file}: {what}"));
         }
         if self.told == TOLD {
-            self.progress.note("warning: further unreadable documents are only counted");
+            self.progress
+                .note("warning: further unreadable documents are only counted");
         }
         Ok(())
     }

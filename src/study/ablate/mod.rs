@@ -296,11 +296,18 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
     };
     let mut text = report::write(&report, out)?;
     for name in run::others(out, &plan.runs) {
-        let _ = writeln!(text, "\n{name} in {} is not part of this grid", out.display());
+        let _ = writeln!(
+            text,
+            "\n{name} in {} is not part of this grid",
+            out.display()
+        );
     }
     let _ = match finished {
         true => write!(text, "\nreport: {}", out.join("report.html").display()),
-        false => write!(text, "\nstopped and saved; run the same command again to continue"),
+        false => write!(
+            text,
+            "\nstopped and saved; run the same command again to continue"
+        ),
     };
     Ok(text)
 }

@@ -79,8 +79,14 @@ impl Tensors {
 
     fn add(&mut self, path: &Path) -> Result<()> {
         let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
-        let damaged =
-            |e: String| Error::file(path, "a complete safetensors file", e, "copy the file again");
+        let damaged = |e: String| {
+            Error::file(
+                path,
+                "a complete safetensors file",
+                e,
+                "copy the file again",
+            )
+        };
         let views = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
         for (name, view) in views.iter() {
             let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
