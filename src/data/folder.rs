@@ -382,7 +382,7 @@ impl Folder {
                 let mut entry: Entry = bytemuck::pod_read_unaligned(entry);
                 let whole = entry.end >= last && entry.source < self.manifest.sources.len() as u64;
                 if !whole {
-                    let expected = "documents one behind the other".to_string();
+                    let expected = "documents in increasing order".to_string();
                     return Err(changed(&path, expected, format!("{entry:?}")));
                 }
                 last = entry.end;

@@ -220,10 +220,10 @@ impl Report<'_> {
             title: "Final validation loss",
             shows: "Validation loss after the last step: a dot for each run, a thick bar for the mean over seeds, a \
                     line of one standard deviation to either side, and a grey line at the baseline's mean. \
-                    The gain is the baseline's loss less the group's, over pairs of runs of one seed; in \
+                    The gain is the baseline's loss minus the group's, over pairs of runs with the same seed; in \
                     percent of perplexity it is 1 − e^(−gain). The target is the baseline's final \
-                    perplexity unless one was chosen; tokens to it are read off the mean curve, on a \
-                    straight line between evaluations. Loads are those of the last tenth of the steps.",
+                    perplexity unless one was set; tokens to target are read from the mean curve by \
+                    linear interpolation between evaluations. Loads are those of the last tenth of the steps.",
             formula: "gain = mean over seeds of L_baseline − L; perplexity = e^L",
             notes,
             table: self.group_table(),
@@ -254,14 +254,14 @@ impl Report<'_> {
         let (title, shows, y) = match validation {
             true => (
                 "Validation loss",
-                "Loss of the evaluations, the mean over seeds and one standard deviation to either side: \
-                 the whole run, and its second half.",
+                "Validation loss: the mean over seeds and one standard deviation to either side, for the complete \
+                 run and for its second half.",
                 self.loss("validation loss"),
             ),
             false => (
                 "Training loss",
-                "Loss of the steps, the mean of each fiftieth of a run, then the mean over seeds and one \
-                 standard deviation: the whole run, and its second half.",
+                "Training loss, averaged over each fiftieth of a run: the mean over seeds and one standard \
+                 deviation to either side, for the complete run and for its second half.",
                 self.loss("training loss"),
             ),
         };
@@ -297,8 +297,8 @@ impl Report<'_> {
         Ok(Section {
             name: "gain",
             title: "Gain over the baseline",
-            shows: "The baseline's validation loss less the group's over training, the mean over pairs of \
-                    runs of one seed and one standard deviation: above 0 the group is ahead.",
+            shows: "The baseline's validation loss minus the group's during training: the mean over pairs of runs \
+                    with the same seed, and one standard deviation. Above 0, the group is better.",
             formula: "L_baseline − L",
             notes: Vec::new(),
             table,
@@ -341,11 +341,11 @@ impl Report<'_> {
         Section {
             name: "stability",
             title: "Stability",
-            shows: "Spikes of the training loss and of the gradient's norm. A step spikes when its value lies \
-                    at least seven standard deviations above the mean of the last W steps; steps in a row \
-                    are one spike. The score is the percentage of steps that spike, the mean over runs, as \
-                    OLMo 2 (2501.00656, section 3.2) defines it but for two changes: falls do not count, \
-                    and W is a tenth of the run, from 20 to 1,000 steps.",
+            shows: "Spikes of the training loss and of the gradient's norm. A step is a spike if its value is at least \
+                    seven standard deviations above the mean of the last W steps; consecutive steps are one spike. \
+                    The score is the percentage of such steps, averaged over runs, as in OLMo 2 (2501.00656, \
+                    section 3.2) with two changes: decreases do not count, and W is a tenth of the run, from 20 to \
+                    1,000 steps.",
             formula: "x_t − mean ≥ 7 σ, over x_(t−W) … x_(t−1), W = min(1000, max(20, ⌊N/10⌋))",
             notes: vec![format!("Threshold: {DEVIATIONS} standard deviations.")],
             table,
@@ -375,9 +375,9 @@ impl Report<'_> {
         Ok(Section {
             name: "load-balance",
             title: "Load balance",
-            shows: "Coefficient of variation of the rows that the experts of a MoE layer get, the mean over \
-                    the layers: 0 is an even load. The table takes the last tenth of the steps together, \
-                    the figure each fortieth of the run.",
+            shows: "Coefficient of variation of the numbers of rows per expert of an MoE layer, averaged over the \
+                    layers: 0 is an even load. The table is for the last tenth of the steps, the figure for each \
+                    fortieth of the run.",
             formula: "√(mean over i of (c_i − c̄)²) / c̄",
             notes: Vec::new(),
             table,
@@ -445,8 +445,8 @@ impl Report<'_> {
         Section {
             name: "timing",
             title: "Time",
-            shows: "Wall time of each run's steps, without evaluations and saving, and tokens over it. It \
-                    depends on what else the machine did: a comparison needs a bench.",
+            shows: "Wall time of each run's steps, without evaluations and saving, and tokens per second. The time \
+                    depends on other work on the machine: use `routegrad bench` for comparisons.",
             formula: "",
             notes: Vec::new(),
             table,

@@ -160,7 +160,7 @@ fn assumed_rate(target: Target, threads: usize) -> (f64, String) {
         Target::Gpu(chip) => (
             chip.peak * PEAK_SHARE,
             format!(
-                "half of its bf16 peak; no training step of an {} is on record",
+                "half of its bf16 peak; there is no record of a training step on an {}",
                 chip.name
             ),
         ),
@@ -329,7 +329,7 @@ impl Plan {
 
     fn verdict(&self) -> String {
         let Some(available) = self.available else {
-            return "  how much memory there is, the system does not say".into();
+            return "  the amount of available memory is not known".into();
         };
         let total = self.memory.total();
         if total <= available {
@@ -346,8 +346,8 @@ impl Plan {
         ];
         let found: Vec<String> = found.into_iter().flatten().collect();
         let help = match found.is_empty() {
-            true => "no micro-batch does: choose a smaller preset, or more --ranks".into(),
-            false => format!("what fits: {}", found.join(", or ")),
+            true => "no micro-batch fits: choose a smaller preset, or more --ranks".into(),
+            false => format!("possible settings: {}", found.join(", or ")),
         };
         format!(
             "  does not fit in {}: {} too much; {help}",

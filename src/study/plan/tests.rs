@@ -135,7 +135,9 @@ fn the_plan_has_the_numbers_of_the_method_and_reports_what_fits() {
     let found = plan(&wide, Target::gpu(), 1).unwrap();
     assert!(!found.fits());
     assert!(
-        found.table().contains("what fits: train.micro_batch="),
+        found
+            .table()
+            .contains("possible settings: train.micro_batch="),
         "{}",
         found.table()
     );

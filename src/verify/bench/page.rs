@@ -74,10 +74,10 @@ impl<'a> Report<'a> {
         if let Some(ceilings) = self.ceilings() {
             sections.push(Section {
                 name: "roofline",
-                title: "Kernels below the machine's roof",
-                shows: "Each point is a kernel at a shape. The roof is what the machine was measured to do.",
+                title: "Roofline",
+                shows: "Each point is a kernel with one shape. The lines are the measured peak rates of the machine.",
                 formula: "floor = max(FLOPs / product's rate, bytes / copy's rate)",
-                notes: vec![format!("The roof is that of {}.", ceilings.of)],
+                notes: vec![format!("The peak rates are those of {}.", ceilings.of)],
                 table: Table::default(),
                 figure: Some(figures::roofline(&self.view, &ceilings)?),
             });
@@ -102,7 +102,7 @@ impl<'a> Report<'a> {
         Section {
             name: "goals",
             title: "Goals",
-            shows: "Met where every shape of the goal was measured and reaches it; missed where one that was measured does not.",
+            shows: "A goal is met if every shape was measured and reaches it, and missed if a measured shape does not reach it.",
             formula: "",
             notes: Vec::new(),
             table,
@@ -133,12 +133,12 @@ impl<'a> Report<'a> {
         if table.rows.is_empty() {
             notes.push("No peer was measured.".into());
         } else if self.view.mixes_runs() {
-            notes.push("Not all of these were measured in one run: see the dates.".into());
+            notes.push("These cases were not all measured in one run: see the dates.".into());
         }
         Ok(Section {
             name: "ratios",
-            title: "Beside the peers",
-            shows: "Medians of interleaved runs of the same inputs; above 1 we are faster.",
+            title: "Comparison with peers",
+            shows: "Medians of interleaved runs with the same inputs; above 1, routegrad is faster.",
             formula: "",
             notes,
             table,
@@ -177,8 +177,10 @@ impl<'a> Report<'a> {
         }
         Section {
             name: "numbers",
-            title: "Every number",
-            shows: "FLOPs are those of the mathematics, bytes those that must move once. Spread is that of the middle half of the samples; repeat the slower pass over the faster.",
+            title: "All measurements",
+            shows: "FLOPs are those of the mathematical definition; bytes are those that must be moved at least once. \
+                    Spread is the interquartile range divided by the median; repeat is the time of the slower pass divided by that \
+                    of the faster.",
             formula: "",
             notes: Vec::new(),
             table,
@@ -210,13 +212,13 @@ impl<'a> Report<'a> {
             ]);
         }
         let notes = match table.rows.is_empty() {
-            true => vec!["Everything that was tried ran.".into()],
+            true => vec!["All cases that were tried ran.".into()],
             false => Vec::new(),
         };
         Section {
             name: "missing",
-            title: "What could not run",
-            shows: "A peer that is not listed here, nor above, was not tried.",
+            title: "Cases that could not run",
+            shows: "A peer that is listed neither here nor above was not tried.",
             formula: "",
             notes,
             table,
@@ -271,7 +273,7 @@ impl<'a> Report<'a> {
         Section {
             name: "machine",
             title: "The machine",
-            shows: "Clocks in MHz, temperature in °C, power in W, least and most of what nvidia-smi said before and after each case.",
+            shows: "Clocks in MHz, temperature in °C, power in W, smallest and largest value that nvidia-smi reported before and after each case.",
             formula: "",
             notes: Vec::new(),
             table,
