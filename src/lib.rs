@@ -6,7 +6,7 @@
 //! use routegrad::prelude::*;
 //!
 //! # fn main() -> Result<()> {
-//! // A small model on the embedded text, every step two sequences.
+//! // A small model on the embedded text; each step trains on two sequences.
 //! let config = routegrad::preset(
 //!     "tiny",
 //!     &[
@@ -25,21 +25,21 @@
 //!     println!("step {}: loss {:.3}", trainer.steps_done(), report.cross_entropy);
 //! }
 //!
-//! // The trained model, on validation text.
+//! // Evaluate the trained model on validation text.
 //! let report = validation_loss(&trainer.model, trainer.corpus(), 2, 2)?;
 //! assert!(report.loss.is_finite());
 //! # Ok(())
 //! # }
 //! ```
 //!
-//! A run with a folder, logs and checkpoints is [`Trainer::builder`] with
-//! [`run_folder`](train::Builder::run_folder) and the hooks of [`study::hooks`]. What happens beside the steps is a
-//! [`Hook`](train::Hook). A router of another crate is made known by [`routers::register`]; [`cli::main`] is then the whole
-//! program with it. `examples/own_router.rs` shows both.
+//! For a run with a folder, logs and checkpoints, use [`Trainer::builder`] with [`run_folder`](train::Builder::run_folder)
+//! and the hooks of [`study::hooks`]. To run your own code between steps, implement [`Hook`](train::Hook). To add a router
+//! from another crate, call [`routers::register`]; [`cli::main`] then runs the complete program with this router.
+//! `examples/own_router.rs` shows both.
 //!
 //! # Modules
 //!
-//! Modules stand in order: each imports only those above it.
+//! The modules are listed in dependency order: each imports only from modules above it.
 
 #![warn(missing_docs)]
 
@@ -75,7 +75,7 @@ pub use report::error;
 pub use tensor::Tensor;
 pub use train::Trainer;
 
-/// What programs that train with this crate need most.
+/// The items that most programs that train with this crate need.
 pub mod prelude {
     pub use crate::report::metrics::Record;
     pub use crate::routers::{self, LayerPass, Router, RouterInfo, Routing};
@@ -86,10 +86,11 @@ pub mod prelude {
     pub use crate::{Config, Device, Error, Model, Result, Tensor, Trainer};
 }
 
-/// The configuration of a preset with some keys changed, such as `"router.name=topk"`.
+/// Returns the configuration of the preset `name` with some keys changed; `set` holds entries such as
+/// `"router.name=topk"`.
 ///
 /// # Errors
-/// When there is no such preset, key or router, or a value does not fit.
+/// When the preset, a key or the router does not exist, or a value is not valid.
 pub fn preset(name: &str, set: &[&str]) -> Result<Config> {
     let mut layers = config::Layers::preset(name);
     layers.set = set.iter().map(|key| key.to_string()).collect();

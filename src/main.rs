@@ -1,4 +1,4 @@
-//! The program; see [`routegrad::cli`].
+//! The `routegrad` program; see [`routegrad::cli`].
 
 use std::process::ExitCode;
 

@@ -1,37 +1,38 @@
-//! Values that the keys of a configuration choose from: schedule, arithmetic, what is computed again.
+//! Types of configuration keys with a fixed set of values: the learning-rate schedule, the precision, and the layers whose
+//! activations are recomputed.
 
 use crate::tensor::dtype::DType;
 use serde::{Deserialize, Serialize};
 
-/// How the learning rate falls after the warm-up.
+/// How the learning rate decreases after the warm-up.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Schedule {
-    /// Along half a cosine to the final rate.
+    /// The rate follows half a cosine down to the final rate.
     #[default]
     Cosine,
-    /// In a straight line to the final rate.
+    /// The rate decreases linearly to the final rate.
     Linear,
-    /// Not at all.
+    /// The rate stays constant.
     Constant,
-    /// Not at all, and in the last steps in a straight line to the final rate: warm-up, stable, decay (Hu et al.,
-    /// arXiv 2404.06395).
+    /// The rate stays constant, and decreases linearly to the final rate in the last steps: warm-up, stable, decay (Hu et
+    /// al., arXiv 2404.06395).
     Wsd,
 }
 
-/// Arithmetic on the CPU.
+/// Floating-point type of the arithmetic on the CPU.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
     /// 32-bit floating point.
     #[default]
     F32,
-    /// 64-bit floating point: for finite differences and comparisons.
+    /// 64-bit floating point, for finite differences and comparisons.
     F64,
 }
 
 impl Precision {
-    /// The dtype of weights and activations.
+    /// Returns the dtype of weights and activations.
     pub fn dtype(self) -> DType {
         match self {
             Precision::F32 => DType::F32,
@@ -40,13 +41,13 @@ impl Precision {
     }
 }
 
-/// `false`, `true` for every layer, or a list of layers.
+/// Layers whose activations are recomputed in backward: `false`, `true` for every layer, or a list of layers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "true, false, or a list of layer numbers")]
 pub enum Recompute {
-    /// Every layer, or none.
+    /// Every layer (`true`) or no layer (`false`).
     All(bool),
-    /// The layers of these numbers, from 0.
+    /// The layers with these indices, counted from 0.
     Layers(Vec<usize>),
 }
 
@@ -57,7 +58,7 @@ impl Default for Recompute {
 }
 
 impl Recompute {
-    /// Whether this layer's activations are computed again.
+    /// Returns whether the activations of layer `layer`, counted from 0, are recomputed.
     pub fn covers(&self, layer: usize) -> bool {
         match self {
             Recompute::All(all) => *all,

@@ -1,8 +1,8 @@
-//! What a model costs: parameters and floating-point operations, from its shapes alone.
+//! The cost of a model, computed from its shapes alone: parameters and floating-point operations.
 
 use super::{ModelConfig, Norm, QkNorm};
 
-/// Parameters of each part of the model, of one layer where there are several.
+/// Number of parameters of each part of the model. For a part that every layer has, the number is per layer.
 struct Parts {
     embedding: u128,
     head: u128,
@@ -59,24 +59,24 @@ fn parameters(m: &ModelConfig, experts: usize) -> u128 {
         + p.moe_layers * (p.router + experts as u128 * p.expert + p.shared_expert)
 }
 
-/// Shapes that pass validation cannot overflow 128 bits; absurd ones end at the largest number.
+/// Converts to `u64`; returns `u64::MAX` if the number does not fit. Counts for validated shapes cannot overflow 128 bits.
 fn saturating(n: u128) -> u64 {
     u64::try_from(n).unwrap_or(u64::MAX)
 }
 
-/// Parameters of the whole model; default vectors are buffers and do not count.
+/// Returns the number of parameters of the complete model. Default vectors are buffers and are not counted.
 pub fn total_parameters(m: &ModelConfig) -> u64 {
     saturating(parameters(m, m.num_experts))
 }
 
-/// Parameters that one token meets: K experts instead of E.
+/// Returns the number of parameters that one token uses: those of K experts per layer instead of E.
 pub fn active_parameters(m: &ModelConfig) -> u64 {
     saturating(parameters(m, m.top_k))
 }
 
-/// Floating-point operations of training on one token: forward and backward of every matrix
-/// product (6 a parameter) and of the causal half of attention (6 S a layer and channel), none for
-/// recomputation, norms or the embedding's look-up.
+/// Returns the floating-point operations of training on one token, forward and backward: 6 per parameter for the matrix
+/// products, and 6 S per layer and channel for the causal half of attention. Recomputation, norms and the embedding lookup
+/// are not counted.
 pub fn flops_per_token(m: &ModelConfig) -> u64 {
     let p = parts(m);
     let channels = (m.heads * m.head_dim) as u128;

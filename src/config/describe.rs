@@ -1,5 +1,5 @@
-//! A configuration as TOML with the meaning and the default of every key. The meanings are the comments of the fields in
-//! `config/mod.rs`.
+//! Writes a configuration as TOML with the meaning and the default of every key. The meanings are the doc comments of the
+//! fields in `config/mod.rs`.
 
 use super::Config;
 use crate::error::Result;
@@ -7,7 +7,7 @@ use serde_json::Value as Json;
 use std::fmt::Write;
 use toml::{Table, Value};
 
-/// The source of the types.
+/// The source code that defines the types.
 const SOURCE: &str = include_str!("mod.rs");
 
 /// Sections and their types, in order.
@@ -19,11 +19,11 @@ const SECTIONS: [(&str, &str); 5] = [
     ("data", "DataConfig"),
 ];
 
-/// `config` as TOML. Every key stands below its meaning and, where that does not say so already, its value in `defaults`.
-/// `settings` are names and meanings of the router's own keys.
+/// Returns `config` as TOML. A comment above every key gives its meaning and, where the meaning does not already give it,
+/// the default from `defaults`. `settings` are the names and meanings of the keys that belong to the router.
 ///
 /// # Errors
-/// When a value has no form in TOML.
+/// When a value cannot be written as TOML.
 pub fn described(config: &Config, defaults: &Config, settings: &[(&str, &str)]) -> Result<String> {
     let (values, defaults) = (config.to_table()?, defaults.to_table()?);
     let mut text = String::new();
@@ -51,7 +51,7 @@ pub fn described(config: &Config, defaults: &Config, settings: &[(&str, &str)]) 
     Ok(text.trim_end().to_string())
 }
 
-/// Names and comments of a type's fields.
+/// Returns the names of a type's fields with the lines of their doc comments.
 fn fields(name: &str) -> Vec<(&'static str, Vec<&'static str>)> {
     let start = SOURCE.find(&format!("pub struct {name} {{"));
     let body = start.map_or("", |at| &SOURCE[at..]);
@@ -67,10 +67,10 @@ fn fields(name: &str) -> Vec<(&'static str, Vec<&'static str>)> {
     found
 }
 
-/// A value as it stands behind `key =`.
+/// Returns a value as it is written after `key =`.
 fn inline(value: &Value) -> String {
     match value {
-        // On one line, so that a comment may hold it; JSON's escapes are TOML's too.
+        // The text is on one line, so that a comment can hold it. The escapes of JSON are valid in TOML too.
         Value::String(text) => Json::from(text.as_str()).to_string(),
         Value::Float(x) if *x != 0.0 && x.abs() < 1e-3 => format!("{x:e}"),
         value => value.to_string(),

@@ -1,5 +1,5 @@
-//! The model's `config.json`, in the keys that Hugging Face's Mixture-of-Experts models use, plus
-//! the router and what only this program has. [`ModelFile`] reads back equal what it wrote.
+//! Reads and writes a model's `config.json`. The keys are those of Hugging Face's Mixture-of-Experts models, plus the
+//! router and the settings that only this program has. [`ModelFile`] reads back exactly what it wrote.
 
 use super::{ModelConfig, Norm, QkNorm, RouterConfig};
 use crate::error::{Error, Result};
@@ -12,7 +12,7 @@ const MODEL_TYPE: &str = "routegrad";
 pub struct ModelFile {
     /// Shapes of the transformer.
     pub model: ModelConfig,
-    /// The router that it was trained with.
+    /// The router that the model was trained with.
     pub router: RouterConfig,
 }
 
@@ -43,7 +43,10 @@ struct Keys {
 }
 
 impl ModelFile {
-    /// The object of `config.json`.
+    /// Returns the JSON object of `config.json`.
+    ///
+    /// # Errors
+    /// When a router setting cannot be written as JSON.
     pub fn to_json(&self) -> Result<serde_json::Value> {
         let m = &self.model;
         serde_json::to_value(Keys {
@@ -80,12 +83,15 @@ impl ModelFile {
         })
     }
 
-    /// Reads an object of `config.json`, and validates the shapes.
+    /// Reads the JSON object of a `config.json` and validates the shapes.
+    ///
+    /// # Errors
+    /// When the model is not one of this program, a key is missing or has a wrong type, or a shape is not valid.
     pub fn from_json(value: &serde_json::Value) -> Result<Self> {
         let foreign = |got: String| {
             Error::invalid(
                 "config.json",
-                "a model of this program",
+                "a model of routegrad",
                 got,
                 "choose a checkpoint that `train` wrote",
             )

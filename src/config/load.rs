@@ -1,8 +1,8 @@
-//! Where the values of a configuration come from. Later layers win: preset and `--experts`, then
-//! the file, then `--set key=value` in order, then the flags that stand for one key.
+//! Determines the value of every key of a configuration. Later sources override earlier ones: the preset and `--experts`,
+//! then the file, then each `--set key=value` in order, then the flags that set one key each.
 //!
-//! Values are put in one key at a time and the whole is parsed after each, so that an error names
-//! the key at fault. Widths that nothing sets follow from the others at the end.
+//! Values are inserted one key at a time, and the complete configuration is parsed after each, so that an error names the
+//! key that caused it. At the end, widths that no source set are derived from the other values.
 
 use super::names::common_name;
 use super::{BalanceConfig, Config, PRESETS, RouterConfig, preset};
@@ -11,32 +11,32 @@ use crate::report::{in_plain_words, nearest, similarity};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
-/// Beyond this no divisor is looked for, to name it in an error.
+/// Largest distance within which an error message searches for a divisor to suggest.
 const FARTHEST: i64 = 1 << 16;
 
-/// Checks a router's settings and fills in the defaults of those not given.
+/// Checks a router's settings and fills in the default of each missing setting.
 pub type RouterCheck<'a> = dyn Fn(&mut RouterConfig) -> Result<()> + 'a;
 
-/// The layers of a configuration, lowest first.
+/// The sources of a configuration, in increasing order of priority.
 #[derive(Clone, Debug)]
 pub struct Layers {
     /// Name of a model in [`PRESETS`].
     pub preset: String,
-    /// Experts and active experts, as in `32c4`; widths follow from the hidden size.
+    /// Experts and active experts, as in `32c4`. The widths of the experts follow from the hidden size.
     pub experts: Option<String>,
     /// A TOML file with any of the keys.
     pub file: Option<PathBuf>,
-    /// Whether the file is the resolved configuration of a run: a key that it lacks then has the value that it had when the
-    /// run began.
+    /// Whether the file is the resolved configuration of an earlier run. A key that is missing in such a file takes the
+    /// value that it had when the run started, which may differ from the present default.
     pub resolved: bool,
-    /// `section.key=value`, the value in TOML; a bare word is taken as a string.
+    /// `section.key=value` with the value in TOML; a bare word is read as a string.
     pub set: Vec<String>,
-    /// Flags that stand for one key each: (flag, key, value).
+    /// Flags that set one key each: (flag, key, value).
     pub flags: Vec<(&'static str, &'static str, Value)>,
 }
 
 impl Layers {
-    /// A preset as it is.
+    /// The configuration of the preset `name`, without changes.
     pub fn preset(name: &str) -> Self {
         Layers {
             preset: name.into(),
@@ -48,10 +48,10 @@ impl Layers {
         }
     }
 
-    /// Whether a layer above the preset gives this key a value.
+    /// Returns whether a source other than the preset sets this key.
     ///
     /// # Errors
-    /// Those of the file.
+    /// When the file cannot be read or parsed, or a `--set` value is not valid.
     pub fn gives(&self, key: &str) -> Result<bool> {
         let file = self.file.as_deref().map(read_file).transpose()?;
         let set = self.set.iter().map(|s| parse_set(s));
@@ -61,15 +61,15 @@ impl Layers {
     }
 }
 
-/// One value on its way in.
+/// One value to insert into the configuration.
 struct Assignment {
-    /// Where it was given, for errors.
+    /// Where the value was set, for error messages.
     from: String,
     key: String,
     value: Value,
 }
 
-/// Merges the layers; shapes are not validated yet, and the router's settings not checked.
+/// Merges the sources. It does not validate shapes or check the router's settings.
 pub(super) fn resolve(layers: &Layers) -> Result<Config> {
     let mut table = embedded(preset::find("--preset", PRESETS, &layers.preset)?);
     if let Some(name) = &layers.experts {
@@ -77,7 +77,7 @@ pub(super) fn resolve(layers: &Layers) -> Result<Config> {
         insert(&mut table, "model.num_experts", experts.into());
         insert(&mut table, "model.top_k", active.into());
     }
-    // What serde fills in is what runs of earlier versions had.
+    // The defaults of serde are the values that runs of earlier versions used.
     if !layers.resolved {
         let reduction = Value::try_from(BalanceConfig::default().aux_reduction);
         insert(
@@ -100,7 +100,7 @@ pub(super) fn resolve(layers: &Layers) -> Result<Config> {
             value: value.clone(),
         })
         .collect();
-    // A flag that names the router also stands before --set, whose settings are then its own.
+    // A flag that names the router is applied before --set, so that --set can change the settings of this router.
     assignments.push(
         layers
             .flags
@@ -128,7 +128,7 @@ pub(super) fn resolve(layers: &Layers) -> Result<Config> {
         .map(|a| a.key.clone())
         .collect();
     for mut layer in assignments {
-        // The router's name first: a new name drops the settings of the one before.
+        // The router's name comes first, because a new name removes the settings of the previous router.
         layer.sort_by_key(|a| a.key != "router.name");
         for assignment in layer {
             assign(&mut table, assignment, &known)?;
@@ -141,11 +141,11 @@ pub(super) fn resolve(layers: &Layers) -> Result<Config> {
     parse(&table).map_err(|e| incomplete(&e))
 }
 
-/// Makes the preset's micro-batch the largest one below it that divides the sequences of a step.
+/// Replaces the preset's micro-batch by the largest number, not above it, that divides the sequences of a step.
 fn fit_micro_batch(table: &mut Table) {
     let number = |key: &str| get(table, key).and_then(Value::as_integer);
     let keys = ["train.sequences_per_step", "train.micro_batch"];
-    // What is no batch is left for the validation to name.
+    // The validation reports values that are not valid batch sizes.
     if let [Some(sequences), Some(most)] = keys.map(number)
         && sequences > 0
         && let Some(micro) = (1..=most.min(sequences)).rev().find(|m| sequences % m == 0)
@@ -154,7 +154,7 @@ fn fit_micro_batch(table: &mut Table) {
     }
 }
 
-/// Puts one value in and parses the whole.
+/// Inserts one value and parses the complete configuration.
 fn assign(table: &mut Table, a: Assignment, known: &[String]) -> Result<()> {
     let free = a
         .key
@@ -192,7 +192,7 @@ fn unknown(a: &Assignment, known: &[String]) -> Error {
             format!("use `{key}`"),
         );
     }
-    // A key without its section is compared with the keys' last parts.
+    // A key without its section is compared with the last part of every key.
     let near = if a.key.contains('.') {
         nearest(&a.key, known.iter().map(String::as_str))
     } else {
@@ -209,13 +209,13 @@ fn unknown(a: &Assignment, known: &[String]) -> Error {
     )
 }
 
-/// Widths that nothing has set. When `strict`, one that the rule leaves fractional is an error;
-/// otherwise it is rounded down, since keys still to come may change it.
+/// Derives the widths that no source set. If a width would not be a whole number: when `strict`, returns an error;
+/// otherwise rounds down, since a later key may still change the result.
 fn derive(table: &mut Table, strict: bool) -> Result<()> {
     let Some(Value::Table(model)) = table.get_mut("model") else {
         return Ok(());
     };
-    // Wrong types and zeros are left for the parser and the validation to name.
+    // The parser and the validation report wrong types and zeros.
     let number = |key: &str| {
         model
             .get(key)
@@ -242,7 +242,7 @@ fn derive(table: &mut Table, strict: bool) -> Result<()> {
             continue;
         }
         if strict && dividend % divisor != 0 {
-            // RoPE turns pairs of a head's numbers.
+            // RoPE rotates pairs of elements of a head, so the width must be even.
             let multiple = if key == "head_dim" { 2 } else { 1 };
             let fits = |d: &i64| dividend % (d * multiple) == 0;
             let near = [
@@ -263,7 +263,7 @@ fn derive(table: &mut Table, strict: bool) -> Result<()> {
         }
         model.insert(key.into(), Value::Integer(dividend / divisor));
     }
-    // A dense layer is as wide as one expert, as in the paper's counts of active parameters.
+    // A dense layer has the width of one expert, as in the paper's counts of active parameters.
     if let (false, Some(width)) = (
         model.contains_key("dense_ffn_width"),
         model.get("expert_ffn_width").cloned(),
@@ -296,13 +296,13 @@ pub(super) fn unwritable(e: &toml::ser::Error) -> Error {
     )
 }
 
-/// An embedded TOML file; a test parses each of them.
+/// Parses an embedded TOML file; a test parses each of them.
 fn embedded(text: &str) -> Table {
     text.parse()
         .expect("embedded configurations are valid TOML")
 }
 
-/// Every key there is, from the preset with all defaults written out.
+/// Returns every key of the configuration: those of the preset with all defaults written out.
 fn known_keys(preset: &Table) -> Result<Vec<String>> {
     let mut whole = preset.clone();
     derive(&mut whole, false)?;
@@ -310,7 +310,7 @@ fn known_keys(preset: &Table) -> Result<Vec<String>> {
     Ok(flatten(&table).into_iter().map(|(key, _)| key).collect())
 }
 
-/// Dotted keys and values; an empty section stands as itself.
+/// Returns dotted keys and their values. An empty section is returned as a key of its own.
 fn flatten(table: &Table) -> Vec<(String, Value)> {
     let mut out = Vec::new();
     for (key, value) in table {
@@ -354,7 +354,7 @@ fn read_file(path: &Path) -> Result<Vec<Assignment>> {
             path,
             "TOML",
             format!("line {line}: {}", in_plain_words(e.message())),
-            "mend the line",
+            "correct the line",
         )
     })?;
     Ok(flatten(&table)

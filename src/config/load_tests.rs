@@ -1,4 +1,4 @@
-//! What the layers of a configuration promise.
+//! Tests of how the sources of a configuration are combined.
 
 use super::*;
 use crate::config::{Norm, Reduction};
@@ -68,7 +68,7 @@ fn a_run_whose_configuration_names_no_reduction_keeps_the_mean() {
         let read: Config = toml::from_str(&saved).unwrap();
         assert_eq!(read.balance.aux_reduction, Reduction::Mean);
     }
-    // A run that says what it had is read as it says, either way.
+    // A run whose configuration names the reduction uses that reduction.
     for said in ["sum", "mean"] {
         std::fs::write(
             &path,
@@ -98,7 +98,7 @@ fn widths_of_experts_follow_the_hidden_size() {
     let m = with("tiny", &["model.hidden=64"]).unwrap().model;
     assert_eq!((m.expert_ffn_width, m.dense_ffn_width), (176, 176));
     assert_eq!((m.head_dim, m.kv_heads), (32, 2));
-    // The dense layer follows the experts, also where their width is given, unless it has its own.
+    // The dense layer follows the experts, also if their width is set, unless its width is set too.
     let m = with("tiny", &["model.expert_ffn_width=96"]).unwrap().model;
     assert_eq!((m.expert_ffn_width, m.dense_ffn_width), (96, 96));
     let m = with("tiny", &["model.dense_ffn_width=1408"]).unwrap().model;
@@ -265,7 +265,7 @@ fn a_width_that_is_not_whole_names_the_keys_that_it_follows_from_and_what_is_all
     }
 }
 
-/// Names that serde and Rust have for types.
+/// Names of types in serde and Rust.
 const TYPES: [&str; 14] = [
     "usize", "isize", "u64", "u32", "u16", "i64", "i32", "boolean", "sequence", "variant", "enum",
     "struct", "array", "untagged",
@@ -284,7 +284,7 @@ fn a_value_of_any_wrong_type_is_answered_without_names_of_rust() {
             assert!(e.starts_with(&key), "{e}");
             let expected = e[key.len()..].split(", got ").next().unwrap();
             assert!(!TYPES.iter().any(|t| expected.contains(t)), "{e}");
-            // Arithmetic has names of types.
+            // The values of `train.dtype` are names of types.
             assert!(!expected.contains("f64") || key == "train.dtype", "{e}");
             refused += 1;
         }
@@ -340,7 +340,7 @@ fn names_of_other_programs_are_answered_with_the_key() {
         let e = error(&[&format!("{name}=1")]);
         assert!(e.ends_with(&format!("use `{key}`")), "{e}");
     }
-    // Every key that is named is one.
+    // Every suggested key exists.
     let known = with("tiny", &[]).unwrap().to_toml().unwrap();
     let known: Table = known.parse().unwrap();
     for (key, _) in crate::config::names::COMMON {

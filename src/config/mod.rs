@@ -1,6 +1,6 @@
-//! The one typed configuration of a run: the model, its router, the balancing losses, the training
-//! and the data. Every key stands here with its meaning and default; `load` says where values
-//! come from, `validate` what they may be, [`count`] what a model of them costs.
+//! The typed configuration of a run: the model, its router, the balancing losses, the training and the data. The fields
+//! document the meaning and default of every key; `load` determines their values, `validate` checks them, and [`count`]
+//! computes the cost of the model.
 
 mod choices;
 pub mod count;
@@ -21,13 +21,13 @@ use crate::device::Device;
 use crate::error::Result;
 use serde::{Deserialize, Serialize};
 
-/// Everything a run needs to know, fully resolved.
+/// All values that a run needs, fully resolved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// The transformer.
     pub model: ModelConfig,
-    /// The method of routing.
+    /// The routing method.
     #[serde(default)]
     pub router: RouterConfig,
     /// Losses that spread tokens over experts.
@@ -64,7 +64,7 @@ pub struct ModelConfig {
     pub expert_ffn_width: usize,
     /// Width of the feed-forward of a dense layer. Default: `expert_ffn_width`.
     pub dense_ffn_width: usize,
-    /// Layers, from 0, whose feed-forward is dense instead of MoE.
+    /// Layers, counted from 0, whose feed-forward is dense instead of MoE.
     #[serde(default = "first_layer")]
     pub dense_layers: Vec<usize>,
     /// Normalisation: "rmsnorm" or "layernorm".
@@ -75,24 +75,24 @@ pub struct ModelConfig {
     /// Base θ of RoPE's frequencies.
     #[serde(default = "rope_theta")]
     pub rope_theta: f64,
-    /// The output head is the transposed embedding.
+    /// Whether the output head is the transposed embedding.
     #[serde(default)]
     pub tied_embeddings: bool,
-    /// Biases in the query, key and value projections.
+    /// Whether the query, key and value projections have biases.
     #[serde(default)]
     pub qkv_bias: bool,
-    /// RMSNorm of queries and keys before RoPE: "none", "head" (each head) or "full" (all heads together).
+    /// RMSNorm of queries and keys before RoPE: "none", "head" (over each head) or "full" (over all heads together).
     #[serde(default)]
     pub qk_norm: QkNorm,
-    /// Width of a shared expert that every token uses, scaled by a sigmoid gate; 0 for none.
+    /// Width of a shared expert that every token uses, scaled by a sigmoid gate; 0 for no shared expert.
     #[serde(default)]
     pub shared_expert_width: usize,
-    /// Tokens S of one sequence.
+    /// Tokens S per sequence.
     pub sequence_length: usize,
 }
 
 impl ModelConfig {
-    /// Layers that are MoE, in order.
+    /// Returns the indices of the MoE layers, counted from 0, in increasing order.
     pub fn moe_layers(&self) -> Vec<usize> {
         (0..self.layers)
             .filter(|l| !self.dense_layers.contains(l))
@@ -114,22 +114,22 @@ pub enum Norm {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum QkNorm {
-    /// Queries and keys go to RoPE as they are.
+    /// No normalisation.
     #[default]
     None,
-    /// Over each head, one weight of `head_dim`.
+    /// Over each head, with one weight vector of `head_dim` elements.
     Head,
     /// Over all heads together.
     Full,
 }
 
-/// Which router, and its settings; the registry of routers knows what each one takes.
+/// The router's name and settings. The registry of routers defines which settings each router has.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RouterConfig {
-    /// Router; `routegrad routers` lists them.
+    /// Name of the router; `routegrad routers` lists them.
     #[serde(default = "default_router")]
     pub name: String,
-    /// The router's own keys; its type checks them.
+    /// Settings of the router; the router's type checks them.
     #[serde(flatten)]
     pub settings: toml::Table,
 }
@@ -149,7 +149,8 @@ impl Default for RouterConfig {
 pub struct BalanceConfig {
     /// α, the weight of the auxiliary (Switch) loss, which is 1 · α when the load is balanced.
     pub aux_coefficient: f64,
-    /// Tokens whose counts enter the auxiliary loss: "global", of the step so far on all ranks, or "micro", of the micro-batch.
+    /// Tokens whose routing counts enter the auxiliary loss: "global" (the step so far, over all ranks) or "micro" (the
+    /// micro-batch).
     pub aux_scope: Scope,
     /// How the losses of the MoE layers are combined: "mean" or "sum".
     #[serde(default = "earlier_reduction")]
@@ -173,13 +174,13 @@ impl Default for BalanceConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Scope {
-    /// Those of the optimizer step so far, over all ranks.
+    /// The tokens of the optimizer step so far, over all ranks.
     Global,
-    /// Those of the micro-batch.
+    /// The tokens of the micro-batch.
     Micro,
 }
 
-/// Reduction over MoE layers; the two differ by their number.
+/// Reduction over MoE layers. The sum is the mean times the number of MoE layers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reduction {
@@ -193,105 +194,105 @@ pub enum Reduction {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TrainConfig {
-    /// Optimizer steps.
+    /// Number of optimizer steps.
     pub steps: u64,
-    /// Sequences of one optimizer step, the global batch.
+    /// Sequences per optimizer step (the global batch).
     pub sequences_per_step: usize,
-    /// Sequences that go through the model at once, a divisor of `sequences_per_step`.
+    /// Sequences per forward and backward pass, a divisor of `sequences_per_step`.
     pub micro_batch: usize,
     /// Peak learning rate.
     pub learning_rate: f64,
-    /// Share of the steps in which the rate rises linearly from 0.
+    /// Share of the steps in which the rate increases linearly from 0.
     #[serde(default = "warmup_fraction")]
     pub warmup_fraction: f64,
-    /// How the rate falls after that: "cosine", "linear", "constant", or "wsd", constant and then linear.
+    /// How the rate decreases after the warm-up: "cosine", "linear", "constant", or "wsd" (constant, then linear).
     #[serde(default)]
     pub schedule: Schedule,
-    /// Share of the steps, the last ones, in which the rate of "wsd" falls.
+    /// Share of the steps, at the end, in which the rate of "wsd" decreases.
     #[serde(default = "decay_fraction")]
     pub decay_fraction: f64,
-    /// Rate at the end, as a share of `learning_rate`; "constant" does not fall.
+    /// Rate at the end, as a share of `learning_rate`; "constant" does not use it.
     #[serde(default = "final_rate")]
     pub final_rate: f64,
-    /// Decay of AdamW's first and second moment.
+    /// Decay rates of AdamW's first and second moment.
     #[serde(default = "betas")]
     pub betas: [f64; 2],
-    /// ε that AdamW adds to the root of the second moment.
+    /// ε that AdamW adds to the square root of the second moment.
     #[serde(default = "eps")]
     pub eps: f64,
-    /// Decoupled decay of matrices; norms and embeddings do not decay.
+    /// Decoupled weight decay of matrices; norms and embeddings do not decay.
     #[serde(default = "weight_decay")]
     pub weight_decay: f64,
-    /// Largest norm of the whole gradient, to which it is clipped; 0 for no clipping.
+    /// Largest norm of the gradient of all parameters; a larger gradient is clipped to it. 0 for no clipping.
     #[serde(default = "gradient_clip")]
     pub gradient_clip: f64,
-    /// Seed of the weights, the order of the data and the sampling routers.
+    /// Seed of the weights, the order of the data and the routers that sample.
     #[serde(default)]
     pub seed: u64,
-    /// Steps between checkpoints; one more is written at the end.
+    /// Steps between checkpoints; a checkpoint is also written after the last step.
     pub checkpoint_interval: u64,
-    /// Newest checkpoints that are kept.
+    /// Number of newest checkpoints that are kept.
     #[serde(default = "keep_checkpoints")]
     pub keep_checkpoints: usize,
-    /// Steps between evaluations; one more is done at the end.
+    /// Steps between evaluations; the model is also evaluated after the last step.
     pub eval_interval: u64,
-    /// Validation sequences of an evaluation during training, spread evenly; 0 for all.
+    /// Validation sequences per evaluation during training, spread evenly over the text; 0 for all.
     #[serde(default = "eval_sequences")]
     pub eval_sequences: usize,
-    /// Steps between analyses of the router, as `routegrad analyze` makes them of 8 sequences, into
-    /// `analysis/step-N` of the run; 0 for none. On the CPU alone.
+    /// Steps between analyses of the router with 8 sequences, as by `routegrad analyze`, written to `analysis/step-N` in
+    /// the folder of the run; 0 for none. Only on the CPU.
     #[serde(default)]
     pub analyze_interval: u64,
-    /// Steps between benchmark scores, with one more at the end; 0 for none. On the CPU alone.
+    /// Steps between benchmark scores, which are also computed after the last step; 0 for none. Only on the CPU.
     #[serde(default)]
     pub tasks_interval: u64,
-    /// The benchmarks: names of `routegrad eval --tasks`, or "all" for those whose documents are there.
+    /// Benchmarks to score: names of `routegrad eval --tasks`, or "all" for those whose documents are present.
     #[serde(default = "all_tasks")]
     pub tasks: Vec<String>,
-    /// Folder of their documents, as for `routegrad eval --task-data`.
+    /// Folder of the benchmarks' documents, as for `routegrad eval --task-data`.
     #[serde(default)]
     pub task_data: String,
-    /// Questions of each benchmark, the first ones; 0 for all.
+    /// Number of questions per benchmark, from its beginning; 0 for all.
     #[serde(default = "tasks_limit")]
     pub tasks_limit: usize,
-    /// Where the model runs: "cpu"; "sim", the kernels on the simulator in bf16; "cuda", the kernels on a GPU.
+    /// Where the model runs: "cpu"; "sim" (the CUDA kernels on the simulator, in bf16); "cuda" (the kernels on a GPU).
     #[serde(default)]
     pub device: Device,
-    /// "f32" or "f64": arithmetic on the CPU, and of weights and optimizer everywhere.
+    /// "f32" or "f64": the arithmetic on the CPU, and on every device the dtype of weights and optimizer state.
     #[serde(default)]
     pub dtype: Precision,
-    /// Layers whose activations are computed again in backward instead of kept: false, true for all, or a list.
+    /// Layers whose activations are recomputed in backward instead of stored: false, true for all, or a list.
     #[serde(default)]
     pub recompute: Recompute,
-    /// Whether the optimizer's moments are bf16, rounded stochastically: 12 instead of 16 bytes a parameter on a device with
-    /// kernels.
+    /// Whether the optimizer's moments are bf16 with stochastic rounding: 12 instead of 16 bytes per parameter on a device
+    /// with kernels.
     #[serde(default)]
     pub bf16_moments: bool,
-    /// Whether a device with kernels replays a step as a CUDA graph if possible.
+    /// Whether a device with kernels replays a step as a CUDA graph where possible.
     #[serde(default = "on")]
     pub graph: bool,
-    /// Non-finite steps in a row, each left out, before the run stops.
+    /// Number of consecutive steps that may be skipped because of non-finite values before the run stops.
     #[serde(default = "max_skipped_steps")]
     pub max_skipped_steps: u64,
 }
 
 impl TrainConfig {
-    /// Whether the model is evaluated after step `step`, counted from 1: at the interval, and after the last.
+    /// Returns whether the model is evaluated after step `step`, counted from 1: at each interval and after the last step.
     pub fn evaluates_after(&self, step: u64) -> bool {
         self.at(self.eval_interval, step)
     }
 
-    /// Whether benchmarks are scored after it.
+    /// Returns whether benchmarks are scored after step `step`.
     pub fn scores_after(&self, step: u64) -> bool {
         self.tasks_interval > 0 && self.at(self.tasks_interval, step)
     }
 
-    /// Whether the router is analysed after it.
+    /// Returns whether the router is analysed after step `step`.
     pub fn analyzes_after(&self, step: u64) -> bool {
         self.analyze_interval > 0 && self.at(self.analyze_interval, step)
     }
 
-    /// Whether a checkpoint is saved after it.
+    /// Returns whether a checkpoint is saved after step `step`.
     pub fn saves_after(&self, step: u64) -> bool {
         self.at(self.checkpoint_interval, step)
     }
@@ -301,24 +302,24 @@ impl TrainConfig {
     }
 }
 
-/// The text a run learns from.
+/// The text that a run trains on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct DataConfig {
-    /// `"embedded"`, or the path of a text file, of a folder of them, or of a folder that
-    /// `routegrad data prepare` made.
+    /// `"embedded"`, or the path of a text file, of a folder of text files, or of a folder that `routegrad data prepare`
+    /// created.
     pub source: String,
-    /// Folders that `data prepare` made with one tokenizer, and the weights of their sequences, instead
-    /// of `source`: `[{source = "web", weight = 0.7}, {source = "books", weight = 0.3}]`.
+    /// Folders that `data prepare` created with one tokenizer, each with the weight of its sequences. Replaces `source`:
+    /// `[{source = "web", weight = 0.7}, {source = "books", weight = 0.3}]`.
     pub mix: Vec<Weighted>,
-    /// What separates the documents of one file; empty: a file is one document.
+    /// Text that separates the documents of one file; if empty, a file is one document.
     pub document_separator: String,
-    /// Share of the documents that is held out for validation, at least one.
+    /// Share of the documents that is held out for validation; at least one document.
     pub validation_fraction: f64,
-    /// Whether attention stays within a document where several share a sequence.
+    /// Whether attention is limited to tokens of the same document where several documents share a sequence.
     pub document_boundaries: bool,
-    /// Fingerprint of the tokenizer that made the tokens, "bytes" for bytes. Default: that of the
-    /// source.
+    /// Fingerprint of the tokenizer that produced the tokens; "bytes" if each byte is a token. Default: the tokenizer of
+    /// the source.
     pub tokenizer: String,
 }
 
@@ -336,7 +337,7 @@ impl Default for DataConfig {
 }
 
 impl DataConfig {
-    /// The sources of the mix, or the one there is.
+    /// Returns the sources of the mix, or `source` if there is no mix.
     pub fn sources(&self) -> impl Iterator<Item = &str> {
         let single = self.mix.is_empty().then_some(self.source.as_str());
         single
@@ -344,30 +345,33 @@ impl DataConfig {
             .chain(self.mix.iter().map(|w| w.source.as_str()))
     }
 
-    /// What to call them.
+    /// Returns the names of the sources, joined by " + ".
     pub fn name(&self) -> String {
         self.sources().collect::<Vec<_>>().join(" + ")
     }
 
-    /// Takes another source.
+    /// Replaces the source, or the mix, by `source`.
     pub fn set_source(&mut self, source: &str) {
         self.source = source.into();
         self.mix.clear();
     }
 }
 
-/// A part of a mix.
+/// One source of a mix.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Weighted {
-    /// A text, a folder of texts, or a folder that `data prepare` made.
+    /// A text file, a folder of text files, or a folder that `data prepare` created.
     pub source: String,
-    /// Share of the sequences, in proportion to the others'.
+    /// Weight of the source: its share of the sequences is its weight divided by the sum of all weights.
     pub weight: f64,
 }
 
 impl Config {
-    /// Resolves the layers of a configuration; see [`Layers`].
+    /// Merges the sources of the values, validates the result and returns it; see [`Layers`].
+    ///
+    /// # Errors
+    /// When a file cannot be read or parsed, a key is unknown, or a value is not valid.
     pub fn load(layers: &Layers, check_router: &RouterCheck) -> Result<Self> {
         let mut config = load::resolve(layers)?;
         check_router(&mut config.router)?;
@@ -375,18 +379,24 @@ impl Config {
         Ok(config)
     }
 
-    /// The configuration as TOML; as [`Layers::file`] it gives itself back.
+    /// Returns the configuration as TOML. Loaded as [`Layers::file`], it results in an equal configuration.
+    ///
+    /// # Errors
+    /// When a value cannot be written as TOML.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(|e| load::unwritable(&e))
     }
 
-    /// The same as a table.
+    /// Returns the configuration as a TOML table.
+    ///
+    /// # Errors
+    /// When a value cannot be written as TOML.
     pub fn to_table(&self) -> Result<toml::Table> {
         toml::Table::try_from(self).map_err(|e| load::unwritable(&e))
     }
 }
 
-/// What a run had whose configuration does not say: the mean was the default before the sum.
+/// The reduction of a run whose configuration does not name one: the mean was the default before the sum.
 fn earlier_reduction() -> Reduction {
     Reduction::Mean
 }

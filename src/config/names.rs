@@ -1,6 +1,6 @@
-//! Names of other programs for the keys of the configuration.
+//! Maps names that other programs use to keys of the configuration.
 
-/// Names that other programs give to a key.
+/// Each key with the names that other programs use for it.
 pub(super) const COMMON: &[(&str, &[&str])] = &[
     (
         "model.dense_ffn_width",
@@ -133,7 +133,7 @@ pub(super) const COMMON: &[(&str, &[&str])] = &[
     ("train.weight_decay", &["wd"]),
 ];
 
-/// The key that a common name stands for.
+/// Returns the key that another program's name corresponds to.
 pub(super) fn common_name(key: &str) -> Option<&'static str> {
     let last = key.rsplit('.').next().unwrap_or(key);
     COMMON

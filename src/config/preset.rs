@@ -1,4 +1,4 @@
-//! The configurations that come with the program, embedded from `configs/`.
+//! The presets: configurations that are embedded in the program from `configs/`.
 
 use crate::error::{Error, Result};
 use crate::report::nearest;
@@ -9,13 +9,13 @@ macro_rules! embedded {
     };
 }
 
-/// Name and TOML of every model.
+/// Name and TOML text of every preset.
 pub const PRESETS: &[(&str, &str)] = embedded!["tiny", "small", "557m", "1.96b", "7.33b"];
 
-/// Experts and active experts of a setting such as `32c4`.
+/// Parses the number of experts and of active experts from a setting such as `32c4`.
 ///
 /// # Errors
-/// When the text is not of that form.
+/// When the text does not have this form.
 pub(super) fn experts(text: &str) -> Result<[i64; 2]> {
     let numbers = text.split_once('c').map(|(n, k)| [n, k].map(str::parse));
     match numbers {
@@ -31,7 +31,7 @@ pub(super) fn experts(text: &str) -> Result<[i64; 2]> {
     }
 }
 
-/// The TOML of `name` in `list`; `flag` is the option that named it.
+/// Returns the TOML text of `name` in `list`; `flag` is the option that set the name, for error messages.
 pub(super) fn find(
     flag: &str,
     list: &[(&'static str, &'static str)],

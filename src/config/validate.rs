@@ -1,12 +1,11 @@
-//! What the values of a configuration may be. Every error names the key, the value and what would
-//! be right.
+//! Checks the values of a configuration. Every error names the key, the value and the values that are allowed.
 
 use super::{Config, ModelConfig, Precision, Recompute};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use std::fmt::Display;
 
-/// Upper bound of every size, far above any model: products of four of them fit 128 bits.
+/// Upper bound of every size, far larger than any model needs: the product of four such sizes fits in 128 bits.
 const MOST: usize = 1 << 24;
 
 fn ensure(ok: bool, key: &str, expected: impl Into<String>, got: impl Display) -> Result<()> {
@@ -25,7 +24,7 @@ fn positive(key: &str, value: usize) -> Result<()> {
     ensure(value > 0, key, "at least 1", value)
 }
 
-/// `low <= value <= high`, and finite.
+/// Checks that `low <= value <= high` and that the value is finite.
 fn within(key: &str, value: f64, low: f64, high: f64) -> Result<()> {
     let ok = value >= low && value <= high && value.is_finite();
     let expected = if high == f64::MAX {
@@ -37,7 +36,7 @@ fn within(key: &str, value: f64, low: f64, high: f64) -> Result<()> {
 }
 
 fn above_zero(key: &str, value: f64) -> Result<()> {
-    // What computes with it may be an f32, in which a smaller number is 0.
+    // Some computations use f32, in which a smaller number is 0.
     let ok = value as f32 > 0.0 && (value as f32).is_finite();
     ensure(
         ok,
@@ -48,7 +47,10 @@ fn above_zero(key: &str, value: f64) -> Result<()> {
 }
 
 impl Config {
-    /// Refuses values that no run can have.
+    /// Checks all values.
+    ///
+    /// # Errors
+    /// When a value is not valid, or does not fit the others.
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
         self.validate_train()?;
@@ -115,7 +117,7 @@ impl Config {
                 "train.bf16_moments",
                 "false where train.dtype is f64",
                 "true",
-                "leave one of the two out",
+                "remove one of the two settings",
             ));
         }
         if let Recompute::Layers(layers) = &t.recompute {
@@ -125,7 +127,7 @@ impl Config {
         self.validate_kernels()
     }
 
-    /// What happens at intervals, and where.
+    /// Checks the intervals of checkpoints, evaluations, analyses and benchmarks.
     fn validate_intervals(&self) -> Result<()> {
         let t = &self.train;
         ensure(
@@ -139,14 +141,14 @@ impl Config {
         ensure(
             fits,
             "train.analyze_interval",
-            "0 on a device other than the cpu: analyze its checkpoints",
+            "0 on a device other than the CPU; run `routegrad analyze` on the checkpoints instead",
             t.analyze_interval,
         )?;
         if t.tasks_interval > 0 {
             ensure(
                 t.device == Device::Cpu,
                 "train.tasks_interval",
-                "0 on a device other than the cpu: score its checkpoints with eval --tasks",
+                "0 on a device other than the CPU; run `routegrad eval --tasks` on the checkpoints instead",
                 t.tasks_interval,
             )?;
             ensure(
@@ -159,7 +161,7 @@ impl Config {
         Ok(())
     }
 
-    /// What kernels can run.
+    /// Checks the restrictions of the kernels.
     fn validate_kernels(&self) -> Result<()> {
         let t = &self.train;
         ensure(
@@ -195,13 +197,16 @@ impl Config {
 }
 
 impl ModelConfig {
-    /// Where the width of a head comes from unless it is given.
+    /// Returns how the default width of a head is computed, for error messages.
     fn by_default(&self) -> String {
         let (hidden, heads) = (self.hidden, self.heads);
         format!(" (default: model.hidden / model.heads = {hidden} / {heads})")
     }
 
-    /// Refuses shapes that no model can have.
+    /// Checks the shapes of the model.
+    ///
+    /// # Errors
+    /// When a shape is not valid.
     pub fn validate(&self) -> Result<()> {
         for (key, value) in [
             ("model.vocab_size", self.vocab_size),
@@ -252,7 +257,7 @@ impl ModelConfig {
     }
 }
 
-/// Layers from 0, each once.
+/// Checks a list of layers: indices from 0, increasing.
 fn layer_list(key: &str, list: &[usize], layers: usize) -> Result<()> {
     let increasing = list.windows(2).all(|w| w[0] < w[1]);
     let inside = list.iter().all(|l| *l < layers);

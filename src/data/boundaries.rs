@@ -1,8 +1,8 @@
-//! Where the documents of a row of tokens end.
+//! The positions at which the documents in a sequence of tokens end.
 
 use crate::data::folder::Entry;
 
-/// The ends of documents, increasing; tokens between two documents belong to the one before.
+/// The end positions of documents, increasing. Tokens between two documents belong to the earlier one.
 pub(super) struct Boundaries(Vec<u64>);
 
 impl Boundaries {
@@ -10,7 +10,7 @@ impl Boundaries {
         Boundaries(documents.iter().map(|d| d.end).collect())
     }
 
-    /// Of documents of these lengths.
+    /// The boundaries of consecutive documents with the given lengths in tokens.
     pub fn of_lengths(lengths: impl IntoIterator<Item = usize>) -> Self {
         let mut end = 0;
         let ends = lengths.into_iter().map(|length| {
@@ -20,8 +20,8 @@ impl Boundaries {
         Boundaries(ends.collect())
     }
 
-    /// Adds to `out` for each of the `length` tokens from `start` on the place in them where its document
-    /// begins, 0 for one that began before.
+    /// Appends one number to `out` for each of the `length` tokens from `start` on: the position, relative to `start`, at
+    /// which the token's document begins, or 0 for a document that begins before `start`.
     pub fn first_keys(&self, start: u64, length: u64, out: &mut Vec<i32>) {
         let mut begin = 0;
         let mut next = self.0.partition_point(|end| *end <= start);

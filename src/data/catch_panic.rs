@@ -1,4 +1,4 @@
-//! Panics of the libraries that read files of others, as errors.
+//! Converts panics of libraries that read external files into errors.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
@@ -9,8 +9,8 @@ thread_local! {
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What `f` gives, or what it panicked with; nothing is printed then. For code of others on input
-/// of others: a panic of this crate is a bug and must be seen.
+/// Returns the result of `f`, or the message of its panic, which is then not printed. Use it only for external code on
+/// external input: a panic of this crate is a bug and must be visible.
 pub(crate) fn catch_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -22,7 +22,7 @@ pub(crate) fn catch_panic<T>(f: impl FnOnce() -> T) -> Result<T, String> {
         }));
     });
     let outer = GUARDED.replace(true);
-    // What `f` was given is given up where it panics.
+    // The values that `f` borrows or owns are not used after a panic.
     let result = catch_unwind(AssertUnwindSafe(f));
     GUARDED.set(outer);
     result.map_err(|payload| {
@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_comes_back_as_its_words() {
+    fn a_panic_is_returned_as_its_message() {
         assert_eq!(catch_panic(|| 3), Ok(3));
         let failed = catch_panic(|| [1u8][std::hint::black_box(4)]);
         assert!(failed.unwrap_err().contains("index out of bounds"));

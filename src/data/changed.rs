@@ -1,10 +1,10 @@
-//! Files of tokens that are not as they were written.
+//! Errors for token files that changed after they were written.
 
 use crate::error::{Error, Result};
 use std::fs;
 use std::path::Path;
 
-/// Compares the size of a file with what it must have; `None` is more than any file has.
+/// Checks that the size of a file is `bytes`; `None` stands for a number that is larger than any file.
 pub(super) fn expect_size(path: &Path, bytes: Option<u64>) -> Result<()> {
     let found = fs::metadata(path)
         .map_err(|e| Error::io("read", path, e))?

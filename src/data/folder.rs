@@ -1,10 +1,9 @@
-//! A folder of tokens, as `routegrad data prepare` makes it.
+//! A folder of tokens, as `routegrad data prepare` creates it.
 //!
-//! `manifest.json` says what the folder holds: the tokenizer, counts by source, and of each shard the
-//! sizes and BLAKE3 digests. Shard `train-00000` is two files: `train-00000.bin`, the tokens of its
-//! documents, one behind the other, little-endian; and `train-00000.idx`, an [`Entry`] to a document.
-//! Validation documents have shards of their own. Where a token is not a byte, `tokenizer.json` and
-//! `tokenizer_config.json` stand beside them.
+//! `manifest.json` describes the content: the tokenizer, the counts per source, and the sizes and BLAKE3 digests of each
+//! shard. Shard `train-00000` has two files: `train-00000.bin` with the tokens of its documents, concatenated,
+//! little-endian; and `train-00000.idx` with one [`Entry`] per document. Validation documents are in separate shards.
+//! Unless each byte is a token, the folder also holds `tokenizer.json` and `tokenizer_config.json`.
 
 use super::changed::{changed, expect_size};
 use super::tokenizer::{BYTES, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer};
@@ -18,23 +17,23 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub(super) const MANIFEST: &str = "manifest.json";
-/// What a preparation under way has done.
+/// File with the state of a preparation that has not finished.
 pub(super) const STATE: &str = "unfinished.json";
-/// The format of this program; another one gets another number.
+/// Name and version of the file format; an incompatible format gets another number.
 pub(super) const FORMAT: &str = "routegrad tokens 1";
 
-/// Which documents.
+/// Training or validation documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Side {
-    /// Documents to train on.
+    /// Documents for training.
     Train,
-    /// Documents that are held out.
+    /// Documents that are held out for validation.
     Validation,
 }
 
 impl Side {
-    /// Both, in the order of arrays over them.
+    /// Both values, in the order of arrays that are indexed by side.
     pub const BOTH: [Side; 2] = [Side::Train, Side::Validation];
 
     pub(super) fn name(self) -> &'static str {
@@ -45,15 +44,15 @@ impl Side {
     }
 }
 
-/// How much of something there is.
+/// Numbers of documents, tokens and bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Counts {
-    /// How many documents.
+    /// Number of documents.
     pub documents: u64,
-    /// Tokens of them, those before and behind each included.
+    /// Number of tokens, including those before and after each document.
     pub tokens: u64,
-    /// Of the text, in UTF-8.
+    /// Number of bytes of the text in UTF-8.
     pub bytes: u64,
 }
 
@@ -65,66 +64,66 @@ impl Counts {
     }
 }
 
-/// A shard: its name, what it holds and the digests of its files.
+/// A shard: its name, its counts and the digests of its files.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Shard {
-    /// Its files are `NAME.bin` and `NAME.idx`.
+    /// The files of the shard are `NAME.bin` and `NAME.idx`.
     pub name: String,
-    /// What its documents are for.
+    /// Whether its documents are for training or validation.
     pub side: Side,
-    /// What it holds.
+    /// Documents, tokens and bytes of the shard.
     pub counts: Counts,
-    /// BLAKE3 of `NAME.bin`.
+    /// BLAKE3 digest of `NAME.bin`.
     pub tokens: String,
-    /// BLAKE3 of `NAME.idx`.
+    /// BLAKE3 digest of `NAME.idx`.
     pub index: String,
 }
 
-/// Documents that came from one place: FineWeb's `dump`, else a file.
+/// The counts of one source: a value of the source column (FineWeb's `dump`), or a file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SourceCounts {
     /// Value of the source column, or the file's name.
     pub name: String,
-    /// What there is to train on.
+    /// Documents for training.
     pub train: Counts,
-    /// What is held out.
+    /// Documents that are held out.
     pub validation: Counts,
 }
 
-/// What a folder of tokens holds.
+/// The manifest of a folder of tokens.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
     /// Name and version of the format.
     pub format: String,
-    /// [`Tokenizer::fingerprint`].
+    /// The tokenizer's [fingerprint](Tokenizer::fingerprint).
     pub tokenizer: String,
-    /// BLAKE3 of `tokenizer_config.json`; empty where a token is a byte.
+    /// BLAKE3 digest of `tokenizer_config.json`; empty if each byte is a token.
     pub tokenizer_config: String,
-    /// Ids are below it.
+    /// Size of the vocabulary; every token id is smaller.
     pub vocab_size: usize,
     /// Tokens before each document.
     pub before: Vec<i32>,
-    /// Tokens behind each document.
+    /// Tokens after each document.
     pub after: Vec<i32>,
     /// Bytes of one token in a shard: 2 or 4.
     pub token_bytes: u8,
-    /// In the order of their first documents.
+    /// Counts per source, in the order of the sources' first documents.
     pub sources: Vec<SourceCounts>,
-    /// Documents without text, left out.
+    /// Number of documents without text, which were left out.
     pub empty: u64,
-    /// Documents that could not be read, left out.
+    /// Number of documents that could not be read, which were left out.
     pub unreadable: u64,
-    /// In the order in which they are read.
+    /// The shards, in the order in which they are read.
     pub shards: Vec<Shard>,
-    /// BLAKE3 of this text with an empty checksum.
+    /// BLAKE3 digest of the manifest's text with an empty checksum.
     pub checksum: String,
 }
 
 impl Manifest {
-    /// What the documents of one side come to.
+    /// Returns the sum of the counts of one side's shards.
     pub fn counts(&self, side: Side) -> Counts {
         let mut sum = Counts::default();
         let shards = self.shards.iter().filter(|s| s.side == side);
@@ -132,29 +131,29 @@ impl Manifest {
         sum
     }
 
-    /// As it stands in its file, with the checksum.
+    /// Returns the manifest as JSON, with the checksum, as it is written to the file.
     pub(super) fn text(&self) -> String {
         let with = |checksum: String| {
             let manifest = Manifest {
                 checksum,
                 ..self.clone()
             };
-            // Strings and whole numbers, which JSON can hold.
+            // A manifest has only strings, lists and whole numbers, which JSON can represent.
             serde_json::to_string_pretty(&manifest).unwrap_or_default() + "\n"
         };
         with(digest(with(String::new()).as_bytes()))
     }
 }
 
-/// One document in an index.
+/// One document in an index file.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 pub struct Entry {
-    /// Where its tokens end in the shard; they begin where those of the document before end.
+    /// Position in the shard, in tokens, at which the document ends; it begins where the previous document ends.
     pub end: u64,
-    /// Bytes of its text.
+    /// Number of bytes of its text.
     pub bytes: u64,
-    /// Number of its source in the manifest.
+    /// Index of its source in the manifest's `sources`.
     pub source: u64,
 }
 
@@ -169,7 +168,7 @@ pub struct Folder {
 }
 
 impl Folder {
-    /// Whether a path leads to such a folder, finished or not.
+    /// Returns whether `path` is a folder of tokens, finished or unfinished.
     pub fn is(path: &Path) -> bool {
         path.join(MANIFEST).is_file() || path.join(STATE).is_file()
     }
@@ -177,16 +176,16 @@ impl Folder {
     /// Reads the manifest and checks its checksum and the sizes of all files.
     ///
     /// # Errors
-    /// When the preparation was not finished, the manifest is damaged or of another format, or a file
-    /// is missing or of another size.
+    /// When the preparation has not finished, the manifest is damaged or has another format, or a file is missing or has a
+    /// wrong size.
     pub fn open(path: &Path) -> Result<Self> {
         let file = path.join(MANIFEST);
         if !file.exists() && path.join(STATE).exists() {
             return Err(Error::file(
                 path,
                 "a folder of tokens",
-                "one whose preparation has not ended",
-                "give the command routegrad data prepare again: it goes on where it was",
+                "a folder whose preparation has not finished",
+                "run the same `routegrad data prepare` command again: it continues where it stopped",
             ));
         }
         if !file.exists() {
@@ -197,7 +196,7 @@ impl Folder {
                     true => format!("a folder without {MANIFEST}"),
                     false => "no such folder".into(),
                 },
-                "make one: routegrad data prepare",
+                "create it with routegrad data prepare",
             ));
         }
         let text = fs::read_to_string(&file).map_err(|e| Error::io("read", &file, e))?;
@@ -251,21 +250,21 @@ impl Folder {
         self.path.join(format!("{}.{extension}", shard.name))
     }
 
-    /// What the folder says of itself.
+    /// Returns the manifest.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// Bytes of all shards.
+    /// Returns the total size of all token files in bytes.
     pub fn bytes(&self) -> u64 {
         let tokens: u64 = self.manifest.shards.iter().map(|s| s.counts.tokens).sum();
         tokens * u64::from(self.manifest.token_bytes)
     }
 
-    /// Compares every file with its digest.
+    /// Compares the digest of every file with the manifest.
     ///
     /// # Errors
-    /// At the first that differs.
+    /// Returns an error for a file that cannot be read or whose digest differs.
     pub fn verify(&self) -> Result<()> {
         self.tokenizer_files()?;
         let files = self.manifest.shards.iter().flat_map(|shard| {
@@ -287,10 +286,11 @@ impl Folder {
             .try_for_each(|side| self.documents(*side).map(drop))
     }
 
-    /// The files of the tokenizer, compared with their digests: names and contents. None for bytes.
+    /// Returns the names and contents of the tokenizer's files after a check of their digests; an empty list if each byte
+    /// is a token.
     ///
     /// # Errors
-    /// When they are missing, or others.
+    /// When a file is missing, or its digest differs.
     pub fn tokenizer_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         let manifest = &self.manifest;
         if manifest.tokenizer == BYTES {
@@ -309,11 +309,11 @@ impl Folder {
         Ok(files)
     }
 
-    /// The tokenizer.
+    /// Returns the tokenizer of the folder.
     ///
     /// # Errors
-    /// As [`tokenizer_files`](Self::tokenizer_files); in a program without the feature `text`, unless
-    /// a token is a byte.
+    /// As [`tokenizer_files`](Self::tokenizer_files); also, in a build without the feature `text`, unless each byte is a
+    /// token.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         self.tokenizer_files()?;
         match self.manifest.tokenizer.as_str() {
@@ -322,7 +322,7 @@ impl Folder {
         }
     }
 
-    /// The tokens of one side, mapped.
+    /// Returns the tokens of one side, as memory-mapped files.
     pub(super) fn tokens(&self, side: Side) -> Result<Tokens> {
         let mut tokens = Tokens::default();
         for shard in self.manifest.shards.iter().filter(|s| s.side == side) {
@@ -336,7 +336,7 @@ impl Folder {
         Ok(tokens)
     }
 
-    /// The tokens of document `i` of one side, those around its text included.
+    /// Returns the tokens of document `i` of one side, including the tokens before and after its text.
     ///
     /// # Errors
     /// When there is no such document, or its shard cannot be read.
@@ -356,7 +356,7 @@ impl Folder {
         Ok(tokens)
     }
 
-    /// All tokens of one side, in memory.
+    /// Reads all tokens of one side into memory.
     ///
     /// # Errors
     /// When a shard cannot be read.
@@ -366,10 +366,10 @@ impl Folder {
         Ok(all)
     }
 
-    /// The documents of one side, their ends counted over its shards.
+    /// Returns the documents of one side; the ends are positions in the concatenation of all its shards.
     ///
     /// # Errors
-    /// When an index is not what was written.
+    /// When an index file cannot be read or is damaged.
     pub fn documents(&self, side: Side) -> Result<Vec<Entry>> {
         let mut documents = Vec::new();
         let mut before = 0;
@@ -382,7 +382,7 @@ impl Folder {
                 let mut entry: Entry = bytemuck::pod_read_unaligned(entry);
                 let whole = entry.end >= last && entry.source < self.manifest.sources.len() as u64;
                 if !whole {
-                    let expected = "documents one behind the other".to_string();
+                    let expected = "documents in increasing order".to_string();
                     return Err(changed(&path, expected, format!("{entry:?}")));
                 }
                 last = entry.end;

@@ -1,16 +1,16 @@
-//! Text compressed with zstd, read as it is needed.
+//! Decompresses zstd as the text is read.
 
 use super::catch_panic::catch_panic;
 use ruzstd::decoding::{FrameDecoder, StreamingDecoder};
 use std::io::{BufRead, Error, ErrorKind, Read, Result};
 
-/// All zstd frames of a file, one behind the other, their checksums compared where they have one.
+/// Reads all zstd frames of a file, one after another, and verifies the checksum of each frame that has one.
 pub(super) struct Frames<R: BufRead> {
-    /// Before a frame.
+    /// Between two frames.
     source: Option<R>,
     /// Inside a frame.
     decoder: Option<StreamingDecoder<R, FrameDecoder>>,
-    /// Bytes of text read.
+    /// Number of bytes of text returned so far.
     read: u64,
 }
 
@@ -47,7 +47,7 @@ impl<R: BufRead> Read for Frames<R> {
                 let (source, frame) = decoder.into_parts();
                 let stored = frame.get_checksum_from_data();
                 if stored.is_some() && stored != frame.get_calculated_checksum() {
-                    return Err(bad("data that its checksum does not match".into()));
+                    return Err(bad("data that does not match its checksum".into()));
                 }
                 self.source = Some(source);
             }

@@ -1,18 +1,18 @@
-//! What stands between documents of bytes, which of them are held out, and what a corpus must have.
+//! The separator of documents of bytes, the choice of held-out documents, and the minimum size of a corpus.
 
 use crate::error::{Error, Result};
 
-/// What stands between two documents of bytes.
+/// Separator between two documents of bytes.
 pub const DOCUMENT_END: &str = "\n\n\n";
 
-/// Indices of the documents held out of at least two, increasing.
+/// Returns the indices of the held-out documents, increasing, for at least two documents.
 pub(super) fn held_out(documents: usize, fraction: f64) -> Vec<usize> {
     let m = (documents as f64 * fraction).round() as usize;
     let m = m.clamp(1, documents - 1);
     (0..m).map(|k| (2 * k + 1) * documents / (2 * m)).collect()
 }
 
-/// A text in two: what comes before its last `fraction`, and that. No character is cut.
+/// Splits a text into the part before its last `fraction` and that last part. The cut is between two characters.
 pub(super) fn before_and_end(text: &str, fraction: f64) -> [String; 2] {
     let mut at = (text.len() as f64 * (1.0 - fraction)) as usize;
     while !text.is_char_boundary(at) {

@@ -1,24 +1,24 @@
-//! Which part of a mix a training sequence comes from: a pure function of (seed, index).
+//! Selects the part of a mix for each training sequence, as a pure function of (seed, index).
 //!
-//! Of every [`BLOCK`] sequences each part has the number that its weight says, in an order shuffled by
-//! the block's own permutation, so that any index is found at once and the shares are exact.
+//! Every [`BLOCK`] sequences contain a fixed number of sequences of each part, in proportion to its weight, in an order
+//! that is a permutation of the block. The part of any index can thus be computed directly, and the shares are exact.
 
 use super::order::permute;
 use crate::config::Weighted;
 use crate::error::{Error, Result};
 use crate::tensor::random::{Purpose, Stream};
 
-/// Sequences in which the shares are exact.
+/// Number of sequences in which the shares are exact.
 const BLOCK: u64 = 4096;
 
 pub(super) struct Mix {
-    /// Where each part's share of a block ends; the last is [`BLOCK`].
+    /// Positions in a block at which each part's share ends; the last is [`BLOCK`].
     ends: Vec<u64>,
     seed: u64,
 }
 
 impl Mix {
-    /// All from one part.
+    /// A mix with one part.
     pub fn single() -> Self {
         Mix {
             ends: vec![BLOCK],
@@ -26,10 +26,10 @@ impl Mix {
         }
     }
 
-    /// Shares in proportion to the weights, rounded to 1/4096 by largest remainders.
+    /// Shares in proportion to the weights, rounded to multiples of 1/4096 by the largest-remainder method.
     ///
     /// # Errors
-    /// When a part has no share.
+    /// When a part's share is rounded to 0.
     pub fn new(parts: &[Weighted], seed: u64) -> Result<Self> {
         let sum: f64 = parts.iter().map(|p| p.weight).sum();
         let exact: Vec<f64> = parts
@@ -69,7 +69,7 @@ impl Mix {
         })
     }
 
-    /// The part of sequence `index`, and which one of that part it is.
+    /// Returns the part that sequence `index` comes from, and the index of the sequence in that part.
     pub fn place(&self, index: u64) -> (usize, u64) {
         if self.ends.len() == 1 {
             return (0, index);
@@ -110,7 +110,7 @@ mod tests {
             assert_eq!(seen.last(), Some(&(n - 1)), "one was left out");
             assert!((n as f64 / (3 * BLOCK) as f64 - weight / 4.5).abs() < 3e-4);
         }
-        // Mixed well: the first 64 are not all of one part.
+        // The order is well mixed: the first 64 sequences are not all of one part.
         let first: BTreeSet<usize> = (0..64).map(|i| mix.place(i).0).collect();
         assert_eq!(first.len(), 3);
     }

@@ -1,10 +1,10 @@
-//! The text that a model learns from, in training and validation documents, and cut into windows of
-//! tokens: a folder that [`prepare`] made, several of them in a mix, or text as bytes.
+//! The corpus of a model: training and validation documents, as windows of tokens. The source is a folder that [`prepare`]
+//! created, a mix of several such folders, or text whose bytes are the tokens.
 //!
-//! Of text whole documents are held out: of n documents m = round(`validation_fraction` · n), at least
-//! one, spread evenly over their order: number k is document ⌊(k + ½) n / m⌋. The documents of each side
-//! are joined by [`DOCUMENT_END`]. A window may span several documents; where `document_boundaries` are on,
-//! its batch says where they begin.
+//! From text, complete documents are held out: of n documents m = round(`validation_fraction` · n), at least one, spread
+//! evenly: held-out document k is document ⌊(k + ½) n / m⌋. The documents of each side are joined by [`DOCUMENT_END`]. A
+//! window may contain several documents; if `document_boundaries` is on, its batch holds the positions at which they
+//! begin.
 
 mod boundaries;
 mod catch_panic;
@@ -43,44 +43,46 @@ use part::Part;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// Training and validation text, as windows of S + 1 tokens: S inputs and the S that follow them.
+/// Training and validation text in windows of S + 1 tokens: S inputs, and as targets the tokens that follow them.
 pub struct Corpus {
     parts: Vec<Part>,
-    /// The order of each part.
+    /// The order of the training windows of each part.
     orders: Vec<Order>,
     mix: Mix,
-    /// Names of the validation documents' sources.
+    /// Names of the sources of the validation documents.
     sources: Vec<String>,
     sequence_length: u64,
-    /// Where a tokenizer's files lie.
+    /// The folder with the tokenizer's files.
     folder: Option<Folder>,
     fingerprint: String,
 }
 
-/// Where S + 1 consecutive validation tokens begin.
+/// A window of S + 1 consecutive validation tokens.
 #[derive(Clone, Copy, Debug)]
 pub struct Window {
     part: usize,
     start: u64,
-    /// Tokens at its beginning that another window predicts: the last window of a part reaches back to be as long as the others.
+    /// Number of tokens at the beginning that another window predicts too: the last window of a part begins earlier so
+    /// that it has the same length as the others.
     repeated: u64,
 }
 
 impl Window {
-    /// Predicted tokens at its beginning that do not count.
+    /// Returns the number of predicted tokens at the beginning that must not be counted, since another window predicts
+    /// them too.
     pub fn repeated(&self) -> usize {
         self.repeated as usize
     }
 }
 
 impl Corpus {
-    /// Reads `config.source`, or `config.mix`, for a model that takes `model.sequence_length` tokens,
-    /// in the order that `seed` gives.
+    /// Reads `config.source`, or `config.mix`, for a model with sequences of `model.sequence_length` tokens. `seed`
+    /// determines the order of the training sequences.
     ///
     /// # Errors
-    /// Missing, empty, truncated or non-UTF-8 files; too few documents or too little text; a
-    /// vocabulary that is larger than the model's; folders of tokens that are unfinished or were
-    /// changed, or of another tokenizer than the run or each other.
+    /// When a file is missing, empty, truncated or not UTF-8; there are too few documents or too little text; the
+    /// vocabulary is larger than the model's; a folder of tokens is unfinished or was changed, or its tokenizer differs
+    /// from that of the run or of the other folders.
     pub fn load(config: &DataConfig, model: &ModelConfig, seed: u64) -> Result<Self> {
         let mut parts = Vec::new();
         for source in config.sources() {
@@ -122,9 +124,9 @@ impl Corpus {
         })
     }
 
-    /// Training sequences by their global index. Step t of n sequences
-    /// takes indices t · n to (t + 1) · n, however micro-batches and ranks divide them; a rank's part
-    /// of a micro-batch is [`Collective::part`](crate::dist::Collective::part).
+    /// Returns the training sequences with these global indices. Step t, with n sequences per step, uses the indices t · n
+    /// to (t + 1) · n - 1, independent of micro-batches and ranks; for a rank's part of a micro-batch see
+    /// [`Collective::part`](crate::dist::Collective::part).
     pub fn sequences(&self, indices: impl IntoIterator<Item = u64>) -> Batch {
         let (mut batch, indices) = (Batch::default(), indices.into_iter());
         let count = indices.size_hint().0;
@@ -139,8 +141,9 @@ impl Corpus {
         batch
     }
 
-    /// Windows of validation text: `most` of them, evenly spread; without a limit (0), or where there are no more, they predict
-    /// every validation token but the first of a part once, those that [repeat](Window::repeated) left out.
+    /// Returns windows of validation text: `most` windows, evenly spread, or all if `most` is 0 or there are not more. All
+    /// windows together predict every validation token once, except the first of a part, if the
+    /// [repeated](Window::repeated) tokens are not counted.
     pub fn validation(&self, most: usize) -> Vec<Window> {
         let mut windows = self.held_out(most);
         if most > 0 && most <= self.whole_windows() {
@@ -160,7 +163,7 @@ impl Corpus {
         windows
     }
 
-    /// Validation windows of S tokens and the one after them, that share no predicted token.
+    /// Returns the number of validation windows of S + 1 tokens that have no predicted token in common.
     fn whole_windows(&self) -> usize {
         self.parts.iter().map(|p| self.whole_windows_of(p)).sum()
     }
@@ -169,7 +172,8 @@ impl Corpus {
         (part.validation.len().saturating_sub(1) / self.sequence_length) as usize
     }
 
-    /// Validation windows that share no predicted token: all of them, or `most` > 0, evenly spread.
+    /// Returns validation windows that have no predicted token in common: `most` windows, evenly spread, or all if `most`
+    /// is 0.
     pub fn held_out(&self, most: usize) -> Vec<Window> {
         let all = self.whole_windows();
         let n = if most == 0 { all } else { most.min(all) };
@@ -189,7 +193,7 @@ impl Corpus {
         (0..n).map(window).collect()
     }
 
-    /// Validation windows, read.
+    /// Reads the tokens of validation windows.
     pub fn read(&self, windows: &[Window]) -> Batch {
         let mut batch = Batch::default();
         for Window { part, start, .. } in windows {
@@ -199,7 +203,8 @@ impl Corpus {
         batch
     }
 
-    /// Where the tokens that a validation window predicts come from, repeated ones left out: consecutive runs of them, their sources as numbers into [`sources`](Self::sources).
+    /// Returns the sources of the tokens that a validation window predicts, without repeated tokens: one [`Share`] per run
+    /// of consecutive tokens of a document; its source is an index into [`sources`](Self::sources).
     pub fn shares(&self, window: Window) -> Vec<Share> {
         let part = &self.parts[window.part];
         let first = window.start + 1;
@@ -212,17 +217,17 @@ impl Corpus {
         shares
     }
 
-    /// Names of the validation documents' sources; none where the text has none.
+    /// Returns the names of the sources of the validation documents; empty if the text has no sources.
     pub fn sources(&self) -> &[String] {
         &self.sources
     }
 
-    /// [`held_out`](Self::held_out), read.
+    /// Reads the windows of [`held_out`](Self::held_out).
     pub fn evaluation(&self, most: usize) -> Batch {
         self.read(&self.held_out(most))
     }
 
-    /// What there is to train on, and what is held out.
+    /// Returns the counts of the training and of the validation documents.
     pub fn counts(&self) -> [Counts; 2] {
         let mut counts = [Counts::default(); 2];
         for part in &self.parts {
@@ -234,31 +239,32 @@ impl Corpus {
         counts
     }
 
-    /// Whether the text is one document, whose end is held out.
+    /// Returns whether the text is one document, whose end is held out.
     pub fn is_one_document(&self) -> bool {
         self.parts.iter().all(|part| part.one_document)
     }
 
-    /// The tokenizer that made the tokens.
+    /// Returns the tokenizer that produced the tokens.
     ///
     /// # Errors
-    /// When its files cannot be read; in a program without the feature `text`, unless a token is a byte.
+    /// When its files cannot be read; also, in a build without the feature `text`, unless each byte is a token.
     pub fn load_tokenizer(&self) -> Result<Tokenizer> {
         let folder = self.folder.as_ref();
         folder.map_or(Ok(Tokenizer::bytes()), Folder::tokenizer)
     }
 
-    /// The files of that tokenizer, names and contents; none for bytes.
+    /// Returns the names and contents of the tokenizer's files; an empty list if each byte is a token.
     ///
     /// # Errors
-    /// When they cannot be read.
+    /// When the files cannot be read.
     pub fn tokenizer_files(&self) -> Result<Vec<(&'static str, Vec<u8>)>> {
         self.folder
             .as_ref()
             .map_or(Ok(Vec::new()), Folder::tokenizer_files)
     }
 
-    /// A digest of both sides: a resumed run must read what it began with.
+    /// Returns a digest of the training and validation data. A resumed run must use data with the digest that the run
+    /// started with.
     pub fn fingerprint(&self) -> String {
         self.fingerprint.clone()
     }
@@ -276,8 +282,8 @@ fn fingerprint(parts: &[Part], config: &DataConfig) -> String {
     hash.finalize().to_hex().to_string()
 }
 
-/// The configuration of these layers. What none of them gives is that of the tokens to train on:
-/// `data.tokenizer`, and `model.vocab_size`, made a multiple of 8, which kernels want.
+/// Resolves a configuration as [`Config::load`] does. If no source sets `data.tokenizer` or `model.vocab_size`, they are
+/// taken from the training data; the vocabulary size is rounded up to a multiple of 8, as the kernels require.
 ///
 /// # Errors
 /// As [`Config::load`], and when a folder of tokens cannot be opened.
@@ -296,7 +302,7 @@ pub fn configure(layers: &Layers, check_router: &RouterCheck) -> Result<Config> 
     Ok(config)
 }
 
-/// Takes `tokenizer` from the first folder of tokens, if there is one.
+/// Sets `tokenizer` to that of the first folder of tokens, if there is one.
 ///
 /// # Errors
 /// When a folder cannot be opened.

@@ -1,10 +1,10 @@
 //! The order of the training windows: a pure function of (seed, index).
 //!
-//! An epoch cuts the text, from an offset of its own, into windows that share one token (the last
-//! target of one is the first input of the next), and visits each once, in the order of a
-//! permutation keyed by (seed, epoch): a Feistel network over the next even power of two whose round
-//! function is the random generator, walked until it lands inside (Black and Rogaway, "Ciphers with
-//! arbitrary finite domains", 2002). Nothing is stored, so any index is found at once.
+//! In each epoch the text is cut, from an offset that depends on the epoch, into windows that overlap by one token (the
+//! last target of one is the first input of the next). Each window is visited once, in the order of a permutation keyed by
+//! (seed, epoch). The permutation is a Feistel network over the next even power of two, with the random generator as round
+//! function; it is applied repeatedly until the result is in range (Black and Rogaway, "Ciphers with arbitrary finite
+//! domains", 2002). Nothing is stored, so the position of any index can be computed directly.
 
 use crate::tensor::random::{Purpose, Stream};
 
@@ -13,15 +13,15 @@ const ROUNDS: u64 = 6;
 pub(super) struct Order {
     windows: u64,
     sequence: u64,
-    /// Offsets of an epoch: 0 to this.
+    /// Largest offset of an epoch; the smallest is 0.
     last_offset: u64,
     seed: u64,
 }
 
 impl Order {
-    /// For `tokens` > `sequence` tokens.
+    /// The order for a text of `tokens` > `sequence` tokens.
     pub fn new(tokens: u64, sequence: u64, seed: u64) -> Self {
-        // One sequence is spared, so that every offset leaves room for the same number of windows.
+        // One sequence is not used, so that every offset leaves room for the same number of windows.
         let windows = ((tokens - sequence) / sequence).max(1);
         let slack = tokens - 1 - windows * sequence;
         Order {
@@ -32,7 +32,7 @@ impl Order {
         }
     }
 
-    /// First token of sequence `index`.
+    /// Returns the position of the first token of sequence `index`.
     pub fn start(&self, index: u64) -> u64 {
         let (epoch, place) = (index / self.windows, index % self.windows);
         let stream = |use_| Stream::new(self.seed, Purpose::DataOrder, epoch, use_);
@@ -42,7 +42,7 @@ impl Order {
     }
 }
 
-/// Where `place` goes in a permutation of `0..n`.
+/// Returns the image of `place` under a permutation of `0..n`.
 pub(super) fn permute(place: u64, n: u64, stream: &Stream) -> u64 {
     let bits = 64 - n.saturating_sub(1).leading_zeros();
     let half = bits.div_ceil(2).max(1);

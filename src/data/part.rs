@@ -1,4 +1,4 @@
-//! One part of a corpus: text that is read whole, or a folder of tokens.
+//! One part of a corpus: text that is read completely into memory, or a folder of tokens.
 
 use super::boundaries::Boundaries;
 use super::folder::{Counts, Entry, Folder, Side};
@@ -11,10 +11,10 @@ use crate::error::{Error, Result};
 use crate::model::batch::Batch;
 use std::path::Path;
 
-/// Folders of up to so many bytes are compared with their digests before a run.
+/// The digests of folders up to this size in bytes are verified before a run.
 const VERIFIED: u64 = 4 << 30;
 
-/// Training and validation tokens of one origin.
+/// Training and validation tokens of one source.
 pub(super) struct Part {
     /// Fingerprint of the tokenizer.
     pub tokenizer: String,
@@ -22,15 +22,15 @@ pub(super) struct Part {
     pub one_document: bool,
     pub train: Tokens,
     pub validation: Tokens,
-    /// Of training and of validation.
+    /// Counts of the training and of the validation documents.
     pub counts: [Counts; 2],
-    /// The documents of the validation tokens; none where they are one text of bytes.
+    /// The documents of the validation tokens; empty for a text of bytes.
     pub documents: Vec<Entry>,
     /// Names of the sources of the documents.
     pub sources: Vec<String>,
-    /// Where training and validation documents end, if attention is to know.
+    /// Boundaries of the training and validation documents, if attention needs them.
     pub boundaries: Option<[Boundaries; 2]>,
-    /// A digest of all of it.
+    /// A digest of the data.
     pub digest: String,
 }
 
@@ -139,7 +139,7 @@ impl Part {
         })
     }
 
-    /// Adds the window of S + 1 tokens from `start` on to a batch.
+    /// Appends the window of S + 1 tokens from `start` on to a batch.
     pub fn copy(&self, side: Side, start: u64, sequence: u64, batch: &mut Batch) {
         let tokens = match side {
             Side::Train => &self.train,
@@ -153,7 +153,7 @@ impl Part {
         batch.sequences += 1;
     }
 
-    /// Where the validation tokens `from .. to` come from: a share for each document.
+    /// Returns the sources of the validation tokens `from .. to`: one share per document.
     pub fn shares(&self, from: u64, to: u64) -> Vec<Share> {
         if self.documents.is_empty() {
             let tokens = to - from;
@@ -184,13 +184,13 @@ impl Part {
     }
 }
 
-/// Consecutive tokens of one document.
+/// A run of consecutive tokens of one document.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Share {
-    /// Number of its source.
+    /// Index of the document's source.
     pub source: usize,
-    /// How many there are.
+    /// Number of tokens.
     pub tokens: u64,
-    /// The bytes of its text, in the share of its tokens.
+    /// Bytes of the document's text in proportion to the share of its tokens.
     pub bytes: f64,
 }

@@ -1,16 +1,16 @@
-//! Text as it lies in files of other systems: without a byte order mark, and with line ends of Windows as `\n`.
+//! Normalises text files of other systems: removes a byte order mark and converts Windows line endings to `\n`.
 
 use std::io::{self, Read};
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// A reader of UTF-8 that leaves out a byte order mark at the start and, where asked, reads `\r\n` as `\n`.
+/// A reader of UTF-8 that removes a byte order mark at the start and, if requested, converts `\r\n` to `\n`.
 pub(super) struct PlainText<R> {
     inner: R,
     line_ends: bool,
     started: bool,
     ended: bool,
-    /// What was read and is not given yet: the bytes from `given` on.
+    /// Bytes that were read but not returned yet: those from index `given` on.
     pending: Vec<u8>,
     given: usize,
 }
@@ -27,7 +27,7 @@ impl<R: Read> PlainText<R> {
         }
     }
 
-    /// Reads more into `pending`, which holds at most a carriage return whose next byte is not known.
+    /// Reads more bytes into `pending`, which then holds at most a carriage return whose next byte is not known.
     fn refill(&mut self) -> io::Result<()> {
         let kept = self.pending.split_off(self.given);
         self.pending = kept;
@@ -40,7 +40,7 @@ impl<R: Read> PlainText<R> {
         Ok(())
     }
 
-    /// The number of bytes of `pending` that can be given.
+    /// Returns the number of bytes of `pending` that can be returned to the caller.
     fn prepare(&mut self) -> io::Result<usize> {
         self.refill()?;
         while !self.started && self.pending.len() < BYTE_ORDER_MARK.len() && !self.ended {
@@ -87,7 +87,7 @@ impl<R: Read> Read for PlainText<R> {
     }
 }
 
-/// The same for a text that was read whole.
+/// Normalises a text in memory in the same way, including line endings.
 pub(super) fn plain(text: String) -> String {
     let text = match text.strip_prefix('\u{feff}') {
         Some(rest) => rest.to_string(),
@@ -103,7 +103,7 @@ pub(super) fn plain(text: String) -> String {
 mod tests {
     use super::*;
 
-    /// Gives so many bytes at a time.
+    /// A reader that returns at most this number of bytes at a time.
     struct Slow<'a>(&'a [u8], usize);
 
     impl Read for Slow<'_> {
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn marks_and_line_ends_of_windows_are_no_text_however_the_bytes_come() {
+    fn byte_order_marks_and_windows_line_endings_are_removed_for_every_read_size() {
         for (text, expected) in [
             ("\u{feff}a\r\n\r\nb", "a\n\nb"),
             ("a\rb\r\r\n", "a\rb\r\n"),
@@ -137,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn line_ends_stay_where_they_are_not_asked_for() {
+    fn line_endings_are_kept_unless_their_conversion_is_requested() {
         let mut found = String::new();
         PlainText::new("\u{feff}a\r\n".as_bytes(), false)
             .read_to_string(&mut found)

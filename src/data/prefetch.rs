@@ -1,5 +1,5 @@
-//! Prefetch: while a step runs, a thread reads what the next two take, so that training never waits for pages of a
-//! file that are not in memory yet.
+//! Prefetch: while a step runs, a thread reads the data of the next two steps, so that training does not wait for the
+//! disk.
 
 use crate::error::{Error, Result};
 use std::ops::Range;
@@ -7,21 +7,21 @@ use std::panic::resume_unwind;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle};
 
-/// What a function gives for each step of a range, in order, read before it is asked for.
+/// The results of a function for each step of a range, in order, computed in advance by a thread.
 pub struct Prefetch<T> {
     next: u64,
-    /// Both are there until it is dropped.
+    /// Both are present until the value is dropped.
     parts: Option<(Receiver<T>, JoinHandle<()>)>,
 }
 
 impl<T: Send + 'static> Prefetch<T> {
-    /// Begins to read for the first of `steps`.
+    /// Starts to read for the first of `steps`.
     ///
     /// # Errors
-    /// When the system has no thread to spare.
+    /// When the operating system cannot start a thread.
     pub fn new(steps: Range<u64>, read: impl Fn(u64) -> T + Send + 'static) -> Result<Self> {
         let next = steps.start;
-        // One waits in the channel and one in the thread's hands.
+        // One result is in the channel while the thread holds the next.
         let (sender, receiver) = sync_channel(1);
         let thread = thread::Builder::new()
             .name("read".into())
@@ -42,10 +42,10 @@ impl<T: Send + 'static> Prefetch<T> {
         })
     }
 
-    /// What was read for `step`.
+    /// Returns the result for `step`.
     ///
     /// # Panics
-    /// When the steps are not taken one after another up to the last, or reading panicked.
+    /// When the steps are not requested in order, `step` is after the last one, or the reading thread panicked.
     pub fn take(&mut self, step: u64) -> T {
         assert_eq!(step, self.next, "the step that was read for");
         self.next += 1;
@@ -53,7 +53,7 @@ impl<T: Send + 'static> Prefetch<T> {
         received.unwrap_or_else(|| self.fail(step))
     }
 
-    /// Ends with the panic that ended the thread.
+    /// Panics with the panic of the reading thread.
     fn fail(&mut self, step: u64) -> ! {
         if let Some((_, thread)) = self.parts.take()
             && let Err(panic) = thread.join()
@@ -67,7 +67,7 @@ impl<T: Send + 'static> Prefetch<T> {
 impl<T> Drop for Prefetch<T> {
     fn drop(&mut self) {
         if let Some((receiver, thread)) = self.parts.take() {
-            // Without a receiver the thread ends with what it is reading.
+            // Without a receiver, the thread ends after its current read.
             drop(receiver);
             let _ = thread.join();
         }
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn dropped_early_late_or_at_once_it_does_not_hang() {
+    fn dropping_it_at_any_time_does_not_block() {
         for taken in [0, 1, 7, 10] {
             let mut prefetch = Prefetch::new(0..10, |step| vec![step; 1000]).unwrap();
             (0..taken).for_each(|step| assert_eq!(prefetch.take(step)[0], step));
@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "no page 2")]
-    fn a_panic_of_the_reader_is_that_of_who_takes() {
+    fn a_panic_of_the_reader_is_passed_to_the_caller_of_take() {
         let mut prefetch = Prefetch::new(0..4, |step| {
             assert!(step < 2, "no page {step}");
             step
@@ -123,7 +123,7 @@ mod tests {
 
     #[test]
     #[should_panic(expected = "past the last")]
-    fn nothing_is_past_the_last_step() {
+    fn there_is_no_result_after_the_last_step() {
         let mut prefetch = Prefetch::new(0..1, |step| step).unwrap();
         prefetch.take(0);
         prefetch.take(1);

@@ -1,9 +1,9 @@
-//! From files of documents to a folder of tokens: [`Folder`].
+//! Converts files of documents to a folder of tokens: [`Folder`].
 //!
-//! One thread reads, all cores encode, one writes; documents keep their order, so the folder has the
-//! same bytes whatever the number of threads. Only chunks on their way are in memory. Shards are closed
-//! at a document, those of both sides together; then `unfinished.json` says how far the preparation
-//! came, and one that was killed goes on there. The manifest is written last.
+//! One thread reads, all cores encode, and one thread writes. Documents keep their order, so the folder has the same bytes
+//! for any number of threads. Only the chunks that are being processed are in memory. Shards are closed at the end of a
+//! document, those of both sides together; `unfinished.json` then holds the state of the preparation, so that a killed
+//! preparation can continue from there. The manifest is written last.
 
 mod inputs;
 mod items;
@@ -31,34 +31,34 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Instant;
 
-/// Bytes of text that are encoded in one piece, at least.
+/// Minimum number of bytes of text that are encoded as one chunk.
 const CHUNK: usize = 1 << 17;
 
-/// What a preparation came to.
+/// The result of a preparation.
 #[derive(Debug)]
 pub struct Summary {
-    /// That of the finished folder.
+    /// The manifest of the finished folder.
     pub manifest: Manifest,
-    /// Files whose rest, or the rest of a row group of theirs, could not be read.
+    /// Files of which the rest, or the rest of a row group, could not be read.
     pub cut: Vec<PathBuf>,
-    /// Documents whose text decoding does not give back, of those that were decoded.
+    /// Number of documents, among those that were decoded again, whose decoded text differs from the original.
     pub altered: u64,
-    /// Bytes of text that this process encoded, and how long it took.
+    /// Bytes of text that this process encoded.
     pub bytes: u64,
-    /// How long this process took for them.
+    /// Time in seconds that this process took to encode them.
     pub seconds: f64,
 }
 
-/// Prepares a folder of tokens, or goes on where a killed preparation was.
+/// Prepares a folder of tokens, or continues a preparation that was killed.
 ///
 /// # Errors
-/// Inputs that cannot be read or have no text column, another tokenizer or other options than those
-/// that the folder was begun with, no document, a full disk. Shards that are closed stay.
+/// When an input cannot be read or has no text column, the tokenizer or the options differ from those with which the
+/// folder was started, there is no document, or the disk is full. Closed shards are kept.
 pub fn run(options: &Options) -> Result<Summary> {
     options.validate()?;
     let tokenizer = options.open_tokenizer()?;
     let (inputs, left_out) = inputs::list_all(options)?;
-    // Every file is opened before the first is read: a bad one is told at once.
+    // Opens every file before reading the first, so that a bad file is reported at the start.
     for input in &inputs {
         inputs::open(&input.path, options)?;
     }
@@ -70,7 +70,9 @@ pub fn run(options: &Options) -> Result<Summary> {
     left_out.iter().for_each(|text| progress.note(text));
     if state.place.seen > 0 {
         let (shards, out) = (state.manifest.shards.len(), options.out.display());
-        progress.note(&format!("goes on behind {shards} finished shards in {out}"));
+        progress.note(&format!(
+            "continuing after {shards} finished shards in {out}"
+        ));
     }
     let mut writer = Writer::new(options, state, &progress);
     let place = writer.place();
@@ -98,7 +100,7 @@ pub fn run(options: &Options) -> Result<Summary> {
     })
 }
 
-/// What a preparation that was killed left in the folder, if it began as `state`.
+/// Returns the state of a killed preparation in the folder, if it was started with the plan of `state`.
 fn unfinished(out: &Path, state: &State) -> Result<Option<State>> {
     let state_file = out.join(STATE);
     if !state_file.exists() {
@@ -106,21 +108,26 @@ fn unfinished(out: &Path, state: &State) -> Result<Option<State>> {
     }
     let text = fs::read(&state_file).map_err(|e| Error::io("read", &state_file, e))?;
     let found: State = serde_json::from_slice(&text).map_err(|e| {
-        let help = "remove the folder and begin again";
-        Error::file(&state_file, "what a preparation wrote", e.to_string(), help)
+        let help = "remove the folder and start again";
+        Error::file(
+            &state_file,
+            "the state of a preparation",
+            e.to_string(),
+            help,
+        )
     })?;
     if found.plan == state.plan {
         return Ok(Some(found));
     }
     Err(Error::file(
         out,
-        "the inputs and options that the preparation there began with",
+        "the inputs and options with which this preparation was started",
         different(&found.plan, &state.plan),
-        "put them back, or choose another --out",
+        "restore them, or choose another --out",
     ))
 }
 
-/// Refuses a folder with more in it than shards that were not finished.
+/// Returns an error if the folder contains anything other than unfinished shards.
 fn refuse_used(out: &Path) -> Result<()> {
     if !out.exists() {
         return Ok(());
@@ -132,14 +139,14 @@ fn refuse_used(out: &Path) -> Result<()> {
         return Ok(());
     }
     let got = match Folder::is(out) {
-        true => "a folder of tokens that is finished",
-        false => "a folder with something in it",
+        true => "a finished folder of tokens",
+        false => "a folder that is not empty",
     };
-    let help = "choose another --out, or remove what is there";
+    let help = "choose another --out, or remove the content of the folder";
     Err(Error::file(out, "a new or an empty folder", got, help))
 }
 
-/// Opens or makes the folder: where to begin.
+/// Opens or creates the folder, and returns the state from which to continue.
 fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<State> {
     let out = &options.out;
     let after = options.behind_document(tokenizer);
@@ -189,7 +196,7 @@ fn begin(options: &Options, tokenizer: &Tokenizer, inputs: &[Input]) -> Result<S
     };
     if let Some(found) = unfinished(out, &state)? {
         write_missing(out, &files)?;
-        // It was killed just before its end, which is done again.
+        // The preparation was killed just before its end; the last step is repeated.
         if out.join(MANIFEST).exists() {
             fs::remove_file(out.join(MANIFEST)).map_err(|e| Error::io("remove", out, e))?;
         }
@@ -207,7 +214,7 @@ fn write_missing(out: &Path, files: &[(&str, Vec<u8>)]) -> Result<()> {
     missing.try_for_each(|(name, content)| replace(out, name, content))
 }
 
-/// The keys of two plans that differ.
+/// Returns the names of the keys whose values differ between two plans.
 fn different(a: &Value, b: &Value) -> String {
     let keys = a.as_object().into_iter().flat_map(|a| a.keys());
     let others: Vec<&str> = keys
@@ -217,25 +224,26 @@ fn different(a: &Value, b: &Value) -> String {
     format!("other {}", others.join(", "))
 }
 
-/// Whether document `n`, counted from 0, is held out: as many of the first as the share says.
+/// Returns whether document `n`, counted from 0, is held out. The share of held-out documents among the first n is
+/// `fraction` for every n, up to rounding.
 fn held_out(n: u64, fraction: f64) -> bool {
     let before = |n: u64| (n as f64 * fraction + 0.5).floor();
     before(n + 1) > before(n)
 }
 
-/// A document on its way to be encoded.
+/// A document that is waiting to be encoded.
 struct Pending {
     item: Item,
     side: Side,
-    /// Number of its input.
+    /// Index of its input.
     input: usize,
-    /// Where reading goes on behind it.
+    /// Where reading continues after the document.
     place: Place,
-    /// Bytes of all inputs read so far.
+    /// Bytes of all inputs that have been read so far.
     consumed: u64,
 }
 
-/// Reads the inputs from `place` on, and sends on what becomes of each chunk, in order.
+/// Reads the inputs from `place` on, and sends the encoded chunks, in order.
 fn read(
     options: &Options,
     tokenizer: &Tokenizer,
@@ -248,7 +256,7 @@ fn read(
     let mut size = 0;
     let names: Vec<&str> = inputs.iter().map(|i| i.name.as_str()).collect();
     rayon::in_place_scope(|jobs| {
-        // False when nobody takes it: the writer failed.
+        // False if the receiver is gone because the writer failed.
         let put = |chunk: Vec<Pending>| {
             let (done, result) = sync_channel(1);
             let names = &names;
@@ -306,7 +314,7 @@ fn read(
     })
 }
 
-/// One document's tokens as they stand in a shard.
+/// Returns one document's tokens in the format of a shard.
 fn encode(options: &Options, tokenizer: &Tokenizer, names: &[&str], pending: Pending) -> Encoded {
     let Pending {
         item,
@@ -342,8 +350,8 @@ fn encode(options: &Options, tokenizer: &Tokenizer, names: &[&str], pending: Pen
     }
 }
 
-/// The number of a document's tokens, they themselves, and whether they were asked to decode to its
-/// text but do not.
+/// Returns the number of a document's tokens, their bytes, and whether a requested round trip through the decoder changed
+/// the text.
 fn tokens(options: &Options, tokenizer: &Tokenizer, text: &str) -> Result<(u64, Vec<u8>, bool)> {
     let own = tokenizer.encode(text)?;
     let altered = options.round_trip && tokenizer.decode(&own)? != text;
@@ -356,10 +364,10 @@ fn tokens(options: &Options, tokenizer: &Tokenizer, text: &str) -> Result<(u64, 
     Ok((all.len() as u64, bytes, altered))
 }
 
-/// Writes what comes, until nothing does.
+/// Writes all chunks until the channel is closed.
 fn write(writer: &mut Writer, chunks: &Receiver<Receiver<Vec<Encoded>>>) -> Result<()> {
     for chunk in chunks {
-        // A chunk whose encoding panicked has no result; the panic is told where it was.
+        // A chunk whose encoding panicked has no result; the thread that panicked reports it.
         for encoded in chunk.recv().unwrap_or_default() {
             writer.take(encoded)?;
         }
@@ -372,7 +380,7 @@ mod tests {
     use super::held_out;
 
     #[test]
-    fn documents_are_held_out_in_their_share_evenly() {
+    fn the_share_of_held_out_documents_is_as_requested_and_even() {
         for (fraction, expected) in [(0.0, 0), (0.005, 5), (0.25, 250), (0.9, 900)] {
             let held: Vec<u64> = (0..1000).filter(|n| held_out(*n, fraction)).collect();
             assert_eq!(held.len(), expected);

@@ -1,6 +1,6 @@
-//! The text by source: the sources of a folder of tokens, the files of a folder of text, or the
-//! documents of one file in runs of equal number. What no file name says, such as the year of a speech,
-//! is not known here.
+//! Divides the text by source: the sources of a folder of tokens, the files of a folder of text, or runs of equal numbers
+//! of documents of one file. Sources are known by file names only; other properties, such as the year of a speech, are not
+//! known here.
 
 use super::limits::{DOCUMENT_END, in_vocabulary};
 use super::part::Part;
@@ -12,20 +12,20 @@ use crate::model::batch::Batch;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Most sources: more files than this are taken together in runs, as documents are.
+/// Maximum number of sources. If there are more files, consecutive files form runs, as documents of one file do.
 const MOST: usize = 12;
 
-/// A part of the text.
+/// One source of the text.
 pub struct Source {
-    /// Its file, or the places of its documents, from 1.
+    /// Name of its file, or the range of its documents, counted from 1.
     pub name: String,
     text: Tokens,
     sequence_length: usize,
 }
 
 impl Source {
-    /// At most `most` windows of its text, evenly spread, without boundaries of documents. Windows share
-    /// no predicted token.
+    /// Returns at most `most` windows of its text, evenly spread, without document boundaries. No two windows have a
+    /// predicted token in common.
     pub fn windows(&self, most: usize) -> Batch {
         let s = self.sequence_length as u64;
         let all = ((self.text.len() - 1) / s) as usize;
@@ -41,19 +41,20 @@ impl Source {
     }
 }
 
-/// Names of sources that are left out.
+/// Names of the sources that are left out.
 #[derive(Default)]
 pub struct LeftOut {
-    /// Shorter than one sequence and the token after it.
+    /// Sources that are shorter than one sequence and the token after it.
     pub short: Vec<String>,
-    /// Beyond the largest ones.
+    /// Sources left out because there are too many; the largest are kept.
     pub smaller: Vec<String>,
 }
 
-/// The sources of the text, documents held out included, and of tokens those alone; and those that are left out.
+/// Returns the sources of the text, and the names of those that are left out. Text includes the held-out documents;
+/// folders of tokens contribute only the held-out documents.
 ///
 /// # Errors
-/// As [`Corpus::load`](super::Corpus::load); and when nothing is left.
+/// As [`Corpus::load`](super::Corpus::load); also when no source is left.
 pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, LeftOut)> {
     if config.sources().any(|s| Folder::is(Path::new(s))) {
         return of_folders(config, model);
@@ -117,7 +118,7 @@ fn any(
     ))
 }
 
-/// The sources of folders of tokens, the [`MOST`] with the most held out.
+/// Returns the sources of folders of tokens: the [`MOST`] sources with the most held-out tokens.
 fn of_folders(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, LeftOut)> {
     let mut by_name: BTreeMap<String, Tokens> = BTreeMap::new();
     for source in config.sources() {
@@ -149,7 +150,7 @@ fn of_folders(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, 
     any(found, left_out, model)
 }
 
-/// At most [`MOST`] runs of documents that differ in number by at most one.
+/// Divides documents into at most [`MOST`] runs whose sizes differ by at most one.
 fn runs(documents: Vec<String>, what: &str) -> Vec<(String, Vec<String>)> {
     let (n, parts) = (documents.len(), documents.len().min(MOST));
     let mut rest = documents.into_iter();

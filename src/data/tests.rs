@@ -1,4 +1,4 @@
-//! What the corpus promises.
+//! Tests of the corpus.
 
 use super::*;
 use crate::config::{Config, Layers};
@@ -35,7 +35,8 @@ fn texts(corpus: &Corpus) -> [Vec<u8>; 2] {
     })
 }
 
-/// `n` documents of `length` letters, the n-th of the n-th letter.
+/// Returns `n` documents of `length` letters each; all letters of a document are the same, and each document has the next
+/// letter.
 fn letters(n: usize, length: usize) -> String {
     let docs: Vec<String> = (0..n)
         .map(|i| char::from(b'a' + i as u8).to_string().repeat(length))
@@ -44,11 +45,11 @@ fn letters(n: usize, length: usize) -> String {
 }
 
 #[test]
-fn the_embedded_corpus_is_whole_and_split_by_documents() {
+fn the_embedded_corpus_is_complete_and_split_by_documents() {
     let corpus = load(&model(&[])).unwrap();
     assert_eq!(documents(&corpus), [221, 12]);
     let [train, validation] = corpus.counts().map(|c| c.bytes as usize);
-    // One separator is lost where the two sides part.
+    // The separator between the two sides is not part of either.
     assert_eq!(train + validation + DOCUMENT_END.len(), 10_761_854);
     let share = validation as f64 / (train + validation) as f64;
     assert!((share - 0.05).abs() < 0.01, "{share}");
@@ -71,7 +72,7 @@ fn no_document_is_on_both_sides() {
 }
 
 #[test]
-fn a_step_reads_the_same_sequences_however_it_is_divided() {
+fn a_step_reads_the_same_sequences_for_any_division() {
     let corpus = load(&model(&[])).unwrap();
     let whole = corpus.sequences(32..48).tokens;
     let parts: Vec<i32> = [32..36, 36..40, 40..47, 47..48]
@@ -123,7 +124,7 @@ fn evaluation_windows_cover_the_validation_text() {
 }
 
 #[test]
-fn of_a_single_document_the_end_is_held_out_and_no_character_is_cut() {
+fn the_end_of_a_single_document_is_held_out_without_cutting_a_character() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.txt");
     let text = "one line\n\né of another\n\n".repeat(400);
@@ -141,7 +142,7 @@ fn of_a_single_document_the_end_is_held_out_and_no_character_is_cut() {
 fn the_validation_windows_predict_every_token_but_the_first_once() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.txt");
-    // 105 validation tokens for windows of 10: ten of them, and one of the last four that reaches back.
+    // 105 validation tokens in windows of 10: ten windows, and one for the last four tokens that begins earlier.
     fs::write(&path, "abcdefg".repeat(300)).unwrap();
     let set = ["model.sequence_length=10", "data.validation_fraction=0.05"];
     let corpus = from(&path, &set).unwrap();
@@ -167,7 +168,7 @@ fn the_validation_windows_predict_every_token_but_the_first_once() {
 }
 
 #[test]
-fn the_shortest_text_gives_one_window() {
+fn the_shortest_text_has_one_window() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.txt");
     fs::write(&path, letters(2, 2)).unwrap();
@@ -208,7 +209,7 @@ fn folders_are_read_in_the_order_of_their_paths_and_may_be_compressed() {
 }
 
 #[test]
-fn bad_text_is_named_with_its_fault() {
+fn the_error_for_bad_text_names_the_file_and_the_fault() {
     let dir = tempfile::tempdir().unwrap();
     let write = |name: &str, bytes: &[u8]| {
         let path = dir.path().join(name);
@@ -265,7 +266,7 @@ fn bad_text_is_named_with_its_fault() {
 }
 
 #[test]
-fn what_is_read_ahead_is_what_is_read_at_once_also_from_a_step_in_the_middle() {
+fn prefetched_batches_equal_directly_read_ones_from_any_start() {
     let corpus = std::sync::Arc::new(load(&model(&[])).unwrap());
     for first in [0, 3, 1000] {
         let read = corpus.clone();
@@ -280,7 +281,7 @@ fn what_is_read_ahead_is_what_is_read_at_once_also_from_a_step_in_the_middle() {
 }
 
 #[test]
-fn a_batch_knows_where_the_documents_of_its_text_begin_on_demand() {
+fn a_batch_holds_the_beginnings_of_documents_on_request() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("a.txt");
     fs::write(&path, letters(20, 11)).unwrap();
@@ -297,7 +298,7 @@ fn a_batch_knows_where_the_documents_of_its_text_begin_on_demand() {
     for batch in [corpus.sequences(0..9), corpus.evaluation(0)] {
         for sequences in batch.chunks(1) {
             assert_eq!(sequences.length().unwrap(), 24);
-            // The text is a run of a letter for each document, then what stands between them.
+            // Each document is a run of one letter, followed by the separator.
             let tokens: Vec<u8> = sequences.tokens.iter().map(|t| *t as u8).collect();
             let mut begin = 0;
             for (row, first) in sequences.first_key.unwrap().iter().enumerate() {

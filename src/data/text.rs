@@ -1,4 +1,5 @@
-//! Documents from the embedded corpus, a file, or a folder: UTF-8, plain (`.txt`) or compressed (`.txt.zst`, `.txt.gz`).
+//! Reads documents from the embedded corpus, a file, or a folder: UTF-8, plain (`.txt`) or compressed (`.txt.zst`,
+//! `.txt.gz`).
 
 use super::compressed::{decompressed, plain_name};
 use super::plain::plain;
@@ -12,12 +13,12 @@ use std::path::{Path, PathBuf};
 /// State of the Union addresses; see `data/embedded/README.md`.
 const EMBEDDED: &[u8] = include_bytes!("../../data/embedded/sotu.txt.zst");
 
-/// The documents of `config.source` that hold more than white space, in order.
+/// Returns the documents of `config.source`, in order, without documents that are only white space.
 pub(super) fn read(config: &DataConfig) -> Result<Vec<String>> {
     Ok(read_files(config)?.into_iter().flat_map(|f| f.1).collect())
 }
 
-/// The files of `config.source` in order, each with its documents.
+/// Returns the files of `config.source`, in order, each with its documents.
 pub(super) fn read_files(config: &DataConfig) -> Result<Vec<(PathBuf, Vec<String>)>> {
     let mut found = Vec::new();
     if config.source == "embedded" {
@@ -35,7 +36,7 @@ pub(super) fn read_files(config: &DataConfig) -> Result<Vec<(PathBuf, Vec<String
     Ok(found)
 }
 
-/// The file itself, or the text files under a folder in the order of their paths.
+/// Returns the file itself, or the text files in a folder and its subfolders sorted by path.
 fn files(source: &Path) -> Result<Vec<PathBuf>> {
     let meta = fs::metadata(source).map_err(|e| Error::io("read", source, e))?;
     if !meta.is_dir() {
@@ -53,7 +54,7 @@ fn files(source: &Path) -> Result<Vec<PathBuf>> {
     Ok(found)
 }
 
-/// The files under a folder that `wanted` takes, in the order of their paths.
+/// Returns the files in a folder and its subfolders for which `wanted` is true, sorted by path.
 pub(super) fn files_under(source: &Path, wanted: fn(&Path) -> bool) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
     let mut folders = vec![source.to_path_buf()];
@@ -63,12 +64,12 @@ pub(super) fn files_under(source: &Path, wanted: fn(&Path) -> bool) -> Result<Ve
         for entry in entries {
             let entry = entry.map_err(|e| Error::io("list", &folder, e))?;
             let path = entry.path();
-            // Copies that editors and systems keep beside a file: `.ipynb_checkpoints`, `._name`.
+            // Editors and operating systems keep hidden copies beside a file: `.ipynb_checkpoints`, `._name`.
             if entry.file_name().to_string_lossy().starts_with('.') {
                 continue;
             }
             if path.is_dir() {
-                // A link may lead back here.
+                // A symbolic link may lead back to a parent folder.
                 if fs::canonicalize(&path).is_ok_and(|path| seen.insert(path)) {
                     folders.push(path);
                 }
@@ -85,19 +86,19 @@ fn is_text(path: &Path) -> bool {
     plain_name(path).ends_with(".txt")
 }
 
-/// What is compressed in `bytes`, those of the file at `path`; `bytes` where it is not compressed.
+/// Decompresses `bytes`, the content of the file at `path`; returns `bytes` if the file is not compressed.
 fn decompress(path: &Path, bytes: &[u8]) -> Result<Vec<u8>> {
     let mut out = Vec::new();
     decompressed(path, bytes)
         .read_to_end(&mut out)
         .map_err(|e| {
             let help = "copy or compress the file again";
-            Error::file(path, "whole compressed data", e.to_string(), help)
+            Error::file(path, "complete compressed data", e.to_string(), help)
         })?;
     Ok(out)
 }
 
-/// The text of a file, decompressed if its name ends in `.zst` or `.gz`.
+/// Returns the text of a file, decompressed if its name ends in `.zst` or `.gz`.
 pub(crate) fn read_text(path: &Path) -> Result<String> {
     let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
     utf8(path, decompress(path, &bytes)?).map(plain)
@@ -109,7 +110,7 @@ fn utf8(path: &Path, bytes: Vec<u8>) -> Result<String> {
             path,
             "UTF-8 text",
             format!(
-                "a byte that is not, at offset {}",
+                "a byte that is not UTF-8 at offset {}",
                 e.utf8_error().valid_up_to()
             ),
             "convert the file, for example with iconv",
@@ -123,7 +124,7 @@ fn split(text: &str, path: &Path, config: &DataConfig, documents: &mut Vec<Strin
             path,
             "text",
             "an empty file",
-            "remove it, or name another",
+            "remove it, or name another file",
         ));
     }
     if config.document_separator.is_empty() {

@@ -1,8 +1,7 @@
-//! From text to tokens and back: a token is a byte, or what a `tokenizer.json` of Hugging Face's
-//! makes of the text.
+//! Converts text to tokens and back. Each byte is a token, or a Hugging Face `tokenizer.json` defines the tokens.
 //!
-//! Text never becomes a special token: one that stands in a document is encoded as the characters it
-//! is written with, so that it cannot pass for the document's end.
+//! Text is never encoded as a special token: if the name of a special token occurs in a document, its characters are
+//! encoded, so that a document cannot contain a false end of document.
 
 #[cfg(feature = "text")]
 mod file;
@@ -14,16 +13,17 @@ use crate::error::{Error, Result};
 use std::fs;
 use std::path::Path;
 
-/// The file of a tokenizer, in a folder of tokens, of a run and of an exported model.
+/// Name of a tokenizer's file in a folder of tokens, a run's folder and an exported model.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
-/// The file beside it that names `bos_token` and `eos_token`.
+/// Name of the file beside it that sets `bos_token` and `eos_token`.
 pub const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
-/// `model_input_names` of that file: without it transformers 4 gives models token types too, which none takes.
+/// Value of `model_input_names` in that file. Without it, transformers 4 also passes token type ids, which no model here
+/// accepts.
 pub const MODEL_INPUTS: [&str; 2] = ["input_ids", "attention_mask"];
-/// What stands for a fingerprint where a token is a byte; the default of `data.tokenizer`.
+/// The fingerprint if each byte is a token; the default of `data.tokenizer`.
 pub const BYTES: &str = "bytes";
 
-/// What the loss of a model is counted in whose tokens this tokenizer, given by its fingerprint, makes.
+/// Returns the unit of the loss of a model whose tokens come from the tokenizer with this fingerprint.
 pub fn loss_unit(fingerprint: &str) -> &'static str {
     match fingerprint {
         BYTES => "nats per byte",
@@ -31,7 +31,7 @@ pub fn loss_unit(fingerprint: &str) -> &'static str {
     }
 }
 
-/// Encodes text as tokens, numbers from 0 to below [`vocab_size`](Self::vocab_size), and back.
+/// Encodes text as token ids, from 0 to below [`vocab_size`](Self::vocab_size), and decodes them.
 pub struct Tokenizer {
     kind: Kind,
     vocab_size: usize,
@@ -40,10 +40,10 @@ pub struct Tokenizer {
     fingerprint: String,
 }
 
-/// A token by its name.
+/// A special token and its name.
 struct Special {
     token: i32,
-    // Only a file has names, to be written with it.
+    // Only tokenizers from a file have names; the name is written with the tokenizer.
     #[cfg_attr(not(feature = "text"), allow(dead_code))]
     name: String,
 }
@@ -55,7 +55,7 @@ enum Kind {
 }
 
 impl Tokenizer {
-    /// Token n is byte n.
+    /// The tokenizer whose token n is byte n.
     pub fn bytes() -> Self {
         Tokenizer {
             kind: Kind::Bytes,
@@ -66,11 +66,11 @@ impl Tokenizer {
         }
     }
 
-    /// The `tokenizer.json` at `path`. A `tokenizer_config.json` beside it names the tokens at the
-    /// beginning and the end of a text; without it they are known by the names that models give them.
+    /// Reads the `tokenizer.json` at `path`. A `tokenizer_config.json` beside it names the tokens at the beginning and the
+    /// end of a text; without it, they are found by common names.
     ///
     /// # Errors
-    /// When the file cannot be read or is no tokenizer; in a program without the feature `text`.
+    /// When the file cannot be read or is not a tokenizer; always in a build without the feature `text`.
     pub fn open(path: &Path) -> Result<Self> {
         let json = fs::read(path).map_err(|e| Error::io("read", path, e))?;
         let config = path.with_file_name(TOKENIZER_CONFIG_FILE);
@@ -86,22 +86,22 @@ impl Tokenizer {
         Err(without_feature(path, "tokenizers other than bytes"))
     }
 
-    /// Distinct tokens: one more than the greatest.
+    /// Returns the size of the vocabulary: the largest token id plus 1.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }
 
-    /// The token before a text, if the tokenizer has one.
+    /// Returns the token before a text, if the tokenizer has one.
     pub fn bos(&self) -> Option<i32> {
         self.bos.as_ref().map(|s| s.token)
     }
 
-    /// The token behind a text, if the tokenizer has one.
+    /// Returns the token after a text, if the tokenizer has one.
     pub fn eos(&self) -> Option<i32> {
         self.eos.as_ref().map(|s| s.token)
     }
 
-    /// Takes another token for the end of a text (`eos`) or for its beginning, or none.
+    /// Sets the token for the end of a text (`eos`) or for its beginning to the token `name`, or to none.
     ///
     /// # Errors
     /// When the tokenizer has no token of this name.
@@ -127,20 +127,20 @@ impl Tokenizer {
         }
     }
 
-    /// What tells two tokenizers apart: `bytes`, or what [`fingerprint_of`] says of the file.
+    /// Returns the identifier of the tokenizer: `bytes`, or the result of [`fingerprint_of`] for its file.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// Whether a token is a byte.
+    /// Returns whether each byte is a token.
     pub fn is_bytes(&self) -> bool {
         matches!(self.kind, Kind::Bytes)
     }
 
-    /// The tokens of a text, without those of its beginning and end.
+    /// Returns the tokens of a text, without tokens for its beginning and end.
     ///
     /// # Errors
-    /// When the tokenizer cannot encode it.
+    /// When the tokenizer cannot encode the text.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
         match &self.kind {
             Kind::Bytes => Ok(text.bytes().map(i32::from).collect()),
@@ -149,8 +149,8 @@ impl Tokenizer {
         }
     }
 
-    /// The tokens of a text, with those that the file's own post-processor puts around every text: for benchmarks, whose
-    /// harness asks the tokenizer for no more and no less.
+    /// Returns the tokens of a text, including those that the post-processor of the file adds to every text. Benchmarks
+    /// use it, because their reference harness encodes text in this way.
     ///
     /// # Errors
     /// As [`encode`](Self::encode).
@@ -162,10 +162,10 @@ impl Tokenizer {
         }
     }
 
-    /// The text of tokens, special ones written by name; U+FFFD where they make no character.
+    /// Returns the text of tokens. Special tokens are written by name; tokens that do not form a character become U+FFFD.
     ///
     /// # Errors
-    /// When one is not in the vocabulary.
+    /// When a token is not in the vocabulary.
     pub fn decode(&self, tokens: &[i32]) -> Result<String> {
         let known = |t: &&i32| !(0..self.vocab_size as i64).contains(&i64::from(**t));
         if let Some(token) = tokens.iter().find(known) {
@@ -186,8 +186,8 @@ impl Tokenizer {
         }
     }
 
-    /// Files to write beside what was made with this tokenizer, so that [`open`](Self::open) finds it
-    /// there: names and contents. None for bytes.
+    /// Returns the names and contents of the files to write beside data that was made with this tokenizer, so that
+    /// [`open`](Self::open) can read it from there; an empty list if each byte is a token.
     pub fn files(&self) -> Vec<(&'static str, Vec<u8>)> {
         match &self.kind {
             Kind::Bytes => Vec::new(),
@@ -210,7 +210,7 @@ impl Tokenizer {
         }
     }
 
-    /// The tokenizer whose files lie in `folder`; bytes where there are none.
+    /// Reads the tokenizer from `folder`; if it has no tokenizer files, each byte is a token.
     ///
     /// # Errors
     /// As [`open`](Self::open).
@@ -223,15 +223,15 @@ impl Tokenizer {
     }
 }
 
-/// The fingerprint of a tokenizer.json of this content: its BLAKE3 digest in hexadecimal.
+/// Returns the fingerprint of a tokenizer.json with this content: its BLAKE3 digest in hexadecimal.
 pub fn fingerprint_of(json: &[u8]) -> String {
     blake3::hash(json).to_hex().to_string()
 }
 
-/// Refuses tokens of another tokenizer than that of the fingerprint `expected`.
+/// Checks that the tokens in `place` were made with the expected tokenizer.
 ///
 /// # Errors
-/// When `found`, that of the tokens in `place`, is another.
+/// When the fingerprints `expected` and `found` differ.
 pub(crate) fn expect(expected: &str, found: &str, place: impl AsRef<Path>) -> Result<()> {
     if expected == found {
         return Ok(());
@@ -239,18 +239,18 @@ pub(crate) fn expect(expected: &str, found: &str, place: impl AsRef<Path>) -> Re
     Err(Error::file(
         place,
         format!("tokens of the tokenizer {expected}"),
-        format!("those of {found}"),
+        format!("tokens of the tokenizer {found}"),
         "prepare the text with the same tokenizer: routegrad data prepare",
     ))
 }
 
-/// What a program without the feature says to a file that needs it.
+/// Returns the error of a build without the feature `text` for a file that needs it.
 #[cfg(not(feature = "text"))]
 pub(crate) fn without_feature(path: &Path, what: &str) -> Error {
     Error::file(
         path,
         format!("a program that reads {what}"),
-        "one built without them",
+        "a program that was built without this feature",
         "build with --features text",
     )
 }

@@ -1,4 +1,4 @@
-//! Tokens in memory or mapped from files, read as one row.
+//! Tokens in memory or in mapped files, read as one sequence.
 
 use crate::error::{Error, Result};
 use memmap2::Mmap;
@@ -7,24 +7,24 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-/// Where tokens lie.
+/// Storage of tokens.
 pub(super) enum Store {
-    /// A token is a byte.
+    /// Bytes; each byte is a token.
     Bytes(Vec<u8>),
-    /// Little-endian numbers of this many bytes, 2 or 4.
+    /// Little-endian numbers of 2 or 4 bytes each.
     Mapped(Mmap, u8),
 }
 
 impl Store {
-    /// Maps a file of `tokens` > 0 tokens.
+    /// Maps a file with `tokens` > 0 tokens.
     ///
     /// # Errors
-    /// When it cannot be read, or has another size.
+    /// When the file cannot be read, or has another size.
     pub fn map(path: &Path, tokens: u64, token_bytes: u8) -> Result<Self> {
         let io = |e| Error::io("read", path, e);
         let file = File::open(path).map_err(io)?;
         super::changed::expect_size(path, tokens.checked_mul(token_bytes.into()))?;
-        // SAFETY: a finished shard is never written again; the manifest says what it holds.
+        // SAFETY: a finished shard is never written again, and its size was compared with the manifest.
         let map = unsafe { Mmap::map(&file) }.map_err(io)?;
         Ok(Store::Mapped(map, token_bytes))
     }
@@ -51,16 +51,16 @@ impl Store {
     }
 }
 
-/// Pieces of stores, one behind the other.
+/// A sequence of pieces of stores, one after another.
 #[derive(Default)]
 pub(super) struct Tokens {
     pieces: Vec<(Arc<Store>, Range<usize>)>,
-    /// Where each piece ends.
+    /// The positions at which the pieces end.
     ends: Vec<u64>,
 }
 
 impl Tokens {
-    /// All of a store.
+    /// All tokens of a store.
     pub fn whole(store: Store) -> Self {
         let mut tokens = Tokens::default();
         let length = store.len();
@@ -68,13 +68,13 @@ impl Tokens {
         tokens
     }
 
-    /// Adds the tokens of `range` of a store.
+    /// Appends the tokens of `range` of a store.
     pub fn push(&mut self, store: Arc<Store>, range: Range<usize>) {
         self.ends.push(self.len() + range.len() as u64);
         self.pieces.push((store, range));
     }
 
-    /// Adds the tokens of another row.
+    /// Appends the tokens of `range` of another sequence.
     pub fn append(&mut self, other: &Tokens, range: Range<u64>) {
         let mut at = range.start;
         while at < range.end {
@@ -88,7 +88,7 @@ impl Tokens {
         self.ends.last().copied().unwrap_or(0)
     }
 
-    /// Adds tokens `range` to `out`.
+    /// Appends the tokens of `range` to `out`.
     pub fn copy(&self, range: Range<u64>, out: &mut Vec<i32>) {
         let mut at = range.start;
         while at < range.end {
@@ -98,7 +98,7 @@ impl Tokens {
         }
     }
 
-    /// The piece that holds token `at`, from there up to `end` at most.
+    /// Returns the piece that contains token `at`, restricted to the tokens from `at` to `end`.
     fn piece(&self, at: u64, end: u64) -> (&Arc<Store>, Range<usize>) {
         let i = self.ends.partition_point(|e| *e <= at);
         let (store, range) = &self.pieces[i];
@@ -113,7 +113,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn pieces_read_as_one_row() {
+    fn pieces_are_read_as_one_sequence() {
         let store = |text: &str| Arc::new(Store::Bytes(text.as_bytes().to_vec()));
         let mut tokens = Tokens::default();
         tokens.push(store("abcdef"), 1..4);

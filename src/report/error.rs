@@ -1,95 +1,95 @@
-//! The one error type: which operation, what it expected, what it got, and what to do about it.
+//! The error type of the crate. An error names the operation, what it expected, what it got, and how to fix the cause.
 //!
-//! Panics are reserved for bugs of this crate; whatever a user can cause comes back as an [`Error`].
+//! Panics are reserved for bugs of this crate; everything that a user can cause is returned as an [`Error`].
 
 use std::path::{Path, PathBuf};
 
-/// Result of every fallible function of the crate.
+/// Result type of all fallible functions of the crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, in the terms of the operation that noticed it.
+/// An error, described in terms of the operation that detected it.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// An argument, option or shape that the operation cannot take.
+    /// An argument, option or shape that the operation does not accept.
     #[error("{op}: expected {expected}, got {got}; {help}")]
     Invalid {
-        /// The operation that refused it.
+        /// The operation that returned the error.
         op: String,
-        /// What it takes.
+        /// What the operation expects.
         expected: String,
-        /// What it was given.
+        /// What it got.
         got: String,
-        /// What to do.
+        /// How to fix the cause.
         help: String,
     },
-    /// An argument of the command line or a value of the configuration that is refused before any work begins.
+    /// An argument of the command line or a value of the configuration that is rejected before any work starts.
     #[error("{op}: expected {expected}, got {got}; {help}")]
     Usage {
-        /// The option or the key.
+        /// The option or the configuration key.
         op: String,
-        /// What it takes.
+        /// What the option expects.
         expected: String,
-        /// What it was given.
+        /// What it got.
         got: String,
-        /// What to do.
+        /// How to fix the cause.
         help: String,
     },
-    /// The operating system refused a file operation.
+    /// A file operation that the operating system did not complete.
     #[error("cannot {action} {}: {source}; {help}", path.display())]
     Io {
-        /// What was tried, as a verb: `read`, `create`.
+        /// The operation, as a verb: `read`, `create`.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the operating system answered.
+        /// The error of the operating system.
         source: std::io::Error,
-        /// What to do.
+        /// How to fix the cause.
         help: String,
     },
-    /// A file whose content is not what its name or checksum promises.
+    /// A file whose content does not match its name, format or checksum.
     #[error("{}: expected {expected}, got {got}; {help}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What its name, format or checksum promises.
+        /// The content that its name, format or checksum requires.
         expected: String,
-        /// What it holds.
+        /// The content that it has.
         got: String,
-        /// What to do.
+        /// How to fix the cause.
         help: String,
     },
-    /// A value that must be finite is not.
+    /// A value that must be finite but is not.
     #[error("{what} is not finite; {help}")]
     NonFinite {
-        /// Which value, and where.
+        /// The value, and where it was found.
         what: String,
-        /// What to do.
+        /// How to fix the cause.
         help: String,
     },
-    /// A device or a kernel launcher answered with an error status.
+    /// An error status of a device or a kernel launcher.
     #[error("{op}: device error {status}: {text}; {help}")]
     Device {
         /// The launcher or driver call that failed.
         op: String,
-        /// The status that it returned.
+        /// The status that the call returned.
         status: i32,
-        /// What that status means.
+        /// The meaning of the status.
         text: String,
-        /// What to do.
+        /// How to fix the cause.
         help: String,
     },
-    /// What several ranks met alike: one of them reports it.
+    /// An error that several ranks have in common: only one of them reports it.
     #[error("{text}")]
     Ranks {
-        /// The message that all ranks agree on.
+        /// The message on which all ranks agree.
         text: String,
-        /// The error, where this rank met it itself.
+        /// The original error, if it occurred on this rank.
         cause: Option<Box<Error>>,
     },
 }
 
 impl Error {
-    /// Whether a run came to it because its numbers are no longer finite, on this rank or on all.
+    /// Returns whether a run stopped because its values are no longer finite, on this rank or on all.
     pub fn is_divergence(&self) -> bool {
         match self {
             Error::NonFinite { .. } => true,
@@ -98,7 +98,8 @@ impl Error {
         }
     }
 
-    /// What a program ends with: 2 for [`Error::Usage`], as for a command line that cannot be parsed, and 1 otherwise.
+    /// Returns the exit status of the program: 2 for [`Error::Usage`], as for a command line that cannot be parsed, and 1
+    /// otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage { .. } => 2,
@@ -107,7 +108,7 @@ impl Error {
         }
     }
 
-    /// An [`Error::Usage`].
+    /// Creates an [`Error::Usage`].
     pub fn usage(
         op: impl Into<String>,
         expected: impl Into<String>,
@@ -122,7 +123,7 @@ impl Error {
         }
     }
 
-    /// An [`Error::Invalid`].
+    /// Creates an [`Error::Invalid`].
     pub fn invalid(
         op: impl Into<String>,
         expected: impl Into<String>,
@@ -137,7 +138,7 @@ impl Error {
         }
     }
 
-    /// An [`Error::Io`]; use as `.map_err(|e| Error::io("read", path, e))`.
+    /// Creates an [`Error::Io`]; use it as `.map_err(|e| Error::io("read", path, e))`.
     pub fn io(action: &'static str, path: impl AsRef<Path>, source: std::io::Error) -> Self {
         use std::io::ErrorKind::*;
         let help = match source.kind() {
@@ -146,9 +147,9 @@ impl Error {
                 "check the permissions, or choose another folder"
             }
             StorageFull | QuotaExceeded => {
-                "free some space, or choose another folder; nothing saved before is lost"
+                "free some space, or choose another folder; everything that was saved earlier is intact"
             }
-            _ => "nothing saved before is lost",
+            _ => "everything that was saved earlier is intact",
         };
         Error::Io {
             action,
@@ -158,7 +159,7 @@ impl Error {
         }
     }
 
-    /// An [`Error::File`].
+    /// Creates an [`Error::File`].
     pub fn file(
         path: impl AsRef<Path>,
         expected: impl Into<String>,
@@ -179,7 +180,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_says_what_was_expected_what_was_got_and_what_to_do() {
+    fn an_error_names_what_was_expected_what_was_got_and_how_to_fix_it() {
         let e = Error::invalid(
             "linear",
             "an input of width 8",

@@ -1,11 +1,11 @@
-//! The event file of a run, which TensorBoard reads: the numbers of `metrics.jsonl` over the steps, and what the run was
-//! told.
+//! The event file of a run for TensorBoard: the values of `metrics.jsonl` over the steps, and the program version and
+//! configuration of the run.
 //!
-//! The format is that of TFRecord: `length u64, crc(length) u32, bytes, crc(bytes) u32`, little-endian, where crc is the
-//! CRC-32C of the bytes, turned right by 15 bits, plus a constant; the bytes are a protocol-buffer message `Event`. The
-//! three fields of it that are needed are written by hand below: of the crates that write event files one brings an image
-//! library and a protocol-buffer runtime without a maintainer, the other asks for `protoc` at build time and writes
-//! scalars alone, and neither goes on with a file that a crash cut off.
+//! The format is that of TFRecord: `length u64, crc(length) u32, bytes, crc(bytes) u32`, little-endian. Each crc is the
+//! CRC-32C, rotated right by 15 bits, plus a constant. The bytes are a protocol-buffer message `Event`. This module writes
+//! the three fields that are needed itself, because of the crates that write event files, one depends on an image library
+//! and on an unmaintained protocol-buffer runtime, the other needs `protoc` at build time and writes only scalars, and
+//! neither can continue a file that a crash truncated.
 
 use crate::error::{Error, Result};
 use crate::report::metrics::Record;
@@ -15,38 +15,38 @@ use std::io::{self, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-/// Its name in a run's folder; TensorBoard looks for `tfevents`.
+/// Name of the file in a run's folder; TensorBoard looks for names with `tfevents`.
 pub const EVENTS_FILE: &str = "events.out.tfevents.routegrad";
 
-/// No event is longer; a length beyond it is damage.
+/// Maximum length of an event in bytes; a larger length means that the file is damaged.
 const LONGEST: u64 = 1 << 24;
 
-/// An event file, open for appending.
+/// An event file that is open for appending.
 pub struct Events {
     path: PathBuf,
     file: File,
 }
 
 impl Events {
-    /// The event file of the run in `folder`, which goes on from `step` by this program and configuration: they are
-    /// written with the step that comes next.
+    /// Opens the event file of the run in `folder` to continue after `step`, and writes the program version and the
+    /// configuration as an event of the next step.
     ///
     /// # Errors
-    /// When the disk refuses.
+    /// When the file cannot be read or written.
     pub fn begin(folder: &Path, step: u64, config: &str) -> Result<Self> {
         let mut events = Self::open(&folder.join(EVENTS_FILE), step)?;
         events.text(step + 1, "program", &version::program())?;
-        // In Markdown four spaces make code of a line.
+        // In Markdown, a line that begins with four spaces is code.
         let lines: Vec<String> = config.lines().map(|line| format!("    {line}")).collect();
         events.text(step + 1, "config", &lines.join("\n"))?;
         Ok(events)
     }
 
-    /// Opens the file at `path`, or a new one, and cuts off what follows `step`: events of steps that a resumed run does
-    /// again, and one that a crash left unfinished.
+    /// Opens the file at `path`, or creates it, and removes everything after `step`: events of steps that a resumed run
+    /// repeats, and an event that a crash left incomplete.
     ///
     /// # Errors
-    /// When the disk refuses.
+    /// When the file cannot be read or written.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let io = |e| Error::io("open", path, e);
         let mut file = OpenOptions::new()
@@ -76,10 +76,10 @@ impl Events {
         Ok(events)
     }
 
-    /// Appends the numbers of one step; those that are not finite are left out.
+    /// Appends the values of one step; values that are not finite are left out.
     ///
     /// # Errors
-    /// When the disk refuses.
+    /// When the file cannot be written.
     pub fn record(&mut self, record: &Record) -> Result<()> {
         let mut summary = Vec::new();
         for (tag, number) in scalars(record) {
@@ -92,17 +92,17 @@ impl Events {
         self.append(record.step, |event| bytes(event, 5, &summary))
     }
 
-    /// Appends a text in Markdown.
+    /// Appends a Markdown text.
     ///
     /// # Errors
-    /// When the disk refuses.
+    /// When the file cannot be written.
     pub fn text(&mut self, step: u64, tag: &str, text: &str) -> Result<()> {
         const STRING: u8 = 7;
         self.append(step, |event| {
             message(event, 5, |summary| {
                 message(summary, 1, |value| {
                     bytes(value, 1, tag.as_bytes());
-                    // A tensor of one string, for the plugin that shows texts.
+                    // A tensor with one string, for the TensorBoard plugin that displays texts.
                     message(value, 8, |tensor| {
                         tensor.extend([1 << 3, STRING]);
                         message(tensor, 2, |shape| bytes(shape, 2, &[1 << 3, 1]));
@@ -116,7 +116,7 @@ impl Events {
         })
     }
 
-    /// Appends an event; it is with the operating system when this returns.
+    /// Appends an event. When this function returns, the operating system has the data.
     fn append(&mut self, step: u64, content: impl FnOnce(&mut Vec<u8>)) -> Result<()> {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         let mut event = vec![1 << 3 | 1];
@@ -136,7 +136,7 @@ impl Events {
     }
 }
 
-/// What of a step is shown over the steps, by name.
+/// Returns the names and values of a step that TensorBoard displays.
 fn scalars(record: &Record) -> Vec<(String, f64)> {
     let named = [
         ("loss/training", record.loss),
@@ -170,13 +170,13 @@ fn scalars(record: &Record) -> Vec<(String, f64)> {
         .collect()
 }
 
-/// CRC-32C as a frame holds it.
+/// Returns the CRC-32C in the form that a TFRecord stores.
 fn checksum(bytes: &[u8]) -> [u8; 4] {
     let crc = crc32c::crc32c(bytes).rotate_right(15);
     crc.wrapping_add(0xa282_ead8).to_le_bytes()
 }
 
-/// The next event; none at the end, and where what follows is no whole one.
+/// Reads the next event; returns `None` at the end of the file, or if the next event is incomplete or damaged.
 fn read(from: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
     let mut whole = |buffer: &mut [u8]| match from.read_exact(buffer) {
         Ok(()) => Ok(true),
@@ -196,7 +196,7 @@ fn read(from: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
     Ok(good.then_some(event))
 }
 
-/// The step of an event that [`Events`] wrote: the second field, behind the time.
+/// Returns the step of an event that [`Events`] wrote: its second field, after the time.
 fn step_of(event: &[u8]) -> Option<u64> {
     let (key, rest) = event.get(9..)?.split_first()?;
     if *key != 2 << 3 {
@@ -212,7 +212,7 @@ fn step_of(event: &[u8]) -> Option<u64> {
     None
 }
 
-/// Seven bits a byte, the lowest first.
+/// Appends a variable-length integer: seven bits per byte, the lowest first.
 fn varint(out: &mut Vec<u8>, mut number: u64) {
     while number >= 0x80 {
         out.push(number as u8 | 0x80);
@@ -221,14 +221,14 @@ fn varint(out: &mut Vec<u8>, mut number: u64) {
     out.push(number as u8);
 }
 
-/// Field `number` below 16, of bytes.
+/// Appends field `number`, below 16, with bytes as its value.
 fn bytes(out: &mut Vec<u8>, number: u8, content: &[u8]) {
     out.push(number << 3 | 2);
     varint(out, content.len() as u64);
     out.extend(content);
 }
 
-/// Field `number` below 16, of a message.
+/// Appends field `number`, below 16, with a message as its value.
 fn message(out: &mut Vec<u8>, number: u8, content: impl FnOnce(&mut Vec<u8>)) {
     let mut inner = Vec::new();
     content(&mut inner);
@@ -240,7 +240,7 @@ mod tests {
     use super::*;
     use crate::report::metrics::tests::record;
 
-    /// CRC-32C bit by bit, from its polynomial.
+    /// Computes CRC-32C bit by bit from its polynomial.
     fn crc32c(bytes: &[u8]) -> u32 {
         let mut crc = !0u32;
         for byte in bytes {
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn reopening_cuts_later_steps_and_a_torn_event() {
+    fn reopening_removes_later_steps_and_an_incomplete_event() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(EVENTS_FILE);
         let lengths: Vec<u64> = (0..=5)

@@ -1,4 +1,4 @@
-//! Files that are there whole or not at all: written under another name, synced, renamed.
+//! Writes files atomically: under a temporary name, synced, then renamed. A file is either complete or absent.
 
 pub(crate) mod fault;
 
@@ -8,10 +8,10 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
-/// Begins the names of what is being written or removed; never of what is finished.
+/// Prefix of the names of files that are being written or removed; no finished file has it.
 pub(crate) const UNFINISHED: &str = ".unfinished-";
 
-/// Writes a value as JSON, not synced yet.
+/// Writes a value as JSON without syncing the file.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
     let text = json(path, value)?;
     File::create(path)
@@ -19,7 +19,7 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
         .map_err(|e| Error::io("write", path, e))
 }
 
-/// What [`write_json`] writes to the file at `path`.
+/// Returns the text that [`write_json`] writes to the file at `path`.
 pub(crate) fn json(path: &Path, value: &impl Serialize) -> Result<String> {
     let mut text = serde_json::to_string_pretty(value).map_err(|e| {
         Error::file(
@@ -33,11 +33,11 @@ pub(crate) fn json(path: &Path, value: &impl Serialize) -> Result<String> {
     Ok(text)
 }
 
-/// Forces a file or a folder to the disk.
+/// Syncs a file or a folder to the disk.
 pub(crate) fn sync(path: &Path) -> Result<()> {
     let synced = File::open(path).and_then(|f| f.sync_all());
     match synced {
-        // Some file systems (CIFS, FUSE) do not sync folders, and say so.
+        // Some file systems (CIFS, FUSE) cannot sync folders and return an error.
         Err(e) if unsupported(&e) && path.is_dir() => {}
         other => other.map_err(|e| Error::io("sync", path, e))?,
     }
@@ -45,13 +45,13 @@ pub(crate) fn sync(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether the file system has no such call: EINVAL, EOPNOTSUPP or ENOSYS.
+/// Returns whether the error means that the file system does not support the call: EINVAL, EOPNOTSUPP or ENOSYS.
 fn unsupported(e: &io::Error) -> bool {
     use io::ErrorKind::{InvalidInput, Unsupported};
     matches!(e.kind(), InvalidInput | Unsupported)
 }
 
-/// Puts a file of this content into `folder`, in place of one of its name.
+/// Writes and syncs a file in `folder`, and replaces an existing file with this name.
 pub(crate) fn replace(folder: &Path, name: &str, content: &[u8]) -> Result<()> {
     let temporary = folder.join(format!("{UNFINISHED}{name}"));
     fault::disk()
@@ -62,10 +62,10 @@ pub(crate) fn replace(folder: &Path, name: &str, content: &[u8]) -> Result<()> {
     rename(folder, name)
 }
 
-/// Puts a file at `path` that can be made again: whole or not at all, without waiting for the disk.
+/// Writes a file at `path` atomically but does not sync it; for files that can be generated again.
 ///
 /// # Errors
-/// When the disk refuses; what stood at `path` is unchanged then.
+/// When the file cannot be written; an existing file at `path` is then unchanged.
 pub(crate) fn publish(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = path.with_file_name(format!("{UNFINISHED}{name}"));
@@ -73,7 +73,7 @@ pub(crate) fn publish(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
     fs::rename(&temporary, path).map_err(|e| Error::io("rename", &temporary, e))
 }
 
-/// Gives `name` to what was written to `folder` and synced under [`UNFINISHED`]`name`.
+/// Renames the synced file or folder [`UNFINISHED`]`name` in `folder` to `name`.
 pub(crate) fn rename(folder: &Path, name: &str) -> Result<()> {
     let temporary = folder.join(format!("{UNFINISHED}{name}"));
     fs::rename(&temporary, folder.join(name)).map_err(|e| Error::io("rename", &temporary, e))?;
@@ -87,7 +87,7 @@ mod tests {
 
     #[test]
     fn a_file_system_that_does_not_sync_folders_is_no_error_and_one_that_does_not_sync_files_is() {
-        // Files and folders of /proc answer EINVAL.
+        // Syncing a file or folder of /proc returns EINVAL.
         sync(Path::new("/proc/self")).unwrap();
         assert!(sync(Path::new("/proc/self/status")).is_err());
         assert!(sync(Path::new("/nonexistent")).is_err());

@@ -1,5 +1,5 @@
-//! One process at a time writes to a folder: whoever does holds a lock of the operating system on a file in it, which ends with
-//! the process however it ends.
+//! Ensures that only one process at a time writes to a folder. The process holds an operating-system lock on a file in the
+//! folder; the lock ends with the process, also after a crash.
 
 use super::records::now;
 use super::stderr_line;
@@ -10,10 +10,10 @@ use std::io::{Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The file that is locked; it says by whom. A process that is killed leaves it.
+/// The locked file, which also stores the holder of the lock. A process that is killed leaves the file behind.
 pub(crate) const LOCK_FILE: &str = ".lock";
 
-/// Who holds a lock.
+/// The holder of a lock.
 #[derive(Serialize, Deserialize)]
 struct Holder {
     host: String,
@@ -21,18 +21,19 @@ struct Holder {
     since: String,
 }
 
-/// A lock on a folder, held until it is dropped.
+/// A lock on a folder; it is released when the value is dropped.
 pub(crate) struct FolderLock {
     path: PathBuf,
-    /// None where the file system has no locks.
+    /// `None` if the file system does not support locks.
     file: Option<File>,
 }
 
 impl FolderLock {
-    /// Creates `folder` and locks it. A warning, and no lock, where the file system has none.
+    /// Creates `folder` and locks it. If the file system does not support locks, prints a warning and continues without
+    /// one.
     ///
     /// # Errors
-    /// When another process holds the lock, or the disk refuses.
+    /// When another process holds the lock, or the folder or file cannot be written.
     pub fn take(folder: &Path) -> Result<Self> {
         fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))?;
         let path = folder.join(LOCK_FILE);
@@ -53,7 +54,7 @@ impl FolderLock {
                     return Ok(FolderLock { path, file: None });
                 }
             }
-            // Who held it before removed the file, perhaps after it was opened here.
+            // The previous holder has removed the file, perhaps after it was opened here.
             let number = |m: fs::Metadata| m.ino();
             if fs::metadata(&path).map(number).ok() != file.metadata().map(number).ok() {
                 continue;
@@ -63,7 +64,7 @@ impl FolderLock {
                 process: std::process::id(),
                 since: now(),
             };
-            // Whoever is refused reads it. Where it cannot be written the lock still holds.
+            // A process that does not get the lock reads this file. The lock is valid even if the file cannot be written.
             let text = serde_json::to_string(&holder).unwrap_or_default();
             let _ = file
                 .set_len(0)
@@ -114,7 +115,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_locked_once_and_its_holder_named_until_it_lets_go() {
+    fn a_folder_is_locked_once_and_the_error_names_the_holder_until_release() {
         let place = tempfile::tempdir().unwrap();
         let folder = place.path().join("run");
         let first = FolderLock::take(&folder).unwrap();
@@ -126,7 +127,7 @@ mod tests {
         assert!(e.to_string().contains(&expected), "{e}");
         drop(first);
         assert!(!folder.join(LOCK_FILE).exists());
-        // What a killed process leaves is no lock.
+        // The file that a killed process leaves behind does not lock the folder.
         fs::write(folder.join(LOCK_FILE), "{}").unwrap();
         FolderLock::take(&folder).unwrap();
     }

@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one object an optimizer step, appended as the step ends.
+//! `metrics.jsonl`: one JSON object per optimizer step, appended when the step ends.
 
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -7,80 +7,81 @@ use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-/// What one optimizer step did. Losses are in nats per token; those that are not finite are null.
-/// `seconds`, `tokens_per_second` and `saved` are the only fields that differ between two equal runs.
+/// The results of one optimizer step. Losses are in nats per token; losses that are not finite are null. Only `seconds`,
+/// `tokens_per_second` and `saved` differ between two equal runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// Steps done, this one included.
+    /// Number of steps done, including this one.
     pub step: u64,
-    /// Tokens trained on so far.
+    /// Number of tokens trained on so far.
     pub tokens: u64,
     /// Cross-entropy of the step's tokens.
     pub loss: Option<f64>,
-    /// Auxiliary loss, its coefficient included.
+    /// Auxiliary loss, multiplied by its coefficient.
     pub auxiliary_loss: Option<f64>,
-    /// z-loss, its coefficient included.
+    /// z-loss, multiplied by its coefficient.
     pub z_loss: Option<f64>,
-    /// Norm of the whole gradient before clipping.
+    /// Norm of the gradient of all parameters before clipping.
     pub gradient_norm: Option<f64>,
     /// Learning rate of the update.
     pub learning_rate: f64,
-    /// False if the step was left out because something in it was not finite.
+    /// False if the step was skipped because of a non-finite value.
     pub applied: bool,
-    /// Rows routed to each expert, for each MoE layer: `[L_moe][E]`.
+    /// Number of rows routed to each expert, for each MoE layer: `[L_moe][E]`.
     pub load: Vec<Vec<u64>>,
     /// Mean entropy of the router's probabilities in nats, for each MoE layer: `[L_moe]`.
     pub router_entropy: Vec<Option<f64>>,
-    /// Share of (token, expert) pairs that were not chosen, the mean over the MoE layers.
+    /// Share of (token, expert) pairs that were not chosen; mean over the MoE layers.
     #[serde(default)]
     pub sparsity: Option<f64>,
-    /// What the router keeps beside matrices, by name, for each MoE layer, after the step: the bias
-    /// of `lossfree` `[L_moe][E]`, λ of `remoe` `[L_moe][1]`.
+    /// State of the router other than matrices, by name, for each MoE layer, after the step: the bias of `lossfree`
+    /// `[L_moe][E]`, λ of `remoe` `[L_moe][1]`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub router_state: BTreeMap<String, Vec<Vec<f64>>>,
-    /// Cross-entropy of the validation sequences, at steps that evaluate.
+    /// Cross-entropy of the validation sequences, for steps with an evaluation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub validation_loss: Option<f64>,
-    /// Benchmark scores, at steps that take them: of each task `acc`, `improvement` and, where it has them, `acc_norm`
+    /// Benchmark scores, for steps with scores: for each task `acc`, `improvement` and, if the task has them, `acc_norm`
     /// and `perplexity`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub tasks: BTreeMap<String, BTreeMap<String, f64>>,
-    /// The same by source of the text, where there are several.
+    /// Validation loss of each source of the text, if there are several.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub validation_by_source: BTreeMap<String, f64>,
-    /// Time of the step, without evaluation and saving.
+    /// Time of the step in seconds, without evaluation and saving.
     pub seconds: f64,
     /// Tokens of the step divided by its seconds.
     pub tokens_per_second: f64,
-    /// The checkpoints that were finished since the record before.
+    /// The checkpoints that were finished after the previous record.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub saved: Vec<Saved>,
 }
 
-/// What saving a checkpoint took.
+/// The cost of saving a checkpoint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Saved {
-    /// Steps done before it.
+    /// Number of steps done before it.
     pub step: u64,
-    /// Of its arrays.
+    /// Size of its arrays in bytes.
     pub bytes: u64,
-    /// Whether training went on meanwhile.
+    /// Whether training continued during the save.
     pub background: bool,
-    /// For which training stood still: to wait for the save before, to copy, or to write where that was in the foreground.
+    /// Seconds for which training waited: for the previous save, for the copy, or for the write if it was not in the
+    /// background.
     pub blocked_seconds: f64,
-    /// From the first file to the checkpoint under its name.
+    /// Seconds from the start of the first file to the final rename.
     pub write_seconds: f64,
 }
 
-/// The file of a run, open for appending.
+/// The log of a run, open for appending.
 pub struct Log {
     path: PathBuf,
     file: File,
 }
 
 impl Log {
-    /// Opens the log at `path`, or a new one, and cuts off what follows `step`: records of steps
-    /// that a resumed run does again, and a line that a crash left unfinished.
+    /// Opens the log at `path`, or creates it, and removes everything after `step`: records of steps that a resumed run
+    /// repeats, and a line that a crash left incomplete.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
         let io = |e| Error::io("open", path, e);
         let file = OpenOptions::new()
@@ -111,7 +112,7 @@ impl Log {
         Ok(log)
     }
 
-    /// Appends one record; it is with the operating system when this returns.
+    /// Appends one record. When this function returns, the operating system has the data.
     pub fn append(&mut self, record: &Record) -> Result<()> {
         let mut line = serde_json::to_string(record).map_err(|e| {
             Error::file(
@@ -128,7 +129,7 @@ impl Log {
     }
 }
 
-/// The records of a log, up to the first line that is not one.
+/// Returns the records of a log, up to the first line that is not a record.
 pub fn read(path: &Path) -> Result<impl Iterator<Item = Record>> {
     let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
     Ok(BufReader::new(file)
@@ -164,7 +165,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn reopening_cuts_later_steps_and_a_torn_line() {
+    fn reopening_removes_later_steps_and_an_incomplete_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("metrics.jsonl");
         let mut log = Log::open(&path, 0).unwrap();

@@ -1,4 +1,4 @@
-//! What the program writes: errors, files, logs, records, tables, plots and pages.
+//! Output of the program: errors, files, logs, records, tables, plots and pages.
 
 /// Writes a line to the standard output, or returns from the function with the error.
 macro_rules! say {
@@ -23,7 +23,8 @@ use std::io::{IsTerminal, Write};
 pub use nearest::{nearest, similarity};
 pub use plain::in_plain_words;
 
-/// Whether progress on standard error is a bar: on a terminal that can redraw a line. Elsewhere progress is a line now and then.
+/// Returns whether progress on standard error is shown as a bar, which needs a terminal that can redraw a line. Otherwise
+/// progress is printed as a line at intervals.
 pub fn shows_bars() -> bool {
     std::io::stderr().is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
@@ -31,7 +32,7 @@ pub fn shows_bars() -> bool {
 const MIB: f64 = (1u64 << 20) as f64;
 const GIB: f64 = (1u64 << 30) as f64;
 
-/// A number of bytes in units of 2^10, as GPUs and nvidia-smi count memory: 1.50 GiB.
+/// Formats a number of bytes in units of 2^10, as nvidia-smi does: 1.50 GiB.
 pub fn size(bytes: u64) -> String {
     match bytes as f64 {
         n if n >= GIB => format!("{:.2} GiB", n / GIB),
@@ -40,20 +41,20 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
-/// What errors call the standard output.
+/// Name of the standard output in errors.
 pub(crate) const STDOUT: &str = "the standard output";
 
 /// Writes a line to the standard output.
 ///
 /// # Errors
-/// When it cannot be written, such as where nobody reads it any more.
+/// When it cannot be written, for example because the reader has closed the pipe.
 pub(crate) fn stdout_line(line: std::fmt::Arguments) -> error::Result<()> {
     let done = writeln!(std::io::stdout(), "{line}");
     done.map_err(|e| error::Error::io("write", STDOUT, e))
 }
 
-/// Writes a line to standard error in one piece, so that the lines of several processes do not mix. The program goes on when
-/// nobody reads it.
+/// Writes a line to standard error in one call, so that the lines of several processes do not mix. Errors are ignored, so
+/// that the program continues when there is no reader.
 pub fn stderr_line(line: &str) {
     let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
@@ -63,7 +64,7 @@ mod tests {
     use super::size;
 
     #[test]
-    fn sizes_count_in_powers_of_two() {
+    fn sizes_are_in_powers_of_two() {
         assert_eq!(size(139 << 30), "139.00 GiB");
         assert_eq!(size(3 << 29), "1.50 GiB");
         assert_eq!(size((1 << 30) - 1), "1024.0 MiB");

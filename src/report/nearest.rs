@@ -1,6 +1,6 @@
-//! The word that a misspelt one was most likely meant to be.
+//! Finds the most likely intended word for a misspelled one.
 
-/// The candidate that looks most like `word`; the first of equals.
+/// Returns the candidate that is most similar to `word`; the first if several are equally similar.
 pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let mut best: Option<(f64, &str)> = None;
     for candidate in candidates {
@@ -12,7 +12,7 @@ pub fn nearest<'a>(word: &str, candidates: impl Iterator<Item = &'a str>) -> Opt
     best.map(|(_, candidate)| candidate)
 }
 
-/// 1 for equal words, down to 0.
+/// Returns the similarity of two words, from 0 to 1 for equal words.
 pub fn similarity(a: &str, b: &str) -> f64 {
     strsim::normalized_damerau_levenshtein(a, b)
 }

@@ -1,5 +1,5 @@
-//! What a report is made of: tables that become JSON, CSV, HTML or Markdown, sections with a figure,
-//! and one page of them that needs no other file.
+//! Building blocks of reports: tables that can be written as JSON, CSV, HTML or Markdown, sections with a figure, and a
+//! self-contained HTML page of sections.
 
 use crate::error::{Error, Result};
 use crate::report::files::publish;
@@ -13,11 +13,11 @@ use std::path::Path;
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Cell {
-    /// A whole number, shown as it is.
+    /// A whole number.
     Count(u64),
-    /// Words, escaped in HTML.
+    /// Text, which is escaped in HTML.
     Text(String),
-    /// None where the value is not defined.
+    /// A number; `None` if the value is not defined.
     Number(Option<f64>),
 }
 
@@ -69,12 +69,12 @@ impl Cell {
         }
     }
 
-    /// Whether it reads from the left: text that is no number.
+    /// Returns whether the cell is aligned to the left: text that is not a number.
     fn is_words(&self) -> bool {
         matches!(self, Cell::Text(text) if text.starts_with(char::is_alphabetic))
     }
 
-    /// As a reader sees it: four digits after the point, none as a dash.
+    /// Returns the cell as text for readers: four digits after the decimal point, and a dash for `None`.
     fn shown(&self) -> String {
         match self {
             Cell::Number(x) => x.map_or("–".into(), |x| format!("{x:.4}")),
@@ -84,17 +84,17 @@ impl Cell {
     }
 }
 
-/// A table, one observation a row.
+/// A table with one observation per row.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Table {
-    /// Their names, in order.
+    /// Names of the columns, in order.
     pub columns: Vec<Cow<'static, str>>,
-    /// A cell for each column.
+    /// The rows, each with one cell per column.
     pub rows: Vec<Vec<Cell>>,
 }
 
 impl Table {
-    /// Without rows.
+    /// A table without rows.
     pub fn new(columns: &[&'static str]) -> Self {
         Table {
             columns: columns.iter().map(|c| Cow::Borrowed(*c)).collect(),
@@ -112,7 +112,7 @@ impl Table {
         text
     }
 
-    /// The table in Markdown, its columns aligned for a terminal: text to the left, numbers to the
+    /// Returns the table in Markdown, with its columns aligned for display in a terminal: text to the left, numbers to the
     /// right.
     pub fn markdown(&self) -> String {
         let shown: Vec<Vec<String>> = self
@@ -152,22 +152,22 @@ impl Table {
     }
 }
 
-/// One part of a report: what is shown, its numbers and its figure.
+/// One section of a report: its description, its numbers and its figure.
 #[derive(Clone, Debug, Serialize)]
 pub struct Section {
-    /// Name of its files.
+    /// File name of its CSV and SVG, without the ending.
     pub name: &'static str,
-    /// Its heading.
+    /// Heading of the section.
     pub title: &'static str,
-    /// What is shown.
+    /// Description of what the section shows.
     pub shows: &'static str,
-    /// Empty where there is none.
+    /// Formula of the values; empty if there is none.
     pub formula: &'static str,
-    /// What does not apply, or was done for this report alone.
+    /// Notes about parts that do not apply, or that are specific to this report.
     pub notes: Vec<String>,
-    /// The numbers, also written as CSV.
+    /// The numbers, which are also written as CSV.
     pub table: Table,
-    /// As SVG.
+    /// The figure as SVG.
     #[serde(skip)]
     pub figure: Option<String>,
 }
@@ -191,29 +191,29 @@ pub fn write_files(sections: &[Section], folder: &Path) -> Result<()> {
 /// Creates the folder of a report.
 ///
 /// # Errors
-/// When it cannot be created.
+/// When the folder cannot be created.
 pub fn create(folder: &Path) -> Result<()> {
     fs::create_dir_all(folder).map_err(|e| Error::io("create", folder, e))
 }
 
-/// A report as one page.
+/// A report on one page.
 pub struct Page<'a> {
-    /// Title of the browser's window.
+    /// Title of the browser window.
     pub title: String,
     /// Heading of the page.
     pub heading: String,
     /// Paragraphs below the heading.
     pub introduction: Vec<String>,
-    /// Shown in this order.
+    /// The sections, in the order in which they are shown.
     pub sections: &'a [Section],
-    /// Tables of at most so many rows are unfolded.
+    /// Tables with at most this number of rows are shown expanded.
     pub open_rows: usize,
 }
 
-/// Replaces what stands between two marks of a page.
+/// Replaces the text between two marks in a file.
 ///
 /// # Errors
-/// When the page cannot be read or written, or has no marks.
+/// When the file cannot be read or written, or a mark is missing.
 pub fn replace_between(page: &Path, [begin, end]: [&str; 2], text: &str) -> Result<()> {
     let whole = fs::read_to_string(page).map_err(|e| Error::io("read", page, e))?;
     let parts = whole
@@ -225,7 +225,7 @@ pub fn replace_between(page: &Path, [begin, end]: [&str; 2], text: &str) -> Resu
             page,
             marks,
             "a page without them",
-            "add both where the table belongs",
+            "add both lines where the table belongs",
         ));
     };
     publish(page, format!("{before}{begin}\n{text}{end}{after}"))
@@ -248,7 +248,8 @@ td, th { padding: .1em .8em; text-align: right; border-bottom: 1px solid #e6e6e6
 td.words { text-align: left }
 .note { color: #8a3b00 }";
 
-/// Pages one below the other, as HTML that needs no other file; the title is the first one's.
+/// Returns an HTML document of several pages, one below the other, that needs no other files. Its title is that of the
+/// first page.
 pub fn document(pages: &[Page]) -> String {
     let mut text = String::new();
     let title = pages.first().map_or("", |page| &page.title);
@@ -260,7 +261,7 @@ pub fn document(pages: &[Page]) -> String {
         escaped(title),
     );
     for (i, page) in pages.iter().enumerate() {
-        // Names of sections repeat from page to page.
+        // Section names are repeated from page to page.
         let prefix = if i == 0 {
             String::new()
         } else {
@@ -273,7 +274,7 @@ pub fn document(pages: &[Page]) -> String {
 }
 
 impl Page<'_> {
-    /// HTML that needs no other file.
+    /// Returns the page as HTML that needs no other files.
     pub fn html(&self) -> String {
         document(std::slice::from_ref(self))
     }

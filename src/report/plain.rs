@@ -1,6 +1,6 @@
-//! Errors of parsers in the words of who wrote the text.
+//! Rewrites parser errors in terms that the author of the parsed text understands.
 
-/// What serde calls a type, and what it is in a file or on a command line.
+/// Names of types in serde, and their description for a file or a command line.
 const TYPES: [(&str, &str); 15] = [
     ("usize", "a whole number, 0 or more"),
     ("u64", "a whole number, 0 or more"),
@@ -19,7 +19,7 @@ const TYPES: [(&str, &str); 15] = [
     ("string only", "a string"),
 ];
 
-/// What the number parsers of the standard library say, and what it means.
+/// Messages of the number parsers of the standard library, and their meaning.
 const NUMBERS: [(&str, &str); 6] = [
     (
         "invalid digit found in string",
@@ -41,7 +41,7 @@ const NUMBERS: [(&str, &str); 6] = [
     ("cannot parse float from empty string", "expected a number"),
 ];
 
-/// The message of a parser without names of Rust's types.
+/// Replaces the names of Rust types in a parser's message.
 pub fn in_plain_words(message: &str) -> String {
     let mut text = message.to_string();
     for (rust, plain) in NUMBERS {
@@ -50,11 +50,11 @@ pub fn in_plain_words(message: &str) -> String {
     if let Some(field) = text.strip_prefix("missing field ") {
         return format!("a value for {field}");
     }
-    // What was expected stands last: a message may quote the text before it.
+    // The expected type is at the end: a message may quote the text before it.
     let at = text
         .rfind("expected ")
         .map_or(0, |at| at + "expected ".len());
-    // These three are followed by a length or a name.
+    // These three expressions are followed by a length or a name.
     for (rust, plain) in [
         ("an array of length ", "a list of N values"),
         ("struct ", "a table"),
@@ -79,7 +79,7 @@ mod tests {
     use super::in_plain_words;
 
     #[test]
-    fn types_of_rust_become_words_and_quoted_text_stays() {
+    fn names_of_rust_types_are_replaced_and_quoted_text_is_kept() {
         for (message, plain) in [
             ("usize", "a whole number, 0 or more"),
             ("f64", "a number"),

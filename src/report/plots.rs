@@ -1,6 +1,5 @@
-//! The pictures of a run, as SVG: `loss.svg` (training and validation loss) and `load.svg` (the
-//! share of tokens of every expert over time, a panel for each MoE layer); and `tasks.svg` where the
-//! run scored benchmarks.
+//! The plots of a run as SVG: `loss.svg` (training and validation loss), `load.svg` (the share of tokens of every expert
+//! over time, one panel per MoE layer), and `tasks.svg` if the run scored benchmarks.
 
 mod tasks;
 
@@ -13,7 +12,7 @@ use plotters::coord::ranged1d::Ranged;
 use plotters::prelude::*;
 use std::path::Path;
 
-/// Points or columns over the width of a picture; a longer run is averaged down to as many.
+/// Maximum number of points or columns in the width of a plot; the values of longer runs are averaged.
 pub(crate) const COLUMNS: usize = 480;
 const LOAD_COLUMNS: usize = 120;
 
@@ -24,7 +23,8 @@ pub(crate) const TRAIN: RGBColor = RGBColor(31, 103, 168);
 pub(crate) const VALIDATION: RGBColor = RGBColor(217, 95, 2);
 pub(crate) const FONT: &str = "sans-serif";
 
-/// Draws the pictures from the log at `metrics`, whose losses are in `loss_unit`, into `folder`. Does nothing before the first step.
+/// Draws the plots of the log at `metrics`, whose losses are in `loss_unit`, and writes them to `folder`. Does nothing if
+/// the log has no steps.
 pub fn write(metrics: &Path, folder: &Path, loss_unit: &str) -> Result<()> {
     let records: Vec<Record> = metrics::read(metrics)?.collect();
     if records.is_empty() {
@@ -51,12 +51,12 @@ pub fn write(metrics: &Path, folder: &Path, loss_unit: &str) -> Result<()> {
 pub(crate) type Drawn = std::result::Result<(), Box<dyn std::error::Error>>;
 pub(crate) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Text in ink, of so many pixels.
+/// Returns the text style with this font size in pixels.
 pub(crate) fn font(size: i32) -> TextStyle<'static> {
     (FONT, size).into_font().color(&INK)
 }
 
-/// The look of a chart's axes: a pale grid, numbers of so many pixels and names one larger.
+/// Returns the axes of a chart with a light grid; numbers have this font size in pixels, and names are one pixel larger.
 pub(crate) fn styled<'m, 'a, 'b, X: Ranged, Y: Ranged, B: DrawingBackend>(
     mesh: &'m mut MeshStyle<'a, 'b, X, Y, B>,
     size: i32,
@@ -68,7 +68,7 @@ pub(crate) fn styled<'m, 'a, 'b, X: Ranged, Y: Ranged, B: DrawingBackend>(
         .axis_desc_style(font(size + 1))
 }
 
-/// A picture on white, as SVG text.
+/// Draws a picture on a white background; returns SVG text.
 pub(crate) fn svg(size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Result<String> {
     let mut text = String::new();
     {
@@ -87,7 +87,7 @@ fn save(path: &Path, size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Res
     publish(path, svg(size, draw)?)
 }
 
-/// Means of `values` over at most `columns` runs of equal length: (x, mean).
+/// Divides `values` into at most `columns` runs of equal length and returns the mean of each: (x, mean).
 pub(crate) fn thin(values: &[(f64, f64)], columns: usize) -> Vec<(f64, f64)> {
     values
         .chunks(values.len().div_ceil(columns).max(1))
@@ -99,12 +99,13 @@ pub(crate) fn thin(values: &[(f64, f64)], columns: usize) -> Vec<(f64, f64)> {
         .collect()
 }
 
-/// Mean of each value and its neighbours within 2% of the run on either side.
+/// Returns the mean of each value and its neighbours within 2% of the run on either side.
 fn smooth(values: &[(f64, f64)]) -> Vec<(f64, f64)> {
     let reach = values.len() / 50;
     (0..values.len())
         .map(|i| {
-            // Fewer neighbours near the ends, the same on both sides, so that the ends stay in place.
+            // Near the ends there are fewer neighbours, equally many on both sides, so that the first and last values do
+            // not change.
             let reach = reach.min(i).min(values.len() - 1 - i);
             let near = &values[i - reach..=i + reach];
             let mean = near.iter().map(|(_, y)| y).sum::<f64>() / near.len() as f64;
@@ -126,7 +127,7 @@ fn draw_loss(area: &Area, records: &[Record], unit: &str) -> Drawn {
     let all = || train.iter().chain(&validation).map(|(_, y)| *y);
     let low = all().fold(f64::INFINITY, f64::min);
     let high = all().fold(f64::NEG_INFINITY, f64::max);
-    // Without a finite loss there is only the frame.
+    // If no loss is finite, only the frame is drawn.
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
     let margin = 0.05 * (high - low).max(0.1);
 
@@ -188,7 +189,7 @@ fn draw_loss(area: &Area, records: &[Record], unit: &str) -> Drawn {
     Ok(())
 }
 
-/// Writes the last values, each with its place and color, at the right edge, pushed apart where they would overlap.
+/// Writes the last values at the right edge, each with its position and color; labels that would overlap are moved apart.
 fn draw_last_values(area: &Area, ends: &[((i32, i32), f64, RGBColor)]) -> Drawn {
     let close = ends.len() == 2 && (ends[0].0.1 - ends[1].0.1).abs() < 16;
     for (i, ((x, y), value, color)) in ends.iter().enumerate() {
@@ -208,7 +209,7 @@ fn draw_last_values(area: &Area, ends: &[((i32, i32), f64, RGBColor)]) -> Drawn 
     Ok(())
 }
 
-/// 12345 as "12,345".
+/// Formats 12345 as "12,345".
 fn grouped(x: f64) -> String {
     let digits = format!("{:.0}", x.abs());
     let mut out = String::new();
@@ -221,13 +222,13 @@ fn grouped(x: f64) -> String {
     out
 }
 
-/// Colour of an expert's load relative to a balanced one, on a scale of powers of two: white at 1,
-/// blue below, orange above, full at a quarter and at four times.
+/// Returns the color of an expert's load relative to a balanced load, on a logarithmic scale: white at 1, blue below,
+/// orange above, saturated at one quarter and at four times.
 fn load_color(relative: f64) -> RGBColor {
     diverging(relative.max(1e-9).log2() / 2.0)
 }
 
-/// White at 0, blue towards −1, orange towards 1, saturated beyond.
+/// Returns white at 0, blue towards −1 and orange towards 1; values beyond are saturated.
 pub(crate) fn diverging(t: f64) -> RGBColor {
     let t = t.clamp(-1.0, 1.0);
     let end = if t < 0.0 { (24, 79, 149) } else { (190, 74, 0) };
@@ -293,7 +294,7 @@ fn draw_load(area: &Area, records: &[Record], (rows, columns): (usize, usize)) -
     Ok(())
 }
 
-/// The legend of [`load_color`], from a quarter to four times.
+/// Draws the legend of [`load_color`], from one quarter to four times.
 fn draw_scale(area: &Area, left: i32) -> Drawn {
     const WIDTH: i32 = 240;
     for i in 0..WIDTH {
@@ -314,7 +315,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_pictures_are_drawn_for_any_length_and_shape() {
+    fn both_plots_are_drawn_for_any_length_and_shape() {
         for (steps, layers, experts) in [(1, 1, 1), (7, 3, 8), (2000, 23, 32), (3, 0, 0)] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("metrics.jsonl");

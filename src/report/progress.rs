@@ -1,4 +1,4 @@
-//! Progress of long work on standard error: a bar on a terminal, a line now and then elsewhere.
+//! Shows the progress of long work on standard error: a bar on a terminal, otherwise a line at intervals.
 
 use super::{shows_bars, stderr_line};
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -7,10 +7,10 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// Time between two lines where there is no terminal.
+/// Time between two lines if standard error is not a terminal.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// A bar of this template on standard error, or one that is not `shown`.
+/// Creates a progress bar with this template on standard error; it is hidden unless `shown`.
 pub(crate) fn bar(total: u64, template: &str, shown: bool) -> ProgressBar {
     let target = match shown {
         true => ProgressDrawTarget::stderr(),
@@ -23,7 +23,7 @@ pub(crate) fn bar(total: u64, template: &str, shown: bool) -> ProgressBar {
     bar
 }
 
-/// Work of a known size. The bar goes away with it.
+/// Progress of work of a known size. The bar is removed when the value is dropped.
 pub struct Progress {
     bar: ProgressBar,
     terminal: bool,
@@ -33,7 +33,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Of work of `total`, in any unit; shows nothing if `quiet`.
+    /// Starts work of size `total`, in any unit; shows nothing if `quiet`.
     pub fn new(total: u64, quiet: bool) -> Self {
         let terminal = shows_bars() && !quiet;
         Progress {
@@ -45,7 +45,7 @@ impl Progress {
         }
     }
 
-    /// `position` of the work is done; `text` says so in the reader's units.
+    /// Sets the part of the work that is done; `text` describes it for the reader.
     pub fn at(&self, position: u64, text: &str) {
         self.bar.set_position(position);
         if self.terminal {
@@ -60,14 +60,14 @@ impl Progress {
         }
     }
 
-    /// The rest at the rate so far.
+    /// Returns the estimated remaining time at the average rate so far.
     fn left(&self) -> HumanDuration {
         let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
         let rest = total.saturating_sub(done) as f64 / done.max(1) as f64;
         HumanDuration(self.begun.elapsed().mul_f64(rest))
     }
 
-    /// A line that stays, unless quiet.
+    /// Prints a permanent line, unless quiet.
     pub fn note(&self, text: &str) {
         if self.terminal {
             self.bar.println(text);
@@ -83,17 +83,17 @@ impl Drop for Progress {
     }
 }
 
-/// Work in named phases, of which none says how far it is. The bar goes away with it.
+/// Progress of work in named phases of unknown length. The bar is removed when the value is dropped.
 pub struct Phases {
     bar: ProgressBar,
-    /// Of the present phase.
+    /// Start and name of the current phase.
     text: Arc<Mutex<String>>,
-    /// Writes lines until the sender is gone; none beside a bar.
+    /// The thread that writes lines until the sender is dropped; `None` if there is a bar.
     lines: Option<(Sender<()>, JoinHandle<()>)>,
 }
 
 impl Phases {
-    /// Of work of so many phases.
+    /// Starts work with `count` phases.
     pub fn new(count: usize) -> Self {
         Self::with(count, shows_bars(), LINE_INTERVAL, stderr_line)
     }
@@ -121,7 +121,7 @@ impl Phases {
                         write(&format!("{text}, {time} so far"));
                     }
                 };
-                // Without a thread to spare there are no lines.
+                // If no thread can be started, no lines are written.
                 let thread = thread::Builder::new().name("progress".into()).spawn(work);
                 thread.ok().map(|thread| (sender, thread))
             }
@@ -129,7 +129,7 @@ impl Phases {
         Phases { bar, text, lines }
     }
 
-    /// Begins phase number `n`, counted from 1.
+    /// Starts phase number `n`, counted from 1.
     pub fn begin(&self, n: usize, name: &str) {
         let text = format!("{name} ({n}/{})", self.bar.length().unwrap_or(0));
         self.bar.set_position(n as u64 - 1);
@@ -153,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_phase_is_named_again_and_again_until_the_work_is_done() {
+    fn the_phase_is_printed_repeatedly_until_the_work_is_done() {
         let (sender, lines) = channel();
         let write = move |line: &str| sender.send(line.to_owned()).unwrap();
         let phases = Phases::with(3, false, Duration::from_millis(1), write);
@@ -168,7 +168,7 @@ mod tests {
             "{two:?}"
         );
         drop(phases);
-        // The thread has ended: its end of the channel is gone.
+        // The thread has ended: its receiver is gone.
         assert!(lines.iter().all(|line| line.starts_with("routing (2/3)")));
     }
 }

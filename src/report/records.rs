@@ -1,5 +1,5 @@
-//! Records of what a machine showed: one JSON object a line, one file a machine, `PREFIX-MACHINE.jsonl`. Files merge: of two
-//! records with one key the later stays.
+//! Records of measurements on machines: one JSON object per line and one file per machine, `PREFIX-MACHINE.jsonl`. Files
+//! can be merged: of two records with the same key, the later one is kept.
 
 use crate::error::{Error, Result};
 use crate::report::files::replace;
@@ -8,34 +8,34 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// A line of such a file.
+/// A record, which is one line of such a file.
 pub trait Entry: Serialize + DeserializeOwned {
-    /// How the files are named.
+    /// Prefix of the file names.
     const PREFIX: &'static str;
-    /// What a broken line means.
+    /// Explanation of a line that is not a valid record, for errors.
     const BROKEN: &'static str;
-    /// What makes it the answer to a question.
+    /// Type of the key that identifies the measured quantity.
     type Key: Ord;
 
-    /// The question that this line answers: a later line of the same key replaces it.
+    /// Returns the key of the record; a later record with the same key replaces it.
     fn key(&self) -> Self::Key;
-    /// The machine that it was measured on.
+    /// Returns the name of the machine on which it was measured.
     fn machine(&self) -> &str;
-    /// As [`now`] gives it.
+    /// Returns the time of the measurement, in the format of [`now`].
     fn date(&self) -> &str;
 }
 
-/// The records of a folder.
+/// The records in a folder.
 pub struct Records<R: Entry> {
     folder: PathBuf,
     by_key: BTreeMap<R::Key, R>,
 }
 
 impl<R: Entry> Records<R> {
-    /// Reads every file of the kind in `folder`; none where the folder does not exist.
+    /// Reads all files with the prefix in `folder`; there are no records if the folder does not exist.
     ///
     /// # Errors
-    /// When a file cannot be read, or a line is no record.
+    /// When a file cannot be read, or a line is not a record.
     pub fn open(folder: &Path) -> Result<Self> {
         let mut records = Self {
             folder: folder.to_path_buf(),
@@ -63,19 +63,19 @@ impl<R: Entry> Records<R> {
         Ok(records)
     }
 
-    /// Takes in the records of a file; later ones replace earlier ones of the same key. Nothing is written.
+    /// Adds the records of a file; later records replace earlier ones with the same key. Nothing is written.
     ///
     /// # Errors
-    /// When the file cannot be read, or a line is no record.
+    /// When the file cannot be read, or a line is not a record.
     pub fn read(&mut self, path: &Path) -> Result<()> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
         self.read_text(path, &text)
     }
 
-    /// Adds the records of a text, as of the file at `path`.
+    /// Adds the records of a text; `path` names it in errors.
     ///
     /// # Errors
-    /// When a line is no record.
+    /// When a line is not a record.
     pub fn read_text(&mut self, path: &Path, text: &str) -> Result<()> {
         for (i, line) in text
             .lines()
@@ -95,7 +95,7 @@ impl<R: Entry> Records<R> {
         Ok(())
     }
 
-    /// Adds a record, unless one of the same key is later.
+    /// Adds a record, unless there is a later one with the same key.
     pub fn insert(&mut self, record: R) {
         let key = record.key();
         if self
@@ -107,17 +107,17 @@ impl<R: Entry> Records<R> {
         }
     }
 
-    /// The newest record of a key.
+    /// Returns the newest record with this key.
     pub fn get(&self, key: &R::Key) -> Option<&R> {
         self.by_key.get(key)
     }
 
-    /// All records, by key.
+    /// Returns all records, sorted by key.
     pub fn iter(&self) -> impl Iterator<Item = &R> {
         self.by_key.values()
     }
 
-    /// Writes the file of one machine, whole or not at all.
+    /// Writes the file of one machine atomically.
     ///
     /// # Errors
     /// When the folder or file cannot be written.
@@ -138,7 +138,7 @@ impl<R: Entry> Records<R> {
         )
     }
 
-    /// Writes the file of every machine.
+    /// Writes the files of all machines.
     ///
     /// # Errors
     /// As [`save`](Self::save).
@@ -150,10 +150,11 @@ impl<R: Entry> Records<R> {
             .try_for_each(|machine| self.save(machine))
     }
 
-    /// Takes the records of `files` into those of `folder`, writes them, and says what is new.
+    /// Adds the records of `files` to those in `folder`, writes them, and returns a message with the number of new
+    /// records.
     ///
     /// # Errors
-    /// When one cannot be read or written.
+    /// When a file cannot be read or written.
     pub fn merge(folder: &Path, files: &[PathBuf]) -> Result<String> {
         let mut records = Self::open(folder)?;
         let before = records.iter().count();
@@ -164,7 +165,7 @@ impl<R: Entry> Records<R> {
     }
 }
 
-/// "hardware-nvidia-h200.jsonl" of "NVIDIA H200".
+/// Returns a file name such as "hardware-nvidia-h200.jsonl" for "NVIDIA H200".
 fn file_name(prefix: &str, machine: &str) -> String {
     let words: Vec<String> = machine
         .split(|c: char| !c.is_ascii_alphanumeric())
@@ -174,7 +175,7 @@ fn file_name(prefix: &str, machine: &str) -> String {
     format!("{prefix}-{}.jsonl", words.join("-"))
 }
 
-/// The time now as 2026-01-31T23:59:59Z.
+/// Returns the current time in UTC, such as 2026-01-31T23:59:59Z.
 pub fn now() -> String {
     let seconds = std::time::SystemTime::now()
         .duration_since(std::time::UNIX_EPOCH)
@@ -183,7 +184,8 @@ pub fn now() -> String {
     utc(seconds)
 }
 
-/// Days of the Gregorian calendar, counted in eras of 400 years that begin on 1 March.
+/// Converts seconds since 1970 to a UTC time. Days of the Gregorian calendar are counted in eras of 400 years that begin
+/// on 1 March.
 fn utc(seconds: u64) -> String {
     let (days, rest) = (seconds / 86_400 + 719_468, seconds % 86_400);
     let (era, day) = (days / 146_097, days % 146_097);
@@ -208,7 +210,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_are_of_the_calendar() {
+    fn dates_match_the_gregorian_calendar() {
         assert_eq!(utc(0), "1970-01-01T00:00:00Z");
         assert_eq!(utc(951_782_400), "2000-02-29T00:00:00Z");
         assert_eq!(utc(1_798_761_599), "2026-12-31T23:59:59Z");

@@ -1,16 +1,17 @@
-//! Which program this is, for the files of a run.
+//! The version of the program, for the files of a run.
 
 use std::sync::OnceLock;
 
 static COMMIT: OnceLock<&str> = OnceLock::new();
 
-/// Tells the commit that the program was built from; empty for none. The binary does, not the library, so that a new
-/// commit links the binary anew and compiles nothing else.
+/// Sets the commit from which the program was built; empty if there is none. The binary calls it, not the library, so that
+/// after a new commit only the binary has to be rebuilt.
 pub fn set_commit(commit: &'static str) {
     let _ = COMMIT.set(commit);
 }
 
-/// As in `routegrad 0.1.0, commit 0b735df4006b`; without a commit the package's version alone.
+/// Returns the program's version, such as `routegrad 0.1.0, commit 0b735df4006b`; without a commit only the package
+/// version.
 pub fn program() -> String {
     let version = concat!("routegrad ", env!("CARGO_PKG_VERSION"));
     match COMMIT.get().filter(|commit| !commit.is_empty()) {

@@ -1,4 +1,4 @@
-//! How well a model predicts text that it did not learn from.
+//! Evaluates a model on text that was not used for training.
 
 use crate::config::{Config, Precision};
 use crate::data::{Corpus, Window};
@@ -13,31 +13,31 @@ use crate::train::checkpoint::TrainerState;
 use crate::train::{check_alike, check_data};
 use std::sync::Arc;
 
-/// What an evaluation found.
+/// The result of an evaluation.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// Tokens predicted.
+    /// Number of predicted tokens.
     pub tokens: usize,
-    /// Bytes of their text.
+    /// Number of bytes of their text.
     pub bytes: f64,
-    /// Mean cross-entropy of a token, in nats.
+    /// Mean cross-entropy per token, in nats.
     pub loss: f64,
-    /// The same by source of the text, where there are several.
+    /// The report of each source of the text, if there are several.
     pub sources: Vec<(String, Report)>,
 }
 
 impl Report {
-    /// e^loss.
+    /// Returns e^loss.
     pub fn perplexity(&self) -> f64 {
         self.loss.exp()
     }
 
-    /// The loss in bits, of a byte of the text.
+    /// Returns the loss in bits per byte of the text.
     pub fn bits_per_byte(&self) -> f64 {
         self.loss * self.tokens as f64 / self.bytes / std::f64::consts::LN_2
     }
 
-    /// Adds tokens whose losses sum to `sum`; `loss` is a sum until [`mean`](Self::mean).
+    /// Adds tokens whose losses sum to `sum`; `loss` holds a sum until [`mean`](Self::mean) is called.
     fn add(&mut self, tokens: usize, bytes: f64, sum: f64) {
         self.tokens += tokens;
         self.bytes += bytes;
@@ -50,11 +50,11 @@ impl Report {
     }
 }
 
-/// A saved model as it is evaluated: on the CPU, in another precision on demand, and `default`
-/// without its vectors if they are not wanted.
+/// Loads a saved model for evaluation on the CPU, in another precision if requested. The router `default` can be loaded
+/// without its default vectors.
 ///
 /// # Errors
-/// When the model cannot be read, or its router has no default vectors.
+/// When the model cannot be read, or default vectors are to be left out but its router has none.
 pub fn load(
     found: &Saved,
     default_vectors: bool,
@@ -77,7 +77,7 @@ pub fn load_on(
     let mut left_out = false;
     let change = |config: &mut Config| {
         config.train.device = Device::Cpu;
-        // A router that cannot be built is refused with the model.
+        // If the router cannot be built, the model is rejected when it is read.
         if let (false, Ok(router)) = (default_vectors, routers::build(&config.router)) {
             left_out = router.leave_out_default_vectors(&mut config.router.settings);
         }
@@ -86,9 +86,9 @@ pub fn load_on(
     if !default_vectors && !left_out {
         return Err(Error::usage(
             "--without-default-vectors",
-            "a model of the router default",
+            "a model with the router default",
             format!("router {}", state.config.router.name),
-            "leave the flag out: there are no default vectors",
+            "remove the flag: there are no default vectors",
         ));
     }
     if let Some(precision) = precision.filter(|p| *p != state.config.train.dtype) {
@@ -103,10 +103,11 @@ pub fn load_on(
     Ok((model, state))
 }
 
-/// The text `data`, which `config` then names; without it that of the run whose checkpoint has this `digest` of the text.
+/// Reads the text `data` and sets `config` to it. Without `data`, reads the text of the run whose checkpoint has this
+/// `digest` of the text.
 ///
 /// # Errors
-/// When the text cannot be read, or is not the run's.
+/// When the text cannot be read, or differs from the run's text.
 pub(super) fn text(config: &mut Config, digest: &str, data: Option<&str>) -> Result<Corpus> {
     if let Some(data) = data {
         config.data.set_source(data);
@@ -116,7 +117,7 @@ pub(super) fn text(config: &mut Config, digest: &str, data: Option<&str>) -> Res
             "--data",
             "held-out text for a model without a run",
             "none",
-            "name what `routegrad data prepare` made with the model's tokenizer.json",
+            "name a folder that `routegrad data prepare` made with the model's tokenizer.json",
         ));
     }
     let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
@@ -128,15 +129,15 @@ pub(super) fn text(config: &mut Config, digest: &str, data: Option<&str>) -> Res
         config.data.name(),
         format!("the text that the run was trained on, of digest {digest}"),
         format!("another text, of digest {found}"),
-        "put the run's text back, or name this one with --data",
+        "restore the run's text, or select this text with --data",
     ))
 }
 
-/// Measures a model on the validation documents of `data`, or of what it was trained on; on
-/// `sequences` sequences of them, or all if 0. Ranks share the batches, and all get the report of one; rank 0 shows progress.
+/// Evaluates a model on `sequences` sequences (all if 0) of the validation documents of `data`, or of the text that the
+/// model was trained on. The ranks share the batches, and every rank gets the report that one process would get. Rank 0 shows progress.
 ///
 /// # Errors
-/// When the text cannot be read or is not the run's or that of the other ranks, the loss is not finite, or a rank has left.
+/// When the text cannot be read or differs from the run's text or that of the other ranks, the loss is not finite, or a rank is lost.
 pub fn run(
     model: &Model,
     state: &TrainerState,
@@ -165,11 +166,11 @@ pub fn run(
     Ok(report)
 }
 
-/// The loss on `most` validation sequences (all if 0), `batch` of them at a time; ranks share the batches, and all get the
-/// report of one. The model's state is left as it was.
+/// Returns the loss on `most` validation sequences (all if 0), `batch` sequences at a time. Several ranks divide the
+/// batches, and every rank gets the same report as one rank alone. The model's state is not changed.
 ///
 /// # Errors
-/// Those of the model, and when a rank has left.
+/// When the model returns an error, or another rank has left.
 pub fn validation_loss(
     model: &Model,
     corpus: &Corpus,
@@ -179,7 +180,7 @@ pub fn validation_loss(
     measured(model, corpus, &corpus.validation(most), batch, |_| ())
 }
 
-/// The same on these windows; `shown` is told how many are done.
+/// Evaluates the model on these windows; calls `shown` with the number of windows that are done.
 fn measured(
     model: &Model,
     corpus: &Corpus,
@@ -208,7 +209,7 @@ fn measured(
     let mut sums = gathered(dist, &sums)?;
     let mut whole = Report::default();
     let mut by_source = vec![Report::default(); corpus.sources().len()];
-    // In the order of one rank.
+    // Adds the losses in the order of a single rank.
     for (i, windows) in windows.chunks(batch).enumerate() {
         let sums = &mut sums[i % dist.size()];
         for share in windows.iter().flat_map(|w| corpus.shares(*w)) {
@@ -219,7 +220,7 @@ fn measured(
             }
         }
     }
-    // Routing statistics of training must not see these tokens.
+    // The routing statistics of training must not include these tokens.
     for state in model.layer_states_mut().iter_mut() {
         state.take_stats();
     }
@@ -231,7 +232,7 @@ fn measured(
     Ok(whole.mean())
 }
 
-/// The numbers of every rank, in their order.
+/// Gathers the numbers of every rank, in the order of the ranks.
 pub(super) fn gathered(dist: &dyn Collective, own: &[f64]) -> Result<Vec<std::vec::IntoIter<f64>>> {
     let all = dist.gather_bytes(bytemuck::cast_slice(own))?;
     let numbers = all.into_iter().map(|bytes| {

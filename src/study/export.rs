@@ -1,9 +1,9 @@
-//! A model for Hugging Face's transformers: a folder that `from_pretrained` reads.
+//! Exports a model for Hugging Face's transformers: a folder that `from_pretrained` reads.
 //!
-//! `config.json`, `model.safetensors` (several files with an index where it is large) and the tokenizer. A model that an
-//! architecture of transformers computes is written as that one; any other brings the program in
-//! `src/study/export/hf/`, which computes it as at evaluation. Written under another name, synced and
-//! renamed: a reader finds the folder whole or not at all.
+//! The folder holds `config.json`, `model.safetensors` (several files with an index if the model is large) and the
+//! tokenizer. If an architecture of transformers computes the same function, the model is exported as that architecture.
+//! Otherwise the export includes the Python code in `src/study/export/hf/`, which computes the model as in evaluation. The
+//! folder is written under a temporary name, synced and renamed, so that a reader never finds an incomplete folder.
 
 mod architecture;
 pub(crate) mod tokenizer;
@@ -24,8 +24,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The program of models that transformers has no architecture for: what computes the model, and
-/// its configuration.
+/// Python code for models that no architecture of transformers computes: the model and its configuration.
 const PROGRAM: [(&str, &str); 2] = [
     (
         "modeling_routegrad.py",
@@ -37,38 +36,38 @@ const PROGRAM: [(&str, &str); 2] = [
     ),
 ];
 
-/// How transformers generates, by default.
+/// File with the default generation settings of transformers.
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
 
-/// What an export has become.
+/// The result of an export.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// What transformers loads it as.
+    /// The architecture that transformers uses for it.
     pub architecture: Architecture,
-    /// What no architecture of transformers has; empty where one was found.
+    /// Properties of the model that no architecture of transformers has; empty if there is a matching one.
     pub foreign: Vec<String>,
-    /// Tensors that were written.
+    /// Number of tensors that were written.
     pub tensors: usize,
-    /// What a reader of the export gets of the tokenizer.
+    /// The tokenizer of the export.
     pub tokenizer: Exported,
 }
 
-/// Which tokenizer an export has.
+/// The tokenizer of an export.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exported {
-    /// That of the run.
+    /// The run's tokenizer.
     File,
-    /// One whose token n is byte n.
+    /// A tokenizer whose token n is byte n.
     Bytes,
-    /// None: bytes, but another vocabulary.
+    /// No tokenizer: each byte is a token, but the vocabulary does not have 256 tokens.
     None,
 }
 
-/// Writes a saved model to the folder `out`, which must be new or empty, its weights
-/// rounded to `dtype`, f32 or bf16, up to `shard_bytes` of them to a file (see [`SHARD_BYTES`](crate::train::checkpoint::SHARD_BYTES)).
+/// Writes a saved model to the folder `out`, which must be new or empty. Weights are rounded to `dtype`, which is f32 or
+/// bf16; each file holds up to `shard_bytes` bytes of them (see [`SHARD_BYTES`](crate::train::checkpoint::SHARD_BYTES)).
 ///
 /// # Errors
-/// When the model cannot be read, or the folder not be written; nothing is left of it then.
+/// When the model cannot be read, or the folder cannot be written; the incomplete folder is then removed.
 pub fn run(found: &Saved, out: &Path, dtype: DType, shard_bytes: u64) -> Result<Report> {
     let temporary = place(out)?;
     let phases = Phases::new(2);
@@ -118,7 +117,7 @@ pub fn run(found: &Saved, out: &Path, dtype: DType, shard_bytes: u64) -> Result<
     let texts: Vec<_> = texts.chain(own).collect();
     let written = write(&temporary, out, &values, &texts, &shards);
     if written.is_err() {
-        // Gives the space back; the first error is the one to report.
+        // Frees the space; only the first error is reported.
         let _ = fs::remove_dir_all(&temporary);
     }
     written?;
@@ -131,7 +130,7 @@ pub fn run(found: &Saved, out: &Path, dtype: DType, shard_bytes: u64) -> Result<
     })
 }
 
-/// Writes all files to `temporary`, which then becomes `out`.
+/// Writes all files to `temporary`, then renames it to `out`.
 fn write(
     temporary: &Path,
     out: &Path,
@@ -152,7 +151,7 @@ fn write(
     }
     for (name, arrays) in &shards.files {
         let path = temporary.join(name);
-        // Readers of several frameworks ask whose tensors these are.
+        // Readers of several frameworks check this metadata for the framework that wrote the tensors.
         write_arrays(&path, arrays, &[("format", "pt")])?;
         paths.push(path);
     }
@@ -165,7 +164,8 @@ fn write(
     fs::rename(temporary, out).map_err(|e| Error::io("rename", temporary, e))
 }
 
-/// Tells transformers which tokens begin and end a text: without the end its generation never stops.
+/// Sets the tokens that begin and end a text in the configuration; without the end token, generation in transformers does
+/// not stop.
 fn add_ends(values: &mut Vec<(&'static str, Value)>, ends: [(&str, Option<i32>); 2]) {
     if ends.iter().all(|(_, token)| token.is_none()) {
         return;
@@ -185,7 +185,7 @@ fn add_ends(values: &mut Vec<(&'static str, Value)>, ends: [(&str, Option<i32>);
     }
 }
 
-/// The program of an export, which knows the router called `name`.
+/// Returns the Python code of an export, which includes the router called `name`.
 fn program(name: &str, router: &dyn Router) -> Result<[(&'static str, String); 2]> {
     let mut program = PROGRAM.map(|(file, text)| (file, text.to_string()));
     if let Some(code) = router.export_code() {
@@ -196,20 +196,20 @@ fn program(name: &str, router: &dyn Router) -> Result<[(&'static str, String); 2
             "export",
             "a router that the exported program knows",
             format!("router {name}"),
-            "give it Router::equivalent_topk or Router::export_code",
+            "implement Router::equivalent_topk or Router::export_code for it",
         ));
     }
     Ok(program)
 }
 
-/// Where to write what will become `out`: beside it, and nothing is there.
+/// Returns the temporary path beside `out`, at which nothing exists.
 fn place(out: &Path) -> Result<PathBuf> {
     let refuse = |got: &str| {
-        let help = "choose another --out, or remove what is there";
+        let help = "choose another --out, or remove the content of the folder";
         Err(Error::file(out, "a new or an empty folder", got, help))
     };
     let Some(name) = out.file_name() else {
-        return refuse("no name of a folder");
+        return refuse("a path without a folder name");
     };
     if out.exists() {
         if !out.is_dir() {
@@ -217,14 +217,14 @@ fn place(out: &Path) -> Result<PathBuf> {
         }
         let mut entries = fs::read_dir(out).map_err(|e| Error::io("list", out, e))?;
         if entries.next().is_some() {
-            return refuse("a folder with something in it");
+            return refuse("a folder that is not empty");
         }
     }
     let parent = parent(out);
     fs::create_dir_all(parent).map_err(|e| Error::io("create", parent, e))?;
     let temporary = parent.join(format!("{UNFINISHED}{}", name.to_string_lossy()));
     if temporary.exists() {
-        // Left by an export that was interrupted.
+        // An interrupted export may have left this folder.
         fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
     }
     Ok(temporary)
@@ -252,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_interrupted_export_left_is_removed() {
+    fn the_folder_of_an_interrupted_export_is_removed() {
         let folder = tempfile::tempdir().unwrap();
         let out = folder.path().join("model");
         let left = folder.path().join(".unfinished-model");

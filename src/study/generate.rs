@@ -1,4 +1,4 @@
-//! A prompt continued, token by token.
+//! Generates text: continues a prompt token by token.
 
 use crate::data::tokenizer::TextStream;
 use crate::data::{DOCUMENT_END, Tokenizer};
@@ -12,21 +12,21 @@ use std::io::Write;
 use std::rc::Rc;
 use std::time::Instant;
 
-/// How the next token is drawn from the logits.
+/// How the next token is sampled from the logits.
 #[derive(Clone, Copy, Debug)]
 pub struct Sampling {
-    /// Divides the logits; 0 takes the likeliest token.
+    /// Divisor of the logits; 0 selects the token with the largest logit.
     pub temperature: f64,
-    /// Draws among this many likeliest tokens; 0 for all.
+    /// Number of most likely tokens to sample from; 0 for all.
     pub top_k: usize,
-    /// Key of the draws: the same seed draws the same tokens.
+    /// Seed of the samples; an equal seed results in equal tokens.
     pub seed: u64,
-    /// Continuations of the prompt.
+    /// Number of continuations of the prompt.
     pub samples: usize,
 }
 
 impl Default for Sampling {
-    /// As `routegrad generate` samples.
+    /// The defaults of `routegrad generate`.
     fn default() -> Self {
         Sampling {
             temperature: 0.8,
@@ -46,14 +46,14 @@ impl Sampling {
             "--temperature",
             "a finite number from 0 up",
             self.temperature.to_string(),
-            "take 1 for the model's own distribution, less for safer text",
+            "use 1 for the model's own distribution, and less for more likely text",
         ))
     }
 
-    /// Token number `index` of continuation `sample`, from the logits of every token.
+    /// Samples token number `index` of continuation `sample` from the logits of all tokens.
     fn draw(&self, logits: &[f64], sample: usize, index: u64) -> usize {
         let mut order: Vec<usize> = (0..logits.len()).collect();
-        // Ties go to the lower token.
+        // Of tokens with equal logits, the one with the smaller number comes first.
         order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
         if self.temperature == 0.0 {
             return order[0];
@@ -78,22 +78,21 @@ impl Sampling {
     }
 }
 
-/// What was written.
+/// Statistics of the generated text.
 #[derive(Clone, Copy, Debug)]
 pub struct Generated {
-    /// Over all samples, without those of the prompt.
+    /// Number of generated tokens of all samples, without the prompt.
     pub tokens: usize,
-    /// Without the reading of the model.
+    /// Time in seconds, without loading the model.
     pub seconds: f64,
 }
 
-/// Writes `prompt` and `count` further tokens of a saved model to `out` as they come, or fewer
-/// where the model ends the text, as often as [`Sampling::samples`] says, with a line `--- N ---` before each of several. The
-/// model sees the last `sequence_length` tokens.
+/// Writes `prompt` and `count` generated tokens of a saved model to `out` as they are generated; fewer if the model ends
+/// the text. It writes [`Sampling::samples`] continuations; if there are several, each follows a line `--- N ---`. The
+/// model's context is the last `sequence_length` tokens.
 ///
 /// # Errors
-/// When the model cannot be read, the prompt does not fit the vocabulary, or a logit is not
-/// finite.
+/// When the model cannot be read, the prompt does not fit the vocabulary, or a logit is not finite.
 pub fn run(
     found: &Saved,
     prompt: &str,
@@ -139,17 +138,17 @@ fn write(out: &mut impl Write, text: &str) -> Result<()> {
         .map_err(|e| Error::io("write", "the standard output", e))
 }
 
-/// A model that goes on from a prompt.
+/// A model that continues a prompt.
 struct Speaker<'a> {
     model: Model,
     tokenizer: Tokenizer,
     prompt: &'a str,
-    /// Of the prompt.
+    /// Tokens of the prompt.
     tokens: Vec<i32>,
 }
 
 impl Speaker<'_> {
-    /// Writes the prompt and continuation number `sample` of it; the tokens that it has.
+    /// Writes the prompt and its continuation number `sample`; returns the number of generated tokens.
     fn speak(
         &self,
         sample: usize,
@@ -158,7 +157,7 @@ impl Speaker<'_> {
         out: &mut impl Write,
     ) -> Result<usize> {
         let mut text = TextStream::new(&self.tokenizer);
-        // What the prompt was given with is shown as it is.
+        // The prompt is written exactly as it was given.
         write(out, self.prompt)?;
         text.push(&self.tokens)?;
         let (mut tokens, next) = (self.tokens.clone(), Next::new(&self.model));
@@ -170,7 +169,7 @@ impl Speaker<'_> {
                     help: "the model diverged: use an earlier checkpoint".into(),
                 });
             }
-            // A model may have more tokens than its tokenizer: training never saw them.
+            // A model may have more tokens than its tokenizer; training never used these.
             let known = logits.len().min(self.tokenizer.vocab_size());
             let token = sampling.draw(&logits[..known], sample, index as u64) as i32;
             if Some(token) == self.tokenizer.eos() {
@@ -184,7 +183,7 @@ impl Speaker<'_> {
     }
 }
 
-/// The logits of a sequence that grows.
+/// Computes the logits of a growing sequence.
 struct Next<'a> {
     model: &'a Model,
     cache: Rc<KeyValueCache>,
@@ -196,8 +195,9 @@ impl<'a> Next<'a> {
         Next { model, cache }
     }
 
-    /// Of the token after `tokens`, which begin with those of the call before. Keys and values are kept, on the CPU and as
-    /// long as the model sees the whole text; every row has another position when its beginning is cut off.
+    /// Returns the logits of the token after `tokens`, which must begin with the tokens of the previous call. On the CPU,
+    /// keys and values are cached as long as the model's context covers the complete text; once its beginning is cut off,
+    /// the position of every row changes.
     fn logits(&self, tokens: &[i32]) -> Result<Vec<f64>> {
         let longest = self.model.config().sequence_length;
         if tokens.len() > longest || self.model.device() != Device::Cpu {
@@ -209,8 +209,8 @@ impl<'a> Next<'a> {
     }
 }
 
-/// The tokens of a prompt, after that of a text's beginning. Without a prompt the model begins as after
-/// the end of a document.
+/// Returns the tokens of a prompt, after the token that begins a text. An empty prompt becomes the end of a document, so
+/// that the model begins a new one.
 fn start(tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<i32>> {
     let mut tokens: Vec<i32> = tokenizer.bos().into_iter().collect();
     tokens.extend(tokenizer.encode(prompt)?);
@@ -237,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn temperature_zero_takes_the_likeliest_token() {
+    fn temperature_zero_selects_the_most_likely_token() {
         assert_eq!(sampling(0.0, 0).draw(&[0.0, 2.0, 2.0, 1.0], 0, 5), 1);
     }
 

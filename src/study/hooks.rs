@@ -1,4 +1,4 @@
-//! Hooks that evaluate and analyse the model during training, and runs with all of them.
+//! Hooks that evaluate and analyse the model during training, and functions that train with all of them.
 
 use super::analyze;
 use super::eval::validation_loss;
@@ -14,23 +14,23 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-/// Validation sequences of an analysis during training.
+/// Number of validation sequences in an analysis during training.
 const ANALYZED: usize = 8;
 
-/// Trains in a folder, with evaluation, benchmark scores and analyses as the configuration asks for them, until the last step
-/// or until `stop` is set: the present step is then finished and saved.
+/// Trains in a folder, with the evaluations, benchmark scores and analyses that the configuration requests, until the last
+/// step or until `stop` is set. The current step is then finished and saved.
 ///
 /// # Errors
-/// When data, folder or checkpoint cannot be used, the model does not fit in memory, or too many steps in a row are not
-/// finite. Checkpoints from before stay.
+/// When the data, the folder or a checkpoint cannot be used, the model does not fit in memory, or too many consecutive
+/// steps are not finite. Earlier checkpoints are kept.
 pub fn train(config: Config, options: &RunOptions, stop: &AtomicBool) -> Result<Summary> {
     train_on(Arc::new(SingleRank), config, options, stop)
 }
 
-/// The same as one of several ranks; a rank whose `stop` is set stops all after the same step.
+/// Trains as one of several ranks; if `stop` is set on one rank, all ranks stop after the same step.
 ///
 /// # Errors
-/// As [`train`], when ranks are not of one run, and when one has left.
+/// As [`train`]; also when the ranks do not belong to one run, or a rank has left.
 pub fn train_on(
     dist: Arc<dyn Collective>,
     config: Config,
@@ -42,7 +42,7 @@ pub fn train_on(
     trainer.run(stop)
 }
 
-/// Adds the hooks of this module, which write analyses to the run's folder `out`.
+/// Adds the hooks of this module; analyses are written to the run's folder `out`.
 pub fn with_hooks(builder: Builder, out: &Path) -> Builder {
     builder
         .hook(Evaluation)
@@ -81,7 +81,7 @@ impl Hook for Evaluation {
 /// Scores benchmark tasks at `train.tasks_interval`, and after the last step.
 #[derive(Default)]
 pub struct Benchmarks {
-    /// Read before the first step, so that what cannot be read is reported at once.
+    /// Read before the first step, so that a file that cannot be read is reported at the start.
     read: Option<(Tokenizer, Vec<Benchmark>)>,
 }
 
@@ -136,7 +136,7 @@ impl Hook for Benchmarks {
 
 /// Analyses the router at `train.analyze_interval`, and after the last step.
 pub struct Analysis {
-    /// Folder of the run; reports are in `analysis/step-N`.
+    /// Folder of the run; reports are written to `analysis/step-N` in it.
     pub out: PathBuf,
 }
 

@@ -1,4 +1,4 @@
-//! What is done with models beside training them: evaluation, analyses, ablations, generation, plans, exchange.
+//! Work with models other than training: evaluation, analyses, ablations, generation, plans, exchange.
 
 pub mod ablate;
 pub mod analyze;

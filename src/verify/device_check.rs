@@ -1,9 +1,9 @@
-//! One mixture-of-experts layer, or one training step, on two devices: the CPU replays the choices
-//! that the device with kernels made, so that both compute the same function.
+//! Compares one mixture-of-experts layer, or one training step, on two devices. The CPU replays the expert choices of the
+//! device with kernels, so that both compute the same function.
 //!
-//! What is compared: output, default vectors and the gradient of every input and parameter, each as
-//! ‖device − cpu‖ / ‖cpu‖. On the device activations are rounded to bf16 between operations, which is
-//! worth a few parts in a thousand; a missing or wrong term is worth far more.
+//! The output, the default vectors, and the gradients of every input and parameter are compared, each as ‖device − cpu‖ /
+//! ‖cpu‖. On the device with kernels, activations are rounded to bf16 between operations, which causes differences of a
+//! few parts in a thousand; a missing or wrong term causes far larger ones.
 
 mod model;
 
@@ -23,39 +23,38 @@ use crate::train::step::{StepExecutor, StepReport};
 use crate::verify::fault::Fault;
 use std::collections::BTreeMap;
 
-/// The largest relative difference that passes.
+/// The largest relative difference that passes the check.
 pub const TOLERANCE: f64 = 0.01;
 
-/// How loads are to be spread over the experts.
+/// The intended distribution of tokens over the experts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Load {
-    /// About evenly.
+    /// Approximately even.
     Balanced,
-    /// The i-th expert about in proportion to 1 / i.
+    /// Expert i, counted from 1, gets tokens approximately in proportion to 1 / i.
     Zipf,
-    /// All tokens to one expert first.
+    /// The first choice of all tokens is the same expert.
     OneHot,
-    /// Odd experts get no token (as long as K experts are left).
+    /// Odd experts get no tokens, as long as at least K experts remain.
     OddEmpty,
-    /// All logits far below zero, so that a router by sign chooses nobody.
+    /// All logits are far below zero, so that a router that selects by sign chooses no expert.
     Nobody,
 }
 
-/// What two devices were compared on.
+/// The result of a comparison of two devices.
 pub struct Comparison {
-    /// (what, ‖device − cpu‖ / ‖cpu‖); the absolute norm where the CPU has exact zeros.
+    /// Pairs of a name and ‖device − cpu‖ / ‖cpu‖, or the absolute norm if the CPU's values are all exactly zero.
     pub differences: Vec<(String, f64)>,
     /// Tokens per expert.
     pub counts: Vec<usize>,
-    /// Tokens for which the CPU would have chosen other experts.
+    /// Number of tokens for which the CPU would have chosen other experts.
     pub flips: usize,
-    /// In a comparison of a layer, the largest difference of those tokens' logits, as a share of
-    /// ‖x‖ ‖w_a − w_b‖.
+    /// For a layer: the largest difference of the logits of those tokens, as a share of ‖x‖ ‖w_a − w_b‖.
     pub largest_margin: Option<f64>,
 }
 
 impl Comparison {
-    /// The largest difference and what it is of.
+    /// Returns the name and the value of the largest difference.
     pub fn worst(&self) -> (&str, f64) {
         let mut worst = ("", 0.0);
         for (what, difference) in &self.differences {
@@ -67,11 +66,11 @@ impl Comparison {
     }
 }
 
-/// The first MoE layer of a model, forward and backward in training, with random input of `tokens`
-/// tokens and random incoming gradients; `fault` is planted on the CPU alone.
+/// Compares the first MoE layer of a model, forward and backward in training mode, with random input of `tokens` tokens
+/// and random incoming gradients. If `fault` is given, it is planted on the CPU only.
 ///
 /// # Errors
-/// When the configuration cannot run.
+/// When the configuration is not supported.
 pub fn compare_layer(
     config: &Config,
     tokens: usize,
@@ -101,11 +100,11 @@ pub fn compare_layer(
     })
 }
 
-/// One optimizer step of a model on both devices, from weights rounded to bf16: the gradient of every
-/// parameter and the state of every layer after it; `fault` is planted on the CPU alone.
+/// Compares one optimizer step of a model, from weights rounded to bf16: the gradient of every parameter and the state of
+/// every layer after the step. If `fault` is given, it is planted on the CPU only.
 ///
 /// # Errors
-/// When the configuration cannot run.
+/// When the configuration is not supported.
 pub fn compare_step(
     config: &Config,
     sequences: Sequences,
@@ -154,11 +153,11 @@ pub fn compare_step(
 
 /// A directional derivative on the device with kernels.
 pub struct Directional {
-    /// The input along whose gradient the layer was moved.
+    /// The input that was moved along its gradient.
     pub input: String,
-    /// ⟨gradient, movement⟩.
+    /// The predicted change: ⟨gradient, movement⟩.
     pub predicted: f64,
-    /// What the output's product with the incoming gradient changed by.
+    /// The measured change of the inner product of the output and the incoming gradient.
     pub found: f64,
 }
 
@@ -168,14 +167,14 @@ impl Directional {
     }
 }
 
-/// The largest relative error of a directional derivative that passes.
+/// The largest relative error of a directional derivative that passes the check.
 pub const DIRECTIONAL_TOLERANCE: f64 = 0.02;
 
-/// [`directional`] of a layer of 8 experts, 2 active, with this router: along every input, or along
-/// the experts' weights alone where the router's gradient is no derivative.
+/// Runs [`directional`] for a layer with 8 experts, 2 of them active, and this router: along every input, or only along
+/// the experts' weights if the router's gradient is not a derivative.
 ///
 /// # Errors
-/// When there is no such router.
+/// When the router does not exist, or the layer cannot run.
 pub fn router_directions(router: &str) -> Result<Vec<Directional>> {
     let mut layers = Layers::preset("tiny");
     layers.set = ["model.layers=1", "model.dense_layers=[]", "model.top_k=2"]
@@ -191,7 +190,7 @@ pub fn router_directions(router: &str) -> Result<Vec<Directional>> {
     Ok(found)
 }
 
-/// The operations of one training step on the simulator, and how often each ran.
+/// Returns the operations of one training step on the simulator, with the number of times that each ran.
 ///
 /// # Errors
 /// When the model cannot run.
@@ -210,12 +209,12 @@ pub fn operations(config: &Config) -> Result<BTreeMap<&'static str, usize>> {
     Ok(take_op_counts())
 }
 
-/// Directional derivatives of the first MoE layer on the simulator, choices and default vectors held:
-/// each input is moved back and forth along its own gradient, by a sixteenth of its length, which
-/// lifts the change far above the rounding of bf16.
+/// Computes directional derivatives of the first MoE layer on the simulator with fixed choices and default vectors. Each
+/// input is moved in both directions along its gradient by a sixteenth of its norm, so that the change is far larger than
+/// the rounding of bf16.
 ///
 /// # Errors
-/// When the configuration cannot run.
+/// When the configuration is not supported.
 pub fn directional(config: &Config, tokens: usize, load: Load) -> Result<Vec<Directional>> {
     const STEP: f64 = 1.0 / 16.0;
     let mut model = prepared(config, Device::Sim, load)?;
@@ -224,7 +223,7 @@ pub fn directional(config: &Config, tokens: usize, load: Load) -> Result<Vec<Dir
     let x = bf16_rows(&x, tokens, Device::Sim);
     let g = bf16_rows(&g, tokens, Device::Sim);
 
-    // A training pass chooses the experts and moves the default vectors; then they are held.
+    // A training pass chooses the experts and updates the default vectors; after that they are fixed.
     let pass = |model: &Model, x: &Tensor, phase, store: Option<&mut Gradients>| -> Result<f64> {
         let tape = Tape::new();
         let (weights, x) = (model.weights(), Var::leaf(x.clone(), count));
@@ -298,13 +297,13 @@ fn norm(v: &[f64]) -> f64 {
     v.iter().map(|x| x * x).sum::<f64>().sqrt()
 }
 
-/// `sequences` random sequences of a model, in documents where the data has boundaries.
+/// Returns `sequences` random sequences for a model, divided into documents if the data has boundaries.
 pub(crate) fn random_batch(config: &Config, sequences: usize) -> Batch {
     let (length, vocabulary) = (config.model.sequence_length, config.model.vocab_size);
     let numbers = normal_numbers(sequences * (length + 1), 78).into_iter();
     let tokens = numbers.map(|x| ((x.abs() * 1e6) as usize % vocabulary) as i32);
     let tokens: Vec<i32> = tokens.collect();
-    // A document begins with every fourth number or so.
+    // About every fourth position begins a document.
     let first_keys = |sequence: &[i32]| -> Vec<i32> {
         let mut begin = 0;
         let inputs = sequence[..length].iter().zip(0..);
@@ -327,26 +326,26 @@ pub(crate) fn random_batch(config: &Config, sequences: usize) -> Batch {
     }
 }
 
-/// Random input and incoming gradients `[tokens, width]` of a layer. The first number of every input
-/// row is 1: the router's weight there is a bias of the logits.
+/// Returns random input and incoming gradients `[tokens, width]` of a layer. The first element of every input row is 1, so
+/// the router's weight for it acts as a bias of the logits.
 fn random_rows(tokens: usize, width: usize) -> (Vec<f64>, Vec<f64>) {
     let mut x = normal_numbers(tokens * width, 901);
     x.iter_mut().step_by(width).for_each(|x| *x = 1.0);
     (x, normal_numbers(tokens * width, 902))
 }
 
-/// Whether a parameter is a router's weight, which operations read in f32 on every device.
+/// Returns whether a parameter is a router's weight, which operations read in f32 on every device.
 fn is_router(name: &str) -> bool {
     name.ends_with(".gate.weight")
 }
 
-/// f32 numbers rounded to bf16.
+/// Rounds f32 numbers to bf16.
 fn rounded(values: &[f32]) -> Vec<f32> {
     let narrow = Tensor::from_slice([values.len()], values).narrowed();
     narrow.widened().slice::<f32>().to_vec()
 }
 
-/// Rows `[tokens, …]` of bf16 numbers: in bf16 on a device with kernels, else in f32.
+/// Returns rows `[tokens, …]` of bf16 values: as bf16 on a device with kernels, otherwise as f32.
 fn bf16_rows(values: &[f64], tokens: usize, device: Device) -> Tensor {
     let values: Vec<f32> = values.iter().map(|&x| x as f32).collect();
     let rows = Tensor::from_slice([tokens, values.len() / tokens], &values).narrowed();
@@ -365,7 +364,7 @@ fn named_gradients(model: &Model, gradients: &Gradients) -> Vec<Named> {
     found.collect()
 }
 
-/// A model whose weights are bf16 numbers on either device, its router's biased as `load` says.
+/// Returns a model whose weights are bf16 values on both devices; the bias of its router follows `load`.
 fn prepared(config: &Config, device: Device, load: Load) -> Result<Model> {
     let mut config = config.clone();
     config.train.device = device;
@@ -399,7 +398,7 @@ fn prepared(config: &Config, device: Device, load: Load) -> Result<Model> {
     Ok(model)
 }
 
-/// Output, default vectors and gradients of the layer.
+/// Returns the output, the default vectors and the gradients of the layer.
 fn run(model: &Model, x: &[f64], g: &[f64]) -> Result<Vec<Named>> {
     let width = model.config().hidden;
     let (device, tokens) = (model.device(), x.len() / width);
@@ -410,7 +409,7 @@ fn run(model: &Model, x: &[f64], g: &[f64]) -> Result<Vec<Named>> {
     let x = Var::leaf(rows(x), count);
     let (y, losses) = model.moe_layer(0, &tape, &weights, &x, Pass::single(Phase::Train))?;
     let output = y.tensor().clone();
-    // Weights with which the balance losses' gradients are of the size of the others.
+    // With these weights, the gradients of the balance losses are of similar size to the others.
     let scalar = |weight: f32| Tensor::from_slice([], &[weight * tokens as f32]).on(device);
     let mut outputs = vec![(&y, rows(g))];
     outputs.extend(
@@ -447,8 +446,8 @@ fn differences(device: &[Named], cpu: &[Named]) -> Result<Vec<(String, f64)>> {
     pairs.collect()
 }
 
-/// The largest |z_a − z_b| / (‖x‖ ‖w_a − w_b‖) over pairs of an expert that only the device chose and
-/// one that only the CPU would have.
+/// Returns the largest |z_a − z_b| / (‖x‖ ‖w_a − w_b‖) over pairs of an expert that only the device chose and one that
+/// only the CPU would have chosen.
 fn margins(model: &Model, x: &[f64], flips: &[Disagreement]) -> Result<f64> {
     let width = model.config().hidden;
     let Some(router) = model.parameters.iter().find(|p| is_router(&p.name)) else {

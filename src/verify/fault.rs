@@ -1,4 +1,4 @@
-//! Faults on purpose: a check of gradients is worth something only if it fails when a term of a gradient is missing.
+//! Planted faults: a gradient check is only useful if it fails when a term of a gradient is missing.
 
 use crate::error::Result;
 use crate::ops::combine::Combine;
@@ -39,7 +39,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Every fault, with its name on the command line.
+    /// All faults with their names on the command line.
     pub const ALL: [(Fault, &'static str); 11] = [
         (Fault::SoftmaxOwnTerm, "softmax-own-term"),
         (Fault::SoftmaxMeanTerm, "softmax-mean-term"),
@@ -54,7 +54,8 @@ impl Fault {
         (Fault::RouterWeight, "router-weight"),
     ];
 
-    /// Leaves the term out of what operations on the CPU give for their inputs, on this thread, until the guard is dropped.
+    /// Removes the term from the gradients that operations on the CPU compute on this thread, until the returned guard is
+    /// dropped.
     pub fn inject(self) -> AlteredGradients {
         alter_gradients(move |call, gradients| self.alter(call, gradients))
     }
@@ -95,7 +96,7 @@ impl Fault {
         }
     }
 
-    /// `dz_j = p_j dp_j − p_j Σ_i p_i dp_i` without one of its terms.
+    /// Computes `dz_j = p_j dp_j − p_j Σ_i p_i dp_i` without one of its terms.
     fn alter_softmax(self, call: &BackwardCall, gradient: &mut Option<Tensor>) {
         let ([p, ..], [Some(dp), ..], Some(dz)) = (call.saved, call.douts, gradient) else {
             return;
@@ -111,7 +112,7 @@ impl Fault {
     }
 }
 
-/// `dz_j = c dw_a p_a (1[j=a] − p_j)` without its 1[j=a].
+/// Computes `dz_j = c dw_a p_a (1[j=a] − p_j)` without its term 1[j=a].
 fn leave_out_own_term(op: &SampledGate, call: &BackwardCall, gradient: &mut Option<Tensor>) {
     let ([p, ..], [Some(dw), ..], Some(dz)) = (call.saved, call.douts, gradient) else {
         return;
@@ -127,14 +128,14 @@ fn leave_out_own_term(op: &SampledGate, call: &BackwardCall, gradient: &mut Opti
     }));
 }
 
-/// Gradients of other types than f32 and f64, as a device with kernels has them, stay as they are.
+/// Gradients with a dtype other than f32 and f64, which a device with kernels can have, are not changed.
 fn ignore_other_types(_: Result<()>) {}
 
 fn of_type<'a, T: 'static>(call: &BackwardCall<'a>) -> Option<&'a T> {
     call.op.as_any()?.downcast_ref()
 }
 
-/// Zeroes the gradients `[T, E]` of the (token, expert) pairs for which `left_out` holds.
+/// Sets the gradients `[T, E]` to zero for the (token, expert) pairs for which `left_out` is true.
 fn zero(gradient: &mut Option<Tensor>, left_out: impl Fn(usize, i32) -> bool) {
     let Some(gradient) = gradient else { return };
     let experts = gradient.shape().width();
@@ -165,6 +166,6 @@ impl FromStr for Fault {
             .iter()
             .find(|(_, name)| *name == s)
             .map(|(fault, _)| *fault)
-            .ok_or_else(|| format!("no such fault; there are {}", names.join(", ")))
+            .ok_or_else(|| format!("unknown fault; the faults are {}", names.join(", ")))
     }
 }

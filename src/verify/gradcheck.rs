@@ -1,10 +1,10 @@
-//! Every gradient against finite differences: operations, routers, and a whole model.
+//! Compares every gradient with finite differences: of operations, routers, and a complete model.
 //!
-//! A router is checked in a mixture-of-experts layer, from its input and its parameters to its
-//! output and its balance losses; a model from all its parameters to its loss. Chosen experts,
-//! default vectors and balance fractions are first set by a training pass and then held, which makes
-//! the forward pass differentiable ([`Phase::Frozen`]). An estimator, whose gradient is on purpose
-//! not that of its own forward pass, is held against the method or function whose gradient it equals.
+//! A router is checked in a mixture-of-experts layer, from its input and parameters to its output and balance losses; a
+//! model is checked from all its parameters to its loss. A training pass first sets the chosen experts, default vectors
+//! and balance fractions, which are then fixed, so that the forward pass is differentiable ([`Phase::Frozen`]). An
+//! estimator, whose gradient intentionally differs from that of its forward pass, is compared with the method or function
+//! whose gradient it should equal.
 
 use crate::config::{Config, Layers, RouterConfig};
 use crate::dist::SingleRank;
@@ -17,36 +17,36 @@ use crate::tape::{Tape, Var};
 use crate::verify::device_check::random_batch;
 use crate::verify::fault::Fault;
 
-/// The largest relative error that passes.
+/// The largest relative error that passes the check.
 pub const TOLERANCE: f64 = 1e-6;
 
 /// One line of the report.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// Operation, router or model.
+    /// The operation, router or model.
     pub subject: String,
-    /// What it was run on.
+    /// The input of the check.
     pub case: String,
-    /// Derivatives compared.
+    /// Number of compared derivatives.
     pub compared: usize,
-    /// The input with the largest error …
+    /// The input with the largest error.
     pub worst: String,
-    /// … and that error, relative.
+    /// The largest relative error.
     pub error: f64,
 }
 
 impl Row {
-    /// Whether the error is within [`TOLERANCE`]; a NaN is not.
+    /// Returns whether the error is at most [`TOLERANCE`]; false for NaN.
     pub fn passes(&self) -> bool {
         self.error <= TOLERANCE
     }
 }
 
-/// A router in a layer: name, what is set, what its gradient must equal.
+/// A router in a layer: its name, its settings, and the reference for its gradient.
 struct RouterCase {
     router: &'static str,
     set: &'static [&'static str],
-    /// Parts of the names of the inputs that are compared; none stands for all.
+    /// Parts of the names of the compared inputs; if empty, all inputs are compared.
     inputs: &'static [&'static str],
     against: Against,
 }
@@ -57,12 +57,12 @@ impl RouterCase {
     }
 }
 
-/// What a router's gradient is held against.
+/// The reference for a router's gradient.
 enum Against {
     Differences,
-    /// The gradient of a router with a further setting, at the same incoming gradient.
+    /// The gradient of a router with an additional setting, for the same incoming gradient.
     Gradient(&'static str, &'static str),
-    /// The gradient of the router's surrogate, which the differences of it are then held against.
+    /// The gradient of the router's surrogate, which is itself compared with differences.
     Surrogate,
 }
 
@@ -75,8 +75,8 @@ const fn differences(router: &'static str, set: &'static [&'static str]) -> Rout
     }
 }
 
-/// DenseMixer at K = 2 and K = 1: the router's gradient is that of `dense`, the experts' that of
-/// `topk`. The auxiliary loss, which `dense` has not, is off.
+/// DenseMixer at K = 2 and K = 1: the router's gradient equals that of `dense`, and the experts' gradients equal those of
+/// `topk`. The auxiliary loss is off, because `dense` has none.
 const fn densemixer(
     set: &'static [&'static str],
     inputs: &'static [&'static str],
@@ -90,7 +90,7 @@ const fn densemixer(
     }
 }
 
-/// SparseMixer: the experts' gradients are those of the forward pass, …
+/// SparseMixer: the experts' gradients are those of the forward pass.
 const fn sparsemixer_experts(set: &'static [&'static str]) -> RouterCase {
     RouterCase {
         inputs: &[".experts.", "omega"],
@@ -98,7 +98,7 @@ const fn sparsemixer_experts(set: &'static [&'static str]) -> RouterCase {
     }
 }
 
-/// … the router's is that of the gates c p in the place of h p: c / h times the derivative.
+/// SparseMixer: the router's gradient is that of a layer with gates c p instead of h p: c / h times the derivative.
 const fn sparsemixer_router(set: &'static [&'static str]) -> RouterCase {
     RouterCase {
         router: "sparsemixer",
@@ -183,7 +183,7 @@ const ROUTER_CASES: &[RouterCase] = &[
     ),
 ];
 
-/// Every expert chosen, of the five of the models that are checked.
+/// All five experts of the checked models are chosen.
 const ALL_EXPERTS: &str = "model.top_k=5";
 
 fn surrogate_of(router: &str) -> Option<Surrogate> {
@@ -191,14 +191,14 @@ fn surrogate_of(router: &str) -> Option<Surrogate> {
     all.find(|info| info.name == router)?.check.surrogate
 }
 
-/// What makes the forward pass of a whole model differentiable, or a term of its loss large enough
-/// to be seen.
+/// Returns settings that make the forward pass of a complete model differentiable, or a term of its loss large enough to
+/// be detected.
 fn model_settings(check: &GradientCheck) -> Vec<&'static str> {
     let all = check.exact_for_all_experts.then_some(ALL_EXPERTS);
     check.set.iter().copied().chain(all).collect()
 }
 
-/// What is set in the models that are checked; the first stands for the defaults.
+/// Settings of the checked models; the first entry is for the defaults.
 const MODEL_OPTIONS: &[&[&str]] = &[
     &[],
     &[
@@ -224,10 +224,11 @@ const MODEL_OPTIONS: &[&[&str]] = &[
     ],
 ];
 
-/// Checks every subject ("op linear", "router topk", "model dense") that `filter` is part of; `each` sees every row as it is done.
+/// Checks every subject ("op linear", "router topk", "model dense") whose name contains `filter`; calls `each` with every
+/// row when it is done.
 ///
 /// # Errors
-/// When an operation fails.
+/// When an operation returns an error.
 pub fn run(filter: &str, plant: Option<Fault>, mut each: impl FnMut(&Row)) -> Result<Vec<Row>> {
     let _guard = plant.map(Fault::inject);
     let mut rows = Vec::new();
@@ -333,7 +334,7 @@ fn router_rows(router: &RouterCase) -> Result<Vec<Row>> {
     }
 }
 
-/// Holds the gradient of `own` against that of `other`, input by input.
+/// Compares the gradient of `own` with that of `other`, input by input.
 fn by_gradients(subject: String, case: String, own: &Case, other: &Case) -> Result<Row> {
     let (own, expected) = (gradients(own)?, gradients(other)?);
     let mut row = Row {
@@ -358,7 +359,7 @@ fn by_gradients(subject: String, case: String, own: &Case, other: &Case) -> Resu
     Ok(row)
 }
 
-/// A small model in f64 with every balance loss on, so that every term is seen.
+/// Returns the configuration of a small model in f64 with every balance loss enabled, so that every term has an effect.
 fn config(router: &str, set: &[&str]) -> Result<Config> {
     let mut layers = Layers::preset("tiny");
     let small = [
@@ -382,8 +383,8 @@ fn config(router: &str, set: &[&str]) -> Result<Config> {
     Config::load(&layers, &routers::resolve)
 }
 
-/// The first MoE layer of a model: inputs x and its parameters; outputs y and the balance losses.
-/// With gradients of the inputs that have one of `inputs` in their names, or of all.
+/// Returns the case of the first MoE layer of a model: inputs are x and the layer's parameters; outputs are y and the
+/// balance losses. Gradients are computed for the inputs whose names contain one of `inputs`, or for all.
 fn layer_case(config: &Config, model: Model, inputs: &[&str]) -> Result<Case> {
     const TOKENS: usize = 13;
     let wanted = |name: &str| inputs.is_empty() || inputs.iter().any(|i| name.contains(i));
@@ -420,7 +421,7 @@ fn layer_case(config: &Config, model: Model, inputs: &[&str]) -> Result<Case> {
         let (y, losses) = model.moe_layer(0, tape, &weights, &v[0], Pass::single(phase))?;
         Ok(std::iter::once(y).chain(losses).collect::<Vec<Var>>())
     };
-    // A training pass chooses the experts and moves the default vectors; then they are held.
+    // A training pass chooses the experts and updates the default vectors; after that they are fixed.
     let held = std::cell::Cell::new(false);
     let case = Case::new("layer", move |tape, v| {
         if !held.replace(true) {
@@ -438,7 +439,7 @@ fn layer_case(config: &Config, model: Model, inputs: &[&str]) -> Result<Case> {
     Ok(case)
 }
 
-/// A whole model: inputs are all its parameters, the output is its loss.
+/// Returns the case of a complete model: inputs are all its parameters, and the output is its loss.
 fn model_case(config: &Config, model: Model) -> Result<Case> {
     let batch = random_batch(config, 2);
     let inputs: Vec<(String, Vec<usize>, Vec<f64>)> = model
@@ -466,8 +467,8 @@ fn model_case(config: &Config, model: Model) -> Result<Case> {
         }))
 }
 
-/// A model whose matrices are drawn wide enough that no part of the loss hides behind another.
-/// With a surrogate in place of the router, if there is one.
+/// Returns a model whose matrices have such a scale that every part of the loss has a measurable effect; with a surrogate
+/// in place of the router, if there is one.
 fn prepared(config: &Config, surrogate: Option<Surrogate>) -> Result<Model> {
     let mut model = match surrogate {
         Some(build) => Model::with_router(config, build(&config.router)?, Box::new(SingleRank))?,
@@ -478,7 +479,7 @@ fn prepared(config: &Config, surrogate: Option<Surrogate>) -> Result<Model> {
         if shape.len() < 2 {
             continue;
         }
-        // Rows of unit scale, however wide: a norm bends strongly around short ones.
+        // Rows have unit scale for every width, because a norm has a strong curvature around short rows.
         let fan_in = if p.name.contains("embed") {
             1
         } else {

@@ -1,7 +1,7 @@
-//! What proves and times the program: gradient checks, kernel checks, the hardware check and the benchmark.
+//! Checks and timings of the program: gradient checks, kernel checks, the hardware check and the benchmark.
 //!
-//! Of these only [`gradcheck`] is for users of the library. The hidden modules are public for the commands' tests and the
-//! benches of this repository, and change without notice.
+//! Only [`gradcheck`] is intended for users of the library. The hidden modules are public for the command-line tests and
+//! the benchmarks of this repository, and may change without notice.
 
 #[doc(hidden)]
 pub mod bench;

@@ -47,7 +47,7 @@ fn a_grid_that_is_killed_and_terminated_ends_in_the_bytes_of_one_that_is_not() {
         }
         if signal == "-TERM" {
             assert!(output.status.success(), "{}", text(&output.stderr));
-            assert!(text(&output.stdout).contains("go on with the same command"));
+            assert!(text(&output.stdout).contains("run the same command again to continue"));
         }
     }
     // What is done is not done again.
@@ -183,11 +183,11 @@ fn what_is_wrong_with_a_grid_is_said_before_any_run_begins() {
         (&["--axis", "router.beta=1,2"], &["run ", "router"]),
         (
             &["--seed", "1,1"],
-            &["one run of the name", "twice the same"],
+            &["one run with the name", "the same run twice"],
         ),
         (
             &["--name", "{router}"],
-            &["one run of the name", "train.seed"],
+            &["one run with the name", "train.seed"],
         ),
         (
             &["--baseline", "remoe"],

@@ -149,7 +149,7 @@ fn a_run_that_has_no_time_says_what_it_left() {
         "--out",
         out.to_str().unwrap(),
     ]);
-    assert!(printed.contains("left for want of time"), "{printed}");
+    assert!(printed.contains("not run for lack of time"), "{printed}");
 }
 
 #[test]

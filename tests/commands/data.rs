@@ -204,7 +204,7 @@ fn a_kill_at_any_point_costs_no_finished_shard_and_changes_no_byte() {
         let ended = place.join("manifest.json").exists() && !place.join("unfinished.json").exists();
         if !ended {
             let (_, stderr) = succeed(&mut inputs.prepare("in.parquet", &out));
-            kept += usize::from(stderr.contains("goes on behind"));
+            kept += usize::from(stderr.contains("continuing after"));
         }
         let mut now = files(&place);
         // The lock of a killed preparation holds nobody off.
@@ -247,13 +247,10 @@ fn another_preparation_does_not_go_on_with_the_first() {
     let mut train = program();
     train.args(["train", "--out"]).arg(inputs.path("run"));
     let line = fail(train.arg("--data").arg(inputs.path("out")));
-    assert!(line.contains("preparation has not ended"), "{line}");
+    assert!(line.contains("preparation has not finished"), "{line}");
     succeed(&mut inputs.prepare("in.parquet", "out"));
     let line = fail(&mut inputs.prepare("in.parquet", "out"));
-    assert!(
-        line.contains("a folder of tokens that is finished"),
-        "{line}"
-    );
+    assert!(line.contains("a finished folder of tokens"), "{line}");
 }
 
 #[test]
@@ -269,7 +266,7 @@ fn bad_documents_are_told_and_left_out_and_strict_refuses_them() {
     );
     for part in [
         "document 4 of in.jsonl",
-        "`text` is no string: 3",
+        "`text` is not a string: 3",
         "no field `text`",
     ] {
         assert!(stderr.contains(part), "no `{part}` in {stderr}");
@@ -338,7 +335,7 @@ fn unusable_inputs_are_named_before_anything_is_written() {
         (
             "cut.parquet",
             &[][..],
-            &["cut.parquet", "a whole parquet file"][..],
+            &["cut.parquet", "a complete parquet file"][..],
         ),
         (
             "in.parquet",

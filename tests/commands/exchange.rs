@@ -187,7 +187,7 @@ fn what_does_not_fit_is_refused_by_name() {
     rewrite(&folder, &tensors);
     let e = refused(&folder, &tokens);
     assert!(
-        e.contains("model.layers.1.mlp.gate.weight") && e.contains("none of that name"),
+        e.contains("model.layers.1.mlp.gate.weight") && e.contains("no tensor with that name"),
         "{e}"
     );
     tensors.insert("model.layers.1.mlp.gate.weight".into(), router.clone());
@@ -199,9 +199,9 @@ fn what_does_not_fit_is_refused_by_name() {
     let whole = fs::read(&file).unwrap();
     fs::write(&file, &whole[..whole.len() / 2]).unwrap();
     let e = refused(&folder, &tokens);
-    assert!(e.contains("a whole safetensors file"), "{e}");
+    assert!(e.contains("a complete safetensors file"), "{e}");
     let e = refused(&fixture("qwen3_moe"), &file);
-    assert!(e.contains("a whole safetensors file"), "{e}");
+    assert!(e.contains("a complete safetensors file"), "{e}");
     let e = refused(
         &fixture("qwen3_moe"),
         &fixture("mixtral").join("model.safetensors"),

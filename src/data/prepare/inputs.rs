@@ -1,4 +1,4 @@
-//! The files that documents are read from, in order, and what reading one of them gives.
+//! The input files of a preparation, in order, and how to open them.
 
 use super::Options;
 use super::items::{Counted, Documents};
@@ -15,16 +15,16 @@ use std::path::{Path, PathBuf};
 #[derive(Clone, Debug)]
 pub(super) struct Input {
     pub path: PathBuf,
-    /// Its source, where its documents name none.
+    /// Name of the source for documents that do not name one.
     pub name: String,
-    /// Every document of it is held out.
+    /// Whether all its documents are held out.
     pub validation: bool,
     pub bytes: u64,
-    /// Of its last change, since 1970.
+    /// Time of the last modification in nanoseconds since 1970.
     pub nanoseconds: u128,
 }
 
-/// Endings of text and of JSON lines, which may be compressed.
+/// Endings of JSON lines files, which may be compressed.
 const LINES: [&str; 2] = [".jsonl", ".json"];
 const TEXT: &str = ".txt";
 
@@ -35,7 +35,7 @@ fn readable(path: &Path) -> bool {
         || LINES.iter().any(|ending| name.ends_with(ending))
 }
 
-/// The names that are read, for messages.
+/// Returns the supported file name endings, for messages.
 fn endings() -> String {
     format!(
         ".parquet, {}, {TEXT}, and those of the last three compressed: {}",
@@ -44,7 +44,8 @@ fn endings() -> String {
     )
 }
 
-/// Formats that hold documents too, and that nothing here reads: leaving them out of a folder would lose documents.
+/// Data formats that are not supported. If a folder has such files, an error is returned, because ignoring them would lose
+/// documents.
 const OTHER_FORMATS: &[&str] = &[
     ".bz2",
     ".xz",
@@ -73,13 +74,17 @@ fn refuse_data_in_other_formats(folder: &Path) -> Result<()> {
     let expected = format!("files that end in {}", endings());
     let got = match files.len() {
         1 => format!("also {}", first.display()),
-        n => format!("also {} and {} more like it", first.display(), n - 1),
+        n => format!(
+            "{} and {} more files of other formats",
+            first.display(),
+            n - 1
+        ),
     };
-    let help = "convert them, or name the files to read one by one";
+    let help = "convert these files, or name each file to read";
     Err(Error::file(folder, expected, got, help))
 }
 
-/// The files at `paths`: each itself, or those of a folder in the order of their paths.
+/// Returns the files at `paths`: each file itself, and the files of each folder sorted by path.
 pub(super) fn list(paths: &[PathBuf], validation: bool) -> Result<Vec<Input>> {
     let mut found = Vec::new();
     for path in paths {
@@ -107,8 +112,8 @@ pub(super) fn list(paths: &[PathBuf], validation: bool) -> Result<Vec<Input>> {
     Ok(found)
 }
 
-/// The files to train on and those to hold out, each once. A file that is held out is not trained on, also where the folder
-/// that it lies in was given. The second part says what was left out.
+/// Returns the files for training and the files to hold out, each file once, and a message for each file that was left
+/// out. A held-out file is not used for training, even if its folder is among the inputs.
 pub(super) fn list_all(options: &Options) -> Result<(Vec<Input>, Vec<String>)> {
     let place =
         |input: &Input| fs::canonicalize(&input.path).unwrap_or_else(|_| input.path.clone());
@@ -121,8 +126,8 @@ pub(super) fn list_all(options: &Options) -> Result<(Vec<Input>, Vec<String>)> {
     for input in train {
         let path = input.path.display();
         match seen.get(&place(&input)) {
-            Some(true) => left_out.push(format!("{path} is held out, and not trained on")),
-            Some(false) => left_out.push(format!("{path} was named twice, and is read once")),
+            Some(true) => left_out.push(format!("{path} is held out and is not used for training")),
+            Some(false) => left_out.push(format!("{path} was named twice and is read once")),
             None => {
                 seen.insert(place(&input), false);
                 all.push(input);
@@ -152,10 +157,10 @@ fn input(path: &Path, folder: &Path, validation: bool) -> Result<Input> {
     })
 }
 
-/// Opens a file.
+/// Opens an input file.
 ///
 /// # Errors
-/// When it is not what its name says, or lacks the column of the text.
+/// When its content does not match its file name, or the text column is missing.
 pub(super) fn open(path: &Path, options: &Options) -> Result<Box<dyn Documents>> {
     if path.extension().is_some_and(|e| e == "parquet") {
         return open_parquet(path, options);

@@ -1,30 +1,30 @@
-//! What reading a file of documents gives.
+//! The items that are read from an input file.
 
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What stands at one place of a file.
+/// One item of a file.
 #[derive(Debug, PartialEq)]
 pub(super) enum Item {
     Document {
         text: String,
-        /// Where it came from, if the file says so.
+        /// The source of the document, if the file names one.
         source: Option<String>,
     },
     /// A document without text.
     Empty,
-    /// `rows` documents, and what is wrong with them.
+    /// `rows` documents that could not be read, and the reason.
     Unreadable {
         rows: u64,
         what: String,
-        /// Whether more may be lost than one document: the rest of a file or of a row group.
+        /// Whether more than one document may be lost: the rest of a file or of a row group.
         rest: bool,
     },
 }
 
 impl Item {
-    /// Places it takes in its file.
+    /// Returns the number of rows that the item takes in its file.
     pub fn rows(&self) -> u64 {
         match self {
             Item::Unreadable { rows, .. } => *rows,
@@ -32,7 +32,7 @@ impl Item {
         }
     }
 
-    /// One document that cannot be read.
+    /// An item for one document that cannot be read.
     pub fn one_unreadable(what: String) -> Self {
         Item::Unreadable {
             rows: 1,
@@ -41,7 +41,7 @@ impl Item {
         }
     }
 
-    /// A document, or none where there is nothing but white space.
+    /// A document, or an empty item if the text is only white space.
     pub fn of(text: String, source: Option<String>) -> Self {
         match text.trim().is_empty() {
             true => Item::Empty,
@@ -54,7 +54,7 @@ impl Item {
 pub(super) trait Documents: Send {
     fn next(&mut self) -> Option<Item>;
 
-    /// Passes over `rows` places that were read before.
+    /// Skips `rows` rows that were read in an earlier process.
     fn skip(&mut self, rows: u64) {
         let mut passed = 0;
         while passed < rows {
@@ -65,11 +65,11 @@ pub(super) trait Documents: Send {
         }
     }
 
-    /// Bytes of the file that were read.
+    /// Returns the number of bytes of the file that were read.
     fn consumed(&self) -> u64;
 }
 
-/// Counts the bytes that are read.
+/// Counts the bytes that are read through it.
 #[derive(Clone, Default)]
 pub(super) struct Counted(Arc<AtomicU64>);
 

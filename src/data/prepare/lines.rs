@@ -1,4 +1,4 @@
-//! Documents from plain files: JSON objects on lines, and texts with something between them.
+//! Reads documents from text files: JSON objects on lines, and texts with a separator between them.
 
 use super::items::{Counted, Documents, Item};
 use super::options::{Options, missing_column};
@@ -13,7 +13,7 @@ use std::path::Path;
 
 type Reader = Box<dyn BufRead + Send>;
 
-/// Reads up to and with `end`, or to the end of the file; `None` there.
+/// Reads up to and including `end`, or to the end of the file; returns `None` at the end of the file.
 fn read_to(reader: &mut Reader, end: &[u8]) -> std::io::Result<Option<Vec<u8>>> {
     let mut buffer = Vec::new();
     match end.last() {
@@ -39,7 +39,7 @@ fn rest_of_file(e: &std::io::Error) -> Item {
 
 fn not_utf8(e: std::str::Utf8Error) -> Item {
     let what = format!(
-        "a byte that is not UTF-8 at offset {} of it",
+        "a byte that is not UTF-8 at offset {} of the text",
         e.valid_up_to()
     );
     Item::one_unreadable(what)
@@ -53,7 +53,7 @@ pub(super) struct Separated {
 }
 
 impl Separated {
-    /// An empty separator: the file is one text.
+    /// With an empty separator the file is one text.
     pub fn new(reader: Reader, counted: Counted, separator: String) -> Self {
         Separated {
             reader: Some(reader),
@@ -89,8 +89,8 @@ impl Documents for Separated {
     }
 }
 
-/// The fields of these names in a JSON object. What the others hold is passed over: it may be a number that no f64 holds, half
-/// of a surrogate pair, or `NaN` as Python writes it.
+/// Returns the values of these fields of a JSON object. Other fields are skipped without parsing their values, which may
+/// be a number that does not fit in an f64, half of a surrogate pair, or Python's `NaN`.
 fn fields<const N: usize>(
     line: &[u8],
     wanted: [&str; N],
@@ -134,8 +134,8 @@ impl<'de, const N: usize> Visitor<'de> for Wanted<'_, N> {
     }
 }
 
-/// The line with `null` for each `NaN`, `Infinity` and `-Infinity` outside of strings, which are not JSON though Python writes
-/// them; none where there are none.
+/// Returns the line with each `NaN`, `Infinity` and `-Infinity` outside of strings replaced by `null`; Python writes these
+/// words, but they are not JSON. Returns `None` if there are none.
 fn without_constants(line: &[u8]) -> Option<Vec<u8>> {
     let (mut out, mut i, mut in_string, mut found) =
         (Vec::with_capacity(line.len()), 0, false, false);
@@ -161,19 +161,19 @@ fn without_constants(line: &[u8]) -> Option<Vec<u8>> {
     found.then_some(out)
 }
 
-/// An object on each line, one of its fields the text.
+/// Reads a JSON object per line; one of its fields is the text.
 pub(super) struct JsonLines {
     reader: Option<Reader>,
     counted: Counted,
     text_column: String,
     source_column: String,
-    /// The first line, which was read to see whether it has the text.
+    /// The first line, which was read to check that it has the text field.
     first: Option<std::io::Result<Vec<u8>>>,
 }
 
 impl JsonLines {
     /// # Errors
-    /// When the first object has no such fields.
+    /// When the first object lacks the required fields.
     pub fn new(
         path: &Path,
         mut reader: Reader,
@@ -214,7 +214,7 @@ impl JsonLines {
         let wanted = [self.text_column.as_str(), self.source_column.as_str()];
         let [text, source] = match fields(line, wanted) {
             Ok(found) => found,
-            Err(e) => return bad(format!("no JSON: {e}")),
+            Err(e) => return bad(format!("text that is not JSON: {e}")),
         };
         let source = source.and_then(|s| s.as_str().map(str::to_string));
         match text {
@@ -222,7 +222,7 @@ impl JsonLines {
             Some(Value::Null) => Item::Empty,
             Some(other) => {
                 let shown: String = other.to_string().chars().take(40).collect();
-                bad(format!("`{}` is no string: {shown}", self.text_column))
+                bad(format!("`{}` is not a string: {shown}", self.text_column))
             }
             None => bad(format!("no field `{}`", self.text_column)),
         }
@@ -254,7 +254,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn fields_that_are_not_in_use_cost_no_document() {
+    fn unused_fields_never_make_a_document_unreadable() {
         for other in [
             "NaN",
             "-Infinity",
@@ -292,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_are_cut_as_split_cuts_them() {
+    fn texts_are_split_as_by_str_split() {
         for text in [
             "a\n\n\nb",
             "a\n\n\n\nb\n\n\n",

@@ -1,4 +1,4 @@
-//! What a preparation is told.
+//! The options of a preparation.
 
 use crate::data::DOCUMENT_END;
 use crate::data::tokenizer::{TOKENIZER_FILE, Tokenizer};
@@ -6,45 +6,45 @@ use crate::error::{Error, Result};
 use crate::report::nearest;
 use std::path::{Path, PathBuf};
 
-/// Where documents say by default where they came from.
+/// Default name of the column that holds a document's source.
 const SOURCE_COLUMN: &str = "dump";
 
-/// What is prepared, and how.
+/// The inputs and options of a preparation.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Files, or folders of them.
+    /// Files, or folders of files.
     pub inputs: Vec<PathBuf>,
-    /// Files of documents that are all held out; without any, `validation_fraction` of the inputs is.
+    /// Files whose documents are all held out; if empty, `validation_fraction` of the documents is held out.
     pub validation: Vec<PathBuf>,
-    /// The new folder.
+    /// The folder to create.
     pub out: PathBuf,
-    /// A `tokenizer.json`; without one a token is a byte.
+    /// A `tokenizer.json`; without one, each byte is a token.
     pub tokenizer: Option<PathBuf>,
-    /// Name of the token before each document; `none` for none. Default: the tokenizer's.
+    /// Name of the token before each document, or `none`. Default: the tokenizer's.
     pub bos: Option<String>,
-    /// Name of the token behind each document; `none` for none. Default: the tokenizer's, and three
-    /// line feeds where a token is a byte.
+    /// Name of the token after each document, or `none`. Default: the tokenizer's, or three line feeds if each byte is a
+    /// token.
     pub eos: Option<String>,
-    /// Share of the documents that is held out, spread evenly: from 0, below 1.
+    /// Share of the documents that is held out, spread evenly: at least 0 and below 1.
     pub validation_fraction: f64,
-    /// Column of parquet, or field of an object, that holds the text.
+    /// Parquet column, or field of a JSON object, that holds the text.
     pub text_column: String,
-    /// The one that says where a document came from. Default: `dump`, where it is there.
+    /// Column or field that holds the source of a document. Default: `dump`, if it is present.
     pub source_column: Option<String>,
-    /// What separates the documents of a text file; empty: a file is one document.
+    /// Text that separates the documents of a text file; if empty, a file is one document.
     pub separator: String,
-    /// Tokens at which shards are closed.
+    /// Number of tokens after which a shard is closed.
     pub shard_tokens: u64,
-    /// A document that cannot be read is an error, and not left out.
+    /// Whether a document that cannot be read is an error; otherwise it is left out.
     pub strict: bool,
-    /// Decode every document again and count those whose text does not come back.
+    /// Whether every document is decoded again, to count the documents whose text changed.
     pub round_trip: bool,
-    /// Show no progress.
+    /// Whether progress is hidden.
     pub quiet: bool,
 }
 
 impl Options {
-    /// What the command takes where nothing else is given.
+    /// The default options for `inputs` and `out`.
     pub fn new(inputs: &[PathBuf], out: &Path) -> Self {
         Options {
             inputs: inputs.to_vec(),
@@ -95,7 +95,7 @@ impl Options {
         Ok(())
     }
 
-    /// The tokenizer, with the tokens that are asked for around a document.
+    /// Opens the tokenizer, with the requested tokens before and after each document.
     pub(super) fn open_tokenizer(&self) -> Result<Tokenizer> {
         let mut tokenizer = match &self.tokenizer {
             None => Tokenizer::bytes(),
@@ -125,6 +125,6 @@ pub(super) fn missing_column(path: &Path, column: &str, names: &[&str]) -> Error
         _ => "--text-column or --source-column",
     };
     let got = format!("only {}", names.join(", "));
-    let help = format!("name one with {option}, as `{near}`");
+    let help = format!("name a column with {option}, such as `{near}`");
     Error::file(path, format!("a column `{column}`"), got, help)
 }

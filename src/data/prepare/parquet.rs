@@ -1,4 +1,4 @@
-//! Documents from parquet: one column the text, another, if it is there, the source.
+//! Reads documents from parquet files: one column holds the text, and an optional one the source.
 
 use super::items::{Documents, Item};
 use super::options::{Options, missing_column};
@@ -13,7 +13,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::path::Path;
 
-/// Rows that are decoded at a time.
+/// Number of rows that are decoded at a time.
 const BATCH: usize = 256;
 
 type Strings = ColumnReaderImpl<ByteArrayType>;
@@ -24,10 +24,10 @@ pub(super) struct Columns {
     bytes: u64,
     text: Column,
     source: Option<Column>,
-    /// The row group under way, and its rows that were not read yet.
+    /// The current row group and its number of unread rows.
     group: Option<(Group, u64)>,
     next_group: usize,
-    /// Rows read, of all row groups.
+    /// Number of rows read, over all row groups.
     rows: u64,
     ready: VecDeque<Item>,
 }
@@ -36,7 +36,7 @@ pub(super) struct Columns {
 #[derive(Clone, Copy)]
 struct Column {
     index: usize,
-    /// Whether a row may have none.
+    /// Whether a row may lack a value.
     optional: bool,
 }
 
@@ -45,7 +45,7 @@ struct Group {
     source: Option<Strings>,
 }
 
-/// Refuses columns that were compressed as no reader of this build reads, before anything is written.
+/// Returns an error for columns whose compression codec this build cannot read, before anything is written.
 fn expect_codecs(
     path: &Path,
     file: &SerializedFileReader<File>,
@@ -55,7 +55,7 @@ fn expect_codecs(
         for column in columns.clone() {
             let codec = group.column(column).compression();
             if codec == Compression::LZO {
-                let help = "write it again, as with pyarrow's write_table(…, compression=\"zstd\")";
+                let help = "write the file again, for example with pyarrow's write_table(…, compression=\"zstd\")";
                 let expected = "parquet compressed with any codec but LZO, or not at all";
                 return Err(Error::file(path, expected, format!("{codec}"), help));
             }
@@ -66,11 +66,11 @@ fn expect_codecs(
 
 impl Columns {
     /// # Errors
-    /// When the file is no parquet, was cut off, or has no such columns.
+    /// When the file is not parquet, is truncated, or lacks the columns.
     pub fn open(path: &Path, options: &Options) -> Result<Self> {
         let bad = |got: String| {
             let help = "copy the file again, or remove it";
-            Error::file(path, "a whole parquet file", got, help)
+            Error::file(path, "a complete parquet file", got, help)
         };
         let file = File::open(path).map_err(|e| Error::io("read", path, e))?;
         let bytes = file
@@ -120,7 +120,7 @@ impl Columns {
         })
     }
 
-    /// Opens the next row group; `None` behind the last.
+    /// Opens the next row group; returns `None` after the last.
     fn open_group(&mut self) -> Option<()> {
         let i = self.next_group;
         if i >= self.file.num_row_groups() {
@@ -148,17 +148,17 @@ impl Columns {
         Some(())
     }
 
-    /// Leaves out the rows of a row group that cannot be read.
+    /// Skips the remaining rows of a row group that cannot be read.
     fn give_up(&mut self, rows: u64, e: &str) {
         let what = format!("the rest of row group {}: {e}", self.next_group - 1);
         let rows = rows.max(1);
-        // The number is the file's word, which may be anything.
+        // The number comes from the file and may be wrong.
         self.rows = self.rows.saturating_add(rows);
         let rest = true;
         self.ready.push_back(Item::Unreadable { rows, what, rest });
     }
 
-    /// Decodes some more rows of the row group under way.
+    /// Decodes the next rows of the current row group.
     fn read_batch(&mut self) {
         let Some((mut group, left)) = self.group.take() else {
             return;
@@ -197,13 +197,13 @@ fn item(text: Option<ByteArray>, source: Option<ByteArray>) -> Item {
         Ok(text) => Item::of(text, source),
         Err(e) => {
             let place = e.utf8_error().valid_up_to();
-            let what = format!("a byte that is not UTF-8 at offset {place} of it");
+            let what = format!("a byte that is not UTF-8 at offset {place} of the text");
             Item::one_unreadable(what)
         }
     }
 }
 
-/// The next `n` values of a column.
+/// Reads the next `n` values of a column.
 fn read(
     reader: &mut Strings,
     column: Column,
@@ -212,7 +212,7 @@ fn read(
     let (mut levels, mut values) = (Vec::new(), Vec::new());
     let (records, ..) = reader.read_records(n, Some(&mut levels), None, &mut values)?;
     if records != n {
-        let message = format!("a column of {records} more values, not {n}");
+        let message = format!("expected {n} more values in a column, got {records}");
         return Err(ParquetError::General(message));
     }
     if !column.optional {
@@ -239,7 +239,7 @@ impl Documents for Columns {
     }
 
     fn skip(&mut self, rows: u64) {
-        // Row groups that lie before it are not even opened.
+        // Row groups that lie completely before the position are not opened.
         while let Some(group) = self.file.metadata().row_groups().get(self.next_group) {
             let after = self.rows.saturating_add(group.num_rows().max(1) as u64);
             if after > rows {

@@ -1,4 +1,4 @@
-//! Shards as they are written.
+//! Writes the shards of a preparation.
 
 use super::Options;
 use crate::data::folder::{
@@ -15,10 +15,11 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-/// Unreadable documents that are told one by one.
+/// Number of unreadable documents that are reported one by one.
 const TOLD: u64 = 20;
 
-/// Where reading goes on: an input, the rows of it that are done, and those of all inputs.
+/// The position at which reading continues: an input, the number of its rows that are done, and the number of rows of all
+/// inputs that are done.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Place {
     pub input: usize,
@@ -26,26 +27,26 @@ pub(super) struct Place {
     pub seen: u64,
 }
 
-/// How far a preparation came.
+/// The state of a preparation.
 #[derive(Serialize, Deserialize)]
 pub(super) struct State {
-    /// What is prepared, and how: another preparation does not go on with this one.
+    /// The inputs and options. A preparation with another plan cannot continue this one.
     pub plan: Value,
-    /// Of the shards that are closed.
+    /// The manifest of the closed shards.
     pub manifest: Manifest,
     pub place: Place,
-    /// Numbers of the inputs whose rest, or the rest of a row group of theirs, could not be read.
+    /// Indices of the inputs of which the rest, or the rest of a row group, could not be read.
     #[serde(default)]
     pub cut: BTreeSet<usize>,
 }
 
-/// What became of one item.
+/// The result of one item.
 pub(super) struct Encoded {
     pub what: What,
     pub input: usize,
-    /// Where reading goes on behind it.
+    /// Where reading continues after the item.
     pub place: Place,
-    /// Bytes of all inputs read so far.
+    /// Bytes of all inputs that have been read so far.
     pub consumed: u64,
 }
 
@@ -53,13 +54,13 @@ pub(super) enum What {
     Document {
         side: Side,
         source: String,
-        /// Of the text.
+        /// Number of bytes of the text.
         bytes: u64,
-        /// Tokens.
+        /// Number of tokens.
         count: u64,
-        /// As they stand in the shard.
+        /// The tokens in the format of the shard.
         tokens: Vec<u8>,
-        /// Whether they do not decode to the text.
+        /// Whether the decoded tokens differ from the text.
         altered: bool,
     },
     Empty,
@@ -70,14 +71,15 @@ pub(super) enum What {
     },
 }
 
-/// Saves how far the preparation came.
+/// Writes the state of the preparation to the folder.
 pub(super) fn save(folder: &Path, state: &State) -> Result<()> {
     let text = serde_json::to_vec_pretty(state);
     let text = text.map_err(|e| Error::io("write", folder.join(STATE), e.into()))?;
     replace(folder, STATE, &text)
 }
 
-/// Gives back the space of shards that were not closed; the error that they had comes first.
+/// Removes the files of shards that were not closed. It ignores errors, since the caller returns the error that stopped
+/// the preparation.
 pub(super) fn remove_unfinished(folder: &Path) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(UNFINISHED) {
@@ -86,18 +88,18 @@ pub(super) fn remove_unfinished(folder: &Path) {
     }
 }
 
-/// Takes documents in order and writes them to the shards of their side.
+/// Writes encoded documents, in order, to the shards of their side.
 pub(super) struct Writer<'a> {
     options: &'a Options,
     progress: &'a Progress,
     state: State,
     place: Place,
-    /// Number of the next shards.
+    /// Number of the open shards.
     number: usize,
     open: [Option<OpenShard>; 2],
-    /// Numbers of the sources, by name.
+    /// Indices of the sources, by name.
     sources: HashMap<String, usize>,
-    /// Of what was taken here.
+    /// Counts of this process.
     encoded: u64,
     altered: u64,
     tokens: u64,
@@ -105,7 +107,7 @@ pub(super) struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    /// Goes on from `state`.
+    /// Continues from `state`.
     pub fn new(options: &'a Options, state: State, progress: &'a Progress) -> Self {
         let names = state.manifest.sources.iter().map(|s| s.name.clone());
         let numbers = state.manifest.shards.iter().filter_map(|s| {
@@ -127,27 +129,27 @@ impl<'a> Writer<'a> {
         }
     }
 
-    /// Where reading goes on.
+    /// Returns the position at which reading continues.
     pub fn place(&self) -> Place {
         self.place
     }
 
-    /// Bytes of text taken.
+    /// Returns the number of bytes of text written.
     pub fn encoded(&self) -> u64 {
         self.encoded
     }
 
-    /// Documents taken whose tokens do not decode to their text.
+    /// Returns the number of documents whose decoded tokens differ from the text.
     pub fn altered(&self) -> u64 {
         self.altered
     }
 
-    /// Files whose rest, or the rest of a row group of theirs, could not be read.
+    /// Returns the files of which the rest, or the rest of a row group, could not be read.
     pub fn cut(&self) -> Vec<PathBuf> {
         self.state.cut.iter().map(|i| self.path_of(*i)).collect()
     }
 
-    /// Takes the next document.
+    /// Writes the next item.
     pub fn take(&mut self, encoded: Encoded) -> Result<()> {
         match encoded.what {
             What::Document {
@@ -198,7 +200,7 @@ impl<'a> Writer<'a> {
         Ok(())
     }
 
-    /// The number of a source, to which a document of `side` is added.
+    /// Adds a document of `side` to its source and returns the index of the source.
     fn source(&mut self, name: String, side: Side, counts: Counts) -> u64 {
         let sources = &mut self.state.manifest.sources;
         let i = *self.sources.entry(name).or_insert_with_key(|name| {
@@ -216,10 +218,10 @@ impl<'a> Writer<'a> {
         i as u64
     }
 
-    /// Leaves out what cannot be read, or fails with it.
+    /// Leaves out documents that cannot be read, or, with `strict`, returns an error.
     fn unreadable(&mut self, input: usize, rows: u64, what: &str, place: Place) -> Result<()> {
         let path = self.path_of(input);
-        // Rows count from 1.
+        // Documents are counted from 1.
         let (first, last) = (place.rows - rows + 1, place.rows);
         let which = match rows {
             1 => format!("document {first}"),
@@ -230,7 +232,7 @@ impl<'a> Writer<'a> {
                 path,
                 "documents that can be read",
                 format!("{which}: {what}"),
-                "mend the file, or leave out --strict to leave them out",
+                "correct the file, or remove --strict to leave these documents out",
             ));
         }
         let unreadable = &mut self.state.manifest.unreadable;
@@ -242,7 +244,8 @@ impl<'a> Writer<'a> {
                 .note(&format!("warning: left out {which} of {file}: {what}"));
         }
         if self.told == TOLD {
-            self.progress.note("warning: further ones are only counted");
+            self.progress
+                .note("warning: further unreadable documents are only counted");
         }
         Ok(())
     }
@@ -252,7 +255,7 @@ impl<'a> Writer<'a> {
         name.as_str().unwrap_or_default().into()
     }
 
-    /// Closes the shards of both sides.
+    /// Closes the open shards of both sides.
     fn close(&mut self) -> Result<()> {
         for (side, open) in Side::BOTH.into_iter().zip(&mut self.open) {
             if let Some(shard) = open.take() {
@@ -267,7 +270,7 @@ impl<'a> Writer<'a> {
     /// Closes the last shards and writes the manifest.
     ///
     /// # Errors
-    /// When there is no document to train on.
+    /// When there is no document to train on, or a file cannot be written.
     pub fn finish(mut self) -> Result<Manifest> {
         let out = &self.options.out.clone();
         self.close()?;
@@ -296,7 +299,7 @@ impl<'a> Writer<'a> {
     }
 }
 
-/// A shard that takes documents.
+/// A shard that is being written.
 struct OpenShard {
     name: String,
     path: PathBuf,
@@ -334,7 +337,7 @@ impl OpenShard {
         Ok(())
     }
 
-    /// Both files of the shard, synced and under their names.
+    /// Syncs both files of the shard and gives them their final names.
     fn close(mut self, folder: &Path, side: Side) -> Result<Shard> {
         let io = |e| Error::io("write", &self.path, e);
         self.file.flush().map_err(io)?;

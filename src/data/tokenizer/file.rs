@@ -1,4 +1,4 @@
-//! A `tokenizer.json`, by Hugging Face's own library.
+//! Reads a `tokenizer.json` with Hugging Face's library.
 
 use super::{Kind, Special, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer, fingerprint_of};
 use crate::data::catch_panic::catch_panic;
@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
 
-/// Names of the special token at the beginning of a text.
+/// Common names of the special token at the beginning of a text.
 const BOS: &[&str] = &[
     "<|begin_of_text|>",
     "<s>",
@@ -15,7 +15,7 @@ const BOS: &[&str] = &[
     "[BOS]",
     "<|startoftext|>",
 ];
-/// Names of the special token at the end of a text.
+/// Common names of the special token at the end of a text.
 const EOS: &[&str] = &[
     "<|end_of_text|>",
     "<|endoftext|>",
@@ -31,10 +31,10 @@ pub(super) struct File {
 }
 
 impl Tokenizer {
-    /// The tokenizer of these files' contents.
+    /// Parses the contents of the tokenizer's files.
     pub(super) fn parse(path: &Path, json: Vec<u8>, config: Option<&[u8]>) -> Result<Self> {
         let bad = |got: String| {
-            let help = "take the tokenizer.json of a fast tokenizer of Hugging Face's";
+            let help = "use the tokenizer.json of a Hugging Face fast tokenizer";
             Error::file(path, "a tokenizer", got, help)
         };
         let mut inner = catch_panic(|| tokenizers::Tokenizer::from_bytes(&json))
@@ -49,7 +49,7 @@ impl Tokenizer {
         let vocab_size = match greatest {
             Some(greatest) if greatest < i32::MAX as u32 => greatest as usize + 1,
             Some(greatest) => return Err(bad(format!("token {greatest}, more than 31 bits"))),
-            None => return Err(bad("one without tokens".into())),
+            None => return Err(bad("a tokenizer without tokens".into())),
         };
         let fingerprint = fingerprint_of(&json);
         let file = File { inner, json };
@@ -59,7 +59,7 @@ impl Tokenizer {
             Some(config) => {
                 let path = path.with_file_name(TOKENIZER_CONFIG_FILE);
                 let config: Value = serde_json::from_slice(config).map_err(|e| {
-                    Error::file(&path, "JSON", e.to_string(), "mend or remove the file")
+                    Error::file(&path, "JSON", e.to_string(), "correct or remove the file")
                 })?;
                 let of = |key| match token_name(&config[key]) {
                     None => Ok(None),
@@ -68,12 +68,13 @@ impl Tokenizer {
                             &path,
                             format!("a token of {TOKENIZER_FILE} as {key}"),
                             format!("`{name}`"),
-                            "mend the file, or remove it",
+                            "correct the file, or remove it",
                         )
                     }),
                 };
                 let (bos, eos) = (of("bos_token")?, of("eos_token")?);
-                // One token that ends a text is named as its beginning too by many files, without being put there.
+                // Many files with one token at the end of texts name it as the beginning too, though they do not add it
+                // there.
                 let adds = config["add_bos_token"] == true;
                 let same = bos.as_ref().map(|s| s.token) == eos.as_ref().map(|s| s.token);
                 (bos.filter(|_| adds || !same), eos)
@@ -89,7 +90,7 @@ impl Tokenizer {
     }
 }
 
-/// A name is a string, or what `content` of an object is.
+/// Returns the name of a token: a string, or the field `content` of an object.
 fn token_name(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value["content"].as_str())
 }
@@ -109,7 +110,7 @@ impl File {
         let bad = |got: String| {
             Error::invalid(
                 "tokenizer",
-                "a text that it can encode",
+                "a text that the tokenizer can encode",
                 got,
                 "check the tokenizer and the text",
             )

@@ -1,23 +1,23 @@
-//! Tokens as text, as they come.
+//! Decodes tokens to text one by one.
 
 use super::Tokenizer;
 use crate::error::Result;
 
-/// Turns tokens into text one by one: holds back the beginning of a character until its end has
-/// come, and gives U+FFFD for what can become none.
+/// Decodes a stream of tokens. It keeps the first bytes of a character until the character is complete, and returns U+FFFD
+/// for bytes that cannot become a character.
 pub struct TextStream<'a> {
     tokenizer: &'a Tokenizer,
-    /// The tokens of the last text that was given, since some decoders write the first token of a
-    /// text in another way than those behind it, and those that came after them.
+    /// The tokens of the last returned text, followed by the tokens after it. The former are needed because some decoders
+    /// write the first token of a text differently from the later ones.
     held: Vec<i32>,
-    /// Tokens of `held` whose text was given whole.
+    /// Number of tokens of `held` whose text was returned completely.
     whole: usize,
-    /// Bytes of the text of `held` that were given.
+    /// Number of bytes of the text of `held` that were returned.
     given: usize,
 }
 
 impl<'a> TextStream<'a> {
-    /// Before the first token.
+    /// A stream before its first token.
     pub fn new(tokenizer: &'a Tokenizer) -> Self {
         TextStream {
             tokenizer,
@@ -27,15 +27,15 @@ impl<'a> TextStream<'a> {
         }
     }
 
-    /// The text that `tokens` add.
+    /// Adds `tokens` and returns the text that became complete.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
     pub fn push(&mut self, tokens: &[i32]) -> Result<String> {
         self.held.extend_from_slice(tokens);
         let text = self.tokenizer.decode(&self.held)?;
-        // A character has at most four bytes. Some decoders write U+FFFD once for those of one that have come, others once for
-        // each of them.
+        // A character has at most four bytes. For an incomplete character, some decoders write one U+FFFD, others one for
+        // each byte.
         let backwards = text.chars().rev();
         let open = backwards
             .take_while(|c| *c == char::REPLACEMENT_CHARACTER)
@@ -52,7 +52,7 @@ impl<'a> TextStream<'a> {
         Ok(new)
     }
 
-    /// What was held back.
+    /// Returns the text that was kept back.
     ///
     /// # Errors
     /// As [`Tokenizer::decode`].
@@ -60,7 +60,7 @@ impl<'a> TextStream<'a> {
         let text = self.tokenizer.decode(&self.held)?;
         match text.get(self.given..) {
             Some(rest) => Ok(rest.to_string()),
-            // Some decoders read whole characters before a broken one as broken too.
+            // For some decoders, complete characters before an incomplete one are incomplete too.
             None => self.tokenizer.decode(&self.held[self.whole..]),
         }
     }

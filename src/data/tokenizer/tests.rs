@@ -1,7 +1,7 @@
 use super::*;
 
 #[test]
-fn a_byte_is_a_token_and_back() {
+fn each_byte_is_a_token_and_decodes_again() {
     let bytes = Tokenizer::bytes();
     assert_eq!(bytes.encode("aé").unwrap(), [97, 0xc3, 0xa9]);
     assert_eq!(bytes.decode(&[97, 0xc3, 0xa9]).unwrap(), "aé");
@@ -16,14 +16,14 @@ fn a_byte_is_a_token_and_back() {
 }
 
 #[test]
-fn characters_come_whole_and_broken_ones_are_marked() {
+fn characters_are_returned_complete_and_broken_ones_are_marked() {
     let bytes = Tokenizer::bytes();
     let mut stream = TextStream::new(&bytes);
     let mut text = String::new();
     for byte in "a é€".bytes().chain([0xff, b'b', 0xe2, b'c', 0xff, 0xff]) {
         text += &stream.push(&[i32::from(byte)]).unwrap();
     }
-    // What can still change is not told yet.
+    // Text that can still change is not returned yet.
     assert_eq!(text, "a é€\u{fffd}b\u{fffd}c");
     for byte in [0xe2, 0x82] {
         text += &stream.push(&[byte]).unwrap();
@@ -34,7 +34,7 @@ fn characters_come_whole_and_broken_ones_are_marked() {
 
 #[cfg(not(feature = "text"))]
 #[test]
-fn a_program_without_the_feature_names_it() {
+fn the_error_of_a_build_without_the_feature_names_it() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join(TOKENIZER_FILE), "{}").unwrap();
     let e = Tokenizer::of_folder(folder.path()).err().unwrap();
@@ -46,7 +46,7 @@ mod file {
     use super::*;
     use std::fs;
 
-    /// Words of a tiny vocabulary, with U+2581 for the space before them, as SentencePiece writes it.
+    /// Writes a tokenizer with a small vocabulary; as in SentencePiece, U+2581 stands for the space before a word.
     fn write(folder: &Path, added: serde_json::Value) -> std::path::PathBuf {
         let json = serde_json::json!({
             "version": "1.0",
@@ -70,7 +70,7 @@ mod file {
     }
 
     #[test]
-    fn a_file_encodes_decodes_and_names_its_ends() {
+    fn a_file_encodes_decodes_and_names_its_first_and_last_token() {
         let folder = tempfile::tempdir().unwrap();
         let path = write(
             folder.path(),
@@ -80,13 +80,13 @@ mod file {
         assert_eq!((t.vocab_size(), t.bos(), t.eos()), (5, Some(3), Some(4)));
         assert_eq!(t.encode("two one").unwrap(), [2, 1]);
         assert_eq!(t.decode(&[3, 2, 1, 4]).unwrap(), "<s> two one</s>");
-        // A decoder that strips the first space of a text does not lose those between tokens.
+        // A decoder that removes the first space of a text must keep the spaces between tokens.
         let mut stream = TextStream::new(&t);
         let parts: Vec<String> = [2, 1, 1, 2].map(|t| stream.push(&[t]).unwrap()).into();
         assert_eq!(parts, ["two", " one", " one", " two"]);
     }
 
-    /// A vocabulary of single bytes, as SentencePiece names those of characters that it does not know.
+    /// Writes a vocabulary of single bytes, named as SentencePiece names the bytes of unknown characters.
     fn with_byte_fallback(folder: &Path) -> Tokenizer {
         let bytes = [0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x98, 0x80].map(|b: u8| format!("<0x{b:02X}>"));
         let names = bytes.into_iter().chain(["a".to_string()]);
@@ -103,7 +103,7 @@ mod file {
     }
 
     #[test]
-    fn characters_of_several_tokens_come_whole() {
+    fn characters_of_several_tokens_are_returned_complete() {
         let folder = tempfile::tempdir().unwrap();
         let t = with_byte_fallback(folder.path());
         // €, a, 😀, and a € that is cut off.
@@ -112,14 +112,14 @@ mod file {
         let parts: Vec<String> = tokens.map(|t| stream.push(&[t]).unwrap()).into();
         assert_eq!(parts, ["", "", "€", "a", "", "", "", "😀", "", ""]);
         assert_eq!(stream.finish().unwrap(), "\u{fffd}\u{fffd}");
-        // What can become no character does not wait for ever.
+        // Bytes that cannot become a character are not kept back forever.
         let mut stream = TextStream::new(&t);
         let parts: Vec<String> = [1; 5].map(|t| stream.push(&[t]).unwrap()).into();
         assert_eq!(parts, ["", "", "", "\u{fffd}", "\u{fffd}"]);
     }
 
     #[test]
-    fn a_token_that_ends_texts_begins_them_only_where_the_file_says_so() {
+    fn a_token_that_ends_texts_begins_them_only_if_the_file_says_so() {
         let folder = tempfile::tempdir().unwrap();
         let path = write(folder.path(), vec![added(3, "<end>")].into());
         for (adds, bos) in [(None, None), (Some(false), None), (Some(true), Some(3))] {
@@ -143,7 +143,7 @@ mod file {
     }
 
     #[test]
-    fn the_files_of_a_tokenizer_make_it_again_with_its_ends() {
+    fn the_files_of_a_tokenizer_restore_it_with_its_first_and_last_token() {
         let folder = tempfile::tempdir().unwrap();
         let path = write(
             folder.path(),
@@ -165,7 +165,7 @@ mod file {
     }
 
     #[test]
-    fn what_is_no_tokenizer_is_named() {
+    fn the_error_for_a_file_that_is_not_a_tokenizer_names_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(TOKENIZER_FILE);
         for text in ["", "{}", "[1]", "\u{0}", "{\"model\": 3}"] {

@@ -1,13 +1,13 @@
-//! Hooks for tests of what may befall a program that saves. `ROUTEGRAD_FAULT_POINT=n` makes the
-//! process kill itself, as SIGKILL would, at the n-th point it passes, counted from 1; the points
-//! stand after each write, sync and rename of a save. `ROUTEGRAD_DISK_FULL=n` makes the n-th write
-//! and all later ones fail, as on a full disk. Without the variables each costs one comparison.
+//! Simulates crashes and full disks for tests. `ROUTEGRAD_FAULT_POINT=n` makes the process kill itself with SIGKILL at the
+//! n-th fault point, counted from 1; there is a fault point after each write, sync and rename of a save.
+//! `ROUTEGRAD_DISK_FULL=n` makes the n-th write and all later ones fail, as on a full disk. Without these variables, a
+//! call costs one comparison.
 
 use std::io;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Counts up to the number that a variable of the environment holds.
+/// Counts up to the number in an environment variable.
 struct Countdown {
     variable: &'static str,
     last: OnceLock<u64>,
@@ -23,7 +23,7 @@ impl Countdown {
         }
     }
 
-    /// How often it was passed and the number, once that is reached.
+    /// Counts one call. Returns the count and the number, once the count has reached the number.
     fn reached(&self) -> Option<(u64, u64)> {
         let last = *self.last.get_or_init(|| {
             let value = std::env::var(self.variable).ok();
@@ -37,7 +37,7 @@ impl Countdown {
     }
 }
 
-/// A moment at which a crash must not lose what was saved before.
+/// A fault point: a crash here must not lose earlier saves.
 pub(crate) fn point() {
     static POINT: Countdown = Countdown::new("ROUTEGRAD_FAULT_POINT");
     if POINT.reached().is_some_and(|(passed, last)| passed == last) {
@@ -45,7 +45,7 @@ pub(crate) fn point() {
     }
 }
 
-/// Stands before a write.
+/// Fails if the disk is to appear full; called before each write.
 pub(crate) fn disk() -> io::Result<()> {
     static DISK: Countdown = Countdown::new("ROUTEGRAD_DISK_FULL");
     match DISK.reached() {

@@ -5,7 +5,7 @@ use crate::report::metrics::Record;
 use plotters::prelude::*;
 use std::collections::BTreeMap;
 
-/// Accuracy of each task in percent, by likelihood per character where the task has it, over the steps.
+/// Returns the accuracy of each task over the steps, in percent: `acc_norm` if the task has it, otherwise `acc`.
 fn series(records: &[Record]) -> BTreeMap<&str, Vec<(f64, f64)>> {
     let mut found: BTreeMap<&str, Vec<(f64, f64)>> = BTreeMap::new();
     for record in records {
@@ -19,7 +19,7 @@ fn series(records: &[Record]) -> BTreeMap<&str, Vec<(f64, f64)>> {
     found
 }
 
-/// A line for each task, named at its end.
+/// Draws a line for each task, labelled at its end.
 pub(super) fn draw(area: &Area, records: &[Record]) -> Drawn {
     let series = series(records);
     let last = records.last().map_or(1.0, |r| r.step as f64);
@@ -48,7 +48,7 @@ pub(super) fn draw(area: &Area, records: &[Record]) -> Drawn {
             ends.push((y, x, format!("{task} {score:.1}"), color));
         }
     }
-    // Names from the top down, pushed apart where they would overlap.
+    // Labels from top to bottom; labels that would overlap are moved apart.
     ends.sort_by_key(|end| end.0);
     let mut free = i32::MIN;
     for (y, x, name, color) in ends {
@@ -66,7 +66,7 @@ mod tests {
     use crate::report::metrics::tests::record;
 
     #[test]
-    fn a_score_by_likelihood_per_character_goes_before_accuracy() {
+    fn acc_norm_is_preferred_to_acc() {
         let scores = |acc_norm: Option<f64>| {
             let named = [("acc", Some(0.25)), ("acc_norm", acc_norm)];
             let there = named

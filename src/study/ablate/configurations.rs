@@ -1,4 +1,4 @@
-//! What the runs of a grid were told: where their configurations differ, and what they share.
+//! The configurations of a grid's runs: the keys in which they differ, and the keys that are equal in all runs.
 
 use super::grid::Plan;
 use super::names::keys;
@@ -6,7 +6,7 @@ use super::names::short;
 use crate::report::page::{Cell, Section, Table};
 use std::collections::BTreeMap;
 
-/// Every key of any run, with each run's value, none where it lacks the key.
+/// Returns every key of any run with the value of each run; `None` for a run without the key.
 fn all(plan: &Plan) -> BTreeMap<String, Vec<Option<String>>> {
     let mut found = BTreeMap::new();
     for (i, run) in plan.runs.iter().enumerate() {
@@ -22,7 +22,7 @@ fn same(values: &[Option<String>]) -> bool {
     values.iter().all(|v| *v == values[0])
 }
 
-/// The keys in which two runs differ.
+/// Returns a section with the keys in which two runs differ.
 pub fn differences(plan: &Plan) -> Section {
     let all = all(plan);
     let differing = || all.iter().filter(|(_, values)| !same(values));
@@ -41,7 +41,7 @@ pub fn differences(plan: &Plan) -> Section {
     Section {
         name: "differences",
         title: "Differences between the configurations",
-        shows: "Every key in which two of the runs differ, and each run's value.",
+        shows: "Every key in which two of the runs differ, and the value in each run.",
         formula: "",
         notes: vec![format!("Axes of the grid: {}.", axes.join(", "))],
         table,
@@ -49,7 +49,7 @@ pub fn differences(plan: &Plan) -> Section {
     }
 }
 
-/// The keys that are the same in all runs.
+/// Returns a section with the keys that are equal in all runs.
 pub fn shared(plan: &Plan) -> Section {
     let mut table = Table::new(&["key", "value"]);
     for (key, values) in all(plan) {
@@ -59,8 +59,8 @@ pub fn shared(plan: &Plan) -> Section {
     }
     Section {
         name: "configuration",
-        title: "What all runs share",
-        shows: "Every key that is the same in all of them.",
+        title: "Settings that all runs share",
+        shows: "Every key that has the same value in all runs.",
         formula: "",
         notes: Vec::new(),
         table,

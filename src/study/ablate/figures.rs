@@ -1,11 +1,11 @@
-//! The figures of a report: curves with bands, and the final losses of all runs.
+//! The figures of a report: curves with bands of one standard deviation, and the final losses of all runs.
 
 use crate::error::Result;
 use crate::report::plots::{Area, COLUMNS, Drawn, INK, font, styled, svg, thin};
 use plotters::prelude::*;
 
-/// Colours of the groups in turn, apart in hue and lightness also for colour-blind eyes (Okabe and
-/// Ito's set without its yellow, then darker ones).
+/// Colours of the groups, in order. They differ in hue and lightness, so that colour-blind readers can distinguish them
+/// (the set of Okabe and Ito without its yellow, followed by darker colours).
 const COLORS: [RGBColor; 10] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -19,10 +19,10 @@ const COLORS: [RGBColor; 10] = [
     RGBColor(110, 130, 0),
 ];
 
-/// One line, with its deviation at each point.
+/// A curve with the standard deviation at each point.
 pub struct Line {
     pub label: String,
-    /// Tokens, mean, deviation.
+    /// Tokens, mean and standard deviation.
     pub points: Vec<(f64, f64, f64)>,
 }
 
@@ -30,7 +30,7 @@ fn color(i: usize) -> RGBColor {
     COLORS[i % COLORS.len()]
 }
 
-/// 2457600 as "2.46M".
+/// Formats 2457600 as "2.46M".
 pub fn short_number(x: f64) -> String {
     let (scaled, unit) = match x.abs() {
         a if a >= 1e12 => (x / 1e12, "T"),
@@ -51,7 +51,8 @@ pub fn short_number(x: f64) -> String {
     format!("{text}{unit}")
 }
 
-/// The lines over tokens, in one panel each from the given share of the tokens on.
+/// Draws the curves over tokens, in one panel per entry of `from`: the share of the tokens at which the panel begins.
+/// Returns SVG.
 pub fn curves(lines: &[Line], y: &str, from: &[f64]) -> Result<String> {
     let last = lines
         .iter()
@@ -77,7 +78,7 @@ pub fn curves(lines: &[Line], y: &str, from: &[f64]) -> Result<String> {
     })
 }
 
-/// Left edge and row of each label in the legend.
+/// Returns the left edge and the row of each label in the legend.
 fn legend_rows(lines: &[Line]) -> Vec<(i32, i32)> {
     let (mut x, mut row) = (20, 0);
     let mut places = Vec::new();
@@ -100,7 +101,7 @@ fn draw_curves(area: &Area, lines: &[Line], y: &str, (first, last): (f64, f64)) 
     let ends = || shown.iter().flatten().flat_map(|p| [p.1 - p.2, p.1 + p.2]);
     let low = ends().fold(f64::INFINITY, f64::min);
     let high = ends().fold(f64::NEG_INFINITY, f64::max);
-    // Without a finished run there is only the frame.
+    // If no run has finished, only the frame is drawn.
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
     let margin = 0.05 * (high - low).max(1e-3);
     let (low, high) = (low - margin, high + margin);
@@ -118,7 +119,7 @@ fn draw_curves(area: &Area, lines: &[Line], y: &str, (first, last): (f64, f64)) 
         .x_labels(6)
         .y_labels(8)
         .x_label_formatter(&|x| short_number(*x))
-        // Rounding may leave a zero negative.
+        // Rounding can result in a negative zero.
         .y_label_formatter(&|y| format!("{:.places$}", if y.abs() < 1e-9 { 0.0 } else { *y }))
         .draw()?;
     for (i, points) in shown.iter().enumerate() {
@@ -145,18 +146,18 @@ fn draw_curves(area: &Area, lines: &[Line], y: &str, (first, last): (f64, f64)) 
     Ok(())
 }
 
-/// A group's row among the final losses.
+/// The final losses of a group.
 pub struct Row {
     pub label: String,
     pub values: Vec<f64>,
-    /// Mean and deviation of the values.
+    /// Mean and standard deviation of the values.
     pub spread: Option<(f64, f64)>,
-    /// Mean of the baseline.
+    /// Mean of the baseline's values.
     pub baseline: Option<f64>,
 }
 
-/// A dot for each run, a bar for the mean, a line for one deviation to either side, and a hollow
-/// mark where the baseline's mean is.
+/// Draws for each group a dot per run, a bar at the mean, a line of one standard deviation to either side, and a hollow
+/// mark at the baseline's mean. Returns SVG.
 pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
     let values = || {
         let ends = |r: &Row| r.spread.map(|(m, d)| [m - d, m + d]);
@@ -172,7 +173,7 @@ pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
     let margin = 0.06 * (high - low).max(1e-3);
     const LABELS: usize = 9;
-    // As many decimals as tell one label from the next.
+    // Uses as many decimals as are needed to distinguish neighbouring labels.
     let apart = (high - low + 2.0 * margin) / LABELS as f64;
     let places = (-apart.log10()).ceil().clamp(2.0, 9.0) as usize;
     let longest = rows

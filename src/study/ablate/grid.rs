@@ -1,10 +1,9 @@
-//! A grid of runs: a base, and axes whose products are the runs.
+//! A grid of runs: a base configuration, and axes whose combinations are the runs.
 //!
-//! A grid file is TOML. `[base]` holds keys that all runs share, `[axes]` a list of values for each
-//! key that varies; several `[[axes]]` are several products, whose runs are put together. A key is
-//! one of the configuration's, or `preset`, `experts`, `width` (a factor on the preset's hidden
-//! size and heads), or short for a frequent one: see [`SHORT`]. A value of an axis may be a table,
-//! which sets several keys and may give itself a `label`.
+//! A grid file is TOML. `[base]` holds keys that all runs share; `[axes]` holds a list of values for each key that varies.
+//! Several `[[axes]]` tables define several products, and the grid is the union of their runs. A key is a key of the
+//! configuration, one of `preset`, `experts` and `width` (a factor on the preset's hidden size and heads), or a short name
+//! for a frequent key: see [`SHORT`]. A value of an axis can be a table, which sets several keys and can have a `label`.
 
 use super::names;
 use super::names::{SEED, SHORT};
@@ -19,30 +18,30 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 const ROUTER: &str = "router.name";
-/// Evaluations of a run, at least, where nothing sets their interval.
+/// Minimum number of evaluations per run if no setting gives their interval.
 const EVALUATIONS: u64 = 20;
 const WIDTH: &str = "width";
 
-/// A grid, as its file holds it.
+/// The content of a grid file.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grid {
     #[serde(default)]
     pub title: String,
-    /// What is compared, and what the comparison cannot show.
+    /// Purpose and limits of the comparison.
     #[serde(default)]
     pub description: String,
-    /// Name of a run, with `{key}` for the value of an axis. Default: all axes, joined by `-`.
+    /// Name of a run, with `{key}` for the value of an axis. Default: the values of all axes, joined by `-`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Value of the compared axis, `router` if it varies, that the others are held against.
-    /// Default: its first.
+    /// Baseline: the value of the compared axis (`router`, if it varies) with which the other values are compared.
+    /// Default: the first value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baseline: Option<String>,
-    /// Perplexity to reach. Default: the baseline's last.
+    /// Perplexity to reach. Default: the final perplexity of the baseline.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target_perplexity: Option<f64>,
-    /// A TOML file with keys of the configuration, below `base`.
+    /// A TOML file with keys of the configuration; `base` overrides it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<PathBuf>,
     #[serde(default)]
@@ -51,7 +50,7 @@ pub struct Grid {
     pub axes: Products,
 }
 
-/// One table of axes, or several.
+/// One table of axes, or a list of them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(untagged, expecting = "expected a table of axes, or a list of them")]
 pub enum Products {
@@ -68,31 +67,30 @@ impl Default for Products {
 /// One run of a grid.
 #[derive(Clone, Debug)]
 pub struct Run {
-    /// Name of its folder.
+    /// Name of the run's folder.
     pub name: String,
-    /// Its place on each axis, in the order of [`Plan::axes`]; empty where neither an axis nor the
-    /// base says.
+    /// The run's value on each axis, in the order of [`Plan::axes`]; empty if neither an axis nor the base sets the key.
     pub labels: Vec<String>,
     pub config: Config,
 }
 
-/// The runs of a grid in the order in which they are done: seeds outermost, so that every method
-/// has a first run before any has its second.
+/// The runs of a grid in the order in which they are trained. The seed varies slowest, so that every method has a first
+/// run before any has a second.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Keys of the axes: preset, width, experts, router, others by name, seed.
+    /// Keys of the axes: preset, width, experts, router, other keys sorted by name, seed.
     pub axes: Vec<String>,
     pub runs: Vec<Run>,
 }
 
 impl Plan {
-    /// Place of the seed among the axes.
+    /// Returns the index of the seed in `axes`.
     pub fn seed(&self) -> Option<usize> {
         self.axes.iter().position(|a| a == SEED)
     }
 
-    /// Axes other than the seed with more than one value. The first is the compared one: the router
-    /// if it varies, else any before sizes and experts, which are settings to compare in.
+    /// Returns the indices of the axes with more than one value, without the seed. The first is the compared axis: the
+    /// router if it varies, otherwise any axis other than preset, width and experts if there is one.
     pub fn varied(&self) -> Vec<usize> {
         let several = |i: &usize| {
             self.runs
@@ -112,7 +110,7 @@ impl Plan {
     }
 }
 
-/// A value of an axis.
+/// One value of an axis.
 #[derive(Clone)]
 struct Choice {
     label: String,
@@ -120,7 +118,7 @@ struct Choice {
 }
 
 impl Plan {
-    /// What the losses of all runs are counted in.
+    /// Returns the unit of the losses of all runs.
     pub fn loss_unit(&self) -> &'static str {
         let mut units = self
             .runs
@@ -138,7 +136,7 @@ impl Grid {
     /// Reads a grid file.
     ///
     /// # Errors
-    /// When it is not one.
+    /// When the file cannot be read or is not a valid grid file.
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
         Grid::parse(&text, &path.display().to_string())
@@ -147,7 +145,7 @@ impl Grid {
     /// Parses the text of a grid file; `from` names it in errors.
     ///
     /// # Errors
-    /// When it is not one.
+    /// When the text is not a valid grid file.
     pub fn parse(text: &str, from: &str) -> Result<Self> {
         let mut grid: Grid = toml::from_str(text).map_err(|e| {
             let line = e.span().map_or(1, |s| {
@@ -155,9 +153,9 @@ impl Grid {
             });
             Error::usage(
                 from,
-                "a grid: base, axes, and what docs/ablations.md lists",
+                "a grid: base, axes, and the other keys that docs/ablations.md lists",
                 format!("line {line}: {}", in_plain_words(e.message())),
-                "mend the line",
+                "correct the line",
             )
         })?;
         grid.base = flat(std::mem::take(&mut grid.base));
@@ -169,10 +167,10 @@ impl Grid {
         Ok(grid)
     }
 
-    /// The grid as the text of a file.
+    /// Returns the grid as the text of a grid file.
     ///
     /// # Errors
-    /// When TOML cannot hold it.
+    /// When a value cannot be written as TOML.
     pub fn to_toml(&self) -> Result<String> {
         toml::to_string(self).map_err(|e| {
             Error::invalid(
@@ -184,7 +182,7 @@ impl Grid {
         })
     }
 
-    /// The tables of axes.
+    /// Returns the tables of axes.
     pub fn products(&mut self) -> &mut Vec<Table> {
         if let Products::One(axes) = &self.axes {
             self.axes = Products::Several(vec![flat(axes.clone())]);
@@ -195,7 +193,7 @@ impl Grid {
         }
     }
 
-    /// One key for all runs; an axis of the key is given up.
+    /// Sets a key for all runs and removes any axis of this key.
     pub fn set(&mut self, key: &str, value: Value) {
         let key = long(key).to_string();
         self.products().iter_mut().for_each(|axes| {
@@ -204,7 +202,7 @@ impl Grid {
         self.base.insert(key, value);
     }
 
-    /// An axis of every product, instead of the one that may be there.
+    /// Sets an axis in every product; replaces an existing axis of this key.
     pub fn vary(&mut self, key: &str, values: Vec<Value>) {
         let products = self.products();
         if products.is_empty() {
@@ -215,17 +213,17 @@ impl Grid {
         }
     }
 
-    /// All runs.
+    /// Returns all runs.
     ///
     /// # Errors
-    /// An empty grid, a key or value that the configuration does not take, two runs of one name.
+    /// When the grid is empty, the configuration does not accept a key or value, or two runs have the same name.
     pub fn plan(&self) -> Result<Plan> {
         let empty = |got: &str| {
             Err(Error::usage(
                 "grid",
                 "at least one axis, and a value on each",
                 got,
-                "give for instance --router topk,default --seed 0,1,2, or [axes] in the grid file",
+                "for example use --router topk,default --seed 0,1,2, or [axes] in the grid file",
             ))
         };
         let tables = match &self.axes {
@@ -252,7 +250,7 @@ impl Grid {
                 let run = self.run(&plan.axes, &choices)?;
                 match plan.runs.iter().position(|r| r.name == run.name) {
                     None => plan.runs.push(run),
-                    // Two products may share a run.
+                    // Two products may contain the same run.
                     Some(i) if i < first && plan.runs[i].config == run.config => {}
                     Some(i) => return Err(same_name(&plan.runs[i], &run)),
                 }
@@ -292,7 +290,7 @@ impl Grid {
         })
     }
 
-    /// The configuration with these keys; later ones win.
+    /// Returns the configuration with these keys; later keys override earlier ones.
     fn config(&self, keys: impl Iterator<Item = (String, Value)>) -> Result<Config> {
         let mut layers = Layers::preset("tiny");
         layers.file = self.config.clone();
@@ -323,7 +321,7 @@ impl Grid {
                         WIDTH,
                         format!("a factor that makes {key} = {size} another whole number"),
                         width.to_string(),
-                        "choose for instance 0.5, 1 or 2",
+                        "choose for example 0.5, 1 or 2",
                     ));
                 }
                 layers.set.push(format!("{key}={wide}"));
@@ -338,13 +336,13 @@ impl Grid {
     }
 }
 
-/// The full key of a short one.
+/// Returns the full key of a short name.
 pub fn long(key: &str) -> &str {
     let found = SHORT.iter().find(|(short, _)| *short == key);
     found.map_or(key, |(_, long)| long)
 }
 
-/// A value in words: text as it is, everything else as in TOML.
+/// Returns a value as text: a string without quotes, any other value as in TOML.
 fn text(value: &Value) -> String {
     match value {
         Value::String(s) => s.clone(),
@@ -352,7 +350,7 @@ fn text(value: &Value) -> String {
     }
 }
 
-/// Nested tables as dotted keys, with full keys for short ones.
+/// Converts nested tables to dotted keys, and short names to full keys.
 fn flat(table: Table) -> Table {
     let dotted = dotted(table).into_iter();
     dotted
@@ -448,7 +446,7 @@ fn choice(axis: &str, value: &Value) -> Result<Choice> {
     }
 }
 
-/// Every way to take one choice of each axis, the last but the seed fastest.
+/// Returns all combinations of one choice per axis. The axis before the seed varies fastest.
 fn combinations(product: &[(String, Vec<Choice>)]) -> Vec<Vec<(&str, &Choice)>> {
     let mut all = vec![Vec::new()];
     for (key, choices) in product {
@@ -466,7 +464,7 @@ fn combinations(product: &[(String, Vec<Choice>)]) -> Vec<Vec<(&str, &Choice)>> 
     all
 }
 
-/// An error of one run: `--set` stands for keys of the grid here.
+/// Adds the name of the run to an error; the errors of `--set` are errors of keys of the grid here.
 fn named(e: Error, run: &str) -> Error {
     match e {
         Error::Usage {
@@ -484,14 +482,14 @@ fn named(e: Error, run: &str) -> Error {
 }
 
 fn same_name(a: &Run, b: &Run) -> Error {
-    let help = "give each run its own: repeat no value, and name every axis in `name`";
+    let help = "give each run a different name: repeat no value, and use every axis in `name`";
     let differs = match super::names::differences(&a.config, &b.config).as_slice() {
-        [] => "twice the same".to_string(),
+        [] => "the same run twice".to_string(),
         [(key, a, b), ..] => format!("two that differ in {key}, {a} and {b}"),
     };
     Error::usage(
         "grid",
-        format!("one run of the name `{}`", a.name),
+        format!("one run with the name `{}`", a.name),
         differs,
         help,
     )

@@ -1,4 +1,4 @@
-//! A grid on the processes of a launcher: groups of ranks, each of which trains runs of its own.
+//! Distributes a grid over the processes of a launcher: groups of ranks, each of which trains some of the runs.
 
 use super::grid::Run;
 use super::run::{one, open, say_run};
@@ -10,11 +10,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Does all runs that are not finished on groups of `size` ranks. True unless `stop` was set on a rank before the end: the runs
-/// at hand are then saved.
+/// Trains all unfinished runs on groups of `size` ranks. Returns false if `stop` was set on a rank before the end; the
+/// current runs are then saved.
 ///
 /// # Errors
-/// When `size` does not divide the number of ranks, a folder holds another run, or a run fails otherwise than by divergence.
+/// When `size` does not divide the number of ranks, a folder holds a different run, or a run fails for a reason other than
+/// divergence.
 pub fn all(
     out: &Path,
     runs: &[Run],
@@ -29,7 +30,7 @@ pub fn all(
         true => open(out, runs, quiet),
         false => Ok(Vec::new()),
     };
-    // As rank 0 finds them: another rank may look when a run has already begun.
+    // Rank 0 decides which runs are unfinished: another rank may look after a run has already started.
     let found: Vec<u64> = agree(&**ranks, found)?.iter().map(|&i| i as u64).collect();
     let lists = ranks.gather_bytes(bytemuck::cast_slice(&found))?;
     let open: Vec<usize> = lists[0]
@@ -51,14 +52,14 @@ pub fn all(
             say_run(runs, i);
         }
         let done = one(out, &runs[i], dist.clone(), quiet || count > 1, stop);
-        // The other groups do not know of it yet.
+        // The other groups have not been informed yet.
         done.map_err(|e| match count {
             1 => e,
             _ => Error::invalid(
                 format!("run {}", runs[i].name),
                 "a run that ends, stops or diverges",
                 e.to_string(),
-                "mend it; the same command goes on",
+                "correct the cause and run the same command again: it continues the runs",
             ),
         })?;
     }
@@ -66,7 +67,7 @@ pub fn all(
     Ok(!dist::any(&**ranks, stop.load(Ordering::SeqCst))?)
 }
 
-/// The runs of each of `count` groups: the most expensive run first, each to the group that has least to do.
+/// Assigns the runs to `count` groups: in order of decreasing cost, each run goes to the group with the least work.
 fn share(runs: &[Run], open: &[usize], count: usize) -> Result<Vec<Vec<usize>>> {
     let mut costs = Vec::new();
     for &i in open {

@@ -1,10 +1,9 @@
-//! Ablations: a grid of training runs, done one after another or side by side, and a report of what
-//! they came to.
+//! Ablations: a grid of training runs, trained one after another or several at a time, and a report of their results.
 //!
-//! `OUT/` holds `ablation.toml`, the grid as it was resolved; `runs/NAME/`, each as `train` leaves it,
-//! so that a run that `train` made with the same configuration counts as done; and the report:
-//! `report.html`, `summary.md`, a CSV and an SVG for each section. Only `timing.csv` and the section
-//! of that name tell a grid that was interrupted from one that was not.
+//! `OUT/` holds `ablation.toml`, the resolved grid; `runs/NAME/` for each run, in the format of `train`, so that a run
+//! that `train` made with the same configuration counts as finished; and the report: `report.html`, `summary.md`, and a
+//! CSV and an SVG per section. A grid that was interrupted and continued results in the same files as one that was not,
+//! except for `timing.csv` and the section of that name.
 
 mod configurations;
 mod figures;
@@ -37,15 +36,14 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use toml::Value;
 
-/// The resolved grid in an ablation's folder.
+/// File with the resolved grid in an ablation's folder.
 const GRID_FILE: &str = "ablation.toml";
 
-/// Operations per second of one core of a CPU and of one H200 at half of its dense bf16 peak: for
-/// estimates of cost alone.
+/// FLOP/s of one CPU core, and of one H200 at half of its dense bf16 peak. Only used to estimate costs.
 const CORE: f64 = 50e9;
 const GPU: f64 = 0.5 * H200_PEAK;
 
-/// What `ablate` takes.
+/// Arguments of `ablate`.
 #[derive(clap::Args)]
 pub struct Args {
     /// Routers to compare, separated by commas; the first is the baseline.
@@ -54,7 +52,7 @@ pub struct Args {
     /// Seeds.
     #[arg(long, value_name = "LIST")]
     seed: Option<String>,
-    /// Highest learning rates.
+    /// Peak learning rates.
     #[arg(long, value_name = "LIST")]
     learning_rate: Option<String>,
     /// Experts and active experts, as in 8c1,32c4.
@@ -63,10 +61,10 @@ pub struct Args {
     /// Models [default: tiny].
     #[arg(long, value_name = "LIST")]
     preset: Option<String>,
-    /// Values of any other key of the configuration; may be given again.
+    /// Values of any other key of the configuration; can be repeated.
     #[arg(long, value_name = "KEY=LIST")]
     axis: Vec<String>,
-    /// Set one key of the configuration in all runs; may be given again.
+    /// Set one key of the configuration in all runs; can be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Optimizer steps of each run.
@@ -78,37 +76,37 @@ pub struct Args {
     /// TOML file with any keys of the configuration, for all runs.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Grid file; flags above stand over what it says. docs/ablations.md has its keys.
+    /// Grid file; the flags above override it. docs/ablations.md lists its keys.
     #[arg(long, value_name = "FILE", conflicts_with = "figure")]
     grid: Option<PathBuf>,
     /// Grid of a figure of the Default MoE paper: 2 or 5 to 13.
     #[arg(long, value_name = "N")]
     figure: Option<String>,
-    /// Scale of a figure or grid, above 0 and up to 1: a smaller model, and √scale times the steps.
+    /// Scale of a figure or grid, above 0 and at most 1: uses a smaller model, and √scale times the steps.
     #[arg(long, value_name = "S")]
     scale: Option<f64>,
-    /// Name of each run, with an axis in braces, as in '{router}-{seed}'.
+    /// Name of each run, with axes in braces, as in '{router}-{seed}'.
     #[arg(long, value_name = "TEMPLATE")]
     name: Option<String>,
-    /// Value with which the others are compared [default: the first router].
+    /// Value with which the other values are compared [default: the first router].
     #[arg(long, value_name = "NAME")]
     baseline: Option<String>,
     /// Target perplexity [default: the final perplexity of the baseline].
     #[arg(long, value_name = "X")]
     target_perplexity: Option<f64>,
-    /// Folder of the runs and of the report.
+    /// Folder for the runs and the report.
     #[arg(long, value_name = "DIR", default_value = "runs/ablation")]
     out: PathBuf,
-    /// Runs at a time; the threads are divided among them.
+    /// Number of runs that are trained at a time; the threads are divided among them.
     #[arg(long, value_name = "N", default_value_t = 1)]
     jobs: usize,
-    /// Under a launcher, the processes that share a run; several runs are trained at a time.
+    /// Under a launcher: number of processes per run; several runs are trained at a time.
     #[arg(long, value_name = "N", default_value_t = 1)]
     ranks_per_run: usize,
-    /// List the runs and what they cost; run nothing.
+    /// List the runs and their estimated cost; train nothing.
     #[arg(long)]
     dry_run: bool,
-    /// Write the report of the runs as they are; run nothing.
+    /// Write the report of the runs in their present state; train nothing.
     #[arg(long, conflicts_with = "dry_run")]
     report_only: bool,
     /// Show no progress.
@@ -117,13 +115,13 @@ pub struct Args {
 }
 
 impl Args {
-    /// The grid, and what was scaled.
+    /// Returns the grid, and a description of how it was scaled.
     fn grid(&self) -> Result<(Grid, Option<String>)> {
         let saved = self.out.join(GRID_FILE);
         let mut grid = match (&self.grid, &self.figure) {
             (Some(path), _) => Grid::read(path)?,
             (None, Some(figure)) => paper::figure(figure)?,
-            // Without a word about the grid the report is of the one that was done.
+            // Without arguments for the grid, the report is that of the grid in the folder.
             (None, None) if self.report_only && saved.exists() => Grid::read(&saved)?,
             (None, None) => Grid::default(),
         };
@@ -170,14 +168,14 @@ impl Args {
                 "--target-perplexity",
                 "a perplexity above 1",
                 format!("{:?}", grid.target_perplexity.unwrap_or_default()),
-                "leave it out for the baseline's last",
+                "remove the option to use the baseline's final perplexity",
             ));
         }
         Ok((grid, scaled))
     }
 }
 
-/// `key=value` in two.
+/// Splits `key=value`.
 fn pair<'a>(flag: &str, text: &'a str) -> Result<(&'a str, &'a str)> {
     let halves = text.split_once('=').map(|(k, v)| (k.trim(), v.trim()));
     halves.ok_or_else(|| {
@@ -190,14 +188,14 @@ fn pair<'a>(flag: &str, text: &'a str) -> Result<(&'a str, &'a str)> {
     })
 }
 
-/// A value in TOML, or a bare word.
+/// Parses a value in TOML, or a bare word as a string.
 fn parsed(text: &str) -> Value {
     let table = format!("v = {text}").parse::<toml::Table>().ok();
     let value = table.and_then(|mut t| t.remove("v"));
     value.unwrap_or_else(|| Value::String(text.into()))
 }
 
-/// Values separated by commas; commas in brackets or quotes are theirs.
+/// Splits values at commas, except commas in brackets or quotes.
 fn values(list: &str) -> Result<Vec<Value>> {
     let (mut parts, mut depth, mut quoted) = (vec![String::new()], 0, false);
     for c in list.chars() {
@@ -224,12 +222,12 @@ fn values(list: &str) -> Result<Vec<Value>> {
     Ok(parts.iter().map(|p| parsed(p.trim())).collect())
 }
 
-/// Does what the arguments say, as one of several ranks; the text for the standard output, on rank 0. When `stop` is set the
-/// runs at hand are saved, and the same command goes on with them.
+/// Runs the command as one of several ranks. Returns the text for the standard output, on rank 0. If `stop` is set, the
+/// current runs are saved, and the same command continues them later.
 ///
 /// # Errors
-/// A grid that cannot be planned, a folder that holds runs of another configuration, a report that
-/// cannot be written. A run that fails is no error: it stands in the report.
+/// When the grid cannot be planned, a folder holds runs of another configuration, or the report cannot be written. A run
+/// that fails is not an error; the report names it.
 pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Result<String> {
     let (grid, scaled) = args.grid()?;
     let plan = grid.plan()?;
@@ -240,15 +238,15 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
             "--jobs",
             what,
             "0",
-            "leave it out for one at a time",
+            "remove the option to train one run at a time",
         ));
     }
     if args.jobs > 1 && dist.size() > 1 {
         return Err(Error::usage(
             "--jobs",
-            "1 under a launcher, which starts the processes that train at a time",
+            "1 under a launcher, since its processes determine how many runs are trained at a time",
             args.jobs.to_string(),
-            "leave it out",
+            "remove the option",
         ));
     }
     let first = dist.rank() == 0;
@@ -259,16 +257,16 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
         };
     }
     let prepare = || {
-        // Finds a baseline that is none before any run begins.
+        // Finds an invalid baseline before any run starts.
         summary::summarize(out, &plan, grid.baseline.as_deref(), None)?;
         create(out)?;
-        // A look at the report disturbs nobody.
+        // Writing only the report needs no lock on the folder.
         let lock = match args.report_only {
             true => None,
             false => Some(FolderLock::take(out)?),
         };
         let saved = out.join(GRID_FILE);
-        // A look at the report from another side leaves the grid as it is.
+        // Writing only a report with other arguments does not change the stored grid.
         if !args.report_only || !saved.exists() {
             publish(&saved, grid.to_toml()?)?;
         }
@@ -298,16 +296,23 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
     };
     let mut text = report::write(&report, out)?;
     for name in run::others(out, &plan.runs) {
-        let _ = writeln!(text, "\n{name} in {} is not of this grid", out.display());
+        let _ = writeln!(
+            text,
+            "\n{name} in {} is not part of this grid",
+            out.display()
+        );
     }
     let _ = match finished {
         true => write!(text, "\nreport: {}", out.join("report.html").display()),
-        false => write!(text, "\nstopped and saved; go on with the same command"),
+        false => write!(
+            text,
+            "\nstopped and saved; run the same command again to continue"
+        ),
     };
     Ok(text)
 }
 
-/// Seconds in words.
+/// Formats seconds with a suitable unit.
 fn duration(seconds: f64) -> String {
     match seconds {
         s if s < 100.0 => format!("{s:.1} seconds"),

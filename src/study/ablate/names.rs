@@ -1,11 +1,11 @@
-//! What runs and axes are called.
+//! Names of runs and axes.
 
 use crate::config::Config;
 use crate::error::{Error, Result};
 use std::collections::BTreeMap;
 use toml::{Table, Value};
 
-/// Short names of keys.
+/// Short names of frequent keys.
 pub const SHORT: &[(&str, &str)] = &[
     ("router", "router.name"),
     ("seed", "train.seed"),
@@ -17,7 +17,7 @@ pub const SHORT: &[(&str, &str)] = &[
 
 pub const SEED: &str = "train.seed";
 
-/// How an axis is called: the short key, or the last part of a long one.
+/// Returns the name of an axis: the short name of the key, or the last part of the key.
 pub fn short(key: &str) -> &str {
     match SHORT.iter().find(|(_, long)| *long == key) {
         Some((short, _)) => short,
@@ -25,7 +25,7 @@ pub fn short(key: &str) -> &str {
     }
 }
 
-/// Letters, digits and `._=-` stay; the rest would be trouble in a path.
+/// Replaces all characters except letters, digits and `._=-`, which are safe in a path.
 fn clean(label: &str) -> String {
     let keep = |c: char| c.is_ascii_alphanumeric() || "._=-".contains(c);
     let cleaned: String = label
@@ -35,7 +35,7 @@ fn clean(label: &str) -> String {
     cleaned.trim_start_matches('.').into()
 }
 
-/// A number alone says little: its axis goes before it, unless it is the seed.
+/// Returns the label; if it is a number, true or false, with the name of the axis before it, unless the axis is the seed.
 pub fn with_axis(axis: &str, label: &str, between: &str) -> String {
     match axis != SEED && label.parse::<f64>().is_ok() || matches!(label, "true" | "false") {
         true => format!("{}{between}{label}", short(axis)),
@@ -43,17 +43,17 @@ pub fn with_axis(axis: &str, label: &str, between: &str) -> String {
     }
 }
 
-/// All labels, joined by `-`.
+/// Returns all labels, joined by `-`.
 pub fn default(axes: &[String], labels: &[String]) -> String {
     let parts = axes.iter().zip(labels).filter(|(_, l)| !l.is_empty());
     let parts: Vec<String> = parts.map(|(a, l)| clean(&with_axis(a, l, "="))).collect();
     parts.join("-")
 }
 
-/// The template with the labels of its axes.
+/// Returns the template with the axes in braces replaced by their labels.
 ///
 /// # Errors
-/// When a brace holds no axis.
+/// When a name in braces is not an axis.
 pub fn fill(template: &str, axes: &[String], labels: &[String]) -> Result<String> {
     let by_name: BTreeMap<&str, &String> = axes
         .iter()
@@ -81,7 +81,7 @@ pub fn fill(template: &str, axes: &[String], labels: &[String]) -> Result<String
     Ok(clean(&name))
 }
 
-/// Dotted keys and values of a configuration, in order.
+/// Returns the dotted keys and the values of a configuration, in order.
 pub fn keys(config: &Config) -> Vec<(String, String)> {
     fn walk(prefix: &str, table: &Table, out: &mut Vec<(String, String)>) {
         for (key, value) in table {
@@ -93,12 +93,12 @@ pub fn keys(config: &Config) -> Vec<(String, String)> {
         }
     }
     let mut out = Vec::new();
-    // A configuration is a table of plain values.
+    // Every value of a configuration can be written as TOML.
     walk("", &Table::try_from(config).unwrap_or_default(), &mut out);
     out
 }
 
-/// Keys in which two configurations differ, with both values; "none" where one lacks the key.
+/// Returns the keys in which two configurations differ, with both values; "none" if one lacks the key.
 pub fn differences(a: &Config, b: &Config) -> Vec<(String, String, String)> {
     let (a, b) = (keys(a), keys(b));
     let of = |list: &[(String, String)], key: &String| {

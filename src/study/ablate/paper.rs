@@ -1,4 +1,4 @@
-//! The grids of the Default MoE paper's figures (2504.12463), at any scale.
+//! The grids of the figures in the Default MoE paper (arXiv 2504.12463), at any scale.
 
 use super::grid::Grid;
 use crate::config::{Config, Layers};
@@ -12,19 +12,19 @@ macro_rules! embedded {
     };
 }
 
-/// Number and grid of every figure that is a comparison of training runs.
+/// Number and grid of every figure that compares training runs.
 pub const FIGURES: &[(&str, &str)] =
     embedded!["2", "5", "6", "7", "8", "9", "10", "11", "12", "13"];
 
-/// From which scale on which model stands in for the paper's.
+/// The scales from which on each preset replaces the paper's model.
 const LADDER: [(f64, &str); 3] = [(0.0, "tiny"), (0.05, "small"), (0.3, "557m")];
 
 const RATE: &str = "train.learning_rate";
 
-/// The grid of a figure, in the paper's size.
+/// Returns the grid of a figure at the paper's size.
 ///
 /// # Errors
-/// When there is none.
+/// When there is no grid for this figure.
 pub fn figure(name: &str) -> Result<Grid> {
     if let Some((number, text)) = FIGURES.iter().find(|(n, _)| *n == name) {
         return Grid::parse(text, &format!("configs/ablations/figure-{number}.toml"));
@@ -42,14 +42,13 @@ pub fn figure(name: &str) -> Result<Grid> {
     ))
 }
 
-/// Makes a grid smaller. With scale s below 1 the preset of the base becomes `tiny` below 0.05,
-/// `small` below 0.3, else `557m`, with that preset's batch; its steps become √s of what they were,
-/// at least 20; learning rates keep their ratio to the preset's own, to three digits; 20 evaluations
-/// and 5 checkpoints are spread over the run. A scale of 1 changes nothing but those. What was done
-/// comes back in words.
+/// Reduces the cost of a grid. For a scale s below 1, the preset of the base becomes `tiny` below 0.05, `small` below 0.3,
+/// and `557m` otherwise, with that preset's batch. The number of steps is multiplied by √s, with a minimum of 20; learning
+/// rates keep their ratio to the preset's rate, rounded to three digits. At every scale, 20 evaluations and 5 checkpoints
+/// are spread over the run. Returns a description of the changes.
 ///
 /// # Errors
-/// When the scale is not in (0, 1], or the grid has no preset or steps to scale.
+/// When the scale is not in (0, 1], or the base of the grid sets no preset or no steps.
 pub fn scale(grid: &mut Grid, scale: f64) -> Result<String> {
     if !(scale > 0.0 && scale <= 1.0) {
         return Err(Error::usage(
@@ -109,7 +108,7 @@ pub fn scale(grid: &mut Grid, scale: f64) -> Result<String> {
     Ok(words)
 }
 
-/// A learning rate, or a list of them, times `ratio`, to three significant digits.
+/// Multiplies a learning rate, or a list of them, by `ratio` and rounds to three significant digits.
 fn scale_rates(value: &mut Value, ratio: f64) {
     match value {
         Value::Float(rate) => {
@@ -137,14 +136,14 @@ mod tests {
                     .plan()
                     .unwrap_or_else(|e| panic!("figure {name} at {s}: {e}"));
                 assert!(plan.runs.len() > 1, "figure {name}: {said}");
-                // The baseline is one, and every group has one to be held against.
+                // The baseline exists, and every group has a baseline for comparison.
                 let none = tempfile::tempdir().unwrap();
                 let baseline = grid.baseline.as_deref();
                 let found = summarize(none.path(), &plan, baseline, None).unwrap();
                 let alone = found.groups.iter().enumerate();
                 let alone = alone.filter(|(i, g)| g.baseline == *i).count();
                 assert!(alone < found.groups.len(), "figure {name}");
-                // What is planned reads back equal from what is saved of it.
+                // The plan of the saved grid is equal to the original plan.
                 let again = Grid::parse(&grid.to_toml().unwrap(), "saved").unwrap();
                 let again = again.plan().unwrap();
                 let names = |p: &super::super::grid::Plan| -> Vec<_> {
@@ -159,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn full_size_is_the_paper_s() {
+    fn the_full_size_is_that_of_the_paper() {
         let mut grid = figure("11").unwrap();
         scale(&mut grid, 1.0).unwrap();
         let plan = grid.plan().unwrap();

@@ -1,5 +1,5 @@
-//! The report of a grid: tables as CSV, figures as SVG, all of them as one page, and the table of
-//! the groups as Markdown.
+//! The report of a grid: tables as CSV, figures as SVG, all of them on one HTML page, and the table of the groups as
+//! Markdown.
 
 use super::configurations;
 use super::figures::{Line, Row, curves, final_losses};
@@ -12,15 +12,15 @@ use crate::report::files::publish;
 use crate::report::page::{Cell, Page, Section, Table, create, write_files};
 use std::path::Path;
 
-/// Everything that [`write`] needs.
+/// The input of [`write`].
 pub struct Report<'a> {
     pub grid: &'a Grid,
     pub plan: &'a Plan,
     pub summary: &'a Summary,
 }
 
-/// Writes `report.html`, `summary.md`, and a CSV and an SVG for each section that has one. The table
-/// of the groups, as in `summary.md`, comes back.
+/// Writes `report.html`, `summary.md`, and a CSV and an SVG for each section that has them. Returns the table of the
+/// groups, as in `summary.md`.
 ///
 /// # Errors
 /// When the folder cannot be written.
@@ -62,7 +62,7 @@ fn percent(share: Option<f64>) -> Cell {
     share.map(|s| 100.0 * s).into()
 }
 
-/// Whole tokens, none where they are not reached.
+/// A cell with a whole number of tokens; empty if they are not reached.
 fn tokens(x: Option<f64>) -> Cell {
     match x {
         Some(x) => Cell::Count(x.round() as u64),
@@ -85,7 +85,7 @@ impl Report<'_> {
         self.summary.groups.iter()
     }
 
-    /// A loss by name and unit, for an axis.
+    /// Returns the name of a loss with its unit, for an axis.
     fn loss(&self, name: &str) -> String {
         format!("{name}, {}", self.plan.loss_unit())
     }
@@ -94,7 +94,7 @@ impl Report<'_> {
         &self.summary.groups[group.baseline]
     }
 
-    /// How many runs there are, of what lengths, and which have not finished.
+    /// Returns the number of runs, their numbers of steps, and which runs have not finished.
     fn counts(&self) -> String {
         let runs = &self.summary.runs;
         let finished = runs.iter().filter(|r| r.state == State::Finished).count();
@@ -218,12 +218,12 @@ impl Report<'_> {
         Ok(Section {
             name: "final-loss",
             title: "Final validation loss",
-            shows: "Validation loss of the last step: a dot a run, a thick bar for the mean over seeds, a \
+            shows: "Validation loss after the last step: a dot for each run, a thick bar for the mean over seeds, a \
                     line of one standard deviation to either side, and a grey line at the baseline's mean. \
-                    The gain is the baseline's loss less the group's, over pairs of runs of one seed; in \
+                    The gain is the baseline's loss minus the group's, over pairs of runs with the same seed; in \
                     percent of perplexity it is 1 − e^(−gain). The target is the baseline's final \
-                    perplexity unless one was chosen; tokens to it are read off the mean curve, on a \
-                    straight line between evaluations. Loads are those of the last tenth of the steps.",
+                    perplexity unless one was set; tokens to target are read from the mean curve by \
+                    linear interpolation between evaluations. Loads are those of the last tenth of the steps.",
             formula: "gain = mean over seeds of L_baseline − L; perplexity = e^L",
             notes,
             table: self.group_table(),
@@ -254,14 +254,14 @@ impl Report<'_> {
         let (title, shows, y) = match validation {
             true => (
                 "Validation loss",
-                "Loss of the evaluations, the mean over seeds and one standard deviation to either side: \
-                 the whole run, and its second half.",
+                "Validation loss: the mean over seeds and one standard deviation to either side, for the complete \
+                 run and for its second half.",
                 self.loss("validation loss"),
             ),
             false => (
                 "Training loss",
-                "Loss of the steps, the mean of each fiftieth of a run, then the mean over seeds and one \
-                 standard deviation: the whole run, and its second half.",
+                "Training loss, averaged over each fiftieth of a run: the mean over seeds and one standard \
+                 deviation to either side, for the complete run and for its second half.",
                 self.loss("training loss"),
             ),
         };
@@ -297,8 +297,8 @@ impl Report<'_> {
         Ok(Section {
             name: "gain",
             title: "Gain over the baseline",
-            shows: "The baseline's validation loss less the group's over training, the mean over pairs of \
-                    runs of one seed and one standard deviation: above 0 the group is ahead.",
+            shows: "The baseline's validation loss minus the group's during training: the mean over pairs of runs \
+                    with the same seed, and one standard deviation. Above 0, the group is better.",
             formula: "L_baseline − L",
             notes: Vec::new(),
             table,
@@ -341,11 +341,11 @@ impl Report<'_> {
         Section {
             name: "stability",
             title: "Stability",
-            shows: "Spikes of the training loss and of the gradient's norm. A step spikes when its value lies \
-                    at least seven standard deviations above the mean of the last W steps; steps in a row \
-                    are one spike. The score is the percentage of steps that spike, the mean over runs, as \
-                    OLMo 2 (2501.00656, section 3.2) defines it but for two changes: falls do not count, \
-                    and W is a tenth of the run, from 20 to 1,000 steps.",
+            shows: "Spikes of the training loss and of the gradient's norm. A step is a spike if its value is at least \
+                    seven standard deviations above the mean of the last W steps; consecutive steps are one spike. \
+                    The score is the percentage of such steps, averaged over runs, as in OLMo 2 (2501.00656, \
+                    section 3.2) with two changes: decreases do not count, and W is a tenth of the run, from 20 to \
+                    1,000 steps.",
             formula: "x_t − mean ≥ 7 σ, over x_(t−W) … x_(t−1), W = min(1000, max(20, ⌊N/10⌋))",
             notes: vec![format!("Threshold: {DEVIATIONS} standard deviations.")],
             table,
@@ -375,9 +375,9 @@ impl Report<'_> {
         Ok(Section {
             name: "load-balance",
             title: "Load balance",
-            shows: "Coefficient of variation of the rows that the experts of a MoE layer get, the mean over \
-                    the layers: 0 is an even load. The table takes the last tenth of the steps together, \
-                    the figure each fortieth of the run.",
+            shows: "Coefficient of variation of the numbers of rows per expert of an MoE layer, averaged over the \
+                    layers: 0 is an even load. The table is for the last tenth of the steps, the figure for each \
+                    fortieth of the run.",
             formula: "√(mean over i of (c_i − c̄)²) / c̄",
             notes: Vec::new(),
             table,
@@ -421,7 +421,7 @@ impl Report<'_> {
         Section {
             name: "runs",
             title: "Runs",
-            shows: "Every run by itself. The training loss is the mean of the last twentieth of the steps.",
+            shows: "Every run separately. The training loss is the mean of the last twentieth of the steps.",
             formula: "",
             notes: Vec::new(),
             table,
@@ -429,7 +429,7 @@ impl Report<'_> {
         }
     }
 
-    /// Last, since it alone differs between two equal grids.
+    /// This section is the last because it is the only one that differs between two equal grids.
     fn timing(&self) -> Section {
         let mut table = Table::new(&["run", "seconds", "tokens/s"]);
         for (run, s) in self.plan.runs.iter().zip(&self.summary.runs) {
@@ -445,8 +445,8 @@ impl Report<'_> {
         Section {
             name: "timing",
             title: "Time",
-            shows: "Wall time of each run's steps, without evaluations and saving, and tokens over it. It \
-                    depends on what else the machine did: a comparison needs a bench.",
+            shows: "Wall time of each run's steps, without evaluations and saving, and tokens per second. The time \
+                    depends on other work on the machine: use `routegrad bench` for comparisons.",
             formula: "",
             notes: Vec::new(),
             table,
@@ -463,7 +463,7 @@ fn three(p: &Point) -> (f64, f64, f64) {
     )
 }
 
-/// At most about 200 of the points, the last among them.
+/// Returns at most about 200 of the points, always including the last.
 fn thinned(points: &[Point]) -> impl Iterator<Item = &Point> {
     let step = points.len().div_ceil(200).max(1);
     let n = points.len();

@@ -1,7 +1,7 @@
-//! The runs of a grid on disk: which are done, and doing the others.
+//! The runs of a grid on disk: finds the unfinished runs and trains them.
 //!
-//! A run lies in `runs/NAME` just as `train` leaves it, and each goes on by `train`'s own resume: so
-//! that a grid that was killed ends in the bytes of one that was not.
+//! The folder `runs/NAME` of a run is equal to that of `train`, and an interrupted run is continued as `train --resume`
+//! does. A grid that was killed and continued therefore results in the same bytes as one that was not.
 
 use super::grid::Run;
 use super::names::differences;
@@ -19,25 +19,25 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// Folder of the runs.
+/// Folder that holds the runs.
 pub const RUNS: &str = "runs";
-/// Folder of what was said by the runs that failed, a file each.
+/// Folder with the error messages of failed runs, one file per run.
 const FAILURES: &str = "failures";
 
-/// How far a run is.
+/// The progress of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum State {
     New,
-    /// After this many steps.
+    /// Unfinished after this number of steps.
     Unfinished(u64),
     Finished,
-    /// It stopped because too many steps in a row were not finite: what it said.
+    /// Stopped because too many consecutive steps were not finite; with the error message.
     Diverged(String),
-    /// It could not go on for another reason: what it said.
+    /// Stopped for another reason; with the error message.
     Failed(String),
 }
 
-/// Folder of a run.
+/// Returns the folder of a run.
 pub fn folder(out: &Path, name: &str) -> PathBuf {
     out.join(RUNS).join(name)
 }
@@ -46,11 +46,11 @@ fn failure(out: &Path, name: &str) -> PathBuf {
     out.join(FAILURES).join(format!("{name}.txt"))
 }
 
-/// How far the run is. It is finished when its log has all steps and its last checkpoint is there;
-/// a run that keeps no checkpoints has no folder of them.
+/// Returns the state of a run. It is finished if its log has all steps and its last checkpoint exists; a run that keeps no
+/// checkpoints has no folder for them.
 ///
 /// # Errors
-/// When its folder holds a run of another configuration.
+/// When its folder holds a run with another configuration.
 pub fn state(out: &Path, run: &Run) -> Result<State> {
     let place = folder(out, &run.name);
     if !holds_this(&place, run)? {
@@ -75,7 +75,7 @@ pub fn state(out: &Path, run: &Run) -> Result<State> {
     })
 }
 
-/// Whether the folder holds this run, rather than none.
+/// Returns true if the folder holds this run, and false if it holds none.
 fn holds_this(place: &Path, run: &Run) -> Result<bool> {
     let file = place.join(train::CONFIG_FILE);
     let text = match fs::read_to_string(&file) {
@@ -111,11 +111,11 @@ fn foreign(path: &Path, name: &str, got: String) -> Error {
         path,
         format!("the configuration of run {name}"),
         got,
-        "put the setting back, or choose another --out",
+        "restore the setting, or choose another --out",
     )
 }
 
-/// Names in the folder of runs that are not of these.
+/// Returns the names in the folder of runs that do not belong to `runs`.
 pub fn others(out: &Path, runs: &[Run]) -> Vec<String> {
     let entries = fs::read_dir(out.join(RUNS)).into_iter().flatten().flatten();
     let names = entries.map(|e| e.file_name().to_string_lossy().into_owned());
@@ -126,10 +126,10 @@ pub fn others(out: &Path, runs: &[Run]) -> Vec<String> {
     names
 }
 
-/// The runs that are not finished, by number; says how many are.
+/// Returns the indices of the unfinished runs, and prints how many are finished unless `quiet`.
 ///
 /// # Errors
-/// When a folder holds another run.
+/// When a folder holds a different run.
 pub fn open(out: &Path, runs: &[Run], quiet: bool) -> Result<Vec<usize>> {
     let mut open = Vec::new();
     for (i, run) in runs.iter().enumerate() {
@@ -147,12 +147,12 @@ pub fn open(out: &Path, runs: &[Run], quiet: bool) -> Result<Vec<usize>> {
     Ok(open)
 }
 
-/// Does all runs that are not finished, `jobs` at a time, each on its share of the threads. One that
-/// fails leaves a note and does not stop the others. True unless `stop` was set before the end: the
-/// runs at hand are then saved.
+/// Trains all unfinished runs, `jobs` at a time, each with an equal share of the threads. A run that fails leaves a file
+/// with its message and does not stop the others. Returns false if `stop` was set before the end; the current runs are
+/// then saved.
 ///
 /// # Errors
-/// When a folder holds another run, which is found before any begins, or notes cannot be written.
+/// When a folder holds a different run, which is checked before any run starts, or a message file cannot be written.
 pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool) -> Result<bool> {
     let open = open(out, runs, quiet)?;
     let (next, jobs) = (AtomicUsize::new(0), jobs.clamp(1, open.len().max(1)));
@@ -179,7 +179,7 @@ pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool
                     scope.spawn(|| {
                         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
                         let no_threads = |e: rayon::ThreadPoolBuildError| {
-                            Error::invalid("--jobs", "threads", e.to_string(), "ask for fewer")
+                            Error::invalid("--jobs", "threads", e.to_string(), "request fewer")
                         };
                         pool.map_err(no_threads)?.install(work)
                     })
@@ -194,17 +194,17 @@ pub fn all(out: &Path, runs: &[Run], jobs: usize, quiet: bool, stop: &AtomicBool
     Ok(!stop.load(Ordering::SeqCst))
 }
 
-/// Says which run begins.
+/// Prints which run starts.
 pub fn say_run(runs: &[Run], i: usize) {
     let (number, all) = (i + 1, runs.len());
     stderr_line(&format!("run {number} of {all}: {}", runs[i].name));
 }
 
-/// One run, from where it stands to its end, as one of the ranks that share it. Where these are several, only a run that
-/// diverged leaves a note.
+/// Trains one run from its present state to its end, as one of the ranks that share it. On several ranks, only divergence
+/// leaves a file with the message.
 ///
 /// # Errors
-/// When a note cannot be written, and on several ranks any other failure of the run.
+/// When that file cannot be written; on several ranks, also when the run fails for a reason other than divergence.
 pub fn one(
     out: &Path,
     run: &Run,
@@ -213,7 +213,7 @@ pub fn one(
     stop: &AtomicBool,
 ) -> Result<()> {
     let place = folder(out, &run.name);
-    // The folder says that there will be checkpoints: without the last the run is not finished.
+    // An existing folder shows that the run keeps checkpoints, so that it is not finished without the last one.
     let checkpoints = place.join(train::CHECKPOINTS);
     fs::create_dir_all(&checkpoints).map_err(|e| Error::io("create", &checkpoints, e))?;
     let options = train::RunOptions {

@@ -1,30 +1,30 @@
-//! What counts as a spike.
+//! Definition of a spike.
 //!
-//! OLMo 2 (2501.00656, section 3.2) calls the spike score of a series the percentage of its values
-//! that lie at least seven standard deviations from the rolling average of the last 1,000. Two
-//! changes, ours: only values above the average count, since a fall is no instability; and the
-//! window is W = min(1000, max(20, ⌊N / 10⌋)) values for a run of N steps, so that a short run has
-//! one. Value x_t is compared with the W before it, x_{t−W} … x_{t−1}; the first W are not judged.
-//! Consecutive steps that spike are one spike.
+//! OLMo 2 (arXiv 2501.00656, section 3.2) defines the spike score of a series as the percentage of its values that lie at
+//! least seven standard deviations from the rolling average of the last 1,000. This module makes two changes: only values
+//! above the average count, since a decrease is not an instability; and the window is W = min(1000, max(20, ⌊N / 10⌋))
+//! values for a run of N steps, so that short runs have a window too. Value x_t is compared with the W values before it,
+//! x_{t−W} … x_{t−1}; the first W values are not compared. Consecutive spiking steps form one spike.
 
-/// Standard deviations above the rolling mean from which a value is a spike.
+/// Number of standard deviations above the rolling mean at which a value counts as a spike.
 pub const DEVIATIONS: f64 = 7.0;
 
-/// Spikes of one series.
+/// The spikes of one series.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Spikes {
-    /// Steps, from 1, at which a spike begins.
+    /// Steps, counted from 1, at which a spike begins.
     pub begins: Vec<u64>,
-    /// Percentage of the judged values that spike.
+    /// Percentage of the compared values that are spikes.
     pub score: f64,
 }
 
-/// Values of the window for a run of `steps`.
+/// Returns the number of values in the window for a run of `steps` steps.
 pub fn window(steps: u64) -> usize {
     (steps / 10).clamp(20, 1000) as usize
 }
 
-/// Spikes of (step, value), a value a step; those that are not finite are left out of windows.
+/// Finds the spikes of a series of (step, value) with one value per step. Values that are not finite are left out of the
+/// windows.
 pub fn find(series: &[(u64, f64)], steps: u64) -> Spikes {
     let width = window(steps);
     let finite: Vec<(u64, f64)> = series.iter().copied().filter(|v| v.1.is_finite()).collect();
@@ -53,7 +53,7 @@ pub fn find(series: &[(u64, f64)], steps: u64) -> Spikes {
 mod tests {
     use super::*;
 
-    /// A falling loss with noise of ±0.01.
+    /// Returns a decreasing loss with noise of ±0.01.
     fn series() -> Vec<(u64, f64)> {
         let noise = |t: u64| if t % 2 == 0 { 0.01 } else { -0.01 };
         (1..=600)
@@ -62,14 +62,14 @@ mod tests {
     }
 
     #[test]
-    fn a_falling_loss_with_noise_has_no_spike() {
+    fn a_decreasing_loss_with_noise_has_no_spike() {
         assert_eq!(find(&series(), 600), Spikes::default());
         assert_eq!(find(&[], 600), Spikes::default());
         assert_eq!((window(50), window(600), window(76_294)), (20, 60, 1000));
     }
 
     #[test]
-    fn neighbours_are_one_spike_and_a_fall_is_none() {
+    fn neighbours_are_one_spike_and_a_decrease_is_none() {
         let mut values = series();
         values[299].1 = 3.0;
         values[300].1 = 5.0;
@@ -82,7 +82,7 @@ mod tests {
 
     #[test]
     fn six_deviations_are_no_spike_and_seven_are() {
-        // Window of 20 values ±1: mean 0, deviation 1.
+        // A window of 20 values ±1: mean 0, standard deviation 1.
         let mut values: Vec<(u64, f64)> = (1..=20)
             .map(|t| (t, if t % 2 == 0 { 1.0 } else { -1.0 }))
             .collect();

@@ -1,5 +1,5 @@
-//! What the logs of the runs say: each run's figures, the means over the seeds of a group, and each
-//! group against its baseline. docs/ablations.md defines every number.
+//! Statistics from the logs of the runs: the results of each run, the means over the seeds of a group, and the comparison
+//! of each group with its baseline. docs/ablations.md defines every number.
 
 use super::grid::{Plan, Run};
 use super::names::with_axis;
@@ -11,81 +11,84 @@ use crate::train::METRICS_FILE;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Points of a run's curve of load balance.
+/// Number of points in a run's curve of load balance.
 const LOAD_POINTS: usize = 40;
-/// Points of a run's curve of training loss: each the mean of as large a part of the steps.
+/// Number of points in a run's curve of training loss; each is the mean of an equal part of the steps.
 const TRAINING_POINTS: usize = 50;
 
-/// Values over tokens.
+/// Pairs of tokens and value.
 pub type Curve = Vec<(u64, f64)>;
 
-/// What one run came to.
+/// The results of one run.
 pub struct RunSummary {
     pub state: State,
-    /// Steps and tokens done.
+    /// Steps done.
     pub steps: u64,
+    /// Tokens done.
     pub tokens: u64,
-    /// Cross-entropy of the evaluations, and of training, the mean of each fiftieth of the steps.
+    /// Cross-entropy of the evaluations.
     pub validation: Curve,
+    /// Cross-entropy of training: the mean of each fiftieth of the steps.
     pub training: Curve,
-    /// Of the last step's evaluation; none before the end, or where it is not finite.
+    /// Validation loss after the last step; `None` before the end, or if it is not finite.
     pub loss: Option<f64>,
     /// Mean training loss of the last twentieth of the steps.
     pub training_loss: Option<f64>,
     pub loss_spikes: Spikes,
     pub gradient_spikes: Spikes,
-    /// Steps that were left out as not finite.
+    /// Number of steps that were skipped because of non-finite values.
     pub left_out: u64,
-    /// Coefficient of variation of the experts' loads over the last tenth of the steps: the mean
-    /// over the MoE layers, and the worst of them.
+    /// Coefficient of variation of the experts' loads over the last tenth of the steps: the mean over the MoE layers, and
+    /// the largest value of a layer.
     pub load: Option<(f64, f64)>,
-    /// The mean over the layers, over the run.
+    /// Load imbalance during the run: the mean of the coefficient of variation over the layers.
     pub load_curve: Curve,
-    /// Time of the steps, without evaluations and saving.
+    /// Time of the steps in seconds, without evaluations and saving.
     pub seconds: f64,
 }
 
-/// Runs that differ in the seed alone.
+/// Runs that differ only in the seed.
 pub struct Group {
     pub label: String,
-    /// Its runs, by seed, and those of them that are finished with a finite loss.
+    /// Indices of its runs, by seed.
     pub runs: Vec<usize>,
+    /// Indices of those runs that are finished with a finite loss.
     pub finished: Vec<usize>,
-    /// The group that it is held against: its own place where it is one.
+    /// Index of the group that this group is compared with; a baseline has its own index.
     pub baseline: usize,
-    /// Mean and deviation over the finished runs, at the tokens that all of them have.
+    /// Mean and standard deviation over the finished runs, at the numbers of tokens that all of them have.
     pub validation: Vec<Point>,
     pub training: Vec<Point>,
     pub load: Vec<Point>,
     pub loss: Option<Spread>,
 }
 
-/// A mean over seeds, and the sample standard deviation, none of a single one.
+/// A mean over seeds and the sample standard deviation, which is `None` for a single run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Spread {
     pub mean: f64,
     pub deviation: Option<f64>,
 }
 
-/// A [`Spread`] at a number of tokens.
+/// A [`Spread`] at one number of tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Point {
     pub tokens: u64,
     pub value: Spread,
 }
 
-/// All of a grid.
+/// The results of a grid.
 pub struct Summary {
     pub runs: Vec<RunSummary>,
     pub groups: Vec<Group>,
-    /// Perplexity to reach, where the user chose it.
+    /// Target perplexity, if the user set one.
     pub target: Option<f64>,
 }
 
 /// Reads the logs of a plan's runs.
 ///
 /// # Errors
-/// When a folder holds another run, or `baseline` names no group.
+/// When a folder holds a different run, or `baseline` is not the name of a group.
 pub fn summarize(
     out: &Path,
     plan: &Plan,
@@ -151,13 +154,13 @@ fn summary(out: &Path, run: &Run) -> Result<RunSummary> {
     })
 }
 
-/// Tokens at the end of a part of the log, and its mean training loss.
+/// Returns the tokens at the end of a part of the log and its mean training loss.
 fn part_loss(part: &[Record]) -> Option<(u64, f64)> {
     let losses: Vec<f64> = part.iter().filter_map(|r| r.loss).collect();
     Some((part.last()?.tokens, spread(&losses)?.mean))
 }
 
-/// Standard deviation of the experts' loads over their mean: the mean over layers, and the worst.
+/// Returns the standard deviation of the experts' loads divided by their mean: the mean over layers, and the largest.
 fn variation(records: &[Record]) -> Option<(f64, f64)> {
     let layers = records.first()?.load.len();
     let of = |layer: usize| {
@@ -179,7 +182,7 @@ fn variation(records: &[Record]) -> Option<(f64, f64)> {
     Some((mean, worst)).filter(|v| v.0.is_finite())
 }
 
-/// Mean and sample deviation; none of nothing.
+/// Returns the mean and sample standard deviation; `None` for an empty slice.
 pub fn spread(values: &[f64]) -> Option<Spread> {
     let n = values.len() as f64;
     let mean = values.iter().sum::<f64>() / n;
@@ -190,7 +193,7 @@ pub fn spread(values: &[f64]) -> Option<Spread> {
     })
 }
 
-/// Spread over curves at the tokens that all have.
+/// Returns the mean and standard deviation of curves at the numbers of tokens that all of them have.
 fn mean_curve<'a>(curves: impl Iterator<Item = &'a Curve>) -> Vec<Point> {
     let mut at: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
     let mut n = 0;
@@ -209,7 +212,7 @@ fn mean_curve<'a>(curves: impl Iterator<Item = &'a Curve>) -> Vec<Point> {
         .collect()
 }
 
-/// Puts runs together that share all labels but the seed's, in the order of the grid.
+/// Groups the runs that have equal labels except for the seed, in the order of the grid.
 fn groups(plan: &Plan, runs: &[RunSummary], baseline: Option<&str>) -> Result<Vec<Group>> {
     let varied = plan.varied();
     let key =
@@ -220,7 +223,7 @@ fn groups(plan: &Plan, runs: &[RunSummary], baseline: Option<&str>) -> Result<Ve
             keys.push(key(run));
         }
     }
-    // Methods of one setting stand together.
+    // Methods of the same setting are listed together.
     let rest = |k: &Vec<String>| k.get(1..).map(<[String]>::to_vec);
     let settings: Vec<_> = keys.iter().map(rest).collect();
     let mut sorted = keys.clone();
@@ -277,13 +280,14 @@ fn groups(plan: &Plan, runs: &[RunSummary], baseline: Option<&str>) -> Result<Ve
 }
 
 impl Summary {
-    /// Loss that the group is to reach: the user's, else that with which its baseline ends.
+    /// Returns the loss that the group should reach: from the user's target perplexity, otherwise the final loss of its
+    /// baseline.
     pub fn target(&self, group: &Group) -> Option<f64> {
         let own = || self.groups[group.baseline].loss.map(|l| l.mean);
         self.target.map(f64::ln).or_else(own)
     }
 
-    /// Tokens at which the group's mean validation loss reaches its target, and the share of the
+    /// Returns the number of tokens at which the group's mean validation loss reaches its target, and the share of the
     /// baseline's tokens that this saves.
     pub fn tokens_to_target(&self, group: &Group) -> (Option<f64>, Option<f64>) {
         let Some(target) = self.target(group) else {
@@ -298,7 +302,7 @@ impl Summary {
         (own, saved)
     }
 
-    /// Runs of the group, each with the baseline's of the same seed.
+    /// Returns the runs of the group, each with the baseline's run of the same seed.
     pub(super) fn pairs<'a>(
         &'a self,
         plan: &'a Plan,
@@ -312,7 +316,7 @@ impl Summary {
         })
     }
 
-    /// Baseline's final loss less the group's, over pairs of runs of one seed.
+    /// Returns the baseline's final loss minus the group's, over pairs of runs with the same seed.
     pub fn gain(&self, plan: &Plan, group: &Group) -> Option<Spread> {
         let differences = self.pairs(plan, group);
         let differences: Vec<f64> = differences
@@ -321,7 +325,7 @@ impl Summary {
         spread(&differences)
     }
 
-    /// Baseline's validation loss less the group's over tokens, over the same pairs.
+    /// Returns the baseline's validation loss minus the group's as a function of tokens, over the same pairs.
     pub fn gain_curve(&self, plan: &Plan, group: &Group) -> Vec<Point> {
         let difference = |(run, base): (&RunSummary, &RunSummary)| -> Curve {
             let at = |(tokens, loss): &(u64, f64)| {
@@ -335,8 +339,8 @@ impl Summary {
     }
 }
 
-/// Tokens at which a curve first is at or below `target`, on the straight line from the point
-/// before; none if it never is.
+/// Returns the number of tokens at which a curve first is at or below `target`, by linear interpolation from the previous
+/// point; `None` if it never is.
 pub fn crossing(curve: &[(u64, f64)], target: f64) -> Option<f64> {
     let i = curve.iter().position(|(_, loss)| *loss <= target)?;
     let (tokens, loss) = (curve[i].0 as f64, curve[i].1);

@@ -1,4 +1,4 @@
-//! Grids: what is planned, and what is refused.
+//! Tests of which runs a grid plans and which grids it rejects.
 
 use super::grid::{Grid, Plan};
 
@@ -56,7 +56,7 @@ fn a_value_may_set_several_keys_and_products_share_runs() {
 }
 
 #[test]
-fn a_short_run_is_evaluated_twenty_times_unless_told_otherwise() {
+fn a_short_run_is_evaluated_twenty_times_unless_its_interval_is_set() {
     let interval = |base: &str| {
         let plan = plan(&format!("[base]\n{base}\n[axes]\nseed = [0]"));
         plan.runs[0].config.train.eval_interval
@@ -84,7 +84,7 @@ fn a_width_multiplies_hidden_size_and_heads() {
 }
 
 #[test]
-fn what_is_no_grid_is_named_with_its_key() {
+fn the_error_for_an_invalid_grid_names_the_key() {
     for (text, parts) in [
         ("", &["at least one axis", "no axis"][..]),
         (
@@ -102,7 +102,7 @@ fn what_is_no_grid_is_named_with_its_key() {
         ),
         (
             "[axes]\nseed = [0, 1, 0]",
-            &["one run of the name `0`", "twice the same"],
+            &["one run with the name `0`", "the same run twice"],
         ),
         (
             "name = \"{router}\"\n[axes]\nrouter = [\"topk\"]\nseed = [0, 1]",

@@ -1,9 +1,9 @@
-//! What the comparison with the baseline comes to, in a sentence for each group.
+//! Summarises the comparison with the baseline in one sentence per group.
 
 use super::grid::Plan;
 use super::summary::{Group, Spread, Summary};
 
-/// 97.5% quantiles of Student's t for 1, 2, … degrees of freedom; the last stands for all further ones.
+/// 97.5% quantiles of Student's t for 1, 2, … degrees of freedom; the last is used for all larger numbers.
 const T: [f64; 30] = [
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
     2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056,
@@ -11,7 +11,8 @@ const T: [f64; 30] = [
 ];
 
 impl Summary {
-    /// A sentence for each group with a baseline: which is better, by how much, and whether that is more than noise.
+    /// Returns a sentence for each group with a baseline: which is better, by how much, and whether the difference is more
+    /// than noise.
     pub fn verdicts(&self, plan: &Plan) -> Vec<String> {
         let compared = self.groups.iter().filter_map(|group| {
             let base = &self.groups[group.baseline];
@@ -25,7 +26,7 @@ impl Summary {
     }
 }
 
-/// The sentence of one group, which was compared in so many pairs of runs.
+/// Returns the sentence of one group, compared in `pairs` pairs of runs.
 fn verdict(group: &Group, base: &Group, gain: Spread, pairs: usize, unit: &str) -> String {
     let (ours, theirs, mean) = (&group.label, &base.label, gain.mean);
     let Some(deviation) = gain.deviation else {

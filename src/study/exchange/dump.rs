@@ -1,4 +1,4 @@
-//! A model's outputs and gradients on given tokens, to compare with another framework.
+//! Writes a model's outputs and gradients for given tokens, to compare them with another framework.
 
 use super::source::{Piece, Source};
 use super::tensors::{Output, Tensors, write};
@@ -11,24 +11,24 @@ use crate::tape::{Gradients, Tape};
 use crate::train::checkpoint;
 use std::path::{Path, PathBuf};
 
-/// What to compute, and from what.
+/// The input of [`dump`].
 pub struct Options {
-    /// Model's folder, run or checkpoint.
+    /// A model's folder, a run or a checkpoint.
     pub model: PathBuf,
     /// A safetensors file with `tokens`, int64 `[B, S + 1]`.
     pub tokens: PathBuf,
-    /// Arithmetic and output.
+    /// Precision of the arithmetic and of the output.
     pub dtype: Precision,
-    /// Whether this is a pass of training, after which the router's state is written too.
+    /// Whether to run the model in training mode, and to write the router's new state as well.
     pub train: bool,
 }
 
-/// Writes `logits [B, S, V]`, `loss` (mean cross-entropy of the next tokens, without other losses) and
-/// `grad.NAME` of every parameter under its name and shape in the model's files; after a pass of
-/// training also the router's new state.
+/// Writes `logits [B, S, V]`, `loss` (mean cross-entropy of the next tokens, without other losses) and `grad.NAME` for
+/// every parameter, with the name and shape that it has in the model's files. In training mode it also writes the router's
+/// new state. Returns lines for the user.
 ///
 /// # Errors
-/// When the model or the tokens cannot be read or do not fit each other, or `out` not be written.
+/// When the model or the tokens cannot be read, the tokens do not fit the model, or `out` cannot be written.
 pub fn dump(options: &Options, out: &Path) -> Result<Vec<String>> {
     let source = Source::open(&options.model)?;
     let (tokens, [sequences, length]) = read_tokens(options, source.file.model.vocab_size)?;
@@ -38,12 +38,12 @@ pub fn dump(options: &Options, out: &Path) -> Result<Vec<String>> {
             &options.tokens,
             format!("tokens [B, S + 1] with S up to the model's {longest}"),
             format!("[{sequences}, {length}]"),
-            "cut the sequences",
+            "use shorter sequences",
         ));
     }
     let mut config = source.config(&Layers::preset("tiny"))?;
     config.train.dtype = options.dtype;
-    // Tables of RoPE for what is there, not for the longest sequence.
+    // The RoPE tables are made for the given length, not for the longest sequence.
     config.model.sequence_length = length - 1;
     let (model, pieces) = source.model(&config)?;
     let phase = if options.train {
@@ -99,7 +99,7 @@ pub fn dump(options: &Options, out: &Path) -> Result<Vec<String>> {
     ])
 }
 
-/// The gradient of each piece of a parameter, zeros where none reached it.
+/// Returns the gradient of each piece of a parameter; zeros if the loss does not depend on the parameter.
 fn gradients<'a>(
     model: &'a Model,
     pieces: &'a [Piece],

@@ -1,4 +1,4 @@
-//! Another framework's model as the beginning of a run.
+//! Starts a run from a model of another framework.
 
 use super::saved::own_fingerprint;
 use super::source::Source;
@@ -15,26 +15,26 @@ use crate::train::checkpoint::{self, TrainerState};
 use crate::train::step::StepExecutor;
 use std::path::PathBuf;
 
-/// What makes the weights of a token's experts sum to 1, in routers that know it.
+/// Setting that makes the weights of a token's experts sum to 1, in routers that have it.
 const RENORMALIZE: &str = "renormalize";
 
-/// What to import, and how to train it.
+/// The model to import, and the configuration of its training.
 pub struct Import {
     /// The model's folder.
     pub from: PathBuf,
-    /// The training, and the settings of the router if another one than the model's is asked for; the model's shape in it does
-    /// not count.
+    /// The training configuration, and the router's settings if a router other than the model's is requested. The shape of
+    /// the model in it is not used.
     pub layers: Layers,
-    /// Whether the router is that of `layers`, and not the model's own.
+    /// Whether to use the router of `layers` instead of the model's router.
     pub own_router: bool,
-    /// The sequence length is that of `layers`, and not the longest of the model.
+    /// Whether to use the sequence length of `layers` instead of the model's longest.
     pub own_length: bool,
     /// Folder of the run.
     pub out: PathBuf,
 }
 
 impl Import {
-    /// The configuration of the run.
+    /// Returns the configuration of the run.
     fn config(&self, source: &Source) -> Result<Config> {
         let mut config = Config::load(&self.layers, &routers::resolve)?;
         let (told, model) = (config.model, &source.file.model);
@@ -52,7 +52,7 @@ impl Import {
         Ok(config)
     }
 
-    /// The asked router's `renormalize` becomes that of the model, unless it was given.
+    /// Sets `renormalize` of the requested router to the model's value, unless it was set.
     fn keep_weights_of_experts(
         &self,
         model: &RouterConfig,
@@ -91,11 +91,11 @@ fn routers_that_renormalize() -> Vec<&'static str> {
         .collect()
 }
 
-/// Makes a run at step 0 that begins with a model. Lines for the user.
+/// Creates a run at step 0 that starts with the model's weights. Returns lines for the user.
 ///
 /// # Errors
-/// When the model cannot be read or trained, the text does not fit it or was made by another tokenizer than the model's, or
-/// the run's folder holds a run.
+/// When the model cannot be read or trained, the text does not fit it or was made with another tokenizer than the model's,
+/// or the run's folder already holds a run.
 pub fn import(import: &Import) -> Result<Vec<String>> {
     let phases = Phases::new(4);
     phases.begin(1, "reading the files");
@@ -111,7 +111,7 @@ pub fn import(import: &Import) -> Result<Vec<String>> {
         return Err(Error::file(
             config.data.name(),
             format!("tokens of the model's own tokenizer, of fingerprint {own}"),
-            format!("those of {found}"),
+            format!("tokens of the tokenizer with fingerprint {found}"),
             format!("prepare the text again: {prepare}"),
         ));
     }

@@ -1,19 +1,19 @@
-//! A model's `config.json` as transformers writes it, in this program's terms. A key that is left out
-//! has the value that transformers takes then (v5, which writes only what differs from that).
+//! Converts a `config.json` of transformers to this program's configuration. A missing key has the default of transformers
+//! v5, which writes only keys whose values differ from the default.
 
 use crate::config::{ModelConfig, ModelFile, Norm, QkNorm, RouterConfig};
 use crate::error::{Error, Result};
 use serde_json::Value;
 
-/// What a `model_type` is when a key is left out.
+/// The values of missing keys for a `model_type`.
 struct Defaults {
     kv_heads: Option<u64>,
     eps: f64,
     theta: f64,
-    /// Renormalised weights; `None` where there is no key.
+    /// Whether weights are renormalised; `None` if the model type has no key for it.
     renormalize: bool,
     qk_norm: QkNorm,
-    /// Key of the biases of query, key and value, and whether the biases cover the output too.
+    /// Name of the key for biases of query, key and value, and whether these biases include the output projection.
     bias: Option<(&'static str, bool)>,
 }
 
@@ -55,13 +55,13 @@ fn defaults(model_type: &str) -> Option<Defaults> {
     })
 }
 
-/// The type of RoPE whose angles are not scaled.
+/// The RoPE type without scaling of the angles.
 const UNSCALED: &str = "default";
 
-/// No model has more of anything; what is counted so far may be looped over.
+/// Upper bound of all counts, since the program may loop over a count before other checks.
 const MOST: usize = 1 << 24;
 
-/// A `config.json` under reading.
+/// A `config.json` that is being read.
 struct Keys<'a>(&'a Value);
 
 impl Keys<'_> {
@@ -78,7 +78,7 @@ impl Keys<'_> {
         )
     }
 
-    /// The key's value, none where it is left out or null.
+    /// Returns the value of a key; `None` if it is missing or null.
     fn get(&self, key: &str) -> Option<&Value> {
         self.0.get(key).filter(|v| !v.is_null())
     }
@@ -102,7 +102,7 @@ impl Keys<'_> {
             .ok_or_else(|| self.wrong(key, "true or false"))
     }
 
-    /// Refuses a key whose value is neither left out nor one of these.
+    /// Returns an error if the key is present and its value is not one of these.
     fn only(&self, key: &str, allowed: &[Value]) -> Result<()> {
         match self.get(key) {
             Some(value) if !allowed.contains(value) => {
@@ -117,11 +117,10 @@ impl Keys<'_> {
     }
 }
 
-/// The model of a `config.json`, this program's own or one of `mixtral`, `olmoe`, `qwen2_moe` and
-/// `qwen3_moe`.
+/// Reads the model of a `config.json`: of this program, or of type `mixtral`, `olmoe`, `qwen2_moe` or `qwen3_moe`.
 ///
 /// # Errors
-/// When the type is another, a key has no sense, or asks for what the program cannot compute.
+/// When the type is another one, a value is not valid, or the program cannot compute what a key requests.
 pub fn read(config: &Value) -> Result<ModelFile> {
     let keys = Keys(config);
     let model_type = keys.get("model_type").and_then(Value::as_str).unwrap_or("");
@@ -203,9 +202,9 @@ pub fn read(config: &Value) -> Result<ModelFile> {
     })
 }
 
-/// What would change the numbers and is not computed here.
+/// Returns an error for settings that would change the result and that the program does not support.
 fn refuse(keys: &Keys) -> Result<()> {
-    // Two names of one function.
+    // Both names are those of the same function.
     keys.only("hidden_act", &["silu".into(), "swish".into()])?;
     keys.only("clip_qkv", &[])?;
     keys.only("partial_rotary_factor", &[1.0.into(), 1.into()])?;
@@ -216,13 +215,13 @@ fn refuse(keys: &Keys) -> Result<()> {
             return Err(keys.wrong("rope_scaling", "none, or one of type default"));
         }
     }
-    // A window that holds the whole context hides nothing.
+    // A window that covers the longest sequence has no effect.
     let [window, context] =
         ["sliding_window", "max_position_embeddings"].map(|key| keys.get(key)?.as_u64());
     let harmless = window.zip(context).is_some_and(|(w, c)| w >= c);
     if !harmless {
         keys.only("use_sliding_window", &[false.into()])?;
-        // mixtral has only the width; elsewhere a width says nothing beside `use_sliding_window`.
+        // mixtral has only the width; other types ignore the width unless `use_sliding_window` is set.
         if keys.0["model_type"] == "mixtral" {
             keys.only("sliding_window", &[])?;
         } else if keys.0.get("use_sliding_window").is_none() {
@@ -238,7 +237,7 @@ fn refuse(keys: &Keys) -> Result<()> {
     Ok(())
 }
 
-/// θ of RoPE: in `rope_parameters` of transformers v5, else `rope_theta`.
+/// Reads θ of RoPE: from `rope_parameters` of transformers v5, otherwise from `rope_theta`.
 fn theta(keys: &Keys, default: f64) -> Result<f64> {
     let outer = keys.number("rope_theta", default)?;
     let Some(parameters) = keys.get("rope_parameters") else {
@@ -251,7 +250,7 @@ fn theta(keys: &Keys, default: f64) -> Result<f64> {
         return Err(keys.wrong("rope_parameters", "one set of parameters for all layers"));
     }
     let inner = Keys(parameters);
-    // `type` is the older name of the same key.
+    // `type` is the older name of this key.
     for key in ["rope_type", "type"] {
         inner.only(key, &[UNSCALED.into()])?;
     }
@@ -259,8 +258,8 @@ fn theta(keys: &Keys, default: f64) -> Result<f64> {
     inner.number("rope_theta", outer)
 }
 
-/// Layers without experts: those of `mlp_only_layers`, and all but every n-th for a
-/// `decoder_sparse_step` of n.
+/// Returns the layers without experts: those in `mlp_only_layers`, and for a `decoder_sparse_step` of n all layers but
+/// every n-th.
 fn dense_layers(keys: &Keys, layers: usize) -> Result<Vec<usize>> {
     let step = keys.count("decoder_sparse_step", Some(1))?.max(1);
     let listed = match keys.get("mlp_only_layers") {
@@ -297,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_left_out_have_the_defaults_of_transformers() {
+    fn missing_keys_have_the_defaults_of_transformers() {
         let file = read(&qwen(json!({}))).unwrap();
         assert_eq!(file.model.norm_eps, 1e-6);
         assert_eq!((file.model.head_dim, file.model.rope_theta), (6, 1e4));
@@ -322,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_change_no_number_are_accepted() {
+    fn settings_without_effect_are_accepted() {
         let plain = read(&qwen(json!({}))).unwrap();
         for harmless in [
             json!({"hidden_act": "swish"}),
@@ -336,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_computed_is_refused_by_key() {
+    fn the_error_for_an_unsupported_setting_names_its_key() {
         for (key, value) in [
             ("hidden_act", json!("gelu")),
             ("clip_qkv", json!(8.0)),

@@ -1,5 +1,5 @@
-//! Models from and for other frameworks: a folder with `config.json` and safetensors files, of this
-//! program or of transformers (`mixtral`, `olmoe`, `qwen2_moe`, `qwen3_moe`).
+//! Exchanges models with other frameworks: a folder with `config.json` and safetensors files, of this program or of
+//! transformers (`mixtral`, `olmoe`, `qwen2_moe`, `qwen3_moe`).
 
 mod dump;
 mod import;

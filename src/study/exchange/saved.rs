@@ -1,4 +1,4 @@
-//! A saved model of either kind: a checkpoint of a run, or a folder of transformers.
+//! A saved model: a checkpoint of a run, or a model's folder of transformers.
 
 use super::source::Source;
 use crate::config::{Config, DataConfig, Layers};
@@ -13,20 +13,20 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 
-/// A model that is evaluated, analysed, sampled from or exported.
+/// A model to evaluate, analyse, sample from or export.
 pub enum Saved {
     /// A checkpoint of this program.
     Run(Checkpoint),
-    /// A model's folder, which knows nothing of a training.
+    /// A model's folder, which has no information about training.
     Model(Box<Source>),
 }
 
 impl Saved {
-    /// The checkpoint or the model's folder at `path`, or the newest whole checkpoint of the run there; errors of damaged newer
-    /// ones come with it.
+    /// Opens the checkpoint or the model's folder at `path`, or, if `path` is a run, its newest undamaged checkpoint. The
+    /// errors of damaged newer checkpoints are returned with it.
     ///
     /// # Errors
-    /// When there is none, or a model's folder is none that can be computed.
+    /// When there is no model, or the program cannot compute it.
     pub fn open(path: &Path) -> Result<(Self, Vec<Error>)> {
         if Source::is(path) {
             return Ok((Saved::Model(Box::new(Source::open(path)?)), Vec::new()));
@@ -35,7 +35,7 @@ impl Saved {
         Ok((Saved::Run(found), damaged))
     }
 
-    /// Where its files lie.
+    /// Returns the folder of the model's files.
     pub fn path(&self) -> &Path {
         match self {
             Saved::Run(checkpoint) => checkpoint.path(),
@@ -43,7 +43,7 @@ impl Saved {
         }
     }
 
-    /// Optimizer steps done, 0 where none are known of.
+    /// Returns the number of optimizer steps done; 0 if it is not known.
     pub fn step(&self) -> u64 {
         match self {
             Saved::Run(checkpoint) => checkpoint.step(),
@@ -51,11 +51,12 @@ impl Saved {
         }
     }
 
-    /// The model, its configuration changed in what the files do not fix, and what its run was told; of a model's folder
-    /// `tiny`'s training, one sequence at a time, and no digest of a text.
+    /// Loads the model and its run's state. `change` can change the parts of the configuration that the files do not
+    /// determine. A model's folder gets the training configuration of `tiny`, one sequence at a time, and no digest of a
+    /// text.
     ///
     /// # Errors
-    /// When a file is damaged, the tensors are of another model, or a weight is not finite.
+    /// When a file is damaged, the tensors do not belong to the model, or a weight is not finite.
     pub fn load(&self, change: impl FnOnce(&mut Config)) -> Result<(Model, TrainerState)> {
         self.load_on(change, Box::new(SingleRank))
     }
@@ -83,25 +84,25 @@ impl Saved {
         Ok((model, TrainerState::at_start(config, String::new())))
     }
 
-    /// The tokenizer that it reads text with, where its run had this `config`.
+    /// Returns the model's tokenizer; `config` is the data configuration of its run.
     ///
     /// # Errors
-    /// When there is none, or it is another one than the run's.
+    /// When there is no tokenizer, or it is not the run's.
     pub fn tokenizer(&self, config: &DataConfig) -> Result<Tokenizer> {
         match self {
             Saved::Run(checkpoint) => checkpoint::load_tokenizer(checkpoint, config),
             Saved::Model(source) => own_tokenizer(source.folder())?.ok_or_else(|| {
-                let help = "put the model's tokenizer.json there";
+                let help = "copy the model's tokenizer.json to this path";
                 Error::file(source.folder(), "a tokenizer.json", "none", help)
             }),
         }
     }
 }
 
-/// The tokenizer beside a model, if there is one; that of bytes where `export` wrote it.
+/// Returns the tokenizer in a model's folder, if there is one; the tokenizer of bytes if `export` wrote it.
 ///
 /// # Errors
-/// When the file is no tokenizer; in a program without the feature `text`, unless it is that of bytes.
+/// When the file is not a tokenizer; also, in a build without the feature `text`, unless each byte is a token.
 fn own_tokenizer(folder: &Path) -> Result<Option<Tokenizer>> {
     match own_fingerprint(folder)? {
         None => Ok(None),
@@ -110,10 +111,11 @@ fn own_tokenizer(folder: &Path) -> Result<Option<Tokenizer>> {
     }
 }
 
-/// The fingerprint of that tokenizer, whose file is not looked into: a program without the feature `text` knows it too.
+/// Returns the fingerprint of that tokenizer without parsing its file, so that it also works in a build without the
+/// feature `text`.
 ///
 /// # Errors
-/// When the file is there and cannot be read.
+/// When the file exists and cannot be read.
 pub(super) fn own_fingerprint(folder: &Path) -> Result<Option<String>> {
     let path = folder.join(TOKENIZER_FILE);
     let json = match fs::read(&path) {

@@ -1,4 +1,4 @@
-//! A model from its folder: weights under whatever names the folder has for them.
+//! Reads a model from its folder and maps the folder's names of tensors to parameters.
 
 use super::keys;
 use super::tensors::Tensors;
@@ -15,26 +15,27 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The output head and the embedding, which are one tensor where they are tied.
+/// Names of the output head and the embedding, which share one tensor if they are tied.
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
-/// A model's folder, opened.
+/// An open model's folder.
 pub struct Source {
     folder: PathBuf,
-    /// Shapes and router, as `config.json` says.
+    /// Shapes and router, from `config.json`.
     pub file: ModelFile,
     tensors: Tensors,
-    /// Whether shared experts of no width stand in the files.
+    /// Whether the files contain shared experts of width 0.
     own: bool,
 }
 
-/// Numbers of a parameter under one of the folder's names.
+/// A part of a parameter that has a name of its own in the folder.
 pub struct Piece {
     pub name: String,
     pub shape: Vec<usize>,
-    /// The parameter and where in it the numbers begin.
+    /// Index of the parameter.
     pub parameter: usize,
+    /// Position of the first element in the parameter.
     pub offset: usize,
 }
 
@@ -45,15 +46,15 @@ impl Piece {
 }
 
 impl Source {
-    /// Whether a model's folder is at `path`, and no checkpoint.
+    /// Returns whether `path` is a model's folder and not a checkpoint.
     pub fn is(path: &Path) -> bool {
         path.join("config.json").is_file() && !path.join(checkpoint::MANIFEST).exists()
     }
 
-    /// Opens a model's folder, or a run of this program: its newest checkpoint then.
+    /// Opens a model's folder, or the newest checkpoint of a run.
     ///
     /// # Errors
-    /// When a file is missing or damaged, or the model is none that can be computed.
+    /// When a file is missing or damaged, or the program cannot compute the model.
     pub fn open(path: &Path) -> Result<Self> {
         let config = path.join("config.json");
         let folder = match config.is_file() {
@@ -67,7 +68,7 @@ impl Source {
         let mut file = keys::read(&value)?;
         routers::resolve(&mut file.router)?;
         let tensors = Tensors::open(&folder)?;
-        // As transformers does: a head of its own in the files counts, whatever config.json says.
+        // As in transformers: if the files have a separate head, it is used, whatever config.json says.
         if tensors.has(HEAD) && !tensors.same(HEAD, EMBEDDING) {
             file.model.tied_embeddings = false;
         }
@@ -79,15 +80,15 @@ impl Source {
         })
     }
 
-    /// The folder that holds the files.
+    /// Returns the folder of the files.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 
-    /// The configuration of this model in a preset's training.
+    /// Returns the configuration of this model with the training settings of a preset.
     ///
     /// # Errors
-    /// When the router refuses the model.
+    /// When the router does not support the model.
     pub fn config(&self, layers: &Layers) -> Result<Config> {
         let mut config = Config::load(layers, &routers::resolve)?;
         config.model = self.file.model.clone();
@@ -95,15 +96,15 @@ impl Source {
         Ok(config)
     }
 
-    /// The model itself, with the names that its numbers have in the folder.
+    /// Returns the model, and the names of its parameters in the folder.
     ///
     /// # Errors
-    /// When a tensor is missing, has another shape, or belongs to nothing.
+    /// When a tensor is missing, has another shape, or belongs to no parameter.
     pub fn model(&self, config: &Config) -> Result<(Model, Vec<Piece>)> {
         self.model_on(config, Box::new(SingleRank))
     }
 
-    /// The same as one of several ranks.
+    /// Builds the model as one rank of several.
     ///
     /// # Errors
     /// As [`model`](Self::model).
@@ -112,8 +113,8 @@ impl Source {
         config: &Config,
         dist: Box<dyn Collective>,
     ) -> Result<(Model, Vec<Piece>)> {
-        // A damaged config.json may speak of any size: there must not be memory for it. What is missing of a model that
-        // nearly fits is named below.
+        // A damaged config.json may contain any size, for which there may not be enough memory. If only a few tensors are
+        // missing, a check below names them.
         let (expected, found) = (
             count::total_parameters(&config.model),
             self.tensors.elements(),
@@ -149,7 +150,7 @@ impl Source {
             left.remove(name.as_str());
         }
         let layers = config.model.moe_layers();
-        // What the files' own router keeps says nothing to another one, which begins as in a new model.
+        // State of the files' router is of no use to another router, which starts as in a new model.
         let another = config.router.name != self.file.router.name;
         if another {
             let own = routers::build(&self.file.router)?;
@@ -177,12 +178,12 @@ impl Source {
                 &self.folder,
                 "only the tensors of this model",
                 format!("tensor `{name}`"),
-                "the files do not belong to config.json, or the model is another than docs/exchange.md names",
+                "the files do not belong to config.json, or docs/exchange.md does not list this kind of model",
             )),
         }
     }
 
-    /// Tensors without effect: a shared expert of no width, tables of RoPE, a tied head.
+    /// Returns whether a tensor has no effect: a shared expert of width 0, a RoPE table, or a tied head.
     fn is_idle(&self, name: &str) -> bool {
         let m = &self.file.model;
         let unshared = m.shared_expert_width == 0 && name.contains(".mlp.shared_expert");
@@ -190,8 +191,8 @@ impl Source {
         !self.own && (unshared || tied || name.ends_with("rotary_emb.inv_freq"))
     }
 
-    /// The numbers of a part as the folder has them: under its own name, in mixtral's old block, or
-    /// an expert at a time.
+    /// Returns the names and positions of a part's elements in the folder: under its own name, in mixtral's older block,
+    /// or one tensor per expert.
     fn pieces(&self, part: &Part, parameter: usize, offset: usize) -> Vec<Piece> {
         let one = |name: String, shape: &[usize], offset| Piece {
             name,

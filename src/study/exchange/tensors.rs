@@ -1,4 +1,4 @@
-//! Tensors of one or more safetensors files, as numbers.
+//! Reads and writes tensors in safetensors files.
 
 use crate::error::{Error, Result};
 use crate::tensor::dtype::{DType, Real};
@@ -27,10 +27,10 @@ struct Found {
 }
 
 impl Tensors {
-    /// Reads `model.safetensors`, or the files that `model.safetensors.index.json` names.
+    /// Opens `model.safetensors`, or the files that `model.safetensors.index.json` names.
     ///
     /// # Errors
-    /// When a file is missing or damaged, or the index names a tensor that its file lacks.
+    /// When a file is missing or damaged, or a file lacks a tensor that the index lists.
     pub fn open(folder: &Path) -> Result<Self> {
         let index = folder.join(INDEX);
         let listed = if index.is_file() {
@@ -57,16 +57,16 @@ impl Tensors {
             Some(name) => Err(Error::file(
                 &index,
                 format!("tensor `{name}` in {}", listed[name]),
-                "none of that name",
+                "no tensor with that name",
                 "copy the model again",
             )),
         }
     }
 
-    /// Reads one file.
+    /// Opens one file.
     ///
     /// # Errors
-    /// When it cannot be read, or is no safetensors file.
+    /// When it cannot be read, or is not a safetensors file.
     pub fn file(path: &Path) -> Result<Self> {
         let mut tensors = Tensors {
             folder: path.into(),
@@ -79,8 +79,14 @@ impl Tensors {
 
     fn add(&mut self, path: &Path) -> Result<()> {
         let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
-        let damaged =
-            |e: String| Error::file(path, "a whole safetensors file", e, "copy the file again");
+        let damaged = |e: String| {
+            Error::file(
+                path,
+                "a complete safetensors file",
+                e,
+                "copy the file again",
+            )
+        };
         let views = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
         for (name, view) in views.iter() {
             let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
@@ -96,12 +102,12 @@ impl Tensors {
         Ok(())
     }
 
-    /// Whether there is a tensor of this name.
+    /// Returns whether there is a tensor with this name.
     pub fn has(&self, name: &str) -> bool {
         self.found.contains_key(name)
     }
 
-    /// Whether both are there and hold the same numbers.
+    /// Returns whether both tensors exist and have equal elements.
     pub fn same(&self, a: &str, b: &str) -> bool {
         let Some((a, b)) = self.found.get(a).zip(self.found.get(b)) else {
             return false;
@@ -110,21 +116,21 @@ impl Tensors {
         (a.dtype, &a.shape) == (b.dtype, &b.shape) && bytes(a) == bytes(b)
     }
 
-    /// Numbers in all tensors.
+    /// Returns the number of elements of all tensors.
     pub fn elements(&self) -> u64 {
         let elements = |f: &Found| f.shape.iter().product::<usize>() as u64;
         self.found.values().map(elements).sum()
     }
 
-    /// Of all tensors.
+    /// Returns the names of all tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.found.keys().map(String::as_str)
     }
 
-    /// Writes the numbers of tensor `name`, which must have this shape, to `to`.
+    /// Copies the elements of tensor `name`, converted to `T`, to `to`. The tensor must have this shape.
     ///
     /// # Errors
-    /// When there is none, or its shape or type is another.
+    /// When there is no such tensor, or it has another shape or an unsupported dtype.
     pub fn read<T: Real>(&self, name: &str, shape: &[usize], to: &mut [T]) -> Result<()> {
         let found = self.expect(name, shape)?;
         let bytes = &self.files[found.file][found.range.clone()];
@@ -148,14 +154,14 @@ impl Tensors {
         Ok(())
     }
 
-    /// The numbers of an int64 tensor, with its shape.
+    /// Returns the elements and the shape of an int64 tensor.
     ///
     /// # Errors
-    /// When there is none, or it has another type.
+    /// When there is no such tensor, or it has another dtype.
     pub fn integers(&self, name: &str) -> Result<(Vec<i64>, Vec<usize>)> {
         let expected = || format!("tensor `{name}` of int64");
         let Some(found) = self.found.get(name) else {
-            return Err(self.wrong(expected(), "none of that name".into()));
+            return Err(self.wrong(expected(), "no tensor with that name".into()));
         };
         if found.dtype != Dtype::I64 {
             return Err(self.wrong(expected(), format!("{:?}", found.dtype)));
@@ -170,7 +176,7 @@ impl Tensors {
         match self.found.get(name) {
             Some(found) if found.shape == shape => Ok(found),
             Some(found) => Err(self.wrong(expected(), format!("{:?}", found.shape))),
-            None => Err(self.wrong(expected(), "none of that name".into())),
+            None => Err(self.wrong(expected(), "no tensor with that name".into())),
         }
     }
 
@@ -179,12 +185,12 @@ impl Tensors {
             &self.folder,
             expected,
             got,
-            "the files do not belong to config.json, or the model is another than docs/exchange.md names",
+            "the files do not belong to config.json, or docs/exchange.md does not list this kind of model",
         )
     }
 }
 
-/// Bytes, N to a number.
+/// Splits bytes into elements of N bytes.
 fn numbers<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
     bytes.chunks_exact(N).map(|chunk| {
         let mut number = [0; N];
@@ -193,7 +199,7 @@ fn numbers<const N: usize>(bytes: &[u8]) -> impl Iterator<Item = [u8; N]> {
     })
 }
 
-/// The file of each tensor.
+/// Returns the file of each tensor.
 fn shards(index: &Path) -> Result<BTreeMap<String, String>> {
     let text = fs::read_to_string(index).map_err(|e| Error::io("read", index, e))?;
     let bad = |got: String| {
@@ -216,15 +222,15 @@ fn shards(index: &Path) -> Result<BTreeMap<String, String>> {
         .collect()
 }
 
-/// A named array to write.
+/// An array to write.
 pub struct Output {
-    /// Its key in the file.
+    /// Name of the array in the file.
     pub name: String,
-    /// Its extents.
+    /// Shape of the array.
     pub shape: Vec<usize>,
-    /// Type of its elements in the file.
+    /// Dtype of the elements in the file.
     pub dtype: DType,
-    /// Row-major, little-endian.
+    /// The elements, row-major and little-endian.
     pub bytes: Vec<u8>,
 }
 
@@ -249,10 +255,10 @@ impl safetensors::View for &Output {
     }
 }
 
-/// Writes arrays to a file, whole or not at all.
+/// Writes arrays to a safetensors file. The file is replaced atomically: after an error it is unchanged.
 ///
 /// # Errors
-/// When the disk refuses.
+/// When the file cannot be written.
 pub fn write(path: &Path, arrays: &[Output]) -> Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".unfinished");

@@ -1,4 +1,4 @@
-//! Which architecture of transformers computes a model as it evaluates here, and its `config.json`.
+//! Selects the architecture of transformers that computes a model as in evaluation, and writes its `config.json`.
 
 use crate::config::{Config, ModelConfig, ModelFile, Norm, QkNorm};
 use crate::error::Result;
@@ -7,14 +7,14 @@ use crate::tensor::dtype::DType;
 use serde_json::{Value, json};
 use std::fmt;
 
-/// What reads the exported model.
+/// The code that computes the exported model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Architecture {
-    /// RMSNorm, TopK, perhaps a shared expert and biases of queries, keys and values.
+    /// Qwen2-MoE: RMSNorm, TopK, optionally a shared expert and biases of queries, keys and values.
     Qwen2Moe,
-    /// RMSNorm, TopK, norms of queries and keys over each head.
+    /// Qwen3-MoE: RMSNorm, TopK, norms of queries and keys over each head.
     Qwen3Moe,
-    /// The program that is written beside the weights.
+    /// The Python code that is written beside the weights.
     Routegrad,
 }
 
@@ -28,8 +28,8 @@ impl fmt::Display for Architecture {
     }
 }
 
-/// The architecture of a model whose router is called `name` and evaluates as `equivalent`, and what of it none of
-/// transformers' has.
+/// Returns the architecture of a model whose router is called `name` and evaluates as `equivalent`, and the properties of
+/// the model that no architecture of transformers has.
 pub fn choose(
     model: &ModelConfig,
     name: &str,
@@ -52,7 +52,7 @@ pub fn choose(
     if model.qk_norm == QkNorm::Full {
         foreign.push("norms of queries and keys over all heads".into());
     }
-    // Qwen3's biases are on the output projection too.
+    // In Qwen3, the biases include the output projection.
     if architecture == Architecture::Qwen3Moe && model.qkv_bias {
         foreign.push("biases beside norms of queries and keys".into());
     }
@@ -65,10 +65,11 @@ pub fn choose(
     }
 }
 
-/// `config.json`; `renormalize` where the weights of the chosen experts sum to 1. Its keys are those of transformers, which versions 4 and 5 read.
+/// Returns `config.json` with keys that transformers 4 and 5 read. `renormalize` states whether the weights of the chosen
+/// experts sum to 1.
 ///
 /// # Errors
-/// When a setting of the router cannot stand in JSON.
+/// When a router setting cannot be written as JSON.
 pub fn config_json(
     architecture: Architecture,
     config: &Config,

@@ -1,22 +1,23 @@
-//! The tokenizer of models whose tokens are bytes: token n is byte n.
+//! The tokenizer of models for which each byte is a token: token n is byte n.
 //!
-//! transformers' fast tokenizers write a byte as a printable character (byte-level BPE, GPT-2): the
-//! printable ones of Latin-1 stand for themselves, the others in order for U+0100 and up. Without
-//! merges every byte stays a token, so that any text has its UTF-8 as tokens, and back.
+//! Fast tokenizers of transformers represent a byte as a printable character (byte-level BPE, GPT-2): a printable
+//! character of Latin-1 represents its own byte; the other bytes are represented, in order, by U+0100 and the following
+//! characters. Without merges every byte remains a token, so any text is encoded as its UTF-8 bytes and decoded without
+//! loss.
 
 use crate::data::tokenizer::MODEL_INPUTS;
 use serde_json::{Map, Value, json};
 
-/// Tokens.
+/// Number of tokens.
 pub const VOCABULARY: usize = 256;
 
-/// `tokenizer.json`.
+/// Returns the content of `tokenizer.json`.
 pub fn tokenizer() -> Value {
     let vocabulary: Map<String, Value> = characters()
         .zip(0u8..)
         .map(|(c, byte)| (c.to_string(), byte.into()))
         .collect();
-    // The text is not cut at words, and nothing is put before it.
+    // The text is not split into words, and nothing is added before it.
     let bytes = json!({
         "type": "ByteLevel",
         "add_prefix_space": false,
@@ -47,7 +48,7 @@ pub fn tokenizer() -> Value {
     })
 }
 
-/// `tokenizer_config.json`, for texts of `longest` tokens.
+/// Returns the content of `tokenizer_config.json`, for texts of at most `longest` tokens.
 pub fn config(longest: usize) -> Value {
     json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -57,7 +58,7 @@ pub fn config(longest: usize) -> Value {
     })
 }
 
-/// The character that stands for each byte.
+/// Returns the character that represents each byte, in order.
 fn characters() -> impl Iterator<Item = char> {
     let mut others = '\u{100}'..;
     (0u8..=255).filter_map(move |byte| match byte {
@@ -77,7 +78,7 @@ mod tests {
         let vocabulary = tokenizer["model"]["vocab"].as_object().unwrap();
         let ids: BTreeSet<u64> = vocabulary.values().map(|v| v.as_u64().unwrap()).collect();
         assert_eq!(ids, (0..256).collect());
-        // Space, line feed and soft hyphen as GPT-2 writes them.
+        // Space, line feed and soft hyphen as in GPT-2.
         for (text, byte) in [("A", 65), ("Ġ", 32), ("Ċ", 10), ("Ń", 0xad), ("ÿ", 255)] {
             assert_eq!(vocabulary[text], byte, "{text}");
         }

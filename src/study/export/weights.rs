@@ -1,8 +1,7 @@
-//! The tensors of an export: the checkpoint's, in the names and the dtype of the reader.
+//! The tensors of an export: the tensors of the checkpoint with the names and the dtype that the reader expects.
 //!
-//! transformers 4 wants each expert by itself, `experts.3.up_proj.weight [F, D]`; 5 joins them when
-//! it loads. The program that comes with an export reads the joined `experts.gate_up_proj [E, 2F, D]`
-//! of checkpoints.
+//! transformers 4 needs one tensor per expert, `experts.3.up_proj.weight [F, D]`; version 5 joins them when it loads a
+//! model. The Python code of an export reads the joined `experts.gate_up_proj [E, 2F, D]`, as in checkpoints.
 
 use super::Architecture;
 use crate::config::Config;
@@ -17,7 +16,7 @@ use crate::with_real;
 use half::bf16;
 use std::ops::Range;
 
-/// Every tensor of the model in `dtype`, rounded when it is written.
+/// Returns every tensor of the model in `dtype`; elements are rounded when they are written.
 pub fn arrays<'a>(
     model: &'a Model,
     config: &Config,
@@ -72,7 +71,7 @@ pub fn arrays<'a>(
     arrays
 }
 
-/// A joined tensor's experts, in the order in which they lie in it; any other part as it is.
+/// Splits a joined tensor into its experts, in order; returns any other part unchanged.
 fn split(part: &Part) -> Vec<Part> {
     let (joined, names): (_, &[&str]) =
         if let Some(prefix) = part.name.strip_suffix(".experts.gate_up_proj") {
@@ -94,7 +93,7 @@ fn split(part: &Part) -> Vec<Part> {
     (0..experts).flat_map(each).collect()
 }
 
-/// qwen2_moe always has a shared expert: here one of width 0, and its gate `[1, D]`.
+/// qwen2_moe always has a shared expert: here it has width 0, and a gate `[1, D]`.
 fn no_shared_expert(layer: usize, d: usize, dtype: DType) -> [Array<'static>; 4] {
     [
         ("shared_expert.gate_proj", [0, d]),
@@ -113,10 +112,10 @@ fn no_shared_expert(layer: usize, d: usize, dtype: DType) -> [Array<'static>; 4]
     })
 }
 
-/// Elements of a tensor in f32 or bf16, to the nearest, ties to even.
+/// Returns elements of a tensor in f32 or bf16, rounded to nearest, ties to even.
 ///
 /// # Errors
-/// When the tensor is not real.
+/// When the tensor's dtype is not a floating-point type.
 fn rounded(tensor: &Tensor, range: Range<usize>, dtype: DType) -> Result<Vec<u8>> {
     if tensor.dtype() == dtype {
         let size = dtype.size();

@@ -1,10 +1,9 @@
-//! Bytes of training by kind, from shapes alone: what a run on the CPU takes, and what one on a GPU
-//! will be planned for.
+//! Computes the bytes that training needs, by kind, from shapes alone, for a run on the CPU or on a GPU.
 //!
-//! Kept for backward is what each operation of `src/ops/` saves, a tensor that two of them save once;
-//! a test holds it against the tape. The CPU's blocks return to a pool of their size
-//! ([`crate::device::Memory`]), so that of each size the most that live at once count, whenever that is:
-//! the blocks kept, and those of the layer whose backward runs.
+//! The activations kept for backward are the tensors that the operations of `src/ops/` save; a tensor that two operations
+//! save counts once. A test compares them with the tape. On the CPU, a freed block returns to a pool of blocks of equal
+//! size ([`crate::device::Memory`]), so for each size the largest number of blocks in use at the same time counts, no
+//! matter when: the kept blocks and those of the layer whose backward is running.
 
 use crate::config::{Config, ModelConfig, QkNorm, count};
 use crate::device::machine::{CHIPS, Chip, h200};
@@ -18,19 +17,20 @@ use clap::builder::PossibleValue;
 use serde::{Serialize, Serializer};
 use std::sync::LazyLock;
 
-/// Bytes of a number or a table entry.
+/// Bytes of an f32 or of a table entry.
 const F32: u64 = 4;
-/// Pages of the program with its threads, before a model: 12 MB measured on Linux.
+/// Bytes of the program and its threads, without a model: 12 MB, measured on Linux.
 const PROGRAM: u64 = 12_000_000;
 /// Bytes of the embedded text.
 const EMBEDDED_TEXT: u64 = 10_760_000;
 
-/// Where the training would run.
+/// The machine on which the training would run.
 #[derive(Clone, Copy, Debug)]
 pub enum Target {
-    /// This machine's processor, in the configuration's dtype.
+    /// This machine's CPU, with the configuration's dtype.
     Cpu,
-    /// One GPU, in bf16 with f32 master weights, moments and gradients. What a run takes there does not depend on which.
+    /// One GPU, in bf16 with f32 master weights, moments and gradients. The memory of a run does not depend on the GPU
+    /// model.
     Gpu(&'static Chip),
 }
 
@@ -69,12 +69,12 @@ impl ValueEnum for Target {
 }
 
 impl Target {
-    /// A GPU whose model does not matter.
+    /// The target for uses in which the GPU model does not matter.
     pub fn gpu() -> Self {
         Target::Gpu(h200())
     }
 
-    /// As `plan --device` names it.
+    /// Returns the name of the target in `plan --device`.
     pub fn key(self) -> &'static str {
         match self {
             Target::Cpu => "cpu",
@@ -82,7 +82,8 @@ impl Target {
         }
     }
 
-    /// How many of its numbers an f32 takes: activations are of the run's dtype on the CPU, of bf16 on a GPU.
+    /// Returns how many activations have the size of one f32: activations have the run's dtype on the CPU and bf16 on a
+    /// GPU.
     fn f32_numbers(self) -> u64 {
         match self {
             Target::Cpu => 1,
@@ -94,27 +95,27 @@ impl Target {
 /// Bytes by kind.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Memory {
-    /// Weights; on a GPU bf16 and the lower half of the f32 master.
+    /// Weights; on a GPU in bf16, plus the lower half of the f32 master weights.
     pub weights: u64,
-    /// Those of all parameters, in the precision of their sums.
+    /// Gradients of all parameters, in the precision in which they are accumulated.
     pub gradients: u64,
-    /// Two moments of each weight.
+    /// The two moments of each weight.
     pub optimizer: u64,
-    /// State of the router.
+    /// State of the routers.
     pub router_state: u64,
-    /// What backward keeps of one micro-batch.
+    /// Activations of one micro-batch that are kept for backward.
     pub activations: u64,
-    /// What else lives while backward runs: gradients of activations, a layer computed again, logits.
+    /// Temporary memory during backward: gradients of activations, a recomputed layer, logits.
     pub workspace: u64,
     /// The program, its text and the tokens of a step.
     pub program: u64,
 }
 
 impl Memory {
-    /// Of a run's configuration.
+    /// Returns the memory of a run with this configuration, in bytes.
     ///
     /// # Errors
-    /// When there is no such router.
+    /// When the router does not exist.
     pub fn of(config: &Config, target: Target) -> Result<Self> {
         Ok(Self::with(
             config,
@@ -123,16 +124,17 @@ impl Memory {
         ))
     }
 
-    /// Of the rank of a run of `ranks` that takes most: its part of a micro-batch, its share of the moments.
+    /// Returns the memory of the rank that needs most in a run on `ranks` ranks: its part of a micro-batch and its share
+    /// of the moments.
     ///
     /// # Errors
-    /// When there is no such router.
+    /// When the router does not exist.
     pub fn of_rank(config: &Config, target: Target, ranks: usize) -> Result<Self> {
         let router = routers::build(&config.router)?;
         Ok(Self::with_ranks(config, &*router, target, ranks))
     }
 
-    /// The same with the configuration's router.
+    /// As [`of_rank`](Self::of_rank), for the given router.
     pub(super) fn with_ranks(
         config: &Config,
         router: &dyn Router,
@@ -146,12 +148,12 @@ impl Memory {
         part.train.micro_batch = config.train.micro_batch.div_ceil(ranks);
         part.train.sequences_per_step = config.train.sequences_per_step.div_ceil(ranks);
         let whole = Self::with(&part, router, target);
-        // Gradients that all ranks sent of the largest parameter, when those of activations are gone.
+        // Gradients of the largest parameter from all ranks; those of activations are already freed.
         let received = F32 * largest_parameter(&config.model);
         Memory {
             weights: match target {
                 Target::Cpu => whole.weights,
-                // The bf16 halves, and the lower ones of a share.
+                // The bf16 halves of all weights, and the lower halves of a share.
                 Target::Gpu(_) => whole.weights / 2 + (whole.weights / 2).div_ceil(ranks as u64),
             },
             optimizer: whole.optimizer.div_ceil(ranks as u64),
@@ -162,7 +164,7 @@ impl Memory {
         }
     }
 
-    /// The same on one rank.
+    /// As [`of`](Self::of), for the given router.
     pub(super) fn with(config: &Config, router: &dyn Router, target: Target) -> Self {
         let m = &config.model;
         let parameters = count::total_parameters(m);
@@ -186,7 +188,7 @@ impl Memory {
                 let each = layers.map(|l| bytes(&of(config, router, l, target)));
                 each.max().unwrap_or(0)
             };
-        // The last norm's input and the loss's gradient of its output; that of the head.
+        // The input of the last norm and the gradient of its output, and the gradient of the head.
         let d = m.hidden as u64;
         let mut activations = bytes(&[d, d]) + full * m.vocab_size as u64 * d;
         for layer in 0..m.layers {
@@ -202,7 +204,8 @@ impl Memory {
         let logit_rows = tokens.min(LOGIT_TOKENS as u64);
         let workspace = match target {
             Target::Cpu => again + backward + full * (logit_rows * vocabulary).min(LOGITS as u64),
-            // The head's logits in f32, their statistics and their gradients in bf16 are gone when the layers' backward begins.
+            // The head's f32 logits, their statistics and their bf16 gradients are freed before backward reaches the
+            // layers.
             Target::Gpu(_) => {
                 let statistics = 2 * statistics(m.vocab_size) as u64;
                 let gradients = 2 * tokens.min(gradient_tokens(m.hidden) as u64) * vocabulary;
@@ -222,7 +225,7 @@ impl Memory {
         }
     }
 
-    /// Bytes of all kinds.
+    /// Returns the sum of all kinds.
     pub fn total(&self) -> u64 {
         self.weights
             + self.gradients
@@ -234,7 +237,8 @@ impl Memory {
     }
 }
 
-/// Numbers of the largest parameter: the embedding, or the experts' gates and up projections of a layer.
+/// Returns the number of elements of the largest parameter: the embedding, or the experts' gate and up projections of a
+/// layer.
 fn largest_parameter(m: &ModelConfig) -> u64 {
     let experts = m.num_experts * 2 * m.expert_ffn_width * m.hidden;
     experts.max(m.vocab_size * m.hidden) as u64
@@ -248,19 +252,20 @@ fn attention_widths(m: &ModelConfig) -> [u64; 2] {
     ]
 }
 
-/// Numbers a token of each tensor that a layer keeps for backward; on a GPU of bf16, an f32 being two. There the experts
-/// are one operation, which keeps gate and up but neither their product nor the outputs.
+/// Returns, for each tensor that a layer keeps for backward, the number of elements per token; on a GPU in units of bf16,
+/// with an f32 counted as two. On a GPU the experts are one operation, which keeps gate and up but not their product or
+/// the outputs.
 pub fn kept(config: &Config, router: &dyn Router, layer: usize, target: Target) -> Vec<u64> {
     let m = &config.model;
     let f32s = |n: usize| n as u64 * target.f32_numbers();
     let [qkv, out] = attention_widths(m);
     let d = m.hidden as u64;
-    // The norm's input and output; queries, keys and values turned; the output, its logsumexp.
+    // Input and output of the norm; rotated queries and keys, and values; the output and its logsumexp.
     let mut sizes = vec![d, d, qkv, out, f32s(m.heads)];
     if m.qk_norm != QkNorm::None {
         sizes.push(qkv);
     }
-    // The second norm's input and output.
+    // Input and output of the second norm.
     sizes.extend([d, d]);
     if m.dense_layers.contains(&layer) {
         let f = m.dense_ffn_width as u64;
@@ -269,7 +274,7 @@ pub fn kept(config: &Config, router: &dyn Router, layer: usize, target: Target) 
     }
     let rows = router.max_experts_per_token(m) as u64;
     let f = m.expert_ffn_width as u64;
-    // Gate and up, their product, the experts' outputs.
+    // Gate and up, their product, and the outputs of the experts.
     sizes.push(rows * 2 * f);
     if target == Target::Cpu {
         sizes.extend([rows * f, rows * d]);
@@ -285,13 +290,13 @@ pub fn kept(config: &Config, router: &dyn Router, layer: usize, target: Target) 
     sizes
 }
 
-/// Numbers a token of the tensors that live while a layer's backward runs, beside those kept.
+/// Returns the number of elements per token of the temporary tensors during a layer's backward, without the kept ones.
 fn passing(config: &Config, router: &dyn Router, layer: usize, target: Target) -> Vec<u64> {
     let m = &config.model;
     let [qkv, out] = attention_widths(m);
     let d = m.hidden as u64;
-    // The residual's gradient, and around a norm those of its input and output; before and behind
-    // RoPE; the attention's output.
+    // The residual's gradient; the gradients of a norm's input and output; tensors before and after RoPE; the attention's
+    // output.
     let mut sizes = vec![d, d, d, qkv, qkv, out];
     if m.dense_layers.contains(&layer) {
         let f = m.dense_ffn_width as u64;
@@ -302,14 +307,14 @@ fn passing(config: &Config, router: &dyn Router, layer: usize, target: Target) -
             m.expert_ffn_width as u64,
             m.num_experts as u64 * target.f32_numbers(),
         );
-        // Gradients of what `kept` names; rows gathered for a product, and its result.
+        // Gradients of the tensors in `kept`; rows gathered for a matrix product, and its result.
         sizes.extend([rows * 2 * f, rows * f, rows * d, rows * d, e, e]);
     }
     sizes
 }
 
-/// What lives while a layer runs the rows that its router draws for its state: tokens gathered, gate and up, their product, the
-/// outputs, and how often each pair was drawn.
+/// Returns the bytes of the rows that a layer's router samples for its state: gathered tokens, gate and up, their product,
+/// the outputs, and how often each pair was sampled.
 fn sampled_bytes(config: &Config, router: &dyn Router, size: u64) -> u64 {
     let (m, train) = (&config.model, &config.train);
     let parts = (train.sequences_per_step / train.micro_batch.max(1)).max(1);
@@ -323,13 +328,13 @@ fn sampled_bytes(config: &Config, router: &dyn Router, size: u64) -> u64 {
     size * rows * (2 * d + 3 * f) + size.max(F32) * tokens * m.num_experts as u64
 }
 
-/// Maps between tokens and rows of every MoE layer: three entries of four bytes a row.
+/// Returns the bytes of the maps between tokens and rows of all MoE layers: three entries of four bytes per row.
 fn index_bytes(config: &Config, router: &dyn Router, tokens: u64) -> u64 {
     let layers = config.model.moe_layers().len() as u64;
     layers * tokens * router.max_experts_per_token(&config.model) as u64 * 3 * F32
 }
 
-/// The program's own pages on the CPU, measured; the embedded text; the tokens of a step.
+/// Returns the bytes of the program on the CPU, as measured; of the embedded text; and of the tokens of a step.
 fn program(config: &Config, target: Target) -> u64 {
     let tokens = config.train.sequences_per_step * (config.model.sequence_length + 1);
     let text = match config.data.source.as_str() {
@@ -342,7 +347,7 @@ fn program(config: &Config, target: Target) -> u64 {
     }
 }
 
-/// Numbers that the router keeps from step to step in a MoE layer.
+/// Returns how many numbers the router keeps between steps per MoE layer.
 fn router_numbers(model: &ModelConfig, router: &dyn Router) -> u64 {
     let state = router.initial_state(model, 0, 0);
     state.iter().map(|t| t.start.elements() as u64).sum()

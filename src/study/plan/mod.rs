@@ -1,5 +1,4 @@
-//! What a run takes before it begins: parameters, operations, memory, time, files. From shapes alone;
-//! nothing is allocated.
+//! Computes from shapes what a run needs: parameters, operations, memory, time, files. It allocates nothing.
 
 mod memory;
 
@@ -11,72 +10,71 @@ use crate::report::size;
 use crate::routers::{self, Router};
 use serde::Serialize;
 
-/// The share of a GPU's dense bf16 peak that a step is taken to reach: METHOD's tokens/s are of half an H200's. Of the other
-/// GPUs nothing was measured.
+/// The assumed share of a GPU's dense bf16 peak: METHOD's tokens/s are those at half the peak of an H200. There are no
+/// measurements of the other GPUs.
 const PEAK_SHARE: f64 = 0.5;
-/// FLOP/s of training that one core with AVX2 was measured to reach: 64% of its products' peak; see
-/// docs/performance.md.
+/// Measured training FLOP/s of one core with AVX2: 64% of the peak of its matrix products; see docs/performance.md.
 const CORE_RATE: f64 = 58e9;
 
-/// What a run takes.
+/// The resources that a run needs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Plan {
     /// The machine that is planned for.
     pub target: Target,
-    /// Ranks that share the batch; memory is that of one.
+    /// Number of ranks that share the batch; memory is per rank.
     pub ranks: usize,
-    /// Bytes that each sends in a step: gradients, and the weights that it updated.
+    /// Bytes that each rank sends per step: gradients, and the weights that it updated.
     pub sent_bytes: u64,
-    /// Seconds that a step takes to send them; an estimate, of GPUs of one host.
+    /// Estimated seconds per step to send them, for GPUs of one host.
     pub sending_seconds: f64,
-    /// Trainable numbers of the model.
+    /// Number of trainable parameters.
     pub total_parameters: u64,
-    /// Those that one token meets.
+    /// Number of parameters that one token uses.
     pub active_parameters: u64,
-    /// Forward and backward of one token, nothing computed again.
+    /// FLOPs of forward and backward per token, without recomputation.
     pub flops_per_token: u64,
-    /// Those of an optimizer step, over all ranks.
+    /// Tokens per optimizer step, over all ranks.
     pub tokens_per_step: u64,
     /// Optimizer steps of the run.
     pub steps: u64,
-    /// Tokens of the text to train on, where it was looked at.
+    /// Number of tokens of the training text; `None` if it was not read.
     pub text_tokens: Option<u64>,
-    /// Bytes as configured, and with every layer kept or computed again.
+    /// Bytes per rank as configured.
     pub memory: Memory,
     /// Bytes where backward keeps the activations of every layer.
     pub memory_kept: Memory,
     /// Bytes where backward computes the activations of every layer again.
     pub memory_recomputed: Memory,
-    /// What the target has; none where that is not known.
+    /// Bytes of memory that the target has; `None` if it is not known.
     pub available: Option<u64>,
-    /// FLOP/s that the time is reckoned with.
+    /// FLOP/s from which the time is computed.
     pub rate: f64,
-    /// Where these are from: a recorded step, or a share of the peak.
+    /// Source of `rate`: a recorded step, or a share of the peak.
     pub rate_source: String,
-    /// Whether no run is known that was as fast.
+    /// Whether no run has been measured at this rate, so that it is an upper bound.
     pub upper_bound: bool,
-    /// An estimate.
+    /// Estimated tokens per second.
     pub tokens_per_second: f64,
-    /// Of one checkpoint on disk: weights, moments, router state in f32 (f64 where the run is).
+    /// Bytes of one checkpoint on disk: weights, moments and router state in f32 (f64 if the run uses f64).
     pub checkpoint_bytes: u64,
-    /// The largest micro-batch that fits, as configured and recomputed; none if not even one sequence.
+    /// The largest micro-batch that fits as configured; `None` if not even one sequence fits.
     pub largest_micro_batch: Option<usize>,
-    /// The same where every layer is recomputed.
+    /// The largest micro-batch that fits if every layer is recomputed.
     pub largest_micro_batch_recomputed: Option<usize>,
 }
 
-/// Plans a run of `config` on one rank; on the CPU with so many threads.
+/// Plans a run of `config` on one rank; on the CPU with `threads` threads.
 ///
 /// # Errors
-/// When there is no such router.
+/// When the router does not exist.
 pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
     plan_on(config, target, threads, 1)
 }
 
-/// The same on `ranks` ranks, a GPU or as many threads each.
+/// Plans a run on `ranks` ranks, each with one GPU or `threads` threads.
 ///
 /// # Errors
-/// When there is no such router, or the ranks cannot share a micro-batch.
+/// When the router does not exist, or the ranks cannot divide a micro-batch evenly.
 pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) -> Result<Plan> {
     if ranks == 0 || config.train.micro_batch % ranks != 0 {
         return Err(Error::usage(
@@ -86,7 +84,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
                 config.train.micro_batch
             ),
             ranks.to_string(),
-            "change --ranks, or --set train.micro_batch=…, which is that of all ranks",
+            "change --ranks, or the micro-batch of all ranks with --set train.micro_batch=…",
         ));
     }
     let (m, router) = (&config.model, routers::build(&config.router)?);
@@ -104,7 +102,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
     let flops = flops_of(config, &*router);
     let (rate, rate_source) = assumed_rate(target, threads);
     let parameters = count::total_parameters(m);
-    // Gradients and weights; on a GPU f32 and bf16.
+    // Gradients and weights: f32 and bf16 on a GPU.
     let (sent_bytes, sending_seconds) = match target {
         Target::Cpu => (
             sent(
@@ -152,7 +150,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
     Ok(plan.timed())
 }
 
-/// FLOP/s of one rank where no record says better, and where they are from.
+/// Returns the assumed FLOP/s of one rank if there is no record, and a description of their source.
 fn assumed_rate(target: Target, threads: usize) -> (f64, String) {
     match target {
         Target::Cpu => (
@@ -162,18 +160,18 @@ fn assumed_rate(target: Target, threads: usize) -> (f64, String) {
         Target::Gpu(chip) => (
             chip.peak * PEAK_SHARE,
             format!(
-                "half of its bf16 peak; no training step of an {} is on record",
+                "half of its bf16 peak; there is no record of a training step on an {}",
                 chip.name
             ),
         ),
     }
 }
 
-/// As [`count::flops_per_token`], with every expert that the router runs in training, and the rows that it runs for its state
-/// alone, forward only.
+/// Returns the FLOPs per token as [`count::flops_per_token`] does, but with every expert that the router runs in training
+/// and, forward only, the rows that it runs only for its state.
 ///
 /// # Errors
-/// When there is no such router.
+/// When the router does not exist.
 pub fn flops_per_token(config: &Config) -> Result<u64> {
     Ok(flops_of(config, &*routers::build(&config.router)?))
 }
@@ -184,14 +182,14 @@ fn flops_of(config: &Config, router: &dyn Router) -> u64 {
         top_k: router.mean_experts_per_token(model),
         ..model.clone()
     });
-    // A row through three matrices, over the tokens of a step.
+    // A row passes through three matrices; the cost is divided by the tokens of a step.
     let row = 6 * (model.hidden * model.expert_ffn_width) as u128;
     let rows = (router.sampled_rows_per_step(model) * model.moe_layers().len()) as u128;
     let tokens = (config.train.sequences_per_step * model.sequence_length) as u128;
     routed.saturating_add(u64::try_from(rows * row / tokens.max(1)).unwrap_or(u64::MAX))
 }
 
-/// The largest divisor of the batch whose memory is there.
+/// Returns the largest divisor of the batch that fits in memory.
 fn largest(
     config: &Config,
     router: &dyn Router,
@@ -210,14 +208,15 @@ fn largest(
     (1..=all).rev().filter(shared).find(fits)
 }
 
-/// Bytes that a rank sends to the others in a step: gradients of their shares, and its own weights to each.
+/// Returns the bytes that a rank sends to the others per step: the gradients of their shares, and its own weights to each
+/// of them.
 fn sent(numbers: u64, bytes: u64, ranks: usize) -> u64 {
     let others = ranks as u64 - 1;
     numbers * bytes * others / ranks as u64
 }
 
 impl Plan {
-    /// The same with the FLOP/s that a rank reached elsewhere.
+    /// Replaces the rate by FLOP/s that a rank reached in a measurement.
     pub fn at_rate(mut self, rate: f64, source: String) -> Self {
         self.rate = self.ranks as f64 * rate;
         self.rate_source = source;
@@ -231,17 +230,17 @@ impl Plan {
         self
     }
 
-    /// Whether it fits in what the target has.
+    /// Returns whether the run fits in the target's memory.
     pub fn fits(&self) -> bool {
         self.available.is_none_or(|a| self.memory.total() <= a)
     }
 
-    /// Seconds of all steps: an estimate.
+    /// Returns the estimated seconds of all steps.
     pub fn seconds(&self) -> f64 {
         (self.tokens_per_step * self.steps) as f64 / self.tokens_per_second
     }
 
-    /// The plan as text.
+    /// Returns the plan as a table in text.
     pub fn table(&self) -> String {
         let mut lines = vec![
             row("parameters", &count_of(self.total_parameters as f64)),
@@ -330,7 +329,7 @@ impl Plan {
 
     fn verdict(&self) -> String {
         let Some(available) = self.available else {
-            return "  how much memory there is, the system does not say".into();
+            return "  the amount of available memory is not known".into();
         };
         let total = self.memory.total();
         if total <= available {
@@ -347,8 +346,8 @@ impl Plan {
         ];
         let found: Vec<String> = found.into_iter().flatten().collect();
         let help = match found.is_empty() {
-            true => "no micro-batch does: choose a smaller preset, or more --ranks".into(),
-            false => format!("what fits: {}", found.join(", or ")),
+            true => "no micro-batch fits: choose a smaller preset, or more --ranks".into(),
+            false => format!("possible settings: {}", found.join(", or ")),
         };
         format!(
             "  does not fit in {}: {} too much; {help}",

@@ -19,7 +19,8 @@ fn h200() -> Target {
     Target::Gpu(Chip::named("h200").unwrap())
 }
 
-/// Bytes of activations that the tape keeps of one pass, a shared tensor once; parameters left out.
+/// Returns the bytes of activations that the tape keeps in one pass; a shared tensor counts once, and parameters are left
+/// out.
 fn kept_on_the_tape(config: &Config) -> u64 {
     let model = Model::new(config).unwrap();
     let tokens = config.model.sequence_length * config.train.micro_batch;
@@ -49,7 +50,7 @@ fn kept_on_the_tape(config: &Config) -> u64 {
 }
 
 #[test]
-fn what_a_layer_keeps_is_what_the_tape_keeps() {
+fn the_planned_activations_of_a_layer_are_those_on_the_tape() {
     let micro = [
         "model.hidden=64",
         "model.layers=3",
@@ -96,7 +97,7 @@ fn what_a_layer_keeps_is_what_the_tape_keeps() {
 }
 
 #[test]
-fn recomputed_layers_keep_their_input_alone() {
+fn recomputed_layers_keep_only_their_input() {
     let kept = config("tiny", &["router.name=topk"]);
     let again = config("tiny", &["router.name=topk", "train.recompute=true"]);
     let [kept, again] = [kept, again].map(|c| Memory::of(&c, Target::Cpu).unwrap());
@@ -106,7 +107,7 @@ fn recomputed_layers_keep_their_input_alone() {
 }
 
 #[test]
-fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
+fn the_plan_has_the_numbers_of_the_method_and_reports_what_fits() {
     let big = config(
         "7.33b",
         &[
@@ -123,7 +124,7 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
     );
     // METHOD: 51,610 tokens/s at half of the peak.
     assert!((found.tokens_per_second - 51_610.0).abs() < 10.0);
-    // 16 bytes a parameter, and the router has no state.
+    // 16 bytes per parameter; the router has no state.
     let m = found.memory;
     assert_eq!(
         m.weights + m.gradients + m.optimizer,
@@ -134,11 +135,13 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
     let found = plan(&wide, Target::gpu(), 1).unwrap();
     assert!(!found.fits());
     assert!(
-        found.table().contains("what fits: train.micro_batch="),
+        found
+            .table()
+            .contains("possible settings: train.micro_batch="),
         "{}",
         found.table()
     );
-    // The router that runs every expert pays for it.
+    // A router that runs every expert has a higher cost.
     let dense = config("tiny", &["router.name=dense"]);
     let topk = config("tiny", &["router.name=topk"]);
     let [dense, topk] = [dense, topk].map(|c| plan(&c, Target::Cpu, 2).unwrap());
@@ -147,7 +150,7 @@ fn plan_has_the_numbers_of_the_method_and_says_what_fits() {
 }
 
 #[test]
-fn sampled_default_vectors_cost_their_rows_in_forward_alone() {
+fn sampled_default_vectors_add_only_the_cost_of_their_rows_in_forward() {
     let chosen = config("1.96b", &["router.name=default"]);
     let sampled = config(
         "1.96b",
@@ -162,7 +165,7 @@ fn sampled_default_vectors_cost_their_rows_in_forward_alone() {
     let rows = 23.0 * 8.0 * 32.0 * 2.0 * 3.0 * 1024.0 * 2816.0 / 2f64.powi(21);
     let more = (b.flops_per_token - a.flops_per_token) as f64;
     assert!((more - rows).abs() <= 1.0, "{more} instead of {rows}");
-    // In each of 128 micro-batches one row of an expert or none, and a number for each token and expert.
+    // In each of 128 micro-batches, at most one row per expert, and a number for each token and expert.
     let bytes = 2 * 8 * (2 * 1024 + 3 * 2816) + 4 * 8 * 2048 * 8;
     assert_eq!(b.memory.workspace - a.memory.workspace, bytes);
     assert_eq!(b.memory.router_state, a.memory.router_state);
@@ -172,7 +175,7 @@ fn sampled_default_vectors_cost_their_rows_in_forward_alone() {
 
 #[test]
 fn tiny_and_small_fit_8_gib_and_557m_a_gpu_of_24_with_bf16_moments_and_recompute() {
-    // 1 GiB is the driver's and the desktop's.
+    // 1 GiB is reserved for the driver and the desktop.
     for preset in ["tiny", "small"] {
         let needed = Memory::of(&config(preset, &[]), Target::gpu()).unwrap();
         assert!(needed.total() <= 7 << 30, "{preset}: {needed:?}");
@@ -214,7 +217,7 @@ fn ranks_share_batch_and_moments_and_send_gradients_and_weights() {
     let big = config("7.33b", &set);
     let [one, eight] = [1, 8].map(|ranks| plan_on(&big, h200(), 1, ranks).unwrap());
     assert_eq!(eight.memory.optimizer, one.memory.optimizer.div_ceil(8));
-    // bf16 whole, the lower half an eighth.
+    // bf16 of all weights, and the lower half of one eighth of them.
     assert_eq!(
         eight.memory.weights,
         (2 * 8 + 2) * eight.total_parameters / 8
@@ -226,7 +229,7 @@ fn ranks_share_batch_and_moments_and_send_gradients_and_weights() {
     );
     assert_eq!(eight.checkpoint_bytes, one.checkpoint_bytes);
     assert!(eight.memory.activations < one.memory.activations / 4);
-    // Seven eighths of six bytes a parameter, at 370 GB/s.
+    // Seven eighths of six bytes per parameter, at 370 GB/s.
     assert_eq!(eight.sent_bytes, 7 * 6 * eight.total_parameters / 8);
     assert_eq!(one.sent_bytes, 0);
     let seconds = eight.sent_bytes as f64 / 370e9;
@@ -244,7 +247,7 @@ fn ranks_share_batch_and_moments_and_send_gradients_and_weights() {
     assert!(error.contains("divide train.micro_batch = 64"), "{error}");
 }
 
-/// Of parameters of many blocks, so that shares differ little.
+/// The model has parameters of many blocks, so that the shares of the ranks differ little.
 #[test]
 fn planned_weights_and_moments_of_a_rank_are_those_that_a_rank_on_the_simulator_holds() {
     use crate::dist::ThreadRank;

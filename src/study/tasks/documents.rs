@@ -1,4 +1,4 @@
-//! Documents of a task: JSON lines, plain or compressed with zstd or gzip.
+//! Reads the documents of a task: JSON lines, plain or compressed with zstd or gzip.
 
 use super::question::{Question, TASKS, Task, find};
 use crate::data::read_text;
@@ -15,10 +15,10 @@ struct Line {
     doc: Value,
 }
 
-/// The first `limit` questions of a task (all if 0) from `folder`, each with its document's number.
+/// Reads the first `limit` questions of a task (all if 0) from `folder`, each with the number of its document.
 ///
 /// # Errors
-/// When the file is missing or damaged, or a line is no document of this task: it is named.
+/// When the file is missing or damaged, or a line is not a document of this task; the error names the line.
 pub fn read(folder: &Path, task: &Task, limit: usize) -> Result<Vec<(Value, Question)>> {
     let path = file(folder, task)?;
     let text = read_text(&path)?;
@@ -56,10 +56,10 @@ pub fn read(folder: &Path, task: &Task, limit: usize) -> Result<Vec<(Value, Ques
     Ok(found)
 }
 
-/// The tasks of these names; of `all`, those whose documents are in `folder`.
+/// Returns the tasks with these names; for `all`, those whose documents are in `folder`.
 ///
 /// # Errors
-/// When a name is unknown, or the folder has no documents at all.
+/// When a name is unknown, or for `all` the folder has no documents.
 pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
     if names == ["all"] {
         let there = TASKS.iter().filter(|t| file(folder, t).is_ok());
@@ -68,14 +68,14 @@ pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
             false => Ok(there),
             true => Err(Error::file(
                 folder,
-                "documents of benchmarks, as hellaswag.jsonl or hellaswag.jsonl.zst",
+                "documents of benchmarks, such as hellaswag.jsonl or hellaswag.jsonl.zst",
                 "none",
-                "docs/evaluation.md names the files and what is in them",
+                "docs/evaluation.md lists the files and their content",
             )),
         };
     }
     let mut found: Vec<&'static Task> = Vec::new();
-    // As in `a, b,`; a benchmark that is named twice counts once.
+    // Empty names, as in `a, b,`, are skipped; a benchmark that is named twice counts once.
     for name in names
         .iter()
         .map(|name| name.trim())
@@ -92,15 +92,15 @@ pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
             "tasks",
             "names of benchmarks, or all",
             "none",
-            "name one, as in piqa",
+            "name at least one, such as piqa",
         )),
     }
 }
 
-/// The file of a task in `folder`.
+/// Returns the file of a task in `folder`.
 ///
 /// # Errors
-/// When there is none.
+/// When there is no such file.
 pub(super) fn file(folder: &Path, task: &Task) -> Result<PathBuf> {
     let names = ["jsonl", "jsonl.zst", "jsonl.gz"].map(|e| format!("{}.{e}", task.file));
     let paths = names.iter().map(|n| folder.join(n));
@@ -109,7 +109,7 @@ pub(super) fn file(folder: &Path, task: &Task) -> Result<PathBuf> {
             folder,
             names.join(" or "),
             "none of them",
-            "name the folder of the tasks' documents with --task-data, or leave this task out",
+            "set --task-data to the folder of the tasks' documents, or leave this task out",
         )
     })
 }

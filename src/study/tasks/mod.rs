@@ -1,10 +1,10 @@
-//! Benchmark scores as lm-evaluation-harness 0.4 computes them, zero-shot: a question's answers are
-//! ranked by the likelihood that the model gives them behind its prompt.
+//! Benchmark scores as lm-evaluation-harness 0.4 computes them, zero-shot: the answers of a question are ranked by their
+//! likelihood under the model, given the prompt.
 //!
-//! - `acc`: the likeliest answer is the right one.
-//! - `acc_norm`: the same with log-likelihoods divided by the answer's length in characters.
-//! - `perplexity` (LAMBADA): e^(−mean log-likelihood of the last word); its `acc` asks whether the
-//!   word is what the model would write.
+//! - `acc`: whether the most likely answer is the right one.
+//! - `acc_norm`: as `acc`, with log-likelihoods divided by the answer's length in characters.
+//! - `perplexity` (LAMBADA): e^(−mean log-likelihood of the last word). For this task, `acc` is whether the model would
+//! generate the word.
 //!
 //! Standard errors are √(s² / n) with s² over n − 1; that of the perplexity is the perplexity times
 //! the standard error of the mean log-likelihood (the harness draws bootstrap samples instead).

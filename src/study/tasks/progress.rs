@@ -1,19 +1,19 @@
-//! What the scoring of benchmarks shows while it goes.
+//! Progress of the scoring of benchmarks.
 
 use super::question::{Question, Task};
 use super::results::Score;
 use crate::report;
 
-/// Progress by text: a question takes as long as its text is.
+/// Progress by bytes of text, since the time of a question is proportional to them.
 pub(super) struct Progress {
     shown: report::progress::Progress,
-    /// Bytes and questions asked, and all questions.
+    /// Bytes and questions done, and the number of all questions.
     bytes: u64,
     asked: usize,
     questions: usize,
 }
 
-/// Bytes that the model reads of a question, but for what its answers share.
+/// Returns the bytes that the model reads for a question; text that its answers share counts once.
 fn size(question: &Question) -> u64 {
     let prompt = question
         .answers
@@ -34,7 +34,7 @@ impl Progress {
         }
     }
 
-    /// One question more.
+    /// Adds a question that is done.
     pub fn asked(&mut self, task: &Task, question: &Question) {
         self.asked += 1;
         self.bytes += size(question);
@@ -43,7 +43,7 @@ impl Progress {
         self.shown.at(self.bytes, &text);
     }
 
-    /// A task's score, a line that stays.
+    /// Prints a task's score on a permanent line.
     pub fn scored(&self, score: &Score) {
         let (name, questions) = (score.task, score.questions);
         let headline = score.headline();

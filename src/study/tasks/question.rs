@@ -1,4 +1,4 @@
-//! The tasks: where a document's prompt, answers and right answer stand.
+//! The tasks, and how each builds the prompt, the answers and the right answer of a document.
 
 use crate::error::{Error, Result};
 use crate::report::nearest;
@@ -7,15 +7,15 @@ use serde_json::Value;
 /// One benchmark.
 #[derive(Clone, Copy)]
 pub struct Task {
-    /// As lm-evaluation-harness calls it.
+    /// Name of the task in lm-evaluation-harness.
     pub name: &'static str,
-    /// File of its documents, without `.jsonl`, `.jsonl.zst` or `.jsonl.gz`.
+    /// Name of the file with its documents, without `.jsonl`, `.jsonl.zst` or `.jsonl.gz`.
     pub file: &'static str,
-    /// Whether the harness gives `acc_norm` too; then that is what improvement is reckoned by.
+    /// Whether the harness also computes `acc_norm`; the improvement is then computed from it.
     pub normalized: bool,
-    /// Whether the score is that of a last word, without a choice of answers.
+    /// Whether the model must predict a last word, without a choice of answers.
     pub last_word: bool,
-    /// Score of guessing, in percent (METHOD: Improvement Score).
+    /// Score of random guessing, in percent (METHOD: Improvement Score).
     pub baseline: f64,
     question: fn(&Value) -> Option<Question>,
 }
@@ -23,11 +23,11 @@ pub struct Task {
 /// One document of a task.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Question {
-    /// Pairs of a prompt and an answer behind it; one for a last word.
+    /// Pairs of a prompt and the answer after it; a single pair if the answer is a last word.
     pub answers: Vec<(String, String)>,
-    /// Characters of each answer, the space before it not counted.
+    /// Number of characters of each answer, without the space before it.
     pub lengths: Vec<usize>,
-    /// The right one.
+    /// Index of the right answer.
     pub gold: usize,
 }
 
@@ -63,17 +63,17 @@ pub const TASKS: &[Task] = &[
     task("sciq", "sciq", true, 25.0, sciq),
     task("social_iqa", "socialiqa", false, 33.0, social_iqa),
     task("winogrande", "winogrande", false, 50.0, winogrande),
-    // No files of these are at hand; any with `query`, `choices` and `gold` will do.
+    // There are no files of these to test with; any documents with `query`, `choices` and `gold` can be used.
     task("logiqa", "logiqa", true, 25.0, ready_made),
     task("mathqa", "mathqa", true, 25.0, ready_made),
     task("mmlu", "mmlu", false, 25.0, ready_made),
     task("pubmedqa", "pubmedqa", false, 33.0, ready_made),
 ];
 
-/// The task of a name.
+/// Returns the task with this name.
 ///
 /// # Errors
-/// When there is none: the nearest is named.
+/// When there is none; the error suggests the nearest name.
 pub fn find(name: &str) -> Result<&'static Task> {
     if let Some(task) = TASKS.iter().find(|t| t.name == name) {
         return Ok(task);
@@ -87,7 +87,7 @@ pub fn find(name: &str) -> Result<&'static Task> {
 }
 
 impl Task {
-    /// The question of a document; none when a field is missing or of another kind.
+    /// Returns the question of a document; `None` if a field is missing or has a wrong type.
     pub fn question(&self, document: &Value) -> Option<Question> {
         let question = (self.question)(document)?;
         let whole = question.gold < question.answers.len();
@@ -95,7 +95,7 @@ impl Task {
     }
 }
 
-/// Answers behind one prompt, a space between them.
+/// Combines one prompt with each of the answers, with a space between them.
 fn behind(prompt: &str, choices: &[&str], gold: usize) -> Question {
     Question {
         answers: choices
@@ -123,12 +123,12 @@ fn gold(d: &Value) -> Option<usize> {
     usize::try_from(d.get("gold")?.as_u64()?).ok()
 }
 
-/// `query`, `choices` and `gold` as they are.
+/// Uses `query`, `choices` and `gold` unchanged.
 fn ready_made(d: &Value) -> Option<Question> {
     Some(behind(text(d, "query")?, &choices(d)?, gold(d)?))
 }
 
-/// The harness ranks "no" before "yes".
+/// In the harness, "no" comes before "yes".
 fn boolq(d: &Value) -> Option<Question> {
     let right = *choices(d)?.get(gold(d)?)?;
     let gold = ["no", "yes"].iter().position(|c| *c == right)?;
@@ -140,7 +140,7 @@ fn lambada(d: &Value) -> Option<Question> {
     Some(behind(text(d, "query")?, &[word], 0))
 }
 
-/// The harness shows the stem alone.
+/// The harness shows only the stem of the question.
 fn openbookqa(d: &Value) -> Option<Question> {
     let query = text(d, "query")?;
     let stem = query.strip_prefix("Question: ").unwrap_or(query);
@@ -174,7 +174,7 @@ fn social_iqa(d: &Value) -> Option<Question> {
     Some(behind(&prompt, &choices?, label.checked_sub(1)?))
 }
 
-/// Each option in the blank is a prompt; what follows the blank is scored behind both.
+/// Each option in the blank results in one prompt; the text after the blank is scored for both.
 fn winogrande(d: &Value) -> Option<Question> {
     let (before, after) = text(d, "sentence")?.split_once('_')?;
     let rest = format!(" {}", after.trim());
@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_right_answer_out_of_range_is_no_question() {
+    fn a_document_whose_right_answer_is_out_of_range_is_rejected() {
         let d = json!({"query": "q", "choices": ["a", "b"], "gold": 2});
         assert!(find("arc_easy").unwrap().question(&d).is_none());
     }

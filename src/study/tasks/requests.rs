@@ -1,27 +1,28 @@
-//! Questions as tokens: what the model reads, and which tokens of it are scored.
+//! Converts questions to tokens: the input of the model, and which of its tokens are scored.
 
 use super::question::Question;
 use crate::data::{DOCUMENT_END, Tokenizer};
 use crate::error::Result;
 use crate::ops::spans::Spans;
 
-/// A shared beginning shorter than this is not worth a span of its own.
+/// Minimum number of shared tokens for which the shared beginning gets a span of its own.
 const SHARED: usize = 8;
 
-/// One answer as the model reads it.
+/// One answer as input of the model.
 #[derive(Debug, PartialEq)]
 pub struct Request {
-    /// Prompt and answer, without the last token, which nothing follows; its last tokens where they
-    /// are more than the model takes.
+    /// Tokens of prompt and answer without the last token, whose successor is not scored. If they exceed the model's
+    /// context, only the last ones are kept.
     pub tokens: Vec<i32>,
-    /// The answer; the model reads its tokens but the last.
+    /// Tokens of the answer. The model reads all but the last of them.
     pub scored: Vec<i32>,
-    /// Whether the prompt lost its beginning, or the answer itself.
+    /// Whether the beginning of the prompt, or of the answer, was cut off.
     pub truncated: bool,
 }
 
-/// The tokens of a prompt and an answer. As in the harness spaces at the prompt's end go to the answer, both are encoded
-/// together, the answer is what lies behind as many tokens as the prompt alone has, and the end is kept.
+/// Converts a prompt and an answer to tokens as the harness does: spaces at the end of the prompt are moved to the answer;
+/// both are encoded together; the answer starts after as many tokens as the prompt has alone; if the text is too long, its
+/// end is kept.
 pub fn request(
     prompt: &str,
     answer: &str,
@@ -35,7 +36,7 @@ pub fn request(
         prompt => tokenizer.encode_processed(prompt)?.len(),
     };
     if context == 0 || whole.len() < 2 {
-        // No token stands before the answer.
+        // There is no token before the answer.
         let before = beginning(tokenizer)?;
         context = before.len();
         whole = [before, tokenizer.encode(&text)?].concat();
@@ -50,13 +51,13 @@ pub fn request(
     })
 }
 
-/// A prompt without white space at its end, as Python sees it.
+/// Returns a prompt without white space at its end, as Python defines white space.
 fn trimmed(prompt: &str) -> &str {
     prompt.trim_end_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c))
 }
 
-/// What an answer without a prompt stands behind: the token of a text's beginning, or of its end, or the end of the
-/// document before.
+/// Returns the context of an answer without a prompt: the token that begins a text, or the one that ends it, or the end of
+/// a document.
 fn beginning(tokenizer: &Tokenizer) -> Result<Vec<i32>> {
     match tokenizer.bos().or(tokenizer.eos()) {
         Some(token) => Ok(vec![token]),
@@ -64,20 +65,20 @@ fn beginning(tokenizer: &Tokenizer) -> Result<Vec<i32>> {
     }
 }
 
-/// Requests of several questions in one pass.
+/// The requests of several questions in one forward pass.
 #[derive(Default)]
 pub struct Batch {
     pub tokens: Vec<i32>,
     pub spans: Spans,
-    /// (row, token that follows it).
+    /// Pairs of a row and the token that follows it.
     pub targets: Vec<(usize, i32)>,
-    /// Tokens that the requests would have without sharing.
+    /// Number of tokens that the requests would have without sharing.
     pub whole: usize,
 }
 
 impl Batch {
-    /// Adds the answers of one question; the longest beginning that they share is read once. For each
-    /// answer, in order, as many targets are added as it has scored tokens.
+    /// Adds the answers of one question; the longest beginning that they share is read only once. For each answer, in
+    /// order, one target is added per scored token.
     pub fn add(&mut self, requests: &[Request]) -> Result<()> {
         let first = &requests[0].tokens;
         let mut shared = if requests.len() > 1 { first.len() } else { 0 };
@@ -123,7 +124,7 @@ impl Batch {
     }
 }
 
-/// The requests of a question's answers.
+/// Returns the requests of a question's answers.
 pub fn requests(
     question: &Question,
     longest: usize,
@@ -148,16 +149,16 @@ mod tests {
         let r = request("abc", " de", 10, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("abc d"), ints(" de")));
         assert!(!r.truncated);
-        // Four tokens are read, five kept.
+        // The model reads four tokens; five are kept.
         let r = request("abc", " de", 4, &Tokenizer::bytes()).unwrap();
         assert_eq!(
             (r.tokens, r.scored, r.truncated),
             (ints("bc d"), ints(" de"), true)
         );
-        // An answer longer than what the model takes is scored by its end.
+        // If an answer is longer than the model's context, its end is scored.
         let r = request("abc", " defg", 3, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("def"), ints("efg")));
-        // Without a prompt an answer stands behind the end of a document.
+        // An answer without a prompt follows the end of a document.
         let r = request("", "ab", 9, &Tokenizer::bytes()).unwrap();
         assert_eq!((r.tokens, r.scored), (ints("\n\n\na"), ints("ab")));
         // The space belongs to the answer.
@@ -165,7 +166,8 @@ mod tests {
         assert_eq!((r.tokens, r.scored), (ints("ab "), ints(" c")));
     }
 
-    /// Of the letters a and b, the pair of them and a space before it; `<s>` stands before every text if `adds` is set.
+    /// A tokenizer with the letters a and b, the pair ab, and the pair with a space before it; if `adds` is set, `<s>`
+    /// precedes every text.
     #[cfg(feature = "text")]
     fn pairs(adds: bool) -> Tokenizer {
         let post_processor = serde_json::json!({
@@ -191,32 +193,32 @@ mod tests {
 
     #[cfg(feature = "text")]
     #[test]
-    fn an_answer_is_what_lies_behind_as_many_tokens_as_the_prompt_alone_has() {
+    fn an_answer_starts_after_as_many_tokens_as_the_prompt_has_alone() {
         let of = |prompt, answer, adds| {
             let r = request(prompt, answer, 9, &pairs(adds)).unwrap();
             (r.tokens, r.scored)
         };
         assert_eq!(of("b", " ab", false), (vec![1], vec![4]));
-        // The space at the prompt's end goes with the answer into one token.
+        // The space at the end of the prompt and the answer form one token.
         assert_eq!(of("b ", "ab", false), (vec![1], vec![4]));
-        // Where a pair forms over the border, what is behind the prompt's two tokens is scored.
+        // If a pair forms across the boundary, the tokens after the first two are scored.
         assert_eq!(of("ba", "bb", false), (vec![1, 3], vec![1]));
-        // And the last token at least.
+        // At least the last token is scored.
         assert_eq!(of("ba", "b", false), (vec![1], vec![3]));
-        // What the tokenizer puts before a text counts as the prompt's.
+        // A token that the tokenizer adds before a text belongs to the prompt.
         assert_eq!(of("b", " ab", true), (vec![5, 1], vec![4]));
         assert_eq!(of("", "ab", true), (vec![5], vec![3]));
-        // A pair of prompt and answer stands behind the beginning of a text.
+        // If prompt and answer form one pair, it follows the token that begins a text.
         assert_eq!(of("a", "b", false), (vec![5], vec![3]));
     }
 
     #[test]
-    fn what_answers_share_is_read_once_and_their_targets_lie_behind_it() {
+    fn a_shared_beginning_is_read_once_and_targets_follow_it() {
         let both = [" one", " only"]
             .map(|a| request("a long prompt:", a, 99, &Tokenizer::bytes()).unwrap());
         let mut batch = Batch::default();
         batch.add(&both).unwrap();
-        // "a long prompt: on" is the whole of the first, and the second goes on with "l".
+        // "a long prompt: on" is the complete first input, and the second continues with "l".
         assert_eq!(batch.tokens, ints("a long prompt: onl"));
         assert_eq!((batch.spans.rows(), batch.spans.longest()), (18, 18));
         let rows: Vec<usize> = batch.targets.iter().map(|t| t.0).collect();

@@ -4,27 +4,27 @@ use super::question::{Question, Task};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// What the model made of one question.
+/// The model's result for one question.
 #[derive(Clone, Debug, Serialize)]
 pub struct Answer {
-    /// Number of the document, as its file gives it.
+    /// Number of the document in its file.
     pub doc_id: serde_json::Value,
-    /// Of each answer, in nats.
+    /// Log-likelihood of each answer, in nats.
     pub log_likelihoods: Vec<f64>,
-    /// For a last word: whether the model would have written it.
+    /// For a last word: whether every token of it is the most likely one.
     pub likeliest: bool,
-    /// The right answer, and those that `acc` and `acc_norm` took.
+    /// Index of the right answer.
     pub gold: usize,
-    /// The answer of the largest log-likelihood, which `acc` counts.
+    /// Index of the answer with the largest log-likelihood, which `acc` uses.
     pub chosen: usize,
-    /// The answer of the largest log-likelihood per character, which `acc_norm` counts.
+    /// Index of the answer with the largest log-likelihood per character, which `acc_norm` uses.
     pub chosen_normalized: usize,
-    /// Whether a prompt lost its beginning.
+    /// Whether the beginning of a prompt was cut off.
     pub truncated: bool,
 }
 
 impl Answer {
-    /// `likeliest` and `truncated` as the fields say.
+    /// Selects the answers for `acc` and `acc_norm`. For `likeliest` and `truncated` see the fields.
     pub fn new(
         doc_id: serde_json::Value,
         question: &Question,
@@ -50,7 +50,7 @@ impl Answer {
     }
 }
 
-/// The first of the largest.
+/// Returns the index of the largest value; the first if several are equal.
 fn largest(values: &[f64]) -> usize {
     let better = |best: usize, i: usize| if values[i] > values[best] { i } else { best };
     (0..values.len()).fold(0, better)
@@ -59,14 +59,14 @@ fn largest(values: &[f64]) -> usize {
 /// A mean and its standard error.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Value {
-    /// Their sum divided by their number.
+    /// The mean.
     pub mean: f64,
-    /// None for a single question.
+    /// Standard error of the mean; `None` for a single question.
     pub standard_error: Option<f64>,
 }
 
 impl Value {
-    /// Of numbers, at least one.
+    /// The mean and standard error of at least one number.
     pub fn of(values: impl ExactSizeIterator<Item = f64> + Clone) -> Self {
         let n = values.len() as f64;
         let mean = values.clone().sum::<f64>() / n;
@@ -83,25 +83,25 @@ impl Value {
 pub struct Score {
     /// Name of the benchmark.
     pub task: &'static str,
-    /// How many were asked.
+    /// Number of questions.
     pub questions: usize,
-    /// Share answered rightly, by log-likelihood.
+    /// Share of questions answered correctly, by log-likelihood.
     pub acc: Value,
-    /// The same by log-likelihood per character, where the harness has it.
+    /// Share of questions answered correctly, by log-likelihood per character, if the harness computes it.
     pub acc_norm: Option<Value>,
-    /// Of the last word's tokens.
+    /// Perplexity of the last word.
     pub perplexity: Option<Value>,
-    /// Score of guessing, in percent.
+    /// Score of random guessing, in percent.
     pub baseline: f64,
-    /// Share of the questions whose prompt lost its beginning.
+    /// Share of the questions whose prompt was cut off at the beginning.
     pub truncated: f64,
-    /// Of each question, in order, 1 if the headline counts it as right, else 0.
+    /// For each question, in order: 1 if the headline score counts it as correct, otherwise 0.
     #[serde(skip)]
     pub right: Vec<f64>,
 }
 
 impl Score {
-    /// The scores of at least one answer.
+    /// Computes the scores from at least one answer.
     pub fn of(task: &Task, answers: &[Answer]) -> Self {
         let values = |right: &dyn Fn(&Answer) -> bool| -> Vec<f64> {
             let right = answers.iter().map(|a| u8::from(right(a)));
@@ -135,17 +135,18 @@ impl Score {
         }
     }
 
-    /// The score that improvement is reckoned by, in percent: `acc_norm` where the harness has it.
+    /// Returns the score from which the improvement is computed, in percent: `acc_norm` if the harness computes it,
+    /// otherwise `acc`.
     pub fn headline(&self) -> f64 {
         100.0 * self.acc_norm.unwrap_or(self.acc).mean
     }
 
-    /// (score − guessing) / guessing, in percent (Default MoE, 2504.12463).
+    /// Returns (score − guessing) / guessing, in percent (Default MoE, arXiv 2504.12463).
     pub fn improvement(&self) -> f64 {
         100.0 * (self.headline() - self.baseline) / self.baseline
     }
 
-    /// The numbers by name, as a run's log has them.
+    /// Returns the scores by name, as in a run's log.
     pub fn numbers(&self) -> BTreeMap<String, f64> {
         let named = [
             ("acc", Some(self.acc.mean)),
@@ -163,16 +164,17 @@ impl Score {
 pub struct Results {
     /// A score for each task, in order.
     pub scores: Vec<Score>,
-    /// Tokens that the model read, and seconds it took.
+    /// Number of tokens that the model read.
     pub tokens: usize,
-    /// Time that all questions took.
+    /// Seconds for all questions.
     pub seconds: f64,
-    /// Tokens that it would have read without sharing what answers begin with.
+    /// Number of tokens that the model would have read if answers did not share their beginnings.
     pub unshared_tokens: usize,
 }
 
 impl Results {
-    /// The two averages as the paper forms them, in percent: of all scores, and of the improvement without LAMBADA.
+    /// Returns the two averages as the paper computes them, in percent: of all scores, and of the improvement without
+    /// LAMBADA.
     pub fn averages(&self) -> [f64; 2] {
         let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len().max(1) as f64;
         let choices = self.scores.iter().filter(|s| s.perplexity.is_none());
@@ -217,12 +219,12 @@ mod tests {
         let score = Score::of(find("hellaswag").unwrap(), &answers);
         assert!((score.acc.mean - 1.0 / 3.0).abs() < 1e-15);
         assert_eq!(score.acc_norm.unwrap().mean, 1.0);
-        // From guessing's 25% to 100%.
+        // From 25% by guessing to 100%.
         assert!((score.improvement() - 300.0).abs() < 1e-12);
     }
 
     #[test]
-    fn the_last_word_counts_when_the_model_would_write_it() {
+    fn the_last_word_counts_if_the_model_would_generate_it() {
         let question = Question {
             answers: vec![(String::new(), " word".into())],
             lengths: vec![4],

@@ -1,4 +1,4 @@
-//! Tasks put to a model.
+//! Scores a model on tasks.
 
 use super::documents;
 use super::progress::Progress;
@@ -18,18 +18,18 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-/// A task with its questions, each with its document's number.
+/// A task with its questions, each with the number of its document.
 pub struct Benchmark {
-    /// The benchmark's rules.
+    /// The task.
     pub task: &'static Task,
-    /// In the order of the file.
+    /// Document numbers and questions, in the order of the file.
     pub questions: Vec<(Value, Question)>,
 }
 
-/// The first `limit` questions (all if 0) of each task, from `folder`.
+/// Reads the first `limit` questions (all if 0) of each task from `folder`.
 ///
 /// # Errors
-/// When a file is missing or damaged, or a line is no document of its task.
+/// When a file is missing or damaged, or a line is not a document of its task.
 pub fn read(tasks: &[&'static Task], folder: &Path, limit: usize) -> Result<Vec<Benchmark>> {
     let tasks = tasks.iter();
     tasks
@@ -42,10 +42,10 @@ pub fn read(tasks: &[&'static Task], folder: &Path, limit: usize) -> Result<Vec<
         .collect()
 }
 
-/// Refuses ranks of different programs or configurations, or with other questions.
+/// Compares the program, the configuration and the questions of all ranks.
 ///
 /// # Errors
-/// When there are some.
+/// When two ranks differ.
 pub fn check_alike(dist: &dyn Collective, config: &Config, benchmarks: &[Benchmark]) -> Result<()> {
     train::check_alike(dist, config)?;
     let mut hasher = blake3::Hasher::new();
@@ -60,19 +60,20 @@ pub fn check_alike(dist: &dyn Collective, config: &Config, benchmarks: &[Benchma
     same_on_all(dist, &hasher.finalize().to_hex(), both, help)
 }
 
-/// How questions are asked.
+/// Options of the scoring.
 pub struct Options {
-    /// Tokens that go through the model at once.
+    /// Number of tokens per forward pass.
     pub tokens: usize,
-    /// Whether to show no progress.
+    /// Whether to hide progress.
     pub quiet: bool,
 }
 
-/// Puts benchmarks to a model that reads what `tokenizer` makes of text; into `out`, if given, go `scores.json` and for
-/// each task `TASK.jsonl`, a line for each question. The model's state is left as it was.
+/// Scores a model on benchmarks, with `tokenizer` to encode the text. If `out` is given, writes `scores.json` and, for
+/// each task, `TASK.jsonl` with one line per question to it. The model's state is not changed.
 ///
 /// # Errors
-/// When a text cannot be encoded, a token is not the model's, a likelihood is not finite, or a file cannot be written.
+/// When a text cannot be encoded, a token is not in the model's vocabulary, a likelihood is not finite, or a file cannot
+/// be written.
 pub fn run(
     model: &Model,
     tokenizer: &Tokenizer,
@@ -115,7 +116,7 @@ pub fn run(
         results.scores.push(score);
     }
     drop(progress);
-    // Routing statistics of training must not see these tokens.
+    // The routing statistics of training must not include these tokens.
     for state in model.layer_states_mut().iter_mut() {
         state.take_stats();
     }
@@ -131,24 +132,25 @@ fn write(path: &Path, text: &str) -> Result<()> {
     publish(path, text)
 }
 
-/// A question of a batch.
+/// A question in a batch.
 struct Waiting<'a> {
     doc_id: &'a Value,
     question: &'a Question,
-    /// Scored tokens of each answer.
+    /// Number of scored tokens of each answer.
     scored: Vec<usize>,
     truncated: bool,
 }
 
-/// Questions of a task on their way through the model. Ranks take the batches in turns.
+/// Passes the questions of a task through the model. Ranks process the batches in turn.
 struct Pass<'a> {
     model: &'a Model,
     results: &'a mut Results,
     batch: Batch,
     waiting: Vec<Waiting<'a>>,
-    /// Questions of the batches that are done, here or by another rank.
+    /// Number of questions of the finished batches of all ranks.
     done: Vec<Vec<Waiting<'a>>>,
-    /// Of the batches done here: for each question its answers' log-likelihoods, and 1 where every token was the likeliest.
+    /// For each question in this rank's finished batches: the log-likelihoods of its answers, and 1 if every token was the
+    /// most likely one.
     own: Vec<f64>,
 }
 
@@ -191,7 +193,7 @@ impl<'a> Pass<'a> {
 
     fn score(&mut self, batch: Batch, waiting: &[Waiting]) -> Result<()> {
         let scored = match self.model.score(&batch.tokens, batch.spans, &batch.targets) {
-            // All ranks are told when the numbers are gathered.
+            // The other ranks learn of an error when the results are gathered.
             Err(Error::NonFinite { .. }) => Vec::new(),
             scored => scored?,
         };
@@ -212,7 +214,7 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
-    /// The answers of all ranks, in the order of the questions.
+    /// Returns the answers of all ranks, in the order of the questions.
     fn answers(self) -> Result<Vec<Answer>> {
         let dist = self.model.dist();
         let mut ranks = gathered(dist, &self.own)?;

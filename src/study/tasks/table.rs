@@ -2,11 +2,11 @@
 
 use super::results::{Results, Value};
 
-/// What the paper prints of 1.96b 8c1 after 160 billion tokens (2504.12463): averages of 13 tasks, and of 12 the
-/// improvement.
+/// The paper's results for 1.96b 8c1 after 160 billion tokens (arXiv 2504.12463): the average score of 13 tasks, and the
+/// average improvement of 12.
 const PAPER: [(&str, f64, f64); 2] = [("paper, topk", 46.9, 52.3), ("paper, default", 47.9, 54.9)];
 
-/// `mean ± standard error`, in percent.
+/// Formats `mean ± standard error`, in percent.
 fn percent(v: &Value) -> String {
     match v.standard_error {
         Some(error) => format!("{:.2} ± {:.2}", 100.0 * v.mean, 100.0 * error),
@@ -15,7 +15,7 @@ fn percent(v: &Value) -> String {
 }
 
 impl Results {
-    /// Every score, then the averages beside the paper's.
+    /// Returns a table of every score, followed by the averages next to the paper's.
     pub fn table(&self) -> String {
         let mut lines = vec![format!(
             "{:<14} {:>9} {:>15} {:>15} {:>9} {:>12} {:>9}",
@@ -75,7 +75,7 @@ impl Results {
         )
     }
 
-    /// The averages in a line.
+    /// Returns a line with the averages.
     pub fn summary(&self) -> String {
         let [score, improvement] = self.averages();
         let (tasks, seconds) = (self.scores.len(), self.seconds);
@@ -84,8 +84,8 @@ impl Results {
         )
     }
 
-    /// These scores beside those of the same questions in `other`, with the mean difference and its standard error over
-    /// the questions.
+    /// Compares these scores with those of `other` for the same questions: a table with the mean difference over the
+    /// questions and its standard error.
     pub fn compared(&self, name: &str, other: &Results, other_name: &str) -> String {
         let mut lines = vec![format!(
             "{:<14} {:>9} {:>18} {:>18} {:>16} {:>25}",
@@ -141,7 +141,7 @@ mod tests {
     use super::super::results::{Answer, Score};
     use super::*;
 
-    /// Scores of four questions of two answers, right where `right` says.
+    /// Returns the scores of four questions with two answers each, answered correctly where `right` is true.
     fn results(right: [bool; 4]) -> Results {
         let question = Question {
             answers: vec![(String::new(), " a".into()), (String::new(), " b".into())],
@@ -170,7 +170,7 @@ mod tests {
         );
         let table = a.compared("with", &b, "without");
         let line = table.lines().find(|l| l.starts_with("piqa")).unwrap();
-        // Equal means; of the differences 0, 0, 1, −1 the standard error is √(2/3/4).
+        // The means are equal; for the differences 0, 0, 1, −1 the standard error is √(2/3/4).
         assert!(
             line.contains("75.00 ± 25.00") && line.contains("0.00 ± 40.82"),
             "{table}"
@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn the_papers_averages_stand_beside_ours() {
+    fn the_papers_averages_are_next_to_ours() {
         let table = results([true; 4]).table();
         let line = |start: &str| {
             table
@@ -188,7 +188,7 @@ mod tests {
                 .unwrap()
                 .to_owned()
         };
-        // From guessing's 50% to 100%.
+        // From 50% by guessing to 100%.
         assert!(line("this model").contains("100.0%") && line("this model").contains("1 task"));
         assert!(line("paper, topk").contains("46.9%") && line("paper, default").contains("54.9%"));
     }

@@ -1,4 +1,4 @@
-//! Whether we became slower than a file of records says we were.
+//! Compares measurements with a file of earlier records and finds cases that became slower.
 
 use super::record::{OURS, Record, Records};
 use crate::report::records::Entry;
@@ -7,22 +7,22 @@ use crate::report::records::Entry;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Slower {
     pub case: String,
-    /// New seconds over old.
+    /// New time divided by old time.
     pub factor: f64,
-    /// Whether the passes of either measurement differ by more than that.
+    /// Whether the passes of one of the two measurements differ by more than this factor.
     pub doubtful: bool,
 }
 
-/// What the comparison found.
+/// The result of a comparison.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Comparison {
-    /// Cases that both files have, of the same machine and device.
+    /// Number of cases in both files with the same machine and device.
     pub compared: usize,
-    /// The worst first.
+    /// The slower cases, slowest first.
     pub slower: Vec<Slower>,
 }
 
-/// Our cases in `now` that take more than `tolerance` (0.05 is 5%) longer than in `before`.
+/// Returns our cases in `now` that take more than `tolerance` (0.05 is 5%) longer than in `before`.
 pub fn compare<'a>(
     before: &Records,
     now: impl Iterator<Item = &'a Record>,
@@ -84,7 +84,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_the_same_machine_or_not_ours_is_not_compared() {
+    fn records_of_another_machine_or_of_a_peer_are_not_compared() {
         let before = records(vec![
             record("a", OURS, 1.0),
             record("b", "peer", 1.0),

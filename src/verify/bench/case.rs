@@ -1,7 +1,7 @@
-//! What is measured, declared once: for kernels and operations, for the peers in other languages, for criterion.
+//! Definitions of the benchmark cases, shared by kernels and operations, by peers in other languages, and by criterion.
 //!
-//! A [`Group`] is one set of buffers; its [`Case`]s are timed on them. Each has the FLOPs that its mathematics needs (what
-//! rates are told of, the same for every implementation) and its floor from `costs`.
+//! A [`Group`] has one set of buffers; its [`Case`]s are timed on them. Each case has the FLOPs of its mathematical
+//! definition (rates are computed from them, for every implementation alike) and its floor from `costs`.
 
 use super::operations::Operation;
 use super::steps::Step;
@@ -20,30 +20,30 @@ use crate::verify::bench::roofline;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
 use serde_json::{Value, json};
 
-/// Which groups are wanted.
+/// A set of groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub enum Set {
     /// A few seconds on any device: the sizes of `tiny`.
     Small,
-    /// The paper's layers, four of SonicMoE's, dense products and what stands around them.
+    /// The paper's layers, four of SonicMoE's, dense products, and the other kernels of a model.
     Core,
-    /// The core, and whole training steps.
+    /// The core set, and complete training steps.
     Full,
 }
 
 /// Cases that share their inputs.
 #[derive(Clone, Debug)]
 pub struct Group {
-    /// Seeds the inputs.
+    /// Name of the group, which seeds the inputs.
     pub name: String,
     pub set: Set,
     pub work: Work,
 }
 
-/// What a group computes.
+/// The computation of a group.
 #[derive(Clone, Debug)]
 pub enum Work {
-    /// One product of a grouped linear layer; dense with one group.
+    /// One product of a grouped linear layer; a dense layer is one group.
     Gemm {
         product: Product,
         shape: Shape,
@@ -54,7 +54,7 @@ pub enum Work {
         rows: usize,
         hidden: usize,
     },
-    /// From logits `[tokens, vocabulary]` in f32 to losses and the logits' gradient.
+    /// Cross-entropy: from f32 logits `[tokens, vocabulary]` to the losses and the gradient of the logits.
     CrossEntropy {
         tokens: usize,
         vocabulary: usize,
@@ -62,22 +62,22 @@ pub enum Work {
     AdamW {
         numbers: usize,
     },
-    /// Causal.
+    /// Causal attention.
     Attention(AttentionSizes),
-    /// Of the CPU, forward and backward together, in f32.
+    /// An operation on the CPU, forward and backward together, in f32.
     Operation(Operation),
     /// Optimizer steps of a preset with each of these routers, in turn.
     Step(Step),
 }
 
-/// A MoE layer with its routing.
+/// An MoE layer with its routing.
 #[derive(Clone, Debug)]
 pub struct Layer {
     pub tokens: usize,
     pub hidden: usize,
     pub ffn: usize,
     pub top_k: usize,
-    /// Rows of each expert.
+    /// Number of rows of each expert.
     pub counts: Vec<usize>,
 }
 
@@ -94,15 +94,15 @@ impl Layer {
     }
 }
 
-/// One line of the benchmark.
+/// One case of the benchmark.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// "FAMILY SHAPE", unique.
+    /// Unique name, "FAMILY SHAPE".
     pub name: String,
     pub family: &'static str,
-    /// Of the mathematics.
+    /// FLOPs of the mathematical definition.
     pub flops: f64,
-    /// Of each kernel that it takes: a floor is the sum of theirs.
+    /// Cost of each kernel that the case needs; the floor of the case is the sum of their floors.
     pub costs: Vec<Cost>,
 }
 
@@ -111,7 +111,7 @@ impl Case {
         self.costs.iter().map(|c| c.bytes).sum()
     }
 
-    /// Seconds that it cannot go below where so many FLOPs are done and bytes moved in a second.
+    /// Returns the lower bound of the case's time in seconds on a machine with these FLOP/s and bytes per second.
     pub fn floor(&self, flops: f64, bytes: f64) -> f64 {
         let each = self.costs.iter();
         each.map(|c| (c.flops / flops).max(c.bytes / bytes)).sum()
@@ -119,10 +119,10 @@ impl Case {
 }
 
 impl Group {
-    /// What is timed on its buffers, in the order of the parts that its builder makes.
+    /// Returns the cases that are timed on the group's buffers, in the order of the parts that its builder creates.
     ///
     /// # Errors
-    /// When the kernels refuse to plan for the sizes.
+    /// When the kernels do not support the sizes.
     pub fn cases(&self) -> Result<Vec<Case>> {
         let name = &self.name;
         let case = |family: &'static str, flops: f64, costs: Vec<Cost>| Case {
@@ -156,7 +156,7 @@ impl Group {
                 vec![case("adamw_update", 0.0, vec![AdamwUpdate::cost(*numbers)])]
             }
             Work::Attention(sizes) => {
-                // Two products forward, five backward, over the causal half.
+                // Two products forward and five backward, over the causal half.
                 let lines = (sizes.sequences * sizes.heads) as f64;
                 let product = lines * (sizes.sequence as f64).powi(2) * sizes.width as f64;
                 vec![
@@ -189,10 +189,10 @@ impl Group {
         })
     }
 
-    /// The sizes, for implementations in other languages.
+    /// Returns the sizes as JSON, for implementations in other languages.
     ///
     /// # Errors
-    /// When a preset is not known.
+    /// When a preset does not exist.
     pub fn sizes(&self) -> Result<Value> {
         Ok(match &self.work {
             Work::Gemm { product, shape } => {
@@ -225,13 +225,13 @@ fn gemm_cost(product: Product, shape: &Shape) -> Cost {
     }
 }
 
-/// In the order of the parts of [`super::layer`].
+/// Returns the cases of a layer, in the order of the parts of [`super::layer`].
 fn layer_cases(
     layer: &Layer,
     case: impl Fn(&'static str, f64, Vec<Cost>) -> Case,
 ) -> Result<Vec<Case>> {
     let s = layer.sizes();
-    // Three matrices forward; backward a gradient of each and of what it multiplied.
+    // Three matrix products forward; in backward, a gradient of each weight and of each input.
     let forward = 6.0 * s.rows as f64 * s.hidden as f64 * s.ffn as f64;
     let mut cases = Vec::new();
     for (default, families) in [
@@ -245,7 +245,7 @@ fn layer_cases(
     }
     let dots = roofline::dot_columns(&s)?;
     let means = vec![ExpertMean::cost(&s)];
-    // With the sort of dy, which the dots of the default vectors are made in.
+    // Includes sorting dy, which for `default` is part of the dots of the default vectors.
     let gates = vec![
         DefaultDots::cost(&s, true),
         GateGradient::cost(&s, true, dots),
@@ -281,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn products_are_those_that_the_hardware_queue_has_timed() {
+    fn products_are_those_that_hardware_check_has_timed() {
         let names: BTreeSet<String> = groups().into_iter().map(|g| g.name).collect();
         for case in crate::verify::hardware::timing::cases() {
             assert!(names.contains(&case.name), "{}", case.name);
@@ -289,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn a_floor_is_what_no_kernel_of_the_case_goes_below() {
+    fn a_floor_is_a_lower_bound_of_every_kernel_of_the_case() {
         use crate::device::machine::{H200_BYTES_PER_SECOND, H200_FLOPS_PER_SECOND};
         let groups = groups();
         let find = |name: &str| {
@@ -299,7 +299,7 @@ mod tests {
         let product = find("grouped_gemm_forward 7.33b 8c1 gate-up");
         let floor = product.floor(H200_FLOPS_PER_SECOND, H200_BYTES_PER_SECOND);
         assert!((floor * 1e6 - 957.0).abs() < 1.0, "{floor}");
-        // 4.3 TB/s read and written: 2·(R + T)·D and little more.
+        // 4.3 TB/s of reads and writes: 2·(R + T)·D bytes and little more.
         let combine = find("combine 7.33b 8c1").floor(H200_FLOPS_PER_SECOND, H200_BYTES_PER_SECOND);
         assert!((combine * 1e6 - 31.5).abs() < 0.5, "{combine}");
         let forward = find("layer_forward 7.33b 8c1");

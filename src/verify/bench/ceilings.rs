@@ -1,18 +1,18 @@
-//! What the machine can do at all, measured in the same run: a floor is told of it.
+//! Peak rates of the machine, measured in the same run as the cases; floors are computed from them.
 
 use crate::error::Result;
 use crate::tensor::cpu::{Accumulate, Mat, MatMut, gemm};
 use crate::verify::bench::measure::{Clock, Plan, Wall, in_turn, interleaved};
 use rayon::prelude::*;
 
-/// Rates that no kernel passes.
+/// Upper bounds of the rates of kernels.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Ceilings {
     /// FLOP/s of a matrix product.
     pub flops: f64,
-    /// Bytes a second that a copy reads and writes.
+    /// Bytes per second that a copy reads and writes.
     pub bytes: f64,
-    /// Whose they are.
+    /// Description of how the rates were determined.
     pub of: String,
 }
 
@@ -25,10 +25,10 @@ fn seconds(clock: &dyn Clock, work: impl FnMut(usize) -> Result<()>) -> Result<f
     Ok(interleaved(clock, &mut [in_turn(1, work)], PLAN)?[0].seconds())
 }
 
-/// Of the CPU: a 1024³ product of the GEMM crate on every thread at once, and a copy of 256 MB by all of them.
+/// Measures the CPU: a 1024³ product of the GEMM crate on all threads, and a copy of 256 MB by all threads.
 ///
 /// # Errors
-/// None but the clock's.
+/// When the clock returns an error.
 pub fn of_cpu() -> Result<Ceilings> {
     const N: usize = 1024;
     let threads = rayon::current_num_threads();
@@ -61,11 +61,11 @@ pub fn of_cpu() -> Result<Ceilings> {
     })
 }
 
-/// Of the GPU: cuBLASLt's 8192³ product in bf16 on random data, and a copy of 1 GiB on the device. Without cuBLAS the
-/// product's is that of [`Cost`](crate::kernels::cost::Cost).
+/// Measures the GPU: a bf16 8192³ product of cuBLASLt on random data, and a copy of 1 GiB on the device. Without cuBLAS,
+/// the rate of products is that of [`Cost`](crate::kernels::cost::Cost).
 ///
 /// # Errors
-/// When there is no room, or a launch fails.
+/// When there is not enough memory, or a launch fails.
 #[cfg(feature = "cuda")]
 pub fn of_gpu(gpu: &crate::device::cuda::Gpu) -> Result<Ceilings> {
     use super::cublas::batch;

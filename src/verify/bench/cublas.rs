@@ -1,15 +1,15 @@
-//! The products of the grouped GEMMs for cuBLAS: our row-major [p, q] is its column-major [q, p], so that it computes the
-//! transpose of our result, from our b as its a and our a as its b.
+//! Describes the products of the grouped GEMMs to cuBLAS. A row-major [p, q] matrix is a column-major [q, p] matrix in
+//! cuBLAS, so cuBLAS computes the transpose of our result, with our b as its a and our a as its b.
 
 use crate::device::cublas::{Batch, Matrix};
 use crate::device::cublas_grouped::{Group, Grouped};
 use crate::device::cuda::Gpu;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
 
-/// A product over groups of equal size as one batch.
+/// Returns a product over groups of equal size as one batch.
 ///
 /// # Errors
-/// One sentence when the groups differ in size.
+/// A sentence, if the groups differ in size.
 pub fn batch(product: Product, shape: &Shape) -> Result<Batch, String> {
     let (r, n, k) = (shape.counts[0], shape.n, shape.k);
     if shape.counts.iter().any(|&count| count != r) {
@@ -47,10 +47,11 @@ pub fn batch(product: Product, shape: &Shape) -> Result<Batch, String> {
     })
 }
 
-/// A product over groups of any size. `sets` are the addresses of the buffers of the kernel's problem: result, a, b.
+/// Returns a product over groups of any size. `sets` are the addresses of the buffers of the kernel's problem: result, a,
+/// b.
 ///
 /// # Errors
-/// One sentence when the library is not there, or refuses the product.
+/// A sentence, if the library is not available or does not support the product.
 pub fn grouped<'a>(
     gpu: &'a Gpu,
     product: Product,
@@ -65,7 +66,7 @@ pub fn grouped<'a>(
     Grouped::new(gpu, groups(product, shape), transposed, f32_result, sets)
 }
 
-/// Where each group's matrices begin.
+/// Returns the positions at which each group's matrices begin.
 fn groups(product: Product, shape: &Shape) -> Vec<Group> {
     let (n, k) = (shape.n, shape.k);
     let mut row = 0;
@@ -83,7 +84,7 @@ fn groups(product: Product, shape: &Shape) -> Vec<Group> {
                 at: [weight, y, x],
                 leading: [k, n, k],
             },
-            // The gradient is in f32.
+            // The weight gradient is in f32.
             Product::WeightGradient => Group {
                 sizes: [k, n, rows],
                 at: [x, y, 2 * weight],

@@ -1,4 +1,4 @@
-//! What we compute from the shared inputs, as a file that other implementations are compared with.
+//! Writes our results for the shared inputs to a file, with which other implementations are compared.
 
 use super::case::Work;
 use super::{Options, groups, kernels, timed};
@@ -9,10 +9,11 @@ use crate::tensor::dtype::DType;
 use crate::verify::kernels::{Run, Simulator};
 use std::path::Path;
 
-/// Writes the outputs of every wanted group, run once, as flat f32 arrays "WORK GROUP/OUTPUT"; says how many there are.
+/// Writes the outputs of every selected group, after one run, as flat f32 arrays "WORK GROUP/OUTPUT". Returns their
+/// number.
 ///
 /// # Errors
-/// When a group fails, nothing is wanted, or the file cannot be written.
+/// When a group fails, no group is selected, or the file cannot be written.
 pub fn dump(options: &Options, file: &Path) -> Result<usize> {
     let device = options.device.unwrap_or(Device::Sim);
     if device == Device::Cuda {

@@ -1,4 +1,4 @@
-//! The pictures of a benchmark, as SVG: every kernel under the machine's roof, and ratios to a peer as bars.
+//! The figures of a benchmark as SVG: a roofline plot of all kernels, and bars with ratios to a peer.
 
 use super::ceilings::Ceilings;
 use super::record::{Record, View};
@@ -29,8 +29,8 @@ fn kind(family: &str) -> usize {
     }
 }
 
-/// Where a record stands: FLOPs a byte, and TFLOP/s. What has no product stands at 1 FLOP a byte, as many TFLOP/s high as
-/// it moves TB/s.
+/// Returns the coordinates of a record: FLOPs per byte, and TFLOP/s. A kernel without products has the x coordinate 1, and
+/// as its y coordinate its TB/s.
 fn point(record: &Record) -> Option<(f64, f64)> {
     match record.tflops() {
         Some(tflops) if record.bytes > 0.0 => Some((record.flops / record.bytes, tflops)),
@@ -39,10 +39,10 @@ fn point(record: &Record) -> Option<(f64, f64)> {
     }
 }
 
-/// Every kernel that was measured, below what the ceilings allow.
+/// Draws a roofline plot of all measured kernels.
 ///
 /// # Errors
-/// When the picture cannot be drawn.
+/// When the figure cannot be drawn.
 pub fn roofline(view: &View, ceilings: &Ceilings) -> Result<String> {
     let points: Vec<(usize, (f64, f64))> = view
         .ours()
@@ -110,7 +110,7 @@ fn draw_roofline(area: &Area, points: &[(usize, (f64, f64))], ceilings: &Ceiling
 /// Ratios of one shape: (kind, how many times as fast as the peer).
 type Bars = Vec<(usize, f64)>;
 
-/// The shapes that both sides were measured on, in the order of their names.
+/// Returns the shapes for which both implementations were measured, sorted by name.
 pub fn ratios(view: &View, peer: &str) -> BTreeMap<String, Bars> {
     let mut shapes: BTreeMap<String, Bars> = BTreeMap::new();
     for record in view.ours() {
@@ -122,7 +122,7 @@ pub fn ratios(view: &View, peer: &str) -> BTreeMap<String, Bars> {
             .case
             .strip_prefix(record.family.as_str())
             .unwrap_or(&record.case);
-        // What has no kind of its own says which it is.
+        // Families without a kind of their own are named in the label.
         let shape = match kind {
             0..=2 => shape.trim().to_owned(),
             _ => record.case.clone(),
@@ -135,10 +135,10 @@ pub fn ratios(view: &View, peer: &str) -> BTreeMap<String, Bars> {
     shapes
 }
 
-/// Bars of the ratios to one peer, a group for each shape; none where nothing was measured beside it.
+/// Draws bars with the ratios to one peer, a group of bars per shape; returns `None` if no case was measured for both.
 ///
 /// # Errors
-/// When the picture cannot be drawn.
+/// When the figure cannot be drawn.
 pub fn bars(view: &View, peer: &str) -> Result<Option<String>> {
     let shapes = ratios(view, peer);
     if shapes.is_empty() {
@@ -147,17 +147,17 @@ pub fn bars(view: &View, peer: &str) -> Result<Option<String>> {
     let rows: usize = shapes.values().map(|bars| bars.len() + 1).sum();
     let height = 110 + ROW * rows as u32;
     let longest = shapes.keys().map(|shape| shape.chars().count()).max();
-    // Names of 13 pixels a line; the legend needs the whole width.
+    // A line of labels is 13 pixels high; the legend needs the full width.
     let left = (30 + 8 * longest.unwrap_or(0) as i32).max(180);
     let size = ((left + WIDTH + 70) as u32, height);
     svg(size, |area| draw_bars(area, &shapes, peer, left)).map(Some)
 }
 
-/// Pixels of a bar and its gap, and of the longest bar.
+/// Height in pixels of a bar with its gap, and length of the longest bar.
 const ROW: u32 = 12;
 const WIDTH: i32 = 640;
 
-/// With the bars `left` pixels from the edge.
+/// Draws the bars; they begin `left` pixels from the edge.
 fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str, left: i32) -> Drawn {
     let all = || shapes.values().flatten();
     let largest = all().map(|bar| bar.1).fold(1.0, f64::max) * 1.1;
@@ -168,7 +168,7 @@ fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str, left: i32
         font(22),
     ))?;
     let bottom = area.dim_in_pixel().1 as i32 - 30;
-    // A line for every tenth of a power of ten that leaves about eight.
+    // Draws a line at each tenth of a power of ten, or at a multiple of it, so that there are about eight.
     let step = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 50.0];
     let step = step
         .into_iter()
@@ -207,7 +207,7 @@ fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str, left: i32
         for (kind, ratio) in bars {
             let bar = [(left, y), (x(*ratio), y + ROW as i32 - 2)];
             area.draw(&Rectangle::new(bar, KINDS[*kind].1.filled()))?;
-            // Beside the line at 1, not across it.
+            // Places the text beside the line at 1 so that it does not cover the line.
             let end = x(*ratio);
             let at = if end < x(1.0) && end + 30 > x(1.0) {
                 x(1.0)
@@ -230,7 +230,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_kernel_without_products_stands_at_its_bandwidth() {
+    fn the_y_coordinate_of_a_kernel_without_products_is_its_bandwidth() {
         let mut copy = record("norm_forward x", OURS, 1e-3);
         copy.flops = 0.0;
         assert_eq!(point(&copy), Some((1.0, 1.0)));
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn bars_stand_by_shape_and_products_share_one() {
+    fn bars_are_grouped_by_shape_and_products_share_one_group() {
         let all: Vec<Record> = [
             "grouped_gemm_weight_gradient a",
             "grouped_gemm_forward a",
@@ -267,7 +267,7 @@ mod tests {
         assert!(bars(&view, "nobody").unwrap().is_none());
         let picture = bars(&view, "p").unwrap().unwrap();
         assert!(picture.contains("Times as fast as p") && !picture.contains("NaN"));
-        // The bars begin behind the longest name.
+        // The bars begin after the longest name.
         let long = "default_layer_backward sonic 4096 x 1024 64c4";
         let all = [record(long, OURS, 1.0), record(long, "p", 3.0)];
         let picture = bars(&View(all.iter().collect()), "p").unwrap().unwrap();
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn the_roof_is_drawn_whatever_was_measured() {
+    fn the_roofline_is_drawn_for_any_measurements() {
         let ceilings = Ceilings {
             flops: crate::device::machine::H200_FLOPS_PER_SECOND,
             bytes: crate::device::machine::H200_BYTES_PER_SECOND,

@@ -1,4 +1,5 @@
-//! The goals of the kernels, judged by the records of one GPU: each a ratio of medians measured together.
+//! Evaluates the goals of the kernels from the records of one GPU. Each goal is a ratio of medians that were measured
+//! together.
 
 use super::case::{self, Work};
 use super::groups;
@@ -6,12 +7,12 @@ use super::peers::*;
 use super::record::{Record, View};
 use crate::device::machine::H200_PEAK;
 
-/// What the records say of a goal.
+/// The state of a goal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     Met,
     Missed,
-    /// Not, or not on all of its shapes.
+    /// Not measured, or not for all of its shapes.
     NotMeasured,
 }
 
@@ -31,19 +32,19 @@ pub struct Goal {
     pub number: usize,
     pub text: &'static str,
     pub verdict: Verdict,
-    /// The numbers behind the verdict, or why there are none.
+    /// The numbers behind the verdict, or the reason why there are none.
     pub measured: String,
 }
 
-/// Numbers of one demand over its cases: each must reach `least`.
+/// The measured values of one requirement; the value of each case must be at least `least`.
 struct Demand {
     what: &'static str,
     least: f64,
-    /// What their geometric mean must reach, once all are there.
+    /// Minimum of their geometric mean, which is checked when all cases are measured.
     mean: Option<f64>,
-    /// Of each case that was measured.
+    /// Value of each measured case.
     values: Vec<(String, f64)>,
-    /// Cases that there are.
+    /// Number of cases.
     cases: usize,
 }
 
@@ -79,13 +80,13 @@ impl Demand {
     }
 }
 
-/// None of nothing.
+/// Returns the geometric mean; `None` if there are no values.
 pub fn geometric_mean(values: impl Iterator<Item = f64>) -> Option<f64> {
     let logs: Vec<f64> = values.map(f64::ln).collect();
     (!logs.is_empty()).then(|| (logs.iter().sum::<f64>() / logs.len() as f64).exp())
 }
 
-/// A goal of several demands: missed if one is, met if all are.
+/// Combines several requirements into a goal: missed if one is missed, met if all are met.
 fn goal(number: usize, text: &'static str, demands: Vec<Demand>) -> Goal {
     let verdicts: Vec<Verdict> = demands.iter().map(Demand::verdict).collect();
     let verdict = if verdicts.contains(&Verdict::Missed) {
@@ -104,11 +105,11 @@ fn goal(number: usize, text: &'static str, demands: Vec<Demand>) -> Goal {
     }
 }
 
-/// A case of the core set with what the goals ask of it.
+/// A case of the core set with the properties by which goals select cases.
 struct Asked {
     name: String,
     family: &'static str,
-    /// "1.96b 8c1" of "layer_forward 1.96b 8c1".
+    /// "1.96b 8c1" for "layer_forward 1.96b 8c1".
     shape: String,
     experts: usize,
 }
@@ -133,25 +134,25 @@ fn core() -> Vec<Asked> {
     each.collect()
 }
 
-/// Width of an expert, by the name of a shape.
+/// Returns the width of an expert from the name of a shape.
 fn expert_width(shape: &str) -> Option<usize> {
     let groups = groups::groups().into_iter();
     let layers = groups.filter_map(|g| match g.work {
         Work::Layer(layer) if shape.starts_with(&g.name) => Some((g.name.len(), layer.ffn)),
         _ => None,
     });
-    // The longest name: "1.96b 8c1 zipf" begins with "1.96b 8c1".
+    // Selects the longest matching name, since "1.96b 8c1 zipf" begins with "1.96b 8c1".
     layers.max().map(|(_, width)| width)
 }
 
-/// The cases of the core set, and the records that answer for them.
+/// The cases of the core set and their records.
 struct Judge<'a> {
     core: Vec<Asked>,
     view: &'a View<'a>,
 }
 
 impl Judge<'_> {
-    /// What `value` says of the cases that `wanted` takes.
+    /// Collects `value` for the cases for which `wanted` is true.
     fn demand(
         &self,
         what: &'static str,
@@ -180,7 +181,7 @@ impl Judge<'_> {
         |case| share_of_floor(self.view, case)
     }
 
-    /// A layer's two passes together.
+    /// Returns the ratio to a peer for the two passes of a layer together.
     fn both(&self, peer: &'static str) -> impl Fn(&str) -> Option<f64> {
         move |case| {
             let back = case.replace("layer_forward", "layer_backward");
@@ -292,7 +293,7 @@ fn is_grouped(a: &Asked) -> bool {
     is_gemm(a) && a.experts > 1
 }
 
-/// The nine goals, by the records of a GPU.
+/// Returns the nine goals, evaluated from the records of a GPU.
 pub fn judge(view: &View) -> Vec<Goal> {
     let judge = Judge { core: core(), view };
     vec![
@@ -371,7 +372,7 @@ mod tests {
     use super::super::record::tests::record;
     use super::*;
 
-    /// Goals by our seconds and a peer's for every core case of a kind.
+    /// Evaluates the goals for fixed times of ours and of a peer for every core case of a kind.
     fn judged(ours: impl Fn(&str) -> f64, peers: &[(&'static str, f64)]) -> Vec<Goal> {
         let mut all = Vec::new();
         for asked in core() {
@@ -397,7 +398,7 @@ mod tests {
     }
 
     #[test]
-    fn cublas_goals_turn_at_their_ratios() {
+    fn cublas_goals_change_at_their_ratios() {
         let at = |ratio: f64| judged(|_| 1.0, &[(CUBLAS, ratio)]);
         assert_eq!(verdicts(&at(1.0))[..2], [Verdict::Met; 2]);
         assert_eq!(verdicts(&at(0.97))[..2], [Verdict::Missed, Verdict::Met]);
@@ -427,7 +428,7 @@ mod tests {
     }
 
     #[test]
-    fn a_goal_with_shapes_left_is_not_met() {
+    fn a_goal_with_unmeasured_shapes_is_not_met() {
         let some = |case: &str| if case.contains("down") { -1.0 } else { 1.0 };
         let goals = judged(some, &[(CUBLAS, 1.2)]);
         assert_eq!(
@@ -437,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn parts_of_a_layer_are_held_against_its_passes() {
+    fn parts_of_a_layer_are_compared_with_its_passes() {
         let times = |mean: f64, backward: f64| {
             move |case: &str| match case.split(' ').next() {
                 Some("expert_mean") => mean,
@@ -451,7 +452,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_is_held_against_peers_by_both_passes_together() {
+    fn a_layer_is_compared_with_peers_by_both_passes_together() {
         let forward_slow = |case: &str| {
             if case.starts_with("layer_forward") {
                 1.5
@@ -466,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_is_held_against_the_data_sheets_peak() {
+    fn a_step_is_compared_with_the_peak_of_the_data_sheet() {
         let step = |model: &str, share: f64| Record {
             flops: share * H200_PEAK,
             ..record(&format!("step {model} 8c1 topk"), OURS, 1.0)

@@ -1,4 +1,4 @@
-//! The groups that the benchmark measures.
+//! The groups of cases that the benchmark measures.
 
 use super::case::{Group, Layer, Set, Work};
 use super::inputs;
@@ -10,12 +10,12 @@ use crate::verify::kernels::grouped_gemm::{Product, Shape};
 /// Tokens of a micro-batch of the paper's models.
 const TOKENS: usize = 16_384;
 
-/// Every group, most important first.
+/// Returns every group, most important first.
 pub fn groups() -> Vec<Group> {
     let mut all = core();
     all.extend(small());
     all.extend([step("1.96b", Set::Full, 64, &["topk", "default"])]);
-    // Two of these do not fit a GPU.
+    // Two of these models do not fit on one GPU at the same time.
     all.extend([step("7.33b", Set::Full, 64, &["topk"])]);
     all
 }
@@ -51,11 +51,11 @@ fn gemms(name: &str, set: Set, shape: &Shape) -> Vec<Group> {
     Product::ALL.map(group).into()
 }
 
-/// The paper's layers: name, D, F, E, K.
+/// Returns the paper's layers: name, D, F, E, K.
 fn models() -> impl Iterator<Item = (String, usize, usize, usize, usize)> {
     let models = [("7.33b", 2048, 5632), ("1.96b", 1024, 2816)];
     models.into_iter().flat_map(|(model, hidden, width)| {
-        // The expert's width at 8 experts; with 4 times as many it is a quarter.
+        // The width of an expert with 8 experts; with 32 experts it is a quarter.
         [(8, 1), (8, 2), (32, 4)].map(|(experts, top_k)| {
             let name = format!("{model} {experts}c{top_k}");
             (name, hidden, width * 8 / experts, experts, top_k)
@@ -63,7 +63,7 @@ fn models() -> impl Iterator<Item = (String, usize, usize, usize, usize)> {
     })
 }
 
-/// SonicMoE's published shapes: products and layers.
+/// Returns SonicMoE's published shapes: products and layers.
 fn sonic() -> (Vec<Group>, Vec<Group>) {
     let (mut groups, mut layers) = (Vec::new(), Vec::new());
     // T, D, F, E, K.
@@ -135,7 +135,7 @@ fn core() -> Vec<Group> {
     let (sonic_products, sonic_layers) = sonic();
     groups.extend(sonic_products);
     layers.extend(sonic_layers);
-    // Dense products of the models: queries, keys and values.
+    // Dense products of the models: the projection to queries, keys and values.
     for (model, hidden) in [("1.96b", 1024), ("7.33b", 2048)] {
         let shape = Shape::new(&[TOKENS], 3 * hidden, hidden);
         groups.extend(gemms(&format!("dense {model} qkv"), Set::Core, &shape));
@@ -165,7 +165,8 @@ fn core() -> Vec<Group> {
     groups
 }
 
-/// The sizes of `tiny`: kernels for the simulator (and any other device), operations and steps for the CPU.
+/// Returns the groups with the sizes of `tiny`: kernels for the simulator or any other device, operations and steps for
+/// the CPU.
 fn small() -> Vec<Group> {
     let group = |name: &str, work| Group {
         name: name.into(),

@@ -1,4 +1,5 @@
-//! What `hardware-check` timed before this command was there: ours and cuBLAS at equal groups, as records of this kind.
+//! Reads the timings of `hardware-check` from before `bench` existed, ours and cuBLAS with equal groups, as records of the
+//! benchmark.
 
 use super::groups;
 use super::peers::CUBLAS;
@@ -8,7 +9,7 @@ use crate::verify::bench::measure::HARDWARE_PLAN;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
-/// Every record of a folder: of this command, and what `hardware-check` timed.
+/// Returns all records of a folder: those of `bench`, and the timings of `hardware-check`.
 ///
 /// # Errors
 /// When a file cannot be read.
@@ -57,10 +58,10 @@ pub fn read_all(folder: &Path) -> Result<Records> {
     Ok(records)
 }
 
-/// What `hardware-check` timed without a failure, as it stands in the files of a folder.
+/// Returns the timings of `hardware-check` in the files of a folder, without failed ones.
 ///
 /// # Errors
-/// When a file cannot be read, or a line is no record.
+/// When a file cannot be read, or a line is not a record.
 pub(super) fn timed(folder: &Path) -> Result<Vec<Value>> {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
@@ -91,7 +92,7 @@ fn old_timing(side: &Value) -> Option<Measured> {
         let all = side[key].as_array()?.iter();
         all.map(|x| Some(x.as_f64()? * unit)).collect()
     };
-    // Products are timed with one plan, which their records do not repeat.
+    // A product is timed with one plan, which the records do not repeat.
     let count = |key: &str, plan: usize| side[key].as_u64().map_or(plan, |n| n as usize);
     let passes = numbers("microseconds_of_each_pass", 1e-6)?;
     Some(Measured {
@@ -105,7 +106,7 @@ fn old_timing(side: &Value) -> Option<Measured> {
     })
 }
 
-/// Bytes that a case must move.
+/// Returns the minimum number of bytes that a case must move.
 fn bytes_of(name: &str) -> Option<f64> {
     let groups = groups::groups().into_iter();
     let mut cases = groups.filter_map(|group| group.cases().ok()).flatten();

@@ -1,16 +1,16 @@
-//! Inputs that every implementation of a case gets: functions of the names alone, so that a peer in another language makes
-//! the same (`benches/peers/inputs.py`, to the bit).
+//! The inputs of a case, which are the same for every implementation. They depend only on names, so that a peer in another
+//! language can generate the same bits (`benches/peers/inputs.py`).
 //!
-//! Number i of tensor `t` of group `g` comes from SplitMix64, seeded with the FNV-1a hash of "g/t": the four 16-bit parts of
-//! its output i are summed, centred and scaled to unit variance.
+//! Number i of tensor `t` of group `g` comes from SplitMix64, seeded with the FNV-1a hash of "g/t": the four 16-bit parts
+//! of output i are added, and the sum is centred and scaled to unit variance.
 
 use half::bf16;
 use rayon::prelude::*;
 
-/// The tensors of one group of cases.
+/// Generates the tensors of the group with this name.
 pub struct Inputs<'a>(pub &'a str);
 
-/// Standard deviation of the sum of four numbers uniform in 0 … 65535.
+/// Standard deviation of the sum of four independent uniform numbers in 0 … 65535.
 const DEVIATION: f64 = 37_837.227_237_206_48;
 
 impl Inputs<'_> {
@@ -21,29 +21,30 @@ impl Inputs<'_> {
         })
     }
 
-    /// `count` numbers of mean 0 and this standard deviation.
+    /// Returns `count` numbers with mean 0 and this standard deviation.
     pub fn f32(&self, tensor: &str, count: usize, deviation: f64) -> Vec<f32> {
         let seed = self.seed(tensor);
         let number = |i| (unit_normal(seed, i) * deviation) as f32;
         (0..count as u64).into_par_iter().map(number).collect()
     }
 
-    /// The same, rounded to bf16.
+    /// As [`f32`](Self::f32), rounded to bf16.
     pub fn bf16(&self, tensor: &str, count: usize, deviation: f64) -> Vec<bf16> {
         let seed = self.seed(tensor);
         let number = |i| bf16::from_f32((unit_normal(seed, i) * deviation) as f32);
         (0..count as u64).into_par_iter().map(number).collect()
     }
 
-    /// `count` numbers from 0 to `end` − 1.
+    /// Returns `count` integers from 0 to `end` − 1.
     pub fn ids(&self, tensor: &str, count: usize, end: usize) -> Vec<i32> {
         let seed = self.seed(tensor);
         let id = |i| ((bits(seed, i) >> 33) % end as u64) as i32;
         (0..count as u64).map(id).collect()
     }
 
-    /// Experts of each token, ascending, `[T, K]`, such that expert e has `counts[e]` of them: the experts stand in a row,
-    /// as often as they are chosen, and are dealt to the tokens in an order that the generator gives.
+    /// Returns the experts of each token, in increasing order, `[T, K]`, such that expert e is chosen by `counts[e]`
+    /// tokens. Each expert is repeated as often as it is chosen, and this list is distributed over the tokens in a random
+    /// order.
     pub fn choices(&self, counts: &[usize], tokens: usize) -> Vec<i32> {
         let per_token = counts.iter().sum::<usize>() / tokens;
         let seed = self.seed("order");
@@ -53,14 +54,14 @@ impl Inputs<'_> {
         let row = experts.flat_map(|(e, &count)| std::iter::repeat_n(e as i32, count));
         let mut chosen = vec![0; tokens * per_token];
         for (slot, expert) in row.enumerate() {
-            // Nobody gets an expert twice: it fills at most `tokens` places that follow each other.
+            // No token gets an expert twice, since an expert occupies at most `tokens` consecutive places.
             chosen[order[slot % tokens] * per_token + slot / tokens] = expert;
         }
         chosen
     }
 }
 
-/// Output i of SplitMix64.
+/// Returns output i of SplitMix64.
 fn bits(seed: u64, i: u64) -> u64 {
     let mut z = seed.wrapping_add((i + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
     z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -74,30 +75,31 @@ fn unit_normal(seed: u64, i: u64) -> f64 {
     (sum as f64 - 131_070.0) / DEVIATION
 }
 
-/// How many of `slots` choices each of `experts` gets: the same for all.
+/// Distributes `slots` choices evenly over `experts` experts.
 pub fn balanced(slots: usize, experts: usize) -> Vec<usize> {
     (0..experts)
         .map(|e| slots * (e + 1) / experts - slots * e / experts)
         .collect()
 }
 
-/// The same by Zipf's law, expert i with weight 1 / (i + 1), nobody more than one of every token.
+/// Distributes the choices by Zipf's law: expert i has weight 1 / (i + 1), but each token chooses an expert at most once.
 pub fn zipf(tokens: usize, per_token: usize, experts: usize) -> Vec<usize> {
     let mut counts = vec![0; experts];
     let mut left = tokens * per_token;
-    // Those that the law gives more than all tokens get all tokens; the rest is divided among the others.
+    // Experts whose share would exceed the number of tokens get all tokens; the remaining choices are divided among the
+    // others.
     for (expert, count) in counts.iter_mut().enumerate() {
         let weights: f64 = (expert..experts).map(|e| 1.0 / (e + 1) as f64).sum();
         let share = left as f64 / (expert + 1) as f64 / weights;
         let rounded = (share.round() as usize).clamp(0, tokens.min(left));
-        // What is left must find room with the others.
+        // The remaining choices must fit in the other experts.
         *count = rounded.max(left.saturating_sub(tokens * (experts - expert - 1)));
         left -= *count;
     }
     counts
 }
 
-/// 1 / √n.
+/// Returns 1 / √n.
 pub fn unit_sum(n: usize) -> f64 {
     (n as f64).sqrt().recip()
 }
@@ -120,8 +122,8 @@ mod tests {
     }
 
     #[test]
-    fn the_generator_gives_the_numbers_that_the_peers_test_for() {
-        // The same numbers stand in benches/peers/inputs.py.
+    fn the_generator_returns_the_numbers_that_the_peers_test_for() {
+        // benches/peers/inputs.py contains the same numbers.
         let inputs = Inputs("grouped gemm");
         assert_eq!(inputs.ids("ids", 4, 1000), [321, 305, 525, 74]);
         let numbers: Vec<u32> = inputs
@@ -133,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn choices_have_the_counts_and_no_token_an_expert_twice() {
+    fn choices_have_the_counts_and_no_token_has_an_expert_twice() {
         for (tokens, per_token, experts) in [(64, 1, 8), (64, 2, 8), (33, 3, 5), (16, 8, 8)] {
             for counts in [
                 balanced(tokens * per_token, experts),
@@ -152,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn zipf_gives_the_first_expert_the_most_and_all_of_them_something() {
+    fn zipf_assigns_most_to_the_first_expert_and_some_to_all() {
         let counts = zipf(16_384, 1, 8);
         assert!(
             counts.windows(2).all(|pair| pair[0] >= pair[1]),

@@ -1,4 +1,4 @@
-//! The groups' kernels: buffers with the shared inputs, and a launch for each case.
+//! The kernels of the groups: buffers with the shared inputs, and a launch for each case.
 
 use super::case::{Group, Work};
 use super::inputs::{Inputs, unit_sum};
@@ -20,10 +20,10 @@ use crate::tensor::dtype::DType;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
 use crate::verify::kernels::{Buffer, Launch, Machine};
 
-/// The kernels of a group; none where it has no kernels.
+/// Builds the kernels of a group; returns `None` if it has no kernels.
 ///
 /// # Errors
-/// When a launcher refuses to plan for the sizes.
+/// When a launcher does not support the sizes.
 pub fn build(machine: &dyn Machine, group: &Group) -> Result<Option<Kernels>> {
     let inputs = Inputs(&group.name);
     Ok(Some(match &group.work {
@@ -74,7 +74,7 @@ fn gemm(inputs: &Inputs, product: Product, shape: &Shape) -> Kernels {
     }
 }
 
-/// The product of the buffers of [`gemm`].
+/// Returns the launch of a product on the buffers of [`gemm`].
 fn launch_gemm(product: Product, rows: usize, experts: usize, n: usize, k: usize) -> Launch {
     match product {
         Product::Forward => Box::new(move |p, stream| {
@@ -131,7 +131,7 @@ fn launch_gemm(product: Product, rows: usize, experts: usize, n: usize, k: usize
     }
 }
 
-/// Of LayerNorms here.
+/// ε of the LayerNorms.
 pub const EPS: f32 = 1e-5;
 
 /// Buffers: y, sum, dx, dweight, dbias, partials, x, residual, weight, bias, dy.
@@ -239,7 +239,7 @@ fn cross_entropy(inputs: &Inputs, tokens: usize, vocabulary: usize) -> Kernels {
     }
 }
 
-/// β₁, β₂, η / (1 − β₁³), 1 / (1 − β₂³), ε, 1 − η λ, scale: a third step at η = 1e-3, λ = 0.1.
+/// β₁, β₂, η / (1 − β₁³), 1 / (1 − β₂³), ε, 1 − η λ, scale: the values of a third step with η = 1e-3 and λ = 0.1.
 const COEFFICIENTS: [f32; 7] = [
     0.9,
     0.95,
@@ -250,7 +250,7 @@ const COEFFICIENTS: [f32; 7] = [
     1.0,
 ];
 
-/// Buffers: w, m, v, gradient; the table of this one parameter, the parameter of each block, the step's outcome.
+/// Buffers: w, m, v, gradient; the table with this single parameter, the parameter of each block, the outcome of the step.
 fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
     let normals = |name| inputs.f32(name, numbers, 1.0);
     let squares: Vec<f32> = normals("v").iter().map(|x| x * x).collect();

@@ -1,8 +1,8 @@
-//! A MoE layer in kernels: the launches of `ops/routing.rs` and `ops/experts.rs` on fixed buffers, so that a whole pass or
-//! any part of it can be timed, eagerly or from a graph.
+//! An MoE layer built from kernels: the launches of `ops/routing.rs` and `ops/experts.rs` on fixed buffers, so that a
+//! complete pass or a part of it can be timed, eagerly or from a graph.
 //!
-//! The router scores every token, but rows go where the case says (`choices`, an input): what is timed does not depend on
-//! what a router of random weights would choose.
+//! The router computes the scores of every token, but `choices`, an input of the case, determines the experts. The time
+//! therefore does not depend on the choices of a router with random weights.
 
 use super::case::Layer;
 use super::inputs::{Inputs, unit_sum};
@@ -42,17 +42,17 @@ fn backward(default: bool) -> Vec<Step> {
     ]
 }
 
-/// What the launchers say that workspaces need.
+/// Workspace sizes that the launchers request.
 struct Spaces {
     score_partials: usize,
     dispatch: usize,
     router_partials: usize,
 }
 
-/// The layer's buffers; its parts stand in the order of the group's cases.
+/// Builds the layer's buffers; its parts are in the order of the group's cases.
 ///
 /// # Errors
-/// When a launcher refuses the sizes.
+/// When a launcher does not support the sizes.
 pub fn build(machine: &dyn Machine, inputs: &Inputs, layer: &Layer) -> Result<Kernels> {
     let s = layer.sizes();
     let mut sizes = Sizes {
@@ -122,7 +122,7 @@ fn buffers(inputs: &Inputs, layer: &Layer, sizes: &Sizes, spaces: &Spaces) -> Ve
     let bf16 = |name, count, deviation| Buffer::input(name, &inputs.bf16(name, count, deviation));
     let choices = inputs.choices(&layer.counts, t);
     let space = Buffer::workspace;
-    // As `At` has them.
+    // In the order of `At`.
     vec![
         bf16("x", t * d, 1.0),
         Buffer::input("router", &inputs.f32("router", e * d, unit_sum(d))),

@@ -1,4 +1,4 @@
-//! The launches of a MoE layer on the buffers of [`super::layer`].
+//! The launches of an MoE layer on the buffers of [`super::layer`].
 
 use crate::error::Result;
 use crate::kernels::bindings::{ROUTEGRAD_SCORE_SOFTMAX, ROUTEGRAD_WEIGHTING_SUM_P};
@@ -11,7 +11,7 @@ use crate::kernels::{
     GroupedSwigluForward, In, Out, Stream,
 };
 
-/// The buffers, in their order.
+/// The buffers, in order.
 #[derive(Clone, Copy)]
 pub enum At {
     X,
@@ -54,14 +54,14 @@ pub enum At {
     Drouter,
 }
 
-/// One launch, or two of the router.
+/// One launch, or two launches for the router.
 #[derive(Clone, Copy)]
 pub enum Step {
     Router,
     Dispatch,
     SortX,
     GateUp,
-    /// With the sums that the means need.
+    /// With the column sums that the expert means need.
     Down(bool),
     Means,
     /// With the default vectors.
@@ -69,7 +69,7 @@ pub enum Step {
     /// With the dots of the default vectors.
     SortDy(bool),
     SwigluBackward,
-    /// After those dots.
+    /// After the dots of the default vectors.
     GateGradient(bool),
     DownWeight,
     GateUpWeight,
@@ -90,7 +90,7 @@ pub struct Sizes {
     pub dot_columns: usize,
 }
 
-/// Buffers that lie as [`At`] has them.
+/// Buffers in the order of [`At`].
 struct Buffers<'a>(&'a [Buffer]);
 
 impl<'a> Buffers<'a> {
@@ -103,10 +103,10 @@ impl<'a> Buffers<'a> {
 }
 
 impl Sizes {
-    /// Launches one step on buffers that lie as [`At`] has them.
+    /// Launches one step on buffers in the order of [`At`].
     ///
     /// # Errors
-    /// When a launcher refuses.
+    /// When a launcher returns an error.
     pub fn launch(self, step: Step, buffers: &[Buffer], stream: &Stream) -> Result<()> {
         use At::*;
         let p = Buffers(buffers);
@@ -184,7 +184,7 @@ impl Sizes {
         }
     }
 
-    /// A row is looked up as an embedding is.
+    /// Copies rows in sorted order with the embedding lookup kernel.
     fn sort(self, to: At, from: At, p: &Buffers<'_>, stream: &Stream) -> Result<()> {
         EmbeddingForward {
             y: p.output(to),

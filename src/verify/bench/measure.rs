@@ -1,22 +1,23 @@
-//! Timing several ways to do the same work beside each other: interleaved, so that a drift of the machine meets all of
-//! them; each in two passes, whose ratio says how far the figures can be trusted; medians.
+//! Times several implementations of the same work. Samples are interleaved, so that a change of the machine's speed
+//! affects all of them; each implementation is timed in two passes, whose ratio shows how reliable the figures are.
+//! Results are medians.
 //!
-//! What a second is, a [`Clock`] says: the host's where work is done when it returns, a GPU's events where it is only
-//! launched, and a counter of the tests' own.
+//! A [`Clock`] measures time: the host's clock if the work is complete on return, events of the GPU if it is only
+//! launched, and a counter in the tests.
 
 use crate::error::Result;
 use std::time::Instant;
 
-/// Tells how long work takes.
+/// Measures how long work takes.
 pub trait Clock {
-    /// Seconds from before what `work` starts until all of it is done.
+    /// Returns the seconds from the start of `work` until all of it is complete.
     ///
     /// # Errors
-    /// Those of `work`, and what the device met.
+    /// When `work` returns an error, or the device reports one.
     fn seconds(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
 }
 
-/// The host's clock, for work that is done on return.
+/// The host's clock, for work that is complete on return.
 pub struct Wall;
 
 impl Clock for Wall {
@@ -40,19 +41,19 @@ impl Clock for Events<'_> {
     }
 }
 
-/// One way to do the work: does it so many times, each on the next of its sets of inputs.
+/// One implementation of the work. The argument is how often to do the work; each repetition uses the next set of inputs.
 pub type Side<'a> = Box<dyn FnMut(usize) -> Result<()> + 'a>;
 
-/// How often each side is timed.
+/// The number of samples and launches.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Plan {
-    /// Of each pass.
+    /// Number of samples per pass.
     pub samples: usize,
-    /// Times that the work is done in one sample.
+    /// Number of repetitions of the work per sample.
     pub launches: usize,
 }
 
-/// A side that launches on each of so many sets of inputs in turn.
+/// Returns a side that launches on each of `sets` sets of inputs in turn.
 pub fn in_turn<'a>(sets: usize, mut launch: impl FnMut(usize) -> Result<()> + 'a) -> Side<'a> {
     let mut next = 0;
     Box::new(move |times| {
@@ -64,7 +65,7 @@ pub fn in_turn<'a>(sets: usize, mut launch: impl FnMut(usize) -> Result<()> + 'a
     })
 }
 
-/// The same, replayed from graphs: one for each place to begin and number of launches.
+/// As [`in_turn`], replayed from graphs: one graph for each first set and number of launches.
 #[cfg(feature = "cuda")]
 pub fn replayed<'a>(
     gpu: &'a crate::device::cuda::Gpu,
@@ -86,18 +87,18 @@ pub fn replayed<'a>(
     })
 }
 
-/// Passes of every side.
+/// Number of passes of every side.
 pub const PASSES: usize = 2;
 
-/// That of `hardware-check`.
+/// The plan of `hardware-check`.
 pub const HARDWARE_PLAN: Plan = Plan {
     samples: 15,
     launches: 4,
 };
 
 impl Plan {
-    /// What fits `budget` seconds for one side, when the work takes `seconds` once: samples of at least a millisecond, for
-    /// events and clocks to be exact, 5 to 25 of them in a pass.
+    /// Returns a plan that takes about `budget` seconds per side, if the work takes `seconds` once. Samples are at least a
+    /// millisecond long, so that events and clocks are accurate; a pass has 5 to 25 samples.
     pub fn within(budget: f64, seconds: f64) -> Self {
         let seconds = seconds.max(1e-9);
         let launches = (1e-3 / seconds).ceil().clamp(1.0, 64.0);
@@ -109,16 +110,16 @@ impl Plan {
     }
 }
 
-/// How long one side takes.
+/// The time of one side.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Timing {
-    /// Median seconds of each pass, and the spread of its middle half as a share of it.
+    /// Median seconds of each pass, and the interquartile range of the pass divided by its median.
     pub passes: Vec<(f64, f64)>,
     pub plan: Plan,
 }
 
 impl Timing {
-    /// Seconds: the faster pass's median.
+    /// Returns the median of the faster pass in seconds.
     pub fn seconds(&self) -> f64 {
         self.passes
             .iter()
@@ -126,17 +127,17 @@ impl Timing {
             .fold(f64::INFINITY, f64::min)
     }
 
-    /// The slower pass over the faster: 1 when a repetition tells the same.
+    /// Returns the median of the slower pass divided by that of the faster; 1 if both are equal.
     pub fn repeat_ratio(&self) -> f64 {
         let slowest = self.passes.iter().map(|p| p.0).fold(0.0, f64::max);
         slowest / self.seconds()
     }
 }
 
-/// Times the sides in turn, sample by sample. Before each sample a side does its work once untimed.
+/// Times the sides in turn, sample by sample. Before each sample, a side does its work once untimed.
 ///
 /// # Errors
-/// Those of the sides and of the clock.
+/// When a side or the clock returns an error.
 pub fn interleaved(clock: &dyn Clock, sides: &mut [Side], plan: Plan) -> Result<Vec<Timing>> {
     let mut passes = vec![Vec::new(); sides.len()];
     for _ in 0..PASSES {
@@ -156,7 +157,7 @@ pub fn interleaved(clock: &dyn Clock, sides: &mut [Side], plan: Plan) -> Result<
     Ok(passes.into_iter().map(timing).collect())
 }
 
-/// Median, and the spread of the middle half as a share of it.
+/// Returns the median, and the interquartile range divided by the median.
 pub fn median(samples: &[f64]) -> (f64, f64) {
     let mut sorted = samples.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -169,7 +170,7 @@ mod tests {
     use super::*;
     use std::cell::Cell;
 
-    /// Time that passes only when a side says so.
+    /// A clock that advances only when a side requests it.
     struct Fake(Cell<f64>);
 
     impl Clock for Fake {
@@ -181,7 +182,7 @@ mod tests {
     }
 
     impl Fake {
-        /// A side that takes what `seconds` answers to the number of its launch.
+        /// Returns a side whose launch number n takes `seconds(n)`.
         fn side<'a>(&'a self, seconds: impl Fn(usize) -> f64 + 'a) -> Side<'a> {
             let mut launch = 0;
             Box::new(move |times| {
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_untimed_launch_takes_does_not_count() {
+    fn the_untimed_launch_does_not_count() {
         let clock = Fake(Cell::new(0.0));
         // Launches 0, 4, 8, ... come before a sample.
         let cold = |launch: usize| if launch % 4 == 0 { 1e9 } else { 1.0 };
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_slows_down_meets_both_sides_and_shows_in_the_repeat_ratio() {
+    fn a_slowdown_of_the_machine_affects_both_sides_and_the_repeat_ratio() {
         let clock = Fake(Cell::new(0.0));
         // The second pass begins after 5 samples of 1 + 3 launches.
         let throttled =

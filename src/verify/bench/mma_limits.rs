@@ -1,22 +1,23 @@
-//! What limits the main loop of a product on GPUs without wgmma (`kernels/common/mma_tile.cuh`), reckoned from data sheets.
+//! Computes from data sheets what limits the main loop of a product on GPUs without wgmma (`kernels/common/mma_tile.cuh`).
 //!
-//! A k-tile of 64 costs the tensor cores its operations, and shared memory what goes through it: `cp.async` writes both operands
-//! once, `ldmatrix` reads A once and B once for each warp of a column of warps. The longer of the two is the least that a k-tile
-//! takes. Not counted: waits at the barrier of each k-tile, the epilogue, the last wave.
+//! A k-tile of 64 takes time for its operations on the tensor cores, and for its transfers through shared memory:
+//! `cp.async` writes both operands once; `ldmatrix` reads A once, and B once for each warp in a column of warps. The
+//! longer of the two times is a lower bound for a k-tile. Waits at the barrier of each k-tile, the epilogue and the last
+//! wave are not included.
 
 use crate::device::machine::Chip;
 use crate::error::Result;
 use crate::report::page::{Cell, Table, replace_between};
 use std::path::Path;
 
-/// Marks of the table in a page.
+/// Marks around the table in a page.
 const MARKS: [&str; 2] = [
     "<!-- limits of mma.sync: routegrad bench --predict --update writes what follows -->",
     "<!-- end of limits -->",
 ];
 
-/// Dense bf16 operations with f32 sums that a multiprocessor's tensor cores do in a clock: the peak of the chip's data sheet over
-/// multiprocessors and the boost clock there.
+/// Dense bf16 FLOPs with f32 accumulation per clock and multiprocessor: the peak in the data sheet divided by the number
+/// of multiprocessors and the boost clock.
 const FLOPS_PER_CLOCK: [(&str, f64); 5] = [
     ("a100", 2048.0),
     ("rtx3090", 512.0),
@@ -24,17 +25,17 @@ const FLOPS_PER_CLOCK: [(&str, f64); 5] = [
     ("rtx5090", 512.0),
     ("l40s", 1024.0),
 ];
-/// Bytes that shared memory reads or writes in a clock (CUDA C++ programming guide: 32 banks of 4 bytes).
+/// Bytes per clock that shared memory reads or writes (CUDA C++ programming guide: 32 banks of 4 bytes).
 const SHARED_BYTES_PER_CLOCK: f64 = 128.0;
-/// k of a k-tile, rows of a warp's product, and warps.
+/// Depth of a k-tile, rows of a warp's product, and number of warps.
 const DEPTH: f64 = 64.0;
 const WARP_ROWS: f64 = 16.0;
 const WARPS: f64 = 8.0;
-/// Columns of both tiles. A block with the larger one needs 145 KB of shared memory.
+/// Number of columns of both tiles. A block with the larger tile needs 145 KB of shared memory.
 const COLUMNS: f64 = 128.0;
 const BF16: f64 = 2.0;
 
-/// Clocks of a k-tile of a tile of so many rows: of the tensor cores, and of shared memory.
+/// Returns the clocks per k-tile of a tile with this number of rows: of the tensor cores, and of shared memory.
 fn clocks(rows: f64, flops_per_clock: f64) -> (f64, f64) {
     let products_of_a_warp = rows / (WARPS * WARP_ROWS); // each reads its own rows of A, and B is kept for all of them
     let written = (rows + COLUMNS) * DEPTH * BF16;
@@ -45,7 +46,7 @@ fn clocks(rows: f64, flops_per_clock: f64) -> (f64, f64) {
     )
 }
 
-/// A row for each GPU and each tile that it has room for.
+/// Returns a table with a row for each GPU and each tile that fits in its shared memory.
 fn limits() -> Table {
     let mut table = Table::new(&[
         "GPU",
@@ -80,7 +81,7 @@ fn limits() -> Table {
     table
 }
 
-/// The table, in Markdown.
+/// Returns the table in Markdown.
 pub fn markdown() -> String {
     limits().markdown()
 }
@@ -107,9 +108,9 @@ mod tests {
     }
 
     #[test]
-    fn a_k_tile_worked_by_hand() {
-        // 128 x 128 on an A100: 128 · 128 · 64 multiply-adds, 1,024 a clock. Shared memory: 2 x 16 KB written; each of 8 warps
-        // reads 2 KB of A and 16 KB of B.
+    fn a_k_tile_computed_by_hand() {
+        // 128 x 128 on an A100: 128 · 128 · 64 multiply-adds, 1,024 per clock. Shared memory: 2 x 16 KB are written; each
+        // of 8 warps reads 2 KB of A and 16 KB of B.
         let kb = 1024.0;
         assert_eq!(
             clocks(128.0, 2048.0),

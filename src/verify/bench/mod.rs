@@ -1,8 +1,9 @@
-//! How every kernel stands against cuBLAS, PyTorch, the best open MoE kernels and the machine's floor.
+//! Compares every kernel with cuBLAS, PyTorch, the best open-source MoE kernels, and the lower bound for the machine.
 //!
-//! [`run`] measures on one machine in one run: [`case`] says what, [`timed`] times it beside the libraries of this process,
-//! `benches/peers/run.py` times the others on the same inputs ([`inputs`]) and writes the same records ([`record`]).
-//! [`page`] reports from recorded files, [`goals`] judges, [`baseline`] tells what became slower.
+//! [`run`] measures on one machine in one run: [`case`] defines the cases; [`timed`] times them together with the
+//! libraries of this process; `benches/peers/run.py` times the other peers on the same inputs ([`inputs`]) and writes the
+//! same kind of records ([`record`]). [`page`] writes a report from recorded files, [`goals`] evaluates the goals, and
+//! [`baseline`] finds cases that became slower.
 
 pub mod baseline;
 pub mod case;
@@ -45,7 +46,7 @@ use record::Records;
 use session::Session;
 use std::path::Path;
 
-/// The GPU of this process; or one sentence that says why there is none.
+/// Checks whether this process has a GPU; returns a sentence with the reason if it has none.
 #[cfg(feature = "cuda")]
 fn gpu() -> Result<(), String> {
     crate::device::cuda::gpu()
@@ -53,13 +54,13 @@ fn gpu() -> Result<(), String> {
         .map_err(|e| e.to_string())
 }
 
-/// As with the feature.
+/// As with the feature `cuda`; always an error.
 #[cfg(not(feature = "cuda"))]
 fn gpu() -> Result<(), String> {
     Err("this build has no cuda device: build with --features cuda".into())
 }
 
-/// The devices to measure on, and a sentence where there is no GPU.
+/// Returns the devices to measure on, and a sentence with the reason if there is no GPU.
 fn devices(wanted: Option<Device>) -> Result<(Vec<Device>, Option<String>)> {
     match (wanted, gpu()) {
         (Some(Device::Cuda), Err(why)) => {
@@ -82,18 +83,18 @@ fn devices(wanted: Option<Device>) -> Result<(Vec<Device>, Option<String>)> {
     }
 }
 
-/// The cost model of products, fitted to the timings of `hardware-check` in a folder of records.
+/// Returns the cost model of products, fitted to the timings of `hardware-check` in a folder of records.
 ///
 /// # Errors
-/// When a file cannot be read, or too little was timed.
+/// When a file cannot be read, or there are too few timings.
 pub fn predict(folder: &Path) -> Result<predict::Model> {
     predict::Model::new(&hardware_records::timed(folder)?)
 }
 
-/// Says what would be measured, in order.
+/// Returns a list of the cases that would be measured, in order.
 ///
 /// # Errors
-/// When the device was asked for and is not there.
+/// When the requested device is not available.
 pub fn list(options: &Options) -> Result<String> {
     let (devices, no_gpu) = match options.device {
         Some(device) => (vec![device], None),
@@ -123,7 +124,8 @@ pub fn list(options: &Options) -> Result<String> {
     Ok(text + &format!("about {total:.0} s"))
 }
 
-/// The cases as JSON lines, for implementations in other languages: first what all records of the run share.
+/// Returns the cases as JSON lines, for implementations in other languages. The first line holds the values that all
+/// records of the run share.
 ///
 /// # Errors
 /// As [`list`].
@@ -147,10 +149,10 @@ pub fn list_json(options: &Options) -> Result<String> {
     Ok(lines.join("\n"))
 }
 
-/// Measures, prints a line a case and records it; then compares with the baseline.
+/// Measures and records all cases, and prints a line per case; then compares them with the baseline.
 ///
 /// # Errors
-/// When a device is not there, a group fails, a record cannot be written, or a case became slower than allowed.
+/// When a device is not available, a group fails, a record cannot be written, or a case is slower than allowed.
 pub fn run(options: &Options) -> Result<()> {
     let before = options.baseline.as_ref().map(|file| {
         let mut records = Records::open(Path::new(""))?;
@@ -173,7 +175,7 @@ pub fn run(options: &Options) -> Result<()> {
     }
 }
 
-/// How much slower a case must be to be named, where nothing else was said.
+/// Minimum slowdown of a case that is listed, unless the user set another.
 const NAMED: f64 = 0.05;
 
 fn judged(before: &Records, session: &Session, options: &Options) -> Result<()> {

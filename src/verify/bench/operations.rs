@@ -1,5 +1,5 @@
-//! Operations of the CPU at the shapes of `tiny`, in f32, forward and backward together: 16 sequences of 256 bytes, D 128,
-//! two heads of 64, F 352, V 256, eight experts.
+//! Operations on the CPU with the shapes of `tiny`, in f32, forward and backward together: 16 sequences of 256 bytes, D
+//! 128, two heads of 64, F 352, V 256, eight experts.
 
 use super::inputs::{Inputs, balanced, unit_sum};
 use crate::error::Result;
@@ -53,7 +53,7 @@ pub enum Operation {
     Embedding,
 }
 
-/// An input that gets a gradient: its name, shape and standard deviation.
+/// An input that has a gradient: its name, shape and standard deviation.
 type Leaf = (&'static str, Vec<usize>, f64);
 type Forward = Box<dyn Fn(&Tape, &[Var]) -> Result<Var>>;
 
@@ -88,14 +88,14 @@ impl Operation {
         }
     }
 
-    /// FLOPs of its products, and bytes that forward and backward must read and write once.
+    /// Returns the FLOPs of its products, and the bytes that forward and backward must read and write once.
     pub fn cost(self) -> Cost {
         let row = HEADS.row_width();
         let product = |m: usize, k: usize, n: usize| 6 * m * k * n;
         let flops = match self {
             Operation::Linear => product(TOKENS, HIDDEN, row),
             Operation::Experts => 3 * product(TOKENS, HIDDEN, WIDTH),
-            // Two products forward, five backward, over the causal half.
+            // Two products forward and five backward, over the causal half.
             Operation::Attention => 7 * TOKENS * HEADS.query * HEADS.dim * SEQUENCE,
             Operation::CrossEntropy => product(TOKENS, HIDDEN, VOCABULARY),
             _ => 0,
@@ -203,13 +203,13 @@ impl Operation {
         })
     }
 
-    /// Its inputs, ready to run on the CPU.
+    /// Returns the operation with its inputs, ready to run on the CPU.
     ///
     /// # Errors
-    /// Those of the operation's set-up.
+    /// When the operation cannot be set up.
     pub fn build(self, group: &str) -> Result<Running> {
         let inputs = Inputs(group);
-        // Operations of one group share its name: their own goes before the tensors'.
+        // The operations of a group share its name, so the name of the operation is added to the name of each tensor.
         let named = |tensor: &str| format!("{}/{tensor}", self.name());
         let leaves = self.leaves();
         let values = leaves
@@ -244,10 +244,10 @@ pub struct Running {
 }
 
 impl Running {
-    /// Forward and backward, once.
+    /// Runs forward and backward once.
     ///
     /// # Errors
-    /// Those of the operation.
+    /// When the operation returns an error.
     pub fn run(&mut self) -> Result<Tensor> {
         let tape = Tape::new();
         let out = (self.forward)(&tape, &self.values)?;
@@ -256,7 +256,7 @@ impl Running {
         Ok(out.tensor().clone())
     }
 
-    /// The output, and the gradient of each input as "dNAME".
+    /// Returns the output, and the gradient of each input as "dNAME".
     ///
     /// # Errors
     /// As [`run`](Self::run).

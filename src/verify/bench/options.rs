@@ -1,4 +1,4 @@
-//! What the benchmark is asked to do, and the groups that this takes in.
+//! The options of the benchmark, and the groups that they select.
 
 use super::case::{Case, Group, Set, Work};
 
@@ -7,20 +7,21 @@ use crate::device::Device;
 use crate::error::Result;
 use std::path::PathBuf;
 
-/// What [`run`](super::run) is asked to do.
+/// The options of [`run`](super::run).
 pub struct Options {
-    /// Folder of the records.
+    /// Folder for the records.
     pub out: PathBuf,
-    /// None: a GPU where there is one, else the CPU and the simulator.
+    /// Device to measure. `None`: a GPU if there is one, otherwise the CPU and the simulator.
     pub device: Option<Device>,
-    /// None: core on a GPU, small elsewhere.
+    /// Set of groups to measure. `None`: the core set on a GPU, and the small set elsewhere.
     pub set: Option<Set>,
-    /// Only cases whose name contains this.
+    /// If set, only cases whose names contain this text are measured.
     pub only: Option<String>,
-    /// Seconds to end within; no group starts that is likely to end later.
+    /// Time limit in seconds. A group that would probably end later is not started.
     pub budget: f64,
-    /// Records to compare with, and by how much a case may be slower.
+    /// Records with which the results are compared.
     pub baseline: Option<PathBuf>,
+    /// Largest relative slowdown that is not an error.
     pub fail_slower: Option<f64>,
 }
 
@@ -31,7 +32,7 @@ impl Options {
     }
 }
 
-/// Groups that run on a device, of the wanted set.
+/// Returns the groups of the selected set that run on a device.
 pub(super) fn groups(options: &Options, device: Device) -> Result<Vec<Group>> {
     let set = options.set.unwrap_or(match device {
         Device::Cuda => Set::Core,
@@ -58,17 +59,18 @@ pub(super) fn groups(options: &Options, device: Device) -> Result<Vec<Group>> {
     Ok(found)
 }
 
-/// Seconds that a group is likely to take on a device.
+/// Returns the estimated time of a group on a device in seconds.
 pub(super) fn estimate(group: &Group, device: Device) -> Result<f64> {
     let cases = group.cases()?;
-    // At least so often is every case done: two passes of five samples, a launch before each, and before all.
+    // Minimum number of repetitions of a case: two passes of five samples with an extra launch each, and two launches
+    // before.
     const TIMES: f64 = 22.0;
     let flops: f64 = cases.iter().map(|c| c.flops).sum();
     let each = cases.len() as f64 * timed::SIDE_SECONDS;
     Ok(match (device, &group.work) {
         (Device::Cuda, Work::Step(_)) => 60.0 + TIMES * flops / 0.3e15,
         (Device::Cuda, _) => {
-            // The largest case touches nearly every buffer; some sets of them are made and sent.
+            // The largest case uses nearly every buffer; several sets of buffers are created and copied to the device.
             let bytes = cases.iter().map(Case::bytes).fold(0.0, f64::max);
             let peers = if matches!(group.work, Work::Gemm { .. }) {
                 3.0

@@ -1,4 +1,4 @@
-//! The report: one page with the goals, the roof, ratios, every number, and what could not run.
+//! The report: one page with the goals, the roofline, the ratios, all measurements, and cases that could not run.
 
 use super::ceilings::Ceilings;
 use super::figures;
@@ -11,7 +11,7 @@ use crate::report::page::{Cell, Page, Section, Table, document, replace_between}
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// A kind of measurement of its own among the records: what the ceilings were.
+/// Family of the records that hold the measured ceilings.
 pub const CEILINGS: &str = "ceilings";
 
 /// Records of one device of one machine.
@@ -22,7 +22,7 @@ pub struct Report<'a> {
 }
 
 impl<'a> Report<'a> {
-    /// Every machine and device on record: GPUs first.
+    /// Returns a report for every machine and device with records, GPUs first.
     pub fn all(records: &'a Records) -> Vec<Self> {
         let places: BTreeSet<(usize, &str, &str)> = records
             .iter()
@@ -44,7 +44,7 @@ impl<'a> Report<'a> {
         places.into_iter().map(report).collect()
     }
 
-    /// What the floors of the newest record were told of.
+    /// Returns the ceilings from which the floors of the newest record were computed.
     fn ceilings(&self) -> Option<Ceilings> {
         let ceilings = self.view.of(CEILINGS, OURS);
         match (ceilings, self.device) {
@@ -74,10 +74,10 @@ impl<'a> Report<'a> {
         if let Some(ceilings) = self.ceilings() {
             sections.push(Section {
                 name: "roofline",
-                title: "Kernels below the machine's roof",
-                shows: "Each point is a kernel at a shape. The roof is what the machine was measured to do.",
+                title: "Roofline",
+                shows: "Each point is a kernel with one shape. The lines are the measured peak rates of the machine.",
                 formula: "floor = max(FLOPs / product's rate, bytes / copy's rate)",
-                notes: vec![format!("The roof is that of {}.", ceilings.of)],
+                notes: vec![format!("The peak rates are those of {}.", ceilings.of)],
                 table: Table::default(),
                 figure: Some(figures::roofline(&self.view, &ceilings)?),
             });
@@ -102,7 +102,7 @@ impl<'a> Report<'a> {
         Section {
             name: "goals",
             title: "Goals",
-            shows: "Met where every shape of the goal was measured and reaches it; missed where one that was measured does not.",
+            shows: "A goal is met if every shape was measured and reaches it, and missed if a measured shape does not reach it.",
             formula: "",
             notes: Vec::new(),
             table,
@@ -133,12 +133,12 @@ impl<'a> Report<'a> {
         if table.rows.is_empty() {
             notes.push("No peer was measured.".into());
         } else if self.view.mixes_runs() {
-            notes.push("Not all of these were measured in one run: see the dates.".into());
+            notes.push("These cases were not all measured in one run: see the dates.".into());
         }
         Ok(Section {
             name: "ratios",
-            title: "Beside the peers",
-            shows: "Medians of interleaved runs of the same inputs; above 1 we are faster.",
+            title: "Comparison with peers",
+            shows: "Medians of interleaved runs with the same inputs; above 1, routegrad is faster.",
             formula: "",
             notes,
             table,
@@ -177,8 +177,10 @@ impl<'a> Report<'a> {
         }
         Section {
             name: "numbers",
-            title: "Every number",
-            shows: "FLOPs are those of the mathematics, bytes those that must move once. Spread is that of the middle half of the samples; repeat the slower pass over the faster.",
+            title: "All measurements",
+            shows: "FLOPs are those of the mathematical definition; bytes are those that must be moved at least once. \
+                    Spread is the interquartile range divided by the median; repeat is the time of the slower pass divided by that \
+                    of the faster.",
             formula: "",
             notes: Vec::new(),
             table,
@@ -210,13 +212,13 @@ impl<'a> Report<'a> {
             ]);
         }
         let notes = match table.rows.is_empty() {
-            true => vec!["Everything that was tried ran.".into()],
+            true => vec!["All cases that were tried ran.".into()],
             false => Vec::new(),
         };
         Section {
             name: "missing",
-            title: "What could not run",
-            shows: "A peer that is not listed here, nor above, was not tried.",
+            title: "Cases that could not run",
+            shows: "A peer that is listed neither here nor above was not tried.",
             formula: "",
             notes,
             table,
@@ -271,7 +273,7 @@ impl<'a> Report<'a> {
         Section {
             name: "machine",
             title: "The machine",
-            shows: "Clocks in MHz, temperature in °C, power in W, least and most of what nvidia-smi said before and after each case.",
+            shows: "Clocks in MHz, temperature in °C, power in W, smallest and largest value that nvidia-smi reported before and after each case.",
             formula: "",
             notes: Vec::new(),
             table,
@@ -279,7 +281,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Least and most of a field of nvidia-smi.
+    /// Returns the range of a value of nvidia-smi as text.
     fn range(&self, field: &str) -> String {
         let states = self.view.0.iter().flat_map(|r| [&r.before, &r.after]);
         let values: BTreeSet<String> = states
@@ -295,7 +297,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// The table of a README: a row for each family with its best and worst shape.
+    /// Returns a table for a README: one row per family, with its best and worst shape.
     fn summary(&self, peer: &str) -> Table {
         let mut table = Table::new(&[
             "kernel",
@@ -334,10 +336,10 @@ fn short(x: f64, digits: usize) -> Cell {
     format!("{x:.digits$}").into()
 }
 
-/// The page of everything on record.
+/// Returns the page with all records as HTML.
 ///
 /// # Errors
-/// When there is nothing on record, or a picture cannot be drawn.
+/// When there are no records, or a figure cannot be drawn.
 pub fn html(records: &Records) -> Result<String> {
     let reports = nonempty(records)?;
     let sections = reports
@@ -361,7 +363,7 @@ pub fn html(records: &Records) -> Result<String> {
     Ok(document(&pages.collect::<Vec<_>>()))
 }
 
-/// One sentence that says where we stand.
+/// Returns one sentence with the main result.
 fn headline(report: &Report) -> String {
     let cases = report.view.ours().filter(|r| r.case != CEILINGS).count();
     let verdicts: Vec<Verdict> = match report.device {
@@ -387,10 +389,10 @@ fn nonempty(records: &Records) -> Result<Vec<Report<'_>>> {
     Err(Error::invalid("bench --report", "records", "none", help))
 }
 
-/// Writes the pictures of the first machine on record into `folder`: `bench-roofline.svg` and `bench-cublas.svg`.
+/// Writes the figures of the first machine with records into `folder`: `bench-roofline.svg` and `bench-cublas.svg`.
 ///
 /// # Errors
-/// When there is nothing on record, or the folder cannot be written.
+/// When there are no records, or the folder cannot be written.
 pub fn write_pictures(records: &Records, folder: &Path) -> Result<()> {
     crate::report::page::create(folder)?;
     let report = &nonempty(records)?[0];
@@ -404,16 +406,16 @@ pub fn write_pictures(records: &Records, folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The marks of the table in a README.
+/// Marks around the table in a README.
 const MARKS: [&str; 2] = [
     "<!-- bench: routegrad bench --report FILE --update writes what follows -->",
     "<!-- end of bench -->",
 ];
 
-/// Writes the table of the first machine on record, beside cuBLAS, into a page.
+/// Writes the table of the first machine with records, compared with cuBLAS, into a page.
 ///
 /// # Errors
-/// When there is nothing on record, or the page has no marks.
+/// When there are no records, or the page has no marks.
 pub fn update(records: &Records, page: &Path) -> Result<()> {
     let report = &nonempty(records)?[0];
     let table = report.summary(super::peers::CUBLAS).markdown();

@@ -1,6 +1,6 @@
-//! Names of the implementations that the goals hold us against, as they stand in the records.
+//! Names of the implementations with which the goals compare us, as in the records.
 
-/// A strided batch of equal groups, one group being dense.
+/// A strided batch of equal groups; a dense product is one group.
 pub const CUBLAS: &str = "cuBLASLt";
 /// `cublasGemmGroupedBatchedEx`, groups of any size.
 pub const CUBLAS_GROUPED: &str = "cuBLAS grouped";

@@ -1,9 +1,9 @@
-//! A model of the time of a grouped product, fitted to what `hardware-check` timed.
+//! A model of the time of a grouped product, fitted to the timings of `hardware-check`.
 //!
-//! The kernels are persistent: of the tiles of a product each multiprocessor takes w = ⌈tiles / multiprocessors⌉, one after
-//! another. A tile costs a·K for an inner extent of K (its main loop) and b besides (first loads, epilogue); the kernel costs c
-//! besides (launch, last stores): `T = w (a K + b) + c`. The three are 0 or more, and fitted to all recorded timings of one
-//! product, tile and compiled code by least squares of relative errors.
+//! The kernels are persistent: the busiest multiprocessor processes w = ⌈tiles / multiprocessors⌉ tiles, one after
+//! another. A tile takes a·K for an inner extent K (its main loop) plus b (first loads, epilogue); the kernel takes c in
+//! addition (launch, last stores): `T = w (a K + b) + c`. The three coefficients are at least 0 and are fitted to all
+//! recorded timings of one product, tile and compiled code by least squares of relative errors.
 
 use super::step_costs::Product;
 use crate::device::machine::{Chip, H200_MULTIPROCESSORS, h200};
@@ -13,32 +13,33 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// Timings that a fit needs: twice its parameters.
+/// Minimum number of timings for a fit: twice the number of its parameters.
 const ENOUGH: usize = 6;
 
-/// Marks of the table in a page.
+/// Marks around the table in a page.
 const MARKS: [&str; 2] = [
     "<!-- predictions: routegrad bench --predict --update writes what follows -->",
     "<!-- end of predictions -->",
 ];
 
-/// A product that was timed with one of its tiles.
+/// The timing of a product with one of its tiles.
 #[derive(Clone, Debug)]
 struct Timing {
     case: String,
     tile: String,
-    /// Tiles in a row for the busiest multiprocessor, w.
+    /// Number of tiles that the busiest multiprocessor processes, w.
     waves: f64,
-    /// Tiles of a multiprocessor on average.
+    /// Average number of tiles per multiprocessor.
     mean: f64,
-    /// K.
+    /// Inner extent K.
     inner: f64,
     flops: f64,
     seconds: f64,
 }
 
 impl Timing {
-    /// Of a product with equal groups and a tile, not timed yet; none for a launcher that is no product, and a tile without a size.
+    /// Describes a product with equal groups and a tile, without a time; returns `None` for a launcher that is not a
+    /// product, or a tile without a size.
     fn of(launcher: &str, p: &Product, tile: &str) -> Option<Timing> {
         let (_, size) = tile.split_once(' ')?;
         let (tile_height, tile_width) = size.split_once('x')?;
@@ -63,18 +64,18 @@ impl Timing {
         })
     }
 
-    /// The factors of a, b and c.
+    /// Returns the factors of a, b and c.
     fn terms(&self) -> [f64; 3] {
         [self.waves * self.inner, self.waves, 1.0]
     }
 }
 
-/// Seconds of a unit of K in a tile's main loop, of a tile besides, and of the kernel besides.
+/// The coefficients a, b and c in seconds: per unit of K in a tile's main loop, per tile, and per kernel.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Fit([f64; 3]);
 
 impl Fit {
-    /// The least squares of relative errors among coefficients of 0 or more; none where there are too few timings.
+    /// Minimises the squared relative errors with coefficients of at least 0; returns `None` if there are too few timings.
     fn of(timings: &[&Timing]) -> Option<Fit> {
         let candidates = (1..8usize).filter_map(|used| {
             let fit = Fit::with(timings, used)?;
@@ -85,7 +86,7 @@ impl Fit {
         best.map(|(_, fit)| fit)
     }
 
-    /// The same, with the coefficients whose bits are set in `used` free and the others 0; none where one would be negative.
+    /// Fits the coefficients whose bits are set in `used`; the others are 0. Returns `None` if one would be negative.
     fn with(timings: &[&Timing], used: usize) -> Option<Fit> {
         let free: Vec<usize> = (0..3).filter(|i| used >> i & 1 == 1).collect();
         let mut rows = vec![vec![0.0; free.len() + 1]; free.len()];
@@ -110,12 +111,12 @@ impl Fit {
         terms.iter().zip(self.0).map(|(term, x)| term * x).sum()
     }
 
-    /// Relative.
+    /// Returns the relative error of the fit for a timing.
     fn error(&self, timing: &Timing) -> f64 {
         self.seconds(timing) / timing.seconds - 1.0
     }
 
-    /// Where the seconds go.
+    /// Returns the parts of the time, by cause, in seconds.
     fn losses(&self, timing: &Timing, chip: &Chip) -> [(&'static str, f64); 4] {
         let [a, b, c] = self.0;
         let peak = timing.flops / chip.peak;
@@ -129,7 +130,8 @@ impl Fit {
     }
 }
 
-/// The solution of a system of a few equations, right sides last, by Gauss's elimination with pivots; none where it is singular.
+/// Solves a small system of linear equations by Gaussian elimination with pivoting; the last number of each row is its
+/// right side. Returns `None` if the system is singular.
 fn solved(mut rows: Vec<Vec<f64>>) -> Option<Vec<f64>> {
     let n = rows.len();
     for i in 0..n {
@@ -154,16 +156,16 @@ fn solved(mut rows: Vec<Vec<f64>>) -> Option<Vec<f64>> {
     Some(solution)
 }
 
-/// Of one product, one tile and one compiled code: the timings, the fit, and what it would have said of each timing without it.
-struct Fitted {
+/// The timings of one product, tile and compiled code; their fit; and for each timing the prediction of a fit without it.
+struct FittedTimings {
     launcher: String,
     timings: Vec<Timing>,
     fit: Fit,
     left_out: Vec<f64>,
 }
 
-impl Fitted {
-    fn of((launcher, timings): (String, Vec<Timing>)) -> Option<Fitted> {
+impl FittedTimings {
+    fn of((launcher, timings): (String, Vec<Timing>)) -> Option<FittedTimings> {
         let all: Vec<&Timing> = timings.iter().collect();
         let fit = Fit::of(&all)?;
         let without = |i: usize| {
@@ -176,7 +178,7 @@ impl Fitted {
             Fit::of(&others).map_or(f64::NAN, |fit| fit.error(all[i]))
         };
         let left_out = (0..all.len()).map(without).collect();
-        Some(Fitted {
+        Some(FittedTimings {
             launcher,
             timings,
             fit,
@@ -185,37 +187,38 @@ impl Fitted {
     }
 }
 
-/// A timing and what the model says of it.
+/// A timing and its prediction.
 #[derive(Clone, Copy)]
-struct Told<'a> {
+struct Prediction<'a> {
     timing: &'a Timing,
     fit: &'a Fit,
-    /// Error of the fit to all other timings.
+    /// Relative error of the fit to all other timings.
     unseen: f64,
 }
 
-/// (timings, largest error of their fits, largest error of a timing that its fit did not see), in percent.
-fn errors<'a>(all: impl Iterator<Item = Told<'a>>) -> (usize, f64, f64) {
-    all.fold((0, 0.0, 0.0), |(count, fitted, unseen), told| {
+/// Returns the number of timings, the largest error of their fits, and the largest error of a timing that was left out of
+/// its fit; errors in percent.
+fn errors<'a>(all: impl Iterator<Item = Prediction<'a>>) -> (usize, f64, f64) {
+    all.fold((0, 0.0, 0.0), |(count, fitted, unseen), prediction| {
         let worse = |most: f64, error: f64| most.max(100.0 * error.abs());
         (
             count + 1,
-            worse(fitted, told.fit.error(told.timing)),
-            worse(unseen, told.unseen),
+            worse(fitted, prediction.fit.error(prediction.timing)),
+            worse(unseen, prediction.unseen),
         )
     })
 }
 
-/// The model and what it says of everything that was timed.
+/// The model, and its predictions for all timings.
 pub struct Model {
-    fitted: Vec<Fitted>,
+    fitted: Vec<FittedTimings>,
 }
 
 impl Model {
-    /// Fits the timings on an H200 among `records`, lines of `hardware-check`'s files.
+    /// Fits the timings on an H200 among `records`, which are lines of `hardware-check`'s files.
     ///
     /// # Errors
-    /// When no product was timed often enough.
+    /// When no product has enough timings.
     pub fn new(records: &[Value]) -> Result<Self> {
         let mut groups: BTreeMap<(String, String, String), Vec<Timing>> = BTreeMap::new();
         for record in records.iter().filter(|r| r["gpu"] == h200().name) {
@@ -231,19 +234,19 @@ impl Model {
             .into_iter()
             .filter(|(_, timings)| timings.len() >= ENOUGH)
             .map(|((launcher, _, _), timings)| (launcher, timings));
-        let fitted: Vec<Fitted> = enough.filter_map(Fitted::of).collect();
+        let fitted: Vec<FittedTimings> = enough.filter_map(FittedTimings::of).collect();
         if fitted.is_empty() {
             return Err(Error::invalid(
                 "bench --predict",
                 format!("{ENOUGH} timings or more of one product with one tile"),
                 "none in this folder",
-                "name the folder of a GPU's records with --out; routegrad hardware-check makes them",
+                "name a folder with records of a GPU with --out; routegrad hardware-check writes them",
             ));
         }
         Ok(Model { fitted })
     }
 
-    /// Seconds of a product, with the tile that takes least by the model; none where the launcher was not timed.
+    /// Returns the seconds of a product with the fastest tile of the model; `None` if the launcher was not timed.
     pub(super) fn seconds(&self, launcher: &str, product: &Product) -> Option<f64> {
         let fits = self.fitted.iter().filter(|f| f.launcher == launcher);
         let seconds = fits.filter_map(|fitted| {
@@ -253,11 +256,11 @@ impl Model {
         seconds.min_by(f64::total_cmp)
     }
 
-    /// All timings.
-    fn told(&self) -> impl Iterator<Item = Told<'_>> {
+    /// Returns the predictions for all timings.
+    fn predictions(&self) -> impl Iterator<Item = Prediction<'_>> {
         self.fitted.iter().flat_map(|fitted| {
             let each = fitted.timings.iter().zip(&fitted.left_out);
-            each.map(|(timing, unseen)| Told {
+            each.map(|(timing, unseen)| Prediction {
                 timing,
                 fit: &fitted.fit,
                 unseen: *unseen,
@@ -265,13 +268,13 @@ impl Model {
         })
     }
 
-    /// Of each case the timing with its fastest tile.
-    fn fastest(&self) -> impl Iterator<Item = Told<'_>> {
-        let mut fastest: BTreeMap<&str, Told> = BTreeMap::new();
-        for told in self.told() {
-            let best = fastest.entry(&told.timing.case).or_insert(told);
-            if told.timing.seconds < best.timing.seconds {
-                *best = told;
+    /// Returns for each case the prediction for its fastest tile.
+    fn fastest(&self) -> impl Iterator<Item = Prediction<'_>> {
+        let mut fastest: BTreeMap<&str, Prediction> = BTreeMap::new();
+        for prediction in self.predictions() {
+            let best = fastest.entry(&prediction.timing.case).or_insert(prediction);
+            if prediction.timing.seconds < best.timing.seconds {
+                *best = prediction;
             }
         }
         fastest.into_values()
@@ -292,7 +295,7 @@ impl Model {
             "launch",
             "limit",
         ]);
-        for Told {
+        for Prediction {
             timing,
             fit,
             unseen,
@@ -320,10 +323,10 @@ impl Model {
         table
     }
 
-    /// The table with its explanation, in Markdown.
+    /// Returns the table with an explanation, in Markdown.
     pub fn markdown(&self) -> String {
         let [(all, fitted, unseen), (cases, fastest, _)] =
-            [errors(self.told()), errors(self.fastest())];
+            [errors(self.predictions()), errors(self.fastest())];
         let table = self.table();
         format!(
             "The model `T = w (a K + b) + c` (w tiles in a row, inner extent K) is fitted to {all} timings of products on an \
@@ -336,7 +339,7 @@ impl Model {
         )
     }
 
-    /// Writes it into a page, between its marks.
+    /// Writes the table and its explanation into a page, between its marks.
     ///
     /// # Errors
     /// When the page has no marks, or cannot be written.
@@ -345,7 +348,7 @@ impl Model {
     }
 }
 
-/// What a record timed: (launcher, timing) for each tile.
+/// Returns the timings in a record: (launcher, timing) for each tile.
 fn timings(record: &Value) -> Vec<(String, Timing)> {
     let measured = &record["measured"];
     let case = record["task"]
@@ -388,7 +391,7 @@ mod tests {
     use crate::verify::bench::hardware_records::timed;
 
     #[test]
-    fn a_fit_finds_the_coefficients_that_made_the_timings() {
+    fn a_fit_finds_the_coefficients_that_generated_the_timings() {
         let timing = |waves: f64, inner: f64, [a, b, c]: [f64; 3]| Timing {
             case: String::new(),
             tile: String::new(),
@@ -415,7 +418,7 @@ mod tests {
                     "{fit:?} {coefficients:?}"
                 );
             }
-            // The parts are the whole.
+            // The parts add up to the total time.
             let losses = fit
                 .losses(&made[3], h200())
                 .iter()
@@ -427,10 +430,10 @@ mod tests {
     }
 
     #[test]
-    fn the_recorded_products_are_within_a_tenth() {
+    fn the_predictions_for_recorded_products_are_within_a_tenth() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");
         let model = Model::new(&timed(&folder).unwrap()).unwrap();
-        let (count, fitted, unseen) = errors(model.told());
+        let (count, fitted, unseen) = errors(model.predictions());
         assert!(count >= 150, "{count}");
         assert!(fitted < 10.5 && unseen < 12.5, "{fitted} {unseen}");
         let (_, fastest, unseen) = errors(model.fastest());

@@ -3,17 +3,17 @@
 use crate::tensor::dtype::DType;
 use crate::verify::kernels::{Buffer, Errors, Launch, Problem};
 
-/// A group on kernels.
+/// A group of cases that run as kernels.
 pub struct Kernels {
-    /// Every buffer; its launch is all there is to do, once, and leaves what the parts read.
+    /// The problem with all buffers. Its launch does the work of all parts once and writes the buffers that they read.
     pub whole: Problem,
-    /// One for each case of the group, on the same buffers.
+    /// One problem for each case of the group, on the buffers of `whole`.
     pub parts: Vec<Problem>,
-    /// Buffers whose content is the result: place, name, type.
+    /// Buffers that hold the results: index, name, dtype.
     pub outputs: Vec<(usize, &'static str, DType)>,
 }
 
-/// A launch on the buffers of another problem.
+/// Returns a problem without buffers, whose launch uses the buffers of another problem.
 pub fn part(launch: Launch) -> Problem {
     Problem {
         label: String::new(),
@@ -23,7 +23,7 @@ pub fn part(launch: Launch) -> Problem {
     }
 }
 
-/// `launch` with these buffers of its own.
+/// Returns a problem with its own buffers.
 pub fn whole(label: &str, buffers: Vec<Buffer>, launch: Launch) -> Problem {
     Problem {
         label: label.into(),

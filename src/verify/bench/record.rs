@@ -1,16 +1,17 @@
-//! What was measured: one JSON object a line, `bench-MACHINE.jsonl`. Peers in other languages write the same lines.
+//! The records of the benchmark: one JSON object per line in `bench-MACHINE.jsonl`. Peers in other languages write the
+//! same format.
 
 use crate::report::records::{self, Entry};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// Our side's name among the implementations.
+/// Name of our implementation in the records.
 pub const OURS: &str = "routegrad";
 
-/// One implementation of one case on one device.
+/// A measurement of one implementation of one case on one device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
-    /// GPU model, or processor.
+    /// GPU model, or CPU model.
     pub machine: String,
     /// cuda, cpu or sim.
     pub device: String,
@@ -18,53 +19,56 @@ pub struct Record {
     pub family: String,
     /// [`OURS`], or the peer's name.
     pub implementation: String,
-    /// Of the implementation: a commit, or a library's version.
+    /// Version of the implementation: a commit, or a library's version.
     pub version: String,
-    /// Which records were measured together.
+    /// Identifier of the run; records with the same identifier were measured together.
     pub run: String,
-    /// UTC.
+    /// Time of the measurement, UTC.
     pub date: String,
-    /// FLOPs of the mathematics, and bytes that must move; the same for every implementation.
+    /// FLOPs of the mathematical definition, equal for every implementation.
     pub flops: f64,
+    /// Minimum number of bytes that must be moved, equal for every implementation.
     pub bytes: f64,
-    /// None where it could not run: `detail` says why.
+    /// The result; `None` if it could not run: `detail` gives the reason.
     pub timing: Option<Measured>,
-    /// Seconds that it cannot go below with the ceilings of the same run; none without them.
+    /// Lower bound of the seconds from the ceilings of the same run; `None` without ceilings.
     #[serde(default)]
     pub floor_seconds: Option<f64>,
-    /// Why it did not run, or what is special about how it ran.
+    /// Why it did not run, or a special condition of the run.
     pub detail: String,
     #[serde(default)]
     pub system: String,
-    /// The driver's version on a GPU.
+    /// Version of the GPU's driver.
     #[serde(default)]
     pub driver: String,
-    /// What nvidia-smi said before and after; null where there is none.
+    /// Output of nvidia-smi before the measurement; null without nvidia-smi.
     #[serde(default)]
     pub before: Value,
     #[serde(default)]
     pub after: Value,
 }
 
-/// Medians.
+/// The result of a measurement; times are medians.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Measured {
-    /// Of the faster pass.
+    /// Median seconds of the faster pass.
     pub seconds: f64,
-    /// Median of each pass, and the spread of its middle half as a share of it.
+    /// Median seconds of each pass.
     pub passes: Vec<f64>,
+    /// Interquartile range of each pass divided by its median.
     pub spread: Vec<f64>,
-    /// Samples of a pass, and launches of a sample.
+    /// Number of samples per pass.
     pub samples: usize,
+    /// Number of launches per sample.
     pub launches: usize,
-    /// Sets of inputs, taken in turn.
+    /// Number of sets of inputs, which are used in turn.
     pub sets: usize,
     /// Whether the launches were replayed from a graph.
     pub graph: bool,
 }
 
 impl Measured {
-    /// The slower pass over the faster.
+    /// Returns the median of the slower pass divided by that of the faster.
     pub fn repeat_ratio(&self) -> f64 {
         self.passes.iter().copied().fold(0.0, f64::max) / self.seconds
     }
@@ -89,7 +93,7 @@ impl Record {
     }
 }
 
-/// Three digits that tell something, on a GPU and on a CPU; a dash for none.
+/// Formats a number with three significant digits, for GPU and CPU rates alike; returns a dash for `None`.
 pub fn told(x: Option<f64>) -> String {
     match x {
         Some(x) if x >= 99.95 => format!("{x:.0}"),
@@ -99,7 +103,7 @@ pub fn told(x: Option<f64>) -> String {
     }
 }
 
-/// All records of a folder.
+/// All records in a folder.
 pub type Records = records::Records<Record>;
 
 impl Entry for Record {
@@ -125,7 +129,7 @@ impl Entry for Record {
     }
 }
 
-/// The records of one device of one machine, to ask for ratios.
+/// The records of one device of one machine.
 pub struct View<'a>(pub Vec<&'a Record>);
 
 impl<'a> View<'a> {
@@ -135,7 +139,7 @@ impl<'a> View<'a> {
             .copied()
     }
 
-    /// Ours, measured.
+    /// Returns our records that have a result.
     pub fn ours(&self) -> impl Iterator<Item = &'a Record> {
         let ours = |r: &&&Record| r.implementation == OURS && r.timing.is_some();
         self.0.iter().filter(ours).copied()
@@ -145,19 +149,19 @@ impl<'a> View<'a> {
         self.of(case, OURS)?.seconds()
     }
 
-    /// How many times as fast as the peer we are, where both were measured.
+    /// Returns how many times as fast as the peer we are; `None` unless both were measured.
     pub fn ratio(&self, case: &str, peer: &str) -> Option<f64> {
         Some(self.of(case, peer)?.seconds()? / self.seconds(case)?)
     }
 
-    /// Every peer by name.
+    /// Returns the names of all peers, sorted.
     pub fn peers(&self) -> Vec<&'a str> {
         let names = self.0.iter().map(|r| r.implementation.as_str());
         let names: std::collections::BTreeSet<&str> = names.filter(|name| *name != OURS).collect();
         names.into_iter().collect()
     }
 
-    /// Whether what is compared was not measured together.
+    /// Returns whether the compared records come from different runs.
     pub fn mixes_runs(&self) -> bool {
         self.0.windows(2).any(|pair| pair[0].run != pair[1].run)
     }
@@ -167,7 +171,7 @@ impl<'a> View<'a> {
 pub mod tests {
     use super::*;
 
-    /// A record of ours that took so many seconds; negative: it could not run.
+    /// Returns a record that took this many seconds; a negative number stands for a case that could not run.
     pub fn record(case: &str, implementation: &str, seconds: f64) -> Record {
         Record {
             machine: "NVIDIA H200".into(),
@@ -199,7 +203,7 @@ pub mod tests {
     }
 
     #[test]
-    fn rates_and_ratios_are_those_of_the_medians() {
+    fn rates_and_ratios_are_computed_from_the_medians() {
         let (ours, theirs) = (record("a", OURS, 2e-3), record("a", "peer", 3e-3));
         assert_eq!(ours.tflops(), Some(500.0));
         assert_eq!(ours.terabytes(), Some(0.5));
@@ -216,7 +220,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_line_of_a_peer_needs_only_what_a_peer_knows() {
+    fn a_record_of_a_peer_needs_only_the_fields_that_a_peer_knows() {
         let line = r#"{"machine":"m","device":"cpu","case":"add tiny","family":"add","implementation":"torch","version":"2",
             "run":"r","date":"d","flops":0,"bytes":8,"timing":null,"detail":"no such operation"}"#;
         let record: Record = serde_json::from_str(line).unwrap();

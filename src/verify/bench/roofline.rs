@@ -1,5 +1,6 @@
-//! What a MoE layer cannot cost less than on one GPU, and what the router `default` adds to `topk` at best: a page from
-//! the formulas of `costs`, which the kernels' tests hold against the simulator's counters.
+//! Writes a page with lower bounds for the time of an MoE layer on one GPU, and for the time that the router `default`
+//! adds to `topk`. The bounds come from the formulas of `costs`, which the tests of the kernels compare with the counters
+//! of the simulator.
 
 use crate::config::count::flops_per_token;
 use crate::config::{Config, Layers};
@@ -16,24 +17,25 @@ use crate::kernels::{
     GroupedSwigluForward,
 };
 
-/// Expert settings of the page's columns.
+/// Expert settings, one per column of the page.
 pub const EXPERTS: [&str; 5] = ["8c1", "8c2", "32c1", "32c2", "32c4"];
-/// Models of the page as it stands in `docs/`.
+/// Models of the page in `docs/`.
 pub const PRESETS: [&str; 2] = ["1.96b", "7.33b"];
-/// Tokens of a micro-batch.
+/// Number of tokens of a micro-batch.
 pub const TOKENS: usize = 16_384;
 
-/// The prediction: the share of its floor's speed that what `default` adds reaches, its launches, and seconds of one.
+/// Assumptions of the prediction for the work that `default` adds: the share of the floor's speed that it reaches, the number of
+/// launches, and the seconds per launch.
 const PREDICTED_SHARE: f64 = 0.85;
 const MORE_LAUNCHES: f64 = 1.0;
 pub(super) const LAUNCH: f64 = 2e-6;
-/// The shares that sorting dy reaches alone, as measured on an H200, and with the dots of the default vectors.
+/// Shares of the floor's speed measured on an H200 for sorting dy alone, and for sorting with the dots of the default vectors.
 const SORT_SHARE: f64 = 0.75;
 const SORT_WITH_DOTS_SHARE: f64 = 0.65;
-/// The sort of dy: `embedding_forward`, or `default_dots`.
+/// Name of the kernel that sorts dy: `embedding_forward`, or `default_dots` for the router `default`.
 pub(super) const SORT_OF_DY: &str = "embedding_forward (default_dots), rows of dy";
 
-/// One kernel of the layer, as `topk` and as `default` use it.
+/// One kernel of the layer, with its costs for `topk` and for `default`.
 struct Kernel {
     name: &'static str,
     topk: Option<Cost>,
@@ -64,7 +66,7 @@ impl Kernel {
     }
 }
 
-/// Seconds of `topk`, and what `default` adds.
+/// Lower bounds in seconds: for `topk`, and for the work that `default` adds.
 #[derive(Clone, Copy, Debug, Default)]
 struct Floor {
     topk: f64,
@@ -88,7 +90,7 @@ impl Floor {
         })
     }
 
-    /// Microseconds.
+    /// Formats the bounds in microseconds.
     fn cell(self) -> String {
         let (topk, added) = (microseconds(self.topk), microseconds(self.added.abs()));
         let sign = if self.added < 0.0 { "−" } else { "+" };
@@ -109,11 +111,11 @@ fn microseconds(seconds: f64) -> String {
     }
 }
 
-/// What the launchers plan for these sizes.
+/// Workspace sizes that the launchers use for these sizes.
 struct Plan {
-    /// Partial sums of the router's weight gradient.
+    /// Number of partial sums of the router's weight gradient.
     router_partials: usize,
-    /// Partial dots of a row.
+    /// Number of partial dots of a row.
     dot_columns: usize,
 }
 
@@ -136,16 +138,16 @@ impl Plan {
     }
 }
 
-/// Partial dots of a row that the launchers plan for these sizes.
+/// Returns the number of partial dots per row that the launchers use for these sizes.
 ///
 /// # Errors
-/// When they refuse the sizes.
+/// When a launcher does not support the sizes.
 pub fn dot_columns(s: &Sizes) -> Result<usize> {
     Ok(Plan::new(s, h200())?.dot_columns)
 }
 
-/// Name and cost of each kernel of a layer's forward and backward, in order, of `default` or of `topk`, weight gradients added to
-/// or assigned. Of a kernel that runs more than once the name says for what, behind a comma.
+/// Returns the name and cost of each kernel in a layer's forward and backward, in order, for `default` or `topk`, with weight
+/// gradients accumulated or assigned. If a kernel runs more than once, its purpose follows its name after a comma.
 ///
 /// # Errors
 /// As [`dot_columns`].
@@ -162,8 +164,8 @@ pub(super) fn layer_costs(
     Ok(passes.map(|kernels| kernels.iter().filter_map(named).collect()))
 }
 
-/// The kernels of a layer's forward and backward, in order. The gradient of x by the router is added to; so are weight
-/// gradients in every micro-batch of a step but the first.
+/// Returns the kernels of a layer's forward and backward, in order. The gradient of x through the router is accumulated; so are
+/// weight gradients in every micro-batch of a step except the first.
 fn layer(s: &Sizes, accumulate: bool, chip: &Chip) -> Result<[Vec<Kernel>; 2]> {
     let Sizes {
         hidden,
@@ -233,7 +235,7 @@ struct Column {
     kernels: [Vec<Kernel>; 2],
     moe_layers: usize,
     chip: &'static Chip,
-    /// Of one micro-batch, at half of the dense bf16 peak.
+    /// Seconds of one micro-batch, at half of the dense bf16 peak.
     step_seconds: f64,
     sizes: Sizes,
 }
@@ -259,10 +261,10 @@ fn column(preset: &str, experts: &str, tokens: usize, chip: &'static Chip) -> Re
     })
 }
 
-/// The page: one table per preset, for micro-batches of `tokens` tokens on a GPU.
+/// Returns the page in Markdown: one table per preset, for micro-batches of `tokens` tokens on a GPU.
 ///
 /// # Errors
-/// When a preset is not known, or there are no tokens or more than the kernels take.
+/// When a preset does not exist, or the number of tokens is 0 or larger than the kernels support.
 pub fn page(presets: &[&str], tokens: usize, chip: &'static Chip) -> Result<String> {
     if !(1..=1 << 24).contains(&tokens) {
         let got = tokens.to_string();
@@ -393,7 +395,7 @@ mod tests {
         let products = 18.0 * TOKENS as f64 * 2048.0 * 5632.0 / H200_FLOPS_PER_SECOND;
         let whole = column.floor(column.kernels.iter().flatten());
         assert!(whole.topk > products && whole.topk < 1.15 * products);
-        // Far less than one more read of g.
+        // Much less than the time of reading g once more.
         let read = 2.0 * TOKENS as f64 * 2048.0 / H200_BYTES_PER_SECOND;
         assert!(whole.added > 0.0 && whole.added < read / 10.0);
     }

@@ -1,4 +1,4 @@
-//! One run of the benchmark: what its records share, and how they are printed.
+//! A run of the benchmark: the values that its records share, and the printed output.
 
 use super::case::{Case, Group};
 use super::ceilings::{self, Ceilings};
@@ -14,7 +14,7 @@ use crate::verify::bench::measure::Timing;
 use serde_json::{Value, json};
 use std::time::Instant;
 
-/// What every record of a run on a device shares, as a record has it.
+/// Returns the fields that all records of a run on a device share, as JSON.
 pub fn head(device: Device) -> Value {
     json!({
         "machine": machine_name(device), "device": device, "run": run_name(), "commit": machine::commit(),
@@ -22,7 +22,8 @@ pub fn head(device: Device) -> Value {
     })
 }
 
-/// Told by a script that measures with several programs, so that their records say that they belong together.
+/// Returns the identifier of the run. A script that measures with several programs sets it, so that their records have the
+/// same identifier.
 fn run_name() -> String {
     std::env::var("ROUTEGRAD_RUN").unwrap_or_else(|_| now())
 }
@@ -45,7 +46,7 @@ fn driver(device: Device) -> String {
     }
 }
 
-/// A run under way.
+/// A run in progress.
 pub struct Session<'a> {
     options: &'a Options,
     records: Records,
@@ -54,13 +55,13 @@ pub struct Session<'a> {
     start: Instant,
     left_out: usize,
     failures: usize,
-    /// Of this run.
+    /// The records of this run.
     pub measured: Vec<Record>,
 }
 
 impl<'a> Session<'a> {
     /// # Errors
-    /// When the records so far cannot be read.
+    /// When the existing records cannot be read.
     pub fn new(options: &'a Options) -> Result<Self> {
         Ok(Self {
             options,
@@ -74,10 +75,10 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Every wanted group of a device, within the budget. Records are written group by group.
+    /// Measures every selected group on a device within the time limit. Records are written after each group.
     ///
     /// # Errors
-    /// When a group fails, or a record cannot be written.
+    /// When the device cannot be used, or a record cannot be written.
     pub fn measure(&mut self, device: Device) -> Result<()> {
         device.prepare()?;
         let groups = groups(self.options, device)?;
@@ -98,7 +99,7 @@ impl<'a> Session<'a> {
         for group in &groups {
             let left = self.options.budget - self.start.elapsed().as_secs_f64();
             if estimate(group, device)? > left {
-                self.left_out += 1; // a shorter one may still fit
+                self.left_out += 1; // a shorter group may still fit
                 continue;
             }
             if let Err(why) = self.group(group, device, ceilings.as_ref()) {
@@ -108,7 +109,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// A group that fails is on record with the reason; the others go on.
+    /// Writes a record with the reason for a group that failed; the run continues with the next group.
     fn failed(&mut self, group: &Group, device: Device, why: &str) -> Result<()> {
         self.failures += 1;
         say!("FAILED  {}: {why}", group.name);
@@ -205,7 +206,7 @@ impl<'a> Session<'a> {
         self.records.save(&machine_name(device))
     }
 
-    /// The record of a peer beside ours; takes the next timing where it ran.
+    /// Returns the record of a peer; takes the next timing if the peer ran.
     fn peer<'t>(
         &self,
         name: &str,
@@ -215,7 +216,7 @@ impl<'a> Session<'a> {
         ours: &Record,
     ) -> Record {
         let timing = ran.as_ref().ok().and_then(|()| timings.next());
-        // Only the grouped call of cuBLAS is not replayed.
+        // Only the grouped call of cuBLAS is not replayed from a graph.
         let replayed = ready.graph && name != super::peers::CUBLAS_GROUPED;
         Record {
             implementation: name.into(),
@@ -253,10 +254,10 @@ impl<'a> Session<'a> {
         self.measured.push(record);
     }
 
-    /// The last lines.
+    /// Prints the last lines.
     ///
     /// # Errors
-    /// When a group failed.
+    /// When a group failed, or no case has the requested name.
     pub fn end(&self) -> Result<()> {
         let ran = self.measured.iter().filter(|r| r.timing.is_some()).count();
         let (seconds, out) = (
@@ -266,7 +267,7 @@ impl<'a> Session<'a> {
         say!("{ran} timings in {seconds:.0} s; records: {out}");
         if self.left_out > 0 {
             say!(
-                "{} groups were left for want of time: give a larger --budget",
+                "{} groups were not run for lack of time; use a larger --budget",
                 self.left_out
             );
         }
@@ -275,7 +276,7 @@ impl<'a> Session<'a> {
             return Err(Error::usage(
                 "bench --only",
                 "a part of a case's name",
-                "none that has it",
+                "text that is in no name",
                 help,
             ));
         }
@@ -291,7 +292,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// nvidia-smi's words on a GPU.
+/// Returns the state of the GPU from nvidia-smi.
 fn state(device: Device) -> Value {
     match device {
         Device::Cuda => machine::state(),
@@ -299,7 +300,7 @@ fn state(device: Device) -> Value {
     }
 }
 
-/// Clocks and temperature, or that they are not known.
+/// Formats clocks and temperature, or a sentence that they are not known.
 fn told_state(state: &Value) -> String {
     let Some(fields) = state.as_object() else {
         return "no nvidia-smi: clocks, temperature and throttling are not known".into();

@@ -1,5 +1,5 @@
-//! What the kernels of a training step must compute and move, launcher by launcher, from the configuration alone. A test holds
-//! the list against a step on the simulator.
+//! Computes the operations and bytes of the kernels of a training step, per launcher, from the configuration alone. A test
+//! compares the list with a step on the simulator.
 
 use super::roofline;
 use crate::config::{Config, Norm, Recompute};
@@ -16,7 +16,7 @@ use crate::ops::cross_entropy::{LOGIT_TOKENS, gradient_tokens};
 use crate::routers::{default, topk};
 use std::collections::BTreeMap;
 
-/// A grouped product, [`GroupedGemmForward`] or one of its gradients: rows of all groups, groups, n, k.
+/// The sizes of a grouped product, [`GroupedGemmForward`] or one of its gradients: rows of all groups, groups, n, k.
 #[derive(Clone, Copy, Debug)]
 pub struct Product {
     pub rows: usize,
@@ -25,33 +25,33 @@ pub struct Product {
     pub k: usize,
 }
 
-/// The launches of one launcher in a step.
+/// All launches of one launcher in a step.
 #[derive(Clone, Debug, Default)]
 pub struct Launches {
     pub count: usize,
-    /// Bytes and operations of all.
+    /// Bytes and operations of all launches.
     pub cost: Cost,
-    /// Sum of the least seconds of each on an H200.
+    /// Sum of the lower bounds of each launch's time on an H200, in seconds.
     pub floor: f64,
-    /// Where it is a grouped product: what each is of, and how often it is launched.
+    /// For a grouped product: the sizes, and the number of launches with each size.
     pub products: Vec<(Product, usize)>,
 }
 
-/// The launches of a step on one GPU.
+/// The launches of a step on one GPU, by launcher.
 #[derive(Clone, Debug, Default)]
 pub struct StepCosts(pub BTreeMap<&'static str, Launches>);
 
-/// Whether it is `default`.
+/// Returns whether the router is `default`.
 fn has_default_vectors(config: &Config) -> bool {
     config.router.name == default::INFO.name
 }
 
 impl StepCosts {
-    /// Of a step of `topk` or `default` without recomputation, for models as the paper's are: no shared expert, no biases, no
-    /// norms of queries and keys.
+    /// Returns the launches of a step of `topk` or `default` without recomputation, for models such as those of the paper:
+    /// without a shared expert, biases, or norms of queries and keys.
     ///
     /// # Errors
-    /// For other configurations.
+    /// When the configuration is of another kind.
     pub fn of(config: &Config) -> Result<Self> {
         let name = config.router.name.as_str();
         let (m, t) = (&config.model, &config.train);
@@ -62,7 +62,7 @@ impl StepCosts {
                 "predicted steps",
                 "router topk or default, without recomputation, biases and shared experts",
                 format!("router {name} and other settings"),
-                "see src/verify/bench/step_costs.rs for what a step is made of",
+                "see src/verify/bench/step_costs.rs for the kernels of a step",
             ));
         }
         let mut step = StepCosts::default();
@@ -73,7 +73,7 @@ impl StepCosts {
         step.add("square_sums", 1, SquareSums::cost(numbers));
         step.add("adamw_update", 1, AdamwUpdate::cost(numbers));
         step.add("step_decide", 1, Cost::default());
-        // Of ê.
+        // Update of ê.
         step.add(
             "state_commit",
             usize::from(has_default_vectors(config)),
@@ -82,12 +82,12 @@ impl StepCosts {
         Ok(step)
     }
 
-    /// Launches of all kernels.
+    /// Returns the number of launches of all kernels.
     pub fn launches(&self) -> usize {
         self.0.values().map(|l| l.count).sum()
     }
 
-    /// The least seconds of all on an H200.
+    /// Returns the sum of all lower bounds on an H200, in seconds.
     pub fn floor(&self) -> f64 {
         self.0.values().map(|l| l.floor).sum()
     }
@@ -125,7 +125,7 @@ impl StepCosts {
         self.product("grouped_gemm_weight_gradient", times, p, cost);
     }
 
-    /// The gradient of a dense weight, divided into parts.
+    /// Adds the gradient of a dense weight, which is computed in parts.
     fn dense_weight_gradient(&mut self, times: usize, p: Product, accumulate: bool) {
         let parts = GroupedGemmWeightGradient::parts(p.rows, p.n, p.k);
         if parts == 1 {
@@ -220,7 +220,8 @@ impl StepCosts {
         );
     }
 
-    /// All but the first add the layer before to the stream; past all but the last a gradient reaches it.
+    /// Adds the norms. Each norm but the first also adds the output of the previous layer to the residual stream; for each
+    /// norm but the last, a gradient arrives from the residual stream.
     fn norms(&mut self, config: &Config, tokens: usize, accumulate: bool) {
         let m = &config.model;
         let layer_norm = m.norm == Norm::LayerNorm;
@@ -284,7 +285,7 @@ impl StepCosts {
         Ok(())
     }
 
-    /// The head, its loss and their gradients, a chunk of tokens at a time.
+    /// Adds the head, its loss and their gradients, in chunks of tokens.
     fn head(&mut self, config: &Config, tokens: usize, accumulate: bool) {
         let (vocabulary, hidden) = (config.model.vocab_size, config.model.hidden);
         for first in (0..tokens).step_by(LOGIT_TOKENS) {
@@ -326,9 +327,10 @@ mod tests {
     use crate::routers;
     use crate::train::Trainer;
 
-    /// Launches of every kernel; bytes of those whose operands are read once, which a product's are not.
+    /// Compares the launches of every kernel; and the bytes of kernels that read each operand once, which excludes
+    /// products.
     #[test]
-    fn a_step_on_the_simulator_launches_and_moves_what_the_list_says() {
+    fn a_step_on_the_simulator_launches_and_moves_what_step_costs_lists() {
         for router in ["topk", "default"] {
             let mut layers = Layers::preset("tiny");
             let router_name = format!("router.name={router}");
@@ -362,7 +364,7 @@ mod tests {
             let launched: BTreeMap<_, _> = found.iter().map(|(l, e)| (*l, e.0)).collect();
             let launched: BTreeMap<_, _> = launched.into_iter().filter(|(_, n)| *n > 0).collect();
             assert_eq!(listed, launched, "{router}");
-            // The gradient of a norm's parameters counts with the norm's.
+            // The gradients of a norm's parameters are part of the cost of the norm's backward.
             found.get_mut("norm_backward").unwrap().1 += found["norm_weight_gradient"].1;
             let (mut compared, mut wrong) = (0, Vec::new());
             for (launcher, entry) in &step.0 {
@@ -371,10 +373,10 @@ mod tests {
                     let error = found[launcher].1 / bytes - 1.0;
                     println!("{router} {launcher}: {bytes:.0}, {:+.2}%", 100.0 * error);
                     let allowed = match *launcher {
-                        // Each thread reads the row of its parameter, or its id, again from cache.
+                        // Each thread reads the row of its parameter, or its id, again from the cache.
                         "adamw_update" | "square_sums" => 0.06,
                         "embedding_forward" => 0.13,
-                        // A third of the ids are met, not all.
+                        // Only a third of the ids occur.
                         "embedding_gradient" => 0.35,
                         _ => 0.02,
                     };

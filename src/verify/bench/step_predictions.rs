@@ -1,5 +1,6 @@
-//! How long training steps are expected to take on an H200, from the list of their kernels, what each launcher took in the steps
-//! that were timed on 2026-11-24, and the cost model of products; beside what steps took since, as `hardware-check` recorded it.
+//! Predicts the time of training steps on an H200 from the list of their kernels, the time of each launcher in the steps
+//! that were timed on 2026-11-24, and the cost model of products. Compares the predictions with the times that
+//! `hardware-check` has recorded since.
 
 use super::measure::median;
 use super::predict::Model;
@@ -16,7 +17,7 @@ use crate::verify::hardware::steps::on_record;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-/// Marks of the tables in a page.
+/// Marks around the tables in a page.
 const MARKS: [&str; 2] = [
     "<!-- predicted steps: routegrad bench --predict --update writes what follows -->",
     "<!-- end of predicted steps -->",
@@ -25,40 +26,42 @@ const MARKS: [&str; 2] = [
 /// The timed steps, as the program printed them.
 const RECORDED: &str = include_str!("../../../benches/results/steps-nvidia-h200.txt");
 
-/// Sequences of 2,048 tokens of a step, and of a micro-batch of the timed steps.
+/// Number of sequences of 2,048 tokens per step.
 const SEQUENCES: usize = 64;
+/// Number of sequences per micro-batch of the timed steps.
 const RECORDED_MICRO_BATCH: usize = 8;
 
-/// Kernels that have changed since: what the timed one moved in place of a byte of today's.
+/// Kernels that have changed since then, with the bytes that the timed version moved per byte of the present version.
 const CHANGED: &[(&str, f64)] = &[("cross_entropy_rows", 10.0 / 6.0)];
-/// Kernels whose time was that of a few blocks, or of one expert with all rows: they count as kernels with little to do.
+/// Kernels whose time was that of a few blocks, or of one expert with all rows; they are treated as kernels with little
+/// work.
 const LITTLE: &[&str] = &["dispatch_choices", "embedding_order", "expert_mean"];
-/// Kernels that do more in a step of `default`, and were timed there.
+/// Kernels that do more work with the router `default`; their timings come from a step of `default`.
 const OF_DEFAULT: &[&str] = &["combine", "grouped_down_forward"];
-/// Launchers whose time counts with another's.
+/// Launchers whose time is added to that of another launcher.
 const JOINED: &[(&str, &str)] = &[
     ("norm_weight_gradient", "norm_backward"),
     ("router_weight_gradient", "router_backward"),
 ];
-/// Kernels that were not there: those whose share of the roofline they are taken to reach.
+/// Kernels that did not exist then, each with the kernel whose share of the roofline they are assumed to reach.
 const LIKE: &[(&str, &str)] = &[
     ("default_dots", "embedding_forward"),
     ("qkv_rope_forward", "grouped_swiglu_forward"),
 ];
 
-/// A timed step: of the text of 2026-11-24, or of a record.
+/// A timed step: from the text of 2026-11-24, or from a record.
 #[derive(Default)]
 struct Recorded {
     /// Seconds of each launcher.
     launchers: BTreeMap<String, f64>,
-    /// Of the step.
+    /// Seconds of the step.
     seconds: f64,
-    /// Day and commit, of a record.
+    /// Date and commit of a record.
     code: String,
 }
 
 impl Recorded {
-    /// The timeline of a preset and a router.
+    /// Returns the timeline of a preset and a router.
     fn of(preset: &str, router: &str) -> Option<Recorded> {
         let command = format!("train --preset {preset} --router {router} ");
         let section = RECORDED.split("\n== ").find(|s| s.contains(&command))?;
@@ -77,7 +80,7 @@ impl Recorded {
         (found.seconds > 0.0).then_some(found)
     }
 
-    /// The latest record of a model and a router in micro-batches of this size.
+    /// Returns the latest record of a model and a router with micro-batches of this size.
     fn since(
         records: &Records,
         preset: &str,
@@ -111,7 +114,7 @@ impl Recorded {
         *self.launchers.entry(launcher.into()).or_default() += seconds;
     }
 
-    /// Shares of their rooflines that the launchers reached.
+    /// Returns the shares of their rooflines that the launchers reached.
     fn shares(&self, costs: &StepCosts) -> BTreeMap<&'static str, f64> {
         let shares = costs.0.iter().filter_map(|(launcher, launches)| {
             let seconds = self.launchers.get(*launcher)?;
@@ -141,10 +144,10 @@ struct Predicted {
     router: &'static str,
     micro_batch: usize,
     costs: StepCosts,
-    /// Seconds of each launcher.
+    /// Predicted seconds of each launcher.
     launchers: BTreeMap<&'static str, f64>,
     recorded: Option<Recorded>,
-    /// What it took since.
+    /// Seconds that the step has taken since, if there is a record.
     measured: Option<Recorded>,
     /// FLOPs of the step, as `plan` counts them.
     flops: f64,
@@ -160,7 +163,7 @@ impl Predicted {
     ) -> Result<Self> {
         let config = config(preset, router, micro_batch)?;
         let costs = StepCosts::of(&config)?;
-        // 7.33b was not timed: its kernels are taken to reach what those of 1.96b did.
+        // 7.33b was not timed: its kernels are assumed to reach the same shares as those of 1.96b.
         let timed = if preset == "7.33b" { "1.96b" } else { preset };
         let shares = |router: &str| -> Result<_> {
             let recorded = Recorded::of(timed, router).ok_or_else(|| {
@@ -175,7 +178,7 @@ impl Predicted {
             let then = StepCosts::of(&self::config(timed, router, RECORDED_MICRO_BATCH)?)?;
             Ok((recorded.shares(&then), recorded))
         };
-        // What is in both is taken from topk, whose launches are the same today.
+        // Kernels that both routers have are taken from topk, whose launches have not changed.
         let (mut shares_of_all, _) = shares("topk")?;
         let (own, recorded) = shares(router)?;
         let more = own
@@ -211,7 +214,7 @@ impl Predicted {
         })
     }
 
-    /// Measured seconds of a launcher.
+    /// Returns the measured seconds of a launcher.
     fn measured_of(&self, launcher: &str) -> Option<&f64> {
         self.measured.as_ref()?.launchers.get(launcher)
     }
@@ -245,7 +248,8 @@ pub fn update(model: &Model, folder: &Path, page: &Path) -> Result<()> {
     replace_between(page, MARKS, &markdown(model, folder)?)
 }
 
-/// The steps of three models with two routers, beside the records in `folder`, and the kernels of one of them.
+/// Returns the tables in Markdown: the steps of three models with two routers, compared with the records in `folder`, and
+/// the kernels of one step.
 ///
 /// # Errors
 /// When a preset cannot be planned, or the records cannot be read.
@@ -325,7 +329,7 @@ pub fn markdown(model: &Model, folder: &Path) -> Result<String> {
     ))
 }
 
-/// The longest kernels of a step with `topk` and with `default`.
+/// Returns a table of the longest kernels of a step with `topk` and with `default`.
 fn kernels(topk: &Predicted, default: &Predicted) -> Table {
     let mut table = Table::new(&[
         "launcher",
@@ -373,7 +377,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_timed_steps_are_read_whole() {
+    fn the_timed_steps_are_read_completely() {
         for (preset, router, ms) in [("557m", "topk", 552.69), ("1.96b", "default", 1052.73)] {
             let found = Recorded::of(preset, router).unwrap();
             assert!((1e3 * found.seconds - ms).abs() < 1e-9);
@@ -383,7 +387,7 @@ mod tests {
         assert!(Recorded::of("7.33b", "topk").is_none());
     }
 
-    /// What is predicted lies between the roofline and what the slower kernels of the timed step took.
+    /// A prediction lies between the roofline and the time with the slower kernels of the timed step.
     #[test]
     fn predictions_lie_between_roofline_and_record() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/results");

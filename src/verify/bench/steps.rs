@@ -1,4 +1,4 @@
-//! Whole optimizer steps of a preset.
+//! Complete optimizer steps of a preset.
 
 use crate::config::{Config, Layers, count};
 use crate::device::Device;
@@ -7,13 +7,13 @@ use crate::routers;
 use crate::train::Trainer;
 use serde_json::{Value, json};
 
-/// Whole training steps.
+/// Complete training steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
     pub preset: &'static str,
     pub experts: &'static str,
     pub routers: &'static [&'static str],
-    /// Of a step; micro-batches as the preset has them.
+    /// Number of sequences per step; the micro-batch is that of the preset.
     pub sequences: usize,
 }
 
@@ -27,20 +27,20 @@ fn config(step: &Step, router: &str) -> Result<Config> {
     Config::load(&layers, &routers::resolve)
 }
 
-/// Of a step: 6 a parameter and token, the causal half of attention, nothing recomputed.
+/// Returns the FLOPs of a step: 6 per parameter and token, plus the causal half of attention, without recomputation.
 ///
 /// # Errors
-/// When the preset is not known.
+/// When the preset does not exist.
 pub fn flops(step: &Step, router: &str) -> Result<f64> {
     let model = config(step, router)?.model;
     let tokens = step.sequences * model.sequence_length;
     Ok(count::flops_per_token(&model) as f64 * tokens as f64)
 }
 
-/// The model and its steps, for implementations in other languages.
+/// Returns the model and its steps as JSON, for implementations in other languages.
 ///
 /// # Errors
-/// When the preset is not known.
+/// When the preset does not exist.
 pub fn sizes(step: &Step) -> Result<Value> {
     let Config { model, train, .. } = config(step, "topk")?;
     Ok(json!({
@@ -52,14 +52,14 @@ pub fn sizes(step: &Step) -> Result<Value> {
     }))
 }
 
-/// The model, before its first step.
+/// Returns a trainer before its first step.
 ///
 /// # Errors
 /// When the model does not fit the device.
 pub fn training(step: &Step, router: &str, device: Device) -> Result<Trainer> {
     let mut config = config(step, router)?;
     config.train.device = device;
-    // A time of a step that is not finite is no measurement.
+    // The time of a step with non-finite values is not a valid measurement.
     config.train.max_skipped_steps = 1;
     Trainer::new(config)
 }

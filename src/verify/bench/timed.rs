@@ -1,4 +1,4 @@
-//! Times a group where it can run: kernels on a machine, operations and steps on the host's clock.
+//! Times a group on a device: kernels on a machine, operations and steps with the host's clock.
 
 use super::case::{Case, Group, Work};
 use super::kernels;
@@ -16,14 +16,14 @@ use half::bf16;
 struct Place<'a> {
     machine: &'a dyn Machine,
     clock: &'a dyn Clock,
-    /// Bytes of the cache past which inputs are rotated; 0: one set of inputs.
+    /// Size of the cache in bytes; larger inputs are rotated over several sets. 0: one set of inputs.
     cache: usize,
     #[cfg(feature = "cuda")]
     gpu: Option<&'a crate::device::cuda::Gpu>,
 }
 
 impl Place<'_> {
-    /// A side that launches, from graphs where the machine has them.
+    /// Returns a side that launches, from graphs if the machine supports them.
     fn side<'a>(
         &'a self,
         sets: usize,
@@ -40,32 +40,33 @@ impl Place<'_> {
     }
 }
 
-/// Seconds that each side of a case may take.
+/// Time limit in seconds of each side of a case.
 pub const SIDE_SECONDS: f64 = 0.15;
-/// Bytes of a CPU's cache, of the larger ones.
+/// Bytes of a large CPU cache.
 const CPU_CACHE: usize = 32 << 20;
-/// Bytes that the sets of a group may fill together.
+/// Maximum number of bytes of all sets of a group together.
 const MOST_BYTES: f64 = 20e9;
-/// Bytes of an output that are looked at for numbers that no kernel wrote.
+/// Number of bytes of an output that are checked for elements that no kernel wrote.
 const LOOKED_AT: usize = 64 << 20;
 
-/// Cases that are ready to be timed beside each other: our side of each, then those of other libraries.
+/// Cases that are ready to be timed together: our side of each case, followed by those of other libraries.
 pub struct Ready<'a> {
     pub cases: Vec<Case>,
     pub clock: &'a dyn Clock,
     pub sides: Vec<Side<'a>>,
-    /// Each that has a side, in order, and each that cannot with the reason.
+    /// Each peer in order: `Ok` if it has a side, otherwise the reason why it cannot run.
     pub peers: Vec<(&'static str, Result<(), String>)>,
     /// Sets of inputs, and whether our launches are replayed from graphs.
     pub sets: usize,
+    /// Whether our launches are replayed from graphs.
     pub graph: bool,
 }
 
 impl Ready<'_> {
-    /// Times the sides in turn: one untimed launch each, a plan from how long the slowest takes, then all of them.
+    /// Times the sides in turn: one untimed launch each, then a plan from the time of the slowest side, then all samples.
     ///
     /// # Errors
-    /// Those of the sides.
+    /// When a side returns an error.
     pub fn time(&mut self) -> Result<Vec<Timing>> {
         let mut slowest = 0f64;
         for side in &mut self.sides {
@@ -74,7 +75,7 @@ impl Ready<'_> {
         }
         let plan = Plan::within(SIDE_SECONDS, slowest);
         if self.graph {
-            // Every graph that the samples will replay is captured now: places to begin repeat after so many samples.
+            // Captures every graph that the samples will replay; the first sets repeat after this number of samples.
             for side in &mut self.sides {
                 for _ in 0..self.sets {
                     side(1)?;
@@ -88,10 +89,11 @@ impl Ready<'_> {
 
 type Visit<'v> = &'v mut dyn FnMut(Ready) -> Result<()>;
 
-/// Makes each case of a group that `wanted` takes ready on a device, and shows it to `visit`.
+/// Prepares the cases of a group for which `wanted` is true on a device, and passes each to `visit`.
 ///
 /// # Errors
-/// When there is no room, a launch fails, an output holds what no kernel wrote; and those of `visit`.
+/// When there is not enough memory, a launch fails, an output has elements that no kernel wrote, or `visit` returns an
+/// error.
 pub fn visit(
     group: &Group,
     device: Device,
@@ -158,7 +160,8 @@ fn on_kernels(
     Ok(())
 }
 
-/// Sets of buffers, so many that one is out of the cache when its turn comes again, as far as there is room.
+/// Returns the number of sets of buffers: enough that a set is no longer in the cache when it is used again, if they fit
+/// in memory.
 fn sets(place: &Place, kernels: &Kernels, cases: &[Case]) -> usize {
     if place.cache == 0 {
         return 1;
@@ -172,7 +175,7 @@ fn rotated(cache: usize, bytes: f64) -> usize {
     ((2.0 * cache as f64 / bytes).ceil() as usize + 1).clamp(2, 12)
 }
 
-/// Buffers start as NaN: one that is left shows a kernel that did not do its work.
+/// Checks the outputs. Buffers start as NaN, so a remaining NaN shows that a kernel did not write it.
 fn look_at(run: &Run, kernels: &Kernels) -> Result<()> {
     for (place, name, dtype) in &kernels.outputs {
         let bytes = run.content(*place, LOOKED_AT)?;
@@ -187,7 +190,7 @@ fn look_at(run: &Run, kernels: &Kernels) -> Result<()> {
     Ok(())
 }
 
-/// What an output's bytes hold.
+/// Converts an output's bytes to f32.
 pub fn numbers(bytes: &[u8], dtype: DType) -> Vec<f32> {
     match dtype {
         DType::Bf16 => {
@@ -198,7 +201,7 @@ pub fn numbers(bytes: &[u8], dtype: DType) -> Vec<f32> {
     }
 }
 
-/// Adds the sides of the libraries that do the same in this process; each with the reason where it cannot.
+/// Adds the sides of libraries that do the same work in this process; each with the reason if it cannot run.
 #[cfg(feature = "cuda")]
 fn peers<'a>(
     place: &Place<'a>,
@@ -234,7 +237,7 @@ fn peers<'a>(
         peers.push((
             super::peers::CUBLAS_GROUPED,
             grouped.map(|grouped| {
-                // It copies its sizes to the GPU at every launch, which no graph takes.
+                // It copies its sizes to the GPU at every launch, which a graph cannot capture.
                 sides.push(in_turn(runs.len(), move |set| grouped.launch(set)));
             }),
         ));
@@ -242,7 +245,7 @@ fn peers<'a>(
     Ok(peers)
 }
 
-/// As with the feature: there is no library to compare with.
+/// As with the feature `cuda`; there is no library to compare with.
 #[cfg(not(feature = "cuda"))]
 fn peers<'a>(
     _place: &Place<'a>,
@@ -253,7 +256,7 @@ fn peers<'a>(
     Ok(Vec::new())
 }
 
-/// An operation of the CPU, or steps on a device with the routers in turn.
+/// Prepares an operation on the CPU, or steps on a device with the routers in turn.
 fn on_host(
     group: &Group,
     device: Device,
@@ -299,7 +302,7 @@ fn step_side(step: &Step, router: &str, device: Device) -> Result<Side<'static>>
     }))
 }
 
-/// A step leaves launches behind that the host's clock must wait for.
+/// Waits for the launches that a step leaves unfinished, so that the host's clock includes them.
 #[cfg(feature = "cuda")]
 fn finish(device: Device) -> Result<()> {
     match device {

@@ -1,8 +1,8 @@
-//! Directional derivatives of a whole model's loss on the simulator, choices and default vectors held.
+//! Directional derivatives of a complete model's loss on the simulator, with fixed choices and default vectors.
 //!
-//! Each parameter is moved back and forth along its own gradient, so far that the loss should change by
-//! [`CHANGE`]. A gradient that lacks a term predicts another change; to see that the check notices, a fault
-//! is planted in gradients of the CPU's, which then stand for the kernels'.
+//! Each parameter is moved in both directions along its gradient, so far that the loss should change by [`CHANGE`]. A
+//! gradient that lacks a term predicts a different change. To show that the check detects this, a fault can be planted in
+//! gradients that the CPU computes, which then replace those of the kernels.
 
 use super::{Directional, is_router, norm, random_batch, rounded};
 use crate::config::{Config, Layers};
@@ -17,22 +17,21 @@ use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
 use crate::verify::fault::Fault;
 
-/// The largest relative error of a directional derivative of the loss that passes. The loss of the check's
-/// 120 tokens is uncertain by some 0.001 nats, since activations that moved are rounded to bf16 anew: 1% of
-/// `CHANGE`. The gradient itself is within 1% of the CPU's ([`TOLERANCE`](super::TOLERANCE)) for the same
-/// reason. The rest is for the curvature along the movement; the largest error seen is 3.5%. A missing term is
-/// worth more.
+/// The largest relative error of a directional derivative of the loss that passes the check. The loss of the check's 120
+/// tokens has an uncertainty of about 0.001 nats, since activations are rounded to bf16 again after a movement: this is 1%
+/// of `CHANGE`. For the same reason the gradient itself is within 1% of the CPU's ([`TOLERANCE`](super::TOLERANCE)). The
+/// rest is for the curvature along the movement; the largest observed error is 3.5%. A missing term causes a larger error.
 pub const MODEL_TOLERANCE: f64 = 0.04;
 
-/// What the loss should change by between the two ends of a movement, in nats, …
+/// Intended change of the loss between the two ends of a movement, in nats.
 const CHANGE: f64 = 0.1;
 
-/// … which is no longer than this share of the parameter's length to either side.
+/// Longest movement to either side, as a share of the parameter's norm.
 const LONGEST: f64 = 0.1;
 
 const SEQUENCES: usize = 5;
 
-/// Every balance loss on, so that every term is seen.
+/// All balance losses are enabled, so that every term has an effect.
 const SMALL: &[&str] = &[
     "model.vocab_size=64",
     "model.hidden=64",
@@ -49,7 +48,7 @@ const SMALL: &[&str] = &[
     "balance.z_coefficient=0.02",
 ];
 
-/// What is set in the models that are checked, beside the router's defaults.
+/// Settings of the checked models, in addition to the router's defaults.
 const OPTIONS: &[&[&str]] = &[
     &["model.norm=\"layernorm\"", "model.qkv_bias=true"],
     &[
@@ -65,17 +64,17 @@ const OPTIONS: &[&[&str]] = &[
     ],
 ];
 
-/// Every expert chosen, of the four of the models that are checked.
+/// All four experts of the checked models are chosen.
 const ALL_EXPERTS: &str = "model.top_k=4";
 
-/// A model to check: its router, and what is set.
+/// A model to check: its router and settings.
 pub struct ModelCheck {
     pub router: &'static str,
     pub set: Vec<&'static str>,
     surrogate: Option<Surrogate>,
 }
 
-/// A model of every router, and one of every option.
+/// Returns a model for every router, and one for every option.
 pub fn model_checks() -> Vec<ModelCheck> {
     let plain = routers::all().into_iter().map(|info| {
         let all = info.check.exact_for_all_experts.then_some(ALL_EXPERTS);
@@ -94,7 +93,7 @@ pub fn model_checks() -> Vec<ModelCheck> {
 }
 
 impl ModelCheck {
-    /// Router and settings.
+    /// Returns the name, which consists of router and settings.
     pub fn name(&self) -> String {
         [&["model", self.router], &self.set[..]].concat().join(" ")
     }
@@ -109,8 +108,8 @@ impl ModelCheck {
         Ok(config)
     }
 
-    /// The model with random bf16 numbers, the rows of matrices of unit scale; with the surrogate, if the router has one,
-    /// whose derivative its estimate is.
+    /// Returns the model with random bf16 weights, with matrix rows of unit scale. If the router's gradient is that of a
+    /// surrogate, the model uses the surrogate.
     fn model(&self, device: Device) -> Result<Model> {
         let config = self.config(device)?;
         let mut model = match self.surrogate {
@@ -141,7 +140,7 @@ impl ModelCheck {
         Ok(random_batch(&self.config(Device::Sim)?, SEQUENCES))
     }
 
-    /// The derivatives along every parameter's gradient; predicted by gradients with `fault`, if there is one.
+    /// Computes the derivatives along every parameter's gradient. With `fault`, the gradients lack the term.
     ///
     /// # Errors
     /// When the model cannot run.
@@ -199,7 +198,7 @@ impl ModelCheck {
         Ok(found)
     }
 
-    /// The CPU's gradients with a term left out, of the choices that `model` made.
+    /// Returns the CPU's gradients without a term, for the choices that `model` made.
     fn faulty(&self, model: &Model, fault: Fault) -> Result<Gradients> {
         let on_cpu = self.model(Device::Cpu)?;
         let mut recorded = model.layer_states_mut();
@@ -218,7 +217,7 @@ impl ModelCheck {
     }
 }
 
-/// The loss of a batch, and its gradients.
+/// Returns the loss of a batch, and its gradients.
 fn loss(model: &Model, batch: &Batch, phase: Phase, store: Option<&mut Gradients>) -> Result<f64> {
     let (tape, weights) = (Tape::new(), model.weights());
     let losses = model.loss(&tape, &weights, batch.all(), Pass::single(phase))?;

@@ -1,4 +1,4 @@
-//! Timing attention, forward and backward, at the widths of the models: with as many key heads as query heads, as in the
+//! Times attention, forward and backward, with the shapes of the models: with as many key heads as query heads, as in the
 //! presets, and with a quarter of them.
 
 use crate::device::Device;
@@ -10,11 +10,11 @@ use crate::verify::bench::measure::Timing;
 use crate::verify::bench::timed;
 use serde_json::{Value, json};
 
-/// Tokens of a launch, and channels of all query heads: the attention of 7.33b.
+/// Tokens per launch, and channels of all query heads: the attention of 7.33b.
 const TOKENS: usize = 16_384;
 const CHANNELS: usize = 2048;
 
-/// Sequences of 2048 and 8192, heads 64 and 128 wide.
+/// Returns groups with sequences of 2048 and 8192 tokens, and heads of width 64 and 128.
 pub fn groups() -> Vec<Group> {
     let mut groups = Vec::new();
     for queries_a_key in [1, 4] {
@@ -48,7 +48,7 @@ fn group(name: String, sizes: AttentionSizes) -> Group {
     }
 }
 
-/// Both directions of each, with the launcher's name first.
+/// Returns the cases of forward and backward for each group; a case's name begins with the launcher's name.
 ///
 /// # Errors
 /// As [`Group::cases`].
@@ -60,10 +60,10 @@ pub fn cases() -> Result<Vec<Case>> {
     Ok(cases.into_iter().flatten().collect())
 }
 
-/// Times the case called `name`.
+/// Times the case called `name`. Returns a sentence and the measurements.
 ///
 /// # Errors
-/// When there is none, or it cannot run.
+/// When there is no such case, or it cannot run.
 pub fn time(name: &str, device: Device) -> Result<(String, Value)> {
     for group in groups() {
         if let Some(found) = time_in(&group, name, device)? {
@@ -78,7 +78,7 @@ pub fn time(name: &str, device: Device) -> Result<(String, Value)> {
     ))
 }
 
-/// Times a case of a group, if it is one of its cases.
+/// Times a case of a group; returns `None` if it is not a case of this group.
 fn time_in(group: &Group, name: &str, device: Device) -> Result<Option<(String, Value)>> {
     let wanted = |case: &Case| case.name == name;
     let mut found = None;
@@ -92,7 +92,7 @@ fn time_in(group: &Group, name: &str, device: Device) -> Result<Option<(String, 
     Ok(found)
 }
 
-/// As `timing` reports a product.
+/// Returns the results in the format that `timing` uses for a product.
 fn report(case: &Case, timing: &Timing, sets: usize) -> (String, Value) {
     let seconds = timing.seconds();
     let floor: f64 = case.costs.iter().map(Cost::floor).sum();
@@ -118,7 +118,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_case_is_timed_on_the_simulator_and_told_in_causal_flops() {
+    fn a_case_is_timed_on_the_simulator_and_reported_in_causal_flops() {
         let sizes = AttentionSizes {
             sequences: 1,
             sequence: 128,

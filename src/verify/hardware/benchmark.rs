@@ -1,4 +1,5 @@
-//! The benchmark's core set as the queue's last task: it keeps records of its own, `bench-MACHINE.jsonl` in the same folder.
+//! The benchmark's core set as the last task of the queue. It writes its own records, `bench-MACHINE.jsonl`, in the same
+//! folder.
 
 use super::outcome::Outcome;
 use super::place::Place;
@@ -10,14 +11,15 @@ use crate::verify::bench::record::{OURS, Record, Records};
 use serde_json::json;
 use std::process::{Command, Stdio};
 
-/// Seconds that it ends within, peers in Python included.
+/// Time limit of the benchmark in seconds, including the peers in Python.
 pub const SECONDS: f64 = 420.0;
-/// The command that measures ours and the peers in one run, called with seconds and folder: `run.sh bench` of a bundle.
+/// Environment variable with a command that measures our kernels and the peers in one run; its arguments are seconds and
+/// folder. In a bundle it is `run.sh bench`.
 pub const VARIABLE: &str = "ROUTEGRAD_BENCH";
-/// How a run is told its name.
+/// Environment variable that sets the identifier of the run.
 const RUN: &str = "ROUTEGRAD_RUN";
 
-/// Measures, and counts what the run left on record. `planted`: no case has the name that is asked for.
+/// Runs the benchmark and counts the records that it wrote. `planted`: selects a case name that does not exist.
 ///
 /// # Errors
 /// When the command cannot be started, or the records cannot be read.

@@ -1,12 +1,13 @@
-//! What a record is tied to: a digest of the code that its task ran. When that changes, the task is unproven and runs again.
+//! Digests of the code that a task runs. A record contains the digest; if the code changes, the task counts as unproven
+//! and runs again.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// In place of a `.cu` file: a whole step, of all kernels and of `SOURCES`.
+/// Used in place of the name of a `.cu` file for a complete step, which depends on all kernels and on `SOURCES`.
 pub const STEP: &str = "a whole step";
 
-/// Where it is decided what a step launches, trains on and saves, and what it is held against.
+/// The sources that determine what a step launches, which data it trains on, what it saves, and what it is compared with.
 const SOURCES: [&str; 13] = [
     "configs",
     "src/config",
@@ -23,10 +24,11 @@ const SOURCES: [&str; 13] = [
     "benches/results/curves",
 ];
 
-/// Tells the digest of `SOURCES` where they are not: scripts/bundle sets it.
+/// Environment variable with the digest of `SOURCES` for machines without the sources; scripts/bundle sets it.
 pub const VARIABLE: &str = "ROUTEGRAD_SOURCES";
 
-/// The digest of `source`, a `.cu` file's name or [`STEP`]; none in a build without nvcc, or where the sources are unknown.
+/// Returns the digest of `source`, which is the name of a `.cu` file or [`STEP`]; `None` in a build without nvcc, or if
+/// the sources are not known.
 pub fn code(source: &str) -> Option<String> {
     let kernels = option_env!("ROUTEGRAD_CODE")?;
     if source == STEP {
@@ -38,7 +40,7 @@ pub fn code(source: &str) -> Option<String> {
     hash.map(str::to_string)
 }
 
-/// The digest of `SOURCES`: told by the environment, or read in the folder of the project.
+/// Returns the digest of `SOURCES` from the environment, or computes it in the project's folder.
 pub fn sources() -> Option<&'static str> {
     static FOUND: OnceLock<Option<String>> = OnceLock::new();
     let found = FOUND.get_or_init(|| {
@@ -52,7 +54,7 @@ fn short(hash: &blake3::Hash) -> String {
     hash.to_hex()[..16].to_string()
 }
 
-/// Of names and contents; none where one is missing.
+/// Returns a digest of names and contents; `None` if a file is missing.
 fn digest(root: &Path) -> Option<String> {
     let mut hash = blake3::Hasher::new();
     for source in SOURCES {
@@ -70,7 +72,7 @@ fn digest(root: &Path) -> Option<String> {
 
 fn collect(path: &Path, found: &mut Vec<PathBuf>) -> std::io::Result<()> {
     if !path.is_dir() {
-        // A name that is neither shows when it is read.
+        // A path that is neither a file nor a folder causes an error when it is read.
         found.push(path.to_path_buf());
         return Ok(());
     }

@@ -1,5 +1,5 @@
-//! NCCL's calls in the graph of a step, as one GPU can show them: a rank alone that gathers as several do gives the bytes of a step
-//! without that, and is not slower by more than the calls may cost. It sends nothing, since a rank sends nothing to itself.
+//! Checks NCCL calls in the graph of a step on a single GPU: one rank that gathers as several ranks do must compute the same bytes as a
+//! step without the calls, and must not be slower by more than a limit. It sends nothing, because a rank sends nothing to itself.
 
 use super::outcome::Outcome;
 use super::record::Ending;
@@ -13,11 +13,12 @@ use crate::verify::bench::measure::median;
 use serde_json::json;
 use std::time::Instant;
 
-/// By how much the calls may make a step slower that takes at least so many seconds; in a shorter one they are most of the work.
+/// Largest relative slowdown by the calls for steps of at least `LONG` seconds; in shorter steps the calls are most of the
+/// work.
 const SLOWER: f64 = 0.005;
 const LONG: f64 = 0.05;
 
-/// A run of [`WARM`] and some more steps.
+/// A run of [`WARM`] steps and some more.
 struct Run {
     digests: Vec<(String, blake3::Hash)>,
     losses: Vec<u64>,
@@ -26,10 +27,11 @@ struct Run {
     uncaptured: Option<String>,
 }
 
-/// Trains twice without NCCL and twice with it, in turn, and compares. `planted`: with it from another seed.
+/// Trains twice without NCCL and twice with it, in turn, and compares the runs. `planted`: the runs with NCCL use another
+/// seed.
 ///
 /// # Errors
-/// When NCCL refuses, or a step cannot be taken.
+/// When NCCL returns an error, or a step fails.
 pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
     let device = config.train.device;
     if let Err(why) = nccl::available(device) {
@@ -51,14 +53,14 @@ pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
     let uncaptured = all.clone().find_map(|run| run.uncaptured.clone());
     let unreplayed = all.clone().any(|run| run.replays != steps);
     let unreplayed = unreplayed.then(|| "not every step replayed its graph".to_string());
-    // The better half of each, so that what else the machine did counts less.
+    // Uses the faster half of the steps of each kind, so that other work on the machine has less effect.
     let best = |runs: &[Run]| {
         let medians = runs.iter().map(|run| median(&run.seconds).0);
         medians.fold(f64::INFINITY, f64::min)
     };
     let (without, with) = (best(&plain), best(&connected));
     let slower = with / without - 1.0;
-    // The simulator's time says nothing of a GPU's.
+    // Times on the simulator say nothing about a GPU.
     let judged = device == Device::Cuda && without >= LONG;
     let slow = (judged && !(slower <= SLOWER)).then(|| {
         format!(
@@ -113,7 +115,7 @@ fn run(config: &Config, connected: bool, steps: u64) -> Result<(Run, Option<Stri
     Ok((found, library))
 }
 
-/// What is first different between two runs.
+/// Returns the name of the first value that differs between two runs.
 fn differs(a: &Run, b: &Run) -> Option<String> {
     let loss = a.losses.iter().zip(&b.losses).position(|(a, b)| a != b);
     let loss = loss.map(|i| format!("losses and norm of step {}", i / 3 + 1));

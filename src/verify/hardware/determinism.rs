@@ -1,4 +1,4 @@
-//! Two runs give the same bytes: of every loss, weight, moment and whatever a router keeps.
+//! Checks that two runs compute the same bytes: all losses, weights, moments and router states.
 
 use super::outcome::Outcome;
 use super::steps::{strict_trainer, uncaptured};
@@ -8,10 +8,10 @@ use serde_json::json;
 
 type Digest = (String, blake3::Hash);
 
-/// Trains twice and compares. `planted`: the second time from another seed.
+/// Trains twice and compares. `planted`: the second run uses another seed.
 ///
 /// # Errors
-/// When a step cannot be taken.
+/// When a step fails.
 pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
     let (first, uncaptured) = run(config, steps)?;
     let mut config = config.clone();
@@ -40,7 +40,7 @@ pub fn check(config: &Config, steps: u64, planted: bool) -> Result<Outcome> {
     Ok(Outcome::judged(wrong, right, measured))
 }
 
-/// Digests of the losses, one a step, and of all that is trained; and why no graph was replayed.
+/// Returns digests of the losses of each step and of everything that is trained, and the reason if no graph was replayed.
 fn run(config: &Config, steps: u64) -> Result<(Vec<Digest>, Option<String>)> {
     let mut training = strict_trainer(config.clone())?;
     let mut found = Vec::new();

@@ -1,38 +1,39 @@
-//! What the hardware check asks.
+//! The kinds of tasks of the hardware check.
 
-/// What is asked of a case.
+/// What a task checks or measures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Every problem agrees with its reference, and a second run gives the same bytes.
+    /// Every problem agrees with its reference, and a second run computes the same bytes.
     Agrees,
-    /// Captured as a graph and replayed, it gives the bytes of the eager run.
+    /// A captured and replayed graph computes the bytes of the eager run.
     Replays,
-    /// A whole step waits for nothing, repeats its addresses, takes the planned memory; with a NaN it leaves no trace.
+    /// A complete step does not wait, uses the same addresses again, and needs the planned memory; a step with a NaN
+    /// changes no state.
     NoHostSync,
-    /// Two runs give the same bytes.
+    /// Two runs compute the same bytes.
     Determinism,
-    /// The loss is that of the processor.
+    /// The loss equals that of the CPU, within a tolerance.
     LossParity,
-    /// A step with NCCL's calls of one rank in its graph gives the bytes of one without, and costs no more.
+    /// A step with the NCCL calls of one rank in its graph computes the bytes of a step without them, and is not slower.
     Connects,
-    /// Several GPUs: the same bytes twice, and how much faster they are than one.
+    /// On several GPUs, two runs compute the same bytes; measures how much faster they are than one GPU.
     Scales,
-    /// `compute-sanitizer --tool memcheck` finds nothing.
+    /// `compute-sanitizer --tool memcheck` finds no errors.
     Memcheck,
-    /// How fast whole steps are.
+    /// The speed of complete steps.
     Throughput,
-    /// A run that was killed goes on from its checkpoint, and what saving costs.
+    /// A killed run continues from its checkpoint; measures the cost of saving.
     Resume,
-    /// How fast a kernel is, products beside cuBLAS.
+    /// The speed of a kernel; products are compared with cuBLAS.
     Timed,
-    /// The benchmark's core set, peers included.
+    /// The benchmark's core set, including peers.
     Bench,
-    /// `compute-sanitizer --tool racecheck` finds nothing: last, since it takes minutes where it does not hang.
+    /// `compute-sanitizer --tool racecheck` finds no errors. It is last because it takes minutes if it does not hang.
     Racecheck,
 }
 
 impl Kind {
-    /// The first word of its tasks' names, in the records too.
+    /// Returns the first word of the names of its tasks, which is also used in the records.
     pub fn verb(self) -> &'static str {
         match self {
             Kind::Agrees => "agrees",

@@ -1,5 +1,5 @@
-//! The loss of a run on a device with kernels against the same run on the processor, whose curve was recorded beforehand:
-//! it takes the processor minutes that a GPU should not wait for.
+//! Compares the loss of a run on a device with kernels with the same run on the CPU. The CPU's loss curve was recorded
+//! earlier, since it takes the CPU minutes, for which a GPU should not wait.
 
 use super::outcome::Outcome;
 use super::place::Place;
@@ -13,20 +13,20 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Where the curves are, in the folder of the records.
+/// Subfolder for the curves in the folder of the records.
 const CURVES: &str = "curves";
-/// Steps at the end whose mean is compared, and by how much it may differ.
+/// The mean loss of this number of last steps is compared, with this relative tolerance.
 const LAST: usize = 20;
 const TOLERANCE: f64 = 0.01;
 
-/// The losses of a run on the processor.
+/// The losses of a run on the CPU.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Curve {
     pub case: String,
     pub preset: String,
-    /// Keys that differ from the preset's: the curve is of no other run.
+    /// Keys that differ from the preset's. The curve is valid only for these settings.
     pub set: Vec<String>,
-    /// Nats a token, one a step.
+    /// Loss of each step in nats per token.
     pub losses: Vec<f64>,
     pub date: String,
     pub commit: String,
@@ -34,10 +34,10 @@ pub struct Curve {
     pub seconds: f64,
 }
 
-/// Losses of the first `steps` steps.
+/// Returns the losses of the first `steps` steps.
 ///
 /// # Errors
-/// When a step cannot be taken.
+/// When a step fails.
 pub fn losses(case: &StepCase, device: Device, steps: u64, faster: f64) -> Result<Vec<f64>> {
     let mut config = case.config(device)?;
     config.train.learning_rate *= faster;
@@ -48,10 +48,10 @@ pub fn losses(case: &StepCase, device: Device, steps: u64, faster: f64) -> Resul
 }
 
 impl Curve {
-    /// Trains on the processor.
+    /// Trains on the CPU and returns the curve.
     ///
     /// # Errors
-    /// When a step cannot be taken.
+    /// When a step fails.
     pub fn record(case: &StepCase) -> Result<Self> {
         let start = Instant::now();
         let losses = losses(case, Device::Cpu, case.steps, 1.0)?;
@@ -67,10 +67,10 @@ impl Curve {
         })
     }
 
-    /// The recorded curve of `case`.
+    /// Reads the recorded curve of `case`.
     ///
     /// # Errors
-    /// When there is none, or it is of another run.
+    /// When there is no curve, or it belongs to other settings.
     pub fn read(folder: &Path, case: &StepCase) -> Result<Self> {
         let path = path(folder, case);
         let help = "record it: routegrad hardware-check --record-curves";
@@ -98,10 +98,10 @@ fn path(folder: &Path, case: &StepCase) -> PathBuf {
     folder.join(CURVES).join(name).with_extension("json")
 }
 
-/// Records the processor's curve of every case whose name contains `only`.
+/// Records the CPU's curve of every case whose name contains `only`.
 ///
 /// # Errors
-/// When a step cannot be taken, or a file written.
+/// When a step fails, or a file cannot be written.
 pub fn record(folder: &Path, only: Option<&str>) -> Result<()> {
     let wanted = |case: &StepCase| only.is_none_or(|only| case.name.contains(only));
     for case in steps::curves().iter().filter(|case| wanted(case)) {
@@ -120,13 +120,13 @@ pub fn record(folder: &Path, only: Option<&str>) -> Result<()> {
     Ok(())
 }
 
-/// Trains on the device and compares. `planted`: at half the learning rate.
+/// Trains on the device and compares. `planted`: uses half the learning rate.
 ///
 /// # Errors
-/// When a step cannot be taken, or there is no curve.
+/// When a step fails, or there is no curve.
 pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
     let curve = match place.device {
-        // The simulator's rehearsal is short enough to ask the processor at once.
+        // The run for the simulator is short enough to train on the CPU immediately.
         Device::Sim => Curve::record(case)?,
         _ => Curve::read(&place.out, case)?,
     };
@@ -158,7 +158,7 @@ fn compared(curve: &Curve, losses: &[f64]) -> Outcome {
     Outcome::judged(wrong, text, measured)
 }
 
-/// The mean of the last steps.
+/// Returns the mean of the last steps.
 fn last(losses: &[f64]) -> f64 {
     let tail = &losses[losses.len().saturating_sub(LAST)..];
     tail.iter().sum::<f64>() / tail.len() as f64
@@ -171,7 +171,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_recorded_curves_are_of_this_configuration_and_of_todays_processor() {
+    fn the_recorded_curves_match_the_present_configuration_and_cpu_results() {
         for case in steps::curves() {
             let curve = Curve::read(Path::new(FOLDER), &case).unwrap();
             let now = losses(&case, Device::Cpu, 2, 1.0).unwrap();
@@ -187,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loss_that_ends_higher_or_in_nan_is_no_agreement() {
+    fn a_loss_that_ends_higher_or_in_nan_does_not_agree() {
         let case = &steps::curves()[0];
         let curve = Curve {
             case: case.name.clone(),
@@ -206,7 +206,7 @@ mod tests {
             let found = compared(&curve, &losses);
             assert_eq!(found.ending, Ending::Failed, "{}", found.detail);
         }
-        // What is early does not count.
+        // Early steps have no effect.
         let mut losses = curve.losses.clone();
         losses[0] = 7.0;
         assert_eq!(compared(&curve, &losses).ending, Ending::Passed);

@@ -1,9 +1,9 @@
-//! The hardware queue: proves and measures on a GPU what only a GPU can show.
+//! The hardware check: proves and measures on a GPU what cannot be shown without one.
 //!
-//! [`check`] runs every task that has no record yet, most important first, within a time budget, and writes the records as
-//! it goes. Each task runs in a process of its own with a time limit, so that a kernel that hangs or faults loses nothing
-//! but itself. On the simulator the tasks of whole steps run at a small size, which shows that they would tell what is wrong.
-//! [`status::table`] renders what is proven.
+//! [`check`] runs every task that has no record yet, most important first, within a time limit, and writes each record
+//! when the task ends. Each task runs in its own process with a time limit, so that a kernel that hangs or faults affects
+//! only its own task. On the simulator, the tasks of complete steps run at a small size, which shows that they detect
+//! errors. [`status::table`] writes a table of what is proven.
 
 pub mod attention;
 mod benchmark;
@@ -37,20 +37,20 @@ use record::{Ending, Record, Records};
 use std::time::Instant;
 use task::Task;
 
-/// What [`check`] is asked to do.
+/// Options of [`check`].
 pub struct Options {
     pub place: Place,
-    /// Seconds to end within; no task starts that is likely to end later.
+    /// Time limit in seconds. A task that would probably end later is not started.
     pub budget: f64,
-    /// Say what would run, and run nothing.
+    /// List the tasks that would run, and run nothing.
     pub list: bool,
-    /// Run only tasks whose name contains this.
+    /// Run only tasks whose names contain this text.
     pub only: Option<String>,
-    /// Run tasks again that have passed.
+    /// Also run tasks that have already passed.
     pub again: bool,
 }
 
-/// Runs what has no record yet, untried tasks before failed ones.
+/// Runs the tasks that have no record of success: first those that were never tried, then those that failed.
 ///
 /// # Errors
 /// When there is no usable GPU, a record cannot be written, or a task failed.
@@ -102,12 +102,12 @@ pub fn check(options: &Options) -> Result<()> {
     for (i, task) in tasks.iter().enumerate() {
         let remaining = options.budget - start.elapsed().as_secs_f64();
         if remaining < task.estimate {
-            continue; // a shorter one may still fit
+            continue; // a shorter task may still fit
         }
         let Some(record) = visit.run(task, remaining)? else {
             continue;
         };
-        // Saved before it is told: nobody may read the output any more.
+        // The record is saved before it is printed, since printing fails if the reader has closed the pipe.
         records.insert(record.clone());
         records.save(&visit.gpu)?;
         let (ending, seconds) = (label(record.ending), record.seconds);
@@ -117,11 +117,11 @@ pub fn check(options: &Options) -> Result<()> {
         failed += usize::from(matches!(record.ending, Ending::Failed | Ending::TimedOut));
     }
     let (left, out) = (tasks.len() - ran, options.place.out.display());
-    say!("{ran} ran, {failed} failed, {left} left for want of time; records: {out}");
+    say!("{ran} ran, {failed} failed, {left} not run for lack of time; records: {out}");
     if failed == 0 {
         return Ok(());
     }
-    let help = "their records say what; a kernel that differs from the simulator is a bug of both";
+    let help = "their records name the faults; a difference between a kernel and the simulator is a bug in one of them";
     let got = format!("{failed} that failed");
     Err(Error::invalid(
         "hardware-check",
@@ -140,7 +140,7 @@ fn label(ending: Ending) -> &'static str {
     }
 }
 
-/// The tasks to run in order, and the number of those done.
+/// Returns the tasks to run, in order, and the number of finished tasks.
 fn pending(options: &Options, records: &Records, gpu: Option<&str>) -> (Vec<Task>, usize) {
     let wanted = |task: &Task| {
         options
@@ -170,14 +170,14 @@ fn pending(options: &Options, records: &Records, gpu: Option<&str>) -> (Vec<Task
     (tasks, done)
 }
 
-/// What every record of one run of the program shares.
+/// The values that all records of one run of the program share.
 struct Visit {
     gpu: String,
     place: Place,
     commit: String,
     driver: String,
     system: String,
-    /// The GPU's state after the last task.
+    /// State of the GPU after the previous task.
     state: serde_json::Value,
 }
 
@@ -195,7 +195,7 @@ impl Visit {
         }
     }
 
-    /// Runs a task in a process of its own; no record when the time ran out before the task's own limit.
+    /// Runs a task in its own process; returns no record if the remaining time ended before the time limit of the task.
     fn run(&mut self, task: &Task, remaining: f64) -> Result<Option<Record>> {
         let start = Instant::now();
         let limit = task.limit().min(remaining + 10.0);
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_on_record_does_not_run_again_and_what_failed_comes_last() {
+    fn recorded_tasks_do_not_run_again_and_failed_tasks_come_last() {
         let folder = tempfile::tempdir().unwrap();
         let mut records = Records::open(folder.path()).unwrap();
         let names = |records: &Records, options: &Options| {
@@ -259,7 +259,7 @@ mod tests {
         let all = names(&records, &options(None));
         assert_eq!(all.len(), task::queue(Device::Cuda).len());
         if !cfg!(routegrad_cuda) {
-            return; // without code there are no keys
+            return; // without compiled code there are no keys
         }
         let mut add = |task: &str, ending, code: &str| {
             let null = serde_json::Value::Null;
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn a_filter_keeps_the_tasks_that_it_names() {
+    fn a_filter_selects_the_tasks_whose_names_contain_it() {
         let records = Records::open(std::path::Path::new("/nonexistent")).unwrap();
         let (tasks, _) = pending(&options(Some("memcheck: dispatch")), &records, None);
         assert!(

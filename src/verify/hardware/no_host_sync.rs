@@ -1,5 +1,6 @@
-//! A step as the host sees it: after the first ones it asks for no memory, waits for nothing and gives its kernels the
-//! addresses of the step before; a step that is not finite leaves no trace; the memory is what was planned.
+//! Checks a step from the host's side. After the first steps, a step allocates no memory, does not wait, and passes the
+//! same addresses to its kernels as the previous step; a step with non-finite values changes no state; and the memory
+//! equals the planned amount.
 
 use super::outcome::Outcome;
 use super::steps::{WARM, memory_judged, planned, strict_trainer, uncaptured, unplanned};
@@ -11,10 +12,10 @@ use crate::train::Trainer;
 use crate::train::step::StepReport;
 use serde_json::{Value, json};
 
-/// Takes the steps and judges them.
+/// Runs the steps and checks them.
 ///
 /// # Errors
-/// When a step cannot be taken.
+/// When a step fails.
 pub fn check(config: Config, planted: bool) -> Result<Outcome> {
     let planned = planned(&config)?;
     let (device, graph) = (config.train.device, config.train.graph);
@@ -59,7 +60,7 @@ fn of(c: Counters) -> Value {
     })
 }
 
-/// A step, with what it counted up to its report. `planted`: the host reads a weight meanwhile.
+/// Runs a step and returns its counters up to its report. `planted`: the host reads a weight in the meantime.
 fn counted(training: &mut Trainer, planted: bool) -> Result<(Counters, StepReport)> {
     counters::take();
     let launched = training.launch()?;
@@ -88,7 +89,8 @@ fn unsteady(one: Counters, next: Counters, graph: bool) -> Option<String> {
     })
 }
 
-/// What a step with a NaN was refused for, and what is wrong where it left a trace. `planted`: a weight is changed behind it.
+/// Returns the reason why a step with a NaN was skipped, and an error if the step changed state. `planted`: a weight is
+/// changed after the step.
 fn not_finite(training: &mut Trainer, planted: bool) -> Result<(Option<String>, Option<String>)> {
     // The embedding of a token that the second micro-batch reads.
     let tokens = training.next_batch().tokens;
@@ -112,7 +114,7 @@ fn not_finite(training: &mut Trainer, planted: bool) -> Result<(Option<String>, 
         (_, Some(((name, _), _))) => Some(format!("a refused step changed: {name}")),
         _ => None,
     };
-    // And the next one is as if nothing had been.
+    // The next step must be the same as if the skipped step had not happened.
     training.model.parameters[0].value = kept;
     training.step()?;
     Ok((refused, wrong))

@@ -1,10 +1,10 @@
-//! How a task ended, as its process tells it.
+//! The outcome of a task, as its process reports it.
 
 use super::record::Ending;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// What a task's process tells the one that started it, as one line of JSON.
+/// The outcome that a task's process prints as one line of JSON for its parent process.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Outcome {
     pub ending: Ending,
@@ -21,7 +21,7 @@ impl Outcome {
         }
     }
 
-    /// Failed with everything that is `wrong`, or passed with what was `right`.
+    /// Failed, with all messages in `wrong`; passed, with the message `right`, if there are none.
     pub fn judged(wrong: impl IntoIterator<Item = String>, right: String, measured: Value) -> Self {
         let wrong: Vec<String> = wrong.into_iter().collect();
         let outcome = match wrong.is_empty() {

@@ -3,47 +3,47 @@
 use crate::device::Device;
 use std::path::PathBuf;
 
-/// Where records are kept.
+/// Folder of the records.
 pub const FOLDER: &str = "benches/results";
 
-/// Where tasks run.
+/// The device and folder of the tasks.
 #[derive(Clone, Debug)]
 pub struct Place {
     /// A GPU, or the simulator.
     pub device: Device,
     /// Folder of the records.
     pub out: PathBuf,
-    /// Every task of a whole step does something wrong on purpose, which it must tell.
+    /// Whether every task of complete steps plants a fault, which it must detect.
     pub planted: bool,
 }
 
-/// The GPU that this process can use; or one sentence that says why there is none.
+/// Returns the name of the GPU that this process can use, or a sentence with the reason why there is none.
 #[cfg(feature = "cuda")]
 pub fn gpu_name() -> Result<String, String> {
-    // Closed at once: the tasks open it in their own processes.
+    // The GPU is closed again immediately: each task opens it in its own process.
     crate::device::cuda::Gpu::open().map(|gpu| gpu.name.clone())
 }
 
-/// The same in a build that can use none.
+/// Always an error, since this build does not support GPUs.
 #[cfg(not(feature = "cuda"))]
 pub fn gpu_name() -> Result<String, String> {
     Err("this build has no cuda device: build with --features cuda".into())
 }
 
-/// The number of GPUs.
+/// Returns the number of GPUs.
 #[cfg(feature = "cuda")]
 pub fn gpu_count() -> Result<usize, String> {
     crate::device::cuda::Gpu::count()
 }
 
-/// The same in a build that can use none.
+/// Always an error, since this build does not support GPUs.
 #[cfg(not(feature = "cuda"))]
 pub fn gpu_count() -> Result<usize, String> {
     gpu_name().map(|_| 0)
 }
 
-/// A GPU's name for records. Where a Hopper GPU runs the kernels for GPUs without wgmma (`ROUTEGRAD_ARCHS=90`), the name says so:
-/// what is proven of those is not of the others.
+/// Returns the GPU's name for records. If a Hopper GPU runs the kernels for GPUs without wgmma (`ROUTEGRAD_ARCHS=90`), the
+/// name includes this, because a proof of these kernels is not a proof of the others.
 pub fn with_kernels(gpu: String) -> String {
     match crate::device::built_for().eq(["90"]) {
         true => gpu + " mma.sync",
@@ -51,7 +51,7 @@ pub fn with_kernels(gpu: String) -> String {
     }
 }
 
-/// The machine that the records are of; or one sentence that says why there is none.
+/// Returns the name of the machine for records, or a sentence with the reason why there is none.
 pub fn machine_name(device: Device) -> Result<String, String> {
     match device {
         Device::Sim => Ok("simulator".into()),

@@ -1,4 +1,4 @@
-//! The processes that tasks run in.
+//! Runs tasks in processes of their own.
 
 use super::kind::Kind;
 use super::outcome::Outcome;
@@ -15,16 +15,16 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-/// Exit code with which compute-sanitizer is told to report that it found something.
+/// Exit code that compute-sanitizer is told to use if it found errors.
 const FOUND: i32 = 86;
 
-/// Runs a task in a process of its own, killed after `limit` seconds.
+/// Runs a task in its own process, which is killed after `limit` seconds.
 ///
 /// # Errors
-/// When this program cannot be started a second time.
+/// When this program cannot be started as a child process.
 pub fn in_child(task: &Task, place: &Place, limit: f64) -> Result<Outcome> {
     let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
-    // The instruments watch the run that otherwise compares results.
+    // The sanitizers run the same check that otherwise compares results.
     let mut command = match task.kind {
         Kind::Memcheck | Kind::Racecheck => match sanitizer() {
             Some(path) => {
@@ -72,8 +72,8 @@ pub fn in_child(task: &Task, place: &Place, limit: f64) -> Result<Outcome> {
     if matches!(task.kind, Kind::Memcheck | Kind::Racecheck) {
         return Ok(sanitized(&text, status.code()));
     }
-    let told = told(&text);
-    Ok(told.unwrap_or_else(|| {
+    let outcome = last_outcome(&text);
+    Ok(outcome.unwrap_or_else(|| {
         let last: Vec<&str> = text.lines().rev().take(5).collect();
         Outcome::new(
             Ending::Failed,
@@ -82,11 +82,12 @@ pub fn in_child(task: &Task, place: &Place, limit: f64) -> Result<Outcome> {
     }))
 }
 
-/// Seconds for which the pipes are read on when the process has ended: one that it left behind may hold them for ever.
+/// Time for which the pipes are still read after the process has ended; a process that it left running may hold them open
+/// forever.
 const AFTERWARDS: Duration = Duration::from_secs(5);
 
-/// Reads standard output and error on threads of their own, so that neither pipe fills; the result waits for both, but not
-/// for ever. The outcome's line comes last.
+/// Reads standard output and standard error on separate threads, so that neither pipe becomes full. The returned function
+/// waits for both, but not forever, and returns their text; the line with the outcome is the last.
 fn both_streams(child: &mut Child) -> impl FnOnce() -> String + use<> {
     let error = child.stderr.take().map(|s| pieces(Box::new(s)));
     let output = child.stdout.take().map(|s| pieces(Box::new(s)));
@@ -103,7 +104,7 @@ fn both_streams(child: &mut Child) -> impl FnOnce() -> String + use<> {
     }
 }
 
-/// What a thread reads from `stream`, piece by piece to its end.
+/// Reads `stream` to its end on a thread, which sends the data in pieces.
 fn pieces(mut stream: Box<dyn Read + Send>) -> Receiver<Vec<u8>> {
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
@@ -117,15 +118,15 @@ fn pieces(mut stream: Box<dyn Read + Send>) -> Receiver<Vec<u8>> {
     receiver
 }
 
-/// The exit status; none when the process had to be killed.
+/// Waits for the process; returns its exit status, or `None` if it had to be killed.
 fn wait(child: &mut Child, limit: f64) -> Option<std::process::ExitStatus> {
     if let Some(status) = ended_within(child, limit) {
         return Some(status);
     }
-    // The whole group: an instrument's own child would live on, and keep the GPU.
+    // Kills the complete process group: a child of the sanitizer would otherwise continue and keep the GPU.
     let group = format!("-{}", child.id());
     let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
-    // A process that the driver holds may take its time to die; it must not hold up the rest for long.
+    // A process that the driver blocks may take long to end; the other tasks must not wait long for it.
     ended_within(child, 10.0);
     None
 }
@@ -141,14 +142,14 @@ fn ended_within(child: &mut Child, seconds: f64) -> Option<std::process::ExitSta
     None
 }
 
-/// The outcome that a task's process printed last.
-fn told(text: &str) -> Option<Outcome> {
+/// Parses the outcome that a task's process printed last.
+fn last_outcome(text: &str) -> Option<Outcome> {
     text.lines()
         .rev()
         .find_map(|line| serde_json::from_str(line).ok())
 }
 
-/// What compute-sanitizer's text says.
+/// Interprets the output of compute-sanitizer.
 fn sanitized(text: &str, code: Option<i32>) -> Outcome {
     let summary = text
         .lines()
@@ -160,16 +161,16 @@ fn sanitized(text: &str, code: Option<i32>) -> Outcome {
         .filter(|line| line.starts_with("========="))
         .take(12)
         .collect();
-    let told = told(text);
-    let ran = told.as_ref().is_some_and(|o| o.ending == Ending::Passed);
+    let outcome = last_outcome(text);
+    let ran = outcome.as_ref().is_some_and(|o| o.ending == Ending::Passed);
     match summary {
         Some(summary) if ran && code == Some(0) => Outcome::new(Ending::Passed, summary),
         Some(summary) if code == Some(FOUND) && ran => Outcome {
             measured: json!({ "report": first }),
             ..Outcome::new(Ending::Failed, summary)
         },
-        // The program ran and says itself what was wrong.
-        Some(_) if let Some(told) = told => told,
+        // The program ran and reports itself what was wrong.
+        Some(_) if let Some(outcome) = outcome => outcome,
         _ => Outcome {
             measured: json!({ "report": first }),
             ..Outcome::new(
@@ -191,7 +192,7 @@ fn sanitizer() -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// A process that does not outlive its owner.
+/// A child process that is killed when the value is dropped.
 pub struct Killed(pub Child);
 
 impl Drop for Killed {
@@ -201,14 +202,15 @@ impl Drop for Killed {
     }
 }
 
-/// A folder for the runs of a task, removed when dropped.
+/// A folder for the runs of a task, which is removed when the value is dropped.
 pub struct Folder(pub PathBuf);
 
 impl Folder {
-    /// One for each kind of task and folder of records, so that what a killed task left there is found and removed.
+    /// Creates the folder. Its name depends on the kind of task and the folder of records, so that files that a killed
+    /// task left behind are found and removed.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When it cannot be created.
     pub fn new(kind: &str, records: &Path) -> Result<Self> {
         let whole = std::path::absolute(records).unwrap_or_else(|_| records.into());
         let name = blake3::hash(whole.to_string_lossy().as_bytes()).to_hex();
@@ -243,7 +245,7 @@ mod tests {
         let text = both_streams(&mut child);
         let start = Instant::now();
         assert!(wait(&mut child, 0.2).is_none());
-        text(); // ends when the last holder of the pipes is gone
+        text(); // returns when the last process that holds the pipes has ended
         assert!(start.elapsed().as_secs() < 8);
     }
 
@@ -256,7 +258,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_process_left_behind_does_not_hold_up_its_end() {
+    fn a_process_left_running_does_not_delay_the_end() {
         let mut child = shell("sleep 60 & echo end");
         let (text, start) = (both_streams(&mut child), Instant::now());
         assert!(wait(&mut child, 60.0).is_some_and(|status| status.success()));
@@ -267,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn the_instruments_report_is_read_as_it_is_meant() {
+    fn the_output_of_the_sanitizer_is_interpreted_correctly() {
         let line = serde_json::to_string(&Outcome::new(Ending::Passed, "")).unwrap();
         let clean =
             format!("========= COMPUTE-SANITIZER\n{line}\n========= ERROR SUMMARY: 0 errors\n");

@@ -1,22 +1,22 @@
-//! What ran on which GPU: one JSON object a line, one file a GPU model, under `benches/results/`.
+//! Records of tasks on GPUs: one JSON object per line, one file per GPU model, in `benches/results/`.
 //!
-//! A record is keyed by GPU model, task, and the hash of the kernel's compiled code, so that a changed kernel counts as
-//! unproven. Files merge: of two records with one key the later stays.
+//! The key of a record consists of the GPU model, the task, and the hash of the kernel's compiled code, so that a changed
+//! kernel counts as unproven. Files can be merged: of two records with the same key, the later one is kept.
 
 use crate::report::records::{self, Entry};
 use serde::{Deserialize, Serialize};
 
-/// How a task ended.
+/// The outcome of a task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Ending {
-    /// It agrees, or was timed.
+    /// The results agree, or the timing succeeded.
     Passed,
-    /// It gave a wrong result, or was refused by the GPU.
+    /// The result was wrong, or the GPU returned an error.
     Failed,
-    /// It did not end within its time and was killed.
+    /// The task did not end within its time limit and was killed.
     TimedOut,
-    /// The machine has no such instrument or not the memory, or does not let it work.
+    /// The machine lacks the tool or the memory that the task needs, or does not permit its use.
     Unavailable,
 }
 
@@ -30,9 +30,9 @@ pub struct Record {
     pub ending: Ending,
     /// What failed, or what was compared.
     pub detail: String,
-    /// Numbers with their units in the names.
+    /// Measured values; the names contain the units.
     pub measured: serde_json::Value,
-    /// UTC.
+    /// Time of the record, UTC.
     pub date: String,
     pub commit: String,
     pub driver: String,
@@ -44,10 +44,10 @@ pub struct Record {
     pub after: serde_json::Value,
 }
 
-/// The records of a folder.
+/// The records in a folder.
 pub type Records = records::Records<Record>;
 
-/// What makes a record the answer to a task.
+/// GPU model, task and code.
 pub type Key = (String, String, String);
 
 impl Entry for Record {
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn files_merge_and_the_later_of_one_key_stays() {
+    fn files_merge_and_the_later_record_of_a_key_is_kept() {
         let folder = tempfile::tempdir().unwrap();
         let (here, there) = (folder.path().join("here"), folder.path().join("there"));
         let mut first = Records::open(&here).unwrap();
@@ -139,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn a_broken_line_is_named() {
+    fn the_error_for_an_invalid_line_names_it() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("hardware-x.jsonl"), "\n{\"gpu\":1}\n").unwrap();
         let text = Records::open(folder.path()).err().unwrap().to_string();

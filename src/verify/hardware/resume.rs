@@ -1,6 +1,7 @@
-//! A run that is killed and resumed: it goes on from its checkpoint as if nothing had been, and what the saving cost.
+//! Checks that a run that is killed and resumed continues exactly as if it had not been interrupted, and measures the cost
+//! of saving.
 //!
-//! The command `train` is run as a user runs it, and watched through the log that it writes.
+//! The task runs the command `train` as a user does, and observes the log that it writes.
 
 use super::outcome::Outcome;
 use super::place::Place;
@@ -16,10 +17,11 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// The step that is saved. The run is killed after `case.steps`, and again there after it was resumed.
+/// The step after which a checkpoint is saved. The run is killed after `case.steps` steps, and again after the same step
+/// once it was resumed.
 const SAVED: usize = 3;
 
-/// Runs, kills, resumes and compares. `planted`: a byte of the checkpoint is changed in between.
+/// Runs, kills, resumes and compares. `planted`: a byte of the checkpoint is changed before resuming.
 ///
 /// # Errors
 /// When a run ends before it is killed, or a file cannot be read.
@@ -50,7 +52,7 @@ pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
     let Some(saved) = before.saved()? else {
         unreachable!("the run was watched until it told of it")
     };
-    // The same from outside: a line is written when its step is done, and before it is saved.
+    // The same time as seen from outside: a line is written when its step is done, before the step is saved.
     let seen = before.until(SAVED + 1) - before.until(SAVED) - seconds(SAVED + 1);
     let interval = case.config(place.device)?.train.checkpoint_interval;
     let blocked = saved.blocked_seconds;
@@ -72,11 +74,11 @@ pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
     Ok(Outcome::judged(differs(&before, &after)?, text, measured))
 }
 
-/// What is wrong with the log of the resumed run.
+/// Returns what is wrong with the log of the resumed run.
 fn differs(before: &Watched, after: &Watched) -> Result<Option<String>> {
-    // Equal to the byte, times included: they were not done again.
+    // The lines must be equal byte for byte, including times, since these steps were not repeated.
     if before.lines[..SAVED] != after.lines[..SAVED] {
-        let from = "it began anew instead of at its checkpoint";
+        let from = "it started from step 0 instead of its checkpoint";
         return Ok(Some(format!(
             "the resumed run did the first {SAVED} steps again: {from}"
         )));
@@ -101,13 +103,13 @@ fn differs(before: &Watched, after: &Watched) -> Result<Option<String>> {
 /// A run up to the step at which it was killed.
 struct Watched {
     begun: Instant,
-    /// Of its log, and when each was there.
+    /// The lines of its log, and the time at which each appeared.
     lines: Vec<String>,
     times: Vec<Instant>,
 }
 
 impl Watched {
-    /// Trains until the log has `steps` lines and, if it `saves`, tells of the checkpoint; then kills.
+    /// Trains until the log has `steps` lines and, if `saves`, reports the checkpoint; then kills the process.
     fn run(
         out: &Path,
         place: &Place,
@@ -132,7 +134,7 @@ impl Watched {
             lines: Vec::new(),
             times: Vec::new(),
         };
-        // The resumed run's log begins with the lines before its checkpoint, and may end with later ones until it opens it.
+        // Until the resumed run opens its log, the log may contain lines after the checkpoint.
         let stale = fs::read_to_string(&log).unwrap_or_default();
         loop {
             let ended = child
@@ -155,7 +157,7 @@ impl Watched {
                     watched.lines.len(),
                     last.join(" | ")
                 );
-                let help = "its last words say why";
+                let help = "its last lines of output give the reason";
                 return Err(Error::invalid("train", format!("{steps} steps"), got, help));
             }
             std::thread::sleep(Duration::from_millis(2));
@@ -177,14 +179,14 @@ impl Watched {
         self.lines.iter().map(parse).collect()
     }
 
-    /// Seconds from the start until a step was done.
+    /// Returns the seconds from the start until a step was done.
     fn until(&self, step: usize) -> f64 {
         self.times[step - 1]
             .duration_since(self.begun)
             .as_secs_f64()
     }
 
-    /// What the log tells of the checkpoint.
+    /// Returns what the log reports about the checkpoint.
     fn saved(&self) -> Result<Option<Saved>> {
         let all = self.records()?.into_iter().flat_map(|r| r.saved);
         Ok(all.into_iter().find(|saved| saved.step == SAVED as u64))

@@ -1,4 +1,4 @@
-//! One task, in the process made for it.
+//! Runs one task in the process that was started for it.
 
 use super::kind::Kind;
 use super::outcome::Outcome;
@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 /// Runs the task called `name` and prints its outcome.
 ///
 /// # Errors
-/// When it cannot be printed.
+/// When the outcome cannot be printed.
 pub fn run(name: &str, place: &Place) -> Result<()> {
     let outcome = outcome(name, place).unwrap_or_else(|why| Outcome::new(Ending::Failed, why));
     let line = serde_json::to_string(&outcome);
@@ -47,10 +47,10 @@ fn outcome(name: &str, place: &Place) -> Result<Outcome, String> {
     }
 }
 
-/// Does what the kind of a case of whole steps asks.
+/// Runs a task of complete steps.
 ///
 /// # Errors
-/// When the steps cannot be taken.
+/// When a step fails.
 fn whole_steps(case: &StepCase, place: &Place) -> Result<Outcome> {
     let config = case.config(place.device)?;
     match case.kind {
@@ -100,7 +100,7 @@ fn of_kernel(task: &task::Task) -> Result<Outcome, String> {
         .find(|case| case.name == task.case)
         .ok_or("there is no such case")?;
     if case.source == "unit" && !crate::kernels::launchers::on_hopper() {
-        let why = "single instructions of Hopper, which this GPU has not";
+        let why = "single instructions of Hopper, which this GPU does not have";
         return Ok(Outcome::new(Ending::Unavailable, why));
     }
     match task.kind {
@@ -116,7 +116,7 @@ mod cases {
     use crate::verify::kernels::{Case, Errors, Run};
     use serde_json::json;
 
-    /// Every problem twice: within its bounds, and the same bytes.
+    /// Runs every problem twice: results must be within the bounds, and the bytes must be equal.
     pub fn agrees(gpu: &Gpu, case: &Case) -> Result<Outcome, String> {
         let mut errors = Errors::default();
         let mut worst_relative = 0.0f64;
@@ -146,7 +146,7 @@ mod cases {
         })
     }
 
-    /// Every problem captured and replayed twice: the bytes of the eager run.
+    /// Captures every problem and replays it twice: the bytes must be those of the eager run.
     pub fn replays(gpu: &Gpu, case: &Case) -> Result<Outcome, String> {
         for make in &case.problems {
             let problem = make().map_err(|e| e.to_string())?;

@@ -1,6 +1,7 @@
-//! Several GPUs of one machine: two runs give the same bytes, and how the rate grows with their number.
+//! Checks training on several GPUs of one machine: two runs must compute the same bytes. Measures how the speed grows with
+//! the number of GPUs.
 //!
-//! The command `train` is run as a user runs it, one process a GPU, which meet by TCP; without MPI.
+//! The task runs the command `train` as a user does, with one process per GPU; the processes connect by TCP, without MPI.
 
 use super::outcome::Outcome;
 use super::place::{Place, gpu_count};
@@ -20,17 +21,17 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// What a run left.
+/// The results of a run.
 struct Ran {
     /// The records without times, and digests of the checkpoint's arrays.
     end: Vec<(String, String)>,
-    /// Median of the steps behind the first.
+    /// Median over the steps after the first.
     tokens_per_second: f64,
     seconds: Vec<f64>,
 }
 
-/// Trains twice on several processes and once on one, each process with the same share of a batch. `planted`: the second time from
-/// another seed.
+/// Trains twice on several processes and once on one process; each process has the same share of a batch. `planted`: the
+/// second run uses another seed.
 ///
 /// # Errors
 /// When a process cannot be started or ends with an error.
@@ -61,7 +62,7 @@ pub fn check(case: &StepCase, place: &Place) -> Result<Outcome> {
     Ok(Outcome::judged(differ, right, measured))
 }
 
-/// What the machine has not.
+/// Returns what the machine lacks for this task.
 fn missing(case: &StepCase, place: &Place) -> Option<String> {
     if place.device != Device::Cuda {
         return None;
@@ -78,7 +79,7 @@ fn missing(case: &StepCase, place: &Place) -> Option<String> {
         .map(|why| why.to_string())
 }
 
-/// One run, to its end.
+/// Trains one run to its end.
 fn train(case: &StepCase, place: &Place, folder: &Path, ranks: usize, seed: u64) -> Result<Ran> {
     let program = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
     let out = folder.join("run");
@@ -94,7 +95,7 @@ fn train(case: &StepCase, place: &Place, folder: &Path, ranks: usize, seed: u64)
         "train.eval_interval=100000".into(),
         "train.eval_sequences=1".into(),
     ]);
-    // Closed again before rank 0 listens on it.
+    // The port is closed again before rank 0 listens on it.
     let free = TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
     let port = free
         .map_err(|e| Error::io("find", "a free port", e))?
@@ -127,7 +128,7 @@ fn train(case: &StepCase, place: &Place, folder: &Path, ranks: usize, seed: u64)
         Ok(Killed(child.map_err(|e| Error::io("start", &program, e))?))
     };
     let mut children = (0..ranks).map(start).collect::<Result<Vec<_>>>()?;
-    // Each says a few words, which no pipe is too small for; a rank that is lost ends the others.
+    // Each process prints little, so the pipes cannot become full; if a rank is lost, the others end.
     for child in &mut children {
         ended_well(child)?;
     }
@@ -150,7 +151,7 @@ fn ended_well(child: &mut Killed) -> Result<()> {
         false => {
             let last: Vec<&str> = said.lines().rev().take(3).collect();
             let got = format!("{status}: {}", last.join(" | "));
-            let help = "its last words say why";
+            let help = "its last lines of output give the reason";
             Err(Error::invalid(
                 "train",
                 "a run to its end on every rank",

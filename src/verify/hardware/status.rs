@@ -1,4 +1,4 @@
-//! The tables of kernels and whole steps, and how far each is proven, rendered from the records.
+//! Tables that show, for kernels and complete steps, what the records prove.
 
 use super::code::code;
 use super::kind::Kind;
@@ -10,10 +10,10 @@ use crate::report::page;
 use crate::verify::kernels;
 use std::path::Path;
 
-/// The list of launchers that every build of the kernels is made from.
+/// The header with the list of launchers.
 const HEADER: &str = include_str!("../../../kernels/routegrad.h");
 
-/// Launchers in the order of the header; those that only test single instructions or faults left out.
+/// Returns the launchers in the order of the header, without those that only test single instructions or faults.
 fn launchers() -> Vec<&'static str> {
     let rows = HEADER
         .lines()
@@ -23,8 +23,8 @@ fn launchers() -> Vec<&'static str> {
         .collect()
 }
 
-/// A Markdown table: one row a kernel. "Proven" counts the tasks that have passed on that GPU with the code of this build;
-/// "measured" is the best rate of any shape, beside its floor and cuBLAS.
+/// Returns a Markdown table with one row per kernel. "Proven" counts the tasks that have passed on a GPU with the code of
+/// this build; "measured" is the best rate over all shapes, with its share of the floor and its ratio to cuBLAS.
 pub fn table(records: &Records) -> String {
     let queue = task::queue(Device::Cuda);
     let mut text = String::from(
@@ -57,7 +57,7 @@ pub fn table(records: &Records) -> String {
     text
 }
 
-/// "sm_80, sm_90a": what the kernels of this build are compiled for.
+/// Returns the architectures for which the kernels of this build are compiled, such as "sm_80, sm_90a".
 fn built_for() -> String {
     #[cfg(feature = "cuda")]
     let archs: Vec<&str> = crate::device::built_for().collect();
@@ -67,7 +67,8 @@ fn built_for() -> String {
     archs.join(", ")
 }
 
-/// A Markdown table: one row a task that is about whole steps, with the latest record of this build's code on each GPU.
+/// Returns a Markdown table with one row per task of complete steps, with the latest record of this build's code on each
+/// GPU.
 pub fn steps(records: &Records) -> String {
     let mut text = String::from("| whole steps | on | ending | what it saw |\n|---|---|---|---|\n");
     let queue = task::queue(Device::Cuda);
@@ -85,7 +86,7 @@ pub fn steps(records: &Records) -> String {
     text
 }
 
-/// Records of this build's code, of one task.
+/// Returns the records of one task with the code of this build.
 fn current<'a>(task: &'a Task, records: &'a Records) -> impl Iterator<Item = &'a Record> {
     let (name, code) = (task.name(), code(task.source));
     records
@@ -188,7 +189,7 @@ mod tests {
     #[test]
     fn a_kernel_is_proven_when_every_case_passed_with_this_code() {
         if !cfg!(routegrad_cuda) {
-            return; // without code there is nothing to prove
+            return; // without compiled code nothing can be proven
         }
         let folder = tempfile::tempdir().unwrap();
         let mut records = Records::open(folder.path()).unwrap();
@@ -254,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_page_keeps_what_stands_around_the_table() {
+    fn a_page_keeps_the_text_around_the_table() {
         let folder = tempfile::tempdir().unwrap();
         let page = folder.path().join("README.md");
         std::fs::write(&page, format!("before\n{BEGIN}\nold\n{END}\nafter\n")).unwrap();

@@ -1,4 +1,4 @@
-//! Whole training steps: which models the hardware check takes, and what it asks of each.
+//! Complete training steps: the models of the hardware check, and what it checks for each.
 
 use super::kind::Kind;
 use crate::config::{Config, Layers, count};
@@ -9,7 +9,7 @@ use crate::routers;
 use crate::study::plan::{self, Memory};
 use crate::train::Trainer;
 
-/// A model of which whole steps are taken.
+/// A task with complete training steps of a model.
 #[derive(Clone, Debug)]
 pub struct StepCase {
     pub kind: Kind,
@@ -17,30 +17,31 @@ pub struct StepCase {
     pub preset: &'static str,
     /// Keys that differ from the preset's.
     pub set: Vec<String>,
-    /// Optimizer steps, as the kind counts them.
+    /// Number of optimizer steps; the kind of task defines its exact meaning.
     pub steps: u64,
-    /// Processes, a GPU each.
+    /// Number of processes, with one GPU each.
     pub ranks: usize,
-    /// Seconds.
+    /// Estimated time in seconds.
     pub estimate: f64,
 }
 
-/// A trainer that fails at the first step that is not finite.
+/// Returns a trainer that returns an error at the first step with non-finite values.
 ///
 /// # Errors
-/// When the model does not fit the device.
+/// When the model does not fit on the device.
 pub fn strict_trainer(mut config: Config) -> Result<Trainer> {
     config.train.max_skipped_steps = 1;
     Trainer::new(config)
 }
 
-/// Why steps were launched one by one, where that is not as it should be.
+/// Returns the reason why steps were not replayed as a graph although they should be.
 pub fn uncaptured(training: &Trainer) -> Option<String> {
     let why = training.executor().graph_error()?;
     Some(format!("steps could not be captured as a graph: {why}"))
 }
 
-/// The name of the case of a model's speed; the presets have micro-batches of 8.
+/// Returns the name of the case for a model's speed; without a number in the name, micro-batches have 8 sequences, as in
+/// the presets.
 pub fn on_record(preset: &str, router: &str, micro_batch: usize) -> String {
     match micro_batch {
         8 => format!("{preset} {router}"),
@@ -48,7 +49,7 @@ pub fn on_record(preset: &str, router: &str, micro_batch: usize) -> String {
     }
 }
 
-/// Half a second of a step on the simulator, and what a GPU can also be asked.
+/// Settings of a model whose step takes half a second on the simulator; GPUs use it too.
 const SMALL: [&str; 4] = [
     "model.sequence_length=128",
     "model.layers=3",
@@ -56,14 +57,14 @@ const SMALL: [&str; 4] = [
     "train.sequences_per_step=4",
 ];
 
-/// The vocabulary and width of the paper's smallest model, in seconds.
+/// Settings for the vocabulary and width of the paper's smallest model with few layers, which takes seconds.
 const FEW_LAYERS: [&str; 3] = [
     "model.layers=4",
     "train.micro_batch=2",
     "train.sequences_per_step=4",
 ];
 
-/// 131,072 tokens an optimizer step of the paper's models.
+/// 131,072 tokens per optimizer step of the paper's models.
 const SEQUENCES: &str = "train.sequences_per_step=64";
 
 fn case(
@@ -102,10 +103,10 @@ impl StepCase {
         }
     }
 
-    /// The configuration of one process.
+    /// Returns the configuration of one process.
     ///
     /// # Errors
-    /// When a key is unknown.
+    /// When a key does not exist.
     pub fn config(&self, device: Device) -> Result<Config> {
         let mut layers = Layers::preset(self.preset);
         layers.set = self.set.clone();
@@ -113,7 +114,7 @@ impl StepCase {
         Config::load(&layers, &routers::resolve)
     }
 
-    /// What a machine must have for it.
+    /// Returns what a machine must have for the task.
     pub fn needs(&self) -> String {
         let Ok(config) = self.config(Device::Sim) else {
             return String::new();
@@ -140,18 +141,18 @@ impl StepCase {
     }
 }
 
-/// Bytes that the plan foresees on a device with kernels.
+/// Returns the planned bytes on a device with kernels.
 ///
 /// # Errors
-/// When there is no such router.
+/// When the router does not exist.
 pub fn planned(config: &Config) -> Result<u64> {
     Ok(Memory::of(config, plan::Target::gpu())?.total())
 }
 
-/// By how much the memory may differ from the plan.
+/// Largest relative difference between the memory and the plan.
 const MEMORY_TOLERANCE: f64 = 0.03;
 
-/// The peak beside the plan, as text; what is wrong where they are too far apart.
+/// Returns a text with the peak and the planned memory, and an error message if they differ too much.
 pub fn memory_judged(peak: u64, planned: u64) -> (String, Option<String>) {
     let text = format!("{}, plan {}", size(peak), size(planned));
     let apart = (peak as f64 / planned as f64 - 1.0).abs();
@@ -162,7 +163,7 @@ pub fn memory_judged(peak: u64, planned: u64) -> (String, Option<String>) {
     (text, wrong)
 }
 
-/// Memory of a model's device that nobody planned, for a planted failure.
+/// Allocates memory on a model's device that is not part of the plan, as a planted fault.
 pub fn unplanned(training: &Trainer) -> Result<crate::tensor::Tensor> {
     let bytes = planned(training.config())? as usize / 10;
     let device = training.model.device();
@@ -171,7 +172,7 @@ pub fn unplanned(training: &Trainer) -> Result<crate::tensor::Tensor> {
     Ok(held)
 }
 
-/// Most important first: what must hold of a step, then how fast it is.
+/// Returns all cases, most important first: correctness of a step, then speed.
 pub fn cases(device: Device) -> Vec<StepCase> {
     match device {
         Device::Sim => rehearsal(),
@@ -230,7 +231,7 @@ fn of_gpu() -> Vec<StepCase> {
         let estimate = timed.config(Device::Sim).map_or(60.0, |config| {
             let tokens = config.train.sequences_per_step * config.model.sequence_length;
             let flops = count::flops_per_token(&config.model) as f64 * tokens as f64;
-            // Weights are made on the host and sent; steps reach a fifth of the peak at least.
+            // Weights are created on the host and copied; steps are assumed to reach at least a fifth of the peak.
             let parameters = count::total_parameters(&config.model) as f64;
             5.0 + parameters / 0.2e9 + (WARM + timed.steps + 1) as f64 * flops / 0.2e15
         });
@@ -240,10 +241,10 @@ fn of_gpu() -> Vec<StepCase> {
     all
 }
 
-/// Steps before those that are looked at or timed: the first load kernels, a later one is captured as a graph.
+/// Number of steps before those that are checked or timed: the first load kernels, and a later one is captured as a graph.
 pub const WARM: u64 = 4;
 
-/// Models whose loss is held against the processor's, recorded beforehand.
+/// Models whose loss is compared with the recorded loss of the CPU.
 pub fn curves() -> [StepCase; 2] {
     [
         case(
@@ -265,7 +266,7 @@ pub fn curves() -> [StepCase; 2] {
     ]
 }
 
-/// Every kind at a size for the simulator, so that what would be told of a GPU can be seen to work without one.
+/// Returns a small case of every kind for the simulator, which shows without a GPU that the tasks work.
 fn rehearsal() -> Vec<StepCase> {
     let short = [&SMALL[..], &["train.steps=6"]].concat();
     let eager = [&SMALL[..], &["train.graph=false"]].concat();

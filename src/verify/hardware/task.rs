@@ -1,4 +1,4 @@
-//! What there is to prove and to measure on a GPU, most important first.
+//! The list of everything to prove and measure on a GPU, most important first.
 
 use super::attention;
 use super::benchmark;
@@ -9,29 +9,29 @@ use super::timing;
 use crate::device::Device;
 use crate::verify::kernels::{self, Case};
 
-/// One line of the queue.
+/// One task of the queue.
 #[derive(Clone, Debug)]
 pub struct Task {
     pub kind: Kind,
     /// Name of the case.
     pub case: String,
-    /// Of a task that is about one kernel.
+    /// The launcher, if the task checks a single kernel.
     pub launcher: Option<&'static str>,
-    /// The `.cu` file whose code it depends on, or [`STEP`].
+    /// The `.cu` file on whose code the task depends, or [`STEP`].
     pub source: &'static str,
-    /// What the machine must have, beside the GPU.
+    /// What the machine must have in addition to the GPU.
     pub needs: String,
-    /// Seconds that it should take, start of the process included.
+    /// Estimated time in seconds, including the start of the process.
     pub estimate: f64,
 }
 
 impl Task {
-    /// Unique; part of the key of its record.
+    /// Returns the unique name of the task, which is part of the key of its record.
     pub fn name(&self) -> String {
         format!("{}: {}", self.kind.verb(), self.case)
     }
 
-    /// Seconds after which it hangs.
+    /// Returns the time in seconds after which the task is considered to hang.
     pub fn limit(&self) -> f64 {
         30.0 + 5.0 * self.estimate
     }
@@ -59,8 +59,9 @@ impl Task {
     }
 }
 
-/// The whole queue on a GPU: single instructions, then the kernels' cases; graphs; whole steps; memory accesses; timings of
-/// steps and kernels; the benchmark; races. On the simulator whole steps and the benchmark at small sizes: the tests have the kernels.
+/// Returns all tasks for a GPU: single instructions, then the kernels' cases; graphs; complete steps; memory accesses;
+/// timings of steps and kernels; the benchmark; races. For the simulator, only complete steps and the benchmark at small
+/// sizes, since the tests run the kernels there.
 pub fn queue(device: Device) -> Vec<Task> {
     let (correct, timed): (Vec<StepCase>, Vec<StepCase>) = steps::cases(device)
         .into_iter()
@@ -74,7 +75,7 @@ pub fn queue(device: Device) -> Vec<Task> {
         return tasks;
     }
     let cases = kernels::cases();
-    // Seconds beside an H200: opening the GPU, small problems of some milliseconds, covering ones with a float64 reference.
+    // Seconds with an H200: opening the GPU, small problems of some milliseconds, and large ones with a float64 reference.
     let estimate =
         |case: &Case| 0.4 + case.problems.len() as f64 * if case.small { 0.005 } else { 0.03 };
     let of = |kind, case, estimate| Task::of_kernel(kind, case, "", estimate);
@@ -86,7 +87,7 @@ pub fn queue(device: Device) -> Vec<Task> {
     let small = || cases.iter().filter(|case| case.small);
     tasks.extend(small().map(|case| of(Kind::Replays, case, estimate(case))));
     tasks.extend(correct);
-    // An instrument slows a kernel, that of races by far the most.
+    // The sanitizers slow down a kernel, racecheck by far the most.
     let instrument = |kind, slower: f64| {
         small().map(move |case| {
             Task::of_kernel(kind, case, "compute-sanitizer", slower * estimate(case))
@@ -95,7 +96,7 @@ pub fn queue(device: Device) -> Vec<Task> {
     tasks.extend(instrument(Kind::Memcheck, 1.5));
     tasks.extend(timed);
     tasks.extend(timings());
-    // Starting its parts and the report come on top.
+    // Starting its parts and writing the report take additional time.
     tasks.push(bench("core", benchmark::SECONDS + 30.0));
     tasks.extend(instrument(Kind::Racecheck, 8.0));
     tasks
@@ -110,7 +111,7 @@ fn timings() -> Vec<Task> {
         estimate: case.estimate(),
         case: case.name,
     });
-    // What the kernels refuse to plan for shows when it is asked for.
+    // Unsupported sizes cause an error when the task runs.
     let attention = attention::cases().unwrap_or_default().into_iter();
     let attention = attention.map(|case| Task {
         kind: Kind::Timed,
@@ -150,7 +151,7 @@ mod tests {
         let first_kernel = queue.iter().position(|t| t.source != "unit");
         assert!(last_unit < first_kernel, "{last_unit:?} {first_kernel:?}");
         assert_eq!(queue[0].launcher, Some("unit_wgmma"));
-        // In the order of the kinds, so that what must hold comes before how fast it is.
+        // The kinds are in the order of their definition, so that correctness comes before speed.
         let kinds: Vec<Kind> = queue.iter().map(|t| t.kind).collect();
         assert!(kinds.windows(2).all(|w| w[0] as u8 <= w[1] as u8));
         assert_eq!(kinds.last(), Some(&Kind::Racecheck));
@@ -170,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_that_no_other_test_has_runs_on_the_simulator() {
+    fn every_kind_without_another_test_runs_on_the_simulator() {
         let kinds = |device| -> Vec<Kind> { queue(device).iter().map(|t| t.kind).collect() };
         let rehearsed = kinds(Device::Sim);
         for kind in kinds(Device::Cuda) {

@@ -1,4 +1,5 @@
-//! How fast whole steps are: tokens a second, the share of the GPU's peak, memory beside the plan, time by kernel.
+//! Measures the speed of complete steps: tokens per second, the share of the GPU's peak, the memory compared with the
+//! plan, and the time of each kernel.
 
 use super::FOLDER;
 use super::kind::Kind;
@@ -21,14 +22,15 @@ use std::cmp::Reverse;
 use std::path::Path;
 use std::time::Instant;
 
-/// Steps on two sequences before those that are timed, on a GPU and on the simulator. A router that has just begun sends nearly
-/// all tokens of a layer to one expert; after 30 steps the most chosen one of eight gets a quarter in `tiny`.
+/// Number of steps on two sequences before the timed steps, on a GPU and on the simulator. An untrained router sends
+/// nearly all tokens of a layer to one expert; after 30 steps, in `tiny`, the most frequent of eight experts gets a
+/// quarter of the tokens.
 const PRACTICE: [usize; 2] = [40, 2];
 
-/// Times `steps` steps by the clock on the wall, from report to report as in a run, and one more kernel by kernel.
+/// Times `steps` steps with the wall clock, from report to report as in a run, and one more step kernel by kernel.
 ///
 /// # Errors
-/// When a step cannot be taken.
+/// When a step fails.
 pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
     let planned = planned(&config)?;
     let device = config.train.device;
@@ -59,7 +61,7 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
         loads.push(busiest(&load));
     }
     let replays = counters::take().replays;
-    training.step()?; // the one under way
+    training.step()?; // the step in progress
     timeline::start()?;
     training.step()?;
     let timeline = timeline::finish()?;
@@ -89,17 +91,17 @@ pub fn time(config: Config, steps: u64, planted: bool) -> Result<Outcome> {
     Ok(Outcome::judged(wrong, text, measured))
 }
 
-/// The project's own records: for a program that runs elsewhere.
+/// The project's own records, for when the program runs outside of its folder.
 const OF_THE_PROJECT: &str = include_str!("../../../benches/results/hardware-nvidia-h200.jsonl");
 
-/// FLOP/s that training steps reached on a GPU, and which.
+/// Returns the FLOP/s that training steps reached on a GPU, and a description of the record.
 ///
-/// Of the records of this GPU in `folder`, or where there is no [`FOLDER`] of those that came with the program: the one of the
-/// same router, else of another, whose FLOPs a token are nearest to `flops_per_token`, of those the one with the nearest
-/// micro-batch, and of those the newest. None without a record.
+/// The records of this GPU are read from `folder`; if there is no [`FOLDER`], the records embedded in the program are
+/// used. Records of the same router are preferred to others; among them, the one whose FLOPs per token are nearest to
+/// `flops_per_token`, then the one with the nearest micro-batch, then the newest. Returns `None` without a record.
 ///
 /// # Errors
-/// When a file cannot be read, or a line is no record.
+/// When a file cannot be read, or a line is not a record.
 pub fn recorded(
     folder: &Path,
     gpu: &str,
@@ -122,7 +124,7 @@ pub fn recorded(
         let apart = |own: f64, wanted: f64| (own / wanted).ln().abs();
         let flops_apart = apart(own, flops_per_token as f64);
         let sequences = number("micro_batch").unwrap_or(f64::INFINITY);
-        // Distances are not negative: their bits are in the order of the numbers.
+        // Distances are not negative, so their bits have the same order as the numbers.
         let distances = [flops_apart, apart(sequences, micro_batch as f64)].map(f64::to_bits);
         let order = (other, distances, Reverse(&record.date));
         (passed && rate > 0.0 && flops_apart.is_finite()).then_some((order, record, case, rate))
@@ -134,7 +136,7 @@ pub fn recorded(
     }))
 }
 
-/// Whose peak it is; none for a GPU that is not in the table.
+/// Returns the GPU's data for its peak rate; `None` for a GPU that is not in the table.
 fn chip(device: Device) -> Option<&'static Chip> {
     #[cfg(feature = "cuda")]
     if let (Device::Cuda, Some(gpu)) = (device, crate::device::cuda::opened()) {
@@ -143,14 +145,14 @@ fn chip(device: Device) -> Option<&'static Chip> {
     (device != Device::Cuda).then(h200)
 }
 
-/// Seconds and report of a step.
+/// Returns the seconds and the report of a step.
 fn timed(training: &mut Trainer) -> Result<(f64, StepReport)> {
     let begun = Instant::now();
     let report = training.step_overlapped()?;
     Ok((begun.elapsed().as_secs_f64(), report))
 }
 
-/// The timeline as a record has it; events around each launch make its step slower than the others.
+/// Returns the timeline in the format of a record. Events around each launch make its step slower than the others.
 fn of(timeline: &Timeline) -> Value {
     let kernels = timeline.entries.iter().map(|e| {
         json!({"launcher": e.launcher, "launches": e.launches, "milliseconds": 1e3 * e.seconds})

@@ -1,11 +1,12 @@
-//! Timing a GEMM beside cuBLAS ([`crate::verify::bench::measure`]): random data, inputs rotated past the L2 cache.
+//! Times a GEMM and cuBLAS ([`crate::verify::bench::measure`]) with random data; inputs are rotated so that they are not
+//! in the L2 cache.
 
 use crate::kernels::cost::Cost;
 use crate::kernels::{GroupedGemmForward, GroupedGemmWeightGradient};
 use crate::verify::bench::measure::HARDWARE_PLAN as PLAN;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
 
-/// A product at a shape of the core set.
+/// A product with a shape of the core set.
 pub struct TimedCase {
     pub name: String,
     pub product: Product,
@@ -13,7 +14,7 @@ pub struct TimedCase {
 }
 
 impl TimedCase {
-    /// What the product must do, and the bytes that must move once: operands and result.
+    /// Returns the FLOPs of the product, and the bytes that must be moved once: operands and result.
     pub fn cost(&self) -> Cost {
         let Shape { n, k, ref counts } = self.shape;
         let (rows, experts) = (self.shape.rows(), counts.len());
@@ -23,14 +24,16 @@ impl TimedCase {
         }
     }
 
-    /// Seconds of the whole task: start, random inputs, float64 of the sampled lines, and the runs.
+    /// Returns the estimated seconds of the task: start, random inputs, the float64 reference of the sampled lines, and
+    /// the runs.
     pub fn estimate(&self) -> f64 {
         let cost = self.cost();
         3.0 + cost.bytes * 2e-9 + cost.floor() * 8.0 * (PLAN.samples * PLAN.launches) as f64
     }
 }
 
-/// Dense 4096³ and 8192³, then the expert layers of 1.96b and 7.33b at 16 Ki tokens with equal groups.
+/// Returns the cases: dense 4096³ and 8192³, then the expert layers of 1.96b and 7.33b with 16,384 tokens and equal
+/// groups.
 pub fn cases() -> Vec<TimedCase> {
     let mut cases = Vec::new();
     for side in [4096, 8192] {
@@ -43,7 +46,7 @@ pub fn cases() -> Vec<TimedCase> {
             });
         }
     }
-    // The expert's width at 8 experts; with 4 times as many it is a quarter.
+    // The width of an expert with 8 experts; with 32 experts it is a quarter.
     for (model, hidden, width) in [("1.96b", 1024, 2816), ("7.33b", 2048, 5632)] {
         for (experts, top_k) in [(8, 1), (8, 2), (32, 4)] {
             let width = width * 8 / experts;
@@ -98,15 +101,15 @@ mod gpu {
         }
     }
 
-    /// Times `case`, judging both sides' results first.
+    /// Times `case`, after a check of the results of both sides.
     ///
     /// # Errors
-    /// The text says which side failed, and how.
+    /// A text that names the side that failed and the reason.
     pub fn time(gpu: &Gpu, case: &TimedCase) -> Result<(String, Value), String> {
         let text = |e: crate::error::Error| e.to_string();
         let operands = Arc::new(Operands::sampled(case.product, &case.shape));
         let problem = grouped_gemm::problem(&operands, ROUTEGRAD_TILE_AUTO);
-        // Enough sets of buffers that one is out of the cache when its turn comes again.
+        // Enough sets of buffers that a set is no longer in the cache when it is used again.
         let cache = gpu.cache_bytes().map_err(text)? as f64;
         let sets = ((2.0 * cache / case.cost().bytes).ceil() as usize + 1).clamp(2, 12);
         let mut runs = (0..sets)

@@ -1,5 +1,5 @@
-//! The optimizer's update of a table of parameters and the sums of squares of their gradients (`kernels/adamw.cu`) against
-//! float64.
+//! Checks the optimizer's update of a table of parameters, and the sums of squares of their gradients
+//! (`kernels/adamw.cu`), against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
@@ -10,19 +10,19 @@ use half::bf16;
 use std::ptr::{null, null_mut};
 use std::sync::Arc;
 
-/// β₁, β₂, rate, second_scale, ε, keep, scale: a third step with clipping, without and with decay.
+/// β₁, β₂, rate, second_scale, ε, keep, scale: the values of a third step with clipping, without and with decay.
 const COEFFICIENTS: [[f32; 7]; 2] = [
     [0.9, 0.95, 2.2e-3, 7.01, 1e-8, 1.0, 0.37],
     [0.9, 0.95, 2.2e-3, 7.01, 1e-8, 0.9996, 0.37],
 ];
 
-/// The number of that step.
+/// Number of this step.
 const UPDATE: u64 = 3;
 
-/// A parameter and what it starts from.
+/// A parameter and its initial values.
 struct Parameter {
     number: usize,
-    /// Moments are bf16.
+    /// Whether the moments are bf16.
     bf16: bool,
     w: Vec<f32>,
     m: Vec<f32>,
@@ -40,7 +40,7 @@ impl Parameter {
         let v: Vec<f32> = normals().iter().map(|x| x * x).collect();
         let moment = |x: f32| if bf16 { bf16::from_f32(x).to_f32() } else { x };
         let [m, v] = [m, v].map(|x| x.into_iter().map(moment).collect());
-        // Numbers whose upper half is a tie, up and down.
+        // Numbers whose upper half is a tie, to be rounded up and down.
         for (i, bits) in [0x3f80_8000u32, 0xbf81_8000, 0x3f80_7fff, 0x0000_8000]
             .into_iter()
             .enumerate()
@@ -59,7 +59,7 @@ impl Parameter {
         }
     }
 
-    /// The halves of w, upper then lower.
+    /// Returns the upper and the lower halves of w.
     fn halves(&self) -> [Vec<u16>; 2] {
         let upper = |w: &f32| ((w.to_bits().wrapping_add(0x8000)) >> 16) as u16;
         let lower = |w: &f32| (w.to_bits().wrapping_sub(u32::from(upper(w)) << 16)) as u16;
@@ -70,7 +70,7 @@ impl Parameter {
     }
 }
 
-/// Four buffers a parameter (value or its halves, moments, gradient), the table, the blocks' parameters.
+/// Buffers: four per parameter (value or its halves, moments, gradient), the table, the parameters of the blocks.
 struct Table {
     parameters: Vec<Parameter>,
 }
@@ -89,7 +89,7 @@ impl Table {
         for p in &self.parameters {
             let [upper, lower] = p.halves();
             let values: Vec<u32> = match p.split {
-                // Both halves in one buffer, the lower behind the upper, from a multiple of 16 bytes on.
+                // Both halves are in one buffer; the lower half follows the upper one at a multiple of 16 bytes.
                 true => {
                     let mut both = upper;
                     both.resize(lower_half(p.w.len()), 0);
@@ -141,7 +141,7 @@ impl Table {
             let row = routegrad_parameter {
                 whole: if p.split { null_mut() } else { value.cast() },
                 upper: if p.split { value.cast() } else { null_mut() },
-                // The halves are 16 bits wide.
+                // Each half has 16 bits.
                 lower: if p.split {
                     value.wrapping_add(2 * lower_half(p.w.len())).cast()
                 } else {
@@ -170,7 +170,7 @@ impl Table {
     }
 }
 
-/// Where the lower half begins, in numbers.
+/// Returns the position, in elements, at which the lower half begins.
 fn lower_half(count: usize) -> usize {
     count.next_multiple_of(8)
 }
@@ -227,7 +227,7 @@ impl Parameter {
         bits.map(|bits| bf16::from_bits(bits).to_f32()).collect()
     }
 
-    /// The value that its buffer holds.
+    /// Returns the value that the buffer holds.
     fn value(&self, bytes: &[u8]) -> Vec<f32> {
         if !self.split {
             return values(bytes);
@@ -247,7 +247,7 @@ impl Parameter {
         let draws = Stream::new(0, Purpose::Rounding, UPDATE, self.number);
         let [beta1, beta2, rate, second_scale, eps, keep, scale] =
             COEFFICIENTS[usize::from(self.decays)].map(f64::from);
-        // 1 − β is rounded to f32 too, as the reference does.
+        // 1 − β is rounded to f32 here too, as in the kernel.
         let [more1, more2] = [COEFFICIENTS[0][0], COEFFICIENTS[0][1]].map(|b| f64::from(1.0 - b));
         for i in 0..self.w.len() {
             let mut judge = |what: &str, got: f32, want: f64, size: f64| {
@@ -276,7 +276,7 @@ impl Parameter {
                     judge(what, got, want, size)?;
                     continue;
                 }
-                // What is rounded is within roundoff of `want`, and rounding keeps the order.
+                // The value before rounding is within roundoff of `want`, and rounding is monotonic.
                 let error = size * F32_ROUNDOFF + 1e-44;
                 let ends = [want - error, want + error].map(|x| {
                     let bits = (x as f32).to_bits().wrapping_add(random);

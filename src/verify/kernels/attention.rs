@@ -1,4 +1,5 @@
-//! Attention (`kernels/attention.cu`) against float64, and the inputs that its backward shares.
+//! Checks attention (`kernels/attention.cu`) against float64, and provides the inputs that the checks of its backward
+//! share.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
@@ -9,26 +10,26 @@ use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// Relative error of a product's operand in bf16.
+/// Relative rounding error of a bf16 operand of a product.
 pub const BF16_ROUNDOFF: f64 = 1.0 / 256.0;
 
-/// What the exponential of a smaller result may lose: the least normal f32.
+/// Possible error of an exponential with a smaller result: the smallest normal f32.
 pub const LEAST_NORMAL: f64 = f32::MIN_POSITIVE as f64;
 
-/// Sizes with what else makes a problem.
+/// Sizes and other properties of a problem.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub sizes: AttentionSizes,
-    /// Sequences are packed documents, some of their rows belonging to none.
+    /// Whether sequences are packed documents; some rows belong to no document.
     pub documents: bool,
-    /// Queries are so many times a standard normal.
+    /// Scale of the queries relative to a standard normal.
     pub magnitude: f32,
-    /// Backward turns the gradients of queries and keys back.
+    /// Whether backward applies the inverse rotation to the gradients of queries and keys.
     pub turned: bool,
 }
 
 impl Shape {
-    /// B sequences of S rows, with H query heads and so many key heads of this width.
+    /// B sequences of S rows, with H query heads, `key_value_heads` key heads, and this head width.
     pub fn new(b: usize, s: usize, heads: usize, key_value_heads: usize, width: usize) -> Self {
         let sizes = AttentionSizes {
             sequences: b,
@@ -91,15 +92,15 @@ pub struct Query {
     pub row: usize,
 }
 
-/// What a query makes of the keys that it sees.
+/// The attention weights of a query over the keys that it sees.
 pub struct Weights {
-    /// Number of the first of them.
+    /// Index of the first visible key.
     pub first: usize,
-    /// Scaled scores, one a key.
+    /// Scaled scores, one per visible key.
     pub scores: Vec<f64>,
-    /// log Σ exp of the scores; −∞ without keys.
+    /// log Σ exp of the scores; −∞ if no key is visible.
     pub log_sum_exp: f64,
-    /// Bound of the relative error that f32 leaves in exp(score − log Σ exp).
+    /// Bound of the relative error of exp(score − log Σ exp) in f32.
     pub slack: f64,
 }
 
@@ -124,7 +125,7 @@ pub fn magnitude(a: &[f64], b: &[f64]) -> f64 {
     sums.iter().sum()
 }
 
-/// Documents of random length; now and then rows between them that see nothing.
+/// Returns documents of random length; between some of them there are rows that see no keys.
 fn packed(shape: &Shape) -> Vec<i32> {
     let s = shape.sizes.sequence;
     let mut first_key = Vec::new();
@@ -133,7 +134,7 @@ fn packed(shape: &Shape) -> Vec<i32> {
         let mut start = 0;
         while start < s {
             let length = (1 + random.below(s.max(8) / 2)).min(s - start);
-            // Rows that belong to no document look for keys behind them; the next document begins there.
+            // Rows that belong to no document have a first key after themselves, at which the next document begins.
             let empty = random.below(3) == 0 || s == 1;
             let first = if empty { start + length } else { start };
             first_key.extend(std::iter::repeat_n(first as i32, length));
@@ -190,7 +191,8 @@ impl Inputs {
         (self.shape.sizes.width as f64).sqrt().recip()
     }
 
-    /// Bound of the relative error of an exponential of f32 sums whose terms' magnitudes add up to `terms`.
+    /// Returns a bound of the relative error of an exponential of f32 sums; `terms` is the sum of the magnitudes of their
+    /// terms.
     pub fn slack(&self, terms: f64) -> f64 {
         let depth = self.shape.sizes.width as f64 + 8.0;
         2e-6 + 2.0 * depth * F32_ROUNDOFF * terms
@@ -222,7 +224,7 @@ impl Inputs {
         }
     }
 
-    /// Each element of the output of a query, with the sum of its terms' magnitudes.
+    /// Returns each element of a query's output, with the sum of the magnitudes of its terms.
     pub fn output(&self, query: Query, weights: &Weights) -> Vec<(f64, f64)> {
         let mut out = vec![(0.0, 0.0); self.shape.sizes.width];
         let key_head = self.key_head(query.head);
@@ -236,7 +238,7 @@ impl Inputs {
         out
     }
 
-    /// Every query, or 96 with the first and the last of each tile's edge among them.
+    /// Returns all queries, or 96 of them that include the first and last of each tile.
     fn judged(&self) -> Vec<Query> {
         let sizes = self.shape.sizes;
         let query = |i: usize| Query {
@@ -254,10 +256,10 @@ impl Inputs {
         edges.into_iter().chain(sampled).map(query).collect()
     }
 
-    /// Output within the rounding of its bf16 weights, log Σ exp within that of f32.
+    /// Checks that the output is within the rounding of its bf16 weights, and log Σ exp within that of f32.
     ///
     /// # Errors
-    /// The text names the element.
+    /// A text that names the element.
     pub fn judge(&self, out: &[u8], log_sum_exp: &[u8]) -> Result<Errors, String> {
         let (out, lse): (Vec<bf16>, Vec<f32>) = (values(out), values(log_sum_exp));
         let sizes = self.shape.sizes;
@@ -306,7 +308,7 @@ impl Inputs {
     }
 }
 
-/// The launch of these inputs. Buffers: out, log_sum_exp, qkv, first_key.
+/// Returns the launch for these inputs. Buffers: out, log_sum_exp, qkv, first_key.
 pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     let i = inputs.clone();
     let shape = i.shape;
@@ -340,7 +342,7 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     }
 }
 
-/// Shapes for slow instruments.
+/// Returns shapes for slow tools.
 pub fn small_shapes() -> Vec<Shape> {
     vec![
         Shape::new(1, 1, 1, 1, 64),
@@ -348,7 +350,7 @@ pub fn small_shapes() -> Vec<Shape> {
         Shape::new(2, 17, 4, 2, 64),
         Shape::new(2, 300, 2, 1, 64).packed(),
         Shape::new(1, 255, 2, 2, 128),
-        // More key tiles than ring stages, and more query tiles than blocks at once.
+        // More key tiles than ring stages, and more query tiles than concurrent blocks.
         Shape::new(2, 430, 2, 1, 128),
     ]
 }

@@ -1,4 +1,4 @@
-//! The gradient of attention (`kernels/attention_backward.cu`) against float64.
+//! Checks the gradient of attention (`kernels/attention_backward.cu`) against float64.
 
 use super::attention::{
     BF16_ROUNDOFF, Inputs, LEAST_NORMAL, Query, Shape, covering_shapes, dot, magnitude,
@@ -13,7 +13,7 @@ use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// The inputs of one launch: what forward saved, and a gradient of unit scale.
+/// The inputs of one launch: the tensors that forward saved, and an incoming gradient of unit scale.
 pub struct Gradient {
     pub inputs: Inputs,
     pub dout: Vec<bf16>,
@@ -21,12 +21,12 @@ pub struct Gradient {
     pub log_sum_exp: Vec<f32>,
 }
 
-/// Value and bound of its error, element by element of a line.
+/// Value and error bound of each element of a line.
 type Line = Vec<(f64, f64)>;
 
-/// What one query and one key add to the gradients.
+/// The contribution of one query and one key to the gradients.
 struct Pair {
-    /// P, and dS without 1 / √d.
+    /// P, and dS without the factor 1 / √d.
     p: f64,
     ds: f64,
     /// Bounds of their errors as operands.
@@ -87,7 +87,7 @@ impl Gradient {
             .collect()
     }
 
-    /// `q` and `dout` are the query's, `k` and `v` the key's.
+    /// `q` and `dout` belong to the query, `k` and `v` to the key.
     fn pair(&self, query: Query, [q, dout, k, v]: [&[f64]; 4]) -> Pair {
         let (inputs, sizes) = (&self.inputs, self.inputs.shape.sizes);
         let line = (query.sequence * sizes.heads + query.head) * sizes.sequence + query.row;
@@ -126,7 +126,7 @@ impl Gradient {
         line
     }
 
-    /// dK and dV of one key.
+    /// Returns dK and dV of one key.
     fn dkv(&self, sequence: usize, key_head: usize, row: usize) -> [Line; 2] {
         let (inputs, sizes) = (&self.inputs, self.inputs.shape.sizes);
         let k = inputs.key(sequence, key_head, row);
@@ -155,7 +155,7 @@ impl Gradient {
         lines
     }
 
-    /// Rows of sequences that are judged: all, or some with the tiles' edges.
+    /// Returns the rows of sequences to check: all, or some that include the edges of the tiles.
     fn judged(&self) -> Vec<(usize, usize)> {
         let sizes = self.inputs.shape.sizes;
         let all = sizes.sequences * sizes.sequence;
@@ -211,7 +211,7 @@ impl Gradient {
             .collect();
         let mut errors = Errors::default();
         judged?.into_iter().for_each(|row| errors.merge(row));
-        // Where one key takes all weight, the gradient of the scores is what rounding left of it.
+        // If one key has all the weight, the gradient of the scores consists only of rounding errors.
         if inputs.shape.magnitude == 1.0 && sizes.sequence > 1 && !(errors.relative() <= 5e-3) {
             return Err(format!("relative error {:.2e} > 5e-3", errors.relative()));
         }
@@ -219,14 +219,14 @@ impl Gradient {
     }
 }
 
-/// Floats of the workspace.
+/// Returns the number of floats in the workspace.
 pub fn workspace(shape: &Shape) -> usize {
     let s = shape.sizes;
     2 * s.sequences * s.heads * s.sequence.next_multiple_of(128)
 }
 
-/// The launch of these inputs. Buffers: dqkv, workspace, dout, qkv, out, log_sum_exp; where there are, first_key; cosines,
-/// sines.
+/// Returns the launch for these inputs. Buffers: dqkv, workspace, dout, qkv, out, log_sum_exp; if present, first_key;
+/// cosines, sines.
 pub fn problem(gradient: &Arc<Gradient>) -> Problem {
     let g = gradient.clone();
     let shape = g.inputs.shape;

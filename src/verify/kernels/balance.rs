@@ -1,4 +1,4 @@
-//! The losses' scalars (`kernels/balance.cu`) against float64.
+//! Checks the kernels for the scalars of the losses (`kernels/balance.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, values};
@@ -7,7 +7,7 @@ use crate::kernels::balance::{
     AuxiliaryLoss, AuxiliaryLossBackward, WeightedSum, WeightedSumBackward,
 };
 
-/// Values with the terms' sum in float64; the kernel's rounds once.
+/// Compares with the sum of the terms in float64; the kernel rounds once.
 fn judge_sum(out: &[u8], want: f64) -> Result<Errors, String> {
     let mut errors = Errors::default();
     let got = f64::from(values::<f32>(out)[0]);
@@ -16,7 +16,7 @@ fn judge_sum(out: &[u8], want: f64) -> Result<Errors, String> {
     Ok(errors)
 }
 
-/// Products of one factor with each number, some roundings off.
+/// Compares with the products of one factor and each number, within a few roundings.
 fn judge_products(out: &[u8], factor: f64, numbers: &[f32]) -> Result<Errors, String> {
     let mut errors = Errors::default();
     for (i, (got, &number)) in values::<f32>(out).into_iter().zip(numbers).enumerate() {
@@ -114,7 +114,7 @@ fn weighted(count: usize, backward: bool) -> Problem {
         judge: Box::new(move |out| match backward {
             true => judge_products(&out.concat(), f64::from(dout[0]), &coefficients),
             false => {
-                // Terms may cancel: the sum in float64 is of the same numbers.
+                // Terms may cancel, but the float64 sum has the same terms.
                 let size: f64 = terms.iter().zip(&coefficients).fold(0.0, |sum, (t, c)| {
                     sum + f64::from(*t).abs() * f64::from(*c).abs()
                 });

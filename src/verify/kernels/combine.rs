@@ -1,4 +1,4 @@
-//! Combine (`kernels/combine.cu`) against float64.
+//! Checks combine (`kernels/combine.cu`) against float64.
 
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
@@ -9,16 +9,16 @@ use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// What a launch is asked for.
+/// The variant of a launch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mode {
-    /// Without, every row counts 1.
+    /// Whether rows are weighted by gates; otherwise each row has weight 1.
     pub gates: bool,
     pub vectors: bool,
     pub accumulate: bool,
 }
 
-/// Forward of `topk`, gradient of x assigned and added, forward of `default`, and the same added.
+/// Forward of `topk`; gradient of x, assigned and accumulated; forward of `default`, assigned and accumulated.
 pub const MODES: [Mode; 5] = [
     Mode::new(true, false, false),
     Mode::new(false, false, false),
@@ -42,15 +42,15 @@ pub struct Inputs {
     pub routed: Routed,
     pub hidden: usize,
     pub mode: Mode,
-    /// `[rows_given, D]`; NaN where no slot names a row.
+    /// `[rows_given, D]`; NaN in rows that belong to no slot.
     pub rows: Vec<bf16>,
     /// `[E, D]`.
     pub vectors: Vec<f32>,
-    /// `[T, D]`: what y holds before.
+    /// `[T, D]`: the previous content of y.
     pub before: Vec<bf16>,
 }
 
-/// Relative error that two bf16 terms leave of a float: half an ulp of half an ulp.
+/// Relative error of a float represented by two bf16 terms: half an ulp of half an ulp.
 const SPLIT: f64 = 1.0 / 65536.0;
 
 impl Inputs {
@@ -71,7 +71,8 @@ impl Inputs {
         }
     }
 
-    /// Each element of y of one token, the sum of its terms' magnitudes, and that of the terms with ê alone.
+    /// Returns for each element of y of one token the value, the sum of the magnitudes of its terms, and that of the terms
+    /// with ê only.
     fn token(&self, token: usize) -> Vec<(f64, f64, f64)> {
         let (hidden, experts) = (self.hidden, self.routed.experts());
         let mut sums = vec![(0.0, 0.0, 0.0); hidden];
@@ -102,10 +103,11 @@ impl Inputs {
         sums
     }
 
-    /// Every element within half an ulp of bf16 and the rounding of its sum; not finite where the reference is not.
+    /// Checks that every element is within half an ulp of bf16 and the rounding of its sum, and not finite where the
+    /// reference is not.
     ///
     /// # Errors
-    /// The text names the element.
+    /// A text that names the element.
     fn judge(&self, bytes: &[u8]) -> Result<Errors, String> {
         let got: Vec<bf16> = values(bytes);
         let terms = (self.routed.experts() + self.routed.slots() + 2) as f64;
@@ -148,7 +150,7 @@ impl Inputs {
     }
 }
 
-/// The launch of these inputs. Buffers: y, rows, gates, vectors, slot_row, choices.
+/// Returns the launch for these inputs. Buffers: y, rows, gates, vectors, slot_row, choices.
 pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     let i = inputs.clone();
     let mode = i.mode;
@@ -187,7 +189,7 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     }
 }
 
-/// Rows and gates that are not finite: they must spoil their own tokens alone.
+/// Inputs with rows and gates that are not finite; these may affect only their own tokens.
 fn spoilt(mode: Mode) -> Inputs {
     let mut inputs = Inputs::new(Batch::random(70, 16, 2, 20), 136, mode);
     let hidden = inputs.hidden;

@@ -1,4 +1,4 @@
-//! The output head and its loss (`kernels/cross_entropy.cu`) against float64.
+//! Checks the output head and its loss (`kernels/cross_entropy.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
@@ -9,10 +9,10 @@ use crate::kernels::cross_entropy::{
 use crate::kernels::launchers::TILE_AUTO;
 use half::bf16;
 
-/// A target that is in no vocabulary.
+/// A target outside of every vocabulary.
 const NO_TARGET: i32 = -7;
 
-/// The launch of `head_logits` with a tile. Buffers: logits, statistics, x, w.
+/// Returns the launch of `head_logits` with a tile. Buffers: logits, statistics, x, w.
 pub fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize, tile: i32) -> Problem {
     let mut random = Random((tokens * 31 + vocabulary) as u64);
     let x = random.normals_bf16(tokens * hidden);
@@ -47,7 +47,7 @@ pub fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize, tile: i32
                 for (v, w) in w.chunks(hidden).enumerate() {
                     let terms = || x.iter().zip(w).map(|(a, b)| exact(*a) * exact(*b));
                     let magnitude: f64 = terms().map(f64::abs).sum();
-                    // Products are exact in f32; so many additions, in an order of the tensor core's own.
+                    // Products are exact in f32; the tensor core adds them in an order that is not specified.
                     let bound = (hidden + 8) as f64 * F32_ROUNDOFF * magnitude;
                     let place = || format!("logit {v} of token {token}");
                     let got = f64::from(got[token * vocabulary + v]);
@@ -59,7 +59,7 @@ pub fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize, tile: i32
     }
 }
 
-/// Each statistic against the logits as they were stored: the maximum exactly, the sum of exponentials within rounding.
+/// Compares each statistic with the stored logits: the maximum exactly, the sum of exponentials within rounding.
 fn judge_statistics(
     errors: &mut Errors,
     got: &[f32],
@@ -76,7 +76,7 @@ fn judge_statistics(
             }
             let far = |z: &f32| f64::from(most) - f64::from(*z);
             let sum: f64 = z.iter().map(|z| (-far(z)).exp()).sum();
-            // The argument of exp is rounded, |z − m| log₂e of it; 34 additions.
+            // The argument of exp is rounded: an error of |z − m| log₂e roundings; then there are 34 additions.
             let errors_of = |z| (38.0 + 4.0 * far(z)) * F32_ROUNDOFF * (-far(z)).exp() + 1.2e-38;
             errors.add(
                 of_columns[1].into(),
@@ -89,7 +89,7 @@ fn judge_statistics(
     Ok(())
 }
 
-/// Logits and targets of a problem.
+/// The logits and targets of a problem.
 pub struct Rows {
     tokens: usize,
     vocabulary: usize,
@@ -98,8 +98,8 @@ pub struct Rows {
 }
 
 impl Rows {
-    /// Logits normal with deviation `spread`. Of more than four tokens, one has no valid target, one has all its mass on
-    /// one logit, one has infinitely negative logits, one a NaN.
+    /// Logits are normal with standard deviation `spread`. With more than four tokens, one token has an invalid target,
+    /// one has all its probability on one logit, one has logits of minus infinity, and one has a NaN.
     pub fn new(tokens: usize, vocabulary: usize, spread: f32) -> Self {
         let mut random = Random((tokens * 131 + vocabulary) as u64);
         let logits = (0..tokens * vocabulary).map(|_| spread * random.normal());
@@ -123,7 +123,7 @@ impl Rows {
         rows
     }
 
-    /// The statistics of the rows, `[T, C, 2]`. As `head_logits` has them, a maximum is finite and passes over NaN.
+    /// Returns the statistics of the rows, `[T, C, 2]`. As in `head_logits`, a maximum is finite and ignores NaN.
     fn statistics(&self) -> Vec<f32> {
         let columns = self.logits.chunks(self.vocabulary);
         let columns = columns.flat_map(|row| row.chunks(STATISTIC_COLUMNS));
@@ -135,7 +135,7 @@ impl Rows {
         columns.flat_map(statistic).collect()
     }
 
-    /// logsumexp and the softmax of a token's row.
+    /// Returns logsumexp and the softmax of a token's row.
     fn softmax(&self, token: usize) -> (f64, Vec<f64>) {
         let z = &self.logits[token * self.vocabulary..][..self.vocabulary];
         let z: Vec<f64> = z.iter().map(|&z| f64::from(z)).collect();
@@ -146,7 +146,7 @@ impl Rows {
     }
 }
 
-/// The launch of `cross_entropy_rows`. Buffers: losses, dlogits, logits, statistics, targets.
+/// Returns the launch of `cross_entropy_rows`. Buffers: losses, dlogits, logits, statistics, targets.
 pub fn rows_problem(
     rows: Rows,
     factor: f32,
@@ -197,7 +197,7 @@ pub fn rows_problem(
     }
 }
 
-/// Losses and, unless there are none, gradients against float64.
+/// Compares losses and, if present, gradients with float64.
 fn judge_rows(
     rows: &Rows,
     factor: f32,
@@ -231,7 +231,7 @@ fn judge_rows(
             let hit = if v as i32 == target { 1.0 } else { 0.0 };
             let want = f64::from(factor) * (p[v] - hit);
             let place = || format!("gradient of logit {v} of token {token}");
-            // The argument of exp is rounded where it is large: |z − m| log₂e of it, twice.
+            // The argument of exp is rounded twice: an error of |z − m| log₂e roundings each.
             let z = f64::from(rows.logits[token * vocabulary + v]);
             let far = if z.is_finite() {
                 (log_sum_exp - z).abs()
@@ -239,7 +239,7 @@ fn judge_rows(
                 0.0
             };
             let own = (16.0 + 4.0 * far) * F32_ROUNDOFF * p[v] * f64::from(factor);
-            // Below the least normal float exp is 0.
+            // exp is 0 below the smallest normal float.
             let error = own.abs() + F32_ROUNDOFF * want.abs() + 1.2e-38;
             errors.add_bf16(*got, want, error, place)?;
         }
@@ -247,7 +247,7 @@ fn judge_rows(
     Ok(errors)
 }
 
-/// The launch of `cross_entropy_mean`. Buffers: loss, losses.
+/// Returns the launch of `cross_entropy_mean`. Buffers: loss, losses.
 fn mean_problem(tokens: usize, factor: f32) -> Problem {
     let mut random = Random(tokens as u64);
     let losses: Vec<f32> = (0..tokens).map(|_| random.normal() + 3.0).collect();
@@ -276,7 +276,7 @@ fn mean_problem(tokens: usize, factor: f32) -> Problem {
     }
 }
 
-/// The launch of `gradient_scale` on f32 or bf16. Buffers: out, in, factor.
+/// Returns the launch of `gradient_scale` on f32 or bf16. Buffers: out, in, factor.
 fn scale_problem(elements: usize, narrow: bool, accumulate: bool) -> Problem {
     const FACTOR: f32 = 0.37;
     let mut random = Random(elements as u64 + 3);

@@ -1,4 +1,4 @@
-//! Dispatch (`kernels/dispatch.cu`) against a counting sort: every index exactly, in every output.
+//! Checks dispatch (`kernels/dispatch.cu`) against a counting sort: every index in every output must be equal.
 
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly};
@@ -8,29 +8,29 @@ use crate::kernels::launchers;
 use crate::kernels::{DispatchChoices, DispatchPositive, dispatch};
 use std::sync::Arc;
 
-/// What every slot of a batch names.
+/// How the experts of the slots in a batch are determined.
 #[derive(Clone)]
 pub enum Named {
     Choices {
         per_token: usize,
         experts_of: Vec<i32>,
     },
-    /// Experts of positive score; every one without scores.
+    /// Experts with a positive score; all experts if there are no scores.
     Positive(Option<Vec<f32>>),
 }
 
-/// Tokens that name experts.
+/// Tokens and the experts that they choose.
 #[derive(Clone)]
 pub struct Batch {
     pub tokens: usize,
     pub experts: usize,
     pub named: Named,
-    /// Rows that the outputs have room for.
+    /// Number of rows for which the outputs have room.
     pub capacity: usize,
 }
 
 impl Batch {
-    /// Slots of a token.
+    /// Returns the number of slots per token.
     pub fn width(&self) -> usize {
         match &self.named {
             Named::Choices { per_token, .. } => *per_token,
@@ -38,7 +38,7 @@ impl Batch {
         }
     }
 
-    /// The expert of each slot, where it has one.
+    /// Returns the expert of each slot; `None` for slots without an expert.
     fn slots(&self) -> Vec<Option<usize>> {
         match &self.named {
             Named::Choices { experts_of, .. } => experts_of
@@ -54,7 +54,7 @@ impl Batch {
         }
     }
 
-    /// `per_token` different experts for each token, at random.
+    /// Each token chooses `per_token` different random experts.
     pub fn random(tokens: usize, experts: usize, per_token: usize, seed: u64) -> Self {
         let mut random = Random(seed);
         let mut all: Vec<i32> = (0..experts as i32).collect();
@@ -74,7 +74,7 @@ impl Batch {
         }
     }
 
-    /// Scores that are positive with probability `share`.
+    /// Scores are positive with probability `share`.
     pub fn random_scores(tokens: usize, experts: usize, share: f64, seed: u64) -> Self {
         let mut random = Random(seed);
         let others = [0.0, -0.0, -1.5, f32::NAN, f32::NEG_INFINITY];
@@ -91,7 +91,7 @@ impl Batch {
         }
     }
 
-    /// Every expert for every token.
+    /// Every token chooses every expert.
     pub fn all(tokens: usize, experts: usize) -> Self {
         Self {
             tokens,
@@ -101,7 +101,7 @@ impl Batch {
         }
     }
 
-    /// The same with other experts.
+    /// Replaces each chosen expert by `map` of it.
     pub fn map_experts(mut self, map: impl Fn(i32) -> i32) -> Self {
         if let Named::Choices { experts_of, .. } = &mut self.named {
             experts_of.iter_mut().for_each(|e| *e = map(*e));
@@ -109,7 +109,7 @@ impl Batch {
         self
     }
 
-    /// The same with room for so many rows.
+    /// Replaces the number of rows for which the outputs have room.
     pub fn with_capacity(self, capacity: usize) -> Self {
         Self { capacity, ..self }
     }
@@ -122,7 +122,7 @@ impl Batch {
         )
     }
 
-    /// A counting sort.
+    /// Returns the reference result of a counting sort.
     pub fn sorted(&self) -> Sorted {
         let (width, slots) = (self.width(), self.slots());
         let mut sorted = Sorted {
@@ -156,13 +156,13 @@ impl Batch {
         sorted
     }
 
-    /// As a launch. Outputs: offsets, row_token, row_slot, slot_row, fault.
+    /// Returns the launch. Outputs: offsets, row_token, row_slot, slot_row, fault.
     ///
     /// # Errors
-    /// When the sizes are outside what the kernel can do.
+    /// When the kernel does not support the sizes.
     pub fn problem(&self) -> Result<Problem> {
         let (width, capacity) = (self.width(), self.capacity);
-        // A pure function on the host, the same in every build.
+        // The size is computed by a pure host function, which is the same in every build.
         let workspace = dispatch::workspace(launchers::sim()?, self.tokens, self.experts, width)?;
         let named = match &self.named {
             Named::Choices { experts_of, .. } => Buffer::input("choices", experts_of),
@@ -238,7 +238,7 @@ impl Batch {
     }
 }
 
-/// What dispatch writes. Entries of `row_token` and `row_slot` past offsets\[E\] keep the poison, −1.
+/// The outputs of dispatch. Entries of `row_token` and `row_slot` after offsets\[E\] keep the poison value, −1.
 #[derive(PartialEq, Debug)]
 pub struct Sorted {
     pub offsets: Vec<i32>,
@@ -248,7 +248,7 @@ pub struct Sorted {
     pub fault: i32,
 }
 
-/// Batches that every build runs, under every schedule.
+/// Batches that every build runs under every schedule.
 pub fn small_batches() -> Vec<Batch> {
     vec![
         Batch::random(1, 1, 1, 1),
@@ -260,7 +260,7 @@ pub fn small_batches() -> Vec<Batch> {
     ]
 }
 
-/// Numbers of experts and choices up to the limits, and more slots than one block's share.
+/// Numbers of experts and choices up to the limits, and more slots than one block processes.
 pub fn covering_batches() -> Vec<Batch> {
     let mut all: Vec<Batch> = [
         (1, 1),
@@ -291,7 +291,7 @@ pub fn covering_batches() -> Vec<Batch> {
     all
 }
 
-/// Empty experts, choices out of range, rows past the capacity.
+/// Experts without rows, choices out of range, rows beyond the capacity.
 pub fn edge_batches() -> Vec<Batch> {
     let mut all = vec![
         Batch::random(300, 16, 2, 12).map_experts(|e| e / 2 * 2),

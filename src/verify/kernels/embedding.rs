@@ -1,4 +1,4 @@
-//! Token embedding (`kernels/embedding.cu`): rows and their order exactly, gradients against float64.
+//! Checks token embedding (`kernels/embedding.cu`): rows and their order exactly, gradients against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
@@ -6,14 +6,14 @@ use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
 use crate::kernels::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder};
 use half::bf16;
 
-/// Which ids the tokens have.
+/// The distribution of the token ids.
 #[derive(Clone, Copy, Debug)]
 pub enum Ids {
-    /// Any, all as likely.
+    /// Uniform over the vocabulary.
     Uniform,
-    /// Half of them one id: a run over many blocks.
+    /// Half of the tokens have the same id, so that its run extends over many blocks.
     OneOften,
-    /// Some outside the table.
+    /// Some ids are not in the table.
     SomeOutside,
 }
 use Ids::{OneOften, SomeOutside, Uniform};
@@ -29,7 +29,7 @@ fn ids(of: Ids, tokens: usize, vocabulary: usize) -> Vec<i32> {
     (0..tokens).map(one).collect()
 }
 
-/// The id, or V where it is not in the table.
+/// Returns the id, or V if it is not in the table.
 fn key(id: i32, vocabulary: usize) -> i32 {
     match (0..vocabulary as i32).contains(&id) {
         true => id,
@@ -37,7 +37,7 @@ fn key(id: i32, vocabulary: usize) -> i32 {
     }
 }
 
-/// The launch of `embedding_forward`. Buffers: y, w, ids.
+/// Returns the launch of `embedding_forward`. Buffers: y, w, ids.
 pub fn forward_problem(of: Ids, tokens: usize, vocabulary: usize, hidden: usize) -> Problem {
     let table = Random(5).normals_bf16(vocabulary * hidden);
     let ids = ids(of, tokens, vocabulary);
@@ -70,8 +70,8 @@ pub fn forward_problem(of: Ids, tokens: usize, vocabulary: usize, hidden: usize)
     }
 }
 
-/// The launch of `embedding_order`: a first one, or one after a stable sort by the lowest byte. Buffers: order, keys,
-/// previous, row_token, ids.
+/// Returns the launch of `embedding_order`: the first one, or one after a stable sort by the lowest byte. Buffers: order,
+/// keys, previous, row_token, ids.
 pub fn order_problem(tokens: usize, vocabulary: usize, first: bool, whole: bool) -> Problem {
     let ids = ids(SomeOutside, tokens, vocabulary);
     let mut random = Random(tokens as u64);
@@ -122,7 +122,7 @@ pub fn order_problem(tokens: usize, vocabulary: usize, first: bool, whole: bool)
     }
 }
 
-/// The launch of `embedding_gradient`. Buffers: dw, parts, dy, order, keys.
+/// Returns the launch of `embedding_gradient`. Buffers: dw, parts, dy, order, keys.
 pub fn gradient_problem(
     of: Ids,
     [tokens, vocabulary, hidden]: [usize; 3],
@@ -164,7 +164,7 @@ pub fn gradient_problem(
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);
-            // Σ, Σ of magnitudes, number of terms.
+            // Σ, Σ of magnitudes, and number of terms.
             let mut sums = vec![(0.0, 0.0); vocabulary * hidden];
             let mut terms = vec![0usize; vocabulary];
             for (token, &id) in ids.iter().enumerate() {
@@ -185,7 +185,7 @@ pub fn gradient_problem(
                 } else {
                     0.0
                 };
-                // Additions on the way of one term: those of its block, then one a block.
+                // Number of additions that affect one term: those within its block, then one per block.
                 let count = terms[i / hidden];
                 let depth = (count.min(64) + count.div_ceil(64) + 2) as f64;
                 let bound = F32_ROUNDOFF * (depth * magnitude + (old + sum).abs());

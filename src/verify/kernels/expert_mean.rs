@@ -1,4 +1,4 @@
-//! Expert sums and the moving average of the means (`kernels/expert_mean.cu`) against float64.
+//! Checks the sums over experts' rows and the moving average of their means (`kernels/expert_mean.cu`) against float64.
 
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
@@ -12,16 +12,16 @@ use crate::kernels::{ExpertMean, ExpertMeanUpdate, ExpertSums};
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Rows behind one line of column sums.
+/// Number of rows per line of column sums.
 const BLOCK_ROWS: usize = 64;
 
 /// The inputs of `expert_sums` and `expert_mean`.
 pub struct Sums {
     pub routed: Routed,
     pub hidden: usize,
-    /// Whether rows count their gates.
+    /// Whether rows are weighted by their gates.
     pub weighted: bool,
-    /// `[rows_given / 64 + E, D]`; NaN in lines of no expert.
+    /// `[rows_given / 64 + E, D]`; NaN in lines that belong to no expert.
     pub column_sums: Vec<f32>,
 }
 
@@ -51,7 +51,7 @@ impl Sums {
 
     /// `column_sums`, `gates`, `offsets`, `row_token`.
     fn buffers(&self) -> [Buffer; 4] {
-        // Rows past the last name no token.
+        // Rows after the last one have no token.
         let mut row_token = self.routed.sorted.row_token.clone();
         row_token.resize(self.routed.rows_given, i32::MAX);
         [
@@ -62,7 +62,7 @@ impl Sums {
         ]
     }
 
-    /// The gates of the expert's rows.
+    /// Returns the gates of the expert's rows.
     fn gates(&self, expert: usize) -> impl Iterator<Item = f32> {
         self.rows(expert).map(move |row| {
             let token = self.routed.sorted.row_token[row] as usize;
@@ -70,23 +70,23 @@ impl Sums {
         })
     }
 
-    /// The terms of an expert's sum in one column.
+    /// Returns the terms of an expert's sum in one column.
     fn terms(&self, expert: usize, column: usize) -> impl Iterator<Item = f32> {
         let line = move |line: usize| self.column_sums[line * self.hidden + column];
         self.lines(expert).map(line)
     }
 
-    /// The expert's lines of `column_sums`.
+    /// Returns the indices of the expert's lines in `column_sums`.
     fn lines(&self, expert: usize) -> Range<usize> {
         let rows = self.rows(expert);
         let first = rows.start / BLOCK_ROWS + expert;
         first..first + rows.len().div_ceil(BLOCK_ROWS)
     }
 
-    /// Sums within the rounding of their terms, numbers of rows exactly.
+    /// Checks that sums are within the rounding of their terms, and that the numbers of rows are exact.
     ///
     /// # Errors
-    /// The text names the element.
+    /// A text that names the element.
     fn judge(&self, sums: &[u8], masses: &[u8]) -> Result<Errors, String> {
         let (hidden, experts) = (self.hidden, self.routed.experts());
         let (sums, masses): (Vec<f32>, Vec<f32>) = (values(sums), values(masses));
@@ -123,10 +123,11 @@ impl Sums {
         Ok(errors)
     }
 
-    /// The average of each expert within the rounding of its terms; that of an expert without rows or mass as it was.
+    /// Checks that the average of each expert is within the rounding of its terms, and unchanged for an expert without
+    /// rows or mass.
     ///
     /// # Errors
-    /// The text names the element.
+    /// A text that names the element.
     fn judge_mean(
         &self,
         got: &[f32],
@@ -156,7 +157,7 @@ impl Sums {
                     share * terms().map(f64::abs).sum::<f64>(),
                 );
                 let kept = keep * f64::from(old[at]);
-                // The sums of the columns and of the gates; 1 − β, the quotient, two products and the sum.
+                // Roundings: the sums of the columns and of the gates; 1 − β, the quotient, two products and the sum.
                 let roundings = terms().count() as f64 + count + 5.0;
                 let bound =
                     F32_ROUNDOFF * (2.0 * kept.abs() + roundings * magnitude + (kept + new).abs());
@@ -167,7 +168,7 @@ impl Sums {
     }
 }
 
-/// The launch of `expert_sums`. Buffers: sums, masses, column_sums, gates, offsets, row_token.
+/// Returns the launch of `expert_sums`. Buffers: sums, masses, column_sums, gates, offsets, row_token.
 pub fn sums_problem(inputs: &Arc<Sums>) -> Problem {
     let i = inputs.clone();
     let experts = i.routed.experts();
@@ -200,7 +201,8 @@ pub fn sums_problem(inputs: &Arc<Sums>) -> Problem {
     }
 }
 
-/// `expert_mean_update` of so many experts: every third has no rows, and NaN sums; the last has rows of no mass.
+/// Returns the launch of `expert_mean_update` for `experts` experts: every third has no rows and NaN sums; the last has
+/// rows without mass.
 pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weighting) -> Problem {
     let mut random = Random(experts as u64 * 29 + hidden as u64);
     let mut normals = |len: usize| -> Vec<f32> { (0..len).map(|_| random.normal()).collect() };
@@ -260,7 +262,7 @@ pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weight
                     let keep = f64::from(beta);
                     let (old, sum) = (f64::from(average[i]), f64::from(sums[i]));
                     let (kept, new) = (keep * old, (1.0 - keep) * sum / f64::from(divisor));
-                    // 1 − β, the quotient, two products and the sum.
+                    // Roundings: 1 − β, the quotient, two products and the sum.
                     let bound =
                         F32_ROUNDOFF * (2.0 * kept.abs() + 5.0 * new.abs() + (kept + new).abs());
                     let place = || format!("expert {expert}, element {i}");
@@ -272,8 +274,8 @@ pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weight
     }
 }
 
-/// `expert_mean`, and beside it `expert_sums` and `expert_mean_update`, which give the same bytes. Buffers: average, average of
-/// two launches, sums, masses, column_sums, gates, offsets, row_token, beta.
+/// Returns the launch of `expert_mean` together with `expert_sums` and `expert_mean_update`, which must compute the same
+/// bytes. Buffers: average, average of two launches, sums, masses, column_sums, gates, offsets, row_token, beta.
 pub fn mean_problem(inputs: &Arc<Sums>, weighting: routegrad_weighting) -> Problem {
     let i = inputs.clone();
     let (experts, hidden) = (i.routed.experts(), i.hidden);
@@ -354,7 +356,7 @@ pub fn cases() -> Vec<Case> {
             .map(|((batch, hidden), weighting)| {
                 Box::new(move || {
                     let mut inputs = Sums::new(batch.clone(), hidden, true);
-                    // The last expert has rows of no mass.
+                    // The last expert has rows without mass.
                     let experts = inputs.routed.experts();
                     let last = inputs.routed.gates.iter_mut().skip(experts - 1);
                     last.step_by(experts).for_each(|gate| *gate = 0.0);

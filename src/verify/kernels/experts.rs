@@ -1,4 +1,5 @@
-//! What the cases of the experts' fused products share: shapes, gates, SwiGLU in float64 with the error that f32 may make.
+//! Shared parts of the cases for the experts' fused products: shapes, gates, and SwiGLU in float64 with bounds of the f32
+//! error.
 
 use super::machine::POISON;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
@@ -11,7 +12,7 @@ pub struct Layer {
     pub counts: Vec<usize>,
     pub hidden: usize,
     pub ffn: usize,
-    /// One expert of all rows, told by leaving the offsets out.
+    /// A single expert with all rows; the launch passes no offsets.
     pub dense: bool,
 }
 
@@ -32,7 +33,8 @@ impl Layer {
         }
     }
 
-    /// What the launcher is told of the rows, when the buffers have room for `given`: their bound and their offsets.
+    /// Returns the arguments of the launcher for the rows if the buffers have room for `given` rows: their upper bound and
+    /// their offsets.
     pub fn bounds<'a>(&self, given: usize, offsets: &'a Buffer) -> (usize, Option<In<'a, i32>>) {
         if self.dense {
             (self.rows(), None)
@@ -41,7 +43,7 @@ impl Layer {
         }
     }
 
-    /// The product with W [E, n, k].
+    /// Returns the shape of the product with W [E, n, k].
     pub fn shape(&self, n: usize, k: usize) -> Shape {
         Shape::new(&self.counts, n, k)
     }
@@ -62,7 +64,8 @@ impl Layer {
     }
 }
 
-/// Shapes for every build and schedule: a single row, empty experts, tails of every kind, widths that divide nothing.
+/// Shapes for every build and schedule: a single row, experts without rows, all kinds of partial tiles, widths that are
+/// not multiples of a tile.
 pub fn small_layers() -> Vec<Layer> {
     vec![
         Layer::new(&[1], 8, 8),
@@ -72,7 +75,7 @@ pub fn small_layers() -> Vec<Layer> {
     ]
 }
 
-/// Prime numbers of tokens, 1 to 128 experts, half of them empty, all tokens to one.
+/// Prime numbers of tokens, 1 to 128 experts, half of them without rows, all tokens to one expert.
 pub fn covering_layers() -> Vec<Layer> {
     let any = |_| true;
     let routed = |tokens, experts, per_token, usable: fn(usize) -> bool, hidden, ffn| {
@@ -91,7 +94,7 @@ pub fn covering_layers() -> Vec<Layer> {
     ]
 }
 
-/// Gates [T, E] in (0, 1], a tenth of them 0.
+/// Returns gates [T, E] in (0, 1]; a tenth of them are 0.
 pub fn gates(tokens: usize, experts: usize) -> Vec<f32> {
     let mut random = Random((tokens * 7 + experts) as u64);
     (0..tokens * experts)
@@ -105,7 +108,7 @@ pub fn gates(tokens: usize, experts: usize) -> Vec<f32> {
         .collect()
 }
 
-/// A number with a bound on what f32 arithmetic may make of it.
+/// A number with a bound of its error in f32 arithmetic.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounded {
     pub value: f64,
@@ -117,7 +120,7 @@ impl Bounded {
         Self { value, error: 0.0 }
     }
 
-    /// A sum of `depth` products of the given value and sum of magnitudes.
+    /// A sum of `depth` products with the given value and sum of magnitudes.
     pub fn sum(depth: usize, (value, magnitude): (f64, f64)) -> Self {
         Self {
             value,
@@ -125,7 +128,7 @@ impl Bounded {
         }
     }
 
-    /// One multiplication.
+    /// The product of two numbers.
     pub fn times(self, other: Self) -> Self {
         let value = self.value * other.value;
         let error = self.error * other.value.abs()
@@ -137,14 +140,14 @@ impl Bounded {
         }
     }
 
-    /// What is left of it in bf16.
+    /// Returns the error bound after rounding to bf16.
     pub fn bound_in_bf16(self) -> f64 {
         half_ulp_bf16(self.value.abs() + self.error) + self.error + f64::from(f32::MIN_POSITIVE)
     }
 }
 
-/// silu(g) and its derivative. The GPU's exp is good to 2 + 1.2 |g| units in the last place, its quotient to 2 and 0 below
-/// the smallest normal number.
+/// Returns silu(g) and its derivative. On a GPU, exp has an error of up to 2 + 1.2 |g| ulp, and a quotient of up to 2 ulp;
+/// results below the smallest normal number may be 0.
 pub fn swiglu(gate: Bounded) -> (Bounded, Bounded) {
     let g = gate.value;
     let s = 1.0 / (1.0 + (-g).exp());
@@ -162,10 +165,10 @@ pub fn swiglu(gate: Bounded) -> (Bounded, Bounded) {
     (silu, slope)
 }
 
-/// Adds a bf16 element.
+/// Adds the error of a bf16 element.
 ///
 /// # Errors
-/// When it is not within its bound.
+/// When the element is not within its bound.
 pub fn add_bf16(
     errors: &mut Errors,
     got: half::bf16,
@@ -175,10 +178,10 @@ pub fn add_bf16(
     errors.add(got.to_f64(), want.value, want.bound_in_bf16(), place)
 }
 
-/// The part of an output that is written, when the rest is as it was.
+/// Returns the part of an output that is written, and checks that the rest is unchanged.
 ///
 /// # Errors
-/// When something past `bytes` was written.
+/// When an element after `bytes` was written.
 pub fn written<'a>(name: &str, output: &'a [u8], bytes: usize) -> Result<&'a [u8], String> {
     let (written, rest) = output.split_at(bytes);
     if rest.iter().all(|&b| b == POISON) {
@@ -190,10 +193,11 @@ pub fn written<'a>(name: &str, output: &'a [u8], bytes: usize) -> Result<&'a [u8
     }
 }
 
-/// The root mean square of rounding to 8 bits is 1.6e-3 of the value.
+/// Checks that the error is explained by rounding alone: the root mean square error of rounding to 8 bits is 1.6e-3 of the
+/// value.
 ///
 /// # Errors
-/// When the relative error is larger than rounding alone explains.
+/// When the relative error is larger.
 pub fn rounding_alone(errors: Errors) -> Result<Errors, String> {
     if errors.relative() <= 2.5e-3 {
         Ok(errors)

@@ -1,4 +1,4 @@
-//! The gates' gradient (`kernels/gate_gradient.cu`) against float64, and the rows of g exactly.
+//! Checks the gradient of the gates (`kernels/gate_gradient.cu`) against float64, and the rows of g exactly.
 
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
@@ -9,10 +9,10 @@ use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
 
-/// What is launched.
+/// The launched kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// `gate_gradient`: 0 for experts that were not chosen.
+    /// `gate_gradient`, with 0 for experts that were not chosen.
     Chosen,
     /// `default_dots` without rows, then `gate_gradient`.
     Dots,
@@ -21,7 +21,7 @@ pub enum Kind {
 }
 use Kind::{Chosen, Dots, DotsAndRows};
 
-/// What a row of g holds before the launch.
+/// Content of g_rows before the launch.
 const BEFORE: u16 = 0x4321;
 
 /// The inputs of the launches.
@@ -30,7 +30,7 @@ pub struct Inputs {
     pub hidden: usize,
     pub dot_columns: usize,
     pub kind: Kind,
-    /// `[rows_given, C]`; NaN where no slot names a row.
+    /// `[rows_given, C]`; NaN in rows that belong to no slot.
     pub dots: Vec<f32>,
     /// `[T, D]`, the gradient of y.
     pub g: Vec<bf16>,
@@ -38,7 +38,7 @@ pub struct Inputs {
     pub vectors: Vec<f32>,
 }
 
-/// Relative error that two bf16 terms leave of a float: half an ulp of half an ulp.
+/// Relative error of a float represented by two bf16 terms: half an ulp of half an ulp.
 const SPLIT: f64 = 1.0 / 65536.0;
 
 impl Inputs {
@@ -62,7 +62,7 @@ impl Inputs {
         }
     }
 
-    /// The gradient of one gate and the bound of its error.
+    /// Returns the gradient of one gate and the bound of its error.
     fn gate(&self, token: usize, expert: usize, row: Option<usize>) -> (f64, f64) {
         let (hidden, columns) = (self.hidden, self.dot_columns);
         let sum = |terms: &mut dyn Iterator<Item = f64>| {
@@ -84,15 +84,15 @@ impl Inputs {
             .iter()
             .zip(vector)
             .map(|(g, &v)| g.to_f64() * f64::from(v)));
-        // Two products a term; a tensor core may cut a sum off where float64 rounds.
+        // Two products per term; a tensor core may truncate a sum where float64 rounds.
         let bound = (SPLIT + 4.0 * hidden as f64 * F32_ROUNDOFF) * magnitude;
         (want, bound)
     }
 
-    /// Every gate within the bound of its sum; not finite where the reference is not.
+    /// Checks that every gate is within the bound of its sum, and not finite where the reference is not.
     ///
     /// # Errors
-    /// The text names the gate.
+    /// A text that names the gate.
     fn judge(&self, bytes: &[u8]) -> Result<Errors, String> {
         let got: Vec<f32> = values(bytes);
         let judged: Result<Vec<Errors>, String> = got
@@ -121,7 +121,7 @@ impl Inputs {
         Ok(errors)
     }
 
-    /// Each row is g of its token; those that no slot names are as before.
+    /// Checks that each row equals g of its token, and that rows that belong to no slot are unchanged.
     fn judge_rows(&self, bytes: &[u8]) -> Result<Errors, String> {
         let mut token_of = vec![None; self.routed.rows_given];
         for token in 0..self.routed.tokens() {
@@ -148,7 +148,7 @@ impl Inputs {
     }
 }
 
-/// The launches of these inputs. Buffers: dgates, g_rows, dots, g, vectors, slot_row, choices.
+/// Returns the launches for these inputs. Buffers: dgates, g_rows, dots, g, vectors, slot_row, choices.
 pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     let i = inputs.clone();
     let mut buffers = vec![
@@ -205,7 +205,7 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     }
 }
 
-/// Gradients and dots that are not finite: they must spoil their own gates alone.
+/// Inputs with gradients and dots that are not finite; these may affect only their own gates.
 fn spoilt(kind: Kind) -> Inputs {
     let mut inputs = Inputs::new(Batch::random(150, 16, 2, 21), 136, 3, kind);
     inputs.dots[3 * 5] = f32::NAN;
@@ -235,7 +235,7 @@ pub fn cases() -> Vec<Case> {
             let mut small = shapes(small_batches());
             small.push(made(move || spoilt(kind)));
             if kind == DotsAndRows {
-                // More slots than a block keeps the rows of, and no rows wanted.
+                // More slots than a block can keep rows of, and no output of rows.
                 small.push(made(|| {
                     Inputs::new(Batch::random(150, 12, 11, 22), 72, 1, DotsAndRows)
                 }));

@@ -1,4 +1,4 @@
-//! Gates of chosen experts (`kernels/gates.cu`) against float64.
+//! Checks the gates of chosen experts (`kernels/gates.cu`) against float64.
 
 use super::dispatch::{Batch, Named};
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
@@ -6,15 +6,15 @@ use super::routed::{Routed, covering_batches, small_batches};
 use super::{Buffer, Case, Launch, MakeProblem, Problem, values};
 use crate::kernels::gates::{SelectedGates, SelectedGatesBackward};
 
-/// Which gates, and whether their gradient.
+/// The kind of gates, and whether to compute their gradient.
 #[derive(Clone, Copy, Debug)]
 struct Kind {
     renormalize: bool,
-    /// Gradients of scores that were not chosen; none forward.
+    /// How gradients of scores that were not chosen are computed; `None` in forward.
     through: Option<bool>,
 }
 
-/// Gate, or gradient of a score, with the bound of its error; `w` sums over the chosen in float64.
+/// Returns each gate, or gradient of a score, with the bound of its error; sums over the chosen experts are in float64.
 fn row(kind: Kind, p: &[f32], dw: &[f32], chosen: &[bool]) -> Vec<(f64, f64)> {
     let on = || (0..p.len()).filter(|&e| chosen[e]);
     let exact = |x: f32| f64::from(x);
@@ -91,8 +91,8 @@ fn launch(kind: Kind, routed: &Routed) -> Launch {
     })
 }
 
-/// What is not chosen holds NaN where it must not matter; some choices have no row, and so are none. Buffers: w or dp,
-/// p, slot_row, choices, dw.
+/// Values that must not matter because the expert is not chosen are NaN; some choices have no row and therefore do not
+/// count. Buffers: w or dp, p, slot_row, choices, dw.
 fn problem(batch: Batch, kind: Kind) -> Problem {
     let mut routed = Routed::new(batch);
     let slots = routed.slots();
@@ -168,9 +168,9 @@ pub fn cases() -> Vec<Case> {
                 } else {
                     covering_batches()
                 };
-                // More slots than lanes.
+                // More slots than lanes of a warp.
                 batches.push(Batch::random(9, 40, 36, 19));
-                // A token without an expert has nothing to divide by.
+                // For a token without experts, there is no sum to divide by.
                 let lists = |b: &Batch| matches!(b.named, Named::Choices { .. });
                 let usable = move |b: &Batch| !kind.renormalize || lists(b);
                 batches.into_iter().filter(usable).map(move |batch| {

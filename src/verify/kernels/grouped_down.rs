@@ -1,4 +1,4 @@
-//! The experts' down projection with its column sums (`kernels/grouped_down.cu`) against float64.
+//! Checks the experts' down projection with its column sums (`kernels/grouped_down.cu`) against float64.
 
 use super::experts::{
     Bounded, Layer, add_bf16, covering_layers, gates, rounding_alone, small_layers, written,
@@ -17,7 +17,7 @@ pub const TILES: [routegrad_gemm_tile; 2] = [
     ROUTEGRAD_TILE_PINGPONG_128X128,
 ];
 
-/// What a problem asks for beside the product.
+/// The additional output of a problem.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Sums {
     None,
@@ -60,7 +60,7 @@ impl Down {
         }
     }
 
-    /// Blocks that `column_sums` has room for.
+    /// Returns the number of blocks for which `column_sums` has room.
     pub fn blocks(&self) -> usize {
         GroupedDownForward::column_sum_lines(self.operands.rows_given, self.layer.counts.len())
     }
@@ -94,7 +94,7 @@ impl Down {
         Ok(errors)
     }
 
-    /// Every block's sum in f32, and nothing else written.
+    /// Checks the f32 sum of every block, and that nothing else was written.
     fn judge_sums(&self, reference: &[(usize, Line)], bytes: &[u8]) -> Result<(), String> {
         let hidden = self.layer.hidden;
         let got: Vec<f32> = values(bytes);

@@ -1,4 +1,4 @@
-//! The grouped GEMMs (`kernels/grouped_gemm.cu`) against float64.
+//! Checks the grouped GEMMs (`kernels/grouped_gemm.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, half_ulp_bf16};
 use super::operands::Line;
@@ -11,7 +11,8 @@ use half::bf16;
 use rayon::prelude::*;
 use std::sync::{Arc, LazyLock};
 
-/// Shapes for every build and schedule: a single row, empty groups, tails of every kind, widths that divide nothing.
+/// Shapes for every build and schedule: a single row, groups without rows, all kinds of partial tiles, widths that are not
+/// multiples of a tile.
 pub fn small_shapes() -> Vec<Shape> {
     vec![
         Shape::new(&[1], 8, 8),
@@ -20,7 +21,7 @@ pub fn small_shapes() -> Vec<Shape> {
     ]
 }
 
-/// Prime numbers of tokens, 1 to 128 experts, half of them empty, all tokens to one.
+/// Prime numbers of tokens, 1 to 128 experts, half of them without rows, all tokens to one expert.
 pub fn covering_shapes() -> Vec<Shape> {
     let any = |_| true;
     vec![
@@ -35,10 +36,11 @@ pub fn covering_shapes() -> Vec<Shape> {
     ]
 }
 
-/// Judges output bytes: each element within the bound of its arithmetic, rows past the last expert's as they were.
+/// Checks output bytes: each element must be within the bound of its arithmetic, and rows after the last expert's must be
+/// unchanged.
 ///
 /// # Errors
-/// The text names the element.
+/// A text that names the element.
 pub fn judge(operands: &Operands, bytes: &[u8]) -> Result<Errors, String> {
     let (lines, width) = operands.lines();
     let size = if operands.product == WeightGradient {
@@ -64,8 +66,9 @@ pub fn judge(operands: &Operands, bytes: &[u8]) -> Result<Errors, String> {
         .collect();
     let mut errors = Errors::default();
     judged?.into_iter().for_each(|line| errors.merge(line));
-    // The root mean square of rounding to 8 bits is 1.6e-3 of the value. In f32 a tensor core may cut off the sum, not
-    // round it, at every step of 16 products: an error of one sign that grows with the steps.
+    // The root mean square error of rounding to 8 bits is 1.6e-3 of the value. In f32, a tensor core may truncate the sum
+    // instead of rounding it at every step of 16 products; this error always has the same sign and grows with the number
+    // of steps.
     let deepest = operands.shape.counts.iter().max().copied().unwrap_or(0);
     let limit = match operands.product {
         WeightGradient => 1e-6 + 2.0 * F32_ROUNDOFF * deepest as f64 / 16.0,
@@ -178,7 +181,7 @@ fn launch(o: &Operands, tile: i32) -> Launch {
     })
 }
 
-/// The launch of `operands` with `tile`. Buffers: output, a, b, offsets and, where rows are gathered, the index.
+/// Returns the launch of `operands` with `tile`. Buffers: output, a, b, offsets and, if rows are gathered, the index.
 pub fn problem(operands: &Arc<Operands>, tile: routegrad_gemm_tile) -> Problem {
     let o = operands.clone();
     let output = match &o.added_to {
@@ -208,12 +211,12 @@ pub fn problem(operands: &Arc<Operands>, tile: routegrad_gemm_tile) -> Problem {
     }
 }
 
-/// Every tile and the automatic choice, for every gather, over `shapes`.
+/// Returns problems for every tile and the automatic choice, for every kind of gathering, over `shapes`.
 fn problems(product: Product, accumulate: bool, shapes: &[Shape]) -> Vec<MakeProblem> {
     let mut problems: Vec<MakeProblem> = Vec::new();
     for shape in shapes {
         for &gather in product.gathers() {
-            // One set of operands for all tiles.
+            // All tiles use the same operands.
             let shape = shape.clone();
             let operands = Arc::new(LazyLock::new(move || {
                 Arc::new(Operands::new(product, gather, accumulate, &shape))

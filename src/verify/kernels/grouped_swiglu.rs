@@ -1,4 +1,5 @@
-//! The experts' gate and up projection with SwiGLU, and its backward (`kernels/grouped_swiglu.cu`), against float64.
+//! Checks the experts' gate and up projection with SwiGLU, and its backward (`kernels/grouped_swiglu.cu`), against
+//! float64.
 
 use super::experts::{
     Bounded, Layer, add_bf16, covering_layers, gates, rounding_alone, small_layers, swiglu, written,
@@ -17,7 +18,7 @@ pub const FORWARD_TILES: [routegrad_gemm_tile; 3] = [
     ROUTEGRAD_TILE_COOPERATIVE_256X176,
     ROUTEGRAD_TILE_PINGPONG_128X176,
 ];
-/// With their columns, which cut the dots.
+/// Tiles with their numbers of columns, which determine the partial dots.
 pub const BACKWARD_TILES: [(routegrad_gemm_tile, usize); 1] =
     [(ROUTEGRAD_TILE_PINGPONG_128X128, 128)];
 
@@ -112,7 +113,7 @@ pub struct Backward {
     pub layer: Layer,
     /// dout, gathered or in order, and W [E, D, F].
     pub operands: Operands,
-    /// [R, 2F], NaN past the last expert's rows.
+    /// [R, 2F]; NaN after the last expert's rows.
     pub h: Vec<bf16>,
     pub gates: Vec<f32>,
 }
@@ -125,7 +126,7 @@ impl Backward {
         let mut random = Random((layer.hidden + 31 * layer.ffn) as u64);
         let width = 2 * layer.ffn;
         let mut h = random.normals_bf16(operands.rows_given * width);
-        // Some far out, where σ is 0 or 1.
+        // Some values are so large that σ is 0 or 1.
         for value in h.iter_mut().step_by(37) {
             *value = bf16::from_f32(value.to_f32() * 40.0);
         }
@@ -174,7 +175,7 @@ impl Backward {
         let w = Bounded::exact(f64::from(self.gates[gate_index]));
         let h = |i: usize| Bounded::exact(exact(self.h[row * 2 * ffn + i]));
         let mut errors = Errors::default();
-        // Value, sum of magnitudes and of the terms' errors, per tile of columns.
+        // Value, sum of the magnitudes and sum of the errors of the terms, per tile of columns.
         let mut parts = vec![(0.0, 0.0, 0.0); dots.len()];
         for i in 0..ffn {
             let da = Bounded::sum(self.layer.hidden, line[i]);
@@ -198,7 +199,7 @@ impl Backward {
         }
         for (c, (&got, &(value, magnitude, error))) in dots.iter().zip(&parts).enumerate() {
             let bound = error + Bounded::sum(tile_columns, (value, magnitude)).error;
-            // Not among `errors`, whose relative error is that of bf16.
+            // Not added to `errors`, whose relative error is that of bf16.
             Errors::default().add(f64::from(got), value, bound, || {
                 format!("dot {c}, row {row}")
             })?;
@@ -207,7 +208,7 @@ impl Backward {
     }
 }
 
-/// `tile` with its columns.
+/// `tile` is a tile with its number of columns.
 pub fn backward_problem(
     backward: &Arc<Backward>,
     (tile, tile_columns): (routegrad_gemm_tile, usize),
@@ -268,7 +269,7 @@ fn forward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
     for layer in layers {
         for gather in [Gather::A, Gather::None] {
             let layer = layer.clone();
-            // One set of operands for all tiles.
+            // All tiles use the same operands.
             let forward = Arc::new(LazyLock::new(move || {
                 Arc::new(Forward::new(&layer, gather))
             }));

@@ -1,4 +1,4 @@
-//! What a MoE layer counts (`kernels/layer_tally.cu`) against plain loops.
+//! Checks the statistics of an MoE layer (`kernels/layer_tally.cu`) against plain loops.
 
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
@@ -14,9 +14,9 @@ struct Tally {
     first_of_stats: bool,
     first_of_step: bool,
     over_step: bool,
-    /// Whether the entropy comes as parts.
+    /// Whether the entropy is given as partial sums.
     parts: bool,
-    /// The first token that is not finite, the first of the step before it, and fault bits.
+    /// The first token with non-finite values, the first of the step before the launch, and the fault bits.
     bad: [i32; 2],
     fault: i32,
     /// Whether no token chose any expert.
@@ -87,7 +87,7 @@ fn tally(t: Tally) -> Problem {
     }
 }
 
-/// Stats, load, flags and fractions, each exactly.
+/// Checks stats, load, flags and fractions exactly.
 fn judge_tally(t: Tally, counts: &[i32], out: &[Vec<u8>]) -> Result<Errors, String> {
     let e = t.experts;
     let old = |fresh: bool, i: usize| if fresh { 0.0 } else { 10.0 + i as f64 };
@@ -127,7 +127,7 @@ fn judge_tally(t: Tally, counts: &[i32], out: &[Vec<u8>]) -> Result<Errors, Stri
     exactly::<f32>("fractions", &out[3], |i| (slots[i] / all) as f32)
 }
 
-/// Entropies of random scores, some rows without a positive one.
+/// Entropies of random scores; some rows have no positive score.
 fn entropy(tokens: usize, experts: usize) -> Problem {
     const PART: usize = 256;
     let mut random = Random((tokens * experts) as u64);
@@ -160,7 +160,7 @@ fn entropy(tokens: usize, experts: usize) -> Problem {
                     -positive.map(|s| s / sum * (s / sum).ln()).sum::<f64>()
                 });
                 let want: f64 = entropies.sum();
-                // f32 logarithms and sums of at most E terms of each token.
+                // f32 logarithms, and sums of at most E terms per token.
                 let bound = 1e-6 * (experts * (part.len() / experts)) as f64;
                 errors.add(got, want, bound, || format!("part {i}"))?;
             }
@@ -173,7 +173,7 @@ fn bias(experts: usize) -> Problem {
     const RATE: f32 = 1e-3;
     let mut random = Random(experts as u64 + 5);
     let before: Vec<f32> = (0..experts).map(|_| random.normal()).collect();
-    // The mean is 10 where every count of a pair lies as far above as below it, so that some are equal.
+    // The mean is 10, since the counts of each pair lie symmetrically around it; some counts are equal to it.
     let load: Vec<f64> = (0..experts)
         .map(|i| match (i % 4, experts % 4) {
             (_, rest) if i >= experts - rest => 10.0,
@@ -207,7 +207,7 @@ fn bias(experts: usize) -> Problem {
     }
 }
 
-/// λ n_e / slots of uneven offsets.
+/// λ n_e / slots for uneven offsets.
 fn fractions(experts: usize) -> Problem {
     const LAMBDA: f32 = 3e-5;
     const SLOTS: usize = 1_000_003;
@@ -243,13 +243,13 @@ fn fractions(experts: usize) -> Problem {
     }
 }
 
-/// λ after a step of `layers` layers, in which tokens had K experts on average and `surplus` pairs more.
+/// λ after a step with `layers` layers, in which tokens had K experts on average, plus `surplus` pairs.
 fn lambda(layers: usize, experts: usize, surplus: i32) -> Problem {
     const BEFORE: f32 = 7.3e-9;
     const FACTOR: f64 = 1.2;
     const TOKENS: usize = 4096;
     let top_k = experts.div_ceil(3);
-    // Layer by layer K pairs a token, but shifted from one layer to the next.
+    // Each layer has K pairs per token, but a part is moved from one layer to the next.
     let mut load = vec![0.0; layers * (experts + 1)];
     for (l, row) in load.chunks_mut(experts + 1).enumerate() {
         row[experts] = (TOKENS + l) as f64;

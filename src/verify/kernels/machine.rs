@@ -1,22 +1,22 @@
-//! Where a kernel case runs: the simulator on host memory, or a GPU on its own.
+//! The machines on which a kernel case runs: the simulator with host memory, or a GPU with its own memory.
 
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::launchers::{self, Launchers};
 use crate::kernels::{Buffer, Stream};
 
-/// A build of the kernels with the memory it works on.
+/// A build of the kernels, and the memory that they use.
 pub trait Machine {
     fn launchers(&self) -> &'static Launchers;
-    /// The stream to launch on from this thread.
+    /// Returns the stream for launches from this thread.
     fn stream(&self) -> Result<Stream>;
-    /// `bytes` bytes, aligned to 128, content unspecified.
+    /// Allocates `bytes` bytes, aligned to 128; the content is not specified.
     fn allocate(&self, bytes: usize) -> Result<Box<dyn Block + '_>>;
-    /// Waits for every launch, and says what failed in one.
+    /// Waits for all launches; returns an error if one failed.
     fn finish(&self) -> Result<()>;
 }
 
-/// Memory of a machine. The copies come after every launch so far, and are done on return.
+/// Memory of a machine. A copy runs after all earlier launches and is complete on return.
 pub trait Block {
     fn address(&self) -> usize;
     fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()>;
@@ -115,11 +115,11 @@ impl Block for crate::device::cuda::DeviceMemory {
 
 const GUARD_BYTES: usize = 4096;
 const GUARD: u8 = 0xA5;
-/// What every byte that a kernel has to write holds before: a NaN in bf16 and f32, −1 in integers.
+/// Initial value of every byte that a kernel must write: NaN in bf16 and f32, −1 in integers.
 pub const POISON: u8 = 0xFF;
 
-/// A buffer between two bands that a kernel must leave as they are. The second begins at its last byte, so that one
-/// element too many shows.
+/// A buffer between two guard bands that a kernel must not change. The second band begins directly after the last byte, so
+/// that a write of one element too many is detected.
 pub struct Guarded<'m> {
     block: Box<dyn Block + 'm>,
     bytes: usize,
@@ -136,13 +136,13 @@ impl<'m> Guarded<'m> {
         Ok(guarded)
     }
 
-    /// The memory on the machine.
+    /// Returns the buffer as an argument of a launch.
     pub fn buffer(&self) -> Buffer {
-        // SAFETY: the block owns so many bytes from there on.
+        // SAFETY: the block owns this number of bytes from this address on.
         unsafe { Buffer::from_address(self.block.address() + GUARD_BYTES, self.bytes) }
     }
 
-    /// Address on the machine.
+    /// Returns the address on the machine.
     pub fn pointer(&self) -> *mut u8 {
         (self.block.address() + GUARD_BYTES) as *mut u8
     }
@@ -169,14 +169,14 @@ impl<'m> Guarded<'m> {
         self.read_first(self.bytes)
     }
 
-    /// At most so many bytes of it, the first ones.
+    /// Reads at most the first `bytes` bytes.
     pub fn read_first(&self, bytes: usize) -> Result<Vec<u8>> {
         let mut bytes = vec![0; bytes.min(self.bytes)];
         self.block.read(GUARD_BYTES, &mut bytes)?;
         Ok(bytes)
     }
 
-    /// Where the first byte outside that changed lies, in bytes from the buffer's start.
+    /// Returns the position of the first changed byte outside of the buffer, in bytes from the buffer's start.
     pub fn overwritten(&self) -> Result<Option<i64>> {
         for (start, from_buffer) in [
             (0, -(GUARD_BYTES as i64)),
@@ -197,7 +197,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_byte_on_either_side_of_a_buffer_is_noticed() {
+    fn a_write_on_either_side_of_a_buffer_is_detected() {
         let machine = Simulator::new().unwrap();
         for (at, place) in [(4095, -1), (4096 + 10, 10), (4096 + 9 + 4096, 9 + 4096)] {
             let mut buffer = Guarded::new(&machine, 10).unwrap();

@@ -1,9 +1,9 @@
-//! Cases of the kernels: one declaration of shapes, inputs, launch, float64 reference and bound, which runs on the
-//! simulator (the tests) and on a GPU (`hardware-check`) alike.
+//! Cases of the kernels. Each declares shapes, inputs, launch, float64 reference and error bound once, and runs on the
+//! simulator (in the tests) and on a GPU (in `hardware-check`).
 //!
-//! A [`Case`] is a named group of [`Problem`]s of one launcher. A problem lists its buffers, launches, and judges what the
-//! outputs hold. [`Run`] puts it on a [`Machine`]: every buffer lies between guard bands, every output starts poisoned,
-//! inputs must come back unchanged.
+//! A [`Case`] is a named group of [`Problem`]s of one launcher. A problem lists its buffers, launches the kernel, and
+//! checks the outputs. [`Run`] runs it on a [`Machine`]: every buffer is between guard bands, every output is initially
+//! poisoned, and inputs must not change.
 
 pub mod adamw;
 pub mod attention;
@@ -54,25 +54,25 @@ pub struct Buffer {
     pub content: Content,
 }
 
-/// What a buffer holds before the launch, and whose it is after.
+/// Content of a buffer before the launch, and how it is checked after the launch.
 pub enum Content {
     /// Read only.
     Input(Vec<u8>),
-    /// So many bytes that hold addresses of other buffers, read only.
+    /// A table of this many bytes with addresses of other buffers, read only.
     Table(usize, Fill),
-    /// So many poisoned bytes, judged after the launch.
+    /// This many poisoned bytes, checked after the launch.
     Output(usize),
-    /// Changed in place, judged after the launch.
+    /// Changed in place, checked after the launch.
     Changed(Vec<u8>),
-    /// So many poisoned bytes for the kernel's own use.
+    /// This many poisoned bytes for the kernel's own use.
     Workspace(usize),
 }
 
-/// The content of a table, from the addresses of the buffers in the order of the problem's list.
+/// Computes the content of a table from the addresses of the buffers, in the order of the problem's list.
 type Fill = Box<dyn Fn(&[*mut u8]) -> Vec<u8> + Send + Sync>;
 
 impl Buffer {
-    /// Rows that `fill` makes of the buffers' addresses.
+    /// A table whose rows `fill` computes from the buffers' addresses.
     pub fn table<R: Row>(
         name: &'static str,
         rows: usize,
@@ -105,7 +105,7 @@ impl Buffer {
         }
     }
 
-    /// What is added to, or assigned whatever was there.
+    /// A buffer to which the kernel adds, or, without `accumulate`, which it overwrites whatever it holds.
     pub fn added_to<T: bytemuck::NoUninit>(
         name: &'static str,
         before: &[T],
@@ -131,38 +131,38 @@ impl Buffer {
     }
 }
 
-/// Launches on the buffers, in the order of the problem's list.
+/// Launches on the buffers, which are in the order of the problem's list.
 pub type Launch = Box<dyn Fn(&[kernels::Buffer], &Stream) -> Result<()> + Send + Sync>;
 
-/// Judges the content of the outputs and changed buffers, in the order of the problem's list.
+/// Checks the content of the outputs and changed buffers, which are in the order of the problem's list.
 pub type Judge = Box<dyn Fn(&[Vec<u8>]) -> Result<Errors, String> + Send + Sync>;
 
 /// One launch with its inputs and its reference.
 pub struct Problem {
-    /// Shape and settings, for reports.
+    /// Shape and settings, for messages.
     pub label: String,
     pub buffers: Vec<Buffer>,
     pub launch: Launch,
     pub judge: Judge,
 }
 
-/// Makes a problem when its turn comes: the inputs of large ones fill gigabytes.
+/// Creates a problem when it is needed, since the inputs of large problems need gigabytes.
 pub type MakeProblem = Box<dyn Fn() -> Result<Problem> + Send + Sync>;
 
 /// A named group of problems.
 pub struct Case {
-    /// Unique among all cases; part of the key of a record.
+    /// Unique name, which is part of the key of a record.
     pub name: String,
-    /// Its row in `kernels/routegrad.h`.
+    /// The launcher's name in `kernels/routegrad.h`.
     pub launcher: &'static str,
-    /// The `.cu` file, without its ending.
+    /// Name of the `.cu` file, without the extension.
     pub source: &'static str,
     pub problems: Vec<MakeProblem>,
-    /// Small enough for instruments that slow a kernel a thousandfold.
+    /// Whether the case is small enough for tools that make a kernel a thousand times slower.
     pub small: bool,
 }
 
-/// Every case that any machine can run, in the order in which a first visit to a GPU should.
+/// Returns all cases, in the order in which they should first run on a GPU.
 pub fn cases() -> Vec<Case> {
     let mut all = unit::cases();
     all.extend(router::cases());
@@ -204,10 +204,10 @@ pub struct Run<'a> {
 }
 
 impl<'a> Run<'a> {
-    /// Allocates and fills every buffer.
+    /// Allocates and initialises every buffer.
     ///
     /// # Errors
-    /// When the machine has too little memory.
+    /// When the machine does not have enough memory.
     pub fn new(machine: &'a dyn Machine, problem: &'a Problem) -> Result<Self> {
         let mut buffers = Vec::new();
         for buffer in &problem.buffers {
@@ -230,7 +230,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// Puts every buffer that a launch may write back to what it held before the first.
+    /// Restores the initial content of every buffer that a launch may write.
     pub fn reset(&mut self) -> Result<()> {
         for (buffer, guarded) in self.problem.buffers.iter().zip(&mut self.buffers) {
             match &buffer.content {
@@ -242,42 +242,42 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// The buffers on the machine.
+    /// Returns the buffers on the machine.
     pub fn buffers(&self) -> Vec<kernels::Buffer> {
         self.buffers.iter().map(Guarded::buffer).collect()
     }
 
-    /// Addresses of the buffers on the machine.
+    /// Returns the addresses of the buffers on the machine.
     pub fn pointers(&self) -> Vec<*mut u8> {
         self.buffers.iter().map(Guarded::pointer).collect()
     }
 
-    /// The first `bytes` bytes of a buffer, after every launch so far; fewer where it is shorter.
+    /// Returns the first `bytes` bytes of a buffer after all earlier launches; fewer if the buffer is shorter.
     ///
     /// # Errors
-    /// What a launch met.
+    /// When a launch failed.
     pub fn content(&self, buffer: usize, bytes: usize) -> Result<Vec<u8>> {
         self.machine.finish()?;
         self.buffers[buffer].read_first(bytes)
     }
 
-    /// Launches; on a GPU it may still run on return.
+    /// Launches the problem; on a GPU it may still be running on return.
     pub fn launch(&self) -> Result<()> {
         self.launch_as(self.problem)
     }
 
-    /// Launches another problem of the same buffers.
+    /// Launches another problem on the same buffers.
     ///
     /// # Errors
-    /// When the launcher refuses.
+    /// When the launcher returns an error.
     pub fn launch_as(&self, problem: &Problem) -> Result<()> {
         (problem.launch)(&self.buffers(), &self.machine.stream()?)
     }
 
-    /// Waits, then gives what the outputs hold.
+    /// Waits for the launches and returns the content of the outputs.
     ///
     /// # Errors
-    /// The text says what failed: a launch, a guard band, or an input that was changed.
+    /// A text that says what failed: a launch, a guard band, or an input that was changed.
     pub fn outputs(&self) -> Result<Vec<Vec<u8>>, String> {
         let label = &self.problem.label;
         self.machine.finish().map_err(|e| format!("{label}: {e}"))?;
@@ -304,7 +304,7 @@ impl<'a> Run<'a> {
         Ok(outputs)
     }
 
-    /// Launches from the first state and gives what the outputs hold after.
+    /// Restores the initial content, launches, and returns the content of the outputs.
     ///
     /// # Errors
     /// As [`outputs`](Self::outputs).
@@ -317,39 +317,39 @@ impl<'a> Run<'a> {
 }
 
 impl Problem {
-    /// Runs it once and gives what the outputs hold.
+    /// Runs the problem once and returns the content of the outputs.
     ///
     /// # Errors
-    /// The text says what failed.
+    /// A text that says what failed.
     pub fn outputs(&self, machine: &dyn Machine) -> Result<Vec<Vec<u8>>, String> {
         Run::new(machine, self)
             .map_err(|e| format!("{}: {e}", self.label))?
             .fresh_outputs()
     }
 
-    /// Runs it once and judges the outputs.
+    /// Runs the problem once and checks the outputs.
     ///
     /// # Errors
-    /// The text says what failed, or which element is how far off.
+    /// A text that says what failed, or which element has which error.
     pub fn check(&self, machine: &dyn Machine) -> Result<Errors, String> {
         self.judged(&self.outputs(machine)?)
     }
 
-    /// Bytes of all its buffers.
+    /// Returns the size of all its buffers in bytes.
     pub fn bytes(&self) -> usize {
         self.buffers.iter().map(Buffer::bytes).sum()
     }
 
-    /// Judges outputs that a run left.
+    /// Checks the outputs of a run.
     ///
     /// # Errors
-    /// The text names the problem and the element.
+    /// A text that names the problem and the element.
     pub fn judged(&self, outputs: &[Vec<u8>]) -> Result<Errors, String> {
         (self.judge)(outputs).map_err(|why| format!("{}: {why}", self.label))
     }
 }
 
-/// The values that `bytes` hold, at any alignment.
+/// Returns the values in `bytes`, which may have any alignment.
 pub fn values<T: bytemuck::Pod>(bytes: &[u8]) -> Vec<T> {
     bytes
         .chunks_exact(size_of::<T>())
@@ -357,7 +357,7 @@ pub fn values<T: bytemuck::Pod>(bytes: &[u8]) -> Vec<T> {
         .collect()
 }
 
-/// The outputs' values compared one by one, equal or an error.
+/// Compares the output's values one by one; returns an error if two are not equal.
 fn exactly<T: bytemuck::Pod + PartialEq + std::fmt::Debug>(
     name: &str,
     bytes: &[u8],

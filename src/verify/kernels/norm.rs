@@ -1,4 +1,4 @@
-//! RMSNorm and LayerNorm with the residual add before them (`kernels/norm.cu`) against float64.
+//! Checks RMSNorm and LayerNorm with the preceding residual addition (`kernels/norm.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
@@ -7,7 +7,7 @@ use crate::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partia
 use half::bf16;
 use std::sync::Arc;
 
-/// Which norm.
+/// The kind of norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     Rms,
@@ -15,7 +15,7 @@ pub enum Kind {
 }
 use Kind::{Layer, Rms};
 
-/// What is added before the norm, or to its gradient: nothing, a tensor, or the tensor that the result replaces.
+/// What is added before the norm, or to its gradient: nothing, a separate tensor, or the tensor that the result replaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Added {
     Nothing,
@@ -25,11 +25,11 @@ pub enum Added {
 
 const ADDED: [Added; 3] = [Added::Nothing, Added::Apart, Added::InPlace];
 
-/// Added to the mean square or the variance.
+/// ε, which is added to the mean square or the variance.
 const EPS: f32 = 1e-5;
 
-/// Additions on the way of one term of a row's sum, at most: 32 of a thread, 5 of a warp, 8 of the warps, and what is done
-/// to the term.
+/// Bound for a row's sum: a term takes part in at most 32 additions in a thread, 5 in a warp and 8 over the warps; the
+/// rest is for the operations on the term.
 const ROW_SUM: f64 = 64.0 * F32_ROUNDOFF;
 
 /// Rows to normalise and their incoming gradients.
@@ -39,7 +39,7 @@ pub struct Inputs {
     pub hidden: usize,
     /// `[T, D]`.
     x: Vec<bf16>,
-    /// The residual, or the gradient past the norm.
+    /// The residual, or the gradient that bypasses the norm.
     added: Vec<bf16>,
     dy: Vec<bf16>,
     weight: Vec<bf16>,
@@ -47,7 +47,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
-    /// x is normal with this mean and deviation.
+    /// x is normal with this mean and standard deviation.
     pub fn new(kind: Kind, rows: usize, hidden: usize, (mean, deviation): (f32, f32)) -> Self {
         let mut random = Random((rows * 31 + hidden) as u64);
         let mut x = random.normals_bf16(rows * hidden);
@@ -65,7 +65,7 @@ impl Inputs {
         }
     }
 
-    /// Row 1 is NaN, row 2 has an infinity: no other may feel it.
+    /// Makes row 1 NaN and puts an infinity into row 2; this must not affect other rows.
     pub fn with_bad_rows(mut self) -> Self {
         self.x[self.hidden..2 * self.hidden].fill(bf16::NAN);
         self.x[2 * self.hidden + 5] = bf16::INFINITY;
@@ -83,7 +83,7 @@ impl Inputs {
         &of[row * self.hidden..(row + 1) * self.hidden]
     }
 
-    /// What is normalised: x, or x + residual as an f32 sum rounded to bf16.
+    /// Returns the input of the norm: x, or x + residual as an f32 sum rounded to bf16.
     fn normalised(&self, added: Added) -> Vec<bf16> {
         if added == Added::Nothing {
             return self.x.clone();
@@ -95,7 +95,7 @@ impl Inputs {
     }
 }
 
-/// A row's mean (0 for RMSNorm), r, and what an f32 mean may be off by.
+/// A row's mean (0 for RMSNorm), r, and the possible error of an f32 mean.
 struct Moments {
     mean: f64,
     r: f64,
@@ -119,7 +119,7 @@ impl Moments {
     }
 }
 
-/// The launch of `norm_forward`. Buffers: y, sum, x, residual, weight, bias; in place, sum is x.
+/// Returns the launch of `norm_forward`. Buffers: y, sum, x, residual, weight, bias; in place, sum is x.
 pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
     let i = inputs.clone();
     let bytes = 2 * i.rows * i.hidden;
@@ -194,8 +194,8 @@ pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
     }
 }
 
-/// The launches of `norm_backward` and, for each parameter, `norm_weight_gradient`, which assigns or accumulates. Buffers:
-/// dx, dw, db, partials, dy, skip, x, weight; in place, dx is skip.
+/// Returns the launches of `norm_backward` and, for each parameter, of `norm_weight_gradient`, which assigns or
+/// accumulates. Buffers: dx, dw, db, partials, dy, skip, x, weight; in place, dx is skip.
 pub fn backward_problem(inputs: &Arc<Inputs>, added: Added, accumulate: bool) -> Problem {
     let i = inputs.clone();
     let bytes = 2 * i.rows * i.hidden;
@@ -272,7 +272,7 @@ fn judge_backward(
     let (hidden, n) = (i.hidden, i.hidden as f64);
     let dx: Vec<bf16> = values(&out[0]);
     let mut errors = Errors::default();
-    // Σ, Σ of magnitudes, and what the rounding of x̂ is worth, of dw and db.
+    // Σ, Σ of magnitudes, and the effect of the rounding of x̂, for dw and db.
     let mut sums = vec![[[0.0; 3]; 2]; hidden];
     for row in 0..i.rows {
         let (x, dy) = (i.row(&i.x, row), i.row(&i.dy, row));
@@ -288,7 +288,7 @@ fn judge_backward(
             mean(&|c| g(c) * normal(c)),
             mean(&|c| (g(c) * normal(c)).abs()),
         );
-        // x̂ is off by that much, beside its own rounding.
+        // x̂ has this error in addition to its own rounding.
         let shift = m.mean_error * m.r;
         for c in 0..hidden {
             let skip = match added {
@@ -311,7 +311,7 @@ fn judge_backward(
             }
         }
     }
-    // Additions on the way of one term: rows of a team, teams of a run, runs of a warp, warps.
+    // Number of additions that affect one term: rows of a team, teams of a run, runs of a warp, warps.
     let depth = (i.rows.div_ceil(264).max(8) + 8 + 264 / 8 + 8 + 2) as f64;
     let vectors = if i.kind == Layer { 2 } else { 1 };
     for vector in 0..vectors {
@@ -327,7 +327,8 @@ fn judge_backward(
     Ok(errors)
 }
 
-/// The launch of `norm_weight_gradient` alone: integers, whose sum is exact, and NaN in what is not to be read.
+/// Returns the launch of `norm_weight_gradient` alone, with integers, whose sum is exact, and NaN in elements that must
+/// not be read.
 pub fn sum_problem(rows: usize, hidden: usize, accumulate: bool) -> Problem {
     let runs = NormBackward::runs(rows);
     let mut random = Random((rows + hidden) as u64);
@@ -364,14 +365,14 @@ pub fn sum_problem(rows: usize, hidden: usize, accumulate: bool) -> Problem {
     }
 }
 
-/// Rows, D, mean and deviation of x.
+/// Rows, D, and the mean and standard deviation of x.
 type Shape = (usize, usize, (f32, f32));
 
 pub const STANDARD: (f32, f32) = (0.0, 1.0);
-/// The mean square says nothing of the variance in f32. (bf16 has steps of 1 there.)
+/// With this mean, the variance cannot be computed from the mean square in f32. (bf16 has steps of 1 at this magnitude.)
 const FAR: (f32, f32) = (200.0, 0.3);
 
-/// One row, odd numbers of them, every number of warps a row, last chunks that are not full.
+/// One row, odd numbers of rows, every number of warps per row, last chunks that are not full.
 const SMALL: [Shape; 5] = [
     (1, 8, STANDARD),
     (11, 72, FAR),

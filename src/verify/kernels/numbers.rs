@@ -1,4 +1,4 @@
-//! Seeded numbers and error bounds of kernel cases.
+//! Seeded random numbers and error bounds for kernel cases.
 
 use half::bf16;
 use rayon::prelude::*;
@@ -15,23 +15,24 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    /// Uniform in 0 … `end` − 1.
+    /// Returns a uniform integer in 0 … `end` − 1.
     pub fn below(&mut self, end: usize) -> usize {
         ((u128::from(self.bits()) * end as u128) >> 64) as usize
     }
 
-    /// Uniform in (0, 1].
+    /// Returns a uniform number in (0, 1].
     pub fn unit(&mut self) -> f64 {
         ((self.bits() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
 
-    /// Standard normal (Box–Muller).
+    /// Returns a standard normal number (Box–Muller).
     pub fn normal(&mut self) -> f32 {
         let radius = (-2.0 * self.unit().ln()).sqrt();
         (radius * (std::f64::consts::TAU * self.unit()).cos()) as f32
     }
 
-    /// Standard normals, rounded to bf16; made in parallel, the same for any number of threads.
+    /// Returns standard normal numbers, rounded to bf16. They are generated in parallel and do not depend on the number of
+    /// threads.
     pub fn normals_bf16(&mut self, len: usize) -> Vec<bf16> {
         let seed = self.bits();
         let mut values = vec![bf16::ZERO; len];
@@ -54,16 +55,16 @@ impl Random {
     }
 }
 
-/// Half the distance between neighbouring bf16 at `x`.
+/// Returns half the distance between neighbouring bf16 numbers at `x`.
 pub fn half_ulp_bf16(x: f64) -> f64 {
     const EXPONENT: u64 = 0x7ff << 52;
-    f64::from_bits(x.to_bits() & EXPONENT) / 256.0 // the power of two below |x|, 0 at 0
+    f64::from_bits(x.to_bits() & EXPONENT) / 256.0 // the power of two below |x|, or 0 for 0
 }
 
 /// Unit roundoff of f32.
 pub const F32_ROUNDOFF: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// Relative L2 error, and the worst element as a share of its bound, gathered value by value.
+/// Accumulates the relative L2 error, and the largest error of an element as a share of its bound.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Errors {
     pub values: u64,
@@ -73,7 +74,7 @@ pub struct Errors {
 }
 
 impl Errors {
-    /// Of so many values that are all exact.
+    /// Errors of `values` values that are all exact.
     pub fn none(values: usize) -> Self {
         Self {
             values: values as u64,
@@ -82,7 +83,7 @@ impl Errors {
     }
 
     /// # Errors
-    /// When |got − want| exceeds `bound`, or is not a number.
+    /// When |got − want| is larger than `bound`, or is NaN.
     pub fn add(
         &mut self,
         got: f64,
@@ -106,7 +107,8 @@ impl Errors {
         Ok(())
     }
 
-    /// Adds a bf16 result whose f32 value may be off by `error`; where NaN is right, it must be NaN.
+    /// Adds a bf16 result whose f32 value may have an error of up to `error`; if the reference is NaN, the result must be
+    /// NaN.
     ///
     /// # Errors
     /// As [`add`](Self::add).
@@ -127,7 +129,7 @@ impl Errors {
         self.add(got.to_f64(), want, bound, place)
     }
 
-    /// Joins the errors of two parts of a result.
+    /// Adds the errors of another part of the result.
     pub fn merge(&mut self, other: Errors) {
         self.values += other.values;
         self.squared_error += other.squared_error;
@@ -135,7 +137,7 @@ impl Errors {
         self.worst = self.worst.max(other.worst);
     }
 
-    /// ‖got − want‖ / ‖want‖; 0 for 0 / 0.
+    /// Returns ‖got − want‖ / ‖want‖; 0 for 0 / 0.
     pub fn relative(&self) -> f64 {
         if self.squared_error == 0.0 {
             0.0
@@ -144,7 +146,7 @@ impl Errors {
         }
     }
 
-    /// The largest error as a share of what its element was allowed.
+    /// Returns the largest error of an element as a share of its bound.
     pub fn worst(&self) -> f64 {
         self.worst
     }
@@ -155,7 +157,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_over_its_bound_or_nan_is_refused_and_the_rest_is_summed() {
+    fn an_error_above_its_bound_or_nan_is_rejected_and_others_are_summed() {
         let mut errors = Errors::default();
         errors.add(3.5, 3.0, 0.5, String::new).unwrap();
         errors.add(4.0, 4.0, 0.0, String::new).unwrap();

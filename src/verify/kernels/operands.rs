@@ -1,4 +1,4 @@
-//! The operands of the grouped GEMMs over ragged groups, and their products in float64, line by line: a line is a row of
+//! The operands of the grouped GEMMs over ragged groups, and their products in float64, line by line. A line is a row of
 //! `out` or `dx`, or one output channel of an expert's dW.
 
 use super::numbers::Random;
@@ -29,7 +29,7 @@ impl Product {
         }
     }
 
-    /// The tiles that it can be told to take.
+    /// Returns the tiles that can be requested for the product.
     pub fn tiles(self) -> impl Iterator<Item = routegrad_gemm_tile> {
         let hopper: Vec<routegrad_gemm_tile> = TILES
             .iter()
@@ -48,7 +48,7 @@ impl Product {
     }
 }
 
-/// Which operand's rows are named by an index instead of standing in order.
+/// The operand whose rows are selected by an index instead of being in order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Gather {
     None,
@@ -56,7 +56,7 @@ pub enum Gather {
     B,
 }
 
-/// The tiles that cases name: those given on Hopper, and on the other GPUs one that all of them have.
+/// Returns the tiles for the cases: `hopper` on Hopper; on other GPUs `other`, which all of them support.
 pub fn tiles_of_device<T: Copy>(hopper: &[T], other: T) -> Vec<T> {
     match launchers::on_hopper() {
         true => hopper.to_vec(),
@@ -64,7 +64,7 @@ pub fn tiles_of_device<T: Copy>(hopper: &[T], other: T) -> Vec<T> {
     }
 }
 
-/// Every tile of Hopper with its rows and columns.
+/// All tiles of Hopper with their rows and columns.
 pub const TILES: [(routegrad_gemm_tile, usize, usize); 5] = [
     (ROUTEGRAD_TILE_COOPERATIVE_128X256, 128, 256),
     (ROUTEGRAD_TILE_COOPERATIVE_256X128, 256, 128),
@@ -73,7 +73,7 @@ pub const TILES: [(routegrad_gemm_tile, usize, usize); 5] = [
     (ROUTEGRAD_TILE_PINGPONG_128X176, 128, 176),
 ];
 
-/// Rows of each expert, and the widths of W [E, n, k].
+/// Number of rows of each expert, and the widths of W [E, n, k].
 #[derive(Clone, Debug)]
 pub struct Shape {
     pub counts: Vec<usize>,
@@ -90,7 +90,7 @@ impl Shape {
         }
     }
 
-    /// `per_token` different experts of `usable` for each of `tokens`.
+    /// Each of `tokens` tokens chooses `per_token` different experts of `usable`.
     pub fn routed(
         tokens: usize,
         experts: usize,
@@ -114,12 +114,13 @@ impl Shape {
     }
 }
 
-/// The operands of a product. Rows past the last expert's hold NaN, and their index leads far outside.
+/// The operands of a product. Rows after the last expert's contain NaN, and their index is far out of range.
 pub struct Operands {
     pub product: Product,
     pub gather: Gather,
     pub shape: Shape,
-    /// More than there are: the rest must not matter.
+    /// Number of rows passed to the launcher, which is larger than the actual number; the additional rows must have no
+    /// effect.
     pub rows_given: usize,
     pub offsets: Vec<i32>,
     pub index: Option<Vec<i32>>,
@@ -127,18 +128,19 @@ pub struct Operands {
     pub a: Vec<bf16>,
     /// W, or x for the weight gradient.
     pub b: Vec<bf16>,
-    /// Rows of `a` and of `b`, where `b` has rows.
+    /// Number of rows of `a`.
     pub a_height: usize,
+    /// Number of rows of `b`, if `b` has rows.
     pub b_height: usize,
-    /// dW before, to accumulate on.
+    /// The previous content of dW, for accumulation.
     pub added_to: Option<Vec<f32>>,
-    /// How many lines are judged; all, where there are no more.
+    /// Number of lines to check; all lines if there are not more.
     lines_judged: usize,
-    /// The judged lines with their numbers, once they are needed; the same for every tile.
+    /// The lines to check with their indices, computed when they are first needed; they are the same for every tile.
     reference: OnceLock<Vec<(usize, Line)>>,
 }
 
-/// Value and sum of the terms' magnitudes of each element.
+/// For each element, the value and the sum of the magnitudes of its terms.
 pub type Line = Vec<(f64, f64)>;
 
 impl Operands {
@@ -148,7 +150,7 @@ impl Operands {
         operands
     }
 
-    /// For shapes at which every line in float64 would take minutes: 64 lines are judged.
+    /// For shapes for which computing every line in float64 would take minutes; 64 lines are checked.
     pub fn sampled(product: Product, shape: &Shape) -> Self {
         Self::with_spare_rows(product, Gather::None, false, shape, 0)
     }
@@ -215,7 +217,7 @@ impl Operands {
         }
     }
 
-    /// The row of `operand` that row `row` of the product uses.
+    /// Returns the row of `operand` that is used for row `row` of the product.
     pub fn row_of(&self, operand: Gather, row: usize) -> usize {
         match &self.index {
             Some(index) if self.gather == operand => index[row] as usize,
@@ -223,7 +225,7 @@ impl Operands {
         }
     }
 
-    /// Divides W by a power of two near √depth, so that sums are of unit scale like what they are made of.
+    /// Divides W by a power of two near √depth, so that sums have unit scale, as their terms do.
     pub fn with_unit_sums(mut self) -> Self {
         let depth = if self.product == Forward {
             self.shape.k
@@ -237,7 +239,7 @@ impl Operands {
         self
     }
 
-    /// The expert that row `row` belongs to.
+    /// Returns the expert to which row `row` belongs.
     pub fn expert_of(&self, row: usize) -> usize {
         self.offsets
             .partition_point(|&offset| offset as usize <= row)
@@ -251,7 +253,7 @@ impl Operands {
         }
     }
 
-    /// Number of lines that are written, and elements of one.
+    /// Returns the number of lines that are written, and the number of elements per line.
     pub fn lines(&self) -> (usize, usize) {
         let Shape { n, k, ref counts } = self.shape;
         match self.product {
@@ -261,7 +263,7 @@ impl Operands {
         }
     }
 
-    /// Bytes of the output, spare rows included.
+    /// Returns the size of the output in bytes, including spare rows.
     pub fn output_bytes(&self) -> usize {
         let (lines, width) = self.lines();
         match self.product {
@@ -270,7 +272,7 @@ impl Operands {
         }
     }
 
-    /// The judged lines with their numbers, computed when first asked for.
+    /// Returns the lines to check with their indices; computes them on the first call.
     pub fn reference(&self) -> &[(usize, Line)] {
         self.reference.get_or_init(|| {
             let judged = self.judged_lines();
@@ -288,7 +290,7 @@ impl Operands {
         })
     }
 
-    /// Lines of one expert in float64.
+    /// Computes lines of one expert in float64.
     fn lines_of_expert(&self, lines: &[usize]) -> Vec<Line> {
         let Shape { n, k, .. } = self.shape;
         let expert = self.expert_of_line(lines[0]);
@@ -336,7 +338,8 @@ impl Operands {
         pairs.chunks(width).map(<[_]>::to_vec).collect()
     }
 
-    /// The lines that are judged: all, or some of every part with the first and last row of each expert among them.
+    /// Returns the indices of the lines to check: all, or some of every part that include the first and last row of each
+    /// expert.
     fn judged_lines(&self) -> Vec<usize> {
         let lines = self.lines().0;
         if lines <= self.lines_judged {
@@ -373,7 +376,7 @@ impl Operands {
     }
 }
 
-/// The value of a bf16: the upper half of an f32. (`to_f64` treats NaN apart, which keeps loops from being vector code.)
+/// Converts a bf16 exactly, as the upper half of an f32. (`to_f64` handles NaN separately, which prevents vectorisation.)
 #[inline]
 pub fn exact(x: bf16) -> f64 {
     f64::from(f32::from_bits(u32::from(x.to_bits()) << 16))

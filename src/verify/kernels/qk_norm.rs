@@ -1,4 +1,4 @@
-//! RMSNorm of pieces of rows (`kernels/qk_norm.cu`) against float64.
+//! Checks RMSNorm of pieces of rows (`kernels/qk_norm.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
@@ -8,7 +8,7 @@ use half::bf16;
 
 const EPS: f32 = 1e-5;
 
-/// Rows with pieces between columns that are nobody's; without `weighted` they are copied.
+/// Rows with pieces between other columns; without `weighted`, the pieces are copied.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     rows: usize,
@@ -28,7 +28,7 @@ impl Shape {
     }
 }
 
-/// 1 / √(mean(x²) + ε).
+/// Returns 1 / √(mean(x²) + ε).
 fn scale(x: &[bf16]) -> f64 {
     let squares: f64 = x.iter().map(|&x| exact(x) * exact(x)).sum();
     (squares / x.len() as f64 + f64::from(EPS)).sqrt().recip()
@@ -68,7 +68,7 @@ fn launch(s: Shape, backward: bool) -> Launch {
     })
 }
 
-/// What lies between the pieces must stay as it was. Buffers: y or dx, scales, x, w, dy.
+/// Elements between the pieces must not change. Buffers: y or dx, scales, x, w, dy.
 fn problem(s: Shape, backward: bool) -> Problem {
     let mut random = Random((s.rows * s.pitch()) as u64);
     let mut matrix = |n: usize| random.normals_bf16(n);

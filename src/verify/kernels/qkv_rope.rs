@@ -1,4 +1,4 @@
-//! The fused projection with rotary position embedding (`kernels/qkv_rope.cu`) against float64.
+//! Checks the projection with fused rotary position embedding (`kernels/qkv_rope.cu`) against float64.
 
 use super::experts::Bounded;
 use super::grouped_down::TILES;
@@ -25,7 +25,7 @@ impl Inputs {
     pub fn new(shape: Shape, hidden: usize) -> Self {
         let mut random = Random((shape.tokens() * 31 + shape.row() + hidden) as u64);
         let mut x = random.normals_bf16(shape.tokens() * hidden);
-        // Of a row that is NaN, no other may feel anything.
+        // A row of NaN must not affect other rows.
         if shape.tokens() > 2 {
             x[hidden..2 * hidden].fill(bf16::NAN);
         }
@@ -37,7 +37,7 @@ impl Inputs {
         }
     }
 
-    /// A row of x Wᵀ, which tensor cores sum in an order of their own.
+    /// Returns a row of x Wᵀ, which tensor cores sum in an order that is not specified.
     fn product(&self, token: usize) -> Vec<Bounded> {
         let x = &self.x[token * self.hidden..][..self.hidden];
         let lines = self.w.chunks(self.hidden).map(|w| {
@@ -76,7 +76,7 @@ impl Inputs {
     }
 }
 
-/// `own · cosine + other · sine`, with numbers of a table that is rounded to f32.
+/// Returns `own · cosine + other · sine` with the factors of a table that is rounded to f32.
 fn turn(own: Bounded, other: Bounded, factors: [f64; 2]) -> Bounded {
     let [own, other] = [(own, factors[0]), (other, factors[1])].map(|(x, factor)| {
         x.times(Bounded {
@@ -91,7 +91,7 @@ fn turn(own: Bounded, other: Bounded, factors: [f64; 2]) -> Bounded {
     }
 }
 
-/// The launch of these inputs. Buffers: out, x, w, cosines, sines.
+/// Returns the launch for these inputs. Buffers: out, x, w, cosines, sines.
 pub fn problem(inputs: &Arc<Inputs>, tile: routegrad_gemm_tile) -> Problem {
     let i = inputs.clone();
     let (shape, hidden) = (i.shape, i.hidden);
@@ -137,7 +137,7 @@ const fn shape(b: usize, s: usize, heads: usize, key_value_heads: usize, width: 
     }
 }
 
-/// One token; sequences shorter than a tile; a tile that ends within the query heads, one that is half values.
+/// One token; sequences shorter than a tile; a tile that ends within the query heads, and one whose second half is values.
 const SMALL: [(Shape, usize); 4] = [
     (shape(1, 1, 1, 1, 64), 8),
     (shape(3, 7, 4, 2, 64), 24),

@@ -1,11 +1,12 @@
-//! Sums of what ranks gathered (`kernels/ranks.cu`): every number is exact, since each sum is formed in f64 in rank order.
+//! Checks the sums of values gathered from ranks (`kernels/ranks.cu`): every result is exact, since each sum is computed
+//! in f64 in the order of the ranks.
 
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly};
 use crate::kernels::ranks::{LoadShares, RankFlags, RankSums, RankSumsF64, RankSumsI32};
 
-/// A sum over ranks: its kernel, the type of its numbers and that of their sum, the number of a rank (`$draw`), and how two
-/// are added.
+/// Problems of a sum over ranks. Arguments: its kernel, the types of its elements and of their sum, the element of a rank
+/// (`$draw`), and the addition.
 macro_rules! sums {
     ($name:ident, $kernel:ident, $number:ty, $sum:ty, $draw:expr, $add:expr) => {
         fn $name(ranks: usize, stride: usize, elements: usize) -> Problem {
@@ -40,7 +41,7 @@ macro_rules! sums {
     };
 }
 
-// Of f32 they cancel, so that another order or a sum in f32 shows.
+// f32 elements cancel, so that another order or a sum in f32 would be detected.
 sums!(
     sums,
     RankSums,
@@ -66,7 +67,7 @@ sums!(
     i32::wrapping_add
 );
 
-/// Every layer is well on some ranks; the last one on all.
+/// Every layer has no fault on some ranks; the last layer on all.
 fn flags(ranks: usize, layers: usize) -> Problem {
     let flag = |r: usize, layer: usize| match (r + 2 * layer) % 3 {
         _ if layer + 1 == layers => [i32::MAX, 0],
@@ -104,7 +105,7 @@ fn flags(ranks: usize, layers: usize) -> Problem {
     }
 }
 
-/// Shares of loads; of none, where nobody chose an expert.
+/// Shares of loads, including the case that no expert was chosen.
 fn shares(experts: usize, load: f64) -> Problem {
     let load: Vec<f64> = (0..experts).map(|e| load * (e % 7) as f64).collect();
     Problem {

@@ -1,4 +1,4 @@
-//! Rotary position embedding (`kernels/rope.cu`) against float64.
+//! Checks rotary position embedding (`kernels/rope.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
@@ -8,16 +8,16 @@ use half::bf16;
 
 const THETA: f64 = 10_000.0;
 
-/// What is turned.
+/// The shape of the projections to rotate.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
     pub sequences: usize,
-    /// S.
+    /// S, the tokens per sequence.
     pub sequence: usize,
-    /// H.
+    /// H, the number of query heads.
     pub heads: usize,
     pub key_value_heads: usize,
-    /// d, of a head.
+    /// d, the width of a head.
     pub width: usize,
 }
 
@@ -26,23 +26,23 @@ impl Shape {
         self.sequences * self.sequence
     }
 
-    /// Elements of a row.
+    /// Returns the number of elements of a row.
     pub fn row(&self) -> usize {
         (self.heads + 2 * self.key_value_heads) * self.width
     }
 
-    /// The angle of element `i` of a half, in float64.
+    /// Returns the angle of element `i` of a half, in float64.
     pub fn angle(&self, row: usize, i: usize) -> f64 {
         angle(row % self.sequence, i, self.width)
     }
 }
 
-/// The angle of element `i` of a half of a head, in float64.
+/// Returns the angle of element `i` of a half of a head, in float64.
 pub fn angle(position: usize, i: usize, width: usize) -> f64 {
     position as f64 * THETA.powf(-2.0 * i as f64 / width as f64)
 }
 
-/// Cosines and sines of the angles of so many positions, `[positions, width / 2]`.
+/// Returns the cosines and sines of the angles of all positions, `[positions, width / 2]`.
 pub fn tables(positions: usize, width: usize) -> [Vec<f32>; 2] {
     let half = width / 2;
     [f64::cos, f64::sin].map(|f: fn(f64) -> f64| {
@@ -52,11 +52,11 @@ pub fn tables(positions: usize, width: usize) -> [Vec<f32>; 2] {
     })
 }
 
-/// The launch of `rope`, in place or not. Buffers: y, x, cosines, sines.
+/// Returns the launch of `rope`, in place or not. Buffers: y, x, cosines, sines.
 pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
     let (tokens, row) = (shape.tokens(), shape.row());
     let mut x = Random((tokens * 31 + row) as u64).normals_bf16(tokens * row);
-    // Of a row that is NaN, no other may feel anything.
+    // A row of NaN must not affect other rows.
     if tokens > 2 {
         x[row..2 * row].fill(bf16::NAN);
     }
@@ -92,7 +92,8 @@ pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
     }
 }
 
-/// The numbers of a head with bounds of their errors, turned forwards or back as at `position`.
+/// Rotates the elements of a head, with bounds of their errors, by the angles of `position`, or by their negatives if
+/// `back`.
 pub fn turned(position: usize, line: &[(f64, f64)], back: bool) -> Vec<(f64, f64)> {
     let half = line.len() / 2;
     let turned = (0..line.len()).map(|i| {
@@ -100,7 +101,7 @@ pub fn turned(position: usize, line: &[(f64, f64)], back: bool) -> Vec<(f64, f64
         let (own, other) = (line[i], line[(i + half) % line.len()]);
         let across = if (i < half) == back { sine } else { -sine };
         let (along, across) = (own.0 * cosine, other.0 * across);
-        // A table's number, a product and the sum are rounded once each.
+        // The table's element, the product and the sum are each rounded once.
         let rounding = 4.0 * F32_ROUNDOFF * (along.abs() + across.abs());
         let error = own.1 * cosine.abs() + other.1 * sine.abs();
         (along + across, error + rounding)
@@ -149,7 +150,7 @@ const fn shape(
     }
 }
 
-/// One token, odd numbers of them, several sequences, every ratio of heads, widths that are no power of two.
+/// One token, odd numbers of tokens, several sequences, every ratio of heads, widths that are not powers of two.
 const SMALL: [Shape; 5] = [
     shape(1, 1, 1, 1, 16),
     shape(1, 17, 3, 1, 48),
@@ -157,7 +158,7 @@ const SMALL: [Shape; 5] = [
     shape(2, 5, 2, 2, 128),
     shape(1, 13, 5, 5, 80),
 ];
-/// The last position of a long sequence, a prime of tokens, wide heads.
+/// The last position of a long sequence, a prime number of tokens, wide heads.
 const COVERING: [Shape; 3] = [
     shape(1, 8192, 1, 1, 32),
     shape(1, 2039, 4, 2, 64),

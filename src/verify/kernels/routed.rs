@@ -1,4 +1,4 @@
-//! A routed batch for the kernels that come after dispatch: who chose whom, where their rows are, and the gates.
+//! A routed batch for the kernels after dispatch: the choices of the tokens, the positions of their rows, and the gates.
 
 use super::Buffer;
 use super::dispatch::{Batch, Named, Sorted};
@@ -10,12 +10,12 @@ pub struct Routed {
     pub sorted: Sorted,
     /// `[T, E]`, in (0, 1].
     pub gates: Vec<f32>,
-    /// What the launchers are told; the rows past the last are nobody's.
+    /// Number of rows passed to the launchers; rows after the last actual one belong to no token.
     pub rows_given: usize,
 }
 
 impl Routed {
-    /// Choices ascend within a token, as the router gives them.
+    /// The choices of a token are in increasing order, as the router writes them.
     pub fn new(mut batch: Batch) -> Self {
         if let Named::Choices {
             per_token,
@@ -46,16 +46,16 @@ impl Routed {
     pub fn experts(&self) -> usize {
         self.batch.experts
     }
-    /// Slots of a token.
+    /// Returns the number of slots per token.
     pub fn slots(&self) -> usize {
         self.batch.width()
     }
-    /// Whether there is a list of choices; without, slot i is expert i.
+    /// Returns whether there is a list of choices; without one, slot i is expert i.
     pub fn has_choices(&self) -> bool {
         matches!(self.batch.named, Named::Choices { .. })
     }
 
-    /// (row, expert) of the token's slots that have a row.
+    /// Returns (row, expert) for each slot of the token that has a row.
     pub fn rows_of(&self, token: usize) -> impl Iterator<Item = (usize, usize)> {
         let width = self.slots();
         (token * width..(token + 1) * width).filter_map(move |slot| {
@@ -68,7 +68,7 @@ impl Routed {
         })
     }
 
-    /// The row that the token has of each expert.
+    /// Returns, for each expert, the token's row.
     pub fn row_of_expert(&self, token: usize) -> Vec<Option<usize>> {
         let mut rows = vec![None; self.experts()];
         for (row, expert) in self.rows_of(token) {
@@ -77,7 +77,7 @@ impl Routed {
         rows
     }
 
-    /// `slot_row`, then `choices` (one unused element without a list).
+    /// Returns `slot_row` and `choices` (one unused element if there is no list).
     pub fn slot_buffers(&self) -> [Buffer; 2] {
         let choices = match &self.batch.named {
             Named::Choices { experts_of, .. } => Buffer::input("choices", experts_of),
@@ -96,7 +96,7 @@ impl Routed {
     }
 }
 
-/// Every number of slots with and without a list, tokens without a row, experts without one, all tokens to one.
+/// Every number of slots with and without a list, tokens without a row, experts without one, all tokens to one expert.
 pub fn small_batches() -> Vec<Batch> {
     vec![
         Batch::random(1, 1, 1, 1),
@@ -130,7 +130,7 @@ pub fn covering_batches() -> Vec<Batch> {
 }
 
 impl Sorted {
-    /// Rows of all experts.
+    /// Returns the number of rows of all experts.
     pub fn rows(&self) -> usize {
         self.offsets.last().map_or(0, |&rows| rows as usize)
     }

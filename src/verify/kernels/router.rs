@@ -1,5 +1,5 @@
-//! The router's forward (`kernels/router.cu`) against float64: scores and log-sum-exp within the bound of their
-//! arithmetic, choices and counts exactly as the scores that the kernel wrote demand.
+//! Checks the router's forward (`kernels/router.cu`) against float64: scores and log-sum-exp within the bound of their
+//! arithmetic; choices and counts must be exactly those that follow from the scores that the kernel wrote.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 pub use super::router_shapes::{covering_shapes, small_shapes};
@@ -19,19 +19,19 @@ pub const SCORES: [routegrad_score; 4] = [
     ROUTEGRAD_SCORE_RELU,
 ];
 
-/// What is special about a batch.
+/// A special property of a batch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
     Ordinary,
-    /// A bias of both signs, as large as the scores.
+    /// A bias with both signs and the magnitude of the scores.
     Biased,
-    /// Experts in pairs of equal weights.
+    /// Pairs of experts with equal weights.
     Ties,
-    /// Every token's highest score by far is the last expert's.
+    /// For every token, the last expert has by far the highest score.
     OneExpert,
-    /// Token 1 overflows to infinity in one logit; token 17 holds NaN, the last an infinity.
+    /// A logit of token 1 overflows to infinity; token 17 contains NaN, and the last token an infinity.
     NonFinite,
-    /// Logits up to some hundreds.
+    /// Logits with magnitudes up to several hundred.
     Large,
 }
 use Kind::*;
@@ -47,7 +47,7 @@ pub struct Shape {
     pub kind: Kind,
 }
 
-/// x [T, D] and W [E, D] with their logits in float64, [T, E] values and Σ|x w|.
+/// x [T, D] and W [E, D] with their logits in float64: for each element of [T, E] the value and Σ|x w|.
 pub struct Batch {
     pub shape: Shape,
     pub x: Vec<bf16>,
@@ -86,7 +86,8 @@ impl Batch {
                 for (token, wrong) in [(last, f32::NEG_INFINITY), (17, f32::NAN)] {
                     x[token.min(last) * hidden + hidden / 2] = bf16::from_f32(wrong);
                 }
-                // A column in which token 1 alone is not zero, and expert 0 too large for it.
+                // In this column only token 1 is not zero, and the weight of expert 0 is so large that the logit
+                // overflows.
                 x.iter_mut()
                     .skip(spare)
                     .step_by(hidden)
@@ -114,7 +115,7 @@ impl Batch {
         }
     }
 
-    /// How far a logit with this Σ|x w| may be off: one rounding per addition, three terms of W a product.
+    /// Returns the error bound of a logit with this Σ|x w|: one rounding per addition, and three terms of W per product.
     fn logit_bound(&self, size: f64) -> f64 {
         F32_ROUNDOFF * (self.shape.hidden as f64 + 4.0) * size
     }
@@ -124,13 +125,14 @@ impl Batch {
     }
 }
 
-/// log Σ exp, without overflow.
+/// Returns log Σ exp, computed without overflow.
 pub fn log_sum_exp(logits: impl Iterator<Item = f64> + Clone) -> f64 {
     let highest = logits.clone().fold(f64::NEG_INFINITY, f64::max);
     highest + logits.map(|z| (z - highest).exp()).sum::<f64>().ln()
 }
 
-/// The `count` experts of the highest score + bias, ascending; ties to the lower expert, NaN as −∞.
+/// Returns the `count` experts with the highest score + bias, in increasing order; ties go to the lower expert, and NaN
+/// counts as −∞.
 pub fn chosen(scores: &[f32], bias: Option<&[f32]>, count: usize) -> Vec<usize> {
     let value = |e: usize| {
         let value = scores[e] + bias.map_or(0.0, |b| b[e]);
@@ -147,7 +149,7 @@ pub fn chosen(scores: &[f32], bias: Option<&[f32]>, count: usize) -> Vec<usize> 
     order
 }
 
-/// Holds the scores and log-sum-exp of one token against float64.
+/// Compares the scores and log-sum-exp of one token with float64.
 fn judge_token(batch: &Batch, token: usize, scores: &[f32], lse: f32) -> Result<Errors, String> {
     let Shape { experts, score, .. } = batch.shape;
     let logits = &batch.logits[token * experts..][..experts];
@@ -161,7 +163,7 @@ fn judge_token(batch: &Batch, token: usize, scores: &[f32], lse: f32) -> Result<
         format!("log_sum_exp of token {token}")
     })?;
     for (e, &(z, _)) in logits.iter().enumerate() {
-        // Rounding of the exponent's argument, then relative errors of exp and the division.
+        // Rounding of the exponent's argument, then the relative errors of exp and the division.
         let relative = F32_ROUNDOFF * (16.0 + 2.0 * z.abs() + want_lse.abs());
         let (want, bound) = match score {
             ROUTEGRAD_SCORE_SOFTMAX => {
@@ -182,7 +184,7 @@ fn judge_token(batch: &Batch, token: usize, scores: &[f32], lse: f32) -> Result<
     Ok(errors)
 }
 
-/// What the kernel wrote.
+/// The outputs of the kernel.
 struct Outputs {
     scores: Vec<f32>,
     log_sum_exp: Vec<f32>,
@@ -190,7 +192,7 @@ struct Outputs {
     statistics: Vec<f32>,
 }
 
-/// Holds the statistics against sums of what the kernel wrote.
+/// Compares the statistics with sums of the values that the kernel wrote.
 fn judge_statistics(batch: &Batch, out: &Outputs) -> Result<(), String> {
     let Shape {
         tokens,
@@ -216,10 +218,10 @@ fn judge_statistics(batch: &Batch, out: &Outputs) -> Result<(), String> {
         }
     }
     if kind == NonFinite {
-        return Ok(()); // the sums are not numbers, the step is dropped
+        return Ok(()); // the sums are not finite, and the step is skipped
     }
     let mut unused = Errors::default();
-    // 128 additions a block at most, then one a block.
+    // At most 128 additions per block, then one per block.
     let terms = 128.0 + tokens as f64 / 128.0;
     let mut mean = |name: &str, got: f32, of: &mut dyn Iterator<Item = f64>, slack: f64| {
         let (sum, size) = of.fold((0.0, 0.0), |(sum, size), v| (sum + v, size + v.abs()));
@@ -246,7 +248,7 @@ fn judge_statistics(batch: &Batch, out: &Outputs) -> Result<(), String> {
         let terms = row.iter().map(|&p| f64::from(p));
         terms.filter(|&p| p > 0.0).map(|p| -p * p.ln()).sum::<f64>()
     });
-    // log S − Σ p (z − max z): both may be large where the entropy is small.
+    // log S − Σ p (z − max z): both terms may be large even if the entropy is small.
     let slack = F32_ROUNDOFF * 64.0 * (experts as f64).ln().max(1.0);
     mean(
         "entropy",
@@ -294,7 +296,7 @@ fn judge(batch: &Batch, bytes: &[Vec<u8>]) -> Result<Errors, String> {
         let scores = &out.scores[t * experts..][..experts];
         errors.merge(judge_token(batch, t, scores, out.log_sum_exp[t])?);
     }
-    // Truncation at each step of 16 products; and exp magnifies an error of a logit z by |z| roundings.
+    // Truncation at each step of 16 products; in addition, exp amplifies the error of a logit z by |z| roundings.
     let magnitude = if kind == Large || kind == OneExpert {
         200.0
     } else {
@@ -310,15 +312,15 @@ fn judge(batch: &Batch, bytes: &[Vec<u8>]) -> Result<Errors, String> {
     Ok(errors)
 }
 
-/// Both launches of the forward. Outputs: scores, log_sum_exp, choices, first_non_finite, statistics.
+/// Returns both launches of the forward. Outputs: scores, log_sum_exp, choices, first_non_finite, statistics.
 ///
 /// # Errors
-/// When the sizes are outside what the kernel can do.
+/// When the kernel does not support the sizes.
 pub fn problem(shape: Shape) -> Result<Problem> {
     problem_of(Batch::new(shape))
 }
 
-/// The same for a batch of its own making.
+/// As [`problem`], for a given batch.
 ///
 /// # Errors
 /// As [`problem`].
@@ -375,7 +377,7 @@ pub fn problem_of(batch: Batch) -> Result<Problem> {
     })
 }
 
-/// Sums of random partials, as many as a large batch has.
+/// Sums of random partial results, as many as a large batch has.
 fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
     let width = 2 * experts + 2;
     let mut random = Random((tokens + experts) as u64);

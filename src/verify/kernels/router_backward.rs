@@ -1,4 +1,4 @@
-//! The router's backward (`kernels/router_backward.cu`) against float64.
+//! Checks the router's backward (`kernels/router_backward.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::router::{SCORES, log_sum_exp};
@@ -17,13 +17,13 @@ pub struct Shape {
     pub experts: usize,
     pub hidden: usize,
     pub score: routegrad_score,
-    /// dx and dW are added to.
+    /// Whether dx and dW are accumulated.
     pub accumulate: bool,
     /// Which of dscores, dmean and dlse2 are given.
     pub given: [bool; 3],
 }
 
-/// Inputs with what they demand.
+/// Inputs and the expected results.
 struct Batch {
     shape: Shape,
     scores: Vec<f32>,
@@ -35,7 +35,7 @@ struct Batch {
     w: Vec<f32>,
     dx_before: Option<Vec<bf16>>,
     dw_before: Option<Vec<f32>>,
-    /// dz in float64, and how far off it may be.
+    /// dz in float64, and the bound of its error.
     dz: Vec<(f64, f64)>,
 }
 
@@ -69,7 +69,7 @@ impl Batch {
             scores: (0..tokens * experts).map(|i| score_of(i) as f32).collect(),
             log_sum_exp,
             dscores: given[0].then(|| normals(tokens * experts)),
-            // A mean's gradient reaches every token divided by T: as large as the others here.
+            // The gradient of a mean is divided by T for each token; it is scaled to the magnitude of the other gradients.
             dmean: given[1].then(|| normals(experts).iter().map(|v| v * tokens as f32).collect()),
             dlse2: given[2].then_some(0.3 * tokens as f32),
             w: normals(experts * hidden),
@@ -82,7 +82,7 @@ impl Batch {
         batch
     }
 
-    /// dz of a token and its bounds.
+    /// Returns dz of a token and its error bounds.
     fn dz_of(&self, token: usize) -> Vec<(f64, f64)> {
         let Shape {
             tokens,
@@ -92,7 +92,7 @@ impl Batch {
         } = self.shape;
         let row = token * experts..(token + 1) * experts;
         let p: Vec<f64> = self.scores[row.clone()].iter().map(|&p| p.into()).collect();
-        // d and the sum of its terms' magnitudes.
+        // d and the sum of the magnitudes of its terms.
         let d: Vec<(f64, f64)> = row
             .enumerate()
             .map(|(e, i)| {
@@ -136,7 +136,7 @@ impl Batch {
         Ok(errors)
     }
 
-    /// Σ_e dz W, with two terms of each factor and without the product of the smaller two.
+    /// Checks Σ_e dz W, computed with two terms of each factor and without the product of the two smaller terms.
     fn judge_dx(&self, got: &[bf16]) -> Result<Errors, String> {
         let Shape {
             experts, hidden, ..
@@ -202,7 +202,8 @@ impl Batch {
         let exact = 1e-6 + 2.0 * F32_ROUNDOFF * self.shape.tokens as f64 / 16.0;
         let mut all = Errors::default();
         let dx = self.judge_dx(&values(&bytes[0]))?;
-        // The root mean square of rounding to 8 bits is 1.6e-3 of the value; of a few values it may be the largest, 2^-8.
+        // The root mean square error of rounding to 8 bits is 1.6e-3 of the value; for a few values it may reach the
+        // maximum, 2^-8.
         let rounding = if dx.values < 1000 { 4e-3 } else { 2e-3 };
         for (name, errors, limit) in [
             ("dz", self.judge_dz(&values(&bytes[1]))?, 1e-6),
@@ -225,10 +226,10 @@ fn merged(parts: Result<Vec<Errors>, String>) -> Result<Errors, String> {
     Ok(errors)
 }
 
-/// Both launches of the backward. Outputs: dx, dz, dW.
+/// Returns both launches of the backward. Outputs: dx, dz, dW.
 ///
 /// # Errors
-/// When the sizes are outside what the kernel can do.
+/// When the kernel does not support the sizes.
 pub fn problem(shape: Shape) -> Result<Problem> {
     let batch = Batch::new(shape);
     let Shape {
@@ -299,7 +300,7 @@ pub fn problem(shape: Shape) -> Result<Problem> {
     })
 }
 
-/// Every part of the gradient that the score knows.
+/// Returns all parts of the gradient that exist for the score.
 fn all_given(score: routegrad_score) -> [bool; 3] {
     let squares = score == ROUTEGRAD_SCORE_SOFTMAX || score == ROUTEGRAD_SCORE_LOGITS;
     [true, true, squares]
@@ -321,7 +322,7 @@ fn shape(
     }
 }
 
-/// Shapes that every build runs, under every schedule.
+/// Shapes that every build runs under every schedule.
 pub fn small_shapes() -> Vec<Shape> {
     let softmax = ROUTEGRAD_SCORE_SOFTMAX;
     let mut all = vec![

@@ -1,5 +1,5 @@
-//! SparseMixer's sampling (`kernels/router_sample.cu`) against the same arithmetic in f64 and the draws of
-//! [`crate::tensor::random`]: every choice, factor and mask exactly.
+//! Checks SparseMixer's sampling (`kernels/router_sample.cu`) against the same arithmetic in f64 with the random numbers
+//! of [`crate::tensor::random`]: every choice, factor and mask must be equal.
 
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly};
@@ -14,23 +14,23 @@ pub struct Shape {
     pub tokens: usize,
     pub experts: usize,
     pub stages: usize,
-    /// Or the likeliest, for evaluation.
+    /// Whether experts are sampled; otherwise the most likely one is chosen, as in evaluation.
     pub sampled: bool,
     pub logits: Logits,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Logits {
-    /// All likely.
+    /// All experts have similar probabilities.
     Near,
-    /// Of both signs: most are left out.
+    /// Logits of both signs, so that most experts are left out.
     Far,
     Zero,
-    /// So that the largest is not the one of the largest magnitude.
+    /// Logits whose largest value is not the one with the largest magnitude.
     Negative,
-    /// Equal in pairs.
+    /// Pairs of equal logits.
     Ties,
-    /// With NaN and infinities, and a row of NaN.
+    /// Logits with NaN and infinities, and a row of NaN.
     NonFinite,
 }
 
@@ -42,7 +42,7 @@ const EPSILON: f64 = 0.1;
 const THRESHOLD: f64 = 0.75;
 const UNTRUSTED: f32 = 1.0 / 3.0;
 
-/// What the kernel has to write.
+/// The expected outputs.
 struct Outputs {
     experts: Vec<i32>,
     factors: Vec<f32>,
@@ -50,7 +50,7 @@ struct Outputs {
     choices: Vec<i32>,
 }
 
-/// The first of `experts` with the largest value, NaN below everything.
+/// Returns the first of `experts` with the largest value; NaN is smaller than all other values.
 fn largest(experts: impl Iterator<Item = usize>, value: impl Fn(usize) -> f64) -> usize {
     let larger = |a: f64, b: f64| a > b || (b.is_nan() && !a.is_nan());
     let best = experts.reduce(|best, e| {
@@ -110,10 +110,10 @@ fn reference(shape: Shape, logits: &[f32]) -> Outputs {
     out
 }
 
-/// The launch. Outputs: experts, factors, kept, choices.
+/// Returns the launch. Outputs: experts, factors, kept, choices.
 ///
 /// # Errors
-/// Never: inputs of these shapes can always be made.
+/// Never: inputs of these shapes can always be created.
 pub fn problem(shape: Shape) -> Result<Problem> {
     let Shape {
         tokens,

@@ -1,4 +1,4 @@
-//! The shapes that the router's forward is checked on.
+//! The shapes with which the router's forward is checked.
 
 use super::router::Kind::*;
 use super::router::{Kind, SCORES, Shape};
@@ -18,7 +18,7 @@ fn shape((tokens, experts, hidden, choices): Sizes, score: routegrad_score, kind
     }
 }
 
-/// Shapes that every build runs, under every schedule.
+/// Shapes that every build runs under every schedule.
 pub fn small_shapes() -> Vec<Shape> {
     let softmax = ROUTEGRAD_SCORE_SOFTMAX;
     let mut all: Vec<Shape> = [(1, 1, 8, 1), (1, 8, 200, 2), (131, 7, 136, 3)]
@@ -34,7 +34,7 @@ pub fn small_shapes() -> Vec<Shape> {
     all
 }
 
-/// Every padded number of experts with every score; prime numbers of tokens; widths that divide nothing.
+/// Every padded number of experts with every score; prime numbers of tokens; widths that are not multiples of a tile.
 pub fn covering_shapes() -> Vec<Shape> {
     let sizes = [
         (2039, 8, 72, 1),

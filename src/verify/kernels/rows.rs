@@ -1,4 +1,4 @@
-//! Arithmetic of rows, sums of columns and gated rows (`kernels/rows.cu`) against float64.
+//! Checks row-wise arithmetic, column sums and gated rows (`kernels/rows.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
@@ -48,7 +48,7 @@ fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place
     }
 }
 
-/// The sizes of a sum of columns: rows, pieces, width of one, columns before and behind, runs; what is multiplied.
+/// The sizes of a column sum: rows, pieces, width of a piece, columns before and after, runs; and the factors.
 #[derive(Clone, Copy, Debug)]
 struct Sums {
     rows: usize,
@@ -60,7 +60,7 @@ struct Sums {
     scales: bool,
 }
 
-/// What lies around the columns holds NaN. Buffers: parts, x, y, scales.
+/// Elements around the columns are NaN. Buffers: parts, x, y, scales.
 fn sums(s: Sums) -> Problem {
     let mut random = Random((s.rows * s.piece + s.runs) as u64);
     let (width, pitch) = (s.pieces * s.piece, s.pieces * s.piece + 2 * s.around);
@@ -124,13 +124,13 @@ fn sums(s: Sums) -> Problem {
     }
 }
 
-/// Σ of products, and of their magnitudes.
+/// Returns the sum of the products, and the sum of their magnitudes.
 fn dot(a: &[bf16], b: &[bf16]) -> (f64, f64) {
     let products = a.iter().zip(b).map(|(&a, &b)| exact(a) * exact(b));
     products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()))
 }
 
-/// Rows whose scores are of unit scale. Buffers: y, gates, x, w, v.
+/// Rows whose scores have unit scale. Buffers: y, gates, x, w, v.
 fn gated(rows: usize, width: usize) -> Problem {
     let mut random = Random((rows * width + 1) as u64);
     let (x, v) = (
@@ -170,7 +170,7 @@ fn gated(rows: usize, width: usize) -> Problem {
                 let at = row * width..(row + 1) * width;
                 let (score, size) = dot(&x[at.clone()], &w);
                 let gate = 1.0 / (1.0 + (-score).exp());
-                // σ has a slope of at most 1/4, and is itself off as in swiglu.cu.
+                // σ has a slope of at most 1/4, and has itself the error described in swiglu.cu.
                 let error =
                     (width as f64 * size / 4.0 + (24.0 + 2.0 * score.abs()) * gate) * F32_ROUNDOFF;
                 errors.add(f64::from(found), gate, error, || format!("gate {row}"))?;
@@ -282,7 +282,7 @@ pub fn cases() -> Vec<Case> {
         (67, 1, 264, 0, 1, false, true),
         (300, 3, 64, 128, 2, true, true),
         (130, 2, 40, 8, 7, true, false),
-        // A run without a row.
+        // A run without rows.
         (10, 1, 520, 0, 4, false, false),
         (2039, 1, 136, 0, 8, true, true),
     ]

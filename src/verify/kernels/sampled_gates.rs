@@ -1,10 +1,10 @@
-//! SparseMixer's gates and their estimator (`kernels/gates.cu`) against float64.
+//! Checks SparseMixer's gates and their gradient estimator (`kernels/gates.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::kernels::gates::{SampledGates, SampledGatesBackward};
 
-/// Sizes, and how many times a standard normal the logits are.
+/// Tokens, experts, stages, and the scale of the logits relative to a standard normal.
 type Shape = (usize, usize, usize, f32);
 
 const ESTIMATOR: f32 = 2.0;
@@ -19,7 +19,7 @@ struct Inputs {
 }
 
 impl Inputs {
-    /// Every stage keeps some experts at random, its own among them; no stage keeps the other's.
+    /// Every stage keeps some random experts, including its own sample; no stage keeps the sample of the other.
     fn new((tokens, experts, stages, spread): Shape) -> Self {
         let mut random = Random((tokens * experts + stages) as u64);
         let count = tokens * experts;
@@ -48,7 +48,7 @@ impl Inputs {
         inputs
     }
 
-    /// q of a stage with the bounds of its errors; 0 without a bound where nothing is kept.
+    /// Returns q of a stage with the bounds of its errors; for experts that are not kept, 0 with the bound 0.
     fn probabilities(&self, row: usize, z: &[f32]) -> Vec<(f64, f64)> {
         let experts = z.len();
         let kept = &self.kept[row * experts..(row + 1) * experts];
@@ -67,7 +67,7 @@ impl Inputs {
         (0..experts).map(of).collect()
     }
 
-    /// Gates of a token, or gradients of its logits, with the bounds of their errors.
+    /// Returns the gates of a token, or the gradients of its logits, with the bounds of their errors.
     fn row(
         &self,
         token: usize,

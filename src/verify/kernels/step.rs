@@ -1,4 +1,5 @@
-//! The kernels around the optimizer's update (`kernels/step.cu`) against float64 and against what must come out exactly.
+//! Checks the kernels that run before and after the optimizer's update (`kernels/step.cu`) against float64, and exactly
+//! where results are exact.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly};
@@ -40,7 +41,7 @@ fn losses(first: bool, with_balance: bool) -> Problem {
             kernel.launch(stream)
         }),
         judge: Box::new(move |out| {
-            // Every number here is exact.
+            // All values here are exact.
             exactly::<f64>("sums", &out[0], |i| {
                 let term = if i == 0 || with_balance {
                     terms[i]
@@ -53,14 +54,14 @@ fn losses(first: bool, with_balance: bool) -> Problem {
     }
 }
 
-/// What a step brings to its decision.
+/// The input of the decision about a step.
 #[derive(Clone, Copy)]
 struct Decision {
     parts: usize,
-    /// Factor of every part.
+    /// Factor of every partial sum.
     size: f64,
     loss: f64,
-    /// Layer and what its flags hold.
+    /// A layer and the value of its flags.
     flag: Option<(usize, [i32; 2])>,
     clip: f64,
 }
@@ -174,7 +175,7 @@ fn judge(d: Decision, got: routegrad_step_outcome, norm: f64) -> Result<Errors, 
     Ok(errors)
 }
 
-/// Tensors of so many words, committed or put back.
+/// Tensors with these numbers of words, which are committed or restored.
 fn commit(sizes: &'static [usize], accepted: bool) -> Problem {
     let numbers = |seed: u64, n: usize| -> Vec<f32> {
         let mut random = Random(seed);

@@ -1,4 +1,4 @@
-//! Sums of the parts of a weight gradient (`kernels/sum_parts.cu`) against float64.
+//! Checks the sums of the parts of a weight gradient (`kernels/sum_parts.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::{Buffer, Case, MakeProblem, Problem, values};

@@ -1,4 +1,4 @@
-//! SwiGLU of dense layers (`kernels/swiglu.cu`) against float64.
+//! Checks SwiGLU of dense layers (`kernels/swiglu.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
@@ -6,15 +6,15 @@ use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::kernels::{SwigluBackward, SwigluForward};
 use half::bf16;
 
-/// What a product of `magnitude` may be off by. σ and products in f32: two hardware approximations of 2 units in the last
-/// place, and a rounding each for the rest; the argument of exp is rounded where it is large, |z| log₂e of it. σ below
-/// 2^-126, at -126 ln 2, may be 0.
+/// Returns the error bound of a product with this magnitude. σ and products are f32: two hardware approximations of 2 ulp
+/// each, and one rounding for each other operation; the argument of exp has an error of |z| log₂e roundings. σ may be 0
+/// below 2^-126, which it reaches at -126 ln 2.
 fn error(magnitude: f64, gate: f64) -> f64 {
     let lost = if gate < -87.3 { magnitude } else { 0.0 };
     (24.0 + 2.0 * gate.abs()) * F32_ROUNDOFF * magnitude + lost + 1e-37
 }
 
-/// h is normal with a deviation of `spread`. Buffers: a, h; or dh, da, h.
+/// h is normal with a standard deviation of `spread`. Buffers: a, h; or dh, da, h.
 fn problem(rows: usize, ffn: usize, spread: f32, backward: bool) -> Problem {
     let mut random = Random((rows * 31 + ffn) as u64);
     let mut h = random.normals_bf16(rows * 2 * ffn);
@@ -60,7 +60,7 @@ fn problem(rows: usize, ffn: usize, spread: f32, backward: bool) -> Problem {
                     let s = 1.0 / (1.0 + (-gate).exp());
                     if backward {
                         let d = exact(da[at_a]);
-                        // 1 + gate (1 − σ) may cancel: its terms are what is rounded.
+                        // 1 + gate (1 − σ) may cancel; the rounding applies to its terms.
                         let terms = (d * up * s).abs() * (1.0 + (gate * (1.0 - s)).abs());
                         judge(at, d * up * s * (1.0 + gate * (1.0 - s)), terms, gate)?;
                         judge(at + ffn, d * gate * s, (d * gate * s).abs(), gate)?;

@@ -1,6 +1,6 @@
-//! Single instructions (`kernels/unit.cu`) against their definition. They come first on a GPU: wgmma descriptors and
-//! fragments, TMA's bytes in shared memory, stores that end inside a box, clusters with multicast, and arrivals of a part
-//! of a warp (the two lanes that free a multicast buffer).
+//! Checks single instructions (`kernels/unit.cu`) against their definition. They run first on a GPU: wgmma descriptors and
+//! fragments, the layout of TMA data in shared memory, stores that end inside a box, clusters with multicast, and arrivals
+//! of a part of a warp (the two lanes that free a multicast buffer).
 
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
@@ -10,7 +10,7 @@ use crate::kernels::unit::{
 };
 use half::bf16;
 
-/// Elements of a swizzle span, by its number: none, 128, 64, 32 bytes.
+/// Elements of a swizzle span, indexed by the swizzle mode: none, 128, 64, 32 bytes.
 const SPAN: [usize; 4] = [8, 64, 32, 16];
 
 pub fn cases() -> Vec<Case> {
@@ -53,7 +53,7 @@ fn small_integers(random: &mut Random, len: usize) -> Vec<bf16> {
         .collect()
 }
 
-/// C[64, n] = A[64, 64] B[64, n] on small integers, exact in f32.
+/// C[64, n] = A[64, 64] B[64, n] with small integers, which is exact in f32.
 fn layouts() -> Vec<MakeProblem> {
     let mut problems: Vec<MakeProblem> = Vec::new();
     for n in [16, 64, 96, 128, 176, 256] {
@@ -112,7 +112,7 @@ fn wgmma(n: usize, swizzle: usize, a_mn: bool, b_mn: bool, registers: bool) -> P
     }
 }
 
-/// Boxes inside, across each edge, and wholly outside of a tensor [z 5, y 40, x 72].
+/// Returns boxes inside, across each edge, and completely outside of a tensor [z 5, y 40, x 72].
 fn boxes() -> Vec<routegrad_unit_box> {
     let mut all = Vec::new();
     for (swizzle, &span) in SPAN.iter().enumerate() {
@@ -145,7 +145,7 @@ fn boxes() -> Vec<routegrad_unit_box> {
     all
 }
 
-/// Index in the tensor of element (x, y, z) of the box, where that is inside.
+/// Returns the index in the tensor of element (x, y, z) of the box, or `None` if it is outside of the tensor.
 fn element(b: &routegrad_unit_box, [x, y, z]: [i32; 3]) -> Option<usize> {
     let [x, y, z] = [
         b.at[0] + x,
@@ -158,8 +158,8 @@ fn element(b: &routegrad_unit_box, [x, y, z]: [i32; 3]) -> Option<usize> {
     inside.then_some(((z * b.extent[1] + y) * b.extent[0] + x) as usize)
 }
 
-/// Where the box's element lies in shared memory, in elements: rows follow each other, and the 16-byte chunks of a row are
-/// XORed by the row's place in the pattern.
+/// Returns the position of the box's element in shared memory, in elements. Rows are consecutive, and the index of each
+/// 16-byte chunk in a row is XORed with the row's position in the swizzle pattern.
 fn place(b: &routegrad_unit_box, [x, y, z]: [i32; 3]) -> usize {
     let row = (z * b.box_[1] + y) as usize;
     let (chunk, within) = (x as usize / 8, x as usize % 8);
@@ -239,7 +239,7 @@ fn tma_store(b: routegrad_unit_box) -> MakeProblem {
     })
 }
 
-/// Each block to both; each to itself; each to the other; both to the first.
+/// Masks: each block to both; each to itself; each to the other; both to the first.
 fn multicasts() -> Vec<MakeProblem> {
     [[3, 3], [1, 2], [2, 1], [1, 1]]
         .into_iter()

@@ -4,7 +4,7 @@ from transformers import PretrainedConfig
 
 
 class RoutegradConfig(PretrainedConfig):
-    """Shapes of the transformer, and under `router` the method of routing with its settings."""
+    """Shapes of the transformer, and under `router` the router's name and settings."""
 
     model_type = "routegrad"
 
@@ -41,21 +41,21 @@ class RoutegradConfig(PretrainedConfig):
         self.num_experts = num_experts
         self.num_experts_per_tok = num_experts_per_tok
         self.moe_intermediate_size = moe_intermediate_size
-        # Of layers whose feed-forward is dense.
+        # Width of dense feed-forward layers.
         self.intermediate_size = intermediate_size
         self.mlp_only_layers = list(mlp_only_layers)
         # "layernorm" or "rmsnorm".
         self.norm_type = norm_type
         self.norm_eps = norm_eps
         self.rope_theta = rope_theta
-        # Of queries, keys and values.
+        # Biases of the query, key and value projections.
         self.attention_bias = attention_bias
-        # Norms of queries and keys: "none", "head" for each head, "full" for all together.
+        # Norms of queries and keys: "none", "head" (over each head), "full" (over all heads together).
         self.qk_norm = qk_norm
-        # 0 for no shared expert.
+        # Width of the shared expert; 0 for no shared expert.
         self.shared_expert_intermediate_size = shared_expert_intermediate_size
         self.max_position_embeddings = max_position_embeddings
         self.router = {"name": "topk"} if router is None else dict(router)
-        # No cache of keys and values.
+        # The model does not cache keys and values.
         self.use_cache = others.pop("use_cache", False)
         super().__init__(tie_word_embeddings=tie_word_embeddings, **others)

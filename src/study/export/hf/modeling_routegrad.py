@@ -1,4 +1,4 @@
-"""A model that routegrad trained, as it evaluates. For transformers 4 and 5.
+"""A model that routegrad trained, in evaluation mode. For transformers 4 and 5.
 
 x += attention(norm(x)); x += feed_forward(norm(x)), the feed-forward SwiGLU, dense or a mixture of experts. B sequences
 of S tokens make T = B S rows of width D; E experts, K of them for a token.
@@ -14,7 +14,7 @@ from .configuration_routegrad import RoutegradConfig
 
 
 def wide(x):
-    """At least f32, in which norms and routers compute."""
+    """Converts to f32 unless the dtype is wider; norms and routers use it."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -36,7 +36,7 @@ def norm(config):
 
 
 def rotate(x, cos, sin):
-    """RoPE on x [B, S, heads, head_dim], halves turned by angles [B, S, 1, head_dim / 2]."""
+    """RoPE on x [B, S, heads, head_dim], whose halves are rotated by angles [B, S, 1, head_dim / 2]."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
@@ -84,7 +84,7 @@ class Swiglu(nn.Module):
 
 
 def largest(scores, k):
-    """Marks the k largest of each row; ties go to the lower expert."""
+    """Returns a mask of the k largest elements of each row; ties go to the lower expert."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order[:, :k], True)
 
@@ -95,7 +95,7 @@ def renormalized(weights, runs, settings):
     return weights
 
 
-# What follows turns logits z [T, E] into the experts' weights [T, E] and which of them run.
+# Each function below converts logits z [T, E] to the experts' weights [T, E] and a mask of the experts that run.
 def topk(z, k, settings, bias):
     p = z.softmax(-1)
     runs = largest(p, k)
@@ -117,7 +117,7 @@ def lossfree(z, k, settings, bias):
 
 
 def sparsemixer(z, k, settings, bias):
-    """k times the likeliest expert not yet taken, weighted by the softmax over those near enough to it."""
+    """Selects k times the most likely remaining expert, weighted by the softmax over the experts close enough to it."""
     weights, runs = torch.zeros_like(z), torch.zeros_like(z, dtype=torch.bool)
     for _ in range(k):
         left = z.masked_fill(runs, -torch.inf)
@@ -165,7 +165,7 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.zeros(e, d, f))
 
     def forward(self, x, weights, runs):
-        """The weighted sum of the experts that run, for x [T, D]."""
+        """Returns the weighted sum of the experts that run, for x [T, D]."""
         y = torch.zeros_like(x)
         for expert in range(len(self.down_proj)):
             tokens = runs[:, expert].nonzero().squeeze(-1)
@@ -194,7 +194,7 @@ class Mixture(nn.Module):
             self.shared_expert_gate = nn.Linear(d, 1, bias=False)
 
     def scale(self):
-        """The factor on the default vectors."""
+        """Returns the factors of the default vectors."""
         if self.shrink_sums is None:
             return self.shrink
         along, square = self.shrink_sums
@@ -239,8 +239,8 @@ class Transformer(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x, attention_mask, positions, output_hidden_states):
-        """Rows [B, S, D] from embeddings [B, S, D], and the states before each layer and after the last norm where they are
-        asked for. `attention_mask` [B, S] is 0 at padding, which nothing attends to."""
+        """Returns the output [B, S, D] for embeddings [B, S, D] and, if requested, the states before each layer and after
+        the last norm. `attention_mask` [B, S] is 0 for padding tokens, to which no other token attends."""
         at = torch.arange(x.shape[1], device=x.device)
         mask = (at[:, None] >= at)[None, None]
         if positions is None:
@@ -263,15 +263,15 @@ class Transformer(nn.Module):
 
 
 def refuse(arguments):
-    """Arguments that other models of transformers take and this one does not: an error, where they ask for something."""
+    """Raises an error for requested features that other models of transformers support and this model does not."""
     asked = sorted(name for name, value in arguments.items() if value is not None and value is not False)
     if asked:
         raise TypeError(f"routegrad models do not support {', '.join(asked)}: leave it out, or pass None or False")
 
 
 def sequence_loss(logits, labels, num_items_in_batch):
-    """Mean cross-entropy of the tokens behind each place, labels [B, S], -100 where there is none. With `num_items_in_batch`,
-    the number of labels in all micro-batches of a step, their sum over it: so the gradients of the micro-batches add up."""
+    """Mean cross-entropy of the next tokens; labels [B, S] are -100 where there is no target. If `num_items_in_batch` is given
+    (the number of labels in all micro-batches of a step), the sum divided by it, so that gradients of micro-batches add up."""
     reduction = "mean" if num_items_in_batch is None else "sum"
     targets = F.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
     loss = F.cross_entropy(wide(logits).flatten(0, 1), targets.to(logits.device), reduction=reduction)
@@ -285,7 +285,7 @@ class RoutegradForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    # Trainer hands over `num_items_in_batch` and leaves the division to the model.
+    # The Trainer passes `num_items_in_batch`, and the model divides by it.
     accepts_loss_kwargs = True
     _no_split_modules = ["Block"]
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -316,7 +316,7 @@ class RoutegradForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache=None,
         **others,
     ):
-        # There is no cache; generation asks for one by default and reads all tokens at every step instead.
+        # There is no cache, although generation requests one by default; every step processes all tokens instead.
         refuse(others)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass input_ids [B, S] or inputs_embeds [B, S, D], one of the two")
@@ -325,7 +325,7 @@ class RoutegradForCausalLM(PreTrainedModel, GenerationMixin):
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         states_wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         hidden, states = self.model(x, attention_mask, position_ids, states_wanted)
-        # A loss needs the logits of all places.
+        # A loss needs the logits of all positions.
         keep = 0 if labels is not None else logits_to_keep
         logits = self.lm_head(hidden[:, -keep:] if isinstance(keep, int) else hidden[:, keep])
         loss = None if labels is None else sequence_loss(logits, labels, num_items_in_batch)
@@ -334,7 +334,7 @@ class RoutegradForCausalLM(PreTrainedModel, GenerationMixin):
         return output if as_dict else output.to_tuple()
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, logits_to_keep=0, **_):
-        # There is no cache: every step reads all tokens.
+        # There is no cache: every step processes all tokens.
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep}
         if inputs_embeds is not None and inputs_embeds.shape[1] >= input_ids.shape[1]:
             inputs |= {"input_ids": None, "inputs_embeds": inputs_embeds}
