@@ -478,7 +478,8 @@ pub(super) struct BenchArgs {
     /// With --report: also the main pictures, as SVG, into this folder.
     #[arg(long, value_name = "DIR", requires = "report")]
     pub(super) pictures: Option<PathBuf>,
-    /// Fit a cost model to the recorded timings of products, and print where their time goes and what whole steps are expected to
+    /// Fit a cost model to the recorded timings of products, and print where their time goes and what whole steps are expected
+    /// to
     /// take; measure nothing.
     #[arg(long, group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
     pub(super) predict: bool,

@@ -30,7 +30,8 @@ Examples:
 
 #[derive(Args)]
 pub(super) struct PrepareArgs {
-    /// Files that end in .parquet, .jsonl, .json (JSON lines) or .txt, the last three also with .zst or .gz; or folders of them.
+    /// Files that end in .parquet, .jsonl, .json (JSON lines) or .txt, the last three also with .zst or .gz; or folders of
+    /// them.
     #[arg(value_name = "INPUT", required = true)]
     inputs: Vec<PathBuf>,
     /// New folder of the tokens.

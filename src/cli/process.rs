@@ -114,7 +114,8 @@ pub(super) fn refuse_launcher() -> Result<()> {
     }
 }
 
-/// The first SIGINT, SIGTERM or SIGHUP (a connection that was lost) sets `stop`; a second one ends the process at once. SIGUSR1,
+/// The first SIGINT, SIGTERM or SIGHUP (a connection that was lost) sets `stop`; a second one ends the process at once.
+/// SIGUSR1,
 /// which launchers pass on to every rank, sets `stop` alone.
 pub(super) fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
     let refused = |e: std::io::Error| {

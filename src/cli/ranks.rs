@@ -5,7 +5,8 @@ use clap::{Args, ValueEnum};
 /// Several processes.
 #[derive(Args)]
 pub(super) struct RanksArgs {
-    /// Where the ranks come from: auto, the launcher (mpirun, srun, torchrun) if there is one; none, this process alone; mpi; tcp,
+    /// Where the ranks come from: auto, the launcher (mpirun, srun, torchrun) if there is one; none, this process alone; mpi;
+    /// tcp,
     /// by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     #[arg(long, value_name = "FROM", value_enum, default_value = "auto")]
     pub(super) ranks: RanksFrom,

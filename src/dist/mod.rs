@@ -48,7 +48,8 @@ pub trait Collective: Send + Sync {
     /// When a rank has left or makes another call, or the call takes too long.
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()>;
 
-    /// Sends row r of `own` `[size, n]` to each other rank r; row r of `all` `[size, n]` becomes what rank r sent here. The row of
+    /// Sends row r of `own` `[size, n]` to each other rank r; row r of `all` `[size, n]` becomes what rank r sent here. The row
+    /// of
     /// this rank moves nowhere: that of `all` stays as it was.
     ///
     /// # Errors
@@ -99,7 +100,8 @@ pub trait Collective: Send + Sync {
         device::all_gather(self, own, all)
     }
 
-    /// Sends and receives `parts` of a device's memory, behind its launches so far; none is this rank's own. What two ranks send
+    /// Sends and receives `parts` of a device's memory, behind its launches so far; none is this rank's own. What two ranks
+    /// send
     /// each other has the same lengths, in the same order; what is received overlaps nothing else.
     ///
     /// # Errors
@@ -119,7 +121,8 @@ pub trait Collective: Send + Sync {
     /// Says that a step of the device begins, which waits for those of other ranks.
     fn begin_device_step(&self) {}
 
-    /// Says that the host begins or ends to wait for its device. Meanwhile a rank that does not begin the step is found, as in a
+    /// Says that the host begins or ends to wait for its device. Meanwhile a rank that does not begin the step is found, as in
+    /// a
     /// call of the host.
     fn await_device(&self, _waiting: bool) {}
 

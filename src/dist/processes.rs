@@ -118,7 +118,8 @@ struct Place {
 }
 
 impl Processes {
-    /// Connects the ranks of `transport`, this one on `host`. A rank that is silent, or keeps the others waiting, for longer than
+    /// Connects the ranks of `transport`, this one on `host`. A rank that is silent, or keeps the others waiting, for longer
+    /// than
     /// `limit` ends the run.
     ///
     /// # Errors

@@ -134,10 +134,12 @@ pub(super) fn text(config: &mut Config, digest: &str, data: Option<&str>) -> Res
 }
 
 /// Evaluates a model on `sequences` sequences (all if 0) of the validation documents of `data`, or of the text that the
-/// model was trained on. The ranks share the batches, and every rank gets the report that one process would get. Rank 0 shows progress.
+/// model was trained on. The ranks share the batches, and every rank gets the report that one process would get. Rank 0 shows
+/// progress.
 ///
 /// # Errors
-/// When the text cannot be read or differs from the run's text or that of the other ranks, the loss is not finite, or a rank is lost.
+/// When the text cannot be read or differs from the run's text or that of the other ranks, the loss is not finite, or a rank is
+/// lost.
 pub fn run(
     model: &Model,
     state: &TrainerState,

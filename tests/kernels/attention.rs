@@ -147,7 +147,8 @@ fn the_workspace_holds_two_floats_for_every_padded_row() {
 fn a_refused_argument_is_named_and_nothing_is_launched() {
     let room = [0u128; 16];
     let good = room.as_ptr() as usize;
-    // dqkv, workspace, dout, qkv, out, log_sum_exp, first_key, cosines, sines; tokens, sequence, heads, key_value_heads, head_width
+    // dqkv, workspace, dout, qkv, out, log_sum_exp, first_key, cosines, sines; tokens, sequence, heads, key_value_heads,
+    // head_width
     let call_backward = |p: [usize; 9], n: [usize; 5]| {
         AttentionBackward {
             dqkv: output(p[0]),

@@ -170,7 +170,8 @@ fn renormalised_gates_worked_by_hand() {
     // q = p divided by its sum over the chosen experts: (1, 1/2, 1/2), (1/4, 3/4, 1), (1, 1/6, 1/6); ê is still
     // weighted by p.
     assert_close(&found.vectors, &worked(half()).vectors);
-    // y_0 = (4, 0) + 1/2 (1, 1) + 1/2 (0, 6), y_1 = 1/4 (1.8, 2.4) + 3/4 (1, 1) + (0, 8), y_2 = (0, 8) + 1/6 (1, 1) + 1/6 (0, 6).
+    // y_0 = (4, 0) + 1/2 (1, 1) + 1/2 (0, 6), y_1 = 1/4 (1.8, 2.4) + 3/4 (1, 1) + (0, 8), y_2 = (0, 8) + 1/6 (1, 1) + 1/6 (0,
+    // 6).
     assert_close(&found.y, &[4.5, 3.5, 1.2, 9.35, 1.0 / 6.0, 8.0 + 7.0 / 6.0]);
     // s is the same as without renormalisation: (4, 3, 12), (0.6, 0, 8), (0, 2, 0); Σ q s = 11.5, 8.15, 1/3; dz_j =
     // q_j (s_j − 1[j∈A] Σ q s).

@@ -115,6 +115,27 @@ pub struct Args {
 }
 
 impl Args {
+    fn check_jobs(&self, ranks: usize) -> Result<()> {
+        if self.jobs == 0 {
+            let what = "a number of runs from 1 up";
+            return Err(Error::usage(
+                "--jobs",
+                what,
+                "0",
+                "remove the option to train one run at a time",
+            ));
+        }
+        if self.jobs > 1 && ranks > 1 {
+            return Err(Error::usage(
+                "--jobs",
+                "1 under a launcher, since its processes determine how many runs are trained at a time",
+                self.jobs.to_string(),
+                "remove the option",
+            ));
+        }
+        Ok(())
+    }
+
     /// Returns the grid, and a description of how it was scaled.
     fn grid(&self) -> Result<(Grid, Option<String>)> {
         let saved = self.out.join(GRID_FILE);
@@ -232,23 +253,7 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
     let (grid, scaled) = args.grid()?;
     let plan = grid.plan()?;
     let out = &args.out;
-    if args.jobs == 0 {
-        let what = "a number of runs from 1 up";
-        return Err(Error::usage(
-            "--jobs",
-            what,
-            "0",
-            "remove the option to train one run at a time",
-        ));
-    }
-    if args.jobs > 1 && dist.size() > 1 {
-        return Err(Error::usage(
-            "--jobs",
-            "1 under a launcher, since its processes determine how many runs are trained at a time",
-            args.jobs.to_string(),
-            "remove the option",
-        ));
-    }
+    args.check_jobs(dist.size())?;
     let first = dist.rank() == 0;
     if args.dry_run {
         return match first {

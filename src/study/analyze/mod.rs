@@ -2,7 +2,8 @@
 //! as one page with figures.
 //!
 //! Held-out text is routed at evaluation (entropy, frequency, co-activation) and differentiated with
-//! state frozen (similarity to the dense gradient, gradient error, estimators at one forward pass, route regret). Everything runs on the CPU, in
+//! state frozen (similarity to the dense gradient, gradient error, estimators at one forward pass, route regret). Everything
+//! runs on the CPU, in
 //! the checkpoint's dtype, and gives the same bytes for any number of threads and ranks.
 
 mod estimators;
@@ -114,7 +115,8 @@ pub fn default_folder(found: &Saved) -> PathBuf {
     }
 }
 
-/// Analyses a saved model. The ranks of `dist` share the work out, and all get the report that one makes; rank 0 shows progress.
+/// Analyses a saved model. The ranks of `dist` share the work out, and all get the report that one makes; rank 0 shows
+/// progress.
 ///
 /// # Errors
 /// When model or text cannot be used or differ between ranks, no sequences are asked for, and when a rank has left.

@@ -4,7 +4,8 @@ use crate::dist::Collective;
 use crate::error::Result;
 use crate::study::eval::gathered;
 
-/// The numbers of parts `0..count`, which ranks compute in turns: on every rank all of them, in their order, with the same bytes.
+/// The numbers of parts `0..count`, which ranks compute in turns: on every rank all of them, in their order, with the same
+/// bytes.
 ///
 /// # Errors
 /// Those of `compute`, and when a rank has left.

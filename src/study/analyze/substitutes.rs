@@ -2,7 +2,8 @@
 //! outputs over the tokens that did not choose it, and a linear function of a token's hidden state. No router can know either
 //! without running every expert: they bound what default vectors, and anything linear in x, can reach.
 //!
-//! With weights `w_t = p_ti` on the tokens t that did not choose i, 0 on the others: `ν_i = Σ w_t e_i(x_t) / Σ w_t`, `x̄` alike;
+//! With weights `w_t = p_ti` on the tokens t that did not choose i, 0 on the others: `ν_i = Σ w_t e_i(x_t) / Σ w_t`, `x̄`
+//! alike;
 //! `B_i` minimises `Σ w_t ‖e_i(x_t) − ν_i − Bᵀ (x_t − x̄)‖² + λ ‖B‖²`, λ = [`RIDGE`] of the mean eigenvalue of
 //! `Σ w_t (x_t − x̄)(x_t − x̄)ᵀ`.
 
@@ -75,7 +76,8 @@ pub struct Substitutes {
     pub mass: Vec<f64>,
     /// ν `[E, D]`.
     pub mean: Vec<f64>,
-    /// Sampled default vectors `[E, D]` with the weights as they are: the moving average, β = 0.9 from zero, of [`DRAWS`] draws of
+    /// Sampled default vectors `[E, D]` with the weights as they are: the moving average, β = 0.9 from zero, of [`DRAWS`] draws
+    /// of
     /// 16 tokens an expert.
     pub sampled: Vec<f64>,
     linear: Vec<Linear>,

@@ -4,7 +4,7 @@
 //! - `acc`: whether the most likely answer is the right one.
 //! - `acc_norm`: as `acc`, with log-likelihoods divided by the answer's length in characters.
 //! - `perplexity` (LAMBADA): e^(−mean log-likelihood of the last word). For this task, `acc` is whether the model would
-//! generate the word.
+//!   generate the word.
 //!
 //! Standard errors are √(s² / n) with s² over n − 1; that of the perplexity is the perplexity times
 //! the standard error of the mean log-likelihood (the harness draws bootstrap samples instead).

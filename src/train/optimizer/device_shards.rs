@@ -17,7 +17,8 @@ use std::ops::Range;
 /// Alignment, in elements, of the gradients in a received row, so that kernels can read complete vectors.
 const ALIGNED: usize = 32;
 
-/// Sums the gradients of this rank's share over the ranks, in rank order. The other gradients do not change. A copy on the device moves
+/// Sums the gradients of this rank's share over the ranks, in rank order. The other gradients do not change. A copy on the
+/// device moves
 /// this rank's own row: no rank sends data to itself.
 ///
 /// # Errors

@@ -24,7 +24,8 @@ pub const PRESETS: [&str; 2] = ["1.96b", "7.33b"];
 /// Number of tokens of a micro-batch.
 pub const TOKENS: usize = 16_384;
 
-/// Assumptions of the prediction for the work that `default` adds: the share of the floor's speed that it reaches, the number of
+/// Assumptions of the prediction for the work that `default` adds: the share of the floor's speed that it reaches, the number
+/// of
 /// launches, and the seconds per launch.
 const PREDICTED_SHARE: f64 = 0.85;
 const MORE_LAUNCHES: f64 = 1.0;

@@ -13,7 +13,8 @@ pub fn is_plain() -> bool {
     table().build() == "sim"
 }
 
-/// Whether this is the build with the race detector or the address sanitizer. Both see in one run of a kernel what is wrong with
+/// Whether this is the build with the race detector or the address sanitizer. Both see in one run of a kernel what is wrong
+/// with
 /// it, whatever the schedule, and are slow.
 pub fn is_instrumented() -> bool {
     let build = table().build();
@@ -64,7 +65,8 @@ impl Schedule {
     }
 }
 
-/// Early, late, last-woken-first, ten at random (two with planted bugs); on one and on two OS threads. In instrumented builds one at
+/// Early, late, last-woken-first, ten at random (two with planted bugs); on one and on two OS threads. In instrumented builds
+/// one at
 /// random.
 pub fn schedules() -> Vec<Schedule> {
     let fixed = |effects, order, threads| Schedule {
