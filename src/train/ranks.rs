@@ -134,7 +134,7 @@ fn one_whole(folder: &Path) -> Result<(Option<Checkpoint>, Vec<Error>)> {
     let reasons: Vec<String> = damaged.iter().map(ToString::to_string).collect();
     Err(Error::file(
         folder,
-        "a whole checkpoint",
+        "a complete checkpoint",
         format!("{} damaged: {}", damaged.len(), reasons.join("; ")),
         "restore a complete checkpoint; to begin again, choose another --name or --out, or move the run's folder",
     ))

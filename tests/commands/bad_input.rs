@@ -153,7 +153,7 @@ fn a_run_is_not_overwritten_and_a_missing_one_not_resumed() {
     );
     // Another model cannot go on from its checkpoint; another number of steps can.
     let line = fail(place.resume("run").args(["--set", "model.hidden=32"]));
-    has(&line, &["model", "began with"]);
+    has(&line, &["model", "began"]);
     let line = fail(place.resume("run").args(["--seed", "5"]));
     has(&line, &["train.seed"]);
     let (out, _) = succeed(place.resume("run").args(["--steps", "5"]));
@@ -189,7 +189,7 @@ fn damaged_and_foreign_checkpoints_are_named_and_older_ones_used() {
     ));
     fs::remove_dir_all(&newest).unwrap();
     fs::rename(place.path("wide/checkpoints/step-20"), &newest).unwrap();
-    has(&fail(&mut place.resume("run")), &["model", "began with"]);
+    has(&fail(&mut place.resume("run")), &["model", "began"]);
     // A folder of something else.
     has(
         &fail(&mut eval(place.folder.path())),
@@ -216,7 +216,7 @@ fn a_run_whose_checkpoints_are_all_damaged_is_not_resumed_and_stays_as_it_is() {
         let line = fail(place.resume("run").args(more));
         has(
             &line,
-            &["2 damaged", "step-20", "step-10", "start anew", "--out"],
+            &["2 damaged", "step-20", "step-10", "begin again", "--out"],
         );
         assert_eq!(kept.each_ref().map(|f| fs::read(f).unwrap()), before);
         assert!(step(10).is_dir());
@@ -313,7 +313,7 @@ fn a_loss_that_stays_infinite_stops_the_run_and_keeps_what_was_saved() {
     let line = fail(&mut command);
     has(
         &line,
-        &["not finite", "4 steps in a row", "train.learning_rate"],
+        &["not finite", "4 consecutive steps", "train.learning_rate"],
     );
     let records = metrics(&place.path("run"));
     let left_out: Vec<bool> = records.iter().map(|r| r["applied"] == false).collect();
@@ -338,7 +338,7 @@ fn a_disk_that_fills_up_during_a_save_costs_nothing_saved_before() {
         .args(["train", "--resume", "--steps", "20", "--out"])
         .arg(place.path("run"));
     let line = fail(&mut command);
-    has(&line, &["cannot write", "step-20", "nothing saved"]);
+    has(&line, &["cannot write", "step-20", "intact"]);
     let left: Vec<_> = fs::read_dir(place.path("run/checkpoints"))
         .unwrap()
         .collect();

@@ -543,7 +543,7 @@ fn tokens_that_do_not_fit_the_run_are_refused() {
     );
     let mix =
         |b: &str| format!("data.mix=[{{source={a:?}, weight=1}}, {{source={b:?}, weight=1}}]");
-    refused(&["--set", &mix(&bytes)], "those of bytes");
+    refused(&["--set", &mix(&bytes)], "tokenizer bytes");
     refused(
         &["--set", &mix(&path("in.parquet"))],
         "a folder of tokens in data.mix",
