@@ -6,7 +6,7 @@ use crate::report::stderr_line;
 use crate::study::exchange::Saved;
 use std::path::Path;
 
-/// The model at `path`, of a run there the newest whole checkpoint; damaged ones are named.
+/// The model at `path`, of a run there the newest complete checkpoint; damaged ones are named.
 pub(super) fn open_saved(path: &Path) -> Result<Saved> {
     open_saved_on(&SingleRank, path)
 }

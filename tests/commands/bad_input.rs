@@ -224,7 +224,7 @@ fn a_run_whose_checkpoints_are_all_damaged_is_not_resumed_and_stays_as_it_is() {
     }
     // The advice can be followed.
     succeed(&mut place.train("anew", &["--steps", "3"]));
-    // One whole checkpoint is enough.
+    // One complete checkpoint is enough.
     fs::write(&weights, &bytes).unwrap();
     let (out, _) = succeed(place.resume("run").args(["--steps", "25"]));
     has(&out, &["after 25 steps"]);

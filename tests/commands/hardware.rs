@@ -333,7 +333,7 @@ fn what_is_planted_in_a_task_of_whole_steps_is_told_as_failure() {
         &["with NCCL's calls differs from one without, first in losses and norm of step 1"],
         &["not within 1%: mean loss"],
         &["differ in", "first in loss and gradient norm of step 1"],
-        &["expected a whole checkpoint, got 1 damaged"],
+        &["expected a complete checkpoint, got 1 damaged"],
         &["two runs on 2 ranks differ, first in losses of step 1"],
         &[
             "reads: 2",
