@@ -305,6 +305,24 @@ fn a_rank_of_the_test_of_calls() {
         let exact = (0..n).map(|i| value(0, i) + value(1, i) + value(2, i));
         assert!(values.iter().copied().eq(exact), "{n} values");
     }
+    // An exchange, in one piece and in several, leaves this rank's own row as it was.
+    for n in [2, 5_000_001] {
+        let mut all = vec![99; 3 * n];
+        let row = |to: usize| vec![(10 * rank + to) as u8; n];
+        dist.exchange(&[row(0), row(1), row(2)].concat(), &mut all)
+            .unwrap();
+        for (from, row) in all.chunks(n).enumerate() {
+            let expected = if from == rank {
+                99
+            } else {
+                (10 * from + rank) as u8
+            };
+            assert!(
+                row.iter().all(|b| *b == expected),
+                "{n} bytes of rank {from}"
+            );
+        }
+    }
     doing(format!("the test on rank {rank}"));
     dist.barrier().unwrap();
     let begun = Instant::now();
