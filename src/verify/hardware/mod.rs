@@ -26,6 +26,7 @@ pub mod task;
 pub mod throughput;
 pub mod timing;
 
+#[cfg(feature = "cuda")]
 pub(crate) use place::with_kernels;
 pub use place::{FOLDER, Place};
 
