@@ -21,18 +21,8 @@ pub enum Error {
         got: String,
         /// How to fix the cause.
         help: String,
-    },
-    /// An argument of the command line or a value of the configuration that is rejected before any work starts.
-    #[error("{op}: expected {expected}, got {got}; {help}")]
-    Usage {
-        /// The option or the configuration key.
-        op: String,
-        /// What the option expects.
-        expected: String,
-        /// What it got.
-        got: String,
-        /// How to fix the cause.
-        help: String,
+        /// Whether it is an argument of the command line or a value of the configuration, rejected before any work starts.
+        usage: bool,
     },
     /// A file operation that the operating system did not complete.
     #[error("cannot {action} {}: {source}; {help}", path.display())]
@@ -98,32 +88,31 @@ impl Error {
         }
     }
 
-    /// Returns the exit status of the program: 2 for [`Error::Usage`], as for a command line that cannot be parsed, and 1
+    /// Returns the exit status of the program: 2 for an [`Error::usage`], as for a command line that cannot be parsed, and 1
     /// otherwise.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Error::Usage { .. } => 2,
+            Error::Invalid { usage: true, .. } => 2,
             Error::Ranks { cause, .. } => cause.as_ref().map_or(1, |e| e.exit_code()),
             _ => 1,
         }
     }
 
-    /// Creates an [`Error::Usage`].
+    /// Creates an [`Error::Invalid`] for an argument of the command line or a value of the configuration.
     pub fn usage(
         op: impl Into<String>,
         expected: impl Into<String>,
         got: impl Into<String>,
         help: impl Into<String>,
     ) -> Self {
-        Error::Usage {
-            op: op.into(),
-            expected: expected.into(),
-            got: got.into(),
-            help: help.into(),
+        let mut error = Self::invalid(op, expected, got, help);
+        if let Error::Invalid { usage, .. } = &mut error {
+            *usage = true;
         }
+        error
     }
 
-    /// Creates an [`Error::Invalid`].
+    /// Creates an [`Error::Invalid`] for any other argument, option or shape.
     pub fn invalid(
         op: impl Into<String>,
         expected: impl Into<String>,
@@ -135,6 +124,7 @@ impl Error {
             expected: expected.into(),
             got: got.into(),
             help: help.into(),
+            usage: false,
         }
     }
 

@@ -465,20 +465,13 @@ fn combinations(product: &[(String, Vec<Choice>)]) -> Vec<Vec<(&str, &Choice)>> 
 }
 
 /// Adds the name of the run to an error; the errors of `--set` are errors of keys of the grid here.
-fn named(e: Error, run: &str) -> Error {
-    match e {
-        Error::Usage {
-            op,
-            expected,
-            got,
-            help,
-        } => {
-            let op = op.replace("--set", "grid").replace("--preset", "preset");
-            let op = op.replace("--experts", "experts");
-            Error::usage(format!("run {run}: {op}"), expected, got, help)
-        }
-        other => other,
+fn named(mut e: Error, run: &str) -> Error {
+    if let Error::Invalid { op, .. } = &mut e {
+        let key = op.replace("--set", "grid").replace("--preset", "preset");
+        let key = key.replace("--experts", "experts");
+        *op = format!("run {run}: {key}");
     }
+    e
 }
 
 fn same_name(a: &Run, b: &Run) -> Error {
