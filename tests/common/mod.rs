@@ -205,6 +205,18 @@ pub fn assert_same_end(a: &Path, b: &Path, step: u64) {
     }
 }
 
+/// Names and contents of the files of a folder, sorted by name.
+pub fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let entries = fs::read_dir(folder).unwrap().map(Result::unwrap);
+    let read = |entry: fs::DirEntry| {
+        let name = entry.file_name().into_string().unwrap();
+        (name, fs::read(entry.path()).unwrap())
+    };
+    let mut files: Vec<_> = entries.map(read).collect();
+    files.sort();
+    files
+}
+
 /// The files of an ablation's report without what the clock says.
 pub fn ablation_report(out: &Path) -> BTreeMap<String, String> {
     let files = fs::read_dir(out).unwrap().map(|e| e.unwrap().path());

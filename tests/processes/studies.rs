@@ -1,23 +1,9 @@
-//! `analyze` and `eval` share their work out over the ranks, and give what one process gives.
+//! `analyze` and `eval` on several ranks write and print what one process does.
 
 use crate::common::*;
 use crate::launchers::*;
 use std::fs;
-use std::path::Path;
 use std::process::Command;
-
-/// Names and bytes of a folder's files.
-fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
-    let entries = fs::read_dir(folder).unwrap().map(Result::unwrap);
-    let mut files: Vec<_> = entries
-        .map(|e| {
-            let name = e.file_name().to_string_lossy().into_owned();
-            (name, fs::read(e.path()).unwrap())
-        })
-        .collect();
-    files.sort();
-    files
-}
 
 /// `command` of the run `run` in `place`.
 fn of_run(place: &Place, command: &str, arguments: &[&str]) -> Command {

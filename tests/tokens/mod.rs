@@ -146,17 +146,3 @@ pub fn json_lines(documents: &[(String, String)]) -> String {
         .map(|(text, source)| json!({ "text": text, "dump": source }).to_string() + "\n");
     lines.collect()
 }
-
-/// All files of a folder, names and contents.
-pub fn files(folder: &Path) -> Vec<(String, Vec<u8>)> {
-    let mut found: Vec<(String, Vec<u8>)> = fs::read_dir(folder)
-        .unwrap()
-        .map(|entry| {
-            let entry = entry.unwrap();
-            let name = entry.file_name().into_string().unwrap();
-            (name, fs::read(entry.path()).unwrap())
-        })
-        .collect();
-    found.sort();
-    found
-}

@@ -57,16 +57,8 @@ fn saver(folder: &Path) -> Saver {
 }
 
 /// Names and contents of the files of the checkpoint in the middle.
-fn files(run: &Path) -> Vec<(String, Vec<u8>)> {
-    let folder = run.join(format!("checkpoints/step-{MIDDLE}"));
-    let read = |entry: std::io::Result<fs::DirEntry>| {
-        let path = entry.unwrap().path();
-        let name = path.file_name().unwrap().to_string_lossy().into_owned();
-        (name, fs::read(path).unwrap())
-    };
-    let mut files: Vec<_> = fs::read_dir(folder).unwrap().map(read).collect();
-    files.sort();
-    files
+fn middle_files(run: &Path) -> Vec<(String, Vec<u8>)> {
+    files(&run.join(format!("checkpoints/step-{MIDDLE}")))
 }
 
 fn assert_resumes_to_the_same_end(place: &Place, name: &str) {
@@ -90,9 +82,9 @@ fn a_run_goes_on_alike_from_a_save_in_the_background_and_one_in_the_foreground()
         saver(folder).save_now(snapshot).unwrap();
     });
     // The whole run saved this one in the background.
-    let expected = files(&place.path("whole"));
-    assert!(files(&place.path("background")) == expected);
-    assert!(files(&place.path("foreground")) == expected);
+    let expected = middle_files(&place.path("whole"));
+    assert!(middle_files(&place.path("background")) == expected);
+    assert!(middle_files(&place.path("foreground")) == expected);
     for name in ["background", "foreground"] {
         assert_resumes_to_the_same_end(&place, name);
     }
@@ -114,7 +106,7 @@ fn a_checkpoint_in_several_files_serves_wherever_one_in_one_does() {
     standing(&place, "several", |folder, snapshot| {
         checkpoint::save(folder, snapshot, 2, SMALL_SHARDS).unwrap();
     });
-    let names: Vec<String> = files(&place.path("several"))
+    let names: Vec<String> = middle_files(&place.path("several"))
         .into_iter()
         .map(|f| f.0)
         .collect();
