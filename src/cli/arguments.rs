@@ -479,8 +479,7 @@ pub(super) struct BenchArgs {
     #[arg(long, value_name = "DIR", requires = "report")]
     pub(super) pictures: Option<PathBuf>,
     /// Fit a cost model to the recorded timings of products, and print where their time goes and what whole steps are expected
-    /// to
-    /// take; measure nothing.
+    /// to take; measure nothing.
     #[arg(long, group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
     pub(super) predict: bool,
     /// With --report or --predict: update the table between the markers of this page.

@@ -87,7 +87,10 @@ pub(super) fn start_ranks(args: &RanksArgs, threads: Option<usize>) -> Result<Ar
     Ok(dist)
 }
 
-/// The same for a command whose ranks must have the same arguments.
+/// Starts the ranks of a command, and compares their arguments: all ranks must have the same.
+///
+/// # Errors
+/// As [`start_ranks`], and when two ranks have different arguments.
 pub(super) fn start_same_ranks(
     args: &RanksArgs,
     threads: Option<usize>,
@@ -115,8 +118,7 @@ pub(super) fn refuse_launcher() -> Result<()> {
 }
 
 /// The first SIGINT, SIGTERM or SIGHUP (a connection that was lost) sets `stop`; a second one ends the process at once.
-/// SIGUSR1,
-/// which launchers pass on to every rank, sets `stop` alone.
+/// SIGUSR1, which launchers pass on to every rank, sets `stop` alone.
 pub(super) fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
     let refused = |e: std::io::Error| {
         let help = "report this as a bug";

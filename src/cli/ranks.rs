@@ -6,8 +6,7 @@ use clap::{Args, ValueEnum};
 #[derive(Args)]
 pub(super) struct RanksArgs {
     /// Where the ranks come from: auto, the launcher (mpirun, srun, torchrun) if there is one; none, this process alone; mpi;
-    /// tcp,
-    /// by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    /// tcp, by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
     #[arg(long, value_name = "FROM", value_enum, default_value = "auto")]
     pub(super) ranks: RanksFrom,
     /// Seconds after which the run ends when a rank sends no sign of life, or keeps the others waiting.

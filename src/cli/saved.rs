@@ -11,7 +11,7 @@ pub(super) fn open_saved(path: &Path) -> Result<Saved> {
     open_saved_on(&SingleRank, path)
 }
 
-/// The same, which all ranks must find alike.
+/// Opens the model at `path` as [`open_saved`] does, and compares the paths found: all ranks must open the same checkpoint.
 pub(super) fn open_saved_on(dist: &dyn Collective, path: &Path) -> Result<Saved> {
     let (found, damaged) = Saved::open(path)?;
     for damaged in damaged.iter().filter(|_| dist.rank() == 0) {

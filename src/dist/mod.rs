@@ -49,8 +49,7 @@ pub trait Collective: Send + Sync {
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()>;
 
     /// Sends row r of `own` `[size, n]` to each other rank r; row r of `all` `[size, n]` becomes what rank r sent here. The row
-    /// of
-    /// this rank moves nowhere: that of `all` stays as it was.
+    /// of this rank moves nowhere: that of `all` stays as it was.
     ///
     /// # Errors
     /// As [`all_gather`](Self::all_gather).
@@ -101,8 +100,7 @@ pub trait Collective: Send + Sync {
     }
 
     /// Sends and receives `parts` of a device's memory, behind its launches so far; none is this rank's own. What two ranks
-    /// send
-    /// each other has the same lengths, in the same order; what is received overlaps nothing else.
+    /// send each other has the same lengths, in the same order; what is received overlaps nothing else.
     ///
     /// # Errors
     /// As [`all_gather_on`](Self::all_gather_on).
@@ -122,8 +120,7 @@ pub trait Collective: Send + Sync {
     fn begin_device_step(&self) {}
 
     /// Says that the host begins or ends to wait for its device. Meanwhile a rank that does not begin the step is found, as in
-    /// a
-    /// call of the host.
+    /// a call of the host.
     fn await_device(&self, _waiting: bool) {}
 
     /// From now on device calls repeat those that were compared.

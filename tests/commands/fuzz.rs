@@ -1,6 +1,5 @@
 //! The command line given odd values: every command line ends soon, in bounded memory, with an answer or an error that says
-//! what
-//! to do, and without a panic.
+//! what to do, and without a panic.
 
 use crate::common::*;
 use clap::CommandFactory;

@@ -1,7 +1,6 @@
 //! Estimators of the router's gradient compared at one forward pass and one incoming gradient g, where `densemixer` is exact:
 //! `dz_j = p_j (s_j − Σ_i p_i s_i)` with `s_i = ⟨g, e_i(x)⟩` of every expert. The estimators differ in what stands for `e_i`
-//! off
-//! the chosen experts A alone.
+//! off the chosen experts A alone.
 //!
 //! The forward pass is the model's own, with K changed in all MoE layers together and state frozen; substitutes are fitted on
 //! training text by the same model with the same K.

@@ -77,8 +77,7 @@ pub struct Substitutes {
     /// ν `[E, D]`.
     pub mean: Vec<f64>,
     /// Sampled default vectors `[E, D]` with the weights as they are: the moving average, β = 0.9 from zero, of [`DRAWS`] draws
-    /// of
-    /// 16 tokens an expert.
+    /// of 16 tokens an expert.
     pub sampled: Vec<f64>,
     linear: Vec<Linear>,
 }

@@ -18,8 +18,7 @@ use std::ops::Range;
 const ALIGNED: usize = 32;
 
 /// Sums the gradients of this rank's share over the ranks, in rank order. The other gradients do not change. A copy on the
-/// device moves
-/// this rank's own row: no rank sends data to itself.
+/// device moves this rank's own row: no rank sends data to itself.
 ///
 /// # Errors
 /// Returns an error when a gradient is not f32, a kernel fails, or a rank has left.

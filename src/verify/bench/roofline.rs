@@ -25,8 +25,7 @@ pub const PRESETS: [&str; 2] = ["1.96b", "7.33b"];
 pub const TOKENS: usize = 16_384;
 
 /// Assumptions of the prediction for the work that `default` adds: the share of the floor's speed that it reaches, the number
-/// of
-/// launches, and the seconds per launch.
+/// of launches, and the seconds per launch.
 const PREDICTED_SHARE: f64 = 0.85;
 const MORE_LAUNCHES: f64 = 1.0;
 pub(super) const LAUNCH: f64 = 2e-6;

@@ -1,7 +1,6 @@
 //! Checks NCCL calls in the graph of a step on a single GPU: one rank that gathers as several ranks do must compute the same
-//! bytes as a
-//! step without the calls, and must not be slower by more than a limit. It sends nothing, because a rank sends nothing to
-//! itself.
+//! bytes as a step without the calls, and must not be slower by more than a limit. It sends nothing, because a rank sends
+//! nothing to itself.
 
 use super::outcome::Outcome;
 use super::record::Ending;

@@ -14,8 +14,7 @@ pub fn is_plain() -> bool {
 }
 
 /// Whether this is the build with the race detector or the address sanitizer. Both see in one run of a kernel what is wrong
-/// with
-/// it, whatever the schedule, and are slow.
+/// with it, whatever the schedule, and are slow.
 pub fn is_instrumented() -> bool {
     let build = table().build();
     build.starts_with("sim-race") || build.starts_with("sim-asan")
@@ -66,8 +65,7 @@ impl Schedule {
 }
 
 /// Early, late, last-woken-first, ten at random (two with planted bugs); on one and on two OS threads. In instrumented builds
-/// one at
-/// random.
+/// one at random.
 pub fn schedules() -> Vec<Schedule> {
     let fixed = |effects, order, threads| Schedule {
         effects,
