@@ -1,14 +1,13 @@
-//! An analysis in parts that do not depend on each other, which the ranks of a run share out.
+//! Divides an analysis into independent parts, which the ranks of a run compute in turns.
 
 use crate::dist::Collective;
 use crate::error::Result;
 use crate::study::eval::gathered;
 
-/// The numbers of parts `0..count`, which ranks compute in turns: on every rank all of them, in their order, with the same
-/// bytes.
+/// Computes parts `0..count`, each on one rank, and returns the numbers of all parts in order. Every rank gets the same bytes.
 ///
 /// # Errors
-/// Those of `compute`, and when a rank has left.
+/// The errors of `compute`, and an error when a rank is lost.
 pub fn shared_out(
     dist: &dyn Collective,
     count: usize,
@@ -29,10 +28,10 @@ pub fn shared_out(
     Ok(parts.collect())
 }
 
-/// [`shared_out`] of finite numbers that may be missing.
+/// Does the same as [`shared_out`] for numbers that may be missing but are never NaN.
 ///
 /// # Errors
-/// As there.
+/// The errors of [`shared_out`].
 pub fn shared_out_known(
     dist: &dyn Collective,
     count: usize,
