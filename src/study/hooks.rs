@@ -141,6 +141,10 @@ pub struct Analysis {
 }
 
 impl Hook for Analysis {
+    fn on_every_rank(&self) -> bool {
+        true
+    }
+
     fn needs_model(&self, config: &Config, step: u64) -> bool {
         config.train.analyzes_after(step)
     }
@@ -153,6 +157,9 @@ impl Hook for Analysis {
         doing_alone(format!("the analysis after step {step}"));
         let (model, corpus) = (&trainer.model, trainer.corpus());
         let report = analyze::analyze(config, model, corpus, step, ANALYZED)?;
+        if model.dist().rank() != 0 {
+            return Ok(());
+        }
         let folder = self.out.join("analysis").join(format!("step-{step}"));
         analyze::write(&report, &folder)?;
         analyze::write_trend(&self.out.join("analysis"))?;

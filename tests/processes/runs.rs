@@ -438,7 +438,7 @@ fn benchmark_scores_of_several_ranks_have_the_bytes_of_one() {
 }
 
 #[test]
-fn analyses_of_rank_0_are_those_of_its_checkpoint_while_the_others_wait() {
+fn analyses_during_training_on_two_ranks_are_those_of_the_checkpoint_on_one() {
     let Some(launcher) = launchers().into_iter().next() else {
         return;
     };

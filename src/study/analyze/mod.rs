@@ -29,7 +29,7 @@ use crate::config::Config;
 use crate::data::tokenizer::loss_unit;
 use crate::data::{Corpus, LeftOut, sources};
 use crate::device::Device;
-use crate::dist::{Collective, SingleRank, doing_alone};
+use crate::dist::{Collective, doing_alone};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::batch::Batch;
@@ -138,11 +138,11 @@ pub fn run(found: &Saved, options: &Options, dist: &dyn Collective) -> Result<Re
     in_phases(dist, (&config, &model, &corpus), step, sequences, &begin)
 }
 
-/// Analyses a model of this configuration, which was trained on `corpus`, after `step` steps, on the CPU; the model stays as
-/// it is.
+/// Analyses a model of this configuration, which was trained on `corpus`, after `step` steps, on the CPU; the model does not
+/// change. Its ranks divide the work, and all of them return the same report.
 ///
 /// # Errors
-/// When the text cannot be used, or no sequences are asked for.
+/// When the text cannot be used, no sequences are asked for, or a rank has left.
 pub fn analyze(
     config: &Config,
     model: &Model,
@@ -150,13 +150,8 @@ pub fn analyze(
     step: u64,
     sequences: usize,
 ) -> Result<Report> {
-    in_phases(
-        &SingleRank,
-        (config, model, corpus),
-        step,
-        sequences,
-        &|_| (),
-    )
+    let parts = (config, model, corpus);
+    in_phases(model.dist(), parts, step, sequences, &|_| ())
 }
 
 /// What takes long in an analysis, in this order.
