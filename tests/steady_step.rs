@@ -136,6 +136,7 @@ fn a_step_on_sm_80_counts_what_one_on_hopper_does() {
 
 /// A replay must not differ from the step itself in any bit, whatever happens between steps.
 #[test]
+#[ignore = "slow"]
 fn a_replayed_step_does_what_the_step_itself_does() {
     let _alone = alone();
     for set in STEADY {
@@ -185,6 +186,7 @@ fn a_replayed_step_does_what_the_step_itself_does() {
 
 /// A step of other micro-batches finds inputs that no step has had yet: it runs by itself, and the next of them is captured.
 #[test]
+#[ignore = "slow"]
 fn steps_of_other_micro_batches_are_captured_too() {
     let _alone = alone();
     let mut run = training(&["train.sequences_per_step=4"]);
@@ -207,6 +209,7 @@ fn steps_of_other_micro_batches_are_captured_too() {
 
 /// The memory that a step takes for a while is part of its graph: where it had to grow, the next one may get another's.
 #[test]
+#[ignore = "slow"]
 fn a_step_that_needs_new_memory_runs_by_itself_before_it_is_captured_again() {
     let _alone = alone();
     let [mut run, mut undisturbed] = [training(&[]), training(&[])];
@@ -255,6 +258,7 @@ fn take_free_memory() -> Vec<Tensor> {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_step_launched_before_the_last_one_is_reported_is_the_same_step() {
     let _alone = alone();
     for set in [STEADY[2], STEADY[4], STEADY[6]] {
@@ -278,6 +282,7 @@ fn a_step_launched_before_the_last_one_is_reported_is_the_same_step() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_router_that_draws_anew_each_step_waits_for_nothing_and_is_not_replayed() {
     let _alone = alone();
     let mut run = training(&["router.name=sparsemixer", "model.top_k=2"]);
@@ -289,6 +294,7 @@ fn a_router_that_draws_anew_each_step_waits_for_nothing_and_is_not_replayed() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_step_that_is_not_finite_leaves_weights_moments_and_state_as_they_were() {
     let _alone = alone();
     for router in ["topk", "default", "lossfree", "remoe"] {

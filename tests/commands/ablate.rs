@@ -13,6 +13,7 @@ fn ablate(place: &Place, out: &str, arguments: &[&str]) -> Command {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_grid_that_is_killed_and_terminated_ends_in_the_bytes_of_one_that_is_not() {
     let place = Place::new();
     let (whole, _) = succeed(&mut ablate(&place, "whole", &["--quiet"]));
@@ -129,6 +130,7 @@ fn runs_that_train_made_count_as_done_and_several_at_a_time_end_alike() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_run_that_fails_stands_in_the_report_and_stops_no_other() {
     let place = Place::new();
     // A rate that no model survives, and a healthy one.

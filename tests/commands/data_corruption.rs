@@ -130,6 +130,7 @@ fn every_damage_of_a_folder_of_tokens_is_noticed() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn damaged_inputs_give_an_error_or_a_folder_that_is_whole() {
     let (_folder, path) = inputs();
     let level = ruzstd::encoding::CompressionLevel::Fastest;

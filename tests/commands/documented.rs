@@ -356,6 +356,7 @@ fn failure(folder: &Path, call: &Call) -> Option<String> {
 }
 
 #[test]
+#[ignore = "slow"]
 fn the_commands_of_readme_and_guide_run() {
     let template = tempfile::tempdir().unwrap();
     write_data(template.path());

@@ -209,6 +209,7 @@ fn run(line: &[String], folder: &Path) -> Option<Output> {
 }
 
 #[test]
+#[ignore = "slow"]
 fn odd_values_end_in_an_answer_or_an_error_without_a_panic() {
     let (place, keys) = (Place::new(), keys());
     let random = Stream::new(2026, Purpose::Check, 0, 0);

@@ -278,6 +278,7 @@ const STEP_TASKS: [&str; 9] = [
 ];
 
 #[test]
+#[ignore = "slow"]
 fn every_task_of_whole_steps_passes_on_the_simulator_and_records_what_it_saw() {
     let (output, records) = rehearsed(&[]);
     assert!(output.status.success(), "{}", text(&output.stdout));
@@ -325,6 +326,7 @@ fn every_task_of_whole_steps_passes_on_the_simulator_and_records_what_it_saw() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn what_is_planted_in_a_task_of_whole_steps_is_told_as_failure() {
     let (output, records) = rehearsed(&["--plant"]);
     assert_eq!(output.status.code(), Some(1));

@@ -27,6 +27,7 @@ fn updates_decisions_and_counts_are_within_roundoff_of_float64() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn every_schedule_and_thread_count_gives_the_same_bytes() {
     LAUNCHERS.into_iter().for_each(check_schedules);
 }

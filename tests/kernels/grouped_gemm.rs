@@ -28,6 +28,7 @@ fn input_gradient_is_within_half_an_ulp_of_float64() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn weight_gradient_is_within_f32_roundoff_of_float64() {
     check_cases("grouped_gemm_weight_gradient");
 }
@@ -39,6 +40,7 @@ fn parts_are_summed_within_f32_roundoff_of_float64() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn every_schedule_and_thread_count_gives_the_same_bytes() {
     for product in Product::ALL {
         check_schedules(product.launcher());

@@ -112,6 +112,7 @@ mod products {
 
     /// On 8.0, where both tiles are taken.
     #[test]
+    #[ignore = "slow"]
     fn covering_ones_are_within_roundoff_of_float64() {
         LAUNCHERS
             .into_iter()
@@ -123,6 +124,7 @@ mod products {
     }
 
     #[test]
+    #[ignore = "slow"]
     fn every_schedule_gives_the_same_bytes() {
         for launcher in LAUNCHERS {
             problems(launcher, true).for_each(|p| same_bytes_under_every_schedule(&p));
@@ -293,6 +295,7 @@ mod attention {
     }
 
     #[test]
+    #[ignore = "slow"]
     fn every_schedule_gives_the_same_bytes() {
         for (launcher, _) in LAUNCHERS {
             problems(launcher, true).for_each(|p| same_bytes_under_every_schedule(&p));

@@ -12,6 +12,7 @@ fn grid<'a>(ranks_per_run: &'a str, more: &[&'a str]) -> Vec<&'a str> {
 }
 
 #[test]
+#[ignore = "slow"]
 fn ranks_train_runs_side_by_side_and_a_killed_grid_ends_in_the_report_of_one_process() {
     wait_for_other_tests();
     let launchers = launchers();
@@ -40,6 +41,7 @@ fn ranks_train_runs_side_by_side_and_a_killed_grid_ends_in_the_report_of_one_pro
 }
 
 #[test]
+#[ignore = "slow"]
 fn two_ranks_of_a_group_train_what_two_ranks_of_a_launcher_do() {
     let Some(launcher) = launchers().into_iter().next() else {
         return;
@@ -55,6 +57,7 @@ fn two_ranks_of_a_group_train_what_two_ranks_of_a_launcher_do() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_run_that_diverges_on_several_ranks_stands_in_the_report_and_stops_no_other() {
     let Some(launcher) = launchers().into_iter().last() else {
         return;

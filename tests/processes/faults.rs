@@ -21,6 +21,7 @@ fn newest_whole(out: &Path) -> Option<u64> {
 }
 
 #[test]
+#[ignore = "slow"]
 fn twenty_kills_of_any_rank_end_all_within_seconds_and_the_run_ends_in_the_same_bytes() {
     wait_for_other_tests();
     let launchers = launchers();
@@ -108,6 +109,7 @@ fn twenty_kills_of_any_rank_end_all_within_seconds_and_the_run_ends_in_the_same_
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_rank_that_is_stopped_is_named_with_its_call_within_ten_seconds() {
     wait_for_other_tests();
     for (launcher, rank) in launchers().into_iter().zip([1, 0]) {
@@ -133,6 +135,7 @@ fn a_rank_that_is_stopped_is_named_with_its_call_within_ten_seconds() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_full_disk_of_the_rank_that_writes_stops_all_and_costs_no_checkpoint() {
     wait_for_other_tests();
     for launcher in launchers() {
@@ -154,6 +157,7 @@ fn a_full_disk_of_the_rank_that_writes_stops_all_and_costs_no_checkpoint() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn an_error_of_another_rank_ends_all_and_is_reported_once_with_its_name() {
     for launcher in launchers() {
         let place = Place::new();

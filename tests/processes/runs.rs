@@ -35,6 +35,7 @@ fn difference(a: &Path, b: &Path, key: &str, steps: usize) -> f64 {
 }
 
 #[test]
+#[ignore = "slow"]
 fn every_router_trains_the_same_on_one_two_and_four_processes() {
     let launchers = launchers();
     let (Some(first), Some(last)) = (launchers.first(), launchers.last()) else {
@@ -126,6 +127,7 @@ pub fn train_in_threads(place: &Place, out: &str, ranks: usize, set: &[&str]) {
 }
 
 #[test]
+#[ignore = "slow"]
 fn checkpoints_have_the_same_bytes_again_with_another_library_and_in_threads() {
     let launchers = launchers();
     let Some(first) = launchers.first() else {

@@ -11,6 +11,7 @@ use std::time::Duration;
 const LAUNCHER: Launcher = Launcher::Torchrun;
 
 #[test]
+#[ignore = "slow"]
 fn a_rank_that_is_stopped_within_replayed_steps_is_named_with_its_call_within_ten_seconds() {
     wait_for_other_tests();
     let place = Place::new();
@@ -67,6 +68,7 @@ fn a_rank_of_the_test_of_a_slow_host() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_rank_that_does_not_begin_a_replayed_step_is_named_with_what_it_does() {
     wait_for_other_tests();
     for rank in [1, 0] {
@@ -108,6 +110,7 @@ fn a_rank_of_the_test_of_long_work() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn ranks_wait_without_a_limit_for_whichever_works_alone() {
     wait_for_other_tests();
     let mut own = Command::new(std::env::current_exe().unwrap());

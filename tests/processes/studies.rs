@@ -14,6 +14,7 @@ fn of_run(place: &Place, command: &str, arguments: &[&str]) -> Command {
 }
 
 #[test]
+#[ignore = "slow"]
 fn analyses_have_the_same_bytes_on_one_two_and_three_ranks() {
     let by_mpi: Vec<_> = launchers().into_iter().zip([2, 3]).collect();
     let by_tcp = vec![(Launcher::Torchrun, 3)];

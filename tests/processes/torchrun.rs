@@ -34,6 +34,7 @@ fn one_two_and_four_processes_end_in_the_bytes_of_threads() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn nccl_meets_by_tcp_and_a_grid_trains_in_groups() {
     beside_other_tests();
     let place = Place::new();

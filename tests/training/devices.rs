@@ -85,11 +85,13 @@ fn agrees_everywhere(router: &str) {
 }
 
 #[test]
+#[ignore = "slow"]
 fn topk_agrees_with_the_cpu_for_every_shape_and_load() {
     agrees_everywhere("topk");
 }
 
 #[test]
+#[ignore = "slow"]
 fn default_agrees_with_the_cpu_for_every_shape_and_load() {
     agrees_everywhere("default");
 }
@@ -247,6 +249,7 @@ fn tiny(router: &str, sequences: usize) -> (Config, Corpus) {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_first_step_of_tiny_gives_the_gradients_of_the_cpu() {
     for router in ["topk", "default"] {
         let (config, corpus) = tiny(router, 16);
@@ -354,6 +357,7 @@ fn a_first_step_of_every_router_on_sm_80_gives_the_gradients_of_the_cpu() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_first_step_with_every_option_gives_the_gradients_of_the_cpu() {
     // Sampled choices are not replayed: where activations differ by a rounding, others are drawn.
     let replayed = |set: &&&[&str]| !set[0].contains("sparsemixer");
@@ -370,6 +374,7 @@ fn a_first_step_with_every_option_gives_the_gradients_of_the_cpu() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_model_with_every_option_learns_on_the_simulator() {
     for set in OPTIONS {
         let (mut config, corpus) = with_option(set, 64);
@@ -411,6 +416,7 @@ fn an_operation_without_kernels_is_an_error_that_names_it_and_the_device() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn directional_derivatives_of_every_model_agree_with_its_gradients() {
     for model in model_checks() {
         for d in model.run(None).unwrap() {
@@ -426,6 +432,7 @@ fn directional_derivatives_of_every_model_agree_with_its_gradients() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn every_missing_term_shows_in_a_directional_derivative_of_a_model() {
     let checks = model_checks();
     for (fault, name) in Fault::ALL {
@@ -441,6 +448,7 @@ fn every_missing_term_shows_in_a_directional_derivative_of_a_model() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn every_missing_term_shows_in_a_first_step() {
     for (fault, name) in Fault::ALL {
         let router = format!("router.name={}", router_of(fault));
@@ -452,6 +460,7 @@ fn every_missing_term_shows_in_a_first_step() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn the_loss_of_tiny_falls_as_on_the_cpu() {
     let losses = |device: Device| -> Vec<f64> {
         let (mut config, corpus) = tiny("default", 2);

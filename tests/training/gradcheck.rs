@@ -26,6 +26,7 @@ fn every_op_router_and_model_agrees_with_finite_differences_to_1e_6() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn every_planted_fault_makes_a_layer_and_a_model_fail() {
     for (fault, name) in Fault::ALL {
         let router = match fault {

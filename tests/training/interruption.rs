@@ -15,6 +15,7 @@ fn signal(pid: u32, signal: i32) {
 }
 
 #[test]
+#[ignore = "slow"]
 fn stopping_and_resuming_changes_no_byte_with_any_router() {
     let first_version = (
         "sparsemixer",
@@ -222,6 +223,7 @@ fn resumed_from(stderr: &str) -> usize {
 }
 
 #[test]
+#[ignore = "slow"]
 fn kills_at_every_point_of_a_save_and_at_any_time_lose_at_most_the_save_under_way() {
     const STEPS: usize = 1200;
     const INTERVAL: usize = 10;

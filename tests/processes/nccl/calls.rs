@@ -119,6 +119,7 @@ fn a_step_makes_the_calls_that_its_model_asks_for_and_a_replayed_one_the_same() 
 }
 
 #[test]
+#[ignore = "slow"]
 fn processes_that_nccl_connects_end_in_the_bytes_of_mpi_alone_and_go_on_from_its_checkpoint() {
     for launcher in launchers() {
         let place = Place::new();
@@ -152,6 +153,7 @@ fn processes_that_nccl_connects_end_in_the_bytes_of_mpi_alone_and_go_on_from_its
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_signal_to_the_launcher_stops_all_ranks_after_the_same_step() {
     for launcher in launchers() {
         let place = Place::new();

@@ -30,6 +30,7 @@ fn end_of(launcher: Launcher, fail: &str) -> (Vec<String>, f64) {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_call_that_is_refused_ends_all_ranks_and_names_function_rank_and_reason() {
     for launcher in launchers() {
         // In the first step, which is launched one by one, and in a replayed one.

@@ -170,6 +170,7 @@ fn shared(end: &End) -> (&str, &[u64], Vec<&(String, String)>) {
 }
 
 #[test]
+#[ignore = "slow"]
 fn every_router_ends_in_the_same_bytes_whether_the_host_or_nccl_moves_them() {
     beside_other_tests();
     for ranks in [2, 4] {
@@ -220,6 +221,7 @@ fn a_rank_of_the_test_of_replayed_steps() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_steady_step_of_processes_is_one_graph_without_a_call_of_the_host_and_ends_in_the_same_bytes() {
     for (launcher, ranks) in launchers().into_iter().zip([2, 4]) {
         let place = Place::new();
