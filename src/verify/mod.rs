@@ -3,14 +3,14 @@
 //! Only [`gradcheck`] is intended for users of the library. The hidden modules are public for the command-line tests and
 //! the benchmarks of this repository, and may change without notice.
 
-#[doc(hidden)]
+#[cfg_attr(doc, doc(hidden))]
 pub mod bench;
-#[doc(hidden)]
+#[cfg_attr(doc, doc(hidden))]
 pub mod device_check;
-#[doc(hidden)]
+#[cfg_attr(doc, doc(hidden))]
 pub mod fault;
 pub mod gradcheck;
-#[doc(hidden)]
+#[cfg_attr(doc, doc(hidden))]
 pub mod hardware;
-#[doc(hidden)]
+#[cfg_attr(doc, doc(hidden))]
 pub mod kernels;
