@@ -30,8 +30,8 @@ Examples:
 
 #[derive(Args)]
 pub(super) struct PrepareArgs {
-    /// Files that end in .parquet, .jsonl, .json (JSON lines) or .txt, or folders of such files. The last three may be
-    /// compressed: .zst or .gz.
+    /// Files that end in .parquet, .jsonl, .json (JSON lines) or .txt, or folders of such files. All but parquet may be
+    /// compressed, with the ending .zst or .gz.
     #[arg(value_name = "INPUT", required = true)]
     inputs: Vec<PathBuf>,
     /// New folder for the tokens.
@@ -89,7 +89,7 @@ pub(super) struct InspectArgs {
     /// Compare every file with its checksum.
     #[arg(long)]
     verify: bool,
-    /// Number of training documents, and of validation documents, to show the beginnings of; spread evenly.
+    /// Show the beginnings of this many training documents and this many validation documents, spread evenly.
     #[arg(long, value_name = "N", default_value_t = 2)]
     samples: usize,
 }

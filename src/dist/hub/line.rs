@@ -8,7 +8,7 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Time limit for sending a message. It passes if the other rank is stopped or its host is lost.
+/// Time limit for sending a message. A message takes longer if the other rank is stopped or its host is lost.
 const SEND: Duration = Duration::from_secs(1);
 
 /// Longest line in bytes. A rank sends no longer lines.

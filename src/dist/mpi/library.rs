@@ -297,8 +297,8 @@ impl Abi {
 fn load(names: &[String]) -> Result<(&'static Loaded, String)> {
     let mut reasons = Vec::new();
     for name in names {
-        // The plug-ins of Open MPI need its symbols to be global. SAFETY: the initialisers of an MPI library only
-        // prepare the library.
+        // The plug-ins of Open MPI need its symbols to be global.
+        // SAFETY: the initialisers of an MPI library only prepare the library.
         match unsafe { Loaded::open(Some(name), RTLD_NOW | RTLD_GLOBAL) } {
             // The library stays loaded until the process ends.
             Ok(loaded) => return Ok((Box::leak(Box::new(loaded)), name.clone())),

@@ -235,8 +235,8 @@ impl Communicator {
             }
             Ok(())
         });
-        // A group that was begun must be ended; otherwise every later call would become part of it. SAFETY: a group
-        // takes no arguments.
+        // A group that was begun must be ended; otherwise every later call would become part of it.
+        // SAFETY: a group takes no arguments.
         let ended = self.check("ncclGroupEnd", unsafe { (library.group_end)() });
         begun.and(ended)
     }
