@@ -1,7 +1,8 @@
 //! Checks and timings of the program: gradient checks, kernel checks, the hardware check and the benchmark.
 //!
-//! Only [`gradcheck`] is intended for users of the library. The hidden modules are public for the command-line tests and
-//! the benchmarks of this repository, and may change without notice.
+//! Only [`gradcheck`] is intended for users of the library. The other modules are public for the command-line tests and
+//! the benchmarks of this repository, and may change without notice. They are hidden in the documentation only, so that
+//! the lint `missing_docs` checks them too.
 
 #[cfg_attr(doc, doc(hidden))]
 pub mod bench;
