@@ -1,4 +1,4 @@
-//! What each command takes.
+//! The arguments of each command.
 
 use super::data;
 use super::proofs;
@@ -19,10 +19,10 @@ use std::path::PathBuf;
     version,
     about,
     arg_required_else_help = true,
-    after_help = "Exit status: 0 on success; 2 where an argument or a value of the configuration is refused; 1 for any other failure."
+    after_help = "Exit status: 0 on success; 2 if an argument or a value of the configuration is refused; 1 for any other failure."
 )]
 pub struct Cli {
-    /// Threads to compute with; the results do not depend on it [default: all cores].
+    /// Number of threads; it does not change the results [default: all cores].
     #[arg(long, global = true, value_name = "N")]
     pub(super) threads: Option<usize>,
     #[command(subcommand)]
@@ -31,7 +31,7 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 pub(super) enum Command {
-    /// Train a model; checkpoints, log and plots go to a folder.
+    /// Train a model, and write checkpoints, a log and plots to a folder.
     #[command(after_help = "\
 Examples:
   routegrad train
@@ -63,9 +63,9 @@ Examples:
   routegrad analyze --model runs/tiny-topk --data my-books/ --sequences 64 --out report
   mpirun -n 4 routegrad analyze --model /shared/runs/small")]
     Analyze(AnalyzeArgs),
-    /// Train a grid of runs (routers, seeds, learning rates, any key) and report how they compare.
+    /// Train a grid of runs over routers, seeds, learning rates or any other key, and compare them in a report.
     ///
-    /// Interrupted at any time, the same command resumes.
+    /// If the command is interrupted, run it again to resume.
     #[command(after_help = "\
 Examples:
   routegrad ablate --router topk,default,lossfree --seed 0,1,2 --steps 600 --out runs/routers
@@ -80,7 +80,7 @@ Examples:
         #[command(flatten)]
         ranks: RanksArgs,
     },
-    /// Write a model's logits, loss and gradients on given tokens, to compare with another framework.
+    /// Write a model's logits, loss and gradients for given tokens, to compare them with another framework.
     #[command(after_help = "\
 Examples:
   routegrad dump --model runs/tiny-topk --tokens tokens.safetensors --out ours.safetensors
@@ -105,7 +105,7 @@ Examples:
   routegrad export --model runs/tiny-topk --to hf --out tiny-topk-hf
   routegrad export --model runs/tiny-default/checkpoints/step-600 --to hf --out half --dtype bf16")]
     Export(ExportArgs),
-    /// Check every gradient by finite differences in f64: operations, routers, whole models.
+    /// Check the gradients of operations, routers and whole models against finite differences in f64.
     #[command(after_help = "\
 Examples:
   routegrad gradcheck
@@ -117,13 +117,14 @@ Examples:
         /// Check only subjects whose name contains this text.
         #[arg(default_value = "", hide_default_value = true)]
         filter: String,
-        /// Leave this term out of the gradients; the check must then fail.
+        /// Leave this term out of the gradients, to test that the check then fails.
         #[arg(long, value_name = "FAULT")]
         plant: Option<Fault>,
-        /// cpu, or sim: the kernels, in the MoE layer of each router and in whole models, by directional derivatives.
+        /// cpu; or sim, which checks the kernels by directional derivatives: the MoE layer of each router, and whole
+        /// models.
         #[arg(long, value_name = "DEVICE", value_enum, default_value = "cpu")]
         device: CheckedDevice,
-        /// GPU that --device sim stands for: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120 [default: sm_90].
+        /// GPU architecture that --device sim simulates: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120 [default: sm_90].
         #[arg(long, value_name = "ARCH", value_parser = architecture)]
         sim_arch: Option<i32>,
     },
@@ -133,13 +134,13 @@ Examples:
   routegrad ops
   routegrad ops --router remoe --set model.norm=layernorm")]
     Ops {
-        /// Model to run a step of.
+        /// Preset of the model.
         #[arg(long, value_name = "NAME", default_value = "tiny")]
         preset: String,
-        /// Its router.
+        /// Router of the model.
         #[arg(long, value_name = "NAME", default_value = "default")]
         router: String,
-        /// Set one key of the configuration; may be given again.
+        /// Set one key of the configuration; can be repeated.
         #[arg(long, value_name = "KEY=VALUE")]
         set: Vec<String>,
     },
@@ -151,7 +152,7 @@ Examples:
     Config(SettingsArgs),
     /// List the routers with their settings and defaults.
     Routers,
-    /// Estimate parameters, FLOPs, memory, time and files of a run.
+    /// Estimate the parameters, FLOPs, memory, time and disk space of a run.
     #[command(after_help = "\
 Examples:
   routegrad plan
@@ -159,24 +160,24 @@ Examples:
   routegrad plan --preset 557m --device rtx4090 --set train.bf16_moments=true --set train.recompute=true
   routegrad plan --preset 1.96b --experts 32c4 --router topk --device h200 --steps 76000 --json")]
     Plan(PlanArgs),
-    /// Print the roofline time of an MoE layer's kernels on one GPU, and what `default` adds to `topk`.
+    /// Print the roofline times of the kernels of an MoE layer on one GPU, and the time that `default` adds to `topk`.
     #[command(after_help = "\
 Examples:
   routegrad floors
   routegrad floors --preset 557m --tokens 65536
   routegrad floors --preset 557m --device rtx4090")]
     Floors {
-        /// Model whose layer is taken; may be given again [default: 1.96b and 7.33b].
+        /// Preset of the model; can be repeated [default: 1.96b and 7.33b].
         #[arg(long, value_name = "NAME")]
         preset: Vec<String>,
-        /// Tokens of a micro-batch.
+        /// Tokens per micro-batch.
         #[arg(long, value_name = "N", default_value_t = bench::roofline::TOKENS)]
         tokens: usize,
         /// GPU, as in `plan --device`.
         #[arg(long, value_name = "GPU", default_value = "h200", value_parser = gpu)]
         device: &'static Chip,
     },
-    /// Verify and time kernels and training steps on a GPU: those without a record, most important first.
+    /// Verify and time the kernels and training steps that have no record yet on a GPU, the most important first.
     #[command(after_help = "\
 Examples:
   routegrad hardware-check --list
@@ -187,9 +188,11 @@ Examples:
     HardwareCheck(proofs::HardwareArgs),
     /// Print which kernels and training steps are verified on a GPU, as Markdown tables.
     Status(proofs::StatusArgs),
-    /// Benchmark every kernel against cuBLAS and its roofline; the report also has PyTorch and other open kernels.
+    /// Benchmark every kernel against cuBLAS and its roofline; the report also shows PyTorch and other open-source
+    /// kernels.
     ///
-    /// On a GPU it times the kernels, elsewhere the operations of the CPU and the simulator. Records are kept and merged.
+    /// On a GPU it times the kernels; without a GPU it times the operations of the CPU and the simulator. New records
+    /// are merged into the folder of records.
     #[command(after_help = "\
 Examples:
   routegrad bench
@@ -201,26 +204,26 @@ Examples:
     Bench(BenchArgs),
 }
 
-/// Where gradients are checked.
+/// The device on which gradients are checked.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum CheckedDevice {
     Cpu,
     Sim,
 }
 
-/// The configuration of a run: a preset, and what is changed in it.
+/// The configuration of a run: a preset, and changes to it.
 #[derive(Args)]
 pub(super) struct SettingsArgs {
     /// Model: tiny, small, 557m, 1.96b or 7.33b [default: tiny].
     #[arg(long, value_name = "NAME")]
     pub(super) preset: Option<String>,
-    /// Experts and active experts of an MoE layer, as in 32c4.
+    /// Experts and active experts per MoE layer: 32c4 is 32 experts, 4 of them active.
     #[arg(long, value_name = "NcK")]
     pub(super) experts: Option<String>,
     /// TOML file with any keys of the configuration.
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// Set one key of the configuration; may be given again. `routegrad config` lists the keys.
+    /// Set one key of the configuration; can be repeated. `routegrad config` lists the keys.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
     /// Router; `routegrad routers` lists them.
@@ -229,13 +232,13 @@ pub(super) struct SettingsArgs {
     /// Optimizer steps.
     #[arg(long, value_name = "N")]
     pub(super) steps: Option<i64>,
-    /// Sequences of an optimizer step.
+    /// Sequences per optimizer step.
     #[arg(long, value_name = "N")]
     pub(super) batch: Option<i64>,
-    /// Sequences that go through the model at once.
+    /// Sequences per forward and backward pass.
     #[arg(long, value_name = "N")]
     pub(super) micro_batch: Option<i64>,
-    /// Tokens of a sequence.
+    /// Tokens per sequence.
     #[arg(long, value_name = "N")]
     pub(super) sequence_length: Option<i64>,
     /// Peak learning rate.
@@ -244,10 +247,10 @@ pub(super) struct SettingsArgs {
     /// Steps between evaluations.
     #[arg(long, value_name = "N")]
     pub(super) eval_interval: Option<i64>,
-    /// Seed of the weights, the order of the data and the sampling routers.
+    /// Seed of the weights, the order of the data and the routers that sample.
     #[arg(long, value_name = "N")]
     pub(super) seed: Option<i64>,
-    /// Text file or folder of text files, or what `routegrad data prepare` made, instead of the embedded text.
+    /// Text file, folder of text files, or folder that `routegrad data prepare` created [default: the embedded text].
     #[arg(long, value_name = "PATH")]
     pub(super) data: Option<String>,
 }
@@ -256,10 +259,10 @@ pub(super) struct SettingsArgs {
 pub(super) struct TrainArgs {
     #[command(flatten)]
     pub(super) settings: SettingsArgs,
-    /// Where the model runs: cpu; sim, the kernels on the simulator; cuda, the kernels on a GPU [default: cpu].
+    /// Device: cpu; sim, the CUDA kernels on the simulator; cuda, the CUDA kernels on a GPU [default: cpu].
     #[arg(long, value_name = "DEVICE")]
     pub(super) device: Option<String>,
-    /// GPU that --device sim stands for: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120 [default: sm_90].
+    /// GPU architecture that --device sim simulates: sm_80, sm_86, sm_89, sm_90, sm_100 or sm_120 [default: sm_90].
     #[arg(long, value_name = "ARCH", value_parser = architecture)]
     pub(super) sim_arch: Option<i32>,
     /// Folder of the run [default: runs/NAME].
@@ -268,15 +271,15 @@ pub(super) struct TrainArgs {
     /// Name of the run [default: the preset, the experts if given, and the router].
     #[arg(long, value_name = "NAME")]
     pub(super) name: Option<String>,
-    /// Resume from the newest complete checkpoint of the run, with its configuration; --set and other flags may change keys
-    /// that do not make it another run.
+    /// Resume the run from its newest complete checkpoint, with the configuration of the run. Other flags cannot change
+    /// its model, router, seed, precision, batch or data.
     #[arg(long, conflicts_with_all = ["preset", "experts", "config"])]
     pub(super) resume: bool,
-    /// Write no checkpoints: for timing.
+    /// Write no checkpoints, for timing.
     #[arg(long)]
     pub(super) no_checkpoint: bool,
-    /// Record the last step: on a GPU the time of each kernel, on the simulator its bytes and operations. Writes
-    /// timeline.json.
+    /// Write a record of the last step to timeline.json: on a GPU the time of each kernel, on the simulator its bytes
+    /// and operations.
     #[arg(long)]
     pub(super) timeline: bool,
     /// Show no progress.
@@ -288,23 +291,23 @@ pub(super) struct TrainArgs {
 
 #[derive(Args)]
 pub(super) struct EvalArgs {
-    /// Run, one of its checkpoints, or a model's folder of transformers.
+    /// Run, one of its checkpoints, or a model folder of transformers.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
-    /// Text whose validation documents to use [default: what the model was trained on].
+    /// Text whose validation documents are used [default: the text that the model was trained on].
     #[arg(long, value_name = "PATH")]
     pub(super) data: Option<String>,
-    /// Validation sequences, spread evenly; 0 for all.
+    /// Number of validation sequences, spread evenly over the text; 0 for all.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(super) sequences: usize,
-    /// Leave out the default vectors of a model of the router `default`.
+    /// Evaluate without the default vectors of the router `default`.
     #[arg(long)]
     pub(super) without_default_vectors: bool,
     /// Evaluate the model with and without its default vectors, and compare.
     #[arg(long, conflicts_with = "without_default_vectors")]
     pub(super) compare_default_vectors: bool,
-    /// Precision [default: that of training]. In f32 a token whose two best experts are equal up to rounding may go to
-    /// either of them; f64 distinguishes such a difference from an error.
+    /// Precision [default: that of training]. In f32, rounding may decide between two experts with almost equal logits;
+    /// f64 shows whether a difference has this cause.
     #[arg(long, value_name = "DTYPE")]
     pub(super) dtype: Option<Precision>,
     /// Benchmarks to score instead of the loss, separated by commas; `all` for those whose documents are present.
@@ -315,13 +318,14 @@ pub(super) struct EvalArgs {
         value_delimiter = ','
     )]
     pub(super) tasks: Vec<String>,
-    /// Folder of their documents, TASK.jsonl, plain or compressed with zstd or gzip; see docs/evaluation.md.
+    /// Folder with the documents of the benchmarks: TASK.jsonl, uncompressed or compressed with zstd or gzip; see
+    /// docs/evaluation.md.
     #[arg(long, value_name = "DIR")]
     pub(super) task_data: Option<PathBuf>,
-    /// Questions of each benchmark; 0 for all.
+    /// Number of questions per benchmark; 0 for all.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(super) limit: usize,
-    /// Folder for scores.json and, a line to a question, TASK.jsonl.
+    /// Folder for scores.json and, with one line per question, TASK.jsonl.
     #[arg(long, value_name = "DIR", requires = "tasks")]
     pub(super) out: Option<PathBuf>,
     #[command(flatten)]
@@ -330,19 +334,19 @@ pub(super) struct EvalArgs {
 
 #[derive(Args)]
 pub(super) struct DumpArgs {
-    /// Folder with config.json and safetensors files; or a run, or one of its checkpoints.
+    /// Folder with config.json and safetensors files, a run, or one of its checkpoints.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
     /// Safetensors file with `tokens`, int64 [B, S + 1].
     #[arg(long, value_name = "FILE")]
     pub(super) tokens: PathBuf,
-    /// File of `logits`, `loss` and `grad.NAME` of every parameter.
+    /// Output file, with `logits`, `loss` and, for each parameter, `grad.NAME`.
     #[arg(long, value_name = "FILE")]
     pub(super) out: PathBuf,
-    /// Arithmetic.
+    /// Precision of the arithmetic.
     #[arg(long, value_name = "DTYPE", default_value = "f64")]
     pub(super) dtype: Precision,
-    /// Compute as in a training pass: the router's state is updated once and also written.
+    /// Compute as in a training pass, which updates the router's state once; also write this state.
     #[arg(long)]
     pub(super) train: bool,
 }
@@ -355,13 +359,15 @@ pub(super) struct ImportArgs {
     /// Folder of the run.
     #[arg(long, value_name = "DIR")]
     pub(super) out: PathBuf,
-    /// Router to train with instead of the model's own; its weights are kept, and its additional state is initialized.
+    /// Router to train with [default: the model's own]. It keeps the router weights of the model; its additional state
+    /// is initialized.
     #[arg(long, value_name = "NAME")]
     pub(super) router: Option<String>,
-    /// Text to train on, instead of the embedded text: what `data prepare` made with the model's tokenizer.json.
+    /// Text to train on: a folder that `data prepare` created with the model's tokenizer.json [default: the embedded
+    /// text].
     #[arg(long, value_name = "PATH")]
     pub(super) data: Option<String>,
-    /// Set a key of the training: of train, data and balance, model.sequence_length, or a setting of --router.
+    /// Set one key: a key of train, data or balance, model.sequence_length, or a setting of --router; can be repeated.
     #[arg(long, value_name = "KEY=VALUE")]
     pub(super) set: Vec<String>,
 }
@@ -382,23 +388,23 @@ pub(super) struct PlanArgs {
     /// Number of processes that share the batch, each with one GPU.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(super) ranks: usize,
-    /// Folder of the records of hardware-check, from which the speed of a GPU is taken.
+    /// Folder with the records of hardware-check, which contain the measured speed of a GPU.
     #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
     pub(super) records: PathBuf,
-    /// Print JSON, in bytes and seconds.
+    /// Print JSON, with bytes and seconds as units.
     #[arg(long)]
     pub(super) json: bool,
 }
 
 #[derive(Args)]
 pub(super) struct AnalyzeArgs {
-    /// Run, one of its checkpoints, or a model's folder of transformers.
+    /// Run, one of its checkpoints, or a model folder of transformers.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
-    /// Text file or folder to analyse on [default: what the model was trained on].
+    /// Text file or folder to use [default: the text that the model was trained on].
     #[arg(long, value_name = "PATH")]
     pub(super) data: Option<String>,
-    /// Held-out sequences, spread evenly, and as many of each source of the text.
+    /// Number of held-out sequences, spread evenly over the text; the analysis by source uses as many of each source.
     #[arg(long, value_name = "N", default_value_t = 32)]
     pub(super) sequences: usize,
     /// Folder of the report [default: `analysis` in the run's folder].
@@ -410,7 +416,7 @@ pub(super) struct AnalyzeArgs {
 
 #[derive(Args)]
 pub(super) struct ExportArgs {
-    /// Run, one of its checkpoints, or a model's folder of transformers.
+    /// Run, one of its checkpoints, or a model folder of transformers.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
     /// Format of the export: hf for Hugging Face.
@@ -424,7 +430,7 @@ pub(super) struct ExportArgs {
     pub(super) dtype: ExportedDtype,
 }
 
-/// Programs that exported models are for.
+/// Formats of exported models.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum ExportFormat {
     Hf,
@@ -448,19 +454,19 @@ pub(super) struct BenchArgs {
     /// small, core or full [default: core on a GPU, else small].
     #[arg(long, value_name = "SET", value_enum)]
     pub(super) set: Option<bench::case::Set>,
-    /// Only cases whose name contains this.
+    /// Run only cases whose name contains this text.
     #[arg(long, value_name = "TEXT")]
     pub(super) only: Option<String>,
     /// Time limit in seconds; cases that do not fit are left out and listed.
     #[arg(long, value_name = "SECONDS", default_value_t = 420.0)]
     pub(super) budget: f64,
-    /// List what would be measured, in order, with estimates; measure nothing.
+    /// List the cases in order, with estimated times; measure nothing.
     #[arg(long)]
     pub(super) list: bool,
-    /// The list as JSON lines, for benches/peers/run.py.
+    /// Print the list as JSON lines, for benches/peers/run.py.
     #[arg(long, requires = "list")]
     pub(super) json: bool,
-    /// Name the cases that are slower than in this file of records.
+    /// List the cases that are slower than in this file of records.
     #[arg(long, value_name = "FILE")]
     pub(super) baseline: Option<PathBuf>,
     /// Fail when a case is slower than the baseline by more than this, such as 5%.
@@ -469,17 +475,17 @@ pub(super) struct BenchArgs {
     /// Add the records of these files to the folder; measure nothing.
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["list", "only", "baseline"])]
     pub(super) merge: Vec<PathBuf>,
-    /// Write what the cases compute, once, to this safetensors file; measure nothing.
+    /// Write the outputs of the cases to this safetensors file; measure nothing.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["list", "merge", "baseline"])]
     pub(super) dump: Option<PathBuf>,
-    /// Write a page with all records; measure nothing.
+    /// Write an HTML page with all records; measure nothing.
     #[arg(long, value_name = "FILE", group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
     pub(super) report: Option<PathBuf>,
-    /// With --report: also the main pictures, as SVG, into this folder.
+    /// With --report: also write the main figures as SVG files to this folder.
     #[arg(long, value_name = "DIR", requires = "report")]
     pub(super) pictures: Option<PathBuf>,
-    /// Fit a cost model to the recorded timings of products, and print where their time goes and what whole steps are expected
-    /// to take; measure nothing.
+    /// Fit a cost model to the recorded times of matrix products; print how their time is divided, and the predicted
+    /// times of whole steps. Measure nothing.
     #[arg(long, group = "page", conflicts_with_all = ["list", "merge", "baseline", "dump"])]
     pub(super) predict: bool,
     /// With --report or --predict: update the table between the markers of this page.

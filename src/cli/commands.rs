@@ -1,4 +1,5 @@
-//! What each command does: reads its arguments, calls the module that does the work, prints.
+//! The commands. Each function reads the arguments of a command, calls the module that does the work, and prints the
+//! result.
 
 use super::arguments::*;
 use super::process::{start_ranks, start_same_ranks, watch_signals};
@@ -72,7 +73,7 @@ pub(super) fn eval_command(args: &EvalArgs, threads: Option<usize>) -> Result<()
     Ok(())
 }
 
-/// Benchmark scores.
+/// Computes benchmark scores and prints them.
 fn eval_tasks(
     args: &EvalArgs,
     dist: &Arc<dyn Collective>,
@@ -240,7 +241,7 @@ pub(super) fn export_command(args: &ExportArgs) -> Result<()> {
     say!("architecture  {}", report.architecture);
     if !report.foreign.is_empty() {
         let foreign = report.foreign.join(", ");
-        say!("              read with trust_remote_code=True, for {foreign}");
+        say!("              requires trust_remote_code=True, for {foreign}");
     }
     say!("tensors       {} in {dtype}", report.tensors);
     say!(
@@ -275,8 +276,8 @@ pub(super) fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()
         return Err(Error::invalid(
             "gradcheck",
             format!("relative errors of at most {:.0e}", gradcheck::TOLERANCE),
-            format!("{failed} of {} checks above it", rows.len()),
-            "see the table for what fails",
+            format!("larger errors in {failed} of {} checks", rows.len()),
+            "see the lines with FAILS in the table",
         ));
     }
     let compared: usize = rows.iter().map(|row| row.compared).sum();
@@ -287,13 +288,13 @@ pub(super) fn gradcheck_command(filter: &str, plant: Option<Fault>) -> Result<()
 fn no_subject(filter: &str) -> Error {
     Error::usage(
         "gradcheck",
-        "a part of a subject's name",
-        format!("`{filter}`, which is in none"),
-        "without a filter everything is checked and named",
+        "a part of the name of a subject",
+        format!("`{filter}`, which no name contains"),
+        "leave the filter out to check all subjects and to see their names",
     )
 }
 
-/// The layer of every router, unless a fault is planted, and whole models.
+/// Checks whole models on the simulator and, unless a fault is planted, the MoE layer of every router.
 pub(super) fn gradcheck_on_simulator(filter: &str, plant: Option<Fault>) -> Result<()> {
     say!("relative error  what");
     let (mut checks, mut failed) = (0, 0);
@@ -332,8 +333,8 @@ pub(super) fn gradcheck_on_simulator(filter: &str, plant: Option<Fault>) -> Resu
                 device_check::DIRECTIONAL_TOLERANCE,
                 device_check::MODEL_TOLERANCE
             ),
-            format!("{failed} of {checks} checks above it"),
-            "see the table for what fails",
+            format!("larger errors in {failed} of {checks} checks"),
+            "see the lines with FAILS in the table",
         ));
     }
     say!("{checks} directional derivatives pass");

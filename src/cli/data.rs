@@ -1,4 +1,4 @@
-//! `routegrad data`: tokens from files of documents, and a look at them.
+//! `routegrad data`: tokenizes files of documents, and shows the result.
 
 use crate::config::{Config, Layers, PRESETS};
 use crate::data::folder::{Counts, Folder, Side};
@@ -11,16 +11,16 @@ use std::path::PathBuf;
 
 #[derive(Subcommand)]
 pub(super) enum Command {
-    /// Make a folder of tokens of parquet, JSON lines or text, for `train --data`.
+    /// Tokenize parquet, JSON lines or text files into a folder for `train --data`.
     ///
-    /// If the command is killed, the same command continues where it stopped.
+    /// If the command is killed, run it again to continue.
     #[command(after_help = "\
 Examples:
   routegrad data prepare fineweb-edu/ --tokenizer llama-3/tokenizer.json --out tokens/fineweb-edu
   routegrad data prepare books.jsonl.zst --text-column content --validation held-out.jsonl --out tokens/books
   routegrad data prepare my-texts/ --out tokens/bytes")]
     Prepare(PrepareArgs),
-    /// Show what a folder of tokens holds: counts, sources, documents.
+    /// Show the counts, sources and some documents of a folder of tokens.
     #[command(after_help = "\
 Examples:
   routegrad data inspect tokens/fineweb-edu
@@ -30,24 +30,24 @@ Examples:
 
 #[derive(Args)]
 pub(super) struct PrepareArgs {
-    /// Files that end in .parquet, .jsonl, .json (JSON lines) or .txt, the last three also with .zst or .gz; or folders of
-    /// them.
+    /// Files that end in .parquet, .jsonl, .json (JSON lines) or .txt, or folders of such files. All but parquet may be
+    /// compressed, with the ending .zst or .gz.
     #[arg(value_name = "INPUT", required = true)]
     inputs: Vec<PathBuf>,
-    /// New folder of the tokens.
+    /// New folder for the tokens.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
-    /// A tokenizer.json of Hugging Face, or its folder [default: a token is a byte].
+    /// tokenizer.json of Hugging Face, or its folder [default: one token for each byte].
     #[arg(long, value_name = "FILE")]
     tokenizer: Option<PathBuf>,
-    /// Token before each document; none for none [default: the tokenizer's, if it has one].
+    /// Token before each document; `none` for no token [default: the BOS token of the tokenizer, if it has one].
     #[arg(long, value_name = "NAME")]
     bos: Option<String>,
-    /// Token after each document; none for none [default: the tokenizer's, if it has one; three line
-    /// feeds where a token is a byte].
+    /// Token after each document; `none` for no token [default: the EOS token of the tokenizer, if it has one; without
+    /// a tokenizer, three line feeds].
     #[arg(long, value_name = "NAME")]
     eos: Option<String>,
-    /// Share of the documents to hold out, spread evenly.
+    /// Share of the documents that is held out for validation, spread evenly.
     #[arg(
         long,
         value_name = "SHARE",
@@ -55,22 +55,22 @@ pub(super) struct PrepareArgs {
         conflicts_with = "validation"
     )]
     validation_fraction: f64,
-    /// File or folder of documents to hold out instead; may be given again.
+    /// File or folder with the validation documents, instead of a share of the input; can be repeated.
     #[arg(long, value_name = "INPUT")]
     validation: Vec<PathBuf>,
-    /// Column of parquet, or field of an object, with the text.
+    /// Parquet column or JSON field that contains the text.
     #[arg(long, value_name = "NAME", default_value = "text")]
     text_column: String,
-    /// Column or field that names the source of a document [default: dump if present, else the file].
+    /// Parquet column or JSON field that names the source of a document [default: dump if present, else the file name].
     #[arg(long, value_name = "NAME")]
     source_column: Option<String>,
-    /// What separates the documents of a text file, \n for a line feed; empty: a file is one document.
+    /// Separator of the documents of a text file, with \n for a line feed; if empty, a file is one document.
     #[arg(long, value_name = "TEXT", default_value = r"\n\n\n")]
     separator: String,
-    /// Tokens of a shard; at most so much work is lost if the command is killed.
+    /// Tokens per shard; at most one shard of work is lost if the command is killed.
     #[arg(long, value_name = "N", default_value_t = 1 << 26)]
     shard_tokens: u64,
-    /// Fail at a document that cannot be read instead of leaving it out.
+    /// Fail at a document that cannot be read, instead of leaving it out.
     #[arg(long)]
     strict: bool,
     /// Decode every document and count those whose text is not restored exactly.
@@ -83,13 +83,13 @@ pub(super) struct PrepareArgs {
 
 #[derive(Args)]
 pub(super) struct InspectArgs {
-    /// Folder that `data prepare` made.
+    /// Folder that `data prepare` created.
     #[arg(value_name = "DIR")]
     folder: PathBuf,
     /// Compare every file with its checksum.
     #[arg(long)]
     verify: bool,
-    /// Documents of each part whose beginning is shown, spread evenly.
+    /// Show the beginnings of this many training documents and this many validation documents, spread evenly.
     #[arg(long, value_name = "N", default_value_t = 2)]
     samples: usize,
 }
@@ -124,10 +124,7 @@ fn prepare(args: PrepareArgs) -> Result<()> {
     say!("{}", row("validation", manifest.counts(Side::Validation)));
     say!("{}", left_out(manifest.empty, manifest.unreadable));
     if options.round_trip {
-        say!(
-            "decoding gives another text for {} documents",
-            summary.altered
-        );
+        say!("decoding changes the text of {} documents", summary.altered);
     }
     let megabytes = summary.bytes as f64 / 1e6;
     let (rate, seconds) = (megabytes / summary.seconds, summary.seconds);
@@ -151,14 +148,14 @@ fn prepare(args: PrepareArgs) -> Result<()> {
                 "files that can be read to their end",
                 format!("{}{more}, of which the rest was left out", first.display()),
                 format!(
-                    "copy the files again and prepare another folder, or go on with {out}, which holds what could be read"
+                    "copy the files again and prepare another folder, or use {out}, which contains the documents that could be read"
                 ),
             ))
         }
     }
 }
 
-/// A warning where a side has too few tokens for a sequence of some preset: `train` refuses the folder then.
+/// Returns a warning if a side has too few tokens for one sequence of a preset; `train` then refuses the folder.
 fn too_short(side: Side, tokens: u64) -> Result<Option<String>> {
     let mut short = Vec::new();
     for (preset, _) in PRESETS {

@@ -1,4 +1,4 @@
-//! `routegrad generate`: a prompt continued.
+//! `routegrad generate`: continues a prompt.
 
 use super::saved::open_saved;
 use crate::error::{Error, Result};
@@ -10,7 +10,7 @@ use std::path::PathBuf;
 
 #[derive(Args)]
 pub(super) struct GenerateArgs {
-    /// Run, one of its checkpoints, or a model's folder of transformers.
+    /// Run, one of its checkpoints, or a model folder of transformers.
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
     /// Text to continue.
@@ -19,16 +19,16 @@ pub(super) struct GenerateArgs {
     /// File with the text to continue, or - for the standard input.
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub(super) prompt_file: Option<PathBuf>,
-    /// Continuations to draw.
+    /// Number of continuations.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) samples: u32,
-    /// Tokens to add.
+    /// Number of tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 400)]
     pub(super) tokens: usize,
-    /// Divides the logits; 0 takes the most probable token.
+    /// Temperature, by which the logits are divided; 0 selects the most probable token.
     #[arg(long, value_name = "T", default_value_t = 0.8)]
     pub(super) temperature: f64,
-    /// Sample among this many most probable tokens; 0 for all.
+    /// Sample from the K most probable tokens; 0 for all.
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub(super) top_k: usize,
     /// Seed of the sampling.
@@ -54,7 +54,7 @@ pub(super) fn generate_command(args: &GenerateArgs) -> Result<()> {
     let made = generate::run(&found, &prompt, args.tokens, &sampling, &mut out)?;
     let (tokens, seconds) = (made.tokens, made.seconds);
     stderr_line(&format!(
-        "{tokens} tokens in {seconds:.1} s, {:.0} a second",
+        "{tokens} tokens in {seconds:.1} s, {:.0} per second",
         tokens as f64 / seconds
     ));
     Ok(())

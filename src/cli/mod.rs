@@ -1,4 +1,4 @@
-//! The command line: `arguments` holds what each command takes, `commands` does them.
+//! The command line: `arguments` declares the arguments of each command, `commands` runs the commands.
 
 mod arguments;
 mod commands;
@@ -27,9 +27,10 @@ use process::{refuse_launcher, set_threads, simulate};
 use std::process::{ExitCode, exit};
 use train::train_command;
 
-/// The whole program: parses the command line, runs the command, prints an error and gives the exit code.
+/// Runs the program: parses the command line, runs the command, prints its error if it fails, and returns the exit
+/// code.
 ///
-/// A program with routers of its own registers them and calls this, so that every command knows them:
+/// A program with its own routers registers them and then calls this function. Every command then supports them:
 ///
 /// ```no_run
 /// use routegrad::routers::{self, RouterInfo};
@@ -50,7 +51,7 @@ pub fn main() -> ExitCode {
         Err(Some(error)) if reader_left(&error) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.as_ref().map_or(1, Error::exit_code);
-            // Of several ranks one prints.
+            // Of several ranks only one prints the error.
             if let Some(error) = error {
                 stderr_line(&format!("error: {error}"));
             }
@@ -59,7 +60,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// Whether nobody reads the output any more, as behind `| head`.
+/// Whether the reader of the output has ended, as `head` does in `| head`.
 fn reader_left(error: &Error) -> bool {
     let Error::Io { path, source, .. } = error else {
         return false;
@@ -67,7 +68,7 @@ fn reader_left(error: &Error) -> bool {
     path.as_os_str() == STDOUT && source.kind() == std::io::ErrorKind::BrokenPipe
 }
 
-/// Lets the values of all options begin with a minus, so that a negative number is answered as one.
+/// Allows negative numbers as values of all options, so that an error names the number instead of an unknown option.
 fn with_negative_numbers(command: clap::Command) -> clap::Command {
     let command = command.mut_args(|argument| match argument.get_action().takes_values() {
         true => argument.allow_negative_numbers(true),
@@ -77,7 +78,7 @@ fn with_negative_numbers(command: clap::Command) -> clap::Command {
 }
 
 impl Cli {
-    /// The command line of this process; ends it where there is nothing to run.
+    /// Parses the command line of this process. Exits if there is nothing to run, as after an error or `--help`.
     fn of_process() -> Self {
         let matches = with_negative_numbers(Self::command()).try_get_matches();
         let parsed = matches.and_then(|matches| Self::from_arg_matches(&matches));
@@ -93,7 +94,7 @@ impl Cli {
     /// Runs the command.
     ///
     /// # Errors
-    /// Whatever the command meets; nothing has been printed of it yet.
+    /// Returns the error of the command, which has not been printed yet.
     pub fn run(self) -> Result<()> {
         use Command::{Ablate, Analyze, Eval, Train};
         if let Some(threads) = self.threads {

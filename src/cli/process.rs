@@ -1,4 +1,4 @@
-//! What commands ask of their own process: threads, signals, and that it is the only one.
+//! Prepares the process for a command: threads, ranks and signals.
 
 use super::ranks::{RanksArgs, RanksFrom};
 use crate::device::Device;
@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-/// More than any machine has cores; the system may have no room for the stacks of many more.
+/// Largest number of threads: more than any machine has cores. The system may have no memory for the stacks of many
+/// more.
 const MOST_THREADS: usize = 1024;
 
 pub(super) fn set_threads(threads: usize) -> Result<()> {
@@ -31,9 +32,9 @@ pub(super) fn set_threads(threads: usize) -> Result<()> {
         .map_err(|e| invalid(e.to_string()))
 }
 
-/// Runs `f`, for the CPU on a thread of a pool of so many threads as loops have: from outside a pool every parallel loop waits
-/// twice for the system to wake a thread, one that begins it and then the caller's, and a step has hundreds of them. A GPU's
-/// context is this thread's.
+/// Runs `f`. For the CPU it runs on a thread of a new pool, with as many threads as parallel loops use. A parallel loop
+/// that is started outside a pool waits twice for the system to wake a thread: the thread that starts the loop, and
+/// then the caller. A step has hundreds of loops. For a GPU `f` runs on this thread, which has the context of the GPU.
 pub(super) fn in_pool<R: Send>(device: Device, f: impl FnOnce() -> R + Send) -> Result<R> {
     if device != Device::Cpu {
         return Ok(f());
@@ -41,13 +42,13 @@ pub(super) fn in_pool<R: Send>(device: Device, f: impl FnOnce() -> R + Send) -> 
     let threads = rayon::current_num_threads();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|e| {
-        let help = "pass fewer by --threads, or raise the limit of threads (ulimit -u)";
+        let help = "pass a smaller number to --threads, or raise the limit of threads (ulimit -u)";
         Error::invalid("train", format!("{threads} threads"), e.to_string(), help)
     })?;
     Ok(pool.install(f))
 }
 
-/// Makes the simulator stand for the GPU that `--sim-arch` names.
+/// Sets the GPU architecture that the simulator simulates to that of `--sim-arch`.
 pub(super) fn simulate(architecture: Option<i32>, device: Device) -> Result<()> {
     let Some(architecture) = architecture else {
         return Ok(());
@@ -61,7 +62,7 @@ pub(super) fn simulate(architecture: Option<i32>, device: Device) -> Result<()> 
     Ok(())
 }
 
-/// This process's rank, and its threads.
+/// Starts the rank of this process, and sets its number of threads.
 pub(super) fn start_ranks(args: &RanksArgs, threads: Option<usize>) -> Result<Arc<dyn Collective>> {
     if !(args.rank_timeout >= 1.0 && args.rank_timeout.is_finite()) {
         let got = args.rank_timeout.to_string();
@@ -90,7 +91,7 @@ pub(super) fn start_ranks(args: &RanksArgs, threads: Option<usize>) -> Result<Ar
 /// Starts the ranks of a command, and compares their arguments: all ranks must have the same.
 ///
 /// # Errors
-/// As [`start_ranks`], and when two ranks have different arguments.
+/// Returns the errors of [`start_ranks`], and an error when two ranks have different arguments.
 pub(super) fn start_same_ranks(
     args: &RanksArgs,
     threads: Option<usize>,
@@ -104,7 +105,7 @@ pub(super) fn start_same_ranks(
     Ok(dist)
 }
 
-/// Refuses a command of one process that a launcher started several times.
+/// Returns an error if a launcher started several processes of a command that runs in one process.
 pub(super) fn refuse_launcher() -> Result<()> {
     match dist::launcher_size() {
         1 => Ok(()),
@@ -117,8 +118,8 @@ pub(super) fn refuse_launcher() -> Result<()> {
     }
 }
 
-/// The first SIGINT, SIGTERM or SIGHUP (a connection that was lost) sets `stop`; a second one ends the process at once.
-/// SIGUSR1, which launchers pass on to every rank, sets `stop` alone.
+/// Sets `stop` at the first SIGINT, SIGTERM or SIGHUP (a lost connection); a second one ends the process at once.
+/// SIGUSR1, which launchers forward to every rank, sets `stop` but never ends the process.
 pub(super) fn watch_signals(stop: &Arc<AtomicBool>) -> Result<()> {
     let refused = |e: std::io::Error| {
         let help = "report this as a bug";

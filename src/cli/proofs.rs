@@ -1,4 +1,4 @@
-//! `routegrad hardware-check` and `routegrad status`: what a GPU has shown, and what it still has to.
+//! `routegrad hardware-check` and `routegrad status`: check kernels and steps on a GPU, and show the records.
 
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -14,10 +14,10 @@ pub(super) struct HardwareArgs {
     /// Time limit in seconds; tasks that do not fit are left for the next call.
     #[arg(long, value_name = "SECONDS", default_value_t = 540.0)]
     budget: f64,
-    /// List what would run, in order, with requirements and estimates; run nothing.
+    /// List the tasks in order, with their requirements and estimated times; run nothing.
     #[arg(long, visible_alias = "dry-run")]
     list: bool,
-    /// Only tasks whose name contains this.
+    /// Run only tasks whose name contains this text.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
     /// Also run tasks that have passed before.
@@ -29,16 +29,16 @@ pub(super) struct HardwareArgs {
     /// Add the records of these files to the folder; run nothing.
     #[arg(long, value_name = "FILE", num_args = 1.., conflicts_with_all = ["list", "only", "again"])]
     merge: Vec<PathBuf>,
-    /// Train the reference for the losses of a GPU on the CPU and write it to the folder; takes minutes.
+    /// Train on the CPU, and write the losses to the folder as the reference for the losses of a GPU; takes minutes.
     #[arg(long, conflicts_with_all = ["list", "again", "merge"])]
     record_curves: bool,
     /// Run one task in this process and print its outcome; the command starts its tasks in this way.
     #[arg(long, value_name = "TASK", hide = true)]
     one: Option<String>,
-    /// Plant a fault in every task of whole steps; each must be reported.
+    /// Plant a fault in every task of whole steps; each task must report it.
     #[arg(long, hide = true)]
     plant: bool,
-    /// Print the digest of the sources that records of whole steps are tied to: for scripts/bundle.
+    /// Print the digest of the sources that is stored in records of whole steps; for scripts/bundle.
     #[arg(long, hide = true)]
     sources: bool,
 }
@@ -55,7 +55,7 @@ pub(super) struct StatusArgs {
     /// Folder of the records.
     #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
     records: PathBuf,
-    /// Replace the table of this page instead of printing it.
+    /// Write the table to this page instead of printing it; it replaces the old table.
     #[arg(long, value_name = "FILE")]
     update: Option<PathBuf>,
 }
@@ -98,7 +98,7 @@ pub(super) fn status(args: &StatusArgs) -> Result<()> {
     match &args.update {
         Some(_) if code::code("router").is_none() => Err(Error::invalid(
             "status --update",
-            "a program with the kernels, which the records are compared with",
+            "a program with compiled kernels, to compare the records with them",
             "one built without nvcc",
             "run scripts/install-toolkit, and build with --features cuda",
         )),

@@ -1,4 +1,4 @@
-//! The models that commands are given.
+//! Opens the models that commands take as arguments.
 
 use crate::dist::{Collective, SingleRank, same_on_all};
 use crate::error::Result;
@@ -6,7 +6,7 @@ use crate::report::stderr_line;
 use crate::study::exchange::Saved;
 use std::path::Path;
 
-/// The model at `path`, of a run there the newest complete checkpoint; damaged ones are named.
+/// Opens the model at `path`; of a run, the newest complete checkpoint. Prints a warning for each damaged checkpoint.
 pub(super) fn open_saved(path: &Path) -> Result<Saved> {
     open_saved_on(&SingleRank, path)
 }

@@ -1,4 +1,4 @@
-//! From the arguments that describe a run to its configuration.
+//! Builds the configuration of a run from its arguments.
 
 use super::arguments::SettingsArgs;
 use crate::config::{self, Config, Layers};
@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use toml::Value;
 
 impl SettingsArgs {
-    /// The sources of the configuration, with `file` in place of `--config`.
+    /// Returns the sources of the configuration, with `file` in place of `--config`.
     pub(super) fn layers(&self, file: Option<PathBuf>) -> Layers {
         let number = |n: Option<i64>| n.map(Value::Integer);
         let text = |s: &Option<String>| s.clone().map(Value::String);
@@ -39,7 +39,7 @@ impl SettingsArgs {
                 number(self.eval_interval),
             ),
             ("--seed", "train.seed", number(self.seed)),
-            // The flag also wins over a mix of the configuration file or of the run that goes on.
+            // The flag also overrides a mix in the configuration file or of the run that is resumed.
             (
                 "--data",
                 "data.mix",
@@ -60,10 +60,10 @@ impl SettingsArgs {
         }
     }
 
-    /// The configuration.
+    /// Returns the resolved configuration.
     ///
     /// # Errors
-    /// When a key or a value is wrong, or the data cannot be opened.
+    /// Returns an error when a key or a value is wrong, or the data cannot be opened.
     pub(super) fn configure(&self) -> Result<Config> {
         data::configure(&self.layers(self.config.clone()), &routers::resolve)
     }

@@ -1,4 +1,4 @@
-//! `routegrad bench`: timings, their report, and what peers in other languages need of the cases.
+//! `routegrad bench`: times the cases, writes the report, and exports the cases to benchmarks in other languages.
 
 use super::arguments::*;
 use crate::device::Device;
@@ -37,7 +37,7 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
         Some("sim") => Some(Device::Sim),
         Some("cuda") => Some(Device::Cuda),
         Some(other) => {
-            let help = "leave it out for a GPU where there is one, else the CPU and the simulator";
+            let help = "leave it out to use a GPU if there is one, else the CPU and the simulator";
             return Err(Error::invalid("--device", "cpu, sim or cuda", other, help));
         }
     };
@@ -63,7 +63,8 @@ pub(super) fn run(args: BenchArgs) -> Result<()> {
     Ok(())
 }
 
-/// Reads what the command and `hardware-check` recorded, and writes the page and what else is asked for.
+/// Reads the records of this command and of `hardware-check`, and writes the page and the other outputs that were
+/// requested.
 fn bench_report(args: &BenchArgs, file: &Path) -> Result<()> {
     let records = bench::read_all(&args.out)?;
     crate::report::files::publish(file, bench::page::html(&records)?)?;

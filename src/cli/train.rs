@@ -1,4 +1,4 @@
-//! `routegrad train`: what it begins with, the run, and what it says at the end.
+//! `routegrad train`: resolves the configuration, runs the training, and prints the result.
 
 use super::arguments::TrainArgs;
 use super::process::{in_pool, simulate, start_ranks, watch_signals};
@@ -18,15 +18,14 @@ use toml::Value;
 
 pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<()> {
     let dist = start_ranks(&args.ranks, threads)?;
-    // A run that goes on has its configuration in its folder; a new one may be named after it.
+    // A resumed run has its configuration in its folder; a new run may be named after its configuration.
     let (config, out) = if args.resume {
         let out = args.folder(args.settings.router.as_deref().unwrap_or("default"));
         let file = out.join(train::CONFIG_FILE);
         if !file.exists() {
             let got = format!("no {} there", train::CONFIG_FILE);
-            let help =
-                "name the run's folder by --out, or its --name; without --resume a new run begins";
-            return Err(Error::file(out, "a run to go on with", got, help));
+            let help = "pass the run's folder as --out, or its name as --name; without --resume a new run begins";
+            return Err(Error::file(out, "a run to resume", got, help));
         }
         let layers = Layers {
             resolved: true,
@@ -82,7 +81,7 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     tell(&report, unit, &out, options.checkpoints)
 }
 
-/// Says how a run ended, and what to do with what it left.
+/// Prints how a run ended, and what the user can do next.
 fn tell(report: &Summary, unit: &str, out: &Path, checkpoints: bool) -> Result<()> {
     let (place, step) = (out.display(), report.step);
     if let (Outcome::Finished, Some(loss)) = (report.outcome, report.validation_loss) {
@@ -91,32 +90,32 @@ fn tell(report: &Summary, unit: &str, out: &Path, checkpoints: bool) -> Result<(
     if report.left_out > 0 {
         let left_out = report.left_out;
         say!(
-            "{left_out} of {step} steps were left out: what they computed was not finite; lower train.learning_rate or check the data"
+            "{left_out} of {step} steps were skipped because of values that were not finite; lower train.learning_rate or check the data"
         );
     }
     match report.outcome {
         Outcome::Stopped if step == 0 => {
             say!(
-                "stopped before the first step was done; begin it again with: routegrad train --out {place} --resume"
+                "stopped before the end of the first step; start again with: routegrad train --out {place} --resume"
             );
         }
         Outcome::Stopped if checkpoints => {
             say!(
-                "stopped and saved at step {step}; go on with: routegrad train --out {place} --resume"
+                "stopped and saved at step {step}; resume with: routegrad train --out {place} --resume"
             );
         }
         Outcome::Stopped => say!("stopped at step {step}"),
         Outcome::Finished if checkpoints => {
-            say!("log, pictures and checkpoints: {place}");
+            say!("log, plots and checkpoints: {place}");
             say!("generate text: routegrad generate --model {place}");
         }
-        Outcome::Finished => say!("log and pictures: {place}"),
+        Outcome::Finished => say!("log and plots: {place}"),
     }
     Ok(())
 }
 
 impl TrainArgs {
-    /// `--out`, or runs/NAME.
+    /// Returns the folder of the run: `--out`, or runs/NAME.
     fn folder(&self, router: &str) -> PathBuf {
         if let Some(out) = &self.out {
             return out.clone();

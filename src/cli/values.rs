@@ -1,9 +1,9 @@
-//! Values of arguments that take more than a number or a name.
+//! Parsers for argument values that are not plain numbers or names.
 
 use crate::device::architectures;
 use crate::device::machine::{CHIPS, Chip};
 
-/// 80 of "sm_80".
+/// Parses a GPU architecture: "sm_80" gives 80.
 pub(super) fn architecture(text: &str) -> Result<i32, String> {
     let number = text.strip_prefix("sm_").and_then(|n| n.parse().ok());
     number
@@ -14,7 +14,7 @@ pub(super) fn architecture(text: &str) -> Result<i32, String> {
         })
 }
 
-/// A GPU by its key.
+/// Finds a GPU by its key.
 pub(super) fn gpu(text: &str) -> Result<&'static Chip, String> {
     Chip::named(text).ok_or_else(|| {
         let known = CHIPS.iter().map(|chip| chip.key).collect::<Vec<_>>();
@@ -22,7 +22,7 @@ pub(super) fn gpu(text: &str) -> Result<&'static Chip, String> {
     })
 }
 
-/// "5%" or "5" as 0.05.
+/// Parses a percentage: "5%" and "5" give 0.05.
 pub(super) fn percent(text: &str) -> Result<f64, String> {
     match text.trim().trim_end_matches('%').parse::<f64>() {
         Ok(x) if x >= 0.0 && x.is_finite() => Ok(x / 100.0),

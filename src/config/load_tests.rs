@@ -253,7 +253,7 @@ fn a_width_that_is_not_whole_names_the_keys_that_it_follows_from_and_what_is_all
         ),
         (
             &["model.heads=128"],
-            "model.head_dim: expected an even number, since RoPE turns pairs (default: model.hidden / model.heads = 128 / 128)",
+            "model.head_dim: expected an even number, because RoPE rotates pairs of elements (default: model.hidden / model.heads = 128 / 128)",
         ),
         (
             &["model.heads=4", "train.device=sim"],

@@ -54,7 +54,7 @@ pub struct ModelConfig {
     pub heads: usize,
     /// Key and value heads, a divisor of `heads`. Default: `heads`.
     pub kv_heads: usize,
-    /// Width of one head, even (RoPE turns pairs). Default: `hidden / heads`.
+    /// Width of one head; even, because RoPE rotates pairs of elements. Default: `hidden / heads`.
     pub head_dim: usize,
     /// Experts E of one MoE layer.
     pub num_experts: usize,
@@ -147,7 +147,7 @@ impl Default for RouterConfig {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct BalanceConfig {
-    /// α, the weight of the auxiliary (Switch) loss, which is 1 · α when the load is balanced.
+    /// Weight α of the auxiliary (Switch) loss; with a balanced load the weighted loss is α.
     pub aux_coefficient: f64,
     /// Tokens whose routing counts enter the auxiliary loss: "global" (the step so far, over all ranks) or "micro" (the
     /// micro-batch).
@@ -155,7 +155,7 @@ pub struct BalanceConfig {
     /// How the losses of the MoE layers are combined: "mean" or "sum".
     #[serde(default = "earlier_reduction")]
     pub aux_reduction: Reduction,
-    /// c of c · mean(logsumexp(z)²).
+    /// Weight c of the z-loss c · mean(logsumexp(z)²), where z are the router's logits.
     pub z_coefficient: f64,
 }
 

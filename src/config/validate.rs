@@ -234,7 +234,7 @@ impl ModelConfig {
             self.head_dim % 2 == 0,
             "model.head_dim",
             format!(
-                "an even number, since RoPE turns pairs{}",
+                "an even number, because RoPE rotates pairs of elements{}",
                 self.by_default()
             ),
             self.head_dim,

@@ -1,28 +1,28 @@
-//! What a rank is doing, in words, for the messages of ranks that wait for it.
+//! Text that says what a rank is doing, for the error messages of ranks that wait for it.
 
 use super::Collective;
 use std::cell::RefCell;
 use std::sync::{Mutex, PoisonError};
 
-/// What the process's rank was last said to do; its heartbeats carry it.
+/// What the rank of this process is doing; its heartbeats contain it.
 static PROCESS: Mutex<Activity> = Mutex::new(Activity::NONE);
 
 thread_local! {
     static OWN: RefCell<Own> = const { RefCell::new(Own { what: String::new(), main: 0 }) };
 }
 
-/// What the rank of a thread does: something, and a part of it.
+/// What the rank of a thread is doing: a task and a part of the task.
 struct Own {
     what: String,
-    /// Bytes of the words without the part.
+    /// Length of `what` without the part, in bytes.
     main: usize,
 }
 
-/// What a rank does.
+/// What a rank is doing.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Activity {
     pub what: String,
-    /// Others wait for it, however long it takes.
+    /// Whether the others wait without a time limit.
     pub alone: bool,
 }
 
@@ -32,24 +32,24 @@ impl Activity {
         alone: false,
     };
 
-    /// Of the process.
+    /// Returns what the rank of this process is doing.
     pub fn of_process() -> Self {
         let activity = PROCESS.lock().unwrap_or_else(PoisonError::into_inner);
         activity.clone()
     }
 }
 
-/// Says what the rank of this thread does from now on, such as "gradients of step 12".
+/// Sets what the rank of this thread is doing from now on, such as "gradients of step 12".
 pub fn doing(what: impl Into<String>) {
     begin(what.into(), false);
 }
 
-/// The same of work that takes this rank long while others may wait: no limit of time applies to it.
+/// Does the same as [`doing`] for long work of this rank alone: the others wait without a time limit.
 pub fn doing_alone(what: impl Into<String>) {
     begin(what.into(), true);
 }
 
-/// Says which part of it comes next, such as "weights"; of several ranks alone, where words are worth their time.
+/// Sets the part of the task that comes next, such as "weights". With one rank it does nothing, to save time.
 pub fn at(dist: &dyn Collective, part: impl FnOnce() -> String) {
     if dist.size() == 1 {
         return;
@@ -79,7 +79,7 @@ fn begin(what: String, alone: bool) {
     process.alone = alone;
 }
 
-/// What the rank of this thread was last said to do.
+/// Calls `read` with what the rank of this thread is doing.
 pub(super) fn current<R>(read: impl FnOnce(&str) -> R) -> R {
     OWN.with_borrow(|own| read(&own.what))
 }

@@ -1,40 +1,40 @@
-//! A call as the ranks compare it before bytes move.
+//! The description of a call that the ranks compare before they transfer bytes.
 
 use super::activity;
 use crate::error::{Error, Result};
 
-/// What a call moves: bytes of the host, or of a device.
+/// The kind of a call, and where its memory is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// Bytes of the host that every rank gathers from all.
+    /// All-gather of host memory.
     AllGather = 1,
-    /// Bytes of the host, a part for each other rank.
+    /// Exchange of host memory, with one part for each other rank.
     Exchange = 2,
-    /// Of as many bytes each.
+    /// All-gather of device memory; its count is in bytes.
     DeviceAllGather = 3,
-    /// Of as many parts.
+    /// Exchange of device memory; its count is the number of parts.
     DeviceExchange = 4,
 }
 
 /// Ordinal, kind and count of a call, and what its rank is doing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Call {
-    /// Calls before it.
+    /// Number of earlier calls.
     pub ordinal: u64,
     kind: u64,
-    /// Bytes that this rank gives.
+    /// Bytes or parts that this rank gives.
     count: u64,
     what: String,
 }
 
-/// Bytes of a call's description that ranks exchange; longer ones are cut.
+/// Bytes of the text that ranks exchange with a call; a longer text is cut.
 const WORDS: usize = 40;
 
 impl Call {
-    /// Bytes of a call on its way.
+    /// Size of an encoded call in bytes.
     pub const BYTES: usize = 24 + WORDS;
 
-    /// A call of this thread's rank.
+    /// Returns the description of a call of this thread's rank.
     pub fn new(ordinal: u64, kind: Kind, count: usize) -> Self {
         Call {
             ordinal,
@@ -73,7 +73,7 @@ impl Call {
         }
     }
 
-    /// Whether the two move the same bytes; what their ranks do may have other words.
+    /// Whether the two calls have the same ordinal, kind and count; their texts may differ.
     fn matches(&self, other: &Self) -> bool {
         let numbers = |c: &Self| (c.ordinal, c.kind, c.count);
         numbers(self) == numbers(other)
@@ -99,10 +99,10 @@ impl Call {
         format!("call {}, {kind} {} {unit}{what}", self.ordinal, self.count)
     }
 
-    /// Compares the calls of all ranks, `[size, BYTES]`; every rank finds the same.
+    /// Compares the calls of all ranks, `[size, BYTES]`; every rank gets the same result.
     ///
     /// # Errors
-    /// When they are not all alike.
+    /// Returns an error when two calls differ.
     pub fn compare(all: &[u8]) -> Result<()> {
         let mut calls = all.chunks(Self::BYTES).map(Self::from_bytes);
         let Some(first) = calls.next() else {

@@ -1,7 +1,7 @@
-//! The two movers of a device's memory, behind its launches. A captured step repeats them.
+//! The two transfers of device memory, which follow the earlier launches of the device. A captured step repeats them.
 //!
-//! Where no library moves the memory the host does, by the movers of its own: that serves the simulator, whose memory is the
-//! host's, with the calls that a GPU would make.
+//! Without a library for the device, the host transfers the memory with its own calls. The simulator, whose memory is
+//! host memory, uses this to make the same calls as a GPU.
 
 use super::Collective;
 use super::call::Kind;
@@ -9,18 +9,18 @@ use crate::device::{Device, Span, graph};
 use crate::error::{Error, Result};
 use std::sync::Arc;
 
-/// Bytes that go from this rank to another one and from there to this one.
+/// Memory that this rank and another one send each other.
 #[derive(Clone, Copy, Debug)]
 pub struct Part {
     /// The other rank.
     pub peer: usize,
-    /// What goes to it.
+    /// The range that is sent to it.
     pub send: Span,
-    /// Where what it sends is put.
+    /// The range that receives what it sends.
     pub receive: Span,
 }
 
-/// The ranks of a run, as the steps of a device call them.
+/// The ranks of a run, for the calls that the steps of a device make.
 #[derive(Clone)]
 pub struct DeviceRanks {
     dist: Arc<dyn Collective>,
@@ -28,42 +28,42 @@ pub struct DeviceRanks {
 }
 
 impl DeviceRanks {
-    /// Those of `dist`, for memory of `device`.
+    /// Creates the ranks of `dist` for memory of `device`.
     pub fn new(dist: Arc<dyn Collective>, device: Device) -> Self {
         DeviceRanks { dist, device }
     }
 
-    /// This rank.
+    /// Returns the number of this rank, from 0.
     pub fn rank(&self) -> usize {
         self.dist.rank()
     }
 
-    /// Number of ranks.
+    /// Returns the number of ranks.
     pub fn size(&self) -> usize {
         self.dist.size()
     }
 
-    /// Their device.
+    /// Returns the device.
     pub fn device(&self) -> Device {
         self.device
     }
 
-    /// See [`Collective::all_gather_on`].
+    /// Calls [`Collective::all_gather_on`].
     ///
     /// # Errors
-    /// As there.
+    /// Returns the errors of that method.
     pub fn all_gather(&self, own: Span, all: Span) -> Result<()> {
         let call = move |dist: &dyn Collective| dist.all_gather_on(own, all);
         self.call(Kind::DeviceAllGather, own.bytes(), call)
     }
 
-    /// See [`Collective::exchange_on`].
+    /// Calls [`Collective::exchange_on`].
     ///
     /// # Errors
-    /// As there.
+    /// Returns the errors of that method.
     ///
     /// # Panics
-    /// When a part is this rank's own.
+    /// Panics if this rank is the peer of a part.
     pub fn exchange(&self, parts: Vec<Part>) -> Result<()> {
         let own = parts.iter().find(|part| part.peer == self.rank());
         assert!(own.is_none(), "a rank sends nothing to itself: {own:?}");
@@ -72,7 +72,7 @@ impl DeviceRanks {
         self.call(Kind::DeviceExchange, count, call)
     }
 
-    /// Makes a call, or records it. On a GPU its stream does.
+    /// Makes a call, or records it for a captured step of the simulator. On a GPU the stream records it.
     fn call(
         &self,
         kind: Kind,
@@ -92,10 +92,10 @@ impl DeviceRanks {
     }
 }
 
-/// [`Collective::all_gather_on`] by the host.
+/// Does what [`Collective::all_gather_on`] does with transfers of the host.
 ///
 /// # Errors
-/// As there.
+/// Returns the errors of that method.
 pub fn all_gather<C: Collective + ?Sized>(dist: &C, own: Span, all: Span) -> Result<()> {
     let (mut sent, mut received) = (vec![0; own.bytes()], vec![0; all.bytes()]);
     own.read(&mut sent)?;
@@ -103,10 +103,11 @@ pub fn all_gather<C: Collective + ?Sized>(dist: &C, own: Span, all: Span) -> Res
     all.write(&received)
 }
 
-/// [`Collective::exchange_on`] by the host, whose exchange takes rows of equal lengths: the longest of all ranks.
+/// Does what [`Collective::exchange_on`] does with transfers of the host. These need rows of equal length, so all rows
+/// have the length of the longest row of all ranks.
 ///
 /// # Errors
-/// As there.
+/// Returns the errors of that method.
 pub fn exchange<C: Collective + ?Sized>(dist: &C, parts: &[Part]) -> Result<()> {
     let size = dist.size();
     let to = |peer: usize| parts.iter().filter(move |part| part.peer == peer);

@@ -1,9 +1,10 @@
-//! The handshake of a TCP connection between two ranks: each end proves that it knows the run's key, without sending it. A
-//! connection that cannot is closed, and costs the ranks neither time nor memory.
+//! The handshake of a TCP connection between two ranks: each end proves that it knows the key of the run, without
+//! sending the key. A connection without a valid proof is closed; it delays no rank, and the memory for such
+//! connections is limited.
 //!
-//! The listening end sends [`MAGIC`] and a nonce; the other end its rank, the number of ranks, a nonce of its own and a
-//! keyed digest of all; the listening end answers with another one. Every message has a fixed length. What follows on the
-//! connection is neither encrypted nor signed.
+//! The listening end sends [`MAGIC`] and a nonce. The connecting end sends its rank, the number of ranks, its own
+//! nonce, and a keyed digest of these values and the first nonce. The listening end answers with a status and its own
+//! keyed digest. Every message has a fixed length. The data that follows is neither encrypted nor signed.
 
 use crate::error::{Error, Result};
 use std::fs::File;
@@ -17,27 +18,27 @@ pub(super) type Key = [u8; 32];
 
 const MAGIC: [u8; 16] = *b"routegrad ranks\n";
 
-/// Bytes of the three messages.
+/// Sizes of the three messages in bytes.
 const GREETING: usize = 16 + 32;
 const CLAIM: usize = 8 + 8 + 32 + 32;
 const ANSWER: usize = 1 + 32;
 
-/// A connection that has not proved itself so long after it was made is closed.
+/// A connection without a proof after this time is closed.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// Unproven connections at a time, at most.
+/// Largest number of connections without a proof at a time.
 const MOST: usize = 1024;
 
-/// What the listening end answers.
+/// Status in the answer of the listening end.
 const ACCEPTED: u8 = 0;
 const OTHER_KEY: u8 = 1;
 const OTHER_SIZE: u8 = 2;
 const RANK_TAKEN: u8 = 3;
 
-/// 32 random bytes of the system.
+/// Returns 32 random bytes from the operating system.
 ///
 /// # Errors
-/// When it has none.
+/// Returns an error when they cannot be read.
 pub(super) fn random() -> Result<Key> {
     let mut bytes = [0; 32];
     let path = "/dev/urandom";
@@ -46,7 +47,7 @@ pub(super) fn random() -> Result<Key> {
     Ok(bytes)
 }
 
-/// What an end of a connection proves its knowledge with.
+/// Returns the digest with which an end of a connection proves that it knows the key.
 fn proof(key: &Key, end: u8, nonces: [&[u8]; 2], rank: u64, size: u64) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new_keyed(key);
     hasher.update(&[end]);
@@ -61,7 +62,7 @@ fn proof(key: &Key, end: u8, nonces: [&[u8]; 2], rank: u64, size: u64) -> blake3
 const LISTENING: u8 = 0;
 const CONNECTING: u8 = 1;
 
-/// Where ranks 1 to `size` of a run connect to rank 0.
+/// The listener of rank 0, to which ranks 1 to `size` − 1 of a run connect.
 pub(super) struct Acceptor {
     listener: TcpListener,
     key: Key,
@@ -69,8 +70,10 @@ pub(super) struct Acceptor {
 }
 
 impl Acceptor {
+    /// Creates the listener for a run of `size` ranks.
+    ///
     /// # Errors
-    /// When the listener cannot be polled.
+    /// Returns an error when the listener cannot be polled.
     pub fn new(listener: TcpListener, key: Key, size: usize) -> Result<Self> {
         listener.set_nonblocking(true).map_err(|e| broken(&e))?;
         Ok(Acceptor {
@@ -80,15 +83,15 @@ impl Acceptor {
         })
     }
 
-    /// The listener, for further connections.
+    /// Returns the listener, for further connections.
     pub fn into_listener(self) -> TcpListener {
         self.listener
     }
 
-    /// A connection to each of the other ranks, in their order.
+    /// Returns a connection to each of the other ranks, in rank order.
     ///
     /// # Errors
-    /// When one is missing at `deadline`.
+    /// Returns an error when a connection is missing at `deadline`.
     pub fn accept_ranks(&self, deadline: Instant) -> Result<Vec<TcpStream>> {
         let mut found: Vec<Option<TcpStream>> = (1..self.size).map(|_| None).collect();
         let (mut pending, mut refused) = (Vec::new(), 0);
@@ -118,7 +121,7 @@ impl Acceptor {
         Ok(found.into_iter().flatten().collect())
     }
 
-    /// Keeps the connection of a rank that proved to be one, and closes any other.
+    /// Keeps the connection of a rank with a valid proof, and closes any other. Returns whether it kept the connection.
     fn verify(&self, candidate: Pending, found: &mut [Option<TcpStream>]) -> bool {
         let Pending {
             mut stream,
@@ -137,7 +140,7 @@ impl Acceptor {
         let (answer, place) = match place {
             _ if !known => (OTHER_KEY, None),
             _ if size != self.size as u64 => (OTHER_SIZE, None),
-            // One that gave up before it was answered may call again.
+            // A rank that closed its connection before it got the answer may connect again.
             Some(place) if place.as_ref().is_none_or(is_closed) => (ACCEPTED, Some(place)),
             _ => (RANK_TAKEN, None),
         };
@@ -162,13 +165,13 @@ impl Acceptor {
         let missing: Vec<String> = missing.map(|(_, rank)| rank.to_string()).collect();
         let refused = match refused {
             0 => String::new(),
-            n => format!("; {n} others did not prove to be ranks of this run"),
+            n => format!("; connections without a valid proof: {n}"),
         };
         Error::invalid(
             "ranks",
             format!("a connection from each of {} other ranks", self.size - 1),
             format!("none from {}{refused}", missing.join(", ")),
-            "see whether they have started, and let their hosts connect to rank 0's by TCP; --rank-timeout gives more time",
+            "check that they have started, and that their hosts can connect to the host of rank 0 by TCP; --rank-timeout gives more time",
         )
     }
 }
@@ -192,7 +195,7 @@ fn is_closed(stream: &TcpStream) -> bool {
     }
 }
 
-/// A connection that has not proved itself yet.
+/// A connection without a proof so far.
 struct Pending {
     stream: TcpStream,
     nonce: Key,
@@ -238,10 +241,11 @@ impl Pending {
     }
 }
 
-/// Connects rank `rank` of `size` to rank 0, which listens, or will, at one of `addresses`; `named` is how to call them.
+/// Connects rank `rank` of `size` to rank 0, which listens or will listen at one of `addresses`. Error messages show
+/// `named` for the addresses.
 ///
 /// # Errors
-/// When rank 0 refuses, or is not there at `deadline`.
+/// Returns an error when rank 0 refuses the connection, or does not listen until `deadline`.
 pub(super) fn connect_to_rank_0(
     addresses: &[SocketAddr],
     named: &str,
@@ -259,7 +263,7 @@ pub(super) fn connect_to_rank_0(
             match attempt(address, key, rank as u64, size as u64) {
                 Ok(Ok(stream)) => return Ok(stream),
                 Ok(Err(refusal)) => {
-                    let help = "give every process of the run the same environment, but for its rank, and start no other there";
+                    let help = "give every process of the run the same environment, except for its rank, and start no other run with this address";
                     return failed(refusal.into(), help);
                 }
                 Err(e) => last = e.to_string(),
@@ -268,14 +272,15 @@ pub(super) fn connect_to_rank_0(
         if Instant::now() >= deadline {
             return failed(
                 last,
-                "see whether rank 0 has started and says why it ended, and let the hosts of the ranks connect to rank 0's by TCP",
+                "check that rank 0 has started and has printed no error, and that the hosts of the ranks can connect to its host by TCP",
             );
         }
         thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// One attempt: the connection, or the other end's refusal. An error is worth another attempt.
+/// Tries to connect once. Returns the connection or the refusal of the other end. After an I/O error another attempt
+/// may succeed.
 fn attempt(
     address: &SocketAddr,
     key: &Key,
@@ -307,10 +312,10 @@ fn attempt(
             stream.set_read_timeout(None)?;
             return Ok(Ok(stream));
         }
-        ACCEPTED => "what listens there does not know the run's token",
-        OTHER_KEY => "rank 0 is of another run: the token differs",
+        ACCEPTED => "the program that listens there does not know the run's token",
+        OTHER_KEY => "rank 0 belongs to another run: the token differs",
         OTHER_SIZE => "rank 0 expects another number of ranks",
-        _ => "rank 0 has a process of this rank already, or expects none",
+        _ => "rank 0 already has a process of this rank, or expects none",
     };
     Ok(Err(refusal))
 }

@@ -1,4 +1,4 @@
-//! Who is let in, and who is not.
+//! Which connections are accepted, and which are refused.
 
 use super::*;
 use std::sync::mpsc;
@@ -19,7 +19,7 @@ fn call(address: SocketAddr, key: Key, rank: usize, size: usize) -> Result<TcpSt
     connect_to_rank_0(&[address], "here", &key, [rank, size], soon(5))
 }
 
-/// The answer to a claim of rank 1 of 3, that of another connection if it is to be `replayed`.
+/// Returns the answer to a claim of rank 1 of 3; a `replayed` claim was made for another connection.
 fn claimed(address: SocketAddr, replayed: bool) -> u8 {
     let (mut first, mut second) = (
         TcpStream::connect(address).unwrap(),
@@ -40,12 +40,12 @@ fn claimed(address: SocketAddr, replayed: bool) -> u8 {
 }
 
 #[test]
-fn ranks_that_know_the_key_are_admitted_whatever_strangers_do() {
+fn ranks_with_the_key_are_accepted_among_foreign_connections() {
     let (acceptor, address) = acceptor(3);
     let (done, ended) = mpsc::channel();
     let ranks = thread::spawn(move || {
         let begun = Instant::now();
-        // Nothing, a few bytes, and more than a claim has.
+        // Connections that send nothing, a few bytes, and more bytes than a claim has.
         let idle = TcpStream::connect(address).unwrap();
         let strangers = [&b"GET /"[..], &[b'x'; 4096]].map(|words| {
             let mut stranger = TcpStream::connect(address).unwrap();
@@ -55,11 +55,11 @@ fn ranks_that_know_the_key_are_admitted_whatever_strangers_do() {
         let error = |key, rank, size| call(address, key, rank, size).unwrap_err().to_string();
         assert!(error([8; 32], 1, 3).contains("the token differs"));
         assert!(error(KEY, 1, 4).contains("another number of ranks"));
-        assert!(error(KEY, 3, 3).contains("of this rank already, or expects none"));
+        assert!(error(KEY, 3, 3).contains("already has a process of this rank, or expects none"));
         assert_eq!(claimed(address, true), OTHER_KEY);
         let second = call(address, KEY, 2, 3).unwrap();
-        assert!(error(KEY, 2, 3).contains("of this rank already"));
-        // One that has gone may come again.
+        assert!(error(KEY, 2, 3).contains("already has a process of this rank"));
+        // A rank that closed its connection may connect again.
         drop(second);
         let second = call(address, KEY, 2, 3).unwrap();
         let first = call(address, KEY, 1, 3).unwrap();
@@ -79,7 +79,7 @@ fn ranks_that_know_the_key_are_admitted_whatever_strangers_do() {
 }
 
 #[test]
-fn a_claim_of_this_connection_is_welcome() {
+fn a_claim_made_for_its_own_connection_is_accepted() {
     let (acceptor, address) = acceptor(3);
     let admitting = thread::spawn(move || acceptor.accept_ranks(soon(1)));
     assert_eq!(claimed(address, false), ACCEPTED);
@@ -88,13 +88,13 @@ fn a_claim_of_this_connection_is_welcome() {
 }
 
 #[test]
-fn ranks_that_do_not_come_are_named_with_the_number_of_strangers() {
+fn missing_ranks_are_named_with_the_number_of_foreign_connections() {
     let (acceptor, address) = acceptor(4);
     drop(TcpStream::connect(address).unwrap());
     let rank = thread::spawn(move || call(address, KEY, 2, 4));
     let error = acceptor.accept_ranks(soon(1)).err().unwrap().to_string();
     assert!(
-        error.contains("none from 1, 3; 1 others did not prove"),
+        error.contains("none from 1, 3; connections without a valid proof: 1"),
         "{error}"
     );
     rank.join().unwrap().unwrap();

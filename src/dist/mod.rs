@@ -1,19 +1,20 @@
-//! What the ranks of a run share. Code for one rank does not change when ranks are added.
+//! Communication between the ranks of a run. The same code runs on one rank and on several.
 //!
-//! A backend only moves bytes: [`all_gather`](Collective::all_gather) and [`exchange`](Collective::exchange). Every sum is
-//! formed here, in rank order, so that its bytes depend on neither the backend nor its algorithms.
+//! A backend only transfers bytes, with [`all_gather`](Collective::all_gather) and [`exchange`](Collective::exchange).
+//! This module computes every sum, in rank order, so that the bytes of a sum depend on neither the backend nor its
+//! algorithms.
 
 mod activity; // what a rank is doing, for messages
 mod call; // ordinal, kind and count of a call, compared between ranks
-mod device; // the two movers of a device's memory
-mod handshake; // the first words of two ranks on a TCP connection
+mod device; // the two transfers of device memory
+mod handshake; // authentication of a TCP connection between two ranks
 mod hub; // heartbeats, and one message when a rank is lost
-mod mpi; // MPI moves the bytes of processes; it is loaded at run time
-pub mod nccl; // their GPUs' memory; NCCL is loaded at run time
+mod mpi; // transfers between processes by MPI, which is loaded at run time
+pub mod nccl; // transfers between GPUs by NCCL, which is loaded at run time
 mod processes; // ranks are processes
-mod start; // from the launcher's environment to a rank
-mod sums; // sums and gathers on top of the two movers
-mod tcp; // TCP moves the bytes of processes
+mod start; // starts a rank from the environment of the launcher
+mod sums; // sums and gathers, built on the two transfers
+mod tcp; // transfers between processes by TCP
 mod threads; // ranks are threads of one process
 
 pub use activity::{at, doing, doing_alone};
@@ -31,44 +32,45 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// One rank of a run, and what it shares with the others.
+/// One rank of a run, and its calls to communicate with the other ranks.
 ///
-/// Every rank makes the same calls in the same order, each with equally many bytes. The backends compare ordinal, kind and
-/// count of each call; a mismatch is an error on all ranks.
+/// Every rank makes the same calls in the same order, with the same number of bytes. The backends compare the ordinal,
+/// kind and count of each call; a difference is an error on all ranks.
 pub trait Collective: Send + Sync {
-    /// This rank, from 0.
+    /// Returns the number of this rank, from 0.
     fn rank(&self) -> usize;
 
-    /// Number of ranks.
+    /// Returns the number of ranks.
     fn size(&self) -> usize;
 
     /// Copies the n bytes of `own` of every rank to `all` `[size, n]`, rank 0 first.
     ///
     /// # Errors
-    /// When a rank has left or makes another call, or the call takes too long.
+    /// Returns an error when a rank has left or makes a different call, or the call takes too long.
     fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<()>;
 
-    /// Sends row r of `own` `[size, n]` to each other rank r; row r of `all` `[size, n]` becomes what rank r sent here. The row
-    /// of this rank moves nowhere: that of `all` stays as it was.
+    /// Sends row r of `own` `[size, n]` to each other rank r; row r of `all` `[size, n]` receives what rank r sends to
+    /// this rank. The row of this rank in `all` does not change.
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn exchange(&self, own: &[u8], all: &mut [u8]) -> Result<()>;
 
-    /// [`all_gather`](Self::all_gather) of buffers that the backend may take and gives back, `[own, all]`: a backend whose
-    /// library must not lose them moves those of others through copies.
+    /// Does the same as [`all_gather`](Self::all_gather) with buffers that the backend owns during the call and returns
+    /// as `[own, all]`. A backend whose library may access buffers after a failed call must copy buffers that it does
+    /// not own.
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn all_gather_owned(&self, own: Memory, mut all: Memory) -> Result<[Memory; 2]> {
         self.all_gather(own.bytes(), all.bytes_mut())?;
         Ok([own, all])
     }
 
-    /// The same of [`exchange`](Self::exchange).
+    /// Does the same as [`exchange`](Self::exchange) with buffers as in [`all_gather_owned`](Self::all_gather_owned).
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn exchange_owned(&self, own: Memory, mut all: Memory) -> Result<[Memory; 2]> {
         self.exchange(own.bytes(), all.bytes_mut())?;
         Ok([own, all])
@@ -77,61 +79,64 @@ pub trait Collective: Send + Sync {
     /// Returns when every rank has called it.
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn barrier(&self) -> Result<()> {
         self.all_gather(&[], &mut [])
     }
 
-    /// Tells the other ranks that this one leaves, and why: whatever they wait for ends with an error.
+    /// Tells the other ranks that this one leaves, and why. Their current and later calls end with an error.
     fn leave(&self, why: &str);
 
-    /// Why the run ends, if this rank hears of it within `most`.
+    /// Returns why the run ends, if this rank learns it within `most`.
     fn failure_within(&self, _most: Duration) -> Option<String> {
         None
     }
 
-    /// As [`all_gather`](Self::all_gather) of a device's memory, behind its launches so far; `all` holds `size` times the bytes
-    /// of `own`. Without a library of the device the host moves them, which the simulator's memory allows.
+    /// Does the same as [`all_gather`](Self::all_gather) with the memory of a device, after all earlier launches on it;
+    /// `all` holds `size` times the bytes of `own`. Without a library for the device the host transfers the bytes,
+    /// which works for the memory of the simulator.
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather), and where nothing can move the device's memory.
+    /// Returns the errors of [`all_gather`](Self::all_gather), and an error when nothing can transfer the memory of the
+    /// device.
     fn all_gather_on(&self, own: Span, all: Span) -> Result<()> {
         device::all_gather(self, own, all)
     }
 
-    /// Sends and receives `parts` of a device's memory, behind its launches so far; none is this rank's own. What two ranks
-    /// send each other has the same lengths, in the same order; what is received overlaps nothing else.
+    /// Sends and receives `parts` of the memory of a device, after all earlier launches on it. No part has this rank as
+    /// its peer. Two ranks give the parts between them in the same order, with the same lengths. A range that receives
+    /// overlaps no other range.
     ///
     /// # Errors
-    /// As [`all_gather_on`](Self::all_gather_on).
+    /// Returns the errors of [`all_gather_on`](Self::all_gather_on).
     fn exchange_on(&self, parts: &[Part]) -> Result<()> {
         device::exchange(self, parts)
     }
 
-    /// Compares a call on a device between the ranks before it is made, where nothing else does.
+    /// Compares a device call between the ranks before they make it, if the call itself does not compare.
     ///
     /// # Errors
-    /// When they differ.
+    /// Returns an error when the calls differ.
     fn compare_device_call(&self, _kind: Kind, _count: usize) -> Result<()> {
         Ok(())
     }
 
-    /// Says that a step of the device begins, which waits for those of other ranks.
+    /// Records that a step of the device begins, which waits for the steps of other ranks.
     fn begin_device_step(&self) {}
 
-    /// Says that the host begins or ends to wait for its device. Meanwhile a rank that does not begin the step is found, as in
-    /// a call of the host.
+    /// Records that the host starts (`true`) or ends (`false`) waiting for its device. During the wait, a rank that
+    /// does not begin the step is detected, as in a call of the host.
     fn await_device(&self, _waiting: bool) {}
 
-    /// From now on device calls repeat those that were compared.
+    /// Declares that all further device calls repeat calls that were compared.
     fn trust_device_calls(&self) {}
 
-    /// Whether other ranks are in this process, and share its devices' memory.
+    /// Whether other ranks are in this process and share the memory of its devices.
     fn shares_process(&self) -> bool {
         false
     }
 
-    /// Name and version of the library that moves device memory, if there is one.
+    /// Returns the name and version of the library that transfers device memory, if there is one.
     fn device_library(&self) -> Option<String> {
         None
     }
@@ -139,33 +144,34 @@ pub trait Collective: Send + Sync {
     /// Replaces `values` by their sums over the ranks.
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn sum(&self, values: &mut [f64]) -> Result<()> {
         sums::sum(self, values)
     }
 
-    /// The values of all ranks, rank 0 first.
+    /// Returns the values of all ranks, rank 0 first.
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn gather(&self, values: &[f64]) -> Result<Vec<f64>> {
         sums::gather(self, values)
     }
 
-    /// The bytes of all ranks, rank 0 first; their numbers may differ.
+    /// Returns the bytes of each rank, rank 0 first; ranks may give different numbers of bytes.
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn gather_bytes(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
         sums::gather_bytes(self, own)
     }
 
-    /// This rank's part of the sequences of a micro-batch: the rank-th of as many equal, consecutive
-    /// parts as there are ranks. So micro-batch m of a step has the same sequences in the same places
-    /// of the global batch on any number of ranks, and with it all counts, averages and draws.
+    /// Returns this rank's part of the sequences of a micro-batch, which is divided into one part for each rank:
+    /// consecutive parts of equal size, in rank order. Micro-batch m of a step therefore has the same sequences at the
+    /// same positions of the global batch on any number of ranks, and so all counts, averages and random draws are the
+    /// same.
     ///
     /// # Errors
-    /// When the ranks cannot share the sequences equally.
+    /// Returns an error when the number of ranks does not divide the number of sequences.
     fn part(&self, sequences: Range<u64>) -> Result<Range<u64>> {
         let (count, ranks) = (sequences.end - sequences.start, self.size() as u64);
         if count % ranks != 0 {

@@ -1,4 +1,4 @@
-//! Ranks that are processes: calls that are compared and have a limit of time, whatever moves their bytes.
+//! Ranks that are processes. Their calls are compared and have a time limit, with any transport.
 
 use super::Collective;
 use super::call::{Call, Kind};
@@ -13,42 +13,42 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Polls before a rank lets others use its core, and before it sleeps between polls: on a busy machine who sleeps is served
-/// sooner than who only yields.
+/// Number of polls before a rank yields its core, and number of further polls before it sleeps between polls. On a busy
+/// machine, a thread that sleeps gets a core sooner than a thread that only yields.
 const SPINS: u32 = 200;
 const YIELDS: u32 = 100;
 
-/// Sleep between polls, and that of a wait that takes longer than [`PATIENCE`].
+/// Sleep between polls, and sleep in a wait that takes longer than [`PATIENCE`].
 const POLL_SLEEP: Duration = Duration::from_micros(20);
 const LONG_POLL_SLEEP: Duration = Duration::from_micros(500);
 const PATIENCE: Duration = Duration::from_millis(100);
 
-/// What moves bytes between processes. Calls come one at a time, with equally many bytes on every rank; after one that
-/// failed there are no more.
+/// Transfers bytes between processes. Calls are made one at a time, with the same number of bytes on every rank; after
+/// a failed call there are no further calls.
 pub(super) trait Transport: Send + Sync {
     fn rank(&self) -> usize;
 
     fn size(&self) -> usize;
 
-    /// Name and version of what moves them.
+    /// Returns the name and version of the transport.
     fn name(&self) -> &str;
 
     /// See [`Collective::all_gather`].
     ///
     /// # Errors
-    /// When a rank is lost, and those of `waiting`.
+    /// Returns an error when a rank is lost, and the errors of `waiting`.
     fn all_gather(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()>;
 
     /// See [`Collective::exchange`].
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn exchange(&self, own: &[u8], all: &mut [u8], waiting: &mut Waiting) -> Result<()>;
 
     /// See [`Collective::all_gather_owned`].
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn all_gather_owned(
         &self,
         own: Memory,
@@ -62,7 +62,7 @@ pub(super) trait Transport: Send + Sync {
     /// See [`Collective::exchange_owned`].
     ///
     /// # Errors
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     fn exchange_owned(
         &self,
         own: Memory,
@@ -73,10 +73,10 @@ pub(super) trait Transport: Send + Sync {
         Ok([own, all])
     }
 
-    /// The transport of this rank's group of `size` consecutive ranks, which the ranks of `all` make together.
+    /// Returns the transport of this rank's group of `size` consecutive ranks. All ranks of `all` call it.
     ///
     /// # Errors
-    /// When they cannot be connected within `limit`.
+    /// Returns an error when the ranks cannot be connected within `limit`.
     fn group(
         &self,
         size: usize,
@@ -84,33 +84,33 @@ pub(super) trait Transport: Send + Sync {
         limit: Duration,
     ) -> Result<Box<dyn Transport>>;
 
-    /// Ends it, once every rank has finished.
+    /// Ends the transport after every rank has finished.
     fn finish(&self) {}
 }
 
-/// How the hub at rank 0 is reached, where that is known before the ranks have met.
+/// The address of the hub on rank 0, if it is known before the ranks are connected.
 pub(super) struct HubAddress {
-    /// On rank 0.
+    /// The listener, on rank 0 only.
     pub listener: Option<TcpListener>,
-    /// Its host.
+    /// The host of rank 0.
     pub host: String,
 }
 
-/// The rank of this process, among all or in its group.
+/// The rank of this process, among all ranks or in its group.
 pub(super) struct Processes {
     transport: Box<dyn Transport>,
-    /// Set when all is connected.
+    /// Set when the ranks are connected.
     hub: OnceLock<Arc<Hub>>,
-    /// Calls that were begun since then.
+    /// Number of calls that were begun since then.
     calls: AtomicU64,
-    /// One call at a time.
+    /// Held during a call: calls are made one at a time.
     turn: Mutex<()>,
-    /// A call was given up: the transport cannot be used any more.
+    /// Whether a call has failed. The transport cannot be used after that.
     broken: AtomicBool,
     limit: Duration,
 }
 
-/// What rank 0 tells the others before they can connect to it.
+/// What the other ranks need to know to connect to rank 0.
 #[derive(Serialize, Deserialize)]
 struct Place {
     port: u16,
@@ -118,12 +118,11 @@ struct Place {
 }
 
 impl Processes {
-    /// Connects the ranks of `transport`, this one on `host`. A rank that is silent, or keeps the others waiting, for longer
-    /// than
-    /// `limit` ends the run.
+    /// Connects the ranks of `transport`; this rank runs on `host`. The run ends if a rank is silent or keeps the
+    /// others waiting for longer than `limit`.
     ///
     /// # Errors
-    /// When they cannot connect.
+    /// Returns an error when the ranks cannot connect.
     pub fn connect(
         transport: Box<dyn Transport>,
         host: String,
@@ -166,11 +165,11 @@ impl Processes {
         Ok(processes)
     }
 
-    /// This rank among `size` consecutive ones, which make calls of their own from now on. Every rank calls it; `size` divides
-    /// their number.
+    /// Returns this rank as a member of its group of `size` consecutive ranks, which make calls among themselves. Every
+    /// rank calls it; `size` divides the number of ranks.
     ///
     /// # Errors
-    /// When the transport refuses.
+    /// Returns an error when the transport cannot connect the group.
     pub fn group(&self, size: usize) -> Result<Self> {
         self.barrier()?;
         let transport = self.transport.group(size, self, self.limit)?;
@@ -204,15 +203,15 @@ impl Processes {
         self.hub.get()
     }
 
-    /// Name and version of what moves the bytes.
+    /// Returns the name and version of the transport.
     pub fn wire_name(&self) -> &str {
         self.transport.name()
     }
 
-    /// Ends this rank's part after all have finished.
+    /// Waits until all ranks have finished, and ends this rank's part.
     ///
     /// # Errors
-    /// When a rank has left.
+    /// Returns an error when a rank has left.
     pub fn finish(&self) -> Result<()> {
         self.barrier()?;
         if let Some(hub) = self.hub() {
@@ -222,7 +221,8 @@ impl Processes {
         Ok(())
     }
 
-    /// A call of `kind`, whose ranks give `count` bytes each: compared, then moved by `run`, which is not called for none.
+    /// Makes a call of `kind`, to which each rank gives `count` bytes: compares it between the ranks, then transfers
+    /// the bytes with `run`. If `count` is 0, `run` is not called.
     fn call(
         &self,
         kind: Kind,
@@ -261,7 +261,7 @@ impl Processes {
         Call::compare(&all).map_err(|e| super::shared(self, e))
     }
 
-    /// Lets the transport move bytes, with a limit of time.
+    /// Transfers bytes with a time limit.
     fn waited(&self, run: impl FnOnce(&dyn Transport, &mut Waiting) -> Result<()>) -> Result<()> {
         let mut waiting = Waiting {
             processes: self,
@@ -270,7 +270,7 @@ impl Processes {
             warnings: 0,
         };
         run(&*self.transport, &mut waiting).map_err(|error| {
-            // Where the transport misses a rank first, the hub still knows which one.
+            // The transport may notice a lost rank first; the hub then finds out which one it is.
             let failure = self
                 .hub()
                 .and_then(|hub| hub.failure_within(Duration::from_secs(1)));
@@ -278,7 +278,7 @@ impl Processes {
         })
     }
 
-    /// The call has waited for `warnings` times the limit.
+    /// Decides what to do when a call has waited for `warnings` times the limit.
     fn late(&self, waited: Duration, warnings: u32) -> Result<()> {
         let patient = match self.hub() {
             None => false,
@@ -294,7 +294,7 @@ impl Processes {
             "collective call",
             format!("an answer within {} s", self.limit.as_secs_f64()),
             format!(
-                "none in {:.0} s, though all ranks are there",
+                "none in {:.0} s, although all ranks are alive",
                 waited.as_secs_f64()
             ),
             "check the network between the hosts; --rank-timeout gives more time",
@@ -311,15 +311,15 @@ pub(super) struct Waiting<'p> {
 }
 
 impl Waiting<'_> {
-    /// Bytes have moved: the limit of time begins anew.
+    /// Starts the time limit again, after bytes were transferred.
     pub fn renew(&mut self) {
         (self.begun, self.polls, self.warnings) = (Instant::now(), 0, 0);
     }
 
-    /// Between two polls that found nothing.
+    /// Pauses between two polls that transferred nothing.
     ///
     /// # Errors
-    /// When the run ends, or the others are there and the call takes too long.
+    /// Returns an error when the run ends, or the call takes too long although all ranks are alive.
     pub fn pause(&mut self) -> Result<()> {
         self.polls = self.polls.saturating_add(1);
         if self.polls < SPINS {
@@ -344,12 +344,12 @@ impl Waiting<'_> {
     }
 }
 
-/// What stands for buffers while a transport has them.
+/// Returns empty buffers, in place of buffers that a transport has taken.
 fn no_buffers() -> [Memory; 2] {
     [Memory::unspecified(0), Memory::unspecified(0)]
 }
 
-/// A port for heartbeats, for connections of this host alone if all ranks are `local`.
+/// Opens a port for heartbeats; if all ranks are `local`, only this host can connect to it.
 fn listen(local: bool) -> Result<TcpListener> {
     let address = match local {
         true => Ipv4Addr::LOCALHOST,
@@ -361,7 +361,7 @@ fn listen(local: bool) -> Result<TcpListener> {
     })
 }
 
-/// Names the run's failure; the rank that reports it says the same.
+/// Returns the error of a run that failed; the rank that reports the failure prints the same text.
 fn lost(text: &str) -> Error {
     Error::Ranks {
         text: text.into(),
@@ -374,7 +374,7 @@ fn foreign() -> Error {
     Error::invalid("ranks", "ranks of this program", "others", help)
 }
 
-/// The cores that this process may use, as `/proc` lists them.
+/// Returns the cores that this process may use, as `/proc` lists them.
 fn cores() -> String {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status

@@ -1,4 +1,4 @@
-//! From the environment that a launcher leaves to this process's rank, and back to its exit status.
+//! Starts the rank of this process from the environment of its launcher, and ends it.
 
 use super::mpi::Mpi;
 use super::mpi::library::VARIABLE;
@@ -17,38 +17,38 @@ use std::time::Duration;
 /// How the ranks of a run are found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Ranks {
-    /// Those of the launcher, if there is one.
+    /// From the launcher, if there is one.
     #[default]
     Auto,
-    /// One, whatever launched it.
+    /// One rank, even under a launcher.
     None,
-    /// Those of MPI, even if no launcher is recognised.
+    /// From MPI, even if no launcher is recognised.
     Mpi,
-    /// Those that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT name, without MPI.
+    /// From RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, without MPI.
     Tcp,
 }
 
-/// What started this process as one of several.
+/// The program that started this process as one of several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Launcher {
     /// Open MPI's `mpirun`.
     OpenMpi,
-    /// MPICH's, or another one that speaks PMI.
+    /// MPICH's `mpirun`, or another launcher that uses PMI.
     Mpich,
     /// `srun`.
     Slurm,
-    /// torchrun, or another one that sets its variables.
+    /// torchrun, or another launcher that sets the same variables.
     Torchrun,
 }
 
-/// Processes that a launcher says it started, by variable of their environment.
+/// Environment variables that contain the number of processes a launcher started.
 const SIZES: [(&str, Launcher); 3] = [
     ("OMPI_COMM_WORLD_SIZE", Launcher::OpenMpi),
     ("PMI_SIZE", Launcher::Mpich),
     ("SLURM_STEP_NUM_TASKS", Launcher::Slurm),
 ];
 
-/// The number of a process among those of its host, by launcher's variable: torchrun's, Open MPI's, MPICH's, Slurm's.
+/// Environment variables that contain the number of a process on its host: of torchrun, Open MPI, MPICH and Slurm.
 const LOCAL_RANKS: [&str; 4] = [
     "LOCAL_RANK",
     "OMPI_COMM_WORLD_LOCAL_RANK",
@@ -58,12 +58,12 @@ const LOCAL_RANKS: [&str; 4] = [
 
 static WORLD: OnceLock<Arc<Processes>> = OnceLock::new();
 
-/// The launcher that started this process as one of several, if one did.
+/// Returns the launcher that started this process as one of several, if there is one.
 pub fn launcher() -> Option<Launcher> {
     find(&environment).map(|(launcher, _)| launcher)
 }
 
-/// The number of processes that it started; 1 without a launcher.
+/// Returns the number of processes that the launcher started; 1 without a launcher.
 pub fn launcher_size() -> usize {
     find(&environment).map_or(1, |(_, size)| size)
 }
@@ -74,22 +74,23 @@ fn environment(name: &str) -> Option<String> {
 
 fn find(read: &dyn Fn(&str) -> Option<String>) -> Option<(Launcher, usize)> {
     let by_variables = || Some((Launcher::Torchrun, place::size(read)?));
-    // srun and mpirun may have started torchrun, which is nearer then; variables alone may be left from elsewhere.
+    // If srun or mpirun started torchrun, torchrun is the launcher. torchrun's variables without its run id may come
+    // from another program, so MPI is tried first.
     match place::is_torchrun(read) {
         true => by_variables(),
         false => find_mpi(read).or_else(by_variables),
     }
 }
 
-/// The launcher of MPI.
+/// Returns the launcher of MPI and the number of its processes.
 fn find_mpi(read: &dyn Fn(&str) -> Option<String>) -> Option<(Launcher, usize)> {
     let size = |name: &str| read(name)?.parse::<usize>().ok();
     let mut found = SIZES.iter().filter_map(|(name, l)| Some((*l, size(name)?)));
-    // Inside an allocation every program finds Slurm's variables; a step of one task is none of several.
+    // Inside an allocation every program has Slurm's variables; a step with one task is not a run of several processes.
     found.find(|(launcher, size)| *launcher != Launcher::Slurm || *size > 1)
 }
 
-/// Names to look for the launcher's MPI library under.
+/// Returns the names under which to look for the launcher's MPI library, in order.
 fn names(launcher: Launcher, read: &dyn Fn(&str) -> Option<String>) -> Vec<String> {
     if let Some(name) = read(VARIABLE) {
         return vec![name];
@@ -104,14 +105,14 @@ fn names(launcher: Launcher, read: &dyn Fn(&str) -> Option<String>) -> Vec<Strin
     ordered.into_iter().map(String::from).collect()
 }
 
-/// The number of this process among those of its host, which is that of its GPU.
+/// Returns the number of this process on its host, which is also the number of its GPU.
 ///
 /// # Errors
-/// When a launcher's variable holds something else.
+/// Returns an error when a launcher's variable does not contain a number.
 fn local_rank(read: impl Fn(&str) -> Option<String>, ranks: &Processes) -> Result<usize> {
     let named = |name: &&'static str| Some((*name, read(name)?));
     let Some((name, text)) = LOCAL_RANKS.iter().find_map(named) else {
-        // Without a word from the launcher ranks of a host count themselves.
+        // If the launcher does not say it, count the lower ranks on this host.
         let members = ranks.hub().map_or(&[][..], |hub| hub.members());
         let before = members.iter().take(ranks.rank());
         let own = members.get(ranks.rank()).map(|m| &m.host);
@@ -128,17 +129,19 @@ fn local_rank(read: impl Fn(&str) -> Option<String>, ranks: &Processes) -> Resul
     })
 }
 
-/// This process's rank. On several, one that is silent or keeps the others waiting for longer than `limit` ends the run.
+/// Starts the rank of this process. With several ranks, the run ends if one is silent or keeps the others waiting for
+/// longer than `limit`.
 ///
-/// The GPU with this process's number on its host becomes the one that the process uses.
+/// The process uses the GPU with the number that the process has on its host.
 ///
 /// # Errors
-/// When MPI cannot be loaded or refuses, is not the launcher's, or the ranks cannot connect.
+/// Returns an error when MPI cannot be loaded, fails, or is not the MPI of the launcher, or when the ranks cannot
+/// connect.
 pub fn start(ranks: Ranks, limit: Duration) -> Result<Arc<dyn Collective>> {
     let found = match ranks {
         Ranks::None => None,
         Ranks::Auto => find(&environment),
-        // MPI knows the number.
+        // MPI knows the number of ranks.
         Ranks::Mpi => find_mpi(&environment).or(Some((Launcher::Mpich, 0))),
         Ranks::Tcp => Some((Launcher::Torchrun, place::size(&environment).unwrap_or(0))),
     };
@@ -157,7 +160,7 @@ pub fn start(ranks: Ranks, limit: Duration) -> Result<Arc<dyn Collective>> {
         return Err(Error::invalid(
             "ranks",
             format!("the {launched} processes that the launcher started"),
-            format!("{} in the eyes of {}", world.size(), world.wire_name()),
+            format!("{} according to {}", world.size(), world.wire_name()),
             format!(
                 "name the MPI library of the launcher in {VARIABLE} (with srun: --mpi=pmix for Open MPI, --mpi=pmi2 for MPICH), or use --ranks none"
             ),
@@ -182,10 +185,11 @@ fn connect(launcher: Launcher, limit: Duration) -> Result<Processes> {
     Processes::connect(Box::new(mpi), host, None, limit)
 }
 
-/// Consecutive groups of `size` ranks each; this rank in its own. The groups make calls independently of one another.
+/// Divides the ranks into groups of `size` consecutive ranks, and returns this rank as a member of its group. The
+/// groups make calls independently of one another.
 ///
 /// # Errors
-/// When `size` does not divide the number of ranks.
+/// Returns an error when `size` does not divide the number of ranks.
 pub fn groups(all: &Arc<dyn Collective>, size: usize) -> Result<Arc<dyn Collective>> {
     if size == 0 || all.size() % size != 0 {
         return Err(Error::invalid(
@@ -201,7 +205,8 @@ pub fn groups(all: &Arc<dyn Collective>, size: usize) -> Result<Arc<dyn Collecti
     }
 }
 
-/// Threads for this process where ranks share cores: its part of them. None without a launcher.
+/// Returns the number of threads for this process: its cores, divided by the number of ranks that share them. None
+/// without a launcher.
 pub fn threads() -> Option<usize> {
     let world = WORLD.get()?;
     let members = world.hub()?.members();
@@ -213,7 +218,7 @@ pub fn threads() -> Option<usize> {
     Some((cores / sharing.count().max(1)).max(1))
 }
 
-/// Ranks, hosts and library, for the run's introduction; none without a launcher.
+/// Describes the ranks, the hosts and the library, for the first lines of a run's output; none without a launcher.
 pub fn describe() -> Option<String> {
     let world = WORLD.get()?;
     let mut hosts: HashMap<&str, usize> = HashMap::new();
@@ -231,11 +236,11 @@ pub fn describe() -> Option<String> {
     ))
 }
 
-/// Ends this process's part in the run after `result`. Gives the error that is to be printed, if any: of several ranks one
-/// prints.
+/// Ends the part of this process in the run, after a command with this `result`.
 ///
 /// # Errors
-/// The run failed, here or on another rank.
+/// Returns an error when the run failed, here or on another rank. It contains the error to print on the one rank that
+/// prints it, and is empty on the others.
 pub fn conclude(result: Result<()>) -> Result<(), Option<Error>> {
     let Some(world) = WORLD.get() else {
         return result.map_err(Some);
@@ -249,7 +254,7 @@ pub fn conclude(result: Result<()>) -> Result<(), Option<Error>> {
     if world.size() == 1 {
         return Err(Some(error));
     }
-    // Every rank met it, or the hub has ended the run.
+    // Every rank got this error, or the hub has ended the run.
     if matches!(error, Error::Ranks { .. }) {
         return Err(hub.reports_common().then_some(error));
     }

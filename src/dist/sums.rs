@@ -1,12 +1,12 @@
-//! Sums and gathers on top of the two movers. Sums are formed in rank order.
+//! Sums and gathers, built on the two transfers. Sums are computed in rank order.
 
 use super::Collective;
 use crate::error::{Error, Result};
 
-/// Bytes up to which every rank adds up all values, instead of a part of them.
+/// Up to this size in bytes, every rank sums all values instead of a part of them.
 const SMALL: usize = 32 << 10;
 
-/// Bytes of a rank's values that are summed at a time.
+/// Size in bytes of the values of a rank that are summed at a time.
 const PIECE: usize = 4 << 20;
 
 /// See [`Collective::sum`].
@@ -21,7 +21,7 @@ pub(super) fn sum<C: Collective + ?Sized>(dist: &C, values: &mut [f64]) -> Resul
         return Ok(());
     }
     for piece in values.chunks_mut(PIECE / size_of::<f64>()) {
-        // Rank r adds up the r-th part of the piece; the last parts may be padded.
+        // Rank r sums the r-th part of the piece; the last parts may be padded.
         let each = piece.len().div_ceil(ranks);
         let mut own = piece.to_vec();
         own.resize(each * ranks, 0.0);
@@ -43,7 +43,7 @@ pub(super) fn sum<C: Collective + ?Sized>(dist: &C, values: &mut [f64]) -> Resul
     Ok(())
 }
 
-/// The sum of rows `[ranks, n]`, from the first on.
+/// Writes the sum of the rows `[ranks, n]` to `total` `[n]`, starting with the first row.
 fn add_rows(rows: &[f64], total: &mut [f64]) {
     if total.is_empty() {
         return;
@@ -80,11 +80,11 @@ pub(super) fn gather_bytes<C: Collective + ?Sized>(dist: &C, own: &[u8]) -> Resu
     Ok(rows.collect())
 }
 
-/// The outcome of what each rank did by itself: the own one where all succeeded, else on every rank the error of the first
-/// that failed.
+/// Returns `own`, the result of work that each rank did by itself, if all ranks succeeded. Otherwise every rank gets
+/// the error of the first rank that failed.
 ///
 /// # Errors
-/// That error, and those of a call.
+/// Returns that error, and the errors of [`Collective::gather_bytes`].
 pub fn agree<T>(dist: &dyn Collective, own: Result<T>) -> Result<T> {
     if dist.size() == 1 {
         return own;
@@ -106,7 +106,7 @@ pub fn agree<T>(dist: &dyn Collective, own: Result<T>) -> Result<T> {
 /// Whether `flag` is set on any rank.
 ///
 /// # Errors
-/// When a rank has left.
+/// Returns an error when a rank has left.
 pub fn any(dist: &dyn Collective, flag: bool) -> Result<bool> {
     if dist.size() == 1 {
         return Ok(flag);
@@ -116,7 +116,7 @@ pub fn any(dist: &dyn Collective, flag: bool) -> Result<bool> {
     Ok(flags[0] > 0.0)
 }
 
-/// An error that every rank met alike, so that one of them reports it.
+/// Marks an error that every rank got, so that only one of them reports it.
 pub fn shared(dist: &dyn Collective, error: Error) -> Error {
     match dist.size() {
         1 => error,
@@ -127,10 +127,11 @@ pub fn shared(dist: &dyn Collective, error: Error) -> Error {
     }
 }
 
-/// Refuses ranks whose `text` is another than rank 0's. `differ` says in what, given rank 0's and the other's.
+/// Checks that `text` is the same on all ranks. `differ` describes a difference, given the text of rank 0 and the other
+/// text; `help` says what to do.
 ///
 /// # Errors
-/// When they differ, and those of a call.
+/// Returns an error when the texts differ, and the errors of [`Collective::gather_bytes`].
 pub fn same_on_all(
     dist: &dyn Collective,
     text: &str,

@@ -7,9 +7,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 /// One of several ranks that are threads of this process.
 ///
-/// A rank that is dropped, because its thread failed or ended, has left: whoever still waits for it
-/// gets an error. Ranks wait for one another, so that each needs a thread of its own, not one of
-/// rayon's.
+/// A rank that is dropped, because its thread failed or ended, has left: ranks that still wait for it get an error.
+/// Ranks wait for one another, so each needs its own thread; a thread of rayon's pool does not work.
 ///
 /// ```
 /// use routegrad::dist::{Collective, ThreadRank};
@@ -23,8 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 /// }
 /// ```
 ///
-/// A model that trains as one of them is made by
-/// [`Model::with_router`](crate::model::Model::with_router).
+/// [`Model::with_router`](crate::model::Model::with_router) creates a model that trains as one of these ranks.
 #[derive(Debug)]
 pub struct ThreadRank {
     rank: usize,
@@ -38,14 +36,14 @@ struct Group {
     changed: Condvar,
 }
 
-/// The call under way and the one before it.
+/// The current call and the call before it.
 #[derive(Debug)]
 struct Round {
-    /// What each rank gave to the call under way.
+    /// What each rank gave to the current call.
     given: Vec<Option<Given>>,
-    /// Calls finished.
+    /// Number of finished calls.
     finished: u64,
-    /// What the ranks gave to the last of them.
+    /// What the ranks gave to the last finished call.
     moved: Arc<Vec<Given>>,
     /// A rank that left, and why.
     left: Option<(usize, String)>,
@@ -58,7 +56,7 @@ struct Given {
 }
 
 impl ThreadRank {
-    /// Ranks 0 to `size`.
+    /// Creates a group of `size` ranks; rank 0 is the first.
     pub fn group(size: usize) -> Vec<Self> {
         let group = Arc::new(Group {
             size,
@@ -77,10 +75,10 @@ impl ThreadRank {
         (0..size).map(member).collect()
     }
 
-    /// Runs `f` on `size` ranks at once and gives their answers, rank 0 first.
+    /// Runs `f` on `size` ranks at the same time and returns their results, rank 0 first.
     ///
     /// # Panics
-    /// When `f` does.
+    /// Panics if `f` panics.
     pub fn run<R: Send>(size: usize, f: impl Fn(ThreadRank) -> R + Sync) -> Vec<R> {
         let f = &f;
         std::thread::scope(|scope| {
@@ -94,7 +92,7 @@ impl ThreadRank {
         })
     }
 
-    /// Gives `bytes` to the others, and hands `take` what all gave.
+    /// Gives `bytes` to the other ranks, and calls `take` with what all ranks gave.
     fn meet(&self, kind: Kind, bytes: &[u8], take: impl FnOnce(&[Given])) -> Result<()> {
         let mut round = self.group.round();
         let own = round.finished;
@@ -130,7 +128,7 @@ impl ThreadRank {
 }
 
 impl Group {
-    /// A thread that panicked with the lock has left, which the others learn from its drop.
+    /// Ignores a poisoned lock: a rank whose thread panicked has left, and its drop tells the others.
     fn round(&self) -> MutexGuard<'_, Round> {
         self.round.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -141,7 +139,7 @@ impl Group {
     }
 }
 
-/// The rows of `all` `[size, n]`; none where n is 0.
+/// Returns the rows of `all` `[size, n]`; none if n is 0.
 fn rows(all: &mut [u8], size: usize) -> impl Iterator<Item = &mut [u8]> {
     let n = (all.len() / size).max(1);
     all.chunks_mut(n)

@@ -64,7 +64,7 @@ pub(crate) const INFO: RouterInfo = RouterInfo {
             "pass_forward",
             "whether the vectors enter the output; otherwise they enter only the router's gradient",
         ),
-        ("use_at_evaluation", "whether evaluation uses them"),
+        ("use_at_evaluation", "whether evaluation uses the vectors"),
         (
             "renormalize",
             "whether all weights are divided by the sum of the weights of the chosen experts",

@@ -42,7 +42,7 @@ pub(super) const INFO: RouterInfo = RouterInfo {
         ("version", "\"v1\" (K = 1) or \"v2\" (K = 1 or 2)"),
         (
             "epsilon",
-            "half of the relative distance from the largest logit above which an expert is excluded",
+            "an expert is excluded if its relative distance from the largest logit is above 2 epsilon",
         ),
     ],
     check: GradientCheck {

@@ -162,6 +162,7 @@ pub struct Directional {
 }
 
 impl Directional {
+    /// Returns the error of the prediction, relative to the measured change.
     pub fn relative_error(&self) -> f64 {
         (self.predicted - self.found).abs() / self.found.abs()
     }

@@ -150,8 +150,9 @@ fn assert_page(page: &str, made: &str) {
 fn the_page_of_the_configuration_has_every_key() {
     let resolve = &routegrad::routers::resolve;
     let mut text = "# Configuration\n\n\
-        A preset is overridden by `--config FILE.toml`, that by `--set KEY=VALUE`, and that by the other flags. A run's own\n\
-        `config.toml` is fully resolved. An unknown key or an impossible value is an error that names the key and what would do.\n\n\
+        The values of the keys come from the preset, `--config FILE.toml`, `--set KEY=VALUE` and the other flags. If several of these set a key,\n\
+        the last one in this order is used. The `config.toml` in the folder of a run contains every key with its value. An unknown key or an\n\
+        invalid value is an error that names the key and the values that are allowed.\n\n\
         ```sh\n\
         routegrad config --preset small --router topk > my.toml\n\
         routegrad train --config my.toml --learning-rate 1e-3 --batch 32\n\

@@ -84,7 +84,7 @@ fn what_cannot_be_analysed_is_answered_with_what_to_do() {
         command.arg("analyze").arg("--model").arg(place.path("run"));
         fail(command.args(arguments))
     };
-    assert!(error(&["--sequences", "0"]).contains("from 1 up"));
+    assert!(error(&["--sequences", "0"]).contains("1 sequence or more"));
     assert!(error(&["--data", "no-such-folder"]).contains("check the path"));
     let file = place.text.to_str().unwrap();
     assert!(error(&["--sequences", "1", "--out", file]).contains(file));

@@ -44,7 +44,7 @@ fn a_folder_that_is_not_what_a_command_needs_is_told_apart_from_none() {
         }
     }
     let said = fail(&mut place.resume("none"));
-    has(&said, &["a run to go on with", "no config.toml"]);
+    has(&said, &["a run to resume", "no config.toml"]);
     assert!(!place.path("none").exists());
 }
 
@@ -149,7 +149,7 @@ fn a_run_is_not_overwritten_and_a_missing_one_not_resumed() {
     assert_eq!(fs::read(place.path("run/metrics.jsonl")).unwrap(), before);
     has(
         &fail(&mut place.resume("none")),
-        &["none", "a run to go on with"],
+        &["none", "a run to resume"],
     );
     // Another model cannot go on from its checkpoint; another number of steps can.
     let line = fail(place.resume("run").args(["--set", "model.hidden=32"]));
@@ -489,7 +489,7 @@ fn a_run_that_ends_with_steps_left_out_says_how_many() {
     let mut command = place.train("run", &["--steps", "3", "--no-checkpoint"]);
     command.args(["--set", "train.learning_rate=1e30"]);
     let (out, _) = succeed(&mut command);
-    assert!(out.contains("2 of 3 steps were left out"), "{out}");
+    assert!(out.contains("2 of 3 steps were skipped"), "{out}");
 }
 
 #[test]

@@ -179,7 +179,7 @@ fn records_of_peers_merge_and_what_could_not_run_is_in_the_report_with_its_reaso
     let page = folder.path().join("bench.html");
     good(&["--report", page.to_str().unwrap(), "--out", place]);
     let page = fs::read_to_string(page).unwrap();
-    assert!(page.contains("Times as fast as a peer") && page.contains("<td>2.000</td>"));
+    assert!(page.contains("Speed relative to a peer") && page.contains("<td>2.000</td>"));
     assert!(page.contains("no &lt;wheel&gt; for this Python"));
 }
 

@@ -8,15 +8,15 @@ use std::net::{TcpStream, ToSocketAddrs};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// A message that is not sent within this time is given up: its rank is stopped or its host gone.
+/// Time limit for sending a message. A message takes longer if the other rank is stopped or its host is lost.
 const SEND: Duration = Duration::from_secs(1);
 
-/// No line is longer; whoever sends more is no rank.
+/// Longest line in bytes. A rank sends no longer lines.
 const LONGEST: u64 = 1 << 16;
 
 #[derive(Serialize, Deserialize)]
 pub(super) enum Message {
-    /// What a rank is doing.
+    /// A heartbeat, with what the rank is doing.
     Beat {
         calls: u64,
         inside: bool,
@@ -25,9 +25,9 @@ pub(super) enum Message {
         /// From rank 0: the other ranks that work alone.
         others_alone: Vec<usize>,
     },
-    /// Call number `call` of those begun takes too long.
+    /// The call with this number, counted from 1, takes too long.
     Late { call: u64 },
-    /// A rank met an error.
+    /// The rank has an error.
     Failed { why: String },
     /// The run ends.
     End { text: String, reporter: usize },
@@ -35,16 +35,16 @@ pub(super) enum Message {
     Done,
 }
 
-/// Where ranks find the hub.
+/// How a rank connects to the hub.
 pub(in super::super) enum Meeting {
-    /// On rank 0.
+    /// On rank 0: accepts connections.
     Accept(Acceptor),
-    /// On the others: the host and port of rank 0, and what it asks for.
+    /// On the other ranks: the host and port of rank 0, and the key.
     Connect { host: String, port: u16, key: Key },
 }
 
 impl Meeting {
-    /// The lines: to every other rank on rank 0, to rank 0 on the others.
+    /// Connects rank 0 to every other rank, and the others to rank 0.
     pub(super) fn connect(self, rank: usize, size: usize, limit: Duration) -> Result<Vec<Line>> {
         let deadline = Instant::now() + limit;
         match self {
@@ -71,7 +71,7 @@ pub(super) struct Line {
     stream: Mutex<TcpStream>,
 }
 
-/// Its other direction.
+/// The receiving side of a [`Line`].
 pub(super) struct Reader(BufReader<TcpStream>);
 
 impl Line {
@@ -90,7 +90,7 @@ impl Line {
         Ok(Reader(BufReader::new(stream)))
     }
 
-    /// A message that cannot be sent is none: that the line is closed or silent is found where it is read.
+    /// Sends a message and ignores errors: the receiving side detects that the connection is closed or silent.
     pub fn send(&self, message: &Message) {
         let Ok(mut text) = serde_json::to_string(message) else {
             return;
@@ -102,7 +102,7 @@ impl Line {
 }
 
 impl Reader {
-    /// Hands on each message until the line is closed.
+    /// Calls `receive` with each message until the connection is closed.
     pub fn each(mut self, mut receive: impl FnMut(Message)) {
         let mut text = Vec::new();
         loop {

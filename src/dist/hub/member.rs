@@ -1,4 +1,4 @@
-//! A rank as the hub knows it.
+//! What the hub knows about a rank.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,6 +7,6 @@ use serde::{Deserialize, Serialize};
 pub(in crate::dist) struct Member {
     pub host: String,
     pub pid: u32,
-    /// The cores that the process may use, as the system writes them.
+    /// The cores that the process may use, as the system lists them.
     pub cores: String,
 }

@@ -1,8 +1,8 @@
-//! Who is still there. Each rank holds one TCP line to the hub at rank 0, and both ends send heartbeats that carry what
-//! their rank is doing. A line that closes or falls silent, and an error of a rank, end the run on all ranks, with one
-//! message of one rank.
+//! Detects lost ranks. Each rank has one TCP connection to the hub on rank 0, and both ends send heartbeats that say
+//! what their rank is doing. If a connection is closed or silent, or a rank has an error, the run ends on all ranks,
+//! and one rank prints one message.
 
-mod line; // messages on a TCP line
+mod line; // messages on a TCP connection
 mod member;
 
 use super::activity::Activity;
@@ -18,22 +18,23 @@ use std::time::{Duration, Instant};
 pub(super) use line::Meeting;
 pub(super) use member::Member;
 
-/// A process that has not ended so long after the run failed is ended.
+/// A process that still runs this long after the run failed is ended.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Time for the rank that reports a failure to do so, before the launcher sees another rank end.
+/// Time for the reporting rank to print a failure, before the launcher notices that another rank has ended.
 const HEAD_START: Duration = Duration::from_secs(1);
 
 /// The longest time between two heartbeats.
 const BEAT: Duration = Duration::from_millis(500);
 
-/// A device that has not finished a step after so many more limits of time hangs, whichever rank's it is.
+/// After this many further time limits, a device that has not finished its step counts as hung, even if the rank at
+/// fault is not known.
 const DEVICE_WARNINGS: u32 = 9;
 
-/// A heartbeat that should have come, but for the scheduling of a busy machine.
+/// A rank counts as silent after this many heartbeat intervals; on a busy machine one heartbeat may be late.
 const LATE_BEATS: u32 = 4;
 
-/// What a rank was last heard to do.
+/// What the last heartbeat of a rank said.
 #[derive(Clone, Debug)]
 struct State {
     /// Calls that it has begun.
@@ -48,11 +49,11 @@ struct State {
 /// Why the run ends.
 struct Failure {
     text: String,
-    /// The rank that says so.
+    /// The rank that prints it.
     reporter: usize,
 }
 
-/// This rank's end of the lines.
+/// The heartbeats of this rank, and its connections to other ranks.
 pub(super) struct Hub {
     rank: usize,
     members: Vec<Member>,
@@ -60,16 +61,16 @@ pub(super) struct Hub {
     limit: Duration,
     lines: Vec<Line>,
     states: Mutex<Vec<State>>,
-    /// Ranks of a group: consecutive ones, which call one another alone.
+    /// Number of ranks in a group. A group has consecutive ranks, which make calls only among themselves.
     group_size: AtomicUsize,
     calls: AtomicU64,
     inside: AtomicBool,
-    /// Since when the host waits for its device.
+    /// When the host started to wait for its device, if it waits.
     device_since: Mutex<Option<Instant>>,
     failure: OnceLock<Failure>,
     reported: AtomicBool,
     done: AtomicBool,
-    /// The line to the rank that reports has closed.
+    /// Whether the connection to the rank that reports the failure has closed.
     released: AtomicBool,
 }
 
@@ -77,7 +78,7 @@ impl Hub {
     /// Connects the ranks, and begins to listen and to send heartbeats.
     ///
     /// # Errors
-    /// When a rank does not connect within `limit`.
+    /// Returns an error when a rank does not connect within `limit`.
     pub fn begin(
         rank: usize,
         meeting: Meeting,
@@ -124,12 +125,12 @@ impl Hub {
         &self.members
     }
 
-    /// From now on ranks call only those of their group, `size` consecutive ranks.
+    /// Divides the ranks into groups of `size` consecutive ranks; from now on ranks make calls only within their group.
     pub fn group_by(&self, size: usize) {
         self.group_size.store(size, Ordering::SeqCst);
     }
 
-    /// The ranks of the group of `rank`.
+    /// Returns the ranks of the group of `rank`.
     fn group(&self, rank: usize) -> Range<usize> {
         let size = self.group_size.load(Ordering::SeqCst);
         let first = rank / size * size;
@@ -142,20 +143,20 @@ impl Hub {
         self.inside.store(true, Ordering::SeqCst);
     }
 
-    /// The call is over.
+    /// Records that the call has ended.
     pub fn exit(&self) {
         let mut since = self.device_since();
-        // Within a step of the device it shows that the step goes on.
+        // During a step of the device, the call shows that the step makes progress.
         *since = since.map(|_| Instant::now());
         self.inside.store(since.is_some(), Ordering::SeqCst);
     }
 
-    /// Counts a step of the device as a call that this rank begins: it waits for those of other ranks.
+    /// Counts a step of the device as a call that this rank begins, because it waits for the steps of other ranks.
     pub fn begin_device_step(&self) {
         self.calls.fetch_add(1, Ordering::SeqCst);
     }
 
-    /// The host begins or ends to wait for its device.
+    /// Records that the host starts or ends waiting for its device.
     pub fn await_device(&self, waiting: bool) {
         *self.device_since() = waiting.then(Instant::now);
         self.inside.store(waiting, Ordering::SeqCst);
@@ -166,18 +167,18 @@ impl Hub {
         since.unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Why the run ends, if it does within `most`.
+    /// Returns why the run ends, if it ends within `most`.
     pub fn failure_within(&self, most: Duration) -> Option<&str> {
         self.wait_until(most, || self.failure.get().is_some());
         self.failure()
     }
 
-    /// Why the run ends, if it does.
+    /// Returns why the run ends, if it ends.
     pub fn failure(&self) -> Option<&str> {
         self.failure.get().map(|f| f.text.as_str())
     }
 
-    /// Says that this rank's call has taken longer than the limit. The hub decides whether a rank is to blame.
+    /// Reports that the call of this rank has taken longer than the limit. The hub decides whether a rank causes this.
     pub fn late(self: &Arc<Self>) {
         let call = self.calls.load(Ordering::SeqCst);
         match self.rank {
@@ -186,8 +187,8 @@ impl Hub {
         }
     }
 
-    /// Whether a call between `size` ranks may take any time: one of the group works alone, or it is a call of all while other
-    /// groups still have work.
+    /// Whether a call between `size` ranks has no time limit: a rank of the group works alone, or the call is between
+    /// all groups and other groups may still have work.
     pub fn may_wait_long(&self, size: usize) -> bool {
         let between_groups = size > self.group_size.load(Ordering::SeqCst);
         let alone = |rank: usize| match rank == self.rank {
@@ -209,8 +210,8 @@ impl Hub {
         }
     }
 
-    /// Whether this rank is to report an error that all ranks met alike. Otherwise returns when another one had the time to
-    /// do so.
+    /// Whether this rank must report an error that all ranks got. On the other ranks it returns after the reporting
+    /// rank has had time to print.
     pub fn reports_common(&self) -> bool {
         if self.failure.get().is_some() {
             return self.reports();
@@ -222,19 +223,20 @@ impl Hub {
         self.rank == 0
     }
 
-    /// The same of the failure that ends the run.
+    /// Whether this rank must report the failure that ends the run. On the other ranks it returns after the reporting
+    /// rank has had time to print.
     pub fn reports(&self) -> bool {
         match self.failure.get() {
             Some(failure) if failure.reporter != self.rank => {
                 self.wait_until(HEAD_START, || self.released.load(Ordering::SeqCst));
                 false
             }
-            // Without a word from the hub the rank speaks for itself.
+            // Without a failure from the hub, the rank reports its own error.
             _ => !self.reported.swap(true, Ordering::SeqCst),
         }
     }
 
-    /// All ranks have finished: lines that close from now on are no failures.
+    /// Records that all ranks have finished: a connection that closes from now on is not a failure.
     pub fn finish(&self) {
         self.done.store(true, Ordering::SeqCst);
         self.send(&Message::Done);
@@ -279,7 +281,7 @@ impl Hub {
             } => {
                 (state.calls, state.inside) = (calls, inside);
                 state.activity = Activity { what, alone };
-                // Only rank 0 hears all ranks.
+                // Only rank 0 receives the heartbeats of all ranks.
                 if from == 0 {
                     for (rank, state) in states.iter_mut().enumerate().skip(1) {
                         state.activity.alone = others_alone.contains(&rank);
@@ -313,17 +315,17 @@ impl Hub {
         }
     }
 
-    /// Who reports that `lost` is lost: rank 0, or rank 1 where it is rank 0.
+    /// Returns the rank that reports the loss of rank `lost`: rank 0, or rank 1 if rank 0 is lost.
     fn next_reporter(&self, lost: usize) -> usize {
         usize::from(lost == 0)
     }
 
-    /// Heartbeats, and the silence of others.
+    /// Sends heartbeats and detects silent ranks, until the run ends.
     fn beat(self: &Arc<Self>) {
         let interval = BEAT.min(self.limit / 10);
         let (mut last, mut warnings) = (Instant::now(), 0);
         while !self.done.load(Ordering::SeqCst) {
-            // A process that was itself stopped has heard of nobody meanwhile.
+            // If this process itself was stopped, it received no heartbeats during that time.
             if last.elapsed() > interval * LATE_BEATS {
                 let now = Instant::now();
                 self.states().iter_mut().for_each(|state| state.heard = now);
@@ -348,7 +350,7 @@ impl Hub {
             });
             if let Some(peer) = silent {
                 let seconds = self.limit.as_secs_f64();
-                let event = format!("has not been heard of for {seconds} s, and was last");
+                let event = format!("has sent no heartbeat for {seconds} s, and was last");
                 self.fail(peer, self.next_reporter(peer), &event, "");
             }
             warnings = self.watch_device(warnings);
@@ -356,7 +358,8 @@ impl Hub {
         }
     }
 
-    /// Looks for a wait for the device that takes longer than the limit, of which `warnings` were given: so many now.
+    /// Checks whether a wait for the device takes longer than the limit. Takes the number of warnings so far, and
+    /// returns the new number.
     fn watch_device(self: &Arc<Self>, warnings: u32) -> u32 {
         let since = *self.device_since();
         let Some(waited) = since.map(|since| since.elapsed()) else {
@@ -370,13 +373,14 @@ impl Hub {
         if warnings >= DEVICE_WARNINGS && !patient && self.failure().is_none() {
             let seconds = waited.as_secs_f64();
             self.leave(&format!(
-                "its device has not finished a step in {seconds:.0} s, though all ranks are there; --rank-timeout gives more time"
+                "its device has not finished a step in {seconds:.0} s, although all ranks are alive; --rank-timeout gives more time"
             ));
         }
         warnings + 1
     }
 
-    /// Ends the run if a rank keeps `waiting` and its group waiting for call number `call` (of those begun).
+    /// Ends the run if a rank keeps rank `waiting` and its group waiting in the call with number `call`, counted from
+    /// 1.
     fn verify(self: &Arc<Self>, waiting: usize, call: u64) {
         let mut states = self.states().clone();
         states[0] = self.own_state();
@@ -410,7 +414,7 @@ impl Hub {
             what => format!(", {what}"),
         };
         let why = match why {
-            "" => "; what was saved before stays".into(),
+            "" => "; everything saved so far is kept".into(),
             why => format!(": {why}"),
         };
         let calls = state.calls;
@@ -426,7 +430,8 @@ impl Hub {
         stderr_line(&format!("error: {text}"));
     }
 
-    /// Ends the run: the first failure counts. An `own` error is reported where it is handled.
+    /// Ends the run with this failure, unless an earlier failure has ended it. An `own` error of this rank is reported
+    /// where it is handled.
     fn end(self: &Arc<Self>, failure: Failure, own: bool) {
         let message = Message::End {
             text: failure.text.clone(),
@@ -435,7 +440,7 @@ impl Hub {
         if self.failure.set(failure).is_err() {
             return;
         }
-        // At once: a launcher may end this process as soon as it sees the lost one.
+        // Reports at once: a launcher may end this process as soon as it notices the lost one.
         let reports = self.failure.get().is_some_and(|f| f.reporter == self.rank);
         if reports && !own && !self.reported.swap(true, Ordering::SeqCst) {
             self.report();
@@ -444,7 +449,7 @@ impl Hub {
             self.send(&message);
         }
         let hub = self.clone();
-        // The rank may be in the middle of something long, or wait for a lost rank inside the library.
+        // The rank may be in a long computation, or wait for a lost rank inside a library.
         let ending = spawn("end", move || {
             thread::sleep(GRACE);
             if hub.reports() {

@@ -1,15 +1,17 @@
-//! MPI loaded at run time, through the little of it that moves bytes. Three ABIs are known: Open MPI's, MPICH's (which
-//! Intel MPI, MVAPICH and Cray MPICH share), and the standard one of MPI 5. No header and no compiler wrapper is needed.
+//! Loads MPI at run time, with the few functions that transfer bytes. Three ABIs are supported: Open MPI's, MPICH's
+//! (which Intel MPI, MVAPICH and Cray MPICH share), and the standard ABI of MPI 5. No header and no compiler wrapper is
+//! needed.
 
 use crate::error::{Error, Result};
 use libloading::os::unix::{Library as Loaded, RTLD_GLOBAL, RTLD_NOW, Symbol};
 use std::ffi::{c_char, c_int, c_void};
 use std::ptr::null_mut;
 
-/// A handle of any ABI: an address in Open MPI's and the standard one, an `int` in MPICH's, whose upper half is zero.
+/// A handle of any ABI: an address in the ABI of Open MPI and in the standard ABI; an `int` in the ABI of MPICH, where
+/// the upper half is zero.
 type Handle = usize;
 
-/// The environment's variable that names the library.
+/// The environment variable that names the library.
 pub(in super::super) const VARIABLE: &str = "ROUTEGRAD_MPI";
 
 type Gather = unsafe extern "C" fn(
@@ -22,7 +24,7 @@ type Gather = unsafe extern "C" fn(
     Handle,
     *mut Handle,
 ) -> c_int;
-/// Counts and places of the rows are those of `c_int` arrays, which stay until the request is done.
+/// The counts and offsets of the rows are arrays of `c_int`, which must stay valid until the request is done.
 type Exchange = unsafe extern "C" fn(
     *const c_void,
     *const c_int,
@@ -65,7 +67,7 @@ const STANDARD: Abi = Abi {
 
 type Split = unsafe extern "C" fn(Handle, c_int, c_int, *mut Handle) -> c_int;
 
-/// The library, initialised, and the ranks of a communicator.
+/// The initialised library, and one of its communicators.
 #[derive(Clone)]
 pub(super) struct Library {
     communicator: Handle,
@@ -80,33 +82,33 @@ pub(super) struct Library {
     pub size: usize,
     /// The host of this rank.
     pub host: String,
-    /// Name and version, as the library says.
+    /// Name and version, as the library reports them.
     pub version: String,
 }
 
-/// A request under way. Until it is done MPI may write to its buffer, and read what is kept here.
+/// A request that is not done yet. Until it is done, MPI may access its buffers and the arrays that are kept here.
 pub(super) struct Request {
     handle: Handle,
-    /// Counts and places of the rows of an exchange.
+    /// Counts and offsets of the rows of an exchange.
     _rows: Vec<c_int>,
 }
 
 impl Library {
-    /// Loads the first of `names` that is there, and initialises it.
+    /// Loads the first library of `names` that exists, and initialises it.
     ///
     /// # Errors
-    /// When none can be loaded, or MPI refuses.
+    /// Returns an error when no library can be loaded, or MPI fails.
     pub fn start(names: &[String]) -> Result<Self> {
         let (loaded, name) = load(names)?;
         let abi = Abi::of(loaded, &name)?;
         let init: Init = symbol(loaded, "MPI_Init_thread")?;
         let mut threads = 0;
-        // SAFETY: MPI_Init_thread takes no arguments' addresses and writes an int, in every ABI.
+        // SAFETY: in every ABI MPI_Init_thread accepts null addresses of the arguments, and writes an int.
         let status = unsafe { init(null_mut(), null_mut(), abi.serialized, &mut threads) };
         if status != 0 || threads < abi.serialized {
             return Err(Error::invalid(
                 "MPI",
-                "a library for several threads (MPI_THREAD_SERIALIZED)",
+                "a library that supports several threads (MPI_THREAD_SERIALIZED)",
                 format!("status {status}, threads of level {threads} from {name}"),
                 "use an MPI library that was built with threads",
             ));
@@ -144,15 +146,15 @@ impl Library {
         })
     }
 
-    /// Consecutive groups of `size` ranks each, and the communicator of this rank's. Every rank calls it; `size` divides their
-    /// number.
+    /// Divides the ranks into groups of `size` consecutive ranks, and returns the communicator of this rank's group.
+    /// Every rank calls it; `size` divides the number of ranks.
     ///
     /// # Errors
-    /// When MPI refuses.
+    /// Returns an error when MPI fails.
     pub fn group(&self, size: usize) -> Result<Self> {
         let (group, rank) = (self.rank / size, self.rank % size);
         let mut communicator = 0;
-        // SAFETY: the communicator is one of this library's, and a handle is written.
+        // SAFETY: the communicator belongs to this library, and a handle is written.
         let status = unsafe {
             (self.split)(
                 self.communicator,
@@ -173,10 +175,10 @@ impl Library {
     /// Begins to gather `own`, n bytes, of every rank into `all` `[size, n]`.
     ///
     /// # Safety
-    /// Both buffers and the request stay, unread and unwritten, until it is done.
+    /// Until the request is done, the request and both buffers must exist, and nothing else may read or write the buffers.
     ///
     /// # Errors
-    /// When MPI refuses.
+    /// Returns an error when MPI fails.
     pub unsafe fn all_gather(&self, own: &[u8], all: &mut [u8]) -> Result<Request> {
         let (mut handle, count) = (0, own.len() as c_int);
         // SAFETY: the counts are those of the buffers, which the caller keeps.
@@ -200,10 +202,10 @@ impl Library {
     /// Begins to send row r of `own` `[size, n]` to each other rank r, and to receive row r of `all` from it.
     ///
     /// # Safety
-    /// As [`all_gather`](Self::all_gather).
+    /// Returns the errors of [`all_gather`](Self::all_gather).
     ///
     /// # Errors
-    /// When MPI refuses.
+    /// Returns an error when MPI fails.
     pub unsafe fn all_to_all(&self, own: &[u8], all: &mut [u8]) -> Result<Request> {
         let row = own.len() / self.size;
         let counts = (0..self.size).map(|r| if r == self.rank { 0 } else { row });
@@ -233,23 +235,23 @@ impl Library {
         })
     }
 
-    /// Whether the request is done; lets MPI work on it.
+    /// Whether the request is done. During this call MPI works on the request.
     ///
     /// # Errors
-    /// When it failed.
+    /// Returns an error when the request failed.
     pub fn done(&self, request: &mut Request) -> Result<bool> {
         // An MPI_Status takes 20 to 32 bytes.
         let (mut done, mut status) = (0, [0u64; 8]);
-        // SAFETY: the request is one of this library's, and the status is large enough in every ABI.
+        // SAFETY: the request belongs to this library, and the status is large enough in every ABI.
         let code =
             unsafe { (self.test)(&mut request.handle, &mut done, status.as_mut_ptr().cast()) };
         self.check("MPI_Test", code)?;
         Ok(done != 0)
     }
 
-    /// Ends MPI, once every rank has finished.
+    /// Ends MPI after every rank has finished.
     pub fn finalize(&self) {
-        // SAFETY: nothing is under way.
+        // SAFETY: no request is pending.
         unsafe { (self.finalize)() };
     }
 
@@ -263,7 +265,7 @@ impl Library {
             what,
             "success",
             format!("error {status}: {text}"),
-            "see the other ranks; if they are well, check the network",
+            "see the messages of the other ranks; if they have no errors, check the network",
         ))
     }
 }
@@ -271,7 +273,7 @@ impl Library {
 impl Abi {
     fn of(loaded: &'static Loaded, name: &str) -> Result<Self> {
         let address = |name: &str| -> Result<Handle> {
-            // SAFETY: the address alone is taken.
+            // SAFETY: only the address is used.
             let found: Result<Symbol<*const c_void>, _> = unsafe { loaded.get(name.as_bytes()) };
             found
                 .map(|symbol| symbol.into_raw() as Handle)
@@ -295,10 +297,10 @@ impl Abi {
 fn load(names: &[String]) -> Result<(&'static Loaded, String)> {
     let mut reasons = Vec::new();
     for name in names {
-        // Open MPI's plug-ins look for its symbols among the global ones.
-        // SAFETY: an MPI library's initialisers do nothing but prepare it.
+        // The plug-ins of Open MPI need its symbols to be global.
+        // SAFETY: the initialisers of an MPI library only prepare the library.
         match unsafe { Loaded::open(Some(name), RTLD_NOW | RTLD_GLOBAL) } {
-            // It stays for the life of the process.
+            // The library stays loaded until the process ends.
             Ok(loaded) => return Ok((Box::leak(Box::new(loaded)), name.clone())),
             Err(e) => reasons.push(e.to_string()),
         }
@@ -324,7 +326,7 @@ fn missing(name: &str, e: &libloading::Error) -> Error {
     Error::invalid("MPI", format!("the function {name}"), e.to_string(), help)
 }
 
-/// What a function writes into a buffer; 8192 bytes are the most that any library asks for.
+/// Returns the text that a function writes to a buffer. No library writes more than 8192 bytes.
 fn read_text(write: impl FnOnce(*mut c_char, *mut c_int) -> c_int) -> String {
     let (mut buffer, mut length) = (vec![0u8; 8193], 0);
     write(buffer.as_mut_ptr().cast(), &mut length);

@@ -1,7 +1,7 @@
-//! Bytes between processes by MPI.
+//! Transfers bytes between processes by MPI.
 //!
-//! Calls are non-blocking and polled, so that a lost rank ends them with an error. MPI may write to the buffers of a call
-//! that was given up; they are therefore this module's own, and are never freed then.
+//! Calls are non-blocking and polled, so that a lost rank ends them with an error. MPI may still write to the buffers
+//! of a call that ended with an error. This module therefore owns the buffers, and never frees them after an error.
 
 pub(super) mod library;
 
@@ -13,14 +13,15 @@ use library::{Library, Request};
 use std::mem::{self, ManuallyDrop};
 use std::time::Duration;
 
-/// Bytes that a rank gives to MPI at a time, at most; on several ranks less, so that all of a call stay below 2^30.
+/// Largest number of bytes that a rank gives to MPI at a time. With many ranks it is smaller, so that a call has at
+/// most 2^30 bytes.
 const PIECE: usize = 8 << 20;
 
-/// Bytes of all ranks that MPI moves at once where it gets the buffers themselves: a part of the limit of time even on a slow
-/// network.
+/// Largest number of bytes of all ranks that MPI transfers at once without copies. Even on a slow network this takes
+/// only a part of the time limit.
 const AT_ONCE: usize = 8 * PIECE;
 
-/// Begins a request: [`Library::all_gather`] or [`Library::all_to_all`].
+/// A function that begins a request: [`Library::all_gather`] or [`Library::all_to_all`].
 type Begin = unsafe fn(&Library, &[u8], &mut [u8]) -> Result<Request>;
 
 /// The ranks of a communicator.
@@ -29,10 +30,10 @@ pub(super) struct Mpi {
 }
 
 impl Mpi {
-    /// Initialises the first of the libraries `names` that is there.
+    /// Initialises the first library of `names` that exists.
     ///
     /// # Errors
-    /// When none is, or it refuses.
+    /// Returns an error when no library exists, or MPI fails.
     pub fn start(names: &[String]) -> Result<Self> {
         let library = Library::start(names)?;
         Ok(Mpi { library })
@@ -43,7 +44,7 @@ impl Mpi {
         &self.library.host
     }
 
-    /// Begins a request on the buffers and waits for it. Buffers of a request that is not done are given up.
+    /// Begins a request on the buffers and waits for it. After an error the buffers are not freed.
     fn run(
         &self,
         own: Memory,
@@ -53,7 +54,7 @@ impl Mpi {
     ) -> Result<[Memory; 2]> {
         waiting.renew();
         let mut waited = || {
-            // SAFETY: buffers and request stay until it is done, or for ever.
+            // SAFETY: the buffers and the request stay valid until the request is done, or forever.
             let request = unsafe { begin(&self.library, own.bytes(), all.bytes_mut()) }?;
             let mut request = ManuallyDrop::new(request);
             while !self.library.done(&mut request)? {

@@ -1,5 +1,5 @@
-//! NCCL loaded at run time, through the little of it that moves bytes. No header is needed: the functions below have had
-//! these types since version 2.14.
+//! Loads NCCL at run time, with the few functions that transfer bytes. No header is needed: the functions below have
+//! had these types since version 2.14.
 
 use crate::device::{Span, stream};
 use crate::dist::device::Part;
@@ -9,16 +9,16 @@ use std::env::var;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr::null_mut;
 
-/// The environment's variable that names the library.
+/// The environment variable that names the library.
 pub const VARIABLE: &str = "ROUTEGRAD_NCCL";
 
-/// The oldest version with all functions, sends and receives within captured graphs included.
+/// The oldest version that has all functions, and sends and receives in captured graphs.
 const NEEDED: (i32, i32) = (2, 14);
 
 /// `ncclUint8`.
 const BYTE: c_int = 1;
 
-/// `ncclInProgress`, no error.
+/// `ncclInProgress`, which is not an error.
 const IN_PROGRESS: c_int = 7;
 
 /// `ncclComm_t`.
@@ -27,7 +27,7 @@ type Handle = *mut c_void;
 type Stream = *mut c_void;
 type Status = c_int;
 
-/// `ncclUniqueId`: where the ranks of a communicator meet.
+/// `ncclUniqueId`: the id with which the ranks of a communicator connect.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct Id(pub [u8; 128]);
@@ -58,11 +58,11 @@ pub struct Library {
     receive: Receive,
     /// Major, minor, patch.
     pub version: (i32, i32, i32),
-    /// A stand-in that takes addresses of the host, for tests.
+    /// Whether this is a test library, which accepts addresses of host memory.
     pub on_host: bool,
 }
 
-/// Names to look for the library under: that of [`VARIABLE`] alone, where it is set.
+/// Returns the names under which to look for the library: only that of [`VARIABLE`], if it is set.
 pub fn names() -> Vec<String> {
     match var(VARIABLE) {
         Ok(name) => vec![name],
@@ -71,10 +71,10 @@ pub fn names() -> Vec<String> {
 }
 
 impl Library {
-    /// Loads the first of `names` that is there.
+    /// Loads the first library of `names` that exists.
     ///
     /// # Errors
-    /// When none can be loaded, it is too old, or a function is missing.
+    /// Returns an error when no library can be loaded, it is too old, or a function is missing.
     pub fn load(names: &[String]) -> Result<Self> {
         let (loaded, name) = load(names)?;
         let version = version(loaded, &name)?;
@@ -98,10 +98,10 @@ impl Library {
         })
     }
 
-    /// A place to meet, which all ranks must know.
+    /// Creates an id, which all ranks need to connect.
     ///
     /// # Errors
-    /// When NCCL refuses, such as without a network interface.
+    /// Returns an error when NCCL fails, for example without a network interface.
     pub fn unique_id(&self) -> Result<Id> {
         let mut id = Id([0; 128]);
         // SAFETY: an id is written.
@@ -110,10 +110,11 @@ impl Library {
         Ok(id)
     }
 
-    /// The communicator of `size` ranks that meet at `id`, of the GPU that is the calling thread's own. All ranks call it.
+    /// Connects this rank to the communicator of `size` ranks with this `id`, for the current GPU of the calling
+    /// thread. All ranks call it.
     ///
     /// # Errors
-    /// When NCCL refuses: without a GPU, or with one GPU for two ranks.
+    /// Returns an error when NCCL fails, for example without a GPU, or if two ranks use one GPU.
     pub fn connect(&self, id: Id, rank: usize, size: usize) -> Result<Communicator> {
         let mut handle = null_mut();
         // SAFETY: a handle is written.
@@ -153,7 +154,7 @@ impl Library {
         }
         let text = |from: *const c_char| match from.is_null() {
             true => String::new(),
-            // SAFETY: NCCL's texts end with a zero, and live until its next call.
+            // SAFETY: NCCL's texts end with a zero byte and are valid until its next call.
             false => unsafe { CStr::from_ptr(from) }
                 .to_string_lossy()
                 .trim()
@@ -175,12 +176,12 @@ impl Library {
             name,
             "success",
             format!("error {status}{rank}: {short}{long}"),
-            "NCCL_DEBUG=INFO in the environment says more",
+            "set NCCL_DEBUG=INFO in the environment to see more",
         ))
     }
 }
 
-/// One rank's end of a communicator. Calls are enqueued on a stream, by one thread at a time; another one may ask for
+/// A communicator on one rank. One thread at a time enqueues calls on a stream; another thread may check for
 /// [errors](Self::asynchronous) and [abort](Self::abort).
 pub struct Communicator {
     library: Library,
@@ -189,15 +190,15 @@ pub struct Communicator {
     size: usize,
 }
 
-// SAFETY: NCCL's communicators belong to no thread, and allow what the type's words say.
+// SAFETY: a communicator of NCCL does not belong to a thread, and allows the calls that the doc of the type names.
 unsafe impl std::marker::Send for Communicator {}
 unsafe impl Sync for Communicator {}
 
 impl Communicator {
-    /// Gathers `own` of every rank to `all`, rank 0 first, behind the launches so far.
+    /// Gathers `own` of every rank to `all`, rank 0 first, after all earlier launches.
     ///
     /// # Errors
-    /// When NCCL refuses.
+    /// Returns an error when NCCL fails.
     pub fn all_gather(&self, own: Span, all: Span) -> Result<()> {
         assert_eq!(all.bytes(), own.bytes() * self.size, "bytes of all ranks");
         let (from, to) = (own.address() as *const c_void, all.address() as *mut c_void);
@@ -208,11 +209,11 @@ impl Communicator {
         self.check("ncclAllGather", status)
     }
 
-    /// Sends and receives all parts at once, behind the launches so far. What two ranks send each other has the same lengths,
-    /// in the same order.
+    /// Sends and receives all parts at once, after all earlier launches. Two ranks give the parts between them in the
+    /// same order, with the same lengths.
     ///
     /// # Errors
-    /// When NCCL refuses.
+    /// Returns an error when NCCL fails.
     pub fn exchange(&self, parts: &[Part]) -> Result<()> {
         let (library, handle) = (&self.library, self.handle);
         // SAFETY: a group takes no arguments.
@@ -234,16 +235,16 @@ impl Communicator {
             }
             Ok(())
         });
-        // A group that was begun must end, else every later call would join it.
+        // A group that was begun must be ended; otherwise every later call would become part of it.
         // SAFETY: a group takes no arguments.
         let ended = self.check("ncclGroupEnd", unsafe { (library.group_end)() });
         begun.and(ended)
     }
 
-    /// What has gone wrong since a call was enqueued.
+    /// Checks for errors of calls that were enqueued.
     ///
     /// # Errors
-    /// That, or that NCCL cannot say.
+    /// Returns such an error, or an error when NCCL cannot check.
     pub fn asynchronous(&self) -> Result<()> {
         let mut status = 0;
         // SAFETY: an int is written.
@@ -255,13 +256,13 @@ impl Communicator {
         }
     }
 
-    /// Ends whatever is under way, on this rank alone. No other call may be begun from now on.
+    /// Aborts all pending calls, on this rank only. No further call may be made.
     pub fn abort(&self) {
         // SAFETY: the caller makes no further calls.
         unsafe { (self.library.abort)(self.handle) };
     }
 
-    /// Ends the communicator when all calls are over. No other call may be begun from now on.
+    /// Destroys the communicator after all calls have finished. No further call may be made.
     pub fn destroy(&self) {
         // SAFETY: the caller makes no further calls.
         unsafe { (self.library.destroy)(self.handle) };
@@ -276,9 +277,9 @@ impl Communicator {
 fn load(names: &[String]) -> Result<(&'static Loaded, String)> {
     let mut reasons = Vec::new();
     for name in names {
-        // SAFETY: NCCL's initialisers do nothing but prepare it.
+        // SAFETY: the initialisers of NCCL only prepare the library.
         match unsafe { Loaded::open(Some(name), RTLD_NOW | RTLD_LOCAL) } {
-            // It stays for the life of the process.
+            // The library stays loaded until the process ends.
             Ok(loaded) => return Ok((Box::leak(Box::new(loaded)), name.clone())),
             Err(e) => reasons.push(e.to_string()),
         }
@@ -291,13 +292,13 @@ fn load(names: &[String]) -> Result<(&'static Loaded, String)> {
     ))
 }
 
-/// The version as major, minor and patch, of a library that is new enough.
+/// Returns the version (major, minor, patch), or an error if the library is too old.
 fn version(loaded: &'static Loaded, name: &str) -> Result<(i32, i32, i32)> {
     let get: unsafe extern "C" fn(*mut c_int) -> Status = symbol(loaded, "ncclGetVersion")?;
     let mut code = 0;
     // SAFETY: an int is written.
     let status = unsafe { get(&mut code) };
-    // Since 2.9 two digits each for minor and patch version, before that one for the minor version.
+    // Since 2.9 the minor and the patch version have two digits each; before that the minor version has one.
     let version = match code {
         c if c >= 10_000 => (c / 10_000, c / 100 % 100, c % 100),
         c => (c / 1000, c / 100 % 10, c % 100),

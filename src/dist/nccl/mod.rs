@@ -1,8 +1,10 @@
-//! Ranks with a GPU each, whose device memory NCCL moves; what the host shares goes the way that it did before.
+//! Ranks with one GPU each. NCCL transfers the memory of the GPUs; the data of the hosts uses the transport of the
+//! processes.
 //!
-//! NCCL enqueues on the step's stream and never says that ranks made different calls: it waits, or gives garbage. So the calls
-//! of a first step are compared between the hosts before they are enqueued; later steps repeat them, most of them as a graph.
-//! A thread looks for what goes wrong behind a call, ends what is under way then, and tells the other ranks.
+//! NCCL enqueues its calls on the stream of the step, and does not detect that ranks made different calls: it blocks or
+//! gives wrong results. The hosts therefore compare the calls of the first step before they enqueue them; later steps
+//! repeat these calls, most of them as a graph. A thread checks for asynchronous errors. After an error it aborts the
+//! pending calls and tells the other ranks.
 
 mod library;
 
@@ -19,10 +21,10 @@ use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
-/// Time between two looks for asynchronous errors.
+/// Time between two checks for asynchronous errors.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// Time that the host's side has to name the rank that NCCL misses.
+/// Time for the hub to find out which rank NCCL has lost.
 const NAMING: Duration = Duration::from_secs(1);
 
 /// A rank of a run whose devices NCCL connects.
@@ -32,27 +34,27 @@ pub struct Nccl {
     version: (i32, i32, i32),
     /// Device calls compared so far.
     calls: AtomicU64,
-    /// Whether further ones are compared.
+    /// Whether further calls are compared.
     compares: AtomicBool,
 }
 
-/// What the watching thread shares with the rank.
+/// What the rank shares with the thread that checks for errors.
 struct Link {
     communicator: Communicator,
-    /// Why no call can be made any more.
+    /// Why no further call can be made, after a failure.
     failure: OnceLock<String>,
     ended: AtomicBool,
 }
 
-/// The library for `device`, if its memory is NCCL's to move.
+/// Loads the library for `device`, if NCCL transfers its memory.
 ///
 /// # Errors
-/// When it cannot be loaded.
+/// Returns an error when the library cannot be loaded.
 fn library_for(device: Device) -> Result<Option<Library>> {
     match device {
         Device::Cpu => Ok(None),
         Device::Cuda => Library::load(&names()).map(Some),
-        // The simulator's memory is the host's, which NVIDIA's library must not be given.
+        // The memory of the simulator is host memory, which NVIDIA's library does not accept.
         Device::Sim if std::env::var_os(VARIABLE).is_some() => {
             Library::load(&names()).map(|library| Some(library).filter(|l| l.on_host))
         }
@@ -60,10 +62,11 @@ fn library_for(device: Device) -> Result<Option<Library>> {
     }
 }
 
-/// `host` with its device memory connected by NCCL, where `device` and the number of ranks ask for it. Every rank calls it.
+/// Connects the device memory of the ranks of `host` by NCCL, if `device` and the number of ranks need it; otherwise
+/// returns `host`. Every rank calls it.
 ///
 /// # Errors
-/// When a rank cannot load the library or open its GPU, or NCCL refuses: the same error on all ranks.
+/// Returns the same error on all ranks when a rank cannot load the library or open its GPU, or NCCL fails.
 pub fn on_device(host: Arc<dyn Collective>, device: Device) -> Result<Arc<dyn Collective>> {
     if host.size() == 1 {
         return Ok(host);
@@ -74,10 +77,10 @@ pub fn on_device(host: Arc<dyn Collective>, device: Device) -> Result<Arc<dyn Co
     }
 }
 
-/// The same with the library at `path`, whatever the environment says.
+/// Does the same as [`on_device`] with the library at `path`, regardless of the environment.
 ///
 /// # Errors
-/// As [`on_device`].
+/// Returns the errors of [`on_device`].
 pub fn with_library(
     host: Arc<dyn Collective>,
     device: Device,
@@ -87,18 +90,18 @@ pub fn with_library(
     Ok(Arc::new(Nccl::connect(host, &library, device)?))
 }
 
-/// Whether the library for `device` can be loaded.
+/// Checks that the library for `device` can be loaded.
 ///
 /// # Errors
-/// Why not.
+/// Returns an error when it cannot be loaded.
 pub fn available(device: Device) -> Result<()> {
     library_of(device).map(drop)
 }
 
-/// A rank alone, whose device makes the calls of several: for checks of what they cost and change.
+/// Returns a single rank whose device makes the calls of several ranks, to check their cost and their results.
 ///
 /// # Errors
-/// As [`on_device`], and where `device` has no library.
+/// Returns the errors of [`on_device`], and an error when `device` has no library.
 pub fn alone(device: Device) -> Result<Arc<dyn Collective>> {
     let library = library_of(device)?;
     Ok(Arc::new(Nccl::connect(
@@ -142,7 +145,7 @@ impl Nccl {
         })
     }
 
-    /// A call of the communicator, unless one has failed before.
+    /// Makes a call of the communicator, unless an earlier one has failed.
     fn call(&self, call: impl FnOnce(&Communicator) -> Result<()>) -> Result<()> {
         let lost = |text: &String| Error::Ranks {
             text: text.clone(),
@@ -153,7 +156,7 @@ impl Nccl {
         }
         let called = call(&self.link.communicator);
         called.map_err(|error| {
-            // NCCL may miss a rank before the host's side says which one.
+            // NCCL may notice a lost rank before the hub finds out which one it is.
             let named = self.host.failure_within(NAMING);
             match named.or_else(|| self.link.failure.get().cloned()) {
                 Some(text) => lost(&text),
@@ -163,7 +166,7 @@ impl Nccl {
     }
 }
 
-/// Looks for errors behind the calls, until the rank is done.
+/// Starts the thread that checks for asynchronous errors until the rank ends.
 fn watch(host: Arc<dyn Collective>, link: Arc<Link>) -> Result<()> {
     let look = move || {
         while !link.ended.load(Ordering::SeqCst) {
@@ -189,7 +192,7 @@ fn watch(host: Arc<dyn Collective>, link: Arc<Link>) -> Result<()> {
         let help = "raise the limit of threads (ulimit -u), or end other programs";
         Error::invalid(
             "NCCL",
-            "a thread that looks for errors",
+            "a thread that checks for errors",
             e.to_string(),
             help,
         )
@@ -201,7 +204,7 @@ impl Drop for Nccl {
         if self.link.ended.swap(true, Ordering::SeqCst) {
             return;
         }
-        // Calls of a rank that failed never end.
+        // The calls of a rank that failed may never end.
         match thread::panicking() {
             true => self.link.communicator.abort(),
             false => self.link.communicator.destroy(),

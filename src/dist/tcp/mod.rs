@@ -1,8 +1,8 @@
-//! Bytes between processes by TCP, through rank 0: what torchrun's processes share without a library. Each rank holds one
-//! connection to rank 0, which collects what all give and hands it on.
+//! Transfers bytes between processes by TCP, through rank 0. The processes of torchrun use it, because it needs no
+//! library. Each rank has one connection to rank 0, which collects the bytes of all ranks and forwards them.
 //!
-//! What a connection carries next is known to both ends, because the ranks compare each call before: there are no headers,
-//! and nobody takes memory for a length that another one names.
+//! Both ends know the size of the next data on a connection, because the ranks compare each call first. There are
+//! therefore no headers, and no rank allocates memory for a length that another one sends.
 
 pub(super) mod place;
 
@@ -16,21 +16,21 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
-/// Bytes that a rank gives to rank 0 at a time in an exchange, at most.
+/// Largest number of bytes that a rank sends to rank 0 at a time in an exchange.
 const PIECE: usize = 4 << 20;
 
 /// The connections of a rank.
 pub(super) struct Star {
     rank: usize,
     size: usize,
-    /// To every other rank on rank 0, to rank 0 on the others.
+    /// On rank 0 to every other rank; on the others to rank 0.
     lines: Vec<TcpStream>,
     name: String,
-    /// That of this rank on the way to the others.
+    /// The address of this rank in the network of the others.
     address: IpAddr,
 }
 
-/// Where the ranks of a group meet.
+/// The address and key with which the ranks of a group connect.
 #[derive(Serialize, Deserialize)]
 struct Place {
     address: SocketAddr,
@@ -38,10 +38,10 @@ struct Place {
 }
 
 impl Star {
-    /// Connects the ranks where the environment says, and gives what further connections go by.
+    /// Connects the ranks at the address of `meeting`, and also returns the address of the hub.
     ///
     /// # Errors
-    /// When rank 0 cannot listen there, or a rank does not come within `limit`.
+    /// Returns an error when rank 0 cannot listen there, or a rank does not connect within `limit`.
     pub fn start(meeting: &Rendezvous, limit: Duration) -> Result<(Self, HubAddress)> {
         let Rendezvous { rank, size, .. } = *meeting;
         let name = format!("TCP by {}", meeting.named());
@@ -96,7 +96,7 @@ impl Star {
         })
     }
 
-    /// Sends to each line its bytes.
+    /// Sends to each connection its bytes.
     fn send<'b>(&self, bytes: impl Iterator<Item = &'b [u8]>, waiting: &mut Waiting) -> Result<()> {
         let mut left: Vec<(usize, &[u8])> = bytes.enumerate().collect();
         self.pump(&mut left, waiting, |mut line, rest| {
@@ -106,7 +106,7 @@ impl Star {
         })
     }
 
-    /// Fills each line's bytes.
+    /// Receives the bytes of each connection.
     fn receive<'b>(
         &self,
         bytes: impl Iterator<Item = &'b mut [u8]>,
@@ -120,7 +120,7 @@ impl Star {
         })
     }
 
-    /// Moves bytes on all lines until each has moved its own.
+    /// Transfers bytes on all connections until each has transferred its own.
     fn pump<B>(
         &self,
         left: &mut Vec<(usize, B)>,
@@ -149,7 +149,7 @@ impl Star {
             if let Some((line, why)) = lost {
                 let peer = if self.rank == 0 { line + 1 } else { 0 };
                 let expected = format!("bytes of rank {peer}");
-                let help = "see that rank; if it is well, check the network";
+                let help = "see the messages of that rank; if it has no error, check the network";
                 return Err(Error::invalid("collective call", expected, why, help));
             }
             match moved {
@@ -204,7 +204,7 @@ impl Transport for Star {
                     let (mine, theirs) = from.split_at_mut(given.len());
                     mine.copy_from_slice(&given);
                     self.receive(theirs.chunks_mut(given.len()), waiting)?;
-                    // `to` has in r's row what r takes from each other rank s: in `from` a block of s's row.
+                    // Row r of `to` has the blocks that r receives from each other rank s; they are in row s of `from`.
                     let mut to = vec![0; from.len()];
                     let pairs = (0..size).flat_map(|r| others(r, size).map(move |s| (r, s)));
                     for (block, (r, s)) in to.chunks_mut(count).zip(pairs) {
@@ -252,8 +252,8 @@ impl Transport for Star {
                 let place: Option<Place> =
                     serde_json::from_slice(&places[first]).unwrap_or_default();
                 let Place { address, key } = place.ok_or_else(|| {
-                    let (expected, help) = ("a place to meet", "report this as a bug");
-                    Error::invalid("ranks", expected, format!("none of rank {first}"), help)
+                    let (expected, help) = ("an address to connect to", "report this as a bug");
+                    Error::invalid("ranks", expected, format!("none from rank {first}"), help)
                 })?;
                 let named = address.to_string();
                 vec![connect_to_rank_0(
@@ -270,7 +270,7 @@ impl Transport for Star {
     }
 }
 
-/// The ranks of `size` but `rank`, in their order.
+/// Returns the ranks 0 to `size` − 1 except `rank`, in order.
 fn others(rank: usize, size: usize) -> impl Iterator<Item = usize> {
     (0..size).filter(move |other| *other != rank)
 }

@@ -1,28 +1,28 @@
-//! Where torchrun's processes meet, from the environment that it gives them.
+//! The address at which torchrun's processes connect, from their environment.
 //!
-//! torchrun's agent holds a store of its own on MASTER_PORT, or leaves that port to PyTorch; runs side by side on one host
-//! take neighbouring ports. So ranks meet on [`OFFSET`] ports further, where none of them is.
+//! torchrun's agent uses MASTER_PORT for its store, or leaves that port to PyTorch, and other runs on the host use
+//! neighbouring ports. The ranks therefore use the port MASTER_PORT + [`OFFSET`], which none of these uses.
 
 use crate::dist::handshake::Key;
 use crate::error::{Error, Result};
 use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
 use std::ops::RangeInclusive;
 
-/// From MASTER_PORT to the ranks' own.
+/// Difference between the port of the ranks and MASTER_PORT.
 const OFFSET: u16 = 1000;
 
-/// The port itself, instead.
+/// The environment variable that sets another port.
 pub const PORT: &str = "ROUTEGRAD_RANKS_PORT";
 
-/// What nobody else may know, for a network that others use too.
+/// The environment variable with a secret of the run, for a network that other people use too.
 const SECRET: &str = "ROUTEGRAD_RANKS_SECRET";
 
 const RUN_ID: &str = "TORCHELASTIC_RUN_ID";
 
-/// What a process must have to be one of several.
+/// The environment variables that make a process one of several.
 const NEEDED: [&str; 4] = ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"];
 
-/// A rank, and where it meets the others.
+/// A rank, and the address at which it connects to the others.
 pub struct Rendezvous {
     pub rank: usize,
     pub size: usize,
@@ -39,19 +39,19 @@ pub fn is_torchrun(read: &dyn Fn(&str) -> Option<String>) -> bool {
     read(RUN_ID).is_some() && size(read).is_some()
 }
 
-/// The number of processes, where the environment says all that they need.
+/// Returns the number of processes, if the environment has all that they need.
 pub fn size(read: &dyn Fn(&str) -> Option<String>) -> Option<usize> {
     let complete = read(RUN_ID).is_some() || NEEDED.iter().all(|name| read(name).is_some());
     let size = read("WORLD_SIZE").filter(|_| complete)?;
-    // Anything but a number is refused where it is used.
+    // A value that is not a number is refused where it is used.
     Some(size.trim().parse().unwrap_or(0))
 }
 
 impl Rendezvous {
-    /// From the environment.
+    /// Reads the environment.
     ///
     /// # Errors
-    /// When a variable is missing or holds something else.
+    /// Returns an error when a variable is missing or has an invalid value.
     pub fn of(read: &dyn Fn(&str) -> Option<String>) -> Result<Self> {
         let text = |name: &'static str| {
             read(name).ok_or_else(|| {
@@ -87,19 +87,19 @@ impl Rendezvous {
         })
     }
 
-    /// Where they meet, in words.
+    /// Returns the host and the port as text.
     pub fn named(&self) -> String {
         format!("{}, port {}", self.host, self.port)
     }
 
-    /// The addresses of that place.
+    /// Returns the addresses of the host and the port.
     ///
     /// # Errors
-    /// When the host's name is unknown.
+    /// Returns an error when the name of the host is unknown.
     pub fn addresses(&self) -> Result<Vec<SocketAddr>> {
         let found = (self.host.as_str(), self.port).to_socket_addrs();
         let found = found.map_err(|e| {
-            let help = "name rank 0's host so that every rank knows it, or give its address";
+            let help = "use a name of rank 0's host that every rank can resolve, or its address";
             Error::invalid(
                 "MASTER_ADDR",
                 "a host or an address",
@@ -110,10 +110,10 @@ impl Rendezvous {
         Ok(found.collect())
     }
 
-    /// On rank 0: listens there alone.
+    /// On rank 0: listens only at this address.
     ///
     /// # Errors
-    /// When the address is not of this host, others cannot reach it, or the port is in use.
+    /// Returns an error when the address is not of this host, others cannot reach it, or the port is in use.
     pub fn listen(&self) -> Result<TcpListener> {
         let addresses = self.addresses()?;
         let mut last = String::from("no such address");
@@ -134,7 +134,7 @@ impl Rendezvous {
             format!("a free port of rank 0's host, {}", self.named()),
             last,
             format!(
-                "end the program that has it, choose another --master-port, or name a free port for all ranks in {PORT}"
+                "end the program that uses it, choose another --master-port, or name a free port for all ranks in {PORT}"
             ),
         ))
     }
@@ -162,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_port_is_beside_those_of_torchrun_unless_named() {
+    fn the_port_is_master_port_plus_the_offset_unless_set() {
         let port = |set: &[(&str, &str)]| of(set).unwrap().port;
         assert_eq!(port(&[]), 30500);
         assert_eq!(port(&[("MASTER_PORT", "65000")]), 64000);
@@ -170,10 +170,10 @@ mod tests {
     }
 
     #[test]
-    fn runs_and_secrets_have_keys_of_their_own() {
+    fn each_run_and_each_secret_has_its_own_key() {
         let key = |set: &[(&str, &str)]| of(set).unwrap().key;
         assert_eq!(key(&[]), key(&[("RANK", "2")]));
-        // After a restart torchrun's agents count differently.
+        // After a restart torchrun's agents have different restart counts.
         assert_eq!(key(&[]), key(&[("TORCHELASTIC_RESTART_COUNT", "1")]));
         let others = [(RUN_ID, "b"), (SECRET, "x"), ("MASTER_PORT", "29501")];
         let mut keys: Vec<Key> = others.iter().map(|set| key(&[*set])).collect();
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_or_wrong_is_named() {
+    fn missing_and_invalid_variables_are_named() {
         for (set, expected) in [
             (("RANK", "4"), "RANK: expected a number from 0 to 3"),
             (("RANK", ""), "no RANK"),
@@ -198,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_that_other_hosts_do_not_reach_is_refused() {
+    fn an_address_that_other_hosts_cannot_reach_is_refused() {
         let meeting = of(&[("LOCAL_WORLD_SIZE", "2")]).unwrap();
         let error = meeting.listen().err().unwrap().to_string();
         assert!(error.contains("only this host reaches"), "{error}");

@@ -1,4 +1,4 @@
-//! Calls of ranks that are threads, each with connections of its own.
+//! Tests calls between ranks that are threads, each with its own TCP connections.
 
 use super::*;
 use crate::dist::ThreadRank;
@@ -6,7 +6,7 @@ use crate::dist::processes::Processes;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// What `f` gives on `size` ranks that TCP connects.
+/// Returns the results of `f` on `size` ranks that TCP connects.
 fn on_ranks<R: Send>(size: usize, f: impl Fn(&Processes) -> R + Sync) -> Vec<R> {
     let free = TcpListener::bind(("127.0.0.1", 0)).unwrap();
     let port = free.local_addr().unwrap().port().to_string();
@@ -37,7 +37,7 @@ fn on_ranks<R: Send>(size: usize, f: impl Fn(&Processes) -> R + Sync) -> Vec<R> 
     })
 }
 
-/// Calls of all kinds, few bytes and more than a piece: what a rank gets.
+/// Makes calls of all kinds, with few bytes and with more bytes than a piece, and returns what a rank receives.
 fn calls(dist: &dyn Collective) -> Vec<u8> {
     let (rank, size) = (dist.rank(), dist.size());
     let mut got = Vec::new();
@@ -57,7 +57,7 @@ fn calls(dist: &dyn Collective) -> Vec<u8> {
 }
 
 #[test]
-fn calls_give_the_bytes_of_threads() {
+fn calls_give_the_same_bytes_as_calls_between_threads() {
     for size in [2, 3] {
         let by_tcp = on_ranks(size, |ranks| calls(ranks));
         let by_threads = ThreadRank::run(size, |rank| calls(&rank));
@@ -66,7 +66,7 @@ fn calls_give_the_bytes_of_threads() {
 }
 
 #[test]
-fn groups_call_one_another_alone() {
+fn groups_make_calls_independently() {
     let sums = on_ranks(4, |ranks| {
         let group = ranks.group(2).unwrap();
         let mut values = [ranks.rank() as f64];

@@ -1,9 +1,9 @@
-//! Estimators of the router's gradient compared at one forward pass and one incoming gradient g, where `densemixer` is exact:
-//! `dz_j = p_j (s_j − Σ_i p_i s_i)` with `s_i = ⟨g, e_i(x)⟩` of every expert. The estimators differ in what stands for `e_i`
-//! off the chosen experts A alone.
+//! Compares estimators of the router's gradient at the same forward pass and the same incoming gradient g. There
+//! `densemixer` is exact: `dz_j = p_j (s_j − Σ_i p_i s_i)` with `s_i = ⟨g, e_i(x)⟩` of every expert. The estimators
+//! differ only in what replaces `e_i` for experts outside the set A of chosen experts.
 //!
-//! The forward pass is the model's own, with K changed in all MoE layers together and state frozen; substitutes are fitted on
-//! training text by the same model with the same K.
+//! The forward pass is the model's own, with K changed in all MoE layers together and with frozen state. Substitutes
+//! are fitted on training text with the same model and the same K.
 
 use super::gradients::{LayerAt, MicroBatches, backward, estimator, own_method, slots};
 use super::probe::{Seen, Watched};
@@ -21,7 +21,7 @@ use crate::routers::{Pass, Phase, Router};
 use crate::tape::Tape;
 use crate::tensor::Tensor;
 
-/// What is compared, in the order of the tables.
+/// The estimators that are compared, in the order of the tables.
 pub const ESTIMATORS: [&str; 7] = [
     "topk",
     "default",
@@ -32,20 +32,20 @@ pub const ESTIMATORS: [&str; 7] = [
     "densemixer",
 ];
 
-/// Differences from the exact gradient that are measured; [`ESTIMATORS`] without the shrunk one, which lies on a line
-/// between two of them.
+/// Indices of the estimators whose difference from the exact gradient is measured: [`ESTIMATORS`] without the shrunk
+/// one, which is computed from two of them.
 const TOPK: usize = 0;
 const DEFAULT: usize = 1;
 const MEASURED: usize = 6;
 
-/// Cosine with the exact gradient, and the distance from it over its norm; none where a norm is 0.
+/// The cosine with the exact gradient, and the distance from it divided by its norm; none where a norm is 0.
 #[derive(Clone, Copy, Debug)]
 pub struct Quality {
     pub cosine: Option<f64>,
     pub error: Option<f64>,
 }
 
-/// One MoE layer at one K.
+/// The comparison for one MoE layer at one K.
 pub struct Compared {
     /// Of dW `[E, D]` and of dz `[T, E]`, for each of [`ESTIMATORS`].
     pub dw: Vec<Quality>,
@@ -53,17 +53,17 @@ pub struct Compared {
     /// c* of both: the scale of the ê term at which the squared error is least.
     pub scale_dw: Option<f64>,
     pub scale_dz: Option<f64>,
-    /// |ê| / |ν| and cos(ê, ν), all experts of the layer together, each weighted by the probability that tokens which did not
-    /// choose it gave it.
+    /// The norm ratio |ê| / |ν| and the cosine of ê and ν over all experts of the layer. The weight of an expert is the
+    /// sum of its probabilities over the tokens that did not choose it.
     pub norm_ratio: Option<f64>,
     pub cosine: Option<f64>,
 }
 
-/// Numbers of a [`Compared`]: two of each estimator's dW and dz, and four more.
+/// Length of an encoded [`Compared`]: two numbers for dW and for dz of each estimator, and four more.
 const NUMBERS: usize = 4 * ESTIMATORS.len() + 4;
 
 impl Compared {
-    /// It in numbers, for other ranks.
+    /// Encodes it as numbers, for other ranks.
     fn numbers(&self) -> Vec<Option<f64>> {
         let qualities = self.dw.iter().chain(&self.dz);
         let qualities = qualities.flat_map(|q| [q.cosine, q.error]);
@@ -71,7 +71,7 @@ impl Compared {
         qualities.chain(others).collect()
     }
 
-    /// That of [`NUMBERS`] numbers.
+    /// Decodes it from [`NUMBERS`] numbers.
     fn of(numbers: &[Option<f64>]) -> Self {
         let (qualities, others) = numbers.split_at(NUMBERS - 4);
         let quality = |q: &[Option<f64>]| Quality {
@@ -91,7 +91,7 @@ impl Compared {
     }
 }
 
-/// The values of K: powers of two, the model's own and E − 1.
+/// Returns the values of K that are compared: powers of two, the model's own K and E − 1.
 pub fn values_of_k(experts: usize, own: usize) -> Vec<usize> {
     let powers = (0..usize::BITS).map(|i| 1 << i);
     let mut all: Vec<usize> = powers.take_while(|k| *k < experts).collect();
@@ -102,7 +102,7 @@ pub fn values_of_k(experts: usize, own: usize) -> Vec<usize> {
     all
 }
 
-/// The comparison for every K of [`values_of_k`] and every MoE layer: `[(K, [MoE layer])]`.
+/// Returns the comparison for every K of [`values_of_k`] and every MoE layer: `[(K, [MoE layer])]`.
 pub fn compare(
     dist: &dyn Collective,
     config: &Config,
@@ -124,7 +124,7 @@ pub fn compare(
         .collect())
 }
 
-/// What a layer saw in a micro-batch, with g `[T, D]`.
+/// The input and the choices of a layer in a micro-batch, with its incoming gradient g `[T, D]`.
 struct Part {
     seen: Seen,
     g: Tensor,
@@ -172,7 +172,7 @@ fn compare_at(
         .collect()
 }
 
-/// What every MoE layer sees of these sequences, state frozen.
+/// Returns the input and the choices of every MoE layer for these sequences, with frozen state.
 fn seen_in(watched: &Watched, sequences: Sequences<'_>) -> Result<Vec<Seen>> {
     let (model, tape) = (&watched.model, Tape::without_gradients());
     model.loss(
@@ -225,7 +225,7 @@ fn compare_layer(
     })
 }
 
-/// `values` as a tensor of the shape and dtype of another.
+/// Returns `values` as a tensor with the shape and dtype of `other`.
 fn like(other: &Tensor, values: &[f64]) -> Result<Tensor> {
     let mut tensor = other.unspecified_like();
     crate::with_real!(other.dtype(), "analyze", |T| {
@@ -237,7 +237,7 @@ fn like(other: &Tensor, values: &[f64]) -> Result<Tensor> {
     Ok(tensor)
 }
 
-/// The exact dz `[T, E]`, and behind it the measured estimators' differences from it.
+/// Returns the exact dz `[T, E]`, followed by the differences of the measured estimators from it.
 fn logit_gradients(
     config: &Config,
     weights: LayerWeights<'_>,
@@ -296,7 +296,7 @@ fn logit_gradients(
     Ok(found)
 }
 
-/// `dz_j = p_j (s_j − Σ_i p_i s_i)` in place of s, rows of E.
+/// Replaces s by `dz_j = p_j (s_j − Σ_i p_i s_i)`, in rows of E.
 fn through_softmax(p: &[f64], s: &mut [f64], experts: usize) {
     for (p, s) in p.chunks(experts).zip(s.chunks_mut(experts)) {
         let mean: f64 = p.iter().zip(&*s).map(|(p, s)| p * s).sum();
@@ -304,12 +304,12 @@ fn through_softmax(p: &[f64], s: &mut [f64], experts: usize) {
     }
 }
 
-/// Inner products of the exact gradient and of the differences from it, each with each.
+/// Inner products of all pairs of the exact gradient and the differences from it.
 #[derive(Default)]
 struct Gram([[f64; 1 + MEASURED]; 1 + MEASURED]);
 
 impl Gram {
-    /// Adds those of `parts`: the exact gradient, then the differences.
+    /// Adds the inner products of `parts`: the exact gradient, then the differences.
     fn add(&mut self, parts: &[Vec<f64>]) {
         for (i, row) in self.0.iter_mut().enumerate() {
             for (j, sum) in row.iter_mut().enumerate() {
@@ -322,7 +322,7 @@ impl Gram {
         }
     }
 
-    /// Of the exact gradient plus `Σ c_n δ_n`, δ the differences.
+    /// Returns the quality of the exact gradient plus `Σ c_n δ_n`, where δ_n are the differences.
     fn quality(&self, c: [f64; MEASURED]) -> Quality {
         let along: f64 = (0..MEASURED).map(|n| c[n] * self.0[0][1 + n]).sum();
         let square: f64 = (0..MEASURED)
@@ -338,16 +338,16 @@ impl Gram {
         }
     }
 
-    /// The scale c* at which `topk + c (default − topk)` has the least squared error.
+    /// Returns the scale c* at which `topk + c (default − topk)` has the smallest squared error.
     fn scale(&self) -> Option<f64> {
         let of = |n: usize, m: usize| self.0[1 + n][1 + m];
-        // d = δ_default − δ_topk, and −δ_topk is what topk misses.
+        // c* = ⟨−δ_topk, d⟩ / ⟨d, d⟩ with d = δ_default − δ_topk.
         let square = of(DEFAULT, DEFAULT) - 2.0 * of(DEFAULT, TOPK) + of(TOPK, TOPK);
         let missed = of(TOPK, TOPK) - of(TOPK, DEFAULT);
         Some(missed / square).filter(|c| c.is_finite())
     }
 
-    /// Of [`ESTIMATORS`].
+    /// Returns the quality of each of [`ESTIMATORS`].
     fn qualities(&self) -> Vec<Quality> {
         let measured = |n: usize| {
             let mut c = [0.0; MEASURED];
@@ -360,7 +360,7 @@ impl Gram {
         all
     }
 
-    /// Of `topk + c (default − topk)`.
+    /// Returns the quality of `topk + scale (default − topk)`.
     fn at_scale(&self, scale: f64) -> Quality {
         let mut c = [0.0; MEASURED];
         (c[TOPK], c[DEFAULT]) = (1.0 - scale, scale);
@@ -368,7 +368,7 @@ impl Gram {
     }
 }
 
-/// |ê| / |ν| and cos(ê, ν) over all experts of a layer, weighted by their mass.
+/// Returns |ê| / |ν| and cos(ê, ν) over all experts of a layer, weighted by their mass.
 fn beside(vectors: &[f64], substitutes: &Substitutes) -> [Option<f64>; 2] {
     let width = vectors.len() / substitutes.mass.len();
     let weighted = |a: &[f64], b: &[f64]| -> f64 {

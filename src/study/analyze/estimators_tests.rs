@@ -1,4 +1,4 @@
-//! The estimators at one forward pass, and rerouted tokens, against plain loops in f64.
+//! Compares the estimators at one forward pass, and rerouted tokens, with plain loops in f64.
 
 use super::*;
 use crate::ops::dispatch::Selection;
@@ -30,14 +30,14 @@ fn batch(step: i32) -> MicroBatches {
     }
 }
 
-/// What one MoE layer saw, in plain numbers.
+/// Input and incoming gradient of one MoE layer, `[T, D]` each.
 struct At {
     x: Vec<f64>,
-    /// Empty where it was not asked for.
+    /// Empty if it was not computed.
     g: Vec<f64>,
 }
 
-/// x and g of a pass of `router` over these tokens.
+/// Returns x and g of a pass of `router` over these tokens.
 fn at(
     config: &Config,
     model: &Model,
@@ -66,7 +66,7 @@ fn at(
     }
 }
 
-/// p `[E]`, which experts are chosen, and e `[E][D]` of one token.
+/// Returns p `[E]`, which experts are chosen, and the outputs e `[E][D]`, of one token.
 fn token(model: &Model, x: &[f64], top_k: usize) -> (Vec<f64>, Vec<bool>, Vec<Vec<f64>>) {
     let z = times(&parameter(model, "gate.weight"), x);
     let total: f64 = z.iter().map(|z| z.exp()).sum();
@@ -86,7 +86,7 @@ fn token(model: &Model, x: &[f64], top_k: usize) -> (Vec<f64>, Vec<bool>, Vec<Ve
     )
 }
 
-/// ν `[E][D]`, masses, and the linear function of each expert as a closure's data: (x̄, B), by Gaussian elimination.
+/// ν and ê `[E][D]`, masses, and the linear function of each expert, given by x̄ and B, by Gaussian elimination.
 struct Fitted {
     mass: Vec<f64>,
     mean: Vec<Vec<f64>>,
@@ -95,7 +95,7 @@ struct Fitted {
     map: Vec<Vec<Vec<f64>>>,
 }
 
-/// x `[D]`, and what [`token`] gives of it.
+/// x `[D]`, and the result of [`token`] for it.
 type Token<'a> = (&'a [f64], (Vec<f64>, Vec<bool>, Vec<Vec<f64>>));
 
 fn fitted(model: &Model, x: &[f64], top_k: usize) -> Fitted {
@@ -156,7 +156,7 @@ fn fitted(model: &Model, x: &[f64], top_k: usize) -> Fitted {
     found
 }
 
-/// ê of 64 draws, β = 0.9.
+/// Returns ê after 64 draws, with β = 0.9.
 fn sampled(tokens: &[Token<'_>]) -> Vec<Vec<f64>> {
     let p: Vec<f64> = tokens.iter().flat_map(|(_, (p, ..))| p.clone()).collect();
     let p = Tensor::from_slice([tokens.len(), EXPERTS], &p);
@@ -198,10 +198,10 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 /// A weight, a token and an expert's output for it.
 type Weighted<'a> = (f64, &'a [f64], &'a Vec<f64>);
 
-/// s of an expert off A: of a token, the incoming gradient, the expert and its output.
+/// Returns s of an expert outside A, given a token, the incoming gradient, the expert and its output.
 type Off<'a> = dyn Fn(&[f64], &[f64], usize, &[f64]) -> f64 + 'a;
 
-/// dz `[T, E]` and dW `[E, D]` where `s(token, expert, its output)` stands for s off A.
+/// Returns dz `[T, E]` and dW `[E, D]`, with s outside A given by `off`.
 fn gradients(model: &Model, at: &At, top_k: usize, off: &Off) -> [Vec<f64>; 2] {
     let (mut dz, mut dw) = (Vec::new(), vec![0.0; EXPERTS * HIDDEN]);
     for (x, g) in at.x.chunks(HIDDEN).zip(at.g.chunks(HIDDEN)) {
@@ -222,7 +222,7 @@ fn gradients(model: &Model, at: &At, top_k: usize, off: &Off) -> [Vec<f64>; 2] {
     [dz, dw]
 }
 
-/// Cosine and relative error against the exact gradient.
+/// Returns the cosine with the exact gradient and the relative error.
 fn quality(found: &[f64], exact: &[f64]) -> [f64; 2] {
     let norm = dot(exact, exact).sqrt();
     let missed: f64 = found.iter().zip(exact).map(|(f, e)| (f - e).powi(2)).sum();
@@ -238,7 +238,7 @@ fn small_vectors() -> Tensor {
     Tensor::from_slice([EXPERTS, HIDDEN], &vectors)
 }
 
-/// The comparison of a router's model in f64, at its K = 2, and what plain loops need to check it.
+/// Returns the comparison of a model with this router in f64 and K = 2, and what plain loops need to check it.
 fn compared(router: &str) -> (Config, Model, Compared) {
     let config = micro(router, &["train.dtype=\"f64\"", "model.top_k=2"]);
     let model = Model::new(&config).unwrap();
@@ -324,7 +324,7 @@ fn estimators_at_one_forward_pass_are_those_of_the_formulas_in_plain_loops() {
                 assert!((found.cosine.unwrap() - cosine).abs() <= 1e-10, "{case}");
                 assert!((found.error.unwrap() - error).abs() <= 1e-10, "{case}");
             }
-            // No other scale comes nearer.
+            // No other scale has a smaller error.
             let least = qualities[2].error.unwrap();
             for c in [0.0, 1.0, best - 1e-3, best + 1e-3, -best] {
                 assert!(quality(&at_scale(c), &exact[what])[1] > least, "{c}");
@@ -349,14 +349,14 @@ fn estimators_at_one_forward_pass_are_those_of_the_formulas_in_plain_loops() {
 }
 
 #[test]
-fn values_of_k_are_powers_of_two_the_own_one_and_all_but_one() {
+fn values_of_k_are_powers_of_two_the_models_k_and_e_minus_one() {
     assert_eq!(values_of_k(8, 1), [1, 2, 4, 7]);
     assert_eq!(values_of_k(32, 6), [1, 2, 4, 6, 8, 16, 31]);
     assert_eq!(values_of_k(2, 2), [1]);
     assert!(values_of_k(1, 1).is_empty());
 }
 
-/// `topk` with a choice that is given.
+/// `topk` with given choices.
 struct Given(Selection);
 
 impl Router for Given {
@@ -374,7 +374,7 @@ impl Router for Given {
 }
 
 #[test]
-fn a_rerouted_token_has_the_loss_of_a_model_that_chooses_so() {
+fn a_rerouted_token_has_the_loss_of_a_model_with_this_choice() {
     for top_k in [1, 2] {
         let set = [
             "train.dtype=\"f64\"".to_string(),
@@ -387,7 +387,7 @@ fn a_rerouted_token_has_the_loss_of_a_model_that_chooses_so() {
             ..batch(5)
         };
         let found = reroute(&SingleRank, &config, &model, &[small_vectors()], &batch).unwrap();
-        // 32 tokens: 16 places in each of two sequences.
+        // 32 tokens: 16 positions in each of two sequences.
         assert_eq!((found.len(), found[0].len()), (1, 32));
         let x = at(
             &config,
@@ -431,7 +431,7 @@ fn a_rerouted_token_has_the_loss_of_a_model_that_chooses_so() {
                 let from_here: f64 = changed[row..end].iter().sum();
                 assert!((changed[row] - loss.own).abs() <= 1e-12);
                 assert!((from_here - loss.from_here).abs() <= 1e-12);
-                // What came before does not know of it; products over other rows may round differently.
+                // Earlier tokens do not change; products with other rows may round differently.
                 for at in row / LENGTH * LENGTH..row {
                     assert!((changed[at] - base[at]).abs() <= 1e-12);
                 }
@@ -443,7 +443,7 @@ fn a_rerouted_token_has_the_loss_of_a_model_that_chooses_so() {
 }
 
 #[test]
-fn a_choice_of_all_experts_leaves_nothing_to_reroute() {
+fn route_regret_does_not_apply_if_all_experts_are_chosen() {
     let config = micro("topk", &["model.top_k=4"]);
     let report = report(&config, &Model::new(&config).unwrap());
     let regret = report.get("route-regret").unwrap();

@@ -1,10 +1,10 @@
-//! The figures: panels of lines, bars or heatmaps, as SVG.
+//! Draws the figures: panels of lines, bars or heatmaps, as SVG.
 
 use crate::error::Result;
 use crate::report::plots::{Area, Drawn, GRID, TRAIN, VALIDATION, diverging, font, styled, svg};
 use plotters::prelude::*;
 
-/// Of the series; they repeat beyond. The first two are those of a run's curves.
+/// Colors of the series; further series repeat them. The first two are the colors of a run's loss curves.
 const COLORS: [RGBColor; 7] = [
     TRAIN,
     VALIDATION,
@@ -28,25 +28,25 @@ pub enum Mark {
     Bar,
 }
 
-/// A panel of series over whole numbers.
+/// A panel of series, at integer values of x.
 pub struct Chart {
     pub caption: String,
     pub series: Vec<Series>,
 }
 
-/// What the axes of all panels say.
+/// The labels of the axes of all panels.
 pub struct Axes<'a> {
     pub x: &'a str,
     pub y: &'a str,
 }
 
-/// Panels side by side, at most `across` of them; all have one scale.
+/// Returns the rows and columns of a grid of panels, with at most `across` columns.
 fn grid(panels: usize, across: usize) -> (usize, usize) {
     let columns = panels.clamp(1, across);
     (panels.div_ceil(columns).max(1), columns)
 }
 
-/// Charts in a grid, on one scale that holds 0.
+/// Draws charts in a grid. All have the same range of y, which includes 0.
 pub fn charts(charts: &[Chart], axes: &Axes, mark: Mark) -> Result<String> {
     let (rows, columns) = grid(charts.len(), 3);
     let values = || {
@@ -87,8 +87,8 @@ pub fn charts(charts: &[Chart], axes: &Axes, mark: Mark) -> Result<String> {
     })
 }
 
-/// Where the names of series stand, left and top: in columns of 150 pixels or as wide as the longest name needs, on as many
-/// lines as that takes.
+/// Returns the position (left, top) of the name of each series, in pixels. The names are in columns that are 150 pixels
+/// wide, or wider if the longest name needs it.
 fn legend(names: &[Series], width: i32) -> Vec<(i32, i32)> {
     let longest = names.iter().map(|s| s.name.chars().count() as i32);
     let column = longest.max().map_or(150, |n| (40 + 7 * n).max(150));
@@ -160,8 +160,8 @@ pub struct Heatmap {
     pub values: Vec<Vec<Option<f64>>>,
 }
 
-/// Heatmaps in a grid; `color` maps a value to −1 (blue), 0 (white), 1 (orange). `scale` says what
-/// the ends and the middle mean.
+/// Draws heatmaps in a grid. `color` maps a value to a number from −1 (blue) over 0 (white) to 1 (orange); `scale` is
+/// the text that explains these colors.
 pub fn heatmaps(
     maps: &[Heatmap],
     axes: &Axes,
@@ -193,7 +193,7 @@ pub fn heatmaps(
     })
 }
 
-/// A name of up to 28 characters: of a longer one, such as a path, the end.
+/// Shortens a name to at most 28 characters: of a longer name, such as a path, it keeps the end.
 fn shortened(name: &str) -> String {
     match name.chars().count().checked_sub(28) {
         None | Some(0) => name.into(),

@@ -1,5 +1,6 @@
-//! Router gradients compared: with that of the dense model over K, which is two forward passes, and with the one that sees
-//! every expert at the incoming gradient of the method itself.
+//! Compares router gradients with two references: for each K with the gradient of the dense model, which has its own
+//! forward pass; and with the gradient that uses the outputs of all experts, at the incoming gradient of the method
+//! itself.
 
 use super::probe::Watched;
 use super::shares::shared_out_known;
@@ -37,7 +38,8 @@ impl Method {
         }
     }
 
-    /// The method, `default` with the settings of the checkpoint if it was trained with it; experts are weighted by p.
+    /// Returns the router of the method. `default` has the settings of the checkpoint if the checkpoint was trained
+    /// with it. Experts are weighted by p.
     pub fn router(self, config: &Config) -> Result<Box<dyn Router>> {
         match self {
             Method::TopK => Ok(Box::new(TopK::default())),
@@ -51,7 +53,8 @@ impl Method {
     }
 }
 
-/// The method whose forward pass the model has: `default` where it keeps default vectors, else `topk`.
+/// Returns the method that has the forward pass of the model: `default` if the model keeps default vectors, else
+/// `topk`.
 pub fn own_method(config: &Config) -> Result<Method> {
     let own = routers::build(&config.router)?;
     let state = own.initial_state(&config.model, 0, 0);
@@ -68,21 +71,21 @@ pub struct MicroBatches {
 }
 
 impl MicroBatches {
-    /// The micro-batches.
+    /// Returns the micro-batches.
     pub fn parts(&self) -> impl Iterator<Item = Sequences<'_>> {
         self.all.chunks(self.micro_batch)
     }
 }
 
-/// Cosine similarity; none where a vector is zero or a number not finite.
+/// Returns the cosine similarity; none if a vector is zero or a number is not finite.
 pub fn cosine(a: &[f64], b: &[f64]) -> Option<f64> {
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(x, y)| x * y).sum::<f64>();
     Some(dot(a, b) / (dot(a, a).sqrt() * dot(b, b).sqrt())).filter(|c| c.is_finite())
 }
 
-/// Gives the model default vectors where it has none: those of `default` after `passes` passes of a
-/// micro-batch of training text with the weights as they are, β = 0.9, from zero. The output is that
-/// of `topk`, so that every layer sees what it saw in training.
+/// Computes default vectors for a model that has none: those of `default` after `passes` micro-batches of training
+/// text, with unchanged weights, β = 0.9 and zeros at the start. The output of each layer is that of `topk`, so that
+/// every layer gets the same inputs as in training.
 pub fn fill_vectors(
     config: &Config,
     source: &Model,
@@ -110,7 +113,7 @@ pub fn fill_vectors(
     vectors_of(model)
 }
 
-/// The default vectors of every MoE layer; empty if the model has none.
+/// Returns the default vectors of every MoE layer, each `[E, D]`; empty if the model has none.
 pub fn vectors_of(model: &Model) -> Result<Vec<Tensor>> {
     let states = model.layer_states();
     let found = states.iter().filter_map(|state| {
@@ -120,7 +123,8 @@ pub fn vectors_of(model: &Model) -> Result<Vec<Tensor>> {
     Ok(found.map(|(_, tensor)| tensor.clone()).collect())
 }
 
-/// The checkpoint's weights under a method, with frozen default vectors, `top_k` experts a token.
+/// Returns a model with the weights of the checkpoint, the given router and default vectors, and `top_k` experts per
+/// token.
 pub fn estimator(
     config: &Config,
     source: &Model,
@@ -143,8 +147,8 @@ pub fn estimator(
     Ok(watched)
 }
 
-/// Gradients of the mean cross-entropy over the batch with state frozen and nothing replayed; `after`
-/// each micro-batch sees its store of gradients before it is emptied.
+/// Computes gradients of the mean cross-entropy over the batch, with frozen state and without recomputation. Calls
+/// `after` with the gradients of each micro-batch before they are reset.
 pub fn backward(
     watched: &Watched,
     batch: &MicroBatches,
@@ -164,7 +168,7 @@ pub fn backward(
     Ok(())
 }
 
-/// The index of parameter `suffix` of each MoE layer.
+/// Returns the index of the parameter `suffix` of each MoE layer.
 pub fn slots(model: &Model, suffix: &str) -> Result<Vec<usize>> {
     let layers = model.config().moe_layers();
     let find = |layer: &usize| {
@@ -182,7 +186,7 @@ pub fn slots(model: &Model, suffix: &str) -> Result<Vec<usize>> {
     layers.iter().map(find).collect()
 }
 
-/// The router gradient `[E, D]`, flattened, of every MoE layer under one estimator.
+/// Returns the router gradient `[E, D]`, flattened, of every MoE layer under one estimator.
 pub fn router_gradients(
     config: &Config,
     source: &Model,
@@ -208,8 +212,8 @@ pub fn router_gradients(
     Ok(sums)
 }
 
-/// Cosine similarities to the router gradient of the dense model, whose forward pass is another one: `[method][K − 1][MoE layer]`, K = 1 … E − 1 in
-/// all layers together.
+/// Returns the cosine similarities to the router gradient of the dense model, which has its own forward pass:
+/// `[method][K − 1][MoE layer]`. K goes from 1 to E − 1, in all layers together.
 pub fn dense_similarity(
     dist: &dyn Collective,
     config: &Config,
@@ -233,25 +237,25 @@ pub fn dense_similarity(
     Ok([topk, default])
 }
 
-/// One layer as data: what its router's gradient depends on.
+/// The data of one layer that the gradient of its router depends on.
 pub struct LayerAt<'a> {
     /// Router logits `[T, E]`.
     pub z: &'a Tensor,
-    /// `[T, D]`.
+    /// Input of the layer `[T, D]`.
     pub x: &'a Tensor,
     /// ∂loss/∂y `[T, D]`.
     pub g: &'a Tensor,
-    /// `[E, 2F, D]`.
+    /// Gate and up projections of the experts `[E, 2F, D]`.
     pub gate_up: &'a Tensor,
-    /// `[E, D, F]`.
+    /// Down projections of the experts `[E, D, F]`.
     pub down: &'a Tensor,
-    /// What the layer's router keeps, by name.
+    /// State of the layer's router, by name.
     pub state: &'a [(&'static str, Tensor)],
 }
 
 impl LayerAt<'_> {
-    /// dz `[T, E]` of a router with `top_k` experts a token: the operations of training, run on the
-    /// logits themselves by an identity as the router's weight.
+    /// Returns dz `[T, E]` of a router with `top_k` experts per token. It runs the operations of training with the
+    /// logits as the router's input and the identity matrix as the router's weight.
     pub fn logit_gradient(
         &self,
         config: &Config,
@@ -302,8 +306,8 @@ impl LayerAt<'_> {
     }
 }
 
-/// ‖dz_densemixer − dz_method‖ / ‖dz_densemixer‖ of every MoE layer, both at the method's own
-/// incoming gradient: `[method][MoE layer]`.
+/// Returns ‖dz_densemixer − dz_method‖ / ‖dz_densemixer‖ of every MoE layer, both at the method's own incoming
+/// gradient: `[method][MoE layer]`.
 pub fn gradient_error(
     dist: &dyn Collective,
     config: &Config,

@@ -1,10 +1,10 @@
-//! What a checkpoint's router does and learns: the analyses of Default MoE (2504.12463), as data and
-//! as one page with figures.
+//! Analyzes the router of a checkpoint, with the analyses of Default MoE (arXiv 2504.12463). The results are data and
+//! one page with figures.
 //!
-//! Held-out text is routed at evaluation (entropy, frequency, co-activation) and differentiated with
-//! state frozen (similarity to the dense gradient, gradient error, estimators at one forward pass, route regret). Everything
-//! runs on the CPU, in
-//! the checkpoint's dtype, and gives the same bytes for any number of threads and ranks.
+//! Entropy, frequency and co-activation come from evaluation on held-out text. Similarity to the dense gradient,
+//! gradient error, the estimators at one forward pass and route regret come from passes over held-out text with frozen
+//! router state. Everything runs on the CPU, in the dtype of the checkpoint, and gives the same bytes for any number of
+//! threads and ranks.
 
 mod estimators;
 mod figures;
@@ -46,46 +46,46 @@ use serde::Serialize;
 use shares::shared_out;
 use std::path::PathBuf;
 
-/// Micro-batches of training text that give default vectors to a model without: 0.9^64 = 0.1% of
-/// their zeros at the start is left.
+/// Number of micro-batches of training text from which a model without default vectors gets them. After them the
+/// initial zeros have a weight of 0.9^64 = 0.1%.
 const FILL_PASSES: usize = 64;
 
-/// What to analyse on.
+/// The text of an analysis.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Text, instead of what the model was trained on.
+    /// Text file or folder, instead of the text that the model was trained on.
     pub data: Option<String>,
-    /// Held-out sequences for all but the analysis by source, and sequences of each source there.
+    /// Number of held-out sequences. The analysis by source uses as many of each source.
     pub sequences: usize,
 }
 
-/// All of them, for one checkpoint.
+/// All analyses of one checkpoint.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Name of the model's router.
     pub router: String,
     /// Steps that the model was trained for.
     pub step: u64,
-    /// E.
+    /// Number of experts E.
     pub num_experts: usize,
-    /// K.
+    /// Number of active experts K.
     pub top_k: usize,
-    /// Held-out sequences, and tokens of one.
+    /// Number of held-out sequences.
     pub sequences: usize,
-    /// S: tokens of one of them.
+    /// Tokens S per sequence.
     pub sequence_length: usize,
-    /// Where the text is from.
+    /// Source of the text.
     pub data: String,
-    /// In the order of the report.
+    /// The analyses, in the order of the report.
     pub analyses: Vec<Analysis>,
 }
 
 impl Report {
-    /// The model and the text in a sentence or two.
+    /// Describes the model and the text in one or two sentences.
     fn introduction(&self) -> String {
         format!(
             "Router {}, {} experts, {} active, after {} steps; on {} held-out sequences of {} tokens \
-             of {}. MoE layers and experts count from 0.",
+             of {}. MoE layers and experts are counted from 0.",
             self.router,
             self.num_experts,
             self.top_k,
@@ -96,14 +96,14 @@ impl Report {
         )
     }
 
-    /// The analysis of that name.
+    /// Returns the analysis with this name.
     pub fn get(&self, name: &str) -> Option<&Analysis> {
         self.analyses.iter().find(|a| a.name == name)
     }
 }
 
-/// Where a report goes unless told: `analysis` in the run's folder, or beside a checkpoint that
-/// stands alone.
+/// Returns the default folder of a report: `analysis` in the folder of the run. For a model without a run it is the
+/// folder NAME-analysis next to the model.
 pub fn default_folder(found: &Saved) -> PathBuf {
     let path = found.path();
     match path.parent() {
@@ -115,14 +115,15 @@ pub fn default_folder(found: &Saved) -> PathBuf {
     }
 }
 
-/// Analyses a saved model. The ranks of `dist` share the work out, and all get the report that one makes; rank 0 shows
-/// progress.
+/// Analyzes a saved model. The ranks of `dist` divide the work, and every rank gets the report that a single rank gets.
+/// Rank 0 shows the progress.
 ///
 /// # Errors
-/// When model or text cannot be used or differ between ranks, no sequences are asked for, and when a rank has left.
+/// Returns an error when the model or the text cannot be used or differs between ranks, the number of sequences is 0,
+/// or a rank has left.
 pub fn run(found: &Saved, options: &Options, dist: &dyn Collective) -> Result<Report> {
     let phases = (dist.rank() == 0).then(|| Phases::new(1 + PHASES.len()));
-    // Parts take long and not equally long: no limit of time applies to who waits.
+    // The parts take long, and not equally long: ranks wait without a time limit.
     let show = |n: usize, name: &str| {
         doing_alone(format!("the analysis, {name}"));
         phases.iter().for_each(|phases| phases.begin(n, name));
@@ -138,11 +139,11 @@ pub fn run(found: &Saved, options: &Options, dist: &dyn Collective) -> Result<Re
     in_phases(dist, (&config, &model, &corpus), step, sequences, &begin)
 }
 
-/// Analyses a model of this configuration, which was trained on `corpus`, after `step` steps, on the CPU; the model does not
-/// change. Its ranks divide the work, and all of them return the same report.
+/// Analyzes a model with this configuration that was trained on `corpus` for `step` steps. Runs on the CPU and does not
+/// change the model. The ranks of the model divide the work, and all of them return the same report.
 ///
 /// # Errors
-/// When the text cannot be used, no sequences are asked for, or a rank has left.
+/// Returns an error when the text cannot be used, `sequences` is 0, or a rank has left.
 pub fn analyze(
     config: &Config,
     model: &Model,
@@ -154,7 +155,7 @@ pub fn analyze(
     in_phases(model.dist(), parts, step, sequences, &|_| ())
 }
 
-/// What takes long in an analysis, in this order.
+/// The long parts of an analysis, in their order.
 const PHASES: [&str; 6] = [
     "routing",
     "default vectors",
@@ -164,7 +165,7 @@ const PHASES: [&str; 6] = [
     "route regret",
 ];
 
-/// The same; `begin` is told the number of each of [`PHASES`] when it begins.
+/// Does the same on the ranks of `dist`. Calls `begin` with the index of each of [`PHASES`] when it begins.
 fn in_phases(
     dist: &dyn Collective,
     (config, model, corpus): (&Config, &Model, &Corpus),
@@ -175,7 +176,7 @@ fn in_phases(
     if sequences == 0 {
         return Err(Error::usage(
             "analyze --sequences",
-            "a number of sequences from 1 up",
+            "1 sequence or more",
             "0",
             "leave it out for the default",
         ));
@@ -195,7 +196,7 @@ fn in_phases(
         true => gradients::fill_vectors(config, model, corpus, FILL_PASSES)?,
         false => trained.clone(),
     };
-    // The micro-batch that training would take next.
+    // The micro-batch that training would use next.
     let first = step * config.train.sequences_per_step as u64;
     let next = corpus.sequences(first..first + micro_batch as u64);
     let drifts = match filled {
@@ -237,10 +238,10 @@ fn in_phases(
     })
 }
 
-/// What the MoE layers do with a text, and by name with each of its sources; names of the sources left out.
+/// How the MoE layers route a text; how they route each source of the text, by name; and the sources that are left out.
 type RoutedTexts = (Vec<Routed>, Vec<(String, Vec<Routed>)>, LeftOut);
 
-/// Those of the held-out text `batch`, and of `sequences` sequences of each source.
+/// Routes the held-out text `batch`, and `sequences` sequences of each source.
 fn routed_texts(
     dist: &dyn Collective,
     config: &Config,

@@ -1,8 +1,8 @@
-//! A router that watches another one: what a MoE layer saw, chose and got as its gradient, and what
-//! its experts' mean outputs were when the default vectors were asked for.
+//! A router that wraps another one and records the input, the choices and the incoming gradient of each MoE layer, and
+//! the mean outputs of its experts when the default vectors are updated.
 //!
-//! It changes nothing: to the layer's output it adds a leaf of zeros, whose gradient is then
-//! g = ∂loss/∂y.
+//! It does not change the results: it adds a leaf of zeros to the layer's output, and the gradient of this leaf is g =
+//! ∂loss/∂y.
 
 use crate::config::{Config, ModelConfig};
 use crate::dist::{Collective, SingleRank};
@@ -20,7 +20,7 @@ use crate::tensor::Tensor;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
-/// What one MoE layer did in one pass.
+/// The record of one MoE layer in one pass.
 pub struct Seen {
     /// The layer's input `[T, D]`.
     pub x: Tensor,
@@ -31,10 +31,10 @@ pub struct Seen {
     pub update: Option<[Tensor; 2]>,
 }
 
-/// What the MoE layers did since last taken, in the order in which they ran.
+/// The records of the MoE layers since the last [`Watched::take`], in the order in which the layers ran.
 pub type Record = Rc<RefCell<Vec<Seen>>>;
 
-/// The watching router. Its layers must not be recomputed in backward: they would be seen twice.
+/// The router that records. Its layers must not be recomputed in backward, because they would then be recorded twice.
 struct Probe {
     inner: Box<dyn Router>,
     record: Record,
@@ -42,18 +42,18 @@ struct Probe {
     first_slot: Rc<Cell<usize>>,
 }
 
-/// A model whose router is watched.
+/// A model whose router is wrapped in a [`Probe`].
 pub struct Watched {
     pub model: Model,
     pub record: Record,
 }
 
 impl Watched {
-    /// The model of `config` with `router`, watched, on one rank and without losses beside the
-    /// cross-entropy; its weights and state are those of `source` wherever it has them.
+    /// Creates a model of `config` with `router` in a [`Probe`], on one rank, with only the cross-entropy as its loss.
+    /// It takes the weights and the state that `source` has.
     ///
     /// # Errors
-    /// When the router refuses the model.
+    /// Returns an error when the router refuses the model.
     pub fn new(config: &Config, router: Box<dyn Router>, source: &Model) -> Result<Self> {
         let mut config = config.clone();
         config.train.recompute = Default::default();
@@ -72,24 +72,24 @@ impl Watched {
         Ok(Watched { model, record })
     }
 
-    /// Slot of layer `layer`'s g in a store of gradients, behind those of the parameters.
+    /// Returns the slot of g of layer `layer` in a store of gradients, after the slots of the parameters.
     pub fn slot(&self, layer: usize) -> usize {
         self.model.parameters.len() + layer
     }
 
-    /// Slots that a store of gradients needs.
+    /// Returns the number of slots that a store of gradients needs.
     pub fn slots(&self) -> usize {
         self.slot(self.model.layer_states().len())
     }
 
-    /// What the layers did since this was last called.
+    /// Returns the records since the last call.
     pub fn take(&self) -> Vec<Seen> {
         self.record.take()
     }
 }
 
 impl Probe {
-    /// Records what default vectors are updated with.
+    /// Records the means with which the default vectors are updated.
     fn see_update(&self, sums: &ExpertSums, layer: &LayerPass<'_>) -> Result<()> {
         if let Some(seen) = self.record.borrow_mut().last_mut() {
             let vectors = layer.state(VECTORS).clone();
@@ -128,7 +128,7 @@ impl Router for Probe {
         drawn: &SampledRows,
         layer: &mut LayerPass<'_>,
     ) -> Result<()> {
-        // Where the chosen tokens are averaged, their sums come after these and stand over them.
+        // If the chosen tokens are averaged, their sums come later and replace these.
         self.see_update(&sums, layer)?;
         self.inner.learn_from_samples(sums, drawn, layer)
     }

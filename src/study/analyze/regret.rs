@@ -1,8 +1,9 @@
-//! Route regret: what a token's loss would have been, had a layer sent it to another expert.
+//! Route regret: the loss that a token would have had if a layer had sent it to another expert.
 //!
-//! For a sample of held-out tokens and one MoE layer at a time, the least probable of a token's K experts is replaced by each
-//! expert that was not chosen, with that expert's own gate; all else of the model follows from the changed output. One token of
-//! a sequence is rerouted in a pass, so that the sequence's other tokens change only through it.
+//! For a sample of held-out tokens and one MoE layer at a time, the least probable of a token's K experts is replaced
+//! by each expert that was not chosen, with that expert's own gate; the rest of the model is computed from the changed
+//! output. A pass reroutes one token of each sequence, so that the other tokens of the sequence change only because of
+//! it.
 
 use super::gradients::{MicroBatches, estimator, own_method, slots};
 use super::probe::{Seen, Watched};
@@ -18,33 +19,35 @@ use crate::routers::{Pass, Phase};
 use crate::tensor::Tensor;
 use crate::tensor::random::{Purpose, Stream};
 
-/// Tokens of each layer that are rerouted, at least, unless there are fewer sequences than one pass needs.
+/// Smallest number of tokens that are rerouted in each layer, and largest number of sequences that they come from.
 pub const SAMPLED: usize = 32;
 
-/// One token at one layer: losses of its own next token, and of all tokens of the sequence from it on, in nats.
+/// The losses of one rerouted token at one layer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rerouted {
-    /// As the router chose.
+    /// With the experts that the router chose.
     pub chosen: Loss,
     /// With each expert that was not chosen, the most probable first.
     pub others: Vec<Loss>,
 }
 
-/// Losses of one forward pass, of one token.
+/// Losses of one token in one forward pass, in nats.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Loss {
+    /// Loss of the next token.
     pub own: f64,
+    /// Sum of the losses from this token to the end of the sequence.
     pub from_here: f64,
 }
 
 impl Rerouted {
-    /// It in numbers, for other ranks: two for each loss.
+    /// Encodes it as numbers, for other ranks: two for each [`Loss`].
     fn numbers(&self) -> Vec<f64> {
         let losses = [&self.chosen].into_iter().chain(&self.others);
         losses.flat_map(|l| [l.own, l.from_here]).collect()
     }
 
-    /// That of all its numbers.
+    /// Decodes it from its numbers.
     fn of(numbers: &[f64]) -> Self {
         let loss = |l: &[f64]| Loss {
             own: l[0],
@@ -57,24 +60,25 @@ impl Rerouted {
     }
 }
 
-/// A layer's tokens together: means over them.
+/// Means over the tokens of a layer, in nats.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Regret {
     pub tokens: usize,
-    /// Loss of the own next token with the chosen expert, the runner-up, the mean over the other experts, and the best of them.
+    /// Loss of the next token with the chosen expert and with the runner-up, the mean of the losses with the other
+    /// experts, and the smallest of them.
     pub chosen: f64,
     pub runner_up: f64,
     pub mean_other: f64,
     pub best_other: f64,
     /// Share of the tokens for which another expert gives a lower loss.
     pub better: f64,
-    /// Mean over tokens of `max(0, chosen − best other)`, for the own next token and for all from it on.
+    /// Mean over tokens of `max(0, chosen − best other)`, for the next token, and for the rest of the sequence.
     pub regret: f64,
     pub regret_from_here: f64,
 }
 
 impl Regret {
-    /// Of the tokens of a layer; all zeros without any.
+    /// Computes the means over the tokens of a layer; all zeros without tokens.
     pub fn of(tokens: &[Rerouted]) -> Self {
         let n = tokens.len().max(1) as f64;
         let mean = |f: &dyn Fn(&Rerouted) -> f64| tokens.iter().map(f).sum::<f64>() / n;
@@ -97,7 +101,7 @@ impl Regret {
     }
 }
 
-/// Rerouted tokens of every MoE layer, `[MoE layer][token]`; none where every expert is chosen.
+/// Returns the rerouted tokens of every MoE layer, `[MoE layer][token]`; no tokens if every expert is chosen.
 pub fn reroute(
     dist: &dyn Collective,
     config: &Config,
@@ -120,7 +124,7 @@ pub fn reroute(
         let passes = shared_out(dist, found.len() * rounds, |i| {
             let (layer, round) = (i / rounds, i % rounds);
             let draws = Stream::new(config.train.seed, Purpose::Check, 0, layer);
-            // A place in each sequence, drawn by the sequence's place in the whole batch.
+            // A position in each sequence, drawn with the index of the sequence in the whole batch.
             let place = |s: usize| {
                 let index = (first + s) * rounds + round;
                 s * length + draws.bits(index as u64)[0] as usize % length
@@ -144,7 +148,7 @@ pub fn reroute(
     Ok(found)
 }
 
-/// The loss of every token, and what the layers saw.
+/// Returns the loss of every token, and the records of the layers.
 fn losses(watched: &Watched, sequences: Sequences<'_>) -> Result<(Vec<f64>, Vec<Seen>)> {
     let losses = watched
         .model
@@ -157,7 +161,7 @@ struct Round<'a> {
     watched: &'a Watched,
     sequences: Sequences<'a>,
     layer: usize,
-    /// Of each sequence one row of the batch.
+    /// The row in the batch of the rerouted token of each sequence.
     places: &'a [usize],
 }
 
@@ -193,7 +197,7 @@ impl Round<'_> {
         Ok(found)
     }
 
-    /// For each place the expert to replace, and those that were not chosen, the most probable first.
+    /// Returns for each place the expert to replace, and the experts that were not chosen, the most probable first.
     fn orders(&self, seen: &Seen) -> Result<Vec<Order>> {
         let model = &self.watched.model;
         let gate = slots(model, "gate.weight")?[self.layer];
@@ -203,7 +207,7 @@ impl Round<'_> {
         let order = |row: &usize| {
             let z = &z[row * experts..(row + 1) * experts];
             let mut by_logit: Vec<usize> = (0..experts).collect();
-            // Stable: of equals the lower expert first, as the routers choose.
+            // The sort is stable: of equal logits the lower expert comes first, as in the routers.
             by_logit.sort_by(|a, b| z[*b].total_cmp(&z[*a]));
             let is_chosen = |e: &usize| seen.chosen.experts(*row).contains(&(*e as i32));
             let (chosen, others): (Vec<usize>, Vec<usize>) =
@@ -216,7 +220,8 @@ impl Round<'_> {
         Ok(self.places.iter().map(order).collect())
     }
 
-    /// The choice with the last expert of each place replaced by its `other`-th other one.
+    /// Returns the choices, where the least probable chosen expert of each place is replaced by the `other`-th expert
+    /// that was not chosen.
     fn rerouted(&self, chosen: &Selection, orders: &[Order], other: usize) -> Result<Selection> {
         Selection::new(chosen.num_tokens(), chosen.num_experts(), |token, list| {
             let first = list.len();

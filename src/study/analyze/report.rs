@@ -1,4 +1,4 @@
-//! The report: all analyses as JSON, each that applies as CSV and SVG, and one page of them.
+//! Writes the report: all analyses as JSON, each analysis that applies as CSV and SVG, and one page with all of them.
 
 use super::Report;
 use crate::error::{Error, Result};
@@ -10,7 +10,7 @@ use std::path::Path;
 /// `report.html` into `folder`.
 ///
 /// # Errors
-/// When the folder cannot be written.
+/// Returns an error when the folder cannot be written.
 pub fn write(report: &Report, folder: &Path) -> Result<()> {
     create(folder)?;
     let json = serde_json::to_string_pretty(report).map_err(|e| {

@@ -5,7 +5,7 @@ use super::probe::Watched;
 use crate::error::Result;
 use crate::ops::dispatch::Selection;
 
-/// What one MoE layer did with a batch.
+/// How one MoE layer routed a batch.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Routed {
     pub tokens: u64,
@@ -13,20 +13,20 @@ pub struct Routed {
     pub entropy: f64,
     /// Tokens that chose each expert, `[E]`.
     pub counts: Vec<u64>,
-    /// Tokens that chose both experts, `[E][E]`; the diagonal are the counts.
+    /// Tokens that chose both experts, `[E][E]`; the diagonal contains the counts.
     pub pairs: Vec<Vec<u64>>,
 }
 
 impl Routed {
-    /// Share of the (token, expert) pairs that went to each expert, `[E]`; it sums to 1.
+    /// Returns the share of the (token, expert) pairs of each expert, `[E]`; the shares sum to 1.
     pub fn frequency(&self) -> Vec<Option<f64>> {
         let slots: u64 = self.counts.iter().sum();
         let share = |n: &u64| (slots > 0).then(|| *n as f64 / slots as f64);
         self.counts.iter().map(share).collect()
     }
 
-    /// Share of the tokens of expert i that also chose j, `[i][j]`; none on the diagonal and for an
-    /// expert without tokens.
+    /// Returns the share of the tokens of expert i that also chose j, `[i][j]`; none on the diagonal and for an expert
+    /// without tokens.
     pub fn co_activation(&self) -> Vec<Vec<Option<f64>>> {
         let row = |(i, pairs): (usize, &Vec<u64>)| {
             let of = self.counts[i];
@@ -36,7 +36,7 @@ impl Routed {
         self.pairs.iter().enumerate().map(row).collect()
     }
 
-    /// The layer in numbers, for other ranks.
+    /// Encodes the layer as numbers, for other ranks.
     pub fn numbers(&self) -> Vec<f64> {
         let counts = self.counts.iter().chain(self.pairs.iter().flatten());
         let counts = counts.map(|n| *n as f64);
@@ -46,7 +46,7 @@ impl Routed {
             .collect()
     }
 
-    /// The layers of `experts` experts whose [`numbers`](Self::numbers) follow one another.
+    /// Decodes layers with `experts` experts from their [`numbers`](Self::numbers), one layer after another.
     pub fn of_layers(numbers: &[f64], experts: usize) -> Vec<Self> {
         let count = |n: &f64| *n as u64;
         let layer = |numbers: &[f64]| {
@@ -80,7 +80,7 @@ impl Routed {
     }
 }
 
-/// What every MoE layer does with the batch at evaluation.
+/// Routes the batch in every MoE layer, as at evaluation.
 pub fn routed(watched: &Watched, batch: &MicroBatches) -> Result<Vec<Routed>> {
     let model = &watched.model;
     let mut layers = vec![Routed::default(); model.layer_states().len()];

@@ -1,4 +1,4 @@
-//! The analyses in words, tables and figures.
+//! The sections of the report: text, tables and figures.
 
 mod estimators;
 
@@ -40,20 +40,20 @@ fn weighs_by_softmax(config: &Config) -> bool {
     routers::build(&config.router).is_ok_and(|router| router.weighs_by_softmax())
 }
 
-/// What the two analyses of gradients say about this model.
+/// Returns notes about this model for the analyses of gradients.
 pub fn gradient_notes(config: &Config, filled: bool) -> Vec<String> {
     let router = &config.router.name;
     let mut notes = Vec::new();
     if filled {
         notes.push(format!(
-            "The router {router} keeps no default vectors: those of `default` were filled by {FILL_PASSES} \
-             micro-batches of training text with the weights as they are (β = 0.9, from zero)."
+            "The router {router} keeps no default vectors. Those of `default` were computed from {FILL_PASSES} \
+             micro-batches of training text, with unchanged weights (β = 0.9, from zero)."
         ));
     }
     if !weighs_by_softmax(config) {
         notes.push(format!(
-            "The model was trained with {router}: here its experts are weighted by the softmax of its \
-             logits, without what is its own."
+            "The model was trained with {router}. Here its experts are weighted by the softmax of its \
+             logits, without the other parts of {router}."
         ));
     }
     if config.model.num_experts == 1 {
@@ -78,8 +78,9 @@ pub fn entropy(routed: &[Routed]) -> Result<Analysis> {
     Ok(Analysis {
         name: "router-entropy",
         title: "Router entropy",
-        shows: "How undecided the router of each MoE layer is: the entropy of a token's probabilities, \
-                the mean over the held-out tokens. ln E is a router that knows nothing, 0 one that is sure.",
+        shows: "How uncertain the router of each MoE layer is: the entropy of the probabilities of a token, \
+                averaged over the held-out tokens. It is ln E if all experts are equally probable, and 0 if one \
+                expert has probability 1.",
         formula: "mean over t of −Σ_i p_ti ln p_ti",
         notes: Vec::new(),
         table,
@@ -103,8 +104,8 @@ pub fn vector_similarity(config: &Config, trained: &[Tensor]) -> Result<Analysis
     Ok(Analysis {
         name: "default-vector-similarity",
         title: "Similarity of the default vectors",
-        shows: "How alike the default vectors of a layer's experts are: near 1, experts answer alike on \
-                the mean; near 0, they differ.",
+        shows: "How similar the default vectors of a layer's experts are. Near 1, two experts have similar mean \
+                outputs; near 0, their mean outputs differ.",
         formula: "⟨ê_i, ê_j⟩ / (‖ê_i‖ ‖ê_j‖)",
         notes: if trained.is_empty() {
             vec![has_no_vectors(config)]
@@ -116,7 +117,7 @@ pub fn vector_similarity(config: &Config, trained: &[Tensor]) -> Result<Analysis
     })
 }
 
-/// The values of `[E][E]` as rows of a table.
+/// Adds the values `[E][E]` to the table, one row for each.
 fn push_matrix(table: &mut Table, layer: usize, values: &[Vec<Option<f64>>]) {
     for (i, row) in values.iter().enumerate() {
         for (j, value) in row.iter().enumerate() {
@@ -148,7 +149,7 @@ fn picture(
     }
 }
 
-/// `similarity` as [`super::gradients::dense_similarity`] gives it.
+/// `similarity` is the result of [`super::gradients::dense_similarity`].
 pub fn dense_similarity(
     similarity: &[Vec<Vec<Option<f64>>>; 2],
     notes: Vec<String>,
@@ -181,11 +182,11 @@ pub fn dense_similarity(
     Ok(Analysis {
         name: "two-forward-similarity",
         title: "Similarity to the dense model's router gradient: two forward passes",
-        shows: "How near the router's gradient under topk and under default comes to the one of the dense model, \
-                in which every expert is active, on these weights and this text, when K is changed in all MoE \
-                layers together: figure 3 of the Default MoE paper. The dense model's forward pass is another \
-                one, and so is its incoming gradient: the figure mixes how the models differ with how good \
-                the estimators are. Default vectors are frozen, the loss is the cross-entropy alone.",
+        shows: "How similar the router's gradient under topk and under default is to the gradient of the dense model, \
+                in which every expert is active, with the same weights and text (figure 3 of the Default MoE \
+                paper). K is changed in all MoE layers together. The dense model has another forward pass and \
+                therefore another incoming gradient, so the figure shows both the difference of the models and \
+                the quality of the estimators. The default vectors are frozen; the loss is the cross-entropy only.",
         formula: "⟨G_K, G_E⟩ / (‖G_K‖ ‖G_E‖), G [E, D] = ∂loss/∂W of a layer's router, flattened",
         notes,
         figure: if panels.is_empty() {
@@ -226,7 +227,7 @@ pub fn frequency(config: &Config, routed: &[Routed]) -> Result<Analysis> {
         notes: every
             .then(|| {
                 format!(
-                    "With {} every expert takes every token: the shares are equal.",
+                    "With {} every expert processes every token: the shares are equal.",
                     config.router.name
                 )
             })
@@ -254,9 +255,9 @@ pub fn co_activation(config: &Config, routed: &[Routed]) -> Result<Analysis> {
     Ok(Analysis {
         name: "co-activation",
         title: "Co-activation",
-        shows: "Which experts are chosen together: of the tokens that chose the expert of the row, the \
-                share that also chose that of the column.",
-        formula: "n_ij / n_i, n_ij tokens that chose i and j",
+        shows: "Which experts are chosen together: among the tokens that chose the expert of the row, the \
+                share that also chose the expert of the column.",
+        formula: "n_ij / n_i, where n_ij is the number of tokens that chose i and j",
         notes: if applies {
             Vec::new()
         } else {
@@ -270,7 +271,7 @@ pub fn co_activation(config: &Config, routed: &[Routed]) -> Result<Analysis> {
     })
 }
 
-/// `by_source`: name, and what each MoE layer did with its text.
+/// `by_source`: the name of each source, and how each MoE layer routed its text.
 pub fn by_source(by_source: &[(String, Vec<Routed>)], left_out: &LeftOut) -> Result<Analysis> {
     let mut table = Table::new(&[
         "source",
@@ -283,7 +284,7 @@ pub fn by_source(by_source: &[(String, Vec<Routed>)], left_out: &LeftOut) -> Res
     let layers = by_source.first().map_or(0, |(_, routed)| routed.len());
     let mut maps = Vec::new();
     for layer in 0..layers {
-        // An expert's share of a source beside the mean of its shares over the sources.
+        // An expert's share of a source, relative to the mean of its shares over the sources.
         let shares: Vec<_> = by_source
             .iter()
             .map(|(_, r)| r[layer].frequency())
@@ -342,9 +343,9 @@ pub fn by_source(by_source: &[(String, Vec<Routed>)], left_out: &LeftOut) -> Res
         name: "routing-by-source",
         title: "Domain specialisation",
         shows: "Whether experts specialise: each expert's share of the tokens of a source of the text, \
-                relative to the mean of its shares over the sources. Sources are the files of a folder, \
-                or the documents of one text in runs of equal number, in order; text trained on is \
-                among them.",
+                relative to the mean of its shares over the sources. The sources are the files of a folder, \
+                or, for a single text, consecutive groups with the same number of documents. They include \
+                training text.",
         formula: "f_si / mean over s of f_si, f_si = share of source s that went to expert i",
         notes,
         table,
@@ -352,7 +353,7 @@ pub fn by_source(by_source: &[(String, Vec<Routed>)], left_out: &LeftOut) -> Res
     })
 }
 
-/// `error` as [`super::gradients::gradient_error`] gives it.
+/// `error` is the result of [`super::gradients::gradient_error`].
 pub fn gradient_error(error: &[Vec<Option<f64>>; 2], notes: Vec<String>) -> Result<Analysis> {
     let mut table = Table::new(&["moe_layer", "method", "relative_error"]);
     let mut bars = Vec::new();
@@ -375,9 +376,9 @@ pub fn gradient_error(error: &[Vec<Option<f64>>; 2], notes: Vec<String>) -> Resu
     Ok(Analysis {
         name: "gradient-error",
         title: "Error of the router's gradient",
-        shows: "How much of the gradient of the logits a method misses because it did not run every \
-                expert, at the incoming gradient that the method itself has (Default MoE, eq. 7 and 9). \
-                0 is what densemixer gets; 1 is as far from it as no gradient at all.",
+        shows: "The error of a method's gradient of the logits, because it did not run every expert, at the \
+                incoming gradient of the method itself (Default MoE, eq. 7 and 9). The error of densemixer \
+                is 0; the error of a zero gradient is 1.",
         formula: "‖dz_densemixer − dz_method‖ / ‖dz_densemixer‖ over all tokens of a layer",
         notes,
         table,
@@ -405,10 +406,10 @@ pub fn drift(config: &Config, drifts: &[Vec<Option<f64>>]) -> Result<Analysis> {
     };
     Ok(Analysis {
         name: "default-vector-distance",
-        title: "Default vectors and present outputs",
-        shows: "How far an expert's mean output on the next training micro-batch is from its default \
-                vector, which averages those of the steps before: the method assumes that it is small.",
-        formula: "‖m_i − ê_i‖ / ‖m_i‖, m_i as the router's settings weight it, ê_i before its update",
+        title: "Default vectors and current outputs",
+        shows: "The distance between an expert's mean output on the next training micro-batch and its default \
+                vector, which averages the outputs of earlier steps. The method assumes that it is small.",
+        formula: "‖m_i − ê_i‖ / ‖m_i‖, m_i weighted as the router's settings say, ê_i before its update",
         notes: if drifts.is_empty() {
             vec![has_no_vectors(config)]
         } else {

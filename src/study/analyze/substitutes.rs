@@ -1,11 +1,11 @@
-//! What would stand in best for an expert that did not run, fitted on text on which every expert was run: the mean of its
-//! outputs over the tokens that did not choose it, and a linear function of a token's hidden state. No router can know either
-//! without running every expert: they bound what default vectors, and anything linear in x, can reach.
+//! The best substitutes for the output of an expert that did not run, fitted on text on which every expert ran: the
+//! mean of its outputs over the tokens that did not choose it, and a linear function of a token's hidden state. A
+//! router cannot know them without running every expert. They show how good default vectors, or any linear function of
+//! x, can be at best.
 //!
-//! With weights `w_t = p_ti` on the tokens t that did not choose i, 0 on the others: `ν_i = Σ w_t e_i(x_t) / Σ w_t`, `x̄`
-//! alike;
-//! `B_i` minimises `Σ w_t ‖e_i(x_t) − ν_i − Bᵀ (x_t − x̄)‖² + λ ‖B‖²`, λ = [`RIDGE`] of the mean eigenvalue of
-//! `Σ w_t (x_t − x̄)(x_t − x̄)ᵀ`.
+//! The weights are `w_t = p_ti` for the tokens t that did not choose i, and 0 for the others. `ν_i = Σ w_t e_i(x_t) / Σ
+//! w_t`, and `x̄` is the mean of `x_t` with the same weights. `B_i` minimises `Σ w_t ‖e_i(x_t) − ν_i − Bᵀ (x_t − x̄)‖²
+//! + λ ‖B‖²`, where λ is [`RIDGE`] times the mean eigenvalue of `Σ w_t (x_t − x̄)(x_t − x̄)ᵀ`.
 
 use super::probe::Seen;
 use crate::dist::SingleRank;
@@ -21,24 +21,25 @@ use crate::tensor::cpu::{Accumulate, Mat, matmul};
 use crate::tensor::random::{Purpose, Stream};
 use std::rc::Rc;
 
-/// What is added to the diagonal, as a share of the mean eigenvalue: there are few tokens for D inputs.
+/// Ridge factor: the number that is added to the diagonal, divided by the mean eigenvalue. It is large because there
+/// are few tokens for D inputs.
 pub const RIDGE: f64 = 0.3;
 
-/// Draws behind sampled default vectors: 0.9^64 = 0.1% of their zeros at the start is left.
+/// Number of draws for sampled default vectors. After them the initial zeros have a weight of 0.9^64 = 0.1%.
 pub const DRAWS: u64 = 64;
 
 /// The weights of one MoE layer.
 #[derive(Clone, Copy)]
 pub struct LayerWeights<'a> {
-    /// Of the router, `[E, D]`.
+    /// Weight of the router `[E, D]`.
     pub gate: &'a Tensor,
-    /// `[E, 2F, D]`.
+    /// Gate and up projections of the experts `[E, 2F, D]`.
     pub gate_up: &'a Tensor,
-    /// `[E, D, F]`.
+    /// Down projections of the experts `[E, D, F]`.
     pub down: &'a Tensor,
 }
 
-/// The router's logits `[T, E]` for `x [T, D]` and its weight `[E, D]`, by the operation of training.
+/// Returns the router's logits `[T, E]` for `x [T, D]` and its weight `[E, D]`, with the operation of training.
 pub fn router_logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
     let [x, weight] = [x, weight].map(|t| Var::constant(t.clone()));
     let z = logits(&Tape::without_gradients(), &x, &weight)?;
@@ -46,18 +47,18 @@ pub fn router_logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
 }
 
 impl LayerWeights<'_> {
-    /// The logits `[T, E]`.
+    /// Returns the router's logits `[T, E]` for `x [T, D]`.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
         router_logits(x, self.gate)
     }
 
-    /// `softmax(z) [T, E]`.
+    /// Returns `softmax(z) [T, E]`.
     pub fn probabilities(&self, z: &Tensor) -> Result<Tensor> {
         let p = softmax(&Tape::without_gradients(), &Var::constant(z.clone()))?;
         Ok(p.tensor().clone())
     }
 
-    /// `e_i(x_t) [T, D]` of one expert for every token, by the operations of training.
+    /// Returns the outputs `e_i(x_t) [T, D]` of one expert for every token, with the operations of training.
     pub fn outputs(&self, x: &Tensor, expert: usize) -> Result<Vec<f64>> {
         let experts = self.gate.shape()[0];
         let all = Selection::new(x.shape().rows(), experts, |_, chosen| {
@@ -76,8 +77,8 @@ pub struct Substitutes {
     pub mass: Vec<f64>,
     /// ν `[E, D]`.
     pub mean: Vec<f64>,
-    /// Sampled default vectors `[E, D]` with the weights as they are: the moving average, β = 0.9 from zero, of [`DRAWS`] draws
-    /// of 16 tokens an expert.
+    /// Sampled default vectors `[E, D]` with unchanged weights: the moving average, with β = 0.9 from zero, of
+    /// [`DRAWS`] draws of 16 tokens per expert.
     pub sampled: Vec<f64>,
     linear: Vec<Linear>,
 }
@@ -90,10 +91,10 @@ struct Linear {
 }
 
 impl Substitutes {
-    /// Fits them to what a layer saw.
+    /// Fits the substitutes to the inputs and choices of a layer.
     ///
     /// # Errors
-    /// When the weights do not fit.
+    /// Returns an error when the shapes of the weights do not match the inputs.
     pub fn fit(weights: LayerWeights<'_>, seen: &Seen) -> Result<Self> {
         let (experts, width) = (weights.gate.shape()[0], seen.x.shape().width());
         let p = weights.probabilities(&weights.logits(&seen.x)?)?;
@@ -134,7 +135,7 @@ impl Substitutes {
         Ok(found)
     }
 
-    /// `⟨g_t, ν + Bᵀ (x_t − x̄)⟩` of every token for one expert, from `x, g [T, D]`.
+    /// Returns `⟨g_t, ν + Bᵀ (x_t − x̄)⟩` of every token for one expert, given `x, g [T, D]`.
     pub fn linear_dots(&self, expert: usize, x: &[f64], g: &[f64]) -> Vec<f64> {
         let Linear { center, map } = &self.linear[expert];
         let width = center.len();
@@ -161,7 +162,7 @@ impl Substitutes {
     }
 }
 
-/// How often each of [`DRAWS`] draws took each (token, expert) pair, as `default` draws them.
+/// Returns how often each of [`DRAWS`] draws took each (token, expert) pair. The draws are those of `default`.
 fn draws(p: &Tensor, chosen: &Selection) -> Result<Vec<Vec<f64>>> {
     let router = DefaultMoe::default();
     let draw = |step: u64| {
@@ -178,7 +179,7 @@ fn draws(p: &Tensor, chosen: &Selection) -> Result<Vec<Vec<f64>>> {
     (0..DRAWS).map(draw).collect()
 }
 
-/// ê of one expert after all draws, from its outputs `[T, D]`.
+/// Returns ê of one expert after all draws, given its outputs `[T, D]`.
 fn moving_average(draws: &[Vec<f64>], outputs: &[f64], expert: usize, experts: usize) -> Vec<f64> {
     let beta = DefaultMoe::default().beta;
     let width = experts * outputs.len() / draws.first().map_or(1, Vec::len).max(1);
@@ -193,7 +194,7 @@ fn moving_average(draws: &[Vec<f64>], outputs: &[f64], expert: usize, experts: u
     average
 }
 
-/// `Σ w` and `Σ w row / Σ w` of rows `[T, width]`; zeros without weight.
+/// Returns `Σ w` and `Σ w row / Σ w` of rows `[T, width]`; zeros if the weights sum to 0.
 fn weighted_mean(rows: &[f64], w: &[f64], width: usize) -> (f64, Vec<f64>) {
     let mass: f64 = w.iter().sum();
     let mut mean = vec![0.0; width];
@@ -205,7 +206,8 @@ fn weighted_mean(rows: &[f64], w: &[f64], width: usize) -> (f64, Vec<f64>) {
     (mass, mean)
 }
 
-/// B `[D, D]` that minimises `‖to − from B‖² + λ ‖B‖²`, by the normal equations and Cholesky; `from, to [T, D]`.
+/// Returns B `[D, D]` that minimises `‖to − from B‖² + λ ‖B‖²`, with the normal equations and a Cholesky factorization;
+/// `from, to [T, D]`.
 fn ridge(from: &[f64], to: &[f64], width: usize) -> Vec<f64> {
     let rows = from.len() / width;
     let (from, to) = (Mat::new(from, rows, width), Mat::new(to, rows, width));
@@ -224,7 +226,7 @@ fn ridge(from: &[f64], to: &[f64], width: usize) -> Vec<f64> {
     b
 }
 
-/// The lower factor L of `L Lᵀ`, in place of a positive definite matrix.
+/// Replaces a positive definite matrix `L Lᵀ` by its lower Cholesky factor L.
 fn cholesky(a: &mut [f64], n: usize) {
     for j in 0..n {
         for i in j..n {
@@ -239,7 +241,7 @@ fn cholesky(a: &mut [f64], n: usize) {
     }
 }
 
-/// Solves `L Lᵀ X = B` in place of B `[n, n]`.
+/// Solves `L Lᵀ X = B`, and replaces B `[n, n]` by X.
 fn solve(l: &[f64], b: &mut [f64], n: usize) {
     let mut eliminate =
         |row: usize, others: std::ops::Range<usize>, factor: &dyn Fn(usize) -> f64| {

@@ -1,5 +1,4 @@
-//! The analyses against plain loops over the formulas, and what the report says where one does not
-//! apply.
+//! Compares the analyses with plain loops over the formulas, and tests the report where an analysis does not apply.
 
 #[path = "estimators_tests.rs"]
 mod estimators;
@@ -51,9 +50,9 @@ fn times(matrix: &[f64], x: &[f64]) -> Vec<f64> {
     matrix.chunks(x.len()).map(row).collect()
 }
 
-/// The method's dz `[T, E]` and that of densemixer, by METHOD's formulas in plain loops: for token t,
-/// `s_i = ⟨g, v_i⟩`, topk `dz_j = p_j (1[j∈A] s_j − Σ_A p_i s_i)`, default
-/// `dz_j = p_j (s_j − Σ_all p_i s_i)` with `v_i = ê_i` off A, densemixer with `v_i = e_i` everywhere.
+/// The method's dz `[T, E]` and that of densemixer, by the formulas in plain loops: for token t, `s_i = ⟨g, v_i⟩`, topk
+/// `dz_j = p_j (1[j∈A] s_j − Σ_A p_i s_i)`, default `dz_j = p_j (s_j − Σ_all p_i s_i)` with `v_i = ê_i` off A,
+/// densemixer with `v_i = e_i` everywhere.
 fn logit_gradients(
     model: &Model,
     x: &[f64],
@@ -143,7 +142,7 @@ fn router_gradients_and_their_errors_are_those_of_the_formulas_in_plain_loops() 
         (None, Box::new(Dense {})),
     ];
     for (i, (method, router)) in cases.into_iter().enumerate() {
-        // x and g of the method's own pass, by a model of its own.
+        // x and g of a pass of the method, from a separate model.
         let watched = Watched::new(&config, router, &model).unwrap();
         for state in watched.model.layer_states_mut().iter_mut() {
             state
@@ -197,7 +196,7 @@ fn report(config: &Config, model: &Model) -> Report {
 }
 
 #[test]
-fn a_router_that_knows_nothing_has_the_entropy_ln_e_and_sends_all_to_the_first() {
+fn a_router_with_zero_weights_has_the_entropy_ln_e_and_chooses_the_first_expert() {
     let config = micro("topk", &[]);
     let mut model = Model::new(&config).unwrap();
     for p in &mut model.parameters {
@@ -217,7 +216,7 @@ fn a_router_that_knows_nothing_has_the_entropy_ln_e_and_sends_all_to_the_first()
     assert!((entropy - (EXPERTS as f64).ln()).abs() <= 1e-6, "{entropy}");
     let shares: Vec<f64> = rows(3).iter().map(|r| r[3].as_f64().unwrap()).collect();
     assert_eq!(shares, [1.0, 0.0, 0.0, 0.0]);
-    // Two sequences of 16 tokens of each of 12 runs of documents.
+    // Two sequences of 16 tokens from each of 12 groups of documents.
     assert_eq!(rows(5).len(), 12 * EXPERTS);
     assert_eq!((&rows(5)[0][3], &rows(5)[0][4]), (&32.into(), &1.0.into()));
     for name in [
@@ -230,7 +229,7 @@ fn a_router_that_knows_nothing_has_the_entropy_ln_e_and_sends_all_to_the_first()
         assert!(analysis.table.rows.is_empty() && analysis.figure.is_none());
     }
     let filled = &report.get("gradient-error").unwrap().notes[0];
-    assert!(filled.contains("filled by 64"), "{filled}");
+    assert!(filled.contains("computed from 64"), "{filled}");
     // K = 1, 2, 3 of both methods.
     assert_eq!(rows(2).len(), 6);
 }
@@ -260,11 +259,11 @@ fn the_same_report_for_any_number_of_threads() {
 }
 
 #[test]
-fn no_sequences_are_refused() {
+fn zero_sequences_are_refused() {
     let config = micro("topk", &[]);
     let model = Model::new(&config).unwrap();
     let corpus = Corpus::load(&config.data, &config.model, 0).unwrap();
     let error = analyze(&config, &model, &corpus, 0, 0).unwrap_err();
     let error = error.to_string();
-    assert!(error.contains("from 1 up"), "{error}");
+    assert!(error.contains("1 sequence or more"), "{error}");
 }

@@ -1,5 +1,5 @@
-//! The default vectors over training: of every analysis in a run's folder the scale of the default vectors and the similarity
-//! of the estimators at the model's own K, as one CSV and one figure.
+//! The default vectors over the steps of training: the scale of the default vectors and the similarity of the
+//! estimators at the model's own K, from every analysis in the folder of a run, as one CSV file and one figure.
 
 use super::estimators::ESTIMATORS;
 use super::figures::{Axes, Chart, Mark, Series, charts};
@@ -15,18 +15,18 @@ use std::path::Path;
 /// Numbers of a layer after a step, in the order of [`columns`].
 type Row = Vec<Option<f64>>;
 
-/// Names of the numbers: the scale's, then the cosine of dW of each estimator.
+/// Returns the names of the numbers: those of the scale, then the cosine of dW of each estimator.
 fn columns() -> Vec<String> {
     let scale = SCALE.iter().map(|name| name.to_string());
     let cosines = ESTIMATORS.iter().map(|name| format!("cosine_dw of {name}"));
     scale.chain(cosines).collect()
 }
 
-/// Writes `gradients-over-training.csv` and `.svg` into `folder` from the `analysis.json` of its `step-N`; nothing where there
-/// is none.
+/// Writes `gradients-over-training.csv` and `.svg` to `folder`, from the files `step-N/analysis.json` in it. Writes
+/// nothing if there are no such files.
 ///
 /// # Errors
-/// When a file cannot be read or written.
+/// Returns an error when a file cannot be read or written.
 pub fn write(folder: &Path) -> Result<()> {
     let steps = read(folder)?;
     if steps.is_empty() {
@@ -46,7 +46,7 @@ pub fn write(folder: &Path) -> Result<()> {
     publish(&name("svg"), &figure(&steps)?)
 }
 
-/// The rows of all MoE layers after each analysed step.
+/// Reads the rows of all MoE layers after each analyzed step.
 fn read(folder: &Path) -> Result<BTreeMap<u64, Vec<Row>>> {
     let entries = fs::read_dir(folder).map_err(|e| Error::io("read", folder, e))?;
     let mut steps = BTreeMap::new();
@@ -77,7 +77,7 @@ fn read(folder: &Path) -> Result<BTreeMap<u64, Vec<Row>>> {
     Ok(steps)
 }
 
-/// The layers' numbers at the model's own K; an analysis of an earlier version has none.
+/// Returns the numbers of the layers at the model's own K. An analysis of an earlier version of the program has none.
 fn rows_of(report: &Value) -> Vec<Row> {
     let table = |name: &str| -> Vec<&Value> {
         let analyses = report["analyses"].as_array().into_iter().flatten();
@@ -100,7 +100,7 @@ fn rows_of(report: &Value) -> Vec<Row> {
     table("default-vector-scale").iter().map(layer).collect()
 }
 
-/// A panel for each MoE layer: c* of dz above, cosines of dW below.
+/// Draws a panel for each MoE layer, with c* of dz and the cosines of dW.
 fn figure(steps: &BTreeMap<u64, Vec<Row>>) -> Result<String> {
     let layers = steps.values().map(Vec::len).max().unwrap_or(0);
     let series = |layer: usize, column: usize, name: &str| Series {

@@ -1,4 +1,4 @@
-//! The default vectors: how alike they are, and how far the experts' present outputs are from them.
+//! Analyzes the default vectors: how similar they are, and how far they are from the current outputs of the experts.
 
 use super::gradients::cosine;
 use super::probe::{Seen, Watched};
@@ -10,7 +10,7 @@ use crate::routers::{self, Pass, Phase};
 use crate::tape::Tape;
 use crate::tensor::Tensor;
 
-/// Cosine similarity between the rows of `vectors [E, D]`, `[E][E]`; none where a row is zero.
+/// Returns the cosine similarity between the rows of `vectors [E, D]`, `[E][E]`; none where a row is zero.
 pub fn similarity(vectors: &Tensor) -> Result<Vec<Vec<Option<f64>>>> {
     let width = vectors.shape().width();
     let values = vectors.to_f64()?;
@@ -21,7 +21,8 @@ pub fn similarity(vectors: &Tensor) -> Result<Vec<Vec<Option<f64>>>> {
         .collect())
 }
 
-/// `‖m_i − ê_i‖ / ‖m_i‖` of each expert, `[E]`; none for an expert without tokens.
+/// Returns `‖m_i − ê_i‖ / ‖m_i‖` of each expert, `[E]`; none for an expert without tokens. `m_i` is the mean output of
+/// the expert and `ê_i` its default vector.
 pub fn drift(seen: &Seen) -> Result<Vec<Option<f64>>> {
     let Some([vectors, means]) = &seen.update else {
         return Ok(Vec::new());
@@ -39,8 +40,8 @@ pub fn drift(seen: &Seen) -> Result<Vec<Option<f64>>> {
         .collect())
 }
 
-/// [`drift`] of every MoE layer, `[MoE layer][E]`, on one training micro-batch of the checkpoint's
-/// router; empty rows for a router without default vectors.
+/// Returns the [`drift`] of every MoE layer on one training micro-batch, `[MoE layer][E]`; the rows are empty if the
+/// router has no default vectors.
 pub fn drifts(
     config: &Config,
     source: &Model,
@@ -60,7 +61,7 @@ mod tests {
 
     #[test]
     fn similarities_worked_by_hand() {
-        // (3, 4), (4, 3): 24 / 25; (−6, −8) points away from the first; a zero row has no direction.
+        // (3, 4), (4, 3): 24 / 25; (−6, −8) has the opposite direction of the first; a zero row has no direction.
         let vectors = Tensor::from_slice([4, 2], &[3.0, 4.0, 4.0, 3.0, -6.0, -8.0, 0.0, 0.0f64]);
         let found = similarity(&vectors).unwrap();
         for (i, j, expected) in [(0, 0, 1.0), (0, 1, 0.96), (1, 2, -0.96), (0, 2, -1.0)] {

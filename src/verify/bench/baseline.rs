@@ -6,6 +6,7 @@ use crate::report::records::Entry;
 /// A case that takes longer than before.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Slower {
+    /// Name of the case.
     pub case: String,
     /// New time divided by old time.
     pub factor: f64,

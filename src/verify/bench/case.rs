@@ -36,7 +36,9 @@ pub enum Set {
 pub struct Group {
     /// Name of the group, which seeds the inputs.
     pub name: String,
+    /// The smallest set that contains the group.
     pub set: Set,
+    /// The computation.
     pub work: Work,
 }
 
@@ -45,21 +47,30 @@ pub struct Group {
 pub enum Work {
     /// One product of a grouped linear layer; a dense layer is one group.
     Gemm {
+        /// The product.
         product: Product,
+        /// Rows of each group, and the widths of the weight.
         shape: Shape,
     },
+    /// The kernels of an MoE layer.
     Layer(Layer),
     /// LayerNorm with the residual add, `[rows, hidden]`.
     Norm {
+        /// Number of rows.
         rows: usize,
+        /// Width of a row.
         hidden: usize,
     },
     /// Cross-entropy: from f32 logits `[tokens, vocabulary]` to the losses and the gradient of the logits.
     CrossEntropy {
+        /// Number of tokens.
         tokens: usize,
+        /// Size of the vocabulary.
         vocabulary: usize,
     },
+    /// The AdamW update of a tensor.
     AdamW {
+        /// Number of elements of the tensor.
         numbers: usize,
     },
     /// Causal attention.
@@ -73,15 +84,20 @@ pub enum Work {
 /// An MoE layer with its routing.
 #[derive(Clone, Debug)]
 pub struct Layer {
+    /// Number of tokens T.
     pub tokens: usize,
+    /// Width D of the model.
     pub hidden: usize,
+    /// Width F of an expert.
     pub ffn: usize,
+    /// Number of experts K per token.
     pub top_k: usize,
     /// Number of rows of each expert.
     pub counts: Vec<usize>,
 }
 
 impl Layer {
+    /// Returns the sizes from which the costs of the kernels are computed.
     pub fn sizes(&self) -> Sizes {
         Sizes {
             tokens: self.tokens,
@@ -99,6 +115,7 @@ impl Layer {
 pub struct Case {
     /// Unique name, "FAMILY SHAPE".
     pub name: String,
+    /// Name of the kernel or pass, which is the first word of the name of the case.
     pub family: &'static str,
     /// FLOPs of the mathematical definition.
     pub flops: f64,
@@ -107,6 +124,7 @@ pub struct Case {
 }
 
 impl Case {
+    /// Returns the minimum number of bytes that the kernels of the case move.
     pub fn bytes(&self) -> f64 {
         self.costs.iter().map(|c| c.bytes).sum()
     }

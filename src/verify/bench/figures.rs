@@ -58,7 +58,7 @@ fn draw_roofline(area: &Area, points: &[(usize, (f64, f64))], ceilings: &Ceiling
     let right = all(|p| p.0).fold(4.0 * ridge, f64::max) * 1.5;
     let low = all(|p| p.1).fold(0.5 * bytes, f64::min) / 2.0;
     let mut chart = ChartBuilder::on(area)
-        .caption("Kernels below the machine's roof", font(22))
+        .caption("Roofline of the kernels", font(22))
         .margin(16)
         .x_label_area_size(48)
         .y_label_area_size(64)
@@ -71,7 +71,7 @@ fn draw_roofline(area: &Area, points: &[(usize, (f64, f64))], ceilings: &Ceiling
         }
     };
     styled(&mut chart.configure_mesh(), 14)
-        .x_desc("FLOPs a byte (kernels without products at 1)")
+        .x_desc("FLOPs per byte (1 for kernels without products)")
         .y_desc("TFLOP/s (without products: TB/s)")
         .x_label_formatter(&number)
         .y_label_formatter(&number)
@@ -163,7 +163,7 @@ fn draw_bars(area: &Area, shapes: &BTreeMap<String, Bars>, peer: &str, left: i32
     let largest = all().map(|bar| bar.1).fold(1.0, f64::max) * 1.1;
     let x = |ratio: f64| left + (ratio / largest * f64::from(WIDTH)) as i32;
     area.draw(&Text::new(
-        format!("Times as fast as {peer}"),
+        format!("Speed relative to {peer}"),
         (20, 14),
         font(22),
     ))?;
@@ -266,7 +266,7 @@ mod tests {
         assert_eq!(shapes, expected);
         assert!(bars(&view, "nobody").unwrap().is_none());
         let picture = bars(&view, "p").unwrap().unwrap();
-        assert!(picture.contains("Times as fast as p") && !picture.contains("NaN"));
+        assert!(picture.contains("Speed relative to p") && !picture.contains("NaN"));
         // The bars begin after the longest name.
         let long = "default_layer_backward sonic 4096 x 1024 64c4";
         let all = [record(long, OURS, 1.0), record(long, "p", 3.0)];

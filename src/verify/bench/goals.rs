@@ -10,13 +10,16 @@ use crate::device::machine::H200_PEAK;
 /// The state of a goal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
+    /// Reached for all of its shapes.
     Met,
+    /// Measured, and not reached for every shape.
     Missed,
     /// Not measured, or not for all of its shapes.
     NotMeasured,
 }
 
 impl Verdict {
+    /// Returns the text for the page.
     pub fn text(self) -> &'static str {
         match self {
             Verdict::Met => "met",
@@ -29,8 +32,11 @@ impl Verdict {
 /// One goal.
 #[derive(Clone, Debug)]
 pub struct Goal {
+    /// Number of the goal, from 1.
     pub number: usize,
+    /// What must be reached.
     pub text: &'static str,
+    /// Whether it is reached.
     pub verdict: Verdict,
     /// The numbers behind the verdict, or the reason why there are none.
     pub measured: String,

@@ -115,6 +115,7 @@ impl Plan {
 pub struct Timing {
     /// Median seconds of each pass, and the interquartile range of the pass divided by its median.
     pub passes: Vec<(f64, f64)>,
+    /// The numbers of samples and launches of the measurement.
     pub plan: Plan,
 }
 

@@ -303,9 +303,9 @@ impl<'a> Report<'a> {
             "kernel",
             "shapes",
             "of the floor",
-            "times as fast as the peer",
-            "least",
-            "most",
+            "speed relative to the peer",
+            "minimum",
+            "maximum",
         ]);
         let families: BTreeSet<&str> = self.view.ours().map(|r| r.family.as_str()).collect();
         for family in families {

@@ -15,7 +15,9 @@ pub struct Record {
     pub machine: String,
     /// cuda, cpu or sim.
     pub device: String,
+    /// Name of the case.
     pub case: String,
+    /// Kernel or pass that the case measures.
     pub family: String,
     /// [`OURS`], or the peer's name.
     pub implementation: String,
@@ -36,6 +38,7 @@ pub struct Record {
     pub floor_seconds: Option<f64>,
     /// Why it did not run, or a special condition of the run.
     pub detail: String,
+    /// Release of the operating system's kernel.
     #[serde(default)]
     pub system: String,
     /// Version of the GPU's driver.
@@ -44,6 +47,7 @@ pub struct Record {
     /// Output of nvidia-smi before the measurement; null without nvidia-smi.
     #[serde(default)]
     pub before: Value,
+    /// Output of nvidia-smi after the measurement; null without nvidia-smi.
     #[serde(default)]
     pub after: Value,
 }
@@ -75,10 +79,12 @@ impl Measured {
 }
 
 impl Record {
+    /// Returns the measured seconds; `None` if it did not run.
     pub fn seconds(&self) -> Option<f64> {
         Some(self.timing.as_ref()?.seconds)
     }
 
+    /// Returns TFLOP/s; `None` if it did not run or has no FLOPs.
     pub fn tflops(&self) -> Option<f64> {
         (self.flops > 0.0).then_some(self.flops / self.seconds()? / 1e12)
     }
@@ -88,6 +94,7 @@ impl Record {
         Some(self.bytes / self.seconds()? / 1e12)
     }
 
+    /// Returns the lower bound of the time divided by the measured time; 1 is the optimum.
     pub fn share_of_floor(&self) -> Option<f64> {
         Some(self.floor_seconds? / self.seconds()?)
     }
@@ -133,6 +140,7 @@ impl Entry for Record {
 pub struct View<'a>(pub Vec<&'a Record>);
 
 impl<'a> View<'a> {
+    /// Returns the record of a case and an implementation.
     pub fn of(&self, case: &str, implementation: &str) -> Option<&'a Record> {
         let mut all = self.0.iter();
         all.find(|r| r.case == case && r.implementation == implementation)
@@ -145,6 +153,7 @@ impl<'a> View<'a> {
         self.0.iter().filter(ours).copied()
     }
 
+    /// Returns our measured seconds for a case.
     pub fn seconds(&self, case: &str) -> Option<f64> {
         self.of(case, OURS)?.seconds()
     }
@@ -168,7 +177,7 @@ impl<'a> View<'a> {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// Returns a record that took this many seconds; a negative number stands for a case that could not run.

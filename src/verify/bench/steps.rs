@@ -10,8 +10,11 @@ use serde_json::{Value, json};
 /// Complete training steps.
 #[derive(Clone, Copy, Debug)]
 pub struct Step {
+    /// Name of the preset.
     pub preset: &'static str,
+    /// Experts and active experts, as for `--experts`.
     pub experts: &'static str,
+    /// Names of the routers.
     pub routers: &'static [&'static str],
     /// Number of sequences per step; the micro-batch is that of the preset.
     pub sequences: usize,

@@ -51,8 +51,11 @@ const LOOKED_AT: usize = 64 << 20;
 
 /// Cases that are ready to be timed together: our side of each case, followed by those of other libraries.
 pub struct Ready<'a> {
+    /// The cases.
     pub cases: Vec<Case>,
+    /// The clock that times all sides.
     pub clock: &'a dyn Clock,
+    /// The sides: ours of each case, then those of the peers.
     pub sides: Vec<Side<'a>>,
     /// Each peer in order: `Ok` if it has a side, otherwise the reason why it cannot run.
     pub peers: Vec<(&'static str, Result<(), String>)>,

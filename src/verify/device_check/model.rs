@@ -69,7 +69,9 @@ const ALL_EXPERTS: &str = "model.top_k=4";
 
 /// A model to check: its router and settings.
 pub struct ModelCheck {
+    /// Name of the router.
     pub router: &'static str,
+    /// Entries KEY=VALUE that change the configuration.
     pub set: Vec<&'static str>,
     surrogate: Option<Surrogate>,
 }

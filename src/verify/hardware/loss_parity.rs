@@ -22,15 +22,21 @@ const TOLERANCE: f64 = 0.01;
 /// The losses of a run on the CPU.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Curve {
+    /// Name of the case.
     pub case: String,
+    /// Name of the preset.
     pub preset: String,
     /// Keys that differ from the preset's. The curve is valid only for these settings.
     pub set: Vec<String>,
     /// Loss of each step in nats per token.
     pub losses: Vec<f64>,
+    /// Time of the recording, UTC.
     pub date: String,
+    /// Commit of the program.
     pub commit: String,
+    /// Model of the CPU.
     pub processor: String,
+    /// Seconds the run took.
     pub seconds: f64,
 }
 

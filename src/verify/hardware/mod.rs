@@ -40,6 +40,7 @@ use task::Task;
 
 /// Options of [`check`].
 pub struct Options {
+    /// Where the tasks run, and the folder of the records.
     pub place: Place,
     /// Time limit in seconds. A task that would probably end later is not started.
     pub budget: f64,

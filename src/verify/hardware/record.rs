@@ -23,10 +23,13 @@ pub enum Ending {
 /// One task on one GPU with one build of a kernel.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Record {
+    /// Model of the GPU.
     pub gpu: String,
+    /// Name of the task.
     pub task: String,
     /// Hash of the kernel's compiled code.
     pub code: String,
+    /// How the task ended.
     pub ending: Ending,
     /// What failed, or what was compared.
     pub detail: String,
@@ -34,13 +37,17 @@ pub struct Record {
     pub measured: serde_json::Value,
     /// Time of the record, UTC.
     pub date: String,
+    /// Commit of the program.
     pub commit: String,
+    /// Version of the GPU's driver.
     pub driver: String,
     /// Release of the operating system's kernel.
     pub system: String,
     /// Seconds the task took.
     pub seconds: f64,
+    /// Output of nvidia-smi before the task; null without nvidia-smi.
     pub before: serde_json::Value,
+    /// Output of nvidia-smi after the task; null without nvidia-smi.
     pub after: serde_json::Value,
 }
 

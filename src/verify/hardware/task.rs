@@ -12,6 +12,7 @@ use crate::verify::kernels::{self, Case};
 /// One task of the queue.
 #[derive(Clone, Debug)]
 pub struct Task {
+    /// What the task checks or measures.
     pub kind: Kind,
     /// Name of the case.
     pub case: String,

@@ -8,8 +8,11 @@ use crate::verify::kernels::grouped_gemm::{Product, Shape};
 
 /// A product with a shape of the core set.
 pub struct TimedCase {
+    /// Unique name.
     pub name: String,
+    /// The product.
     pub product: Product,
+    /// Rows of each group, and the widths of the weight.
     pub shape: Shape,
 }
 

@@ -330,6 +330,7 @@ fn squares(counts: &[usize]) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     const COUNTS: [&[usize]; 3] = [&[1], &[5, 2048, 8192, 3], &[20_011, 7, 8193, 64, 300]];
     let updates = [false, true].into_iter().flat_map(|bf16| {

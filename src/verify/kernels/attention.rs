@@ -19,6 +19,7 @@ pub const LEAST_NORMAL: f64 = f32::MIN_POSITIVE as f64;
 /// Sizes and other properties of a problem.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
+    /// Numbers of sequences, rows and heads, and the width of a head.
     pub sizes: AttentionSizes,
     /// Whether sequences are packed documents; some rows belong to no document.
     pub documents: bool,
@@ -46,6 +47,7 @@ impl Shape {
         }
     }
 
+    /// The same problem with packed documents.
     pub fn packed(self) -> Self {
         Self {
             documents: true,
@@ -53,10 +55,12 @@ impl Shape {
         }
     }
 
+    /// The same problem with another scale of the queries.
     pub fn with_magnitude(self, magnitude: f32) -> Self {
         Self { magnitude, ..self }
     }
 
+    /// The same problem with the inverse rotation in backward.
     pub fn turned(self) -> Self {
         Self {
             turned: true,
@@ -64,14 +68,17 @@ impl Shape {
         }
     }
 
+    /// Returns the number of tokens T of all sequences.
     pub fn tokens(&self) -> usize {
         self.sizes.sequences * self.sizes.sequence
     }
 
+    /// Returns the number of elements of a row of qkv.
     pub fn qkv_width(&self) -> usize {
         (self.sizes.heads + 2 * self.sizes.key_value_heads) * self.sizes.width
     }
 
+    /// Returns the number of elements of a row of the output, H d.
     pub fn out_width(&self) -> usize {
         self.sizes.heads * self.sizes.width
     }
@@ -79,16 +86,22 @@ impl Shape {
 
 /// The inputs of a launch.
 pub struct Inputs {
+    /// The shape of the problem.
     pub shape: Shape,
+    /// Queries, keys and values `[T, (H + 2 KV) d]`.
     pub qkv: Vec<bf16>,
+    /// First visible key of each row `[T]`, an index within its sequence; `None` if all earlier rows are visible.
     pub first_key: Option<Vec<i32>>,
 }
 
 /// A query row of one head.
 #[derive(Clone, Copy, Debug)]
 pub struct Query {
+    /// Index of the sequence.
     pub sequence: usize,
+    /// Index of the query head.
     pub head: usize,
+    /// Index of the row in its sequence.
     pub row: usize,
 }
 
@@ -104,6 +117,7 @@ pub struct Weights {
     pub slack: f64,
 }
 
+/// Returns the inner product of two vectors of equal length.
 pub fn dot(a: &[f64], b: &[f64]) -> f64 {
     let mut sums = [0.0; 8];
     for (a, b) in a.chunks_exact(8).zip(b.chunks_exact(8)) {
@@ -145,6 +159,7 @@ fn packed(shape: &Shape) -> Vec<i32> {
 }
 
 impl Inputs {
+    /// Creates seeded inputs.
     pub fn new(shape: &Shape) -> Self {
         let mut random = Random((shape.tokens() * 31 + shape.qkv_width()) as u64);
         let mut qkv = random.normals_bf16(shape.tokens() * shape.qkv_width());
@@ -166,21 +181,26 @@ impl Inputs {
         let part = &self.qkv[at + column * width..][..width];
         part.iter().map(|&v| exact(v)).collect()
     }
+    /// Returns a query `[d]`.
     pub fn query(&self, q: Query) -> Vec<f64> {
         self.part(q.sequence, q.row, q.head)
     }
+    /// Returns the key head that a query head uses.
     pub fn key_head(&self, head: usize) -> usize {
         head / (self.shape.sizes.heads / self.shape.sizes.key_value_heads)
     }
+    /// Returns a key `[d]`.
     pub fn key(&self, sequence: usize, key_head: usize, row: usize) -> Vec<f64> {
         self.part(sequence, row, self.shape.sizes.heads + key_head)
     }
+    /// Returns a value `[d]`.
     pub fn value(&self, sequence: usize, key_head: usize, row: usize) -> Vec<f64> {
         let sizes = self.shape.sizes;
         let column = sizes.heads + sizes.key_value_heads + key_head;
         self.part(sequence, row, column)
     }
 
+    /// Returns the index of the first key that a row sees, within its sequence.
     pub fn first_visible(&self, sequence: usize, row: usize) -> usize {
         let at = sequence * self.shape.sizes.sequence + row;
         self.first_key.as_ref().map_or(0, |f| f[at] as usize)
@@ -198,6 +218,7 @@ impl Inputs {
         2e-6 + 2.0 * depth * F32_ROUNDOFF * terms
     }
 
+    /// Computes the attention weights of a query in float64.
     pub fn weights(&self, query: Query) -> Weights {
         let q = self.query(query);
         let first = self.first_visible(query.sequence, query.row);
@@ -355,6 +376,7 @@ pub fn small_shapes() -> Vec<Shape> {
     ]
 }
 
+/// Returns shapes that reach all paths of the kernels.
 pub fn covering_shapes() -> Vec<Shape> {
     vec![
         Shape::new(3, 17, 4, 4, 128).packed(),
@@ -369,6 +391,7 @@ pub fn covering_shapes() -> Vec<Shape> {
     ]
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let problems = |shapes: Vec<Shape>| -> Vec<MakeProblem> {
         let make =

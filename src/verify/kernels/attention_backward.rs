@@ -15,9 +15,13 @@ use std::sync::Arc;
 
 /// The inputs of one launch: the tensors that forward saved, and an incoming gradient of unit scale.
 pub struct Gradient {
+    /// The inputs of forward.
     pub inputs: Inputs,
+    /// Gradient of the output `[T, H d]`.
     pub dout: Vec<bf16>,
+    /// Output of forward `[T, H d]`.
     pub out: Vec<bf16>,
+    /// log Σ exp of the scores `[B, H, S]`.
     pub log_sum_exp: Vec<f32>,
 }
 
@@ -44,6 +48,7 @@ fn add(line: &mut Line, factor: f64, factor_error: f64, values: &[f64]) {
 }
 
 impl Gradient {
+    /// Creates seeded inputs, and computes the outputs of forward in float64.
     pub fn new(shape: &Shape) -> Self {
         let inputs = Inputs::new(shape);
         let sizes = shape.sizes;
@@ -274,6 +279,7 @@ pub fn problem(gradient: &Arc<Gradient>) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let problems = |shapes: Vec<Shape>| -> Vec<MakeProblem> {
         let make =

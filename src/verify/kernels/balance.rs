@@ -129,6 +129,7 @@ fn weighted(count: usize, backward: bool) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     const EXPERTS: [usize; 6] = [1, 5, 8, 33, 64, 256];
     const TERMS: [usize; 5] = [1, 2, 9, 49, 128];

@@ -14,7 +14,9 @@ use std::sync::Arc;
 pub struct Mode {
     /// Whether rows are weighted by gates; otherwise each row has weight 1.
     pub gates: bool,
+    /// Whether the default vectors of the experts that were not chosen are added.
     pub vectors: bool,
+    /// Whether the result is added to y.
     pub accumulate: bool,
 }
 
@@ -39,8 +41,11 @@ impl Mode {
 
 /// The inputs of one launch.
 pub struct Inputs {
+    /// The routed batch.
     pub routed: Routed,
+    /// Width D of a row.
     pub hidden: usize,
+    /// The variant.
     pub mode: Mode,
     /// `[rows_given, D]`; NaN in rows that belong to no slot.
     pub rows: Vec<bf16>,
@@ -54,6 +59,7 @@ pub struct Inputs {
 const SPLIT: f64 = 1.0 / 65536.0;
 
 impl Inputs {
+    /// Creates seeded inputs for a batch.
     pub fn new(batch: Batch, hidden: usize, mode: Mode) -> Self {
         let routed = Routed::new(batch);
         let mut random = Random(hidden as u64 + 17 * routed.rows_given as u64);
@@ -140,6 +146,7 @@ impl Inputs {
         Ok(errors)
     }
 
+    /// Describes the problem, for messages.
     pub fn label(&self) -> String {
         format!(
             "{:?}, {}, D {}",
@@ -200,6 +207,7 @@ fn spoilt(mode: Mode) -> Inputs {
     inputs
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let widths = [8, 136, 264, 72, 384, 1032, 520];
     MODES

@@ -340,6 +340,7 @@ fn scale_problem(elements: usize, narrow: bool, accumulate: bool) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let mut cases: [(&str, &str, Vec<MakeProblem>, bool); 5] = [
         ("head_logits", "small", vec![], true),

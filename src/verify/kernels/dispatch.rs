@@ -11,8 +11,11 @@ use std::sync::Arc;
 /// How the experts of the slots in a batch are determined.
 #[derive(Clone)]
 pub enum Named {
+    /// Given choices.
     Choices {
+        /// Number of slots K per token.
         per_token: usize,
+        /// Expert of each slot `[T, K]`; a number out of range is an error of the batch.
         experts_of: Vec<i32>,
     },
     /// Experts with a positive score; all experts if there are no scores.
@@ -22,8 +25,11 @@ pub enum Named {
 /// Tokens and the experts that they choose.
 #[derive(Clone)]
 pub struct Batch {
+    /// Number of tokens T.
     pub tokens: usize,
+    /// Number of experts E.
     pub experts: usize,
+    /// The experts of the slots.
     pub named: Named,
     /// Number of rows for which the outputs have room.
     pub capacity: usize,
@@ -114,6 +120,7 @@ impl Batch {
         Self { capacity, ..self }
     }
 
+    /// Describes the batch, for messages.
     pub fn label(&self) -> String {
         let (width, capacity) = (self.width(), self.capacity);
         format!(
@@ -241,10 +248,15 @@ impl Batch {
 /// The outputs of dispatch. Entries of `row_token` and `row_slot` after offsets\[E\] keep the poison value, −1.
 #[derive(PartialEq, Debug)]
 pub struct Sorted {
+    /// First row of each expert, and the number of rows `[E + 1]`.
     pub offsets: Vec<i32>,
+    /// Token of each row `[R]`.
     pub row_token: Vec<i32>,
+    /// Slot of each row `[R]`.
     pub row_slot: Vec<i32>,
+    /// Row of each slot `[T, K]`.
     pub slot_row: Vec<i32>,
+    /// Bits `ROUTEGRAD_FAULT_...`; 0 without a fault.
     pub fault: i32,
 }
 
@@ -309,6 +321,7 @@ pub fn edge_batches() -> Vec<Batch> {
     all
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, batches, small) in [

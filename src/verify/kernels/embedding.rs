@@ -197,6 +197,7 @@ pub fn gradient_problem(
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let shapes = [
         [1, 1, 8],

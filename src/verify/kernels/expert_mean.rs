@@ -17,7 +17,9 @@ const BLOCK_ROWS: usize = 64;
 
 /// The inputs of `expert_sums` and `expert_mean`.
 pub struct Sums {
+    /// The routed batch.
     pub routed: Routed,
+    /// Width D of a row.
     pub hidden: usize,
     /// Whether rows are weighted by their gates.
     pub weighted: bool,
@@ -26,6 +28,7 @@ pub struct Sums {
 }
 
 impl Sums {
+    /// Creates seeded inputs for a batch.
     pub fn new(batch: Batch, hidden: usize, weighted: bool) -> Self {
         let routed = Routed::new(batch);
         let lines = routed.rows_given / BLOCK_ROWS + routed.experts();
@@ -341,6 +344,7 @@ pub fn mean_problem(inputs: &Arc<Sums>, weighting: routegrad_weighting) -> Probl
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let widths = [8, 136, 264, 72, 128, 1032];
     let means = |batches: Vec<Batch>| -> Vec<MakeProblem> {

@@ -9,14 +9,18 @@ use crate::kernels::{Buffer, In};
 /// Widths and rows of an expert layer.
 #[derive(Clone, Debug)]
 pub struct Layer {
+    /// Number of rows of each expert `[E]`.
     pub counts: Vec<usize>,
+    /// Width D of the model.
     pub hidden: usize,
+    /// Width F of an expert.
     pub ffn: usize,
     /// A single expert with all rows; the launch passes no offsets.
     pub dense: bool,
 }
 
 impl Layer {
+    /// Creates a layer with these numbers of rows.
     pub fn new(counts: &[usize], hidden: usize, ffn: usize) -> Self {
         Self {
             counts: counts.to_vec(),
@@ -26,6 +30,7 @@ impl Layer {
         }
     }
 
+    /// Creates a dense layer: one expert with all rows.
     pub fn dense(rows: usize, hidden: usize, ffn: usize) -> Self {
         Self {
             dense: true,
@@ -48,10 +53,12 @@ impl Layer {
         Shape::new(&self.counts, n, k)
     }
 
+    /// Returns the number of rows R.
     pub fn rows(&self) -> usize {
         self.counts.iter().sum()
     }
 
+    /// Describes the layer, for messages.
     pub fn label(&self) -> String {
         let Self {
             counts,
@@ -111,11 +118,14 @@ pub fn gates(tokens: usize, experts: usize) -> Vec<f32> {
 /// A number with a bound of its error in f32 arithmetic.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounded {
+    /// The number.
     pub value: f64,
+    /// Bound of its error.
     pub error: f64,
 }
 
 impl Bounded {
+    /// Returns a number without error.
     pub fn exact(value: f64) -> Self {
         Self { value, error: 0.0 }
     }

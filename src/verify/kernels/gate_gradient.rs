@@ -26,9 +26,13 @@ const BEFORE: u16 = 0x4321;
 
 /// The inputs of the launches.
 pub struct Inputs {
+    /// The routed batch.
     pub routed: Routed,
+    /// Width D of a row.
     pub hidden: usize,
+    /// Number C of partial dots of a row.
     pub dot_columns: usize,
+    /// The launches.
     pub kind: Kind,
     /// `[rows_given, C]`; NaN in rows that belong to no slot.
     pub dots: Vec<f32>,
@@ -42,6 +46,7 @@ pub struct Inputs {
 const SPLIT: f64 = 1.0 / 65536.0;
 
 impl Inputs {
+    /// Creates seeded inputs for a batch.
     pub fn new(batch: Batch, hidden: usize, dot_columns: usize, kind: Kind) -> Self {
         let routed = Routed::new(batch);
         let mut random = Random(hidden as u64 + 19 * routed.rows_given as u64);
@@ -137,6 +142,7 @@ impl Inputs {
         })
     }
 
+    /// Describes the problem, for messages.
     pub fn label(&self) -> String {
         format!(
             "{:?}, {}, D {}, {} dots a row",
@@ -219,6 +225,7 @@ fn made(inputs: impl Fn() -> Inputs + Send + Sync + 'static) -> MakeProblem {
     Box::new(move || Ok(problem(&Arc::new(inputs()))))
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let widths = [8, 136, 328, 72, 264, 520, 200];
     let columns = [1, 2, 11, 8];

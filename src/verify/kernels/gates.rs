@@ -147,6 +147,7 @@ fn problem(batch: Batch, kind: Kind) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let kind = |renormalize, through| Kind {
         renormalize,

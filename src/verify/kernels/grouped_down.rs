@@ -12,6 +12,7 @@ use crate::kernels::{self, GroupedDownForward};
 use half::bf16;
 use std::sync::{Arc, LazyLock};
 
+/// The tiles on Hopper that are checked.
 pub const TILES: [routegrad_gemm_tile; 2] = [
     ROUTEGRAD_TILE_COOPERATIVE_128X256,
     ROUTEGRAD_TILE_PINGPONG_128X128,
@@ -20,22 +21,32 @@ pub const TILES: [routegrad_gemm_tile; 2] = [
 /// The additional output of a problem.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Sums {
+    /// No sums.
     None,
+    /// Column sums of the rows.
     Plain,
+    /// Column sums of the rows, weighted by their gates.
     Gated,
 }
 
+/// The inputs of a launch.
 pub struct Down {
+    /// The layer.
     pub layer: Layer,
     /// a [R, F] and W [E, D, F].
     pub operands: Operands,
+    /// The additional output.
     pub sums: Sums,
+    /// Number of tokens T.
     pub tokens: usize,
+    /// Gates `[T, E]`.
     pub gates: Vec<f32>,
+    /// Token of each row; out of range after the last expert's rows.
     pub row_token: Vec<i32>,
 }
 
 impl Down {
+    /// Creates seeded inputs for a layer.
     pub fn new(layer: &Layer, sums: Sums) -> Self {
         let shape = layer.shape(layer.hidden, layer.ffn);
         let operands =
@@ -138,6 +149,7 @@ impl Down {
     }
 }
 
+/// Returns the launch with this tile and its check against float64.
 pub fn problem(down: &Arc<Down>, tile: routegrad_gemm_tile) -> Problem {
     let d = down.clone();
     let (hidden, ffn) = (d.layer.hidden, d.layer.ffn);
@@ -196,6 +208,7 @@ fn problems(layers: &[Layer]) -> Vec<MakeProblem> {
     problems
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     [
         ("small", small_layers(), true),

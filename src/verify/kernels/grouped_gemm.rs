@@ -230,6 +230,7 @@ fn problems(product: Product, accumulate: bool, shapes: &[Shape]) -> Vec<MakePro
     problems
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, shapes, small) in [

@@ -13,6 +13,7 @@ use half::bf16;
 use rayon::prelude::*;
 use std::sync::{Arc, LazyLock};
 
+/// The tiles of forward on Hopper that are checked.
 pub const FORWARD_TILES: [routegrad_gemm_tile; 3] = [
     ROUTEGRAD_TILE_COOPERATIVE_128X256,
     ROUTEGRAD_TILE_COOPERATIVE_256X176,
@@ -22,13 +23,16 @@ pub const FORWARD_TILES: [routegrad_gemm_tile; 3] = [
 pub const BACKWARD_TILES: [(routegrad_gemm_tile, usize); 1] =
     [(ROUTEGRAD_TILE_PINGPONG_128X128, 128)];
 
+/// The inputs of a launch of forward.
 pub struct Forward {
+    /// The layer.
     pub layer: Layer,
     /// x, gathered or in order, and W [E, 2F, D].
     pub operands: Operands,
 }
 
 impl Forward {
+    /// Creates seeded inputs for a layer.
     pub fn new(layer: &Layer, gather: Gather) -> Self {
         let shape = layer.shape(2 * layer.ffn, layer.hidden);
         let operands = Operands::new(Product::Forward, gather, false, &shape).with_unit_sums();
@@ -67,6 +71,7 @@ impl Forward {
     }
 }
 
+/// Returns the launch of forward with this tile and its check against float64.
 pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Problem {
     let f = forward.clone();
     let o = &f.operands;
@@ -109,16 +114,20 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
     }
 }
 
+/// The inputs of a launch of backward.
 pub struct Backward {
+    /// The layer.
     pub layer: Layer,
     /// dout, gathered or in order, and W [E, D, F].
     pub operands: Operands,
     /// [R, 2F]; NaN after the last expert's rows.
     pub h: Vec<bf16>,
+    /// Gates `[T, E]`.
     pub gates: Vec<f32>,
 }
 
 impl Backward {
+    /// Creates seeded inputs for a layer.
     pub fn new(layer: &Layer, gather: Gather) -> Self {
         let shape = layer.shape(layer.hidden, layer.ffn);
         let operands =
@@ -299,6 +308,7 @@ fn backward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
     problems
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, layers, small) in [

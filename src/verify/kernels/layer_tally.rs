@@ -347,6 +347,7 @@ fn tallies() -> Vec<Tally> {
     ]
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let case = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
         name: format!("{launcher} small"),

@@ -7,6 +7,7 @@ use crate::kernels::{Buffer, Stream};
 
 /// A build of the kernels, and the memory that they use.
 pub trait Machine {
+    /// Returns the launchers of the build.
     fn launchers(&self) -> &'static Launchers;
     /// Returns the stream for launches from this thread.
     fn stream(&self) -> Result<Stream>;
@@ -18,9 +19,13 @@ pub trait Machine {
 
 /// Memory of a machine. A copy runs after all earlier launches and is complete on return.
 pub trait Block {
+    /// Returns the address of the first byte.
     fn address(&self) -> usize;
+    /// Copies `bytes` into the memory, from byte `at` on.
     fn write(&mut self, at: usize, bytes: &[u8]) -> Result<()>;
+    /// Sets `count` bytes to `byte`, from byte `at` on.
     fn fill(&mut self, at: usize, count: usize, byte: u8) -> Result<()>;
+    /// Copies the memory to `bytes`, from byte `at` on.
     fn read(&self, at: usize, bytes: &mut [u8]) -> Result<()>;
 }
 
@@ -147,6 +152,7 @@ impl<'m> Guarded<'m> {
         (self.block.address() + GUARD_BYTES) as *mut u8
     }
 
+    /// Fills the buffer with the poison value.
     pub fn poison(&mut self) -> Result<()> {
         self.block.fill(GUARD_BYTES, self.bytes, POISON)
     }
@@ -165,6 +171,7 @@ impl<'m> Guarded<'m> {
         self.block.write(GUARD_BYTES, bytes)
     }
 
+    /// Reads the whole buffer.
     pub fn read(&self) -> Result<Vec<u8>> {
         self.read_first(self.bytes)
     }

@@ -50,7 +50,9 @@ use crate::kernels::{self, Stream};
 
 /// One buffer of a problem.
 pub struct Buffer {
+    /// Name, for messages.
     pub name: &'static str,
+    /// The content.
     pub content: Content,
 }
 
@@ -86,18 +88,21 @@ impl Buffer {
         }
     }
 
+    /// A buffer that the kernel only reads.
     pub fn input<T: bytemuck::NoUninit>(name: &'static str, values: &[T]) -> Self {
         Self {
             name,
             content: Content::Input(bytemuck::cast_slice(values).to_vec()),
         }
     }
+    /// A buffer of this many bytes that the kernel writes.
     pub fn output(name: &'static str, bytes: usize) -> Self {
         Self {
             name,
             content: Content::Output(bytes),
         }
     }
+    /// A buffer that the kernel changes in place, with its content before the launch.
     pub fn changed<T: bytemuck::NoUninit>(name: &'static str, values: &[T]) -> Self {
         Self {
             name,
@@ -116,6 +121,7 @@ impl Buffer {
             false => Self::output(name, size_of_val(before)),
         }
     }
+    /// A workspace of this many bytes.
     pub fn workspace(name: &'static str, bytes: usize) -> Self {
         Self {
             name,
@@ -141,8 +147,11 @@ pub type Judge = Box<dyn Fn(&[Vec<u8>]) -> Result<Errors, String> + Send + Sync>
 pub struct Problem {
     /// Shape and settings, for messages.
     pub label: String,
+    /// The buffers.
     pub buffers: Vec<Buffer>,
+    /// The launch.
     pub launch: Launch,
+    /// The check of the outputs.
     pub judge: Judge,
 }
 
@@ -157,6 +166,7 @@ pub struct Case {
     pub launcher: &'static str,
     /// Name of the `.cu` file, without the extension.
     pub source: &'static str,
+    /// The problems, each made when it is needed.
     pub problems: Vec<MakeProblem>,
     /// Whether the case is small enough for tools that make a kernel a thousand times slower.
     pub small: bool,

@@ -10,7 +10,9 @@ use std::sync::Arc;
 /// The kind of norm.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// RMSNorm.
     Rms,
+    /// LayerNorm.
     Layer,
 }
 use Kind::{Layer, Rms};
@@ -18,8 +20,11 @@ use Kind::{Layer, Rms};
 /// What is added before the norm, or to its gradient: nothing, a separate tensor, or the tensor that the result replaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Added {
+    /// Nothing.
     Nothing,
+    /// A separate tensor.
     Apart,
+    /// The tensor that the result replaces.
     InPlace,
 }
 
@@ -34,8 +39,11 @@ const ROW_SUM: f64 = 64.0 * F32_ROUNDOFF;
 
 /// Rows to normalise and their incoming gradients.
 pub struct Inputs {
+    /// The kind of norm.
     pub kind: Kind,
+    /// Number of rows T.
     pub rows: usize,
+    /// Width D of a row.
     pub hidden: usize,
     /// `[T, D]`.
     x: Vec<bf16>,
@@ -368,6 +376,7 @@ pub fn sum_problem(rows: usize, hidden: usize, accumulate: bool) -> Problem {
 /// Rows, D, and the mean and standard deviation of x.
 type Shape = (usize, usize, (f32, f32));
 
+/// Mean and standard deviation of a standard normal distribution.
 pub const STANDARD: (f32, f32) = (0.0, 1.0);
 /// With this mean, the variance cannot be computed from the mean square in f32. (bf16 has steps of 1 at this magnitude.)
 const FAR: (f32, f32) = (200.0, 0.3);
@@ -388,6 +397,7 @@ const COVERING: [Shape; 5] = [
     (41, 4104, STANDARD),
 ];
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let forward = |shapes: &[Shape]| -> Vec<MakeProblem> {
         let mut problems: Vec<MakeProblem> = Vec::new();

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 pub struct Random(pub u64);
 
 impl Random {
+    /// Returns the next 64 random bits.
     pub fn bits(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut z = self.0;
@@ -48,6 +49,7 @@ impl Random {
         values
     }
 
+    /// Shuffles the items.
     pub fn shuffle<T>(&mut self, items: &mut [T]) {
         for i in (1..items.len()).rev() {
             items.swap(i, self.below(i + 1));
@@ -67,6 +69,7 @@ pub const F32_ROUNDOFF: f64 = 1.0 / (1u64 << 24) as f64;
 /// Accumulates the relative L2 error, and the largest error of an element as a share of its bound.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Errors {
+    /// Number of values that were compared.
     pub values: u64,
     squared_error: f64,
     squared_value: f64,

@@ -12,15 +12,20 @@ use std::sync::OnceLock;
 /// The three products of a grouped linear layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Product {
+    /// `out = x Wᵀ`.
     Forward,
+    /// `dx = dout W`.
     InputGradient,
+    /// `dW = doutᵀ x`.
     WeightGradient,
 }
 use Product::*;
 
 impl Product {
+    /// All products.
     pub const ALL: [Product; 3] = [Forward, InputGradient, WeightGradient];
 
+    /// Returns the name of the launcher.
     pub fn launcher(self) -> &'static str {
         match self {
             Forward => "grouped_gemm_forward",
@@ -39,6 +44,7 @@ impl Product {
         tiles_of_device(&hopper, ROUTEGRAD_TILE_MMA_128X128).into_iter()
     }
 
+    /// Returns the operands that the kernel can gather.
     pub fn gathers(self) -> &'static [Gather] {
         if self == WeightGradient {
             &[Gather::None, Gather::A, Gather::B]
@@ -51,8 +57,11 @@ impl Product {
 /// The operand whose rows are selected by an index instead of being in order.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Gather {
+    /// No operand.
     None,
+    /// Operand a.
     A,
+    /// Operand b.
     B,
 }
 
@@ -76,12 +85,16 @@ pub const TILES: [(routegrad_gemm_tile, usize, usize); 5] = [
 /// Number of rows of each expert, and the widths of W [E, n, k].
 #[derive(Clone, Debug)]
 pub struct Shape {
+    /// Number of rows of each expert `[E]`.
     pub counts: Vec<usize>,
+    /// Output width n of W.
     pub n: usize,
+    /// Input width k of W.
     pub k: usize,
 }
 
 impl Shape {
+    /// Creates a shape.
     pub fn new(counts: &[usize], n: usize, k: usize) -> Self {
         Self {
             counts: counts.to_vec(),
@@ -109,6 +122,7 @@ impl Shape {
         Self { counts, n, k }
     }
 
+    /// Returns the number of rows R.
     pub fn rows(&self) -> usize {
         self.counts.iter().sum()
     }
@@ -116,13 +130,18 @@ impl Shape {
 
 /// The operands of a product. Rows after the last expert's contain NaN, and their index is far out of range.
 pub struct Operands {
+    /// The product.
     pub product: Product,
+    /// The operand that is gathered.
     pub gather: Gather,
+    /// The shape.
     pub shape: Shape,
     /// Number of rows passed to the launcher, which is larger than the actual number; the additional rows must have no
     /// effect.
     pub rows_given: usize,
+    /// First row of each expert, and the number of rows `[E + 1]`.
     pub offsets: Vec<i32>,
+    /// Source row of each row of the gathered operand, if one is gathered.
     pub index: Option<Vec<i32>>,
     /// x or dout.
     pub a: Vec<bf16>,
@@ -144,6 +163,7 @@ pub struct Operands {
 pub type Line = Vec<(f64, f64)>;
 
 impl Operands {
+    /// Creates seeded operands of which every line is checked.
     pub fn new(product: Product, gather: Gather, accumulate: bool, shape: &Shape) -> Self {
         let mut operands = Self::with_spare_rows(product, gather, accumulate, shape, 3);
         operands.lines_judged = usize::MAX;
@@ -362,6 +382,7 @@ impl Operands {
         chosen
     }
 
+    /// Describes the product, for messages.
     pub fn label(&self, tile: routegrad_gemm_tile) -> String {
         let Shape { n, k, ref counts } = self.shape;
         let mode = if self.added_to.is_some() {

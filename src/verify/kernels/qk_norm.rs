@@ -143,6 +143,7 @@ fn problem(s: Shape, backward: bool) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let shape = |rows, pieces, width, around, weighted| Shape {
         rows,

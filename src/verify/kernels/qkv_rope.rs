@@ -22,6 +22,7 @@ pub struct Inputs {
 }
 
 impl Inputs {
+    /// Creates seeded inputs.
     pub fn new(shape: Shape, hidden: usize) -> Self {
         let mut random = Random((shape.tokens() * 31 + shape.row() + hidden) as u64);
         let mut x = random.normals_bf16(shape.tokens() * hidden);
@@ -150,6 +151,7 @@ const COVERING: [(Shape, usize); 3] = [
     (shape(1, 2039, 1, 1, 128), 8),
 ];
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let problems = |shapes: &[(Shape, usize)]| -> Vec<MakeProblem> {
         let mut problems: Vec<MakeProblem> = Vec::new();

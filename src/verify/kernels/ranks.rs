@@ -129,6 +129,7 @@ fn shares(experts: usize, load: f64) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     const SIZES: [(usize, usize, usize); 5] = [
         (1, 5, 5),

@@ -11,17 +11,20 @@ const THETA: f64 = 10_000.0;
 /// The shape of the projections to rotate.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
+    /// B, the number of sequences.
     pub sequences: usize,
     /// S, the tokens per sequence.
     pub sequence: usize,
     /// H, the number of query heads.
     pub heads: usize,
+    /// KV, the number of key and value heads.
     pub key_value_heads: usize,
     /// d, the width of a head.
     pub width: usize,
 }
 
 impl Shape {
+    /// Returns the number of tokens of all sequences.
     pub fn tokens(&self) -> usize {
         self.sequences * self.sequence
     }
@@ -165,6 +168,7 @@ const COVERING: [Shape; 3] = [
     shape(2, 331, 16, 4, 128),
 ];
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let problems = |shapes: &[Shape]| -> Vec<MakeProblem> {
         let mut problems: Vec<MakeProblem> = Vec::new();

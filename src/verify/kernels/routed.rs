@@ -6,7 +6,9 @@ use super::numbers::Random;
 
 /// Tokens with their slots, rows and gates.
 pub struct Routed {
+    /// The choices of the tokens.
     pub batch: Batch,
+    /// The outputs of dispatch.
     pub sorted: Sorted,
     /// `[T, E]`, in (0, 1].
     pub gates: Vec<f32>,
@@ -40,9 +42,11 @@ impl Routed {
         }
     }
 
+    /// Returns the number of tokens T.
     pub fn tokens(&self) -> usize {
         self.batch.tokens
     }
+    /// Returns the number of experts E.
     pub fn experts(&self) -> usize {
         self.batch.experts
     }
@@ -86,6 +90,7 @@ impl Routed {
         [Buffer::input("slot_row", &self.sorted.slot_row), choices]
     }
 
+    /// Describes the batch, for messages.
     pub fn label(&self) -> String {
         let (width, rows) = (self.slots(), self.sorted.rows());
         format!(

@@ -12,6 +12,7 @@ use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
 
+/// All score functions.
 pub const SCORES: [routegrad_score; 4] = [
     ROUTEGRAD_SCORE_LOGITS,
     ROUTEGRAD_SCORE_SOFTMAX,
@@ -22,6 +23,7 @@ pub const SCORES: [routegrad_score; 4] = [
 /// A special property of a batch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Kind {
+    /// Nothing special.
     Ordinary,
     /// A bias with both signs and the magnitude of the scores.
     Biased,
@@ -39,24 +41,36 @@ use Kind::*;
 /// Sizes and settings of a launch.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
+    /// Number of tokens T.
     pub tokens: usize,
+    /// Number of experts E.
     pub experts: usize,
+    /// Width D of a row of x.
     pub hidden: usize,
+    /// Number of choices K per token.
     pub choices: usize,
+    /// The score function.
     pub score: routegrad_score,
+    /// The special property of the inputs.
     pub kind: Kind,
 }
 
 /// x [T, D] and W [E, D] with their logits in float64: for each element of [T, E] the value and Σ|x w|.
 pub struct Batch {
+    /// Sizes and settings.
     pub shape: Shape,
+    /// Inputs `[T, D]`.
     pub x: Vec<bf16>,
+    /// Weight of the router `[E, D]`.
     pub w: Vec<f32>,
+    /// Bias of the choice `[E]`, if there is one.
     pub bias: Option<Vec<f32>>,
+    /// Logits `[T, E]`: value and Σ|x w|.
     pub logits: Vec<(f64, f64)>,
 }
 
 impl Batch {
+    /// Creates seeded inputs, and computes their logits.
     pub fn new(shape: Shape) -> Self {
         let Shape {
             tokens,
@@ -419,6 +433,7 @@ fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
     })
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     for (name, shapes, small) in [

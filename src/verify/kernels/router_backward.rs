@@ -13,9 +13,13 @@ use rayon::prelude::*;
 /// Sizes and settings of a launch.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
+    /// Number of tokens T.
     pub tokens: usize,
+    /// Number of experts E.
     pub experts: usize,
+    /// Width D of a row of x.
     pub hidden: usize,
+    /// The score function.
     pub score: routegrad_score,
     /// Whether dx and dW are accumulated.
     pub accumulate: bool,
@@ -358,6 +362,7 @@ pub fn covering_shapes() -> Vec<Shape> {
     all
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     [
         ("small", small_shapes(), true),

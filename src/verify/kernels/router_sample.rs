@@ -11,20 +11,26 @@ use crate::tensor::random::{Purpose, Stream};
 /// Sizes and settings of a launch; thresholds are those of SparseMixer's second version.
 #[derive(Clone, Copy, Debug)]
 pub struct Shape {
+    /// Number of tokens T.
     pub tokens: usize,
+    /// Number of experts E.
     pub experts: usize,
+    /// Number of choices K per token, which are made one after another.
     pub stages: usize,
     /// Whether experts are sampled; otherwise the most likely one is chosen, as in evaluation.
     pub sampled: bool,
+    /// The kind of logits.
     pub logits: Logits,
 }
 
+/// The kind of logits in a batch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Logits {
     /// All experts have similar probabilities.
     Near,
     /// Logits of both signs, so that most experts are left out.
     Far,
+    /// All logits are 0.
     Zero,
     /// Logits whose largest value is not the one with the largest magnitude.
     Negative,
@@ -194,6 +200,7 @@ fn shape((tokens, experts, stages): (usize, usize, usize), sampled: bool, logits
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     use Logits::*;
     let small = vec![

@@ -253,6 +253,7 @@ fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     fn made(make: impl Fn() -> Problem + Send + Sync + 'static) -> MakeProblem {
         Box::new(move || Ok(make()))

@@ -156,6 +156,7 @@ fn problem(shape: Shape, backward: bool) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let small: &[Shape] = &[
         (1, 1, 1, 1.0),

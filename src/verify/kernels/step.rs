@@ -225,6 +225,7 @@ fn commit(sizes: &'static [usize], accepted: bool) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let case = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
         name: format!("{launcher} small"),

@@ -44,6 +44,7 @@ fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let sizes = [(1, 8), (3, 1000), (6, 4104), (8, 2048)];
     let problems = sizes

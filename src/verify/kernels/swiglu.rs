@@ -74,6 +74,7 @@ fn problem(rows: usize, ffn: usize, spread: f32, backward: bool) -> Problem {
     }
 }
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     [false, true]
         .map(|backward| {

@@ -13,6 +13,7 @@ use half::bf16;
 /// Elements of a swizzle span, indexed by the swizzle mode: none, 128, 64, 32 bytes.
 const SPAN: [usize; 4] = [8, 64, 32, 16];
 
+/// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let case = |name: &str, launcher, problems| Case {
         name: format!("{launcher} {name}"),

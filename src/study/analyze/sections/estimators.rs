@@ -1,4 +1,4 @@
-//! The comparisons at one forward pass, and route regret, in words, tables and figures.
+//! The sections of the report on the estimators at one forward pass and on route regret.
 
 use super::{layer_caption, series};
 use crate::error::Result;
@@ -7,10 +7,10 @@ use crate::study::analyze::estimators::{Compared, ESTIMATORS, Quality};
 use crate::study::analyze::figures::{Axes, Chart, Mark, Series, charts};
 use crate::study::analyze::regret::{Regret, Rerouted};
 
-/// What [`crate::study::analyze::estimators::compare`] gives.
+/// The result of [`crate::study::analyze::estimators::compare`].
 type ByK = [(usize, Vec<Compared>)];
 
-/// The panels of all layers: a series for each name, over K.
+/// Returns a panel for each layer, with one series over K for each name.
 fn over_k(
     by_k: &ByK,
     names: &[&str],
@@ -68,21 +68,24 @@ pub fn estimators(by_k: &ByK, notes: Vec<String>) -> Result<Section> {
     Ok(Section {
         name: "estimator-similarity",
         title: "Estimators of the router's gradient at one forward pass",
-        shows: "How near each estimator comes to the exact gradient of the router, which densemixer has, when nothing else \
-                differs: one forward pass of this model on held-out text, one incoming gradient, K changed in all MoE layers \
-                together. topk leaves out the experts that did not run; default puts ê in their place, or c* ê with the scale that \
-                is best in hindsight; sampled puts the mean over drawn training tokens that did not choose the expert, a moving \
-                average as router.source = \"sampled\" keeps it; the next two put what would be known had every expert run on training text: its mean over \
-                tokens that did not choose it, and a linear function of x. Cosine and relative error of dW [E, D] and of dz [T, E]; \
-                c* is each gradient's own. The figure shows the cosine of dW.",
-        formula: "dz_j = p_j (s_j − Σ_i p_i s_i), s_i = ⟨g, e_i(x)⟩ on A and ⟨g, v_i⟩ off it; exact with v_i = e_i(x); dW = Σ_t dz xᵀ",
+        shows: "How close each estimator is to the exact gradient of the router, which densemixer \
+                computes, at the same forward pass of this model on held-out text and with the same \
+                incoming gradient. K is changed in all MoE layers together. The estimators differ in the \
+                output of the experts that did not run: topk leaves it out; default uses ê, or c* ê with \
+                the best scale c*; sampled uses a moving average over drawn training tokens that did not \
+                choose the expert, as with router.source = \"sampled\". The next two are fitted on \
+                training text on which every expert ran: the mean over the tokens that did not choose \
+                the expert, and a linear function of x. The table contains the cosine and the relative \
+                error of dW [E, D] and of dz [T, E], each with its own c*. The figure shows the cosine \
+                of dW.",
+        formula: "dz_j = p_j (s_j − Σ_i p_i s_i), s_i = ⟨g, e_i(x)⟩ for i in A, else ⟨g, v_i⟩; exact with v_i = e_i(x); dW = Σ_t dz xᵀ",
         notes,
         table,
         figure: lines(&panels, "K", "cosine")?,
     })
 }
 
-/// Names of the numbers of [`scale`], as a table heads them.
+/// Names of the numbers of [`scale`], as columns of its table.
 pub const SCALE: [&str; 4] = ["c_star_dz", "c_star_dw", "norm_ratio", "cosine"];
 const SCALE_SHOWN: [&str; 4] = ["c* of dz", "c* of dW", "|ê| / |ν|", "cos(ê, ν)"];
 
@@ -110,12 +113,13 @@ pub fn scale(by_k: &ByK, notes: Vec<String>) -> Result<Section> {
     Ok(Section {
         name: "default-vector-scale",
         title: "Scale of the default vectors",
-        shows: "What the default vectors are worth: c* is the factor on the ê term at which the squared error of the router's gradient \
-                is least; default has a smaller error than topk exactly where c* is above ½. ν is the mean of an expert's outputs over \
-                training tokens that did not choose it, which ê stands in for; c* is about cos(ê, ν) |ν| / |ê| where g has no \
-                preferred direction. A long ê, or one that points elsewhere, is the mark of averaging the tokens that chose the \
-                expert.",
-        formula: "c* = ⟨Δ_exact, Δ_default⟩ / ‖Δ_default‖², Δ the difference of a gradient from that of topk; |ê|² and ⟨ê, ν⟩ summed over \
+        shows: "Whether the default vectors have the right length: c* is the factor of the ê term at \
+                which the squared error of the router's gradient is smallest. default has a smaller \
+                error than topk exactly if c* is above ½. ν is the mean of an expert's outputs over \
+                training tokens that did not choose it, in place of which default uses ê. If g has no \
+                preferred direction, c* is about cos(ê, ν) |ν| / |ê|. ê is too long, or has another \
+                direction than ν, because it averages the tokens that chose the expert.",
+        formula: "c* = ⟨Δ_exact, Δ_default⟩ / ‖Δ_default‖², where Δ is the difference between a gradient and that of topk; |ê|² and ⟨ê, ν⟩ summed over \
                   experts, weighted by Σ p_ti over tokens t that did not choose i",
         notes,
         table,
@@ -123,7 +127,7 @@ pub fn scale(by_k: &ByK, notes: Vec<String>) -> Result<Section> {
     })
 }
 
-/// `rerouted` as [`crate::study::analyze::regret::reroute`] gives it; its losses are in `unit`.
+/// `rerouted` is the result of [`crate::study::analyze::regret::reroute`]; `unit` is the unit of its losses.
 pub fn regret(rerouted: &[Vec<Rerouted>], unit: &'static str) -> Result<Section> {
     let mut table = Table::new(&[
         "moe_layer",
@@ -150,7 +154,7 @@ pub fn regret(rerouted: &[Vec<Rerouted>], unit: &'static str) -> Result<Section>
         series: vec![
             of("regret", |r| r.regret),
             of("cost of the runner-up", |r| r.runner_up - r.chosen),
-            of("cost of another", |r| r.mean_other - r.chosen),
+            of("mean cost of the others", |r| r.mean_other - r.chosen),
         ],
     };
     let axes = Axes {
@@ -160,10 +164,13 @@ pub fn regret(rerouted: &[Vec<Rerouted>], unit: &'static str) -> Result<Section>
     Ok(Section {
         name: "route-regret",
         title: "Route regret",
-        shows: "What the router's choice is worth: for a sample of held-out tokens, the loss of the next token with the chosen expert \
-                (the least probable of K) beside that with each expert that was not chosen, one token at one layer rerouted at a time, \
-                each expert with its own gate. Regret is what the best of all experts would have saved; it is chosen in hindsight, \
-                knowing the next token, so that a perfect router has some too. The runner-up and the mean over the others are not.",
+        shows: "How good the router's choices are. For a sample of held-out tokens, the loss of the next \
+                token with the chosen expert (the least probable of the K) is compared with the loss \
+                with each expert that was not chosen. One token at one layer is rerouted at a time; each \
+                expert has its own gate. Regret is the loss that the best of all experts would have \
+                saved. The best expert is known only from the next token, so even a perfect router has \
+                some regret. The runner-up and the mean over the other experts do not depend on the next \
+                token.",
         formula: "mean over tokens of max(0, ℓ(chosen) − min_j ℓ(j)); from here: ℓ summed over the rest of the sequence",
         notes: match applies {
             true => Vec::new(),
