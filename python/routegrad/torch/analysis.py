@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import MoeAdapter, adapter_of
-from .layer import DefaultMoeLayer, layers_of
+from .adapters import MoeAdapter, moe_layers
+from .layer import layers_of
 from .vectors import chosen_experts, gates, no_autocast, wide_dtype
 
 
@@ -180,13 +180,7 @@ def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdap
         batch: the keyword arguments of the model's forward, or its one argument.
         adapters: describes the MoE layers of other models, by class.
     """
-    found = {n: (m, _adapter(m, adapters)) for n, m in model.named_modules()}
-    layers = {n: (m, a) for n, (m, a) in found.items() if a is not None}
-    if not layers:
-        raise TypeError(
-            f"expected a model with MoE layers, got {type(model).__name__} without any that is known; pass "
-            "adapters={LayerClass: MoeAdapter(...)}"
-        )
+    layers = moe_layers(model, adapters)
     loads: dict[str, Tensor] = {}
 
     def counter(name: str, adapter: MoeAdapter) -> Callable[..., None]:
@@ -208,9 +202,3 @@ def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdap
         for hook in hooks:
             hook.remove()
     return loads
-
-
-def _adapter(module: nn.Module, adapters: Mapping[type, MoeAdapter] | None) -> MoeAdapter | None:
-    if isinstance(module, DefaultMoeLayer):
-        return module.default_moe_state.adapter  # type: ignore[attr-defined]
-    return adapter_of(module, adapters)
