@@ -6,6 +6,7 @@ Usage: worker.py RANK RANKS FOLDER
 import sys
 
 import models
+import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -39,6 +40,9 @@ def train(rank, ranks, folder, way):
         optimizer.zero_grad()
         wrapped(input_ids=inputs, labels=inputs).loss.backward()
         optimizer.step()
+    if sharded:
+        with pytest.raises(NotImplementedError, match="weights sharded over ranks"):
+            rt.router_gradient_similarity(model, dict(input_ids=inputs))
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) if sharded else model.state_dict()
     gradients = {f"grad.{n}": p.grad.full_tensor() if sharded else p.grad for n, p in model.named_parameters()}
     torch.save(gradients | state, f"{folder}/{way}-{rank}-of-{ranks}.pt")

@@ -100,10 +100,17 @@ def router_gradient_similarity(
         loss: computes the loss instead, as a function of (model, batch).
         reference: "densemixer", the gradient of DenseMixer; or "default", the method's own with e_i(x) in place of ê_i.
             They are equal unless the model renormalizes its weights.
+
+    Raises:
+        NotImplementedError: the weights are sharded over ranks, as by FSDP.
     """
     if reference not in ("densemixer", "default"):
         raise ValueError(f'reference: expected "densemixer" or "default", got {reference!r}; choose one of the two')
     layers, recorder = layers_of(model), _Recorder()
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise NotImplementedError(
+            "expected whole weights on each rank, got weights sharded over ranks; measure a copy of the model without FSDP"
+        )
     for layer in layers.values():
         layer.default_moe_state.recorder = recorder
     try:
