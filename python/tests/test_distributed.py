@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 import torch
 import worker
 
@@ -20,16 +21,33 @@ def run(ranks, folder):
         assert process.returncode == 0, errors
 
 
-def test_two_processes_of_ddp_compute_what_one_computes(tmp_path):
-    run(2, tmp_path)
-    for checkpointing in (False, True):
-        worker.train(0, 1, tmp_path, checkpointing)
-    for checkpointing in (False, True):
-        first, second, one = (torch.load(tmp_path / f"{checkpointing}-{name}.pt") for name in ("0-of-2", "1-of-2", "0-of-1"))
-        assert any(name.endswith("default_vectors") for name in one)
-        for name, expected in one.items():
-            assert torch.equal(first[name], second[name]), f"{name}: ranks differ"
-            error = (first[name] - expected).abs().max().item()
-            assert error <= 1e-5 * max(1.0, expected.abs().max().item()), f"{name}: {error:.2e}"
-            if name.endswith("default_vectors"):
-                assert expected.abs().sum() > 0
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Of each way to train: what rank 0, rank 1 and one process alone saved."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run(2, folder)
+    for way in worker.WAYS:
+        worker.train(0, 1, folder, way)
+    names = ("0-of-2", "1-of-2", "0-of-1")
+    return {way: [torch.load(folder / f"{way}-{name}.pt", weights_only=True) for name in names] for way in worker.WAYS}
+
+
+@pytest.mark.parametrize("way", ["ddp", "checkpointed ddp", "fsdp", "checkpointed fsdp"])
+def test_two_processes_compute_what_one_computes(results, way):
+    if way not in results:
+        pytest.skip("this PyTorch has no torch.distributed.fsdp.fully_shard")
+    first, second, one = results[way]
+    assert first.keys() == one.keys() and sum(name.endswith("default_vectors") for name in one) == 2
+    for name, expected in one.items():
+        # FSDP gives the whole state to rank 0 alone.
+        assert name not in second or torch.equal(first[name], second[name]), f"{name}: ranks differ"
+        error = (first[name] - expected).abs().max().item()
+        assert error <= 1e-5 * max(1.0, expected.abs().max().item()), f"{name}: {error:.2e}"
+        if name.endswith("default_vectors"):
+            assert expected.abs().sum() > 0
+
+
+def test_a_process_group_is_what_averages_are_taken_over(results):
+    first, second, _ = results["own group"]
+    for name, value in first.items():
+        assert torch.equal(value, second[name]) != name.endswith("default_vectors"), name

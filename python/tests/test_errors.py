@@ -17,6 +17,13 @@ import routegrad.torch as rt
         (dict(weight_norm="sum"), ValueError, 'weight_norm: expected "sum_p" or "count"'),
         (dict(weighted=1), TypeError, "weighted: expected True or False"),
         (dict(init_std=-1.0), ValueError, "init_std"),
+        (dict(init_std="1"), ValueError, "init_std: expected a number of at least 0, got '1'"),
+        (dict(init_std=float("inf")), ValueError, "init_std"),
+        (dict(generator=1), TypeError, "expected a torch.Generator or None, got int"),
+        (dict(process_group="all"), TypeError, "expected a torch.distributed.ProcessGroup or None, got str"),
+        (dict(adapters=[rt.MoeAdapter]), TypeError, "adapters: expected a dict of layer classes and their MoeAdapter"),
+        (dict(adapters={nn.Linear: 1}), TypeError, "adapters: expected a dict"),
+        (dict(betas=0.9), TypeError, "betas"),
         (dict(micro_batches=0), ValueError, "micro_batches"),
     ],
 )
@@ -30,6 +37,8 @@ def test_settings_out_of_range_are_named(settings, kind, words):
 def test_a_model_without_moe_layers_is_refused():
     with pytest.raises(TypeError, match="mixtral, olmoe, qwen2_moe or qwen3_moe, got Linear.*adapters="):
         rt.default_moe(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="MoE layers of .* got str without any"):
+        rt.default_moe("model")
     with pytest.raises(TypeError, match="MoE layers"):
         rt.expert_load(nn.Linear(2, 2), torch.zeros(1, 2))
 
@@ -40,7 +49,8 @@ def test_a_second_conversion_is_refused():
 
 
 def test_functions_that_need_vectors_say_so():
-    for run in (rt.default_vectors, lambda m: rt.set_micro_batches(m, 2), lambda m: rt.router_gradient_similarity(m, {})):
+    similarity = lambda m: rt.router_gradient_similarity(m, {})  # noqa: E731
+    for run in (rt.default_vectors, lambda m: rt.set_micro_batches(m, 2), similarity, rt.remove_default_moe):
         with pytest.raises(ValueError, match=r"default_moe\(model\) first"):
             run(models.tiny("mixtral"))
 
@@ -85,6 +95,9 @@ def test_an_adapter_with_wrong_numbers_or_logits_is_named():
     model = rt.default_moe(nn.Sequential(Layer()), adapters={Layer: rt.MoeAdapter(**adapter, num_experts=3, top_k=1)})
     with pytest.raises(ValueError, match=r"router logits \[tokens, experts\] = \[7, 3\], got \[7, 2\]"):
         model(torch.zeros(7, 4))
+    for width in (2, 5, 8):
+        with pytest.raises(ValueError, match=rf"hidden states \[..., 4\], got \[7, {width}\]"):
+            model(torch.zeros(7, width))
 
 
 def test_wrong_batches_of_the_analyses_are_named():

@@ -4,6 +4,7 @@ import models
 import pytest
 import torch
 import transformers
+from test_transformers import share, vectors
 
 import routegrad.torch as rt
 
@@ -20,11 +21,6 @@ def results(model, inputs):
     out = model(input_ids=inputs, labels=inputs)
     out.loss.backward()
     return out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def share(found, want):
-    """The norm of the difference, as a share of the norm."""
-    return ((found.double() - want.double()).norm() / want.double().norm()).item()
 
 
 @pytest.mark.parametrize("name", models.TYPES)
@@ -85,6 +81,17 @@ def test_default_vectors_train_on_the_kernels():
         gradients.append([*rt.default_vectors(made).values(), *(m.gate.weight.grad for m in models.moe_layers(made))])
     for want, found in zip(*gradients, strict=True):
         assert share(found, want) <= 0.05 and found.norm() > 0
+
+
+def test_a_saved_model_with_vectors_runs_on_the_kernels(tmp_path):
+    rt.default_moe(models.tiny("qwen3_moe", **SIZES["qwen3_moe"]).to(torch.bfloat16), init_std=0.3).save_pretrained(tmp_path)
+    found, want = (rt.from_pretrained(tmp_path, experts_implementation=i) for i in ("routegrad", "eager"))
+    assert found.config._experts_implementation == "routegrad"
+    assert all(torch.equal(a, b) for a, b in zip(vectors(found), vectors(want), strict=True))
+    inputs = models.tokens()
+    assert share(found(inputs).logits, want(inputs).logits) <= 0.02
+    generated = found.generate(inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert generated.shape == (2, inputs.shape[1] + 3)
 
 
 def test_a_model_compiles_to_one_graph():

@@ -140,6 +140,27 @@ def test_gradcheck_of_input_and_router_with_frozen_vectors(name):
         assert torch.autograd.gradcheck(run, (x, weight), fast_mode=True)
 
 
+@pytest.mark.parametrize("name", models.TYPES)
+def test_no_tokens_change_nothing(name):
+    layer = models.moe_layers(rt.default_moe(models.tiny(name), init_std=1.0))[-1].train()
+    before = layer.default_vectors.clone()
+    x = torch.zeros(0, 3, models.HIDDEN, requires_grad=True)
+    y = layer(x)
+    y = y[0] if isinstance(y, tuple) else y
+    y.sum().backward()
+    assert y.shape == x.shape and torch.equal(layer.default_vectors, before)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_with_every_expert_chosen_vectors_do_not_count(name):
+    experts = models.OWN[name].get("num_experts", 4)
+    plain = models.moe_layers(models.tiny(name, num_experts_per_tok=experts))[0]
+    layer = models.moe_layers(rt.default_moe(models.tiny(name, num_experts_per_tok=experts), init_std=1.0))[0].train()
+    x = torch.randn(2, 5, models.HIDDEN)
+    found, expected = (y[0] if isinstance(y, tuple) else y for y in (layer(x), plain(x)))
+    close(found, expected.detach().numpy(), 1e-5)
+
+
 def test_ties_go_to_the_lower_expert():
     p = torch.tensor([[0.2, 0.3, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]])
     assert chosen_experts(p, 2).tolist() == [[1, 2], [0, 1], [3, 2]]

@@ -41,6 +41,7 @@ def samples():
         "gate_gradient": [(torch.randn(rows, 2, requires_grad=True), x, moe.vectors, 5, *maps)],
         "expert_sums": [(sums, moe.gates.detach(), maps.offsets, maps.row_token, 9)],
         "expert_mean_update": [(moe.vectors, torch.randn(5, 24), torch.rand(5, 2), 0.9, "count")],
+        "update_default_vectors": [(moe.vectors, torch.randn(5, 24), torch.rand(5), 0.9, "")],
         "attention": [(qkv, 6, 2, 1, None), (qkv, 6, 2, 1, torch.zeros(12, dtype=torch.int32))],
         "attention_backward": [(normal(12, 2 * 64), out, qkv_lse, qkv.detach(), 6, 2, 1, None)],
         "cross_entropy": [(x, w, targets)],
@@ -52,7 +53,7 @@ def test_samples_are_of_every_operator():
     import routegrad.torch.ops as module
 
     registered = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("routegrad::")}
-    assert registered - {"update_default_vectors"} == set(samples()), module
+    assert registered == set(samples()), module
 
 
 @pytest.mark.parametrize("name", list(samples()))
@@ -80,13 +81,15 @@ def layer_results(function, tokens):
     return [y, z_loss, vectors, *(t.grad for t in (moe.x, weight, moe.gate_up, moe.down))]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_a_compiled_layer_is_one_graph_and_computes_the_same(dynamic):
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", False), ("aot_eager", True), ("inductor", True)])
+def test_a_compiled_layer_is_one_graph_and_computes_the_same(backend, dynamic):
     torch._dynamo.reset()
-    compiled = torch.compile(moe_layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    compiled = torch.compile(moe_layer, fullgraph=True, dynamic=dynamic, backend=backend)
     for tokens in (11, 14):
         for found, want in zip(layer_results(compiled, tokens), layer_results(moe_layer, tokens), strict=True):
-            assert torch.equal(found, want)
+            # inductor adds up gradients in another order.
+            tolerance = 0.01 if backend == "inductor" else 0.0
+            assert (found - want).float().norm() <= tolerance * want.float().norm()
 
 
 def test_attention_and_loss_compile():
@@ -106,9 +109,33 @@ def test_attention_and_loss_compile():
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-def misaligned(*shape):
-    flat = torch.zeros(torch.Size(shape).numel() + 1, dtype=BF16)
-    return flat[1:].view(shape)
+def misaligned(tensor):
+    """The same values at an address that is no multiple of 16."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+def test_slices_at_any_address_compute_the_same():
+    moe = Moe(tokens=9)
+    weight, qkv = normal(5, 24, dtype=torch.float32, grad=True), normal(9, 4 * 64, grad=True)
+
+    def outputs(place):
+        x, rows, maps = place(moe.x), place(moe.x).repeat_interleave(2, 0), moe.maps
+        scores, _, _ = ops.router(x, place(weight), 2)
+        yield scores
+        yield ops.grouped_gemm(place(rows), place(moe.gate_up), maps.offsets)
+        yield ops.swiglu_experts(x, place(scores), place(moe.gate_up), place(moe.down), maps, place(moe.vectors))
+        yield ops.combine(place(rows), place(scores), maps)
+        yield ops.attention(place(qkv), 9, 2, 1)
+        yield ops.token_losses(x, place(moe.gate_up[0]), place(torch.arange(9, dtype=torch.int32)))
+
+    leaves, results = (moe.x, weight, qkv, moe.gate_up, moe.down), []
+    for place in (lambda t: t, misaligned):
+        torch.manual_seed(4)
+        # autograd gives each output a slice of the whole gradient.
+        whole = torch.cat([torch.zeros(1, dtype=BF16), *(y.flatten().to(BF16) for y in outputs(place))])
+        results.append([whole, *torch.autograd.grad(whole, leaves, torch.randn(whole.shape).to(BF16))])
+    for found, want in zip(*results, strict=True):
+        assert torch.equal(found, want)
 
 
 W, X, OFFSETS = normal(2, 8, 16), normal(6, 16), torch.tensor([0, 2, 6], dtype=torch.int32)
@@ -120,8 +147,11 @@ REFUSED = [
     (ValueError, "on cpu or cuda, got meta", lambda: ops.attention(torch.empty(8, 192, dtype=BF16, device="meta"), 8, 1)),
     (ValueError, "N to be a positive multiple of 8, got 7", lambda: ops.grouped_gemm(X, normal(2, 7, 16), OFFSETS)),
     (ValueError, r"do not decrease, to at most 6, got \[0, 2, 7\]", lambda: ops.grouped_gemm(X, W, OFFSETS + OFFSETS // 6)),
-    (ValueError, "16-byte", lambda: ops.grouped_gemm(misaligned(6, 16), W, OFFSETS)),
     (IndexError, "choices in 0 … 3, got 0 … 4", lambda: ops.dispatch(torch.tensor([[0], [4]]), 4)),
+    (IndexError, "choices in 0 … 3, got 0 … 2147483647", lambda: ops.dispatch(torch.tensor([[0], [2**32]]), 4)),
+    (TypeError, "expected a tensor choices, got list", lambda: ops.dispatch([[0], [1]], 4)),
+    (TypeError, "targets in torch.int32 or torch.int64, got", lambda: ops.cross_entropy(X, W[0], torch.zeros(6))),
+    ((TypeError, RuntimeError), "routegrad::combine", lambda: ops.combine(X, torch.zeros(3, 2), (X,) * 5, vectors="x")),
     (ValueError, "1 to 4 choices of a token, got 5", lambda: ops.dispatch(torch.zeros(2, 5, dtype=torch.int32), 4)),
     (ValueError, "top_k from 1 to 4, got 5", lambda: ops.router(X, torch.zeros(4, 16), 5)),
     (TypeError, "weight in torch.float32", lambda: ops.router(X, normal(4, 16), 1)),
@@ -129,7 +159,46 @@ REFUSED = [
     (ValueError, "whole sequences of 5 tokens", lambda: ops.attention(normal(8, 3 * 64), 5, 1)),
     (IndexError, "targets in 0 … 7, got 1 … 8", lambda: ops.token_losses(X[:2], W[0], torch.tensor([1, 8]))),
     (ValueError, "plain, sum_p, count", lambda: ops.expert_mean_update(*torch.zeros(2, 3, 8), torch.ones(3, 2), 0.5, "p")),
+    (
+        ValueError,
+        "vectors at a multiple of 16 bytes",
+        lambda: ops.expert_mean_update(misaligned(torch.zeros(3, 8)), torch.zeros(3, 8), torch.ones(3, 2), 0.5),
+    ),
 ]
+
+
+def spoiled(value):
+    """Wrong values in place of an operator's argument."""
+    if not isinstance(value, torch.Tensor):
+        return [None, "x", -1, 10**6, 0]
+    wrong = [None, 1, value.to(torch.complex64), value.to(torch.int8), torch.empty_like(value, device="meta")]
+    wrong += [value.unsqueeze(0), value.flatten()[:0], value.new_zeros(3, 5), value.to_sparse(), value.new_zeros(())]
+    if value.dim():
+        wrong += [value[:-1], torch.cat([value, value]), value.repeat_interleave(2, -1)[..., ::2]]
+    if value.dtype == torch.int32:
+        wrong += [value - 100, value + 100, value * 2**24]
+    if value.dim() > 1:
+        wrong += [value.transpose(0, 1), value[..., :-1].contiguous()]
+    return wrong
+
+
+REFUSALS = (TypeError, ValueError, IndexError, RuntimeError)
+
+
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="values of tensors on the CPU are checked")
+@pytest.mark.parametrize("name", sorted(set(samples()) - {"update_default_vectors"}))
+def test_whatever_an_argument_is_the_interpreter_lives(name):
+    """Each argument replaced, the others right: an exception, or a result of what was given."""
+    operator, refused = getattr(REGISTERED, name), 0
+    for arguments in samples()[name]:
+        for place, value in enumerate(arguments):
+            for wrong in spoiled(value.detach() if isinstance(value, torch.Tensor) else value):
+                try:
+                    operator(*arguments[:place], wrong, *arguments[place + 1 :])
+                except REFUSALS as error:
+                    assert "expected" in str(error) or "routegrad" in str(error)
+                    refused += 1
+        assert refused > 5 * len(arguments)
 
 
 # Of a GPU's tensors the values are not read: that would wait for it.
@@ -205,12 +274,3 @@ except ImportError as error:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "build it with `pip install ./python`" in done.stdout
-
-
-def test_import_is_quick_and_brings_no_torch():
-    code = (
-        "import time, sys; t = time.perf_counter(); import routegrad; print(time.perf_counter() - t, 'torch' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, torch_too = done.stdout.split()
-    assert float(seconds) < 0.3 and torch_too == "False"

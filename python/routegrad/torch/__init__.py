@@ -8,7 +8,7 @@
 from . import experts_interface
 from .adapters import MoeAdapter
 from .analysis import RouterGradient, expert_load, router_gradient_similarity
-from .convert import default_moe, default_vectors, frozen, set_micro_batches
+from .convert import default_moe, default_vectors, frozen, remove_default_moe, set_micro_batches
 from .layer import DefaultMoeLayer, Settings
 from .pretrained import from_pretrained
 
@@ -22,6 +22,7 @@ __all__ = [
     "expert_load",
     "from_pretrained",
     "frozen",
+    "remove_default_moe",
     "router_gradient_similarity",
     "set_micro_batches",
 ]

@@ -91,13 +91,19 @@ class Float32Gate:
             return z, q.gather(1, index), index
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return new_instance, (Float32Gate, type(self).__mro__[2]), self.__dict__
+        return new_instance, (Float32Gate, original_class(self, Float32Gate)), self.__dict__
 
 
 @functools.cache
 def subclass(mixin: type, base: type) -> type:
     """``base`` with the methods of ``mixin`` placed before its own."""
     return type(mixin.__name__ + base.__name__, (mixin, base), {"__module__": mixin.__module__})
+
+
+def original_class(module: Any, mixin: type) -> type:
+    """The class before which ``mixin`` was placed."""
+    order = type(module).__mro__
+    return order[order.index(mixin) + 1]
 
 
 def new_instance(mixin: type, base: type) -> Any:
@@ -168,10 +174,32 @@ _KNOWN = {
 }
 
 
-def adapter_of(layer: nn.Module, adapters: Mapping[type, MoeAdapter] | None) -> MoeAdapter | None:
-    """The adapter of the layer's class: one of ``adapters``, or a known one; None for any other module."""
+def moe_layers(model: Any, adapters: Mapping[type, MoeAdapter] | None) -> dict[str, tuple[Any, MoeAdapter]]:
+    """The MoE layers of ``model`` by name, each with the adapter that it was given, or that of its class.
+
+    Raises TypeError if there are none, or if ``adapters`` is of another type.
+    """
+    adapters = {} if adapters is None else adapters
+    if not isinstance(adapters, Mapping) or not all(
+        isinstance(cls, type) and isinstance(adapter, MoeAdapter) for cls, adapter in adapters.items()
+    ):
+        raise TypeError(f"adapters: expected a dict of layer classes and their MoeAdapter, got {adapters!r}")
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    found = {name: (layer, _adapter_of(layer, adapters)) for name, layer in modules}
+    layers = {name: (layer, adapter) for name, (layer, adapter) in found.items() if adapter is not None}
+    if not layers:
+        raise TypeError(
+            f"expected a model with MoE layers of mixtral, olmoe, qwen2_moe or qwen3_moe, got {type(model).__name__} "
+            "without any; describe its MoE layers by adapters={LayerClass: MoeAdapter(...)}"
+        )
+    return layers
+
+
+def _adapter_of(layer: Any, adapters: Mapping[type, MoeAdapter]) -> MoeAdapter | None:
+    if hasattr(layer, "default_moe_state"):
+        return layer.default_moe_state.adapter
     for base in type(layer).__mro__:
-        found = (adapters or {}).get(base) or _KNOWN.get(f"{base.__module__}.{base.__qualname__}")
+        found = adapters.get(base) or _KNOWN.get(f"{base.__module__}.{base.__qualname__}")
         if found is not None:
             return found
     return None

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import MoeAdapter, adapter_of
-from .layer import DefaultMoeLayer, layers_of
+from .adapters import MoeAdapter, moe_layers
+from .layer import layers_of
 from .vectors import chosen_experts, gates, no_autocast, wide_dtype
 
 
@@ -100,10 +100,17 @@ def router_gradient_similarity(
         loss: computes the loss instead, as a function of (model, batch).
         reference: "densemixer", the gradient of DenseMixer; or "default", the method's own with e_i(x) in place of ê_i.
             They are equal unless the model renormalizes its weights.
+
+    Raises:
+        NotImplementedError: the weights are sharded over ranks, as by FSDP.
     """
     if reference not in ("densemixer", "default"):
         raise ValueError(f'reference: expected "densemixer" or "default", got {reference!r}; choose one of the two')
     layers, recorder = layers_of(model), _Recorder()
+    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+        raise NotImplementedError(
+            "expected whole weights on each rank, got weights sharded over ranks; measure a copy of the model without FSDP"
+        )
     for layer in layers.values():
         layer.default_moe_state.recorder = recorder
     try:
@@ -180,13 +187,7 @@ def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdap
         batch: the keyword arguments of the model's forward, or its one argument.
         adapters: describes the MoE layers of other models, by class.
     """
-    found = {n: (m, _adapter(m, adapters)) for n, m in model.named_modules()}
-    layers = {n: (m, a) for n, (m, a) in found.items() if a is not None}
-    if not layers:
-        raise TypeError(
-            f"expected a model with MoE layers, got {type(model).__name__} without any that is known; pass "
-            "adapters={LayerClass: MoeAdapter(...)}"
-        )
+    layers = moe_layers(model, adapters)
     loads: dict[str, Tensor] = {}
 
     def counter(name: str, adapter: MoeAdapter) -> Callable[..., None]:
@@ -208,9 +209,3 @@ def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdap
         for hook in hooks:
             hook.remove()
     return loads
-
-
-def _adapter(module: nn.Module, adapters: Mapping[type, MoeAdapter] | None) -> MoeAdapter | None:
-    if isinstance(module, DefaultMoeLayer):
-        return module.default_moe_state.adapter  # type: ignore[attr-defined]
-    return adapter_of(module, adapters)

@@ -135,7 +135,7 @@ def _tensors(checkpoint: Path, model_type: str, targets: dict[str, Tensor]) -> I
     """Names and values of the checkpoint's tensors as the installed transformers has them."""
     from safetensors import safe_open
 
-    for file in weight_files(str(checkpoint)):
+    for file in weight_files(str(checkpoint), {}):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 if name.endswith(f".{BUFFER}") and not any(n.endswith(BUFFER) for n in targets):

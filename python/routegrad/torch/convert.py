@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import TRANSFORMERS, Float32Gate, MoeAdapter, adapter_of, check_transformers, subclass
+from .adapters import (
+    TRANSFORMERS,
+    Float32Gate,
+    MoeAdapter,
+    check_transformers,
+    moe_layers,
+    original_class,
+    subclass,
+)
 from .layer import BUFFER, DefaultMoeLayer, LayerState, Settings, layers_of
 from .vectors import wide_dtype
 
@@ -55,21 +64,24 @@ def default_moe(
         generator: draws the vectors at the start where ``init_std`` is not 0.
 
     Raises:
-        TypeError: no MoE layer was found, or its router's weights are not floating-point numbers.
+        TypeError: no MoE layer was found, its weights are not floating-point numbers, or an argument has another type.
         ValueError: a setting is out of range, or a layer has default vectors already.
     """
     settings = Settings(beta, weighted, weight_norm, pass_forward, use_at_evaluation, micro_batches)
-    if not init_std >= 0:
+    if not (isinstance(init_std, (int, float)) and 0 <= init_std < math.inf):
         raise ValueError(f"init_std: expected a number of at least 0, got {init_std!r}; 0 starts at zero")
-    found = {n: (m, adapter_of(m, adapters)) for n, m in model.named_modules()}
-    layers = {n: (m, adapter) for n, (m, adapter) in found.items() if adapter is not None}
-    if not layers:
+    if not (generator is None or isinstance(generator, torch.Generator)):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    distributed = torch.distributed
+    if process_group is not None and not (
+        distributed.is_available() and isinstance(process_group, distributed.ProcessGroup)
+    ):
         raise TypeError(
-            f"expected a model with MoE layers of mixtral, olmoe, qwen2_moe or qwen3_moe, got {type(model).__name__} "
-            "without any; describe its MoE layers by default_moe(model, adapters={LayerClass: MoeAdapter(...)})"
+            f"process_group: expected a torch.distributed.ProcessGroup or None, got {type(process_group).__name__}; for a "
+            "DeviceMesh pass mesh.get_group()"
         )
     states = []
-    for name, (layer, adapter) in layers.items():
+    for name, (layer, adapter) in moe_layers(model, adapters).items():
         state = LayerState(name, adapter.describe(layer), adapter, settings, process_group)
         _check(layer, state)
         states.append((layer, state))
@@ -112,6 +124,21 @@ def _convert(layer: Any, state: LayerState, init_std: float, generator: torch.Ge
     layer.register_buffer(BUFFER, start.to(parameter.device))
     layer.default_moe_state = state
     layer.__class__ = subclass(DefaultMoeLayer, type(layer))
+
+
+def remove_default_moe(model: Model) -> Model:
+    """Undoes ``default_moe`` in place, and returns the model: its layers as they were, with the weights of now.
+
+    Call it before the model is wrapped. Raises ValueError where there are no default vectors.
+    """
+    for layer in layers_of(model).values():
+        layer.__class__ = original_class(layer, DefaultMoeLayer)
+        if isinstance(getattr(layer, "gate", None), Float32Gate):
+            layer.gate.__class__ = original_class(layer.gate, Float32Gate)
+        del layer.default_vectors, layer.default_moe_state
+    if hasattr(model, "config"):
+        del model.config.default_moe
+    return model
 
 
 def set_micro_batches(model: nn.Module, micro_batches: int) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapters import MoeAdapter, Shape, new_instance
+from .adapters import MoeAdapter, Shape, new_instance, original_class
 from .vectors import expert_sums, gates, in_backward, mix, no_autocast, update_default_vectors, wide_dtype
 
 BUFFER = "default_vectors"
@@ -64,12 +65,26 @@ class LayerState:
     settings: Settings
     process_group: Any = None
     frozen: bool = False
-    updated: bool = False
     recorder: Any = None
+    used: weakref.WeakValueDictionary[int, Tensor] = field(default_factory=weakref.WeakValueDictionary)
+    """ê of each pass whose graph is alive, by the number of the pass's first autograd node."""
+
+    def keep(self, first_node: int, vectors: Tensor, node: Any) -> None:
+        """Keeps the ê of a pass for its recomputation, as long as ``node`` of its graph is alive."""
+        if node is not None:
+            node.metadata[BUFFER] = self.used[first_node] = vectors
+
+    def used_before(self, number: int) -> Tensor | None:
+        """The ê of the newest pass that had begun when the autograd node of this number was made."""
+        passes = {first: vectors for first, vectors in self.used.items() if first <= number}
+        return passes[max(passes)] if passes else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Process groups and recorders are bound to a process.
-        return {**self.__dict__, "process_group": None, "recorder": None}
+        # Process groups, recorders and graphs are bound to a process.
+        return {**self.__dict__, "process_group": None, "recorder": None, "used": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, used=weakref.WeakValueDictionary())
 
 
 class DefaultMoeLayer:
@@ -85,6 +100,12 @@ class DefaultMoeLayer:
         """What the layer's class returns, for hidden states [..., D]."""
         state: LayerState = self.default_moe_state
         adapter, shape = state.adapter, state.shape
+        first_node = 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
+        if hidden.shape[-1:] != (shape.hidden_size,):
+            raise ValueError(
+                f"{state.name}: expected hidden states [..., {shape.hidden_size}], got {list(hidden.shape)}; correct the "
+                "input, or `hidden_size` of the MoeAdapter"
+            )
         x = hidden.reshape(-1, shape.hidden_size)  # [T, D]
         z = adapter.logits(self, x)  # [T, E]
         self._check(x, z)
@@ -94,7 +115,7 @@ class DefaultMoeLayer:
         rows = adapter.experts(self, x.repeat_interleave(shape.top_k, dim=0), index.reshape(-1))
         rows = rows.reshape(-1, shape.top_k, shape.hidden_size)  # [T, K, D]
         with no_autocast(x):
-            y = mix(rows, q, index, self._vectors(rows, p, index), state.settings.pass_forward)
+            y = mix(rows, q, index, self._vectors(rows, p, index, first_node), state.settings.pass_forward)
         if state.recorder is not None:
             state.recorder.record(self, x, z, index, y)
         return adapter.output(self, hidden, y.to(hidden.dtype), z)
@@ -113,33 +134,44 @@ class DefaultMoeLayer:
                 "stands still; leave buffers as they are (for FSDP: MixedPrecision(buffer_dtype=torch.float32))"
             )
 
-    def _vectors(self: Any, rows: Tensor, p: Tensor, index: Tensor) -> Tensor | None:
+    def _vectors(self: Any, rows: Tensor, p: Tensor, index: Tensor, first_node: int) -> Tensor | None:
         """ê to use in this pass, updated first in training; None where it is left out."""
         state: LayerState = self.default_moe_state
         settings, recording = state.settings, state.recorder is not None
         if not self.training and not recording and not (settings.pass_forward and settings.use_at_evaluation):
             return None
-        if not (self.training and torch.is_grad_enabled()) or state.frozen or recording:
-            return self.default_vectors.to(p.dtype, copy=True)
-        if not torch.compiler.is_compiling():
-            self._note_pass()
-        with torch.no_grad():
-            by_count = not settings.weighted or settings.weight_norm == "count"
-            sums, mass = expert_sums(rows.detach(), p.detach(), index, settings.weighted, by_count)
-            vectors = self.default_vectors
-            arguments = (sums.to(vectors.dtype), mass.to(vectors.dtype), settings.decay, self._group())
-            return update_default_vectors(vectors, *arguments).to(p.dtype)
+        updating = self.training and torch.is_grad_enabled() and not state.frozen and not recording
+        eager = not torch.compiler.is_compiling()
+        if eager and in_backward():
+            return self._vectors_again(updating).to(p.dtype, copy=True)
+        if updating:
+            vectors = self._updated_vectors(rows.detach(), p.detach(), index).to(p.dtype)
+        else:
+            vectors = self.default_vectors.to(p.dtype, copy=True)
+        if eager and torch.is_grad_enabled():
+            state.keep(first_node, vectors, rows.grad_fn or p.grad_fn)
+        return vectors
 
-    def _note_pass(self: Any) -> None:
-        state: LayerState = self.default_moe_state
-        if not in_backward():
-            state.updated = True
-        elif not state.updated:
+    @torch.no_grad()
+    def _updated_vectors(self: Any, rows: Tensor, p: Tensor, index: Tensor) -> Tensor:
+        """A copy of ê after its update."""
+        settings, vectors = self.default_moe_state.settings, self.default_vectors
+        by_count = not settings.weighted or settings.weight_norm == "count"
+        sums, mass = expert_sums(rows, p, index, settings.weighted, by_count)
+        return update_default_vectors(vectors, sums.to(vectors.dtype), mass.to(vectors.dtype), settings.decay, self._group())
+
+    def _vectors_again(self: Any, updating: bool) -> Tensor:
+        """The ê that a pass used which gradient checkpointing now runs again."""
+        state, node = self.default_moe_state, torch._C._current_autograd_node()
+        if updating and node.name().endswith("CheckpointFunctionBackward"):
             raise RuntimeError(
                 f"{state.name}: expected a forward pass with gradients before its recomputation, got gradient checkpointing "
                 "with use_reentrant=True, whose first forward runs without; call model.gradient_checkpointing_enable("
                 'gradient_checkpointing_kwargs={"use_reentrant": False})'
             )
+        # The pass to which the node belongs whose backward asks: nodes are numbered in the order in which they are made.
+        used = state.used_before(node._sequence_nr())
+        return self.default_vectors if used is None else used
 
     def _group(self: Any) -> str:
         """The name of the process group over which sums are added; "" where there is one process."""
@@ -162,7 +194,7 @@ class DefaultMoeLayer:
         return self
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        return new_instance, (DefaultMoeLayer, type(self).__mro__[2]), self.__dict__
+        return new_instance, (DefaultMoeLayer, original_class(self, DefaultMoeLayer)), self.__dict__
 
     def extra_repr(self: Any) -> str:
         """Adds the settings to the layer's line in ``print(model)``."""
@@ -172,7 +204,8 @@ class DefaultMoeLayer:
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
     """The layers of ``model`` with default vectors, by name. Raises ValueError if there are none."""
-    found = {name: m for name, m in model.named_modules() if isinstance(m, DefaultMoeLayer)}
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    found = {name: m for name, m in modules if isinstance(m, DefaultMoeLayer)}
     if not found:
         raise ValueError(
             f"expected a model with default vectors, got {type(model).__name__} without any; call "

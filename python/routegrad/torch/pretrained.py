@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from .convert import default_moe
 from .layer import BUFFER, layers_of
 
+_PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+"""Options that say where files come from."""
+
 
 def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     """The causal language model that ``save_pretrained`` wrote to ``path``, with its default vectors and settings.
@@ -32,7 +35,8 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     if options.get("device_map") is not None:
         raise ValueError("device_map: expected none, got one; load the model and move it with .to(device)")
     path = os.fspath(path)
-    config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(path)
+    place = {key: options[key] for key in _PLACE if key in options}
+    config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **place)
     settings = getattr(config, "default_moe", None)
     if not isinstance(settings, dict):
         raise ValueError(
@@ -46,7 +50,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
     model = loading.from_pretrained(path, config=config, **options)
     model.__class__ = base
     default_moe(model, **settings)
-    _fill(model, path)
+    _fill(model, path, place)
     return model
 
 
@@ -55,8 +59,8 @@ def _canonical(name: str) -> str:
     return name.replace(".block_sparse_moe", ".mlp").removesuffix(f".{BUFFER}")
 
 
-def _fill(model: nn.Module, path: str) -> None:
-    stored = {_canonical(name): read for name, read in stored_vectors(path).items()}
+def _fill(model: nn.Module, path: str, place: dict[str, Any]) -> None:
+    stored = {_canonical(name): read for name, read in stored_vectors(path, place).items()}
     for name, layer in layers_of(model).items():
         read = stored.get(_canonical(name))
         found = None if read is None else read()
@@ -68,7 +72,7 @@ def _fill(model: nn.Module, path: str) -> None:
         layer.default_vectors.copy_(found)
 
 
-def stored_vectors(path: str) -> dict[str, Callable[[], Tensor]]:
+def stored_vectors(path: str, place: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
     """A function for each tensor of default vectors in the safetensors files of a model, which reads it."""
     from safetensors import safe_open
 
@@ -80,17 +84,18 @@ def stored_vectors(path: str) -> dict[str, Callable[[], Tensor]]:
         return read
 
     names: dict[str, Callable[[], Tensor]] = {}
-    for file in weight_files(path):
+    for file in weight_files(path, place):
         with safe_open(file, framework="pt") as tensors:
             names.update({n: reader(file, n) for n in tensors.keys() if re.search(rf"\.{BUFFER}$", n)})  # noqa: SIM118
     return names
 
 
-def weight_files(path: str) -> list[str]:
+def weight_files(path: str, place: dict[str, Any]) -> list[str]:
+    """The safetensors files of a model; ``place`` are options of transformers that say where they come from."""
     from transformers.utils import cached_file
 
     def find(name: str) -> str | None:
-        return cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        return cached_file(path, name, **place, _raise_exceptions_for_missing_entries=False)
 
     index = find("model.safetensors.index.json")
     if index is not None:

@@ -49,7 +49,7 @@ def expert_sums(rows: Tensor, p: Tensor, index: Tensor, weighted: bool, by_count
     zeros = p.new_zeros(tokens * top_k, experts)
     counted = zeros.scatter(1, flat, 1.0)
     weights = zeros.scatter(1, flat, p.gather(1, index).reshape(-1, 1)) if weighted else counted
-    sums = weights.t() @ rows.reshape(tokens * top_k, -1).to(p.dtype)
+    sums = weights.t() @ rows.reshape(tokens * top_k, rows.shape[-1]).to(p.dtype)
     return sums, (counted if by_count else weights).sum(dim=0)
 
 

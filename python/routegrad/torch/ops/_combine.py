@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._dispatch import Dispatch
-from ._launch import BF16, F32, I32, call, check, check_indices, check_multiples_of_8, zeros
+from ._launch import BF16, F32, I32, call, check, check_indices, check_multiples_of_8, constant, zeros
 
 _COMBINE, _GATES = "routegrad::combine", "routegrad::gate_gradient"
 
@@ -139,7 +139,7 @@ def combine(rows: Tensor, gates: Tensor, maps: Dispatch, vectors: Tensor | None 
     Returns:
         [T, D] bfloat16. Gradients of rows and gates flow.
     """
-    return _combine(rows, gates, None if vectors is None else vectors.detach(), *maps)
+    return _combine(rows, gates, constant(vectors), *maps)
 
 
 def _check_gates(dots: Tensor, dy: Tensor, vectors: Tensor | None, num_experts: int, maps: Dispatch) -> None:
@@ -205,4 +205,4 @@ def gate_gradient(dots: Tensor, dy: Tensor, maps: Dispatch, num_experts: int, ve
     Returns:
         [T, E] float32. Gradients of dots and dy flow.
     """
-    return _gate_gradient(dots, dy, None if vectors is None else vectors.detach(), num_experts, *maps)
+    return _gate_gradient(dots, dy, constant(vectors), num_experts, *maps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._grouped_gemm import WEIGHTS
-from ._launch import BF16, F32, I32, bf16, call, check, check_indices, check_multiples_of_8, empty
+from ._launch import BF16, F32, I32, as_indices, bf16, call, check, check_indices, check_multiples_of_8, empty
 
 _NAME, _BACKWARD = "routegrad::cross_entropy", "routegrad::cross_entropy_backward"
 _TOKENS = 2048
@@ -113,11 +113,12 @@ def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     Raises:
         IndexError: a target is outside the vocabulary (CPU; on a GPU its loss is NaN).
     """
-    return _cross_entropy(x, weight, targets.to(I32))
+    return _cross_entropy(x, weight, as_indices(_NAME, "targets", targets))
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
     """The mean of ``token_losses`` over the tokens whose target is not ``ignore_index``, a scalar; NaN if there are none."""
+    targets = as_indices(_NAME, "targets", targets)
     counted = targets != ignore_index
     losses = token_losses(x, weight, targets.where(counted, 0))
     return losses.where(counted, 0.0).sum() / counted.sum()

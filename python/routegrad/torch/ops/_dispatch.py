@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._launch import I32, call, check, check_indices, empty, zeros
+from ._launch import I32, as_indices, call, check, check_indices, empty, zeros
 
 _NAME = "routegrad::dispatch"
 
@@ -84,6 +84,5 @@ def dispatch(choices: Tensor, num_experts: int) -> Dispatch:
     Raises:
         IndexError: a choice names no expert (CPU; on a GPU an assertion of the device fails).
     """
-    if choices.dtype == torch.int64:
-        choices = choices.to(I32)
+    choices = as_indices(_NAME, "choices", choices)
     return Dispatch(choices, *_dispatch(choices, num_experts))

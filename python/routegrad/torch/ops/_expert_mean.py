@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ._dispatch import Dispatch
 from ._grouped_gemm import check_runs
-from ._launch import F32, I32, call, check, check_indices, kernels
+from ._launch import F32, I32, call, check, check_indices, constant, kernels
 
 _SUMS, _UPDATE = "routegrad::expert_sums", "routegrad::expert_mean_update"
 _WEIGHTINGS = {"plain": "WEIGHTING_PLAIN", "sum_p": "WEIGHTING_SUM_P", "count": "WEIGHTING_COUNT"}
@@ -59,8 +59,7 @@ def expert_sums(column_sums: Tensor, maps: Dispatch, weights: Tensor | None = No
     Returns:
         Sums [E, D] float32; masses [E, 2] float32: Σ w and the number of rows.
     """
-    weights = None if weights is None else weights.detach()
-    return _expert_sums(column_sums.detach(), weights, maps.offsets, maps.row_token, maps.choices.shape[0])
+    return _expert_sums(constant(column_sums), constant(weights), maps.offsets, maps.row_token, maps.choices.shape[0])
 
 
 def _check_update(vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, weighting: str) -> None:
@@ -76,6 +75,8 @@ def _check_update(vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, we
 @torch.library.custom_op(_UPDATE, mutates_args=("vectors",))
 def _update(vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, weighting: str) -> None:
     _check_update(vectors, sums, masses, beta, weighting)
+    if vectors.data_ptr() % 16:
+        raise ValueError(f"{_UPDATE}: expected vectors at a multiple of 16 bytes, got a slice at another")
     call(
         "expert_mean_update", vectors, average=vectors, sums=sums, masses=masses, beta=vectors.new_full((1,), beta),
         experts=vectors.shape[0], hidden=vectors.shape[1], weighting=getattr(kernels(), _WEIGHTINGS[weighting]),
@@ -97,4 +98,4 @@ def expert_mean_update(vectors: Tensor, sums: Tensor, masses: Tensor, beta: floa
         beta: β.
         weighting: the divisor: "sum_p", Σ w; "count", the number of rows; "plain", that too, for sums without weights.
     """
-    _update(vectors, sums.detach(), masses.detach(), beta, weighting)
+    _update(vectors, constant(sums), constant(masses), beta, weighting)

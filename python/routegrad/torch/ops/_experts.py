@@ -10,13 +10,13 @@ from torch import Tensor
 from ._combine import check_dispatch, check_indices_of, check_vectors, default_dots, gate_gradient_of, run_combine
 from ._dispatch import Dispatch
 from ._grouped_gemm import WEIGHTS, check_runs, grouped_gemm_input_gradient, weight_gradient
-from ._launch import BF16, F32, I32, bf16, call, check, check_multiples_of_8, empty, zeros
+from ._launch import BF16, F32, I32, bf16, call, check, check_multiples_of_8, constant, empty, zeros
 
 
 class _Sizes:
     """T, R, E, D, F of checked arguments."""
 
-    def __init__(self, name: str, x: Tensor, gate_up: Tensor, down: Tensor, gates: Tensor | None, maps: Dispatch) -> None:
+    def __init__(self, name: str, x: Tensor, gate_up: Tensor, down: Tensor, maps: Dispatch) -> None:
         check(name, "x", x, ["T", "D"], [BF16], x)
         self.tokens, self.hidden = x.shape
         check(name, "gate_up", gate_up, ["E", "2 F", self.hidden], WEIGHTS, x)
@@ -25,11 +25,12 @@ class _Sizes:
             raise ValueError(f"{name}: expected gate_up of shape [E, 2 F, D], gate above up, got {list(gate_up.shape)}")
         check(name, "down", down, [self.experts, self.hidden, self.ffn], WEIGHTS, x)
         check_multiples_of_8(name, D=self.hidden, F=self.ffn)
-        if gates is not None:
-            check(name, "gates", gates, [self.tokens, self.experts], [F32], x)
         self.rows = check_dispatch(name, maps, self.tokens, x)
         check(name, "offsets", maps.offsets, [self.experts + 1], [I32], x)
         self._maps, self._name = maps, name
+
+    def check_gates(self, what: str, gates: Tensor, x: Tensor) -> None:
+        check(self._name, what, gates, [self.tokens, self.experts], [F32], x)
 
     def check_values(self) -> None:
         """Raises where an index names nothing; on a GPU none is read."""
@@ -83,7 +84,8 @@ def _experts(
     row_token: Tensor, row_slot: Tensor, slot_row: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
-    s = _Sizes(_EXPERTS, x, gate_up, down, gates, maps)
+    s = _Sizes(_EXPERTS, x, gate_up, down, maps)
+    s.check_gates("gates", gates, x)
     s.check_values()
     check_vectors(_EXPERTS, vectors, s.experts, s.hidden, x)
     rows, _, h = _products(x, gate_up, down, None, maps, s, sums=False)
@@ -95,7 +97,8 @@ def _(
     x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, vectors: Tensor | None, choices: Tensor, offsets: Tensor,
     row_token: Tensor, row_slot: Tensor, slot_row: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    s = _Sizes(_EXPERTS, x, gate_up, down, gates, Dispatch(choices, offsets, row_token, row_slot, slot_row))
+    s = _Sizes(_EXPERTS, x, gate_up, down, Dispatch(choices, offsets, row_token, row_slot, slot_row))
+    s.check_gates("gates", gates, x)
     check_vectors(_EXPERTS, vectors, s.experts, s.hidden, x)
     return torch.empty_like(x), x.new_empty(s.rows, 2 * s.ffn)
 
@@ -109,7 +112,8 @@ def _experts_backward(
     offsets: Tensor, row_token: Tensor, row_slot: Tensor, slot_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
-    s = _Sizes(_EXPERTS_BACKWARD, x, gate_up, down, gates, maps)
+    s = _Sizes(_EXPERTS_BACKWARD, x, gate_up, down, maps)
+    s.check_gates("gates", gates, x)
     s.check_values()
     check(_EXPERTS_BACKWARD, "dy", dy, [s.tokens, s.hidden], [BF16], x)
     check(_EXPERTS_BACKWARD, "h", h, [s.rows, 2 * s.ffn], [BF16], x)
@@ -166,8 +170,7 @@ def swiglu_experts(
     Returns:
         [T, D] bfloat16. Gradients of x, gates, gate_up and down flow.
     """
-    vectors = None if vectors is None else vectors.detach()
-    return _experts(x, gates, gate_up, down, vectors, *maps)[0]
+    return _experts(x, gates, gate_up, down, constant(vectors), *maps)[0]
 
 
 _ROWS = "routegrad::swiglu_expert_rows"
@@ -179,7 +182,9 @@ def _rows(
     row_slot: Tensor, slot_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
-    s = _Sizes(_ROWS, x, gate_up, down, weights, maps)
+    s = _Sizes(_ROWS, x, gate_up, down, maps)
+    if weights is not None:
+        s.check_gates("weights", weights, x)
     s.check_values()
     return _products(x, gate_up, down, weights, maps, s, sums=True)
 
@@ -189,7 +194,9 @@ def _(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor | None, choices: Tensor, offsets: Tensor, row_token: Tensor,
     row_slot: Tensor, slot_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    s = _Sizes(_ROWS, x, gate_up, down, weights, Dispatch(choices, offsets, row_token, row_slot, slot_row))
+    s = _Sizes(_ROWS, x, gate_up, down, Dispatch(choices, offsets, row_token, row_slot, slot_row))
+    if weights is not None:
+        s.check_gates("weights", weights, x)
     sums = empty(x, s.rows // 64 + s.experts, s.hidden, dtype=F32)
     return x.new_empty(s.rows, s.hidden), sums, x.new_empty(s.rows, 2 * s.ffn)
 
@@ -203,7 +210,7 @@ def _rows_backward(
     row_slot: Tensor, slot_row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
-    s = _Sizes(_ROWS_BACKWARD, x, gate_up, down, None, maps)
+    s = _Sizes(_ROWS_BACKWARD, x, gate_up, down, maps)
     s.check_values()
     check(_ROWS_BACKWARD, "drows", drows, [s.rows, s.hidden], [BF16], x)
     check(_ROWS_BACKWARD, "h", h, [s.rows, 2 * s.ffn], [BF16], x)
@@ -249,6 +256,5 @@ def swiglu_expert_rows(
         Rows [R, D] bfloat16, sorted by expert; gradients of x, gate_up and down flow through them. Column sums
         [R // 64 + E, D] float32, constants.
     """
-    weights = None if weights is None else weights.detach()
-    rows, column_sums, _ = _rows(x, gate_up, down, weights, *maps)
+    rows, column_sums, _ = _rows(x, gate_up, down, constant(weights), *maps)
     return rows, column_sums

@@ -109,6 +109,8 @@ def _weight_shape(dout: Tensor, x: Tensor, offsets: Tensor) -> tuple[int, int, i
     check(name, "dout", dout, ["R", "N"], [BF16], dout)
     check(name, "x", x, [dout.shape[0], "K"], [BF16], dout)
     check(name, "offsets", offsets, ["E + 1"], [I32], dout)
+    if len(offsets) < 2:
+        raise ValueError(f"{name}: expected offsets of shape [E + 1] of at least one expert, got {list(offsets.shape)}")
     shape = (offsets.shape[0] - 1, dout.shape[1], x.shape[1])
     check_multiples_of_8(name, N=shape[1], K=shape[2])
     return shape

@@ -30,6 +30,10 @@ def _require_gpu(device: int) -> None:
     kernels().require_gpu(torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device))
 
 
+def _aligned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) and value.data_ptr() % 16 else value
+
+
 def _memory(value: Any) -> Any:
     return (value.data_ptr(), value.nbytes) if isinstance(value, Tensor) else value
 
@@ -37,9 +41,11 @@ def _memory(value: Any) -> Any:
 def call(function: str, like: Tensor, **arguments: Any) -> Any:
     """Calls a function of the extension: on PyTorch's current stream of the GPU of ``like``, or on the simulator.
 
-    Arguments go by name, a tensor as its memory.
+    Arguments go by name, a tensor as its memory. Kernels read 16 bytes at a time: a slice that lies at another address, as
+    autograd makes them, is copied; what a kernel writes must not be one.
     """
     run = getattr(kernels(), function)
+    arguments = {name: _aligned(value) for name, value in arguments.items()}
     values = {name: _memory(value) for name, value in arguments.items()}
     if like.device.type != "cuda":
         return run(None, **values)
@@ -63,7 +69,7 @@ def check(
 ) -> None:
     """Raises unless ``tensor`` is a contiguous tensor of that shape, one of the dtypes, on the device of ``like``.
 
-    A letter in ``shape`` stands for any size.
+    A letter in ``shape`` stands for any size. That ``like`` is a tensor is for its own check to say.
 
     Raises:
         TypeError: no tensor, or of another dtype.
@@ -82,13 +88,28 @@ def check(
         raise ValueError(f"{operator}: expected {name} of shape [{wanted}], got {list(tensor.shape)}")
     if tensor.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{operator}: expected {name} on cpu or cuda, got {tensor.device}; there are no kernels for others")
-    if tensor.device != like.device:
+    if isinstance(like, Tensor) and tensor.device != like.device:
         raise ValueError(f"{operator}: expected {name} on {like.device} as the first argument, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(
             f"{operator}: expected {name} contiguous, got strides {list(tensor.stride())} of shape {list(tensor.shape)}; "
             f"pass {name}.contiguous()"
         )
+
+
+def as_indices(operator: str, name: str, indices: Any) -> Tensor:
+    """``indices`` as int32; what that cannot hold becomes its largest or smallest number. Raises TypeError for others."""
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{operator}: expected a tensor {name}, got {type(indices).__name__}")
+    if indices.dtype not in (I32, torch.int64):
+        raise TypeError(f"{operator}: expected {name} in torch.int32 or torch.int64, got {indices.dtype}")
+    limits = torch.iinfo(I32)
+    return indices if indices.dtype == I32 else indices.clamp(limits.min, limits.max).to(I32)
+
+
+def constant(value: Any) -> Any:
+    """A tensor without its gradient; anything else as it is, for the operator to refuse."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def check_multiples_of_8(operator: str, **sizes: int) -> None:

@@ -14,8 +14,9 @@ _NAME = "routegrad::router"
 
 def _check(x: Tensor, weight: Tensor, top_k: int, selection_bias: Tensor | None) -> tuple[int, int, int]:
     check(_NAME, "x", x, ["T", "D"], [BF16], x)
-    (tokens, hidden), experts = x.shape, weight.shape[0]
+    tokens, hidden = x.shape
     check(_NAME, "weight", weight, ["E", hidden], [F32], x)
+    experts = weight.shape[0]
     check_multiples_of_8(_NAME, D=hidden)
     if not 1 <= experts <= 256:
         raise ValueError(f"{_NAME}: expected 1 to 256 experts, got {experts}")
@@ -63,10 +64,11 @@ def _(x: Tensor, weight: Tensor, top_k: int, selection_bias: Tensor | None) -> t
 def _router_backward(
     dscores: Tensor, dz_loss: Tensor, scores: Tensor, log_sum_exp: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    (tokens, hidden), experts = x.shape, weight.shape[0]
     name = "routegrad::router_backward"
     check(name, "x", x, ["T", "D"], [BF16], x)
+    tokens, hidden = x.shape
     check(name, "weight", weight, ["E", hidden], [F32], x)
+    experts = weight.shape[0]
     for what, tensor, shape in [
         ("dscores", dscores, [tokens, experts]),
         ("dz_loss", dz_loss, []),
