@@ -196,6 +196,18 @@ fn what_is_wrong_with_a_grid_is_said_before_any_run_begins() {
             &["one of topk, default", "`remoe`"],
         ),
         (&["--axis", "model.top_k"], &["--axis", "key=value"]),
+        (
+            &["--axis", "train.seed=5,6"],
+            &["--axis: ", "`train.seed`, whose values --seed gives"],
+        ),
+        (
+            &["--axis", "model.top_k=1,2", "--set", "model.top_k=1"],
+            &["--set: ", "`model.top_k`, whose values --axis gives"],
+        ),
+        (
+            &["--axis", "steps=5,6", "--axis", "train.steps=7"],
+            &["whose values --axis gives"],
+        ),
         (&["--jobs", "0"], &["--jobs"]),
         (&["--target-perplexity", "0.5"], &["above 1"]),
         (&["--scale", "0.1"], &["--scale", "preset"]),

@@ -124,6 +124,19 @@ fn a_case_is_on_record_once_and_a_planted_slow_one_is_flagged() {
     let error = refused(&[&case[..], &["--baseline", baseline, "--fail-slower", "5%"]].concat());
     assert!(error.contains("combine small 8c1"), "{error}");
 
+    // A baseline of another case compares nothing.
+    let mut other = lines[0].clone();
+    other["case"] = "another".into();
+    let unrelated = folder.path().join("unrelated.jsonl");
+    fs::write(&unrelated, format!("{other}\n")).unwrap();
+    let unrelated = unrelated.to_str().unwrap();
+    good(&[&case[..], &["--baseline", unrelated]].concat());
+    let error = refused(&[&case[..], &["--baseline", unrelated, "--fail-slower", "5%"]].concat());
+    assert!(
+        error.contains("at least one case that is in the baseline"),
+        "{error}"
+    );
+
     // And as if it had been slower.
     let mut slow = lines[0].clone();
     slow["timing"]["seconds"] = 1000.0.into();

@@ -99,6 +99,29 @@ fn files_that_nothing_reads_are_refused_and_copies_of_systems_passed_over() {
 }
 
 #[test]
+fn tokens_of_a_preparation_are_not_read_as_documents() {
+    let a = lines("a");
+    let folder = folder_with(&[("in/a.jsonl", &a), ("other/manifest.json", &a)]);
+    let options = Options {
+        quiet: true,
+        ..Options::new(
+            &[folder.path().join("in")],
+            &folder.path().join("in/tokens"),
+        )
+    };
+    prepare::run(&options).unwrap();
+    for input in ["in", "in/tokens"] {
+        let error = prepared(folder.path(), &[input], &[]).unwrap_err();
+        assert!(
+            error.contains("in/tokens/manifest.json: ") && error.contains("--out"),
+            "{error}"
+        );
+    }
+    // Another program's file may have that name.
+    assert_eq!(prepared(folder.path(), &["other"], &[]), Ok([10, 0]));
+}
+
+#[test]
 #[cfg(unix)]
 fn folders_are_read_through_links_once() {
     let folder = folder_with(&[("in/a.jsonl", &lines("a")), ("other/b.jsonl", &lines("b"))]);

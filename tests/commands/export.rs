@@ -224,6 +224,35 @@ fn default_vectors_that_evaluation_leaves_out_are_left_out() {
 }
 
 #[test]
+fn an_export_without_the_state_of_training_is_read_again() {
+    let place = Place::new();
+    for (out, sets) in [
+        ("remoe", &["router.name=remoe"][..]),
+        (
+            "default",
+            &[
+                "router.name=default",
+                "router.use_at_evaluation=false",
+                "model.norm=layernorm",
+            ],
+        ),
+    ] {
+        exported(&place, out, sets);
+        let config = json_file(&place.path(out).join("config.json"));
+        assert_eq!(config["model_type"], "routegrad");
+        let text = |model: &str| {
+            let mut generate = program();
+            generate.args(["generate", "--tokens", "9", "--model"]);
+            succeed(generate.arg(place.path(model))).0
+        };
+        assert_eq!(text(out), text(&format!("run-{out}")));
+        let mut import = program();
+        import.args(["import", "--from"]).arg(place.path(out));
+        succeed(import.arg("--out").arg(place.path(&format!("again-{out}"))));
+    }
+}
+
+#[test]
 fn what_is_there_is_not_overwritten() {
     let place = Place::new();
     succeed(&mut place.train("run", &["--steps", "1"]));

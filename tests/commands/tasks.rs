@@ -189,16 +189,18 @@ fn a_folder_of_documents_becomes_a_table_and_files() {
     assert!(e.contains("hellaswag.jsonl or hellaswag.jsonl.zst"), "{e}");
     let e = error(&["--tasks", "pica"]);
     assert!(e.contains("did you mean piqa?"), "{e}");
-    fs::write(
-        docs.join("boolq.jsonl"),
-        "{\"doc_id\": 0, \"doc\": {\"query\": \"q\"}}",
-    )
-    .unwrap();
-    let e = error(&["--tasks", "boolq"]);
-    assert!(
-        e.contains("a document of boolq in line 1") && e.contains("fields query"),
-        "{e}"
-    );
+    for doc in [
+        r#"{"query":"q"}"#,
+        r#"{"choices":["no","yes"],"gold":2,"query":"q"}"#,
+    ] {
+        let line = format!(r#"{{"doc_id": 0, "doc": {doc}}}"#);
+        fs::write(docs.join("boolq.jsonl"), line).unwrap();
+        let e = error(&["--tasks", "boolq"]);
+        assert!(
+            e.contains("a document of boolq in line 1") && e.contains(doc),
+            "{e}"
+        );
+    }
     fs::write(docs.join("sciq.jsonl"), piqa[0].split_at(20).0).unwrap();
     let e = error(&["--tasks", "sciq"]);
     assert!(e.contains("a document of sciq in line 1"), "{e}");

@@ -4,11 +4,12 @@ use super::Options;
 use super::items::{Counted, Documents};
 use super::lines::{JsonLines, Separated};
 use crate::data::compressed::{self, decompressed, plain_name};
+use crate::data::folder::{FORMAT, MANIFEST};
 use crate::data::plain::PlainText;
 use crate::error::{Error, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 /// A file of documents.
@@ -84,6 +85,26 @@ fn refuse_data_in_other_formats(folder: &Path) -> Result<()> {
     Err(Error::file(folder, expected, got, help))
 }
 
+/// Refuses the manifest of a folder of tokens: its JSON is no document.
+fn refuse_tokens(file: &Path) -> Result<()> {
+    if file.file_name() != Some(MANIFEST.as_ref()) {
+        return Ok(());
+    }
+    let mut start = Vec::new();
+    File::open(file)
+        .and_then(|f| f.take(64).read_to_end(&mut start))
+        .map_err(|e| Error::io("read", file, e))?;
+    if !String::from_utf8_lossy(&start).contains(FORMAT) {
+        return Ok(());
+    }
+    Err(Error::file(
+        file,
+        "a file of texts",
+        "the manifest of tokens that `data prepare` made",
+        "name the texts that they were made of, and choose an --out outside of the inputs",
+    ))
+}
+
 /// Returns the files at `paths`: each file itself, and the files of each folder sorted by path.
 pub(super) fn list(paths: &[PathBuf], validation: bool) -> Result<Vec<Input>> {
     let mut found = Vec::new();
@@ -93,6 +114,7 @@ pub(super) fn list(paths: &[PathBuf], validation: bool) -> Result<Vec<Input>> {
             let before = found.len();
             refuse_data_in_other_formats(path)?;
             for file in super::super::text::files_under(path, readable)? {
+                refuse_tokens(&file)?;
                 found.push(input(&file, path, validation)?);
             }
             if found.len() == before {

@@ -156,6 +156,14 @@ pub struct Row {
     pub baseline: Option<f64>,
 }
 
+/// Divides a label into lines that fit beside the plot.
+fn pieces(label: &str) -> Vec<String> {
+    const WIDEST: usize = 49;
+    let letters: Vec<char> = label.chars().collect();
+    let lines = letters.chunks(WIDEST).map(|l| l.iter().collect());
+    lines.collect()
+}
+
 /// Draws for each group a dot per run, a bar at the mean, a line of one standard deviation to either side, and a hollow
 /// mark at the baseline's mean. Returns SVG.
 pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
@@ -176,13 +184,11 @@ pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
     // Uses as many decimals as are needed to distinguish neighbouring labels.
     let apart = (high - low + 2.0 * margin) / LABELS as f64;
     let places = (-apart.log10()).ceil().clamp(2.0, 9.0) as usize;
-    let longest = rows
-        .iter()
-        .map(|r| r.label.chars().count())
-        .max()
-        .unwrap_or(0) as i32;
-    let left = (24 + 8 * longest).clamp(80, 420);
-    let height = 80 + 34 * rows.len() as u32;
+    let labels: Vec<Vec<String>> = rows.iter().map(|r| pieces(&r.label)).collect();
+    let longest = labels.iter().flatten().map(|l| l.chars().count()).max();
+    let left = (24 + 8 * longest.unwrap_or(0) as i32).max(80);
+    let lines = labels.iter().map(Vec::len).max().unwrap_or(1);
+    let height = 80 + (34.max(16 * lines + 8) * rows.len()) as u32;
     svg((1000, height), |area| {
         let count = rows.len() as f64;
         let mut chart = ChartBuilder::on(area)
@@ -216,7 +222,11 @@ pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
                 .map(|v| Circle::new(at(*v, 0.0), 4, color(i).mix(0.6).filled()));
             chart.draw_series(dots)?;
             let edge = chart.backend_coord(&(high + margin, place));
-            area.draw(&Text::new(row.label.clone(), (12, edge.1 - 6), font(14)))?;
+            let top = edge.1 - 6 - 8 * (labels[i].len() as i32 - 1);
+            for (line, text) in labels[i].iter().enumerate() {
+                let at = (12, top + 16 * line as i32);
+                area.draw(&Text::new(text.clone(), at, font(14)))?;
+            }
             let value = match row.spread {
                 Some((mean, _)) => format!("{mean:.4}"),
                 None => "none".into(),
@@ -263,5 +273,21 @@ mod tests {
                 assert!(!svg.contains("NaN"), "a coordinate is not a number");
             }
         }
+    }
+
+    #[test]
+    fn a_long_label_has_several_lines() {
+        let row = |label: String| Row {
+            label,
+            values: vec![1.0],
+            spread: None,
+            baseline: None,
+        };
+        let long = "0123456789".repeat(14);
+        let svg = final_losses(&[row(long.clone()), row("short".into())], "loss").unwrap();
+        for text in [&long[..49], &long[49..98], &long[98..], "short"] {
+            assert!(svg.lines().any(|line| line.trim() == text), "{text}: {svg}");
+        }
+        assert!(!svg.contains(&long));
     }
 }

@@ -193,17 +193,27 @@ impl Grid {
         }
     }
 
-    /// Sets a key for all runs and removes any axis of this key.
+    /// Sets a key for all runs. No axis sets it any longer.
     pub fn set(&mut self, key: &str, value: Value) {
-        let key = long(key).to_string();
-        self.products().iter_mut().for_each(|axes| {
-            axes.remove(&key);
-        });
-        self.base.insert(key, value);
+        self.forget(long(key));
+        self.base.insert(long(key).into(), value);
     }
 
-    /// Sets an axis in every product; replaces an existing axis of this key.
+    /// Removes the axis of a key, and the key from the tables of the other axes.
+    fn forget(&mut self, key: &str) {
+        for axes in self.products() {
+            axes.remove(key);
+            let lists = axes.iter_mut().filter_map(|(_, v)| v.as_array_mut());
+            for table in lists.flatten().filter_map(Value::as_table_mut) {
+                *table = flat(std::mem::take(table));
+                table.remove(key);
+            }
+        }
+    }
+
+    /// Sets an axis in every product. No other axis sets its key any longer.
     pub fn vary(&mut self, key: &str, values: Vec<Value>) {
+        self.forget(long(key));
         let products = self.products();
         if products.is_empty() {
             products.push(Table::new());
@@ -216,7 +226,8 @@ impl Grid {
     /// Returns all runs.
     ///
     /// # Errors
-    /// When the grid is empty, the configuration does not accept a key or value, or two runs have the same name.
+    /// When the grid is empty, the configuration does not accept a key or value, or two runs of a product have the same
+    /// name or the same configuration.
     pub fn plan(&self) -> Result<Plan> {
         let empty = |got: &str| {
             Err(Error::usage(
@@ -249,10 +260,22 @@ impl Grid {
             for choices in combinations(product) {
                 let run = self.run(&plan.axes, &choices)?;
                 match plan.runs.iter().position(|r| r.name == run.name) {
-                    None => plan.runs.push(run),
+                    None => {
+                        let mut others = plan.runs[first..].iter();
+                        if let Some(same) = others.find(|r| r.config == run.config) {
+                            return Err(names::same_configuration(&same.name, &run.name));
+                        }
+                        plan.runs.push(run);
+                    }
                     // Two products may contain the same run.
                     Some(i) if i < first && plan.runs[i].config == run.config => {}
-                    Some(i) => return Err(same_name(&plan.runs[i], &run)),
+                    Some(i) => {
+                        return Err(names::same_name(
+                            &run.name,
+                            &plan.runs[i].config,
+                            &run.config,
+                        ));
+                    }
                 }
             }
         }
@@ -472,18 +495,4 @@ fn named(mut e: Error, run: &str) -> Error {
         *op = format!("run {run}: {key}");
     }
     e
-}
-
-fn same_name(a: &Run, b: &Run) -> Error {
-    let help = "give each run a different name: repeat no value, and use every axis in `name`";
-    let differs = match super::names::differences(&a.config, &b.config).as_slice() {
-        [] => "the same run twice".to_string(),
-        [(key, a, b), ..] => format!("two that differ in {key}, {a} and {b}"),
-    };
-    Error::usage(
-        "grid",
-        format!("one run with the name `{}`", a.name),
-        differs,
-        help,
-    )
 }

@@ -28,8 +28,9 @@ use crate::report::lock::FolderLock;
 use crate::report::page::{Table, create};
 use crate::study::plan;
 use figures::short_number;
-use grid::{Grid, Plan};
+use grid::{Grid, Plan, long};
 use run::State;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -150,14 +151,16 @@ impl Args {
             (None, None) => None,
             (scale, _) => Some(paper::scale(&mut grid, scale.unwrap_or(1.0))?),
         };
-        for (key, list) in [
-            ("preset", &self.preset),
-            ("experts", &self.experts),
-            ("router", &self.router),
-            ("learning_rate", &self.learning_rate),
-            ("seed", &self.seed),
+        let mut lists = BTreeMap::new();
+        for (flag, key, list) in [
+            ("--preset", "preset", &self.preset),
+            ("--experts", "experts", &self.experts),
+            ("--router", "router", &self.router),
+            ("--learning-rate", "learning_rate", &self.learning_rate),
+            ("--seed", "seed", &self.seed),
         ] {
             let Some(list) = list else { continue };
+            lists.insert(long(key), flag);
             match values(list)?.as_slice() {
                 [one] if !matches!(key, "router" | "seed") => grid.set(key, one.clone()),
                 all => grid.vary(key, all.to_vec()),
@@ -165,16 +168,21 @@ impl Args {
         }
         for axis in &self.axis {
             let (key, list) = pair("--axis", axis)?;
+            no_list(&lists, "--axis", key)?;
+            lists.insert(long(key), "--axis");
             grid.vary(key, values(list)?);
         }
         for set in &self.set {
             let (key, value) = pair("--set", set)?;
+            no_list(&lists, "--set", key)?;
             grid.set(key, parsed(value));
         }
         if let Some(steps) = self.steps {
+            no_list(&lists, "--steps", "steps")?;
             grid.set("steps", Value::Integer(steps));
         }
         if let Some(data) = &self.data {
+            no_list(&lists, "--data", "data")?;
             grid.set("data", Value::String(data.clone()));
         }
         grid.config = self.config.clone().or(grid.config);
@@ -193,6 +201,19 @@ impl Args {
             ));
         }
         Ok((grid, scaled))
+    }
+}
+
+/// Checks that no flag in `lists` gives the values of `key`, which `flag` would replace.
+fn no_list(lists: &BTreeMap<&str, &str>, flag: &str, key: &str) -> Result<()> {
+    match lists.get(long(key)) {
+        None => Ok(()),
+        Some(other) => Err(Error::usage(
+            flag,
+            format!("a key other than `{key}`, whose values {other} gives"),
+            format!("`{key}`"),
+            "give all values of a key in one list",
+        )),
     }
 }
 

@@ -113,3 +113,27 @@ pub fn differences(a: &Config, b: &Config) -> Vec<(String, String, String)> {
         .filter(|(_, a, b)| a != b)
         .collect()
 }
+
+/// Returns the error for two runs with the same name.
+pub fn same_name(name: &str, a: &Config, b: &Config) -> Error {
+    let differs = match differences(a, b).as_slice() {
+        [] => "the same run twice".to_string(),
+        [(key, a, b), ..] => format!("two that differ in {key}, {a} and {b}"),
+    };
+    Error::usage(
+        "grid",
+        format!("one run with the name `{name}`"),
+        differs,
+        "give each run a different name: repeat no value, and use every axis in `name`",
+    )
+}
+
+/// Returns the error for two runs with the same configuration.
+pub fn same_configuration(a: &str, b: &str) -> Error {
+    Error::usage(
+        "grid",
+        "runs with different configurations",
+        format!("the same configuration for `{a}` and `{b}`"),
+        "remove one of them, or the key that all runs share and that overrides their axis",
+    )
+}

@@ -56,6 +56,26 @@ fn a_value_may_set_several_keys_and_products_share_runs() {
 }
 
 #[test]
+fn a_key_that_is_set_later_replaces_the_one_in_the_table_of_an_axis() {
+    let text = "[axes]\nmethod = [{ label = \"a\", router = \"default\", \"router.beta\" = 0.5 }, \
+                { label = \"b\", router = \"topk\", \"train.steps\" = 7 }]";
+    let mut grid = Grid::parse(text, "test").unwrap();
+    grid.set("steps", 9.into());
+    let plan = grid.plan().unwrap();
+    assert_eq!(names(&plan), ["a", "b"]);
+    assert!(plan.runs.iter().all(|r| r.config.train.steps == 9));
+    assert_eq!(
+        plan.runs[0].config.router.settings["beta"].as_float(),
+        Some(0.5)
+    );
+    let mut grid = Grid::parse(text, "test").unwrap();
+    grid.vary("router", vec!["default".into()]);
+    let plan = grid.plan().unwrap();
+    assert_eq!(names(&plan), ["default-a", "default-b"]);
+    assert!(plan.runs.iter().all(|r| r.config.router.name == "default"));
+}
+
+#[test]
 fn a_short_run_is_evaluated_twenty_times_unless_its_interval_is_set() {
     let interval = |base: &str| {
         let plan = plan(&format!("[base]\n{base}\n[axes]\nseed = [0]"));
@@ -115,6 +135,10 @@ fn the_error_for_an_invalid_grid_names_the_key() {
         ("[axis]\nrouter = [\"topk\"]", &["test", "line 1", "axis"]),
         ("[axes]\nwhat = [{ \"router.beta\" = 0.5 }]", &["a label"]),
         ("[axes]\nexperts = [\"8c9\"]", &["experts", "NcK"]),
+        (
+            "[base]\nmodel.num_experts = 8\nmodel.top_k = 1\nmodel.expert_ffn_width = 64\n[axes]\nexperts = [\"8c1\", \"32c4\"]",
+            &["the same configuration for `8c1` and `32c4`"],
+        ),
     ] {
         let said = refused(text);
         for part in parts {

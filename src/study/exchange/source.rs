@@ -152,8 +152,8 @@ impl Source {
         let layers = config.model.moe_layers();
         // State of the files' router is of no use to another router, which starts as in a new model.
         let another = config.router.name != self.file.router.name;
+        let own = routers::build(&self.file.router)?;
         if another {
-            let own = routers::build(&self.file.router)?;
             for layer in &layers {
                 for state in own.initial_state(&config.model, *layer, 0) {
                     left.remove(checkpoint::router_state(*layer, state.name).as_str());
@@ -164,6 +164,10 @@ impl Source {
             let names: Vec<_> = state.tensors().map(|(n, t)| (n, t.shape())).collect();
             for (name, shape) in names.into_iter().filter(|_| !another) {
                 let full = checkpoint::router_state(*layer, name);
+                // An export has only the state that evaluation reads.
+                if !self.tensors.has(&full) && !own.evaluation_reads(name) {
+                    continue;
+                }
                 let mut tensor = Tensor::unspecified(Device::Cpu, model.dtype(), shape);
                 with_real!(tensor.dtype(), "model", |T| {
                     self.tensors.read(&full, &shape, tensor.slice_mut::<T>())

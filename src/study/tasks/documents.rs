@@ -8,6 +8,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 
+/// Number of characters of a document that an error shows.
+const SHOWN: usize = 300;
+
 /// A line of the file: the document's number and its fields.
 #[derive(Deserialize)]
 struct Line {
@@ -31,7 +34,7 @@ pub fn read(folder: &Path, task: &Task, limit: usize) -> Result<Vec<(Value, Ques
                 &path,
                 format!("a document of {} in line {}", task.name, number + 1),
                 got,
-                "write {\"doc_id\": 0, \"doc\": {…}} with the fields that docs/evaluation.md names",
+                "write {\"doc_id\": 0, \"doc\": {…}} with the fields that docs/evaluation.md names, and the number of one of the answers as the right one",
             )
         };
         let line: Line =
@@ -39,9 +42,11 @@ pub fn read(folder: &Path, task: &Task, limit: usize) -> Result<Vec<(Value, Ques
         match task.question(&line.doc) {
             Some(question) => found.push((line.doc_id, question)),
             None => {
-                let fields = line.doc.as_object();
-                let names = fields.map(|f| f.keys().cloned().collect::<Vec<_>>().join(", "));
-                return Err(bad(format!("fields {}", names.unwrap_or_default())));
+                let mut got = line.doc.to_string();
+                if let Some((end, _)) = got.char_indices().nth(SHOWN) {
+                    got.replace_range(end.., "…");
+                }
+                return Err(bad(got));
             }
         }
     }

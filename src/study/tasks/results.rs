@@ -174,9 +174,11 @@ pub struct Results {
 
 impl Results {
     /// Returns the two averages as the paper computes them, in percent: of all scores, and of the improvement without
-    /// LAMBADA.
-    pub fn averages(&self) -> [f64; 2] {
-        let mean = |values: Vec<f64>| values.iter().sum::<f64>() / values.len().max(1) as f64;
+    /// LAMBADA. None if no benchmark enters an average.
+    pub fn averages(&self) -> [Option<f64>; 2] {
+        let mean = |values: Vec<f64>| {
+            (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
+        };
         let choices = self.scores.iter().filter(|s| s.perplexity.is_none());
         [
             mean(self.scores.iter().map(Score::headline).collect()),

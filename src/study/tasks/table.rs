@@ -14,6 +14,11 @@ fn percent(v: &Value) -> String {
     }
 }
 
+/// Formats an average in percent.
+fn average(value: Option<f64>) -> String {
+    value.map_or("–".into(), |v| format!("{v:.1}%"))
+}
+
 impl Results {
     /// Returns a table of every score, followed by the averages next to the paper's.
     pub fn table(&self) -> String {
@@ -48,8 +53,9 @@ impl Results {
 
     fn beside_the_paper(&self) -> String {
         let [score, improvement] = self.averages();
-        let row = |name: &str, score: f64, improvement: f64, of: &str| {
-            format!("{name:<14} {score:>15.1}% {improvement:>24.1}%  {of}")
+        let row = |name: &str, score: Option<f64>, improvement: Option<f64>, of: &str| {
+            let (score, improvement) = (average(score), average(improvement));
+            format!("{name:<14} {score:>16} {improvement:>25}  {of}")
         };
         let mut lines = vec![format!(
             "{:<14} {:>16} {:>25}",
@@ -61,7 +67,9 @@ impl Results {
         };
         lines.push(row("this model", score, improvement, &tasks));
         let of = "13 tasks; 1.96b 8c1, 160B tokens";
-        lines.extend(PAPER.map(|(name, score, improvement)| row(name, score, improvement, of)));
+        lines.extend(
+            PAPER.map(|(name, score, improvement)| row(name, Some(score), Some(improvement), of)),
+        );
         lines.join("\n")
     }
 
@@ -77,10 +85,10 @@ impl Results {
 
     /// Returns a line with the averages.
     pub fn summary(&self) -> String {
-        let [score, improvement] = self.averages();
+        let [score, improvement] = self.averages().map(average);
         let (tasks, seconds) = (self.scores.len(), self.seconds);
         format!(
-            "average of {tasks} benchmarks {score:.1}%, improvement {improvement:.1}%, in {seconds:.1} s"
+            "average of {tasks} benchmarks {score}, improvement {improvement}, in {seconds:.1} s"
         )
     }
 
@@ -121,12 +129,18 @@ impl Results {
         }
         let ([score, improvement], [other_score, other_improvement]) =
             (self.averages(), other.averages());
+        let shown = |value: Option<f64>, places: usize| {
+            value.map_or("–".into(), |v| format!("{v:.places$}"))
+        };
+        let difference = score.zip(other_score).map(|(a, b)| a - b);
         lines.push(format!(
-            "{:<14} {:>9} {score:>18.2} {other_score:>18.2} {:>16.2} {:>25}",
+            "{:<14} {:>9} {:>18} {:>18} {:>16} {:>25}",
             "average",
             "",
-            score - other_score,
-            format!("{improvement:.1}, {other_improvement:.1}")
+            shown(score, 2),
+            shown(other_score, 2),
+            shown(difference, 2),
+            format!("{}, {}", shown(improvement, 1), shown(other_improvement, 1))
         ));
         lines.push(String::new());
         lines.push(self.beside_the_paper());
@@ -143,6 +157,10 @@ mod tests {
 
     /// Returns the scores of four questions with two answers each, answered correctly where `right` is true.
     fn results(right: [bool; 4]) -> Results {
+        of_task("piqa", right)
+    }
+
+    fn of_task(task: &str, right: [bool; 4]) -> Results {
         let question = Question {
             answers: vec![(String::new(), " a".into()), (String::new(), " b".into())],
             lengths: vec![1, 1],
@@ -157,7 +175,7 @@ mod tests {
         };
         let answers = right.map(|r| Answer::new(0.into(), &question, likelihoods(r), false, false));
         Results {
-            scores: vec![Score::of(find("piqa").unwrap(), &answers)],
+            scores: vec![Score::of(find(task).unwrap(), &answers)],
             ..Results::default()
         }
     }
@@ -191,5 +209,18 @@ mod tests {
         // From 50% by guessing to 100%.
         assert!(line("this model").contains("100.0%") && line("this model").contains("1 task"));
         assert!(line("paper, topk").contains("46.9%") && line("paper, default").contains("54.9%"));
+    }
+
+    #[test]
+    fn an_average_of_no_benchmark_is_a_dash() {
+        let lambada = of_task("lambada_openai", [true, true, true, false]);
+        for text in [
+            lambada.table(),
+            lambada.compared("with", &lambada, "without"),
+        ] {
+            let line = text.lines().find(|l| l.starts_with("this model")).unwrap();
+            assert!(line.contains(" –  1 task"), "{text}");
+        }
+        assert!(lambada.summary().contains("improvement –,"));
     }
 }

@@ -198,6 +198,14 @@ fn judged(before: &Records, session: &Session, options: &Options) -> Result<()> 
             slower.case
         );
     }
+    if options.fail_slower.is_some() && found.compared == 0 {
+        return Err(Error::invalid(
+            "bench --fail-slower",
+            "at least one case that is in the baseline too",
+            "none",
+            "choose a baseline of this machine and device, or other cases with --set and --only",
+        ));
+    }
     match (options.fail_slower, found.slower.first()) {
         (Some(allowed), Some(worst)) => Err(Error::invalid(
             "bench --fail-slower",
