@@ -196,7 +196,8 @@ def test_whatever_an_argument_is_the_interpreter_lives(name):
                 try:
                     operator(*arguments[:place], wrong, *arguments[place + 1 :])
                 except REFUSALS as error:
-                    assert "expected" in str(error) or "routegrad" in str(error)
+                    # PyTorch 2.5 refuses sparse tensors itself.
+                    assert any(word in str(error) for word in ("expected", "routegrad", "SparseTensorImpl"))
                     refused += 1
         assert refused > 5 * len(arguments)
 
