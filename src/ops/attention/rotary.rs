@@ -23,7 +23,7 @@ pub struct Places<'a> {
     pub sequence: usize,
     /// Cosines and sines for every position.
     pub tables: &'a RopeTables,
-    /// The first key of each row, `[B·S]`, see [`attention`].
+    /// The first key of each row, `[B·S]`, see [`attention`](super::attention).
     pub first_key: Option<&'a Tensor>,
 }
 
