@@ -306,6 +306,13 @@ pub const ROUTERS: &[RouterInfo] = &[
     lossfree::INFO,
 ];
 
+/// Returns the number of parameters that the method itself learns in all MoE layers ([`Router::parameters`]). The router
+/// weights belong to the model and are not counted.
+pub fn own_parameters(router: &dyn Router, model: &ModelConfig) -> u64 {
+    let of_a_layer: usize = router.parameters(model).iter().map(|p| p.length).sum();
+    (of_a_layer * model.moe_layers().len()) as u64
+}
+
 /// Rejects a setting outside `least ..`, or, with `below`, outside `least .. below`.
 fn within(key: &str, value: f64, least: f64, below: Option<f64>) -> Result<()> {
     if value >= least && value < below.unwrap_or(f64::INFINITY) {

@@ -211,6 +211,9 @@ impl Hook for Folder {
 fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
     let c = trainer.config();
     let m = &c.model;
+    let weights = trainer.model.parameters.iter();
+    let parameters: usize = weights.map(|p| p.value.shape().elements()).sum();
+    let inactive = count::total_parameters(m) - count::active_parameters(m);
     let millions = |n: u64| n as f64 / 1e6;
     let [documents, held_out] = trainer.corpus().counts();
     let size = |counts: &Counts| match c.data.tokenizer == BYTES {
@@ -228,8 +231,8 @@ fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
     }
     trainer.info(&format!(
         "{:.1} M parameters, {:.1} M active; router {}, {} experts, {} active; {} on {} threads",
-        millions(count::total_parameters(m)),
-        millions(count::active_parameters(m)),
+        millions(parameters as u64),
+        millions(parameters as u64 - inactive),
         c.router.name,
         m.num_experts,
         m.top_k,

@@ -167,7 +167,8 @@ impl Memory {
     /// As [`of`](Self::of), for the given router.
     pub(super) fn with(config: &Config, router: &dyn Router, target: Target) -> Self {
         let m = &config.model;
-        let parameters = count::total_parameters(m);
+        let own_parameters = routers::own_parameters(router, m);
+        let parameters = count::total_parameters(m).saturating_add(own_parameters);
         let tokens = config.train.micro_batch as u64 * m.sequence_length as u64;
         let size = match target {
             Target::Cpu => config.train.dtype.dtype().size() as u64,

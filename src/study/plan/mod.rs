@@ -101,7 +101,8 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
     };
     let flops = flops_of(config, &*router);
     let (rate, rate_source) = assumed_rate(target, threads);
-    let parameters = count::total_parameters(m);
+    let own_parameters = routers::own_parameters(&*router, m);
+    let parameters = count::total_parameters(m).saturating_add(own_parameters);
     // Gradients and weights: f32 and bf16 on a GPU.
     let (sent_bytes, sending_seconds) = match target {
         Target::Cpu => (
@@ -124,7 +125,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
         sent_bytes,
         sending_seconds,
         total_parameters: parameters,
-        active_parameters: count::active_parameters(m),
+        active_parameters: count::active_parameters(m).saturating_add(own_parameters),
         flops_per_token: flops,
         tokens_per_step,
         steps: config.train.steps,

@@ -97,6 +97,24 @@ fn the_planned_activations_of_a_layer_are_those_on_the_tape() {
 }
 
 #[test]
+fn planned_parameters_are_those_of_the_model() {
+    for router in [
+        &["router.name=topk"][..],
+        &["router.name=sparsemixer", "router.version=v1"],
+    ] {
+        let config = config("tiny", router);
+        let model = Model::new(&config).unwrap();
+        let elements = model.parameters.iter().map(|p| p.value.shape().elements());
+        let parameters = elements.sum::<usize>() as u64;
+        let found = plan(&config, Target::Cpu, 1).unwrap();
+        assert_eq!(found.total_parameters, parameters, "{router:?}");
+        let inactive = 3 * 7 * 3 * config.model.hidden * config.model.expert_ffn_width;
+        assert_eq!(found.active_parameters, parameters - inactive as u64);
+        assert_eq!(found.memory.weights, 4 * parameters);
+    }
+}
+
+#[test]
 fn recomputed_layers_keep_only_their_input() {
     let kept = config("tiny", &["router.name=topk"]);
     let again = config("tiny", &["router.name=topk", "train.recompute=true"]);
