@@ -41,6 +41,16 @@ pub fn size(bytes: u64) -> String {
     }
 }
 
+/// Formats a number with the units G, M and k: 7.330 G, 3.7 M, 46.1 k.
+pub fn number(n: f64) -> String {
+    match n {
+        n if n >= 1e9 => format!("{:.3} G", n / 1e9),
+        n if n >= 1e6 => format!("{:.1} M", n / 1e6),
+        n if n >= 1e3 => format!("{:.1} k", n / 1e3),
+        n => format!("{n:.0}"),
+    }
+}
+
 /// Name of the standard output in errors.
 pub(crate) const STDOUT: &str = "the standard output";
 
@@ -61,7 +71,7 @@ pub fn stderr_line(line: &str) {
 
 #[cfg(test)]
 mod tests {
-    use super::size;
+    use super::{number, size};
 
     #[test]
     fn sizes_are_in_powers_of_two() {
@@ -69,5 +79,11 @@ mod tests {
         assert_eq!(size(3 << 29), "1.50 GiB");
         assert_eq!(size((1 << 30) - 1), "1024.0 MiB");
         assert_eq!(size(512), "0.5 KiB");
+    }
+
+    #[test]
+    fn numbers_have_the_largest_unit_that_fits() {
+        let shown = [7.33e9, 3.712e6, 46_048.0, 999.0, 0.0].map(number);
+        assert_eq!(shown, ["7.330 G", "3.7 M", "46.0 k", "999", "0"]);
     }
 }

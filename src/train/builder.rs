@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::report::files::replace;
 use crate::report::lock::FolderLock;
+use crate::report::{number, size};
 use crate::routers;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -214,14 +215,13 @@ fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
     let weights = trainer.model.parameters.iter();
     let parameters: usize = weights.map(|p| p.value.shape().elements()).sum();
     let inactive = count::total_parameters(m) - count::active_parameters(m);
-    let millions = |n: u64| n as f64 / 1e6;
     let [documents, held_out] = trainer.corpus().counts();
-    let size = |counts: &Counts| match c.data.tokenizer == BYTES {
-        true => format!("{:.1} MB", millions(counts.bytes)),
+    let text = |counts: &Counts| match c.data.tokenizer == BYTES {
+        true => size(counts.bytes),
         false => format!(
-            "{:.1} MB in {:.1} M tokens",
-            millions(counts.bytes),
-            millions(counts.tokens)
+            "{} in {} tokens",
+            size(counts.bytes),
+            number(counts.tokens as f64)
         ),
     };
     if let Some(described) = dist::describe().filter(|_| ranks > 1) {
@@ -230,16 +230,16 @@ fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
         trainer.info(&format!("{described}{}", moved.unwrap_or_default()));
     }
     trainer.info(&format!(
-        "{:.1} M parameters, {:.1} M active; router {}, {} experts, {} active; {} on {} threads",
-        millions(parameters as u64),
-        millions(parameters as u64 - inactive),
+        "{} parameters, {} active; router {}, {} experts, {} active; {} on {} threads",
+        number(parameters as f64),
+        number((parameters as u64 - inactive) as f64),
         c.router.name,
         m.num_experts,
         m.top_k,
         trainer.model.dtype(),
         rayon::current_num_threads(),
     ));
-    let (name, train, validation) = (c.data.name(), size(&documents), size(&held_out));
+    let (name, train, validation) = (c.data.name(), text(&documents), text(&held_out));
     trainer.info(&match trainer.corpus().is_one_document() {
         true => format!("{name}: one document, {train}; its end is held out, {validation}"),
         false => format!(

@@ -8,6 +8,7 @@ mod ablate;
 mod faults;
 mod nccl;
 mod runs;
+mod slurm;
 mod stalls;
 mod studies;
 mod torchrun;

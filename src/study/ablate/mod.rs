@@ -19,7 +19,6 @@ mod summary;
 mod tests;
 mod verdict;
 
-use crate::config::count;
 use crate::device::machine::H200_PEAK;
 use crate::dist::{Collective, agree, doing, doing_alone, same_on_all};
 use crate::error::{Error, Result};
@@ -376,7 +375,7 @@ fn dry_run(out: &Path, grid: &Grid, plan: &Plan, scaled: Option<String>) -> Resu
             run.name.clone().into(),
             run.config.router.name.clone().into(),
             format!("{}c{}", model.num_experts, model.top_k).into(),
-            short_number(count::total_parameters(model) as f64).into(),
+            short_number(plan::total_parameters(&run.config)? as f64).into(),
             train.learning_rate.to_string().into(),
             train.seed.into(),
             train.steps.into(),
@@ -400,9 +399,12 @@ fn dry_run(out: &Path, grid: &Grid, plan: &Plan, scaled: Option<String>) -> Resu
     text.push_str(&table.markdown());
     let _ = write!(
         text,
-        "\n{} runs, {} tokens, {all:.2e} floating-point operations, {left:.2e} of them still to do: about \
+        "\n{}, {} tokens, {all:.2e} floating-point operations, {left:.2e} of them still to do: about \
          {} of one CPU core at {:.0} GFLOP/s, or {} of one H200 at half of its peak",
-        plan.runs.len(),
+        match plan.runs.len() {
+            1 => "1 run".into(),
+            n => format!("{n} runs"),
+        },
         short_number(all_tokens),
         duration(left / CORE),
         CORE / 1e9,

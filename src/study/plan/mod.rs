@@ -6,7 +6,7 @@ pub use memory::{Memory, Target, kept};
 
 use crate::config::{Config, ModelConfig, count};
 use crate::error::{Error, Result};
-use crate::report::size;
+use crate::report::{number, size};
 use crate::routers::{self, Router};
 use serde::Serialize;
 
@@ -168,6 +168,15 @@ fn assumed_rate(target: Target, threads: usize) -> (f64, String) {
     }
 }
 
+/// Returns the number of parameters, with those of the router's method.
+///
+/// # Errors
+/// When the router does not exist.
+pub fn total_parameters(config: &Config) -> Result<u64> {
+    let own = routers::own_parameters(&*routers::build(&config.router)?, &config.model);
+    Ok(count::total_parameters(&config.model).saturating_add(own))
+}
+
 /// Returns the FLOPs per token as [`count::flops_per_token`] does, but with every expert that the router runs in training
 /// and, forward only, the rows that it runs only for its state.
 ///
@@ -244,14 +253,11 @@ impl Plan {
     /// Returns the plan as a table in text.
     pub fn table(&self) -> String {
         let mut lines = vec![
-            row("parameters", &count_of(self.total_parameters as f64)),
-            row(
-                "active for a token",
-                &count_of(self.active_parameters as f64),
-            ),
+            row("parameters", &number(self.total_parameters as f64)),
+            row("active for a token", &number(self.active_parameters as f64)),
             row(
                 "FLOPs a token",
-                &format!("{} (training)", count_of(self.flops_per_token as f64)),
+                &format!("{} (training)", number(self.flops_per_token as f64)),
             ),
             row(
                 "tokens a step",
@@ -260,7 +266,7 @@ impl Plan {
         ];
         if let Some(tokens) = self.text_tokens {
             let times = (self.tokens_per_step * self.steps) as f64 / tokens.max(1) as f64;
-            let all = count_of(tokens as f64);
+            let all = number(tokens as f64);
             lines.push(row("text", &format!("{all} tokens, read {times:.2} times")));
         }
         if self.ranks > 1 {
@@ -360,13 +366,6 @@ impl Plan {
 
 fn row(name: &str, value: &str) -> String {
     format!("{name:<22} {value}")
-}
-
-fn count_of(n: f64) -> String {
-    match n {
-        n if n >= 1e9 => format!("{:.3} G", n / 1e9),
-        n => format!("{:.1} M", n / 1e6),
-    }
 }
 
 fn duration(seconds: f64) -> String {

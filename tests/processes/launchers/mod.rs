@@ -171,9 +171,9 @@ pub fn train(place: &Place, out: &str, arguments: &[&str]) -> Command {
     place.train(out, &[SHARED, arguments].concat())
 }
 
-/// The process of rank `rank` of the run whose command line has `mark`.
-fn process(launcher: Launcher, mark: &Path, rank: usize) -> Option<u32> {
-    let wanted = format!("{}={rank}", launcher.rank_variable());
+/// The process of rank `rank`, which `variable` tells it, of the run whose command line has `mark`.
+pub fn process(variable: &str, mark: &Path, rank: usize) -> Option<u32> {
+    let wanted = format!("{variable}={rank}");
     let mark = mark.to_string_lossy();
     let processes = fs::read_dir("/proc").unwrap().flatten();
     let mut pids = processes.filter_map(|e| e.file_name().to_str()?.parse::<u32>().ok());
@@ -219,7 +219,7 @@ impl Running {
 
     /// The process of a rank, if it is there.
     pub fn process(&self, rank: usize) -> Option<u32> {
-        process(self.launcher, &self.out, rank)
+        process(self.launcher.rank_variable(), &self.out, rank)
     }
 
     fn processes(&self) -> impl Iterator<Item = u32> {
