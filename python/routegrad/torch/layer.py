@@ -49,7 +49,7 @@ class Settings:
         return math.pow(self.beta, 1 / self.micro_batches)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings for ``config.default_moe``, without ``micro_batches``: it belongs to a training run only."""
+        """Returns the settings for ``config.default_moe``. ``micro_batches`` is omitted, as it belongs to a training run."""
         values = dataclasses.asdict(self)
         del values["micro_batches"]
         return values
@@ -75,7 +75,7 @@ class LayerState:
             node.metadata[BUFFER] = self.used[first_node] = vectors
 
     def used_before(self, number: int) -> Tensor | None:
-        """Returns the ê of the last pass that started before autograd created the node with this sequence number."""
+        """Returns the ê of the last pass that started before the autograd node ``number`` was created; None without one."""
         passes = {first: vectors for first, vectors in self.used.items() if first <= number}
         return passes[max(passes)] if passes else None
 

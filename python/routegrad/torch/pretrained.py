@@ -46,7 +46,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
         )
     base = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     ignored = [*(getattr(base, "_keys_to_ignore_on_load_unexpected", None) or []), rf"\.{BUFFER}$"]
-    # This subclass with the same name is used only for loading: it accepts the tensors of ê, which `_fill` reads below.
+    # This subclass with the same name is used only for loading. It ignores the tensors of ê; `_fill` reads them below.
     loading = type(base.__name__, (base,), {"__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": ignored})
     model = loading.from_pretrained(path, config=config, **options)
     model.__class__ = base
