@@ -1,12 +1,13 @@
-"""Fine-tunes a small Mixture-of-Experts model on text with and without default vectors, and draws both curves.
+"""Fine-tunes a small Mixture-of-Experts model on text with and without default vectors, and plots both loss curves.
 
     pip install './python[torch,plot]'
     python python/examples/finetune_default_moe.py
     python python/examples/finetune_default_moe.py --text book.txt --steps 500 --out curves.png
 
-A random olmoe (8 experts, 1 of them per token) reads bytes. It is first trained as it is; then two copies go on with
-the same batches, one as before and one with default vectors. Takes some minutes on two cores. Prints the loss on text
-that was not trained on, how evenly the experts are used, and how close the router's gradient is to the dense one.
+The model is a randomly initialized olmoe (8 experts, 1 expert per token); its tokens are bytes. It is first trained
+without default vectors. Then two copies are trained on the same batches, one without and one with default vectors. This
+takes some minutes on two cores. The script prints the loss on held-out text, how evenly the experts are used, and how
+close the router's gradient is to the dense gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SPEECHES = pathlib.Path(__file__).parents[2] / "data/embedded/sotu.txt.zst"
 
 
 def read_bytes(path: pathlib.Path) -> Tensor:
-    """The bytes of a text file, or of one compressed by zstd, as tokens."""
+    """Returns the bytes of a text file, or of a text file compressed with zstd, as tokens."""
     data = path.read_bytes()
     if path.suffix == ".zst":
         import zstandard
@@ -36,7 +37,10 @@ def read_bytes(path: pathlib.Path) -> Tensor:
 
 
 def random_model(length: int) -> torch.nn.Module:
-    """About 1 M parameters. olmoe does not renormalize: with one expert per token its router learns from the loss."""
+    """Returns a model with about 1 M parameters.
+
+    olmoe does not renormalize the weights, so its router gets a gradient from the loss even with one expert per token.
+    """
     config = transformers.OlmoeConfig(
         vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         num_experts=8, num_experts_per_tok=1, norm_topk_prob=False, max_position_embeddings=length,
@@ -46,14 +50,14 @@ def random_model(length: int) -> torch.nn.Module:
 
 
 def batch(text: Tensor, sequences: int, length: int, generator: torch.Generator) -> Tensor:
-    """Sequences [B, S] from random places of the text."""
+    """Returns sequences [B, S] from random positions in the text."""
     starts = torch.randint(0, len(text) - length, (sequences, 1), generator=generator)
     return text[starts + torch.arange(length)]
 
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, batches: list[Tensor]) -> float:
-    """Mean cross-entropy in nats per byte."""
+    """Returns the mean cross-entropy in nats per byte."""
     model.eval()
     losses = [model(input_ids=b, labels=b).loss.item() for b in batches]
     return sum(losses) / len(losses)
@@ -79,7 +83,7 @@ def train(
 
 
 def draw(curves: dict[str, list[tuple[int, float]]], out: pathlib.Path) -> None:
-    """Loss over steps, a line for each model."""
+    """Plots the loss over the steps, with one line per model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,10 +102,10 @@ def draw(curves: dict[str, list[tuple[int, float]]], out: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=pathlib.Path, default=SPEECHES, help="text file, also .zst (default: %(default)s)")
-    parser.add_argument("--pretrain", type=int, default=300, help="steps before the copy (default: %(default)s)")
+    parser.add_argument("--pretrain", type=int, default=300, help="steps before the model is copied (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=300, help="steps of fine-tuning (default: %(default)s)")
     parser.add_argument("--beta", type=float, default=0.9, help="decay of the default vectors (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=128, help="bytes of a sequence (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=128, help="bytes per sequence (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("finetune_default_moe.png"))
     options = parser.parse_args()
@@ -127,7 +131,7 @@ def main() -> None:
         variation = (load.std(dim=1, correction=0) / load.mean(dim=1)).mean().item()
         seconds = time.perf_counter() - started
         print(f"{name}: {curves[name][-1][1]:.4f} nats per byte, load variation {variation:.2f}, {seconds:.0f} s")
-    print("router gradient against the dense one (cosine): ")
+    print("cosine similarity of the router gradient to the dense gradient:")
     for found in rt.router_gradient_similarity(models["top-1 with default vectors"], {"input_ids": held_out[0]}):
         print(f"  {found.layer}: with default vectors {found.cosine:.3f}, without {found.topk_cosine:.3f}")
     draw(curves, options.out)

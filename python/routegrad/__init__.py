@@ -1,7 +1,7 @@
 """Default vectors for Mixture-of-Experts routers in PyTorch, and access to the runs of routegrad.
 
-``routegrad.load_run`` reads a run's folder and needs only the standard library. ``routegrad.torch`` holds everything
-that needs PyTorch; it is imported on first use.
+``routegrad.load_run`` reads the folder of a run and does not need PyTorch. ``routegrad.torch`` contains everything that
+needs PyTorch; it is imported on first use.
 """
 
 from __future__ import annotations

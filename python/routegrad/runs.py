@@ -1,4 +1,4 @@
-"""Reads the folder of a run: configuration, metrics, newest checkpoint. Needs only the standard library."""
+"""Reads the folder of a run: configuration, metrics and checkpoints. Uses only the standard library from Python 3.11 on."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Run:
     """A run of routegrad.
 
     Attributes:
-        path: its folder.
-        config: ``config.toml``, the resolved configuration.
+        path: the folder of the run.
+        config: the content of ``config.toml``, the resolved configuration.
     """
 
     path: Path
@@ -37,9 +37,12 @@ class Run:
         return self.path.name
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``, one per optimizer step; [] before the first.
+        """Returns the lines of ``metrics.jsonl``, one dict per optimizer step; [] if there is no such file.
 
-        A last line that a crash cut off is left out.
+        Skips the last line if it is incomplete, as after a crash.
+
+        Raises:
+            ValueError: another line is not valid JSON.
         """
         file = self.path / "metrics.jsonl"
         if not file.is_file():
@@ -60,7 +63,7 @@ class Run:
 
     @property
     def metrics(self) -> Any:
-        """The records as a pandas DataFrame indexed by step where pandas is installed, otherwise as a list of dicts."""
+        """The records as a pandas DataFrame with the step as index if pandas is installed, otherwise as a list of dicts."""
         records = self.records()
         try:
             import pandas
@@ -70,21 +73,24 @@ class Run:
         return frame.set_index("step") if "step" in frame else frame
 
     def checkpoints(self) -> list[Path]:
-        """The whole checkpoints, oldest first: those whose files have the sizes that their manifest names."""
+        """Returns the folders of the complete checkpoints, oldest first.
+
+        A checkpoint is complete if all its files exist and have the sizes in its manifest.
+        """
         steps = []
         for folder in (self.path / "checkpoints").glob("step-*"):
             number = re.fullmatch(r"step-(\d+)", folder.name)
-            if number and _is_whole(folder):
+            if number and _is_complete(folder):
                 steps.append((int(number[1]), folder))
         return [folder for _, folder in sorted(steps)]
 
     @property
     def checkpoint(self) -> Path:
-        """The newest whole checkpoint. Raises FileNotFoundError if there is none."""
+        """The folder of the newest complete checkpoint. Raises FileNotFoundError if there is none."""
         found = self.checkpoints()
         if not found:
             raise FileNotFoundError(
-                f"{self.path}: expected a whole checkpoint in checkpoints/step-N, got none; let the run go on with "
+                f"{self.path}: expected a complete checkpoint in checkpoints/step-N, got none; continue the run with "
                 f"`routegrad train --resume --out {self.path}`"
             )
         return found[-1]
@@ -96,16 +102,21 @@ class Run:
         dtype: torch.dtype | None = None,
         routegrad: str | os.PathLike[str] | None = None,
     ) -> torch.nn.Module:
-        """The model of a checkpoint for transformers, by default the newest; needs ``routegrad[torch]``.
+        """Loads a checkpoint as a model of transformers. Needs ``routegrad[torch]``.
 
-        A model with RMSNorm and the router topk, densemixer or default becomes a mixtral, olmoe, qwen2_moe or qwen3_moe
-        and trains as such; with the router default it has default vectors (see ``routegrad.torch.default_moe``). Any
-        other is converted by ``routegrad export`` and computes as at evaluation.
+        A model with RMSNorm and the router topk, densemixer or default becomes a mixtral, olmoe, qwen2_moe or qwen3_moe,
+        which can be trained; with the router default it has default vectors (see ``routegrad.torch.default_moe``). Any
+        other model is converted by ``routegrad export``; it computes what routegrad computes in evaluation.
 
         Args:
-            checkpoint: a folder ``checkpoints/step-N``.
-            dtype: of the weights; float32 if None.
-            routegrad: the program for ``routegrad export``; the one in PATH if None.
+            checkpoint: the folder of a checkpoint, ``checkpoints/step-N``; the newest complete one if None.
+            dtype: the dtype of the weights; float32 if None.
+            routegrad: the path of the program for ``routegrad export``; if None, it is searched for in PATH.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint, or no program although the model needs it.
+            ValueError: the files are not those of a checkpoint of routegrad.
+            RuntimeError: ``routegrad export`` failed.
         """
         from .torch.checkpoint import load_model
 
@@ -113,16 +124,19 @@ class Run:
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
-    """Opens the folder of a run, as in ``load_run("runs/tiny-default")``.
+    """Opens the folder of a run, for example ``load_run("runs/tiny-default")``.
 
-    Raises FileNotFoundError where it is not one.
+    Raises:
+        FileNotFoundError: the folder does not exist or has no ``config.toml``.
+        ValueError: ``config.toml`` is not valid TOML.
     """
     folder = Path(path)
     file = folder / "config.toml"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{folder}: expected the folder of a run with config.toml, got {'another one' if folder.is_dir() else 'none'}; "
-            "give the folder that `routegrad train` wrote, such as runs/tiny-default"
+            f"{folder}: expected the folder of a run with config.toml, got "
+            f"{'a folder without it' if folder.is_dir() else 'no folder'}; pass the folder that `routegrad train` wrote, "
+            "such as runs/tiny-default"
         )
     with file.open("rb") as opened:
         try:
@@ -132,7 +146,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     return Run(folder, config)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _is_complete(checkpoint: Path) -> bool:
     try:
         files = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))["files"]
         return bool(files) and all((checkpoint / n).stat().st_size == entry["bytes"] for n, entry in files.items())

@@ -1,4 +1,4 @@
-"""Float64 values with a bound of the error that a kernel may leave: f32 sums, results rounded to bf16."""
+"""Float64 values with bounds on the error of a kernel that sums in f32 and rounds its results to bf16."""
 
 import torch
 
@@ -7,7 +7,7 @@ F32 = 2.0**-24
 
 
 class Bounded:
-    """A float64 tensor, and how far each element of a kernel's result may be off."""
+    """A float64 tensor, and the largest allowed error of each element of a kernel's result."""
 
     def __init__(self, value, error=None):
         self.value = value.detach().double()
@@ -48,11 +48,11 @@ class Bounded:
         return Bounded(self.value.sum(dim), self.error.sum(dim) + F32 * (terms + 4) * self.size().sum(dim))
 
     def function(self, value, slope, relative):
-        """f of it: the largest |f'|, and the relative error of f itself."""
+        """A function f of this tensor: its value, the largest |f'|, and the relative error of f itself."""
         return Bounded(value, slope * self.error + relative * value.abs() + 1e-37)
 
     def silu(self):
-        """silu, and its derivative; the exponential of a GPU is good to 16 + 4 |x| units in the last place."""
+        """silu and its derivative. The exponential function of a GPU has an error of at most 16 + 4 |x| unit roundoffs."""
         x, s = self.value, self.value.sigmoid()
         relative = F32 * (16 + 4 * x.abs())
         derivative = s * (1 + x * (1 - s))
@@ -60,17 +60,20 @@ class Bounded:
         return self.function(x * s, 1.1, relative), slope
 
     def rounded(self):
-        """Stored in bf16."""
+        """This tensor rounded to bf16."""
         return Bounded(self.value, self.error + half_ulp(self.size()))
 
 
 def half_ulp(x):
-    """Half the distance between neighbouring bf16 at x."""
+    """Half the distance between neighbouring bf16 values at x."""
     return torch.ldexp(torch.ones_like(x), torch.frexp(x.abs().clamp(min=2.0**-126)).exponent - 9)
 
 
 def holds(got, want, what="", limit=4e-3):
-    """Every element of ``got`` within its bound, and the whole within ``limit``; each rounding to bf16 leaves 1.6e-3."""
+    """Asserts that every element of ``got`` is within its bound, and that the relative error by norm is at most ``limit``.
+
+    Each rounding to bf16 causes a relative error by norm of about 1.6e-3.
+    """
     got = got.detach().double()
     assert got.shape == want.value.shape, f"{what}: {got.shape}, {want.value.shape}"
     error = (got - want.value).abs()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 torch.set_num_threads(2)
-# With ROUTEGRAD_TEST_DEVICE=cuda the tests of the operators run on a GPU: what they make lies there.
+# With ROUTEGRAD_TEST_DEVICE=cuda the tests of the operators create their tensors on a GPU, and therefore run there.
 DEVICE = os.environ.get("ROUTEGRAD_TEST_DEVICE", "cpu")
 torch.set_default_device(DEVICE)
 

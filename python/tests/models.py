@@ -1,4 +1,4 @@
-"""Tiny random models of the four architectures, and transformers' code for them without its casts to float32."""
+"""Tiny random models of the four architectures, and a version of transformers' code for them that computes in float64."""
 
 import importlib
 import inspect
@@ -40,7 +40,7 @@ def config(name, **changes):
 
 
 def tiny(name, seed=0, **changes):
-    """A model in float32 whose every parameter is random, norms and routers too."""
+    """Returns a float32 model with random parameters, including those of norms and routers."""
     torch.manual_seed(seed)
     return fill(transformers.AutoModelForCausalLM.from_config(config(name, **changes)))
 
@@ -62,7 +62,7 @@ def moe_layers(model):
 
 
 def float64_module(name):
-    """The architecture's code run again with float32 made float64."""
+    """Returns a copy of the architecture's module in which float32 is replaced by float64."""
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     source = inspect.getsource(module)
     for old, new in [
@@ -80,7 +80,7 @@ def float64_module(name):
 
 
 def tiny_float64(name, seed=0, **changes):
-    """A float64 model that computes in float64 throughout, and the adapters that know its MoE layers."""
+    """Returns a float64 model that computes only in float64, and the adapters for its MoE layers."""
     module, made = float64_module(name), config(name, **changes)
     architecture = type(transformers.AutoModelForCausalLM.from_config(made)).__name__
     torch.manual_seed(seed)

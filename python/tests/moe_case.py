@@ -13,7 +13,7 @@ def normal(*shape, scale=1.0, dtype=BF16, grad=False):
 
 
 class Moe:
-    """A random MoE layer with T tokens, expert 1 of which nobody chose, and its rows in loops."""
+    """A random MoE layer with T tokens, and its rows computed in loops. No token chooses expert 1."""
 
     def __init__(self, tokens=37, experts=5, top_k=2, hidden=24, ffn=16, weights=BF16):
         self.tokens, self.experts, self.top_k, self.hidden, self.ffn = tokens, experts, top_k, hidden, ffn
@@ -35,14 +35,14 @@ class Moe:
         return Bounded(getattr(self, name)[e].to(BF16))
 
     def expert(self, x, e):
-        """h and a as they are before rounding, and the output from a in bf16; x [n, D]."""
+        """Returns h and a before they are rounded, and the output computed from a in bf16, for x [n, D]."""
         h = Bounded(x) @ self.weight("gate_up", e).t()
         gate, up = h[:, : self.ffn], h[:, self.ffn :]
         a = gate.silu()[0] * up
         return h, a, a.rounded() @ self.weight("down", e).t()
 
     def expert_backward(self, x, e, dout, gate):
-        """Gradients of gate_up, down and the rows of x, and ⟨dout, e⟩, for rows x of an expert; dout is exact."""
+        """Returns the gradients of gate_up, down and x, and ⟨dout, e⟩, for the rows x of an expert and an exact dout."""
         h = self.expert(x, e)[0].rounded()
         z, up = h[:, : self.ffn], h[:, self.ffn :]
         silu, slope = z.silu()
@@ -54,7 +54,7 @@ class Moe:
         return dgate_up, ddown, (dh @ self.weight("gate_up", e)).rounded(), (da * a).sum(1)
 
     def rows_of(self, e):
-        """Row numbers and tokens of an expert."""
+        """Returns the row numbers and the tokens of an expert."""
         found = [(r, t) for r, (expert, t, _) in enumerate(self.rows) if expert == e]
         return [r for r, _ in found], [t for _, t in found]
 

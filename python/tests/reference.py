@@ -1,6 +1,6 @@
 """An MoE layer with default vectors in plain loops over tokens and experts, in NumPy float64, forward and backward.
 
-Written from the formulas alone: no autograd, no PyTorch, nothing of the package.
+Written only from the formulas. Does not use autograd, PyTorch or code of the package.
 """
 
 import numpy as np
@@ -35,7 +35,7 @@ def softmax(z):
 
 
 def chosen(p, k):
-    """The k most probable experts; of equal ones those of the lower index."""
+    """The k most probable experts. Of equally probable experts, those with the lower index are chosen."""
     return sorted(range(len(p)), key=lambda i: (-p[i], i))[:k]
 
 

@@ -33,7 +33,7 @@ def test_closed_forms_equal_autograd(name):
 
 @pytest.mark.parametrize("name", models.TYPES)
 def test_the_dense_reference_is_the_gradient_with_every_expert_run(name):
-    """Autograd through Σ q_i e_i over all experts, q_i the estimator's weights, at the recorded g."""
+    """Compares with autograd through Σ q_i e_i over all experts, for the weights q_i of the estimator and the recorded g."""
     model, batch = converted(name)
     for layer, found in recorded(model, batch).items():
         state, x = layer.default_moe_state, found["x"]
@@ -45,7 +45,7 @@ def test_the_dense_reference_is_the_gradient_with_every_expert_run(name):
             on = torch.zeros_like(p).scatter(1, found["index"], 1.0)
             q = p
             if state.shape.renormalize:
-                # DenseMixer lets no gradient through the divisor of the experts that did not run.
+                # For the experts that did not run, DenseMixer treats the divisor as a constant.
                 total = (p * on).sum(1, keepdim=True)
                 q = p * on / total + p * (1 - on) / (total.detach() if reference == "densemixer" else total)
             y = sum(q[:, i, None] * every[i] for i in experts)
@@ -54,7 +54,7 @@ def test_the_dense_reference_is_the_gradient_with_every_expert_run(name):
             torch.testing.assert_close(closed["dense"], weight.grad, rtol=1e-9, atol=1e-14)
 
 
-def test_similarity_leaves_gradients_modes_and_vectors_as_they_were():
+def test_similarity_does_not_change_gradients_modes_or_vectors():
     model, batch = converted("olmoe")
     model.train()
     before = copy.deepcopy(model.state_dict())
@@ -66,8 +66,8 @@ def test_similarity_leaves_gradients_modes_and_vectors_as_they_were():
         assert -1 <= f.cosine <= 1 and f.relative_error >= 0 and -1 <= f.topk_cosine <= 1
 
 
-def test_exact_stand_ins_give_the_exact_gradient():
-    """Experts that ignore their input: ê is then what the experts that did not run would have given."""
+def test_exact_default_vectors_give_the_dense_gradient():
+    """The experts ignore their input, so ê is equal to the outputs of the experts that did not run."""
     model, batch = converted("olmoe", beta=0.0)
     for layer in models.moe_layers(model):
         table = torch.randn(5, models.HIDDEN, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_optimal_scale_minimizes_the_error():
 
 @pytest.mark.parametrize("vectors", [False, True])
 @pytest.mark.parametrize("name", models.TYPES)
-def test_load_counts_what_the_router_of_transformers_chooses(name, vectors):
+def test_expert_load_counts_the_choices_of_the_router_of_transformers(name, vectors):
     plain, batch = models.tiny(name), dict(input_ids=models.tokens())
     model = rt.default_moe(copy.deepcopy(plain), pass_forward=False) if vectors else plain
     load = rt.expert_load(model, batch)

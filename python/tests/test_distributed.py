@@ -1,4 +1,4 @@
-"""Two processes against one."""
+"""Compares training in two processes with training in one process."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ def run(ranks, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Of each way to train: what rank 0, rank 1 and one process alone saved."""
+    """For each way of training, the tensors that were saved by rank 0, by rank 1 and by a single process."""
     folder = tmp_path_factory.mktemp("ranks")
     run(2, folder)
     for way in worker.WAYS:
@@ -39,7 +39,7 @@ def test_two_processes_compute_what_one_computes(results, way):
     first, second, one = results[way]
     assert first.keys() == one.keys() and sum(name.endswith("default_vectors") for name in one) == 2
     for name, expected in one.items():
-        # FSDP gives the whole state to rank 0 alone.
+        # FSDP gives the full state only to rank 0.
         assert name not in second or torch.equal(first[name], second[name]), f"{name}: ranks differ"
         error = (first[name] - expected).abs().max().item()
         assert error <= 1e-5 * max(1.0, expected.abs().max().item()), f"{name}: {error:.2e}"
@@ -47,7 +47,7 @@ def test_two_processes_compute_what_one_computes(results, way):
             assert expected.abs().sum() > 0
 
 
-def test_a_process_group_is_what_averages_are_taken_over(results):
+def test_averages_are_taken_over_the_process_group(results):
     first, second, _ = results["own group"]
     for name, value in first.items():
         assert torch.equal(value, second[name]) != name.endswith("default_vectors"), name

@@ -1,6 +1,6 @@
-"""Against `routegrad dump --train`: logits, loss, every gradient and the new default vectors, from the same weights.
+"""Compares with `routegrad dump --train`: logits, loss, every gradient and the updated default vectors, for equal weights.
 
-Needs the program: in ROUTEGRAD_BIN, or built in target/release. Builds nothing.
+Needs the program, from ROUTEGRAD_BIN or target/release. Does not build it.
 """
 
 import json
@@ -23,13 +23,13 @@ PROGRAM = pathlib.Path(os.environ.get("ROUTEGRAD_BIN", BUILT))
 
 pytestmark = [
     pytest.mark.skipif(not PROGRAM.is_file(), reason=f"no routegrad program: set ROUTEGRAD_BIN, or build {BUILT}"),
-    pytest.mark.skipif(models.VERSION < 5, reason="transformers 4 names each expert by itself"),
+    pytest.mark.skipif(models.VERSION < 5, reason="transformers 4 stores each expert in its own tensors"),
 ]
 SETTINGS = dict(beta=0.7, weighted=True, weight_norm="sum_p", pass_forward=True, use_at_evaluation=True)
 
 
 def config_json(model, settings, renormalize):
-    """The model's config.json as routegrad writes it."""
+    """Returns the config.json that routegrad writes for the model."""
     c, mixtral, olmoe = model.config, model.config.model_type == "mixtral", model.config.model_type == "olmoe"
     qk_norm = {"olmoe": "full", "qwen3_moe": "head"}.get(c.model_type, "none")
     router = {"name": "default", "init_std": 0.0, **settings}
@@ -51,7 +51,7 @@ def config_json(model, settings, renormalize):
 
 
 def dump(model, tokens, folder, settings, renormalize):
-    """What the program makes of the model's weights and default vectors, or None where it does not know a setting."""
+    """Runs the program with the model's weights and default vectors, and returns its tensors; None without `renormalize`."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config_json(model, settings, renormalize)))
     save_file({n: t.contiguous() for n, t in model.state_dict().items()}, folder / "model.safetensors")
@@ -75,7 +75,7 @@ def dump(model, tokens, folder, settings, renormalize):
         ("mixtral", {}),
     ],
 )
-def test_the_program_computes_the_same(name, changes, tmp_path):
+def test_the_model_computes_what_the_program_computes(name, changes, tmp_path):
     norm = {} if name in ("mixtral", "olmoe") else dict(norm_topk_prob=name == "qwen3_moe")
     renormalize = name in ("mixtral", "qwen3_moe")
     for attempt in (renormalize, False):

@@ -1,4 +1,4 @@
-"""Errors say what was expected, what was got, and what to do."""
+"""Error messages state what was expected, what was got, and what to do."""
 
 import models
 import pytest
@@ -27,14 +27,14 @@ import routegrad.torch as rt
         (dict(micro_batches=0), ValueError, "micro_batches"),
     ],
 )
-def test_settings_out_of_range_are_named(settings, kind, words):
+def test_wrong_settings_raise_errors_with_their_name(settings, kind, words):
     model = models.tiny("mixtral")
     with pytest.raises(kind, match=words):
         rt.default_moe(model, **settings)
     assert not any(isinstance(m, rt.DefaultMoeLayer) for m in model.modules())
 
 
-def test_a_model_without_moe_layers_is_refused():
+def test_a_model_without_moe_layers_raises():
     with pytest.raises(TypeError, match="mixtral, olmoe, qwen2_moe or qwen3_moe, got Linear.*adapters="):
         rt.default_moe(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="MoE layers of .* got str without any"):
@@ -43,19 +43,19 @@ def test_a_model_without_moe_layers_is_refused():
         rt.expert_load(nn.Linear(2, 2), torch.zeros(1, 2))
 
 
-def test_a_second_conversion_is_refused():
-    with pytest.raises(ValueError, match="call default_moe once"):
+def test_a_second_conversion_raises():
+    with pytest.raises(ValueError, match="call default_moe only once"):
         rt.default_moe(rt.default_moe(models.tiny("olmoe")))
 
 
-def test_functions_that_need_vectors_say_so():
+def test_functions_that_need_vectors_raise_without_them():
     similarity = lambda m: rt.router_gradient_similarity(m, {})  # noqa: E731
     for run in (rt.default_vectors, lambda m: rt.set_micro_batches(m, 2), similarity, rt.remove_default_moe):
         with pytest.raises(ValueError, match=r"default_moe\(model\) first"):
             run(models.tiny("mixtral"))
 
 
-def test_vectors_in_bf16_are_refused():
+def test_vectors_in_bf16_raise():
     model = rt.default_moe(models.tiny("mixtral"))
     for layer in models.moe_layers(model):
         layer.default_vectors = layer.default_vectors.bfloat16()
@@ -63,7 +63,7 @@ def test_vectors_in_bf16_are_refused():
         model(models.tokens())
 
 
-def test_quantized_weights_are_refused():
+def test_quantized_weights_raise():
     model = models.tiny("mixtral")
     layer = models.moe_layers(model)[0]
     layer.gate.weight = nn.Parameter(torch.zeros(4, 16, dtype=torch.int8), requires_grad=False)
@@ -71,12 +71,12 @@ def test_quantized_weights_are_refused():
         rt.default_moe(model)
 
 
-def test_router_jitter_is_refused():
+def test_router_jitter_raises():
     with pytest.raises(ValueError, match="router_jitter_noise 0, got 0.1"):
         rt.default_moe(models.tiny("mixtral", router_jitter_noise=0.1))
 
 
-def test_a_forward_set_on_the_layer_is_refused():
+def test_a_forward_set_on_the_layer_raises():
     model = models.tiny("mixtral")
     layer = models.moe_layers(model)[0]
     layer.forward = layer.forward
@@ -84,7 +84,7 @@ def test_a_forward_set_on_the_layer_is_refused():
         rt.default_moe(model)
 
 
-def test_an_adapter_with_wrong_numbers_or_logits_is_named():
+def test_an_adapter_with_wrong_sizes_or_logits_raises():
     class Layer(nn.Module):
         def forward(self, x):
             return x
@@ -100,7 +100,7 @@ def test_an_adapter_with_wrong_numbers_or_logits_is_named():
             model(torch.zeros(7, width))
 
 
-def test_wrong_batches_of_the_analyses_are_named():
+def test_a_wrong_batch_or_reference_of_router_gradient_similarity_raises():
     model = rt.default_moe(models.tiny("mixtral"))
     with pytest.raises(TypeError, match="input_ids"):
         rt.router_gradient_similarity(model, models.tokens())

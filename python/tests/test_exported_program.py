@@ -1,6 +1,6 @@
-"""The program that `routegrad export` writes beside the weights behaves as transformers' own models do.
+"""The model code that `routegrad export` writes next to the weights behaves like transformers' own models.
 
-Needs the program: in ROUTEGRAD_BIN, or built in target/release. Builds nothing.
+Needs the program, from ROUTEGRAD_BIN or target/release. Does not build it.
 """
 
 import os
@@ -46,7 +46,7 @@ def batch():
     return tokens, labels
 
 
-def test_losses_of_micro_batches_add_up_to_that_of_the_batch(model, batch):
+def test_losses_of_micro_batches_add_up_to_the_loss_of_the_batch(model, batch):
     tokens, labels = batch
     whole = model(tokens, labels=labels).loss
     count = (labels[:, 1:] != -100).sum()
@@ -54,7 +54,7 @@ def test_losses_of_micro_batches_add_up_to_that_of_the_batch(model, batch):
     torch.testing.assert_close(sum(parts), whole, rtol=1e-5, atol=0)
 
 
-def test_checkpointed_gradients_equal_the_others(model, batch):
+def test_gradient_checkpointing_does_not_change_gradients(model, batch):
     tokens, labels = batch
 
     def gradients():
@@ -84,6 +84,6 @@ def test_tuples_hidden_states_and_embeddings(model, batch):
 
 
 @pytest.mark.parametrize("argument", [{"output_attentions": True}, {"past_key_values": object()}, {"unknown": 1}])
-def test_an_argument_that_is_not_supported_is_an_error(model, batch, argument):
+def test_an_unsupported_argument_raises(model, batch, argument):
     with pytest.raises(TypeError, match=next(iter(argument))):
         model(batch[0], **argument)

@@ -1,4 +1,4 @@
-"""One MoE layer against plain loops in float64, finite differences, and hand-made cases."""
+"""Compares one MoE layer with plain loops in float64, with finite differences, and with cases computed by hand."""
 
 import copy
 import pickle
@@ -17,7 +17,7 @@ TOLERANCE = 1e-9
 
 
 def arrays(layer):
-    """Router, gate, up, down of a layer of transformers as NumPy arrays."""
+    """Returns the router, gate, up and down weights of a layer of transformers as NumPy arrays."""
     get = lambda t: t.detach().numpy()  # noqa: E731
     if isinstance(layer.experts, nn.ModuleList):
         names = ("w1", "w3", "w2") if hasattr(layer.experts[0], "w1") else ("gate_proj", "up_proj", "down_proj")
@@ -29,7 +29,7 @@ def arrays(layer):
 
 
 def gradients(layer):
-    """Gradients of the same arrays."""
+    """Returns the gradients of the same weights."""
     clone = copy.deepcopy(layer)
     with torch.no_grad():
         for p, q in zip(clone.parameters(), layer.parameters(), strict=True):
@@ -54,7 +54,7 @@ def close(found, expected, tolerance=TOLERANCE):
 
 
 def routed(layer, x):
-    """The layer's output without its shared expert."""
+    """Returns the layer's output without its shared expert."""
     y = layer(x)
     y = y[0] if isinstance(y, tuple) else y
     if hasattr(layer, "shared_expert"):
@@ -84,7 +84,7 @@ def test_outputs_gradients_and_vectors_equal_plain_loops(name, average, pass_for
 
 @pytest.mark.parametrize(("pass_forward", "use"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])
-def test_evaluation_uses_vectors_only_where_both_settings_say_so(name, pass_forward, use):
+def test_evaluation_uses_vectors_only_if_both_settings_are_true(name, pass_forward, use):
     layer, plain = layer_and_reference(name, pass_forward=pass_forward, use_at_evaluation=use)
     layer.eval()
     before = layer.default_vectors.clone()
@@ -101,7 +101,7 @@ def test_evaluation_uses_vectors_only_where_both_settings_say_so(name, pass_forw
 
 
 def margin(layer, x):
-    """The smallest gap between the last chosen and the first other probability."""
+    """Returns the smallest difference between the lowest chosen and the highest other probability of a token."""
     p = (x.reshape(-1, models.HIDDEN) @ layer.gate.weight.t()).softmax(-1).sort(descending=True).values
     k = layer.default_moe_state.shape.top_k
     return (p[:, k - 1] - p[:, k]).min().item()
@@ -141,7 +141,7 @@ def test_gradcheck_of_input_and_router_with_frozen_vectors(name):
 
 
 @pytest.mark.parametrize("name", models.TYPES)
-def test_no_tokens_change_nothing(name):
+def test_a_batch_without_tokens_does_not_change_the_vectors(name):
     layer = models.moe_layers(rt.default_moe(models.tiny(name), init_std=1.0))[-1].train()
     before = layer.default_vectors.clone()
     x = torch.zeros(0, 3, models.HIDDEN, requires_grad=True)
@@ -152,7 +152,7 @@ def test_no_tokens_change_nothing(name):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "olmoe"])
-def test_with_every_expert_chosen_vectors_do_not_count(name):
+def test_vectors_have_no_effect_if_every_expert_is_chosen(name):
     experts = models.OWN[name].get("num_experts", 4)
     plain = models.moe_layers(models.tiny(name, num_experts_per_tok=experts))[0]
     layer = models.moe_layers(rt.default_moe(models.tiny(name, num_experts_per_tok=experts), init_std=1.0))[0].train()
@@ -161,7 +161,7 @@ def test_with_every_expert_chosen_vectors_do_not_count(name):
     close(found, expected.detach().numpy(), 1e-5)
 
 
-def test_ties_go_to_the_lower_expert():
+def test_of_equal_probabilities_the_lower_expert_is_chosen():
     p = torch.tensor([[0.2, 0.3, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4]])
     assert chosen_experts(p, 2).tolist() == [[1, 2], [0, 1], [3, 2]]
 
@@ -169,20 +169,20 @@ def test_ties_go_to_the_lower_expert():
 def test_an_expert_without_tokens_keeps_its_vector():
     layer, plain = layer_and_reference("olmoe")
     with torch.no_grad():
-        layer.gate.weight.zero_()  # All probabilities are equal: experts 0 to 2 get every token.
+        layer.gate.weight.zero_()  # All probabilities are equal, so experts 0 to 2 get every token.
     before = layer.default_vectors.clone()
     layer(torch.randn(1, 4, models.HIDDEN, dtype=torch.float64))
     changed = (layer.default_vectors != before).any(dim=1)
     assert changed.tolist() == [True, True, True, False, False]
 
 
-def test_a_token_that_is_not_finite_leaves_no_trace_in_the_vectors():
+def test_vectors_stay_finite_after_tokens_that_are_not_finite():
     layer, _ = layer_and_reference("mixtral")
     layer(torch.full((1, 3, models.HIDDEN), torch.nan, dtype=torch.float64))
     assert layer.default_vectors.isfinite().all()
 
 
-def test_sums_of_hand_made_rows():
+def test_expert_sums_equal_sums_computed_by_hand():
     rows = torch.tensor([[[4.0, 0.0]], [[0.0, 8.0]], [[0.0, 8.0]]])
     p = torch.tensor([[0.5, 0.25, 0.25], [0.125, 0.375, 0.5], [0.75, 0.125, 0.125]])
     index = torch.tensor([[0], [2], [0]])
@@ -194,7 +194,7 @@ def test_sums_of_hand_made_rows():
 
 
 class OwnLayer(nn.Module):
-    """An MoE layer of no library: linear experts, one per token."""
+    """An MoE layer that is not from transformers: linear experts, one per token."""
 
     def __init__(self, experts=3, width=4):
         super().__init__()
@@ -218,7 +218,7 @@ def own_experts(layer, x, expert):
 OWN = {OwnLayer: rt.MoeAdapter(own_logits, own_experts, num_experts=3, hidden_size=4, top_k=1)}
 
 
-def test_a_layer_of_no_library_works_by_three_callables():
+def test_a_custom_layer_works_with_an_adapter():
     own = nn.Sequential(OwnLayer(), OwnLayer()).double()
     x = torch.randn(6, 4, dtype=torch.float64)
     expected = own(x)

@@ -1,4 +1,4 @@
-"""What PyTorch asks of operators: opcheck, compilation, and errors that say what was expected."""
+"""The requirements on PyTorch operators: opcheck, compilation, and errors for wrong arguments."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ REGISTERED = torch.ops.routegrad
 
 
 def samples():
-    """Arguments of every operator, some with gradients, by the operator's name."""
+    """Returns arguments for every operator by the operator's name; some of the tensors require gradients."""
     moe = Moe(tokens=9)
     rows, maps = len(moe.rows), moe.maps
     router_weight = normal(5, 24, dtype=torch.float32, grad=True)
@@ -49,7 +49,7 @@ def samples():
     }
 
 
-def test_samples_are_of_every_operator():
+def test_every_operator_has_samples():
     import routegrad.torch.ops as module
 
     registered = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("routegrad::")}
@@ -63,7 +63,7 @@ def test_opcheck(name):
 
 
 def moe_layer(x, weight, gate_up, down, vectors):
-    """A Default MoE layer of the operators, with its losses' gradient to everything."""
+    """Computes a Default MoE layer with the operators. Returns its output and the mean of logsumexp²."""
     scores, choices, z_loss = ops.router(x, weight, 2)
     maps = ops.dispatch(choices, weight.shape[0])
     rows, column_sums = ops.swiglu_expert_rows(x, gate_up, down, maps, scores)
@@ -87,7 +87,7 @@ def test_a_compiled_layer_is_one_graph_and_computes_the_same(backend, dynamic):
     compiled = torch.compile(moe_layer, fullgraph=True, dynamic=dynamic, backend=backend)
     for tokens in (11, 14):
         for found, want in zip(layer_results(compiled, tokens), layer_results(moe_layer, tokens), strict=True):
-            # inductor adds up gradients in another order.
+            # inductor adds gradients in a different order.
             tolerance = 0.01 if backend == "inductor" else 0.0
             assert (found - want).float().norm() <= tolerance * want.float().norm()
 
@@ -110,11 +110,11 @@ def test_attention_and_loss_compile():
 
 
 def misaligned(tensor):
-    """The same values at an address that is no multiple of 16."""
+    """Returns a tensor with the same values at an address that is not a multiple of 16."""
     return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
 
 
-def test_slices_at_any_address_compute_the_same():
+def test_unaligned_slices_give_the_same_results():
     moe = Moe(tokens=9)
     weight, qkv = normal(5, 24, dtype=torch.float32, grad=True), normal(9, 4 * 64, grad=True)
 
@@ -131,7 +131,7 @@ def test_slices_at_any_address_compute_the_same():
     leaves, results = (moe.x, weight, qkv, moe.gate_up, moe.down), []
     for place in (lambda t: t, misaligned):
         torch.manual_seed(4)
-        # autograd gives each output a slice of the whole gradient.
+        # autograd passes to each output a slice of the gradient of `whole`.
         whole = torch.cat([torch.zeros(1, dtype=BF16), *(y.flatten().to(BF16) for y in outputs(place))])
         results.append([whole, *torch.autograd.grad(whole, leaves, torch.randn(whole.shape).to(BF16))])
     for found, want in zip(*results, strict=True):
@@ -139,20 +139,20 @@ def test_slices_at_any_address_compute_the_same():
 
 
 W, X, OFFSETS = normal(2, 8, 16), normal(6, 16), torch.tensor([0, 2, 6], dtype=torch.int32)
-REFUSED = [
+WRONG = [
     (TypeError, "expected x in torch.bfloat16, got torch.float32", lambda: ops.grouped_gemm(X.float(), W, OFFSETS)),
     (TypeError, "expected offsets in torch.int32, got torch.int64", lambda: ops.grouped_gemm(X, W, OFFSETS.long())),
     (ValueError, r"x of shape \[R, 16\], got \[6, 8\]", lambda: ops.grouped_gemm(X[:, :8].contiguous(), W, OFFSETS)),
-    (ValueError, "x contiguous, got strides", lambda: ops.grouped_gemm(normal(16, 6).t(), W, OFFSETS)),
+    (ValueError, "x to be contiguous, got strides", lambda: ops.grouped_gemm(normal(16, 6).t(), W, OFFSETS)),
     (ValueError, "on cpu or cuda, got meta", lambda: ops.attention(torch.empty(8, 192, dtype=BF16, device="meta"), 8, 1)),
     (ValueError, "N to be a positive multiple of 8, got 7", lambda: ops.grouped_gemm(X, normal(2, 7, 16), OFFSETS)),
-    (ValueError, r"do not decrease, to at most 6, got \[0, 2, 7\]", lambda: ops.grouped_gemm(X, W, OFFSETS + OFFSETS // 6)),
+    (ValueError, r"decrease and are at most 6, got \[0, 2, 7\]", lambda: ops.grouped_gemm(X, W, OFFSETS + OFFSETS // 6)),
     (IndexError, "choices in 0 … 3, got 0 … 4", lambda: ops.dispatch(torch.tensor([[0], [4]]), 4)),
     (IndexError, "choices in 0 … 3, got 0 … 2147483647", lambda: ops.dispatch(torch.tensor([[0], [2**32]]), 4)),
-    (TypeError, "expected a tensor choices, got list", lambda: ops.dispatch([[0], [1]], 4)),
+    (TypeError, "expected choices to be a tensor, got list", lambda: ops.dispatch([[0], [1]], 4)),
     (TypeError, "targets in torch.int32 or torch.int64, got", lambda: ops.cross_entropy(X, W[0], torch.zeros(6))),
     ((TypeError, RuntimeError), "routegrad::combine", lambda: ops.combine(X, torch.zeros(3, 2), (X,) * 5, vectors="x")),
-    (ValueError, "1 to 4 choices of a token, got 5", lambda: ops.dispatch(torch.zeros(2, 5, dtype=torch.int32), 4)),
+    (ValueError, "1 to 4 choices per token, got 5", lambda: ops.dispatch(torch.zeros(2, 5, dtype=torch.int32), 4)),
     (ValueError, "top_k from 1 to 4, got 5", lambda: ops.router(X, torch.zeros(4, 16), 5)),
     (TypeError, "weight in torch.float32", lambda: ops.router(X, normal(4, 16), 1)),
     (ValueError, "d = 64 or 128", lambda: ops.attention(normal(8, 3 * 32), 8, 1)),
@@ -167,8 +167,8 @@ REFUSED = [
 ]
 
 
-def spoiled(value):
-    """Wrong values in place of an operator's argument."""
+def wrong_values(value):
+    """Returns wrong values for an operator's argument."""
     if not isinstance(value, torch.Tensor):
         return [None, "x", -1, 10**6, 0]
     wrong = [None, 1, value.to(torch.complex64), value.to(torch.int8), torch.empty_like(value, device="meta")]
@@ -182,40 +182,40 @@ def spoiled(value):
     return wrong
 
 
-REFUSALS = (TypeError, ValueError, IndexError, RuntimeError)
+EXCEPTIONS = (TypeError, ValueError, IndexError, RuntimeError)
 
 
-@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="values of tensors on the CPU are checked")
+@pytest.mark.skipif(torch.get_default_device().type != "cpu", reason="only the values of CPU tensors are checked")
 @pytest.mark.parametrize("name", sorted(set(samples()) - {"update_default_vectors"}))
-def test_whatever_an_argument_is_the_interpreter_lives(name):
-    """Each argument replaced, the others right: an exception, or a result of what was given."""
-    operator, refused = getattr(REGISTERED, name), 0
+def test_no_argument_crashes_the_interpreter(name):
+    """Replaces one argument at a time by a wrong value. The operator must raise an exception or return a result."""
+    operator, raised = getattr(REGISTERED, name), 0
     for arguments in samples()[name]:
         for place, value in enumerate(arguments):
-            for wrong in spoiled(value.detach() if isinstance(value, torch.Tensor) else value):
+            for wrong in wrong_values(value.detach() if isinstance(value, torch.Tensor) else value):
                 try:
                     operator(*arguments[:place], wrong, *arguments[place + 1 :])
-                except REFUSALS as error:
-                    # PyTorch 2.5 refuses sparse tensors itself.
+                except EXCEPTIONS as error:
+                    # PyTorch 2.5 itself rejects sparse tensors.
                     assert any(word in str(error) for word in ("expected", "routegrad", "SparseTensorImpl"))
-                    refused += 1
-        assert refused > 5 * len(arguments)
+                    raised += 1
+        assert raised > 5 * len(arguments)
 
 
-# Of a GPU's tensors the values are not read: that would wait for it.
+# The values of GPU tensors are not checked, to avoid a synchronization.
 READS_VALUES = torch.get_default_device().type == "cpu"
-OF_VALUES = ("do not decrease", "choices in", "targets in")
+OF_VALUES = ("decrease and are at most", "choices in", "targets in")
 
 
-@pytest.mark.parametrize(("kind", "text", "run"), REFUSED, ids=[text for _, text, _ in REFUSED])
-def test_bad_input_is_refused(kind, text, run):
+@pytest.mark.parametrize(("kind", "text", "run"), WRONG, ids=[text for _, text, _ in WRONG])
+def test_wrong_arguments_raise(kind, text, run):
     if not READS_VALUES and any(part in text for part in OF_VALUES):
-        pytest.skip("values of tensors on the CPU are checked")
+        pytest.skip("only the values of CPU tensors are checked")
     with pytest.raises(kind, match=text):
         run()
 
 
-def test_maps_of_other_tokens_are_refused():
+def test_maps_for_another_number_of_tokens_raise():
     moe, other = Moe(tokens=9), Moe(tokens=8)
     with pytest.raises(ValueError, match=r"choices of shape \[9, K\], got \[8, 2\]"):
         ops.swiglu_experts(moe.x, moe.gates, moe.gate_up, moe.down, other.maps)
@@ -227,7 +227,7 @@ def test_maps_of_other_tokens_are_refused():
 
 
 def test_the_extension_checks_lengths_itself():
-    """Whatever a caller passes, no kernel reads past a tensor."""
+    """With wrong lengths, the extension raises, so no kernel reads beyond the end of a tensor."""
     kernels = ops.kernels()
     x = torch.zeros(4, 8, dtype=BF16)
     memory = (x.data_ptr(), x.nbytes)
@@ -238,11 +238,11 @@ def test_the_extension_checks_lengths_itself():
         kernels.combine(None, y=memory)
     with pytest.raises(TypeError, match="combine: expected no argument `other`, got one"):
         kernels.combine(None, other=memory)
-    with pytest.raises(TypeError, match="combine: expected 1 arguments in order, got 0"):
+    with pytest.raises(TypeError, match=r"combine: expected 1 positional argument\(s\), got 0"):
         kernels.combine()
 
 
-def test_a_gpu_needs_a_build_with_its_kernels():
+def test_a_gpu_needs_a_build_with_kernels_for_it():
     kernels = ops.kernels()
     if kernels.HAS_GPU_KERNELS:
         with pytest.raises(RuntimeError, match=r"Tesla T4 has compute capability 7\.5; the kernels need 8\.0"):
@@ -254,7 +254,7 @@ def test_a_gpu_needs_a_build_with_its_kernels():
         kernels.dispatch_workspace(1, tokens=4, experts=4, choices_per_token=2)
 
 
-def test_without_the_extension_default_moe_works_and_operators_say_how_to_build():
+def test_without_the_extension_default_moe_works_and_operators_raise_with_build_instructions():
     code = """
 import sys
 sys.modules["routegrad._kernels"] = None

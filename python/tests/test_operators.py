@@ -1,4 +1,4 @@
-"""Operators on CPU tensors against float64 loops, forward and backward, within the bounds of the kernels' arithmetic."""
+"""Compares operators with loops in float64, forward and backward, within the error bounds of the kernels' arithmetic."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_router_scores_choices_and_gradients(bias):
         assert choices[t].tolist() == sorted(sorted(range(experts), key=lambda e: (-ranked[e], e))[:top_k])
     lse = (x.detach().double() @ weight.detach().double().t()).logsumexp(1)
     assert abs(z_loss.item() - lse.square().mean()) <= 1e-5 * lse.square().mean()
-    # Backward, from the scores that forward gave.
+    # The backward pass, computed from the scores of the forward pass.
     dscores, dz_loss = torch.randn(tokens, experts), torch.tensor(0.7)
     torch.autograd.backward([scores, z_loss], [dscores, dz_loss])
     p, d = scores.detach().double(), dscores.double()
@@ -46,7 +46,7 @@ def test_router_scores_choices_and_gradients(bias):
     dz = p * (d - (p * d).sum(1, keepdim=True) + square)
     size = p * (d.abs() + (p * d.abs()).sum(1, keepdim=True) + square.abs())
     dz = Bounded(dz, F32 * (experts + 16) * size + 1e-5 * p * square.abs())
-    split = 3 / 2**18  # The products' operands are bf16 terms.
+    split = 3 / 2**18  # The kernel splits the operands of the products into bf16 terms.
     dx, dw = dz @ Bounded(weight), dz.t() @ Bounded(x)
     dx.error += split * (dz.size() @ weight.detach().double().abs())
     dw.error += split * (dz.size().t() @ x.detach().double().abs())
@@ -69,7 +69,7 @@ def test_grouped_products(dtype):
         holds(moe.gate_up.grad[e], stored(Bounded(dout[run]).t() @ Bounded(x[run]), dtype), f"dW of expert {e}")
 
 
-def test_gradients_of_the_grouped_gradients():
+def test_second_derivatives_of_the_grouped_products():
     moe = Moe(weights=BF16)
     offsets, rows = moe.maps.offsets, len(moe.rows)
     dout, x, w = normal(rows, 2 * moe.ffn, grad=True), normal(rows, moe.hidden, grad=True), moe.gate_up
@@ -119,7 +119,7 @@ def test_experts_forward_and_every_gradient(dtype, with_vectors):
     holds(moe.gates.grad, want_gates, "dgates", limit=8e-3)
 
 
-def test_rows_and_combine_make_what_the_fused_operator_makes():
+def test_rows_and_combine_equal_the_fused_operator():
     moe = Moe()
     rows, _ = ops.swiglu_expert_rows(moe.x, moe.gate_up, moe.down, moe.maps)
     rows.retain_grad()
@@ -129,7 +129,7 @@ def test_rows_and_combine_make_what_the_fused_operator_makes():
     chosen = torch.zeros(moe.tokens, moe.experts, dtype=bool).scatter(1, moe.choices, True)
     dots = Bounded(moe.dy) @ Bounded(moe.vectors).t()
     dots.error += 3 / 2**18 * (moe.dy.double().abs() @ moe.vectors.double().abs().t())
-    holds(moe.gates.grad[~chosen], dots[~chosen], "dgates off A")
+    holds(moe.gates.grad[~chosen], dots[~chosen], "dgates outside A")
     for e in range(moe.experts):
         r, t = moe.rows_of(e)
         if not r:
@@ -165,7 +165,7 @@ def test_means_and_moving_average(weighting):
             holds(vectors[e], Bounded(want, total.error / divisor + 1e-5 * (want.abs() + 1)), f"vector of expert {e}")
 
 
-def test_gate_gradient_adds_the_parts_of_a_rows_dot():
+def test_gate_gradient_adds_the_partial_sums_of_each_row():
     moe = Moe()
     dots = torch.randn(len(moe.rows), 3, requires_grad=True)
     dy = moe.dy.clone().requires_grad_()
@@ -239,7 +239,7 @@ def test_cross_entropy_of_each_token_and_its_gradients(dtype):
     holds(weight.grad, stored(dz.t() @ Bounded(x), dtype), "dweight")
 
 
-def test_the_mean_cross_entropy_leaves_ignored_targets_out():
+def test_the_mean_cross_entropy_excludes_ignored_targets():
     x, weight = normal(6, 16, grad=True), normal(24, 16)
     targets = torch.tensor([3, -100, 5, 23, -100, 0])
     loss = ops.cross_entropy(x, weight, targets)
@@ -249,7 +249,7 @@ def test_the_mean_cross_entropy_leaves_ignored_targets_out():
     assert not x.grad[targets < 0].any() and x.grad[targets >= 0].any(dim=1).all()
 
 
-def test_no_tokens_give_no_rows_and_zero_gradients():
+def test_a_batch_without_tokens_gives_no_rows_and_zero_gradients():
     moe = Moe()
     x, choices = normal(0, moe.hidden, grad=True), torch.zeros(0, 2, dtype=torch.int64)
     scores, _, z_loss = ops.router(x, normal(moe.experts, moe.hidden, dtype=torch.float32), 2)

@@ -55,7 +55,7 @@ def test_metrics_are_a_frame_with_pandas_and_a_list_without(tmp_path, monkeypatc
     assert run.metrics == run.records()
 
 
-def test_a_cut_last_line_is_left_out_and_any_other_named(tmp_path):
+def test_an_incomplete_last_line_is_skipped_and_any_other_raises(tmp_path):
     run = routegrad.load_run(a_run(tmp_path / "r"))
     file = tmp_path / "r/metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 3, "lo')
@@ -65,27 +65,27 @@ def test_a_cut_last_line_is_left_out_and_any_other_named(tmp_path):
         run.records()
 
 
-def test_the_newest_whole_checkpoint_counts(tmp_path):
+def test_the_newest_complete_checkpoint_is_used(tmp_path):
     run = routegrad.load_run(a_run(tmp_path / "r", steps=(3, 20)))
     (tmp_path / "r/checkpoints/step-20/trainer.json").write_text("{")
     (tmp_path / "r/checkpoints/step-30").mkdir()
     assert run.checkpoint.name == "step-3"
     (tmp_path / "r/checkpoints/step-3/manifest.json").unlink()
-    with pytest.raises(FileNotFoundError, match="expected a whole checkpoint"):
+    with pytest.raises(FileNotFoundError, match="expected a complete checkpoint"):
         _ = run.checkpoint
 
 
-def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.toml, got another one"):
+def test_a_folder_that_is_not_a_run_raises(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.toml, got a folder without it"):
         routegrad.load_run(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"config\.toml, got none"):
+    with pytest.raises(FileNotFoundError, match=r"config\.toml, got no folder"):
         routegrad.load_run(tmp_path / "none")
     (tmp_path / "config.toml").write_text("[")
     with pytest.raises(ValueError, match="expected TOML"):
         routegrad.load_run(tmp_path)
 
 
-def test_importing_takes_a_fraction_of_a_second_and_no_torch():
+def test_the_import_takes_a_fraction_of_a_second_and_does_not_import_torch():
     code = (
         "import time; t = time.process_time(); import routegrad, sys; print(time.process_time() - t, 'torch' in sys.modules)"
     )
@@ -99,7 +99,7 @@ def test_importing_takes_a_fraction_of_a_second_and_no_torch():
 
 
 @pytest.mark.parametrize("name", models.TYPES)
-def test_checkpoints_of_all_architectures_load_as_the_model_they_are(name, tmp_path):
+def test_checkpoints_load_as_models_of_their_architecture(name, tmp_path):
     model = rt.default_moe(models.tiny(name, tie_word_embeddings=False), beta=0.7, init_std=0.5).eval()
     renormalize = name in ("mixtral", "qwen3_moe")
     settings = {**test_dump.SETTINGS}
@@ -122,7 +122,7 @@ def test_checkpoints_of_all_architectures_load_as_the_model_they_are(name, tmp_p
         run.model(folder)
 
 
-def test_settings_that_the_package_does_not_have_are_not_ignored():
+def test_unsupported_settings_are_not_ignored():
     source = test_dump.config_json(models.tiny("olmoe"), test_dump.SETTINGS, False)
     for setting, expected in [
         ({"source": "chosen", "samples": 16, "shrink": 1.0}, "olmoe"),
@@ -136,7 +136,7 @@ def test_settings_that_the_package_does_not_have_are_not_ignored():
 
 
 def fused(model):
-    """The model's tensors as a checkpoint names them: experts of a layer in one tensor."""
+    """Returns the model's tensors with the names of a checkpoint, in which one tensor contains all experts of a layer."""
     tensors = {}
     state = {n.replace(".block_sparse_moe.", ".mlp."): t for n, t in model.state_dict().items()}
     for name, value in state.items():
@@ -175,7 +175,7 @@ def trained(tmp_path_factory):
 
 @needs_program
 @pytest.mark.parametrize("router", ["topk", "default"])
-def test_a_trained_run_computes_in_transformers_what_the_program_computes(router, trained, tmp_path):
+def test_the_model_of_a_run_computes_what_the_program_computes(router, trained, tmp_path):
     run = trained(f"run-{router}", "--router", router)
     assert [r["step"] for r in run.records()] == [1, 2]
     model = run.model(dtype=torch.float64)
@@ -191,7 +191,7 @@ def test_a_trained_run_computes_in_transformers_what_the_program_computes(router
 
 
 @needs_program
-def test_other_models_come_by_way_of_export(trained, monkeypatch):
+def test_other_models_are_loaded_through_export(trained, monkeypatch):
     run = trained("layernorm", "--router", "topk", "--set", 'model.norm="layernorm"')
     assert type(run.model(routegrad=PROGRAM)).__name__ == "RoutegradForCausalLM"
     monkeypatch.setenv("PATH", "")

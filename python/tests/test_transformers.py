@@ -20,8 +20,8 @@ def vectors(model):
     return [v.clone() for v in rt.default_vectors(model).values()]
 
 
-def share(found, want):
-    """The norm of the difference, as a share of the norm."""
+def relative_error(found, want):
+    """Returns the norm of the difference divided by the norm of ``want``."""
     return ((found.double() - want.double()).norm() / want.double().norm()).item()
 
 
@@ -45,14 +45,14 @@ def test_without_pass_forward_the_model_computes_what_transformers_computes(name
 def logits_and_gradients(model, inputs):
     found = model(input_ids=inputs, labels=inputs)
     found.loss.backward()
-    # transformers 4 leaves an expert without tokens without a gradient.
+    # In transformers 4, the gradient of an expert without tokens is None.
     gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     return {"logits": found.logits.detach(), **gradients}
 
 
 @pytest.mark.parametrize("name", models.TYPES)
-def test_without_vectors_every_gradient_is_that_of_transformers(name):
-    """In float32 by the largest element; in bf16 as near to float32 as transformers' own."""
+def test_without_vectors_every_gradient_equals_that_of_transformers(name):
+    """float32 gradients are compared relative to the largest element; bf16 gradients must be close to those of float32."""
     results, inputs = {}, models.tokens()
     for dtype in (torch.float32, torch.bfloat16):
         plain = models.tiny(name).to(dtype).eval()
@@ -63,11 +63,11 @@ def test_without_vectors_every_gradient_is_that_of_transformers(name):
         error = (found[key] - want).abs().max() / want.abs().max().clamp(min=1e-30)
         assert error <= 1e-5, f"{key}: relative error {error:.2e}"
         if want.any():
-            assert share(half[key], want) <= 1.5 * share(plain_half[key], want) + 0.005, key
+            assert relative_error(half[key], want) <= 1.5 * relative_error(plain_half[key], want) + 0.005, key
 
 
 @pytest.mark.parametrize("name", models.TYPES)
-def test_all_settings_reach_the_router_gradient_of_experts_that_did_not_run(name):
+def test_the_router_gets_gradients_for_experts_that_did_not_run(name):
     model = rt.default_moe(models.tiny(name), init_std=0.5)
     inputs = models.tokens(1, 1)
     loss_of_logits = model(inputs).logits.square().sum()
@@ -91,11 +91,11 @@ def test_save_and_load_keep_vectors_and_settings(name, tmp_path):
     half = rt.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert next(half.parameters()).dtype == torch.bfloat16
     same(vectors(half), vectors(model))
-    # In several files, in a folder of another.
+    # Saved in several files, and loaded from a subfolder.
     model.save_pretrained(tmp_path / "files", max_shard_size="20KB")
     assert len(list((tmp_path / "files").glob("*.safetensors"))) > 1
     same(vectors(rt.from_pretrained(tmp_path, subfolder="files")), vectors(model))
-    # And through state_dict.
+    # Loaded through state_dict.
     third = rt.default_moe(models.tiny(name, seed=5))
     third.load_state_dict(model.state_dict())
     same(vectors(third), vectors(model))
@@ -111,7 +111,7 @@ def test_plain_from_pretrained_reads_the_same_files_without_vectors(tmp_path):
 
 
 @pytest.mark.parametrize("name", models.TYPES)
-def test_removing_vectors_leaves_the_model_as_it_was(name):
+def test_removing_vectors_restores_the_model(name):
     plain = models.tiny(name)
     model = rt.default_moe(copy.deepcopy(plain), init_std=1.0)
     classes = [type(m) for m in plain.modules()]
@@ -122,13 +122,13 @@ def test_removing_vectors_leaves_the_model_as_it_was(name):
     assert rt.default_vectors(rt.default_moe(model))
 
 
-def test_a_model_without_vectors_is_refused_by_from_pretrained(tmp_path):
+def test_from_pretrained_raises_for_a_model_without_vectors(tmp_path):
     models.tiny("olmoe").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="default_moe"):
         rt.from_pretrained(tmp_path)
 
 
-def test_missing_vectors_are_named(tmp_path):
+def test_the_error_names_missing_vectors(tmp_path):
     from safetensors.torch import load_file, save_file
 
     rt.default_moe(models.tiny("qwen2_moe")).save_pretrained(tmp_path)
@@ -140,7 +140,7 @@ def test_missing_vectors_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
-def test_gradient_checkpointing_changes_nothing_and_updates_vectors_once(name):
+def test_gradient_checkpointing_gives_the_same_gradients_and_updates_vectors_once(name):
     plain = rt.default_moe(models.tiny(name), beta=0.5)
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -170,7 +170,7 @@ def test_a_recomputation_uses_the_vectors_of_its_own_pass():
     assert not any(layer.default_moe_state.used for layer in models.moe_layers(checkpointed))
 
 
-def test_nested_checkpoints_change_nothing():
+def test_nested_checkpoints_do_not_change_the_results():
     layers = models.moe_layers(rt.default_moe(models.tiny("qwen2_moe"), beta=0.5).train())
     checkpoint = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     output = lambda y: y[0] if isinstance(y, tuple) else y  # noqa: E731
@@ -189,7 +189,7 @@ def test_nested_checkpoints_change_nothing():
     same(results[1], results[0], 1e-5)
 
 
-def test_reentrant_checkpointing_is_refused_with_what_to_do():
+def test_reentrant_checkpointing_raises():
     model = rt.default_moe(models.tiny("mixtral")).train()
     loss_of(model, models.tokens()).backward()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -198,7 +198,7 @@ def test_reentrant_checkpointing_is_refused_with_what_to_do():
         model(inputs_embeds=embedded, labels=models.tokens()).loss.backward()
 
 
-def test_evaluation_no_grad_and_frozen_leave_vectors_as_they_are():
+def test_evaluation_no_grad_and_frozen_do_not_change_vectors():
     model = rt.default_moe(models.tiny("olmoe"), init_std=0.1)
     before, inputs = vectors(model), models.tokens()
     loss_of(model.eval(), inputs).backward()
@@ -226,7 +226,7 @@ def test_generating_uses_vectors_and_does_not_change_them():
     same(vectors(model), before)
 
 
-def test_two_forward_passes_before_backward_keep_each_its_vectors():
+def test_two_forward_passes_before_backward_use_different_vectors():
     model = rt.default_moe(models.tiny("mixtral"), beta=0.5).train()
     batches = [models.tokens(seed=s) for s in (1, 2)]
     together = copy.deepcopy(model)
@@ -244,10 +244,10 @@ def test_micro_batches_decay_by_the_root_of_beta():
     start = vectors(model)[0]
     loss_of(whole, inputs), loss_of(model, inputs)
     one, half = vectors(whole)[0], vectors(model)[0]
-    # The same mean m enters with 1 - 0.81, and with 1 - 0.9.
+    # The same mean m has the factor 1 - 0.81 in the first model, and 1 - 0.9 in the second.
     mean = (one - 0.81 * start) / 0.19
     same([half], [0.9 * start + 0.1 * mean], 1e-5)
-    # n passes of the same batch through a layer with the same weights make one step: β^(1/n) n times is β.
+    # n passes of the same batch with the same weights have the effect of one step, because (β^(1/n))^n = β.
     loss_of(model, inputs)
     same([vectors(model)[0]], [one], 1e-5)
 
@@ -278,7 +278,7 @@ def test_a_model_in_bf16_routes_in_float32():
     assert all(p.grad is not None for n, p in model.named_parameters() if "gate.weight" in n)
 
 
-@pytest.mark.skipif(models.VERSION < 5, reason="transformers 4 loops over the experts that got tokens: graph breaks")
+@pytest.mark.skipif(models.VERSION < 5, reason="transformers 4 loops over experts with tokens: graph breaks")
 @pytest.mark.parametrize(("experts", "backend"), [("grouped_mm", "inductor"), ("batched_mm", "aot_eager")])
 def test_compiles_to_one_graph_and_updates_vectors_when_it_runs(experts, backend):
     torch._dynamo.reset()
@@ -298,7 +298,7 @@ def test_compiles_to_one_graph_and_updates_vectors_when_it_runs(experts, backend
     same(vectors(compiled), before)
 
 
-def test_compiles_with_graph_breaks_where_the_experts_are_a_loop():
+def test_compiles_with_graph_breaks_if_the_experts_run_in_a_loop():
     plain = rt.default_moe(models.tiny("olmoe", num_hidden_layers=1), beta=0.5).train()
     compiled = copy.deepcopy(plain)
     inner = torch.compile(compiled, backend="aot_eager")

@@ -1,8 +1,8 @@
 """Default MoE (arXiv 2504.12463) for PyTorch models.
 
-``default_moe(model)`` gives the MoE layers of a model default vectors. ``router_gradient_similarity`` and
-``expert_load`` measure what the routers do. ``routegrad.torch.ops`` holds the kernels as operators, and
-``experts_implementation="routegrad"`` has models of transformers use them.
+``default_moe(model)`` adds default vectors to the MoE layers of a model. ``router_gradient_similarity`` and
+``expert_load`` measure the routers. ``routegrad.torch.ops`` contains the kernels as operators. Models of transformers
+use them with ``experts_implementation="routegrad"``.
 """
 
 from . import experts_interface

@@ -1,6 +1,6 @@
-"""What ``default_moe`` needs to know of an MoE layer, and the layers of transformers that it knows.
+"""Describes MoE layers for ``default_moe``, and contains the description of the supported layers of transformers.
 
-T tokens, E experts, K experts per token, D model width, R rows.
+Notation: T tokens, E experts, K experts per token, D model width, R rows.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ def _reshaped(layer: nn.Module, hidden: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class MoeAdapter:
-    """Describes a class of MoE layers by three callables and four numbers.
+    """Describes a class of MoE layers by three callables and four values.
 
-    The layer's ``forward`` must take the hidden states [..., D] alone. A number may be a callable of the layer.
+    The layer's ``forward`` must take the hidden states [..., D] as its only argument. Instead of each of the four values,
+    a function that takes the layer and returns the value can be given.
 
     Attributes:
-        logits: ``(layer, x [T, D]) -> z [T, E]``, the router's logits.
-        experts: ``(layer, x [R, D], expert [R]) -> e [R, D]``, the output of expert ``expert[r]`` for row r, unweighted.
-        output: ``(layer, hidden [..., D], y [T, D], z [T, E]) -> value``, what the layer's forward returns for the
-            weighted sum y: here a shared expert is added. The default gives y the shape of ``hidden``.
-        num_experts, hidden_size, top_k: E, D, K.
-        renormalize: whether the chosen experts' weights are divided by their sum.
+        logits: ``(layer, x [T, D]) -> z [T, E]``; returns the router's logits.
+        experts: ``(layer, x [R, D], expert [R]) -> e [R, D]``; returns the output of expert ``expert[r]`` for each row r,
+            not multiplied by the router's weight.
+        output: ``(layer, hidden [..., D], y [T, D], z [T, E]) -> value``; returns the result of the layer's forward for
+            the weighted sum y. A shared expert is added here. The default reshapes y to the shape of ``hidden``.
+        num_experts, hidden_size, top_k: E, D and K.
+        renormalize: whether the weights of the chosen experts are divided by their sum.
     """
 
     logits: Callable[[Any, Tensor], Tensor]
@@ -45,7 +47,7 @@ class MoeAdapter:
     renormalize: bool | Callable[[Any], bool] = False
 
     def describe(self, layer: nn.Module) -> Shape:
-        """The numbers for one layer."""
+        """Returns the four values for one layer."""
 
         def number(value: Any) -> Any:
             return value(layer) if callable(value) else value
@@ -60,7 +62,7 @@ class MoeAdapter:
 
 @dataclass(frozen=True)
 class Shape:
-    """E, D, K of a layer, and whether it renormalizes."""
+    """The values E, D and K of a layer, and whether it renormalizes the weights of the chosen experts."""
 
     num_experts: int
     hidden_size: int
@@ -77,10 +79,10 @@ class Shape:
 
 
 class Float32Gate:
-    """Placed before the class of a router, whose logits it computes in float32 (float64 for float64)."""
+    """Mixin for the class of a router. Computes the logits in float32, or in float64 for float64 inputs."""
 
     def forward(self: Any, x: Tensor) -> Any:
-        """z [T, E] of ``x`` [T, D], or what transformers 5 returns: z, weights [T, K], indices [T, K]."""
+        """Returns the logits z [T, E] of ``x`` [T, D]; for a router of transformers 5 also weights and indices [T, K]."""
         wide = wide_dtype(x.dtype)
         bias = getattr(self, "bias", None)
         with no_autocast(x):
@@ -96,18 +98,18 @@ class Float32Gate:
 
 @functools.cache
 def subclass(mixin: type, base: type) -> type:
-    """``base`` with the methods of ``mixin`` placed before its own."""
+    """Returns a class that inherits from ``mixin`` and ``base``, in this order."""
     return type(mixin.__name__ + base.__name__, (mixin, base), {"__module__": mixin.__module__})
 
 
 def original_class(module: Any, mixin: type) -> type:
-    """The class before which ``mixin`` was placed."""
+    """Returns the class of ``module`` without ``mixin``."""
     order = type(module).__mro__
     return order[order.index(mixin) + 1]
 
 
 def new_instance(mixin: type, base: type) -> Any:
-    """An empty instance, which copy and pickle fill."""
+    """Returns an instance without attributes; copy and pickle set them."""
     cls = subclass(mixin, base)
     return cls.__new__(cls)
 
@@ -119,11 +121,11 @@ def _logits(layer: Any, x: Tensor) -> Tensor:
 
 def _experts(layer: Any, x: Tensor, expert: Tensor) -> Tensor:
     if not isinstance(layer.experts, nn.ModuleList):
-        # Each row is a token with one expert of weight 1: any implementation of transformers' experts computes that.
+        # Each row is passed as a token with one expert of weight 1, so every experts implementation of transformers works.
         return layer.experts(x, expert.unsqueeze(1), x.new_ones(len(x), 1))
     order = expert.argsort(stable=True)
     counts = torch.bincount(expert, minlength=len(layer.experts)).tolist()
-    # Experts without tokens run too: their gradients are zeros, which DDP waits for.
+    # Experts without tokens also run: their gradients are then zeros and not None, as DDP requires.
     outputs = [run(rows) for run, rows in zip(layer.experts, x[order].split(counts), strict=True)]
     return torch.cat(outputs)[order.argsort()]
 
@@ -134,12 +136,12 @@ def _output(layer: Any, hidden: Tensor, y: Tensor, z: Tensor) -> Any:
         x = hidden.reshape(-1, hidden.shape[-1])
         y = y + layer.shared_expert_gate(x).sigmoid() * shared(x)
     y = y.reshape(hidden.shape)
-    # transformers 4 returns the logits too, which it then takes for the auxiliary loss.
+    # In transformers 4 the layer also returns the logits, for the auxiliary loss.
     return (y, z) if isinstance(layer.experts, nn.ModuleList) else y
 
 
 def _settings(layer: Any) -> Any:
-    """The module that has ``top_k`` and ``num_experts``: the router in transformers 5, the layer in transformers 4."""
+    """Returns the module with ``top_k`` and ``num_experts``: the router in transformers 5, the layer in transformers 4."""
     return layer if isinstance(layer.gate, nn.Linear) else layer.gate
 
 
@@ -161,7 +163,7 @@ def _renormalize(layer: Any) -> bool:
 
 
 TRANSFORMERS = MoeAdapter(_logits, _experts, _output, _num_experts, _hidden_size, _top_k, _renormalize)
-"""The MoE layers of mixtral, olmoe, qwen2_moe and qwen3_moe, in transformers 4 and 5."""
+"""The adapter for the MoE layers of mixtral, olmoe, qwen2_moe and qwen3_moe, in transformers 4 and 5."""
 
 _KNOWN = {
     f"transformers.models.{package}.modeling_{package}.{name}": TRANSFORMERS
@@ -175,9 +177,12 @@ _KNOWN = {
 
 
 def moe_layers(model: Any, adapters: Mapping[type, MoeAdapter] | None) -> dict[str, tuple[Any, MoeAdapter]]:
-    """The MoE layers of ``model`` by name, each with the adapter that it was given, or that of its class.
+    """Returns the MoE layers of ``model`` by name, each with its adapter.
 
-    Raises TypeError if there are none, or if ``adapters`` is of another type.
+    The adapter is the one that the layer was converted with, else the one of its class in ``adapters`` or of transformers.
+
+    Raises:
+        TypeError: the model has no MoE layers, or ``adapters`` has the wrong type.
     """
     adapters = {} if adapters is None else adapters
     if not isinstance(adapters, Mapping) or not all(
@@ -190,7 +195,7 @@ def moe_layers(model: Any, adapters: Mapping[type, MoeAdapter] | None) -> dict[s
     if not layers:
         raise TypeError(
             f"expected a model with MoE layers of mixtral, olmoe, qwen2_moe or qwen3_moe, got {type(model).__name__} "
-            "without any; describe its MoE layers by adapters={LayerClass: MoeAdapter(...)}"
+            "without any; describe its MoE layers with adapters={LayerClass: MoeAdapter(...)}"
         )
     return layers
 
@@ -206,11 +211,16 @@ def _adapter_of(layer: Any, adapters: Mapping[type, MoeAdapter]) -> MoeAdapter |
 
 
 def check_transformers(layer: Any, name: str) -> None:
-    """Raises where a layer of transformers does what the method does not describe."""
+    """Checks that ``default_moe`` supports a layer of transformers.
+
+    Raises:
+        ValueError: the layer adds noise to the router's input.
+        NotImplementedError: the experts are distributed over ranks.
+    """
     if getattr(layer, "jitter_noise", 0):
         raise ValueError(
-            f"{name}: expected router_jitter_noise 0, got {layer.jitter_noise}; default vectors need the input that "
-            "the experts see: set config.router_jitter_noise = 0"
+            f"{name}: expected router_jitter_noise 0, got {layer.jitter_noise}; default vectors need the exact input of the "
+            "experts: set config.router_jitter_noise = 0"
         )
     if getattr(layer.experts, "_is_expert_parallel", False):
         raise NotImplementedError(

@@ -1,6 +1,6 @@
-"""Measures what routers do: how many tokens each expert gets, and how close the router's gradient is to the dense one.
+"""Measures routers: how many tokens each expert gets, and how close the router's gradient is to the dense gradient.
 
-Letters as in ``vectors``: T tokens, E experts, D model width; g = ∂loss/∂y, s_i = ⟨g, e_i⟩.
+Notation as in ``vectors``: T tokens, E experts, D model width. In addition, g = ∂loss/∂y and s_i = ⟨g, e_i⟩.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from .vectors import chosen_experts, gates, no_autocast, wide_dtype
 
 @dataclass(frozen=True)
 class RouterGradient:
-    """How the gradient of one layer's router weight [E, D] compares with the dense one.
+    """Compares the gradient of one layer's router weight [E, D] with the dense gradient.
 
-    Relative errors are ‖dW − dW_dense‖ / ‖dW_dense‖. NaN where a gradient is zero.
+    Relative errors are ‖dW − dW_dense‖ / ‖dW_dense‖. Values are NaN if a gradient is zero.
 
     Attributes:
         layer: the layer's name.
-        cosine: cosine similarity of the gradient with default vectors.
-        relative_error: its relative error.
-        topk_cosine: cosine similarity without default vectors, at the same g.
-        topk_relative_error: its relative error.
-        optimal_scale: the factor on the default vectors' term with the smallest error in dW; below 1/2 the
-            gradient without default vectors is the closer one.
+        cosine: cosine similarity of the gradient that uses default vectors to the dense gradient.
+        relative_error: relative error of the gradient that uses default vectors.
+        topk_cosine: cosine similarity of the gradient without default vectors to the dense gradient, for the same g.
+        topk_relative_error: relative error of the gradient without default vectors.
+        optimal_scale: the factor on the term of the default vectors that minimizes the error of dW. If it is below 1/2,
+            the gradient without default vectors is closer to the dense gradient.
     """
 
     layer: str
@@ -43,7 +43,7 @@ class RouterGradient:
 
 
 class _Recorder:
-    """Input, logits and g of each layer in one pass."""
+    """Records the input, the logits, the chosen experts and g of each layer in one pass."""
 
     def __init__(self) -> None:
         self.passes: dict[nn.Module, dict[str, Tensor]] = {}
@@ -53,15 +53,15 @@ class _Recorder:
         self.passes[layer] = found
         if not y.requires_grad:
             raise RuntimeError(
-                f"expected outputs with gradients, got none in {type(layer).__name__}; let the model's parameters require "
-                "gradients"
+                f"expected layer outputs that require gradients, got one that does not from {type(layer).__name__}; set "
+                "requires_grad on the model's parameters"
             )
         y.register_hook(lambda g: found.update(g=g.detach()))
 
 
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in every module, and afterwards the mode that each had."""
+    """Sets evaluation mode in every module, and restores the mode of each module at the end."""
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -76,9 +76,9 @@ def _forward(model: nn.Module, batch: Any) -> Any:
 
 
 def _model_loss(model: nn.Module, batch: Any) -> Tensor:
-    """The model's own loss, without the auxiliary loss of transformers."""
+    """Returns the model's own loss, without the auxiliary loss of transformers."""
     if not isinstance(batch, Mapping):
-        raise TypeError(f"batch: expected a mapping with `input_ids`, got {type(batch).__name__}; or pass `loss`")
+        raise TypeError(f"batch: expected a mapping with `input_ids`, got {type(batch).__name__}; pass one, or pass `loss`")
     inputs = {"labels": batch["input_ids"], **batch} if "input_ids" in batch else dict(batch)
     found = model(**{**inputs, "output_router_logits": False}).loss
     if found is None:
@@ -89,34 +89,39 @@ def _model_loss(model: nn.Module, batch: Any) -> Tensor:
 def router_gradient_similarity(
     model: nn.Module, batch: Any, *, loss: Callable[[nn.Module, Any], Tensor] | None = None, reference: str = "densemixer"
 ) -> list[RouterGradient]:
-    """Compares each router's gradient with the one that sees every expert, at the same forward pass and g.
+    """Compares each router's gradient with the dense gradient, for which every expert runs, in the same forward pass.
 
-    One pass in evaluation mode (no dropout) with default vectors as in training but not updated; then every expert runs
-    on every token, layer by layer. Gradients of parameters are left as they were.
+    Runs one pass in evaluation mode (no dropout). The pass uses default vectors as in training, but does not update them.
+    Then every expert runs on every token, one layer after another. The gradients of the parameters do not change.
 
     Args:
         model: a model with default vectors.
-        batch: the keyword arguments of the model's forward; labels default to ``input_ids``.
-        loss: computes the loss instead, as a function of (model, batch).
-        reference: "densemixer", the gradient of DenseMixer; or "default", the method's own with e_i(x) in place of ê_i.
-            They are equal unless the model renormalizes its weights.
+        batch: the keyword arguments of the model's forward as a mapping; ``labels`` defaults to ``input_ids``.
+        loss: a function of (model, batch) that computes the loss; the model's own loss if None.
+        reference: the dense gradient: "densemixer", the gradient of DenseMixer, or "default", the gradient of Default MoE
+            with e_i(x) in place of ê_i. They are equal unless the model renormalizes its weights.
+
+    Returns:
+        The comparison for each layer with default vectors.
 
     Raises:
-        NotImplementedError: the weights are sharded over ranks, as by FSDP.
+        ValueError: the model has no default vectors or returns no loss, or ``reference`` is unknown.
+        TypeError: ``batch`` is not a mapping, and ``loss`` is None.
+        NotImplementedError: the weights are sharded over ranks, for example by FSDP.
     """
     if reference not in ("densemixer", "default"):
         raise ValueError(f'reference: expected "densemixer" or "default", got {reference!r}; choose one of the two')
     layers, recorder = layers_of(model), _Recorder()
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         raise NotImplementedError(
-            "expected whole weights on each rank, got weights sharded over ranks; measure a copy of the model without FSDP"
+            "expected all weights on each rank, got weights sharded over ranks; measure a copy of the model without FSDP"
         )
     for layer in layers.values():
         layer.default_moe_state.recorder = recorder
     try:
         with _evaluation(model), torch.enable_grad():
             value = (loss or _model_loss)(model, batch)
-            # Only the hooks on the layers' outputs are wanted, not the parameters' gradients.
+            # This runs the hooks on the layers' outputs; the gradients of the parameters are not used.
             parameters = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(value, parameters, allow_unused=True)
         with _evaluation(model), torch.no_grad():
@@ -127,9 +132,10 @@ def router_gradient_similarity(
 
 
 def router_weight_gradients(layer: Any, x: Tensor, z: Tensor, g: Tensor, reference: str) -> dict[str, Tensor]:
-    """Gradients of the router's weight [E, D] by "topk", "default" and "dense", for x [T, D], z [T, E] and g [T, D].
+    """Returns the gradients of the router's weight [E, D] by "topk", "default" and "dense".
 
-    dW = Σ_t dz xᵀ with dz in the closed forms of each method; autograd has no part in it.
+    The arguments are x [T, D], z [T, E] and g [T, D]. dW = Σ_t dz xᵀ, where dz is computed with the formula of each method
+    and without autograd.
     """
     state = layer.default_moe_state
     adapter, shape, wide = state.adapter, state.shape, wide_dtype(x.dtype)
@@ -154,7 +160,7 @@ def router_weight_gradients(layer: Any, x: Tensor, z: Tensor, g: Tensor, referen
 
 
 def _scores(adapter: MoeAdapter, layer: nn.Module, x: Tensor, g: Tensor, expert: int) -> Tensor:
-    """⟨g, e_i(x)⟩ [T] of one expert."""
+    """Returns ⟨g, e_i(x)⟩ [T] for one expert i."""
     index = torch.full((len(x),), expert, dtype=torch.long, device=x.device)
     return (g * adapter.experts(layer, x, index).to(g.dtype)).sum(dim=1)
 
@@ -177,15 +183,21 @@ def _compare(name: str, layer: Any, found: dict[str, Tensor], reference: str) ->
 
 
 def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdapter] | None = None) -> dict[str, Tensor]:
-    """How many tokens of a batch choose each expert: int64 [E] on the CPU, by the name of the MoE layer.
+    """Counts how many tokens of a batch choose each expert.
 
-    One pass in evaluation mode without gradients. The model may have default vectors or not. Padding counts: the layers
-    do not know of it.
+    Runs one pass in evaluation mode without gradients. The model can have default vectors or not. Padding tokens are
+    counted like other tokens, since an MoE layer has no information about padding.
 
     Args:
-        model: a model of transformers as for ``default_moe``, or any with ``adapters``.
-        batch: the keyword arguments of the model's forward, or its one argument.
-        adapters: describes the MoE layers of other models, by class.
+        model: a model of transformers that ``default_moe`` supports, or any model with ``adapters``.
+        batch: the keyword arguments of the model's forward as a mapping, or its only argument.
+        adapters: the adapters of the MoE layers of other models, by class.
+
+    Returns:
+        The counts for each MoE layer, by the layer's name; int64 [E] on the CPU.
+
+    Raises:
+        TypeError: the model has no MoE layers, or ``adapters`` has the wrong type.
     """
     layers = moe_layers(model, adapters)
     loads: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""A checkpoint of routegrad as a model of transformers."""
+"""Loads a checkpoint of routegrad as a model of transformers."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _OTHER_SETTINGS = {"name", "source", "samples", "shrink", "init_std", "renormali
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype | None, routegrad: str | os.PathLike[str] | None) -> nn.Module:
-    """The model of ``checkpoint``, a folder ``step-N``; see ``Run.model``."""
+    """Loads the model of ``checkpoint``, a folder ``step-N``; see ``Run.model``."""
     file = checkpoint / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{checkpoint}: expected a checkpoint with config.json, got none; give checkpoints/step-N")
+        raise FileNotFoundError(f"{checkpoint}: expected a checkpoint with config.json, got none; pass checkpoints/step-N")
     source = json.loads(file.read_text(encoding="utf-8"))
     if source.get("model_type") != "routegrad":
         raise ValueError(
@@ -42,7 +42,7 @@ def load_model(checkpoint: Path, dtype: torch.dtype | None, routegrad: str | os.
 
 
 def architecture(source: dict[str, Any]) -> str | None:
-    """The architecture of transformers that computes a model with this config.json, in training too; None if none does."""
+    """Returns the architecture of transformers that computes and trains a model with this config.json; None if none does."""
     router, name = source["router"], source["router"]["name"]
     if source["norm_type"] != "rmsnorm" or name not in ("topk", "densemixer", "default"):
         return None
@@ -62,13 +62,13 @@ def architecture(source: dict[str, Any]) -> str | None:
 
 
 def _known_settings(router: dict[str, Any]) -> bool:
-    """Whether ``default_moe`` has these settings: plain averages over the tokens that chose the expert."""
+    """Returns whether ``default_moe`` supports these settings: plain averages over the tokens that chose the expert."""
     plain = router.get("source", "chosen") == "chosen" and router.get("shrink", 1.0) == 1.0
     return plain and set(router) <= _DEFAULT_SETTINGS | _OTHER_SETTINGS
 
 
 def transformers_config(source: dict[str, Any], model_type: str) -> Any:
-    """The configuration of that architecture for a checkpoint's config.json."""
+    """Returns the configuration in transformers of the architecture ``model_type`` for a checkpoint's config.json."""
     from transformers import AutoConfig
 
     same = [
@@ -103,7 +103,7 @@ def _native(checkpoint: Path, source: dict[str, Any], model_type: str, dtype: to
 
     config = transformers_config(source, model_type)
     if dtype == torch.float64:
-        # The grouped matrix product that transformers 5 takes otherwise has no float64.
+        # The default of transformers 5, a grouped matrix product, does not support float64.
         config._experts_implementation = "eager"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
@@ -118,11 +118,11 @@ def _native(checkpoint: Path, source: dict[str, Any], model_type: str, dtype: to
             if name not in targets or targets[name].shape != value.shape:
                 raise ValueError(
                     f"{checkpoint}: expected tensors of a {model_type}, got {name} {list(value.shape)}; the files do not "
-                    "belong to config.json"
+                    "match config.json"
                 )
             targets[name].copy_(value)
             left.discard(name)
-    # A qwen2_moe has a shared expert, of width 0 where the checkpoint has none; a tied head has no tensor of its own.
+    # A qwen2_moe always has a shared expert; its width is 0 if the checkpoint has none. A tied head has no separate tensor.
     idle = [r"\.shared_expert"] * (not source["shared_expert_intermediate_size"])
     idle += [r"^lm_head\."] * source["tie_word_embeddings"]
     missing = [name for name in sorted(left) if not any(re.search(pattern, name) for pattern in idle)]
@@ -132,7 +132,7 @@ def _native(checkpoint: Path, source: dict[str, Any], model_type: str, dtype: to
 
 
 def _tensors(checkpoint: Path, model_type: str, targets: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of the checkpoint's tensors as the installed transformers has them."""
+    """Yields the checkpoint's tensors, with the names and shapes that the installed version of transformers uses."""
     from safetensors import safe_open
 
     for file in weight_files(str(checkpoint), {}):
@@ -161,7 +161,7 @@ def _renamed(name: str, value: Tensor, model_type: str, targets: dict[str, Tenso
 def _exported(
     checkpoint: Path, source: dict[str, Any], dtype: torch.dtype | None, routegrad: str | os.PathLike[str] | None
 ) -> nn.Module:
-    """By ``routegrad export``, whose folder brings the program that computes the model."""
+    """Converts the checkpoint with ``routegrad export``, and loads the result with the model code that it contains."""
     from transformers import AutoModelForCausalLM
 
     program = os.fspath(routegrad) if routegrad is not None else shutil.which("routegrad")
@@ -176,6 +176,6 @@ def _exported(
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"`{' '.join(command)}` failed: {done.stderr.strip()}")
-        # The program comes from the installed routegrad, not from the checkpoint.
+        # The model code comes from the installed routegrad, not from the checkpoint.
         model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", trust_remote_code=True, dtype=dtype or torch.float32)
     return model.eval()

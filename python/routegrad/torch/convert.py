@@ -1,4 +1,4 @@
-"""Gives a model's MoE layers default vectors, and changes them afterwards."""
+"""Adds default vectors to a model's MoE layers, and changes or removes them."""
 
 from __future__ import annotations
 
@@ -40,36 +40,40 @@ def default_moe(
     adapters: Mapping[type, MoeAdapter] | None = None,
     generator: torch.Generator | None = None,
 ) -> Model:
-    """Gives every MoE layer of ``model`` default vectors, in place, and returns the model.
+    """Adds default vectors to every MoE layer of ``model``, in place, and returns the model.
 
-    For each token the experts that did not run contribute their default vector: y = Σ_A q_i e_i(x) + Σ_{i∉A} q_i ê_i,
-    so that the router gets a gradient for every expert. ê is a moving average of each expert's outputs, a constant in
-    the backward pass. It is updated before use in each forward pass in training mode with gradients enabled, and in no
-    other. Parameters keep their names; each layer gets a buffer ``default_vectors`` [E, D] in float32, or float64 for a
-    float64 model. Call this before the model is wrapped (DDP, FSDP, torch.compile).
+    For each token, the output of every expert that did not run is replaced by its default vector:
+    y = Σ_A q_i e_i(x) + Σ_{i∉A} q_i ê_i. The router therefore gets a gradient for every expert. ê_i is a moving average of
+    the outputs of expert i, and a constant in the backward pass. It is updated in each forward pass in training mode with
+    gradients enabled, before the pass uses it, and in no other pass. Parameters keep their names. Each layer gets a buffer
+    ``default_vectors`` [E, D] in float32, or float64 for a float64 model. Call this function before the model is wrapped
+    (DDP, FSDP, torch.compile).
 
     Args:
         model: a mixtral, olmoe, qwen2_moe or qwen3_moe of transformers, or any model with ``adapters``.
         beta: decay of the moving average per optimizer step, 0 <= beta < 1.
-        weighted: whether a token counts in the average by its router probability, or all tokens alike.
-        pass_forward: whether default vectors enter the output, or the router's gradient alone.
-        weight_norm: what a weighted average is divided by: "sum_p", the sum of the probabilities, or "count".
-        init_std: standard deviation of the vectors at the start; 0 starts at zero.
-        use_at_evaluation: whether evaluation mode uses them; without ``pass_forward`` it never does.
-        micro_batches: forward passes per optimizer step (gradient accumulation); each decays by beta^(1/n).
-            ``set_micro_batches`` changes it.
-        process_group: the ranks over which each average is taken; all ranks if torch.distributed is initialized.
-            Each must run the same number of forward passes.
-        adapters: describes the MoE layers of other models, by class.
-        generator: draws the vectors at the start where ``init_std`` is not 0.
+        weighted: whether the average weights tokens by their router probability; otherwise all tokens have equal weight.
+        pass_forward: whether default vectors are added to the output; otherwise they change only the router's gradient.
+        weight_norm: the divisor of a weighted average: "sum_p", the sum of the probabilities, or "count", the number of
+            tokens.
+        init_std: standard deviation of the initial vectors; with 0, they are zero.
+        use_at_evaluation: whether evaluation mode uses default vectors; without ``pass_forward`` it never uses them.
+        micro_batches: number n of forward passes per optimizer step (gradient accumulation); the decay of each pass is
+            beta^(1/n). ``set_micro_batches`` changes it.
+        process_group: the ranks over which the averages are computed; if None and torch.distributed is initialized, all
+            ranks. Each of these ranks must run the same number of forward passes.
+        adapters: the adapters of the MoE layers of other models, by class.
+        generator: the random number generator for the initial vectors if ``init_std`` is not 0.
 
     Raises:
-        TypeError: no MoE layer was found, its weights are not floating-point numbers, or an argument has another type.
-        ValueError: a setting is out of range, or a layer has default vectors already.
+        TypeError: the model has no MoE layers, its weights are not floating-point numbers, or an argument has the wrong
+            type.
+        ValueError: a setting is out of range, or a layer already has default vectors.
+        NotImplementedError: the experts are distributed over ranks.
     """
     settings = Settings(beta, weighted, weight_norm, pass_forward, use_at_evaluation, micro_batches)
     if not (isinstance(init_std, (int, float)) and 0 <= init_std < math.inf):
-        raise ValueError(f"init_std: expected a number of at least 0, got {init_std!r}; 0 starts at zero")
+        raise ValueError(f"init_std: expected a number of at least 0, got {init_std!r}; with 0, vectors start at zero")
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
     distributed = torch.distributed
@@ -93,14 +97,16 @@ def default_moe(
 
 
 def _check(layer: nn.Module, state: LayerState) -> None:
-    """Raises before anything has been changed."""
+    """Raises ValueError, TypeError or NotImplementedError if the layer cannot be converted. Does not change the layer."""
     name = state.name
     if isinstance(layer, DefaultMoeLayer):
-        raise ValueError(f"{name}: expected a layer without default vectors, got one that has them; call default_moe once")
+        raise ValueError(
+            f"{name}: expected a layer without default vectors, got one that already has them; call default_moe only once"
+        )
     if "forward" in layer.__dict__:
         raise ValueError(
-            f"{name}: expected the forward method of its class, got one set on the layer, as device_map and hooks of "
-            "accelerate do; call default_moe before"
+            f"{name}: expected the forward method of the layer's class, got one that was set on the layer itself, as by "
+            "device_map and the hooks of accelerate; call default_moe before they are added"
         )
     state.shape.check(name)
     if state.adapter is TRANSFORMERS:
@@ -127,9 +133,13 @@ def _convert(layer: Any, state: LayerState, init_std: float, generator: torch.Ge
 
 
 def remove_default_moe(model: Model) -> Model:
-    """Undoes ``default_moe`` in place, and returns the model: its layers as they were, with the weights of now.
+    """Removes the default vectors of ``model``, in place, and returns the model.
 
-    Call it before the model is wrapped. Raises ValueError where there are no default vectors.
+    Restores the original class of each layer. The weights keep their current values. Call this function before the model
+    is wrapped (DDP, FSDP, torch.compile).
+
+    Raises:
+        ValueError: the model has no default vectors.
     """
     for layer in layers_of(model).values():
         layer.__class__ = original_class(layer, DefaultMoeLayer)
@@ -142,20 +152,32 @@ def remove_default_moe(model: Model) -> Model:
 
 
 def set_micro_batches(model: nn.Module, micro_batches: int) -> None:
-    """Says how many forward passes make an optimizer step from now on; each decays by beta^(1/n)."""
+    """Sets the number n of forward passes per optimizer step; the decay of each pass is then beta^(1/n).
+
+    Raises:
+        ValueError: the model has no default vectors, or ``micro_batches`` is not an integer of at least 1.
+    """
     for layer in layers_of(model).values():
         state = layer.default_moe_state
         state.settings = dataclasses.replace(state.settings, micro_batches=micro_batches)
 
 
 def default_vectors(model: nn.Module) -> dict[str, Tensor]:
-    """ê [E, D] of every layer by the layer's name; the tensors are the buffers themselves."""
+    """Returns ê [E, D] of every layer, by the layer's name. The tensors are the buffers, not copies of them.
+
+    Raises:
+        ValueError: the model has no default vectors.
+    """
     return {name: layer.default_vectors for name, layer in layers_of(model).items()}
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """A context in which forward passes in training mode use default vectors without updating them."""
+    """Context manager in which forward passes in training mode use default vectors but do not update them.
+
+    Raises:
+        ValueError: the model has no default vectors.
+    """
     states = [layer.default_moe_state for layer in layers_of(model).values()]
     before = [state.frozen for state in states]
     for state in states:

@@ -1,4 +1,4 @@
-"""``experts_implementation="routegrad"`` for models of transformers 5: their experts by routegrad's kernels."""
+"""``experts_implementation="routegrad"`` for models of transformers 5: runs their experts with routegrad's kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAME = "routegrad"
 
 
 def register() -> None:
-    """Registers ``routegrad`` among the experts' implementations of transformers, where it has them."""
+    """Registers ``routegrad`` as an experts implementation. Does nothing if transformers does not support this."""
     try:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError:
@@ -20,16 +20,21 @@ def register() -> None:
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """What an ``Experts`` module of transformers returns, ``Σ_k weight_tk e_{index_tk}(x_t)``, [T, D] bfloat16.
+    """Computes the output of an ``Experts`` module of transformers: ``Σ_k weight_tk e_{index_tk}(x_t)``.
 
     Args:
+        self: the ``Experts`` module.
         hidden_states: [T, D] bfloat16; under autocast to bfloat16, any floating-point dtype.
-        top_k_index: [T, K] int64.
-        top_k_weights: [T, K].
+        top_k_index: [T, K] int64, the chosen experts.
+        top_k_weights: [T, K], their weights.
+
+    Returns:
+        [T, D] bfloat16.
 
     Raises:
-        NotImplementedError: the experts are not those of SwiGLU without biases, or spread over ranks.
-        TypeError: hidden states that are not bfloat16.
+        NotImplementedError: the experts are not SwiGLU experts without biases, or are distributed over ranks.
+        TypeError: the hidden states are not bfloat16.
+        ValueError: the kernels do not support the number of experts or a width.
     """
     from . import ops
 
@@ -53,7 +58,7 @@ def _check(experts: Any) -> None:
     wrong = [
         (not experts.has_gate, "experts without a gate"),
         (experts.has_bias, "biases"),
-        (getattr(experts, "has_post_expert_norm", False), "a norm behind the experts"),
+        (getattr(experts, "has_post_expert_norm", False), "a norm after the experts"),
         (experts.is_transposed, "transposed weights"),
         (not getattr(experts, "is_concatenated", True), "interleaved gate and up weights"),
         (activation not in ("silu", "swish"), f"the activation {activation}"),
@@ -62,6 +67,6 @@ def _check(experts: Any) -> None:
     for found, what in wrong:
         if found:
             raise NotImplementedError(
-                f'experts_implementation="routegrad": expected SwiGLU experts without biases, whole on each rank, got {what}'
-                '; load the model with experts_implementation="grouped_mm"'
+                'experts_implementation="routegrad": expected SwiGLU experts without biases, all of them on each rank, got '
+                f'{what}; load the model with experts_implementation="grouped_mm"'
             )

@@ -1,4 +1,4 @@
-"""An MoE layer with default vectors: placed before the layer's own class by ``default_moe``."""
+"""The mixin that ``default_moe`` adds to the class of an MoE layer: forward and backward pass with default vectors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .adapters import MoeAdapter, Shape, new_instance, original_class
 from .vectors import expert_sums, gates, in_backward, mix, no_autocast, update_default_vectors, wide_dtype
 
 BUFFER = "default_vectors"
-"""The name of ê [E, D] among the buffers of a layer, as in routegrad's checkpoints."""
+"""The name of the buffer that contains ê [E, D]; checkpoints of routegrad use the same name."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of ``default_moe``, which see."""
+    """The settings of ``default_moe``; its docstring describes them."""
 
     beta: float = 0.9
     weighted: bool = True
@@ -45,11 +45,11 @@ class Settings:
 
     @property
     def decay(self) -> float:
-        """β of one micro-batch: β per optimizer step is reached after all of them."""
+        """The decay of one forward pass: after the n passes of an optimizer step, the total decay is β."""
         return math.pow(self.beta, 1 / self.micro_batches)
 
     def to_dict(self) -> dict[str, Any]:
-        """As ``config.default_moe`` holds them; the number of micro-batches belongs to a training, not to a model."""
+        """Returns the settings for ``config.default_moe``. ``micro_batches`` is omitted, as it belongs to a training run."""
         values = dataclasses.asdict(self)
         del values["micro_batches"]
         return values
@@ -57,7 +57,7 @@ class Settings:
 
 @dataclass
 class LayerState:
-    """What a layer keeps beside its buffer."""
+    """The state of a layer with default vectors, apart from its parameters and buffers."""
 
     name: str
     shape: Shape
@@ -67,20 +67,20 @@ class LayerState:
     frozen: bool = False
     recorder: Any = None
     used: weakref.WeakValueDictionary[int, Tensor] = field(default_factory=weakref.WeakValueDictionary)
-    """ê of each pass whose graph is alive, by the number of the pass's first autograd node."""
+    """The ê of each pass whose autograd graph still exists, by the sequence number of the first node of the pass."""
 
     def keep(self, first_node: int, vectors: Tensor, node: Any) -> None:
-        """Keeps the ê of a pass for its recomputation, as long as ``node`` of its graph is alive."""
+        """Stores the ê of a pass for a recomputation, as long as ``node``, a node of the pass's graph, exists."""
         if node is not None:
             node.metadata[BUFFER] = self.used[first_node] = vectors
 
     def used_before(self, number: int) -> Tensor | None:
-        """The ê of the newest pass that had begun when the autograd node of this number was made."""
+        """Returns the ê of the last pass that started before the autograd node ``number`` was created; None without one."""
         passes = {first: vectors for first, vectors in self.used.items() if first <= number}
         return passes[max(passes)] if passes else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Process groups, recorders and graphs are bound to a process.
+        # Process groups, recorders and autograd graphs belong to one process.
         return {**self.__dict__, "process_group": None, "recorder": None, "used": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -88,16 +88,16 @@ class LayerState:
 
 
 class DefaultMoeLayer:
-    """y = Σ_A q_i e_i(x) + Σ_{i∉A} q_i ê_i, and a moving average ê of each expert's outputs.
+    """Mixin for an MoE layer. Computes y = Σ_A q_i e_i(x) + Σ_{i∉A} q_i ê_i, and updates the moving averages ê.
 
-    The buffer ``default_vectors`` holds ê [E, D] in float32, or float64 for a float64 model.
+    The buffer ``default_vectors`` contains ê [E, D] in float32, or float64 for a float64 model.
     """
 
     default_vectors: Tensor
     default_moe_state: LayerState
 
     def forward(self: Any, hidden: Tensor) -> Any:
-        """What the layer's class returns, for hidden states [..., D]."""
+        """Returns the same types and shapes as the original class of the layer, for hidden states [..., D]."""
         state: LayerState = self.default_moe_state
         adapter, shape = state.adapter, state.shape
         first_node = 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
@@ -130,12 +130,12 @@ class DefaultMoeLayer:
             )
         if vectors.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                f"{state.name}: expected default vectors in float32, got {vectors.dtype}: a moving average in fewer bits "
-                "stands still; leave buffers as they are (for FSDP: MixedPrecision(buffer_dtype=torch.float32))"
+                f"{state.name}: expected default vectors in float32, got {vectors.dtype}, in which small updates of the "
+                "moving average are lost; do not cast buffers (for FSDP: MixedPrecision(buffer_dtype=torch.float32))"
             )
 
     def _vectors(self: Any, rows: Tensor, p: Tensor, index: Tensor, first_node: int) -> Tensor | None:
-        """ê to use in this pass, updated first in training; None where it is left out."""
+        """Returns the ê that this pass uses, after its update in training; None if the pass uses no default vectors."""
         state: LayerState = self.default_moe_state
         settings, recording = state.settings, state.recorder is not None
         if not self.training and not recording and not (settings.pass_forward and settings.use_at_evaluation):
@@ -143,7 +143,7 @@ class DefaultMoeLayer:
         updating = self.training and torch.is_grad_enabled() and not state.frozen and not recording
         eager = not torch.compiler.is_compiling()
         if eager and in_backward():
-            return self._vectors_again(updating).to(p.dtype, copy=True)
+            return self._vectors_of_recomputed_pass(updating).to(p.dtype, copy=True)
         if updating:
             vectors = self._updated_vectors(rows.detach(), p.detach(), index).to(p.dtype)
         else:
@@ -154,27 +154,28 @@ class DefaultMoeLayer:
 
     @torch.no_grad()
     def _updated_vectors(self: Any, rows: Tensor, p: Tensor, index: Tensor) -> Tensor:
-        """A copy of ê after its update."""
+        """Updates ê, and returns a copy of it."""
         settings, vectors = self.default_moe_state.settings, self.default_vectors
         by_count = not settings.weighted or settings.weight_norm == "count"
         sums, mass = expert_sums(rows, p, index, settings.weighted, by_count)
         return update_default_vectors(vectors, sums.to(vectors.dtype), mass.to(vectors.dtype), settings.decay, self._group())
 
-    def _vectors_again(self: Any, updating: bool) -> Tensor:
-        """The ê that a pass used which gradient checkpointing now runs again."""
+    def _vectors_of_recomputed_pass(self: Any, updating: bool) -> Tensor:
+        """Returns the ê that was used in the pass that gradient checkpointing now recomputes."""
         state, node = self.default_moe_state, torch._C._current_autograd_node()
         if updating and node.name().endswith("CheckpointFunctionBackward"):
             raise RuntimeError(
-                f"{state.name}: expected a forward pass with gradients before its recomputation, got gradient checkpointing "
-                "with use_reentrant=True, whose first forward runs without; call model.gradient_checkpointing_enable("
-                'gradient_checkpointing_kwargs={"use_reentrant": False})'
+                f"{state.name}: expected a forward pass with gradients enabled before its recomputation, got gradient "
+                "checkpointing with use_reentrant=True, whose first forward pass runs without gradients; call "
+                'model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
             )
-        # The pass to which the node belongs whose backward asks: nodes are numbered in the order in which they are made.
+        # The node belongs to the pass that is recomputed. Autograd numbers nodes in the order in which it creates them, so
+        # this is the last pass that started before the node.
         used = state.used_before(node._sequence_nr())
         return self.default_vectors if used is None else used
 
     def _group(self: Any) -> str:
-        """The name of the process group over which sums are added; "" where there is one process."""
+        """Returns the name of the process group over which sums are added; "" without torch.distributed."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return ""
@@ -182,7 +183,7 @@ class DefaultMoeLayer:
         return group.group_name
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        """Moves and casts the layer, but never ê to fewer bits than float32."""
+        """Moves and casts the layer. ê is not cast to a dtype smaller than float32."""
         vectors = self._buffers.pop(BUFFER)
         try:
             super()._apply(fn, recurse)  # type: ignore[misc]
@@ -203,7 +204,7 @@ class DefaultMoeLayer:
 
 
 def layers_of(model: nn.Module) -> dict[str, Any]:
-    """The layers of ``model`` with default vectors, by name. Raises ValueError if there are none."""
+    """Returns the layers of ``model`` with default vectors, by name. Raises ValueError if there are none."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     found = {name: m for name, m in modules if isinstance(m, DefaultMoeLayer)}
     if not found:

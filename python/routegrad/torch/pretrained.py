@@ -14,21 +14,22 @@ from .convert import default_moe
 from .layer import BUFFER, layers_of
 
 _PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-"""Options that say where files come from."""
+"""The options of ``from_pretrained`` that select the source of the files."""
 
 
 def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
-    """The causal language model that ``save_pretrained`` wrote to ``path``, with its default vectors and settings.
+    """Loads a causal language model that ``save_pretrained`` wrote, with its default vectors and settings.
 
-    ``path`` is a folder or a name on the Hugging Face hub. Plain ``AutoModelForCausalLM.from_pretrained`` reads the same
-    files without the default vectors: as a model that was never converted.
+    ``AutoModelForCausalLM.from_pretrained`` loads the same files as a model without default vectors.
 
     Args:
-        options: those of ``AutoModelForCausalLM.from_pretrained``; ``device_map`` is not among them. ``dtype`` does not
-            round default vectors below float32.
+        path: a folder, or the name of a model on the Hugging Face hub.
+        options: the options of ``AutoModelForCausalLM.from_pretrained`` except ``device_map``. ``dtype`` does not cast
+            default vectors to a dtype smaller than float32.
 
     Raises:
-        ValueError: the model has no default vectors, or not those of every MoE layer.
+        ValueError: the saved model has no default vectors, or those of an MoE layer are missing or have another shape, or
+            ``device_map`` is given.
     """
     import transformers
 
@@ -45,7 +46,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
         )
     base = transformers.AutoModelForCausalLM._model_mapping[type(config)]
     ignored = [*(getattr(base, "_keys_to_ignore_on_load_unexpected", None) or []), rf"\.{BUFFER}$"]
-    # The class of the same name only to load: ê is read below, and is no unexpected tensor.
+    # This subclass with the same name is used only for loading. It ignores the tensors of ê; `_fill` reads them below.
     loading = type(base.__name__, (base,), {"__module__": base.__module__, "_keys_to_ignore_on_load_unexpected": ignored})
     model = loading.from_pretrained(path, config=config, **options)
     model.__class__ = base
@@ -55,7 +56,7 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
 
 
 def _canonical(name: str) -> str:
-    """A layer's name alike in both versions: mixtral's `block_sparse_moe` is `mlp` in transformers 5."""
+    """Returns the layer's name in transformers 5, where `block_sparse_moe` of mixtral is `mlp`."""
     return name.replace(".block_sparse_moe", ".mlp").removesuffix(f".{BUFFER}")
 
 
@@ -73,7 +74,7 @@ def _fill(model: nn.Module, path: str, place: dict[str, Any]) -> None:
 
 
 def stored_vectors(path: str, place: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
-    """A function for each tensor of default vectors in the safetensors files of a model, which reads it."""
+    """Returns, for each tensor of default vectors in a model's safetensors files, a function that reads it."""
     from safetensors import safe_open
 
     def reader(file: str, name: str) -> Callable[[], Tensor]:
@@ -91,7 +92,7 @@ def stored_vectors(path: str, place: dict[str, Any]) -> dict[str, Callable[[], T
 
 
 def weight_files(path: str, place: dict[str, Any]) -> list[str]:
-    """The safetensors files of a model; ``place`` are options of transformers that say where they come from."""
+    """Returns the paths of a model's safetensors files. ``place`` contains the options that select their source."""
     from transformers.utils import cached_file
 
     def find(name: str) -> str | None:
@@ -105,5 +106,5 @@ def weight_files(path: str, place: dict[str, Any]) -> list[str]:
         names = ["model.safetensors"]
     files = [find(name) for name in names]
     if None in files:
-        raise ValueError(f"{path}: expected the files {names}, got some of them; copy the model again")
+        raise ValueError(f"{path}: expected the files {names}, got not all of them; copy the model again")
     return [file for file in files if file is not None]

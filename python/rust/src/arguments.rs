@@ -1,11 +1,11 @@
-//! Functions of the module and their arguments.
+//! Adds functions to the module, and reads their arguments.
 
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyCFunction, PyDict, PyTuple};
 use std::ffi::CStr;
 
-/// What a function is called with.
+/// The arguments of a call.
 pub struct Arguments<'a, 'py> {
     function: &'static CStr,
     in_order: &'a Bound<'py, PyTuple>,
@@ -17,12 +17,14 @@ impl<'py> Arguments<'_, 'py> {
         self.in_order.py()
     }
 
+    /// Checks the number of positional arguments and the names of the keyword arguments.
+    ///
     /// # Errors
-    /// TypeError unless there are so many arguments in order, and no others than these by name.
+    /// TypeError if the number is different, or a keyword argument has another name.
     pub fn expect(&self, in_order: usize, by_name: &[&str]) -> PyResult<()> {
         if self.in_order.len() != in_order {
             let got = self.in_order.len();
-            return Err(self.wrong(format!("{in_order} arguments in order, got {got}")));
+            return Err(self.wrong(format!("{in_order} positional argument(s), got {got}")));
         }
         for name in self.by_name.iter().flat_map(|named| named.keys()) {
             let name: String = name.extract()?;
@@ -33,18 +35,18 @@ impl<'py> Arguments<'_, 'py> {
         Ok(())
     }
 
-    /// The argument at a place.
+    /// Returns the positional argument with the index `place`.
     ///
     /// # Errors
-    /// When it is not there, or no `T`.
+    /// If it is missing, or is not a `T`.
     pub fn at<T: for<'a> FromPyObject<'a, 'py, Error = PyErr>>(&self, place: usize) -> PyResult<T> {
         self.in_order.get_item(place)?.extract()
     }
 
-    /// The argument of a name.
+    /// Returns the keyword argument `name`.
     ///
     /// # Errors
-    /// When it is not there, or no `T`.
+    /// If it is missing, or is not a `T`.
     pub fn named<T: for<'a> FromPyObject<'a, 'py, Error = PyErr>>(
         &self,
         name: &str,
@@ -65,10 +67,10 @@ impl<'py> Arguments<'_, 'py> {
     }
 }
 
-/// Adds a function that returns nothing, or a number.
+/// Adds a function that returns a number or None.
 ///
 /// # Errors
-/// Those of the interpreter.
+/// If the interpreter cannot create the function.
 pub fn add_function(
     module: &Bound<'_, PyModule>,
     name: &'static CStr,

@@ -1,9 +1,9 @@
-//! `routegrad._kernels`: the kernels as functions that take addresses, for the operators of `routegrad/torch/ops/`.
+//! `routegrad._kernels`: the kernels as functions that take addresses, for the operators in `routegrad/torch/ops/`.
 //!
-//! Each function is a kernel's typed call. Its first argument is the stream: `None` for the simulator, whose tensors lie in
-//! the host's memory, or the number of a `cudaStream_t` of the current GPU. The others are the fields of the call, by name: a
-//! tensor as `(address, bytes)`, or `None` where it may be absent. Lengths are checked here, dtypes and devices by the caller.
-//! The interpreter runs on while a kernel is launched.
+//! Each function makes the typed call of a kernel. Its first argument is the stream: `None` for the simulator, whose tensors
+//! are in host memory, or a `cudaStream_t` of the current GPU as an integer. The other arguments are the fields of the call,
+//! passed by name: a tensor as `(address, bytes)`, an optional tensor also as `None`. This module checks the lengths; the
+//! caller must check dtypes and devices. The interpreter's lock is released while a kernel is launched.
 
 mod arguments;
 mod memory;
@@ -32,7 +32,7 @@ use routegrad::kernels::{
 use std::cell::Cell;
 use std::ffi::CStr;
 
-/// Declares the function of each kernel, with the fields of its typed call; those behind `with` are the same in every call.
+/// Declares the function of each kernel with the fields of its typed call. Fields after `with` have a fixed value.
 macro_rules! kernels {
     ($( $function:ident = $Call:ident { $($field:ident: $type:ty),* } $(with { $($constant:ident: $value:expr),* })?; )*) => {
         fn add_kernels(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -49,7 +49,7 @@ macro_rules! kernels {
     };
 }
 
-/// A function's name in C.
+/// A function's name as a C string.
 macro_rules! name {
     ($function:ident) => {
         const { CStr::from_bytes_with_nul(concat!(stringify!($function), "\0").as_bytes()) }
@@ -152,19 +152,19 @@ macro_rules! sizes {
 }
 
 sizes! {
-    // Floats of `partials` of `router_forward`.
+    // Number of floats in `partials` of `router_forward`.
     router_partials = typed::router::partials { tokens, experts };
-    // Floats of `dw_partials` of `router_backward`.
+    // Number of floats in `dw_partials` of `router_backward`.
     router_backward_workspace = typed::router_backward::workspace { tokens, experts, hidden };
-    // Bytes of `workspace` of `dispatch_choices`.
+    // Size of `workspace` of `dispatch_choices` in bytes.
     dispatch_workspace = typed::dispatch::workspace { tokens, experts, choices_per_token };
-    // Partial dots of a row of `grouped_swiglu_backward`.
+    // Number of partial dot products per row of `grouped_swiglu_backward`.
     dot_columns = typed::grouped_swiglu::dot_columns { rows, experts, hidden, ffn } with TILE_AUTO;
-    // Floats of `workspace` of `attention_backward`.
+    // Number of floats in `workspace` of `attention_backward`.
     attention_backward_workspace = typed::attention_backward::workspace { tokens, sequence, heads };
 }
 
-/// Raises RuntimeError unless the kernels run on a GPU of this name and compute capability.
+/// Raises RuntimeError unless the kernels support a GPU with this name and compute capability.
 fn require_gpu(arguments: &Arguments<'_, '_>) -> PyResult<Option<usize>> {
     arguments.expect(3, &[])?;
     gpu_launchers()?;
@@ -183,7 +183,7 @@ fn gpu_launchers() -> PyResult<&'static launchers::Launchers> {
     })
 }
 
-/// Runs `call` on the stream that is the first argument, without the interpreter's lock.
+/// Runs `call` on the stream in the first argument, with the interpreter's lock released.
 fn on_stream<T: Send>(
     arguments: &Arguments<'_, '_>,
     call: impl FnOnce(&Stream) -> routegrad::Result<T> + Send,
@@ -197,7 +197,7 @@ fn open(stream: Option<usize>) -> PyResult<Stream> {
     match stream {
         Some(raw) => {
             let launchers = gpu_launchers()?;
-            // SAFETY: the caller gives a stream of PyTorch on the current GPU.
+            // SAFETY: the caller passes a PyTorch stream of the current GPU.
             Ok(unsafe { Stream::from_raw(launchers, raw as *mut _) })
         }
         None => {
@@ -233,12 +233,12 @@ fn fill(module: &Bound<'_, PyModule>) -> PyResult<()> {
     Ok(())
 }
 
-/// What `import routegrad._kernels` calls.
+/// Creates the module; called by `import routegrad._kernels`.
 ///
 /// # Safety
-/// To be called by the interpreter alone, which holds its lock.
+/// Must be called only by the interpreter, which holds its lock.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn PyInit__kernels() -> *mut pyo3::ffi::PyObject {
-    // SAFETY: as above.
+    // SAFETY: the interpreter calls this function once, with its lock held.
     unsafe { module::initialize(c"_kernels", fill) }
 }

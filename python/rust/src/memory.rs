@@ -1,4 +1,4 @@
-//! Arguments of Python as fields of a kernel's typed call.
+//! Converts arguments from Python to the fields of a kernel's typed call.
 
 use pyo3::prelude::*;
 use routegrad::kernels::{Buffer, In, Out};
@@ -11,12 +11,12 @@ impl<'py> FromPyObject<'_, 'py> for Memory {
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
         let (address, bytes) = object.extract()?;
-        // SAFETY: the operators give address and size of a tensor on the stream's device.
+        // SAFETY: the operators pass the address and size of a tensor on the stream's device.
         Ok(Memory(unsafe { Buffer::from_address(address, bytes) }))
     }
 }
 
-/// An argument as a field of type `F`.
+/// An argument that can be converted to a field of type `F`.
 pub trait Field<'a, F> {
     fn field(&'a self) -> F;
 }

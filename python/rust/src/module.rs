@@ -1,14 +1,14 @@
-//! The module's start.
+//! Creates the module.
 
 use pyo3::ffi;
 use pyo3::prelude::*;
 use std::ffi::CStr;
 use std::ptr;
 
-/// Makes the module and has `fill` add its functions; null, with an exception set, where that fails.
+/// Creates the module, and calls `fill` to add its functions. If that fails, sets an exception and returns null.
 ///
 /// # Safety
-/// The calling thread holds the interpreter's lock, and calls it once.
+/// The calling thread must hold the interpreter's lock. Must be called only once.
 pub unsafe fn initialize(
     name: &'static CStr,
     fill: impl FnOnce(&Bound<'_, PyModule>) -> PyResult<()>,
@@ -24,7 +24,7 @@ pub unsafe fn initialize(
         m_clear: None,
         m_free: None,
     }));
-    // SAFETY: the caller's word; the definition is never freed, and the new module is owned here or null.
+    // SAFETY: the caller holds the lock, the definition is never freed, and the new module is owned here or null.
     let (py, module) = unsafe {
         let py = Python::assume_attached();
         let module = ffi::PyModule_Create(definition);

@@ -1,14 +1,15 @@
 """routegrad's kernels as PyTorch operators.
 
-Each is a ``torch.library`` operator ``routegrad::NAME`` with a fake implementation and a gradient, so that
-``torch.compile(fullgraph=True)`` takes it whole. CUDA tensors are computed on PyTorch's current stream by a build with nvcc,
-CPU tensors by the same kernels on a simulator: exact, and slow.
+Each is a ``torch.library`` operator ``routegrad::NAME`` with a fake implementation and, if it is differentiable, a
+gradient. ``torch.compile(fullgraph=True)`` supports all of them. CUDA tensors need a build with nvcc; the kernels run on
+PyTorch's current stream. For CPU tensors, a simulator runs the code of the kernels: the arithmetic is that of a GPU, but
+it is slow.
 
     scores, choices, z_loss = ops.router(x, weight, top_k)
     maps = ops.dispatch(choices, num_experts)
     y = ops.swiglu_experts(x, scores, gate_up, down, maps, vectors)
 
-Letters: T tokens, E experts, K experts of a token, R = T·K rows, D model width, F expert width.
+Notation: T tokens, E experts, K experts per token, R = T·K rows, D model width, F expert width.
 """
 
 from ._attention import attention
@@ -39,4 +40,4 @@ __all__ = [
     "token_losses",
 ]
 
-kernels()  # Without the extension the import fails, and says how to build it.
+kernels()  # Raises ImportError with build instructions if the extension is missing.

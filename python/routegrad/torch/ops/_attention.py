@@ -1,4 +1,4 @@
-"""Causal attention on the fused projection, with grouped queries and packed documents."""
+"""Causal attention on the fused projection of queries, keys and values, with grouped queries and packed documents."""
 
 from __future__ import annotations
 
@@ -103,16 +103,18 @@ _attention.register_autograd(_gradient, setup_context=_save)
 def attention(
     qkv: Tensor, sequence: int, heads: int, key_value_heads: int | None = None, first_key: Tensor | None = None
 ) -> Tensor:
-    """Causal attention: ``softmax(Q Kᵀ / √d) V`` over the keys first_key[r] … r of row r of a sequence.
+    """Computes causal attention: ``softmax(Q Kᵀ / √d) V``, where row r of a sequence attends to the keys first_key[r] … r.
 
     Args:
-        qkv: [T, (H + 2 KV) d] bfloat16: query heads, key heads, value heads of each token; d = 64 or 128; T = B·S.
-        sequence: S, tokens of a sequence.
-        heads: H.
-        key_value_heads: KV, of which H is a multiple; H if None.
-        first_key: [T] int32: where in its sequence a token's document begins, not decreasing; without, 0.
+        qkv: [T, (H + 2 KV) d] bfloat16: for each token the query heads, the key heads and the value heads; d is 64 or 128,
+            and T = B·S for B sequences.
+        sequence: S, the number of tokens per sequence.
+        heads: H, the number of query heads.
+        key_value_heads: KV, the number of key heads and of value heads; H must be a multiple of it. H if None.
+        first_key: [T] int32: the position in the sequence at which the token's document begins; must not decrease within a
+            sequence. 0 for every token if None.
 
     Returns:
-        [T, H d] bfloat16. The gradient of qkv flows.
+        [T, H d] bfloat16, differentiable with respect to qkv.
     """
     return _attention(qkv, sequence, heads, heads if key_value_heads is None else key_value_heads, first_key)[0]

@@ -1,4 +1,4 @@
-"""Combine with default vectors, the gradient of the gates, and the experts' means."""
+"""Combines the outputs of the experts with default vectors, and computes the gradient of the gates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMBINE, _GATES = "routegrad::combine", "routegrad::gate_gradient"
 
 
 def check_dispatch(name: str, maps: Dispatch, tokens: int, like: Tensor) -> int:
-    """The number of rows R. Raises unless the maps have the shapes of those of so many tokens."""
+    """Checks that the maps have the shapes for this number of tokens, and returns the number of rows R."""
     check(name, "choices", maps.choices, [tokens, "K"], [I32], like)
     check(name, "slot_row", maps.slot_row, [tokens, maps.choices.shape[1]], [I32], like)
     rows = tokens * maps.choices.shape[1]
@@ -24,7 +24,7 @@ def check_dispatch(name: str, maps: Dispatch, tokens: int, like: Tensor) -> int:
 
 
 def check_indices_of(name: str, maps: Dispatch, experts: int) -> None:
-    """Raises where an index of the maps names nothing; on a GPU none is read."""
+    """Raises IndexError if an index in the maps is out of range. Does not check maps on a GPU."""
     tokens, rows = maps.choices.shape[0], maps.row_token.shape[0]
     check_indices(name, "choices", maps.choices, 0, experts)
     check_indices(name, "row_token", maps.row_token, 0, tokens)
@@ -38,7 +38,10 @@ def check_vectors(name: str, vectors: Tensor | None, experts: int, hidden: int, 
 
 
 def run_combine(rows: Tensor, gates: Tensor | None, maps: Dispatch, vectors: Tensor | None, experts: int) -> Tensor:
-    """Each token's sum of its rows; arguments are checked."""
+    """Returns the sum of the rows of each token, [T, D], with gates and default vectors if given.
+
+    The caller must check the arguments.
+    """
     (tokens, slots), hidden = maps.choices.shape, rows.shape[1]
     y = zeros(rows, tokens, hidden, dtype=BF16)
     if tokens:
@@ -50,7 +53,10 @@ def run_combine(rows: Tensor, gates: Tensor | None, maps: Dispatch, vectors: Ten
 
 
 def default_dots(dy: Tensor, maps: Dispatch, vectors: Tensor, experts: int, dy_rows: Tensor | None = None) -> Tensor:
-    """⟨dy_t, ê_i⟩ [T, E]; writes dy [R, D] sorted by expert into dy_rows. Arguments are checked."""
+    """Returns ⟨dy_t, ê_i⟩ [T, E], and writes dy sorted by expert to ``dy_rows`` [R, D], if given.
+
+    The caller must check the arguments.
+    """
     (tokens, slots), hidden = maps.choices.shape, dy.shape[1]
     dots = zeros(dy, tokens, experts, dtype=F32)
     if tokens:
@@ -63,7 +69,10 @@ def default_dots(dy: Tensor, maps: Dispatch, vectors: Tensor, experts: int, dy_r
 
 
 def gate_gradient_of(dots: Tensor, maps: Dispatch, of_vectors: Tensor | None, experts: int) -> Tensor:
-    """The gradient of the gates, in `of_vectors`, the `default_dots`, if there are any; arguments are checked."""
+    """Returns the gradient of the gates [T, E], in place in ``of_vectors``, the result of ``default_dots``, if given.
+
+    The caller must check the arguments.
+    """
     tokens, slots = maps.choices.shape
     dgates = zeros(dots, tokens, experts, dtype=F32) if of_vectors is None else of_vectors
     if tokens:
@@ -104,7 +113,7 @@ def _(
 
 
 def _row_gates(gates: Tensor, maps: Dispatch) -> Tensor:
-    """The gate of each row, [R]."""
+    """Returns the gate of each row, [R]."""
     return gates.gather(1, maps.choices.long()).flatten().index_select(0, maps.row_slot)
 
 
@@ -128,16 +137,16 @@ _combine.register_autograd(_combine_backward, setup_context=_combine_save)
 
 
 def combine(rows: Tensor, gates: Tensor, maps: Dispatch, vectors: Tensor | None = None) -> Tensor:
-    """``y_t = Σ_A gate_ti e_i(x_t) + Σ_{i∉A} gate_ti ê_i``, the rows being e.
+    """Computes ``y_t = Σ_A gate_ti e_i(x_t) + Σ_{i∉A} gate_ti ê_i``, where the rows contain e_i(x_t).
 
     Args:
-        rows: [R, D] bfloat16, sorted by expert; D a multiple of 8.
+        rows: [R, D] bfloat16, sorted by expert; D must be a multiple of 8.
         gates: [T, E] float32.
-        maps: the ``dispatch`` of the choices A.
-        vectors: ê [E, D] float32, constants; without, the second sum is left out.
+        maps: the result of ``dispatch`` for the choices A.
+        vectors: ê [E, D] float32, treated as constants; if None, the second sum is omitted.
 
     Returns:
-        [T, D] bfloat16. Gradients of rows and gates flow.
+        [T, D] bfloat16, differentiable with respect to rows and gates.
     """
     return _combine(rows, gates, constant(vectors), *maps)
 
@@ -193,16 +202,16 @@ _gate_gradient.register_autograd(_gate_backward, setup_context=_gate_save)
 
 
 def gate_gradient(dots: Tensor, dy: Tensor, maps: Dispatch, num_experts: int, vectors: Tensor | None = None) -> Tensor:
-    """The gradient of every gate: ``Σ_c dots[r, c]`` where the token has a row r of the expert, else ``⟨dy_t, ê_i⟩``.
+    """Computes the gradient of every gate: ``Σ_c dots[r, c]`` if the token has a row r of the expert, else ``⟨dy_t, ê_i⟩``.
 
     Args:
-        dots: [R, C] float32: parts of ⟨dy, e_i(x)⟩ of each row.
-        dy: [T, D] bfloat16.
-        maps: the ``dispatch`` of the choices.
-        num_experts: E.
-        vectors: ê [E, D] float32, constants; without, 0 for experts that were not chosen.
+        dots: [R, C] float32: C partial sums of ⟨dy, e_i(x)⟩ for each row.
+        dy: [T, D] bfloat16; D must be a multiple of 8.
+        maps: the result of ``dispatch`` for the choices.
+        num_experts: E, at most 256.
+        vectors: ê [E, D] float32, treated as constants; if None, the gradient is 0 for experts that were not chosen.
 
     Returns:
-        [T, E] float32. Gradients of dots and dy flow.
+        [T, E] float32, differentiable with respect to dots and dy.
     """
     return _gate_gradient(dots, dy, constant(vectors), num_experts, *maps)

@@ -1,4 +1,4 @@
-"""The output head and its loss in one, a chunk of tokens at a time: [T, V] logits are never kept."""
+"""The output head and its cross-entropy in one operator. Tokens are processed in chunks, so [T, V] logits are not stored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._launch import BF16, F32, I32, as_indices, bf16, call, check, check_indice
 
 _NAME, _BACKWARD = "routegrad::cross_entropy", "routegrad::cross_entropy_backward"
 _TOKENS = 2048
-"""Tokens of a chunk."""
+"""The number of tokens per chunk."""
 
 
 def _check(name: str, x: Tensor, weight: Tensor, targets: Tensor) -> None:
@@ -23,7 +23,7 @@ def _check(name: str, x: Tensor, weight: Tensor, targets: Tensor) -> None:
 
 
 class _Chunks:
-    """Logits in f32, their statistics (a pair for every 128 of a row) and their gradient of one chunk at a time."""
+    """Computes one chunk of tokens at a time: float32 logits, and their statistics, one pair per 128 logits of a row."""
 
     def __init__(self, x: Tensor, weight: Tensor, targets: Tensor) -> None:
         self.x, self.weight, self.targets = x, bf16(weight), targets
@@ -33,12 +33,15 @@ class _Chunks:
         self.statistics = empty(x, tokens, -(-self.vocabulary // 128), 2, dtype=F32)
 
     def run(self, losses: Tensor, first: int, dlogits: Tensor | None) -> int:
-        """Losses [rows] of the chunk from token ``first`` on, and its softmax − onehot; returns its number of rows."""
+        """Computes the losses [rows] of the chunk that starts at token ``first``, and returns its number of rows.
+
+        Writes softmax − onehot to ``dlogits`` [rows, V], if given.
+        """
         x = self.x[first : first + _TOKENS]
         rows, hidden = x.shape
         common = dict(logits=self.logits, statistics=self.statistics, tokens=rows, vocabulary=self.vocabulary)
         call("head_logits", x, x=x, w=self.weight, hidden=hidden, **common)
-        targets = self.targets[first : first + rows].clone()  # Aligned, wherever the chunk begins.
+        targets = self.targets[first : first + rows].clone()  # The copy is aligned for any `first`.
         call("cross_entropy_rows", x, losses=losses, dlogits=dlogits, targets=targets, factor=1.0, **common)
         return rows
 
@@ -100,24 +103,29 @@ _cross_entropy.register_autograd(_gradients, setup_context=_save)
 
 
 def token_losses(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy in nats of each token: ``logsumexp(z_t) − z_t[target_t]``, ``z = x Wᵀ`` in float32.
+    """Computes the cross-entropy of each token in nats: ``logsumexp(z_t) − z_t[target_t]`` with ``z = x Wᵀ`` in float32.
 
     Args:
         x: [T, D] bfloat16, the final hidden states.
-        weight: W [V, D], the output head: bfloat16, or float32, which is rounded. V and D are multiples of 8.
+        weight: W [V, D], the output head, bfloat16 or float32; float32 is rounded to bfloat16. V and D must be multiples
+            of 8.
         targets: [T] int32 or int64, in 0 … V − 1.
 
     Returns:
-        [T] float32. Gradients of x and W flow; backward forms the logits once more.
+        [T] float32, differentiable with respect to x and weight. The backward pass computes the logits again.
 
     Raises:
-        IndexError: a target is outside the vocabulary (CPU; on a GPU its loss is NaN).
+        IndexError: a target is outside the vocabulary, for CPU tensors. On a GPU, the loss of this token is NaN.
     """
     return _cross_entropy(x, weight, as_indices(_NAME, "targets", targets))
 
 
 def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -100) -> Tensor:
-    """The mean of ``token_losses`` over the tokens whose target is not ``ignore_index``, a scalar; NaN if there are none."""
+    """Computes the mean of ``token_losses`` over the tokens whose target is not ``ignore_index``.
+
+    Returns:
+        A float32 scalar, differentiable with respect to x and weight; NaN if every target is ``ignore_index``.
+    """
     targets = as_indices(_NAME, "targets", targets)
     counted = targets != ignore_index
     losses = token_losses(x, weight, targets.where(counted, 0))

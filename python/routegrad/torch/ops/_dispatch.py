@@ -1,4 +1,4 @@
-"""Dispatch: rows sorted by expert, and the maps between tokens and rows."""
+"""Dispatch: sorts rows by expert, and returns the maps between tokens and rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ _NAME = "routegrad::dispatch"
 
 
 class Dispatch(NamedTuple):
-    """Where the rows of chosen experts lie: R = T·K rows, sorted by expert; tokens ascend within an expert.
+    """The order of R = T·K rows, one per token and chosen expert. Rows are sorted by expert, then by token.
+
+    A slot is the pair of a token t and the index k of one of its choices; its number is t·K + k.
 
     Attributes:
-        choices: expert of each token's slot, [T, K] int32.
-        offsets: rows of expert e are offsets[e] … offsets[e + 1] − 1, [E + 1] int32.
-        row_token: token of each row, [R] int32.
-        row_slot: slot t·K + k of each row, [R] int32.
-        slot_row: row of each slot, [T, K] int32.
+        choices: [T, K] int32, the expert of each slot.
+        offsets: [E + 1] int32; the rows of expert e are offsets[e] … offsets[e + 1] − 1.
+        row_token: [R] int32, the token of each row.
+        row_slot: [R] int32, the slot of each row.
+        slot_row: [T, K] int32, the row of each slot.
     """
 
     choices: Tensor
@@ -36,7 +38,7 @@ def _check(choices: Tensor, num_experts: int) -> tuple[int, int]:
     if not 1 <= num_experts <= 256:
         raise ValueError(f"{_NAME}: expected 1 to 256 experts, got {num_experts}")
     if not 1 <= slots <= num_experts:
-        raise ValueError(f"{_NAME}: expected 1 to {num_experts} choices of a token, got {slots}")
+        raise ValueError(f"{_NAME}: expected 1 to {num_experts} choices per token, got {slots}")
     return tokens, slots
 
 
@@ -57,7 +59,7 @@ def _dispatch(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor
         workspace=workspace, choices=choices, row_capacity=rows, **sizes,
     )  # fmt: skip
     if choices.is_cuda:
-        # As PyTorch does for an index: an assertion of the device, seen at the next synchronization.
+        # A device-side assertion, as in PyTorch for indices; the next synchronization reports it.
         torch._assert_async(fault[0] == 0, f"{_NAME}: expected choices in 0 … {num_experts - 1}")
     return offsets, row_token, row_slot, slot_row
 
@@ -75,14 +77,17 @@ def _(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def dispatch(choices: Tensor, num_experts: int) -> Dispatch:
-    """Sorts the slots of tokens by expert, so that a grouped product sees each expert's rows as one run.
+    """Sorts the rows of tokens by expert, so that the rows of each expert are contiguous, as grouped products require.
 
     Args:
-        choices: [T, K] int32 or int64, each in 0 … E − 1, no expert twice for a token.
+        choices: [T, K] int32 or int64, in 0 … E − 1; the choices of a token must be different experts.
         num_experts: E, at most 256.
 
+    Returns:
+        The choices in int32, and the maps between tokens and rows.
+
     Raises:
-        IndexError: a choice names no expert (CPU; on a GPU an assertion of the device fails).
+        IndexError: a choice is out of range, for CPU tensors. On a GPU, a device-side assertion fails.
     """
     choices = as_indices(_NAME, "choices", choices)
     return Dispatch(choices, *_dispatch(choices, num_experts))

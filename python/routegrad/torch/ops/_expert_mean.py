@@ -1,4 +1,4 @@
-"""The mean output of each expert and its moving average, the default vectors."""
+"""The mean output of each expert, and the moving average of the means: the default vectors."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ def _(column_sums: Tensor, weights: Tensor | None, offsets: Tensor, row_token: T
 
 
 def expert_sums(column_sums: Tensor, maps: Dispatch, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``Σ_r w_r e_r`` over the rows r of each expert, and what to divide it by. Nothing here has a gradient.
+    """Computes ``Σ_r w_r e_r`` over the rows r of each expert, and the divisors for the means. Not differentiable.
 
-    Ranks add up both before ``expert_mean_update``.
+    In distributed training, add both results over all ranks before ``expert_mean_update``.
 
     Args:
-        column_sums: [R // 64 + E, D] float32 of ``swiglu_expert_rows``.
-        maps: the same ``dispatch``.
-        weights: the same [T, E] float32, or None.
+        column_sums: [R // 64 + E, D] float32, from ``swiglu_expert_rows``.
+        maps: the maps that ``swiglu_expert_rows`` was called with.
+        weights: the weights that ``swiglu_expert_rows`` was called with, [T, E] float32 or None.
 
     Returns:
-        Sums [E, D] float32; masses [E, 2] float32: Σ w and the number of rows.
+        The sums [E, D] float32, and the masses [E, 2] float32: Σ w and the number of rows.
     """
     return _expert_sums(constant(column_sums), constant(weights), maps.offsets, maps.row_token, maps.choices.shape[0])
 
@@ -69,14 +69,14 @@ def _check_update(vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, we
     if not 0 <= beta <= 1:
         raise ValueError(f"{_UPDATE}: expected 0 <= beta <= 1, got {beta}")
     if weighting not in _WEIGHTINGS:
-        raise ValueError(f"{_UPDATE}: expected a weighting of {', '.join(_WEIGHTINGS)}, got {weighting!r}")
+        raise ValueError(f"{_UPDATE}: expected weighting to be one of {', '.join(_WEIGHTINGS)}, got {weighting!r}")
 
 
 @torch.library.custom_op(_UPDATE, mutates_args=("vectors",))
 def _update(vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, weighting: str) -> None:
     _check_update(vectors, sums, masses, beta, weighting)
     if vectors.data_ptr() % 16:
-        raise ValueError(f"{_UPDATE}: expected vectors at a multiple of 16 bytes, got a slice at another")
+        raise ValueError(f"{_UPDATE}: expected vectors at a multiple of 16 bytes, got a slice at another address")
     call(
         "expert_mean_update", vectors, average=vectors, sums=sums, masses=masses, beta=vectors.new_full((1,), beta),
         experts=vectors.shape[0], hidden=vectors.shape[1], weighting=getattr(kernels(), _WEIGHTINGS[weighting]),
@@ -89,13 +89,16 @@ def _(vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, weighting: str
 
 
 def expert_mean_update(vectors: Tensor, sums: Tensor, masses: Tensor, beta: float, weighting: str = "sum_p") -> None:
-    """``ê_e ← β ê_e + (1 − β) sums_e / divisor_e``, in place; an expert whose divisor is 0 keeps its ê.
+    """Updates the default vectors in place: ``ê_e ← β ê_e + (1 − β) sums_e / divisor_e``.
+
+    ê_e does not change if its divisor is 0.
 
     Args:
-        vectors: ê [E, D] float32, without a gradient.
-        sums: [E, D] float32 of ``expert_sums``.
-        masses: [E, 2] float32 of ``expert_sums``.
-        beta: β.
-        weighting: the divisor: "sum_p", Σ w; "count", the number of rows; "plain", that too, for sums without weights.
+        vectors: ê [E, D] float32; must not require gradients.
+        sums: [E, D] float32, from ``expert_sums``.
+        masses: [E, 2] float32, from ``expert_sums``.
+        beta: the decay β, 0 <= β <= 1.
+        weighting: the divisor: "sum_p", Σ w; "count", the number of rows; "plain", also the number of rows, for sums
+            without weights.
     """
     _update(vectors, constant(sums), constant(masses), beta, weighting)

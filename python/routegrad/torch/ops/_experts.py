@@ -1,4 +1,4 @@
-"""Experts with SwiGLU between two grouped products: combined to tokens, or as rows for an average of their outputs."""
+"""SwiGLU experts as two grouped products. Their outputs are combined per token, or returned as rows with column sums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._launch import BF16, F32, I32, bf16, call, check, check_multiples_of_8, co
 
 
 class _Sizes:
-    """T, R, E, D, F of checked arguments."""
+    """Checks the arguments, and contains their sizes T, R, E, D and F."""
 
     def __init__(self, name: str, x: Tensor, gate_up: Tensor, down: Tensor, maps: Dispatch) -> None:
         check(name, "x", x, ["T", "D"], [BF16], x)
@@ -22,7 +22,10 @@ class _Sizes:
         check(name, "gate_up", gate_up, ["E", "2 F", self.hidden], WEIGHTS, x)
         self.experts, self.ffn = gate_up.shape[0], gate_up.shape[1] // 2
         if gate_up.shape[1] % 2:
-            raise ValueError(f"{name}: expected gate_up of shape [E, 2 F, D], gate above up, got {list(gate_up.shape)}")
+            raise ValueError(
+                f"{name}: expected gate_up of shape [E, 2 F, D], first F gate rows and then F up rows, got "
+                f"{list(gate_up.shape)}"
+            )
         check(name, "down", down, [self.experts, self.hidden, self.ffn], WEIGHTS, x)
         check_multiples_of_8(name, D=self.hidden, F=self.ffn)
         self.rows = check_dispatch(name, maps, self.tokens, x)
@@ -33,7 +36,7 @@ class _Sizes:
         check(self._name, what, gates, [self.tokens, self.experts], [F32], x)
 
     def check_values(self) -> None:
-        """Raises where an index names nothing; on a GPU none is read."""
+        """Raises IndexError or ValueError if an index or an offset is out of range. Does not check tensors on a GPU."""
         check_indices_of(self._name, self._maps, self.experts)
         check_runs(self._name, self._maps.offsets, self.rows)
 
@@ -41,7 +44,7 @@ class _Sizes:
 def _products(
     x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor | None, maps: Dispatch, s: _Sizes, sums: bool
 ) -> Any:
-    """Outputs of the experts [R, D], their sums [R / 64 + E, D] or None, and h [R, 2F]."""
+    """Returns the outputs of the experts [R, D], their column sums [R // 64 + E, D] or None, and h [R, 2F]."""
     h, a = empty(x, s.rows, 2 * s.ffn, dtype=BF16), empty(x, s.rows, s.ffn, dtype=BF16)
     out = zeros(x, s.rows, s.hidden, dtype=BF16)
     column_sums = zeros(x, s.rows // 64 + s.experts, s.hidden, dtype=F32) if sums else None
@@ -59,7 +62,10 @@ def _products(
 def _products_backward(
     dout: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, maps: Dispatch, s: _Sizes
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """From the gradient of each row's output before its gate: dx, dgate_up, ddown, and the dots [R, C] ⟨dout, e(x)⟩."""
+    """Returns dx, dgate_up, ddown, and dots [R, C], the partial sums of ⟨dout, e(x)⟩ for each row.
+
+    ``dout`` [R, D] is the gradient of each row before it is multiplied by the gate.
+    """
     sizes = dict(rows=s.rows, experts=s.experts, hidden=s.hidden, ffn=s.ffn)
     columns = call("dot_columns", x, **sizes)
     dh, scaled_a = torch.zeros_like(h), zeros(x, s.rows, s.ffn, dtype=BF16)
@@ -154,21 +160,22 @@ _experts.register_autograd(_experts_gradients, setup_context=_experts_save)
 def swiglu_experts(
     x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, maps: Dispatch, vectors: Tensor | None = None
 ) -> Tensor:
-    """The output of an MoE layer: ``y_t = Σ_A gate_ti e_i(x_t) + Σ_{i∉A} gate_ti ê_i``, with
+    """Computes the output of an MoE layer with SwiGLU experts: ``y_t = Σ_A gate_ti e_i(x_t) + Σ_{i∉A} gate_ti ê_i``, with
     ``e_i(x) = D_i (silu(gate) ⊙ up)`` and ``(gate, up) = G_i x``.
 
-    The backward pass keeps x, the gates and [R, 2F], and no expert's output.
+    For the backward pass, x, the gates and a tensor [R, 2F] are saved, but not the outputs of the experts.
 
     Args:
         x: [T, D] bfloat16.
-        gates: [T, E] float32; without ``vectors`` those of the chosen experts alone count.
-        gate_up: G [E, 2F, D] bfloat16 or float32, gate above up; float32 is rounded for the products.
-        down: D [E, D, F], likewise. D and F are multiples of 8.
-        maps: the ``dispatch`` of the choices A.
-        vectors: ê [E, D] float32, constants; or None.
+        gates: [T, E] float32; without ``vectors``, only the gates of the chosen experts are used.
+        gate_up: G [E, 2F, D] bfloat16 or float32; the first F rows are the gate weights, the last F rows the up weights.
+            float32 is rounded to bfloat16 for the products.
+        down: D [E, D, F] bfloat16 or float32, rounded like ``gate_up``. D and F must be multiples of 8.
+        maps: the result of ``dispatch`` for the choices A.
+        vectors: ê [E, D] float32, treated as constants; if None, the second sum is omitted.
 
     Returns:
-        [T, D] bfloat16. Gradients of x, gates, gate_up and down flow.
+        [T, D] bfloat16, differentiable with respect to x, gates, gate_up and down.
     """
     return _experts(x, gates, gate_up, down, constant(vectors), *maps)[0]
 
@@ -245,16 +252,17 @@ _rows.register_autograd(_rows_gradients, setup_context=_rows_save)
 def swiglu_expert_rows(
     x: Tensor, gate_up: Tensor, down: Tensor, maps: Dispatch, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The output ``e_i(x_t)`` of each chosen expert as a row, and what ``expert_sums`` adds up.
+    """Computes the output ``e_i(x_t)`` of each chosen expert as a row, and the column sums for ``expert_sums``.
 
-    ``combine`` makes the layer's output of the rows. Arguments as in ``swiglu_experts``.
+    ``combine`` computes the layer's output from the rows.
 
     Args:
-        weights: [T, E] float32: what a row counts in the sums; 1 without.
+        x, gate_up, down, maps: as in ``swiglu_experts``.
+        weights: [T, E] float32, the weight of each row in the sums; 1 if None.
 
     Returns:
-        Rows [R, D] bfloat16, sorted by expert; gradients of x, gate_up and down flow through them. Column sums
-        [R // 64 + E, D] float32, constants.
+        The rows [R, D] bfloat16, sorted by expert and differentiable with respect to x, gate_up and down; and the column
+        sums [R // 64 + E, D] float32, not differentiable.
     """
     rows, column_sums, _ = _rows(x, gate_up, down, constant(weights), *maps)
     return rows, column_sums

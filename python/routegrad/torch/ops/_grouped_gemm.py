@@ -10,20 +10,23 @@ from torch import Tensor
 from ._launch import BF16, F32, I32, bf16, call, check, check_multiples_of_8, zeros
 
 WEIGHTS = [BF16, F32]
-"""What weights may be: float32 is rounded to bfloat16 for a product, and its gradient is not rounded."""
+"""The supported dtypes of weights. float32 is rounded to bfloat16 for a product, but its gradient is not rounded."""
 
 
 def check_runs(name: str, offsets: Tensor, rows: int) -> None:
-    """Raises ValueError unless ``offsets`` cut at most so many rows into runs; on a GPU they are not read."""
+    """Raises ValueError unless ``offsets`` start at 0, do not decrease and are at most ``rows``. Not checked on a GPU."""
     if offsets.device.type != "cpu":
         return
     found = offsets.tolist()
     if found[0] != 0 or found[-1] > rows or any(a > b for a, b in zip(found, found[1:], strict=False)):
-        raise ValueError(f"{name}: expected offsets from 0 that do not decrease, to at most {rows}, got {found}")
+        raise ValueError(f"{name}: expected offsets that start at 0, do not decrease and are at most {rows}, got {found}")
 
 
 def _sizes(name: str, what: str, rows: Tensor, axis: int, weight: Tensor, offsets: Tensor) -> tuple[int, int, int, int]:
-    """(R, E, N, K) of W [E, N, K], ``offsets`` and rows [R, width of W's ``axis``], which are called ``what``."""
+    """Checks the arguments of a product, and returns (R, E, N, K) for weight [E, N, K].
+
+    ``rows`` [R, weight.shape[axis]] is called ``what`` in error messages.
+    """
     check(name, "weight", weight, ["E", "N", "K"], WEIGHTS, rows)
     experts, n, k = weight.shape
     check(name, what, rows, ["R", weight.shape[axis]], [BF16], rows)
@@ -34,15 +37,15 @@ def _sizes(name: str, what: str, rows: Tensor, axis: int, weight: Tensor, offset
 
 @torch.library.custom_op("routegrad::grouped_gemm", mutates_args=())
 def grouped_gemm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``out_r = W_e x_r`` for the rows r of expert e: offsets[e] … offsets[e + 1] − 1.
+    """Computes ``out_r = W_e x_r`` for the rows r of each expert e, offsets[e] … offsets[e + 1] − 1.
 
     Args:
         x: [R, K] bfloat16, sorted by expert.
-        weight: W [E, N, K] bfloat16, or float32, which is rounded; N and K multiples of 8.
-        offsets: [E + 1] int32, as ``dispatch`` gives them.
+        weight: W [E, N, K] bfloat16 or float32; float32 is rounded to bfloat16. N and K must be multiples of 8.
+        offsets: [E + 1] int32, from ``dispatch``.
 
     Returns:
-        [R, N] bfloat16; zeros from row offsets[E] on. Gradients of x and W flow.
+        [R, N] bfloat16, with zeros from row offsets[E] on. Differentiable with respect to x and weight.
     """
     rows, experts, n, k = _sizes("routegrad::grouped_gemm", "x", x, 2, weight, offsets)
     check_runs("routegrad::grouped_gemm", offsets, rows)
@@ -63,10 +66,14 @@ def _(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("routegrad::grouped_gemm_input_gradient", mutates_args=())
 def grouped_gemm_input_gradient(dout: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``dx_r = W_eᵀ dout_r``: dout [R, N] bfloat16, W [E, N, K] and offsets [E + 1] as in ``grouped_gemm``.
+    """Computes the input gradient of ``grouped_gemm``: ``dx_r = W_eᵀ dout_r`` for the rows r of each expert e.
+
+    Args:
+        dout: [R, N] bfloat16, sorted by expert.
+        weight, offsets: as in ``grouped_gemm``.
 
     Returns:
-        [R, K] bfloat16; zeros from row offsets[E] on. Gradients of dout and W flow.
+        [R, K] bfloat16, with zeros from row offsets[E] on. Differentiable with respect to dout and weight.
     """
     rows, experts, n, k = _sizes("routegrad::grouped_gemm_input_gradient", "dout", dout, 1, weight, offsets)
     check_runs("routegrad::grouped_gemm_input_gradient", offsets, rows)
@@ -87,10 +94,16 @@ def _(dout: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 @torch.library.custom_op("routegrad::grouped_gemm_weight_gradient", mutates_args=())
 def grouped_gemm_weight_gradient(dout: Tensor, x: Tensor, offsets: Tensor) -> Tensor:
-    """``dW_e = Σ_r dout_r x_rᵀ`` over the rows of expert e, r ascending: dout [R, N], x [R, K] bfloat16.
+    """Computes the weight gradient of ``grouped_gemm``: ``dW_e = Σ_r dout_r x_rᵀ``, in ascending order of the rows r.
+
+    Args:
+        dout: [R, N] bfloat16, sorted by expert.
+        x: [R, K] bfloat16, sorted by expert.
+        offsets: as in ``grouped_gemm``.
 
     Returns:
-        [E, N, K] float32. Gradients of dout and x flow, through this gradient's own rounded to bfloat16.
+        [E, N, K] float32, differentiable with respect to dout and x. The backward pass of this operator rounds its incoming
+        gradient to bfloat16.
     """
     experts, n, k = _weight_shape(dout, x, offsets)
     rows = dout.shape[0]
@@ -110,7 +123,7 @@ def _weight_shape(dout: Tensor, x: Tensor, offsets: Tensor) -> tuple[int, int, i
     check(name, "x", x, [dout.shape[0], "K"], [BF16], dout)
     check(name, "offsets", offsets, ["E + 1"], [I32], dout)
     if len(offsets) < 2:
-        raise ValueError(f"{name}: expected offsets of shape [E + 1] of at least one expert, got {list(offsets.shape)}")
+        raise ValueError(f"{name}: expected offsets of shape [E + 1] with at least one expert, got {list(offsets.shape)}")
     shape = (offsets.shape[0] - 1, dout.shape[1], x.shape[1])
     check_multiples_of_8(name, N=shape[1], K=shape[2])
     return shape
@@ -126,7 +139,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def weight_gradient(dout: Tensor, x: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
-    """The weight gradient in the dtype of ``weight``."""
+    """Returns the weight gradient in the dtype of ``weight``."""
     return grouped_gemm_weight_gradient(dout, x, offsets).to(weight.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Launches kernels on tensors: checks of arguments, the stream, the extension ``routegrad._kernels``."""
+"""Checks the arguments of operators, and launches kernels with the extension ``routegrad._kernels``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
 
 @functools.cache
 def kernels() -> Any:
-    """The compiled extension. Raises ImportError that says how to build it."""
+    """Returns the compiled extension. Raises ImportError with build instructions if it is missing."""
     try:
         from routegrad import _kernels
     except ImportError as error:
@@ -39,10 +39,11 @@ def _memory(value: Any) -> Any:
 
 
 def call(function: str, like: Tensor, **arguments: Any) -> Any:
-    """Calls a function of the extension: on PyTorch's current stream of the GPU of ``like``, or on the simulator.
+    """Calls a function of the extension, on PyTorch's current stream of the GPU of ``like`` or on the simulator.
 
-    Arguments go by name, a tensor as its memory. Kernels read 16 bytes at a time: a slice that lies at another address, as
-    autograd makes them, is copied; what a kernel writes must not be one.
+    Arguments are passed by name, and a tensor as its address and size. Kernels read 16 bytes at a time, so a tensor whose
+    address is not a multiple of 16, such as a slice from autograd, is copied. Outputs must be at a multiple of 16, because
+    the kernel would write to the copy.
     """
     run = getattr(kernels(), function)
     arguments = {name: _aligned(value) for name, value in arguments.items()}
@@ -55,28 +56,29 @@ def call(function: str, like: Tensor, **arguments: Any) -> Any:
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor on the device of ``like``, whose content is not specified."""
+    """Returns an uninitialized tensor on the device of ``like``."""
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
 def zeros(like: Tensor, *shape: int, dtype: torch.dtype) -> Tensor:
-    """Zeros on the device of ``like``."""
+    """Returns a tensor of zeros on the device of ``like``."""
     return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 def check(
     operator: str, name: str, tensor: Tensor, shape: Sequence[int | str], dtypes: Sequence[torch.dtype], like: Tensor
 ) -> None:
-    """Raises unless ``tensor`` is a contiguous tensor of that shape, one of the dtypes, on the device of ``like``.
+    """Checks that ``tensor`` is contiguous, has the given shape and one of the dtypes, and is on the device of ``like``.
 
-    A letter in ``shape`` stands for any size. That ``like`` is a tensor is for its own check to say.
+    A string in ``shape`` allows any size. If ``like`` is not a tensor, the device is not compared; the caller must check
+    ``like`` in another call.
 
     Raises:
-        TypeError: no tensor, or of another dtype.
-        ValueError: another shape, strides or device.
+        TypeError: ``tensor`` is not a tensor, or has the wrong dtype.
+        ValueError: the shape, the strides or the device are wrong.
     """
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{operator}: expected a tensor {name}, got {type(tensor).__name__}")
+        raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
         names = " or ".join(str(dtype) for dtype in dtypes)
         raise TypeError(f"{operator}: expected {name} in {names}, got {tensor.dtype}; pass {name}.to({dtypes[0]})")
@@ -87,20 +89,26 @@ def check(
         wanted = ", ".join(str(size) for size in shape)
         raise ValueError(f"{operator}: expected {name} of shape [{wanted}], got {list(tensor.shape)}")
     if tensor.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{operator}: expected {name} on cpu or cuda, got {tensor.device}; there are no kernels for others")
+        raise ValueError(
+            f"{operator}: expected {name} on cpu or cuda, got {tensor.device}; there are no kernels for other devices"
+        )
     if isinstance(like, Tensor) and tensor.device != like.device:
-        raise ValueError(f"{operator}: expected {name} on {like.device} as the first argument, got {tensor.device}")
+        raise ValueError(f"{operator}: expected {name} on {like.device} like the first argument, got {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError(
-            f"{operator}: expected {name} contiguous, got strides {list(tensor.stride())} of shape {list(tensor.shape)}; "
-            f"pass {name}.contiguous()"
+            f"{operator}: expected {name} to be contiguous, got strides {list(tensor.stride())} for shape "
+            f"{list(tensor.shape)}; pass {name}.contiguous()"
         )
 
 
 def as_indices(operator: str, name: str, indices: Any) -> Tensor:
-    """``indices`` as int32; what that cannot hold becomes its largest or smallest number. Raises TypeError for others."""
+    """Returns ``indices`` in int32. Values outside the range of int32 are clamped to it.
+
+    Raises:
+        TypeError: ``indices`` is not a tensor, or its dtype is not int32 or int64.
+    """
     if not isinstance(indices, Tensor):
-        raise TypeError(f"{operator}: expected a tensor {name}, got {type(indices).__name__}")
+        raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(indices).__name__}")
     if indices.dtype not in (I32, torch.int64):
         raise TypeError(f"{operator}: expected {name} in torch.int32 or torch.int64, got {indices.dtype}")
     limits = torch.iinfo(I32)
@@ -108,19 +116,19 @@ def as_indices(operator: str, name: str, indices: Any) -> Tensor:
 
 
 def constant(value: Any) -> Any:
-    """A tensor without its gradient; anything else as it is, for the operator to refuse."""
+    """Returns a tensor detached from its graph. Returns any other value unchanged; the operator then rejects it."""
     return value.detach() if isinstance(value, Tensor) else value
 
 
 def check_multiples_of_8(operator: str, **sizes: int) -> None:
-    """Raises ValueError unless every size is a multiple of 8: rows of bf16 are read 16 bytes at a time."""
+    """Raises ValueError unless every size is a positive multiple of 8. Kernels read rows of bf16 16 bytes at a time."""
     for name, size in sizes.items():
         if size % 8 or size == 0:
             raise ValueError(f"{operator}: expected {name} to be a positive multiple of 8, got {size}; pad the weights")
 
 
 def check_indices(operator: str, name: str, indices: Tensor, low: int, high: int) -> None:
-    """Raises IndexError unless all indices lie in low … high − 1. On a GPU nothing is read back, and nothing checked."""
+    """Raises IndexError unless all indices are in low … high − 1. Not checked on a GPU, to avoid a synchronization."""
     if indices.device.type != "cpu" or indices.numel() == 0:
         return
     least, most = indices.min().item(), indices.max().item()
@@ -129,5 +137,5 @@ def check_indices(operator: str, name: str, indices: Tensor, low: int, high: int
 
 
 def bf16(weight: Tensor) -> Tensor:
-    """``weight`` as the products take it; float32 is rounded."""
+    """Returns ``weight`` in bfloat16 for the products; float32 is rounded."""
     return weight.to(BF16)

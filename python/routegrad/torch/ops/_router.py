@@ -1,4 +1,4 @@
-"""Router: softmax of the logits, the chosen experts, and the mean of logsumexp²."""
+"""The router: softmax of the logits, the chosen experts, and the mean of logsumexp²."""
 
 from __future__ import annotations
 
@@ -111,19 +111,19 @@ _router.register_autograd(_backward, setup_context=_save)
 
 
 def router(x: Tensor, weight: Tensor, top_k: int, selection_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores and chosen experts of tokens: ``p = softmax(x Wᵀ)``, and for each token the K experts of largest p + bias.
+    """Computes the probabilities ``p = softmax(x Wᵀ)``, and chooses the K experts with the largest p + bias for each token.
 
-    Ties go to the lower expert. Logits and p have the accuracy of a float32 product.
+    Of equal values, the expert with the lower index is chosen. Logits and p have the accuracy of a float32 product.
 
     Args:
-        x: [T, D] bfloat16; D a multiple of 8.
-        weight: W [E, D] float32; E at most 256.
+        x: [T, D] bfloat16; D must be a multiple of 8.
+        weight: W [E, D] float32; E is at most 256.
         top_k: K, at most 16.
-        selection_bias: [E] float32, added for the choice alone.
+        selection_bias: [E] float32, added to p only for the choice of experts.
 
     Returns:
-        p [T, E] float32; the choices [T, K] int32, ascending; the mean of logsumexp(z)², a scalar in float32. Gradients of
-        x and W flow through the first and the last.
+        p [T, E] float32; the chosen experts [T, K] int32, in ascending order; and the mean of logsumexp(z)² over the tokens,
+        z = x Wᵀ, a float32 scalar. p and the mean are differentiable with respect to x and weight.
     """
     scores, choices, z_loss, _ = _router(x, weight, top_k, selection_bias)
     return scores, choices, z_loss
