@@ -105,11 +105,13 @@ impl Error {
         got: impl Into<String>,
         help: impl Into<String>,
     ) -> Self {
-        let mut error = Self::invalid(op, expected, got, help);
-        if let Error::Invalid { usage, .. } = &mut error {
-            *usage = true;
+        Error::Invalid {
+            op: op.into(),
+            expected: expected.into(),
+            got: got.into(),
+            help: help.into(),
+            usage: true,
         }
-        error
     }
 
     /// Creates an [`Error::Invalid`] for any other argument, option or shape.
