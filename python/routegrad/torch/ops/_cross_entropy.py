@@ -41,7 +41,7 @@ class _Chunks:
         rows, hidden = x.shape
         common = dict(logits=self.logits, statistics=self.statistics, tokens=rows, vocabulary=self.vocabulary)
         call("head_logits", x, x=x, w=self.weight, hidden=hidden, **common)
-        targets = self.targets[first : first + rows].clone()  # The copy is aligned for any `first`.
+        targets = self.targets[first : first + rows]
         call("cross_entropy_rows", x, losses=losses, dlogits=dlogits, targets=targets, factor=1.0, **common)
         return rows
 
