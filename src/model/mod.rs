@@ -164,6 +164,11 @@ impl Model {
         self.transformer.context.tally.clone()
     }
 
+    /// Returns the router.
+    pub fn router(&self) -> &dyn Router {
+        &*self.transformer.context.router
+    }
+
     /// Returns the communication between the ranks of the run.
     pub fn dist(&self) -> &dyn Collective {
         &*self.transformer.context.dist

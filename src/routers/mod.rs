@@ -21,7 +21,7 @@ pub use state::{Disagreement, LayerPass, LayerState, Pass, Phase};
 pub use statistics::LayerStats;
 pub(crate) use tally::DeviceTally;
 
-use crate::config::ModelConfig;
+use crate::config::{ModelConfig, count};
 use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
@@ -306,9 +306,18 @@ pub const ROUTERS: &[RouterInfo] = &[
     lossfree::INFO,
 ];
 
-/// Returns the number of parameters that the method itself learns in all MoE layers ([`Router::parameters`]). The router
-/// weights belong to the model and are not counted.
-pub fn own_parameters(router: &dyn Router, model: &ModelConfig) -> u64 {
+/// Returns the number of parameters of a model with this router. Default vectors are buffers and are not counted.
+pub fn total_parameters(router: &dyn Router, model: &ModelConfig) -> u64 {
+    count::total_parameters(model).saturating_add(own_parameters(router, model))
+}
+
+/// Returns the number of parameters that one token uses in a model with this router.
+pub fn active_parameters(router: &dyn Router, model: &ModelConfig) -> u64 {
+    count::active_parameters(model).saturating_add(own_parameters(router, model))
+}
+
+/// Returns the number of [`Router::parameters`] in all MoE layers.
+fn own_parameters(router: &dyn Router, model: &ModelConfig) -> u64 {
     let of_a_layer: usize = router.parameters(model).iter().map(|p| p.length).sum();
     (of_a_layer * model.moe_layers().len()) as u64
 }

@@ -6,7 +6,7 @@ use super::hooks::{Checkpoints, KernelTimeline, MetricsLog, Plots, Progress, Ten
 use super::step::StepExecutor;
 use super::trainer::{Hook, Trainer};
 use super::{CHECKPOINTS, RunOptions, learning_rate, memory, ranks, refuse_existing, write_config};
-use crate::config::{Config, count};
+use crate::config::Config;
 use crate::data::tokenizer::BYTES;
 use crate::data::{Corpus, Counts};
 use crate::dist::{self, Collective, SingleRank, agree, doing, nccl};
@@ -212,9 +212,7 @@ impl Hook for Folder {
 fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
     let c = trainer.config();
     let m = &c.model;
-    let weights = trainer.model.parameters.iter();
-    let parameters: usize = weights.map(|p| p.value.shape().elements()).sum();
-    let inactive = count::total_parameters(m) - count::active_parameters(m);
+    let router = trainer.model.router();
     let [documents, held_out] = trainer.corpus().counts();
     let text = |counts: &Counts| match c.data.tokenizer == BYTES {
         true => size(counts.bytes),
@@ -231,8 +229,8 @@ fn introduce(trainer: &Trainer, run: &RunOptions, ranks: usize) {
     }
     trainer.info(&format!(
         "{} parameters, {} active; router {}, {} experts, {} active; {} on {} threads",
-        number(parameters as f64),
-        number((parameters as u64 - inactive) as f64),
+        number(routers::total_parameters(router, m) as f64),
+        number(routers::active_parameters(router, m) as f64),
         c.router.name,
         m.num_experts,
         m.top_k,

@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::report::files::publish;
 use crate::report::lock::FolderLock;
 use crate::report::page::{Table, create};
+use crate::routers;
 use crate::study::plan;
 use figures::short_number;
 use grid::{Grid, Plan, long};
@@ -167,21 +168,21 @@ impl Args {
         }
         for axis in &self.axis {
             let (key, list) = pair("--axis", axis)?;
-            no_list(&lists, "--axis", key)?;
+            refuse_second(&lists, "--axis", key)?;
             lists.insert(long(key), "--axis");
             grid.vary(key, values(list)?);
         }
         for set in &self.set {
             let (key, value) = pair("--set", set)?;
-            no_list(&lists, "--set", key)?;
+            refuse_second(&lists, "--set", key)?;
             grid.set(key, parsed(value));
         }
         if let Some(steps) = self.steps {
-            no_list(&lists, "--steps", "steps")?;
+            refuse_second(&lists, "--steps", "steps")?;
             grid.set("steps", Value::Integer(steps));
         }
         if let Some(data) = &self.data {
-            no_list(&lists, "--data", "data")?;
+            refuse_second(&lists, "--data", "data")?;
             grid.set("data", Value::String(data.clone()));
         }
         grid.config = self.config.clone().or(grid.config);
@@ -203,8 +204,8 @@ impl Args {
     }
 }
 
-/// Checks that no flag in `lists` gives the values of `key`, which `flag` would replace.
-fn no_list(lists: &BTreeMap<&str, &str>, flag: &str, key: &str) -> Result<()> {
+/// Refuses a `key` in `flag` whose values an earlier flag, in `lists`, already gives.
+fn refuse_second(lists: &BTreeMap<&str, &str>, flag: &str, key: &str) -> Result<()> {
     match lists.get(long(key)) {
         None => Ok(()),
         Some(other) => Err(Error::usage(
@@ -362,6 +363,7 @@ fn dry_run(out: &Path, grid: &Grid, plan: &Plan, scaled: Option<String>) -> Resu
     let (mut all_tokens, mut all, mut left) = (0.0, 0.0, 0.0);
     for run in &plan.runs {
         let (model, train) = (&run.config.model, &run.config.train);
+        let router = routers::build(&run.config.router)?;
         let tokens =
             (train.steps as usize * train.sequences_per_step * model.sequence_length) as f64;
         let work = tokens * plan::flops_per_token(&run.config)? as f64;
@@ -375,7 +377,7 @@ fn dry_run(out: &Path, grid: &Grid, plan: &Plan, scaled: Option<String>) -> Resu
             run.name.clone().into(),
             run.config.router.name.clone().into(),
             format!("{}c{}", model.num_experts, model.top_k).into(),
-            short_number(plan::total_parameters(&run.config)? as f64).into(),
+            short_number(routers::total_parameters(&*router, model) as f64).into(),
             train.learning_rate.to_string().into(),
             train.seed.into(),
             train.steps.into(),

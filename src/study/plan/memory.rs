@@ -5,7 +5,7 @@
 //! size ([`crate::device::Memory`]), so for each size the largest number of blocks in use at the same time counts, no
 //! matter when: the kept blocks and those of the layer whose backward is running.
 
-use crate::config::{Config, ModelConfig, QkNorm, count};
+use crate::config::{Config, ModelConfig, QkNorm};
 use crate::device::machine::{CHIPS, Chip, h200};
 use crate::device::rounded_bytes;
 use crate::error::Result;
@@ -167,8 +167,7 @@ impl Memory {
     /// As [`of`](Self::of), for the given router.
     pub(super) fn with(config: &Config, router: &dyn Router, target: Target) -> Self {
         let m = &config.model;
-        let own_parameters = routers::own_parameters(router, m);
-        let parameters = count::total_parameters(m).saturating_add(own_parameters);
+        let parameters = routers::total_parameters(router, m);
         let tokens = config.train.micro_batch as u64 * m.sequence_length as u64;
         let size = match target {
             Target::Cpu => config.train.dtype.dtype().size() as u64,

@@ -101,8 +101,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
     };
     let flops = flops_of(config, &*router);
     let (rate, rate_source) = assumed_rate(target, threads);
-    let own_parameters = routers::own_parameters(&*router, m);
-    let parameters = count::total_parameters(m).saturating_add(own_parameters);
+    let parameters = routers::total_parameters(&*router, m);
     // Gradients and weights: f32 and bf16 on a GPU.
     let (sent_bytes, sending_seconds) = match target {
         Target::Cpu => (
@@ -125,7 +124,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
         sent_bytes,
         sending_seconds,
         total_parameters: parameters,
-        active_parameters: count::active_parameters(m).saturating_add(own_parameters),
+        active_parameters: routers::active_parameters(&*router, m),
         flops_per_token: flops,
         tokens_per_step,
         steps: config.train.steps,
@@ -166,15 +165,6 @@ fn assumed_rate(target: Target, threads: usize) -> (f64, String) {
             ),
         ),
     }
-}
-
-/// Returns the number of parameters, with those of the router's method.
-///
-/// # Errors
-/// When the router does not exist.
-pub fn total_parameters(config: &Config) -> Result<u64> {
-    let own = routers::own_parameters(&*routers::build(&config.router)?, &config.model);
-    Ok(count::total_parameters(&config.model).saturating_add(own))
 }
 
 /// Returns the FLOPs per token as [`count::flops_per_token`] does, but with every expert that the router runs in training
