@@ -1,12 +1,14 @@
-// ranks: what several ranks gathered into rows, added up in rank order.
-//   rank_sums         out = Σ_r rows[r], f32; each sum is formed in f64 and rounded once
+// ranks: what several ranks gathered into rows, added up.
+//   rank_sums         out = sum of rows[r] over r, f32
 //   rank_sums_f64     the same, f64
 //   rank_sums_i32     the same, int32, modulo 2^32
 //   rank_flags        a step's flags of all ranks: the least first token, the fault bits of all
 //   load_shares       fractions[e] = load[e] / max(1, Σ load), sums in order of e
+// Sums are formed in pairs: rows 0 and 1, 2 and 3, ...; then these sums in pairs, and so on; a row without a partner goes on
+// to the next round. So sums over groups of 2^k consecutive ranks, added up by a second call, have the same bytes as one call.
 // rows [ranks, stride], of which the first `elements` of each row count; out [elements], which may not overlap them.
 // flags [layers, 2] and rows of as many int32 are those of step.cu; load [E] f64, fractions [E] f32, E <= 256.
-// Every rank adds the same rows in the same order, so that all have the same bytes. Deterministic: no atomics.
+// Every rank adds the same rows, so that all have the same bytes. Deterministic: no atomics.
 // Bytes: rank_sums 4·(ranks + 1)·elements. FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s.
 #include "common/simt.cuh"
 
@@ -14,30 +16,52 @@ namespace ROUTEGRAD_VARIANT {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kEach = 4;  // elements of a thread, kThreads apart
 constexpr int kMostRanks = 4096, kMaxExperts = 256;
+constexpr int kRounds = 13;  // a sum of 2^12 rows ends in round 12
 
-template <class T, class Sum>
+// Elements of a thread, kThreads apart: as many as the partial sums leave registers for.
+template <class T>
+constexpr int kEach = sizeof(T) == 4 ? 4 : 2;
+
+// partial[k] is the sum of 2^k consecutive rows that waits for its partner; it is in use where bit k of the number of rows
+// read so far is set.
+template <class T>
 __global__ void __launch_bounds__(kThreads)
     rank_sums_kernel(T* out, const T* rows, int ranks, int64_t stride, int64_t elements) {
-  const int64_t first = int64_t{blockIdx.x} * (kThreads * kEach) + threadIdx.x;
-  Sum sum[kEach];
+  constexpr int kOwn = kEach<T>;
+  const int64_t first = int64_t{blockIdx.x} * (kThreads * kOwn) + threadIdx.x;
+  T partial[kRounds][kOwn] = {}, sum[kOwn] = {};
+  for (int r = 0; r < ranks; ++r) {
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
-    const int64_t at = first + i * kThreads;
-    sum[i] = at < elements ? static_cast<Sum>(ld_global_readonly(rows + at)) : Sum{0};
-  }
-  for (int r = 1; r < ranks; ++r) {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
+    for (int i = 0; i < kOwn; ++i) {
       const int64_t at = first + i * kThreads;
-      if (at < elements) sum[i] += static_cast<Sum>(ld_global_readonly(rows + r * stride + at));
+      sum[i] = at < elements ? ld_global_readonly(rows + r * stride + at) : T{0};
+    }
+    bool moves = true;
+#pragma unroll
+    for (int k = 0; k < kRounds; ++k) {
+      const bool waits = (r >> k & 1) != 0;
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        if (moves && waits) sum[i] = partial[k][i] + sum[i];
+        if (moves && !waits) partial[k][i] = sum[i];
+      }
+      moves = moves && waits;
     }
   }
+  // What waits without a partner joins the sum of the rows before it.
+  bool found = false;
 #pragma unroll
-  for (int i = 0; i < kEach; ++i) {
+  for (int k = 0; k < kRounds; ++k) {
+    if ((ranks >> k & 1) == 0) continue;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) sum[i] = found ? partial[k][i] + sum[i] : partial[k][i];
+    found = true;
+  }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
     const int64_t at = first + i * kThreads;
-    if (at < elements) st_global(out + at, static_cast<T>(sum[i]));
+    if (at < elements) st_global(out + at, sum[i]);
   }
 }
 
@@ -63,12 +87,12 @@ __global__ void __launch_bounds__(kThreads) load_shares_kernel(float* fractions,
   st_global(fractions + e, static_cast<float>(ld_global_readonly(load + e) / (sum > 1 ? sum : 1)));
 }
 
-template <class T, class Sum>
+template <class T>
 routegrad_status launch_sums(T* out, const T* rows, int32_t ranks, int64_t stride, int64_t elements,
                              routegrad_stream stream) {
-  constexpr int64_t kBlock = kThreads * kEach;
+  constexpr int64_t kBlock = kThreads * kEach<T>;
   const dim3 grid(static_cast<uint32_t>((elements + kBlock - 1) / kBlock));
-  return launch(rank_sums_kernel<T, Sum>, {grid, kThreads}, stream, out, rows, ranks, stride, elements);
+  return launch(rank_sums_kernel<T>, {grid, kThreads}, stream, out, rows, ranks, stride, elements);
 }
 
 }  // namespace
@@ -85,19 +109,21 @@ routegrad_status launch_sums(T* out, const T* rows, int32_t ranks, int64_t strid
 routegrad_status rank_sums(float* out, const float* rows, int32_t ranks, int64_t stride, int64_t elements,
                            routegrad_stream stream) {
   REQUIRE_ROWS(rank_sums);
-  return launch_sums<float, double>(out, rows, ranks, stride, elements, stream);
+  return launch_sums(out, rows, ranks, stride, elements, stream);
 }
 
 routegrad_status rank_sums_f64(double* out, const double* rows, int32_t ranks, int64_t stride, int64_t elements,
                                routegrad_stream stream) {
   REQUIRE_ROWS(rank_sums_f64);
-  return launch_sums<double, double>(out, rows, ranks, stride, elements, stream);
+  return launch_sums(out, rows, ranks, stride, elements, stream);
 }
 
 routegrad_status rank_sums_i32(int32_t* out, const int32_t* rows, int32_t ranks, int64_t stride, int64_t elements,
                                routegrad_stream stream) {
   REQUIRE_ROWS(rank_sums_i32);
-  return launch_sums<int32_t, uint32_t>(out, rows, ranks, stride, elements, stream);
+  // Unsigned, so that a sum beyond 2^31 wraps around.
+  return launch_sums(reinterpret_cast<uint32_t*>(out), reinterpret_cast<const uint32_t*>(rows), ranks, stride, elements,
+                     stream);
 }
 
 routegrad_status rank_flags(int32_t* flags, const int32_t* rows, int32_t ranks, int32_t layers, routegrad_stream stream) {

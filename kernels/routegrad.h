@@ -466,7 +466,7 @@ typedef struct routegrad_state {
     (void* dx, const float* scales, const void* dy, const void* x, const void* w, int64_t rows, int32_t pieces,        \
      int32_t width, int64_t pitch, routegrad_stream stream))
 
-// ranks.cu: rows that ranks gathered, added up in rank order.
+// ranks.cu: rows that ranks gathered, added up in pairs.
 #define ROUTEGRAD_RANKS_LAUNCHERS(X)                                                                                   \
   X(rank_sums, (float* out, const float* rows, int32_t ranks, int64_t stride, int64_t elements,                        \
                 routegrad_stream stream))                                                                              \

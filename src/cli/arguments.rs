@@ -388,6 +388,9 @@ pub(super) struct PlanArgs {
     /// Number of processes that share the batch, each with one GPU.
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(super) ranks: usize,
+    /// Number of nodes that the processes are divided among.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(super) nodes: usize,
     /// Folder with the records of hardware-check, which contain the measured speed of a GPU.
     #[arg(long, value_name = "DIR", default_value = hardware::FOLDER)]
     pub(super) records: PathBuf,

@@ -43,6 +43,11 @@ impl DeviceRanks {
         self.dist.size()
     }
 
+    /// Calls [`Collective::ranks_per_node`].
+    pub fn ranks_per_node(&self) -> usize {
+        self.dist.ranks_per_node()
+    }
+
     /// Returns the device.
     pub fn device(&self) -> Device {
         self.device

@@ -1,8 +1,8 @@
 //! Communication between the ranks of a run. The same code runs on one rank and on several.
 //!
 //! A backend only transfers bytes, with [`all_gather`](Collective::all_gather) and [`exchange`](Collective::exchange).
-//! This module computes every sum, in rank order, so that the bytes of a sum depend on neither the backend nor its
-//! algorithms.
+//! This crate computes every sum, in an order that depends only on the number of ranks, so that the bytes of a sum depend
+//! on neither the backend nor its algorithms.
 
 mod activity; // what a rank is doing, for messages
 mod call; // ordinal, kind and count of a call, compared between ranks
@@ -136,6 +136,12 @@ pub trait Collective: Send + Sync {
         false
     }
 
+    /// Returns the number of ranks on each node if it is a power of two, the same on every node, and the ranks of a node
+    /// have consecutive numbers; otherwise the number of all ranks.
+    fn ranks_per_node(&self) -> usize {
+        self.size()
+    }
+
     /// Returns the name and version of the library that transfers device memory, if there is one.
     fn device_library(&self) -> Option<String> {
         None
@@ -250,6 +256,10 @@ impl Collective for Arc<dyn Collective> {
 
     fn shares_process(&self) -> bool {
         (**self).shares_process()
+    }
+
+    fn ranks_per_node(&self) -> usize {
+        (**self).ranks_per_node()
     }
 
     fn device_library(&self) -> Option<String> {

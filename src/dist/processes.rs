@@ -3,7 +3,7 @@
 use super::Collective;
 use super::call::{Call, Kind};
 use super::handshake::{self, Acceptor, Key};
-use super::hub::{Hub, Meeting, Member};
+use super::hub::{Hub, Meeting, Member, ranks_per_node};
 use crate::device::Memory;
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize};
@@ -108,6 +108,8 @@ pub(super) struct Processes {
     /// Whether a call has failed. The transport cannot be used after that.
     broken: AtomicBool,
     limit: Duration,
+    /// See [`Collective::ranks_per_node`].
+    ranks_per_node: usize,
 }
 
 /// What the other ranks need to know to connect to rank 0.
@@ -118,25 +120,27 @@ struct Place {
 }
 
 impl Processes {
-    /// Connects the ranks of `transport`; this rank runs on `host`. The run ends if a rank is silent or keeps the
+    /// Connects the ranks of `transport`; this rank runs on `host`, whose part with the name `node` is a node. The run ends if a rank is silent or keeps the
     /// others waiting for longer than `limit`.
     ///
     /// # Errors
     /// Returns an error when the ranks cannot connect.
     pub fn connect(
         transport: Box<dyn Transport>,
-        host: String,
+        [host, node]: [String; 2],
         hub: Option<HubAddress>,
         limit: Duration,
     ) -> Result<Self> {
-        let processes = Self::new(transport, OnceLock::new(), limit);
+        let mut processes = Self::new(transport, OnceLock::new(), limit);
         let (rank, size) = (processes.rank(), processes.size());
         let member = Member {
             host,
+            node,
             pid: std::process::id(),
             cores: cores(),
         };
         let members = processes.gather_json(&member)?;
+        processes.ranks_per_node = ranks_per_node(&members);
         let local = members.iter().all(|m| m.host == members[0].host);
         let (listener, host) = match hub {
             Some(hub) => (hub.listener, hub.host),
@@ -178,11 +182,16 @@ impl Processes {
             all.group_by(size);
             let _ = hub.set(all.clone());
         }
-        Ok(Self::new(transport, hub, self.limit))
+        let mut group = Self::new(transport, hub, self.limit);
+        if size % self.ranks_per_node == 0 {
+            group.ranks_per_node = self.ranks_per_node;
+        }
+        Ok(group)
     }
 
     fn new(transport: Box<dyn Transport>, hub: OnceLock<Arc<Hub>>, limit: Duration) -> Self {
         Processes {
+            ranks_per_node: transport.size(),
             transport,
             hub,
             calls: AtomicU64::new(0),
@@ -439,6 +448,10 @@ impl Collective for Processes {
         if let Some(hub) = self.hub() {
             hub.leave(why);
         }
+    }
+
+    fn ranks_per_node(&self) -> usize {
+        self.ranks_per_node
     }
 
     fn begin_device_step(&self) {

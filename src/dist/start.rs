@@ -178,11 +178,15 @@ fn connect(launcher: Launcher, limit: Duration) -> Result<Processes> {
         let meeting = Rendezvous::of(&environment)?;
         let (star, hub) = Star::start(&meeting, limit)?;
         let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        return Processes::connect(Box::new(star), host.trim().into(), Some(hub), limit);
+        let host = host.trim().to_string();
+        // Each of torchrun's agents starts the processes of one node.
+        let agent = environment("GROUP_RANK").unwrap_or_default();
+        let node = format!("{host} {agent}");
+        return Processes::connect(Box::new(star), [host, node], Some(hub), limit);
     }
     let mpi = Mpi::start(&names(launcher, &environment))?;
     let host = mpi.host().to_string();
-    Processes::connect(Box::new(mpi), host, None, limit)
+    Processes::connect(Box::new(mpi), [host.clone(), host], None, limit)
 }
 
 /// Divides the ranks into groups of `size` consecutive ranks, and returns this rank as a member of its group. The

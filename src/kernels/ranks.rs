@@ -1,5 +1,5 @@
-//! `kernels/ranks.cu`: sums, in rank order, of rows gathered from several ranks. f32 values are summed in f64 and
-//! rounded once. Every rank adds the same rows, so all ranks get the same bytes.
+//! `kernels/ranks.cu`: sums of rows gathered from several ranks. Rows 0 and 1, 2 and 3 and so on are added, then their sums
+//! in the same way, until one is left. Every rank adds the same rows, so all ranks get the same bytes.
 
 use super::cost::Cost;
 use super::{In, Out, kernel};

@@ -1,4 +1,4 @@
-//! Sums over ranks in device memory: every rank gathers the values of all ranks and adds them in rank order
+//! Sums over ranks in device memory: every rank gathers the values of all ranks and adds them in pairs
 //! (`kernels/ranks.cu`). The host does not wait, so these sums can be part of a captured step.
 
 use crate::dist::DeviceRanks;

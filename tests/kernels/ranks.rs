@@ -13,7 +13,7 @@ const LAUNCHERS: [&str; 5] = [
 ];
 
 #[test]
-fn sums_over_ranks_are_formed_in_rank_order_and_f64() {
+fn sums_over_ranks_are_formed_in_pairs() {
     LAUNCHERS.into_iter().for_each(check_cases);
 }
 

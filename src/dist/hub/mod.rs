@@ -16,7 +16,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub(super) use line::Meeting;
-pub(super) use member::Member;
+pub(super) use member::{Member, ranks_per_node};
 
 /// A process that still runs this long after the run failed is ended.
 const GRACE: Duration = Duration::from_secs(2);

@@ -272,6 +272,10 @@ impl Collective for Nccl {
         self.host.shares_process()
     }
 
+    fn ranks_per_node(&self) -> usize {
+        self.host.ranks_per_node()
+    }
+
     fn device_library(&self) -> Option<String> {
         let (major, minor, patch) = self.version;
         Some(format!("NCCL {major}.{minor}.{patch}"))

@@ -25,7 +25,12 @@ fn on_ranks<R: Send>(size: usize, f: impl Fn(&Processes) -> R + Sync) -> Vec<R> 
             scope.spawn(move || {
                 let meeting = Rendezvous::of(&read).unwrap();
                 let (star, hub) = Star::start(&meeting, LIMIT).unwrap();
-                let ranks = Processes::connect(Box::new(star), "here".into(), Some(hub), LIMIT);
+                let ranks = Processes::connect(
+                    Box::new(star),
+                    ["here".into(), "here".into()],
+                    Some(hub),
+                    LIMIT,
+                );
                 let ranks = ranks.unwrap();
                 let answer = f(&ranks);
                 ranks.finish().unwrap();

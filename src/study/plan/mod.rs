@@ -15,6 +15,8 @@ use serde::Serialize;
 const PEAK_SHARE: f64 = 0.5;
 /// Measured training FLOP/s of one core with AVX2: 64% of the peak of its matrix products; see docs/performance.md.
 const CORE_RATE: f64 = 58e9;
+/// Expected bytes per second that a GPU sends to other nodes, if each GPU has an adapter of 400 Gb/s; not measured here.
+const NODE_LINK_BYTES_PER_SECOND: f64 = 45e9;
 
 /// The resources that a run needs.
 #[derive(Clone, Debug, Serialize)]
@@ -23,9 +25,13 @@ pub struct Plan {
     pub target: Target,
     /// Number of ranks that share the batch; memory is per rank.
     pub ranks: usize,
+    /// Number of nodes that the ranks are divided among.
+    pub nodes: usize,
     /// Bytes that each rank sends per step: gradients, and the weights that it updated.
     pub sent_bytes: u64,
-    /// Estimated seconds per step to send them, for GPUs of one host.
+    /// The part of these bytes that goes to other nodes.
+    pub sent_between_nodes_bytes: u64,
+    /// Estimated seconds per step to send them; 0 if no rate is known.
     pub sending_seconds: f64,
     /// Number of trainable parameters.
     pub total_parameters: u64,
@@ -68,14 +74,24 @@ pub struct Plan {
 /// # Errors
 /// When the router does not exist.
 pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
-    plan_on(config, target, threads, 1)
+    plan_on(config, target, threads, Places { ranks: 1, nodes: 1 })
 }
 
-/// Plans a run on `ranks` ranks, each with one GPU or `threads` threads.
+/// Plans a run on several ranks, each with one GPU or `threads` threads.
 ///
 /// # Errors
-/// When the router does not exist, or the ranks cannot divide a micro-batch evenly.
-pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) -> Result<Plan> {
+/// When the router does not exist, the ranks cannot divide a micro-batch evenly, or the nodes cannot divide the ranks
+/// evenly.
+pub fn plan_on(config: &Config, target: Target, threads: usize, places: Places) -> Result<Plan> {
+    let Places { ranks, nodes } = places;
+    if nodes == 0 || ranks % nodes != 0 {
+        return Err(Error::usage(
+            "plan",
+            format!("a number of nodes that divides {ranks} ranks"),
+            nodes.to_string(),
+            "change --nodes or --ranks",
+        ));
+    }
     if ranks == 0 || config.train.micro_batch % ranks != 0 {
         return Err(Error::usage(
             "plan",
@@ -102,26 +118,14 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, ranks: usize) ->
     let flops = flops_of(config, &*router);
     let (rate, rate_source) = assumed_rate(target, threads);
     let parameters = routers::total_parameters(&*router, m);
-    // Gradients and weights: f32 and bf16 on a GPU.
-    let (sent_bytes, sending_seconds) = match target {
-        Target::Cpu => (
-            sent(
-                parameters,
-                2 * config.train.dtype.dtype().size() as u64,
-                ranks,
-            ),
-            0.0,
-        ),
-        Target::Gpu(chip) => {
-            let bytes = sent(parameters, 4 + 2, ranks);
-            (bytes, chip.link().map_or(0.0, |rate| bytes as f64 / rate))
-        }
-    };
+    let ([inside, across], sending_seconds) = places.sending(config, target, parameters);
     let tokens_per_step = (config.train.sequences_per_step * m.sequence_length) as u64;
     let plan = Plan {
         target,
         ranks,
-        sent_bytes,
+        nodes,
+        sent_bytes: inside + across,
+        sent_between_nodes_bytes: across,
         sending_seconds,
         total_parameters: parameters,
         active_parameters: routers::active_parameters(&*router, m),
@@ -208,11 +212,52 @@ fn largest(
     (1..=all).rev().filter(shared).find(fits)
 }
 
-/// Returns the bytes that a rank sends to the others per step: the gradients of their shares, and its own weights to each
-/// of them.
-fn sent(numbers: u64, bytes: u64, ranks: usize) -> u64 {
-    let others = ranks as u64 - 1;
-    numbers * bytes * others / ranks as u64
+/// The processes that share the batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Places {
+    /// Number of processes, each with one GPU.
+    pub ranks: usize,
+    /// Number of nodes, each with the same number of processes.
+    pub nodes: usize,
+}
+
+impl Places {
+    /// Returns the number of ranks of a node that sum their gradients before they leave it, as
+    /// [`ranks_per_node`](crate::dist::Collective::ranks_per_node) does.
+    fn ranks_per_level(self) -> usize {
+        match self.ranks / self.nodes {
+            n if n.is_power_of_two() => n,
+            _ => 1,
+        }
+    }
+
+    /// Returns the bytes that a rank sends per step, within its node and to other nodes, and the seconds that this takes; 0
+    /// if no rate is known.
+    fn sending(self, config: &Config, target: Target, parameters: u64) -> ([u64; 2], f64) {
+        let Target::Gpu(chip) = target else {
+            let width = config.train.dtype.dtype().size() as u64;
+            return (self.sent(2 * width * parameters, 1), 0.0);
+        };
+        // Gradients and weights: f32 and bf16.
+        let sent = self.sent((4 + 2) * parameters, self.ranks_per_level());
+        let [inside, across] = sent.map(|bytes| bytes as f64);
+        let seconds = chip.link().map_or(0.0, |link| {
+            inside / link + across / NODE_LINK_BYTES_PER_SECOND
+        });
+        (sent, seconds)
+    }
+
+    /// Returns the bytes that a rank sends per step to the ranks of its node and to other nodes, if gradients and weights of
+    /// all parameters have `bytes` and groups of `summed` ranks of a node sum their gradients first. A rank sends the
+    /// gradients of the other shares, and its own weights to each other rank.
+    fn sent(self, bytes: u64, summed: usize) -> [u64; 2] {
+        let (ranks, nodes, summed) = (self.ranks as u64, self.nodes as u64, summed as u64);
+        let of_all = |parts: u64| bytes * parts / ranks;
+        match summed {
+            1 => [of_all(ranks / nodes - 1), of_all(ranks - ranks / nodes)],
+            _ => [of_all(ranks - nodes), of_all(nodes - 1)],
+        }
+    }
 }
 
 impl Plan {
@@ -265,9 +310,22 @@ impl Plan {
                 0.0 => String::new(),
                 seconds => format!(", about {:.0} ms", 1e3 * seconds),
             };
+            let (nodes, between) = match self.nodes {
+                1 => (String::new(), String::new()),
+                n => (
+                    format!(" on {n} nodes"),
+                    format!(
+                        ", {} of it between nodes",
+                        size(self.sent_between_nodes_bytes)
+                    ),
+                ),
+            };
             lines.push(row(
                 "ranks",
-                &format!("{}, each sends {sent} a step{time}", self.ranks),
+                &format!(
+                    "{}{nodes}, each sends {sent} a step{between}{time}",
+                    self.ranks
+                ),
             ));
         }
         let memory = match self.ranks {

@@ -224,6 +224,40 @@ fn memory_and_time_are_those_of_the_gpu() {
     }
 }
 
+fn on_one_node(ranks: usize) -> Places {
+    Places { ranks, nodes: 1 }
+}
+
+#[test]
+fn on_several_nodes_a_share_leaves_a_node_once() {
+    let big = config("7.33b", &["train.micro_batch=64"]);
+    let plan = |ranks, nodes| plan_on(&big, h200(), 1, Places { ranks, nodes }).unwrap();
+    let two = plan(16, 2);
+    // Within a node, seven eighths of six bytes per parameter; to the other node, one share of 16.
+    let bytes = 6 * two.total_parameters;
+    assert_eq!(two.sent_between_nodes_bytes, bytes / 16);
+    assert_eq!(two.sent_bytes, 14 * bytes / 16 + bytes / 16);
+    let seconds = 14.0 / 16.0 * bytes as f64 / 370e9 + bytes as f64 / 16.0 / 45e9;
+    assert!((two.sending_seconds - seconds).abs() < 1e-6);
+    let table = two.table();
+    assert!(table.contains("16 on 2 nodes, each sends"), "{table}");
+    // Each rank of its own node sends to all others.
+    let apart = plan(16, 16);
+    assert_eq!(apart.sent_bytes, apart.sent_between_nodes_bytes);
+    assert_eq!(apart.sent_bytes, 15 * bytes / 16);
+    let error = plan_on(
+        &big,
+        h200(),
+        1,
+        Places {
+            ranks: 16,
+            nodes: 3,
+        },
+    );
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("divides 16 ranks"), "{error}");
+}
+
 #[test]
 fn ranks_share_batch_and_moments_and_send_gradients_and_weights() {
     let set = [
@@ -233,7 +267,7 @@ fn ranks_share_batch_and_moments_and_send_gradients_and_weights() {
         "train.bf16_moments=true",
     ];
     let big = config("7.33b", &set);
-    let [one, eight] = [1, 8].map(|ranks| plan_on(&big, h200(), 1, ranks).unwrap());
+    let [one, eight] = [1, 8].map(|ranks| plan_on(&big, h200(), 1, on_one_node(ranks)).unwrap());
     assert_eq!(eight.memory.optimizer, one.memory.optimizer.div_ceil(8));
     // bf16 of all weights, and the lower half of one eighth of them.
     assert_eq!(
@@ -261,7 +295,9 @@ fn ranks_share_batch_and_moments_and_send_gradients_and_weights() {
         eight.table()
     );
     assert!(eight.largest_micro_batch.is_none_or(|n| n % 8 == 0));
-    let error = plan_on(&big, h200(), 1, 3).unwrap_err().to_string();
+    let error = plan_on(&big, h200(), 1, on_one_node(3))
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("divide train.micro_batch = 64"), "{error}");
 }
 

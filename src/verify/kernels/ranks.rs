@@ -1,14 +1,25 @@
-//! Checks the sums of values gathered from ranks (`kernels/ranks.cu`): every result is exact, since each sum is computed
-//! in f64 in the order of the ranks.
+//! Checks the sums of values gathered from ranks (`kernels/ranks.cu`): every result is exact, since the order of the
+//! additions is fixed.
 
 use super::numbers::{Errors, Random};
 use super::{Buffer, Case, MakeProblem, Problem, exactly};
 use crate::kernels::ranks::{LoadShares, RankFlags, RankSums, RankSumsF64, RankSumsI32};
 
-/// Problems of a sum over ranks. Arguments: its kernel, the types of its elements and of their sum, the element of a rank
-/// (`$draw`), and the addition.
+/// The sum that the kernels compute: terms 0 and 1, 2 and 3 and so on are added, then their sums in the same way.
+fn sum_in_pairs<T: Copy>(mut terms: Vec<T>, add: fn(T, T) -> T) -> Option<T> {
+    while terms.len() > 1 {
+        let pairs = terms.chunks(2);
+        terms = pairs
+            .filter_map(|p| p.iter().copied().reduce(add))
+            .collect();
+    }
+    terms.pop()
+}
+
+/// Problems of a sum over ranks. Arguments: its kernel, the type of its elements, the element of a rank (`$draw`), and the
+/// addition.
 macro_rules! sums {
-    ($name:ident, $kernel:ident, $number:ty, $sum:ty, $draw:expr, $add:expr) => {
+    ($name:ident, $kernel:ident, $number:ty, $draw:expr, $add:expr) => {
         fn $name(ranks: usize, stride: usize, elements: usize) -> Problem {
             let mut random = Random((ranks * stride) as u64);
             let draw: fn(f32, usize) -> $number = $draw;
@@ -32,8 +43,8 @@ macro_rules! sums {
                 }),
                 judge: Box::new(move |out| {
                     exactly::<$number>("out", &out[0], |i| {
-                        let terms = (0..ranks).map(|r| <$sum>::from(rows[r * stride + i]));
-                        terms.reduce($add).unwrap_or_default() as $number
+                        let terms = (0..ranks).map(|r| rows[r * stride + i]).collect();
+                        sum_in_pairs(terms, $add).unwrap_or_default()
                     })
                 }),
             }
@@ -41,12 +52,11 @@ macro_rules! sums {
     };
 }
 
-// f32 elements cancel, so that another order or a sum in f32 would be detected.
+// Elements of different magnitude, so that another order or a sum in f64 would be detected.
 sums!(
     sums,
     RankSums,
     f32,
-    f64,
     |x, rank| x * if rank == 0 { 1e6 } else { 1.0 },
     |a, b| a + b
 );
@@ -54,14 +64,12 @@ sums!(
     sums_f64,
     RankSumsF64,
     f64,
-    f64,
     |x, _| f64::from(x) / 3.0,
     |a, b| a + b
 );
 sums!(
     sums_i32,
     RankSumsI32,
-    i32,
     i32,
     |x, _| (x * 1e9) as i32,
     i32::wrapping_add
@@ -131,12 +139,14 @@ fn shares(experts: usize, load: f64) -> Problem {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    const SIZES: [(usize, usize, usize); 5] = [
+    const SIZES: [(usize, usize, usize); 7] = [
         (1, 5, 5),
         (2, 1024, 1024),
         (3, 2080, 2077),
         (8, 3000, 1),
         (5, 1025, 1025),
+        (7, 1030, 1030),
+        (21, 520, 515),
     ];
     let of = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
         name: format!("{launcher} small"),

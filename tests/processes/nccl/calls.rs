@@ -28,8 +28,21 @@ fn calls(log: &Path, rank: usize) -> Vec<String> {
     text.lines().map(String::from).collect()
 }
 
-/// The calls of one step of `topk` on rank `rank` of `ranks`, worked out from the model.
-fn expected(rank: usize, ranks: usize) -> Vec<String> {
+/// The ranks that exchange data in a level with rank `rank` of `ranks`, with the ranks whose shares each of them receives.
+type Level = Vec<(usize, Vec<usize>)>;
+
+/// The levels in which gradients are summed: within a node of `per_node` ranks, then across the nodes.
+fn levels(rank: usize, ranks: usize, per_node: usize) -> Vec<Level> {
+    let node = rank / per_node * per_node;
+    let inside = (node..node + per_node).map(|r| (r, (r % per_node..ranks).step_by(per_node)));
+    let inside = inside.map(|(r, shares)| (r, shares.collect()));
+    let across = (rank % per_node..ranks).step_by(per_node);
+    let levels: [Level; 2] = [inside.collect(), across.map(|r| (r, vec![r])).collect()];
+    levels.into_iter().filter(|l| l.len() > 1).collect()
+}
+
+/// The calls of one step of `topk` on rank `rank` of `ranks`, `per_node` on each node, worked out from the model.
+fn expected(rank: usize, ranks: usize, per_node: usize) -> Vec<String> {
     let config = config(&["router.name=\"topk\""]);
     let (experts, layers) = (config.model.num_experts, config.model.moe_layers().len());
     let model = Model::new(&config).unwrap();
@@ -41,14 +54,24 @@ fn expected(rank: usize, ranks: usize) -> Vec<String> {
         calls.push(format!("all_gather {}", 8 * experts));
     }
     // Gradients, f32: to every other rank its numbers; the own ones stay on the device. They fit one bucket.
-    for peer in (0..ranks).filter(|peer| *peer != rank) {
-        for i in 0..count {
-            let (sent, received) = (shards.of(i, peer).len(), shards.own(i).len());
-            calls.extend((sent > 0).then(|| format!("send {peer} {}", 4 * sent)));
-            calls.extend((received > 0).then(|| format!("receive {peer} {}", 4 * received)));
+    let transfer = |calls: &mut Vec<String>, peer: usize, bytes: [usize; 2]| {
+        let [sent, received] = bytes;
+        calls.extend((sent > 0).then(|| format!("send {peer} {sent}")));
+        calls.extend((received > 0).then(|| format!("receive {peer} {received}")));
+    };
+    let own = |level: &Level| level.iter().find(|(r, _)| *r == rank).unwrap().1.clone();
+    let levels = levels(rank, ranks, per_node);
+    for level in &levels {
+        for (peer, shares) in level.iter().filter(|(peer, _)| *peer != rank) {
+            for (theirs, ours) in shares.iter().zip(own(level)) {
+                for i in 0..count {
+                    let bytes = [*theirs, ours].map(|share| 4 * shards.of(i, share).len());
+                    transfer(&mut calls, *peer, bytes);
+                }
+            }
         }
+        calls.push("group".into());
     }
-    calls.push("group".into());
     // Losses, stop flag, statistics, loads, flags.
     for bytes in [
         8 * 3,
@@ -67,55 +90,77 @@ fn expected(rank: usize, ranks: usize) -> Vec<String> {
     };
     let most = (0..ranks).map(blocks).max().unwrap();
     calls.push(format!("all_gather {}", 8 * most));
-    // Weights: whole in f32, or the halves that operations read.
-    for (i, parameter) in model.parameters.iter().enumerate() {
-        let width = parameter.value.working().dtype().size();
-        for peer in (0..ranks).filter(|peer| *peer != rank) {
-            let (sent, received) = (shards.own(i).len(), shards.of(i, peer).len());
-            calls.extend((sent > 0).then(|| format!("send {peer} {}", width * sent)));
-            calls.extend((received > 0).then(|| format!("receive {peer} {}", width * received)));
+    // Weights: whole in f32, or the halves that operations read; the same levels from the last to the first.
+    for level in levels.iter().rev() {
+        for (i, parameter) in model.parameters.iter().enumerate() {
+            let width = parameter.value.working().dtype().size();
+            for (peer, shares) in level.iter().filter(|(peer, _)| *peer != rank) {
+                for (theirs, ours) in shares.iter().zip(own(level)) {
+                    let bytes = [ours, *theirs].map(|share| width * shards.of(i, share).len());
+                    transfer(&mut calls, *peer, bytes);
+                }
+            }
+        }
+        calls.push("group".into());
+    }
+    calls
+}
+
+/// Trains six steps by `start` on `ranks` ranks, `per_node` on each node, and compares the calls of each rank and step.
+fn assert_calls(ranks: usize, per_node: usize, start: impl Fn(&Command) -> Command) {
+    let place = Place::new();
+    let log = place.path("calls");
+    let train = train_small(&place, "run", &["--router", "topk", "--steps", "6"]);
+    let mut command = start(&train);
+    command
+        .env("ROUTEGRAD_NCCL", stand_in())
+        .env("STAND_IN_NCCL_LOG", &log);
+    let (_, stderr) = succeed(&mut command);
+    assert!(
+        stderr.contains("NCCL 2.32.3 moves device memory"),
+        "{stderr}"
+    );
+    for rank in 0..ranks {
+        let found = calls(&log, rank);
+        let [first, steps @ .., last] = &found[..] else {
+            panic!("{found:?}")
+        };
+        assert_eq!(
+            (first.as_str(), last.as_str()),
+            (&*format!("connect {ranks}"), "destroy")
+        );
+        let step = expected(rank, ranks, per_node);
+        assert_eq!(
+            steps.len(),
+            6 * step.len(),
+            "{:?}",
+            &steps[..step.len() + 2]
+        );
+        for (n, own) in steps.chunks(step.len()).enumerate() {
+            assert!(own == step, "rank {rank}, step {n}:\n{own:?}\n{step:?}");
         }
     }
-    calls.push("group".into());
-    calls
 }
 
 #[test]
 fn a_step_makes_the_calls_that_its_model_asks_for_and_a_replayed_one_the_same() {
     for (launcher, ranks) in launchers().into_iter().zip([2, 4]) {
-        let place = Place::new();
-        let log = place.path("calls");
-        let train = train_small(&place, "run", &["--router", "topk", "--steps", "6"]);
-        let mut command = launcher.ranks(ranks, &train);
-        command
-            .env("ROUTEGRAD_NCCL", stand_in())
-            .env("STAND_IN_NCCL_LOG", &log);
-        let (_, stderr) = succeed(&mut command);
-        assert!(
-            stderr.contains("NCCL 2.32.3 moves device memory"),
-            "{stderr}"
-        );
-        for rank in 0..ranks {
-            let found = calls(&log, rank);
-            let [first, steps @ .., last] = &found[..] else {
-                panic!("{found:?}")
-            };
-            assert_eq!(
-                (first.as_str(), last.as_str()),
-                (&*format!("connect {ranks}"), "destroy")
-            );
-            let step = expected(rank, ranks);
-            assert_eq!(
-                steps.len(),
-                6 * step.len(),
-                "{:?}",
-                &steps[..step.len() + 2]
-            );
-            for (n, own) in steps.chunks(step.len()).enumerate() {
-                assert!(own == step, "rank {rank}, step {n}:\n{own:?}\n{step:?}");
-            }
-        }
+        assert_calls(ranks, ranks, |train| launcher.ranks(ranks, train));
     }
+}
+
+#[test]
+fn on_two_nodes_gradients_are_summed_within_a_node_before_they_leave_it() {
+    beside_other_tests();
+    assert_calls(4, 2, |train| {
+        let nodes = ["GROUP_RANK=0", "GROUP_RANK=1"].map(|node| {
+            let mut own = Command::new("env");
+            own.arg(node).arg(train.get_program());
+            own.args(["--threads", "1"]).args(train.get_args());
+            own
+        });
+        Launcher::Torchrun.start(&[(2, &nodes[0]), (2, &nodes[1])])
+    });
 }
 
 #[test]

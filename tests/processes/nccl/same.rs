@@ -16,10 +16,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-/// A rank whose host's calls are counted.
+/// A rank whose host's calls are counted, on a node of so many ranks.
 struct Counted {
     rank: Arc<dyn Collective>,
     calls: Arc<AtomicUsize>,
+    per_node: usize,
 }
 
 impl Collective for Counted {
@@ -48,6 +49,10 @@ impl Collective for Counted {
     fn shares_process(&self) -> bool {
         self.rank.shares_process()
     }
+
+    fn ranks_per_node(&self) -> usize {
+        self.per_node
+    }
 }
 
 /// What a rank ends with, and what its last step did.
@@ -70,10 +75,21 @@ struct End {
 const STEPS: usize = 4;
 
 fn trained(config: &Config, rank: Arc<dyn Collective>, by_nccl: bool) -> End {
+    let per_node = rank.ranks_per_node();
+    trained_on_nodes(config, rank, by_nccl, per_node)
+}
+
+fn trained_on_nodes(
+    config: &Config,
+    rank: Arc<dyn Collective>,
+    by_nccl: bool,
+    per_node: usize,
+) -> End {
     let calls = Arc::new(AtomicUsize::new(0));
     let mut dist: Arc<dyn Collective> = Arc::new(Counted {
         rank,
         calls: calls.clone(),
+        per_node,
     });
     if by_nccl {
         let library = stand_in().to_str().unwrap();
@@ -254,6 +270,28 @@ fn a_steady_step_of_processes_is_one_graph_without_a_call_of_the_host_and_ends_i
                 );
                 // The draws of sparsemixer change with the step, so that its launches are made anew.
                 assert_eq!(end.replays, u64::from(router != "sparsemixer"), "{place}");
+            }
+        }
+    }
+}
+
+#[test]
+fn two_nodes_of_two_ranks_end_in_the_bytes_of_one_node_of_four() {
+    beside_other_tests();
+    for router in ["default", "topk"] {
+        let name = format!("router.name=\"{router}\"");
+        for further in ["train.seed=1", "train.bf16_moments=true"] {
+            let config = config(&[&name, "model.top_k=2", further]);
+            let one_node = trained_in_threads(&config, 4);
+            for by_nccl in [false, true] {
+                let ends = ThreadRank::run(4, |rank| {
+                    trained_on_nodes(&config, Arc::new(rank), by_nccl, 2)
+                });
+                for (rank, (end, other)) in ends.iter().zip(&one_node).enumerate() {
+                    let place = format!("{router}, {further}, rank {rank}, NCCL: {by_nccl}");
+                    assert_eq!(end.digests, other.digests, "{place}");
+                    assert_eq!(end.losses, other.losses, "{place}");
+                }
             }
         }
     }

@@ -60,7 +60,7 @@ const int routegrad_nccl_on_host = 1;
 
 static _Thread_local char last_error[256];
 static _Thread_local int group_depth;
-static _Thread_local Comm* group_comm;
+static _Thread_local Comm* own_comm;
 static _Thread_local Message messages[kMostMessages];
 static _Thread_local int message_count;
 
@@ -198,7 +198,7 @@ int ncclCommInitRank(void** comm, int size, Id id, int rank) {
   const int met = barrier(c);
   if (rank == 0 || met) shm_unlink(id.internal);
   note(c, "connect %d", size);
-  *comm = c;
+  *comm = own_comm = c;
   return met;
 }
 
@@ -250,7 +250,7 @@ int ncclAllGather(const void* own, void* all, size_t count, int type, void* comm
 }
 
 int ncclGroupStart(void) {
-  if (group_depth++ == 0) group_comm = 0, message_count = 0;
+  if (group_depth++ == 0) message_count = 0;
   return kOk;
 }
 
@@ -258,7 +258,6 @@ static int add_message(Comm* c, int send, void* at, size_t bytes, int type, int 
   if (type != 1 || peer < 0 || peer >= c->size) return refused(kInvalidArgument, "peer %d", peer);
   if (!group_depth || message_count == kMostMessages) return refused(kInvalidUsage, "no group, or a full one");
   note(c, "%s %d %zu", send ? "send" : "receive", peer, bytes);
-  group_comm = c;
   messages[message_count++] = (Message){send, peer, at, bytes};
   return kOk;
 }
@@ -292,9 +291,10 @@ static size_t move(int send, int peer, size_t done, char* slot, size_t room) {
   return moved;
 }
 
+// Unlike NCCL's, a group waits for the groups of all ranks, also where it is empty.
 int ncclGroupEnd(void) {
-  if (--group_depth > 0 || !group_comm) return kOk;
-  Comm* c = group_comm;
+  if (--group_depth > 0 || !own_comm) return kOk;
+  Comm* c = own_comm;
   note(c, "group");
   Call own = {.kind = 2};
   uint64_t received[kMostRanks] = {0}, digest[kMostRanks] = {0};
