@@ -1,5 +1,5 @@
 //! Rust declarations of kernels/routegrad.h, made by bindgen under the feature `bindgen`. Without it the committed copy in
-//! src/kernels/bindings.rs serves; a test of that feature keeps the two equal.
+//! src/kernels/bindings.rs serves; `scripts/update-bindings --check` compares the two.
 
 #[cfg(not(feature = "bindgen"))]
 pub fn generate() {}

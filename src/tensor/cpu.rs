@@ -13,6 +13,7 @@ pub use matmul::{Accumulate, Mat, MatMut, gemm, matmul};
 pub use scratch::Scratch;
 
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Runs `f` compiled for the widest vector instructions of this machine. Functions that `f` calls benefit only if
 /// they are inlined into it.
@@ -31,12 +32,19 @@ pub fn block_rows(rows: usize) -> usize {
 pub fn blocks<R: Send>(
     n: usize,
     block: usize,
-    f: impl Fn(usize, std::ops::Range<usize>) -> R + Sync,
+    f: impl Fn(usize, Range<usize>) -> R + Sync,
 ) -> Vec<R> {
-    (0..n.div_ceil(block))
-        .into_par_iter()
-        .map(|i| f(i, i * block..(i * block + block).min(n)))
-        .collect()
+    // Not generic over `f`: the code of rayon takes long to compile.
+    fn run<R: Send>(
+        n: usize,
+        block: usize,
+        f: &(dyn Fn(usize, Range<usize>) -> R + Sync),
+    ) -> Vec<R> {
+        let blocks = (0..n.div_ceil(block)).into_par_iter();
+        let results = blocks.map(|i| f(i, i * block..(i * block + block).min(n)));
+        results.collect()
+    }
+    run(n, block, &f)
 }
 
 /// Runs `f(first row, rows)` in parallel over blocks of rows of `out`, a matrix of `width` columns;
@@ -46,14 +54,20 @@ pub fn each_row_block<T: Send, R: Send>(
     width: usize,
     f: impl Fn(usize, &mut [T]) -> R + Sync,
 ) -> Vec<R> {
-    if out.is_empty() {
-        return vec![];
+    // As in `blocks`.
+    fn run<T: Send, R: Send>(
+        out: &mut [T],
+        width: usize,
+        f: &(dyn Fn(usize, &mut [T]) -> R + Sync),
+    ) -> Vec<R> {
+        let block = block_rows(out.len() / width);
+        let chunks = out.par_chunks_mut(block * width).enumerate();
+        chunks.map(|(i, rows)| f(i * block, rows)).collect()
     }
-    let block = block_rows(out.len() / width);
-    out.par_chunks_mut(block * width)
-        .enumerate()
-        .map(|(i, rows)| f(i * block, rows))
-        .collect()
+    match out.is_empty() {
+        true => vec![],
+        false => run(out, width, &f),
+    }
 }
 
 /// Number of elements of a block of [`add`] and [`add_assign`].

@@ -82,7 +82,33 @@ pub trait Real:
     /// e^x, written so that loops over it become vector code. For `f32` it is within 2 ulp of the exact value, and 0
     /// if that is below the smallest normal number. For `f64` it is the function of the standard library.
     fn exp_vector(self) -> Self;
+    /// Returns the library's function for matrix products of this type, on this processor.
+    fn gemm() -> Gemm<Self>;
 }
+
+/// `d = α·d + β·(a · b)`, or without `α·d`: the extents of a product, the matrices with the distances between their columns
+/// and rows, whether `d` is read, α, β, three flags for complex numbers, and the threads.
+pub type Gemm<T> = unsafe fn(
+    usize,
+    usize,
+    usize,
+    *mut T,
+    isize,
+    isize,
+    bool,
+    *const T,
+    isize,
+    isize,
+    *const T,
+    isize,
+    isize,
+    T,
+    T,
+    bool,
+    bool,
+    bool,
+    gemm_common::Parallelism,
+);
 
 impl Real for f64 {
     #[inline(always)]
@@ -97,9 +123,16 @@ impl Real for f64 {
     fn exp_vector(self) -> Self {
         self.exp()
     }
+    fn gemm() -> Gemm<Self> {
+        gemm_f64::gemm::f64::get_gemm_fn()
+    }
 }
 
 impl Real for f32 {
+    fn gemm() -> Gemm<Self> {
+        gemm_f32::gemm::f32::get_gemm_fn()
+    }
+
     #[inline(always)]
     fn of(x: f64) -> Self {
         x as f32

@@ -1,6 +1,5 @@
 //! The rules that the source tree keeps.
 
-mod bindings;
 mod docs;
 mod modules;
 mod package;

@@ -3,6 +3,7 @@
 
 use super::block_rows;
 use crate::tensor::dtype::Real;
+use gemm_common::Parallelism;
 use rayon::prelude::*;
 
 /// Whether a result replaces the content of its destination or is added to it.
@@ -140,29 +141,36 @@ pub fn gemm<T: Real>(c: MatMut<T>, accumulate: Accumulate, a: Mat<T>, b: Mat<T>)
         }
         return;
     }
+    // The library writes columns: cᵀ = bᵀ · aᵀ. A single column is not transposed.
+    let (depth, mut strides) = (a.cols, [1, c.stride]);
+    let [mut left, mut right] = [a, b];
+    if c.stride > 1 {
+        strides.reverse();
+        (left, right) = (right.t(), left.t());
+    }
     // SAFETY: the constructors of the views checked that every index is inside their slices, and that rows of `c`,
     // which is borrowed mutably, do not overlap.
     unsafe {
-        gemm::gemm(
-            c.rows,
-            c.cols,
-            a.cols,
+        T::gemm()(
+            left.rows,
+            right.cols,
+            depth,
             c.data.as_mut_ptr(),
-            1,
-            c.stride as isize,
+            strides[0] as isize,
+            strides[1] as isize,
             accumulate == Accumulate::Add,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
+            left.data.as_ptr(),
+            left.col_stride as isize,
+            left.row_stride as isize,
+            right.data.as_ptr(),
+            right.col_stride as isize,
+            right.row_stride as isize,
             T::one(),
             T::one(),
             false,
             false,
             false,
-            gemm::Parallelism::None,
+            Parallelism::None,
         );
     }
 }
