@@ -3,9 +3,13 @@
 // each of its warpgroup's boxes by 128 columns (mma.sync), and an epilogue takes the accumulators, as those of wgmma
 // (gemm_tile.cuh). What the next tile is comes from gemm_schedule.cuh.
 //
-// At a step all threads wait for the stage's copies of their own, meet, issue the copies of a later k-tile into the stage
-// that was multiplied last, and multiply. The epilogue's buffers lie where the stages were. Warpgroup w takes boxes
-// w, w + 2, …, so that both work on a tail; boxes without a valid row are neither loaded nor multiplied.
+// At a step all threads issue the copies of a later k-tile into the stage that was read before, and multiply in pieces: 16 of
+// the depth by half of the columns. A warp reads the fragments of a piece while it multiplies the piece before, also from one
+// stage to the next: before the last piece of a stage, all threads wait for their own copies of the next one, and meet.
+// Tensor cores would otherwise stand still while fragments come from shared memory. The warpgroups issue their copies at
+// different times, so that one multiplies while the other computes addresses. The epilogue's buffers lie where the stages
+// were. Warpgroup w takes boxes w, w + 2, …, so that both work on a tail; boxes without a valid row are neither loaded nor
+// multiplied.
 #pragma once
 #include "gemm_epilogue.cuh"
 #include "gemm_load.cuh"
@@ -63,22 +67,41 @@ DEV void load_stage(MmaShared<T>& s, const MmaOperand& a, const MmaOperand& b, c
   copy_boxes<T::kMajorB>(s.stages.b[stage] + warpgroup * kBoxElements, of_group, 1, first, b.height, k, tile.last_k);
 }
 
-// d += A · B of a k-tile, for the first `blocks` products of the warpgroup.
+constexpr int kMmaPieces = 4;  // of half a k-tile
+static_assert(kGemmDepth == 2 * (kMmaPieces / 2) * 16);
+
+// Fragments of two pieces: of A for each product of the warp, which two pieces share, and of B.
 template <class T>
-DEV void multiply_stage(const MmaShared<T>& s, float (&d)[T::kRowBlocks][kMmaColumns / 2], int stage, int blocks) {
+struct MmaPieces {
+  uint32_t a[2][T::kRowBlocks][1][4], b[2][kMmaColumns / 32][4];
+};
+
+// A piece of half `half` of the k-tile in a stage.
+template <class T, int BLOCKS>
+DEV void load_piece(MmaPieces<T>& pieces, const MmaShared<T>& s, int stage, int half, int piece) {
   const int warpgroup = threadIdx.x / 128, warp = threadIdx.x % 128 / 32;
+  const int k = half * (kGemmDepth / 2) + piece / 2 * 16, side = piece % 2;
+  load_fragments_b<T::kMajorB>(pieces.b[side], s.stages.b[stage], T::kAtomB, side * (kMmaColumns / 2), k);
+  if (side) return;
 #pragma unroll
-  for (int k = 0; k < kGemmDepth; k += 16) {
-    uint32_t b[kMmaColumns / 16][4];
-    load_fragments_b<T::kMajorB>(b, s.stages.b[stage], T::kAtomB, 0, k);
+  for (int i = 0; i < BLOCKS; ++i)
+    load_fragment_a<T::kMajorA>(pieces.a[piece / 2 % 2][i], s.stages.a[stage], T::kAtomA,
+                                (warpgroup + 2 * i) * 64 + warp * 16, k);
+}
+
+// d += A · B of a piece, for the products FIRST to BLOCKS of the warpgroup.
+template <class T, int BLOCKS, int FIRST = 0>
+DEV void multiply_piece(float (&d)[T::kRowBlocks][kMmaColumns / 2], const MmaPieces<T>& pieces, int piece) {
 #pragma unroll
-    for (int i = 0; i < T::kRowBlocks; ++i) {
-      if (i >= blocks) break;
-      uint32_t a[1][4];
-      load_fragment_a<T::kMajorA>(a, s.stages.a[stage], T::kAtomA, (warpgroup + 2 * i) * 64 + warp * 16, k);
-      mma_row(d[i], a[0], b);
-    }
-  }
+  for (int i = FIRST; i < BLOCKS; ++i)
+    mma_row(d[i] + piece % 2 * (kMmaColumns / 4), pieces.a[piece / 2 % 2][i][0], pieces.b[piece % 2]);
+}
+
+// run(constant `blocks`), so that code for each number of products is free of branches; nothing for none.
+template <int MOST, class Run>
+DEV void with_blocks(int blocks, const Run& run) {
+  if (blocks == MOST) run(std::integral_constant<int, MOST>());
+  else if constexpr (MOST > 1) with_blocks<MOST - 1>(blocks, run);
 }
 
 template <class T>
@@ -99,17 +122,41 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
       for (int i = 0; i < T::kRowBlocks; ++i)
 #pragma unroll
         for (int j = 0; j < kMmaColumns / 2; ++j) d[i][j] = 0;
-      const auto load = [&](int step) {
-        if (step < steps) load_stage<T>(s, a, b, tile, tile.first_k + step * kGemmDepth, step % T::kStages);
+      const auto load = [&](int step, int stage) {
+        if (step < steps) load_stage<T>(s, a, b, tile, tile.first_k + step * kGemmDepth, stage);
         cp_async_commit();  // also of nothing, so that waits can count
       };
-#pragma unroll
-      for (int step = 0; step < T::kStages - 1; ++step) load(step);
-      for (int step = 0; step < steps; ++step) {
+      MmaPieces<T> pieces;
+      const auto next_stage = [&](int step) {
+        if (step >= steps) return;
         cp_async_wait<T::kStages - 2>();
         __syncthreads();  // everybody's copies have landed, and the stage before is read
-        load(step + T::kStages - 1);
-        multiply_stage<T>(s, d, step % T::kStages, blocks);
+      };
+#pragma unroll
+      for (int step = 0; step < T::kStages - 1; ++step) load(step, step);
+      next_stage(0);
+      with_blocks<T::kRowBlocks>(blocks, [&](auto n) {
+        if (steps > 0) load_piece<T, decltype(n)::value>(pieces, s, 0, 0, 0);
+      });
+      for (int half = 0, step = 0, stage = 0; step < steps; half ^= 1) {
+        if (half == warpgroup) load(step + T::kStages - 1, stage ? stage - 1 : T::kStages - 1);
+        with_blocks<T::kRowBlocks>(blocks, [&](auto n) {
+#pragma unroll
+          for (int i = 0; i < kMmaPieces - 1; ++i) {
+            load_piece<T, decltype(n)::value>(pieces, s, stage, half, i + 1);
+            multiply_piece<T, decltype(n)::value>(d, pieces, i);
+          }
+        });
+        if (half) {
+          next_stage(++step);
+          stage = stage + 1 < T::kStages ? stage + 1 : 0;
+        }
+        with_blocks<T::kRowBlocks>(blocks, [&](auto n) {
+          // One product first: it keeps the tensor cores busy while addresses are computed.
+          multiply_piece<T, 1>(d, pieces, kMmaPieces - 1);
+          if (step < steps) load_piece<T, decltype(n)::value>(pieces, s, stage, half ^ 1, 0);
+          multiply_piece<T, decltype(n)::value, 1>(d, pieces, kMmaPieces - 1);
+        });
       }
       cp_async_wait<0>();
       __syncthreads();  // the stages are read: buffers lie there now
