@@ -21,7 +21,7 @@ constexpr int kRounds = 13;  // a sum of 2^12 rows ends in round 12
 
 // Elements of a thread, kThreads apart: as many as the partial sums leave registers for.
 template <class T>
-constexpr int kEach = sizeof(T) == 4 ? 4 : 2;
+constexpr int kEach = sizeof(T) == 4 ? 4 : 1;
 
 // partial[k] is the sum of 2^k consecutive rows that waits for its partner; it is in use where bit k of the number of rows
 // read so far is set.
