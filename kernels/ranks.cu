@@ -12,57 +12,60 @@
 // Bytes: rank_sums 4·(ranks + 1)·elements. FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s.
 #include "common/simt.cuh"
 
+#include <bit>
+
 namespace ROUTEGRAD_VARIANT {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMostRanks = 4096, kMaxExperts = 256;
-constexpr int kRounds = 13;  // a sum of 2^12 rows ends in round 12
 
-// Elements of a thread, kThreads apart: as many as the partial sums leave registers for.
+// Rows that a thread reads at once, a power of two: as many as 40 registers allow.
 template <class T>
-constexpr int kEach = sizeof(T) == 4 ? 4 : 1;
+constexpr int kGroup = sizeof(T) == 4 ? 8 : 2;
+// Rounds in which the sums of the groups are added.
+template <class T>
+constexpr int kRounds = std::bit_width(static_cast<unsigned>(kMostRanks / kGroup<T>));
 
-// partial[k] is the sum of 2^k consecutive rows that waits for its partner; it is in use where bit k of the number of rows
-// read so far is set.
+// An element a thread. partial[k] is the sum of 2^k consecutive groups that waits for its partner; it is in use where bit k of
+// the number of groups read so far is set.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     rank_sums_kernel(T* out, const T* rows, int ranks, int64_t stride, int64_t elements) {
-  constexpr int kOwn = kEach<T>;
-  const int64_t first = int64_t{blockIdx.x} * (kThreads * kOwn) + threadIdx.x;
-  T partial[kRounds][kOwn] = {}, sum[kOwn] = {};
-  for (int r = 0; r < ranks; ++r) {
+  const int64_t at = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (at >= elements) return;
+  constexpr int kRows = kGroup<T>;
+  const int groups = (ranks + kRows - 1) / kRows;
+  T partial[kRounds<T>] = {}, sum = 0;
+  for (int g = 0; g < groups; ++g) {
+    const int left = ranks - g * kRows;
+    T row[kRows];
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      const int64_t at = first + i * kThreads;
-      sum[i] = at < elements ? ld_global_readonly(rows + r * stride + at) : T{0};
-    }
+    for (int i = 0; i < kRows; ++i) row[i] = i < left ? ld_global_readonly(rows + (g * kRows + i) * stride + at) : T{0};
+#pragma unroll
+    for (int width = 1; width < kRows; width *= 2)
+#pragma unroll
+      for (int i = 0; i < kRows; i += 2 * width)
+        if (i + width < left) row[i] += row[i + width];
+    sum = row[0];
     bool moves = true;
 #pragma unroll
-    for (int k = 0; k < kRounds; ++k) {
-      const bool waits = (r >> k & 1) != 0;
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        if (moves && waits) sum[i] = partial[k][i] + sum[i];
-        if (moves && !waits) partial[k][i] = sum[i];
-      }
+    for (int k = 0; k < kRounds<T>; ++k) {
+      const bool waits = (g >> k & 1) != 0;
+      if (moves && waits) sum = partial[k] + sum;
+      if (moves && !waits) partial[k] = sum;
       moves = moves && waits;
     }
   }
-  // What waits without a partner joins the sum of the rows before it.
+  // What waits without a partner joins the sum of the groups before it.
   bool found = false;
 #pragma unroll
-  for (int k = 0; k < kRounds; ++k) {
-    if ((ranks >> k & 1) == 0) continue;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) sum[i] = found ? partial[k][i] + sum[i] : partial[k][i];
+  for (int k = 0; k < kRounds<T>; ++k) {
+    if ((groups >> k & 1) == 0) continue;
+    sum = found ? partial[k] + sum : partial[k];
     found = true;
   }
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    const int64_t at = first + i * kThreads;
-    if (at < elements) st_global(out + at, sum[i]);
-  }
+  st_global(out + at, sum);
 }
 
 __global__ void __launch_bounds__(kThreads) rank_flags_kernel(int32_t* flags, const int32_t* rows, int ranks, int layers) {
@@ -90,8 +93,7 @@ __global__ void __launch_bounds__(kThreads) load_shares_kernel(float* fractions,
 template <class T>
 routegrad_status launch_sums(T* out, const T* rows, int32_t ranks, int64_t stride, int64_t elements,
                              routegrad_stream stream) {
-  constexpr int64_t kBlock = kThreads * kEach<T>;
-  const dim3 grid(static_cast<uint32_t>((elements + kBlock - 1) / kBlock));
+  const dim3 grid(static_cast<uint32_t>((elements + kThreads - 1) / kThreads));
   return launch(rank_sums_kernel<T>, {grid, kThreads}, stream, out, rows, ranks, stride, elements);
 }
 
