@@ -5,8 +5,8 @@
 //
 // At a step all threads issue the copies of a later k-tile into the stage that was read before, and multiply in pieces: 16 of
 // the depth by half of the columns. A warp reads the fragments of a piece while it multiplies the piece before, also from one
-// stage to the next: before the last piece of a stage, all threads wait for their own copies of the next one, and meet.
-// Tensor cores would otherwise stand still while fragments come from shared memory. The warpgroups issue their copies at
+// stage to the next: before the last piece of a stage, all threads wait for their own copies of the next one, and synchronize.
+// Tensor cores would otherwise be idle while fragments come from shared memory. The warpgroups issue their copies at
 // different times, so that one multiplies while the other computes addresses. The epilogue's buffers lie where the stages
 // were. Warpgroup w takes boxes w, w + 2, …, so that both work on a tail; boxes without a valid row are neither loaded nor
 // multiplied.
@@ -127,14 +127,14 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
         cp_async_commit();  // also of nothing, so that waits can count
       };
       MmaPieces<T> pieces;
-      const auto next_stage = [&](int step) {
+      const auto wait_for_stage = [&](int step) {
         if (step >= steps) return;
         cp_async_wait<T::kStages - 2>();
         __syncthreads();  // everybody's copies have landed, and the stage before is read
       };
 #pragma unroll
       for (int step = 0; step < T::kStages - 1; ++step) load(step, step);
-      next_stage(0);
+      wait_for_stage(0);
       with_blocks<T::kRowBlocks>(blocks, [&](auto n) {
         if (steps > 0) load_piece<T, decltype(n)::value>(pieces, s, 0, 0, 0);
       });
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kMmaThreads, 1)
           }
         });
         if (half) {
-          next_stage(++step);
+          wait_for_stage(++step);
           stage = stage + 1 < T::kStages ? stage + 1 : 0;
         }
         with_blocks<T::kRowBlocks>(blocks, [&](auto n) {

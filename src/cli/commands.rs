@@ -180,11 +180,11 @@ pub(super) fn ablate_command(
 pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
     let config = args.settings.configure()?;
     let threads = rayon::current_num_threads();
-    let places = plan::Places {
+    let cluster = plan::Cluster {
         ranks: args.ranks,
         nodes: args.nodes,
     };
-    let mut found = plan::plan_on(&config, args.device, threads, places)?;
+    let mut found = plan::plan_on(&config, args.device, threads, cluster)?;
     if args.settings.data.is_some() {
         let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
         found.text_tokens = Some(corpus.counts()[0].tokens);

@@ -120,8 +120,8 @@ struct Place {
 }
 
 impl Processes {
-    /// Connects the ranks of `transport`; this rank runs on `host`, whose part with the name `node` is a node. The run ends if a rank is silent or keeps the
-    /// others waiting for longer than `limit`.
+    /// Connects the ranks of `transport`; this rank runs on the given host and node (see [`Member`]). The run ends if a
+    /// rank is silent or keeps the others waiting for longer than `limit`.
     ///
     /// # Errors
     /// Returns an error when the ranks cannot connect.

@@ -74,7 +74,7 @@ pub struct Plan {
 /// # Errors
 /// When the router does not exist.
 pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
-    plan_on(config, target, threads, Places { ranks: 1, nodes: 1 })
+    plan_on(config, target, threads, Cluster { ranks: 1, nodes: 1 })
 }
 
 /// Plans a run on several ranks, each with one GPU or `threads` threads.
@@ -82,8 +82,8 @@ pub fn plan(config: &Config, target: Target, threads: usize) -> Result<Plan> {
 /// # Errors
 /// When the router does not exist, the ranks cannot divide a micro-batch evenly, or the nodes cannot divide the ranks
 /// evenly.
-pub fn plan_on(config: &Config, target: Target, threads: usize, places: Places) -> Result<Plan> {
-    let Places { ranks, nodes } = places;
+pub fn plan_on(config: &Config, target: Target, threads: usize, cluster: Cluster) -> Result<Plan> {
+    let Cluster { ranks, nodes } = cluster;
     if nodes == 0 || ranks % nodes != 0 {
         return Err(Error::usage(
             "plan",
@@ -118,7 +118,7 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, places: Places) 
     let flops = flops_of(config, &*router);
     let (rate, rate_source) = assumed_rate(target, threads);
     let parameters = routers::total_parameters(&*router, m);
-    let ([inside, across], sending_seconds) = places.sending(config, target, parameters);
+    let ([inside, across], sending_seconds) = cluster.sending(config, target, parameters);
     let tokens_per_step = (config.train.sequences_per_step * m.sequence_length) as u64;
     let plan = Plan {
         target,
@@ -214,32 +214,24 @@ fn largest(
 
 /// The processes that share the batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Places {
+pub struct Cluster {
     /// Number of processes, each with one GPU.
     pub ranks: usize,
     /// Number of nodes, each with the same number of processes.
     pub nodes: usize,
 }
 
-impl Places {
-    /// Returns the number of ranks of a node that sum their gradients before they leave it, as
-    /// [`ranks_per_node`](crate::dist::Collective::ranks_per_node) does.
-    fn ranks_per_level(self) -> usize {
-        match self.ranks / self.nodes {
-            n if n.is_power_of_two() => n,
-            _ => 1,
-        }
-    }
-
+impl Cluster {
     /// Returns the bytes that a rank sends per step, within its node and to other nodes, and the seconds that this takes; 0
     /// if no rate is known.
     fn sending(self, config: &Config, target: Target, parameters: u64) -> ([u64; 2], f64) {
         let Target::Gpu(chip) = target else {
             let width = config.train.dtype.dtype().size() as u64;
-            return (self.sent(2 * width * parameters, 1), 0.0);
+            return (self.sent(2 * width * parameters, false), 0.0);
         };
-        // Gradients and weights: f32 and bf16.
-        let sent = self.sent((4 + 2) * parameters, self.ranks_per_level());
+        // The condition of `Collective::ranks_per_node`. Gradients and weights: f32 and bf16.
+        let two_levels = (self.ranks / self.nodes).is_power_of_two();
+        let sent = self.sent((4 + 2) * parameters, two_levels);
         let [inside, across] = sent.map(|bytes| bytes as f64);
         let seconds = chip.link().map_or(0.0, |link| {
             inside / link + across / NODE_LINK_BYTES_PER_SECOND
@@ -247,16 +239,16 @@ impl Places {
         (sent, seconds)
     }
 
-    /// Returns the bytes that a rank sends per step to the ranks of its node and to other nodes, if gradients and weights of
-    /// all parameters have `bytes` and groups of `summed` ranks of a node sum their gradients first. A rank sends the
-    /// gradients of the other shares, and its own weights to each other rank.
-    fn sent(self, bytes: u64, summed: usize) -> [u64; 2] {
-        let (ranks, nodes, summed) = (self.ranks as u64, self.nodes as u64, summed as u64);
-        let of_all = |parts: u64| bytes * parts / ranks;
-        match summed {
-            1 => [of_all(ranks / nodes - 1), of_all(ranks - ranks / nodes)],
-            _ => [of_all(ranks - nodes), of_all(nodes - 1)],
-        }
+    /// Returns the bytes that a rank sends per step within its node and to other nodes, if gradients and weights of all
+    /// parameters have `bytes`: the gradients of the other shares, and its own weights to each other rank. With
+    /// `two_levels` the ranks of a node sum their gradients before these leave it.
+    fn sent(self, bytes: u64, two_levels: bool) -> [u64; 2] {
+        let (ranks, nodes) = (self.ranks as u64, self.nodes as u64);
+        let parts = match two_levels {
+            true => [ranks - nodes, nodes - 1],
+            false => [ranks / nodes - 1, ranks - ranks / nodes],
+        };
+        parts.map(|parts| bytes * parts / ranks)
     }
 }
 

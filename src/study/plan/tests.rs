@@ -224,14 +224,14 @@ fn memory_and_time_are_those_of_the_gpu() {
     }
 }
 
-fn on_one_node(ranks: usize) -> Places {
-    Places { ranks, nodes: 1 }
+fn on_one_node(ranks: usize) -> Cluster {
+    Cluster { ranks, nodes: 1 }
 }
 
 #[test]
 fn on_several_nodes_a_share_leaves_a_node_once() {
     let big = config("7.33b", &["train.micro_batch=64"]);
-    let plan = |ranks, nodes| plan_on(&big, h200(), 1, Places { ranks, nodes }).unwrap();
+    let plan = |ranks, nodes| plan_on(&big, h200(), 1, Cluster { ranks, nodes }).unwrap();
     let two = plan(16, 2);
     // Within a node, seven eighths of six bytes per parameter; to the other node, one share of 16.
     let bytes = 6 * two.total_parameters;
@@ -249,7 +249,7 @@ fn on_several_nodes_a_share_leaves_a_node_once() {
         &big,
         h200(),
         1,
-        Places {
+        Cluster {
             ranks: 16,
             nodes: 3,
         },

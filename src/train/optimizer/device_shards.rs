@@ -1,6 +1,6 @@
-//! The sharded optimizer in device memory (ZeRO-1): gradients are exchanged and added, and the weights that each rank updated
-//! are sent to the others; between nodes in two levels, so that few bytes leave a node. The host does not wait for the device, so this can be part of a
-//! captured step.
+//! The sharded optimizer in device memory (ZeRO-1): gradients are exchanged and added, and the weights that each rank
+//! updated are sent to the others; between nodes in two levels, so that few bytes leave a node. The host does not wait
+//! for the device, so this can be part of a captured step.
 
 use super::Shards;
 use crate::device::Span;
@@ -17,7 +17,7 @@ use std::ops::Range;
 /// Alignment, in elements, of the gradients in a received row, so that kernels can read complete vectors.
 const ALIGNED: usize = 32;
 
-/// One of the transfers between ranks that together reach all of them.
+/// A transfer between some of the ranks; the transfers of all levels together connect all ranks.
 struct Level {
     /// The ranks that exchange data, in rank order.
     group: Vec<usize>,
@@ -27,30 +27,26 @@ struct Level {
     own: usize,
 }
 
-/// Returns the transfers that sum gradients over all ranks. On several nodes, the ranks of a node first sum the shares that
-/// they send to other nodes, so that each share leaves a node once: its rank r sums the shares of rank r of every node.
+/// Returns the levels in which gradients are summed: within a node, then between nodes. The ranks of a node first sum the
+/// shares that they send to other nodes, so that each share leaves a node once: the rank at place r of a node sums the
+/// shares of the ranks at place r of every node. A level with a single rank is left out.
 fn levels(ranks: &DeviceRanks) -> Vec<Level> {
     let (size, rank, per_node) = (ranks.size(), ranks.rank(), ranks.ranks_per_node());
-    if per_node == 1 || per_node == size {
-        return vec![Level {
-            group: (0..size).collect(),
-            shares: (0..size).map(|rank| vec![rank]).collect(),
-            own: rank,
-        }];
-    }
     let (node, place) = (rank / per_node, rank % per_node);
     let at_place = |place: usize| (place..size).step_by(per_node).collect::<Vec<_>>();
-    let inside = Level {
+    let within = Level {
         group: (node * per_node..(node + 1) * per_node).collect(),
         shares: (0..per_node).map(at_place).collect(),
         own: place,
     };
-    let across = Level {
+    let between = Level {
         group: at_place(place),
         shares: at_place(place).into_iter().map(|rank| vec![rank]).collect(),
         own: node,
     };
-    vec![inside, across]
+    let mut levels = vec![within, between];
+    levels.retain(|level| level.group.len() > 1);
+    levels
 }
 
 /// Sums the gradients of this rank's share over the ranks, in pairs ([`RankSums`]), so that the sums do not depend on the
@@ -65,7 +61,8 @@ pub fn reduce(
     parameters: &[Parameter],
     gradients: &mut Gradients,
 ) -> Result<()> {
-    if ranks.size() == 1 {
+    let levels = levels(ranks);
+    if levels.is_empty() {
         // The sum of one row is that row.
         return Ok(());
     }
@@ -77,8 +74,8 @@ pub fn reduce(
             let gradient = gradients.get_or(i, zeros);
             gradient.expect_dtype("sum over ranks", "gradient", DType::F32)?;
         }
-        for level in levels(ranks) {
-            reduce_level(ranks, shards, &level, bucket, gradients)?;
+        for level in &levels {
+            reduce_level(ranks, shards, level, bucket, gradients)?;
         }
     }
     Ok(())
@@ -143,7 +140,7 @@ fn reduce_level(
     Ok(())
 }
 
-/// Copies to every rank the weights that the other ranks updated: to the nodes first, then within each node.
+/// Copies to every rank the weights that the other ranks updated: between nodes first, then within each node.
 ///
 /// # Errors
 /// Returns an error when a rank has left.
@@ -152,11 +149,9 @@ pub fn gather_weights(
     shards: &Shards,
     parameters: &mut [Parameter],
 ) -> Result<()> {
-    if ranks.size() == 1 {
-        return Ok(());
-    }
+    let levels = levels(ranks);
     for bucket in shards.buckets() {
-        for level in levels(ranks).iter().rev() {
+        for level in levels.iter().rev() {
             let mut parts = Vec::new();
             for i in bucket.clone() {
                 let shared_out = parameters[i].value.lower_share().is_some();

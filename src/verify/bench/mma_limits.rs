@@ -19,10 +19,12 @@ const MARKS: [&str; 2] = [
     "<!-- end of limits -->",
 ];
 
+/// Dense bf16 FLOPs per clock and multiprocessor of an A100.
+const A100_FLOPS_PER_CLOCK: f64 = 2048.0;
 /// Dense bf16 FLOPs with f32 accumulation per clock and multiprocessor: the peak in the data sheet divided by the number
 /// of multiprocessors and the boost clock.
 const FLOPS_PER_CLOCK: [(&str, f64); 5] = [
-    ("a100", 2048.0),
+    ("a100", A100_FLOPS_PER_CLOCK),
     ("rtx3090", 512.0),
     ("rtx4090", 512.0),
     ("rtx5090", 512.0),
@@ -102,7 +104,7 @@ struct Estimate {
 /// Estimates a product on an A100: each multiprocessor computes a tile at a time, and writes its result at its share of
 /// the memory bandwidth before it begins the next one.
 fn on_a100(product: Product, shape: &Shape) -> Estimate {
-    let (chip, flops_per_clock) = (Chip::named("a100").expect("a chip"), FLOPS_PER_CLOCK[0].1);
+    let chip = Chip::named("a100").expect("a chip of the list");
     let processors = chip.multiprocessors as f64;
     let tiles = |n: usize, size: f64| (n as f64 / size).ceil();
     let groups = shape.counts.len() as f64;
@@ -124,12 +126,12 @@ fn on_a100(product: Product, shape: &Shape) -> Estimate {
         true => 256.0,
         false => 128.0,
     };
-    let (tensor, shared) = clocks(tile_rows, flops_per_clock);
+    let (tensor, shared) = clocks(tile_rows, A100_FLOPS_PER_CLOCK);
     let output = match product {
         Product::WeightGradient => 2.0 * BF16,
         _ => BF16,
     };
-    let clock = chip.peak / processors / flops_per_clock;
+    let clock = chip.peak / processors / A100_FLOPS_PER_CLOCK;
     let bytes_per_clock = chip.bandwidth / processors / clock;
     let most_rows = shape.counts.iter().max().copied().unwrap_or_default();
     let k_tiles = tiles(depth.unwrap_or(most_rows), DEPTH);
@@ -158,7 +160,7 @@ fn estimates() -> Table {
             continue;
         };
         let alike = shape.counts.iter().all(|count| *count == shape.counts[0]);
-        if group.set != Set::Core || !alike || group.name.contains("sonic") {
+        if group.set != Set::Core || !alike {
             continue;
         }
         let found = on_a100(*product, shape);
@@ -176,16 +178,17 @@ fn estimates() -> Table {
 
 /// Returns both tables in Markdown.
 pub fn markdown() -> String {
-    let shares = estimates().rows.len();
+    let estimates = estimates();
     format!(
-        "{}\nEstimates for an A100, none of them measured: {shares} products of the benchmark's core set. Besides the limit of a \
+        "{}\nEstimates for an A100, none of them measured: {} products of the benchmark's core set. Besides the limit of a \
          k-tile they count {START} clocks until the first k-tile of a tile has arrived, {TURN} clocks at the barrier of each k-tile, \
          the write of the result at a multiprocessor's share of the bandwidth, and the last wave. They assume the clock of the \
          data sheet. cuBLAS's best is {:.0}% of the peak, measured by others with the best of many shapes (\
          [Machine Learning Engineering](https://github.com/stas00/ml-engineering/tree/master/compute/accelerator)).\n\n{}",
         limits().markdown(),
+        estimates.rows.len(),
         100.0 * CUBLAS_SHARE,
-        estimates().markdown()
+        estimates.markdown()
     )
 }
 
