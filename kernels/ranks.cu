@@ -12,8 +12,6 @@
 // Bytes: rank_sums 4·(ranks + 1)·elements. FLOPs: none on tensor cores. Floor: bytes / 4.3e12 s.
 #include "common/simt.cuh"
 
-#include <bit>
-
 namespace ROUTEGRAD_VARIANT {
 namespace {
 
@@ -23,9 +21,10 @@ constexpr int kMostRanks = 4096, kMaxExperts = 256;
 // Rows that a thread reads at once, a power of two: as many as 40 registers allow.
 template <class T>
 constexpr int kGroup = sizeof(T) == 4 ? 8 : 2;
-// Rounds in which the sums of the groups are added.
+// Rounds in which the sums of n groups are added: the binary digits of n.
+constexpr int rounds(int n) { return n == 0 ? 0 : 1 + rounds(n / 2); }
 template <class T>
-constexpr int kRounds = std::bit_width(static_cast<unsigned>(kMostRanks / kGroup<T>));
+constexpr int kRounds = rounds(kMostRanks / kGroup<T>);
 
 // An element a thread. partial[k] is the sum of 2^k consecutive groups that waits for its partner; it is in use where bit k of
 // the number of groups read so far is set.
