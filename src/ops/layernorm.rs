@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
-use crate::tensor::cpu::vector::sum_over;
+use crate::tensor::cpu::vector::{map_over, sum_over};
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::Real;
 use crate::with_real;
@@ -127,9 +127,7 @@ pub(super) mod reference {
                 || {
                     for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
                         let (mean, r) = statistics(x, eps);
-                        for (((y, &x), &w), &b) in y.iter_mut().zip(x).zip(w).zip(b) {
-                            *y = (x - mean) * r * w + b;
-                        }
+                        map_over([y], [x, w, b], |[x, w, b], _| [(x - mean) * r * w + b]);
                     }
                 },
             );
@@ -158,14 +156,15 @@ pub(super) mod reference {
                         let (mean, r) = statistics(x, eps);
                         let g = sum_over([dy, w], |[dy, w]| dy * w) / n;
                         let gx = sum_over([dy, w, x], |[dy, w, x]| dy * w * (x - mean)) * r / n;
-                        let outputs = dx.iter_mut().zip(&mut dw).zip(&mut db);
-                        let inputs = x.iter().zip(dy).zip(w);
-                        for (((dx, dw), db), ((&x, &dy), &w)) in outputs.zip(inputs) {
+                        let outputs = [dx, &mut dw, &mut db];
+                        map_over(outputs, [x, dy, w], |[x, dy, w], [dx, dw, db]| {
                             let normal = (x - mean) * r;
-                            *dx = accumulate.onto(*dx, (dy * w - g - normal * gx) * r);
-                            *dw += dy * normal;
-                            *db += dy;
-                        }
+                            [
+                                accumulate.onto(dx, (dy * w - g - normal * gx) * r),
+                                dw + dy * normal,
+                                db + dy,
+                            ]
+                        });
                     }
                 },
             );

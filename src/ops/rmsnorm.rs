@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
-use crate::tensor::cpu::vector::sum_over;
+use crate::tensor::cpu::vector::{map_over, sum_over};
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::Real;
 use crate::with_real;
@@ -112,9 +112,7 @@ pub(super) mod reference {
     #[inline(always)]
     pub fn normalize<T: Real>(y: &mut [T], x: &[T], w: &[T], eps: f64) {
         let r = scale(x, eps);
-        for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
-            *y = x * r * w;
-        }
+        map_over([y], [x, w], |[x, w], _| [x * r * w]);
     }
 
     /// One row of backward: writes `dx`, adds to `dw`.
@@ -131,11 +129,9 @@ pub(super) mod reference {
         let r = scale(x, eps);
         let gx = sum_over([dy, w, x], |[dy, w, x]| dy * w * x);
         let back = r * r * r * gx / T::of(w.len() as f64);
-        let inputs = x.iter().zip(dy).zip(w);
-        for ((dx, dw), ((&x, &dy), &w)) in dx.iter_mut().zip(dw).zip(inputs) {
-            *dx = accumulate.onto(*dx, dy * w * r - x * back);
-            *dw += dy * x * r;
-        }
+        map_over([dx, dw], [x, dy, w], |[x, dy, w], [dx, dw]| {
+            [accumulate.onto(dx, dy * w * r - x * back), dw + dy * x * r]
+        });
     }
 
     pub fn forward<T: Real>(y: &mut [T], x: &[T], w: &[T], eps: f64) {

@@ -177,10 +177,10 @@ pub(super) mod reference {
             || {
                 for ((dx, x), dy) in rows.zip(dy.chunks_exact(columns.len())) {
                     let (dgate, dup) = dx.split_at_mut(width);
-                    let [dgate, dup] = [dgate, dup].map(|d| &mut d[columns.clone()]);
                     let (gate, up) = x.split_at(width);
-                    let [gate, up] = [gate, up].map(|x| &x[columns.clone()]);
-                    map_over([dgate, dup], [gate, up, dy], |[gate, up, dy], old| {
+                    let outputs = [&mut dgate[columns.clone()], &mut dup[columns.clone()]];
+                    let inputs = [&gate[columns.clone()], &up[columns.clone()], dy];
+                    map_over(outputs, inputs, |[gate, up, dy], old| {
                         let s = sigmoid(gate);
                         let slope = s * (T::one() + gate * (T::one() - s));
                         let dgate = accumulate.onto(old[0], dy * up * slope);

@@ -3,12 +3,35 @@
 //!
 //! A compiler must not reorder a floating-point sum, so a simple loop adds one number at a time. Here sums run in
 //! `LANES` interleaved parts, which become vector registers; the order depends only on the length.
+//!
+//! The loops over lanes index arrays and call nothing else: the crate is built without link-time optimization, so that
+//! `<[T; N]>::map`, `std::array::from_fn` and `copy_from_slice` would remain calls, and the loops scalar code.
+
+#![allow(clippy::needless_range_loop)] // Iterators over several arrays are calls too.
 
 use super::Accumulate;
 use crate::tensor::dtype::Real;
 
 /// Interleaved parts of a sum: two AVX2 registers of f32.
 const LANES: usize = 16;
+
+/// Returns an array whose element `k` is `f(k)`. `zero` is any number.
+#[inline(always)]
+fn array<T: Copy, const N: usize>(zero: T, f: impl Fn(usize) -> T) -> [T; N] {
+    let mut values = [zero; N];
+    let mut k = 0;
+    while k < N {
+        values[k] = f(k);
+        k += 1;
+    }
+    values
+}
+
+/// Returns the `LANES` elements from `i` on.
+#[inline(always)]
+fn lanes<T: Copy>(slice: &[T], i: usize) -> [T; LANES] {
+    *slice[i..].first_chunk().expect("as many elements")
+}
 
 /// Σ f(a_i, b_i, ..) over slices of equal length.
 ///
@@ -17,19 +40,18 @@ const LANES: usize = 16;
 #[inline(always)]
 pub fn sum_over<T: Real, const N: usize>(slices: [&[T]; N], f: impl Fn([T; N]) -> T) -> T {
     let n = slices[0].len();
-    let slices = slices.map(|s| &s[..n]);
     let mut sums = [T::zero(); LANES];
     let whole = n - n % LANES;
     let mut i = 0;
     while i < whole {
-        let parts = slices.map(|s| &s[i..i + LANES]);
-        for (lane, sum) in sums.iter_mut().enumerate() {
-            *sum += f(parts.map(|p| p[lane]));
+        let parts: [_; N] = array([T::zero(); LANES], |k| lanes(slices[k], i));
+        for lane in 0..LANES {
+            sums[lane] += f(array(T::zero(), |k| parts[k][lane]));
         }
         i += LANES;
     }
-    for (lane, sum) in sums.iter_mut().enumerate().take(n - whole) {
-        *sum += f(slices.map(|s| s[whole + lane]));
+    for i in whole..n {
+        sums[i - whole] += f(array(T::zero(), |k| slices[k][i]));
     }
     total(sums)
 }
@@ -56,47 +78,33 @@ fn total<T: Real>(mut sums: [T; LANES]) -> T {
 /// Panics when a slice is shorter than the first input.
 #[inline(always)]
 pub fn map_over<T: Real, const O: usize, const I: usize>(
-    mut outputs: [&mut [T]; O],
+    outputs: [&mut [T]; O],
     inputs: [&[T]; I],
     f: impl Fn([T; I], [T; O]) -> [T; O],
 ) {
     let n = inputs[0].len();
     let whole = n - n % LANES;
-    let inputs = inputs.map(|s| &s[..n]);
-    for output in &mut outputs {
-        *output = &mut std::mem::take(output)[..n];
-    }
     let mut i = 0;
     while i < whole {
-        let mut new = [[T::zero(); LANES]; O];
-        let mut given = [[T::zero(); LANES]; I];
-        for (new, output) in new.iter_mut().zip(&outputs) {
-            new.copy_from_slice(&output[i..i + LANES]);
-        }
-        for (given, input) in given.iter_mut().zip(&inputs) {
-            given.copy_from_slice(&input[i..i + LANES]);
-        }
+        let given: [_; I] = array([T::zero(); LANES], |k| lanes(inputs[k], i));
+        let mut new: [_; O] = array([T::zero(); LANES], |k| lanes(outputs[k], i));
         for lane in 0..LANES {
-            let results = f(
-                std::array::from_fn(|k| given[k][lane]),
-                std::array::from_fn(|k| new[k][lane]),
-            );
-            for (new, result) in new.iter_mut().zip(results) {
-                new[lane] = result;
+            let x = array(T::zero(), |k| given[k][lane]);
+            let results = f(x, array(T::zero(), |k| new[k][lane]));
+            for k in 0..O {
+                new[k][lane] = results[k];
             }
         }
-        for (output, new) in outputs.iter_mut().zip(&new) {
-            output[i..i + LANES].copy_from_slice(new);
+        for k in 0..O {
+            *outputs[k][i..].first_chunk_mut().expect("as many elements") = new[k];
         }
         i += LANES;
     }
     for i in whole..n {
-        let results = f(
-            std::array::from_fn(|k| inputs[k][i]),
-            std::array::from_fn(|k| outputs[k][i]),
-        );
-        for (output, result) in outputs.iter_mut().zip(results) {
-            output[i] = result;
+        let x = array(T::zero(), |k| inputs[k][i]);
+        let results = f(x, array(T::zero(), |k| outputs[k][i]));
+        for k in 0..O {
+            outputs[k][i] = results[k];
         }
     }
 }
@@ -107,31 +115,37 @@ pub fn map_over<T: Real, const O: usize, const I: usize>(
 pub fn max<T: Real>(values: &[T]) -> T {
     let larger = |a: T, b: T| if b > a { b } else { a };
     let mut best = [T::neg_infinity(); LANES];
-    let (whole, rest) = values.split_at(values.len() - values.len() % LANES);
-    for part in whole.chunks_exact(LANES) {
-        for (best, &v) in best.iter_mut().zip(part) {
-            *best = larger(*best, v);
+    let (whole, rest) = values.as_chunks::<LANES>();
+    for part in whole {
+        for lane in 0..LANES {
+            best[lane] = larger(best[lane], part[lane]);
         }
     }
-    for (best, &v) in best.iter_mut().zip(rest) {
-        *best = larger(*best, v);
+    for lane in 0..rest.len() {
+        best[lane] = larger(best[lane], rest[lane]);
     }
-    best.into_iter().fold(T::neg_infinity(), larger)
+    let mut largest = T::neg_infinity();
+    for value in best {
+        largest = larger(largest, value);
+    }
+    largest
 }
 
 /// Replaces each value by `e^(scale (value - shift))` and returns their sum.
 #[inline(always)]
 pub fn exp_and_sum<T: Real>(values: &mut [T], scale: T, shift: T) -> T {
     let mut sums = [T::zero(); LANES];
-    let mut step = |part: &mut [T]| {
-        for (sum, v) in sums.iter_mut().zip(part) {
-            *v = ((*v - shift) * scale).exp_vector();
-            *sum += *v;
+    let (whole, rest) = values.as_chunks_mut::<LANES>();
+    for part in whole {
+        for lane in 0..LANES {
+            part[lane] = ((part[lane] - shift) * scale).exp_vector();
+            sums[lane] += part[lane];
         }
-    };
-    let mut parts = values.chunks_exact_mut(LANES);
-    parts.by_ref().for_each(&mut step);
-    step(parts.into_remainder());
+    }
+    for lane in 0..rest.len() {
+        rest[lane] = ((rest[lane] - shift) * scale).exp_vector();
+        sums[lane] += rest[lane];
+    }
     total(sums)
 }
 
