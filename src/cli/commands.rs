@@ -88,7 +88,7 @@ fn eval_tasks(
         tasks::check_alike(&**dist, &config, &benchmarks)?;
         let tokenizer = found.tokenizer(&config.data)?;
         let options = tasks::Options {
-            tokens: config.train.micro_batch * config.model.sequence_length,
+            tokens: config.evaluation_batch() * config.model.sequence_length,
             quiet: !writes,
         };
         doing_alone("the benchmarks");

@@ -367,6 +367,9 @@ pub struct Weighted {
     pub weight: f64,
 }
 
+/// Most tokens of a batch of several sequences that is evaluated.
+const EVALUATION_TOKENS: usize = 16_384;
+
 impl Config {
     /// Merges the sources of the values, validates the result and returns it; see [`Layers`].
     ///
@@ -377,6 +380,13 @@ impl Config {
         check_router(&mut config.router)?;
         config.validate()?;
         Ok(config)
+    }
+
+    /// Returns the number of sequences that are evaluated at a time: those of a micro-batch, of at most 16,384 tokens. It
+    /// does not depend on the number of ranks, so that results do not either.
+    pub fn evaluation_batch(&self) -> usize {
+        let most = EVALUATION_TOKENS / self.model.sequence_length.max(1);
+        self.train.micro_batch.min(most.max(1))
     }
 
     /// Returns the configuration as TOML. Loaded as [`Layers::file`], it results in an equal configuration.

@@ -121,6 +121,10 @@ pub trait Collective: Send + Sync {
         Ok(())
     }
 
+    /// Says that all ranks have finished their run. Connections between devices are freed only after this: a rank that frees
+    /// them waits for the others, which do not come after an error.
+    fn finished(&self) {}
+
     /// Records that a step of the device begins, which waits for the steps of other ranks.
     fn begin_device_step(&self) {}
 
@@ -240,6 +244,10 @@ impl Collective for Arc<dyn Collective> {
 
     fn compare_device_call(&self, kind: Kind, count: usize) -> Result<()> {
         (**self).compare_device_call(kind, count)
+    }
+
+    fn finished(&self) {
+        (**self).finished();
     }
 
     fn begin_device_step(&self) {

@@ -157,7 +157,7 @@ pub fn run(
     let all = windows.len();
     let progress = Progress::new(all as u64, dist.rank() != 0);
     let shown = |done: usize| progress.at(done as u64, &format!("{done}/{all} sequences"));
-    let report = measured(model, &corpus, &windows, config.train.micro_batch, shown)?;
+    let report = measured(model, &corpus, &windows, config.evaluation_batch(), shown)?;
     if !report.loss.is_finite() {
         let diverged = Error::NonFinite {
             what: "the validation loss".into(),

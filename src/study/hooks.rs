@@ -5,7 +5,7 @@ use super::eval::validation_loss;
 use super::tasks::{self, Benchmark};
 use crate::config::Config;
 use crate::data::Tokenizer;
-use crate::dist::{Collective, SingleRank, doing, doing_alone};
+use crate::dist::{Collective, SingleRank, doing_alone};
 use crate::error::{Error, Result};
 use crate::report::metrics::Record;
 use crate::train::{Builder, Hook, RunOptions, StepReport, Summary, Trainer};
@@ -67,8 +67,9 @@ impl Hook for Evaluation {
         if !train.evaluates_after(record.step) {
             return Ok(());
         }
-        doing(format!("the evaluation after step {}", record.step));
-        let (most, batch) = (train.eval_sequences, train.micro_batch);
+        // A rank that has more batches than another must not count as lost.
+        doing_alone(format!("the evaluation after step {}", record.step));
+        let (most, batch) = (train.eval_sequences, trainer.config().evaluation_batch());
         let found = validation_loss(&trainer.model, trainer.corpus(), most, batch)?;
         record.validation_loss = Some(found.loss).filter(|l| l.is_finite());
         let sources = found.sources.into_iter();
@@ -115,9 +116,9 @@ impl Hook for Benchmarks {
         if !config.train.scores_after(step) {
             return Ok(());
         }
-        doing(format!("the benchmarks after step {step}"));
+        doing_alone(format!("the benchmarks after step {step}"));
         let options = tasks::Options {
-            tokens: config.train.micro_batch * config.model.sequence_length,
+            tokens: config.evaluation_batch() * config.model.sequence_length,
             quiet: true,
         };
         let results = match tasks::run(&trainer.model, tokenizer, benchmarks, &options, None) {

@@ -85,7 +85,7 @@ impl Builder {
         let dist = nccl::on_device(dist, self.config.train.device)?;
         // A wrong value is reported before anything about the folder.
         let config = &self.config;
-        check_values(config, run.is_some())?;
+        check_values(config, dist.size(), run.is_some())?;
         doing("the reading of data");
         let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
         let mut lock = None;
@@ -160,12 +160,12 @@ impl Builder {
 
 /// Rejects router settings that do not fit the model or the device, and, for a run with a folder, a run that does not
 /// fit in memory.
-fn check_values(config: &Config, in_folder: bool) -> Result<()> {
+fn check_values(config: &Config, ranks: usize, in_folder: bool) -> Result<()> {
     let router = routers::build(&config.router)?;
     router.validate(&config.model)?;
     router.validate_device(config.train.device)?;
     match in_folder {
-        true => memory::check(config),
+        true => memory::check(config, ranks),
         false => Ok(()),
     }
 }

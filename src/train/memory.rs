@@ -6,14 +6,17 @@ use crate::error::{Error, Result};
 use crate::report::size;
 use std::fs;
 
-/// Returns a lower bound of the bytes that training needs: each parameter with its gradient and two moments, and the
-/// tensors kept for backward of one micro-batch. Per token and layer these are about 8 D numbers for attention and 2
-/// D + 3 F for each expert; a recomputed layer keeps only its input.
-pub fn least(config: &Config) -> u64 {
-    let m = &config.model;
+/// Returns a lower bound of the bytes that each of `ranks` ranks needs to train: each parameter with its gradient and this
+/// rank's share of the two moments, and the tensors kept for backward of its part of a micro-batch. Per token and layer these
+/// are about 8 D numbers for attention and 2 D + 3 F for each expert; a recomputed layer keeps only its input.
+pub fn least(config: &Config, ranks: usize) -> u64 {
+    let (m, ranks) = (&config.model, ranks as u64);
     let size = config.train.dtype.dtype().size() as u64;
-    let weights = count::total_parameters(m).saturating_mul(4);
-    let tokens = config.train.micro_batch as u64 * m.sequence_length as u64;
+    let parameters = count::total_parameters(m);
+    let weights = parameters
+        .saturating_mul(2)
+        .saturating_add(parameters.saturating_mul(2) / ranks);
+    let tokens = config.train.micro_batch as u64 * m.sequence_length as u64 / ranks;
     let d = m.hidden as u64;
     let per_token: u64 = (0..m.layers)
         .map(|layer| {
@@ -30,19 +33,19 @@ pub fn least(config: &Config) -> u64 {
         })
         .sum();
     // The tokens of the current step and of the two prefetched steps are in memory as i32.
-    let batch = 3 * config.train.sequences_per_step as u64 * m.sequence_length as u64 * 4;
+    let batch = 3 * config.train.sequences_per_step as u64 * m.sequence_length as u64 * 4 / ranks;
     weights
         .saturating_add(tokens.saturating_mul(per_token))
         .saturating_mul(size)
         .saturating_add(batch)
 }
 
-/// Rejects a run that needs more memory than the machine has. The memory of a GPU is not checked here; it is reserved
-/// before the run.
-pub(super) fn check(config: &Config) -> Result<()> {
+/// Rejects a run of which a rank needs more memory than the machine has. The memory of a GPU is not checked here; it is
+/// reserved before the run.
+pub(super) fn check(config: &Config, ranks: usize) -> Result<()> {
     match config.train.device {
         Device::Cuda => Ok(()),
-        _ => fits(least(config), available()),
+        _ => fits(least(config, ranks), available()),
     }
 }
 
@@ -86,9 +89,9 @@ mod tests {
     #[test]
     fn tiny_fits_and_the_error_names_both_sizes() {
         let config = Config::load(&Layers::preset("tiny"), &|_| Ok(())).unwrap();
-        check(&config).unwrap();
+        check(&config, 1).unwrap();
         // 3.7 M parameters of 16 bytes, and about 30 kB for each of 4,096 tokens.
-        let least = least(&config);
+        let least = least(&config, 1);
         assert!((150_000_000..300_000_000).contains(&least), "{least}");
         let e = fits(50 << 30, Some(24 << 30)).unwrap_err().to_string();
         assert!(e.contains("24.00 GiB") && e.contains("50.00 GiB"), "{e}");
@@ -101,6 +104,6 @@ mod tests {
         let plain = Config::load(&layers, &|_| Ok(())).unwrap();
         layers.set = vec!["train.recompute=true".into()];
         let recomputed = Config::load(&layers, &|_| Ok(())).unwrap();
-        assert!(least(&recomputed) < least(&plain));
+        assert!(least(&recomputed, 1) < least(&plain, 1));
     }
 }

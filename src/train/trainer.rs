@@ -276,6 +276,7 @@ impl Trainer {
         self.stop_requested.set(false);
         self.executor.ask_to_stop(false);
         self.all_hooks(|hook, trainer| hook.end(trainer, outcome))?;
+        self.dist.finished();
         if let Some(why) = self.executor.graph_error() {
             self.note(&format!(
                 "steps were launched one by one, not as a graph: {why}"
@@ -439,16 +440,22 @@ impl Trainer {
         done
     }
 
-    /// Calls all hooks and returns the last error. The hook that saves checkpoints is last, and its errors matter
-    /// most.
+    /// Calls all hooks and returns the last error: the hook that saves checkpoints is last, and its errors matter most.
+    /// Among several ranks no further hook of every rank is called after one has failed: the others do not make its calls.
     fn all_hooks(
         &mut self,
         mut call: impl FnMut(&mut dyn Hook, &Trainer) -> Result<()>,
     ) -> Result<()> {
+        let (several, mut left) = (self.dist.size() > 1, false);
         let mut last = Ok(());
         self.each_hook(|hook, trainer| {
-            if let Err(e) = call(hook, trainer) {
-                last = Err(e);
+            let on_every_rank = hook.on_every_rank();
+            if left && on_every_rank {
+                return Ok(());
+            }
+            match call(hook, trainer) {
+                Err(e) if !left => (last, left) = (Err(e), several && on_every_rank),
+                _ => {}
             }
             Ok(())
         })?;

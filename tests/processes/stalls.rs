@@ -3,8 +3,8 @@
 use crate::common::*;
 use crate::launchers::*;
 use crate::nccl::{calls::train_small, config, stand_in};
-use routegrad::Trainer;
 use routegrad::dist::{self, Collective, Ranks, doing, doing_alone};
+use routegrad::{Error, Trainer};
 use std::process::Command;
 use std::time::Duration;
 
@@ -117,4 +117,71 @@ fn ranks_wait_without_a_limit_for_whichever_works_alone() {
     own.args(["--exact", "stalls::a_rank_of_the_test_of_long_work"]);
     let mut command = LAUNCHER.start(&[(3, &own)]);
     succeed(command.env("ROUTEGRAD_TEST_LONG", "1"));
+}
+
+/// Not a test of its own: what each process of the next one does.
+#[test]
+fn a_rank_of_the_test_of_an_error() {
+    if std::env::var("ROUTEGRAD_TEST_ERROR").is_err() {
+        return;
+    }
+    let dist = dist::start(Ranks::Auto, Duration::from_secs(5)).unwrap();
+    let train = || -> routegrad::Result<()> {
+        let config = config(&["router.name=\"topk\""]);
+        let mut run = Trainer::builder(config).ranks(dist.clone()).build()?;
+        for step in 1.. {
+            if step == 7 && dist.rank() == 1 {
+                return Err(Error::invalid("a", "b", "what is planted", "d"));
+            }
+            run.step()?;
+        }
+        Ok(())
+    };
+    if let Err(Some(error)) = dist::conclude(train()) {
+        eprintln!("error: {error}");
+    }
+    std::process::exit(1);
+}
+
+/// A rank that frees its communicator waits for the others, which wait for this rank.
+#[test]
+#[ignore = "slow"]
+fn the_error_of_a_rank_is_told_before_its_devices_are_disconnected() {
+    wait_for_other_tests();
+    let mut own = Command::new(std::env::current_exe().unwrap());
+    own.args(["--exact", "stalls::a_rank_of_the_test_of_an_error"]);
+    own.arg("--nocapture");
+    let mut command = LAUNCHER.start(&[(2, &own)]);
+    command
+        .env("ROUTEGRAD_TEST_ERROR", "1")
+        .env("ROUTEGRAD_NCCL", stand_in());
+    let begun = std::time::Instant::now();
+    let said = refused(command);
+    let seconds = begun.elapsed().as_secs_f64();
+    println!("{seconds:.1} s: {said:?}");
+    assert!(
+        said.len() == 1 && said[0].contains("rank 1") && said[0].contains("what is planted"),
+        "{said:?}"
+    );
+}
+
+/// One batch of 64 sequences in double precision, which takes rank 0 longer than the others wait for a rank.
+#[test]
+#[ignore = "slow"]
+fn ranks_without_a_batch_to_evaluate_wait_without_a_limit() {
+    wait_for_other_tests();
+    let place = Place::new();
+    let mut train = program();
+    train.args(["train", "--preset", "small", "--steps", "1", "--quiet"]);
+    train.args(["--rank-timeout", "2", "--threads", "1", "--no-checkpoint"]);
+    train.arg("--out").arg(place.path("run"));
+    for set in [
+        "train.dtype=\"f64\"",
+        "train.sequences_per_step=64",
+        "train.micro_batch=64",
+        "train.eval_sequences=64",
+    ] {
+        train.args(["--set", set]);
+    }
+    succeed(&mut LAUNCHER.ranks(2, &train));
 }

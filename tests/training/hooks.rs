@@ -1,8 +1,10 @@
 //! Hooks: when they are called, and which weights they see.
 
+use routegrad::dist::{Collective, ThreadRank};
 use routegrad::prelude::*;
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 const SMALL: [&str; 9] = [
@@ -104,6 +106,44 @@ fn a_hook_that_fails_after_a_step_ends_the_run_when_the_others_were_called() {
     let error = trainer.run(&AtomicBool::new(false)).unwrap_err();
     assert!(error.to_string().contains("no failure"), "{error}");
     assert_eq!(calls.borrow().last().unwrap(), "b after 3");
+}
+
+/// A hook of every rank whose ranks meet; on one of them it may fail before.
+struct Meeting {
+    fails: bool,
+    meet: fn(&dyn Collective) -> Result<()>,
+}
+
+impl Hook for Meeting {
+    fn on_every_rank(&self) -> bool {
+        true
+    }
+
+    fn after_step(&mut self, trainer: &Trainer, _: &StepReport, _: &Record) -> Result<()> {
+        if self.fails {
+            return Err(Error::invalid("a", "b", "what is planted", "d"));
+        }
+        (self.meet)(trainer.model.dist())
+    }
+}
+
+#[test]
+fn the_error_of_a_hook_of_every_rank_is_not_replaced_by_that_of_a_later_hook() {
+    let errors = ThreadRank::run(2, |rank| {
+        let first = Meeting {
+            fails: rank.rank() == 1,
+            meet: |dist| dist.barrier(),
+        };
+        let second = Meeting {
+            fails: false,
+            meet: |dist| dist.sum(&mut [1.0]),
+        };
+        let builder = Trainer::builder(config(&[])).ranks(Arc::new(rank));
+        let mut trainer = builder.hook(first).hook(second).build().unwrap();
+        let error = trainer.run(&AtomicBool::new(false)).unwrap_err();
+        error.to_string()
+    });
+    assert!(errors[1].contains("what is planted"), "{errors:?}");
 }
 
 /// Asks to stop after step 4.

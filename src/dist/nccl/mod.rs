@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use library::{Communicator, Id, Library, names};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::thread;
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 /// Time between two checks for asynchronous errors.
@@ -36,6 +36,10 @@ pub struct Nccl {
     calls: AtomicU64,
     /// Whether further calls are compared.
     compares: AtomicBool,
+    /// Whether all ranks have finished.
+    finished: AtomicBool,
+    /// The thread that checks for errors.
+    watcher: Option<JoinHandle<()>>,
 }
 
 /// What the rank shares with the thread that checks for errors.
@@ -135,8 +139,11 @@ impl Nccl {
             failure: OnceLock::new(),
             ended: AtomicBool::new(false),
         });
-        watch(host.clone(), link.clone())?;
+        let watcher = Some(watch(host.clone(), link.clone())?);
         Ok(Nccl {
+            // A rank alone waits for no other.
+            finished: AtomicBool::new(host.size() == 1),
+            watcher,
             host,
             link,
             version: library.version,
@@ -167,7 +174,7 @@ impl Nccl {
 }
 
 /// Starts the thread that checks for asynchronous errors until the rank ends.
-fn watch(host: Arc<dyn Collective>, link: Arc<Link>) -> Result<()> {
+fn watch(host: Arc<dyn Collective>, link: Arc<Link>) -> Result<JoinHandle<()>> {
     let look = move || {
         while !link.ended.load(Ordering::SeqCst) {
             if let Err(error) = link.communicator.asynchronous() {
@@ -178,17 +185,18 @@ fn watch(host: Arc<dyn Collective>, link: Arc<Link>) -> Result<()> {
                 let known = named.is_some();
                 let text = named.unwrap_or_else(|| error.to_string());
                 let _ = link.failure.set(text.clone());
-                link.communicator.abort();
+                // Before the abort, which may wait for the other ranks.
                 if !known {
                     host.leave(&text);
                 }
+                link.communicator.abort();
                 return;
             }
-            thread::sleep(LOOK);
+            thread::park_timeout(LOOK);
         }
     };
     let thread = thread::Builder::new().name("nccl".into()).spawn(look);
-    thread.map(drop).map_err(|e| {
+    thread.map_err(|e| {
         let help = "raise the limit of threads (ulimit -u), or end other programs";
         Error::invalid(
             "NCCL",
@@ -204,11 +212,15 @@ impl Drop for Nccl {
         if self.link.ended.swap(true, Ordering::SeqCst) {
             return;
         }
-        // The calls of a rank that failed may never end.
-        match thread::panicking() {
-            true => self.link.communicator.abort(),
-            false => self.link.communicator.destroy(),
+        if thread::panicking() || !self.finished.load(Ordering::SeqCst) {
+            // The end of the process frees the communicator: here NCCL might wait for ranks that wait for this one.
+            return;
         }
+        if let Some(watcher) = self.watcher.take() {
+            watcher.thread().unpark();
+            let _ = watcher.join();
+        }
+        self.link.communicator.destroy();
     }
 }
 
@@ -256,7 +268,13 @@ impl Collective for Nccl {
         Call::compare(&all).map_err(|e| super::shared(self, e))
     }
 
+    fn finished(&self) {
+        self.finished.store(true, Ordering::SeqCst);
+        self.host.finished();
+    }
+
     fn begin_device_step(&self) {
+        self.finished.store(self.size() == 1, Ordering::SeqCst);
         self.host.begin_device_step();
     }
 

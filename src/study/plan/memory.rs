@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::kernels::cross_entropy::statistics;
 use crate::ops::cross_entropy::{LOGIT_TOKENS, LOGITS, gradient_tokens};
 use crate::routers::{self, Router};
+use crate::train::optimizer::BUCKET;
 use clap::ValueEnum;
 use clap::builder::PossibleValue;
 use serde::{Serialize, Serializer};
@@ -148,8 +149,11 @@ impl Memory {
         part.train.micro_batch = config.train.micro_batch.div_ceil(ranks);
         part.train.sequences_per_step = config.train.sequences_per_step.div_ceil(ranks);
         let whole = Self::with(&part, router, target);
-        // Gradients of the largest parameter from all ranks; those of activations are already freed.
-        let received = F32 * largest_parameter(&config.model);
+        // Gradients of the largest bucket from all ranks, or a batch that is evaluated; the activations of training are
+        // already freed.
+        let received =
+            (BUCKET as u64 + F32 * largest_parameter(&config.model)).min(whole.gradients);
+        let later = received.max(evaluation(config, router, target));
         Memory {
             weights: match target {
                 Target::Cpu => whole.weights,
@@ -157,9 +161,7 @@ impl Memory {
                 Target::Gpu(_) => whole.weights / 2 + (whole.weights / 2).div_ceil(ranks as u64),
             },
             optimizer: whole.optimizer.div_ceil(ranks as u64),
-            workspace: whole
-                .workspace
-                .max(received.saturating_sub(whole.activations)),
+            workspace: whole.workspace.max(later.saturating_sub(whole.activations)),
             ..whole
         }
     }
@@ -326,6 +328,18 @@ fn sampled_bytes(config: &Config, router: &dyn Router, size: u64) -> u64 {
     let tokens = (train.micro_batch * m.sequence_length) as u64;
     let (d, f) = (m.hidden as u64, m.expert_ffn_width as u64);
     size * rows * (2 * d + 3 * f) + size.max(F32) * tokens * m.num_experts as u64
+}
+
+/// Returns the bytes of the activations of a batch that is evaluated: those of one layer.
+fn evaluation(config: &Config, router: &dyn Router, target: Target) -> u64 {
+    let m = &config.model;
+    let layers = (0..m.layers).map(|l| kept(config, router, l, target).iter().sum::<u64>());
+    let size = match target {
+        Target::Cpu => config.train.dtype.dtype().size() as u64,
+        Target::Gpu(_) => 2,
+    };
+    let tokens = config.evaluation_batch() as u64 * m.sequence_length as u64;
+    tokens * layers.max().unwrap_or(0) * size
 }
 
 /// Returns the bytes of the maps between tokens and rows of all MoE layers: three entries of four bytes per row.

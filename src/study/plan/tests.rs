@@ -301,6 +301,42 @@ fn ranks_share_batch_and_moments_and_send_gradients_and_weights() {
     assert!(error.contains("divide train.micro_batch = 64"), "{error}");
 }
 
+#[test]
+fn a_rank_evaluates_no_more_tokens_at_a_time_than_its_plan_has() {
+    let set = [
+        "train.recompute=true",
+        "train.micro_batch=1024",
+        "train.sequences_per_step=1024",
+    ];
+    let big = config("7.33b", &set);
+    assert_eq!(big.evaluation_batch() * big.model.sequence_length, 16_384);
+    let memory = Memory::of_rank(&big, h200(), 128).unwrap();
+    // Of each token an expert's gate and up, and 6 D of attention, in bf16.
+    let m = &big.model;
+    let evaluated = 16_384 * 2 * (2 * m.expert_ffn_width + 6 * m.hidden) as u64;
+    assert!(
+        memory.activations + memory.workspace > evaluated,
+        "{memory:?}"
+    );
+    assert_eq!(config("tiny", &[]).evaluation_batch(), 16);
+    let long = config("tiny", &["model.sequence_length=65536"]);
+    assert_eq!(long.evaluation_batch(), 1);
+}
+
+#[test]
+fn a_run_that_the_plan_fits_is_not_refused_before_it_begins() {
+    let set = ["train.micro_batch=3392", "train.sequences_per_step=3392"];
+    for ranks in [1, 8] {
+        let config = config("tiny", &set);
+        let planned = Memory::of_rank(&config, Target::Cpu, ranks).unwrap();
+        let least = crate::train::least_memory(&config, ranks);
+        assert!(
+            least <= planned.total(),
+            "{ranks} ranks: {least}, {planned:?}"
+        );
+    }
+}
+
 /// The model has parameters of many blocks, so that the shares of the ranks differ little.
 #[test]
 fn planned_weights_and_moments_of_a_rank_are_those_that_a_rank_on_the_simulator_holds() {

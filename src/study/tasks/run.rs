@@ -81,6 +81,26 @@ pub fn run(
     options: &Options,
     out: Option<&Path>,
 ) -> Result<Results> {
+    let results = scored(model, tokenizer, benchmarks, options, out);
+    // The routing statistics of training must not include these tokens.
+    for state in model.layer_states_mut().iter_mut() {
+        state.take_stats();
+    }
+    let results = results?;
+    if let Some(out) = out {
+        write(&out.join("scores.json"), &format!("{:#}\n", json!(results)))?;
+    }
+    Ok(results)
+}
+
+/// Scores a model as [`run`] does.
+fn scored(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    benchmarks: &[Benchmark],
+    options: &Options,
+    out: Option<&Path>,
+) -> Result<Results> {
     let questions = benchmarks.iter().flat_map(|b| &b.questions);
     let mut progress = Progress::new(questions.map(|(_, question)| question), options.quiet);
     let mut results = Results::default();
@@ -114,14 +134,6 @@ pub fn run(
         let score = Score::of(task, &answers);
         progress.scored(&score);
         results.scores.push(score);
-    }
-    drop(progress);
-    // The routing statistics of training must not include these tokens.
-    for state in model.layer_states_mut().iter_mut() {
-        state.take_stats();
-    }
-    if let Some(out) = out {
-        write(&out.join("scores.json"), &format!("{:#}\n", json!(results)))?;
     }
     Ok(results)
 }

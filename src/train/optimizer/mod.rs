@@ -14,7 +14,7 @@ mod shards;
 
 pub use device::{DeviceStep, Outcome, Settings};
 pub use device_shards::reduce;
-pub use shards::Shards;
+pub use shards::{BUCKET, Shards};
 
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};

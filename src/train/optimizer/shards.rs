@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Bytes of parameters that are transferred at a time.
-const BUCKET: usize = 8 << 20;
+pub const BUCKET: usize = 8 << 20;
 
 /// The division of the elements of each parameter among the ranks.
 pub struct Shards {

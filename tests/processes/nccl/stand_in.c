@@ -38,7 +38,7 @@ typedef struct {
 } Call;
 
 typedef struct {
-  atomic_uint arrived, turn, aborted;
+  atomic_uint arrived, turn, aborted, ending;
   Call call[kMostRanks];
   char slot[kMostRanks][kSlot];
 } Shared;
@@ -217,18 +217,21 @@ int ncclCommGetAsyncError(void* comm, int* status) {
   return kOk;
 }
 
+// As in NCCL, whose ranks of a node free their communicator together: waits for the other ranks, here for 20 s at most.
 // Memory stays: another thread may be in a call.
-int ncclCommAbort(void* comm) {
-  note(comm, "abort");
-  atomic_store(&((Comm*)comm)->shared->aborted, 1);
+static int end(Comm* c, const char* how) {
+  note(c, "%s", how);
+  Shared* s = c->shared;
+  atomic_store(&s->aborted, 1);
+  atomic_fetch_add(&s->ending, 1);
+  const struct timespec nap = {0, 1000000};
+  for (int turns = 0; turns < 20000 && atomic_load(&s->ending) < (unsigned)c->size; ++turns) nanosleep(&nap, 0);
   return kOk;
 }
 
-int ncclCommDestroy(void* comm) {
-  note(comm, "destroy");
-  atomic_store(&((Comm*)comm)->shared->aborted, 1);
-  return kOk;
-}
+int ncclCommAbort(void* comm) { return end(comm, "abort"); }
+
+int ncclCommDestroy(void* comm) { return end(comm, "destroy"); }
 
 int ncclAllGather(const void* own, void* all, size_t count, int type, void* comm, void* stream) {
   Comm* c = comm;
