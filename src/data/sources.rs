@@ -2,6 +2,7 @@
 //! of documents of one file. Sources are known by file names only; other properties, such as the year of a speech, are not
 //! known here.
 
+use super::boundaries::Boundaries;
 use super::limits::{DOCUMENT_END, in_vocabulary};
 use super::part::Part;
 use super::tokens::{Store, Tokens};
@@ -20,12 +21,13 @@ pub struct Source {
     /// Name of its file, or the range of its documents, counted from 1.
     pub name: String,
     text: Tokens,
+    /// If attention stays within documents.
+    boundaries: Option<Boundaries>,
     sequence_length: usize,
 }
 
 impl Source {
-    /// Returns at most `most` windows of its text, evenly spread, without document boundaries. No two windows have a
-    /// predicted token in common.
+    /// Returns at most `most` windows of its text, evenly spread. No two windows have a predicted token in common.
     pub fn windows(&self, most: usize) -> Batch {
         let s = self.sequence_length as u64;
         let all = ((self.text.len() - 1) / s) as usize;
@@ -36,6 +38,10 @@ impl Source {
         for k in 0..batch.sequences {
             let start = (k * all / batch.sequences) as u64 * s;
             self.text.copy(start..start + s + 1, &mut batch.tokens);
+            if let Some(boundaries) = &self.boundaries {
+                let first_key = batch.first_key.get_or_insert_default();
+                boundaries.first_keys(start, s, first_key);
+            }
         }
         batch
     }
@@ -84,6 +90,8 @@ pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>,
     let mut left_out = LeftOut::default();
     let mut found = Vec::new();
     for (name, documents) in groups.drain(..) {
+        let lengths = documents.iter().map(|d| d.len() + DOCUMENT_END.len());
+        let boundaries = (config.document_boundaries).then(|| Boundaries::of_lengths(lengths));
         let text = documents.join(DOCUMENT_END).into_bytes();
         if text.len() <= model.sequence_length {
             left_out.short.push(name);
@@ -93,6 +101,7 @@ pub fn sources(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>,
         found.push(Source {
             name,
             text: Tokens::whole(Store::Bytes(text)),
+            boundaries,
             sequence_length: model.sequence_length,
         });
     }
@@ -120,24 +129,27 @@ fn any(
 
 /// Returns the sources of folders of tokens: the [`MOST`] sources with the most held-out tokens.
 fn of_folders(config: &DataConfig, model: &ModelConfig) -> Result<(Vec<Source>, LeftOut)> {
-    let mut by_name: BTreeMap<String, Tokens> = BTreeMap::new();
+    // The tokens of each source, and the lengths of its documents.
+    let mut by_name: BTreeMap<String, (Tokens, Vec<usize>)> = BTreeMap::new();
     for source in config.sources() {
         let part = Part::load(source, config, model)?;
         let mut begin = 0;
         for document in &part.documents {
             let name = &part.sources[document.source as usize];
-            let text = by_name.entry(name.clone()).or_default();
+            let (text, lengths) = by_name.entry(name.clone()).or_default();
             text.append(&part.validation, begin..document.end);
+            lengths.push((document.end - begin) as usize);
             begin = document.end;
         }
     }
     let length = model.sequence_length;
     let (long, short): (Vec<_>, Vec<_>) = by_name
         .into_iter()
-        .partition(|(_, text)| text.len() > length as u64);
-    let sources = long.into_iter().map(|(name, text)| Source {
+        .partition(|(_, (text, _))| text.len() > length as u64);
+    let sources = long.into_iter().map(|(name, (text, lengths))| Source {
         name,
         text,
+        boundaries: (config.document_boundaries).then(|| Boundaries::of_lengths(lengths)),
         sequence_length: length,
     });
     let mut found: Vec<Source> = sources.collect();
@@ -203,6 +215,27 @@ mod tests {
         assert_eq!(windows.tokens, b"aaaa\n".map(i32::from));
         assert_eq!(windows.sequences, 1);
         assert!(of(folder.path(), 100).is_err());
+    }
+
+    #[test]
+    fn with_document_boundaries_attention_begins_anew_in_each_document_of_a_source() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.txt");
+        fs::write(&path, "aa\n\n\nbbbbbbbbbb").unwrap();
+        let mut layers = Layers::preset("tiny");
+        layers.set = vec!["model.sequence_length=8".into()];
+        let mut config = Config::load(&layers, &|_| Ok(())).unwrap();
+        config.data.source = folder.path().display().to_string();
+        fs::write(folder.path().join("b.txt"), "cc\n\n\ndddddddddd").unwrap();
+        let first_key = |config: &Config| {
+            let (found, _) = sources(&config.data, &config.model).unwrap();
+            found[1].windows(1).first_key
+        };
+        assert_eq!(first_key(&config), None);
+        config.data.document_boundaries = true;
+        let begin = 2 + DOCUMENT_END.len() as i32;
+        let expected = (0..8).map(|at| if at < begin { 0 } else { begin });
+        assert_eq!(first_key(&config), Some(expected.collect()));
     }
 
     #[test]

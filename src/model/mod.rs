@@ -27,7 +27,7 @@ pub use weight::{Places, Weight};
 use crate::config::{Config, ModelConfig};
 use crate::device::Device;
 use crate::dist::{Collective, DeviceRanks, SingleRank};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::batch::Sequences;
 use crate::ops::cached_attention::KeyValueCache;
 use crate::ops::cross_entropy::{cross_entropy, token_losses};
@@ -196,6 +196,23 @@ impl Model {
         router.end_step(&context.config, &mut states, &*context.dist)
     }
 
+    /// Checks that these are weights of this model.
+    fn check_weights(&self, weights: &Weights) -> Result<()> {
+        let own = self.parameters.iter().map(|p| p.value.shape());
+        if weights.iter().map(|w| w.tensor().shape()).eq(own) {
+            return Ok(());
+        }
+        Err(Error::invalid(
+            "the weights",
+            format!(
+                "the {} weights of this model, with its shapes",
+                self.parameters.len()
+            ),
+            format!("{} weights, or other shapes", weights.len()),
+            "use what Model::weights of the same model returns",
+        ))
+    }
+
     /// Returns the losses of sequences: the first S tokens of each sequence predict its last S tokens.
     ///
     /// # Errors
@@ -221,6 +238,7 @@ impl Model {
         inputs: &Inputs,
         pass: Pass,
     ) -> Result<Losses> {
+        self.check_weights(weights)?;
         let Inputs {
             ids, targets, rows, ..
         } = inputs;
@@ -247,6 +265,7 @@ impl Model {
         sequences: Sequences,
         pass: Pass,
     ) -> Result<(Tensor, Var)> {
+        self.check_weights(weights)?;
         let Inputs {
             ids, targets, rows, ..
         } = Inputs::new(sequences, self.device())?;
@@ -272,6 +291,7 @@ impl Model {
         x: &Var,
         pass: Pass,
     ) -> Result<(Var, Vec<Var>)> {
+        self.check_weights(weights)?;
         let (y, losses) = self.transformer.moe_layer(layer, tape, weights, x, pass)?;
         Ok((
             y,

@@ -10,6 +10,7 @@ pub mod densemixer;
 pub mod lossfree;
 mod registry;
 pub mod remoe;
+mod replay;
 pub mod sparsemixer;
 mod state;
 mod statistics;
@@ -17,7 +18,8 @@ mod tally;
 pub mod topk;
 
 pub use registry::{GradientCheck, RouterInfo, Surrogate, all, build, find, register, resolve};
-pub use state::{Disagreement, LayerPass, LayerState, Pass, Phase};
+pub use replay::Disagreement;
+pub use state::{LayerPass, LayerState, Pass, Phase};
 pub use statistics::LayerStats;
 pub(crate) use tally::DeviceTally;
 

@@ -19,6 +19,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 
 use super::StateTensor;
+use super::replay::{Disagreement, disagreements};
 use super::statistics::LayerStats;
 use super::tally::{Counted, Tally};
 
@@ -78,17 +79,6 @@ pub struct LayerState {
     record: Option<Vec<Selection>>,
     replay: VecDeque<Selection>,
     disagreements: Vec<Disagreement>,
-}
-
-/// A token whose replayed choice differs from the choice that the router would have made.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Disagreement {
-    /// Index of the token in the batch.
-    pub token: usize,
-    /// The experts of the replayed choice.
-    pub replayed: Vec<i32>,
-    /// The experts of the router's own choice.
-    pub own: Vec<i32>,
 }
 
 impl LayerState {
@@ -250,16 +240,6 @@ impl LayerState {
     }
 }
 
-fn disagreements(replayed: &Selection, own: &Selection) -> Vec<Disagreement> {
-    let tokens = (0..replayed.num_tokens()).filter(|&t| replayed.experts(t) != own.experts(t));
-    let of = |token| Disagreement {
-        token,
-        replayed: replayed.experts(token).to_vec(),
-        own: own.experts(token).to_vec(),
-    };
-    tokens.map(of).collect()
-}
-
 /// One layer in one pass: the interface of a router to its state.
 pub struct LayerPass<'p> {
     /// The pass of the whole model.
@@ -320,9 +300,8 @@ impl<'p> LayerPass<'p> {
         self.non_finite = non_finite;
         if self.updates_state() {
             if let Some(replayed) = self.state.replay.pop_front() {
-                self.state
-                    .disagreements
-                    .extend(disagreements(&replayed, &selection));
+                let found = disagreements(&replayed, &selection)?;
+                self.state.disagreements.extend(found);
                 selection = replayed;
             }
             if let Some(record) = &mut self.state.record {

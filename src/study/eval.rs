@@ -168,7 +168,7 @@ pub fn run(
     Ok(report)
 }
 
-/// Returns the loss on `most` validation sequences (all if 0), `batch` sequences at a time. Several ranks divide the
+/// Returns the loss on `most` validation sequences (all if 0), `batch` sequences at a time, at least 1. Several ranks divide the
 /// batches, and every rank gets the same report as one rank alone. The model's state is not changed.
 ///
 /// # Errors
@@ -190,7 +190,7 @@ fn measured(
     batch: usize,
     shown: impl Fn(usize),
 ) -> Result<Report> {
-    let dist = model.dist();
+    let (dist, batch) = (model.dist(), batch.max(1));
     let of_rank = |rank| windows.chunks(batch).skip(rank).step_by(dist.size());
     let mut sums = Vec::new();
     let mut done = 0;

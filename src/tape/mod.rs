@@ -310,7 +310,8 @@ impl Tape {
     /// operation saved are dropped as soon as its backward has run.
     ///
     /// # Errors
-    /// Returns an error when an incoming gradient does not fit its output, or an operation fails.
+    /// Returns an error when an output was computed on another tape, an incoming gradient does not fit its output, or an
+    /// operation fails.
     ///
     /// # Panics
     /// Panics when an operation does not deliver exactly one gradient or none for each of its inputs, which is a bug
@@ -320,6 +321,14 @@ impl Tape {
         let mut pending: Vec<Vec<Option<Tensor>>> =
             entries.iter().map(|e| vec![None; e.outputs]).collect();
         for (var, dout) in outputs {
+            if matches!(var.source, Source::Entry { tape, .. } if tape != self.id) {
+                return Err(Error::invalid(
+                    "backward",
+                    "an output that was computed on this tape",
+                    "one of another tape",
+                    "call backward on the tape that the output was computed on",
+                ));
+            }
             dout.expect_shape("backward", "an incoming gradient", var.tensor.shape())?;
             dout.expect_dtype("backward", "an incoming gradient", var.tensor.dtype())?;
             let source = [var.source];

@@ -171,3 +171,13 @@ fn backward_of_a_vector_without_a_seed_is_an_error() {
     let y = multiply(&tape, &x, &x);
     assert!(tape.backward(&y, 1.0, &mut Gradients::new(1)).is_err());
 }
+
+#[test]
+fn backward_of_an_output_of_another_tape_is_an_error() {
+    let (tape, other) = (Tape::new(), Tape::new());
+    let x = leaf(3.0, 0);
+    multiply(&tape, &x, &x);
+    let y = multiply(&other, &x, &x);
+    let error = tape.backward(&y, 1.0, &mut Gradients::new(1)).unwrap_err();
+    assert!(error.to_string().contains("another tape"), "{error}");
+}

@@ -85,6 +85,7 @@ impl Builder {
         let dist = nccl::on_device(dist, self.config.train.device)?;
         // A wrong value is reported before anything about the folder.
         let config = &self.config;
+        config.validate()?;
         check_values(config, dist.size(), run.is_some())?;
         doing("the reading of data");
         let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;

@@ -1,12 +1,16 @@
 //! The training loop. On a device with kernels, the next step is launched before the results of the current step are
 //! read, if no hook needs the model in between. The device then works while the host reads and writes.
 
+mod launched;
+
+pub use launched::LaunchedStep;
+
 use super::checkpoint::TrainerState;
 use super::console::Console;
 use super::loader::DataLoader;
 use super::outcome::{Outcome, Summary};
-use super::step::{Launched, StepExecutor, StepReport};
-use super::{learning_rate, record};
+use super::record;
+use super::step::{StepExecutor, StepReport};
 use crate::config::Config;
 use crate::data::Corpus;
 use crate::dist::{self, Collective, doing};
@@ -19,17 +23,14 @@ use crate::tensor::Tensor;
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
-
-/// A run that is requested to stop finishes the current step if that takes no longer than this.
-const PATIENCE: Duration = Duration::from_secs(2);
+use std::time::Instant;
 
 /// Something that happens during training: logging, evaluation, checkpoints, analyses, early stopping.
 ///
 /// For step `n` the trainer calls, each for all hooks in their order: [`before_step`](Self::before_step), the step,
 /// [`measure`](Self::measure), [`log`](Self::log), [`after_step`](Self::after_step). An error ends the run. After an
 /// error of `after_step` or `end`, the remaining hooks are still called, so that, for example, a figure that cannot
-/// be drawn does not prevent a checkpoint.
+/// be drawn does not prevent a checkpoint; among several ranks those of every rank are not.
 ///
 /// On several ranks, a hook runs only on rank 0, unless [`on_every_rank`](Self::on_every_rank) returns true.
 ///
@@ -145,15 +146,6 @@ pub struct Trainer {
     stop_requested: Cell<bool>,
     /// Lock on the run's folder.
     pub(super) lock: Option<FolderLock>,
-}
-
-/// A step that was launched and whose results have not been read yet.
-pub struct LaunchedStep {
-    /// Number of steps before it.
-    step: u64,
-    rate: f64,
-    begun: Instant,
-    launched: Launched,
 }
 
 impl Trainer {
@@ -346,66 +338,6 @@ impl Trainer {
         Ok((report, record))
     }
 
-    /// Launches the next step without waiting for it, for measurements; [`finish`](Self::finish) reads its results.
-    ///
-    /// # Errors
-    /// The errors of a step.
-    pub fn launch(&mut self) -> Result<LaunchedStep> {
-        self.launch_until(None)
-    }
-
-    /// Like [`launch`](Self::launch), but abandons the step if `stop` is set on any rank and the rest of the step
-    /// would take long.
-    fn launch_until(&mut self, stop: Option<&AtomicBool>) -> Result<LaunchedStep> {
-        let step = self.launched;
-        self.each_hook(|hook, trainer| hook.before_step(trainer, step + 1))?;
-        let (begun, train) = (Instant::now(), &self.state.config.train);
-        let batch = self.data.take(step, train.steps)?;
-        self.launched = step + 1;
-        let rate = learning_rate(train, step);
-        let own = train.micro_batch / self.dist.size();
-        let micro_batches: Vec<_> = batch.chunks(own).collect();
-        let dist = &*self.dist;
-        let mut give_up = |done: usize| {
-            let Some(stop) = stop else {
-                return Ok(false);
-            };
-            let left = (micro_batches.len() - done) as f64 / done as f64;
-            let long = begun.elapsed().mul_f64(left) > PATIENCE;
-            dist::any(dist, long && stop.load(Ordering::SeqCst))
-        };
-        let (model, executor) = (&mut self.model, &mut self.executor);
-        let launched = executor.launch_until(model, &micro_batches, rate, &mut give_up)?;
-        Ok(LaunchedStep {
-            step,
-            rate,
-            begun,
-            launched,
-        })
-    }
-
-    /// Reads the results of a launched step, without the hooks.
-    ///
-    /// # Errors
-    /// The errors of a step.
-    pub fn finish(&mut self, launched: LaunchedStep) -> Result<StepReport> {
-        Ok(self.read_results(launched)?.0)
-    }
-
-    /// Returns the report of a launched step, and the seconds since its launch or since the previous report,
-    /// whichever is later.
-    fn read_results(&mut self, this: LaunchedStep) -> Result<(StepReport, f64)> {
-        let report = self.executor.report(&mut self.model, this.launched)?;
-        let now = Instant::now();
-        let seconds = now.duration_since(this.begun.max(self.last_read));
-        self.last_read = now;
-        self.state.step = this.step + 1;
-        self.state.optimizer_steps = self.executor.optimizer.steps();
-        let row = self.state.skipped_in_a_row + 1;
-        self.state.skipped_in_a_row = report.skipped.as_ref().map_or(0, |_| row);
-        Ok((report, seconds.as_secs_f64()))
-    }
-
     /// Reports a skipped step to the user; returns an error after too many in a row.
     fn check_finite(&self, report: &StepReport) -> Result<()> {
         let Some(what) = &report.skipped else {
@@ -487,13 +419,5 @@ impl Trainer {
         }
         add("number of steps".into(), &optimizer.steps().to_le_bytes());
         Ok(found)
-    }
-}
-
-impl LaunchedStep {
-    /// Returns whether the step replayed a graph, so that the next step may be launched before the results of this
-    /// step are read.
-    pub fn was_replayed(&self) -> bool {
-        self.launched.was_replayed()
     }
 }

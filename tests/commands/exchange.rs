@@ -28,6 +28,10 @@ fn numbers(path: &Path) -> BTreeMap<String, (Vec<usize>, Vec<f64>)> {
                 .chunks(8)
                 .map(|b| f64::from_le_bytes(b.try_into().unwrap()))
                 .collect(),
+            Dtype::F32 => data
+                .chunks(4)
+                .map(|b| f32::from_le_bytes(b.try_into().unwrap()).into())
+                .collect(),
             Dtype::BF16 => data
                 .chunks(2)
                 .map(|b| f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16).into())
@@ -240,6 +244,47 @@ fn a_run_dumps_its_gradients_and_its_next_default_vectors() {
     assert_eq!(frozen["logits"].0, [2, 8, 256]);
     assert!(frozen.contains_key("grad.model.layers.1.mlp.experts.gate_up_proj"));
     assert!(frozen.contains_key("grad.model.layers.0.self_attn.q_proj.weight"));
+    // A checkpoint is compared with its digest also where it is named itself.
+    let saved = place.path("run/checkpoints/step-3");
+    dump(&saved, &file, &place.path("saved.safetensors"));
+    let weights = saved.join("model.safetensors");
+    let mut bytes = fs::read(&weights).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 64].fill(0);
+    fs::write(&weights, bytes).unwrap();
+    let mut command = program();
+    command
+        .args(["dump", "--model"])
+        .arg(&saved)
+        .arg("--tokens");
+    command.arg(&file).arg("--out").arg(place.path("never"));
+    let line = fail(&mut command);
+    assert!(line.contains("digest"), "{line}");
+}
+
+#[test]
+fn a_run_is_imported_with_a_router_of_the_same_name_and_other_state() {
+    let place = Place::new();
+    let shrunk = ["--router", "default", "--set", "router.shrink=running"];
+    succeed(&mut place.train("plain", &["--router", "default", "--steps", "2", "--quiet"]));
+    succeed(&mut place.train(
+        "shrunk",
+        &[&shrunk[..], &["--steps", "2", "--quiet"]].concat(),
+    ));
+    for (from, set) in [("plain", &shrunk[..]), ("shrunk", &shrunk[..2])] {
+        let out = place.path(&format!("from-{from}"));
+        let mut command = program();
+        command.args(["import", "--from"]).arg(place.path(from));
+        command.args(set).arg("--data").arg(&place.text);
+        succeed(command.arg("--out").arg(&out));
+        let vectors = |run: &Path, step: u64| {
+            let saved = run.join(format!("checkpoints/step-{step}/model.safetensors"));
+            numbers(&saved)
+                .remove("model.layers.1.mlp.default_vectors")
+                .unwrap()
+        };
+        assert_eq!(vectors(&out, 0), vectors(&place.path(from), 2));
+    }
 }
 
 #[test]

@@ -212,3 +212,27 @@ fn a_hook_that_needs_the_model_sees_the_weights_of_its_step() {
         assert_eq!(*seen.borrow(), expected, "{device}");
     }
 }
+
+/// On the CPU a step has one store of gradients.
+#[test]
+fn steps_are_finished_in_order_and_on_the_cpu_before_the_next_is_launched() {
+    let mut trainer = Trainer::new(config(&[])).unwrap();
+    let first = trainer.launch().unwrap();
+    let error = trainer.launch().map(drop).unwrap_err().to_string();
+    assert!(error.contains("call of finish with step 1"), "{error}");
+    trainer.finish(first).unwrap();
+    assert_eq!(trainer.steps_done(), 1);
+    let mut trainer = Trainer::new(config(&["train.device=sim"])).unwrap();
+    let (first, second) = (trainer.launch().unwrap(), trainer.launch().unwrap());
+    let error = trainer.finish(second).map(drop).unwrap_err().to_string();
+    assert!(error.contains("call of finish with step 1"), "{error}");
+    trainer.finish(first).unwrap();
+}
+
+#[test]
+fn values_that_were_set_by_hand_are_checked_when_a_trainer_is_built() {
+    let mut config = config(&[]);
+    config.train.micro_batch = 0;
+    let error = Trainer::new(config).map(drop).unwrap_err().to_string();
+    assert!(error.contains("train.micro_batch"), "{error}");
+}

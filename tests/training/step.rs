@@ -1,9 +1,10 @@
 //! The optimizer step: recomputation and micro-batches change nothing, a refused step leaves no trace.
 
 use routegrad::config::{Config, Layers};
-use routegrad::model::Model;
 use routegrad::model::batch::Batch;
-use routegrad::routers::{self, ROUTERS};
+use routegrad::model::{Model, Weights};
+use routegrad::routers::{self, Pass, Phase, ROUTERS};
+use routegrad::tape::Tape;
 use routegrad::train::step::{StepExecutor, StepReport};
 
 const LENGTH: usize = 12;
@@ -196,4 +197,36 @@ fn refuses_and_leaves_no_trace(router: &str, set: &[&str]) {
         state_before.is_empty() || state(&model) != state_before,
         "{router}"
     );
+}
+
+#[test]
+fn weights_of_another_model_and_choices_of_another_batch_are_refused() {
+    let model = Model::new(&config("topk", &[])).unwrap();
+    let batch = batch();
+    let loss = |weights: &Weights| {
+        let sequences = batch.all();
+        let losses = model.loss(&Tape::new(), weights, sequences, Pass::single(Phase::Train));
+        losses.map(drop).map_err(|e| e.to_string())
+    };
+    loss(&model.weights()).unwrap();
+    for set in ["model.layers=2", "model.expert_ffn_width=32"] {
+        let other = Model::new(&config("topk", &[set])).unwrap();
+        let error = loss(&other.weights()).unwrap_err();
+        assert!(error.contains("weights of this model"), "{set}: {error}");
+    }
+    for state in model.layer_states_mut().iter_mut() {
+        state.record();
+    }
+    loss(&model.weights()).unwrap();
+    let choices = model.layer_states_mut()[0].take_record();
+    model.layer_states_mut()[0].replay(&choices);
+    let half = batch.chunks(SEQUENCES / 2).next().unwrap();
+    let losses = model.loss(
+        &Tape::new(),
+        &model.weights(),
+        half,
+        Pass::single(Phase::Train),
+    );
+    let error = losses.map(drop).unwrap_err().to_string();
+    assert!(error.contains("choices to replay"), "{error}");
 }

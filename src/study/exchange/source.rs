@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::model::{Model, Part};
 use crate::routers;
 use crate::tensor::Tensor;
-use crate::train::checkpoint;
+use crate::train::checkpoint::{self, Checkpoint};
 use crate::with_real;
 use std::collections::BTreeSet;
 use std::fs;
@@ -56,10 +56,13 @@ impl Source {
     /// # Errors
     /// When a file is missing or damaged, or the program cannot compute the model.
     pub fn open(path: &Path) -> Result<Self> {
-        let config = path.join("config.json");
-        let folder = match config.is_file() {
-            true => path.to_path_buf(),
-            false => checkpoint::find(path)?.0.path().to_path_buf(),
+        let folder = if Self::is(path) {
+            path.to_path_buf()
+        } else if path.join(checkpoint::MANIFEST).is_file() {
+            Checkpoint::open(path)?.verify()?;
+            path.to_path_buf()
+        } else {
+            checkpoint::find(path)?.0.path().to_path_buf()
         };
         let config = folder.join("config.json");
         let text = fs::read_to_string(&config).map_err(|e| Error::io("read", &config, e))?;
@@ -150,19 +153,18 @@ impl Source {
             left.remove(name.as_str());
         }
         let layers = config.model.moe_layers();
-        // State of the files' router is of no use to another router, which starts as in a new model.
+        // State of the files' router that this router does not have is of no use to it; what the files do not have starts as in
+        // a new model.
         let another = config.router.name != self.file.router.name;
         let own = routers::build(&self.file.router)?;
-        if another {
-            for layer in &layers {
-                for state in own.initial_state(&config.model, *layer, 0) {
-                    left.remove(checkpoint::router_state(*layer, state.name).as_str());
-                }
-            }
-        }
         for (layer, state) in layers.iter().zip(model.layer_states_mut().iter_mut()) {
+            let given = own.initial_state(&config.model, *layer, 0);
+            for name in given.iter().map(|state| state.name) {
+                left.remove(checkpoint::router_state(*layer, name).as_str());
+            }
             let names: Vec<_> = state.tensors().map(|(n, t)| (n, t.shape())).collect();
-            for (name, shape) in names.into_iter().filter(|_| !another) {
+            let both = |name: &str| !another && given.iter().any(|state| state.name == name);
+            for (name, shape) in names.into_iter().filter(|(name, _)| both(name)) {
                 let full = checkpoint::router_state(*layer, name);
                 // An export has only the state that evaluation reads.
                 if !self.tensors.has(&full) && !own.evaluation_reads(name) {
@@ -173,7 +175,6 @@ impl Source {
                     self.tensors.read(&full, &shape, tensor.slice_mut::<T>())
                 })?;
                 state.restore(name, tensor)?;
-                left.remove(full.as_str());
             }
         }
         match left.into_iter().find(|name| !self.is_idle(name)) {
