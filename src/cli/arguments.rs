@@ -217,7 +217,8 @@ pub(super) struct SettingsArgs {
     /// Model: tiny, small, 557m, 1.96b or 7.33b [default: tiny].
     #[arg(long, value_name = "NAME")]
     pub(super) preset: Option<String>,
-    /// Experts and active experts per MoE layer: 32c4 is 32 experts, 4 of them active.
+    /// Experts and active experts per MoE layer: 32c4 is 32 experts, 4 of them active. A width of an expert that --config
+    /// or --set gives is kept.
     #[arg(long, value_name = "NcK")]
     pub(super) experts: Option<String>,
     /// TOML file with any keys of the configuration.
@@ -295,15 +296,15 @@ pub(super) struct EvalArgs {
     #[arg(long, value_name = "DIR")]
     pub(super) model: PathBuf,
     /// Text whose validation documents are used [default: the text that the model was trained on].
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with = "tasks")]
     pub(super) data: Option<String>,
     /// Number of validation sequences, spread evenly over the text; 0 for all.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "tasks")]
     pub(super) sequences: usize,
     /// Evaluate without the default vectors of the router `default`.
     #[arg(long)]
     pub(super) without_default_vectors: bool,
-    /// Evaluate the model with and without its default vectors, and compare.
+    /// Evaluate with and without the default vectors, whatever router.use_at_evaluation is, and compare.
     #[arg(long, conflicts_with = "without_default_vectors")]
     pub(super) compare_default_vectors: bool,
     /// Precision [default: that of training]. In f32, rounding may decide between two experts with almost equal logits;
@@ -320,10 +321,10 @@ pub(super) struct EvalArgs {
     pub(super) tasks: Vec<String>,
     /// Folder with the documents of the benchmarks: TASK.jsonl, uncompressed or compressed with zstd or gzip; see
     /// docs/evaluation.md.
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", requires = "tasks")]
     pub(super) task_data: Option<PathBuf>,
     /// Number of questions per benchmark; 0 for all.
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, requires = "tasks")]
     pub(super) limit: usize,
     /// Folder for scores.json and, with one line per question, TASK.jsonl.
     #[arg(long, value_name = "DIR", requires = "tasks")]

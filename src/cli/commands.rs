@@ -32,16 +32,16 @@ pub(super) fn eval_command(args: &EvalArgs, threads: Option<usize>) -> Result<()
     if dist.rank() == 0 {
         say!("model            {}", found.path().display());
     }
-    if let Some(folder) = args.task_data.as_ref().filter(|_| !args.tasks.is_empty()) {
+    if let Some(folder) = &args.task_data {
         return eval_tasks(args, &dist, &found, folder);
     }
-    let measure = |default_vectors: bool| {
+    let measure = |default_vectors: Option<bool>| {
         let (model, state) = eval::load_on(&found, default_vectors, args.dtype, &dist)?;
         let report = eval::run(&model, &state, args.data.as_deref(), args.sequences)?;
         Ok((report, loss_unit(&state.config.data.tokenizer)))
     };
     if args.compare_default_vectors {
-        let [(without, _), (with, unit)] = [measure(false)?, measure(true)?];
+        let [(with, unit), (without, _)] = [measure(Some(true))?, measure(Some(false))?];
         if dist.rank() != 0 {
             return Ok(());
         }
@@ -57,7 +57,7 @@ pub(super) fn eval_command(args: &EvalArgs, threads: Option<usize>) -> Result<()
         }
         return Ok(());
     }
-    let (report, unit) = measure(!args.without_default_vectors)?;
+    let (report, unit) = measure(args.without_default_vectors.then_some(false))?;
     if dist.rank() != 0 {
         return Ok(());
     }
@@ -82,7 +82,7 @@ fn eval_tasks(
 ) -> Result<()> {
     let benchmarks = tasks::read(&tasks::choose(&args.tasks, folder)?, folder, args.limit)?;
     let writes = dist.rank() == 0;
-    let score = |default_vectors: bool, out: Option<&Path>| {
+    let score = |default_vectors: Option<bool>, out: Option<&Path>| {
         let (model, state) = eval::load_on(found, default_vectors, args.dtype, dist)?;
         let config = state.config;
         tasks::check_alike(&**dist, &config, &benchmarks)?;
@@ -97,14 +97,14 @@ fn eval_tasks(
     let out = args.out.as_deref().filter(|_| writes);
     if args.compare_default_vectors {
         let other = out.map(|out| out.join("without-default-vectors"));
-        let without = score(false, other.as_deref())?;
-        let with = score(true, out)?;
+        let with = score(Some(true), out)?;
+        let without = score(Some(false), other.as_deref())?;
         if writes {
             say!("{}", with.compared("with vectors", &without, "without"));
         }
         return Ok(());
     }
-    let scores = score(!args.without_default_vectors, out)?;
+    let scores = score(args.without_default_vectors.then_some(false), out)?;
     if writes {
         say!("{}", scores.table());
     }
@@ -125,10 +125,12 @@ pub(super) fn dump_command(args: &DumpArgs) -> Result<()> {
 }
 
 pub(super) fn import_command(args: &ImportArgs) -> Result<()> {
-    let length = "model.sequence_length=";
-    let fixed = |s: &&String| {
-        (s.starts_with("model.") && !s.starts_with(length))
-            || (s.starts_with("router.") && (args.router.is_none() || s.starts_with("router.name")))
+    let length = "model.sequence_length";
+    let key = |set: &String| set.split('=').next().unwrap_or_default().trim().to_string();
+    let fixed = |set: &&String| {
+        let key = key(set);
+        (key.starts_with("model.") && key != length)
+            || (key.starts_with("router.") && (args.router.is_none() || key == "router.name"))
     };
     if let Some(set) = args.set.iter().find(fixed) {
         return Err(Error::usage(
@@ -152,7 +154,7 @@ pub(super) fn import_command(args: &ImportArgs) -> Result<()> {
     let import = exchange::Import {
         from: args.from.clone(),
         own_router: args.router.is_some(),
-        own_length: args.set.iter().any(|s| s.starts_with(length)),
+        own_length: args.set.iter().any(|set| key(set) == length),
         layers,
         out: args.out.clone(),
     };
@@ -185,7 +187,9 @@ pub(super) fn plan_command(args: &PlanArgs) -> Result<()> {
         nodes: args.nodes,
     };
     let mut found = plan::plan_on(&config, args.device, threads, cluster)?;
-    if args.settings.data.is_some() {
+    let mut sources = config.data.sources().map(Path::new);
+    // A configuration may name a text that only another machine has.
+    if args.settings.data.is_some() || sources.all(Path::exists) {
         let corpus = Corpus::load(&config.data, &config.model, config.train.seed)?;
         found.text_tokens = Some(corpus.counts()[0].tokens);
     }
@@ -217,6 +221,7 @@ pub(super) fn analyze_command(args: &AnalyzeArgs, threads: Option<usize>) -> Res
     let options = analyze::Options {
         data: args.data.clone(),
         sequences: args.sequences,
+        out: out.clone(),
     };
     let report = analyze::run(&found, &options, &*dist)?;
     if dist.rank() != 0 {

@@ -14,6 +14,9 @@ use std::time::Duration;
 /// more.
 const MOST_THREADS: usize = 1024;
 
+/// Longest time limit of ranks in seconds, 30 years; a much longer time could not be added to the time of the clock.
+const LONGEST_LIMIT: f64 = 1e9;
+
 pub(super) fn set_threads(threads: usize) -> Result<()> {
     let invalid = |got: String| {
         Error::usage(
@@ -64,12 +67,12 @@ pub(super) fn simulate(architecture: Option<i32>, device: Device) -> Result<()> 
 
 /// Starts the rank of this process, and sets its number of threads.
 pub(super) fn start_ranks(args: &RanksArgs, threads: Option<usize>) -> Result<Arc<dyn Collective>> {
-    if !(args.rank_timeout >= 1.0 && args.rank_timeout.is_finite()) {
+    if !(1.0..=LONGEST_LIMIT).contains(&args.rank_timeout) {
         let got = args.rank_timeout.to_string();
         let help = "leave it out for the default";
         return Err(Error::usage(
             "--rank-timeout",
-            "1 second or more",
+            format!("a number of seconds from 1 to {LONGEST_LIMIT:e}"),
             got,
             help,
         ));

@@ -13,7 +13,6 @@ impl SettingsArgs {
     pub(super) fn layers(&self, file: Option<PathBuf>) -> Layers {
         let number = |n: Option<i64>| n.map(Value::Integer);
         let text = |s: &Option<String>| s.clone().map(Value::String);
-        let data = text(&self.data);
         let flags = [
             ("--router", "router.name", text(&self.router)),
             ("--steps", "train.steps", number(self.steps)),
@@ -39,23 +38,17 @@ impl SettingsArgs {
                 number(self.eval_interval),
             ),
             ("--seed", "train.seed", number(self.seed)),
-            // The flag also overrides a mix in the configuration file or of the run that is resumed.
-            (
-                "--data",
-                "data.mix",
-                data.as_ref().map(|_| Value::Array(Vec::new())),
-            ),
-            ("--data", "data.source", data),
+            ("--data", "data.source", text(&self.data)),
         ];
         let given = flags
             .into_iter()
             .filter_map(|(flag, key, value)| Some((flag, key, value?)));
         Layers {
             preset: self.preset.clone().unwrap_or_else(|| "tiny".into()),
-            experts: self.experts.clone(),
             file,
             resolved: false,
             set: self.set.clone(),
+            experts: self.experts.clone(),
             flags: given.collect(),
         }
     }

@@ -83,7 +83,7 @@ impl ModelFile {
         })
     }
 
-    /// Reads the JSON object of a `config.json` and validates the shapes.
+    /// Reads the JSON object of a `config.json` and checks the shapes.
     ///
     /// # Errors
     /// When the model is not one of this program, a key is missing or has a wrong type, or a shape is not valid.
@@ -122,10 +122,30 @@ impl ModelFile {
             shared_expert_width: keys.shared_expert_intermediate_size,
             sequence_length: keys.max_position_embeddings,
         };
-        model.validate()?;
+        model.validate_file()?;
         Ok(ModelFile {
             model,
             router: keys.router,
+        })
+    }
+}
+
+impl ModelConfig {
+    /// Checks the shapes of a `config.json`. No setting can change them, so the errors advise what to do with the file.
+    ///
+    /// # Errors
+    /// When a shape is not valid.
+    pub(crate) fn validate_file(&self) -> Result<()> {
+        self.validate().map_err(|e| match e {
+            Error::Invalid {
+                op, expected, got, ..
+            } => Error::invalid(
+                format!("config.json ({op})"),
+                expected,
+                got,
+                "correct the file, or choose another model",
+            ),
+            other => other,
         })
     }
 }

@@ -1,5 +1,6 @@
-//! Determines the value of every key of a configuration. Later sources override earlier ones: the preset and `--experts`,
-//! then the file, then each `--set key=value` in order, then the flags that set one key each.
+//! Determines the value of every key of a configuration. Later sources override earlier ones: the preset, then the file,
+//! then each `--set key=value` in order, then `--experts` and the flags that set one key each. A source of the text that
+//! is set after a mix replaces the mix.
 //!
 //! Values are inserted one key at a time, and the complete configuration is parsed after each, so that an error names the
 //! key that caused it. At the end, widths that no source set are derived from the other values.
@@ -22,8 +23,6 @@ pub type RouterCheck<'a> = dyn Fn(&mut RouterConfig) -> Result<()> + 'a;
 pub struct Layers {
     /// Name of a model in [`PRESETS`].
     pub preset: String,
-    /// Experts and active experts, as in `32c4`. The widths of the experts follow from the hidden size.
-    pub experts: Option<String>,
     /// A TOML file with any of the keys.
     pub file: Option<PathBuf>,
     /// Whether the file is the resolved configuration of an earlier run. A key that is missing in such a file takes the
@@ -31,6 +30,8 @@ pub struct Layers {
     pub resolved: bool,
     /// `section.key=value` with the value in TOML; a bare word is read as a string.
     pub set: Vec<String>,
+    /// Experts and active experts, as in `32c4`. The width of an expert follows from them unless another source sets it.
+    pub experts: Option<String>,
     /// Flags that set one key each: (flag, key, value).
     pub flags: Vec<(&'static str, &'static str, Value)>,
 }
@@ -40,10 +41,10 @@ impl Layers {
     pub fn preset(name: &str) -> Self {
         Layers {
             preset: name.into(),
-            experts: None,
             file: None,
             resolved: false,
             set: Vec::new(),
+            experts: None,
             flags: Vec::new(),
         }
     }
@@ -72,11 +73,6 @@ struct Assignment {
 /// Merges the sources. It does not validate shapes or check the router's settings.
 pub(super) fn resolve(layers: &Layers) -> Result<Config> {
     let mut table = embedded(preset::find("--preset", PRESETS, &layers.preset)?);
-    if let Some(name) = &layers.experts {
-        let [experts, active] = preset::experts(name)?;
-        insert(&mut table, "model.num_experts", experts.into());
-        insert(&mut table, "model.top_k", active.into());
-    }
     // The defaults of serde are the values that runs of earlier versions used.
     if !layers.resolved {
         let reduction = Value::try_from(BalanceConfig::default().aux_reduction);
@@ -89,9 +85,12 @@ pub(super) fn resolve(layers: &Layers) -> Result<Config> {
     let known = known_keys(&table)?;
     let mut assignments = Vec::new();
     if let Some(path) = &layers.file {
-        assignments.push(read_file(path)?);
+        let mut file = read_file(path)?;
+        // In one file, a mix replaces a source.
+        file.sort_by_key(|a| a.key == "data.mix");
+        assignments.push(file);
     }
-    let flags: Vec<Assignment> = layers
+    let mut flags: Vec<Assignment> = layers
         .flags
         .iter()
         .map(|(flag, key, value)| Assignment {
@@ -100,6 +99,14 @@ pub(super) fn resolve(layers: &Layers) -> Result<Config> {
             value: value.clone(),
         })
         .collect();
+    if let Some(name) = &layers.experts {
+        let experts = preset::experts(name)?.map(|(key, number)| Assignment {
+            from: "--experts".into(),
+            key: key.into(),
+            value: number.into(),
+        });
+        flags.extend(experts);
+    }
     // A flag that names the router is applied before --set, so that --set can change the settings of this router.
     assignments.push(
         layers
@@ -165,6 +172,10 @@ fn assign(table: &mut Table, a: Assignment, known: &[String]) -> Result<()> {
     }
     if a.key == "router.name" && get(table, &a.key) != Some(&a.value) {
         table.remove("router");
+    }
+    // A source replaces a mix that was set before.
+    if a.key == "data.source" {
+        insert(table, "data.mix", Value::Array(Vec::new()));
     }
     insert(table, &a.key, a.value.clone());
     let mut whole = table.clone();

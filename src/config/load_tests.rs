@@ -125,6 +125,49 @@ fn later_layers_win() {
 }
 
 #[test]
+fn experts_have_priority_over_the_file_and_set_and_keep_a_width_that_is_given() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.toml");
+    for (width, expected) in [("", 176), ("expert_ffn_width = 48", 48)] {
+        let text = format!("[model]\nnum_experts = 4\ntop_k = 2\n{width}");
+        std::fs::write(&path, text).unwrap();
+        let mut layers = Layers::preset("tiny");
+        layers.file = Some(path.clone());
+        layers.set = vec!["model.top_k=3".into()];
+        layers.experts = Some("16c1".into());
+        let m = Config::load(&layers, &|_| Ok(())).unwrap().model;
+        assert_eq!(
+            (m.num_experts, m.top_k, m.expert_ffn_width),
+            (16, 1, expected)
+        );
+    }
+}
+
+#[test]
+fn a_source_that_is_set_after_a_mix_replaces_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mine.toml");
+    let mix = "mix = [{ source = \"a\", weight = 1.0 }]";
+    std::fs::write(&path, format!("[data]\n{mix}\nsource = \"b\"")).unwrap();
+    let name = |set: &[&str], flag: Option<&str>| {
+        let mut layers = Layers::preset("tiny");
+        layers.file = Some(path.clone());
+        layers.set = set.iter().map(|s| s.to_string()).collect();
+        let flag = flag.map(|f| ("--data", "data.source", Value::String(f.into())));
+        layers.flags = flag.into_iter().collect();
+        Config::load(&layers, &|_| Ok(())).unwrap().data.name()
+    };
+    // In one file, the mix replaces the source.
+    assert_eq!(name(&[], None), "a");
+    assert_eq!(name(&["data.source=c"], None), "c");
+    let mix = format!("data.{mix}").replace("\"a\"", "\"d\"");
+    assert_eq!(name(&[&mix], None), "d");
+    assert_eq!(name(&["data.source=c", &mix], None), "d");
+    assert_eq!(name(&[&mix, "data.source=c"], None), "c");
+    assert_eq!(name(&[&mix], Some("e")), "e");
+}
+
+#[test]
 fn another_router_drops_the_settings_of_the_one_before() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("mine.toml");

@@ -16,6 +16,7 @@ pub use describe::described;
 pub use hub::ModelFile;
 pub use load::{Layers, RouterCheck};
 pub use preset::PRESETS;
+pub(crate) use preset::experts;
 
 use crate::device::Device;
 use crate::error::Result;
@@ -239,8 +240,8 @@ pub struct TrainConfig {
     /// Validation sequences per evaluation during training, spread evenly over the text; 0 for all.
     #[serde(default = "eval_sequences")]
     pub eval_sequences: usize,
-    /// Steps between analyses of the router with 8 sequences, as by `routegrad analyze`, written to `analysis/step-N` in
-    /// the folder of the run; 0 for none. Only on the CPU.
+    /// Steps between analyses of the router with 8 sequences, as by `routegrad analyze`, which are also made after the last
+    /// step; written to `analysis/step-N` in the folder of the run; 0 for none. Only on the CPU.
     #[serde(default)]
     pub analyze_interval: u64,
     /// Steps between benchmark scores, which are also computed after the last step; 0 for none. Only on the CPU.

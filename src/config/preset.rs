@@ -12,15 +12,15 @@ macro_rules! embedded {
 /// Name and TOML text of every preset.
 pub const PRESETS: &[(&str, &str)] = embedded!["tiny", "small", "557m", "1.96b", "7.33b"];
 
-/// Parses the number of experts and of active experts from a setting such as `32c4`.
+/// Parses a setting such as `32c4`; returns the keys of the number of experts and of active experts, and their values.
 ///
 /// # Errors
 /// When the text does not have this form.
-pub(super) fn experts(text: &str) -> Result<[i64; 2]> {
+pub(crate) fn experts(text: &str) -> Result<[(&'static str, i64); 2]> {
     let numbers = text.split_once('c').map(|(n, k)| [n, k].map(str::parse));
     match numbers {
         Some([Ok(experts), Ok(active)]) if 1 <= active && active <= experts => {
-            Ok([experts, active])
+            Ok([("model.num_experts", experts), ("model.top_k", active)])
         }
         _ => Err(Error::usage(
             "--experts",

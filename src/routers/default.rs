@@ -417,9 +417,16 @@ impl Router for DefaultMoe {
         })
     }
 
-    fn leave_out_default_vectors(&self, settings: &mut toml::Table) -> bool {
-        settings.insert("use_at_evaluation".into(), false.into());
-        true
+    fn use_default_vectors(
+        &self,
+        settings: &mut toml::Table,
+        used: bool,
+    ) -> Result<(), &'static str> {
+        if used && !self.pass_forward {
+            return Err("with router.pass_forward = false: the vectors never enter the output");
+        }
+        settings.insert("use_at_evaluation".into(), used.into());
+        Ok(())
     }
 
     fn weighs_by_softmax(&self) -> bool {

@@ -281,9 +281,14 @@ pub trait Router {
         None
     }
 
-    /// Changes the settings so that evaluation does not use default vectors. Returns false if the method has none.
-    fn leave_out_default_vectors(&self, _settings: &mut toml::Table) -> bool {
-        false
+    /// Changes the settings so that evaluation uses default vectors, or does not. The error is the reason why this is not
+    /// possible.
+    fn use_default_vectors(
+        &self,
+        _settings: &mut toml::Table,
+        _used: bool,
+    ) -> Result<(), &'static str> {
+        Err("which has none")
     }
 
     /// Returns whether experts are weighted by the softmax of their logits, as the analyses of gradients assume.

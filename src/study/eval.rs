@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::report::progress::Progress;
 use crate::routers;
+use crate::routers::default::VECTORS;
 use crate::study::exchange::Saved;
 use crate::train::checkpoint::TrainerState;
 use crate::train::{check_alike, check_data};
@@ -50,14 +51,14 @@ impl Report {
     }
 }
 
-/// Loads a saved model for evaluation on the CPU, in another precision if requested. The router `default` can be loaded
-/// without its default vectors.
+/// Loads a saved model for evaluation on the CPU, in another precision if requested. `default_vectors` decides whether
+/// evaluation uses the default vectors of the router `default`; `None` leaves it to the model's settings.
 ///
 /// # Errors
-/// When the model cannot be read, or default vectors are to be left out but its router has none.
+/// When the model cannot be read, or `default_vectors` is given and its router has none, or cannot use them.
 pub fn load(
     found: &Saved,
-    default_vectors: bool,
+    default_vectors: Option<bool>,
     precision: Option<Precision>,
 ) -> Result<(Model, TrainerState)> {
     let alone: Arc<dyn Collective> = Arc::new(SingleRank);
@@ -70,25 +71,34 @@ pub fn load(
 /// As [`load`].
 pub fn load_on(
     found: &Saved,
-    default_vectors: bool,
+    default_vectors: Option<bool>,
     precision: Option<Precision>,
     dist: &Arc<dyn Collective>,
 ) -> Result<(Model, TrainerState)> {
-    let mut left_out = false;
+    let mut possible = Ok(());
     let change = |config: &mut Config| {
         config.train.device = Device::Cpu;
         // If the router cannot be built, the model is rejected when it is read.
-        if let (false, Ok(router)) = (default_vectors, routers::build(&config.router)) {
-            left_out = router.leave_out_default_vectors(&mut config.router.settings);
+        if let (Some(used), Ok(router)) = (default_vectors, routers::build(&config.router)) {
+            possible = match found {
+                // An export has only the state that evaluation reads.
+                Saved::Model(_) if used && !router.evaluation_reads(VECTORS) => {
+                    Err("in an export without default vectors")
+                }
+                _ => router.use_default_vectors(&mut config.router.settings, used),
+            };
         }
     };
     let (mut model, mut state) = found.load_on(change, Box::new(dist.clone()))?;
-    if !default_vectors && !left_out {
+    if let Err(reason) = possible {
         return Err(Error::usage(
-            "--without-default-vectors",
-            "a model with the router default",
-            format!("router {}", state.config.router.name),
-            "remove the flag: there are no default vectors",
+            match default_vectors {
+                Some(true) => "--compare-default-vectors",
+                _ => "--without-default-vectors",
+            },
+            "a model of the router default whose output has default vectors",
+            format!("the router {}, {reason}", state.config.router.name),
+            "remove the flag",
         ));
     }
     if let Some(precision) = precision.filter(|p| *p != state.config.train.dtype) {

@@ -72,7 +72,7 @@ pub fn run(found: &Saved, out: &Path, dtype: DType, shard_bytes: u64) -> Result<
     let temporary = place(out)?;
     let phases = Phases::new(2);
     phases.begin(1, "reading the model");
-    let (model, TrainerState { config, .. }) = eval::load(found, true, None)?;
+    let (model, TrainerState { config, .. }) = eval::load(found, None, None)?;
     let router = routers::build(&config.router)?;
     let (name, equivalent) = (&config.router.name, router.equivalent_topk());
     let (architecture, foreign) = architecture::choose(&config.model, name, equivalent.as_ref());

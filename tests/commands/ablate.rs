@@ -166,11 +166,31 @@ fn a_dry_run_lists_and_does_nothing() {
         assert!(out.contains(part), "no {part} in {out}");
     }
     assert!(!place.path("grid").exists());
+    // --experts has priority over --set.
+    for list in ["8c1", "8c1,16c2"] {
+        let (out, _) = succeed(&mut ablate(
+            &place,
+            "grid",
+            &["--experts", list, "--dry-run"],
+        ));
+        assert!(out.contains("8c1") && !out.contains("4c1"), "{out}");
+    }
     let figure = ["ablate", "--figure", "5", "--scale", "0.01", "--dry-run"];
     let (out, _) = succeed(program().args(figure));
     for part in ["figure 5", "tiny instead of 1.96b", "sparsemixer-0", "8c2"] {
         assert!(out.contains(part), "no {part} in {out}");
     }
+}
+
+#[test]
+fn the_text_of_the_command_line_replaces_a_mix_in_a_file() {
+    let place = Place::new();
+    let mix = "[data]\nmix = [{ source = \"none\", weight = 1.0 }]";
+    fs::write(place.path("mix.toml"), mix).unwrap();
+    let mut grid = place.ablate("grid", 1, &["--quiet", "--config"]);
+    succeed(grid.arg(place.path("mix.toml")));
+    let config = fs::read_to_string(place.path("grid/runs/topk-0/config.toml")).unwrap();
+    assert!(config.contains("mix = []"), "{config}");
 }
 
 #[test]
@@ -208,7 +228,14 @@ fn what_is_wrong_with_a_grid_is_said_before_any_run_begins() {
             &["--axis", "steps=5,6", "--axis", "train.steps=7"],
             &["whose values --axis gives"],
         ),
+        (
+            &["--axis", "data.mix=[]"],
+            &["--data: ", "beside `data.mix`, whose values --axis gives"],
+        ),
+        (&["--name", ""], &["names of runs", "``"]),
+        (&["--name", ".."], &["names of runs", "`..`"]),
         (&["--jobs", "0"], &["--jobs"]),
+        (&["--ranks-per-run", "2"], &["--ranks-per-run", "launcher"]),
         (&["--target-perplexity", "0.5"], &["above 1"]),
         (&["--scale", "0.1"], &["--scale", "preset"]),
         (&["--figure", "4"], &["analyze"]),
@@ -231,6 +258,13 @@ fn what_is_wrong_with_a_grid_is_said_before_any_run_begins() {
         }
         assert!(!out.exists(), "{arguments:?} left a folder");
     }
+    // MICRO sets a number that the axis sets too.
+    fs::write(place.path("g.toml"), "[axes]\nexperts = [\"8c1\"]").unwrap();
+    let line = fail(ablate(&place, "grid", &["--grid"]).arg(place.path("g.toml")));
+    assert!(
+        line.contains("`model.num_experts`, whose values the axis `experts`"),
+        "{line}"
+    );
     let empty = fail(program().args(["ablate", "--out"]).arg(&out));
     assert!(empty.contains("at least one axis"), "{empty}");
 

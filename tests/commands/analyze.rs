@@ -88,6 +88,7 @@ fn what_cannot_be_analysed_is_answered_with_what_to_do() {
     assert!(error(&["--data", "no-such-folder"]).contains("check the path"));
     let file = place.text.to_str().unwrap();
     assert!(error(&["--sequences", "1", "--out", file]).contains(file));
+    assert!(!place.path("run/analysis").exists());
     let line = fail(program().args(["analyze", "--model", "no-such-run"]));
     assert!(line.contains("no-such-run"), "{line}");
 }

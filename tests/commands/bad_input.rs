@@ -588,6 +588,7 @@ fn a_refused_argument_or_value_ends_with_2_and_any_other_failure_with_1() {
         &["--set", "router.beta=2"],
         &["--timeline"],
         &["--rank-timeout", "0"],
+        &["--rank-timeout", "1e300"],
         &["--sim-arch", "sm_90"],
     ] {
         assert_eq!(
@@ -597,6 +598,18 @@ fn a_refused_argument_or_value_ends_with_2_and_any_other_failure_with_1() {
         );
     }
     assert_eq!(code(program().args(["ablate", "--jobs", "0"])), Some(2));
+    assert_eq!(code(program().args(["floors", "--tokens", "0"])), Some(2));
+    // Options of `eval` for the loss do not go with those for benchmarks.
+    let tasks = ["--tasks", "piqa", "--task-data", "eval"];
+    for ignored in [
+        &["--task-data", "eval"][..],
+        &["--limit", "3"],
+        &[&tasks[..], &["--data", "other.txt"]].concat()[..],
+        &[&tasks[..], &["--sequences", "3"]].concat()[..],
+    ] {
+        let mut command = eval(&place.path("none"));
+        assert_eq!(code(command.args(ignored)), Some(2), "{ignored:?}");
+    }
     for failed in [["--data", "missing.txt"], ["--config", "missing.toml"]] {
         let mut command = program();
         command.args(["train", "--out"]).arg(place.path("run"));

@@ -272,6 +272,62 @@ fn a_run_is_named_after_what_it_trains() {
 }
 
 #[test]
+fn a_comparison_of_default_vectors_uses_them_or_says_why_it_cannot() {
+    let place = Place::new();
+    let train = |run: &str, sets: &[&str]| {
+        let mut command = place.train(run, &["--steps", "5", "--quiet"]);
+        for set in sets {
+            command.args(["--set", set]);
+        }
+        succeed(&mut command);
+    };
+    let eval = |model: &str, more: &[&str]| {
+        let mut command = program();
+        command.args(["eval", "--model"]).arg(place.path(model));
+        command.args(more);
+        command
+    };
+    let perplexities = |more: &[&str]| -> Vec<String> {
+        let (said, _) = succeed(&mut eval("off", more));
+        let line = said.lines().find(|line| line.starts_with("perplexity"));
+        let words = line.unwrap().split_whitespace().skip(1);
+        words.map(String::from).collect()
+    };
+    // Large vectors, which the evaluation of the run leaves out.
+    train(
+        "off",
+        &["router.use_at_evaluation=false", "router.init_std=1"],
+    );
+    let compared = perplexities(&["--compare-default-vectors"]);
+    assert_ne!(compared[0], compared[1]);
+    assert_eq!(perplexities(&[])[0], compared[1]);
+
+    train("backward", &["router.pass_forward=false"]);
+    train("topk", &["router.name=topk"]);
+    train(
+        "layernorm",
+        &["router.use_at_evaluation=false", "model.norm=layernorm"],
+    );
+    let mut export = program();
+    export.args(["export", "--to", "hf", "--model"]);
+    export.arg(place.path("layernorm"));
+    succeed(export.arg("--out").arg(place.path("exported")));
+    for (model, flag, part) in [
+        (
+            "backward",
+            "--compare-default-vectors",
+            "pass_forward = false",
+        ),
+        ("topk", "--compare-default-vectors", "topk"),
+        ("topk", "--without-default-vectors", "topk"),
+        ("exported", "--compare-default-vectors", "in an export"),
+    ] {
+        let line = fail(&mut eval(model, &[flag]));
+        assert!(line.contains(flag) && line.contains(part), "{line}");
+    }
+}
+
+#[test]
 fn help_and_the_list_of_routers_name_what_there_is() {
     let (out, _) = succeed(program().arg("--help"));
     for command in ["train", "eval", "generate", "gradcheck", "routers"] {

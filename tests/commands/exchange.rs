@@ -315,12 +315,44 @@ fn a_model_of_transformers_becomes_a_run_that_trains() {
     };
     let e = fail(&mut import("model.hidden=32"));
     assert!(e.contains("model.sequence_length"), "{e}");
-    let (said, _) = succeed(&mut import("model.sequence_length=16"));
+    let (said, _) = succeed(&mut import("model.sequence_length = 16"));
     assert!(said.contains("train --resume --out"), "{said}");
     succeed(&mut place.resume("imported"));
     assert_eq!(crate::common::steps_logged(&run), 2);
     let e = fail(&mut import("model.sequence_length=16"));
     assert!(e.contains("which holds a run"), "{e}");
+}
+
+#[test]
+fn an_import_advises_what_it_can_do_and_its_text_replaces_a_mix() {
+    let place = Place::new();
+    let import = |folder: &Path, more: &[&str]| {
+        let mut command = program();
+        command.args(["import", "--from"]).arg(folder);
+        command.arg("--out").arg(place.path("run")).args(more);
+        fail(&mut command)
+    };
+    let folder = copy(&place, "qwen2_moe", |c| {
+        c.insert("rms_norm_eps".into(), json!(0));
+    });
+    let e = import(&folder, &[]);
+    assert!(
+        e.contains("model.norm_eps") && e.contains("correct the file") && !e.contains("--set"),
+        "{e}"
+    );
+    let e = import(&fixture("qwen2_moe"), &["--set", "train.device=sim"]);
+    assert!(
+        e.contains("model.") && e.contains("leave train.device out") && !e.contains("--set"),
+        "{e}"
+    );
+    let mix = r#"data.mix=[{source = "mixed", weight = 1.0}]"#;
+    let data = ["--set", mix, "--data", "missing.txt"];
+    let e = import(&fixture("qwen2_moe"), &data);
+    assert!(e.contains("missing.txt"), "{e}");
+    fs::remove_file(folder.join("config.json")).unwrap();
+    let e = import(&folder, &[]);
+    assert!(e.contains("without manifest.json and config.json"), "{e}");
+    assert!(!place.path("run").exists());
 }
 
 /// A program without the feature `text` knows the tokenizer's file by its digest alone.

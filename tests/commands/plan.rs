@@ -100,6 +100,12 @@ fn a_plan_reads_the_text_and_the_recorded_speed_of_the_gpu() {
     let (text, _) = succeed(&mut plan("text.txt", "none"));
     assert!(text.contains("tokens, read"), "{text}");
     assert!(text.contains("upper bound: 490583 tokens/s"), "{text}");
+    // The same text as a key, and one that another machine has.
+    for (name, read) in [("text.txt", true), ("missing.txt", false)] {
+        let key = format!("data.source=\"{}\"", place(name).display());
+        let (text, _) = succeed(program().args(["plan", "--preset", "557m", "--set", &key]));
+        assert_eq!(text.contains("tokens, read"), read, "{text}");
+    }
     fs::create_dir(place("records")).unwrap();
     let record = serde_json::json!({
         "gpu": "NVIDIA H200", "task": "trains: 557m default", "code": "", "ending": "passed", "detail": "",

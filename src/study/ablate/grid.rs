@@ -3,11 +3,10 @@
 //! A grid file is TOML. `[base]` holds keys that all runs share; `[axes]` holds a list of values for each key that varies.
 //! Several `[[axes]]` tables define several products, and the grid is the union of their runs. A key is a key of the
 //! configuration, one of `preset`, `experts` and `width` (a factor on the preset's hidden size and heads), or a short name
-//! for a frequent key: see [`SHORT`]. A value of an axis can be a table, which sets several keys and can have a `label`.
+//! for a frequent key: see [`names::SHORT`]. A value of an axis can be a table, which sets several keys and can have a `label`.
 
-use super::names;
-use super::names::{SEED, SHORT};
-use crate::config::{Config, Layers};
+use super::names::{self, SEED, long, replaced};
+use crate::config::{self, Config, Layers};
 use crate::data;
 use crate::data::tokenizer::loss_unit;
 use crate::error::{Error, Result};
@@ -193,25 +192,28 @@ impl Grid {
         }
     }
 
-    /// Sets a key for all runs. No axis sets it any longer.
+    /// Sets a key for all runs. Nothing else sets it, or the keys that it replaces, any longer.
     pub fn set(&mut self, key: &str, value: Value) {
         self.forget(long(key));
         self.base.insert(long(key).into(), value);
     }
 
-    /// Removes the axis of a key, and the key from the tables of the other axes.
+    /// Removes a key, and the keys that it replaces, from the base, the axes and their tables.
     fn forget(&mut self, key: &str) {
-        for axes in self.products() {
-            axes.remove(key);
-            let lists = axes.iter_mut().filter_map(|(_, v)| v.as_array_mut());
-            for table in lists.flatten().filter_map(Value::as_table_mut) {
-                *table = flat(std::mem::take(table));
-                table.remove(key);
+        for key in [&[key][..], replaced(key)].concat() {
+            self.base.remove(key);
+            for axes in self.products() {
+                axes.remove(key);
+                let lists = axes.iter_mut().filter_map(|(_, v)| v.as_array_mut());
+                for table in lists.flatten().filter_map(Value::as_table_mut) {
+                    *table = flat(std::mem::take(table));
+                    table.remove(key);
+                }
             }
         }
     }
 
-    /// Sets an axis in every product. No other axis sets its key any longer.
+    /// Sets an axis in every product. Nothing else sets its key, or the keys that it replaces, any longer.
     pub fn vary(&mut self, key: &str, values: Vec<Value>) {
         self.forget(long(key));
         let products = self.products();
@@ -301,11 +303,17 @@ impl Grid {
             Some(template) => names::fill(template, axes, &labels)?,
             None => names::default(axes, &labels),
         };
+        if name.is_empty() {
+            return Err(names::no_name(self.name.as_deref()));
+        }
         let base = self.base.iter().map(|(k, v)| (k.clone(), v.clone()));
+        let mut base: Vec<_> = base.collect();
+        // In one table, a mix replaces a source.
+        base.sort_by_key(|(key, _)| key == "data.mix");
         let chosen = choices.iter().flat_map(|(_, c)| c.set.iter().cloned());
         let config = self
-            .config(base.chain(chosen))
-            .map_err(|e| named(e, &name))?;
+            .config(base.into_iter().chain(chosen))
+            .map_err(|e| names::named(e, &name))?;
         Ok(Run {
             name,
             labels,
@@ -321,7 +329,10 @@ impl Grid {
         for (key, value) in keys {
             match key.as_str() {
                 "preset" => layers.preset = text(&value),
-                "experts" => layers.experts = Some(text(&value)),
+                "experts" => {
+                    let keys = config::experts(&text(&value))?;
+                    layers.set.extend(keys.map(|(k, n)| format!("{k}={n}")));
+                }
                 WIDTH => width = Some(value),
                 ROUTER => layers.flags = vec![("router", ROUTER, value)],
                 _ => layers.set.push(format!("{key}={value}")),
@@ -357,12 +368,6 @@ impl Grid {
         }
         Ok(config)
     }
-}
-
-/// Returns the full key of a short name.
-pub fn long(key: &str) -> &str {
-    let found = SHORT.iter().find(|(short, _)| *short == key);
-    found.map_or(key, |(_, long)| long)
 }
 
 /// Returns a value as text: a string without quotes, any other value as in TOML.
@@ -485,14 +490,4 @@ fn combinations(product: &[(String, Vec<Choice>)]) -> Vec<Vec<(&str, &Choice)>> 
             .collect();
     }
     all
-}
-
-/// Adds the name of the run to an error; the errors of `--set` are errors of keys of the grid here.
-fn named(mut e: Error, run: &str) -> Error {
-    if let Error::Invalid { op, .. } = &mut e {
-        let key = op.replace("--set", "grid").replace("--preset", "preset");
-        let key = key.replace("--experts", "experts");
-        *op = format!("run {run}: {key}");
-    }
-    e
 }

@@ -28,7 +28,8 @@ use crate::report::page::{Table, create};
 use crate::routers;
 use crate::study::plan;
 use figures::short_number;
-use grid::{Grid, Plan, long};
+use grid::{Grid, Plan};
+use names::{long, replaced};
 use run::State;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -134,6 +135,14 @@ impl Args {
                 "remove the option",
             ));
         }
+        if self.ranks_per_run != 1 && ranks == 1 {
+            return Err(Error::usage(
+                "--ranks-per-run",
+                "1 without a launcher, or with one process",
+                self.ranks_per_run.to_string(),
+                "remove the option, or start the command with mpirun, srun or torchrun",
+            ));
+        }
         Ok(())
     }
 
@@ -172,10 +181,19 @@ impl Args {
             lists.insert(long(key), "--axis");
             grid.vary(key, values(list)?);
         }
+        let experts = "experts";
+        if self.experts.is_none() && grid.products().iter().any(|a| a.contains_key(experts)) {
+            let keys = replaced(experts).iter();
+            lists.extend(keys.map(|key| (*key, "the axis `experts` of the grid")));
+        }
         for set in &self.set {
             let (key, value) = pair("--set", set)?;
             refuse_second(&lists, "--set", key)?;
             grid.set(key, parsed(value));
+        }
+        // As in the other commands, --experts has priority over --set.
+        if self.experts.is_some() {
+            grid.base.retain(|key, _| !replaced(experts).contains(&key));
         }
         if let Some(steps) = self.steps {
             refuse_second(&lists, "--steps", "steps")?;
@@ -189,28 +207,34 @@ impl Args {
         grid.name = self.name.clone().or(grid.name);
         grid.baseline = self.baseline.clone().or(grid.baseline);
         grid.target_perplexity = self.target_perplexity.or(grid.target_perplexity);
-        if grid
-            .target_perplexity
-            .is_some_and(|t| !(t > 1.0 && t.is_finite()))
-        {
-            return Err(Error::usage(
-                "--target-perplexity",
-                "a perplexity above 1",
-                format!("{:?}", grid.target_perplexity.unwrap_or_default()),
-                "remove the option to use the baseline's final perplexity",
-            ));
-        }
+        check_target(grid.target_perplexity)?;
         Ok((grid, scaled))
     }
 }
 
-/// Refuses a `key` in `flag` whose values an earlier flag, in `lists`, already gives.
+fn check_target(perplexity: Option<f64>) -> Result<()> {
+    match perplexity {
+        Some(target) if !(target > 1.0 && target.is_finite()) => Err(Error::usage(
+            "--target-perplexity",
+            "a perplexity above 1",
+            format!("{target:?}"),
+            "remove the option to use the baseline's final perplexity",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a `key` in `flag` if an earlier flag, in `lists`, already gives its values, or those of a key that it replaces.
 fn refuse_second(lists: &BTreeMap<&str, &str>, flag: &str, key: &str) -> Result<()> {
-    match lists.get(long(key)) {
+    let mut keys = std::iter::once(long(key)).chain(replaced(long(key)).iter().copied());
+    match keys.find_map(|key| Some((key, lists.get(key)?))) {
         None => Ok(()),
-        Some(other) => Err(Error::usage(
+        Some((given, other)) => Err(Error::usage(
             flag,
-            format!("a key other than `{key}`, whose values {other} gives"),
+            match given == long(key) {
+                true => format!("a key other than `{key}`, whose values {other} gives"),
+                false => format!("no `{key}` beside `{given}`, whose values {other} gives"),
+            },
             format!("`{key}`"),
             "give all values of a key in one list",
         )),

@@ -17,6 +17,22 @@ pub const SHORT: &[(&str, &str)] = &[
 
 pub const SEED: &str = "train.seed";
 
+/// Returns the full key of a short name.
+pub fn long(key: &str) -> &str {
+    let found = SHORT.iter().find(|(short, _)| *short == key);
+    found.map_or(key, |(_, long)| long)
+}
+
+/// Returns the other keys whose values a value of `key` replaces.
+pub fn replaced(key: &str) -> &'static [&'static str] {
+    match key {
+        "experts" => &["model.num_experts", "model.top_k"],
+        "data.source" => &["data.mix"],
+        "data.mix" => &["data.source"],
+        _ => &[],
+    }
+}
+
 /// Returns the name of an axis: the short name of the key, or the last part of the key.
 pub fn short(key: &str) -> &str {
     match SHORT.iter().find(|(_, long)| *long == key) {
@@ -79,6 +95,29 @@ pub fn fill(template: &str, axes: &[String], labels: &[String]) -> Result<String
     }
     name.push_str(rest);
     Ok(clean(&name))
+}
+
+/// Adds the name of the run to an error; the errors of `--set` are errors of keys of the grid here.
+pub fn named(mut e: Error, run: &str) -> Error {
+    if let Error::Invalid { op, .. } = &mut e {
+        let key = op.replace("--set", "grid").replace("--preset", "preset");
+        let key = key.replace("--experts", "experts");
+        *op = format!("run {run}: {key}");
+    }
+    e
+}
+
+/// Returns the error for a run without a name, whose folder would be that of all runs.
+pub fn no_name(template: Option<&str>) -> Error {
+    Error::usage(
+        "grid",
+        "names of runs that contain a character other than the dots at their beginning",
+        match template {
+            Some(template) => format!("the name `{template}`"),
+            None => "an axis with an empty value".into(),
+        },
+        "change the name",
+    )
 }
 
 /// Returns the dotted keys and the values of a configuration, in order.

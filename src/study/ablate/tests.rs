@@ -76,6 +76,40 @@ fn a_key_that_is_set_later_replaces_the_one_in_the_table_of_an_axis() {
 }
 
 #[test]
+fn a_source_replaces_a_mix_and_experts_replace_the_numbers_of_experts() {
+    let mix = "data.mix = [{ source = \"a\", weight = 1.0 }]";
+    let sources = |plan: &Plan| -> Vec<String> {
+        let configs = plan.runs.iter().map(|r| &r.config);
+        configs.map(|c| c.data.name()).collect()
+    };
+    let axis = plan(&format!("[base]\n{mix}\n[axes]\ndata = [\"b\", \"c\"]"));
+    assert_eq!(sources(&axis), ["b", "c"]);
+    // In one table, the mix replaces the source.
+    let text = format!("[base]\n{mix}\ndata.source = \"b\"\n[axes]\nseed = [0]");
+    assert_eq!(sources(&plan(&text)), ["a"]);
+    let mut grid = Grid::parse(&text, "test").unwrap();
+    grid.set("data", "d".into());
+    assert_eq!(sources(&grid.plan().unwrap()), ["d"]);
+    // Also one in the table of an axis.
+    let text = format!("[axes]\nwhat = [{{ label = \"x\", {mix} }}]");
+    let mut grid = Grid::parse(&text, "test").unwrap();
+    grid.set("data", "d".into());
+    assert_eq!(sources(&grid.plan().unwrap()), ["d"]);
+
+    let experts = |plan: &Plan| -> Vec<(usize, usize)> {
+        let models = plan.runs.iter().map(|r| &r.config.model);
+        models.map(|m| (m.num_experts, m.top_k)).collect()
+    };
+    let axis = plan("[base]\nmodel.num_experts = 4\n[axes]\nexperts = [\"8c1\", \"32c4\"]");
+    assert_eq!(experts(&axis), [(8, 1), (32, 4)]);
+    let axis = plan("[base]\nexperts = \"8c1\"\n[axes]\nmodel.top_k = [1, 2]");
+    assert_eq!(experts(&axis), [(8, 1), (8, 2)]);
+    let mut grid = Grid::parse("[axes]\nmodel.top_k = [1, 2]\nseed = [0]", "test").unwrap();
+    grid.set("experts", "8c4".into());
+    assert_eq!(experts(&grid.plan().unwrap()), [(8, 4)]);
+}
+
+#[test]
 fn a_short_run_is_evaluated_twenty_times_unless_its_interval_is_set() {
     let interval = |base: &str| {
         let plan = plan(&format!("[base]\n{base}\n[axes]\nseed = [0]"));
@@ -136,8 +170,17 @@ fn the_error_for_an_invalid_grid_names_the_key() {
         ("[axes]\nwhat = [{ \"router.beta\" = 0.5 }]", &["a label"]),
         ("[axes]\nexperts = [\"8c9\"]", &["experts", "NcK"]),
         (
-            "[base]\nmodel.num_experts = 8\nmodel.top_k = 1\nmodel.expert_ffn_width = 64\n[axes]\nexperts = [\"8c1\", \"32c4\"]",
-            &["the same configuration for `8c1` and `32c4`"],
+            "[axes]\nwhat = [{ label = \"a\", steps = 7 }, { label = \"b\", steps = 7 }]",
+            &["the same configuration for `a` and `b`"],
+        ),
+        (
+            "name = \"..\"\n[axes]\nseed = [0]",
+            &["names of runs", "`..`"],
+        ),
+        ("name = \"\"\n[axes]\nseed = [0]", &["names of runs", "``"]),
+        (
+            "[axes]\ndata.document_separator = [\"\"]",
+            &["names of runs"],
         ),
     ] {
         let said = refused(text);

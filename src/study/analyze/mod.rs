@@ -29,10 +29,11 @@ use crate::config::Config;
 use crate::data::tokenizer::loss_unit;
 use crate::data::{Corpus, LeftOut, sources};
 use crate::device::Device;
-use crate::dist::{Collective, doing_alone};
+use crate::dist::{Collective, agree, doing_alone};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::batch::Batch;
+use crate::report::lock::FolderLock;
 use crate::report::progress::Phases;
 use crate::routers;
 use crate::study::eval;
@@ -57,6 +58,8 @@ pub struct Options {
     pub data: Option<String>,
     /// Number of held-out sequences. The analysis by source uses as many of each source.
     pub sequences: usize,
+    /// Folder of the report. It is created before the work begins, so that a folder that cannot be written costs no time.
+    pub out: PathBuf,
 }
 
 /// All analyses of one checkpoint.
@@ -120,8 +123,9 @@ pub fn default_folder(found: &Saved) -> PathBuf {
 ///
 /// # Errors
 /// Returns an error when the model or the text cannot be used or differs between ranks, the number of sequences is 0,
-/// or a rank has left.
+/// the folder of the report cannot be written, or a rank has left.
 pub fn run(found: &Saved, options: &Options, dist: &dyn Collective) -> Result<Report> {
+    some(options.sequences)?;
     let phases = (dist.rank() == 0).then(|| Phases::new(1 + PHASES.len()));
     // The parts take long, and not equally long: ranks wait without a time limit.
     let show = |n: usize, name: &str| {
@@ -134,6 +138,11 @@ pub fn run(found: &Saved, options: &Options, dist: &dyn Collective) -> Result<Re
     let corpus = eval::text(&mut config, &state.data, options.data.as_deref())?;
     check_alike(dist, &config)?;
     check_data(dist, &corpus.fingerprint())?;
+    let lock = match dist.rank() {
+        0 => FolderLock::take(&options.out).map(Some),
+        _ => Ok(None),
+    };
+    let _lock = agree(dist, lock)?;
     let begin = |n: usize| show(2 + n, PHASES[n]);
     let (step, sequences) = (found.step(), options.sequences);
     in_phases(dist, (&config, &model, &corpus), step, sequences, &begin)
@@ -151,8 +160,22 @@ pub fn analyze(
     step: u64,
     sequences: usize,
 ) -> Result<Report> {
+    some(sequences)?;
     let parts = (config, model, corpus);
     in_phases(model.dist(), parts, step, sequences, &|_| ())
+}
+
+/// Refuses to analyze no sequences.
+fn some(sequences: usize) -> Result<()> {
+    match sequences {
+        0 => Err(Error::usage(
+            "analyze --sequences",
+            "1 sequence or more",
+            "0",
+            "leave it out for the default",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// The long parts of an analysis, in their order.
@@ -173,14 +196,6 @@ fn in_phases(
     sequences: usize,
     begin: &dyn Fn(usize),
 ) -> Result<Report> {
-    if sequences == 0 {
-        return Err(Error::usage(
-            "analyze --sequences",
-            "1 sequence or more",
-            "0",
-            "leave it out for the default",
-        ));
-    }
     let micro_batch = config.train.micro_batch;
     let batches = |all: Batch| MicroBatches { all, micro_batch };
     let batch = batches(corpus.evaluation(sequences));

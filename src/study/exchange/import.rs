@@ -48,7 +48,7 @@ impl Import {
             false => config.router = router.clone(),
         }
         data::adopt_tokenizer(&mut config.data)?;
-        config.validate()?;
+        config.validate().map_err(of_model)?;
         Ok(config)
     }
 
@@ -77,6 +77,21 @@ impl Import {
             )),
             _ => Ok(()),
         }
+    }
+}
+
+/// Changes the advice of an error about the shape of the model, which `--set` cannot change here.
+fn of_model(e: Error) -> Error {
+    match e {
+        Error::Invalid {
+            op, expected, got, ..
+        } if op.starts_with("model.") && op != "model.sequence_length" => Error::usage(
+            op,
+            expected,
+            got,
+            "it is the shape of the model of --from: leave train.device out, or choose another model",
+        ),
+        other => other,
     }
 }
 

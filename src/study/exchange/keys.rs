@@ -186,7 +186,7 @@ pub fn read(config: &Value) -> Result<ModelFile> {
         },
         sequence_length: keys.count("max_position_embeddings", None)?,
     };
-    model.validate()?;
+    model.validate_file()?;
     let renormalize = match model_type {
         "mixtral" => true,
         _ => keys.flag("norm_topk_prob", defaults.renormalize)?,

@@ -283,12 +283,13 @@ impl Checkpoint {
         if !file.exists() {
             return Err(Error::file(
                 path,
-                "a run, or one of its checkpoints",
-                match path.is_dir() {
-                    true => format!("a folder without {MANIFEST}"),
-                    false => "no such folder".into(),
+                "a run, or one of its checkpoints, or a model folder",
+                match (path.is_dir(), path.join("config.json").exists()) {
+                    (true, true) => format!("a folder without {MANIFEST}"),
+                    (true, false) => format!("a folder without {MANIFEST} and config.json"),
+                    (false, _) => "no such folder".into(),
                 },
-                "choose the folder of a run that `train` wrote, or a folder step-N in it",
+                "choose the folder of a run that `train` wrote, a folder step-N in it, or the folder of a model's config.json",
             ));
         }
         Ok(Checkpoint {

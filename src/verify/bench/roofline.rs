@@ -269,7 +269,7 @@ pub fn page(presets: &[&str], tokens: usize, chip: &'static Chip) -> Result<Stri
     if !(1..=1 << 24).contains(&tokens) {
         let got = tokens.to_string();
         let help = format!("the micro-batches of the page in docs/ have {TOKENS}");
-        return Err(Error::invalid("--tokens", "1 to 16777216", got, help));
+        return Err(Error::usage("--tokens", "1 to 16777216", got, help));
     }
     let mut page = introduction(chip);
     for preset in presets {
