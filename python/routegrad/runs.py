@@ -42,17 +42,19 @@ class Run:
         Skips the last line if it is incomplete, as after a crash.
 
         Raises:
-            ValueError: another line is not valid JSON.
+            ValueError: another line is not a JSON object.
         """
         file = self.path / "metrics.jsonl"
         if not file.is_file():
             return []
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_bytes().splitlines()
         records: list[dict[str, Any]] = []
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
+                record = json.loads(line.decode())
+                if not isinstance(record, dict):
+                    raise ValueError(f"not an object: {record}")
+            except ValueError as error:
                 if number == len(lines):
                     break
                 raise ValueError(
@@ -105,8 +107,10 @@ class Run:
         """Loads a checkpoint as a model of transformers. Needs ``routegrad[torch]``.
 
         A model with RMSNorm and the router topk, densemixer or default becomes a mixtral, olmoe, qwen2_moe or qwen3_moe,
-        which can be trained; with the router default it has default vectors (see ``routegrad.torch.default_moe``). Any
-        other model is converted by ``routegrad export``; it computes what routegrad computes in evaluation.
+        which can be trained; with the router default it has default vectors (see ``routegrad.torch.default_moe``). With
+        the router densemixer it is trained with the gradient of topk. Any other model is converted by ``routegrad export``;
+        it computes what routegrad computes in evaluation. The files are compared with the digests in the manifest, if the
+        folder has one.
 
         Args:
             checkpoint: the folder of a checkpoint, ``checkpoints/step-N``; the newest complete one if None.
@@ -115,7 +119,9 @@ class Run:
 
         Raises:
             FileNotFoundError: there is no checkpoint, or no program although the model needs it.
-            ValueError: the files are not those of a checkpoint of routegrad.
+            ImportError: the compiled extension, which computes the digests, is missing.
+            TypeError: ``dtype`` is not a torch.dtype.
+            ValueError: the files are not those of a checkpoint of routegrad, or are damaged.
             RuntimeError: ``routegrad export`` failed.
         """
         from .torch.checkpoint import load_model
@@ -128,7 +134,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
 
     Raises:
         FileNotFoundError: the folder does not exist or has no ``config.toml``.
-        ValueError: ``config.toml`` is not valid TOML.
+        ValueError: ``config.toml`` is not valid TOML in UTF-8.
     """
     folder = Path(path)
     file = folder / "config.toml"
@@ -141,7 +147,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     with file.open("rb") as opened:
         try:
             config = tomllib.load(opened)
-        except tomllib.TOMLDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{file}: expected TOML, got an error: {error}; restore the file") from error
     return Run(folder, config)
 

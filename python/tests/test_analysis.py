@@ -1,6 +1,7 @@
 """Router gradients and expert load."""
 
 import copy
+import functools
 
 import models
 import pytest
@@ -20,7 +21,7 @@ def recorded(model, batch):
     for layer in models.moe_layers(model):
         layer.default_moe_state.recorder = recorder
     model(**batch, labels=batch["input_ids"]).loss.backward()
-    return recorder.passes
+    return {layer: found for layer, (found,) in recorder.passes.items()}
 
 
 @pytest.mark.parametrize("name", models.TYPES)
@@ -37,14 +38,15 @@ def test_the_dense_reference_is_the_gradient_with_every_expert_run(name):
     model, batch = converted(name)
     for layer, found in recorded(model, batch).items():
         state, x = layer.default_moe_state, found["x"]
-        experts = range(state.shape.num_experts)
+        shape = state.adapter.describe(layer)
+        experts = range(shape.num_experts)
         every = [state.adapter.experts(layer, x, torch.full((len(x),), i)).detach() for i in experts]
         for reference in ("densemixer", "default"):
             weight = layer.gate.weight.detach().clone().requires_grad_()
             p = (x @ weight.t()).softmax(-1)
             on = torch.zeros_like(p).scatter(1, found["index"], 1.0)
             q = p
-            if state.shape.renormalize:
+            if shape.renormalize:
                 # For the experts that did not run, DenseMixer treats the divisor as a constant.
                 total = (p * on).sum(1, keepdim=True)
                 q = p * on / total + p * (1 - on) / (total.detach() if reference == "densemixer" else total)
@@ -95,6 +97,88 @@ def test_optimal_scale_minimizes_the_error():
     error = lambda c: (gradients["topk"] + c * (gradients["default"] - gradients["topk"]) - gradients["dense"]).norm()  # noqa: E731
     best = error(first.optimal_scale)
     assert all(best <= error(first.optimal_scale + d) for d in (-0.05, 0.05))
+
+
+def values(results):
+    return torch.tensor([list(vars(r).values())[1:] for r in results], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_several_passes_of_a_loss_are_added(name):
+    model, batch = converted(name)
+    first, second = batch["input_ids"].chunk(2)
+    mean = lambda tokens: model(input_ids=tokens, labels=tokens).loss  # noqa: E731
+    again = lambda tokens: torch.utils.checkpoint.checkpoint(mean, tokens, use_reentrant=False)  # noqa: E731
+    want, found, recomputed = (
+        values(rt.router_gradient_similarity(model, None, loss=lambda *_, run=run: run()))
+        for run in (
+            lambda: 2 * mean(batch["input_ids"]),
+            lambda: mean(first) + mean(second),
+            lambda: again(first) + again(second),
+        )
+    )
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(recomputed, found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="before PyTorch 2.6 a compiled model raises")
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_a_compiled_model_is_measured_after_it_has_run(vectors, in_place):
+    torch._dynamo.reset()
+    changes = dict(experts_implementation="batched_mm") if models.VERSION >= 5 else {}
+    model, batch = models.tiny("qwen3_moe", **changes).eval(), dict(input_ids=models.tokens())
+    if vectors:
+        rt.default_moe(model, init_std=0.3)
+    measures = [rt.expert_load, rt.router_gradient_similarity][: 1 + vectors]
+    want = [measure(model, batch) for measure in measures]
+    if in_place:
+        model.compile(backend="aot_eager")
+        compiled = model
+    else:
+        compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        compiled(**batch)
+    found = [measure(compiled, batch) for measure in measures]
+    assert [v.tolist() for v in found[0].values()] == [v.tolist() for v in want[0].values()]
+    if vectors:
+        torch.testing.assert_close(values(found[1]), values(want[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_does_not_run_raises():
+    model = models.tiny("olmoe")
+    model.model.layers[1].forward = lambda hidden, *_, **__: hidden if models.VERSION >= 5 else (hidden,)
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp: expected a pass that runs this layer"):
+        rt.expert_load(model, dict(input_ids=models.tokens()))
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp: expected a loss that depends on the layer"):
+        rt.router_gradient_similarity(rt.default_moe(model), dict(input_ids=models.tokens()))
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_expert_load_counts_the_choices_among_equal_logits(name):
+    """In bf16 many logits are equal. The rows that the experts get are counted."""
+    many = {"num_local_experts" if name == "mixtral" else "num_experts": 64}
+    model = models.tiny(name, num_experts_per_tok=4, hidden_size=64, **many).bfloat16().eval()
+    batch, counts = dict(input_ids=models.tokens(8, 50)), []
+    for layer in models.moe_layers(model):
+        count = torch.zeros(64, dtype=torch.int64)
+        counts.append(count)
+
+        def of_all(experts, arguments, count=count):
+            count.add_(arguments[1].flatten().bincount(minlength=64))
+
+        def of_one(expert, arguments, count=count, number=0):
+            count[number] += len(arguments[0])
+
+        if models.VERSION >= 5:
+            layer.experts.register_forward_pre_hook(of_all)
+            continue
+        for number, expert in enumerate(layer.experts):
+            expert.register_forward_pre_hook(functools.partial(of_one, number=number))
+    with torch.no_grad():
+        model(**batch)
+    want = [count.tolist() for count in counts]
+    assert [load.tolist() for load in rt.expert_load(model, batch).values()] == want
 
 
 @pytest.mark.parametrize("vectors", [False, True])

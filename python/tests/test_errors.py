@@ -1,6 +1,9 @@
 """Error messages state what was expected, what was got, and what to do."""
 
+import functools
+
 import models
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -79,7 +82,7 @@ def test_router_jitter_raises():
 def test_a_forward_set_on_the_layer_raises():
     model = models.tiny("mixtral")
     layer = models.moe_layers(model)[0]
-    layer.forward = layer.forward
+    layer.forward = functools.partial(layer.forward)
     with pytest.raises(ValueError, match="call default_moe before"):
         rt.default_moe(model)
 
@@ -98,6 +101,27 @@ def test_an_adapter_with_wrong_sizes_or_logits_raises():
     for width in (2, 5, 8):
         with pytest.raises(ValueError, match=rf"hidden states \[..., 4\], got \[7, {width}\]"):
             model(torch.zeros(7, width))
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (4, 10), (10, 2, 2), (20, 2)])
+def test_experts_of_a_wrong_shape_raise(shape):
+    class Layer(nn.Module):
+        def forward(self, x):
+            return x
+
+    experts = lambda layer, x, e: torch.ones(shape)  # noqa: E731
+    adapter = rt.MoeAdapter(lambda layer, x: x[:, :3], experts, num_experts=3, hidden_size=4, top_k=2)
+    layer = rt.default_moe(nn.Sequential(Layer()), adapters={Layer: adapter})
+    with pytest.raises(ValueError, match=r"outputs of experts \[tokens \* top_k, hidden_size\] = \[10, 4\], got \["):
+        layer(torch.zeros(5, 4))
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64])
+def test_numbers_of_numpy_are_accepted_and_stored_as_json(number, tmp_path):
+    model = rt.default_moe(models.tiny("mixtral"), beta=number(0.75), init_std=number(0.5), micro_batches=np.int64(2))
+    model.save_pretrained(tmp_path)
+    settings = models.moe_layers(rt.from_pretrained(tmp_path))[0].default_moe_state.settings
+    assert settings.beta == 0.75 and type(settings.beta) is float
 
 
 def test_a_wrong_batch_or_reference_of_router_gradient_similarity_raises():

@@ -41,7 +41,7 @@ def layer_and_reference(name, **settings):
     model, adapters = models.tiny_float64(name)
     rt.default_moe(model, adapters=adapters, init_std=0.5, **settings)
     layer = models.moe_layers(model)[-1].train()
-    shape = layer.default_moe_state.shape
+    shape = layer.default_moe_state.adapter.describe(layer)
     assert shape.renormalize == (name in ("mixtral", "qwen3_moe"))
     plain = reference.Layer(*arrays(layer), layer.default_vectors.numpy(), shape.top_k, shape.renormalize)
     return layer, plain
@@ -103,7 +103,7 @@ def test_evaluation_uses_vectors_only_if_both_settings_are_true(name, pass_forwa
 def margin(layer, x):
     """Returns the smallest difference between the lowest chosen and the highest other probability of a token."""
     p = (x.reshape(-1, models.HIDDEN) @ layer.gate.weight.t()).softmax(-1).sort(descending=True).values
-    k = layer.default_moe_state.shape.top_k
+    k = layer.default_moe_state.adapter.describe(layer).top_k
     return (p[:, k - 1] - p[:, k]).min().item()
 
 

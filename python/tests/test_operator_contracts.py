@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 ops = pytest.importorskip("routegrad.torch.ops", exc_type=ImportError)
 from moe_case import BF16, Moe, normal  # noqa: E402
@@ -139,6 +140,17 @@ def test_unaligned_slices_give_the_same_results():
 
 
 W, X, OFFSETS = normal(2, 8, 16), normal(6, 16), torch.tensor([0, 2, 6], dtype=torch.int32)
+REPEATED = torch.tensor([[0, 1, 2], [2, 0, 2]])
+
+
+def attention_from(first_key):
+    return ops.attention(normal(8, 3 * 64), 4, 1, first_key=torch.tensor(first_key, dtype=torch.int32))
+
+
+def update(vectors):
+    ops.expert_mean_update(vectors, torch.zeros(3, 8), torch.ones(3, 2), 0.5)
+
+
 WRONG = [
     (TypeError, "expected x in torch.bfloat16, got torch.float32", lambda: ops.grouped_gemm(X.float(), W, OFFSETS)),
     (TypeError, "expected offsets in torch.int32, got torch.int64", lambda: ops.grouped_gemm(X, W, OFFSETS.long())),
@@ -159,6 +171,19 @@ WRONG = [
     (ValueError, "whole sequences of 5 tokens", lambda: ops.attention(normal(8, 3 * 64), 5, 1)),
     (IndexError, "targets in 0 … 7, got 1 … 8", lambda: ops.token_losses(X[:2], W[0], torch.tensor([1, 8]))),
     (ValueError, "plain, sum_p, count", lambda: ops.expert_mean_update(*torch.zeros(2, 3, 8), torch.ones(3, 2), 0.5, "p")),
+    (ValueError, r"different experts for a token, got \[2, 0, 2\] for token 1", lambda: ops.dispatch(REPEATED, 4)),
+    (ValueError, "got 4 at row 3 of sequence 1", lambda: attention_from([0, 0, 2, 2, 0, 1, 1, 4])),
+    (ValueError, "got -1 at row 0 of sequence 0", lambda: attention_from([-1, 0, 0, 0, 0, 0, 0, 0])),
+    (ValueError, "got -2147483648 at row 2 of sequence 0", lambda: attention_from([0, 1, -(2**31), 0, 0, 0, 0, 0])),
+    (ValueError, "got 0 at row 2 of sequence 1", lambda: attention_from([0, 0, 0, 0, 0, 1, 0, 0])),
+    (ValueError, "got 4 at row 0 of sequence 1", lambda: attention_from([0, 0, 0, 0, 4, 4, 4, 4])),
+    (TypeError, "ignore_index to be an integer, got None", lambda: ops.cross_entropy(X[:2], W[0], OFFSETS[:2], None)),
+    (ValueError, "vectors that do not require gradients", lambda: update(torch.zeros(3, 8, requires_grad=True))),
+    (
+        ValueError,
+        "vectors that do not require gradients",
+        lambda: torch.no_grad()(update)(torch.nn.Parameter(torch.zeros(3, 8))),
+    ),
     (
         ValueError,
         "vectors at a multiple of 16 bytes",
@@ -204,7 +229,7 @@ def test_no_argument_crashes_the_interpreter(name):
 
 # The values of GPU tensors are not checked, to avoid a synchronization.
 READS_VALUES = torch.get_default_device().type == "cpu"
-OF_VALUES = ("decrease and are at most", "choices in", "targets in")
+OF_VALUES = ("decrease and are at most", "choices in", "targets in", "different experts", "of sequence")
 
 
 @pytest.mark.parametrize(("kind", "text", "run"), WRONG, ids=[text for _, text, _ in WRONG])
@@ -213,6 +238,15 @@ def test_wrong_arguments_raise(kind, text, run):
         pytest.skip("only the values of CPU tensors are checked")
     with pytest.raises(kind, match=text):
         run()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", ["router", "grouped_gemm", "swiglu_experts", "combine", "attention", "cross_entropy"])
+def test_a_tangent_raises(name, gradient):
+    """PyTorch itself raises if an input requires gradients."""
+    first, *others = (t.detach() if isinstance(t, torch.Tensor) else t for t in samples()[name][0])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        getattr(REGISTERED, name)(forward_ad.make_dual(first.requires_grad_(gradient), torch.ones_like(first)), *others)
 
 
 def test_maps_for_another_number_of_tokens_raise():

@@ -143,6 +143,26 @@ def test_rows_and_combine_equal_the_fused_operator():
         holds(moe.down.grad[e], ddown.rounded(), f"ddown of expert {e}", limit=8e-3)
 
 
+def test_second_derivatives_of_combine():
+    """Compares with autograd in float64. Values are rounded to bf16 between the products, so they differ by some 1e-3."""
+    moe = Moe(tokens=9)
+    rows, gates, dy = normal(18, 24, grad=True), moe.gates, normal(9, 24, grad=True)
+    directions = torch.randn(18, 24), torch.randn(9, 5)
+
+    def second(y, rows, gates, dy):
+        first = torch.autograd.grad(y, (rows, gates), dy, create_graph=True)
+        total = sum((d * g).sum() for d, g in zip(directions, first, strict=True))
+        return torch.autograd.grad(total, (rows, gates, dy))
+
+    exact = [t.detach().double().requires_grad_() for t in (rows, gates, dy)]
+    chosen = torch.zeros(9, 5, dtype=torch.float64).scatter(1, moe.choices, 1.0)
+    own = exact[0][moe.maps.slot_row.long()] * exact[1].gather(1, moe.choices).unsqueeze(2)
+    y = own.sum(1) + (exact[1] * (1 - chosen)) @ moe.vectors.double()
+    found = second(ops.combine(rows, gates, moe.maps, moe.vectors), rows, gates, dy)
+    for got, want in zip(found, second(y, *exact), strict=True):
+        assert (got.double() - want).norm() <= 0.01 * want.norm()
+
+
 @pytest.mark.parametrize("weighting", ["plain", "sum_p", "count"])
 def test_means_and_moving_average(weighting):
     moe = Moe(tokens=150)

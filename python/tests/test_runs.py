@@ -60,9 +60,12 @@ def test_an_incomplete_last_line_is_skipped_and_any_other_raises(tmp_path):
     file = tmp_path / "r/metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 3, "lo')
     assert len(run.records()) == 2
-    file.write_text('{"step"\n' + file.read_text())
-    with pytest.raises(ValueError, match="line 1: expected a JSON object"):
-        run.records()
+    file.write_bytes(file.read_bytes() + b"\xff\xfe")
+    assert len(run.records()) == 2
+    for first in (b'{"step"', b"\xff", b"12"):
+        file.write_bytes(first + b"\n" + file.read_bytes())
+        with pytest.raises(ValueError, match="line 1: expected a JSON object"):
+            run.records()
 
 
 def test_the_newest_complete_checkpoint_is_used(tmp_path):
@@ -80,9 +83,10 @@ def test_a_folder_that_is_not_a_run_raises(tmp_path):
         routegrad.load_run(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"config\.toml, got no folder"):
         routegrad.load_run(tmp_path / "none")
-    (tmp_path / "config.toml").write_text("[")
-    with pytest.raises(ValueError, match="expected TOML"):
-        routegrad.load_run(tmp_path)
+    for content in (b"[", b"# \xff"):
+        (tmp_path / "config.toml").write_bytes(content)
+        with pytest.raises(ValueError, match=r"config\.toml: expected TOML"):
+            routegrad.load_run(tmp_path)
 
 
 def test_the_import_takes_a_fraction_of_a_second_and_does_not_import_torch():
@@ -115,11 +119,61 @@ def test_checkpoints_load_as_models_of_their_architecture(name, tmp_path):
     inputs = models.tokens()
     torch.testing.assert_close(loaded(inputs).logits, model(inputs).logits, rtol=1e-5, atol=1e-5)
     assert run.model(folder, dtype=torch.float64).dtype == torch.float64
+    with pytest.raises(TypeError, match="dtype: expected a torch.dtype such as torch.bfloat16, or None, got 'bfloat16'"):
+        run.model(folder, dtype="bfloat16")
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.gate.weight"]
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"expected tensor model\.layers\.1\..*gate\.weight, got none"):
         run.model(folder)
+
+
+def test_damaged_files_raise_with_their_name(tmp_path):
+    model = rt.default_moe(models.tiny("olmoe"))
+    source = test_dump.config_json(model, test_dump.SETTINGS, False)
+    save_file(fused(model), tmp_path / "model.safetensors")
+    run, config, weights = routegrad.Run(tmp_path, {}), tmp_path / "config.json", tmp_path / "model.safetensors"
+    short = {key: value for key, value in source.items() if key != "qk_norm"}
+    for content in (
+        b"[]",
+        b'{"model_type": "rou',
+        b"\xff",
+        json.dumps(short).encode(),
+        json.dumps({**source, "router": 1}).encode(),
+    ):
+        config.write_bytes(content)
+        with pytest.raises(ValueError, match=r"config\.json: expected"):
+            run.model(tmp_path)
+    config.write_text(json.dumps(source))
+    whole = weights.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"\xff" * 64):
+        weights.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors: expected a safetensors file"):
+            run.model(tmp_path)
+    for content in ("{", "[]", '{"weight_map": 1}'):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match=r"index\.json: expected JSON with weight_map"):
+            run.model(tmp_path)
+
+
+EMPTY = "af1349b9f5f9a1a6a0404dea36dcc9499bcb25c9adc112b7cc9a93cae41f3262"
+"""The BLAKE3 digest of an empty file."""
+
+
+def test_a_file_of_a_checkpoint_is_compared_with_its_digest(tmp_path):
+    kernels = pytest.importorskip("routegrad.torch.ops", exc_type=ImportError).kernels()
+    (tmp_path / "config.json").write_text("")
+    manifest = {"step": 1, "files": {"config.json": {"bytes": 0, "blake3": EMPTY}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    kernels.verify_file(str(tmp_path), "config.json")
+    with pytest.raises(ValueError, match=r"other\.json"):
+        (tmp_path / "other.json").write_text("")
+        kernels.verify_file(str(tmp_path), "other.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: expected the file that was saved, got 1 bytes"):
+        kernels.verify_file(str(tmp_path), "config.json")
+    with pytest.raises(ValueError, match=r"config\.json: expected the file that was saved, got 1 bytes"):
+        routegrad.Run(tmp_path, {}).model(tmp_path)
 
 
 def test_unsupported_settings_are_not_ignored():
@@ -188,6 +242,18 @@ def test_the_model_of_a_run_computes_what_the_program_computes(router, trained, 
     torch.testing.assert_close(model(tokens[:, :-1]).logits, expected, rtol=1e-5, atol=1e-5)
     has_vectors = any(isinstance(m, rt.DefaultMoeLayer) for m in model.modules())
     assert has_vectors == (router == "default")
+
+
+@needs_program
+def test_damaged_weights_of_a_run_are_not_loaded(trained):
+    run = trained("damaged", "--router", "default")
+    assert run.model()
+    file = run.checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected the file that was saved, got another digest"):
+        run.model()
 
 
 @needs_program

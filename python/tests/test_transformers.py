@@ -10,6 +10,7 @@ import transformers
 from torch.nn import functional as F
 
 import routegrad.torch as rt
+from routegrad.torch.adapters import Float32Gate
 
 
 def loss_of(model, inputs):
@@ -120,6 +121,113 @@ def test_removing_vectors_restores_the_model(name):
     assert not hasattr(model.config, "default_moe")
     same([model(models.tokens()).logits], [plain(models.tokens()).logits])
     assert rt.default_vectors(rt.default_moe(model))
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_a_pass_that_returns_router_logits_does_not_change_what_conversion_and_removal_do(name):
+    """In transformers 4.57, such a pass leaves the forward method in the layers."""
+    plain, inputs = models.tiny(name).eval(), models.tokens()
+    expected = plain(inputs, output_router_logits=True).logits
+    model = rt.default_moe(plain, pass_forward=False)
+    found = model(inputs, output_router_logits=True)
+    same([found.logits], [expected], 2e-6)
+    same([rt.remove_default_moe(model)(inputs).logits], [expected])
+    half = rt.default_moe(model).bfloat16()
+    half(inputs, output_router_logits=True)
+    rt.default_moe(rt.remove_default_moe(half))
+    assert all(z.dtype == torch.float32 for z in half(inputs, output_router_logits=True).router_logits)
+
+
+@pytest.mark.parametrize("name", models.TYPES)
+def test_a_change_of_top_k_after_the_conversion_has_the_effect_that_it_has_in_transformers(name):
+    plain, inputs = models.tiny(name).eval(), models.tokens()
+    model = rt.default_moe(copy.deepcopy(plain), pass_forward=False).eval()
+    for layer in (*models.moe_layers(plain), *models.moe_layers(model)):
+        (layer.gate if models.VERSION >= 5 else layer).top_k = 1
+    same([model(inputs).logits], [plain(inputs).logits], 2e-6)
+    loads = [rt.expert_load(m, dict(input_ids=inputs)) for m in (plain, model)]
+    assert [v.tolist() for v in loads[0].values()] == [v.tolist() for v in loads[1].values()]
+    assert all(int(v.sum()) == inputs.numel() for v in loads[1].values())
+    rt.router_gradient_similarity(model, dict(input_ids=inputs))
+    (layer.gate if models.VERSION >= 5 else layer).top_k = 9
+    with pytest.raises(ValueError, match="top_k 9, num_experts"):
+        model(inputs)
+
+
+class Wrapped(torch.nn.Module):
+    """Contains a router and adds to its logits, as PEFT does. Has the attributes of the router."""
+
+    def __init__(self, router):
+        super().__init__()
+        self.base_layer = router
+        self.delta = torch.nn.Linear(models.HIDDEN, router.weight.shape[0], bias=False)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def forward(self, x):
+        z = self.base_layer(x)
+        if not isinstance(z, tuple):
+            return z + self.delta(x)
+        index = (z[0] + self.delta(x)).topk(self.top_k).indices
+        return z[0] + self.delta(x), z[0].softmax(-1).gather(1, index), index
+
+
+@pytest.mark.parametrize("converted_first", [True, False])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe"])
+def test_a_wrapped_router_is_used_and_its_float32_logits_are_removed_again(name, converted_first):
+    model, inputs = models.tiny(name).bfloat16().eval(), models.tokens()
+    if converted_first:
+        rt.default_moe(model)
+    for layer in models.moe_layers(model):
+        layer.gate = Wrapped(layer.gate).bfloat16()
+    classes = [type(m) for layer in models.moe_layers(model) for m in layer.gate.modules()]
+    if not converted_first:
+        rt.default_moe(model)
+    inner = []
+    models.moe_layers(model)[0].gate.base_layer.register_forward_hook(
+        lambda m, i, o: inner.append((o[0] if isinstance(o, tuple) else o).dtype)
+    )
+    wrapped = model(inputs).logits
+    assert inner == [torch.float32] and rt.expert_load(model, dict(input_ids=inputs))
+    for layer in models.moe_layers(model):
+        torch.nn.init.zeros_(layer.gate.delta.weight)
+    assert not torch.equal(model(inputs).logits, wrapped)
+    rt.remove_default_moe(model)
+    assert not any(isinstance(m, Float32Gate) for m in model.modules())
+    if not converted_first:
+        assert [type(m) for layer in models.moe_layers(model) for m in layer.gate.modules()] == classes
+    model(inputs)
+
+
+def test_vectors_of_a_part_are_removed_from_the_whole():
+    model = models.tiny("olmoe")
+    rt.default_moe(model.model.layers[0])
+    rt.remove_default_moe(model)
+    assert not any(isinstance(m, rt.DefaultMoeLayer) for m in model.modules())
+
+
+def test_from_pretrained_accepts_the_options_of_the_configuration(tmp_path):
+    rt.default_moe(models.tiny("olmoe"), beta=0.75).save_pretrained(tmp_path)
+    options = dict(use_cache=False, output_router_logits=True, router_aux_loss_coef=0.5, num_experts_per_tok=1)
+    for key, value in options.items():
+        model = rt.from_pretrained(tmp_path, **{key: value}, trust_remote_code=False)
+        assert getattr(model.config, key) == value and model.config.default_moe["beta"] == 0.75
+    assert rt.expert_load(model, dict(input_ids=models.tokens()))["model.layers.0.mlp"].sum() == models.tokens().numel()
+    assert model(models.tokens()).router_logits is None
+    assert rt.from_pretrained(tmp_path, dtype=torch.bfloat16, use_cache=False).dtype == torch.bfloat16
+    assert rt.from_pretrained(tmp_path, dtype="auto").dtype == torch.float32
+    assert rt.from_pretrained(tmp_path, attn_implementation="eager").config._attn_implementation == "eager"
+    for option in (dict(device_map="cpu"), dict(output_loading_info=True), dict(variant="x")):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: expected none, got"):
+            rt.from_pretrained(tmp_path, **option)
 
 
 def test_from_pretrained_raises_for_a_model_without_vectors(tmp_path):

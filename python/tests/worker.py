@@ -3,6 +3,7 @@
 Usage: worker.py RANK RANKS FOLDER
 """
 
+import copy
 import sys
 
 import models
@@ -26,6 +27,8 @@ WAYS = ["ddp", "checkpointed ddp", "own group", *(["fsdp", "checkpointed fsdp"] 
 def train(rank, ranks, folder, way):
     group = dist.new_subgroups(group_size=1)[0] if way == "own group" and ranks > 1 else None
     model = rt.default_moe(models.tiny(NAME), beta=0.5, process_group=group)
+    if group is not None:
+        model = copy.deepcopy(model)  # The copy uses the same group.
     if "checkpointed" in way:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     wrapped, sharded = model, "fsdp" in way and ranks > 1

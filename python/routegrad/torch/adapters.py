@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +60,7 @@ class MoeAdapter:
         )
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """The values E, D and K of a layer, and whether it renormalizes the weights of the chosen experts."""
 
     num_experts: int
@@ -142,7 +141,25 @@ def _output(layer: Any, hidden: Tensor, y: Tensor, z: Tensor) -> Any:
 
 def _settings(layer: Any) -> Any:
     """Returns the module with ``top_k`` and ``num_experts``: the router in transformers 5, the layer in transformers 4."""
-    return layer if isinstance(layer.gate, nn.Linear) else layer.gate
+    return layer if isinstance(layer.experts, nn.ModuleList) else layer.gate
+
+
+def routers(layer: Any) -> list[nn.Module]:
+    """Returns the modules that compute the logits of a layer of transformers: the gate, or with PEFT the modules in it."""
+    # A router of transformers 5 has top_k; a wrapper of PEFT also has the attributes of the module that it contains.
+    modules = layer.gate.modules()
+    return [m for m in modules if isinstance(m, nn.Linear) or (hasattr(m, "top_k") and next(m.children(), None) is None)]
+
+
+def own_forward(module: nn.Module) -> bool:
+    """Returns whether ``module`` has the forward method of its class.
+
+    Removes a copy of this method in the module itself, as transformers 4 leaves it after a pass that returns router logits.
+    """
+    found = module.__dict__.get("forward")
+    if getattr(found, "__func__", None) is type(module).forward:
+        del module.forward
+    return "forward" not in module.__dict__
 
 
 def _num_experts(layer: Any) -> int:

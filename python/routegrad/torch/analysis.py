@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import MoeAdapter, moe_layers
-from .layer import layers_of
-from .vectors import chosen_experts, gates, no_autocast, wide_dtype
+from .adapters import TRANSFORMERS, MoeAdapter, moe_layers
+from .layer import DefaultMoeLayer, layers_of
+from .vectors import chosen_experts, gates, in_backward, no_autocast, wide_dtype
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,16 @@ class RouterGradient:
 
 
 class _Recorder:
-    """Records the input, the logits, the chosen experts and g of each layer in one pass."""
+    """Records the input, the logits, the chosen experts and g of each pass of each layer."""
 
     def __init__(self) -> None:
-        self.passes: dict[nn.Module, dict[str, Tensor]] = {}
+        self.passes: dict[nn.Module, list[dict[str, Tensor]]] = {}
 
     def record(self, layer: nn.Module, x: Tensor, z: Tensor, index: Tensor, y: Tensor) -> None:
+        if in_backward():
+            return  # A recomputation for gradient checkpointing is not another pass.
         found = {"x": x.detach(), "z": z.detach(), "index": index}
-        self.passes[layer] = found
+        self.passes.setdefault(layer, []).append(found)
         if not y.requires_grad:
             raise RuntimeError(
                 f"expected layer outputs that require gradients, got one that does not from {type(layer).__name__}; set "
@@ -61,11 +63,16 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode in every module, and restores the mode of each module at the end."""
+    """Sets evaluation mode in every module, and restores the mode of each module at the end.
+
+    Compiled modules run without compilation, since code that was compiled before a hook was added does not call the hook.
+    """
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
+    stance = getattr(torch.compiler, "set_stance", None)  # None before PyTorch 2.6.
     try:
-        yield
+        with stance("force_eager") if stance else contextlib.nullcontext():
+            yield
     finally:
         for module, training in modes:
             module.training = training
@@ -91,8 +98,9 @@ def router_gradient_similarity(
 ) -> list[RouterGradient]:
     """Compares each router's gradient with the dense gradient, for which every expert runs, in the same forward pass.
 
-    Runs one pass in evaluation mode (no dropout). The pass uses default vectors as in training, but does not update them.
-    Then every expert runs on every token, one layer after another. The gradients of the parameters do not change.
+    Runs one pass in evaluation mode (no dropout), without compilation. The pass uses default vectors as in training, but
+    does not update them. Then every expert runs on every token, one layer after another. If ``loss`` runs several passes,
+    their gradients are added. The gradients of the parameters do not change.
 
     Args:
         model: a model with default vectors.
@@ -125,7 +133,7 @@ def router_gradient_similarity(
             parameters = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(value, parameters, allow_unused=True)
         with _evaluation(model), torch.no_grad():
-            return [_compare(name, layer, recorder.passes[layer], reference) for name, layer in layers.items()]
+            return [_compare(name, layer, recorder.passes.get(layer, []), reference) for name, layer in layers.items()]
     finally:
         for layer in layers.values():
             layer.default_moe_state.recorder = None
@@ -138,7 +146,7 @@ def router_weight_gradients(layer: Any, x: Tensor, z: Tensor, g: Tensor, referen
     and without autograd.
     """
     state = layer.default_moe_state
-    adapter, shape, wide = state.adapter, state.shape, wide_dtype(x.dtype)
+    adapter, shape, wide = state.adapter, state.adapter.describe(layer), wide_dtype(x.dtype)
     p, q, index = gates(z.to(wide), shape.top_k, shape.renormalize)
     on = torch.zeros_like(p).scatter(1, index, 1.0)
     g = g.to(wide)
@@ -165,11 +173,12 @@ def _scores(adapter: MoeAdapter, layer: nn.Module, x: Tensor, g: Tensor, expert:
     return (g * adapter.experts(layer, x, index).to(g.dtype)).sum(dim=1)
 
 
-def _compare(name: str, layer: Any, found: dict[str, Tensor], reference: str) -> RouterGradient:
-    if "g" not in found:
+def _compare(name: str, layer: Any, passes: list[dict[str, Tensor]], reference: str) -> RouterGradient:
+    used = [found for found in passes if "g" in found]
+    if not used:
         raise RuntimeError(f"{name}: expected a loss that depends on the layer, got one that does not; check `loss`")
-    gradients = router_weight_gradients(layer, found["x"], found["z"], found["g"], reference)
-    topk, default, dense = (gradients[k].double().cpu().flatten() for k in ("topk", "default", "dense"))
+    gradients = [router_weight_gradients(layer, found["x"], found["z"], found["g"], reference) for found in used]
+    topk, default, dense = (sum(g[k].double().cpu().flatten() for g in gradients) for k in ("topk", "default", "dense"))
 
     def cosine(a: Tensor) -> float:
         return float(a @ dense / (a.norm() * dense.norm()))
@@ -182,11 +191,25 @@ def _compare(name: str, layer: Any, found: dict[str, Tensor], reference: str) ->
     return RouterGradient(name, cosine(default), error(default), cosine(topk), error(topk), scale)
 
 
+def _choices(layer: Any, adapter: MoeAdapter, x: Tensor, top_k: int) -> Tensor:
+    """Returns the experts [T, K] that the layer chooses for ``x`` [T, D].
+
+    Without default vectors, a layer of transformers chooses with torch.topk, whose choice among equal logits is its own.
+    """
+    if adapter is TRANSFORMERS and not isinstance(layer, DefaultMoeLayer):
+        found = layer.gate(x)
+        if isinstance(found, tuple):
+            return found[2]
+        return found.softmax(dim=1, dtype=torch.float).topk(top_k, dim=-1).indices
+    z = adapter.logits(layer, x)
+    return chosen_experts(z.to(wide_dtype(z.dtype)).softmax(dim=-1), top_k)
+
+
 def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdapter] | None = None) -> dict[str, Tensor]:
     """Counts how many tokens of a batch choose each expert.
 
-    Runs one pass in evaluation mode without gradients. The model can have default vectors or not. Padding tokens are
-    counted like other tokens, since an MoE layer has no information about padding.
+    Runs one pass in evaluation mode, without gradients and without compilation. The model can have default vectors or not.
+    Padding tokens are counted like other tokens, since an MoE layer has no information about padding.
 
     Args:
         model: a model of transformers that ``default_moe`` supports, or any model with ``adapters``.
@@ -198,6 +221,7 @@ def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdap
 
     Raises:
         TypeError: the model has no MoE layers, or ``adapters`` has the wrong type.
+        RuntimeError: an MoE layer did not run.
     """
     layers = moe_layers(model, adapters)
     loads: dict[str, Tensor] = {}
@@ -206,8 +230,7 @@ def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdap
         def count(layer: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Tensor]) -> None:
             shape = adapter.describe(layer)
             hidden = arguments[0] if arguments else next(iter(keywords.values()))
-            z = adapter.logits(layer, hidden.reshape(-1, shape.hidden_size))
-            index = chosen_experts(z.to(wide_dtype(z.dtype)).softmax(dim=-1), shape.top_k)
+            index = _choices(layer, adapter, hidden.reshape(-1, shape.hidden_size), shape.top_k)
             load = torch.bincount(index.flatten().cpu(), minlength=shape.num_experts)
             loads[name] = loads.get(name, 0) + load
 
@@ -220,4 +243,10 @@ def expert_load(model: nn.Module, batch: Any, *, adapters: Mapping[type, MoeAdap
     finally:
         for hook in hooks:
             hook.remove()
+    missing = layers.keys() - loads.keys()
+    if missing:
+        raise RuntimeError(
+            f"{min(missing)}: expected a pass that runs this layer, got one that does not; pass a batch for which every MoE "
+            "layer runs, and before PyTorch 2.6 a model that is not compiled"
+        )
     return loads

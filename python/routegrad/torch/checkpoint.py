@@ -26,19 +26,41 @@ _OTHER_SETTINGS = {"name", "source", "samples", "shrink", "init_std", "renormali
 
 def load_model(checkpoint: Path, dtype: torch.dtype | None, routegrad: str | os.PathLike[str] | None) -> nn.Module:
     """Loads the model of ``checkpoint``, a folder ``step-N``; see ``Run.model``."""
+    if not (dtype is None or isinstance(dtype, torch.dtype)):
+        raise TypeError(f"dtype: expected a torch.dtype such as torch.bfloat16, or None, got {dtype!r}")
     file = checkpoint / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{checkpoint}: expected a checkpoint with config.json, got none; pass checkpoints/step-N")
-    source = json.loads(file.read_text(encoding="utf-8"))
+    _verify(checkpoint, file)
+    try:
+        source = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(source, dict):
+            raise ValueError(f"a {type(source).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{file}: expected a JSON object, got an error: {error}; copy the checkpoint again") from error
     if source.get("model_type") != "routegrad":
         raise ValueError(
             f"{file}: expected model_type routegrad, got {source.get('model_type')!r}; load it with "
             "AutoModelForCausalLM.from_pretrained"
         )
-    model_type = architecture(source)
+    try:
+        model_type = architecture(source)
+        config = None if model_type is None else transformers_config(source, model_type)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file}: expected the keys of a model of routegrad, got {error!r}; copy the checkpoint again"
+        ) from error
     if model_type is None:
         return _exported(checkpoint, source, dtype, routegrad)
-    return _native(checkpoint, source, model_type, dtype or torch.float32)
+    return _native(checkpoint, source, config, dtype or torch.float32)
+
+
+def _verify(checkpoint: Path, file: Path) -> None:
+    """Raises ValueError if ``file`` is not the one that the checkpoint was saved with. Without a manifest, accepts it."""
+    if (checkpoint / "manifest.json").is_file():
+        from .ops import kernels
+
+        kernels().verify_file(os.fspath(checkpoint), file.name)
 
 
 def architecture(source: dict[str, Any]) -> str | None:
@@ -98,10 +120,10 @@ def transformers_config(source: dict[str, Any], model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **keys)
 
 
-def _native(checkpoint: Path, source: dict[str, Any], model_type: str, dtype: torch.dtype) -> nn.Module:
+def _native(checkpoint: Path, source: dict[str, Any], config: Any, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    config = transformers_config(source, model_type)
+    model_type = config.model_type
     if dtype == torch.float64:
         # The default of transformers 5, a grouped matrix product, does not support float64.
         config._experts_implementation = "eager"
@@ -133,14 +155,20 @@ def _native(checkpoint: Path, source: dict[str, Any], model_type: str, dtype: to
 
 def _tensors(checkpoint: Path, model_type: str, targets: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yields the checkpoint's tensors, with the names and shapes that the installed version of transformers uses."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     for file in weight_files(str(checkpoint), {}):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if name.endswith(f".{BUFFER}") and not any(n.endswith(BUFFER) for n in targets):
-                    continue
-                yield from _renamed(name, tensors.get_tensor(name), model_type, targets)
+        _verify(checkpoint, Path(file))
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if name.endswith(f".{BUFFER}") and not any(n.endswith(BUFFER) for n in targets):
+                        continue
+                    yield from _renamed(name, tensors.get_tensor(name), model_type, targets)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{file}: expected a safetensors file, got an error: {error}; copy the checkpoint again"
+            ) from error
 
 
 def _renamed(name: str, value: Tensor, model_type: str, targets: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

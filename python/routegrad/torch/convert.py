@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from .adapters import (
     check_transformers,
     moe_layers,
     original_class,
+    own_forward,
+    routers,
     subclass,
 )
 from .layer import BUFFER, DefaultMoeLayer, LayerState, Settings, layers_of
@@ -72,7 +75,7 @@ def default_moe(
         NotImplementedError: the experts are distributed over ranks.
     """
     settings = Settings(beta, weighted, weight_norm, pass_forward, use_at_evaluation, micro_batches)
-    if not (isinstance(init_std, (int, float)) and 0 <= init_std < math.inf):
+    if not (isinstance(init_std, numbers.Real) and 0 <= init_std < math.inf):
         raise ValueError(f"init_std: expected a number of at least 0, got {init_std!r}; with 0, vectors start at zero")
     if not (generator is None or isinstance(generator, torch.Generator)):
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
@@ -86,30 +89,31 @@ def default_moe(
         )
     states = []
     for name, (layer, adapter) in moe_layers(model, adapters).items():
-        state = LayerState(name, adapter.describe(layer), adapter, settings, process_group)
+        state = LayerState(name, adapter, settings, process_group)
         _check(layer, state)
         states.append((layer, state))
     for layer, state in states:
-        _convert(layer, state, init_std, generator)
+        _convert(layer, state, float(init_std), generator)
     if hasattr(model, "config"):
         model.config.default_moe = settings.to_dict()
     return model
 
 
 def _check(layer: nn.Module, state: LayerState) -> None:
-    """Raises ValueError, TypeError or NotImplementedError if the layer cannot be converted. Does not change the layer."""
+    """Raises ValueError, TypeError or NotImplementedError if the layer cannot be converted. Does not convert it."""
     name = state.name
     if isinstance(layer, DefaultMoeLayer):
         raise ValueError(
             f"{name}: expected a layer without default vectors, got one that already has them; call default_moe only once"
         )
-    if "forward" in layer.__dict__:
+    known = state.adapter is TRANSFORMERS
+    if not all([own_forward(module) for module in (layer, *(routers(layer) if known else ()))]):
         raise ValueError(
             f"{name}: expected the forward method of the layer's class, got one that was set on the layer itself, as by "
             "device_map and the hooks of accelerate; call default_moe before they are added"
         )
-    state.shape.check(name)
-    if state.adapter is TRANSFORMERS:
+    state.adapter.describe(layer).check(name)
+    if known:
         check_transformers(layer, name)
     dtype = next((p.dtype for p in layer.parameters()), torch.float32)
     if not dtype.is_floating_point or dtype.itemsize < 2:
@@ -121,12 +125,14 @@ def _check(layer: nn.Module, state: LayerState) -> None:
 
 def _convert(layer: Any, state: LayerState, init_std: float, generator: torch.Generator | None) -> None:
     parameter = next(layer.parameters(), torch.empty(0))
-    size, dtype = (state.shape.num_experts, state.shape.hidden_size), wide_dtype(parameter.dtype)
+    shape, dtype = state.adapter.describe(layer), wide_dtype(parameter.dtype)
+    size = (shape.num_experts, shape.hidden_size)
     start = torch.zeros(size, dtype=dtype)
     if init_std:
         start = torch.randn(size, dtype=dtype, generator=generator) * init_std
     if state.adapter is TRANSFORMERS:
-        layer.gate.__class__ = subclass(Float32Gate, type(layer.gate))
+        for router in routers(layer):
+            router.__class__ = subclass(Float32Gate, type(router))
     layer.register_buffer(BUFFER, start.to(parameter.device))
     layer.default_moe_state = state
     layer.__class__ = subclass(DefaultMoeLayer, type(layer))
@@ -142,11 +148,13 @@ def remove_default_moe(model: Model) -> Model:
         ValueError: the model has no default vectors.
     """
     for layer in layers_of(model).values():
-        layer.__class__ = original_class(layer, DefaultMoeLayer)
-        if isinstance(getattr(layer, "gate", None), Float32Gate):
-            layer.gate.__class__ = original_class(layer.gate, Float32Gate)
+        for module in layer.modules():
+            for mixin in (DefaultMoeLayer, Float32Gate):
+                if isinstance(module, mixin):
+                    own_forward(module)
+                    module.__class__ = original_class(module, mixin)
         del layer.default_vectors, layer.default_moe_state
-    if hasattr(model, "config"):
+    if hasattr(getattr(model, "config", None), "default_moe"):
         del model.config.default_moe
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 import weakref
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapters import MoeAdapter, Shape, new_instance, original_class
+from .adapters import MoeAdapter, new_instance, original_class
 from .vectors import expert_sums, gates, in_backward, mix, no_autocast, update_default_vectors, wide_dtype
 
 BUFFER = "default_vectors"
@@ -30,16 +31,18 @@ class Settings:
     micro_batches: int = 1
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.beta, (int, float)) and 0 <= self.beta < 1):
+        if not (isinstance(self.beta, numbers.Real) and 0 <= self.beta < 1):
             raise ValueError(f"beta: expected 0 <= beta < 1, got {self.beta!r}; the paper uses 0.65 to 0.999")
+        object.__setattr__(self, "beta", float(self.beta))  # Also a NumPy scalar becomes a number that JSON can store.
         if self.weight_norm not in ("sum_p", "count"):
             raise ValueError(f'weight_norm: expected "sum_p" or "count", got {self.weight_norm!r}; choose one of the two')
         for name in ("weighted", "pass_forward", "use_at_evaluation"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}; pass a bool")
-        if isinstance(self.micro_batches, bool) or not isinstance(self.micro_batches, int) or self.micro_batches < 1:
+        count = self.micro_batches
+        if isinstance(count, bool) or not isinstance(count, numbers.Integral) or count < 1:
             raise ValueError(
-                f"micro_batches: expected an integer of at least 1, got {self.micro_batches!r}; pass the number of "
+                f"micro_batches: expected an integer of at least 1, got {count!r}; pass the number of "
                 "forward passes per optimizer step"
             )
 
@@ -60,7 +63,6 @@ class LayerState:
     """The state of a layer with default vectors, apart from its parameters and buffers."""
 
     name: str
-    shape: Shape
     adapter: MoeAdapter
     settings: Settings
     process_group: Any = None
@@ -78,6 +80,10 @@ class LayerState:
         """Returns the ê of the last pass that started before the autograd node ``number`` was created; None without one."""
         passes = {first: vectors for first, vectors in self.used.items() if first <= number}
         return passes[max(passes)] if passes else None
+
+    def __deepcopy__(self, memo: Any) -> LayerState:
+        # A copy in the same process uses the same process group.
+        return dataclasses.replace(self, recorder=None, used=weakref.WeakValueDictionary())
 
     def __getstate__(self) -> dict[str, Any]:
         # Process groups, recorders and autograd graphs belong to one process.
@@ -99,7 +105,10 @@ class DefaultMoeLayer:
     def forward(self: Any, hidden: Tensor) -> Any:
         """Returns the same types and shapes as the original class of the layer, for hidden states [..., D]."""
         state: LayerState = self.default_moe_state
-        adapter, shape = state.adapter, state.shape
+        adapter = state.adapter
+        # Read in each pass, because transformers also follows a change of the router's top_k.
+        shape = adapter.describe(self)
+        shape.check(state.name)
         first_node = 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
         if hidden.shape[-1:] != (shape.hidden_size,):
             raise ValueError(
@@ -113,6 +122,7 @@ class DefaultMoeLayer:
         with no_autocast(x):
             p, q, index = gates(z.to(wide), shape.top_k, shape.renormalize)
         rows = adapter.experts(self, x.repeat_interleave(shape.top_k, dim=0), index.reshape(-1))
+        self._check_rows(rows, len(x) * shape.top_k, shape.hidden_size)
         rows = rows.reshape(-1, shape.top_k, shape.hidden_size)  # [T, K, D]
         with no_autocast(x):
             y = mix(rows, q, index, self._vectors(rows, p, index, first_node), state.settings.pass_forward)
@@ -122,7 +132,7 @@ class DefaultMoeLayer:
 
     def _check(self: Any, x: Tensor, z: Tensor) -> None:
         state, vectors = self.default_moe_state, self.default_vectors
-        expected = (x.shape[0], state.shape.num_experts)
+        expected = (x.shape[0], vectors.shape[0])
         if tuple(z.shape) != expected:
             raise ValueError(
                 f"{state.name}: expected router logits [tokens, experts] = {list(expected)}, got {list(z.shape)}; correct "
@@ -132,6 +142,13 @@ class DefaultMoeLayer:
             raise TypeError(
                 f"{state.name}: expected default vectors in float32, got {vectors.dtype}, in which small updates of the "
                 "moving average are lost; do not cast buffers (for FSDP: MixedPrecision(buffer_dtype=torch.float32))"
+            )
+
+    def _check_rows(self: Any, rows: Tensor, count: int, width: int) -> None:
+        if tuple(rows.shape) != (count, width):
+            raise ValueError(
+                f"{self.default_moe_state.name}: expected outputs of experts [tokens * top_k, hidden_size] = "
+                f"{[count, width]}, got {list(rows.shape)}; correct the `experts` callable of the MoeAdapter"
             )
 
     def _vectors(self: Any, rows: Tensor, p: Tensor, index: Tensor, first_node: int) -> Tensor | None:

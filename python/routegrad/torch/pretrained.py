@@ -15,6 +15,13 @@ from .layer import BUFFER, layers_of
 
 _PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """The options of ``from_pretrained`` that select the source of the files."""
+_OF_WEIGHTS = (*_PLACE, "dtype", "torch_dtype", "quantization_config")
+"""The options that do not change the configuration."""
+_UNSUPPORTED = {
+    "device_map": "load the model and move it with .to(device)",
+    "output_loading_info": "call from_pretrained of the model's class",
+    "variant": "save the model without it",
+}
 
 
 def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
@@ -24,20 +31,28 @@ def from_pretrained(path: str | os.PathLike[str], **options: Any) -> nn.Module:
 
     Args:
         path: a folder, or the name of a model on the Hugging Face hub.
-        options: the options of ``AutoModelForCausalLM.from_pretrained`` except ``device_map``. ``dtype`` does not cast
-            default vectors to a dtype smaller than float32.
+        options: the options of ``AutoModelForCausalLM.from_pretrained`` except ``device_map``, ``output_loading_info`` and
+            ``variant``. ``dtype`` does not cast default vectors to a dtype smaller than float32.
 
     Raises:
         ValueError: the saved model has no default vectors, or those of an MoE layer are missing or have another shape, or
-            ``device_map`` is given.
+            an option is given that is not supported.
     """
     import transformers
 
-    if options.get("device_map") is not None:
-        raise ValueError("device_map: expected none, got one; load the model and move it with .to(device)")
+    for name, instead in _UNSUPPORTED.items():
+        value = options.get(name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name}: expected none, got {value!r}; {instead}")
     path = os.fspath(path)
     place = {key: options[key] for key in _PLACE if key in options}
-    config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(path, **place)
+    config = options.pop("config", None)
+    if config is None:
+        # As in AutoModelForCausalLM: the configuration takes the options that are its attributes.
+        weights = {key: options[key] for key in _OF_WEIGHTS if key in options}
+        others = {key: value for key, value in options.items() if key not in weights}
+        config, unused = transformers.AutoConfig.from_pretrained(path, return_unused_kwargs=True, **place, **others)
+        options = weights | {key: value for key, value in others.items() if key in unused}
     settings = getattr(config, "default_moe", None)
     if not isinstance(settings, dict):
         raise ValueError(
@@ -100,8 +115,11 @@ def weight_files(path: str, place: dict[str, Any]) -> list[str]:
 
     index = find("model.safetensors.index.json")
     if index is not None:
-        with open(index, encoding="utf-8") as file:
-            names = sorted(set(json.load(file)["weight_map"].values()))
+        try:
+            with open(index, encoding="utf-8") as file:
+                names = sorted(set(json.load(file)["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: expected JSON with weight_map, got {error!r}; copy the model again") from error
     else:
         names = ["model.safetensors"]
     files = [find(name) for name in names]

@@ -29,8 +29,10 @@ use routegrad::kernels::{
     ExpertSums, GateGradient, GroupedDownForward, GroupedGemmForward, GroupedGemmInputGradient,
     GroupedGemmWeightGradient, GroupedSwigluBackward, GroupedSwigluForward, Stream,
 };
+use routegrad::train::checkpoint::Checkpoint;
 use std::cell::Cell;
 use std::ffi::CStr;
+use std::path::Path;
 
 /// Declares the function of each kernel with the fields of its typed call. Fields after `with` have a fixed value.
 macro_rules! kernels {
@@ -183,6 +185,15 @@ fn gpu_launchers() -> PyResult<&'static launchers::Launchers> {
     })
 }
 
+/// Raises ValueError unless a file of a checkpoint is the one that was saved: the checkpoint's folder, and the file's name.
+fn verify_file(arguments: &Arguments<'_, '_>) -> PyResult<Option<usize>> {
+    arguments.expect(2, &[])?;
+    let (folder, name): (String, String) = (arguments.at(0)?, arguments.at(1)?);
+    let run = move || Checkpoint::open(Path::new(&folder))?.verify_file(&name);
+    arguments.python().detach(run).map_err(exception)?;
+    Ok(None)
+}
+
 /// Runs `call` on the stream in the first argument, with the interpreter's lock released.
 fn on_stream<T: Send>(
     arguments: &Arguments<'_, '_>,
@@ -213,7 +224,7 @@ fn open(stream: Option<usize>) -> PyResult<Stream> {
 
 fn exception(error: Error) -> PyErr {
     match error {
-        Error::Invalid { .. } => PyValueError::new_err(error.to_string()),
+        Error::Invalid { .. } | Error::File { .. } => PyValueError::new_err(error.to_string()),
         _ => PyRuntimeError::new_err(error.to_string()),
     }
 }
@@ -222,6 +233,7 @@ fn fill(module: &Bound<'_, PyModule>) -> PyResult<()> {
     add_kernels(module)?;
     add_sizes(module)?;
     add_function(module, c"require_gpu", require_gpu)?;
+    add_function(module, c"verify_file", verify_file)?;
     module.add("HAS_GPU_KERNELS", launchers::cuda().is_some())?;
     for (name, weighting) in [
         ("WEIGHTING_PLAIN", ROUTEGRAD_WEIGHTING_PLAIN),

@@ -308,10 +308,17 @@ impl Checkpoint {
         let needed = needed.chain(arrays.iter().map(String::as_str));
         let listed = self.manifest.files.keys().map(String::as_str);
         for name in needed.chain(listed).collect::<BTreeSet<_>>() {
-            let found = digest(&self.path.join(name))?;
-            self.compare(name, found)?;
+            self.verify_file(name)?;
         }
         Ok(())
+    }
+
+    /// Compares the file `name` with its digest.
+    ///
+    /// # Errors
+    /// Returns an error when the file is missing, damaged, or not part of the checkpoint.
+    pub fn verify_file(&self, name: &str) -> Result<()> {
+        self.compare(name, digest(&self.path.join(name))?)
     }
 
     /// Returns whether the checkpoint was saved with a file of this name.

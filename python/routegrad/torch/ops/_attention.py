@@ -29,6 +29,21 @@ def _sizes(
     return dict(tokens=tokens, sequence=sequence, heads=heads, key_value_heads=key_value_heads, head_width=width // parts)
 
 
+def _check_first_key(name: str, first_key: Tensor | None, sequence: int) -> None:
+    """Raises ValueError unless 0 <= first_key <= row, and it does not decrease in a sequence. Not checked on a GPU."""
+    if first_key is None or first_key.device.type != "cpu":
+        return
+    keys = first_key.view(-1, sequence)
+    lowest = torch.nn.functional.pad(keys[:, :-1], (1, 0))
+    wrong = ((keys < lowest) | (keys > torch.arange(sequence, device="cpu"))).nonzero()
+    if len(wrong):
+        place, row = wrong[0].tolist()
+        raise ValueError(
+            f"{name}: expected first_key from 0 to the row in the sequence, not less than in the row before, got "
+            f"{keys[place, row]} at row {row} of sequence {place}; pass the position where its document begins"
+        )
+
+
 def _outputs(qkv: Tensor, s: dict[str, int]) -> tuple[Tensor, Tensor]:
     out = empty(qkv, s["tokens"], s["heads"] * s["head_width"], dtype=BF16)
     return out, empty(qkv, s["tokens"] // s["sequence"], s["heads"], s["sequence"], dtype=F32)
@@ -39,6 +54,7 @@ def _attention(
     qkv: Tensor, sequence: int, heads: int, key_value_heads: int, first_key: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     s = _sizes(_NAME, qkv, sequence, heads, key_value_heads, first_key)
+    _check_first_key(_NAME, first_key, sequence)
     out, log_sum_exp = _outputs(qkv, s)
     if s["tokens"]:
         call("attention_forward", qkv, out=out, log_sum_exp=log_sum_exp, qkv=qkv, first_key=first_key, **s)
@@ -65,6 +81,7 @@ def _attention_backward(
 ) -> Tensor:  # fmt: skip
     s = _sizes(_BACKWARD, qkv, sequence, heads, key_value_heads, first_key)
     _check_backward(dout, out, log_sum_exp, qkv, s)
+    _check_first_key(_BACKWARD, first_key, sequence)
     dqkv = torch.empty_like(qkv)
     if s["tokens"]:
         floats = call("attention_backward_workspace", qkv, tokens=s["tokens"], sequence=sequence, heads=heads)
@@ -116,5 +133,8 @@ def attention(
 
     Returns:
         [T, H d] bfloat16, differentiable with respect to qkv.
+
+    Raises:
+        ValueError: a value of first_key is wrong, for CPU tensors.
     """
     return _attention(qkv, sequence, heads, heads if key_value_heads is None else key_value_heads, first_key)[0]

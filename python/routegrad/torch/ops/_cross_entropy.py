@@ -125,7 +125,15 @@ def cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int 
 
     Returns:
         A float32 scalar, differentiable with respect to x and weight; NaN if every target is ``ignore_index``.
+
+    Raises:
+        TypeError: ``ignore_index`` is not an integer.
     """
+    if not isinstance(ignore_index, int):
+        raise TypeError(
+            f"{_NAME}: expected ignore_index to be an integer, got {ignore_index!r}; to count every token, use "
+            "token_losses(...).mean()"
+        )
     targets = as_indices(_NAME, "targets", targets)
     counted = targets != ignore_index
     losses = token_losses(x, weight, targets.where(counted, 0))

@@ -42,11 +42,26 @@ def _check(choices: Tensor, num_experts: int) -> tuple[int, int]:
     return tokens, slots
 
 
+def _check_different(choices: Tensor) -> None:
+    """Raises ValueError if a token chose an expert twice. Not checked on a GPU."""
+    if choices.device.type != "cpu":
+        return
+    ordered = choices.sort(dim=1).values
+    tokens = (ordered[:, 1:] == ordered[:, :-1]).any(dim=1).nonzero()
+    if len(tokens):
+        token = tokens[0].item()
+        raise ValueError(
+            f"{_NAME}: expected different experts for a token, got {choices[token].tolist()} for token {token}; choose each "
+            "expert at most once, as topk does"
+        )
+
+
 @torch.library.custom_op(_NAME, mutates_args=())
 def _dispatch(choices: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, slots = _check(choices, num_experts)
     rows = tokens * slots
     check_indices(_NAME, "choices", choices, 0, num_experts)
+    _check_different(choices)
     offsets = zeros(choices, num_experts + 1, dtype=I32)
     row_token, row_slot = zeros(choices, rows, dtype=I32), zeros(choices, rows, dtype=I32)
     slot_row = torch.empty_like(choices)
@@ -88,6 +103,7 @@ def dispatch(choices: Tensor, num_experts: int) -> Dispatch:
 
     Raises:
         IndexError: a choice is out of range, for CPU tensors. On a GPU, a device-side assertion fails.
+        ValueError: a token chose an expert twice, for CPU tensors.
     """
     choices = as_indices(_NAME, "choices", choices)
     return Dispatch(choices, *_dispatch(choices, num_experts))

@@ -100,5 +100,12 @@ def expert_mean_update(vectors: Tensor, sums: Tensor, masses: Tensor, beta: floa
         beta: the decay β, 0 <= β <= 1.
         weighting: the divisor: "sum_p", Σ w; "count", the number of rows; "plain", also the number of rows, for sums
             without weights.
+
+    Raises:
+        ValueError: ``vectors`` require gradients.
     """
+    if isinstance(vectors, Tensor) and vectors.requires_grad:
+        raise ValueError(
+            f"{_UPDATE}: expected vectors that do not require gradients, got some that do; pass vectors.detach()"
+        )
     _update(vectors, constant(sums), constant(masses), beta, weighting)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 BF16, F32, I32 = torch.bfloat16, torch.float32, torch.int32
 
@@ -19,7 +20,7 @@ def kernels() -> Any:
         from routegrad import _kernels
     except ImportError as error:
         raise ImportError(
-            f"routegrad's operators: expected the compiled extension routegrad._kernels, got none ({error}); build it with "
+            f"routegrad: expected the compiled extension routegrad._kernels, got none ({error}); build it with "
             "`pip install ./python` in a clone of the repository, which needs Rust and a C++ compiler"
         ) from error
     return _kernels
@@ -69,6 +70,7 @@ def check(
     operator: str, name: str, tensor: Tensor, shape: Sequence[int | str], dtypes: Sequence[torch.dtype], like: Tensor
 ) -> None:
     """Checks that ``tensor`` is contiguous, has the given shape and one of the dtypes, and is on the device of ``like``.
+    It must have no tangent.
 
     A string in ``shape`` allows any size. If ``like`` is not a tensor, the device is not compared; the caller must check
     ``like`` in another call.
@@ -76,6 +78,7 @@ def check(
     Raises:
         TypeError: ``tensor`` is not a tensor, or has the wrong dtype.
         ValueError: the shape, the strides or the device are wrong.
+        NotImplementedError: ``tensor`` has a tangent.
     """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{operator}: expected {name} to be a tensor, got {type(tensor).__name__}")
@@ -98,6 +101,10 @@ def check(
         raise ValueError(
             f"{operator}: expected {name} to be contiguous, got strides {list(tensor.stride())} for shape "
             f"{list(tensor.shape)}; pass {name}.contiguous()"
+        )
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise NotImplementedError(
+            f"{operator}: expected {name} without a tangent, got one; operators have gradients only in reverse mode"
         )
 
 
