@@ -160,6 +160,9 @@ impl Corpus {
                 });
             }
         }
+        if most > 0 {
+            windows.truncate(most);
+        }
         windows
     }
 

@@ -173,11 +173,14 @@ impl Part {
             }
             let tokens = document.end.min(to) - begin.max(from);
             let all = (document.end - begin) as f64;
-            shares.push(Share {
-                source: document.source as usize,
-                tokens,
-                bytes: document.bytes as f64 * tokens as f64 / all,
-            });
+            // A tokenizer may make no token of a text.
+            if tokens > 0 {
+                shares.push(Share {
+                    source: document.source as usize,
+                    tokens,
+                    bytes: document.bytes as f64 * tokens as f64 / all,
+                });
+            }
             begin = document.end;
         }
         shares
@@ -193,4 +196,34 @@ pub struct Share {
     pub tokens: u64,
     /// Bytes of the document's text in proportion to the share of its tokens.
     pub bytes: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_document_without_tokens_has_no_share() {
+        let tokens = || Tokens::whole(Store::Bytes(vec![b'a'; 9]));
+        let ends = [(4, 8), (4, 3), (9, 5)];
+        let entry = |(end, bytes)| Entry {
+            end,
+            bytes,
+            source: 0,
+        };
+        let part = Part {
+            tokenizer: "own".into(),
+            one_document: false,
+            train: tokens(),
+            validation: tokens(),
+            counts: [Counts::default(); 2],
+            documents: ends.map(entry).to_vec(),
+            sources: vec!["one".into()],
+            boundaries: None,
+            digest: String::new(),
+        };
+        let shares = part.shares(1, 9);
+        let found: Vec<_> = shares.iter().map(|s| (s.tokens, s.bytes)).collect();
+        assert_eq!(found, [(3, 6.0), (5, 5.0)]);
+    }
 }

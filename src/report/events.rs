@@ -166,7 +166,8 @@ fn scalars(record: &Record) -> Vec<(String, f64)> {
     let sources = sources.map(|(name, loss)| (format!("loss/validation/{name}"), Some(*loss)));
     let all = named.into_iter().chain(sources).chain(entropy);
     let all = all.chain(load).chain(tasks);
-    all.filter_map(|(tag, number)| Some((tag, number.filter(|x| x.is_finite())?)))
+    // Events hold f32.
+    all.filter_map(|(tag, number)| Some((tag, number.filter(|x| (*x as f32).is_finite())?)))
         .collect()
 }
 

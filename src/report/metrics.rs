@@ -91,15 +91,27 @@ impl Log {
             .truncate(false)
             .open(path)
             .map_err(io)?;
-        let mut end = 0;
+        let (mut end, mut number, mut wrong) = (0, 0, None);
         let mut reader = BufReader::new(&file);
         let mut line = Vec::new();
         loop {
             line.clear();
             let read = reader.read_until(b'\n', &mut line).map_err(io)?;
+            number += 1;
             let whole = line.ends_with(b"\n");
-            match serde_json::from_slice::<Record>(&line) {
-                Ok(record) if whole && record.step <= step => end += read as u64,
+            match (serde_json::from_slice::<Record>(&line), wrong) {
+                (Ok(record), None) if whole && record.step <= step => end += read as u64,
+                // Not the end of a log that was cut off: what follows must not be lost.
+                (Ok(_), Some(wrong)) => {
+                    return Err(Error::file(
+                        path,
+                        "a record on every line",
+                        format!("none on line {wrong}, and one on line {number}"),
+                        "correct or remove the line",
+                    ));
+                }
+                (Err(_), None) if whole => wrong = Some(number),
+                (Err(_), Some(_)) if read > 0 => {}
                 _ => break,
             }
         }
@@ -185,5 +197,25 @@ pub(crate) mod tests {
         assert_eq!(read, (1..=5).map(record).collect::<Vec<_>>());
         Log::open(&path, 0).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"");
+    }
+
+    #[test]
+    fn a_line_that_is_no_record_before_others_is_an_error_and_nothing_is_removed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut log = Log::open(&path, 0).unwrap();
+        log.append(&record(1)).unwrap();
+        log.file
+            .write_all(b"{\"step\": 2, \"loss\": null}\n")
+            .unwrap();
+        log.append(&record(3)).unwrap();
+        drop(log);
+        let whole = std::fs::read(&path).unwrap();
+        let error = Log::open(&path, 3).map(drop).unwrap_err().to_string();
+        assert!(
+            error.contains("none on line 2, and one on line 3"),
+            "{error}"
+        );
+        assert_eq!(std::fs::read(&path).unwrap(), whole);
     }
 }

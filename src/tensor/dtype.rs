@@ -1,6 +1,7 @@
 //! Element types known at run time, and the two types over which arithmetic on the CPU is generic.
 
 use bytemuck::Pod;
+use half::bf16;
 use std::fmt;
 
 /// Type of a tensor's elements.
@@ -109,6 +110,17 @@ pub type Gemm<T> = unsafe fn(
     bool,
     gemm_common::Parallelism,
 );
+
+/// Returns the bf16 nearest to `x`, ties to even. `bf16::from_f64` drops bits that decide between neighbors.
+pub fn nearest_bf16(x: f64) -> bf16 {
+    // Rounded to odd, an f32 keeps on which side of a tie x lies.
+    let near = x as f32;
+    let odd = match near.is_finite() && f64::from(near) != x {
+        true => (near.to_bits() - u32::from(f64::from(near).abs() > x.abs())) | 1,
+        false => near.to_bits(),
+    };
+    bf16::from_f32(f32::from_bits(odd))
+}
 
 impl Real for f64 {
     #[inline(always)]
@@ -224,5 +236,27 @@ mod tests {
         assert_eq!(f32::INFINITY.exp_vector(), f32::INFINITY);
         assert_eq!(0f32.exp_vector(), 1.0);
         assert!(f32::NAN.exp_vector().is_nan());
+    }
+
+    #[test]
+    fn nearest_bf16_decides_ties_by_the_last_bits() {
+        for sign in [1.0, -1.0] {
+            for (upper, tie) in [(0x3F80u16, 0x3F80), (0x3F81, 0x3F82)] {
+                let middle = f64::from(f32::from_bits(u32::from(upper) << 16 | 0x8000));
+                for (x, expected) in [
+                    (middle, tie),
+                    (middle + 2f64.powi(-50), upper + 1),
+                    (middle - 2f64.powi(-50), upper),
+                    (middle + 2f64.powi(-23), upper + 1),
+                ] {
+                    let found = nearest_bf16(sign * x).to_f32();
+                    let expected = f32::from_bits(u32::from(expected) << 16);
+                    assert_eq!(found, sign as f32 * expected, "{x:e}");
+                }
+            }
+            assert_eq!(nearest_bf16(sign * 1e-300).to_f32(), 0.0);
+            assert_eq!(nearest_bf16(sign * 1e300).to_f64(), sign * f64::INFINITY);
+        }
+        assert!(nearest_bf16(f64::NAN).is_nan());
     }
 }

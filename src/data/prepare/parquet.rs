@@ -239,10 +239,10 @@ impl Documents for Columns {
     }
 
     fn skip(&mut self, rows: u64) {
-        // Row groups that lie completely before the position are not opened.
+        // Row groups that lie completely before the position are not opened. An empty one may count as a row that cannot be read.
         while let Some(group) = self.file.metadata().row_groups().get(self.next_group) {
-            let after = self.rows.saturating_add(group.num_rows().max(1) as u64);
-            if after > rows {
+            let after = self.rows.saturating_add(group.num_rows() as u64);
+            if group.num_rows() <= 0 || after > rows {
                 break;
             }
             (self.rows, self.next_group) = (after, self.next_group + 1);

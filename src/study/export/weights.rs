@@ -9,11 +9,10 @@ use crate::error::Result;
 use crate::model::{Model, Part};
 use crate::routers::Router;
 use crate::tensor::Tensor;
-use crate::tensor::dtype::{DType, Real};
+use crate::tensor::dtype::{DType, Real, nearest_bf16};
 use crate::tensor::shape::Shape;
 use crate::train::checkpoint::{Array, Content};
 use crate::with_real;
-use half::bf16;
 use std::ops::Range;
 
 /// Returns every tensor of the model in `dtype`; elements are rounded when they are written.
@@ -125,7 +124,7 @@ fn rounded(tensor: &Tensor, range: Range<usize>, dtype: DType) -> Result<Vec<u8>
         let values = tensor.slice::<T>()[range].iter().map(|x| x.f64());
         Ok(match dtype {
             DType::Bf16 => {
-                bytemuck::cast_slice(&values.map(bf16::from_f64).collect::<Vec<_>>()).to_vec()
+                bytemuck::cast_slice(&values.map(nearest_bf16).collect::<Vec<_>>()).to_vec()
             }
             _ => bytemuck::cast_slice(&values.map(f32::of).collect::<Vec<_>>()).to_vec(),
         })

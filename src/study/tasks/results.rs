@@ -146,7 +146,7 @@ impl Score {
         100.0 * (self.headline() - self.baseline) / self.baseline
     }
 
-    /// Returns the scores by name, as in a run's log.
+    /// Returns the scores by name, as in a run's log. An infinite perplexity is left out: JSON has no such number.
     pub fn numbers(&self) -> BTreeMap<String, f64> {
         let named = [
             ("acc", Some(self.acc.mean)),
@@ -155,6 +155,7 @@ impl Score {
             ("perplexity", self.perplexity.map(|v| v.mean)),
         ];
         let there = named.into_iter().filter_map(|(name, v)| Some((name, v?)));
+        let there = there.filter(|(_, v)| v.is_finite());
         there.map(|(name, v)| (name.to_owned(), v)).collect()
     }
 }
@@ -239,5 +240,10 @@ mod tests {
         );
         assert_eq!(score.acc.mean, 0.5);
         assert!((score.perplexity.unwrap().mean - 2f64.exp()).abs() < 1e-12);
+        assert!(score.numbers().contains_key("perplexity"));
+        // The log of a run has no infinite numbers.
+        let diverged = Score::of(find("lambada_openai").unwrap(), &[answer(-800.0, false)]);
+        assert_eq!(diverged.perplexity.unwrap().mean, f64::INFINITY);
+        assert!(!diverged.numbers().contains_key("perplexity"));
     }
 }

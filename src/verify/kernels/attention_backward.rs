@@ -9,6 +9,7 @@ use super::operands::exact;
 use super::rope::{tables, turned};
 use super::{Buffer, Case, MakeProblem, Problem, values};
 use crate::kernels::{self, AttentionBackward};
+use crate::tensor::dtype::nearest_bf16;
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -65,7 +66,7 @@ impl Gradient {
             .map(|&query| {
                 let weights = inputs.weights(query);
                 let out = inputs.output(query, &weights);
-                let out = out.iter().map(|o| bf16::from_f64(o.0)).collect();
+                let out = out.iter().map(|o| nearest_bf16(o.0)).collect();
                 (out, weights.log_sum_exp as f32)
             })
             .collect();

@@ -64,6 +64,7 @@ fn counts_that_differ_end_all_ranks() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn a_rank_that_dies_within_a_call_is_named_and_ends_all() {
     for launcher in launchers() {
         for call in [2, 150] {
@@ -79,6 +80,7 @@ fn a_rank_that_dies_within_a_call_is_named_and_ends_all() {
 }
 
 #[test]
+#[ignore = "slow"]
 fn an_asynchronous_error_ends_what_is_under_way_on_all_ranks() {
     for launcher in launchers() {
         let (said, _) = end_of(launcher, "0:error:150");
