@@ -5,7 +5,7 @@
 
 use crate::ops::heads::Heads;
 use crate::ops::rope::reference::Angles;
-use crate::tensor::cpu::vector::{exp_and_sum, max, sum_over};
+use crate::tensor::cpu::vector::{exp_and_sum, max, set, sum_over};
 use crate::tensor::cpu::{self, Accumulate, Mat, MatMut, Scratch, gemm};
 use crate::tensor::dtype::Real;
 use rayon::prelude::*;
@@ -235,8 +235,8 @@ fn softmax_rows<T: Real>(
         let largest = max(seen);
         *sum = exp_and_sum(seen, scale, largest);
         *lse = largest * scale + sum.ln();
-        before.fill(T::zero());
-        later.fill(T::zero());
+        set(before, T::zero());
+        set(later, T::zero());
     }
 }
 
@@ -406,8 +406,8 @@ impl<T: Real> HeadGradient<'_, T> {
                         let (own_p, own_ds) = (&mut p[own.clone()], &mut ds[own.clone()]);
                         score_gradient(own_p, own_ds, lse, mean, scale(dim));
                         for unseen in [0..own.start, own.end..keys] {
-                            p[unseen.clone()].fill(T::zero());
-                            ds[unseen].fill(T::zero());
+                            set(&mut p[unseen.clone()], T::zero());
+                            set(&mut ds[unseen], T::zero());
                         }
                     }
                 },

@@ -5,7 +5,7 @@
 //! `LANES` interleaved parts, which become vector registers; the order depends only on the length.
 //!
 //! The loops over lanes index arrays and call nothing else: the crate is built without link-time optimization, so that
-//! `<[T; N]>::map`, `std::array::from_fn` and `copy_from_slice` would remain calls, and the loops scalar code.
+//! `<[T; N]>::map`, `std::array::from_fn`, `copy_from_slice` and `fill` would remain calls, and the loops scalar code.
 
 #![allow(clippy::needless_range_loop)] // Iterators over several arrays are calls too.
 
@@ -106,6 +106,14 @@ pub fn map_over<T: Real, const O: usize, const I: usize>(
         for k in 0..O {
             outputs[k][i] = results[k];
         }
+    }
+}
+
+/// Sets all elements to `value`.
+#[inline(always)]
+pub fn set<T: Copy>(values: &mut [T], value: T) {
+    for v in values {
+        *v = value;
     }
 }
 
