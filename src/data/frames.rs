@@ -43,13 +43,9 @@ fn next_frame<R: BufRead>(mut source: R) -> Result<Option<Begun<R>>> {
         }
         let mut length = Vec::new();
         source.by_ref().take(4).read_to_end(&mut length)?;
-        let length = length.as_slice().try_into().map(u32::from_le_bytes);
-        let skipped = copy(
-            &mut source.by_ref().take(length.unwrap_or(0).into()),
-            &mut sink(),
-        )?;
-        if length.is_err() || length.is_ok_and(|n| u64::from(n) > skipped) {
-            return Err(bad("a frame without text that is cut off".into()));
+        match length.as_slice().try_into().map(u32::from_le_bytes) {
+            Ok(n) if copy(&mut source.by_ref().take(n.into()), &mut sink())? == u64::from(n) => {}
+            _ => return Err(bad("a frame without text that is cut off".into())),
         }
     }
 }

@@ -91,27 +91,33 @@ impl Log {
             .truncate(false)
             .open(path)
             .map_err(io)?;
-        let (mut end, mut number, mut wrong) = (0, 0, None);
+        let (mut end, mut number) = (0, 0);
         let mut reader = BufReader::new(&file);
         let mut line = Vec::new();
+        let parsed = |line: &[u8]| serde_json::from_slice::<Record>(line);
         loop {
             line.clear();
             let read = reader.read_until(b'\n', &mut line).map_err(io)?;
             number += 1;
             let whole = line.ends_with(b"\n");
-            match (serde_json::from_slice::<Record>(&line), wrong) {
-                (Ok(record), None) if whole && record.step <= step => end += read as u64,
-                // Not the end of a log that was cut off: what follows must not be lost.
-                (Ok(_), Some(wrong)) => {
+            match parsed(&line) {
+                Ok(record) if whole && record.step <= step => end += read as u64,
+                Err(_) if whole => {
+                    // The end of a log that was cut off, unless records follow: these must not be lost.
+                    let mut rest = reader.split(b'\n').map_while(std::io::Result::ok);
+                    let Some(next) = rest.position(|line| parsed(&line).is_ok()) else {
+                        break;
+                    };
                     return Err(Error::file(
                         path,
                         "a record on every line",
-                        format!("none on line {wrong}, and one on line {number}"),
+                        format!(
+                            "none on line {number}, and one on line {}",
+                            number + 1 + next
+                        ),
                         "correct or remove the line",
                     ));
                 }
-                (Err(_), None) if whole => wrong = Some(number),
-                (Err(_), Some(_)) if read > 0 => {}
                 _ => break,
             }
         }

@@ -30,7 +30,8 @@ use std::time::Instant;
 /// For step `n` the trainer calls, each for all hooks in their order: [`before_step`](Self::before_step), the step,
 /// [`measure`](Self::measure), [`log`](Self::log), [`after_step`](Self::after_step). An error ends the run. After an
 /// error of `after_step` or `end`, the remaining hooks are still called, so that, for example, a figure that cannot
-/// be drawn does not prevent a checkpoint; among several ranks those of every rank are not.
+/// be drawn does not prevent a checkpoint. On several ranks, after an error of a hook that runs on every rank, no further
+/// such hook is called.
 ///
 /// On several ranks, a hook runs only on rank 0, unless [`on_every_rank`](Self::on_every_rank) returns true.
 ///
@@ -373,7 +374,7 @@ impl Trainer {
     }
 
     /// Calls all hooks and returns the last error: the hook that saves checkpoints is last, and its errors matter most.
-    /// Among several ranks no further hook of every rank is called after one has failed: the others do not make its calls.
+    /// Among several ranks no further hook that runs on every rank is called after one has failed, since the other ranks are at another call.
     fn all_hooks(
         &mut self,
         mut call: impl FnMut(&mut dyn Hook, &Trainer) -> Result<()>,

@@ -108,7 +108,7 @@ fn a_hook_that_fails_after_a_step_ends_the_run_when_the_others_were_called() {
     assert_eq!(calls.borrow().last().unwrap(), "b after 3");
 }
 
-/// A hook of every rank whose ranks meet; on one of them it may fail before.
+/// A hook that runs on every rank and makes a collective call; on one rank it may fail before the call.
 struct Meeting {
     fails: bool,
     meet: fn(&dyn Collective) -> Result<()>,

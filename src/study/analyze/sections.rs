@@ -344,8 +344,8 @@ pub fn by_source(by_source: &[(String, Vec<Routed>)], left_out: &LeftOut) -> Res
         title: "Domain specialisation",
         shows: "Whether experts specialise: each expert's share of the tokens of a source of the text, \
                 relative to the mean of its shares over the sources. The sources are the files of a folder, \
-                or, for a single text, consecutive groups with the same number of documents. Of tokens \
-                they are the held-out documents, of other text they include training text.",
+                or, for a single text, consecutive groups with the same number of documents. If the text is \
+                a folder of prepared tokens, they have only held-out documents; otherwise they include training text.",
         formula: "f_si / mean over s of f_si, f_si = share of source s that went to expert i",
         notes,
         table,

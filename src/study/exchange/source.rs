@@ -153,8 +153,7 @@ impl Source {
             left.remove(name.as_str());
         }
         let layers = config.model.moe_layers();
-        // State of the files' router that this router does not have is of no use to it; what the files do not have starts as in
-        // a new model.
+        // Only the state that both routers have is read. Other state starts as in a new model.
         let another = config.router.name != self.file.router.name;
         let own = routers::build(&self.file.router)?;
         for (layer, state) in layers.iter().zip(model.layer_states_mut().iter_mut()) {

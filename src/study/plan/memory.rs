@@ -83,6 +83,14 @@ impl Target {
         }
     }
 
+    /// Returns the bytes of an activation.
+    fn activation_bytes(self, config: &Config) -> u64 {
+        match self {
+            Target::Cpu => config.train.dtype.dtype().size() as u64,
+            Target::Gpu(_) => 2,
+        }
+    }
+
     /// Returns how many activations have the size of one f32: activations have the run's dtype on the CPU and bf16 on a
     /// GPU.
     fn f32_numbers(self) -> u64 {
@@ -171,10 +179,7 @@ impl Memory {
         let m = &config.model;
         let parameters = routers::total_parameters(router, m);
         let tokens = config.train.micro_batch as u64 * m.sequence_length as u64;
-        let size = match target {
-            Target::Cpu => config.train.dtype.dtype().size() as u64,
-            Target::Gpu(_) => 2,
-        };
+        let size = target.activation_bytes(config);
         let full = size.max(F32);
         let bytes = |numbers: &[u64]| -> u64 {
             let block = |n: &u64| match target {
@@ -334,12 +339,8 @@ fn sampled_bytes(config: &Config, router: &dyn Router, size: u64) -> u64 {
 fn evaluation(config: &Config, router: &dyn Router, target: Target) -> u64 {
     let m = &config.model;
     let layers = (0..m.layers).map(|l| kept(config, router, l, target).iter().sum::<u64>());
-    let size = match target {
-        Target::Cpu => config.train.dtype.dtype().size() as u64,
-        Target::Gpu(_) => 2,
-    };
     let tokens = config.evaluation_batch() as u64 * m.sequence_length as u64;
-    tokens * layers.max().unwrap_or(0) * size
+    tokens * layers.max().unwrap_or(0) * target.activation_bytes(config)
 }
 
 /// Returns the bytes of the maps between tokens and rows of all MoE layers: three entries of four bytes per row.

@@ -19,10 +19,8 @@ const LANES: usize = 16;
 #[inline(always)]
 fn array<T: Copy, const N: usize>(zero: T, f: impl Fn(usize) -> T) -> [T; N] {
     let mut values = [zero; N];
-    let mut k = 0;
-    while k < N {
+    for k in 0..N {
         values[k] = f(k);
-        k += 1;
     }
     values
 }
