@@ -29,25 +29,36 @@ pub fn compile() {
         println!("cargo::rerun-if-changed=.toolkit/nvcc.stamp");
     }
     match usable_nvcc() {
-        Ok(nvcc) => build(&nvcc),
+        Ok((nvcc, (major, minor))) => {
+            println!("cargo::rustc-env=ROUTEGRAD_NVCC={major}.{minor}");
+            build(&nvcc);
+        }
         Err(why) => println!("cargo::warning=built without the cuda device: {why}"),
     }
 }
 
-/// The compiler to use, or why there is none.
-fn usable_nvcc() -> Result<PathBuf, String> {
+/// The first compiler that is new enough, with its release, or why there is none.
+fn usable_nvcc() -> Result<(PathBuf, (u32, u32)), String> {
     if std::env::var("NVCC").is_ok_and(|v| v == "none") {
         return Err("NVCC is set to none".into());
     }
-    let nvcc = candidates()
-        .into_iter()
-        .find(|path| path.is_file())
-        .ok_or(format!("no nvcc found; {INSTALL}"))?;
-    let output = Command::new(&nvcc).arg("--version").output();
+    let mut first_problem = None;
+    for nvcc in candidates().into_iter().filter(|path| path.is_file()) {
+        match release_of(&nvcc) {
+            Ok(release) => return Ok((nvcc, release)),
+            Err(why) => first_problem = first_problem.or(Some(why)),
+        }
+    }
+    Err(first_problem.unwrap_or(format!("no nvcc found; {INSTALL}")))
+}
+
+/// The release of a compiler, or why it cannot be used.
+fn release_of(nvcc: &Path) -> Result<(u32, u32), String> {
+    let output = Command::new(nvcc).arg("--version").output();
     let text = output.map_err(|e| format!("{} does not start: {e}", nvcc.display()))?;
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
     match release(&text) {
-        Some(version) if version >= OLDEST => Ok(nvcc),
+        Some(version) if version >= OLDEST => Ok(version),
         Some((major, minor)) => Err(format!(
             "{} is {major}.{minor}, {}.{} or newer is needed; {INSTALL}",
             nvcc.display(),

@@ -308,6 +308,37 @@ fn a_width_that_is_not_whole_names_the_keys_that_it_follows_from_and_what_is_all
     }
 }
 
+#[test]
+fn a_model_that_no_kernel_computes_is_refused_with_the_key() {
+    let sizes = "model.head_dim=64 model.expert_ffn_width=8 model.dense_ffn_width=8";
+    for (set, key, most) in [
+        (
+            "model.hidden=8256 model.num_experts=8",
+            "model.hidden",
+            "8192",
+        ),
+        (
+            "model.heads=1025 model.kv_heads=1025",
+            "model.heads",
+            "1024",
+        ),
+        ("model.num_experts=257", "model.num_experts", "256"),
+        (
+            "model.layers=130 model.dense_layers=[0]",
+            "model.layers",
+            "128 MoE layers with balance losses where kernels run, got 129",
+        ),
+    ] {
+        let mut all: Vec<_> = sizes.split(' ').chain(set.split(' ')).collect();
+        let on_cpu = with("tiny", &all).map(drop);
+        on_cpu.unwrap();
+        all.push("train.device=sim");
+        let e = error(&all);
+        let expected = format!("{key}: expected at most {most}");
+        assert!(e.contains(&expected), "{set}: {e}");
+    }
+}
+
 /// Names of types in serde and Rust.
 const TYPES: [&str; 14] = [
     "usize", "isize", "u64", "u32", "u16", "i64", "i32", "boolean", "sequence", "variant", "enum",

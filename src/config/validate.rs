@@ -188,9 +188,24 @@ impl Config {
                 m.by_default()
             );
             ensure([64, 128].contains(&m.head_dim), key, expected, m.head_dim)?;
-            let (key, most) = ("model.num_experts", 256);
-            let expected = format!("at most {most} where kernels run");
-            ensure(m.num_experts <= most, key, expected, m.num_experts)?;
+            // Each balance loss is one sum over the MoE layers.
+            let b = &self.balance;
+            let summed = b.aux_coefficient > 0.0 || b.z_coefficient > 0.0;
+            let layers = if summed { m.moe_layers().len() } else { 0 };
+            for (key, most, value, what) in [
+                ("model.num_experts", 256, m.num_experts, ""),
+                ("model.hidden", 8192, m.hidden, ""),
+                ("model.heads", 1024, m.heads, ""),
+                (
+                    "model.layers",
+                    128,
+                    layers,
+                    " MoE layers with balance losses",
+                ),
+            ] {
+                let expected = format!("at most {most}{what} where kernels run");
+                ensure(value <= most, key, expected, value)?;
+            }
         }
         Ok(())
     }

@@ -6,7 +6,7 @@
 
 use super::driver::{error, error_text};
 use super::pinned::{PinnedReadback, PinnedReadbacks, Staging};
-use super::{built_for, copies, counters, require_capability};
+use super::{built_for, copies, counters, machine, require_capability};
 use crate::error::{Error, Result};
 use crate::report::size;
 use cudarc::driver::result;
@@ -31,8 +31,15 @@ pub struct Gpu {
     pub driver: (i32, i32),
 }
 
-/// CUDA version with which the kernels are compiled; an older driver cannot load them.
-pub const NEEDED_DRIVER: (i32, i32) = (13, 0);
+/// Returns the oldest CUDA version that the driver must support: 13.0, whose functions this module calls, or the release
+/// of the nvcc that compiled the kernels if that is newer.
+fn needed_driver() -> (i32, i32) {
+    let nvcc = option_env!("ROUTEGRAD_NVCC").and_then(|release| {
+        let (major, minor) = release.split_once('.')?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    });
+    nvcc.unwrap_or_default().max((13, 0))
+}
 
 static GPU: OnceLock<Result<Gpu, String>> = OnceLock::new();
 
@@ -93,6 +100,17 @@ impl Gpu {
             .compute_capability()
             .map_err(|e| failed("describe the GPU", e))?;
         require_capability(&name, capability, built_for())?;
+        let number = |what| {
+            context
+                .attribute(what)
+                .map_err(|e| failed("describe the GPU", e))
+        };
+        machine::report_on(format!(
+            "{:08x}:{:02x}:{:02x}.0",
+            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DOMAIN_ID)?,
+            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_BUS_ID)?,
+            number(Attribute::CU_DEVICE_ATTRIBUTE_PCI_DEVICE_ID)?
+        ));
         let stream = context
             .new_stream()
             .map_err(|e| failed("make a stream", e))?;
@@ -438,13 +456,13 @@ fn driver_version() -> Result<(i32, i32), DriverError> {
 }
 
 fn require_driver(got: (i32, i32)) -> Result<(), String> {
-    if got >= NEEDED_DRIVER {
+    let needed = needed_driver();
+    if got >= needed {
         return Ok(());
     }
-    let (major, minor) = NEEDED_DRIVER;
     Err(format!(
-        "the CUDA driver is too old: it supports CUDA {}.{}, the kernels need {major}.{minor} (driver 580)",
-        got.0, got.1
+        "the CUDA driver is too old: it supports CUDA {}.{}, the kernels need {}.{} (driver 580 supports 13.0)",
+        got.0, got.1, needed.0, needed.1
     ))
 }
 

@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 use std::process::Command;
+use std::sync::OnceLock;
 
 /// Streaming multiprocessors of an H200.
 pub const H200_MULTIPROCESSORS: usize = 132;
@@ -197,10 +198,20 @@ pub fn driver() -> String {
         .unwrap_or_else(|| "unknown".into())
 }
 
+/// PCI address of the GPU that was opened. nvidia-smi numbers GPUs in another order than CUDA, and also those that
+/// `CUDA_VISIBLE_DEVICES` hides.
+static ADDRESS: OnceLock<String> = OnceLock::new();
+
+/// Makes [`state`] and [`driver`] report the GPU at this PCI address, such as "00000000:1b:00.0".
+pub fn report_on(address: String) {
+    ADDRESS.get_or_init(|| address);
+}
+
 fn nvidia_smi(fields: &[&str]) -> Option<Vec<String>> {
     let query = format!("--query-gpu={}", fields.join(","));
+    let gpu = format!("--id={}", ADDRESS.get().map_or("0", String::as_str));
     let output = Command::new("nvidia-smi")
-        .args([&query, "--format=csv,noheader,nounits", "--id=0"])
+        .args([&query, "--format=csv,noheader,nounits", &gpu])
         .output()
         .ok()?;
     let text = String::from_utf8(output.stdout)

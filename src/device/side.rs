@@ -43,7 +43,9 @@ impl Block {
         let address = match arena.take(bytes) {
             Some(address) => address,
             None => {
-                grow(&mut arena, device, bytes.max(CHUNK))?;
+                let chunk = grow(&mut arena, device, bytes.max(CHUNK));
+                // Less than a chunk may be left, and still be enough.
+                chunk.or_else(|_| grow(&mut arena, device, bytes))?;
                 arena
                     .take(bytes)
                     .unwrap_or_else(|| unreachable!("it has just grown"))

@@ -121,7 +121,8 @@ pub fn waits() -> bool {
 /// caused it and not a later copy.
 #[cfg(feature = "cuda")]
 fn waited(launcher: &str) -> Result<()> {
-    match crate::device::cuda::opened().filter(|_| waits()) {
+    // A stream cannot be waited for while its launches are recorded as a graph.
+    match crate::device::cuda::opened().filter(|_| waits() && !graph::capturing()) {
         Some(gpu) => gpu.finish().map_err(|e| match e {
             Error::Device {
                 status, text, help, ..

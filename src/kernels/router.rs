@@ -10,6 +10,9 @@ use super::cost::{Cost, Sizes, padded_experts};
 use super::{In, Out, host_function, kernel};
 use half::bf16;
 
+/// Upper bound of K, the number of choices per token.
+pub const MAX_CHOICES: usize = 16;
+
 kernel! {
     /// Computes scores, choices, and the partial sums of the statistics.
     pub struct RouterForward = router_forward {

@@ -78,7 +78,7 @@ impl Model {
         dist: Box<dyn Collective>,
     ) -> Result<Self> {
         router.validate(&config.model)?;
-        router.validate_device(config.train.device)?;
+        router.validate_device(&config.model, config.train.device)?;
         config.train.device.prepare()?;
         let mut layout = Layout::new(
             &config.model,

@@ -27,9 +27,11 @@ use crate::with_real;
 /// as many, the product that computes them took 16% longer on an H200.
 pub(crate) const LOGIT_TOKENS: usize = 2048;
 /// Number of tokens for which the gradients of the logits exist at a time on a device with kernels. It is chosen so
-/// that the product for dx `[T, D]` has a tile for nearly every multiprocessor.
+/// that the product for dx `[T, D]` has a tile for nearly every multiprocessor, and is a multiple of a tile's 128 rows, so
+/// that each chunk of an array with a number per token begins at an aligned address.
 pub(crate) fn gradient_tokens(hidden: usize) -> usize {
-    ((1 << 22) / hidden.max(1)).clamp(LOGIT_TOKENS, 4 * LOGIT_TOKENS)
+    let most = ((1 << 22) / hidden.max(1)).clamp(LOGIT_TOKENS, 4 * LOGIT_TOKENS);
+    most / 128 * 128
 }
 /// Upper bound of the number of logits that exist at a time on the CPU. One token always has all its V logits.
 pub(crate) const LOGITS: usize = 1 << 24;
@@ -363,6 +365,18 @@ mod tests {
         for (a, b) in each.slice::<f64>().iter().zip([first, second]) {
             assert!((a - b).abs() <= 1e-15);
         }
+    }
+
+    #[test]
+    fn every_chunk_of_tokens_begins_at_an_aligned_address() {
+        for hidden in (8..=8192).step_by(8) {
+            let chunk = gradient_tokens(hidden);
+            assert!(
+                chunk >= LOGIT_TOKENS && chunk % 128 == 0,
+                "{hidden}: {chunk}"
+            );
+        }
+        assert_eq!([512, 1024, 2048].map(gradient_tokens), [8192, 4096, 2048]);
     }
 
     #[test]

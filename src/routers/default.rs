@@ -19,7 +19,8 @@
 
 use super::topk::TopK;
 use super::{
-    GradientCheck, LayerPass, Phase, Router, RouterInfo, Routing, StateTensor, registry, within,
+    GradientCheck, LayerPass, Phase, Router, RouterInfo, Routing, StateTensor, chosen_by_kernel,
+    registry, within,
 };
 use crate::config::ModelConfig;
 use crate::device::Device;
@@ -272,7 +273,8 @@ impl Router for DefaultMoe {
         self.can_sample()
     }
 
-    fn validate_device(&self, device: Device) -> Result<()> {
+    fn validate_device(&self, model: &ModelConfig, device: Device) -> Result<()> {
+        chosen_by_kernel(model, device)?;
         if device == Device::Cpu || !self.renormalize {
             return Ok(());
         }

@@ -6,8 +6,11 @@
 //! `topk`, with the same cost.
 
 use super::topk::TopK;
-use super::{GradientCheck, LayerPass, Phase, Router, RouterInfo, Routing, registry};
+use super::{
+    GradientCheck, LayerPass, Phase, Router, RouterInfo, Routing, chosen_by_kernel, registry,
+};
 use crate::config::ModelConfig;
+use crate::device::Device;
 use crate::error::Result;
 use crate::ops::dispatch::{Dispatch, Selection};
 use crate::ops::routing::{Choice, Score, scores};
@@ -43,6 +46,10 @@ pub struct DenseMixer {
 }
 
 impl Router for DenseMixer {
+    fn validate_device(&self, model: &ModelConfig, device: Device) -> Result<()> {
+        chosen_by_kernel(model, device)
+    }
+
     fn route(
         &self,
         tape: &Tape,

@@ -8,7 +8,7 @@
 
 use super::{
     Balance, GradientCheck, LayerPass, LayerState, Router, RouterInfo, Routing, StateTensor,
-    learns_renormalized, registry, within,
+    chosen_by_kernel, learns_renormalized, registry, within,
 };
 use crate::config::ModelConfig;
 use crate::device::Device;
@@ -97,6 +97,10 @@ impl Router for LossFree {
             learns_renormalized(model)?;
         }
         Ok(())
+    }
+
+    fn validate_device(&self, model: &ModelConfig, device: Device) -> Result<()> {
+        chosen_by_kernel(model, device)
     }
 
     fn initial_state(&self, model: &ModelConfig, _layer: usize, _seed: u64) -> Vec<StateTensor> {

@@ -27,6 +27,7 @@ use crate::config::{ModelConfig, count};
 use crate::device::Device;
 use crate::dist::Collective;
 use crate::error::{Error, Result};
+use crate::kernels::router::MAX_CHOICES;
 use crate::ops::combine::Defaults;
 use crate::ops::dispatch::Dispatch;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
@@ -130,11 +131,11 @@ pub trait Router {
         Ok(())
     }
 
-    /// Rejects devices on which the router's settings are not supported.
+    /// Rejects devices on which the router's settings, or the model's with this router, are not supported.
     ///
     /// # Errors
-    /// Returns an error that names the key and the supported devices.
-    fn validate_device(&self, _device: Device) -> Result<()> {
+    /// Returns an error that names the key and what is supported.
+    fn validate_device(&self, _model: &ModelConfig, _device: Device) -> Result<()> {
         Ok(())
     }
 
@@ -342,6 +343,19 @@ fn within(key: &str, value: f64, least: f64, below: Option<f64>) -> Result<()> {
         },
         value.to_string(),
         format!("change it with --set router.{key}=…"),
+    ))
+}
+
+/// Rejects more experts per token than the router's kernel chooses.
+fn chosen_by_kernel(model: &ModelConfig, device: Device) -> Result<()> {
+    if device == Device::Cpu || model.top_k <= MAX_CHOICES {
+        return Ok(());
+    }
+    Err(Error::usage(
+        "model.top_k",
+        format!("at most {MAX_CHOICES} with this router where kernels run"),
+        model.top_k.to_string(),
+        "lower it, or set train.device = \"cpu\"",
     ))
 }
 

@@ -4,8 +4,12 @@
 //! `renormalize`, `q_i = p_i / Σ_A p`. Through the softmax the logits get `dz_j = p_j (1[j∈A] s_j − Σ_A p_i s_i)`,
 //! `s_i = ⟨g, e_i⟩`: the baseline, whose router learns only from the chosen experts.
 
-use super::{GradientCheck, LayerPass, Router, RouterInfo, Routing, learns_renormalized, registry};
+use super::{
+    GradientCheck, LayerPass, Router, RouterInfo, Routing, chosen_by_kernel, learns_renormalized,
+    registry,
+};
 use crate::config::ModelConfig;
+use crate::device::Device;
 use crate::error::Result;
 use crate::ops::routing::{Choice, Score, scores};
 use crate::tape::{Tape, Var};
@@ -38,6 +42,10 @@ impl Router for TopK {
             learns_renormalized(model)?;
         }
         Ok(())
+    }
+
+    fn validate_device(&self, model: &ModelConfig, device: Device) -> Result<()> {
+        chosen_by_kernel(model, device)
     }
 
     fn route(

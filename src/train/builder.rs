@@ -164,7 +164,7 @@ impl Builder {
 fn check_values(config: &Config, ranks: usize, in_folder: bool) -> Result<()> {
     let router = routers::build(&config.router)?;
     router.validate(&config.model)?;
-    router.validate_device(config.train.device)?;
+    router.validate_device(&config.model, config.train.device)?;
     match in_folder {
         true => memory::check(config, ranks),
         false => Ok(()),

@@ -11,7 +11,7 @@ mod replay;
 mod shares;
 
 use crate::config::TrainConfig;
-use crate::device::{Device, counters, timeline};
+use crate::device::{Device, timeline};
 use crate::dist::{DeviceRanks, at};
 use crate::error::{Error, Result};
 use crate::kernels::{launchers, trace};
@@ -26,6 +26,7 @@ use readback::{Readback, begin_readback, by_name, vectors_of};
 use replay::Replay;
 use shares::{equal_shares, shape_of, sum_gradients};
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 /// What a step did.
 #[derive(Clone, Debug)]
@@ -59,6 +60,8 @@ pub struct StepExecutor {
     device: Option<DeviceStep>,
     /// The replay of steps on such a device, unless the configuration disables it.
     replay: Option<Replay>,
+    /// Number of steps launched on such a device whose results were not read yet.
+    unread: usize,
     /// The ranks for communication in device memory, if there are several.
     ranks: Option<DeviceRanks>,
     /// The number of micro-batches, and the smallest and largest number of sequences of one, in the last step for
@@ -84,6 +87,7 @@ impl StepExecutor {
         let new = || DeviceStep::new(device, parameters, &shards, model.device_ranks());
         StepExecutor {
             device: (device != Device::Cpu).then(new),
+            unread: 0,
             ranks: model.device_ranks(),
             shape: None,
             optimizer: AdamW::sharded(config, parameters, shards),
@@ -195,6 +199,7 @@ impl StepExecutor {
         })?;
         if let Some(device) = &self.device {
             launched.readback = Some(begin_readback(model, device)?);
+            self.unread += 1;
             let mut states = model.layer_states_mut();
             states.iter_mut().for_each(LayerState::count_anew);
             model.dist().trust_device_calls();
@@ -215,34 +220,6 @@ impl StepExecutor {
         let done = wait(self, model);
         model.dist().await_device(false);
         done
-    }
-
-    /// Runs the step by replaying its graph and returns true, or runs it without a graph and returns false if there
-    /// is no valid graph.
-    fn replayed(&mut self, model: &mut Model, replay: &mut Replay) -> Result<bool> {
-        let (device, shape) = (
-            model.device(),
-            self.inputs.iter().map(Inputs::places).collect(),
-        );
-        for inputs in &self.inputs {
-            inputs.check(model.config().vocab_size)?;
-        }
-        at(model.dist(), || replay.words().into());
-        let mut done = replay.run(device, &shape)?;
-        if !done && replay.is_steady(&shape) {
-            let step = || self.run(model, &mut |_| Ok(false)).map(drop);
-            replay.capture(device, &shape, step);
-            let mut states = model.layer_states_mut();
-            states.iter_mut().for_each(LayerState::forget_pass);
-            states.iter_mut().for_each(LayerState::count_anew);
-            drop(states);
-            done = replay.run(device, &shape)?;
-        }
-        match done {
-            true => counters::replayed(),
-            false => drop(replay.watch(shape, || self.run(model, &mut |_| Ok(false)))?),
-        }
-        Ok(done)
     }
 
     /// Copies the micro-batches to the model's inputs.
@@ -386,7 +363,12 @@ impl StepExecutor {
     /// Returns an error when a sum over ranks, the update on the CPU or a kernel fails.
     pub fn report(&mut self, model: &mut Model, launched: Launched) -> Result<StepReport> {
         if let Some(readback) = launched.readback {
+            self.unread -= 1;
             let results = self.awaited(model, |_, _| readback.wait())?;
+            // A replayed step also ends when its transfers were aborted, with wrong sums.
+            if let Some(text) = model.dist().failure_within(Duration::ZERO) {
+                return Err(Error::Ranks { text, cause: None });
+            }
             return self.report_from(model, &results);
         }
         let mut report = self.update_on_cpu(model, launched.sums, launched.rate)?;

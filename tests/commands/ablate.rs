@@ -235,6 +235,17 @@ fn what_is_wrong_with_a_grid_is_said_before_any_run_begins() {
         (&["--name", ""], &["names of runs", "``"]),
         (&["--name", ".."], &["names of runs", "`..`"]),
         (&["--jobs", "0"], &["--jobs"]),
+        (
+            &[
+                "--jobs",
+                "2",
+                "--set",
+                "train.device=cuda",
+                "--set",
+                "model.head_dim=64",
+            ],
+            &["--jobs: expected 1 for runs on a GPU", "got 2"],
+        ),
         (&["--ranks-per-run", "2"], &["--ranks-per-run", "launcher"]),
         (&["--target-perplexity", "0.5"], &["above 1"]),
         (&["--scale", "0.1"], &["--scale", "preset"]),

@@ -1,6 +1,7 @@
 //! What the routers promise over many steps, and at their edges.
 
 use routegrad::config::{Config, Layers};
+use routegrad::device::Device;
 use routegrad::model::Model;
 use routegrad::model::batch::Sequences;
 use routegrad::routers::{self, Pass, Phase};
@@ -167,6 +168,29 @@ fn sparsemixer_refuses_more_experts_than_its_version_has() {
         assert_eq!(built.is_ok(), allowed, "{set:?}");
         if let Err(e) = built {
             assert!(e.to_string().contains("model.top_k"), "{e}");
+        }
+    }
+}
+
+#[test]
+fn more_experts_per_token_than_the_kernel_chooses_are_refused_by_the_routers_that_choose_with_it() {
+    let experts = ["model.num_experts=32", "model.top_k=17"];
+    for (router, allowed) in [
+        ("topk", false),
+        ("default", false),
+        ("densemixer", false),
+        ("lossfree", false),
+        ("remoe", true),
+        ("dense", true),
+    ] {
+        let config = config(router, &experts);
+        let built = routers::build(&config.router).unwrap();
+        assert!(built.validate_device(&config.model, Device::Cpu).is_ok());
+        let found = built.validate_device(&config.model, Device::Sim);
+        assert_eq!(found.is_ok(), allowed, "{router}");
+        if let Err(e) = found {
+            let expected = "model.top_k: expected at most 16 with this router";
+            assert!(e.to_string().contains(expected), "{e}");
         }
     }
 }

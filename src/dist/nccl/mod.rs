@@ -164,8 +164,7 @@ impl Nccl {
         let called = call(&self.link.communicator);
         called.map_err(|error| {
             // NCCL may notice a lost rank before the hub finds out which one it is.
-            let named = self.host.failure_within(NAMING);
-            match named.or_else(|| self.link.failure.get().cloned()) {
+            match self.failure_within(NAMING) {
                 Some(text) => lost(&text),
                 None => error,
             }
@@ -246,7 +245,8 @@ impl Collective for Nccl {
     }
 
     fn failure_within(&self, most: Duration) -> Option<String> {
-        self.host.failure_within(most)
+        let named = self.host.failure_within(most);
+        named.or_else(|| self.link.failure.get().cloned())
     }
 
     fn all_gather_on(&self, own: Span, all: Span) -> Result<()> {

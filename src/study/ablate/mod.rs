@@ -19,6 +19,7 @@ mod summary;
 mod tests;
 mod verdict;
 
+use crate::device::Device;
 use crate::device::machine::H200_PEAK;
 use crate::dist::{Collective, agree, doing, doing_alone, same_on_all};
 use crate::error::{Error, Result};
@@ -117,7 +118,7 @@ pub struct Args {
 }
 
 impl Args {
-    fn check_jobs(&self, ranks: usize) -> Result<()> {
+    fn check_jobs(&self, ranks: usize, plan: &Plan) -> Result<()> {
         if self.jobs == 0 {
             let what = "a number of runs from 1 up";
             return Err(Error::usage(
@@ -125,6 +126,16 @@ impl Args {
                 what,
                 "0",
                 "remove the option to train one run at a time",
+            ));
+        }
+        // The runs would share one stream of the GPU, where the launches of one run would become part of another's graph.
+        let on_gpu = |run: &grid::Run| run.config.train.device == Device::Cuda;
+        if self.jobs > 1 && plan.runs.iter().any(on_gpu) {
+            return Err(Error::usage(
+                "--jobs",
+                "1 for runs on a GPU, since a run uses all of it",
+                self.jobs.to_string(),
+                "remove the option; with several GPUs, start the command with mpirun, srun or torchrun",
             ));
         }
         if self.jobs > 1 && ranks > 1 {
@@ -298,7 +309,7 @@ pub fn command(args: &Args, dist: &Arc<dyn Collective>, stop: &AtomicBool) -> Re
     let (grid, scaled) = args.grid()?;
     let plan = grid.plan()?;
     let out = &args.out;
-    args.check_jobs(dist.size())?;
+    args.check_jobs(dist.size(), &plan)?;
     let first = dist.rank() == 0;
     if args.dry_run {
         return match first {

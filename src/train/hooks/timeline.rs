@@ -37,6 +37,11 @@ impl KernelTimeline {
 }
 
 impl Hook for KernelTimeline {
+    /// All ranks launch the recorded step in the same way: NCCL requires that all of them replay a graph, or none.
+    fn on_every_rank(&self) -> bool {
+        true
+    }
+
     /// The last step must not overlap with another step.
     fn needs_model(&self, config: &Config, step: u64) -> bool {
         step + 1 >= config.train.steps
@@ -59,6 +64,7 @@ impl Hook for KernelTimeline {
             return Ok(());
         }
         match (timeline::finish()?, trace::finish()) {
+            _ if trainer.model.dist().rank() != 0 => Ok(()),
             (Some(timeline), _) => self.write(trainer, &timeline),
             (None, Some(trace)) => self.write(trainer, &trace),
             (None, None) => Ok(()),

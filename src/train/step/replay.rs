@@ -6,13 +6,56 @@
 //! all parameters and states have not changed, the same memory is free, and micro-batches have the same shape.
 //! Otherwise the step runs without a graph.
 
+use super::StepExecutor;
 use crate::device::graph::{self, Graph};
 use crate::device::{Device, counters, with_free_ranges};
+use crate::dist::{Collective, at};
 use crate::error::{Error, Result};
+use crate::model::{Inputs, Model};
+use crate::routers::LayerState;
 use std::collections::BTreeMap;
 
 /// Numbers of sequences and tokens of each micro-batch, and their addresses.
 pub type Shape = Vec<[usize; 5]>;
+
+/// How a step is launched. What every rank can do is the least of what each can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Way {
+    /// Kernel by kernel.
+    Launches,
+    /// The step is recorded as a graph, and the graph is launched.
+    Capture,
+    /// The recorded graph is launched.
+    Replay,
+}
+
+/// Returns how all ranks launch a step of which this rank can launch its part in the given `way`. NCCL requires that all
+/// ranks replay a graph with its calls, or none ([documentation][1]). While an earlier step is `in_flight`, the hosts do not
+/// communicate: that step was replayed, so every rank replays the next one too.
+///
+/// [1]: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/usage/cudagraph.html
+///
+/// # Errors
+/// Returns an error when communication fails, or the memory of this rank changed while a step was in flight.
+pub fn agreed(dist: &dyn Collective, way: Way, in_flight: bool) -> Result<Way> {
+    match (in_flight, way) {
+        (true, Way::Replay) => return Ok(way),
+        (true, Way::Capture) => {
+            return Err(Error::invalid(
+                "step",
+                "the same free memory as when the step was recorded as a graph",
+                "other free memory, while the other ranks replay the graph",
+                "this is a bug; resume with train.graph = false",
+            ));
+        }
+        // Micro-batches of another shape have it on all ranks.
+        _ => {}
+    }
+    let mut all = vec![0; dist.size()];
+    dist.all_gather(&[way as u8], &mut all)?;
+    let least = all.into_iter().min().unwrap_or(0);
+    Ok([Way::Launches, Way::Capture, Way::Replay][usize::from(least)])
+}
 
 /// The graph of a step, if there is one, and whether a step can be captured.
 #[derive(Default)]
@@ -61,9 +104,18 @@ impl Replay {
         }
     }
 
-    /// Returns whether a step with micro-batches of this shape can be captured.
-    pub fn is_steady(&self, shape: &Shape) -> bool {
-        self.steady.as_ref() == Some(shape)
+    /// Returns how this rank can launch a step with micro-batches of this shape.
+    pub fn way(&self, device: Device, shape: &Shape) -> Way {
+        let fits = |own: &Captured| {
+            own.shape == *shape && with_free_ranges(device, |free| *free == own.free)
+        };
+        if self.captured.as_ref().is_some_and(fits) {
+            Way::Replay
+        } else if self.steady.as_ref() == Some(shape) {
+            Way::Capture
+        } else {
+            Way::Launches
+        }
     }
 
     /// Runs a step with micro-batches of this shape without a graph, and records whether it can be captured.
@@ -98,5 +150,78 @@ impl Replay {
     /// Returns the error because of which a step could not be captured, if there was one.
     pub fn error(&self) -> Option<&Error> {
         self.error.as_ref()
+    }
+}
+
+impl StepExecutor {
+    /// Runs the step by replaying its graph and returns true, or runs it without a graph and returns false if there
+    /// is no valid graph.
+    pub(super) fn replayed(&mut self, model: &mut Model, replay: &mut Replay) -> Result<bool> {
+        let (device, shape) = (
+            model.device(),
+            self.inputs.iter().map(Inputs::places).collect(),
+        );
+        for inputs in &self.inputs {
+            inputs.check(model.config().vocab_size)?;
+        }
+        at(model.dist(), || replay.words().into());
+        let (several, in_flight) = (self.ranks.is_some(), self.unread > 0);
+        let way = |model: &Model, replay: &Replay| {
+            let own = replay.way(device, &shape);
+            if several {
+                agreed(model.dist(), own, in_flight)
+            } else {
+                Ok(own)
+            }
+        };
+        let mut how = way(model, replay)?;
+        if how == Way::Capture {
+            let step = || self.run(model, &mut |_| Ok(false)).map(drop);
+            replay.capture(device, &shape, step);
+            let mut states = model.layer_states_mut();
+            states.iter_mut().for_each(LayerState::forget_pass);
+            states.iter_mut().for_each(LayerState::count_anew);
+            drop(states);
+            how = way(model, replay)?;
+        }
+        let done = how == Way::Replay && replay.run(device, &shape)?;
+        match done {
+            true => counters::replayed(),
+            false => drop(replay.watch(shape, || self.run(model, &mut |_| Ok(false)))?),
+        }
+        Ok(done)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dist::ThreadRank;
+
+    fn of_ranks(own: &[Way], in_flight: bool) -> Vec<Result<Way>> {
+        ThreadRank::run(own.len(), |rank| agreed(&rank, own[rank.rank()], in_flight))
+    }
+
+    #[test]
+    fn all_ranks_launch_a_step_in_the_way_that_each_of_them_can() {
+        use Way::{Capture, Launches, Replay};
+        for (own, all) in [
+            ([Replay, Replay], Replay),
+            ([Replay, Capture], Capture),
+            ([Launches, Replay], Launches),
+            ([Capture, Capture], Capture),
+        ] {
+            for found in of_ranks(&own, false) {
+                assert_eq!(found.unwrap(), all, "{own:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn while_a_step_is_in_flight_ranks_do_not_wait_for_each_other() {
+        let found = of_ranks(&[Way::Replay, Way::Capture], true);
+        assert_eq!(found[0].as_ref().unwrap(), &Way::Replay);
+        let error = found[1].as_ref().unwrap_err().to_string();
+        assert!(error.contains("same free memory"), "{error}");
     }
 }

@@ -288,15 +288,15 @@ impl StepCosts {
     /// Adds the head, its loss and their gradients, in chunks of tokens.
     fn head(&mut self, config: &Config, tokens: usize, accumulate: bool) {
         let (vocabulary, hidden) = (config.model.vocab_size, config.model.hidden);
-        for first in (0..tokens).step_by(LOGIT_TOKENS) {
-            let rows = LOGIT_TOKENS.min(tokens - first);
-            self.add("head_logits", 1, HeadLogits::cost(rows, vocabulary, hidden));
-            let loss = CrossEntropyRows::cost(rows, vocabulary, true, true);
-            self.add("cross_entropy_rows", 1, loss);
-        }
         let chunk = gradient_tokens(hidden);
         for first in (0..tokens).step_by(chunk) {
             let rows = chunk.min(tokens - first);
+            for part in (0..rows).step_by(LOGIT_TOKENS) {
+                let rows = LOGIT_TOKENS.min(rows - part);
+                self.add("head_logits", 1, HeadLogits::cost(rows, vocabulary, hidden));
+                let loss = CrossEntropyRows::cost(rows, vocabulary, true, true);
+                self.add("cross_entropy_rows", 1, loss);
+            }
             let product = Product {
                 rows,
                 groups: 1,

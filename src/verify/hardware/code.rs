@@ -8,12 +8,13 @@ use std::sync::OnceLock;
 pub const STEP: &str = "a whole step";
 
 /// The sources that determine what a step launches, which data it trains on, what it saves, and what it is compared with.
-const SOURCES: [&str; 13] = [
+const SOURCES: [&str; 14] = [
     "configs",
     "src/config",
     "src/data",
     "src/device",
     "src/dist",
+    "src/kernels",
     "src/model",
     "src/ops",
     "src/routers",

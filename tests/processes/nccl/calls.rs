@@ -197,6 +197,25 @@ fn processes_that_nccl_connects_end_in_the_bytes_of_mpi_alone_and_go_on_from_its
     }
 }
 
+/// NCCL requires that all ranks replay the graph of a step, or none: all record the last step and launch its kernels.
+#[test]
+#[ignore = "slow"]
+fn a_timeline_is_recorded_by_all_ranks_and_written_by_the_first() {
+    let Some(launcher) = launchers().into_iter().next() else {
+        return;
+    };
+    let place = Place::new();
+    let options = ["--router", "topk", "--steps", "6", "--timeline"];
+    let mut command = launcher.ranks(2, &train_small(&place, "run", &options));
+    let (_, stderr) = succeed(command.env("ROUTEGRAD_NCCL", stand_in()));
+    assert_eq!(
+        stderr.matches("grouped_gemm_forward").count(),
+        1,
+        "{stderr}"
+    );
+    assert!(place.path("run").join("timeline.json").is_file());
+}
+
 #[test]
 #[ignore = "slow"]
 fn a_signal_to_the_launcher_stops_all_ranks_after_the_same_step() {

@@ -100,10 +100,19 @@ fn trained_on_nodes(
         .build()
         .unwrap();
     let mut losses = Vec::new();
-    for _ in 0..STEPS {
-        counters::take();
-        calls.store(0, Ordering::SeqCst);
-        let launched = run.launch().unwrap();
+    let mut in_flight = None;
+    for step in 1..=STEPS {
+        let launched = in_flight.take().unwrap_or_else(|| {
+            counters::take();
+            calls.store(0, Ordering::SeqCst);
+            run.launch().unwrap()
+        });
+        // The last step is launched as in a run: before the results of a replayed step are read.
+        if step + 1 == STEPS && launched.was_replayed() {
+            counters::take();
+            calls.store(0, Ordering::SeqCst);
+            in_flight = Some(run.launch().unwrap());
+        }
         let report = run.finish(launched).unwrap();
         assert_eq!(report.skipped, None);
         losses.extend(
@@ -263,13 +272,11 @@ fn a_steady_step_of_processes_is_one_graph_without_a_call_of_the_host_and_ends_i
                 if is_drawn_by_host(config) {
                     continue;
                 }
-                assert_eq!(
-                    (end.calls, end.reads, end.allocations),
-                    (0, 0, 0),
-                    "{place}"
-                );
-                // The draws of sparsemixer change with the step, so that its launches are made anew.
-                assert_eq!(end.replays, u64::from(router != "sparsemixer"), "{place}");
+                assert_eq!((end.reads, end.allocations), (0, 0), "{place}");
+                // The draws of sparsemixer change with the step, so that its launches are made anew, which the ranks agree on.
+                let replayed = router != "sparsemixer";
+                assert_eq!(end.calls, usize::from(!replayed), "{place}");
+                assert_eq!(end.replays, u64::from(replayed), "{place}");
             }
         }
     }
