@@ -2,7 +2,7 @@
 //! (`kernels/adamw.cu`), against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs, values};
 use crate::kernels::adamw::{AdamwUpdate, BLOCK, SquareSums};
 use crate::kernels::bindings::{routegrad_parameter, routegrad_step_outcome};
 use crate::tensor::random::{Purpose, Stream};
@@ -333,22 +333,12 @@ fn squares(counts: &[usize]) -> Problem {
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     const COUNTS: [&[usize]; 3] = [&[1], &[5, 2048, 8192, 3], &[20_011, 7, 8193, 64, 300]];
-    let updates = [false, true].into_iter().flat_map(|bf16| {
-        COUNTS.map(|counts| Box::new(move || Ok(update(counts, true, bf16))) as MakeProblem)
+    let mut updates = each(pairs(BOTH, COUNTS), |(bf16, counts)| {
+        update(counts, true, bf16)
     });
-    let refused = [false, true]
-        .map(|bf16| Box::new(move || Ok(update(COUNTS[1], false, bf16))) as MakeProblem);
-    let sums = COUNTS.map(|counts| Box::new(move || Ok(squares(counts))) as MakeProblem);
-    let case = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
-        name: format!("{launcher} small"),
-        launcher,
-        source: "adamw",
-        problems,
-        small: true,
-    };
-    let updates = updates.chain(refused);
+    updates.extend(each(BOTH, |bf16| update(COUNTS[1], false, bf16)));
     vec![
-        case("adamw_update", updates.collect()),
-        case("square_sums", sums.into()),
+        Case::small("adamw_update", "adamw", updates),
+        Case::small("square_sums", "adamw", each(COUNTS, squares)),
     ]
 }

@@ -3,7 +3,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Problem, each, values};
 use crate::kernels::attention::AttentionSizes;
 use crate::kernels::{self, AttentionForward};
 use half::bf16;
@@ -393,11 +393,6 @@ pub fn covering_shapes() -> Vec<Shape> {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let problems = |shapes: Vec<Shape>| -> Vec<MakeProblem> {
-        let make =
-            |shape| Box::new(move || Ok(problem(&Arc::new(Inputs::new(&shape))))) as MakeProblem;
-        shapes.into_iter().map(make).collect()
-    };
     let long = vec![
         Shape::new(1, 2048, 1, 1, 64),
         Shape::new(1, 2048, 2, 1, 128).packed(),
@@ -407,12 +402,9 @@ pub fn cases() -> Vec<Case> {
         ("covering", covering_shapes(), false),
         ("long", long, false),
     ]
-    .map(|(name, shapes, small)| Case {
-        name: format!("attention_forward {name}"),
-        launcher: "attention_forward",
-        source: "attention",
-        problems: problems(shapes),
-        small,
+    .map(|(name, shapes, small)| {
+        let problems = each(shapes, |shape| problem(&Arc::new(Inputs::new(&shape))));
+        Case::new("attention_forward", "attention", name, small, problems)
     })
     .into()
 }

@@ -7,7 +7,7 @@ use super::attention::{
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
 use super::rope::{tables, turned};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Problem, each, values};
 use crate::kernels::{self, AttentionBackward};
 use crate::tensor::dtype::nearest_bf16;
 use half::bf16;
@@ -282,11 +282,6 @@ pub fn problem(gradient: &Arc<Gradient>) -> Problem {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let problems = |shapes: Vec<Shape>| -> Vec<MakeProblem> {
-        let make =
-            |shape| Box::new(move || Ok(problem(&Arc::new(Gradient::new(&shape))))) as MakeProblem;
-        shapes.into_iter().map(make).collect()
-    };
     let long = vec![
         Shape::new(1, 2048, 1, 1, 64).packed(),
         Shape::new(1, 1000, 2, 1, 128),
@@ -302,12 +297,15 @@ pub fn cases() -> Vec<Case> {
         ("covering", covering_shapes(), false),
         ("long", long, false),
     ]
-    .map(|(name, shapes, small)| Case {
-        name: format!("attention_backward {name}"),
-        launcher: "attention_backward",
-        source: "attention_backward",
-        problems: problems(shapes),
-        small,
+    .map(|(name, shapes, small)| {
+        let problems = each(shapes, |shape| problem(&Arc::new(Gradient::new(&shape))));
+        Case::new(
+            "attention_backward",
+            "attention_backward",
+            name,
+            small,
+            problems,
+        )
     })
     .into()
 }

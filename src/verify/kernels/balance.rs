@@ -1,7 +1,7 @@
 //! Checks the kernels for the scalars of the losses (`kernels/balance.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Problem, each, values};
 use crate::kernels;
 use crate::kernels::balance::{
     AuxiliaryLoss, AuxiliaryLossBackward, WeightedSum, WeightedSumBackward,
@@ -133,22 +133,14 @@ fn weighted(count: usize, backward: bool) -> Problem {
 pub fn cases() -> Vec<Case> {
     const EXPERTS: [usize; 6] = [1, 5, 8, 33, 64, 256];
     const TERMS: [usize; 5] = [1, 2, 9, 49, 128];
-    let case = |launcher, problems| Case {
-        name: format!("{launcher} small"),
-        launcher,
-        source: "balance",
-        problems,
-        small: true,
-    };
-    let of = |sizes: &[usize], make: fn(usize, bool) -> Problem, backward| -> Vec<MakeProblem> {
-        let sizes = sizes.iter().copied();
-        let made = sizes.map(|n| Box::new(move || Ok(make(n, backward))) as MakeProblem);
-        made.collect()
-    };
+    let case = |launcher, problems| Case::small(launcher, "balance", problems);
     vec![
-        case("auxiliary_loss", of(&EXPERTS, auxiliary, false)),
-        case("auxiliary_loss_backward", of(&EXPERTS, auxiliary, true)),
-        case("weighted_sum", of(&TERMS, weighted, false)),
-        case("weighted_sum_backward", of(&TERMS, weighted, true)),
+        case("auxiliary_loss", each(EXPERTS, |n| auxiliary(n, false))),
+        case(
+            "auxiliary_loss_backward",
+            each(EXPERTS, |n| auxiliary(n, true)),
+        ),
+        case("weighted_sum", each(TERMS, |n| weighted(n, false))),
+        case("weighted_sum_backward", each(TERMS, |n| weighted(n, true))),
     ]
 }

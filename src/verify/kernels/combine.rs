@@ -3,7 +3,7 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Problem, each, values};
 use crate::kernels::Combine;
 use half::bf16;
 use rayon::prelude::*;
@@ -210,36 +210,24 @@ fn spoilt(mode: Mode) -> Inputs {
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let widths = [8, 136, 264, 72, 384, 1032, 520];
-    MODES
-        .iter()
-        .flat_map(|&mode| {
-            let shapes = move |batches: Vec<Batch>| -> Vec<MakeProblem> {
-                let make = move |(batch, hidden): (Batch, usize)| {
-                    Box::new(move || {
-                        Ok(problem(&Arc::new(Inputs::new(batch.clone(), hidden, mode))))
-                    }) as MakeProblem
-                };
-                batches
-                    .into_iter()
-                    .zip(widths.into_iter().cycle())
-                    .map(make)
-                    .collect()
-            };
-            let mut small = shapes(small_batches());
-            small.push(Box::new(move || Ok(problem(&Arc::new(spoilt(mode))))));
-            [
-                ("small", small, true),
-                ("covering", shapes(covering_batches()), false),
-            ]
-            .map(|(name, problems, small)| Case {
-                name: format!("combine {name} {}", mode.name()),
-                launcher: "combine",
-                source: "combine",
-                problems,
-                small,
+    let mut all = Vec::new();
+    for mode in MODES {
+        let sized = |batches: Vec<Batch>| {
+            let shapes = batches.into_iter().zip(widths.into_iter().cycle());
+            each(shapes, move |(batch, hidden)| {
+                problem(&Arc::new(Inputs::new(batch, hidden, mode)))
             })
-        })
-        .collect()
+        };
+        let mut small = sized(small_batches());
+        small.extend(each([mode], |mode| problem(&Arc::new(spoilt(mode)))));
+        let case = |name, small, problems| {
+            let name = format!("{name} {}", mode.name());
+            Case::new("combine", "combine", &name, small, problems)
+        };
+        all.push(case("small", true, small));
+        all.push(case("covering", false, sized(covering_batches())));
+    }
+    all
 }
 
 impl Mode {

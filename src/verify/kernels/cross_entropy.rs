@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{BOTH, Buffer, Case, Problem, each, pairs, values};
 use crate::kernels::cross_entropy::{
     CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits, STATISTIC_COLUMNS, statistics,
 };
@@ -342,57 +342,44 @@ fn scale_problem(elements: usize, narrow: bool, accumulate: bool) -> Problem {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let mut cases: [(&str, &str, Vec<MakeProblem>, bool); 5] = [
-        ("head_logits", "small", vec![], true),
-        ("cross_entropy_rows", "small", vec![], true),
-        ("cross_entropy_rows", "large vocabulary", vec![], false),
-        ("cross_entropy_mean", "small", vec![], true),
-        ("gradient_scale", "small", vec![], true),
-    ];
-    for (tokens, vocabulary, hidden) in [
+    let sizes = [
         (1, 8, 8),
         (67, 264, 72),
         (131, 1000, 136),
         (300, 24, 64),
         (5, 128, 64),
         (3, 136, 8),
-    ] {
-        let make = move || Ok(logits_problem(tokens, vocabulary, hidden, TILE_AUTO));
-        cases[0].2.push(Box::new(make));
-    }
-    for (tokens, vocabulary, spread) in
-        [(1, 8, 1.0), (7, 264, 4.0), (5, 2056, 30.0), (37, 1000, 1.0)]
-    {
-        for (gradient, statistics) in [(false, false), (true, false), (false, true), (true, true)] {
-            let rows = move || Rows::new(tokens, vocabulary, spread);
-            let factor = 1.0 / tokens as f32;
-            let make = move || Ok(rows_problem(rows(), factor, gradient, statistics));
-            cases[1].2.push(Box::new(make));
-        }
-    }
-    for statistics in [false, true] {
-        let rows = || Rows::new(6, 128_256, 2.0);
-        let large = move || Ok(rows_problem(rows(), 1e-4, true, statistics));
-        cases[2].2.push(Box::new(large));
-    }
-    for tokens in [1, 255, 2039, 16_384] {
-        let make = move || Ok(mean_problem(tokens, 1.0 / tokens as f32));
-        cases[3].2.push(Box::new(make));
-    }
-    for (narrow, accumulate) in [(false, false), (false, true), (true, false), (true, true)] {
-        for elements in [8, 2056, 40_008] {
-            let make = move || Ok(scale_problem(elements, narrow, accumulate));
-            cases[4].2.push(Box::new(make));
-        }
-    }
-    cases
-        .into_iter()
-        .map(|(launcher, name, problems, small)| Case {
-            name: format!("{launcher} {name}"),
-            launcher,
-            source: "cross_entropy",
-            problems,
-            small,
-        })
-        .collect()
+    ];
+    let logits = each(sizes, |(tokens, vocabulary, hidden)| {
+        logits_problem(tokens, vocabulary, hidden, TILE_AUTO)
+    });
+    let sizes = [(1, 8, 1.0), (7, 264, 4.0), (5, 2056, 30.0), (37, 1000, 1.0)];
+    let rows = each(
+        pairs(sizes, pairs(BOTH, BOTH)),
+        |((tokens, vocabulary, spread), (statistics, gradient))| {
+            let rows = Rows::new(tokens, vocabulary, spread);
+            rows_problem(rows, 1.0 / tokens as f32, gradient, statistics)
+        },
+    );
+    let large = each(BOTH, |statistics| {
+        rows_problem(Rows::new(6, 128_256, 2.0), 1e-4, true, statistics)
+    });
+    let mean = each([1, 255, 2039, 16_384], |tokens| {
+        mean_problem(tokens, 1.0 / tokens as f32)
+    });
+    let scale = each(
+        pairs(pairs(BOTH, BOTH), [8, 2056, 40_008]),
+        |((narrow, accumulate), elements)| scale_problem(elements, narrow, accumulate),
+    );
+    [
+        ("head_logits", "small", true, logits),
+        ("cross_entropy_rows", "small", true, rows),
+        ("cross_entropy_rows", "large vocabulary", false, large),
+        ("cross_entropy_mean", "small", true, mean),
+        ("gradient_scale", "small", true, scale),
+    ]
+    .map(|(launcher, name, small, problems)| {
+        Case::new(launcher, "cross_entropy", name, small, problems)
+    })
+    .into()
 }

@@ -1,12 +1,11 @@
 //! Checks dispatch (`kernels/dispatch.cu`) against a counting sort: every index in every output must be equal.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly};
+use super::{Buffer, Case, Problem, each, exactly};
 use crate::error::Result;
 use crate::kernels::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
 use crate::kernels::launchers;
 use crate::kernels::{DispatchChoices, DispatchPositive, dispatch};
-use std::sync::Arc;
 
 /// How the experts of the slots in a batch are determined.
 #[derive(Clone)]
@@ -330,22 +329,10 @@ pub fn cases() -> Vec<Case> {
         ("covering", covering_batches(), false),
     ] {
         for (launcher, by_choice) in [("dispatch_choices", true), ("dispatch_positive", false)] {
-            let of_launcher = batches
-                .iter()
-                .filter(|b| matches!(b.named, Named::Choices { .. }) == by_choice);
-            let problems = of_launcher
-                .map(|batch| {
-                    let batch = Arc::new(batch.clone());
-                    Box::new(move || batch.problem()) as MakeProblem
-                })
-                .collect();
-            cases.push(Case {
-                name: format!("{launcher} {name}"),
-                launcher,
-                source: "dispatch",
-                problems,
-                small,
-            });
+            let mut batches = batches.clone();
+            batches.retain(|b| matches!(b.named, Named::Choices { .. }) == by_choice);
+            let problems = each(batches, |batch| batch.problem());
+            cases.push(Case::new(launcher, "dispatch", name, small, problems));
         }
     }
     cases

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs, values};
 use crate::kernels::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder};
 use half::bf16;
 
@@ -206,33 +206,20 @@ pub fn cases() -> Vec<Case> {
         [2039, 131, 16],
         [131, 9, 2056],
     ];
-    let mut cases: [(&str, Vec<MakeProblem>); 3] = [
-        ("embedding_forward", vec![]),
-        ("embedding_order", vec![]),
-        ("embedding_gradient", vec![]),
-    ];
-    for shape @ [tokens, vocabulary, hidden] in shapes {
-        for of in [Uniform, OneOften, SomeOutside] {
-            let make = move || Ok(forward_problem(of, tokens, vocabulary, hidden));
-            cases[0].1.push(Box::new(make));
-            for accumulate in [false, true] {
-                let make = move || Ok(gradient_problem(of, shape, accumulate));
-                cases[2].1.push(Box::new(make));
-            }
-        }
-    }
-    for (first, whole) in [(true, false), (false, false), (false, true), (true, true)] {
-        let make = move || Ok(order_problem(1031, 70_000, first, whole));
-        cases[1].1.push(Box::new(make));
-    }
-    cases
-        .into_iter()
-        .map(|(launcher, problems)| Case {
-            name: format!("{launcher} small"),
-            launcher,
-            source: "embedding",
-            problems,
-            small: true,
-        })
-        .collect()
+    let of_ids = pairs(shapes, [Uniform, OneOften, SomeOutside]);
+    let forward = each(of_ids.clone(), |([tokens, vocabulary, hidden], of)| {
+        forward_problem(of, tokens, vocabulary, hidden)
+    });
+    let passes = [(true, false), (false, false), (false, true), (true, true)];
+    let order = each(passes, |(first, whole)| {
+        order_problem(1031, 70_000, first, whole)
+    });
+    let gradient = each(pairs(of_ids, BOTH), |((shape, of), accumulate)| {
+        gradient_problem(of, shape, accumulate)
+    });
+    vec![
+        Case::small("embedding_forward", "embedding", forward),
+        Case::small("embedding_order", "embedding", order),
+        Case::small("embedding_gradient", "embedding", gradient),
+    ]
 }

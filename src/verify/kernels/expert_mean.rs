@@ -3,7 +3,7 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs, values};
 use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
@@ -346,69 +346,51 @@ pub fn mean_problem(inputs: &Arc<Sums>, weighting: routegrad_weighting) -> Probl
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let widths = [8, 136, 264, 72, 128, 1032];
-    let means = |batches: Vec<Batch>| -> Vec<MakeProblem> {
+    let sized = |batches: Vec<Batch>| {
+        let widths = [8, 136, 264, 72, 128, 1032].into_iter().cycle();
+        batches.into_iter().zip(widths).collect::<Vec<_>>()
+    };
+    let sums = |batches| {
+        each(
+            pairs(sized(batches), BOTH),
+            |((batch, hidden), weighted)| {
+                sums_problem(&Arc::new(Sums::new(batch, hidden, weighted)))
+            },
+        )
+    };
+    let updates = each(
+        pairs(
+            [(1, 8), (7, 136), (64, 1032), (256, 72)],
+            [
+                ROUTEGRAD_WEIGHTING_PLAIN,
+                ROUTEGRAD_WEIGHTING_SUM_P,
+                ROUTEGRAD_WEIGHTING_COUNT,
+            ],
+        ),
+        |((experts, hidden), weighting)| update_problem(experts, hidden, weighting),
+    );
+    let means = |batches| {
         let weightings = [
             ROUTEGRAD_WEIGHTING_SUM_P,
             ROUTEGRAD_WEIGHTING_PLAIN,
             ROUTEGRAD_WEIGHTING_SUM_P,
             ROUTEGRAD_WEIGHTING_COUNT,
         ];
-        let sized = batches.into_iter().zip(widths.into_iter().cycle());
-        sized
-            .zip(weightings.into_iter().cycle())
-            .map(|((batch, hidden), weighting)| {
-                Box::new(move || {
-                    let mut inputs = Sums::new(batch.clone(), hidden, true);
-                    // The last expert has rows without mass.
-                    let experts = inputs.routed.experts();
-                    let last = inputs.routed.gates.iter_mut().skip(experts - 1);
-                    last.step_by(experts).for_each(|gate| *gate = 0.0);
-                    Ok(mean_problem(&Arc::new(inputs), weighting))
-                }) as MakeProblem
-            })
-            .collect()
-    };
-    let shapes = |batches: Vec<Batch>| -> Vec<MakeProblem> {
-        let sized = batches.into_iter().zip(widths.into_iter().cycle());
-        sized
-            .flat_map(|(batch, hidden)| {
-                [false, true].map(|weighted| {
-                    let batch = batch.clone();
-                    Box::new(move || {
-                        let inputs = Sums::new(batch.clone(), hidden, weighted);
-                        Ok(sums_problem(&Arc::new(inputs)))
-                    }) as MakeProblem
-                })
-            })
-            .collect()
-    };
-    let updates = [(1, 8), (7, 136), (64, 1032), (256, 72)]
-        .into_iter()
-        .flat_map(|(experts, hidden)| {
-            [
-                ROUTEGRAD_WEIGHTING_PLAIN,
-                ROUTEGRAD_WEIGHTING_SUM_P,
-                ROUTEGRAD_WEIGHTING_COUNT,
-            ]
-            .map(|weighting| {
-                Box::new(move || Ok(update_problem(experts, hidden, weighting))) as MakeProblem
-            })
+        let shapes = sized(batches)
+            .into_iter()
+            .zip(weightings.into_iter().cycle());
+        each(shapes, |((batch, hidden), weighting)| {
+            let mut inputs = Sums::new(batch, hidden, true);
+            // The last expert has rows without mass.
+            let experts = inputs.routed.experts();
+            let last = inputs.routed.gates.iter_mut().skip(experts - 1);
+            last.step_by(experts).for_each(|gate| *gate = 0.0);
+            mean_problem(&Arc::new(inputs), weighting)
         })
-        .collect();
-    [
-        ("expert_sums", "small", shapes(small_batches()), true),
-        ("expert_sums", "covering", shapes(covering_batches()), false),
-        ("expert_mean_update", "small", updates, true),
-        ("expert_mean", "small", means(small_batches()), true),
-        ("expert_mean", "covering", means(covering_batches()), false),
-    ]
-    .map(|(launcher, name, problems, small)| Case {
-        name: format!("{launcher} {name}"),
-        launcher,
-        source: "expert_mean",
-        problems,
-        small,
-    })
-    .into()
+    };
+    let batches = || [small_batches(), covering_batches()];
+    let mut all = Case::both("expert_sums", "expert_mean", batches(), sums);
+    all.push(Case::small("expert_mean_update", "expert_mean", updates));
+    all.extend(Case::both("expert_mean", "expert_mean", batches(), means));
+    all
 }

@@ -3,7 +3,7 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{Buffer, Case, Problem, each, exactly, values};
 use crate::kernels::{DefaultDots, GateGradient};
 use half::bf16;
 use rayon::prelude::*;
@@ -221,46 +221,35 @@ fn spoilt(kind: Kind) -> Inputs {
     inputs
 }
 
-fn made(inputs: impl Fn() -> Inputs + Send + Sync + 'static) -> MakeProblem {
-    Box::new(move || Ok(problem(&Arc::new(inputs()))))
-}
-
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let widths = [8, 136, 328, 72, 264, 520, 200];
-    let columns = [1, 2, 11, 8];
-    [(Chosen, "gate_gradient"), (DotsAndRows, "default_dots")]
-        .into_iter()
-        .flat_map(|(kind, launcher)| {
-            let shapes = |batches: Vec<Batch>| -> Vec<MakeProblem> {
-                let sizes = widths.into_iter().cycle().zip(columns.into_iter().cycle());
-                let make = |(batch, (hidden, columns)): (Batch, (usize, usize))| {
-                    made(move || Inputs::new(batch.clone(), hidden, columns, kind))
-                };
-                batches.into_iter().zip(sizes).map(make).collect()
-            };
-            let mut small = shapes(small_batches());
-            small.push(made(move || spoilt(kind)));
-            if kind == DotsAndRows {
-                // More slots than a block can keep rows of, and no output of rows.
-                small.push(made(|| {
-                    Inputs::new(Batch::random(150, 12, 11, 22), 72, 1, DotsAndRows)
-                }));
-                small.push(made(|| {
-                    Inputs::new(Batch::random(130, 70, 2, 23), 72, 2, Dots)
-                }));
-            }
-            [
-                ("small", small, true),
-                ("covering", shapes(covering_batches()), false),
-            ]
-            .map(|(name, problems, small)| Case {
-                name: format!("{launcher} {name}"),
-                launcher,
-                source: "gate_gradient",
-                problems,
-                small,
-            })
-        })
-        .collect()
+    let mut all = Vec::new();
+    for (kind, launcher) in [(Chosen, "gate_gradient"), (DotsAndRows, "default_dots")] {
+        let sized = |batches: Vec<Batch>| {
+            let widths = [8, 136, 328, 72, 264, 520, 200].into_iter().cycle();
+            let sizes = widths.zip([1, 2, 11, 8].into_iter().cycle());
+            each(
+                batches.into_iter().zip(sizes),
+                move |(batch, (hidden, columns))| {
+                    problem(&Arc::new(Inputs::new(batch, hidden, columns, kind)))
+                },
+            )
+        };
+        let mut small = sized(small_batches());
+        small.extend(each([kind], |kind| problem(&Arc::new(spoilt(kind)))));
+        if kind == DotsAndRows {
+            // More slots than a block can keep rows of, and no output of rows.
+            let more = [
+                (Batch::random(150, 12, 11, 22), 1, DotsAndRows),
+                (Batch::random(130, 70, 2, 23), 2, Dots),
+            ];
+            small.extend(each(more, |(batch, columns, kind)| {
+                problem(&Arc::new(Inputs::new(batch, 72, columns, kind)))
+            }));
+        }
+        all.push(Case::small(launcher, "gate_gradient", small));
+        let covering = sized(covering_batches());
+        all.push(Case::covering(launcher, "gate_gradient", covering));
+    }
+    all
 }

@@ -3,7 +3,7 @@
 use super::dispatch::{Batch, Named};
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, Launch, MakeProblem, Problem, values};
+use super::{BOTH, Buffer, Case, Launch, Problem, each, pairs, values};
 use crate::kernels::gates::{SelectedGates, SelectedGatesBackward};
 
 /// The kind of gates, and whether to compute their gradient.
@@ -153,39 +153,24 @@ pub fn cases() -> Vec<Case> {
         renormalize,
         through,
     };
-    let forward = vec![kind(false, None), kind(true, None)];
-    let backward = [(false, false), (false, true), (true, false), (true, true)]
-        .map(|(renormalize, through)| kind(renormalize, Some(through)));
-    [
+    let forward = BOTH.map(|renormalize| kind(renormalize, None)).to_vec();
+    let backward = pairs(BOTH, BOTH).into_iter();
+    let backward = backward.map(|(renormalize, through)| kind(renormalize, Some(through)));
+    let mut all = Vec::new();
+    for (launcher, kinds) in [
         ("selected_gates", forward),
-        ("selected_gates_backward", backward.into()),
-    ]
-    .into_iter()
-    .flat_map(|(launcher, kinds)| {
-        [("small", true), ("covering", false)].map(|(name, small)| {
-            let problems = kinds.iter().copied().flat_map(|kind| {
-                let mut batches = if small {
-                    small_batches()
-                } else {
-                    covering_batches()
-                };
-                // More slots than lanes of a warp.
-                batches.push(Batch::random(9, 40, 36, 19));
-                // For a token without experts, there is no sum to divide by.
-                let lists = |b: &Batch| matches!(b.named, Named::Choices { .. });
-                let usable = move |b: &Batch| !kind.renormalize || lists(b);
-                batches.into_iter().filter(usable).map(move |batch| {
-                    Box::new(move || Ok(problem(batch.clone(), kind))) as MakeProblem
-                })
-            });
-            Case {
-                name: format!("{launcher} {name}"),
-                launcher,
-                source: "gates",
-                problems: problems.collect(),
-                small,
-            }
-        })
-    })
-    .collect()
+        ("selected_gates_backward", backward.collect()),
+    ] {
+        let batches = [small_batches(), covering_batches()];
+        all.extend(Case::both(launcher, "gates", batches, |mut batches| {
+            // More slots than lanes of a warp.
+            batches.push(Batch::random(9, 40, 36, 19));
+            let mut shapes = pairs(kinds.clone(), batches);
+            // For a token without experts, there is no sum to divide by.
+            let lists = |b: &Batch| matches!(b.named, Named::Choices { .. });
+            shapes.retain(|(kind, batch)| !kind.renormalize || lists(batch));
+            each(shapes, |(kind, batch)| problem(batch, kind))
+        }));
+    }
+    all
 }

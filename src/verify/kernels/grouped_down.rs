@@ -6,11 +6,11 @@ use super::experts::{
 use super::machine::POISON;
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product, tiles_of_device};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, pairs, sharing, values};
 use crate::kernels::bindings::*;
 use crate::kernels::{self, GroupedDownForward};
 use half::bf16;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 /// The tiles on Hopper that are checked.
 pub const TILES: [routegrad_gemm_tile; 2] = [
@@ -192,35 +192,18 @@ pub fn problem(down: &Arc<Down>, tile: routegrad_gemm_tile) -> Problem {
     }
 }
 
-fn problems(layers: &[Layer]) -> Vec<MakeProblem> {
-    let mut problems: Vec<MakeProblem> = Vec::new();
-    for layer in layers {
-        for sums in [Sums::Gated, Sums::Plain, Sums::None] {
-            let layer = layer.clone();
-            let down = Arc::new(LazyLock::new(move || Arc::new(Down::new(&layer, sums))));
-            let tiles = tiles_of_device(&TILES, ROUTEGRAD_TILE_MMA_128X128);
-            for tile in tiles.into_iter().chain([ROUTEGRAD_TILE_AUTO]) {
-                let down = down.clone();
-                problems.push(Box::new(move || Ok(problem(&down, tile))));
-            }
-        }
-    }
-    problems
+fn problems(layers: Vec<Layer>) -> Vec<MakeProblem> {
+    let shapes = pairs(layers, [Sums::Gated, Sums::Plain, Sums::None]).into_iter();
+    let all_tiles = shapes.flat_map(|(layer, sums)| {
+        let mut tiles = tiles_of_device(&TILES, ROUTEGRAD_TILE_MMA_128X128);
+        tiles.push(ROUTEGRAD_TILE_AUTO);
+        sharing(tiles, move || Down::new(&layer, sums), problem)
+    });
+    all_tiles.collect()
 }
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    [
-        ("small", small_layers(), true),
-        ("covering", covering_layers(), false),
-    ]
-    .into_iter()
-    .map(|(name, layers, small)| Case {
-        name: format!("grouped_down_forward {name}"),
-        launcher: "grouped_down_forward",
-        source: "grouped_down",
-        problems: problems(&layers),
-        small,
-    })
-    .collect()
+    let layers = [small_layers(), covering_layers()];
+    Case::both("grouped_down_forward", "grouped_down", layers, problems)
 }

@@ -3,13 +3,13 @@
 use super::numbers::{Errors, F32_ROUNDOFF, half_ulp_bf16};
 use super::operands::Line;
 pub use super::operands::{Gather, Operands, Product, Shape, TILES};
-use super::{Buffer, Case, Launch, MakeProblem, Problem, machine::POISON, values};
+use super::{Buffer, Case, Launch, MakeProblem, Problem, machine::POISON, pairs, sharing, values};
 use crate::kernels::bindings::*;
 use crate::kernels::{GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient};
 use Product::*;
 use half::bf16;
 use rayon::prelude::*;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 /// Shapes for every build and schedule: a single row, groups without rows, all kinds of partial tiles, widths that are not
 /// multiples of a tile.
@@ -212,22 +212,14 @@ pub fn problem(operands: &Arc<Operands>, tile: routegrad_gemm_tile) -> Problem {
 }
 
 /// Returns problems for every tile and the automatic choice, for every kind of gathering, over `shapes`.
-fn problems(product: Product, accumulate: bool, shapes: &[Shape]) -> Vec<MakeProblem> {
-    let mut problems: Vec<MakeProblem> = Vec::new();
-    for shape in shapes {
-        for &gather in product.gathers() {
-            // All tiles use the same operands.
-            let shape = shape.clone();
-            let operands = Arc::new(LazyLock::new(move || {
-                Arc::new(Operands::new(product, gather, accumulate, &shape))
-            }));
-            for tile in product.tiles().chain([ROUTEGRAD_TILE_AUTO]) {
-                let operands = operands.clone();
-                problems.push(Box::new(move || Ok(problem(&operands, tile))));
-            }
-        }
-    }
-    problems
+fn problems(product: Product, accumulate: bool, shapes: Vec<Shape>) -> Vec<MakeProblem> {
+    let shapes = pairs(shapes, product.gathers()).into_iter();
+    let all_tiles = shapes.flat_map(|(shape, &gather)| {
+        let tiles = product.tiles().chain([ROUTEGRAD_TILE_AUTO]);
+        let operands = move || Operands::new(product, gather, accumulate, &shape);
+        sharing(tiles, operands, problem)
+    });
+    all_tiles.collect()
 }
 
 /// Returns the cases of the kernels in this file.
@@ -237,21 +229,15 @@ pub fn cases() -> Vec<Case> {
         ("small", small_shapes(), true),
         ("covering", covering_shapes(), false),
     ] {
-        for (product, accumulate) in [
-            (Forward, false),
-            (InputGradient, false),
-            (WeightGradient, false),
-            (WeightGradient, true),
+        for (product, name, accumulate) in [
+            (Forward, name.to_owned(), false),
+            (InputGradient, name.to_owned(), false),
+            (WeightGradient, name.to_owned(), false),
+            (WeightGradient, format!("{name} accumulated"), true),
         ] {
+            let problems = problems(product, accumulate, shapes.clone());
             let launcher = product.launcher();
-            let mode = if accumulate { " accumulated" } else { "" };
-            cases.push(Case {
-                name: format!("{launcher} {name}{mode}"),
-                launcher,
-                source: "grouped_gemm",
-                problems: problems(product, accumulate, &shapes),
-                small,
-            });
+            cases.push(Case::new(launcher, "grouped_gemm", &name, small, problems));
         }
     }
     cases

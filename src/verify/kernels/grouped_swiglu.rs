@@ -6,12 +6,12 @@ use super::experts::{
 };
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product, exact, tiles_of_device};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, MakeProblem, Problem, pairs, sharing, values};
 use crate::kernels::bindings::*;
 use crate::kernels::{self, GroupedSwigluBackward, GroupedSwigluForward};
 use half::bf16;
 use rayon::prelude::*;
-use std::sync::{Arc, LazyLock};
+use std::sync::Arc;
 
 /// The tiles of forward on Hopper that are checked.
 pub const FORWARD_TILES: [routegrad_gemm_tile; 3] = [
@@ -274,59 +274,40 @@ pub fn backward_problem(
 }
 
 fn forward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
-    let mut problems: Vec<MakeProblem> = Vec::new();
-    for layer in layers {
-        for gather in [Gather::A, Gather::None] {
-            let layer = layer.clone();
-            // All tiles use the same operands.
-            let forward = Arc::new(LazyLock::new(move || {
-                Arc::new(Forward::new(&layer, gather))
-            }));
-            let tiles = tiles_of_device(&FORWARD_TILES, ROUTEGRAD_TILE_MMA_128X128);
-            for tile in tiles.into_iter().chain([ROUTEGRAD_TILE_AUTO]) {
-                let forward = forward.clone();
-                problems.push(Box::new(move || Ok(forward_problem(&forward, tile))));
-            }
-        }
-    }
-    problems
+    let shapes = pairs(layers.to_vec(), [Gather::A, Gather::None]).into_iter();
+    let all_tiles = shapes.flat_map(|(layer, gather)| {
+        let mut tiles = tiles_of_device(&FORWARD_TILES, ROUTEGRAD_TILE_MMA_128X128);
+        tiles.push(ROUTEGRAD_TILE_AUTO);
+        sharing(tiles, move || Forward::new(&layer, gather), forward_problem)
+    });
+    all_tiles.collect()
 }
 
 fn backward_problems(layers: &[Layer]) -> Vec<MakeProblem> {
-    let mut problems: Vec<MakeProblem> = Vec::new();
-    for layer in layers {
-        for gather in [Gather::A, Gather::None] {
-            let layer = layer.clone();
-            let backward = LazyLock::new(move || Arc::new(Backward::new(&layer, gather)));
-            let backward = Arc::new(backward);
-            for tile in tiles_of_device(&BACKWARD_TILES, (ROUTEGRAD_TILE_MMA_128X128, 128)) {
-                let backward = backward.clone();
-                problems.push(Box::new(move || Ok(backward_problem(&backward, tile))));
-            }
-        }
-    }
-    problems
+    let shapes = pairs(layers.to_vec(), [Gather::A, Gather::None]).into_iter();
+    let all_tiles = shapes.flat_map(|(layer, gather)| {
+        let tiles = tiles_of_device(&BACKWARD_TILES, (ROUTEGRAD_TILE_MMA_128X128, 128));
+        sharing(
+            tiles,
+            move || Backward::new(&layer, gather),
+            backward_problem,
+        )
+    });
+    all_tiles.collect()
 }
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (name, layers, small) in [
-        ("small", small_layers(), true),
-        ("covering", covering_layers(), false),
-    ] {
-        for (launcher, problems) in [
+    let of = |layers: Vec<Layer>, case: fn(_, _, _) -> Case| {
+        [
             ("grouped_swiglu_forward", forward_problems(&layers)),
             ("grouped_swiglu_backward", backward_problems(&layers)),
-        ] {
-            cases.push(Case {
-                name: format!("{launcher} {name}"),
-                launcher,
-                source: "grouped_swiglu",
-                problems,
-                small,
-            });
-        }
-    }
-    cases
+        ]
+        .map(|(launcher, problems)| case(launcher, "grouped_swiglu", problems))
+    };
+    let small = of(small_layers(), Case::small);
+    small
+        .into_iter()
+        .chain(of(covering_layers(), Case::covering))
+        .collect()
 }

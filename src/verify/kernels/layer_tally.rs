@@ -1,7 +1,7 @@
 //! Checks the statistics of an MoE layer (`kernels/layer_tally.cu`) against plain loops.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{Buffer, Case, Problem, each, exactly, values};
 use crate::kernels::layer_tally::{
     LayerTally, LossfreeUpdate, RemoeFractions, RemoeUpdate, ShareEntropy,
 };
@@ -349,51 +349,24 @@ fn tallies() -> Vec<Tally> {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let case = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
-        name: format!("{launcher} small"),
-        launcher,
-        source: "layer_tally",
-        problems,
-        small: true,
-    };
+    let case = |launcher, problems| Case::small(launcher, "layer_tally", problems);
+    let tokens = [(1, 1), (255, 8), (1000, 33), (2039, 64)];
+    let layers = [
+        (1, 1, 0),
+        (1, 8, 1),
+        (2, 8, -1),
+        (3, 33, 0),
+        (24, 256, 1),
+        (24, 256, -1),
+    ];
     vec![
-        case(
-            "layer_tally",
-            tallies()
-                .into_iter()
-                .map(|t| Box::new(move || Ok(tally(t))) as MakeProblem)
-                .collect(),
-        ),
-        case(
-            "share_entropy",
-            [(1, 1), (255, 8), (1000, 33), (2039, 64)]
-                .map(|(t, e)| Box::new(move || Ok(entropy(t, e))) as MakeProblem)
-                .into(),
-        ),
-        case(
-            "lossfree_update",
-            [1, 8, 34, 256]
-                .map(|e| Box::new(move || Ok(bias(e))) as MakeProblem)
-                .into(),
-        ),
-        case(
-            "remoe_fractions",
-            [1, 8, 33, 256]
-                .map(|e| Box::new(move || Ok(fractions(e))) as MakeProblem)
-                .into(),
-        ),
+        case("layer_tally", each(tallies(), tally)),
+        case("share_entropy", each(tokens, |(t, e)| entropy(t, e))),
+        case("lossfree_update", each([1, 8, 34, 256], bias)),
+        case("remoe_fractions", each([1, 8, 33, 256], fractions)),
         case(
             "remoe_update",
-            [
-                (1, 1, 0),
-                (1, 8, 1),
-                (2, 8, -1),
-                (3, 33, 0),
-                (24, 256, 1),
-                (24, 256, -1),
-            ]
-            .map(|(l, e, more)| Box::new(move || Ok(lambda(l, e, more))) as MakeProblem)
-            .into(),
+            each(layers, |(l, e, more)| lambda(l, e, more)),
         ),
     ]
 }

@@ -25,6 +25,7 @@ pub mod machine;
 pub mod norm;
 pub mod numbers;
 pub mod operands;
+pub mod problem;
 pub mod qk_norm;
 pub mod qkv_rope;
 pub mod ranks;
@@ -43,134 +44,12 @@ pub mod unit;
 
 pub use machine::{Guarded, Machine, Simulator};
 pub use numbers::Errors;
+pub use problem::{
+    BOTH, Buffer, Case, Content, Judge, Launch, MakeProblem, Problem, each, pairs, sharing,
+};
 
 use crate::error::Result;
-use crate::kernels::table::{Row, bytes_of};
-use crate::kernels::{self, Stream};
-
-/// One buffer of a problem.
-pub struct Buffer {
-    /// Name, for messages.
-    pub name: &'static str,
-    /// The content.
-    pub content: Content,
-}
-
-/// Content of a buffer before the launch, and how it is checked after the launch.
-pub enum Content {
-    /// Read only.
-    Input(Vec<u8>),
-    /// A table of this many bytes with addresses of other buffers, read only.
-    Table(usize, Fill),
-    /// This many poisoned bytes, checked after the launch.
-    Output(usize),
-    /// Changed in place, checked after the launch.
-    Changed(Vec<u8>),
-    /// This many poisoned bytes for the kernel's own use.
-    Workspace(usize),
-}
-
-/// Computes the content of a table from the addresses of the buffers, in the order of the problem's list.
-type Fill = Box<dyn Fn(&[*mut u8]) -> Vec<u8> + Send + Sync>;
-
-impl Buffer {
-    /// A table whose rows `fill` computes from the buffers' addresses.
-    pub fn table<R: Row>(
-        name: &'static str,
-        rows: usize,
-        fill: impl Fn(&[*mut u8]) -> Vec<R> + Send + Sync + 'static,
-    ) -> Self {
-        let bytes = rows * size_of::<R>();
-        let fill = move |addresses: &[*mut u8]| bytes_of(&fill(addresses)).to_vec();
-        Self {
-            name,
-            content: Content::Table(bytes, Box::new(fill)),
-        }
-    }
-
-    /// A buffer that the kernel only reads.
-    pub fn input<T: bytemuck::NoUninit>(name: &'static str, values: &[T]) -> Self {
-        Self {
-            name,
-            content: Content::Input(bytemuck::cast_slice(values).to_vec()),
-        }
-    }
-    /// A buffer of this many bytes that the kernel writes.
-    pub fn output(name: &'static str, bytes: usize) -> Self {
-        Self {
-            name,
-            content: Content::Output(bytes),
-        }
-    }
-    /// A buffer that the kernel changes in place, with its content before the launch.
-    pub fn changed<T: bytemuck::NoUninit>(name: &'static str, values: &[T]) -> Self {
-        Self {
-            name,
-            content: Content::Changed(bytemuck::cast_slice(values).to_vec()),
-        }
-    }
-
-    /// A buffer to which the kernel adds, or, without `accumulate`, which it overwrites whatever it holds.
-    pub fn added_to<T: bytemuck::NoUninit>(
-        name: &'static str,
-        before: &[T],
-        accumulate: bool,
-    ) -> Self {
-        match accumulate {
-            true => Self::changed(name, before),
-            false => Self::output(name, size_of_val(before)),
-        }
-    }
-    /// A workspace of this many bytes.
-    pub fn workspace(name: &'static str, bytes: usize) -> Self {
-        Self {
-            name,
-            content: Content::Workspace(bytes),
-        }
-    }
-
-    fn bytes(&self) -> usize {
-        match &self.content {
-            Content::Input(bytes) | Content::Changed(bytes) => bytes.len(),
-            Content::Output(bytes) | Content::Workspace(bytes) | Content::Table(bytes, _) => *bytes,
-        }
-    }
-}
-
-/// Launches on the buffers, which are in the order of the problem's list.
-pub type Launch = Box<dyn Fn(&[kernels::Buffer], &Stream) -> Result<()> + Send + Sync>;
-
-/// Checks the content of the outputs and changed buffers, which are in the order of the problem's list.
-pub type Judge = Box<dyn Fn(&[Vec<u8>]) -> Result<Errors, String> + Send + Sync>;
-
-/// One launch with its inputs and its reference.
-pub struct Problem {
-    /// Shape and settings, for messages.
-    pub label: String,
-    /// The buffers.
-    pub buffers: Vec<Buffer>,
-    /// The launch.
-    pub launch: Launch,
-    /// The check of the outputs.
-    pub judge: Judge,
-}
-
-/// Creates a problem when it is needed, since the inputs of large problems need gigabytes.
-pub type MakeProblem = Box<dyn Fn() -> Result<Problem> + Send + Sync>;
-
-/// A named group of problems.
-pub struct Case {
-    /// Unique name, which is part of the key of a record.
-    pub name: String,
-    /// The launcher's name in `kernels/routegrad.h`.
-    pub launcher: &'static str,
-    /// Name of the `.cu` file, without the extension.
-    pub source: &'static str,
-    /// The problems, each made when it is needed.
-    pub problems: Vec<MakeProblem>,
-    /// Whether the case is small enough for tools that make a kernel a thousand times slower.
-    pub small: bool,
-}
+use crate::kernels;
 
 /// Returns all cases, in the order in which they should first run on a GPU.
 pub fn cases() -> Vec<Case> {

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs, values};
 use crate::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partials};
 use half::bf16;
 use std::sync::Arc;
@@ -399,58 +399,37 @@ const COVERING: [Shape; 5] = [
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let forward = |shapes: &[Shape]| -> Vec<MakeProblem> {
-        let mut problems: Vec<MakeProblem> = Vec::new();
-        for &(rows, hidden, about) in shapes {
-            for kind in [Rms, Layer] {
-                for added in ADDED {
-                    problems.push(Box::new(move || {
-                        let mut inputs = Inputs::new(kind, rows, hidden, about);
-                        if rows == 19 {
-                            inputs = inputs.with_bad_rows();
-                        }
-                        Ok(forward_problem(&Arc::new(inputs), added))
-                    }));
+    let forward = |shapes| {
+        each(
+            pairs(pairs(shapes, [Rms, Layer]), ADDED),
+            |((shape, kind), added)| {
+                let (rows, hidden, about): Shape = shape;
+                let mut inputs = Inputs::new(kind, rows, hidden, about);
+                if rows == 19 {
+                    inputs = inputs.with_bad_rows();
                 }
-            }
-        }
-        problems
+                forward_problem(&Arc::new(inputs), added)
+            },
+        )
     };
-    let backward = |shapes: &[Shape]| -> Vec<MakeProblem> {
-        let mut problems: Vec<MakeProblem> = Vec::new();
-        for &(rows, hidden, about) in shapes {
-            for kind in [Rms, Layer] {
-                for (added, accumulate) in ADDED.into_iter().zip([false, true, false]) {
-                    problems.push(Box::new(move || {
-                        let inputs = Inputs::new(kind, rows, hidden, about);
-                        Ok(backward_problem(&Arc::new(inputs), added, accumulate))
-                    }));
-                }
-            }
-        }
-        problems
+    let backward = |shapes| {
+        let modes = ADDED.into_iter().zip([false, true, false]);
+        each(
+            pairs(pairs(shapes, [Rms, Layer]), modes),
+            |((shape, kind), (added, accumulate))| {
+                let (rows, hidden, about): Shape = shape;
+                let inputs = Inputs::new(kind, rows, hidden, about);
+                backward_problem(&Arc::new(inputs), added, accumulate)
+            },
+        )
     };
-    let sums = [(1, 8), (67, 40), (2039, 264), (100_003, 72)]
-        .into_iter()
-        .flat_map(|(rows, hidden)| {
-            [false, true].map(|accumulate| {
-                Box::new(move || Ok(sum_problem(rows, hidden, accumulate))) as MakeProblem
-            })
-        })
-        .collect();
-    [
-        ("norm_forward", "small", forward(&SMALL), true),
-        ("norm_forward", "covering", forward(&COVERING), false),
-        ("norm_backward", "small", backward(&SMALL), true),
-        ("norm_backward", "covering", backward(&COVERING), false),
-        ("norm_weight_gradient", "small", sums, true),
-    ]
-    .map(|(launcher, name, problems, small)| Case {
-        name: format!("{launcher} {name}"),
-        launcher,
-        source: "norm",
-        problems,
-        small,
-    })
-    .into()
+    let sizes = [(1, 8), (67, 40), (2039, 264), (100_003, 72)];
+    let sums = each(pairs(sizes, BOTH), |((rows, hidden), accumulate)| {
+        sum_problem(rows, hidden, accumulate)
+    });
+    let shapes = [SMALL, COVERING];
+    let mut all = Case::both("norm_forward", "norm", shapes, forward);
+    all.extend(Case::both("norm_backward", "norm", shapes, backward));
+    all.push(Case::small("norm_weight_gradient", "norm", sums));
+    all
 }

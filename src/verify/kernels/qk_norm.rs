@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, Launch, MakeProblem, Problem, values};
+use super::{Buffer, Case, Launch, Problem, each, values};
 use crate::kernels::{QkNorm, QkNormBackward};
 use half::bf16;
 
@@ -165,18 +165,9 @@ pub fn cases() -> Vec<Case> {
     ];
     let mut all = Vec::new();
     for (launcher, backward) in [("qk_norm", false), ("qk_norm_backward", true)] {
-        for (name, shapes, small) in [("small", &small, true), ("covering", &covering, false)] {
-            let problems = shapes.iter().copied();
-            all.push(Case {
-                name: format!("{launcher} {name}"),
-                launcher,
-                source: "qk_norm",
-                problems: problems
-                    .map(|s| Box::new(move || Ok(problem(s, backward))) as MakeProblem)
-                    .collect(),
-                small,
-            });
-        }
+        let shapes = [small.clone(), covering.clone()];
+        let problems = |shapes| each(shapes, move |s| problem(s, backward));
+        all.extend(Case::both(launcher, "qk_norm", shapes, problems));
     }
     all
 }

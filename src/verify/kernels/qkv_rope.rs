@@ -5,7 +5,7 @@ use super::grouped_down::TILES;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::{exact, tiles_of_device};
 use super::rope::{Shape, tables};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Problem, each, pairs, values};
 use crate::kernels::QkvRopeForward;
 use crate::kernels::bindings::{ROUTEGRAD_TILE_MMA_128X128, routegrad_gemm_tile};
 use crate::kernels::launchers::TILE_AUTO;
@@ -153,28 +153,13 @@ const COVERING: [(Shape, usize); 3] = [
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let problems = |shapes: &[(Shape, usize)]| -> Vec<MakeProblem> {
-        let mut problems: Vec<MakeProblem> = Vec::new();
-        for &(shape, hidden) in shapes {
-            let tiles = tiles_of_device(&TILES, ROUTEGRAD_TILE_MMA_128X128);
-            for tile in tiles.into_iter().chain([TILE_AUTO as routegrad_gemm_tile]) {
-                problems.push(Box::new(move || {
-                    Ok(problem(&Arc::new(Inputs::new(shape, hidden)), tile))
-                }));
-            }
-        }
-        problems
+    let problems = |shapes: &[(Shape, usize)]| {
+        let mut tiles = tiles_of_device(&TILES, ROUTEGRAD_TILE_MMA_128X128);
+        tiles.push(TILE_AUTO as routegrad_gemm_tile);
+        each(pairs(shapes.to_vec(), tiles), |((shape, hidden), tile)| {
+            problem(&Arc::new(Inputs::new(shape, hidden)), tile)
+        })
     };
-    [
-        ("small", &SMALL[..], true),
-        ("covering", &COVERING[..], false),
-    ]
-    .map(|(name, shapes, small)| Case {
-        name: format!("qkv_rope_forward {name}"),
-        launcher: "qkv_rope_forward",
-        source: "qkv_rope",
-        problems: problems(shapes),
-        small,
-    })
-    .into()
+    let shapes = [&SMALL[..], &COVERING];
+    Case::both("qkv_rope_forward", "qkv_rope", shapes, problems)
 }

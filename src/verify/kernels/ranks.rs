@@ -2,7 +2,7 @@
 //! additions is fixed.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly};
+use super::{Buffer, Case, Problem, each, exactly};
 use crate::kernels::ranks::{LoadShares, RankFlags, RankSums, RankSumsF64, RankSumsI32};
 
 /// The sum that the kernels compute: terms 0 and 1, 2 and 3 and so on are added, then their sums in the same way.
@@ -148,35 +148,14 @@ pub fn cases() -> Vec<Case> {
         (7, 1030, 1030),
         (21, 520, 515),
     ];
-    let of = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
-        name: format!("{launcher} small"),
-        launcher,
-        source: "ranks",
-        problems,
-        small: true,
-    };
-    let sized = |make: fn(usize, usize, usize) -> Problem| -> Vec<MakeProblem> {
-        let all = SIZES.into_iter();
-        all.map(|(r, s, n)| Box::new(move || Ok(make(r, s, n))) as MakeProblem)
-            .collect()
-    };
-    let flagged = [(1, 1), (4, 3), (3, 300)].into_iter();
-    let shared = [(1, 3.0), (8, 2.0), (256, 1.0), (64, 0.0)].into_iter();
+    let case = |launcher, problems| Case::small(launcher, "ranks", problems);
+    let layers = [(1, 1), (4, 3), (3, 300)];
+    let loads = [(1, 3.0), (8, 2.0), (256, 1.0), (64, 0.0)];
     vec![
-        of("rank_sums", sized(sums)),
-        of("rank_sums_f64", sized(sums_f64)),
-        of("rank_sums_i32", sized(sums_i32)),
-        of(
-            "rank_flags",
-            flagged
-                .map(|(r, l)| Box::new(move || Ok(flags(r, l))) as MakeProblem)
-                .collect(),
-        ),
-        of(
-            "load_shares",
-            shared
-                .map(|(e, n)| Box::new(move || Ok(shares(e, n))) as MakeProblem)
-                .collect(),
-        ),
+        case("rank_sums", each(SIZES, |(r, s, n)| sums(r, s, n))),
+        case("rank_sums_f64", each(SIZES, |(r, s, n)| sums_f64(r, s, n))),
+        case("rank_sums_i32", each(SIZES, |(r, s, n)| sums_i32(r, s, n))),
+        case("rank_flags", each(layers, |(r, l)| flags(r, l))),
+        case("load_shares", each(loads, |(e, n)| shares(e, n))),
     ]
 }

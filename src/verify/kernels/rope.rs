@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Problem, each, pairs, values};
 use crate::kernels::Rope;
 use half::bf16;
 
@@ -170,22 +170,11 @@ const COVERING: [Shape; 3] = [
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let problems = |shapes: &[Shape]| -> Vec<MakeProblem> {
-        let mut problems: Vec<MakeProblem> = Vec::new();
-        for &shape in shapes {
-            for (back, in_place) in [(false, false), (true, false), (true, true)] {
-                problems.push(Box::new(move || Ok(problem(shape, back, in_place))));
-            }
-        }
-        problems
-    };
-    [("small", &SMALL[..], true), ("covering", &COVERING, false)]
-        .map(|(name, shapes, small)| Case {
-            name: format!("rope {name}"),
-            launcher: "rope",
-            source: "rope",
-            problems: problems(shapes),
-            small,
-        })
-        .into()
+    let modes = [(false, false), (true, false), (true, true)];
+    Case::both("rope", "rope", [&SMALL[..], &COVERING], |shapes| {
+        each(
+            pairs(shapes.to_vec(), modes),
+            |(shape, (back, in_place))| problem(shape, back, in_place),
+        )
+    })
 }

@@ -3,7 +3,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 pub use super::router_shapes::{covering_shapes, small_shapes};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, machine::POISON, values};
+use super::{Buffer, Case, Problem, each, exactly, machine::POISON, values};
 use crate::error::Result;
 use crate::kernels::bindings::*;
 use crate::kernels::launchers;
@@ -435,36 +435,14 @@ fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let mut cases = Vec::new();
-    for (name, shapes, small) in [
-        ("small", small_shapes(), true),
-        ("covering", covering_shapes(), false),
-    ] {
-        let problems = shapes
-            .into_iter()
-            .map(|shape| Box::new(move || problem(shape)) as MakeProblem);
-        cases.push(Case {
-            name: format!("router_forward {name}"),
-            launcher: "router_forward",
-            source: "router",
-            problems: problems.collect(),
-            small,
-        });
-    }
-    for (name, sizes, small) in [
-        ("small", vec![(1, 1), (300, 20), (5000, 3)], true),
-        ("covering", vec![(100_000, 64), (9000, 256)], false),
-    ] {
-        let problems = sizes
-            .into_iter()
-            .map(|(tokens, experts)| Box::new(move || statistics(tokens, experts)) as MakeProblem);
-        cases.push(Case {
-            name: format!("router_statistics {name}"),
-            launcher: "router_statistics",
-            source: "router",
-            problems: problems.collect(),
-            small,
-        });
-    }
-    cases
+    let shapes = [small_shapes(), covering_shapes()];
+    let forward = Case::both("router_forward", "router", shapes, |all| each(all, problem));
+    let sizes = [
+        vec![(1, 1), (300, 20), (5000, 3)],
+        vec![(100_000, 64), (9000, 256)],
+    ];
+    let sums = Case::both("router_statistics", "router", sizes, |sizes| {
+        each(sizes, |(tokens, experts)| statistics(tokens, experts))
+    });
+    forward.into_iter().chain(sums).collect()
 }

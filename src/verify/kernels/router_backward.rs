@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::router::{SCORES, log_sum_exp};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Problem, each, values};
 use crate::error::Result;
 use crate::kernels::bindings::*;
 use crate::kernels::launchers;
@@ -364,22 +364,8 @@ pub fn covering_shapes() -> Vec<Shape> {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    [
-        ("small", small_shapes(), true),
-        ("covering", covering_shapes(), false),
-    ]
-    .into_iter()
-    .map(|(name, shapes, small)| {
-        let problems = shapes
-            .into_iter()
-            .map(|shape| Box::new(move || problem(shape)) as MakeProblem);
-        Case {
-            name: format!("router_backward {name}"),
-            launcher: "router_backward",
-            source: "router_backward",
-            problems: problems.collect(),
-            small,
-        }
+    let shapes = [small_shapes(), covering_shapes()];
+    Case::both("router_backward", "router_backward", shapes, |all| {
+        each(all, problem)
     })
-    .collect()
 }

@@ -2,7 +2,7 @@
 //! of [`crate::tensor::random`]: every choice, factor and mask must be equal.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly};
+use super::{Buffer, Case, Problem, each, exactly, pairs};
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_draws;
 use crate::kernels::router_sample::RouterSample;
@@ -212,30 +212,18 @@ pub fn cases() -> Vec<Case> {
         shape((40, 16, 2), true, Negative),
         shape((9, 8, 2), false, Ties),
     ];
-    let mut covering = Vec::new();
-    for sizes in [
+    let sizes = [
         (2039, 8, 1),
         (509, 32, 2),
         (130, 256, 2),
         (300, 2, 2),
         (61, 100, 1),
-    ] {
-        for logits in [Near, Far, Zero, Negative, Ties, NonFinite] {
-            covering.push(shape(sizes, true, logits));
-            covering.push(shape(sizes, false, logits));
-        }
-    }
-    [("small", small, true), ("covering", covering, false)]
-        .into_iter()
-        .map(|(name, shapes, small)| Case {
-            name: format!("router_sample {name}"),
-            launcher: "router_sample",
-            source: "router_sample",
-            problems: shapes
-                .into_iter()
-                .map(|shape| Box::new(move || problem(shape)) as MakeProblem)
-                .collect(),
-            small,
-        })
-        .collect()
+    ];
+    let kinds = [Near, Far, Zero, Negative, Ties, NonFinite];
+    let covering = pairs(pairs(sizes, kinds), [true, false]).into_iter();
+    let covering = covering.map(|((sizes, logits), sampled)| shape(sizes, sampled, logits));
+    let shapes = [small, covering.collect()];
+    Case::both("router_sample", "router_sample", shapes, |all| {
+        each(all, problem)
+    })
 }

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{BOTH, Buffer, Case, Problem, each, pairs, values};
 use crate::kernels::{ColumnSums, GatedRows, GatedRowsBackward, RowArithmetic};
 use half::bf16;
 
@@ -255,30 +255,21 @@ fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    fn made(make: impl Fn() -> Problem + Send + Sync + 'static) -> MakeProblem {
-        Box::new(move || Ok(make()))
-    }
-    let case = |launcher, problems| Case {
-        name: format!("{launcher} small"),
-        launcher,
-        source: "rows",
-        problems,
-        small: true,
-    };
+    let case = |launcher, problems| Case::small(launcher, "rows", problems);
     let kinds = [
         (false, false, false),
         (true, false, true),
         (true, true, false),
         (false, false, true),
     ];
-    let arithmetic = [(1, 8), (67, 40), (13, 1408), (509, 264)]
-        .into_iter()
-        .flat_map(|(rows, width)| {
-            kinds.map(|(one_row, multiply, in_place)| {
-                made(move || arithmetic(rows, width, one_row, multiply, in_place))
-            })
-        });
-    let sums = [
+    let sizes = [(1, 8), (67, 40), (13, 1408), (509, 264)];
+    let arithmetic = each(
+        pairs(sizes, kinds),
+        |((rows, width), (one_row, multiply, in_place))| {
+            arithmetic(rows, width, one_row, multiply, in_place)
+        },
+    );
+    let sizes = [
         (1, 1, 8, 0, 1, false, false),
         (67, 1, 264, 0, 1, false, true),
         (300, 3, 64, 128, 2, true, true),
@@ -286,9 +277,9 @@ pub fn cases() -> Vec<Case> {
         // A run without rows.
         (10, 1, 520, 0, 4, false, false),
         (2039, 1, 136, 0, 8, true, true),
-    ]
-    .map(|(rows, pieces, piece, around, runs, y, scales)| {
-        let sizes = Sums {
+    ];
+    let sums = each(sizes, |(rows, pieces, piece, around, runs, y, scales)| {
+        sums(Sums {
             rows,
             pieces,
             piece,
@@ -296,18 +287,17 @@ pub fn cases() -> Vec<Case> {
             runs,
             y,
             scales,
-        };
-        made(move || sums(sizes))
+        })
     });
     let sizes = [(1, 8), (67, 40), (19, 1032), (300, 256)];
-    let forward = sizes.map(|(rows, width)| made(move || gated(rows, width)));
-    let backward = sizes.into_iter().flat_map(|(rows, width)| {
-        [false, true].map(|add| made(move || gated_backward(rows, width, add)))
+    let forward = each(sizes, |(rows, width)| gated(rows, width));
+    let backward = each(pairs(sizes, BOTH), |((rows, width), add)| {
+        gated_backward(rows, width, add)
     });
     vec![
-        case("row_arithmetic", arithmetic.collect()),
-        case("column_sums", sums.into()),
-        case("gated_rows", forward.into()),
-        case("gated_rows_backward", backward.collect()),
+        case("row_arithmetic", arithmetic),
+        case("column_sums", sums),
+        case("gated_rows", forward),
+        case("gated_rows_backward", backward),
     ]
 }

@@ -1,7 +1,7 @@
 //! Checks SparseMixer's gates and their gradient estimator (`kernels/gates.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Problem, each, values};
 use crate::kernels::gates::{SampledGates, SampledGatesBackward};
 
 /// Tokens, experts, stages, and the scale of the logits relative to a standard normal.
@@ -172,18 +172,9 @@ pub fn cases() -> Vec<Case> {
     ];
     let mut all = Vec::new();
     for (launcher, backward) in [("sampled_gates", false), ("sampled_gates_backward", true)] {
-        for (name, shapes, small) in [("small", small, true), ("covering", covering, false)] {
-            let problems = shapes
-                .iter()
-                .map(|&shape| Box::new(move || Ok(problem(shape, backward))) as MakeProblem);
-            all.push(Case {
-                name: format!("{launcher} {name}"),
-                launcher,
-                source: "gates",
-                problems: problems.collect(),
-                small,
-            });
-        }
+        let problems =
+            |shapes: &[Shape]| each(shapes.to_vec(), move |shape| problem(shape, backward));
+        all.extend(Case::both(launcher, "gates", [small, covering], problems));
     }
     all
 }

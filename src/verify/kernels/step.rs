@@ -2,7 +2,7 @@
 //! where results are exact.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly};
+use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs};
 use crate::kernels::bindings::{routegrad_state, routegrad_step_outcome, routegrad_step_settings};
 use crate::kernels::step::{LossesAdd, StateCommit, StepDecide};
 use crate::kernels::table::{bytes_of, row_of};
@@ -227,13 +227,6 @@ fn commit(sizes: &'static [usize], accepted: bool) -> Problem {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let case = |launcher: &'static str, problems: Vec<MakeProblem>| Case {
-        name: format!("{launcher} small"),
-        launcher,
-        source: "step",
-        problems,
-        small: true,
-    };
     let plain = Decision {
         parts: 300,
         size: 1e-4,
@@ -279,29 +272,17 @@ pub fn cases() -> Vec<Case> {
             ..plain
         },
     ];
-    let all = [false, true];
-    let pairs = all.into_iter().flat_map(|a| all.map(|b| (a, b)));
+    let sizes = pairs(BOTH, [&[1usize][..], &[8, 20_000, 3]]);
+    let case = |launcher, problems| Case::small(launcher, "step", problems);
     vec![
         case(
             "losses_add",
-            pairs
-                .map(|(a, b)| Box::new(move || Ok(losses(a, b))) as MakeProblem)
-                .collect(),
+            each(pairs(BOTH, BOTH), |(first, balance)| losses(first, balance)),
         ),
-        case(
-            "step_decide",
-            decisions
-                .map(|d| Box::new(move || Ok(decide(d))) as MakeProblem)
-                .into(),
-        ),
+        case("step_decide", each(decisions, decide)),
         case(
             "state_commit",
-            all.into_iter()
-                .flat_map(|accepted| {
-                    [&[1usize][..], &[8, 20_000, 3]]
-                        .map(|sizes| Box::new(move || Ok(commit(sizes, accepted))) as MakeProblem)
-                })
-                .collect(),
+            each(sizes, |(accepted, sizes)| commit(sizes, accepted)),
         ),
     ]
 }

@@ -1,7 +1,7 @@
 //! Checks the sums of the parts of a weight gradient (`kernels/sum_parts.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{BOTH, Buffer, Case, Problem, each, pairs, values};
 use crate::kernels::sum_parts::SumParts;
 
 /// Buffers: out, parts.
@@ -47,18 +47,8 @@ fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
     let sizes = [(1, 8), (3, 1000), (6, 4104), (8, 2048)];
-    let problems = sizes
-        .into_iter()
-        .flat_map(|(count, elements)| [(count, elements, false), (count, elements, true)])
-        .map(|(count, elements, add)| {
-            Box::new(move || Ok(problem(count, elements, add))) as MakeProblem
-        })
-        .collect();
-    vec![Case {
-        name: "sum_parts small".into(),
-        launcher: "sum_parts",
-        source: "sum_parts",
-        problems,
-        small: true,
-    }]
+    let problems = each(pairs(sizes, BOTH), |((count, elements), add)| {
+        problem(count, elements, add)
+    });
+    vec![Case::small("sum_parts", "sum_parts", problems)]
 }

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, MakeProblem, Problem, values};
+use super::{Buffer, Case, Problem, each, values};
 use crate::kernels::{SwigluBackward, SwigluForward};
 use half::bf16;
 
@@ -76,29 +76,18 @@ fn problem(rows: usize, ffn: usize, spread: f32, backward: bool) -> Problem {
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    [false, true]
-        .map(|backward| {
-            let shapes = [
-                (1, 8, 1.0),
-                (67, 40, 4.0),
-                (13, 1408, 1.0),
-                (2039, 72, 20.0),
-            ];
-            let problems = shapes.map(|(rows, ffn, spread)| {
-                Box::new(move || Ok(problem(rows, ffn, spread, backward))) as MakeProblem
-            });
-            let launcher = if backward {
-                "swiglu_backward"
-            } else {
-                "swiglu_forward"
-            };
-            Case {
-                name: format!("{launcher} small"),
-                launcher,
-                source: "swiglu",
-                problems: problems.into(),
-                small: true,
-            }
-        })
-        .into()
+    let shapes = [
+        (1, 8, 1.0),
+        (67, 40, 4.0),
+        (13, 1408, 1.0),
+        (2039, 72, 20.0),
+    ];
+    let cases = [("swiglu_forward", false), ("swiglu_backward", true)];
+    let of = |(launcher, backward)| {
+        let problems = each(shapes, move |(rows, ffn, spread)| {
+            problem(rows, ffn, spread, backward)
+        });
+        Case::small(launcher, "swiglu", problems)
+    };
+    cases.map(of).into()
 }

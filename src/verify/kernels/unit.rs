@@ -3,7 +3,7 @@
 //! of a part of a warp (the two lanes that free a multicast buffer).
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, MakeProblem, Problem, exactly, values};
+use super::{Buffer, Case, Problem, each, exactly, pairs, values};
 use crate::kernels::bindings::routegrad_unit_box;
 use crate::kernels::unit::{
     UnitGather, UnitMulticast, UnitSoftmax, UnitTmaLoad, UnitTmaStore, UnitWgmma,
@@ -15,35 +15,44 @@ const SPAN: [usize; 4] = [8, 64, 32, 16];
 
 /// Returns the cases of the kernels in this file.
 pub fn cases() -> Vec<Case> {
-    let case = |name: &str, launcher, problems| Case {
-        name: format!("{launcher} {name}"),
-        launcher,
-        source: "unit",
-        problems,
-        small: true,
-    };
+    let case = |name, launcher, problems| Case::new(launcher, "unit", name, true, problems);
+    let inside = boxes()
+        .into_iter()
+        .filter(|b| b.at.iter().all(|&at| at >= 0));
+    // Each block to both; each to itself; each to the other; both to the first.
+    let masks = [[3, 3], [1, 2], [2, 1], [1, 1]];
+    let gathers = [
+        (64, false, false),
+        (64, true, false),
+        (37, false, true),
+        (37, true, true),
+        (0, false, false),
+    ];
+    let gathers = each(gathers, |(columns, transpose, by_mbarrier)| {
+        gather(columns, transpose, by_mbarrier)
+    });
     vec![
-        case("every layout", "unit_wgmma", layouts()),
+        case("every layout", "unit_wgmma", each(layouts(), wgmma)),
         case(
             "boxes across every edge",
             "unit_tma_load",
-            boxes().into_iter().map(tma_load).collect(),
+            each(boxes(), tma_load),
         ),
         case(
             "boxes across every edge",
             "unit_tma_store",
-            boxes()
-                .into_iter()
-                .filter(|b| b.at.iter().all(|&at| at >= 0))
-                .map(tma_store)
-                .collect(),
+            each(inside, tma_store),
         ),
-        case("masks of a cluster of two", "unit_multicast", multicasts()),
-        case("rows whole, cut and absent", "unit_gather", gathers()),
+        case(
+            "masks of a cluster of two",
+            "unit_multicast",
+            each(masks, multicast),
+        ),
+        case("rows whole, cut and absent", "unit_gather", gathers),
         case(
             "shuffles, barriers, atomics",
             "unit_softmax",
-            vec![Box::new(|| Ok(softmax()))],
+            each([()], |()| softmax()),
         ),
     ]
 }
@@ -54,29 +63,23 @@ fn small_integers(random: &mut Random, len: usize) -> Vec<bf16> {
         .collect()
 }
 
-/// C[64, n] = A[64, 64] B[64, n] with small integers, which is exact in f32.
-fn layouts() -> Vec<MakeProblem> {
-    let mut problems: Vec<MakeProblem> = Vec::new();
-    for n in [16, 64, 96, 128, 176, 256] {
-        for layout in 0..24 {
-            let (swizzle, a_mn, b_mn, registers) = (
-                1 + layout % 3,
-                layout / 3 % 2 == 1,
-                layout / 6 % 2 == 1,
-                layout / 12 == 1,
-            );
-            if (b_mn && n % SPAN[swizzle] != 0) || (registers && a_mn) {
-                continue;
-            }
-            problems.push(Box::new(move || {
-                Ok(wgmma(n, swizzle, a_mn, b_mn, registers))
-            }));
-        }
-    }
-    problems
+/// Returns n, the swizzle, whether A and B are mn-major, and whether A is in registers.
+fn layouts() -> Vec<(usize, usize, bool, bool, bool)> {
+    let mut all = pairs([16, 64, 96, 128, 176, 256], 0..24)
+        .into_iter()
+        .map(|(n, layout)| {
+            let bit = |divisor: usize| layout / divisor % 2 == 1;
+            (n, 1 + layout % 3, bit(3), bit(6), bit(12))
+        })
+        .collect::<Vec<_>>();
+    all.retain(|&(n, swizzle, a_mn, b_mn, registers)| {
+        !((b_mn && n % SPAN[swizzle] != 0) || (registers && a_mn))
+    });
+    all
 }
 
-fn wgmma(n: usize, swizzle: usize, a_mn: bool, b_mn: bool, registers: bool) -> Problem {
+/// C[64, n] = A[64, 64] B[64, n] with small integers, which is exact in f32.
+fn wgmma((n, swizzle, a_mn, b_mn, registers): (usize, usize, bool, bool, bool)) -> Problem {
     let mut random = Random((n * 4 + swizzle) as u64);
     let (a, b) = (
         small_integers(&mut random, 64 * 64),
@@ -186,66 +189,54 @@ fn numbered(len: usize) -> Vec<u16> {
     (0..len).map(|i| i as u16 + 1).collect()
 }
 
-fn tma_load(b: routegrad_unit_box) -> MakeProblem {
-    Box::new(move || {
-        let tensor = numbered(72 * 40 * 5);
-        let mut want = vec![0u16; elements(&b).count()];
-        for at in elements(&b) {
-            want[place(&b, at)] = element(&b, at).map_or(0, |i| tensor[i]);
-        }
-        Ok(Problem {
-            label: format!("{b:?}"),
-            buffers: vec![
-                Buffer::output("box", want.len() * 2),
-                Buffer::input("tensor", &tensor),
-            ],
-            launch: Box::new(move |p, stream| {
-                let kernel = UnitTmaLoad {
-                    out: p[0].output(),
-                    tensor: p[1].input(),
-                    place: &b,
-                };
-                kernel.launch(stream)
-            }),
-            judge: Box::new(move |out| exactly::<u16>("box", &out[0], |i| want[i])),
-        })
-    })
+fn tma_load(b: routegrad_unit_box) -> Problem {
+    let tensor = numbered(72 * 40 * 5);
+    let mut want = vec![0u16; elements(&b).count()];
+    for at in elements(&b) {
+        want[place(&b, at)] = element(&b, at).map_or(0, |i| tensor[i]);
+    }
+    Problem {
+        label: format!("{b:?}"),
+        buffers: vec![
+            Buffer::output("box", want.len() * 2),
+            Buffer::input("tensor", &tensor),
+        ],
+        launch: Box::new(move |p, stream| {
+            let kernel = UnitTmaLoad {
+                out: p[0].output(),
+                tensor: p[1].input(),
+                place: &b,
+            };
+            kernel.launch(stream)
+        }),
+        judge: Box::new(move |out| exactly::<u16>("box", &out[0], |i| want[i])),
+    }
 }
 
-fn tma_store(b: routegrad_unit_box) -> MakeProblem {
-    Box::new(move || {
-        let shared = numbered(elements(&b).count());
-        let mut want = vec![u16::MAX; 72 * 40 * if b.rank == 3 { 5 } else { 1 }];
-        for at in elements(&b) {
-            if let Some(i) = element(&b, at) {
-                want[i] = shared[place(&b, at)];
-            }
+fn tma_store(b: routegrad_unit_box) -> Problem {
+    let shared = numbered(elements(&b).count());
+    let mut want = vec![u16::MAX; 72 * 40 * if b.rank == 3 { 5 } else { 1 }];
+    for at in elements(&b) {
+        if let Some(i) = element(&b, at) {
+            want[i] = shared[place(&b, at)];
         }
-        Ok(Problem {
-            label: format!("{b:?}"),
-            buffers: vec![
-                Buffer::output("tensor", want.len() * 2),
-                Buffer::input("box", &shared),
-            ],
-            launch: Box::new(move |p, stream| {
-                let kernel = UnitTmaStore {
-                    tensor: p[0].output(),
-                    input: p[1].input(),
-                    place: &b,
-                };
-                kernel.launch(stream)
-            }),
-            judge: Box::new(move |out| exactly::<u16>("tensor", &out[0], |i| want[i])),
-        })
-    })
-}
-
-/// Masks: each block to both; each to itself; each to the other; both to the first.
-fn multicasts() -> Vec<MakeProblem> {
-    [[3, 3], [1, 2], [2, 1], [1, 1]]
-        .into_iter()
-        .map(|masks| Box::new(move || Ok(multicast(masks))) as MakeProblem)
-        .collect()
+    }
+    Problem {
+        label: format!("{b:?}"),
+        buffers: vec![
+            Buffer::output("tensor", want.len() * 2),
+            Buffer::input("box", &shared),
+        ],
+        launch: Box::new(move |p, stream| {
+            let kernel = UnitTmaStore {
+                tensor: p[0].output(),
+                input: p[1].input(),
+                place: &b,
+            };
+            kernel.launch(stream)
+        }),
+        judge: Box::new(move |out| exactly::<u16>("tensor", &out[0], |i| want[i])),
+    }
 }
 
 fn multicast(masks: [i32; 2]) -> Problem {
@@ -279,21 +270,6 @@ fn multicast(masks: [i32; 2]) -> Problem {
             })
         }),
     }
-}
-
-fn gathers() -> Vec<MakeProblem> {
-    [
-        (64, false, false),
-        (64, true, false),
-        (37, false, true),
-        (37, true, true),
-        (0, false, false),
-    ]
-    .into_iter()
-    .map(|(columns, transpose, by_mbarrier)| {
-        Box::new(move || Ok(gather(columns, transpose, by_mbarrier))) as MakeProblem
-    })
-    .collect()
 }
 
 fn gather(columns: usize, transpose: bool, by_mbarrier: bool) -> Problem {
