@@ -13,12 +13,12 @@ use crate::kernels::cross_entropy::CrossEntropyRows;
 use crate::kernels::launchers::TILE_AUTO;
 use crate::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partials};
 use crate::kernels::{
-    self, AttentionBackward, AttentionForward, GroupedGemmForward, GroupedGemmInputGradient,
+    AttentionBackward, AttentionForward, GroupedGemmForward, GroupedGemmInputGradient,
     GroupedGemmWeightGradient, Stream,
 };
 use crate::tensor::dtype::DType;
 use crate::verify::kernels::grouped_gemm::{Product, Shape};
-use crate::verify::kernels::{Buffer, Launch, Machine};
+use crate::verify::kernels::{Bound, Buffer, Launch, Machine};
 
 /// Builds the kernels of a group; returns `None` if it has no kernels.
 ///
@@ -153,7 +153,7 @@ fn norm(machine: &dyn Machine, inputs: &Inputs, rows: usize, hidden: usize) -> R
         vector("bias"),
         matrix("dy"),
     ];
-    let forward = move |p: &[kernels::Buffer], stream: &Stream| {
+    let forward = move |p: &Bound, stream: &Stream| {
         let kernel = NormForward {
             y: p[0].output(),
             sum: Some(p[1].output()),
@@ -167,7 +167,7 @@ fn norm(machine: &dyn Machine, inputs: &Inputs, rows: usize, hidden: usize) -> R
         };
         kernel.launch(stream)
     };
-    let backward = move |p: &[kernels::Buffer], stream: &Stream| {
+    let backward = move |p: &Bound, stream: &Stream| {
         let kernel = NormBackward {
             dx: p[2].output(),
             partials: p[5].output(),
@@ -193,7 +193,7 @@ fn norm(machine: &dyn Machine, inputs: &Inputs, rows: usize, hidden: usize) -> R
         }
         Ok(())
     };
-    let both = move |p: &[kernels::Buffer], stream: &Stream| {
+    let both = move |p: &Bound, stream: &Stream| {
         forward(p, stream)?;
         backward(p, stream)
     };
@@ -219,7 +219,7 @@ fn cross_entropy(inputs: &Inputs, tokens: usize, vocabulary: usize) -> Kernels {
         Buffer::input("logits", &inputs.f32("logits", tokens * vocabulary, 2.0)),
         Buffer::input("targets", &inputs.ids("targets", tokens, vocabulary)),
     ];
-    let launch = move |p: &[kernels::Buffer], stream: &Stream| {
+    let launch = move |p: &Bound, stream: &Stream| {
         let kernel = CrossEntropyRows {
             losses: p[0].output(),
             dlogits: Some(p[1].output()),
@@ -279,7 +279,7 @@ fn adamw(inputs: &Inputs, numbers: usize) -> Kernels {
             }]
         }),
     ];
-    let launch = move |p: &[kernels::Buffer], stream: &Stream| {
+    let launch = move |p: &Bound, stream: &Stream| {
         let kernel = AdamwUpdate {
             parameters: p[4].input(),
             block_parameter: p[5].input(),
@@ -315,7 +315,7 @@ fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> 
         Buffer::input("qkv", &inputs.bf16("qkv", tokens * qkv, 1.0)),
         Buffer::input("dout", &inputs.bf16("dout", tokens * row, 1.0)),
     ];
-    let forward = move |p: &[kernels::Buffer], stream: &Stream| {
+    let forward = move |p: &Bound, stream: &Stream| {
         AttentionForward {
             out: p[0].output(),
             log_sum_exp: p[1].output(),
@@ -329,7 +329,7 @@ fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> 
         }
         .launch(stream)
     };
-    let backward = move |p: &[kernels::Buffer], stream: &Stream| {
+    let backward = move |p: &Bound, stream: &Stream| {
         AttentionBackward {
             dqkv: p[2].output(),
             workspace: p[3].output(),
@@ -348,7 +348,7 @@ fn attention(machine: &dyn Machine, inputs: &Inputs, sizes: &AttentionSizes) -> 
         }
         .launch(stream)
     };
-    let both = move |p: &[kernels::Buffer], stream: &Stream| {
+    let both = move |p: &Bound, stream: &Stream| {
         forward(p, stream)?;
         backward(p, stream)
     };

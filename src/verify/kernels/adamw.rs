@@ -2,7 +2,7 @@
 //! (`kernels/adamw.cu`), against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs, values};
+use super::{BOTH, Buffer, Case, Problem, each, exactly, launch_of, pairs, values};
 use crate::kernels::adamw::{AdamwUpdate, BLOCK, SquareSums};
 use crate::kernels::bindings::{routegrad_parameter, routegrad_step_outcome};
 use crate::tensor::random::{Purpose, Stream};
@@ -190,7 +190,7 @@ fn update(counts: &[usize], accepted: bool, bf16: bool) -> Problem {
     buffers.push(Buffer::table("outcome", 1, move |_| {
         vec![outcome(accepted)]
     }));
-    let (at, blocks) = (4 * counts.len(), table.blocks());
+    let blocks = table.blocks();
     Problem {
         label: format!(
             "N {counts:?}{}{}",
@@ -198,15 +198,9 @@ fn update(counts: &[usize], accepted: bool, bf16: bool) -> Problem {
             if accepted { "" } else { ", refused" }
         ),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = AdamwUpdate {
-                parameters: p[at].input(),
-                block_parameter: p[at + 1].input(),
-                outcome: p[at + 2].input(),
-                blocks,
-                bf16_moments: bf16,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(AdamwUpdate {
+            parameters, block_parameter, outcome;
+            blocks, bf16_moments: bf16,
         }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();
@@ -299,21 +293,13 @@ impl Parameter {
 
 fn squares(counts: &[usize]) -> Problem {
     let table = Arc::new(Table::new(counts, false));
-    let (at, blocks) = (counts.len(), table.blocks());
+    let blocks = table.blocks();
     let mut buffers = table.buffers(false);
     buffers.push(Buffer::output("parts", blocks * 8));
     Problem {
         label: format!("N {counts:?}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = SquareSums {
-                parts: p[at + 2].output(),
-                parameters: p[at].input(),
-                block_parameter: p[at + 1].input(),
-                blocks,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(SquareSums { parts, parameters, block_parameter; blocks }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();
             let mut parts = values::<f64>(&out[0]).into_iter();

@@ -3,9 +3,9 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
-use super::{Buffer, Case, Problem, each, values};
+use super::{Buffer, Case, Problem, each, launch_of, values};
+use crate::kernels::AttentionForward;
 use crate::kernels::attention::AttentionSizes;
-use crate::kernels::{self, AttentionForward};
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -332,7 +332,7 @@ impl Inputs {
 /// Returns the launch for these inputs. Buffers: out, log_sum_exp, qkv, first_key.
 pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     let i = inputs.clone();
-    let shape = i.shape;
+    let (shape, sizes, packed) = (i.shape, i.shape.sizes, i.first_key.is_some());
     let mut buffers = vec![
         Buffer::output("out", shape.tokens() * shape.out_width() * 2),
         Buffer::output("log_sum_exp", shape.tokens() * shape.sizes.heads * 4),
@@ -344,20 +344,10 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     Problem {
         label: format!("{shape:?}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let s = shape.sizes;
-            AttentionForward {
-                out: p[0].output(),
-                log_sum_exp: p[1].output(),
-                qkv: p[2].input(),
-                first_key: p.get(3).map(kernels::Buffer::input),
-                tokens: shape.tokens(),
-                sequence: s.sequence,
-                heads: s.heads,
-                key_value_heads: s.key_value_heads,
-                head_width: s.width,
-            }
-            .launch(stream)
+        launch: launch_of!(AttentionForward {
+            out, log_sum_exp, qkv, first_key if packed;
+            tokens: shape.tokens(), sequence: sizes.sequence, heads: sizes.heads,
+            key_value_heads: sizes.key_value_heads, head_width: sizes.width,
         }),
         judge: Box::new(move |out| i.judge(&out[0], &out[1])),
     }

@@ -7,8 +7,8 @@ use super::attention::{
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::exact;
 use super::rope::{tables, turned};
-use super::{Buffer, Case, Problem, each, values};
-use crate::kernels::{self, AttentionBackward};
+use super::{Buffer, Case, Problem, each, launch_of, values};
+use crate::kernels::AttentionBackward;
 use crate::tensor::dtype::nearest_bf16;
 use half::bf16;
 use rayon::prelude::*;
@@ -235,7 +235,7 @@ pub fn workspace(shape: &Shape) -> usize {
 /// cosines, sines.
 pub fn problem(gradient: &Arc<Gradient>) -> Problem {
     let g = gradient.clone();
-    let shape = g.inputs.shape;
+    let (shape, sizes) = (g.inputs.shape, g.inputs.shape.sizes);
     let mut buffers = vec![
         Buffer::output("dqkv", g.inputs.qkv.len() * 2),
         Buffer::workspace("workspace", workspace(&shape) * 4),
@@ -247,7 +247,7 @@ pub fn problem(gradient: &Arc<Gradient>) -> Problem {
     if let Some(first_key) = &g.inputs.first_key {
         buffers.push(Buffer::input("first_key", first_key));
     }
-    let packed = usize::from(g.inputs.first_key.is_some());
+    let packed = g.inputs.first_key.is_some();
     if shape.turned {
         let [cosines, sines] = tables(shape.sizes.sequence, shape.sizes.width);
         buffers.push(Buffer::input("cosines", &cosines));
@@ -256,25 +256,11 @@ pub fn problem(gradient: &Arc<Gradient>) -> Problem {
     Problem {
         label: format!("backward, {shape:?}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let (s, tables) = (shape.sizes, 6 + packed);
-            AttentionBackward {
-                dqkv: p[0].output(),
-                workspace: p[1].output(),
-                dout: p[2].input(),
-                qkv: p[3].input(),
-                out: p[4].input(),
-                log_sum_exp: p[5].input(),
-                first_key: p[6..tables].first().map(kernels::Buffer::input),
-                cosines: p.get(tables).map(kernels::Buffer::input),
-                sines: p.get(tables + 1).map(kernels::Buffer::input),
-                tokens: shape.tokens(),
-                sequence: s.sequence,
-                heads: s.heads,
-                key_value_heads: s.key_value_heads,
-                head_width: s.width,
-            }
-            .launch(stream)
+        launch: launch_of!(AttentionBackward {
+            dqkv, workspace, dout, qkv, out, log_sum_exp, first_key if packed,
+            cosines if shape.turned, sines if shape.turned;
+            tokens: shape.tokens(), sequence: sizes.sequence, heads: sizes.heads,
+            key_value_heads: sizes.key_value_heads, head_width: sizes.width,
         }),
         judge: Box::new(move |out| g.judge(&out[0])),
     }

@@ -1,7 +1,7 @@
 //! Checks the kernels for the scalars of the losses (`kernels/balance.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, Problem, each, values};
+use super::{Buffer, Case, Problem, bind, each, values};
 use crate::kernels;
 use crate::kernels::balance::{
     AuxiliaryLoss, AuxiliaryLossBackward, WeightedSum, WeightedSumBackward,
@@ -50,20 +50,10 @@ fn auxiliary(experts: usize, backward: bool) -> Problem {
         label: format!("E {experts}"),
         buffers: buffers.into_iter().chain([fractions_buffer]).collect(),
         launch: Box::new(move |p, stream| match backward {
-            true => AuxiliaryLossBackward {
-                dmean: p[0].output(),
-                dloss: p[1].input(),
-                fractions: p[2].input(),
-                experts,
+            true => {
+                bind!(p, AuxiliaryLossBackward { dmean, dloss, fractions; experts }).launch(stream)
             }
-            .launch(stream),
-            false => AuxiliaryLoss {
-                loss: p[0].output(),
-                mean: p[1].input(),
-                fractions: p[2].input(),
-                experts,
-            }
-            .launch(stream),
+            false => bind!(p, AuxiliaryLoss { loss, mean, fractions; experts }).launch(stream),
         }),
         judge: Box::new(move |out| {
             let experts = experts as f64;
@@ -96,20 +86,14 @@ fn weighted(count: usize, backward: bool) -> Problem {
         label: format!("{count} terms"),
         buffers,
         launch: Box::new(move |p, stream| match backward {
-            true => WeightedSumBackward {
-                dterms: &p[2..].iter().map(kernels::Buffer::output).collect(),
-                dout: p[0].input(),
-                coefficients: p[1].input(),
-                count,
+            true => {
+                let dterms = &p.all("dterms").map(kernels::Buffer::output).collect();
+                bind!(p, WeightedSumBackward { dout, coefficients; dterms, count }).launch(stream)
             }
-            .launch(stream),
-            false => WeightedSum {
-                out: p[0].output(),
-                terms: &p[2..].iter().map(kernels::Buffer::input).collect(),
-                coefficients: p[1].input(),
-                count,
+            false => {
+                let terms = &p.all("terms").map(kernels::Buffer::input).collect();
+                bind!(p, WeightedSum { out, coefficients; terms, count }).launch(stream)
             }
-            .launch(stream),
         }),
         judge: Box::new(move |out| match backward {
             true => judge_products(&out.concat(), f64::from(dout[0]), &coefficients),

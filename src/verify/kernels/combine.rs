@@ -3,7 +3,7 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, Problem, each, values};
+use super::{Buffer, Case, Problem, each, launch_of, values};
 use crate::kernels::Combine;
 use half::bf16;
 use rayon::prelude::*;
@@ -175,22 +175,10 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
     Problem {
         label: i.label(),
         buffers,
-        launch: Box::new(move |p, stream| {
-            Combine {
-                y: p[0].output(),
-                rows_in: p[1].input(),
-                gates: mode.gates.then(|| p[2].input()),
-                slot_row: p[4].input(),
-                choices: has_choices.then(|| p[5].input()),
-                vectors: mode.vectors.then(|| p[3].input()),
-                tokens,
-                rows,
-                experts,
-                hidden,
-                slots,
-                accumulate: mode.accumulate,
-            }
-            .launch(stream)
+        launch: launch_of!(Combine {
+            y, rows_in, gates if mode.gates, slot_row, choices if has_choices,
+            vectors if mode.vectors;
+            tokens, rows, experts, hidden, slots, accumulate: mode.accumulate,
         }),
         judge: Box::new(move |out| i.judge(&out[0])),
     }

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{BOTH, Buffer, Case, Problem, each, pairs, values};
+use super::{BOTH, Buffer, Case, Problem, each, launch_of, pairs, values};
 use crate::kernels::cross_entropy::{
     CrossEntropyMean, CrossEntropyRows, GradientScale, HeadLogits, STATISTIC_COLUMNS, statistics,
 };
@@ -26,18 +26,9 @@ pub fn logits_problem(tokens: usize, vocabulary: usize, hidden: usize, tile: i32
     Problem {
         label: format!("T {tokens}, V {vocabulary}, D {hidden}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = HeadLogits {
-                logits: p[0].output(),
-                statistics: p[1].output(),
-                x: p[2].input(),
-                w: p[3].input(),
-                tokens,
-                vocabulary,
-                hidden,
-                tile,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(HeadLogits {
+            logits, statistics, x, w;
+            tokens, vocabulary, hidden, tile,
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);
@@ -172,18 +163,9 @@ pub fn rows_problem(
             "T {tokens}, V {vocabulary}, gradient {with_gradient}, statistics {with_statistics}"
         ),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = CrossEntropyRows {
-                losses: p[0].output(),
-                dlogits: with_gradient.then(|| p[1].output()),
-                logits: p[2].input(),
-                statistics: with_statistics.then(|| p[3].input()),
-                targets: p[4].input(),
-                tokens,
-                vocabulary,
-                factor,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(CrossEntropyRows {
+            losses, dlogits if with_gradient, logits, statistics if with_statistics, targets;
+            tokens, vocabulary, factor,
         }),
         judge: Box::new(move |out| {
             let losses: Vec<f32> = values(&out[0]);
@@ -254,15 +236,7 @@ fn mean_problem(tokens: usize, factor: f32) -> Problem {
     Problem {
         label: format!("T {tokens}"),
         buffers: vec![Buffer::output("loss", 4), Buffer::input("losses", &losses)],
-        launch: Box::new(move |p, stream| {
-            let kernel = CrossEntropyMean {
-                loss: p[0].output(),
-                losses: p[1].input(),
-                tokens,
-                factor,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(CrossEntropyMean { loss, losses; tokens, factor }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();
             let sum: f64 = losses.iter().map(|&l| f64::from(l)).sum();
@@ -303,16 +277,9 @@ fn scale_problem(elements: usize, narrow: bool, accumulate: bool) -> Problem {
             buffer("in", &input, false),
             Buffer::input("factor", &[FACTOR]),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = GradientScale {
-                out: p[0].output(),
-                input: p[1].input(),
-                factor: p[2].input(),
-                elements,
-                bf16_elements: narrow,
-                accumulate,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(GradientScale {
+            out, input = "in", factor;
+            elements, bf16_elements: narrow, accumulate,
         }),
         judge: Box::new(move |out| {
             let (narrowed, wide): (Vec<bf16>, Vec<f32>) = match narrow {

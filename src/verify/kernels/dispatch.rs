@@ -1,7 +1,7 @@
 //! Checks dispatch (`kernels/dispatch.cu`) against a counting sort: every index in every output must be equal.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, Problem, each, exactly};
+use super::{Buffer, Case, Problem, bind, each, exactly};
 use crate::error::Result;
 use crate::kernels::bindings::{ROUTEGRAD_FAULT_CAPACITY, ROUTEGRAD_FAULT_EXPERT};
 use crate::kernels::launchers;
@@ -196,33 +196,16 @@ impl Batch {
             buffers,
             launch: Box::new(move |p, stream| {
                 if by_choice {
-                    return DispatchChoices {
-                        offsets: p[0].output(),
-                        row_token: p[1].output(),
-                        row_slot: p[2].output(),
-                        slot_row: p[3].output(),
-                        fault: p[4].output(),
-                        workspace: p[5].output(),
-                        choices: p[6].input(),
-                        tokens,
-                        experts,
-                        choices_per_token: width,
-                        row_capacity: capacity,
-                    }
+                    return bind!(p, DispatchChoices {
+                        offsets, row_token, row_slot, slot_row, fault, workspace, choices;
+                        tokens, experts, choices_per_token: width, row_capacity: capacity,
+                    })
                     .launch(stream);
                 }
-                DispatchPositive {
-                    offsets: p[0].output(),
-                    row_token: p[1].output(),
-                    row_slot: p[2].output(),
-                    slot_row: p[3].output(),
-                    fault: p[4].output(),
-                    workspace: p[5].output(),
-                    scores: (!all).then(|| p[6].input()),
-                    tokens,
-                    experts,
-                    row_capacity: capacity,
-                }
+                bind!(p, DispatchPositive {
+                    offsets, row_token, row_slot, slot_row, fault, workspace, scores if !all;
+                    tokens, experts, row_capacity: capacity,
+                })
                 .launch(stream)
             }),
             judge: Box::new(move |out| {

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs, values};
+use super::{BOTH, Buffer, Case, Problem, each, exactly, launch_of, pairs, values};
 use crate::kernels::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder};
 use half::bf16;
 
@@ -48,17 +48,7 @@ pub fn forward_problem(of: Ids, tokens: usize, vocabulary: usize, hidden: usize)
             Buffer::input("w", &table),
             Buffer::input("ids", &ids),
         ],
-        launch: Box::new(move |p, stream| {
-            EmbeddingForward {
-                y: p[0].output(),
-                w: p[1].input(),
-                ids: p[2].input(),
-                tokens,
-                vocabulary,
-                hidden,
-            }
-            .launch(stream)
-        }),
+        launch: launch_of!(EmbeddingForward { y, w, ids; tokens, vocabulary, hidden }),
         judge: Box::new(move |out| {
             exactly::<u16>("y", &out[0], |i| {
                 match key(ids[i / hidden], vocabulary) as usize {
@@ -100,19 +90,9 @@ pub fn order_problem(tokens: usize, vocabulary: usize, first: bool, whole: bool)
             Buffer::input("row_token", &row_token),
             Buffer::input("ids", &ids),
         ],
-        launch: Box::new(move |p, stream| {
-            EmbeddingOrder {
-                order: p[0].output(),
-                keys: p[1].output(),
-                previous: (!first).then(|| p[2].input()),
-                row_token: (!first).then(|| p[3].input()),
-                ids: p[4].input(),
-                tokens,
-                vocabulary,
-                shift,
-                whole,
-            }
-            .launch(stream)
+        launch: launch_of!(EmbeddingOrder {
+            order, keys, previous if !first, row_token if !first, ids;
+            tokens, vocabulary, shift, whole,
         }),
         judge: Box::new(move |out| {
             let mut errors = exactly::<i32>("order", &out[0], |i| order[i])?;
@@ -148,19 +128,9 @@ pub fn gradient_problem(
     Problem {
         label: format!("{of:?}, T {tokens}, V {vocabulary}, D {hidden}, accumulate {accumulate}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            EmbeddingGradient {
-                dw: p[0].output(),
-                parts: p[1].output(),
-                dy: p[2].input(),
-                order: p[3].input(),
-                keys: p[4].input(),
-                tokens,
-                vocabulary,
-                hidden,
-                accumulate,
-            }
-            .launch(stream)
+        launch: launch_of!(EmbeddingGradient {
+            dw, parts, dy, order, keys;
+            tokens, vocabulary, hidden, accumulate,
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);

@@ -3,7 +3,7 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs, values};
+use super::{BOTH, Buffer, Case, Problem, bind, each, exactly, launch_of, pairs, values};
 use crate::kernels::bindings::{
     ROUTEGRAD_WEIGHTING_COUNT, ROUTEGRAD_WEIGHTING_PLAIN, ROUTEGRAD_WEIGHTING_SUM_P,
     routegrad_weighting,
@@ -185,20 +185,9 @@ pub fn sums_problem(inputs: &Arc<Sums>) -> Problem {
     Problem {
         label: format!("{}, D {hidden}, weighted {weighted}", i.routed.label()),
         buffers,
-        launch: Box::new(move |p, stream| {
-            ExpertSums {
-                sums: p[0].output(),
-                masses: p[1].output(),
-                column_sums: p[2].input(),
-                gates: weighted.then(|| p[3].input()),
-                offsets: p[4].input(),
-                row_token: p[5].input(),
-                rows,
-                tokens,
-                experts,
-                hidden,
-            }
-            .launch(stream)
+        launch: launch_of!(ExpertSums {
+            sums, masses, column_sums, gates if weighted, offsets, row_token;
+            rows, tokens, experts, hidden,
         }),
         judge: Box::new(move |out| i.judge(&out[0], &out[1])),
     }
@@ -232,17 +221,9 @@ pub fn update_problem(experts: usize, hidden: usize, weighting: routegrad_weight
     Problem {
         label: format!("{experts} experts, D {hidden}, weighting {weighting}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            ExpertMeanUpdate {
-                average: p[0].output(),
-                sums: p[1].input(),
-                masses: p[2].input(),
-                beta: p[3].input(),
-                experts,
-                hidden,
-                weighting: weighting as i32,
-            }
-            .launch(stream)
+        launch: launch_of!(ExpertMeanUpdate {
+            average, sums, masses, beta;
+            experts, hidden, weighting: weighting as i32,
         }),
         judge: Box::new(move |out| {
             let got: Vec<f32> = values(&out[0]);
@@ -298,42 +279,21 @@ pub fn mean_problem(inputs: &Arc<Sums>, weighting: routegrad_weighting) -> Probl
         label: format!("{}, D {hidden}, weighting {weighting}", i.routed.label()),
         buffers,
         launch: Box::new(move |p, stream| {
-            ExpertMean {
-                average: p[0].output(),
-                column_sums: p[4].input(),
-                gates: Some(p[5].input()),
-                offsets: p[6].input(),
-                row_token: p[7].input(),
-                beta: p[8].input(),
-                rows,
-                tokens,
-                experts,
-                hidden,
-                weighting: weighting as i32,
-            }
+            let weighting = weighting as i32;
+            bind!(p, ExpertMean {
+                average, column_sums, gates, offsets, row_token, beta;
+                rows, tokens, experts, hidden, weighting,
+            })
             .launch(stream)?;
-            ExpertSums {
-                sums: p[2].output(),
-                masses: p[3].output(),
-                column_sums: p[4].input(),
-                gates: Some(p[5].input()),
-                offsets: p[6].input(),
-                row_token: p[7].input(),
-                rows,
-                tokens,
-                experts,
-                hidden,
-            }
+            bind!(p, ExpertSums {
+                sums, masses, column_sums, gates, offsets, row_token;
+                rows, tokens, experts, hidden,
+            })
             .launch(stream)?;
-            ExpertMeanUpdate {
-                average: p[1].output(),
-                sums: p[2].input(),
-                masses: p[3].input(),
-                beta: p[8].input(),
-                experts,
-                hidden,
-                weighting: weighting as i32,
-            }
+            bind!(p, ExpertMeanUpdate {
+                average = "average of two launches", sums, masses, beta;
+                experts, hidden, weighting,
+            })
             .launch(stream)
         }),
         judge: Box::new(move |out| {

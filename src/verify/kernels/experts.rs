@@ -4,7 +4,6 @@
 use super::machine::POISON;
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::operands::Shape;
-use crate::kernels::{Buffer, In};
 
 /// Widths and rows of an expert layer.
 #[derive(Clone, Debug)]
@@ -38,14 +37,9 @@ impl Layer {
         }
     }
 
-    /// Returns the arguments of the launcher for the rows if the buffers have room for `given` rows: their upper bound and
-    /// their offsets.
-    pub fn bounds<'a>(&self, given: usize, offsets: &'a Buffer) -> (usize, Option<In<'a, i32>>) {
-        if self.dense {
-            (self.rows(), None)
-        } else {
-            (given, Some(offsets.input()))
-        }
+    /// Returns the upper bound of the rows that the launch passes if the buffers have room for `given` rows.
+    pub fn rows_at_most(&self, given: usize) -> usize {
+        if self.dense { self.rows() } else { given }
     }
 
     /// Returns the shape of the product with W [E, n, k].

@@ -3,7 +3,7 @@
 use super::dispatch::Batch;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{Buffer, Case, Problem, each, exactly, values};
+use super::{Buffer, Case, Problem, bind, each, exactly, values};
 use crate::kernels::{DefaultDots, GateGradient};
 use half::bf16;
 use rayon::prelude::*;
@@ -175,32 +175,16 @@ pub fn problem(inputs: &Arc<Inputs>) -> Problem {
         launch: Box::new(move |p, stream| {
             if kind != Chosen {
                 let sorts = kind == DotsAndRows;
-                DefaultDots {
-                    dgates: p[0].output(),
-                    g_rows: sorts.then(|| p[1].output()),
-                    g: p[3].input(),
-                    vectors: p[4].input(),
-                    slot_row: sorts.then(|| p[5].input()),
-                    tokens,
-                    rows,
-                    experts,
-                    hidden,
-                    slots,
-                }
+                bind!(p, DefaultDots {
+                    dgates, g_rows if sorts, g, vectors, slot_row if sorts;
+                    tokens, rows, experts, hidden, slots,
+                })
                 .launch(stream)?;
             }
-            GateGradient {
-                dgates: p[0].output(),
-                dots: p[2].input(),
-                slot_row: p[5].input(),
-                choices: has_choices.then(|| p[6].input()),
-                tokens,
-                rows,
-                experts,
-                slots,
-                dot_columns,
-                keep: kind != Chosen,
-            }
+            bind!(p, GateGradient {
+                dgates, dots, slot_row, choices if has_choices;
+                tokens, rows, experts, slots, dot_columns, keep: kind != Chosen,
+            })
             .launch(stream)
         }),
         judge: Box::new(move |out| {

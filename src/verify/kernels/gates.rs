@@ -3,7 +3,7 @@
 use super::dispatch::{Batch, Named};
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::routed::{Routed, covering_batches, small_batches};
-use super::{BOTH, Buffer, Case, Launch, Problem, each, pairs, values};
+use super::{BOTH, Buffer, Case, Launch, Problem, bind, each, pairs, values};
 use crate::kernels::gates::{SelectedGates, SelectedGatesBackward};
 
 /// The kind of gates, and whether to compute their gradient.
@@ -58,36 +58,17 @@ fn launch(kind: Kind, routed: &Routed) -> Launch {
     let (tokens, experts, slots) = (routed.tokens(), routed.experts(), routed.slots());
     let (has_choices, rows) = (routed.has_choices(), routed.rows_given);
     let renormalize = kind.renormalize;
-    Box::new(move |b, stream| {
-        let choices = has_choices.then(|| b[3].input());
-        match kind.through {
-            None => SelectedGates {
-                w: b[0].output(),
-                p: b[1].input(),
-                slot_row: b[2].input(),
-                choices,
-                tokens,
-                rows,
-                experts,
-                slots,
-                renormalize,
-            }
-            .launch(stream),
-            Some(through) => SelectedGatesBackward {
-                dp: b[0].output(),
-                dw: b[4].input(),
-                p: b[1].input(),
-                slot_row: b[2].input(),
-                choices,
-                tokens,
-                rows,
-                experts,
-                slots,
-                renormalize,
-                through,
-            }
-            .launch(stream),
-        }
+    Box::new(move |p, stream| match kind.through {
+        None => bind!(p, SelectedGates {
+            w = "gates or gradients", p, slot_row, choices if has_choices;
+            tokens, rows, experts, slots, renormalize,
+        })
+        .launch(stream),
+        Some(through) => bind!(p, SelectedGatesBackward {
+            dp = "gates or gradients", dw, p, slot_row, choices if has_choices;
+            tokens, rows, experts, slots, renormalize, through,
+        })
+        .launch(stream),
     })
 }
 

@@ -6,9 +6,9 @@ use super::experts::{
 use super::machine::POISON;
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product, tiles_of_device};
-use super::{Buffer, Case, MakeProblem, Problem, pairs, sharing, values};
+use super::{Buffer, Case, MakeProblem, Problem, launch_of, pairs, sharing, values};
+use crate::kernels::GroupedDownForward;
 use crate::kernels::bindings::*;
-use crate::kernels::{self, GroupedDownForward};
 use half::bf16;
 use std::sync::Arc;
 
@@ -164,29 +164,15 @@ pub fn problem(down: &Arc<Down>, tile: routegrad_gemm_tile) -> Problem {
     if d.sums != Sums::None {
         buffers.push(Buffer::output("column_sums", d.blocks() * hidden * 4));
     }
-    let (sums, given, tokens) = (d.sums, d.operands.rows_given, d.tokens);
-    let (layer, experts) = (d.layer.clone(), d.layer.counts.len());
+    let (sums, tokens, experts) = (d.sums, d.tokens, d.layer.counts.len());
+    let (dense, rows) = (d.layer.dense, d.layer.rows_at_most(d.operands.rows_given));
     Problem {
         label: format!("down, sums {sums:?}, tile {tile}, {}", d.layer.label()),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let (rows, offsets) = layer.bounds(given, &p[3]);
-            GroupedDownForward {
-                out: p[0].output(),
-                column_sums: p.get(6).map(kernels::Buffer::output),
-                a: p[1].input(),
-                w: p[2].input(),
-                gates: (sums == Sums::Gated).then(|| p[4].input()),
-                offsets,
-                row_token: Some(p[5].input()),
-                rows,
-                tokens,
-                experts,
-                hidden,
-                ffn,
-                tile: tile as i32,
-            }
-            .launch(stream)
+        launch: launch_of!(GroupedDownForward {
+            out, column_sums if sums != Sums::None, a, w, gates if sums == Sums::Gated,
+            offsets if !dense, row_token;
+            rows, tokens, experts, hidden, ffn, tile: tile as i32,
         }),
         judge: Box::new(move |outputs| d.judge(outputs)),
     }

@@ -3,7 +3,9 @@
 use super::numbers::{Errors, F32_ROUNDOFF, half_ulp_bf16};
 use super::operands::Line;
 pub use super::operands::{Gather, Operands, Product, Shape, TILES};
-use super::{Buffer, Case, Launch, MakeProblem, Problem, machine::POISON, pairs, sharing, values};
+use super::{
+    Buffer, Case, Launch, MakeProblem, Problem, bind, machine::POISON, pairs, sharing, values,
+};
 use crate::kernels::bindings::*;
 use crate::kernels::{GroupedGemmForward, GroupedGemmInputGradient, GroupedGemmWeightGradient};
 use Product::*;
@@ -129,53 +131,23 @@ fn launch(o: &Operands, tile: i32) -> Launch {
     let (experts, n, k) = (o.shape.counts.len(), o.shape.n, o.shape.k);
     let (rows, a_height, b_height) = (o.rows_given, o.a_height, o.b_height);
     Box::new(move |p, stream| {
-        let offsets = Some(p[3].input());
-        let index = |of| (gather == of).then(|| p[4].input());
+        let [of_a, of_b] = [Gather::A, Gather::B].map(|operand| gather == operand);
         match product {
-            Forward => GroupedGemmForward {
-                out: p[0].output(),
-                x: p[1].input(),
-                w: p[2].input(),
-                offsets,
-                row_token: index(Gather::A),
-                rows,
-                x_rows: a_height,
-                experts,
-                n,
-                k,
-                tile,
-            }
+            Forward => bind!(p, GroupedGemmForward {
+                out, x = "a", w = "b", offsets, row_token = "index" if of_a;
+                rows, x_rows: a_height, experts, n, k, tile,
+            })
             .launch(stream),
-            InputGradient => GroupedGemmInputGradient {
-                dx: p[0].output(),
-                dout: p[1].input(),
-                w: p[2].input(),
-                offsets,
-                row_token: index(Gather::A),
-                rows,
-                dout_rows: a_height,
-                experts,
-                n,
-                k,
-                tile,
-            }
+            InputGradient => bind!(p, GroupedGemmInputGradient {
+                dx = "out", dout = "a", w = "b", offsets, row_token = "index" if of_a;
+                rows, dout_rows: a_height, experts, n, k, tile,
+            })
             .launch(stream),
-            WeightGradient => GroupedGemmWeightGradient {
-                dw: p[0].output(),
-                dout: p[1].input(),
-                x: p[2].input(),
-                offsets,
-                dout_row_token: index(Gather::A),
-                x_row_token: index(Gather::B),
-                rows,
-                dout_rows: a_height,
-                x_rows: b_height,
-                experts,
-                n,
-                k,
-                accumulate,
-                tile,
-            }
+            WeightGradient => bind!(p, GroupedGemmWeightGradient {
+                dw, dout = "a", x = "b", offsets, dout_row_token = "index" if of_a,
+                x_row_token = "index" if of_b;
+                rows, dout_rows: a_height, x_rows: b_height, experts, n, k, accumulate, tile,
+            })
             .launch(stream),
         }
     })

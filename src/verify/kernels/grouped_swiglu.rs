@@ -6,9 +6,9 @@ use super::experts::{
 };
 use super::numbers::{Errors, Random};
 use super::operands::{Gather, Line, Operands, Product, exact, tiles_of_device};
-use super::{Buffer, Case, MakeProblem, Problem, pairs, sharing, values};
+use super::{Buffer, Case, MakeProblem, Problem, launch_of, pairs, sharing, values};
 use crate::kernels::bindings::*;
-use crate::kernels::{self, GroupedSwigluBackward, GroupedSwigluForward};
+use crate::kernels::{GroupedSwigluBackward, GroupedSwigluForward};
 use half::bf16;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -85,30 +85,17 @@ pub fn forward_problem(forward: &Arc<Forward>, tile: routegrad_gemm_tile) -> Pro
     ];
     buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
     let (x_rows, experts) = (o.a_height, f.layer.counts.len());
-    let (gather, layer) = (o.gather, f.layer.clone());
+    let (gather, gathers) = (o.gather, o.index.is_some());
+    let (dense, rows) = (f.layer.dense, f.layer.rows_at_most(given));
     Problem {
         label: format!(
             "swiglu forward, gather {gather:?}, tile {tile}, {}",
             f.layer.label()
         ),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let (rows, offsets) = layer.bounds(given, &p[4]);
-            GroupedSwigluForward {
-                h: p[0].output(),
-                a: p[1].output(),
-                x: p[2].input(),
-                w: p[3].input(),
-                offsets,
-                row_token: p.get(5).map(kernels::Buffer::input),
-                rows,
-                x_rows,
-                experts,
-                ffn,
-                hidden,
-                tile: tile as i32,
-            }
-            .launch(stream)
+        launch: launch_of!(GroupedSwigluForward {
+            h, a, x, w, offsets if !dense, row_token if gathers;
+            rows, x_rows, experts, ffn, hidden, tile: tile as i32,
         }),
         judge: Box::new(move |outputs| f.judge(outputs)),
     }
@@ -238,36 +225,18 @@ pub fn backward_problem(
     ];
     buffers.extend(o.index.as_ref().map(|i| Buffer::input("row_token", i)));
     let (dout_rows, experts) = (o.a_height, b.layer.counts.len());
-    let (gather, layer) = (o.gather, b.layer.clone());
+    let (gather, gathers) = (o.gather, o.index.is_some());
+    let (dense, rows) = (b.layer.dense, b.layer.rows_at_most(given));
     Problem {
         label: format!(
             "swiglu backward, gather {gather:?}, tile {tile}, {}",
             b.layer.label()
         ),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let (rows, offsets) = layer.bounds(given, &p[7]);
-            let row_token = p.get(8).map(kernels::Buffer::input);
-            GroupedSwigluBackward {
-                dh: p[0].output(),
-                scaled_a: p[1].output(),
-                dots: p[2].output(),
-                dout: p[3].input(),
-                w: p[4].input(),
-                h: p[5].input(),
-                gates: p[6].input(),
-                offsets,
-                row_token,
-                dout_row_token: row_token,
-                rows,
-                dout_rows,
-                experts,
-                hidden,
-                ffn,
-                dot_columns,
-                tile: tile as i32,
-            }
-            .launch(stream)
+        launch: launch_of!(GroupedSwigluBackward {
+            dh, scaled_a, dots, dout, w, h, gates, offsets if !dense, row_token if gathers,
+            dout_row_token = "row_token" if gathers;
+            rows, dout_rows, experts, hidden, ffn, dot_columns, tile: tile as i32,
         }),
         judge: Box::new(move |outputs| b.judge(tile_columns, outputs)),
     }

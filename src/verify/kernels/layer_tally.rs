@@ -1,7 +1,7 @@
 //! Checks the statistics of an MoE layer (`kernels/layer_tally.cu`) against plain loops.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, Problem, each, exactly, values};
+use super::{Buffer, Case, Problem, each, exactly, launch_of, values};
 use crate::kernels::layer_tally::{
     LayerTally, LossfreeUpdate, RemoeFractions, RemoeUpdate, ShareEntropy,
 };
@@ -61,27 +61,12 @@ fn tally(t: Tally) -> Problem {
     Problem {
         label: format!("{t:?}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = LayerTally {
-                stats: p[0].output(),
-                load: p[1].output(),
-                flags: p[2].output(),
-                fractions: p[3].output(),
-                offsets: p[4].input(),
-                first_non_finite: p[5].input(),
-                fault: p[6].input(),
-                mean_entropy: (!t.parts).then(|| p[7].input()),
-                entropy_parts: Some(p[8].input()),
-                tokens: TOKENS,
-                first_token: FIRST_TOKEN,
-                parts: if t.parts { PARTS.len() } else { 0 },
-                experts: e,
-                trains: t.trains,
-                first_of_stats: t.first_of_stats,
-                first_of_step: t.first_of_step,
-                over_step: t.over_step,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(LayerTally {
+            stats, load, flags, fractions, offsets, first_non_finite, fault,
+            mean_entropy if !t.parts, entropy_parts;
+            tokens: TOKENS, first_token: FIRST_TOKEN, parts: if t.parts { PARTS.len() } else { 0 },
+            experts: e, trains: t.trains, first_of_stats: t.first_of_stats,
+            first_of_step: t.first_of_step, over_step: t.over_step,
         }),
         judge: Box::new(move |out| judge_tally(t, &counts, out)),
     }
@@ -141,15 +126,7 @@ fn entropy(tokens: usize, experts: usize) -> Problem {
             Buffer::output("parts", tokens.div_ceil(PART) * 8),
             Buffer::input("scores", &scores),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = ShareEntropy {
-                parts: p[0].output(),
-                scores: p[1].input(),
-                tokens,
-                experts,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(ShareEntropy { parts, scores; tokens, experts }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();
             let parts = scores.chunks(PART * experts);
@@ -189,15 +166,7 @@ fn bias(experts: usize) -> Problem {
             Buffer::changed("bias", &before),
             Buffer::input("load", &load),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = LossfreeUpdate {
-                bias: p[0].output(),
-                load: p[1].input(),
-                experts,
-                rate: RATE,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(LossfreeUpdate { bias, load; experts, rate: RATE }),
         judge: Box::new(move |out| {
             exactly::<f32>("bias", &out[0], |i| {
                 let sign = f32::from(load[i] < 10.0) - f32::from(load[i] > 10.0);
@@ -224,16 +193,7 @@ fn fractions(experts: usize) -> Problem {
             Buffer::input("lambda", &[LAMBDA]),
             Buffer::input("offsets", &offsets),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = RemoeFractions {
-                fractions: p[0].output(),
-                lambda: p[1].input(),
-                offsets: p[2].input(),
-                slots: SLOTS,
-                experts,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(RemoeFractions { fractions, lambda, offsets; slots: SLOTS, experts }),
         judge: Box::new(move |out| {
             exactly::<f32>("fractions", &out[0], |i| {
                 let n = f64::from(offsets[i + 1] - offsets[i]);
@@ -266,17 +226,7 @@ fn lambda(layers: usize, experts: usize, surplus: i32) -> Problem {
             Buffer::changed("lambda", &[BEFORE]),
             Buffer::input("load", &load),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = RemoeUpdate {
-                lambda: p[0].output(),
-                load: p[1].input(),
-                layers,
-                experts,
-                top_k,
-                factor: FACTOR,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(RemoeUpdate { lambda, load; layers, experts, top_k, factor: FACTOR }),
         judge: Box::new(move |out| {
             let change = match surplus {
                 0 => 1.0,

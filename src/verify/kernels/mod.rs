@@ -9,6 +9,7 @@ pub mod adamw;
 pub mod attention;
 pub mod attention_backward;
 pub mod balance;
+pub mod bound;
 pub mod combine;
 pub mod cross_entropy;
 pub mod dispatch;
@@ -42,6 +43,8 @@ pub mod sum_parts;
 pub mod swiglu;
 pub mod unit;
 
+pub use bound::Bound;
+use bound::{bind, launch_of};
 pub use machine::{Guarded, Machine, Simulator};
 pub use numbers::Errors;
 pub use problem::{
@@ -49,7 +52,6 @@ pub use problem::{
 };
 
 use crate::error::Result;
-use crate::kernels;
 
 /// Returns all cases, in the order in which they should first run on a GPU.
 pub fn cases() -> Vec<Case> {
@@ -131,9 +133,12 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Returns the buffers on the machine.
-    pub fn buffers(&self) -> Vec<kernels::Buffer> {
-        self.buffers.iter().map(Guarded::buffer).collect()
+    /// Returns the buffers on the machine with their names.
+    fn bound(&self) -> Bound {
+        Bound {
+            names: self.problem.buffers.iter().map(|b| b.name).collect(),
+            buffers: self.buffers.iter().map(Guarded::buffer).collect(),
+        }
     }
 
     /// Returns the addresses of the buffers on the machine.
@@ -160,7 +165,7 @@ impl<'a> Run<'a> {
     /// # Errors
     /// When the launcher returns an error.
     pub fn launch_as(&self, problem: &Problem) -> Result<()> {
-        (problem.launch)(&self.buffers(), &self.machine.stream()?)
+        (problem.launch)(&self.bound(), &self.machine.stream()?)
     }
 
     /// Waits for the launches and returns the content of the outputs.

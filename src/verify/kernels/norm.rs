@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs, values};
+use super::{BOTH, Buffer, Case, Problem, bind, each, exactly, launch_of, pairs, values};
 use crate::kernels::norm::{NormBackward, NormForward, NormWeightGradient, partials};
 use half::bf16;
 use std::sync::Arc;
@@ -131,7 +131,7 @@ impl Moments {
 pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
     let i = inputs.clone();
     let bytes = 2 * i.rows * i.hidden;
-    let in_place = added == Added::InPlace;
+    let (adds, in_place) = (added != Added::Nothing, added == Added::InPlace);
     let buffers = vec![
         Buffer::output("y", bytes),
         match added {
@@ -148,20 +148,10 @@ pub fn forward_problem(inputs: &Arc<Inputs>, added: Added) -> Problem {
     Problem {
         label: i.label(added),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let adds = added != Added::Nothing;
-            let kernel = NormForward {
-                y: p[0].output(),
-                sum: adds.then(|| p[1].output()),
-                x: p[if in_place { 1 } else { 2 }].input(),
-                residual: adds.then(|| p[3].input()),
-                weight: p[4].input(),
-                bias: (kind == Layer).then(|| p[5].input()),
-                rows,
-                hidden,
-                eps: EPS,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(NormForward {
+            y, sum if adds, x = (if in_place { "sum" } else { "x" }), residual if adds, weight,
+            bias if kind == Layer;
+            rows, hidden, eps: EPS,
         }),
         judge: Box::new(move |out| {
             let normalised = i.normalised(added);
@@ -234,33 +224,21 @@ pub fn backward_problem(inputs: &Arc<Inputs>, added: Added, accumulate: bool) ->
         label: format!("{}, accumulate {accumulate}", i.label(added)),
         buffers,
         launch: Box::new(move |p, stream| {
-            let kernel = NormBackward {
-                dx: p[0].output(),
-                partials: p[3].output(),
-                dy: p[4].input(),
-                skip: match added {
-                    Added::Nothing => None,
-                    Added::Apart => Some(p[5].input()),
-                    Added::InPlace => Some(p[0].input()),
-                },
-                x: p[6].input(),
-                weight: p[7].input(),
-                rows,
-                hidden,
-                layernorm: kind == Layer,
-                eps: EPS,
-            };
-            kernel.launch(stream)?;
+            bind!(p, NormBackward {
+                dx, partials, dy, x, weight,
+                skip = (if added == Added::InPlace { "dx" } else { "skip" })
+                    if added != Added::Nothing;
+                rows, hidden, layernorm: kind == Layer, eps: EPS,
+            })
+            .launch(stream)?;
             let floats = partials(stream.launchers(), rows, hidden)?;
-            for vector in 0..vectors {
-                let sum = NormWeightGradient {
-                    gradient: p[1 + vector].output(),
-                    partials: p[3].input().from_element(vector * floats),
-                    rows,
-                    hidden,
-                    accumulate,
-                };
-                sum.launch(stream)?;
+            for (vector, name) in ["dw", "db"].into_iter().take(vectors).enumerate() {
+                let partials = p.named("partials").input().from_element(vector * floats);
+                bind!(p, NormWeightGradient {
+                    gradient = name;
+                    partials, rows, hidden, accumulate,
+                })
+                .launch(stream)?;
             }
             Ok(())
         }),
@@ -359,16 +337,7 @@ pub fn sum_problem(rows: usize, hidden: usize, accumulate: bool) -> Problem {
     Problem {
         label: format!("T {rows}, D {hidden}, accumulate {accumulate}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = NormWeightGradient {
-                gradient: p[0].output(),
-                partials: p[1].input(),
-                rows,
-                hidden,
-                accumulate,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(NormWeightGradient { gradient, partials; rows, hidden, accumulate }),
         judge: Box::new(move |out| exactly::<f32>("gradient", &out[0], |i| want[i])),
     }
 }

@@ -1,9 +1,10 @@
 //! What a case declares: its problems with their buffers, launches and checks.
 
+use super::bound::Bound;
 use super::numbers::Errors;
 use crate::error::Result;
+use crate::kernels::Stream;
 use crate::kernels::table::{Row, bytes_of};
-use crate::kernels::{self, Stream};
 use std::sync::{Arc, LazyLock};
 
 /// One buffer of a problem.
@@ -96,8 +97,8 @@ impl Buffer {
     }
 }
 
-/// Launches on the buffers, which are in the order of the problem's list.
-pub type Launch = Box<dyn Fn(&[kernels::Buffer], &Stream) -> Result<()> + Send + Sync>;
+/// Launches on the buffers of the problem.
+pub type Launch = Box<dyn Fn(&Bound, &Stream) -> Result<()> + Send + Sync>;
 
 /// Checks the content of the outputs and changed buffers, which are in the order of the problem's list.
 pub type Judge = Box<dyn Fn(&[Vec<u8>]) -> Result<Errors, String> + Send + Sync>;

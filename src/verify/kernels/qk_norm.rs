@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, Launch, Problem, each, values};
+use super::{Buffer, Case, Launch, Problem, bind, each, values};
 use crate::kernels::{QkNorm, QkNormBackward};
 use half::bf16;
 
@@ -36,33 +36,22 @@ fn scale(x: &[bf16]) -> f64 {
 
 fn launch(s: Shape, backward: bool) -> Launch {
     Box::new(move |p, stream| {
-        let at = s.around;
-        let w = s.weighted.then(|| p[3].input());
         let (rows, pieces, width, pitch) = (s.rows, s.pieces, s.width, s.pitch());
+        let x = p.named("x").input().from_element(s.around);
+        let out = p.named("y or dx").output().from_element(s.around);
         match backward {
-            true => QkNormBackward {
-                dx: p[0].output().from_element(at),
-                scales: s.weighted.then(|| p[1].input()),
-                dy: p[4].input().from_element(at),
-                x: p[2].input().from_element(at),
-                w,
-                rows,
-                pieces,
-                width,
-                pitch,
+            true => {
+                let dy = p.named("dy").input().from_element(s.around);
+                bind!(p, QkNormBackward {
+                    scales if s.weighted, w if s.weighted;
+                    dx: out, dy, x, rows, pieces, width, pitch,
+                })
+                .launch(stream)
             }
-            .launch(stream),
-            false => QkNorm {
-                y: p[0].output().from_element(at),
-                scales: s.weighted.then(|| p[1].output()),
-                x: p[2].input().from_element(at),
-                w,
-                rows,
-                pieces,
-                width,
-                pitch,
-                eps: EPS,
-            }
+            false => bind!(p, QkNorm {
+                scales if s.weighted, w if s.weighted;
+                y: out, x, rows, pieces, width, pitch, eps: EPS,
+            })
             .launch(stream),
         }
     })

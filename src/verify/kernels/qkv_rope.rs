@@ -5,7 +5,7 @@ use super::grouped_down::TILES;
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::{exact, tiles_of_device};
 use super::rope::{Shape, tables};
-use super::{Buffer, Case, Problem, each, pairs, values};
+use super::{Buffer, Case, Problem, each, launch_of, pairs, values};
 use crate::kernels::QkvRopeForward;
 use crate::kernels::bindings::{ROUTEGRAD_TILE_MMA_128X128, routegrad_gemm_tile};
 use crate::kernels::launchers::TILE_AUTO;
@@ -107,22 +107,11 @@ pub fn problem(inputs: &Arc<Inputs>, tile: routegrad_gemm_tile) -> Problem {
     Problem {
         label: format!("{shape:?}, D {hidden}, tile {tile}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            QkvRopeForward {
-                out: p[0].output(),
-                x: p[1].input(),
-                w: p[2].input(),
-                cosines: p[3].input(),
-                sines: p[4].input(),
-                tokens: shape.tokens(),
-                sequence: shape.sequence,
-                heads: shape.heads,
-                key_value_heads: shape.key_value_heads,
-                head_width: shape.width,
-                hidden,
-                tile: tile as i32,
-            }
-            .launch(stream)
+        launch: launch_of!(QkvRopeForward {
+            out, x, w, cosines, sines;
+            tokens: shape.tokens(), sequence: shape.sequence, heads: shape.heads,
+            key_value_heads: shape.key_value_heads, head_width: shape.width, hidden,
+            tile: tile as i32,
         }),
         judge: Box::new(move |out| i.judge(&values(&out[0]))),
     }

@@ -2,7 +2,7 @@
 //! additions is fixed.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, Problem, each, exactly};
+use super::{Buffer, Case, Problem, each, exactly, launch_of};
 use crate::kernels::ranks::{LoadShares, RankFlags, RankSums, RankSumsF64, RankSumsI32};
 
 /// The sum that the kernels compute: terms 0 and 1, 2 and 3 and so on are added, then their sums in the same way.
@@ -31,16 +31,7 @@ macro_rules! sums {
                     Buffer::output("out", size_of::<$number>() * elements),
                     Buffer::input("rows", &rows),
                 ],
-                launch: Box::new(move |p, stream| {
-                    let kernel = $kernel {
-                        out: p[0].output(),
-                        rows: p[1].input(),
-                        ranks,
-                        stride,
-                        elements,
-                    };
-                    kernel.launch(stream)
-                }),
+                launch: launch_of!($kernel { out, rows; ranks, stride, elements }),
                 judge: Box::new(move |out| {
                     exactly::<$number>("out", &out[0], |i| {
                         let terms = (0..ranks).map(|r| rows[r * stride + i]).collect();
@@ -92,15 +83,7 @@ fn flags(ranks: usize, layers: usize) -> Problem {
             Buffer::output("flags", 8 * layers),
             Buffer::input("rows", rows.as_flattened()),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = RankFlags {
-                flags: p[0].output(),
-                rows: p[1].input(),
-                ranks,
-                layers,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(RankFlags { flags, rows; ranks, layers }),
         judge: Box::new(move |out| {
             exactly::<i32>("flags", &out[0], |i| {
                 let all = (0..ranks).map(|r| rows[r * layers + i / 2][i % 2]);
@@ -122,14 +105,7 @@ fn shares(experts: usize, load: f64) -> Problem {
             Buffer::output("fractions", 4 * experts),
             Buffer::input("load", &load),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = LoadShares {
-                fractions: p[0].output(),
-                load: p[1].input(),
-                experts,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(LoadShares { fractions, load; experts }),
         judge: Box::new(move |out| -> Result<Errors, String> {
             let all = load.iter().sum::<f64>().max(1.0);
             exactly::<f32>("fractions", &out[0], |e| (load[e] / all) as f32)

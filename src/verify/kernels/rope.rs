@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, Problem, each, pairs, values};
+use super::{Buffer, Case, Problem, each, launch_of, pairs, values};
 use crate::kernels::Rope;
 use half::bf16;
 
@@ -76,20 +76,10 @@ pub fn problem(shape: Shape, back: bool, in_place: bool) -> Problem {
     Problem {
         label: format!("{shape:?}, back {back}, in place {in_place}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            Rope {
-                y: p[0].output(),
-                x: p[usize::from(!in_place)].input(),
-                cosines: p[2].input(),
-                sines: p[3].input(),
-                tokens,
-                sequence: shape.sequence,
-                heads: shape.heads,
-                key_value_heads: shape.key_value_heads,
-                head_width: shape.width,
-                back,
-            }
-            .launch(stream)
+        launch: launch_of!(Rope {
+            y, x = (if in_place { "y" } else { "x" }), cosines, sines;
+            tokens, sequence: shape.sequence, heads: shape.heads,
+            key_value_heads: shape.key_value_heads, head_width: shape.width, back,
         }),
         judge: Box::new(move |out| judge(&shape, &x, back, &values(&out[0]))),
     }

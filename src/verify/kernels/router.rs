@@ -3,7 +3,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 pub use super::router_shapes::{covering_shapes, small_shapes};
-use super::{Buffer, Case, Problem, each, exactly, machine::POISON, values};
+use super::{Buffer, Case, Problem, bind, each, exactly, launch_of, machine::POISON, values};
 use crate::error::Result;
 use crate::kernels::bindings::*;
 use crate::kernels::launchers;
@@ -359,33 +359,18 @@ pub fn problem_of(batch: Batch) -> Result<Problem> {
         Buffer::input("w", &batch.w),
     ];
     buffers.extend(batch.bias.as_ref().map(|b| Buffer::input("bias", b)));
+    let biased = batch.bias.is_some();
     Ok(Problem {
         label: batch.label(),
         buffers,
         launch: Box::new(move |p, stream| {
-            let kernel = RouterForward {
-                scores: p[0].output(),
-                log_sum_exp: p[1].output(),
-                choices: (choices > 0).then(|| p[2].output()),
-                partials: p[5].output(),
-                first_non_finite: p[3].output(),
-                x: p[6].input(),
-                w: p[7].input(),
-                selection_bias: p.get(8).map(|b| b.input()),
-                tokens,
-                experts,
-                hidden,
-                choices_per_token: choices,
-                score,
-            };
-            kernel.launch(stream)?;
-            let sums = RouterStatistics {
-                statistics: p[4].output(),
-                partials: p[5].input(),
-                tokens,
-                experts,
-            };
-            sums.launch(stream)
+            bind!(p, RouterForward {
+                scores, log_sum_exp, choices if choices > 0, partials, first_non_finite, x, w,
+                selection_bias = "bias" if biased;
+                tokens, experts, hidden, choices_per_token: choices, score,
+            })
+            .launch(stream)?;
+            bind!(p, RouterStatistics { statistics, partials; tokens, experts }).launch(stream)
         }),
         judge: Box::new(move |out| judge(&batch, out)),
     })
@@ -405,15 +390,7 @@ fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
     Ok(Problem {
         label: format!("{tokens} tokens, {experts} experts"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = RouterStatistics {
-                statistics: p[0].output(),
-                partials: p[1].input(),
-                tokens,
-                experts,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(RouterStatistics { statistics, partials; tokens, experts }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();
             for (column, got) in values::<f32>(&out[0]).into_iter().enumerate() {

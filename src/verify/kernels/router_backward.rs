@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random, half_ulp_bf16};
 use super::router::{SCORES, log_sum_exp};
-use super::{Buffer, Case, Problem, each, values};
+use super::{Buffer, Case, Problem, bind, each, values};
 use crate::error::Result;
 use crate::kernels::bindings::*;
 use crate::kernels::launchers;
@@ -271,34 +271,17 @@ pub fn problem(shape: Shape) -> Result<Problem> {
         label: format!("{shape:?}"),
         buffers,
         launch: Box::new(move |p, stream| {
-            let optional = |i: usize| given[i].then(|| p[6 + i].input());
-            let kernel = RouterBackward {
-                dx: p[0].output(),
-                dz: p[1].output(),
-                dw_partials: p[3].output(),
-                scores: p[4].input(),
-                log_sum_exp: Some(p[5].input()),
-                dscores: optional(0),
-                dmean: optional(1),
-                dlse2: optional(2),
-                x: p[9].input(),
-                w: p[10].input(),
-                tokens,
-                experts,
-                hidden,
-                score,
-                accumulate,
-            };
-            kernel.launch(stream)?;
-            let sum = RouterWeightGradient {
-                dw: p[2].output(),
-                dw_partials: p[3].input(),
-                tokens,
-                experts,
-                hidden,
-                accumulate,
-            };
-            sum.launch(stream)
+            bind!(p, RouterBackward {
+                dx, dz, dw_partials, scores, log_sum_exp, dscores if given[0],
+                dmean if given[1], dlse2 if given[2], x, w;
+                tokens, experts, hidden, score, accumulate,
+            })
+            .launch(stream)?;
+            bind!(p, RouterWeightGradient {
+                dw, dw_partials;
+                tokens, experts, hidden, accumulate,
+            })
+            .launch(stream)
         }),
         judge: Box::new(move |out| batch.judge(out)),
     })

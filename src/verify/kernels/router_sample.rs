@@ -2,7 +2,7 @@
 //! of [`crate::tensor::random`]: every choice, factor and mask must be equal.
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, Problem, each, exactly, pairs};
+use super::{Buffer, Case, Problem, each, exactly, launch_of, pairs};
 use crate::error::Result;
 use crate::kernels::bindings::routegrad_draws;
 use crate::kernels::router_sample::RouterSample;
@@ -162,23 +162,10 @@ pub fn problem(shape: Shape) -> Result<Problem> {
     Ok(Problem {
         label: format!("{shape:?}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = RouterSample {
-                experts_chosen: p[0].output(),
-                factors: p[1].output(),
-                kept: p[2].output(),
-                choices: p[3].output(),
-                logits: p[4].input(),
-                draws: sampled.then(|| p[5].input()),
-                tokens,
-                experts,
-                stages,
-                layer: LAYER,
-                epsilon: EPSILON,
-                threshold: THRESHOLD,
-                untrusted: UNTRUSTED,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(RouterSample {
+            experts_chosen, factors, kept, choices, logits, draws if sampled;
+            tokens, experts, stages, layer: LAYER, epsilon: EPSILON, threshold: THRESHOLD,
+            untrusted: UNTRUSTED,
         }),
         judge: Box::new(move |out| {
             let mut errors = exactly::<i32>("experts", &out[0], |i| want.experts[i])?;

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{BOTH, Buffer, Case, Problem, each, pairs, values};
+use super::{BOTH, Buffer, Case, Problem, bind, each, launch_of, pairs, values};
 use crate::kernels::{ColumnSums, GatedRows, GatedRowsBackward, RowArithmetic};
 use half::bf16;
 
@@ -21,17 +21,9 @@ fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place
             "{rows} rows of {width}, one row {one_row}, multiply {multiply}, in place {in_place}"
         ),
         buffers: vec![first, Buffer::input("a", &a), Buffer::input("b", &b)],
-        launch: Box::new(move |p, stream| {
-            RowArithmetic {
-                out: p[0].output(),
-                a: p[usize::from(!in_place)].input(),
-                b: p[2].input(),
-                rows,
-                b_rows,
-                width,
-                multiply,
-            }
-            .launch(stream)
+        launch: launch_of!(RowArithmetic {
+            out, a = (if in_place { "out" } else { "a" }), b;
+            rows, b_rows, width, multiply,
         }),
         judge: Box::new(move |out| {
             let got: Vec<bf16> = values(&out[0]);
@@ -86,17 +78,12 @@ fn sums(s: Sums) -> Problem {
             Buffer::input("scales", &scales),
         ],
         launch: Box::new(move |p, stream| {
-            ColumnSums {
-                parts: p[0].output(),
-                x: p[1].input().from_element(s.around),
-                y: s.y.then(|| p[2].input().from_element(s.around)),
-                scales: s.scales.then(|| p[3].input()),
-                rows: s.rows,
-                width,
-                pitch,
-                piece: s.piece,
-                runs: s.runs,
-            }
+            bind!(p, ColumnSums {
+                parts, scales if s.scales;
+                x: p.named("x").input().from_element(s.around),
+                y: s.y.then(|| p.named("y").input().from_element(s.around)),
+                rows: s.rows, width, pitch, piece: s.piece, runs: s.runs,
+            })
             .launch(stream)
         }),
         judge: Box::new(move |out| {
@@ -151,18 +138,7 @@ fn gated(rows: usize, width: usize) -> Problem {
             Buffer::input("w", &w),
             Buffer::input("v", &v),
         ],
-        launch: Box::new(move |p, stream| {
-            GatedRows {
-                y: p[0].output(),
-                gates: p[1].output(),
-                x: p[2].input(),
-                w: p[3].input(),
-                v: p[4].input(),
-                rows,
-                width,
-            }
-            .launch(stream)
-        }),
+        launch: launch_of!(GatedRows { y, gates, x, w, v; rows, width }),
         judge: Box::new(move |out| {
             let (y, gates): (Vec<bf16>, Vec<f32>) = (values(&out[0]), values(&out[1]));
             let mut errors = Errors::default();
@@ -208,20 +184,9 @@ fn gated_backward(rows: usize, width: usize, accumulate: bool) -> Problem {
             Buffer::input("v", &v),
             Buffer::input("w", &w),
         ],
-        launch: Box::new(move |p, stream| {
-            GatedRowsBackward {
-                dx: p[0].output(),
-                dv: p[1].output(),
-                dscores: p[2].output(),
-                dy: p[3].input(),
-                gates: p[4].input(),
-                v: p[5].input(),
-                w: p[6].input(),
-                rows,
-                width,
-                accumulate,
-            }
-            .launch(stream)
+        launch: launch_of!(GatedRowsBackward {
+            dx, dv, dscores, dy, gates, v, w;
+            rows, width, accumulate,
         }),
         judge: Box::new(move |out| {
             let (dx, dv): (Vec<bf16>, Vec<bf16>) = (values(&out[0]), values(&out[1]));

@@ -1,7 +1,7 @@
 //! Checks SparseMixer's gates and their gradient estimator (`kernels/gates.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{Buffer, Case, Problem, each, values};
+use super::{Buffer, Case, Problem, bind, each, values};
 use crate::kernels::gates::{SampledGates, SampledGatesBackward};
 
 /// Tokens, experts, stages, and the scale of the logits relative to a standard normal.
@@ -117,28 +117,15 @@ fn problem(shape: Shape, backward: bool) -> Problem {
             Buffer::input("kept", &inputs.kept),
         ],
         launch: Box::new(move |p, stream| match backward {
-            true => SampledGatesBackward {
-                dz: p[0].output(),
-                dw: p[1].input(),
-                logits: p[2].input(),
-                experts_chosen: p[3].input(),
-                kept: p[4].input(),
-                tokens,
-                experts,
-                stages,
-                estimator: ESTIMATOR,
-            }
+            true => bind!(p, SampledGatesBackward {
+                dz = "gates or gradients", dw, logits, experts_chosen, kept;
+                tokens, experts, stages, estimator: ESTIMATOR,
+            })
             .launch(stream),
-            false => SampledGates {
-                w: p[0].output(),
-                factors: p[1].input(),
-                logits: p[2].input(),
-                experts_chosen: p[3].input(),
-                kept: p[4].input(),
-                tokens,
-                experts,
-                stages,
-            }
+            false => bind!(p, SampledGates {
+                w = "gates or gradients", factors, logits, experts_chosen, kept;
+                tokens, experts, stages,
+            })
             .launch(stream),
         }),
         judge: Box::new(move |out| {

@@ -2,7 +2,7 @@
 //! where results are exact.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{BOTH, Buffer, Case, Problem, each, exactly, pairs};
+use super::{BOTH, Buffer, Case, Problem, bind, each, exactly, launch_of, pairs};
 use crate::kernels::bindings::{routegrad_state, routegrad_step_outcome, routegrad_step_settings};
 use crate::kernels::step::{LossesAdd, StateCommit, StepDecide};
 use crate::kernels::table::{bytes_of, row_of};
@@ -29,16 +29,12 @@ fn losses(first: bool, with_balance: bool) -> Problem {
         label: format!("first {first}, balance losses {with_balance}"),
         buffers,
         launch: Box::new(move |p, stream| {
-            let balance = |i| with_balance.then(|| p[1].input().from_element(i));
-            let kernel = LossesAdd {
-                sums: p[0].output(),
-                cross_entropy: p[1].input(),
-                auxiliary: balance(1),
-                z: balance(2),
-                share: SHARE,
-                first,
-            };
-            kernel.launch(stream)
+            let term = |i| with_balance.then(|| p.named("terms").input().from_element(i));
+            bind!(p, LossesAdd {
+                sums, cross_entropy = "terms";
+                auxiliary: term(1), z: term(2), share: SHARE, first,
+            })
+            .launch(stream)
         }),
         judge: Box::new(move |out| {
             // All values here are exact.
@@ -101,17 +97,9 @@ fn decide(d: Decision) -> Problem {
             d.parts, d.loss, d.flag, d.clip
         ),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = StepDecide {
-                outcome: p[0].output(),
-                settings: p[1].input(),
-                losses: p[2].input(),
-                flags: Some(p[3].input()),
-                parts: p[4].input(),
-                count,
-                layers: LAYERS,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(StepDecide {
+            outcome, settings, losses, flags, parts;
+            count, layers: LAYERS,
         }),
         judge: Box::new(move |out| {
             let got: routegrad_step_outcome = row_of(&out[0]);
@@ -204,15 +192,7 @@ fn commit(sizes: &'static [usize], accepted: bool) -> Problem {
     Problem {
         label: format!("words {sizes:?}, accepted {accepted}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = StateCommit {
-                states: p[2 * count].input(),
-                outcome: p[2 * count + 1].input(),
-                count,
-                most_words: most,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(StateCommit { states, outcome; count, most_words: most }),
         judge: Box::new(move |out| {
             for (i, (pair, &n)) in out.chunks(2).zip(sizes).enumerate() {
                 let kept = numbers(2 * i as u64 + u64::from(accepted), n);

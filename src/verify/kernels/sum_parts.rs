@@ -1,7 +1,7 @@
 //! Checks the sums of the parts of a weight gradient (`kernels/sum_parts.cu`) against float64.
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
-use super::{BOTH, Buffer, Case, Problem, each, pairs, values};
+use super::{BOTH, Buffer, Case, Problem, each, launch_of, pairs, values};
 use crate::kernels::sum_parts::SumParts;
 
 /// Buffers: out, parts.
@@ -15,16 +15,7 @@ fn problem(count: usize, elements: usize, accumulate: bool) -> Problem {
             Buffer::added_to("out", &before, accumulate),
             Buffer::input("parts", &parts),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = SumParts {
-                out: p[0].output(),
-                parts: p[1].input(),
-                count,
-                elements,
-                accumulate,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(SumParts { out, parts; count, elements, accumulate }),
         judge: Box::new(move |out| {
             let mut errors = Errors::default();
             for (i, got) in values::<f32>(&out[0]).into_iter().enumerate() {

@@ -2,7 +2,7 @@
 
 use super::numbers::{Errors, F32_ROUNDOFF, Random};
 use super::operands::exact;
-use super::{Buffer, Case, Problem, each, values};
+use super::{Buffer, Case, Problem, bind, each, values};
 use crate::kernels::{SwigluBackward, SwigluForward};
 use half::bf16;
 
@@ -30,21 +30,8 @@ fn problem(rows: usize, ffn: usize, spread: f32, backward: bool) -> Problem {
         label: format!("T {rows}, F {ffn}, spread {spread}"),
         buffers: vec![Buffer::output(output, bytes), input, Buffer::input("h", &h)],
         launch: Box::new(move |p, stream| match backward {
-            true => SwigluBackward {
-                dh: p[0].output(),
-                da: p[1].input(),
-                h: p[2].input(),
-                rows,
-                ffn,
-            }
-            .launch(stream),
-            false => SwigluForward {
-                a: p[0].output(),
-                h: p[2].input(),
-                rows,
-                ffn,
-            }
-            .launch(stream),
+            true => bind!(p, SwigluBackward { dh, da, h; rows, ffn }).launch(stream),
+            false => bind!(p, SwigluForward { a, h; rows, ffn }).launch(stream),
         }),
         judge: Box::new(move |out| {
             let got: Vec<bf16> = values(&out[0]);

@@ -3,7 +3,7 @@
 //! of a part of a warp (the two lanes that free a multicast buffer).
 
 use super::numbers::{Errors, Random};
-use super::{Buffer, Case, Problem, each, exactly, pairs, values};
+use super::{Buffer, Case, Problem, each, exactly, launch_of, pairs, values};
 use crate::kernels::bindings::routegrad_unit_box;
 use crate::kernels::unit::{
     UnitGather, UnitMulticast, UnitSoftmax, UnitTmaLoad, UnitTmaStore, UnitWgmma,
@@ -99,18 +99,10 @@ fn wgmma((n, swizzle, a_mn, b_mn, registers): (usize, usize, bool, bool, bool)) 
             Buffer::input("a", &a),
             Buffer::input("b", &b),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = UnitWgmma {
-                c: p[0].output(),
-                a: p[1].input(),
-                b: p[2].input(),
-                n,
-                a_mn_major: a_mn,
-                b_mn_major: b_mn,
-                a_in_registers: registers,
-                swizzle: swizzle as i32,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(UnitWgmma {
+            c, a, b;
+            n, a_mn_major: a_mn, b_mn_major: b_mn, a_in_registers: registers,
+            swizzle: swizzle as i32,
         }),
         judge: Box::new(move |out| exactly::<f32>("c", &out[0], |i| at(&a, &b, i / n, i % n))),
     }
@@ -201,14 +193,7 @@ fn tma_load(b: routegrad_unit_box) -> Problem {
             Buffer::output("box", want.len() * 2),
             Buffer::input("tensor", &tensor),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = UnitTmaLoad {
-                out: p[0].output(),
-                tensor: p[1].input(),
-                place: &b,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(UnitTmaLoad { out = "box", tensor; place: &b }),
         judge: Box::new(move |out| exactly::<u16>("box", &out[0], |i| want[i])),
     }
 }
@@ -227,14 +212,7 @@ fn tma_store(b: routegrad_unit_box) -> Problem {
             Buffer::output("tensor", want.len() * 2),
             Buffer::input("box", &shared),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = UnitTmaStore {
-                tensor: p[0].output(),
-                input: p[1].input(),
-                place: &b,
-            };
-            kernel.launch(stream)
-        }),
+        launch: launch_of!(UnitTmaStore { tensor, input = "box"; place: &b }),
         judge: Box::new(move |out| exactly::<u16>("tensor", &out[0], |i| want[i])),
     }
 }
@@ -246,16 +224,9 @@ fn multicast(masks: [i32; 2]) -> Problem {
     Problem {
         label: format!("masks {masks:?}"),
         buffers: vec![Buffer::output("out", 4 * ROUNDS * 4096 * 2), input],
-        launch: Box::new(move |p, stream| {
-            let kernel = UnitMulticast {
-                out: p[0].output(),
-                tensor: p[1].input(),
-                rounds: ROUNDS,
-                clusters: 2,
-                mask0: masks[0],
-                mask1: masks[1],
-            };
-            kernel.launch(stream)
+        launch: launch_of!(UnitMulticast {
+            out, tensor;
+            rounds: ROUNDS, clusters: 2, mask0: masks[0], mask1: masks[1],
         }),
         judge: Box::new(move |out| {
             exactly::<u16>("out", &out[0], |i| {
@@ -284,16 +255,9 @@ fn gather(columns: usize, transpose: bool, by_mbarrier: bool) -> Problem {
     Problem {
         label: format!("{columns} columns, transposed {transpose}, by mbarrier {by_mbarrier}"),
         buffers,
-        launch: Box::new(move |p, stream| {
-            let kernel = UnitGather {
-                out: p[0].output(),
-                input: p[1].input(),
-                index: p[2].input(),
-                columns,
-                transpose,
-                by_mbarrier,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(UnitGather {
+            out, input = "in", index;
+            columns, transpose, by_mbarrier,
         }),
         judge: Box::new(move |out| {
             exactly::<u16>("out", &out[0], |i| {
@@ -324,15 +288,9 @@ fn softmax() -> Problem {
             Buffer::changed("warps_seen", &[0i32]),
             Buffer::input("in", &input),
         ],
-        launch: Box::new(move |p, stream| {
-            let kernel = UnitSoftmax {
-                out: p[0].output(),
-                warps_seen: p[1].output(),
-                input: p[2].input(),
-                rows: ROWS,
-                columns: COLUMNS,
-            };
-            kernel.launch(stream)
+        launch: launch_of!(UnitSoftmax {
+            out, warps_seen, input = "in";
+            rows: ROWS, columns: COLUMNS,
         }),
         judge: Box::new(move |out| {
             exactly::<i32>("warps_seen", &out[1], |_| ROWS as i32 * 8)?;
