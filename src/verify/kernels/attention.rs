@@ -284,48 +284,40 @@ impl Inputs {
     pub fn judge(&self, out: &[u8], log_sum_exp: &[u8]) -> Result<Errors, String> {
         let (out, lse): (Vec<bf16>, Vec<f32>) = (values(out), values(log_sum_exp));
         let sizes = self.shape.sizes;
-        let judged: Result<Vec<Errors>, String> = self
-            .judged()
-            .into_par_iter()
-            .map(|query| {
-                let mut errors = Errors::default();
-                let weights = self.weights(query);
-                let Query {
-                    sequence,
-                    head,
-                    row,
-                } = query;
-                let got = f64::from(lse[(sequence * sizes.heads + head) * sizes.sequence + row]);
-                let want = weights.log_sum_exp;
-                let sums = weights.scores.len() as f64 * F32_ROUNDOFF + weights.slack;
-                if weights.scores.is_empty() {
-                    if got != want {
-                        return Err(format!("{query:?}: log Σ exp is {got} instead of {want}"));
-                    }
-                } else {
-                    let bound = sums + 4.0 * F32_ROUNDOFF * want.abs();
-                    let mut of_lse = Errors::default();
-                    of_lse.add(got, want, bound, || format!("{query:?}: log Σ exp"))?;
+        let parts = self.judged().into_par_iter();
+        let parts = parts.map(|query| {
+            let mut errors = Errors::default();
+            let weights = self.weights(query);
+            let Query {
+                sequence,
+                head,
+                row,
+            } = query;
+            let got = f64::from(lse[(sequence * sizes.heads + head) * sizes.sequence + row]);
+            let want = weights.log_sum_exp;
+            let sums = weights.scores.len() as f64 * F32_ROUNDOFF + weights.slack;
+            if weights.scores.is_empty() {
+                if got != want {
+                    return Err(format!("{query:?}: log Σ exp is {got} instead of {want}"));
                 }
-                let line = (sequence * sizes.sequence + row) * self.shape.out_width();
-                let got = &out[line + head * sizes.width..][..sizes.width];
-                for (i, (got, want)) in got.iter().zip(self.output(query, &weights)).enumerate() {
-                    let (want, terms) = want;
-                    let sum = (BF16_ROUNDOFF + 2.0 * sums) * terms + LEAST_NORMAL;
-                    let bound = half_ulp_bf16(want.abs() + sum) + sum;
-                    errors.add(exact(*got), want, bound, || {
-                        format!("{query:?}, column {i}")
-                    })?;
-                }
-                Ok(errors)
-            })
-            .collect();
-        let mut errors = Errors::default();
-        judged?.into_iter().for_each(|row| errors.merge(row));
-        if !(errors.relative() <= 4e-3) {
-            return Err(format!("relative error {:.2e} > 4e-3", errors.relative()));
-        }
-        Ok(errors)
+            } else {
+                let bound = sums + 4.0 * F32_ROUNDOFF * want.abs();
+                let mut of_lse = Errors::default();
+                of_lse.add(got, want, bound, || format!("{query:?}: log Σ exp"))?;
+            }
+            let line = (sequence * sizes.sequence + row) * self.shape.out_width();
+            let got = &out[line + head * sizes.width..][..sizes.width];
+            for (i, (got, want)) in got.iter().zip(self.output(query, &weights)).enumerate() {
+                let (want, terms) = want;
+                let sum = (BF16_ROUNDOFF + 2.0 * sums) * terms + LEAST_NORMAL;
+                let bound = half_ulp_bf16(want.abs() + sum) + sum;
+                errors.add(exact(*got), want, bound, || {
+                    format!("{query:?}, column {i}")
+                })?;
+            }
+            Ok(errors)
+        });
+        Errors::of_parts(parts)?.at_most(4e-3)
     }
 }
 

@@ -9,22 +9,16 @@ use crate::kernels::balance::{
 
 /// Compares with the sum of the terms in float64; the kernel rounds once.
 fn judge_sum(out: &[u8], want: f64) -> Result<Errors, String> {
-    let mut errors = Errors::default();
-    let got = f64::from(values::<f32>(out)[0]);
     let bound = 2.0 * F32_ROUNDOFF * want.abs() + 1e-37;
-    errors.add(got, want, bound, || "the sum".into())?;
-    Ok(errors)
+    Errors::within("sum", &values::<f32>(out), |_| (want, bound))
 }
 
 /// Compares with the products of one factor and each number, within a few roundings.
 fn judge_products(out: &[u8], factor: f64, numbers: &[f32]) -> Result<Errors, String> {
-    let mut errors = Errors::default();
-    for (i, (got, &number)) in values::<f32>(out).into_iter().zip(numbers).enumerate() {
-        let want = factor * f64::from(number);
-        let bound = 4.0 * F32_ROUNDOFF * want.abs();
-        errors.add(f64::from(got), want, bound, || format!("element {i}"))?;
-    }
-    Ok(errors)
+    Errors::within("element", &values::<f32>(out), |i| {
+        let want = factor * f64::from(numbers[i]);
+        (want, 4.0 * F32_ROUNDOFF * want.abs())
+    })
 }
 
 fn sum_of_products(a: &[f32], b: &[f32]) -> f64 {
@@ -103,11 +97,8 @@ fn weighted(count: usize, backward: bool) -> Problem {
                     sum + f64::from(*t).abs() * f64::from(*c).abs()
                 });
                 let want = sum_of_products(&terms, &coefficients);
-                let got = f64::from(values::<f32>(&out[0])[0]);
-                let mut errors = Errors::default();
                 let bound = F32_ROUNDOFF * want.abs() + 1e-13 * size;
-                errors.add(got, want, bound, || "the sum".into())?;
-                Ok(errors)
+                Errors::within("sum", &values::<f32>(&out[0]), |_| (want, bound))
             }
         }),
     }

@@ -117,33 +117,25 @@ impl Inputs {
     fn judge(&self, bytes: &[u8]) -> Result<Errors, String> {
         let got: Vec<bf16> = values(bytes);
         let terms = (self.routed.experts() + self.routed.slots() + 2) as f64;
-        let judged: Result<Vec<Errors>, String> = got
-            .par_chunks(self.hidden)
-            .enumerate()
-            .map(|(token, got)| {
-                let mut errors = Errors::default();
-                for (column, (got, want)) in got.iter().zip(self.token(token)).enumerate() {
-                    let (want, magnitude, of_vectors) = want;
-                    let place = || format!("token {token}, column {column}");
-                    if !want.is_finite() {
-                        if got.is_finite() {
-                            return Err(format!("{}: got {got} instead of {want}", place()));
-                        }
-                        continue;
+        let parts = got.par_chunks(self.hidden).enumerate();
+        let parts = parts.map(|(token, got)| {
+            let mut errors = Errors::default();
+            for (column, (got, want)) in got.iter().zip(self.token(token)).enumerate() {
+                let (want, magnitude, of_vectors) = want;
+                let place = || format!("token {token}, column {column}");
+                if !want.is_finite() {
+                    if got.is_finite() {
+                        return Err(format!("{}: got {got} instead of {want}", place()));
                     }
-                    let sum = terms * F32_ROUNDOFF * magnitude + 3.0 * SPLIT * of_vectors;
-                    let bound = half_ulp_bf16(want.abs() + sum) + sum;
-                    errors.add(got.to_f64(), want, bound, place)?;
+                    continue;
                 }
-                Ok(errors)
-            })
-            .collect();
-        let mut errors = Errors::default();
-        judged?.into_iter().for_each(|token| errors.merge(token));
-        if !(errors.relative() <= 2e-3) {
-            return Err(format!("relative error {:.2e} > 2e-3", errors.relative()));
-        }
-        Ok(errors)
+                let sum = terms * F32_ROUNDOFF * magnitude + 3.0 * SPLIT * of_vectors;
+                let bound = half_ulp_bf16(want.abs() + sum) + sum;
+                errors.add(got.to_f64(), want, bound, place)?;
+            }
+            Ok(errors)
+        });
+        Errors::of_parts(parts)?.at_most(2e-3)
     }
 
     /// Describes the problem, for messages.

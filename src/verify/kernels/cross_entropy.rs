@@ -238,14 +238,12 @@ fn mean_problem(tokens: usize, factor: f32) -> Problem {
         buffers: vec![Buffer::output("loss", 4), Buffer::input("losses", &losses)],
         launch: launch_of!(CrossEntropyMean { loss, losses; tokens, factor }),
         judge: Box::new(move |out| {
-            let mut errors = Errors::default();
             let sum: f64 = losses.iter().map(|&l| f64::from(l)).sum();
             let magnitude: f64 = losses.iter().map(|&l| f64::from(l.abs())).sum();
-            let (got, want) = (values::<f32>(&out[0])[0], f64::from(factor) * sum);
+            let want = f64::from(factor) * sum;
             let depth = (tokens.div_ceil(256) + 14) as f64;
             let bound = depth * F32_ROUNDOFF * magnitude * f64::from(factor);
-            errors.add(f64::from(got), want, bound, || "loss".into())?;
-            Ok(errors)
+            Errors::within("loss", &values::<f32>(&out[0]), |_| (want, bound))
         }),
     }
 }
@@ -282,27 +280,20 @@ fn scale_problem(elements: usize, narrow: bool, accumulate: bool) -> Problem {
             elements, bf16_elements: narrow, accumulate,
         }),
         judge: Box::new(move |out| {
-            let (narrowed, wide): (Vec<bf16>, Vec<f32>) = match narrow {
-                true => (values(&out[0]), vec![]),
-                false => (vec![], values(&out[0])),
-            };
-            let mut errors = Errors::default();
-            for i in 0..elements {
+            let want = |i: usize| {
                 let old = if accumulate {
                     f64::from(before[i])
                 } else {
                     0.0
                 };
                 let term = f64::from(FACTOR) * f64::from(input[i]);
-                let want = term + old;
                 let error = 2.0 * F32_ROUNDOFF * (term.abs() + old.abs());
-                let place = || format!("element {i}");
-                match narrow {
-                    true => errors.add_bf16(narrowed[i], want, error, place)?,
-                    false => errors.add(wide[i].into(), want, error, place)?,
-                }
+                (term + old, error)
+            };
+            match narrow {
+                true => Errors::within("element", &values::<bf16>(&out[0]), want),
+                false => Errors::within("element", &values::<f32>(&out[0]), want),
             }
-            Ok(errors)
         }),
     }
 }

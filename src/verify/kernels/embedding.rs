@@ -133,7 +133,6 @@ pub fn gradient_problem(
             tokens, vocabulary, hidden, accumulate,
         }),
         judge: Box::new(move |out| {
-            let got: Vec<f32> = values(&out[0]);
             // Σ, Σ of magnitudes, and number of terms.
             let mut sums = vec![(0.0, 0.0); vocabulary * hidden];
             let mut terms = vec![0usize; vocabulary];
@@ -148,8 +147,8 @@ pub fn gradient_problem(
                     *sum = (sum.0 + d, sum.1 + d.abs());
                 }
             }
-            let mut errors = Errors::default();
-            for (i, (&got, (sum, magnitude))) in got.iter().zip(sums).enumerate() {
+            Errors::within("dw", &values::<f32>(&out[0]), |i| {
+                let (sum, magnitude) = sums[i];
                 let old = if accumulate {
                     f64::from(before[i])
                 } else {
@@ -159,10 +158,8 @@ pub fn gradient_problem(
                 let count = terms[i / hidden];
                 let depth = (count.min(64) + count.div_ceil(64) + 2) as f64;
                 let bound = F32_ROUNDOFF * (depth * magnitude + (old + sum).abs());
-                let place = || format!("dw of id {}, column {}", i / hidden, i % hidden);
-                errors.add(f64::from(got), old + sum, bound, place)?;
-            }
-            Ok(errors)
+                (old + sum, bound)
+            })
         }),
     }
 }

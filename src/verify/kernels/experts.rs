@@ -203,9 +203,5 @@ pub fn written<'a>(name: &str, output: &'a [u8], bytes: usize) -> Result<&'a [u8
 /// # Errors
 /// When the relative error is larger.
 pub fn rounding_alone(errors: Errors) -> Result<Errors, String> {
-    if errors.relative() <= 2.5e-3 {
-        Ok(errors)
-    } else {
-        Err(format!("relative error {:.2e} > 2.5e-3", errors.relative()))
-    }
+    errors.at_most(2.5e-3)
 }

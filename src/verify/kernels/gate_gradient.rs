@@ -100,30 +100,22 @@ impl Inputs {
     /// A text that names the gate.
     fn judge(&self, bytes: &[u8]) -> Result<Errors, String> {
         let got: Vec<f32> = values(bytes);
-        let judged: Result<Vec<Errors>, String> = got
-            .par_chunks(self.routed.experts())
-            .enumerate()
-            .map(|(token, got)| {
-                let mut errors = Errors::default();
-                let rows = self.routed.row_of_expert(token);
-                for (expert, (&got, row)) in got.iter().zip(rows).enumerate() {
-                    let (want, bound) = self.gate(token, expert, row);
-                    let place = || format!("token {token}, expert {expert}");
-                    if want.is_finite() {
-                        errors.add(f64::from(got), want, bound, place)?;
-                    } else if got.is_finite() {
-                        return Err(format!("{}: got {got} instead of {want}", place()));
-                    }
+        let parts = got.par_chunks(self.routed.experts()).enumerate();
+        let parts = parts.map(|(token, got)| {
+            let mut errors = Errors::default();
+            let rows = self.routed.row_of_expert(token);
+            for (expert, (&got, row)) in got.iter().zip(rows).enumerate() {
+                let (want, bound) = self.gate(token, expert, row);
+                let place = || format!("token {token}, expert {expert}");
+                if want.is_finite() {
+                    errors.add(f64::from(got), want, bound, place)?;
+                } else if got.is_finite() {
+                    return Err(format!("{}: got {got} instead of {want}", place()));
                 }
-                Ok(errors)
-            })
-            .collect();
-        let mut errors = Errors::default();
-        judged?.into_iter().for_each(|token| errors.merge(token));
-        if !(errors.relative() <= 1e-5) {
-            return Err(format!("relative error {:.2e} > 1e-5", errors.relative()));
-        }
-        Ok(errors)
+            }
+            Ok(errors)
+        });
+        Errors::of_parts(parts)?.at_most(1e-5)
     }
 
     /// Checks that each row equals g of its token, and that rows that belong to no slot are unchanged.

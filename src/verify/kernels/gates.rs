@@ -118,10 +118,8 @@ fn problem(batch: Batch, kind: Kind) -> Problem {
             for (t, chosen) in chosen.iter().enumerate() {
                 let at = t * experts..(t + 1) * experts;
                 let want = row(kind, &p[at.clone()], &dw[at.clone()], chosen);
-                for (e, (&got, (want, bound))) in got[at].iter().zip(want).enumerate() {
-                    let place = || format!("token {t}, expert {e}");
-                    errors.add(f64::from(got), want, bound, place)?;
-                }
+                let name = format!("token {t}, expert");
+                errors.merge(Errors::within(&name, &got[at], |e| want[e])?);
             }
             Ok(errors)
         }),

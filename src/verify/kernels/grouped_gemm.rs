@@ -54,20 +54,11 @@ pub fn judge(operands: &Operands, bytes: &[u8]) -> Result<Errors, String> {
     if !rest.iter().all(|&b| b == POISON) {
         return Err("rows past the last expert's were written".into());
     }
-    let judged: Result<Vec<Errors>, String> = operands
-        .reference()
-        .par_iter()
-        .map(|(line, want)| {
-            judge_line(
-                operands,
-                *line,
-                want,
-                &written[line * width * size..(line + 1) * width * size],
-            )
-        })
-        .collect();
-    let mut errors = Errors::default();
-    judged?.into_iter().for_each(|line| errors.merge(line));
+    let lines = operands.reference().par_iter();
+    let errors = Errors::of_parts(lines.map(|(line, want)| {
+        let bytes = &written[line * width * size..(line + 1) * width * size];
+        judge_line(operands, *line, want, bytes)
+    }))?;
     // The root mean square error of rounding to 8 bits is 1.6e-3 of the value. In f32, a tensor core may truncate the sum
     // instead of rounding it at every step of 16 products; this error always has the same sign and grows with the number
     // of steps.
@@ -76,13 +67,7 @@ pub fn judge(operands: &Operands, bytes: &[u8]) -> Result<Errors, String> {
         WeightGradient => 1e-6 + 2.0 * F32_ROUNDOFF * deepest as f64 / 16.0,
         _ => 2e-3,
     };
-    if !(errors.relative() <= limit) {
-        return Err(format!(
-            "relative error {:.2e} > {limit:.0e}",
-            errors.relative()
-        ));
-    }
-    Ok(errors)
+    errors.at_most(limit)
 }
 
 fn judge_line(
@@ -92,38 +77,29 @@ fn judge_line(
     bytes: &[u8],
 ) -> Result<Errors, String> {
     let width = want.len();
-    let place = |i: usize| move || format!("line {line}, element {i}");
-    let mut errors = Errors::default();
+    let name = format!("line {line}, element");
     if operands.product == WeightGradient {
         let depth = operands.shape.counts[line / operands.shape.n] as f64 + 1.0;
-        let got: Vec<f32> = values(bytes);
-        for (i, (got, &(want, magnitude))) in got.into_iter().zip(want).enumerate() {
-            let before = operands
-                .added_to
-                .as_ref()
-                .map_or(0.0, |b| f64::from(b[line * width + i]));
-            let want = want + before;
+        let before = operands.added_to.as_ref();
+        return Errors::within(&name, &values::<f32>(bytes), |i| {
+            let before = before.map_or(0.0, |b| f64::from(b[line * width + i]));
+            let (sum, magnitude) = want[i];
+            let want = sum + before;
             let bound = F32_ROUNDOFF * (depth * magnitude + want.abs() + before.abs());
-            errors.add(f64::from(got), want, bound, place(i))?;
-        }
-        return Ok(errors);
+            (want, bound)
+        });
     }
     let depth = if operands.product == Forward {
         operands.shape.k
     } else {
         operands.shape.n
     };
-    let got: Vec<bf16> = values(bytes);
-    for (i, (got, &(want, magnitude))) in got.into_iter().zip(want).enumerate() {
+    let got: Vec<f64> = values(bytes).into_iter().map(bf16::to_f64).collect();
+    Errors::within(&name, &got, |i| {
+        let (want, magnitude) = want[i];
         let sum = F32_ROUNDOFF * depth as f64 * magnitude;
-        errors.add(
-            got.to_f64(),
-            want,
-            half_ulp_bf16(want.abs() + sum) + sum,
-            place(i),
-        )?;
-    }
-    Ok(errors)
+        (want, half_ulp_bf16(want.abs() + sum) + sum)
+    })
 }
 
 fn launch(o: &Operands, tile: i32) -> Launch {

@@ -46,28 +46,21 @@ impl Forward {
         let (rows, ffn) = (self.layer.rows(), self.layer.ffn);
         let h: Vec<bf16> = values(written("h", &outputs[0], rows * ffn * 4)?);
         let a: Vec<bf16> = values(written("a", &outputs[1], rows * ffn * 2)?);
-        let judged: Result<Vec<Errors>, String> = self
-            .operands
-            .reference()
-            .par_iter()
-            .map(|(row, line)| {
-                let mut errors = Errors::default();
-                let sum = |i: usize| Bounded::sum(self.layer.hidden, line[i]);
-                for i in 0..2 * ffn {
-                    let place = || format!("h row {row}, element {i}");
-                    add_bf16(&mut errors, h[row * 2 * ffn + i], sum(i), place)?;
-                }
-                for i in 0..ffn {
-                    let place = || format!("a row {row}, element {i}");
-                    let want = swiglu(sum(i)).0.times(sum(ffn + i));
-                    add_bf16(&mut errors, a[row * ffn + i], want, place)?;
-                }
-                Ok(errors)
-            })
-            .collect();
-        let mut errors = Errors::default();
-        judged?.into_iter().for_each(|row| errors.merge(row));
-        rounding_alone(errors)
+        let parts = self.operands.reference().par_iter().map(|(row, line)| {
+            let mut errors = Errors::default();
+            let sum = |i: usize| Bounded::sum(self.layer.hidden, line[i]);
+            for i in 0..2 * ffn {
+                let place = || format!("h row {row}, element {i}");
+                add_bf16(&mut errors, h[row * 2 * ffn + i], sum(i), place)?;
+            }
+            for i in 0..ffn {
+                let place = || format!("a row {row}, element {i}");
+                let want = swiglu(sum(i)).0.times(sum(ffn + i));
+                add_bf16(&mut errors, a[row * ffn + i], want, place)?;
+            }
+            Ok(errors)
+        });
+        rounding_alone(Errors::of_parts(parts)?)
     }
 }
 
@@ -141,19 +134,12 @@ impl Backward {
         let dh: Vec<bf16> = values(written("dh", &outputs[0], rows * ffn * 4)?);
         let scaled_a: Vec<bf16> = values(written("scaled_a", &outputs[1], rows * ffn * 2)?);
         let dots: Vec<f32> = values(written("dots", &outputs[2], rows * dot_columns * 4)?);
-        let judged: Result<Vec<Errors>, String> = self
-            .operands
-            .reference()
-            .par_iter()
-            .map(|(row, line)| {
-                let dots = &dots[row * dot_columns..(row + 1) * dot_columns];
-                let dh = &dh[row * 2 * ffn..(row + 1) * 2 * ffn];
-                self.judge_row(*row, line, tile_columns, dh, &scaled_a[row * ffn..], dots)
-            })
-            .collect();
-        let mut errors = Errors::default();
-        judged?.into_iter().for_each(|row| errors.merge(row));
-        rounding_alone(errors)
+        let parts = self.operands.reference().par_iter().map(|(row, line)| {
+            let dots = &dots[row * dot_columns..(row + 1) * dot_columns];
+            let dh = &dh[row * 2 * ffn..(row + 1) * 2 * ffn];
+            self.judge_row(*row, line, tile_columns, dh, &scaled_a[row * ffn..], dots)
+        });
+        rounding_alone(Errors::of_parts(parts)?)
     }
 
     fn judge_row(

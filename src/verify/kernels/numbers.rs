@@ -132,6 +132,51 @@ impl Errors {
         self.add(got.to_f64(), want, bound, place)
     }
 
+    /// Returns the errors of values against their references: for each index the value and the bound, which for a bf16
+    /// is that of its f32 value.
+    ///
+    /// # Errors
+    /// As [`add`](Self::add) and [`add_bf16`](Self::add_bf16); the message names the element: `name` and its index.
+    pub fn within<T: Number>(
+        name: &str,
+        got: &[T],
+        mut want: impl FnMut(usize) -> (f64, f64),
+    ) -> Result<Self, String> {
+        let mut errors = Self::default();
+        for (i, got) in got.iter().enumerate() {
+            let (got, (want, bound)) = ((*got).into(), want(i));
+            let place = || format!("{name} {i}");
+            match T::BF16 {
+                true => errors.add_bf16(bf16::from_f64(got), want, bound, place)?,
+                false => errors.add(got, want, bound, place)?,
+            }
+        }
+        Ok(errors)
+    }
+
+    /// Returns the errors of all parts of the result, which are computed in parallel.
+    ///
+    /// # Errors
+    /// That of a part.
+    pub fn of_parts(
+        parts: impl ParallelIterator<Item = Result<Self, String>>,
+    ) -> Result<Self, String> {
+        let parts: Vec<Self> = parts.collect::<Result<_, String>>()?;
+        let mut errors = Self::default();
+        parts.into_iter().for_each(|part| errors.merge(part));
+        Ok(errors)
+    }
+
+    /// # Errors
+    /// When the relative error is larger than `limit`, or is NaN.
+    pub fn at_most(self, limit: f64) -> Result<Self, String> {
+        let relative = self.relative();
+        match relative <= limit {
+            true => Ok(self),
+            false => Err(format!("relative error {relative:.2e} > {limit:.1e}")),
+        }
+    }
+
     /// Adds the errors of another part of the result.
     pub fn merge(&mut self, other: Errors) {
         self.values += other.values;
@@ -153,6 +198,17 @@ impl Errors {
     pub fn worst(&self) -> f64 {
         self.worst
     }
+}
+
+/// A type of values that kernels write.
+pub trait Number: Copy + Into<f64> {
+    /// Whether values are rounded to bf16 from f32.
+    const BF16: bool = false;
+}
+impl Number for f32 {}
+impl Number for f64 {}
+impl Number for bf16 {
+    const BF16: bool = true;
 }
 
 #[cfg(test)]

@@ -52,28 +52,20 @@ impl Inputs {
     fn judge(&self, out: &[bf16]) -> Result<Errors, String> {
         let (shape, half) = (self.shape, self.shape.width / 2);
         let turned = (shape.heads + shape.key_value_heads) * shape.width;
-        let rows: Result<Vec<Errors>, String> = out
-            .par_chunks(shape.row())
-            .enumerate()
-            .map(|(token, got)| {
-                let (product, mut errors) = (self.product(token), Errors::default());
-                for (column, &got) in got.iter().enumerate() {
-                    let i = column % shape.width;
-                    let (sine, cosine) = shape.angle(token, i % half).sin_cos();
-                    let want = match (column < turned, i < half) {
-                        (false, _) => product[column],
-                        (_, true) => turn(product[column], product[column + half], [cosine, -sine]),
-                        (_, false) => turn(product[column], product[column - half], [cosine, sine]),
-                    };
-                    let place = || format!("token {token}, column {column}");
-                    errors.add_bf16(got, want.value, want.error, place)?;
-                }
-                Ok(errors)
+        let rows = out.par_chunks(shape.row()).enumerate();
+        Errors::of_parts(rows.map(|(token, got)| {
+            let product = self.product(token);
+            Errors::within(&format!("token {token}, column"), got, |column| {
+                let i = column % shape.width;
+                let (sine, cosine) = shape.angle(token, i % half).sin_cos();
+                let want = match (column < turned, i < half) {
+                    (false, _) => product[column],
+                    (_, true) => turn(product[column], product[column + half], [cosine, -sine]),
+                    (_, false) => turn(product[column], product[column - half], [cosine, sine]),
+                };
+                (want.value, want.error)
             })
-            .collect();
-        let mut errors = Errors::default();
-        rows?.into_iter().for_each(|row| errors.merge(row));
-        Ok(errors)
+        }))
     }
 }
 

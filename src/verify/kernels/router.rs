@@ -170,16 +170,15 @@ fn judge_token(batch: &Batch, token: usize, scores: &[f32], lse: f32) -> Result<
     let want_lse = log_sum_exp(logits.iter().map(|z| z.0));
     let bounds: Vec<f64> = logits.iter().map(|z| batch.logit_bound(z.1)).collect();
     let widest = bounds.iter().copied().fold(0.0, f64::max);
-    let mut errors = Errors::default();
     let lse_bound = widest + F32_ROUNDOFF * (8.0 + 2.0 * want_lse.abs());
-    let mut unused = Errors::default();
-    unused.add(f64::from(lse), want_lse, lse_bound, || {
-        format!("log_sum_exp of token {token}")
+    Errors::within(&format!("log_sum_exp of token {token},"), &[lse], |_| {
+        (want_lse, lse_bound)
     })?;
-    for (e, &(z, _)) in logits.iter().enumerate() {
+    Errors::within(&format!("score of token {token}, expert"), scores, |e| {
+        let z = logits[e].0;
         // Rounding of the exponent's argument, then the relative errors of exp and the division.
         let relative = F32_ROUNDOFF * (16.0 + 2.0 * z.abs() + want_lse.abs());
-        let (want, bound) = match score {
+        match score {
             ROUTEGRAD_SCORE_SOFTMAX => {
                 let p = (z - want_lse).exp();
                 (p, p * ((2.0 * widest).exp_m1() + 2.0 * relative) + 1e-37)
@@ -190,12 +189,8 @@ fn judge_token(batch: &Batch, token: usize, scores: &[f32], lse: f32) -> Result<
             }
             ROUTEGRAD_SCORE_RELU => (z.max(0.0), bounds[e]),
             _ => (z, bounds[e]),
-        };
-        errors.add(f64::from(scores[e]), want, bound, || {
-            format!("score of token {token}, expert {e}")
-        })?;
-    }
-    Ok(errors)
+        }
+    })
 }
 
 /// The outputs of the kernel.
@@ -317,13 +312,7 @@ fn judge(batch: &Batch, bytes: &[Vec<u8>]) -> Result<Errors, String> {
         1.0
     };
     let limit = 1e-6 * magnitude + 2.0 * F32_ROUNDOFF * hidden as f64 / 16.0;
-    if !(errors.relative() <= limit) {
-        return Err(format!(
-            "relative error {:.2e} > {limit:.0e}",
-            errors.relative()
-        ));
-    }
-    Ok(errors)
+    errors.at_most(limit)
 }
 
 /// Returns both launches of the forward. Outputs: scores, log_sum_exp, choices, first_non_finite, statistics.
@@ -392,8 +381,7 @@ fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
         buffers,
         launch: launch_of!(RouterStatistics { statistics, partials; tokens, experts }),
         judge: Box::new(move |out| {
-            let mut errors = Errors::default();
-            for (column, got) in values::<f32>(&out[0]).into_iter().enumerate() {
+            Errors::within("statistic", &values::<f32>(&out[0]), |column| {
                 let terms = partials.iter().skip(column).step_by(width);
                 let (sum, size) = terms.fold((0.0, 0.0), |(sum, size), &v| {
                     (sum + f64::from(v), size + f64::from(v.abs()))
@@ -401,11 +389,8 @@ fn statistics(tokens: usize, experts: usize) -> Result<Problem> {
                 let count = (experts..2 * experts).contains(&column);
                 let divisor = if count { 1.0 } else { tokens as f64 };
                 let bound = F32_ROUNDOFF * (floats / width + 2) as f64 * size / divisor;
-                errors.add(f64::from(got), sum / divisor, bound, || {
-                    format!("statistic {column}")
-                })?;
-            }
-            Ok(errors)
+                (sum / divisor, bound)
+            })
         }),
     })
 }

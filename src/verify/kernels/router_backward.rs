@@ -132,12 +132,7 @@ impl Batch {
     }
 
     fn judge_dz(&self, got: &[f32]) -> Result<Errors, String> {
-        let mut errors = Errors::default();
-        for (i, (&got, &(want, bound))) in got.iter().zip(&self.dz).enumerate() {
-            let place = || format!("dz[{i}]");
-            errors.add(f64::from(got), want, bound, place)?;
-        }
-        Ok(errors)
+        Errors::within("dz", got, |i| self.dz[i])
     }
 
     /// Checks Σ_e dz W, computed with two terms of each factor and without the product of the two smaller terms.
@@ -145,10 +140,10 @@ impl Batch {
         let Shape {
             experts, hidden, ..
         } = self.shape;
-        let rows = got.par_chunks(hidden).enumerate().map(|(t, got)| {
-            let mut errors = Errors::default();
+        Errors::of_parts(got.par_chunks(hidden).enumerate().map(|(t, got)| {
+            let got: Vec<f64> = got.iter().map(|got| got.to_f64()).collect();
             let dz = &self.dz[t * experts..][..experts];
-            for (d, got) in got.iter().enumerate() {
+            Errors::within(&format!("dx of token {t}, column"), &got, |d| {
                 let (mut want, mut size, mut bound) = (0.0, 0.0, 0.0);
                 for (e, &(dz, off)) in dz.iter().enumerate() {
                     let w = f64::from(self.w[e * hidden + d]);
@@ -161,14 +156,9 @@ impl Batch {
                 want += before;
                 bound += size * (3.0 / f64::from(1 << 18) + F32_ROUNDOFF * experts as f64);
                 bound += F32_ROUNDOFF * 2.0 * (before.abs() + want.abs());
-                bound += half_ulp_bf16(want.abs() + bound);
-                errors.add(got.to_f64(), want, bound, || {
-                    format!("dx of token {t}, column {d}")
-                })?;
-            }
-            Ok(errors)
-        });
-        merged(rows.collect())
+                (want, bound + half_ulp_bf16(want.abs() + bound))
+            })
+        }))
     }
 
     fn judge_dw(&self, got: &[f32]) -> Result<Errors, String> {
@@ -178,8 +168,7 @@ impl Batch {
             hidden,
             ..
         } = self.shape;
-        let rows = got.par_chunks(hidden).enumerate().map(|(e, got)| {
-            let mut errors = Errors::default();
+        Errors::of_parts(got.par_chunks(hidden).enumerate().map(|(e, got)| {
             let mut sums = vec![(0.0, 0.0); hidden];
             for t in 0..tokens {
                 let (dz, off) = self.dz[t * experts + e];
@@ -189,17 +178,14 @@ impl Batch {
                     *bound += (off + dz.abs() * F32_ROUNDOFF * (tokens as f64 + 8.0)) * x.abs();
                 }
             }
-            for (d, (&got, &(sum, bound))) in got.iter().zip(&sums).enumerate() {
+            Errors::within(&format!("dW of expert {e}, column"), got, |d| {
+                let (sum, bound) = sums[d];
                 let before = self.dw_before.as_ref();
                 let before = before.map_or(0.0, |b| f64::from(b[e * hidden + d]));
                 let runs = F32_ROUNDOFF * 256.0 * before.abs();
-                errors.add(f64::from(got), sum + before, bound + runs, || {
-                    format!("dW of expert {e}, column {d}")
-                })?;
-            }
-            Ok(errors)
-        });
-        merged(rows.collect())
+                (sum + before, bound + runs)
+            })
+        }))
     }
 
     fn judge(&self, bytes: &[Vec<u8>]) -> Result<Errors, String> {
@@ -214,20 +200,11 @@ impl Batch {
             ("dx", dx, rounding),
             ("dW", self.judge_dw(&values(&bytes[2]))?, exact),
         ] {
-            if !(errors.relative() <= limit) {
-                let got = errors.relative();
-                return Err(format!("{name}: relative error {got:.2e} > {limit:.0e}"));
-            }
-            all.merge(errors);
+            let errors = errors.at_most(limit);
+            all.merge(errors.map_err(|why| format!("{name}: {why}"))?);
         }
         Ok(all)
     }
-}
-
-fn merged(parts: Result<Vec<Errors>, String>) -> Result<Errors, String> {
-    let mut errors = Errors::default();
-    parts?.into_iter().for_each(|part| errors.merge(part));
-    Ok(errors)
 }
 
 /// Returns both launches of the backward. Outputs: dx, dz, dW.

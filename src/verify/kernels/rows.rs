@@ -26,16 +26,11 @@ fn arithmetic(rows: usize, width: usize, one_row: bool, multiply: bool, in_place
             rows, b_rows, width, multiply,
         }),
         judge: Box::new(move |out| {
-            let got: Vec<bf16> = values(&out[0]);
-            let mut errors = Errors::default();
-            for (i, (&got, &a)) in got.iter().zip(&a).enumerate() {
-                let (a, b) = (exact(a), exact(b[i % b.len()]));
+            Errors::within("element", &values::<bf16>(&out[0]), |i| {
+                let (a, b) = (exact(a[i]), exact(b[i % b.len()]));
                 let want = if multiply { a * b } else { a + b };
-                errors.add_bf16(got, want, F32_ROUNDOFF * want.abs(), || {
-                    format!("element {i}")
-                })?;
-            }
-            Ok(errors)
+                (want, F32_ROUNDOFF * want.abs())
+            })
         }),
     }
 }
@@ -87,10 +82,8 @@ fn sums(s: Sums) -> Problem {
             .launch(stream)
         }),
         judge: Box::new(move |out| {
-            let got: Vec<f32> = values(&out[0]);
             let run = s.rows.div_ceil(s.runs);
-            let mut errors = Errors::default();
-            for (i, got) in got.into_iter().enumerate() {
+            Errors::within("part", &values::<f32>(&out[0]), |i| {
                 let (part, column) = (i / width, i % width);
                 let rows = (part * run).min(s.rows)..((part + 1) * run).min(s.rows);
                 let terms = || {
@@ -102,11 +95,8 @@ fn sums(s: Sums) -> Problem {
                     })
                 };
                 let size: f64 = terms().map(f64::abs).sum();
-                let bound = (run + 4) as f64 * F32_ROUNDOFF * size;
-                let place = || format!("run {part}, column {column}");
-                errors.add(f64::from(got), terms().sum(), bound, place)?;
-            }
-            Ok(errors)
+                (terms().sum(), (run + 4) as f64 * F32_ROUNDOFF * size)
+            })
         }),
     }
 }

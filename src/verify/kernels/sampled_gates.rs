@@ -133,10 +133,8 @@ fn problem(shape: Shape, backward: bool) -> Problem {
             let mut errors = Errors::default();
             for (token, got) in got.chunks(experts).enumerate() {
                 let want = inputs.row(token, shape, backward);
-                for (expert, (&got, (want, bound))) in got.iter().zip(want).enumerate() {
-                    let place = || format!("token {token}, expert {expert}");
-                    errors.add(f64::from(got), want, bound, place)?;
-                }
+                let name = format!("token {token}, expert");
+                errors.merge(Errors::within(&name, got, |expert| want[expert])?);
             }
             Ok(errors)
         }),
