@@ -10,6 +10,7 @@ use crate::error::Result;
 use crate::tape::check::Case;
 use crate::tape::{Forward, Grads, Op, Tape, Var, only};
 use crate::tensor::Tensor;
+use crate::tensor::cpu::vector::map_over;
 use crate::tensor::cpu::{self, Accumulate, Mat, MatMut};
 use crate::tensor::dtype::Real;
 use crate::with_real;
@@ -177,9 +178,8 @@ impl<T: Real> Layer<'_, T> {
                         for slot in selection.slots(first + t) {
                             let gate = self.gates[(first + t) * experts + selection.expert(slot)];
                             let row = self.dispatch.row(slot) * width;
-                            for (y, &e) in y.iter_mut().zip(&outputs[row..row + width]) {
-                                *y += gate * e;
-                            }
+                            let output = &outputs[row..row + width];
+                            map_over([&mut *y], [output], |[e], [old]| [old + gate * e]);
                         }
                     }
                 },
@@ -201,9 +201,8 @@ impl<T: Real> Layer<'_, T> {
                     for (i, de) in de.chunks_mut(width).enumerate() {
                         let token = self.dispatch.token(first + i);
                         let gate = self.gates[token * experts + row_expert[first + i]];
-                        for (d, &g) in de.iter_mut().zip(&dy[token * width..][..width]) {
-                            *d = accumulate.onto(*d, gate * g);
-                        }
+                        let dy = &dy[token * width..][..width];
+                        map_over([de], [dy], |[g], [old]| [accumulate.onto(old, gate * g)]);
                     }
                 },
             );
@@ -254,15 +253,20 @@ impl<T: Real> Layer<'_, T> {
 /// Inner product in eight interleaved partial sums: vector code with a fixed order.
 #[inline(always)]
 fn dot<T: Real>(a: &[T], b: &[T]) -> T {
-    let mut lanes = [T::zero(); 8];
-    let (whole_a, rest_a) = a.split_at(a.len() / 8 * 8);
-    let (whole_b, rest_b) = b.split_at(whole_a.len());
-    for (a, b) in whole_a.chunks_exact(8).zip(whole_b.chunks_exact(8)) {
-        for i in 0..8 {
-            lanes[i] += a[i] * b[i];
+    let (mut lanes, mut rest) = ([T::zero(); 8], T::zero());
+    let whole = a.len() / 8 * 8;
+    let mut i = 0;
+    while i < whole {
+        let [a, b]: [&[T; 8]; 2] = [a, b].map(|s| s[i..].first_chunk().expect("8 elements"));
+        for lane in 0..8 {
+            lanes[lane] += a[lane] * b[lane];
         }
+        i += 8;
     }
-    lanes.into_iter().sum::<T>() + rest_a.iter().zip(rest_b).map(|(&a, &b)| a * b).sum::<T>()
+    for i in whole..a.len() {
+        rest += a[i] * b[i];
+    }
+    lanes.into_iter().sum::<T>() + rest
 }
 
 pub(super) fn cases() -> Vec<Case> {

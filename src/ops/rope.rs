@@ -294,13 +294,13 @@ pub(super) mod reference {
         /// Rotates rows of one head in place; the rows are at consecutive positions from `first`.
         pub fn turn_rows(self, rows: &mut [T], first: usize, back: bool) {
             let half = self.half;
-            let angles = self.cos[first * half..].chunks_exact(half);
-            let angles = angles.zip(self.sin[first * half..].chunks_exact(half));
             cpu::vectorized(
                 #[inline(always)]
                 || {
-                    for (row, (cos, sin)) in rows.chunks_exact_mut(2 * half).zip(angles) {
+                    for (i, row) in rows.chunks_exact_mut(2 * half).enumerate() {
                         let (a, b) = row.split_at_mut(half);
+                        let [cos, sin] =
+                            [self.cos, self.sin].map(|s| &s[(first + i) * half..][..half]);
                         map_over([a, b], [cos, sin], |[cos, sin], [a, b]| {
                             turned([a, b], cos, if back { -sin } else { sin })
                         });
@@ -331,25 +331,22 @@ pub(super) mod reference {
             cpu::vectorized(
                 #[inline(always)]
                 || {
-                    let rows = y.chunks_exact_mut(width).zip(x.chunks_exact(width));
-                    for (i, (y, x)) in rows.enumerate() {
+                    for (i, y) in y.chunks_exact_mut(width).enumerate() {
+                        let x = &x[i * width..][..width];
                         let start = (first + i) % sequence * half;
                         let cos = &tables.cos[start..start + half];
                         let sin = &tables.sin[start..start + half];
                         let (y, y_rest) = y.split_at_mut(rotated);
                         let (x, x_rest) = x.split_at(rotated);
-                        let heads = y.chunks_exact_mut(2 * half);
-                        for (y, x) in heads.zip(x.chunks_exact(2 * half)) {
+                        for (head, y) in y.chunks_exact_mut(2 * half).enumerate() {
                             let (y_a, y_b) = y.split_at_mut(half);
-                            let (x_a, x_b) = x.split_at(half);
+                            let (x_a, x_b) = x[head * 2 * half..][..2 * half].split_at(half);
                             map_over([y_a, y_b], [x_a, x_b, cos, sin], |[a, b, cos, sin], old| {
                                 let [a, b] = turned([a, b], cos, if BACK { -sin } else { sin });
                                 [accumulate.onto(old[0], a), accumulate.onto(old[1], b)]
                             });
                         }
-                        for (y, &x) in y_rest.iter_mut().zip(x_rest) {
-                            *y = accumulate.onto(*y, x);
-                        }
+                        map_over([y_rest], [x_rest], |[x], [old]| [accumulate.onto(old, x)]);
                     }
                 },
             );

@@ -5,13 +5,14 @@
 //! (`Collective::part`); losses, gradients and statistics are those of the global batch, and all
 //! ranks make the same update, or skip it for the same reason.
 
+mod launched;
 mod non_finite;
 mod readback;
 mod replay;
 mod shares;
 
 use crate::config::TrainConfig;
-use crate::device::{Device, timeline};
+use crate::device::{Device, counters, timeline};
 use crate::dist::{DeviceRanks, at};
 use crate::error::{Error, Result};
 use crate::kernels::{launchers, trace};
@@ -21,9 +22,10 @@ use crate::routers::{LayerState, LayerStats, Pass, Phase};
 use crate::tape::{Gradients, Tape};
 use crate::tensor::Tensor;
 use crate::train::optimizer::{AdamW, DeviceStep, Settings, Shards, gradient_norm, reduce};
+pub use launched::Launched;
 use non_finite::{first_of_ranks, of_outcome};
-use readback::{Readback, begin_readback, by_name, vectors_of};
-use replay::Replay;
+use readback::{begin_readback, by_name, vectors_of};
+use replay::{Replay, Way, agreed};
 use shares::{equal_shares, shape_of, sum_gradients};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -220,6 +222,44 @@ impl StepExecutor {
         let done = wait(self, model);
         model.dist().await_device(false);
         done
+    }
+
+    /// Runs the step by replaying its graph and returns true, or runs it without a graph and returns false if there
+    /// is no valid graph.
+    fn replayed(&mut self, model: &mut Model, replay: &mut Replay) -> Result<bool> {
+        let (device, shape) = (
+            model.device(),
+            self.inputs.iter().map(Inputs::places).collect(),
+        );
+        for inputs in &self.inputs {
+            inputs.check(model.config().vocab_size)?;
+        }
+        at(model.dist(), || replay.words().into());
+        let (several, in_flight) = (self.ranks.is_some(), self.unread > 0);
+        let way = |model: &Model, replay: &Replay| {
+            let own = replay.way(device, &shape);
+            if several {
+                agreed(model.dist(), own, in_flight)
+            } else {
+                Ok(own)
+            }
+        };
+        let mut how = way(model, replay)?;
+        if how == Way::Capture {
+            let step = || self.run(model, &mut |_| Ok(false)).map(drop);
+            replay.capture(device, &shape, step);
+            let mut states = model.layer_states_mut();
+            states.iter_mut().for_each(LayerState::forget_pass);
+            states.iter_mut().for_each(LayerState::count_anew);
+            drop(states);
+            how = way(model, replay)?;
+        }
+        let done = how == Way::Replay && replay.run(device, &shape)?;
+        match done {
+            true => counters::replayed(),
+            false => drop(replay.watch(shape, || self.run(model, &mut |_| Ok(false)))?),
+        }
+        Ok(done)
     }
 
     /// Copies the micro-batches to the model's inputs.
@@ -446,29 +486,5 @@ impl StepExecutor {
             layers: states.iter_mut().map(LayerState::take_stats).collect(),
             router_state: by_name(vectors_of(&states))?,
         })
-    }
-}
-
-/// A step between its launch and its report.
-pub struct Launched {
-    rate: f64,
-    sums: [f64; 3],
-    given_up: bool,
-    replayed: bool,
-    /// The readback of the results, on a device with kernels.
-    readback: Option<Readback>,
-}
-
-impl Launched {
-    /// Returns whether the step replayed a graph. If so, the next step does too, unless something changes in between,
-    /// and does not depend on the report of this step.
-    pub fn was_replayed(&self) -> bool {
-        self.replayed
-    }
-
-    /// Returns whether the step was abandoned between two micro-batches. Nothing has changed then, and there is no
-    /// report.
-    pub fn is_given_up(&self) -> bool {
-        self.given_up
     }
 }

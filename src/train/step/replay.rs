@@ -6,13 +6,10 @@
 //! all parameters and states have not changed, the same memory is free, and micro-batches have the same shape.
 //! Otherwise the step runs without a graph.
 
-use super::StepExecutor;
 use crate::device::graph::{self, Graph};
 use crate::device::{Device, counters, with_free_ranges};
-use crate::dist::{Collective, at};
+use crate::dist::Collective;
 use crate::error::{Error, Result};
-use crate::model::{Inputs, Model};
-use crate::routers::LayerState;
 use std::collections::BTreeMap;
 
 /// Numbers of sequences and tokens of each micro-batch, and their addresses.
@@ -150,46 +147,6 @@ impl Replay {
     /// Returns the error because of which a step could not be captured, if there was one.
     pub fn error(&self) -> Option<&Error> {
         self.error.as_ref()
-    }
-}
-
-impl StepExecutor {
-    /// Runs the step by replaying its graph and returns true, or runs it without a graph and returns false if there
-    /// is no valid graph.
-    pub(super) fn replayed(&mut self, model: &mut Model, replay: &mut Replay) -> Result<bool> {
-        let (device, shape) = (
-            model.device(),
-            self.inputs.iter().map(Inputs::places).collect(),
-        );
-        for inputs in &self.inputs {
-            inputs.check(model.config().vocab_size)?;
-        }
-        at(model.dist(), || replay.words().into());
-        let (several, in_flight) = (self.ranks.is_some(), self.unread > 0);
-        let way = |model: &Model, replay: &Replay| {
-            let own = replay.way(device, &shape);
-            if several {
-                agreed(model.dist(), own, in_flight)
-            } else {
-                Ok(own)
-            }
-        };
-        let mut how = way(model, replay)?;
-        if how == Way::Capture {
-            let step = || self.run(model, &mut |_| Ok(false)).map(drop);
-            replay.capture(device, &shape, step);
-            let mut states = model.layer_states_mut();
-            states.iter_mut().for_each(LayerState::forget_pass);
-            states.iter_mut().for_each(LayerState::count_anew);
-            drop(states);
-            how = way(model, replay)?;
-        }
-        let done = how == Way::Replay && replay.run(device, &shape)?;
-        match done {
-            true => counters::replayed(),
-            false => drop(replay.watch(shape, || self.run(model, &mut |_| Ok(false)))?),
-        }
-        Ok(done)
     }
 }
 

@@ -2,7 +2,7 @@
 //! benchmark.
 
 use super::groups;
-use super::peers::CUBLAS;
+use super::record::CUBLAS;
 use super::record::{Measured, OURS, Record, Records};
 use crate::error::{Error, Result};
 use crate::verify::bench::measure::HARDWARE_PLAN;

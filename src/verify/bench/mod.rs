@@ -2,8 +2,8 @@
 //!
 //! [`run`] measures on one machine in one run: [`case`] defines the cases; [`timed`] times them together with the
 //! libraries of this process; `benches/peers/run.py` times the other peers on the same inputs ([`inputs`]) and writes the
-//! same kind of records ([`record`]). [`page`] writes a report from recorded files, [`goals`] evaluates the goals, and
-//! [`baseline`] finds cases that became slower.
+//! same kind of records ([`record`]). [`page`] writes a report from recorded files, and [`baseline`] finds cases that became
+//! slower.
 
 pub mod baseline;
 pub mod case;
@@ -12,7 +12,6 @@ pub mod ceilings;
 pub mod cublas;
 mod dump;
 pub mod figures;
-pub mod goals;
 pub mod groups;
 mod hardware_records;
 pub mod inputs;
@@ -24,7 +23,6 @@ pub(crate) mod mma_limits;
 mod operations;
 mod options;
 pub mod page;
-pub mod peers;
 mod predict;
 mod problem;
 pub mod record;

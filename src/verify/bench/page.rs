@@ -1,8 +1,7 @@
-//! The report: one page with the goals, the roofline, the ratios, all measurements, and cases that could not run.
+//! The report: one page with the roofline, the comparison with peers, all measurements, and cases that could not run.
 
 use super::ceilings::Ceilings;
 use super::figures;
-use super::goals::{self, Verdict, geometric_mean};
 use super::record::{OURS, Record, Records, View, told};
 use crate::device::machine::Chip;
 use crate::error::{Error, Result};
@@ -68,8 +67,16 @@ impl<'a> Report<'a> {
 
     fn sections(&self) -> Result<Vec<Section>> {
         let mut sections = Vec::new();
-        if self.device == "cuda" {
-            sections.push(self.goals());
+        for peer in self.view.peers() {
+            sections.push(Section {
+                name: "summary",
+                title: "Summary",
+                shows: "Geometric means over the shapes of a kernel; above 1, routegrad is faster than the peer.",
+                formula: "",
+                notes: vec![format!("The peer is {peer}.")],
+                table: self.summary(peer),
+                figure: None,
+            });
         }
         if let Some(ceilings) = self.ceilings() {
             sections.push(Section {
@@ -87,27 +94,6 @@ impl<'a> Report<'a> {
         sections.push(self.missing());
         sections.push(self.facts());
         Ok(sections)
-    }
-
-    fn goals(&self) -> Section {
-        let mut table = Table::new(&["goal", "demand", "verdict", "measured"]);
-        for goal in goals::judge(&self.view) {
-            table.rows.push(vec![
-                goal.number.into(),
-                goal.text.into(),
-                goal.verdict.text().into(),
-                goal.measured.into(),
-            ]);
-        }
-        Section {
-            name: "goals",
-            title: "Goals",
-            shows: "A goal is met if every shape was measured and reaches it, and missed if a measured shape does not reach it.",
-            formula: "",
-            notes: Vec::new(),
-            table,
-            figure: None,
-        }
     }
 
     fn ratios(&self) -> Result<Section> {
@@ -297,7 +283,7 @@ impl<'a> Report<'a> {
         }
     }
 
-    /// Returns a table for a README: one row per family, with its best and worst shape.
+    /// Returns a table with one row per family of kernels, with its best and worst shape.
     fn summary(&self, peer: &str) -> Table {
         let mut table = Table::new(&[
             "kernel",
@@ -366,18 +352,23 @@ pub fn html(records: &Records) -> Result<String> {
 /// Returns one sentence with the main result.
 fn headline(report: &Report) -> String {
     let cases = report.view.ours().filter(|r| r.case != CEILINGS).count();
-    let verdicts: Vec<Verdict> = match report.device {
-        "cuda" => goals::judge(&report.view)
-            .iter()
-            .map(|g| g.verdict)
-            .collect(),
-        _ => return format!("{cases} cases. The goals are a GPU's."),
-    };
-    let count = |verdict| verdicts.iter().filter(|v| **v == verdict).count();
-    let [met, missed, open] = [Verdict::Met, Verdict::Missed, Verdict::NotMeasured].map(count);
-    format!(
-        "{cases} cases. Of nine goals {met} are met, {missed} missed, {open} not measured, or not on every shape."
-    )
+    let peers = report.view.peers().into_iter().filter_map(|peer| {
+        let ratios = report
+            .view
+            .ours()
+            .filter_map(|r| report.view.ratio(&r.case, peer));
+        let mean = geometric_mean(ratios)?;
+        Some(format!(
+            " {mean:.2} times as fast as {peer}, geometric mean of all cases that it ran."
+        ))
+    });
+    format!("{cases} cases.{}", peers.collect::<String>())
+}
+
+/// Returns the geometric mean; `None` if there are no values.
+fn geometric_mean(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let logs: Vec<f64> = values.map(f64::ln).collect();
+    (!logs.is_empty()).then(|| (logs.iter().sum::<f64>() / logs.len() as f64).exp())
 }
 
 fn nonempty(records: &Records) -> Result<Vec<Report<'_>>> {
@@ -400,7 +391,7 @@ pub fn write_pictures(records: &Records, folder: &Path) -> Result<()> {
         let picture = figures::roofline(&report.view, &ceilings)?;
         publish(&folder.join("bench-roofline.svg"), &picture)?;
     }
-    if let Some(picture) = figures::bars(&report.view, super::peers::CUBLAS)? {
+    if let Some(picture) = figures::bars(&report.view, super::record::CUBLAS)? {
         publish(&folder.join("bench-cublas.svg"), &picture)?;
     }
     Ok(())
@@ -418,6 +409,6 @@ const MARKS: [&str; 2] = [
 /// When there are no records, or the page has no marks.
 pub fn update(records: &Records, page: &Path) -> Result<()> {
     let report = &nonempty(records)?[0];
-    let table = report.summary(super::peers::CUBLAS).markdown();
+    let table = report.summary(super::record::CUBLAS).markdown();
     replace_between(page, MARKS, &table)
 }

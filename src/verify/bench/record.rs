@@ -7,6 +7,10 @@ use serde_json::Value;
 
 /// Name of our implementation in the records.
 pub const OURS: &str = "routegrad";
+/// Name of a strided batch of equal groups in cuBLASLt; a dense product is one group.
+pub const CUBLAS: &str = "cuBLASLt";
+/// Name of `cublasGemmGroupedBatchedEx`, for groups of any size.
+pub const CUBLAS_GROUPED: &str = "cuBLAS grouped";
 
 /// A measurement of one implementation of one case on one device.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -217,7 +217,7 @@ impl<'a> Session<'a> {
     ) -> Record {
         let timing = ran.as_ref().ok().and_then(|()| timings.next());
         // Only the grouped call of cuBLAS is not replayed from a graph.
-        let replayed = ready.graph && name != super::peers::CUBLAS_GROUPED;
+        let replayed = ready.graph && name != super::record::CUBLAS_GROUPED;
         Record {
             implementation: name.into(),
             version: String::new(),

@@ -221,7 +221,7 @@ fn peers<'a>(
     let batched =
         batch(*product, shape).and_then(|batch| Matmul::started(gpu, batch, &runs[0].pointers()));
     peers.push((
-        super::peers::CUBLAS,
+        super::record::CUBLAS,
         batched.map(|(matmul, cublas)| {
             let launch = move |set: usize| {
                 let _workspace = &cublas;
@@ -238,7 +238,7 @@ fn peers<'a>(
         let pointers: Vec<_> = runs.iter().map(Run::pointers).collect();
         let grouped = grouped(gpu, *product, shape, &pointers);
         peers.push((
-            super::peers::CUBLAS_GROUPED,
+            super::record::CUBLAS_GROUPED,
             grouped.map(|grouped| {
                 // It copies its sizes to the GPU at every launch, which a graph cannot capture.
                 sides.push(in_turn(runs.len(), move |set| grouped.launch(set)));
