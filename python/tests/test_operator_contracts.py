@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ops = pytest.importorskip("routegrad.torch.ops", exc_type=ImportError)
 from moe_case import BF16, Moe, normal  # noqa: E402
@@ -108,6 +109,56 @@ def test_attention_and_loss_compile():
         loss.backward()
         results.append((loss, qkv.grad))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+class ZerosMade(TorchDispatchMode):
+    """Collects the shapes of the tensors of zeros that PyTorch makes, without those made inside operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "zeros" in func.name():
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, without a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+SAVING = {
+    "swiglu_experts": lambda m: ops.swiglu_experts(m.x, m.gates, m.gate_up, m.down, m.maps),
+    "swiglu_expert_rows": lambda m: ops.swiglu_expert_rows(m.x, m.gate_up, m.down, m.maps)[0],
+    "attention": lambda m: ops.attention(m.x.repeat(1, 32), 9, 8, 2),
+}
+"""The first output of each operator that also returns tensors only for its own backward pass."""
+
+
+@pytest.mark.parametrize("name", list(SAVING))
+def test_autograd_makes_no_zeros_for_outputs_without_gradients(name):
+    moe = Moe(tokens=9)
+    output = SAVING[name](moe)
+    with ZerosMade() as made:
+        output.backward(torch.randn_like(output))
+    assert made.shapes == [] and moe.x.grad.any()
+
+
+@pytest.mark.parametrize("name", list(SAVING))
+def test_an_output_without_a_gradient_gives_the_input_none(name):
+    moe = Moe(tokens=9)
+    NoGradient.apply(SAVING[name](moe)).sum().backward()
+    assert moe.x.grad is None
 
 
 def misaligned(tensor):

@@ -146,10 +146,13 @@ def _(
 def _experts_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, gates, gate_up, down, vectors, *maps = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # Otherwise autograd would make a tensor of zeros [R, 2F] as the gradient of h.
     ctx.save_for_backward(x, gates, gate_up, down, output[1], vectors, *maps)
 
 
-def _experts_gradients(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+def _experts_gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 10
     gradients = _experts_backward(dy.contiguous(), *ctx.saved_tensors)
     return (*gradients, None, None, None, None, None, None)
 
@@ -238,10 +241,13 @@ def _(
 def _rows_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, gate_up, down, _, *maps = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # As above, for the column sums and h.
     ctx.save_for_backward(x, gate_up, down, output[2], *maps)
 
 
-def _rows_gradients(ctx: Any, drows: Tensor, *_: Any) -> tuple[Any, ...]:
+def _rows_gradients(ctx: Any, drows: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if drows is None:
+        return (None,) * 9
     gradients = _rows_backward(drows.contiguous(), *ctx.saved_tensors)
     return (*gradients, None, None, None, None, None, None)
 
