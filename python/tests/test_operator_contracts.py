@@ -36,9 +36,14 @@ def samples():
         "grouped_gemm_input_gradient": [(other, moe.gate_up, maps.offsets)],
         "grouped_gemm_weight_gradient": [(other, run, maps.offsets)],
         "swiglu_experts": [(moe.x, moe.gates, *weights, vectors, *maps) for vectors in (None, moe.vectors)],
-        "swiglu_experts_backward": [(moe.dy, moe.x.detach(), moe.gates.detach(), *fixed, h, moe.vectors, *maps)],
+        "swiglu_experts_backward": [
+            (moe.dy, moe.x.detach(), moe.gates.detach(), *fixed, h, moe.vectors, *maps, of_weights)
+            for of_weights in (False, True)
+        ],
         "swiglu_expert_rows": [(moe.x, *weights, moe.gates.detach(), *maps)],
-        "swiglu_expert_rows_backward": [(normal(rows, 24), moe.x.detach(), *fixed, h, *maps)],
+        "swiglu_expert_rows_backward": [
+            (normal(rows, 24), moe.x.detach(), *fixed, h, *maps, of_weights) for of_weights in (False, True)
+        ],
         "combine": [(run, moe.gates, moe.vectors, *maps)],
         "gate_gradient": [(torch.randn(rows, 2, requires_grad=True), x, moe.vectors, 5, *maps)],
         "expert_sums": [(sums, moe.gates.detach(), maps.offsets, maps.row_token, 9)],
@@ -47,7 +52,9 @@ def samples():
         "attention": [(qkv, 6, 2, 1, None), (qkv, 6, 2, 1, torch.zeros(12, dtype=torch.int32))],
         "attention_backward": [(normal(12, 2 * 64), out, qkv_lse, qkv.detach(), 6, 2, 1, None)],
         "cross_entropy": [(x, w, targets)],
-        "cross_entropy_backward": [(torch.rand(9), x.detach(), w.detach(), targets)],
+        "cross_entropy_backward": [
+            (torch.rand(9), x.detach(), w.detach(), targets, of_weight) for of_weight in (False, True)
+        ],
     }
 
 
@@ -159,6 +166,40 @@ def test_an_output_without_a_gradient_gives_the_input_none(name):
     moe = Moe(tokens=9)
     NoGradient.apply(SAVING[name](moe)).sum().backward()
     assert moe.x.grad is None
+
+
+WITH_WEIGHTS = {
+    "swiglu_experts": SAVING["swiglu_experts"],
+    "swiglu_expert_rows": SAVING["swiglu_expert_rows"],
+    "token_losses": lambda m: ops.token_losses(m.x, m.gate_up[0], torch.arange(9)),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", list(WITH_WEIGHTS))
+def test_no_product_is_computed_for_the_gradients_of_frozen_weights(name, compiled, monkeypatch):
+    torch._dynamo.reset()
+    launched, launch = [], ops._launch.call
+
+    def call(function, like, **arguments):
+        launched.append(function)
+        return launch(function, like, **arguments)
+
+    for module in (ops._grouped_gemm, ops._cross_entropy):
+        monkeypatch.setattr(module, "call", call)
+    results = []
+    for frozen in (False, True):
+        torch.manual_seed(5)
+        moe = Moe(tokens=9)
+        for weight in (moe.gate_up, moe.down):
+            weight.requires_grad_(not frozen)
+        run = torch.compile(WITH_WEIGHTS[name], backend="aot_eager") if compiled else WITH_WEIGHTS[name]
+        output = run(moe)
+        launched.clear()
+        output.backward(torch.ones_like(output))
+        results.append(moe.x.grad)
+        assert ("grouped_gemm_weight_gradient" in launched) == (not frozen) == (moe.gate_up.grad is not None)
+    assert torch.equal(*results)
 
 
 def misaligned(tensor):
