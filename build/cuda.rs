@@ -29,13 +29,13 @@ pub fn compile() {
         println!("cargo::rerun-if-changed=.toolkit/nvcc.stamp");
     }
     match usable_nvcc() {
-        Ok(nvcc) => build(&nvcc),
+        Ok((nvcc, release)) => build(&nvcc, release),
         Err(why) => println!("cargo::warning=built without the cuda device: {why}"),
     }
 }
 
-/// The compiler to use, or why there is none.
-fn usable_nvcc() -> Result<PathBuf, String> {
+/// The compiler to use and its release, or why there is none.
+fn usable_nvcc() -> Result<(PathBuf, (u32, u32)), String> {
     if std::env::var("NVCC").is_ok_and(|v| v == "none") {
         return Err("NVCC is set to none".into());
     }
@@ -47,7 +47,7 @@ fn usable_nvcc() -> Result<PathBuf, String> {
     let text = output.map_err(|e| format!("{} does not start: {e}", nvcc.display()))?;
     let text = String::from_utf8_lossy(&text.stdout).into_owned();
     match release(&text) {
-        Some(version) if version >= OLDEST => Ok(nvcc),
+        Some(version) if version >= OLDEST => Ok((nvcc, version)),
         Some((major, minor)) => Err(format!(
             "{} is {major}.{minor}, {}.{} or newer is needed; {INSTALL}",
             nvcc.display(),
@@ -83,7 +83,7 @@ fn release(text: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-fn build(nvcc: &Path) {
+fn build(nvcc: &Path, (major, minor): (u32, u32)) {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap());
     let jobs: Vec<(PathBuf, PathBuf)> = sources::kernels()
         .into_iter()
@@ -102,6 +102,7 @@ fn build(nvcc: &Path) {
     link_runtime(nvcc);
     println!("cargo::rustc-cfg=routegrad_cuda");
     println!("cargo::rustc-env=ROUTEGRAD_BUILT_FOR={}", archs.join(","));
+    println!("cargo::rustc-env=ROUTEGRAD_BUILT_WITH={major}.{minor}");
     let hashes: Vec<String> = jobs
         .iter()
         .map(|(source, object)| {

@@ -380,6 +380,20 @@ def test_a_gpu_needs_a_build_with_kernels_for_it():
         kernels.dispatch_workspace(1, tokens=4, experts=4, choices_per_token=2)
 
 
+def test_an_old_driver_raises(monkeypatch):
+    kernels = ops.kernels()
+    if not kernels.HAS_GPU_KERNELS:
+        with pytest.raises(RuntimeError, match="expected a build with kernels for GPUs"):
+            kernels.require_driver(13000)
+        return
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 11080, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(RuntimeError, match=r"driver is too old: it supports CUDA 11\.8, the kernels need \d+\.0"):
+        ops._launch._require_gpu.__wrapped__(0)
+    kernels.require_driver(999 * 1000)
+
+
 def test_without_the_extension_default_moe_works_and_operators_raise_with_build_instructions():
     code = """
 import sys
