@@ -29,10 +29,7 @@ pub fn compile() {
         println!("cargo::rerun-if-changed=.toolkit/nvcc.stamp");
     }
     match usable_nvcc() {
-        Ok((nvcc, (major, minor))) => {
-            println!("cargo::rustc-env=ROUTEGRAD_NVCC={major}.{minor}");
-            build(&nvcc);
-        }
+        Ok((nvcc, release)) => build(&nvcc, release),
         Err(why) => println!("cargo::warning=built without the cuda device: {why}"),
     }
 }
@@ -94,7 +91,7 @@ fn release(text: &str) -> Option<(u32, u32)> {
     Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
-fn build(nvcc: &Path) {
+fn build(nvcc: &Path, (major, minor): (u32, u32)) {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").unwrap());
     let jobs: Vec<(PathBuf, PathBuf)> = sources::kernels()
         .into_iter()
@@ -113,6 +110,7 @@ fn build(nvcc: &Path) {
     link_runtime(nvcc);
     println!("cargo::rustc-cfg=routegrad_cuda");
     println!("cargo::rustc-env=ROUTEGRAD_BUILT_FOR={}", archs.join(","));
+    println!("cargo::rustc-env=ROUTEGRAD_BUILT_WITH={major}.{minor}");
     let hashes: Vec<String> = jobs
         .iter()
         .map(|(source, object)| {

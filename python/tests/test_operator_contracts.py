@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ops = pytest.importorskip("routegrad.torch.ops", exc_type=ImportError)
 from moe_case import BF16, Moe, normal  # noqa: E402
@@ -35,9 +36,14 @@ def samples():
         "grouped_gemm_input_gradient": [(other, moe.gate_up, maps.offsets)],
         "grouped_gemm_weight_gradient": [(other, run, maps.offsets)],
         "swiglu_experts": [(moe.x, moe.gates, *weights, vectors, *maps) for vectors in (None, moe.vectors)],
-        "swiglu_experts_backward": [(moe.dy, moe.x.detach(), moe.gates.detach(), *fixed, h, moe.vectors, *maps)],
+        "swiglu_experts_backward": [
+            (moe.dy, moe.x.detach(), moe.gates.detach(), *fixed, h, moe.vectors, *maps, of_weights)
+            for of_weights in (False, True)
+        ],
         "swiglu_expert_rows": [(moe.x, *weights, moe.gates.detach(), *maps)],
-        "swiglu_expert_rows_backward": [(normal(rows, 24), moe.x.detach(), *fixed, h, *maps)],
+        "swiglu_expert_rows_backward": [
+            (normal(rows, 24), moe.x.detach(), *fixed, h, *maps, of_weights) for of_weights in (False, True)
+        ],
         "combine": [(run, moe.gates, moe.vectors, *maps)],
         "gate_gradient": [(torch.randn(rows, 2, requires_grad=True), x, moe.vectors, 5, *maps)],
         "expert_sums": [(sums, moe.gates.detach(), maps.offsets, maps.row_token, 9)],
@@ -46,7 +52,9 @@ def samples():
         "attention": [(qkv, 6, 2, 1, None), (qkv, 6, 2, 1, torch.zeros(12, dtype=torch.int32))],
         "attention_backward": [(normal(12, 2 * 64), out, qkv_lse, qkv.detach(), 6, 2, 1, None)],
         "cross_entropy": [(x, w, targets)],
-        "cross_entropy_backward": [(torch.rand(9), x.detach(), w.detach(), targets)],
+        "cross_entropy_backward": [
+            (torch.rand(9), x.detach(), w.detach(), targets, of_weight) for of_weight in (False, True)
+        ],
     }
 
 
@@ -108,6 +116,90 @@ def test_attention_and_loss_compile():
         loss.backward()
         results.append((loss, qkv.grad))
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
+class ZerosMade(TorchDispatchMode):
+    """Collects the shapes of the tensors of zeros that PyTorch makes, without those made inside operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "zeros" in func.name():
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+class NoGradient(torch.autograd.Function):
+    """The identity, without a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+SAVING = {
+    "swiglu_experts": lambda m: ops.swiglu_experts(m.x, m.gates, m.gate_up, m.down, m.maps),
+    "swiglu_expert_rows": lambda m: ops.swiglu_expert_rows(m.x, m.gate_up, m.down, m.maps)[0],
+    "attention": lambda m: ops.attention(m.x.repeat(1, 32), 9, 8, 2),
+}
+"""The first output of each operator that also returns tensors only for its own backward pass."""
+
+
+@pytest.mark.parametrize("name", list(SAVING))
+def test_autograd_makes_no_zeros_for_outputs_without_gradients(name):
+    moe = Moe(tokens=9)
+    output = SAVING[name](moe)
+    with ZerosMade() as made:
+        output.backward(torch.randn_like(output))
+    assert made.shapes == [] and moe.x.grad.any()
+
+
+@pytest.mark.parametrize("name", list(SAVING))
+def test_an_output_without_a_gradient_gives_the_input_none(name):
+    moe = Moe(tokens=9)
+    NoGradient.apply(SAVING[name](moe)).sum().backward()
+    assert moe.x.grad is None
+
+
+WITH_WEIGHTS = {
+    "swiglu_experts": SAVING["swiglu_experts"],
+    "swiglu_expert_rows": SAVING["swiglu_expert_rows"],
+    "token_losses": lambda m: ops.token_losses(m.x, m.gate_up[0], torch.arange(9)),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", list(WITH_WEIGHTS))
+def test_no_product_is_computed_for_the_gradients_of_frozen_weights(name, compiled, monkeypatch):
+    torch._dynamo.reset()
+    launched, launch = [], ops._launch.call
+
+    def call(function, like, **arguments):
+        launched.append(function)
+        return launch(function, like, **arguments)
+
+    for module in (ops._grouped_gemm, ops._cross_entropy):
+        monkeypatch.setattr(module, "call", call)
+    results = []
+    for frozen in (False, True):
+        torch.manual_seed(5)
+        moe = Moe(tokens=9)
+        for weight in (moe.gate_up, moe.down):
+            weight.requires_grad_(not frozen)
+        run = torch.compile(WITH_WEIGHTS[name], backend="aot_eager") if compiled else WITH_WEIGHTS[name]
+        output = run(moe)
+        launched.clear()
+        output.backward(torch.ones_like(output))
+        results.append(moe.x.grad)
+        assert ("grouped_gemm_weight_gradient" in launched) == (not frozen) == (moe.gate_up.grad is not None)
+    assert torch.equal(*results)
 
 
 def misaligned(tensor):
@@ -286,6 +378,20 @@ def test_a_gpu_needs_a_build_with_kernels_for_it():
         kernels.require_gpu("NVIDIA H200", 9, 0)
     with pytest.raises(RuntimeError, match="expected a build with kernels for GPUs"):
         kernels.dispatch_workspace(1, tokens=4, experts=4, choices_per_token=2)
+
+
+def test_an_old_driver_raises(monkeypatch):
+    kernels = ops.kernels()
+    if not kernels.HAS_GPU_KERNELS:
+        with pytest.raises(RuntimeError, match="expected a build with kernels for GPUs"):
+            kernels.require_driver(13000)
+        return
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 11080, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(RuntimeError, match=r"driver is too old: it supports CUDA 11\.8, the kernels need \d+\.0"):
+        ops._launch._require_gpu.__wrapped__(0)
+    kernels.require_driver(999 * 1000)
 
 
 def test_without_the_extension_default_moe_works_and_operators_raise_with_build_instructions():

@@ -1,4 +1,4 @@
-//! The GPUs on which the kernels of a build run.
+//! The GPUs and drivers with which the kernels of a build run.
 
 /// Lowest compute capability that has all instructions of the kernels for GPUs without wgmma: that of Ampere.
 const OLDEST_CAPABILITY: (i32, i32) = (8, 0);
@@ -9,6 +9,40 @@ const ARCHS: [&str; 6] = ["80", "86", "89", "90a", "100", "120"];
 pub fn built_for() -> impl Iterator<Item = &'static str> {
     let list = option_env!("ROUTEGRAD_BUILT_FOR").unwrap_or_default();
     list.split(',').filter(|arch| !arch.is_empty())
+}
+
+/// Returns the CUDA version that a driver must support to load this build's kernels; (0, 0) in a build without nvcc. It is
+/// the first version with the major number of nvcc, because a driver runs the machine code of all versions with its major
+/// number.
+pub fn driver_of_kernels() -> (i32, i32) {
+    let release = option_env!("ROUTEGRAD_BUILT_WITH").unwrap_or_default();
+    let major = release.split('.').next().and_then(|n| n.parse().ok());
+    (major.unwrap_or(0), 0)
+}
+
+/// Checks that a driver that supports the CUDA version `got` is one for the version `needed`, or a later one.
+///
+/// # Errors
+/// Returns one sentence that says what is required.
+pub fn require_driver(got: (i32, i32), needed: (i32, i32)) -> Result<(), String> {
+    if got >= needed {
+        return Ok(());
+    }
+    let (major, minor) = needed;
+    let driver = match needed {
+        (12, 0) => " (driver 525)",
+        (13, 0) => " (driver 580)",
+        _ => "",
+    };
+    Err(format!(
+        "the CUDA driver is too old: it supports CUDA {}.{}, the kernels need {major}.{minor}{driver}",
+        got.0, got.1
+    ))
+}
+
+/// Returns the (major, minor) of a CUDA version as the driver gives it, 1000 · major + 10 · minor.
+pub fn cuda_version(number: i32) -> (i32, i32) {
+    (number / 1000, number % 1000 / 10)
 }
 
 /// Returns the architectures of [`built_for`] as numbers: 10 · major + minor of the compute capability.
@@ -64,6 +98,25 @@ pub fn require_capability<'a>(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_old_driver_is_refused_with_what_is_needed() {
+        let refused = |got, needed| require_driver(cuda_version(got), needed).unwrap_err();
+        assert_eq!(
+            refused(12090, (13, 0)),
+            "the CUDA driver is too old: it supports CUDA 12.9, the kernels need 13.0 (driver 580)"
+        );
+        assert!(refused(11080, (12, 0)).ends_with("CUDA 11.8, the kernels need 12.0 (driver 525)"));
+        for (got, needed) in [(13000, (13, 0)), (13020, (13, 0)), (12000, (12, 0))] {
+            assert!(require_driver(cuda_version(got), needed).is_ok());
+        }
+    }
+
+    #[test]
+    fn kernels_need_a_driver_of_the_compilers_major_version() {
+        let (major, minor) = driver_of_kernels();
+        assert_eq!((major >= 12, minor), (cfg!(routegrad_cuda), 0));
+    }
 
     #[test]
     fn another_architecture_is_refused_with_what_is_needed() {

@@ -6,7 +6,10 @@
 
 use super::driver::{error, error_text};
 use super::pinned::{PinnedReadback, PinnedReadbacks, Staging};
-use super::{built_for, copies, counters, machine, require_capability};
+use super::{
+    built_for, copies, counters, cuda_version, driver_of_kernels, machine, require_capability,
+    require_driver,
+};
 use crate::error::{Error, Result};
 use crate::report::size;
 use cudarc::driver::result;
@@ -31,15 +34,8 @@ pub struct Gpu {
     pub driver: (i32, i32),
 }
 
-/// Returns the oldest CUDA version that the driver must support: 13.0, whose functions this module calls, or the release
-/// of the nvcc that compiled the kernels if that is newer.
-fn needed_driver() -> (i32, i32) {
-    let nvcc = option_env!("ROUTEGRAD_NVCC").and_then(|release| {
-        let (major, minor) = release.split_once('.')?;
-        Some((major.parse().ok()?, minor.parse().ok()?))
-    });
-    nvcc.unwrap_or_default().max((13, 0))
-}
+/// CUDA version whose driver functions this module calls. The kernels may need a driver for a later version.
+pub const NEEDED_DRIVER: (i32, i32) = (13, 0);
 
 static GPU: OnceLock<Result<Gpu, String>> = OnceLock::new();
 
@@ -146,7 +142,7 @@ impl Gpu {
         };
         result::init().map_err(|e| failed("start", e))?;
         let driver = driver_version().map_err(|e| failed("report its version", e))?;
-        require_driver(driver)?;
+        require_driver(driver, NEEDED_DRIVER.max(driver_of_kernels()))?;
         let count = CudaContext::device_count().map_err(|e| failed("count its GPUs", e))?;
         Ok((driver, count.max(0) as usize))
     }
@@ -452,33 +448,12 @@ fn driver_version() -> Result<(i32, i32), DriverError> {
     let mut version = 0;
     // SAFETY: one int is written; the library is present.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result()?;
-    Ok((version / 1000, version % 1000 / 10))
-}
-
-fn require_driver(got: (i32, i32)) -> Result<(), String> {
-    let needed = needed_driver();
-    if got >= needed {
-        return Ok(());
-    }
-    Err(format!(
-        "the CUDA driver is too old: it supports CUDA {}.{}, the kernels need {}.{} (driver 580 supports 13.0)",
-        got.0, got.1, needed.0, needed.1
-    ))
+    Ok(cuda_version(version))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_old_driver_is_refused_with_what_is_needed() {
-        assert!(
-            require_driver((12, 9))
-                .unwrap_err()
-                .contains("CUDA 12.9, the kernels need 13.0")
-        );
-        assert!(require_driver((13, 0)).is_ok() && require_driver((13, 2)).is_ok());
-    }
 
     #[test]
     fn each_process_of_a_host_opens_its_own_gpu_or_the_only_visible_one() {

@@ -32,7 +32,9 @@ pub mod timeline;
 
 pub use arena::ALIGNMENT;
 pub(crate) use capability::architectures;
-pub use capability::{built_for, require_capability};
+pub use capability::{
+    built_for, cuda_version, driver_of_kernels, require_capability, require_driver,
+};
 pub use memory::{Memory, rounded_bytes};
 pub use side::{Sent, reserve, send, take_peak, with_free_ranges};
 pub use span::Span;

@@ -176,6 +176,15 @@ fn require_gpu(arguments: &Arguments<'_, '_>) -> PyResult<Option<usize>> {
     Ok(None)
 }
 
+/// Raises RuntimeError unless a driver can load the kernels: the CUDA version that it supports, 1000 · major + 10 · minor.
+fn require_driver(arguments: &Arguments<'_, '_>) -> PyResult<Option<usize>> {
+    arguments.expect(1, &[])?;
+    gpu_launchers()?;
+    let got = device::cuda_version(arguments.at(0)?);
+    device::require_driver(got, device::driver_of_kernels()).map_err(PyRuntimeError::new_err)?;
+    Ok(None)
+}
+
 fn gpu_launchers() -> PyResult<&'static launchers::Launchers> {
     launchers::cuda().ok_or_else(|| {
         PyRuntimeError::new_err(
@@ -233,6 +242,7 @@ fn fill(module: &Bound<'_, PyModule>) -> PyResult<()> {
     add_kernels(module)?;
     add_sizes(module)?;
     add_function(module, c"require_gpu", require_gpu)?;
+    add_function(module, c"require_driver", require_driver)?;
     add_function(module, c"verify_file", verify_file)?;
     module.add("HAS_GPU_KERNELS", launchers::cuda().is_some())?;
     for (name, weighting) in [

@@ -105,10 +105,13 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, *ctx.sizes, first_key = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # Otherwise autograd would make a tensor of zeros as the gradient of log_sum_exp.
     ctx.save_for_backward(*output, qkv, first_key)
 
 
-def _gradient(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
+def _gradient(ctx: Any, dout: Tensor | None, _: None) -> tuple[Any, ...]:
+    if dout is None:
+        return (None,) * 5
     out, log_sum_exp, qkv, first_key = ctx.saved_tensors
     dqkv = _attention_backward(dout.contiguous(), out, log_sum_exp, qkv, *ctx.sizes, first_key)
     return dqkv, None, None, None, None

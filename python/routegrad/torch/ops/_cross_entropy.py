@@ -63,12 +63,15 @@ def _(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.library.custom_op(_BACKWARD, mutates_args=())
-def _cross_entropy_backward(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy_backward(
+    dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, of_weight: bool
+) -> tuple[Tensor, Tensor]:
     _check(_BACKWARD, x, weight, targets)
     check(_BACKWARD, "dlosses", dlosses, [x.shape[0]], [F32], x)
     check_indices(_BACKWARD, "targets", targets, 0, weight.shape[0])
     (tokens, hidden), vocabulary = x.shape, weight.shape[0]
-    dx, dweight = torch.empty_like(x), torch.zeros_like(weight, dtype=F32)
+    dx = torch.empty_like(x)
+    dweight = torch.zeros_like(weight, dtype=F32) if of_weight else empty(x, 0, dtype=F32)
     chunks, losses = _Chunks(x, weight, targets), empty(x, min(tokens, _TOKENS), dtype=F32)
     whole = torch.empty_like(chunks.logits, dtype=BF16)
     for first in range(0, tokens, _TOKENS):
@@ -77,18 +80,19 @@ def _cross_entropy_backward(dlosses: Tensor, x: Tensor, weight: Tensor, targets:
         dlogits = whole[:rows].mul_(dlosses[here, None])
         sizes = dict(offsets=None, rows=rows, dout_rows=rows, experts=1, n=vocabulary, k=hidden)
         call("grouped_gemm_input_gradient", x, dx=dx[here], dout=dlogits, w=chunks.weight, **sizes)
-        call(
-            "grouped_gemm_weight_gradient", x, dw=dweight, dout=dlogits, x=x[here], x_rows=rows, accumulate=first > 0,
-            **sizes,
-        )  # fmt: skip
+        if of_weight:
+            call(
+                "grouped_gemm_weight_gradient", x, dw=dweight, dout=dlogits, x=x[here], x_rows=rows, accumulate=first > 0,
+                **sizes,
+            )  # fmt: skip
     return dx, dweight.to(weight.dtype)
 
 
 @_cross_entropy_backward.register_fake
-def _(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _(dlosses: Tensor, x: Tensor, weight: Tensor, targets: Tensor, of_weight: bool) -> tuple[Tensor, Tensor]:
     _check(_BACKWARD, x, weight, targets)
     check(_BACKWARD, "dlosses", dlosses, [x.shape[0]], [F32], x)
-    return torch.empty_like(x), torch.empty_like(weight)
+    return torch.empty_like(x), torch.empty_like(weight) if of_weight else weight.new_empty(0)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -96,7 +100,9 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, dlosses: Tensor) -> tuple[Any, ...]:
-    return (*_cross_entropy_backward(dlosses.contiguous(), *ctx.saved_tensors), None)
+    of_weight = ctx.needs_input_grad[1]
+    dx, dweight = _cross_entropy_backward(dlosses.contiguous(), *ctx.saved_tensors, of_weight)
+    return dx, dweight if of_weight else None, None
 
 
 _cross_entropy.register_autograd(_gradients, setup_context=_save)

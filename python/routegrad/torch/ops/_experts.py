@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,11 +61,13 @@ def _products(
 
 
 def _products_backward(
-    dout: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, maps: Dispatch, s: _Sizes
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, maps: Dispatch, s: _Sizes,
+    of_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns dx, dgate_up, ddown, and dots [R, C], the partial sums of ⟨dout, e(x)⟩ for each row.
 
-    ``dout`` [R, D] is the gradient of each row before it is multiplied by the gate.
+    ``dout`` [R, D] is the gradient of each row before it is multiplied by the gate. Without ``of_weights``, dgate_up and
+    ddown are empty.
     """
     sizes = dict(rows=s.rows, experts=s.experts, hidden=s.hidden, ffn=s.ffn)
     columns = call("dot_columns", x, **sizes)
@@ -74,11 +77,18 @@ def _products_backward(
         "grouped_swiglu_backward", x, dh=dh, scaled_a=scaled_a, dots=dots, dout=dout, w=bf16(down), h=h, gates=gates,
         offsets=maps.offsets, row_token=maps.row_token, dout_rows=s.rows, dot_columns=columns, **sizes,
     )  # fmt: skip
-    sorted_x = x.index_select(0, maps.row_token)
-    dgate_up = weight_gradient(dh, sorted_x, maps.offsets, gate_up)
-    ddown = weight_gradient(dout, scaled_a, maps.offsets, down)
+    if of_weights:
+        dgate_up = weight_gradient(dh, x.index_select(0, maps.row_token), maps.offsets, gate_up)
+        ddown = weight_gradient(dout, scaled_a, maps.offsets, down)
+    else:
+        dgate_up, ddown = gate_up.new_empty(0), down.new_empty(0)
     dx_rows = grouped_gemm_input_gradient(dh, gate_up, maps.offsets)
     return run_combine(dx_rows, None, maps, None, s.experts), dgate_up, ddown, dots
+
+
+def _weights(make: Callable[[Tensor], Tensor], gate_up: Tensor, down: Tensor, of_weights: bool) -> tuple[Tensor, Tensor]:
+    """Returns tensors made by ``make`` for the gradients of the weights; without ``of_weights``, empty ones."""
+    return (make(gate_up), make(down)) if of_weights else (gate_up.new_empty(0), down.new_empty(0))
 
 
 _EXPERTS = "routegrad::swiglu_experts"
@@ -115,7 +125,7 @@ _EXPERTS_BACKWARD = "routegrad::swiglu_experts_backward"
 @torch.library.custom_op(_EXPERTS_BACKWARD, mutates_args=())
 def _experts_backward(
     dy: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, vectors: Tensor | None, choices: Tensor,
-    offsets: Tensor, row_token: Tensor, row_slot: Tensor, slot_row: Tensor,
+    offsets: Tensor, row_token: Tensor, row_slot: Tensor, slot_row: Tensor, of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
     s = _Sizes(_EXPERTS_BACKWARD, x, gate_up, down, maps)
@@ -125,33 +135,37 @@ def _experts_backward(
     check(_EXPERTS_BACKWARD, "h", h, [s.rows, 2 * s.ffn], [BF16], x)
     check_vectors(_EXPERTS_BACKWARD, vectors, s.experts, s.hidden, x)
     if s.rows == 0:
-        return torch.empty_like(x), torch.empty_like(gates), torch.zeros_like(gate_up), torch.zeros_like(down)
+        return torch.empty_like(x), torch.empty_like(gates), *_weights(torch.zeros_like, gate_up, down, of_weights)
     if vectors is None:
         dout, of_vectors = dy.index_select(0, row_token), None
     else:
         dout = empty(dy, s.rows, s.hidden, dtype=BF16)
         of_vectors = default_dots(dy, maps, vectors, s.experts, dout)
-    dx, dgate_up, ddown, dots = _products_backward(dout, x, gates, gate_up, down, h, maps, s)
+    dx, dgate_up, ddown, dots = _products_backward(dout, x, gates, gate_up, down, h, maps, s, of_weights)
     return dx, gate_gradient_of(dots, maps, of_vectors, s.experts), dgate_up, ddown
 
 
 @_experts_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, gates: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, vectors: Tensor | None, choices: Tensor,
-    offsets: Tensor, row_token: Tensor, row_slot: Tensor, slot_row: Tensor,
+    offsets: Tensor, row_token: Tensor, row_slot: Tensor, slot_row: Tensor, of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), torch.empty_like(gates), torch.empty_like(gate_up), torch.empty_like(down)
+    return torch.empty_like(x), torch.empty_like(gates), *_weights(torch.empty_like, gate_up, down, of_weights)
 
 
 def _experts_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, gates, gate_up, down, vectors, *maps = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # Otherwise autograd would make a tensor of zeros [R, 2F] as the gradient of h.
     ctx.save_for_backward(x, gates, gate_up, down, output[1], vectors, *maps)
 
 
-def _experts_gradients(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
-    gradients = _experts_backward(dy.contiguous(), *ctx.saved_tensors)
-    return (*gradients, None, None, None, None, None, None)
+def _experts_gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 10
+    of_weights = any(ctx.needs_input_grad[2:4])
+    dx, dgates, *dweights = _experts_backward(dy.contiguous(), *ctx.saved_tensors, of_weights)
+    return dx, dgates, *(dweights if of_weights else (None, None)), None, None, None, None, None, None
 
 
 _experts.register_autograd(_experts_gradients, setup_context=_experts_save)
@@ -214,7 +228,7 @@ _ROWS_BACKWARD = "routegrad::swiglu_expert_rows_backward"
 @torch.library.custom_op(_ROWS_BACKWARD, mutates_args=())
 def _rows_backward(
     drows: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, choices: Tensor, offsets: Tensor, row_token: Tensor,
-    row_slot: Tensor, slot_row: Tensor,
+    row_slot: Tensor, slot_row: Tensor, of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     maps = Dispatch(choices, offsets, row_token, row_slot, slot_row)
     s = _Sizes(_ROWS_BACKWARD, x, gate_up, down, maps)
@@ -222,28 +236,32 @@ def _rows_backward(
     check(_ROWS_BACKWARD, "drows", drows, [s.rows, s.hidden], [BF16], x)
     check(_ROWS_BACKWARD, "h", h, [s.rows, 2 * s.ffn], [BF16], x)
     if s.rows == 0:
-        return torch.empty_like(x), torch.zeros_like(gate_up), torch.zeros_like(down)
+        return torch.empty_like(x), *_weights(torch.zeros_like, gate_up, down, of_weights)
     ones = torch.ones(s.tokens, s.experts, dtype=F32, device=x.device)
-    return _products_backward(drows, x, ones, gate_up, down, h, maps, s)[:3]
+    return _products_backward(drows, x, ones, gate_up, down, h, maps, s, of_weights)[:3]
 
 
 @_rows_backward.register_fake
 def _(
     drows: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, h: Tensor, choices: Tensor, offsets: Tensor, row_token: Tensor,
-    row_slot: Tensor, slot_row: Tensor,
+    row_slot: Tensor, slot_row: Tensor, of_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(x), torch.empty_like(gate_up), torch.empty_like(down)
+    return torch.empty_like(x), *_weights(torch.empty_like, gate_up, down, of_weights)
 
 
 def _rows_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, gate_up, down, _, *maps = inputs
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # As above, for the column sums and h.
     ctx.save_for_backward(x, gate_up, down, output[2], *maps)
 
 
-def _rows_gradients(ctx: Any, drows: Tensor, *_: Any) -> tuple[Any, ...]:
-    gradients = _rows_backward(drows.contiguous(), *ctx.saved_tensors)
-    return (*gradients, None, None, None, None, None, None)
+def _rows_gradients(ctx: Any, drows: Tensor | None, *_: None) -> tuple[Any, ...]:
+    if drows is None:
+        return (None,) * 9
+    of_weights = any(ctx.needs_input_grad[1:3])
+    dx, *dweights = _rows_backward(drows.contiguous(), *ctx.saved_tensors, of_weights)
+    return dx, *(dweights if of_weights else (None, None)), None, None, None, None, None, None
 
 
 _rows.register_autograd(_rows_gradients, setup_context=_rows_save)

@@ -28,6 +28,10 @@ def kernels() -> Any:
 
 @functools.cache
 def _require_gpu(device: int) -> None:
+    # Present in builds of PyTorch for CUDA. PyTorch itself may be for an earlier version of CUDA than the kernels.
+    driver_version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    if driver_version is not None:
+        kernels().require_driver(driver_version())
     kernels().require_gpu(torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device))
 
 
