@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -392,6 +394,21 @@ def test_an_old_driver_raises(monkeypatch):
     with pytest.raises(RuntimeError, match=r"driver is too old: it supports CUDA 11\.8, the kernels need \d+\.0"):
         ops._launch._require_gpu.__wrapped__(0)
     kernels.require_driver(999 * 1000)
+
+
+def test_each_thread_makes_the_context_of_a_gpu_current_before_its_first_kernel(monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: used.append((threading.get_ident(), device)))
+
+    def run():
+        for device in [0, 1, 0]:
+            ops._launch._use_gpu(device)
+        return threading.get_ident()
+
+    threads = [run()]
+    with ThreadPoolExecutor(1) as other:
+        threads.append(other.submit(run).result())
+    assert used == [(thread, device) for thread in threads for device in [0, 1]]
 
 
 def test_without_the_extension_default_moe_works_and_operators_raise_with_build_instructions():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,24 @@ def _require_gpu(device: int) -> None:
     kernels().require_gpu(torch.cuda.get_device_name(device), *torch.cuda.get_device_capability(device))
 
 
+class _Thread(threading.local):
+    """The GPUs that a thread has used."""
+
+    def __init__(self) -> None:
+        self.gpus: set[int] = set()
+
+
+_thread = _Thread()
+
+
+def _use_gpu(device: int) -> None:
+    """Makes the context of a GPU current in this thread. ``torch.cuda.device`` alone does not in a new thread, and TMA descriptors,
+    which some kernels make before they launch anything, need it."""
+    if device not in _thread.gpus:
+        torch.cuda.mem_get_info(device)  # A call of the CUDA runtime that uses the device.
+        _thread.gpus.add(device)
+
+
 def _aligned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.data_ptr() % 16 else value
 
@@ -57,6 +76,7 @@ def call(function: str, like: Tensor, **arguments: Any) -> Any:
         return run(None, **values)
     with torch.cuda.device(like.device):
         _require_gpu(like.device.index)
+        _use_gpu(like.device.index)
         return run(torch.cuda.current_stream().cuda_stream, **values)
 
 
