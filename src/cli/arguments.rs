@@ -188,8 +188,8 @@ Examples:
     HardwareCheck(proofs::HardwareArgs),
     /// Print which kernels and training steps are verified on a GPU, as Markdown tables.
     Status(proofs::StatusArgs),
-    /// Benchmark every kernel against cuBLAS and its roofline; the report also shows PyTorch and other open-source
-    /// kernels.
+    /// Benchmark kernels and MoE layers against cuBLAS and the roofline; the report also shows PyTorch and other
+    /// open-source kernels.
     ///
     /// On a GPU it times the kernels; without a GPU it times the operations of the CPU and the simulator. New records
     /// are merged into the folder of records.

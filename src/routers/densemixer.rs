@@ -87,6 +87,6 @@ impl Router for DenseMixer {
     }
 
     fn weighs_by_softmax(&self) -> bool {
-        true
+        !self.renormalize
     }
 }

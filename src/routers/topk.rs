@@ -73,6 +73,6 @@ impl Router for TopK {
     }
 
     fn weighs_by_softmax(&self) -> bool {
-        true
+        !self.renormalize
     }
 }

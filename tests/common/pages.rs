@@ -17,6 +17,7 @@ pub fn pages() -> Vec<PathBuf> {
     .into();
     pages.extend(
         [
+            "benches/results/README.md",
             "kernels/README.md",
             "kernels/sim/README.md",
             "python/README.md",

@@ -196,6 +196,18 @@ fn more_experts_per_token_than_the_kernel_chooses_are_refused_by_the_routers_tha
 }
 
 #[test]
+fn weights_that_are_renormalized_are_no_softmax() {
+    for router in ["topk", "densemixer", "default"] {
+        for renormalize in [false, true] {
+            let set = format!("router.renormalize={renormalize}");
+            let config = config(router, &["model.top_k=2", &set]);
+            let built = routers::build(&config.router).unwrap();
+            assert_eq!(built.weighs_by_softmax(), !renormalize, "{router}");
+        }
+    }
+}
+
+#[test]
 fn default_vectors_begin_at_zero_or_as_gaussians_of_the_given_spread() {
     for (std, set) in [(0.0, "router.init_std=0"), (0.5, "router.init_std=0.5")] {
         let sets = [set, "model.hidden=512", "train.dtype=\"f64\""];

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
 const ROUTER: &str = "router.name";
-/// Minimum number of evaluations per run if no setting gives their interval.
+/// Upper bound of the number of evaluations per run if no setting gives their interval, which is rounded up.
 const EVALUATIONS: u64 = 20;
 const WIDTH: &str = "width";
 

@@ -405,9 +405,11 @@ fn dry_run(out: &Path, grid: &Grid, plan: &Plan, scaled: Option<String>) -> Resu
         let state = run::state(out, run)?;
         all_tokens += tokens;
         all += work;
-        if state != State::Finished {
-            left += work;
-        }
+        left += match state {
+            State::Finished => 0.0,
+            State::Unfinished(step) => work * (1.0 - step as f64 / train.steps as f64),
+            _ => work,
+        };
         table.rows.push(vec![
             run.name.clone().into(),
             run.config.router.name.clone().into(),

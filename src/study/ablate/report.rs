@@ -320,9 +320,9 @@ impl Report<'_> {
         for group in self.groups() {
             let runs = || group.runs.iter().map(|r| &self.summary.runs[*r]);
             let begun = runs().filter(|r| r.steps > 0).count();
-            let score = |f: fn(&super::summary::RunSummary) -> f64| -> Cell {
-                let sum: f64 = runs().filter(|r| r.steps > 0).map(f).sum();
-                (sum / begun as f64).into()
+            let score = |f: fn(&super::summary::RunSummary) -> Option<f64>| {
+                let scores: Vec<f64> = runs().filter_map(f).collect();
+                mean(super::summary::spread(&scores))
             };
             let count = |f: fn(&super::summary::RunSummary) -> usize| -> Cell {
                 runs().map(f).sum::<usize>().into()

@@ -14,8 +14,9 @@ pub const DEVIATIONS: f64 = 7.0;
 pub struct Spikes {
     /// Steps, counted from 1, at which a spike begins.
     pub begins: Vec<u64>,
-    /// Percentage of the compared values that are spikes.
-    pub score: f64,
+    /// Percentage of the compared values that are spikes; `None` if none is compared, as in a series that is shorter than the
+    /// window.
+    pub score: Option<f64>,
 }
 
 /// Returns the number of values in the window for a run of `steps` steps.
@@ -45,7 +46,7 @@ pub fn find(series: &[(u64, f64)], steps: u64) -> Spikes {
     }
     Spikes {
         begins,
-        score: 100.0 * spiking as f64 / judged.max(1) as f64,
+        score: (judged > 0).then(|| 100.0 * spiking as f64 / judged as f64),
     }
 }
 
@@ -63,7 +64,8 @@ mod tests {
 
     #[test]
     fn a_decreasing_loss_with_noise_has_no_spike() {
-        assert_eq!(find(&series(), 600), Spikes::default());
+        let none = find(&series(), 600);
+        assert_eq!((none.begins.len(), none.score), (0, Some(0.0)));
         assert_eq!(find(&[], 600), Spikes::default());
         assert_eq!((window(50), window(600), window(76_294)), (20, 60, 1000));
     }
@@ -77,7 +79,7 @@ mod tests {
         values[519].1 = 1.0;
         let found = find(&values, 600);
         assert_eq!(found.begins, [300, 450]);
-        assert!((found.score - 100.0 * 3.0 / 540.0).abs() < 1e-12);
+        assert!((found.score.unwrap() - 100.0 * 3.0 / 540.0).abs() < 1e-12);
     }
 
     #[test]

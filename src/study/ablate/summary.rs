@@ -128,7 +128,8 @@ fn summary(out: &Path, run: &Run) -> Result<RunSummary> {
         .last()
         .filter(|_| finished)
         .and_then(|r| r.validation_loss);
-    let state = match finished && loss_at_end.is_none() {
+    let compared = loss_at_end.is_some();
+    let state = match finished && !compared {
         true => State::Diverged("the last validation loss is not finite".into()),
         false => state,
     };
@@ -141,11 +142,11 @@ fn summary(out: &Path, run: &Run) -> Result<RunSummary> {
             .collect(),
         training: parts(TRAINING_POINTS).filter_map(part_loss).collect(),
         loss: loss_at_end,
-        training_loss: spread(&late).filter(|_| finished).map(|s| s.mean),
+        training_loss: spread(&late).filter(|_| compared).map(|s| s.mean),
         loss_spikes: spikes::find(&loss, steps),
         gradient_spikes: spikes::find(&series(|r| r.gradient_norm), steps),
         left_out: records.iter().filter(|r| !r.applied).count() as u64,
-        load: variation(last(10)).filter(|_| finished),
+        load: variation(last(10)).filter(|_| compared),
         load_curve: parts(LOAD_POINTS)
             .filter_map(|part| Some((part.last()?.tokens, variation(part)?.0)))
             .collect(),

@@ -247,8 +247,8 @@ fn in_phases(
             sections::gradient_error(&error, notes.clone())?,
             sections::drift(config, &drifts)?,
             sections::estimators(&compared, notes.clone())?,
-            sections::scale(&compared, notes)?,
-            sections::regret(&rerouted, loss_unit(&config.data.tokenizer))?,
+            sections::scale(&compared, notes.clone())?,
+            sections::regret(&rerouted, loss_unit(&config.data.tokenizer), notes)?,
         ],
     })
 }

@@ -27,7 +27,7 @@ pub struct Seen {
     /// The experts that count as chosen.
     pub chosen: Selection,
     /// Default vectors before their update and the means m `[E, D]` that they are updated with, in a
-    /// pass that updates them; m of an expert without tokens is its ê.
+    /// pass that updates them; m of an expert of which no token is averaged is 0.
     pub update: Option<[Tensor; 2]>,
 }
 
@@ -93,7 +93,7 @@ impl Probe {
     fn see_update(&self, sums: &ExpertSums, layer: &LayerPass<'_>) -> Result<()> {
         if let Some(seen) = self.record.borrow_mut().last_mut() {
             let vectors = layer.state(VECTORS).clone();
-            let mut means = vectors.clone();
+            let mut means = Tensor::zeros(vectors.device(), vectors.dtype(), vectors.shape());
             sums.update(&mut means, 0.0)?;
             seen.update = Some([vectors, means]);
         }

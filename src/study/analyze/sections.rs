@@ -55,6 +55,11 @@ pub fn gradient_notes(config: &Config, filled: bool) -> Vec<String> {
             "The model was trained with {router}. Here its experts are weighted by the softmax of its \
              logits, without the other parts of {router}."
         ));
+    } else if routers::build(&config.router).is_ok_and(|router| router.evaluates_all_experts()) {
+        notes.push(format!(
+            "The model was trained with {router}. Here each token chooses {} experts, as with topk.",
+            config.model.top_k
+        ));
     }
     if config.model.num_experts == 1 {
         notes.push("With one expert there is no choice to compare.".into());

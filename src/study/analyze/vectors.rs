@@ -21,21 +21,21 @@ pub fn similarity(vectors: &Tensor) -> Result<Vec<Vec<Option<f64>>>> {
         .collect())
 }
 
-/// Returns `‖m_i − ê_i‖ / ‖m_i‖` of each expert, `[E]`; none for an expert without tokens. `m_i` is the mean output of
-/// the expert and `ê_i` its default vector.
+/// Returns `‖m_i − ê_i‖ / ‖m_i‖` of each expert, `[E]`; none for an expert of which no token is averaged. `m_i` is the mean
+/// output of the expert over the averaged tokens and `ê_i` its default vector.
 pub fn drift(seen: &Seen) -> Result<Vec<Option<f64>>> {
     let Some([vectors, means]) = &seen.update else {
         return Ok(Vec::new());
     };
-    let (width, counts) = (vectors.shape().width(), seen.chosen.counts());
+    let width = vectors.shape().width();
     let (vectors, means) = (vectors.to_f64()?, means.to_f64()?);
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    let pairs = vectors.chunks(width).zip(means.chunks(width)).zip(counts);
+    let pairs = vectors.chunks(width).zip(means.chunks(width));
     Ok(pairs
-        .map(|((vector, mean), count)| {
+        .map(|(vector, mean)| {
             let difference = norm(&mut mean.iter().zip(vector).map(|(m, v)| m - v));
             let relative = difference / norm(&mut mean.iter().copied());
-            Some(relative).filter(|r| count > 0 && r.is_finite())
+            Some(relative).filter(|r| r.is_finite())
         })
         .collect())
 }
@@ -73,12 +73,13 @@ mod tests {
 
     #[test]
     fn drift_worked_by_hand() {
-        // Expert 0: m = (3, 4), ê = (3, 0): 4 / 5. Expert 1: ê = m. Expert 2 got no token.
+        // Expert 0: m = (3, 4), ê = (3, 0): 4 / 5. Expert 1: ê = m. Of expert 2 no token was averaged.
         let vectors = Tensor::from_slice([3, 2], &[3.0, 0.0, 1.0, 1.0, 2.0, 2.0f64]);
-        let means = Tensor::from_slice([3, 2], &[3.0, 4.0, 1.0, 1.0, 2.0, 2.0f64]);
+        let means = Tensor::from_slice([3, 2], &[3.0, 4.0, 1.0, 1.0, 0.0, 0.0f64]);
         let seen = Seen {
             x: Tensor::from_slice([2, 1], &[0.0f64; 2]),
-            chosen: Selection::from_choices(&[0, 1], 2, 3).unwrap(),
+            // Sampled tokens are those that did not choose the expert.
+            chosen: Selection::from_choices(&[2, 2], 2, 3).unwrap(),
             update: Some([vectors, means]),
         };
         assert_eq!(drift(&seen).unwrap(), [Some(0.8), Some(0.0), None]);

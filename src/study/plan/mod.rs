@@ -262,7 +262,7 @@ impl Plan {
     }
 
     fn timed(mut self) -> Self {
-        let computing = (self.tokens_per_step * self.flops_per_token) as f64 / self.rate;
+        let computing = self.tokens_per_step as f64 * self.flops_per_token as f64 / self.rate;
         self.tokens_per_second = self.tokens_per_step as f64 / (computing + self.sending_seconds);
         self
     }
@@ -274,7 +274,7 @@ impl Plan {
 
     /// Returns the estimated seconds of all steps.
     pub fn seconds(&self) -> f64 {
-        (self.tokens_per_step * self.steps) as f64 / self.tokens_per_second
+        self.tokens_per_step as f64 * self.steps as f64 / self.tokens_per_second
     }
 
     /// Returns the plan as a table in text.
@@ -292,7 +292,7 @@ impl Plan {
             ),
         ];
         if let Some(tokens) = self.text_tokens {
-            let times = (self.tokens_per_step * self.steps) as f64 / tokens.max(1) as f64;
+            let times = self.tokens_per_step as f64 * self.steps as f64 / tokens.max(1) as f64;
             let all = number(tokens as f64);
             lines.push(row("text", &format!("{all} tokens, read {times:.2} times")));
         }

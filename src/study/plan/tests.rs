@@ -379,3 +379,29 @@ fn planned_weights_and_moments_of_a_rank_are_those_that_a_rank_on_the_simulator_
         assert!((ratio - 1.0).abs() <= 0.03, "{moments}: {ratio:.4}");
     }
 }
+
+#[test]
+fn the_rate_of_a_large_model_does_not_depend_on_the_batch() {
+    // A step of the larger batch has more operations than a u64 holds.
+    let of = |sequences: usize| {
+        let batch = format!("train.sequences_per_step={sequences}");
+        let sets = [
+            "model.hidden=16384",
+            "model.heads=256",
+            "model.layers=126",
+            "model.sequence_length=8192",
+            "train.micro_batch=1",
+            &batch,
+        ];
+        plan(&config("7.33b", &sets), h200(), 1).unwrap()
+    };
+    let (small, large) = (of(1), of(1 << 20));
+    let change = large.tokens_per_second / small.tokens_per_second - 1.0;
+    assert!(change.abs() <= 1e-9, "{change}");
+    assert!(
+        large
+            .tokens_per_step
+            .checked_mul(large.flops_per_token)
+            .is_none()
+    );
+}

@@ -318,11 +318,11 @@ pub fn markdown(model: &Model, folder: &Path) -> Result<String> {
         format!("\nThe kernels of a step of `1.96b` in micro-batches of 32, ms:\n\n{table}")
     });
     Ok(format!(
-        "{SEQUENCES} sequences of 2,048 tokens a step on one H200, predicted and measured ({}). In a prediction products take what the \
-         cost model above says, with balanced routing; other kernels reach the share of their roofline that they reached in the steps \
-         timed on 2026-11-24 (7.33b: as 1.96b); between two kernels pass 2 µs. `cross_entropy_rows` reads the logits once where it \
-         read them twice; then `qkv_rope_forward` was part of `grouped_gemm_forward`; `dispatch_choices` and `expert_mean` are \
-         counted as 4 µs a launch.\n\n{}{}",
+        "{SEQUENCES} sequences of 2,048 tokens a step on one H200, predicted and measured ({}). A prediction uses the cost model above for \
+         matrix products, and assumes balanced routing. Other kernels reach the share of their roofline that they reached in the steps \
+         timed on 2026-11-24 (7.33b: as 1.96b). 2 µs are added between two kernels. On 2026-11-24, `cross_entropy_rows` read the \
+         logits twice; now it reads them once. On that date `qkv_rope_forward` was still part of `grouped_gemm_forward`. \
+         `dispatch_choices` and `expert_mean` are counted as 4 µs a launch.\n\n{}{}",
         codes.join("; "),
         table.markdown(),
         kernels.unwrap_or_default()
