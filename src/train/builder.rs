@@ -122,8 +122,10 @@ impl Builder {
             }
             hooks.extend(run_hooks(run));
         }
-        hooks.retain(|hook| dist.rank() == 0 || hook.on_every_rank());
+        let runs = |hook: &Box<dyn Hook>| dist.rank() == 0 || hook.on_every_rank();
+        let (hooks, others) = hooks.into_iter().partition(runs);
         let mut trainer = Trainer::assemble(parts, dist.clone(), corpus, hooks)?;
+        trainer.hooks_of_rank_0 = others;
         if let Some(run) = &run {
             let (first, total) = (trainer.steps_done(), trainer.config().train.steps);
             trainer.console = Console::with_bar(first, total, run.quiet);

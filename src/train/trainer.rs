@@ -33,7 +33,8 @@ use std::time::Instant;
 /// be drawn does not prevent a checkpoint. On several ranks, after an error of a hook that runs on every rank, no further
 /// such hook is called.
 ///
-/// On several ranks, a hook runs only on rank 0, unless [`on_every_rank`](Self::on_every_rank) returns true.
+/// On several ranks, a hook runs only on rank 0, unless [`on_every_rank`](Self::on_every_rank) returns true. Add it on all
+/// ranks in any case: all of them launch the next step before the results of a step are read, or none.
 ///
 /// ```
 /// use routegrad::error::Result;
@@ -143,6 +144,8 @@ pub struct Trainer {
     /// The time at which results were last read.
     last_read: Instant,
     hooks: Vec<Box<dyn Hook>>,
+    /// Hooks that run on rank 0 alone, on another rank.
+    pub(super) hooks_of_rank_0: Vec<Box<dyn Hook>>,
     pub(super) console: Console,
     stop_requested: Cell<bool>,
     /// Lock on the run's folder.
@@ -168,6 +171,7 @@ impl Trainer {
             in_flight: None,
             last_read: Instant::now(),
             hooks,
+            hooks_of_rank_0: Vec::new(),
             console: Console::notes(),
             stop_requested: Cell::new(false),
             lock: None,
@@ -322,9 +326,10 @@ impl Trainer {
     fn conclude(&mut self, this: LaunchedStep, overlap: bool) -> Result<(StepReport, Record)> {
         let step = this.step + 1;
         let config = &self.state.config;
+        let mut hooks = self.hooks.iter().chain(&self.hooks_of_rank_0);
         let alone = !overlap
             || step >= config.train.steps
-            || self.hooks.iter().any(|hook| hook.needs_model(config, step));
+            || hooks.any(|hook| hook.needs_model(config, step));
         if this.was_replayed() && !alone {
             self.in_flight = Some(self.launch()?);
         }

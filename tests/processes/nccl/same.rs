@@ -8,11 +8,13 @@ use routegrad::config::Config;
 use routegrad::device::{Device, counters};
 use routegrad::dist::{self, Collective, Ranks, ThreadRank, nccl};
 use routegrad::error::Result;
+use routegrad::report::metrics::Record;
 use routegrad::routers::ROUTERS;
+use routegrad::train::{Hook, StepReport};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -280,6 +282,52 @@ fn a_steady_step_of_processes_is_one_graph_without_a_call_of_the_host_and_ends_i
             }
         }
     }
+}
+
+/// Reads the model on rank 0 after some steps.
+struct Reader;
+
+impl Hook for Reader {
+    fn needs_model(&self, _: &Config, step: u64) -> bool {
+        step % 3 == 0
+    }
+
+    fn after_step(&mut self, trainer: &Trainer, _: &StepReport, record: &Record) -> Result<()> {
+        if self.needs_model(trainer.config(), record.step) {
+            trainer.model.parameters[0].value.to_f64()?;
+        }
+        Ok(())
+    }
+}
+
+/// Not a test of its own: what each process of the next one does.
+#[test]
+fn a_rank_of_the_test_of_a_hook_of_rank_0() {
+    if std::env::var("ROUTEGRAD_TEST_HOOK").is_err() {
+        return;
+    }
+    let dist = dist::start(Ranks::Auto, Duration::from_secs(20)).unwrap();
+    let device = nccl::with_library(dist, Device::Sim, stand_in().to_str().unwrap()).unwrap();
+    let config = config(&["router.name=\"topk\"", "train.steps=9"]);
+    let run = Trainer::builder(config).hook(Reader).ranks(device).build();
+    let summary = run.unwrap().run(&AtomicBool::new(false)).unwrap();
+    assert_eq!(summary.step, 9);
+    assert!(dist::conclude(Ok(())).is_ok());
+}
+
+/// Other ranks must launch each step as rank 0 does, though the hook does not run there.
+#[test]
+#[ignore = "slow"]
+fn a_hook_of_rank_0_that_needs_the_model_holds_up_no_rank() {
+    let Some(launcher) = launchers().into_iter().next() else {
+        return;
+    };
+    let mut own = Command::new(std::env::current_exe().unwrap());
+    own.args([
+        "--exact",
+        "nccl::same::a_rank_of_the_test_of_a_hook_of_rank_0",
+    ]);
+    succeed(launcher.start(&[(2, &own)]).env("ROUTEGRAD_TEST_HOOK", "1"));
 }
 
 #[test]
