@@ -122,8 +122,10 @@ impl Builder {
             }
             hooks.extend(run_hooks(run));
         }
-        let runs = |hook: &Box<dyn Hook>| dist.rank() == 0 || hook.on_every_rank();
-        let (hooks, others) = hooks.into_iter().partition(runs);
+        let first = dist.rank() == 0;
+        let (hooks, others) = hooks
+            .into_iter()
+            .partition(|hook| first || hook.on_every_rank());
         let mut trainer = Trainer::assemble(parts, dist.clone(), corpus, hooks)?;
         trainer.hooks_of_rank_0 = others;
         if let Some(run) = &run {
