@@ -43,9 +43,11 @@ impl Block {
         let address = match arena.take(bytes) {
             Some(address) => address,
             None => {
-                let chunk = grow(&mut arena, device, bytes.max(CHUNK));
-                // Less than a chunk may be left, and still be enough.
-                chunk.or_else(|_| grow(&mut arena, device, bytes))?;
+                match grow(&mut arena, device, bytes.max(CHUNK)) {
+                    // Less than a chunk may be left, and still be enough.
+                    Err(_) if bytes < CHUNK => grow(&mut arena, device, bytes)?,
+                    grown => grown?,
+                }
                 arena
                     .take(bytes)
                     .unwrap_or_else(|| unreachable!("it has just grown"))

@@ -122,12 +122,7 @@ impl Builder {
             }
             hooks.extend(run_hooks(run));
         }
-        let first = dist.rank() == 0;
-        let (hooks, others) = hooks
-            .into_iter()
-            .partition(|hook| first || hook.on_every_rank());
         let mut trainer = Trainer::assemble(parts, dist.clone(), corpus, hooks)?;
-        trainer.hooks_of_rank_0 = others;
         if let Some(run) = &run {
             let (first, total) = (trainer.steps_done(), trainer.config().train.steps);
             trainer.console = Console::with_bar(first, total, run.quiet);

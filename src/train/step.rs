@@ -25,7 +25,7 @@ use crate::train::optimizer::{AdamW, DeviceStep, Settings, Shards, gradient_norm
 pub use launched::Launched;
 use non_finite::{first_of_ranks, of_outcome};
 use readback::{begin_readback, by_name, vectors_of};
-use replay::{Replay, Way, agreed};
+use replay::{LaunchMode, Replay, common_mode};
 use shares::{equal_shares, shape_of, sum_gradients};
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -236,25 +236,25 @@ impl StepExecutor {
         }
         at(model.dist(), || replay.words().into());
         let (several, in_flight) = (self.ranks.is_some(), self.unread > 0);
-        let way = |model: &Model, replay: &Replay| {
-            let own = replay.way(device, &shape);
+        let mode = |model: &Model, replay: &Replay| {
+            let own = replay.mode(device, &shape);
             if several {
-                agreed(model.dist(), own, in_flight)
+                common_mode(model.dist(), own, in_flight)
             } else {
                 Ok(own)
             }
         };
-        let mut how = way(model, replay)?;
-        if how == Way::Capture {
+        let mut launch = mode(model, replay)?;
+        if launch == LaunchMode::Capture {
             let step = || self.run(model, &mut |_| Ok(false)).map(drop);
             replay.capture(device, &shape, step);
             let mut states = model.layer_states_mut();
             states.iter_mut().for_each(LayerState::forget_pass);
             states.iter_mut().for_each(LayerState::count_anew);
             drop(states);
-            how = way(model, replay)?;
+            launch = mode(model, replay)?;
         }
-        let done = how == Way::Replay && replay.run(device, &shape)?;
+        let done = launch == LaunchMode::Replay && replay.run(device, &shape)?;
         match done {
             true => counters::replayed(),
             false => drop(replay.watch(shape, || self.run(model, &mut |_| Ok(false)))?),

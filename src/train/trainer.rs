@@ -34,7 +34,7 @@ use std::time::Instant;
 /// such hook is called.
 ///
 /// On several ranks, a hook runs only on rank 0, unless [`on_every_rank`](Self::on_every_rank) returns true. Add it on all
-/// ranks in any case: all of them launch the next step before the results of a step are read, or none.
+/// ranks even then: [`needs_model`](Self::needs_model) must return the same on each of them.
 ///
 /// ```
 /// use routegrad::error::Result;
@@ -144,8 +144,9 @@ pub struct Trainer {
     /// The time at which results were last read.
     last_read: Instant,
     hooks: Vec<Box<dyn Hook>>,
-    /// Hooks that run on rank 0 alone, on another rank.
-    pub(super) hooks_of_rank_0: Vec<Box<dyn Hook>>,
+    /// On other ranks, the hooks that run on rank 0 alone: only their `needs_model` is called here, so that all ranks launch
+    /// steps in the same order.
+    hooks_of_rank_0: Vec<Box<dyn Hook>>,
     pub(super) console: Console,
     stop_requested: Cell<bool>,
     /// Lock on the run's folder.
@@ -161,6 +162,10 @@ impl Trainer {
     ) -> Result<Self> {
         let (mut model, executor, state) = parts;
         executor.share_out_weights(&mut model)?;
+        let first = dist.rank() == 0;
+        let (hooks, hooks_of_rank_0) = hooks
+            .into_iter()
+            .partition(|hook| first || hook.on_every_rank());
         Ok(Trainer {
             data: DataLoader::new(Arc::new(corpus), &state.config, &*dist)?,
             launched: state.step,
@@ -171,7 +176,7 @@ impl Trainer {
             in_flight: None,
             last_read: Instant::now(),
             hooks,
-            hooks_of_rank_0: Vec::new(),
+            hooks_of_rank_0,
             console: Console::notes(),
             stop_requested: Cell::new(false),
             lock: None,
@@ -379,7 +384,8 @@ impl Trainer {
     }
 
     /// Calls all hooks and returns the last error: the hook that saves checkpoints is last, and its errors matter most.
-    /// Among several ranks no further hook that runs on every rank is called after one has failed, since the other ranks are at another call.
+    /// Among several ranks no further hook that runs on every rank is called after one has failed, since the other ranks are
+    /// at another call.
     fn all_hooks(
         &mut self,
         mut call: impl FnMut(&mut dyn Hook, &Trainer) -> Result<()>,

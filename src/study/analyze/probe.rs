@@ -27,7 +27,7 @@ pub struct Seen {
     /// The experts that count as chosen.
     pub chosen: Selection,
     /// Default vectors before their update and the means m `[E, D]` that they are updated with, in a
-    /// pass that updates them; m of an expert of which no token is averaged is 0.
+    /// pass that updates them; m is 0 for an expert without averaged tokens.
     pub update: Option<[Tensor; 2]>,
 }
 

@@ -36,10 +36,6 @@ fn has_no_vectors(config: &Config) -> String {
     )
 }
 
-fn weighs_by_softmax(config: &Config) -> bool {
-    routers::build(&config.router).is_ok_and(|router| router.weighs_by_softmax())
-}
-
 /// Returns notes about this model for the analyses of gradients.
 pub fn gradient_notes(config: &Config, filled: bool) -> Vec<String> {
     let router = &config.router.name;
@@ -50,12 +46,13 @@ pub fn gradient_notes(config: &Config, filled: bool) -> Vec<String> {
              micro-batches of training text, with unchanged weights (β = 0.9, from zero)."
         ));
     }
-    if !weighs_by_softmax(config) {
+    let built = routers::build(&config.router);
+    if !built.as_ref().is_ok_and(|r| r.weighs_by_softmax()) {
         notes.push(format!(
             "The model was trained with {router}. Here its experts are weighted by the softmax of its \
              logits, without the other parts of {router}."
         ));
-    } else if routers::build(&config.router).is_ok_and(|router| router.evaluates_all_experts()) {
+    } else if built.is_ok_and(|r| r.evaluates_all_experts()) {
         notes.push(format!(
             "The model was trained with {router}. Here each token chooses {} experts, as with topk.",
             config.model.top_k

@@ -21,7 +21,7 @@ pub fn similarity(vectors: &Tensor) -> Result<Vec<Vec<Option<f64>>>> {
         .collect())
 }
 
-/// Returns `‖m_i − ê_i‖ / ‖m_i‖` of each expert, `[E]`; none for an expert of which no token is averaged. `m_i` is the mean
+/// Returns `‖m_i − ê_i‖ / ‖m_i‖` of each expert, `[E]`; none for an expert without averaged tokens. `m_i` is the mean
 /// output of the expert over the averaged tokens and `ê_i` its default vector.
 pub fn drift(seen: &Seen) -> Result<Vec<Option<f64>>> {
     let Some([vectors, means]) = &seen.update else {
@@ -73,7 +73,7 @@ mod tests {
 
     #[test]
     fn drift_worked_by_hand() {
-        // Expert 0: m = (3, 4), ê = (3, 0): 4 / 5. Expert 1: ê = m. Of expert 2 no token was averaged.
+        // Expert 0: m = (3, 4), ê = (3, 0): 4 / 5. Expert 1: ê = m. Expert 2 has no averaged token.
         let vectors = Tensor::from_slice([3, 2], &[3.0, 0.0, 1.0, 1.0, 2.0, 2.0f64]);
         let means = Tensor::from_slice([3, 2], &[3.0, 4.0, 1.0, 1.0, 0.0, 0.0f64]);
         let seen = Seen {

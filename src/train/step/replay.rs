@@ -15,18 +15,18 @@ use std::collections::BTreeMap;
 /// Numbers of sequences and tokens of each micro-batch, and their addresses.
 pub type Shape = Vec<[usize; 5]>;
 
-/// How a step is launched. What every rank can do is the least of what each can do.
+/// How a step is launched. All ranks use the smallest of their modes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Way {
+pub enum LaunchMode {
     /// Kernel by kernel.
-    Launches,
+    Eager,
     /// The step is recorded as a graph, and the graph is launched.
     Capture,
     /// The recorded graph is launched.
     Replay,
 }
 
-/// Returns how all ranks launch a step of which this rank can launch its part in the given `way`. NCCL requires that all
+/// Returns the mode in which all ranks launch a step, where `mode` is what this rank can do. NCCL requires that all
 /// ranks replay a graph with its calls, or none ([documentation][1]). While an earlier step is `in_flight`, the hosts do not
 /// communicate: that step was replayed, so every rank replays the next one too.
 ///
@@ -34,10 +34,10 @@ pub enum Way {
 ///
 /// # Errors
 /// Returns an error when communication fails, or the memory of this rank changed while a step was in flight.
-pub fn agreed(dist: &dyn Collective, way: Way, in_flight: bool) -> Result<Way> {
-    match (in_flight, way) {
-        (true, Way::Replay) => return Ok(way),
-        (true, Way::Capture) => {
+pub fn common_mode(dist: &dyn Collective, mode: LaunchMode, in_flight: bool) -> Result<LaunchMode> {
+    match (in_flight, mode) {
+        (true, LaunchMode::Replay) => return Ok(mode),
+        (true, LaunchMode::Capture) => {
             return Err(Error::invalid(
                 "step",
                 "the same free memory as when the step was recorded as a graph",
@@ -49,9 +49,9 @@ pub fn agreed(dist: &dyn Collective, way: Way, in_flight: bool) -> Result<Way> {
         _ => {}
     }
     let mut all = vec![0; dist.size()];
-    dist.all_gather(&[way as u8], &mut all)?;
+    dist.all_gather(&[mode as u8], &mut all)?;
     let least = all.into_iter().min().unwrap_or(0);
-    Ok([Way::Launches, Way::Capture, Way::Replay][usize::from(least)])
+    Ok([LaunchMode::Eager, LaunchMode::Capture, LaunchMode::Replay][usize::from(least)])
 }
 
 /// The graph of a step, if there is one, and whether a step can be captured.
@@ -72,6 +72,13 @@ struct Captured {
     free: BTreeMap<usize, usize>,
 }
 
+impl Captured {
+    /// Returns whether a step with micro-batches of this shape, while this memory is free, can replay the graph.
+    fn fits(&self, shape: &Shape, free: &BTreeMap<usize, usize>) -> bool {
+        self.shape == *shape && self.free == *free
+    }
+}
+
 impl Replay {
     /// Drops the graph, because an address in it is no longer valid.
     pub fn forget(&mut self) {
@@ -84,10 +91,10 @@ impl Replay {
     /// # Errors
     /// The errors of the launches.
     pub fn run(&self, device: Device, shape: &Shape) -> Result<bool> {
-        let Some(own) = self.captured.as_ref().filter(|own| own.shape == *shape) else {
+        let Some(own) = &self.captured else {
             return Ok(false);
         };
-        with_free_ranges(device, |free| match *free == own.free {
+        with_free_ranges(device, |free| match own.fits(shape, free) {
             true => own.graph.replay().map(|()| true),
             false => Ok(false),
         })
@@ -102,16 +109,14 @@ impl Replay {
     }
 
     /// Returns how this rank can launch a step with micro-batches of this shape.
-    pub fn way(&self, device: Device, shape: &Shape) -> Way {
-        let fits = |own: &Captured| {
-            own.shape == *shape && with_free_ranges(device, |free| *free == own.free)
-        };
+    pub fn mode(&self, device: Device, shape: &Shape) -> LaunchMode {
+        let fits = |own: &Captured| with_free_ranges(device, |free| own.fits(shape, free));
         if self.captured.as_ref().is_some_and(fits) {
-            Way::Replay
+            LaunchMode::Replay
         } else if self.steady.as_ref() == Some(shape) {
-            Way::Capture
+            LaunchMode::Capture
         } else {
-            Way::Launches
+            LaunchMode::Eager
         }
     }
 
@@ -155,17 +160,19 @@ mod tests {
     use super::*;
     use crate::dist::ThreadRank;
 
-    fn of_ranks(own: &[Way], in_flight: bool) -> Vec<Result<Way>> {
-        ThreadRank::run(own.len(), |rank| agreed(&rank, own[rank.rank()], in_flight))
+    fn of_ranks(own: &[LaunchMode], in_flight: bool) -> Vec<Result<LaunchMode>> {
+        ThreadRank::run(own.len(), |rank| {
+            common_mode(&rank, own[rank.rank()], in_flight)
+        })
     }
 
     #[test]
-    fn all_ranks_launch_a_step_in_the_way_that_each_of_them_can() {
-        use Way::{Capture, Launches, Replay};
+    fn all_ranks_launch_a_step_in_a_mode_that_each_of_them_can() {
+        use LaunchMode::{Capture, Eager, Replay};
         for (own, all) in [
             ([Replay, Replay], Replay),
             ([Replay, Capture], Capture),
-            ([Launches, Replay], Launches),
+            ([Eager, Replay], Eager),
             ([Capture, Capture], Capture),
         ] {
             for found in of_ranks(&own, false) {
@@ -176,8 +183,8 @@ mod tests {
 
     #[test]
     fn while_a_step_is_in_flight_ranks_do_not_wait_for_each_other() {
-        let found = of_ranks(&[Way::Replay, Way::Capture], true);
-        assert_eq!(found[0].as_ref().unwrap(), &Way::Replay);
+        let found = of_ranks(&[LaunchMode::Replay, LaunchMode::Capture], true);
+        assert_eq!(found[0].as_ref().unwrap(), &LaunchMode::Replay);
         let error = found[1].as_ref().unwrap_err().to_string();
         assert!(error.contains("same free memory"), "{error}");
     }

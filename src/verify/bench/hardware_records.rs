@@ -2,8 +2,7 @@
 //! benchmark.
 
 use super::groups;
-use super::record::CUBLAS;
-use super::record::{Measured, OURS, Record, Records};
+use super::record::{CUBLAS, Measured, OURS, Record, Records};
 use crate::error::{Error, Result};
 use crate::verify::bench::measure::HARDWARE_PLAN;
 use serde_json::Value;

@@ -2,7 +2,7 @@
 
 use super::ceilings::Ceilings;
 use super::figures;
-use super::record::{OURS, Record, Records, View, told};
+use super::record::{CUBLAS, OURS, Record, Records, View, told};
 use crate::device::machine::Chip;
 use crate::error::{Error, Result};
 use crate::report::files::publish;
@@ -67,14 +67,25 @@ impl<'a> Report<'a> {
 
     fn sections(&self) -> Result<Vec<Section>> {
         let mut sections = Vec::new();
+        // One section, as its name is the anchor on the page.
+        let mut all = Table::default();
         for peer in self.view.peers() {
+            let mut table = self.summary(peer);
+            table.columns.insert(0, "peer".into());
+            all.columns = table.columns;
+            for mut row in table.rows {
+                row.insert(0, peer.into());
+                all.rows.push(row);
+            }
+        }
+        if !all.rows.is_empty() {
             sections.push(Section {
                 name: "summary",
                 title: "Summary",
                 shows: "Geometric means over the shapes of a kernel; above 1, routegrad is faster than the peer.",
                 formula: "",
-                notes: vec![format!("The peer is {peer}.")],
-                table: self.summary(peer),
+                notes: Vec::new(),
+                table: all,
                 figure: None,
             });
         }
@@ -391,7 +402,7 @@ pub fn write_pictures(records: &Records, folder: &Path) -> Result<()> {
         let picture = figures::roofline(&report.view, &ceilings)?;
         publish(&folder.join("bench-roofline.svg"), &picture)?;
     }
-    if let Some(picture) = figures::bars(&report.view, super::record::CUBLAS)? {
+    if let Some(picture) = figures::bars(&report.view, CUBLAS)? {
         publish(&folder.join("bench-cublas.svg"), &picture)?;
     }
     Ok(())
@@ -409,6 +420,6 @@ const MARKS: [&str; 2] = [
 /// When there are no records, or the page has no marks.
 pub fn update(records: &Records, page: &Path) -> Result<()> {
     let report = &nonempty(records)?[0];
-    let table = report.summary(super::record::CUBLAS).markdown();
+    let table = report.summary(CUBLAS).markdown();
     replace_between(page, MARKS, &table)
 }

@@ -131,7 +131,7 @@ pub fn scale(by_k: &ByK, notes: Vec<String>) -> Result<Section> {
 pub fn regret(
     rerouted: &[Vec<Rerouted>],
     unit: &'static str,
-    mut notes: Vec<String>,
+    notes: Vec<String>,
 ) -> Result<Section> {
     let mut table = Table::new(&[
         "moe_layer",
@@ -146,9 +146,6 @@ pub fn regret(
     ]);
     let layers: Vec<Regret> = rerouted.iter().map(|tokens| Regret::of(tokens)).collect();
     let applies = layers.iter().any(|r| r.tokens > 0);
-    if !applies {
-        notes = vec!["Does not apply: every expert is chosen.".into()];
-    }
     for (layer, r) in layers.iter().enumerate().filter(|_| applies) {
         let mut row = vec![layer.into(), r.tokens.into()];
         row.extend([r.chosen, r.runner_up, r.mean_other, r.best_other].map(Into::into));
@@ -179,7 +176,10 @@ pub fn regret(
                 some regret. The runner-up and the mean over the other experts do not depend on the next \
                 token.",
         formula: "mean over tokens of max(0, ℓ(chosen) − min_j ℓ(j)); from here: ℓ summed over the rest of the sequence",
-        notes,
+        notes: match applies {
+            true => notes,
+            false => vec!["Does not apply: every expert is chosen.".into()],
+        },
         figure: match applies {
             true => Some(charts(&[chart], &axes, Mark::Bar)?),
             false => None,
