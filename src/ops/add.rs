@@ -4,7 +4,7 @@ use super::rows::{self, Arithmetic};
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu;
 use crate::with_real;
@@ -34,25 +34,22 @@ impl Op for Add {
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         if inputs[0].device() != Device::Cpu {
-            return Ok(Forward {
-                outputs: vec![rows::arithmetic(Arithmetic::Add, inputs[0], inputs[1])?],
-                saved: vec![],
-            });
+            return Ok(Forward::one(
+                rows::arithmetic(Arithmetic::Add, inputs[0], inputs[1])?,
+                vec![],
+            ));
         }
         let mut sum = inputs[0].unspecified_like();
         with_real!(sum.dtype(), "add", |T| {
             cpu::add(sum.slice_mut::<T>(), inputs[0].slice(), inputs[1].slice());
-            Ok(Forward {
-                outputs: vec![sum],
-                saved: vec![],
-            })
+            Ok(Forward::one(sum, vec![]))
         })
     }
 
     fn backward(
         &self,
         _saved: &[Tensor],
-        douts: &[Option<Tensor>],
+        douts: &OutputGradients,
         grads: &mut Grads,
     ) -> Result<()> {
         for input in 0..2 {

@@ -13,7 +13,7 @@ use super::rmsnorm::rmsnorm;
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var};
 use crate::tensor::Tensor;
 
 /// Returns `x + y` and its norm: LayerNorm if there is a bias, else RMSNorm. `x` and `y` are `[.., D]`, `weight` and
@@ -84,12 +84,7 @@ impl Op for AddNorm {
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let [x, w] = saved else {
             unreachable!("sum and weight are kept")
         };

@@ -18,7 +18,7 @@ use super::rope::RopeTables;
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
@@ -84,10 +84,7 @@ impl Op for Attention {
         if qkv.device() != Device::Cpu {
             let first_key = self.first_key.as_ref();
             let [out, lse] = kernels::forward(qkv, first_key, heads, self.sequence)?;
-            return Ok(Forward {
-                saved: vec![qkv.clone(), out.clone(), lse],
-                outputs: vec![out],
-            });
+            return Ok(Forward::one(out.clone(), vec![qkv.clone(), out, lse]));
         }
         let tokens = qkv.shape()[0];
         let of_width = |w: usize| Tensor::unspecified(qkv.device(), qkv.dtype(), [tokens, w]);
@@ -97,18 +94,10 @@ impl Op for Attention {
             reference::forward(out, lse, qkv.slice(), self.places());
             Ok(())
         })?;
-        Ok(Forward {
-            saved: vec![qkv.clone(), out.clone(), lse],
-            outputs: vec![out],
-        })
+        Ok(Forward::one(out.clone(), vec![qkv.clone(), out, lse]))
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (qkv, out, lse) = (&saved[0], &saved[1], &saved[2]);
         let dout = only(douts);
         if qkv.device() != Device::Cpu {

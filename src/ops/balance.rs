@@ -11,7 +11,7 @@
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::{DType, Real};
 use crate::with_real;
@@ -73,10 +73,10 @@ impl Op for AuxiliaryLoss {
                 Device::Cpu => kernels::numbers(self.fractions.slice(), p.device()),
                 _ => self.fractions.clone(),
             };
-            return Ok(Forward {
-                outputs: vec![kernels::auxiliary_loss(p, &fractions)?],
-                saved: vec![fractions],
-            });
+            return Ok(Forward::one(
+                kernels::auxiliary_loss(p, &fractions)?,
+                vec![fractions],
+            ));
         }
         let fractions = self.fractions.slice::<f64>();
         with_real!(p.dtype(), "auxiliary_loss", |T| {
@@ -88,19 +88,11 @@ impl Op for AuxiliaryLoss {
             let loss = Tensor::scalar(T::of(
                 fractions.len() as f64 * sum / p.shape().rows() as f64,
             ));
-            Ok(Forward {
-                outputs: vec![loss],
-                saved: vec![p.clone()],
-            })
+            Ok(Forward::one(loss, vec![p.clone()]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (p, dloss) = (&saved[0], only(douts));
         if dloss.device() != Device::Cpu {
             return grads.give(0, kernels::auxiliary_loss_backward(dloss, &saved[0])?);
@@ -135,19 +127,11 @@ impl Op for ZLoss {
                 .map(|row| log_sum_exp(row).f64().powi(2))
                 .sum();
             let loss = Tensor::scalar(T::of(squares / z.shape().rows() as f64));
-            Ok(Forward {
-                outputs: vec![loss],
-                saved: vec![z.clone()],
-            })
+            Ok(Forward::one(loss, vec![z.clone()]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (z, dloss) = (&saved[0], only(douts));
         let mut dz = z.unspecified_like();
         let scale = 2.0 * dloss.item()? / z.shape().rows() as f64;
@@ -192,29 +176,21 @@ impl Op for WeightedSum {
         if device != Device::Cpu {
             let values: Vec<f32> = self.coefficients.iter().map(|&c| c as f32).collect();
             let coefficients = Tensor::constant(device, [values.len()], &values);
-            return Ok(Forward {
-                outputs: vec![kernels::weighted_sum(inputs, &coefficients)?],
-                saved: vec![coefficients],
-            });
+            return Ok(Forward::one(
+                kernels::weighted_sum(inputs, &coefficients)?,
+                vec![coefficients],
+            ));
         }
         let mut sum = 0.0;
         for (term, c) in inputs.iter().zip(&self.coefficients) {
             sum += c * term.item()?;
         }
         with_real!(inputs[0].dtype(), "weighted_sum", |T| {
-            Ok(Forward {
-                outputs: vec![Tensor::scalar(T::of(sum))],
-                saved: vec![],
-            })
+            Ok(Forward::one(Tensor::scalar(T::of(sum)), vec![]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let dout = only(douts);
         if let [coefficients] = saved {
             let dterms = kernels::weighted_sum_backward(dout, coefficients)?;

@@ -8,7 +8,7 @@
 use super::dispatch::Dispatch;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::vector::map_over;
 use crate::tensor::cpu::{self, Accumulate, Mat, MatMut};
@@ -96,19 +96,11 @@ impl Op for Combine {
                 width: shape[1],
             };
             layer.forward(y.slice_mut(), outputs.slice(), vectors);
-            Ok(Forward {
-                outputs: vec![y],
-                saved: vec![gates.clone(), outputs.clone()],
-            })
+            Ok(Forward::one(y, vec![gates.clone(), outputs.clone()]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (gates, outputs, dy) = (&saved[0], &saved[1], only(douts));
         with_real!(gates.dtype(), "combine", |T| {
             let vectors = self.defaults.as_ref().map(|d| d.vectors.slice::<T>());

@@ -17,7 +17,7 @@ use super::tokens;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
@@ -155,19 +155,11 @@ impl Op for CrossEntropy {
             let sum: f64 = losses.iter().map(|&l| l.f64()).sum();
             let mut loss = Tensor::unspecified(Device::Cpu, x.dtype(), []);
             loss.slice_mut()[0] = T::of(sum / self.denominator);
-            Ok(Forward {
-                outputs: vec![loss],
-                saved,
-            })
+            Ok(Forward::one(loss, saved))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let dloss = only(douts);
         if dloss.device() != Device::Cpu {
             return kernels::backward(saved, dloss, grads);
@@ -223,10 +215,10 @@ mod kernels {
             factor,
         };
         mean.launch(&Stream::of(x.device())?)?;
-        Ok(Forward {
-            outputs: vec![loss],
-            saved: gradients.into_iter().flatten().collect(),
-        })
+        Ok(Forward::one(
+            loss,
+            gradients.into_iter().flatten().collect(),
+        ))
     }
 
     /// Each token's loss, `[T]` f32.

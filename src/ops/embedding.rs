@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::kernels::embedding::workspace;
 use crate::kernels::{EmbeddingForward, EmbeddingGradient, EmbeddingOrder, Stream};
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
@@ -57,26 +57,15 @@ impl Op for Embedding {
         let mut y = Tensor::unspecified(table.device(), table.dtype(), shape);
         if table.device() != Device::Cpu {
             kernels::forward(&mut y, table, &self.ids)?;
-            return Ok(Forward {
-                outputs: vec![y],
-                saved: vec![table.clone()],
-            });
+            return Ok(Forward::one(y, vec![table.clone()]));
         }
         with_real!(table.dtype(), "embedding", |T| {
             reference::forward(y.slice_mut::<T>(), table.slice(), self.ids.slice(), width);
-            Ok(Forward {
-                outputs: vec![y],
-                saved: vec![table.clone()],
-            })
+            Ok(Forward::one(y, vec![table.clone()]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let table = &saved[0];
         let dy = only(douts);
         if table.device() != Device::Cpu {

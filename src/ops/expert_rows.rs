@@ -15,7 +15,7 @@ use super::swiglu;
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate, Mat, MatMut, Scratch, gemm};
 use crate::tensor::dtype::Real;
@@ -103,19 +103,11 @@ impl Op for ExpertRows {
             let outputs = [&mut h, &mut a, &mut y].map(Tensor::slice_mut::<T>);
             Layer::<T>::new(gate_up, down, dispatch).forward(outputs, x.slice());
             let inputs = inputs.iter().map(|&input| input.clone());
-            Ok(Forward {
-                outputs: vec![y],
-                saved: inputs.chain([h, a]).collect(),
-            })
+            Ok(Forward::one(y, inputs.chain([h, a]).collect()))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let [x, gate_up, down, h, a] = saved else {
             unreachable!("five tensors are kept")
         };

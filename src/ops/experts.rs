@@ -24,7 +24,7 @@ use crate::kernels::{
     Combine, DefaultDots, GateGradient, GroupedDownForward, GroupedGemmInputGradient,
     GroupedSwigluBackward, GroupedSwigluForward, Stream,
 };
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
@@ -190,14 +190,14 @@ impl Layer {
         let mut y = x.unspecified_like();
         let vectors = vectors.map(|d| &d.vectors);
         self.combine(&mut y, Accumulate::Assign, &e, Some(gates), vectors, maps)?;
-        Ok(Forward {
-            outputs: vec![y],
-            saved: [x, gates, gate_up, down]
+        Ok(Forward::one(
+            y,
+            [x, gates, gate_up, down]
                 .into_iter()
                 .cloned()
                 .chain([h])
                 .collect(),
-        })
+        ))
     }
 
     /// Returns the experts' rows, and their sums if `weighting` is given.
@@ -386,12 +386,7 @@ impl Op for Layer {
         unreachable!("the experts run before they are recorded")
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let [x, gates, gate_up, down, h] = saved else {
             unreachable!("the experts keep five tensors")
         };

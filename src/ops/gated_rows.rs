@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::kernels::{self, GatedRowsBackward, Stream};
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
@@ -64,18 +64,13 @@ impl Op for GatedRows {
             width: x.shape().width(),
         }
         .launch(&Stream::of(x.device())?)?;
-        Ok(Forward {
-            outputs: vec![y],
-            saved: vec![x.clone(), w.clone(), v.clone(), gates],
-        })
+        Ok(Forward::one(
+            y,
+            vec![x.clone(), w.clone(), v.clone(), gates],
+        ))
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let [x, w, v, gates] = saved else {
             unreachable!("four tensors are kept")
         };

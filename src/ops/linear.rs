@@ -15,7 +15,7 @@ use crate::kernels::{
     SumParts,
 };
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate, Mat};
 use crate::tensor::dtype::{DType, Real};
@@ -81,18 +81,10 @@ impl Op for Linear {
             reference::forward(y.slice_mut::<T>(), x.slice(), w.slice(), bias, w.shape()[1]);
             Ok(())
         })?;
-        Ok(Forward {
-            outputs: vec![y],
-            saved,
-        })
+        Ok(Forward::one(y, saved))
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (x, w) = (&saved[0], &saved[1]);
         let dy = only(douts);
         if x.device() != Device::Cpu {

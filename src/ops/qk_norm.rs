@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::{self, QkNormBackward, Stream};
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate};
 use crate::tensor::dtype::{DType, Real};
@@ -77,19 +77,11 @@ impl Op for QkNorm {
         with_real!(x.dtype(), "qk_norm", |T| {
             let weights = [wq.slice::<T>(), wk.slice()];
             reference::forward(y.slice_mut(), x.slice(), weights, self.heads, self.eps);
-            Ok(Forward {
-                outputs: vec![y],
-                saved: inputs.iter().map(|&t| t.clone()).collect(),
-            })
+            Ok(Forward::one(y, inputs.iter().map(|&t| t.clone()).collect()))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let x = &saved[0];
         let dy = only(douts);
         if x.device() != Device::Cpu {
@@ -170,10 +162,7 @@ impl QkNorm {
                 saved.push(scales);
             }
         }
-        Ok(Forward {
-            outputs: vec![y],
-            saved,
-        })
+        Ok(Forward::one(y, saved))
     }
 
     fn backward_kernels(&self, saved: &[Tensor], dy: &Tensor, grads: &mut Grads) -> Result<()> {

@@ -11,7 +11,7 @@ use super::gates::Selected;
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::Real;
 use crate::with_real;
@@ -66,10 +66,10 @@ impl Op for Renormalize {
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let p = inputs[0];
         if p.device() != Device::Cpu {
-            return Ok(Forward {
-                outputs: vec![GATES.forward(p, &self.dispatch)?],
-                saved: vec![p.clone()],
-            });
+            return Ok(Forward::one(
+                GATES.forward(p, &self.dispatch)?,
+                vec![p.clone()],
+            ));
         }
         let mut q = p.unspecified_like();
         with_real!(p.dtype(), "renormalize", |T| {
@@ -79,19 +79,11 @@ impl Op for Renormalize {
                 self.dispatch.selection(),
                 self.all,
             );
-            Ok(Forward {
-                saved: vec![p.clone(), q.clone()],
-                outputs: vec![q],
-            })
+            Ok(Forward::one(q.clone(), vec![p.clone(), q]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (p, dq) = (&saved[0], only(douts));
         if p.device() != Device::Cpu {
             return grads.give(0, GATES.backward(dq, p, &self.dispatch)?);

@@ -8,7 +8,7 @@ use super::norm::{self, Kind, Norm};
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::vector::{map_over, sum_over};
 use crate::tensor::cpu::{self, Accumulate};
@@ -46,26 +46,15 @@ impl Op for RmsNorm {
         let mut y = x.unspecified_like();
         if x.device() != Device::Cpu {
             norm::forward(&mut y, None, x, w, None, self.eps)?;
-            return Ok(Forward {
-                outputs: vec![y],
-                saved: vec![x.clone(), w.clone()],
-            });
+            return Ok(Forward::one(y, vec![x.clone(), w.clone()]));
         }
         with_real!(x.dtype(), "rmsnorm", |T| {
             reference::forward(y.slice_mut::<T>(), x.slice(), w.slice(), self.eps);
-            Ok(Forward {
-                outputs: vec![y],
-                saved: vec![x.clone(), w.clone()],
-            })
+            Ok(Forward::one(y, vec![x.clone(), w.clone()]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (x, w) = (&saved[0], &saved[1]);
         let dy = only(douts);
         if x.device() != Device::Cpu {

@@ -9,7 +9,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Stream};
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::vector::map_over;
 use crate::tensor::cpu::{self, Accumulate};
@@ -242,25 +242,19 @@ impl Op for Rope {
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         if inputs[0].device() != Device::Cpu {
-            return Ok(Forward {
-                outputs: vec![self.turned(inputs[0], false)?],
-                saved: vec![],
-            });
+            return Ok(Forward::one(self.turned(inputs[0], false)?, vec![]));
         }
         let mut y = inputs[0].unspecified_like();
         with_real!(y.dtype(), "rope", |T| {
             self.turn::<T>(&mut y, Accumulate::Assign, inputs[0], false);
-            Ok(Forward {
-                outputs: vec![y],
-                saved: vec![],
-            })
+            Ok(Forward::one(y, vec![]))
         })
     }
 
     fn backward(
         &self,
         _saved: &[Tensor],
-        douts: &[Option<Tensor>],
+        douts: &OutputGradients,
         grads: &mut Grads,
     ) -> Result<()> {
         let dy = only(douts);

@@ -9,7 +9,7 @@ use super::dispatch::Selection;
 use super::linear::reference as linear;
 use crate::error::{Error, Result};
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu;
 use crate::tensor::dtype::Real;
@@ -117,19 +117,11 @@ impl Op for Logits {
         let mut z = Tensor::unspecified(x.device(), x.dtype(), shape);
         with_real!(x.dtype(), "router", |T| {
             linear::forward(z.slice_mut::<T>(), x.slice(), w.slice(), None, w.shape()[1]);
-            Ok(Forward {
-                outputs: vec![z],
-                saved: vec![x.clone(), w.clone()],
-            })
+            Ok(Forward::one(z, vec![x.clone(), w.clone()]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (x, w, dz) = (&saved[0], &saved[1], only(douts));
         let width = w.shape()[1];
         with_real!(x.dtype(), "router", |T| {
@@ -159,19 +151,11 @@ impl Op for Softmax {
         let mut p = z.unspecified_like();
         with_real!(z.dtype(), "router", |T| {
             reference::softmax(p.slice_mut::<T>(), z.slice(), z.shape().width());
-            Ok(Forward {
-                saved: vec![p.clone()],
-                outputs: vec![p],
-            })
+            Ok(Forward::one(p.clone(), vec![p]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (p, dp) = (&saved[0], only(douts));
         let mut dz = p.unspecified_like();
         with_real!(p.dtype(), "router", |T| {

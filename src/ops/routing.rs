@@ -21,7 +21,7 @@ use crate::kernels::bindings::{
 };
 use crate::kernels::router::{RouterForward, RouterStatistics, partials};
 use crate::kernels::router_backward::{RouterBackward, RouterWeightGradient, workspace};
-use crate::tape::{Forward, Grads, Op, Tape, Var};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::Accumulate;
 use crate::tensor::dtype::DType;
@@ -362,12 +362,7 @@ impl Op for Router {
         unreachable!("the router runs before it is recorded")
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let [x, w, values] = saved else {
             unreachable!("the router keeps three tensors")
         };

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::kernels::bindings::routegrad_draws;
 use crate::kernels::router_sample::RouterSample;
 use crate::kernels::{Stream, gates};
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::DType;
 
@@ -132,18 +132,10 @@ impl Op for SampledGates {
             stages: s.experts.shape()[0],
         };
         kernel.launch(&Stream::of(z.device())?)?;
-        Ok(Forward {
-            outputs: vec![w],
-            saved: vec![z.clone()],
-        })
+        Ok(Forward::one(w, vec![z.clone()]))
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (z, s, dw) = (&saved[0], &self.sampled, only(douts));
         let mut dz = z.unspecified_like();
         let kernel = gates::SampledGatesBackward {

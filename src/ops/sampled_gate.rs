@@ -12,7 +12,7 @@
 
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu;
 use crate::tensor::dtype::Real;
@@ -138,19 +138,11 @@ impl Op for SampledGate {
                 let at = t * experts + a as usize;
                 gates[at] = h * p_all[at];
             }
-            Ok(Forward {
-                outputs: vec![w],
-                saved: vec![p],
-            })
+            Ok(Forward::one(w, vec![p]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (p, dw) = (&saved[0], only(douts));
         let mut dz = p.unspecified_like();
         let experts = p.shape().width();

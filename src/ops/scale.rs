@@ -6,7 +6,7 @@ use super::rows::{self, Arithmetic, Columns};
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::{self, Accumulate, block_rows};
 use crate::tensor::dtype::Real;
@@ -37,27 +37,19 @@ impl Op for Scale {
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let (x, w) = (inputs[0], inputs[1]);
         if x.device() != Device::Cpu {
-            return Ok(Forward {
-                outputs: vec![rows::arithmetic(Arithmetic::Multiply, x, w)?],
-                saved: vec![x.clone(), w.clone()],
-            });
+            return Ok(Forward::one(
+                rows::arithmetic(Arithmetic::Multiply, x, w)?,
+                vec![x.clone(), w.clone()],
+            ));
         }
         let mut y = x.unspecified_like();
         with_real!(x.dtype(), "scale", |T| {
             reference::forward(y.slice_mut::<T>(), x.slice(), w.slice());
-            Ok(Forward {
-                outputs: vec![y],
-                saved: vec![x.clone(), w.clone()],
-            })
+            Ok(Forward::one(y, vec![x.clone(), w.clone()]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (x, w, dy) = (&saved[0], &saved[1], only(douts));
         if x.device() != Device::Cpu {
             grads.give(0, rows::arithmetic(Arithmetic::Multiply, dy, w)?)?;

@@ -9,7 +9,7 @@ use super::gates::Selected;
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::vector::sigmoid as sigmoid_of;
 use crate::tensor::dtype::Real;
@@ -93,19 +93,11 @@ impl Op for Sigmoid {
         with_real!(s.dtype(), "scores", |T| {
             let pairs = s.slice_mut::<T>().iter_mut().zip(inputs[0].slice::<T>());
             pairs.for_each(|(s, &z)| *s = sigmoid_of(z));
-            Ok(Forward {
-                saved: vec![s.clone()],
-                outputs: vec![s],
-            })
+            Ok(Forward::one(s.clone(), vec![s]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (s, ds) = (&saved[0], only(douts));
         let mut dz = s.unspecified_like();
         with_real!(s.dtype(), "scores", |T| {
@@ -158,16 +150,13 @@ impl Op for OnSelection {
     }
 
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
-        Ok(Forward {
-            outputs: vec![self.masked(inputs[0])?],
-            saved: vec![],
-        })
+        Ok(Forward::one(self.masked(inputs[0])?, vec![]))
     }
 
     fn backward(
         &self,
         _saved: &[Tensor],
-        douts: &[Option<Tensor>],
+        douts: &OutputGradients,
         grads: &mut Grads,
     ) -> Result<()> {
         grads.give(0, self.masked(only(douts))?)

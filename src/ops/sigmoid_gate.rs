@@ -4,7 +4,7 @@
 
 use crate::error::{Error, Result};
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::vector::{sigmoid, sum_over};
 use crate::tensor::cpu::{self, Accumulate};
@@ -44,19 +44,11 @@ impl Op for SigmoidGate {
         with_real!(x.dtype(), "sigmoid_gate", |T| {
             let (width, y_slice) = (x.shape().width(), y.slice_mut::<T>());
             reference::scaled(y_slice, Accumulate::Assign, s.slice(), x.slice(), width);
-            Ok(Forward {
-                outputs: vec![y],
-                saved: vec![s.clone(), x.clone()],
-            })
+            Ok(Forward::one(y, vec![s.clone(), x.clone()]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (s, x) = (&saved[0], &saved[1]);
         let dy = only(douts);
         let width = x.shape().width();

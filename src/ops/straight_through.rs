@@ -10,7 +10,7 @@ use super::gates::Selected;
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::dtype::Real;
 use crate::with_real;
@@ -70,10 +70,10 @@ impl Op for StraightThrough {
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward> {
         let p = inputs[0];
         if p.device() != Device::Cpu {
-            return Ok(Forward {
-                outputs: vec![self.gates().forward(p, &self.chosen)?],
-                saved: vec![p.clone()],
-            });
+            return Ok(Forward::one(
+                self.gates().forward(p, &self.chosen)?,
+                vec![p.clone()],
+            ));
         }
         let mut w = Tensor::zeros(p.device(), p.dtype(), p.shape());
         with_real!(p.dtype(), "straight_through", |T| {
@@ -83,19 +83,11 @@ impl Op for StraightThrough {
                 self.chosen.selection(),
                 self.renormalize,
             );
-            Ok(Forward {
-                saved: vec![p.clone(), w.clone()],
-                outputs: vec![w],
-            })
+            Ok(Forward::one(w.clone(), vec![p.clone(), w]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (p, dw) = (&saved[0], only(douts));
         if p.device() != Device::Cpu {
             return grads.give(0, self.gates().backward(dw, p, &self.chosen)?);

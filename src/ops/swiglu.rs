@@ -10,7 +10,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::kernels::{Stream, SwigluBackward, SwigluForward};
 use crate::tape::check::Case;
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 use crate::tensor::cpu::vector::{map_over, sigmoid};
 use crate::tensor::cpu::{self, Accumulate};
@@ -52,26 +52,15 @@ impl Op for SwiGlu {
         let mut y = Tensor::unspecified(x.device(), x.dtype(), [rows, width]);
         if x.device() != Device::Cpu {
             kernels::forward(&mut y, x)?;
-            return Ok(Forward {
-                outputs: vec![y],
-                saved: vec![x.clone()],
-            });
+            return Ok(Forward::one(y, vec![x.clone()]));
         }
         with_real!(x.dtype(), "swiglu", |T| {
             reference::forward(y.slice_mut::<T>(), x.slice(), width);
-            Ok(Forward {
-                outputs: vec![y],
-                saved: vec![x.clone()],
-            })
+            Ok(Forward::one(y, vec![x.clone()]))
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let dy = only(douts);
         let x = &saved[0];
         if x.device() != Device::Cpu {

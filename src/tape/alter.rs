@@ -1,7 +1,7 @@
 //! Modification of the gradients that operations compute in backward. Tests use it to introduce an error that a
 //! gradient check must detect.
 
-use super::{Gradients, Grads, Op, Source};
+use super::{Gradients, Grads, Op, OutputGradients, Source};
 use crate::error::Result;
 use crate::tensor::Tensor;
 use std::cell::RefCell;
@@ -14,7 +14,7 @@ pub struct BackwardCall<'a> {
     /// What its forward saved.
     pub saved: &'a [Tensor],
     /// The gradients of its outputs; `None` for an output without a gradient.
-    pub douts: &'a [Option<Tensor>],
+    pub douts: &'a OutputGradients,
 }
 
 /// A function that changes the gradients that an operation computed for its inputs.

@@ -30,6 +30,19 @@ pub struct Forward {
     pub saved: Vec<Tensor>,
 }
 
+impl Forward {
+    /// The result of an operation with one output.
+    pub fn one(output: Tensor, saved: Vec<Tensor>) -> Self {
+        Forward {
+            outputs: vec![output],
+            saved,
+        }
+    }
+}
+
+/// The gradients of an operation's outputs; `None` for an output that nothing used.
+pub type OutputGradients = [Option<Tensor>];
+
 /// A differentiable operation.
 pub trait Op {
     /// Name in errors and traces.
@@ -52,12 +65,11 @@ pub trait Op {
     fn forward(&self, inputs: &[&Tensor]) -> Result<Forward>;
 
     /// Delivers to `grads` a gradient or none for every input, in any order. `saved` are the tensors that forward
-    /// saved, `douts` the gradients of the outputs: `None` for an output that nothing used; at least one is `Some`.
+    /// saved; at least one of the gradients `douts` is `Some`.
     ///
     /// # Errors
     /// Returns an error when the device fails.
-    fn backward(&self, saved: &[Tensor], douts: &[Option<Tensor>], grads: &mut Grads)
-    -> Result<()>;
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()>;
 }
 
 /// Returns the gradient of an operation's only output. It always exists, because backward runs only for an operation
@@ -65,7 +77,7 @@ pub trait Op {
 ///
 /// # Panics
 /// Panics when the operation has several outputs.
-pub fn only(douts: &[Option<Tensor>]) -> &Tensor {
+pub fn only(douts: &OutputGradients) -> &Tensor {
     match douts {
         [Some(dout)] => dout,
         _ => panic!("one output with a gradient, got {}", douts.len()),

@@ -1,6 +1,6 @@
 //! Recompute segments: keep only a segment's inputs, and run it again when backward needs it.
 
-use super::{Forward, Grads, Op, Tape, Var};
+use super::{Forward, Grads, Op, OutputGradients, Tape, Var};
 use crate::error::Result;
 use crate::tensor::Tensor;
 
@@ -27,12 +27,7 @@ where
         })
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let tape = Tape::with(true, true);
         // The segment's inputs temporarily get slots after those of the real leaves.
         let first = grads.store().extend(saved.len());

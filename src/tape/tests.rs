@@ -18,12 +18,7 @@ impl Op for Multiply {
             saved: vec![inputs[0].clone(), inputs[1].clone()],
         })
     }
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let Some(dout) = &douts[0] else { return Ok(()) };
         for input in 0..2 {
             let other = &saved[1 - input];
@@ -61,7 +56,7 @@ impl Op for Forgetful {
             saved: vec![],
         })
     }
-    fn backward(&self, _: &[Tensor], _: &[Option<Tensor>], grads: &mut Grads) -> Result<()> {
+    fn backward(&self, _: &[Tensor], _: &OutputGradients, grads: &mut Grads) -> Result<()> {
         grads.none(0);
         Ok(())
     }

@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::ops::heads::Heads;
 use crate::ops::linear::{self, linear};
 use crate::ops::rope::{self, RopeTables};
-use crate::tape::{Forward, Grads, Op, Tape, Var, only};
+use crate::tape::{Forward, Grads, Op, OutputGradients, Tape, Var, only};
 use crate::tensor::Tensor;
 
 /// How the rows divide into heads, sequences and documents.
@@ -104,18 +104,10 @@ impl Op for RotaryAttention {
         if self.projects {
             saved.extend(inputs.iter().map(|&input| input.clone()));
         }
-        Ok(Forward {
-            outputs: vec![out],
-            saved,
-        })
+        Ok(Forward::one(out, saved))
     }
 
-    fn backward(
-        &self,
-        saved: &[Tensor],
-        douts: &[Option<Tensor>],
-        grads: &mut Grads,
-    ) -> Result<()> {
+    fn backward(&self, saved: &[Tensor], douts: &OutputGradients, grads: &mut Grads) -> Result<()> {
         let (qkv, kept) = (&saved[0], [&saved[1], &saved[2]]);
         let dqkv = kernels::backward(
             only(douts),
