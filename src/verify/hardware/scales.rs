@@ -25,7 +25,7 @@ use std::process::{Command, Stdio};
 struct Ran {
     /// The records without times, and digests of the checkpoint's arrays.
     end: Vec<(String, String)>,
-    /// Median over the steps after the first.
+    /// Median over the steps after the first ones, without the last, which no next step overlaps.
     tokens_per_second: f64,
     seconds: Vec<f64>,
 }
@@ -170,9 +170,9 @@ fn read(out: &Path, steps: u64) -> Result<Ran> {
             .map_err(|e| Error::file(&log, "a step's record", e.to_string(), "a bug"))
     };
     let records = text.lines().map(parse).collect::<Result<Vec<_>>>()?;
-    let late = records.iter().skip(WARM as usize);
-    let rates: Vec<f64> = late.clone().map(|r| r.tokens_per_second).collect();
-    let seconds = late.map(|r| r.seconds).collect();
+    let late = &records[WARM as usize..records.len() - 1];
+    let rates: Vec<f64> = late.iter().map(|r| r.tokens_per_second).collect();
+    let seconds = late.iter().map(|r| r.seconds).collect();
     let mut end: Vec<(String, String)> = records
         .iter()
         .map(|r| {
