@@ -225,12 +225,12 @@ fn a_rerouted_token_has_the_loss_of_a_model_with_this_choice() {
             micro_batch: SEQUENCES,
             ..batch(5)
         };
-        let vectors = small_vectors();
-        let found = reroute(&SingleRank, &config, &model, &[vectors.clone()], &batch).unwrap();
+        let vectors = [small_vectors()];
+        let found = reroute(&SingleRank, &config, &model, &vectors, &batch).unwrap();
         // 32 tokens: 16 positions in each of two sequences.
         assert_eq!((found.len(), found[0].len()), (1, 32));
         let own = routers::build(&config.router).unwrap();
-        let x = at(&config, &model, &vectors, &tokens(5), own).x;
+        let x = at(&config, &model, &vectors[0], &tokens(5), own).x;
         let all: Vec<_> = x.chunks(HIDDEN).map(|x| token(&model, x, top_k)).collect();
         let losses = |changed: Option<(usize, usize, usize)>| -> Vec<f64> {
             let selection = Selection::new(all.len(), EXPERTS, |t, list| {

@@ -179,14 +179,10 @@ fn router_gradients_and_their_errors_are_those_of_the_formulas_in_plain_loops() 
     let default = || routers::build(&config.router).unwrap();
     let dense = || -> Box<dyn Router> { Box::new(Dense {}) };
     let exact: &Off = &|_, g, _, e| dot(g, e);
-    let cases: [(&dyn Fn() -> Box<dyn Router>, &Off); 3] = [
-        (&topk, &|_, _, _, _| 0.0),
-        (&default, &|_, g, i, _| {
-            dot(g, &flat[i * HIDDEN..(i + 1) * HIDDEN])
-        }),
-        (&dense, exact),
-    ];
-    for (i, (router, off)) in cases.into_iter().enumerate() {
+    let routers: [&dyn Fn() -> Box<dyn Router>; 3] = [&topk, &default, &dense];
+    let vector = |i: usize| &flat[i * HIDDEN..(i + 1) * HIDDEN];
+    let offs: [&Off; 3] = [&|_, _, _, _| 0.0, &|_, g, i, _| dot(g, vector(i)), exact];
+    for (i, (router, off)) in routers.into_iter().zip(offs).enumerate() {
         let here = at(&config, &model, &vectors, &tokens(5), router());
         let [dz, dw] = gradients(&model, &here, 2, off);
         let found = router_gradients(&config, &model, &tensors, router(), 2, &batch(5)).unwrap();
