@@ -62,7 +62,7 @@ fn main() -> Result<()> {
         trainer.run(&AtomicBool::new(false))?;
     }
     let (saved, _) = Saved::open(&out)?;
-    let (model, state) = eval::load(&saved, None, None)?;
+    let (model, state) = saved.load(|_| ())?;
     let report = eval::run(&model, &state, None, 64)?;
     println!("{:.3} bits per byte", report.bits_per_byte());
     let (prompt, sampling) = ("My fellow citizens, ", Sampling::default());

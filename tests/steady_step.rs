@@ -351,7 +351,7 @@ fn the_planned_memory_is_what_a_step_takes() {
         counted_step(&mut run);
         counted_step(&mut run);
         let found = take_peak(Device::Sim) - begun;
-        let planned = Memory::of(run.config(), Target::gpu()).unwrap();
+        let planned = Memory::of(run.config(), Target::gpu(), 1).unwrap();
         let ratio = planned.total() as f64 / found as f64;
         println!(
             "{set:?}: {found} bytes, planned {} ({ratio:.3}): {planned:?}",

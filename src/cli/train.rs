@@ -60,7 +60,7 @@ pub(super) fn train_command(args: &TrainArgs, threads: Option<usize>) -> Result<
     }
     simulate(args.sim_arch, device)?;
     device.prepare()?;
-    let planned = plan::Memory::of_rank(&config, plan::Target::gpu(), dist.size())?.total();
+    let planned = plan::Memory::of(&config, plan::Target::gpu(), dist.size())?.total();
     if device == Device::Cuda {
         crate::device::reserve(device, planned as usize)?;
     }

@@ -93,6 +93,9 @@ pub struct Table {
     pub rows: Vec<Vec<Cell>>,
 }
 
+/// The name of a column, and the function that gives an item's cell.
+pub type Column<'a, T> = (&'static str, &'a dyn Fn(&T) -> Cell);
+
 impl Table {
     /// A table without rows.
     pub fn new(columns: &[&'static str]) -> Self {
@@ -100,6 +103,15 @@ impl Table {
             columns: columns.iter().map(|c| Cow::Borrowed(*c)).collect(),
             rows: Vec::new(),
         }
+    }
+
+    /// A table with a row for each item.
+    pub fn of<T>(items: impl IntoIterator<Item = T>, columns: &[Column<T>]) -> Self {
+        let names: Vec<&str> = columns.iter().map(|(name, _)| *name).collect();
+        let mut table = Table::new(&names);
+        let row = |item: T| columns.iter().map(|(_, cell)| cell(&item)).collect();
+        table.rows.extend(items.into_iter().map(row));
+        table
     }
 
     pub(crate) fn csv(&self) -> String {
@@ -153,7 +165,7 @@ impl Table {
 }
 
 /// One section of a report: its description, its numbers and its figure.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Section {
     /// File name of its CSV and SVG, without the ending.
     pub name: &'static str,
@@ -170,22 +182,6 @@ pub struct Section {
     /// The figure as SVG.
     #[serde(skip)]
     pub figure: Option<String>,
-}
-
-/// Writes the sections' tables as CSV and their figures as SVG into `folder`, which must exist.
-/// Sections without rows are left out.
-///
-/// # Errors
-/// When the folder cannot be written.
-pub fn write_files(sections: &[Section], folder: &Path) -> Result<()> {
-    for section in sections.iter().filter(|s| !s.table.rows.is_empty()) {
-        let file = |ending: &str| folder.join(format!("{}.{ending}", section.name));
-        publish(&file("csv"), section.table.csv())?;
-        if let Some(figure) = &section.figure {
-            publish(&file("svg"), figure)?;
-        }
-    }
-    Ok(())
 }
 
 /// Creates the folder of a report.
@@ -277,6 +273,23 @@ impl Page<'_> {
     /// Returns the page as HTML that needs no other files.
     pub fn html(&self) -> String {
         document(std::slice::from_ref(self))
+    }
+
+    /// Writes the page to `report.html` in `folder`, and the table and the figure of each section as CSV and SVG. Sections
+    /// without rows have no files.
+    ///
+    /// # Errors
+    /// When the folder cannot be created or written.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        create(folder)?;
+        for section in self.sections.iter().filter(|s| !s.table.rows.is_empty()) {
+            let file = |ending: &str| folder.join(format!("{}.{ending}", section.name));
+            publish(&file("csv"), section.table.csv())?;
+            if let Some(figure) = &section.figure {
+                publish(&file("svg"), figure)?;
+            }
+        }
+        publish(&folder.join("report.html"), self.html())
     }
 
     fn body(&self, text: &mut String, prefix: &str) {

@@ -87,6 +87,13 @@ fn save(path: &Path, size: (u32, u32), draw: impl FnOnce(&Area) -> Drawn) -> Res
     publish(path, svg(size, draw)?)
 }
 
+/// Returns the smallest and the largest number; without numbers 0 and 1, so that only the frame is drawn.
+pub(crate) fn range(numbers: impl Iterator<Item = f64>) -> (f64, f64) {
+    let empty = (f64::INFINITY, f64::NEG_INFINITY);
+    let (low, high) = numbers.fold(empty, |(low, high), x| (low.min(x), high.max(x)));
+    if low <= high { (low, high) } else { (0.0, 1.0) }
+}
+
 /// Divides `values` into at most `columns` runs of equal length and returns the mean of each: (x, mean).
 pub(crate) fn thin(values: &[(f64, f64)], columns: usize) -> Vec<(f64, f64)> {
     values
@@ -124,11 +131,7 @@ fn draw_loss(area: &Area, records: &[Record], unit: &str) -> Drawn {
     let train = series(|r| r.loss);
     let validation = series(|r| r.validation_loss);
     let last = records.last().map_or(1.0, |r| r.step as f64).max(2.0);
-    let all = || train.iter().chain(&validation).map(|(_, y)| *y);
-    let low = all().fold(f64::INFINITY, f64::min);
-    let high = all().fold(f64::NEG_INFINITY, f64::max);
-    // If no loss is finite, only the frame is drawn.
-    let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
+    let (low, high) = range(train.iter().chain(&validation).map(|(_, y)| *y));
     let margin = 0.05 * (high - low).max(0.1);
 
     let mut chart = ChartBuilder::on(area)

@@ -3,7 +3,7 @@
 use crate::config::{Config, Precision};
 use crate::data::{Corpus, Window};
 use crate::device::Device;
-use crate::dist::{Collective, SingleRank, doing_alone, shared};
+use crate::dist::{Collective, doing_alone, shared};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::report::progress::Progress;
@@ -51,24 +51,12 @@ impl Report {
     }
 }
 
-/// Loads a saved model for evaluation on the CPU, in another precision if requested. `default_vectors` decides whether
-/// evaluation uses the default vectors of the router `default`; `None` leaves it to the model's settings.
+/// Loads a saved model for evaluation on the CPU as one of several ranks, in another precision if requested.
+/// `default_vectors` decides whether evaluation uses the default vectors of the router `default`; `None` leaves it to the
+/// model's settings.
 ///
 /// # Errors
 /// When the model cannot be read, or `default_vectors` is given and its router has none, or cannot use them.
-pub fn load(
-    found: &Saved,
-    default_vectors: Option<bool>,
-    precision: Option<Precision>,
-) -> Result<(Model, TrainerState)> {
-    let alone: Arc<dyn Collective> = Arc::new(SingleRank);
-    load_on(found, default_vectors, precision, &alone)
-}
-
-/// The same as one of several ranks.
-///
-/// # Errors
-/// As [`load`].
 pub fn load_on(
     found: &Saved,
     default_vectors: Option<bool>,

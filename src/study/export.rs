@@ -12,11 +12,11 @@ mod weights;
 pub use architecture::Architecture;
 
 use crate::data::tokenizer::{TOKENIZER_CONFIG_FILE, TOKENIZER_FILE};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::report::progress::Phases;
 use crate::report::size;
 use crate::routers::{self, Router};
-use crate::study::eval;
 use crate::study::exchange::Saved;
 use crate::tensor::dtype::DType;
 use crate::train::checkpoint::{Shards, TrainerState, UNFINISHED, sync, write_arrays, write_json};
@@ -26,15 +26,11 @@ use std::path::{Path, PathBuf};
 
 /// Python code for models that no architecture of transformers computes: the model and its configuration.
 const PROGRAM: [(&str, &str); 2] = [
-    (
-        "modeling_routegrad.py",
-        include_str!("export/hf/modeling_routegrad.py"),
-    ),
-    (
-        "configuration_routegrad.py",
-        include_str!("export/hf/configuration_routegrad.py"),
-    ),
+    ("modeling_routegrad.py", MODELING),
+    ("configuration_routegrad.py", CONFIGURATION),
 ];
+const MODELING: &str = include_str!("export/hf/modeling_routegrad.py");
+const CONFIGURATION: &str = include_str!("export/hf/configuration_routegrad.py");
 
 /// File with the default generation settings of transformers.
 const GENERATION_CONFIG_FILE: &str = "generation_config.json";
@@ -72,31 +68,23 @@ pub fn run(found: &Saved, out: &Path, dtype: DType, shard_bytes: u64) -> Result<
     let temporary = place(out)?;
     let phases = Phases::new(2);
     phases.begin(1, "reading the model");
-    let (model, TrainerState { config, .. }) = eval::load(found, None, None)?;
+    let (model, TrainerState { config, .. }) = found.load(|c| c.train.device = Device::Cpu)?;
     let router = routers::build(&config.router)?;
     let (name, equivalent) = (&config.router.name, router.equivalent_topk());
     let (architecture, foreign) = architecture::choose(&config.model, name, equivalent.as_ref());
     let arrays = weights::arrays(&model, &config, &*router, architecture, dtype);
     let shards = Shards::new("model", &arrays, shard_bytes);
     let mut texts: Vec<(&str, String)> = vec![];
-    let mut values = vec![(
-        "config.json",
-        architecture::config_json(
-            architecture,
-            &config,
-            equivalent.is_some_and(|topk| topk.renormalize),
-            dtype,
-        )?,
-    )];
+    let renormalize = equivalent.is_some_and(|topk| topk.renormalize);
+    let json = architecture::config_json(architecture, &config, renormalize, dtype)?;
+    let mut values = vec![("config.json", json)];
     if architecture == Architecture::Routegrad {
         texts.extend(program(name, &*router)?);
         values.push((GENERATION_CONFIG_FILE, json!({ "use_cache": false })));
     }
     let text = found.tokenizer(&config.data)?;
-    add_ends(
-        &mut values,
-        [("bos_token_id", text.bos()), ("eos_token_id", text.eos())],
-    );
+    let ends = [("bos_token_id", text.bos()), ("eos_token_id", text.eos())];
+    add_ends(&mut values, ends);
     let own = text.files();
     let bytes = own.is_empty() && config.model.vocab_size == tokenizer::VOCABULARY;
     if bytes {
@@ -170,10 +158,8 @@ fn add_ends(values: &mut Vec<(&'static str, Value)>, ends: [(&str, Option<i32>);
     if ends.iter().all(|(_, token)| token.is_none()) {
         return;
     }
-    if values
-        .iter()
-        .all(|(name, _)| *name != GENERATION_CONFIG_FILE)
-    {
+    let mut names = values.iter().map(|(name, _)| *name);
+    if names.all(|name| name != GENERATION_CONFIG_FILE) {
         values.push((GENERATION_CONFIG_FILE, json!({})));
     }
     for (_, value) in values.iter_mut() {
@@ -191,7 +177,7 @@ fn program(name: &str, router: &dyn Router) -> Result<[(&'static str, String); 2
     if let Some(code) = router.export_code() {
         let entry = format!("ROUTERS[\"{name}\"] = {}", name.replace('-', "_"));
         program[0].1 += &format!("\n\n{}\n\n\n{entry}\n", code.trim());
-    } else if !PROGRAM[0].1.contains(&format!("    \"{name}\": ")) {
+    } else if !MODELING.contains(&format!("    \"{name}\": ")) {
         return Err(Error::invalid(
             "export",
             "a router that the exported program knows",
@@ -244,10 +230,9 @@ mod tests {
 
     #[test]
     fn the_program_knows_every_router() {
-        let (_, modeling) = PROGRAM[0];
         for router in ROUTERS {
             let entry = format!("    \"{}\": ", router.name);
-            assert!(modeling.contains(&entry), "{}", router.name);
+            assert!(MODELING.contains(&entry), "{}", router.name);
         }
     }
 

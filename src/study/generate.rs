@@ -1,12 +1,13 @@
 //! Generates text: continues a prompt token by token.
 
+use crate::data::Tokenizer;
 use crate::data::tokenizer::TextStream;
-use crate::data::{DOCUMENT_END, Tokenizer};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::ops::cached_attention::KeyValueCache;
 use crate::study::exchange::Saved;
+use crate::study::tasks::beginning;
 use crate::tensor::random::{Purpose, Stream};
 use std::io::Write;
 use std::rc::Rc;
@@ -62,10 +63,8 @@ impl Sampling {
             order.truncate(self.top_k);
         }
         let highest = logits[order[0]];
-        let weights: Vec<f64> = order
-            .iter()
-            .map(|t| ((logits[*t] - highest) / self.temperature).exp())
-            .collect();
+        let weight = |t: &usize| ((logits[*t] - highest) / self.temperature).exp();
+        let weights: Vec<f64> = order.iter().map(weight).collect();
         let stream = Stream::new(self.seed, Purpose::Generation, sample as u64, 0);
         let mut left = f64::from(stream.uniform(index)) * weights.iter().sum::<f64>();
         for (token, weight) in order.iter().zip(&weights) {
@@ -160,9 +159,9 @@ impl Speaker<'_> {
         // The prompt is written exactly as it was given.
         write(out, self.prompt)?;
         text.push(&self.tokens)?;
-        let (mut tokens, next) = (self.tokens.clone(), Next::new(&self.model));
+        let (mut tokens, cache) = (self.tokens.clone(), Rc::default());
         for index in 0..count {
-            let logits = next.logits(&tokens)?;
+            let logits = self.next_logits(&cache, &tokens)?;
             if !logits.iter().all(|z| z.is_finite()) {
                 return Err(Error::NonFinite {
                     what: format!("a logit of token {index}"),
@@ -181,51 +180,35 @@ impl Speaker<'_> {
         write(out, &(text.finish()? + "\n"))?;
         Ok(tokens.len() - self.tokens.len())
     }
-}
-
-/// Computes the logits of a growing sequence.
-struct Next<'a> {
-    model: &'a Model,
-    cache: Rc<KeyValueCache>,
-}
-
-impl<'a> Next<'a> {
-    fn new(model: &'a Model) -> Self {
-        let cache = Rc::default();
-        Next { model, cache }
-    }
 
     /// Returns the logits of the token after `tokens`, which must begin with the tokens of the previous call. On the CPU,
     /// keys and values are cached as long as the model's context covers the complete text; once its beginning is cut off,
     /// the position of every row changes.
-    fn logits(&self, tokens: &[i32]) -> Result<Vec<f64>> {
+    fn next_logits(&self, cache: &Rc<KeyValueCache>, tokens: &[i32]) -> Result<Vec<f64>> {
         let longest = self.model.config().sequence_length;
         if tokens.len() > longest || self.model.device() != Device::Cpu {
             let from = tokens.len().saturating_sub(longest);
             return self.model.next_token_logits(&tokens[from..], 1);
         }
-        let further = &tokens[self.cache.rows()..];
-        self.model.next_token_logits_after(&self.cache, further)
+        let further = &tokens[cache.rows()..];
+        self.model.next_token_logits_after(cache, further)
     }
 }
 
 /// Returns the tokens of a prompt, after the token that begins a text. An empty prompt becomes the end of a document, so
 /// that the model begins a new one.
 fn start(tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<i32>> {
-    let mut tokens: Vec<i32> = tokenizer.bos().into_iter().collect();
-    tokens.extend(tokenizer.encode(prompt)?);
-    if tokens.is_empty() {
-        tokens.extend(tokenizer.eos());
+    let tokens = tokenizer.encode(prompt)?;
+    match tokens.is_empty() {
+        true => beginning(tokenizer),
+        false => Ok(tokenizer.bos().into_iter().chain(tokens).collect()),
     }
-    if tokens.is_empty() {
-        tokens = tokenizer.encode(DOCUMENT_END)?;
-    }
-    Ok(tokens)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
 
     fn sampling(temperature: f64, top_k: usize) -> Sampling {
         Sampling {
@@ -260,10 +243,8 @@ mod tests {
     #[test]
     fn top_k_leaves_out_the_rest() {
         let logits = [0.0, 0.1, 0.2, 0.3];
-        let drawn: std::collections::BTreeSet<usize> = (0..200)
-            .map(|i| sampling(1.0, 2).draw(&logits, 0, i))
-            .collect();
-        assert_eq!(drawn.into_iter().collect::<Vec<_>>(), [2, 3]);
+        let drawn = (0..200).map(|i| sampling(1.0, 2).draw(&logits, 0, i));
+        assert_eq!(drawn.collect::<BTreeSet<_>>(), BTreeSet::from([2, 3]));
     }
 
     #[test]

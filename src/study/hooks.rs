@@ -5,7 +5,7 @@ use super::eval::validation_loss;
 use super::tasks::{self, Benchmark};
 use crate::config::Config;
 use crate::data::Tokenizer;
-use crate::dist::{Collective, SingleRank, doing_alone};
+use crate::dist::{Collective, doing_alone};
 use crate::error::{Error, Result};
 use crate::report::metrics::Record;
 use crate::train::{Builder, Hook, RunOptions, StepReport, Summary, Trainer};
@@ -17,20 +17,12 @@ use std::time::Instant;
 /// Number of validation sequences in an analysis during training.
 const ANALYZED: usize = 8;
 
-/// Trains in a folder, with the evaluations, benchmark scores and analyses that the configuration requests, until the last
-/// step or until `stop` is set. The current step is then finished and saved.
+/// Trains in a folder as one of several ranks, with the evaluations, benchmark scores and analyses that the configuration
+/// requests, until the last step or until `stop` is set on one rank. The current step is then finished and saved.
 ///
 /// # Errors
-/// When the data, the folder or a checkpoint cannot be used, the model does not fit in memory, or too many consecutive
-/// steps are not finite. Earlier checkpoints are kept.
-pub fn train(config: Config, options: &RunOptions, stop: &AtomicBool) -> Result<Summary> {
-    train_on(Arc::new(SingleRank), config, options, stop)
-}
-
-/// Trains as one of several ranks; if `stop` is set on one rank, all ranks stop after the same step.
-///
-/// # Errors
-/// As [`train`]; also when the ranks do not belong to one run, or a rank has left.
+/// When the data, the folder or a checkpoint cannot be used, the model does not fit in memory, too many consecutive
+/// steps are not finite, the ranks do not belong to one run, or a rank has left. Earlier checkpoints are kept.
 pub fn train_on(
     dist: Arc<dyn Collective>,
     config: Config,

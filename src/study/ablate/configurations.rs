@@ -1,8 +1,7 @@
 //! The configurations of a grid's runs: the keys in which they differ, and the keys that are equal in all runs.
 
 use super::grid::Plan;
-use super::names::keys;
-use super::names::short;
+use super::names::{keys, short};
 use crate::report::page::{Cell, Section, Table};
 use std::collections::BTreeMap;
 
@@ -42,10 +41,9 @@ pub fn differences(plan: &Plan) -> Section {
         name: "differences",
         title: "Differences between the configurations",
         shows: "Every key in which two of the runs differ, and the value in each run.",
-        formula: "",
         notes: vec![format!("Axes of the grid: {}.", axes.join(", "))],
         table,
-        figure: None,
+        ..Section::default()
     }
 }
 
@@ -61,9 +59,7 @@ pub fn shared(plan: &Plan) -> Section {
         name: "configuration",
         title: "Settings that all runs share",
         shows: "Every key that has the same value in all runs.",
-        formula: "",
-        notes: Vec::new(),
         table,
-        figure: None,
+        ..Section::default()
     }
 }

@@ -1,7 +1,8 @@
 //! The figures of a report: curves with bands of one standard deviation, and the final losses of all runs.
 
+use super::summary::Point;
 use crate::error::Result;
-use crate::report::plots::{Area, COLUMNS, Drawn, INK, font, styled, svg, thin};
+use crate::report::plots::{Area, COLUMNS, Drawn, INK, font, range, styled, svg, thin};
 use plotters::prelude::*;
 
 /// Colours of the groups, in order. They differ in hue and lightness, so that colour-blind readers can distinguish them
@@ -22,8 +23,7 @@ const COLORS: [RGBColor; 10] = [
 /// A curve with the standard deviation at each point.
 pub struct Line {
     pub label: String,
-    /// Tokens, mean and standard deviation.
-    pub points: Vec<(f64, f64, f64)>,
+    pub points: Vec<Point>,
 }
 
 fn color(i: usize) -> RGBColor {
@@ -54,21 +54,16 @@ pub fn short_number(x: f64) -> String {
 /// Draws the curves over tokens, in one panel per entry of `from`: the share of the tokens at which the panel begins.
 /// Returns SVG.
 pub fn curves(lines: &[Line], y: &str, from: &[f64]) -> Result<String> {
-    let last = lines
-        .iter()
-        .flat_map(|l| &l.points)
-        .map(|p| p.0)
-        .fold(0.0, f64::max);
+    let tokens = lines.iter().flat_map(|l| &l.points).map(|p| p.tokens);
+    let last = tokens.max().unwrap_or(0) as f64;
     let rows = legend_rows(lines);
     let header = 22 + 20 * rows.last().map_or(0, |r| r.1 + 1);
     svg((1000, header as u32 + 420), |area| {
         let (top, panels) = area.split_vertically(header);
         for ((i, line), (x, row)) in lines.iter().enumerate().zip(&rows) {
             let y = 12 + 20 * row;
-            top.draw(&Rectangle::new(
-                [(*x, y + 5), (x + 22, y + 9)],
-                color(i).filled(),
-            ))?;
+            let corners = [(*x, y + 5), (x + 22, y + 9)];
+            top.draw(&Rectangle::new(corners, color(i).filled()))?;
             top.draw(&Text::new(line.label.clone(), (x + 28, y), font(14)))?;
         }
         for (panel, share) in panels.split_evenly((1, from.len())).iter().zip(from) {
@@ -94,15 +89,18 @@ fn legend_rows(lines: &[Line]) -> Vec<(i32, i32)> {
 }
 
 fn draw_curves(area: &Area, lines: &[Line], y: &str, (first, last): (f64, f64)) -> Drawn {
-    let shown: Vec<Vec<(f64, f64, f64)>> = lines
-        .iter()
-        .map(|l| l.points.iter().copied().filter(|p| p.0 >= first).collect())
-        .collect();
-    let ends = || shown.iter().flatten().flat_map(|p| [p.1 - p.2, p.1 + p.2]);
-    let low = ends().fold(f64::INFINITY, f64::min);
-    let high = ends().fold(f64::NEG_INFINITY, f64::max);
-    // If no run has finished, only the frame is drawn.
-    let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
+    // Tokens, mean and standard deviation.
+    let numbers = |p: &Point| {
+        let deviation = p.value.deviation.unwrap_or(0.0);
+        (p.tokens as f64, p.value.mean, deviation)
+    };
+    let points = |line: &Line| -> Vec<(f64, f64, f64)> {
+        let all = line.points.iter().map(numbers);
+        all.filter(|p| p.0 >= first).collect()
+    };
+    let shown: Vec<_> = lines.iter().map(points).collect();
+    let points = shown.iter().flatten();
+    let (low, high) = range(points.flat_map(|p| [p.1 - p.2, p.1 + p.2]));
     let margin = 0.05 * (high - low).max(1e-3);
     let (low, high) = (low - margin, high + margin);
     let last = if last > first { last } else { first + 1.0 };
@@ -125,9 +123,8 @@ fn draw_curves(area: &Area, lines: &[Line], y: &str, (first, last): (f64, f64)) 
     for (i, points) in shown.iter().enumerate() {
         if points.iter().any(|p| p.2 > 0.0) {
             let edge = |sign: f64| {
-                let side: Vec<(f64, f64)> =
-                    points.iter().map(|p| (p.0, p.1 + sign * p.2)).collect();
-                thin(&side, COLUMNS / 2)
+                let side = points.iter().map(|p| (p.0, p.1 + sign * p.2));
+                thin(&side.collect::<Vec<_>>(), COLUMNS / 2)
             };
             let mut outline = edge(1.0);
             outline.extend(edge(-1.0).into_iter().rev());
@@ -160,25 +157,16 @@ pub struct Row {
 fn pieces(label: &str) -> Vec<String> {
     const WIDEST: usize = 49;
     let letters: Vec<char> = label.chars().collect();
-    let lines = letters.chunks(WIDEST).map(|l| l.iter().collect());
-    lines.collect()
+    letters.chunks(WIDEST).map(String::from_iter).collect()
 }
 
 /// Draws for each group a dot per run, a bar at the mean, a line of one standard deviation to either side, and a hollow
 /// mark at the baseline's mean. Returns SVG.
 pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
-    let values = || {
-        let ends = |r: &Row| r.spread.map(|(m, d)| [m - d, m + d]);
-        rows.iter().flat_map(move |r| {
-            r.values
-                .iter()
-                .copied()
-                .chain(ends(r).into_iter().flatten())
-        })
-    };
-    let low = values().fold(f64::INFINITY, f64::min);
-    let high = values().fold(f64::NEG_INFINITY, f64::max);
-    let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
+    let ends = rows.iter().filter_map(|r| r.spread);
+    let ends = ends.flat_map(|(mean, deviation)| [mean - deviation, mean + deviation]);
+    let values = rows.iter().flat_map(|r| r.values.iter().copied());
+    let (low, high) = range(values.chain(ends));
     let margin = 0.06 * (high - low).max(1e-3);
     const LABELS: usize = 9;
     // Uses as many decimals as are needed to distinguish neighbouring labels.
@@ -216,11 +204,8 @@ pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
                 let bar = [at(mean, -0.28), at(mean, 0.28)];
                 chart.draw_series([PathElement::new(bar, color(i).stroke_width(4))])?;
             }
-            let dots = row
-                .values
-                .iter()
-                .map(|v| Circle::new(at(*v, 0.0), 4, color(i).mix(0.6).filled()));
-            chart.draw_series(dots)?;
+            let dot = |v: &f64| Circle::new(at(*v, 0.0), 4, color(i).mix(0.6).filled());
+            chart.draw_series(row.values.iter().map(dot))?;
             let edge = chart.backend_coord(&(high + margin, place));
             let top = edge.1 - 6 - 8 * (labels[i].len() as i32 - 1);
             for (line, text) in labels[i].iter().enumerate() {
@@ -239,25 +224,28 @@ pub fn final_losses(rows: &[Row], x: &str) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::summary::Spread;
     use super::*;
 
     #[test]
     fn numbers_are_short() {
-        let shown: Vec<String> = [0.0, 512.0, 2_457_600.0, 1e10, 20_000.0, 123_456.0]
-            .into_iter()
-            .map(short_number)
-            .collect();
+        let shown = [0.0, 512.0, 2_457_600.0, 1e10, 20_000.0, 123_456.0].map(short_number);
         assert_eq!(shown, ["0", "512", "2.46M", "10B", "20k", "123k"]);
     }
 
     #[test]
     fn figures_are_drawn_with_no_run_one_and_many() {
+        let point = |line: usize, k: u64| Point {
+            tokens: 4096 * k,
+            value: Spread {
+                mean: 3.0 - line as f64,
+                deviation: Some(0.1),
+            },
+        };
         for n in [0, 1, 23] {
             let line = |i: usize| Line {
                 label: format!("method {i}"),
-                points: (0..n)
-                    .map(|k| (k as f64 * 4096.0, 3.0 - i as f64, 0.1))
-                    .collect(),
+                points: (0..n as u64).map(|k| point(i, k)).collect(),
             };
             let lines: Vec<Line> = (0..n).map(line).collect();
             let picture = curves(&lines, "loss", &[0.0, 0.5]).unwrap();

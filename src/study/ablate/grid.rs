@@ -12,7 +12,8 @@ use crate::data::tokenizer::loss_unit;
 use crate::error::{Error, Result};
 use crate::report::in_plain_words;
 use crate::routers;
-use serde::{Deserialize, Serialize};
+use crate::study::plan::flops_per_token;
+use serde::{Deserialize, Deserializer, Serialize};
 use std::path::{Path, PathBuf};
 use toml::{Table, Value};
 
@@ -45,22 +46,23 @@ pub struct Grid {
     pub config: Option<PathBuf>,
     #[serde(default)]
     pub base: Table,
-    #[serde(default)]
-    pub axes: Products,
+    /// Tables of axes, one for each product.
+    #[serde(default, deserialize_with = "products")]
+    pub axes: Vec<Table>,
 }
 
-/// One table of axes, or a list of them.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, expecting = "expected a table of axes, or a list of them")]
-pub enum Products {
-    One(Table),
-    Several(Vec<Table>),
-}
-
-impl Default for Products {
-    fn default() -> Self {
-        Products::Several(Vec::new())
+/// Reads one table of axes, or a list of them.
+fn products<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Vec<Table>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a table of axes, or a list of them")]
+    enum Products {
+        One(Table),
+        Several(Vec<Table>),
     }
+    Ok(match Products::deserialize(from)? {
+        Products::One(axes) => vec![axes],
+        Products::Several(all) => all,
+    })
 }
 
 /// One run of a grid.
@@ -71,6 +73,19 @@ pub struct Run {
     /// The run's value on each axis, in the order of [`Plan::axes`]; empty if neither an axis nor the base sets the key.
     pub labels: Vec<String>,
     pub config: Config,
+}
+
+impl Run {
+    /// Returns the number of tokens of all steps.
+    pub fn tokens(&self) -> f64 {
+        let (model, train) = (&self.config.model, &self.config.train);
+        train.steps as f64 * (train.sequences_per_step * model.sequence_length) as f64
+    }
+
+    /// Returns the FLOPs of all steps.
+    pub fn flops(&self) -> Result<f64> {
+        Ok(self.tokens() * flops_per_token(&self.config)? as f64)
+    }
 }
 
 /// The runs of a grid in the order in which they are trained. The seed varies slowest, so that every method has a first
@@ -92,20 +107,28 @@ impl Plan {
     /// router if it varies, otherwise any axis other than preset, width and experts if there is one.
     pub fn varied(&self) -> Vec<usize> {
         let several = |i: &usize| {
-            self.runs
-                .iter()
-                .any(|r| r.labels[*i] != self.runs[0].labels[*i])
+            let mut labels = self.runs.iter().map(|r| &r.labels[*i]);
+            labels.any(|label| *label != self.runs[0].labels[*i])
         };
-        let mut found: Vec<usize> = (0..self.axes.len())
-            .filter(|i| Some(*i) != self.seed())
-            .filter(several)
-            .collect();
+        let others = (0..self.axes.len()).filter(|i| Some(*i) != self.seed());
+        let mut found: Vec<usize> = others.filter(several).collect();
         found.sort_by_key(|i| match self.axes[*i].as_str() {
             ROUTER => 0,
             "preset" | WIDTH | "experts" => 2,
             _ => 1,
         });
         found
+    }
+
+    /// Returns the unit of the losses of all runs.
+    pub fn loss_unit(&self) -> &'static str {
+        let runs = self.runs.iter();
+        let mut units = runs.map(|r| loss_unit(&r.config.data.tokenizer));
+        let first = units.next().unwrap_or_default();
+        match units.all(|unit| unit == first) {
+            true => first,
+            false => "nats per token",
+        }
     }
 }
 
@@ -114,21 +137,6 @@ impl Plan {
 struct Choice {
     label: String,
     set: Vec<(String, Value)>,
-}
-
-impl Plan {
-    /// Returns the unit of the losses of all runs.
-    pub fn loss_unit(&self) -> &'static str {
-        let mut units = self
-            .runs
-            .iter()
-            .map(|r| loss_unit(&r.config.data.tokenizer));
-        let first = units.next().unwrap_or_default();
-        match units.all(|unit| unit == first) {
-            true => first,
-            false => "nats per token",
-        }
-    }
 }
 
 impl Grid {
@@ -158,11 +166,7 @@ impl Grid {
             )
         })?;
         grid.base = flat(std::mem::take(&mut grid.base));
-        let products = match std::mem::take(&mut grid.axes) {
-            Products::One(axes) => vec![axes],
-            Products::Several(all) => all,
-        };
-        grid.axes = Products::Several(products.into_iter().map(flat).collect());
+        grid.axes = grid.axes.into_iter().map(flat).collect();
         Ok(grid)
     }
 
@@ -181,17 +185,6 @@ impl Grid {
         })
     }
 
-    /// Returns the tables of axes.
-    pub fn products(&mut self) -> &mut Vec<Table> {
-        if let Products::One(axes) = &self.axes {
-            self.axes = Products::Several(vec![flat(axes.clone())]);
-        }
-        match &mut self.axes {
-            Products::Several(all) => all,
-            Products::One(_) => unreachable!("replaced above"),
-        }
-    }
-
     /// Sets a key for all runs. Nothing else sets it, or the keys that it replaces, any longer.
     pub fn set(&mut self, key: &str, value: Value) {
         self.forget(long(key));
@@ -202,7 +195,7 @@ impl Grid {
     fn forget(&mut self, key: &str) {
         for key in [&[key][..], replaced(key)].concat() {
             self.base.remove(key);
-            for axes in self.products() {
+            for axes in &mut self.axes {
                 axes.remove(key);
                 let lists = axes.iter_mut().filter_map(|(_, v)| v.as_array_mut());
                 for table in lists.flatten().filter_map(Value::as_table_mut) {
@@ -216,11 +209,10 @@ impl Grid {
     /// Sets an axis in every product. Nothing else sets its key, or the keys that it replaces, any longer.
     pub fn vary(&mut self, key: &str, values: Vec<Value>) {
         self.forget(long(key));
-        let products = self.products();
-        if products.is_empty() {
-            products.push(Table::new());
+        if self.axes.is_empty() {
+            self.axes.push(Table::new());
         }
-        for axes in products {
+        for axes in &mut self.axes {
             axes.insert(long(key).into(), Value::Array(values.clone()));
         }
     }
@@ -239,14 +231,8 @@ impl Grid {
                 "for example use --router topk,default --seed 0,1,2, or [axes] in the grid file",
             ))
         };
-        let tables = match &self.axes {
-            Products::One(axes) => vec![flat(axes.clone())],
-            Products::Several(all) => all.clone(),
-        };
-        let products: Vec<Vec<(String, Vec<Choice>)>> = tables
-            .iter()
-            .map(|t| axes_of(t, self))
-            .collect::<Result<_>>()?;
+        let products = self.axes.iter().map(|axes| axes_of(axes, self));
+        let products: Vec<Vec<(String, Vec<Choice>)>> = products.collect::<Result<_>>()?;
         let mut axes: Vec<String> = products.iter().flatten().map(|(k, _)| k.clone()).collect();
         axes.sort_by_key(|a| order(a));
         axes.dedup();
@@ -380,26 +366,10 @@ fn text(value: &Value) -> String {
 
 /// Converts nested tables to dotted keys, and short names to full keys.
 fn flat(table: Table) -> Table {
-    let dotted = dotted(table).into_iter();
+    let dotted = names::dotted(table).into_iter();
     dotted
         .map(|(key, value)| (long(&key).into(), value))
         .collect()
-}
-
-fn dotted(table: Table) -> Table {
-    let mut out = Table::new();
-    for (key, value) in table {
-        match value {
-            Value::Table(inner) => {
-                let inner = dotted(inner).into_iter();
-                out.extend(inner.map(|(rest, value)| (format!("{key}.{rest}"), value)));
-            }
-            value => {
-                out.insert(key, value);
-            }
-        }
-    }
-    out
 }
 
 fn order(axis: &str) -> (usize, String) {
@@ -424,24 +394,18 @@ fn axes_of(table: &Table, grid: &Grid) -> Result<Vec<(String, Vec<Choice>)>> {
                     "write it in [ ], or move the key to [base]",
                 ));
             };
-            let choices = values
-                .iter()
-                .map(|v| choice(key, v))
-                .collect::<Result<_>>()?;
-            Ok((key.clone(), choices))
+            let choices = values.iter().map(|v| choice(key, v));
+            Ok((key.clone(), choices.collect::<Result<_>>()?))
         })
         .collect::<Result<Vec<(String, Vec<Choice>)>>>()?;
     axes.sort_by_key(|(key, _)| order(key));
     if let Some((key, _)) = axes.iter().find(|(_, choices)| choices.is_empty()) {
+        let of = match grid.title.as_str() {
+            "" => "the grid",
+            title => title,
+        };
         return Err(Error::usage(
-            format!(
-                "axis `{key}` of {}",
-                if grid.title.is_empty() {
-                    "the grid"
-                } else {
-                    &grid.title
-                }
-            ),
+            format!("axis `{key}` of {of}"),
             "at least one value",
             "an empty list",
             "give values, or leave the axis out",
@@ -478,16 +442,11 @@ fn choice(axis: &str, value: &Value) -> Result<Choice> {
 fn combinations(product: &[(String, Vec<Choice>)]) -> Vec<Vec<(&str, &Choice)>> {
     let mut all = vec![Vec::new()];
     for (key, choices) in product {
-        all = all
-            .into_iter()
-            .flat_map(|taken: Vec<(&str, &Choice)>| {
-                choices.iter().map(move |c| {
-                    let mut more = taken.clone();
-                    more.push((key.as_str(), c));
-                    more
-                })
-            })
-            .collect();
+        let with = |taken: &Vec<_>, choice| [&taken[..], &[(key.as_str(), choice)]].concat();
+        let longer = all
+            .iter()
+            .flat_map(|taken| choices.iter().map(move |c| with(taken, c)));
+        all = longer.collect();
     }
     all
 }

@@ -5,7 +5,7 @@ use super::run::{one, open, say_run};
 use crate::dist::{self, Collective, agree, doing};
 use crate::error::{Error, Result};
 use crate::report::stderr_line;
-use crate::study::plan;
+use crate::study::eval::gathered;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -31,12 +31,9 @@ pub fn all(
         false => Ok(Vec::new()),
     };
     // Rank 0 decides which runs are unfinished: another rank may look after a run has already started.
-    let found: Vec<u64> = agree(&**ranks, found)?.iter().map(|&i| i as u64).collect();
-    let lists = ranks.gather_bytes(bytemuck::cast_slice(&found))?;
-    let open: Vec<usize> = lists[0]
-        .chunks_exact(8)
-        .map(|bytes| bytemuck::pod_read_unaligned::<u64>(bytes) as usize)
-        .collect();
+    let found: Vec<f64> = agree(&**ranks, found)?.iter().map(|&i| i as f64).collect();
+    let open = gathered(&**ranks, &found)?.swap_remove(0);
+    let open: Vec<usize> = open.map(|i| i as usize).collect();
     let dist = dist::groups(ranks, size)?;
     let (group, count) = (ranks.rank() / size, ranks.size() / size);
     let leads = dist.rank() == 0;
@@ -71,9 +68,7 @@ pub fn all(
 fn share(runs: &[Run], open: &[usize], count: usize) -> Result<Vec<Vec<usize>>> {
     let mut costs = Vec::new();
     for &i in open {
-        let (model, train) = (&runs[i].config.model, &runs[i].config.train);
-        let tokens = train.steps as f64 * (train.sequences_per_step * model.sequence_length) as f64;
-        costs.push((i, tokens * plan::flops_per_token(&runs[i].config)? as f64));
+        costs.push((i, runs[i].flops()?));
     }
     costs.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
     let mut groups = vec![(0.0f64, Vec::new()); count];

@@ -27,7 +27,6 @@ use crate::report::files::publish;
 use crate::report::lock::FolderLock;
 use crate::report::page::{Table, create};
 use crate::routers;
-use crate::study::plan;
 use figures::short_number;
 use grid::{Grid, Plan};
 use names::{long, replaced};
@@ -119,32 +118,27 @@ pub struct Args {
 
 impl Args {
     fn check_jobs(&self, ranks: usize, plan: &Plan) -> Result<()> {
+        let jobs = |what: &str, help: &str| {
+            let jobs = self.jobs.to_string();
+            Err(Error::usage("--jobs", what, jobs, help))
+        };
         if self.jobs == 0 {
-            let what = "a number of runs from 1 up";
-            return Err(Error::usage(
-                "--jobs",
-                what,
-                "0",
-                "remove the option to train one run at a time",
-            ));
+            let help = "remove the option to train one run at a time";
+            return jobs("a number of runs from 1 up", help);
         }
         // The runs would share one stream of the GPU, where the launches of one run would become part of another's graph.
         let on_gpu = |run: &grid::Run| run.config.train.device == Device::Cuda;
         if self.jobs > 1 && plan.runs.iter().any(on_gpu) {
-            return Err(Error::usage(
-                "--jobs",
+            return jobs(
                 "1 for runs on a GPU, since a run uses all of it",
-                self.jobs.to_string(),
                 "remove the option; with several GPUs, start the command with mpirun, srun or torchrun",
-            ));
+            );
         }
         if self.jobs > 1 && ranks > 1 {
-            return Err(Error::usage(
-                "--jobs",
+            return jobs(
                 "1 under a launcher, since its processes determine how many runs are trained at a time",
-                self.jobs.to_string(),
                 "remove the option",
-            ));
+            );
         }
         if self.ranks_per_run != 1 && ranks == 1 {
             return Err(Error::usage(
@@ -193,7 +187,7 @@ impl Args {
             grid.vary(key, values(list)?);
         }
         let experts = "experts";
-        if self.experts.is_none() && grid.products().iter().any(|a| a.contains_key(experts)) {
+        if self.experts.is_none() && grid.axes.iter().any(|a| a.contains_key(experts)) {
             let keys = replaced(experts).iter();
             lists.extend(keys.map(|key| (*key, "the axis `experts` of the grid")));
         }
@@ -399,10 +393,7 @@ fn dry_run(out: &Path, grid: &Grid, plan: &Plan, scaled: Option<String>) -> Resu
     for run in &plan.runs {
         let (model, train) = (&run.config.model, &run.config.train);
         let router = routers::build(&run.config.router)?;
-        let tokens =
-            (train.steps as usize * train.sequences_per_step * model.sequence_length) as f64;
-        let work = tokens * plan::flops_per_token(&run.config)? as f64;
-        let state = run::state(out, run)?;
+        let (tokens, work, state) = (run.tokens(), run.flops()?, run::state(out, run)?);
         all_tokens += tokens;
         all += work;
         left += match state {

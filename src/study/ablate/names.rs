@@ -2,7 +2,7 @@
 
 use crate::config::Config;
 use crate::error::{Error, Result};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use toml::{Table, Value};
 
 /// Short names of frequent keys.
@@ -120,44 +120,48 @@ pub fn no_name(template: Option<&str>) -> Error {
     )
 }
 
-/// Returns the dotted keys and the values of a configuration, in order.
-pub fn keys(config: &Config) -> Vec<(String, String)> {
-    fn walk(prefix: &str, table: &Table, out: &mut Vec<(String, String)>) {
-        for (key, value) in table {
-            match value {
-                Value::Table(inner) => walk(&format!("{prefix}{key}."), inner, out),
-                Value::String(s) => out.push((format!("{prefix}{key}"), format!("{s:?}"))),
-                value => out.push((format!("{prefix}{key}"), value.to_string())),
+/// Converts nested tables to dotted keys.
+pub fn dotted(table: Table) -> Table {
+    let mut out = Table::new();
+    for (key, value) in table {
+        match value {
+            Value::Table(inner) => {
+                let inner = dotted(inner).into_iter();
+                out.extend(inner.map(|(rest, value)| (format!("{key}.{rest}"), value)));
+            }
+            value => {
+                out.insert(key, value);
             }
         }
     }
-    let mut out = Vec::new();
-    // Every value of a configuration can be written as TOML.
-    walk("", &Table::try_from(config).unwrap_or_default(), &mut out);
     out
 }
 
-/// Returns the keys in which two configurations differ, with both values; "none" if one lacks the key.
-pub fn differences(a: &Config, b: &Config) -> Vec<(String, String, String)> {
-    let (a, b) = (keys(a), keys(b));
-    let of = |list: &[(String, String)], key: &String| {
-        let found = list.iter().find(|(k, _)| k == key);
-        found.map_or("none".to_string(), |(_, v)| v.clone())
+/// Returns the dotted keys and the values of a configuration.
+pub fn keys(config: &Config) -> BTreeMap<String, String> {
+    let text = |value: Value| match value {
+        Value::String(s) => format!("{s:?}"),
+        value => value.to_string(),
     };
-    let mut all: Vec<&String> = a.iter().chain(&b).map(|(k, _)| k).collect();
-    all.sort();
-    all.dedup();
-    all.into_iter()
-        .map(|k| (k.clone(), of(&a, k), of(&b, k)))
-        .filter(|(_, a, b)| a != b)
-        .collect()
+    // Every value of a configuration can be written as TOML.
+    let table = dotted(Table::try_from(config).unwrap_or_default()).into_iter();
+    table.map(|(key, value)| (key, text(value))).collect()
+}
+
+/// Returns the first key in which two configurations differ, with both values; "none" if one lacks the key.
+pub fn difference(a: &Config, b: &Config) -> Option<[String; 3]> {
+    let (a, b) = (keys(a), keys(b));
+    let all: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    let key = all.into_iter().find(|key| a.get(*key) != b.get(*key))?;
+    let [a, b] = [a.get(key), b.get(key)].map(|v| v.map_or("none".into(), String::clone));
+    Some([key.clone(), a, b])
 }
 
 /// Returns the error for two runs with the same name.
 pub fn same_name(name: &str, a: &Config, b: &Config) -> Error {
-    let differs = match differences(a, b).as_slice() {
-        [] => "the same run twice".to_string(),
-        [(key, a, b), ..] => format!("two that differ in {key}, {a} and {b}"),
+    let differs = match difference(a, b) {
+        None => "the same run twice".to_string(),
+        Some([key, a, b]) => format!("two that differ in {key}, {a} and {b}"),
     };
     Error::usage(
         "grid",

@@ -67,11 +67,10 @@ pub fn scale(grid: &mut Grid, scale: f64) -> Result<String> {
         )
     };
     let base = &mut grid.base;
-    let preset = base
-        .get("preset")
-        .and_then(Value::as_str)
-        .map(str::to_string);
-    let preset = preset.ok_or_else(|| needs("`preset`"))?;
+    let preset = base.get("preset").and_then(Value::as_str);
+    let preset = preset
+        .map(str::to_string)
+        .ok_or_else(|| needs("`preset`"))?;
     let full = base.get("train.steps").and_then(Value::as_integer);
     let full = full.ok_or_else(|| needs("`steps`"))?;
     let mut words = format!("scale 1: {preset}, {full} steps");
@@ -87,10 +86,8 @@ pub fn scale(grid: &mut Grid, scale: f64) -> Result<String> {
         if let Some(rate) = base.get_mut(RATE) {
             scale_rates(rate, ratio);
         }
-        for axes in grid.products() {
-            axes.get_mut(RATE)
-                .into_iter()
-                .for_each(|rates| scale_rates(rates, ratio));
+        for rates in grid.axes.iter_mut().filter_map(|axes| axes.get_mut(RATE)) {
+            scale_rates(rates, ratio);
         }
         grid.target_perplexity = None;
         words = format!(

@@ -6,10 +6,11 @@ use super::figures::{Line, Row, curves, final_losses};
 use super::grid::{Grid, Plan};
 use super::run::State;
 use super::spikes::DEVIATIONS;
-use super::summary::{Group, Point, Spread, Summary, crossing};
+use super::summary::{Group, Point, RunSummary, Spread, Summary, crossing, spread};
 use crate::error::Result;
 use crate::report::files::publish;
-use crate::report::page::{Cell, Page, Section, Table, create, write_files};
+use crate::report::page::{Cell, Page, Section, Table};
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// The input of [`write`].
@@ -25,9 +26,7 @@ pub struct Report<'a> {
 /// # Errors
 /// When the folder cannot be written.
 pub fn write(report: &Report, folder: &Path) -> Result<String> {
-    create(folder)?;
     let sections = report.sections()?;
-    write_files(&sections, folder)?;
     let title = match report.grid.title.is_empty() {
         true => "An ablation".to_string(),
         false => report.grid.title.clone(),
@@ -44,7 +43,7 @@ pub fn write(report: &Report, folder: &Path) -> Result<String> {
         sections: &sections,
         open_rows: 24,
     };
-    publish(&folder.join("report.html"), page.html())?;
+    page.write(folder)?;
     let summary = report.markdown();
     publish(&folder.join("summary.md"), &summary)?;
     Ok(summary)
@@ -94,18 +93,33 @@ impl Report<'_> {
         &self.summary.groups[group.baseline]
     }
 
+    /// Returns the sum of a number over the runs of a group.
+    fn sum(&self, group: &Group, of: fn(&RunSummary) -> u64) -> Cell {
+        let runs = group.runs.iter().map(|r| &self.summary.runs[*r]);
+        runs.map(of).sum::<u64>().into()
+    }
+
+    /// Returns the numbers of the runs of a group that have one.
+    fn numbers(&self, group: &Group, of: fn(&RunSummary) -> Option<f64>) -> Vec<f64> {
+        let runs = group.runs.iter().map(|r| &self.summary.runs[*r]);
+        runs.filter_map(of).collect()
+    }
+
+    /// Returns a curve of each group.
+    fn lines(&self, of: impl Fn(&Group) -> Vec<Point>) -> Vec<Line> {
+        let line = |g: &Group| Line {
+            label: g.label.clone(),
+            points: of(g),
+        };
+        self.groups().map(line).collect()
+    }
+
     /// Returns the number of runs, their numbers of steps, and which runs have not finished.
     fn counts(&self) -> String {
         let runs = &self.summary.runs;
         let finished = runs.iter().filter(|r| r.state == State::Finished).count();
-        let mut steps: Vec<u64> = self
-            .plan
-            .runs
-            .iter()
-            .map(|r| r.config.train.steps)
-            .collect();
-        steps.sort_unstable();
-        steps.dedup();
+        let steps = self.plan.runs.iter().map(|r| r.config.train.steps);
+        let steps: BTreeSet<u64> = steps.collect();
         let steps: Vec<String> = steps.iter().map(u64::to_string).collect();
         format!(
             "{finished} of {} runs are finished, of {} steps. Losses are cross-entropies in {}; ± and bands are one sample standard deviation over seeds.",
@@ -134,51 +148,40 @@ impl Report<'_> {
     }
 
     fn group_table(&self) -> Table {
-        let mut table = Table::new(&[
-            "group",
-            "runs",
-            "loss",
-            "± loss",
-            "perplexity",
-            "gain",
-            "± gain",
-            "gain %",
-            "tokens to target",
-            "tokens saved %",
-            "spikes",
-            "load CV",
-        ]);
-        for group in self.groups() {
-            let gain = self.summary.gain(self.plan, group);
-            let (reached, saved) = self.summary.tokens_to_target(group);
-            let runs = || group.runs.iter().map(|r| &self.summary.runs[*r]);
-            let spikes: usize = runs().map(|r| r.loss_spikes.begins.len()).sum();
-            let loads: Vec<f64> = runs().filter_map(|r| Some(r.load?.0)).collect();
-            let ours = std::ptr::eq(self.baseline(group), group);
-            let other = |cell: Cell| if ours { Cell::Number(None) } else { cell };
-            table.rows.push(vec![
-                group.label.clone().into(),
-                format!("{}/{}", group.finished.len(), group.runs.len()).into(),
-                mean(group.loss),
-                deviation(group.loss),
-                group.loss.map(|l| l.mean.exp()).into(),
-                other(mean(gain)),
-                other(deviation(gain)),
-                other(percent(gain.map(|g| 1.0 - (-g.mean).exp()))),
-                tokens(reached),
-                other(percent(saved)),
-                spikes.into(),
-                mean(super::summary::spread(&loads)),
-            ]);
-        }
-        table
+        // A baseline is not compared with itself.
+        let compared = |g: &Group| !std::ptr::eq(self.baseline(g), g);
+        let gain = |g: &Group| self.summary.gain(self.plan, g).filter(|_| compared(g));
+        let target = |g: &Group| self.summary.tokens_to_target(g);
+        Table::of(
+            self.groups(),
+            &[
+                ("group", &|g| g.label.clone().into()),
+                ("runs", &|g| {
+                    format!("{}/{}", g.finished.len(), g.runs.len()).into()
+                }),
+                ("loss", &|g| mean(g.loss)),
+                ("± loss", &|g| deviation(g.loss)),
+                ("perplexity", &|g| g.loss.map(|l| l.mean.exp()).into()),
+                ("gain", &|g| mean(gain(g))),
+                ("± gain", &|g| deviation(gain(g))),
+                ("gain %", &|g| {
+                    percent(gain(g).map(|s| 1.0 - (-s.mean).exp()))
+                }),
+                ("tokens to target", &|g| tokens(target(g).0)),
+                ("tokens saved %", &|g| {
+                    percent(target(g).1.filter(|_| compared(g)))
+                }),
+                ("spikes", &|g| self.sum(g, loss_spikes)),
+                ("load CV", &|g| mean(spread(&self.numbers(g, load_cv)))),
+            ],
+        )
     }
 
     fn sections(&self) -> Result<Vec<Section>> {
         Ok(vec![
             self.final_loss()?,
-            self.curves("validation-loss", |g| &g.validation)?,
-            self.curves("training-loss", |g| &g.training)?,
+            self.validation_loss()?,
+            self.training_loss()?,
             self.gain()?,
             self.stability(),
             self.load()?,
@@ -202,15 +205,10 @@ impl Report<'_> {
         };
         let rows: Vec<Row> = self.groups().map(row).collect();
         let mut notes = Vec::new();
-        let names: Vec<&str> = self
-            .groups()
-            .map(|g| self.baseline(g).label.as_str())
-            .collect();
-        let mut distinct = names.clone();
-        distinct.sort_unstable();
-        distinct.dedup();
-        if distinct.len() < names.len() {
-            notes.push(format!("Baseline: {}.", distinct.join("; ")));
+        let names = self.groups().map(|g| self.baseline(g).label.as_str());
+        let names: Vec<&str> = names.collect::<BTreeSet<_>>().into_iter().collect();
+        if names.len() < self.groups().count() {
+            notes.push(format!("Baseline: {}.", names.join("; ")));
         }
         if let Some(target) = self.summary.target {
             notes.push(format!("Target perplexity: {target}."));
@@ -231,113 +229,70 @@ impl Report<'_> {
         })
     }
 
-    fn curves(&self, name: &'static str, of: fn(&Group) -> &Vec<Point>) -> Result<Section> {
-        let validation = name == "validation-loss";
-        let lines: Vec<Line> = self
-            .groups()
-            .map(|g| Line {
-                label: g.label.clone(),
-                points: of(g).iter().map(three).collect(),
-            })
-            .collect();
-        let mut table = Table::new(&["group", "tokens", "loss", "± loss"]);
-        for group in self.groups() {
-            for p in thinned(of(group)) {
-                table.rows.push(vec![
-                    group.label.clone().into(),
-                    p.tokens.into(),
-                    p.value.mean.into(),
-                    p.value.deviation.into(),
-                ]);
-            }
-        }
-        let (title, shows, y) = match validation {
-            true => (
-                "Validation loss",
-                "Validation loss: the mean over seeds and one standard deviation to either side, for the complete \
-                 run and for its second half.",
-                self.loss("validation loss"),
-            ),
-            false => (
-                "Training loss",
-                "Training loss, averaged over each fiftieth of a run: the mean over seeds and one standard \
-                 deviation to either side, for the complete run and for its second half.",
-                self.loss("training loss"),
-            ),
+    fn validation_loss(&self) -> Result<Section> {
+        let section = Section {
+            name: "validation-loss",
+            title: "Validation loss",
+            shows: "Validation loss: the mean over seeds and one standard deviation to either side, for the complete \
+                    run and for its second half.",
+            ..Section::default()
         };
+        self.with_curves(section, |g| &g.validation)
+    }
+
+    fn training_loss(&self) -> Result<Section> {
+        let section = Section {
+            name: "training-loss",
+            title: "Training loss",
+            shows: "Training loss, averaged over each fiftieth of a run: the mean over seeds and one standard \
+                    deviation to either side, for the complete run and for its second half.",
+            ..Section::default()
+        };
+        self.with_curves(section, |g| &g.training)
+    }
+
+    /// Adds the table and the figure of a loss to its section.
+    fn with_curves(&self, section: Section, of: fn(&Group) -> &[Point]) -> Result<Section> {
+        let y = self.loss(&section.title.to_lowercase());
+        let lines = self.lines(|g| of(g).to_vec());
         Ok(Section {
-            name,
-            title,
-            shows,
-            formula: "",
-            notes: Vec::new(),
-            table,
+            table: table_of(&self.lines(|g| thinned(of(g))), ["loss", "± loss"]),
             figure: Some(curves(&lines, &y, &[0.0, 0.5])?),
+            ..section
         })
     }
 
     fn gain(&self) -> Result<Section> {
-        let mut table = Table::new(&["group", "tokens", "gain", "± gain"]);
-        let mut lines = Vec::new();
-        for group in self.groups() {
-            let points = self.summary.gain_curve(self.plan, group);
-            for p in &points {
-                table.rows.push(vec![
-                    group.label.clone().into(),
-                    p.tokens.into(),
-                    p.value.mean.into(),
-                    p.value.deviation.into(),
-                ]);
-            }
-            lines.push(Line {
-                label: group.label.clone(),
-                points: points.iter().map(three).collect(),
-            });
-        }
+        let lines = self.lines(|g| self.summary.gain_curve(self.plan, g));
         Ok(Section {
             name: "gain",
             title: "Gain over the baseline",
             shows: "The baseline's validation loss minus the group's during training: the mean over pairs of runs \
                     with the same seed, and one standard deviation. Above 0, the group is better.",
             formula: "L_baseline − L",
-            notes: Vec::new(),
-            table,
+            table: table_of(&lines, ["gain", "± gain"]),
             figure: Some(curves(&lines, &self.loss("gain"), &[0.0])?),
+            ..Section::default()
         })
     }
 
     fn stability(&self) -> Section {
-        let mut table = Table::new(&[
-            "group",
-            "runs",
-            "loss spikes",
-            "loss spike score %",
-            "gradient spikes",
-            "gradient spike score %",
-            "steps left out",
-            "diverged",
-        ]);
-        for group in self.groups() {
-            let runs = || group.runs.iter().map(|r| &self.summary.runs[*r]);
-            let begun = runs().filter(|r| r.steps > 0).count();
-            let score = |f: fn(&super::summary::RunSummary) -> Option<f64>| {
-                let scores: Vec<f64> = runs().filter_map(f).collect();
-                mean(super::summary::spread(&scores))
-            };
-            let count = |f: fn(&super::summary::RunSummary) -> usize| -> Cell {
-                runs().map(f).sum::<usize>().into()
-            };
-            table.rows.push(vec![
-                group.label.clone().into(),
-                begun.into(),
-                count(|r| r.loss_spikes.begins.len()),
-                score(|r| r.loss_spikes.score),
-                count(|r| r.gradient_spikes.begins.len()),
-                score(|r| r.gradient_spikes.score),
-                runs().map(|r| r.left_out).sum::<u64>().into(),
-                count(|r| usize::from(matches!(r.state, State::Diverged(_)))),
-            ]);
-        }
+        let score = |g: &Group, of| mean(spread(&self.numbers(g, of)));
+        let table = Table::of(
+            self.groups(),
+            &[
+                ("group", &|g| g.label.clone().into()),
+                ("runs", &|g| self.sum(g, |r| u64::from(r.steps > 0))),
+                ("loss spikes", &|g| self.sum(g, loss_spikes)),
+                ("loss spike score %", &|g| score(g, |r| r.loss_spikes.score)),
+                ("gradient spikes", &|g| self.sum(g, gradient_spikes)),
+                ("gradient spike score %", &|g| {
+                    score(g, |r| r.gradient_spikes.score)
+                }),
+                ("steps left out", &|g| self.sum(g, |r| r.left_out)),
+                ("diverged", &|g| self.sum(g, diverged)),
+            ],
+        );
         Section {
             name: "stability",
             title: "Stability",
@@ -349,29 +304,25 @@ impl Report<'_> {
             formula: "x_t − mean ≥ 7 σ, over x_(t−W) … x_(t−1), W = min(1000, max(20, ⌊N/10⌋))",
             notes: vec![format!("Threshold: {DEVIATIONS} standard deviations.")],
             table,
-            figure: None,
+            ..Section::default()
         }
     }
 
     fn load(&self) -> Result<Section> {
-        let mut table = Table::new(&["group", "load CV", "± load CV", "worst layer"]);
-        let mut lines = Vec::new();
-        for group in self.groups() {
-            let loads = group.runs.iter().filter_map(|r| self.summary.runs[*r].load);
-            let (means, worst): (Vec<f64>, Vec<f64>) = loads.unzip();
-            let spread = super::summary::spread(&means);
-            let worst = worst.into_iter().reduce(f64::max);
-            table.rows.push(vec![
-                group.label.clone().into(),
-                mean(spread),
-                deviation(spread),
-                worst.into(),
-            ]);
-            lines.push(Line {
-                label: group.label.clone(),
-                points: group.load.iter().map(three).collect(),
-            });
-        }
+        let means = |g: &Group| spread(&self.numbers(g, load_cv));
+        let worst = |g: &Group| self.numbers(g, |r| r.load.map(|l| l.1));
+        let table = Table::of(
+            self.groups(),
+            &[
+                ("group", &|g| g.label.clone().into()),
+                ("load CV", &|g| mean(means(g))),
+                ("± load CV", &|g| deviation(means(g))),
+                ("worst layer", &|g| {
+                    worst(g).into_iter().reduce(f64::max).into()
+                }),
+            ],
+        );
+        let lines = self.lines(|g| g.load.clone());
         Ok(Section {
             name: "load-balance",
             title: "Load balance",
@@ -379,97 +330,104 @@ impl Report<'_> {
                     layers: 0 is an even load. The table is for the last tenth of the steps, the figure for each \
                     fortieth of the run.",
             formula: "√(mean over i of (c_i − c̄)²) / c̄",
-            notes: Vec::new(),
             table,
             figure: Some(curves(&lines, "coefficient of variation", &[0.0])?),
+            ..Section::default()
         })
     }
 
     fn runs(&self) -> Section {
-        let mut table = Table::new(&[
-            "run",
-            "state",
-            "steps",
-            "tokens",
-            "loss",
-            "perplexity",
-            "training loss",
-            "tokens to target",
-            "loss spikes",
-            "gradient spikes",
-            "left out",
-            "load CV",
-        ]);
-        for (i, (run, s)) in self.plan.runs.iter().zip(&self.summary.runs).enumerate() {
-            let group = self.groups().find(|g| g.runs.contains(&i));
-            let target = group.and_then(|g| self.summary.target(g));
-            table.rows.push(vec![
-                run.name.clone().into(),
-                state(&s.state, s.steps).into(),
-                s.steps.into(),
-                s.tokens.into(),
-                s.loss.into(),
-                s.loss.map(f64::exp).into(),
-                s.training_loss.into(),
-                tokens(target.and_then(|t| crossing(&s.validation, t))),
-                s.loss_spikes.begins.len().into(),
-                s.gradient_spikes.begins.len().into(),
-                s.left_out.into(),
-                s.load.map(|l| l.0).into(),
-            ]);
-        }
+        let target = |i: usize| {
+            let group = self.groups().find(|g| g.runs.contains(&i))?;
+            self.summary.target(group)
+        };
+        let reached = |i: usize, s: &RunSummary| crossing(&s.validation, target(i)?);
+        let rows = self.plan.runs.iter().zip(&self.summary.runs).enumerate();
+        let table = Table::of(
+            rows,
+            &[
+                ("run", &|(_, (run, _))| run.name.clone().into()),
+                ("state", &|(_, (_, s))| state(&s.state, s.steps).into()),
+                ("steps", &|(_, (_, s))| s.steps.into()),
+                ("tokens", &|(_, (_, s))| s.tokens.into()),
+                ("loss", &|(_, (_, s))| s.loss.into()),
+                ("perplexity", &|(_, (_, s))| s.loss.map(f64::exp).into()),
+                ("training loss", &|(_, (_, s))| s.training_loss.into()),
+                ("tokens to target", &|(i, (_, s))| tokens(reached(*i, s))),
+                ("loss spikes", &|(_, (_, s))| loss_spikes(s).into()),
+                ("gradient spikes", &|(_, (_, s))| gradient_spikes(s).into()),
+                ("left out", &|(_, (_, s))| s.left_out.into()),
+                ("load CV", &|(_, (_, s))| load_cv(s).into()),
+            ],
+        );
         Section {
             name: "runs",
             title: "Runs",
             shows: "Every run separately. The training loss is the mean of the last twentieth of the steps.",
-            formula: "",
-            notes: Vec::new(),
             table,
-            figure: None,
+            ..Section::default()
         }
     }
 
     /// This section is the last because it is the only one that differs between two equal grids.
     fn timing(&self) -> Section {
-        let mut table = Table::new(&["run", "seconds", "tokens/s"]);
-        for (run, s) in self.plan.runs.iter().zip(&self.summary.runs) {
-            let rate = s.tokens as f64 / s.seconds;
-            table.rows.push(vec![
-                run.name.clone().into(),
-                Some((s.seconds * 10.0).round() / 10.0)
-                    .filter(|t| *t > 0.0)
-                    .into(),
-                tokens(Some(rate).filter(|r| r.is_finite())),
-            ]);
-        }
+        let tenths = |seconds: f64| (seconds * 10.0).round() / 10.0;
+        let seconds = |s: &RunSummary| Some(tenths(s.seconds)).filter(|t| *t > 0.0);
+        let rate = |s: &RunSummary| Some(s.tokens as f64 / s.seconds).filter(|r| r.is_finite());
+        let table = Table::of(
+            self.plan.runs.iter().zip(&self.summary.runs),
+            &[
+                ("run", &|(run, _)| run.name.clone().into()),
+                ("seconds", &|(_, s)| seconds(s).into()),
+                ("tokens/s", &|(_, s)| tokens(rate(s))),
+            ],
+        );
         Section {
             name: "timing",
             title: "Time",
             shows: "Wall time of each run's steps, without evaluations and saving, and tokens per second. The time \
                     depends on other work on the machine: use `routegrad bench` for comparisons.",
-            formula: "",
-            notes: Vec::new(),
             table,
-            figure: None,
+            ..Section::default()
         }
     }
 }
 
-fn three(p: &Point) -> (f64, f64, f64) {
-    (
-        p.tokens as f64,
-        p.value.mean,
-        p.value.deviation.unwrap_or(0.0),
+fn loss_spikes(run: &RunSummary) -> u64 {
+    run.loss_spikes.begins.len() as u64
+}
+
+fn gradient_spikes(run: &RunSummary) -> u64 {
+    run.gradient_spikes.begins.len() as u64
+}
+
+fn diverged(run: &RunSummary) -> u64 {
+    u64::from(matches!(run.state, State::Diverged(_)))
+}
+
+fn load_cv(run: &RunSummary) -> Option<f64> {
+    run.load.map(|l| l.0)
+}
+
+/// Returns the table of the points of all curves; the names are those of the columns of means and deviations.
+fn table_of(lines: &[Line], [mean, deviation]: [&'static str; 2]) -> Table {
+    let points = lines
+        .iter()
+        .flat_map(|line| line.points.iter().map(move |p| (line.label.as_str(), p)));
+    Table::of(
+        points,
+        &[
+            ("group", &|(label, _)| (*label).into()),
+            ("tokens", &|(_, p)| p.tokens.into()),
+            (mean, &|(_, p)| p.value.mean.into()),
+            (deviation, &|(_, p)| p.value.deviation.into()),
+        ],
     )
 }
 
 /// Returns at most about 200 of the points, always including the last.
-fn thinned(points: &[Point]) -> impl Iterator<Item = &Point> {
+fn thinned(points: &[Point]) -> Vec<Point> {
     let step = points.len().div_ceil(200).max(1);
-    let n = points.len();
-    points
-        .iter()
-        .enumerate()
-        .filter(move |(i, _)| (n - 1 - i) % step == 0)
-        .map(|(_, p)| p)
+    let from_end = points.iter().rev().step_by(step);
+    from_end.rev().copied().collect()
 }

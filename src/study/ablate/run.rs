@@ -4,7 +4,7 @@
 //! does. A grid that was killed and continued therefore results in the same bytes as one that was not.
 
 use super::grid::Run;
-use super::names::differences;
+use super::names::difference;
 use crate::config::Config;
 use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
@@ -96,9 +96,9 @@ fn holds_this(place: &Path, run: &Run) -> Result<bool> {
             in_plain_words(&e.message().lines().collect::<Vec<_>>().join(" ")),
         )
     })?;
-    match differences(&held, &run.config).first() {
+    match difference(&held, &run.config) {
         None => Ok(true),
-        Some((key, theirs, ours)) => Err(foreign(
+        Some([key, theirs, ours]) => Err(foreign(
             &file,
             &run.name,
             format!("one with {key} = {theirs} instead of {ours}"),

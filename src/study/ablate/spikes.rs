@@ -6,6 +6,8 @@
 //! values for a run of N steps, so that short runs have a window too. Value x_t is compared with the W values before it,
 //! x_{t−W} … x_{t−1}; the first W values are not compared. Consecutive spiking steps form one spike.
 
+use crate::study::moments;
+
 /// Number of standard deviations above the rolling mean at which a value counts as a spike.
 pub const DEVIATIONS: f64 = 7.0;
 
@@ -33,10 +35,10 @@ pub fn find(series: &[(u64, f64)], steps: u64) -> Spikes {
     let judged = finite.len().saturating_sub(width);
     for i in width..finite.len() {
         let near = &finite[i - width..i];
-        let mean = near.iter().map(|v| v.1).sum::<f64>() / width as f64;
-        let variance = near.iter().map(|v| (v.1 - mean).powi(2)).sum::<f64>() / width as f64;
+        let (mean, squares) = moments(near.iter().map(|v| v.1));
+        let deviation = (squares / width as f64).sqrt();
         let (step, value) = finite[i];
-        if value > mean && value - mean >= DEVIATIONS * variance.sqrt() {
+        if value > mean && value - mean >= DEVIATIONS * deviation {
             spiking += 1;
             if before != Some(step - 1) {
                 begins.push(step);

@@ -7,6 +7,7 @@ use super::run::{State, folder, state};
 use super::spikes::{self, Spikes};
 use crate::error::{Error, Result};
 use crate::report::metrics::{self, Record};
+use crate::study::moments;
 use crate::train::METRICS_FILE;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -48,6 +49,7 @@ pub struct RunSummary {
 }
 
 /// Runs that differ only in the seed.
+#[derive(Default)]
 pub struct Group {
     pub label: String,
     /// Indices of its runs, by seed.
@@ -119,15 +121,16 @@ fn summary(out: &Path, run: &Run) -> Result<RunSummary> {
     };
     let loss = series(|r| r.loss);
     let parts = |n: usize| records.chunks(records.len().div_ceil(n).max(1));
-    let last = |part: u64| -> &[Record] {
-        &records[records.len() - (records.len() / part as usize).max(1).min(records.len())..]
+    let last = |part: usize| -> &[Record] {
+        let count = (records.len() / part).max(1);
+        &records[records.len().saturating_sub(count)..]
     };
     let late: Vec<f64> = last(20).iter().filter_map(|r| r.loss).collect();
     let finished = state == State::Finished;
-    let loss_at_end = records
-        .last()
-        .filter(|_| finished)
-        .and_then(|r| r.validation_loss);
+    let evaluated = records.iter();
+    let evaluated = evaluated.filter_map(|r| Some((r.tokens, r.validation_loss?)));
+    let end = records.last().filter(|_| finished);
+    let loss_at_end = end.and_then(|r| r.validation_loss);
     let compared = loss_at_end.is_some();
     let state = match finished && !compared {
         true => State::Diverged("the last validation loss is not finite".into()),
@@ -136,10 +139,7 @@ fn summary(out: &Path, run: &Run) -> Result<RunSummary> {
     Ok(RunSummary {
         steps: records.last().map_or(0, |r| r.step),
         tokens: records.last().map_or(0, |r| r.tokens),
-        validation: records
-            .iter()
-            .filter_map(|r| Some((r.tokens, r.validation_loss?)))
-            .collect(),
+        validation: evaluated.collect(),
         training: parts(TRAINING_POINTS).filter_map(part_loss).collect(),
         loss: loss_at_end,
         training_loss: spread(&late).filter(|_| compared).map(|s| s.mean),
@@ -173,9 +173,8 @@ fn variation(records: &[Record]) -> Option<(f64, f64)> {
                 .zip(counts)
                 .for_each(|(s, c)| *s += *c as f64);
         }
-        let mean = sums.iter().sum::<f64>() / experts as f64;
-        let variance = sums.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / experts as f64;
-        variance.sqrt() / mean
+        let (mean, squares) = moments(sums.iter().copied());
+        (squares / experts as f64).sqrt() / mean
     };
     let all: Vec<f64> = (0..layers).map(of).collect();
     let mean = all.iter().sum::<f64>() / layers as f64;
@@ -185,12 +184,11 @@ fn variation(records: &[Record]) -> Option<(f64, f64)> {
 
 /// Returns the mean and sample standard deviation; `None` for an empty slice.
 pub fn spread(values: &[f64]) -> Option<Spread> {
+    let (mean, squares) = moments(values.iter().copied());
     let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let squares = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>();
     (!values.is_empty()).then_some(Spread {
         mean,
-        deviation: (values.len() > 1).then(|| (squares / (n - 1.0)).sqrt()),
+        deviation: (n > 1.0).then(|| (squares / (n - 1.0)).sqrt()),
     })
 }
 
@@ -246,19 +244,14 @@ fn groups(plan: &Plan, runs: &[RunSummary], baseline: Option<&str>) -> Result<Ve
         }
     };
     let groups = sorted.iter().enumerate().map(|(i, k)| {
-        let own: Vec<usize> = (0..plan.runs.len())
-            .filter(|r| key(&plan.runs[*r]) == *k)
-            .collect();
-        let finished: Vec<usize> = own
-            .iter()
-            .copied()
-            .filter(|r| runs[*r].loss.is_some())
-            .collect();
+        let mut own: Vec<usize> = (0..plan.runs.len()).collect();
+        own.retain(|r| key(&plan.runs[*r]) == *k);
+        let mut finished = own.clone();
+        finished.retain(|r| runs[*r].loss.is_some());
         let of = |f: fn(&RunSummary) -> &Curve| mean_curve(finished.iter().map(|r| f(&runs[*r])));
         let labels = varied.iter().zip(k).filter(|(_, l)| !l.is_empty());
-        let label: Vec<String> = labels
-            .map(|(a, l)| with_axis(&plan.axes[*a], l, " "))
-            .collect();
+        let labels = labels.map(|(a, l)| with_axis(&plan.axes[*a], l, " "));
+        let label = labels.collect::<Vec<_>>().join(", ");
         let losses: Vec<f64> = finished.iter().filter_map(|r| runs[*r].loss).collect();
         let against = sorted
             .iter()
@@ -266,7 +259,7 @@ fn groups(plan: &Plan, runs: &[RunSummary], baseline: Option<&str>) -> Result<Ve
         Group {
             label: match label.is_empty() {
                 true => "all".into(),
-                false => label.join(", "),
+                false => label,
             },
             baseline: against.unwrap_or(i),
             validation: of(|r| &r.validation),

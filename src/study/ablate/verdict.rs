@@ -54,22 +54,10 @@ mod tests {
     fn said(gains: &[f64]) -> String {
         let group = |label: &str| Group {
             label: label.into(),
-            runs: Vec::new(),
-            finished: Vec::new(),
-            baseline: 0,
-            validation: Vec::new(),
-            training: Vec::new(),
-            load: Vec::new(),
-            loss: None,
+            ..Group::default()
         };
-        let gain = spread(gains).unwrap();
-        verdict(
-            &group("new"),
-            &group("old"),
-            gain,
-            gains.len(),
-            "nats per byte",
-        )
+        let (new, old, gain) = (group("new"), group("old"), spread(gains).unwrap());
+        verdict(&new, &old, gain, gains.len(), "nats per byte")
     }
 
     #[test]
@@ -81,12 +69,8 @@ mod tests {
         );
         // The same of six runs: 0.02 ± 2.571 · 0.00894 / √6.
         let better = said(&[0.01, 0.02, 0.03, 0.01, 0.02, 0.03]);
-        assert!(
-            better.starts_with(
-                "new is better than old: gain +0.0200 nats per byte (95% interval +0.0106"
-            ),
-            "{better}"
-        );
+        let expected = "new is better than old: gain +0.0200 nats per byte (95% interval +0.0106";
+        assert!(better.starts_with(expected), "{better}");
         assert!(said(&[-0.02, -0.02, -0.03]).starts_with("new is worse than old"));
         assert!(said(&[0.5]).contains("only more seeds"));
     }

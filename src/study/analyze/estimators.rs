@@ -5,8 +5,10 @@
 //! The forward pass is the model's own, with K changed in all MoE layers together and with frozen state. Substitutes
 //! are fitted on training text with the same model and the same K.
 
-use super::gradients::{LayerAt, MicroBatches, backward, estimator, own_method, slots};
-use super::probe::{Seen, Watched};
+use super::gradients::{
+    LayerAt, MicroBatches, backward, estimator, layer_weights, own_method, rounded,
+};
+use super::probe::Seen;
 use super::shares::shared_out_known;
 use super::substitutes::{LayerWeights, Substitutes};
 use crate::config::Config;
@@ -17,8 +19,7 @@ use crate::model::batch::Sequences;
 use crate::routers::default::{DefaultMoe, VECTORS};
 use crate::routers::densemixer::DenseMixer;
 use crate::routers::topk::TopK;
-use crate::routers::{Pass, Phase, Router};
-use crate::tape::Tape;
+use crate::routers::{Phase, Router};
 use crate::tensor::Tensor;
 
 /// The estimators that are compared, in the order of the tables.
@@ -140,7 +141,7 @@ fn compare_at(
 ) -> Result<Vec<Compared>> {
     let router = own_method(config)?.router(config)?;
     let watched = estimator(config, source, vectors, router, top_k)?;
-    let fitted_on = seen_in(&watched, training)?;
+    let fitted_on = watched.see(training, Phase::Frozen)?;
     let mut parts: Vec<Vec<Part>> = fitted_on.iter().map(|_| Vec::new()).collect();
     backward(&watched, batch, |store| {
         for (l, seen) in watched.take().into_iter().enumerate() {
@@ -151,37 +152,14 @@ fn compare_at(
         }
         Ok(())
     })?;
-    let model = &watched.model;
-    let [gate, gate_up, down] = [
-        slots(model, "gate.weight")?,
-        slots(model, "experts.gate_up_proj")?,
-        slots(model, "experts.down_proj")?,
-    ];
-    let value = |slot: usize| model.parameters[slot].value.working();
-    let layers = fitted_on.iter().zip(&parts).zip(vectors).enumerate();
+    let weights = layer_weights(&watched.model)?.into_iter();
+    let layers = weights.zip(&fitted_on).zip(&parts).zip(vectors);
     layers
-        .map(|(l, ((fitted_on, parts), vectors))| {
-            let weights = LayerWeights {
-                gate: value(gate[l]),
-                gate_up: value(gate_up[l]),
-                down: value(down[l]),
-            };
+        .map(|(((weights, fitted_on), parts), vectors)| {
             let substitutes = Substitutes::fit(weights, fitted_on)?;
             compare_layer(config, weights, vectors, &substitutes, parts, top_k)
         })
         .collect()
-}
-
-/// Returns the input and the choices of every MoE layer for these sequences, with frozen state.
-fn seen_in(watched: &Watched, sequences: Sequences<'_>) -> Result<Vec<Seen>> {
-    let (model, tape) = (&watched.model, Tape::without_gradients());
-    model.loss(
-        &tape,
-        &model.weights(),
-        sequences,
-        Pass::single(Phase::Frozen),
-    )?;
-    Ok(watched.take())
 }
 
 fn compare_layer(
@@ -193,10 +171,8 @@ fn compare_layer(
     top_k: usize,
 ) -> Result<Compared> {
     let (experts, width) = (config.model.num_experts, config.model.hidden);
-    let [mean, sampled] = [
-        like(vectors, &substitutes.mean)?,
-        like(vectors, &substitutes.sampled)?,
-    ];
+    let like = |values: &[f64]| rounded(vectors.dtype(), vectors.shape(), values);
+    let [mean, sampled] = [like(&substitutes.mean)?, like(&substitutes.sampled)?];
     let vectors_of = [vectors, &sampled, &mean];
     let mut gram = Gram::default();
     let mut dw = vec![vec![0.0; experts * width]; 1 + MEASURED];
@@ -225,18 +201,6 @@ fn compare_layer(
     })
 }
 
-/// Returns `values` as a tensor with the shape and dtype of `other`.
-fn like(other: &Tensor, values: &[f64]) -> Result<Tensor> {
-    let mut tensor = other.unspecified_like();
-    crate::with_real!(other.dtype(), "analyze", |T| {
-        for (to, from) in tensor.slice_mut::<T>().iter_mut().zip(values) {
-            *to = crate::tensor::dtype::Real::of(*from);
-        }
-        Ok::<(), crate::error::Error>(())
-    })?;
-    Ok(tensor)
-}
-
 /// Returns the exact dz `[T, E]`, followed by the differences of the measured estimators from it.
 fn logit_gradients(
     config: &Config,
@@ -255,8 +219,7 @@ fn logit_gradients(
             z: &z,
             x,
             g: &part.g,
-            gate_up: weights.gate_up,
-            down: weights.down,
+            weights,
             state: &state,
         };
         layer.logit_gradient(config, router, top_k)

@@ -11,149 +11,50 @@ use crate::study::analyze::substitutes::RIDGE;
 use crate::tape::Var;
 use crate::tensor::random::{Purpose, Stream};
 
-const LENGTH: usize = 16;
-
-fn tokens(step: i32) -> Vec<i32> {
-    let count = (SEQUENCES * (LENGTH + 1)) as i32;
-    (0..count).map(|i| (i * i + step * i) % 256).collect()
-}
-
-fn batch(step: i32) -> MicroBatches {
-    MicroBatches {
-        all: Batch {
-            tokens: tokens(step),
-            sequences: SEQUENCES,
-            first_key: None,
-        },
-        // Two micro-batches, so that sums over them are checked.
-        micro_batch: 1,
-    }
-}
-
-/// Input and incoming gradient of one MoE layer, `[T, D]` each.
-struct At {
-    x: Vec<f64>,
-    /// Empty if it was not computed.
-    g: Vec<f64>,
-}
-
-/// Returns x and g of a pass of `router` over these tokens.
-fn at(
-    config: &Config,
-    model: &Model,
-    vectors: &Tensor,
-    tokens: &[i32],
-    router: Box<dyn Router>,
-) -> At {
-    let watched = Watched::new(config, router, model).unwrap();
-    for state in watched.model.layer_states_mut().iter_mut() {
-        state.restore("default_vectors", vectors.clone()).unwrap();
-    }
-    let (tape, weights) = (Tape::new(), watched.model.weights());
-    let (sequences, pass) = (
-        Sequences::new(tokens, SEQUENCES),
-        Pass::single(Phase::Frozen),
-    );
-    let losses = watched
-        .model
-        .loss(&tape, &weights, sequences, pass)
-        .unwrap();
-    let mut store = Gradients::new(watched.slots());
-    tape.backward(&losses.total, 1.0, &mut store).unwrap();
-    At {
-        x: watched.take()[0].x.to_f64().unwrap(),
-        g: store.get(watched.slot(0)).unwrap().to_f64().unwrap(),
-    }
-}
-
-/// Returns p `[E]`, which experts are chosen, and the outputs e `[E][D]`, of one token.
-fn token(model: &Model, x: &[f64], top_k: usize) -> (Vec<f64>, Vec<bool>, Vec<Vec<f64>>) {
-    let z = times(&parameter(model, "gate.weight"), x);
-    let total: f64 = z.iter().map(|z| z.exp()).sum();
-    let rank = |j: usize| z.iter().filter(|other| **other > z[j]).count();
-    let outputs = (0..EXPERTS).map(|e| {
-        let part = |m: Vec<f64>| m[e * m.len() / EXPERTS..(e + 1) * m.len() / EXPERTS].to_vec();
-        let h = times(&part(parameter(model, "experts.gate_up_proj")), x);
-        let (gate, up) = h.split_at(h.len() / 2);
-        let pairs = gate.iter().zip(up);
-        let a: Vec<f64> = pairs.map(|(g, u)| g / (1.0 + (-g).exp()) * u).collect();
-        times(&part(parameter(model, "experts.down_proj")), &a)
-    });
-    (
-        z.iter().map(|z| z.exp() / total).collect(),
-        (0..EXPERTS).map(|j| rank(j) < top_k).collect(),
-        outputs.collect(),
-    )
-}
-
-/// ν and ê `[E][D]`, masses, and the linear function of each expert, given by x̄ and B, by Gaussian elimination.
+/// ν `[D]` and the mass of an expert, and its linear function, given by x̄ and B, by Gaussian elimination.
 struct Fitted {
-    mass: Vec<f64>,
-    mean: Vec<Vec<f64>>,
-    sampled: Vec<Vec<f64>>,
-    center: Vec<Vec<f64>>,
-    map: Vec<Vec<Vec<f64>>>,
+    mass: f64,
+    mean: Vec<f64>,
+    center: Vec<f64>,
+    map: Vec<Vec<f64>>,
 }
 
 /// x `[D]`, and the result of [`token`] for it.
 type Token<'a> = (&'a [f64], (Vec<f64>, Vec<bool>, Vec<Vec<f64>>));
 
-fn fitted(model: &Model, x: &[f64], top_k: usize) -> Fitted {
-    let tokens: Vec<Token<'_>> = x
-        .chunks(HIDDEN)
-        .map(|x| (x, token(model, x, top_k)))
-        .collect();
-    let mut found = Fitted {
-        mass: Vec::new(),
-        mean: Vec::new(),
-        sampled: sampled(&tokens),
-        center: Vec::new(),
-        map: Vec::new(),
+fn fitted(tokens: &[Token<'_>], i: usize) -> Fitted {
+    let off = tokens.iter().filter(|(_, (_, chosen, _))| !chosen[i]);
+    let off: Vec<Weighted> = off.map(|(x, (p, _, e))| (p[i], *x, &e[i])).collect();
+    let sum = |f: &dyn Fn(&Weighted) -> f64| -> f64 { off.iter().map(f).sum() };
+    let each = |f: &dyn Fn(usize) -> f64| -> Vec<f64> { (0..HIDDEN).map(f).collect() };
+    let mass = sum(&|o| o.0);
+    let center = each(&|d| sum(&|o| o.0 * o.1[d]) / mass);
+    let mean = each(&|d| sum(&|o| o.0 * o.2[d]) / mass);
+    // [C + λ I | R], eliminated.
+    let row = |a: usize| {
+        let left = each(&|b| sum(&|o| o.0 * (o.1[a] - center[a]) * (o.1[b] - center[b])));
+        let right = each(&|d| sum(&|o| o.0 * (o.1[a] - center[a]) * (o.2[d] - mean[d])));
+        [left, right].concat()
     };
-    for i in 0..EXPERTS {
-        let off: Vec<Weighted> = tokens
-            .iter()
-            .filter(|(_, (_, chosen, _))| !chosen[i])
-            .map(|(x, (p, _, e))| (p[i], *x, &e[i]))
-            .collect();
-        let mass: f64 = off.iter().map(|(w, _, _)| w).sum();
-        let mean = |of: &dyn Fn(&Weighted) -> Vec<f64>| -> Vec<f64> {
-            (0..HIDDEN)
-                .map(|d| off.iter().map(|o| o.0 * of(o)[d]).sum::<f64>() / mass)
-                .collect()
-        };
-        let (center, output) = (mean(&|o| o.1.to_vec()), mean(&|o| o.2.clone()));
-        // [C + λ I | R], eliminated.
-        let mut rows: Vec<Vec<f64>> = (0..HIDDEN)
-            .map(|a| {
-                let sum = |f: &dyn Fn(&Weighted) -> f64| off.iter().map(f).sum();
-                let left = (0..HIDDEN)
-                    .map(|b| sum(&|o| o.0 * (o.1[a] - center[a]) * (o.1[b] - center[b])));
-                let right = (0..HIDDEN)
-                    .map(|d| sum(&|o| o.0 * (o.1[a] - center[a]) * (o.2[d] - output[d])));
-                left.chain(right).collect()
-            })
-            .collect();
-        let trace: f64 = (0..HIDDEN).map(|a| rows[a][a]).sum();
-        (0..HIDDEN).for_each(|a| rows[a][a] += RIDGE * trace / HIDDEN as f64);
-        for a in 0..HIDDEN {
-            let pivot: Vec<f64> = rows[a].iter().map(|v| v / rows[a][a]).collect();
-            for (b, row) in rows.iter_mut().enumerate() {
-                let factor = if b == a { 0.0 } else { row[a] };
-                row.iter_mut()
-                    .zip(&pivot)
-                    .for_each(|(r, p)| *r -= factor * p);
-            }
-            rows[a] = pivot;
+    let mut rows: Vec<Vec<f64>> = (0..HIDDEN).map(row).collect();
+    let trace: f64 = (0..HIDDEN).map(|a| rows[a][a]).sum();
+    (0..HIDDEN).for_each(|a| rows[a][a] += RIDGE * trace / HIDDEN as f64);
+    for a in 0..HIDDEN {
+        let pivot: Vec<f64> = rows[a].iter().map(|v| v / rows[a][a]).collect();
+        for (b, row) in rows.iter_mut().enumerate() {
+            let factor = if b == a { 0.0 } else { row[a] };
+            let pairs = row.iter_mut().zip(&pivot);
+            pairs.for_each(|(r, p)| *r -= factor * p);
         }
-        found.mass.push(mass);
-        found.mean.push(output);
-        found.center.push(center);
-        found
-            .map
-            .push(rows.into_iter().map(|r| r[HIDDEN..].to_vec()).collect());
+        rows[a] = pivot;
     }
-    found
+    let map = rows.into_iter().map(|r| r[HIDDEN..].to_vec()).collect();
+    Fitted {
+        mass,
+        mean,
+        center,
+        map,
+    }
 }
 
 /// Returns ê after 64 draws, with β = 0.9.
@@ -161,12 +62,8 @@ fn sampled(tokens: &[Token<'_>]) -> Vec<Vec<f64>> {
     let p: Vec<f64> = tokens.iter().flat_map(|(_, (p, ..))| p.clone()).collect();
     let p = Tensor::from_slice([tokens.len(), EXPERTS], &p);
     let chosen = Selection::new(tokens.len(), EXPERTS, |t, list| {
-        list.extend(
-            (0..)
-                .zip(&tokens[t].1.1)
-                .filter(|(_, c)| **c)
-                .map(|(e, _)| e),
-        );
+        let chosen = (0..).zip(&tokens[t].1.1).filter(|(_, c)| **c);
+        list.extend(chosen.map(|(e, _)| e));
     });
     let chosen = chosen.unwrap();
     let mut vectors = vec![vec![0.0; HIDDEN]; EXPERTS];
@@ -191,67 +88,16 @@ fn sampled(tokens: &[Token<'_>]) -> Vec<Vec<f64>> {
     vectors
 }
 
-fn dot(a: &[f64], b: &[f64]) -> f64 {
-    a.iter().zip(b).map(|(a, b)| a * b).sum()
-}
-
 /// A weight, a token and an expert's output for it.
 type Weighted<'a> = (f64, &'a [f64], &'a Vec<f64>);
-
-/// Returns s of an expert outside A, given a token, the incoming gradient, the expert and its output.
-type Off<'a> = dyn Fn(&[f64], &[f64], usize, &[f64]) -> f64 + 'a;
-
-/// Returns dz `[T, E]` and dW `[E, D]`, with s outside A given by `off`.
-fn gradients(model: &Model, at: &At, top_k: usize, off: &Off) -> [Vec<f64>; 2] {
-    let (mut dz, mut dw) = (Vec::new(), vec![0.0; EXPERTS * HIDDEN]);
-    for (x, g) in at.x.chunks(HIDDEN).zip(at.g.chunks(HIDDEN)) {
-        let (p, chosen, outputs) = token(model, x, top_k);
-        let s: Vec<f64> = (0..EXPERTS)
-            .map(|i| match chosen[i] {
-                true => dot(g, &outputs[i]),
-                false => off(x, g, i, &outputs[i]),
-            })
-            .collect();
-        let mean = dot(&p, &s);
-        for (i, (p, s)) in p.iter().zip(&s).enumerate() {
-            let d = p * (s - mean);
-            dz.push(d);
-            (0..HIDDEN).for_each(|c| dw[i * HIDDEN + c] += d * x[c]);
-        }
-    }
-    [dz, dw]
-}
-
-/// Returns the cosine with the exact gradient and the relative error.
-fn quality(found: &[f64], exact: &[f64]) -> [f64; 2] {
-    let norm = dot(exact, exact).sqrt();
-    let missed: f64 = found.iter().zip(exact).map(|(f, e)| (f - e).powi(2)).sum();
-    [
-        dot(found, exact) / (dot(found, found).sqrt() * norm),
-        missed.sqrt() / norm,
-    ]
-}
-
-fn small_vectors() -> Tensor {
-    let vectors = normal_numbers(EXPERTS * HIDDEN, 3);
-    let vectors: Vec<f64> = vectors.into_iter().map(|x| 0.01 * x).collect();
-    Tensor::from_slice([EXPERTS, HIDDEN], &vectors)
-}
 
 /// Returns the comparison of a model with this router in f64 and K = 2, and what plain loops need to check it.
 fn compared(router: &str) -> (Config, Model, Compared) {
     let config = micro(router, &["train.dtype=\"f64\"", "model.top_k=2"]);
     let model = Model::new(&config).unwrap();
-    let training = tokens(3);
-    let by_k = compare(
-        &SingleRank,
-        &config,
-        &model,
-        &[small_vectors()],
-        &batch(5),
-        Sequences::new(&training, SEQUENCES),
-    )
-    .unwrap();
+    let (vectors, text, training) = ([small_vectors()], batch(5), tokens(3));
+    let training = Sequences::new(&training, SEQUENCES);
+    let by_k = compare(&SingleRank, &config, &model, &vectors, &text, training).unwrap();
     assert_eq!(by_k.iter().map(|(k, _)| *k).collect::<Vec<_>>(), [1, 2, 3]);
     let mut layers = by_k.into_iter().nth(1).unwrap().1;
     assert_eq!(layers.len(), 1);
@@ -266,7 +112,10 @@ fn estimators_at_one_forward_pass_are_those_of_the_formulas_in_plain_loops() {
         let vectors = small_vectors();
         let here = at(&config, &model, &vectors, &tokens(5), own());
         let there = at(&config, &model, &vectors, &tokens(3), own());
-        let fit = fitted(&model, &there.x, 2);
+        let seen = there.x.chunks(HIDDEN).map(|x| (x, token(&model, x, 2)));
+        let seen: Vec<Token<'_>> = seen.collect();
+        let fit: Vec<Fitted> = (0..EXPERTS).map(|i| fitted(&seen, i)).collect();
+        let drawn = sampled(&seen);
         let flat = vectors.to_f64().unwrap();
         let row = |i: usize| &flat[i * HIDDEN..(i + 1) * HIDDEN];
 
@@ -274,12 +123,12 @@ fn estimators_at_one_forward_pass_are_those_of_the_formulas_in_plain_loops() {
         let exact = with(&|_, g, _, e| dot(g, e));
         let topk = with(&|_, _, _, _| 0.0);
         let default = with(&|_, g, i, _| dot(g, row(i)));
-        let mean = with(&|_, g, i, _| dot(g, &fit.mean[i]));
-        let sampled = with(&|_, g, i, _| dot(g, &fit.sampled[i]));
+        let mean = with(&|_, g, i, _| dot(g, &fit[i].mean));
+        let sampled = with(&|_, g, i, _| dot(g, &drawn[i]));
         let linear = with(&|x, g, i, _| {
             let value = |d: usize| -> f64 {
-                let along = (0..HIDDEN).map(|a| (x[a] - fit.center[i][a]) * fit.map[i][a][d]);
-                fit.mean[i][d] + along.sum::<f64>()
+                let along = (0..HIDDEN).map(|a| (x[a] - fit[i].center[a]) * fit[i].map[a][d]);
+                fit[i].mean[d] + along.sum::<f64>()
             };
             (0..HIDDEN).map(|d| g[d] * value(d)).sum()
         });
@@ -289,23 +138,15 @@ fn estimators_at_one_forward_pass_are_those_of_the_formulas_in_plain_loops() {
         ] {
             // The scale by its definition, and the gradient at it.
             let [from_topk, missed] = [&default, &exact].map(|of| -> Vec<f64> {
-                of[what]
-                    .iter()
-                    .zip(&topk[what])
-                    .map(|(a, b)| a - b)
-                    .collect()
+                let pairs = of[what].iter().zip(&topk[what]);
+                pairs.map(|(a, b)| a - b).collect()
             });
             let best = dot(&missed, &from_topk) / dot(&from_topk, &from_topk);
-            assert!(
-                (scale.unwrap() - best).abs() <= 1e-10 * best.abs(),
-                "{router}"
-            );
+            let error = (scale.unwrap() - best).abs();
+            assert!(error <= 1e-10 * best.abs(), "{router}");
             let at_scale = |c: f64| -> Vec<f64> {
-                topk[what]
-                    .iter()
-                    .zip(&from_topk)
-                    .map(|(t, d)| t + c * d)
-                    .collect()
+                let pairs = topk[what].iter().zip(&from_topk);
+                pairs.map(|(t, d)| t + c * d).collect()
             };
             let shrunk = at_scale(best);
             let expected = [
@@ -335,9 +176,10 @@ fn estimators_at_one_forward_pass_are_those_of_the_formulas_in_plain_loops() {
             assert!(qualities[0].error.unwrap() > 0.01);
         }
         let weighted = |a: &dyn Fn(usize) -> Vec<f64>, b: &dyn Fn(usize) -> Vec<f64>| -> f64 {
-            (0..EXPERTS).map(|i| fit.mass[i] * dot(&a(i), &b(i))).sum()
+            let products = (0..EXPERTS).map(|i| fit[i].mass * dot(&a(i), &b(i)));
+            products.sum()
         };
-        let (own, other) = (|i: usize| row(i).to_vec(), |i: usize| fit.mean[i].clone());
+        let (own, other) = (|i: usize| row(i).to_vec(), |i: usize| fit[i].mean.clone());
         let [aa, bb, ab] = [
             weighted(&own, &own),
             weighted(&other, &other),
@@ -376,27 +218,19 @@ impl Router for Given {
 #[test]
 fn a_rerouted_token_has_the_loss_of_a_model_with_this_choice() {
     for top_k in [1, 2] {
-        let set = [
-            "train.dtype=\"f64\"".to_string(),
-            format!("model.top_k={top_k}"),
-        ];
-        let config = micro("topk", &[&set[0], &set[1]]);
+        let set = format!("model.top_k={top_k}");
+        let config = micro("topk", &["train.dtype=\"f64\"", &set]);
         let model = Model::new(&config).unwrap();
         let batch = MicroBatches {
             micro_batch: SEQUENCES,
             ..batch(5)
         };
-        let found = reroute(&SingleRank, &config, &model, &[small_vectors()], &batch).unwrap();
+        let vectors = [small_vectors()];
+        let found = reroute(&SingleRank, &config, &model, &vectors, &batch).unwrap();
         // 32 tokens: 16 positions in each of two sequences.
         assert_eq!((found.len(), found[0].len()), (1, 32));
-        let x = at(
-            &config,
-            &model,
-            &small_vectors(),
-            &tokens(5),
-            routers::build(&config.router).unwrap(),
-        )
-        .x;
+        let own = routers::build(&config.router).unwrap();
+        let x = at(&config, &model, &vectors[0], &tokens(5), own).x;
         let all: Vec<_> = x.chunks(HIDDEN).map(|x| token(&model, x, top_k)).collect();
         let losses = |changed: Option<(usize, usize, usize)>| -> Vec<f64> {
             let selection = Selection::new(all.len(), EXPERTS, |t, list| {
@@ -406,10 +240,9 @@ fn a_rerouted_token_has_the_loss_of_a_model_with_this_choice() {
                 });
                 list.extend(chosen.map(|e| e as i32));
             });
-            let watched =
-                Watched::new(&config, Box::new(Given(selection.unwrap())), &model).unwrap();
-            let sequences = batch.all.all();
-            watched.model.token_losses(sequences).unwrap()
+            let given = Box::new(Given(selection.unwrap()));
+            let watched = Watched::new(&config, given, &model).unwrap();
+            watched.model.token_losses(batch.all.all()).unwrap()
         };
         let base = losses(None);
         let is_at = |row: usize, loss: &Loss| (base[row] - loss.own).abs() <= 1e-12;

@@ -34,10 +34,11 @@ pub struct Chart {
     pub series: Vec<Series>,
 }
 
-/// The labels of the axes of all panels.
-pub struct Axes<'a> {
-    pub x: &'a str,
-    pub y: &'a str,
+/// The labels of the axes x and y of all panels.
+pub type Axes<'a> = [&'a str; 2];
+
+fn color(i: usize) -> RGBColor {
+    COLORS[i % COLORS.len()]
 }
 
 /// Returns the rows and columns of a grid of panels, with at most `across` columns.
@@ -46,8 +47,11 @@ fn grid(panels: usize, across: usize) -> (usize, usize) {
     (panels.div_ceil(columns).max(1), columns)
 }
 
-/// Draws charts in a grid. All have the same range of y, which includes 0.
-pub fn charts(charts: &[Chart], axes: &Axes, mark: Mark) -> Result<String> {
+/// Draws charts in a grid; none without charts. All have the same range of y, which includes 0.
+pub fn charts(charts: &[Chart], axes: Axes, mark: Mark) -> Result<Option<String>> {
+    let Some(first) = charts.first() else {
+        return Ok(None);
+    };
     let (rows, columns) = grid(charts.len(), 3);
     let values = || {
         let series = charts.iter().flat_map(|c| &c.series);
@@ -55,36 +59,33 @@ pub fn charts(charts: &[Chart], axes: &Axes, mark: Mark) -> Result<String> {
     };
     let low = values().fold(0.0, f64::min);
     let high = values().fold(0.0, f64::max);
-    let high = if high > low {
-        high + 0.06 * (high - low)
-    } else {
-        1.0
+    let high = match high > low {
+        true => high + 0.06 * (high - low),
+        false => 1.0,
     };
-    let low = if low < 0.0 {
-        low - 0.06 * (high - low)
-    } else {
-        0.0
+    let low = match low < 0.0 {
+        true => low - 0.06 * (high - low),
+        false => 0.0,
     };
-    let names = charts.first().map_or(&[][..], |c| &c.series);
+    let names = &first.series;
     let width = 320 * columns.max(2) as u32;
     let places = legend(names, width as i32);
     let header_height = 36 + places.last().map_or(0, |(_, top)| *top);
     let size = (width, 4 + header_height as u32 + 250 * rows as u32);
-    svg(size, |area| {
+    let picture = svg(size, |area| {
         let (header, panels) = area.split_vertically(header_height);
         for ((i, series), (left, top)) in names.iter().enumerate().zip(&places) {
             let (left, top) = (*left, 12 + *top);
-            header.draw(&Rectangle::new(
-                [(left, top), (left + 14, top + 14)],
-                COLORS[i % COLORS.len()].filled(),
-            ))?;
+            let (corners, color) = ([(left, top), (left + 14, top + 14)], color(i));
+            header.draw(&Rectangle::new(corners, color.filled()))?;
             header.draw(&Text::new(series.name.clone(), (left + 20, top), font(14)))?;
         }
         for (chart, panel) in charts.iter().zip(panels.split_evenly((rows, columns))) {
             draw_chart(&panel, chart, axes, mark, (low, high))?;
         }
         Ok(())
-    })
+    })?;
+    Ok(Some(picture))
 }
 
 /// Returns the position (left, top) of the name of each series, in pixels. The names are in columns that are 150 pixels
@@ -101,18 +102,13 @@ fn legend(names: &[Series], width: i32) -> Vec<(i32, i32)> {
 fn draw_chart(
     panel: &Area,
     chart: &Chart,
-    axes: &Axes,
+    [x, y]: Axes,
     mark: Mark,
     (low, high): (f64, f64),
 ) -> Drawn {
-    let places = || {
-        chart
-            .series
-            .iter()
-            .flat_map(|s| s.points.iter().map(|p| p.0))
-    };
-    let first = places().min().unwrap_or(0) as f64;
-    let last = places().max().unwrap_or(0) as f64;
+    let points = || chart.series.iter().flat_map(|s| &s.points);
+    let first = points().map(|p| p.0).min().unwrap_or(0) as f64;
+    let last = points().map(|p| p.0).max().unwrap_or(0) as f64;
     let mut context = ChartBuilder::on(panel)
         .caption(&chart.caption, font(15))
         .margin(8)
@@ -121,8 +117,8 @@ fn draw_chart(
         .build_cartesian_2d(first - 0.6..last + 0.6, low..high)?;
     styled(&mut context.configure_mesh(), 12)
         .disable_x_mesh()
-        .x_desc(axes.x)
-        .y_desc(axes.y)
+        .x_desc(x)
+        .y_desc(y)
         .x_labels((last - first + 1.0).min(9.0) as usize)
         .y_labels(6)
         .x_label_formatter(&|x| format!("{x:.0}"))
@@ -130,11 +126,8 @@ fn draw_chart(
         .draw()?;
     let width = 0.8 / chart.series.len().max(1) as f64;
     for (i, series) in chart.series.iter().enumerate() {
-        let color = COLORS[i % COLORS.len()];
-        let known = series
-            .points
-            .iter()
-            .filter_map(|(x, y)| Some((*x as f64, (*y)?)));
+        let (color, points) = (color(i), series.points.iter());
+        let known = points.filter_map(|(x, y)| Some((*x as f64, (*y)?)));
         match mark {
             Mark::Line => {
                 let points: Vec<(f64, f64)> = known.collect();
@@ -160,14 +153,17 @@ pub struct Heatmap {
     pub values: Vec<Vec<Option<f64>>>,
 }
 
-/// Draws heatmaps in a grid. `color` maps a value to a number from −1 (blue) over 0 (white) to 1 (orange); `scale` is
-/// the text that explains these colors.
+/// Draws heatmaps in a grid; none without heatmaps. `color` maps a value to a number from −1 (blue) over 0 (white) to 1
+/// (orange); `scale` is the text that explains these colors.
 pub fn heatmaps(
     maps: &[Heatmap],
-    axes: &Axes,
+    axes: Axes,
     scale: &str,
     color: fn(f64) -> f64,
-) -> Result<String> {
+) -> Result<Option<String>> {
+    if maps.is_empty() {
+        return Ok(None);
+    }
     let labels = maps.iter().flat_map(|m| &m.rows).map(|r| r.chars().count());
     let left = 30 + 7 * labels.max().unwrap_or(0).min(28) as u32;
     let most = |f: fn(&Heatmap) -> usize| maps.iter().map(f).max().unwrap_or(1).max(1) as u32;
@@ -176,21 +172,18 @@ pub fn heatmaps(
     let across = (1100 / (left + cell * wide + 20)).max(1) as usize;
     let (rows, columns) = grid(maps.len(), across);
     let panel = (left + cell * wide + 20, 66 + cell * tall);
-    let size = (
-        (panel.0 * columns as u32).max(420),
-        34 + panel.1 * rows as u32,
-    );
-    svg(size, |area| {
-        area.draw(&Text::new(scale.to_owned(), (12, 10), font(14)))?;
+    let width = (panel.0 * columns as u32).max(420);
+    let size = (width, 34 + panel.1 * rows as u32);
+    let picture = svg(size, |area| {
+        area.draw(&Text::new(scale, (12, 10), font(14)))?;
         for (i, map) in maps.iter().enumerate() {
-            let at = (
-                (panel.0 * (i % columns) as u32) as i32,
-                34 + (panel.1 * (i / columns) as u32) as i32,
-            );
+            let (row, column) = ((i / columns) as u32, (i % columns) as u32);
+            let at = ((panel.0 * column) as i32, (34 + panel.1 * row) as i32);
             draw_heatmap(area, map, axes, at, left as i32, cell as i32, color)?;
         }
         Ok(())
-    })
+    })?;
+    Ok(Some(picture))
 }
 
 /// Shortens a name to at most 28 characters: of a longer name, such as a path, it keeps the end.
@@ -204,7 +197,7 @@ fn shortened(name: &str) -> String {
 fn draw_heatmap(
     area: &Area,
     map: &Heatmap,
-    axes: &Axes,
+    [x_name, y_name]: Axes,
     (x, y): (i32, i32),
     left: i32,
     cell: i32,
@@ -236,20 +229,13 @@ fn draw_heatmap(
     let bottom = top + cell * map.rows.len() as i32 + 3;
     for (c, name) in map.columns.iter().enumerate() {
         if cell >= 14 || c % 4 == 0 {
-            area.draw(&Text::new(
-                name.clone(),
-                (x + left + cell * c as i32 + cell / 3, bottom),
-                font(12),
-            ))?;
+            let at = (x + left + cell * c as i32 + cell / 3, bottom);
+            area.draw(&Text::new(name.clone(), at, font(12)))?;
         }
     }
-    area.draw(&Text::new(
-        axes.x.to_owned(),
-        (x + left, bottom + 14),
-        font(13),
-    ))?;
+    area.draw(&Text::new(x_name, (x + left, bottom + 14), font(13)))?;
     let turned = font(13).transform(FontTransform::Rotate270);
-    area.draw(&Text::new(axes.y.to_owned(), (x + 6, bottom - 4), turned))?;
+    area.draw(&Text::new(y_name, (x + 6, bottom - 4), turned))?;
     Ok(())
 }
 
@@ -277,13 +263,11 @@ mod tests {
                 columns: vec!["0".into()],
                 values: vec![vec![Some(value)]],
             };
-            let axes = Axes { x: "", y: "" };
-            heatmaps(&[map], &axes, "", |v| v).unwrap()
+            heatmaps(&[map], ["", ""], "", |v| v).unwrap().unwrap()
         };
         let white = |svg: String| {
-            svg.split("<text")
-                .skip(1)
-                .any(|text| text.contains("fill=\"#FFFFFF\""))
+            let mut texts = svg.split("<text").skip(1);
+            texts.any(|text| text.contains("fill=\"#FFFFFF\""))
         };
         assert!(white(map(-0.9)) && white(map(0.9)) && !white(map(0.1)));
     }

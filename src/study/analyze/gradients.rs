@@ -4,15 +4,14 @@
 
 use super::probe::Watched;
 use super::shares::shared_out_known;
+use super::substitutes::LayerWeights;
 use crate::config::Config;
 use crate::data::Corpus;
-use crate::device::Device;
 use crate::dist::{Collective, SingleRank};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::batch::{Batch, Sequences};
 use crate::ops::experts::{Experts, experts};
-use crate::ops::router::logits;
 use crate::routers::default::{DefaultMoe, VECTORS};
 use crate::routers::dense::Dense;
 use crate::routers::densemixer::DenseMixer;
@@ -20,6 +19,9 @@ use crate::routers::topk::TopK;
 use crate::routers::{self, LayerPass, LayerState, Pass, Phase, Router, StateTensor};
 use crate::tape::{Gradients, Tape, Var};
 use crate::tensor::Tensor;
+use crate::tensor::dtype::{DType, Real};
+use crate::tensor::shape::Shape;
+use crate::with_real;
 
 /// The methods that are compared.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -97,20 +99,14 @@ pub fn fill_vectors(
         ..Default::default()
     };
     let watched = Watched::new(config, Box::new(router), source)?;
-    let (model, n) = (&watched.model, config.train.micro_batch as u64);
-    let weights = model.weights();
+    let n = config.train.micro_batch as u64;
     for pass in 0..passes as u64 {
         let batch = corpus.sequences(pass * n..(pass + 1) * n);
-        let tape = Tape::without_gradients();
-        let pass = Pass::single(Phase::Train);
-        model.loss(&tape, &weights, batch.all(), pass)?;
-        model
-            .layer_states_mut()
-            .iter_mut()
-            .for_each(LayerState::commit);
-        watched.take();
+        watched.see(batch.all(), Phase::Train)?;
+        let mut states = watched.model.layer_states_mut();
+        states.iter_mut().for_each(LayerState::commit);
     }
-    vectors_of(model)
+    vectors_of(&watched.model)
 }
 
 /// Returns the default vectors of every MoE layer, each `[E, D]`; empty if the model has none.
@@ -168,22 +164,33 @@ pub fn backward(
     Ok(())
 }
 
-/// Returns the index of the parameter `suffix` of each MoE layer.
-pub fn slots(model: &Model, suffix: &str) -> Result<Vec<usize>> {
-    let layers = model.config().moe_layers();
-    let find = |layer: &usize| {
-        let name = format!("model.layers.{layer}.mlp.{suffix}");
-        let found = model.parameters.iter().position(|p| p.name == name);
-        found.ok_or_else(|| {
-            Error::invalid(
-                "analyze",
-                format!("a parameter {name}"),
-                "none",
-                "use a checkpoint of this program",
-            )
+/// Returns the index of the parameter `suffix` of an MoE layer.
+fn slot(model: &Model, layer: usize, suffix: &str) -> Result<usize> {
+    let name = format!("model.layers.{layer}.mlp.{suffix}");
+    let found = model.parameters.iter().position(|p| p.name == name);
+    found.ok_or_else(|| {
+        Error::invalid(
+            "analyze",
+            format!("a parameter {name}"),
+            "none",
+            "use a checkpoint of this program",
+        )
+    })
+}
+
+/// Returns the weights of every MoE layer.
+pub fn layer_weights(model: &Model) -> Result<Vec<LayerWeights<'_>>> {
+    let weights = |layer: usize| -> Result<LayerWeights<'_>> {
+        let value = |slot: usize| model.parameters[slot].value.working();
+        let of = |suffix| slot(model, layer, suffix).map(value);
+        Ok(LayerWeights {
+            gate: of("gate.weight")?,
+            gate_up: of("experts.gate_up_proj")?,
+            down: of("experts.down_proj")?,
         })
     };
-    layers.iter().map(find).collect()
+    let layers = model.config().moe_layers().into_iter();
+    layers.map(weights).collect()
 }
 
 /// Returns the router gradient `[E, D]`, flattened, of every MoE layer under one estimator.
@@ -196,7 +203,9 @@ pub fn router_gradients(
     batch: &MicroBatches,
 ) -> Result<Vec<Vec<f64>>> {
     let watched = estimator(config, source, vectors, router, top_k)?;
-    let slots = slots(&watched.model, "gate.weight")?;
+    let layers = config.model.moe_layers().into_iter();
+    let slots = layers.map(|layer| slot(&watched.model, layer, "gate.weight"));
+    let slots: Vec<usize> = slots.collect::<Result<_>>()?;
     let size = config.model.num_experts * config.model.hidden;
     let mut sums = vec![vec![0.0; size]; slots.len()];
     backward(&watched, batch, |store| {
@@ -245,10 +254,7 @@ pub struct LayerAt<'a> {
     pub x: &'a Tensor,
     /// ∂loss/∂y `[T, D]`.
     pub g: &'a Tensor,
-    /// Gate and up projections of the experts `[E, 2F, D]`.
-    pub gate_up: &'a Tensor,
-    /// Down projections of the experts `[E, D, F]`.
-    pub down: &'a Tensor,
+    pub weights: LayerWeights<'a>,
     /// State of the layer's router, by name.
     pub state: &'a [(&'static str, Tensor)],
 }
@@ -275,19 +281,14 @@ impl LayerAt<'_> {
         );
         let pass = Pass::single(Phase::Frozen);
         let mut layer = LayerPass::new(pass, &SingleRank, 0, top_k, 0, &mut state, false);
-        let mut identity = Tensor::zeros(Device::Cpu, self.z.dtype(), [experts_n, experts_n]);
-        crate::with_real!(self.z.dtype(), "analyze", |T| {
-            let rows = identity.slice_mut::<T>().chunks_mut(experts_n);
-            for (i, row) in rows.enumerate() {
-                row[i] = crate::tensor::dtype::Real::of(1.0);
-            }
-            Ok::<(), Error>(())
-        })?;
+        let entry = |i: usize| f64::from(u8::from(i % (experts_n + 1) == 0));
+        let identity: Vec<f64> = (0..experts_n * experts_n).map(entry).collect();
+        let identity = rounded(self.z.dtype(), [experts_n, experts_n], &identity)?;
         let (tape, mut store) = (Tape::new(), Gradients::new(1));
         let z = Var::leaf(self.z.clone(), 0);
         let routing = router.route(&tape, &z, &Var::constant(identity), &mut layer)?;
-        let [x, gate_up, down] =
-            [self.x, self.gate_up, self.down].map(|t| Var::constant(t.clone()));
+        let LayerWeights { gate_up, down, .. } = self.weights;
+        let [x, gate_up, down] = [self.x, gate_up, down].map(|t| Var::constant(t.clone()));
         let input = Experts {
             x: &x,
             gates: &routing.gates,
@@ -314,35 +315,27 @@ pub fn gradient_error(
     source: &Model,
     vectors: &[Tensor],
     batch: &MicroBatches,
-) -> Result<[Vec<Option<f64>>; 2]> {
+) -> Result<Vec<Vec<Option<f64>>>> {
     let top_k = config.model.top_k;
     let error_of = |method: Method| -> Result<Vec<Option<f64>>> {
         let watched = estimator(config, source, vectors, method.router(config)?, top_k)?;
-        let (model, layers) = (&watched.model, vectors.len());
-        let [gate, gate_up, down] = [
-            slots(model, "gate.weight")?,
-            slots(model, "experts.gate_up_proj")?,
-            slots(model, "experts.down_proj")?,
-        ];
-        let value = |slot: usize| model.parameters[slot].value.working();
+        let (model, weights) = (&watched.model, layer_weights(&watched.model)?);
         // Squared norms of the difference and of the reference.
-        let mut sums = vec![[0.0f64; 2]; layers];
+        let mut sums = vec![[0.0f64; 2]; vectors.len()];
         backward(&watched, batch, |store| {
             for (l, seen) in watched.take().iter().enumerate() {
                 let Some(g) = store.get(watched.slot(l)) else {
                     continue;
                 };
-                let (tape, x) = (Tape::without_gradients(), Var::constant(seen.x.clone()));
-                let z = logits(&tape, &x, &Var::constant(value(gate[l]).clone()))?;
+                let z = weights[l].logits(&seen.x)?;
                 let states = model.layer_states();
                 let state = states[l].tensors().map(|(name, t)| (name, t.clone()));
                 let state: Vec<_> = state.collect();
                 let layer = LayerAt {
-                    z: z.tensor(),
+                    z: &z,
                     x: &seen.x,
                     g,
-                    gate_up: value(gate_up[l]),
-                    down: value(down[l]),
+                    weights: weights[l],
                     state: &state,
                 };
                 let full = layer.logit_gradient(config, &DenseMixer::default(), top_k)?;
@@ -357,7 +350,13 @@ pub fn gradient_error(
         let relative = |[e, n]: &[f64; 2]| Some((e / n).sqrt()).filter(|r| r.is_finite());
         Ok(sums.iter().map(relative).collect())
     };
-    let mut topk = shared_out_known(dist, Method::BOTH.len(), |i| error_of(Method::BOTH[i]))?;
-    let default = topk.pop().unwrap_or_default();
-    Ok([topk.pop().unwrap_or_default(), default])
+    shared_out_known(dist, Method::BOTH.len(), |i| error_of(Method::BOTH[i]))
+}
+
+/// Returns a tensor with these elements, rounded to `dtype`.
+pub fn rounded(dtype: DType, shape: impl Into<Shape>, values: &[f64]) -> Result<Tensor> {
+    with_real!(dtype, "analyze", |T| {
+        let values: Vec<T> = values.iter().map(|x| T::of(*x)).collect();
+        Ok(Tensor::from_slice(shape, &values))
+    })
 }

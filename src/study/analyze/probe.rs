@@ -8,13 +8,16 @@ use crate::config::{Config, ModelConfig};
 use crate::dist::{Collective, SingleRank};
 use crate::error::Result;
 use crate::model::Model;
+use crate::model::batch::Sequences;
 use crate::ops::add::add;
 use crate::ops::combine::Defaults;
 use crate::ops::dispatch::Selection;
 use crate::ops::expert_mean::{ExpertSums, Weighting};
 use crate::ops::sampled_outputs::SampledRows;
 use crate::routers::default::VECTORS;
-use crate::routers::{Balance, LayerPass, LayerState, OwnParameter, Router, Routing, StateTensor};
+use crate::routers::{
+    Balance, LayerPass, LayerState, OwnParameter, Pass, Phase, Router, Routing, StateTensor,
+};
 use crate::tape::{Tape, Var};
 use crate::tensor::Tensor;
 use std::cell::{Cell, RefCell};
@@ -80,6 +83,13 @@ impl Watched {
     /// Returns the number of slots that a store of gradients needs.
     pub fn slots(&self) -> usize {
         self.slot(self.model.layer_states().len())
+    }
+
+    /// Runs the model without gradients, and returns the records of its layers.
+    pub fn see(&self, sequences: Sequences<'_>, phase: Phase) -> Result<Vec<Seen>> {
+        let (model, tape) = (&self.model, Tape::without_gradients());
+        model.loss(&tape, &model.weights(), sequences, Pass::single(phase))?;
+        Ok(self.take())
     }
 
     /// Returns the records since the last call.

@@ -5,10 +5,9 @@
 //! output. A pass reroutes one token of each sequence, so that the other tokens of the sequence change only because of
 //! it.
 
-use super::gradients::{MicroBatches, estimator, own_method, slots};
+use super::gradients::{MicroBatches, estimator, layer_weights, own_method};
 use super::probe::{Seen, Watched};
 use super::shares::shared_out;
-use super::substitutes::router_logits;
 use crate::config::Config;
 use crate::dist::Collective;
 use crate::error::Result;
@@ -199,10 +198,8 @@ impl Round<'_> {
 
     /// Returns for each place the expert to replace, and the experts that were not chosen, the most probable first.
     fn orders(&self, seen: &Seen) -> Result<Vec<Order>> {
-        let model = &self.watched.model;
-        let gate = slots(model, "gate.weight")?[self.layer];
-        let gate = model.parameters[gate].value.working();
-        let z = router_logits(&seen.x, gate)?.to_f64()?;
+        let weights = layer_weights(&self.watched.model)?[self.layer];
+        let z = weights.logits(&seen.x)?.to_f64()?;
         let experts = seen.chosen.num_experts();
         let order = |row: &usize| {
             let z = &z[row * experts..(row + 1) * experts];

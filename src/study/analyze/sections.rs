@@ -4,7 +4,7 @@ mod estimators;
 
 pub use estimators::{SCALE, estimators, regret, scale};
 
-use super::figures::{Axes, Chart, Heatmap, Mark, Series, charts, heatmaps};
+use super::figures::{Chart, Heatmap, Mark, Series, charts, heatmaps};
 use super::gradients::Method;
 use super::routing::Routed;
 use super::{Analysis, Cell, FILL_PASSES, Table, vectors};
@@ -29,11 +29,48 @@ fn series(name: &str, values: impl IntoIterator<Item = Option<f64>>, first: usiz
     }
 }
 
-fn has_no_vectors(config: &Config) -> String {
-    format!(
-        "Does not apply: the router {} keeps no default vectors.",
-        config.router.name
-    )
+/// Draws bars over the MoE layers.
+fn over_layers(series: Vec<Series>, y: &str) -> Result<Option<String>> {
+    let caption = String::new();
+    charts(&[Chart { caption, series }], ["MoE layer", y], Mark::Bar)
+}
+
+/// Draws bars over the experts, `[MoE layer][E]`, in a panel for each MoE layer.
+fn over_experts(name: &str, layers: &[Vec<Option<f64>>], y: &str) -> Result<Option<String>> {
+    let panel = |(layer, values): (usize, &Vec<Option<f64>>)| Chart {
+        caption: layer_caption(layer),
+        series: vec![series(name, values.iter().copied(), 0)],
+    };
+    let panels: Vec<Chart> = layers.iter().enumerate().map(panel).collect();
+    charts(&panels, ["expert", y], Mark::Bar)
+}
+
+/// Returns the table and the heatmaps of a matrix `[E][E]` of each MoE layer.
+fn matrices(value: &'static str, layers: Vec<Vec<Vec<Option<f64>>>>) -> (Table, Vec<Heatmap>) {
+    let mut table = Table::new(&["moe_layer", "expert", "other_expert", value]);
+    for (layer, matrix) in layers.iter().enumerate() {
+        for (i, row) in matrix.iter().enumerate() {
+            let cells = |(j, value): (usize, &Option<f64>)| -> Vec<Cell> {
+                vec![layer.into(), i.into(), j.into(), (*value).into()]
+            };
+            table.rows.extend(row.iter().enumerate().map(cells));
+        }
+    }
+    let map = |(layer, values): (usize, Vec<Vec<Option<f64>>>)| Heatmap {
+        caption: layer_caption(layer),
+        rows: numbered(values.len()),
+        columns: numbered(values.len()),
+        values,
+    };
+    (table, layers.into_iter().enumerate().map(map).collect())
+}
+
+/// Returns the note of an analysis of default vectors for a model that has none.
+fn without_vectors(config: &Config) -> Vec<String> {
+    let router = &config.router.name;
+    vec![format!(
+        "Does not apply: the router {router} keeps no default vectors."
+    )]
 }
 
 /// Returns notes about this model for the analyses of gradients.
@@ -65,18 +102,14 @@ pub fn gradient_notes(config: &Config, filled: bool) -> Vec<String> {
 }
 
 pub fn entropy(routed: &[Routed]) -> Result<Analysis> {
-    let mut table = Table::new(&["moe_layer", "entropy_nats"]);
-    for (layer, routed) in routed.iter().enumerate() {
-        table.rows.push(vec![layer.into(), routed.entropy.into()]);
-    }
-    let chart = Chart {
-        caption: String::new(),
-        series: vec![series("entropy", routed.iter().map(|r| Some(r.entropy)), 0)],
-    };
-    let axes = Axes {
-        x: "MoE layer",
-        y: "nats",
-    };
+    let table = Table::of(
+        routed.iter().enumerate(),
+        &[
+            ("moe_layer", &|(layer, _)| (*layer).into()),
+            ("entropy_nats", &|(_, routed)| routed.entropy.into()),
+        ],
+    );
+    let entropies = routed.iter().map(|r| Some(r.entropy));
     Ok(Analysis {
         name: "router-entropy",
         title: "Router entropy",
@@ -86,22 +119,13 @@ pub fn entropy(routed: &[Routed]) -> Result<Analysis> {
         formula: "mean over t of −Σ_i p_ti ln p_ti",
         notes: Vec::new(),
         table,
-        figure: Some(charts(&[chart], &axes, Mark::Bar)?),
+        figure: over_layers(vec![series("entropy", entropies, 0)], "nats")?,
     })
 }
 
 pub fn vector_similarity(config: &Config, trained: &[Tensor]) -> Result<Analysis> {
-    let mut table = Table::new(&["moe_layer", "expert", "other_expert", "cosine"]);
-    let mut maps = Vec::new();
-    for (layer, tensor) in trained.iter().enumerate() {
-        let values = vectors::similarity(tensor)?;
-        push_matrix(&mut table, layer, &values);
-        maps.push(square(layer, values));
-    }
-    let axes = Axes {
-        x: "expert",
-        y: "expert",
-    };
+    let similarities = trained.iter().map(vectors::similarity);
+    let (table, maps) = matrices("cosine", similarities.collect::<Result<_>>()?);
     let scale = "cosine: −1 blue, 0 white, 1 orange";
     Ok(Analysis {
         name: "default-vector-similarity",
@@ -109,46 +133,13 @@ pub fn vector_similarity(config: &Config, trained: &[Tensor]) -> Result<Analysis
         shows: "How similar the default vectors of a layer's experts are. Near 1, two experts have similar mean \
                 outputs; near 0, their mean outputs differ.",
         formula: "⟨ê_i, ê_j⟩ / (‖ê_i‖ ‖ê_j‖)",
-        notes: if trained.is_empty() {
-            vec![has_no_vectors(config)]
-        } else {
-            Vec::new()
+        notes: match trained.is_empty() {
+            true => without_vectors(config),
+            false => Vec::new(),
         },
         table,
-        figure: picture(&maps, &axes, scale, |c| c)?,
+        figure: heatmaps(&maps, ["expert", "expert"], scale, |c| c)?,
     })
-}
-
-/// Adds the values `[E][E]` to the table, one row for each.
-fn push_matrix(table: &mut Table, layer: usize, values: &[Vec<Option<f64>>]) {
-    for (i, row) in values.iter().enumerate() {
-        for (j, value) in row.iter().enumerate() {
-            table
-                .rows
-                .push(vec![layer.into(), i.into(), j.into(), (*value).into()]);
-        }
-    }
-}
-
-fn square(layer: usize, values: Vec<Vec<Option<f64>>>) -> Heatmap {
-    Heatmap {
-        caption: layer_caption(layer),
-        rows: numbered(values.len()),
-        columns: numbered(values.len()),
-        values,
-    }
-}
-
-fn picture(
-    maps: &[Heatmap],
-    axes: &Axes,
-    scale: &str,
-    color: fn(f64) -> f64,
-) -> Result<Option<String>> {
-    match maps {
-        [] => Ok(None),
-        maps => Ok(Some(heatmaps(maps, axes, scale, color)?)),
-    }
 }
 
 /// `similarity` is the result of [`super::gradients::dense_similarity`].
@@ -162,13 +153,9 @@ pub fn dense_similarity(
     for layer in 0..layers {
         let lines = Method::BOTH.iter().zip(similarity).map(|(method, by_k)| {
             for (k, values) in by_k.iter().enumerate() {
-                let name: Cell = method.name().into();
-                table.rows.push(vec![
-                    layer.into(),
-                    (k + 1).into(),
-                    name,
-                    values[layer].into(),
-                ]);
+                let (k, name, cosine) = (k + 1, method.name(), values[layer]);
+                let row = vec![layer.into(), k.into(), name.into(), cosine.into()];
+                table.rows.push(row);
             }
             series(method.name(), by_k.iter().map(|values| values[layer]), 1)
         });
@@ -177,10 +164,6 @@ pub fn dense_similarity(
             caption: layer_caption(layer),
         });
     }
-    let axes = Axes {
-        x: "K",
-        y: "cosine",
-    };
     Ok(Analysis {
         name: "two-forward-similarity",
         title: "Similarity to the dense model's router gradient: two forward passes",
@@ -191,85 +174,60 @@ pub fn dense_similarity(
                 the quality of the estimators. The default vectors are frozen; the loss is the cross-entropy only.",
         formula: "⟨G_K, G_E⟩ / (‖G_K‖ ‖G_E‖), G [E, D] = ∂loss/∂W of a layer's router, flattened",
         notes,
-        figure: if panels.is_empty() {
-            None
-        } else {
-            Some(charts(&panels, &axes, Mark::Line)?)
-        },
         table,
+        figure: charts(&panels, ["K", "cosine"], Mark::Line)?,
     })
 }
 
 pub fn frequency(config: &Config, routed: &[Routed]) -> Result<Analysis> {
     let mut table = Table::new(&["moe_layer", "expert", "tokens", "share"]);
-    let mut panels = Vec::new();
-    for (layer, routed) in routed.iter().enumerate() {
-        let shares = routed.frequency();
-        for (expert, (count, share)) in routed.counts.iter().zip(&shares).enumerate() {
-            let count = Cell::Count(*count);
-            table
-                .rows
-                .push(vec![layer.into(), expert.into(), count, (*share).into()]);
+    let shares: Vec<_> = routed.iter().map(Routed::frequency).collect();
+    for (layer, (routed, shares)) in routed.iter().zip(&shares).enumerate() {
+        for (expert, (count, share)) in routed.counts.iter().zip(shares).enumerate() {
+            let (count, share) = (Cell::Count(*count), (*share).into());
+            let row = vec![layer.into(), expert.into(), count, share];
+            table.rows.push(row);
         }
-        panels.push(Chart {
-            caption: layer_caption(layer),
-            series: vec![series("share of the routed slots", shares, 0)],
-        });
     }
-    let axes = Axes {
-        x: "expert",
-        y: "share",
-    };
     let every = routers::build(&config.router)?.evaluates_all_experts();
     Ok(Analysis {
         name: "routing-frequency",
         title: "Routing frequency",
         shows: "How often each expert is chosen on held-out text; 1 / E is a balanced load.",
         formula: "f_i = tokens that chose i / Σ_j tokens that chose j",
-        notes: every
-            .then(|| {
-                format!(
-                    "With {} every expert processes every token: the shares are equal.",
-                    config.router.name
-                )
-            })
-            .into_iter()
-            .collect(),
+        notes: match every {
+            true => vec![format!(
+                "With {} every expert processes every token: the shares are equal.",
+                config.router.name
+            )],
+            false => Vec::new(),
+        },
         table,
-        figure: Some(charts(&panels, &axes, Mark::Bar)?),
+        figure: over_experts("share of the routed slots", &shares, "share")?,
     })
 }
 
 pub fn co_activation(config: &Config, routed: &[Routed]) -> Result<Analysis> {
-    let mut table = Table::new(&["moe_layer", "expert", "other_expert", "share"]);
-    let mut maps = Vec::new();
     let shared = |r: &Routed| r.counts.iter().sum::<u64>() > r.tokens;
     let applies = routed.iter().any(shared);
-    for (layer, routed) in routed.iter().enumerate().filter(|_| applies) {
-        let values = routed.co_activation();
-        push_matrix(&mut table, layer, &values);
-        maps.push(square(layer, values));
-    }
-    let axes = Axes {
-        x: "also chosen",
-        y: "expert",
-    };
+    let shown = routed.iter().filter(|_| applies);
+    let (table, maps) = matrices("share", shown.map(Routed::co_activation).collect());
+    let axes = ["also chosen", "expert"];
     Ok(Analysis {
         name: "co-activation",
         title: "Co-activation",
         shows: "Which experts are chosen together: among the tokens that chose the expert of the row, the \
                 share that also chose the expert of the column.",
         formula: "n_ij / n_i, where n_ij is the number of tokens that chose i and j",
-        notes: if applies {
-            Vec::new()
-        } else {
-            vec![format!(
+        notes: match applies {
+            true => Vec::new(),
+            false => vec![format!(
                 "Does not apply: with K = {} no token has two experts.",
                 config.model.top_k
-            )]
+            )],
         },
         table,
-        figure: picture(&maps, &axes, "share: 0 white, 1 orange", |share| share)?,
+        figure: heatmaps(&maps, axes, "share: 0 white, 1 orange", |share| share)?,
     })
 }
 
@@ -324,10 +282,6 @@ pub fn by_source(by_source: &[(String, Vec<Routed>)], left_out: &LeftOut) -> Res
             values,
         });
     }
-    let axes = Axes {
-        x: "expert",
-        y: "source",
-    };
     let scale = "share of a source's tokens over the mean share: ¼ blue, 1 white, 4 orange";
     let mut notes = Vec::new();
     for (why, names) in [
@@ -351,30 +305,23 @@ pub fn by_source(by_source: &[(String, Vec<Routed>)], left_out: &LeftOut) -> Res
         formula: "f_si / mean over s of f_si, f_si = share of source s that went to expert i",
         notes,
         table,
-        figure: picture(&maps, &axes, scale, |r| r.max(1e-9).log2() / 2.0)?,
+        figure: heatmaps(&maps, ["expert", "source"], scale, |r| {
+            r.max(1e-9).log2() / 2.0
+        })?,
     })
 }
 
 /// `error` is the result of [`super::gradients::gradient_error`].
-pub fn gradient_error(error: &[Vec<Option<f64>>; 2], notes: Vec<String>) -> Result<Analysis> {
+pub fn gradient_error(error: &[Vec<Option<f64>>], notes: Vec<String>) -> Result<Analysis> {
     let mut table = Table::new(&["moe_layer", "method", "relative_error"]);
     let mut bars = Vec::new();
     for (method, values) in Method::BOTH.iter().zip(error) {
         for (layer, value) in values.iter().enumerate() {
-            table
-                .rows
-                .push(vec![layer.into(), method.name().into(), (*value).into()]);
+            let row = vec![layer.into(), method.name().into(), (*value).into()];
+            table.rows.push(row);
         }
         bars.push(series(method.name(), values.iter().copied(), 0));
     }
-    let chart = Chart {
-        caption: String::new(),
-        series: bars,
-    };
-    let axes = Axes {
-        x: "MoE layer",
-        y: "relative error",
-    };
     Ok(Analysis {
         name: "gradient-error",
         title: "Error of the router's gradient",
@@ -384,44 +331,30 @@ pub fn gradient_error(error: &[Vec<Option<f64>>; 2], notes: Vec<String>) -> Resu
         formula: "‖dz_densemixer − dz_method‖ / ‖dz_densemixer‖ over all tokens of a layer",
         notes,
         table,
-        figure: Some(charts(&[chart], &axes, Mark::Bar)?),
+        figure: over_layers(bars, "relative error")?,
     })
 }
 
 pub fn drift(config: &Config, drifts: &[Vec<Option<f64>>]) -> Result<Analysis> {
     let mut table = Table::new(&["moe_layer", "expert", "relative_distance"]);
-    let mut panels = Vec::new();
     for (layer, values) in drifts.iter().enumerate() {
         for (expert, value) in values.iter().enumerate() {
-            table
-                .rows
-                .push(vec![layer.into(), expert.into(), (*value).into()]);
+            let row = vec![layer.into(), expert.into(), (*value).into()];
+            table.rows.push(row);
         }
-        panels.push(Chart {
-            caption: layer_caption(layer),
-            series: vec![series("‖m − ê‖ / ‖m‖", values.iter().copied(), 0)],
-        });
     }
-    let axes = Axes {
-        x: "expert",
-        y: "‖m − ê‖ / ‖m‖",
-    };
+    let name = "‖m − ê‖ / ‖m‖";
     Ok(Analysis {
         name: "default-vector-distance",
         title: "Default vectors and current outputs",
         shows: "The distance between an expert's mean output on the next training micro-batch and its default \
                 vector, which averages the outputs of earlier steps. The method assumes that it is small.",
         formula: "‖m_i − ê_i‖ / ‖m_i‖, m_i weighted as the router's settings say, ê_i before its update",
-        notes: if drifts.is_empty() {
-            vec![has_no_vectors(config)]
-        } else {
-            Vec::new()
-        },
-        figure: if panels.is_empty() {
-            None
-        } else {
-            Some(charts(&panels, &axes, Mark::Bar)?)
+        notes: match drifts.is_empty() {
+            true => without_vectors(config),
+            false => Vec::new(),
         },
         table,
+        figure: over_experts(name, drifts, name)?,
     })
 }

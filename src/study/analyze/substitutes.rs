@@ -39,17 +39,12 @@ pub struct LayerWeights<'a> {
     pub down: &'a Tensor,
 }
 
-/// Returns the router's logits `[T, E]` for `x [T, D]` and its weight `[E, D]`, with the operation of training.
-pub fn router_logits(x: &Tensor, weight: &Tensor) -> Result<Tensor> {
-    let [x, weight] = [x, weight].map(|t| Var::constant(t.clone()));
-    let z = logits(&Tape::without_gradients(), &x, &weight)?;
-    Ok(z.tensor().clone())
-}
-
 impl LayerWeights<'_> {
-    /// Returns the router's logits `[T, E]` for `x [T, D]`.
+    /// Returns the router's logits `[T, E]` for `x [T, D]`, with the operation of training.
     pub fn logits(&self, x: &Tensor) -> Result<Tensor> {
-        router_logits(x, self.gate)
+        let [x, gate] = [x, self.gate].map(|t| Var::constant(t.clone()));
+        let z = logits(&Tape::without_gradients(), &x, &gate)?;
+        Ok(z.tensor().clone())
     }
 
     /// Returns `softmax(z) [T, E]`.

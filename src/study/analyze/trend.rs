@@ -2,7 +2,7 @@
 //! estimators at the model's own K, from every analysis in the folder of a run, as one CSV file and one figure.
 
 use super::estimators::ESTIMATORS;
-use super::figures::{Axes, Chart, Mark, Series, charts};
+use super::figures::{Chart, Mark, Series, charts};
 use super::sections::SCALE;
 use crate::error::{Error, Result};
 use crate::report::files::publish;
@@ -43,7 +43,10 @@ pub fn write(folder: &Path) -> Result<()> {
     }
     let name = |extension: &str| folder.join(format!("gradients-over-training.{extension}"));
     publish(&name("csv"), table.csv())?;
-    publish(&name("svg"), &figure(&steps)?)
+    match figure(&steps)? {
+        Some(figure) => publish(&name("svg"), figure),
+        None => Ok(()),
+    }
 }
 
 /// Reads the rows of all MoE layers after each analyzed step.
@@ -101,7 +104,7 @@ fn rows_of(report: &Value) -> Vec<Row> {
 }
 
 /// Draws a panel for each MoE layer, with c* of dz and the cosines of dW.
-fn figure(steps: &BTreeMap<u64, Vec<Row>>) -> Result<String> {
+fn figure(steps: &BTreeMap<u64, Vec<Row>>) -> Result<Option<String>> {
     let layers = steps.values().map(Vec::len).max().unwrap_or(0);
     let series = |layer: usize, column: usize, name: &str| Series {
         name: name.into(),
@@ -124,6 +127,5 @@ fn figure(steps: &BTreeMap<u64, Vec<Row>>) -> Result<String> {
         }
     };
     let panels: Vec<Chart> = (0..layers).map(panel).collect();
-    let axes = Axes { x: "step", y: "" };
-    charts(&panels, &axes, Mark::Line)
+    charts(&panels, ["step", ""], Mark::Line)
 }

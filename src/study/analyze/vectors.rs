@@ -6,8 +6,7 @@ use crate::config::Config;
 use crate::error::Result;
 use crate::model::Model;
 use crate::model::batch::Sequences;
-use crate::routers::{self, Pass, Phase};
-use crate::tape::Tape;
+use crate::routers::{self, Phase};
 use crate::tensor::Tensor;
 
 /// Returns the cosine similarity between the rows of `vectors [E, D]`, `[E][E]`; none where a row is zero.
@@ -48,10 +47,11 @@ pub fn drifts(
     sequences: Sequences,
 ) -> Result<Vec<Vec<Option<f64>>>> {
     let watched = Watched::new(config, routers::build(&config.router)?, source)?;
-    let (model, tape) = (&watched.model, Tape::without_gradients());
-    let pass = Pass::single(Phase::Train);
-    model.loss(&tape, &model.weights(), sequences, pass)?;
-    watched.take().iter().map(drift).collect()
+    watched
+        .see(sequences, Phase::Train)?
+        .iter()
+        .map(drift)
+        .collect()
 }
 
 #[cfg(test)]

@@ -1,14 +1,14 @@
 //! Writes a model's outputs and gradients for given tokens, to compare them with another framework.
 
 use super::source::{Piece, Source};
-use super::tensors::{Output, Tensors, write};
+use super::tensors::{Tensors, write};
 use crate::config::{Layers, Precision};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::batch::Sequences;
 use crate::routers::{Pass, Phase};
 use crate::tape::{Gradients, Tape};
-use crate::train::checkpoint;
+use crate::train::checkpoint::{self, Array, Content};
 use std::path::{Path, PathBuf};
 
 /// The input of [`dump`].
@@ -46,32 +46,20 @@ pub fn dump(options: &Options, out: &Path) -> Result<Vec<String>> {
     // The RoPE tables are made for the given length, not for the longest sequence.
     config.model.sequence_length = length - 1;
     let (model, pieces) = source.model(&config)?;
-    let phase = if options.train {
-        Phase::Train
-    } else {
-        Phase::Evaluate
-    };
     let (tape, weights) = (Tape::new(), model.weights());
-    let pass = Pass::single(phase);
+    let pass = Pass::single(match options.train {
+        true => Phase::Train,
+        false => Phase::Evaluate,
+    });
     let (logits, loss) =
         model.logits_and_loss(&tape, &weights, Sequences::new(&tokens, sequences), pass)?;
     let mut store = Gradients::new(weights.len());
-    let (vocabulary, value) = (logits.shape().width(), loss.tensor().clone());
+    let value = loss.tensor().clone();
     tape.backward(&loss, 1.0, &mut store)?;
-    let dtype = model.dtype();
+    let logits = logits.reshape([sequences, length - 1, logits.shape().width()])?;
     let mut arrays = vec![
-        Output {
-            name: "logits".into(),
-            shape: vec![sequences, length - 1, vocabulary],
-            dtype,
-            bytes: logits.bytes().to_vec(),
-        },
-        Output {
-            name: "loss".into(),
-            shape: vec![],
-            dtype,
-            bytes: value.bytes().to_vec(),
-        },
+        Array::copied("logits", &logits),
+        Array::copied("loss", &value),
     ];
     arrays.extend(gradients(&model, &pieces, &mut store));
     if options.train {
@@ -79,22 +67,16 @@ pub fn dump(options: &Options, out: &Path) -> Result<Vec<String>> {
         let layers = config.model.moe_layers();
         for (layer, state) in layers.iter().zip(model.layer_states_mut().iter_mut()) {
             state.commit();
-            arrays.extend(state.tensors().map(|(name, tensor)| Output {
-                name: checkpoint::router_state(*layer, name),
-                shape: tensor.shape().to_vec(),
-                dtype: tensor.dtype(),
-                bytes: tensor.bytes().to_vec(),
-            }));
+            let name = |name| checkpoint::router_state(*layer, name);
+            let tensors = state.tensors();
+            arrays.extend(tensors.map(|(own, tensor)| Array::copied(name(own), tensor)));
         }
     }
     write(out, &arrays)?;
+    let predicted = sequences * (length - 1);
     Ok(vec![
         format!("model  {}", source.folder().display()),
-        format!(
-            "loss   {:.12} nats, {} tokens",
-            value.item()?,
-            sequences * (length - 1)
-        ),
+        format!("loss   {:.12} nats, {predicted} tokens", value.item()?),
         format!("wrote  {} arrays to {}", arrays.len(), out.display()),
     ])
 }
@@ -104,17 +86,17 @@ fn gradients<'a>(
     model: &'a Model,
     pieces: &'a [Piece],
     store: &'a mut Gradients,
-) -> impl Iterator<Item = Output> + 'a {
+) -> impl Iterator<Item = Array<'static>> + 'a {
     pieces.iter().map(move |piece| {
         let like = &model.parameters[piece.parameter].value;
         let zeros = || crate::tensor::Tensor::zeros(like.device(), like.dtype(), like.shape());
         let gradient = store.get_or(piece.parameter, zeros);
         let (size, end) = (model.dtype().size(), piece.offset + piece.elements());
-        Output {
+        Array {
             name: format!("grad.{}", piece.name),
-            shape: piece.shape.clone(),
+            shape: piece.shape[..].into(),
             dtype: model.dtype(),
-            bytes: gradient.bytes()[piece.offset * size..end * size].to_vec(),
+            content: Content::Bytes(gradient.bytes()[piece.offset * size..end * size].to_vec()),
         }
     })
 }
@@ -129,20 +111,14 @@ fn read_tokens(options: &Options, vocabulary: usize) -> Result<(Vec<i32>, [usize
         return Err(wrong(format!("shape {shape:?}"), "write a matrix"));
     };
     if sequences == 0 || length < 2 {
-        return Err(wrong(
-            format!("shape {shape:?}"),
-            "give a sequence of two tokens or more",
-        ));
+        let help = "give a sequence of two tokens or more";
+        return Err(wrong(format!("shape {shape:?}"), help));
     }
-    let inside = |t: &&i64| !(0..vocabulary as i64).contains(*t);
-    if let Some(outside) = tokens.iter().find(inside) {
-        return Err(wrong(
-            format!("token {outside}"),
-            "use the model's tokenizer",
-        ));
+    let outside = |t: &&i64| !(0..vocabulary as i64).contains(*t);
+    if let Some(token) = tokens.iter().find(outside) {
+        let help = "use the model's tokenizer";
+        return Err(wrong(format!("token {token}"), help));
     }
-    Ok((
-        tokens.into_iter().map(|t| t as i32).collect(),
-        [sequences, length],
-    ))
+    let tokens = tokens.into_iter().map(|t| t as i32).collect();
+    Ok((tokens, [sequences, length]))
 }

@@ -3,7 +3,7 @@
 
 use crate::config::{ModelConfig, ModelFile, Norm, QkNorm, RouterConfig};
 use crate::error::{Error, Result};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The values of missing keys for a `model_type`.
 struct Defaults {
@@ -66,14 +66,11 @@ struct Keys<'a>(&'a Value);
 
 impl Keys<'_> {
     fn wrong(&self, key: &str, expected: &str) -> Error {
-        let got = self
-            .0
-            .get(key)
-            .map_or("no such key".into(), Value::to_string);
+        let got = self.0.get(key).map(Value::to_string);
         Error::invalid(
             format!("config.json: {key}"),
             expected,
-            got,
+            got.unwrap_or("no such key".into()),
             "choose a model that this program can compute: docs/exchange.md",
         )
     }
@@ -106,11 +103,8 @@ impl Keys<'_> {
     fn only(&self, key: &str, allowed: &[Value]) -> Result<()> {
         match self.get(key) {
             Some(value) if !allowed.contains(value) => {
-                let names: Vec<String> = allowed.iter().map(Value::to_string).collect();
-                Err(self.wrong(
-                    key,
-                    &[&names[..], &["no such key".into()]].concat().join(" or "),
-                ))
+                let names = allowed.iter().map(|value| format!("{value} or "));
+                Err(self.wrong(key, &(names.collect::<String>() + "no such key")))
             }
             _ => Ok(()),
         }
@@ -143,10 +137,9 @@ pub fn read(config: &Value) -> Result<ModelFile> {
         Some(_) => "num_experts",
         None => "num_local_experts",
     };
-    let expert_width = if qwen {
-        "moe_intermediate_size"
-    } else {
-        "intermediate_size"
+    let expert_width = match qwen {
+        true => "moe_intermediate_size",
+        false => "intermediate_size",
     };
     let bias = match defaults.bias {
         None => false,
@@ -169,10 +162,9 @@ pub fn read(config: &Value) -> Result<ModelFile> {
         top_k: keys.count("num_experts_per_tok", None)?,
         expert_ffn_width: keys.count(expert_width, None)?,
         dense_ffn_width: keys.count("intermediate_size", None)?,
-        dense_layers: if qwen {
-            dense_layers(&keys, layers)?
-        } else {
-            vec![]
+        dense_layers: match qwen {
+            true => dense_layers(&keys, layers)?,
+            false => vec![],
         },
         norm: Norm::RmsNorm,
         norm_eps: keys.number("rms_norm_eps", defaults.eps)?,
@@ -191,15 +183,11 @@ pub fn read(config: &Value) -> Result<ModelFile> {
         "mixtral" => true,
         _ => keys.flag("norm_topk_prob", defaults.renormalize)?,
     };
-    let mut settings = toml::Table::new();
-    settings.insert("renormalize".into(), renormalize.into());
-    Ok(ModelFile {
-        model,
-        router: RouterConfig {
-            name: "topk".into(),
-            settings,
-        },
-    })
+    let router = RouterConfig {
+        name: "topk".into(),
+        settings: toml::Table::from_iter([("renormalize".into(), renormalize.into())]),
+    };
+    Ok(ModelFile { model, router })
 }
 
 /// Returns an error for settings that would change the result and that the program does not support.
@@ -262,16 +250,10 @@ fn theta(keys: &Keys, default: f64) -> Result<f64> {
 /// every n-th.
 fn dense_layers(keys: &Keys, layers: usize) -> Result<Vec<usize>> {
     let step = keys.count("decoder_sparse_step", Some(1))?.max(1);
-    let listed = match keys.get("mlp_only_layers") {
-        None => Vec::new(),
-        Some(list) => {
-            let list = list
-                .as_array()
-                .map(|l| l.iter().map(Value::as_u64).collect());
-            let list: Option<Vec<u64>> = list.unwrap_or_default();
-            list.ok_or_else(|| keys.wrong("mlp_only_layers", "a list of layers"))?
-        }
-    };
+    let none = json!([]);
+    let listed = keys.get("mlp_only_layers").unwrap_or(&none).as_array();
+    let listed: Option<Vec<u64>> = listed.and_then(|l| l.iter().map(Value::as_u64).collect());
+    let listed = listed.ok_or_else(|| keys.wrong("mlp_only_layers", "a list of layers"))?;
     let dense = |l: &usize| listed.contains(&(*l as u64)) || (l + 1) % step != 0;
     Ok((0..layers).filter(dense).collect())
 }
@@ -279,7 +261,6 @@ fn dense_layers(keys: &Keys, layers: usize) -> Result<Vec<usize>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     fn qwen(more: Value) -> Value {
         let mut config = json!({
@@ -288,10 +269,9 @@ mod tests {
             "num_experts_per_tok": 2, "moe_intermediate_size": 12, "intermediate_size": 20,
             "vocab_size": 40, "max_position_embeddings": 64,
         });
-        let object = config.as_object_mut().unwrap();
-        more.as_object().unwrap().iter().for_each(|(k, v)| {
-            object.insert(k.clone(), v.clone());
-        });
+        for (key, value) in more.as_object().unwrap() {
+            config[key] = value.clone();
+        }
         config
     }
 
@@ -336,40 +316,44 @@ mod tests {
 
     #[test]
     fn the_error_for_an_unsupported_setting_names_its_key() {
-        for (key, value) in [
-            ("hidden_act", json!("gelu")),
-            ("clip_qkv", json!(8.0)),
-            ("use_sliding_window", json!(true)),
-            ("sliding_window", json!(63)),
-            ("rope_scaling", json!({"type": "yarn"})),
+        for (key, config) in [
+            ("hidden_act", json!({"hidden_act": "gelu"})),
+            ("clip_qkv", json!({"clip_qkv": 8.0})),
+            ("use_sliding_window", json!({"use_sliding_window": true})),
+            ("sliding_window", json!({"sliding_window": 63})),
+            ("rope_scaling", json!({"rope_scaling": {"type": "yarn"}})),
             (
                 "rope_scaling",
-                json!({"type": "default", "rope_type": "yarn"}),
+                json!({"rope_scaling": {"type": "default", "rope_type": "yarn"}}),
             ),
-            ("rope_scaling", json!({"factor": 4.0})),
-            ("rope_scaling", json!("linear")),
-            ("layer_types", json!(["sliding_attention"])),
-            ("layer_types", json!("sliding_attention")),
+            ("rope_scaling", json!({"rope_scaling": {"factor": 4.0}})),
+            ("rope_scaling", json!({"rope_scaling": "linear"})),
+            ("layer_types", json!({"layer_types": ["sliding_attention"]})),
+            ("layer_types", json!({"layer_types": "sliding_attention"})),
+            (
+                "layer_types",
+                json!({"sliding_window": 4096, "layer_types": ["chunked_attention"]}),
+            ),
             (
                 "rope_parameters",
-                json!({"full_attention": {"rope_theta": 5e5}}),
+                json!({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}),
             ),
-            ("attention_bias", json!(true)),
-            ("num_experts", json!("many")),
-            ("model_type", json!("llama")),
+            (
+                "rope_type",
+                json!({"rope_parameters": {"rope_type": "yarn"}}),
+            ),
+            // The older name of `rope_type`.
+            (
+                "config.json: type",
+                json!({"rope_parameters": {"type": "yarn", "factor": 4}}),
+            ),
+            ("attention_bias", json!({"attention_bias": true})),
+            ("num_experts", json!({"num_experts": "many"})),
+            ("model_type", json!({"model_type": "llama"})),
         ] {
-            let e = read(&qwen(json!({ key: value }))).unwrap_err().to_string();
+            let e = read(&qwen(config)).unwrap_err().to_string();
             assert!(e.contains(key), "{key}: {e}");
         }
-        let chunked = json!({"sliding_window": 4096, "layer_types": ["chunked_attention"]});
-        let e = read(&qwen(chunked)).unwrap_err().to_string();
-        assert!(e.contains("layer_types"), "{e}");
-        let scaled = json!({"rope_parameters": {"rope_type": "yarn"}});
-        let e = read(&qwen(scaled)).unwrap_err().to_string();
-        assert!(e.contains("rope_type"), "{e}");
-        let older = json!({"rope_parameters": {"type": "yarn", "factor": 4}});
-        let e = read(&qwen(older)).unwrap_err().to_string();
-        assert!(e.contains("config.json: type"), "{e}");
         let mixtral =
             json!({"model_type": "mixtral", "sliding_window": 2, "use_sliding_window": false});
         let e = read(&qwen(mixtral)).unwrap_err().to_string();

@@ -1,11 +1,12 @@
 //! Reads and writes tensors in safetensors files.
 
 use crate::error::{Error, Result};
-use crate::tensor::dtype::{DType, Real};
+use crate::tensor::dtype::Real;
+use crate::train::checkpoint::{Array, write_array_file};
 use half::{bf16, f16};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde_json::Value;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -33,22 +34,15 @@ impl Tensors {
     /// When a file is missing or damaged, or a file lacks a tensor that the index lists.
     pub fn open(folder: &Path) -> Result<Self> {
         let index = folder.join(INDEX);
-        let listed = if index.is_file() {
-            shards(&index)?
-        } else {
-            BTreeMap::new()
+        let listed = match index.is_file() {
+            true => shards(&index)?,
+            false => BTreeMap::new(),
         };
-        let mut names: Vec<&str> = listed.values().map(String::as_str).collect();
-        names.sort_unstable();
-        names.dedup();
+        let mut names: BTreeSet<&str> = listed.values().map(String::as_str).collect();
         if names.is_empty() {
-            names.push(SINGLE);
+            names.insert(SINGLE);
         }
-        let mut tensors = Tensors {
-            folder: folder.into(),
-            files: Vec::new(),
-            found: BTreeMap::new(),
-        };
+        let mut tensors = Tensors::none(folder);
         for name in names {
             tensors.add(&folder.join(name))?;
         }
@@ -68,26 +62,25 @@ impl Tensors {
     /// # Errors
     /// When it cannot be read, or is not a safetensors file.
     pub fn file(path: &Path) -> Result<Self> {
-        let mut tensors = Tensors {
-            folder: path.into(),
-            files: Vec::new(),
-            found: BTreeMap::new(),
-        };
+        let mut tensors = Tensors::none(path);
         tensors.add(path)?;
         Ok(tensors)
     }
 
+    fn none(place: &Path) -> Self {
+        Tensors {
+            folder: place.into(),
+            files: Vec::new(),
+            found: BTreeMap::new(),
+        }
+    }
+
     fn add(&mut self, path: &Path) -> Result<()> {
         let bytes = fs::read(path).map_err(|e| Error::io("read", path, e))?;
-        let damaged = |e: String| {
-            Error::file(
-                path,
-                "a complete safetensors file",
-                e,
-                "copy the file again",
-            )
-        };
-        let views = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
+        let views = SafeTensors::deserialize(&bytes).map_err(|e| {
+            let expected = "a complete safetensors file";
+            Error::file(path, expected, e.to_string(), "copy the file again")
+        })?;
         for (name, view) in views.iter() {
             let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
             let found = Found {
@@ -112,8 +105,11 @@ impl Tensors {
         let Some((a, b)) = self.found.get(a).zip(self.found.get(b)) else {
             return false;
         };
-        let bytes = |f: &Found| &self.files[f.file][f.range.clone()];
-        (a.dtype, &a.shape) == (b.dtype, &b.shape) && bytes(a) == bytes(b)
+        (a.dtype, &a.shape) == (b.dtype, &b.shape) && self.bytes(a) == self.bytes(b)
+    }
+
+    fn bytes(&self, found: &Found) -> &[u8] {
+        &self.files[found.file][found.range.clone()]
     }
 
     /// Returns the number of elements of all tensors.
@@ -133,7 +129,7 @@ impl Tensors {
     /// When there is no such tensor, or it has another shape or an unsupported dtype.
     pub fn read<T: Real>(&self, name: &str, shape: &[usize], to: &mut [T]) -> Result<()> {
         let found = self.expect(name, shape)?;
-        let bytes = &self.files[found.file][found.range.clone()];
+        let bytes = self.bytes(found);
         fn each<T: Real, const N: usize>(to: &mut [T], bytes: &[u8], of: fn([u8; N]) -> f64) {
             for (to, number) in to.iter_mut().zip(numbers(bytes)) {
                 *to = T::of(of(number));
@@ -145,10 +141,8 @@ impl Tensors {
             Dtype::BF16 => each(to, bytes, |b| bf16::from_le_bytes(b).to_f64()),
             Dtype::F16 => each(to, bytes, |b| f16::from_le_bytes(b).to_f64()),
             other => {
-                return Err(self.wrong(
-                    format!("tensor `{name}` of f64, f32, bf16 or f16"),
-                    format!("{other:?}"),
-                ));
+                let expected = format!("tensor `{name}` of f64, f32, bf16 or f16");
+                return Err(self.wrong(expected, format!("{other:?}")));
             }
         }
         Ok(())
@@ -166,8 +160,7 @@ impl Tensors {
         if found.dtype != Dtype::I64 {
             return Err(self.wrong(expected(), format!("{:?}", found.dtype)));
         }
-        let bytes = &self.files[found.file][found.range.clone()];
-        let numbers = numbers(bytes).map(i64::from_le_bytes);
+        let numbers = numbers(self.bytes(found)).map(i64::from_le_bytes);
         Ok((numbers.collect(), found.shape.clone()))
     }
 
@@ -222,56 +215,14 @@ fn shards(index: &Path) -> Result<BTreeMap<String, String>> {
         .collect()
 }
 
-/// An array to write.
-pub struct Output {
-    /// Name of the array in the file.
-    pub name: String,
-    /// Shape of the array.
-    pub shape: Vec<usize>,
-    /// Dtype of the elements in the file.
-    pub dtype: DType,
-    /// The elements, row-major and little-endian.
-    pub bytes: Vec<u8>,
-}
-
-impl safetensors::View for &Output {
-    fn dtype(&self) -> Dtype {
-        match self.dtype {
-            DType::F64 => Dtype::F64,
-            DType::F32 => Dtype::F32,
-            DType::Bf16 => Dtype::BF16,
-            DType::I16 => Dtype::I16,
-            DType::I32 => Dtype::I32,
-        }
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
-        self.bytes.as_slice().into()
-    }
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
-}
-
 /// Writes arrays to a safetensors file. The file is replaced atomically: after an error it is unchanged.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn write(path: &Path, arrays: &[Output]) -> Result<()> {
+pub fn write(path: &Path, arrays: &[Array]) -> Result<()> {
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".unfinished");
     let temporary = PathBuf::from(temporary);
-    let named = arrays.iter().map(|a| (a.name.as_str(), a));
-    safetensors::serialize_to_file(named, None, &temporary).map_err(|e| match e {
-        safetensors::SafeTensorError::IoError(e) => Error::io("write", &temporary, e),
-        e => Error::file(
-            path,
-            "arrays that fit the format",
-            e.to_string(),
-            "report this as a bug",
-        ),
-    })?;
+    write_array_file(&temporary, &arrays.iter().collect::<Vec<_>>(), &[])?;
     fs::rename(&temporary, path).map_err(|e| Error::io("rename", &temporary, e))
 }

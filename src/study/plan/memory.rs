@@ -121,29 +121,17 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Returns the memory of a run with this configuration, in bytes.
-    ///
-    /// # Errors
-    /// When the router does not exist.
-    pub fn of(config: &Config, target: Target) -> Result<Self> {
-        Ok(Self::with(
-            config,
-            &*routers::build(&config.router)?,
-            target,
-        ))
-    }
-
     /// Returns the memory of the rank that needs most in a run on `ranks` ranks: its part of a micro-batch and its share
     /// of the moments.
     ///
     /// # Errors
     /// When the router does not exist.
-    pub fn of_rank(config: &Config, target: Target, ranks: usize) -> Result<Self> {
+    pub fn of(config: &Config, target: Target, ranks: usize) -> Result<Self> {
         let router = routers::build(&config.router)?;
         Ok(Self::with_ranks(config, &*router, target, ranks))
     }
 
-    /// As [`of_rank`](Self::of_rank), for the given router.
+    /// As [`of`](Self::of), for the given router.
     pub(super) fn with_ranks(
         config: &Config,
         router: &dyn Router,
@@ -174,7 +162,7 @@ impl Memory {
         }
     }
 
-    /// As [`of`](Self::of), for the given router.
+    /// Returns the memory of a run on one rank.
     pub(super) fn with(config: &Config, router: &dyn Router, target: Target) -> Self {
         let m = &config.model;
         let parameters = routers::total_parameters(router, m);

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::report::{number, size};
 use crate::routers::{self, Router};
 use serde::Serialize;
+use std::fmt::Display;
 
 /// The assumed share of a GPU's dense bf16 peak: METHOD's tokens/s are those at half the peak of an H200. There are no
 /// measurements of the other GPUs.
@@ -92,24 +93,23 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, cluster: Cluster
             "change --nodes or --ranks",
         ));
     }
-    if ranks == 0 || config.train.micro_batch % ranks != 0 {
+    let micro_batch = config.train.micro_batch;
+    if ranks == 0 || micro_batch % ranks != 0 {
         return Err(Error::usage(
             "plan",
-            format!(
-                "ranks that divide train.micro_batch = {}",
-                config.train.micro_batch
-            ),
+            format!("ranks that divide train.micro_batch = {micro_batch}"),
             ranks.to_string(),
             "change --ranks, or the micro-batch of all ranks with --set train.micro_batch=…",
         ));
     }
     let (m, router) = (&config.model, routers::build(&config.router)?);
-    let memory = Memory::with_ranks(config, &*router, target, ranks);
+    let memory = |config: &Config| Memory::with_ranks(config, &*router, target, ranks);
     let whole = Memory::with(config, &*router, target);
     let available = match target {
         Target::Cpu => crate::train::available_memory(),
         Target::Gpu(chip) => Some(chip.memory_gib << 30),
     };
+    let fits = |config: &Config| available.is_none_or(|a| memory(config).total() <= a);
     let recompute = |all| {
         let mut config = config.clone();
         config.train.recompute = crate::config::Recompute::All(all);
@@ -133,23 +133,17 @@ pub fn plan_on(config: &Config, target: Target, threads: usize, cluster: Cluster
         tokens_per_step,
         steps: config.train.steps,
         text_tokens: None,
-        memory,
-        memory_kept: Memory::with_ranks(&recompute(false), &*router, target, ranks),
-        memory_recomputed: Memory::with_ranks(&recompute(true), &*router, target, ranks),
+        memory: memory(config),
+        memory_kept: memory(&recompute(false)),
+        memory_recomputed: memory(&recompute(true)),
         available,
         rate: ranks as f64 * rate,
         rate_source,
         upper_bound: target != Target::Cpu,
         tokens_per_second: 0.0,
         checkpoint_bytes: whole.weights + whole.optimizer + whole.router_state,
-        largest_micro_batch: largest(config, &*router, target, available, ranks),
-        largest_micro_batch_recomputed: largest(
-            &recompute(true),
-            &*router,
-            target,
-            available,
-            ranks,
-        ),
+        largest_micro_batch: largest(config, ranks, fits),
+        largest_micro_batch_recomputed: largest(&recompute(true), ranks, fits),
     };
     Ok(plan.timed())
 }
@@ -193,20 +187,13 @@ fn flops_of(config: &Config, router: &dyn Router) -> u64 {
     routed.saturating_add(u64::try_from(rows * row / tokens.max(1)).unwrap_or(u64::MAX))
 }
 
-/// Returns the largest divisor of the batch that fits in memory.
-fn largest(
-    config: &Config,
-    router: &dyn Router,
-    target: Target,
-    available: Option<u64>,
-    ranks: usize,
-) -> Option<usize> {
+/// Returns the largest divisor of the batch that fits in memory and that the ranks divide evenly.
+fn largest(config: &Config, ranks: usize, fits: impl Fn(&Config) -> bool) -> Option<usize> {
     let all = config.train.sequences_per_step;
     let fits = |n: &usize| {
         let mut config = config.clone();
         config.train.micro_batch = *n;
-        let memory = Memory::with_ranks(&config, router, target, ranks);
-        available.is_none_or(|a| memory.total() <= a)
+        fits(&config)
     };
     let shared = |n: &usize| all % n == 0 && n % ranks == 0;
     (1..=all).rev().filter(shared).find(fits)
@@ -279,46 +266,21 @@ impl Plan {
 
     /// Returns the plan as a table in text.
     pub fn table(&self) -> String {
+        let (flops, steps) = (number(self.flops_per_token as f64), self.steps);
+        let tokens = format!("{}, {steps} steps", self.tokens_per_step);
         let mut lines = vec![
-            row("parameters", &number(self.total_parameters as f64)),
-            row("active for a token", &number(self.active_parameters as f64)),
-            row(
-                "FLOPs a token",
-                &format!("{} (training)", number(self.flops_per_token as f64)),
-            ),
-            row(
-                "tokens a step",
-                &format!("{}, {} steps", self.tokens_per_step, self.steps),
-            ),
+            row("parameters", number(self.total_parameters as f64)),
+            row("active for a token", number(self.active_parameters as f64)),
+            row("FLOPs a token", flops + " (training)"),
+            row("tokens a step", tokens),
         ];
         if let Some(tokens) = self.text_tokens {
-            let times = self.tokens_per_step as f64 * self.steps as f64 / tokens.max(1) as f64;
+            let times = self.tokens_per_step as f64 * steps as f64 / tokens.max(1) as f64;
             let all = number(tokens as f64);
-            lines.push(row("text", &format!("{all} tokens, read {times:.2} times")));
+            lines.push(row("text", format!("{all} tokens, read {times:.2} times")));
         }
         if self.ranks > 1 {
-            let sent = size(self.sent_bytes);
-            let time = match self.sending_seconds {
-                0.0 => String::new(),
-                seconds => format!(", about {:.0} ms", 1e3 * seconds),
-            };
-            let (nodes, between) = match self.nodes {
-                1 => (String::new(), String::new()),
-                n => (
-                    format!(" on {n} nodes"),
-                    format!(
-                        ", {} of it between nodes",
-                        size(self.sent_between_nodes_bytes)
-                    ),
-                ),
-            };
-            lines.push(row(
-                "ranks",
-                &format!(
-                    "{}{nodes}, each sends {sent} a step{between}{time}",
-                    self.ranks
-                ),
-            ));
+            lines.push(row("ranks", self.sending()));
         }
         let memory = match self.ranks {
             1 => "memory",
@@ -349,7 +311,7 @@ impl Plan {
         }
         lines.push(self.verdict());
         lines.push(String::new());
-        lines.push(row("checkpoint", &size(self.checkpoint_bytes)));
+        lines.push(row("checkpoint", size(self.checkpoint_bytes)));
         lines.extend(self.time_rows());
         lines.join("\n")
     }
@@ -360,18 +322,30 @@ impl Plan {
             false => ("about", "about"),
         };
         let (speed, rate) = (self.tokens_per_second, self.rate / 1e12);
+        let speed = format!("{most} {speed:.0} tokens/s, at {rate:.3} TFLOP/s");
         let time = duration(self.seconds());
+        let time = format!("{least} {time}, evaluations and saving left out");
         [
-            row(
-                "speed",
-                &format!("{most} {speed:.0} tokens/s, at {rate:.3} TFLOP/s"),
-            ),
+            row("speed", speed),
             row("", &self.rate_source),
-            row(
-                "time",
-                &format!("{least} {time}, evaluations and saving left out"),
-            ),
+            row("time", time),
         ]
+    }
+
+    /// Returns the number of ranks, and what each sends.
+    fn sending(&self) -> String {
+        let (ranks, sent) = (self.ranks, size(self.sent_bytes));
+        let time = match self.sending_seconds {
+            0.0 => String::new(),
+            seconds => format!(", about {:.0} ms", 1e3 * seconds),
+        };
+        let across = size(self.sent_between_nodes_bytes);
+        match self.nodes {
+            1 => format!("{ranks}, each sends {sent} a step{time}"),
+            n => format!(
+                "{ranks} on {n} nodes, each sends {sent} a step, {across} of it between nodes{time}"
+            ),
+        }
     }
 
     fn verdict(&self) -> String {
@@ -382,16 +356,16 @@ impl Plan {
         if total <= available {
             return format!("  fits in {}", size(available));
         }
-        let with =
-            |found: Option<usize>, how: &str| found.map(|n| format!("train.micro_batch={n}{how}"));
         let found = [
-            with(self.largest_micro_batch, ""),
-            with(
+            (self.largest_micro_batch, ""),
+            (
                 self.largest_micro_batch_recomputed,
                 " with train.recompute=true",
             ),
         ];
-        let found: Vec<String> = found.into_iter().flatten().collect();
+        let setting =
+            |(n, how): (Option<usize>, &str)| Some(format!("train.micro_batch={}{how}", n?));
+        let found: Vec<String> = found.into_iter().filter_map(setting).collect();
         let help = match found.is_empty() {
             true => "no micro-batch fits: choose a smaller preset, or more --ranks".into(),
             false => format!("possible settings: {}", found.join(", or ")),
@@ -404,7 +378,7 @@ impl Plan {
     }
 }
 
-fn row(name: &str, value: &str) -> String {
+fn row(name: &str, value: impl Display) -> String {
     format!("{name:<22} {value}")
 }
 

@@ -50,15 +50,15 @@ pub fn read(folder: &Path, task: &Task, limit: usize) -> Result<Vec<(Value, Ques
             }
         }
     }
-    if found.is_empty() {
-        return Err(Error::file(
+    match found.is_empty() {
+        true => Err(Error::file(
             &path,
             "documents",
             "none",
             "copy the file again",
-        ));
+        )),
+        false => Ok(found),
     }
-    Ok(found)
 }
 
 /// Returns the tasks with these names; for `all`, those whose documents are in `folder`.
@@ -68,7 +68,7 @@ pub fn read(folder: &Path, task: &Task, limit: usize) -> Result<Vec<(Value, Ques
 pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
     if names == ["all"] {
         let there = TASKS.iter().filter(|t| file(folder, t).is_ok());
-        let there: Vec<_> = there.collect();
+        let there: Vec<&Task> = there.collect();
         return match there.is_empty() {
             false => Ok(there),
             true => Err(Error::file(
@@ -81,11 +81,8 @@ pub fn choose(names: &[String], folder: &Path) -> Result<Vec<&'static Task>> {
     }
     let mut found: Vec<&'static Task> = Vec::new();
     // Empty names, as in `a, b,`, are skipped; a benchmark that is named twice counts once.
-    for name in names
-        .iter()
-        .map(|name| name.trim())
-        .filter(|name| !name.is_empty())
-    {
+    let names = names.iter().map(|name| name.trim());
+    for name in names.filter(|name| !name.is_empty()) {
         let task = find(name)?;
         if found.iter().all(|other| other.name != task.name) {
             found.push(task);

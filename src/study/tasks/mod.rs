@@ -19,5 +19,6 @@ mod table;
 
 pub use documents::choose;
 pub use question::{Question, TASKS, Task, find};
+pub(super) use requests::beginning;
 pub use results::{Answer, Results, Score, Value};
 pub use run::{Benchmark, Options, check_alike, read, run};

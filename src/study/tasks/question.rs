@@ -96,10 +96,10 @@ impl Task {
 }
 
 /// Combines one prompt with each of the answers, with a space between them.
-fn behind(prompt: &str, choices: &[&str], gold: usize) -> Question {
+pub(super) fn behind(prompt: &str, choices: &[&str], gold: usize) -> Question {
+    let answers = choices.iter();
     Question {
-        answers: choices
-            .iter()
+        answers: answers
             .map(|c| (prompt.to_owned(), format!(" {c}")))
             .collect(),
         lengths: choices.iter().map(|c| c.chars().count()).collect(),
@@ -111,12 +111,18 @@ fn text<'a>(d: &'a Value, key: &str) -> Option<&'a str> {
     d.get(key)?.as_str()
 }
 
+fn texts<'a, const N: usize>(d: &'a Value, keys: [&str; N]) -> Option<Vec<&'a str>> {
+    keys.into_iter().map(|key| text(d, key)).collect()
+}
+
 fn choices(d: &Value) -> Option<Vec<&str>> {
-    d.get("choices")?
-        .as_array()?
-        .iter()
-        .map(Value::as_str)
-        .collect()
+    let choices = d.get("choices")?.as_array()?.iter();
+    choices.map(Value::as_str).collect()
+}
+
+/// Reads the number of the right answer, counted from 1, which is written as text.
+fn counted_from_1(d: &Value, key: &str) -> Option<usize> {
+    text(d, key)?.trim().parse::<usize>().ok()?.checked_sub(1)
 }
 
 fn gold(d: &Value) -> Option<usize> {
@@ -154,40 +160,30 @@ fn piqa(d: &Value) -> Option<Question> {
 }
 
 fn sciq(d: &Value) -> Option<Question> {
-    let keys = [
-        "distractor1",
-        "distractor2",
-        "distractor3",
-        "correct_answer",
-    ];
-    let choices: Option<Vec<&str>> = keys.iter().map(|key| text(d, key)).collect();
+    let wrong = texts(d, ["distractor1", "distractor2", "distractor3"])?;
+    let choices = [wrong, vec![text(d, "correct_answer")?]].concat();
     let support = text(d, "support")?.trim_start();
     let prompt = format!("{support}\nQuestion: {}\nAnswer:", text(d, "question")?);
-    Some(behind(&prompt, &choices?, 3))
+    Some(behind(&prompt, &choices, 3))
 }
 
 fn social_iqa(d: &Value) -> Option<Question> {
-    let keys = ["answerA", "answerB", "answerC"];
-    let choices: Option<Vec<&str>> = keys.iter().map(|key| text(d, key)).collect();
+    let choices = texts(d, ["answerA", "answerB", "answerC"])?;
     let prompt = format!("Q: {} {}\nA:", text(d, "context")?, text(d, "question")?);
-    let label: usize = text(d, "label")?.trim().parse().ok()?;
-    Some(behind(&prompt, &choices?, label.checked_sub(1)?))
+    Some(behind(&prompt, &choices, counted_from_1(d, "label")?))
 }
 
 /// Each option in the blank results in one prompt; the text after the blank is scored for both.
 fn winogrande(d: &Value) -> Option<Question> {
     let (before, after) = text(d, "sentence")?.split_once('_')?;
     let rest = format!(" {}", after.trim());
-    let answers = ["option1", "option2"].map(|key| Some(format!("{before}{}", text(d, key)?)));
-    let answers: Option<Vec<_>> = answers
-        .into_iter()
-        .map(|prompt| Some((prompt?, rest.clone())))
-        .collect();
-    let answer: usize = text(d, "answer")?.trim().parse().ok()?;
+    let options = texts(d, ["option1", "option2"])?.into_iter();
     Some(Question {
-        answers: answers?,
+        answers: options
+            .map(|option| (format!("{before}{option}"), rest.clone()))
+            .collect(),
         lengths: vec![rest.chars().count() - 1; 2],
-        gold: answer.checked_sub(1)?,
+        gold: counted_from_1(d, "answer")?,
     })
 }
 
@@ -203,26 +199,23 @@ mod tests {
     #[test]
     fn prompts_are_those_of_the_harness() {
         let d = json!({"query": "A -- b\nQuestion: is it?\nAnswer:", "choices": ["yes", "no"], "gold": 0});
-        let q = question("boolq", d);
-        assert_eq!(
-            q.answers[1],
-            ("A -- b\nQuestion: is it?\nAnswer:".into(), " yes".into())
-        );
-        assert_eq!((q.gold, q.answers[0].1.as_str()), (1, " no"));
+        let prompt = "A -- b\nQuestion: is it?\nAnswer:";
+        assert_eq!(question("boolq", d), behind(prompt, &["no", "yes"], 1));
         let d = json!({"query": "Question: so\nAnswer:", "choices": ["é", "bc"], "gold": 1});
         let q = question("openbookqa", d);
-        assert_eq!(q.answers[0].0, "so");
-        assert_eq!(q.lengths, [1, 2]);
+        assert_eq!(
+            (q.answers[0].0.as_str(), &q.lengths[..]),
+            ("so", &[1, 2][..])
+        );
         let d = json!({"goal": "Sit.", "query": "Goal: Sit.\nAnswer:", "choices": ["a", "b"], "gold": 0});
         assert_eq!(question("piqa", d).answers[0].0, "Question: Sit.\nAnswer:");
         let d = json!({"support": " S.", "question": "q?", "distractor1": "a", "distractor2": "b",
             "distractor3": "c", "correct_answer": "d"});
-        let q = question("sciq", d);
+        let prompt = "S.\nQuestion: q?\nAnswer:";
         assert_eq!(
-            q.answers[3],
-            ("S.\nQuestion: q?\nAnswer:".into(), " d".into())
+            question("sciq", d),
+            behind(prompt, &["a", "b", "c", "d"], 3)
         );
-        assert_eq!(q.gold, 3);
         let d = json!({"context": "C.", "question": "q?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "3"});
         let q = question("social_iqa", d);
         assert_eq!((q.answers[0].0.as_str(), q.gold), ("Q: C. q?\nA:", 2));
@@ -232,14 +225,8 @@ mod tests {
         assert_eq!(q.answers[1], ("X so B".into(), " won it.".into()));
         assert_eq!(q.gold, 1);
         let d = json!({"query": "one two", "choices": ["three"]});
-        assert_eq!(
-            question(
-                "lambada_openai",
-                json!({"query": "one two", "choices": ["three"]})
-            )
-            .answers,
-            [("one two".to_string(), " three".to_string())]
-        );
+        let q = question("lambada_openai", d.clone());
+        assert_eq!(q.answers, [("one two".into(), " three".into())]);
         assert!(find("hellaswag").unwrap().question(&d).is_none());
     }
 

@@ -56,9 +56,9 @@ fn trimmed(prompt: &str) -> &str {
     prompt.trim_end_matches(|c: char| c.is_whitespace() || ('\x1c'..='\x1f').contains(&c))
 }
 
-/// Returns the context of an answer without a prompt: the token that begins a text, or the one that ends it, or the end of
+/// Returns the context of a text without a prompt: the token that begins a text, or the one that ends it, or the end of
 /// a document.
-fn beginning(tokenizer: &Tokenizer) -> Result<Vec<i32>> {
+pub fn beginning(tokenizer: &Tokenizer) -> Result<Vec<i32>> {
     match tokenizer.bos().or(tokenizer.eos()) {
         Some(token) => Ok(vec![token]),
         None => tokenizer.encode(DOCUMENT_END),
@@ -83,11 +83,8 @@ impl Batch {
         let first = &requests[0].tokens;
         let mut shared = if requests.len() > 1 { first.len() } else { 0 };
         for request in requests {
-            let same = first
-                .iter()
-                .zip(&request.tokens)
-                .take_while(|(a, b)| a == b);
-            shared = shared.min(same.count());
+            let pairs = first.iter().zip(&request.tokens);
+            shared = shared.min(pairs.take_while(|(a, b)| a == b).count());
         }
         let base = self.tokens.len();
         let prefix = if shared < SHARED {
@@ -130,10 +127,8 @@ pub fn requests(
     longest: usize,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<Request>> {
-    let answers = question.answers.iter();
-    answers
-        .map(|(prompt, answer)| request(prompt, answer, longest, tokenizer))
-        .collect()
+    let each = |(prompt, answer): &(String, String)| request(prompt, answer, longest, tokenizer);
+    question.answers.iter().map(each).collect()
 }
 
 #[cfg(test)]

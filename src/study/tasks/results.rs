@@ -1,6 +1,7 @@
 //! Scores of answered questions.
 
 use super::question::{Question, Task};
+use crate::study::moments;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -32,12 +33,8 @@ impl Answer {
         likeliest: bool,
         truncated: bool,
     ) -> Self {
-        let lengths = question.lengths.iter().map(|n| *n as f64);
-        let normalized: Vec<f64> = log_likelihoods
-            .iter()
-            .zip(lengths)
-            .map(|(l, n)| l / n)
-            .collect();
+        let pairs = log_likelihoods.iter().zip(&question.lengths);
+        let normalized: Vec<f64> = pairs.map(|(l, n)| l / *n as f64).collect();
         Answer {
             doc_id,
             likeliest,
@@ -69,8 +66,7 @@ impl Value {
     /// The mean and standard error of at least one number.
     pub fn of(values: impl ExactSizeIterator<Item = f64> + Clone) -> Self {
         let n = values.len() as f64;
-        let mean = values.clone().sum::<f64>() / n;
-        let squares: f64 = values.map(|x| (x - mean).powi(2)).sum();
+        let (mean, squares) = moments(values);
         Value {
             mean,
             standard_error: (n > 1.0).then(|| (squares / (n - 1.0) / n).sqrt()),
@@ -191,7 +187,7 @@ impl Results {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::study::tasks::find;
+    use crate::study::tasks::question::{behind, find};
 
     #[test]
     fn a_value_has_the_standard_error_of_its_mean() {
@@ -203,20 +199,9 @@ mod tests {
 
     #[test]
     fn length_decides_acc_norm_and_the_first_of_equals_is_taken() {
-        let question = Question {
-            answers: vec![
-                (String::new(), " a".into()),
-                (String::new(), " bbbb".into()),
-            ],
-            lengths: vec![1, 4],
-            gold: 1,
-        };
+        let question = behind("", &["a", "bbbb"], 1);
         let answer = |l: [f64; 2]| Answer::new(0.into(), &question, l.to_vec(), false, false);
-        let answers = [
-            answer([-2.0, -4.0]),
-            answer([-3.0, -3.0]),
-            answer([-9.0, -3.0]),
-        ];
+        let answers = [[-2.0, -4.0], [-3.0, -3.0], [-9.0, -3.0]].map(answer);
         assert_eq!(answers.each_ref().map(|a| a.chosen), [0, 0, 1]);
         assert_eq!(answers.each_ref().map(|a| a.chosen_normalized), [1, 1, 1]);
         let score = Score::of(find("hellaswag").unwrap(), &answers);
@@ -228,21 +213,15 @@ mod tests {
 
     #[test]
     fn the_last_word_counts_if_the_model_would_generate_it() {
-        let question = Question {
-            answers: vec![(String::new(), " word".into())],
-            lengths: vec![4],
-            gold: 0,
-        };
+        let question = behind("", &["word"], 0);
         let answer = |l, right| Answer::new(0.into(), &question, vec![l], right, false);
-        let score = Score::of(
-            find("lambada_openai").unwrap(),
-            &[answer(-1.0, true), answer(-3.0, false)],
-        );
+        let lambada = find("lambada_openai").unwrap();
+        let score = Score::of(lambada, &[answer(-1.0, true), answer(-3.0, false)]);
         assert_eq!(score.acc.mean, 0.5);
         assert!((score.perplexity.unwrap().mean - 2f64.exp()).abs() < 1e-12);
         assert!(score.numbers().contains_key("perplexity"));
         // The log of a run has no infinite numbers.
-        let diverged = Score::of(find("lambada_openai").unwrap(), &[answer(-800.0, false)]);
+        let diverged = Score::of(lambada, &[answer(-800.0, false)]);
         assert_eq!(diverged.perplexity.unwrap().mean, f64::INFINITY);
         assert!(!diverged.numbers().contains_key("perplexity"));
     }

@@ -15,6 +15,7 @@ use crate::study::eval::gathered;
 use crate::train;
 use serde_json::{Value, json};
 use std::fs;
+use std::mem::take;
 use std::path::Path;
 use std::time::Instant;
 
@@ -31,15 +32,11 @@ pub struct Benchmark {
 /// # Errors
 /// When a file is missing or damaged, or a line is not a document of its task.
 pub fn read(tasks: &[&'static Task], folder: &Path, limit: usize) -> Result<Vec<Benchmark>> {
-    let tasks = tasks.iter();
-    tasks
-        .map(|task| {
-            Ok(Benchmark {
-                task,
-                questions: documents::read(folder, task, limit)?,
-            })
-        })
-        .collect()
+    let benchmark = |task: &&'static Task| {
+        let questions = documents::read(folder, task, limit)?;
+        Ok(Benchmark { task, questions })
+    };
+    tasks.iter().map(benchmark).collect()
 }
 
 /// Compares the program, the configuration and the questions of all ranks.
@@ -126,10 +123,8 @@ fn scored(
         let answers = pass.answers()?;
         if let Some(out) = out {
             let lines: Vec<String> = answers.iter().map(|a| json!(a).to_string()).collect();
-            write(
-                &out.join(format!("{}.jsonl", task.name)),
-                &(lines.join("\n") + "\n"),
-            )?;
+            let file = out.join(format!("{}.jsonl", task.name));
+            write(&file, &(lines.join("\n") + "\n"))?;
         }
         let score = Score::of(task, &answers);
         progress.scored(&score);
@@ -184,10 +179,7 @@ impl<'a> Pass<'a> {
     }
 
     fn flush(&mut self) -> Result<()> {
-        let (batch, waiting) = (
-            std::mem::take(&mut self.batch),
-            std::mem::take(&mut self.waiting),
-        );
+        let (batch, waiting) = (take(&mut self.batch), take(&mut self.waiting));
         if batch.tokens.is_empty() {
             return Ok(());
         }

@@ -14,6 +14,11 @@ fn percent(v: &Value) -> String {
     }
 }
 
+/// Formats a number with these decimal places; a dash if there is none.
+fn shown(value: Option<f64>, places: usize) -> String {
+    value.map_or("–".into(), |v| format!("{v:.places$}"))
+}
+
 /// Formats an average in percent.
 fn average(value: Option<f64>) -> String {
     value.map_or("–".into(), |v| format!("{v:.1}%"))
@@ -38,16 +43,17 @@ impl Results {
                 100.0 * s.truncated
             ));
             if let Some(p) = s.perplexity {
-                let error = p
-                    .standard_error
-                    .map(|e| format!(" ± {e:.2}"))
-                    .unwrap_or_default();
+                let error = p.standard_error.map(|e| format!(" ± {e:.2}"));
+                let error = error.unwrap_or_default();
                 lines.push(format!("{:<14} perplexity {:.2}{error}", "", p.mean));
             }
         }
-        lines.push(String::new());
-        lines.push(self.beside_the_paper());
-        lines.push(self.speed());
+        self.ended(lines)
+    }
+
+    /// Returns the lines of a table, followed by the averages next to the paper's and the speed.
+    fn ended(&self, mut lines: Vec<String>) -> String {
+        lines.extend([String::new(), self.beside_the_paper(), self.speed()]);
         lines.join("\n")
     }
 
@@ -95,63 +101,42 @@ impl Results {
     /// Compares these scores with those of `other` for the same questions: a table with the mean difference over the
     /// questions and its standard error.
     pub fn compared(&self, name: &str, other: &Results, other_name: &str) -> String {
-        let mut lines = vec![format!(
-            "{:<14} {:>9} {:>18} {:>18} {:>16} {:>25}",
-            "task",
-            "questions",
+        let row = |task: &str,
+                   questions: &str,
+                   [a, b, difference]: [String; 3],
+                   improvement: &str| {
+            format!("{task:<14} {questions:>9} {a:>18} {b:>18} {difference:>16} {improvement:>25}")
+        };
+        let names = [
             format!("{name} %"),
             format!("{other_name} %"),
-            "difference",
-            "improvement %"
-        )];
+            "difference".into(),
+        ];
+        let mut lines = vec![row("task", "questions", names, "improvement %")];
         for (a, b) in self.scores.iter().zip(&other.scores) {
             let of = |right: &[f64]| percent(&Value::of(right.iter().copied()));
             let pairs: Vec<f64> = a.right.iter().zip(&b.right).map(|(a, b)| a - b).collect();
-            lines.push(format!(
-                "{:<14} {:>9} {:>18} {:>18} {:>16} {:>25}",
-                a.task,
-                a.questions,
-                of(&a.right),
-                of(&b.right),
-                of(&pairs),
-                format!("{:.1}, {:.1}", a.improvement(), b.improvement())
-            ));
+            let numbers = [&a.right, &b.right, &pairs].map(|right| of(right));
+            let improvement = format!("{:.1}, {:.1}", a.improvement(), b.improvement());
+            lines.push(row(a.task, &a.questions.to_string(), numbers, &improvement));
             if let (Some(p), Some(q)) = (a.perplexity, b.perplexity) {
-                lines.push(format!(
-                    "{:<14} {:>9} {:>18.2} {:>18.2} {:>16.2}",
-                    "",
-                    "perplexity",
-                    p.mean,
-                    q.mean,
-                    p.mean - q.mean
-                ));
+                let numbers = [p.mean, q.mean, p.mean - q.mean].map(|x| format!("{x:.2}"));
+                lines.push(row("", "perplexity", numbers, "").trim_end().into());
             }
         }
         let ([score, improvement], [other_score, other_improvement]) =
             (self.averages(), other.averages());
-        let shown = |value: Option<f64>, places: usize| {
-            value.map_or("–".into(), |v| format!("{v:.places$}"))
-        };
         let difference = score.zip(other_score).map(|(a, b)| a - b);
-        lines.push(format!(
-            "{:<14} {:>9} {:>18} {:>18} {:>16} {:>25}",
-            "average",
-            "",
-            shown(score, 2),
-            shown(other_score, 2),
-            shown(difference, 2),
-            format!("{}, {}", shown(improvement, 1), shown(other_improvement, 1))
-        ));
-        lines.push(String::new());
-        lines.push(self.beside_the_paper());
-        lines.push(self.speed());
-        lines.join("\n")
+        let numbers = [score, other_score, difference].map(|x| shown(x, 2));
+        let improvements = [improvement, other_improvement].map(|x| shown(x, 1));
+        lines.push(row("average", "", numbers, &improvements.join(", ")));
+        self.ended(lines)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::question::{Question, find};
+    use super::super::question::{behind, find};
     use super::super::results::{Answer, Score};
     use super::*;
 
@@ -161,17 +146,10 @@ mod tests {
     }
 
     fn of_task(task: &str, right: [bool; 4]) -> Results {
-        let question = Question {
-            answers: vec![(String::new(), " a".into()), (String::new(), " b".into())],
-            lengths: vec![1, 1],
-            gold: 1,
-        };
-        let likelihoods = |right| {
-            if right {
-                vec![-2.0, -1.0]
-            } else {
-                vec![-1.0, -2.0]
-            }
+        let question = behind("", &["a", "b"], 1);
+        let likelihoods = |right| match right {
+            true => vec![-2.0, -1.0],
+            false => vec![-1.0, -2.0],
         };
         let answers = right.map(|r| Answer::new(0.into(), &question, likelihoods(r), false, false));
         Results {
@@ -182,10 +160,8 @@ mod tests {
 
     #[test]
     fn the_difference_of_two_models_is_that_of_each_question() {
-        let (a, b) = (
-            results([true, true, true, false]),
-            results([true, true, false, true]),
-        );
+        let a = results([true, true, true, false]);
+        let b = results([true, true, false, true]);
         let table = a.compared("with", &b, "without");
         let line = table.lines().find(|l| l.starts_with("piqa")).unwrap();
         // The means are equal; for the differences 0, 0, 1, −1 the standard error is √(2/3/4).
@@ -199,13 +175,7 @@ mod tests {
     #[test]
     fn the_papers_averages_are_next_to_ours() {
         let table = results([true; 4]).table();
-        let line = |start: &str| {
-            table
-                .lines()
-                .find(|l| l.starts_with(start))
-                .unwrap()
-                .to_owned()
-        };
+        let line = |start: &str| table.lines().find(|l| l.starts_with(start)).unwrap();
         // From 50% by guessing to 100%.
         assert!(line("this model").contains("100.0%") && line("this model").contains("1 task"));
         assert!(line("paper, topk").contains("46.9%") && line("paper, default").contains("54.9%"));
@@ -214,10 +184,8 @@ mod tests {
     #[test]
     fn an_average_of_no_benchmark_is_a_dash() {
         let lambada = of_task("lambada_openai", [true, true, true, false]);
-        for text in [
-            lambada.table(),
-            lambada.compared("with", &lambada, "without"),
-        ] {
+        let compared = lambada.compared("with", &lambada, "without");
+        for text in [lambada.table(), compared] {
             let line = text.lines().find(|l| l.starts_with("this model")).unwrap();
             assert!(line.contains(" –  1 task"), "{text}");
         }

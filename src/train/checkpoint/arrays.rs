@@ -112,9 +112,8 @@ impl View for &Array<'_> {
     }
 }
 
-/// Writes `arrays` and at most one pair of metadata to a new file next to a `config.json`. The bytes of the file
-/// depend only on these arguments.
-pub(crate) fn write(path: &Path, arrays: &[&Array], metadata: &[(&str, &str)]) -> Result<()> {
+/// Writes `arrays` and at most one pair of metadata to a file. The bytes of the file depend only on these arguments.
+pub(crate) fn write_file(path: &Path, arrays: &[&Array], metadata: &[(&str, &str)]) -> Result<()> {
     let named = arrays.iter().map(|a| (a.name.as_str(), *a));
     let owned = |(key, value): &(&str, &str)| (key.to_string(), value.to_string());
     let metadata = (!metadata.is_empty()).then(|| metadata.iter().map(owned).collect());
@@ -126,7 +125,12 @@ pub(crate) fn write(path: &Path, arrays: &[&Array], metadata: &[(&str, &str)]) -
             e.to_string(),
             "this is a bug: please report it",
         ),
-    })?;
+    })
+}
+
+/// As [`write_file`], for a new file next to a `config.json`, whose mode it gets.
+pub(crate) fn write(path: &Path, arrays: &[&Array], metadata: &[(&str, &str)]) -> Result<()> {
+    write_file(path, arrays, metadata)?;
     // The library makes the file readable only by its owner; this sets the default mode of new files.
     let folder = path.parent().unwrap_or(Path::new("."));
     let probe = folder.join(super::CONFIG);

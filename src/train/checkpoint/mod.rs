@@ -13,8 +13,8 @@ mod read; // how it is read again
 mod session; // a model and its training as arrays
 mod shards; // which file has which array
 
-pub(crate) use arrays::write as write_arrays;
 pub use arrays::{Array, Content};
+pub(crate) use arrays::{write as write_arrays, write_file as write_array_file};
 pub use background::{Place, Saver};
 pub use read::Arrays;
 pub(crate) use session::router_state;

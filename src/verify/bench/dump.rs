@@ -4,8 +4,9 @@ use super::case::Work;
 use super::{Options, groups, kernels, timed};
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::study::exchange::tensors::{Output, write};
+use crate::study::exchange::tensors::write;
 use crate::tensor::dtype::DType;
+use crate::train::checkpoint::{Array, Content};
 use crate::verify::kernels::{Run, Simulator};
 use std::path::Path;
 
@@ -29,11 +30,11 @@ pub fn dump(options: &Options, file: &Path) -> Result<usize> {
     let machine = Simulator::new()?;
     let mut arrays = Vec::new();
     let mut add = |name: String, numbers: &[f32]| {
-        arrays.push(Output {
+        arrays.push(Array {
             name,
-            shape: vec![numbers.len()],
+            shape: [numbers.len()].into(),
             dtype: DType::F32,
-            bytes: bytemuck::cast_slice(numbers).to_vec(),
+            content: Content::Bytes(bytemuck::cast_slice(numbers).to_vec()),
         });
     };
     for group in groups(options, device)? {

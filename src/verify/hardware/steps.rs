@@ -146,7 +146,7 @@ impl StepCase {
 /// # Errors
 /// When the router does not exist.
 pub fn planned(config: &Config) -> Result<u64> {
-    Ok(Memory::of(config, plan::Target::gpu())?.total())
+    Ok(Memory::of(config, plan::Target::gpu(), 1)?.total())
 }
 
 /// Largest relative difference between the memory and the plan.

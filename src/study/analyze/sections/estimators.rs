@@ -1,70 +1,60 @@
 //! The sections of the report on the estimators at one forward pass and on route regret.
 
-use super::{layer_caption, series};
+use super::{layer_caption, over_layers, series};
 use crate::error::Result;
 use crate::report::page::{Section, Table};
-use crate::study::analyze::estimators::{Compared, ESTIMATORS, Quality};
-use crate::study::analyze::figures::{Axes, Chart, Mark, Series, charts};
+use crate::study::analyze::estimators::{Compared, ESTIMATORS};
+use crate::study::analyze::figures::{Chart, Mark, Series, charts};
 use crate::study::analyze::regret::{Regret, Rerouted};
 
 /// The result of [`crate::study::analyze::estimators::compare`].
 type ByK = [(usize, Vec<Compared>)];
 
-/// Returns a panel for each layer, with one series over K for each name.
+/// Returns the layers, each with every K and its comparison.
+fn layers(by_k: &ByK) -> impl Iterator<Item = Vec<(usize, &Compared)>> {
+    let count = by_k.first().map_or(0, |(_, layers)| layers.len());
+    (0..count).map(move |layer| by_k.iter().map(|(k, all)| (*k, &all[layer])).collect())
+}
+
+/// Draws a panel for each layer, with one series over K for each name.
 fn over_k(
     by_k: &ByK,
     names: &[&str],
     value: impl Fn(&Compared, usize) -> Option<f64>,
-) -> Vec<Chart> {
-    let layers = by_k.first().map_or(0, |(_, layers)| layers.len());
-    let panel = |layer: usize| Chart {
+    y: &str,
+) -> Result<Option<String>> {
+    let panel = |(layer, by_k): (usize, Vec<(usize, &Compared)>)| Chart {
         caption: layer_caption(layer),
         series: names
             .iter()
             .enumerate()
             .map(|(n, name)| Series {
                 name: (*name).into(),
-                points: by_k
-                    .iter()
-                    .map(|(k, layers)| (*k, value(&layers[layer], n)))
-                    .collect(),
+                points: by_k.iter().map(|(k, c)| (*k, value(c, n))).collect(),
             })
             .collect(),
     };
-    (0..layers).map(panel).collect()
-}
-
-fn lines(panels: &[Chart], x: &str, y: &str) -> Result<Option<String>> {
-    match panels {
-        [] => Ok(None),
-        panels => charts(panels, &Axes { x, y }, Mark::Line).map(Some),
-    }
+    let panels: Vec<Chart> = layers(by_k).enumerate().map(panel).collect();
+    charts(&panels, ["K", y], Mark::Line)
 }
 
 pub fn estimators(by_k: &ByK, notes: Vec<String>) -> Result<Section> {
-    let mut table = Table::new(&[
-        "moe_layer",
-        "top_k",
-        "estimator",
-        "cosine_dw",
-        "error_dw",
-        "cosine_dz",
-        "error_dz",
-    ]);
-    let layers = by_k.first().map_or(0, |(_, layers)| layers.len());
-    for layer in 0..layers {
-        for (k, compared) in by_k {
-            let Compared { dw, dz, .. } = &compared[layer];
-            for ((name, dw), dz) in ESTIMATORS.iter().zip(dw).zip(dz) {
-                let numbers = |q: &Quality| [q.cosine.into(), q.error.into()];
-                let mut row = vec![layer.into(), (*k).into(), (*name).into()];
-                row.extend(numbers(dw));
-                row.extend(numbers(dz));
-                table.rows.push(row);
-            }
-        }
-    }
-    let panels = over_k(by_k, &ESTIMATORS, |compared, n| compared.dw[n].cosine);
+    let rows = layers(by_k).enumerate().flat_map(|(layer, by_k)| {
+        let each = move |(k, c)| (0..ESTIMATORS.len()).map(move |n| (layer, k, n, c));
+        by_k.into_iter().flat_map(each)
+    });
+    let table = Table::of::<(usize, usize, usize, &Compared)>(
+        rows,
+        &[
+            ("moe_layer", &|row| row.0.into()),
+            ("top_k", &|row| row.1.into()),
+            ("estimator", &|row| ESTIMATORS[row.2].into()),
+            ("cosine_dw", &|row| row.3.dw[row.2].cosine.into()),
+            ("error_dw", &|row| row.3.dw[row.2].error.into()),
+            ("cosine_dz", &|row| row.3.dz[row.2].cosine.into()),
+            ("error_dz", &|row| row.3.dz[row.2].error.into()),
+        ],
+    );
     Ok(Section {
         name: "estimator-similarity",
         title: "Estimators of the router's gradient at one forward pass",
@@ -81,7 +71,7 @@ pub fn estimators(by_k: &ByK, notes: Vec<String>) -> Result<Section> {
         formula: "dz_j = p_j (s_j − Σ_i p_i s_i), s_i = ⟨g, e_i(x)⟩ for i in A, else ⟨g, v_i⟩; exact with v_i = e_i(x); dW = Σ_t dz xᵀ",
         notes,
         table,
-        figure: lines(&panels, "K", "cosine")?,
+        figure: over_k(by_k, &ESTIMATORS, |c, n| c.dw[n].cosine, "cosine")?,
     })
 }
 
@@ -101,15 +91,13 @@ fn scales(compared: &Compared) -> [Option<f64>; 4] {
 pub fn scale(by_k: &ByK, notes: Vec<String>) -> Result<Section> {
     let mut table = Table::new(&["moe_layer", "top_k"]);
     table.columns.extend(SCALE.map(Into::into));
-    let layers = by_k.first().map_or(0, |(_, layers)| layers.len());
-    for layer in 0..layers {
+    for (layer, by_k) in layers(by_k).enumerate() {
         for (k, compared) in by_k {
-            let mut row = vec![layer.into(), (*k).into()];
-            row.extend(scales(&compared[layer]).map(Into::into));
+            let mut row = vec![layer.into(), k.into()];
+            row.extend(scales(compared).map(Into::into));
             table.rows.push(row);
         }
     }
-    let panels = over_k(by_k, &SCALE_SHOWN, |compared, n| scales(compared)[n]);
     Ok(Section {
         name: "default-vector-scale",
         title: "Scale of the default vectors",
@@ -123,7 +111,7 @@ pub fn scale(by_k: &ByK, notes: Vec<String>) -> Result<Section> {
                   experts, weighted by Σ p_ti over tokens t that did not choose i",
         notes,
         table,
-        figure: lines(&panels, "K", "")?,
+        figure: over_k(by_k, &SCALE_SHOWN, |c, n| scales(c)[n], "")?,
     })
 }
 
@@ -133,38 +121,28 @@ pub fn regret(
     unit: &'static str,
     notes: Vec<String>,
 ) -> Result<Section> {
-    let mut table = Table::new(&[
-        "moe_layer",
-        "tokens",
-        "loss_chosen",
-        "loss_runner_up",
-        "loss_mean_other",
-        "loss_best_other",
-        "share_better",
-        "regret",
-        "regret_from_here",
-    ]);
     let layers: Vec<Regret> = rerouted.iter().map(|tokens| Regret::of(tokens)).collect();
     let applies = layers.iter().any(|r| r.tokens > 0);
-    for (layer, r) in layers.iter().enumerate().filter(|_| applies) {
-        let mut row = vec![layer.into(), r.tokens.into()];
-        row.extend([r.chosen, r.runner_up, r.mean_other, r.best_other].map(Into::into));
-        row.extend([r.better, r.regret, r.regret_from_here].map(Into::into));
-        table.rows.push(row);
-    }
-    let of = |name: &str, f: fn(&Regret) -> f64| series(name, layers.iter().map(|r| Some(f(r))), 0);
-    let chart = Chart {
-        caption: String::new(),
-        series: vec![
-            of("regret", |r| r.regret),
-            of("cost of the runner-up", |r| r.runner_up - r.chosen),
-            of("mean cost of the others", |r| r.mean_other - r.chosen),
+    let table = Table::of(
+        layers.iter().enumerate().filter(|_| applies),
+        &[
+            ("moe_layer", &|(layer, _)| (*layer).into()),
+            ("tokens", &|(_, r)| r.tokens.into()),
+            ("loss_chosen", &|(_, r)| r.chosen.into()),
+            ("loss_runner_up", &|(_, r)| r.runner_up.into()),
+            ("loss_mean_other", &|(_, r)| r.mean_other.into()),
+            ("loss_best_other", &|(_, r)| r.best_other.into()),
+            ("share_better", &|(_, r)| r.better.into()),
+            ("regret", &|(_, r)| r.regret.into()),
+            ("regret_from_here", &|(_, r)| r.regret_from_here.into()),
         ],
-    };
-    let axes = Axes {
-        x: "MoE layer",
-        y: unit,
-    };
+    );
+    let of = |name: &str, f: fn(&Regret) -> f64| series(name, layers.iter().map(|r| Some(f(r))), 0);
+    let bars = vec![
+        of("regret", |r| r.regret),
+        of("cost of the runner-up", |r| r.runner_up - r.chosen),
+        of("mean cost of the others", |r| r.mean_other - r.chosen),
+    ];
     Ok(Section {
         name: "route-regret",
         title: "Route regret",
@@ -180,10 +158,10 @@ pub fn regret(
             true => notes,
             false => vec!["Does not apply: every expert is chosen.".into()],
         },
+        table,
         figure: match applies {
-            true => Some(charts(&[chart], &axes, Mark::Bar)?),
+            true => over_layers(bars, unit)?,
             false => None,
         },
-        table,
     })
 }
