@@ -153,7 +153,7 @@ impl Table {
 }
 
 /// One section of a report: its description, its numbers and its figure.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Section {
     /// File name of its CSV and SVG, without the ending.
     pub name: &'static str,
